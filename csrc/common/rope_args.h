@@ -1,0 +1,227 @@
+// From torch tensors to RopeParams, with every check: the torch side of the CPU and the CUDA
+// library.
+//
+// The schemas are defined in Python (extrope_kernels/ops/rope/schema.py); a library registers
+// RopeOps<launch> for its device, where launch(params, device_index) runs the kernel.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "rope_params.h"
+
+namespace extrope {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename... Message>
+void require(bool condition, const Message&... message) {
+  if (!condition) [[unlikely]] {
+    std::ostringstream text;
+    text << "rope: ";
+    (text << ... << message);
+    throw std::runtime_error(text.str());
+  }
+}
+
+inline std::string shape_of(const Tensor& x) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < x.dim(); ++i) text << (i ? ", " : "") << x.size(i);
+  text << ")";
+  return text.str();
+}
+
+struct RopeOptions {
+  OptionalTensor cu_seqlens, log_decay;
+  double attention_factor;
+  int64_t offset;
+  bool interleaved, inverse;
+};
+
+inline DType rotated_dtype(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      require(false, name, " must be float32, bfloat16, float16 or float64");
+  }
+  return DType::f32;
+}
+
+inline void check_rotated(const Tensor& x, bool packed, const char* name) {
+  require(x.dim() == (packed ? 3 : 4), name, " must be ",
+          packed ? "(total, heads, head_dim) with cu_seqlens" : "(batch, seqlen, heads, head_dim)",
+          ", got shape ", shape_of(x));
+  const int64_t last = x.dim() - 1;
+  require(x.stride(last) == 1 || x.size(last) <= 1 || x.numel() == 0, name,
+          " must be contiguous in its last dimension, got stride ", x.stride(last));
+}
+
+inline void check_matching(const Tensor& x, const Tensor& q, const char* name) {
+  require(x.scalar_type() == q.scalar_type(), name, " must have q's dtype");
+  require(x.get_device() == q.get_device(), name, " must be on q's device");
+  bool same = x.dim() == q.dim();
+  for (int64_t i = 0; same && i < q.dim(); ++i) same = i == q.dim() - 2 || x.size(i) == q.size(i);
+  require(same, name, " must have q's shape ", shape_of(q), " but for the heads, got ",
+          shape_of(x));
+}
+
+inline void set_frequencies(RopeParams& p, const Tensor& inv_freq, const Tensor& q,
+                            int64_t sequences) {
+  const ScalarType type = inv_freq.scalar_type();
+  require(type == ScalarType::Float || type == ScalarType::Double,
+          "inv_freq must be float32 or float64");
+  require(inv_freq.get_device() == q.get_device(), "inv_freq must be on q's device");
+  const int64_t dim = inv_freq.dim(), heads = p.tensors[0].heads;
+  const int64_t rows = dim >= 2 ? inv_freq.size(0) : 1, columns = dim == 3 ? inv_freq.size(1) : 1;
+  require(dim >= 1 && dim <= 3 && (rows == 1 || rows == sequences) &&
+              (columns == 1 || columns == heads),
+          "inv_freq must be (rotary_dim/2,), (", sequences, ", rotary_dim/2) or (", sequences,
+          " or 1, ", heads, " or 1, rotary_dim/2), got ", shape_of(inv_freq));
+  const int64_t half = inv_freq.size(dim - 1);
+  require(half >= 1 && half <= p.head_dim / 2,
+          "inv_freq must hold between 1 and head_dim/2 = ", p.head_dim / 2, " frequencies, got ",
+          half);
+  require(half == 1 || inv_freq.stride(dim - 1) == 1 || inv_freq.numel() == 0,
+          "inv_freq must be contiguous in its last dimension");
+  require(columns == 1 || p.num_tensors == 1 || p.tensors[1].heads == heads,
+          "frequencies per head need as many k heads as q heads (", heads,
+          "); rotate q and k in two calls");
+  p.inv_freq = inv_freq.data_ptr();
+  p.inv_freq_is_f64 = type == ScalarType::Double;
+  p.freq_batch = rows > 1 ? inv_freq.stride(0) : 0;
+  p.freq_head = columns > 1 ? inv_freq.stride(1) : 0;
+  p.rotary_dim = 2 * half;
+  p.angle_heads = columns;
+}
+
+inline PositionType position_type(const Tensor& positions) {
+  switch (positions.scalar_type()) {
+    case ScalarType::Int:
+      return PositionType::i32;
+    case ScalarType::Long:
+      return PositionType::i64;
+    case ScalarType::Float:
+      return PositionType::f32;
+    case ScalarType::Double:
+      return PositionType::f64;
+    default:
+      require(false, "positions must be int32, int64, float32 or float64");
+  }
+  return PositionType::i64;
+}
+
+// Precedence as in rotation.py: what has one entry a token is positions, one a sequence offsets.
+inline void set_positions(RopeParams& p, const Tensor& positions, const Tensor& q,
+                          int64_t sequences) {
+  p.position_type = position_type(positions);
+  require(positions.get_device() == q.get_device(), "positions must be on q's device");
+  const int64_t dim = positions.dim(), rows = dim >= 1 ? positions.size(0) : -1;
+  const int64_t columns = dim == 2 ? positions.size(1) : -1;
+  p.positions = positions.data_ptr();
+  if (dim == 1 && rows == p.seqlen) {
+    p.position_seq = positions.stride(0);
+  } else if (dim == 2 && (rows == p.batch || rows == 1) && columns == p.seqlen) {
+    p.position_batch = rows > 1 ? positions.stride(0) : 0;
+    p.position_seq = positions.stride(1);
+  } else if (rows == sequences && (dim == 1 || (dim == 2 && columns == 1))) {
+    p.positions_are_offsets = true;
+    p.position_batch = positions.stride(0);
+  } else {
+    require(false, "positions must be (", p.seqlen, ",), (", p.batch, ", ", p.seqlen, ") or (",
+            sequences, ",) offsets, got shape ", shape_of(positions));
+  }
+}
+
+inline int64_t set_cu_seqlens(RopeParams& p, const Tensor& cu_seqlens, const Tensor& q) {
+  require(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
+              cu_seqlens.size(0) >= 2,
+          "cu_seqlens must be int32 (sequences + 1,), got shape ", shape_of(cu_seqlens));
+  require(cu_seqlens.get_device() == q.get_device() && cu_seqlens.is_contiguous(),
+          "cu_seqlens must be contiguous on q's device");
+  p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.data_ptr());
+  p.num_sequences = cu_seqlens.size(0) - 1;
+  return p.num_sequences;
+}
+
+inline void set_log_decay(RopeParams& p, const Tensor& log_decay, const Tensor& q) {
+  require(log_decay.scalar_type() == ScalarType::Float && log_decay.dim() == 1 &&
+              log_decay.size(0) == p.rotary_dim / 2 && log_decay.is_contiguous() &&
+              log_decay.get_device() == q.get_device(),
+          "log_decay must be contiguous float32 (", p.rotary_dim / 2,
+          ",) on q's device, got shape ", shape_of(log_decay));
+  p.log_decay = static_cast<const float*>(log_decay.data_ptr());
+}
+
+inline void add_tensor(RopeParams& p, const Tensor& in, bool packed) {
+  RopeTensor& t = p.tensors[p.num_tensors++];
+  const int64_t d = in.dim();
+  t.in = in.data_ptr();
+  t.in_batch = packed ? 0 : in.stride(0);
+  t.in_seq = in.stride(d - 3);
+  t.in_head = in.stride(d - 2);
+  t.heads = in.size(d - 2);
+}
+
+inline void set_output(RopeTensor& t, const Tensor& out, bool packed) {
+  const int64_t d = out.dim();
+  t.out = out.data_ptr();
+  t.out_batch = packed ? 0 : out.stride(0);
+  t.out_seq = out.stride(d - 3);
+  t.out_head = out.stride(d - 2);
+}
+
+inline void set_saved(RopeTensor& t, const Tensor& saved, bool packed) {
+  const int64_t d = saved.dim();
+  t.saved = saved.data_ptr();
+  t.saved_batch = packed ? 0 : saved.stride(0);
+  t.saved_seq = saved.stride(d - 3);
+  t.saved_head = saved.stride(d - 2);
+}
+
+inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Tensor& inv_freq,
+                              const OptionalTensor& positions, const RopeOptions& options,
+                              bool adjoint) {
+  RopeParams p{};
+  const bool packed = options.cu_seqlens.has_value();
+  p.dtype = rotated_dtype(q, "q");
+  check_rotated(q, packed, "q");
+  add_tensor(p, q, packed);
+  if (k.has_value()) {
+    check_rotated(*k, packed, "k");
+    check_matching(*k, q, "k");
+    add_tensor(p, *k, packed);
+  }
+  p.batch = packed ? 1 : q.size(0);
+  p.seqlen = q.size(packed ? 0 : 1);
+  p.head_dim = q.size(q.dim() - 1);
+  const int64_t sequences = packed ? set_cu_seqlens(p, *options.cu_seqlens, q) : p.batch;
+  set_frequencies(p, inv_freq, q, sequences);
+  if (positions.has_value()) set_positions(p, *positions, q, sequences);
+  if (options.log_decay.has_value()) set_log_decay(p, *options.log_decay, q);
+  require(options.attention_factor > 0, "attention_factor must be > 0, got ",
+          options.attention_factor);
+  const double sign = options.inverse ? -1.0 : 1.0;
+  p.tensors[0].decay_sign = sign;
+  p.tensors[1].decay_sign = -sign;
+  p.amplitude = options.inverse ? 1.0 / options.attention_factor : options.attention_factor;
+  p.conjugate = adjoint != options.inverse;
+  p.interleaved = options.interleaved;
+  p.offset = options.offset;
+  return p;
+}
+
+}  // namespace extrope

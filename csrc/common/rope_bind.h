@@ -1,0 +1,159 @@
+// The ops of the rotation on torch tensors, for the CPU and the CUDA library alike.
+//
+// The schemas are defined in Python (extrope_kernels/ops/rope/schema.py); a library registers
+// RopeOps<launch> for its device, where launch(params, device_index) runs the kernel.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "rope_args.h"
+
+namespace extrope {
+
+inline bool overlaps_itself(const Tensor& x) {
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    if (x.stride(i) == 0 && x.size(i) > 1) return true;
+  }
+  return false;
+}
+
+// Do the elements fill one stretch of memory, in whatever order of dimensions?
+inline bool is_dense(const Tensor& x) {
+  bool counted[4] = {};
+  int64_t expected = 1;
+  for (int64_t round = 0; round < x.dim(); ++round) {
+    int64_t next = -1;
+    for (int64_t i = 0; i < x.dim() && next < 0; ++i) {
+      if (!counted[i] && (x.size(i) == 1 || x.stride(i) == expected)) next = i;
+    }
+    if (next < 0) return false;
+    counted[next] = true;
+    expected *= x.size(next);
+  }
+  return true;
+}
+
+inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides,
+                            int64_t dim, int32_t dtype) {
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type,
+                                                  like.get_device(), &handle));
+  return Tensor(handle);
+}
+
+inline int32_t dtype_code(const Tensor& x) {
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
+  return code;
+}
+
+// empty_like by the shortest way: through the dispatcher it takes longer than rotating one token.
+inline Tensor new_like(const Tensor& x) {
+  if (x.numel() == 0 || !is_dense(x)) return torch::stable::empty_like(x);
+  int64_t sizes[4], strides[4];
+  for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i), strides[i] = x.stride(i);
+  return empty_strided(x, sizes, strides, x.dim(), dtype_code(x));
+}
+
+inline Tensor no_tensor(const Tensor& like, int32_t dtype) {
+  const int64_t zero = 0, one = 1;
+  return empty_strided(like, &zero, &one, 1, dtype);
+}
+
+// The three ops, for a device whose kernel is started by `launch`.
+template <void (*launch)(const RopeParams&, int device_index)>
+struct RopeOps {
+  static void run(const RopeParams& p, const Tensor& q) {
+    if (p.batch * p.seqlen > 0) launch(p, q.get_device());
+  }
+
+  static std::tuple<Tensor, Tensor> fwd(Tensor q, OptionalTensor k, Tensor inv_freq,
+                                        OptionalTensor positions, OptionalTensor cu_seqlens,
+                                        OptionalTensor log_decay, double attention_factor,
+                                        int64_t offset, bool interleaved, bool inverse) {
+    const bool packed = cu_seqlens.has_value();
+    RopeParams p =
+        make_params(q, k, inv_freq, positions,
+                    {cu_seqlens, log_decay, attention_factor, offset, interleaved, inverse},
+                    /*adjoint=*/false);
+    Tensor out_q = new_like(q);
+    Tensor out_k = k.has_value() ? new_like(*k) : no_tensor(q, dtype_code(q));
+    set_output(p.tensors[0], out_q, packed);
+    if (k.has_value()) set_output(p.tensors[1], out_k, packed);
+    run(p, q);
+    return {out_q, out_k};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> bwd(Tensor grad_q, OptionalTensor grad_k,
+                                                OptionalTensor q, OptionalTensor k, Tensor inv_freq,
+                                                OptionalTensor positions, OptionalTensor cu_seqlens,
+                                                OptionalTensor log_decay, double attention_factor,
+                                                int64_t offset, bool interleaved, bool inverse) {
+    const bool packed = cu_seqlens.has_value();
+    RopeParams p =
+        make_params(grad_q, grad_k, inv_freq, positions,
+                    {cu_seqlens, log_decay, attention_factor, offset, interleaved, inverse},
+                    /*adjoint=*/true);
+    Tensor dq = new_like(grad_q);
+    Tensor dk = grad_k.has_value() ? new_like(*grad_k) : no_tensor(grad_q, dtype_code(grad_q));
+    set_output(p.tensors[0], dq, packed);
+    if (grad_k.has_value()) set_output(p.tensors[1], dk, packed);
+    const int32_t wide =
+        p.dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    Tensor angle_grad = q.has_value() ? new_angle_grad(p, grad_q, wide) : no_tensor(grad_q, wide);
+    if (q.has_value()) {
+      save_inputs(p, grad_q, grad_k, *q, k, packed);
+      p.angle_grad = angle_grad.data_ptr();
+    }
+    run(p, grad_q);
+    return {dq, dk, angle_grad};
+  }
+
+  static Tensor new_angle_grad(const RopeParams& p, const Tensor& like, int32_t dtype) {
+    const int64_t half = p.rotary_dim / 2, heads = p.angle_heads;
+    const int64_t sizes[] = {p.batch, p.seqlen, heads, half};
+    const int64_t strides[] = {p.seqlen * heads * half, heads * half, half, 1};
+    return empty_strided(like, sizes, strides, 4, dtype);
+  }
+
+  static void save_inputs(RopeParams& p, const Tensor& grad_q, const OptionalTensor& grad_k,
+                          const Tensor& q, const OptionalTensor& k, bool packed) {
+    check_saved(q, grad_q, packed, "q");
+    set_saved(p.tensors[0], q, packed);
+    require(k.has_value() == grad_k.has_value(),
+            "k must be given with grad_k and q, or not at all");
+    if (k.has_value()) {
+      check_saved(*k, *grad_k, packed, "k");
+      set_saved(p.tensors[1], *k, packed);
+    }
+  }
+
+  static void check_saved(const Tensor& x, const Tensor& grad, bool packed, const char* name) {
+    check_rotated(x, packed, name);
+    check_matching(x, grad, name);
+    require(x.size(x.dim() - 2) == grad.size(x.dim() - 2), name, " must have its gradient's shape ",
+            shape_of(grad), ", got ", shape_of(x));
+  }
+
+  static void inplace(Tensor q, OptionalTensor k, Tensor inv_freq, OptionalTensor positions,
+                      OptionalTensor cu_seqlens, OptionalTensor log_decay, double attention_factor,
+                      int64_t offset, bool interleaved, bool inverse) {
+    const bool packed = cu_seqlens.has_value();
+    RopeParams p =
+        make_params(q, k, inv_freq, positions,
+                    {cu_seqlens, log_decay, attention_factor, offset, interleaved, inverse},
+                    /*adjoint=*/false);
+    require(!overlaps_itself(q) && !(k.has_value() && overlaps_itself(*k)),
+            "an expanded tensor cannot be rotated in place");
+    set_output(p.tensors[0], q, packed);
+    if (k.has_value()) set_output(p.tensors[1], *k, packed);
+    run(p, q);
+  }
+};
+
+}  // namespace extrope

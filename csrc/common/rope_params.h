@@ -1,0 +1,61 @@
+// What a rotary kernel needs to know, in plain data: shared by the CPU and the CUDA kernels and
+// free of torch.
+#pragma once
+
+#include <cstdint>
+
+namespace extrope {
+
+enum class DType : int32_t { f32, f64, bf16, f16 };
+enum class PositionType : int32_t { i32, i64, f32, f64 };
+
+// One of q and k. Strides are in elements; the last dimension is contiguous.
+struct RopeTensor {
+  const void* in;  // (batch, seqlen, heads, head_dim)
+  void* out;  // same shape; `out == in` rotates in place and leaves the lanes past rotary_dim alone
+  const void* saved;  // the forward's input, read for angle_grad only, else nullptr
+  int64_t in_batch, in_seq, in_head;
+  int64_t out_batch, out_seq, out_head;
+  int64_t saved_batch, saved_seq, saved_head;
+  int64_t heads;
+  double decay_sign;  // the amplitude is multiplied by exp(decay_sign * position * log_decay)
+};
+
+struct RopeParams {
+  RopeTensor tensors[2];
+  int32_t num_tensors;
+  DType dtype;
+  bool interleaved;       // pair i is lanes (2i, 2i + 1); otherwise lanes (i, i + rotary_dim / 2)
+  bool conjugate;         // rotate by minus the angle
+  int64_t batch, seqlen;  // packed sequences: batch 1, seqlen = all tokens
+  int64_t head_dim, rotary_dim;
+
+  // (sequences or 1, heads or 1, rotary_dim / 2), contiguous in the last dimension; stride 0
+  // broadcasts.
+  const void* inv_freq;
+  bool inv_freq_is_f64;
+  int64_t freq_batch, freq_head;
+
+  // nullptr: the token's index in its sequence. Otherwise (batch or 1, seqlen) positions, or with
+  // positions_are_offsets one offset a sequence (position_seq is then unused). offset is added to
+  // all.
+  const void* positions;
+  PositionType position_type;
+  bool positions_are_offsets;
+  int64_t position_batch, position_seq;
+  int64_t offset;
+
+  const int32_t* cu_seqlens;  // (num_sequences + 1,) token boundaries, nullptr when not packed
+  int64_t num_sequences;
+
+  const float* log_decay;  // (rotary_dim / 2,), nullptr for amplitude alone
+  double amplitude;
+
+  // Gradient of the angles, summed over q, k and the heads that share a frequency: contiguous
+  // (batch, seqlen, angle_heads, rotary_dim / 2); float, or double when dtype is f64. nullptr: not
+  // wanted. angle_heads is 1, or the number of heads when the frequencies differ by head.
+  void* angle_grad;
+  int64_t angle_heads;
+};
+
+}  // namespace extrope

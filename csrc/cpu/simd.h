@@ -1,0 +1,216 @@
+// Vectors of the instruction set that this translation unit is compiled for, and lane types on
+// them.
+//
+// GCC's vector extensions spell the arithmetic; only fp16 conversions need intrinsics. Everything
+// is static so that the linker can never merge code of two instruction sets.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace extrope {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kFloats = 16;
+#elif defined(__AVX2__)
+constexpr int kFloats = 8;
+#else
+constexpr int kFloats = 4;
+#endif
+constexpr int kDoubles = kFloats / 2;
+
+typedef float floats __attribute__((vector_size(kFloats * 4)));
+typedef int32_t ints __attribute__((vector_size(kFloats * 4)));
+typedef uint32_t words __attribute__((vector_size(kFloats * 4)));
+typedef uint16_t halves __attribute__((vector_size(kFloats * 2)));
+typedef double doubles __attribute__((vector_size(kDoubles * 8)));
+typedef int64_t longs __attribute__((vector_size(kDoubles * 8)));
+// As many lanes as a vector of doubles has: the angles are reduced in double, their sines taken in
+// float.
+typedef float few_floats __attribute__((vector_size(kDoubles * 4)));
+typedef int32_t few_ints __attribute__((vector_size(kDoubles * 4)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <typename V, typename T>
+inline V load(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <typename V, typename T>
+inline void store(T* to, const V& v) {
+  std::memcpy(to, &v, sizeof(V));
+}
+
+template <typename To, typename From>
+inline To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// ----------------------------------------------------------------------------------------------
+// One value
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bf16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
+
+inline float widen(f16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return bits_as<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  // Scaling by 2**112 moves the exponent's bias from 15 to 127 and makes subnormals normal.
+  const float scaled = bits_as<float>(magnitude << 13) * 0x1p112f;
+  return bits_as<float>(sign | bits_as<uint32_t>(scaled));
+#endif
+}
+
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(double x, double& out) { out = x; }
+
+inline void narrow(float x, bf16& out) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  out.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void narrow(float x, f16& out) {
+#if defined(__F16C__)
+  out.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const uint32_t bits = bits_as<uint32_t>(x), sign = bits >> 16 & 0x8000,
+                 magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    out.bits = uint16_t(sign | 0x7e00);
+  } else if (magnitude >= 0x477ff000) {  // rounds past 65504
+    out.bits = uint16_t(sign | 0x7c00);
+  } else if (magnitude < 0x38800000) {  // subnormal: let one addition round at 2**-24
+    out.bits = uint16_t(sign | (bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000));
+  } else {
+    const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+    out.bits = uint16_t(sign | (rounded - 0x38000000) >> 13);
+  }
+#endif
+}
+
+// ----------------------------------------------------------------------------------------------
+// A vector of values
+
+inline floats load_wide(const float* from) { return load<floats>(from); }
+inline doubles load_wide(const double* from) { return load<doubles>(from); }
+
+inline floats load_wide(const bf16* from) {
+  return bits_as<floats>(__builtin_convertvector(load<halves>(from), words) << 16);
+}
+
+inline floats load_wide(const f16* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(load<__m256i>(from));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(load<__m128i>(from));
+#else
+  floats v;
+  for (int i = 0; i < kFloats; ++i) v[i] = widen(from[i]);
+  return v;
+#endif
+}
+
+inline void store_narrow(float* to, floats v) { store(to, v); }
+inline void store_narrow(double* to, doubles v) { store(to, v); }
+
+// The bits of v rounded to bf16, in the low halves.
+inline words round_bf16(floats v) {
+  const words bits = bits_as<words>(v);
+  const words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return v != v ? (words{} + 0x7fc0) : rounded;
+}
+
+inline void store_narrow(bf16* to, floats v) {
+  store(to, __builtin_convertvector(round_bf16(v), halves));
+}
+
+inline void store_narrow(f16* to, floats v) {
+#if defined(__AVX512F__)
+  store(to, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  store(to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kFloats; ++i) narrow(v[i], to[i]);
+#endif
+}
+
+// ----------------------------------------------------------------------------------------------
+// Two vectors of interleaved pairs
+
+template <typename V>
+struct Lanes;
+template <>
+struct Lanes<floats> {
+  using Index = ints;
+  static constexpr int count = kFloats;
+};
+template <>
+struct Lanes<doubles> {
+  using Index = longs;
+  static constexpr int count = kDoubles;
+};
+
+template <typename V, int... I>
+inline std::pair<V, V> unzip(V low, V high, std::integer_sequence<int, I...>) {
+  using Index = typename Lanes<V>::Index;
+  return {__builtin_shuffle(low, high, Index{2 * I...}),
+          __builtin_shuffle(low, high, Index{2 * I + 1 ...})};
+}
+
+template <typename V, int... I>
+inline std::pair<V, V> zip(V a, V b, std::integer_sequence<int, I...>) {
+  using Index = typename Lanes<V>::Index;
+  constexpr int n = Lanes<V>::count;
+  return {__builtin_shuffle(a, b, Index{(I / 2 + I % 2 * n)...}),
+          __builtin_shuffle(a, b, Index{(n / 2 + I / 2 + I % 2 * n)...})};
+}
+
+template <typename T>
+inline auto load_pairs(const T* from) {
+  const auto low = load_wide(from);
+  using V = std::remove_const_t<decltype(low)>;
+  constexpr int n = Lanes<V>::count;
+  return unzip(low, load_wide(from + n), std::make_integer_sequence<int, n>{});
+}
+
+template <typename T, typename V>
+inline void store_pairs(T* to, V a, V b) {
+  constexpr int n = Lanes<V>::count;
+  const auto [low, high] = zip(a, b, std::make_integer_sequence<int, n>{});
+  store_narrow(to, low);
+  store_narrow(to + n, high);
+}
+
+// A pair of bf16 is one 32-bit word, so no lane has to move.
+inline std::pair<floats, floats> load_pairs(const bf16* from) {
+  const words both = load<words>(from);
+  return {bits_as<floats>(both << 16), bits_as<floats>(both & 0xffff0000)};
+}
+
+inline void store_pairs(bf16* to, floats a, floats b) {
+  store(to, round_bf16(a) | round_bf16(b) << 16);
+}
+
+}  // namespace
+}  // namespace extrope

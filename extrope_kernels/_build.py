@@ -1,0 +1,226 @@
+"""How the two compiled libraries are built: for setup.py and for the first-use build in `_ext.py`.
+
+This module imports neither torch nor the rest of the package, so that setup.py can load it by path.
+`csrc/cpu/*_kernel.cpp` knows nothing of torch and is compiled once per instruction set; the other
+`csrc/cpu/*.cpp` and `csrc/cuda/*.cpp` bind kernels to torch through its stable ABI;
+`csrc/cuda/*.cu` includes no torch header either and is for nvcc.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+LIBRARIES = {"cpu": "_C_cpu.abi3.so", "cuda": "_C_cuda.abi3.so"}
+MIN_TORCH = (2, 11)
+# Hides the stable-ABI functions newer than MIN_TORCH: one binary serves that torch and later ones.
+TORCH_TARGET = f"-DTORCH_TARGET_VERSION=0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000"
+CUDA_ARCHS = ("80", "90", "100", "120")
+
+STANDARD = "-std=c++20"
+CXX_FLAGS = (
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+)
+NVCC_FLAGS = (STANDARD, "-O3", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
+_AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
+ISA_FLAGS = {
+    "baseline": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": tuple(_AVX512.split()),
+}
+
+
+class BuildError(RuntimeError):
+    """A library cannot be built; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The commands that build one library; `objects` maps an object file to its command."""
+
+    objects: dict[str, list[str]]
+    link: list[str]
+
+
+def source_dir() -> Path:
+    """The folder of C++ and CUDA sources: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "csrc"
+    return installed if installed.is_dir() else package.parent / "csrc"
+
+
+def find_torch() -> Path:
+    """The folder of a torch that the bindings can be compiled against, without importing it."""
+    try:
+        spec = importlib.util.find_spec("torch")
+        version = importlib.metadata.version("torch")
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:
+        raise BuildError("torch is not installed where the build runs")
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TORCH:
+        raise BuildError(f"torch {version} is older than {MIN_TORCH[0]}.{MIN_TORCH[1]}")
+    return Path(spec.origin).parent
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command: $CXX, else the first of c++, g++ and clang++ on PATH."""
+    if not sys.platform.startswith("linux"):
+        raise BuildError(f"the compiled kernels are built on Linux only, this is {sys.platform}")
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    raise BuildError(f"no C++ compiler found ({chosen[0] if chosen else 'c++, g++, clang++'})")
+
+
+def find_nvcc() -> str:
+    """The path of nvcc: under $CUDA_HOME, else on PATH, else under /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    folders = [f"{home}/bin"] if home else [None, "/usr/local/cuda/bin"]
+    for folder in folders:
+        if nvcc := shutil.which("nvcc", path=folder):
+            return nvcc
+    raise BuildError("nvcc not found" + (f" under CUDA_HOME={home}" if home else ""))
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The architectures: $EXTROPE_CUDA_ARCHS ("90", "80,90"), else those that nvcc knows."""
+    asked = os.environ.get("EXTROPE_CUDA_ARCHS", "").replace(",", " ").split()
+    if asked:
+        return asked
+    known = output([nvcc, "--list-gpu-arch"]).split()
+    return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+
+
+def plan(name: str) -> Plan:
+    """The commands for library `name` ("cpu" or "cuda"); BuildError when a tool is missing."""
+    return _plan_cpu() if name == "cpu" else _plan_cuda()
+
+
+def _plan_cpu() -> Plan:
+    compiler, torch = find_compiler(), find_torch()
+    isas = ISA_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else ("baseline",)
+    objects = {}
+    for source in _sources("cpu", "*.cpp"):
+        compile_it = [*compiler, STANDARD, *CXX_FLAGS, "-c", str(source)]
+        if not source.stem.endswith("_kernel"):
+            objects[f"{source.stem}.o"] = [*compile_it, *_torch_flags(torch)]
+            continue
+        for isa in isas:
+            objects[f"{source.stem}.{isa}.o"] = [
+                *compile_it,
+                f"-DEXTROPE_ISA={isa}",
+                *ISA_FLAGS[isa],
+            ]
+    return Plan(
+        objects, [*compiler, "-shared", f"-L{torch / 'lib'}", "-Wl,--no-undefined", "-ltorch_cpu"]
+    )
+
+
+def _plan_cuda() -> Plan:
+    # nvcc drives every step: it alone knows where its headers and the static runtime are.
+    compiler, nvcc, torch = find_compiler(), find_nvcc(), find_torch()
+    archs = cuda_archs(nvcc)
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    compile_it = [nvcc, *NVCC_FLAGS] + ([f"-ccbin={compiler[-1]}"] if os.environ.get("CXX") else [])
+    objects = {
+        f"{s.stem}.cu.o": [*compile_it, *gencode, "-c", str(s)] for s in _sources("cuda", "*.cu")
+    }
+    for source in _sources("cuda", "*.cpp"):
+        objects[f"{source.stem}.o"] = [*compile_it, "-c", str(source), *_torch_flags(torch)]
+    link = [nvcc, "-shared", "-cudart=static", *gencode, f"-L{torch / 'lib'}"]
+    return Plan(
+        objects, [*link, "-Xlinker=--no-undefined", "-ltorch_cpu", "-ldl", "-lrt", "-lpthread"]
+    )
+
+
+def key(name: str) -> str:
+    """A short hash of what a library is made of: sources, flags, compilers, processor family.
+
+    torch's version is no part of it: by the stable ABI the library serves all from MIN_TORCH on.
+    """
+    steps = plan(name)
+    digest = hashlib.sha256(platform.machine().encode())
+    digest.update(output([*find_compiler(), "--version"]).encode())
+    if name == "cuda":
+        digest.update(output([find_nvcc(), "--version"]).encode())
+    for command in [*steps.objects.values(), steps.link]:
+        # Paths of sources and of torch say nothing about the result.
+        digest.update(" ".join(word for word in command if os.sep not in word).encode())
+    for folder in ("common", name):
+        for source in _sources(folder, "*"):
+            digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(name: str, output: Path, work_dir: Path, log: Path) -> None:
+    """Compile library `name` into the file `output`; `log` keeps the commands and their output."""
+    steps = plan(name)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    commands = [
+        [*command, "-o", str(work_dir / target)] for target, command in steps.objects.items()
+    ]
+    # Objects come before the libraries: the linker looks only ahead for what they leave undefined.
+    link = [
+        steps.link[0],
+        *(str(work_dir / target) for target in steps.objects),
+        *steps.link[1:],
+        "-o",
+        str(output),
+    ]
+    log.write_text("")
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(lambda command: _run(command, log), commands))
+    _run(link, log)
+
+
+def _run(command: list[str], log: Path) -> None:
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+    except OSError as error:
+        raise BuildError(f"{command[0]} did not start: {error.strerror}") from error
+    with log.open("a") as file:
+        file.write(f"$ {shlex.join(command)}\n{done.stdout}")
+    if done.returncode != 0:
+        lines = done.stdout.splitlines() or [f"exit code {done.returncode}"]
+        first = next((line for line in lines if "error" in line.lower()), lines[-1])
+        raise BuildError(f"{Path(command[0]).name} failed: {first.strip()[:300]} (log: {log})")
+
+
+def output(command: list[str]) -> str:
+    """What a command prints; BuildError when it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"{shlex.join(command)} failed") from error
+    return done.stdout
+
+
+def _sources(folder: str, pattern: str) -> list[Path]:
+    found = sorted(path for path in (source_dir() / folder).glob(pattern) if path.is_file())
+    if not found:
+        raise BuildError(f"no {pattern} sources in {source_dir() / folder}")
+    return found
+
+
+def _torch_flags(torch: Path) -> list[str]:
+    return [TORCH_TARGET, "-isystem", str(torch / "include")]

@@ -1,0 +1,168 @@
+"""Find and load the compiled libraries, build them on first use, or say in one line why not."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from . import _build
+
+_log = logging.getLogger(__name__)
+_lock = threading.RLock()
+_reasons: dict[str, str | None] = {}
+_paths: dict[str, Path] = {}
+_watchers: dict[str, list[tuple[Callable[[], None], Callable[[str | None], None]]]] = {}
+_BUILD_TIMEOUT = 600.0  # seconds to wait for another process that builds the same library
+
+
+def load(name: str) -> str | None:
+    """Load the library `name` ("cpu" or "cuda"), building it if need be.
+
+    Returns: None when it is loaded, else the reason in one line. Later calls repeat the answer.
+    """
+    if name not in _build.LIBRARIES:
+        raise ValueError(f"load: name must be one of {list(_build.LIBRARIES)}, got {name!r}")
+    with _lock:
+        if name not in _reasons:
+            watchers = _watchers.pop(name, [])
+            for before, _ in watchers:
+                before()
+            try:
+                _paths[name] = _load(name)
+                _reasons[name] = None
+            except (_build.BuildError, OSError) as error:
+                _reasons[name] = str(error)
+            for _, after in watchers:
+                after(_reasons[name])
+        return _reasons[name]
+
+
+def watch(name: str, before: Callable[[], None], after: Callable[[str | None], None]) -> None:
+    """Call `before()` when `name` is about to be loaded and `after(reason)` when it is settled."""
+    _watchers.setdefault(name, []).append((before, after))
+
+
+def status() -> dict[str, str]:
+    """One line per library: the path it is loaded from, or why it is not."""
+    reasons = {name: load(name) for name in _build.LIBRARIES}
+    return {
+        name: f"loaded from {_paths[name]}" if why is None else why for name, why in reasons.items()
+    }
+
+
+def cache_dirs() -> list[Path]:
+    """Folders for built libraries, best first: the user's cache, a private temporary folder."""
+    if chosen := os.environ.get("EXTROPE_CACHE_DIR"):
+        user = Path(chosen)
+    elif xdg := os.environ.get("XDG_CACHE_HOME"):
+        user = Path(xdg) / "extrope_kernels"
+    else:
+        user = Path(os.path.expanduser("~/.cache")) / "extrope_kernels"
+    return [user, _temporary_dir()]
+
+
+def _temporary_dir() -> Path:
+    return Path(tempfile.gettempdir()) / f"extrope_kernels-{os.getuid()}"
+
+
+def _load(name: str) -> Path:
+    if name == "cuda" and torch.version.cuda is None:
+        raise _build.BuildError("this torch is built without CUDA")
+    failures = []
+    packaged = Path(__file__).resolve().parent / _build.LIBRARIES[name]
+    if packaged.exists():
+        if (why := _dlopen(packaged)) is None:
+            return packaged
+        failures.append(why)
+    try:
+        return _load_cached(name)
+    except _build.BuildError as error:
+        raise _build.BuildError("; ".join([*failures, str(error)])) from error
+
+
+def _load_cached(name: str) -> Path:
+    if os.environ.get("EXTROPE_JIT") == "0":
+        raise _build.BuildError("not in the package, and EXTROPE_JIT=0 forbids to build it")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise _build.BuildError("not in the package, and not built here: no CUDA device")
+    entry = f"{name}-{_build.key(name)}"
+    failures = []
+    for folder in _usable(cache_dirs(), failures):
+        library = folder / entry / _build.LIBRARIES[name]
+        try:
+            if not _intact(library):
+                _build_locked(name, library)
+        except OSError as error:  # filelock's time-out too
+            failures.append(f"{folder}: {error.strerror or error}")
+            continue
+        if why := _dlopen(library):
+            raise _build.BuildError(why)
+        return library
+    raise _build.BuildError("no cache folder can be used: " + "; ".join(failures))
+
+
+def _usable(folders: list[Path], failures: list[str]) -> Iterator[Path]:
+    for folder in folders:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            info = folder.stat()
+        except OSError as error:
+            failures.append(f"{folder}: {error.strerror}")
+            continue
+        # What lies here is loaded as code, and anyone can make such a folder under /tmp.
+        others = info.st_uid != os.getuid() or info.st_mode & (stat.S_IWOTH | stat.S_IWGRP)
+        if folder == _temporary_dir() and others:
+            failures.append(f"{folder}: others can write to it")
+            continue
+        yield folder
+
+
+def _build_locked(name: str, library: Path) -> None:
+    entry = library.parent
+    entry.mkdir(exist_ok=True)
+    with FileLock(entry / "lock", timeout=_BUILD_TIMEOUT):
+        if _intact(library):  # another process built it meanwhile
+            return
+        _log.warning("building the %s library, once, into %s", name, entry)
+        work_dir = Path(tempfile.mkdtemp(prefix="build-", dir=entry))
+        try:
+            built = work_dir / library.name
+            _build.build(name, built, work_dir, entry / "build.log")
+            _digest_path(library).write_text(_digest(built))
+            os.replace(built, library)
+        finally:
+            shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def _digest_path(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _intact(library: Path) -> bool:
+    # A truncated library does not fail to load: it kills the process with SIGBUS.
+    try:
+        return _digest_path(library).read_text() == _digest(library)
+    except FileNotFoundError:
+        return False
+
+
+def _dlopen(library: Path) -> str | None:
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library.name} did not load: {' '.join(str(error).split())[:300]}"
+    return None

@@ -1,0 +1,113 @@
+"""The command line: what runs where, the evaluation of a model, the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from . import __version__, _build, _ext
+from .evaluation import cli as evaluation
+from .ops import rope
+
+CPU_CAPABILITIES = (
+    "baseline",
+    "AVX2",
+    "AVX-512",
+)  # the numbers that extrope::cpu_capability returns
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m extrope_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what is installed and which kernel runs where")
+    evaluate = commands.add_parser("eval", help="a model past its training length, per method")
+    evaluation.add_arguments(evaluate)
+    bench = commands.add_parser("bench", help="the benchmarks of a checkout")
+    bench.add_argument("names", nargs="*", metavar="NAME", help="such as rope; default: all")
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        print(info())
+        return 0
+    return evaluation.run(args) if args.command == "eval" else run_benchmarks(args.names)
+
+
+def info() -> str:
+    """Versions, libraries, devices and the kernels in use, a line each."""
+    lines = [("extrope_kernels", __version__), ("Python", platform.python_version())]
+    lines += [(name, _version(name)) for name in ("torch", "triton", "transformers")]
+    lines += [("C++ compiler", _compiler_version()), ("nvcc", _nvcc_version())]
+    reports = rope.backends()
+    lines += [(f"{name} library", report) for name, report in _ext.status().items()]
+    if _ext.load("cpu") is None:
+        lines.append(("CPU instructions", CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()]))
+    lines += [("device", device) for device in _devices()]
+    lines += [(f"rope backend {name}", report) for name, report in reports.items()]
+    lines += [(f"rope on {device}", chosen) for device, chosen in _choices(reports).items()]
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
+
+
+def run_benchmarks(names: list[str]) -> int:
+    """Run bench/bench_NAME.py for each name, or all; the exit code of the first that fails."""
+    folder = Path(__file__).resolve().parent.parent / "bench"
+    scripts = sorted(folder.glob("bench_*.py"))
+    if not scripts:
+        print(f"bench: the benchmarks come with a checkout; none in {folder}", file=sys.stderr)
+        return 2
+    known = {script.stem.removeprefix("bench_"): script for script in scripts}
+    for name in names:
+        if name not in known:
+            print(f"bench: NAME must be one of {list(known)}, got {name!r}", file=sys.stderr)
+            return 2
+    for name in names or known:
+        done = subprocess.run([sys.executable, str(known[name])])
+        if done.returncode != 0:
+            return done.returncode
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _compiler_version() -> str:
+    try:
+        return _build.output([*_build.find_compiler(), "--version"]).splitlines()[0]
+    except _build.BuildError as error:
+        return str(error)
+
+
+def _nvcc_version() -> str:
+    try:
+        return _build.output([_build.find_nvcc(), "--version"]).splitlines()[-1]
+    except _build.BuildError as error:
+        return str(error)
+
+
+def _devices() -> list[str]:
+    devices = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        devices.append(f"cuda:{index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+    return devices
+
+
+def _choices(reports: dict[str, str]) -> dict[str, str]:
+    """What backend=None means on each type of device here."""
+    preferences = {"cpu": ("cpu", "reference")}
+    if torch.cuda.is_available():
+        preferences["cuda"] = ("cuda", "triton")
+    return {
+        device: next((name for name in names if reports[name] == "available"), "none")
+        for device, names in preferences.items()
+    }

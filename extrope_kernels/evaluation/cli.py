@@ -1,0 +1,68 @@
+"""The `eval` command: how well a model reads past its training length under each method."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from extrope_kernels.evaluation import UsageError, models, options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to a parser."""
+    add = parser.add_argument
+    add("--model", required=True, help="transformers folder, .gguf file, or smollm2")
+    add("--task", choices=("loss", "passkey"), default="loss", help="default: loss")
+    add("--methods", required=True, help="comma-separated frequency methods: rope,pi,yarn,...")
+    add("--lengths", required=True, help="comma-separated numbers of tokens: 8192,16384")
+    add("--out", required=True, help="folder for the JSON file and the plot")
+    add("--text", default="pydocs", help="UTF-8 file, or pydocs (default): the Python reference")
+    add("--factor", type=float, help="of every method; default: length / training length")
+    add(
+        "--param",
+        action="append",
+        default=[],
+        metavar="METHOD.NAME=VALUE",
+        help="a parameter of one method, such as yarn.beta_fast=16; repeatable",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    add("--device", help="torch device; default: cuda where there is one, else cpu")
+    add("--bucket", type=int, default=2048, help="loss: tokens per bucket (default 2048)")
+    add("--depths", type=int, default=5, help="passkey: depths of the key (default 5)")
+    add("--trials", type=int, default=3, help="passkey: keys per length and depth (default 3)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command and return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    try:
+        _run(args)
+    except UsageError as error:
+        print(f"eval: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"eval: interrupted; finished rows are in {args.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    options.check_packages()
+    plan = options.make_plan(args)
+    for name in ("bucket", "depths", "trials"):
+        options.check_positive(f"--{name}", getattr(args, name))
+    out = options.check_out(args.out)
+    files = models.find_model(args.model)
+    device = models.pick_device(args.device)
+    models.quiet()
+    # Only now, since they import transformers, which takes seconds.
+    from extrope_kernels.evaluation import runner
+    from extrope_kernels.evaluation.tasks import TASKS
+
+    slow = " (from GGUF, which takes half a minute)" if files.gguf_file is not None else ""
+    print(f"loading {args.model}{slow}", file=sys.stderr, flush=True)
+    tokenizer = models.load_tokenizer(files)
+    task = TASKS[args.task](args, plan.lengths, tokenizer)
+    model = models.load_model(files, args.dtype, device)
+    models.keep_converted(args.model, files, model, tokenizer)
+    runner.run_rows(task, model, plan, args, out)
+    print(f"wrote {out / args.task}.json and .png", file=sys.stderr)

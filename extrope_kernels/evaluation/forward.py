@@ -1,0 +1,77 @@
+"""One pass of a causal model over a long sequence, in memory that stays small."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from extrope_kernels.evaluation.models import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Logits of so many elements are computed at a time: 128 MiB in float32.
+_LOGITS_AT_ONCE = 2**25
+
+
+def run_body(
+    model: PreTrainedModel, ids: Tensor, on_layer: Callable[[], None] = lambda: None
+) -> Any:
+    """Run all but the head once over the whole sequence and return the body's output.
+
+    ids: (seqlen,) int64
+    on_layer: called after each decoder layer.
+    """
+    with _after_each_layer(model, on_layer):
+        return model.base_model(input_ids=ids[None], use_cache=False, return_dict=True)
+
+
+def logits(model: PreTrainedModel, body: Any, start: int, stop: int) -> Tensor:
+    """Return the logits at positions start .. stop - 1: (stop - start, vocab) float32.
+
+    They come from the model's own forward with its body replaced by what `run_body` returned, so
+    that soft-capping or scaling of the logits, where a model has it, is applied.
+    """
+    hidden = body.last_hidden_state[:, start:stop]
+    part = dataclasses.replace(body, last_hidden_state=hidden)
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    with _body_returns(model, part):
+        return model(input_ids=ids, use_cache=False).logits[0].float()
+
+
+def chunks(start: int, stop: int, vocab_size: int) -> Iterator[tuple[int, int]]:
+    """Cut start .. stop - 1 into ranges whose logits fit in memory."""
+    step = max(1, _LOGITS_AT_ONCE // vocab_size)
+    for begin in range(start, stop, step):
+        yield begin, min(begin + step, stop)
+
+
+@contextmanager
+def _body_returns(model: PreTrainedModel, output: Any) -> Iterator[None]:
+    body = model.base_model
+    patched = body.__dict__.get("forward")
+    body.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if patched is None:
+            del body.forward
+        else:
+            body.forward = patched
+
+
+@contextmanager
+def _after_each_layer(model: PreTrainedModel, on_layer: Callable[[], None]) -> Iterator[None]:
+    handles = [
+        layer.register_forward_hook(lambda *_: on_layer()) for layer in decoder_layers(model)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

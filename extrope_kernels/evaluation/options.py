@@ -1,0 +1,140 @@
+"""Reads and checks the command's options before anything slow begins."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import inspect
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from extrope_kernels.evaluation import UsageError
+
+_PACKAGES = ("matplotlib", "rich", "transformers")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: every method at every length, a row of the table each.
+
+    lengths: tokens of each run, rising.
+    params: for each method what the user gave for it.
+    factor: the user's factor for all methods, or None for length / training length.
+    """
+
+    methods: list[str]
+    lengths: list[int]
+    params: dict[str, dict[str, Any]] = field(default_factory=dict)
+    factor: float | None = None
+
+    def method_params(self, method: str, length: int, training_length: int) -> dict[str, Any]:
+        """Return the parameters of a run; the rest, `base` for one, comes from the model.
+
+        A method that cannot do without a factor gets length / training_length, at least 1; one
+        with a factor of its own by default keeps it unless the user names one.
+        """
+        from extrope_kernels.methods import METHODS
+
+        parameter = inspect.signature(METHODS[method]).parameters.get("factor")
+        chosen: dict[str, Any] = {}
+        if parameter is not None and self.factor is not None:
+            chosen["factor"] = self.factor
+        elif parameter is not None and parameter.default is inspect.Parameter.empty:
+            chosen["factor"] = max(1.0, length / training_length)
+        return chosen | self.params.get(method, {})
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Return the checked plan; raises UsageError."""
+    methods = _methods(args.methods)
+    if args.factor is not None and not args.factor > 0:
+        raise UsageError(f"--factor must be > 0, got {args.factor:g}")
+    return Plan(methods, _lengths(args.lengths), _params(args.param, methods), args.factor)
+
+
+def check_packages() -> None:
+    """Raise UsageError when a package of the demo extra is missing."""
+    require(*_PACKAGES)
+
+
+def require(*packages: str) -> None:
+    """Raise UsageError, naming the extra that brings them, when one of `packages` is missing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{', '.join(missing)} not installed; run: pip install 'extrope-kernels[demo]'"
+        )
+
+
+def check_out(path: str) -> Path:
+    """Return the output folder, made where it is missing; raises UsageError."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {path}: cannot write there: {error.strerror}") from error
+    return folder
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise UsageError unless `value` is at least 1."""
+    if value < 1:
+        raise UsageError(f"{name} must be >= 1, got {value}")
+
+
+def _split(name: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise UsageError(f"{name} must list at least one value, separated by commas")
+    return list(dict.fromkeys(parts))
+
+
+def _methods(text: str) -> list[str]:
+    from extrope_kernels.methods import METHODS
+
+    methods = _split("--methods", text)
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise UsageError(f"--methods: unknown {', '.join(unknown)}; choose from {_list(METHODS)}")
+    return methods
+
+
+def _lengths(text: str) -> list[int]:
+    parts = _split("--lengths", text)
+    if not all(part.isascii() and part.isdigit() and int(part) >= 2 for part in parts):
+        raise UsageError(f"--lengths must be whole numbers of tokens >= 2, got {text}")
+    return sorted({int(part) for part in parts})
+
+
+def _params(items: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    from extrope_kernels.methods import METHODS
+
+    params: dict[str, dict[str, Any]] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        method, dot, name = key.partition(".")
+        if not (equals and dot and method and name):
+            raise UsageError(f"--param must read METHOD.NAME=VALUE, got {item}")
+        if method not in methods:
+            raise UsageError(f"--param {item}: {method} is not among --methods")
+        known = [key for key in inspect.signature(METHODS[method]).parameters if key != "dim"]
+        if name not in known:
+            raise UsageError(f"--param {item}: {method} has no {name}; it has {_list(known)}")
+        params.setdefault(method, {})[name] = _literal(value)
+    return params
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names)

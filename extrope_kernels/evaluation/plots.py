@@ -1,0 +1,138 @@
+"""Draws the results."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from extrope_kernels.evaluation.report import write_atomic
+
+# Okabe and Ito's palette without its yellow, which is too light for a line on white.
+_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_MARKERS = "osD^vPX"
+_STYLES = ("-", "--", ":")
+
+
+def plot_loss(results: dict[str, Any], path: Path) -> None:
+    """Draw the loss of each bucket, a panel per length and a line per method, as PNG."""
+    lengths = sorted({row["length"] for row in results["rows"]})
+    figure = Figure(figsize=(8.5, 0.6 + 4.4 * len(lengths)), layout="constrained")
+    panels = figure.subplots(len(lengths), 1, squeeze=False, sharey=True)[:, 0]
+    methods = list(dict.fromkeys(row["method"] for row in results["rows"]))
+    for axes, length in zip(panels, lengths, strict=True):
+        for row in results["rows"]:
+            if row["length"] == length:
+                _draw_losses(axes, row, methods.index(row["method"]))
+        _finish_losses(axes, length, results)
+    panels[-1].set_xlabel(f"position in the text (means over {results['bucket']:,} tokens)")
+    figure.legend(*_handles(panels), frameon=False, loc="outside right center")
+    figure.suptitle(f"{results['model']} on {results['text']['name']}, {results['dtype']}")
+    _save(figure, path)
+
+
+def _draw_losses(axes: Axes, row: dict[str, Any], index: int) -> None:
+    buckets = row["buckets"]
+    axes.plot(
+        [(bucket["start"] + bucket["stop"]) / 2 for bucket in buckets],
+        [bucket["loss"] for bucket in buckets],
+        label=row["method"],
+        color=_COLOURS[index % len(_COLOURS)],
+        marker=_MARKERS[index % len(_MARKERS)],
+        linestyle=_STYLES[index // len(_COLOURS) % len(_STYLES)],
+        markersize=5,
+        linewidth=1.8,
+    )
+
+
+def _finish_losses(axes: Axes, length: int, results: dict[str, Any]) -> None:
+    trained = results["training_length"]
+    if trained < length:
+        axes.axvline(trained, color="0.35", linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.axvspan(trained, length, color="0.95", zorder=0)
+        axes.annotate(
+            f" past the training length, {trained:,}",
+            (trained, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, -4),
+            textcoords="offset points",
+            va="top",
+            color="0.25",
+        )
+    axes.set_xlim(0, length)
+    axes.set_xticks(_ticks(length, results["bucket"]))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylabel("next-token loss (nats)")
+    axes.grid(axis="y", color="0.88")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _handles(panels: Iterable[Axes]) -> tuple[list[Any], list[str]]:
+    # A method that one panel lacks, as while rows are still missing, may be in another.
+    by_label: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            by_label.setdefault(label, handle)
+    return list(by_label.values()), list(by_label)
+
+
+def _ticks(length: int, bucket: int) -> list[int]:
+    step = bucket * max(1, -(-length // (8 * bucket)))
+    return list(range(0, length + 1, step))
+
+
+def plot_passkey(results: dict[str, Any], path: Path) -> None:
+    """Draw a heat map of accuracy by length and depth for each method, as PNG."""
+    methods = list(dict.fromkeys(row["method"] for row in results["rows"]))
+    lengths = sorted({row["length"] for row in results["rows"]})
+    columns = min(3, len(methods))
+    lines = -(-len(methods) // columns)
+    width = max(2.6, 0.85 * len(lengths) + 1.2)
+    figure = Figure(figsize=(columns * width + 1.4, lines * 3.4 + 0.5), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes, method in zip(panels, methods, strict=False):
+        rows = {row["length"]: row for row in results["rows"] if row["method"] == method}
+        image = _draw_heat_map(axes, rows, lengths, results["depths"])
+        axes.set_title(method)
+    for axes in panels[len(methods) :]:
+        axes.set_visible(False)
+    figure.colorbar(image, ax=list(panels), label="keys recalled", format="{x:.0%}", shrink=0.8)
+    figure.supxlabel("length (tokens)")
+    figure.supylabel("depth of the key in the text")
+    trained = f"trained on {results['training_length']:,} positions"
+    figure.suptitle(f"{results['model']}: passkey recall, {trained}")
+    _save(figure, path)
+
+
+def _draw_heat_map(
+    axes: Axes, rows: dict[int, dict[str, Any]], lengths: list[int], depths: list[float]
+) -> Any:
+    missing = [float("nan")] * len(depths)
+    by_length = [rows[length]["accuracy"] if length in rows else missing for length in lengths]
+    image = axes.imshow(
+        list(zip(*by_length, strict=True)), vmin=0, vmax=1, cmap="cividis", aspect="auto"
+    )
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.spines[:].set_visible(False)
+    axes.set_xticks([column - 0.5 for column in range(1, len(lengths))], minor=True)
+    axes.set_yticks([line - 0.5 for line in range(1, len(depths))], minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="minor", length=0)
+    axes.tick_params(labelbottom=True)  # the panel below may be an empty one
+    for column, accuracies in enumerate(by_length):
+        for line, accuracy in enumerate(accuracies):
+            if accuracy == accuracy:
+                colour = "white" if accuracy < 0.6 else "black"
+                axes.text(column, line, f"{accuracy:.0%}", color=colour, ha="center", va="center")
+    return image
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_atomic(path, buffer.getvalue())

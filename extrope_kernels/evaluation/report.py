@@ -1,0 +1,126 @@
+"""Shows results as they come in and keeps them on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import extrope_kernels
+
+
+class Display:
+    """Lines of a table on a stream, without progress bars."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def line(self, text: str) -> None:
+        """Show a line of the table at once."""
+        print(text, file=self._stream, flush=True)
+
+    def begin(self, name: str, ticks: int) -> None:
+        """Announce the next row and how many ticks it takes."""
+
+    def tick(self) -> None:
+        """Say that one tick of the current row is done."""
+
+
+class _BarDisplay(Display):
+    """Lines of a table above two progress bars: the current row and all rows."""
+
+    def __init__(self, stream: TextIO, rows: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TimeRemainingColumn(),
+            console=Console(file=stream),
+            transient=True,
+        )
+        self._all = self.progress.add_task("all rows", total=rows)
+        self._row = self.progress.add_task("", total=1, visible=False)
+        self._ticks = 1
+
+    def line(self, text: str) -> None:
+        self.progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def begin(self, name: str, ticks: int) -> None:
+        self._ticks = ticks
+        self.progress.reset(self._row, total=ticks, description=name, visible=True)
+
+    def tick(self) -> None:
+        self.progress.advance(self._row)
+        self.progress.advance(self._all, 1 / self._ticks)
+
+
+@contextmanager
+def open_display(stream: TextIO, rows: int) -> Iterator[Display]:
+    """Show a table of so many rows: with progress bars on a terminal, as plain lines elsewhere."""
+    if not stream.isatty():
+        yield Display(stream)
+        return
+    display = _BarDisplay(stream, rows)
+    with display.progress:
+        yield display
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that whoever reads it finds the old content or the new, never a part."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write the results as JSON; a number that is not finite becomes null."""
+    text = json.dumps(_finite(results), indent=2, allow_nan=False)
+    write_atomic(path, text.encode() + b"\n")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the numbers depend on."""
+    packages = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return {
+        "python": platform.python_version(),
+        "extrope_kernels": extrope_kernels.__version__,
+        **packages,
+    }
+
+
+def format_line(method: str, length: str, cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Return a line of the table: method, length and the cells, right-aligned."""
+    padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
+    return f"{method:<12} {length:>6} " + " ".join(padded)
+
+
+def range_label(start: int, stop: int) -> str:
+    """Return a range of positions for a column head: 2-4k, or 512-768."""
+    if start % 1024 == 0 and stop % 1024 == 0:
+        return f"{start // 1024}-{stop // 1024}k"
+    return f"{start}-{stop}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value

@@ -1,0 +1,50 @@
+"""Frequency methods: pure functions from a rotary dimension to `RopeFreqs`.
+
+Every function takes `dim`, the rotary dimension, and all else by keyword; `METHODS` names them all.
+The tables are computed on the CPU with the authors' own float32 operations, in their order,
+so they have the bits that the authors' code gives on the same machine (torch's pow and exp may
+differ in the last one between CPU families). `RopeFreqs.to` moves them to a device.
+"""
+
+from collections.abc import Callable
+
+from .abf import abf
+from .base import RopeFreqs
+from .dynamic_ntk import dynamic_ntk
+from .dynamic_yarn import dynamic_yarn
+from .giraffe_power import giraffe_power
+from .giraffe_truncation import giraffe_truncation
+from .hf_config import from_hf_config
+from .llama3 import llama3
+from .longrope import longrope
+from .ntk_aware import ntk_aware
+from .ntk_by_parts import ntk_by_parts
+from .ntk_mixed import ntk_mixed
+from .pi import pi
+from .proportional import proportional
+from .rope import rope
+from .xpos import xpos
+from .yarn import yarn
+
+METHODS: dict[str, Callable[..., RopeFreqs]] = {
+    method.__name__: method
+    for method in (
+        rope,
+        abf,
+        pi,
+        ntk_aware,
+        dynamic_ntk,
+        ntk_by_parts,
+        ntk_mixed,
+        yarn,
+        dynamic_yarn,
+        giraffe_power,
+        giraffe_truncation,
+        xpos,
+        llama3,
+        longrope,
+        proportional,
+    )
+}
+
+__all__ = ["METHODS", "RopeFreqs", "from_hf_config", *METHODS]

@@ -1,0 +1,123 @@
+"""What YaRN, dynamic YaRN and NTK-by-parts share: which pairs keep their frequency."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._checks import check_bool, check_choice, check_falling, check_real
+from .base import base_powers, copy_to
+
+
+def turns_index(turns: float, dim: int, base: float, length: int) -> float:
+    """Return the (real) pair index at which a pair turns `turns` times inside `length`."""
+    return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+
+def index_ramp(
+    method: str,
+    dim: int,
+    base: float,
+    length: int,
+    fast: float,
+    slow: float,
+    truncate: bool = True,
+) -> Tensor:
+    """Return 1 for the pairs that make `fast` turns or more, falling linearly to 0 at `slow` turns.
+
+    (dim/2,) float32. The ends are indices, rounded outwards when `truncate`, and are limited to
+    0 .. dim - 1 (not dim/2 - 1) as in the authors' code.
+    """
+    low, high = turns_index(fast, dim, base, length), turns_index(slow, dim, base, length)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low > high:
+        raise ValueError(
+            f"{method}: original_max_position_embeddings and base must let some pair of lanes make "
+            f"between {slow:g} and {fast:g} turns, got {length} and {base:g}"
+        )
+    if low == high:
+        high += 0.001
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)
+    return 1 - ramp.clamp(0, 1)
+
+
+def check_yarn_ramp(
+    method: str, beta_fast: float, beta_slow: float, truncate: bool, ramp: str
+) -> None:
+    """Check the arguments that `yarn_inv_freq` takes beside dim, scale, base and length."""
+    check_falling(method, "beta_fast", beta_fast, "beta_slow", beta_slow)
+    check_bool(method, "truncate", truncate)
+    check_choice(method, "ramp", ramp, _RAMPS)
+
+
+def yarn_inv_freq(
+    method: str,
+    dim: int,
+    scale: float | Tensor,
+    *,
+    base: float,
+    length: int,
+    beta_fast: float,
+    beta_slow: float,
+    truncate: bool,
+    ramp: str,
+) -> Tensor:
+    """Return RoPE's frequencies, divided by `scale` where the ramp is 0.
+
+    (dim/2,) float32; with a float64 tensor `scale` (..., 1), (..., dim/2) on its device.
+    """
+    powers, keep = _RAMPS[ramp](method, dim, base, length, beta_fast, beta_slow, truncate)
+    if isinstance(scale, Tensor):
+        powers, keep = copy_to(powers, scale.device), copy_to(keep, scale.device)
+        scale = scale.to(powers.dtype)
+    return (1.0 / (scale * powers) * (1 - keep) + 1.0 / powers * keep).float()
+
+
+def yarn_amplitude(
+    method: str,
+    scale: float,
+    attention_factor: float | None,
+    mscale: float | None,
+    mscale_all_dim: float | None,
+) -> float:
+    """Return what q and k are multiplied by at extension `scale`."""
+    if attention_factor is not None:
+        return check_real(method, "attention_factor", attention_factor, above=0)
+    for name, value in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):
+        if value is not None:
+            check_real(method, name, value, at_least=0)
+    if mscale and mscale_all_dim:
+        return _temperature(scale, mscale) / _temperature(scale, mscale_all_dim)
+    return _temperature(scale, 1.0)
+
+
+def _temperature(scale: float, weight: float) -> float:
+    return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+
+def _by_index(
+    method: str, dim: int, base: float, length: int, fast: float, slow: float, truncate: bool
+) -> tuple[Tensor, Tensor]:
+    """Linear in the pair index, in float32: the authors' code and every released checkpoint."""
+    keep = index_ramp(method, dim, base, length, fast, slow, truncate)
+    return base_powers(dim, base), keep
+
+
+def _by_rotations(
+    method: str, dim: int, base: float, length: int, fast: float, slow: float, truncate: bool
+) -> tuple[Tensor, Tensor]:
+    """Linear in the number of turns, in float64: the paper's equations."""
+    powers = base ** (torch.arange(0, dim, 2, device="cpu").double() / dim)
+    turns = length / (2 * math.pi * powers)
+    return powers, ((turns - slow) / (fast - slow)).clamp(0, 1)
+
+
+_RAMPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "index": _by_index,
+    "rotations": _by_rotations,
+}

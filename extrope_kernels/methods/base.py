@@ -1,0 +1,53 @@
+"""`RopeFreqs`, which every method yields, and the table of powers that most methods start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RopeFreqs:
+    """How fast each pair of lanes turns, and how loud it is.
+
+    inv_freq: (rotary_dim/2,) float32: radians per position of each pair; (batch, rotary_dim/2) when
+        a method was given one `seq_len` per sequence.
+    attention_factor: multiplies the rotated lanes of q and of k, hence the logits by its square.
+    log_decay: (rotary_dim/2,) float32 or None. When given, q lanes are multiplied by
+        exp(p * log_decay) and k lanes by exp(-p * log_decay) at position p (XPOS).
+    """
+
+    inv_freq: Tensor
+    attention_factor: float = 1.0
+    log_decay: Tensor | None = None
+
+    def to(self, device: torch.device | str | int) -> RopeFreqs:
+        """Return the same frequencies with their tensors on `device`, to the bit."""
+        log_decay = None if self.log_decay is None else self.log_decay.to(device)
+        return RopeFreqs(self.inv_freq.to(device), self.attention_factor, log_decay)
+
+
+def exponents(dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return 2i / dim for every pair i: (dim/2,) float32."""
+    return torch.arange(0, dim, 2, device=device).float() / dim
+
+
+def base_powers(dim: int, base: float) -> Tensor:
+    """Return base ** (2i / dim) for every pair i: (dim/2,) float32 on the CPU.
+
+    Always on the CPU, since another device's pow may differ in the last bit from the table that
+    checkpoints were trained with.
+    """
+    return base ** exponents(dim)
+
+
+def rope_inv_freq(dim: int, base: float) -> Tensor:
+    """Return base ** (-2i / dim) for every pair i: (dim/2,) float32 on the CPU."""
+    return 1.0 / base_powers(dim, base)
+
+
+def copy_to(table: Tensor, device: torch.device) -> Tensor:
+    """Copy a small table from the CPU to `device` without making the host wait for the device."""
+    return table.to(device, non_blocking=True)

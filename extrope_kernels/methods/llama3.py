@@ -1,0 +1,50 @@
+"""Llama 3.1's frequency scaling."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ._checks import check_base, check_dim, check_factor, check_falling, check_length
+from .base import RopeFreqs, rope_inv_freq
+
+
+def llama3(
+    dim: int,
+    *,
+    factor: float,
+    original_max_position_embeddings: int,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+    base: float = 500000.0,
+) -> RopeFreqs:
+    """Return frequencies of which the slow ones are interpolated and the fast ones kept.
+
+    With turns_i = L * theta_i / (2 pi), the turns that pair i makes inside the trained length L:
+    theta_i if turns_i > high;  theta_i / factor if turns_i < low;  between them
+    (1 - t) * theta_i / factor + t * theta_i,  t = (turns_i - low) / (high - low)
+
+    dim: rotary dimension of one head, even.
+    factor: what the slow frequencies are divided by, > 0.
+    original_max_position_embeddings: L, the trained length in tokens.
+    low_freq_factor, high_freq_factor: low and high, in turns, 0 < low < high.
+    base: RoPE's base, > 1.
+
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+    Paper: https://arxiv.org/abs/2407.21783
+    """
+    dim = check_dim("llama3", dim)
+    factor = check_factor("llama3", factor)
+    length = check_length(
+        "llama3", "original_max_position_embeddings", original_max_position_embeddings
+    )
+    low, high = low_freq_factor, high_freq_factor
+    check_falling("llama3", "high_freq_factor", high, "low_freq_factor", low)
+    inv_freq = rope_inv_freq(dim, check_base("llama3", base))
+
+    wavelength = 2 * math.pi / inv_freq
+    t = (length / wavelength - low) / (high - low)
+    blended = (1 - t) * inv_freq / factor + t * inv_freq
+    slowed = torch.where(wavelength > length / low, inv_freq / factor, blended)
+    return RopeFreqs(torch.where(wavelength < length / high, inv_freq, slowed))

@@ -1,0 +1,34 @@
+"""NTK-aware scaling."""
+
+from __future__ import annotations
+
+from ._checks import check_base, check_dim, check_factor
+from .base import RopeFreqs, rope_inv_freq
+
+
+def ntk_aware(dim: int, *, factor: float, base: float = 10000.0) -> RopeFreqs:
+    """Return RoPE's frequencies at a base that divides the slowest one by exactly `factor`.
+
+    base' = base * factor ** (dim / (dim - 2)),  theta_i = base' ** (-2i / dim)
+
+    In the digit picture, where beta = base ** (2 / dim), this is beta' = beta * factor ** (2 /
+    (dim - 2)). The fastest pair is unchanged, and the context reached is less than `factor` times
+    the trained one. The "old" form base' = base * factor is `rope` at that base.
+
+    dim: rotary dimension of one head, even, at least 4.
+    factor: alpha, what the slowest frequency is divided by, > 0.
+    base: RoPE's base, > 1.
+
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+    Source: https://www.reddit.com/r/LocalLLaMA/comments/14lz7j5/ ; the YaRN paper's section 3.1,
+    https://arxiv.org/abs/2309.00071
+    """
+    dim = check_dim("ntk_aware", dim, minimum=4)
+    factor = check_factor("ntk_aware", factor)
+    base = check_base("ntk_aware", base)
+    return RopeFreqs(rope_inv_freq(dim, ntk_base(dim, base, factor)))
+
+
+def ntk_base(dim: int, base: float, factor: float) -> float:
+    """Return the base at which the slowest pair turns `factor` times slower than at `base`."""
+    return base * factor ** (dim / (dim - 2))

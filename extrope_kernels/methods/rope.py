@@ -1,0 +1,22 @@
+"""Plain RoPE."""
+
+from __future__ import annotations
+
+from ._checks import check_base, check_dim
+from .base import RopeFreqs, rope_inv_freq
+
+
+def rope(dim: int, *, base: float = 10000.0) -> RopeFreqs:
+    """Return the frequencies of plain rotary embeddings.
+
+    theta_i = base ** (-2i / dim), i = 0 .. dim/2 - 1
+
+    dim: rotary dimension of one head, even.
+    base: number whose powers are the wavelengths (in units of 2 pi positions), > 1.
+
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+    Paper: https://arxiv.org/abs/2104.09864
+    """
+    dim = check_dim("rope", dim)
+    base = check_base("rope", base)
+    return RopeFreqs(rope_inv_freq(dim, base))

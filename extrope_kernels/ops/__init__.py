@@ -1,0 +1,1 @@
+"""The operations, a folder each: public function, op schema, reference and kernels."""

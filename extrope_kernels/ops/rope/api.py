@@ -1,0 +1,211 @@
+"""The public functions of the rotation."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ... import _ext
+from ...methods import RopeFreqs
+from . import reference
+from .rotation import check
+
+_ops = torch.ops.extrope
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+def apply_rope(
+    x: Tensor,
+    freqs: RopeFreqs,
+    *,
+    positions: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    inverse: bool = False,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Rotate the pairs of lanes of x by position * inv_freq (RoPE, https://arxiv.org/abs/2104.09864).
+
+    (a, b) becomes attention_factor * (a cos t - b sin t, b cos t + a sin t) with t = position *
+    inv_freq, exact at positions up to 2**29. Lanes past 2 * len(inv_freq) pass through. XPOS's
+    log_decay is applied as for queries.
+
+    x: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens; float32,
+        bfloat16, float16 or float64; any strides with a contiguous last dimension.
+    freqs: from `extrope_kernels.methods`, on x's device. inv_freq: (rotary_dim/2,), per sequence
+        (batch, rotary_dim/2), or (batch or 1, heads or 1, rotary_dim/2).
+    positions: None for 0, 1, 2, ... within each sequence; an int or a (batch,) tensor is added to
+        those; (seqlen,), (batch, seqlen) or (total,) gives every token's own. int32, int64, float32
+        or float64. A 1-D tensor whose length fits both is read as (seqlen,); write offsets as
+        (batch, 1) where the two could be confused.
+    cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
+    interleaved: pair i is lanes (2i, 2i + 1), as in GPT-J; else lanes (i, i + rotary_dim/2), as in
+        GPT-NeoX and in transformers' Llama.
+    inverse: undo the rotation: minus the angle, one over the amplitude.
+    inplace: overwrite x; for inference, x must not require grad.
+    backend: "cpu", "cuda", "triton", "reference"; None for the best on x's device. A named backend
+        never falls back.
+
+    Returns: the rotated x, with x's shape and dtype; x itself when inplace. Differentiable to any
+        order in x and in inv_freq.
+    Raises: ValueError or TypeError that names the argument; NotImplementedError when the named
+        backend cannot run here.
+    """
+    rotated, _ = _rotate(
+        x, None, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend
+    )
+    return rotated
+
+
+def apply_rope_qk(
+    q: Tensor,
+    k: Tensor,
+    freqs: RopeFreqs,
+    *,
+    positions: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    inverse: bool = False,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys in one launch; XPOS's decay is applied upward to q and downward to k.
+
+    q: (batch, seqlen, heads_q, head_dim), k: (batch, seqlen, heads_k, head_dim), or both
+        (total, heads, head_dim) with cu_seqlens. Everything else as in `apply_rope`.
+
+    Returns: (q, k), rotated.
+    """
+    return _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend)
+
+
+def backends() -> dict[str, str]:
+    """What each backend says of itself here: "available", or why it is not."""
+    return {name: _missing(name) or "available" for name in BACKENDS}
+
+
+def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend):
+    if not isinstance(freqs, RopeFreqs):
+        raise TypeError(f"rope: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    offset = 0
+    if positions is not None and not isinstance(positions, Tensor):
+        offset, positions = _offset(positions), None
+    if cu_seqlens is not None and cu_seqlens.dtype == torch.int64:
+        cu_seqlens = cu_seqlens.to(torch.int32)
+    by = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay)
+    options = _options(freqs.attention_factor, offset, interleaved, inverse)
+    run = _inplace if inplace else _out_of_place
+    if torch.compiler.is_compiling():
+        return run(q, k, by, options, backend)
+    try:
+        return run(q, k, by, options, backend)
+    except NotImplementedError:
+        raise
+    except (AttributeError, RuntimeError) as error:
+        # The compiled kernels check everything before they start; what they refuse is told in
+        # Python's error types here, and the common case pays for one check only.
+        check(q, k, *by, freqs.attention_factor)
+        if isinstance(error, RuntimeError) and str(error).startswith("rope: "):
+            raise ValueError(str(error).splitlines()[0]) from None
+        raise
+
+
+def _wants_grad(q, k, inv_freq) -> bool:
+    return torch.is_grad_enabled() and (
+        q.requires_grad or inv_freq.requires_grad or (k is not None and k.requires_grad)
+    )
+
+
+def _options(attention_factor, offset, interleaved, inverse):
+    """The options that differ from the op's defaults: every argument costs the dispatcher time."""
+    options = {}
+    if attention_factor != 1.0:
+        options["attention_factor"] = attention_factor
+    if offset:
+        options["offset"] = offset
+    if interleaved:
+        options["interleaved"] = True
+    if inverse:
+        options["inverse"] = True
+    return options
+
+
+def _out_of_place(q, k, by, options, backend):
+    suffix = "" if backend is None else _suffix(backend, q)
+    if suffix == "_reference":
+        out_q, out_k = reference.rope_fwd(q, k, *by, **options)
+    else:
+        op = _ops.rope_fwd if suffix == "" else _ops.rope_fwd_triton
+        if torch.compiler.is_compiling() or _wants_grad(q, k, by[0]):
+            out_q, out_k = op(q, k, *by, **options)
+        else:
+            # Nothing to record: skip the Autograd kernel, which costs as much as a small rotation.
+            with torch._C._AutoDispatchBelowAutograd():
+                out_q, out_k = op(q, k, *by, **options)
+    return out_q, out_k if k is not None else None
+
+
+def _inplace(q, k, by, options, backend):
+    suffix = "" if backend is None else _suffix(backend, q)
+    if _wants_grad(q, k, by[0]):
+        raise ValueError("rope: inplace=True is for inference, got tensors that require grad")
+    for name, x in (("q", q), ("k", k)):
+        if x is not None and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape)):
+            raise ValueError(
+                f"rope: {name} must not be expanded with inplace=True, got strides {x.stride()}"
+            )
+    if suffix == "_reference":
+        for x, out in zip((q, k), reference.rope_fwd(q, k, *by, **options)):
+            if x is not None:
+                x.copy_(out)
+    else:
+        op = _ops.rope_inplace if suffix == "" else _ops.rope_inplace_triton
+        op(q, k, *by, **options)
+    return q, k
+
+
+def _offset(positions: int) -> int:
+    if isinstance(positions, bool) or not isinstance(positions, (int, torch.SymInt)):
+        raise TypeError(
+            f"rope: positions must be a Tensor, an int or None, got {type(positions).__name__}"
+        )
+    return positions
+
+
+def _suffix(backend: str, q: Tensor) -> str:
+    """The family of ops that a named backend means, once it is known to run on q."""
+    if backend not in BACKENDS:
+        raise ValueError(f"rope: backend must be None or one of {list(BACKENDS)}, got {backend!r}")
+    needs = {"cpu": "cpu", "cuda": "cuda"}.get(backend, q.device.type)
+    if q.device.type != needs:
+        raise NotImplementedError(
+            f"rope: backend {backend!r} rotates {needs} tensors, got one on {q.device}"
+        )
+    if reason := _missing(backend, q.device.type):
+        raise NotImplementedError(f"rope: backend {backend!r} cannot run here: {reason}")
+    return {"reference": "_reference", "triton": "_triton"}.get(backend, "")
+
+
+def _missing(backend: str, device: str | None = None) -> str | None:
+    if backend in ("cpu", "cuda"):
+        return _ext.load(backend)
+    if backend == "triton":
+        return _missing_triton(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return None
+
+
+# torch.compiler.assume_constant_result says the same, but imports torch._dynamo at once.
+_missing._dynamo_marked_constant = True
+
+
+def _missing_triton(device: str) -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed (pip install triton)"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels on a CPU"
+    return None

@@ -1,0 +1,194 @@
+"""Derivatives of the rotation, written with the rotation itself, so that they can be derived again.
+
+With R the rotation by the angles (amplitude included), J the quarter turn (a, b) -> (-b, a) and
+<x, y> summed over pairs that share an angle:
+
+    rope_fwd: y = R x             dx = R^T dy              d angle = <J x, dx> = cross(x, dx)
+    rope_bwd: dx = R^T dy         (the adjoint of rope_fwd, and cross(x, dx) beside it)
+
+The formulas are registered as Autograd kernels by hand: what torch.library.register_autograd makes
+refuses torch.func.grad and takes three times as long a call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+
+from .pairs import cross, join_pairs, split_pairs
+from .rotation import resolve, sequence_of_token, token_positions
+
+
+def register(library: torch.library.Library, suffix: str) -> None:
+    """Give `rope_fwd{suffix}` and `rope_bwd{suffix}` their derivatives and batching rules."""
+    fwd = getattr(torch.ops.extrope, f"rope_fwd{suffix}").default
+    bwd = getattr(torch.ops.extrope, f"rope_bwd{suffix}").default
+
+    def fwd_backward(ctx, grad_q, grad_k):
+        q, k, *by = ctx.saved_tensors
+        grad_q, grad_k = _rows(grad_q), _rows(grad_k) if ctx.has_k else None
+        dq, dk, angle_grad = bwd(grad_q, grad_k, q, k, *by, **ctx.options)
+        d_freq = None
+        if q is not None:
+            d_freq = _frequency_grad(angle_grad, grad_q, grad_k, by, ctx.options)
+        return dq, dk if ctx.has_k else None, d_freq
+
+    def bwd_backward(ctx, u_q, u_k, w):
+        grad_q, grad_k, q, k, dq, dk, *by = ctx.saved_tensors
+        layout = (2 * by[0].shape[-1], ctx.options.get("interleaved", False))
+        grads = (dq, dk) if ctx.has_k else (dq,)
+        u = [u_q, u_k][: len(grads)]
+        x_bar: list[Tensor | None] = [None, None]
+        if q is not None:
+            u = [u_t + _quarter_turn(x, w, *layout) for u_t, x in zip(u, (q, k))]
+            x_bar = [-_quarter_turn(dx, w, *layout) for dx in grads] + [None]
+        u = [_rows(x) for x in u]
+        g_bar = fwd(u[0], u[1] if ctx.has_k else None, *by, **ctx.options)
+        d_freq = None
+        if ctx.needs_input_grad[2 + 4]:
+            d_freq = _frequency_grad(
+                _angle_grad(u, grads, layout, by), grad_q, grad_k, by, ctx.options
+            )
+        return g_bar[0], g_bar[1] if ctx.has_k else None, *x_bar[:2], d_freq
+
+    for op, save, backward in ((fwd, _save_fwd, fwd_backward), (bwd, _save_bwd, bwd_backward)):
+        library.impl(op.name(), _autograd_kernel(op, save, backward), "Autograd", with_keyset=True)
+    torch.library.register_vmap(fwd, _vmap(fwd, tensors=2), lib=library)
+    torch.library.register_vmap(bwd, _vmap(bwd, tensors=4), lib=library)
+
+
+def _autograd_kernel(op, save, backward):
+    """An Autograd kernel for `op`: records `backward` if an input requires grad, else steps aside.
+
+    It derives from _SingleLevelFunction, which records on the one level of autograd that is being
+    dispatched; torch.func's other levels come by themselves, as they do for PyTorch's own ops.
+    """
+
+    class Recorded(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, keyset, options, *args):
+            # Recorded.apply has switched gradients off, for torch.func's outer levels too.
+            with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
+                outputs = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+            save(ctx, args, options, outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *grads):
+            found = (None, None, *backward(ctx, *grads))
+            return (*found, *[None] * (len(ctx.needs_input_grad) - len(found)))
+
+    def kernel(keyset, *args, **options):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if not torch._C._are_functorch_transforms_active():
+                return Recorded.apply(keyset, options, *args)
+            with enable_single_level_autograd_function():
+                return Recorded.apply(keyset, options, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+
+    return kernel
+
+
+def _save_fwd(ctx, args, options, outputs):
+    q, k, inv_freq = args[:3]
+    ctx.has_k = k is not None
+    _save(ctx, (q, k) if inv_freq.requires_grad else (None, None), args[2:], options)
+
+
+def _save_bwd(ctx, args, options, outputs):
+    ctx.has_k = args[1] is not None
+    _save(ctx, (*args[:4], *outputs[:2]), args[4:], options)
+
+
+def _save(ctx, tensors, by, options) -> None:
+    by = _with_defaults(by)
+    for name, x in (("positions", by[1]), ("log_decay", by[3])):
+        if x is not None and x.requires_grad:
+            raise ValueError(f"rope: {name} is not differentiable, got a tensor that requires grad")
+    ctx.options = options
+    ctx.save_for_backward(*tensors, *by)
+
+
+def _with_defaults(by) -> tuple[Tensor | None, ...]:
+    """inv_freq, positions, cu_seqlens, log_decay: the dispatcher leaves out trailing defaults."""
+    return (*by, *[None] * (4 - len(by)))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Gradients come with any strides (of a sum: all zero); the kernels want contiguous rows."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _quarter_turn(x: Tensor, w: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
+    """w * J x in x's dtype; zero past rotary_dim."""
+    a, b = split_pairs(x.to(w.dtype), rotary_dim, interleaved)
+    w = w.view(w.shape[1:]) if x.dim() == 3 else w
+    turned = join_pairs(-b * w, a * w, interleaved)
+    return torch.nn.functional.pad(turned, (0, x.shape[-1] - rotary_dim)).to(x.dtype)
+
+
+def _angle_grad(xs, grads, layout, by) -> Tensor:
+    inv_freq, _, cu_seqlens, _ = by
+    per_head = inv_freq.dim() == 3 and inv_freq.shape[1] > 1
+    pairs = (
+        zip(xs, grads) if cu_seqlens is None else ((x[None], dx[None]) for x, dx in zip(xs, grads))
+    )
+    return sum(cross(x, dx, *layout, per_head) for x, dx in pairs)
+
+
+def _frequency_grad(angle_grad, grad_q, grad_k, by, options) -> Tensor:
+    """d angle -> d inv_freq: times position, summed in float64 over what shares a frequency."""
+    inv_freq = by[0]
+    if options.get("inverse", False):
+        angle_grad = -angle_grad
+    tensors, rotation = resolve(grad_q, grad_k, *by, adjoint=True, **options)
+    batch, seqlen = tensors[0].shape[:2]
+    by_token = angle_grad.double() * token_positions(rotation, batch, seqlen)[..., None, None]
+    if rotation.inv_freq.shape[0] == 1:
+        total = by_token.sum((0, 1)).unsqueeze(0)
+    elif rotation.cu_seqlens is None:
+        total = by_token.sum(1)
+    else:
+        sequence = sequence_of_token(rotation.cu_seqlens, seqlen)
+        total = by_token.new_zeros(rotation.inv_freq.shape[0], *by_token.shape[2:])
+        total = total.index_add(0, sequence, by_token[0])
+    return total.to(inv_freq.dtype).view(inv_freq.shape)
+
+
+def _vmap(op, tensors: int):
+    """A batching rule: batch dimensions of the rotated tensors alone are folded, others loop."""
+
+    def rule(info, in_dims, *args, **options):
+        rotated_only = all(dim is None for dim in in_dims[tensors:])
+        if rotated_only and args[0].dim() == 5 and _is_shared(args[tensors:]):
+            return _fold(op, info.batch_size, tensors, in_dims, args, options)
+        calls = []
+        for i in range(info.batch_size):
+            picked = [x if d is None else x.select(d, i) for x, d in zip(args, in_dims)]
+            calls.append(op(*(x if x is None else _rows(x) for x in picked), **options))
+        outputs = tuple(torch.stack(parts) for parts in zip(*calls))
+        return outputs, (0,) * len(outputs)
+
+    return rule
+
+
+def _is_shared(by) -> bool:
+    """Do all sequences rotate alike? Then any number of batch dimensions is one batch dimension."""
+    inv_freq, positions, cu_seqlens, _ = _with_defaults(by)
+    return (
+        positions is None and cu_seqlens is None and (inv_freq.dim() == 1 or inv_freq.shape[0] == 1)
+    )
+
+
+def _fold(op, size, tensors, in_dims, args, options):
+    folded = []
+    for x, dim in zip(args[:tensors], in_dims):
+        if x is not None:
+            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            x = _rows(x.flatten(0, 1))
+        folded.append(x)
+    outputs = op(*folded, *args[tensors:], **options)
+    unfolded = tuple(x.unflatten(0, (size, -1)) if x.dim() == 4 else x for x in outputs)
+    return unfolded, tuple(0 if x.dim() == 5 else None for x in unfolded)

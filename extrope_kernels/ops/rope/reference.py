@@ -1,0 +1,63 @@
+"""The rotation in plain PyTorch, differentiable to any order: the oracle of all tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .pairs import accumulator, cross, join_pairs, split_pairs
+from .rotation import Rotation, resolve, sequence_of_token, token_positions
+
+
+def rope_fwd(q: Tensor, k: Tensor | None, *by: Tensor | None, **options) -> tuple[Tensor, Tensor]:
+    """Same arguments and results as `torch.ops.extrope.rope_fwd`."""
+    tensors, rotation = resolve(q, k, *by, adjoint=False, **options)
+    rotated = rotate(tensors, rotation)
+    return rotated[0].view_as(q), rotated[1].view_as(k) if k is not None else q.new_empty(0)
+
+
+def rope_bwd(
+    grad_q: Tensor,
+    grad_k: Tensor | None,
+    q: Tensor | None,
+    k: Tensor | None,
+    *by: Tensor | None,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same arguments and results as `torch.ops.extrope.rope_bwd`."""
+    tensors, rotation = resolve(grad_q, grad_k, *by, adjoint=True, **options)
+    grads = rotate(tensors, rotation)
+    wide = accumulator(grad_q.dtype)
+    angle_grad = grad_q.new_empty(0, dtype=wide)
+    if q is not None:
+        saved = [x.view_as(grad) for x, grad in zip((q, k), tensors)]
+        unrounded = rotate([grad.to(wide) for grad in tensors], rotation)
+        layout = (rotation.rotary_dim, rotation.interleaved, rotation.per_head)
+        angle_grad = sum(cross(x, dx, *layout) for x, dx in zip(saved, unrounded))
+    dk = grads[1].view_as(grad_k) if grad_k is not None else grad_q.new_empty(0)
+    return grads[0].view_as(grad_q), dk, angle_grad
+
+
+def rotate(tensors: list[Tensor], rotation: Rotation) -> list[Tensor]:
+    """Rotate (batch, seqlen, heads, head_dim) tensors; angles in float64, products in float32."""
+    batch, seqlen = tensors[0].shape[:2]
+    positions = token_positions(rotation, batch, seqlen)[..., None, None]
+    inv_freq = rotation.inv_freq.double()
+    if rotation.cu_seqlens is not None and inv_freq.shape[0] > 1:
+        inv_freq = inv_freq[sequence_of_token(rotation.cu_seqlens, seqlen)][None]
+    else:
+        inv_freq = inv_freq[:, None]
+    angle = positions * inv_freq  # exact below 2**29 for float32 frequencies
+    if rotation.conjugate:
+        angle = -angle
+    rotated = []
+    for x, decay_sign in zip(tensors, rotation.decay_signs):
+        amplitude = rotation.amplitude
+        if rotation.log_decay is not None:
+            amplitude = amplitude * torch.exp(decay_sign * positions * rotation.log_decay.double())
+        wide = accumulator(x.dtype)
+        cos, sin = (angle.cos() * amplitude).to(wide), (angle.sin() * amplitude).to(wide)
+        a, b = split_pairs(x.to(wide), rotation.rotary_dim, rotation.interleaved)
+        turned = join_pairs(a * cos - b * sin, b * cos + a * sin, rotation.interleaved)
+        rotated.append(torch.cat((turned.to(x.dtype), x[..., rotation.rotary_dim :]), dim=-1))
+    return rotated

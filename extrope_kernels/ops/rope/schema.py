@@ -1,0 +1,158 @@
+"""The ops of the rotation: schemas, fake kernels, and the kernels that are launched from Python.
+
+The compiled libraries register their kernels for the same schemas (csrc/cpu/rope.cpp,
+csrc/cuda/bind_rope.cpp). `rope_*` runs what is best on the tensors' device, `rope_*_triton` the
+Triton kernels alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _ext
+from . import autograd, reference
+from .pairs import accumulator
+from .rotation import resolve
+
+# An Autograd kernel sees the positional tensors alone, hence cu_seqlens and log_decay before the *.
+_BY = (
+    "Tensor inv_freq, Tensor? positions=None, Tensor? cu_seqlens=None, Tensor? log_decay=None, *, "
+    "float attention_factor=1.0, SymInt offset=0, bool interleaved=False, bool inverse=False"
+)
+_FWD = f"(Tensor q, Tensor? k, {_BY}) -> (Tensor, Tensor)"
+_BWD = f"(Tensor grad_q, Tensor? grad_k, Tensor? q, Tensor? k, {_BY}) -> (Tensor, Tensor, Tensor)"
+_INPLACE = f"(Tensor(a!) q, Tensor(b!)? k, {_BY}) -> ()"
+
+_library = torch.library.Library("extrope", "FRAGMENT")
+
+
+# -------------------------------------------------------------------------------------------------
+# Outputs, eager and fake alike
+
+
+def _like(x: Tensor | None, q: Tensor) -> Tensor:
+    return q.new_empty(0) if x is None else torch.empty_like(x)
+
+
+def _fwd_fake(q, k, *by, **options):
+    resolve(q, k, *by, adjoint=False, **options)
+    return _like(q, q), _like(k, q)
+
+
+def _bwd_fake(grad_q, grad_k, q, k, *by, **options):
+    tensors, rotation = resolve(grad_q, grad_k, *by, adjoint=True, **options)
+    return _like(grad_q, grad_q), _like(grad_k, grad_q), _angle_grad(q, tensors, rotation)
+
+
+def _inplace_fake(q, k, *by, **options):
+    resolve(q, k, *by, adjoint=False, **options)
+
+
+def _angle_grad(saved: Tensor | None, tensors, rotation) -> Tensor:
+    dtype = accumulator(tensors[0].dtype)
+    if saved is None:
+        return tensors[0].new_empty(0, dtype=dtype)
+    batch, seqlen, heads, _ = tensors[0].shape
+    shape = (batch, seqlen, heads if rotation.per_head else 1, rotation.inv_freq.shape[-1])
+    return tensors[0].new_empty(shape, dtype=dtype)
+
+
+# -------------------------------------------------------------------------------------------------
+# Triton
+
+
+def _fwd_triton(q, k, *by, **options):
+    from .triton import rotate
+
+    tensors, rotation = resolve(q, k, *by, adjoint=False, **options)
+    outs = [torch.empty_like(x) for x in tensors]
+    rotate(tensors, outs, None, None, rotation)
+    return outs[0].view_as(q), outs[1].view_as(k) if k is not None else q.new_empty(0)
+
+
+def _bwd_triton(grad_q, grad_k, q, k, *by, **options):
+    from .triton import rotate
+
+    tensors, rotation = resolve(grad_q, grad_k, *by, adjoint=True, **options)
+    outs = [torch.empty_like(x) for x in tensors]
+    angle_grad = _angle_grad(q, tensors, rotation)
+    saved = None
+    if q is not None:
+        saved = [x.view_as(grad) for x, grad in zip((q, k), tensors)]
+    rotate(tensors, outs, saved, angle_grad if saved else None, rotation)
+    dk = outs[1].view_as(grad_k) if grad_k is not None else grad_q.new_empty(0)
+    return outs[0].view_as(grad_q), dk, angle_grad
+
+
+def _inplace_triton(q, k, *by, **options):
+    from .triton import rotate
+
+    tensors, rotation = resolve(q, k, *by, adjoint=False, **options)
+    rotate(tensors, tensors, None, None, rotation)
+
+
+# -------------------------------------------------------------------------------------------------
+# The fallback where no library could be built
+
+
+def _inplace_reference(q, k, *by, **options):
+    rotated = reference.rope_fwd(q, k, *by, **options)
+    for x, out in zip((q, k), rotated):
+        if x is not None:
+            x.copy_(out)
+
+
+_TRITON = {"rope_fwd": _fwd_triton, "rope_bwd": _bwd_triton, "rope_inplace": _inplace_triton}
+_REFERENCE = {
+    "rope_fwd": reference.rope_fwd,
+    "rope_bwd": reference.rope_bwd,
+    "rope_inplace": _inplace_reference,
+}
+
+
+def _load_on_first_use(name: str, key: str, fallback: dict) -> None:
+    """Register kernels for `key` that load (or build) the compiled library, then call the op again.
+
+    They make way for the library's own kernels, or for `fallback` where the library cannot be had.
+    """
+    stand_in = torch.library.Library("extrope", "IMPL")
+
+    def settle(reason: str | None) -> None:
+        if reason is not None:
+            for op_name, function in fallback.items():
+                _library.impl(op_name, function, key)
+
+    def first_call(op_name: str):
+        def kernel(*args, **options):
+            _ext.load(name)
+            return getattr(torch.ops.extrope, op_name)(*args, **options)
+
+        return kernel
+
+    for op_name in fallback:
+        stand_in.impl(op_name, first_call(op_name), key)
+    _ext.watch(name, stand_in._destroy, settle)
+
+
+def _define() -> None:
+    for suffix in ("", "_triton"):
+        for name, schema, fake in (
+            ("rope_fwd", _FWD, _fwd_fake),
+            ("rope_bwd", _BWD, _bwd_fake),
+            ("rope_inplace", _INPLACE, _inplace_fake),
+        ):
+            _library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
+            torch.library.register_fake(f"extrope::{name}{suffix}", fake, lib=_library)
+        autograd.register(_library, suffix)
+    _library.define(
+        "cpu_capability() -> int"
+    )  # 0 baseline, 1 AVX2, 2 AVX-512: what the CPU kernels use
+    for name, function in _TRITON.items():
+        _library.impl(f"{name}_triton", function, "CUDA")
+        _library.impl(f"{name}_triton", function, "CPU")  # the interpreter
+    _load_on_first_use("cpu", "CPU", _REFERENCE)
+    _load_on_first_use("cuda", "CUDA", _TRITON)
+
+
+_define()

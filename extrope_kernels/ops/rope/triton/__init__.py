@@ -1,0 +1,5 @@
+"""The rotation in Triton: one launch turns q and k, forward and backward, in place or not."""
+
+from .launch import rotate
+
+__all__ = ["rotate"]

@@ -1,0 +1,83 @@
+"""Device functions: from positions to the cosines and sines that a tile of tokens turns by."""
+
+import triton
+import triton.language as tl
+
+# pi/2 = FIRST + SECOND + THIRD. The first two have 24 significant bits, so their products with a
+# count of quarter turns below 2**29 are exact in float64, whether contracted into an fma or not.
+TWO_OVER_PI = tl.constexpr(0.6366197723675814)
+HALF_PI_FIRST = tl.constexpr(1.570796251296997)
+HALF_PI_SECOND = tl.constexpr(7.549789415861596e-08)
+HALF_PI_THIRD = tl.constexpr(5.390302858158119e-15)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Adding 1.5 * 2**52 rounds a float64 to an integer and leaves that integer in its low bits.
+TO_INTEGER = tl.constexpr(6755399441055744.0)
+
+
+@triton.jit
+def sincos(angle, TILE: tl.constexpr):
+    """Cosine and sine of float64 angles below 2**29 quarter turns, to float32 or wide accuracy."""
+    shifted = angle * TWO_OVER_PI + TO_INTEGER
+    quarters = shifted - TO_INTEGER
+    rest = (angle - quarters * HALF_PI_FIRST) - quarters * HALF_PI_SECOND
+    rest = rest - quarters * HALF_PI_THIRD
+    quadrant = shifted.to(tl.int64, bitcast=True).to(tl.int32)
+    if TILE.wide:
+        cos = tl.cos(rest)
+        sin = tl.sin(rest)
+    else:
+        r = rest.to(tl.float32)
+        z = r * r
+        sin = r + r * z * (-1.6666654611e-1 + z * (8.3321608736e-3 + z * -1.9515295891e-4))
+        cos = 4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5)
+        cos = 1.0 - 0.5 * z + z * z * cos
+    odd = (quadrant & 1) != 0
+    turned_cos = tl.where(odd, sin, cos)
+    turned_sin = tl.where(odd, cos, sin)
+    turned_cos = tl.where(((quadrant + 1) & 2) != 0, -turned_cos, turned_cos)
+    turned_sin = tl.where((quadrant & 2) != 0, -turned_sin, turned_sin)
+    return turned_cos, turned_sin
+
+
+@triton.jit
+def _exp(x, TILE: tl.constexpr):
+    """float64 exp of float64 exponents, to float32 or wide accuracy."""
+    if TILE.wide:
+        result = tl.exp(x)
+    else:
+        # float32 has long vanished or overflowed at the ends of this range.
+        x = tl.minimum(tl.maximum(x, -600.0), 600.0)
+        shifted = x * LOG2_E + TO_INTEGER
+        r = (x - (shifted - TO_INTEGER) * LN_2).to(tl.float32)
+        series = 1 / 24 + r * (1 / 120 + r * (1 / 720 + r * (1 / 5040)))
+        series = 1 + r + r * r * (0.5 + r * (1 / 6 + r * series))
+        exponent = shifted.to(tl.int64, bitcast=True).to(tl.int32) + 1023
+        result = series.to(tl.float64) * (exponent.to(tl.int64) << 52).to(tl.float64, bitcast=True)
+    return result
+
+
+@triton.jit
+def scaled(cos, sin, position, log_decay, decay_sign, amplitude, direction, TILE: tl.constexpr):
+    """cos and sin times the amplitude at each position; sin also times the turn's direction."""
+    scale = tl.full((1, 1), amplitude, tl.float64)
+    if log_decay is not None:
+        pair = tl.arange(0, TILE.pairs)
+        rate = tl.load(log_decay + pair, mask=pair < TILE.half, other=0.0).to(tl.float64)
+        # The sign first: products that q and k shared would stay in registers while q is turned.
+        scale = scale * _exp((position * decay_sign)[:, None] * rate[None, :], TILE)
+    scale = scale.to(cos.dtype)
+    return cos * scale, sin * (scale * direction)
+
+
+@triton.jit
+def sequence_of(token, cu_seqlens, num_sequences, search_steps):
+    """Last sequence to start at or before each token; in bounds whatever cu_seqlens holds."""
+    low = tl.zeros_like(token)
+    high = low + num_sequences
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        started = tl.load(cu_seqlens + middle) <= token
+        low = tl.where(started, middle, low)
+        high = tl.where(started, high, middle)
+    return low

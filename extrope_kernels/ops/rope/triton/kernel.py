@@ -1,0 +1,205 @@
+"""The kernel that turns tiles of tokens of q and k, and what it takes."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .angles import scaled, sequence_of, sincos
+
+RUN_TIME_SCALARS = (
+    *("angle_heads", "freq_sequence", "freq_head", "position_batch", "position_seq", "offset"),
+    *("num_sequences", "search_steps", "tokens", "seqlen"),
+)
+
+
+class Operand(NamedTuple):
+    """One of q and k. Strides count groups of Tile.align elements."""
+
+    source: Tensor
+    target: Tensor
+    saved: Tensor | None
+    source_batch: int
+    source_seq: int
+    source_head: int
+    target_batch: int
+    target_seq: int
+    target_head: int
+    saved_batch: int
+    saved_seq: int
+    saved_head: int
+    heads: int
+    decay_sign: float
+
+
+class Tile(NamedTuple):
+    """What a kernel is compiled for, beside types and alignment."""
+
+    two_operands: bool  # k too
+    tokens: int  # per program
+    half: int  # pairs of lanes that rotate
+    pairs: int  # half, rounded up to a power of two
+    tail: int  # lanes to copy after the rotated ones
+    tail_lanes: int  # tail, rounded up to a power of two
+    align: int  # elements; divides all strides
+    interleaved: bool
+    wide: bool  # float64 throughout, instead of float32 after the angles
+    per_head: bool
+    positions_are_offsets: bool
+
+
+@triton.jit
+def _rows(base, batch, seq, head, batch_stride, seq_stride, head_stride, TILE: tl.constexpr):
+    """Pointers to lane 0 of (batch, seq, head); the factor align shows the compiler alignment."""
+    offset = batch * tl.cast(batch_stride, tl.int64) + seq * tl.cast(seq_stride, tl.int64)
+    return base + (offset + tl.cast(head, tl.int64) * head_stride) * TILE.align
+
+
+@triton.jit
+def _load_pairs(rows, live, TILE: tl.constexpr):
+    """(tokens, pairs) first and second lanes of the pairs in these rows, widened."""
+    if TILE.interleaved:
+        TOKENS: tl.constexpr = TILE.tokens
+        PAIRS: tl.constexpr = TILE.pairs
+        lane = tl.arange(0, 2 * PAIRS)
+        mask = live[:, None] & (lane < 2 * TILE.half)[None, :]
+        x = tl.load(rows[:, None] + lane[None, :], mask=mask)
+        a, b = tl.split(tl.reshape(x, (TOKENS, PAIRS, 2)))
+    else:
+        lane = tl.arange(0, TILE.pairs)
+        mask = live[:, None] & (lane < TILE.half)[None, :]
+        a = tl.load(rows[:, None] + lane[None, :], mask=mask)
+        b = tl.load(rows[:, None] + (lane + TILE.half)[None, :], mask=mask)
+    WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
+    return a.to(WIDE), b.to(WIDE)
+
+
+@triton.jit
+def _store_pairs(rows, a, b, live, TILE: tl.constexpr):
+    """Round once and store what _load_pairs loads."""
+    a = a.to(rows.dtype.element_ty)
+    b = b.to(rows.dtype.element_ty)
+    if TILE.interleaved:
+        TOKENS: tl.constexpr = TILE.tokens
+        LANES: tl.constexpr = 2 * TILE.pairs
+        lane = tl.arange(0, LANES)
+        mask = live[:, None] & (lane < 2 * TILE.half)[None, :]
+        x = tl.reshape(tl.join(a, b), (TOKENS, LANES))
+        tl.store(rows[:, None] + lane[None, :], x, mask=mask)
+    else:
+        lane = tl.arange(0, TILE.pairs)
+        mask = live[:, None] & (lane < TILE.half)[None, :]
+        tl.store(rows[:, None] + lane[None, :], a, mask=mask)
+        tl.store(rows[:, None] + (lane + TILE.half)[None, :], b, mask=mask)
+
+
+@triton.jit
+def _turn(x, head, batch, seq, live, cos, sin, angle_grad, TILE: tl.constexpr):
+    """Rotate one head of a tile of tokens; return angle_grad plus that head's share of it."""
+    source = _rows(x.source, batch, seq, head, x.source_batch, x.source_seq, x.source_head, TILE)
+    target = _rows(x.target, batch, seq, head, x.target_batch, x.target_seq, x.target_head, TILE)
+    a, b = _load_pairs(source, live, TILE)
+    turned_a = a * cos - b * sin
+    turned_b = b * cos + a * sin
+    if TILE.tail > 0:
+        lane = tl.arange(0, TILE.tail_lanes)
+        mask = live[:, None] & (lane < TILE.tail)[None, :]
+        lane += 2 * TILE.half
+        tail = tl.load(source[:, None] + lane[None, :], mask=mask)
+        tl.store(target[:, None] + lane[None, :], tail, mask=mask)
+    _store_pairs(target, turned_a, turned_b, live, TILE)
+    if x.saved is not None:
+        saved = _rows(x.saved, batch, seq, head, x.saved_batch, x.saved_seq, x.saved_head, TILE)
+        saved_a, saved_b = _load_pairs(saved, live, TILE)
+        angle_grad += saved_a * turned_b - saved_b * turned_a
+    return angle_grad
+
+
+@triton.jit(do_not_specialize=RUN_TIME_SCALARS)
+def rotate_kernel(
+    q,
+    k,
+    angle_grad,
+    angle_heads,
+    inv_freq,
+    freq_sequence,
+    freq_head,
+    positions,
+    position_batch,
+    position_seq,
+    offset,
+    cu_seqlens,
+    num_sequences,
+    search_steps,
+    log_decay,
+    amplitude: tl.float64,
+    direction,
+    tokens,
+    seqlen,
+    TILE: tl.constexpr,
+):
+    """Axis 0: tiles of tokens, counted through batch and seqlen; axis 1: shares of the heads."""
+    # Triton 3.6 takes fields of TILE everywhere but in shapes.
+    TOKENS: tl.constexpr = TILE.tokens
+    PAIRS: tl.constexpr = TILE.pairs
+    first = tl.program_id(0).to(tokens.dtype) * TOKENS
+    live = tl.arange(0, TOKENS) < tokens - first
+    token = first + tl.arange(0, TOKENS)
+    batch = (token // seqlen).to(tl.int64)
+    seq = (token % seqlen).to(tl.int64)
+
+    sequence = batch
+    position = seq.to(tl.float64)
+    if cu_seqlens is not None:
+        sequence = sequence_of(seq, cu_seqlens, num_sequences, search_steps)
+        position = (seq - tl.load(cu_seqlens + sequence)).to(tl.float64)
+    if TILE.positions_are_offsets:
+        start = tl.load(positions + sequence * position_batch, mask=live, other=0)
+        position += start.to(tl.float64)
+    elif positions is not None:
+        at = positions + batch * position_batch + seq * position_seq
+        position = tl.load(at, mask=live, other=0).to(tl.float64)
+    position += tl.cast(offset, tl.float64)
+
+    pair = tl.arange(0, PAIRS)
+    mask = live[:, None] & (pair < TILE.half)[None, :]
+    freqs = inv_freq + (sequence * freq_sequence)[:, None] + pair[None, :]
+    nothing = tl.zeros((TOKENS, PAIRS), tl.float64 if TILE.wide else tl.float32)
+    grads = angle_grad
+    if angle_grad is not None:
+        grads += (token.to(tl.int64) * angle_heads * TILE.half)[:, None] + pair[None, :]
+
+    q_share = tl.cdiv(q.heads, tl.num_programs(1))
+    q_first = tl.program_id(1) * q_share
+    q_last = tl.minimum(q_first + q_share, q.heads)
+    if TILE.per_head:  # q and k then have the same heads
+        for head in range(q_first, q_last):
+            head = tl.cast(head, tl.int64)
+            freq = tl.load(freqs + head * freq_head, mask=mask, other=0.0).to(tl.float64)
+            cos, sin = sincos(position[:, None] * freq, TILE)
+            c, s = scaled(cos, sin, position, log_decay, q.decay_sign, amplitude, direction, TILE)
+            grad = _turn(q, head, batch, seq, live, c, s, nothing, TILE)
+            if TILE.two_operands:
+                c, s = scaled(
+                    cos, sin, position, log_decay, k.decay_sign, amplitude, direction, TILE
+                )
+                grad = _turn(k, head, batch, seq, live, c, s, grad, TILE)
+            if angle_grad is not None:
+                tl.store(grads + head * TILE.half, grad, mask=mask)
+    else:
+        freq = tl.load(freqs, mask=mask, other=0.0).to(tl.float64)
+        cos, sin = sincos(position[:, None] * freq, TILE)
+        c, s = scaled(cos, sin, position, log_decay, q.decay_sign, amplitude, direction, TILE)
+        grad = nothing
+        for head in range(q_first, q_last):
+            grad = _turn(q, head, batch, seq, live, c, s, grad, TILE)
+        if TILE.two_operands:
+            k_share = tl.cdiv(k.heads, tl.num_programs(1))
+            k_first = tl.program_id(1) * k_share
+            k_last = tl.minimum(k_first + k_share, k.heads)
+            c, s = scaled(cos, sin, position, log_decay, k.decay_sign, amplitude, direction, TILE)
+            for head in range(k_first, k_last):
+                grad = _turn(k, head, batch, seq, live, c, s, grad, TILE)
+        if angle_grad is not None:
+            tl.store(grads, grad, mask=mask)

@@ -1,0 +1,125 @@
+"""From PyTorch tensors to one launch of the kernel."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from ..rotation import Rotation
+from .kernel import Operand, Tile, rotate_kernel
+
+VECTOR_BYTES = 16
+# Below this many tokens a program takes as few as it can: latency counts, not bandwidth.
+FEW_TOKENS = 512
+# Heads are spread over programs until about this many warps run: 32 bytes per thread then keep
+# 30 KB of loads in flight on each multiprocessor of an H100. More would only repeat the sincos.
+TARGET_WARPS = 4096
+
+
+def rotate(
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    saved: Sequence[Tensor] | None,
+    angle_grad: Tensor | None,
+    rotation: Rotation,
+) -> None:
+    """Rotate q (and k) by `rotation` in one launch.
+
+    inputs, outputs, saved: one or two (batch, seqlen, heads, head_dim) tensors, contiguous in the
+    last dimension; outputs may be the inputs. angle_grad: contiguous (batch, seqlen, heads or 1,
+    rotary_dim / 2) float32 (float64 for float64 tensors), filled with the gradient of the angles
+    where `inputs` are the gradients of a rotation's results and `saved` its inputs.
+    """
+    batch, seqlen = inputs[0].shape[:2]
+    heads = max(x.shape[2] for x in inputs)
+    if batch * seqlen * heads == 0:
+        if angle_grad is not None:
+            angle_grad.zero_()
+        return
+    tile, grid, warps = _plan(inputs, outputs, saved, angle_grad is not None, rotation)
+    signs = rotation.decay_signs
+    operands = [
+        _operand(x, out, saved[i] if saved else None, signs[i], tile.align)
+        for i, (x, out) in enumerate(zip(inputs, outputs, strict=True))
+    ]
+    positions, cu_seqlens = rotation.positions, rotation.cu_seqlens
+    position_strides = (0, 0) if positions is None else (*_strides(positions), 0)[:2]
+    sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    with torch.cuda.device_of(inputs[0]):
+        rotate_kernel[grid](
+            operands[0],
+            operands[1] if len(operands) == 2 else None,
+            angle_grad,
+            angle_grad.shape[2] if angle_grad is not None else 0,
+            rotation.inv_freq,
+            *_strides(rotation.inv_freq)[:2],
+            positions,
+            *position_strides,
+            rotation.offset,
+            cu_seqlens,
+            sequences,
+            sequences.bit_length(),
+            rotation.log_decay,
+            rotation.amplitude,
+            -1.0 if rotation.conjugate else 1.0,
+            batch * seqlen,
+            seqlen,
+            TILE=tile,
+            num_warps=warps,
+            enable_fp_fusion=True,
+        )
+
+
+def _plan(
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    saved: Sequence[Tensor] | None,
+    with_angle_grad: bool,
+    rotation: Rotation,
+) -> tuple[Tile, tuple[int, int], int]:
+    """Tile, grid and warps per program: few different ones, so that little is compiled."""
+    batch, seqlen, _, head_dim = inputs[0].shape
+    itemsize = inputs[0].itemsize
+    half = rotation.inv_freq.shape[-1]
+    pairs = triton.next_power_of_2(half)
+    # Sums over the heads stay in one program: no atomics, the same bits in every run.
+    sum_heads = with_angle_grad and not rotation.per_head
+    if batch * seqlen < FEW_TOKENS and not sum_heads:
+        tokens, warps = max(1, 64 // pairs), 1
+    else:  # 128 threads, each with one vector of first lanes and one of second lanes
+        tokens, warps = max(1, 128 * VECTOR_BYTES // itemsize // pairs), 4
+    tiles = triton.cdiv(batch * seqlen, tokens)
+    heads = 1 if sum_heads else max(x.shape[2] for x in inputs)
+    shares = min(heads, max(1, TARGET_WARPS // (warps * tiles)))
+    moved = any(x.data_ptr() != out.data_ptr() for x, out in zip(inputs, outputs, strict=True))
+    tail = head_dim - 2 * half if moved else 0
+    strides = (n for x in (*inputs, *outputs, *(saved or ())) for n in _strides(x)[:3])
+    tile = Tile(
+        two_operands=len(inputs) == 2,
+        tokens=tokens,
+        half=half,
+        pairs=pairs,
+        tail=tail,
+        tail_lanes=triton.next_power_of_2(max(tail, 1)),
+        align=math.gcd(VECTOR_BYTES // itemsize, *strides),
+        interleaved=rotation.interleaved,
+        wide=inputs[0].dtype == torch.float64,
+        per_head=rotation.per_head,
+        positions_are_offsets=rotation.positions_are_offsets,
+    )
+    return tile, (tiles, shares), warps
+
+
+def _operand(
+    source: Tensor, target: Tensor, saved: Tensor | None, decay_sign: float, align: int
+) -> Operand:
+    rows = (source, target, source if saved is None else saved)
+    strides = [stride // align for x in rows for stride in _strides(x)[:3]]
+    return Operand(source, target, saved, *strides, source.shape[2], decay_sign)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of x, 0 along dimensions of size 1: torch leaves those open."""
+    return tuple(0 if size == 1 else n for size, n in zip(x.shape, x.stride(), strict=True))

@@ -1,0 +1,61 @@
+"""What tests and benchmarks share: inputs, the backends that can run here, and the error budget."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ops.rope import backends
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def available_backends() -> list[str]:
+    """The backends that run on `device()`."""
+    other = "cpu" if device() == "cuda" else "cuda"
+    return [name for name, state in backends().items() if state == "available" and name != other]
+
+
+def make_qk(
+    batch: int = 2,
+    seqlen: int = 13,
+    heads_q: int = 3,
+    heads_k: int = 1,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Normal q (batch, seqlen, heads_q, head_dim) and k with heads_k heads, on `device()`."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, seqlen, heads_q, head_dim, generator=generator)
+    k = torch.randn(batch, seqlen, heads_k, head_dim, generator=generator)
+    return q.to(device(), dtype), k.to(device(), dtype)
+
+
+def assert_within_budget(
+    name: str, out: Tensor, same_dtype: Tensor, exact: Tensor, extra_ulps: float = 0.0
+) -> None:
+    """Fail when `out` is further from the float64 result than the error budget allows.
+
+    The budget is twice the largest error of the PyTorch reference in out's own dtype, or, where
+    that happens to be tiny, what arithmetic cannot avoid: one rounding to the dtype and five in
+    float32 (cosine, sine, two products, a sum), each half an ulp of the largest value.
+    `extra_ulps` allows units in the last place of the dtype on top, for a documented defect.
+    """
+    assert out.shape == exact.shape and out.dtype == same_dtype.dtype, (
+        f"{name}: {tuple(out.shape)} {out.dtype}, expected {tuple(exact.shape)} {same_dtype.dtype}"
+    )
+    if out.numel() == 0:
+        return
+    ulp = torch.finfo(out.dtype).eps
+    ulp_inside = min(torch.finfo(torch.float32).eps, ulp)
+    largest = exact.abs().max().item()
+    error = (out.double() - exact).abs().max().item()
+    reference_error = (same_dtype.double() - exact).abs().max().item()
+    unavoidable = (ulp / 2 + 5 * ulp_inside / 2) * largest
+    budget = max(2 * reference_error, unavoidable) + extra_ulps * ulp * largest
+    assert error <= budget, f"{name}: error {error:.3g} exceeds the budget {budget:.3g}"

@@ -1,0 +1,50 @@
+"""Triton's interpreter is on before anything imports a kernel; outputs start out as NaN."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from extrope_kernels.testing import available_backends
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory():
+    """Let torch fill uninitialised memory with NaN, so that what was never written shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_generate_tests(metafunc):
+    """`backend` runs over every implementation that can run here."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "backend", [name for name in available_backends() if name != "reference"]
+        )
+
+
+@pytest.fixture
+def run_python():
+    """Run Python source in a fresh process at the root; its output is the failure's text."""
+
+    def run(source: str, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(source)],
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run

@@ -1,0 +1,50 @@
+"""A tiny model on disk, a text, and the evaluation command on them."""
+
+import argparse
+
+import pytest
+import torch
+
+# The fixtures import what the demo extra brings; the test modules skip themselves without it.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny Llama and a tokenizer whose tokens are characters."""
+    from tiny_model import CONFIG, save_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(path)
+    save_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("The quick brown fox, at 7 o'clock, jumps over 13 lazy dogs.\n" * 4)
+    return path
+
+
+@pytest.fixture
+def tokenizer(folder):
+    from extrope_kernels.evaluation.models import find_model, load_tokenizer
+
+    return load_tokenizer(find_model(str(folder)))
+
+
+@pytest.fixture
+def run(folder, text, tmp_path):
+    """Runs the command with defaults for what a test does not name; returns its exit code."""
+    from extrope_kernels.evaluation import cli
+
+    def call(**given):
+        defaults = {"model": folder, "text": text, "lengths": "64", "methods": "rope"}
+        parser = argparse.ArgumentParser()
+        cli.add_arguments(parser)
+        options = defaults | {"bucket": 16, "out": tmp_path / "out", "device": "cpu"} | given
+        return cli.run(parser.parse_args([f"--{name}={value}" for name, value in options.items()]))
+
+    return call

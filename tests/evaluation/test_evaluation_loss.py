@@ -1,0 +1,183 @@
+"""The loss of a text by position, end to end on a tiny random model."""
+
+import io
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from tiny_model import CONFIG, TRAINED, check_image, results
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from extrope_kernels.evaluation import loss, options, report
+from extrope_kernels.evaluation.models import decoder_layers
+
+
+def expected_losses(folder, ids, bucket, **rope_parameters):
+    """The mean loss of each bucket by transformers' own rotary embedding and its own loss."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    if rope_parameters:
+        config = LlamaConfig(**CONFIG, rope_parameters={"rope_theta": 1e4, **rope_parameters})
+        scaled = LlamaForCausalLM(config)
+        scaled.load_state_dict(model.state_dict())
+        model = scaled
+    means = []
+    for start in range(0, len(ids), bucket):
+        labels = torch.full_like(ids, -100)
+        labels[start + 1 : start + bucket + 1] = ids[start + 1 : start + bucket + 1]
+        with torch.no_grad():
+            means.append(model(ids[None], labels=labels[None]).loss.item())
+    return means
+
+
+def test_loss_agrees_with_transformers(run, folder, text, tokenizer, tmp_path, capsys):
+    # 70 leaves a partial bucket of 6 at the end.
+    assert run(methods="rope,pi,yarn", lengths="70,32", param="yarn.beta_fast=16") == 0
+    found = results(tmp_path)
+    ids = torch.tensor(tokenizer(text.read_text()).input_ids)
+    yarn = {"rope_type": "yarn", "original_max_position_embeddings": TRAINED, "beta_fast": 16.0}
+    rope_parameters = {
+        ("rope", 32): {},
+        ("rope", 70): {},
+        ("pi", 32): {},
+        ("pi", 70): {"rope_type": "linear", "factor": 70 / 32},
+        ("yarn", 32): {},
+        ("yarn", 70): yarn | {"factor": 70 / 32},
+    }
+    assert [(row["method"], row["length"]) for row in found["rows"]] == list(rope_parameters)
+    for row in found["rows"]:
+        parameters = rope_parameters[row["method"], row["length"]]
+        wanted = expected_losses(folder, ids[: row["length"]], 16, **parameters)
+        assert [b["loss"] for b in row["buckets"]] == pytest.approx(wanted, rel=1e-5)
+        total = sum(b["loss"] * b["tokens"] for b in row["buckets"])
+        assert row["loss"] == pytest.approx(total / (row["length"] - 1))
+        assert row["tokens"] == row["length"] and row["seconds"] >= 0
+    last = found["rows"][-1]
+    assert last["params"] == {"factor": 70 / 32, "beta_fast": 16}
+    assert [(b["start"], b["stop"], b["tokens"]) for b in last["buckets"][-2:]] == [
+        (48, 64, 16),
+        (64, 70, 5),
+    ]
+    assert found["rows"][1]["buckets"] != last["buckets"]
+    assert found["training_length"] == TRAINED and found["bucket"] == 16
+    assert found["text"] == {"name": "story.txt", "tokens": 70}
+    assert set(found["versions"]) == {"python", "torch", "transformers", "extrope_kernels"}
+    check_image(tmp_path / "out" / "loss.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["method", "tokens", "0-16", "16-32", "32-48", "48-64", "64-70"]
+    assert [line.split()[:2] for line in lines[1:]] == [
+        [row["method"], str(row["length"])] for row in found["rows"]
+    ]
+    assert lines[-1].split()[2:] == [f"{b['loss']:.3f}" for b in last["buckets"]]
+
+
+def test_logits_in_small_chunks(run, tmp_path, monkeypatch):
+    run()
+    whole = results(tmp_path)["rows"][0]["buckets"]
+    monkeypatch.setattr("extrope_kernels.evaluation.forward._LOGITS_AT_ONCE", 7 * 101)
+    run()
+    parts = results(tmp_path)["rows"][0]["buckets"]
+    assert [b["loss"] for b in parts] == pytest.approx([b["loss"] for b in whole], rel=1e-6)
+
+
+def test_soft_capped_logits():
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        **CONFIG, head_dim=8, final_logit_softcapping=2.0, sliding_window=64, pad_token_id=0
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    ids = torch.randint(0, 100, (40,))
+    with torch.no_grad():
+        wanted = model(ids[None], labels=ids[None]).loss
+    assert loss.token_losses(model, ids).mean().item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_last_bucket_of_one_position_is_left_out():
+    assert loss.bucket_edges(9, 4) == [(0, 4), (4, 8), (8, 9)]
+    means = loss.bucket_means(torch.arange(8.0), 4)
+    assert [(b["stop"], b["loss"]) for b in means] == [(4, 1.5), (8, 5.5)]
+
+
+def test_progress_ticks_per_layer(folder):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    ticks = []
+    loss.token_losses(model, torch.arange(20), lambda: ticks.append(1))
+    assert len(ticks) == len(decoder_layers(model)) + 1 == 3
+    assert not any(layer._forward_hooks for layer in decoder_layers(model))
+    assert "forward" not in vars(model.base_model)
+
+
+def test_bfloat16(run, tmp_path):
+    assert run(dtype="bfloat16", methods="ntk_aware", factor=4) == 0
+    row = results(tmp_path)["rows"][0]
+    assert row["params"] == {"factor": 4.0} and len(row["buckets"]) == 4
+
+
+def test_factor_only_where_a_method_needs_one():
+    plan = options.Plan(["rope"], [128])
+    assert plan.method_params("rope", 128, 32) == {}
+    assert plan.method_params("pi", 128, 32) == {"factor": 4.0}
+    assert plan.method_params("pi", 16, 32) == {"factor": 1.0}
+    assert plan.method_params("giraffe_power", 128, 32) == {}
+    plan = options.Plan(["pi"], [128], {"pi": {"factor": 3}}, factor=2.0)
+    assert plan.method_params("pi", 128, 32) == {"factor": 3}
+    assert plan.method_params("giraffe_power", 128, 32) == {"factor": 2.0}
+
+
+def test_interrupted_run_keeps_finished_rows(run, tmp_path, monkeypatch, capsys):
+    measure, calls = loss.token_losses, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(loss, "token_losses", interrupted)
+    assert run(methods="rope,pi,yarn") == 130
+    assert [row["method"] for row in results(tmp_path)["rows"]] == ["rope", "pi"]
+    check_image(tmp_path / "out" / "loss.png")
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 3
+    assert captured.err.splitlines()[-1].startswith("eval: interrupted")
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "loss.json"
+    report.write_results(path, {"loss": float("nan"), "rows": (1.5,)})
+    assert json.loads(path.read_text()) == {"loss": None, "rows": [1.5]}
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report.os, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        report.write_results(path, {})
+    assert json.loads(path.read_text())["rows"] == [1.5]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_progress_bars_on_a_terminal(run, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert run(methods="rope,pi", bucket=8) == 0
+    shown = terminal.getvalue()
+    assert "all rows" in shown and "100%" in shown
+    for row in results(tmp_path)["rows"]:  # whole, though wider than the terminal
+        cells = " ".join(f"{b['loss']:6.3f}" for b in row["buckets"])
+        assert f"{row['method']:<12}     64 {cells}" in shown
+
+
+def test_pydocs(run, tmp_path):
+    assert run(text="pydocs", lengths="48") == 0
+    assert results(tmp_path)["text"] == {"name": "pydocs", "tokens": 48}

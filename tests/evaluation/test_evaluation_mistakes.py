@@ -1,0 +1,82 @@
+"""What a user may get wrong: one line on stderr, exit code 2, and nothing slow before it."""
+
+import pytest
+
+pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+
+from extrope_kernels.evaluation import options
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"methods": "rope,yarm"}, "unknown yarm; choose from rope, abf, pi"),
+        ({"methods": ","}, "--methods must list at least one value"),
+        ({"lengths": "64,x"}, "--lengths must be whole numbers of tokens >= 2, got 64,x"),
+        ({"lengths": "1"}, "--lengths must be whole numbers of tokens >= 2, got 1"),
+        ({"factor": 0}, "--factor must be > 0, got 0"),
+        ({"param": "yarn.beta_fast=16"}, "yarn is not among --methods"),
+        ({"param": "rope.beta_fast=16"}, "rope has no beta_fast; it has base"),
+        ({"param": "rope.base"}, "--param must read METHOD.NAME=VALUE, got rope.base"),
+        ({"bucket": 0}, "--bucket must be >= 1, got 0"),
+        ({"trials": 0}, "--trials must be >= 1, got 0"),
+        ({"model": "/nowhere/model"}, "--model /nowhere/model: no such folder or .gguf file"),
+        ({"text": "/nowhere/text"}, "--text /nowhere/text: No such file or directory"),
+        ({"lengths": "9999"}, "240 tokens, too short for --lengths 9,999"),
+        ({"device": "nonsense"}, "--device nonsense: "),
+        ({"task": "passkey", "lengths": "20"}, "--lengths 20: a passkey prompt needs"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_loaded(run, monkeypatch, capsys, given, message):
+    def load_model(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("extrope_kernels.evaluation.models.load_model", load_model)
+    assert run(**given) == 2
+    captured = capsys.readouterr()
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("eval: ") and message in last
+    assert captured.out == "" and "Traceback" not in captured.err
+
+
+def test_other_unusable_files(run, text, tmp_path, capsys):
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    ggufs = tmp_path / "ggufs"
+    ggufs.mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (ggufs / name).touch()
+    for given, message in (
+        ({"text": latin}, "not UTF-8 at byte 3"),
+        ({"out": text / "sub"}, "cannot write there: Not a directory"),
+        ({"model": empty}, "holds neither config.json nor a .gguf file"),
+        ({"model": ggufs}, "holds several models, name one of a.gguf, b.gguf"),
+    ):
+        assert run(**given) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_parameters_that_a_method_refuses(run, tmp_path, capsys):
+    assert run(methods="rope,yarn", param="yarn.beta_fast=nonsense") == 2
+    captured = capsys.readouterr()
+    assert "yarn: beta_fast must be a number" in captured.err and captured.out == ""
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", ["rich", "matplotlib"])
+def test_missing_package_names_the_extra(run, monkeypatch, capsys, missing):
+    find_spec = options.importlib.util.find_spec
+    monkeypatch.setattr(
+        options.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == missing else find_spec(name, *rest),
+    )
+    assert run() == 2
+    assert f"{missing} not installed; run: pip install 'extrope-kernels[demo]'" in (
+        capsys.readouterr().err
+    )

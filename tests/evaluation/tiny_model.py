@@ -1,0 +1,42 @@
+"""The tiny model's configuration and tokenizer, and checks of what the command leaves behind."""
+
+import json
+import string
+
+from PIL import Image
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+TRAINED = 32
+CONFIG = {
+    "vocab_size": len(string.printable) + 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": TRAINED,
+    "initializer_range": 0.3,  # far enough from zero that the methods' losses differ
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def save_tokenizer(folder):
+    """Save a tokenizer whose tokens are characters."""
+    vocab = {char: index for index, char in enumerate(string.printable)}
+    characters = Tokenizer(WordLevel(vocab | {"<unk>": len(vocab)}, unk_token="<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=characters).save_pretrained(folder)
+
+
+def results(tmp_path, task="loss"):
+    return json.loads((tmp_path / "out" / f"{task}.json").read_text())
+
+
+def check_image(path):
+    image = Image.open(path).convert("L")
+    assert min(image.size) > 300
+    low, high = image.getextrema()
+    assert low < 80 and high > 240

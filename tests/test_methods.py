@@ -1,0 +1,261 @@
+"""The registry, `RopeFreqs`, and the settings at which one method equals another."""
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from extrope_kernels import methods
+from extrope_kernels.methods import METHODS, RopeFreqs
+
+# One sensible call of every method at dim 16.
+EXAMPLES = {
+    "rope": {},
+    "abf": {},
+    "pi": {"factor": 4},
+    "ntk_aware": {"factor": 4},
+    "dynamic_ntk": {"factor": 2, "seq_len": 100, "max_position_embeddings": 64},
+    "ntk_by_parts": {"factor": 4, "original_max_position_embeddings": 256},
+    "ntk_mixed": {"factor": 4},
+    "yarn": {"factor": 4, "original_max_position_embeddings": 256},
+    "dynamic_yarn": {"seq_len": 300, "original_max_position_embeddings": 256},
+    "giraffe_power": {"power": 0.5},
+    "giraffe_truncation": {"truncate_pos": 256},
+    "xpos": {},
+    "llama3": {"factor": 8, "original_max_position_embeddings": 8192},
+    "longrope": {
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 64,
+        "seq_len": 100,
+        "factor": 4,
+    },
+    "proportional": {"partial_rotary_factor": 0.25},
+}
+
+
+def same_bits(a, b):
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def ulps(a, b):
+    return (a.view(torch.int32) - b.view(torch.int32)).abs().max().item()
+
+
+def test_examples_cover_the_registry():
+    assert set(EXAMPLES) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_registry(name):
+    function = METHODS[name]
+    assert getattr(methods, name) is function
+    dim, *others = inspect.signature(function).parameters.values()
+    assert dim.name == "dim"
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in others)
+    freqs = function(16, **EXAMPLES[name])
+    assert isinstance(freqs, RopeFreqs)
+    assert freqs.inv_freq.shape == (8,) and freqs.inv_freq.dtype == torch.float32
+    assert type(freqs.attention_factor) is float
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_tables_do_not_depend_on_the_surroundings(name):
+    expected = METHODS[name](16, **EXAMPLES[name])
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            freqs = METHODS[name](16, **EXAMPLES[name])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert freqs.inv_freq.device.type == "cpu"
+    assert same_bits(freqs.inv_freq, expected.inv_freq)
+
+
+def test_rope_freqs_to_moves_every_tensor():
+    freqs = methods.xpos(16).to("meta")
+    assert freqs.inv_freq.device.type == freqs.log_decay.device.type == "meta"
+    assert methods.yarn(16, **EXAMPLES["yarn"]).to("cpu").attention_factor > 1
+    assert methods.rope(16).to("meta").log_decay is None
+
+
+def test_rope_freqs_is_frozen():
+    with pytest.raises(AttributeError):
+        methods.rope(16).attention_factor = 2.0
+
+
+EXACT_REDUCTIONS = {
+    "pi at factor 1": (methods.pi(128, factor=1), methods.rope(128)),
+    "ntk_aware at factor 1": (methods.ntk_aware(128, factor=1), methods.rope(128)),
+    "llama3 at factor 1": (
+        methods.llama3(128, factor=1, original_max_position_embeddings=8192),
+        methods.rope(128, base=500000),
+    ),
+    "giraffe_power at power 0": (methods.giraffe_power(128, power=0), methods.rope(128)),
+    "giraffe_power at power 0 with a factor": (
+        methods.giraffe_power(128, power=0, factor=3),
+        methods.pi(128, factor=3),
+    ),
+    "giraffe_truncation far away": (
+        methods.giraffe_truncation(128, truncate_pos=10**6),
+        methods.rope(128),
+    ),
+    "proportional at 1": (
+        methods.proportional(128, partial_rotary_factor=1),
+        methods.rope(128),
+    ),
+    "proportional at 1 with a factor": (
+        methods.proportional(128, partial_rotary_factor=1, factor=3),
+        methods.pi(128, factor=3),
+    ),
+    "longrope with ones": (
+        methods.longrope(
+            128,
+            short_factor=[1] * 64,
+            long_factor=[1] * 64,
+            original_max_position_embeddings=64,
+            seq_len=999,
+            factor=1,
+        ),
+        methods.rope(128),
+    ),
+    "abf": (methods.abf(128), methods.rope(128, base=500000.0)),
+    "dynamic_ntk within the trained length": (
+        methods.dynamic_ntk(128, factor=3, seq_len=5, max_position_embeddings=2048),
+        methods.rope(128),
+    ),
+    "dynamic_ntk at factor 1": (
+        methods.dynamic_ntk(128, factor=1, seq_len=8192, max_position_embeddings=2048),
+        methods.ntk_aware(128, factor=4),
+    ),
+    "dynamic_yarn within the trained length": (
+        methods.dynamic_yarn(128, seq_len=256, original_max_position_embeddings=256),
+        methods.rope(128),
+    ),
+    "dynamic_yarn beyond the trained length": (
+        methods.dynamic_yarn(128, seq_len=1024, original_max_position_embeddings=256),
+        methods.yarn(128, factor=4, original_max_position_embeddings=256),
+    ),
+    "dynamic_yarn fine-tuned": (
+        methods.dynamic_yarn(
+            128,
+            seq_len=9,
+            original_max_position_embeddings=256,
+            max_position_embeddings=1024,
+            finetuned=True,
+        ),
+        methods.yarn(128, factor=4, original_max_position_embeddings=256),
+    ),
+    "ntk_by_parts, the paper's": (
+        methods.ntk_by_parts(128, factor=4, original_max_position_embeddings=256, variant="paper"),
+        methods.yarn(128, factor=4, original_max_position_embeddings=256, attention_factor=1.0),
+    ),
+    "ntk_by_parts without its fast part where all pairs turn often": (
+        methods.ntk_by_parts(
+            128, factor=4, original_max_position_embeddings=100_000, extrapolation_factor=0
+        ),
+        methods.ntk_aware(128, factor=4),
+    ),
+    "yarn, truncate does not concern the rotations ramp": (
+        methods.yarn(
+            128, factor=4, original_max_position_embeddings=256, ramp="rotations", truncate=False
+        ),
+        methods.yarn(128, factor=4, original_max_position_embeddings=256, ramp="rotations"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXACT_REDUCTIONS)
+def test_exact_reduction(name):
+    freqs, expected = EXACT_REDUCTIONS[name]
+    assert same_bits(freqs.inv_freq, expected.inv_freq)
+    assert freqs.attention_factor == expected.attention_factor
+
+
+BLENDED = {
+    "yarn": methods.yarn(128, factor=1, original_max_position_embeddings=4096),
+    "yarn, rotations": methods.yarn(
+        128, factor=1, original_max_position_embeddings=4096, ramp="rotations"
+    ),
+    "ntk_by_parts": methods.ntk_by_parts(128, factor=1, original_max_position_embeddings=4096),
+    "ntk_by_parts, paper": methods.ntk_by_parts(
+        128, factor=1, original_max_position_embeddings=4096, variant="paper"
+    ),
+    "ntk_mixed": methods.ntk_mixed(128, factor=1),
+}
+
+
+@pytest.mark.parametrize("name", BLENDED)
+def test_factor_1_is_rope_but_for_rounding(name):
+    assert ulps(BLENDED[name].inv_freq, methods.rope(128).inv_freq) <= 1
+    assert BLENDED[name].attention_factor == 1.0
+
+
+@pytest.mark.parametrize("factor", [2, 3, 8])
+def test_ntk_mixed_at_exponent_0_is_pi(factor):
+    # ln, exp and the negative power each round once.
+    mixed = methods.ntk_mixed(128, factor=factor, exponent=0).inv_freq
+    assert ulps(mixed, methods.pi(128, factor=factor).inv_freq) <= 3
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.25, 0.625, 0.75, 1.0])
+def test_ntk_mixed_slows_the_last_pair_by_the_factor(exponent):
+    mixed = methods.ntk_mixed(64, factor=12, exponent=exponent).inv_freq
+    ratio = methods.rope(64).inv_freq[-1] / mixed[-1]
+    assert ratio.item() == pytest.approx(12, rel=1e-6)
+
+
+def test_ntk_aware_keeps_the_first_pair_and_slows_the_last():
+    plain, slowed = methods.rope(128).inv_freq, methods.ntk_aware(128, factor=8).inv_freq
+    assert slowed[0] == plain[0]
+    assert (plain[-1] / slowed[-1]).item() == pytest.approx(8, rel=1e-6)
+
+
+def test_xpos_decay_vanishes_with_gamma():
+    freqs = methods.xpos(128, gamma=1e30)
+    assert torch.equal(freqs.log_decay, torch.zeros(64))
+    assert same_bits(freqs.inv_freq, methods.rope(128).inv_freq)
+    assert torch.all(methods.xpos(128).log_decay.diff() > 0)
+
+
+def test_yarn_ramps_agree_at_their_ends_only():
+    # The paper's values divided by the code's, d = 128, L = 4096, s = 16.
+    settings = {"factor": 16, "original_max_position_embeddings": 4096}
+    code = methods.yarn(128, **settings).inv_freq
+    paper = methods.yarn(128, ramp="rotations", **settings).inv_freq
+    assert ulps(code[:20], paper[:20]) <= 1 and ulps(code[46:], paper[46:]) <= 1
+    ratios = {24: 0.766, 27: 0.585, 30: 0.462, 33: 0.382, 36: 0.338, 38: 0.329, 42: 0.382}
+    for pair, ratio in ratios.items():
+        assert (paper[pair] / code[pair]).item() == pytest.approx(ratio, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("mscale", "mscale_all_dim", "amplitude"),
+    [(1.0, 1.0, 1.0), (0.707, 0.707, 1.0), (1.0, 0.5, 1.1557220), (0.5, None, 1.3688879)],
+)
+def test_yarn_amplitude(mscale, mscale_all_dim, amplitude):
+    freqs = methods.yarn(
+        64,
+        factor=40,
+        original_max_position_embeddings=4096,
+        mscale=mscale,
+        mscale_all_dim=mscale_all_dim,
+    )
+    assert freqs.attention_factor == pytest.approx(amplitude, rel=1e-7)
+
+
+def test_dynamic_yarn_amplitude_follows_the_length():
+    settings = {"original_max_position_embeddings": 64, "max_position_embeddings": 128}
+    amplitudes = [
+        methods.dynamic_yarn(16, seq_len=n, **settings).attention_factor for n in (9, 128, 129)
+    ]
+    assert amplitudes == [1.0, 1.0, 0.1 * math.log(129 / 64) + 1.0]
+
+
+@pytest.mark.parametrize(("truncate_pos", "counts"), [(2048, (41, 14, 9)), (4096, (46, 14, 4))])
+def test_giraffe_truncation_counts(truncate_pos, counts):
+    inv_freq = methods.giraffe_truncation(128, truncate_pos=truncate_pos).inv_freq
+    cutoff = 2 * math.pi / truncate_pos
+    slow, zero = (inv_freq == torch.tensor(cutoff / 16)).sum().item(), (inv_freq == 0).sum().item()
+    assert (64 - slow - zero, slow, zero) == counts

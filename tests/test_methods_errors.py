@@ -1,0 +1,188 @@
+"""Nonsense is refused with the method's name, what was expected and what came."""
+
+import math
+import re
+
+import pytest
+
+from extrope_kernels.methods import METHODS
+
+L = "original_max_position_embeddings"
+VALID = {
+    "rope": {},
+    "abf": {},
+    "pi": {"factor": 4},
+    "ntk_aware": {"factor": 4},
+    "dynamic_ntk": {"factor": 2, "seq_len": 100, "max_position_embeddings": 64},
+    "ntk_by_parts": {"factor": 4, L: 256},
+    "ntk_mixed": {"factor": 4},
+    "yarn": {"factor": 4, L: 256},
+    "dynamic_yarn": {"seq_len": 300, L: 256},
+    "giraffe_power": {"power": 0.5},
+    "giraffe_truncation": {"truncate_pos": 256},
+    "xpos": {},
+    "llama3": {"factor": 8, L: 8192},
+    "longrope": {
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        L: 64,
+        "seq_len": 100,
+        "factor": 4,
+    },
+    "proportional": {"partial_rotary_factor": 0.25},
+}
+each_method = pytest.mark.parametrize("name", METHODS)
+
+
+def takes(*names):
+    """Return (method, argument) for every method that has one of the arguments."""
+    return [
+        (method, name)
+        for method in METHODS
+        for name in names
+        if name in METHODS[method].__kwdefaults__ or name in VALID[method]
+    ]
+
+
+def refuse(method, error, message, dim=16, **changes):
+    with pytest.raises(error, match=re.escape(f"{method}: {message}")):
+        METHODS[method](dim, **{**VALID[method], **changes})
+
+
+@each_method
+@pytest.mark.parametrize("dim", [0, -2, 1, 7])
+def test_dim_must_be_even_and_positive(name, dim):
+    minimum = 4 if name in ("ntk_aware", "dynamic_ntk") else 2
+    refuse(name, ValueError, f"dim must be even and >= {minimum}, got {dim}", dim=dim)
+
+
+@pytest.mark.parametrize("name", ["ntk_aware", "dynamic_ntk", "ntk_by_parts"])
+def test_dim_2_has_no_ntk_base(name):
+    refuse(name, ValueError, "dim must be even and >= 4, got 2", dim=2)
+
+
+@each_method
+@pytest.mark.parametrize("dim", ["16", 16.0, True, None])
+def test_dim_must_be_an_int(name, dim):
+    refuse(name, TypeError, f"dim must be an int, got {dim!r}", dim=dim)
+
+
+@each_method
+@pytest.mark.parametrize("base", [1, 0.5, 0, -10000.0])
+def test_base_must_exceed_1(name, base):
+    refuse(name, ValueError, f"base must be > 1, got {base}", base=base)
+
+
+@pytest.mark.parametrize(
+    ("method", "argument"),
+    takes("base", "factor", "power", "exponent", "gamma", "scale_base", "partial_rotary_factor"),
+)
+def test_numbers_are_finite_numbers(method, argument):
+    for value in (math.nan, math.inf, -math.inf):
+        refuse(method, ValueError, f"{argument} must be finite, got {value}", **{argument: value})
+    for value in ("4", True, [4]):
+        refuse(
+            method, TypeError, f"{argument} must be a number, got {value!r}", **{argument: value}
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "argument"), takes(L, "max_position_embeddings", "truncate_pos", "seq_len")
+)
+def test_lengths_are_whole_and_positive(method, argument):
+    for value in (0, -1):
+        refuse(method, ValueError, f"{argument} must be > 0, got {value}", **{argument: value})
+    whole = f"{argument} must be a whole number of tokens, got 2.5"
+    refuse(method, ValueError, whole, **{argument: 2.5})
+    refuse(method, TypeError, f"{argument} must be a number, got '9'", **{argument: "9"})
+
+
+GIRAFFE = ("giraffe_power", "giraffe_truncation")
+RANGES = [
+    *((name, "factor", 0, "> 0") for name, _ in takes("factor") if name not in GIRAFFE),
+    *((name, "factor", -1, "> 0") for name, _ in takes("factor") if name not in GIRAFFE),
+    *((name, "factor", 0.5, ">= 1") for name in GIRAFFE),
+    *((name, "power", -0.5, ">= 0") for name in GIRAFFE),
+    ("ntk_mixed", "exponent", -0.1, ">= 0"),
+    ("ntk_mixed", "exponent", 1.1, "<= 1"),
+    ("xpos", "gamma", 0, "> 0"),
+    ("xpos", "scale_base", 0, "> 0"),
+    ("proportional", "partial_rotary_factor", -0.1, ">= 0"),
+    ("proportional", "partial_rotary_factor", 1.5, "<= 1"),
+    ("ntk_by_parts", "ntk_factor", 1.5, "<= 1"),
+    ("ntk_by_parts", "extrapolation_factor", -1, ">= 0"),
+    ("ntk_by_parts", "beta_1", 0, "> 0"),
+    ("ntk_by_parts", "gamma_0", -16, "> 0"),
+    ("llama3", "low_freq_factor", 0, "> 0"),
+    *((name, "attention_factor", 0, "> 0") for name, _ in takes("attention_factor")),
+    *((name, "beta_slow", 0, "> 0") for name in ("yarn", "dynamic_yarn")),
+    *((name, "mscale", -1, ">= 0") for name in ("yarn", "dynamic_yarn")),
+    *((name, "mscale_all_dim", -1, ">= 0") for name in ("yarn", "dynamic_yarn")),
+]
+
+
+@pytest.mark.parametrize(("method", "argument", "value", "bound"), RANGES)
+def test_ranges(method, argument, value, bound):
+    refuse(method, ValueError, f"{argument} must be {bound}, got {value}", **{argument: value})
+
+
+PAPER = {"variant": "paper"}
+OTHERS = [
+    ("llama3", {"low_freq_factor": 4}, "high_freq_factor must be > low_freq_factor, got 4.0 and 4"),
+    ("llama3", {"high_freq_factor": 0.5}, "high_freq_factor must be > low_freq_factor, got 0.5"),
+    ("yarn", {"beta_fast": 1, "beta_slow": 32}, "beta_fast must be > beta_slow, got 1 and 32"),
+    ("dynamic_yarn", {"beta_fast": 1}, "beta_fast must be > beta_slow, got 1 and 1.0"),
+    ("ntk_by_parts", {"beta_0": 0.5}, "beta_0 must be > beta_1, got 0.5 and 0.75"),
+    ("ntk_by_parts", {"gamma_1": 16}, "gamma_0 must be > gamma_1, got 16 and 16"),
+    ("ntk_by_parts", {**PAPER, "beta_fast": 0.5}, "beta_fast must be > beta_slow, got 0.5"),
+    ("yarn", {"ramp": "turns"}, "ramp must be one of 'index', 'rotations', got 'turns'"),
+    ("yarn", {"ramp": None}, "ramp must be one of 'index', 'rotations', got None"),
+    ("yarn", {L: 1}, f"{L} and base must let some pair of lanes make between 1 and 32 turns"),
+    ("ntk_by_parts", {"variant": "pr2"}, "variant must be one of 'pr1', 'paper', got 'pr2'"),
+    ("ntk_by_parts", {"beta_fast": 16.0}, "beta_fast must be left out for variant 'pr1', got 16.0"),
+    ("ntk_by_parts", {**PAPER, "gamma_0": 8}, "gamma_0 must be left out for variant 'paper', got"),
+    ("longrope", {"short_factor": [1.0] * 7}, "short_factor must have 8 entries, got 7"),
+    ("longrope", {"long_factor": [1.0] * 9}, "long_factor must have 8 entries, got 9"),
+    ("longrope", {"long_factor": [1.0] * 7 + [0]}, "long_factor[7] must be > 0, got 0"),
+    ("longrope", {"short_factor": [math.nan] * 8}, "short_factor[0] must be finite, got nan"),
+    ("longrope", {L: 1}, f"{L} must be > 1, got 1"),
+    (
+        "longrope",
+        {"factor": None},
+        "one of factor, max_position_embeddings and attention_factor must be given, got None",
+    ),
+    (
+        "dynamic_yarn",
+        {"finetuned": True},
+        "max_position_embeddings must be given when finetuned, got None",
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "changes", "message"), OTHERS)
+def test_impossible_together(method, changes, message):
+    refuse(method, ValueError, message, **changes)
+
+
+WRONG_KINDS = [
+    ("longrope", {"long_factor": "12345678"}, "long_factor must be a list of numbers, got '12345"),
+    ("longrope", {"short_factor": 1.0}, "short_factor must be a list of numbers, got 1.0"),
+    ("longrope", {"long_factor": ["1"] * 8}, "long_factor[0] must be a number, got '1'"),
+    ("longrope", {"attention_factor": "1"}, "attention_factor must be a number, got '1'"),
+    ("yarn", {"truncate": 1}, "truncate must be a bool, got 1"),
+    ("yarn", {"beta_fast": "32"}, "beta_fast must be a number, got '32'"),
+    ("yarn", {"mscale": "1"}, "mscale must be a number, got '1'"),
+    ("dynamic_yarn", {"finetuned": "yes"}, "finetuned must be a bool, got 'yes'"),
+    ("llama3", {"high_freq_factor": None}, "high_freq_factor must be a number, got None"),
+]
+
+
+@pytest.mark.parametrize(("method", "changes", "message"), WRONG_KINDS)
+def test_wrong_kinds(method, changes, message):
+    refuse(method, TypeError, message, **changes)
+
+
+@each_method
+def test_arguments_after_dim_are_keywords(name):
+    with pytest.raises(TypeError, match="positional argument"):
+        METHODS[name](16, 10000.0)

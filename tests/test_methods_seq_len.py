@@ -1,0 +1,153 @@
+"""Methods that depend on the length: a tensor gives one row a sequence, without a host sync."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from extrope_kernels.methods import dynamic_ntk, dynamic_yarn, longrope
+
+LENGTHS = [1, 31, 32, 33, 63, 64, 65, 1000, 4097]
+TRAINED = 32
+
+
+def ntk(dim, seq_len, factor=2.0):
+    return dynamic_ntk(dim, factor=factor, seq_len=seq_len, max_position_embeddings=TRAINED)
+
+
+def yarn(dim, seq_len, **settings):
+    settings = {"attention_factor": 1.25, "max_position_embeddings": 64, **settings}
+    return dynamic_yarn(dim, seq_len=seq_len, original_max_position_embeddings=TRAINED, **settings)
+
+
+def long(dim, seq_len):
+    return longrope(
+        dim,
+        short_factor=[1 + 0.01 * i for i in range(dim // 2)],
+        long_factor=[1.0 + i for i in range(dim // 2)],
+        original_max_position_embeddings=TRAINED,
+        seq_len=seq_len,
+        factor=8.0,
+    )
+
+
+# By how many units in the last place a tensor's row may differ from the int's: the base is
+# rounded to float32 on the way in dynamic_ntk, as in transformers.
+METHODS = {
+    "dynamic_ntk": (ntk, 4),
+    "longrope": (long, 0),
+    "dynamic_yarn": (yarn, 0),
+    "dynamic_yarn, finetuned": (lambda d, n: yarn(d, n, finetuned=True), 0),
+    "dynamic_yarn, rotations": (lambda d, n: yarn(d, n, ramp="rotations"), 0),
+}
+each_method = pytest.mark.parametrize("name", METHODS)
+
+
+def bits(x):
+    return x.view(torch.int32)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails on the operators that bring a tensor's values to the host."""
+
+    FORBIDDEN = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.name().split(".")[0] not in self.FORBIDDEN, func.name()
+        return func(*args, **(kwargs or {}))
+
+
+@each_method
+@pytest.mark.parametrize("dim", [16, 128])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_row_for_every_sequence(name, dim, dtype):
+    method, ulps = METHODS[name]
+    freqs = method(dim, torch.tensor(LENGTHS, dtype=dtype))
+    one_by_one = [method(dim, torch.tensor(n, dtype=dtype)).inv_freq for n in LENGTHS]
+    by_int = [method(dim, n) for n in LENGTHS]
+    assert freqs.inv_freq.shape == (len(LENGTHS), dim // 2)
+    assert freqs.inv_freq.dtype == torch.float32
+    assert torch.equal(bits(freqs.inv_freq), bits(torch.stack(one_by_one)))
+    by_int_rows = torch.stack([freqs.inv_freq for freqs in by_int])
+    assert (bits(freqs.inv_freq) - bits(by_int_rows)).abs().max() <= ulps
+    assert {freqs.attention_factor} == {freqs.attention_factor for freqs in by_int}
+
+
+@each_method
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (0,)])
+def test_values_are_never_read(name, device, shape):
+    # Under FakeTensorMode there are no values to read: looking at one raises.
+    with FakeTensorMode():
+        seq_len = torch.empty(shape, dtype=torch.int64, device=device)
+        inv_freq = METHODS[name][0](16, seq_len).inv_freq
+    assert inv_freq.shape == (*shape, 8)
+    assert inv_freq.device.type == device
+
+
+@each_method
+def test_no_host_sync(name):
+    seq_len = torch.tensor([5, 100])
+    with NoHostSync():
+        METHODS[name][0](16, seq_len)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each_method
+def test_no_host_sync_on_the_gpu(name):
+    seq_len = torch.tensor(LENGTHS, device="cuda")
+    METHODS[name][0](16, seq_len)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        inv_freq = METHODS[name][0](16, seq_len).inv_freq
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = METHODS[name][0](16, seq_len.cpu()).inv_freq
+    assert (bits(inv_freq.cpu()) - bits(expected)).abs().max() <= METHODS[name][1]
+
+
+@each_method
+def test_compiles_as_one_graph(name):
+    torch._dynamo.reset()
+    method = METHODS[name][0]
+    compiled = torch.compile(
+        lambda seq_len: method(16, seq_len).inv_freq, backend="eager", fullgraph=True
+    )
+    seq_len = torch.tensor([5, 100])
+    assert torch.equal(compiled(seq_len), method(16, seq_len).inv_freq)
+
+
+@each_method
+def test_a_symbolic_length_compiles(name):
+    torch._dynamo.reset()
+    method = METHODS[name][0]
+    compiled = torch.compile(
+        lambda x: method(16, x.shape[0]).inv_freq, backend="eager", fullgraph=True, dynamic=True
+    )
+    for length in (20, 100):
+        assert torch.equal(compiled(torch.ones(length)), method(16, length).inv_freq)
+
+
+def test_dynamic_yarn_cannot_vary_its_amplitude_by_sequence():
+    with pytest.raises(ValueError, match="dynamic_yarn: attention_factor must be given when"):
+        yarn(16, torch.tensor([5, 100]), attention_factor=None)
+
+
+@each_method
+@pytest.mark.parametrize(
+    ("seq_len", "error", "message"),
+    [
+        (torch.tensor([1.0]), TypeError, "seq_len must hold integers, got a torch.float32 tensor"),
+        (torch.tensor([True]), TypeError, "seq_len must hold integers, got a torch.bool tensor"),
+        (torch.ones(2, 2, dtype=torch.int64), ValueError, r"must have shape \(\) or \(batch,\)"),
+        (0, ValueError, "seq_len must be > 0, got 0"),
+        (-3, ValueError, "seq_len must be > 0, got -3"),
+        (1.5, ValueError, "seq_len must be a whole number of tokens, got 1.5"),
+        ("4", TypeError, "seq_len must be a number, got '4'"),
+        (True, TypeError, "seq_len must be a number, got True"),
+        (None, TypeError, "seq_len must be a number, got None"),
+    ],
+)
+def test_nonsense_seq_len(name, seq_len, error, message):
+    with pytest.raises(error, match=message):
+        METHODS[name][0](16, seq_len)

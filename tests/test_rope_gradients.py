@@ -1,0 +1,171 @@
+"""Derivatives of the rotation: first, second, to the frequencies, under torch.func."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
+from extrope_kernels.testing import DTYPES, assert_within_budget, device, make_qk
+
+LONG_POSITIONS = (1_009, 100_003, 1_000_003, 15_999_989)
+
+
+def interpreter_ulps(backend, dtype):
+    return 1.0 if backend == "triton" and dtype == torch.bfloat16 and device() == "cpu" else 0.0
+
+
+def gradients(q, k, freqs, weights, **options):
+    """d/d(q, k, inv_freq) of the weighted sum of the rotated q and k."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, freqs.inv_freq)]
+    freqs = RopeFreqs(leaves[2], freqs.attention_factor, freqs.log_decay)
+    outs = apply_rope_qk(leaves[0], leaves[1], freqs, **options)
+    sum((out * w.to(out.dtype)).sum() for out, w in zip(outs, weights)).backward()
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", (0, *LONG_POSITIONS))
+def test_backward_against_float64(backend, start, dtype, interleaved):
+    q, k = make_qk(2, 11, 3, 1, head_dim=72, dtype=dtype)
+    weights = make_qk(2, 11, 3, 1, head_dim=72, dtype=dtype, seed=1)
+    freqs = methods.yarn(64, factor=4.0, original_max_position_embeddings=4096).to(device())
+    options = dict(positions=start, interleaved=interleaved)
+    grads = gradients(q, k, freqs, weights, backend=backend, **options)
+    same = gradients(q, k, freqs, weights, backend="reference", **options)
+    wide = [w.double() for w in weights]
+    exact = gradients(q.double(), k.double(), freqs, wide, backend="reference", **options)
+    for name, *values in zip(("dq", "dk"), grads, same, exact):
+        assert_within_budget(name, *values, interpreter_ulps(backend, dtype))
+    # A sum over tokens and heads: each term carries the rounding of one product sum.
+    terms = 2 * 11 * 4
+    ulp = min(torch.finfo(torch.float32).eps, torch.finfo(dtype).eps)
+    bound = (
+        4 * ulp * terms**0.5 * max(start, 1) * 4 + torch.finfo(torch.float32).eps * exact[2].abs()
+    )
+    assert ((grads[2].double() - exact[2]).abs() <= bound).all()
+
+
+def test_backward_of_strided_views_and_of_a_sum(backend):
+    """The gradient of a sum is an expanded scalar: strides all zero."""
+    q, _ = make_qk(2, 5, 3)
+    leaf = q.transpose(1, 2).contiguous().requires_grad_()
+    freqs = methods.rope(64).to(device())
+    apply_rope(leaf.transpose(1, 2), freqs, positions=9, backend=backend).sum().backward()
+    ones = torch.ones_like(q)
+    expected = apply_rope(ones, freqs, positions=9, inverse=True, backend="reference")
+    torch.testing.assert_close(leaf.grad.transpose(1, 2), expected, rtol=0, atol=1e-6)
+
+
+CASES = {
+    "plain": dict(),
+    "interleaved": dict(interleaved=True),
+    "inverse": dict(inverse=True, attention_factor=1.3),
+    "positions": dict(positions=torch.tensor([[5, 3, 9], [100, 7, 0]])),
+    "offsets": dict(positions=torch.tensor([4, 40])),
+    "per_sequence": dict(freq_shape=(2, 3)),
+    "per_head": dict(freq_shape=(1, 2, 3)),
+    "per_both": dict(freq_shape=(2, 2, 3)),
+    "packed": dict(cu_seqlens=torch.tensor([0, 1, 1, 3], dtype=torch.int32), freq_shape=(3, 3)),
+    "decay": dict(log_decay=True),
+}
+
+
+def build_case(name):
+    options = dict(CASES[name])
+    shape = options.pop("freq_shape", (3,))
+    attention_factor = options.pop("attention_factor", 1.0)
+    log_decay = methods.xpos(6).log_decay.to(device()) if options.pop("log_decay", False) else None
+    options = {
+        key: value.to(device()) if isinstance(value, torch.Tensor) else value
+        for key, value in options.items()
+    }
+    q, k = make_qk(2, 3, 2, 2, head_dim=8, dtype=torch.float64)
+    if "cu_seqlens" in options:
+        q, k = q[0].contiguous(), k[0].contiguous()
+    inv_freq = torch.rand(shape, dtype=torch.float64, device=device())
+
+    def rotate(q, k, inv_freq, backend):
+        freqs = RopeFreqs(inv_freq, attention_factor, log_decay)
+        return apply_rope_qk(q, k, freqs, backend=backend, **options)
+
+    return rotate, [x.requires_grad_() for x in (q, k, inv_freq)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_finite_differences(backend, case):
+    rotate, leaves = build_case(case)
+    assert gradcheck(lambda *x: rotate(*x, backend), leaves, fast_mode=backend == "triton")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_finite_differences_of_the_gradient(backend, case):
+    rotate, leaves = build_case(case)
+    assert gradgradcheck(lambda *x: rotate(*x, backend), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", ("plain", "per_head"))
+def test_one_tensor(backend, case):
+    _, (q, _, inv_freq) = build_case(case)
+
+    def one(q, inv_freq):
+        return apply_rope(q, RopeFreqs(inv_freq), backend=backend)
+
+    assert gradcheck(one, (q, inv_freq), fast_mode=True)
+    assert gradgradcheck(one, (q, inv_freq), fast_mode=True)
+
+
+# -------------------------------------------------------------------------------------------------
+# torch.func
+
+
+def test_func_grad(backend):
+    rotate, (q, k, inv_freq) = build_case("plain")
+
+    def loss(q, k, inv_freq, backend):
+        return sum(out.pow(3).sum() for out in rotate(q, k, inv_freq, backend))
+
+    grads = torch.func.grad(loss, argnums=(0, 1, 2))(q, k, inv_freq, backend)
+    expected = torch.func.grad(loss, argnums=(0, 1, 2))(q, k, inv_freq, "reference")
+    for got, want in zip(grads, expected):
+        torch.testing.assert_close(got, want)
+
+
+def test_func_grad_of_grad(backend):
+    rotate, (q, k, inv_freq) = build_case("plain")
+
+    def slope(q, backend):
+        return torch.func.grad(lambda x: rotate(x, k, inv_freq, backend)[0].pow(3).sum())(q)
+
+    second = torch.func.grad(lambda x: slope(x, backend).sum())(q)
+    expected = torch.func.grad(lambda x: slope(x, "reference").sum())(q)
+    torch.testing.assert_close(second, expected)
+
+
+@pytest.mark.parametrize(
+    "in_dims", ((0, 0, None), (1, None, None), (None, 2, None), (None, None, 0), (0, 0, 0))
+)
+@pytest.mark.parametrize("case", ("plain", "packed"))
+def test_vmap(backend, case, in_dims):
+    rotate, leaves = build_case(case)
+    stacked = [
+        x if dim is None else torch.stack([x * (i + 1) for i in range(3)], dim).detach()
+        for x, dim in zip(leaves, in_dims)
+    ]
+    got = torch.vmap(lambda *x: rotate(*x, backend), in_dims)(*stacked)
+    expected = torch.vmap(lambda *x: rotate(*x, "reference"), in_dims)(*stacked)
+    for x, y in zip(got, expected):
+        torch.testing.assert_close(x, y)
+
+
+def test_per_sample_gradients(backend):
+    """vmap over grad: what differential privacy and influence functions call."""
+    rotate, (q, k, inv_freq) = build_case("plain")
+    samples = torch.stack([q.detach(), 2 * q.detach()])
+
+    def loss(q, backend):
+        return rotate(q, k, inv_freq, backend)[0].pow(3).sum()
+
+    got = torch.vmap(torch.func.grad(lambda x: loss(x, backend)))(samples)
+    expected = torch.vmap(torch.func.grad(lambda x: loss(x, "reference")))(samples)
+    torch.testing.assert_close(got, expected)

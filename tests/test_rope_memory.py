@@ -1,0 +1,106 @@
+"""Where the rotation reads and writes: strides, in place, huge offsets; the same bits."""
+
+import math
+
+import pytest
+import torch
+
+from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
+from extrope_kernels.testing import assert_within_budget, device, make_qk
+
+FREQS = RopeFreqs(methods.rope(64).inv_freq.to(device()), 1.1)
+
+
+def strided_views(x):
+    batch, seqlen, heads, dim = x.shape
+    gap = x.new_full((batch, seqlen + 3, heads + 2, dim + 16), math.nan)
+    gap[:, 1 : seqlen + 1, 1 : heads + 1, 8 : dim + 8] = x
+    return {
+        "heads_first": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "gaps": gap[:, 1 : seqlen + 1, 1 : heads + 1, 8 : dim + 8],
+        "unaligned": torch.cat((x.new_zeros(1), x.flatten()))[1:].view_as(x),
+        "sequence_first": x.transpose(0, 1).contiguous().transpose(0, 1),
+    }
+
+
+@pytest.mark.parametrize("layout", ("heads_first", "gaps", "unaligned", "sequence_first"))
+@pytest.mark.parametrize("inplace", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_strided_views_rotate_to_the_same_bits(backend, layout, inplace, dtype):
+    q, k = make_qk(2, 19, 5, 3, dtype=dtype)
+    expected = apply_rope_qk(q, k, FREQS, positions=50, backend=backend)
+    views = [strided_views(x)[layout] for x in (q, k)]
+    outs = apply_rope_qk(*views, FREQS, positions=50, inplace=inplace, backend=backend)
+    for view, out, want in zip(views, outs, expected):
+        assert torch.equal(out, want)
+        assert not inplace or out is view
+
+
+def test_inplace_writes_between_the_gaps_only(backend):
+    q, _ = make_qk(2, 5, 3)
+    buffer = torch.full((2, 8, 5, 80), math.nan, device=device())
+    view = buffer[:, 1:6, 1:4, 8:72]
+    view.copy_(q)
+    apply_rope(view, FREQS, inplace=True, backend=backend)
+    outside = torch.ones_like(buffer, dtype=torch.bool)
+    outside[:, 1:6, 1:4, 8:72] = False
+    assert buffer[outside].isnan().all() and not view.isnan().any()
+
+
+def test_expanded_inputs(backend):
+    q, k = make_qk(1, 7, 1, 1)
+    wide_q, wide_k = q.expand(3, 7, 5, 64), k.expand(3, 7, 2, 64)
+    outs = apply_rope_qk(wide_q, wide_k, FREQS, backend=backend)
+    sames = apply_rope_qk(wide_q, wide_k, FREQS, backend="reference")
+    exacts = apply_rope_qk(wide_q.double(), wide_k.double(), FREQS, backend="reference")
+    for name, *values in zip("qk", outs, sames, exacts):
+        assert_within_budget(name, *values)
+
+
+def test_outputs_keep_the_memory_layout(backend):
+    q, k = make_qk(2, 6, 4, 2)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    out_q, out_k = apply_rope_qk(q, k, FREQS, backend=backend)
+    assert out_q.stride() == q.stride() and out_k.stride() == k.stride()
+
+
+def test_more_than_2_to_31_elements_by_stride(backend, tmp_path):
+    """A sparse file gives the address range without the memory."""
+    far = 2**31 + 64
+    storage = torch.from_file(
+        str(tmp_path / "sparse"), shared=True, size=2 * far, dtype=torch.bfloat16
+    )
+    if device() == "cuda":
+        storage = torch.empty(2 * far, dtype=torch.bfloat16, device="cuda")
+    x = storage.as_strided((2, 3, 2, 64), (far, 128, 64, 1))
+    values, _ = make_qk(2, 3, 2, dtype=torch.bfloat16)
+    x.copy_(values)
+    expected = apply_rope(values, FREQS, backend=backend)
+    assert torch.equal(apply_rope(x, FREQS, backend=backend), expected)
+    assert torch.equal(apply_rope(x, FREQS, inplace=True, backend=backend), expected)
+
+
+def test_same_bits_every_time_and_with_any_number_of_threads(backend):
+    q, k = make_qk(2, 65 if backend == "triton" else 700, 6, 2)
+    threads = torch.get_num_threads()
+    first = apply_rope_qk(q, k, FREQS, positions=999, backend=backend)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = apply_rope_qk(q, k, FREQS, positions=999, backend=backend)
+            assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_nan_and_inf_stay_in_their_pair(backend):
+    q, _ = make_qk(1, 3, 1, head_dim=8)
+    q[0, 1, 0, 2], q[0, 2, 0, 5] = math.nan, math.inf
+    out = apply_rope(
+        q, RopeFreqs(methods.rope(8).inv_freq.to(device())), positions=5, backend=backend
+    )
+    bad = ~out.isfinite()
+    expected = torch.zeros_like(bad)
+    expected[0, 1, 0, [2, 6]] = True
+    expected[0, 2, 0, [1, 5]] = True
+    assert torch.equal(bad, expected)

@@ -1,0 +1,230 @@
+"""What `extend` leaves alone, what `restore` puts back, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+
+import pytest
+import torch
+from hf_models import (
+    FAMILIES,
+    TRAINED,
+    build,
+    logits,
+    one_thread,  # noqa: F401
+    rotary_of,
+    tokens,
+    transformers,
+)
+from torch import nn
+
+from extrope_kernels import methods
+from extrope_kernels.integrations.transformers import extend
+
+IDS = tokens(2, 40)
+
+
+def apply_of(model):
+    return sys.modules[type(model).__module__].apply_rotary_pos_emb
+
+
+@pytest.mark.parametrize("method", ["yarn", "dynamic_ntk"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restore_is_exact(family, method):
+    model = build(family)
+    before, function, config = logits(model, IDS), apply_of(model), model.config.to_dict()
+    state, attributes = model.state_dict(), set(vars(model))
+    handle = extend(model, method, factor=4.0)
+    assert model.config.to_dict() == config
+    assert model.state_dict().keys() == state.keys()
+    assert not torch.equal(logits(model, IDS), before)
+    handle.restore()
+    assert torch.equal(logits(model, IDS), before)
+    assert apply_of(model) is function
+    assert set(vars(model)) == attributes
+    assert "forward" not in vars(rotary_of(model))
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    handle.restore()
+    assert torch.equal(logits(model, IDS), before)
+
+
+def test_restore_after_an_exception():
+    model = build("llama")
+    before, function = logits(model, IDS), apply_of(model)
+    with pytest.raises(KeyError), extend(model, "dynamic_ntk", factor=4.0):
+        logits(model, IDS)
+        raise KeyError
+    assert torch.equal(logits(model, IDS), before)
+    assert apply_of(model) is function
+    with extend(model, "dynamic_ntk", factor=4.0):
+        with pytest.raises(IndexError):
+            model.generate(IDS + 1000, max_new_tokens=2)
+        got = logits(model, IDS[:, :8])
+    with extend(model, "rope"):  # the request that failed does not lend its length to the next
+        assert torch.equal(got, logits(model, IDS[:, :8]))
+
+
+def test_nested_extensions_restore_last_first():
+    model = build("llama")
+    before = logits(model, IDS)
+    outer = extend(model, "pi", factor=2.0)
+    with_pi = logits(model, IDS)
+    inner = extend(model, "dynamic_ntk", factor=4.0)
+    assert not torch.equal(logits(model, IDS), with_pi)
+    with pytest.raises(RuntimeError, match="extend: the extension by pi must be the model's last"):
+        outer.restore()
+    inner.restore()
+    assert torch.equal(logits(model, IDS), with_pi)
+    outer.restore()
+    assert torch.equal(logits(model, IDS), before)
+
+
+def test_other_models_of_the_class_are_untouched():
+    model, other = build("llama"), build("llama")
+    function, before = apply_of(model), logits(model, IDS)
+    handle = extend(model, "pi", factor=4.0)
+    assert torch.equal(logits(other, IDS), before)
+    assert torch.equal(logits(copy.deepcopy(other), IDS), before)
+    second = extend(other, "yarn", factor=2.0)
+    handle.restore()
+    assert torch.equal(logits(model, IDS), before)
+    assert not torch.equal(logits(other, IDS), before)
+    assert apply_of(model) is not function
+    second.restore()
+    assert torch.equal(logits(other, IDS), before)
+    assert apply_of(model) is function
+
+
+@pytest.mark.parametrize("method", ["yarn", "dynamic_ntk"])
+def test_copies_and_pickles_of_an_extended_model_stay_extended(method):
+    model = build("llama")
+    with extend(model, method, factor=4.0):
+        expected = logits(model, IDS)
+        twin, file = copy.deepcopy(model), io.BytesIO()
+        torch.save(model, file)
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    for extended in (twin, loaded):
+        logits(extended, IDS[:, :4])
+        assert torch.equal(logits(extended, IDS), expected)
+    assert not torch.equal(logits(model, IDS), expected)
+
+
+@pytest.mark.parametrize("method", ["yarn", "dynamic_ntk"])
+def test_base_models_without_a_head(method):
+    model = build("llama")
+    base = model.model
+    before = base(IDS).last_hidden_state
+    with extend(base, method, factor=4.0):
+        got = base(IDS).last_hidden_state
+    with extend(model, method, factor=4.0):
+        assert torch.equal(base(IDS).last_hidden_state, got)
+    assert torch.equal(base(IDS).last_hidden_state, before)
+    assert not torch.equal(got, before)
+
+
+def test_save_pretrained_saves_the_plain_model(tmp_path):
+    model = build("llama")
+    before = logits(model, IDS)
+    with extend(model, "yarn", factor=4.0):
+        model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded, IDS), before)
+
+
+def _two_functions_for_one_rotation():
+    sizes = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    sizes |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "kv_lora_rank": 16}
+    config = transformers.AutoConfig.for_model(
+        "deepseek_v3", hidden_size=64, num_hidden_layers=1, num_attention_heads=4, **sizes
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _several_axes_of_positions():
+    model = build("llama")
+    model.config.rope_parameters["mrope_section"] = [2, 3, 3]
+    return model
+
+
+def _other_pairing(monkeypatch):
+    model = build("llama")
+
+    def backwards(q, k, cos, sin, unsqueeze_dim=1):
+        return original(q, k, cos, -sin, unsqueeze_dim)
+
+    original = apply_of(model)
+    monkeypatch.setattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", backwards)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda _: nn.Linear(2, 2), "extend: model must have a rotary embedding .* got a Linear"),
+        (lambda _: _two_functions_for_one_rotation(), "does not rotate by apply_rotary_pos_emb"),
+        (lambda _: _several_axes_of_positions(), "rotates by several axes of positions"),
+        (_other_pairing, "its rotation pairs the lanes of a head in another way"),
+        (
+            lambda _: build("gemma3_text", layer_types=["sliding_attention"] * 2),
+            "it has no full_attention layers",
+        ),
+    ],
+)
+def test_refuses_models_it_cannot_extend(monkeypatch, model, message):
+    with pytest.raises(ValueError, match="^extend: .*" + message.removeprefix("extend: ")):
+        extend(model(monkeypatch), "yarn", factor=2.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "kind", "message"),
+    [
+        ("yarm", {}, ValueError, f"extend: method must be one of {', '.join(methods.METHODS)}, "),
+        ("rerope", {"window": 4}, ValueError, "extend: method must be one of rope, abf, "),
+        ("yarn", {}, ValueError, "extend: yarn needs factor, which is missing"),
+        ("longrope", {}, ValueError, "extend: longrope needs short_factor and long_factor, which"),
+        (
+            "pi",
+            {"faktor": 2},
+            TypeError,
+            "extend: parameters of pi must be among factor, base",
+        ),
+        ("pi", {"dim": 8, "factor": 2}, ValueError, "extend: dim must be 16, the rotary dimension"),
+        ("pi", {"factor": -1}, ValueError, "pi: factor must be > 0, got -1"),
+        ("dynamic_ntk", {"factor": -1}, ValueError, "dynamic_ntk: factor must be > 0, got -1"),
+    ],
+)
+def test_refuses_parameters_before_anything_is_changed(method, parameters, kind, message):
+    model = build("llama")
+    function = apply_of(model)
+    with pytest.raises(kind) as raised:
+        extend(model, method, **parameters)
+    assert str(raised.value).startswith(message)
+    assert apply_of(model) is function
+    assert "forward" not in vars(rotary_of(model))
+
+
+def test_refuses_what_is_no_model():
+    with pytest.raises(TypeError, match="extend: model must be a transformers model, got str"):
+        extend("llama", "yarn", factor=2.0)
+
+
+def test_refuses_positions_of_several_axes_in_a_forward():
+    model = build("llama")
+    with extend(model, "yarn", factor=2.0), pytest.raises(ValueError, match="extend: position_ids"):
+        rotary_of(model)(torch.zeros(1), torch.zeros(3, 1, 4, dtype=torch.long))
+
+
+def test_defaults_come_from_the_config():
+    model = build("llama")
+    model.config.rope_parameters["rope_theta"] = 5000.0
+    defaults = {"dim": 16, "base": 5000.0, "original_max_position_embeddings": TRAINED}
+    with extend(model, "yarn", factor=4.0):
+        got = logits(model, IDS)
+    with extend(model, "yarn", factor=4.0, **defaults):
+        assert torch.equal(logits(model, IDS), got)
+    with extend(model, "abf"):
+        got = logits(model, IDS)
+    with extend(model, "rope", base=500000.0):
+        assert torch.equal(logits(model, IDS), got)
