@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,16 @@ def cuda_archs(nvcc: str) -> list[str]:
     return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
 
 
+def gencode(archs: Sequence[str]) -> str:
+    """nvcc's flag for machine code of every architecture and PTX of the first for later ones.
+
+    One pass of the front end serves them all: nothing in the kernels is special to one, and a pass
+    for each would take twice as long.
+    """
+    codes = ",".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[0]}"])
+    return f"-gencode=arch=compute_{archs[0]},code=[{codes}]"
+
+
 def plan(name: str) -> Plan:
     """The commands for library `name` ("cpu" or "cuda"); BuildError when a tool is missing."""
     return _plan_cpu() if name == "cpu" else _plan_cuda()
@@ -136,16 +147,14 @@ def _plan_cpu() -> Plan:
 def _plan_cuda() -> Plan:
     # nvcc drives every step: it alone knows where its headers and the static runtime are.
     compiler, nvcc, torch = find_compiler(), find_nvcc(), find_torch()
-    archs = cuda_archs(nvcc)
-    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    chips = gencode(cuda_archs(nvcc))
     compile_it = [nvcc, *NVCC_FLAGS] + ([f"-ccbin={compiler[-1]}"] if os.environ.get("CXX") else [])
     objects = {
-        f"{s.stem}.cu.o": [*compile_it, *gencode, "-c", str(s)] for s in _sources("cuda", "*.cu")
+        f"{s.stem}.cu.o": [*compile_it, chips, "-c", str(s)] for s in _sources("cuda", "*.cu")
     }
     for source in _sources("cuda", "*.cpp"):
         objects[f"{source.stem}.o"] = [*compile_it, "-c", str(source), *_torch_flags(torch)]
-    link = [nvcc, "-shared", "-cudart=static", *gencode, f"-L{torch / 'lib'}"]
+    link = [nvcc, "-shared", "-cudart=static", chips, f"-L{torch / 'lib'}"]
     return Plan(
         objects, [*link, "-Xlinker=--no-undefined", "-ltorch_cpu", "-ldl", "-lrt", "-lpthread"]
     )

@@ -57,6 +57,16 @@ def test_backward_of_strided_views_and_of_a_sum(backend):
     torch.testing.assert_close(leaf.grad.transpose(1, 2), expected, rtol=0, atol=1e-6)
 
 
+def test_autograd_notices_that_a_saved_tensor_was_rotated_in_place(backend):
+    q, _ = make_qk()
+    weight = torch.ones_like(q, requires_grad=True)
+    loss = (q * weight).sum()
+    with torch.no_grad():
+        apply_rope(q, methods.rope(64).to(device()), inplace=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 CASES = {
     "plain": dict(),
     "interleaved": dict(interleaved=True),

@@ -148,8 +148,9 @@ struct RopeOps {
         make_params(q, k, inv_freq, positions,
                     {cu_seqlens, log_decay, attention_factor, offset, interleaved, inverse},
                     /*adjoint=*/false);
-    require(!overlaps_itself(q) && !(k.has_value() && overlaps_itself(*k)),
-            "an expanded tensor cannot be rotated in place");
+    require(!overlaps_itself(q), "q must not be expanded to be rotated in place");
+    require(!k.has_value() || !overlaps_itself(*k),
+            "k must not be expanded to be rotated in place");
     set_output(p.tensors[0], q, packed);
     if (k.has_value()) set_output(p.tensors[1], *k, packed);
     run(p, q);

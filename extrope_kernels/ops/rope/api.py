@@ -152,18 +152,14 @@ def _inplace(q, k, by, options, backend):
     suffix = "" if backend is None else _suffix(backend, q)
     if _wants_grad(q, k, by[0]):
         raise ValueError("rope: inplace=True is for inference, got tensors that require grad")
-    for name, x in (("q", q), ("k", k)):
-        if x is not None and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape)):
-            raise ValueError(
-                f"rope: {name} must not be expanded with inplace=True, got strides {x.stride()}"
-            )
     if suffix == "_reference":
-        for x, out in zip((q, k), reference.rope_fwd(q, k, *by, **options)):
-            if x is not None:
-                x.copy_(out)
+        op = reference.rope_inplace
     else:
         op = _ops.rope_inplace if suffix == "" else _ops.rope_inplace_triton
-        op(q, k, *by, **options)
+    op(q, k, *by, **options)
+    if not torch.compiler.is_compiling() and not q.is_inference():
+        # Autograd then notices when a tensor that it saved has been overwritten.
+        torch.autograd.graph.increment_version((q,) if k is None else (q, k))
     return q, k
 
 

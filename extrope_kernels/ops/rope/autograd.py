@@ -65,12 +65,19 @@ def _autograd_kernel(op, save, backward):
     dispatched; torch.func's other levels come by themselves, as they do for PyTorch's own ops.
     """
 
+    def below(keyset, args, options):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+
     class Recorded(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(ctx, keyset, options, *args):
-            # Recorded.apply has switched gradients off, for torch.func's outer levels too.
-            with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
-                outputs = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+            if torch._C._are_functorch_transforms_active():
+                # Recorded.apply has switched gradients off, for torch.func's outer levels too.
+                with torch.enable_grad():
+                    outputs = below(keyset, args, options)
+            else:
+                outputs = below(keyset, args, options)
             save(ctx, args, options, outputs)
             return outputs
 
@@ -85,8 +92,7 @@ def _autograd_kernel(op, save, backward):
                 return Recorded.apply(keyset, options, *args)
             with enable_single_level_autograd_function():
                 return Recorded.apply(keyset, options, *args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+        return below(keyset, args, options)
 
     return kernel
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .pairs import accumulator, cross, join_pairs, split_pairs
-from .rotation import Rotation, resolve, sequence_of_token, token_positions
+from .rotation import Rotation, refuse_overlap, resolve, sequence_of_token, token_positions
 
 
 def rope_fwd(q: Tensor, k: Tensor | None, *by: Tensor | None, **options) -> tuple[Tensor, Tensor]:
@@ -36,6 +36,14 @@ def rope_bwd(
         angle_grad = sum(cross(x, dx, *layout) for x, dx in zip(saved, unrounded))
     dk = grads[1].view_as(grad_k) if grad_k is not None else grad_q.new_empty(0)
     return grads[0].view_as(grad_q), dk, angle_grad
+
+
+def rope_inplace(q: Tensor, k: Tensor | None, *by: Tensor | None, **options) -> None:
+    """Same arguments as `torch.ops.extrope.rope_inplace`."""
+    refuse_overlap(q, k)
+    for x, out in zip((q, k), rope_fwd(q, k, *by, **options)):
+        if x is not None:
+            x.copy_(out)
 
 
 def rotate(tensors: list[Tensor], rotation: Rotation) -> list[Tensor]:

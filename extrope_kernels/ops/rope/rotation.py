@@ -157,6 +157,16 @@ def check(
         raise ValueError(f"rope: attention_factor must be > 0, got {attention_factor}")
 
 
+def refuse_overlap(q: Tensor, k: Tensor | None) -> None:
+    """Raise ValueError for a tensor that cannot be overwritten: its elements share memory."""
+    for name, x in (("q", q), ("k", k)):
+        if x is not None and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape)):
+            raise ValueError(
+                f"rope: {name} must not be expanded to be rotated in place, "
+                f"got strides {x.stride()}"
+            )
+
+
 def _check_rotated(name: str, x: Tensor, packed: bool) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"rope: {name} must be a Tensor, got {type(x).__name__}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import _ext
 from . import autograd, reference
 from .pairs import accumulator
-from .rotation import resolve
+from .rotation import refuse_overlap, resolve
 
 # An Autograd kernel sees the positional tensors alone, hence cu_seqlens and log_decay before the *.
 _BY = (
@@ -89,25 +89,15 @@ def _inplace_triton(q, k, *by, **options):
     from .triton import rotate
 
     tensors, rotation = resolve(q, k, *by, adjoint=False, **options)
+    refuse_overlap(q, k)
     rotate(tensors, tensors, None, None, rotation)
-
-
-# -------------------------------------------------------------------------------------------------
-# The fallback where no library could be built
-
-
-def _inplace_reference(q, k, *by, **options):
-    rotated = reference.rope_fwd(q, k, *by, **options)
-    for x, out in zip((q, k), rotated):
-        if x is not None:
-            x.copy_(out)
 
 
 _TRITON = {"rope_fwd": _fwd_triton, "rope_bwd": _bwd_triton, "rope_inplace": _inplace_triton}
 _REFERENCE = {
     "rope_fwd": reference.rope_fwd,
     "rope_bwd": reference.rope_bwd,
-    "rope_inplace": _inplace_reference,
+    "rope_inplace": reference.rope_inplace,
 }
 
 
