@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -89,7 +90,7 @@ def paired(*functions: Callable[[], object], repeats: int = 15) -> list[float]:
     return [statistics.median(column) for column in zip(*times)]
 
 
-def host_microseconds(function: Callable[[], object], calls: int = 2000, rounds: int = 7) -> float:
+def host_microseconds(function: Callable[[], object], calls: int = 1000, rounds: int = 60) -> float:
     """Microseconds that one call keeps Python busy: the best of several rounds."""
     best = float("inf")
     for _ in range(rounds):
@@ -106,10 +107,16 @@ def largest_error(out: Tensor, exact: Tensor) -> float:
     return (out.double() - exact).abs().max().item()
 
 
+def _or_null(value: object) -> object:
+    """JSON has no NaN, which stands for what a case does not measure."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def save(name: str, rows: list, **more: object) -> Path:
     """Write bench/results/NAME-DEVICE.json and return its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{device()}.json"
-    content = {"machine": machine(), **more, "rows": [asdict(row) for row in rows]}
+    measured = [{name: _or_null(x) for name, x in asdict(row).items()} for row in rows]
+    content = {"machine": machine(), **more, "rows": measured}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path

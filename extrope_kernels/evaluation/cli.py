@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from extrope_kernels.evaluation import UsageError, models, options
+from extrope_kernels.evaluation.memory import keep_freed_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +55,8 @@ def _run(args: argparse.Namespace) -> None:
     files = models.find_model(args.model)
     device = models.pick_device(args.device)
     models.quiet()
+    if device.startswith("cpu"):
+        keep_freed_memory()
     # Only now, since they import transformers, which takes seconds.
     from extrope_kernels.evaluation import runner
     from extrope_kernels.evaluation.tasks import TASKS
