@@ -11,8 +11,8 @@ _NEVER = -1
 def keep_freed_memory() -> None:
     """Let the process reuse what its tensors free, instead of returning it to the system each time.
 
-    A forward over a long text makes and frees tensors of 100 MB by the hundred, and fresh pages cost
-    more time than most of the arithmetic on them. Does nothing where malloc is not glibc's.
+    A forward over a long text makes and frees tensors of 100 MB by the hundred, and fresh pages
+    cost more time than most of the arithmetic on them. Does nothing where malloc is not glibc's.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
