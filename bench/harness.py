@@ -103,6 +103,25 @@ def host_microseconds(function: Callable[[], object], calls: int = 1000, rounds:
     return best * 1e6
 
 
+def peak_megabytes(function: Callable[[], object]) -> float:
+    """How far memory rises above what is held before the call."""
+    if device() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+    before = _status("VmHWM")
+    function()
+    return (_status("VmHWM") - before) / 1e3
+
+
+def _status(field: str) -> int:
+    """Kilobytes, from the kernel's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
 def largest_error(out: Tensor, exact: Tensor) -> float:
     return (out.double() - exact).abs().max().item()
 

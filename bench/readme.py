@@ -1,7 +1,7 @@
 """Write the README's figures from measured files: python bench/readme.py
 
-Reads bench/results/rope-cpu.json (from `make bench`) and build/demo/loss.json with its plot (from
-`make demo`); replaces what stands between the markers in README.md and docs/demo.png.
+Reads bench/results/*.json (from `make bench`) and build/demo/loss.json with its plot (from `make
+demo`); replaces what stands between the markers in README.md, docs/demo.png and docs/rerope.svg.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def demo_table(results: dict) -> str:
     head = ["method", *(f"{b['start'] // 1024}-{b['stop'] // 1024}k" for b in rows[0]["buckets"])]
     lines = [[f"`{row['method']}`", *(f"{b['loss']:.2f}" for b in row["buckets"])] for row in rows]
     seconds = sum(row["seconds"] for row in rows)
-    return f"{table(head, lines)}\n\nThe five runs took {seconds / 60:.1f} minutes on 2 cores."
+    took = f"The {len(rows)} runs took {seconds / 60:.1f} minutes on 2 cores."
+    return f"{table(head, lines)}\n\n{took}"
 
 
 def bench_table(results: dict) -> str:
@@ -72,6 +73,48 @@ def bench_table(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+def attention_table(results: dict) -> str:
+    machine = results["machine"]
+    head = ["", "dtype", "head_dim", "heads", "N", "ms", "against", "ratio", "bar", "error"]
+    lines = [
+        [
+            row["case"],
+            row["dtype"],
+            str(row["head_dim"]),
+            row["heads"],
+            str(row["seqlen"]),
+            f"{row['milliseconds']:.1f}",
+            row["against"],
+            f"{row['ratio']:.2f}",
+            f"{row['bar']:.2f}",
+            f"{row['error']:.1e}",
+        ]
+        for row in results["rows"]
+    ]
+    where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
+    return f"{where}; medians in one run.\n\n{table(head, lines)}"
+
+
+def plot_curve(rows: list[dict], path: Path) -> None:
+    """Time and peak memory against length, of every implementation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "extrope"  # the same file from the same numbers
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, field, label in zip(axes, ("milliseconds", "megabytes"), ("ms", "peak MB")):
+        for name in dict.fromkeys(row["implementation"] for row in rows):
+            own = [row for row in rows if row["implementation"] == name]
+            axis.plot([x["seqlen"] for x in own], [x[field] for x in own], "o-", label=name)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        axis.grid(True, which="both", alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
 def replace(text: str, name: str, content: str) -> str:
     marked = f"<!-- {name} -->\n{content}\n<!-- end of {name} -->"
     pattern = rf"<!-- {name} -->(?:.*<!-- end of {name} -->)?"
@@ -87,6 +130,10 @@ def main() -> None:
     text = readme.read_text()
     if bench := read(ROOT / "bench" / "results" / "rope-cpu.json"):
         text = replace(text, "bench-table", bench_table(bench))
+    if rerope := read(ROOT / "bench" / "results" / "rerope-cpu.json"):
+        text = replace(text, "rerope-table", attention_table(rerope))
+    if curve := read(ROOT / "bench" / "results" / "rerope_curve-cpu.json"):
+        plot_curve(curve["rows"], ROOT / "docs" / "rerope.svg")
     if demo := read(ROOT / "build" / "demo" / "loss.json"):
         text = replace(text, "demo-table", demo_table(demo))
         (ROOT / "docs").mkdir(exist_ok=True)

@@ -1,8 +1,26 @@
 """Fused kernels that let a transformer with rotary positions read past its training length."""
 
-from . import methods
+from . import methods, positions
 from .methods import RopeFreqs
+from .ops.attention import (
+    blockwise_causal_attention,
+    dual_chunk_attention,
+    merge_attention,
+    rerope_attention,
+    rerope_attention_with_kvcache,
+)
 from .ops.rope import apply_rope, apply_rope_qk
 
 __version__ = "0.1.0"
-__all__ = ["RopeFreqs", "apply_rope", "apply_rope_qk", "methods"]
+__all__ = [
+    "RopeFreqs",
+    "apply_rope",
+    "apply_rope_qk",
+    "blockwise_causal_attention",
+    "dual_chunk_attention",
+    "merge_attention",
+    "methods",
+    "positions",
+    "rerope_attention",
+    "rerope_attention_with_kvcache",
+]

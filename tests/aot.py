@@ -65,6 +65,25 @@ class Binary:
         """Number of SASS instructions that match `pattern`."""
         return len(re.findall(pattern, self.sass))
 
+    def loops(self) -> list[str]:
+        """The SASS of every loop that holds no other, in order: what a branch back encloses."""
+        labels: dict[str, int] = {}
+        instructions: list[str] = []
+        for line in self.sass.splitlines():
+            if label := re.match(r"\s*(\.L_x_\d+):", line):
+                labels[label[1]] = len(instructions)
+            if re.search(r"/\*[0-9a-f]{4,}\*/", line):
+                instructions.append(line)
+        loops = []
+        for end, line in enumerate(instructions):
+            branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+            if branch and labels.get(branch[1], end + 1) <= end:
+                loops.append((labels[branch[1]], end))
+        inner = [
+            a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)
+        ]
+        return ["\n".join(instructions[start : end + 1]) for start, end in inner]
+
 
 def record_launches(module: ModuleType, kernel_name: str, call: Callable[[], None]) -> list[Launch]:
     """Run `call` with the kernel replaced by a recorder: the launches as shipped, never made."""

@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from extrope_kernels.testing import available_backends
+from extrope_kernels.testing import attention_backends, available_backends
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,15 @@ def nan_in_fresh_memory():
 
 
 def pytest_generate_tests(metafunc):
-    """`backend` runs over every implementation that can run here."""
+    """`backend` runs over every implementation of the rotation that can run here.
+
+    `any_backend` and `fast_backend` do so for attention, with and without the reference.
+    """
+    attention = [name for name in attention_backends() if name != "flash_attn"]
+    if "any_backend" in metafunc.fixturenames:
+        metafunc.parametrize("any_backend", attention)
+    if "fast_backend" in metafunc.fixturenames:
+        metafunc.parametrize("fast_backend", [name for name in attention if name != "reference"])
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize(
             "backend", [name for name in available_backends() if name != "reference"]
@@ -44,7 +52,9 @@ def pytest_collection_modifyitems(config, items):
     kept, dropped = [], []
     for item in items:
         spec = getattr(item, "callspec", None)
-        interpreted = spec is not None and spec.params.get("backend") == "triton"
+        interpreted = spec is not None and "triton" in {
+            spec.params.get(name) for name in ("backend", "any_backend", "fast_backend")
+        }
         count = seen.get(item.originalname, 0) if interpreted else 0
         if interpreted:
             seen[item.originalname] = count + 1

@@ -49,6 +49,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"partial": 0.25},
     "cohere": {"num_key_value_heads": 2},  # interleaved pairs
 }
+# What `build` needs for the families' layers to attend to all keys, without soft-capping.
+ATTENDING: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES} | {
+    "mistral": {"sliding_window": None},
+    "gemma2": {"attn_logit_softcapping": None},
+}
 PLAIN = {"rope_type": "default"}
 
 
@@ -104,6 +109,17 @@ def tokens(batch: int, seqlen: int, seed: int = 1) -> Tensor:
 def logits(model: nn.Module, ids: Tensor, **inputs: Any) -> Tensor:
     """Return the logits of a forward without a cache."""
     return model(input_ids=ids, use_cache=False, **inputs).logits
+
+
+def generate(model: nn.Module, ids: Tensor, **settings: Any) -> Tensor:
+    """Return the logits of the tokens that greedy decoding adds: (batch, new tokens, vocab)."""
+    output = model.generate(
+        ids,
+        **{"attention_mask": torch.ones_like(ids), "do_sample": False, **settings},
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return torch.stack(output.logits, 1)
 
 
 def exact(model: nn.Module, freqs: RopeFreqs) -> nn.Module:

@@ -48,13 +48,18 @@ def sequence_and_index(rotation: Rotation, b: int, s: int) -> tuple[int, int]:
     return sequence, s - starts[sequence]
 
 
-def position_of(rotation: Rotation, b: int, s: int) -> np.longdouble:
+def position_of(rotation: Rotation, b: int, s: int) -> np.longdouble | np.ndarray:
     sequence, index = sequence_and_index(rotation, b, s)
     if rotation.positions is None:
         return np.longdouble(index + rotation.offset)
     if rotation.positions_are_offsets:
         return np.longdouble(rotation.positions[sequence].item()) + index + rotation.offset
-    row = rotation.positions[b if len(rotation.positions) > 1 else 0]
+    b = b if rotation.positions.shape[-2] > 1 else 0
+    if rotation.axes is not None:
+        axes = rotation.axes.clamp(0, len(rotation.positions) - 1).long()
+        of_pairs = rotation.positions[:, b, s][axes].cpu()
+        return of_pairs.numpy().astype(np.longdouble) + rotation.offset
+    row = rotation.positions[b]
     return np.longdouble(row[s].item()) + rotation.offset
 
 

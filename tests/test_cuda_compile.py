@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -18,16 +19,16 @@ BLOCK = 128
 WARP = 32
 REGISTERS = 65536  # of one processor, in all of ARCHS, given to a warp 256 at a time
 TYPES = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
-KERNEL = re.compile(r"rope_kernelI(\w+?)Li(\d+)ELb(\d)ELb(\d)EEEv")
+KERNEL = re.compile(r"rope_kernelI(\w+?)Li(\d+)ELb(\d)ELb(\d)ELb(\d)EEEv")
 VECTOR = {"float32": 4, "bfloat16": 8, "float16": 8}
-# (dtype, lanes per access, interleaved, with the angle gradient)
-EXPECTED = {(dtype, 1, False, True) for dtype in TYPES.values()} | {
-    (dtype, vec, interleaved, gradient)
+BOOLS = (False, True)
+# (dtype, lanes per access, interleaved, with the angle gradient, positions by axis)
+EXPECTED = {(dtype, 1, False, True, axes) for dtype in TYPES.values() for axes in BOOLS} | {
+    (dtype, vec, *kind)
     for dtype, vec in VECTOR.items()
-    for interleaved in (False, True)
-    for gradient in (False, True)
+    for kind in itertools.product(BOOLS, BOOLS, BOOLS)
 }
-Kernel = tuple[str, int, bool, bool]
+Kernel = tuple[str, int, bool, bool, bool]
 
 
 def cuobjdump() -> str | None:
@@ -74,7 +75,7 @@ def dump(object_file: Path, option: str) -> dict[tuple[str, Kernel], str]:
         elif "Function" in line:
             found = KERNEL.search(line)
             assert found, line
-            kernel = (TYPES[found[1]], int(found[2]), found[3] == "1", found[4] == "1")
+            kernel = (TYPES[found[1]], int(found[2]), *(found[i] == "1" for i in (3, 4, 5)))
         elif kernel:
             sections[arch, kernel] += line + "\n"
     return sections
@@ -107,7 +108,7 @@ def test_occupancy(resources):
     """A processor holds loads enough in flight to hide the memory's latency: 48 KiB at least."""
     table = []
     for (arch, kernel), used in sorted(resources.items(), key=str):
-        _, vec, _, gradient = kernel
+        _, vec, _, gradient, _ = kernel
         threads = resident_threads(used["REG"])
         table.append(f"sm_{arch:4} {kernel}: {used['REG']} registers, {threads} threads")
         if vec > 1:
@@ -118,7 +119,7 @@ def test_occupancy(resources):
 
 def test_vector_kernels_move_16_bytes(object_file):
     for (arch, kernel), sass in dump(object_file, "-sass").items():
-        _, vec, _, gradient = kernel
+        _, vec, _, gradient, _ = kernel
         if vec == 1:
             continue
         loads = re.findall(r"\bLDG\.E[.\w]*", sass)

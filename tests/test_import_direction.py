@@ -16,7 +16,7 @@ AXES = ("methods", "positions")  # pure functions: torch, the standard library, 
 CLIENTS = ("integrations", "evaluation", "cli", "__main__")
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda", "flash_attn")
 INSTALLATION = ("_build", "_ext")  # where the compiled libraries are: knows no op
-OPTIONAL = {"triton", "transformers"}
+OPTIONAL = {"triton", "transformers", "flash_attn", "flash_attn_interface"}
 
 
 def module_name(path):

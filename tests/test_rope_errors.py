@@ -148,7 +148,7 @@ BAD = {
     "positions shape": (
         dict(positions=lambda q, k: torch.ones(4, device=q.device)),
         ValueError,
-        "positions must be (5,), (2, 5) or (2,) offsets, got shape (4,)",
+        "positions must be (5,), (2, 5), (2,) offsets or, with axes, (axes, 2, 5), got shape (4,)",
     ),
     "positions 3-D": (
         dict(positions=lambda q, k: torch.ones(1, 2, 5, device=q.device)),
@@ -225,7 +225,7 @@ def test_what_has_no_gradient_says_so(backend, name):
 def test_a_named_backend_of_another_device():
     other = "cuda" if device() == "cpu" else "cpu"
     with pytest.raises(
-        NotImplementedError, match=f"rope: backend '{other}' rotates {other} tensors"
+        NotImplementedError, match=f"rope: backend '{other}' runs on {other} tensors"
     ):
         call(backend=other)
 

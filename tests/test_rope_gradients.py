@@ -78,6 +78,7 @@ CASES = {
     "per_both": dict(freq_shape=(2, 2, 3)),
     "packed": dict(cu_seqlens=torch.tensor([0, 1, 1, 3], dtype=torch.int32), freq_shape=(3, 3)),
     "decay": dict(log_decay=True),
+    "axes": dict(positions=torch.arange(18).view(3, 2, 3) % 7, axes=(2, 0, 1), freq_shape=(2, 3)),
 }
 
 
@@ -86,6 +87,8 @@ def build_case(name):
     shape = options.pop("freq_shape", (3,))
     attention_factor = options.pop("attention_factor", 1.0)
     log_decay = methods.xpos(6).log_decay.to(device()) if options.pop("log_decay", False) else None
+    axes = options.pop("axes", None)
+    axes = None if axes is None else torch.tensor(axes, dtype=torch.int32, device=device())
     options = {
         key: value.to(device()) if isinstance(value, torch.Tensor) else value
         for key, value in options.items()
@@ -96,7 +99,7 @@ def build_case(name):
     inv_freq = torch.rand(shape, dtype=torch.float64, device=device())
 
     def rotate(q, k, inv_freq, backend):
-        freqs = RopeFreqs(inv_freq, attention_factor, log_decay)
+        freqs = RopeFreqs(inv_freq, attention_factor, log_decay, axes)
         return apply_rope_qk(q, k, freqs, backend=backend, **options)
 
     return rotate, [x.requires_grad_() for x in (q, k, inv_freq)]

@@ -27,6 +27,9 @@ def sample(case, requires_grad=False, dtype=torch.float32):
         q, k = q[0].contiguous(), k[0].contiguous()
         by = [inv_freq, None, torch.tensor([0, 2, 5], dtype=torch.int32, device=device())]
         options = dict(offset=3, inverse=True)
+    elif case == "axes":
+        axes = torch.tensor([1, 0, 1], dtype=torch.int32, device=device())
+        by = [inv_freq, torch.randint(0, 99, (2, 2, 5), device=device()), None, None, axes]
     elif case == "per_head_decay":
         by = [
             torch.rand(2, 2, 3, device=device()),
@@ -41,7 +44,7 @@ def sample(case, requires_grad=False, dtype=torch.float32):
     return q, k, by, options
 
 
-CASES = ("plain", "no_k", "positions", "packed", "per_head_decay")
+CASES = ("plain", "no_k", "positions", "packed", "per_head_decay", "axes")
 
 
 @pytest.mark.parametrize("requires_grad", (False, True))

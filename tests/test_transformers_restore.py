@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from hf_models import (
+    ATTENDING,
     FAMILIES,
     TRAINED,
     build,
@@ -30,20 +31,31 @@ def apply_of(model):
     return sys.modules[type(model).__module__].apply_rotary_pos_emb
 
 
-@pytest.mark.parametrize("method", ["yarn", "dynamic_ntk"])
+PARAMETERS = {
+    "yarn": {"factor": 4.0},
+    "dynamic_ntk": {"factor": 4.0},
+    "leaky_rerope": {"window": 8, "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("method", PARAMETERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_restore_is_exact(family, method):
-    model = build(family)
+    model = build(family, **ATTENDING[family])
     before, function, config = logits(model, IDS), apply_of(model), model.config.to_dict()
-    state, attributes = model.state_dict(), set(vars(model))
-    handle = extend(model, method, factor=4.0)
+    state, attributes = model.state_dict(), [set(vars(m)) for m in model.modules()]
+    configs = [vars(m).get("config") for m in model.modules()]
+    implementation = model.config._attn_implementation
+    handle = extend(model, method, **PARAMETERS[method])
     assert model.config.to_dict() == config
     assert model.state_dict().keys() == state.keys()
     assert not torch.equal(logits(model, IDS), before)
     handle.restore()
     assert torch.equal(logits(model, IDS), before)
     assert apply_of(model) is function
-    assert set(vars(model)) == attributes
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert all(vars(m).get("config") is c for m, c in zip(model.modules(), configs))
+    assert model.config._attn_implementation == implementation
     assert "forward" not in vars(rotary_of(model))
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     handle.restore()
@@ -97,10 +109,11 @@ def test_other_models_of_the_class_are_untouched():
     assert apply_of(model) is function
 
 
-@pytest.mark.parametrize("method", ["yarn", "dynamic_ntk"])
-def test_copies_and_pickles_of_an_extended_model_stay_extended(method):
-    model = build("llama")
-    with extend(model, method, factor=4.0):
+@pytest.mark.parametrize("method", PARAMETERS)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_copies_and_pickles_of_an_extended_model_stay_extended(family, method):
+    model = build(family, **ATTENDING[family])
+    with extend(model, method, **PARAMETERS[method]):
         expected = logits(model, IDS)
         twin, file = copy.deepcopy(model), io.BytesIO()
         torch.save(model, file)
@@ -111,23 +124,24 @@ def test_copies_and_pickles_of_an_extended_model_stay_extended(method):
     assert not torch.equal(logits(model, IDS), expected)
 
 
-@pytest.mark.parametrize("method", ["yarn", "dynamic_ntk"])
+@pytest.mark.parametrize("method", PARAMETERS)
 def test_base_models_without_a_head(method):
     model = build("llama")
     base = model.model
     before = base(IDS).last_hidden_state
-    with extend(base, method, factor=4.0):
+    with extend(base, method, **PARAMETERS[method]):
         got = base(IDS).last_hidden_state
-    with extend(model, method, factor=4.0):
+    with extend(model, method, **PARAMETERS[method]):
         assert torch.equal(base(IDS).last_hidden_state, got)
     assert torch.equal(base(IDS).last_hidden_state, before)
     assert not torch.equal(got, before)
 
 
-def test_save_pretrained_saves_the_plain_model(tmp_path):
+@pytest.mark.parametrize("method", PARAMETERS)
+def test_save_pretrained_saves_the_plain_model(tmp_path, method):
     model = build("llama")
     before = logits(model, IDS)
-    with extend(model, "yarn", factor=4.0):
+    with extend(model, method, **PARAMETERS[method]):
         model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(loaded, IDS), before)
@@ -180,8 +194,33 @@ def test_refuses_models_it_cannot_extend(monkeypatch, model, message):
 @pytest.mark.parametrize(
     ("method", "parameters", "kind", "message"),
     [
-        ("yarm", {}, ValueError, f"extend: method must be one of {', '.join(methods.METHODS)}, "),
-        ("rerope", {"window": 4}, ValueError, "extend: method must be one of rope, abf, "),
+        (
+            "yarm",
+            {},
+            ValueError,
+            f"extend: method must be one of {', '.join(methods.METHODS)}, rerope, leaky_rerope, "
+            "self_extend, dual_chunk, got 'yarm'",
+        ),
+        ("rerope", {}, ValueError, "extend: rerope needs window, which is missing"),
+        (
+            "rerope",
+            {"window": 4, "factor": 2.0},
+            TypeError,
+            "extend: parameters of rerope must be among window, log_n, got factor",
+        ),
+        ("rerope", {"window": 0}, ValueError, "rerope_attention: window must be >= 1, got 0"),
+        (
+            "self_extend",
+            {"window": 9, "factor": 2},
+            ValueError,
+            "rerope_attention: grouped needs a window that is a multiple of factor 2, got 9",
+        ),
+        (
+            "dual_chunk",
+            {"chunk_size": 8, "local_window": 8},
+            ValueError,
+            "dual_chunk_attention: local_window must be less than chunk_size 8, got 8",
+        ),
         ("yarn", {}, ValueError, "extend: yarn needs factor, which is missing"),
         ("longrope", {}, ValueError, "extend: longrope needs short_factor and long_factor, which"),
         (

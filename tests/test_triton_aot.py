@@ -28,11 +28,12 @@ class Case:
     tokens: int = 65_536
     packed: bool = False  # with offsets and frequencies per sequence and per head
     decay: bool = False
+    axes: bool = False
 
     def __str__(self) -> str:
         layout = "interleaved" if self.interleaved else "halves"
         direction = "angle_grad" if self.angle_grad else "forward"
-        options = ("-packed" if self.packed else "") + ("-decay" if self.decay else "")
+        options = "".join(f"-{name}" for name in ("packed", "decay", "axes") if getattr(self, name))
         return (
             f"sm_{self.capability}-{self.dtype}-{layout}-{direction}-D{self.head_dim}"
             f"-T{self.tokens}{options}"
@@ -58,6 +59,7 @@ def cases() -> list[Case]:
     sample += [Case(chip, tokens=1) for chip in (90, 120)]
     sample += [Case(80, angle_grad=True, packed=True), Case(100, packed=True)]
     sample += [Case(80, angle_grad=True, decay=True), Case(100, decay=True)]
+    sample += [Case(80, angle_grad=True, axes=True), Case(90, axes=True)]
     return sample
 
 
@@ -73,9 +75,12 @@ def launch(case: Case) -> None:
     dtype = getattr(torch, case.dtype)
     q = empty(1, case.tokens, 32, case.head_dim, dtype=dtype)
     k = empty(1, case.tokens, 32 if packed else 8, case.head_dim, dtype=dtype)
+    positions = empty(sequences, dtype=torch.int64) if packed else None
+    if case.axes:
+        positions = empty(3, 1, case.tokens, dtype=torch.int64)
     rotation = Rotation(
         inv_freq=empty(sequences, 32, half) if packed else empty(1, 1, half),
-        positions=empty(sequences, dtype=torch.int64) if packed else None,
+        positions=positions,
         positions_are_offsets=packed,
         offset=0,
         cu_seqlens=empty(sequences + 1, dtype=torch.int32) if packed else None,
@@ -84,6 +89,7 @@ def launch(case: Case) -> None:
         amplitude=1.0,
         conjugate=case.angle_grad,
         interleaved=case.interleaved,
+        axes=empty(half, dtype=torch.int32) if case.axes else None,
     )
     angle_grad = empty(1, case.tokens, 32 if packed else 1, half) if case.angle_grad else None
     outputs = [torch.empty_like(q), torch.empty_like(k)]

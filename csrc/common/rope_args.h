@@ -39,7 +39,7 @@ inline std::string shape_of(const Tensor& x) {
 }
 
 struct RopeOptions {
-  OptionalTensor cu_seqlens, log_decay;
+  OptionalTensor cu_seqlens, log_decay, axes;
   double attention_factor;
   int64_t offset;
   bool interleaved, inverse;
@@ -124,9 +124,18 @@ inline PositionType position_type(const Tensor& positions) {
   return PositionType::i64;
 }
 
+inline void check_axes(const RopeParams& p, const Tensor& axes, const Tensor& q) {
+  require(axes.scalar_type() == ScalarType::Int && axes.dim() == 1 &&
+              axes.size(0) == p.rotary_dim / 2 && axes.is_contiguous() &&
+              axes.get_device() == q.get_device(),
+          "axes must be contiguous int32 (", p.rotary_dim / 2, ",) on q's device, got shape ",
+          shape_of(axes));
+}
+
 // Precedence as in rotation.py: what has one entry a token is positions, one a sequence offsets.
-inline void set_positions(RopeParams& p, const Tensor& positions, const Tensor& q,
-                          int64_t sequences) {
+// Without a table of positions for each axis, the axes are all alike.
+inline void set_positions(RopeParams& p, const Tensor& positions, const OptionalTensor& axes,
+                          const Tensor& q, int64_t sequences) {
   p.position_type = position_type(positions);
   require(positions.get_device() == q.get_device(), "positions must be on q's device");
   const int64_t dim = positions.dim(), rows = dim >= 1 ? positions.size(0) : -1;
@@ -140,9 +149,18 @@ inline void set_positions(RopeParams& p, const Tensor& positions, const Tensor& 
   } else if (rows == sequences && (dim == 1 || (dim == 2 && columns == 1))) {
     p.positions_are_offsets = true;
     p.position_batch = positions.stride(0);
+  } else if (axes.has_value() && dim == 3 && rows >= 1 &&
+             (positions.size(1) == p.batch || positions.size(1) == 1) &&
+             positions.size(2) == p.seqlen) {
+    p.axes = static_cast<const int32_t*>(axes->data_ptr());
+    p.num_axes = rows;
+    p.position_axis = rows > 1 ? positions.stride(0) : 0;
+    p.position_batch = positions.size(1) > 1 ? positions.stride(1) : 0;
+    p.position_seq = positions.stride(2);
   } else {
-    require(false, "positions must be (", p.seqlen, ",), (", p.batch, ", ", p.seqlen, ") or (",
-            sequences, ",) offsets, got shape ", shape_of(positions));
+    require(false, "positions must be (", p.seqlen, ",), (", p.batch, ", ", p.seqlen, "), (",
+            sequences, ",) offsets or, with axes, (axes, ", p.batch, ", ", p.seqlen,
+            "), got shape ", shape_of(positions));
   }
 }
 
@@ -210,7 +228,8 @@ inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Te
   p.head_dim = q.size(q.dim() - 1);
   const int64_t sequences = packed ? set_cu_seqlens(p, *options.cu_seqlens, q) : p.batch;
   set_frequencies(p, inv_freq, q, sequences);
-  if (positions.has_value()) set_positions(p, *positions, q, sequences);
+  if (options.axes.has_value()) check_axes(p, *options.axes, q);
+  if (positions.has_value()) set_positions(p, *positions, options.axes, q, sequences);
   if (options.log_decay.has_value()) set_log_decay(p, *options.log_decay, q);
   require(options.attention_factor > 0, "attention_factor must be > 0, got ",
           options.attention_factor);

@@ -74,12 +74,13 @@ struct RopeOps {
 
   static std::tuple<Tensor, Tensor> fwd(Tensor q, OptionalTensor k, Tensor inv_freq,
                                         OptionalTensor positions, OptionalTensor cu_seqlens,
-                                        OptionalTensor log_decay, double attention_factor,
-                                        int64_t offset, bool interleaved, bool inverse) {
+                                        OptionalTensor log_decay, OptionalTensor axes,
+                                        double attention_factor, int64_t offset, bool interleaved,
+                                        bool inverse) {
     const bool packed = cu_seqlens.has_value();
     RopeParams p =
         make_params(q, k, inv_freq, positions,
-                    {cu_seqlens, log_decay, attention_factor, offset, interleaved, inverse},
+                    {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse},
                     /*adjoint=*/false);
     Tensor out_q = new_like(q);
     Tensor out_k = k.has_value() ? new_like(*k) : no_tensor(q, dtype_code(q));
@@ -92,12 +93,13 @@ struct RopeOps {
   static std::tuple<Tensor, Tensor, Tensor> bwd(Tensor grad_q, OptionalTensor grad_k,
                                                 OptionalTensor q, OptionalTensor k, Tensor inv_freq,
                                                 OptionalTensor positions, OptionalTensor cu_seqlens,
-                                                OptionalTensor log_decay, double attention_factor,
-                                                int64_t offset, bool interleaved, bool inverse) {
+                                                OptionalTensor log_decay, OptionalTensor axes,
+                                                double attention_factor, int64_t offset,
+                                                bool interleaved, bool inverse) {
     const bool packed = cu_seqlens.has_value();
     RopeParams p =
         make_params(grad_q, grad_k, inv_freq, positions,
-                    {cu_seqlens, log_decay, attention_factor, offset, interleaved, inverse},
+                    {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse},
                     /*adjoint=*/true);
     Tensor dq = new_like(grad_q);
     Tensor dk = grad_k.has_value() ? new_like(*grad_k) : no_tensor(grad_q, dtype_code(grad_q));
@@ -141,12 +143,12 @@ struct RopeOps {
   }
 
   static void inplace(Tensor q, OptionalTensor k, Tensor inv_freq, OptionalTensor positions,
-                      OptionalTensor cu_seqlens, OptionalTensor log_decay, double attention_factor,
-                      int64_t offset, bool interleaved, bool inverse) {
+                      OptionalTensor cu_seqlens, OptionalTensor log_decay, OptionalTensor axes,
+                      double attention_factor, int64_t offset, bool interleaved, bool inverse) {
     const bool packed = cu_seqlens.has_value();
     RopeParams p =
         make_params(q, k, inv_freq, positions,
-                    {cu_seqlens, log_decay, attention_factor, offset, interleaved, inverse},
+                    {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse},
                     /*adjoint=*/false);
     require(!overlaps_itself(q), "q must not be expanded to be rotated in place");
     require(!k.has_value() || !overlaps_itself(*k),

@@ -45,6 +45,11 @@ struct RopeParams {
   int64_t position_batch, position_seq;
   int64_t offset;
 
+  // (rotary_dim / 2,): which of positions' num_axes tables, position_axis apart, each pair takes
+  // its position from. nullptr: there is one for all.
+  const int32_t* axes;
+  int64_t num_axes, position_axis;
+
   const int32_t* cu_seqlens;  // (num_sequences + 1,) token boundaries, nullptr when not packed
   int64_t num_sequences;
 

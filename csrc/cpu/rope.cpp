@@ -5,10 +5,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <string>
 
 #include "../common/rope_bind.h"
+#include "capability.h"
 #include "huge_pages.h"
 
 namespace extrope {
@@ -16,30 +15,6 @@ namespace {
 
 // A thread that gets less than this many bytes costs more to wake than it saves.
 constexpr int64_t kBytesPerThread = 128 * 1024;
-
-enum Capability : int64_t { kBaseline, kAvx2, kAvx512 };
-
-Capability supported() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
-#endif
-  return kBaseline;
-}
-
-// EXTROPE_CPU_CAPABILITY lowers the choice, for tests of the narrower kernels on a wider processor.
-Capability capability() {
-  static const Capability chosen = [] {
-    const char* wanted = std::getenv("EXTROPE_CPU_CAPABILITY");
-    const std::string name = wanted ? wanted : "avx512";
-    const Capability limit = name == "baseline" ? kBaseline : name == "avx2" ? kAvx2 : kAvx512;
-    return std::min(limit, supported());
-  }();
-  return chosen;
-}
 
 RopeTokens kernel() {
 #if defined(__x86_64__)
@@ -62,6 +37,13 @@ void check_boundaries(const RopeParams& p) {
   require(ordered, "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen);
 }
 
+void check_axes(const RopeParams& p) {
+  for (int64_t i = 0; i < p.rotary_dim / 2; ++i) {
+    require(0 <= p.axes[i] && p.axes[i] < p.num_axes, "axes must be from 0 to ", p.num_axes - 1,
+            " for positions of ", p.num_axes, " axes, got ", p.axes[i]);
+  }
+}
+
 int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 void prepare_outputs(const RopeParams& p) {
@@ -74,6 +56,7 @@ void prepare_outputs(const RopeParams& p) {
 
 void launch(const RopeParams& p, int /*device_index*/) {
   if (p.cu_seqlens) check_boundaries(p);
+  if (p.axes) check_axes(p);
   prepare_outputs(p);
   const RopeTokens tokens = kernel();
   const int64_t count = p.batch * p.seqlen;

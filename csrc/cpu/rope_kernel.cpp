@@ -11,6 +11,7 @@
 #include "rope.h"
 #include "simd.h"
 #include "sincos.h"
+#include "token.h"
 
 #define EXTROPE_JOIN(a, b) a##b
 #define EXTROPE_EXPAND(a, b) EXTROPE_JOIN(a, b)
@@ -32,33 +33,69 @@ struct Row {
   const T* saved;
 };
 
+// Half-split lanes of 16 bits are read as 32-bit words of two neighbours, so that no lane has to
+// move: a word gives one vector of even lanes and one of odd lanes, and the tables follow.
+template <typename T, bool Interleaved>
+constexpr bool kInWords = std::is_same_v<T, bf16> && !Interleaved;
+
+// Rotates Vectors vectors of pairs from pair i on: two when they come in words.
+template <typename T, bool Interleaved, bool Grad, int Vectors>
+inline void rotate_vectors(Row<T> row, int64_t half, int64_t i, const Wide<T>* cos,
+                           const Wide<T>* sin, Wide<T>* angle_grad) {
+  using V = WideVector<T>;
+  const auto load_lanes = [&](const T* from, V* a, V* b) {
+    if constexpr (Interleaved) {
+      std::tie(a[0], b[0]) = load_pairs(from + 2 * i);
+    } else if constexpr (Vectors == 2) {
+      std::tie(a[0], a[1]) = load_pairs(from + i);
+      std::tie(b[0], b[1]) = load_pairs(from + half + i);
+    } else {
+      a[0] = load_wide(from + i), b[0] = load_wide(from + half + i);
+    }
+  };
+  V a[Vectors], b[Vectors], out_a[Vectors], out_b[Vectors];
+  load_lanes(row.in, a, b);
+  for (int v = 0; v < Vectors; ++v) {
+    const int64_t at = i + v * Lanes<V>::count;
+    const V c = load<V>(cos + at), s = load<V>(sin + at);
+    out_a[v] = a[v] * c - b[v] * s, out_b[v] = b[v] * c + a[v] * s;
+  }
+  if constexpr (Grad) {
+    load_lanes(row.saved, a, b);
+    for (int v = 0; v < Vectors; ++v) a[v] = a[v] * out_b[v] - b[v] * out_a[v];
+    if constexpr (Vectors == 2) {
+      const auto [even, odd] = load_pairs(angle_grad + i);
+      store_pairs(angle_grad + i, even + a[0], odd + a[1]);
+    } else {
+      store(angle_grad + i, load<V>(angle_grad + i) + a[0]);
+    }
+  }
+  if constexpr (Interleaved) {
+    store_pairs(row.out + 2 * i, out_a[0], out_b[0]);
+  } else if constexpr (Vectors == 2) {
+    store_pairs(row.out + i, out_a[0], out_a[1]);
+    store_pairs(row.out + half + i, out_b[0], out_b[1]);
+  } else {
+    store_narrow(row.out + i, out_a[0]);
+    store_narrow(row.out + half + i, out_b[0]);
+  }
+}
+
 // One row of one head: out = turned in; with Grad also angle_grad += saved x out.
 template <typename T, bool Interleaved, bool Grad>
 void rotate_row(Row<T> row, int64_t half, const Wide<T>* cos, const Wide<T>* sin,
                 Wide<T>* angle_grad) {
-  using V = WideVector<T>;
-  constexpr int64_t lanes = Lanes<V>::count;
-  const int64_t step = Interleaved ? 2 : 1, second = Interleaved ? 1 : half;
+  constexpr int64_t lanes = Lanes<WideVector<T>>::count;
   int64_t i = 0;
-  for (; i + lanes <= half; i += lanes) {
-    V a, b, xa, xb;
-    if constexpr (Interleaved) {
-      std::tie(a, b) = load_pairs(row.in + 2 * i);
-      if constexpr (Grad) std::tie(xa, xb) = load_pairs(row.saved + 2 * i);
-    } else {
-      a = load_wide(row.in + i), b = load_wide(row.in + half + i);
-      if constexpr (Grad) xa = load_wide(row.saved + i), xb = load_wide(row.saved + half + i);
-    }
-    const V c = load<V>(cos + i), s = load<V>(sin + i);
-    const V out_a = a * c - b * s, out_b = b * c + a * s;
-    if constexpr (Grad) store(angle_grad + i, load<V>(angle_grad + i) + (xa * out_b - xb * out_a));
-    if constexpr (Interleaved) {
-      store_pairs(row.out + 2 * i, out_a, out_b);
-    } else {
-      store_narrow(row.out + i, out_a);
-      store_narrow(row.out + half + i, out_b);
+  if constexpr (kInWords<T, Interleaved>) {
+    for (; i + 2 * lanes <= half; i += 2 * lanes) {
+      rotate_vectors<T, Interleaved, Grad, 2>(row, half, i, cos, sin, angle_grad);
     }
   }
+  for (; i + lanes <= half; i += lanes) {
+    rotate_vectors<T, Interleaved, Grad, 1>(row, half, i, cos, sin, angle_grad);
+  }
+  const int64_t step = Interleaved ? 2 : 1, second = Interleaved ? 1 : half;
   for (; i < half; ++i) {
     const Wide<T> a = widen(row.in[step * i]), b = widen(row.in[step * i + second]);
     const Wide<T> out_a = a * cos[i] - b * sin[i], out_b = b * cos[i] + a * sin[i];
@@ -71,7 +108,15 @@ void rotate_row(Row<T> row, int64_t half, const Wide<T>* cos, const Wide<T>* sin
   }
 }
 
-// Tables of one block of tokens and the padded frequencies they are made from.
+// Brings a table of `half` pairs to the order in which rotate_row reads words.
+inline void order_by_words(float* table, int64_t half) {
+  for (int64_t i = 0; i + 2 * kFloats <= half; i += 2 * kFloats) {
+    const auto [even, odd] = load_pairs(table + i);
+    store(table + i, even), store(table + i + kFloats, odd);
+  }
+}
+
+// Tables of one block of tokens and the padded frequencies and decays that they are made from.
 template <typename T>
 struct Scratch {
   explicit Scratch(const RopeParams& p)
@@ -81,73 +126,58 @@ struct Scratch {
     cos.resize(kBlock * stride);
     sin.resize(kBlock * stride);
     if (p.log_decay) std::copy_n(p.log_decay, half, decay.begin());
+    if (!p.axes) return;
+    positions.resize(p.num_axes);
+    moved_freq.resize(stride);
+    moved_decay.resize(decay.size());
   }
   int64_t half, stride;
-  std::vector<double> freq;
-  std::vector<float> decay;
+  std::vector<double> freq, decay;
+  std::vector<double> positions, moved_freq, moved_decay;  // of one token, by axis and by pair
   std::vector<Wide<T>> cos, sin;
 };
 
-double read_position(const RopeParams& p, int64_t index) {
-  switch (p.position_type) {
-    case PositionType::i32:
-      return static_cast<const int32_t*>(p.positions)[index];
-    case PositionType::i64:
-      return static_cast<double>(static_cast<const int64_t*>(p.positions)[index]);
-    case PositionType::f32:
-      return static_cast<const float*>(p.positions)[index];
-    default:
-      return static_cast<const double*>(p.positions)[index];
-  }
-}
-
-struct Token {
-  int64_t batch, seq;
-  int64_t sequence;  // the packed sequence, else the batch index
-  double position;
-};
-
-Token locate(const RopeParams& p, int64_t batch, int64_t seq) {
-  Token token{batch, seq, batch, 0.0};
-  int64_t index = seq;
-  if (p.cu_seqlens) {
-    const int32_t* end = p.cu_seqlens + p.num_sequences + 1;
-    token.sequence =
-        std::upper_bound(p.cu_seqlens, end, static_cast<int32_t>(seq)) - p.cu_seqlens - 1;
-    index = seq - p.cu_seqlens[token.sequence];
-  }
-  if (!p.positions) {
-    token.position = static_cast<double>(index);
-  } else if (p.positions_are_offsets) {
-    token.position =
-        read_position(p, token.sequence * p.position_batch) + static_cast<double>(index);
-  } else {
-    token.position = read_position(p, batch * p.position_batch + seq * p.position_seq);
-  }
-  token.position += static_cast<double>(p.offset);
-  return token;
-}
-
 template <typename T>
+void load_freq(const RopeParams& p, int64_t row, Scratch<T>& scratch) {
+  if (p.inv_freq_is_f64) {
+    std::copy_n(static_cast<const double*>(p.inv_freq) + row, scratch.half, scratch.freq.begin());
+  } else {
+    std::copy_n(static_cast<const float*>(p.inv_freq) + row, scratch.half, scratch.freq.begin());
+  }
+}
+
+// Multiplies frequencies and decays by the position on each pair's axis.
+template <typename T>
+void move_by_axis(const RopeParams& p, const Token& token, Scratch<T>& scratch) {
+  for (int64_t axis = 0; axis < p.num_axes; ++axis) {
+    scratch.positions[axis] = position_on(p, token, axis);
+  }
+  for (int64_t i = 0; i < scratch.half; ++i) {
+    const double position = scratch.positions[p.axes[i]];
+    scratch.moved_freq[i] = scratch.freq[i] * position;
+    if (p.log_decay) scratch.moved_decay[i] = scratch.decay[i] * position;
+  }
+}
+
+template <typename T, bool Interleaved>
 void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token* tokens, int64_t count,
                 int64_t head, Scratch<T>& scratch) {
   int64_t loaded = -1;
   for (int64_t t = 0; t < count; ++t) {
     const int64_t row = tokens[t].sequence * p.freq_batch + head * p.freq_head;
-    if (row != loaded) {
-      if (p.inv_freq_is_f64) {
-        std::copy_n(static_cast<const double*>(p.inv_freq) + row, scratch.half,
-                    scratch.freq.begin());
-      } else {
-        std::copy_n(static_cast<const float*>(p.inv_freq) + row, scratch.half,
-                    scratch.freq.begin());
-      }
-      loaded = row;
+    if (row != loaded) load_freq(p, row, scratch);
+    loaded = row;
+    if (p.axes) move_by_axis(p, tokens[t], scratch);
+    const double position = p.axes ? 1.0 : tokens[t].position;
+    const auto& freq = p.axes ? scratch.moved_freq : scratch.freq;
+    const auto& decay = p.axes ? scratch.moved_decay : scratch.decay;
+    const Angles angles{position, p.amplitude, tensor.decay_sign * position,
+                        p.log_decay ? decay.data() : nullptr, p.conjugate};
+    Wide<T>*cos = &scratch.cos[t * scratch.stride], *sin = &scratch.sin[t * scratch.stride];
+    fill_sincos(freq.data(), scratch.half, angles, cos, sin);
+    if constexpr (kInWords<T, Interleaved>) {
+      order_by_words(cos, scratch.half), order_by_words(sin, scratch.half);
     }
-    const Angles angles{tokens[t].position, p.amplitude, tensor.decay_sign * tokens[t].position,
-                        p.log_decay ? scratch.decay.data() : nullptr, p.conjugate};
-    fill_sincos(scratch.freq.data(), scratch.half, angles, &scratch.cos[t * scratch.stride],
-                &scratch.sin[t * scratch.stride]);
   }
 }
 
@@ -184,12 +214,12 @@ void rotate_block(const RopeParams& p, const Token* tokens, int64_t count, Scrat
     const RopeTensor& tensor = p.tensors[n];
     if (p.angle_heads > 1) {
       for (int64_t head = 0; head < tensor.heads; ++head) {
-        fill_block(p, tensor, tokens, count, head, scratch);
+        fill_block<T, Interleaved>(p, tensor, tokens, count, head, scratch);
         for (int64_t t = 0; t < count; ++t) one(tensor, t, head);
       }
       continue;
     }
-    if (n == 0 || p.log_decay) fill_block(p, tensor, tokens, count, 0, scratch);
+    if (n == 0 || p.log_decay) fill_block<T, Interleaved>(p, tensor, tokens, count, 0, scratch);
     if (tensor.in_head < tensor.in_seq) {
       for (int64_t t = 0; t < count; ++t) {
         for (int64_t head = 0; head < tensor.heads; ++head) one(tensor, t, head);

@@ -134,15 +134,15 @@ inline floats load_wide(const f16* from) {
 inline void store_narrow(float* to, floats v) { store(to, v); }
 inline void store_narrow(double* to, doubles v) { store(to, v); }
 
-// The bits of v rounded to bf16, in the low halves.
+// The bits of v rounded to bf16, in the high halves; what is in the low halves is left over.
 inline words round_bf16(floats v) {
   const words bits = bits_as<words>(v);
-  const words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return v != v ? (words{} + 0x7fc0) : rounded;
+  const words rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return v != v ? (words{} + 0x7fc00000) : rounded;
 }
 
 inline void store_narrow(bf16* to, floats v) {
-  store(to, __builtin_convertvector(round_bf16(v), halves));
+  store(to, __builtin_convertvector(round_bf16(v) >> 16, halves));
 }
 
 inline void store_narrow(f16* to, floats v) {
@@ -209,7 +209,7 @@ inline std::pair<floats, floats> load_pairs(const bf16* from) {
 }
 
 inline void store_pairs(bf16* to, floats a, floats b) {
-  store(to, round_bf16(a) | round_bf16(b) << 16);
+  store(to, round_bf16(a) >> 16 | (round_bf16(b) & 0xffff0000));
 }
 
 }  // namespace

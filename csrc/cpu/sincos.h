@@ -62,14 +62,10 @@ inline few_floats cosine(few_floats z) {
 struct Angles {
   double position;
   double amplitude;
-  double decay;            // multiplies log_decay[i]
-  const float* log_decay;  // or nullptr
+  double decay;             // multiplies log_decay[i]
+  const double* log_decay;  // or nullptr
   bool conjugate;
 };
-
-inline doubles load_decay(const float* from) {
-  return __builtin_convertvector(load<few_floats>(from), doubles);
-}
 
 // One vector of pairs, for tensors that are rotated in float.
 inline void sincos(doubles freq, doubles amplitude, const Angles& angles, few_floats& cos,
@@ -100,12 +96,12 @@ inline void sincos(doubles freq, doubles amplitude, const Angles& angles, double
 }
 
 inline doubles amplitude_at(const Angles& angles, int64_t i, float) {
-  doubles exponent = load_decay(angles.log_decay + i) * angles.decay;
+  doubles exponent = load<doubles>(angles.log_decay + i) * angles.decay;
   return angles.amplitude * exp_wide(exponent);
 }
 
 inline doubles amplitude_at(const Angles& angles, int64_t i, double) {
-  doubles exponent = load_decay(angles.log_decay + i) * angles.decay;
+  doubles exponent = load<doubles>(angles.log_decay + i) * angles.decay;
   for (int lane = 0; lane < kDoubles; ++lane) exponent[lane] = std::exp(exponent[lane]);
   return angles.amplitude * exponent;
 }

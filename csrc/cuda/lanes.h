@@ -101,4 +101,17 @@ __device__ inline void store(T* to, const Lanes<T, VEC>& lanes) {
   *reinterpret_cast<Access<T, VEC>*>(to) = access;
 }
 
+// What a thread owns of one head: VEC lanes of the first half of the rotated ones and VEC of the
+// second, in either layout, so that the threads of a token touch whole neighbouring vectors.
+template <typename T, int VEC>
+struct Owned {
+  Lanes<T, VEC> half[2];
+
+  template <typename Acc>
+  __device__ void widen_to(Acc* lanes) const {
+    unpack(half[0], lanes);
+    unpack(half[1], lanes + VEC);
+  }
+};
+
 }  // namespace extrope

@@ -17,19 +17,6 @@ namespace {
 constexpr int BLOCK = 128;
 constexpr int INVALID_VALUE = 1;  // cudaErrorInvalidValue, also where no CUDA header is
 
-// What a thread owns of one head: VEC lanes of the first half of the rotated ones and VEC of the
-// second, in either layout, so that the threads of a token touch whole neighbouring vectors.
-template <typename T, int VEC>
-struct Owned {
-  Lanes<T, VEC> half[2];
-
-  template <typename Acc>
-  __device__ void widen_to(Acc* lanes) const {
-    unpack(half[0], lanes);
-    unpack(half[1], lanes + VEC);
-  }
-};
-
 // How the heads are shared out along blockIdx.y. The heads of q and k form one list when they turn
 // alike; when every head has its own frequencies a group is head blockIdx.y of both.
 struct HeadGroups {
@@ -38,7 +25,8 @@ struct HeadGroups {
 };
 
 // GRAD: able to sum the angle gradient; the one-element kernel always is, to save instantiations.
-template <typename T, int VEC, bool INTERLEAVED, bool GRAD>
+// AXES: positions by axis, which would cost the others registers.
+template <typename T, int VEC, bool INTERLEAVED, bool GRAD, bool AXES>
 struct Worker {
   using Acc = Accumulator<T>;
   using Own = Owned<T, VEC>;
@@ -116,7 +104,8 @@ struct Worker {
         if (!ready) {  // after the loads, which then hide it
 #pragma unroll
           for (int j = 0; j < VEC; ++j) {
-            pair_rotation(p, token, head, pair_of(slot, j), x.decay_sign, &cosine[j], &sine[j]);
+            pair_rotation<AXES>(p, token, head, pair_of(slot, j), x.decay_sign, &cosine[j],
+                                &sine[j]);
           }
           ready = true;
         }
@@ -177,13 +166,13 @@ struct Worker {
 };
 
 // The blocks per processor are the registers' limit: left to itself, ptxas spills to fit one more.
-template <typename T, int VEC, bool INTERLEAVED, bool GRAD>
+template <typename T, int VEC, bool INTERLEAVED, bool GRAD, bool AXES>
 __global__ void __launch_bounds__(BLOCK, GRAD ? 3 : 4)
     rope_kernel(const __grid_constant__ RopeParams p, const HeadGroups groups, const int slots) {
   const unsigned index = blockIdx.x * blockDim.y + threadIdx.y;
   if (index >= static_cast<unsigned>(p.batch * p.seqlen)) return;
   const Token token = find_token(p, static_cast<int>(index));
-  const Worker<T, VEC, INTERLEAVED, GRAD> worker{p, token, groups};
+  const Worker<T, VEC, INTERLEAVED, GRAD, AXES> worker{p, token, groups};
   const int rotated = static_cast<int>(p.rotary_dim / (2 * VEC));
   for (int slot = threadIdx.x; slot < slots; slot += blockDim.x) {
     if (slot < rotated) {
@@ -194,9 +183,9 @@ __global__ void __launch_bounds__(BLOCK, GRAD ? 3 : 4)
   }
 }
 
-template <typename T, int VEC, bool INTERLEAVED, bool GRAD>
+template <typename T, int VEC, bool INTERLEAVED, bool GRAD, bool AXES>
 int launch(const RopeParams& p, void* stream, int device) {
-  constexpr auto kernel = rope_kernel<T, VEC, INTERLEAVED, GRAD>;
+  constexpr auto kernel = rope_kernel<T, VEC, INTERLEAVED, GRAD, AXES>;
   const bool wants_grad = p.angle_grad != nullptr;
   bool copies = false;
   int64_t heads = 0, most = 0;
@@ -217,7 +206,7 @@ int launch(const RopeParams& p, void* stream, int device) {
   if (!per_head && !wants_grad) {  // the angle gradient is summed over all heads by one thread
     // Too few tokens to fill the device: more groups, each of whole rounds of the unrolled loop.
     const int64_t wanted = resident_threads<kernel>(BLOCK, device) / (tokens * slots);
-    constexpr int64_t ROUND = Worker<T, VEC, INTERLEAVED, GRAD>::UNROLL;
+    constexpr int64_t ROUND = Worker<T, VEC, INTERLEAVED, GRAD, AXES>::UNROLL;
     if (wanted > 1) size = ((listed + wanted - 1) / wanted + ROUND - 1) / ROUND * ROUND;
   }
   const int64_t x = std::min<int64_t>(slots, BLOCK), y = std::min(BLOCK / x, tokens);
@@ -255,21 +244,35 @@ bool fits(const RopeParams& p, int vec, int bytes) {
   return true;
 }
 
-template <typename T>
+template <typename T, bool AXES>
 int choose(const RopeParams& p, void* stream, int device) {
   constexpr int VEC = 16 / sizeof(T);
   // double serves gradcheck and references: 8-byte accesses do, and four kernels less to compile.
   if constexpr (!std::is_same_v<T, double>) {
     if (fits(p, VEC, sizeof(T))) {
       if (p.angle_grad == nullptr) {
-        return p.interleaved ? launch<T, VEC, true, false>(p, stream, device)
-                             : launch<T, VEC, false, false>(p, stream, device);
+        return p.interleaved ? launch<T, VEC, true, false, AXES>(p, stream, device)
+                             : launch<T, VEC, false, false, AXES>(p, stream, device);
       }
-      return p.interleaved ? launch<T, VEC, true, true>(p, stream, device)
-                           : launch<T, VEC, false, true>(p, stream, device);
+      return p.interleaved ? launch<T, VEC, true, true, AXES>(p, stream, device)
+                           : launch<T, VEC, false, true, AXES>(p, stream, device);
     }
   }
-  return launch<T, 1, false, true>(p, stream, device);
+  return launch<T, 1, false, true, AXES>(p, stream, device);
+}
+
+template <bool AXES>
+int choose_type(const RopeParams& p, void* stream, int device) {
+  switch (p.dtype) {
+    case DType::f32:
+      return choose<float, AXES>(p, stream, device);
+    case DType::f64:
+      return choose<double, AXES>(p, stream, device);
+    case DType::bf16:
+      return choose<__nv_bfloat16, AXES>(p, stream, device);
+    default:
+      return choose<__half, AXES>(p, stream, device);
+  }
 }
 
 }  // namespace
@@ -277,16 +280,8 @@ int choose(const RopeParams& p, void* stream, int device) {
 int rope_launch(const RopeParams& p, void* stream, int device) {
   const DeviceScope scope(device);
   if (scope.error() != 0) return scope.error();
-  switch (p.dtype) {
-    case DType::f32:
-      return choose<float>(p, stream, device);
-    case DType::f64:
-      return choose<double>(p, stream, device);
-    case DType::bf16:
-      return choose<__nv_bfloat16>(p, stream, device);
-    default:
-      return choose<__half>(p, stream, device);
-  }
+  return p.axes != nullptr ? choose_type<true>(p, stream, device)
+                           : choose_type<false>(p, stream, device);
 }
 
 const char* rope_error(int error) { return error_text(error); }

@@ -18,9 +18,9 @@ constexpr double ROUND_TO_INTEGER =
     6755399441055744.0;  // 1.5 * 2^52: adding it leaves the integer in the low bits
 
 struct Token {
-  int batch, seq;  // where its lanes are
-  int sequence;    // whose frequencies it takes
-  double position;
+  int batch, seq;   // where its lanes are
+  int sequence;     // whose frequencies it takes
+  double position;  // on the first axis
 };
 
 __device__ inline uint64_t bits_of(double x) {
@@ -149,20 +149,30 @@ __device__ inline Token find_token(const RopeParams& p, int index) {
   return token;
 }
 
+// The position on the axis of pair `pair`; any contents of axes give an axis that exists.
+__device__ inline double position_on_axis(const RopeParams& p, const Token& token, int pair) {
+  const int last = static_cast<int>(p.num_axes) - 1, asked = p.axes[pair];
+  const int axis = asked < 0 ? 0 : asked > last ? last : asked;
+  const int64_t at =
+      axis * p.position_axis + token.batch * p.position_batch + token.seq * p.position_seq;
+  return static_cast<double>(p.offset) + load_position(p, at);
+}
+
 // Cosine and sine of pair `pair`, times the amplitude, the sine negated when `conjugate` asks for
 // it.
-template <typename Acc>
+template <bool AXES, typename Acc>
 __device__ inline void pair_rotation(const RopeParams& p, const Token& token, int head, int pair,
                                      double decay_sign, Acc* cosine, Acc* sine) {
   const int64_t at = token.sequence * p.freq_batch + head * p.freq_head + pair;
   const double frequency = p.inv_freq_is_f64
                                ? static_cast<const double*>(p.inv_freq)[at]
                                : static_cast<double>(static_cast<const float*>(p.inv_freq)[at]);
+  const double position = AXES ? position_on_axis(p, token, pair) : token.position;
   Acc s, c;
-  sin_cos(token.position * frequency, &s, &c);
+  sin_cos(position * frequency, &s, &c);
   Acc scale = static_cast<Acc>(p.amplitude);
   if (p.log_decay != nullptr) {
-    const double exponent = decay_sign * token.position * static_cast<double>(p.log_decay[pair]);
+    const double exponent = decay_sign * position * static_cast<double>(p.log_decay[pair]);
     scale = static_cast<Acc>(p.amplitude * exponential(exponent, Acc()));
   }
   *cosine = c * scale;

@@ -14,11 +14,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="transformers folder, .gguf file, or smollm2")
     add("--task", choices=("loss", "passkey"), default="loss", help="default: loss")
-    add("--methods", required=True, help="comma-separated frequency methods: rope,pi,yarn,...")
+    add("--methods", required=True, help="comma-separated: rope,pi,yarn,...,rerope,leaky_rerope")
     add("--lengths", required=True, help="comma-separated numbers of tokens: 8192,16384")
     add("--out", required=True, help="folder for the JSON file and the plot")
     add("--text", default="pydocs", help="UTF-8 file, or pydocs (default): the Python reference")
-    add("--factor", type=float, help="of every method; default: length / training length")
+    add(
+        "--factor",
+        type=float,
+        help="of every frequency method; default: length / training length",
+    )
+    add(
+        "--window",
+        type=int,
+        help="of rerope, leaky_rerope and self_extend; default: training length / 4",
+    )
     add(
         "--param",
         action="append",
@@ -49,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> None:
     options.check_packages()
     plan = options.make_plan(args)
-    for name in ("bucket", "depths", "trials"):
+    for name in ("window", "bucket", "depths", "trials"):
         options.check_positive(f"--{name}", getattr(args, name))
     out = options.check_out(args.out)
     files = models.find_model(args.model)

@@ -6,6 +6,7 @@ import argparse
 import ast
 import importlib.util
 import inspect
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from extrope_kernels.evaluation import UsageError
+from extrope_kernels.integrations.transformers import PARAMETERS
+from extrope_kernels.methods import METHODS
 
 _PACKAGES = ("matplotlib", "rich", "transformers")
 
@@ -23,29 +26,57 @@ class Plan:
 
     lengths: tokens of each run, rising.
     params: for each method what the user gave for it.
-    factor: the user's factor for all methods, or None for length / training length.
+    factor: the user's factor for all frequency methods, or None for length / training length.
+    window: the user's window for the score methods, or None for training length / 4.
     """
 
     methods: list[str]
     lengths: list[int]
     params: dict[str, dict[str, Any]] = field(default_factory=dict)
     factor: float | None = None
+    window: int | None = None
 
     def method_params(self, method: str, length: int, training_length: int) -> dict[str, Any]:
         """Return the parameters of a run; the rest, `base` for one, comes from the model.
 
         A method that cannot do without a factor gets length / training_length, at least 1; one
-        with a factor of its own by default keeps it unless the user names one.
+        with a factor of its own by default keeps it unless the user names one. What the score
+        methods get is in `_score_defaults`.
         """
-        from extrope_kernels.methods import METHODS
-
+        given = self.params.get(method, {})
+        if method not in METHODS:
+            window = given.get("window", self.window or max(1, training_length // 4))
+            return _score_defaults(method, length, training_length, window, given) | given
         parameter = inspect.signature(METHODS[method]).parameters.get("factor")
         chosen: dict[str, Any] = {}
         if parameter is not None and self.factor is not None:
             chosen["factor"] = self.factor
         elif parameter is not None and parameter.default is inspect.Parameter.empty:
             chosen["factor"] = max(1.0, length / training_length)
-        return chosen | self.params.get(method, {})
+        return chosen | given
+
+
+def _score_defaults(
+    method: str, length: int, trained: int, window: int, given: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a score method's parameters for a text of so many tokens.
+
+    leaky_rerope: factor 16, as in its author's code (https://github.com/bojone/rerope).
+    self_extend: the smallest group with which the largest relative position stays below two thirds
+        of the training length, its authors' rule; the window is rounded down to its multiple.
+    dual_chunk: chunks of 3/4, local window 1/8 of the training length, as in ChunkLlama.
+    """
+    if method == "dual_chunk":
+        return {"chunk_size": max(1, 3 * trained // 4), "local_window": trained // 8}
+    if method == "leaky_rerope":
+        return {"window": window, "factor": 16.0}
+    if method == "self_extend":
+        room = max(1, 2 * trained // 3 - window)
+        group = 1 if length <= trained else min(window, math.ceil((length - window) / room))
+        group = given.get("factor", group)
+        fits = isinstance(group, int) and 0 < group <= window
+        return {"window": window // group * group if fits else window, "factor": group}
+    return {"window": window}
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -53,7 +84,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     methods = _methods(args.methods)
     if args.factor is not None and not args.factor > 0:
         raise UsageError(f"--factor must be > 0, got {args.factor:g}")
-    return Plan(methods, _lengths(args.lengths), _params(args.param, methods), args.factor)
+    lengths, params = _lengths(args.lengths), _params(args.param, methods)
+    return Plan(methods, lengths, params, args.factor, args.window)
 
 
 def check_packages() -> None:
@@ -82,9 +114,9 @@ def check_out(path: str) -> Path:
     return folder
 
 
-def check_positive(name: str, value: int) -> None:
-    """Raise UsageError unless `value` is at least 1."""
-    if value < 1:
+def check_positive(name: str, value: int | None) -> None:
+    """Raise UsageError unless `value` is at least 1, or left to its default."""
+    if value is not None and value < 1:
         raise UsageError(f"{name} must be >= 1, got {value}")
 
 
@@ -96,11 +128,11 @@ def _split(name: str, text: str) -> list[str]:
 
 
 def _methods(text: str) -> list[str]:
-    from extrope_kernels.methods import METHODS
-
     methods = _split("--methods", text)
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise UsageError(f"--methods: unknown {', '.join(unknown)}; choose from {_list(METHODS)}")
+    if unknown := [name for name in methods if name not in PARAMETERS]:
+        raise UsageError(
+            f"--methods: unknown {', '.join(unknown)}; choose from {_list(PARAMETERS)}"
+        )
     return methods
 
 
@@ -112,8 +144,6 @@ def _lengths(text: str) -> list[int]:
 
 
 def _params(items: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    from extrope_kernels.methods import METHODS
-
     params: dict[str, dict[str, Any]] = {}
     for item in items:
         key, equals, value = item.partition("=")
@@ -122,7 +152,7 @@ def _params(items: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str,
             raise UsageError(f"--param must read METHOD.NAME=VALUE, got {item}")
         if method not in methods:
             raise UsageError(f"--param {item}: {method} is not among --methods")
-        known = [key for key in inspect.signature(METHODS[method]).parameters if key != "dim"]
+        known = [key for key in PARAMETERS[method] if key != "dim"]
         if name not in known:
             raise UsageError(f"--param {item}: {method} has no {name}; it has {_list(known)}")
         params.setdefault(method, {})[name] = _literal(value)

@@ -23,6 +23,7 @@ from .ntk_mixed import ntk_mixed
 from .pi import pi
 from .proportional import proportional
 from .rope import rope
+from .sections import with_sections
 from .xpos import xpos
 from .yarn import yarn
 
@@ -47,4 +48,4 @@ METHODS: dict[str, Callable[..., RopeFreqs]] = {
     )
 }
 
-__all__ = ["METHODS", "RopeFreqs", "from_hf_config", *METHODS]
+__all__ = ["METHODS", "RopeFreqs", "from_hf_config", "with_sections", *METHODS]

@@ -17,16 +17,20 @@ class RopeFreqs:
     attention_factor: multiplies the rotated lanes of q and of k, hence the logits by its square.
     log_decay: (rotary_dim/2,) float32 or None. When given, q lanes are multiplied by
         exp(p * log_decay) and k lanes by exp(-p * log_decay) at position p (XPOS).
+    axes: (rotary_dim/2,) int32 or None. Which row of positions (axes, batch, seqlen) each pair
+        takes its position from (mRoPE, see `with_sections`).
     """
 
     inv_freq: Tensor
     attention_factor: float = 1.0
     log_decay: Tensor | None = None
+    axes: Tensor | None = None
 
     def to(self, device: torch.device | str | int) -> RopeFreqs:
         """Return the same frequencies with their tensors on `device`, to the bit."""
         log_decay = None if self.log_decay is None else self.log_decay.to(device)
-        return RopeFreqs(self.inv_freq.to(device), self.attention_factor, log_decay)
+        axes = None if self.axes is None else self.axes.to(device)
+        return RopeFreqs(self.inv_freq.to(device), self.attention_factor, log_decay, axes)
 
 
 def exponents(dim: int, device: torch.device | str = "cpu") -> Tensor:

@@ -270,4 +270,25 @@ def gradients() -> Iterator[Case]:
                 yield case(name, qk(**shape), saved=qk(**shape), inv_freq=per_head, **by)
 
 
-GROUPS = (shapes, memory, positions, packed, frequencies, gradients)
+def axes() -> Iterator[Case]:
+    pairs = torch.arange(32, dtype=torch.int32)
+    given = torch.randint(0, 100_000, (3, 2, 5))
+    decay = torch.linspace(-1e-5, 1e-5, 32)
+    for dtype in DTYPES:
+        for layout, interleaved in LAYOUTS.items():
+            by = {"interleaved": interleaved, "axes": pairs % 3, "offset": 3}
+            name = f"{layout}-{short(dtype)}"
+            yield case(name, qk(dtype=dtype), positions=given, **by)
+            yield case(f"{name}-decay", qk(dtype=dtype), positions=given, log_decay=decay, **by)
+            saved = qk(dtype=dtype)
+            yield case(f"{name}-gradient", qk(dtype=dtype), positions=given, saved=saved, **by)
+    for dtype in harness.POSITION_DTYPES:
+        yield case(short(dtype), qk(), positions=given.to(dtype), axes=pairs // 11)
+    yield case("one-row", qk(), positions=given[:, :1], axes=pairs % 3)
+    yield case(
+        "strided", qk(), positions=given.permute(2, 1, 0)[:3, :, [0, 1, 2, 0, 1]], axes=pairs % 3
+    )
+    yield case("out-of-range", qk(), positions=given, axes=(pairs - 16) * 2**26)
+
+
+GROUPS = (shapes, memory, positions, packed, frequencies, gradients, axes)

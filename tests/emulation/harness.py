@@ -197,6 +197,11 @@ class Job:
             params["positions"] = self._pointer(positions)
             params["position_type"] = POSITION_DTYPES.index(positions.dtype)
             params["positions_are_offsets"] = rotation.positions_are_offsets
+            if rotation.axes is not None:
+                params["axes"] = self._pointer(rotation.axes)
+                params["num_axes"] = len(positions)
+                params["position_axis"] = positions.stride(0)
+                positions = positions[0]
             params["position_batch"] = positions.stride(0) if len(positions) > 1 else 0
             params["position_seq"] = 0 if rotation.positions_are_offsets else positions.stride(1)
         if rotation.cu_seqlens is not None:

@@ -88,6 +88,9 @@ void def_params(py::module_& m) {
   def_field(params, "position_batch", &RopeParams::position_batch);
   def_field(params, "position_seq", &RopeParams::position_seq);
   def_field(params, "offset", &RopeParams::offset);
+  def_field(params, "axes", &RopeParams::axes);
+  def_field(params, "num_axes", &RopeParams::num_axes);
+  def_field(params, "position_axis", &RopeParams::position_axis);
   def_field(params, "cu_seqlens", &RopeParams::cu_seqlens);
   def_field(params, "num_sequences", &RopeParams::num_sequences);
   def_field(params, "log_decay", &RopeParams::log_decay);

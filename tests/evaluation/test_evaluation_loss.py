@@ -15,6 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from extrope_kernels.evaluation import loss, options, report
 from extrope_kernels.evaluation.models import decoder_layers
+from extrope_kernels.integrations.transformers import extend
 
 
 def expected_losses(folder, ids, bucket, **rope_parameters):
@@ -126,6 +127,46 @@ def test_factor_only_where_a_method_needs_one():
     plan = options.Plan(["pi"], [128], {"pi": {"factor": 3}}, factor=2.0)
     assert plan.method_params("pi", 128, 32) == {"factor": 3}
     assert plan.method_params("giraffe_power", 128, 32) == {"factor": 2.0}
+
+
+def test_defaults_of_score_methods_follow_the_training_length():
+    def params(method, length, trained, **plan):
+        return options.Plan([method], [length], **plan).method_params(method, length, trained)
+
+    assert params("rerope", 16384, 8192) == {"window": 2048}
+    assert params("leaky_rerope", 16384, 8192) == {"window": 2048, "factor": 16.0}
+    assert params("dual_chunk", 16384, 8192) == {"chunk_size": 6144, "local_window": 1024}
+    assert params("rerope", 128, 8192, window=512, factor=2.0) == {"window": 512}
+    given = {"leaky_rerope": {"window": 64, "factor": 4.0, "log_n": 8192}}
+    assert params("leaky_rerope", 128, 8192, params=given) == given["leaky_rerope"]
+    assert params("self_extend", 8192, 8192) == {"window": 2048, "factor": 1}
+    for length in (8193, 16384, 100_000, 1_000_000):
+        found = params("self_extend", length, 8192)
+        window, group = found["window"], found["factor"]
+        assert window % group == 0 and 2048 - group < window <= 2048
+        reached = (length - 1) // group + window - window // group
+        assert reached <= 8192 * 2 // 3
+    given = {"self_extend": {"factor": 10}}
+    assert params("self_extend", 16384, 8192, params=given) == {"window": 2040, "factor": 10}
+
+
+def test_score_methods_in_the_table(run, folder, text, tokenizer, tmp_path, capsys):
+    methods = "rope,rerope,leaky_rerope,self_extend,dual_chunk"
+    assert run(methods=methods, lengths="70", param="leaky_rerope.factor=4") == 0
+    rows = {row["method"]: row for row in results(tmp_path)["rows"]}
+    assert list(rows) == methods.split(",")
+    assert rows["leaky_rerope"]["params"] == {"window": 8, "factor": 4}
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor(tokenizer(text.read_text()).input_ids)[:70]
+    with extend(model, "rerope", window=8), torch.no_grad():
+        wanted = model(ids[None], labels=ids[None]).loss.item()
+    assert rows["rerope"]["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert len({round(row["loss"], 6) for row in rows.values()}) == len(rows)
+    assert run(methods="rerope", lengths="70", window=64) == 0
+    plain = [bucket["loss"] for bucket in rows["rope"]["buckets"]]
+    got = [bucket["loss"] for bucket in results(tmp_path)["rows"][0]["buckets"]]
+    assert got[:4] == pytest.approx(plain[:4], rel=1e-4) and got[4] != pytest.approx(plain[4])
+    check_image(tmp_path / "out" / "loss.png")
 
 
 def test_interrupted_run_keeps_finished_rows(run, tmp_path, monkeypatch, capsys):

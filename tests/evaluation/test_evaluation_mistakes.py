@@ -21,6 +21,11 @@ from extrope_kernels.evaluation import options
         ({"param": "yarn.beta_fast=16"}, "yarn is not among --methods"),
         ({"param": "rope.beta_fast=16"}, "rope has no beta_fast; it has base"),
         ({"param": "rope.base"}, "--param must read METHOD.NAME=VALUE, got rope.base"),
+        (
+            {"param": "rerope.factor=2", "methods": "rerope"},
+            "rerope has no factor; it has window, l",
+        ),
+        ({"window": 0}, "--window must be >= 1, got 0"),
         ({"bucket": 0}, "--bucket must be >= 1, got 0"),
         ({"trials": 0}, "--trials must be >= 1, got 0"),
         ({"model": "/nowhere/model"}, "--model /nowhere/model: no such folder or .gguf file"),
@@ -66,6 +71,8 @@ def test_parameters_that_a_method_refuses(run, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "yarn: beta_fast must be a number" in captured.err and captured.out == ""
     assert list((tmp_path / "out").iterdir()) == []
+    assert run(methods="rope,self_extend", param="self_extend.factor=2.5") == 2
+    assert "grouped needs an integer factor, got 2.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["rich", "matplotlib"])

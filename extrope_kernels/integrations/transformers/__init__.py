@@ -1,5 +1,6 @@
-"""Hugging Face models: `extend` a loaded model with any frequency method, `restore` it exactly."""
+"""Hugging Face models: `extend` a loaded model by any method, `restore` it exactly."""
 
 from .extension import Extension, extend
+from .scores import PARAMETERS
 
-__all__ = ["Extension", "extend"]
+__all__ = ["PARAMETERS", "Extension", "extend"]

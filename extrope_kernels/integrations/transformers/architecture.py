@@ -66,9 +66,9 @@ def _site(owner: nn.Module, rotary: nn.Module) -> RotarySite:
         layer_type = _EXTENDED_LAYER_TYPE
         parameters = parameters.get(layer_type)
         if layer_type not in rotary.rope_type:
-            raise _unsupported(owner, f"it has no {layer_type} layers")
+            raise unsupported(owner, f"it has no {layer_type} layers")
     if "mrope_section" in parameters:
-        raise _unsupported(owner, "it rotates by several axes of positions")
+        raise unsupported(owner, "it rotates by several axes of positions")
     modeling = _modeling_module(owner)
     prefix = "" if layer_type is None else f"{layer_type}_"
     dim = 2 * getattr(rotary, f"{prefix}inv_freq").shape[-1]
@@ -79,17 +79,25 @@ def _site(owner: nn.Module, rotary: nn.Module) -> RotarySite:
 def _modeling_module(owner: nn.Module) -> str:
     """Return the one module whose `apply_rotary_pos_emb` all of the owner's layers rotate with."""
     modules = set()
-    for forward in map(_forward, owner.modules()):
-        names = set(forward.__code__.co_varnames) if forward else set()
-        if not {"position_embeddings", "cos", "sin"} <= names:
-            continue
+    for layer in rotating_layers(owner):
+        forward = _forward(layer)
         functions = {name for name in forward.__code__.co_names if _is_rotation(name)}
         if functions != {APPLY}:
-            raise _unsupported(owner, f"{forward.__qualname__} does not rotate by {APPLY} alone")
+            raise unsupported(owner, f"{forward.__qualname__} does not rotate by {APPLY} alone")
         modules.add(forward.__globals__["__name__"])
     if len(modules) != 1:
-        raise _unsupported(owner, f"{len(modules)} modeling modules rotate its q and k by {APPLY}")
+        raise unsupported(owner, f"{len(modules)} modeling modules rotate its q and k by {APPLY}")
     return modules.pop()
+
+
+def rotating_layers(owner: nn.Module) -> list[nn.Module]:
+    """Return the attention layers that rotate their queries and keys by the owner's embedding."""
+    layers = []
+    for module in owner.modules():
+        forward = _forward(module)
+        if forward and {"position_embeddings", "cos", "sin"} <= set(forward.__code__.co_varnames):
+            layers.append(module)
+    return layers
 
 
 def _is_rotation(name: str) -> bool:
@@ -120,11 +128,11 @@ def _pairing(
         cos, sin = fresh.forward(q, positions, **kwargs)
         expected = original_apply(modeling)(q, q.flip(-1), cos, sin)
     except Exception as error:  # whatever a foreign signature leads to
-        raise _unsupported(owner, f"its rotation cannot be tried out ({error})") from error
+        raise unsupported(owner, f"its rotation cannot be tried out ({error})") from error
     for interleaved in (False, True):
         if _agrees(expected, q, freqs, positions, interleaved):
             return interleaved
-    raise _unsupported(owner, "its rotation pairs the lanes of a head in another way")
+    raise unsupported(owner, "its rotation pairs the lanes of a head in another way")
 
 
 def _agrees(
@@ -146,5 +154,6 @@ def _agrees(
     )
 
 
-def _unsupported(owner: nn.Module, reason: str) -> ValueError:
+def unsupported(owner: nn.Module, reason: str) -> ValueError:
+    """Return the error that says why a model cannot be extended."""
     return ValueError(f"extend: {type(owner).__name__} is not a supported architecture: {reason}")

@@ -1,4 +1,4 @@
-"""`extend`: another frequency method for a loaded transformers model, rotated by the fused op."""
+"""`extend`: other frequencies or other relative positions for a loaded transformers model."""
 
 from __future__ import annotations
 
@@ -9,24 +9,39 @@ from typing import Any
 from torch import nn
 
 from .architecture import RotarySite, find_sites
-from .parameters import bind_method
+from .layers import Layers, find_layers, switched
+from .parameters import bind_method, own_freqs
+from .passes import Passes, PlainLayer, keep_mask
 from .requests import LengthDependence, OneRequest
 from .rotary import FusedRotary, unwrap_apply, wrap_apply
+from .score_rotary import ScoreRotary
+from .scores import SCORES, bind_score
 
 
 def extend(model: nn.Module, method: str, **parameters: Any) -> Extension:
-    """Rotate the queries and keys of a loaded model by the frequencies of `method`, in place.
+    """Change the frequencies or the relative positions of a loaded model, in place.
 
-    The method takes the place of whatever scaling the model's configuration names: nothing is
-    scaled twice. Weights, buffers and configuration stay as they are. Every rotation goes through
-    `apply_rope_qk`: frequencies stay float32 and positions integers in a model of any dtype.
-    Where a model rotates its full attention and its sliding window layers differently (Gemma 3),
-    the full attention layers alone are extended.
+    Weights, buffers and configuration stay as they are.
 
-    A method that depends on the length (`dynamic_ntk`, `dynamic_yarn`, `longrope`) is frozen per
-    request, so that cached keys stay valid: `generate` chooses for the prompt and max_new_tokens
-    (or max_length) together, a forward with an empty cache for its own tokens, or for the largest
-    of its position_ids where it is given them. A `seq_len` among the parameters fixes it for good.
+    A frequency method (`methods.METHODS`) takes the place of whatever scaling the model's
+    configuration names: nothing is scaled twice. Every rotation goes through `apply_rope_qk`:
+    frequencies stay float32 and positions integers in a model of any dtype. Where a model rotates
+    its full attention and its sliding window layers differently (Gemma 3), the full attention
+    layers alone are extended. A method that depends on the length (`dynamic_ntk`, `dynamic_yarn`,
+    `longrope`) is frozen per request, so that cached keys stay valid: `generate` chooses for the
+    prompt and max_new_tokens (or max_length) together, a forward with an empty cache for its own
+    tokens, or for the largest of its position_ids where it is given them. A `seq_len` among the
+    parameters fixes it for good.
+
+    A score method keeps the frequencies in force, the model's or those of an extension before it,
+    and changes which relative position a pair sees: "rerope" (window), "leaky_rerope" (window,
+    factor), "self_extend" (window, factor) as in `rerope_attention`, "dual_chunk" (chunk_size,
+    local_window) as in `dual_chunk_attention`, each with log_n if wanted. The layers attend by
+    these ops, and a cache holds each key once. Layers with a sliding window are left alone: none of
+    their distances is past it. Positions count from a row's first token, so batches padded on
+    either side, and on the left to generate, give what their rows give alone. Every cache that
+    returns all keys in order serves, static ones too. Refused: soft-capped logits, attention
+    sinks, dropout, packed rows, weights to be returned (output_attentions).
 
     Nothing in a model clips at max_position_embeddings but the default length of `generate`: give
     it max_new_tokens for prompts beyond.
@@ -34,10 +49,10 @@ def extend(model: nn.Module, method: str, **parameters: Any) -> Extension:
     model: a decoder of the Llama, Mistral, Qwen2, Qwen3, Gemma, Phi or GPT-NeoX families, or any
         other that rotates by `apply_rotary_pos_emb` in a way that is found to agree with the op;
         with or without its head.
-    method: a name of `methods.METHODS`.
-    parameters: the method's parameters. Of the model's configuration come dim, base (its
-        rope_theta; `abf` has its own), original_max_position_embeddings (max_position_embeddings
-        where there is none) and max_position_embeddings, unless given.
+    method: a name of `PARAMETERS`.
+    parameters: the method's parameters. For a frequency method, of the model's configuration come
+        dim, base (its rope_theta; `abf` has its own), original_max_position_embeddings
+        (max_position_embeddings where there is none) and max_position_embeddings, unless given.
 
     Returns a handle whose `restore()` undoes everything; it is a context manager, too.
     Raises ValueError for an unknown method, a model that cannot be extended, a missing or
@@ -45,6 +60,9 @@ def extend(model: nn.Module, method: str, **parameters: Any) -> Extension:
     was.
     """
     sites = find_sites(model)
+    _refuse_second_score(sites, method)
+    if method in SCORES:
+        return _extend_scores(model, sites, method, parameters)
     bound = [bind_method(method, site, parameters) for site in sites]
     extension = Extension(method)
     for site, (function, takes_length) in zip(sites, bound, strict=True):
@@ -52,6 +70,40 @@ def extend(model: nn.Module, method: str, **parameters: Any) -> Extension:
     if any(takes_length for _, takes_length in bound) and hasattr(model, "generate"):
         extension._override(model, "generate", OneRequest(model))
     return extension
+
+
+def _extend_scores(
+    model: nn.Module, sites: list[RotarySite], method: str, parameters: dict[str, Any]
+) -> Extension:
+    freqs = [_freqs_in_force(site, method) for site in sites]
+    layers = [find_layers(site) for site in sites]
+    scores = [bind_score(method, parameters, found.head_dim, found.dtype) for found in layers]
+    extension = Extension(method)
+    for site, inner, found, score in zip(sites, freqs, layers, scores, strict=True):
+        extension._switch_attention(site, ScoreRotary(inner, score), found)
+    if hasattr(model, "generate"):
+        extension._override(model, "create_masks_for_generate", keep_mask)
+    return extension
+
+
+def _freqs_in_force(site: RotarySite, method: str) -> FusedRotary:
+    """Those of an extension before this one, or the model's own."""
+    inner = vars(site.rotary).get("forward")
+    if not isinstance(inner, FusedRotary):
+        freqs = {site.layer_type: own_freqs(site)}
+        return FusedRotary(site.rotary, freqs, site.interleaved, site.modeling)
+    if inner.freqs[site.layer_type].log_decay is not None:
+        raise ValueError(f"extend: {method} must have frequencies without decay, got xpos")
+    return inner
+
+
+def _refuse_second_score(sites: list[RotarySite], method: str) -> None:
+    for site in sites:
+        if isinstance(rotary := vars(site.rotary).get("forward"), ScoreRotary):
+            raise ValueError(
+                f"extend: {method} must come before {rotary.score.name}, "
+                "got a model that is extended by it; restore that one first"
+            )
 
 
 class Extension:
@@ -103,6 +155,19 @@ class Extension:
             before = site.owner.register_forward_pre_hook(length.before_forward, with_kwargs=True)
             after = site.owner.register_forward_hook(length.after_forward)
             self._undo += [before.remove, after.remove]
+
+    def _switch_attention(self, site: RotarySite, rotary: ScoreRotary, layers: Layers) -> None:
+        wrap_apply(site.modeling, rotary)
+        self._undo.append(lambda: unwrap_apply(site.modeling, rotary))
+        self._override(site.rotary, "forward", rotary)
+        for layer in layers.far:
+            self._override(layer, "config", switched(layer.config))
+        passes = Passes(site.owner, rotary, site.layer_type, all_layers=not layers.near)
+        hooks = [(site.owner, passes)] + [(layer, PlainLayer(layer)) for layer in layers.near]
+        for module, hook in hooks:
+            handle = module.register_forward_pre_hook(hook.before_forward, with_kwargs=True)
+            self._undo.append(handle.remove)
+        self._undo.append(site.owner.register_forward_hook(passes.after_forward).remove)
 
     def _override(self, module: nn.Module, name: str, value: Any) -> None:
         """Give `module` an attribute of its own that hides its class's method."""

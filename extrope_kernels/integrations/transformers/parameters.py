@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+
 from ... import RopeFreqs
 from ...methods import METHODS
-from .architecture import RotarySite
+from .architecture import RotarySite, unsupported
+from .scores import PARAMETERS
 
 # Parameters that a method exists to choose, so the model's value is not what is meant.
 _OWN_DEFAULTS = {"abf": {"base"}, "dynamic_yarn": {"max_position_embeddings"}}
@@ -23,7 +26,7 @@ def bind_method(
     Raises ValueError or TypeError, from here or from the method, for parameters that do not fit.
     """
     if method not in METHODS:
-        raise ValueError(f"extend: method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
     accepted = inspect.signature(METHODS[method]).parameters
     if unknown := [name for name in given if name not in accepted]:
         names = ", ".join(name for name in accepted if name != "dim")
@@ -46,6 +49,30 @@ def bind_method(
     bound = partial(METHODS[method], **values)
     _check(method, bound(seq_len=1) if takes_length else bound(), site)
     return bound, takes_length
+
+
+def own_freqs(site: RotarySite) -> RopeFreqs:
+    """Return the frequencies that the model itself rotates by, on its device.
+
+    Raises ValueError where they change with the length.
+    """
+    rotary, kind = site.rotary, site.rotary.rope_type
+    prefix = ""
+    if site.layer_type is not None:
+        kind, prefix = kind[site.layer_type], f"{site.layer_type}_"
+    if "dynamic" in kind or kind == "longrope":
+        raise unsupported(
+            site.owner,
+            f"its frequencies ({kind}) change with the length; "
+            "extend it by a method of that name first",
+        )
+    inv_freq = getattr(rotary, f"{prefix}inv_freq")
+    if inv_freq.dtype != torch.float32:
+        # Rounded by a cast of the whole model; the config still says what they were.
+        with torch.device("cpu"):
+            inv_freq = getattr(type(rotary)(rotary.config), f"{prefix}inv_freq").to(inv_freq.device)
+    factor = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+    return RopeFreqs(inv_freq.detach().float().clone(), factor)
 
 
 def _from_config(site: RotarySite) -> dict[str, Any]:

@@ -24,8 +24,16 @@ from ... import RopeFreqs, apply_rope_qk
 APPLY = "apply_rotary_pos_emb"
 
 
+class Rotation:
+    """What layers get in place of cos, with None in place of sin."""
+
+    def rotate(self, q: Tensor, k: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
+        """Rotate q and k as `apply_rotary_pos_emb` does: heads in the dimension `unsqueeze_dim`."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
-class PendingRotation:
+class PendingRotation(Rotation):
     """Frequencies and positions on their way to the layers, in place of cos and sin.
 
     Opaque to whatever casts or checkpoints tensors in between, so the frequencies stay float32 and
@@ -43,16 +51,18 @@ class PendingRotation:
         return PendingRotation(self.freqs.to(device), self.positions.to(device), self.interleaved)
 
     def rotate(self, q: Tensor, k: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
-        """Rotate q and k as `apply_rotary_pos_emb` does: heads in the dimension `unsqueeze_dim`."""
         if unsqueeze_dim not in (1, 2):
             raise ValueError(f"extend: unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
         heads_first = unsqueeze_dim == 1
         if heads_first:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
-        q, k = apply_rope_qk(
+        q, k = self._turn(q, k)
+        return (q.transpose(1, 2), k.transpose(1, 2)) if heads_first else (q, k)
+
+    def _turn(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return apply_rope_qk(
             q, k, self.freqs, positions=self.positions, interleaved=self.interleaved
         )
-        return (q.transpose(1, 2), k.transpose(1, 2)) if heads_first else (q, k)
 
 
 class FusedRotary:
@@ -83,12 +93,17 @@ class FusedRotary:
         if position_ids.dim() != 2:
             shape = tuple(position_ids.shape)
             raise ValueError(f"extend: position_ids must be (batch, seqlen), got {shape}")
+        freqs = self.freqs_on(layer_type, x.device)
+        return PendingRotation(freqs, position_ids, self.interleaved), None
+
+    def freqs_on(self, layer_type: str | None, device: torch.device) -> RopeFreqs:
+        """Return the frequencies of a layer type, and keep them on that device."""
         freqs = self.freqs[layer_type]
-        if freqs.inv_freq.device != x.device:
+        if freqs.inv_freq.device != device:
             # Tensors made in inference mode could not be saved for a backward later on.
             with torch.inference_mode(False):
-                freqs = self.freqs[layer_type] = freqs.to(x.device)
-        return PendingRotation(freqs, position_ids, self.interleaved), None
+                freqs = self.freqs[layer_type] = freqs.to(device)
+        return freqs
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and unpickled models need the wrapped global as much as the original does."""
@@ -100,13 +115,13 @@ class FusedRotary:
 class _Wrapped:
     original: Callable[..., Any]
     wrapper: Callable[..., Any]
-    users: weakref.WeakSet[FusedRotary]
+    users: weakref.WeakSet
 
 
 _wrapped: dict[str, _Wrapped] = {}
 
 
-def wrap_apply(modeling: str, user: FusedRotary) -> None:
+def wrap_apply(modeling: str, user: object) -> None:
     """Make the modeling module's `apply_rotary_pos_emb` take pending rotations, for `user`."""
     entry = _wrapped.get(modeling)
     module = importlib.import_module(modeling)
@@ -118,7 +133,7 @@ def wrap_apply(modeling: str, user: FusedRotary) -> None:
     entry.users.add(user)
 
 
-def unwrap_apply(modeling: str, user: FusedRotary) -> None:
+def unwrap_apply(modeling: str, user: object) -> None:
     """Give up `user`'s claim; the last one puts the original function back."""
     entry = _wrapped[modeling]
     entry.users.discard(user)
@@ -140,7 +155,7 @@ def original_apply(modeling: str) -> Callable[..., Any]:
 def _taking_pending_rotations(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
-        if isinstance(cos, PendingRotation):
+        if isinstance(cos, Rotation):
             return cos.rotate(q, k, *(args or (kwargs.get("unsqueeze_dim", 1),)))
         return original(q, k, cos, sin, *args, **kwargs)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-from ... import _ext
 from ...methods import RopeFreqs
+from .._backends import missing, require
 from . import reference
-from .rotation import check
+from .checks import check
 
 _ops = torch.ops.extrope
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -40,7 +38,9 @@ def apply_rope(
     positions: None for 0, 1, 2, ... within each sequence; an int or a (batch,) tensor is added to
         those; (seqlen,), (batch, seqlen) or (total,) gives every token's own. int32, int64, float32
         or float64. A 1-D tensor whose length fits both is read as (seqlen,); write offsets as
-        (batch, 1) where the two could be confused.
+        (batch, 1) where the two could be confused. With freqs.axes (mRoPE), (axes, batch or 1,
+        seqlen) gives every token one position an axis, packed tokens with batch 1; all other
+        positions are those of text, the same on every axis.
     cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
     interleaved: pair i is lanes (2i, 2i + 1), as in GPT-J; else lanes (i, i + rotary_dim/2), as in
         GPT-NeoX and in transformers' Llama.
@@ -84,7 +84,7 @@ def apply_rope_qk(
 
 def backends() -> dict[str, str]:
     """What each backend says of itself here: "available", or why it is not."""
-    return {name: _missing(name) or "available" for name in BACKENDS}
+    return {name: missing(name) or "available" for name in BACKENDS}
 
 
 def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend):
@@ -96,6 +96,8 @@ def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, b
     if cu_seqlens is not None and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
     by = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay)
+    if freqs.axes is not None and positions is not None:
+        by = (*by, freqs.axes)
     options = _options(freqs.attention_factor, offset, interleaved, inverse)
     run = _inplace if inplace else _out_of_place
     if torch.compiler.is_compiling():
@@ -107,7 +109,7 @@ def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, b
     except (AttributeError, RuntimeError) as error:
         # The compiled kernels check everything before they start; what they refuse is told in
         # Python's error types here, and the common case pays for one check only.
-        check(q, k, *by, freqs.attention_factor)
+        check(q, k, *by, attention_factor=freqs.attention_factor)
         if isinstance(error, RuntimeError) and str(error).startswith("rope: "):
             raise ValueError(str(error).splitlines()[0]) from None
         raise
@@ -173,35 +175,5 @@ def _offset(positions: int) -> int:
 
 def _suffix(backend: str, q: Tensor) -> str:
     """The family of ops that a named backend means, once it is known to run on q."""
-    if backend not in BACKENDS:
-        raise ValueError(f"rope: backend must be None or one of {list(BACKENDS)}, got {backend!r}")
-    needs = {"cpu": "cpu", "cuda": "cuda"}.get(backend, q.device.type)
-    if q.device.type != needs:
-        raise NotImplementedError(
-            f"rope: backend {backend!r} rotates {needs} tensors, got one on {q.device}"
-        )
-    if reason := _missing(backend, q.device.type):
-        raise NotImplementedError(f"rope: backend {backend!r} cannot run here: {reason}")
+    require("rope", backend, BACKENDS, q.device.type)
     return {"reference": "_reference", "triton": "_triton"}.get(backend, "")
-
-
-def _missing(backend: str, device: str | None = None) -> str | None:
-    if backend in ("cpu", "cuda"):
-        return _ext.load(backend)
-    if backend == "triton":
-        return _missing_triton(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return None
-
-
-# torch.compiler.assume_constant_result says the same, but imports torch._dynamo at once.
-_missing._dynamo_marked_constant = True
-
-
-def _missing_triton(device: str) -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "triton is not installed (pip install triton)"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels on a CPU"
-    return None

@@ -5,17 +5,14 @@ With R the rotation by the angles (amplitude included), J the quarter turn (a, b
 
     rope_fwd: y = R x             dx = R^T dy              d angle = <J x, dx> = cross(x, dx)
     rope_bwd: dx = R^T dy         (the adjoint of rope_fwd, and cross(x, dx) beside it)
-
-The formulas are registered as Autograd kernels by hand: what torch.library.register_autograd makes
-refuses torch.func.grad and takes three times as long a call.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 
+from .._autograd import register_backward
 from .pairs import cross, join_pairs, split_pairs
 from .rotation import resolve, sequence_of_token, token_positions
 
@@ -52,49 +49,10 @@ def register(library: torch.library.Library, suffix: str) -> None:
             )
         return g_bar[0], g_bar[1] if ctx.has_k else None, *x_bar[:2], d_freq
 
-    for op, save, backward in ((fwd, _save_fwd, fwd_backward), (bwd, _save_bwd, bwd_backward)):
-        library.impl(op.name(), _autograd_kernel(op, save, backward), "Autograd", with_keyset=True)
+    register_backward(library, fwd, _save_fwd, fwd_backward)
+    register_backward(library, bwd, _save_bwd, bwd_backward)
     torch.library.register_vmap(fwd, _vmap(fwd, tensors=2), lib=library)
     torch.library.register_vmap(bwd, _vmap(bwd, tensors=4), lib=library)
-
-
-def _autograd_kernel(op, save, backward):
-    """An Autograd kernel for `op`: records `backward` if an input requires grad, else steps aside.
-
-    It derives from _SingleLevelFunction, which records on the one level of autograd that is being
-    dispatched; torch.func's other levels come by themselves, as they do for PyTorch's own ops.
-    """
-
-    def below(keyset, args, options):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
-
-    class Recorded(torch.autograd.function._SingleLevelFunction):
-        @staticmethod
-        def forward(ctx, keyset, options, *args):
-            if torch._C._are_functorch_transforms_active():
-                # Recorded.apply has switched gradients off, for torch.func's outer levels too.
-                with torch.enable_grad():
-                    outputs = below(keyset, args, options)
-            else:
-                outputs = below(keyset, args, options)
-            save(ctx, args, options, outputs)
-            return outputs
-
-        @staticmethod
-        def backward(ctx, *grads):
-            found = (None, None, *backward(ctx, *grads))
-            return (*found, *[None] * (len(ctx.needs_input_grad) - len(found)))
-
-    def kernel(keyset, *args, **options):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            if not torch._C._are_functorch_transforms_active():
-                return Recorded.apply(keyset, options, *args)
-            with enable_single_level_autograd_function():
-                return Recorded.apply(keyset, options, *args)
-        return below(keyset, args, options)
-
-    return kernel
 
 
 def _save_fwd(ctx, args, options, outputs):
@@ -118,8 +76,8 @@ def _save(ctx, tensors, by, options) -> None:
 
 
 def _with_defaults(by) -> tuple[Tensor | None, ...]:
-    """inv_freq, positions, cu_seqlens, log_decay: the dispatcher leaves out trailing defaults."""
-    return (*by, *[None] * (4 - len(by)))
+    """inv_freq, positions, cu_seqlens, log_decay, axes: the dispatcher drops trailing defaults."""
+    return (*by, *[None] * (5 - len(by)))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -136,7 +94,7 @@ def _quarter_turn(x: Tensor, w: Tensor, rotary_dim: int, interleaved: bool) -> T
 
 
 def _angle_grad(xs, grads, layout, by) -> Tensor:
-    inv_freq, _, cu_seqlens, _ = by
+    inv_freq, _, cu_seqlens = by[:3]
     per_head = inv_freq.dim() == 3 and inv_freq.shape[1] > 1
     pairs = (
         zip(xs, grads) if cu_seqlens is None else ((x[None], dx[None]) for x, dx in zip(xs, grads))
@@ -151,7 +109,7 @@ def _frequency_grad(angle_grad, grad_q, grad_k, by, options) -> Tensor:
         angle_grad = -angle_grad
     tensors, rotation = resolve(grad_q, grad_k, *by, adjoint=True, **options)
     batch, seqlen = tensors[0].shape[:2]
-    by_token = angle_grad.double() * token_positions(rotation, batch, seqlen)[..., None, None]
+    by_token = angle_grad.double() * token_positions(rotation, batch, seqlen)[:, :, None]
     if rotation.inv_freq.shape[0] == 1:
         total = by_token.sum((0, 1)).unsqueeze(0)
     elif rotation.cu_seqlens is None:
@@ -182,7 +140,7 @@ def _vmap(op, tensors: int):
 
 def _is_shared(by) -> bool:
     """Do all sequences rotate alike? Then any number of batch dimensions is one batch dimension."""
-    inv_freq, positions, cu_seqlens, _ = _with_defaults(by)
+    inv_freq, positions, cu_seqlens = _with_defaults(by)[:3]
     return (
         positions is None and cu_seqlens is None and (inv_freq.dim() == 1 or inv_freq.shape[0] == 1)
     )

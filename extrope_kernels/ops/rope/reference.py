@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import refuse_overlap
 from .pairs import accumulator, cross, join_pairs, split_pairs
-from .rotation import Rotation, refuse_overlap, resolve, sequence_of_token, token_positions
+from .rotation import Rotation, resolve, sequence_of_token, token_positions
 
 
 def rope_fwd(q: Tensor, k: Tensor | None, *by: Tensor | None, **options) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,7 @@ def rope_inplace(q: Tensor, k: Tensor | None, *by: Tensor | None, **options) -> 
 def rotate(tensors: list[Tensor], rotation: Rotation) -> list[Tensor]:
     """Rotate (batch, seqlen, heads, head_dim) tensors; angles in float64, products in float32."""
     batch, seqlen = tensors[0].shape[:2]
-    positions = token_positions(rotation, batch, seqlen)[..., None, None]
+    positions = token_positions(rotation, batch, seqlen)[:, :, None]
     inv_freq = rotation.inv_freq.double()
     if rotation.cu_seqlens is not None and inv_freq.shape[0] > 1:
         inv_freq = inv_freq[sequence_of_token(rotation.cu_seqlens, seqlen)][None]

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from ... import _ext
 from . import autograd, reference
+from .checks import refuse_overlap
 from .pairs import accumulator
-from .rotation import refuse_overlap, resolve
+from .rotation import resolve
 
-# An Autograd kernel sees the positional tensors alone, hence cu_seqlens and log_decay before the *.
+# An Autograd kernel sees the positional tensors alone, hence all tensors before the *. axes matters
+# to positions of shape (axes, batch, seqlen) only: others are the same on every axis.
 _BY = (
-    "Tensor inv_freq, Tensor? positions=None, Tensor? cu_seqlens=None, Tensor? log_decay=None, *, "
-    "float attention_factor=1.0, SymInt offset=0, bool interleaved=False, bool inverse=False"
+    "Tensor inv_freq, Tensor? positions=None, Tensor? cu_seqlens=None, Tensor? log_decay=None, "
+    "Tensor? axes=None, *, float attention_factor=1.0, SymInt offset=0, bool interleaved=False, "
+    "bool inverse=False"
 )
 _FWD = f"(Tensor q, Tensor? k, {_BY}) -> (Tensor, Tensor)"
 _BWD = f"(Tensor grad_q, Tensor? grad_k, Tensor? q, Tensor? k, {_BY}) -> (Tensor, Tensor, Tensor)"

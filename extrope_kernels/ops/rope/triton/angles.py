@@ -65,7 +65,7 @@ def scaled(cos, sin, position, log_decay, decay_sign, amplitude, direction, TILE
         pair = tl.arange(0, TILE.pairs)
         rate = tl.load(log_decay + pair, mask=pair < TILE.half, other=0.0).to(tl.float64)
         # The sign first: products that q and k shared would stay in registers while q is turned.
-        scale = scale * _exp((position * decay_sign)[:, None] * rate[None, :], TILE)
+        scale = scale * _exp(position * decay_sign * rate[None, :], TILE)
     scale = scale.to(cos.dtype)
     return cos * scale, sin * (scale * direction)
 

@@ -10,7 +10,7 @@ from .angles import scaled, sequence_of, sincos
 
 RUN_TIME_SCALARS = (
     *("angle_heads", "freq_sequence", "freq_head", "position_batch", "position_seq", "offset"),
-    *("num_sequences", "search_steps", "tokens", "seqlen"),
+    *("num_axes", "position_axis", "num_sequences", "search_steps", "tokens", "seqlen"),
 )
 
 
@@ -129,6 +129,9 @@ def rotate_kernel(
     position_batch,
     position_seq,
     offset,
+    axes,
+    num_axes,
+    position_axis,
     cu_seqlens,
     num_sequences,
     search_steps,
@@ -149,6 +152,8 @@ def rotate_kernel(
     batch = (token // seqlen).to(tl.int64)
     seq = (token % seqlen).to(tl.int64)
 
+    pair = tl.arange(0, PAIRS)
+    mask = live[:, None] & (pair < TILE.half)[None, :]
     sequence = batch
     position = seq.to(tl.float64)
     if cu_seqlens is not None:
@@ -157,13 +162,18 @@ def rotate_kernel(
     if TILE.positions_are_offsets:
         start = tl.load(positions + sequence * position_batch, mask=live, other=0)
         position += start.to(tl.float64)
-    elif positions is not None:
+    elif positions is not None and axes is None:
         at = positions + batch * position_batch + seq * position_seq
         position = tl.load(at, mask=live, other=0).to(tl.float64)
+    position = position[:, None]
+    if axes is not None:
+        axis = tl.load(axes + pair, mask=pair < TILE.half, other=0)
+        axis = tl.minimum(tl.maximum(axis, 0), num_axes - 1).to(tl.int64)  # one that exists
+        at = positions + batch * position_batch + seq * position_seq
+        at = at[:, None] + (axis * position_axis)[None, :]
+        position = tl.load(at, mask=mask, other=0).to(tl.float64)
     position += tl.cast(offset, tl.float64)
 
-    pair = tl.arange(0, PAIRS)
-    mask = live[:, None] & (pair < TILE.half)[None, :]
     freqs = inv_freq + (sequence * freq_sequence)[:, None] + pair[None, :]
     nothing = tl.zeros((TOKENS, PAIRS), tl.float64 if TILE.wide else tl.float32)
     grads = angle_grad
@@ -177,7 +187,7 @@ def rotate_kernel(
         for head in range(q_first, q_last):
             head = tl.cast(head, tl.int64)
             freq = tl.load(freqs + head * freq_head, mask=mask, other=0.0).to(tl.float64)
-            cos, sin = sincos(position[:, None] * freq, TILE)
+            cos, sin = sincos(position * freq, TILE)
             c, s = scaled(cos, sin, position, log_decay, q.decay_sign, amplitude, direction, TILE)
             grad = _turn(q, head, batch, seq, live, c, s, nothing, TILE)
             if TILE.two_operands:
@@ -189,7 +199,7 @@ def rotate_kernel(
                 tl.store(grads + head * TILE.half, grad, mask=mask)
     else:
         freq = tl.load(freqs, mask=mask, other=0.0).to(tl.float64)
-        cos, sin = sincos(position[:, None] * freq, TILE)
+        cos, sin = sincos(position * freq, TILE)
         c, s = scaled(cos, sin, position, log_decay, q.decay_sign, amplitude, direction, TILE)
         grad = nothing
         for head in range(q_first, q_last):

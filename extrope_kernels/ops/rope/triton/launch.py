@@ -45,7 +45,9 @@ def rotate(
         for i, (x, out) in enumerate(zip(inputs, outputs, strict=True))
     ]
     positions, cu_seqlens = rotation.positions, rotation.cu_seqlens
-    position_strides = (0, 0) if positions is None else (*_strides(positions), 0)[:2]
+    position_strides = (0, 0, 0) if positions is None else _strides(positions)
+    if rotation.axes is None:
+        position_strides = (0, *position_strides, 0)[:3]
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     with torch.cuda.device_of(inputs[0]):
         rotate_kernel[grid](
@@ -56,8 +58,11 @@ def rotate(
             rotation.inv_freq,
             *_strides(rotation.inv_freq)[:2],
             positions,
-            *position_strides,
+            *position_strides[1:],
             rotation.offset,
+            rotation.axes,
+            0 if rotation.axes is None else positions.shape[0],
+            position_strides[0],
             cu_seqlens,
             sequences,
             sequences.bit_length(),

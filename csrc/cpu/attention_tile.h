@@ -1,0 +1,221 @@
+// What the forward and the backward of the attention share: how the rows of a tile lie in vectors,
+// which keys they see, and the packing of operands.
+//
+// A lane is one row of one q head. All q heads that share a head of k sit side by side in a tile,
+// head fastest, so keys and values are packed once for all of them. Scores are kept transposed, a
+// vector of lanes for each key: then maxima and sums over keys need no work across lanes, and the
+// rows of k and v can be read as they lie.
+#pragma once
+
+#include "../common/attention_params.h"
+#include "gemm.h"
+
+namespace extrope {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+constexpr int64_t kMaxHeadDim = 256;
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Hands out pieces of scratch memory, each aligned to 64 bytes; from nullptr it only counts.
+class Workspace {
+ public:
+  explicit Workspace(float* begin) : begin_(begin) {}
+  float* take(int64_t floats) {
+    float* piece = begin_ + used_;
+    used_ += round_up(floats, 16);
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  float* begin_;
+  int64_t used_ = 0;
+};
+
+// The lanes of one tile, in panels of kPanel; the last panel is padded.
+struct TileLanes {
+  const AttentionParams& p;
+  const QueryTile& tile;
+  int64_t heads = p.heads_q / p.heads_k;
+  int64_t count = tile.rows * heads;
+  int64_t panels = (count + kPanel - 1) / kPanel;
+
+  int64_t row(int64_t lane) const { return tile.row + lane / heads; }
+  int64_t head(int64_t lane) const { return tile.head * heads + lane % heads; }
+  int64_t position(int64_t lane) const { return row(lane) + tile.seqlen_k - tile.seqlen_q; }
+  int64_t offset(const AttentionTensor& x, int64_t lane) const {
+    return tile.batch * x.batch + (tile.token_q + row(lane)) * x.seq + head(lane) * x.head;
+  }
+  int64_t statistic(int64_t lane) const {
+    return (tile.batch * p.heads_q + head(lane)) * p.seqlen_q + tile.token_q + row(lane);
+  }
+  float scale(int64_t lane) const {
+    return p.softmax_scale * (p.row_scale ? p.row_scale[tile.token_q + row(lane)] : 1.0f);
+  }
+};
+
+// The keys of one region that a panel of lanes sees: [first, last) at all, [full_first, full_last)
+// by every lane. Positions rise with the lanes, so both are read off the panel's ends.
+struct PanelKeys {
+  int64_t first, last, full_first, full_last;
+};
+
+inline PanelKeys panel_keys(const TileLanes& lanes, int64_t panel, int64_t region) {
+  const int64_t begin = panel * kPanel, end = smaller(begin + kPanel, lanes.count) - 1;
+  const int64_t low = lanes.position(begin), high = lanes.position(end);
+  return {region_start(lanes.p, region, low), region_start(lanes.p, region + 1, high),
+          region_start(lanes.p, region, high), region_start(lanes.p, region + 1, low)};
+}
+
+inline PanelKeys tile_keys(const TileLanes& lanes, int64_t region) {
+  const int64_t low = lanes.position(0), high = lanes.position(lanes.count - 1);
+  return {region_start(lanes.p, region, low), region_start(lanes.p, region + 1, high), 0, 0};
+}
+
+// Keys before a step's first one count as blocks of kRows; begin, full_begin, full_end and end are
+// such boundaries, relative to the step.
+struct PanelBlocks {
+  int64_t begin, full_begin, full_end, end;
+};
+
+inline PanelBlocks panel_blocks(const PanelKeys& keys, int64_t step_first, int64_t step_keys) {
+  const auto inside = [&](int64_t key) { return smaller(greater(key - step_first, 0), step_keys); };
+  PanelBlocks b{inside(keys.first) / kRows * kRows, round_up(inside(keys.full_first), kRows),
+                inside(keys.full_last) / kRows * kRows, round_up(inside(keys.last), kRows)};
+  if (b.full_begin >= b.full_end) b.full_begin = b.full_end = b.end;
+  return b;
+}
+
+// Per lane: the first key it sees in a region and the first one behind.
+struct LaneKeys {
+  ints first[kPanelVectors], last[kPanelVectors];
+};
+
+inline LaneKeys lane_keys(const TileLanes& lanes, int64_t panel, int64_t region) {
+  int32_t first[kPanel] = {}, last[kPanel] = {};
+  for (int64_t i = 0; i < kPanel; ++i) {
+    const int64_t lane = panel * kPanel + i;
+    if (lane >= lanes.count) break;
+    first[i] = static_cast<int32_t>(region_start(lanes.p, region, lanes.position(lane)));
+    last[i] = static_cast<int32_t>(region_start(lanes.p, region + 1, lanes.position(lane)));
+  }
+  LaneKeys keys;
+  std::memcpy(keys.first, first, sizeof(first));
+  std::memcpy(keys.last, last, sizeof(last));
+  return keys;
+}
+
+EXTROPE_INLINE void mask_block(Sums<kRows, kPanelVectors>& sums, const LaneKeys& keys,
+                               int64_t key) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    const ints here = ints{} + static_cast<int32_t>(key + i);
+#pragma GCC unroll 16
+    for (int j = 0; j < kPanelVectors; ++j) {
+      const ints visible = (here >= keys.first[j]) & (here < keys.last[j]);
+      sums.at[i][j] = visible ? sums.at[i][j] : floats{} - __builtin_inff();
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------
+// Packing
+
+template <typename T>
+inline void widen_row(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) store(to + i, load_wide(from + i));
+  for (; i < count; ++i) to[i] = widen(from[i]);
+}
+
+template <typename T>
+inline void narrow_row(const float* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) store_narrow(to + i, load<floats>(from + i));
+  for (; i < count; ++i) narrow(from[i], to[i]);
+}
+
+// The keys of one step in a head of k or v; rows past the last one count as zero.
+struct KeyStep {
+  int64_t first, count, padded;
+};
+
+template <typename T>
+inline const T* key_row(const TileLanes& lanes, const AttentionTensor& x, int64_t key) {
+  return static_cast<const T*>(x.data) + lanes.tile.batch * x.batch +
+         (lanes.tile.token_k + key) * x.seq + lanes.tile.head * x.head;
+}
+
+// (padded, head_dim)
+template <typename T>
+inline void pack_rows(const TileLanes& lanes, const AttentionTensor& x, const KeyStep& step,
+                      float* to) {
+  const int64_t dim = lanes.p.head_dim;
+  for (int64_t i = 0; i < step.count; ++i) {
+    widen_row(key_row<T>(lanes, x, step.first + i), dim, to + i * dim);
+  }
+  std::memset(to + step.count * dim, 0, (step.padded - step.count) * dim * sizeof(float));
+}
+
+// Fetches the share of one panel out of `panels` of the keys first..first+count-1, while the panel
+// is at work on those before: rows of one head are too short and too far apart for the processor
+// to see where they lead.
+template <typename T>
+inline void prefetch_share(const TileLanes& lanes, const AttentionTensor& x, int64_t first,
+                           int64_t count, int64_t panel) {
+  const int64_t begin = count * panel / lanes.panels, end = count * (panel + 1) / lanes.panels;
+  for (int64_t i = begin; i < end; ++i) {
+    const char* row = reinterpret_cast<const char*>(key_row<T>(lanes, x, first + i));
+    const int64_t bytes = lanes.p.head_dim * static_cast<int64_t>(sizeof(T));
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+}
+
+// (head_dim / kRows, padded, kRows): the transposed matrix as the left factor of a product. Written
+// a cache line at a time: the lines of different d fall into the same set of the cache.
+inline void pack_columns(const float* rows, int64_t dim, int64_t padded, float* to) {
+  constexpr int64_t kLine = 16 / kRows;  // keys
+  for (int64_t i = 0; i < padded; i += kLine) {
+    for (int64_t d = 0; d < dim; d += kRows) {
+      float* line = to + d * padded + i * kRows;
+#pragma GCC unroll 16
+      for (int64_t key = 0; key < kLine; ++key) {
+        std::memcpy(line + key * kRows, rows + (i + key) * dim + d, kRows * sizeof(float));
+      }
+    }
+  }
+}
+
+// (panels, head_dim, kPanel), the lanes past the last one zero.
+template <typename T>
+inline void pack_panels(const TileLanes& lanes, const AttentionTensor& x, const float* scale,
+                        float* to) {
+  const int64_t dim = lanes.p.head_dim;
+  float row[kMaxHeadDim];
+  for (int64_t lane = 0; lane < lanes.panels * kPanel; ++lane) {
+    float* column = to + lane / kPanel * dim * kPanel + lane % kPanel;
+    const bool real = lane < lanes.count;
+    if (real) widen_row(static_cast<const T*>(x.data) + lanes.offset(x, lane), dim, row);
+    for (int64_t d = 0; d < dim; ++d) column[d * kPanel] = real ? row[d] * scale[lane] : 0.0f;
+  }
+}
+
+// The inverse of pack_panels.
+template <typename T>
+inline void unpack_panels(const TileLanes& lanes, const float* from, const float* scale,
+                          const AttentionTensor& x) {
+  const int64_t dim = lanes.p.head_dim;
+  float row[kMaxHeadDim];
+  for (int64_t lane = 0; lane < lanes.count; ++lane) {
+    const float* column = from + lane / kPanel * dim * kPanel + lane % kPanel;
+    for (int64_t d = 0; d < dim; ++d) row[d] = column[d * kPanel] * scale[lane];
+    narrow_row(row, dim, static_cast<T*>(x.data) + lanes.offset(x, lane));
+  }
+}
+
+}  // namespace
+}  // namespace extrope

@@ -1,0 +1,97 @@
+"""Where the rows of a batch begin: positions are counted from each row's first token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The tokens of one forward and those before them in the cache.
+
+    past, new: numbers of tokens, padding included.
+    runs: (start, stop, pad) for rows start .. stop - 1, whose first `pad` slots are padding.
+    positions: (batch or 1, new) int64; 0 in the padding.
+    leftpad: (batch,) int32, the padding of each row; None where no row has any.
+    """
+
+    past: int
+    new: int
+    runs: tuple[tuple[int, int, int], ...]
+    positions: Tensor
+    leftpad: Tensor | None
+
+    @property
+    def total(self) -> int:
+        """Keys that a row has after this forward."""
+        return self.past + self.new
+
+
+def read_rows(tokens: Tensor, past: int, mask: Tensor | None, position_ids: Tensor | None) -> Rows:
+    """Return the rows of a forward; raise ValueError for masks and positions that make none.
+
+    tokens: (batch, new, ...), of which only shape and device count.
+    mask: (batch, past + new) with 0 for padding, or None.
+    position_ids: (batch or 1, new) or None; must be what the mask says.
+    """
+    batch, new = tokens.shape[:2]
+    pads = [] if mask is None else _pads(mask, batch, past + new)
+    positions = torch.arange(past, past + new, device=tokens.device)[None]
+    runs, leftpad = ((0, batch, 0),), None
+    if any(pads):
+        runs = _runs(pads)
+        leftpad = torch.tensor(pads, dtype=torch.int32, device=tokens.device)
+        positions = (positions - leftpad[:, None]).clamp(min=0)
+    if position_ids is not None:
+        real = None if mask is None else mask[:, past : past + new].bool()
+        _check_positions(position_ids, positions, real)
+    return Rows(past, new, runs, positions, leftpad)
+
+
+def _pads(mask: Tensor, batch: int, total: int) -> list[int]:
+    """The number of padded slots at the left of each row, read on the host."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"extend: attention_mask must be (batch, seqlen), cached tokens included, got {got}"
+        )
+    if mask.shape[0] != batch or mask.shape[1] < total:
+        raise ValueError(
+            f"extend: attention_mask must be ({batch}, {total}), cached tokens included, "
+            f"got {tuple(mask.shape)}"
+        )
+    real = mask[:, :total].bool()
+    before = torch.cat((real.new_zeros(batch, 1), real[:, :-1]), 1)
+    begins = (real & ~before).sum(1)
+    padded = (real.cumsum(1) == 0).sum(1)
+    pads, begins = torch.stack((padded, begins)).tolist()
+    if any(count > 1 for count in begins):
+        raise ValueError(
+            "extend: attention_mask must have each row's tokens in one piece, "
+            "got padding between tokens; pad on the left to generate"
+        )
+    return pads
+
+
+def _runs(pads: list[int]) -> tuple[tuple[int, int, int], ...]:
+    runs, start = [], 0
+    for pad, rows in groupby(pads):
+        stop = start + len(list(rows))
+        runs.append((start, stop, pad))
+        start = stop
+    return tuple(runs)
+
+
+def _check_positions(given: Tensor, positions: Tensor, real: Tensor | None) -> None:
+    wrong = given != positions
+    if real is not None:
+        wrong = wrong & real
+    if wrong.any():
+        raise ValueError(
+            "extend: position_ids must count 0, 1, 2, ... from each row's first token, "
+            "got others; attention_mask says where a row begins"
+        )

@@ -1,0 +1,49 @@
+"""LEX: XPOS with blockwise causal attention at inference."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...methods import RopeFreqs
+from .api import attend
+from .regions import BlockwiseCausal
+
+
+def blockwise_causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    freqs: RopeFreqs,
+    *,
+    block_size: int,
+    softmax_scale: float | None = None,
+    log_n: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention to the own and the previous half block, as LEX reads past its training.
+
+    With h = block_size / 2, query i sees the keys (i // h - 1) * h .. i: between h + 1 and
+    block_size of them once there are as many (https://arxiv.org/abs/2212.10554). Relative positions
+    are the true distances. XPOS's amplitudes (freqs.log_decay) are taken within one block, so they
+    stay finite at any length.
+
+    block_size: in tokens, even; LEX takes the training length.
+    Everything else, and what is returned and raised, as in `rerope_attention`.
+    """
+    return attend(
+        "blockwise_causal",
+        BlockwiseCausal(block_size),
+        q,
+        k,
+        v,
+        freqs,
+        softmax_scale=softmax_scale,
+        log_n=log_n,
+        cu_seqlens=cu_seqlens,
+        interleaved=interleaved,
+        return_lse=return_lse,
+        backend=backend,
+    )

@@ -1,0 +1,51 @@
+"""Dual Chunk Attention."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...methods import RopeFreqs
+from .api import attend
+from .regions import DualChunk
+
+
+def dual_chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    freqs: RopeFreqs,
+    *,
+    chunk_size: int,
+    local_window: int,
+    softmax_scale: float | None = None,
+    log_n: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention in chunks of chunk_size - local_window tokens, as in ChunkLlama.
+
+    Keys sit at their position within the chunk, c = chunk_size - local_window. Queries sit, for
+    keys of their own chunk, at i % c; for those of the previous one, at min(i % c + c, chunk_size);
+    for older ones, at min(2c - 1, chunk_size) (https://arxiv.org/abs/2402.17463). Distances up to
+    local_window are exact. One softmax over all.
+
+    chunk_size: in tokens, at most the training length; ChunkLlama takes three quarters of it.
+    local_window: in tokens, below chunk_size; ChunkLlama takes an eighth of the training length.
+    Everything else, and what is returned and raised, as in `rerope_attention`.
+    """
+    return attend(
+        "dual_chunk",
+        DualChunk(chunk_size, local_window),
+        q,
+        k,
+        v,
+        freqs,
+        softmax_scale=softmax_scale,
+        log_n=log_n,
+        cu_seqlens=cu_seqlens,
+        interleaved=interleaved,
+        return_lse=return_lse,
+        backend=backend,
+    )

@@ -1,0 +1,6 @@
+"""Region attention composed from calls of an installed flash-attention."""
+
+from .composition import backward, forward
+from .engines import missing
+
+__all__ = ["backward", "forward", "missing"]

@@ -1,0 +1,160 @@
+"""Regions of granularity 1 as bands of keys, and the piece of q, k and v that a band reads.
+
+Query i sees the keys i - left <= j <= i - shift of a band. A piece is cut so that a shift of zero
+remains: rows are dropped in front, keys at the end, for each sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..regions import Layout
+
+
+@dataclass(frozen=True)
+class Band:
+    region: int
+    left: int | None  # None: from the first key on
+    shift: int
+
+
+def bands(layout: Layout, seqlen_k: int) -> list[Band]:
+    """The regions that hold a key of sequences of at most seqlen_k keys."""
+    found = []
+    for region, (start, end) in enumerate(zip(layout.starts, (*layout.starts[1:], 1))):
+        left = None if start <= -seqlen_k else -start
+        shift = max(0, 1 - end)
+        if shift < seqlen_k and (left is None or left >= shift):
+            found.append(Band(region, left, shift))
+    return found
+
+
+@dataclass(frozen=True)
+class Dense:
+    """All of q, k and v but the first rows and the last keys."""
+
+    first_row: int
+    keys_kept: int
+    keys_dropped: int
+    arguments: tuple  # softmax_scale, left, right, cu_seqlens: the rest of an engine's call
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x[:, self.first_row :]
+
+    def row_lse(self, lse: Tensor) -> Tensor:
+        return lse[..., self.first_row :].contiguous()
+
+    def keys(self, x: Tensor) -> Tensor:
+        return x[:, : self.keys_kept]
+
+    def put_rows(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, self.first_row, 0)) if self.first_row else x
+
+    def put_lse(self, lse: Tensor) -> Tensor:
+        return F.pad(lse, (self.first_row, 0), value=-torch.inf) if self.first_row else lse
+
+    def put_keys(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, 0, self.keys_dropped)) if self.keys_dropped else x
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Packed sequences as they are."""
+
+    arguments: tuple
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x
+
+    row_lse = keys = put_rows = put_lse = put_keys = rows
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Packed sequences, each without its first rows and last keys.
+
+    The buffers keep their length, so that the host need not know how much remains; what is behind
+    the last sequence is never read.
+    """
+
+    row_source: Tensor  # (total,) where each remaining row was
+    key_source: Tensor
+    row_target: Tensor  # (total,) where each row is now
+    key_target: Tensor
+    row_kept: Tensor  # (total,) bool
+    key_kept: Tensor
+    arguments: tuple
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x[self.row_source]
+
+    def row_lse(self, lse: Tensor) -> Tensor:
+        return lse[:, self.row_source]
+
+    def keys(self, x: Tensor) -> Tensor:
+        return x[self.key_source]
+
+    def put_rows(self, x: Tensor) -> Tensor:
+        return x[self.row_target].masked_fill(~self.row_kept[:, None, None], 0.0)
+
+    def put_lse(self, lse: Tensor) -> Tensor:
+        return lse[:, self.row_target].masked_fill(~self.row_kept, -torch.inf)
+
+    def put_keys(self, x: Tensor) -> Tensor:
+        return x[self.key_target].masked_fill(~self.key_kept[:, None, None], 0.0)
+
+
+def cut(
+    band: Band, q: Tensor, v: Tensor, layout: Layout, negative_right: bool
+) -> Dense | Whole | Gathered | None:
+    """The piece of a band; None when no row is left. `negative_right`: does the engine shift?"""
+    scale, cu_seqlens = layout.softmax_scale, layout.cu_seqlens
+    if cu_seqlens is not None and (band.shift == 0 or negative_right):
+        return Whole((scale, band.left, -band.shift, cu_seqlens))
+    left = None if band.left is None else band.left - band.shift
+    if cu_seqlens is not None:
+        return _gathered(band.shift, cu_seqlens, v.shape[0], scale, left)
+    seqlen_q, seqlen_k = q.shape[1], v.shape[1]
+    # Row i is at position i + seqlen_k - seqlen_q. Where rows are dropped, the first that remains
+    # is at `shift` and sees key 0; bottom-right alignment does the rest.
+    first_row = max(0, band.shift - (seqlen_k - seqlen_q))
+    if first_row >= seqlen_q:
+        return None
+    return Dense(first_row, seqlen_k - band.shift, band.shift, (scale, left, 0, None))
+
+
+def _gathered(
+    shift: int, cu_seqlens: Tensor, total: int, scale: float, left: int | None
+) -> Gathered:
+    lengths = cu_seqlens.diff()
+    remaining = (lengths - shift).clamp(min=0)
+    starts = F.pad(remaining.cumsum(0, dtype=torch.int32), (1, 0))
+    token = torch.arange(total, device=cu_seqlens.device, dtype=torch.int32)
+
+    sequence = _sequence(starts, token)
+    key_source = (token - starts[sequence] + cu_seqlens[sequence]).clamp(max=total - 1)
+    row_source = (key_source + shift).clamp(max=total - 1)
+
+    sequence = _sequence(cu_seqlens, token)
+    local = token - cu_seqlens[sequence]
+    key_target = starts[sequence] + local
+    row_target = (key_target - shift).clamp(min=0)
+    return Gathered(
+        row_source=row_source,
+        key_source=key_source,
+        row_target=row_target,
+        key_target=key_target,
+        row_kept=local >= shift,
+        key_kept=local < remaining[sequence],
+        arguments=(scale, left, 0, starts),
+    )
+
+
+def _sequence(cu_seqlens: Tensor, token: Tensor) -> Tensor:
+    """(total,) which sequence each token belongs to; the last one for what is behind them all."""
+    found = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    return found.clamp(max=cu_seqlens.shape[0] - 2)

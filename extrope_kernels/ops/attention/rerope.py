@@ -1,0 +1,74 @@
+"""ReRoPE, Leaky ReRoPE, InvLeaky ReRoPE and SelfExtend."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ...methods import RopeFreqs
+from .api import attend
+from .regions import ReRope
+
+
+def rerope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    freqs: RopeFreqs,
+    *,
+    window: int,
+    factor: float = math.inf,
+    grouped: bool = False,
+    softmax_scale: float | None = None,
+    log_n: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention in which distances past a window grow slower, or not at all.
+
+    Query i and key j see the relative position x = i - j where x < window, else
+    window + (x - window) / factor: ReRoPE and Leaky ReRoPE (https://kexue.fm/archives/9708). With
+    `grouped`, i // G - j // G + window - window // G past the window, G = factor: SelfExtend
+    (https://arxiv.org/abs/2401.01325). One softmax over both. Rotation is included.
+
+    q: (batch, seqlen_q, heads_q, head_dim), not rotated; float32, bfloat16, float16 or float64;
+        any strides with a contiguous last dimension.
+    k, v: (batch, seqlen_k, heads_k, head_dim), k not rotated; heads_k divides heads_q, and nothing
+        is expanded. Where seqlen_q < seqlen_k the queries are the last of the sequence. With
+        cu_seqlens all are (total, heads, head_dim).
+    freqs: from `extrope_kernels.methods`, on q's device; inv_freq (rotary_dim/2,), or one row a
+        sequence. attention_factor multiplies the rotated lanes of q and of k, near and far.
+    window: in tokens, >= 1; at seqlen_k or more this is plain attention. A quarter to a half of the
+        training length is best.
+    factor: inf for ReRoPE, above 1 for Leaky, below 1 for InvLeaky, 1 for plain RoPE. With
+        `grouped` an integer that divides window.
+    softmax_scale: of the logits; head_dim**-0.5 by default.
+    log_n: the training length, to multiply query i by max(1, ln(i + 1) / ln(log_n)).
+    cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
+    interleaved: pairs of lanes are (2i, 2i + 1), as in GPT-J; else (i, i + rotary_dim/2).
+    backend: "cpu", "triton", "flash_attn", "reference"; None for the best on q's device. A named
+        backend never falls back.
+
+    Returns: out like q, and with return_lse the log-sum-exp of the logits, (batch, heads_q,
+        seqlen_q) or (heads_q, total), float32, -inf where a query sees no key. Differentiable in q,
+        k and v; to any order, and in inv_freq, with backend="reference".
+    Raises: ValueError or TypeError that names the argument; NotImplementedError when the named
+        backend cannot run here.
+    """
+    return attend(
+        "rerope",
+        ReRope(window, factor, grouped),
+        q,
+        k,
+        v,
+        freqs,
+        softmax_scale=softmax_scale,
+        log_n=log_n,
+        cu_seqlens=cu_seqlens,
+        interleaved=interleaved,
+        return_lse=return_lse,
+        backend=backend,
+    )

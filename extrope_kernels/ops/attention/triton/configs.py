@@ -1,0 +1,94 @@
+"""Tiles, warps and pipeline stages per chip, head_dim and width of the elements."""
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """What one kernel is launched with."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    halves: bool = False  # rows of head_dim in two parts: see rows.py
+
+
+MOST_ROWS = 128  # of any tile
+INTERPRETED = Config(16, 16, 1, 1)
+# float32 products run without tensor cores, from registers.
+FLOAT32 = Config(32, 32, 4, 1)
+# Memory bound: rows of out and dout, and no products.
+DELTA = Config(64, 16, 4, 1)
+
+# By kernel, chip (also for those after it, up to the next one), and head_dim up to. All compile
+# without spills. Tiles of keys' gradients at head_dim 128 on sm_90 are small because larger ones
+# take wgmma, and then spill even in plain attention.
+_TABLE: dict[str, dict[int, dict[int, Config]]] = {
+    "forward": {
+        80: {
+            64: Config(128, 64, 4, 2, halves=True),
+            128: Config(128, 64, 8, 2, halves=True),
+            256: Config(64, 64, 8, 2, halves=True),
+        },
+        86: {
+            64: Config(128, 64, 4, 2, halves=True),
+            128: Config(128, 64, 8, 2, halves=True),
+            256: Config(64, 32, 8, 2, halves=True),
+        },
+        90: {
+            64: Config(128, 128, 8, 2),
+            128: Config(128, 64, 8, 3, halves=True),
+            256: Config(64, 32, 8, 2, halves=True),
+        },
+        100: {
+            64: Config(128, 128, 8, 2, halves=True),
+            128: Config(128, 64, 8, 3, halves=True),
+            256: Config(64, 32, 8, 2, halves=True),
+        },
+        120: {
+            64: Config(128, 64, 8, 2, halves=True),
+            128: Config(128, 64, 8, 2, halves=True),
+            256: Config(64, 32, 8, 2, halves=True),
+        },
+    },
+    "dq": {
+        80: {64: Config(128, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(64, 32, 8, 1)},
+        86: {64: Config(128, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(64, 32, 8, 1)},
+        90: {
+            64: Config(128, 64, 8, 2),
+            128: Config(128, 64, 8, 2, halves=True),
+            256: Config(32, 32, 8, 1),
+        },
+        100: {
+            64: Config(128, 64, 8, 2),
+            128: Config(128, 64, 8, 2, halves=True),
+            256: Config(32, 32, 8, 1),
+        },
+        120: {64: Config(128, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+    },
+    "dkv": {
+        80: {64: Config(32, 128, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+        86: {64: Config(32, 128, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+        90: {64: Config(64, 64, 8, 1), 128: Config(32, 32, 4, 1), 256: Config(32, 32, 8, 1)},
+        100: {
+            64: Config(64, 64, 8, 1),
+            128: Config(64, 64, 8, 1, halves=True),
+            256: Config(32, 32, 8, 1),
+        },
+        120: {64: Config(32, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+    },
+}
+
+
+def config(kernel: str, head_dim: int, itemsize: int, capability: int | None) -> Config:
+    """The setting of `kernel` ("forward", "delta", "dq", "dkv"); capability None: interpreted."""
+    if capability is None:
+        return INTERPRETED
+    if kernel == "delta":
+        return DELTA
+    if itemsize == 4:
+        return FLOAT32
+    rows = _TABLE[kernel]
+    # Chips that are not listed are like the last one before them; 10.x and 11.x share a family.
+    chip = max((listed for listed in rows if listed <= capability), default=86)
+    return next(row for lanes, row in rows[chip].items() if head_dim <= lanes)

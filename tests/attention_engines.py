@@ -1,0 +1,148 @@
+"""Engines made of PyTorch, to compose attention from where no flash-attention runs."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from extrope_kernels.ops.attention.flash_attn.engines import Engine
+
+
+def band_mask(seqlen_q: int, seqlen_k: int, left: int | None, right: int) -> Tensor:
+    """(seqlen_q, seqlen_k) bool, aligned at the end."""
+    i = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
+    j = torch.arange(seqlen_k)
+    visible = j <= i + right
+    return visible if left is None else visible & (j >= i - left)
+
+
+def dense_forward(q, k, v, scale, mask) -> tuple[Tensor, Tensor]:
+    """One sequence: (seqlen, heads, head_dim) -> out and lse (heads, seqlen), in float64."""
+    weights, lse = _softmax(q, k, scale, mask, None)
+    v = v.double().repeat_interleave(q.shape[1] // v.shape[1], 1)
+    return torch.einsum("hij,jhd->ihd", weights, v), lse
+
+
+def dense_backward(dout, dlse, q, k, v, out, lse, scale, mask) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights come from the lse that is given, delta from the out that is given."""
+    group = q.shape[1] // k.shape[1]
+    weights, _ = _softmax(q, k, scale, mask, lse.double())
+    dout = dout.double()
+    delta = (dout * out.double()).sum(-1).T
+    if dlse is not None:
+        delta = delta - dlse
+    d_weights = torch.einsum("ihd,jhd->hij", dout, v.double().repeat_interleave(group, 1))
+    d_scores = weights * (d_weights - delta[..., None]) * scale
+    dq = torch.einsum("hij,jhd->ihd", d_scores, k.double().repeat_interleave(group, 1))
+    dk = torch.einsum("hij,ihd->jhd", d_scores, q.double())
+    dv = torch.einsum("hij,ihd->jhd", weights, dout)
+    return dq, *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
+
+
+def _softmax(q, k, scale, mask, lse):
+    k = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = torch.einsum("ihd,jhd->hij", q.double(), k) * scale
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if lse is None:
+        lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse.masked_fill(lse.isinf(), 0.0)[..., None])
+    return weights, lse
+
+
+def aten_forward(q, k, v, scale, mask) -> tuple[Tensor, Tensor]:
+    """PyTorch's flash attention for CPUs: an implementation that is not ours."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *_heads_first(q, k, v), 0.0, False, attn_mask=_additive(mask, q), scale=scale
+    )
+    return out[0].transpose(0, 1), lse[0]
+
+
+def aten_backward(dout, dlse, q, k, v, out, lse, scale, mask) -> tuple[Tensor, Tensor, Tensor]:
+    assert dlse is None
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *_heads_first(dout),
+        *_heads_first(q, k, v),
+        *_heads_first(out),
+        lse[None],
+        0.0,
+        False,
+        attn_mask=_additive(mask, q),
+        scale=scale,
+    )
+    dq, dk, dv = (x[0].transpose(0, 1) for x in grads)
+    group = q.shape[1] // k.shape[1]
+    return dq, *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
+
+
+def _heads_first(q: Tensor, *keys: Tensor) -> list[Tensor]:
+    """(1, heads_q, seqlen, head_dim) each."""
+    keys = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in keys]
+    return [x.transpose(0, 1)[None] for x in (q, *keys)]
+
+
+def _additive(mask: Tensor, q: Tensor) -> Tensor:
+    return torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+
+
+class TorchEngine(Engine):
+    """Rows without keys, and what is behind the last packed sequence, hold NaN."""
+
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+    def __init__(
+        self,
+        name: str,
+        functions=(dense_forward, dense_backward),
+        *,
+        lse_unit: float = 1.0,
+        negative_right: bool = False,
+        dlse: bool = False,
+    ):
+        self.name, self.lse_unit = name, lse_unit
+        self._forward, self._backward = functions
+        self.negative_right, self._dlse = negative_right, dlse
+        self.calls: list[tuple[int | None, int]] = []
+
+    def takes_dlse(self, q):
+        return self._dlse
+
+    def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens):
+        self._record(left, right)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = torch.full(q.shape, torch.nan, dtype=q.dtype)
+        lse = torch.full((*q.shape[:-3], q.shape[-2], q.shape[-3]), torch.nan, dtype=wide)
+        for rows, lse_rows in sequences(q, cu_seqlens):
+            mask = band_mask(q[rows].shape[0], k[rows].shape[0], left, right)
+            part, part_lse = self._forward(q[rows], k[rows], v[rows], softmax_scale, mask)
+            out[rows] = part.masked_fill(~mask.any(1)[:, None, None], torch.nan).to(q.dtype)
+            lse[lse_rows] = (part_lse / self.lse_unit).to(wide)
+        return out, lse
+
+    def backward(self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens):
+        self._record(left, right)
+        assert dlse is None or self._dlse
+        assert lse.is_contiguous(), "flash-attention reads lse by its shape"
+        grads = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in (q, k, v)]
+        for rows, lse_rows in sequences(q, cu_seqlens):
+            mask = band_mask(q[rows].shape[0], k[rows].shape[0], left, right)
+            saved = (q[rows], k[rows], v[rows], out[rows], lse[lse_rows] * self.lse_unit)
+            row_dlse = None if dlse is None else dlse[lse_rows]
+            parts = self._backward(dout[rows], row_dlse, *saved, softmax_scale, mask)
+            for grad, part in zip(grads, parts):
+                grad[rows] = part.to(grad.dtype)
+        return tuple(grads)
+
+    def _record(self, left, right):
+        assert right == 0 or (self.negative_right and right < 0), "not an engine's to refuse"
+        self.calls.append((left, right))
+
+
+def sequences(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple]:
+    """The index of every sequence that is not empty, in q and in lse."""
+    if cu_seqlens is None:
+        return [(b, b) for b in range(q.shape[0])]
+    ends = cu_seqlens.tolist()
+    spans = [slice(a, b) for a, b in pairwise(ends) if a < b]
+    return [(span, (slice(None), span)) for span in spans]

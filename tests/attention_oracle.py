@@ -1,0 +1,224 @@
+"""What the tests of attention share: relative positions by definition, a float64 closed form, and
+the plain two-score formula in low precision that sets the error budget.
+
+Nothing here knows of regions or frames.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from extrope_kernels.methods import RopeFreqs, rope
+from extrope_kernels.testing import device
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Relative positions [i][j], and the pairs of absolute ones that make them, by branch."""
+
+    seen: Tensor  # (seqlen_q, seqlen_k) float64, NaN where query i does not see key j
+    branches: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # mask, q at, k at
+
+
+def indices(seqlen_q: int, seqlen_k: int) -> tuple[Tensor, Tensor]:
+    i = torch.arange(seqlen_q).double() + (seqlen_k - seqlen_q)
+    return i[:, None], torch.arange(seqlen_k).double()[None]
+
+
+def rerope(seqlen_q, seqlen_k, window, factor=math.inf, grouped=False) -> Relative:
+    i, j = indices(seqlen_q, seqlen_k)
+    x = i - j
+    near = (i, j)
+    far = (window + (i - window) / factor, j / factor)
+    if grouped:
+        far = ((i // factor) + window - window // factor, j // factor)
+    elif factor == math.inf:
+        far = (torch.full_like(i, window), torch.zeros_like(j))
+    is_near = x < window
+    seen = torch.where(is_near, near[0] - near[1], far[0] - far[1])
+    seen = seen.masked_fill(x < 0, torch.nan)
+    return Relative(seen, [(is_near & (x >= 0), *near), (~is_near, *far)])
+
+
+def dual_chunk(seqlen_q, seqlen_k, chunk_size, local_window) -> Relative:
+    i, j = indices(seqlen_q, seqlen_k)
+    c = chunk_size - local_window
+    chunks = torch.div(i, c, rounding_mode="floor") - torch.div(j, c, rounding_mode="floor")
+    own = i % c
+    previous = torch.clamp(i % c + c, max=chunk_size)
+    older = torch.full_like(i, min(2 * c - 1, chunk_size))
+    visible = i >= j
+    branches = [
+        (visible & (chunks == 0), own, j % c),
+        (visible & (chunks == 1), previous, j % c),
+        (visible & (chunks >= 2), older, j % c),
+    ]
+    seen = torch.full_like(i - j, torch.nan)
+    for mask, at_i, at_j in branches:
+        seen = torch.where(mask, at_i - at_j, seen)
+    return Relative(seen, branches)
+
+
+def blockwise_causal(seqlen_q, seqlen_k, block_size) -> Relative:
+    i, j = indices(seqlen_q, seqlen_k)
+    half = block_size // 2
+    blocks = torch.div(i, half, rounding_mode="floor") - torch.div(j, half, rounding_mode="floor")
+    visible = (i >= j) & (blocks <= 1)
+    return Relative((i - j).masked_fill(~visible, torch.nan), [(visible, i, j)])
+
+
+def split(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    turned = x[..., : 2 * half]
+    if interleaved:
+        return turned[..., 0::2], turned[..., 1::2], x[..., 2 * half :]
+    return turned[..., :half], turned[..., half:], x[..., 2 * half :]
+
+
+def closed_form(
+    q, k, v, relative: Relative, freqs: RopeFreqs, *, scale=None, log_n=None, interleaved=False
+) -> tuple[Tensor, Tensor]:
+    """out and lse in float64: sum over pairs of Re(q conj(k) exp(1j * relative * theta)).
+
+    inv_freq: (rotary_dim / 2,). Differentiable in q, k and v.
+    """
+    q, k, v = (x.double() for x in (q, k, v))
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    theta = freqs.inv_freq.double().to(q.device)
+    seen = relative.seen.to(q.device)
+    qa, qb, q_rest = split(q, len(theta), interleaved)
+    ka, kb, k_rest = split(k, len(theta), interleaved)
+    real = torch.einsum("bihp,bjhp->bhijp", qa, ka) + torch.einsum("bihp,bjhp->bhijp", qb, kb)
+    imag = torch.einsum("bihp,bjhp->bhijp", qb, ka) - torch.einsum("bihp,bjhp->bhijp", qa, kb)
+    angle = seen.nan_to_num()[..., None] * theta
+    turned = real * angle.cos() - imag * angle.sin()
+    if freqs.log_decay is not None:
+        decay = freqs.log_decay.double().to(q.device)
+        turned = turned * torch.exp(seen.nan_to_num()[..., None] * decay)
+    scores = turned.sum(-1) * freqs.attention_factor**2
+    scores = scores + torch.einsum("bihr,bjhr->bhij", q_rest, k_rest)
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if log_n is not None:
+        i, _ = indices(q.shape[1], k.shape[1])
+        gain = torch.log(i.clamp(min=0) + 1) / math.log(log_n)
+        scores = scores * gain.clamp(min=1.0).to(q.device)
+    return _softmax(scores.masked_fill(seen.isnan(), -torch.inf), v, torch.float64)
+
+
+def plain_formula(
+    q,
+    k,
+    v,
+    relative: Relative,
+    freqs: RopeFreqs,
+    *,
+    scale=None,
+    log_n=None,
+    interleaved=False,
+    scale_first=False,
+) -> tuple[Tensor, Tensor]:
+    """What one writes without kernels: rotate and multiply in the tensors' own dtype.
+
+    The softmax alone is in float32, as in transformers' eager attention. `scale_first` scales q
+    rather than the scores: another order of the same roundings.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype, groups = q.dtype, q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    scores = torch.full((), -torch.inf, dtype=dtype, device=q.device)
+    if log_n is not None:
+        i, _ = indices(q.shape[1], k.shape[1])
+        gain = (torch.log(i.clamp(min=0) + 1) / math.log(log_n)).clamp(min=1.0)
+        q = q * gain[None, :, :, None].to(q.device, dtype)
+    if scale_first:
+        q, scale = q * scale, 1.0
+    for mask, at_i, at_j in relative.branches:
+        rotated_q = _rotate(q, at_i.reshape(-1), freqs, interleaved, 1)
+        rotated_k = _rotate(k, at_j.reshape(-1), freqs, interleaved, -1)
+        branch = torch.einsum("bihd,bjhd->bhij", rotated_q, rotated_k)
+        scores = torch.where(mask.to(q.device), branch, scores)
+    scores = scores * scale
+    return _softmax(scores.float() if dtype != torch.float64 else scores, v, dtype)
+
+
+def _rotate(x, positions, freqs, interleaved, decay_sign):
+    positions = positions[:, None].to(x.device)
+    angle = (positions * freqs.inv_freq.double().to(x.device))[:, None]
+    amplitude = torch.full_like(angle, freqs.attention_factor)
+    if freqs.log_decay is not None:
+        decay = freqs.log_decay.double().to(x.device)
+        amplitude = amplitude * torch.exp(decay_sign * positions * decay)[:, None]
+    cos, sin = (angle.cos() * amplitude).to(x.dtype), (angle.sin() * amplitude).to(x.dtype)
+    a, b, rest = split(x, freqs.inv_freq.shape[-1], interleaved)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    turned = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+    return torch.cat((turned, rest), -1)
+
+
+def _softmax(scores: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    empty = (scores == -torch.inf).all(-1)
+    scores = scores.masked_fill(empty[..., None], 0.0)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse[..., None]).masked_fill(empty[..., None], 0.0).to(dtype)
+    return torch.einsum("bhij,bjhd->bihd", weights, v), lse.masked_fill(empty, -torch.inf)
+
+
+def worse(exact, *spellings) -> tuple[Tensor, ...]:
+    """Of several ways to compute the same tensors in low precision, that with the largest error.
+
+    A maximum over few elements says little about rounding; two orders of rounding say more.
+    """
+    return tuple(
+        max(found, key=lambda x: (x.double() - want).abs().nan_to_num().max().item())
+        if want.numel()
+        else found[0]
+        for want, *found in zip(exact, *spellings)
+    )
+
+
+def both_orders(q, k, v, relative, freqs, exact, **known) -> tuple[Tensor, ...]:
+    """`plain_formula` in the worse of its two orders."""
+    return worse(
+        exact,
+        *(plain_formula(q, k, v, relative, freqs, **known, scale_first=x) for x in (False, True)),
+    )
+
+
+def rounding_noise(name, exact, lse, dout, q, k, v, scale) -> float:
+    """The error of a gradient that float32 cannot avoid.
+
+    Weights are exp2 of a logit less lse: the rounding of these is their relative error. It comes
+    with dout . v - delta, whose two terms are as large as |dout| |v| and may cancel.
+
+    name: starts with dq, dk or dv. q, k: a tensor, or a list of frames. scale: of the logits.
+    """
+    finite = lse[lse.isfinite()]
+    if exact.numel() == 0 or finite.numel() == 0:
+        return 0.0
+    relative = torch.finfo(torch.float32).eps * (1 + finite.abs().max().item() / math.log(2.0))
+    if name == "dv":
+        return relative * exact.abs().max().item()
+    others = k if name.startswith("dq") else q
+    largest = max(x.abs().max().item() for x in (others if isinstance(others, list) else [others]))
+    terms = 2 * dout.double().norm(dim=-1).max() * v.double().norm(dim=-1).max()
+    return relative * terms.item() * scale * largest
+
+
+def make_qkv(
+    batch=1, seqlen_q=33, seqlen_k=None, heads_q=2, heads_k=1, head_dim=32, dtype=torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seqlen_q * 1000 + head_dim)
+    shapes = [(seqlen_q, heads_q), (seqlen_k or seqlen_q, heads_k), (seqlen_k or seqlen_q, heads_k)]
+    return tuple(
+        torch.randn(batch, *shape, head_dim, generator=generator).to(device(), dtype)
+        for shape in shapes
+    )
+
+
+def frequencies(head_dim: int, **changes) -> RopeFreqs:
+    freqs = rope(changes.pop("rotary_dim", head_dim))
+    return RopeFreqs(freqs.inv_freq.to(device()), **changes)

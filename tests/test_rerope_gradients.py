@@ -1,0 +1,217 @@
+"""Gradients of ReRoPE and dual chunk attention, on every backend, against float64."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from attention_oracle import (
+    closed_form,
+    dual_chunk,
+    frequencies,
+    make_qkv,
+    plain_formula,
+    rerope,
+    rounding_noise,
+    worse,
+)
+from torch.autograd import gradcheck, gradgradcheck
+
+from extrope_kernels import dual_chunk_attention, rerope_attention
+from extrope_kernels.methods import RopeFreqs
+from extrope_kernels.testing import assert_within_budget, device
+
+INF = math.inf
+FLOAT = torch.float32
+LOW = (FLOAT, torch.bfloat16, torch.float16)
+
+
+def gradients(function, tensors, dout, dlse=None):
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out, lse = function(*leaves)
+    loss = (out * dout.to(out.dtype)).sum()
+    if dlse is not None:
+        loss = loss + (lse * dlse).masked_fill(lse == -INF, 0.0).sum()
+    return torch.autograd.grad(loss, leaves)
+
+
+def check(fused, relative, tensors, freqs, with_lse=False, **known):
+    """Compare dq, dk and dv with those of the closed form, within the error budget."""
+    dout = torch.randn_like(tensors[0])
+    dlse = torch.randn(closed_form(*tensors, relative, freqs, **known)[1].shape)
+    dlse = dlse.to(dout.device) if with_lse else None
+    found = gradients(fused, tensors, dout, dlse)
+    compare(found, tensors, relative, freqs, dout, dlse, **known)
+
+
+def compare(found, tensors, relative, freqs, dout, dlse=None, **known):
+    exact, plain = budget(tensors, relative, freqs, dout, dlse, **known)
+    _, lse = closed_form(*tensors, relative, freqs, **known)
+    gain = 1.0
+    if known.get("log_n"):
+        gain = max(1.0, math.log(tensors[1].shape[1]) / math.log(known["log_n"]))
+    scale = (known.get("scale") or tensors[0].shape[-1] ** -0.5) * freqs.attention_factor**2 * gain
+    for name, got, same_dtype, want in zip(("dq", "dk", "dv"), found, plain, exact):
+        noise = rounding_noise(name, want, lse, dout, *tensors, scale)
+        assert_within_budget(
+            name, got, same_dtype, want, noise=noise if got.dtype == FLOAT else 0.0
+        )
+
+
+def budget(tensors, relative, freqs, dout, dlse=None, **known):
+    """The gradients in float64, and those of the plain formula in the tensors' own dtype."""
+    exact = gradients(
+        lambda *x: closed_form(*x, relative, freqs, **known),
+        [x.double() for x in tensors], dout.double(), dlse,
+    )  # fmt: skip
+
+    def plain(scale_first):
+        return gradients(
+            lambda *x: plain_formula(*x, relative, freqs, **known, scale_first=scale_first),
+            tensors, dout, dlse,
+        )  # fmt: skip
+
+    return exact, worse(exact, plain(False), plain(True))
+
+
+def check_rerope(backend, tensors, freqs, window, factor=INF, grouped=False, with_lse=False, **o):
+    known = {"scale": o.get("softmax_scale"), "log_n": o.get("log_n")}
+    known["interleaved"] = o.get("interleaved", False)
+
+    def fused(*x):
+        return rerope_attention(
+            *x, freqs, window=window, factor=factor, grouped=grouped, backend=backend,
+            return_lse=True, **o,
+        )  # fmt: skip
+
+    seqlens = tensors[0].shape[1], tensors[1].shape[1]
+    check(fused, rerope(*seqlens, window, factor, grouped), tensors, freqs, with_lse, **known)
+
+
+@pytest.mark.parametrize("factor", [1 / 16, 1.0, 4.0, INF])
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 66, 67])
+def test_windows_and_factors(window, factor, any_backend):
+    check_rerope(any_backend, make_qkv(seqlen_q=67), frequencies(32), window, factor)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 128, 256])
+def test_head_dims(head_dim, dtype, any_backend):
+    tensors = make_qkv(seqlen_q=37, head_dim=head_dim, dtype=dtype)
+    check_rerope(any_backend, tensors, frequencies(head_dim), 11, 4.0)
+
+
+@pytest.mark.parametrize("heads_q, heads_k", [(1, 1), (3, 1), (4, 2), (9, 3)])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (53, 53), (5, 40), (40, 7)])
+def test_heads_and_lengths(seqlen_q, seqlen_k, heads_q, heads_k, any_backend):
+    tensors = make_qkv(2, seqlen_q, seqlen_k, heads_q, heads_k)
+    check_rerope(any_backend, tensors, frequencies(32), 7, 4.0)
+
+
+@pytest.mark.skipif(
+    device() != "cpu", reason="about the CPU's tiles: 384 rows and heads x 192 keys"
+)
+@pytest.mark.parametrize("window", [128, 191, 192, 193, 384])
+def test_windows_around_the_tiles_of_the_cpu(window):
+    check_rerope("cpu", make_qkv(1, 389, None, 2, 1, 16), frequencies(16), window)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"softmax_scale": 0.3, "log_n": 8},
+        {"interleaved": True},
+        {"with_lse": True},
+        {"grouped": True, "log_n": 5, "with_lse": True},
+    ],
+    ids=str,
+)
+def test_options(changes, any_backend):
+    freqs = frequencies(32, rotary_dim=16, attention_factor=1.3)
+    check_rerope(any_backend, make_qkv(1, 29, None, 2, 1), freqs, 6, 3.0, **changes)
+
+
+@pytest.mark.parametrize("chunk_size, local_window", [(12, 2), (40, 8), (7, 0)])
+def test_dual_chunk(chunk_size, local_window, any_backend):
+    freqs, tensors = frequencies(32), make_qkv(1, 45, None, 4, 2)
+    check(
+        lambda *x: dual_chunk_attention(
+            *x, freqs, chunk_size=chunk_size, local_window=local_window, backend=any_backend,
+            return_lse=True,
+        ),
+        dual_chunk(45, 45, chunk_size, local_window), tensors, freqs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", [(5, 0, 17, 1, 33), (0, 0, 3), (64, 65)], ids=str)
+def test_packed_is_a_loop_over_sequences(lengths, any_backend):
+    tensors = [x[0] for x in make_qkv(1, sum(lengths), None, 4, 2)]
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=tensors[0].device)
+    freqs, dout = frequencies(32), torch.randn_like(tensors[0])
+    found = gradients(
+        lambda *x: rerope_attention(
+            *x, freqs, window=6, factor=4.0, cu_seqlens=cu_seqlens, backend=any_backend,
+            return_lse=True,
+        ),
+        tensors, dout,
+    )  # fmt: skip
+    for first, last in pairwise(bounds):
+        own = [[x[None, first:last] for x in them] for them in (found, tensors, [dout])]
+        compare(*own[:2], rerope(last - first, last - first, 6, 4.0), freqs, own[2][0])
+
+
+def test_strided_gradient_and_views(any_backend):
+    q, k, v = (
+        x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        for x in make_qkv(2, 23, None, 4, 2)
+    )
+    out = rerope_attention(q, k, v, frequencies(32), window=5, backend=any_backend)
+    summed = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)  # strides all zero
+    dense = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert all(torch.equal(a, b) for a, b in zip(summed, dense))
+
+
+def test_bitwise_equal_across_repeats(fast_backend):
+    interpreted = fast_backend == "triton" and device() == "cpu"
+    tensors = make_qkv(2, 150 if not interpreted else 40, None, 6, 2, 64)
+    dout = torch.randn_like(tensors[0])
+
+    def once():
+        return gradients(
+            lambda *x: rerope_attention(
+                *x, frequencies(64), window=37, return_lse=True, backend=fast_backend
+            ),
+            tensors, dout,
+        )  # fmt: skip
+
+    first = once()
+    for _ in range(100 if not interpreted else 3):
+        assert all(torch.equal(a, b) for a, b in zip(first, once()))
+
+
+# -------------------------------------------------------------------------------------------------
+# The reference: finite differences
+
+
+def reference(q, k, v, inv_freq, **options):
+    freqs = RopeFreqs(inv_freq, attention_factor=1.2)
+    return rerope_attention(q, k, v, freqs, backend="reference", return_lse=True, **options)
+
+
+@pytest.mark.parametrize("factor, grouped", [(INF, False), (3.0, False), (0.5, False), (2.0, True)])
+def test_the_reference_by_finite_differences(factor, grouped):
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 7, None, 2, 1, 8, torch.float64))
+    inv_freq = frequencies(8).inv_freq.double().requires_grad_()
+    options = {"window": 2, "factor": factor, "grouped": grouped, "log_n": 3}
+    assert gradcheck(lambda *x: reference(*x, **options), (q, k, v, inv_freq))
+    assert gradgradcheck(lambda *x: reference(*x, **options), (q, k, v, inv_freq))
+
+
+def test_the_reference_gives_rows_without_keys_no_gradient():
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 5, 2, 1, 1, 8, torch.float64))
+    inv_freq = frequencies(8).inv_freq.double()
+    out, _ = reference(q, k, v, inv_freq, window=1)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[0][:, :3] == 0).all() and (out[:, :3] == 0).all()

@@ -1,0 +1,78 @@
+"""What the score methods of `extend` refuse, and what they leave alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hf_models import (
+    build,
+    logits,
+    one_thread,  # noqa: F401
+    tokens,
+)
+
+from extrope_kernels.integrations.transformers import extend
+from extrope_kernels.testing import attention_backends
+
+IDS = tokens(2, 40)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "message"),
+    [
+        ("mistral", {}, "^extend: MistralModel is not a supported architecture: all its layers"),
+        ("gemma2", {}, "Gemma2Attention caps its logits .softcap 50.0."),
+        (
+            "llama",
+            {"rope": {"rope_type": "dynamic", "factor": 2.0}},
+            "its frequencies .dynamic. ch",
+        ),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "Gemma3Attention is not causal"),
+    ],
+)
+def test_score_methods_refuse_models_before_anything_is_changed(family, sizes, message):
+    model = build(family, **sizes)
+    before = [dict(vars(m)) for m in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        extend(model, "rerope", window=8)
+    for module, attributes in zip(model.modules(), before):
+        assert vars(module).keys() == attributes.keys()
+        assert all(vars(module)[name] is attributes[name] for name in attributes)
+
+
+@pytest.mark.skipif("cpu" not in attention_backends(), reason="the reference takes any head_dim")
+def test_score_methods_refuse_heads_that_the_kernels_do_not_take():
+    model = build("llama", head_dim=12)
+    with pytest.raises(ValueError, match="rerope_attention: head_dim must be a multiple of 8"):
+        extend(model, "rerope", window=8)
+
+
+def test_score_methods_refuse_dropout():
+    model = build("llama", attention_dropout=0.1)
+    with extend(model, "rerope", window=8):
+        logits(model, IDS)
+        with pytest.raises(ValueError, match="extend: a model in training must have attention_dr"):
+            model.train()(IDS)
+    with pytest.raises(ValueError, match="must have attention_dropout 0, got"):
+        extend(model, "rerope", window=8)
+
+
+def test_score_methods_go_on_last_and_once():
+    model = build("llama")
+    with extend(model, "xpos"), pytest.raises(ValueError, match="without decay, got xpos"):
+        extend(model, "rerope", window=8)
+    with extend(model, "rerope", window=8):
+        want = logits(model, IDS)
+        for method in ("yarn", "dual_chunk"):
+            with pytest.raises(ValueError, match=f"extend: {method} must come before rerope"):
+                extend(model, method)
+        assert torch.equal(logits(model, IDS), want)
+
+
+def test_a_model_that_shares_its_config_is_untouched():
+    model = build("llama")
+    other = type(model)(model.config).eval()
+    before = logits(other, IDS)
+    with extend(model, "rerope", window=8):
+        logits(model, IDS)
+        assert torch.equal(logits(other, IDS), before)
