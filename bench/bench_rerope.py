@@ -7,6 +7,8 @@ counts what plain causal attention needs, 2 * heads * N**2 * head_dim forward an
 with the backward, so the second product where a tile straddles the window shows as lost speed. The
 floor of that is (1 + tile / N): 1.01 at tiles of 64 rows.
 
+The backward in bf16 has no row: PyTorch's own takes minutes here.
+
 The dense row is what one writes in eager PyTorch: two score matrices, a select, a softmax.
 
 On a GPU the targets are: at most 1.03 forward and 1.04 backward against our own kernel without a
@@ -243,8 +245,8 @@ def main() -> None:
         (128, 2, f32, (0.92, 0.95)),
         (64, 8, f32, (1.05, 1.05)),
         (128, 8, f32, (1.05, 1.05)),
-        (64, 2, bf16, (0.75, 0.75)),
-        (128, 2, bf16, (0.75, 0.75)),
+        (64, 2, bf16, (0.75, None)),
+        (128, 2, bf16, (0.75, None)),
     ):
         bench_prefill(report, head_dim, heads_k, dtype, bars, args.repeats)
     for head_dim in (64, 128):

@@ -13,7 +13,7 @@ import torch
 
 from . import __version__, _build, _ext
 from .evaluation import cli as evaluation
-from .ops import rope
+from .ops import attention, rope
 
 CPU_CAPABILITIES = (
     "baseline",
@@ -43,13 +43,13 @@ def info() -> str:
     lines = [("extrope_kernels", __version__), ("Python", platform.python_version())]
     lines += [(name, _version(name)) for name in ("torch", "triton", "transformers")]
     lines += [("C++ compiler", _compiler_version()), ("nvcc", _nvcc_version())]
-    reports = rope.backends()
     lines += [(f"{name} library", report) for name, report in _ext.status().items()]
     if _ext.load("cpu") is None:
         lines.append(("CPU instructions", CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()]))
     lines += [("device", device) for device in _devices()]
-    lines += [(f"rope backend {name}", report) for name, report in reports.items()]
-    lines += [(f"rope on {device}", chosen) for device, chosen in _choices(reports).items()]
+    for op, reports in (("rope", rope.backends()), ("attention", attention.backends())):
+        lines += [(f"{op} backend {name}", report) for name, report in reports.items()]
+        lines += [(f"{op} on {device}", chosen) for device, chosen in _choices(reports).items()]
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
 
@@ -108,6 +108,6 @@ def _choices(reports: dict[str, str]) -> dict[str, str]:
     if torch.cuda.is_available():
         preferences["cuda"] = ("cuda", "triton")
     return {
-        device: next((name for name in names if reports[name] == "available"), "none")
+        device: next((name for name in names if reports.get(name) == "available"), "none")
         for device, names in preferences.items()
     }
