@@ -252,12 +252,12 @@ def main() -> None:
     for head_dim in (64, 128):
         for dtype in (f32, bf16):
             bench_decode(report, head_dim, 2, dtype, 32768, 5 * args.repeats)
+    save("rerope", report.rows)  # now: the curve may take as long again
     lengths = [n for n in (2**x for x in range(10, 17)) if n <= args.longest]
     curve = bench_curve(lengths, args.dense)
     for row in curve:
         print(f"{row.implementation:10} {row.seqlen:6} {row.milliseconds:10.1f} ms "
               f"{row.megabytes:8.0f} MB")  # fmt: skip
-    save("rerope", report.rows)
     save("rerope_curve", curve)
 
 
