@@ -22,7 +22,7 @@ demo: $(VENV)/extra-demo $(VENV)/smollm2
 
 test: $(VENV)/extra-test $(VENV)/smollm2
 	$(BIN)/python -m extrope_kernels info
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 
 bench: $(VENV)/extra-bench
 	$(BIN)/python -m extrope_kernels bench

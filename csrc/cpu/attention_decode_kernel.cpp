@@ -8,12 +8,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "attention_decode.h"
 #include "decode_frames.h"
 #include "decode_merge.h"
 #include "decode_tile.h"
+#include "scratch.h"
 #include "sincos.h"
 
 #define EXTROPE_JOIN(a, b) a##b
@@ -69,7 +69,7 @@ class Worker {
 
   void prepare(int64_t first) {
     const int64_t all = p_.heads_k * padded_;
-    for (std::vector<float>* x : {&raw_, &far_, &near_, &sums_}) x->assign(all * stride_, 0.0f);
+    for (Buffer<float>* x : {&raw_, &far_, &near_, &sums_}) x->assign(all * stride_, 0.0f);
     scores_.resize(kKeys * kMaxRows);
     other_.resize(kKeys * kMaxRows);
     running_.assign(all / at_once_, {floats{} + kNone, floats{}});
@@ -93,7 +93,7 @@ class Worker {
   }
 
   template <typename Position>
-  void turn_queries(std::vector<float>& out, Position at) {
+  void turn_queries(Buffer<float>& out, Position at) {
     for (int64_t token = 0; token < tokens_; ++token) {
       const Angles angles{at(token), p_.amplitude, 0.0, nullptr, false};
       fill_sincos(freq_, p_.half, angles, cos_.data(), sin_.data());
@@ -249,9 +249,9 @@ class Worker {
   int64_t at_once_ = 1;             // rows of a pass
   int64_t head_ = 0;
   const double *freq_ = nullptr, *table_freq_ = nullptr;
-  std::vector<float> cos_, sin_, table_cos_, table_sin_;
-  std::vector<float> raw_, far_, near_, sums_, keys_, scores_, other_;
-  std::vector<RunningMax> running_;
+  Buffer<float> cos_, sin_, table_cos_, table_sin_;
+  Buffer<float> raw_, far_, near_, sums_, keys_, scores_, other_;
+  Buffer<RunningMax> running_;
   const T *key_rows_[kKeys], *value_rows_[kKeys], *next_rows_[kKeys];
   const float* turned_rows_[kKeys];
 };

@@ -3,10 +3,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "attention_decode.h"
 #include "decode_tile.h"
+#include "scratch.h"
 
 namespace extrope {
 namespace {
@@ -41,7 +41,7 @@ void merge_row(const DecodeParams& p, const DecodeRows& rows, int64_t row, float
 
 template <typename T>
 void merge_parts(const DecodeParams& p, const DecodeRows* rows, int64_t count) {
-  std::vector<float> sums(p.head_dim);
+  Buffer<float> sums(p.head_dim);
   for (int64_t n = 0; n < count; ++n) {
     const int64_t tokens = rows[n].last_token - rows[n].first_token;
     for (int64_t r = 0; r < tokens * p.heads_q; ++r) {

@@ -6,9 +6,9 @@
 
 #include <algorithm>
 #include <tuple>
-#include <vector>
 
 #include "rope.h"
+#include "scratch.h"
 #include "simd.h"
 #include "sincos.h"
 #include "token.h"
@@ -132,9 +132,9 @@ struct Scratch {
     moved_decay.resize(decay.size());
   }
   int64_t half, stride;
-  std::vector<double> freq, decay;
-  std::vector<double> positions, moved_freq, moved_decay;  // of one token, by axis and by pair
-  std::vector<Wide<T>> cos, sin;
+  Buffer<double> freq, decay;
+  Buffer<double> positions, moved_freq, moved_decay;  // of one token, by axis and by pair
+  Buffer<Wide<T>> cos, sin;
 };
 
 template <typename T>

@@ -1,0 +1,35 @@
+// Vectors for kernels that are compiled once for each instruction set.
+//
+// The functions of std::vector<float> are weak, and the linker keeps one copy of them, whichever
+// instruction set it was compiled for. An allocator of this translation unit alone makes every
+// function that the vector needs its own.
+#pragma once
+
+#include <cstddef>
+#include <new>
+#include <vector>
+
+namespace extrope {
+namespace {
+
+template <typename T>
+struct LocalAllocator {
+  using value_type = T;
+  LocalAllocator() = default;
+  template <typename U>
+  LocalAllocator(const LocalAllocator<U>&) {}
+  T* allocate(std::size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{alignof(T)}));
+  }
+  void deallocate(T* p, std::size_t) { ::operator delete(p, std::align_val_t{alignof(T)}); }
+  template <typename U>
+  bool operator==(const LocalAllocator<U>&) const {
+    return true;
+  }
+};
+
+template <typename T>
+using Buffer = std::vector<T, LocalAllocator<T>>;
+
+}  // namespace
+}  // namespace extrope
