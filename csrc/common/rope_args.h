@@ -43,6 +43,7 @@ struct RopeOptions {
   double attention_factor;
   int64_t offset;
   bool interleaved, inverse;
+  double decay_origin;
 };
 
 inline DType rotated_dtype(const Tensor& x, const char* name) {
@@ -240,6 +241,7 @@ inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Te
   p.conjugate = adjoint != options.inverse;
   p.interleaved = options.interleaved;
   p.offset = options.offset;
+  p.decay_origin = options.decay_origin;
   return p;
 }
 

@@ -76,12 +76,12 @@ struct RopeOps {
                                         OptionalTensor positions, OptionalTensor cu_seqlens,
                                         OptionalTensor log_decay, OptionalTensor axes,
                                         double attention_factor, int64_t offset, bool interleaved,
-                                        bool inverse) {
+                                        bool inverse, double decay_origin) {
     const bool packed = cu_seqlens.has_value();
-    RopeParams p =
-        make_params(q, k, inv_freq, positions,
-                    {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse},
-                    /*adjoint=*/false);
+    RopeParams p = make_params(
+        q, k, inv_freq, positions,
+        {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
+        /*adjoint=*/false);
     Tensor out_q = new_like(q);
     Tensor out_k = k.has_value() ? new_like(*k) : no_tensor(q, dtype_code(q));
     set_output(p.tensors[0], out_q, packed);
@@ -95,12 +95,13 @@ struct RopeOps {
                                                 OptionalTensor positions, OptionalTensor cu_seqlens,
                                                 OptionalTensor log_decay, OptionalTensor axes,
                                                 double attention_factor, int64_t offset,
-                                                bool interleaved, bool inverse) {
+                                                bool interleaved, bool inverse,
+                                                double decay_origin) {
     const bool packed = cu_seqlens.has_value();
-    RopeParams p =
-        make_params(grad_q, grad_k, inv_freq, positions,
-                    {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse},
-                    /*adjoint=*/true);
+    RopeParams p = make_params(
+        grad_q, grad_k, inv_freq, positions,
+        {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
+        /*adjoint=*/true);
     Tensor dq = new_like(grad_q);
     Tensor dk = grad_k.has_value() ? new_like(*grad_k) : no_tensor(grad_q, dtype_code(grad_q));
     set_output(p.tensors[0], dq, packed);
@@ -144,12 +145,13 @@ struct RopeOps {
 
   static void inplace(Tensor q, OptionalTensor k, Tensor inv_freq, OptionalTensor positions,
                       OptionalTensor cu_seqlens, OptionalTensor log_decay, OptionalTensor axes,
-                      double attention_factor, int64_t offset, bool interleaved, bool inverse) {
+                      double attention_factor, int64_t offset, bool interleaved, bool inverse,
+                      double decay_origin) {
     const bool packed = cu_seqlens.has_value();
-    RopeParams p =
-        make_params(q, k, inv_freq, positions,
-                    {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse},
-                    /*adjoint=*/false);
+    RopeParams p = make_params(
+        q, k, inv_freq, positions,
+        {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
+        /*adjoint=*/false);
     require(!overlaps_itself(q), "q must not be expanded to be rotated in place");
     require(!k.has_value() || !overlaps_itself(*k),
             "k must not be expanded to be rotated in place");

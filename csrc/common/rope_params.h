@@ -18,7 +18,7 @@ struct RopeTensor {
   int64_t out_batch, out_seq, out_head;
   int64_t saved_batch, saved_seq, saved_head;
   int64_t heads;
-  double decay_sign;  // the amplitude is multiplied by exp(decay_sign * position * log_decay)
+  double decay_sign;  // times exp(decay_sign * (position - decay_origin) * log_decay)
 };
 
 struct RopeParams {
@@ -54,6 +54,7 @@ struct RopeParams {
   int64_t num_sequences;
 
   const float* log_decay;  // (rotary_dim / 2,), nullptr for amplitude alone
+  double decay_origin;     // the position at which decay changes nothing
   double amplitude;
 
   // Gradient of the angles, summed over q, k and the heads that share a frequency: contiguous

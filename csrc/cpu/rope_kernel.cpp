@@ -155,7 +155,7 @@ void move_by_axis(const RopeParams& p, const Token& token, Scratch<T>& scratch) 
   for (int64_t i = 0; i < scratch.half; ++i) {
     const double position = scratch.positions[p.axes[i]];
     scratch.moved_freq[i] = scratch.freq[i] * position;
-    if (p.log_decay) scratch.moved_decay[i] = scratch.decay[i] * position;
+    if (p.log_decay) scratch.moved_decay[i] = scratch.decay[i] * (position - p.decay_origin);
   }
 }
 
@@ -171,7 +171,8 @@ void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token* toke
     const double position = p.axes ? 1.0 : tokens[t].position;
     const auto& freq = p.axes ? scratch.moved_freq : scratch.freq;
     const auto& decay = p.axes ? scratch.moved_decay : scratch.decay;
-    const Angles angles{position, p.amplitude, tensor.decay_sign * position,
+    const double from_origin = p.axes ? 1.0 : position - p.decay_origin;
+    const Angles angles{position, p.amplitude, tensor.decay_sign * from_origin,
                         p.log_decay ? decay.data() : nullptr, p.conjugate};
     Wide<T>*cos = &scratch.cos[t * scratch.stride], *sin = &scratch.sin[t * scratch.stride];
     fill_sincos(freq.data(), scratch.half, angles, cos, sin);

@@ -172,7 +172,8 @@ __device__ inline void pair_rotation(const RopeParams& p, const Token& token, in
   sin_cos(position * frequency, &s, &c);
   Acc scale = static_cast<Acc>(p.amplitude);
   if (p.log_decay != nullptr) {
-    const double exponent = decay_sign * position * static_cast<double>(p.log_decay[pair]);
+    const double exponent =
+        decay_sign * (position - p.decay_origin) * static_cast<double>(p.log_decay[pair]);
     scale = static_cast<Acc>(p.amplitude * exponential(exponent, Acc()));
   }
   *cosine = c * scale;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,21 +16,32 @@ class RopeFreqs:
         a method was given one `seq_len` per sequence.
     attention_factor: multiplies the rotated lanes of q and of k, hence the logits by its square.
     log_decay: (rotary_dim/2,) float32 or None. When given, q lanes are multiplied by
-        exp(p * log_decay) and k lanes by exp(-p * log_decay) at position p (XPOS).
+        exp(p * log_decay) and k lanes by exp(-p * log_decay) at position p (XPOS), p counted from
+        decay_origin.
     axes: (rotary_dim/2,) int32 or None. Which row of positions (axes, batch, seqlen) each pair
         takes its position from (mRoPE, see `with_sections`).
+    decay_origin: the position at which log_decay changes nothing. Logits do not depend on it where
+        q and k share it; it has to be near enough for the amplitudes to stay within the dtype.
+    steepest_decay: the largest |log_decay|, known on the host so that an amplitude which overflows
+        is refused without waiting for the device; 0 where it is not known, and nothing is refused.
     """
 
     inv_freq: Tensor
     attention_factor: float = 1.0
     log_decay: Tensor | None = None
     axes: Tensor | None = None
+    decay_origin: float = 0.0
+    steepest_decay: float = 0.0
+
+    def for_keys(self) -> RopeFreqs:
+        """Return what `apply_rope` rotates keys by when they come alone: the decay turned round."""
+        return self if self.log_decay is None else replace(self, log_decay=-self.log_decay)
 
     def to(self, device: torch.device | str | int) -> RopeFreqs:
         """Return the same frequencies with their tensors on `device`, to the bit."""
         log_decay = None if self.log_decay is None else self.log_decay.to(device)
         axes = None if self.axes is None else self.axes.to(device)
-        return RopeFreqs(self.inv_freq.to(device), self.attention_factor, log_decay, axes)
+        return replace(self, inv_freq=self.inv_freq.to(device), log_decay=log_decay, axes=axes)
 
 
 def exponents(dim: int, device: torch.device | str = "cpu") -> Tensor:

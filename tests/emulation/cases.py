@@ -252,6 +252,7 @@ def frequencies() -> Iterator[Case]:
         yield case(f"float64-{short(dtype)}", qk(dtype=dtype), inv_freq=rows.double() / 3)
     strong = torch.linspace(-0.02, 0.02, 32)
     yield case("strong-decay", qk(), offset=4000, log_decay=strong)
+    yield case("decay-origin", qk(), offset=4000, log_decay=strong, decay_origin=4001.0)
 
 
 def gradients() -> Iterator[Case]:

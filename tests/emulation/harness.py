@@ -209,4 +209,5 @@ class Job:
             params["num_sequences"] = len(rotation.cu_seqlens) - 1
         if rotation.log_decay is not None:
             params["log_decay"] = self._pointer(rotation.log_decay)
+            params["decay_origin"] = rotation.decay_origin
         return params

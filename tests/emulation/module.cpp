@@ -94,6 +94,7 @@ void def_params(py::module_& m) {
   def_field(params, "cu_seqlens", &RopeParams::cu_seqlens);
   def_field(params, "num_sequences", &RopeParams::num_sequences);
   def_field(params, "log_decay", &RopeParams::log_decay);
+  def_field(params, "decay_origin", &RopeParams::decay_origin);
   def_field(params, "amplitude", &RopeParams::amplitude);
   def_field(params, "angle_grad", &RopeParams::angle_grad);
   def_field(params, "angle_heads", &RopeParams::angle_heads);

@@ -9,6 +9,7 @@ from ...methods import RopeFreqs
 from .._backends import missing, require
 from . import reference
 from .checks import check
+from .decay import check_decay
 
 _ops = torch.ops.extrope
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -29,7 +30,7 @@ def apply_rope(
 
     (a, b) becomes attention_factor * (a cos t - b sin t, b cos t + a sin t) with t = position *
     inv_freq, exact at positions up to 2**29. Lanes past 2 * len(inv_freq) pass through. XPOS's
-    log_decay is applied as for queries.
+    log_decay is applied as for queries; pass freqs.for_keys() for keys.
 
     x: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens; float32,
         bfloat16, float16 or float64; any strides with a contiguous last dimension.
@@ -99,6 +100,9 @@ def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, b
     if freqs.axes is not None and positions is not None:
         by = (*by, freqs.axes)
     options = _options(freqs.attention_factor, offset, interleaved, inverse)
+    if freqs.log_decay is not None:
+        options["decay_origin"] = freqs.decay_origin
+        check_decay(freqs, q, positions, offset, packed=cu_seqlens is not None)
     run = _inplace if inplace else _out_of_place
     if torch.compiler.is_compiling():
         return run(q, k, by, options, backend)

@@ -63,7 +63,10 @@ def rotate(tensors: list[Tensor], rotation: Rotation) -> list[Tensor]:
     for x, decay_sign in zip(tensors, rotation.decay_signs):
         amplitude = rotation.amplitude
         if rotation.log_decay is not None:
-            amplitude = amplitude * torch.exp(decay_sign * positions * rotation.log_decay.double())
+            exponent = (
+                decay_sign * (positions - rotation.decay_origin) * rotation.log_decay.double()
+            )
+            amplitude = amplitude * torch.exp(exponent)
         wide = accumulator(x.dtype)
         cos, sin = (angle.cos() * amplitude).to(wide), (angle.sin() * amplitude).to(wide)
         a, b = split_pairs(x.to(wide), rotation.rotary_dim, rotation.interleaved)

@@ -27,6 +27,7 @@ class Rotation:
     conjugate: bool
     interleaved: bool
     axes: Tensor | None = None  # (rotary_dim / 2,) int32: the row of positions of each pair
+    decay_origin: float = 0.0  # the position at which log_decay changes nothing
 
     @property
     def rotary_dim(self) -> int:
@@ -51,6 +52,7 @@ def resolve(
     offset: int = 0,
     interleaved: bool = False,
     inverse: bool = False,
+    decay_origin: float = 0.0,
 ) -> tuple[list[Tensor], Rotation]:
     """Check an op's arguments; return q and k as (batch, seqlen, heads, head_dim) and the Rotation.
 
@@ -81,6 +83,7 @@ def resolve(
         conjugate=adjoint != inverse,
         interleaved=interleaved,
         axes=axes if kind == "positions by axis" else None,  # else all axes are alike
+        decay_origin=decay_origin,
     )
     return tensors, rotation
 

@@ -21,7 +21,7 @@ from .rotation import resolve
 _BY = (
     "Tensor inv_freq, Tensor? positions=None, Tensor? cu_seqlens=None, Tensor? log_decay=None, "
     "Tensor? axes=None, *, float attention_factor=1.0, SymInt offset=0, bool interleaved=False, "
-    "bool inverse=False"
+    "bool inverse=False, float decay_origin=0.0"
 )
 _FWD = f"(Tensor q, Tensor? k, {_BY}) -> (Tensor, Tensor)"
 _BWD = f"(Tensor grad_q, Tensor? grad_k, Tensor? q, Tensor? k, {_BY}) -> (Tensor, Tensor, Tensor)"

@@ -58,14 +58,14 @@ def _exp(x, TILE: tl.constexpr):
 
 
 @triton.jit
-def scaled(cos, sin, position, log_decay, decay_sign, amplitude, direction, TILE: tl.constexpr):
-    """cos and sin times the amplitude at each position; sin also times the turn's direction."""
+def scaled(cos, sin, far, log_decay, decay_sign, amplitude, direction, TILE: tl.constexpr):
+    """cos and sin times the amplitude, `far` from its origin; sin also times the direction."""
     scale = tl.full((1, 1), amplitude, tl.float64)
     if log_decay is not None:
         pair = tl.arange(0, TILE.pairs)
         rate = tl.load(log_decay + pair, mask=pair < TILE.half, other=0.0).to(tl.float64)
         # The sign first: products that q and k shared would stay in registers while q is turned.
-        scale = scale * _exp(position * decay_sign * rate[None, :], TILE)
+        scale = scale * _exp(far * decay_sign * rate[None, :], TILE)
     scale = scale.to(cos.dtype)
     return cos * scale, sin * (scale * direction)
 

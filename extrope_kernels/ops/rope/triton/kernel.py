@@ -136,6 +136,7 @@ def rotate_kernel(
     num_sequences,
     search_steps,
     log_decay,
+    decay_origin: tl.float64,
     amplitude: tl.float64,
     direction,
     tokens,
@@ -173,6 +174,7 @@ def rotate_kernel(
         at = at[:, None] + (axis * position_axis)[None, :]
         position = tl.load(at, mask=mask, other=0).to(tl.float64)
     position += tl.cast(offset, tl.float64)
+    far = position - decay_origin
 
     freqs = inv_freq + (sequence * freq_sequence)[:, None] + pair[None, :]
     nothing = tl.zeros((TOKENS, PAIRS), tl.float64 if TILE.wide else tl.float32)
@@ -188,19 +190,17 @@ def rotate_kernel(
             head = tl.cast(head, tl.int64)
             freq = tl.load(freqs + head * freq_head, mask=mask, other=0.0).to(tl.float64)
             cos, sin = sincos(position * freq, TILE)
-            c, s = scaled(cos, sin, position, log_decay, q.decay_sign, amplitude, direction, TILE)
+            c, s = scaled(cos, sin, far, log_decay, q.decay_sign, amplitude, direction, TILE)
             grad = _turn(q, head, batch, seq, live, c, s, nothing, TILE)
             if TILE.two_operands:
-                c, s = scaled(
-                    cos, sin, position, log_decay, k.decay_sign, amplitude, direction, TILE
-                )
+                c, s = scaled(cos, sin, far, log_decay, k.decay_sign, amplitude, direction, TILE)
                 grad = _turn(k, head, batch, seq, live, c, s, grad, TILE)
             if angle_grad is not None:
                 tl.store(grads + head * TILE.half, grad, mask=mask)
     else:
         freq = tl.load(freqs, mask=mask, other=0.0).to(tl.float64)
         cos, sin = sincos(position * freq, TILE)
-        c, s = scaled(cos, sin, position, log_decay, q.decay_sign, amplitude, direction, TILE)
+        c, s = scaled(cos, sin, far, log_decay, q.decay_sign, amplitude, direction, TILE)
         grad = nothing
         for head in range(q_first, q_last):
             grad = _turn(q, head, batch, seq, live, c, s, grad, TILE)
@@ -208,7 +208,7 @@ def rotate_kernel(
             k_share = tl.cdiv(k.heads, tl.num_programs(1))
             k_first = tl.program_id(1) * k_share
             k_last = tl.minimum(k_first + k_share, k.heads)
-            c, s = scaled(cos, sin, position, log_decay, k.decay_sign, amplitude, direction, TILE)
+            c, s = scaled(cos, sin, far, log_decay, k.decay_sign, amplitude, direction, TILE)
             for head in range(k_first, k_last):
                 grad = _turn(k, head, batch, seq, live, c, s, grad, TILE)
         if angle_grad is not None:

@@ -67,6 +67,7 @@ def rotate(
             sequences,
             sequences.bit_length(),
             rotation.log_decay,
+            rotation.decay_origin,
             rotation.amplitude,
             -1.0 if rotation.conjugate else 1.0,
             batch * seqlen,
