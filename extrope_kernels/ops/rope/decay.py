@@ -23,7 +23,7 @@ def check_decay(
     ends = _ends(q, positions, offset, packed)
     if ends is None:
         return
-    reach = math.log(torch.finfo(q.dtype).max) / freqs.steepest_decay
+    reach = math.floor(math.log(torch.finfo(q.dtype).max) / freqs.steepest_decay)
     low, high = ends
     if max(high - freqs.decay_origin, freqs.decay_origin - low) <= reach:
         return
@@ -34,7 +34,7 @@ def check_decay(
         else "no origin covers them: use blockwise_causal_attention, or a dtype with more range"
     )
     raise ValueError(
-        f"rope: XPOS's amplitude leaves {q.dtype} {reach:.0f} positions from "
+        f"rope: XPOS's amplitude leaves {q.dtype} {reach} positions from "
         f"decay_origin={freqs.decay_origin:.0f}, got positions {low:.0f} to {high:.0f}; {cure}"
     )
 
