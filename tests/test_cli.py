@@ -23,7 +23,7 @@ def test_info_says_what_runs_where(capsys):
     assert lines["torch"] == torch.__version__
     assert lines["rope backend reference"] == "available"
     assert lines["rope on cpu"] in ("cpu", "reference")
-    assert lines["attention on cpu"] == lines["rope on cpu"]
+    assert lines["attention on cpu"] == lines["permute on cpu"] == lines["rope on cpu"]
     assert {"triton", "C++ compiler", "nvcc", "cpu library", "cuda library"} <= lines.keys()
     if lines["rope on cpu"] == "cpu":
         assert lines["CPU instructions"] in cli.CPU_CAPABILITIES

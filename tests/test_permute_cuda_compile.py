@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA permutation: no warning, no spill, 16-byte accesses; no GPU used."""
+"""What nvcc makes of the CUDA permutation: no warning, no spill, 16-byte accesses; needs no GPU."""
 
 from __future__ import annotations
 
