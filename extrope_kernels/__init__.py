@@ -9,6 +9,7 @@ from .ops.attention import (
     rerope_attention,
     rerope_attention_with_kvcache,
 )
+from .ops.permute import head_permutations, permute, permute_qk
 from .ops.rope import apply_rope, apply_rope_qk
 
 __version__ = "0.1.0"
@@ -18,8 +19,11 @@ __all__ = [
     "apply_rope_qk",
     "blockwise_causal_attention",
     "dual_chunk_attention",
+    "head_permutations",
     "merge_attention",
     "methods",
+    "permute",
+    "permute_qk",
     "positions",
     "rerope_attention",
     "rerope_attention_with_kvcache",

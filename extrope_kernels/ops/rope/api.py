@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from .._backends import missing, require
+from .._checks import explained, split_offset
 from . import reference
 from .checks import check
 
@@ -90,9 +91,7 @@ def backends() -> dict[str, str]:
 def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend):
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"rope: freqs must be a RopeFreqs, got {type(freqs).__name__}")
-    offset = 0
-    if positions is not None and not isinstance(positions, Tensor):
-        offset, positions = _offset(positions), None
+    positions, offset = split_offset("rope", positions)
     if cu_seqlens is not None and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
     by = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay)
@@ -100,19 +99,11 @@ def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, b
         by = (*by, freqs.axes)
     options = _options(freqs.attention_factor, offset, interleaved, inverse)
     run = _inplace if inplace else _out_of_place
-    if torch.compiler.is_compiling():
-        return run(q, k, by, options, backend)
-    try:
-        return run(q, k, by, options, backend)
-    except NotImplementedError:
-        raise
-    except (AttributeError, RuntimeError) as error:
-        # The compiled kernels check everything before they start; what they refuse is told in
-        # Python's error types here, and the common case pays for one check only.
-        check(q, k, *by, attention_factor=freqs.attention_factor)
-        if isinstance(error, RuntimeError) and str(error).startswith("rope: "):
-            raise ValueError(str(error).splitlines()[0]) from None
-        raise
+    return explained(
+        "rope",
+        lambda: run(q, k, by, options, backend),
+        lambda: check(q, k, *by, attention_factor=freqs.attention_factor),
+    )
 
 
 def _wants_grad(q, k, inv_freq) -> bool:
@@ -163,14 +154,6 @@ def _inplace(q, k, by, options, backend):
         # Autograd then notices when a tensor that it saved has been overwritten.
         torch.autograd.graph.increment_version((q,) if k is None else (q, k))
     return q, k
-
-
-def _offset(positions: int) -> int:
-    if isinstance(positions, bool) or not isinstance(positions, (int, torch.SymInt)):
-        raise TypeError(
-            f"rope: positions must be a Tensor, an int or None, got {type(positions).__name__}"
-        )
-    return positions
 
 
 def _suffix(backend: str, q: Tensor) -> str:
