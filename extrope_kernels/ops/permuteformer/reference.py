@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .sweep import Swept, Sweep, feature
+from .sweep import Sweep, Swept, feature
 
 
 def sweep(x: Tensor, y: Tensor, w: Tensor, by: Sweep) -> Swept:
