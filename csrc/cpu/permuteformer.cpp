@@ -114,9 +114,9 @@ class Run {
       kernel_.gather(p_, parts_[i], workspace, state(i));
     });
     p_.causal ? chain() : join();
-    each(count, [&](int64_t i, float* workspace) {
-      kernel_.sweep(p_, parts_[i], workspace, state(i));
-      if (p_.last_state && is_last(i)) kernel_.save(p_, parts_[i], state(i));
+    const int64_t group = grouped();
+    each(count / group, [&](int64_t i, float* workspace) {
+      sweep(i * group, (i + 1) * group, workspace);
     });
   }
 
@@ -124,6 +124,36 @@ class Run {
   bool is_first(int64_t i) const { return parts_[i].first == 0; }
   bool is_last(int64_t i) const { return parts_[i].first + parts_[i].count == parts_[i].length; }
   float* state(int64_t i) const { return states_.get() + i * plan_.state; }
+
+  // How many neighbours, heads of one sequence, walk through their tokens side by side. They share
+  // pages of memory, and a row of the next one is fetched with that of one.
+  int64_t grouped() const {
+    const int64_t count = static_cast<int64_t>(parts_.size());
+    const bool whole = std::all_of(parts_.begin(), parts_.end(),
+                                   [](const SweepPart& part) { return part.count == part.length; });
+    int64_t group = whole ? p_.heads : 1;
+    const auto balanced = [&](int64_t tasks) {
+      return tasks % threads_ == 0 || tasks >= kPartsPerThread * threads_;
+    };
+    while (group > 1 && (p_.heads % group != 0 || !balanced(count / group))) --group;
+    return group;
+  }
+
+  void sweep(int64_t begin, int64_t end, float* workspace) {
+    const SweepPart& whole = parts_[begin];
+    const int64_t step = end - begin == 1 ? std::max<int64_t>(whole.count, 1) : plan_.chunk;
+    for (int64_t first = 0; first < whole.count; first += step) {
+      for (int64_t i = begin; i < end; ++i) {
+        SweepPart part = parts_[i];
+        part.first += first;
+        part.count = std::min(step, whole.count - first);
+        kernel_.sweep(p_, part, workspace, state(i));
+      }
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      if (p_.last_state && is_last(i)) kernel_.save(p_, parts_[i], state(i));
+    }
+  }
 
   // Each part's own sum becomes the state that it starts from: of all parts before it.
   void chain() {

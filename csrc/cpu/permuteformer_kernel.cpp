@@ -106,21 +106,43 @@ struct Chunk {
 
 inline floats feature(floats v) { return (v < floats{} ? floats{} : v) + kFeatureEps; }
 
+// Rows of one head are too short and too far apart for the processor to see where they lead.
+template <typename T>
+void prefetch_row(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
+    __builtin_prefetch(row + d, 0, 2);
+  }
+}
+
+template <bool Phi, typename T>
+void pack_row(const T* from, int64_t dim, int64_t step, float* to) {
+  int64_t d = 0;
+  for (; d + kFloats <= dim; d += kFloats) {
+    const floats v = load_wide(from + d);
+    store(to + d, Phi ? feature(v) : v);
+  }
+  for (; d < dim; ++d) to[d] = Phi ? feature(floats{} + widen(from[d]))[0] : widen(from[d]);
+  for (; d < step; ++d) to[d] = 0.0f;
+}
+
 // Rows of x as floats, `step` apart, zero past dim and past the chunk's last row.
+template <bool Phi, typename T>
+void pack_rows(const Part& part, const Chunk& chunk, const SweepTensor& x, int64_t head,
+               int64_t dim, int64_t step, int64_t padded, float* to) {
+  const int64_t h = first_head(part.p, part.part, x.heads) + head;
+  for (int64_t i = 0; i < chunk.count; ++i) {
+    const T* from = static_cast<const T*>(x.data) + part.offset(x, h, chunk.first + i);
+    if (h + 1 < x.heads) prefetch_row(from + x.head, dim);  // the next to be packed
+    pack_row<Phi>(from, dim, step, to + i * step);
+  }
+  std::memset(to + chunk.count * step, 0, (padded - chunk.count) * step * sizeof(float));
+}
+
 template <typename T>
 void pack(const Part& part, const Chunk& chunk, const SweepTensor& x, int64_t head, int64_t dim,
           bool phi, int64_t step, int64_t padded, float* to) {
-  const int64_t h = first_head(part.p, part.part, x.heads) + head;
-  for (int64_t i = 0; i < chunk.count; ++i) {
-    float* row = to + i * step;
-    widen_row(static_cast<const T*>(x.data) + part.offset(x, h, chunk.first + i), dim, row);
-    if (phi) {
-      // The last vector may reach past dim, into lanes that are cleared next.
-      for (int64_t d = 0; d < dim; d += kFloats) store(row + d, feature(load<floats>(row + d)));
-    }
-    std::memset(row + dim, 0, (step - dim) * sizeof(float));
-  }
-  std::memset(to + chunk.count * step, 0, (padded - chunk.count) * step * sizeof(float));
+  phi ? pack_rows<true, T>(part, chunk, x, head, dim, step, padded, to)
+      : pack_rows<false, T>(part, chunk, x, head, dim, step, padded, to);
 }
 
 // Puts the extra numbers behind the lanes of each row.
@@ -143,6 +165,12 @@ void pack_x(const Part& part, const Chunk& chunk, int64_t head) {
   const SweepParams& p = part.p;
   pack<T>(part, chunk, p.x, head, p.score_dim, p.phi_scores, part.n.lanes, chunk.rows, part.s.x);
   if (p.extra) pack_extra(part, chunk, p.x_extra, head, part.s.x);
+  const int64_t out_head = first_head(p, part.part, p.out.heads) + head;
+  for (int64_t i = 0; i < chunk.count; ++i) {
+    const int64_t at = part.offset(p.out, out_head, chunk.first + i);
+    p.out_is_float ? prefetch_row(static_cast<const float*>(p.out.data) + at, p.value_dim)
+                   : prefetch_row(static_cast<const T*>(p.out.data) + at, p.value_dim);
+  }
 }
 
 template <typename T>
@@ -304,7 +332,7 @@ void add_to_state(const Part& part, const Chunk& chunk, bool shrink) {
 // ----------------------------------------------------------------------------------------------
 // Chunks
 
-template <typename Gate, typename Out>
+template <typename T, typename Out>
 void finish(const Part& part, const Chunk& chunk, int64_t head) {
   const SweepParams& p = part.p;
   const int64_t out_head = first_head(p, part.part, p.out.heads) + head;
@@ -312,19 +340,23 @@ void finish(const Part& part, const Chunk& chunk, int64_t head) {
   for (int64_t i = 0; i < chunk.count; ++i) {
     const int64_t at = chunk.first + i;
     float* row = part.s.out + i * part.n.wide;
+    float factor = 1.0f;
     if (p.den) {
-      const RowNumbers den{p.den, p.x.heads};
-      *part.number(den, head, at) = part.s.den[i];
-      scale_row(row, part.n.wide, 1.0f / part.s.den[i]);
+      *part.number({p.den, p.x.heads}, head, at) = part.s.den[i];
+      factor /= part.s.den[i];
     } else if (p.x_scale.data) {
-      scale_row(row, part.n.wide, *part.number(p.x_scale, head, at));
+      factor = *part.number(p.x_scale, head, at);
     }
     if (p.gate.data) {
-      const Gate* gate = static_cast<const Gate*>(p.gate.data) + part.offset(p.gate, gate_head, at);
+      const T* gate = static_cast<const T*>(p.gate.data) + part.offset(p.gate, gate_head, at);
       for (int64_t d = 0; d < p.value_dim; ++d) row[d] = widen(gate[d]) > 0.0f ? row[d] : 0.0f;
     }
-    narrow_row(row, p.value_dim,
-               static_cast<Out*>(p.out.data) + part.offset(p.out, out_head, at));
+    Out* to = static_cast<Out*>(p.out.data) + part.offset(p.out, out_head, at);
+    int64_t d = 0;
+    for (; d + kFloats <= p.value_dim; d += kFloats) {
+      store_narrow(to + d, load<floats>(row + d) * broadcast(factor));
+    }
+    for (; d < p.value_dim; ++d) narrow(row[d] * factor, to[d]);
   }
 }
 
