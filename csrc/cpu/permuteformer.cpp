@@ -29,10 +29,10 @@ constexpr int64_t kPartsPerThread = 4;  // so that none waits long for the last 
 // so are the sums.
 constexpr int64_t kGatherTokens = 1536;
 
-#define EXTROPE_KERNELS(isa)                                                             \
-  SweepKernels {                                                                         \
-    sweep_plan_##isa, sweep_gather_##isa, sweep_part_##isa, sweep_load_##isa,            \
-        sweep_save_##isa, sweep_dots_##isa                                               \
+#define EXTROPE_KERNELS(isa)                                                                    \
+  SweepKernels {                                                                                \
+    sweep_plan_##isa, sweep_gather_##isa, sweep_part_##isa, sweep_load_##isa, sweep_save_##isa, \
+        sweep_dots_##isa                                                                        \
   }
 
 SweepKernels kernels() {
@@ -115,9 +115,8 @@ class Run {
     });
     p_.causal ? chain() : join();
     const int64_t group = grouped();
-    each(count / group, [&](int64_t i, float* workspace) {
-      sweep(i * group, (i + 1) * group, workspace);
-    });
+    each(count / group,
+         [&](int64_t i, float* workspace) { sweep(i * group, (i + 1) * group, workspace); });
   }
 
  private:
@@ -226,8 +225,8 @@ Tensor empty_numbers(const SweepParams& p, const Tensor& like, int64_t heads) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_sweep(
     Tensor x, Tensor y, Tensor w, OptionalTensor x_scale, OptionalTensor x_extra,
     OptionalTensor y_scale, OptionalTensor y_extra, OptionalTensor gate, OptionalTensor decay,
-    OptionalTensor cu_seqlens, OptionalTensor first_state, OptionalTensor first_sum,
-    int64_t heads, bool phi_scores, bool causal, bool reverse, bool normalize, bool out_is_float,
+    OptionalTensor cu_seqlens, OptionalTensor first_state, OptionalTensor first_sum, int64_t heads,
+    bool phi_scores, bool causal, bool reverse, bool normalize, bool out_is_float,
     bool keep_state) {
   SweepParams p = make_params(x, y, w, heads, cu_seqlens);
   p.phi_scores = phi_scores, p.causal = causal, p.reverse = reverse;
@@ -243,8 +242,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_sweep(
     p.first_state = floats(*first_state, {sequences, heads, p.score_dim, p.value_dim}, "state");
     p.first_sum = floats(*first_sum, {sequences, heads, p.score_dim}, "sum");
   }
-  const Tensor out =
-      empty_rows(p, x, std::max(p.x.heads, heads), p.value_dim, out_is_float);
+  const Tensor out = empty_rows(p, x, std::max(p.x.heads, heads), p.value_dim, out_is_float);
   p.out = view(out, p.cu_seqlens, "out");
   if (gate.has_value()) p.gate = view(*gate, p.cu_seqlens, "gate");
   const Tensor den = normalize ? empty_numbers(p, x, p.x.heads)
@@ -268,14 +266,14 @@ Tensor row_dots(Tensor x, Tensor y, bool packed) {
   p.x = view(x, packed, "x"), p.y = view(y, packed, "y");
   check_like(y, x, "y");
   set_sizes(p, x, packed);
-  const Tensor out = packed ? torch::stable::new_empty(x, {p.x.heads, p.seqlen}, ScalarType::Float)
-                            : torch::stable::new_empty(x, {p.batch, p.x.heads, p.seqlen},
-                                                       ScalarType::Float);
+  const Tensor out =
+      packed ? torch::stable::new_empty(x, {p.x.heads, p.seqlen}, ScalarType::Float)
+             : torch::stable::new_empty(x, {p.batch, p.x.heads, p.seqlen}, ScalarType::Float);
   float* data = static_cast<float*>(out.data_ptr());
   const SweepKernels kernel = kernels();
-  torch::stable::parallel_for(
-      0, p.batch * p.seqlen, kDotGrain,
-      [&](int64_t begin, int64_t end) { kernel.dots(p, begin, end, data); });
+  torch::stable::parallel_for(0, p.batch * p.seqlen, kDotGrain, [&](int64_t begin, int64_t end) {
+    kernel.dots(p, begin, end, data);
+  });
   return out;
 }
 

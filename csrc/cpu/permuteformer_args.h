@@ -45,8 +45,9 @@ inline SweepTensor view(const Tensor& x, bool packed, const char* name) {
   const int64_t d = x.dim();
   require(x.is_cpu() && d == (packed ? 3 : 4) &&
               (x.stride(d - 1) == 1 || x.size(d - 1) <= 1 || x.numel() == 0),
-          name, " must be (batch, seqlen, heads, dim), packed (total, heads, dim), with a "
-                "contiguous last dimension, on the CPU");
+          name,
+          " must be (batch, seqlen, heads, dim), packed (total, heads, dim), with a "
+          "contiguous last dimension, on the CPU");
   return {x.data_ptr(), packed ? 0 : x.stride(0), x.stride(d - 3), x.stride(d - 2), x.size(d - 2)};
 }
 

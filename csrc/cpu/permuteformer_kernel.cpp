@@ -5,9 +5,8 @@
 // what lies before it is in the state, the sum of y w^T decayed to the last token visited. Powers
 // of the decay are those of distances within a chunk, so none overflows, however long the sequence.
 
-#include "permuteformer.h"
-
 #include "gemm.h"
+#include "permuteformer.h"
 #include "workspace.h"
 
 #define EXTROPE_JOIN(a, b) a##b
@@ -72,9 +71,7 @@ struct Part {
     }
     std::memset(s.falling + kChunk, 0, kChunk * sizeof(float));
   }
-  int64_t token(int64_t i) const {
-    return part.token + (p.reverse ? part.length - 1 - i : i);
-  }
+  int64_t token(int64_t i) const { return part.token + (p.reverse ? part.length - 1 - i : i); }
   int64_t offset(const SweepTensor& x, int64_t head, int64_t i) const {
     return part.batch * x.batch + token(i) * x.seq + head * x.head;
   }
@@ -404,10 +401,10 @@ void dots(const SweepParams& p, int64_t begin, int64_t end, float* out) {
   for (int64_t token = begin; token < end; ++token) {
     const int64_t batch = token / p.seqlen, seq = token % p.seqlen;
     for (int64_t head = 0; head < p.x.heads; ++head) {
-      const T* x = static_cast<const T*>(p.x.data) + batch * p.x.batch + seq * p.x.seq +
-                   head * p.x.head;
-      const T* y = static_cast<const T*>(p.y.data) + batch * p.y.batch + seq * p.y.seq +
-                   head * p.y.head;
+      const T* x =
+          static_cast<const T*>(p.x.data) + batch * p.x.batch + seq * p.x.seq + head * p.x.head;
+      const T* y =
+          static_cast<const T*>(p.y.data) + batch * p.y.batch + seq * p.y.seq + head * p.y.head;
       floats sums{};
       int64_t d = 0;
       for (; d + kFloats <= p.score_dim; d += kFloats) sums += load_wide(x + d) * load_wide(y + d);

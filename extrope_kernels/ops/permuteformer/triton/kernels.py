@@ -21,7 +21,7 @@ def _first_head(head, of, heads):
 
 @triton.jit
 def _log2_decay(log2_decay, head):
-    if log2_decay is None:
+    if log2_decay is None:  # noqa: SIM108  (a conditional expression compiles both sides)
         rate = 0.0
     else:
         rate = tl.load(log2_decay + head)
@@ -69,7 +69,7 @@ def _load_states(states, slot, first, TILE: tl.constexpr):
 def _store_states(states, slot, first, state, key_sum, extra_sum, TILE: tl.constexpr):
     pointers, inside = _load_state(states[0], slot, first, TILE)
     tl.store(pointers, state, mask=inside)
-    if TILE.key_sum:
+    if TILE.key_sum:  # noqa: SIM102  (known when compiled; the other, when it runs)
         if first == 0:  # the other programs of this state have the same
             pointers, inside = _vector(states[1], slot, 0, TILE.score_dim, TILE.score_lanes)
             tl.store(pointers, key_sum, mask=inside)
@@ -244,9 +244,9 @@ def sweep_kernel(
                 )
         if TILE.normalize:
             sums /= total[:, None]
-            at = (tl.cast(batch, tl.int64) * x.heads + head_x) * seqlen
             if lane == 0:  # the other programs of this row have the same
-                tl.store(den + at + token, total, mask=live)
+                row_of_head = (tl.cast(batch, tl.int64) * x.heads + head_x) * seqlen
+                tl.store(den + row_of_head + token, total, mask=live)
         else:
             sums *= load_numbers(x_scale, batch, head_x, token, live, seqlen)[:, None]
         if gate.pointer is not None:
@@ -261,6 +261,6 @@ def sweep_kernel(
         offset = tl.cast(token, tl.int64)[:, None] * out.seq + lanes[None, :]
         inside = live[:, None] & (lanes < TILE.value_dim)[None, :]
         tl.store(base + offset, sums.to(out.pointer.dtype.element_ty), mask=inside)
-    if last_states is not None:
+    if last_states is not None:  # noqa: SIM102  (as above)
         if (end == length) & (head_out == head * (out.heads // heads)):
             _store_states(last_states, batch * heads + head, lane, state, key_sum, extra_sum, TILE)

@@ -74,11 +74,7 @@ def place(parts, cu_seqlens, part_starts, num_sequences, search_steps, seqlen, T
 @triton.jit
 def tokens(begin, seqlen, position, TILE: tl.constexpr):
     """Where the tokens that are visited at `position` lie."""
-    if TILE.reverse:
-        token = begin + seqlen - 1 - position
-    else:
-        token = begin + position
-    return token
+    return begin + seqlen - 1 - position if TILE.reverse else begin + position
 
 
 @triton.jit
@@ -116,9 +112,7 @@ def product(a, b):
 
 
 @triton.jit
-def add_keys(
-    state, key_sum, extra_sum, y, w, weights, y_extra, TILE: tl.constexpr
-):
+def add_keys(state, key_sum, extra_sum, y, w, weights, y_extra, TILE: tl.constexpr):
     """Add a chunk's sum of weights_j f(y_j) g(w_j)^T to a state, and what goes with it."""
     LANES: tl.constexpr = TILE.score_lanes
     weighted = y.to(tl.float32) * weights[:, None]
