@@ -10,10 +10,16 @@ from .ops.attention import (
     rerope_attention_with_kvcache,
 )
 from .ops.permute import head_permutations, permute, permute_qk
+from .ops.permuteformer import (
+    PermuteFormerState,
+    permuteformer_attention,
+    permuteformer_step,
+)
 from .ops.rope import apply_rope, apply_rope_qk
 
 __version__ = "0.1.0"
 __all__ = [
+    "PermuteFormerState",
     "RopeFreqs",
     "apply_rope",
     "apply_rope_qk",
@@ -24,6 +30,8 @@ __all__ = [
     "methods",
     "permute",
     "permute_qk",
+    "permuteformer_attention",
+    "permuteformer_step",
     "positions",
     "rerope_attention",
     "rerope_attention_with_kvcache",
