@@ -6,7 +6,7 @@ rotated inputs. All are measured in turn in one run.
 
 Operations, multiplications and additions of a token and head, D = head_dim:
     softmax    4 D (N + 1) / 2          scores and values of the pairs that are seen
-    linear     4 D D + 4 D (C + 1) / 2  the state read and written, and the pairs within a chunk of C
+    linear     4 D D + 4 D (C + 1) / 2  the state read and written, pairs within a chunk of C
 Neither counts exponentials, powers, permutations, rotations or memory. "predicted" is their ratio,
 "measured" that of the times; at N = 16384 it has to be at least half the predicted one.
 """
