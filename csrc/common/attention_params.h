@@ -19,6 +19,12 @@ struct AttentionTensor {
   int64_t batch, seq, head;
 };
 
+// By what rows turn as they are read: for each token a row of cosines, then as many sines.
+struct AttentionTurn {
+  const float* table;  // nullptr: the rows come turned
+  int64_t batch, seq;  // strides
+};
+
 struct AttentionParams {
   DType dtype;
   int64_t batch, seqlen_q, seqlen_k;  // packed: batch 1, both seqlens the number of tokens
@@ -33,6 +39,10 @@ struct AttentionParams {
   int64_t num_sequences;
 
   AttentionTensor q[kMaxRegions], k[kMaxRegions];
+  // Where q turns, its regions share one tensor, and so do those of k, of dq and of dk.
+  AttentionTurn q_turn[kMaxRegions], k_turn[kMaxRegions];
+  int64_t half;  // pairs of lanes that turn
+  bool interleaved;
   AttentionTensor v, out;
   float* lse;  // (batch, heads_q, seqlen_q), contiguous
 

@@ -122,13 +122,30 @@ bool follows(const QueryTile& tile, const QueryTile& previous) {
          tile.head == previous.head && tile.row > previous.row;
 }
 
+// In which order tiles start: those of as many heads as there are threads in turn, so that threads
+// seldom wait for each other's sums, nor fetch them from each other's caches.
+std::vector<int64_t> by_turns(const std::vector<QueryTile>& tiles) {
+  std::vector<int64_t> order(tiles.size()), chain(tiles.size());
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    order[i] = static_cast<int64_t>(i);
+    if (i > 0) chain[i] = chain[i - 1] + !follows(tiles[i], tiles[i - 1]);
+  }
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto rank = [&](int64_t i) { return std::pair(chain[i] / threads, tiles[i].row); };
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return rank(a) < rank(b); });
+  return order;
+}
+
 void run_backward(const AttentionParams& p) {
   const Kernels kernel = kernels();
   const TilePlan plan = kernel.backward_plan(p);
   const std::vector<QueryTile> tiles = cut(p, plan.rows);
   if (tiles.empty()) return;
   const std::unique_ptr<KeysDone[]> done(new KeysDone[tiles.size()]());
-  run(p, static_cast<int64_t>(tiles.size()), plan.workspace, [&](int64_t i, float* workspace) {
+  const std::vector<int64_t> order = by_turns(tiles);
+  run(p, static_cast<int64_t>(tiles.size()), plan.workspace, [&](int64_t n, float* workspace) {
+    const int64_t i = order[n];
     const bool first = i == 0 || !follows(tiles[i], tiles[i - 1]);
     kernel.backward_tile(p, tiles[i], plan, workspace, first ? nullptr : &done[i - 1], &done[i]);
   });
@@ -152,9 +169,11 @@ std::vector<int64_t> shape(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> forward(Tensors q, Tensors k, Tensor v, OptionalTensor row_scale,
                                    OptionalTensor cu_seqlens, std::vector<int64_t> starts,
-                                   int64_t granularity, double softmax_scale) {
-  AttentionParams p =
-      make_params(q, k, v, {row_scale, cu_seqlens, starts, granularity, softmax_scale});
+                                   int64_t granularity, double softmax_scale, Tensors q_turns,
+                                   Tensors k_turns, bool interleaved) {
+  AttentionParams p = make_params(
+      q, k, v,
+      {row_scale, cu_seqlens, starts, granularity, softmax_scale, q_turns, k_turns, interleaved});
   const bool packed = cu_seqlens.has_value();
   const Tensor out = new_empty(q[0], shape(q[0]));
   const Tensor lse = packed ? new_empty(q[0], {p.heads_q, p.seqlen_q}, ScalarType::Float)
@@ -170,9 +189,11 @@ std::tuple<Tensors, Tensors, Tensor> backward(Tensor dout, OptionalTensor dlse, 
                                               Tensors k, Tensor v, Tensor out, Tensor lse,
                                               OptionalTensor row_scale, OptionalTensor cu_seqlens,
                                               std::vector<int64_t> starts, int64_t granularity,
-                                              double softmax_scale) {
-  AttentionParams p =
-      make_params(q, k, v, {row_scale, cu_seqlens, starts, granularity, softmax_scale});
+                                              double softmax_scale, Tensors q_turns,
+                                              Tensors k_turns, bool interleaved) {
+  AttentionParams p = make_params(
+      q, k, v,
+      {row_scale, cu_seqlens, starts, granularity, softmax_scale, q_turns, k_turns, interleaved});
   const bool packed = cu_seqlens.has_value();
   check_like(dout, q[0], "dout", "q");
   check_like(out, q[0], "out", "q");
@@ -182,11 +203,13 @@ std::tuple<Tensors, Tensors, Tensor> backward(Tensor dout, OptionalTensor dlse, 
   if (dlse.has_value()) p.dlse = check_lse(p, *dlse, "dlse");
   Tensors dq, dk;
   for (int64_t r = 0; r < p.regions; ++r) {
-    dq.push_back(new_empty(q[0], shape(q[0]), ScalarType::Float));
-    dk.push_back(zeros_like(k[0], shape(k[0])));
-    p.dq[r] = view(dq[r], packed, "dq");
-    p.dk[r] = view(dk[r], packed, "dk");
-    prefer_huge_pages(p.dq[r].data, dq[r].numel() * static_cast<int64_t>(sizeof(float)));
+    if (r == 0 || q_turns.empty()) {
+      dq.push_back(new_empty(q[0], shape(q[0]), ScalarType::Float));
+      dk.push_back(zeros_like(k[0], shape(k[0])));
+    }
+    p.dq[r] = view(dq.back(), packed, "dq");
+    p.dk[r] = view(dk.back(), packed, "dk");
+    prefer_huge_pages(p.dq[r].data, dq.back().numel() * static_cast<int64_t>(sizeof(float)));
   }
   const Tensor dv = zeros_like(v, shape(v));
   p.dv = view(dv, packed, "dv");

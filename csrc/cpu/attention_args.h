@@ -29,6 +29,8 @@ struct Options {
   std::vector<int64_t> starts;
   int64_t granularity;
   double softmax_scale;
+  std::vector<Tensor> q_turns, k_turns;  // one a region, empty: not turned; or none at all
+  bool interleaved;
 };
 
 inline DType dtype_of(const Tensor& q) {
@@ -115,6 +117,38 @@ inline void set_cu_seqlens(AttentionParams& p, const Tensor& cu_seqlens) {
   require(ordered, "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen_q);
 }
 
+// A table (batch or 1, tokens, 2 * half), or an empty tensor.
+inline AttentionTurn turn_of(AttentionParams& p, const Tensor& table, int64_t tokens,
+                             const char* name) {
+  if (table.numel() == 0) return {};
+  require(table.scalar_type() == ScalarType::Float && table.dim() == 3 && table.is_contiguous() &&
+              table.is_cpu() && (table.size(0) == p.batch || table.size(0) == 1) &&
+              table.size(1) == tokens && table.size(2) % 2 == 0 && table.size(2) <= p.head_dim &&
+              (p.half == 0 || p.half == table.size(2) / 2),
+          "every table of ", name, " must be contiguous float32 (", p.batch, " or 1, ", tokens,
+          ", rotary_dim), got shape ", shape_of(table));
+  p.half = table.size(2) / 2;
+  return {static_cast<const float*>(table.data_ptr()), table.size(0) > 1 ? table.stride(0) : 0,
+          table.stride(1)};
+}
+
+inline void set_turns(AttentionParams& p, const Options& options) {
+  p.interleaved = options.interleaved;
+  const auto& q = options.q_turns;
+  const auto& k = options.k_turns;
+  if (q.empty() && k.empty()) return;
+  const size_t regions = options.starts.size();
+  require(p.dtype == DType::f32, "q and k turn in the kernel in float32 only");
+  require(q.size() == regions && k.size() == regions,
+          "q_turns and k_turns must be empty or have one tensor a region (", p.regions, "), got ",
+          q.size(), " and ", k.size());
+  for (int64_t r = 0; r < p.regions; ++r) {
+    p.q_turn[r] = turn_of(p, q[r], p.seqlen_q, "q_turns");
+    p.k_turn[r] = turn_of(p, k[r], p.seqlen_k, "k_turns");
+    require(p.q_turn[r].table || p.seqlen_q == 0, "every region must turn q, or none");
+  }
+}
+
 inline AttentionParams make_params(const std::vector<Tensor>& q, const std::vector<Tensor>& k,
                                    const Tensor& v, const Options& options) {
   AttentionParams p{};
@@ -133,6 +167,7 @@ inline AttentionParams make_params(const std::vector<Tensor>& q, const std::vect
   set_sizes(p, q[0], k[0], packed);
   p.v = view(v, packed, "v");
   check_like(v, k[0], "v", "k");
+  set_turns(p, options);
   if (options.row_scale.has_value()) set_row_scale(p, *options.row_scale);
   if (packed) set_cu_seqlens(p, *options.cu_seqlens);
   return p;

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "attention.h"
+#include "attention_lane_sums.h"
 #include "attention_tile.h"
 #include "exp2.h"
 
@@ -16,8 +17,8 @@
 namespace extrope {
 namespace {
 
-constexpr int64_t kTileFloats = 16384;  // of lanes times head_dim
-constexpr int64_t kMaxTileLanes = 192, kStepKeys = 144;
+constexpr int64_t kTileFloats = 36864;  // of lanes times head_dim
+constexpr int64_t kMaxTileLanes = 384, kStepKeys = 96;
 constexpr int64_t kKeyBlock = std::lcm(kRows, kTallRows);
 
 struct Backward {
@@ -32,8 +33,10 @@ struct Backward {
     keys = space.take(plan.keys * p.head_dim);
     key_columns = space.take(plan.keys * p.head_dim);
     values = space.take(plan.keys * p.head_dim);
+    key_sums = space.take(plan.keys * wide);
     scores = space.take(plan.keys * lanes);
     dscores = space.take(plan.keys * lanes);
+    seen = reinterpret_cast<int32_t*>(space.take(2 * lanes / kPanel));
     lse = space.take(lanes);
     delta = space.take(lanes);
     scale = space.take(lanes);
@@ -44,26 +47,13 @@ struct Backward {
   float *q, *dout, *dq;              // (panels, head_dim, kPanel)
   float *q_rows, *dout_rows;         // (head_dim / kWide, lanes, kWide)
   float *keys, *values;              // (keys, head_dim)
+  float* key_sums;                   // (keys, head_dim rounded up to kWide)
   float* key_columns;                // (head_dim / kRows, keys, kRows)
   float *scores, *dscores;           // (panels, keys, kPanel)
+  int32_t* seen;                     // (panels, 2): the keys of a step that a panel sees
   float *lse, *delta;                // (lanes,); lse to base 2
   float *scale, *base2_scale, *one;  // (lanes,)
 };
-
-// (head_dim / kWide, lanes, kWide), columns past head_dim and lanes past the last one zero.
-template <typename T>
-void pack_wide(const TileLanes& lanes, const AttentionTensor& x, const float* scale, float* to) {
-  const int64_t dim = lanes.p.head_dim, padded = lanes.panels * kPanel;
-  float row[kMaxHeadDim + kWide] = {};
-  for (int64_t lane = 0; lane < padded; ++lane) {
-    const bool real = lane < lanes.count;
-    if (real) widen_row(static_cast<const T*>(x.data) + lanes.offset(x, lane), dim, row);
-    for (int64_t d = 0; d < dim; d += kWide) {
-      float* piece = to + d * padded + lane * kWide;
-      for (int64_t i = 0; i < kWide; ++i) piece[i] = real ? row[d + i] * scale[lane] : 0.0f;
-    }
-  }
-}
 
 // In eight sums, since delta is later taken from numbers that nearly equal it.
 float dot(const float* a, const float* b, int64_t count) {
@@ -145,11 +135,12 @@ void gradient_blocks(const PanelView& v, const float* values, int64_t dim, int64
   }
 }
 
-// The blocks that the panel does not see count as zero for dk and dv.
-void clear_unseen(const PanelView& v, const PanelBlocks& blocks, int64_t padded) {
+// sum_lanes reads what the panel sees in blocks of kTallRows keys: their rest counts as zero.
+void clear_unseen(const PanelView& v, const PanelBlocks& blocks) {
+  const int64_t before = blocks.begin % kTallRows, end = round_up(blocks.end, kTallRows);
   for (float* x : {v.scores, v.dscores}) {
-    std::memset(x, 0, blocks.begin * kPanel * sizeof(float));
-    std::memset(x + blocks.end * kPanel, 0, (padded - blocks.end) * kPanel * sizeof(float));
+    std::memset(x + (blocks.begin - before) * kPanel, 0, before * kPanel * sizeof(float));
+    std::memset(x + blocks.end * kPanel, 0, (end - blocks.end) * kPanel * sizeof(float));
   }
 }
 
@@ -159,8 +150,10 @@ void visit_panel(const TileLanes& lanes, const Backward& w, int64_t panel, int64
   const PanelView v = panel_view(w, panel, dim, step.padded);
   PanelBlocks b = panel_blocks(panel_keys(lanes, panel, region), step.first, step.count);
   if (b.begin >= b.end) b = {0, 0, 0, 0};
-  clear_unseen(v, b, step.padded);
+  w.seen[2 * panel] = static_cast<int32_t>(b.begin),
+             w.seen[2 * panel + 1] = static_cast<int32_t>(b.end);
   if (b.begin == b.end) return;
+  clear_unseen(v, b);
   LaneKeys visible;
   if (b.full_begin > b.begin || b.end > b.full_end) visible = lane_keys(lanes, panel, region);
   probability_blocks<true>(v, w.keys, dim, b.begin, b.full_begin, visible, step.first);
@@ -176,37 +169,21 @@ void visit_panel(const TileLanes& lanes, const Backward& w, int64_t panel, int64
   }
 }
 
-EXTROPE_INLINE void add_row(float* to, const floats (&sums)[kWideVectors], int64_t columns) {
-  if (columns >= kWide) {
-#pragma GCC unroll 16
-    for (int j = 0; j < kWideVectors; ++j) {
-      store(to + j * kFloats, load<floats>(to + j * kFloats) + sums[j]);
-    }
-    return;
-  }
-  float row[kWide];
-  std::memcpy(row, sums, sizeof(row));
-  for (int64_t i = 0; i < columns; ++i) to[i] += row[i];
-}
-
-// to[key] += sum over lanes of weights[key][lane] * rows[lane], for the keys of a step.
-void add_keys(const TileLanes& lanes, const KeyStep& step, const float* weights, const float* rows,
-              const AttentionTensor& x) {
-  const int64_t dim = lanes.p.head_dim, padded = lanes.panels * kPanel;
-  float* to = static_cast<float*>(x.data) + lanes.tile.batch * x.batch +
-              (lanes.tile.token_k + step.first) * x.seq + lanes.tile.head * x.head;
-  for (int64_t d = 0; d < dim; d += kWide) {
-    for (int64_t key = 0; key < step.count; key += kTallRows) {
-      Sums<kTallRows, kWideVectors> sums{};
-      for (int64_t panel = 0; panel < lanes.panels; ++panel) {
-        multiply_add(sums, weights + (panel * step.padded + key) * kPanel, kPanel, 1,
-                     rows + d * padded + panel * kPanel * kWide, kWide, kPanel);
-      }
-      const int64_t count = smaller(kTallRows, step.count - key);
-#pragma GCC unroll 16
-      for (int i = 0; i < kTallRows; ++i) {
-        if (i < count) add_row(to + (key + i) * x.seq + d, sums.at[i], dim - d);
-      }
+// Writes a region's dq; where q was turned, turns it back and adds it to that of earlier regions.
+void write_dq(const TileLanes& lanes, const Backward& w, int64_t region) {
+  const AttentionParams& p = lanes.p;
+  const AttentionTensor& x = p.dq[region];
+  float row[kMaxHeadDim], back[kMaxHeadDim];
+  for (int64_t lane = 0; lane < lanes.count; ++lane) {
+    float* to = static_cast<float*>(x.data) + lanes.offset(x, lane);
+    const float* by =
+        turn_at(p.q_turn[region], lanes.tile.batch, lanes.tile.token_q + lanes.row(lane));
+    unpack_lane(w.dq, lane, p.head_dim, w.scale[lane], row);
+    if (by) turn_row({p.head_dim, p.half, p.interleaved}, row, by, by + p.half, -1.0f, back);
+    if (by && region > 0) {
+      add_row(back, p.head_dim, to);
+    } else {
+      std::memcpy(to, by ? back : row, p.head_dim * sizeof(float));
     }
   }
 }
@@ -223,35 +200,39 @@ void backward_region(const TileLanes& lanes, const TilePlan& plan, const Backwar
   std::memset(w.dq, 0, lanes.panels * kPanel * p.head_dim * sizeof(float));
   const PanelKeys keys = tile_keys(lanes, region);
   if (keys.first < keys.last) {
-    pack_panels<T>(lanes, p.q[region], w.base2_scale, w.q);
-    pack_wide<T>(lanes, p.q[region], w.scale, w.q_rows);
+    pack_panels<T>(lanes, p.q[region], p.q_turn[region], w.base2_scale, w.q);
+    pack_wide<T>(lanes, p.q[region], p.q_turn[region], w.scale, w.q_rows);
   }
   for (int64_t first = keys.first; first < keys.last; first += plan.keys) {
     const int64_t count = smaller(plan.keys, keys.last - first);
     const KeyStep step{first, count, round_up(count, kKeyBlock)};
-    pack_rows<T>(lanes, p.v, step, w.values);
-    pack_rows<T>(lanes, p.k[region], step, w.keys);
+    pack_rows<T>(lanes, p.v, {}, step, w.values);
+    pack_rows<T>(lanes, p.k[region], p.k_turn[region], step, w.keys);
     pack_columns(w.keys, p.head_dim, step.padded, w.key_columns);
     const int64_t next = first + count, next_count = smaller(plan.keys, keys.last - next);
     for (int64_t panel = 0; panel < lanes.panels; ++panel) {
       prefetch_share<T>(lanes, p.k[region], next, next_count, panel);
       prefetch_share<T>(lanes, p.v, next, next_count, panel);
+      prefetch_share<float>(lanes, p.dk[region], first, count, panel);
+      prefetch_share<float>(lanes, p.dv, first, count, panel);
       visit_panel(lanes, w, panel, region, step);
     }
+    sum_lanes(lanes, step, w.seen, w.scores, w.dout_rows, w.key_sums);
     wait_for_keys(previous, first + count);
-    add_keys(lanes, step, w.scores, w.dout_rows, p.dv);
-    add_keys(lanes, step, w.dscores, w.q_rows, p.dk[region]);
+    add_keys(lanes, step, {}, w.key_sums, p.dv);
+    sum_lanes(lanes, step, w.seen, w.dscores, w.q_rows, w.key_sums);
+    add_keys(lanes, step, p.k_turn[region], w.key_sums, p.dk[region]);
     done->store(smaller(first + count, next_key(lanes, region + 1)), std::memory_order_release);
   }
-  unpack_panels<float>(lanes, w.dq, w.scale, p.dq[region]);
+  write_dq(lanes, w, region);
 }
 
 template <typename T>
 void backward(const TileLanes& lanes, const TilePlan& plan, const Backward& w, KeysDone* previous,
               KeysDone* done) {
   load_statistics<T>(lanes, w);
-  pack_panels<T>(lanes, lanes.p.dout, w.one, w.dout);
-  pack_wide<T>(lanes, lanes.p.dout, w.one, w.dout_rows);
+  pack_panels<T>(lanes, lanes.p.dout, {}, w.one, w.dout);
+  pack_wide<T>(lanes, lanes.p.dout, {}, w.one, w.dout_rows);
   for (int64_t region = 0; region < lanes.p.regions; ++region) {
     backward_region<T>(lanes, plan, w, region, previous, done);
   }
@@ -263,11 +244,10 @@ void backward(const TileLanes& lanes, const TilePlan& plan, const Backward& w, K
 
 TilePlan EXTROPE_EXPAND(attention_backward_plan_, EXTROPE_ISA)(const AttentionParams& p) {
   TilePlan plan{};
-  const int64_t longest_q = greater(p.seqlen_q, 1), longest_k = greater(p.seqlen_k, 1);
   const int64_t lanes =
       greater(smaller(kTileFloats / p.head_dim, kMaxTileLanes) / kPanel, 1) * kPanel;
-  plan.rows = smaller(greater(lanes / (p.heads_q / p.heads_k), 1), longest_q);
-  plan.keys = smaller(kStepKeys, round_up(longest_k, kKeyBlock));
+  plan.rows = tile_rows(p, lanes);
+  plan.keys = smaller(kStepKeys, round_up(greater(p.seqlen_k, 1), kKeyBlock));
   plan.workspace = Backward(p, plan, nullptr).space.used();
   return plan;
 }

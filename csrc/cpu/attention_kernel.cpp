@@ -15,7 +15,7 @@
 namespace extrope {
 namespace {
 
-constexpr int64_t kTileLanes = 384, kStepKeys = 192;
+constexpr int64_t kTileLanes = 768, kStepKeys = 128;
 // The running maximum starts here rather than at -inf, so that differences are never NaN.
 constexpr float kLowest = -1e30f;
 
@@ -114,13 +114,15 @@ void visit_panel(const TileLanes& lanes, const Forward& w, int64_t panel, int64_
 // Divides by the sums of probabilities and writes out and lse.
 template <typename T>
 void finish(const TileLanes& lanes, const Forward& w) {
+  float row[kMaxHeadDim];
   for (int64_t lane = 0; lane < lanes.count; ++lane) {
     const float sum = w.sum[lane];
-    w.scale[lane] = sum == 0.0f ? 0.0f : 1.0f / sum;
     lanes.p.lse[lanes.statistic(lane)] =
         sum == 0.0f ? -__builtin_inff() : w.maximum[lane] * kLn2 + __builtin_logf(sum);
+    unpack_lane(w.out, lane, lanes.p.head_dim, sum == 0.0f ? 0.0f : 1.0f / sum, row);
+    narrow_row(row, lanes.p.head_dim,
+               static_cast<T*>(lanes.p.out.data) + lanes.offset(lanes.p.out, lane));
   }
-  unpack_panels<T>(lanes, w.out, w.scale, lanes.p.out);
 }
 
 template <typename T>
@@ -134,13 +136,13 @@ void forward(const TileLanes& lanes, const TilePlan& plan, const Forward& w) {
   for (int64_t region = 0; region < p.regions; ++region) {
     const PanelKeys keys = tile_keys(lanes, region);
     if (keys.first >= keys.last) continue;
-    pack_panels<T>(lanes, p.q[region], w.scale, w.q);
+    pack_panels<T>(lanes, p.q[region], p.q_turn[region], w.scale, w.q);
     for (int64_t first = keys.first; first < keys.last; first += plan.keys) {
       const int64_t count = smaller(plan.keys, keys.last - first);
       const KeyStep step{first, count, round_up(count, kRows)};
-      pack_rows<T>(lanes, p.v, step, w.keys);
+      pack_rows<T>(lanes, p.v, {}, step, w.keys);
       pack_columns(w.keys, p.head_dim, step.padded, w.values);
-      pack_rows<T>(lanes, p.k[region], step, w.keys);
+      pack_rows<T>(lanes, p.k[region], p.k_turn[region], step, w.keys);
       const int64_t next = first + count, next_count = smaller(plan.keys, keys.last - next);
       for (int64_t panel = 0; panel < lanes.panels; ++panel) {
         prefetch_share<T>(lanes, p.k[region], next, next_count, panel);
@@ -156,9 +158,8 @@ void forward(const TileLanes& lanes, const TilePlan& plan, const Forward& w) {
 
 TilePlan EXTROPE_EXPAND(attention_plan_, EXTROPE_ISA)(const AttentionParams& p) {
   TilePlan plan{};
-  const int64_t longest_q = greater(p.seqlen_q, 1), longest_k = greater(p.seqlen_k, 1);
-  plan.rows = smaller(greater(kTileLanes / (p.heads_q / p.heads_k), 1), longest_q);
-  plan.keys = smaller(kStepKeys, round_up(longest_k, kRows));
+  plan.rows = tile_rows(p, kTileLanes);
+  plan.keys = smaller(kStepKeys, round_up(greater(p.seqlen_k, 1), kRows));
   plan.workspace = Forward(p, plan, nullptr).space.used();
   return plan;
 }

@@ -9,6 +9,7 @@
 
 #include "../common/attention_params.h"
 #include "gemm.h"
+#include "turn_row.h"
 #include "workspace.h"
 
 namespace extrope {
@@ -16,6 +17,15 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 constexpr int64_t kMaxHeadDim = 256;
+
+// Tiles of many lanes share what they pack among more of them; but every head should make kTiles at
+// least, so that there are some for every thread.
+inline int64_t tile_rows(const AttentionParams& p, int64_t lanes) {
+  constexpr int64_t kTiles = 8, kLeastLanes = 192;
+  const int64_t group = p.heads_q / p.heads_k, least = smaller(kLeastLanes, lanes);
+  lanes = smaller(round_up(greater(p.seqlen_q * group / kTiles, least), kPanel), lanes);
+  return smaller(greater(lanes / group, 1), greater(p.seqlen_q, 1));
+}
 
 // The lanes of one tile, in panels of kPanel; the last panel is padded.
 struct TileLanes {
@@ -106,6 +116,17 @@ EXTROPE_INLINE void mask_block(Sums<kRows, kPanelVectors>& sums, const LaneKeys&
 // ----------------------------------------------------------------------------------------------
 // Packing
 
+// Cosines and sines of one token; nullptr where rows do not turn.
+inline const float* turn_at(const AttentionTurn& turn, int64_t batch, int64_t token) {
+  return turn.table ? turn.table + batch * turn.batch + token * turn.seq : nullptr;
+}
+
+template <typename T>
+inline void read_row(const AttentionParams& p, const T* from, const float* turn, float* to) {
+  if (!turn) return widen_row(from, p.head_dim, to);
+  turn_row({p.head_dim, p.half, p.interleaved}, from, turn, turn + p.half, 1.0f, to);
+}
+
 // The keys of one step in a head of k or v; rows past the last one count as zero.
 struct KeyStep {
   int64_t first, count, padded;
@@ -119,11 +140,13 @@ inline const T* key_row(const TileLanes& lanes, const AttentionTensor& x, int64_
 
 // (padded, head_dim)
 template <typename T>
-inline void pack_rows(const TileLanes& lanes, const AttentionTensor& x, const KeyStep& step,
-                      float* to) {
+inline void pack_rows(const TileLanes& lanes, const AttentionTensor& x, const AttentionTurn& turn,
+                      const KeyStep& step, float* to) {
   const int64_t dim = lanes.p.head_dim;
   for (int64_t i = 0; i < step.count; ++i) {
-    widen_row(key_row<T>(lanes, x, step.first + i), dim, to + i * dim);
+    const int64_t key = step.first + i;
+    read_row(lanes.p, key_row<T>(lanes, x, key),
+             turn_at(turn, lanes.tile.batch, lanes.tile.token_k + key), to + i * dim);
   }
   std::memset(to + step.count * dim, 0, (step.padded - step.count) * dim * sizeof(float));
 }
@@ -157,31 +180,31 @@ inline void pack_columns(const float* rows, int64_t dim, int64_t padded, float* 
   }
 }
 
+template <typename T>
+inline void read_lane(const TileLanes& lanes, const AttentionTensor& x, const AttentionTurn& turn,
+                      int64_t lane, float* to) {
+  read_row(lanes.p, static_cast<const T*>(x.data) + lanes.offset(x, lane),
+           turn_at(turn, lanes.tile.batch, lanes.tile.token_q + lanes.row(lane)), to);
+}
+
 // (panels, head_dim, kPanel), the lanes past the last one zero.
 template <typename T>
-inline void pack_panels(const TileLanes& lanes, const AttentionTensor& x, const float* scale,
-                        float* to) {
+inline void pack_panels(const TileLanes& lanes, const AttentionTensor& x, const AttentionTurn& turn,
+                        const float* scale, float* to) {
   const int64_t dim = lanes.p.head_dim;
   float row[kMaxHeadDim];
   for (int64_t lane = 0; lane < lanes.panels * kPanel; ++lane) {
     float* column = to + lane / kPanel * dim * kPanel + lane % kPanel;
     const bool real = lane < lanes.count;
-    if (real) widen_row(static_cast<const T*>(x.data) + lanes.offset(x, lane), dim, row);
+    if (real) read_lane<T>(lanes, x, turn, lane, row);
     for (int64_t d = 0; d < dim; ++d) column[d * kPanel] = real ? row[d] * scale[lane] : 0.0f;
   }
 }
 
-// The inverse of pack_panels.
-template <typename T>
-inline void unpack_panels(const TileLanes& lanes, const float* from, const float* scale,
-                          const AttentionTensor& x) {
-  const int64_t dim = lanes.p.head_dim;
-  float row[kMaxHeadDim];
-  for (int64_t lane = 0; lane < lanes.count; ++lane) {
-    const float* column = from + lane / kPanel * dim * kPanel + lane % kPanel;
-    for (int64_t d = 0; d < dim; ++d) row[d] = column[d * kPanel] * scale[lane];
-    narrow_row(row, dim, static_cast<T*>(x.data) + lanes.offset(x, lane));
-  }
+// One lane out of what pack_panels makes.
+inline void unpack_lane(const float* from, int64_t lane, int64_t dim, float scale, float* row) {
+  const float* column = from + lane / kPanel * dim * kPanel + lane % kPanel;
+  for (int64_t d = 0; d < dim; ++d) row[d] = column[d * kPanel] * scale;
 }
 
 }  // namespace

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .regions import Layout, Region, Score
+from .regions import Layout, Region, Score, Turns
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Frames:
-    """q and k as every region sees them, and the way back."""
+    """q and k as every region sees them, or raw where layout.turns is set, and the way back."""
 
     q: list[Tensor]
     k: list[Tensor]
@@ -38,6 +39,8 @@ class Frames:
 
     def unrotate(self, dq: list[Tensor], dk: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The gradients of raw q and k, in their dtypes, from those of the frames."""
+        if self.layout.turns is not None:  # the kernel has turned them back
+            return dq[0], dk[0]
         sums = []
         for grads, positions, like, is_query in (
             (dq, self._q_positions, self.q[0], True),
@@ -50,25 +53,36 @@ class Frames:
         return sums[0], sums[1]
 
 
-def rotate(q: Tensor, k: Tensor, call: Call) -> Frames:
+def rotate(q: Tensor, k: Tensor, call: Call, as_read: bool = False) -> Frames:
     """Rotate q (..., seqlen_q, heads_q, head_dim) and k (..., seqlen_k, heads_k, head_dim).
 
     Differentiable, as the rotation is. Keys that a region wants as they are are not copied.
+
+    as_read: leave the rotation to the kernel, which turns rows as it reads them. Saves the memory
+        of the frames, and the time that an operating system takes to hand it out.
     """
     seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
     regions = call.score.regions(seqlen_k)
     i, j = _positions(seqlen_q, seqlen_k, call.cu_seqlens, q.device)
     q_positions = [region.q_positions(i) for region in regions]
     k_positions = [_key_turn(region, j, call) for region in regions]
+    turns = None
+    if as_read:
+        turns = Turns(
+            [_table(q, position, call, is_query=True) for position in q_positions],
+            [_table(k, position, call, is_query=False) for position in k_positions],
+            call.interleaved,
+        )
     return Frames(
-        q=[_turn(q, position, call, is_query=True) for position in q_positions],
-        k=_each_once(k, k_positions, regions, call),
+        q=[q if turns else _turn(q, position, call, is_query=True) for position in q_positions],
+        k=[k] * len(regions) if turns else _each_once(k, k_positions, regions, call),
         layout=Layout(
             starts=tuple(region.start for region in regions),
             granularity=call.score.granularity,
             softmax_scale=call.softmax_scale or q.shape[-1] ** -0.5,
             row_scale=None if call.log_n is None else log_n_scale(i, call.log_n),
             cu_seqlens=call.cu_seqlens,
+            turns=turns,
         ),
         _call=call,
         _q_positions=q_positions,
@@ -110,6 +124,19 @@ def _each_once(k, k_positions, regions, call) -> list[Tensor]:
         if region.k_positions not in frames:
             frames[region.k_positions] = _turn(k, position, call, is_query=False)
     return [frames[region.k_positions] for region in regions]
+
+
+def _table(x: Tensor, position: Tensor | None, call: Call, is_query: bool) -> Tensor:
+    """The cosines and sines by which x turns: what its rotation makes of the pair (1, 0)."""
+    half = call.inv_freq.shape[-1]
+    if position is None:
+        return x.new_empty(0)
+    rows = x.shape[0] if call.cu_seqlens is None and call.inv_freq.numel() > half else 1
+    unit = torch.cat([x.new_ones(half), x.new_zeros(half)])
+    shape = (x.shape[0],) if call.cu_seqlens is not None else (rows, x.shape[1])
+    unit = unit.expand(*shape, 1, 2 * half)
+    split = dataclasses.replace(call, interleaved=False)
+    return _turn(unit, position, split, is_query).view(rows, -1, 2 * half)
 
 
 def _turn(x: Tensor, position: Tensor | None, call: Call, is_query: bool, adjoint=False) -> Tensor:

@@ -34,6 +34,20 @@ class Layout:
     softmax_scale: float
     row_scale: Tensor | None  # (seqlen_q,), or (total,) with cu_seqlens: float32
     cu_seqlens: Tensor | None  # (sequences + 1,) int32
+    turns: Turns | None = None  # q and k come raw, and the kernel turns rows as it reads them
+
+
+@dataclass(frozen=True)
+class Turns:
+    """By what the kernel turns q and k: a table for each region, or an empty one for not at all.
+
+    A table is (batch or 1, seqlen, rotary_dim), or (1, total, rotary_dim) with cu_seqlens, in
+    float32: the cosines of a token, then as many sines.
+    """
+
+    q: list[Tensor]
+    k: list[Tensor]
+    interleaved: bool
 
 
 @dataclass(frozen=True)
