@@ -19,6 +19,7 @@ constexpr int64_t kBytesPerThread = 128 * 1024;
 RopeTokens kernel() {
 #if defined(__x86_64__)
   switch (capability()) {
+    case kAmx:
     case kAvx512:
       return rope_tokens_avx512;
     case kAvx2:
