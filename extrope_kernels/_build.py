@@ -1,7 +1,8 @@
 """How the two compiled libraries are built: for setup.py and for the first-use build in `_ext.py`.
 
 This module imports neither torch nor the rest of the package, so that setup.py can load it by path.
-`csrc/cpu/*_kernel.cpp` knows nothing of torch and is compiled once per instruction set; the other
+`csrc/cpu/*_kernel.cpp` knows nothing of torch and is compiled once per instruction set, and
+`*_amx_kernel.cpp` for AMX alone; the other
 `csrc/cpu/*.cpp` and `csrc/cuda/*.cpp` bind kernels to torch through its stable ABI;
 `csrc/cuda/*.cu` includes no torch header either and is for nvcc.
 """
@@ -17,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,10 +41,12 @@ CXX_FLAGS = (
 )
 NVCC_FLAGS = (STANDARD, "-O3", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
+_AMX = "-mamx-tile -mamx-bf16 -mavx512bf16"
 ISA_FLAGS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": tuple(_AVX512.split()),
+    "amx": tuple(f"{_AVX512} {_AMX}".split()),
 }
 
 
@@ -56,6 +60,7 @@ class Plan:
 
     objects: dict[str, list[str]]
     link: list[str]
+    left_out: str = ""  # what this compiler cannot build, in one line
 
 
 def source_dir() -> Path:
@@ -126,22 +131,34 @@ def plan(name: str) -> Plan:
 
 def _plan_cpu() -> Plan:
     compiler, torch = find_compiler(), find_torch()
-    isas = ISA_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else ("baseline",)
+    isas = _instruction_sets(compiler)
+    has_amx = ["-DEXTROPE_HAS_AMX"] if "amx" in isas else []
     objects = {}
     for source in _sources("cpu", "*.cpp"):
         compile_it = [*compiler, STANDARD, *CXX_FLAGS, "-c", str(source)]
         if not source.stem.endswith("_kernel"):
-            objects[f"{source.stem}.o"] = [*compile_it, *_torch_flags(torch)]
+            objects[f"{source.stem}.o"] = [*compile_it, *has_amx, *_torch_flags(torch)]
             continue
         for isa in isas:
+            if (isa == "amx") != source.stem.endswith("_amx_kernel"):
+                continue
             objects[f"{source.stem}.{isa}.o"] = [
                 *compile_it,
                 f"-DEXTROPE_ISA={isa}",
                 *ISA_FLAGS[isa],
             ]
-    return Plan(
-        objects, [*compiler, "-shared", f"-L{torch / 'lib'}", "-Wl,--no-undefined", "-ltorch_cpu"]
-    )
+    link = [*compiler, "-shared", f"-L{torch / 'lib'}", "-Wl,--no-undefined", "-ltorch_cpu"]
+    left_out = "" if has_amx or "avx512" not in isas else f"{compiler[-1]} does not know AMX"
+    return Plan(objects, link, left_out)
+
+
+def _instruction_sets(compiler: list[str]) -> list[str]:
+    """Those of ISA_FLAGS that the compiler makes code for; old ones do not know AMX."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["baseline"]
+    known = [*compiler, *ISA_FLAGS["amx"], "-E", "-x", "c++", os.devnull]
+    done = subprocess.run(known, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return [isa for isa in ISA_FLAGS if isa != "amx" or done.returncode == 0]
 
 
 def _plan_cuda() -> Plan:
@@ -182,6 +199,10 @@ def key(name: str) -> str:
 def build(name: str, output: Path, work_dir: Path, log: Path) -> None:
     """Compile library `name` into the file `output`; `log` keeps the commands and their output."""
     steps = plan(name)
+    if steps.left_out:
+        warnings.warn(
+            f"the {name} library lacks its fastest kernels: {steps.left_out}", stacklevel=2
+        )
     work_dir.mkdir(parents=True, exist_ok=True)
     commands = [
         [*command, "-o", str(work_dir / target)] for target, command in steps.objects.items()

@@ -277,6 +277,22 @@ def test_torch_that_is_too_old_is_refused(monkeypatch):
 
 
 @needs_compiler
+def test_compiler_without_amx(monkeypatch, tmp_path):
+    if "avx512" not in _build._instruction_sets(_build.find_compiler()):
+        pytest.skip("not an x86 processor")
+    real = " ".join(_build.find_compiler())
+    old = tmp_path / "old"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec {real} "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    steps = _build.plan("cpu")
+    assert steps.left_out.endswith("old does not know AMX")
+    words = [word for command in steps.objects.values() for word in command]
+    assert not [word for word in words if "amx" in word.lower()]
+    assert "attention_kernel.avx512.o" in steps.objects
+
+
+@needs_compiler
 def test_key_follows_sources_and_flags(monkeypatch, tmp_path):
     before = _build.key("cpu")
     assert _build.key("cpu") == before

@@ -48,9 +48,16 @@ struct Kernels {
         attention_backward_tile_##isa                                          \
   }
 
-Kernels kernels() {
+Kernels kernels(DType dtype) {
+#if defined(EXTROPE_HAS_AMX)
+  if (capability() == kAmx && dtype == DType::bf16) {
+    return {attention_plan_amx, attention_backward_plan_avx512, attention_tile_amx,
+            attention_backward_tile_avx512};
+  }
+#endif
 #if defined(__x86_64__)
   switch (capability()) {
+    case kAmx:
     case kAvx512:
       return EXTROPE_KERNELS(avx512);
     case kAvx2:
@@ -106,7 +113,7 @@ void run(const AttentionParams& p, int64_t count, int64_t workspace, const Work&
 }
 
 void run_forward(const AttentionParams& p) {
-  const Kernels kernel = kernels();
+  const Kernels kernel = kernels(p.dtype);
   const TilePlan plan = kernel.plan(p);
   std::vector<QueryTile> tiles = cut(p, plan.rows);
   if (tiles.empty()) return;
@@ -138,7 +145,7 @@ std::vector<int64_t> by_turns(const std::vector<QueryTile>& tiles) {
 }
 
 void run_backward(const AttentionParams& p) {
-  const Kernels kernel = kernels();
+  const Kernels kernel = kernels(p.dtype);
   const TilePlan plan = kernel.backward_plan(p);
   const std::vector<QueryTile> tiles = cut(p, plan.rows);
   if (tiles.empty()) return;

@@ -45,4 +45,9 @@ EXTROPE_DECLARE(avx512)
 
 #undef EXTROPE_DECLARE
 
+// In bf16, on processors with AMX (attention_amx_kernel.cpp).
+TilePlan attention_plan_amx(const AttentionParams&);
+void attention_tile_amx(const AttentionParams&, const QueryTile&, const TilePlan&,
+                        float* workspace);
+
 }  // namespace extrope

@@ -34,6 +34,7 @@ struct Kernels {
 Kernels kernels() {
 #if defined(__x86_64__)
   switch (capability()) {
+    case kAmx:
     case kAvx512:
       return {decode_parts_avx512, merge_parts_avx512};
     case kAvx2:

@@ -14,6 +14,7 @@ namespace {
 RopeTokens kernel() {
 #if defined(__x86_64__)
   switch (capability()) {
+    case kAmx:
     case kAvx512:
       return rope_tokens_avx512;
     case kAvx2:

@@ -1,0 +1,122 @@
+// What the forward and the backward of the attention share on processors with AMX: operands in
+// tiles. Rows, keys and panels are those of attention_tile.h.
+#pragma once
+
+#include "amx.h"
+#include "attention_tile.h"
+
+namespace extrope {
+namespace {
+
+constexpr int64_t kPanelTiles = kPanel / kSide;
+static_assert(kPanelTiles % 2 == 0 && kRows == 2 * kSide && kRows == kDepth && kFloats == kSide);
+
+inline int64_t dim_tiles_of(const AttentionParams& p) { return (p.head_dim + kDepth - 1) / kDepth; }
+
+inline bf16* take_values(Workspace& space, int64_t values) {
+  return reinterpret_cast<bf16*>(space.take(values / 2));
+}
+
+// -inf where a lane does not see a key, for kRows keys.
+inline void mask_rows(float* scores, const LaneKeys& visible, int64_t key) {
+  for (int i = 0; i < kRows; ++i) {
+    const ints here = ints{} + static_cast<int32_t>(key + i);
+    for (int j = 0; j < kPanelVectors; ++j) {
+      float* at = scores + i * kPanel + j * kFloats;
+      const ints seen = (here >= visible.first[j]) & (here < visible.last[j]);
+      store(at, seen ? load<floats>(at) : floats{} - __builtin_inff());
+    }
+  }
+}
+
+// (panels, dim / 32, kPanelTiles) right tiles of 16 lanes: x transposed.
+inline void pack_lane_pairs(const TileLanes& lanes, const AttentionTensor& x, bf16* to) {
+  const int64_t dim = lanes.p.head_dim, dim_tiles = dim_tiles_of(lanes.p);
+  for (int64_t first = 0; first < lanes.panels * kPanel; first += kSide) {
+    bf16* panel = to + first / kPanel * dim_tiles * kPanel * kDepth + first % kPanel * kDepth;
+    for (int64_t d = 0; d < dim_tiles; ++d) {
+      words rows[kSide];
+      for (int64_t i = 0; i < kSide; ++i) {
+        rows[i] = first + i < lanes.count ? load_values(static_cast<const bf16*>(x.data) +
+                                                            lanes.offset(x, first + i) + d * kDepth,
+                                                        dim - d * kDepth)
+                                          : words{};
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < kSide; ++i) store(panel + d * kPanel * kDepth + i * kDepth, rows[i]);
+    }
+  }
+}
+
+// (keys / 16, dim / 32) left tiles; rows past the last key are zero.
+inline void pack_key_rows(const TileLanes& lanes, const AttentionTensor& x, const KeyStep& step,
+                          bf16* to) {
+  const int64_t dim = lanes.p.head_dim, dim_tiles = dim_tiles_of(lanes.p);
+  for (int64_t key = 0; key < step.padded; ++key) {
+    bf16* tiles = to + key / kSide * dim_tiles * kTileValues + key % kSide * kDepth;
+    const bf16* row = key_row<bf16>(lanes, x, step.first + key);
+    for (int64_t d = 0; d < dim_tiles; ++d) {
+      store(tiles + d * kTileValues,
+            key < step.count ? load_values(row + d * kDepth, dim - d * kDepth) : words{});
+    }
+  }
+}
+
+// (dim / 16, keys / 32) left tiles: x transposed.
+inline void pack_key_columns(const TileLanes& lanes, const AttentionTensor& x, const KeyStep& step,
+                             bf16* to) {
+  const int64_t dim = lanes.p.head_dim, key_tiles = step.padded / kDepth;
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t key = 0; key < key_tiles; ++key) {
+    for (int64_t d = 0; d < dim; d += kDepth) {
+      words upper[kSide], lower[kSide];  // 16 dims each, pairs of keys
+      for (int64_t i = 0; i < kSide; ++i) {
+        const int64_t at = key * kDepth + 2 * i;
+        const auto load_row = [&](int64_t k) {
+          return k < step.count ? load_values(key_row<bf16>(lanes, x, step.first + k) + d, dim - d)
+                                : words{};
+        };
+        const __m512i a = bits_as<__m512i>(load_row(at)), b = bits_as<__m512i>(load_row(at + 1));
+        upper[i] = bits_as<words>(_mm512_permutex2var_epi16(a, low, b));
+        lower[i] = bits_as<words>(_mm512_permutex2var_epi16(a, high, b));
+      }
+      transpose(upper);
+      transpose(lower);
+      bf16* tile = to + (d / kSide * key_tiles + key) * kTileValues;
+      for (int64_t i = 0; i < kSide; ++i) {
+        store(tile + i * kDepth, upper[i]);
+        store(tile + key_tiles * kTileValues + i * kDepth, lower[i]);
+      }
+    }
+  }
+}
+
+// The inverse of a transposed product: from (panels, dim / 16, kPanelTiles) tiles of sums to rows
+// of x.
+template <typename T>
+inline void unpack_sums(const TileLanes& lanes, const float* from, const float* scale,
+                        const AttentionTensor& x) {
+  const int64_t dim = lanes.p.head_dim, dim_tiles = 2 * dim_tiles_of(lanes.p);
+  for (int64_t first = 0; first < lanes.count; first += kSide) {
+    const float* panel =
+        from + first / kPanel * dim_tiles * kPanel * kSide + first % kPanel * kSide;
+    for (int64_t d = 0; d < dim; d += kSide) {
+      words rows[kSide];
+      for (int64_t i = 0; i < kSide; ++i) {
+        rows[i] = load<words>(panel + d * kPanel + i * kSide);
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < smaller(kSide, lanes.count - first); ++i) {
+        float row[kSide];
+        store(row, bits_as<floats>(rows[i]) * scale[first + i]);
+        narrow_row(row, smaller(kSide, dim - d),
+                   static_cast<T*>(x.data) + lanes.offset(x, first + i) + d);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace extrope
