@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-HIGHEST, CLOSEST = 1.0, 0.05  # nats: shown above plain RoPE at 1x; between two labels
+HIGHEST, CLOSEST = 1.5, 0.06  # nats: shown above plain RoPE at 1x; between two labels
 
 
 def head(results: dict) -> list[str]:
@@ -58,9 +58,9 @@ def plot(results: dict, path: Path) -> None:
     for axes, family in zip(panels.flat, families):
         _line(axes, plain, color="0.6", linestyle="--")
         rows = [row for row in results["rows"] if row["family"] == family and row is not plain]
-        colours = matplotlib.colormaps["turbo"]
         for index, row in enumerate(rows):
-            _line(axes, row, color=colours(0.05 + 0.9 * index / max(1, len(rows) - 1)), marker="o")
+            bright = matplotlib.colormaps["turbo"](0.05 + 0.9 * index / max(1, len(rows) - 1))
+            _line(axes, row, color=[0.8 * x for x in bright[:3]], marker="o")
         axes.set(title=family, xscale="log", ylim=(lowest - 0.1, top))
         lengths = [read["length"] for read in plain["lengths"]]
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])

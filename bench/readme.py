@@ -99,7 +99,7 @@ def attention_table(results: dict) -> str:
 
 
 def length_table(results: dict) -> str:
-    """Names link to papers; a bold number is within 0.05 nats of the best of its column."""
+    """Names link to papers; bold is what no method beats by much."""
     rows = results["rows"]
     best = [min(column) for column in zip(*map(losses, rows))]
     lines = []
@@ -110,7 +110,8 @@ def length_table(results: dict) -> str:
         ]
         name = f"[{row['name']}]({row['paper']})"
         lines.append([name, row["trained"], row["run"], *numbers])
-    return f"{table(head(results), lines)}\n\n{summary(results)}"
+    bold = "Nats per byte; bold: within 0.05 of the best of its column."
+    return f"{table(head(results), lines)}\n\n{bold} {summary(results)}"
 
 
 def plot_curve(rows: list[dict], path: Path) -> None:
