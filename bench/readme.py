@@ -1,7 +1,8 @@
 """Write the README's figures from measured files: python bench/readme.py
 
-Reads bench/results/*.json (from `make bench`) and build/demo/loss.json with its plot (from `make
-demo`); replaces what stands between the markers in README.md, docs/demo.png and docs/rerope.svg.
+Reads bench/results/*.json (from `make bench` and bench/length_generalization.py) and
+build/demo/loss.json with its plot (from `make demo`); replaces what stands between the markers in
+README.md, docs/demo.png and docs/rerope.svg.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import re
 import shutil
 from pathlib import Path
+
+from length_report import head, losses, summary
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,6 +98,22 @@ def attention_table(results: dict) -> str:
     return f"{where}; medians in one run.\n\n{table(head, lines)}"
 
 
+def length_table(results: dict) -> str:
+    """Names link to papers; bold is what no method beats by much."""
+    rows = results["rows"]
+    best = [min(column) for column in zip(*map(losses, rows))]
+    lines = []
+    for row in rows:
+        numbers = [
+            f"**{loss:.2f}**" if loss < least + 0.05 else f"{loss:.2f}"
+            for loss, least in zip(losses(row), best)
+        ]
+        name = f"[{row['name']}]({row['paper']})"
+        lines.append([name, row["trained"], row["run"], *numbers])
+    bold = "Nats per byte; bold: within 0.05 of the best of its column."
+    return f"{table(head(results), lines)}\n\n{bold} {summary(results)}"
+
+
 def plot_curve(rows: list[dict], path: Path) -> None:
     """Time and peak memory against length, of every implementation."""
     import matplotlib
@@ -134,6 +153,8 @@ def main() -> None:
         text = replace(text, "rerope-table", attention_table(rerope))
     if curve := read(ROOT / "bench" / "results" / "rerope_curve-cpu.json"):
         plot_curve(curve["rows"], ROOT / "docs" / "rerope.svg")
+    if length := read(ROOT / "bench" / "results" / "length_generalization-cpu.json"):
+        text = replace(text, "length-table", length_table(length))
     if demo := read(ROOT / "build" / "demo" / "loss.json"):
         text = replace(text, "demo-table", demo_table(demo))
         (ROOT / "docs").mkdir(exist_ok=True)

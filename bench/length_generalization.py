@@ -1,0 +1,276 @@
+"""Train small models on short texts, read longer ones: python bench/length_generalization.py
+
+A causal transformer over bytes (length_model.py) is trained on the sources of Python's standard
+library with the attentions of length_trainings.py; the methods of length_methods.py then read
+texts of 1, 2, 4 and 8 times the training length L that no model saw. All lengths are scored on the
+same bytes, the last L of each 8 L: a longer text only adds what comes before them, so that a method
+that can use it has a loss that falls from left to right.
+
+Trainings run two at a time, each on one thread: a sixth faster than one after the other on two, and
+several times faster where something else runs. What is done is kept in build/length_generalization,
+and a run that was stopped goes on from there.
+
+Results: bench/results/length_generalization-cpu.json and docs/length_generalization.svg. --quick
+is for tests: its models learn nothing, and it leaves those two files alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU everywhere, with the same draws
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import sysconfig
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from harness import RESULTS, machine
+from length_methods import METHODS, Method
+from length_model import Transformer, loss_of, optimizer_of
+from length_report import plot, printed
+from length_trainings import FACTOR, FULL, QUICK, TRAININGS, Setup
+from torch import Tensor
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+NAME = "length_generalization"
+
+
+# -------------------------------------------------------------------------------------------------
+# The text
+
+
+def read_text() -> tuple[Tensor, Tensor]:
+    """The bytes of the standard library's modules, and those of every tenth, kept from training."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    held_out = files[::10]
+    parts = ([path for path in files if path not in held_out], held_out)
+    texts = (b"".join(path.read_bytes() for path in part) for part in parts)
+    train, test = (torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts)
+    return train, test
+
+
+def sample(text: Tensor, batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """Random stretches: (batch, length + 1) int64."""
+    starts = torch.randint(len(text) - length, (batch, 1), generator=generator)
+    return text[starts + torch.arange(length + 1)].long()
+
+
+def spread(text: Tensor, windows: int, length: int) -> Tensor:
+    """Stretches at even distances: (windows, length + 1) int64."""
+    starts = torch.linspace(0, len(text) - length - 1, windows).long()[:, None]
+    return text[starts + torch.arange(length + 1)].long()
+
+
+# -------------------------------------------------------------------------------------------------
+# Training
+
+
+def rate(step: int, steps: int) -> float:
+    """A short warm-up, then half a cosine down to a tenth."""
+    warm_up = max(1, steps // 20)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / (steps - warm_up))
+
+
+def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, line: int = 0) -> dict:
+    """Weights, the loss as it fell, and what it took. All trainings see the same batches."""
+    training = TRAININGS[name]
+    batch, length, steps, peak = setup.batch, setup.length, setup.steps, setup.learning_rate
+    if training.starts_from:
+        batch, length = max(1, batch // FACTOR), FACTOR * length
+        steps, peak = setup.tune_steps, peak / 3
+    torch.manual_seed(setup.seed)
+    model = Transformer(setup.d_model, setup.layers, setup.heads)
+    if weights:
+        model.load_state_dict(weights)
+    optimizer = optimizer_of(model, peak)
+    batches, draws = (torch.Generator().manual_seed(setup.seed + i) for i in (1, 2))
+    losses, wall, cpu = [], time.perf_counter(), time.process_time()
+    progress = tqdm(range(steps), desc=name, unit="step", position=line, leave=False)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = peak * rate(step, steps)
+        attend, counted = training.step(setup, draws)
+        loss = loss_of(model, sample(text, batch, length, batches), attend)
+        loss = loss.mean() if counted is None else loss[counted].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    every = max(1, steps // 30)
+    curve = [
+        sum(losses[i : i + every]) / len(losses[i : i + every]) for i in range(0, steps, every)
+    ]
+    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    record = {"steps": steps, "every": every, "curve": curve, "seconds": seconds}
+    return {"weights": model.state_dict(), "record": record}
+
+
+# -------------------------------------------------------------------------------------------------
+# The test
+
+
+@torch.no_grad()
+def read_lengths(
+    method: Method, setup: Setup, text: Tensor, weights: dict, line: int = 0
+) -> list[dict]:
+    """The loss at each length: of the last L bytes, of all, and of each L on the way there."""
+    model = Transformer(setup.d_model, setup.layers, setup.heads)
+    model.load_state_dict(weights)
+    tokens = spread(text, setup.windows, FACTOR * setup.length)
+    results = []
+    lengths = [setup.length * 2**i for i in range(4)]
+    for length in tqdm(lengths, method.name, unit="length", position=line, leave=False):
+        attend = method.attention(setup, length, torch.Generator().manual_seed(setup.seed))
+        parts = tokens[:, -(length + 1) :].split(max(1, 8 * setup.length // length))
+        losses = torch.cat([loss_of(model, part, attend) for part in parts]).double()
+        buckets = losses.unflatten(-1, (-1, setup.length)).mean((0, 2)).tolist()
+        means = {"last": buckets[-1], "mean": losses.mean().item()}
+        results.append({"length": length, **means, "buckets": buckets})
+    return results
+
+
+# -------------------------------------------------------------------------------------------------
+# The run
+
+
+@dataclass(frozen=True)
+class Run:
+    """Trainings and readings, each kept in a file under a hash of all that it depends on."""
+
+    setup: Setup
+    folder: Path
+
+    @cached_property
+    def text(self) -> tuple[Tensor, Tensor]:
+        return read_text()
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.text)).hexdigest()
+
+    def trained(self, name: str, line: int = 0) -> dict:
+        before = TRAININGS[name].starts_from
+
+        def make() -> dict:
+            weights = self.trained(before)["weights"] if before else None
+            return train_model(name, self.setup, self.text[0], weights, line)
+
+        return kept(self.path("trained", name), make)
+
+    def read(self, name: str, line: int = 0) -> dict:
+        method = METHODS[name]
+
+        def make() -> dict:
+            weights = self.trained(method.trained)["weights"]
+            return {"lengths": read_lengths(method, self.setup, self.text[1], weights, line)}
+
+        return kept(self.path("read", name), make)
+
+    def path(self, kind: str, name: str) -> Path:
+        """Where a training or a reading is kept."""
+        about = lineage(name) if kind == "trained" else None
+        if kind == "read":
+            about = (METHODS[name].run, *lineage(METHODS[name].trained))
+        depends = repr((asdict(self.setup), self.digest, kind, name, about))
+        stem = re.sub(r"\W+", "_", f"{kind} {name}")
+        return self.folder / f"{stem}-{hashlib.sha256(depends.encode()).hexdigest()[:12]}.pt"
+
+
+def kept(path: Path, make: Callable[[], dict]) -> dict:
+    """What the file holds, made now if there is none."""
+    if not path.exists():
+        unfinished = path.with_suffix(".unfinished")
+        torch.save(make(), unfinished)
+        unfinished.replace(path)
+    return torch.load(path)
+
+
+def lineage(name: str) -> tuple[str, ...]:
+    """What a training is, after what it starts from."""
+    training = TRAININGS[name]
+    return (*(lineage(training.starts_from) if training.starts_from else ()), training.about)
+
+
+def do(run: Run, kind: str, name: str, line: int) -> str:
+    """A job of a worker, whose bar is on `line`; what it came to."""
+    if kind == "read":
+        losses = " ".join(f"{read['last']:.3f}" for read in run.read(name, line)["lengths"])
+        return f"read {name}: {losses}"
+    record = run.trained(name, line)["record"]
+    seconds = ", ".join(f"{x:.0f} s {clock}" for clock, x in record["seconds"].items())
+    return f"trained {name}: loss {record['curve'][-1]:.3f}, {seconds}"
+
+
+def work(run: Run, workers: int) -> None:
+    """Do what is not done: trainings, then those that tune their weights, then the readings."""
+    anew = [("trained", name) for name in TRAININGS if not TRAININGS[name].starts_from]
+    tuned = [("trained", name) for name in TRAININGS if TRAININGS[name].starts_from]
+    waves = [anew, tuned, [("read", name) for name in METHODS]]
+    waves = [[job for job in wave if not run.path(*job).exists()] for wave in waves]
+    # A fork finds torch imported. No thread of torch's has started here by then.
+    pool = ProcessPoolExecutor(workers, get_context("fork"), torch.set_num_threads, (1,))
+    with pool, tqdm(total=sum(map(len, waves)), unit="job") as progress:
+        for wave in waves:
+            jobs = [pool.submit(do, run, *job, 1 + i % workers) for i, job in enumerate(wave)]
+            for done in as_completed(jobs):
+                progress.write(done.result())
+                progress.update()
+
+
+def collect(run: Run) -> dict:
+    """The content of the JSON file."""
+    train, test = run.text
+    rows = []
+    for name, method in METHODS.items():
+        about = {key: getattr(method, key) for key in ("family", "paper", "run")}
+        trained = TRAININGS[method.trained].about
+        rows.append({"name": name, **about, "trained": trained, **run.read(name)})
+    return {
+        "machine": machine(),
+        "text": {"train_bytes": len(train), "test_bytes": len(test), "sha256": run.digest},
+        "setup": asdict(run.setup),
+        "trainings": {
+            name: {"about": training.about, **run.trained(name)["record"]}
+            for name, training in TRAININGS.items()
+        },
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny models, a few steps")
+    parser.add_argument("--workers", type=int, default=2, help="processes, each on one thread")
+    parser.add_argument(
+        "--build", type=Path, default=ROOT / "build" / NAME, help="keeps what is done"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.build.mkdir(parents=True, exist_ok=True)
+    run = Run(QUICK if args.quick else FULL, args.build)
+    work(run, args.workers)
+    results = collect(run)
+    table, figure = (args.build, args.build) if args.quick else (RESULTS, ROOT / "docs")
+    (table / f"{NAME}-cpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, figure / f"{NAME}.svg")
+    print(printed(results))
+
+
+if __name__ == "__main__":
+    main()
