@@ -8,6 +8,8 @@ allocation costs. On a GPU times are taken by events, with a cold L2 cache.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import math
 import platform
@@ -119,6 +121,24 @@ def back_memory(gibibytes: int = 3) -> None:
         torch.empty(gibibytes << 30, dtype=torch.uint8).fill_(1)
 
 
+@contextlib.contextmanager
+def kept_memory():
+    """Let malloc keep what is freed, as jemalloc and other caching allocators do.
+
+    By default glibc returns blocks past 32 MiB to the system, and every large output costs page
+    faults again; a PyTorch set up for speed on CPUs does not pay them.
+    """
+    trim_threshold, mmap_max = -1, -4
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_max, 0)
+    try:
+        yield
+    finally:
+        mallopt(trim_threshold, 128 * 1024)
+        mallopt(mmap_max, 65536)
+
+
 # -------------------------------------------------------------------------------------------------
 # Timing
 
@@ -153,11 +173,20 @@ def _flush_l2() -> None:
 
 
 def paired(*functions: Call, repeats: int = 15, seconds: float = math.inf) -> list[float]:
-    """Median milliseconds of each, measured in turn; fewer repeats, but three, past `seconds`."""
-    once_each = sum([once(function) for function in functions])
+    """Median milliseconds of each, measured in turn; fewer repeats, but three, past `seconds`.
+
+    An untimed call goes before each timed one: what that allocates must not depend on what the
+    function measured before has freed.
+    """
+    once_each = 2 * sum([once(function) for function in functions])
     repeats = max(min(repeats, 3), min(repeats, int(min(seconds * 1e3 / once_each, 1e9))))
-    times = [[once(function) for function in functions] for _ in range(repeats)]
+    times = [[_settled(function) for function in functions] for _ in range(repeats)]
     return [statistics.median(column) for column in zip(*times)]
+
+
+def _settled(function: Call) -> float:
+    once(function)
+    return once(function)
 
 
 def host_microseconds(function: Call, calls: int = 1000, rounds: int = 60) -> float:
