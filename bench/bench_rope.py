@@ -17,7 +17,8 @@ import mmap
 
 import torch
 from compare import Floor, compare, error_of_tail, with_backward
-from harness import Call, Report, arguments, device, kept_memory
+from harness import Call, Report, arguments, device
+from machine import kept_memory
 from peers import rotary_peers
 from scaling import scaling
 from torch import Tensor
