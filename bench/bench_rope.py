@@ -1,9 +1,10 @@
-"""The rotation against copying, torch.compile and transformers: python bench/bench_rope.py
+"""The rotation against copying and against its peers: python bench/bench_rope.py
 
-q (1, 8192, 32, 128) and k with 8 heads, as in Llama-3 8B. Every ratio is of medians measured in
-turn in one run. "% copy" is the bandwidth of the rotation (q and k read once and written once) over
-that of copy_ between existing buffers. Out of place the yardstick is clone: on a CPU a fresh output
-costs page faults, ours fewer because it asks for huge pages.
+q (1, 8192, 32, 128) and k with 8 heads, as in Llama-3 8B. The floor is copy_ of q and k between
+existing buffers: the same bytes read and written. Out of place it is out of reach on a CPU, where
+fresh outputs cost page faults, ours fewer because it asks for huge pages: "fresh pages" is what
+those alone take on one thread. Under "kept memory" malloc keeps what is freed and nobody pays for
+pages: arithmetic against arithmetic. Peers get their tables beforehand, but for "with tables".
 
 On a GPU the floor is bytes / bandwidth: 20 KiB a token in bf16 read and written, so 8192 tokens
 take 50 us at 3.35 TB/s (H100 SXM) and 82 us at 2.04 TB/s (A100 80GB). The target is 90% of the copy
@@ -12,203 +13,153 @@ bandwidth measured on the same card, in one launch, for forward and backward ali
 
 from __future__ import annotations
 
-import argparse
+import mmap
 
 import torch
-from harness import Row, device, host_microseconds, largest_error, machine, paired, save
+from compare import Floor, compare, error_of_tail, with_backward
+from harness import Call, Report, arguments, device
+from machine import kept_memory
+from peers import rotary_peers
+from scaling import scaling
+from torch import Tensor
 
-from extrope_kernels import RopeFreqs, apply_rope_qk, methods
+from extrope_kernels import apply_rope_qk, methods
+from extrope_kernels.testing import available_backends
 
-SHAPE = (1, 8192, 32, 128)
-HEADS_K = 8
+HEADS, HEADS_K, HEAD_DIM = 32, 8, 128
+COMPILED = {torch.bfloat16: 1 / 8, torch.float32: 1 / 2}  # our time over torch.compile's, at most
 rope_bwd = torch.ops.extrope.rope_bwd
 
 
-def make_inputs(dtype: torch.dtype, seqlen: int = SHAPE[1]) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, _, heads, dim = SHAPE
-    q = torch.randn(batch, seqlen, heads, dim, device=device()).to(dtype)
-    k = torch.randn(batch, seqlen, HEADS_K, dim, device=device()).to(dtype)
-    return q, k
+def backends() -> dict[str, str | None]:
+    """What `backend` is given for each implementation; None is the default, without a look-up."""
+    if device() == "cpu":
+        return {"cpu": None}
+    return {name: name for name in available_backends() if name != "reference"}
 
 
-def transformers_rotary(q, k, freqs: RopeFreqs):
-    """transformers' own apply function, eager and compiled, with its tables made beforehand."""
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+class Calls:
+    """Everything that is timed, for one dtype and pairing of lanes at one length."""
 
-    angle = torch.arange(q.shape[1], device=q.device)[:, None].float() * freqs.inv_freq
-    angle = torch.cat((angle, angle), dim=-1)[None]
-    cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
-    heads_first = q.transpose(1, 2), k.transpose(1, 2)
-    compiled = torch.compile(apply_rotary_pos_emb, dynamic=False)
-    return (
-        lambda: apply_rotary_pos_emb(*heads_first, cos, sin),
-        lambda: compiled(*heads_first, cos, sin),
-    )
+    def __init__(self, dtype: torch.dtype, seqlen: int, interleaved: bool = False, backend=None):
+        shapes = [(1, seqlen, heads, HEAD_DIM) for heads in (HEADS, HEADS_K)]
+        q, k = (torch.randn(shape, device=device()).to(dtype) for shape in shapes)
+        self.inputs = q.requires_grad_(), k.requires_grad_()
+        self.freqs, self.interleaved = methods.rope(HEAD_DIM).to(device()), interleaved
+        self.into = torch.empty_like(q), torch.empty_like(k)
+        self.options = {"interleaved": interleaved}
+        self.backend = {**self.options, "backend": backend}
+        self.peers = rotary_peers(q, k, self.freqs, interleaved)
+        self.copy()
+
+    def forward(self):
+        return apply_rope_qk(*self.inputs, self.freqs, **self.backend)
+
+    def backward(self):
+        return rope_bwd(*self.inputs, None, None, self.freqs.inv_freq, **self.options)[:2]
+
+    def inplace(self):
+        return apply_rope_qk(*self.into, self.freqs, inplace=True, **self.backend)
+
+    @torch.no_grad()
+    def copy(self):
+        return [into.copy_(x) for into, x in zip(self.into, self.inputs)]
+
+    def copy_and_rotate(self):
+        self.copy()
+        return self.inplace()
+
+    def clone(self):
+        return [x.clone() for x in self.inputs]
+
+    @torch.no_grad()
+    def exact_tail(self, inverse: bool = False) -> list[Tensor]:
+        """The last 64 tokens in float64."""
+        tails = [x[:, -64:].double() for x in self.inputs]
+        first = max(self.inputs[0].shape[1] - 64, 0)
+        options = {**self.options, "inverse": inverse, "backend": "reference"}
+        return list(apply_rope_qk(*tails, self.freqs, positions=first, **options))
+
+    def fresh_pages(self) -> Call | str:
+        """Get huge pages for such outputs and write a byte in each: no fresh output costs less."""
+        if device() != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return "measured on Linux CPUs"
+        size = sum(x.nbytes for x in self.inputs)
+
+        def call():
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(memory, dtype=torch.uint8)[:: 1 << 21].fill_(1)
+
+        return call
 
 
-class Report:
-    """Prints each row when it is measured, and keeps it."""
-
-    columns = "{:26} {:9} {:12} {:>9} {:26} {:>7} {:>7} {:>9} {:>8}"
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        print(
-            self.columns.format(
-                "", "dtype", "layout", "ms", "against", "ratio", "% copy", "error", "host us"
-            )
-        )
-
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        print(
-            self.columns.format(
-                row.case,
-                row.dtype,
-                row.layout,
-                f"{row.milliseconds:.2f}",
-                row.against,
-                f"{row.ratio:.2f}",
-                f"{row.percent_of_copy:.0f}",
-                f"{row.error:.1e}",
-                f"{row.host_microseconds:.1f}",
-            ),
-            flush=True,
-        )
+def trained(calls: dict[str, Call | str], leaves: tuple[Tensor, Tensor]) -> dict[str, Call | str]:
+    """Each call with its backward."""
+    return {
+        name: call if isinstance(call, str) else with_backward(call, list(leaves))
+        for name, call in calls.items()
+    }
 
 
-def bench_large(report: Report, dtype: torch.dtype, interleaved: bool, repeats: int) -> None:
-    q, k = make_inputs(dtype)
-    freqs = methods.rope(SHAPE[-1]).to(device())
-    into = torch.empty_like(q), torch.empty_like(k)
+def bench(report: Report, dtype: torch.dtype, interleaved: bool, backend: str) -> None:
     layout, name = "interleaved" if interleaved else "half-split", str(dtype)[6:]
-    options = dict(interleaved=interleaved)
-    copy = lambda: (into[0].copy_(q), into[1].copy_(k))  # noqa: E731
-    clone = lambda: (q.clone(), k.clone())  # noqa: E731
-    forward = lambda: apply_rope_qk(q, k, freqs, **options)  # noqa: E731
-    backward = lambda: rope_bwd(q, k, None, None, freqs.inv_freq, **options)  # noqa: E731
-    inplace = lambda: apply_rope_qk(into[0], into[1], freqs, inplace=True, **options)  # noqa: E731
-    exact = apply_rope_qk(
-        q[:, -64:].double(),
-        k[:, -64:].double(),
-        freqs,
-        positions=SHAPE[1] - 64,
-        backend="reference",
-        **options,
-    )
-    error = max(largest_error(x[:, -64:], y) for x, y in zip(forward(), exact))
-    few = make_inputs(dtype, 1)
-    for case, ours, against, theirs, small in (
-        ("forward", forward, "clone", clone, lambda: apply_rope_qk(*few, freqs, **options)),
-        (
-            "backward",
-            backward,
-            "clone",
-            clone,
-            lambda: rope_bwd(*few, None, None, freqs.inv_freq, **options),
-        ),
-        (
-            "in place",
-            inplace,
-            "copy_",
-            copy,
-            lambda: apply_rope_qk(*few, freqs, inplace=True, **options),
-        ),
-    ):
-        mine, other, floor = paired(ours, theirs, copy, repeats=repeats)
-        report.add(
-            Row(
-                case,
-                name,
-                layout,
-                mine,
-                against,
-                mine / other,
-                100 * floor / mine,
-                error,
-                host_microseconds(small),
-            )
-        )
-
-
-def bench_peers(report: Report, dtype: torch.dtype, repeats: int) -> None:
-    q, k = make_inputs(dtype)
-    freqs = methods.rope(SHAPE[-1]).to(device())
-    eager, compiled = transformers_rotary(q, k, freqs)
-    into = torch.empty_like(q), torch.empty_like(k)
-    forward = lambda: apply_rope_qk(q, k, freqs)  # noqa: E731
-    inplace = lambda: apply_rope_qk(into[0], into[1], freqs, inplace=True)  # noqa: E731
-    into[0].copy_(q), into[1].copy_(k)
-    exact = apply_rope_qk(
-        q[:, -64:].double(),
-        k[:, -64:].double(),
-        freqs,
-        positions=SHAPE[1] - 64,
-        backend="reference",
-    )
-    theirs = compiled()
-    peer_error = max(largest_error(x.transpose(1, 2)[:, -64:], y) for x, y in zip(theirs, exact))
-    mine, in_place, peer, slow = paired(
-        forward, inplace, compiled, eager, repeats=max(repeats // 3, 3)
-    )
-    name = str(dtype)[6:]
-    for case, against, ratio in (
-        ("transformers eager", "our forward", slow / mine),
-        ("transformers torch.compile", "our forward", peer / mine),
-        ("transformers torch.compile", "our in place", peer / in_place),
-    ):
-        milliseconds = slow if "eager" in case else peer
-        report.add(
-            Row(
-                case,
-                name,
-                "half-split",
-                milliseconds,
-                against,
-                ratio,
-                float("nan"),
-                peer_error,
-                float("nan"),
-            )
-        )
-
-
-def bench_decode(report: Report) -> None:
-    """One token: what the host pays for a call. q (1, 1, 32, 128) and k with 8 heads."""
-    q, k = make_inputs(torch.bfloat16, 1)
-    freqs = methods.rope(SHAPE[-1]).to(device())
-    inv_freq, op = freqs.inv_freq, torch.ops.extrope
-    leaf = q.detach().clone().requires_grad_()
+    cases = ["forward", "in place", "backward", "forward + backward"]
+    if device() == "cpu":
+        cases.append("forward, kept memory")
+    wanted = [case for case in cases if report.wants(f"{case}, {layout} {name}")]
+    if not wanted:
+        return
+    seqlen = 256 if report.args.quick else 8192
+    large, one = (Calls(dtype, n, interleaved, backends()[backend]) for n in (seqlen, 1))
+    clone, copy, pages = large.clone, large.copy, large.fresh_pages()
+    fast = {peer: COMPILED[dtype] for peer in large.peers
+            if dtype in COMPILED and "compiled" in peer}  # fmt: skip
+    back = {"error": error_of_tail(large.exact_tail(inverse=True))}
+    turned = {"error": error_of_tail(large.exact_tail())}
+    overwritten = {**turned, "checked": {"extrope": large.copy_and_rotate}}
+    measured = {
+        "forward": (large.forward, one.forward, large.peers, {"clone": clone, "fresh pages": pages},
+                    {"clone": 1.2, **fast}, turned),
+        "in place": (large.inplace, one.inplace, large.peers, {"copy_": copy},
+                     {"copy_": 1.3, **fast}, overwritten),
+        "backward": (large.backward, one.backward, {}, {"clone": clone}, {"clone": 1.2}, back),
+    }  # fmt: skip
+    about = {"dtype": dtype, "shape": f"{seqlen} x {HEADS}/{HEADS_K} x {HEAD_DIM}",
+             "backend": backend, "floor": Floor(copy)}  # fmt: skip
+    if "forward, kept memory" in wanted:
+        with torch.no_grad(), kept_memory():
+            compare(report, f"forward, kept memory, {layout}",
+                    {"extrope": large.forward, **large.peers}, yardsticks={"clone": clone},
+                    **turned, **about)  # fmt: skip
     with torch.no_grad():
-        calls = {
-            "op rope_inplace, q": lambda: op.rope_inplace(q, None, inv_freq),
-            "op rope_inplace, q and k": lambda: op.rope_inplace(q, k, inv_freq),
-            "op rope_fwd": lambda: op.rope_fwd(q, k, inv_freq),
-            "apply_rope_qk": lambda: apply_rope_qk(q, k, freqs, positions=4096),
-            "apply_rope_qk in place": lambda: apply_rope_qk(
-                q, k, freqs, positions=4096, inplace=True
-            ),
-        }
-        times = {name: host_microseconds(call) for name, call in calls.items()}
-    times["apply_rope_qk, recorded"] = host_microseconds(lambda: apply_rope_qk(leaf, k, freqs))
-    nan = float("nan")
-    for name, microseconds in times.items():
-        report.add(Row(name, "bfloat16", "1 token", nan, "", nan, nan, nan, microseconds))
+        for case in [case for case in measured if case in wanted]:
+            ours, small, peers, yardsticks, bars, error = measured[case]
+            compare(report, f"{case}, {layout}", {"extrope": ours, **peers},
+                    few={"extrope": small, **one.peers}, yardsticks=yardsticks, bars=bars,
+                    **error, **about)  # fmt: skip
+    if "forward + backward" in wanted:
+        calls = trained({"extrope": large.forward, **large.peers}, large.inputs)
+        few = trained({"extrope": one.forward, **one.peers}, one.inputs)
+        compare(report, f"forward + backward, {layout}", calls, few=few, **about)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=15)
-    repeats = parser.parse_args().repeats
-    print(machine())
-    report = Report()
-    bench_decode(report)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for interleaved in (False, True):
-            bench_large(report, dtype, interleaved, repeats)
-    for dtype in (torch.float32, torch.bfloat16):
-        bench_peers(report, dtype, repeats)
-    print(f"written: {save('rope', report.rows, shape=SHAPE, heads_k=HEADS_K)}")
+@torch.no_grad()
+def by_length(seqlen: int) -> dict[str, Call]:
+    calls = Calls(torch.bfloat16, seqlen)
+    return {"forward": calls.forward, "in place": calls.inplace, "copy_": calls.copy}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, argv)
+    torch.manual_seed(0)
+    report = Report("rope", args)
+    for backend in backends():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for interleaved in (False, True):
+                bench(report, dtype, interleaved, backend)
+    report.save()
+    scaling("rope", by_length, args, about="bfloat16, 32 heads on 8, head_dim 128")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""Timing by pairs in one run, the copy floor, and where results go: shared by every benchmark."""
+"""How every benchmark measures, prints and keeps its numbers.
+
+Times are medians of calls made in turn within one run, so that a slow spell of the machine hits all
+alike. A peer is paired with ours alone: memory that a third one frees would change what the next
+allocation costs. On a GPU times are taken by events, with a cold L2 cache.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -12,58 +17,83 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch._dynamo
+from machine import back_memory, device, machine
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+NAN = float("nan")
+Call = Callable[[], object]
 
 
 @dataclass
 class Row:
-    """One measured case. Times in milliseconds; ratios are ours / the other's in the same run."""
+    """One implementation of one case; NaN is what the case does not measure."""
 
     case: str
+    implementation: str
     dtype: str
-    layout: str
-    milliseconds: float
-    against: str
-    ratio: float
-    percent_of_copy: float
-    error: float
-    host_microseconds: float
+    shape: str
+    backend: str = ""
+    milliseconds: float = NAN
+    of_floor: float = NAN  # the floor's time over this one's: 1 is as fast as can be
+    ratio: float = NAN  # our time over this one's: below 1 we are faster
+    bar: float = NAN  # what the ratio has to stay under
+    error: float = NAN  # the largest difference to float64
+    host_microseconds: float = NAN  # of a call on one token
+    megabytes: float = NAN  # peak above what was held before the call
+    absent: str = ""  # why it was not measured
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.ratio, self.bar)
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def verdict(value: float, bar: float) -> str:
+    if math.isnan(bar) or math.isnan(value):
+        return ""
+    return "met" if value <= bar else "missed"
 
 
-def machine() -> dict[str, str | int]:
-    """What the numbers were measured on."""
-    if device() == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+# Field of a row: its heading, the width of its column, its format.
+COLUMNS = {
+    "case": ("", 31, ""),
+    "implementation": ("", 40, ""),
+    "dtype": ("dtype", 8, ""),
+    "shape": ("shape", 22, ""),
+    "backend": ("backend", 7, ""),
+    "milliseconds": ("ms", 9, ".2f"),
+    "of_floor": ("floor/it", 8, ".2f"),
+    "ratio": ("ours/it", 7, ".3f"),
+    "bar": ("bar", 5, ".3g"),
+    "verdict": ("", 6, ""),
+    "error": ("error", 8, ".1e"),
+    "host_microseconds": ("host us", 8, ".1f"),
+    "megabytes": ("peak MB", 8, ".0f"),
+}
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "CPU")
+def cell(value: object, form: str = "") -> str:
+    """One number or word of a table; nothing for what was not measured."""
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if missing else format(value, form)
 
 
-def once(function: Callable[[], object]) -> float:
-    """Milliseconds of one call; on a GPU with a cold L2 cache, by events."""
+# -------------------------------------------------------------------------------------------------
+# Timing
+
+
+def once(function: Call) -> float:
+    """Milliseconds of one call; on a GPU with a cold L2 cache, by events.
+
+    What it returns is freed after the clock has stopped.
+    """
     if device() == "cpu":
         start = time.perf_counter()
-        function()
-        return (time.perf_counter() - start) * 1e3
+        kept = function()
+        milliseconds = (time.perf_counter() - start) * 1e3
+        del kept
+        return milliseconds
     _flush_l2()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -82,15 +112,24 @@ def _flush_l2() -> None:
     _scratch[0].zero_()
 
 
-def paired(*functions: Callable[[], object], repeats: int = 15) -> list[float]:
-    """Median milliseconds of each, measured in turn: a slow spell of the machine hits all alike."""
-    for function in functions:
-        once(function)
-    times = [[once(function) for function in functions] for _ in range(repeats)]
+def paired(*functions: Call, repeats: int = 15, seconds: float = math.inf) -> list[float]:
+    """Median milliseconds of each, measured in turn; fewer repeats, but three, past `seconds`.
+
+    An untimed call goes before each timed one: what that allocates must not depend on what the
+    function measured before has freed.
+    """
+    once_each = 2 * sum([once(function) for function in functions])
+    repeats = max(min(repeats, 3), min(repeats, int(min(seconds * 1e3 / once_each, 1e9))))
+    times = [[_settled(function) for function in functions] for _ in range(repeats)]
     return [statistics.median(column) for column in zip(*times)]
 
 
-def host_microseconds(function: Callable[[], object], calls: int = 1000, rounds: int = 60) -> float:
+def _settled(function: Call) -> float:
+    once(function)
+    return once(function)
+
+
+def host_microseconds(function: Call, calls: int = 1000, rounds: int = 60) -> float:
     """Microseconds that one call keeps Python busy: the best of several rounds."""
     best = float("inf")
     for _ in range(rounds):
@@ -103,7 +142,7 @@ def host_microseconds(function: Callable[[], object], calls: int = 1000, rounds:
     return best * 1e6
 
 
-def peak_megabytes(function: Callable[[], object]) -> float:
+def peak_megabytes(function: Call) -> float:
     """How far memory rises above what is held before the call."""
     if device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -126,16 +165,90 @@ def largest_error(out: Tensor, exact: Tensor) -> float:
     return (out.double() - exact).abs().max().item()
 
 
-def _or_null(value: object) -> object:
-    """JSON has no NaN, which stands for what a case does not measure."""
-    return None if isinstance(value, float) and math.isnan(value) else value
+# -------------------------------------------------------------------------------------------------
+# Results
 
 
-def save(name: str, rows: list, **more: object) -> Path:
-    """Write bench/results/NAME-DEVICE.json and return its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{device()}.json"
-    measured = [{name: _or_null(x) for name, x in asdict(row).items()} for row in rows]
-    content = {"machine": machine(), **more, "rows": measured}
+def arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The options of every benchmark."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=15, help="paired runs of each case")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="TEXT",
+        help="cases with TEXT in their name and dtype",
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    parser.add_argument("--out", type=Path, help="folder for the results, default bench/results")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.repeats = 1
+        torch._dynamo.config.disable = True  # compiling takes longer than everything else here
+    elif args.out is None:
+        args.out = RESULTS
+    return args
+
+
+class Report:
+    """Prints each row as soon as it is measured; keeps and saves them."""
+
+    def __init__(self, name: str, args: argparse.Namespace, columns=COLUMNS, **about: object):
+        self.name, self.args, self.columns, self.about = name, args, columns, about
+        self.rows: list = []
+        print(" ".join(f"{key}: {value}" for key, value in {**machine(), **about}.items()))
+        print(" ".join(f"{head:{width}}" for head, width, _ in columns.values()))
+        if not args.quick:
+            back_memory()
+
+    def wants(self, case: str) -> bool:
+        """Whether --only selects this case."""
+        return not self.args.only or any(text in case for text in self.args.only)
+
+    def add(self, row) -> None:
+        self.rows.append(row)
+        words = []
+        for field, (_, width, form) in self.columns.items():
+            value = getattr(row, field)
+            words.append(f"{cell(value, form):{'<' if isinstance(value, str) else '>'}{width}}")
+        print(" ".join(words).rstrip(), getattr(row, "absent", ""), flush=True)
+
+    def save(self) -> None:
+        """A whole run replaces what was there; a part (--only) replaces its own rows."""
+        if self.args.out is not None and self.rows:
+            merge = bool(self.args.only)
+            print(f"written: {save(self.name, self.rows, self.args.out, merge, **self.about)}")
+
+
+def save(
+    name: str, rows: list, folder: Path = RESULTS, merge: bool = False, **more: object
+) -> Path:
+    """Write NAME-DEVICE.json and return its path.
+
+    merge: keep the rows that are there and that were not measured again, if on the same machine.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{device()}.json"
+    measured = {_identity(row): row for row in map(_plain, rows)}
+    if merge and path.exists():
+        before = json.loads(path.read_text())
+        if before["machine"] == machine():
+            measured = {_identity(row): row for row in before["rows"]} | measured
+    content = {"machine": machine(), **more, "rows": list(measured.values())}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def _plain(row) -> dict:
+    """JSON has no NaN, which stands for what a case does not measure."""
+    values = {**asdict(row), "verdict": getattr(row, "verdict", "")}
+    return {name: value for name, value in values.items() if cell(value) != ""}
+
+
+def _identity(row: dict) -> tuple:
+    """What names a row: its words and whole numbers, but for the outcome."""
+    return tuple(
+        (name, value)
+        for name, value in row.items()
+        if isinstance(value, (str, int)) and name not in ("verdict", "absent")
+    )

@@ -2,7 +2,12 @@
 
 Reads bench/results/*.json (from `make bench` and bench/length_generalization.py) and
 build/demo/loss.json with its plot (from `make demo`); replaces what stands between the markers in
-README.md, docs/demo.png and docs/rerope.svg.
+README.md, and docs/demo.png. The marker of bench/results/NAME-DEVICE.json is NAME-DEVICE, of the
+demo demo-table: put
+
+    <!-- rope-cpu -->
+
+where its figures shall stand. Files without a marker are named and left out.
 """
 
 from __future__ import annotations
@@ -10,9 +15,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from length_report import head, losses, summary
+import bench_overhead
+import length_report
+from harness import COLUMNS, RESULTS, cell
+from scaling import summary
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,134 +40,103 @@ def demo_table(results: dict) -> str:
     return f"{table(head, lines)}\n\n{took}"
 
 
-def bench_table(results: dict) -> str:
-    rows, machine = results["rows"], results["machine"]
-    large = [row for row in rows if row["against"] in ("clone", "copy_")]
-    peers = [row for row in rows if row["case"].startswith("transformers")]
-    host = [row for row in rows if row["layout"] == "1 token"]
-    parts = [
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; "
-        f"q {tuple(results['shape'])}, k with {results['heads_k']} heads; medians in one run.",
-        table(
-            ["", "dtype", "layout", "ms", "against", "ratio", "error against float64"],
-            [
-                [
-                    row["case"],
-                    row["dtype"],
-                    row["layout"],
-                    f"{row['milliseconds']:.1f}",
-                    f"`{row['against']}` of q and k",
-                    f"{row['ratio']:.2f}",
-                    f"{row['error']:.1e}",
-                ]
-                for row in large
-            ],
-        ),
-        table(
-            ["peer", "dtype", "ms", "its time over", "ratio", "its error"],
-            [
-                [
-                    row["case"],
-                    row["dtype"],
-                    f"{row['milliseconds']:.0f}",
-                    row["against"],
-                    f"{row['ratio']:.1f}",
-                    f"{row['error']:.1e}",
-                ]
-                for row in peers
-            ],
-        ),
-        table(
-            ["one token, q (1, 1, 32, 128), k with 8 heads", "microseconds a call"],
-            [[row["case"], f"{row['host_microseconds']:.1f}"] for row in host],
-        ),
-    ]
+def machine(results: dict) -> str:
+    where = results["machine"]
+    return f"{where['device']}, {where['threads']} threads, torch {where['torch']}"
+
+
+def comparison(results: dict) -> str:
+    """A line for each case, with our time over that of everyone else."""
+    fields = ("dtype", "shape", "milliseconds", "of_floor", "error", "host_microseconds",
+              "megabytes")  # fmt: skip
+    headings = [COLUMNS[field][0].replace("/it", "/ours") for field in fields]
+    lines, absent = [], {}
+    cases: dict[tuple, list[dict]] = {}
+    for row in results["rows"]:
+        cases.setdefault((row["case"], row["dtype"], row["shape"]), []).append(row)
+    for rows in cases.values():
+        for ours in (row for row in rows if row["implementation"] == "extrope"):
+            words = [cell(ours.get(field), COLUMNS[field][2]) for field in fields]
+            others = [row for row in rows if row["implementation"] != "extrope"]
+            measured = [against(row) for row in others if "ratio" in row]
+            lines.append([ours["case"], *words, "; ".join(measured)])
+            absent |= {r["implementation"]: r["absent"] for r in others if "absent" in r}
+    parts = [f"{machine(results)}; medians in one run.",
+             table(["", *headings, "our time over theirs"], lines)]  # fmt: skip
+    if absent:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
+        parts.append(f"Not measured here: {reasons}.")
     return "\n\n".join(parts)
 
 
-def attention_table(results: dict) -> str:
-    machine = results["machine"]
-    head = ["", "dtype", "head_dim", "heads", "N", "ms", "against", "ratio", "bar", "error"]
-    lines = [
-        [
-            row["case"],
-            row["dtype"],
-            str(row["head_dim"]),
-            row["heads"],
-            str(row["seqlen"]),
-            f"{row['milliseconds']:.1f}",
-            row["against"],
-            f"{row['ratio']:.2f}",
-            f"{row['bar']:.2f}",
-            f"{row['error']:.1e}",
-        ]
-        for row in results["rows"]
-    ]
-    where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
-    return f"{where}; medians in one run.\n\n{table(head, lines)}"
+def against(row: dict) -> str:
+    """Whom we are compared with, our time over theirs, and how that stands to the bar."""
+    text = f"{row['implementation']} {row['ratio']:.2f}"
+    if "bar" not in row:
+        return text
+    bar = f"(bar {row['bar']:.3g})" if row["verdict"] == "met" else f"(bar {row['bar']:.3g} missed)"
+    return f"{text} {bar}"
 
 
 def length_table(results: dict) -> str:
     """Names link to papers; bold is what no method beats by much."""
     rows = results["rows"]
-    best = [min(column) for column in zip(*map(losses, rows))]
+    best = [min(column) for column in zip(*map(length_report.losses, rows))]
     lines = []
     for row in rows:
         numbers = [
             f"**{loss:.2f}**" if loss < least + 0.05 else f"{loss:.2f}"
-            for loss, least in zip(losses(row), best)
+            for loss, least in zip(length_report.losses(row), best)
         ]
         name = f"[{row['name']}]({row['paper']})"
         lines.append([name, row["trained"], row["run"], *numbers])
     bold = "Nats per byte; bold: within 0.05 of the best of its column."
-    return f"{table(head(results), lines)}\n\n{bold} {summary(results)}"
+    return f"{table(length_report.head(results), lines)}\n\n{bold} {length_report.summary(results)}"
 
 
-def plot_curve(rows: list[dict], path: Path) -> None:
-    """Time and peak memory against length, of every implementation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "extrope"  # the same file from the same numbers
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, field, label in zip(axes, ("milliseconds", "megabytes"), ("ms", "peak MB")):
-        for name in dict.fromkeys(row["implementation"] for row in rows):
-            own = [row for row in rows if row["implementation"] == name]
-            axis.plot([x["seqlen"] for x in own], [x[field] for x in own], "o-", label=name)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-        axis.grid(True, which="both", alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+def overhead(results: dict) -> str:
+    columns = bench_overhead.COLUMNS
+    lines = [[cell(row.get(field), form) for field, (_, _, form) in columns.items()]
+             for row in results["rows"]]  # fmt: skip
+    return f"{machine(results)}.\n\n{table([head for head, _, _ in columns.values()], lines)}"
 
 
-def replace(text: str, name: str, content: str) -> str:
+def growth(results: dict) -> str:
+    """The slopes of a scaling plot."""
+    slopes = "\n".join(f"- {line}" for line in summary(results["rows"]))
+    return f"{results['about']}; {machine(results)}.\n\n{slopes}"
+
+
+def text_of(path: Path) -> str:
+    """What a file of results has to say."""
+    results = json.loads(path.read_text())
+    if path.stem.startswith("scaling-"):
+        return f"![{path.stem}](bench/results/{path.stem}.svg)\n\n{growth(results)}"
+    named = {"overhead": overhead, "length_generalization": length_table}
+    return named.get(path.stem.rsplit("-", 1)[0], comparison)(results)
+
+
+def replace(text: str, name: str, content: str | Callable[[], str]) -> str:
+    """The text with the content between the markers of that name; unchanged without a marker."""
+    if f"<!-- {name} -->" not in text:
+        print(f"no marker <!-- {name} --> in the README")
+        return text
+    content = content if isinstance(content, str) else content()
     marked = f"<!-- {name} -->\n{content}\n<!-- end of {name} -->"
     pattern = rf"<!-- {name} -->(?:.*<!-- end of {name} -->)?"
     return re.sub(pattern, lambda _: marked, text, count=1, flags=re.DOTALL)
 
 
-def read(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def main() -> None:
-    readme = ROOT / "README.md"
+def main(root: Path = ROOT, results: Path = RESULTS) -> None:
+    readme = root / "README.md"
     text = readme.read_text()
-    if bench := read(ROOT / "bench" / "results" / "rope-cpu.json"):
-        text = replace(text, "bench-table", bench_table(bench))
-    if rerope := read(ROOT / "bench" / "results" / "rerope-cpu.json"):
-        text = replace(text, "rerope-table", attention_table(rerope))
-    if curve := read(ROOT / "bench" / "results" / "rerope_curve-cpu.json"):
-        plot_curve(curve["rows"], ROOT / "docs" / "rerope.svg")
-    if length := read(ROOT / "bench" / "results" / "length_generalization-cpu.json"):
-        text = replace(text, "length-table", length_table(length))
-    if demo := read(ROOT / "build" / "demo" / "loss.json"):
-        text = replace(text, "demo-table", demo_table(demo))
-        (ROOT / "docs").mkdir(exist_ok=True)
-        shutil.copyfile(ROOT / "build" / "demo" / "loss.png", ROOT / "docs" / "demo.png")
+    for path in sorted(results.glob("*-c*.json")):  # -cpu and -cuda
+        text = replace(text, path.stem, lambda path=path: text_of(path))
+    demo = root / "build" / "demo"
+    if (demo / "loss.json").exists():
+        text = replace(text, "demo-table", demo_table(json.loads((demo / "loss.json").read_text())))
+        (root / "docs").mkdir(exist_ok=True)
+        shutil.copyfile(demo / "loss.png", root / "docs" / "demo.png")
     readme.write_text(text)
 
 

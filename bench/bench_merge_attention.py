@@ -1,0 +1,66 @@
+"""The exact merge of two attentions over disjoint keys: python bench/bench_merge_attention.py
+
+Two outputs (1, 8192, 32, 128) and their log-sum-exps. The floor is copy_ of three tensors of that
+size, halved: two are read, one is written. It is PyTorch operations on every device; "compiled" is
+torch.compile of the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from compare import Floor, compare, error_of_tail
+from harness import Call, Report, arguments, device
+from scaling import scaling
+from torch import Tensor
+
+from extrope_kernels import merge_attention
+
+HEADS, HEAD_DIM = 32, 128
+
+
+def parts(seqlen: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    outs = [torch.randn(1, seqlen, HEADS, HEAD_DIM, device=device()).to(dtype) for _ in range(2)]
+    return outs, [torch.randn(1, HEADS, seqlen, device=device()) for _ in range(2)]
+
+
+@torch.no_grad()
+def bench(report: Report, dtype: torch.dtype) -> None:
+    if not report.wants(f"merge {str(dtype)[6:]}"):
+        return
+    seqlen = 32 if report.args.quick else 8192
+    outs, lses = parts(seqlen, dtype)
+    small = parts(1, dtype)
+    into = torch.empty_like(outs[0])
+    exact, _ = merge_attention([x[:, -64:].double() for x in outs], [x[..., -64:] for x in lses])
+    error = error_of_tail([exact])
+    compiled = torch.compile(merge_attention, dynamic=False)
+    compare(
+        report,
+        "merge",
+        {"extrope": lambda: merge_attention(outs, lses), "compiled": lambda: compiled(outs, lses)},
+        few={"extrope": lambda: merge_attention(*small)},
+        error=lambda result: error(result[0]),
+        dtype=dtype,
+        shape=f"2 of {seqlen} x {HEADS} x {HEAD_DIM}",
+        backend="torch",
+        floor=Floor(lambda: into.copy_(outs[0]), 1.5),
+    )
+
+
+def by_length(seqlen: int) -> Call:
+    outs, lses = parts(seqlen, torch.bfloat16)
+    return lambda: merge_attention(outs, lses)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, argv)
+    torch.manual_seed(0)
+    report = Report("merge_attention", args)
+    for dtype in (torch.float32, torch.bfloat16):
+        bench(report, dtype)
+    report.save()
+    scaling("merge_attention", by_length, args, about="two of bfloat16, 32 heads, head_dim 128")
+
+
+if __name__ == "__main__":
+    main()

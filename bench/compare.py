@@ -1,0 +1,115 @@
+"""Ours against a floor and against every peer that runs here: one row each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from harness import NAN, Call, Report, Row, host_microseconds, once, paired, peak_megabytes
+from torch import Tensor
+
+SECONDS = 4.0  # that one pairing may take, so that a slow peer does not take minutes
+
+
+@dataclass
+class Floor:
+    """What nothing can be faster than: `factor` times what `call` takes."""
+
+    call: Call
+    factor: float = 1.0
+
+
+def matmul_floor(flops: float, dtype: torch.dtype, device: str, side: int = 2048) -> Floor:
+    """The time of `flops` operations at the rate of a square matrix product."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return Floor(lambda: torch.matmul(a, b), flops / (2 * side**3))
+
+
+def compare(
+    report: Report,
+    case: str,
+    calls: dict[str, Call | str],
+    *,
+    dtype: torch.dtype,
+    shape: str,
+    floor: Floor,
+    backend: str = "",
+    yardsticks: dict[str, Call | str] | None = None,
+    error: Callable[[object], float] | None = None,
+    checked: dict[str, Call] | None = None,
+    few: dict[str, Call] | None = None,
+    bars: dict[str, float] | None = None,
+) -> None:
+    """Add a row for each of `calls`, by name, whose first is ours, and of `yardsticks`.
+
+    calls: a string instead of a call says why it cannot run here; one that raises is absent too.
+    yardsticks: what computes something else, and has no error therefore.
+    error: the error of what a call returns; `checked` holds the calls to ask instead where the
+        timed ones overwrite their input.
+    few: the same calls on one token, for the time on the host.
+    bars: by name, what our time over that one's has to stay under.
+    """
+    ours, name_of_dtype = next(iter(calls.values())), str(dtype).removeprefix("torch.")
+    for name, call in {**calls, **(yardsticks or {})}.items():
+        row = Row(case, name, name_of_dtype, shape, backend if call is ours else "")
+        row.absent = call if isinstance(call, str) else why_not(call)
+        if not row.absent:
+            others = (floor.call,) if call is ours else (floor.call, ours)
+            times = paired(call, *others, repeats=report.args.repeats, seconds=SECONDS)
+            row.milliseconds = times[0]
+            row.of_floor = floor.factor * times[1] / times[0]
+            row.ratio = NAN if call is ours else times[2] / times[0]
+            row.bar = (bars or {}).get(name, NAN)
+            if error and name in calls:
+                row.error = error((checked or {}).get(name, call)())
+            row.megabytes = peak_megabytes(call)
+            if few and name in few:
+                calls_and_rounds = (2, 2) if report.args.quick else (100, 20)
+                row.host_microseconds = host_microseconds(few[name], *calls_and_rounds)
+        report.add(row)
+
+
+def why_not(call: Call) -> str:
+    """Why a call cannot run here, in a line; nothing when it can. What is lazy compiles here."""
+    try:
+        once(call)
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
+    return ""
+
+
+def with_backward(call: Call, leaves: list[Tensor]) -> Call:
+    """The call, whose tensors depend on the leaves, and the gradients of all of these."""
+    for leaf in leaves:
+        leaf.requires_grad_()
+    grads: list[Tensor] = []
+
+    def run():
+        result = call()
+        outs = [result] if isinstance(result, Tensor) else [x for x in result]
+        if not grads:
+            grads.extend(torch.randn_like(x) for x in outs)
+        return torch.autograd.grad(outs, leaves, grads)
+
+    return run
+
+
+def error_of_tail(exact: list[Tensor]) -> Callable[[object], float]:
+    """The largest error of the last tokens, given their float64 values (batch, tokens, heads, dim).
+
+    Takes one tensor or several, sequence first or heads first.
+    """
+
+    def error(result: object) -> float:
+        outs = [result] if isinstance(result, Tensor) else list(result)
+        return max(_difference(out.detach(), x) for out, x in zip(outs, exact, strict=True))
+
+    return error
+
+
+def _difference(out: Tensor, exact: Tensor) -> float:
+    if out.shape[2] != exact.shape[2]:
+        out = out.transpose(1, 2)
+    return (out[:, -exact.shape[1] :].double() - exact).abs().max().item()

@@ -1,0 +1,199 @@
+"""Other people's implementations, as their packages ship them; a string says why one cannot run.
+
+Every function takes what ours takes and returns calls by name. What a peer can make beforehand
+(tables, masks, transposed inputs) is made here, outside of the timing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import torch
+import torch.nn.functional as F
+from harness import Call, device
+from torch import Tensor
+
+from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, merge_attention
+
+Calls = dict[str, Call | str]
+ONLY_GPU = "needs a GPU (Triton)"
+
+
+def titled(package: str, what: str = "") -> str:
+    """A peer's name with the version that is installed."""
+    try:
+        name = f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        name = package
+    return f"{name}{what}"
+
+
+def missing(package: str) -> str:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} is not installed"
+    return ""
+
+
+# -------------------------------------------------------------------------------------------------
+# Rotation: q and k (batch, seqlen, heads, head_dim)
+
+
+def rotary_peers(q: Tensor, k: Tensor, freqs: RopeFreqs, interleaved: bool) -> Calls:
+    """Rotations of q and k at positions 0, 1, 2, ... that pair lanes as asked."""
+    peers = {}
+    if interleaved:
+        peers |= lucidrains(q, k)
+    else:
+        peers |= transformers_rotary(q, k, freqs)
+        peers |= liger(q, k, freqs)
+    return peers | flash_attn_rotary(q, k, freqs, interleaved)
+
+
+def _tables(q: Tensor, freqs: RopeFreqs) -> tuple[Tensor, Tensor]:
+    """transformers' cosines and sines: (1, seqlen, rotary_dim), in q's dtype."""
+    angle = torch.arange(q.shape[1], device=q.device)[:, None].float() * freqs.inv_freq
+    angle = torch.cat((angle, angle), dim=-1)[None]
+    return angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+
+
+def transformers_rotary(q: Tensor, k: Tensor, freqs: RopeFreqs) -> Calls:
+    """Llama's rotation in transformers: eager, compiled, and compiled with its tables inside."""
+    if reason := missing("transformers"):
+        return {"transformers": reason}
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import (
+        LlamaRotaryEmbedding,
+        apply_rotary_pos_emb,
+    )
+
+    cos, sin = _tables(q, freqs)
+    positions = torch.arange(q.shape[1], device=q.device)[None]
+    config = LlamaConfig(head_dim=q.shape[-1], max_position_embeddings=q.shape[1])
+    rotary = LlamaRotaryEmbedding(config).to(q.device)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    compiled = torch.compile(apply_rotary_pos_emb, dynamic=False)
+
+    @torch.compile(dynamic=False)
+    def with_tables(q, k, positions):
+        return apply_rotary_pos_emb(q, k, *rotary(q, positions))
+
+    name = titled("transformers")
+    return {
+        f"{name} eager": lambda: apply_rotary_pos_emb(q, k, cos, sin),
+        f"{name} compiled": lambda: compiled(q, k, cos, sin),
+        f"{name} compiled, with tables": lambda: with_tables(q, k, positions),
+    }
+
+
+def lucidrains(q: Tensor, k: Tensor) -> Calls:
+    package = "rotary-embedding-torch"
+    if reason := missing(package):
+        return {package: reason}
+    from rotary_embedding_torch import RotaryEmbedding
+
+    rotary = RotaryEmbedding(q.shape[-1], seq_before_head_dim=True).to(q.device)
+    rotate = rotary.rotate_queries_or_keys
+    return {titled(package): lambda: (rotate(q), rotate(k))}
+
+
+def liger(q: Tensor, k: Tensor, freqs: RopeFreqs) -> Calls:
+    """Liger's Triton kernel; it overwrites contiguous inputs."""
+    reason = missing("liger-kernel") or (ONLY_GPU if device() == "cpu" else "")
+    if reason:
+        return {titled("liger-kernel"): reason}
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    cos, sin = _tables(q, freqs)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    return {titled("liger-kernel"): lambda: liger_rotary_pos_emb(q, k, cos, sin)}
+
+
+def flash_attn_rotary(q: Tensor, k: Tensor, freqs: RopeFreqs, interleaved: bool) -> Calls:
+    reason = missing("flash-attn") or (ONLY_GPU if device() == "cpu" else "")
+    if reason:
+        return {titled("flash-attn", " rotary"): reason}
+    from flash_attn.layers.rotary import apply_rotary_emb
+
+    cos, sin = (x[0, :, : q.shape[-1] // 2].contiguous() for x in _tables(q, freqs))
+    rotate = lambda x: apply_rotary_emb(x, cos, sin, interleaved=interleaved)  # noqa: E731
+    return {titled("flash-attn", " rotary"): lambda: (rotate(q), rotate(k))}
+
+
+# -------------------------------------------------------------------------------------------------
+# Attention: q (batch, seqlen, heads_q, head_dim), k and v with heads_k
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Calls:
+    """PyTorch's attention over rotated q and k, keys shared by the query heads or repeated."""
+    q, k, v = (x.detach().transpose(1, 2).contiguous() for x in (q, k, v))
+    how = {"is_causal": True} if mask is None else {"attn_mask": mask}
+    calls, groups = {}, q.shape[1] // k.shape[1]
+    if groups > 1:
+        repeated = [x.repeat_interleave(groups, 1) for x in (k, v)]
+        calls["SDPA, keys repeated"] = _attend(q, *repeated, **how)
+    return calls | {"SDPA": _attend(q, k, v, enable_gqa=groups > 1, **how)}
+
+
+def _attend(q, k, v, **how) -> Call:
+    call = lambda: F.scaled_dot_product_attention(q, k, v, **how)  # noqa: E731
+    call.leaves = [q, k, v]
+    return call
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Calls:
+    """flash-attn's causal attention over rotated q and k."""
+    reason = missing("flash-attn") or (ONLY_GPU if device() == "cpu" else "")
+    if not reason and q.dtype not in (torch.float16, torch.bfloat16):
+        reason = "takes float16 and bfloat16"
+    if reason:
+        return {titled("flash-attn"): reason}
+    from flash_attn import flash_attn_func
+
+    q, k, v = (x.detach().clone() for x in (q, k, v))
+    call = lambda: flash_attn_func(q, k, v, causal=True)  # noqa: E731
+    call.leaves = [q, k, v]
+    return {titled("flash-attn"): call}
+
+
+def flex_rerope(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, window: int) -> Calls:
+    """ReRoPE as two calls of FlexAttention, near and far, and a merge: from unrotated inputs."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+    n, lse = q.shape[1], AuxRequest(lse=True)
+    where = {"B": None, "H": None, "Q_LEN": n, "KV_LEN": n, "device": q.device}
+    near = create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < window), **where)
+    far = create_block_mask(lambda b, h, i, j: i - j >= window, **where)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    at_window = torch.full((n,), window, device=q.device)
+
+    def attend(q, k, mask):
+        q, k, values = (x.transpose(1, 2) for x in (q, k, v))
+        out, aux = compiled(q, k, values, block_mask=mask, enable_gqa=True, return_aux=lse)
+        return out.transpose(1, 2), aux.lse
+
+    def call():
+        near_part = attend(*apply_rope_qk(q, k, freqs), near)
+        far_part = attend(apply_rope(q, freqs, positions=at_window), k, far)
+        return merge_attention(*zip(near_part, far_part))[0]
+
+    if device() == "cpu":
+        return {"FlexAttention, two calls": "torch.compile on CPU has no log-sum-exp"}
+    return {"FlexAttention, two calls": call}
+
+
+def dense_rerope(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, window: int) -> Tensor:
+    """The two-score formula of the paper in eager PyTorch: N x N twice."""
+    groups = q.shape[2] // k.shape[2]
+    i = torch.arange(q.shape[1], device=q.device)
+    distance = i[:, None] - i
+    far_q = apply_rope(q, freqs, positions=torch.full_like(i, window))
+    near_q, near_k = apply_rope_qk(q, k, freqs)
+    scores = [
+        torch.matmul(a.transpose(1, 2), b.repeat_interleave(groups, 2).permute(0, 2, 3, 1))
+        for a, b in ((near_q, near_k), (far_q, k))
+    ]
+    merged = torch.where(distance < window, *scores) * q.shape[-1] ** -0.5
+    weights = merged.masked_fill(distance < 0, -torch.inf).softmax(-1)
+    return torch.matmul(weights, v.repeat_interleave(groups, 2).transpose(1, 2)).transpose(1, 2)

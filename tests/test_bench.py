@@ -1,0 +1,110 @@
+"""The benchmarks run, at tiny sizes, and the README's figures are made from what they write."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+
+import extrope_kernels
+
+BENCH = Path(extrope_kernels.__file__).parent.parent / "bench"
+SCRIPTS = sorted(path.stem for path in BENCH.glob("bench_*.py"))
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Import a module of bench/; what --quick switches off is switched on again afterwards."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    pytest.importorskip("matplotlib")
+    with torch._dynamo.config.patch(disable=True):
+        yield importlib.import_module
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_runs(bench, tmp_path, capsys, script):
+    bench(script).main(["--quick", "--out", str(tmp_path)])
+    name = script.removeprefix("bench_")
+    results = json.loads((tmp_path / f"{name}-{bench('harness').device()}.json").read_text())
+    assert results["rows"] and results["machine"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    for row in results["rows"]:
+        own = row.get("implementation", row.get("name"))
+        assert own in printed
+        assert "absent" in row or row.get("milliseconds", row.get("eager")) > 0
+        if own == "extrope":
+            assert "absent" not in row and (row["of_floor"] > 0)
+    for plot in tmp_path.glob("scaling-*.json"):
+        assert plot.with_suffix(".svg").exists()
+
+
+def test_every_public_function_has_its_overhead_measured(bench):
+    overhead = bench("bench_overhead")
+    measured = {**overhead.rotations(), **overhead.attentions()}
+    functions = [
+        name
+        for name in extrope_kernels.__all__
+        if callable(getattr(extrope_kernels, name)) and name != "RopeFreqs"
+    ]
+    assert not set(functions) - set(measured)
+    for module in (extrope_kernels.methods.METHODS, extrope_kernels.positions.__all__):
+        names = {**overhead.frequencies(), **overhead.position_strategies()}
+        assert not [name for name in module if not any(key.endswith(f".{name}") for key in names)]
+
+
+def test_a_part_replaces_its_own_rows(bench, tmp_path):
+    harness = bench("harness")
+    rows = [harness.Row(case, "extrope", "float32", "8", milliseconds=1.0) for case in "ab"]
+    path = harness.save("some", rows, tmp_path)
+    again = harness.Row("b", "extrope", "float32", "8", milliseconds=2.0, ratio=0.5, bar=1.0)
+    harness.save("some", [again], tmp_path, merge=True)
+    kept = json.loads(path.read_text())["rows"]
+    assert [(row["case"], row["milliseconds"]) for row in kept] == [("a", 1.0), ("b", 2.0)]
+    assert kept[1]["verdict"] == "met" and "error" not in kept[0]
+    other = json.loads(path.read_text()) | {"machine": {"device": "another"}}
+    path.write_text(json.dumps(other))
+    harness.save("some", [again], tmp_path, merge=True)
+    assert len(json.loads(path.read_text())["rows"]) == 1
+
+
+def test_verdicts_and_slopes(bench):
+    harness, scaling = bench("harness"), bench("scaling")
+    assert harness.verdict(1.2, 1.2) == "met" and harness.verdict(1.3, 1.2) == "missed"
+    assert harness.verdict(math.nan, 1.0) == harness.verdict(1.0, math.nan) == ""
+    rows = [
+        {"implementation": "x", "seqlen": n, "threads": t, "milliseconds": n**2 / t, "megabytes": n}
+        for n in (1024, 2048, 4096)
+        for t in (1, 2)
+    ]
+    (own,) = scaling.curves(rows)[("x", 2)][-1:]
+    assert own["seqlen"] == 4096
+    assert scaling.slope(scaling.curves(rows)[("x", 1)], "milliseconds") == pytest.approx(2)
+    assert scaling.slope(scaling.curves(rows)[("x", 1)], "megabytes") == pytest.approx(1)
+    assert scaling.summary(rows)[1].endswith("2.00 times one thread at 4096 tokens")
+
+
+def test_figures_replace_what_is_between_the_markers(bench, tmp_path, capsys):
+    readme, harness = bench("readme"), bench("harness")
+    rows = [
+        harness.Row("forward", "extrope", "float32", "8 x 2", milliseconds=1.5, error=1e-7),
+        harness.Row("forward", "peer 1.0", "float32", "8 x 2", ratio=0.5, bar=0.25),
+        harness.Row("forward", "other", "float32", "8 x 2", absent="needs a GPU"),
+    ]
+    path = harness.save("some", rows, tmp_path)
+    harness.save("unmarked", rows, tmp_path)
+    text = f"before\n<!-- {path.stem} -->\nold \\1\n<!-- end of {path.stem} -->\nafter\n"
+    (tmp_path / "README.md").write_text(text)
+    readme.main(tmp_path, tmp_path)
+    once = (tmp_path / "README.md").read_text()
+    assert "old" not in once and once.startswith("before\n<!--") and once.endswith("-->\nafter\n")
+    assert "| forward | float32 | 8 x 2 | 1.50 |  | 1.0e-07 |" in once
+    assert "peer 1.0 0.50 (bar 0.25 missed)" in once
+    assert "Not measured here: other: needs a GPU." in once
+    assert f"no marker <!-- unmarked-{harness.device()} -->" in capsys.readouterr().out
+    readme.main(tmp_path, tmp_path)
+    assert (tmp_path / "README.md").read_text() == once
