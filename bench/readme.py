@@ -11,6 +11,8 @@ import re
 import shutil
 from pathlib import Path
 
+from audit.summary import table as audit_table
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -134,6 +136,8 @@ def main() -> None:
         text = replace(text, "rerope-table", attention_table(rerope))
     if curve := read(ROOT / "bench" / "results" / "rerope_curve-cpu.json"):
         plot_curve(curve["rows"], ROOT / "docs" / "rerope.svg")
+    if (audit := ROOT / "bench" / "results" / "gpu_audit.json").exists():
+        text = replace(text, "audit-table", audit_table(audit))
     if demo := read(ROOT / "build" / "demo" / "loss.json"):
         text = replace(text, "demo-table", demo_table(demo))
         (ROOT / "docs").mkdir(exist_ok=True)
