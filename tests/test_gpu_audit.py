@@ -86,11 +86,12 @@ def test_a_tile_costs_what_it_costs_without_regions(case, rows, record_property)
     assert ratio < 1.1
 
 
-@pytest.mark.parametrize("case", with_marks([c for c in sample() if c.kernel == "rope cuda"]))
+CUDA = [case for case in sample() if needs_nvcc(case) and not case.has("elements")]
+
+
+@pytest.mark.parametrize("case", with_marks(CUDA))
 def test_enough_loads_in_flight(case, rows):
     """A processor holds loads enough in flight to hide the memory's latency: 48 KiB at least."""
-    if case.has("elements"):
-        pytest.skip("loads by elements")
     heads, tensors = (2, 2) if case.has("gradient") else (4, 1)
     threads = rows[case].blocks * rows[case].warps * 32
     assert threads * heads * tensors * 2 * 16 >= 48 * 1024

@@ -9,6 +9,7 @@ from pathlib import Path
 from . import report
 from .case import CAPABILITIES, Case
 from .chips import CARDS
+from .entries import all_cases
 from .row import Row
 
 PLAIN = "plain attention"
@@ -56,23 +57,27 @@ HEAD = (
 def table(path: Path) -> str:
     """Markdown from the file that bench/gpu_audit.py wrote."""
     rows = report.load(path)
-    lines = [HEAD, ["---"] * len(HEAD), *(_line(rows, line) for line in LINES)]
+    known = {(case.kernel, case.variant) for case in rows}
+    lines = [_line(rows, line) for line in LINES if (line.kernel, line.variant) in known]
+    lines = [HEAD, ["---"] * len(HEAD), *lines]
     marked = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{_summary(rows)}\n\n{marked}"
 
 
 def _summary(rows: Mapping[Case, Row]) -> str:
     own = [row for case, row in rows.items() if not report.is_yardstick(case)]
+    shipped = [case for case in all_cases() if not report.is_yardstick(case)]
     holding = [row for row in own if row.stack]
     faults = sum(map(bool, report.judge(rows).values()))
     stack = "None holds stack (a spill)"
     if holding:
         kernels = sorted({f"{row.kernel}, {row.dtype}" for row in holding})
         stack = f"{len(holding)} hold stack ({'; '.join(kernels)})"
+    chips = ", ".join(map(str, CAPABILITIES))
     return (
-        f"Compiled, not run: {len(own)} configurations of {len({row.kernel for row in own})} "
-        f"kernels for sm_{', '.join(map(str, CAPABILITIES))}. {stack}; {faults} exceed shared "
-        "memory, hold more stack than plain attention or move rows by less than 16 bytes a thread."
+        f"Compiled, not run: {len(own)} of {len(shipped)} configurations for sm_{chips}. "
+        f"{stack}; {faults} exceed shared memory, hold more stack than plain attention or move "
+        "rows by less than 16 bytes a thread."
     )
 
 
