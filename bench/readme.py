@@ -20,6 +20,7 @@ from pathlib import Path
 
 import bench_overhead
 import length_report
+from audit.summary import table as audit_table
 from harness import COLUMNS, RESULTS, cell
 from scaling import summary
 
@@ -132,6 +133,8 @@ def main(root: Path = ROOT, results: Path = RESULTS) -> None:
     text = readme.read_text()
     for path in sorted(results.glob("*-c*.json")):  # -cpu and -cuda
         text = replace(text, path.stem, lambda path=path: text_of(path))
+    if (audit := results / "gpu_audit.json").exists():
+        text = replace(text, "audit-table", audit_table(audit))
     demo = root / "build" / "demo"
     if (demo / "loss.json").exists():
         text = replace(text, "demo-table", demo_table(json.loads((demo / "loss.json").read_text())))

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 
 from .rows import add_weighted, dots, load_rows, load_values, row_base, store_rows, times, zero_rows
-from .tiles import LOG2_E, RUN_TIME_SCALARS, end_query, masked_tile, place, split_queries
+from .tiles import LOG2_E, RUN_TIME_SCALARS, end_query, nth_tile, place, split_queries
 
 
 @triton.jit
-def _dkv_of_queries(
+def _add_dkv(
     dk,
     dv,
     k,
@@ -24,37 +24,39 @@ def _dkv_of_queries(
     delta,
     row_scale,
     softmax_scale,
-    start,
-    left,
+    span,
     low,
     high,
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Add to dk, short of softmax_scale, and to dv what the queries from row `start` on give.
+    """Add to dk, short of softmax_scale, and to dv what the masked, or full, tiles of rows give.
 
-    If MASKED, only rows low[j] to high[j] see key j, and only `left` rows are there.
+    In a masked tile only rows low[j] to high[j] see key j.
     """
     QUERIES: tl.constexpr = TILE.queries
-    factor = tl.full((QUERIES,), softmax_scale * LOG2_E, tl.float32)
-    if row_scale is not None:
-        scale = load_values(row_scale + start, left, QUERIES, MASKED)
-        factor *= scale
-    sums = load_values(lse + start, left, QUERIES, MASKED) * LOG2_E
-    deltas = load_values(delta + start, left, QUERIES, MASKED)
-    q_base += tl.cast(start, tl.int64) * q.seq * TILE.align
-    dout_base += tl.cast(start, tl.int64) * dout.seq * TILE.align
-    q_rows = load_rows(q, q_base, left, QUERIES, MASKED, TILE)
-    weights = tl.exp2(dots(k, q_rows, TILE) * factor[None, :] - sums[None, :])
-    if MASKED:
-        row = (start + tl.arange(0, QUERIES))[None, :]
-        weights = tl.where((row >= low[:, None]) & (row < high[:, None]), weights, 0.0)
-    douts = load_rows(dout, dout_base, left, QUERIES, MASKED, TILE)
-    dv = add_weighted(dv, weights, douts, TILE)
-    d_logits = weights * (dots(v, douts, TILE) - deltas[None, :])
-    if row_scale is not None:
-        d_logits *= scale[None, :]
-    dk = add_weighted(dk, d_logits, q_rows, TILE)
+    _, _, full, masked, _ = span
+    for i in tl.range(masked if MASKED else full):
+        start, left = nth_tile(i, span, MASKED, QUERIES)
+        factor = tl.full((QUERIES,), softmax_scale * LOG2_E, tl.float32)
+        if row_scale is not None:
+            scale = load_values(row_scale + start, left, QUERIES, MASKED)
+            factor *= scale
+        sums = load_values(lse + start, left, QUERIES, MASKED) * LOG2_E
+        deltas = load_values(delta + start, left, QUERIES, MASKED)
+        q_at = q_base + tl.cast(start, tl.int64) * q.seq * TILE.align
+        dout_at = dout_base + tl.cast(start, tl.int64) * dout.seq * TILE.align
+        q_rows = load_rows(q, q_at, left, QUERIES, MASKED, TILE)
+        weights = tl.exp2(dots(k, q_rows, TILE) * factor[None, :] - sums[None, :])
+        if MASKED:
+            row = (start + tl.arange(0, QUERIES))[None, :]
+            weights = tl.where((row >= low[:, None]) & (row < high[:, None]), weights, 0.0)
+        douts = load_rows(dout, dout_at, left, QUERIES, MASKED, TILE)
+        dv = add_weighted(dv, weights, douts, TILE)
+        d_logits = weights * (dots(v, douts, TILE) - deltas[None, :])
+        if row_scale is not None:
+            d_logits *= scale[None, :]
+        dk = add_weighted(dk, d_logits, q_rows, TILE)
     return dk, dv
 
 
@@ -87,7 +89,6 @@ def dkv_kernel(
     TILE: tl.constexpr,
 ):
     """Axis 0: key tiles, longest first, then heads of keys, then the batch."""
-    QUERIES: tl.constexpr = TILE.queries
     KEYS: tl.constexpr = TILE.keys
     starts = (start_0, start_1, start_2)
     batch, head, tile, _, first_row, seqlen_q, seqlen_k = place(
@@ -117,9 +118,7 @@ def dkv_kernel(
         k_rows = load_rows(k[r], k_base, live, KEYS, True, TILE)
         low = end_query(key, starts, granularity, top, seqlen_k, r + 1, TILE) - shift
         high = end_query(key, starts, granularity, top, seqlen_k, r, TILE) - shift
-        begin, before, full, masked, end = split_queries(
-            first, last, starts, granularity, seqlen_q, seqlen_k, r, TILE
-        )
+        span = split_queries(first, last, starts, granularity, seqlen_q, seqlen_k, r, TILE)
         dk_rows = zero_rows(KEYS, TILE)
         for head_q in tl.range(head * group, head * group + group):
             q_base = row_base(q[r], batch, first_row, head_q, TILE)
@@ -130,19 +129,11 @@ def dkv_kernel(
             scale_base = row_scale
             if row_scale is not None:
                 scale_base += first_row
-            for i in tl.range(masked):
-                at = masked_tile(i, begin, before, full, QUERIES)
-                dk_rows, dv_rows = _dkv_of_queries(
+            for masked in tl.static_range(2):
+                dk_rows, dv_rows = _add_dkv(
                     dk_rows, dv_rows, k_rows, v_rows, q[r], dout, q_base, dout_base,
                     lse_base, delta_base, scale_base, softmax_scale,
-                    at, end - at, low, high, True, TILE,
-                )  # fmt: skip
-            for i in tl.range(full):
-                at = begin + (before + i) * QUERIES
-                dk_rows, dv_rows = _dkv_of_queries(
-                    dk_rows, dv_rows, k_rows, v_rows, q[r], dout, q_base, dout_base,
-                    lse_base, delta_base, scale_base, softmax_scale,
-                    at, QUERIES, low, high, False, TILE,
+                    span, low, high, masked == 0, TILE,
                 )  # fmt: skip
         dk_base = row_base(dk[r], batch, row, head, TILE)
         store_rows(dk[r], dk_base, times(dk_rows, scale), live, KEYS, TILE)

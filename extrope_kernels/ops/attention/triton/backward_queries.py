@@ -7,7 +7,15 @@ import triton
 import triton.language as tl
 
 from .rows import add_weighted, dots, load_rows, load_values, row_base, store_rows, times, zero_rows
-from .tiles import LOG2_E, RUN_TIME_SCALARS, first_key, masked_tile, place, seen_keys, split_keys
+from .tiles import (
+    LOG2_E,
+    RUN_TIME_SCALARS,
+    first_key,
+    nth_tile,
+    place_queries,
+    seen_keys,
+    split_keys,
+)
 
 
 @triton.jit(do_not_specialize=("tiles", "heads_q", "rows"))
@@ -35,7 +43,7 @@ def delta_kernel(out, dout, dlse, lse, delta, tiles, heads_q, rows, TILE: tl.con
 
 
 @triton.jit
-def _dq_of_keys(
+def _add_dq(
     dq,
     q,
     dout,
@@ -46,28 +54,31 @@ def _dq_of_keys(
     factor,
     lse,
     delta,
-    start,
-    left,
+    span,
     low,
     high,
     REGION: tl.constexpr,
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Add to dq, short of the scale, what the keys from `start` on give.
+    """Add to dq, short of the scale, what the masked, or full, tiles of keys give.
 
-    If MASKED, row i sees only the keys from low[i] to high[i], and only `left` keys are there.
+    In a masked tile row i sees only the keys from low[i] to high[i].
     """
     KEYS: tl.constexpr = TILE.keys
-    k_base += tl.cast(start, tl.int64) * k.seq * TILE.align
-    v_base += tl.cast(start, tl.int64) * v.seq * TILE.align
-    k_rows = load_rows(k, k_base, left, KEYS, MASKED, TILE)
-    weights = tl.exp2(dots(q, k_rows, TILE) * factor[:, None] - lse[:, None])
-    if MASKED:
-        weights = tl.where(seen_keys(start, low, high, REGION, TILE), weights, 0.0)
-    v_rows = load_rows(v, v_base, left, KEYS, MASKED, TILE)
-    d_logits = weights * (dots(dout, v_rows, TILE) - delta[:, None])
-    return add_weighted(dq, d_logits, k_rows, TILE)
+    _, _, full, masked, _ = span
+    for i in tl.range(masked if MASKED else full):
+        start, left = nth_tile(i, span, MASKED, KEYS)
+        k_at = k_base + tl.cast(start, tl.int64) * k.seq * TILE.align
+        v_at = v_base + tl.cast(start, tl.int64) * v.seq * TILE.align
+        k_rows = load_rows(k, k_at, left, KEYS, MASKED, TILE)
+        weights = tl.exp2(dots(q, k_rows, TILE) * factor[:, None] - lse[:, None])
+        if MASKED:
+            weights = tl.where(seen_keys(start, low, high, REGION, TILE), weights, 0.0)
+        v_rows = load_rows(v, v_at, left, KEYS, MASKED, TILE)
+        d_logits = weights * (dots(dout, v_rows, TILE) - delta[:, None])
+        dq = add_weighted(dq, d_logits, k_rows, TILE)
+    return dq
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
@@ -99,18 +110,11 @@ def dq_kernel(
 ):
     """Axis 0: query tiles, longest first, then heads, then the batch."""
     QUERIES: tl.constexpr = TILE.queries
-    KEYS: tl.constexpr = TILE.keys
     starts = (start_0, start_1, start_2)
-    batch, head, tile, count, first_row, seqlen_q, seqlen_k = place(
-        tiles, heads_q, cu_seqlens, tile_starts, num_sequences, search_steps, seqlen_q, seqlen_k
-    )
-    first = (count - 1 - tile) * QUERIES
-    row = first_row + first
-    live = seqlen_q - first
-    # Positions of this tile's first row, of its last one, and of all.
-    top = first + seqlen_k - seqlen_q
-    bottom = tl.minimum(top + QUERIES, seqlen_k) - 1
-    position = top + tl.arange(0, QUERIES)
+    batch, head, first_row, row, live, top, bottom, position, seqlen_k = place_queries(
+        tiles, heads_q, cu_seqlens, tile_starts, num_sequences, search_steps, seqlen_q, seqlen_k,
+        TILE,
+    )  # fmt: skip
 
     scale = tl.full((QUERIES,), softmax_scale, tl.float32)
     if row_scale is not None:
@@ -128,21 +132,12 @@ def dq_kernel(
         k_base = row_base(k[r], batch, first_row, head // group, TILE)
         low = first_key(position, starts, granularity, seqlen_k, r, TILE)
         high = first_key(position, starts, granularity, seqlen_k, r + 1, TILE)
-        begin, before, full, masked, end = split_keys(
-            top, bottom, starts, granularity, seqlen_k, r, TILE
-        )
+        span = split_keys(top, bottom, starts, granularity, seqlen_k, r, TILE)
         grad = zero_rows(QUERIES, TILE)
-        for i in tl.range(masked):
-            at = masked_tile(i, begin, before, full, KEYS)
-            grad = _dq_of_keys(
+        for masked in tl.static_range(2):
+            grad = _add_dq(
                 grad, q_rows, douts, k[r], v, k_base, v_base, factor, sums, deltas,
-                at, end - at, low, high, r, True, TILE,
-            )  # fmt: skip
-        for i in tl.range(full):
-            at = begin + (before + i) * KEYS
-            grad = _dq_of_keys(
-                grad, q_rows, douts, k[r], v, k_base, v_base, factor, sums, deltas,
-                at, KEYS, low, high, r, False, TILE,
+                span, low, high, r, masked == 0, TILE,
             )  # fmt: skip
         dq_base = row_base(dq[r], batch, row, head, TILE)
         store_rows(dq[r], dq_base, times(grad, scale), live, QUERIES, TILE)

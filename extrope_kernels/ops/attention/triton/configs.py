@@ -15,8 +15,6 @@ class Config(NamedTuple):
 
 MOST_ROWS = 128  # of any tile
 INTERPRETED = Config(16, 16, 1, 1)
-# float32 products run without tensor cores, from registers.
-FLOAT32 = Config(32, 32, 4, 1)
 # Memory bound: rows of out and dout, and no products.
 DELTA = Config(64, 16, 4, 1)
 
@@ -79,6 +77,18 @@ _TABLE: dict[str, dict[int, dict[int, Config]]] = {
     },
 }
 
+# float32 products run without tensor cores, from registers: by kernel, on every chip, and head_dim
+# up to. Only dq at 256 lanes spills, 24 bytes, at the smallest tile that there is.
+_FLOAT32: dict[str, dict[int, Config]] = {
+    "forward": {64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    "dq": {
+        64: Config(32, 32, 8, 1),
+        128: Config(16, 16, 8, 1),
+        256: Config(16, 16, 8, 1, halves=True),
+    },
+    "dkv": {128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+}
+
 
 def config(kernel: str, head_dim: int, itemsize: int, capability: int | None) -> Config:
     """The setting of `kernel` ("forward", "delta", "dq", "dkv"); capability None: interpreted."""
@@ -86,9 +96,8 @@ def config(kernel: str, head_dim: int, itemsize: int, capability: int | None) ->
         return INTERPRETED
     if kernel == "delta":
         return DELTA
-    if itemsize == 4:
-        return FLOAT32
     rows = _TABLE[kernel]
     # Chips that are not listed are like the last one before them; 10.x and 11.x share a family.
     chip = max((listed for listed in rows if listed <= capability), default=86)
-    return next(row for lanes, row in rows[chip].items() if head_dim <= lanes)
+    by_lanes = _FLOAT32[kernel] if itemsize == 4 else rows[chip]
+    return next(row for lanes, row in by_lanes.items() if head_dim <= lanes)

@@ -9,8 +9,8 @@ from .tiles import (
     LOG2_E,
     RUN_TIME_SCALARS,
     first_key,
-    masked_tile,
-    place,
+    nth_tile,
+    place_queries,
     seen_keys,
     split_keys,
 )
@@ -28,36 +28,40 @@ def _add_keys(
     k_base,
     v_base,
     factor,
-    start,
-    left,
+    span,
     low,
     high,
     REGION: tl.constexpr,
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Take the keys from `start` on into the running (weighted values, maximum, sum of weights).
+    """Take the masked, or full, tiles of keys into (weighted values, maximum, sum of weights).
 
-    If MASKED, row i sees only the keys from low[i] to high[i], and only `left` keys are there.
+    In a masked tile row i sees only the keys from low[i] to high[i].
     """
-    acc, peak, total = state
     KEYS: tl.constexpr = TILE.keys
-    k_base += tl.cast(start, tl.int64) * k.seq * TILE.align
-    v_base += tl.cast(start, tl.int64) * v.seq * TILE.align
-    k_rows = load_rows(k, k_base, left, KEYS, MASKED, TILE)
-    logits = dots(q, k_rows, TILE)
-    if MASKED:
-        seen = seen_keys(start, low, high, REGION, TILE)
-        logits = tl.where(seen, logits * factor[:, None], float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        weights = tl.exp2(logits - new_peak[:, None])
-    else:
-        new_peak = tl.maximum(peak, tl.max(logits, 1) * factor)
-        weights = tl.exp2(logits * factor[:, None] - new_peak[:, None])
-    shrink = tl.exp2(peak - new_peak)
-    v_rows = load_rows(v, v_base, left, KEYS, MASKED, TILE)
-    acc = add_weighted(times(acc, shrink), weights, v_rows, TILE)
-    return acc, new_peak, total * shrink + tl.sum(weights, 1)
+    acc, peak, total = state
+    _, _, full, masked, _ = span
+    for i in tl.range(masked if MASKED else full):
+        start, left = nth_tile(i, span, MASKED, KEYS)
+        k_at = k_base + tl.cast(start, tl.int64) * k.seq * TILE.align
+        v_at = v_base + tl.cast(start, tl.int64) * v.seq * TILE.align
+        k_rows = load_rows(k, k_at, left, KEYS, MASKED, TILE)
+        logits = dots(q, k_rows, TILE)
+        if MASKED:
+            seen = seen_keys(start, low, high, REGION, TILE)
+            logits = tl.where(seen, logits * factor[:, None], float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(logits, 1))
+            weights = tl.exp2(logits - new_peak[:, None])
+        else:
+            new_peak = tl.maximum(peak, tl.max(logits, 1) * factor)
+            weights = tl.exp2(logits * factor[:, None] - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        v_rows = load_rows(v, v_at, left, KEYS, MASKED, TILE)
+        acc = add_weighted(times(acc, shrink), weights, v_rows, TILE)
+        total = total * shrink + tl.sum(weights, 1)
+        peak = new_peak
+    return acc, peak, total
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
@@ -87,18 +91,11 @@ def forward_kernel(
 ):
     """Axis 0: query tiles, longest first, then heads, then the batch."""
     QUERIES: tl.constexpr = TILE.queries
-    KEYS: tl.constexpr = TILE.keys
     starts = (start_0, start_1, start_2)
-    batch, head, tile, count, first_row, seqlen_q, seqlen_k = place(
-        tiles, heads_q, cu_seqlens, tile_starts, num_sequences, search_steps, seqlen_q, seqlen_k
-    )
-    first = (count - 1 - tile) * QUERIES
-    row = first_row + first
-    live = seqlen_q - first
-    # Positions of this tile's first row, of its last one, and of all.
-    top = first + seqlen_k - seqlen_q
-    bottom = tl.minimum(top + QUERIES, seqlen_k) - 1
-    position = top + tl.arange(0, QUERIES)
+    batch, head, first_row, row, live, top, bottom, position, seqlen_k = place_queries(
+        tiles, heads_q, cu_seqlens, tile_starts, num_sequences, search_steps, seqlen_q, seqlen_k,
+        TILE,
+    )  # fmt: skip
 
     factor = tl.full((QUERIES,), softmax_scale * LOG2_E, tl.float32)
     if row_scale is not None:
@@ -112,20 +109,11 @@ def forward_kernel(
         k_base = row_base(k[r], batch, first_row, head // group, TILE)
         low = first_key(position, starts, granularity, seqlen_k, r, TILE)
         high = first_key(position, starts, granularity, seqlen_k, r + 1, TILE)
-        begin, before, full, masked, end = split_keys(
-            top, bottom, starts, granularity, seqlen_k, r, TILE
-        )
-        for i in tl.range(masked):
-            at = masked_tile(i, begin, before, full, KEYS)
+        span = split_keys(top, bottom, starts, granularity, seqlen_k, r, TILE)
+        for masked in tl.static_range(2):
             state = _add_keys(
-                state, q_rows, k[r], v, k_base, v_base, factor,
-                at, end - at, low, high, r, True, TILE,
-            )  # fmt: skip
-        for i in tl.range(full):
-            at = begin + (before + i) * KEYS
-            state = _add_keys(
-                state, q_rows, k[r], v, k_base, v_base, factor,
-                at, KEYS, low, high, r, False, TILE,
+                state, q_rows, k[r], v, k_base, v_base, factor, span, low, high,
+                r, masked == 0, TILE,
             )  # fmt: skip
 
     acc, peak, total = state

@@ -49,6 +49,29 @@ def place(tiles, heads, cu_seqlens, tile_starts, num_sequences, search_steps, se
 
 
 @triton.jit
+def place_queries(
+    tiles, heads, cu_seqlens, tile_starts, num_sequences, search_steps, seqlen_q, seqlen_k,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of queries, the longest first.
+
+    Returns (batch, head, the sequence's first row, the tile's first row, how many rows of it are
+    there, the positions of its first row, of its last one and of all, seqlen_k).
+    """
+    QUERIES: tl.constexpr = TILE.queries
+    batch, head, tile, count, first_row, seqlen_q, seqlen_k = place(
+        tiles, heads, cu_seqlens, tile_starts, num_sequences, search_steps, seqlen_q, seqlen_k
+    )
+    first = (count - 1 - tile) * QUERIES
+    row = first_row + first
+    live = seqlen_q - first
+    top = first + seqlen_k - seqlen_q
+    bottom = tl.minimum(top + QUERIES, seqlen_k) - 1
+    position = top + tl.arange(0, QUERIES)
+    return batch, head, first_row, row, live, top, bottom, position, seqlen_k
+
+
+@triton.jit
 def split(low, all_low, all_high, high, SIZE: tl.constexpr):
     """Cut [low, high), of which every row sees [all_low, all_high), into tiles of SIZE.
 
@@ -62,9 +85,14 @@ def split(low, all_low, all_high, high, SIZE: tl.constexpr):
 
 
 @triton.jit
-def masked_tile(index, low, before, full, SIZE: tl.constexpr):
-    """Where the index-th masked tile of a split starts."""
-    return low + (index + tl.where(index < before, 0, full)) * SIZE
+def nth_tile(index, span, MASKED: tl.constexpr, SIZE: tl.constexpr):
+    """Where the index-th masked, or full, tile of a span starts, and the rows left from there."""
+    low, before, full, _, high = span
+    if MASKED:
+        at = low + (index + tl.where(index < before, 0, full)) * SIZE
+    else:
+        at = low + (before + index) * SIZE
+    return at, high - at
 
 
 @triton.jit
@@ -80,7 +108,7 @@ def first_key(position, starts, granularity, seqlen_k, REGION: tl.constexpr, TIL
 def split_keys(
     top, bottom, starts, granularity, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr
 ):
-    """The keys that queries at positions `top` to `bottom` see: their first, a split, their end."""
+    """The span of keys that queries at positions `top` to `bottom` see, like that of rows below."""
     low = 0
     all_low = 0
     if REGION > 0 or not TILE.from_first_key:
@@ -118,7 +146,7 @@ def end_query(key, starts, granularity, first, seqlen_k, REGION: tl.constexpr, T
 def split_queries(
     first, last, starts, granularity, seqlen_q, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr
 ):
-    """The rows that see keys `first` to `last`: the first, a split, their end."""
+    """The span of rows that see keys `first` to `last`: (first row, a split's numbers, end)."""
     shift = seqlen_k - seqlen_q  # from a row to its position
     top = tl.maximum(shift, 0)
     low = end_query(first, starts, granularity, top, seqlen_k, REGION + 1, TILE) - shift

@@ -7,6 +7,8 @@ whole turn, so a position's angle is as exact at a billion as it is at ten.
 import triton
 import triton.language as tl
 
+from ..._triton.sincos import cos_sin_polynomials, turned_by_quarters
+
 _TURNS_PER_RADIAN = tl.constexpr(0.15915494309189535)
 _WHOLE = tl.constexpr(18446744073709551616.0)  # 2**64
 _RADIANS = tl.constexpr(1.4629180792671596e-09)  # of 2**-32 turns
@@ -24,17 +26,8 @@ def cos_sin(turns):
     """Cosine and sine of int64 turns, to float32 accuracy."""
     top = (turns >> 32).to(tl.int32)
     quadrant = (top + 536870912) >> 30  # nearest quarter; the sum may wrap, as it should
-    r = (top - (quadrant << 30)).to(tl.float32) * _RADIANS
-    z = r * r
-    sin = r + r * z * (-1.6666654611e-1 + z * (8.3321608736e-3 + z * -1.9515295891e-4))
-    cos = 4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5)
-    cos = 1.0 - 0.5 * z + z * z * cos
-    odd = (quadrant & 1) != 0
-    turned_cos = tl.where(odd, sin, cos)
-    turned_sin = tl.where(odd, cos, sin)
-    turned_cos = tl.where(((quadrant + 1) & 2) != 0, -turned_cos, turned_cos)
-    turned_sin = tl.where((quadrant & 2) != 0, -turned_sin, turned_sin)
-    return turned_cos, turned_sin
+    cos, sin = cos_sin_polynomials((top - (quadrant << 30)).to(tl.float32) * _RADIANS)
+    return turned_by_quarters(cos, sin, quadrant)
 
 
 @triton.jit

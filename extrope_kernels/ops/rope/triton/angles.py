@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..._triton.sincos import cos_sin_polynomials, cos_sin_polynomials_wide, turned_by_quarters
+
 # pi/2 = FIRST + SECOND + THIRD. The first two have 24 significant bits, so their products with a
 # count of quarter turns below 2**29 are exact in float64, whether contracted into an fma or not.
 TWO_OVER_PI = tl.constexpr(0.6366197723675814)
@@ -24,20 +26,10 @@ def sincos(angle, TILE: tl.constexpr):
     rest = rest - quarters * HALF_PI_THIRD
     quadrant = shifted.to(tl.int64, bitcast=True).to(tl.int32)
     if TILE.wide:
-        cos = tl.cos(rest)
-        sin = tl.sin(rest)
+        cos, sin = cos_sin_polynomials_wide(rest)
     else:
-        r = rest.to(tl.float32)
-        z = r * r
-        sin = r + r * z * (-1.6666654611e-1 + z * (8.3321608736e-3 + z * -1.9515295891e-4))
-        cos = 4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5)
-        cos = 1.0 - 0.5 * z + z * z * cos
-    odd = (quadrant & 1) != 0
-    turned_cos = tl.where(odd, sin, cos)
-    turned_sin = tl.where(odd, cos, sin)
-    turned_cos = tl.where(((quadrant + 1) & 2) != 0, -turned_cos, turned_cos)
-    turned_sin = tl.where((quadrant & 2) != 0, -turned_sin, turned_sin)
-    return turned_cos, turned_sin
+        cos, sin = cos_sin_polynomials(rest.to(tl.float32))
+    return turned_by_quarters(cos, sin, quadrant)
 
 
 @triton.jit

@@ -13,6 +13,9 @@ from .kernel import Operand, Tile, rotate_kernel
 
 # Below this many tokens a program takes as few as it can: latency counts, not bandwidth.
 FEW_TOKENS = 512
+# Where every head has its own frequencies, a limit that no kernel reaches: left to itself, ptxas
+# spills to fit one more block.
+MOST_REGISTERS = 128
 # Heads are spread over programs until about this many warps run: 32 bytes per thread then keep
 # 30 KB of loads in flight on each multiprocessor of an H100. More would only repeat the sincos.
 TARGET_WARPS = 4096
@@ -74,6 +77,7 @@ def rotate(
             seqlen,
             TILE=tile,
             num_warps=warps,
+            maxnreg=MOST_REGISTERS if tile.per_head else None,
             enable_fp_fusion=True,
         )
 

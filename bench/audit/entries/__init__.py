@@ -1,0 +1,25 @@
+"""What is compiled, and how. To add a kernel: a file beside these, and its list in ENTRIES."""
+
+from ..case import Case, Kernel
+from . import attention, decode, permute, permuteformer, plain, rope
+
+ENTRIES = (
+    *plain.KERNELS,
+    *attention.KERNELS,
+    *decode.KERNELS,
+    *permuteformer.KERNELS,
+    *rope.KERNELS,
+    *permute.KERNELS,
+)
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ENTRIES}
+
+
+def all_cases() -> list[Case]:
+    """The usual type and head_dim first."""
+    cases = [case for kernel in ENTRIES for case in kernel.cases]
+    return sorted(cases, key=lambda case: (case.dtype != "bfloat16", case.head_dim != 128))
+
+
+def sample() -> list[Case]:
+    """What every run of the tests compiles."""
+    return [case for kernel in ENTRIES for case in kernel.cases if kernel.sample(case)]

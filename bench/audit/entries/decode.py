@@ -1,0 +1,147 @@
+"""The entries of attention over a key/value cache: decode, the merge of its splits, the append."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import product
+
+from ..case import CAPABILITIES, Case, Kernel, Measured, Traffic, empty, itemsize
+
+BATCH, KEYS, HEADS_Q, HEADS_K, WINDOW = 2, 32_768, 32, 8, 4096
+PAGE_SIZE = 16
+HEAD_DIMS = (64, 96, 128, 256)
+PROMPT = 64  # tokens of a chunk
+FRAMES = {"raw": math.inf, "slow": 4.0, "grouped": 4.0, "plain": 1.0}
+NAMES = ("decode", "merge", "append")
+
+
+def cases(name: str) -> list[Case]:
+    """One token or a chunk; raw: ReRoPE, slow: Leaky ReRoPE, grouped: SelfExtend, plain: RoPE.
+
+    Every tile; frames, layouts and float16 at the common head_dim.
+    """
+    kernel = f"cache {name}"
+    variants = [f"{frame} paged" for frame in ("slow", "grouped", "plain")]
+    variants += ["raw", "slow interleaved paged", "slow partial paged"]
+    usual = "chunk" if name == "append" else "one-token"
+    every = [*product(("bfloat16",), HEAD_DIMS, (f"raw paged {usual}",))]
+    if name != "merge":
+        every += product(("bfloat16",), (128,), [f"{variant} {usual}" for variant in variants])
+    if name == "decode":
+        every += product(("float32",), HEAD_DIMS, ("raw paged one-token", "raw paged chunk"))
+        every += product(("bfloat16",), HEAD_DIMS, ("raw paged chunk",))
+        every += [
+            ("bfloat16", 128, "slow paged chunk"),
+            ("bfloat16", 256, "grouped paged one-token"),
+            ("float16", 128, "raw paged one-token"),
+        ]
+    if name == "append":
+        every += [("bfloat16", 128, "raw paged one-token"), ("float32", 128, "slow paged chunk")]
+    return [
+        Case(kernel, chip, dim, dtype, variant)
+        for dtype, dim, variant in every
+        for chip in CAPABILITIES
+    ]
+
+
+def in_sample(case: Case) -> bool:
+    """Where registers were found to be tightest, and every chip."""
+    chip, key = case.capability, (case.dtype, case.head_dim, case.variant)
+    if case.kernel == "cache merge":
+        return chip == 90 and key[:2] == ("bfloat16", 256)
+    if case.kernel == "cache append":
+        return chip == 80 and key == ("bfloat16", 128, "grouped paged chunk")
+    picked = {
+        ("bfloat16", 128, "raw paged one-token"): CAPABILITIES,
+        ("bfloat16", 256, "raw paged one-token"): (80, 86, 120),
+        ("float16", 128, "raw paged one-token"): (90,),
+        ("bfloat16", 64, "raw paged one-token"): (100,),
+        ("float32", 256, "raw paged one-token"): (90,),
+        ("bfloat16", 128, "slow paged one-token"): (80,),
+        ("bfloat16", 256, "grouped paged one-token"): (90,),
+        ("bfloat16", 128, "slow interleaved paged one-token"): (120,),
+        ("bfloat16", 128, "raw paged chunk"): (120,),
+        ("bfloat16", 96, "raw paged one-token"): (86,),
+    }
+    return chip in picked.get(key, ())
+
+
+def measure(asked: Sequence[Case]) -> Iterable[Measured]:
+    from extrope_kernels.ops.attention.triton import launch_decode as module
+
+    from .triton_compiler import compile_launch, record
+
+    for case in asked:
+        name = case.kernel.split()[1]
+        others = tuple(f"{other}_kernel" for other in NAMES if other != name)
+        launch = record(module, f"{name}_kernel", lambda case=case: _launch(case), others)
+        yield case, compile_launch(launch, case.capability), _traffic(case, launch)
+
+
+def _tokens(case: Case) -> int:
+    return PROMPT if case.has("chunk") else 1
+
+
+def _launch(case: Case) -> None:
+    """32 heads of q, 8 of k, room for 32k keys in each of two sequences."""
+    from extrope_kernels.ops.attention.frames import Call
+    from extrope_kernels.ops.attention.kvcache_arguments import KVCache
+    from extrope_kernels.ops.attention.regions import ReRope
+    from extrope_kernels.ops.attention.triton import launch_decode
+
+    frame = next(word for word in case.variant.split() if word in FRAMES)
+    paged, pages = case.has("paged"), KEYS // PAGE_SIZE
+    shape = (BATCH * pages, PAGE_SIZE) if paged else (BATCH, KEYS)
+    k, v = (empty(*shape, HEADS_K, case.head_dim, dtype=case.dtype) for _ in range(2))
+    table = empty(BATCH, pages, dtype="int32") if paged else None
+    seqlens = empty(BATCH, dtype="int32")
+    cache = KVCache(k, v, seqlens, table, seqlens)
+    rotary_dim = case.head_dim // (2 if case.has("partial") else 1)
+    score = ReRope(WINDOW, FRAMES[frame], frame == "grouped")
+    call = Call(score, empty(rotary_dim // 2), log_n=4096.0, interleaved=case.has("interleaved"))
+    rows = empty(BATCH, _tokens(case), HEADS_Q, case.head_dim, dtype=case.dtype)
+    if case.kernel == "cache append":
+        launch_decode.append(cache, rows[:, :, :HEADS_K], rows[:, :, :HEADS_K], call)
+    else:
+        launch_decode.decode(rows, cache, call)
+
+
+def _traffic(case: Case, launch) -> Traffic:
+    name, tokens = case.kernel.split()[1], _tokens(case)
+    tile, blocks = launch.kwargs["TILE"], math.prod(launch.grid)
+    row, wide_row = case.head_dim * itemsize(case.dtype), case.head_dim * 4
+    rows = BATCH * tokens * HEADS_Q
+    if name == "append":
+        moved = 4 * BATCH * tokens * HEADS_K * row
+        return Traffic(moved, blocks, (), loaded=2 * tile.keys * row, stored=2 * tile.keys * row)
+    if name == "merge":
+        splits = launch.args[4]
+        return Traffic(rows * (splits * wide_row + row), blocks, (rows * -(-splits // tile.keys),),
+                       loaded=tile.keys * wide_row, stored=row)  # fmt: skip
+    splits = launch.args[7]
+    row_tiles = launch.grid[0] // splits
+    cached = 2 * BATCH * KEYS * HEADS_K * row
+    far, near = KEYS - WINDOW, WINDOW
+    each = BATCH * HEADS_K * row_tiles / tile.keys
+    passes = (KEYS * each,) if tile.frame == "plain" else (far * each, near * each)
+    return Traffic(
+        bytes=cached + rows * row + splits * rows * wide_row,
+        blocks=blocks,
+        passes=passes,
+        loaded=2 * tile.keys * row,
+        stored=min(tile.rows, HEADS_Q // HEADS_K * tokens) * wide_row,
+        operations=2 * 2 * tile.rows * tile.keys * case.head_dim,
+    )
+
+
+KERNELS = [
+    Kernel(
+        name=f"cache {name}",
+        folders=("extrope_kernels/ops/attention",),
+        cases=cases(name),
+        measure=measure,
+        sample=in_sample,
+    )
+    for name in NAMES
+]

@@ -1,0 +1,103 @@
+"""The entries of the permutation: Triton, and CUDA C++. Only the size of an element matters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from ..case import CAPABILITIES, Case, Kernel, Measured, Traffic, empty, itemsize
+
+TOKENS, HEADS_Q, HEADS_K = 8192, 32, 8
+WORDS = {"t": "int16", "j": "int32", "m": "int64"}
+SYMBOL = re.compile(r"permute_kernelI(\w)Li(\d+)EEEv")
+BLOCK, UNROLLED = 128, 4  # threads, heads
+
+
+def triton_cases() -> list[Case]:
+    return [
+        Case(f"permute {part} triton", chip, 128, dtype)
+        for part in ("cycles", "rows")
+        for chip in CAPABILITIES
+        for dtype in WORDS.values()
+        if part == "rows" or dtype == "int16"
+    ]
+
+
+def measure_triton(asked: Sequence[Case]) -> Iterable[Measured]:
+    from extrope_kernels.ops.permute.triton import launch as module
+
+    from .triton_compiler import compile_launch, record
+
+    for case in asked:
+        names = ["permute_kernel", "cycles_kernel"]
+        if "cycles" in case.kernel:
+            names.reverse()
+        launch = record(module, names[0], lambda case=case: _launch(case), (names[1],))
+        binary = compile_launch(launch, case.capability)
+        row = case.head_dim * itemsize(case.dtype)
+        if "cycles" in case.kernel:
+            traffic = Traffic(HEADS_K * case.head_dim * (8 + 16), HEADS_K, (), 0, 0)
+        else:  # reads lane by lane, from one row at a time
+            tiles, blocks = launch.grid[0], launch.grid[0] * launch.grid[1]
+            moved = 2 * TOKENS * (HEADS_Q + HEADS_K) * row
+            stored = launch.kwargs["TILE"].tokens * row
+            traffic = Traffic(moved, blocks, (tiles * HEADS_Q, tiles * HEADS_K), 0, stored)
+        yield case, binary, traffic
+
+
+def _launch(case: Case) -> None:
+    from extrope_kernels.ops.permute.power import Power
+    from extrope_kernels.ops.permute.triton import permute
+
+    q, k = (empty(1, TOKENS, n, case.head_dim, dtype=case.dtype) for n in (HEADS_Q, HEADS_K))
+    rows = empty(HEADS_K, case.head_dim, dtype="int64")
+    positions = empty(1, TOKENS, dtype="int64")
+    by = Power(rows, positions, False, 0, None, False)
+    permute([q, k], [empty(*x.shape, dtype=case.dtype) for x in (q, k)], by)
+
+
+def cuda_cases() -> list[Case]:
+    return [
+        Case("permute cuda", chip, 128, dtype, kind)
+        for chip in CAPABILITIES
+        for dtype in WORDS.values()
+        for kind in ("vectors", "elements")
+    ]
+
+
+def measure_cuda(asked: Sequence[Case]) -> Iterable[Measured]:
+    from . import nvcc
+
+    found = {}
+    for (chip, symbol), binary in nvcc.compile_all("permute.cu", CAPABILITIES, BLOCK // 32).items():
+        name = SYMBOL.search(symbol)
+        kind = "vectors" if int(name[2]) > 1 else "elements"
+        found[Case("permute cuda", chip, 128, WORDS[name[1]], kind)] = binary
+    for case in asked:
+        row, wide = case.head_dim * itemsize(case.dtype), case.has("vectors") * BLOCK * 16
+        heads = HEADS_Q + HEADS_K
+        tiles = TOKENS * row // (BLOCK * 16)
+        moved, loaded = 2 * TOKENS * heads * row, UNROLLED * wide
+        yield case, found[case], Traffic(moved, tiles, (tiles * heads / UNROLLED,), loaded, loaded)
+
+
+KERNELS = [
+    *(
+        Kernel(
+            name,
+            ("extrope_kernels/ops/permute",),
+            [case for case in triton_cases() if case.kernel == name],
+            measure_triton,
+            lambda case: case.dtype == "int16" or case.capability in (80, 90),
+        )
+        for name in ("permute rows triton", "permute cycles triton")
+    ),
+    Kernel(
+        "permute cuda",
+        ("csrc/cuda", "csrc/common"),
+        cuda_cases(),
+        measure_cuda,
+        lambda case: True,
+        at_once=True,
+    ),
+]

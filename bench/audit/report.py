@@ -1,0 +1,108 @@
+"""The audit on the terminal, and as a JSON file: one line a configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from .case import Case
+from .chips import CARDS
+from .entries import KERNELS, all_cases
+from .row import Loop, Row, faults
+
+RESOURCES = ("memory", "tensor", "special", "issue")
+COLUMNS = (
+    *("kernel", "capability", "head_dim", "dtype", "variant", "registers", "stack", "shared"),
+    *("warps", "blocks", "loads", "stores", "loops", "seconds", "narrow", "digest"),
+)
+
+
+def judge(rows: Mapping[Case, Row]) -> dict[Case, list[str]]:
+    """The faults of every row; a plain kernel that is not among the rows holds no stack."""
+    found = {}
+    for case, row in rows.items():
+        kernel = KERNELS[case.kernel]
+        plain = rows.get(kernel.plain(case)) if kernel.plain else None
+        found[case] = [] if is_yardstick(case) else faults(row, plain, kernel.holds_stack)
+    return found
+
+
+def is_yardstick(case: Case) -> bool:
+    return case.kernel.startswith("plain")
+
+
+def show(rows: Mapping[Case, Row]) -> int:
+    """Print all rows and what is wrong; the number of rows with faults."""
+    head = ("kernel", "sm", "D", "type", "for", "regs", "stack", "shared", "warps/SM")
+    head += ("loads", "stores", "loops: instructions/products/special", "at least")
+    lines = [head, *map(_line, rows.values())]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+    wrong = {case: found for case, found in judge(rows).items() if found}
+    for case, found in wrong.items():
+        print(f"{case}: {'; '.join(found)}")
+    left = len(all_cases()) - len(rows)
+    print(
+        f"{len(rows)} configurations compiled, none run; {len(wrong)} with faults; {left} left out"
+    )
+    return len(wrong)
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    card = CARDS.get(row.capability)
+    time = f"{card.name} {max(row.seconds.values()) * 1e6:.1f} us ({row.bound})" if card else ""
+    return (
+        row.kernel,
+        str(row.capability),
+        str(row.head_dim),
+        row.dtype,
+        row.variant,
+        str(row.registers),
+        str(row.stack),
+        str(row.shared),
+        str(row.blocks * row.warps),
+        _accesses(row.loads),
+        _accesses(row.stores),
+        " ".join(f"{x.instructions}/{x.products}/{x.special}" for x in row.loops),
+        time,
+    )
+
+
+def _accesses(by_bytes: Mapping[int, int]) -> str:
+    return " ".join(f"{n}x{size}B" for size, n in by_bytes.items())
+
+
+def save(rows: Mapping[Case, Row], path: Path) -> None:
+    content = {
+        "how": "compiled, not run",
+        "configurations": len(all_cases()),
+        "seconds": RESOURCES,
+        "columns": COLUMNS,
+    }
+    lines = ",\n".join(json.dumps(_fields(row), separators=(",", ":")) for row in rows.values())
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content)[:-1] + ', "rows": [\n' + lines + "\n]}\n")
+
+
+def load(path: Path) -> dict[Case, Row]:
+    content = json.loads(path.read_text())
+    rows = [_row(dict(zip(content["columns"], fields))) for fields in content["rows"]]
+    return {row.case: row for row in rows}
+
+
+def _fields(row: Row) -> list:
+    values = {name: getattr(row, name) for name in COLUMNS}
+    values["loops"] = [[x.instructions, x.products, x.special] for x in row.loops]
+    values["seconds"] = [float(f"{row.seconds[name]:.3g}") for name in RESOURCES if row.seconds]
+    values["narrow"] = int(row.narrow)
+    return list(values.values())
+
+
+def _row(values: dict) -> Row:
+    for name in ("loads", "stores"):
+        values[name] = {int(size): n for size, n in values[name].items()}
+    values["loops"] = tuple(Loop(*loop) for loop in values["loops"])
+    values["seconds"] = dict(zip(RESOURCES, values["seconds"]))
+    return Row(**{**values, "narrow": bool(values["narrow"])})

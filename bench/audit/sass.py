@@ -1,0 +1,111 @@
+"""Machine code: instructions, loops, widths of accesses, products, special functions."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+_LABEL = re.compile(r"\s*(\.L_\w+):")
+_BRANCH = re.compile(r"\bBRA\b.*?(?:`\((\.L_\w+)\)|\b(0x[0-9a-f]+))")
+_ADDRESS = re.compile(r"/\*([0-9a-f]{4,})\*/")
+_GLOBAL_LOADS = ("LDG", "LDGSTS")
+_PRODUCTS = re.compile(r"(?:HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)\b")
+_SHAPE = re.compile(r"\.(16816|1688|64x\d+x\d+)\b")
+WIDE = 16  # bytes of the widest access of one thread that all chips have
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a stretch of machine code holds, counted once a warp."""
+
+    instructions: int
+    products: int
+    special: int  # MUFU: exponentials, reciprocals, ...
+    loads: Counter[int]  # from global memory, by bytes of a thread's access
+    stores: Counter[int]
+    product_operations: int  # of one warp; 0 where the instruction does not tell its shape
+
+    def wide_bytes(self, kind: str) -> int:
+        """Bytes that a thread moves in accesses of 16 bytes or more: "loads" or "stores"."""
+        return sum(size * n for size, n in getattr(self, kind).items() if size >= WIDE)
+
+
+def instructions(sass: str) -> list[tuple[int, str, str]]:
+    """(address, opcode, line) of every instruction."""
+    found = []
+    for line in sass.splitlines():
+        if match := _INSTRUCTION.search(line):
+            found.append((int(_ADDRESS.search(line)[1], 16), match[1], line))
+    return found
+
+
+def count(opcodes: list[str]) -> Count:
+    loads, stores = Counter(), Counter()
+    products = special = operations = total = 0
+    for opcode in opcodes:
+        name = opcode.split(".")[0]
+        total += name != "NOP"
+        if name in _GLOBAL_LOADS:
+            loads[_width(opcode)] += 1
+        elif name == "STG":
+            stores[_width(opcode)] += 1
+        elif name == "MUFU":
+            special += 1
+        elif _PRODUCTS.match(name):
+            products += 1
+            operations += _operations(opcode)
+    return Count(total, products, special, loads, stores, operations)
+
+
+def loops(sass: str) -> list[Count]:
+    """Every loop that holds no other, in order: what a branch back encloses."""
+    code = instructions(sass)
+    targets = _targets(sass, code)
+    spans = []
+    for end, (_, opcode, line) in enumerate(code):
+        branch = _BRANCH.search(line) if opcode.split(".")[0] == "BRA" else None
+        start = targets.get(branch[1] or int(branch[2], 16)) if branch else None
+        # One instruction that jumps to itself ends every kernel.
+        if start is not None and start < end:
+            spans.append((start, end))
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [count([opcode for _, opcode, _ in code[start : end + 1]]) for start, end in inner]
+
+
+def whole(sass: str) -> Count:
+    return count([opcode for _, opcode, _ in instructions(sass)])
+
+
+def _targets(sass: str, code: list[tuple[int, str, str]]) -> dict[str | int, int]:
+    """Where branches go: indices of instructions by label (nvdisasm) and address (cuobjdump)."""
+    targets: dict[str | int, int] = {address: i for i, (address, _, _) in enumerate(code)}
+    index = 0
+    for line in sass.splitlines():
+        if label := _LABEL.match(line):
+            targets[label[1]] = index
+        index += bool(_INSTRUCTION.search(line))
+    return targets
+
+
+def _width(opcode: str) -> int:
+    """Bytes of one thread's access."""
+    fields = opcode.split(".")
+    for field, size in (("256", 32), ("128", 16), ("64", 8)):
+        if field in fields:
+            return size
+    if any(field in ("U16", "S16") for field in fields):
+        return 2
+    return 1 if any(field in ("U8", "S8") for field in fields) else 4
+
+
+def _operations(opcode: str) -> int:
+    """Multiplications and additions of one warp's share of a matrix instruction."""
+    shape = _SHAPE.search(opcode)
+    if shape is None:
+        return 0
+    if "x" in shape[1]:  # of four warps together
+        m, n, k = map(int, shape[1].split("x"))
+        return 2 * m * n * k // 4
+    return 2 * 16 * 8 * int(shape[1].removeprefix("168"))

@@ -1,0 +1,38 @@
+"""Device functions that several ops share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def cos_sin_polynomials(r):
+    """Cosine and sine of float32 angles of at most an eighth of a turn, to float32 accuracy."""
+    z = r * r
+    sin = r + r * z * (-1.6666654611e-1 + z * (8.3321608736e-3 + z * -1.9515295891e-4))
+    cos = 4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5)
+    cos = 1.0 - 0.5 * z + z * z * cos
+    return cos, sin
+
+
+@triton.jit
+def cos_sin_polynomials_wide(r):
+    """As above in float64, by power series: libdevice brings a slow path with local memory."""
+    z = r * r
+    sin = 1 / 6227020800 + z * (-1 / 1307674368000 + z * (1 / 355687428096000))
+    sin = -1 / 5040 + z * (1 / 362880 + z * (-1 / 39916800 + z * sin))
+    sin = r + r * z * (-1 / 6 + z * (1 / 120 + z * sin))
+    cos = 1 / 479001600 + z * (-1 / 87178291200 + z * (1 / 20922789888000))
+    cos = -1 / 720 + z * (1 / 40320 + z * (-1 / 3628800 + z * cos))
+    cos = 1.0 + z * (-0.5 + z * (1 / 24 + z * cos))
+    return cos, sin
+
+
+@triton.jit
+def turned_by_quarters(cos, sin, quarters):
+    """Cosine and sine of an angle that lies `quarters` quarter turns further."""
+    odd = (quarters & 1) != 0
+    turned_cos = tl.where(odd, sin, cos)
+    turned_sin = tl.where(odd, cos, sin)
+    turned_cos = tl.where(((quarters + 1) & 2) != 0, -turned_cos, turned_cos)
+    turned_sin = tl.where((quarters & 2) != 0, -turned_sin, turned_sin)
+    return turned_cos, turned_sin
