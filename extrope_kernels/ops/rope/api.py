@@ -79,6 +79,8 @@ def apply_rope_qk(
 
     Returns: (q, k), rotated.
     """
+    if k is None:
+        raise TypeError("rope: k must be a Tensor, got NoneType")
     return _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend)
 
 
@@ -90,27 +92,28 @@ def backends() -> dict[str, str]:
 def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend):
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"rope: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    if not (type(interleaved) is type(inverse) is type(inplace) is bool):
+        _refuse_flags(interleaved=interleaved, inverse=inverse, inplace=inplace)
     offset = 0
     if positions is not None and not isinstance(positions, Tensor):
         offset, positions = _offset(positions), None
-    if cu_seqlens is not None and cu_seqlens.dtype == torch.int64:
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
     by = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay)
     if freqs.axes is not None and positions is not None:
         by = (*by, freqs.axes)
-    options = _options(freqs.attention_factor, offset, interleaved, inverse)
+    options = (freqs.attention_factor, offset, interleaved, inverse)
     run = _inplace if inplace else _out_of_place
     if torch.compiler.is_compiling():
-        return run(q, k, by, options, backend)
+        return run(q, k, by, _options(*options), backend)
     try:
-        return run(q, k, by, options, backend)
-    except NotImplementedError:
-        raise
+        return run(q, k, by, _options(*options), backend)
     except (AttributeError, RuntimeError) as error:
         # The compiled kernels check everything before they start; what they refuse is told in
         # Python's error types here, and the common case pays for one check only.
         check(q, k, *by, attention_factor=freqs.attention_factor)
-        if isinstance(error, RuntimeError) and str(error).startswith("rope: "):
+        ours = isinstance(error, RuntimeError) and str(error).startswith("rope: ")
+        if ours and not isinstance(error, NotImplementedError):
             raise ValueError(str(error).splitlines()[0]) from None
         raise
 
@@ -170,7 +173,14 @@ def _offset(positions: int) -> int:
         raise TypeError(
             f"rope: positions must be a Tensor, an int or None, got {type(positions).__name__}"
         )
+    if not -(2**63) <= positions < 2**63:
+        raise ValueError(f"rope: positions must fit 64 bits, got {positions}")
     return positions
+
+
+def _refuse_flags(**flags) -> None:
+    name, flag = next((name, flag) for name, flag in flags.items() if type(flag) is not bool)
+    raise TypeError(f"rope: {name} must be a bool, got {type(flag).__name__}")
 
 
 def _suffix(backend: str, q: Tensor) -> str:

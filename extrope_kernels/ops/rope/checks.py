@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
+_NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
@@ -37,6 +40,9 @@ def check(
         _check_positions(positions, q, shape, sequences, axes is not None)
     if log_decay is not None:
         _check_log_decay(log_decay, inv_freq)
+    if isinstance(attention_factor, bool) or not isinstance(attention_factor, _NUMBERS):
+        kind = type(attention_factor).__name__
+        raise TypeError(f"rope: attention_factor must be a number, got {kind}")
     if not attention_factor > 0:
         raise ValueError(f"rope: attention_factor must be > 0, got {attention_factor}")
 
@@ -80,6 +86,8 @@ def _check_rotated(name: str, x: Tensor, packed: bool) -> None:
         raise ValueError(
             f"rope: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}"
         )
+    if x.layout != torch.strided:
+        raise ValueError(f"rope: {name} must be a dense tensor, got {x.layout}")
     if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
         raise ValueError(
             f"rope: {name} must be contiguous in its last dimension, got strides {x.stride()}"
@@ -123,6 +131,8 @@ def _check_inv_freq(
             f"rope: inv_freq must hold between 1 and head_dim/2 = {head_dim // 2} frequencies, "
             f"got {dims[-1]}"
         )
+    if inv_freq.layout != torch.strided:
+        raise ValueError(f"rope: inv_freq must be a dense tensor, got {inv_freq.layout}")
     if dims[-1] > 1 and inv_freq.stride(-1) != 1 and inv_freq.numel() > 0:
         raise ValueError(
             "rope: inv_freq must be contiguous in its last dimension, "
@@ -187,6 +197,8 @@ def _check_axes(axes: Tensor, inv_freq: Tensor) -> None:
 
 
 def _check_log_decay(log_decay: Tensor, inv_freq: Tensor) -> None:
+    if not isinstance(log_decay, Tensor):
+        raise TypeError(f"rope: log_decay must be a Tensor, got {type(log_decay).__name__}")
     if (
         log_decay.dtype != torch.float32
         or log_decay.shape != inv_freq.shape[-1:]
