@@ -14,6 +14,7 @@ import nox
 
 nox.needs_version = ">=2024.3.2"
 nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.download_python = "never"  # a Python that is not on PATH is left out
 nox.options.sessions = ("wheel", "tests", "instruction_sets")
 
 ROOT = Path(__file__).parent

@@ -122,7 +122,7 @@ def test_rotation(case, backend):
 @generated(case=cases(), backend=BACKENDS)
 def test_in_place_has_the_same_bits(case, backend):
     expected = case.run(backend=backend)
-    own = replace(case, q=case.q.clone(), k=laid_out(case.k.clone(), "gaps"))
+    own = replace(case, q=laid_out(case.q, "unaligned"), k=laid_out(case.k, "gaps"))
     around = [x._base if x._base is not None else x for x in (own.q, own.k)]
     outside = [x.isnan().sum() for x in around]
     outs = own.run(backend=backend, inplace=True)
