@@ -7,13 +7,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 LINTERS = $(shell grep -oE '(ruff|clang-format)==[0-9.]+' .pre-commit-config.yaml | sort -u)
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench lint sanitize clean
 
 help:
 	@echo "make demo   a real language model past its training length, per method: table and plot"
 	@echo "make test   the test suite"
 	@echo "make bench  the benchmarks"
 	@echo "make lint   ruff and clang-format"
+	@echo "make sanitize  the CPU kernels under the address, undefined-behaviour and thread sanitizers"
 	@echo "make clean  remove .venv and build"
 
 demo: $(VENV)/extra-demo $(VENV)/smollm2
@@ -31,6 +32,11 @@ lint: $(VENV)/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+# The C++ library is built once more for each of them, which takes minutes.
+sanitize: $(VENV)/extra-test
+	$(BIN)/python tests/sanitizers/run.py address
+	$(BIN)/python tests/sanitizers/run.py thread
 
 clean:
 	rm -rf $(VENV) build

@@ -8,11 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from extrope_kernels.testing import attention_backends, available_backends
+
+settings.register_profile("ci", max_examples=20, derandomize=True, deadline=None, database=None)
+settings.register_profile(
+    "thorough", max_examples=int(os.environ.get("EXTROPE_EXAMPLES", "500")), deadline=None
+)
+settings.load_profile("ci")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """How many cases a thorough run of the generated tests went through."""
+    generated = sys.modules.get("generated")
+    if generated is not None and config.getoption("hypothesis_profile", None):
+        terminalreporter.section("generated cases")
+        for name, count in sorted(generated.CASES.items()):
+            terminalreporter.write_line(f"{count:8} {name}")
+        terminalreporter.write_line(f"{sum(generated.CASES.values()):8} in all")
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,8 @@ def check_dim(method: str, dim: int, minimum: int = 2) -> int:
         raise TypeError(f"{method}: dim must be an int, got {dim!r}")
     if dim < minimum or dim % 2:
         raise ValueError(f"{method}: dim must be even and >= {minimum}, got {dim}")
+    if dim >= 2**31:
+        raise ValueError(f"{method}: dim must be < 2**31, got {dim}")
     return int(dim)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -81,7 +82,7 @@ def ntk_by_parts(
 def _check_untouched(variant: str, unused: Mapping[str, Any]) -> None:
     defaults = ntk_by_parts.__kwdefaults__
     for name, value in unused.items():
-        if value != defaults[name]:
+        if not isinstance(value, Real | str) or value != defaults[name]:
             raise ValueError(
                 f"{_NAME}: {name} must be left out for variant {variant!r}, got {value!r}"
             )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ._checks import check_bool, check_length
 from .base import RopeFreqs
@@ -34,6 +35,8 @@ def with_sections(
     name = "with_sections"
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"{name}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    if not isinstance(freqs.inv_freq, Tensor) or freqs.inv_freq.dim() == 0:
+        raise TypeError(f"{name}: inv_freq must be a Tensor of frequencies, got {freqs.inv_freq!r}")
     if isinstance(sections, str | bytes) or not isinstance(sections, Sequence) or not sections:
         raise TypeError(f"{name}: sections must be a list of ints, got {sections!r}")
     sizes = [check_length(name, f"sections[{i}]", size) for i, size in enumerate(sections)]

@@ -25,6 +25,8 @@ def check_rows(op: str, name: str, x: Tensor, packed: bool) -> None:
         raise ValueError(
             f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}"
         )
+    if x.layout != torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {x.layout}")
     if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
         raise ValueError(
             f"{op}: {name} must be contiguous in its last dimension, got strides {x.stride()}"
@@ -82,6 +84,8 @@ def split_offset(op: str, positions: Tensor | int | None) -> tuple[Tensor | None
         raise TypeError(
             f"{op}: positions must be a Tensor, an int or None, got {type(positions).__name__}"
         )
+    if not -(2**63) <= positions < 2**63:
+        raise ValueError(f"{op}: positions must fit 64 bits, got {positions}")
     return None, positions
 
 
@@ -95,10 +99,9 @@ def explained(op: str, run: Callable[[], object], check: Callable[[], None]) -> 
         return run()
     try:
         return run()
-    except NotImplementedError:
-        raise
     except (AttributeError, RuntimeError) as error:
         check()
-        if isinstance(error, RuntimeError) and str(error).startswith(f"{op}: "):
+        ours = isinstance(error, RuntimeError) and str(error).startswith(f"{op}: ")
+        if ours and not isinstance(error, NotImplementedError):
             raise ValueError(str(error).splitlines()[0]) from None
         raise

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from .. import _backends
 from . import flash_attn, reference
-from .arguments import check
+from .arguments import check, check_bool, check_boundaries
 from .frames import Call, rotate
 from .regions import ReRope, Score
 
@@ -33,6 +33,7 @@ def attend(
         raise TypeError(f"{name}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
     if freqs.axes is not None:
         raise ValueError(f"{name}: freqs must have no axes (mRoPE), got some")
+    check_bool(name, "return_lse", return_lse)
     cu_seqlens = options.pop("cu_seqlens")
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
@@ -43,6 +44,8 @@ def attend(
     if backend is not None:
         _backends.require(name, backend, BACKENDS, q.device.type, missing)
     if backend == "reference":
+        if not torch.compiler.is_compiling():
+            check_boundaries(name, cu_seqlens, q)
         frames = rotate(q, k, call)
         out, lse = reference.forward(frames.q, frames.k, v, frames.layout)
     else:

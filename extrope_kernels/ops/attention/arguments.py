@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from .frames import Call
 from .regions import DualChunk, ReRope
 
+_NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -40,6 +42,17 @@ def check_head_dim(name: str, q: Tensor) -> None:
         )
 
 
+def check_boundaries(name: str, cu_seqlens: Tensor | None, q: Tensor) -> None:
+    """What only the values of cu_seqlens show: on a CPU, where looking costs nothing."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != q.shape[0] or ends != sorted(ends):
+        raise ValueError(
+            f"{name}: cu_seqlens must rise from 0 to the number of tokens {q.shape[0]}, got {ends}"
+        )
+
+
 def check_rotation(name: str, call: Call, q: Tensor, sequences: int) -> None:
     """The part of the checks that concerns neither keys nor values."""
     _check_inv_freq(name, call.inv_freq, q, sequences)
@@ -55,12 +68,18 @@ def check_rotation(name: str, call: Call, q: Tensor, sequences: int) -> None:
             f"got {decay!r}"
         )
     scale, log_n = call.softmax_scale, call.log_n
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"{name}: softmax_scale must be None or a number > 0, got {scale}")
-    if log_n is not None and not 1 < log_n < math.inf:
-        raise ValueError(f"{name}: log_n must be None or a length > 1, got {log_n}")
+    if scale is not None:
+        check_real(name, "softmax_scale", scale)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"{name}: softmax_scale must be None or a number > 0, got {scale}")
+    if log_n is not None:
+        check_real(name, "log_n", log_n)
+        if not 1 < log_n < math.inf:
+            raise ValueError(f"{name}: log_n must be None or a length > 1, got {log_n}")
+    check_real(name, "attention_factor", call.attention_factor)
     if not 0 < call.attention_factor < math.inf:
         raise ValueError(f"{name}: attention_factor must be > 0, got {call.attention_factor}")
+    check_bool(name, "interleaved", call.interleaved)
     if isinstance(call.score, ReRope):
         _check_rerope(name, call.score)
     elif isinstance(call.score, DualChunk):
@@ -73,6 +92,8 @@ def check_rotation(name: str, call: Call, q: Tensor, sequences: int) -> None:
 
 def _check_rerope(name: str, score: ReRope) -> None:
     _check_int(name, "window", score.window, 1)
+    check_real(name, "factor", score.factor)
+    check_bool(name, "grouped", score.grouped)
     if not score.factor > 0:
         raise ValueError(f"{name}: factor must be > 0 (inf for ReRoPE), got {score.factor}")
     if score.grouped:
@@ -95,11 +116,23 @@ def _check_dual_chunk(name: str, score: DualChunk) -> None:
         )
 
 
+def check_bool(name: str, label: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: {label} must be a bool, got {type(value).__name__}")
+
+
+def check_real(name: str, label: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name}: {label} must be a number, got {type(value).__name__}")
+
+
 def _check_int(name: str, label: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: {label} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: {label} must be >= {least}, got {value}")
+    if value >= 2**62:  # what the kernels add to it has to fit 64 bits
+        raise ValueError(f"{name}: {label} must be < 2**62, got {value}")
 
 
 def _check_rows(name: str, label: str, x: Tensor, packed: bool) -> None:
@@ -114,6 +147,8 @@ def _check_rows(name: str, label: str, x: Tensor, packed: bool) -> None:
         raise ValueError(
             f"{name}: {label} must be float32, bfloat16, float16 or float64, got {x.dtype}"
         )
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: {label} must be a dense tensor, got {x.layout}")
     if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel() > 0:
         raise ValueError(
             f"{name}: {label} must be contiguous in its last dimension, got strides {x.stride()}"

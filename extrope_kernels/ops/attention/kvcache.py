@@ -11,6 +11,7 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from .. import _backends
 from . import kvcache_ops
+from .arguments import check_bool, check_real
 from .kvcache_arguments import NAME, check
 
 _ops = torch.ops.extrope
@@ -70,6 +71,8 @@ def rerope_attention_with_kvcache(
         raise ValueError(f"{NAME}: freqs must have no log_decay (XPOS), got one")
     if freqs.axes is not None:
         raise ValueError(f"{NAME}: freqs must have no axes (mRoPE), got some")
+    check_real(NAME, "factor", factor)
+    check_bool(NAME, "return_lse", return_lse)
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
     _check_tensors(tensors)
     if backend is not None:
@@ -111,6 +114,8 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{NAME}: {name} must be a Tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise ValueError(f"{NAME}: {name} must be a dense tensor, got {x.layout}")
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(f"{NAME} is for inference, got {name} that requires grad")
     if k is not None and k.shape[:2] != q.shape[:2]:
@@ -126,5 +131,9 @@ def _lengths(cache_seqlens: Tensor | int, q: Tensor) -> Tensor:
     if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
         raise TypeError(
             f"{NAME}: cache_seqlens must be an int or a Tensor, got {type(cache_seqlens).__name__}"
+        )
+    if not 0 <= cache_seqlens < 2**31:
+        raise ValueError(
+            f"{NAME}: cache_seqlens must be between 0 and the cache's slots, got {cache_seqlens}"
         )
     return torch.full(q.shape[:1], cache_seqlens, dtype=torch.int32, device=q.device)

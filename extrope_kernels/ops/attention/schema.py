@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _backends
 from . import autograd, cpu, flash_attn, reference
-from .arguments import check, check_head_dim
+from .arguments import check, check_boundaries, check_head_dim
 from .frames import Call, rotate
 from .regions import BlockwiseCausal, DualChunk, ReRope
 
@@ -74,6 +74,7 @@ def _bwd_fake(name, score_class, dout, dlse, q, k, v, out, lse, *by, **options):
 
 def _fwd(implementation, name, score_class, q, k, v, *by, **options):
     call = _checked_call(name, score_class, q, k, v, by, options)
+    check_boundaries(name, call.cu_seqlens, q)
     run = _pick(implementation, name, q)
     frames = rotate(q, k, call, as_read=_turns_as_read(run, q))
     return run.forward(frames.q, frames.k, v, frames.layout)

@@ -81,6 +81,8 @@ def apply_rope_qk(
 
     Returns: (q, k), rotated.
     """
+    if k is None:
+        raise TypeError("rope: k must be a Tensor, got NoneType")
     return _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend)
 
 
@@ -92,20 +94,20 @@ def backends() -> dict[str, str]:
 def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend):
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"rope: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    if not (type(interleaved) is type(inverse) is type(inplace) is bool):
+        _refuse_flags(interleaved=interleaved, inverse=inverse, inplace=inplace)
     positions, offset = split_offset("rope", positions)
-    if cu_seqlens is not None and cu_seqlens.dtype == torch.int64:
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
     by = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay)
     if freqs.axes is not None and positions is not None:
         by = (*by, freqs.axes)
-    options = _options(freqs.attention_factor, offset, interleaved, inverse)
     if freqs.log_decay is not None:
-        options["decay_origin"] = freqs.decay_origin
         check_decay(freqs, q, positions, offset, packed=cu_seqlens is not None)
     run = _inplace if inplace else _out_of_place
     return explained(
         "rope",
-        lambda: run(q, k, by, options, backend),
+        lambda: run(q, k, by, _options(freqs, offset, interleaved, inverse), backend),
         lambda: check(q, k, *by, attention_factor=freqs.attention_factor),
     )
 
@@ -116,11 +118,13 @@ def _wants_grad(q, k, inv_freq) -> bool:
     )
 
 
-def _options(attention_factor, offset, interleaved, inverse):
+def _options(freqs, offset, interleaved, inverse):
     """The options that differ from the op's defaults: every argument costs the dispatcher time."""
     options = {}
-    if attention_factor != 1.0:
-        options["attention_factor"] = attention_factor
+    if freqs.attention_factor != 1.0:
+        options["attention_factor"] = freqs.attention_factor
+    if freqs.log_decay is not None:
+        options["decay_origin"] = freqs.decay_origin
     if offset:
         options["offset"] = offset
     if interleaved:
@@ -158,6 +162,11 @@ def _inplace(q, k, by, options, backend):
         # Autograd then notices when a tensor that it saved has been overwritten.
         torch.autograd.graph.increment_version((q,) if k is None else (q, k))
     return q, k
+
+
+def _refuse_flags(**flags) -> None:
+    name, flag = next((name, flag) for name, flag in flags.items() if type(flag) is not bool)
+    raise TypeError(f"rope: {name} must be a bool, got {type(flag).__name__}")
 
 
 def _suffix(backend: str, q: Tensor) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 from .._checks import check_cu_seqlens, check_matching, check_position_tensor, check_rows
 from .._positions import position_kind as position_kind_of_one_axis
 
+_NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
@@ -39,6 +42,9 @@ def check(
         _check_positions(positions, q, shape, sequences, axes is not None)
     if log_decay is not None:
         _check_log_decay(log_decay, inv_freq)
+    if isinstance(attention_factor, bool) or not isinstance(attention_factor, _NUMBERS):
+        kind = type(attention_factor).__name__
+        raise TypeError(f"rope: attention_factor must be a number, got {kind}")
     if not attention_factor > 0:
         raise ValueError(f"rope: attention_factor must be > 0, got {attention_factor}")
 
@@ -88,6 +94,8 @@ def _check_inv_freq(
             f"rope: inv_freq must hold between 1 and head_dim/2 = {head_dim // 2} frequencies, "
             f"got {dims[-1]}"
         )
+    if inv_freq.layout != torch.strided:
+        raise ValueError(f"rope: inv_freq must be a dense tensor, got {inv_freq.layout}")
     if dims[-1] > 1 and inv_freq.stride(-1) != 1 and inv_freq.numel() > 0:
         raise ValueError(
             "rope: inv_freq must be contiguous in its last dimension, "
@@ -129,6 +137,8 @@ def _check_axes(axes: Tensor, inv_freq: Tensor) -> None:
 
 
 def _check_log_decay(log_decay: Tensor, inv_freq: Tensor) -> None:
+    if not isinstance(log_decay, Tensor):
+        raise TypeError(f"rope: log_decay must be a Tensor, got {type(log_decay).__name__}")
     if (
         log_decay.dtype != torch.float32
         or log_decay.shape != inv_freq.shape[-1:]

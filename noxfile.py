@@ -1,0 +1,116 @@
+"""One wheel against many Pythons, torches and instruction sets: `pip install nox uv`, then `nox`.
+
+`nox -s wheel` builds it once; every other session installs that file in an environment of its own
+and runs the tests against it, away from the checkout. `nox -s tests -- test_rope.py` runs a part,
+`nox -s tests -- .` all of the tests, `nox -s "tests(python='3.13', torch='2.11.0')"` one session.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.3.2"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.download_python = "never"  # a Python that is not on PATH is left out
+nox.options.sessions = ("wheel", "tests", "instruction_sets")
+
+ROOT = Path(__file__).parent
+WHEELS = ROOT / "build" / "wheels"
+BUILT_WITH = ("3.11", "2.13.0")
+# Each torch brings the Triton that it is made for: 3.6, 3.7, 3.8 and 3.9 are all among them.
+MATRIX = [
+    ("3.10", "2.11.0"),
+    ("3.10", "2.14.1"),
+    ("3.11", "2.13.0"),
+    ("3.12", "2.12.1"),
+    ("3.13", "2.11.0"),
+    ("3.13", "2.13.0"),
+    ("3.13", "2.15.0"),
+]
+CAPABILITIES = ("baseline", "avx2", "avx512")
+# Of every operation, direction and backend something; interpreted Triton takes most of the time.
+SAMPLE = (
+    "test_methods_vectors.py",
+    "test_positions.py",
+    "test_rope.py",
+    "test_rope_gradients.py",
+    "test_rope_memory.py",
+    "test_rope_registration.py",
+    "test_rope_triton.py",
+    "test_rerope.py",
+    "test_rerope_gradients.py",
+    "test_rerope_registration.py",
+    "test_kvcache.py",
+    "test_kvcache_registration.py",
+    "test_merge_attention.py",
+    "test_transformers_generate.py",
+)
+NATIVE = (
+    "test_rope.py",
+    "test_rope_gradients.py",
+    "test_rope_memory.py",
+    "test_rerope.py",
+    "test_rerope_gradients.py",
+    "test_dual_chunk.py",
+    "test_blockwise_causal.py",
+    "test_kvcache.py",
+)
+
+
+@nox.session(python=BUILT_WITH[0])
+def wheel(session: nox.Session) -> None:
+    """Build the wheel that all other sessions install."""
+    session.install("setuptools>=77", f"torch=={BUILT_WITH[1]}")
+    shutil.rmtree(WHEELS, ignore_errors=True)
+    WHEELS.mkdir(parents=True)
+    build = "from setuptools.build_meta import build_wheel; build_wheel('build/wheels')"
+    session.run("python", "-c", build)
+
+
+@nox.session
+@nox.parametrize("python, torch", MATRIX)
+def tests(session: nox.Session, torch: str) -> None:
+    """The tests on one Python and torch; all of SAMPLE, or the files and options after --."""
+    install(session, torch)
+    run(session, session.posargs or SAMPLE)
+
+
+@nox.session(python=BUILT_WITH[0])
+@nox.parametrize("capability", CAPABILITIES)
+def instruction_sets(session: nox.Session, capability: str) -> None:
+    """The tests of the C++ kernels with the dispatch, ours and torch's, held down to one set."""
+    install(session, BUILT_WITH[1])
+    torch_names = {"baseline": "default"}
+    held = {
+        "EXTROPE_CPU_CAPABILITY": capability,
+        "ATEN_CPU_CAPABILITY": torch_names.get(capability, capability),
+    }
+    run(session, session.posargs or (*NATIVE, "-k", "not triton"), **held)
+
+
+def install(session: nox.Session, torch: str) -> None:
+    wheels = list(WHEELS.glob("*.whl"))
+    if len(wheels) != 1:
+        session.error(f"one wheel is needed in {WHEELS}: nox -s wheel")
+    extras = ("hypothesis", "numpy", "pybind11", "pytest>=8", "transformers>=5", "triton>=3.4")
+    session.install(f"torch=={torch}", str(wheels[0]), *extras)
+
+
+def run(session: nox.Session, arguments: tuple[str, ...] | list[str], **env: str) -> None:
+    """Run pytest in a copy of the tests, where nothing but the wheel can be imported."""
+    copy = Path(session.create_tmp()) / "checkout"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    report = (
+        "import sys, torch, triton, extrope_kernels.testing as t; "
+        "print('python', sys.version.split()[0], 'torch', torch.__version__, "
+        "'triton', triton.__version__, t.available_backends())"
+    )
+    env = {"EXTROPE_JIT": "0", **env}  # the wheel's own library, or none
+    session.chdir(copy / "tests")
+    session.run("python", "-c", report, env=env)
+    session.run("python", "-m", "pytest", "-q", *arguments, env=env)

@@ -1,0 +1,120 @@
+"""Tensors between pages that may not be touched: one byte too far ends the process.
+
+Run as a script with "before" or "behind": the interpreted Triton kernels of attention on tensors
+that start at, or end at, such a page. The interpreter loads and stores at the real addresses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_kept: list[mmap.mmap] = []  # a page that is given back could be handed out again, unguarded
+
+
+def guarded(x: Tensor, behind: bool) -> Tensor:
+    """A copy of x, same strides, whose memory ends (or starts) where no access is allowed."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) if x.numel() else 0
+    size = extent * x.itemsize
+    room = -(-size // PAGE) * PAGE
+    block = mmap.mmap(-1, room + 2 * PAGE)
+    _kept.append(block)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    for page in (start, start + PAGE + room):
+        if _libc.mprotect(page, PAGE, 0) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect")
+    if size == 0:
+        return x
+    first = start + PAGE + (room - size if behind else 0)
+    memory = (ctypes.c_char * size).from_address(first)
+    return torch.frombuffer(memory, dtype=x.dtype).as_strided(x.shape, x.stride()).copy_(x)
+
+
+class Guarded(TorchDispatchMode):
+    """Every tensor that an operation allocates gets guard pages."""
+
+    def __init__(self, behind: bool) -> None:
+        super().__init__()
+        self.behind = behind
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given: set[int] = set()
+        note = lambda x: given.add(x.untyped_storage().data_ptr())  # noqa: E731
+        tree_map_only(Tensor, note, (args, kwargs or {}))
+        outs = func(*args, **(kwargs or {}))
+        return tree_map_only(Tensor, lambda x: self._own(x, given), outs)
+
+    def _own(self, x: Tensor, given: set[int]) -> Tensor:
+        if x.untyped_storage().data_ptr() in given or x.dim() == 0:
+            return x
+        self.count += 1
+        return guarded(x, self.behind)
+
+
+def attention() -> None:
+    """Forward and backward in two and three regions, with lanes, rows and keys left over."""
+    from extrope_kernels import methods
+    from extrope_kernels.ops.attention import triton
+    from extrope_kernels.ops.attention.frames import Call, rotate
+    from extrope_kernels.ops.attention.regions import DualChunk, ReRope
+
+    freqs = methods.rope(24).inv_freq
+    ends = torch.tensor([0, 5, 5, 23], dtype=torch.int32)
+    for score, cu_seqlens, dtype in (
+        (ReRope(6, 3.0, True), ends, torch.float32),
+        (DualChunk(9, 2), None, torch.float16),
+    ):
+        leading_q, leading_k = ((23,), (23,)) if cu_seqlens is not None else ((1, 19), (1, 37))
+        q = torch.randn(*leading_q, 3, 40).to(dtype)
+        k, v = (torch.randn(*leading_k, 1, 40).to(dtype) for _ in range(2))
+        call = Call(score, freqs.clone(), None if cu_seqlens is None else cu_seqlens.clone())
+        frames = rotate(q, k, call)
+        out, lse = triton.forward(frames.q, frames.k, v, frames.layout)
+        grads = triton.backward(
+            torch.randn(q.shape).to(dtype), None, frames.q, frames.k, v, out, lse, frames.layout
+        )
+        assert all(x.isfinite().all() for x in (out, *grads[0], *grads[1], grads[2]))
+
+
+def cache() -> None:
+    """Appending to and reading from caches, in one piece and in pages."""
+    from extrope_kernels import methods
+    from extrope_kernels.ops.attention.kvcache_ops import parse
+    from extrope_kernels.ops.attention.triton import launch_decode
+
+    inv_freq = methods.rope(24).inv_freq.clone()
+    pages = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)
+    for table, factor, dtype in ((None, None, torch.float16), (pages, 3.0, torch.float32)):
+        shape = (2, 13, 2, 40) if table is None else (4, 7, 2, 40)
+        caches = [torch.randn(shape).to(dtype) for _ in range(2)]
+        seqlens = torch.tensor([11, 3], dtype=torch.int32)
+        place = (*caches, inv_freq, seqlens, table)
+        given, call = parse(*place, window=5, factor=factor, appended=2)
+        new = [torch.randn(2, 2, 2, 40).to(dtype) for _ in range(2)]
+        launch_decode.append(given, *new, call)
+        out, _ = launch_decode.decode(torch.randn(2, 2, 6, 40).to(dtype), given, call)
+        assert out.isfinite().all()
+
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    if sys.argv[1] == "itself":
+        x = guarded(torch.zeros(5), behind=True)
+        assert ctypes.string_at(x.data_ptr(), 20) == b"\0" * 20
+        print("alive", flush=True)
+        ctypes.string_at(x.data_ptr(), 21)
+    with Guarded(sys.argv[1] == "behind") as mode:
+        attention()
+        cache()
+    print(mode.count, "guarded")

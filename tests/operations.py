@@ -1,0 +1,121 @@
+"""Every operation as a row of a table, for tests of what all of them have to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from extrope_kernels import (
+    apply_rope_qk,
+    blockwise_causal_attention,
+    dual_chunk_attention,
+    merge_attention,
+    methods,
+    rerope_attention,
+    rerope_attention_with_kvcache,
+)
+from extrope_kernels.testing import attention_backends, available_backends, device
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`run(backend, **tensors)` gives all results; `shapes` are those of the tensors it takes."""
+
+    run: Callable[..., list[Tensor]]
+    shapes: dict[str, tuple[int, ...]]
+    backends: tuple[str, ...]
+
+    def inputs(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: torch.randn(*shape, generator=generator).to(device(), dtype)
+            for name, shape in self.shapes.items()
+        }
+
+
+def rotate(backend: str, q: Tensor, k: Tensor) -> list[Tensor]:
+    freqs = methods.yarn(q.shape[-1], factor=4.0, original_max_position_embeddings=64)
+    return list(apply_rope_qk(q, k, freqs.to(device()), positions=90, backend=backend))
+
+
+def attend(function: Callable, backend: str, *qkv: Tensor, **own) -> list[Tensor]:
+    freqs = methods.rope(qkv[0].shape[-1]).to(device())
+    return list(function(*qkv, freqs, return_lse=True, backend=backend, **own))
+
+
+def with_gradients(run: Callable) -> Callable:
+    """The same, and the gradients of every floating input."""
+
+    def both(backend: str, **tensors: Tensor) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in tensors.values()]
+        outs = run(backend, **dict(zip(tensors, leaves)))
+        generator = torch.Generator().manual_seed(1)
+        douts = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in outs]
+        return [*(x.detach() for x in outs), *torch.autograd.grad(outs, leaves, douts)]
+
+    return both
+
+
+def decode(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> list[Tensor]:
+    return attend(
+        rerope_attention_with_kvcache, backend, q, k_cache, v_cache,
+        cache_seqlens=k_cache.shape[1] - 3, window=40, factor=2.0,
+    )  # fmt: skip
+
+
+def append(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    caches = [x.new_zeros(x.shape[0], x.shape[1] + 9, *x.shape[2:]) for x in (k, v)]
+    out = attend(
+        rerope_attention_with_kvcache, backend, q, *caches, k=k, v=v, cache_seqlens=5, window=40
+    )
+    return [*caches, *out]
+
+
+def merge(backend: str, outs: Tensor, lses: Tensor) -> list[Tensor]:
+    return list(merge_attention(outs, lses.float()))
+
+
+ROPE = tuple(available_backends())
+ATTENTION = tuple(name for name in attention_backends() if name != "flash_attn")
+QK = {"q": (2, 200, 6, 64), "k": (2, 200, 2, 64)}
+QKV = {**QK, "v": (2, 200, 2, 64)}
+CACHED = {"q": (2, 2, 6, 64), "k_cache": (2, 700, 2, 64), "v_cache": (2, 700, 2, 64)}
+SCORES = {
+    "rerope": (rerope_attention, {"window": 50}),
+    "leaky rerope": (rerope_attention, {"window": 50, "factor": 4.0, "log_n": 64}),
+    "self-extend": (rerope_attention, {"window": 48, "factor": 4.0, "grouped": True}),
+    "dual chunk": (dual_chunk_attention, {"chunk_size": 80, "local_window": 16}),
+    "blockwise causal": (blockwise_causal_attention, {"block_size": 90}),
+}
+
+
+def score(function: Callable, own: dict) -> Callable:
+    return lambda backend, q, k, v: attend(function, backend, q, k, v, **own)
+
+
+OPERATIONS = {
+    "rope": Operation(rotate, QK, ROPE),
+    **{name: Operation(score(*method), QKV, ATTENTION) for name, method in SCORES.items()},
+    "cache": Operation(decode, CACHED, ATTENTION),
+    "cache, appended to": Operation(append, QKV, ATTENTION),
+    "merge": Operation(merge, {"outs": (3, 2, 200, 6, 64), "lses": (3, 2, 6, 200)}, ("reference",)),
+}
+WITHOUT_GRADIENT = ("cache", "cache, appended to")
+OPERATIONS |= {
+    f"{name}, backward": Operation(with_gradients(one.run), one.shapes, one.backends)
+    for name, one in OPERATIONS.items()
+    if name not in WITHOUT_GRADIENT
+}
+
+
+def everywhere() -> list[tuple[str, str]]:
+    """(operation, backend), interpreted Triton left out: it runs one program at a time."""
+    return [
+        (name, backend)
+        for name, one in OPERATIONS.items()
+        for backend in one.backends
+        if backend != "triton" or device() == "cuda"
+    ]

@@ -1,0 +1,101 @@
+"""Forked children, data loaders and threads: the kernels run in all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from extrope_kernels import _ext
+
+pytestmark = pytest.mark.skipif(
+    _ext.load("cpu") is not None or torch.cuda.is_available(), reason="about the CPU's kernels"
+)
+
+# Large enough that every call is shared out over threads.
+SETUP = """
+import os, signal, sys, threading
+signal.alarm(240)  # a deadlock ends here
+import torch
+from extrope_kernels import apply_rope, methods, rerope_attention
+
+torch.set_num_threads(2)
+FREQS = methods.rope(64)
+
+def work(seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, 300, h, 64, generator=generator) for h in (4, 2, 2))
+    turned = apply_rope(q.repeat(1, 9, 1, 1), FREQS)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = rerope_attention(*leaves, FREQS, window=50)
+    return [turned, out.detach(), *torch.autograd.grad(out.sum(), leaves)]
+
+def same(found, expected):
+    return all(torch.equal(x, y) for x, y in zip(found, expected))
+"""
+
+
+def test_fork_after_import(run_python):
+    run_python(SETUP + FORK.replace("BEFORE", "None"))
+
+
+def test_fork_after_a_parallel_region(run_python):
+    """A forked child has none of its parent's threads: with one of its own nothing waits for them.
+
+    With more, GNU's OpenMP, which PyTorch's wheels bring, hangs in the child's first parallel
+    region, be it one of PyTorch's own operations.
+    """
+    run_python(SETUP + FORK.replace("BEFORE", "work(1)"))
+
+
+FORK = """
+before = BEFORE
+child = os.fork()
+if child == 0:
+    signal.alarm(120)
+    torch.set_num_threads(1)
+    found = work(0)
+    os._exit(0 if all(x.isfinite().all() for x in found) else 1)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+assert same(work(0), work(0))
+"""
+
+
+def test_data_loader_workers(run_python):
+    run_python(
+        SETUP
+        + """
+from torch.utils.data import DataLoader, Dataset
+
+class Rotated(Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return work(index)[1][0]
+
+expected = torch.stack([work(index)[1][0] for index in range(6)])
+loader = DataLoader(Rotated(), batch_size=2, num_workers=2, multiprocessing_context="fork")
+assert torch.equal(torch.cat(list(loader)), expected)
+"""
+    )
+
+
+def test_first_calls_from_many_threads_at_once(run_python):
+    """They load the library once, and none of them runs before it is there."""
+    run_python(
+        SETUP
+        + """
+ready, found = threading.Barrier(8), [None] * 8
+
+def first(n):
+    ready.wait()
+    found[n] = work(0)
+
+threads = [threading.Thread(target=first, args=(n,)) for n in range(8)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+expected = work(0)
+assert all(same(x, expected) for x in found)
+"""
+    )
