@@ -29,10 +29,10 @@ constexpr int64_t kPartsPerThread = 4;  // so that none waits long for the last 
 // so are the sums.
 constexpr int64_t kGatherTokens = 1536;
 
-#define EXTROPE_KERNELS(isa)                                                             \
-  SweepKernels {                                                                         \
-    sweep_plan_##isa, sweep_gather_##isa, sweep_part_##isa, sweep_load_##isa,            \
-        sweep_save_##isa, sweep_dots_##isa                                               \
+#define EXTROPE_KERNELS(isa)                                                                    \
+  SweepKernels {                                                                                \
+    sweep_plan_##isa, sweep_gather_##isa, sweep_part_##isa, sweep_load_##isa, sweep_save_##isa, \
+        sweep_dots_##isa                                                                        \
   }
 
 SweepKernels kernels() {
@@ -114,16 +114,45 @@ class Run {
       kernel_.gather(p_, parts_[i], workspace, state(i));
     });
     p_.causal ? chain() : join();
-    each(count, [&](int64_t i, float* workspace) {
-      kernel_.sweep(p_, parts_[i], workspace, state(i));
-      if (p_.last_state && is_last(i)) kernel_.save(p_, parts_[i], state(i));
-    });
+    const int64_t group = grouped();
+    each(count / group,
+         [&](int64_t i, float* workspace) { sweep(i * group, (i + 1) * group, workspace); });
   }
 
  private:
   bool is_first(int64_t i) const { return parts_[i].first == 0; }
   bool is_last(int64_t i) const { return parts_[i].first + parts_[i].count == parts_[i].length; }
   float* state(int64_t i) const { return states_.get() + i * plan_.state; }
+
+  // How many neighbours, heads of one sequence, walk through their tokens side by side. They share
+  // pages of memory, and a row of the next one is fetched with that of one.
+  int64_t grouped() const {
+    const int64_t count = static_cast<int64_t>(parts_.size());
+    const bool whole = std::all_of(parts_.begin(), parts_.end(),
+                                   [](const SweepPart& part) { return part.count == part.length; });
+    int64_t group = whole ? p_.heads : 1;
+    const auto balanced = [&](int64_t tasks) {
+      return tasks % threads_ == 0 || tasks >= kPartsPerThread * threads_;
+    };
+    while (group > 1 && (p_.heads % group != 0 || !balanced(count / group))) --group;
+    return group;
+  }
+
+  void sweep(int64_t begin, int64_t end, float* workspace) {
+    const SweepPart& whole = parts_[begin];
+    const int64_t step = end - begin == 1 ? std::max<int64_t>(whole.count, 1) : plan_.chunk;
+    for (int64_t first = 0; first < whole.count; first += step) {
+      for (int64_t i = begin; i < end; ++i) {
+        SweepPart part = parts_[i];
+        part.first += first;
+        part.count = std::min(step, whole.count - first);
+        kernel_.sweep(p_, part, workspace, state(i));
+      }
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      if (p_.last_state && is_last(i)) kernel_.save(p_, parts_[i], state(i));
+    }
+  }
 
   // Each part's own sum becomes the state that it starts from: of all parts before it.
   void chain() {
@@ -196,8 +225,8 @@ Tensor empty_numbers(const SweepParams& p, const Tensor& like, int64_t heads) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_sweep(
     Tensor x, Tensor y, Tensor w, OptionalTensor x_scale, OptionalTensor x_extra,
     OptionalTensor y_scale, OptionalTensor y_extra, OptionalTensor gate, OptionalTensor decay,
-    OptionalTensor cu_seqlens, OptionalTensor first_state, OptionalTensor first_sum,
-    int64_t heads, bool phi_scores, bool causal, bool reverse, bool normalize, bool out_is_float,
+    OptionalTensor cu_seqlens, OptionalTensor first_state, OptionalTensor first_sum, int64_t heads,
+    bool phi_scores, bool causal, bool reverse, bool normalize, bool out_is_float,
     bool keep_state) {
   SweepParams p = make_params(x, y, w, heads, cu_seqlens);
   p.phi_scores = phi_scores, p.causal = causal, p.reverse = reverse;
@@ -213,8 +242,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_sweep(
     p.first_state = floats(*first_state, {sequences, heads, p.score_dim, p.value_dim}, "state");
     p.first_sum = floats(*first_sum, {sequences, heads, p.score_dim}, "sum");
   }
-  const Tensor out =
-      empty_rows(p, x, std::max(p.x.heads, heads), p.value_dim, out_is_float);
+  const Tensor out = empty_rows(p, x, std::max(p.x.heads, heads), p.value_dim, out_is_float);
   p.out = view(out, p.cu_seqlens, "out");
   if (gate.has_value()) p.gate = view(*gate, p.cu_seqlens, "gate");
   const Tensor den = normalize ? empty_numbers(p, x, p.x.heads)
@@ -238,14 +266,14 @@ Tensor row_dots(Tensor x, Tensor y, bool packed) {
   p.x = view(x, packed, "x"), p.y = view(y, packed, "y");
   check_like(y, x, "y");
   set_sizes(p, x, packed);
-  const Tensor out = packed ? torch::stable::new_empty(x, {p.x.heads, p.seqlen}, ScalarType::Float)
-                            : torch::stable::new_empty(x, {p.batch, p.x.heads, p.seqlen},
-                                                       ScalarType::Float);
+  const Tensor out =
+      packed ? torch::stable::new_empty(x, {p.x.heads, p.seqlen}, ScalarType::Float)
+             : torch::stable::new_empty(x, {p.batch, p.x.heads, p.seqlen}, ScalarType::Float);
   float* data = static_cast<float*>(out.data_ptr());
   const SweepKernels kernel = kernels();
-  torch::stable::parallel_for(
-      0, p.batch * p.seqlen, kDotGrain,
-      [&](int64_t begin, int64_t end) { kernel.dots(p, begin, end, data); });
+  torch::stable::parallel_for(0, p.batch * p.seqlen, kDotGrain, [&](int64_t begin, int64_t end) {
+    kernel.dots(p, begin, end, data);
+  });
   return out;
 }
 

@@ -14,7 +14,7 @@ struct SweepPlan {
   int64_t workspace;  // of a part
 };
 
-// On a machine of many instruction sets the same sweep may be cut differently; `state` is opaque.
+// A state is laid out as the kernels of one instruction set like it.
 using PlanSweep = SweepPlan (*)(const SweepParams&);
 using RunPart = void (*)(const SweepParams&, const SweepPart&, float* workspace, float* state);
 using ConvertState = void (*)(const SweepParams&, const SweepPart&, float* state);
@@ -23,10 +23,10 @@ using DotRows = void (*)(const SweepParams&, int64_t begin, int64_t end, float* 
 
 struct SweepKernels {
   PlanSweep plan;
-  RunPart gather;       // adds the part's keys to the state
-  RunPart sweep;        // writes the part's rows; adds its keys to the state if causal
+  RunPart gather;           // adds the part's keys to the state
+  RunPart sweep;            // writes the part's rows; adds its keys to the state if causal
   ConvertState load, save;  // first_state to state, state to last_state
-  DotRows dots;         // of x and y
+  DotRows dots;             // of x and y
 };
 
 #define EXTROPE_DECLARE(isa)                                                               \

@@ -2,29 +2,16 @@
 // checked; the rest is checked in Python (extrope_kernels/ops/permuteformer/arguments.py).
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <vector>
 
 #include "../common/sweep_params.h"
+#include "../common/tensor_args.h"
 
 namespace extrope::sweep {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 template <typename... Message>
 void require(bool condition, const Message&... message) {
-  if (!condition) [[unlikely]] {
-    std::ostringstream text;
-    text << "linear_attn: ";
-    (text << ... << message);
-    throw std::runtime_error(text.str());
-  }
+  require_of("linear_attn", condition, message...);
 }
 
 inline DType dtype_of(const Tensor& x) {
@@ -42,11 +29,9 @@ inline DType dtype_of(const Tensor& x) {
 }
 
 inline SweepTensor view(const Tensor& x, bool packed, const char* name) {
+  check_rows("linear_attn", x, packed, name);
+  require(x.is_cpu(), name, " must be on the CPU");
   const int64_t d = x.dim();
-  require(x.is_cpu() && d == (packed ? 3 : 4) &&
-              (x.stride(d - 1) == 1 || x.size(d - 1) <= 1 || x.numel() == 0),
-          name, " must be (batch, seqlen, heads, dim), packed (total, heads, dim), with a "
-                "contiguous last dimension, on the CPU");
   return {x.data_ptr(), packed ? 0 : x.stride(0), x.stride(d - 3), x.stride(d - 2), x.size(d - 2)};
 }
 

@@ -11,7 +11,7 @@ from . import reference
 from .power import check
 
 _ops = torch.ops.extrope
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 def permute(
@@ -81,6 +81,8 @@ def backends() -> dict[str, str]:
 
 def _permute(q, k, permutations, positions, cu_seqlens, inverse, backend):
     positions, offset = split_offset("permute", positions)
+    if isinstance(offset, int) and not -(2**63) <= offset < 2**63:
+        raise ValueError(f"permute: positions must fit in int64, got {offset}")
     if cu_seqlens is not None and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
     by = (permutations, positions, cu_seqlens)

@@ -1,6 +1,8 @@
 """The op `permute_fwd`: schema, fake kernel, and the kernels that are launched from Python.
 
-The reference runs on every device. The backward is the same op with `inverse` turned.
+The compiled libraries register their kernels for the same schema (csrc/cpu/permute.cpp,
+csrc/cuda/bind_permute.cpp). `permute_fwd` runs what is best on the tensors' device,
+`permute_fwd_triton` the Triton kernels alone. The backward is the same op with `inverse` turned.
 """
 
 from __future__ import annotations
@@ -8,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import library
+from .._library import library, load_on_first_use
 from . import autograd, reference
+from .permutations import check_bijective
 from .power import resolve
 
 # An Autograd kernel sees the positional tensors alone, hence all tensors before the *.
@@ -24,14 +27,26 @@ def _fwd_fake(q, k, *by, **options) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k)
 
 
+def _fwd_triton(q, k, *by, **options) -> tuple[Tensor, Tensor]:
+    from .triton import permute
+
+    tensors, power = resolve(q, k, *by, **options)
+    check_bijective(power.permutations)
+    outs = [torch.empty_like(x) for x in tensors]
+    permute(tensors, outs, power)
+    return outs[0].view_as(q), outs[1].view_as(k) if k is not None else q.new_empty(0)
+
+
 def _define() -> None:
-    for suffix in ("",):
+    for suffix in ("", "_triton"):
         tags = (torch.Tag.needs_fixed_stride_order,)
         library.define(f"permute_fwd{suffix}{_FWD}", tags=tags)
         torch.library.register_fake(f"extrope::permute_fwd{suffix}", _fwd_fake, lib=library)
         autograd.register(library, suffix)
-    library.impl("permute_fwd", reference.permute_fwd, "CPU")
-    library.impl("permute_fwd", reference.permute_fwd, "CUDA")
+    library.impl("permute_fwd_triton", _fwd_triton, "CUDA")
+    library.impl("permute_fwd_triton", _fwd_triton, "CPU")  # the interpreter
+    load_on_first_use("cpu", "CPU", {"permute_fwd": reference.permute_fwd})
+    load_on_first_use("cuda", "CUDA", {"permute_fwd": _fwd_triton})
 
 
 _define()

@@ -71,9 +71,7 @@ def check_state(name: str, state: Tensor, key_sum: Tensor, k: Tensor, v: Tensor,
                 f"got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
         if not x.is_contiguous():
-            raise ValueError(
-                f"{name}: state.{label} must be contiguous, got strides {x.stride()}"
-            )
+            raise ValueError(f"{name}: state.{label} must be contiguous, got strides {x.stride()}")
 
 
 def check_decay_values(name: str, decay: Tensor | None) -> None:

@@ -44,9 +44,11 @@ def sweep(x: Tensor, y: Tensor, w: Tensor, by: Sweep) -> Swept:
         gate = _heads_first(gate[None] if packed else gate, wide)
         out = torch.where(_expand(gate, rows) > 0, out, 0.0)
     out = out.transpose(1, 2).to(dtype).contiguous()
-    den = den.contiguous() if by.normalize else out.new_empty(0, dtype=wide)
-    state, total = _last(y, w, by) if by.keep_state else (den.new_empty(0), den.new_empty(0))
-    return Swept(out[0] if packed else out, den[0] if packed and by.normalize else den, state, total)
+    none = out.new_empty(0, dtype=wide)
+    state, total = _last(y, w, by) if by.keep_state else (none, none)
+    if packed:
+        out, den = out[0], den[0]
+    return Swept(out, den.contiguous() if by.normalize else none, state, total)
 
 
 def row_dots(x: Tensor, y: Tensor, packed: bool) -> Tensor:

@@ -7,7 +7,16 @@ chunks. Powers of the decay are those of distances within a part, so none overfl
 import triton
 import triton.language as tl
 
-from .rows import add_keys, load_numbers, load_rows, place, product, tokens
+from .rows import (
+    add_keys,
+    first_token,
+    load_numbers,
+    load_rows,
+    place,
+    product,
+    row_pointers,
+    token_steps,
+)
 
 # What changes from call to call must not make Triton compile again.
 RUN_TIME_SCALARS = ("parts", "heads", "num_sequences", "search_steps", "seqlen")
@@ -21,7 +30,7 @@ def _first_head(head, of, heads):
 
 @triton.jit
 def _log2_decay(log2_decay, head):
-    if log2_decay is None:
+    if log2_decay is None:  # noqa: SIM108  (a conditional expression compiles both sides)
         rate = 0.0
     else:
         rate = tl.load(log2_decay + head)
@@ -69,7 +78,7 @@ def _load_states(states, slot, first, TILE: tl.constexpr):
 def _store_states(states, slot, first, state, key_sum, extra_sum, TILE: tl.constexpr):
     pointers, inside = _load_state(states[0], slot, first, TILE)
     tl.store(pointers, state, mask=inside)
-    if TILE.key_sum:
+    if TILE.key_sum:  # noqa: SIM102  (known when compiled; the other, when it runs)
         if first == 0:  # the other programs of this state have the same
             pointers, inside = _vector(states[1], slot, 0, TILE.score_dim, TILE.score_lanes)
             tl.store(pointers, key_sum, mask=inside)
@@ -102,7 +111,7 @@ def gather_kernel(
     state, key_sum, extra_sum = _no_state(TILE)
     for chunk in tl.range(start, end, TILE.chunk):
         position = chunk + tl.arange(0, TILE.chunk)
-        token = tokens(begin, length, position, TILE)
+        token = first_token(begin, length, chunk, TILE)
         live = position < end
         count = tl.minimum(end - chunk, TILE.chunk)
         shrink = tl.exp2(count * rate)
@@ -116,9 +125,9 @@ def gather_kernel(
                 w, batch, head_y, token, live, lane, TILE.value_dim, TILE.value_lanes,
                 not TILE.phi_scores, TILE,
             )  # fmt: skip
-            scale = load_numbers(y_scale, batch, head_y, token, live, seqlen)
+            scale = load_numbers(y_scale, batch, head_y, token, live, seqlen, TILE)
             weights = _weights(position, end, count, rate, scale)
-            extra = load_numbers(y_extra, batch, head_y, token, live, seqlen)
+            extra = load_numbers(y_extra, batch, head_y, token, live, seqlen, TILE)
             state, key_sum, extra_sum = add_keys(
                 state, key_sum, extra_sum, y_rows, w_rows, weights, extra, TILE
             )
@@ -190,13 +199,13 @@ def sweep_kernel(
     decays = tl.where(distance >= 0, tl.exp2(tl.maximum(distance, 0) * rate), 0.0)
     for chunk in tl.range(start, end, CHUNK):
         position = chunk + row
-        token = tokens(begin, length, position, TILE)
+        token = first_token(begin, length, chunk, TILE)
         live = position < end
         x_rows = load_rows(
             x, batch, head_x, token, live, 0, TILE.score_dim, TILE.score_lanes,
             TILE.phi_scores, TILE,
         )  # fmt: skip
-        extra_x = load_numbers(x_extra, batch, head_x, token, live, seqlen)
+        extra_x = load_numbers(x_extra, batch, head_x, token, live, seqlen, TILE)
         sums = product(x_rows, state.to(x_rows.dtype))
         x_sum = tl.sum(x_rows.to(tl.float32), 1)
         if TILE.phi_scores:
@@ -223,8 +232,8 @@ def sweep_kernel(
                     w, batch, head_y, token, live, lane, TILE.value_dim, TILE.value_lanes,
                     not TILE.phi_scores, TILE,
                 )  # fmt: skip
-                extra_y = load_numbers(y_extra, batch, head_y, token, live, seqlen)
-                scale = load_numbers(y_scale, batch, head_y, token, live, seqlen)
+                extra_y = load_numbers(y_extra, batch, head_y, token, live, seqlen, TILE)
+                scale = load_numbers(y_scale, batch, head_y, token, live, seqlen, TILE)
                 scores = product(x_rows, tl.trans(y_rows))
                 if TILE.phi_scores:
                     y_sum = tl.sum(y_rows.to(tl.float32), 1)
@@ -244,11 +253,11 @@ def sweep_kernel(
                 )
         if TILE.normalize:
             sums /= total[:, None]
-            at = (tl.cast(batch, tl.int64) * x.heads + head_x) * seqlen
             if lane == 0:  # the other programs of this row have the same
-                tl.store(den + at + token, total, mask=live)
+                row_of_head = (tl.cast(batch, tl.int64) * x.heads + head_x) * seqlen
+                tl.store(den + row_of_head + token + token_steps(TILE), total, mask=live)
         else:
-            sums *= load_numbers(x_scale, batch, head_x, token, live, seqlen)[:, None]
+            sums *= load_numbers(x_scale, batch, head_x, token, live, seqlen, TILE)[:, None]
         if gate.pointer is not None:
             head_gate = head_out * gate.heads // out.heads
             gates = load_rows(
@@ -256,11 +265,9 @@ def sweep_kernel(
                 False, TILE,
             )  # fmt: skip
             sums = tl.where(gates > 0, sums, 0.0)
-        lanes = lane + tl.arange(0, TILE.value_lanes)
-        base = out.pointer + (tl.cast(batch, tl.int64) * out.batch + head_out * out.head)
-        offset = tl.cast(token, tl.int64)[:, None] * out.seq + lanes[None, :]
-        inside = live[:, None] & (lanes < TILE.value_dim)[None, :]
-        tl.store(base + offset, sums.to(out.pointer.dtype.element_ty), mask=inside)
-    if last_states is not None:
+        to = row_pointers(out, batch, head_out, token, lane, TILE.value_lanes, TILE)
+        inside = live[:, None] & (lane + tl.arange(0, TILE.value_lanes) < TILE.value_dim)[None, :]
+        tl.store(to, sums.to(out.pointer.dtype.element_ty), mask=inside)
+    if last_states is not None:  # noqa: SIM102  (as above)
         if (end == length) & (head_out == head * (out.heads // heads)):
             _store_states(last_states, batch * heads + head, lane, state, key_sum, extra_sum, TILE)

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ..sweep import FEATURE_EPS, Sweep, Swept
-from .configs import Config, config
+from .configs import MOST_TOKENS, Config, config
 from .kernels import chain_kernel, gather_kernel, sweep_kernel
 from .rows import Numbers, Rows, Tile
 
@@ -157,6 +157,11 @@ def _rows(x: Tensor | None) -> Rows:
     if x is None:
         return Rows(None, 0, 0, 0, 1)
     strides = [0] * (4 - x.dim()) + list(x.stride())
+    if strides[1] * MOST_TOKENS >= 2**31:
+        raise ValueError(
+            f"linear_attn: tokens must lie less than {2**31 // MOST_TOKENS} elements apart, "
+            f"got strides {x.stride()}"
+        )
     return Rows(x, *strides[:3], x.shape[-2])
 
 

@@ -72,13 +72,27 @@ def place(parts, cu_seqlens, part_starts, num_sequences, search_steps, seqlen, T
 
 
 @triton.jit
-def tokens(begin, seqlen, position, TILE: tl.constexpr):
-    """Where the tokens that are visited at `position` lie."""
-    if TILE.reverse:
-        token = begin + seqlen - 1 - position
-    else:
-        token = begin + position
-    return token
+def first_token(begin, seqlen, chunk, TILE: tl.constexpr):
+    """Where the token that is visited at position `chunk` lies; its successors lie behind it, or
+    before it if reverse."""
+    return begin + seqlen - 1 - chunk if TILE.reverse else begin + chunk
+
+
+@triton.jit
+def token_steps(TILE: tl.constexpr):
+    """(chunk,) int32: where the tokens of a chunk lie, from its first one."""
+    row = tl.arange(0, TILE.chunk)
+    return -row if TILE.reverse else row
+
+
+@triton.jit
+def row_pointers(x, batch, head, token, first, LANES: tl.constexpr, TILE: tl.constexpr):
+    """(chunk, LANES) pointers to lanes from `first` on of the tokens from `token` on."""
+    # int32 suffices within a chunk: the launcher has made sure. Tiles of int64 would spill.
+    base = x.pointer + (tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head)
+    base += tl.cast(token, tl.int64) * x.seq + first
+    steps = token_steps(TILE) * tl.cast(x.seq, tl.int32)
+    return base + (steps[:, None] + tl.arange(0, LANES)[None, :])
 
 
 @triton.jit
@@ -86,11 +100,9 @@ def load_rows(
     x, batch, head, token, live, first, dim, LANES: tl.constexpr, RELU: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """(tokens, LANES) lanes from `first` on, relu if RELU; 0 past dim and where not live."""
-    lane = first + tl.arange(0, LANES)
-    base = x.pointer + (tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head)
-    offset = tl.cast(token, tl.int64)[:, None] * x.seq + lane[None, :]
-    rows = tl.load(base + offset, mask=live[:, None] & (lane < dim)[None, :], other=0.0)
+    """(chunk, LANES) lanes from `first` on, relu if RELU; 0 past dim and where not live."""
+    inside = live[:, None] & (first + tl.arange(0, LANES) < dim)[None, :]
+    rows = tl.load(row_pointers(x, batch, head, token, first, LANES, TILE), mask=inside, other=0.0)
     if TILE.widen:
         rows = rows.to(tl.float32)
     if RELU:
@@ -100,13 +112,13 @@ def load_rows(
 
 
 @triton.jit
-def load_numbers(x, batch, head, token, live, seqlen_all):
-    """(tokens,) float32; 1 without any."""
+def load_numbers(x, batch, head, token, live, seqlen_all, TILE: tl.constexpr):
+    """(chunk,) float32; 1 without any."""
     if x.pointer is None:
         numbers = tl.where(live, 1.0, 1.0)
     else:
         base = x.pointer + (tl.cast(batch, tl.int64) * x.heads + head) * seqlen_all
-        numbers = tl.load(base + token, mask=live, other=0.0)
+        numbers = tl.load(base + token + token_steps(TILE), mask=live, other=0.0)
     return numbers
 
 
@@ -116,9 +128,7 @@ def product(a, b):
 
 
 @triton.jit
-def add_keys(
-    state, key_sum, extra_sum, y, w, weights, y_extra, TILE: tl.constexpr
-):
+def add_keys(state, key_sum, extra_sum, y, w, weights, y_extra, TILE: tl.constexpr):
     """Add a chunk's sum of weights_j f(y_j) g(w_j)^T to a state, and what goes with it."""
     LANES: tl.constexpr = TILE.score_lanes
     weighted = y.to(tl.float32) * weights[:, None]
