@@ -22,11 +22,10 @@ def config(dim: int, value_dim: int, itemsize: int, capability: int | None) -> C
     if capability is None:
         return INTERPRETED
     if itemsize == 4:
-        return Config(32, 32, 32, 8, 1)
-    if dim <= 64:
+        return Config(16, 64, 16, 8, 1)
+    if dim <= 64 and 100 <= capability < 120:
         # Tensor cores with a memory for their sums leave registers for more tokens.
-        wide = 100 <= capability < 120
-        return Config(64, 16, 64, 8, 1) if wide else Config(32, 32, 64, 8, 1)
-    if dim <= 128 and capability < 120:
+        return Config(64, 16, 64, 8, 1)
+    if dim <= 64 or (dim <= 128 and capability < 120):
         return Config(32, 32, 32, 8, 1)
     return Config(16, 64, 32, 8, 1)
