@@ -9,17 +9,29 @@ from .ops.attention import (
     rerope_attention,
     rerope_attention_with_kvcache,
 )
+from .ops.permute import head_permutations, permute, permute_qk
+from .ops.permuteformer import (
+    PermuteFormerState,
+    permuteformer_attention,
+    permuteformer_step,
+)
 from .ops.rope import apply_rope, apply_rope_qk
 
 __version__ = "0.1.0"
 __all__ = [
+    "PermuteFormerState",
     "RopeFreqs",
     "apply_rope",
     "apply_rope_qk",
     "blockwise_causal_attention",
     "dual_chunk_attention",
+    "head_permutations",
     "merge_attention",
     "methods",
+    "permute",
+    "permute_qk",
+    "permuteformer_attention",
+    "permuteformer_step",
     "positions",
     "rerope_attention",
     "rerope_attention_with_kvcache",

@@ -13,7 +13,7 @@ import torch
 
 from . import __version__, _build, _ext
 from .evaluation import cli as evaluation
-from .ops import attention, rope
+from .ops import attention, permute, permuteformer, rope
 
 CPU_CAPABILITIES = (
     "baseline",
@@ -47,7 +47,14 @@ def info() -> str:
     if _ext.load("cpu") is None:
         lines.append(("CPU instructions", CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()]))
     lines += [("device", device) for device in _devices()]
-    for op, reports in (("rope", rope.backends()), ("attention", attention.backends())):
+    ops = {
+        "rope": rope,
+        "permute": permute,
+        "attention": attention,
+        "permuteformer": permuteformer,
+    }
+    for op, module in ops.items():
+        reports = module.backends()
         lines += [(f"{op} backend {name}", report) for name, report in reports.items()]
         lines += [(f"{op} on {device}", chosen) for device, chosen in _choices(reports).items()]
     width = max(len(label) for label, _ in lines)

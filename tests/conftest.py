@@ -44,29 +44,29 @@ def nan_in_fresh_memory():
 def pytest_generate_tests(metafunc):
     """`backend` runs over every implementation of the rotation that can run here.
 
-    `any_backend` and `fast_backend` do so for attention, with and without the reference.
+    `permute_backend` runs over those of the permutation, `any_backend` and `fast_backend` over
+    those of attention, with and without the reference.
     """
     attention = [name for name in attention_backends() if name != "flash_attn"]
     if "any_backend" in metafunc.fixturenames:
         metafunc.parametrize("any_backend", attention)
     if "fast_backend" in metafunc.fixturenames:
         metafunc.parametrize("fast_backend", [name for name in attention if name != "reference"])
-    if "backend" in metafunc.fixturenames:
-        metafunc.parametrize(
-            "backend", [name for name in available_backends() if name != "reference"]
-        )
+    for name in {"backend", "permute_backend"} & set(metafunc.fixturenames):
+        metafunc.parametrize(name, [x for x in available_backends() if x != "reference"])
 
 
 def pytest_collection_modifyitems(config, items):
-    """Interpret a fifth of the Triton cases of the rotation, an eleventh of those of attention.
+    """Interpret a fifth of the rotation's Triton cases, a seventh of the permutation's and an
+    eleventh of attention's.
 
-    Each takes seconds, and a GPU runs them all in a few. Five and eleven have no factor in common
-    with the sizes of the grids, so every dtype, layout and shape stays in the sample.
+    Each takes seconds, and a GPU runs them all in a few. Five, seven and eleven have no factor in
+    common with the sizes of the grids, so every dtype, layout and shape stays in the sample.
     EXTROPE_ALL_CASES=1 keeps all.
     """
     if torch.cuda.is_available() or os.environ.get("EXTROPE_ALL_CASES") == "1":
         return
-    steps = {"backend": 5, "any_backend": 11, "fast_backend": 11}
+    steps = {"backend": 5, "permute_backend": 7, "any_backend": 11, "fast_backend": 11}
     seen: dict[str, int] = {}
     kept, dropped = [], []
     for item in items:

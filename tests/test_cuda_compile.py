@@ -41,15 +41,15 @@ def cuobjdump() -> str | None:
     return None
 
 
-@pytest.fixture(scope="module")
-def object_file(tmp_path_factory) -> Path:
+def compile_strictly(name: str, folder: Path) -> Path:
+    """The object file of csrc/cuda/NAME.cu for all ARCHS; a warning or a spill is an error."""
     try:
         nvcc = _build.find_nvcc()
     except _build.BuildError as reason:
         pytest.skip(str(reason))
-    output = tmp_path_factory.mktemp("nvcc") / "rope.o"
+    output = folder / f"{name}.o"
     strict = ["-Werror=all-warnings", "-Xptxas=-warn-spills"]
-    source = str(_build.source_dir() / "cuda" / "rope.cu")
+    source = str(_build.source_dir() / "cuda" / f"{name}.cu")
     done = subprocess.run(
         [nvcc, *_build.NVCC_FLAGS, *strict, _build.gencode(ARCHS), "-c", source, "-o", str(output)],
         capture_output=True,
@@ -59,14 +59,24 @@ def object_file(tmp_path_factory) -> Path:
     return output
 
 
-def dump(object_file: Path, option: str) -> dict[tuple[str, Kernel], str]:
-    """cuobjdump's text on every (architecture, kernel)."""
+@pytest.fixture(scope="module")
+def object_file(tmp_path_factory) -> Path:
+    return compile_strictly("rope", tmp_path_factory.mktemp("nvcc"))
+
+
+def read(object_file: Path, option: str) -> str:
+    """cuobjdump's text."""
     tool = cuobjdump()
     if tool is None:
         pytest.skip("no cuobjdump: neither a full CUDA toolkit nor triton is installed")
-    text = subprocess.run(
+    return subprocess.run(
         [tool, option, str(object_file)], capture_output=True, text=True, check=True
     ).stdout
+
+
+def dump(object_file: Path, option: str) -> dict[tuple[str, Kernel], str]:
+    """cuobjdump's text on every (architecture, kernel)."""
+    text = read(object_file, option)
     sections = defaultdict(str)
     arch = kernel = None
     for line in text.splitlines():

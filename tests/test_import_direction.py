@@ -66,7 +66,8 @@ def under(name, *folders):
 def place(path):
     """Return (axis or op, rest): ("methods", "yarn.py"), ("ops/rope", "triton.py"), ..."""
     parts = path.relative_to(ROOT).parts
-    depth = 2 if parts[0] == "ops" and len(parts) > 2 else 1
+    is_op = parts[0] == "ops" and len(parts) > 2 and not parts[1].startswith("_")
+    depth = 2 if is_op else 1
     return "/".join(parts[:depth]), parts[depth:]
 
 
@@ -117,7 +118,7 @@ def test_nothing_imports_the_clients(path):
         assert not under(name, *CLIENTS), name
 
 
-@named(path for path in FILES if path.name != "triton.py" and "triton" not in path.parent.parts)
+@named(path for path in FILES if not {"triton.py", "triton", "_triton"} & set(path.parts))
 def test_optional_packages_are_imported_inside_functions(path):
     for name in imports(path, at_import_time=True):
         assert name.split(".")[0] not in OPTIONAL, name

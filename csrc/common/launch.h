@@ -12,20 +12,27 @@
 #include <atomic>
 
 #define EXTROPE_LAUNCH(kernel, grid, block, stream, ...) \
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+  EXTROPE_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
+
+// For kernels with barriers and `shared` bytes of memory that EXTROPE_SHARED names.
+#define EXTROPE_LAUNCH_SHARED(kernel, grid, block, shared, stream, ...) \
+  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+
+#define EXTROPE_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 namespace extrope {
 
-// How many threads of `kernel` the device holds at once, in blocks of `block`. The runtime is asked
-// once per kernel and device; a failure counts as one block and shows at the launch.
+// How many threads of `kernel` the device holds at once, in blocks of `block` threads and `shared`
+// bytes. The runtime is asked once per kernel and device; a failure counts as one block and shows
+// at the launch.
 template <auto kernel>
-int64_t resident_threads(int block, int device) {
+int64_t resident_threads(int block, int device, int64_t shared = 0) {
   static std::array<std::atomic<int64_t>, 64> known{};
   const bool cached = device >= 0 && device < static_cast<int>(known.size());
   if (cached && known[device] > 0) return known[device];
   int processors = 1, blocks = 1;
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, block, 0);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, block, shared);
   const int64_t threads = int64_t{1} * processors * blocks * block;
   if (cached && threads > 0) known[device] = threads;
   return threads;
@@ -66,6 +73,8 @@ inline const char* error_text(int error) {
 
 #include <vector_types.h>
 
+#include <barrier>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -74,6 +83,11 @@ inline const char* error_text(int error) {
 
 #define EXTROPE_LAUNCH(kernel, grid, block, stream, ...) \
   ::extrope::emulate(kernel, grid, block, __VA_ARGS__)
+
+#define EXTROPE_LAUNCH_SHARED(kernel, grid, block, shared, stream, ...) \
+  ::extrope::emulate_blocks(kernel, grid, block, shared, __VA_ARGS__)
+
+#define EXTROPE_SHARED(name) unsigned char* const name = ::extrope::shared_memory
 
 // The worker threads that share a launch: more than one lets the thread sanitizer see two CUDA
 // threads meet.
@@ -120,9 +134,39 @@ void emulate(void (*kernel)(Params...), dim3 grid, dim3 block, const Args&... ar
   for (std::thread& other : others) other.join();
 }
 
+inline unsigned char* shared_memory;
+inline std::barrier<>* block_barrier;
+
+// For kernels with barriers and shared memory: one thread for each CUDA thread of a block, one
+// block after another.
+template <typename... Params, typename... Args>
+void emulate_blocks(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared,
+                    const Args&... args) {
+  const int64_t threads = int64_t{1} * block.x * block.y * block.z;
+  const int64_t blocks = int64_t{1} * grid.x * grid.y * grid.z;
+  const std::unique_ptr<unsigned char[]> memory(new unsigned char[shared]);
+  std::barrier<> barrier(threads);
+  shared_memory = memory.get();
+  block_barrier = &barrier;
+  const auto work = [&](int64_t thread) {
+    gridDim = grid;
+    blockDim = block;
+    threadIdx = unflatten(thread, block);
+    for (int64_t i = 0; i < blocks; ++i) {
+      blockIdx = unflatten(i, grid);
+      kernel(args...);
+      barrier.arrive_and_wait();
+    }
+  };
+  std::vector<std::thread> others;
+  for (int64_t thread = 1; thread < threads; ++thread) others.emplace_back(work, thread);
+  work(0);
+  for (std::thread& other : others) other.join();
+}
+
 // Small, so that tests reach grids with one group of heads and with several.
 template <auto kernel>
-int64_t resident_threads(int, int) {
+int64_t resident_threads(int, int, int64_t = 0) {
   return 512;
 }
 
@@ -136,5 +180,9 @@ inline int launch_error() { return 0; }
 inline const char* error_text(int) { return "emulated"; }
 
 }  // namespace extrope
+
+inline void __syncthreads() { extrope::block_barrier->arrive_and_wait(); }
+
+inline int atomicAdd(int* to, int value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
 
 #endif

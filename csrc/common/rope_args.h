@@ -5,37 +5,14 @@
 // RopeOps<launch> for its device, where launch(params, device_index) runs the kernel.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-
 #include "rope_params.h"
+#include "tensor_args.h"
 
 namespace extrope {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 template <typename... Message>
 void require(bool condition, const Message&... message) {
-  if (!condition) [[unlikely]] {
-    std::ostringstream text;
-    text << "rope: ";
-    (text << ... << message);
-    throw std::runtime_error(text.str());
-  }
-}
-
-inline std::string shape_of(const Tensor& x) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < x.dim(); ++i) text << (i ? ", " : "") << x.size(i);
-  text << ")";
-  return text.str();
+  require_of("rope", condition, message...);
 }
 
 struct RopeOptions {
@@ -59,24 +36,6 @@ inline DType rotated_dtype(const Tensor& x, const char* name) {
       require(false, name, " must be float32, bfloat16, float16 or float64");
   }
   return DType::f32;
-}
-
-inline void check_rotated(const Tensor& x, bool packed, const char* name) {
-  require(x.dim() == (packed ? 3 : 4), name, " must be ",
-          packed ? "(total, heads, head_dim) with cu_seqlens" : "(batch, seqlen, heads, head_dim)",
-          ", got shape ", shape_of(x));
-  const int64_t last = x.dim() - 1;
-  require(x.stride(last) == 1 || x.size(last) <= 1 || x.numel() == 0, name,
-          " must be contiguous in its last dimension, got stride ", x.stride(last));
-}
-
-inline void check_matching(const Tensor& x, const Tensor& q, const char* name) {
-  require(x.scalar_type() == q.scalar_type(), name, " must have q's dtype");
-  require(x.get_device() == q.get_device(), name, " must be on q's device");
-  bool same = x.dim() == q.dim();
-  for (int64_t i = 0; same && i < q.dim(); ++i) same = i == q.dim() - 2 || x.size(i) == q.size(i);
-  require(same, name, " must have q's shape ", shape_of(q), " but for the heads, got ",
-          shape_of(x));
 }
 
 inline void set_frequencies(RopeParams& p, const Tensor& inv_freq, const Tensor& q,
@@ -132,47 +91,24 @@ inline void check_axes(const RopeParams& p, const Tensor& axes, const Tensor& q)
           shape_of(axes));
 }
 
-// Precedence as in rotation.py: what has one entry a token is positions, one a sequence offsets.
 // Without a table of positions for each axis, the axes are all alike.
 inline void set_positions(RopeParams& p, const Tensor& positions, const OptionalTensor& axes,
                           const Tensor& q, int64_t sequences) {
   p.position_type = position_type(positions);
   require(positions.get_device() == q.get_device(), "positions must be on q's device");
-  const int64_t dim = positions.dim(), rows = dim >= 1 ? positions.size(0) : -1;
-  const int64_t columns = dim == 2 ? positions.size(1) : -1;
-  p.positions = positions.data_ptr();
-  if (dim == 1 && rows == p.seqlen) {
-    p.position_seq = positions.stride(0);
-  } else if (dim == 2 && (rows == p.batch || rows == 1) && columns == p.seqlen) {
-    p.position_batch = rows > 1 ? positions.stride(0) : 0;
-    p.position_seq = positions.stride(1);
-  } else if (rows == sequences && (dim == 1 || (dim == 2 && columns == 1))) {
-    p.positions_are_offsets = true;
-    p.position_batch = positions.stride(0);
-  } else if (axes.has_value() && dim == 3 && rows >= 1 &&
-             (positions.size(1) == p.batch || positions.size(1) == 1) &&
-             positions.size(2) == p.seqlen) {
-    p.axes = static_cast<const int32_t*>(axes->data_ptr());
-    p.num_axes = rows;
-    p.position_axis = rows > 1 ? positions.stride(0) : 0;
-    p.position_batch = positions.size(1) > 1 ? positions.stride(1) : 0;
-    p.position_seq = positions.stride(2);
-  } else {
-    require(false, "positions must be (", p.seqlen, ",), (", p.batch, ", ", p.seqlen, "), (",
-            sequences, ",) offsets or, with axes, (axes, ", p.batch, ", ", p.seqlen,
-            "), got shape ", shape_of(positions));
-  }
-}
-
-inline int64_t set_cu_seqlens(RopeParams& p, const Tensor& cu_seqlens, const Tensor& q) {
-  require(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
-              cu_seqlens.size(0) >= 2,
-          "cu_seqlens must be int32 (sequences + 1,), got shape ", shape_of(cu_seqlens));
-  require(cu_seqlens.get_device() == q.get_device() && cu_seqlens.is_contiguous(),
-          "cu_seqlens must be contiguous on q's device");
-  p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-  p.num_sequences = cu_seqlens.size(0) - 1;
-  return p.num_sequences;
+  if (set_positions(p, positions, sequences)) return;
+  const int64_t rows = positions.dim() == 3 ? positions.size(0) : 0;
+  require(axes.has_value() && rows >= 1 &&
+              (positions.size(1) == p.batch || positions.size(1) == 1) &&
+              positions.size(2) == p.seqlen,
+          "positions must be (", p.seqlen, ",), (", p.batch, ", ", p.seqlen, "), (", sequences,
+          ",) offsets or, with axes, (axes, ", p.batch, ", ", p.seqlen, "), got shape ",
+          shape_of(positions));
+  p.axes = static_cast<const int32_t*>(axes->data_ptr());
+  p.num_axes = rows;
+  p.position_axis = rows > 1 ? positions.stride(0) : 0;
+  p.position_batch = positions.size(1) > 1 ? positions.stride(1) : 0;
+  p.position_seq = positions.stride(2);
 }
 
 inline void set_log_decay(RopeParams& p, const Tensor& log_decay, const Tensor& q) {
@@ -182,24 +118,6 @@ inline void set_log_decay(RopeParams& p, const Tensor& log_decay, const Tensor& 
           "log_decay must be contiguous float32 (", p.rotary_dim / 2,
           ",) on q's device, got shape ", shape_of(log_decay));
   p.log_decay = static_cast<const float*>(log_decay.data_ptr());
-}
-
-inline void add_tensor(RopeParams& p, const Tensor& in, bool packed) {
-  RopeTensor& t = p.tensors[p.num_tensors++];
-  const int64_t d = in.dim();
-  t.in = in.data_ptr();
-  t.in_batch = packed ? 0 : in.stride(0);
-  t.in_seq = in.stride(d - 3);
-  t.in_head = in.stride(d - 2);
-  t.heads = in.size(d - 2);
-}
-
-inline void set_output(RopeTensor& t, const Tensor& out, bool packed) {
-  const int64_t d = out.dim();
-  t.out = out.data_ptr();
-  t.out_batch = packed ? 0 : out.stride(0);
-  t.out_seq = out.stride(d - 3);
-  t.out_head = out.stride(d - 2);
 }
 
 inline void set_saved(RopeTensor& t, const Tensor& saved, bool packed) {
@@ -216,17 +134,17 @@ inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Te
   RopeParams p{};
   const bool packed = options.cu_seqlens.has_value();
   p.dtype = rotated_dtype(q, "q");
-  check_rotated(q, packed, "q");
-  add_tensor(p, q, packed);
+  check_rows("rope", q, packed, "q");
+  set_input(p.tensors[p.num_tensors++], q, packed);
   if (k.has_value()) {
-    check_rotated(*k, packed, "k");
-    check_matching(*k, q, "k");
-    add_tensor(p, *k, packed);
+    check_rows("rope", *k, packed, "k");
+    check_matching("rope", *k, q, "k");
+    set_input(p.tensors[p.num_tensors++], *k, packed);
   }
   p.batch = packed ? 1 : q.size(0);
   p.seqlen = q.size(packed ? 0 : 1);
   p.head_dim = q.size(q.dim() - 1);
-  const int64_t sequences = packed ? set_cu_seqlens(p, *options.cu_seqlens, q) : p.batch;
+  const int64_t sequences = packed ? set_cu_seqlens("rope", p, *options.cu_seqlens, q) : p.batch;
   set_frequencies(p, inv_freq, q, sequences);
   if (options.axes.has_value()) check_axes(p, *options.axes, q);
   if (positions.has_value()) set_positions(p, *positions, options.axes, q, sequences);

@@ -4,11 +4,9 @@
 // RopeOps<launch> for its device, where launch(params, device_index) runs the kernel.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <tuple>
 
+#include "outputs.h"
 #include "rope_args.h"
 
 namespace extrope {
@@ -18,51 +16,6 @@ inline bool overlaps_itself(const Tensor& x) {
     if (x.stride(i) == 0 && x.size(i) > 1) return true;
   }
   return false;
-}
-
-// Do the elements fill one stretch of memory, in whatever order of dimensions?
-inline bool is_dense(const Tensor& x) {
-  bool counted[4] = {};
-  int64_t expected = 1;
-  for (int64_t round = 0; round < x.dim(); ++round) {
-    int64_t next = -1;
-    for (int64_t i = 0; i < x.dim() && next < 0; ++i) {
-      if (!counted[i] && (x.size(i) == 1 || x.stride(i) == expected)) next = i;
-    }
-    if (next < 0) return false;
-    counted[next] = true;
-    expected *= x.size(next);
-  }
-  return true;
-}
-
-inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides,
-                            int64_t dim, int32_t dtype) {
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type,
-                                                  like.get_device(), &handle));
-  return Tensor(handle);
-}
-
-inline int32_t dtype_code(const Tensor& x) {
-  int32_t code;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
-  return code;
-}
-
-// empty_like by the shortest way: through the dispatcher it takes longer than rotating one token.
-inline Tensor new_like(const Tensor& x) {
-  if (x.numel() == 0 || !is_dense(x)) return torch::stable::empty_like(x);
-  int64_t sizes[4], strides[4];
-  for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i), strides[i] = x.stride(i);
-  return empty_strided(x, sizes, strides, x.dim(), dtype_code(x));
-}
-
-inline Tensor no_tensor(const Tensor& like, int32_t dtype) {
-  const int64_t zero = 0, one = 1;
-  return empty_strided(like, &zero, &one, 1, dtype);
 }
 
 // The three ops, for a device whose kernel is started by `launch`.
@@ -136,8 +89,8 @@ struct RopeOps {
   }
 
   static void check_saved(const Tensor& x, const Tensor& grad, bool packed, const char* name) {
-    check_rotated(x, packed, name);
-    check_matching(x, grad, name);
+    check_rows("rope", x, packed, name);
+    check_matching("rope", x, grad, name);
     require(x.size(x.dim() - 2) == grad.size(x.dim() - 2), name, " must have its gradient's shape ",
             shape_of(grad), ", got ", shape_of(x));
   }

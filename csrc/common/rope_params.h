@@ -4,10 +4,11 @@
 
 #include <cstdint>
 
+#include "token_params.h"
+
 namespace extrope {
 
 enum class DType : int32_t { f32, f64, bf16, f16 };
-enum class PositionType : int32_t { i32, i64, f32, f64 };
 
 // One of q and k. Strides are in elements; the last dimension is contiguous.
 struct RopeTensor {
@@ -21,13 +22,12 @@ struct RopeTensor {
   double decay_sign;  // the amplitude is multiplied by exp(decay_sign * position * log_decay)
 };
 
-struct RopeParams {
+struct RopeParams : TokenParams {
   RopeTensor tensors[2];
   int32_t num_tensors;
   DType dtype;
-  bool interleaved;       // pair i is lanes (2i, 2i + 1); otherwise lanes (i, i + rotary_dim / 2)
-  bool conjugate;         // rotate by minus the angle
-  int64_t batch, seqlen;  // packed sequences: batch 1, seqlen = all tokens
+  bool interleaved;  // pair i is lanes (2i, 2i + 1); otherwise lanes (i, i + rotary_dim / 2)
+  bool conjugate;    // rotate by minus the angle
   int64_t head_dim, rotary_dim;
 
   // (sequences or 1, heads or 1, rotary_dim / 2), contiguous in the last dimension; stride 0
@@ -36,22 +36,10 @@ struct RopeParams {
   bool inv_freq_is_f64;
   int64_t freq_batch, freq_head;
 
-  // nullptr: the token's index in its sequence. Otherwise (batch or 1, seqlen) positions, or with
-  // positions_are_offsets one offset a sequence (position_seq is then unused). offset is added to
-  // all.
-  const void* positions;
-  PositionType position_type;
-  bool positions_are_offsets;
-  int64_t position_batch, position_seq;
-  int64_t offset;
-
   // (rotary_dim / 2,): which of positions' num_axes tables, position_axis apart, each pair takes
   // its position from. nullptr: there is one for all.
   const int32_t* axes;
   int64_t num_axes, position_axis;
-
-  const int32_t* cu_seqlens;  // (num_sequences + 1,) token boundaries, nullptr when not packed
-  int64_t num_sequences;
 
   const float* log_decay;  // (rotary_dim / 2,), nullptr for amplitude alone
   double amplitude;

@@ -146,9 +146,15 @@ void load_freq(const RopeParams& p, int64_t row, Scratch<T>& scratch) {
   }
 }
 
+inline double position_on(const RopeParams& p, const Token<double>& token, int64_t axis) {
+  const int64_t index =
+      axis * p.position_axis + token.batch * p.position_batch + token.seq * p.position_seq;
+  return read_position<double>(p, index) + static_cast<double>(p.offset);
+}
+
 // Multiplies frequencies and decays by the position on each pair's axis.
 template <typename T>
-void move_by_axis(const RopeParams& p, const Token& token, Scratch<T>& scratch) {
+void move_by_axis(const RopeParams& p, const Token<double>& token, Scratch<T>& scratch) {
   for (int64_t axis = 0; axis < p.num_axes; ++axis) {
     scratch.positions[axis] = position_on(p, token, axis);
   }
@@ -160,8 +166,8 @@ void move_by_axis(const RopeParams& p, const Token& token, Scratch<T>& scratch) 
 }
 
 template <typename T, bool Interleaved>
-void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token* tokens, int64_t count,
-                int64_t head, Scratch<T>& scratch) {
+void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
+                int64_t count, int64_t head, Scratch<T>& scratch) {
   int64_t loaded = -1;
   for (int64_t t = 0; t < count; ++t) {
     const int64_t row = tokens[t].sequence * p.freq_batch + head * p.freq_head;
@@ -182,8 +188,8 @@ void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token* toke
 }
 
 template <typename T, bool Interleaved>
-void rotate_one(const RopeParams& p, const RopeTensor& tensor, const Token& token, int64_t head,
-                const Wide<T>* cos, const Wide<T>* sin) {
+void rotate_one(const RopeParams& p, const RopeTensor& tensor, const Token<double>& token,
+                int64_t head, const Wide<T>* cos, const Wide<T>* sin) {
   const T* in = static_cast<const T*>(tensor.in) + token.batch * tensor.in_batch +
                 token.seq * tensor.in_seq + head * tensor.in_head;
   T* out = static_cast<T*>(tensor.out) + token.batch * tensor.out_batch +
@@ -205,7 +211,8 @@ void rotate_one(const RopeParams& p, const RopeTensor& tensor, const Token& toke
 }
 
 template <typename T, bool Interleaved>
-void rotate_block(const RopeParams& p, const Token* tokens, int64_t count, Scratch<T>& scratch) {
+void rotate_block(const RopeParams& p, const Token<double>* tokens, int64_t count,
+                  Scratch<T>& scratch) {
   const auto one = [&](const RopeTensor& tensor, int64_t t, int64_t head) {
     rotate_one<T, Interleaved>(p, tensor, tokens[t], head, &scratch.cos[t * scratch.stride],
                                &scratch.sin[t * scratch.stride]);
@@ -235,7 +242,7 @@ void rotate_block(const RopeParams& p, const Token* tokens, int64_t count, Scrat
 template <typename T, bool Interleaved>
 void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
   Scratch<T> scratch(p);
-  Token tokens[kBlock];
+  Token<double> tokens[kBlock];
   if (p.angle_grad) {
     const int64_t row = p.angle_heads * p.rotary_dim / 2;
     std::fill_n(static_cast<Wide<T>*>(p.angle_grad) + begin * row, (end - begin) * row, Wide<T>{0});
@@ -243,7 +250,7 @@ void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t count = std::min(kBlock, end - first);
     for (int64_t t = 0; t < count; ++t) {
-      tokens[t] = locate(p, (first + t) / p.seqlen, (first + t) % p.seqlen);
+      tokens[t] = locate<double>(p, (first + t) / p.seqlen, (first + t) % p.seqlen);
     }
     rotate_block<T, Interleaved>(p, tokens, count, scratch);
   }

@@ -101,6 +101,11 @@ __device__ inline void store(T* to, const Lanes<T, VEC>& lanes) {
   *reinterpret_cast<Access<T, VEC>*>(to) = access;
 }
 
+// Whether steps of `stride` elements along a dimension keep accesses of `vec` elements aligned.
+inline bool multiple(int64_t extent, int64_t stride, int vec) {
+  return extent == 1 || stride % vec == 0;
+}
+
 // What a thread owns of one head: VEC lanes of the first half of the rotated ones and VEC of the
 // second, in either layout, so that the threads of a token touch whole neighbouring vectors.
 template <typename T, int VEC>

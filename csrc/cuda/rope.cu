@@ -34,7 +34,7 @@ struct Worker {
   static constexpr int SUMMED = 8;             // heads of an angle gradient per partial sum
 
   const RopeParams& p;
-  const Token& token;
+  const Token<double>& token;
   HeadGroups groups;
 
   // Calls visit(tensor, begin, end) with this block's heads of q, then of k.
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(BLOCK, GRAD ? 3 : 4)
     rope_kernel(const __grid_constant__ RopeParams p, const HeadGroups groups, const int slots) {
   const unsigned index = blockIdx.x * blockDim.y + threadIdx.y;
   if (index >= static_cast<unsigned>(p.batch * p.seqlen)) return;
-  const Token token = find_token(p, static_cast<int>(index));
+  const Token<double> token = find_token<double>(p, static_cast<int>(index));
   const Worker<T, VEC, INTERLEAVED, GRAD, AXES> worker{p, token, groups};
   const int rotated = static_cast<int>(p.rotary_dim / (2 * VEC));
   for (int slot = threadIdx.x; slot < slots; slot += blockDim.x) {
@@ -219,8 +219,6 @@ int launch(const RopeParams& p, void* stream, int device) {
                  static_cast<int>(slots));
   return launch_error();
 }
-
-bool multiple(int64_t extent, int64_t stride, int vec) { return extent == 1 || stride % vec == 0; }
 
 // Whether every access of `vec` elements stays aligned and inside its half of the lanes.
 bool fits(const RopeParams& p, int vec, int bytes) {

@@ -1,4 +1,4 @@
-"""How ops get their derivatives: Autograd kernels that are registered by hand.
+"""How ops get their derivatives and batching rules: Autograd kernels that are registered by hand.
 
 What torch.library.register_autograd makes refuses torch.func.grad and takes three times as long a
 call.
@@ -6,7 +6,10 @@ call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
 
@@ -56,3 +59,40 @@ def _autograd_kernel(op, save, backward):
         return below(keyset, args, options)
 
     return kernel
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """Gradients come with any strides (of a sum: all zero); the kernels want contiguous rows."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def batching_rule(op, tensors: int, is_shared: Callable[[tuple], bool]):
+    """For torch.vmap: batch dimensions of the first `tensors` arguments, (batch, seqlen, heads,
+    head_dim), are folded into batch where is_shared(rest) lets all sequences be one batch; others
+    loop.
+    """
+
+    def rule(info, in_dims, *args, **options):
+        only_these = all(dim is None for dim in in_dims[tensors:])
+        if only_these and args[0].dim() == 5 and is_shared(args[tensors:]):
+            return _fold(op, info.batch_size, tensors, in_dims, args, options)
+        calls = []
+        for i in range(info.batch_size):
+            picked = [x if d is None else x.select(d, i) for x, d in zip(args, in_dims)]
+            calls.append(op(*(x if x is None else contiguous_rows(x) for x in picked), **options))
+        outputs = tuple(torch.stack(parts) for parts in zip(*calls))
+        return outputs, (0,) * len(outputs)
+
+    return rule
+
+
+def _fold(op, size, tensors, in_dims, args, options):
+    folded = []
+    for x, dim in zip(args[:tensors], in_dims):
+        if x is not None:
+            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            x = contiguous_rows(x.flatten(0, 1))
+        folded.append(x)
+    outputs = op(*folded, *args[tensors:], **options)
+    unfolded = tuple(x.unflatten(0, (size, -1)) if x.dim() == 4 else x for x in outputs)
+    return unfolded, tuple(0 if x.dim() == 5 else None for x in unfolded)

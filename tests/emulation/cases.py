@@ -80,7 +80,7 @@ class Case:
             self.angle_grad = torch.full(shape, torch.nan, dtype=accumulator(self.inputs[0].dtype))
 
     def job(self) -> harness.Job:
-        return harness.Job(
+        return harness.rope_job(
             self.name, self.inputs, self.outputs, self.rotation, self.saved or (), self.angle_grad
         )
 

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda/rope.cu for the host under a sanitizer and rotates torch tensors with it."""
+"""Builds csrc/cuda/*.cu for the host under a sanitizer and runs them on torch tensors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from extrope_kernels import _build
+from extrope_kernels.ops.permute.power import Power
 from extrope_kernels.ops.rope.rotation import Rotation
 
 HERE = Path(__file__).parent
+OPS = ("rope", "permute")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as in rope_params.h
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
@@ -48,6 +50,9 @@ THREAD = Sanitizer(
 )
 
 
+SANITIZERS = (ADDRESS, THREAD)
+
+
 class MissingTool(RuntimeError):
     """The emulation cannot be built here; the message says why."""
 
@@ -67,7 +72,7 @@ def find_cuda_headers() -> Path:
     raise MissingTool("no CUDA headers (cuda_bf16.h) found; set CUDA_HOME")
 
 
-def build(folder: Path, sanitizers: Sequence[Sanitizer] = (ADDRESS, THREAD)) -> None:
+def build(folder: Path) -> None:
     """Compile one module per sanitizer under `folder`; MissingTool when something is not there."""
     try:
         import pybind11
@@ -81,9 +86,13 @@ def build(folder: Path, sanitizers: Sequence[Sanitizer] = (ADDRESS, THREAD)) -> 
     common = [*compiler, _build.STANDARD, "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-c"]
     warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
     kernel = [*warnings, "-isystem", str(find_cuda_headers()), "-xc++"]
-    kernel.append(str(_build.source_dir() / "cuda" / "rope.cu"))
+    sources = {op: str(_build.source_dir() / "cuda" / f"{op}.cu") for op in OPS}
     python = ["-I", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
-    objects = {folder / f"{s.name}.o": [*common, *s.flags, *kernel] for s in sanitizers}
+    objects = {
+        folder / f"{op}.{s.name}.o": [*common, *s.flags, *kernel, source]
+        for op, source in sources.items()
+        for s in SANITIZERS
+    }
     objects[folder / "module.o"] = [*common, *python, str(HERE / "module.cpp")]
     compiling = [
         subprocess.Popen([*command, "-o", str(target)], stderr=subprocess.PIPE, text=True)
@@ -92,9 +101,9 @@ def build(folder: Path, sanitizers: Sequence[Sanitizer] = (ADDRESS, THREAD)) -> 
     for process in compiling:
         report = process.communicate()[1]
         assert process.returncode == 0, report
-    for s in sanitizers:
+    for s in SANITIZERS:
         (folder / s.name).mkdir()
-        parts = [str(folder / f"{s.name}.o"), str(folder / "module.o")]
+        parts = [str(folder / f"{op}.{s.name}.o") for op in OPS] + [str(folder / "module.o")]
         module = str(folder / s.name / "extrope_emulation.so")
         subprocess.run([*compiler, "-shared", *s.flags, *parts, "-o", module], check=True)
 
@@ -121,47 +130,22 @@ def run(jobs: Sequence[Job], sanitizer: Sanitizer, folder: Path) -> None:
 
 
 class Job:
-    """One launch: the parameters of a rotation, with pointers into copies of the tensors."""
+    """One launch: parameters, with pointers into copies of the tensors."""
 
-    def __init__(
-        self,
-        name: str,
-        inputs: Sequence[Tensor],
-        outputs: Sequence[Tensor],
-        rotation: Rotation,
-        saved: Sequence[Tensor] = (),
-        angle_grad: Tensor | None = None,
-    ) -> None:
+    def __init__(self, name: str, op: str) -> None:
         self.storages: list[Tensor] = []
-        tensors = [
-            {
-                **self._place("in", x, "in_"),
-                **self._place("out", out, "out"),
-                **(self._place("saved", saved[i], "saved") if saved else {}),
-                "heads": x.shape[2],
-                "decay_sign": sign,
-            }
-            for i, (x, out, sign) in enumerate(
-                zip(inputs, outputs, rotation.decay_signs, strict=False)
-            )
-        ]
-        params = self._params(inputs, rotation)
-        params["angle_heads"] = rotation.inv_freq.shape[1]
-        if angle_grad is not None:
-            params["angle_grad"] = self._pointer(angle_grad)
-        self.request = {
-            "name": name,
-            "buffers": [storage.numpy().tobytes() for storage in self.storages],
-            "params": params,
-            "tensors": tensors,
-        }
+        self.request = {"name": name, "op": op, "params": {}, "tensors": [], "buffers": []}
+
+    def close(self) -> None:
+        """Copy what the launch is given."""
+        self.request["buffers"] = [storage.numpy().tobytes() for storage in self.storages]
 
     def receive(self, contents: Sequence[bytes]) -> None:
         for storage, now in zip(self.storages, contents, strict=True):
             if now:
                 storage.copy_(torch.frombuffer(bytearray(now), dtype=torch.uint8))
 
-    def _pointer(self, tensor: Tensor) -> tuple[int, int]:
+    def pointer(self, tensor: Tensor) -> tuple[int, int]:
         storage = tensor.untyped_storage()
         known = [s.data_ptr() for s in self.storages]
         if storage.data_ptr() not in known or storage.data_ptr() == 0:
@@ -169,44 +153,90 @@ class Job:
             known.append(storage.data_ptr())
         return known.index(storage.data_ptr()), tensor.storage_offset() * tensor.itemsize
 
-    def _place(self, name: str, tensor: Tensor, pointer: str) -> dict:
+    def place(self, name: str, tensor: Tensor, pointer: str) -> dict:
         batch, seq, head, _ = tensor.stride()
         strides = {f"{name}_batch": batch, f"{name}_seq": seq, f"{name}_head": head}
-        return {pointer: self._pointer(tensor), **strides}
+        return {pointer: self.pointer(tensor), **strides}
 
-    def _params(self, inputs: Sequence[Tensor], rotation: Rotation) -> dict:
+    def add_tensor(self, source: Tensor, target: Tensor, **fields) -> None:
+        places = {**self.place("in", source, "in_"), **self.place("out", target, "out")}
+        self.request["tensors"].append({**places, "heads": source.shape[2], **fields})
+
+    def set_tokens(self, inputs: Sequence[Tensor], by: Rotation | Power) -> None:
+        """Sizes and positions; with axes, those of the first."""
         batch, seqlen, _, head_dim = inputs[0].shape
-        rows, columns, _ = rotation.inv_freq.shape
         params = {
             "num_tensors": len(inputs),
-            "dtype": DTYPES.index(inputs[0].dtype),
-            "interleaved": rotation.interleaved,
-            "conjugate": rotation.conjugate,
             "batch": batch,
             "seqlen": seqlen,
             "head_dim": head_dim,
-            "rotary_dim": rotation.rotary_dim,
-            "inv_freq": self._pointer(rotation.inv_freq),
-            "inv_freq_is_f64": rotation.inv_freq.dtype == torch.float64,
-            "freq_batch": rotation.inv_freq.stride(0) if rows > 1 else 0,
-            "freq_head": rotation.inv_freq.stride(1) if columns > 1 else 0,
-            "offset": rotation.offset,
-            "amplitude": rotation.amplitude,
+            "offset": by.offset,
         }
-        if (positions := rotation.positions) is not None:
-            params["positions"] = self._pointer(positions)
+        if (positions := by.positions) is not None:
+            params["positions"] = self.pointer(positions)
             params["position_type"] = POSITION_DTYPES.index(positions.dtype)
-            params["positions_are_offsets"] = rotation.positions_are_offsets
-            if rotation.axes is not None:
-                params["axes"] = self._pointer(rotation.axes)
-                params["num_axes"] = len(positions)
-                params["position_axis"] = positions.stride(0)
-                positions = positions[0]
-            params["position_batch"] = positions.stride(0) if len(positions) > 1 else 0
-            params["position_seq"] = 0 if rotation.positions_are_offsets else positions.stride(1)
-        if rotation.cu_seqlens is not None:
-            params["cu_seqlens"] = self._pointer(rotation.cu_seqlens)
-            params["num_sequences"] = len(rotation.cu_seqlens) - 1
-        if rotation.log_decay is not None:
-            params["log_decay"] = self._pointer(rotation.log_decay)
-        return params
+            params["positions_are_offsets"] = by.positions_are_offsets
+            row = positions if positions.dim() < 3 else positions[0]
+            params["position_batch"] = row.stride(0) if len(row) > 1 else 0
+            params["position_seq"] = 0 if by.positions_are_offsets else row.stride(1)
+        if by.cu_seqlens is not None:
+            params["cu_seqlens"] = self.pointer(by.cu_seqlens)
+            params["num_sequences"] = len(by.cu_seqlens) - 1
+        self.request["params"].update(params)
+
+
+def rope_job(
+    name: str,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    rotation: Rotation,
+    saved: Sequence[Tensor] = (),
+    angle_grad: Tensor | None = None,
+) -> Job:
+    job = Job(name, "rope")
+    for i, (x, out) in enumerate(zip(inputs, outputs, strict=True)):
+        kept = job.place("saved", saved[i], "saved") if saved else {}
+        job.add_tensor(x, out, decay_sign=rotation.decay_signs[i], **kept)
+    job.set_tokens(inputs, rotation)
+    rows, columns, _ = rotation.inv_freq.shape
+    params = {
+        "dtype": DTYPES.index(inputs[0].dtype),
+        "interleaved": rotation.interleaved,
+        "conjugate": rotation.conjugate,
+        "rotary_dim": rotation.rotary_dim,
+        "inv_freq": job.pointer(rotation.inv_freq),
+        "inv_freq_is_f64": rotation.inv_freq.dtype == torch.float64,
+        "freq_batch": rotation.inv_freq.stride(0) if rows > 1 else 0,
+        "freq_head": rotation.inv_freq.stride(1) if columns > 1 else 0,
+        "amplitude": rotation.amplitude,
+        "angle_heads": columns,
+    }
+    if rotation.axes is not None:
+        params["axes"] = job.pointer(rotation.axes)
+        params["num_axes"] = len(rotation.positions)
+        params["position_axis"] = rotation.positions.stride(0)
+    if rotation.log_decay is not None:
+        params["log_decay"] = job.pointer(rotation.log_decay)
+    if angle_grad is not None:
+        params["angle_grad"] = job.pointer(angle_grad)
+    job.request["params"].update(params)
+    job.close()
+    return job
+
+
+def permute_job(
+    name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], power: Power
+) -> Job:
+    job = Job(name, "permute")
+    for x, out in zip(inputs, outputs, strict=True):
+        job.add_tensor(x, out)
+    job.set_tokens(inputs, power)
+    job.request["params"].update(
+        element_size=inputs[0].itemsize,
+        permutations=job.pointer(power.permutations),
+        permutation_row=power.permutations.stride(0),
+        rows=len(power.permutations),
+        inverse=power.inverse,
+    )
+    job.close()
+    return job

@@ -23,13 +23,13 @@ def set_fields(target, fields: dict, buffers: list) -> None:
 
 def run(job: dict) -> list[bytes]:
     buffers = [extrope_emulation.Buffer(contents) for contents in job["buffers"]]
-    params = extrope_emulation.RopeParams()
+    params = getattr(extrope_emulation, f"{job['op'].capitalize()}Params")()
     set_fields(params, job["params"], buffers)
     for i, fields in enumerate(job["tensors"]):
         set_fields(params.tensor(i), fields, buffers)
-    error = extrope_emulation.rope_launch(params)
+    error = getattr(extrope_emulation, f"{job['op']}_launch")(params)
     if error != 0:
-        raise RuntimeError(f"{job['name']}: rope_launch returned {error}")
+        raise RuntimeError(f"{job['name']}: the launch returned {error}")
     return [buffer.contents() for buffer in buffers]
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from .._backends import missing, require
+from .._checks import explained, refuse_flags, split_offset
 from . import reference
 from .checks import check
 
@@ -93,10 +94,8 @@ def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, b
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"rope: freqs must be a RopeFreqs, got {type(freqs).__name__}")
     if not (type(interleaved) is type(inverse) is type(inplace) is bool):
-        _refuse_flags(interleaved=interleaved, inverse=inverse, inplace=inplace)
-    offset = 0
-    if positions is not None and not isinstance(positions, Tensor):
-        offset, positions = _offset(positions), None
+        refuse_flags("rope", interleaved=interleaved, inverse=inverse, inplace=inplace)
+    positions, offset = split_offset("rope", positions)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
     by = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay)
@@ -104,18 +103,11 @@ def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, b
         by = (*by, freqs.axes)
     options = (freqs.attention_factor, offset, interleaved, inverse)
     run = _inplace if inplace else _out_of_place
-    if torch.compiler.is_compiling():
-        return run(q, k, by, _options(*options), backend)
-    try:
-        return run(q, k, by, _options(*options), backend)
-    except (AttributeError, RuntimeError) as error:
-        # The compiled kernels check everything before they start; what they refuse is told in
-        # Python's error types here, and the common case pays for one check only.
-        check(q, k, *by, attention_factor=freqs.attention_factor)
-        ours = isinstance(error, RuntimeError) and str(error).startswith("rope: ")
-        if ours and not isinstance(error, NotImplementedError):
-            raise ValueError(str(error).splitlines()[0]) from None
-        raise
+    return explained(
+        "rope",
+        lambda: run(q, k, by, _options(*options), backend),
+        lambda: check(q, k, *by, attention_factor=freqs.attention_factor),
+    )
 
 
 def _wants_grad(q, k, inv_freq) -> bool:
@@ -166,21 +158,6 @@ def _inplace(q, k, by, options, backend):
         # Autograd then notices when a tensor that it saved has been overwritten.
         torch.autograd.graph.increment_version((q,) if k is None else (q, k))
     return q, k
-
-
-def _offset(positions: int) -> int:
-    if isinstance(positions, bool) or not isinstance(positions, (int, torch.SymInt)):
-        raise TypeError(
-            f"rope: positions must be a Tensor, an int or None, got {type(positions).__name__}"
-        )
-    if not -(2**63) <= positions < 2**63:
-        raise ValueError(f"rope: positions must fit 64 bits, got {positions}")
-    return positions
-
-
-def _refuse_flags(**flags) -> None:
-    name, flag = next((name, flag) for name, flag in flags.items() if type(flag) is not bool)
-    raise TypeError(f"rope: {name} must be a bool, got {type(flag).__name__}")
 
 
 def _suffix(backend: str, q: Tensor) -> str:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._autograd import register_backward
+from .._autograd import batching_rule, contiguous_rows, register_backward
+from .._positions import sequence_of_token
 from .pairs import cross, join_pairs, split_pairs
-from .rotation import resolve, sequence_of_token, token_positions
+from .rotation import resolve, token_positions
 
 
 def register(library: torch.library.Library, suffix: str) -> None:
@@ -24,7 +25,7 @@ def register(library: torch.library.Library, suffix: str) -> None:
 
     def fwd_backward(ctx, grad_q, grad_k):
         q, k, *by = ctx.saved_tensors
-        grad_q, grad_k = _rows(grad_q), _rows(grad_k) if ctx.has_k else None
+        grad_q, grad_k = contiguous_rows(grad_q), contiguous_rows(grad_k) if ctx.has_k else None
         dq, dk, angle_grad = bwd(grad_q, grad_k, q, k, *by, **ctx.options)
         d_freq = None
         if q is not None:
@@ -40,7 +41,7 @@ def register(library: torch.library.Library, suffix: str) -> None:
         if q is not None:
             u = [u_t + _quarter_turn(x, w, *layout) for u_t, x in zip(u, (q, k))]
             x_bar = [-_quarter_turn(dx, w, *layout) for dx in grads] + [None]
-        u = [_rows(x) for x in u]
+        u = [contiguous_rows(x) for x in u]
         g_bar = fwd(u[0], u[1] if ctx.has_k else None, *by, **ctx.options)
         d_freq = None
         if ctx.needs_input_grad[2 + 4]:
@@ -51,8 +52,8 @@ def register(library: torch.library.Library, suffix: str) -> None:
 
     register_backward(library, fwd, _save_fwd, fwd_backward)
     register_backward(library, bwd, _save_bwd, bwd_backward)
-    torch.library.register_vmap(fwd, _vmap(fwd, tensors=2), lib=library)
-    torch.library.register_vmap(bwd, _vmap(bwd, tensors=4), lib=library)
+    torch.library.register_vmap(fwd, batching_rule(fwd, 2, _is_shared), lib=library)
+    torch.library.register_vmap(bwd, batching_rule(bwd, 4, _is_shared), lib=library)
 
 
 def _save_fwd(ctx, args, options, outputs):
@@ -78,11 +79,6 @@ def _save(ctx, tensors, by, options) -> None:
 def _with_defaults(by) -> tuple[Tensor | None, ...]:
     """inv_freq, positions, cu_seqlens, log_decay, axes: the dispatcher drops trailing defaults."""
     return (*by, *[None] * (5 - len(by)))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Gradients come with any strides (of a sum: all zero); the kernels want contiguous rows."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _quarter_turn(x: Tensor, w: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
@@ -121,38 +117,9 @@ def _frequency_grad(angle_grad, grad_q, grad_k, by, options) -> Tensor:
     return total.to(inv_freq.dtype).view(inv_freq.shape)
 
 
-def _vmap(op, tensors: int):
-    """A batching rule: batch dimensions of the rotated tensors alone are folded, others loop."""
-
-    def rule(info, in_dims, *args, **options):
-        rotated_only = all(dim is None for dim in in_dims[tensors:])
-        if rotated_only and args[0].dim() == 5 and _is_shared(args[tensors:]):
-            return _fold(op, info.batch_size, tensors, in_dims, args, options)
-        calls = []
-        for i in range(info.batch_size):
-            picked = [x if d is None else x.select(d, i) for x, d in zip(args, in_dims)]
-            calls.append(op(*(x if x is None else _rows(x) for x in picked), **options))
-        outputs = tuple(torch.stack(parts) for parts in zip(*calls))
-        return outputs, (0,) * len(outputs)
-
-    return rule
-
-
 def _is_shared(by) -> bool:
     """Do all sequences rotate alike? Then any number of batch dimensions is one batch dimension."""
     inv_freq, positions, cu_seqlens = _with_defaults(by)[:3]
     return (
         positions is None and cu_seqlens is None and (inv_freq.dim() == 1 or inv_freq.shape[0] == 1)
     )
-
-
-def _fold(op, size, tensors, in_dims, args, options):
-    folded = []
-    for x, dim in zip(args[:tensors], in_dims):
-        if x is not None:
-            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            x = _rows(x.flatten(0, 1))
-        folded.append(x)
-    outputs = op(*folded, *args[tensors:], **options)
-    unfolded = tuple(x.unflatten(0, (size, -1)) if x.dim() == 4 else x for x in outputs)
-    return unfolded, tuple(0 if x.dim() == 5 else None for x in unfolded)

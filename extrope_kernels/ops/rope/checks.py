@@ -7,8 +7,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .._checks import check_cu_seqlens, check_matching, check_position_tensor, check_rows
+from .._positions import position_kind as position_kind_of_one_axis
+
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
@@ -25,13 +27,13 @@ def check(
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, for anything the kernels cannot take."""
     packed = cu_seqlens is not None
-    _check_rotated("q", q, packed)
+    check_rows("rope", "q", q, packed)
     if k is not None:
-        _check_rotated("k", k, packed)
-        _check_matching(q, k)
+        check_rows("rope", "k", k, packed)
+        check_matching("rope", q, k)
     shape = q.shape if not packed else torch.Size((1, *q.shape))
     if packed:
-        _check_cu_seqlens(cu_seqlens, q)
+        check_cu_seqlens("rope", cu_seqlens, q)
     sequences = cu_seqlens.shape[0] - 1 if packed else shape[0]
     _check_inv_freq(inv_freq, q, k, shape, sequences)
     if axes is not None:
@@ -48,18 +50,12 @@ def check(
 
 
 def position_kind(positions: Tensor | None, shape: torch.Size, sequences: int) -> str | None:
-    """'index' (none given), 'positions', 'offsets', 'positions by axis', or None: fits no shape."""
-    if positions is None:
-        return "index"
-    batch, seqlen = shape[0], shape[1]
-    dims = tuple(positions.shape)
-    if dims in ((seqlen,), (batch, seqlen), (1, seqlen)):
-        return "positions"
-    if dims in ((sequences,), (sequences, 1)):
-        return "offsets"
-    if len(dims) == 3 and dims[0] >= 1 and dims[1:] in ((batch, seqlen), (1, seqlen)):
-        return "positions by axis"
-    return None
+    """As of one axis, or 'positions by axis'."""
+    kind = position_kind_of_one_axis(positions, shape, sequences)
+    if kind is None and positions.dim() == 3 and positions.shape[0] >= 1:
+        fits = tuple(positions.shape[1:]) in ((shape[0], shape[1]), (1, shape[1]))
+        return "positions by axis" if fits else None
+    return kind
 
 
 def refuse_overlap(q: Tensor, k: Tensor | None) -> None:
@@ -70,39 +66,6 @@ def refuse_overlap(q: Tensor, k: Tensor | None) -> None:
                 f"rope: {name} must not be expanded to be rotated in place, "
                 f"got strides {x.stride()}"
             )
-
-
-def _check_rotated(name: str, x: Tensor, packed: bool) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"rope: {name} must be a Tensor, got {type(x).__name__}")
-    if x.dim() != (3 if packed else 4):
-        layout = (
-            "(total, heads, head_dim) with cu_seqlens"
-            if packed
-            else "(batch, seqlen, heads, head_dim)"
-        )
-        raise ValueError(f"rope: {name} must be {layout}, got shape {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise ValueError(
-            f"rope: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}"
-        )
-    if x.layout != torch.strided:
-        raise ValueError(f"rope: {name} must be a dense tensor, got {x.layout}")
-    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
-        raise ValueError(
-            f"rope: {name} must be contiguous in its last dimension, got strides {x.stride()}"
-        )
-
-
-def _check_matching(q: Tensor, k: Tensor) -> None:
-    if k.dtype != q.dtype:
-        raise ValueError(f"rope: k must have q's dtype {q.dtype}, got {k.dtype}")
-    if k.device != q.device:
-        raise ValueError(f"rope: k must be on q's device {q.device}, got {k.device}")
-    if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
-        raise ValueError(
-            f"rope: k must have q's shape {tuple(q.shape)} but for the heads, got {tuple(k.shape)}"
-        )
 
 
 def _check_inv_freq(
@@ -148,36 +111,13 @@ def _check_inv_freq(
 def _check_positions(
     positions: Tensor, q: Tensor, shape: torch.Size, sequences: int, with_axes: bool
 ) -> None:
-    if not isinstance(positions, Tensor):
-        raise TypeError(f"rope: positions must be a Tensor, got {type(positions).__name__}")
-    if positions.dtype not in POSITION_DTYPES:
-        raise ValueError(
-            f"rope: positions must be int32, int64, float32 or float64, got {positions.dtype}"
-        )
-    if positions.device != q.device:
-        raise ValueError(
-            f"rope: positions must be on q's device {q.device}, got {positions.device}"
-        )
+    check_position_tensor("rope", positions, q, POSITION_DTYPES)
     kind = position_kind(positions, shape, sequences)
     if kind is None or (kind == "positions by axis" and not with_axes):
         raise ValueError(
             f"rope: positions must be ({shape[1]},), ({shape[0]}, {shape[1]}), ({sequences},) "
             f"offsets or, with axes, (axes, {shape[0]}, {shape[1]}), "
             f"got shape {tuple(positions.shape)}"
-        )
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"rope: cu_seqlens must be a Tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(
-            "rope: cu_seqlens must be int32 (sequences + 1,), "
-            f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device != q.device or not cu_seqlens.is_contiguous():
-        raise ValueError(
-            f"rope: cu_seqlens must be contiguous on q's device {q.device}, got {cu_seqlens.device}"
         )
 
 

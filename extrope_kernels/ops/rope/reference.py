@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._positions import sequence_of_token
 from .checks import refuse_overlap
 from .pairs import accumulator, cross, join_pairs, split_pairs
-from .rotation import Rotation, resolve, sequence_of_token, token_positions
+from .rotation import Rotation, resolve, token_positions
 
 
 def rope_fwd(q: Tensor, k: Tensor | None, *by: Tensor | None, **options) -> tuple[Tensor, Tensor]:

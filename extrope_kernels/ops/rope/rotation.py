@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from .. import _positions
 from .checks import check, position_kind
 
 
@@ -93,28 +93,11 @@ def frequencies_3d(inv_freq: Tensor) -> Tensor:
 
 def token_positions(rotation: Rotation, batch: int, seqlen: int) -> Tensor:
     """(batch or 1, seqlen, 1 or rotary_dim / 2) float64: the position of every token and pair."""
-    device = rotation.inv_freq.device
-    index = torch.arange(seqlen, device=device)
-    if rotation.cu_seqlens is not None:
-        sequence = sequence_of_token(rotation.cu_seqlens, seqlen)
-        index = index - rotation.cu_seqlens[sequence]
-    if rotation.positions is None:
-        positions = index[None, :, None]
-    elif rotation.axes is not None:
+    if rotation.axes is not None:
         # As the kernels do, rather than read from the device whether an axis is out of range.
         axes = rotation.axes.clamp(0, rotation.positions.shape[0] - 1)
         positions = rotation.positions[axes].permute(1, 2, 0)
-    elif not rotation.positions_are_offsets:
-        positions = rotation.positions[..., None]
-    elif rotation.cu_seqlens is not None:
-        positions = (rotation.positions[sequence] + index)[None, :, None]
     else:
-        positions = (rotation.positions[:, None] + index)[..., None]
+        by = (rotation.positions, rotation.positions_are_offsets, rotation.cu_seqlens)
+        positions = _positions.token_positions(*by, seqlen, rotation.inv_freq.device)[..., None]
     return positions.double() + rotation.offset
-
-
-def sequence_of_token(cu_seqlens: Tensor, total: int) -> Tensor:
-    """(total,) int64: which packed sequence each token belongs to."""
-    tokens = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    found = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
-    return found.clamp(0, max(cu_seqlens.shape[0] - 2, 0))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _ext
+from .._library import library, load_on_first_use
 from . import autograd, reference
 from .checks import refuse_overlap
 from .pairs import accumulator
@@ -26,8 +26,6 @@ _BY = (
 _FWD = f"(Tensor q, Tensor? k, {_BY}) -> (Tensor, Tensor)"
 _BWD = f"(Tensor grad_q, Tensor? grad_k, Tensor? q, Tensor? k, {_BY}) -> (Tensor, Tensor, Tensor)"
 _INPLACE = f"(Tensor(a!) q, Tensor(b!)? k, {_BY}) -> ()"
-
-_library = torch.library.Library("extrope", "FRAGMENT")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -104,30 +102,6 @@ _REFERENCE = {
 }
 
 
-def _load_on_first_use(name: str, key: str, fallback: dict) -> None:
-    """Register kernels for `key` that load (or build) the compiled library, then call the op again.
-
-    They make way for the library's own kernels, or for `fallback` where the library cannot be had.
-    """
-    stand_in = torch.library.Library("extrope", "IMPL")
-
-    def settle(reason: str | None) -> None:
-        if reason is not None:
-            for op_name, function in fallback.items():
-                _library.impl(op_name, function, key)
-
-    def first_call(op_name: str):
-        def kernel(*args, **options):
-            _ext.load(name)
-            return getattr(torch.ops.extrope, op_name)(*args, **options)
-
-        return kernel
-
-    for op_name in fallback:
-        stand_in.impl(op_name, first_call(op_name), key)
-    _ext.watch(name, stand_in._destroy, settle)
-
-
 def _define() -> None:
     for suffix in ("", "_triton"):
         for name, schema, fake in (
@@ -135,17 +109,16 @@ def _define() -> None:
             ("rope_bwd", _BWD, _bwd_fake),
             ("rope_inplace", _INPLACE, _inplace_fake),
         ):
-            _library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
-            torch.library.register_fake(f"extrope::{name}{suffix}", fake, lib=_library)
-        autograd.register(_library, suffix)
-    _library.define(
+            library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
+            torch.library.register_fake(f"extrope::{name}{suffix}", fake, lib=library)
+        autograd.register(library, suffix)
+    library.define(
         "cpu_capability() -> int"
     )  # 0 baseline, 1 AVX2, 2 AVX-512: what the CPU kernels use
     for name, function in _TRITON.items():
-        _library.impl(f"{name}_triton", function, "CUDA")
-        _library.impl(f"{name}_triton", function, "CPU")  # the interpreter
-    _load_on_first_use("cpu", "CPU", _REFERENCE)
-    _load_on_first_use("cuda", "CUDA", _TRITON)
+        library.impl(f"{name}_triton", function, "CUDA")
+        library.impl(f"{name}_triton", function, "CPU")  # the interpreter
+    load_on_first_use({"cpu": _REFERENCE, "cuda": _TRITON})
 
 
 _define()

@@ -68,16 +68,3 @@ def scaled(cos, sin, position, log_decay, decay_sign, amplitude, direction, TILE
         scale = scale * _exp(position * decay_sign * rate[None, :], TILE)
     scale = scale.to(cos.dtype)
     return cos * scale, sin * (scale * direction)
-
-
-@triton.jit
-def sequence_of(token, cu_seqlens, num_sequences, search_steps):
-    """Last sequence to start at or before each token; in bounds whatever cu_seqlens holds."""
-    low = tl.zeros_like(token)
-    high = low + num_sequences
-    for _ in range(search_steps):
-        middle = (low + high) // 2
-        started = tl.load(cu_seqlens + middle) <= token
-        low = tl.where(started, middle, low)
-        high = tl.where(started, high, middle)
-    return low

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .angles import scaled, sequence_of, sincos
+from ..._triton.tokens import rows, sequence_of
+from .angles import scaled, sincos
 
 RUN_TIME_SCALARS = (
     *("angle_heads", "freq_sequence", "freq_head", "position_batch", "position_seq", "offset"),
@@ -50,13 +51,6 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _rows(base, batch, seq, head, batch_stride, seq_stride, head_stride, TILE: tl.constexpr):
-    """Pointers to lane 0 of (batch, seq, head); the factor align shows the compiler alignment."""
-    offset = batch * tl.cast(batch_stride, tl.int64) + seq * tl.cast(seq_stride, tl.int64)
-    return base + (offset + tl.cast(head, tl.int64) * head_stride) * TILE.align
-
-
-@triton.jit
 def _load_pairs(rows, live, TILE: tl.constexpr):
     """(tokens, pairs) first and second lanes of the pairs in these rows, widened."""
     if TILE.interleaved:
@@ -97,8 +91,8 @@ def _store_pairs(rows, a, b, live, TILE: tl.constexpr):
 @triton.jit
 def _turn(x, head, batch, seq, live, cos, sin, angle_grad, TILE: tl.constexpr):
     """Rotate one head of a tile of tokens; return angle_grad plus that head's share of it."""
-    source = _rows(x.source, batch, seq, head, x.source_batch, x.source_seq, x.source_head, TILE)
-    target = _rows(x.target, batch, seq, head, x.target_batch, x.target_seq, x.target_head, TILE)
+    source = rows(x.source, batch, seq, head, x.source_batch, x.source_seq, x.source_head, TILE)
+    target = rows(x.target, batch, seq, head, x.target_batch, x.target_seq, x.target_head, TILE)
     a, b = _load_pairs(source, live, TILE)
     turned_a = a * cos - b * sin
     turned_b = b * cos + a * sin
@@ -110,7 +104,7 @@ def _turn(x, head, batch, seq, live, cos, sin, angle_grad, TILE: tl.constexpr):
         tl.store(target[:, None] + lane[None, :], tail, mask=mask)
     _store_pairs(target, turned_a, turned_b, live, TILE)
     if x.saved is not None:
-        saved = _rows(x.saved, batch, seq, head, x.saved_batch, x.saved_seq, x.saved_head, TILE)
+        saved = rows(x.saved, batch, seq, head, x.saved_batch, x.saved_seq, x.saved_head, TILE)
         saved_a, saved_b = _load_pairs(saved, live, TILE)
         angle_grad += saved_a * turned_b - saved_b * turned_a
     return angle_grad

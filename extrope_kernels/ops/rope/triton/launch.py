@@ -7,10 +7,10 @@ import torch
 import triton
 from torch import Tensor
 
+from ..._triton.launch import VECTOR_BYTES, strides_of
 from ..rotation import Rotation
 from .kernel import Operand, Tile, rotate_kernel
 
-VECTOR_BYTES = 16
 # Below this many tokens a program takes as few as it can: latency counts, not bandwidth.
 FEW_TOKENS = 512
 # Heads are spread over programs until about this many warps run: 32 bytes per thread then keep
@@ -45,7 +45,7 @@ def rotate(
         for i, (x, out) in enumerate(zip(inputs, outputs, strict=True))
     ]
     positions, cu_seqlens = rotation.positions, rotation.cu_seqlens
-    position_strides = (0, 0, 0) if positions is None else _strides(positions)
+    position_strides = (0, 0, 0) if positions is None else strides_of(positions)
     if rotation.axes is None:
         position_strides = (0, *position_strides, 0)[:3]
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -56,7 +56,7 @@ def rotate(
             angle_grad,
             angle_grad.shape[2] if angle_grad is not None else 0,
             rotation.inv_freq,
-            *_strides(rotation.inv_freq)[:2],
+            *strides_of(rotation.inv_freq)[:2],
             positions,
             *position_strides[1:],
             rotation.offset,
@@ -100,7 +100,7 @@ def _plan(
     shares = min(heads, max(1, TARGET_WARPS // (warps * tiles)))
     moved = any(x.data_ptr() != out.data_ptr() for x, out in zip(inputs, outputs, strict=True))
     tail = head_dim - 2 * half if moved else 0
-    strides = (n for x in (*inputs, *outputs, *(saved or ())) for n in _strides(x)[:3])
+    strides = (n for x in (*inputs, *outputs, *(saved or ())) for n in strides_of(x)[:3])
     tile = Tile(
         two_operands=len(inputs) == 2,
         tokens=tokens,
@@ -121,10 +121,5 @@ def _operand(
     source: Tensor, target: Tensor, saved: Tensor | None, decay_sign: float, align: int
 ) -> Operand:
     rows = (source, target, source if saved is None else saved)
-    strides = [stride // align for x in rows for stride in _strides(x)[:3]]
+    strides = [stride // align for x in rows for stride in strides_of(x)[:3]]
     return Operand(source, target, saved, *strides, source.shape[2], decay_sign)
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of x, 0 along dimensions of size 1: torch leaves those open."""
-    return tuple(0 if size == 1 else n for size, n in zip(x.shape, x.stride(), strict=True))

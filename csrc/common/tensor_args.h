@@ -1,0 +1,118 @@
+// What the bindings of several operations check of torch tensors and read from them. `op` goes in
+// front of every error.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "token_params.h"
+
+namespace extrope {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename... Message>
+void require_of(const char* op, bool condition, const Message&... message) {
+  if (!condition) [[unlikely]] {
+    std::ostringstream text;
+    text << op << ": ";
+    (text << ... << message);
+    throw std::runtime_error(text.str());
+  }
+}
+
+inline std::string shape_of(const Tensor& x) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < x.dim(); ++i) text << (i ? ", " : "") << x.size(i);
+  text << ")";
+  return text.str();
+}
+
+inline void check_rows(const char* op, const Tensor& x, bool packed, const char* name) {
+  require_of(
+      op, x.dim() == (packed ? 3 : 4), name, " must be ",
+      packed ? "(total, heads, head_dim) with cu_seqlens" : "(batch, seqlen, heads, head_dim)",
+      ", got shape ", shape_of(x));
+  const int64_t last = x.dim() - 1;
+  require_of(op, x.stride(last) == 1 || x.size(last) <= 1 || x.numel() == 0, name,
+             " must be contiguous in its last dimension, got stride ", x.stride(last));
+}
+
+inline void check_matching(const char* op, const Tensor& x, const Tensor& q, const char* name) {
+  require_of(op, x.scalar_type() == q.scalar_type(), name, " must have q's dtype");
+  require_of(op, x.get_device() == q.get_device(), name, " must be on q's device");
+  bool same = x.dim() == q.dim();
+  for (int64_t i = 0; same && i < q.dim(); ++i) same = i == q.dim() - 2 || x.size(i) == q.size(i);
+  require_of(op, same, name, " must have q's shape ", shape_of(q), " but for the heads, got ",
+             shape_of(x));
+}
+
+inline int64_t set_cu_seqlens(const char* op, TokenParams& p, const Tensor& cu_seqlens,
+                              const Tensor& q) {
+  require_of(op,
+             cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
+                 cu_seqlens.size(0) >= 2,
+             "cu_seqlens must be int32 (sequences + 1,), got shape ", shape_of(cu_seqlens));
+  require_of(op, cu_seqlens.get_device() == q.get_device() && cu_seqlens.is_contiguous(),
+             "cu_seqlens must be contiguous on q's device");
+  p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.data_ptr());
+  p.num_sequences = cu_seqlens.size(0) - 1;
+  return p.num_sequences;
+}
+
+// Whether the positions fit the tokens; precedence as in ops/_positions.py: what has one entry a
+// token is positions, one a sequence offsets.
+inline bool set_positions(TokenParams& p, const Tensor& positions, int64_t sequences) {
+  const int64_t dim = positions.dim(), rows = dim >= 1 ? positions.size(0) : -1;
+  const int64_t columns = dim == 2 ? positions.size(1) : -1;
+  p.positions = positions.data_ptr();
+  if (dim == 1 && rows == p.seqlen) {
+    p.position_seq = positions.stride(0);
+  } else if (dim == 2 && (rows == p.batch || rows == 1) && columns == p.seqlen) {
+    p.position_batch = rows > 1 ? positions.stride(0) : 0;
+    p.position_seq = positions.stride(1);
+  } else if (rows == sequences && (dim == 1 || (dim == 2 && columns == 1))) {
+    p.positions_are_offsets = true;
+    p.position_batch = positions.stride(0);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// `to` is a RopeTensor or one like it.
+template <typename Place>
+void set_input(Place& to, const Tensor& in, bool packed) {
+  const int64_t d = in.dim();
+  to.in = in.data_ptr();
+  to.in_batch = packed ? 0 : in.stride(0);
+  to.in_seq = in.stride(d - 3);
+  to.in_head = in.stride(d - 2);
+  to.heads = in.size(d - 2);
+}
+
+template <typename Place>
+void set_output(Place& to, const Tensor& out, bool packed) {
+  const int64_t d = out.dim();
+  to.out = out.data_ptr();
+  to.out_batch = packed ? 0 : out.stride(0);
+  to.out_seq = out.stride(d - 3);
+  to.out_head = out.stride(d - 2);
+}
+
+// For boundaries that the host can read.
+inline void check_boundaries(const char* op, const TokenParams& p) {
+  const int32_t* cu = p.cu_seqlens;
+  bool ordered = cu[0] == 0 && cu[p.num_sequences] == p.seqlen;
+  for (int64_t i = 0; ordered && i < p.num_sequences; ++i) ordered = cu[i] <= cu[i + 1];
+  require_of(op, ordered, "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen);
+}
+
+}  // namespace extrope

@@ -1,0 +1,46 @@
+// The CPU kernels of decayed linear attention, one for each instruction set that
+// permuteformer_kernel.cpp is compiled for.
+#pragma once
+
+#include "../common/sweep_params.h"
+
+namespace extrope {
+
+// How a kernel wants its work cut, and the memory it needs: floats, at addresses aligned to 64
+// bytes.
+struct SweepPlan {
+  int64_t chunk;      // tokens; parts start at its multiples
+  int64_t state;      // of a state
+  int64_t workspace;  // of a part
+};
+
+// A state is laid out as the kernels of one instruction set like it.
+using PlanSweep = SweepPlan (*)(const SweepParams&);
+using RunPart = void (*)(const SweepParams&, const SweepPart&, float* workspace, float* state);
+using ConvertState = void (*)(const SweepParams&, const SweepPart&, float* state);
+// out[row] = <a[row], b[row]> over the last dimension, as RowNumbers, for rows begin to end.
+using DotRows = void (*)(const SweepParams&, int64_t begin, int64_t end, float* out);
+
+struct SweepKernels {
+  PlanSweep plan;
+  RunPart gather;           // adds the part's keys to the state
+  RunPart sweep;            // writes the part's rows; adds its keys to the state if causal
+  ConvertState load, save;  // first_state to state, state to last_state
+  DotRows dots;             // of x and y
+};
+
+#define EXTROPE_DECLARE(isa)                                                               \
+  SweepPlan sweep_plan_##isa(const SweepParams&);                                          \
+  void sweep_gather_##isa(const SweepParams&, const SweepPart&, float* workspace, float*); \
+  void sweep_part_##isa(const SweepParams&, const SweepPart&, float* workspace, float*);   \
+  void sweep_load_##isa(const SweepParams&, const SweepPart&, float*);                     \
+  void sweep_save_##isa(const SweepParams&, const SweepPart&, float*);                     \
+  void sweep_dots_##isa(const SweepParams&, int64_t, int64_t, float*);
+
+EXTROPE_DECLARE(baseline)
+EXTROPE_DECLARE(avx2)
+EXTROPE_DECLARE(avx512)
+
+#undef EXTROPE_DECLARE
+
+}  // namespace extrope

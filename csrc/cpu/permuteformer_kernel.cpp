@@ -1,0 +1,284 @@
+// Decayed linear attention on the CPU. Compiled once for each instruction set, with EXTROPE_ISA as
+// its name.
+//
+// Tokens are visited in chunks. Within a chunk, scores are made and masked as in softmax attention;
+// what lies before it is in the state, the sum of y w^T decayed to the last token visited. Powers
+// of the decay are those of distances within a chunk, so none overflows, however long the sequence.
+
+#include "permuteformer_tile.h"
+
+#define EXTROPE_JOIN(a, b) a##b
+#define EXTROPE_EXPAND(a, b) EXTROPE_JOIN(a, b)
+
+namespace extrope {
+namespace {
+
+// ----------------------------------------------------------------------------------------------
+// Products
+
+template <int Distance, int... I>
+inline floats add_across(floats v, std::integer_sequence<int, I...>) {
+  return v + __builtin_shuffle(v, ints{(I ^ Distance)...});
+}
+
+inline float total(floats v) {
+  constexpr auto kLanes = std::make_integer_sequence<int, kFloats>{};
+  if constexpr (kFloats == 16) v = add_across<8>(v, kLanes);
+  if constexpr (kFloats >= 8) v = add_across<4>(v, kLanes);
+  v = add_across<2>(v, kLanes);
+  return add_across<1>(v, kLanes)[0];
+}
+
+EXTROPE_INLINE void scale_rows(Sums<kTallRows, kWideVectors>& sums, const float* factors) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kTallRows; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kWideVectors; ++j) sums.at[i][j] *= broadcast(factors[i]);
+  }
+}
+
+// scores[i][j] = decay^(i - j) <x_i, y_j>, for j up to the end of i's block of rows.
+void make_scores(const Part& part, const Chunk& chunk) {
+  const Scratch& s = part.s;
+  for (int64_t i = 0; i < chunk.rows; i += kTallRows) {
+    for (int64_t j = 0; j < smaller(i + kTallRows, chunk.count); j += kWide) {
+      Sums<kTallRows, kWideVectors> sums{};
+      multiply_add(sums, s.x + i * part.n.lanes, part.n.lanes, 1, s.y_columns + j, kChunk,
+                   part.n.depth);
+      const float* powers = s.falling + (kChunk - 1 - i) + j;
+#pragma GCC unroll 16
+      for (int r = 0; r < kTallRows; ++r) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kWideVectors; ++v) {
+          sums.at[r][v] *= load<floats>(powers - r + v * kFloats);
+        }
+      }
+      store_sums(sums, s.scores + i * kChunk + j, kChunk);
+    }
+  }
+}
+
+// What each row's scores sum to, those in the state included.
+void sum_scores(const Part& part, const Chunk& chunk) {
+  const Scratch& s = part.s;
+  for (int64_t i = 0; i < chunk.count; ++i) {
+    floats before{}, here{};
+    for (int64_t d = 0; d < part.n.lanes; d += kFloats) {
+      before += load<floats>(s.x + i * part.n.lanes + d) * load<floats>(part.sum + d);
+    }
+    if (part.p.causal) {
+      const int64_t end = smaller(i / kTallRows * kTallRows + kTallRows, chunk.count);
+      for (int64_t j = 0; j < end; j += kFloats) here += load<floats>(s.scores + i * kChunk + j);
+    }
+    const float decayed = part.p.causal ? s.rising[i + 1] : 1.0f;
+    s.den[i] = decayed * total(before) + total(here);
+  }
+}
+
+// out = decay^(i + 1) x state (if `fresh`, else what is there) + scores w.
+void make_rows(const Part& part, const Chunk& chunk, bool fresh) {
+  const Scratch& s = part.s;
+  const Sizes& n = part.n;
+  for (int64_t i = 0; i < chunk.rows; i += kTallRows) {
+    for (int64_t f = 0; f < n.wide; f += kWide) {
+      float* out = s.out + i * n.wide + f;
+      Sums<kTallRows, kWideVectors> sums{};
+      if (fresh) {
+        multiply_add(sums, s.x + i * n.lanes, n.lanes, 1, part.state + f, n.wide, n.depth);
+      } else {
+        load_sums(sums, out, n.wide);
+      }
+      if (part.p.causal) {
+        if (fresh && part.p.decay) scale_rows(sums, s.rising + i + 1);
+        multiply_add(sums, s.scores + i * kChunk, kChunk, 1, s.w + f, n.wide,
+                     smaller(i + kTallRows, chunk.count));
+      }
+      store_sums(sums, out, n.wide);
+    }
+  }
+}
+
+// state = decay^count state + decayed y^T w; the state shrinks once, with its first head of y.
+void add_to_state(const Part& part, const Chunk& chunk, bool shrink) {
+  const Scratch& s = part.s;
+  const Sizes& n = part.n;
+  const bool decays = part.p.decay != nullptr;
+  if (decays) {
+    for (int64_t j = 0; j < chunk.count; ++j) {
+      scale_row(s.y + j * n.lanes, n.lanes, s.rising[chunk.count - 1 - j]);
+    }
+  }
+  float factors[kTallRows];
+  for (float& factor : factors) factor = shrink ? s.rising[chunk.count] : 1.0f;
+  for (int64_t d = 0; d < n.rows; d += kTallRows) {
+    for (int64_t f = 0; f < n.wide; f += kWide) {
+      Sums<kTallRows, kWideVectors> sums;
+      load_sums(sums, part.state + d * n.wide + f, n.wide);
+      if (decays) scale_rows(sums, factors);
+      multiply_add(sums, s.y + d, 1, n.lanes, s.w + f, n.wide, chunk.count);
+      store_sums(sums, part.state + d * n.wide + f, n.wide);
+    }
+  }
+  for (int64_t d = 0; d < n.lanes; d += kFloats) {
+    floats sum = load<floats>(part.sum + d) * broadcast(factors[0]);
+    for (int64_t j = 0; j < chunk.count; ++j) sum += load<floats>(s.y + j * n.lanes + d);
+    store(part.sum + d, sum);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------
+// Chunks
+
+template <typename T, typename Out>
+void finish(const Part& part, const Chunk& chunk, int64_t head) {
+  const SweepParams& p = part.p;
+  const int64_t out_head = first_head(p, part.part, p.out.heads) + head;
+  const int64_t gate_head = first_head(p, part.part, p.gate.heads) + head;
+  for (int64_t i = 0; i < chunk.count; ++i) {
+    const int64_t at = chunk.first + i;
+    float* row = part.s.out + i * part.n.wide;
+    float factor = 1.0f;
+    if (p.den) {
+      *part.number({p.den, p.x.heads}, head, at) = part.s.den[i];
+      factor /= part.s.den[i];
+    } else if (p.x_scale.data) {
+      factor = *part.number(p.x_scale, head, at);
+    }
+    if (p.gate.data) {
+      const T* gate = static_cast<const T*>(p.gate.data) + part.offset(p.gate, gate_head, at);
+      for (int64_t d = 0; d < p.value_dim; ++d) row[d] = widen(gate[d]) > 0.0f ? row[d] : 0.0f;
+    }
+    Out* to = static_cast<Out*>(p.out.data) + part.offset(p.out, out_head, at);
+    int64_t d = 0;
+    for (; d + kFloats <= p.value_dim; d += kFloats) {
+      store_narrow(to + d, load<floats>(row + d) * broadcast(factor));
+    }
+    for (; d < p.value_dim; ++d) narrow(row[d] * factor, to[d]);
+  }
+}
+
+template <typename T>
+void sweep_chunk(const Part& part, const Chunk& chunk) {
+  const SweepParams& p = part.p;
+  // One of the two is one: many rows share a key, or many keys make a row.
+  const int64_t x_heads = heads_of_state(p, p.x.heads), y_heads = heads_of_state(p, p.y.heads);
+  for (int64_t x = 0; x < x_heads; ++x) {
+    pack_x<T>(part, chunk, x);
+    for (int64_t y = 0; y < (p.causal ? y_heads : 1); ++y) {
+      if (p.causal && (x == 0 || y_heads > 1)) {
+        pack_yw<T>(part, chunk, y);
+        pack_columns(part, chunk);
+      }
+      if (p.causal) make_scores(part, chunk);
+      if (p.den) sum_scores(part, chunk);
+      make_rows(part, chunk, y == 0);
+      if (p.causal && x == x_heads - 1) add_to_state(part, chunk, y == 0);
+    }
+    p.out_is_float ? finish<T, float>(part, chunk, x) : finish<T, T>(part, chunk, x);
+  }
+}
+
+template <typename T>
+void sweep(const Part& part) {
+  for (int64_t i = 0; i < part.part.count; i += kChunk) {
+    sweep_chunk<T>(part, Chunk(part, part.part.first + i));
+  }
+}
+
+template <typename T>
+void gather(const Part& part) {
+  for (int64_t i = 0; i < part.part.count; i += kChunk) {
+    const Chunk chunk(part, part.part.first + i);
+    for (int64_t y = 0; y < heads_of_state(part.p, part.p.y.heads); ++y) {
+      pack_yw<T>(part, chunk, y);
+      add_to_state(part, chunk, y == 0);
+    }
+  }
+}
+
+template <typename T>
+void dots(const SweepParams& p, int64_t begin, int64_t end, float* out) {
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t batch = token / p.seqlen, seq = token % p.seqlen;
+    for (int64_t head = 0; head < p.x.heads; ++head) {
+      const T* x =
+          static_cast<const T*>(p.x.data) + batch * p.x.batch + seq * p.x.seq + head * p.x.head;
+      const T* y =
+          static_cast<const T*>(p.y.data) + batch * p.y.batch + seq * p.y.seq + head * p.y.head;
+      floats sums{};
+      int64_t d = 0;
+      for (; d + kFloats <= p.score_dim; d += kFloats) sums += load_wide(x + d) * load_wide(y + d);
+      float sum = total(sums);
+      for (; d < p.score_dim; ++d) sum += widen(x[d]) * widen(y[d]);
+      out[(batch * p.x.heads + head) * p.seqlen + seq] = sum;
+    }
+  }
+}
+
+#define EXTROPE_BY_TYPE(dtype, function, ...) \
+  switch (dtype) {                            \
+    case DType::bf16:                         \
+      return function<bf16>(__VA_ARGS__);     \
+    case DType::f16:                          \
+      return function<f16>(__VA_ARGS__);      \
+    default:                                  \
+      return function<float>(__VA_ARGS__);    \
+  }
+
+// Between a state as the kernel keeps it and as the caller does.
+template <bool Load>
+void convert(const SweepParams& p, const SweepPart& part, float* state) {
+  const Sizes n(p);
+  const int64_t at = part.sequence * p.heads + part.head;
+  for (int64_t d = 0; d < p.score_dim; ++d) {
+    float* row = state + d * n.wide;
+    const int64_t outside = (at * p.score_dim + d) * p.value_dim;
+    if constexpr (Load) {
+      std::memcpy(row, p.first_state + outside, p.value_dim * sizeof(float));
+    } else {
+      std::memcpy(p.last_state + outside, row, p.value_dim * sizeof(float));
+    }
+  }
+  float* sum = state + n.rows * n.wide;
+  if constexpr (Load) {
+    std::memcpy(sum, p.first_sum + at * p.score_dim, p.score_dim * sizeof(float));
+  } else {
+    std::memcpy(p.last_sum + at * p.score_dim, sum, p.score_dim * sizeof(float));
+  }
+}
+
+}  // namespace
+
+SweepPlan EXTROPE_EXPAND(sweep_plan_, EXTROPE_ISA)(const SweepParams& p) {
+  const Sizes n(p);
+  return {kChunk, n.rows * n.wide + n.lanes, Scratch(n, nullptr).space.used()};
+}
+
+void EXTROPE_EXPAND(sweep_gather_, EXTROPE_ISA)(const SweepParams& p, const SweepPart& part,
+                                                float* workspace, float* state) {
+  const Part whole(p, part, workspace, state);
+  EXTROPE_BY_TYPE(p.dtype, gather, whole)
+}
+
+void EXTROPE_EXPAND(sweep_part_, EXTROPE_ISA)(const SweepParams& p, const SweepPart& part,
+                                              float* workspace, float* state) {
+  const Part whole(p, part, workspace, state);
+  EXTROPE_BY_TYPE(p.dtype, sweep, whole)
+}
+
+void EXTROPE_EXPAND(sweep_load_, EXTROPE_ISA)(const SweepParams& p, const SweepPart& part,
+                                              float* state) {
+  convert<true>(p, part, state);
+}
+
+void EXTROPE_EXPAND(sweep_save_, EXTROPE_ISA)(const SweepParams& p, const SweepPart& part,
+                                              float* state) {
+  convert<false>(p, part, state);
+}
+
+void EXTROPE_EXPAND(sweep_dots_, EXTROPE_ISA)(const SweepParams& p, int64_t begin, int64_t end,
+                                              float* out) {
+  EXTROPE_BY_TYPE(p.dtype, dots, p, begin, end, out)
+}
+
+}  // namespace extrope

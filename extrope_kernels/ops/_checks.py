@@ -1,0 +1,114 @@
+"""What several operations refuse, in the same words: tensors of heads, positions, boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_rows(op: str, name: str, x: Tensor, packed: bool) -> None:
+    """A tensor (batch, seqlen, heads, head_dim), packed (total, heads, head_dim)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    if x.dim() != (3 if packed else 4):
+        layout = (
+            "(total, heads, head_dim) with cu_seqlens"
+            if packed
+            else "(batch, seqlen, heads, head_dim)"
+        )
+        raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}"
+        )
+    if x.layout != torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {x.layout}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
+        raise ValueError(
+            f"{op}: {name} must be contiguous in its last dimension, got strides {x.stride()}"
+        )
+
+
+def check_matching(op: str, q: Tensor, k: Tensor) -> None:
+    """k differs from q in the number of heads alone."""
+    if k.dtype != q.dtype:
+        raise ValueError(f"{op}: k must have q's dtype {q.dtype}, got {k.dtype}")
+    if k.device != q.device:
+        raise ValueError(f"{op}: k must be on q's device {q.device}, got {k.device}")
+    if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"{op}: k must have q's shape {tuple(q.shape)} but for the heads, got {tuple(k.shape)}"
+        )
+
+
+def check_position_tensor(
+    op: str, positions: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Type, dtype and device; which shapes fit is up to the operation."""
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"{op}: positions must be a Tensor, got {type(positions).__name__}")
+    if positions.dtype not in dtypes:
+        *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{op}: positions must be {', '.join(others)} or {last}, got {positions.dtype}"
+        )
+    if positions.device != q.device:
+        raise ValueError(
+            f"{op}: positions must be on q's device {q.device}, got {positions.device}"
+        )
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{op}: cu_seqlens must be a Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{op}: cu_seqlens must be int32 (sequences + 1,), "
+            f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != q.device or not cu_seqlens.is_contiguous():
+        raise ValueError(
+            f"{op}: cu_seqlens must be contiguous on q's device {q.device}, got {cu_seqlens.device}"
+        )
+
+
+def split_offset(op: str, positions: Tensor | int | None) -> tuple[Tensor | None, int]:
+    """The `positions` of a public function as the op's (positions, offset)."""
+    if positions is None or isinstance(positions, Tensor):
+        return positions, 0
+    if isinstance(positions, bool) or not isinstance(positions, (int, torch.SymInt)):
+        raise TypeError(
+            f"{op}: positions must be a Tensor, an int or None, got {type(positions).__name__}"
+        )
+    if not -(2**63) <= positions < 2**63:
+        raise ValueError(f"{op}: positions must fit in int64, got {positions}")
+    return None, positions
+
+
+def refuse_flags(op: str, **flags: bool) -> None:
+    """Raise TypeError for the first flag that is no bool."""
+    for name, flag in flags.items():
+        if type(flag) is not bool:
+            raise TypeError(f"{op}: {name} must be a bool, got {type(flag).__name__}")
+
+
+def explained(op: str, run: Callable[[], object], check: Callable[[], None]) -> object:
+    """`run()`, its refusals told in Python's error types.
+
+    The compiled kernels check everything before they start, so that the common case pays for one
+    check only.
+    """
+    if torch.compiler.is_compiling():
+        return run()
+    try:
+        return run()
+    except (AttributeError, RuntimeError) as error:
+        check()
+        ours = isinstance(error, RuntimeError) and str(error).startswith(f"{op}: ")
+        if ours and not isinstance(error, NotImplementedError):
+            raise ValueError(str(error).splitlines()[0]) from None
+        raise

@@ -1,0 +1,74 @@
+"""Permutations of the lanes of heads: the authors' draw, and their cycles."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def head_permutations(heads: int, head_dim: int, *, seed: int = 0xDEADBEEFDEADBEEF) -> Tensor:
+    """Draw one random permutation a head, as PermuteFormer's authors do.
+
+    A torch CPU generator with `seed` gives one randperm(head_dim) a head, in order
+    (https://arxiv.org/abs/2109.02377, https://github.com/cpcp1998/PermuteFormer).
+
+    Returns: (heads, head_dim) int64 on the CPU.
+    """
+    for name, value in (("heads", heads), ("head_dim", head_dim)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"head_permutations: {name} must be an int, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"head_permutations: {name} must be >= 1, got {value}")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(head_dim, generator=generator) for _ in range(heads)])
+
+
+class Cycles(NamedTuple):
+    """The cycles of permutations, each (heads, head_dim) int64.
+
+    pi^p(c) = flat[start[c] + (index[c] + p) mod length[c]]: exact for any p.
+    """
+
+    start: Tensor  # where in flat the cycle of lane c starts
+    length: Tensor  # of that cycle
+    index: Tensor  # where in its cycle lane c is
+    flat: Tensor  # the lanes, cycle after cycle, each in the order of its permutation
+
+
+def cycles(permutations: Tensor) -> Cycles:
+    """Decompose (heads, head_dim) permutations on their device, without a host sync.
+
+    A cycle starts at its least lane. Every lane looks for it ahead, twice as far each round.
+    """
+    dim = permutations.shape[-1]
+    lane = torch.arange(dim, device=permutations.device).expand_as(permutations)
+    # The least lane seen so far and the steps to it, in one number; steps stay below 2 * dim.
+    seen, ahead = lane * (2 * dim), permutations
+    for doubling in range((dim - 1).bit_length()):
+        seen = torch.minimum(seen, seen.gather(-1, ahead) + 2**doubling)
+        ahead = ahead.gather(-1, ahead)
+    least, steps = seen // (2 * dim), seen % (2 * dim)
+    length = 1 + steps.gather(-1, permutations.gather(-1, least))
+    index = (length - steps) % length
+    lengths = torch.where(least == lane, length, 0)
+    start = (lengths.cumsum(-1) - lengths).gather(-1, least)
+    return Cycles(start, length, index, torch.empty_like(lane).scatter(-1, start + index, lane))
+
+
+def check_bijective(permutations: Tensor) -> None:
+    """Raise ValueError when a row does not hold every lane once, where a look costs no sync.
+
+    That is: on the CPU, and not while a graph is traced.
+    """
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or permutations.device.type != "cpu" or type(permutations) is not Tensor:
+        return
+    dim = permutations.shape[-1]
+    wrong = (permutations.sort(-1).values != torch.arange(dim)).any(-1)
+    if wrong.any():
+        raise ValueError(
+            f"permute: permutations must hold 0 to {dim - 1} once in every row, "
+            f"row {wrong.nonzero()[0].item()} does not"
+        )

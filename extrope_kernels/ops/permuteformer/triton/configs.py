@@ -1,0 +1,32 @@
+"""Chunks, value lanes, warps and pipeline stages per chip, dimensions and width of the elements."""
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """What the kernels of one sweep are launched with."""
+
+    chunk: int  # tokens
+    chunks: int  # of a part
+    lanes: int  # of values, at most, in one program
+    warps: int
+    stages: int
+
+
+MOST_TOKENS = 64  # of a chunk
+INTERPRETED = Config(16, 3, 32, 1, 1)
+
+
+def config(dim: int, value_dim: int, itemsize: int, capability: int | None) -> Config:
+    """The setting for heads of `dim` and `value_dim` lanes; capability None: interpreted."""
+    if capability is None:
+        return INTERPRETED
+    if itemsize == 4:
+        return Config(32, 32, 32, 8, 1)
+    if dim <= 64:
+        # Tensor cores with a memory for their sums leave registers for more tokens.
+        wide = 100 <= capability < 120
+        return Config(64, 16, 64, 8, 1) if wide else Config(32, 32, 64, 8, 1)
+    if dim <= 128 and capability < 120:
+        return Config(32, 32, 32, 8, 1)
+    return Config(16, 64, 32, 8, 1)
