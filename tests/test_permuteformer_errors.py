@@ -37,7 +37,8 @@ CASES = [
 
 def call(function, changes):
     by = {"q": Q, "k": K, "v": V, "permutations": PERMUTATIONS, **changes}
-    return function(*(by.pop(name) for name in "qkv"), **by)
+    qkv = [by.pop(name) for name in "qkv"]
+    return function(*qkv, **by)
 
 
 @pytest.mark.parametrize("function", [permuteformer_attention, permuteformer_step])
