@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 _lock = threading.RLock()
 _reasons: dict[str, str | None] = {}
 _paths: dict[str, Path] = {}
-_watchers: dict[str, list[tuple[Callable[[], None], Callable[[str | None], None]]]] = {}
+_watchers: dict[str, list[Callable[[str | None], None]]] = {}
 _BUILD_TIMEOUT = 600.0  # seconds to wait for another process that builds the same library
 
 
@@ -34,22 +34,19 @@ def load(name: str) -> str | None:
         raise ValueError(f"load: name must be one of {list(_build.LIBRARIES)}, got {name!r}")
     with _lock:
         if name not in _reasons:
-            watchers = _watchers.pop(name, [])
-            for before, _ in watchers:
-                before()
             try:
                 _paths[name] = _load(name)
                 _reasons[name] = None
             except (_build.BuildError, OSError) as error:
                 _reasons[name] = str(error)
-            for _, after in watchers:
-                after(_reasons[name])
+            for settled in _watchers.pop(name, []):
+                settled(_reasons[name])
         return _reasons[name]
 
 
-def watch(name: str, before: Callable[[], None], after: Callable[[str | None], None]) -> None:
-    """Call `before()` when `name` is about to be loaded and `after(reason)` when it is settled."""
-    _watchers.setdefault(name, []).append((before, after))
+def watch(name: str, settled: Callable[[str | None], None]) -> None:
+    """Call `settled(reason)` once `name` is loaded (None), or cannot be."""
+    _watchers.setdefault(name, []).append(settled)
 
 
 def status() -> dict[str, str]:

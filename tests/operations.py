@@ -12,8 +12,12 @@ from extrope_kernels import (
     apply_rope_qk,
     blockwise_causal_attention,
     dual_chunk_attention,
+    head_permutations,
     merge_attention,
     methods,
+    permute_qk,
+    permuteformer_attention,
+    permuteformer_step,
     rerope_attention,
     rerope_attention_with_kvcache,
 )
@@ -44,6 +48,22 @@ def rotate(backend: str, q: Tensor, k: Tensor) -> list[Tensor]:
 def attend(function: Callable, backend: str, *qkv: Tensor, **own) -> list[Tensor]:
     freqs = methods.rope(qkv[0].shape[-1]).to(device())
     return list(function(*qkv, freqs, return_lse=True, backend=backend, **own))
+
+
+def permute(backend: str, q: Tensor, k: Tensor) -> list[Tensor]:
+    permutations = head_permutations(k.shape[2], k.shape[3]).to(device())
+    return list(permute_qk(q, k, permutations, positions=90, backend=backend))
+
+
+def permuteformer(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    permutations = head_permutations(k.shape[2], k.shape[3]).to(device())
+    return [permuteformer_attention(q, k, v, permutations=permutations, backend=backend)]
+
+
+def step(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    permutations = head_permutations(k.shape[2], k.shape[3]).to(device())
+    out, state = permuteformer_step(q, k, v, permutations=permutations, backend=backend)
+    return [out, *state]
 
 
 def with_gradients(run: Callable) -> Callable:
@@ -79,6 +99,7 @@ def merge(backend: str, outs: Tensor, lses: Tensor) -> list[Tensor]:
 
 
 ROPE = tuple(available_backends())
+LINEAR = tuple(name for name in ROPE if name != "cuda")
 ATTENTION = tuple(name for name in attention_backends() if name != "flash_attn")
 QK = {"q": (2, 200, 6, 64), "k": (2, 200, 2, 64)}
 QKV = {**QK, "v": (2, 200, 2, 64)}
@@ -99,11 +120,14 @@ def score(function: Callable, own: dict) -> Callable:
 OPERATIONS = {
     "rope": Operation(rotate, QK, ROPE),
     **{name: Operation(score(*method), QKV, ATTENTION) for name, method in SCORES.items()},
+    "permute": Operation(permute, QK, ROPE),
+    "permuteformer": Operation(permuteformer, QKV, LINEAR),
+    "permuteformer step": Operation(step, QKV, LINEAR),
     "cache": Operation(decode, CACHED, ATTENTION),
     "cache, appended to": Operation(append, QKV, ATTENTION),
     "merge": Operation(merge, {"outs": (3, 2, 200, 6, 64), "lses": (3, 2, 6, 200)}, ("reference",)),
 }
-WITHOUT_GRADIENT = ("cache", "cache, appended to")
+WITHOUT_GRADIENT = ("cache", "cache, appended to", "permuteformer step")
 OPERATIONS |= {
     f"{name}, backward": Operation(with_gradients(one.run), one.shapes, one.backends)
     for name, one in OPERATIONS.items()

@@ -16,7 +16,7 @@ import torch
 from test_methods import EXAMPLES
 
 import extrope_kernels
-from extrope_kernels import RopeFreqs, methods, positions
+from extrope_kernels import RopeFreqs, head_permutations, methods, positions
 from extrope_kernels.methods import METHODS
 from extrope_kernels.testing import device
 
@@ -68,6 +68,27 @@ CACHE = {
     "factor": 2.0,
     "grouped": False,
 }
+
+
+def permutations(heads: int) -> torch.Tensor:
+    return head_permutations(heads, DIM).to(DEVICE)
+
+
+PERMUTE = {
+    "permutations": permutations(2),
+    "positions": ints(*range(6)),
+    "cu_seqlens": None,
+    "inverse": False,
+    "backend": None,
+}
+LINEAR = {
+    **{name: ATTENTION[name] for name in "qkv"},
+    "permutations": permutations(2),
+    "decay": None,
+    "normalize": True,
+    "positions": None,
+    "backend": None,
+}
 PACKED = {"q": randn(6, 4, DIM), "k": randn(6, 2, DIM), "cu_seqlens": ints(0, 2, 6)}
 LSE = randn(2, 4, 6)
 # One call of every public function that works.
@@ -93,6 +114,11 @@ CALLS = {
     "rerope_attention_with_kvcache": CACHE,
     "dual_chunk_attention": {**ATTENTION, "chunk_size": 4, "local_window": 1},
     "blockwise_causal_attention": {**ATTENTION, "block_size": 4},
+    "permute": {"x": ATTENTION["q"], **PERMUTE, "permutations": permutations(4)},
+    "permute_qk": {"q": ATTENTION["q"], "k": ATTENTION["k"], **PERMUTE},
+    "permuteformer_attention": {**LINEAR, "causal": True, "cu_seqlens": None},
+    "permuteformer_step": {**LINEAR, "state": None},
+    "head_permutations": {"heads": 2, "head_dim": 8, "seed": 1},
     "merge_attention": {"outs": [ATTENTION["q"]] * 2, "lses": [LSE] * 2},
     **{f"methods.{name}": {"dim": DIM, **options} for name, options in EXAMPLES.items()},
     "methods.with_sections": {"freqs": FREQS, "sections": [2, 3, 3], "interleaved": False},
@@ -216,10 +242,12 @@ def not_freqs() -> dict:
 
 # Of two arguments that do not fit together, either may be named.
 MISMATCHES = ("meta", "half", "double", "batch", "batch 3", "no sequences", "head_dim", "no lanes")
+REFUSALS = (TypeError, ValueError, NotImplementedError)
 FACTOR = {**NOT_A_NUMBER, "None": None, "0": 0.0, "-1": -1.0, "nan": math.nan}
 SCALE = {**NOT_A_NUMBER, "0": 0.0, "-1": -1.0, "nan": math.nan, "inf": math.inf}
 COUNT = {**NOT_AN_INT, **NOT_POSITIVE, **HUGE, "None": None, "0": 0}
 PLACE = {"number": 3.5, "text": "moon", "list": []}
+NOT_POSITIONS = not_ints(ints(*range(6))) | {**HUGE, "complex number": 1j}
 # What every argument must not be. "name" means every function that has the argument,
 # "function.name" that one alone.
 WRONG = {
@@ -308,6 +336,31 @@ WRONG = {
         "batch": [LSE, LSE[:1]],
         "seqlen first": [LSE.mT] * 2,
     },
+    # PermuteFormer
+    "permutations": {k: v for k, v in not_ints(permutations(2)).items() if k != "longer"}
+    | {"None": None, "int32": permutations(2).int(), "three": permutations(3),
+       "lanes": head_permutations(2, 8).to(DEVICE)},
+    "decay": {
+        **{k: v for k, v in NOT_A_NUMBER.items() if k != "tensor"},
+        "three": torch.full((3,), 0.5, device=DEVICE),
+        "half": torch.full((2,), 0.5, device=DEVICE).half(),
+        "int": torch.ones(2, device=DEVICE).int(),
+        "meta": torch.full((2,), 0.5, device="meta"),
+        "above 1": torch.full((2,), 1.5, device=DEVICE),
+        "0": torch.zeros(2, device=DEVICE),
+        "nan": torch.full((2,), math.nan, device=DEVICE),
+    },
+    "state": {"number": 1.0, "tensor": ATTENTION["k"], "one": (ATTENTION["k"],),
+              "numbers": (1.0, 2.0)},
+    "causal": NOT_A_BOOL,
+    "normalize": NOT_A_BOOL,
+    "heads": COUNT,
+    "head_dim": COUNT,
+    "seed": NOT_AN_INT,
+    "permute.positions": NOT_POSITIONS,
+    "permute_qk.positions": NOT_POSITIONS,
+    "permuteformer_attention.positions": NOT_POSITIONS,
+    "permuteformer_step.positions": NOT_POSITIONS,
     # Frequencies
     "dim": {**COUNT, "odd": 7},
     "base": FACTOR | {"1": 1.0, "inf": math.inf},
@@ -364,7 +417,9 @@ def function(name: str):
 def op(name: str) -> str:
     """What messages call the function."""
     name = name.split()[0]
-    return "rope" if name.startswith("apply_rope") else name.removeprefix("methods.")
+    if name.startswith(("apply_rope", "permute")):  # permuteformer's permutation too
+        return "rope" if name.startswith("apply_rope") else "permute"
+    return name.removeprefix("methods.")
 
 
 def arguments() -> list[tuple[str, str]]:
@@ -378,6 +433,8 @@ def parameters(name: str) -> list[str]:
 def wrong(name: str, argument: str) -> dict:
     found = WRONG.get(f"{name.split()[0]}.{argument}") or WRONG[argument]
     right = {"no batch"} if "packed" in name else set()
+    if name.startswith("permuteformer") and argument == "v":
+        right = {"head_dim"}  # its own
     return {what: value for what, value in found.items() if what not in right}
 
 
@@ -410,11 +467,11 @@ def test_is_refused_by_name(name, argument):
         before = [x.clone() for x in tensors]
         try:
             function(name)(**given)
-        except (TypeError, ValueError, NotImplementedError) as error:
+        except REFUSALS as error:
             message = str(error)
             spoken = {"x": r"q|k"}.get(argument, argument)
             if what in MISMATCHES:
-                spoken = "|".join(("inv_freq", *parameters(name)))
+                spoken = "|".join(("inv_freq", "head_dim", *parameters(name)))
             if argument == "freqs" and isinstance(value, RopeFreqs):
                 spoken = rf"freqs|{what.split()[0]}"
             if not message.startswith(op(name)) or not re.search(rf"\b({spoken})\b", message):

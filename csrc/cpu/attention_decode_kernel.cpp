@@ -22,7 +22,8 @@
 namespace extrope {
 namespace {
 
-constexpr int kMaxRows = 4;  // of one pass over a tile
+constexpr int kMaxRows = 4;      // of one pass over a tile
+constexpr int kHeadDimStep = 8;  // head_dim is a multiple
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -258,13 +259,15 @@ class Worker {
 
 template <typename T>
 void decode_parts(const DecodeParams& p, const DecodePart* parts, int64_t count) {
-  if (p.head_dim % kFloats) {
-    Worker<T, true> worker(p);
-    for (int64_t n = 0; n < count; ++n) worker.run(parts[n]);
-  } else {
-    Worker<T, false> worker(p);
-    for (int64_t n = 0; n < count; ++n) worker.run(parts[n]);
+  if constexpr (kFloats > kHeadDimStep) {
+    if (p.head_dim % kFloats) {
+      Worker<T, true> worker(p);
+      for (int64_t n = 0; n < count; ++n) worker.run(parts[n]);
+      return;
+    }
   }
+  Worker<T, false> worker(p);
+  for (int64_t n = 0; n < count; ++n) worker.run(parts[n]);
 }
 
 template <typename Run>

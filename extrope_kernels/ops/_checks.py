@@ -85,8 +85,15 @@ def split_offset(op: str, positions: Tensor | int | None) -> tuple[Tensor | None
             f"{op}: positions must be a Tensor, an int or None, got {type(positions).__name__}"
         )
     if not -(2**63) <= positions < 2**63:
-        raise ValueError(f"{op}: positions must fit 64 bits, got {positions}")
+        raise ValueError(f"{op}: positions must fit in int64, got {positions}")
     return None, positions
+
+
+def refuse_flags(op: str, **flags: bool) -> None:
+    """Raise TypeError for the first flag that is no bool."""
+    for name, flag in flags.items():
+        if type(flag) is not bool:
+            raise TypeError(f"{op}: {name} must be a bool, got {type(flag).__name__}")
 
 
 def explained(op: str, run: Callable[[], object], check: Callable[[], None]) -> object:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._backends import missing, require
-from .._checks import explained, split_offset
+from .._checks import explained, refuse_flags, split_offset
 from . import reference
 from .power import check
 
@@ -81,9 +81,8 @@ def backends() -> dict[str, str]:
 
 def _permute(q, k, permutations, positions, cu_seqlens, inverse, backend):
     positions, offset = split_offset("permute", positions)
-    if isinstance(offset, int) and not -(2**63) <= offset < 2**63:
-        raise ValueError(f"permute: positions must fit in int64, got {offset}")
-    if cu_seqlens is not None and cu_seqlens.dtype == torch.int64:
+    refuse_flags("permute", inverse=inverse)
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
     by = (permutations, positions, cu_seqlens)
     # Every argument costs the dispatcher time.

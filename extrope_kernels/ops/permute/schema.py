@@ -45,8 +45,8 @@ def _define() -> None:
         autograd.register(library, suffix)
     library.impl("permute_fwd_triton", _fwd_triton, "CUDA")
     library.impl("permute_fwd_triton", _fwd_triton, "CPU")  # the interpreter
-    load_on_first_use("cpu", "CPU", {"permute_fwd": reference.permute_fwd})
-    load_on_first_use("cuda", "CUDA", {"permute_fwd": _fwd_triton})
+    fallbacks = {"cpu": reference.permute_fwd, "cuda": _fwd_triton}
+    load_on_first_use({device: {"permute_fwd": one} for device, one in fallbacks.items()})
 
 
 _define()

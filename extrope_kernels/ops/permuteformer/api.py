@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._checks import split_offset
+from .._checks import explained, refuse_flags, split_offset
 from . import reference
 from .arguments import check, check_decay_values, check_state
 from .sweep import Sweep
@@ -68,12 +68,13 @@ def permuteformer_attention(
         backend cannot run here.
     """
     name = "permuteformer_attention"
+    refuse_flags(name, causal=causal, normalize=normalize)
     cu_seqlens = _int32(cu_seqlens)
     check(name, q, k, v, decay, cu_seqlens, causal)
     _check_choices(name, q, decay, backend)
     if causal and decay is None:
         decay = _default_decay(k)
-    q, k = _permute(q, k, permutations, positions, cu_seqlens, backend)
+    q, k = _permute(name, q, k, permutations, positions, cu_seqlens, backend)
     if backend == "reference":
         heads = k.shape[-2] if decay is None else decay.shape[0]
         how = Sweep(heads, decay, cu_seqlens, causal, normalize=normalize)
@@ -109,6 +110,7 @@ def permuteformer_step(
     Raises: as `permuteformer_attention`.
     """
     name = "permuteformer_step"
+    refuse_flags(name, normalize=normalize)
     check(name, q, k, v, decay, None)
     _check_choices(name, q, decay, backend)
     decay = _default_decay(k) if decay is None else decay
@@ -120,7 +122,7 @@ def permuteformer_step(
         if positions is None:
             raise ValueError(f"{name}: positions must be given with a state, got None")
         check_state(name, *state, k, v, decay.shape[0])
-    q, k = _permute(q, k, permutations, positions, None, backend)
+    q, k = _permute(name, q, k, permutations, positions, None, backend)
     kv, key_sum = (None, None) if state is None else state
     if backend == "reference":
         given = {"first_state": kv, "first_sum": key_sum, "keep_state": True}
@@ -141,10 +143,16 @@ def _op(name: str, backend: str | None):
     return getattr(torch.ops.extrope, f"{name}_triton" if backend == "triton" else name)
 
 
-def _permute(q, k, permutations, positions, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
+def _permute(name, q, k, permutations, positions, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
+    if not isinstance(permutations, Tensor):
+        kind = type(permutations).__name__
+        raise TypeError(f"{name}: permutations must be a Tensor, got {kind}")
     positions, offset = split_offset("permute", positions)
     op = _op("permute_fwd", backend)
-    return op(q, k, permutations, positions, cu_seqlens, **({"offset": offset} if offset else {}))
+    options = {"offset": offset} if offset else {}
+    return explained(
+        "permute", lambda: op(q, k, permutations, positions, cu_seqlens, **options), lambda: None
+    )
 
 
 def _default_decay(k: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from .._backends import missing, require
-from .._checks import explained, split_offset
+from .._checks import explained, refuse_flags, split_offset
 from . import reference
 from .checks import check
 from .decay import check_decay
@@ -95,7 +95,7 @@ def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, b
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"rope: freqs must be a RopeFreqs, got {type(freqs).__name__}")
     if not (type(interleaved) is type(inverse) is type(inplace) is bool):
-        _refuse_flags(interleaved=interleaved, inverse=inverse, inplace=inplace)
+        refuse_flags("rope", interleaved=interleaved, inverse=inverse, inplace=inplace)
     positions, offset = split_offset("rope", positions)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
@@ -162,11 +162,6 @@ def _inplace(q, k, by, options, backend):
         # Autograd then notices when a tensor that it saved has been overwritten.
         torch.autograd.graph.increment_version((q,) if k is None else (q, k))
     return q, k
-
-
-def _refuse_flags(**flags) -> None:
-    name, flag = next((name, flag) for name, flag in flags.items() if type(flag) is not bool)
-    raise TypeError(f"rope: {name} must be a bool, got {type(flag).__name__}")
 
 
 def _suffix(backend: str, q: Tensor) -> str:

@@ -118,8 +118,7 @@ def _define() -> None:
     for name, function in _TRITON.items():
         library.impl(f"{name}_triton", function, "CUDA")
         library.impl(f"{name}_triton", function, "CPU")  # the interpreter
-    load_on_first_use("cpu", "CPU", _REFERENCE)
-    load_on_first_use("cuda", "CUDA", _TRITON)
+    load_on_first_use({"cpu": _REFERENCE, "cuda": _TRITON})
 
 
 _define()
