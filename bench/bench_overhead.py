@@ -107,6 +107,26 @@ def attentions() -> dict[str, Case]:
     return {**cases, **cached(q, k, v, freqs), **merged()}
 
 
+def permutes() -> dict[str, Case]:
+    q, k, lanes = random(1, 1, 32, 128), random(1, 1, 8, 128), ek.head_permutations(8, 128)
+    lanes = lanes.to(device())
+    heads = [random(1, 1, 8, 64) for _ in range(3)]
+    by = {"permutations": ek.head_permutations(8, 64).to(device())}
+    _, state = ek.permuteformer_step(*heads, **by)
+    return {
+        "head_permutations": Case(lambda: ek.head_permutations(8, 128), (), False),
+        "permute": Case(lambda q: ek.permute(q, lanes), (q,)),
+        "permute_qk": Case(lambda q, k: ek.permute_qk(q, k, lanes, positions=4096), (q, k)),
+        "op permute_fwd": Case(lambda q, k: ops.permute_fwd(q, k, lanes), (q, k)),
+        "permuteformer_attention": Case(
+            lambda *qkv: ek.permuteformer_attention(*qkv, **by), tuple(heads)
+        ),
+        "permuteformer_step": Case(
+            lambda *qkv: ek.permuteformer_step(*qkv, state, positions=1, **by), tuple(heads), False
+        ),
+    }
+
+
 def cached(q: Tensor, k: Tensor, v: Tensor, freqs: ek.RopeFreqs) -> dict[str, Case]:
     caches, used = (random(1, 16, 2, 64), random(1, 16, 2, 64)), {"window": 4}
     filled = torch.tensor([8], dtype=torch.int32, device=device())
@@ -189,7 +209,13 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
     torch.manual_seed(0)
     report = Report("overhead", args, COLUMNS)
-    cases = {**rotations(), **attentions(), **frequencies(), **position_strategies()}
+    cases = {
+        **rotations(),
+        **permutes(),
+        **attentions(),
+        **frequencies(),
+        **position_strategies(),
+    }
     for name, case in cases.items():
         if report.wants(name):
             report.add(measure(case, name, args.quick))
