@@ -1,33 +1,29 @@
 """PermuteFormer's attention against softmax attention: python bench/bench_permuteformer.py
 
 Causal, 8 heads of q, k and v. Our time includes the permutation of q and k; that of our own softmax
-attention (rerope_attention with a window of N) the rotation. F.scaled_dot_product_attention gets
-rotated inputs. All are measured in turn in one run.
+attention (rerope_attention with a window of N) the rotation; SDPA gets rotated inputs.
 
-Operations, multiplications and additions of a token and head, D = head_dim:
-    softmax    4 D (N + 1) / 2          scores and values of the pairs that are seen
-    linear     4 D D + 4 D (C + 1) / 2  the state read and written, pairs within a chunk of C
-Neither counts exponentials, powers, permutations, rotations or memory. "predicted" is their ratio,
-"measured" that of the times; at N = 16384 it has to be at least half the predicted one.
+The floor is a square matrix product's rate for 4 D D + 4 D (C + 1) / 2 operations a token and head,
+D = head_dim: the state read and written, and the pairs within a chunk of C tokens. Softmax takes
+4 D (N + 1) / 2. Their ratio is the gain to expect; at N = 16384 we have to reach half of it. The
+operations count no exponentials, powers, permutations, rotations or memory.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
 
 import torch
-import torch.nn.functional as F
-from harness import device, largest_error, machine, paired, peak_megabytes, save
+from attention import frequencies, make_inputs, trained
+from compare import compare, error_of_tail, matmul_floor
+from harness import Call, Report, arguments, device
+from peers import sdpa
+from scaling import scaling
 from torch import Tensor
-from tqdm import tqdm
 
 from extrope_kernels import (
-    RopeFreqs,
     apply_rope_qk,
     head_permutations,
-    methods,
     permuteformer_attention,
     permuteformer_step,
     rerope_attention,
@@ -36,105 +32,88 @@ from extrope_kernels import (
 HEADS, CHUNK = 8, 96 if device() == "cpu" else 64
 
 
-@dataclass
-class LengthRow:
-    """One length. Milliseconds of each; ratios are theirs / ours, in the same run."""
-
-    direction: str
-    dtype: str
-    head_dim: int
-    seqlen: int
-    milliseconds: float
-    softmax_milliseconds: float
-    sdpa_milliseconds: float
-    predicted: float
-    measured: float
-    against_sdpa: float
-    megabytes: float
-    error: float
+def operations(seqlen: int, dim: int) -> tuple[float, float]:
+    """Of all heads: linear, softmax."""
+    per_token = 4 * dim * dim + 4 * dim * (CHUNK + 1) / 2, 4 * dim * (seqlen + 1) / 2
+    return tuple(HEADS * seqlen * x for x in per_token)
 
 
-def predicted(seqlen: int, dim: int) -> float:
-    softmax = 4 * dim * (seqlen + 1) / 2
-    return softmax / (4 * dim * dim + 4 * dim * (CHUNK + 1) / 2)
+def calls(qkv: list[Tensor], permutations: Tensor) -> tuple[Call, dict[str, Call]]:
+    """Ours, and softmax attentions of the same size, with the leaves that gradients go to."""
+    q, k, v = qkv
+    freqs = frequencies(q.shape[-1])
+
+    def ours():
+        return permuteformer_attention(q, k, v, permutations=permutations)
+
+    def softmax():
+        return rerope_attention(q, k, v, freqs, window=q.shape[1])
+
+    ours.leaves = softmax.leaves = qkv
+    return ours, {"our softmax attention": softmax, **sdpa(*apply_rope_qk(q, k, freqs), v)}
 
 
-def error_of(q, k, v, permutations) -> float:
-    """Largest error over the first 1024 tokens, against the dense formula in float64."""
-    rows = [x[:, :1024].detach() for x in (q, k, v)]
-    by = {"permutations": permutations}
-    exact = permuteformer_attention(*(x.double() for x in rows), **by, backend="reference")
-    return largest_error(permuteformer_attention(*rows, **by), exact)
-
-
-def with_backward(call: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], object]:
-    leaves = [x.clone().requires_grad_() for x in leaves]
-    grad = torch.randn_like(leaves[-1])
-    return lambda: torch.autograd.grad(call(*leaves), leaves, grad)
-
-
-def bench(seqlen: int, dim: int, dtype: torch.dtype, backward: bool, repeats: int) -> LengthRow:
-    q, k, v = (torch.randn(1, seqlen, HEADS, dim, device=device()).to(dtype) for _ in range(3))
-    permutations = head_permutations(HEADS, dim).to(device())
-    freqs = RopeFreqs(methods.rope(dim).inv_freq.to(device()))
-    rotated = [x.transpose(1, 2).contiguous() for x in (*apply_rope_qk(q, k, freqs), v)]
-    functions = (
-        ([q, k, v], lambda q, k, v: permuteformer_attention(q, k, v, permutations=permutations)),
-        ([q, k, v], lambda q, k, v: rerope_attention(q, k, v, freqs, window=seqlen)),
-        (rotated, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
+def bench(report: Report, seqlen: int, dim: int, dtype: torch.dtype, training: bool) -> None:
+    case = "training" if training else "forward"
+    if not report.wants(f"{case} {seqlen} x {dim} {str(dtype)[6:]}"):
+        return
+    qkv, permutations = make_inputs(seqlen, HEADS, dim, dtype), head_permutations(HEADS, dim)
+    permutations = permutations.to(device())
+    first = [x[:, :1024] for x in qkv]  # the dense formula in float64 sees no more
+    exact = permuteformer_attention(
+        *(x.double() for x in first), permutations=permutations, backend="reference"
     )
-    if backward:
-        calls = [with_backward(call, leaves) for leaves, call in functions]
-    else:
-        calls = [lambda call=call, leaves=leaves: call(*leaves) for leaves, call in functions]
-    times = paired(*calls, repeats=repeats)
-    return LengthRow(
-        "forward + backward" if backward else "forward", str(dtype)[6:], dim, seqlen, *times,
-        predicted(seqlen, dim), times[1] / times[0], times[2] / times[0],
-        peak_megabytes(calls[0]), error_of(q, k, v, permutations),
-    )  # fmt: skip
+    ours, others = calls(qkv, permutations)
+    linear, softmax = operations(seqlen, dim)
+    about = {
+        "dtype": dtype,
+        "shape": f"{seqlen} x {HEADS} x {dim}",
+        "backend": device(),
+        "floor": matmul_floor(linear * (3 if training else 1), dtype, device()),
+        "bars": {"our softmax attention": 2 * linear / softmax} if seqlen == 16384 else {},
+    }
+    if training:
+        compare(report, case, trained({"extrope": ours}), yardsticks=trained(others), **about)
+        return
+    one = [x[:, :1] for x in qkv]
+    with torch.no_grad():
+        compare(
+            report,
+            case,
+            {"extrope": ours},
+            yardsticks=others,
+            error=lambda out: error_of_tail([exact])(out[:, : exact.shape[1]]),
+            few={"extrope": lambda: permuteformer_attention(*one, permutations=permutations)},
+            **about,
+        )
 
 
-def bench_step(dim: int, repeats: int) -> float:
-    """Milliseconds of one token after any number of others."""
-    q, k, v = (torch.randn(1, 1, HEADS, dim, device=device()) for _ in range(3))
-    permutations = head_permutations(HEADS, dim).to(device())
-    _, state = permuteformer_step(q, k, v, permutations=permutations)
-    by = {"permutations": permutations, "positions": 1}
-    return paired(lambda: permuteformer_step(q, k, v, state, **by), repeats=repeats)[0]
+def by_length(seqlen: int) -> dict[str, Call]:
+    qkv = make_inputs(seqlen, 2, 64, torch.float32, heads=2)
+    permutations = head_permutations(2, 64).to(device())
+    one = [x[:, :1] for x in qkv]
+    _, state = permuteformer_step(*one, permutations=permutations)
+    step = functools.partial(
+        permuteformer_step, *one, state, permutations=permutations, positions=seqlen
+    )
+    return {
+        "attention": functools.partial(permuteformer_attention, *qkv, permutations=permutations),
+        "one token": step,
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="paired runs of each case")
-    parser.add_argument("--longest", type=int, default=65536, help="end of the curve, in tokens")
-    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="head dimensions")
-    args = parser.parse_args()
-    print(" ".join(f"{name}: {value}" for name, value in machine().items()))
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, argv)
     torch.manual_seed(0)
-    lengths = [n for n in (2**x for x in range(10, 17)) if n <= args.longest]
-    cases = [(n, dim, torch.float32, False) for dim in args.dims for n in lengths]
-    at = min(16384, args.longest)
-    cases += [(at, dim, torch.bfloat16, False) for dim in args.dims]
-    cases += [(min(8192, at), dim, torch.float32, True) for dim in args.dims]
-    columns = "{:19} {:9} {:>4} {:>6} {:>9} {:>10} {:>10} {:>9} {:>9} {:>9} {:>7} {:>8}"
-    names = ("", "dtype", "dim", "N", "ms", "softmax ms", "SDPA ms", "predicted", "measured")
-    print(columns.format(*names, "vs SDPA", "MB", "error"))
-    rows = []
-    for seqlen, dim, dtype, backward in tqdm(cases, desc="case", unit="case"):
-        row = bench(seqlen, dim, dtype, backward, args.repeats if seqlen <= 16384 else 1)
-        rows.append(row)
-        times = (row.milliseconds, row.softmax_milliseconds, row.sdpa_milliseconds)
-        tqdm.write(
-            columns.format(
-                row.direction, row.dtype, dim, seqlen, *(f"{x:.2f}" for x in times),
-                f"{row.predicted:.2f}", f"{row.measured:.2f}", f"{row.against_sdpa:.2f}",
-                f"{row.megabytes:.0f}", f"{row.error:.1e}",
-            )
-        )  # fmt: skip
-    steps = {str(dim): bench_step(dim, 40 * args.repeats) for dim in args.dims}
-    print("one token, ms by head_dim:", ", ".join(f"{d}: {ms:.3f}" for d, ms in steps.items()))
-    save("permuteformer", rows, step_milliseconds=steps)
+    report = Report("permuteformer", args)
+    lengths = (64,) if args.quick else (2048, 16384)
+    for dim in (64, 128):
+        for seqlen in lengths:
+            bench(report, seqlen, dim, torch.float32, training=False)
+        bench(report, lengths[-1], dim, torch.bfloat16, training=False)
+        bench(report, min(8192, lengths[-1]), dim, torch.float32, training=True)
+    report.save()
+    scaling("permuteformer", by_length, args, about="float32, 2 heads, head_dim 64")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._checks import split_offset
+from .._checks import explained, split_offset
+from ..permute.power import check as check_power
 from . import reference
 from .arguments import check, check_decay_values, check_state
 from .sweep import Sweep
@@ -73,6 +74,16 @@ def permuteformer_attention(
     _check_choices(name, q, decay, backend)
     if causal and decay is None:
         decay = _default_decay(k)
+    if q.device.type == "cpu" and backend in (None, "cpu"):
+        rows, offset = split_offset("permute", positions)
+        by = (permutations, rows, decay, cu_seqlens)
+        how = {"offset": offset, "causal": causal, "normalize": normalize}
+        op = torch.ops.extrope.permuteformer_fwd
+        return explained(
+            "permute",
+            lambda: op(q, k, v, *by, **how)[0],
+            lambda: check_power(q, k, permutations, rows, cu_seqlens),
+        )
     q, k = _permute(q, k, permutations, positions, cu_seqlens, backend)
     if backend == "reference":
         heads = k.shape[-2] if decay is None else decay.shape[0]
@@ -144,7 +155,8 @@ def _op(name: str, backend: str | None):
 def _permute(q, k, permutations, positions, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
     positions, offset = split_offset("permute", positions)
     op = _op("permute_fwd", backend)
-    return op(q, k, permutations, positions, cu_seqlens, **({"offset": offset} if offset else {}))
+    by, options = (permutations, positions, cu_seqlens), {"offset": offset} if offset else {}
+    return explained("permute", lambda: op(q, k, *by, **options), lambda: check_power(q, k, *by))
 
 
 def _default_decay(k: Tensor) -> Tensor:
