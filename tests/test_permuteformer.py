@@ -166,16 +166,19 @@ def test_strided_views(named):
 @pytest.mark.parametrize("rate", [0.5, 1.0])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_4096_tokens_do_not_overflow(rate, normalize):
-    """The authors' code does near 700 tokens. Sums of 4096 positive scores are in budget too."""
+    """The authors' code does near 700 tokens. What a chunk adds to the sums rounds once more: half
+    an ulp of what they have grown to.
+    """
     qkv, permutations = make(1, 4096, heads_q=1, heads_k=1)
     by = {"decay": torch.tensor([rate]).to(device()), "normalize": normalize}
     out = permuteformer_attention(*qkv, permutations=permutations, **by)
     assert out.isfinite().all()
     by |= {"permutations": permutations, "backend": "reference"}
     same = permuteformer_attention(*qkv, **by)
-    assert_within_budget(
-        "4096", out, same, permuteformer_attention(*(x.double() for x in qkv), **by)
-    )
+    exact = permuteformer_attention(*(x.double() for x in qkv), **by)
+    chunks = 4096 / 96
+    noise = chunks * torch.finfo(torch.float32).eps / 2 * exact.abs().max().item()
+    assert_within_budget("4096", out, same, exact, noise=noise)
 
 
 @pytest.mark.parametrize("shift", [7, 1_000_000])

@@ -33,7 +33,17 @@ def check(named, qkv, permutations, **options):
     same = gradients(qkv, dout, dtype, backend="reference", **by)
     exact = gradients(qkv, dout, torch.float64, backend="reference", **by)
     for name, *grads in zip(("dq", "dk", "dv"), got, same, exact):
-        assert_within_budget(name, *grads)
+        assert_within_budget(name, *grads, noise=_saved_out_noise(name, grads[-1], dtype, by))
+
+
+def _saved_out_noise(name, exact, dtype, by):
+    """With a denominator, dq and dk take <dout, out> of the out that was saved, rounded to dtype.
+
+    That is half an ulp of one of the two terms of equal size that their difference is made of.
+    """
+    if dtype == torch.float32 or name == "dv" or not by.get("normalize", True):
+        return 0.0
+    return torch.finfo(dtype).eps / 2 * exact.abs().max().item()
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)

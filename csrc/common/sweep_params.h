@@ -10,6 +10,9 @@
 
 namespace extrope {
 
+struct PermuteParams;
+struct PermuteCycles;
+
 // (batch, seqlen, heads, dim), the last dimension contiguous; strides in elements. Packed sequences
 // have no batch: its stride is 0. Absent where data is nullptr.
 struct SweepTensor {
@@ -36,6 +39,11 @@ struct SweepParams {
   bool causal, reverse;
   bool out_is_float;  // else out is like x
   float* den;         // (batch, x.heads, seqlen): divide by it and write it; nullptr: do neither
+
+  // Powers of permutations that the lanes of x and y are taken by, a permutation for each head of
+  // y; nullptr: they lie as they should.
+  const PermuteParams* permute;
+  const PermuteCycles* cycles;
 
   const float* decay;         // (heads,), nullptr: 1
   const int32_t* cu_seqlens;  // (num_sequences + 1,), nullptr when not packed

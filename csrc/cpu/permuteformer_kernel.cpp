@@ -5,7 +5,7 @@
 // what lies before it is in the state, the sum of y w^T decayed to the last token visited. Powers
 // of the decay are those of distances within a chunk, so none overflows, however long the sequence.
 
-#include "permuteformer_tile.h"
+#include "permuteformer_pack.h"
 
 #define EXTROPE_JOIN(a, b) a##b
 #define EXTROPE_EXPAND(a, b) EXTROPE_JOIN(a, b)
@@ -160,6 +160,7 @@ void finish(const Part& part, const Chunk& chunk, int64_t head) {
 template <typename T>
 void sweep_chunk(const Part& part, const Chunk& chunk) {
   const SweepParams& p = part.p;
+  if (p.permute) take_powers<T>(part, chunk);
   // One of the two is one: many rows share a key, or many keys make a row.
   const int64_t x_heads = heads_of_state(p, p.x.heads), y_heads = heads_of_state(p, p.y.heads);
   for (int64_t x = 0; x < x_heads; ++x) {
@@ -189,6 +190,7 @@ template <typename T>
 void gather(const Part& part) {
   for (int64_t i = 0; i < part.part.count; i += kChunk) {
     const Chunk chunk(part, part.part.first + i);
+    if (part.p.permute) take_powers<T>(part, chunk);
     for (int64_t y = 0; y < heads_of_state(part.p, part.p.y.heads); ++y) {
       pack_yw<T>(part, chunk, y);
       add_to_state(part, chunk, y == 0);

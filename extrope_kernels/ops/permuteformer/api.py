@@ -74,6 +74,13 @@ def permuteformer_attention(
     _check_choices(name, q, decay, backend)
     if causal and decay is None:
         decay = _default_decay(k)
+    if q.device.type == "cpu" and backend in (None, "cpu"):
+        _check_permutations(name, permutations)
+        rows, offset = split_offset("permute", positions)
+        by = (permutations, rows, decay, cu_seqlens)
+        how = {"offset": offset, "causal": causal, "normalize": normalize}
+        op = torch.ops.extrope.permuteformer_fwd
+        return explained("permute", lambda: op(q, k, v, *by, **how)[0], lambda: None)
     q, k = _permute(name, q, k, permutations, positions, cu_seqlens, backend)
     if backend == "reference":
         heads = k.shape[-2] if decay is None else decay.shape[0]
@@ -144,15 +151,19 @@ def _op(name: str, backend: str | None):
 
 
 def _permute(name, q, k, permutations, positions, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
-    if not isinstance(permutations, Tensor):
-        kind = type(permutations).__name__
-        raise TypeError(f"{name}: permutations must be a Tensor, got {kind}")
+    _check_permutations(name, permutations)
     positions, offset = split_offset("permute", positions)
     op = _op("permute_fwd", backend)
     options = {"offset": offset} if offset else {}
     return explained(
         "permute", lambda: op(q, k, permutations, positions, cu_seqlens, **options), lambda: None
     )
+
+
+def _check_permutations(name: str, permutations: Tensor) -> None:
+    if not isinstance(permutations, Tensor):
+        kind = type(permutations).__name__
+        raise TypeError(f"{name}: permutations must be a Tensor, got {kind}")
 
 
 def _default_decay(k: Tensor) -> Tensor:

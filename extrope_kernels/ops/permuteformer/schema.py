@@ -77,10 +77,16 @@ def _step_sweep(q, k, v, kv, key_sum, decay, normalize) -> Sweep:
     return replace(how, first_state=kv, first_sum=key_sum)
 
 
-def _fwd(implementation, q, k, v, *by, **options):
+def plan(implementation, q, k, v, *by, **options):
+    """Who runs a forward, and the sweep that it is; what is wrong with it raises."""
     how = _sweep(q, k, v, *by, **options)
     check_decay_values(NAME, how.decay)
-    return _pick(implementation, q, v).sweep(q, k, v, how)[:2]
+    return _pick(implementation, q, v), how
+
+
+def _fwd(implementation, q, k, v, *by, **options):
+    run, how = plan(implementation, q, k, v, *by, **options)
+    return run.sweep(q, k, v, how)[:2]
 
 
 def _bwd(implementation, dout, q, k, v, out, den, *by, **options):
@@ -108,21 +114,23 @@ def _pick(implementation: str, q: Tensor, v: Tensor):
     return cpu
 
 
+def save(ctx, args, options, outputs, *more):
+    """What a backward needs of (q, k, v, decay, cu_seqlens), out and den, and `more`."""
+    for label, x in zip(("decay", "cu_seqlens"), args[3:]):
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{NAME}: {label} has no gradient, got one that requires grad")
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(outputs[1])
+    kept = outputs if options.get("normalize", True) else (None, None)
+    ctx.save_for_backward(*args[:3], *kept, *args[3:], *more)
+
+
 def _register_backward(suffix: str) -> None:
     """Derivatives of first order in q, k and v; the reference backend has the higher ones."""
     fwd, bwd, step = (
         getattr(torch.ops.extrope, f"{NAME}_{kind}{suffix}").default for kind in _SCHEMAS
     )
-
-    def save(ctx, args, options, outputs):
-        for label, x in zip(("decay", "cu_seqlens"), args[3:]):
-            if x is not None and x.requires_grad:
-                raise ValueError(f"{NAME}: {label} has no gradient, got one that requires grad")
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(outputs[1])
-        kept = outputs if options.get("normalize", True) else (None, None)
-        ctx.save_for_backward(*args[:3], *kept, *args[3:])
 
     def backward(ctx, dout, _):
         if dout is None:

@@ -26,6 +26,7 @@ def config(dim: int, value_dim: int, itemsize: int, capability: int | None) -> C
     if dim <= 64 and 100 <= capability < 120:
         # Tensor cores with a memory for their sums leave registers for more tokens.
         return Config(64, 16, 64, 8, 1)
-    if dim <= 64 or (dim <= 128 and capability < 120):
+    if capability != 90 and (dim <= 64 or (dim <= 128 and capability < 120)):
+        # Warp group products keep operands in registers too, and hold stack at this size.
         return Config(32, 32, 32, 8, 1)
     return Config(16, 64, 32, 8, 1)
