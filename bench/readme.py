@@ -20,6 +20,7 @@ from pathlib import Path
 
 import bench_overhead
 import length_report
+import method_table
 from audit.summary import table as audit_table
 from harness import COLUMNS, RESULTS, cell
 from scaling import summary
@@ -95,6 +96,11 @@ def length_table(results: dict) -> str:
     return f"{table(length_report.head(results), lines)}\n\n{bold} {length_report.summary(results)}"
 
 
+def methods_table(length: dict, demo: dict | None) -> str:
+    head = ["function", "what it does", "source", "tests", "small model, 8x", "SmolLM2, 14-16k"]
+    return table(head, method_table.rows(length, demo))
+
+
 def overhead(results: dict) -> str:
     columns = bench_overhead.COLUMNS
     lines = [[cell(row.get(field), form) for field, (_, _, form) in columns.items()]
@@ -135,11 +141,15 @@ def main(root: Path = ROOT, results: Path = RESULTS) -> None:
         text = replace(text, path.stem, lambda path=path: text_of(path))
     if (audit := results / "gpu_audit.json").exists():
         text = replace(text, "audit-table", audit_table(audit))
-    demo = root / "build" / "demo"
-    if (demo / "loss.json").exists():
-        text = replace(text, "demo-table", demo_table(json.loads((demo / "loss.json").read_text())))
+    if (made := root / "build" / "demo" / "loss.json").exists():
         (root / "docs").mkdir(exist_ok=True)
-        shutil.copyfile(demo / "loss.png", root / "docs" / "demo.png")
+        shutil.copyfile(made, results / "demo.json")
+        shutil.copyfile(made.with_suffix(".png"), root / "docs" / "demo.png")
+    demo = json.loads(path.read_text()) if (path := results / "demo.json").exists() else None
+    if demo:
+        text = replace(text, "demo-table", demo_table(demo))
+    if (path := results / "length_generalization-cpu.json").exists():
+        text = replace(text, "methods-table", methods_table(json.loads(path.read_text()), demo))
     readme.write_text(text)
 
 

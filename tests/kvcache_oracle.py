@@ -204,8 +204,9 @@ def exact(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def same_dtype(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The usual way in q's dtype: rotated q and k and the weights are rounded, sums are not."""
+    """The usual way in q's dtype: rotated q and k and the weights are rounded, sums are float32."""
     call, dtype, outs, lses = inputs.call, inputs.q.dtype, [], []
+    wide = torch.promote_types(dtype, torch.float32)
     window, factor, grouped = call["window"], call["factor"], call["grouped"]
     for q, k, v, i, j, freq in sequences(inputs):
         by = (freq, call["interleaved"], dtype)
@@ -216,10 +217,10 @@ def same_dtype(inputs: Inputs) -> tuple[Tensor, Tensor]:
         elif not math.isinf(factor):
             far = window + (i - window) / factor
         q = amplify(q, inputs)
-        near_scores = torch.einsum(
-            "ihd,jhd->ihj", turn(q, i[:, None], *by), turn(k, u[:, None], *by)
-        )
-        far_scores = torch.einsum("ihd,jhd->ihj", turn(q, far[:, None], *by), k)
+        near_q, near_k = turn(q, i[:, None], *by).to(wide), turn(k, u[:, None], *by).to(wide)
+        near_scores = torch.einsum("ihd,jhd->ihj", near_q, near_k)
+        far_q = turn(q, far[:, None], *by).to(wide)
+        far_scores = torch.einsum("ihd,jhd->ihj", far_q, k.to(wide))
         near = (i[:, None] - j < window)[:, None]
         scores = torch.where(near, near_scores, far_scores).float()
         out, lse = softmax(scores, i, j, inputs, v.float(), dtype)
