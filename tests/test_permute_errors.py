@@ -146,8 +146,8 @@ def test_raw_op_checks_too():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     (
-        ((0, 8), ValueError, "heads must be >= 1, got 0"),
-        ((2, -1), ValueError, "head_dim must be >= 1, got -1"),
+        ((0, 8), ValueError, "heads must be 1 to 65536, got 0"),
+        ((2, -1), ValueError, "head_dim must be 1 to 65536, got -1"),
         ((2.0, 8), TypeError, "heads must be an int, got float"),
     ),
 )

@@ -372,6 +372,7 @@ WRONG = {
     "scale_base": FACTOR,
     "power": {**NOT_A_NUMBER, "None": None, "nan": math.nan, "-1": -1.0},
     "gamma": FACTOR,
+    "decay_origin": {**NOT_A_NUMBER, "None": None, "nan": math.nan, "inf": math.inf},
     "exponent": {**NOT_A_NUMBER, "None": None, "nan": math.nan},
     "partial_rotary_factor": {k: v for k, v in FACTOR.items() if k != "0"} | {"2": 2.0},
     "variant": NOT_A_NAME | {"None": None},

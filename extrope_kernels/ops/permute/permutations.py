@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_MOST = 2**16  # heads of a model, and lanes of one: more is a mistake that would fill the memory
+
 
 def head_permutations(heads: int, head_dim: int, *, seed: int = 0xDEADBEEFDEADBEEF) -> Tensor:
     """Draw one random permutation a head, as PermuteFormer's authors do.
@@ -16,11 +18,14 @@ def head_permutations(heads: int, head_dim: int, *, seed: int = 0xDEADBEEFDEADBE
 
     Returns: (heads, head_dim) int64 on the CPU.
     """
-    for name, value in (("heads", heads), ("head_dim", head_dim)):
+    for name, value in (("heads", heads), ("head_dim", head_dim), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"head_permutations: {name} must be an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"head_permutations: {name} must be >= 1, got {value}")
+        if name == "seed":
+            if not -(2**63) <= value < 2**64:
+                raise ValueError(f"head_permutations: seed must fit 64 bits, got {value}")
+        elif not 1 <= value <= _MOST:
+            raise ValueError(f"head_permutations: {name} must be 1 to {_MOST}, got {value}")
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(head_dim, generator=generator) for _ in range(heads)])
 
