@@ -10,7 +10,7 @@ from ..case import CAPABILITIES, Case, Kernel, Measured, Traffic, empty, itemsiz
 
 SEQLEN, HEADS_Q, HEADS_K = 8192, 32, 8
 SWEEPS = ("forward", "dq", "dk", "dv")
-PARTS = ("sweep", "gather")
+PARTS = ("sweep",)
 DIMS = (64, 128, 256)
 
 
