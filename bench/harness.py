@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo
-from machine import back_memory, device, machine
+from machine import back_memory, device, machine, return_memory
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
@@ -149,6 +149,7 @@ def peak_megabytes(function: Call) -> float:
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    return_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
     before = _status("VmHWM")
     function()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from extrope_kernels import _ext
+
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,6 +46,13 @@ def back_memory(gibibytes: int = 3) -> None:
     """
     if device() == "cpu":
         torch.empty(gibibytes << 30, dtype=torch.uint8).fill_(1)
+
+
+def return_memory() -> None:
+    """Give back to the system what this package and malloc keep of freed memory."""
+    if _ext.load("cpu") is None:
+        torch.ops.extrope.cpu_release_memory()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -85,20 +85,23 @@ inline PermuteParams make_params(const Tensor& q, const OptionalTensor& k,
 }
 
 // The op, for a device whose kernel is started by `launch`.
-template <void (*launch)(const PermuteParams&, int device_index)>
-std::tuple<Tensor, Tensor> forward(Tensor q, OptionalTensor k, Tensor permutations,
-                                   OptionalTensor positions, OptionalTensor cu_seqlens,
-                                   int64_t offset, bool inverse) {
-  const bool packed = cu_seqlens.has_value();
-  PermuteParams p = make_params(q, k, permutations, positions, cu_seqlens);
-  p.offset = offset;
-  p.inverse = inverse;
-  Tensor out_q = new_like(q);
-  Tensor out_k = k.has_value() ? new_like(*k) : no_tensor(q, dtype_code(q));
-  set_output(p.tensors[0], out_q, packed);
-  if (k.has_value()) set_output(p.tensors[1], out_k, packed);
-  if (p.batch * p.seqlen > 0) launch(p, q.get_device());
-  return {out_q, out_k};
-}
+template <void (*launch)(const PermuteParams&, int device_index),
+          Tensor (*make_like)(const Tensor&) = new_like>
+struct PermuteOps {
+  static std::tuple<Tensor, Tensor> forward(Tensor q, OptionalTensor k, Tensor permutations,
+                                            OptionalTensor positions, OptionalTensor cu_seqlens,
+                                            int64_t offset, bool inverse) {
+    const bool packed = cu_seqlens.has_value();
+    PermuteParams p = make_params(q, k, permutations, positions, cu_seqlens);
+    p.offset = offset;
+    p.inverse = inverse;
+    Tensor out_q = make_like(q);
+    Tensor out_k = k.has_value() ? make_like(*k) : no_tensor(q, dtype_code(q));
+    set_output(p.tensors[0], out_q, packed);
+    if (k.has_value()) set_output(p.tensors[1], out_k, packed);
+    if (p.batch * p.seqlen > 0) launch(p, q.get_device());
+    return {out_q, out_k};
+  }
+};
 
 }  // namespace extrope::permute

@@ -1,7 +1,8 @@
 // The ops of the rotation on torch tensors, for the CPU and the CUDA library alike.
 //
 // The schemas are defined in Python (extrope_kernels/ops/rope/schema.py); a library registers
-// RopeOps<launch> for its device, where launch(params, device_index) runs the kernel.
+// RopeOps<launch> for its device, where launch(params, device_index) runs the kernel; `make_like`
+// makes the tensors for large results.
 #pragma once
 
 #include <tuple>
@@ -19,7 +20,8 @@ inline bool overlaps_itself(const Tensor& x) {
 }
 
 // The three ops, for a device whose kernel is started by `launch`.
-template <void (*launch)(const RopeParams&, int device_index)>
+template <void (*launch)(const RopeParams&, int device_index),
+          Tensor (*make_like)(const Tensor&) = new_like>
 struct RopeOps {
   static void run(const RopeParams& p, const Tensor& q) {
     if (p.batch * p.seqlen > 0) launch(p, q.get_device());
@@ -35,8 +37,8 @@ struct RopeOps {
         q, k, inv_freq, positions,
         {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
         /*adjoint=*/false);
-    Tensor out_q = new_like(q);
-    Tensor out_k = k.has_value() ? new_like(*k) : no_tensor(q, dtype_code(q));
+    Tensor out_q = make_like(q);
+    Tensor out_k = k.has_value() ? make_like(*k) : no_tensor(q, dtype_code(q));
     set_output(p.tensors[0], out_q, packed);
     if (k.has_value()) set_output(p.tensors[1], out_k, packed);
     run(p, q);
@@ -55,8 +57,8 @@ struct RopeOps {
         grad_q, grad_k, inv_freq, positions,
         {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
         /*adjoint=*/true);
-    Tensor dq = new_like(grad_q);
-    Tensor dk = grad_k.has_value() ? new_like(*grad_k) : no_tensor(grad_q, dtype_code(grad_q));
+    Tensor dq = make_like(grad_q);
+    Tensor dk = grad_k.has_value() ? make_like(*grad_k) : no_tensor(grad_q, dtype_code(grad_q));
     set_output(p.tensors[0], dq, packed);
     if (grad_k.has_value()) set_output(p.tensors[1], dk, packed);
     const int32_t wide =

@@ -14,7 +14,7 @@
 
 #include "attention_args.h"
 #include "capability.h"
-#include "huge_pages.h"
+#include "output_pages.h"
 
 namespace extrope {
 
@@ -158,10 +158,9 @@ void run_backward(const AttentionParams& p) {
   });
 }
 
-Tensor zeros_like(const Tensor& x, const std::vector<int64_t>& shape) {
-  Tensor zeros = new_empty(x, shape, ScalarType::Float);
+Tensor zeros_of(const std::vector<int64_t>& shape) {
+  Tensor zeros = fresh(shape, ScalarType::Float);
   float* data = static_cast<float*>(zeros.data_ptr());
-  prefer_huge_pages(data, zeros.numel() * static_cast<int64_t>(sizeof(float)));
   torch::stable::parallel_for(0, zeros.numel(), kZeroGrain, [&](int64_t begin, int64_t end) {
     std::fill(data + begin, data + end, 0.0f);
   });
@@ -182,12 +181,11 @@ std::tuple<Tensor, Tensor> forward(Tensors q, Tensors k, Tensor v, OptionalTenso
       q, k, v,
       {row_scale, cu_seqlens, starts, granularity, softmax_scale, q_turns, k_turns, interleaved});
   const bool packed = cu_seqlens.has_value();
-  const Tensor out = new_empty(q[0], shape(q[0]));
+  const Tensor out = fresh(shape(q[0]), q[0].scalar_type());
   const Tensor lse = packed ? new_empty(q[0], {p.heads_q, p.seqlen_q}, ScalarType::Float)
                             : new_empty(q[0], {p.batch, p.heads_q, p.seqlen_q}, ScalarType::Float);
   p.out = view(out, packed, "out");
   p.lse = static_cast<float*>(lse.data_ptr());
-  prefer_huge_pages(p.out.data, out.numel() * (p.dtype == DType::f32 ? 4 : 2));
   run_forward(p);
   return {out, lse};
 }
@@ -211,14 +209,13 @@ std::tuple<Tensors, Tensors, Tensor> backward(Tensor dout, OptionalTensor dlse, 
   Tensors dq, dk;
   for (int64_t r = 0; r < p.regions; ++r) {
     if (r == 0 || q_turns.empty()) {
-      dq.push_back(new_empty(q[0], shape(q[0]), ScalarType::Float));
-      dk.push_back(zeros_like(k[0], shape(k[0])));
+      dq.push_back(fresh(shape(q[0]), ScalarType::Float));
+      dk.push_back(zeros_of(shape(k[0])));
     }
     p.dq[r] = view(dq.back(), packed, "dq");
     p.dk[r] = view(dk.back(), packed, "dk");
-    prefer_huge_pages(p.dq[r].data, dq.back().numel() * static_cast<int64_t>(sizeof(float)));
   }
-  const Tensor dv = zeros_like(v, shape(v));
+  const Tensor dv = zeros_of(shape(v));
   p.dv = view(dv, packed, "dv");
   run_backward(p);
   return {dq, dk, p.dtype == DType::f32 ? dv : torch::stable::to(dv, v.scalar_type())};

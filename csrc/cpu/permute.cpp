@@ -6,6 +6,7 @@
 
 #include "../common/permute_bind.h"
 #include "capability.h"
+#include "output_pages.h"
 #include "permute_cycles.h"
 #include "work.h"
 
@@ -30,15 +31,16 @@ PermuteTokens kernel() {
 void launch(const PermuteParams& p, int /*device_index*/) {
   if (p.cu_seqlens) check_boundaries("permute", p);
   const Decomposition decomposition(p);
-  prepare_outputs(p, p.element_size);
   const int64_t heads = p.tensors[0].heads + p.tensors[1].heads;
   const PermuteTokens tokens = kernel();
   share_out(p.batch * p.seqlen, heads * p.head_dim * p.element_size,
             [&](int64_t begin, int64_t end) { tokens(p, decomposition.cycles(), begin, end); });
 }
 
+using Ops = PermuteOps<launch, fresh_like>;
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(extrope, CPU, m) { m.impl("permute_fwd", TORCH_BOX(&forward<launch>)); }
+STABLE_TORCH_LIBRARY_IMPL(extrope, CPU, m) { m.impl("permute_fwd", TORCH_BOX(&Ops::forward)); }
 
 }  // namespace extrope::permute

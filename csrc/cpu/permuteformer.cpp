@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "capability.h"
-#include "huge_pages.h"
+#include "output_pages.h"
 #include "permute_cycles.h"
 #include "permuteformer_args.h"
 #include "permuteformer_run.h"
@@ -43,10 +43,7 @@ SweepKernels kernels() {
 Tensor empty_rows(const SweepParams& p, const Tensor& like, int64_t heads, int64_t dim, bool wide) {
   std::vector<int64_t> sizes{p.batch, p.seqlen, heads, dim};
   if (p.cu_seqlens) sizes.erase(sizes.begin());
-  const Tensor rows = wide ? torch::stable::new_empty(like, sizes, ScalarType::Float)
-                           : torch::stable::new_empty(like, sizes);
-  prefer_huge_pages(rows.data_ptr(), rows.numel() * (wide || p.dtype == DType::f32 ? 4 : 2));
-  return rows;
+  return fresh(sizes, wide ? ScalarType::Float : like.scalar_type());
 }
 
 Tensor empty_numbers(const SweepParams& p, const Tensor& like, int64_t heads) {

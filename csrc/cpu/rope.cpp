@@ -6,6 +6,7 @@
 
 #include "../common/rope_bind.h"
 #include "capability.h"
+#include "output_pages.h"
 #include "work.h"
 
 namespace extrope {
@@ -38,25 +39,27 @@ int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DT
 void launch(const RopeParams& p, int /*device_index*/) {
   if (p.cu_seqlens) check_boundaries("rope", p);
   if (p.axes) check_axes(p);
-  prepare_outputs(p, element_size(p.dtype));
   const RopeTokens tokens = kernel();
   const int64_t heads = p.tensors[0].heads + p.tensors[1].heads;
   share_out(p.batch * p.seqlen, heads * p.head_dim * element_size(p.dtype),
             [&](int64_t begin, int64_t end) { tokens(p, begin, end); });
 }
 
+using Ops = RopeOps<launch, fresh_like>;
+
 int64_t cpu_capability() { return capability(); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(extrope, CPU, m) {
-  m.impl("rope_fwd", TORCH_BOX(&RopeOps<launch>::fwd));
-  m.impl("rope_bwd", TORCH_BOX(&RopeOps<launch>::bwd));
-  m.impl("rope_inplace", TORCH_BOX(&RopeOps<launch>::inplace));
+  m.impl("rope_fwd", TORCH_BOX(&Ops::fwd));
+  m.impl("rope_bwd", TORCH_BOX(&Ops::bwd));
+  m.impl("rope_inplace", TORCH_BOX(&Ops::inplace));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(extrope, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+  m.impl("cpu_release_memory", TORCH_BOX(&release_kept_pages));
 }
 
 }  // namespace extrope

@@ -20,6 +20,7 @@ namespace extrope {
 namespace {
 
 constexpr int64_t kBlock = 16;  // tokens
+constexpr int64_t kBytesReadAhead = 2048, kBytesWrittenAhead = 1024;
 
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -188,6 +189,16 @@ void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<doubl
   }
 }
 
+// Asks for the cache lines of the row that is some steps of the loop ahead: left to itself the
+// processor looks no further than a page, and for lines that are only written not at all.
+template <typename T>
+inline void fetch(const T* row, int64_t step, int64_t bytes_ahead, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  const int64_t steps = std::max<int64_t>(bytes_ahead / bytes, 1);
+  const char* first = reinterpret_cast<const char*>(row + steps * step);
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(first + i);
+}
+
 template <typename T, bool Interleaved>
 void rotate_one(const RopeParams& p, const RopeTensor& tensor, const Token<double>& token,
                 int64_t head, const Wide<T>* cos, const Wide<T>* sin) {
@@ -206,7 +217,11 @@ void rotate_one(const RopeParams& p, const RopeTensor& tensor, const Token<doubl
   } else {
     rotate_row<T, Interleaved, false>({in, out, nullptr}, half, cos, sin, nullptr);
   }
-  if (in != out && p.head_dim > p.rotary_dim) {
+  const int64_t bytes = p.head_dim * sizeof(T);
+  fetch(in, std::min(tensor.in_head, tensor.in_seq), kBytesReadAhead, bytes);
+  if (in == out) return;
+  fetch(out, std::min(tensor.out_head, tensor.out_seq), kBytesWrittenAhead, bytes);
+  if (p.head_dim > p.rotary_dim) {
     std::memcpy(out + p.rotary_dim, in + p.rotary_dim, (p.head_dim - p.rotary_dim) * sizeof(T));
   }
 }

@@ -16,6 +16,8 @@ void launch(const PermuteParams& p, int device_index) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(extrope, CUDA, m) { m.impl("permute_fwd", TORCH_BOX(&forward<launch>)); }
+STABLE_TORCH_LIBRARY_IMPL(extrope, CUDA, m) {
+  m.impl("permute_fwd", TORCH_BOX(&PermuteOps<launch>::forward));
+}
 
 }  // namespace extrope::permute

@@ -25,7 +25,8 @@ struct HeadGroups {
 };
 
 // GRAD: able to sum the angle gradient; the one-element kernel always is, to save instantiations.
-// AXES: positions by axis, which would cost the others registers.
+// AXES: able to take positions by axis, which would cost the others registers; the one-element
+// kernel is too.
 template <typename T, int VEC, bool INTERLEAVED, bool GRAD, bool AXES>
 struct Worker {
   using Acc = Accumulator<T>;
@@ -256,7 +257,7 @@ int choose(const RopeParams& p, void* stream, int device) {
                            : launch<T, VEC, false, true, AXES>(p, stream, device);
     }
   }
-  return launch<T, 1, false, true, AXES>(p, stream, device);
+  return launch<T, 1, false, true, true>(p, stream, device);
 }
 
 template <bool AXES>

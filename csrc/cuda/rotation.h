@@ -111,7 +111,7 @@ __device__ inline void pair_rotation(const RopeParams& p, const Token<double>& t
   const double frequency = p.inv_freq_is_f64
                                ? static_cast<const double*>(p.inv_freq)[at]
                                : static_cast<double>(static_cast<const float*>(p.inv_freq)[at]);
-  const double position = AXES ? position_on_axis(p, token, pair) : token.position;
+  const double position = AXES && p.axes ? position_on_axis(p, token, pair) : token.position;
   Acc s, c;
   sin_cos(position * frequency, &s, &c);
   Acc scale = static_cast<Acc>(p.amplitude);

@@ -116,9 +116,10 @@ def _launch(case: Case) -> None:
     rotate([q, k], [torch.empty_like(x) for x in (q, k)], saved, angle_grad, rotation)
 
 
-# (dtype, elements of an access, layout, direction), each with positions by axis or not.
-CUDA_KERNELS = [(dtype, 1, "halves", "gradient") for dtype in DTYPES] + [
-    (dtype, 16 // itemsize(dtype), *kind.split()) for dtype in DTYPES[:3] for kind in KINDS
+# (dtype, elements of an access, layout, direction, positions by axis)
+CUDA_KERNELS = [(dtype, 1, "halves", "gradient", True) for dtype in DTYPES] + [
+    (dtype, 16 // itemsize(dtype), *kind.split(), axes)
+    for dtype, kind, axes in product(DTYPES[:3], KINDS, (False, True))
 ]
 BLOCK, UNROLLED = 128, {"forward": 4, "gradient": 2}  # threads, heads
 SYMBOL = re.compile(r"rope_kernelI(\w+?)Li(\d+)ELb(\d)ELb(\d)ELb(\d)EEEv")
@@ -127,10 +128,7 @@ TYPES = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half
 
 def cuda_cases() -> list[Case]:
     """One kernel serves every head_dim, and one by elements whatever no vector fits."""
-    return [
-        _cuda_case(chip, *kernel, axes)
-        for chip, kernel, axes in product(CAPABILITIES, CUDA_KERNELS, (False, True))
-    ]
+    return [_cuda_case(chip, *kernel) for chip, kernel in product(CAPABILITIES, CUDA_KERNELS)]
 
 
 def _cuda_case(chip: int, dtype: str, elements: int, layout: str, direction: str, axes) -> Case:
