@@ -8,8 +8,8 @@ namespace extrope {
 enum Capability : int64_t { kBaseline, kAvx2, kAvx512, kAmx };
 
 // EXTROPE_CPU_CAPABILITY lowers the choice, for tests of the narrower kernels on a wider processor.
-// kAmx stands for the tiles of AMX and AVX-512 with its bf16 conversions; only the attention's
-// forward in bf16 has a form for it.
+// kAmx stands for the tiles of AMX and AVX-512 with its bf16 conversions; only the forwards of the
+// attention and of linear attention in bf16 have a form for it.
 Capability capability();
 
 }  // namespace extrope

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "permute.h"
 #include "simd.h"
@@ -52,20 +53,27 @@ inline void store_first(Word* to, Vector<Word> v, int64_t count) {
   if constexpr (sizeof(Word) == 8) _mm512_mask_storeu_epi64(to, mask, bits_as<__m512i>(v));
 }
 
-// A row that fits in Vectors registers: one instruction picks from two of them, and the lane's
-// upper bits say which two. May run in place of `lanes`.
+// The lanes `lane` of a row that fits in Vectors registers: one instruction picks from two of them,
+// and the lane's upper bits say which two.
+template <int Vectors, typename V>
+inline V pick(const V (&row)[Vectors], V lane) {
+  using Word = std::remove_reference_t<decltype(lane[0])>;
+  const V pair = lane / Word(2 * sizeof(V) / sizeof(Word));
+  V picked = __builtin_shuffle(row[0], row[Vectors > 1], lane);
+  for (int v = 2; v < Vectors; v += 2) {
+    picked = pair == Word(v / 2) ? __builtin_shuffle(row[v], row[v + 1], lane) : picked;
+  }
+  return picked;
+}
+
+// May run in place of `lanes`.
 template <typename Word, int Vectors>
 void gather_registers(const Word* in, const Word* lanes, Word* out, int64_t dim) {
   constexpr int64_t n = kLanes<Word>;
   Vector<Word> row[Vectors];
   for (int v = 0; v < Vectors; ++v) row[v] = load_first(in + v * n, dim - v * n);
   for (int64_t c = 0; c < dim; c += n) {
-    const Vector<Word> lane = load_first(lanes + c, dim - c), pair = lane / Word(2 * n);
-    Vector<Word> picked = __builtin_shuffle(row[0], row[Vectors > 1], lane);
-    for (int v = 2; v < Vectors; v += 2) {
-      picked = pair == Word(v / 2) ? __builtin_shuffle(row[v], row[v + 1], lane) : picked;
-    }
-    store_first(out + c, picked, dim - c);
+    store_first(out + c, pick(row, load_first(lanes + c, dim - c)), dim - c);
   }
 }
 

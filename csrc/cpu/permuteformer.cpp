@@ -25,7 +25,13 @@ constexpr int64_t kDotGrain = 256;  // tokens
         sweep_dots_##isa                                                                        \
   }
 
-SweepKernels kernels() {
+SweepKernels kernels(const SweepParams& p) {
+#if defined(EXTROPE_HAS_AMX)
+  if (capability() == kAmx && can_use_tiles(p)) {
+    return {sweep_plan_amx, sweep_gather_amx, sweep_part_amx,
+            sweep_load_amx, sweep_save_amx,   sweep_dots_avx512};
+  }
+#endif
 #if defined(__x86_64__)
   switch (capability()) {
     case kAmx:
@@ -59,7 +65,7 @@ void run_permuted(SweepParams& p, PermuteParams by, int64_t offset) {
   const permute::Decomposition decomposition(by);
   const PermuteCycles cycles = decomposition.cycles();
   p.permute = &by, p.cycles = &cycles;
-  Run(p, kernels())();
+  Run(p, kernels(p))();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_sweep(
@@ -98,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_sweep(
     p.last_sum = static_cast<float*>(sum.data_ptr());
   }
   if (!permutations.has_value()) {
-    Run(p, kernels())();
+    Run(p, kernels(p))();
   } else {
     run_permuted(p, permute::make_params(x, y, *permutations, positions, cu_seqlens), offset);
   }
@@ -115,7 +121,7 @@ Tensor row_dots(Tensor x, Tensor y, bool packed) {
       packed ? torch::stable::new_empty(x, {p.x.heads, p.seqlen}, ScalarType::Float)
              : torch::stable::new_empty(x, {p.batch, p.x.heads, p.seqlen}, ScalarType::Float);
   float* data = static_cast<float*>(out.data_ptr());
-  const SweepKernels kernel = kernels();
+  const SweepKernels kernel = kernels(p);
   torch::stable::parallel_for(0, p.batch * p.seqlen, kDotGrain, [&](int64_t begin, int64_t end) {
     kernel.dots(p, begin, end, data);
   });

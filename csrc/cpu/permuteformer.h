@@ -16,7 +16,16 @@ struct SweepPlan {
 
 // A state is laid out as the kernels of one instruction set like it.
 using PlanSweep = SweepPlan (*)(const SweepParams&);
-using RunPart = void (*)(const SweepParams&, const SweepPart&, float* workspace, float* state);
+// The chunk that a thread visits next, of `states` neighbours: fetched by the calls for this one, a
+// share of its tokens by each.
+struct SweepNext {
+  SweepPart part;  // the first state's; without tokens where there is none
+  int64_t states, share;
+};
+
+// For a part of one chunk at most.
+using RunPart = void (*)(const SweepParams&, const SweepPart&, const SweepNext&, float* workspace,
+                         float* state);
 using ConvertState = void (*)(const SweepParams&, const SweepPart&, float* state);
 // out[row] = <a[row], b[row]> over the last dimension, as RowNumbers, for rows begin to end.
 using DotRows = void (*)(const SweepParams&, int64_t begin, int64_t end, float* out);
@@ -29,18 +38,29 @@ struct SweepKernels {
   DotRows dots;             // of x and y
 };
 
-#define EXTROPE_DECLARE(isa)                                                               \
-  SweepPlan sweep_plan_##isa(const SweepParams&);                                          \
-  void sweep_gather_##isa(const SweepParams&, const SweepPart&, float* workspace, float*); \
-  void sweep_part_##isa(const SweepParams&, const SweepPart&, float* workspace, float*);   \
-  void sweep_load_##isa(const SweepParams&, const SweepPart&, float*);                     \
-  void sweep_save_##isa(const SweepParams&, const SweepPart&, float*);                     \
+#define EXTROPE_DECLARE_SWEEPS(isa)                                                                \
+  SweepPlan sweep_plan_##isa(const SweepParams&);                                                  \
+  void sweep_gather_##isa(const SweepParams&, const SweepPart&, const SweepNext&, float*, float*); \
+  void sweep_part_##isa(const SweepParams&, const SweepPart&, const SweepNext&, float*, float*);   \
+  void sweep_load_##isa(const SweepParams&, const SweepPart&, float*);                             \
+  void sweep_save_##isa(const SweepParams&, const SweepPart&, float*);
+#define EXTROPE_DECLARE(isa)  \
+  EXTROPE_DECLARE_SWEEPS(isa) \
   void sweep_dots_##isa(const SweepParams&, int64_t, int64_t, float*);
 
 EXTROPE_DECLARE(baseline)
 EXTROPE_DECLARE(avx2)
 EXTROPE_DECLARE(avx512)
 
+EXTROPE_DECLARE_SWEEPS(amx)
+
 #undef EXTROPE_DECLARE
+#undef EXTROPE_DECLARE_SWEEPS
+
+// Whether there is a form for AMX: for the forward in bf16.
+inline bool can_use_tiles(const SweepParams& p) {
+  return p.dtype == DType::bf16 && p.phi_scores && !p.extra && !p.gate.data && !p.x_scale.data &&
+         !p.y_scale.data && p.y.heads <= p.heads;
+}
 
 }  // namespace extrope

@@ -13,6 +13,8 @@
 namespace extrope {
 namespace {
 
+constexpr int64_t kLinesOfBlock = 9;  // fetched with each product of a block of sums
+
 // ----------------------------------------------------------------------------------------------
 // Products
 
@@ -29,32 +31,39 @@ inline float total(floats v) {
   return add_across<1>(v, kLanes)[0];
 }
 
-EXTROPE_INLINE void scale_rows(Sums<kTallRows, kWideVectors>& sums, const float* factors) {
+template <int Rows>
+EXTROPE_INLINE void scale_rows(Sums<Rows, kWideVectors>& sums, const float* factors) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kTallRows; ++i) {
+  for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 16
     for (int j = 0; j < kWideVectors; ++j) sums.at[i][j] *= broadcast(factors[i]);
   }
 }
 
-// scores[i][j] = decay^(i - j) <x_i, y_j>, for j up to the end of i's block of rows.
-void make_scores(const Part& part, const Chunk& chunk) {
+// scores[i][j] = decay^(i - j) <x_i, y_j> for kTallRows rows from i and the columns from j.
+template <int Vectors>
+EXTROPE_INLINE void make_block_of_scores(const Part& part, int64_t i, int64_t j) {
   const Scratch& s = part.s;
+  Sums<kTallRows, Vectors> sums{};
+  part.ahead.fetch(kLinesOfBlock);
+  multiply_add(sums, s.x + i * part.n.lane_step, part.n.lane_step, 1, s.y_columns + j, kChunk,
+               part.n.depth);
+  const float* powers = s.falling + (kChunk - 1 - i) + j;
+#pragma GCC unroll 16
+  for (int r = 0; r < kTallRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < Vectors; ++v) sums.at[r][v] *= load<floats>(powers - r + v * kFloats);
+  }
+  store_sums(sums, s.scores + i * kChunk + j, kChunk);
+}
+
+// Up to the end of each block of rows.
+void make_scores(const Part& part, const Chunk& chunk) {
   for (int64_t i = 0; i < chunk.rows; i += kTallRows) {
-    for (int64_t j = 0; j < smaller(i + kTallRows, chunk.count); j += kWide) {
-      Sums<kTallRows, kWideVectors> sums{};
-      multiply_add(sums, s.x + i * part.n.lanes, part.n.lanes, 1, s.y_columns + j, kChunk,
-                   part.n.depth);
-      const float* powers = s.falling + (kChunk - 1 - i) + j;
-#pragma GCC unroll 16
-      for (int r = 0; r < kTallRows; ++r) {
-#pragma GCC unroll 16
-        for (int v = 0; v < kWideVectors; ++v) {
-          sums.at[r][v] *= load<floats>(powers - r + v * kFloats);
-        }
-      }
-      store_sums(sums, s.scores + i * kChunk + j, kChunk);
-    }
+    const int64_t end = smaller(i + kTallRows, chunk.count);
+    int64_t j = 0;
+    for (; j + kFloats < end; j += kWide) make_block_of_scores<kWideVectors>(part, i, j);
+    if (j < end) make_block_of_scores<1>(part, i, j);
   }
 }
 
@@ -62,16 +71,16 @@ void make_scores(const Part& part, const Chunk& chunk) {
 void sum_scores(const Part& part, const Chunk& chunk) {
   const Scratch& s = part.s;
   for (int64_t i = 0; i < chunk.count; ++i) {
-    floats before{}, here{};
+    floats sums{};
     for (int64_t d = 0; d < part.n.lanes; d += kFloats) {
-      before += load<floats>(s.x + i * part.n.lanes + d) * load<floats>(part.sum + d);
+      sums += load<floats>(s.x + i * part.n.lane_step + d) * load<floats>(part.sum + d);
     }
     if (part.p.causal) {
+      sums *= broadcast(s.rising[i + 1]);
       const int64_t end = smaller(i / kTallRows * kTallRows + kTallRows, chunk.count);
-      for (int64_t j = 0; j < end; j += kFloats) here += load<floats>(s.scores + i * kChunk + j);
+      for (int64_t j = 0; j < end; j += kFloats) sums += load<floats>(s.scores + i * kChunk + j);
     }
-    const float decayed = part.p.causal ? s.rising[i + 1] : 1.0f;
-    s.den[i] = decayed * total(before) + total(here);
+    s.den[i] = total(sums);
   }
 }
 
@@ -81,19 +90,22 @@ void make_rows(const Part& part, const Chunk& chunk, bool fresh) {
   const Sizes& n = part.n;
   for (int64_t i = 0; i < chunk.rows; i += kTallRows) {
     for (int64_t f = 0; f < n.wide; f += kWide) {
-      float* out = s.out + i * n.wide + f;
+      float* out = s.out + i * n.row_step + f;
       Sums<kTallRows, kWideVectors> sums{};
       if (fresh) {
-        multiply_add(sums, s.x + i * n.lanes, n.lanes, 1, part.state + f, n.wide, n.depth);
+        part.ahead.fetch(kLinesOfBlock);
+        multiply_add(sums, s.x + i * n.lane_step, n.lane_step, 1, part.state + f, n.row_step,
+                     n.depth);
       } else {
-        load_sums(sums, out, n.wide);
+        load_sums(sums, out, n.row_step);
       }
       if (part.p.causal) {
         if (fresh && part.p.decay) scale_rows(sums, s.rising + i + 1);
-        multiply_add(sums, s.scores + i * kChunk, kChunk, 1, s.w + f, n.wide,
+        part.ahead.fetch(kLinesOfBlock);
+        multiply_add(sums, s.scores + i * kChunk, kChunk, 1, s.w + f, n.row_step,
                      smaller(i + kTallRows, chunk.count));
       }
-      store_sums(sums, out, n.wide);
+      store_sums(sums, out, n.row_step);
     }
   }
 }
@@ -103,26 +115,27 @@ void add_to_state(const Part& part, const Chunk& chunk, bool shrink) {
   const Scratch& s = part.s;
   const Sizes& n = part.n;
   const bool decays = part.p.decay != nullptr;
-  if (decays) {
-    for (int64_t j = 0; j < chunk.count; ++j) {
-      scale_row(s.y + j * n.lanes, n.lanes, s.rising[chunk.count - 1 - j]);
-    }
-  }
   float factors[kTallRows];
   for (float& factor : factors) factor = shrink ? s.rising[chunk.count] : 1.0f;
+  for (int64_t d = 0; d < n.lanes; d += kFloats) {
+    floats sum = load<floats>(part.sum + d) * broadcast(factors[0]);
+    for (int64_t j = 0; j < chunk.count; ++j) {
+      float* y = s.y + j * n.lane_step + d;
+      const floats decayed = load<floats>(y) * broadcast(s.rising[chunk.count - 1 - j]);
+      sum += decayed;
+      store(y, decayed);
+    }
+    store(part.sum + d, sum);
+  }
   for (int64_t d = 0; d < n.rows; d += kTallRows) {
     for (int64_t f = 0; f < n.wide; f += kWide) {
       Sums<kTallRows, kWideVectors> sums;
-      load_sums(sums, part.state + d * n.wide + f, n.wide);
+      load_sums(sums, part.state + d * n.row_step + f, n.row_step);
       if (decays) scale_rows(sums, factors);
-      multiply_add(sums, s.y + d, 1, n.lanes, s.w + f, n.wide, chunk.count);
-      store_sums(sums, part.state + d * n.wide + f, n.wide);
+      part.ahead.fetch(kLinesOfBlock);
+      multiply_add(sums, s.y + d, 1, n.lane_step, s.w + f, n.row_step, chunk.count);
+      store_sums(sums, part.state + d * n.row_step + f, n.row_step);
     }
-  }
-  for (int64_t d = 0; d < n.lanes; d += kFloats) {
-    floats sum = load<floats>(part.sum + d) * broadcast(factors[0]);
-    for (int64_t j = 0; j < chunk.count; ++j) sum += load<floats>(s.y + j * n.lanes + d);
-    store(part.sum + d, sum);
   }
 }
 
@@ -132,11 +145,10 @@ void add_to_state(const Part& part, const Chunk& chunk, bool shrink) {
 template <typename T, typename Out>
 void finish(const Part& part, const Chunk& chunk, int64_t head) {
   const SweepParams& p = part.p;
-  const int64_t out_head = first_head(p, part.part, p.out.heads) + head;
-  const int64_t gate_head = first_head(p, part.part, p.gate.heads) + head;
+  const Walk<Out> out = part.walk<Out>(p.out, head, chunk.first);
   for (int64_t i = 0; i < chunk.count; ++i) {
     const int64_t at = chunk.first + i;
-    float* row = part.s.out + i * part.n.wide;
+    float* row = part.s.out + i * part.n.row_step;
     float factor = 1.0f;
     if (p.den) {
       *part.number({p.den, p.x.heads}, head, at) = part.s.den[i];
@@ -145,10 +157,10 @@ void finish(const Part& part, const Chunk& chunk, int64_t head) {
       factor = *part.number(p.x_scale, head, at);
     }
     if (p.gate.data) {
-      const T* gate = static_cast<const T*>(p.gate.data) + part.offset(p.gate, gate_head, at);
+      const T* gate = part.walk<const T>(p.gate, head, at)[0];
       for (int64_t d = 0; d < p.value_dim; ++d) row[d] = widen(gate[d]) > 0.0f ? row[d] : 0.0f;
     }
-    Out* to = static_cast<Out*>(p.out.data) + part.offset(p.out, out_head, at);
+    Out* to = out[i];
     int64_t d = 0;
     for (; d + kFloats <= p.value_dim; d += kFloats) {
       store_narrow(to + d, load<floats>(row + d) * broadcast(factor));
@@ -180,21 +192,11 @@ void sweep_chunk(const Part& part, const Chunk& chunk) {
 }
 
 template <typename T>
-void sweep(const Part& part) {
-  for (int64_t i = 0; i < part.part.count; i += kChunk) {
-    sweep_chunk<T>(part, Chunk(part, part.part.first + i));
-  }
-}
-
-template <typename T>
-void gather(const Part& part) {
-  for (int64_t i = 0; i < part.part.count; i += kChunk) {
-    const Chunk chunk(part, part.part.first + i);
-    if (part.p.permute) take_powers<T>(part, chunk);
-    for (int64_t y = 0; y < heads_of_state(part.p, part.p.y.heads); ++y) {
-      pack_yw<T>(part, chunk, y);
-      add_to_state(part, chunk, y == 0);
-    }
+void gather_chunk(const Part& part, const Chunk& chunk) {
+  if (part.p.permute) take_powers<T>(part, chunk);
+  for (int64_t y = 0; y < heads_of_state(part.p, part.p.y.heads); ++y) {
+    pack_yw<T>(part, chunk, y);
+    add_to_state(part, chunk, y == 0);
   }
 }
 
@@ -227,55 +229,37 @@ void dots(const SweepParams& p, int64_t begin, int64_t end, float* out) {
       return function<float>(__VA_ARGS__);    \
   }
 
-// Between a state as the kernel keeps it and as the caller does.
-template <bool Load>
-void convert(const SweepParams& p, const SweepPart& part, float* state) {
-  const Sizes n(p);
-  const int64_t at = part.sequence * p.heads + part.head;
-  for (int64_t d = 0; d < p.score_dim; ++d) {
-    float* row = state + d * n.wide;
-    const int64_t outside = (at * p.score_dim + d) * p.value_dim;
-    if constexpr (Load) {
-      std::memcpy(row, p.first_state + outside, p.value_dim * sizeof(float));
-    } else {
-      std::memcpy(p.last_state + outside, row, p.value_dim * sizeof(float));
-    }
-  }
-  float* sum = state + n.rows * n.wide;
-  if constexpr (Load) {
-    std::memcpy(sum, p.first_sum + at * p.score_dim, p.score_dim * sizeof(float));
-  } else {
-    std::memcpy(p.last_sum + at * p.score_dim, sum, p.score_dim * sizeof(float));
-  }
-}
-
 }  // namespace
 
 SweepPlan EXTROPE_EXPAND(sweep_plan_, EXTROPE_ISA)(const SweepParams& p) {
   const Sizes n(p);
-  return {kChunk, n.rows * n.wide + n.lanes, Scratch(n, nullptr).space.used()};
+  return {kChunk, n.rows * n.row_step + n.lanes, Scratch(n, nullptr).space.used()};
 }
 
 void EXTROPE_EXPAND(sweep_gather_, EXTROPE_ISA)(const SweepParams& p, const SweepPart& part,
-                                                float* workspace, float* state) {
-  const Part whole(p, part, workspace, state);
-  EXTROPE_BY_TYPE(p.dtype, gather, whole)
+                                                const SweepNext& next, float* workspace,
+                                                float* state) {
+  Ahead ahead(p, next, false);
+  const Part whole(p, part, ahead, workspace, state);
+  EXTROPE_BY_TYPE(p.dtype, gather_chunk, whole, Chunk(part))
 }
 
 void EXTROPE_EXPAND(sweep_part_, EXTROPE_ISA)(const SweepParams& p, const SweepPart& part,
-                                              float* workspace, float* state) {
-  const Part whole(p, part, workspace, state);
-  EXTROPE_BY_TYPE(p.dtype, sweep, whole)
+                                              const SweepNext& next, float* workspace,
+                                              float* state) {
+  Ahead ahead(p, next, true);
+  const Part whole(p, part, ahead, workspace, state);
+  EXTROPE_BY_TYPE(p.dtype, sweep_chunk, whole, Chunk(part))
 }
 
 void EXTROPE_EXPAND(sweep_load_, EXTROPE_ISA)(const SweepParams& p, const SweepPart& part,
                                               float* state) {
-  convert<true>(p, part, state);
+  convert_state<Sizes, true>(p, part, state);
 }
 
 void EXTROPE_EXPAND(sweep_save_, EXTROPE_ISA)(const SweepParams& p, const SweepPart& part,
                                               float* state) {
-  convert<false>(p, part, state);
+  convert_state<Sizes, false>(p, part, state);
 }
 
 void EXTROPE_EXPAND(sweep_dots_, EXTROPE_ISA)(const SweepParams& p, int64_t begin, int64_t end,

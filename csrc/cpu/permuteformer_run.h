@@ -83,7 +83,7 @@ class Run {
     each(count, [&](int64_t i, float* workspace) {
       std::fill_n(state(i), plan_.state, 0.0f);
       if (p_.causal && is_last(i)) return;
-      kernel_.gather(p_, parts_[i], workspace, state(i));
+      gather(i, workspace);
     });
     p_.causal ? chain() : join();
     const int64_t group = grouped();
@@ -110,15 +110,26 @@ class Run {
     return group;
   }
 
+  // The chunk of a part that begins `first` tokens behind it, for a kernel.
+  SweepPart chunk(int64_t i, int64_t first) const {
+    SweepPart part = parts_[i];
+    part.count = std::min(plan_.chunk, part.count - first);
+    part.first += first;
+    return part;
+  }
+
+  void gather(int64_t i, float* workspace) {
+    for (int64_t first = 0; first < parts_[i].count; first += plan_.chunk) {
+      kernel_.gather(p_, chunk(i, first), {chunk(i, first + plan_.chunk), 1, 0}, workspace,
+                     state(i));
+    }
+  }
+
   void sweep(int64_t begin, int64_t end, float* workspace) {
-    const SweepPart& whole = parts_[begin];
-    const int64_t step = end - begin == 1 ? std::max<int64_t>(whole.count, 1) : plan_.chunk;
-    for (int64_t first = 0; first < whole.count; first += step) {
-      for (int64_t i = begin; i < end; ++i) {
-        SweepPart part = parts_[i];
-        part.first += first;
-        part.count = std::min(step, whole.count - first);
-        kernel_.sweep(p_, part, workspace, state(i));
+    for (int64_t first = 0; first < parts_[begin].count; first += plan_.chunk) {
+      SweepNext next{chunk(begin, first + plan_.chunk), end - begin, 0};
+      for (int64_t i = begin; i < end; ++i, ++next.share) {
+        kernel_.sweep(p_, chunk(i, first), next, workspace, state(i));
       }
     }
     for (int64_t i = begin; i < end; ++i) {

@@ -44,7 +44,8 @@ def permuteformer_attention(
     out_i = sum_j s_ij v_j / sum_j s_ij over j <= i, with s_ij = r**(i - j) <phi(q_i)[pi^i],
     phi(k_j)[pi^j]> and phi(x) = relu(x) + 1e-3. Only powers of r within a chunk of tokens are ever
     formed, so no length overflows. Sums are float32, of chunks in order: the rounding of a row
-    that sees n tokens grows with n over the length of a chunk (96 on a CPU), not with n.
+    that sees n tokens grows with n over the length of a chunk (48 on a CPU, 96 with
+    AMX), not with n.
 
     q: (batch, seqlen, heads_q, head_dim), not permuted; float32, bfloat16, float16 or float64; any
         strides with a contiguous last dimension. With cu_seqlens (total, heads, head_dim).
