@@ -1,9 +1,9 @@
-// What the forward and the backward of the attention share on processors with AMX: operands in
-// tiles. Rows, keys and panels are those of attention_tile.h.
+// Operands of the attention in tiles, on processors with AMX. Rows, keys and panels are those of
+// attention_tile.h.
 #pragma once
 
 #include "amx.h"
-#include "attention_tile.h"
+#include "attention_walk.h"
 
 namespace extrope {
 namespace {
@@ -17,30 +17,46 @@ inline bf16* take_values(Workspace& space, int64_t values) {
   return reinterpret_cast<bf16*>(space.take(values / 2));
 }
 
-// -inf where a lane does not see a key, for kRows keys.
-inline void mask_rows(float* scores, const LaneKeys& visible, int64_t key) {
+// The scores of kRows keys: of `found` what a lane sees, else those of earlier regions, or -inf.
+inline void merge_rows(const float* found, const LaneKeys& visible, int64_t key, bool first,
+                       float* scores) {
   for (int i = 0; i < kRows; ++i) {
     const ints here = ints{} + static_cast<int32_t>(key + i);
     for (int j = 0; j < kPanelVectors; ++j) {
-      float* at = scores + i * kPanel + j * kFloats;
+      const int64_t at = i * kPanel + j * kFloats;
       const ints seen = (here >= visible.first[j]) & (here < visible.last[j]);
-      store(at, seen ? load<floats>(at) : floats{} - __builtin_inff());
+      const floats rest = first ? floats{} - __builtin_inff() : load<floats>(scores + at);
+      store(scores + at, seen ? load<floats>(found + at) : rest);
     }
   }
 }
 
+// A row of q, turned and rounded into `turned` where it turns.
+inline const bf16* lane_row(const TileLanes& lanes, const AttentionTensor& x,
+                            const AttentionTurn& turn, int64_t lane, bf16* turned) {
+  const bf16* row = static_cast<const bf16*>(x.data) + lanes.offset(x, lane);
+  const float* by = turn_at(turn, lanes.tile.batch, lanes.tile.token_q + lanes.row(lane));
+  if (!by) return row;
+  float wide[kMaxHeadDim];
+  read_row(lanes.p, row, by, wide);
+  narrow_row(wide, lanes.p.head_dim, turned);
+  return turned;
+}
+
 // (panels, dim / 32, kPanelTiles) right tiles of 16 lanes: x transposed.
-inline void pack_lane_pairs(const TileLanes& lanes, const AttentionTensor& x, bf16* to) {
+inline void pack_lane_pairs(const TileLanes& lanes, const AttentionTensor& x,
+                            const AttentionTurn& turn, bf16* to) {
   const int64_t dim = lanes.p.head_dim, dim_tiles = dim_tiles_of(lanes.p);
+  bf16 turned[kSide][kMaxHeadDim];
   for (int64_t first = 0; first < lanes.panels * kPanel; first += kSide) {
+    const int64_t count = smaller(kSide, greater(lanes.count - first, 0));
+    const bf16* row[kSide];
+    for (int64_t i = 0; i < count; ++i) row[i] = lane_row(lanes, x, turn, first + i, turned[i]);
     bf16* panel = to + first / kPanel * dim_tiles * kPanel * kDepth + first % kPanel * kDepth;
     for (int64_t d = 0; d < dim_tiles; ++d) {
       words rows[kSide];
       for (int64_t i = 0; i < kSide; ++i) {
-        rows[i] = first + i < lanes.count ? load_values(static_cast<const bf16*>(x.data) +
-                                                            lanes.offset(x, first + i) + d * kDepth,
-                                                        dim - d * kDepth)
-                                          : words{};
+        rows[i] = i < count ? load_values(row[i] + d * kDepth, dim - d * kDepth) : words{};
       }
       transpose(rows);
       for (int64_t i = 0; i < kSide; ++i) store(panel + d * kPanel * kDepth + i * kDepth, rows[i]);
