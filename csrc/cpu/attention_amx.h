@@ -31,15 +31,35 @@ inline void merge_rows(const float* found, const LaneKeys& visible, int64_t key,
   }
 }
 
+// Turns a row and rounds it. Subnormal numbers become zero.
+inline void turn_values(const AttentionParams& p, const bf16* in, const float* by, bf16* out) {
+  const float *cos = by, *sin = by + p.half;
+  if (p.half % kFloats != 0) {
+    float wide[kMaxHeadDim];
+    read_row(p, in, by, wide);
+    return narrow_row(wide, p.head_dim, out);
+  }
+  for (int64_t i = 0; i < p.half; i += kFloats) {
+    const floats c = load<floats>(cos + i), s = load<floats>(sin + i);
+    if (p.interleaved) {
+      const auto [a, b] = load_pairs(in + 2 * i);
+      store(out + 2 * i, pair_values(a * c - b * s, b * c + a * s));
+    } else {
+      const floats a = load_wide(in + i), b = load_wide(in + p.half + i);
+      store(out + i, _mm512_cvtneps_pbh(bits_as<__m512>(a * c - b * s)));
+      store(out + p.half + i, _mm512_cvtneps_pbh(bits_as<__m512>(b * c + a * s)));
+    }
+  }
+  std::memcpy(out + 2 * p.half, in + 2 * p.half, (p.head_dim - 2 * p.half) * sizeof(bf16));
+}
+
 // A row of q, turned and rounded into `turned` where it turns.
 inline const bf16* lane_row(const TileLanes& lanes, const AttentionTensor& x,
                             const AttentionTurn& turn, int64_t lane, bf16* turned) {
   const bf16* row = static_cast<const bf16*>(x.data) + lanes.offset(x, lane);
   const float* by = turn_at(turn, lanes.tile.batch, lanes.tile.token_q + lanes.row(lane));
   if (!by) return row;
-  float wide[kMaxHeadDim];
-  read_row(lanes.p, row, by, wide);
-  narrow_row(wide, lanes.p.head_dim, turned);
+  turn_values(lanes.p, row, by, turned);
   return turned;
 }
 
