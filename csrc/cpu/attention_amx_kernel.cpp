@@ -187,7 +187,7 @@ void finish(const TileLanes& lanes, const Forward& w) {
     lanes.p.lse[lanes.statistic(lane)] =
         sum == 0.0f ? -__builtin_inff() : w.maximum[lane] * kLn2 + __builtin_logf(sum);
   }
-  unpack_sums<bf16>(lanes, w.out, w.scale, lanes.p.out);
+  unpack_sums(lanes, w.out, w.scale, lanes.p.out);
 }
 
 void forward(const TileLanes& lanes, const TilePlan& plan, const Forward& w) {

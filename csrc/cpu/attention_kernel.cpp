@@ -147,10 +147,10 @@ void finish(const TileLanes& lanes, const Forward& w) {
   LaneRows rows;
   for (int64_t first = 0; first < lanes.count; first += kFloats) {
     unpack_lanes(w.out, first, lanes.p.head_dim, w.scale, rows);
-    for (int64_t i = 0; i < smaller(kFloats, lanes.count - first); ++i) {
+    lanes.each_of_vector(first, [&](int64_t i, int64_t row, int64_t head) {
       narrow_row(rows[i], lanes.p.head_dim,
-                 static_cast<T*>(lanes.p.out.data) + lanes.offset(lanes.p.out, first + i));
-    }
+                 static_cast<T*>(lanes.p.out.data) + lanes.offset(lanes.p.out, row, head));
+    });
   }
 }
 
