@@ -54,6 +54,16 @@ def test_chunks(chunk_size, local_window, seqlen_q, seqlen_k, any_backend):
     check(any_backend, q, k, v, freqs, chunk_size, local_window)
 
 
+@pytest.mark.skipif(device() != "cpu", reason="about the CPU's blocks of 4, 8 or 32 keys")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "chunk_size, local_window", [(3, 1), (7, 0), (8, 1), (33, 2), (31, 0), (70, 6)]
+)
+def test_three_regions_in_a_block_of_keys_of_the_cpu(chunk_size, local_window, dtype):
+    q, k, v = make_qkv(1, 150, None, 4, 2, 16, dtype)
+    check("cpu", q, k, v, frequencies(16), chunk_size, local_window)
+
+
 def test_one_chunk_is_plain_attention(any_backend):
     q, k, v = make_qkv(1, 30, None, 2, 1)
     sizes = [{"chunk_size": 34, "local_window": 4}, {"chunk_size": 999, "local_window": 0}]

@@ -112,6 +112,31 @@ def test_windows_around_the_tiles_of_the_cpu(window):
     check("cpu", q, k, v, frequencies(16), window)
 
 
+@pytest.mark.skipif(device() != "cpu", reason="about the CPU's blocks of 4, 8 or 32 keys")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads_q", [1, 4])
+@pytest.mark.parametrize("window", [1, 7, 8, 9, 31, 32, 33, 47, 48, 49, 63, 64, 65, 161])
+def test_windows_around_the_blocks_of_the_cpu(window, heads_q, dtype):
+    """Where some rows of a block of keys are near and others far, or on neither side."""
+    q, k, v = make_qkv(1, 131, 165, heads_q, 1, 16, dtype)
+    check("cpu", q, k, v, frequencies(16), window)
+
+
+@pytest.mark.skipif(device() != "cpu", reason="about the CPU's blocks of 4, 8 or 32 keys")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_key_counts_once_for_any_window(dtype):
+    """Logits of 0, and values that name their key."""
+    n = 96
+    q, k, _ = make_qkv(1, n, None, 2, 1, n, dtype)
+    seen = torch.ones(n, n).tril()
+    for window in range(1, n + 1):
+        out, lse = call(0 * q, k, torch.eye(n).to(dtype)[None, :, None], frequencies(n), "cpu",
+                        window=window, return_lse=True)  # fmt: skip
+        assert torch.allclose(lse.exp(), seen.sum(1).expand_as(lse), rtol=1e-5), window
+        want = seen / seen.sum(1, keepdim=True)
+        assert torch.allclose(out[0].float(), want[:, None].expand(n, 2, n), rtol=2.0**-7), window
+
+
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 72, 96, 128, 256])
 def test_head_dims(head_dim, dtype, any_backend):

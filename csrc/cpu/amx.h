@@ -7,7 +7,7 @@
 
 #include <immintrin.h>
 
-#include "gemm.h"
+#include "transpose.h"
 
 namespace extrope {
 namespace {
@@ -92,26 +92,6 @@ EXTROPE_INLINE void add_product_of_tiles(const Factors& f, const SumsAt& to) {
 
 // ----------------------------------------------------------------------------------------------
 // Packing
-
-// Exchanges blocks of Size x Size words across the diagonal of blocks twice that size.
-template <int Size, int... I>
-EXTROPE_INLINE void exchange(words (&x)[16], std::integer_sequence<int, I...>) {
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    if (i & Size) continue;
-    const words a = x[i], b = x[i + Size];
-    x[i] = __builtin_shuffle(a, b, ints{(I & Size ? 16 + I - Size : I)...});
-    x[i + Size] = __builtin_shuffle(a, b, ints{(I & Size ? 16 + I : I + Size)...});
-  }
-}
-
-EXTROPE_INLINE void transpose(words (&x)[16]) {
-  constexpr std::make_integer_sequence<int, 16> all;
-  exchange<8>(x, all);
-  exchange<4>(x, all);
-  exchange<2>(x, all);
-  exchange<1>(x, all);
-}
 
 // `count` values, then zeros; nothing is read behind them.
 EXTROPE_INLINE words load_values(const bf16* from, int64_t count) {

@@ -199,6 +199,7 @@ std::tuple<Tensors, Tensors, Tensor> backward(Tensor dout, OptionalTensor dlse, 
   AttentionParams p = make_params(
       q, k, v,
       {row_scale, cu_seqlens, starts, granularity, softmax_scale, q_turns, k_turns, interleaved});
+  require(p.dtype == DType::f32 || q_turns.empty(), "the backward turns q in float32 only");
   const bool packed = cu_seqlens.has_value();
   check_like(dout, q[0], "dout", "q");
   check_like(out, q[0], "out", "q");

@@ -1,9 +1,9 @@
-// What the forward and the backward of the attention share on processors with AMX: operands in
-// tiles. Rows, keys and panels are those of attention_tile.h.
+// Operands of the attention in tiles, on processors with AMX. Rows, keys and panels are those of
+// attention_tile.h.
 #pragma once
 
 #include "amx.h"
-#include "attention_tile.h"
+#include "attention_walk.h"
 
 namespace extrope {
 namespace {
@@ -17,33 +17,87 @@ inline bf16* take_values(Workspace& space, int64_t values) {
   return reinterpret_cast<bf16*>(space.take(values / 2));
 }
 
-// -inf where a lane does not see a key, for kRows keys.
-inline void mask_rows(float* scores, const LaneKeys& visible, int64_t key) {
+// The scores of kRows keys: of `found` what a lane sees, else those of earlier regions, or -inf.
+inline void merge_rows(const float* found, const LaneKeys visible, int64_t key, bool first,
+                       float* scores) {
   for (int i = 0; i < kRows; ++i) {
     const ints here = ints{} + static_cast<int32_t>(key + i);
+#pragma GCC unroll 16
     for (int j = 0; j < kPanelVectors; ++j) {
-      float* at = scores + i * kPanel + j * kFloats;
+      const int64_t at = i * kPanel + j * kFloats;
       const ints seen = (here >= visible.first[j]) & (here < visible.last[j]);
-      store(at, seen ? load<floats>(at) : floats{} - __builtin_inff());
+      const floats rest = first ? floats{} - __builtin_inff() : load<floats>(scores + at);
+      store(scores + at, seen ? load<floats>(found + at) : rest);
     }
   }
 }
 
+// Turns a row and rounds it. Subnormal numbers become zero.
+inline void turn_values(const RowTurn& turn, const bf16* in, const float* by, bf16* out) {
+  const int64_t half = turn.half;
+  const float *cos = by, *sin = by + half;
+  if (half % kFloats != 0) {
+    float wide[kMaxHeadDim];
+    turn_row(turn, in, cos, sin, 1.0f, wide);
+    return narrow_row(wide, turn.dim, out);
+  }
+  for (int64_t i = 0; i < half; i += kFloats) {
+    const floats c = load<floats>(cos + i), s = load<floats>(sin + i);
+    if (turn.interleaved) {
+      const auto [a, b] = load_pairs(in + 2 * i);
+      store(out + 2 * i, pair_values(a * c - b * s, b * c + a * s));
+    } else {
+      const floats a = load_wide(in + i), b = load_wide(in + half + i);
+      store(out + i, _mm512_cvtneps_pbh(bits_as<__m512>(a * c - b * s)));
+      store(out + half + i, _mm512_cvtneps_pbh(bits_as<__m512>(b * c + a * s)));
+    }
+  }
+  std::memcpy(out + 2 * half, in + 2 * half, (turn.dim - 2 * half) * sizeof(bf16));
+}
+
+// The rows of kSide lanes: in their tensor, or as they are once turned.
+struct RowsOfLanes {
+  const bf16* at[kSide];
+  bf16 turned[kSide][kMaxHeadDim];
+};
+
+// Turns the rows of the lanes from `first` on, and fetches those of the next ones meanwhile.
+inline void read_lanes(const TileLanes& lanes, const AttentionTensor& x, const AttentionTurn& turn,
+                       int64_t first, RowsOfLanes& rows) {
+  const AttentionParams& p = lanes.p;
+  const RowTurn by{p.head_dim, p.half, p.interleaved};
+  const bf16* data = static_cast<const bf16*>(x.data);
+  lanes.each_of_vector(first + kSide, [&](int64_t, int64_t row, int64_t head) {
+    const bf16* next = data + lanes.offset(x, row, head);
+    for (int64_t d = 0; d < p.head_dim; d += kDepth) __builtin_prefetch(next + d);
+  });
+  lanes.each_of_vector(first, [&](int64_t i, int64_t row, int64_t head) {
+    rows.at[i] = data + lanes.offset(x, row, head);
+    const float* table = turn_at(turn, lanes.tile.batch, lanes.tile.token_q + row);
+    if (!table) return;
+    turn_values(by, rows.at[i], table, rows.turned[i]);
+    rows.at[i] = rows.turned[i];
+  });
+}
+
 // (panels, dim / 32, kPanelTiles) right tiles of 16 lanes: x transposed.
-inline void pack_lane_pairs(const TileLanes& lanes, const AttentionTensor& x, bf16* to) {
+inline void pack_lane_pairs(const TileLanes& lanes, const AttentionTensor& x,
+                            const AttentionTurn& turn, bf16* to) {
   const int64_t dim = lanes.p.head_dim, dim_tiles = dim_tiles_of(lanes.p);
+  RowsOfLanes rows;
   for (int64_t first = 0; first < lanes.panels * kPanel; first += kSide) {
+    read_lanes(lanes, x, turn, first, rows);
     bf16* panel = to + first / kPanel * dim_tiles * kPanel * kDepth + first % kPanel * kDepth;
     for (int64_t d = 0; d < dim_tiles; ++d) {
-      words rows[kSide];
+      words tile[kSide];
+#pragma GCC unroll 16
       for (int64_t i = 0; i < kSide; ++i) {
-        rows[i] = first + i < lanes.count ? load_values(static_cast<const bf16*>(x.data) +
-                                                            lanes.offset(x, first + i) + d * kDepth,
-                                                        dim - d * kDepth)
+        tile[i] = first + i < lanes.count ? load_values(rows.at[i] + d * kDepth, dim - d * kDepth)
                                           : words{};
       }
-      transpose(rows);
-      for (int64_t i = 0; i < kSide; ++i) store(panel + d * kPanel * kDepth + i * kDepth, rows[i]);
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; ++i) store(panel + d * kPanel * kDepth + i * kDepth, tile[i]);
     }
   }
 }
@@ -95,24 +149,25 @@ inline void pack_key_columns(const TileLanes& lanes, const AttentionTensor& x, c
 
 // The inverse of a transposed product: from (panels, dim / 16, kPanelTiles) tiles of sums to rows
 // of x.
-template <typename T>
 inline void unpack_sums(const TileLanes& lanes, const float* from, const float* scale,
                         const AttentionTensor& x) {
   const int64_t dim = lanes.p.head_dim, dim_tiles = 2 * dim_tiles_of(lanes.p);
   for (int64_t first = 0; first < lanes.count; first += kSide) {
     const float* panel =
         from + first / kPanel * dim_tiles * kPanel * kSide + first % kPanel * kSide;
+    bf16* to[kSide];
+    lanes.each_of_vector(first, [&](int64_t i, int64_t row, int64_t head) {
+      to[i] = static_cast<bf16*>(x.data) + lanes.offset(x, row, head);
+    });
     for (int64_t d = 0; d < dim; d += kSide) {
       words rows[kSide];
-      for (int64_t i = 0; i < kSide; ++i) {
-        rows[i] = load<words>(panel + d * kPanel + i * kSide);
-      }
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; ++i) rows[i] = load<words>(panel + d * kPanel + i * kSide);
       transpose(rows);
       for (int64_t i = 0; i < smaller(kSide, lanes.count - first); ++i) {
         float row[kSide];
         store(row, bits_as<floats>(rows[i]) * scale[first + i]);
-        narrow_row(row, smaller(kSide, dim - d),
-                   static_cast<T*>(x.data) + lanes.offset(x, first + i) + d);
+        narrow_row(row, smaller(kSide, dim - d), to[i] + d);
       }
     }
   }

@@ -24,22 +24,23 @@ struct Forward {
   Forward(const AttentionParams& p, const TilePlan& plan, float* begin) : space(begin) {
     const int64_t lanes = round_up(plan.rows * (p.heads_q / p.heads_k), kPanel);
     const int64_t dim = round_up(p.head_dim, kDepth);
-    q = take_values(space, lanes * dim);
-    keys = take_values(space, plan.keys * dim);
+    q = take_values(space, p.regions * lanes * dim);
+    keys = take_values(space, p.regions * plan.keys * dim);
     values = take_values(space, plan.keys * dim);
     weights = take_values(space, plan.keys * kPanel);
     scores = space.take(kRows * kPanel);
+    product = space.take(kRows * kPanel);
     out = space.take(lanes * dim);
     maximum = space.take(lanes);
     sum = space.take(lanes);
     scale = space.take(lanes);
   }
   Workspace space;
-  bf16* q;                       // (panels, dim / 32, kPanelTiles) right tiles of 16 lanes
-  bf16* keys;                    // (keys / 16, dim / 32) left tiles
+  bf16* q;                       // (regions, panels, dim / 32, kPanelTiles) right tiles of 16 lanes
+  bf16* keys;                    // (regions, keys / 16, dim / 32) left tiles
   bf16* values;                  // (dim / 16, keys / 32) left tiles, transposed
   bf16* weights;                 // (keys / 32, kPanelTiles) right tiles of 16 lanes
-  float* scores;                 // (kRows, kPanel)
+  float *scores, *product;       // (kRows, kPanel)
   float* out;                    // (panels, dim / 16, kPanelTiles) tiles of sums, transposed
   float *maximum, *sum, *scale;  // (lanes,), to base 2
 };
@@ -49,16 +50,32 @@ struct Visit {
   const Forward& w;
   const bf16* q;
   float* out;
+  int64_t next_q, next_keys;     // from one region to the next
   int64_t dim_tiles, key_tiles;  // of a step
   floats maximum[kPanelVectors], sum[kPanelVectors], scale[kPanelVectors];
 };
 
-// The scores of a block of keys.
-EXTROPE_INLINE void score(const Visit& v, int64_t key) {
+EXTROPE_INLINE void multiply_block(const Visit& v, int64_t region, int64_t key, float* to) {
+  const bf16 *keys = v.w.keys + region * v.next_keys + key * v.dim_tiles * kDepth,
+             *q = v.q + region * v.next_q;
   for (int64_t tile = 0; tile < kPanelTiles; tile += 2) {
-    product_of_tiles({v.w.keys + key * v.dim_tiles * kDepth, v.dim_tiles * kTileValues, kTileValues,
-                      v.q + tile * kTileValues, kPanelTiles * kTileValues, v.dim_tiles},
-                     {v.w.scores + tile * kSide, kSide * kPanel, kSide, kPanel});
+    product_of_tiles({keys, v.dim_tiles * kTileValues, kTileValues, q + tile * kTileValues,
+                      kPanelTiles * kTileValues, v.dim_tiles},
+                     {to + tile * kSide, kSide * kPanel, kSide, kPanel});
+  }
+}
+
+// The scores of a block of keys, which starts at key `first` of all.
+EXTROPE_INLINE void score(const Visit& v, const WalkBlocks& blocks, int64_t regions,
+                          const LaneKeys* visible, int64_t key, int64_t first) {
+  bool written = false;
+  for (int64_t r = 0; r < regions; ++r) {
+    const PanelBlocks& b = blocks.of[r];
+    if (key < b.begin || key >= b.end) continue;
+    const bool full = key >= b.full_begin && key < b.full_end;
+    multiply_block(v, r, key, full ? v.w.scores : v.w.product);
+    if (!full) merge_rows(v.w.product, visible[r], first, !written, v.w.scores);
+    written = true;
   }
 }
 
@@ -121,28 +138,31 @@ void raise_maximum(Visit& v) {
   }
 }
 
-void visit_panel(const TileLanes& lanes, const Forward& w, int64_t panel, int64_t region,
+void visit_panel(const TileLanes& lanes, const TilePlan& plan, const Forward& w, int64_t panel,
                  const KeyStep& step) {
-  const PanelBlocks blocks = panel_blocks(panel_keys(lanes, panel, region), step.first, step.count);
+  const WalkBlocks blocks(lanes, panel, step);
   if (blocks.begin >= blocks.end) return;
   const int64_t dim_tiles = dim_tiles_of(lanes.p), size = dim_tiles * kDepth * kPanel;
-  Visit v{w, w.q + panel * size, w.out + panel * size, dim_tiles, step.padded / kDepth};
+  Visit v{w,
+          w.q + panel * size,
+          w.out + panel * size,
+          lanes.panels * size,
+          plan.keys * dim_tiles * kDepth,
+          dim_tiles,
+          step.padded / kDepth};
   for (int j = 0; j < kPanelVectors; ++j) {
     const int64_t at = panel * kPanel + j * kFloats;
     v.maximum[j] = load<floats>(w.maximum + at);
     v.sum[j] = load<floats>(w.sum + at);
     v.scale[j] = load<floats>(w.scale + at);
   }
-  LaneKeys visible{};
-  if (blocks.full_begin > blocks.begin || blocks.end > blocks.full_end) {
-    visible = lane_keys(lanes, panel, region);
+  LaneKeys visible[kMaxRegions];
+  for (int64_t r = 0; r < lanes.p.regions; ++r) {
+    if (blocks.of[r].has_shared()) visible[r] = lane_keys(lanes, panel, r);
   }
   int64_t added = blocks.begin;
   for (int64_t key = blocks.begin; key < blocks.end; key += kRows) {
-    score(v, key);
-    if (key < blocks.full_begin || key >= blocks.full_end) {
-      mask_rows(w.scores, visible, step.first + key);
-    }
+    score(v, blocks, lanes.p.regions, visible, key, step.first + key);
     bf16* weights = w.weights + key * kPanel;
     if (!soften(v, weights)) {
       add_values(v, added, key);
@@ -167,7 +187,7 @@ void finish(const TileLanes& lanes, const Forward& w) {
     lanes.p.lse[lanes.statistic(lane)] =
         sum == 0.0f ? -__builtin_inff() : w.maximum[lane] * kLn2 + __builtin_logf(sum);
   }
-  unpack_sums<bf16>(lanes, w.out, w.scale, lanes.p.out);
+  unpack_sums(lanes, w.out, w.scale, lanes.p.out);
 }
 
 void forward(const TileLanes& lanes, const TilePlan& plan, const Forward& w) {
@@ -179,21 +199,22 @@ void forward(const TileLanes& lanes, const TilePlan& plan, const Forward& w) {
     w.maximum[lane] = kLowest;
     w.scale[lane] = lane < lanes.count ? lanes.scale(lane) * kLog2E : 1.0f;
   }
-  for (int64_t region = 0; region < p.regions; ++region) {
-    const PanelKeys keys = tile_keys(lanes, region);
-    if (keys.first >= keys.last) continue;
-    pack_lane_pairs(lanes, p.q[region], w.q);
-    for (int64_t first = keys.first; first < keys.last; first += plan.keys) {
-      const int64_t count = smaller(plan.keys, keys.last - first);
-      const KeyStep step{first, count, round_up(count, kRows)};
-      pack_key_rows(lanes, p.k[region], step, w.keys);
-      pack_key_columns(lanes, p.v, step, w.values);
-      const int64_t next = first + count, next_count = smaller(plan.keys, keys.last - next);
-      for (int64_t panel = 0; panel < lanes.panels; ++panel) {
-        prefetch_share<bf16>(lanes, p.k[region], next, next_count, panel);
-        prefetch_share<bf16>(lanes, p.v, next, next_count, panel);
-        visit_panel(lanes, w, panel, region, step);
-      }
+  const int64_t dim = round_up(p.head_dim, kDepth);
+  const TileWalk walk(lanes);
+  for (int64_t r = 0; r < p.regions; ++r) {
+    if (walk.sees(r)) pack_lane_pairs(lanes, p.q[r], p.q_turn[r], w.q + r * padded * dim);
+  }
+  for (int64_t first = walk.first; first < walk.last; first += plan.keys) {
+    const KeyStep step = walk.step(first, plan.keys);
+    pack_key_columns(lanes, p.v, step, w.values);
+    for (int64_t r = 0; r < p.regions; ++r) {
+      pack_part(walk, r, step, [&](const KeyStep& part, int64_t offset) {
+        pack_key_rows(lanes, p.k[r], part, w.keys + (r * plan.keys + offset) * dim);
+      });
+    }
+    for (int64_t panel = 0; panel < lanes.panels; ++panel) {
+      prefetch_step<bf16>(lanes, walk, first + plan.keys, plan.keys, panel);
+      visit_panel(lanes, plan, w, panel, step);
     }
   }
   finish(lanes, w);

@@ -117,19 +117,19 @@ inline void set_cu_seqlens(AttentionParams& p, const Tensor& cu_seqlens) {
   require(ordered, "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen_q);
 }
 
-// A table (batch or 1, tokens, 2 * half), or an empty tensor.
+// A table (batch or 1, tokens or 1, 2 * half), or an empty tensor.
 inline AttentionTurn turn_of(AttentionParams& p, const Tensor& table, int64_t tokens,
                              const char* name) {
   if (table.numel() == 0) return {};
   require(table.scalar_type() == ScalarType::Float && table.dim() == 3 && table.is_contiguous() &&
               table.is_cpu() && (table.size(0) == p.batch || table.size(0) == 1) &&
-              table.size(1) == tokens && table.size(2) % 2 == 0 && table.size(2) <= p.head_dim &&
-              (p.half == 0 || p.half == table.size(2) / 2),
+              (table.size(1) == tokens || table.size(1) == 1) && table.size(2) % 2 == 0 &&
+              table.size(2) <= p.head_dim && (p.half == 0 || p.half == table.size(2) / 2),
           "every table of ", name, " must be contiguous float32 (", p.batch, " or 1, ", tokens,
-          ", rotary_dim), got shape ", shape_of(table));
+          " or 1, rotary_dim), got shape ", shape_of(table));
   p.half = table.size(2) / 2;
   return {static_cast<const float*>(table.data_ptr()), table.size(0) > 1 ? table.stride(0) : 0,
-          table.stride(1)};
+          table.size(1) > 1 ? table.stride(1) : 0};
 }
 
 inline void set_turns(AttentionParams& p, const Options& options) {
@@ -138,13 +138,13 @@ inline void set_turns(AttentionParams& p, const Options& options) {
   const auto& k = options.k_turns;
   if (q.empty() && k.empty()) return;
   const size_t regions = options.starts.size();
-  require(p.dtype == DType::f32, "q and k turn in the kernel in float32 only");
   require(q.size() == regions && k.size() == regions,
           "q_turns and k_turns must be empty or have one tensor a region (", p.regions, "), got ",
           q.size(), " and ", k.size());
   for (int64_t r = 0; r < p.regions; ++r) {
     p.q_turn[r] = turn_of(p, q[r], p.seqlen_q, "q_turns");
     p.k_turn[r] = turn_of(p, k[r], p.seqlen_k, "k_turns");
+    require(p.dtype == DType::f32 || !p.k_turn[r].table, "k turns in the kernel in float32 only");
     require(p.q_turn[r].table || p.seqlen_q == 0, "every region must turn q, or none");
   }
 }

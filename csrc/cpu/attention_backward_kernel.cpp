@@ -155,7 +155,7 @@ void visit_panel(const TileLanes& lanes, const Backward& w, int64_t panel, int64
   if (b.begin == b.end) return;
   clear_unseen(v, b);
   LaneKeys visible;
-  if (b.full_begin > b.begin || b.end > b.full_end) visible = lane_keys(lanes, panel, region);
+  if (b.has_shared()) visible = lane_keys(lanes, panel, region);
   probability_blocks<true>(v, w.keys, dim, b.begin, b.full_begin, visible, step.first);
   probability_blocks<false>(v, w.keys, dim, b.full_begin, b.full_end, visible, step.first);
   probability_blocks<true>(v, w.keys, dim, b.full_end, b.end, visible, step.first);
@@ -173,12 +173,14 @@ void visit_panel(const TileLanes& lanes, const Backward& w, int64_t panel, int64
 void write_dq(const TileLanes& lanes, const Backward& w, int64_t region) {
   const AttentionParams& p = lanes.p;
   const AttentionTensor& x = p.dq[region];
-  float row[kMaxHeadDim], back[kMaxHeadDim];
+  LaneRows rows;
+  float back[kMaxHeadDim];
   for (int64_t lane = 0; lane < lanes.count; ++lane) {
+    if (lane % kFloats == 0) unpack_lanes(w.dq, lane, p.head_dim, w.scale, rows);
+    const float* row = rows[lane % kFloats];
     float* to = static_cast<float*>(x.data) + lanes.offset(x, lane);
     const float* by =
         turn_at(p.q_turn[region], lanes.tile.batch, lanes.tile.token_q + lanes.row(lane));
-    unpack_lane(w.dq, lane, p.head_dim, w.scale[lane], row);
     if (by) turn_row({p.head_dim, p.half, p.interleaved}, row, by, by + p.half, -1.0f, back);
     if (by && region > 0) {
       add_row(back, p.head_dim, to);

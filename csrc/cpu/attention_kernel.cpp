@@ -1,12 +1,12 @@
 // Forward of the attention over regions on the CPU. Compiled once for each instruction set, with
 // EXTROPE_ISA as its name.
 //
-// A tile of query rows walks the keys of each region in steps and keeps a running maximum and sum.
-// Every panel of lanes cuts its own keys out of a step, so masks are met only in the few blocks of
-// kRows keys in which the lanes of one panel disagree.
+// A tile of query rows walks the keys in steps and keeps a running maximum and sum. Every panel of
+// lanes cuts its own keys out of a step, so masks are met only in the few blocks of kRows keys in
+// which the lanes of one panel disagree.
 
 #include "attention.h"
-#include "attention_tile.h"
+#include "attention_walk.h"
 #include "exp2.h"
 
 #define EXTROPE_JOIN(a, b) a##b
@@ -22,9 +22,9 @@ constexpr float kLowest = -1e30f;
 struct Forward {
   Forward(const AttentionParams& p, const TilePlan& plan, float* begin) : space(begin) {
     const int64_t lanes = round_up(plan.rows * (p.heads_q / p.heads_k), kPanel);
-    q = space.take(lanes * p.head_dim);
+    q = space.take(p.regions * lanes * p.head_dim);
     out = space.take(lanes * p.head_dim);
-    keys = space.take(plan.keys * p.head_dim);
+    keys = space.take(p.regions * plan.keys * p.head_dim);
     values = space.take(plan.keys * p.head_dim);
     scores = space.take(plan.keys * kPanel);
     maximum = space.take(lanes);
@@ -32,31 +32,55 @@ struct Forward {
     scale = space.take(lanes);
   }
   Workspace space;
-  float *q, *out;  // (panels, head_dim, kPanel)
-  float *keys, *values;
+  float* q;                      // (regions, panels, head_dim, kPanel)
+  float* out;                    // (panels, head_dim, kPanel)
+  float* keys;                   // (regions, keys, head_dim)
+  float* values;                 // (head_dim / kRows, keys, kRows)
   float* scores;                 // (keys, kPanel)
   float *maximum, *sum, *scale;  // (lanes,)
 };
 
-template <bool Masked>
-EXTROPE_INLINE void score_blocks(const Forward& w, const float* q, int64_t dim, int64_t begin,
-                                 int64_t end, const LaneKeys& visible, int64_t first,
+// A panel at work on the keys of a step in one region.
+struct PanelView {
+  const float *q, *keys;
+  int64_t dim, first;  // the step's first key
+};
+
+// The scores of blocks that every lane of a panel sees, or of blocks it shares with other regions.
+template <bool Shared>
+EXTROPE_INLINE void score_blocks(const Forward& w, const PanelView& v, int64_t begin, int64_t end,
+                                 const LaneKeys& visible, int64_t written,
                                  floats (&maximum)[kPanelVectors]) {
   for (int64_t key = begin; key < end; key += kRows) {
     Sums<kRows, kPanelVectors> sums{};
-    multiply_add(sums, w.keys + key * dim, dim, 1, q, kPanel, dim);
-    if constexpr (Masked) mask_block(sums, visible, first + key);
+    float* scores = w.scores + key * kPanel;
+    multiply_add(sums, v.keys + key * v.dim, v.dim, 1, v.q, kPanel, v.dim);
+    if constexpr (Shared) merge_block(sums, visible, v.first + key, key >= written, scores);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 16
       for (int j = 0; j < kPanelVectors; ++j) maximum[j] = larger(maximum[j], sums.at[i][j]);
     }
-    store_sums(sums, w.scores + key * kPanel, kPanel);
+    store_sums(sums, scores, kPanel);
   }
 }
 
+// The scores of a panel in one region, after those of the regions before it, which have written
+// those of the keys below `written`.
+void score_region(const TileLanes& lanes, const Forward& w, const PanelView& v, int64_t panel,
+                  int64_t region, const PanelBlocks& b, int64_t written,
+                  floats (&maximum)[kPanelVectors]) {
+  LaneKeys visible;
+  if (b.has_shared()) visible = lane_keys(lanes, panel, region);
+  const int64_t shared[2][2] = {{b.begin, b.full_begin}, {b.full_end, b.end}};
+  for (const auto& [begin, end] : shared) {
+    score_blocks<true>(w, v, begin, end, visible, written, maximum);
+  }
+  score_blocks<false>(w, v, b.full_begin, b.full_end, visible, written, maximum);
+}
+
 // Scores to probabilities; returns by which factor the earlier sums have shrunk.
-EXTROPE_INLINE void soften(const Forward& w, int64_t panel, const PanelBlocks& blocks,
+EXTROPE_INLINE void soften(const Forward& w, int64_t panel, const WalkBlocks& blocks,
                            const floats (&maximum)[kPanelVectors],
                            floats (&shrink)[kPanelVectors]) {
   floats sum[kPanelVectors];
@@ -78,23 +102,23 @@ EXTROPE_INLINE void soften(const Forward& w, int64_t panel, const PanelBlocks& b
   for (int j = 0; j < kPanelVectors; ++j) store(w.sum + panel * kPanel + j * kFloats, sum[j]);
 }
 
-void visit_panel(const TileLanes& lanes, const Forward& w, int64_t panel, int64_t region,
+void visit_panel(const TileLanes& lanes, const TilePlan& plan, const Forward& w, int64_t panel,
                  const KeyStep& step) {
-  const PanelBlocks blocks = panel_blocks(panel_keys(lanes, panel, region), step.first, step.count);
+  const WalkBlocks blocks(lanes, panel, step);
   if (blocks.begin >= blocks.end) return;
   const int64_t dim = lanes.p.head_dim;
-  const float* q = w.q + panel * dim * kPanel;
   floats maximum[kPanelVectors], shrink[kPanelVectors];
   for (int j = 0; j < kPanelVectors; ++j) {
     maximum[j] = load<floats>(w.maximum + panel * kPanel + j * kFloats);
   }
-  LaneKeys visible;
-  if (blocks.full_begin > blocks.begin || blocks.end > blocks.full_end) {
-    visible = lane_keys(lanes, panel, region);
+  for (int64_t r = 0, written = 0; r < lanes.p.regions; ++r) {
+    const PanelBlocks& b = blocks.of[r];
+    if (b.begin >= b.end) continue;
+    const PanelView v{w.q + (r * lanes.panels + panel) * dim * kPanel, w.keys + r * plan.keys * dim,
+                      dim, step.first};
+    score_region(lanes, w, v, panel, r, b, written, maximum);
+    written = b.end;
   }
-  score_blocks<true>(w, q, dim, blocks.begin, blocks.full_begin, visible, step.first, maximum);
-  score_blocks<false>(w, q, dim, blocks.full_begin, blocks.full_end, visible, step.first, maximum);
-  score_blocks<true>(w, q, dim, blocks.full_end, blocks.end, visible, step.first, maximum);
   soften(w, panel, blocks, maximum, shrink);
   for (int64_t d = 0; d < dim; d += kRows) {
     float* out = w.out + (panel * dim + d) * kPanel;
@@ -114,14 +138,19 @@ void visit_panel(const TileLanes& lanes, const Forward& w, int64_t panel, int64_
 // Divides by the sums of probabilities and writes out and lse.
 template <typename T>
 void finish(const TileLanes& lanes, const Forward& w) {
-  float row[kMaxHeadDim];
   for (int64_t lane = 0; lane < lanes.count; ++lane) {
     const float sum = w.sum[lane];
+    w.scale[lane] = sum == 0.0f ? 0.0f : 1.0f / sum;
     lanes.p.lse[lanes.statistic(lane)] =
         sum == 0.0f ? -__builtin_inff() : w.maximum[lane] * kLn2 + __builtin_logf(sum);
-    unpack_lane(w.out, lane, lanes.p.head_dim, sum == 0.0f ? 0.0f : 1.0f / sum, row);
-    narrow_row(row, lanes.p.head_dim,
-               static_cast<T*>(lanes.p.out.data) + lanes.offset(lanes.p.out, lane));
+  }
+  LaneRows rows;
+  for (int64_t first = 0; first < lanes.count; first += kFloats) {
+    unpack_lanes(w.out, first, lanes.p.head_dim, w.scale, rows);
+    lanes.each_of_vector(first, [&](int64_t i, int64_t row, int64_t head) {
+      narrow_row(rows[i], lanes.p.head_dim,
+                 static_cast<T*>(lanes.p.out.data) + lanes.offset(lanes.p.out, row, head));
+    });
   }
 }
 
@@ -131,24 +160,28 @@ void forward(const TileLanes& lanes, const TilePlan& plan, const Forward& w) {
   const int64_t padded = lanes.panels * kPanel;
   std::memset(w.out, 0, padded * p.head_dim * sizeof(float));
   std::memset(w.sum, 0, padded * sizeof(float));
-  for (int64_t lane = 0; lane < padded; ++lane) w.maximum[lane] = kLowest;
-  for (int64_t lane = 0; lane < lanes.count; ++lane) w.scale[lane] = lanes.scale(lane) * kLog2E;
-  for (int64_t region = 0; region < p.regions; ++region) {
-    const PanelKeys keys = tile_keys(lanes, region);
-    if (keys.first >= keys.last) continue;
-    pack_panels<T>(lanes, p.q[region], p.q_turn[region], w.scale, w.q);
-    for (int64_t first = keys.first; first < keys.last; first += plan.keys) {
-      const int64_t count = smaller(plan.keys, keys.last - first);
-      const KeyStep step{first, count, round_up(count, kRows)};
-      pack_rows<T>(lanes, p.v, {}, step, w.keys);
-      pack_columns(w.keys, p.head_dim, step.padded, w.values);
-      pack_rows<T>(lanes, p.k[region], p.k_turn[region], step, w.keys);
-      const int64_t next = first + count, next_count = smaller(plan.keys, keys.last - next);
-      for (int64_t panel = 0; panel < lanes.panels; ++panel) {
-        prefetch_share<T>(lanes, p.k[region], next, next_count, panel);
-        prefetch_share<T>(lanes, p.v, next, next_count, panel);
-        visit_panel(lanes, w, panel, region, step);
-      }
+  for (int64_t lane = 0; lane < padded; ++lane) {
+    w.maximum[lane] = kLowest;
+    w.scale[lane] = lane < lanes.count ? lanes.scale(lane) * kLog2E : 0.0f;
+  }
+  const TileWalk walk(lanes);
+  for (int64_t r = 0; r < p.regions; ++r) {
+    if (!walk.sees(r)) continue;
+    pack_panels<T>(lanes, p.q[r], p.q_turn[r], w.scale, w.q + r * padded * p.head_dim);
+  }
+  for (int64_t first = walk.first; first < walk.last; first += plan.keys) {
+    const KeyStep step = walk.step(first, plan.keys);
+    pack_rows<T>(lanes, p.v, {}, step, w.keys);
+    pack_columns(w.keys, p.head_dim, step.padded, w.values);
+    for (int64_t r = 0; r < p.regions; ++r) {
+      pack_part(walk, r, step, [&](const KeyStep& part, int64_t offset) {
+        pack_rows<T>(lanes, p.k[r], p.k_turn[r], part,
+                     w.keys + (r * plan.keys + offset) * p.head_dim);
+      });
+    }
+    for (int64_t panel = 0; panel < lanes.panels; ++panel) {
+      prefetch_step<T>(lanes, walk, first + plan.keys, plan.keys, panel);
+      visit_panel(lanes, plan, w, panel, step);
     }
   }
   finish<T>(lanes, w);

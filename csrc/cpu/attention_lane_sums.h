@@ -14,7 +14,7 @@ void pack_wide(const TileLanes& lanes, const AttentionTensor& x, const Attention
   float row[kMaxHeadDim + kWide] = {};
   for (int64_t lane = 0; lane < padded; ++lane) {
     const bool real = lane < lanes.count;
-    if (real) read_lane<T>(lanes, x, turn, lane, row);
+    if (real) read_lane<T>(lanes, x, turn, lanes.row(lane), lanes.head(lane), row);
     for (int64_t d = 0; d < dim; d += kWide) {
       float* piece = to + d * padded + lane * kWide;
       for (int64_t i = 0; i < kWide; ++i) piece[i] = real ? row[d + i] * scale[lane] : 0.0f;

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "../common/attention_params.h"
-#include "gemm.h"
+#include "transpose.h"
 #include "turn_row.h"
 #include "workspace.h"
 
@@ -39,13 +39,26 @@ struct TileLanes {
   int64_t head(int64_t lane) const { return tile.head * heads + lane % heads; }
   int64_t position(int64_t lane) const { return row(lane) + tile.seqlen_k - tile.seqlen_q; }
   int64_t offset(const AttentionTensor& x, int64_t lane) const {
-    return tile.batch * x.batch + (tile.token_q + row(lane)) * x.seq + head(lane) * x.head;
+    return offset(x, row(lane), head(lane));
+  }
+  int64_t offset(const AttentionTensor& x, int64_t row, int64_t head) const {
+    return tile.batch * x.batch + (tile.token_q + row) * x.seq + head * x.head;
   }
   int64_t statistic(int64_t lane) const {
     return (tile.batch * p.heads_q + head(lane)) * p.seqlen_q + tile.token_q + row(lane);
   }
   float scale(int64_t lane) const {
     return p.softmax_scale * (p.row_scale ? p.row_scale[tile.token_q + row(lane)] : 1.0f);
+  }
+  // Calls visit(i, row, head) for lane first + i of as many as a vector has, without the divisions
+  // above: two for every lane take longer than to copy it.
+  template <typename Visit>
+  void each_of_vector(int64_t first, const Visit& visit) const {
+    int64_t row = this->row(first), head = first % heads;
+    for (int64_t i = 0; i < smaller(kFloats, count - first); ++i) {
+      visit(i, row, tile.head * heads + head);
+      if (++head == heads) head = 0, ++row;
+    }
   }
 };
 
@@ -71,6 +84,8 @@ inline PanelKeys tile_keys(const TileLanes& lanes, int64_t region) {
 // such boundaries, relative to the step.
 struct PanelBlocks {
   int64_t begin, full_begin, full_end, end;
+
+  bool has_shared() const { return full_begin > begin || end > full_end; }
 };
 
 inline PanelBlocks panel_blocks(const PanelKeys& keys, int64_t step_first, int64_t step_keys) {
@@ -88,11 +103,12 @@ struct LaneKeys {
 
 inline LaneKeys lane_keys(const TileLanes& lanes, int64_t panel, int64_t region) {
   int32_t first[kPanel] = {}, last[kPanel] = {};
-  for (int64_t i = 0; i < kPanel; ++i) {
-    const int64_t lane = panel * kPanel + i;
-    if (lane >= lanes.count) break;
-    first[i] = static_cast<int32_t>(region_start(lanes.p, region, lanes.position(lane)));
-    last[i] = static_cast<int32_t>(region_start(lanes.p, region + 1, lanes.position(lane)));
+  const int64_t begin = panel * kPanel, count = smaller(kPanel, lanes.count - begin);
+  int64_t position = lanes.position(begin), row_end = lanes.heads - begin % lanes.heads;
+  for (int64_t i = 0; i < count; ++position, row_end += lanes.heads) {
+    const auto from = static_cast<int32_t>(region_start(lanes.p, region, position));
+    const auto to = static_cast<int32_t>(region_start(lanes.p, region + 1, position));
+    for (; i < smaller(row_end, count); ++i) first[i] = from, last[i] = to;
   }
   LaneKeys keys;
   std::memcpy(keys.first, first, sizeof(first));
@@ -180,31 +196,60 @@ inline void pack_columns(const float* rows, int64_t dim, int64_t padded, float* 
   }
 }
 
+// A lane that turns is rounded to its type thereafter, as a rotated tensor would be.
 template <typename T>
 inline void read_lane(const TileLanes& lanes, const AttentionTensor& x, const AttentionTurn& turn,
-                      int64_t lane, float* to) {
-  read_row(lanes.p, static_cast<const T*>(x.data) + lanes.offset(x, lane),
-           turn_at(turn, lanes.tile.batch, lanes.tile.token_q + lanes.row(lane)), to);
+                      int64_t row, int64_t head, float* to) {
+  const float* by = turn_at(turn, lanes.tile.batch, lanes.tile.token_q + row);
+  read_row(lanes.p, static_cast<const T*>(x.data) + lanes.offset(x, row, head), by, to);
+  if constexpr (sizeof(T) < sizeof(float)) {
+    T rounded[kMaxHeadDim];
+    if (!by) return;
+    narrow_row(to, lanes.p.head_dim, rounded);
+    widen_row(rounded, lanes.p.head_dim, to);
+  }
 }
+
+// The rows of as many lanes as a vector has.
+using LaneRows = float[kFloats][kMaxHeadDim + kFloats];
 
 // (panels, head_dim, kPanel), the lanes past the last one zero.
 template <typename T>
 inline void pack_panels(const TileLanes& lanes, const AttentionTensor& x, const AttentionTurn& turn,
                         const float* scale, float* to) {
   const int64_t dim = lanes.p.head_dim;
-  float row[kMaxHeadDim];
-  for (int64_t lane = 0; lane < lanes.panels * kPanel; ++lane) {
-    float* column = to + lane / kPanel * dim * kPanel + lane % kPanel;
-    const bool real = lane < lanes.count;
-    if (real) read_lane<T>(lanes, x, turn, lane, row);
-    for (int64_t d = 0; d < dim; ++d) column[d * kPanel] = real ? row[d] * scale[lane] : 0.0f;
+  LaneRows rows = {};
+  for (int64_t first = 0; first < lanes.panels * kPanel; first += kFloats) {
+    if (first + kFloats > lanes.count) std::memset(rows, 0, sizeof(rows));
+    lanes.each_of_vector(first, [&](int64_t i, int64_t row, int64_t head) {
+      read_lane<T>(lanes, x, turn, row, head, rows[i]);
+    });
+    float* columns = to + first / kPanel * dim * kPanel + first % kPanel;
+    const floats factor = load<floats>(scale + first);
+    for (int64_t d = 0; d < dim; d += kFloats) {
+      words square[kFloats];
+      for (int64_t i = 0; i < kFloats; ++i) square[i] = load<words>(rows[i] + d);
+      transpose(square);
+      for (int64_t i = 0; i < smaller(kFloats, dim - d); ++i) {
+        store(columns + (d + i) * kPanel, bits_as<floats>(square[i]) * factor);
+      }
+    }
   }
 }
 
-// One lane out of what pack_panels makes.
-inline void unpack_lane(const float* from, int64_t lane, int64_t dim, float scale, float* row) {
-  const float* column = from + lane / kPanel * dim * kPanel + lane % kPanel;
-  for (int64_t d = 0; d < dim; ++d) row[d] = column[d * kPanel] * scale;
+// The rows of the lanes from `first` on out of what pack_panels makes.
+inline void unpack_lanes(const float* from, int64_t first, int64_t dim, const float* scale,
+                         LaneRows& rows) {
+  const float* columns = from + first / kPanel * dim * kPanel + first % kPanel;
+  const floats factor = load<floats>(scale + first);
+  for (int64_t d = 0; d < dim; d += kFloats) {
+    words square[kFloats] = {};
+    for (int64_t i = 0; i < smaller(kFloats, dim - d); ++i) {
+      square[i] = bits_as<words>(load<floats>(columns + (d + i) * kPanel) * factor);
+    }
+    transpose(square);
+    for (int64_t i = 0; i < kFloats; ++i) store(rows[i] + d, square[i]);
+  }
 }
 
 }  // namespace

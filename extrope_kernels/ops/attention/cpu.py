@@ -29,8 +29,8 @@ def forward(q: list[Tensor], k: list[Tensor], v: Tensor, layout: Layout) -> tupl
     """Attend to the keys of every region.
 
     q: a tensor a region, (batch, seqlen_q, heads_q, head_dim), or (total, ...) with
-        layout.cu_seqlens; float32, bfloat16 or float16. With layout.turns all are raw q and raw k,
-        in float32.
+        layout.cu_seqlens; float32, bfloat16 or float16. With layout.turns all are raw q, and those
+        of k raw k in float32.
     k, v: (batch, seqlen_k, heads_k, head_dim).
     out: like q; lse: (batch, heads_q, seqlen_q), or (heads_q, total); float32.
     """
@@ -50,7 +50,7 @@ def backward(
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The gradients of `forward`: dq and dk in float32, a tensor a region, and dv like v.
 
-    With layout.turns dq and dk are one tensor each, the gradients of raw q and k.
+    layout.turns: in float32 alone; dq and dk are then one tensor each, those of raw q and k.
     """
     _load()
     return torch.ops.extrope.region_attn_bwd(dout, dlse, q, k, v, out, lse, *_by(layout))

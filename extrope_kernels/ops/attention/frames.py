@@ -28,7 +28,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Frames:
-    """q and k as every region sees them, or raw where layout.turns is set, and the way back."""
+    """q and k as every region sees them, or raw where layout.turns has tables, and the way back."""
 
     q: list[Tensor]
     k: list[Tensor]
@@ -53,13 +53,15 @@ class Frames:
         return sums[0], sums[1]
 
 
-def rotate(q: Tensor, k: Tensor, call: Call, as_read: bool = False) -> Frames:
+def rotate(
+    q: Tensor, k: Tensor, call: Call, q_as_read: bool = False, k_as_read: bool = False
+) -> Frames:
     """Rotate q (..., seqlen_q, heads_q, head_dim) and k (..., seqlen_k, heads_k, head_dim).
 
     Differentiable, as the rotation is. Keys that a region wants as they are are not copied.
 
-    as_read: leave the rotation to the kernel, which turns rows as it reads them. Saves the memory
-        of the frames, and the time that an operating system takes to hand it out.
+    q_as_read, k_as_read: leave the rotation to the kernel, which turns rows as it reads them. Saves
+        the memory of the frames, and the time that an operating system takes to hand it out.
     """
     seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
     regions = call.score.regions(seqlen_k)
@@ -67,15 +69,15 @@ def rotate(q: Tensor, k: Tensor, call: Call, as_read: bool = False) -> Frames:
     q_positions = [region.q_positions(i) for region in regions]
     k_positions = [_key_turn(region, j, call) for region in regions]
     turns = None
-    if as_read:
+    if q_as_read:
         turns = Turns(
             [_table(q, position, call, is_query=True) for position in q_positions],
-            [_table(k, position, call, is_query=False) for position in k_positions],
+            [_table(k, position if k_as_read else None, call, False) for position in k_positions],
             call.interleaved,
         )
     return Frames(
         q=[q if turns else _turn(q, position, call, is_query=True) for position in q_positions],
-        k=[k] * len(regions) if turns else _each_once(k, k_positions, regions, call),
+        k=[k] * len(regions) if k_as_read else _each_once(k, k_positions, regions, call),
         layout=Layout(
             starts=tuple(region.start for region in regions),
             granularity=call.score.granularity,
@@ -130,10 +132,13 @@ def _table(x: Tensor, position: Tensor | None, call: Call, is_query: bool) -> Te
     """The cosines and sines by which x turns: what its rotation makes of the pair (1, 0)."""
     half = call.inv_freq.shape[-1]
     if position is None:
-        return x.new_empty(0)
+        return x.new_empty(0, dtype=torch.float32)
     rows = x.shape[0] if call.cu_seqlens is None and call.inv_freq.numel() > half else 1
-    unit = torch.cat([x.new_ones(half), x.new_zeros(half)])
-    shape = (x.shape[0],) if call.cu_seqlens is not None else (rows, x.shape[1])
+    if call.inv_freq.numel() == half and position.numel() > 1 and position.stride(0) == 0:
+        position = position[:1]
+        call = dataclasses.replace(call, cu_seqlens=None)
+    unit = x.new_tensor([1.0, 0.0], dtype=torch.float32).repeat_interleave(half)
+    shape = position.shape if call.cu_seqlens is not None else (rows, *position.shape)
     unit = unit.expand(*shape, 1, 2 * half)
     split = dataclasses.replace(call, interleaved=False)
     return _turn(unit, position, split, is_query).view(rows, -1, 2 * half)

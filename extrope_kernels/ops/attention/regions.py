@@ -41,8 +41,9 @@ class Layout:
 class Turns:
     """By what the kernel turns q and k: a table for each region, or an empty one for not at all.
 
-    A table is (batch or 1, seqlen, rotary_dim), or (1, total, rotary_dim) with cu_seqlens, in
-    float32: the cosines of a token, then as many sines.
+    A table is (batch or 1, seqlen or 1, rotary_dim), or (1, total or 1, rotary_dim) with
+    cu_seqlens, in float32: the cosines of a token, or of all alike, then as many sines. Those of k
+    are empty in 16 bits.
     """
 
     q: list[Tensor]
@@ -89,7 +90,7 @@ class ReRope:
 
     def _far_query(self, i: Tensor) -> Tensor:
         if math.isinf(self.factor):
-            return torch.full_like(i, self.window)
+            return _constant(i, self.window)
         if self.grouped:
             return self._grouped_position(i) + (self.window - self.window // int(self.factor))
         return self.window + (i - self.window) / self.factor
@@ -120,7 +121,7 @@ class DualChunk:
             -chunk, lambda i: torch.clamp(i % chunk + chunk, max=cap), self.stored_position
         )
         older = Region(
-            FIRST_KEY, lambda i: torch.full_like(i, min(2 * chunk - 1, cap)), self.stored_position
+            FIRST_KEY, lambda i: _constant(i, min(2 * chunk - 1, cap)), self.stored_position
         )
         regions = [older, previous, own][-max(1, min(3, -(-longest // chunk))) :]
         return [Region(FIRST_KEY, regions[0].q_positions, regions[0].k_positions), *regions[1:]]
@@ -159,6 +160,10 @@ class BlockwiseCausal:
 
 def _same(position: Tensor) -> Tensor:
     return position
+
+
+def _constant(position: Tensor, value: int) -> Tensor:
+    return position.new_full((1,), value).expand(position.shape)  # its stride tells kernels
 
 
 Score = ReRope | DualChunk | BlockwiseCausal

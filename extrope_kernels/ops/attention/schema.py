@@ -76,14 +76,18 @@ def _fwd(implementation, name, score_class, q, k, v, *by, **options):
     call = _checked_call(name, score_class, q, k, v, by, options)
     check_boundaries(name, call.cu_seqlens, q)
     run = _pick(implementation, name, q)
-    frames = rotate(q, k, call, as_read=_turns_as_read(run, q))
+    # Every row of q is read once. Those of k are read by many tiles: in 16 bits, where products are
+    # fast and frames small, they are turned beforehand.
+    as_read = run is cpu
+    frames = rotate(q, k, call, q_as_read=as_read, k_as_read=as_read and q.dtype == torch.float32)
     return run.forward(frames.q, frames.k, v, frames.layout)
 
 
 def _bwd(implementation, name, score_class, dout, dlse, q, k, v, out, lse, *by, **options):
     call = _checked_call(name, score_class, q, k, v, by, options)
     run = _pick(implementation, name, q)
-    frames = rotate(q, k, call, as_read=_turns_as_read(run, q))
+    as_read = run is cpu and q.dtype == torch.float32
+    frames = rotate(q, k, call, q_as_read=as_read, k_as_read=as_read)
     dq, dk, dv = run.backward(dout, dlse, frames.q, frames.k, v, out, lse, frames.layout)
     return *frames.unrotate(dq, dk), dv
 
@@ -98,11 +102,6 @@ def _pick(implementation: str, name: str, q: Tensor):
 
         return triton
     return {"cpu": cpu, "flash_attn": flash_attn}[implementation]
-
-
-def _turns_as_read(run, q: Tensor) -> bool:
-    """Frames of 16 bits are small, and rounded once for all the rows that read them."""
-    return run is cpu and q.dtype == torch.float32
 
 
 def _define(score: str, score_class: type, own: str) -> None:
