@@ -31,12 +31,14 @@ struct Kernels {
   void (*merge)(const DecodeParams&, const DecodeRows*, int64_t);
 };
 
-Kernels kernels() {
+// A head_dim is a multiple of 8, and the kernels read rows in whole vectors.
+Kernels kernels(int64_t head_dim) {
 #if defined(__x86_64__)
   switch (capability()) {
     case kAmx:
     case kAvx512:
-      return {decode_parts_avx512, merge_parts_avx512};
+      if (head_dim % 16 == 0) return {decode_parts_avx512, merge_parts_avx512};
+      [[fallthrough]];
     case kAvx2:
       return {decode_parts_avx2, merge_parts_avx2};
     default:
@@ -101,7 +103,7 @@ void launch(DecodeParams& p, const std::vector<DecodeRows>& rows) {
   }
   const std::unique_ptr<float[]> partial(new float[partials * (p.head_dim + 2)]);
   p.partial = partial.get();
-  const Kernels run = kernels();
+  const Kernels run = kernels(p.head_dim);
   const int64_t all = parts.size(), merges = rows.size();
   if (scores <= kFewScores) {
     run.decode(p, parts.data(), all);

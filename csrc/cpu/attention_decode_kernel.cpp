@@ -22,13 +22,12 @@
 namespace extrope {
 namespace {
 
-constexpr int kMaxRows = 4;      // of one pass over a tile
-constexpr int kHeadDimStep = 8;  // head_dim is a multiple
+constexpr int kMaxRows = 4;  // of one pass over a tile
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // The work on some rows and some keys: scratch memory of a thread.
-template <typename T, bool ragged>
+template <typename T>
 class Worker {
  public:
   explicit Worker(const DecodeParams& p)
@@ -190,20 +189,20 @@ class Worker {
       const int64_t row = (head_ * padded_ + r) * stride_;
       const Rows<T> ahead = r == 0 ? values : none;
       if (kind == kNear) {
-        score_tile<rows, false>(&near_[row], stride_, turned, whole, stride_, ahead, scores);
+        score_tile<rows>(&near_[row], stride_, turned, whole, stride_, ahead, scores);
       } else {
-        score_tile<rows, ragged>(&far_[row], stride_, keys, whole, p_.head_dim, ahead, scores);
+        score_tile<rows>(&far_[row], stride_, keys, whole, p_.head_dim, ahead, scores);
       }
       if (kind == kBoth) {
-        score_tile<rows, false>(&near_[row], stride_, turned, whole, stride_, none, &other_[0]);
+        score_tile<rows>(&near_[row], stride_, turned, whole, stride_, none, &other_[0]);
         choose<rows>(r, first, count);
       }
       if (masked) hide_later<rows>(r, first, count);
       std::fill(scores + count * rows, scores + whole * rows, -INFINITY);
       const floats kept =
           weigh_tile<rows>(scores, whole * rows, running_[(head_ * padded_ + r) / rows]);
-      add_values<rows, ragged>(scores, values, count, p_.head_dim, kept, r == 0 ? next : none,
-                               &sums_[row], stride_);
+      add_values<rows>(scores, values, count, p_.head_dim, kept, r == 0 ? next : none, &sums_[row],
+                       stride_);
     }
   }
 
@@ -259,14 +258,7 @@ class Worker {
 
 template <typename T>
 void decode_parts(const DecodeParams& p, const DecodePart* parts, int64_t count) {
-  if constexpr (kFloats > kHeadDimStep) {
-    if (p.head_dim % kFloats) {
-      Worker<T, true> worker(p);
-      for (int64_t n = 0; n < count; ++n) worker.run(parts[n]);
-      return;
-    }
-  }
-  Worker<T, false> worker(p);
+  Worker<T> worker(p);
   for (int64_t n = 0; n < count; ++n) worker.run(parts[n]);
 }
 

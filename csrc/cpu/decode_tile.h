@@ -50,17 +50,6 @@ inline void sum_lanes(const floats* v, float* out) {
   }
 }
 
-// A vector of a row; where rows end within a vector (ragged), zeros past the `left` lanes.
-template <bool ragged, typename T>
-inline floats load_lanes(const T* from, int64_t left) {
-  if (ragged && left < kFloats) {
-    T lanes[kFloats] = {};
-    std::memcpy(lanes, from, left * sizeof(T));
-    return load_wide(lanes);
-  }
-  return load_wide(from);
-}
-
 // Row n of one head starts at at[n] + offset.
 template <typename T>
 struct Rows {
@@ -76,7 +65,7 @@ struct Rows {
 
 // scores[key][row] = <q[row], keys[key]> for `count` keys, a multiple of kKeysAtOnce. q is padded
 // with zeros to whole vectors. The rows `ahead`, if any, are fetched meanwhile.
-template <int rows, bool ragged, typename T, typename Ahead>
+template <int rows, typename T, typename Ahead>
 void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int64_t dim,
                 Rows<Ahead> ahead, float* scores) {
   constexpr int at_once = kKeysAtOnce<rows>;
@@ -85,8 +74,7 @@ void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int
     for (int64_t d = 0; d < dim; d += kFloats) {
       floats x[at_once];
 #pragma GCC unroll 16
-      for (int k = 0; k < at_once; ++k)
-        x[k] = load_lanes<ragged>(keys.at[j + k] + keys.offset + d, dim - d);
+      for (int k = 0; k < at_once; ++k) x[k] = load_wide(keys.at[j + k] + keys.offset + d);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) {
         const floats y = load<floats>(q + r * stride + d);
@@ -130,7 +118,7 @@ floats weigh_tile(float* scores, int64_t count, RunningMax& running) {
 
 // sums[row][d] = sums[row][d] * kept[row] + the weighted sum of `count` values, in `columns`
 // vectors of lanes from d on.
-template <int rows, int columns, bool ragged, typename T, typename Ahead>
+template <int rows, int columns, typename T, typename Ahead>
 inline void add_columns(const float* weights, Rows<T> values, int64_t count, int64_t d, int64_t dim,
                         const floats& kept, Rows<Ahead> ahead, float* sums, int64_t stride) {
   floats acc[rows * columns];
@@ -145,8 +133,7 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
     floats x[columns];
 #pragma GCC unroll 8
     for (int c = 0; c < columns; ++c) {
-      x[c] =
-          load_lanes<ragged>(values.at[j] + values.offset + d + c * kFloats, dim - d - c * kFloats);
+      x[c] = load_wide(values.at[j] + values.offset + d + c * kFloats);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
@@ -165,18 +152,18 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
   }
 }
 
-template <int rows, bool ragged, typename T, typename Ahead>
+template <int rows, typename T, typename Ahead>
 void add_values(const float* weights, Rows<T> values, int64_t count, int64_t dim,
                 const floats& kept, Rows<Ahead> ahead, float* sums, int64_t stride) {
   // Eight sums at once hide the latency of their additions.
   constexpr int columns = kFloats == 16 ? (rows == 1 ? 8 : 4) : 8 / rows;
   int64_t d = 0;
   for (; d + columns * kFloats <= dim; d += columns * kFloats) {
-    add_columns<rows, columns, ragged>(weights, values, count, d, dim, kept, ahead, sums, stride);
+    add_columns<rows, columns>(weights, values, count, d, dim, kept, ahead, sums, stride);
     ahead.at = nullptr;
   }
   for (; d < dim; d += kFloats) {
-    add_columns<rows, 1, ragged>(weights, values, count, d, dim, kept, ahead, sums, stride);
+    add_columns<rows, 1>(weights, values, count, d, dim, kept, ahead, sums, stride);
     ahead.at = nullptr;
   }
 }
