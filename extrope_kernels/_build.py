@@ -44,7 +44,7 @@ NVCC_FLAGS = (STANDARD, BINDING, "--threads=2", "-Xcompiler=-fPIC,-fvisibility=h
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
 _AMX = "-mamx-tile -mamx-bf16 -mavx512bf16"
 ISA_FLAGS = {
-    "baseline": ("-O2",),  # for machines too old to be fast: half the time to compile
+    "baseline": ("-O1",),  # for machines too old to be fast: less than half the time to compile
     # The kernels are written in vectors: passes that look for some gain nothing here, for a third
     # of the time to compile.
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-fno-tree-vectorize", "-fno-ipa-cp-clone"),

@@ -246,15 +246,18 @@ bool fits(const RopeParams& p, int vec, int bytes) {
 template <typename T, bool AXES>
 int choose(const RopeParams& p, void* stream, int device) {
   constexpr int VEC = 16 / sizeof(T);
-  // double serves gradcheck and references: 8-byte accesses do, and four kernels less to compile.
+  // One-element accesses serve what is rare: double, which is for gradcheck and references, and the
+  // angle gradient of positions by axis.
   if constexpr (!std::is_same_v<T, double>) {
     if (fits(p, VEC, sizeof(T))) {
       if (p.angle_grad == nullptr) {
         return p.interleaved ? launch<T, VEC, true, false, AXES>(p, stream, device)
                              : launch<T, VEC, false, false, AXES>(p, stream, device);
       }
-      return p.interleaved ? launch<T, VEC, true, true, AXES>(p, stream, device)
-                           : launch<T, VEC, false, true, AXES>(p, stream, device);
+      if constexpr (!AXES) {
+        return p.interleaved ? launch<T, VEC, true, true, false>(p, stream, device)
+                             : launch<T, VEC, false, true, false>(p, stream, device);
+      }
     }
   }
   return launch<T, 1, false, true, true>(p, stream, device);

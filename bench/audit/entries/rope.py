@@ -120,6 +120,7 @@ def _launch(case: Case) -> None:
 CUDA_KERNELS = [(dtype, 1, "halves", "gradient", True) for dtype in DTYPES] + [
     (dtype, 16 // itemsize(dtype), *kind.split(), axes)
     for dtype, kind, axes in product(DTYPES[:3], KINDS, (False, True))
+    if not (axes and "gradient" in kind)
 ]
 BLOCK, UNROLLED = 128, {"forward": 4, "gradient": 2}  # threads, heads
 SYMBOL = re.compile(r"rope_kernelI(\w+?)Li(\d+)ELb(\d)ELb(\d)ELb(\d)EEEv")
