@@ -110,7 +110,7 @@ class _Call:
                 size = state[0].numel()
                 chain_kernel[(sequences * by.heads, triton.cdiv(size, CHAIN_BLOCK))](
                     state, start, self.log2_decay, self.part_starts, self.parts, by.heads, size,
-                    BLOCK=CHAIN_BLOCK, TILE=self.tile,
+                    BLOCK=CHAIN_BLOCK, TILE=self.tile, enable_fp_fusion=True,
                 )  # fmt: skip
         return states
 
@@ -149,6 +149,7 @@ class _Call:
             extra=by.x_extra is not None or by.y_extra is not None,
             normalize=by.normalize,
             key_sum=by.normalize or by.keep_state,
+            x_twice=setting.x_twice,
             widen=_interpreted() and self.x.dtype == torch.bfloat16,
         )
 
