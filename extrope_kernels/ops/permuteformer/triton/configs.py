@@ -32,6 +32,9 @@ def config(dim: int, value_dim: int, itemsize: int, capability: int | None) -> C
         return Config(64, 16, 64, 8, 1)
     # Where a warp alone makes products, each holds all of x; warp groups share it.
     x_twice = not 90 <= capability < 120
+    if 64 < dim <= 128 and capability >= 120:
+        # Four warps spill here.
+        return Config(16, 64, 32, 8, 2)
     if dim <= 128:
         return Config(16, 64, 32, 4, 1, x_twice)
     return Config(16, 64, 16 if capability < 90 else 32, 8, 1, x_twice)
