@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,13 +14,22 @@ import torch
 pytest.importorskip("triton.backends.nvidia")
 
 from audit import report
-from audit.case import Case
+from audit.case import Binary, Case
 from audit.chips import CHIPS
 from audit.entries import KERNELS, all_cases, attention, plain_kernels, sample
 
 from extrope_kernels import _build
 
 ROOT = Path(__file__).parent.parent
+# Triton kernels by what the audit calls them.
+TRITON = {
+    "rope triton": "rotate_kernel",
+    "permute rows triton": "permute_kernel",
+    "permute cycles triton": "cycles_kernel",
+    **{f"attention {name}": f"{name}_kernel" for name in ("forward", "delta", "dq", "dkv")},
+    **{f"cache {name}": f"{name}_kernel" for name in ("decode", "merge", "append")},
+    **{f"linear {name}": f"{name}_kernel" for name in ("gather", "chain", "sweep")},
+}
 COMPARED = [
     Case(f"attention {name}", chip, 128, "bfloat16", "R2")
     for name, chips in {"forward": (80, 90, 100, 120), "dq": (90,), "dkv": (80,)}.items()
@@ -60,6 +70,15 @@ def rows(tmp_path_factory):
 def test_no_fault(case, rows):
     """No overflow of shared memory, no scalar access to rows, no spill; see audit.row.faults."""
     assert not report.judge(rows)[case], rows[case]
+
+
+def test_every_kernel_is_audited():
+    texts = [file.read_text() for file in (ROOT / "extrope_kernels").rglob("*.py")]
+    found = [name for text in texts for name in re.findall(r"^def ([a-z]\w*_kernel)\(", text, re.M)]
+    assert sorted(found) == sorted(TRITON.values())
+    sources = (ROOT / "csrc" / "cuda").glob("*.cu")
+    cuda = {f"{file.stem} cuda" for file in sources if "__global__" in file.read_text()}
+    assert set(TRITON) | cuda == {name for name in KERNELS if not name.startswith("plain")}
 
 
 def test_the_sample_meets_every_kernel_and_chip():
@@ -129,6 +148,20 @@ def test_faults_are_found(rows):
     ):
         (fault,) = report.judge({case: replace(row, **change)})[case]
         assert word in fault
+
+
+@pytest.mark.parametrize(
+    ("change", "blocks"),
+    [
+        ({}, 8),  # by warps
+        ({"registers": 100}, 2),  # of 104 a thread
+        ({"shared": 100 * 1024}, 2),
+        ({"tensor_memory": 512}, 1),
+    ],
+)
+def test_residence(change, blocks):
+    binary = Binary(registers=32, stack=0, local=0, shared=0, warps=8, sass="")
+    assert CHIPS[100].residence(replace(binary, **change)) == blocks
 
 
 def test_tiles_are_counted(monkeypatch):

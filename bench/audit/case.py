@@ -38,6 +38,7 @@ class Binary:
     shared: int  # bytes of a block, static and dynamic
     warps: int  # of a block
     sass: str
+    tensor_memory: int = 0  # columns of a block, on chips that keep products' sums there
 
 
 @dataclass(frozen=True)

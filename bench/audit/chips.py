@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .case import Binary
+
 WARP = 32
 REGISTERS = 65_536  # of an SM, on all of these, given to a warp in units of 256
 REGISTER_UNIT = 256
 SHARED_RESERVED = 1024  # bytes of each block, for the system
+TENSOR_COLUMNS = 512  # of an SM's tensor memory, where it has one
 SCHEDULERS = 4  # of an SM; each issues one instruction a cycle
 SPECIAL_LANES = 16  # exponentials and the like of an SM a cycle
 
@@ -27,12 +30,15 @@ class Chip:
     warps: int  # resident on an SM
     blocks: int
 
-    def residence(self, registers: int, shared: int, warps: int) -> int:
-        """How many blocks of `warps` warps an SM holds at a time."""
+    def residence(self, binary: Binary) -> int:
+        """How many of its blocks an SM holds at a time."""
+        registers, shared, warps = binary.registers, binary.shared, binary.warps
         per_warp = -(-registers * WARP // REGISTER_UNIT) * REGISTER_UNIT
         by_registers = REGISTERS // per_warp // warps if registers else self.blocks
         by_shared = self.shared // (shared + SHARED_RESERVED)
-        return min(by_registers, by_shared, self.warps // warps, self.blocks)
+        columns = binary.tensor_memory
+        by_columns = TENSOR_COLUMNS // columns if columns else self.blocks
+        return min(by_registers, by_shared, by_columns, self.warps // warps, self.blocks)
 
 
 @dataclass(frozen=True)

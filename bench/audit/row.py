@@ -69,7 +69,7 @@ def row(case: Case, binary: Binary, traffic: Traffic) -> Row:
         binary.stack + binary.local,
         binary.shared,
         binary.warps,
-        chip.residence(binary.registers, binary.shared, binary.warps),
+        chip.residence(binary),
         dict(sorted(whole.loads.items())),
         dict(sorted(whole.stores.items())),
         tuple(Loop(x.instructions, x.products, x.special) for x in main),

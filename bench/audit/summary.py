@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +17,22 @@ PLAIN = "plain attention"
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: one kernel on every chip."""
+    """One line of the table: one kernel on every card."""
 
     title: str
     kernel: str
     variant: str = ""
+    dtype: str = "bfloat16"
+
+    @property
+    def cases(self) -> list[Case]:
+        return [Case(self.kernel, chip, 128, self.dtype, self.variant) for chip in CARDS]
 
 
-def _attention(name: str) -> Iterator[Line]:
-    yield Line(f"plain attention, {name}", f"{PLAIN} {name}")
+def _attention(name: str, title: str) -> Iterator[Line]:
+    yield Line(f"plain attention, {title}", f"{PLAIN} {name}")
     for regions, what in enumerate(("no window", "ReRoPE", "dual chunk"), 1):
-        yield Line(f"attention, {name}, {what}", f"attention {name}", f"R{regions}")
+        yield Line(f"attention, {title}, {what}", f"attention {name}", f"R{regions}")
 
 
 LINES = (
@@ -38,18 +43,30 @@ LINES = (
     Line("rotation, CUDA C++", "rope cuda", "halves forward"),
     Line("same, interleaved", "rope cuda", "interleaved forward"),
     Line("same, with the angles' gradient", "rope cuda", "halves gradient"),
-    *_attention("forward"),
-    *_attention("dq"),
-    *_attention("dkv"),
+    Line("permutation, Triton", "permute rows triton", dtype="int16"),
+    Line("permutation, CUDA C++", "permute cuda", "vectors", "int16"),
+    *_attention("forward", "forward"),
+    *_attention("dq", "dQ"),
+    *_attention("dkv", "dK and dV"),
+    Line("decode, RoPE", "cache decode", "plain paged one-token"),
     Line("decode, ReRoPE", "cache decode", "raw paged one-token"),
     Line("decode, Leaky ReRoPE", "cache decode", "slow paged one-token"),
+    Line("linear attention, forward", "linear sweep", "forward"),
+    Line("linear attention, dQ", "linear sweep", "dq"),
+    Line("linear attention, dK", "linear sweep", "dk"),
+    Line("linear attention, dV", "linear sweep", "dv"),
 )
 HEAD = (
     "bfloat16, head_dim 128",
-    "registers, sm_" + " / ".join(map(str, CAPABILITIES)),
+    "registers",
+    "stack, bytes",
+    "shared, KiB",
     "warps of an SM",
-    "a tile: products, exponentials, instructions on sm_80; 90; 100",
-    "at least, us: " + " / ".join(card.name for card in CARDS.values()),
+    "widest load, store, bytes",
+    "a tile: tensor core instructions",
+    "exponentials",
+    "all instructions",
+    "at least, us",
     "bound by",
 )
 
@@ -57,8 +74,8 @@ HEAD = (
 def table(path: Path) -> str:
     """Markdown from the file that bench/gpu_audit.py wrote."""
     rows = report.load(path)
-    known = {(case.kernel, case.variant) for case in rows}
-    lines = [_line(rows, line) for line in LINES if (line.kernel, line.variant) in known]
+    found = {line: [rows.get(case) for case in line.cases] for line in LINES}
+    lines = [_line(line, its) for line, its in found.items() if None not in its]
     lines = [HEAD, ["---"] * len(HEAD), *lines]
     marked = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{_summary(rows)}\n\n{marked}"
@@ -74,34 +91,34 @@ def _summary(rows: Mapping[Case, Row]) -> str:
         kernels = sorted({f"{row.kernel}, {row.dtype}" for row in holding})
         stack = f"{len(holding)} hold stack ({'; '.join(kernels)})"
     chips = ", ".join(map(str, CAPABILITIES))
+    cards = [f"{card.name} (sm_{card.capability})" for card in CARDS.values()]
     return (
         f"Compiled, not run: {len(own)} of {len(shipped)} configurations for sm_{chips}. "
         f"{stack}; {faults} exceed shared memory, hold more stack than plain attention or move "
-        "rows by less than 16 bytes a thread."
+        f"rows by less than 16 bytes a thread. Three numbers are those of {', '.join(cards[:-1])} "
+        f"and {cards[-1]}, one that of all; every configuration is in "
+        "[`gpu_audit.json`](bench/results/gpu_audit.json)."
     )
 
 
-def _line(rows: Mapping[Case, Row], line: Line) -> list[str]:
-    found = {chip: rows.get(_case(line, chip)) for chip in CAPABILITIES}
-    with_card = [found[chip] for chip in CARDS]
-    bounds = dict.fromkeys(row.bound for row in with_card if row)
+def _line(line: Line, found: list[Row]) -> list[str]:
+    tiles = [row.loops[0] for row in found if row.loops and row.loops[0].products]
     return [
         line.title,
-        " / ".join(str(row.registers) if row else "-" for row in found.values()),
-        " / ".join(str(row.blocks * row.warps) if row else "-" for row in found.values()),
-        "; ".join(_tile(row) for row in with_card),
-        " / ".join(f"{max(row.seconds.values()) * 1e6:.0f}" if row else "-" for row in with_card),
-        ", ".join(bounds),
+        _each(row.registers for row in found),
+        _each(row.stack for row in found),
+        _each(f"{row.shared / 1024:.0f}" for row in found),
+        _each(row.blocks * row.warps for row in found),
+        _each(f"{max(row.loads, default=0)}, {max(row.stores, default=0)}" for row in found),
+        _each(tile.products for tile in tiles),
+        _each(tile.special for tile in tiles),
+        _each(tile.instructions for tile in tiles),
+        _each(f"{max(row.seconds.values()) * 1e6:.0f}" for row in found),
+        _each(row.bound for row in found),
     ]
 
 
-def _case(line: Line, chip: int) -> Case:
-    return Case(line.kernel, chip, 128, "bfloat16", line.variant)
-
-
-def _tile(row: Row | None) -> str:
-    """The loop of the whole tiles: the shortest."""
-    if row is None or not row.loops or not row.loops[0].products:
-        return "-"
-    loop = row.loops[0]
-    return f"{loop.products}, {loop.special}, {loop.instructions}"
+def _each(values: Iterable[object]) -> str:
+    """The cards' values; one where they agree."""
+    texts = list(map(str, values))
+    return " / ".join(texts if len(set(texts)) > 1 else texts[:1])

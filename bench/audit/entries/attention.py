@@ -1,4 +1,6 @@
-"""The entries of region attention: forward, dq and dk/dv, over one region (plain) to three."""
+"""The entries of region attention: forward, dq and dk/dv, over one region (plain) to three; and
+delta, the row sums that both gradients need.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +40,29 @@ def cases(name: str) -> list[Case]:
     ]
 
 
+def delta_cases() -> list[Case]:
+    return [
+        Case("attention delta", chip, dim, dtype, "R1")
+        for dtype in ("bfloat16", "float32")
+        for dim in HEAD_DIMS
+        for chip in CAPABILITIES
+    ]
+
+
 def in_sample(case: Case) -> bool:
     """The common head_dim on every chip; the others where a tile, or its instructions, differ."""
     name, chip, dim = case.kernel.split()[1], case.capability, case.head_dim
     picked = {
         ("bfloat16", "R2", 128): CAPABILITIES,
-        ("bfloat16", "R1", 128): {"forward": (80, 90, 100, 120), "dq": (90,), "dkv": (80,)}[name],
+        ("bfloat16", "R1", 128): {"forward": (80, 90, 100, 120), "dq": (90, 100), "dkv": (80,)}[
+            name
+        ],
         ("bfloat16", "R2", 64): (100,) if name == "forward" else (80,),
         ("bfloat16", "R3", 256): (86,),
         ("bfloat16", "R3", 96): (90,),
         ("float16", "R2", 128): (120,),
         ("float32", "R2", 64): (89,),
+        ("float32", "R2", 256): (90,) if name == "dq" else (),
         ("bfloat16", "R2 packed", 128): (80,),
     }
     return chip in picked.get((case.dtype, case.variant, dim), ())
@@ -61,7 +75,8 @@ def measure(asked: Sequence[Case]) -> Iterable[Measured]:
         launch = _record(case)
         binary = compile_launch(launch, case.capability)
         tile = launch.kwargs["TILE"]
-        yield case, binary, traffic(case, tile.queries, tile.keys)
+        by_tile = _delta_traffic if case.kernel.endswith("delta") else traffic
+        yield case, binary, by_tile(case, tile.queries, tile.keys)
 
 
 def layout(case: Case) -> tuple[tuple[int, ...], int]:
@@ -136,6 +151,12 @@ def traffic(case: Case, queries: int, keys: int) -> Traffic:
     )
 
 
+def _delta_traffic(case: Case, queries: int, keys: int) -> Traffic:
+    row = case.head_dim * itemsize(case.dtype)
+    moved = SEQLEN * HEADS_Q * (2 * row + 4 + 4)  # out, dout, lse, delta
+    return Traffic(moved, SEQLEN // queries * HEADS_Q, (), loaded=2 * queries * row, stored=0)
+
+
 @lru_cache
 def tiles(starts: tuple[int, ...], granularity: int, own: int, other: int, by_key: bool) -> int:
     """How many tiles of `other` rows all tiles of `own` rows of one head go through."""
@@ -178,3 +199,12 @@ KERNELS = [
     )
     for name in NAMES
 ]
+KERNELS.append(
+    Kernel(
+        name="attention delta",
+        folders=FOLDERS,
+        cases=delta_cases(),
+        measure=measure,
+        sample=lambda case: (case.capability, case.head_dim, case.dtype) == (90, 128, "bfloat16"),
+    )
+)

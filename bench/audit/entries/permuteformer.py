@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from unittest import mock
@@ -10,15 +11,24 @@ from ..case import CAPABILITIES, Case, Kernel, Measured, Traffic, empty, itemsiz
 
 SEQLEN, HEADS_Q, HEADS_K = 8192, 32, 8
 SWEEPS = ("forward", "dq", "dk", "dv")
-PARTS = ("sweep",)
+PARTS = ("sweep", "gather", "chain")
 DIMS = (64, 128, 256)
 
 
 def cases(part: str) -> list[Case]:
-    sweeps = SWEEPS if part == "sweep" else ("forward", "dk")
-    every = [("bfloat16", dim, sweep) for sweep in sweeps for dim in DIMS]
-    every += [("float32", dim, "forward") for dim in DIMS] + [("float32", 128, "dk")]
-    every += [("bfloat16", 64, "forward bidirectional"), ("bfloat16", 64, "dk packed")]
+    """States of one key/value head each; step: one token, from a state to the next."""
+    if part == "chain":
+        every = [("bfloat16", dim, kind) for dim in DIMS for kind in ("forward", "forward state")]
+        every += [("bfloat16", 64, "forward bidirectional"), ("bfloat16", 64, "dk packed")]
+    else:
+        sweeps = SWEEPS if part == "sweep" else ("forward", "dk")
+        every = [("bfloat16", dim, sweep) for sweep in sweeps for dim in DIMS]
+        every += [("float32", dim, "forward") for dim in DIMS] + [("float32", 128, "dk")]
+        every += [("bfloat16", 64, "forward bidirectional"), ("bfloat16", 64, "dk packed")]
+    if part == "sweep":
+        every += [
+            ("bfloat16", dim, f"forward {kind}") for dim in DIMS for kind in ("state", "step")
+        ]
     return [
         Case(f"linear {part}", chip, dim, dtype, variant)
         for dtype, dim, variant in every
@@ -27,7 +37,13 @@ def cases(part: str) -> list[Case]:
 
 
 def in_sample(case: Case) -> bool:
-    chips = {"forward": {64: CAPABILITIES, 256: (90,)}, "dq": {128: (80, 120)}, "dk": {128: (90,)}}
+    chips = {
+        "forward": {64: CAPABILITIES, 256: (90,)},
+        "dq": {128: (80, 120)},
+        "dk": {128: (80, 90)},
+        "forward state": {128: (80, 100)},
+        "forward step": {64: (80,)},
+    }
     if case.kernel != "linear sweep" or case.dtype != "bfloat16":
         return case.head_dim == 128 and case.capability == 90
     return case.capability in chips.get(case.variant, {}).get(case.head_dim, ())
@@ -40,36 +56,62 @@ def measure(asked: Sequence[Case]) -> Iterable[Measured]:
 
     for case in asked:
         part = case.kernel.split()[1]
-        others = tuple(f"{name}_kernel" for name in ("gather", "chain", "sweep") if name != part)
+        others = tuple(f"{name}_kernel" for name in PARTS if name != part)
         with (
             mock.patch.object(module, "_capability", lambda device, case=case: case.capability),
             mock.patch.object(module, "_interpreted", lambda: False),
         ):
             launch = record(module, f"{part}_kernel", lambda case=case: _launch(case), others)
-        tile, row = launch.kwargs["TILE"], case.head_dim * itemsize(case.dtype)
-        tokens = SEQLEN * (2 * HEADS_Q + 2 * HEADS_K)
-        traffic = Traffic(
-            bytes=tokens * row,
-            blocks=launch.grid[0] * launch.grid[1],
-            passes=(HEADS_Q * SEQLEN / tile.chunk * launch.grid[1],),
-            loaded=tile.chunk * min(tile.value_lanes * itemsize(case.dtype), row),
-            stored=0 if part == "gather" else tile.chunk * tile.value_lanes * itemsize(case.dtype),
-        )
+        traffic = _chain_traffic(launch) if part == "chain" else _traffic(case, launch)
         yield case, compile_launch(launch, case.capability), traffic
+
+
+def _traffic(case: Case, launch) -> Traffic:
+    tile, size = launch.kwargs["TILE"], itemsize(case.dtype)
+    tokens, blocks = _tokens(case), launch.grid[1]
+    rows, values = tile.chunk * case.head_dim * size, tile.chunk * tile.value_lanes * size
+    gathers = case.kernel == "linear gather"
+    heads = HEADS_K if gathers and case.has("forward") else HEADS_Q
+    moved = 2 * heads if gathers else 2 * HEADS_Q + 2 * HEADS_K
+    return Traffic(
+        bytes=tokens * moved * case.head_dim * size,
+        blocks=math.prod(launch.grid),
+        passes=(heads * -(-tokens // tile.chunk) * blocks,),
+        loaded=rows + values if gathers else min(rows, values),
+        stored=0 if gathers else values,
+    )
+
+
+def _chain_traffic(launch) -> Traffic:
+    """Reads each part's state and writes the one before it."""
+    parts, _, size = launch.args[4:]
+    states, blocks = launch.grid
+    row = launch.kwargs["BLOCK"] * 4
+    return Traffic(
+        2 * 4 * states * parts * size, states * blocks, (states * blocks * parts,), row, row
+    )
+
+
+def _tokens(case: Case) -> int:
+    return 1 if case.has("step") else SEQLEN
 
 
 def _launch(case: Case) -> None:
     from extrope_kernels.ops.permuteformer.sweep import Sweep
     from extrope_kernels.ops.permuteformer.triton import sweep
 
-    packed = case.has("packed")
+    packed, tokens, dim = case.has("packed"), _tokens(case), case.head_dim
     batch = () if packed else (1,)
-    q, k = (empty(*batch, SEQLEN, n, case.head_dim, dtype=case.dtype) for n in (HEADS_Q, HEADS_K))
-    numbers, causal = empty(*batch, HEADS_Q, SEQLEN), not case.has("bidirectional")
+    q, k = (empty(*batch, tokens, n, dim, dtype=case.dtype) for n in (HEADS_Q, HEADS_K))
+    numbers, causal = empty(*batch, HEADS_Q, tokens), not case.has("bidirectional")
     cu_seqlens = empty(9, dtype="int32") if packed else None
     by = partial(Sweep, HEADS_K, empty(HEADS_K) if causal else None, cu_seqlens, causal)
+    given = {}
+    if case.has("state") or case.has("step"):
+        shape = (1, HEADS_K, dim)
+        given = {"first_state": empty(*shape, dim), "first_sum": empty(*shape), "keep_state": True}
     if case.has("forward"):
-        sweep(q, k, k, by(normalize=True))
+        sweep(q, k, k, by(normalize=True, **given))
     elif case.has("dq"):
         sweep(q, k, k, by(phi_scores=False, gate=q, x_scale=numbers, x_extra=numbers))
     elif case.has("dk"):

@@ -53,7 +53,7 @@ class Launch:
 def record(
     module: ModuleType, kernel: str, call: Callable[[], object], others: tuple[str, ...] = ()
 ) -> Launch:
-    """Run `call` with the module's kernels replaced by recorders: the one launch of `kernel` as
+    """Run `call` with the module's kernels replaced by recorders: the first launch of `kernel` as
     shipped, never made. Launches of `others` go nowhere.
     """
     launches: dict[str, list[Launch]] = {name: [] for name in (kernel, *others)}
@@ -70,8 +70,7 @@ def record(
         for name in launches:
             stack.enter_context(mock.patch.object(module, name, Recorder(name)))
         call()
-    (launch,) = launches[kernel]
-    return launch
+    return launches[kernel][0]
 
 
 def compile_launch(launch: Launch, capability: int) -> Binary:
@@ -90,6 +89,7 @@ def compile_launch(launch: Launch, capability: int) -> Binary:
         shared=max(used["SHARED"], compiled.metadata.shared),
         warps=compiled.metadata.num_warps,
         sass=sass,
+        tensor_memory=compiled.metadata.tmem_size or 0,
     )
 
 

@@ -59,7 +59,7 @@ _TABLE: dict[str, dict[int, dict[int, Config]]] = {
         },
         100: {
             64: Config(128, 64, 8, 2),
-            128: Config(128, 64, 8, 2, halves=True),
+            128: Config(128, 64, 8, 3, halves=True),
             256: Config(32, 32, 8, 1),
         },
         120: {64: Config(128, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(32, 32, 8, 1)},
@@ -78,7 +78,7 @@ _TABLE: dict[str, dict[int, dict[int, Config]]] = {
 }
 
 # float32 products run without tensor cores, from registers: by kernel, on every chip, and head_dim
-# up to. Only dq at 256 lanes spills, 24 bytes, at the smallest tile that there is.
+# up to. At one stage, dq's operands at 256 lanes would wait in registers too, and not fit.
 _FLOAT32: dict[str, dict[int, Config]] = {
     "forward": {64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "dq": {

@@ -136,6 +136,7 @@ class _Call:
                 self.seqlen_q,
                 TILE=self._tile(setting),
                 num_warps=setting.warps,
+                enable_fp_fusion=True,
             )
 
     def _setting(self, name: str) -> Config:

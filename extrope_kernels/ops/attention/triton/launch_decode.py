@@ -73,6 +73,8 @@ def append(cache: KVCache, k: Tensor, v: Tensor, call: Call) -> None:
         return
     tile, _ = _tile(cache, call, [k, v], 1, 1)
     tile = tile._replace(keys=1 if new == 1 else 16)
+    # A row is moved in two halves and the rest: 16 bytes of each a thread, where there are so many.
+    vectors = tile.keys * tile.half * k.itemsize // VECTOR_BYTES
     with torch.cuda.device_of(k):
         append_kernel[(triton.cdiv(new, tile.keys), heads_k, batch)](
             _plane(k, tile.align),
@@ -81,7 +83,7 @@ def append(cache: KVCache, k: Tensor, v: Tensor, call: Call) -> None:
             new,
             *_factor(call),
             TILE=tile,
-            num_warps=1 if new == 1 else 4,
+            num_warps=1 if new == 1 else 4 if vectors >= 128 else 2,
             enable_fp_fusion=True,
         )
 

@@ -11,7 +11,8 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# What changes from call to call must not make Triton compile again.
+# What changes from call to call must not make Triton compile again. Each is a parameter of its own,
+# since Triton takes no notice of this list for the numbers within a tuple.
 RUN_TIME_SCALARS = (
     *("tiles", "heads_q", "group", "rows", "seqlen_q", "seqlen_k"),
     *("num_sequences", "search_steps", "start_0", "start_1", "start_2", "granularity"),

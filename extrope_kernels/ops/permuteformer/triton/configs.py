@@ -11,14 +11,18 @@ class Config(NamedTuple):
     lanes: int  # of values, at most, in one program
     warps: int
     stages: int
+    x_twice: bool = False  # see rows.py
 
 
 MOST_TOKENS = 64  # of a chunk
-INTERPRETED = Config(16, 3, 32, 1, 1)
+INTERPRETED = Config(16, 3, 32, 1, 1, x_twice=True)
 
 
 def config(dim: int, value_dim: int, itemsize: int, capability: int | None) -> Config:
-    """The setting for heads of `dim` and `value_dim` lanes; capability None: interpreted."""
+    """The setting for heads of `dim` and `value_dim` lanes; capability None: interpreted.
+
+    All compile without spills.
+    """
     if capability is None:
         return INTERPRETED
     if itemsize == 4:
@@ -26,7 +30,11 @@ def config(dim: int, value_dim: int, itemsize: int, capability: int | None) -> C
     if dim <= 64 and 100 <= capability < 120:
         # Tensor cores with a memory for their sums leave registers for more tokens.
         return Config(64, 16, 64, 8, 1)
-    if capability != 90 and (dim <= 64 or (dim <= 128 and capability < 120)):
-        # Warp group products keep operands in registers too, and hold stack at this size.
-        return Config(32, 32, 32, 8, 1)
-    return Config(16, 64, 32, 8, 1)
+    # Where a warp alone makes products, each holds all of x; warp groups share it.
+    x_twice = not 90 <= capability < 120
+    if 64 < dim <= 128 and capability >= 120:
+        # Four warps spill here.
+        return Config(16, 64, 32, 8, 2)
+    if dim <= 128:
+        return Config(16, 64, 32, 4, 1, x_twice)
+    return Config(16, 64, 16 if capability < 90 else 32, 8, 1, x_twice)

@@ -80,11 +80,27 @@ def _store_states(states, slot, first, state, key_sum, extra_sum, TILE: tl.const
     tl.store(pointers, state, mask=inside)
     if TILE.key_sum:  # noqa: SIM102  (known when compiled; the other, when it runs)
         if first == 0:  # the other programs of this state have the same
-            pointers, inside = _vector(states[1], slot, 0, TILE.score_dim, TILE.score_lanes)
-            tl.store(pointers, key_sum, mask=inside)
+            sums, there = _vector(states[1], slot, 0, TILE.score_dim, TILE.score_lanes)
+            tl.store(sums, key_sum, mask=there)
     if TILE.extra:
-        pointers, inside = _vector(states[2], slot, first, TILE.value_dim, TILE.value_lanes)
-        tl.store(pointers, extra_sum, mask=inside)
+        extras, within = _vector(states[2], slot, first, TILE.value_dim, TILE.value_lanes)
+        tl.store(extras, extra_sum, mask=within)
+
+
+@triton.jit
+def _load_keys(
+    y, w, y_scale, y_extra, batch, head, token, live, lane, seqlen, TILE: tl.constexpr
+):  # fmt: skip
+    """A chunk's rows of y and of w, its scales and its extras."""
+    y_rows = load_rows(
+        y, batch, head, token, live, 0, TILE.score_dim, TILE.score_lanes, TILE.phi_scores, TILE
+    )
+    w_rows = load_rows(
+        w, batch, head, token, live, lane, TILE.value_dim, TILE.value_lanes, not TILE.phi_scores,
+        TILE,
+    )  # fmt: skip
+    scale = load_numbers(y_scale, batch, head, token, live, seqlen, TILE)
+    return y_rows, w_rows, scale, load_numbers(y_extra, batch, head, token, live, seqlen, TILE)
 
 
 @triton.jit
@@ -117,17 +133,10 @@ def gather_kernel(
         shrink = tl.exp2(count * rate)
         state, key_sum, extra_sum = state * shrink, key_sum * shrink, extra_sum * shrink
         for head_y in tl.range(first_y, first_y + tl.maximum(y.heads // heads, 1)):
-            y_rows = load_rows(
-                y, batch, head_y, token, live, 0, TILE.score_dim, TILE.score_lanes,
-                TILE.phi_scores, TILE,
-            )  # fmt: skip
-            w_rows = load_rows(
-                w, batch, head_y, token, live, lane, TILE.value_dim, TILE.value_lanes,
-                not TILE.phi_scores, TILE,
-            )  # fmt: skip
-            scale = load_numbers(y_scale, batch, head_y, token, live, seqlen, TILE)
+            y_rows, w_rows, scale, extra = _load_keys(
+                y, w, y_scale, y_extra, batch, head_y, token, live, lane, seqlen, TILE
+            )
             weights = _weights(position, end, count, rate, scale)
-            extra = load_numbers(y_extra, batch, head_y, token, live, seqlen, TILE)
             state, key_sum, extra_sum = add_keys(
                 state, key_sum, extra_sum, y_rows, w_rows, weights, extra, TILE
             )
@@ -135,7 +144,8 @@ def gather_kernel(
     _store_states(states, at, lane, state, key_sum, extra_sum, TILE)
 
 
-@triton.jit(do_not_specialize=(*RUN_TIME_SCALARS, "size"))
+# Whether 16 divides the size decides how wide the accesses are.
+@triton.jit(do_not_specialize=RUN_TIME_SCALARS)
 def chain_kernel(
     states, first_state, log2_decay, part_starts, parts, heads, size,
     BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -224,16 +234,14 @@ def sweep_kernel(
             shrink = tl.exp2(count * rate)
             state, key_sum, extra_sum = state * shrink, key_sum * shrink, extra_sum * shrink
             for head_y in tl.range(first_y, first_y + tl.maximum(y.heads // heads, 1)):
-                y_rows = load_rows(
-                    y, batch, head_y, token, live, 0, TILE.score_dim, TILE.score_lanes,
-                    TILE.phi_scores, TILE,
-                )  # fmt: skip
-                w_rows = load_rows(
-                    w, batch, head_y, token, live, lane, TILE.value_dim, TILE.value_lanes,
-                    not TILE.phi_scores, TILE,
-                )  # fmt: skip
-                extra_y = load_numbers(y_extra, batch, head_y, token, live, seqlen, TILE)
-                scale = load_numbers(y_scale, batch, head_y, token, live, seqlen, TILE)
+                y_rows, w_rows, scale, extra_y = _load_keys(
+                    y, w, y_scale, y_extra, batch, head_y, token, live, lane, seqlen, TILE
+                )
+                if TILE.x_twice:
+                    x_rows = load_rows(
+                        x, batch, head_x, token, live, 0, TILE.score_dim, TILE.score_lanes,
+                        TILE.phi_scores, TILE,
+                    )  # fmt: skip
                 scores = product(x_rows, tl.trans(y_rows))
                 if TILE.phi_scores:
                     y_sum = tl.sum(y_rows.to(tl.float32), 1)

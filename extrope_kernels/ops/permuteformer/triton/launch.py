@@ -100,9 +100,12 @@ class _Call:
             self._empty(slots, *shape) if want else None
             for shape, want in zip(self._state_shape(), wanted)
         )
+        options = self._options()
+        if self.x.dtype == torch.float32:
+            options["num_warps"] = 4  # eight spill on sm_90
         gather_kernel[(slots, blocks)](
             _rows(self.y), _rows(self.w), _numbers(by.y_scale), _numbers(by.y_extra),
-            self.log2_decay, states, **self._extent(), **self._options(),
+            self.log2_decay, states, **self._extent(), **options,
         )  # fmt: skip
         sequences = self.sequences if self.packed else self.batch
         for state, start in zip(states, first):
@@ -110,7 +113,7 @@ class _Call:
                 size = state[0].numel()
                 chain_kernel[(sequences * by.heads, triton.cdiv(size, CHAIN_BLOCK))](
                     state, start, self.log2_decay, self.part_starts, self.parts, by.heads, size,
-                    BLOCK=CHAIN_BLOCK, TILE=self.tile,
+                    BLOCK=CHAIN_BLOCK, TILE=self.tile, enable_fp_fusion=True,
                 )  # fmt: skip
         return states
 
@@ -149,6 +152,7 @@ class _Call:
             extra=by.x_extra is not None or by.y_extra is not None,
             normalize=by.normalize,
             key_sum=by.normalize or by.keep_state,
+            x_twice=setting.x_twice,
             widen=_interpreted() and self.x.dtype == torch.bfloat16,
         )
 

@@ -44,6 +44,7 @@ class Tile(NamedTuple):
     extra: bool
     normalize: bool
     key_sum: bool  # is part of a state
+    x_twice: bool  # load x for scores again, rather than keep it in registers
     widen: bool  # operands to float32 before a product: the interpreter has no bfloat16
 
 
