@@ -6,7 +6,8 @@ attention. The floor is the rate of a square matrix product for what plain causa
 2 * heads * N**2 * head_dim operations forward and 3.5 times that with the backward, so the second
 product where a tile straddles the window shows as lost speed; that costs 1 + tile / N.
 "no window" is our own kernel computing plain attention. The two-score formula in eager PyTorch and
-FlexAttention's composition compute what we do; the former is measured at 2048, for its memory.
+FlexAttention's composition compute what we do; the former is paired with ours at 2048 tokens, and
+goes along the curves over the length while its scores fit into memory.
 
 The backward in bf16 has no row: PyTorch's own takes minutes on a CPU.
 
@@ -19,10 +20,12 @@ forward, 300 backward (bf16, head_dim 128).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
-from attention import SCALED, by_length, compare_causal
-from harness import Report, arguments
+from attention import SCALED, Attend, by_length, compare_causal
+from harness import Call, Report, arguments
+from machine import memory
 from peers import dense_rerope, flex_rerope
 from scaling import scaling
 
@@ -41,6 +44,20 @@ BARS = (  # head_dim, key heads, dtype, forward and training: our time over SDPA
 
 def both(bar: float | None) -> dict[str, float] | None:
     return None if bar is None else {"SDPA": bar, "SDPA, keys repeated": bar, "no window": 1.03}
+
+
+def curves(attend: Attend, window: int) -> Callable[[int], dict[str, Call]]:
+    """Ours and, while a handful of N x N scores fits into memory, the two-score formula."""
+    ours, dense = by_length(attend), by_length(functools.partial(dense_rerope, window=window))
+    bytes_of_scores = 6 * 2 * 4  # copies, heads, float32
+
+    def calls_of_length(seqlen: int) -> dict[str, Call]:
+        calls = {"rerope": ours(seqlen)}
+        if bytes_of_scores * seqlen**2 < memory():
+            calls["two scores, eager"] = dense(seqlen)
+        return calls
+
+    return calls_of_length
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     compare_causal(report, attend, seqlen=short, pairs=short**2 / 2, others=dense, heads_k=2,
                    head_dim=64, dtype=torch.float32)  # fmt: skip
     report.save()
-    scaling("rerope", by_length(attend), args, about=f"{SCALED}, window {window}")
+    scaling("rerope", curves(attend, window), args, about=f"{SCALED}, window {window}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 from pathlib import Path
 
@@ -36,6 +37,13 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "CPU")
+
+
+def memory() -> int:
+    """Bytes of the device."""
+    if device() == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def back_memory(gibibytes: int = 3) -> None:
