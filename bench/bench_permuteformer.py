@@ -4,9 +4,9 @@ Causal, 8 heads of q, k and v. Our time includes the permutation of q and k; tha
 attention (rerope_attention with a window of N) the rotation; SDPA gets rotated inputs.
 
 The floor is a square matrix product's rate for 4 D D + 4 D (C + 1) / 2 operations a token and head,
-D = head_dim: the state read and written, and the pairs within a chunk of C tokens. Softmax takes
-4 D (N + 1) / 2. Their ratio is the gain to expect; at N = 16384 we have to reach half of it. The
-operations count no exponentials, powers, permutations, rotations or memory.
+D = head_dim: the state read and written, and the pairs within a chunk of C tokens, that of the
+kernel. Softmax takes 4 D (N + 1) / 2. Their ratio is the gain to expect; at N = 16384 we have to
+reach half of it. The operations count no exponentials, powers, permutations, rotations or memory.
 """
 
 from __future__ import annotations
@@ -28,13 +28,23 @@ from extrope_kernels import (
     permuteformer_step,
     rerope_attention,
 )
+from extrope_kernels.cli import CPU_CAPABILITIES
 
-HEADS, CHUNK = 8, 96 if device() == "cpu" else 64
+HEADS = 8
+AMX = CPU_CAPABILITIES.index("AMX")
 
 
-def operations(seqlen: int, dim: int) -> tuple[float, float]:
+def chunk(dtype: torch.dtype) -> int:
+    """Tokens of a chunk of the kernel that runs."""
+    if device() == "cuda":
+        return 64
+    in_amx_tiles = dtype == torch.bfloat16 and torch.ops.extrope.cpu_capability() == AMX
+    return 96 if in_amx_tiles else 48
+
+
+def operations(seqlen: int, dim: int, dtype: torch.dtype) -> tuple[float, float]:
     """Of all heads: linear, softmax."""
-    per_token = 4 * dim * dim + 4 * dim * (CHUNK + 1) / 2, 4 * dim * (seqlen + 1) / 2
+    per_token = 4 * dim * dim + 4 * dim * (chunk(dtype) + 1) / 2, 4 * dim * (seqlen + 1) / 2
     return tuple(HEADS * seqlen * x for x in per_token)
 
 
@@ -64,7 +74,7 @@ def bench(report: Report, seqlen: int, dim: int, dtype: torch.dtype, training: b
         *(x.double() for x in first), permutations=permutations, backend="reference"
     )
     ours, others = calls(qkv, permutations)
-    linear, softmax = operations(seqlen, dim)
+    linear, softmax = operations(seqlen, dim, dtype)
     about = {
         "dtype": dtype,
         "shape": f"{seqlen} x {HEADS} x {dim}",

@@ -22,7 +22,8 @@ def machine() -> dict[str, str | int]:
     if device() == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        name = f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+        amx = " and AMX" if torch.cpu._is_amx_tile_supported() else ""
+        name = f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}{amx}"
     return {
         "device": name,
         "threads": torch.get_num_threads(),

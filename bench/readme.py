@@ -1,17 +1,20 @@
 """Write the README's figures from measured files: python bench/readme.py
 
-Reads bench/results/*.json (from `make bench` and bench/length_generalization.py) and
-build/demo/loss.json with its plot (from `make demo`); replaces what stands between the markers in
-README.md, and docs/demo.png. The marker of bench/results/NAME-DEVICE.json is NAME-DEVICE, of the
-demo demo-table: put
+Reads bench/results/*.json (of `make bench`, bench/gpu_audit.py and bench/length_generalization.py)
+and build/demo/loss.json with its plot (of `make demo`). Writes all of it to bench/results/README.md,
+and docs/demo.png; replaces what stands between the markers in README.md.
+The marker of bench/results/NAME-DEVICE.json is NAME-DEVICE, that of another machine's
+bench/results/FOLDER/NAME-DEVICE.json (--out FOLDER) FOLDER/NAME-DEVICE, of the demo demo-table. Put
 
-    <!-- rope-cpu -->
+    <!-- rope-cpu: bfloat16 -->
 
-where its figures shall stand. Files without a marker are named and left out.
+where its figures shall stand, here only the cases with "bfloat16" in their name, dtype or shape;
+several words must all be there.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -47,15 +50,17 @@ def machine(results: dict) -> str:
     return f"{where['device']}, {where['threads']} threads, torch {where['torch']}"
 
 
-def comparison(results: dict) -> str:
-    """A line for each case, with our time over that of everyone else."""
+def comparison(results: dict, only: str = "") -> str:
+    """A line for each case with the words of `only`, with our time over that of everyone else."""
     fields = ("dtype", "shape", "milliseconds", "of_floor", "error", "host_microseconds",
               "megabytes")  # fmt: skip
     headings = [COLUMNS[field][0].replace("/it", "/ours") for field in fields]
     lines, absent = [], {}
     cases: dict[tuple, list[dict]] = {}
     for row in results["rows"]:
-        cases.setdefault((row["case"], row["dtype"], row["shape"]), []).append(row)
+        name = row["case"], row["dtype"], row["shape"]
+        if all(word in " ".join(name) for word in only.split()):
+            cases.setdefault(name, []).append(row)
     for rows in cases.values():
         for ours in (row for row in rows if row["implementation"] == "extrope"):
             words = [cell(ours.get(field), COLUMNS[field][2]) for field in fields]
@@ -114,43 +119,61 @@ def growth(results: dict) -> str:
     return f"{results['about']}; {machine(results)}.\n\n{slopes}"
 
 
-def text_of(path: Path) -> str:
-    """What a file of results has to say."""
+def text_of(path: Path, name: str, only: str = "") -> str:
+    """What a file of results has to say; `name` is that of its marker."""
     results = json.loads(path.read_text())
     if path.stem.startswith("scaling-"):
-        return f"![{path.stem}](bench/results/{path.stem}.svg)\n\n{growth(results)}"
+        return f"![{name}](bench/results/{name}.svg)\n\n{growth(results)}"
     named = {"overhead": overhead, "length_generalization": length_table}
-    return named.get(path.stem.rsplit("-", 1)[0], comparison)(results)
+    made = named.get(path.stem.rsplit("-", 1)[0])
+    return made(results) if made else comparison(results, only)
 
 
-def replace(text: str, name: str, content: str | Callable[[], str]) -> str:
-    """The text with the content between the markers of that name; unchanged without a marker."""
-    if f"<!-- {name} -->" not in text:
-        print(f"no marker <!-- {name} --> in the README")
-        return text
-    content = content if isinstance(content, str) else content()
-    marked = f"<!-- {name} -->\n{content}\n<!-- end of {name} -->"
-    pattern = rf"<!-- {name} -->(?:.*<!-- end of {name} -->)?"
-    return re.sub(pattern, lambda _: marked, text, count=1, flags=re.DOTALL)
+def names(results: Path) -> dict[str, Path]:
+    """Of the measured files, by marker: those of this machine first."""
+    paths = sorted(results.rglob("*-c*.json"), key=lambda path: (len(path.parts), path))
+    return {str(path.relative_to(results).with_suffix("")): path for path in paths}
+
+
+def everything(results: Path) -> str:
+    """All measured files, a section each."""
+    parts = ["# Every figure", "Made by `python bench/readme.py` from the files beside this one."]
+    for name, path in names(results).items():
+        text = text_of(path, name).replace("](bench/results/", "](")
+        parts.append(f"## {name}\n\n{text}")
+    return "\n\n".join(parts) + "\n"
+
+
+def replace(text: str, name: str, content: Callable[[str], str]) -> str:
+    """The text with content(only) at the marker of that name, if it has one."""
+
+    def marked(marker: re.Match) -> str:
+        only = marker[1] or ""
+        return f"<!-- {name}{only} -->\n{content(only[2:])}\n<!-- end of {name} -->"
+
+    pattern = rf"<!-- {name}(: [^\n]*?)? -->(?:.*<!-- end of {name} -->)?"
+    return re.sub(pattern, marked, text, count=1, flags=re.DOTALL)
 
 
 def main(root: Path = ROOT, results: Path = RESULTS) -> None:
     readme = root / "README.md"
     text = readme.read_text()
-    for path in sorted(results.glob("*-c*.json")):  # -cpu and -cuda
-        text = replace(text, path.stem, lambda path=path: text_of(path))
+    for name, path in names(results).items():
+        text = replace(text, name, functools.partial(text_of, path, name))
     if (audit := results / "gpu_audit.json").exists():
-        text = replace(text, "audit-table", audit_table(audit))
+        text = replace(text, "audit-table", lambda only: audit_table(audit))
     if (made := root / "build" / "demo" / "loss.json").exists():
         (root / "docs").mkdir(exist_ok=True)
         shutil.copyfile(made, results / "demo.json")
         shutil.copyfile(made.with_suffix(".png"), root / "docs" / "demo.png")
     demo = json.loads(path.read_text()) if (path := results / "demo.json").exists() else None
     if demo:
-        text = replace(text, "demo-table", demo_table(demo))
+        text = replace(text, "demo-table", lambda only: demo_table(demo))
     if (path := results / "length_generalization-cpu.json").exists():
-        text = replace(text, "methods-table", methods_table(json.loads(path.read_text()), demo))
+        table = methods_table(json.loads(path.read_text()), demo)
+        text = replace(text, "methods-table", lambda only: table)
     readme.write_text(text)
+    (results / "README.md").write_text(everything(results))
 
 
 if __name__ == "__main__":

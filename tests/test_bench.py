@@ -85,23 +85,29 @@ def test_verdicts_and_slopes(bench):
     assert scaling.summary(rows)[1].endswith("2.00 times one thread at 4096 tokens")
 
 
-def test_figures_replace_what_is_between_the_markers(bench, tmp_path, capsys):
+def test_figures_replace_what_is_between_the_markers(bench, tmp_path):
     readme, harness = bench("readme"), bench("harness")
     rows = [
         harness.Row("forward", "extrope", "float32", "8 x 2", milliseconds=1.5, error=1e-7),
         harness.Row("forward", "peer 1.0", "float32", "8 x 2", ratio=0.5, bar=0.25),
         harness.Row("forward", "other", "float32", "8 x 2", absent="needs a GPU"),
     ]
-    path = harness.save("some", rows, tmp_path)
-    harness.save("unmarked", rows, tmp_path)
-    text = f"before\n<!-- {path.stem} -->\nold \\1\n<!-- end of {path.stem} -->\nafter\n"
-    (tmp_path / "README.md").write_text(text)
-    readme.main(tmp_path, tmp_path)
+    results = tmp_path / "results"
+    own = harness.save("some", rows, results).stem
+    harness.save("unmarked", [harness.Row("backward", "extrope", "float32", "8 x 2")], results)
+    harness.save("some", rows[:1], results / "another")
+    text = f"<!-- another/{own}: float32 back -->\nbefore\n<!-- {own} -->\nold \\1\n"
+    (tmp_path / "README.md").write_text(f"{text}<!-- end of {own} -->\nafter\n")
+    readme.main(tmp_path, results)
     once = (tmp_path / "README.md").read_text()
-    assert "old" not in once and once.startswith("before\n<!--") and once.endswith("-->\nafter\n")
-    assert "| forward | float32 | 8 x 2 | 1.50 |  | 1.0e-07 |" in once
-    assert "peer 1.0 0.50 (bar 0.25 missed)" in once
-    assert "Not measured here: other: needs a GPU." in once
-    assert f"no marker <!-- unmarked-{harness.device()} -->" in capsys.readouterr().out
-    readme.main(tmp_path, tmp_path)
+    first, second = once.split("before\n")
+    assert first.startswith(f"<!-- another/{own}: float32 back -->") and "| forward" not in first
+    assert second.startswith(f"<!-- {own} -->") and second.endswith("-->\nafter\n")
+    assert "old" not in once and "backward" not in once
+    assert "| forward | float32 | 8 x 2 | 1.50 |  | 1.0e-07 |" in second
+    assert "peer 1.0 0.50 (bar 0.25 missed)" in second
+    assert "Not measured here: other: needs a GPU." in second
+    readme.main(tmp_path, results)
     assert (tmp_path / "README.md").read_text() == once
+    every = (results / "README.md").read_text()
+    assert "| backward |" in every and every.index(f"## {own}") < every.index("## another/")
