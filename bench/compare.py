@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,11 @@ class Floor:
 
 def matmul_floor(flops: float, dtype: torch.dtype, device: str, side: int = 2048) -> Floor:
     """The time of `flops` operations at the rate of the fastest square matrix product."""
+    return Floor(_fastest_product(dtype, device, side), flops / (2 * side**3))
+
+
+@functools.cache
+def _fastest_product(dtype: torch.dtype, device: str, side: int) -> Call:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     products = [lambda: torch.matmul(a, b)]
     if device == "cpu" and dtype == torch.float32:
@@ -29,7 +35,7 @@ def matmul_floor(flops: float, dtype: torch.dtype, device: str, side: int = 2048
         onednn = torch.ops.mkldnn._linear_pointwise
         products.append(lambda: onednn(a, b, None, "none", [], ""))
     times = paired(*products, repeats=3)
-    return Floor(products[times.index(min(times))], flops / (2 * side**3))
+    return products[times.index(min(times))]
 
 
 def compare(

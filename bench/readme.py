@@ -1,8 +1,8 @@
 """Write the README's figures from measured files: python bench/readme.py
 
 Reads bench/results/*.json (of `make bench`, bench/gpu_audit.py and bench/length_generalization.py)
-and build/demo/loss.json with its plot (of `make demo`). Writes all of it to bench/results/README.md,
-and docs/demo.png; replaces what stands between the markers in README.md.
+and build/demo/loss.json with its plot (of `make demo`). Writes all to bench/results/README.md, and
+docs/demo.png; replaces what stands between the markers in README.md.
 The marker of bench/results/NAME-DEVICE.json is NAME-DEVICE, that of another machine's
 bench/results/FOLDER/NAME-DEVICE.json (--out FOLDER) FOLDER/NAME-DEVICE, of the demo demo-table. Put
 
