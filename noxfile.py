@@ -46,6 +46,10 @@ SAMPLE = (
     "test_kvcache.py",
     "test_kvcache_registration.py",
     "test_merge_attention.py",
+    "test_permute.py",
+    "test_permute_gradients.py",
+    "test_permuteformer.py",
+    "test_permuteformer_gradients.py",
     "test_transformers_generate.py",
 )
 NATIVE = (
@@ -57,6 +61,10 @@ NATIVE = (
     "test_dual_chunk.py",
     "test_blockwise_causal.py",
     "test_kvcache.py",
+    "test_permute.py",
+    "test_permute_gradients.py",
+    "test_permuteformer.py",
+    "test_permuteformer_gradients.py",
 )
 
 
