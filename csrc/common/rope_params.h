@@ -8,8 +8,6 @@
 
 namespace extrope {
 
-enum class DType : int32_t { f32, f64, bf16, f16 };
-
 // One of q and k. Strides are in elements; the last dimension is contiguous.
 struct RopeTensor {
   const void* in;  // (batch, seqlen, heads, head_dim)

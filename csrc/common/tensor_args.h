@@ -67,6 +67,21 @@ inline int64_t set_cu_seqlens(const char* op, TokenParams& p, const Tensor& cu_s
   return p.num_sequences;
 }
 
+// Of operations that compute in float32.
+inline DType dtype_of(const char* op, const Tensor& q) {
+  switch (q.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      require_of(op, false, "q must be float32, bfloat16 or float16");
+  }
+  return DType::f32;
+}
+
 // Whether the positions fit the tokens; precedence as in ops/_positions.py: what has one entry a
 // token is positions, one a sequence offsets.
 inline bool set_positions(TokenParams& p, const Tensor& positions, int64_t sequences) {

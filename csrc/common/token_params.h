@@ -1,10 +1,11 @@
-// The tokens of a call and their positions, in plain data.
+// The dtype, the tokens of a call and their positions, in plain data.
 #pragma once
 
 #include <cstdint>
 
 namespace extrope {
 
+enum class DType : int32_t { f32, f64, bf16, f16 };
 enum class PositionType : int32_t { i32, i64, f32, f64 };
 
 struct TokenParams {

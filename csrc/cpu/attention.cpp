@@ -55,18 +55,7 @@ Kernels kernels(DType dtype) {
             attention_backward_tile_avx512};
   }
 #endif
-#if defined(__x86_64__)
-  switch (capability()) {
-    case kAmx:
-    case kAvx512:
-      return EXTROPE_KERNELS(avx512);
-    case kAvx2:
-      return EXTROPE_KERNELS(avx2);
-    default:
-      break;
-  }
-#endif
-  return EXTROPE_KERNELS(baseline);
+  return EXTROPE_WIDEST(EXTROPE_KERNELS);
 }
 
 // All tiles, those of one sequence and one head of k next to each other and their rows rising.

@@ -3,8 +3,6 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <sstream>
-#include <stdexcept>
 #include <vector>
 
 #include "../common/attention_params.h"
@@ -16,12 +14,7 @@ constexpr int64_t kMaxHeadDim = 256, kMaxSeqlen = INT32_MAX - 1024;
 
 template <typename... Message>
 void require(bool condition, const Message&... message) {
-  if (!condition) [[unlikely]] {
-    std::ostringstream text;
-    text << "region_attn: ";
-    (text << ... << message);
-    throw std::runtime_error(text.str());
-  }
+  require_of("region_attn", condition, message...);
 }
 
 struct Options {
@@ -33,28 +26,10 @@ struct Options {
   bool interleaved;
 };
 
-inline DType dtype_of(const Tensor& q) {
-  switch (q.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      require(false, "q must be float32, bfloat16 or float16");
-  }
-  return DType::f32;
-}
-
 // A tensor (batch, seqlen, heads, head_dim) or (total, heads, head_dim); `name` goes into errors.
 inline AttentionTensor view(const Tensor& x, bool packed, const char* name) {
+  check_rows("region_attn", x, packed, name);
   const int64_t d = x.dim();
-  require(d == (packed ? 3 : 4), name, " must be ",
-          packed ? "(total, heads, head_dim) with cu_seqlens" : "(batch, seqlen, heads, head_dim)",
-          ", got shape ", shape_of(x));
-  require(x.stride(d - 1) == 1 || x.size(d - 1) <= 1 || x.numel() == 0, name,
-          " must be contiguous in its last dimension, got stride ", x.stride(d - 1));
   return {x.data_ptr(), packed ? 0 : x.stride(0), x.stride(d - 3), x.stride(d - 2)};
 }
 
@@ -157,7 +132,7 @@ inline AttentionParams make_params(const std::vector<Tensor>& q, const std::vect
   require(q.size() == options.starts.size() && k.size() == options.starts.size(),
           "q and k must have one tensor a region (", p.regions, "), got ", q.size(), " and ",
           k.size());
-  p.dtype = dtype_of(q[0]);
+  p.dtype = dtype_of("region_attn", q[0]);
   for (int64_t r = 0; r < p.regions; ++r) {
     p.q[r] = view(q[r], packed, "q");
     p.k[r] = view(k[r], packed, "k");

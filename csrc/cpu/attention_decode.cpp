@@ -31,21 +31,15 @@ struct Kernels {
   void (*merge)(const DecodeParams&, const DecodeRows*, int64_t);
 };
 
+#define EXTROPE_KERNELS(isa) \
+  Kernels { decode_parts_##isa, merge_parts_##isa }
+
 // A head_dim is a multiple of 8, and the kernels read rows in whole vectors.
 Kernels kernels(int64_t head_dim) {
 #if defined(__x86_64__)
-  switch (capability()) {
-    case kAmx:
-    case kAvx512:
-      if (head_dim % 16 == 0) return {decode_parts_avx512, merge_parts_avx512};
-      [[fallthrough]];
-    case kAvx2:
-      return {decode_parts_avx2, merge_parts_avx2};
-    default:
-      break;
-  }
+  if (capability() >= kAvx512 && head_dim % 16 != 0) return EXTROPE_KERNELS(avx2);
 #endif
-  return {decode_parts_baseline, merge_parts_baseline};
+  return EXTROPE_WIDEST(EXTROPE_KERNELS);
 }
 
 CachePlane plane(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }

@@ -15,6 +15,7 @@
 #include "decode_tile.h"
 #include "scratch.h"
 #include "sincos.h"
+#include "turn_row.h"
 
 #define EXTROPE_JOIN(a, b) a##b
 #define EXTROPE_EXPAND(a, b) EXTROPE_JOIN(a, b)
@@ -32,6 +33,7 @@ class Worker {
  public:
   explicit Worker(const DecodeParams& p)
       : p_(p),
+        turn_{p.head_dim, p.half, p.interleaved},
         frames_(p),
         group_(p.heads_q / p.heads_k),
         stride_(round_up(p.head_dim, kFloats)),
@@ -99,7 +101,7 @@ class Worker {
       fill_sincos(freq_, p_.half, angles, cos_.data(), sin_.data());
       for (int64_t head = 0; head < p_.heads_q; ++head) {
         const int64_t row = query(token, head);
-        turn_row(p_, &raw_[row], cos_.data(), sin_.data(), &out[row]);
+        turn_row(turn_, &raw_[row], cos_.data(), sin_.data(), 1.0f, &out[row]);
       }
     }
   }
@@ -171,7 +173,7 @@ class Worker {
       turned_rows_[n] = &keys_[std::min(n, count - 1) * stride_];
       if (n >= count) continue;
       const int64_t at = frames_.table_row(first + n, first) * table_stride_;
-      turn_row(p_, key_rows_[n] + head_ * p_.k.head, &table_cos_[at], &table_sin_[at],
+      turn_row(turn_, key_rows_[n] + head_ * p_.k.head, &table_cos_[at], &table_sin_[at], 1.0f,
                &keys_[n * stride_]);
     }
   }
@@ -241,6 +243,7 @@ class Worker {
   }
 
   const DecodeParams& p_;
+  const RowTurn turn_;
   const Frames frames_;
   const int64_t group_, stride_, table_stride_;
   const DecodeRows* rows_ = nullptr;

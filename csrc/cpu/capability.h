@@ -12,4 +12,12 @@ enum Capability : int64_t { kBaseline, kAvx2, kAvx512, kAmx };
 // attention and of linear attention in bf16 have a form for it.
 Capability capability();
 
+// name(isa) of the widest instruction set that this processor has. AMX has AVX-512 too.
+#if defined(__x86_64__)
+#define EXTROPE_WIDEST(name) \
+  (capability() >= kAvx512 ? name(avx512) : capability() == kAvx2 ? name(avx2) : name(baseline))
+#else
+#define EXTROPE_WIDEST(name) name(baseline)
+#endif
+
 }  // namespace extrope

@@ -3,42 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <tuple>
 
 #include "attention_decode.h"
 #include "simd.h"
 
 namespace extrope {
 namespace {
-
-// Turns the pairs of lanes of one row, and copies the rest.
-template <typename T>
-void turn_row(const DecodeParams& p, const T* in, const float* cos, const float* sin, float* out) {
-  const int64_t half = p.half, second = p.interleaved ? 1 : half, step = p.interleaved ? 2 : 1;
-  int64_t i = 0;
-  for (; i + kFloats <= half; i += kFloats) {
-    floats a, b;
-    if (p.interleaved) {
-      std::tie(a, b) = load_pairs(in + 2 * i);
-    } else {
-      a = load_wide(in + i), b = load_wide(in + half + i);
-    }
-    const floats c = load<floats>(cos + i), s = load<floats>(sin + i);
-    const floats out_a = a * c - b * s, out_b = b * c + a * s;
-    if (p.interleaved) {
-      store_pairs(out + 2 * i, out_a, out_b);
-    } else {
-      store(out + i, out_a);
-      store(out + half + i, out_b);
-    }
-  }
-  for (; i < half; ++i) {
-    const float a = widen(in[step * i]), b = widen(in[step * i + second]);
-    out[step * i] = a * cos[i] - b * sin[i];
-    out[step * i + second] = b * cos[i] + a * sin[i];
-  }
-  for (int64_t d = 2 * half; d < p.head_dim; ++d) out[d] = widen(in[d]);
-}
 
 // Which keys a query sees and in which frame.
 struct Frames {

@@ -13,26 +13,13 @@
 namespace extrope::permute {
 namespace {
 
-PermuteTokens kernel() {
-#if defined(__x86_64__)
-  switch (capability()) {
-    case kAmx:
-    case kAvx512:
-      return permute_tokens_avx512;
-    case kAvx2:
-      return permute_tokens_avx2;
-    default:
-      break;
-  }
-#endif
-  return permute_tokens_baseline;
-}
+#define EXTROPE_KERNEL(isa) permute_tokens_##isa
 
 void launch(const PermuteParams& p, int /*device_index*/) {
   if (p.cu_seqlens) check_boundaries("permute", p);
   const Decomposition decomposition(p);
   const int64_t heads = p.tensors[0].heads + p.tensors[1].heads;
-  const PermuteTokens tokens = kernel();
+  const PermuteTokens tokens = EXTROPE_WIDEST(EXTROPE_KERNEL);
   share_out(p.batch * p.seqlen, heads * p.head_dim * p.element_size,
             [&](int64_t begin, int64_t end) { tokens(p, decomposition.cycles(), begin, end); });
 }

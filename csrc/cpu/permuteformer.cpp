@@ -32,18 +32,7 @@ SweepKernels kernels(const SweepParams& p) {
             sweep_load_amx, sweep_save_amx,   sweep_dots_avx512};
   }
 #endif
-#if defined(__x86_64__)
-  switch (capability()) {
-    case kAmx:
-    case kAvx512:
-      return EXTROPE_KERNELS(avx512);
-    case kAvx2:
-      return EXTROPE_KERNELS(avx2);
-    default:
-      break;
-  }
-#endif
-  return EXTROPE_KERNELS(baseline);
+  return EXTROPE_WIDEST(EXTROPE_KERNELS);
 }
 
 Tensor empty_rows(const SweepParams& p, const Tensor& like, int64_t heads, int64_t dim, bool wide) {
@@ -113,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_sweep(
 
 Tensor row_dots(Tensor x, Tensor y, bool packed) {
   SweepParams p{};
-  p.dtype = dtype_of(x);
+  p.dtype = dtype_of("linear_attn", x);
   p.x = view(x, packed, "x"), p.y = view(y, packed, "y");
   check_like(y, x, "y");
   set_sizes(p, x, packed);

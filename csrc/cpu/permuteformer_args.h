@@ -14,20 +14,6 @@ void require(bool condition, const Message&... message) {
   require_of("linear_attn", condition, message...);
 }
 
-inline DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      require(false, "q must be float32, bfloat16 or float16");
-  }
-  return DType::f32;
-}
-
 inline SweepTensor view(const Tensor& x, bool packed, const char* name) {
   check_rows("linear_attn", x, packed, name);
   require(x.is_cpu(), name, " must be on the CPU");
@@ -65,7 +51,7 @@ inline SweepParams make_params(const Tensor& x, const Tensor& y, const Tensor& w
                                const OptionalTensor& cu_seqlens) {
   SweepParams p{};
   const bool packed = cu_seqlens.has_value();
-  p.dtype = dtype_of(x);
+  p.dtype = dtype_of("linear_attn", x);
   p.x = view(x, packed, "x"), p.y = view(y, packed, "y"), p.w = view(w, packed, "w");
   set_sizes(p, x, packed);
   p.value_dim = w.size(w.dim() - 1);

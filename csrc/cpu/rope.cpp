@@ -12,20 +12,7 @@
 namespace extrope {
 namespace {
 
-RopeTokens kernel() {
-#if defined(__x86_64__)
-  switch (capability()) {
-    case kAmx:
-    case kAvx512:
-      return rope_tokens_avx512;
-    case kAvx2:
-      return rope_tokens_avx2;
-    default:
-      break;
-  }
-#endif
-  return rope_tokens_baseline;
-}
+#define EXTROPE_KERNEL(isa) rope_tokens_##isa
 
 void check_axes(const RopeParams& p) {
   for (int64_t i = 0; i < p.rotary_dim / 2; ++i) {
@@ -39,7 +26,7 @@ int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DT
 void launch(const RopeParams& p, int /*device_index*/) {
   if (p.cu_seqlens) check_boundaries("rope", p);
   if (p.axes) check_axes(p);
-  const RopeTokens tokens = kernel();
+  const RopeTokens tokens = EXTROPE_WIDEST(EXTROPE_KERNEL);
   const int64_t heads = p.tensors[0].heads + p.tensors[1].heads;
   share_out(p.batch * p.seqlen, heads * p.head_dim * element_size(p.dtype),
             [&](int64_t begin, int64_t end) { tokens(p, begin, end); });

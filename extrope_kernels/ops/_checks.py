@@ -72,7 +72,8 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor) -> None:
         )
     if cu_seqlens.device != q.device or not cu_seqlens.is_contiguous():
         raise ValueError(
-            f"{op}: cu_seqlens must be contiguous on q's device {q.device}, got {cu_seqlens.device}"
+            f"{op}: cu_seqlens must be contiguous on q's device {q.device}, "
+            f"got strides {cu_seqlens.stride()} on {cu_seqlens.device}"
         )
 
 

@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .._checks import check_cu_seqlens
 from .frames import Call
 from .regions import DualChunk, ReRope
 
@@ -28,7 +29,7 @@ def check(name: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
             )
     _check_shapes(name, q, k, v, packed)
     if packed:
-        _check_cu_seqlens(name, call.cu_seqlens, q)
+        check_cu_seqlens(name, call.cu_seqlens, q)
     sequences = q.shape[0] if not packed else call.cu_seqlens.shape[0] - 1
     check_rotation(name, call, q, sequences)
 
@@ -169,21 +170,6 @@ def _check_shapes(name: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> N
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(
             f"{name}: k's heads must divide q's {q.shape[-2]} heads, got {k.shape[-2]}"
-        )
-
-
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"{name}: cu_seqlens must be a Tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(
-            f"{name}: cu_seqlens must be int32 (sequences + 1,), "
-            f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device != q.device or not cu_seqlens.is_contiguous():
-        raise ValueError(
-            f"{name}: cu_seqlens must be contiguous on q's device {q.device}, "
-            f"got strides {cu_seqlens.stride()} on {cu_seqlens.device}"
         )
 
 

@@ -37,11 +37,11 @@ def check(
     sequences = cu_seqlens.shape[0] - 1 if packed else shape[0]
     _check_inv_freq(inv_freq, q, k, shape, sequences)
     if axes is not None:
-        _check_axes(axes, inv_freq)
+        _check_per_frequency("axes", axes, torch.int32, inv_freq)
     if positions is not None:
         _check_positions(positions, q, shape, sequences, axes is not None)
     if log_decay is not None:
-        _check_log_decay(log_decay, inv_freq)
+        _check_per_frequency("log_decay", log_decay, torch.float32, inv_freq)
     if isinstance(attention_factor, bool) or not isinstance(attention_factor, _NUMBERS):
         kind = type(attention_factor).__name__
         raise TypeError(f"rope: attention_factor must be a number, got {kind}")
@@ -121,32 +121,12 @@ def _check_positions(
         )
 
 
-def _check_axes(axes: Tensor, inv_freq: Tensor) -> None:
-    if not isinstance(axes, Tensor):
-        raise TypeError(f"rope: axes must be a Tensor, got {type(axes).__name__}")
-    if (
-        axes.dtype != torch.int32
-        or axes.shape != inv_freq.shape[-1:]
-        or axes.device != inv_freq.device
-        or not axes.is_contiguous()
-    ):
+def _check_per_frequency(name: str, x: Tensor, dtype: torch.dtype, inv_freq: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"rope: {name} must be a Tensor, got {type(x).__name__}")
+    shape, device = inv_freq.shape[-1:], inv_freq.device
+    if (x.dtype, x.shape, x.device) != (dtype, shape, device) or not x.is_contiguous():
         raise ValueError(
-            f"rope: axes must be contiguous int32 ({inv_freq.shape[-1]},) on {inv_freq.device}, "
-            f"got {axes.dtype} {tuple(axes.shape)} on {axes.device}"
-        )
-
-
-def _check_log_decay(log_decay: Tensor, inv_freq: Tensor) -> None:
-    if not isinstance(log_decay, Tensor):
-        raise TypeError(f"rope: log_decay must be a Tensor, got {type(log_decay).__name__}")
-    if (
-        log_decay.dtype != torch.float32
-        or log_decay.shape != inv_freq.shape[-1:]
-        or log_decay.device != inv_freq.device
-        or not log_decay.is_contiguous()
-    ):
-        raise ValueError(
-            f"rope: log_decay must be contiguous float32 ({inv_freq.shape[-1]},) on "
-            f"{inv_freq.device}, got {log_decay.dtype} {tuple(log_decay.shape)} on "
-            f"{log_decay.device}"
+            f"rope: {name} must be contiguous {str(dtype).removeprefix('torch.')} ({shape[0]},) "
+            f"on {device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
         )
