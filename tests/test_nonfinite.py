@@ -1,15 +1,21 @@
-"""NaN and infinite inputs: what depends on them shows it, as in PyTorch, and no more does."""
+"""NaN and infinite inputs: what depends on them shows it, as in PyTorch, and no more does.
+
+Of linear attention see test_nonfinite_permuteformer.py.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from operations import OPERATIONS, SCORES, everywhere
 from torch import Tensor
 
-ROW, HEAD, LANE = 100, 1, 5
+from extrope_kernels.testing import available_backends
+
+ROW, HEAD, LANE = 100, 1, 5  # of the second batch entry
 VALUES = (math.nan, math.inf, -math.inf)
 CASES = [(n, i) for n, i in everywhere() if n in (*SCORES, "cache") and i != "reference"]
 GRADIENTS = [(n, i) for n, i in everywhere() if n == "rerope, backward" and i != "reference"]
@@ -72,3 +78,22 @@ def test_gradients(name, implementation):
     ):
         grad[spoilt] = 0.0
         assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("implementation", available_backends())
+@pytest.mark.parametrize("name", ("q", "k"))
+def test_permute(name, implementation, dtype):
+    """One lane goes in and one comes out, in the same row of the same head; gradients likewise."""
+    operation = OPERATIONS["permute"]
+    shapes = {key: (shape[0], ROW + 1, *shape[2:]) for key, shape in operation.shapes.items()}
+    tensors = replace(operation, shapes=shapes).inputs(dtype)
+    for value in VALUES:
+        given = poisoned(tensors, name, value)
+        leaves = {key: x.clone().requires_grad_() for key, x in tensors.items()}
+        outs = operation.run(implementation, **leaves)
+        grads = torch.autograd.grad(outs, list(leaves.values()), list(given.values()))
+        for found in (operation.run(implementation, **given), grads):
+            for key, x in zip(given, found):
+                where = (~x.isfinite()).nonzero()[:, :3].tolist()
+                assert where == ([[1, ROW, HEAD]] if key == name else [])

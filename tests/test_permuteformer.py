@@ -181,6 +181,19 @@ def test_4096_tokens_do_not_overflow(rate, normalize):
     assert_within_budget("4096", out, same, exact, noise=noise)
 
 
+@pytest.mark.parametrize("tokens, dim", [(1, 256), (7, 128), (1000, 64), (2500, 33)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_long_sums_are_made_of_short_ones(tokens, dim, normalize):
+    """Half of all features are eps. Added to a growing sum one by one they round alike each time:
+    the normaliser of 1000 tokens was 50 units off."""
+    qkv, permutations = make(1, tokens, heads_q=2, heads_k=1, dim=dim, value_dim=dim)
+    by = {"permutations": permutations, "causal": False, "normalize": normalize}
+    out = permuteformer_attention(*qkv, **by)
+    by["backend"] = "reference"
+    exact = permuteformer_attention(*(x.double() for x in qkv), **by)
+    assert_within_budget("sums", out, permuteformer_attention(*qkv, **by), exact)
+
+
 @pytest.mark.parametrize("shift", [7, 1_000_000])
 def test_shifted_positions_change_nothing(shift):
     qkv, permutations = make()

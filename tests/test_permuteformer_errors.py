@@ -87,6 +87,15 @@ def test_dims_of_the_fused_kernels():
     permuteformer_attention(*qkv, permutations=permutations, backend="reference")
 
 
+@pytest.mark.parametrize("function", [permuteformer_attention, permuteformer_step])
+def test_triton_has_no_float64(function):
+    """Its sums are float32. What a device chooses takes float64, and so gives way to PyTorch."""
+    double = {name: x.double() for name, x in zip("qkv", (Q, K, V))}
+    with pytest.raises(ValueError, match=r"linear_attn: backend='triton' .*got torch.float64"):
+        call(function, {**double, "backend": "triton"})
+    call(function, double)
+
+
 def test_double_backward_points_to_the_reference():
     leaves = [x.clone().requires_grad_() for x in (Q, K, V)]
     out = permuteformer_attention(*leaves, permutations=PERMUTATIONS)

@@ -6,6 +6,7 @@
 // of the decay are those of distances within a chunk, so none overflows, however long the sequence.
 
 #include "permuteformer_pack.h"
+#include "permuteformer_products.h"
 
 #define EXTROPE_JOIN(a, b) a##b
 #define EXTROPE_EXPAND(a, b) EXTROPE_JOIN(a, b)
@@ -18,43 +19,21 @@ constexpr int64_t kLinesOfBlock = 9;  // fetched with each product of a block of
 // ----------------------------------------------------------------------------------------------
 // Products
 
-template <int Distance, int... I>
-inline floats add_across(floats v, std::integer_sequence<int, I...>) {
-  return v + __builtin_shuffle(v, ints{(I ^ Distance)...});
-}
-
-inline float total(floats v) {
-  constexpr auto kLanes = std::make_integer_sequence<int, kFloats>{};
-  if constexpr (kFloats == 16) v = add_across<8>(v, kLanes);
-  if constexpr (kFloats >= 8) v = add_across<4>(v, kLanes);
-  v = add_across<2>(v, kLanes);
-  return add_across<1>(v, kLanes)[0];
-}
-
-template <int Rows>
-EXTROPE_INLINE void scale_rows(Sums<Rows, kWideVectors>& sums, const float* factors) {
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 16
-    for (int j = 0; j < kWideVectors; ++j) sums.at[i][j] *= broadcast(factors[i]);
-  }
-}
-
 // scores[i][j] = decay^(i - j) <x_i, y_j> for kTallRows rows from i and the columns from j.
 template <int Vectors>
 EXTROPE_INLINE void make_block_of_scores(const Part& part, int64_t i, int64_t j) {
   const Scratch& s = part.s;
-  Sums<kTallRows, Vectors> sums{};
+  Sums<kTallRows, Vectors> sums;
+  float* scores = s.scores + i * kChunk + j;
   part.ahead.fetch(kLinesOfBlock);
-  multiply_add(sums, s.x + i * part.n.lane_step, part.n.lane_step, 1, s.y_columns + j, kChunk,
-               part.n.depth);
+  multiply_lanes(sums, part, i, s.y_columns + j, kChunk, scores, kChunk);
   const float* powers = s.falling + (kChunk - 1 - i) + j;
 #pragma GCC unroll 16
   for (int r = 0; r < kTallRows; ++r) {
 #pragma GCC unroll 16
     for (int v = 0; v < Vectors; ++v) sums.at[r][v] *= load<floats>(powers - r + v * kFloats);
   }
-  store_sums(sums, s.scores + i * kChunk + j, kChunk);
+  store_sums(sums, scores, kChunk);
 }
 
 // Up to the end of each block of rows.
@@ -77,64 +56,89 @@ void sum_scores(const Part& part, const Chunk& chunk) {
     }
     if (part.p.causal) {
       sums *= broadcast(s.rising[i + 1]);
-      const int64_t end = smaller(i / kTallRows * kTallRows + kTallRows, chunk.count);
-      for (int64_t j = 0; j < end; j += kFloats) sums += load<floats>(s.scores + i * kChunk + j);
+      // Not 0 times the scores of later tokens: those may be NaN.
+      for (int64_t j = 0; j <= i; j += kFloats) {
+        const floats scores = load<floats>(s.scores + i * kChunk + j);
+        sums += first_lanes(i + 1 - j) ? scores : floats{};
+      }
     }
     s.den[i] = total(sums);
   }
 }
 
-// out = decay^(i + 1) x state (if `fresh`, else what is there) + scores w.
-void make_rows(const Part& part, const Chunk& chunk, bool fresh) {
+// out = decay^(i + 1) x state (if `fresh`, else what is there) + scores w of the `seen` first
+// tokens, for Rows rows from i and the columns from f. Not finite: says so, and leaves out as it
+// was.
+template <int Rows>
+EXTROPE_INLINE bool make_block_of_rows(const Part& part, int64_t i, int64_t f, int64_t seen,
+                                       bool fresh) {
   const Scratch& s = part.s;
   const Sizes& n = part.n;
+  float* out = s.out + i * n.row_step + f;
+  Sums<Rows, kWideVectors> sums;
+  if (fresh) {
+    part.ahead.fetch(kLinesOfBlock);
+    multiply_lanes(sums, part, i, part.state + f, n.row_step, out, n.row_step);
+  } else {
+    load_sums(sums, out, n.row_step);
+  }
+  if (part.p.causal) {
+    if (fresh && part.p.decay) scale_rows(sums, s.rising + i + 1);
+    part.ahead.fetch(kLinesOfBlock);
+    multiply_add(sums, s.scores + i * kChunk, kChunk, 1, s.w + f, n.row_step, seen);
+    if (Rows > 1 && !first_row_is_finite(sums)) return false;
+  }
+  store_sums(sums, out, n.row_step);
+  return true;
+}
+
+// Rows of a block read the whole block's tokens, the later ones with scores of zero. What is not
+// finite would come through: then each row reads its own.
+void make_rows(const Part& part, const Chunk& chunk, bool fresh) {
   for (int64_t i = 0; i < chunk.rows; i += kTallRows) {
-    for (int64_t f = 0; f < n.wide; f += kWide) {
-      float* out = s.out + i * n.row_step + f;
-      Sums<kTallRows, kWideVectors> sums{};
-      if (fresh) {
-        part.ahead.fetch(kLinesOfBlock);
-        multiply_add(sums, s.x + i * n.lane_step, n.lane_step, 1, part.state + f, n.row_step,
-                     n.depth);
-      } else {
-        load_sums(sums, out, n.row_step);
-      }
-      if (part.p.causal) {
-        if (fresh && part.p.decay) scale_rows(sums, s.rising + i + 1);
-        part.ahead.fetch(kLinesOfBlock);
-        multiply_add(sums, s.scores + i * kChunk, kChunk, 1, s.w + f, n.row_step,
-                     smaller(i + kTallRows, chunk.count));
-      }
-      store_sums(sums, out, n.row_step);
+    const int64_t end = smaller(i + kTallRows, chunk.count);
+    for (int64_t f = 0; f < part.n.wide; f += kWide) {
+      if (make_block_of_rows<kTallRows>(part, i, f, end, fresh)) continue;
+      for (int64_t r = i; r < end; ++r) make_block_of_rows<1>(part, r, f, r + 1, fresh);
     }
   }
 }
 
-// state = decay^count state + decayed y^T w; the state shrinks once, with its first head of y.
+// y = decayed y; sum = factor * sum + those of all tokens.
+void add_to_sum(const Part& part, const Chunk& chunk, floats factor) {
+  const Scratch& s = part.s;
+  for (int64_t d = 0; d < part.n.lanes; d += kFloats) {
+    floats sum{};
+    for (int64_t j = 0; j < chunk.count;) {
+      const int64_t end = smaller(j + kTokens, chunk.count);
+      floats few{};
+      for (; j < end; ++j) {
+        float* y = s.y + j * part.n.lane_step + d;
+        const floats decayed = load<floats>(y) * broadcast(s.rising[chunk.count - 1 - j]);
+        few += decayed;
+        store(y, decayed);
+      }
+      sum += few;
+    }
+    store(part.sum + d, load<floats>(part.sum + d) * factor + sum);
+  }
+}
+
+// state = decay^count state + decayed y^T w, whose terms are added up first; the state shrinks
+// once, with its first head of y.
 void add_to_state(const Part& part, const Chunk& chunk, bool shrink) {
   const Scratch& s = part.s;
   const Sizes& n = part.n;
-  const bool decays = part.p.decay != nullptr;
-  float factors[kTallRows];
-  for (float& factor : factors) factor = shrink ? s.rising[chunk.count] : 1.0f;
-  for (int64_t d = 0; d < n.lanes; d += kFloats) {
-    floats sum = load<floats>(part.sum + d) * broadcast(factors[0]);
-    for (int64_t j = 0; j < chunk.count; ++j) {
-      float* y = s.y + j * n.lane_step + d;
-      const floats decayed = load<floats>(y) * broadcast(s.rising[chunk.count - 1 - j]);
-      sum += decayed;
-      store(y, decayed);
-    }
-    store(part.sum + d, sum);
-  }
+  const floats factor = broadcast(shrink ? s.rising[chunk.count] : 1.0f);
+  add_to_sum(part, chunk, factor);
   for (int64_t d = 0; d < n.rows; d += kTallRows) {
     for (int64_t f = 0; f < n.wide; f += kWide) {
-      Sums<kTallRows, kWideVectors> sums;
-      load_sums(sums, part.state + d * n.row_step + f, n.row_step);
-      if (decays) scale_rows(sums, factors);
+      Sums<kTallRows, kWideVectors> sums{};
       part.ahead.fetch(kLinesOfBlock);
       multiply_add(sums, s.y + d, 1, n.lane_step, s.w + f, n.row_step, chunk.count);
-      store_sums(sums, part.state + d * n.row_step + f, n.row_step);
+      float* state = part.state + d * n.row_step + f;
+      add_scaled(sums, factor, state, n.row_step);
+      store_sums(sums, state, n.row_step);
     }
   }
 }
@@ -158,7 +162,11 @@ void finish(const Part& part, const Chunk& chunk, int64_t head) {
     }
     if (p.gate.data) {
       const T* gate = part.walk<const T>(p.gate, head, at)[0];
-      for (int64_t d = 0; d < p.value_dim; ++d) row[d] = widen(gate[d]) > 0.0f ? row[d] : 0.0f;
+      // After the factor: 0 times NaN would be NaN.
+      for (int64_t d = 0; d < p.value_dim; ++d) {
+        row[d] = widen(gate[d]) <= 0.0f ? 0.0f : row[d] * factor;
+      }
+      factor = 1.0f;
     }
     Out* to = out[i];
     int64_t d = 0;

@@ -47,6 +47,10 @@ def permuteformer_attention(
     that sees n tokens grows with n over the length of a chunk (48 on a CPU, 96 with
     AMX), not with n.
 
+    What is NaN or infinite spoils the rows that see it: of v in its lane alone. In Triton, and in
+    bfloat16 with AMX, it may spoil rows of its chunk that do not; in float64 and with
+    backend="reference" any row.
+
     q: (batch, seqlen, heads_q, head_dim), not permuted; float32, bfloat16, float16 or float64; any
         strides with a contiguous last dimension. With cu_seqlens (total, heads, head_dim).
     k: (batch, seqlen, heads_k, head_dim), heads_k a divisor of heads_q; nothing is expanded.

@@ -42,7 +42,7 @@ def sweep(x: Tensor, y: Tensor, w: Tensor, by: Sweep) -> Swept:
     out = out.unflatten(1, (rows, -1)).sum(2)
     if gate is not None:
         gate = _heads_first(gate[None] if packed else gate, wide)
-        out = torch.where(_expand(gate, rows) > 0, out, 0.0)
+        out = torch.where(_expand(gate, rows) <= 0, 0.0, out)
     out = out.transpose(1, 2).to(dtype).contiguous()
     none = out.new_empty(0, dtype=wide)
     state, total = _last(y, w, by) if by.keep_state else (none, none)

@@ -34,7 +34,7 @@ _SCHEMAS = {
     ),
 }
 _IMPLEMENTATIONS = {
-    "": {"CPU": "cpu", "CUDA": "triton"},
+    "": {"CPU": "cpu", "CUDA": "gpu"},
     "_triton": {"CPU": "triton", "CUDA": "triton"},  # on a CPU: the interpreter
 }
 
@@ -104,14 +104,18 @@ def _step(implementation, q, k, v, kv=None, key_sum=None, decay=None, *, normali
 
 def _pick(implementation: str, q: Tensor, v: Tensor):
     """The module that sweeps: float64 and a CPU without the compiled library go to the oracle."""
-    if implementation == "cpu" and (q.dtype == torch.float64 or _backends.missing("cpu")):
+    if implementation != "triton" and q.dtype == torch.float64:
+        return reference
+    if implementation == "cpu" and _backends.missing("cpu"):
         return reference
     check_dims(NAME, q, v)
-    if implementation == "triton":
-        from . import triton
+    if implementation == "cpu":
+        return cpu
+    if q.dtype == torch.float64:  # the sums would be float32
+        raise ValueError(f"{NAME}: backend='triton' takes up to float32, got {q.dtype}")
+    from . import triton
 
-        return triton
-    return cpu
+    return triton
 
 
 def save(ctx, args, options, outputs, *more):

@@ -40,7 +40,7 @@ class Sweep:
     x_extra: Tensor | None = None
     y_scale: Tensor | None = None
     y_extra: Tensor | None = None
-    gate: Tensor | None = None  # like out: out counts as 0 where gate <= 0
+    gate: Tensor | None = None  # like out: out counts as 0 where gate <= 0, not where it is NaN
     out_is_float: bool = False  # out in float32; else in x's dtype
     first_state: Tensor | None = None  # (batch, heads, dim, value_dim): sum of decayed y w^T
     first_sum: Tensor | None = None  # (batch, heads, dim): sum of decayed y

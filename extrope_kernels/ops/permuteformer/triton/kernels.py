@@ -206,7 +206,7 @@ def sweep_kernel(
         state, key_sum, extra_sum = _load_states(states, at, lane, TILE)
     row = tl.arange(0, CHUNK)
     distance = row[:, None] - row[None, :]
-    decays = tl.where(distance >= 0, tl.exp2(tl.maximum(distance, 0) * rate), 0.0)
+    decays = tl.exp2(tl.maximum(distance, 0) * rate)
     for chunk in tl.range(start, end, CHUNK):
         position = chunk + row
         token = first_token(begin, length, chunk, TILE)
@@ -249,7 +249,8 @@ def sweep_kernel(
                     scores += TILE.eps * more
                 if TILE.extra:
                     scores += extra_x[:, None] * extra_y[None, :]
-                scores *= decays * scale[None, :]
+                # Not times 0 where a token is not seen: its score may be NaN.
+                scores = tl.where(distance >= 0, scores * (decays * scale[None, :]), 0.0)
                 sums += product(scores.to(w_rows.dtype), w_rows)
                 if TILE.normalize:
                     total += tl.sum(scores, 1)
@@ -272,7 +273,7 @@ def sweep_kernel(
                 gate, batch, head_gate, token, live, lane, TILE.value_dim, TILE.value_lanes,
                 False, TILE,
             )  # fmt: skip
-            sums = tl.where(gates > 0, sums, 0.0)
+            sums = tl.where(gates <= 0, 0.0, sums)
         to = row_pointers(out, batch, head_out, token, lane, TILE.value_lanes, TILE)
         inside = live[:, None] & (lane + tl.arange(0, TILE.value_lanes) < TILE.value_dim)[None, :]
         tl.store(to, sums.to(out.pointer.dtype.element_ty), mask=inside)
