@@ -16,7 +16,7 @@ class Config(NamedTuple):
 MOST_ROWS = 128  # of any tile
 INTERPRETED = Config(16, 16, 1, 1)
 # Memory bound: rows of out and dout, and no products.
-DELTA = Config(64, 16, 8, 1)
+DELTA = Config(32, 16, 4, 1)
 
 # By kernel, chip (also for those after it, up to the next one), and head_dim up to. All compile
 # without spills. Tiles of keys' gradients at head_dim 128 on sm_90 are small because larger ones
@@ -91,7 +91,7 @@ _FLOAT32: dict[str, dict[int, Config]] = {
     },
     "dq": {
         64: Config(32, 32, 8, 1),
-        128: Config(16, 16, 8, 2),
+        96: Config(16, 16, 8, 1),  # a third of a row would be too short for 16 bytes a thread
         256: Config(16, 16, 8, 2, halves=True),
     },
     "dkv": {

@@ -122,7 +122,7 @@ def _sizes(head_dim: int, itemsize: int, rows: int) -> tuple[int, int, int, int]
     if itemsize == 4:  # products without tensor cores, from registers
         return 16, 16, 8, 2
     if head_dim > 128:
-        return 16, 32, 4, 2
+        return 16, 32, 4, 3
     if rows <= 16:
         return 16, 64, 4, 2
     return (32, 64, 4, 2) if head_dim <= 64 else (64, 64, 8, 3)
