@@ -96,6 +96,7 @@ _FLOAT32: dict[str, dict[int, Config]] = {
     },
     "dkv": {
         64: Config(32, 32, 8, 2),
+        96: Config(16, 32, 8, 1),
         128: Config(32, 32, 8, 1, halves=True),
         256: Config(16, 16, 8, 1),
     },

@@ -120,7 +120,7 @@ def _tile(
 def _sizes(head_dim: int, itemsize: int, rows: int) -> tuple[int, int, int, int]:
     """Rows and keys of a tile, warps and stages: what compiles without spills on every chip."""
     if itemsize == 4:  # products without tensor cores, from registers
-        return 16, 16, 8, 2
+        return 16, 16, 4 if head_dim <= 64 else 8, 3
     if head_dim > 128:
         return 16, 32, 4, 3
     if rows <= 16:
