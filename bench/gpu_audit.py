@@ -4,8 +4,9 @@ Registers, stack, shared memory, occupancy, widths of accesses, products and spe
 each loop, and the time that bytes and instructions imply on A100, H100 and B200. Nothing runs, so
 these times are bounds, not measurements. Ends with status 1 where a kernel has a fault.
 
-What came of the same sources is kept in build/, so a second run goes on where the first was stopped
-with Ctrl-C. A run of all writes bench/results/gpu_audit.json, and `python bench/readme.py` then
+A run of all writes bench/results/gpu_audit.json. Every row there holds a hash of all that decides
+the machine code, so the next run, on any machine, compiles only what has changed since. Binaries
+are in build/ besides: a run goes on where it was stopped with Ctrl-C. `python bench/readme.py` then
 puts the table into the README.
 """
 
@@ -32,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", action="store_true", help="only what the tests compile")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one")
+    parser.add_argument("--afresh", action="store_true", help="compile what has not changed too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help=f"default: {RESULT.name}, if nothing is left out")
     return parser.parse_args()
@@ -53,7 +55,9 @@ def main() -> int:
         rows = run(
             cases,
             asked.jobs,
+            report.load_known(RESULT),
             lambda case: progress.update(bar, advance=1, description=str(case)),
+            asked.afresh,
         )
     if out := asked.out or (RESULT if len(rows) == len(all_cases()) else None):
         report.save(rows, out)

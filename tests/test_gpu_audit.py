@@ -16,7 +16,7 @@ pytest.importorskip("triton.backends.nvidia")
 from audit import report
 from audit.case import Binary, Case
 from audit.chips import CHIPS
-from audit.entries import KERNELS, all_cases, attention, plain_kernels, sample
+from audit.entries import KERNELS, all_cases, attention, nvcc, plain_kernels, sample
 
 from extrope_kernels import _build
 
@@ -46,7 +46,7 @@ def nvcc_is_missing() -> str:
 
 
 def needs_nvcc(case: Case) -> bool:
-    return "csrc/cuda" in KERNELS[case.kernel].folders
+    return case.kernel.endswith("cuda")
 
 
 def with_marks(cases: list[Case]) -> list:
@@ -121,21 +121,89 @@ def test_products_on_tensor_cores(case, rows):
     assert case.dtype == "float32" or any(loop.products for loop in rows[case].loops)
 
 
-def test_no_window_or_length_compiles_again(run_python, tmp_path):
+def test_no_window_or_length_compiles_again(run_python):
     source = """
         import sys; sys.path.insert(0, "bench")
         from unittest import mock
         from audit.case import Case
         from audit.entries import attention
-        from extrope_kernels.ops.attention.triton.forward import forward_kernel
 
-        case = Case("attention forward", 80, 64, "bfloat16", "R2")
+        case, found = Case("attention forward", 80, 64, "bfloat16", "R2"), set()
         for window, seqlen in ((2048, 8192), (1, 8191), (16, 1024)):
             with mock.patch.multiple(attention, WINDOW=window, SEQLEN=seqlen):
-                list(attention.measure([case]))
-        assert len(forward_kernel.device_caches[80][0]) == 1
+                found.add(attention.prepare(case)[0].made_from(80))
+        assert len(found) == 1
     """
-    run_python(source, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    run_python(source, TRITON_INTERPRET="0")
+
+
+def test_only_what_changes_the_machine_code_compiles_again(run_python, tmp_path):
+    """A row is known again by its own tile, chip and kernel, compiled once here to compare."""
+    source = f"""
+        import sys; sys.path.insert(0, "bench")
+        from pathlib import Path
+        from unittest import mock
+        from audit import report, run
+        from audit.case import Case
+        from audit.entries import plain
+        from audit.entries.triton_compiler import Launch
+
+        run.CACHE, out = Path({str(tmp_path)!r}) / "cache", Path({str(tmp_path)!r}) / "rows.json"
+        copy, other = (Case("plain copy", chip, 128, "bfloat16") for chip in (90, 80))
+        compiled = []
+        compile = Launch.compile
+        def counted(launch, capability):
+            compiled.append(launch.kernel.__name__)
+            return compile(launch, capability)
+
+        def rows(case, known, afresh=False):
+            compiled.clear()
+            return run.rows([case], [known.get(case)], afresh), list(compiled)
+
+        with mock.patch.object(Launch, "compile", counted):
+            (row,), did = rows(copy, {{}})
+            assert did == ["copy_kernel"]
+            report.save({{copy: row}}, out)
+            known = report.load_known(out)
+            assert rows(copy, {{}})[1] == []  # from build/
+            run.CACHE = run.CACHE / "none"
+            (again,), did = rows(copy, known)  # from the file
+            assert did == [] and again == row
+            assert rows(copy, known, afresh=True) == ([row], ["copy_kernel"])
+            with mock.patch.object(plain, "COPIED", 2**27):  # another launch of the same code
+                (slower,), did = rows(copy, known)
+                assert did == [] and slower.seconds["memory"] == 2 * row.seconds["memory"]
+            run.CACHE = run.CACHE / "none"
+            with mock.patch.object(plain, "COPY_BLOCK", 4096):
+                (smaller,), did = rows(copy, known)
+                assert did == ["copy_kernel"] and smaller.made_from != row.made_from
+            # Another reading of the binary may find other things.
+            with mock.patch.object(report, "reader", lambda: "another"):
+                assert report.load_known(out) == {{}}
+    """
+    run_python(source, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path / "triton"))
+
+
+def test_the_committed_rows_are_of_these_sources(rows):
+    """What the tests compile or recall agrees with the file that the README's table is made of."""
+    known = report.load(ROOT / "bench" / "results" / "gpu_audit.json")
+    assert set(known) <= set(all_cases())
+    for case in set(known) & set(rows):
+        if known[case].made_from == rows[case].made_from:
+            assert known[case] == rows[case]
+
+
+@pytest.mark.skipif(bool(nvcc_is_missing()), reason=nvcc_is_missing())
+def test_a_source_is_what_it_includes():
+    """An edit of one CUDA source leaves the rows of the other as they are."""
+    path = _build.source_dir() / "cuda"
+    rope, permute = (
+        {file.name for file in nvcc.included((path / name).resolve(), set())}
+        for name in ("rope.cu", "permute.cu")
+    )
+    assert {"rope.cu", "rotation.h", "tokens.h", "rope_params.h"} <= rope
+    assert {"permute.cu", "cycles.h", "tokens.h", "permute_params.h"} <= permute
+    assert not {"permute.cu", "cycles.h"} & rope and not {"rope.cu", "rotation.h"} & permute
 
 
 def test_faults_are_found(rows):

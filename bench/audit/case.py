@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -56,7 +57,13 @@ class Traffic:
     operations: float = 0.0  # on tensor cores, in one pass of one block
 
 
-Measured = tuple[Case, Binary, Traffic]
+class Source(Protocol):
+    """What a case is compiled from."""
+
+    def made_from(self, capability: int) -> str:
+        """A hash of all that decides the machine code, and of nothing else; compiles nothing."""
+
+    def compile(self, capability: int) -> Binary: ...
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,8 @@ class Kernel:
     """One entry of the audit: how to compile a kernel's cases, and what they are judged by."""
 
     name: str
-    folders: tuple[str, ...]  # of the repository: what decides the machine code
     cases: Sequence[Case]
-    measure: Callable[[Sequence[Case]], Iterable[Measured]]
+    prepare: Callable[[Case], tuple[Source, Traffic]]
     sample: Callable[[Case], bool]  # is it among those that every test run compiles?
     at_once: bool = False  # one compilation makes every case
     plain: Callable[[Case], Case] | None = None  # a plain kernel of the same tile, to compare with

@@ -8,8 +8,12 @@ SMs times a tensor core's operations a cycle give that peak.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .case import Binary
+
+if TYPE_CHECKING:
+    from .reading import Code
 
 WARP = 32
 REGISTERS = 65_536  # of an SM, on all of these, given to a warp in units of 256
@@ -30,7 +34,7 @@ class Chip:
     warps: int  # resident on an SM
     blocks: int
 
-    def residence(self, binary: Binary) -> int:
+    def residence(self, binary: Binary | Code) -> int:
         """How many of its blocks an SM holds at a time."""
         registers, shared, warps = binary.registers, binary.shared, binary.warps
         per_warp = -(-registers * WARP // REGISTER_UNIT) * REGISTER_UNIT

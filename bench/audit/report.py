@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import astuple, fields
 from pathlib import Path
 
 from .case import Case
 from .chips import CARDS
 from .entries import KERNELS, all_cases
-from .row import Loop, Row, faults
+from .reading import Stretch, reader
+from .row import Row, faults
 
 RESOURCES = ("memory", "tensor", "special", "issue")
-COLUMNS = (
-    *("kernel", "capability", "head_dim", "dtype", "variant", "registers", "stack", "shared"),
-    *("warps", "blocks", "loads", "stores", "loops", "seconds", "narrow", "digest"),
-)
+COLUMNS = tuple(field.name for field in fields(Row))
+STRETCH = tuple(field.name for field in fields(Stretch))
 
 
 def judge(rows: Mapping[Case, Row]) -> dict[Case, list[str]]:
@@ -78,7 +78,9 @@ def save(rows: Mapping[Case, Row], path: Path) -> None:
     content = {
         "how": "compiled, not run",
         "configurations": len(all_cases()),
+        "read_by": reader(),
         "seconds": RESOURCES,
+        "stretch": STRETCH,  # of loops and outside
         "columns": COLUMNS,
     }
     lines = ",\n".join(json.dumps(_fields(row), separators=(",", ":")) for row in rows.values())
@@ -87,14 +89,25 @@ def save(rows: Mapping[Case, Row], path: Path) -> None:
 
 
 def load(path: Path) -> dict[Case, Row]:
-    content = json.loads(path.read_text())
+    return _load(json.loads(path.read_text()))
+
+
+def load_known(path: Path) -> dict[Case, Row]:
+    """The rows that another reading of the same machine code would give again."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    same = (content.get("read_by"), content.get("columns")) == (reader(), list(COLUMNS))
+    return _load(content) if same else {}
+
+
+def _load(content: dict) -> dict[Case, Row]:
     rows = [_row(dict(zip(content["columns"], fields))) for fields in content["rows"]]
     return {row.case: row for row in rows}
 
 
 def _fields(row: Row) -> list:
     values = {name: getattr(row, name) for name in COLUMNS}
-    values["loops"] = [[x.instructions, x.products, x.special] for x in row.loops]
+    values["outside"] = list(astuple(row.outside))
+    values["loops"] = [astuple(loop) for loop in row.loops]
     values["seconds"] = [float(f"{row.seconds[name]:.3g}") for name in RESOURCES if row.seconds]
     values["narrow"] = int(row.narrow)
     return list(values.values())
@@ -103,6 +116,7 @@ def _fields(row: Row) -> list:
 def _row(values: dict) -> Row:
     for name in ("loads", "stores"):
         values[name] = {int(size): n for size, n in values[name].items()}
-    values["loops"] = tuple(Loop(*loop) for loop in values["loops"])
+    values["outside"] = Stretch(*values["outside"])
+    values["loops"] = tuple(Stretch(*loop) for loop in values["loops"])
     values["seconds"] = dict(zip(RESOURCES, values["seconds"]))
     return Row(**{**values, "narrow": bool(values["narrow"])})

@@ -1,41 +1,49 @@
-"""Compile cases on all cores, or recall them: what came of the same sources is kept in build/."""
+"""Compile cases on all cores; or recall them, where the same has been compiled before."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
-import importlib.metadata
 import json
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 
-from .case import Binary, Case, Measured, Traffic
+from .case import Binary, Case
 from .entries import KERNELS
+from .reading import Code, read
 from .row import Row, row
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-CACHE = ROOT / "build" / "gpu_audit"
+CACHE = Path(__file__).resolve().parent.parent.parent / "build" / "gpu_audit"
 
 
 def run(
-    cases: Iterable[Case], jobs: int, progress: Callable[[Case], None] = lambda case: None
+    cases: Iterable[Case],
+    jobs: int,
+    known: Mapping[Case, Code],
+    progress: Callable[[Case], None] = lambda case: None,
+    afresh: bool = False,
 ) -> dict[Case, Row]:
-    """The rows of `cases`, in their order; after an interrupt, of those that were done."""
+    """The rows of `cases`, in their order; after an interrupt, of those that were done.
+
+    A case is compiled unless what decides its machine code is what decided that of its row in
+    `known`, or of its binary in build/. afresh: compile it anyhow.
+    """
     cases = list(cases)
-    parts: list[tuple[str, list[Case]]] = []
-    for name in dict.fromkeys(case.kernel for case in cases):
-        if KERNELS[name].at_once:
-            parts.append((name, [case for case in cases if case.kernel == name]))
-    parts += [(case.kernel, [case]) for case in cases if not KERNELS[case.kernel].at_once]
+    parts: dict[str, list[Case]] = {}
+    for case in cases:
+        name = case.kernel if KERNELS[case.kernel].at_once else str(case)
+        parts.setdefault(name, []).append(case)
     found: dict[Case, Row] = {}
     with ProcessPoolExecutor(jobs, initializer=_leave_interrupts_to_the_parent) as pool:
         try:
-            for task in as_completed([pool.submit(_rows, *part) for part in parts]):
+            tasks = [
+                pool.submit(rows, part, [known.get(case) for case in part], afresh)
+                for part in parts.values()
+            ]
+            for task in as_completed(tasks):
                 for result in task.result():
                     found[result.case] = result
                     progress(result.case)
@@ -48,44 +56,38 @@ def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _rows(name: str, cases: list[Case]) -> list[Row]:
-    known = [_recall(case) for case in cases]
-    if None in known:
-        known = list(KERNELS[name].measure(cases))
-        for measured in known:
-            _keep(measured)
-    return [row(*measured) for measured in known]
+def rows(cases: list[Case], known: list[Code | None], afresh: bool) -> list[Row]:
+    return [_row(case, code, afresh) for case, code in zip(cases, known)]
+
+
+def _row(case: Case, known: Code | None, afresh: bool) -> Row:
+    source, traffic = KERNELS[case.kernel].prepare(case)
+    made_from = source.made_from(case.capability)[:12]
+    if not afresh and known is not None and known.made_from == made_from:
+        return row(known, traffic)
+    binary = None if afresh else _recall(case, made_from)
+    if binary is None:
+        binary = source.compile(case.capability)
+        _keep(case, binary, made_from)
+    return row(read(case, binary, made_from), traffic)
 
 
 def _path(case: Case) -> Path:
-    return CACHE / _sources(case.kernel) / f"{case}.json.gz"
+    return CACHE / f"{case}.json.gz"
 
 
-@lru_cache
-def _sources(name: str) -> str:
-    """A hash of all that decides what is compiled: a kernel's sources, the entries, Triton."""
-    digest = hashlib.sha256(f"{name} {importlib.metadata.version('triton')}".encode())
-    folders = (ROOT / folder for folder in KERNELS[name].folders)
-    for folder in (Path(__file__).parent / "entries", *folders):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".py", ".h", ".cu"):
-                digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _keep(measured: Measured) -> None:
-    case, binary, traffic = measured
+def _keep(case: Case, binary: Binary, made_from: str) -> None:
     path = _path(case)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
-    text = json.dumps({"binary": asdict(binary), "traffic": asdict(traffic)})
+    text = json.dumps({"made_from": made_from, "binary": asdict(binary)})
     temporary.write_bytes(gzip.compress(text.encode(), 5))
     temporary.replace(path)
 
 
-def _recall(case: Case) -> Measured | None:
+def _recall(case: Case, made_from: str) -> Binary | None:
     try:
-        fields = json.loads(gzip.decompress(_path(case).read_bytes()))
+        kept = json.loads(gzip.decompress(_path(case).read_bytes()))
     except FileNotFoundError:
         return None
-    return case, Binary(**fields["binary"]), Traffic(**fields["traffic"])
+    return Binary(**kept["binary"]) if kept["made_from"] == made_from else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
@@ -12,7 +13,6 @@ _BRANCH = re.compile(r"\bBRA\b.*?(?:`\((\.L_\w+)\)|\b(0x[0-9a-f]+))")
 _ADDRESS = re.compile(r"/\*([0-9a-f]{4,})\*/")
 _GLOBAL_LOADS = ("LDG", "LDGSTS")
 _PRODUCTS = re.compile(r"(?:HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)\b")
-_SHAPE = re.compile(r"\.(16816|1688|64x\d+x\d+)\b")
 WIDE = 16  # bytes of the widest access of one thread that all chips have
 
 
@@ -25,11 +25,11 @@ class Count:
     special: int  # MUFU: exponentials, reciprocals, ...
     loads: Counter[int]  # from global memory, by bytes of a thread's access
     stores: Counter[int]
-    product_operations: int  # of one warp; 0 where the instruction does not tell its shape
 
-    def wide_bytes(self, kind: str) -> int:
-        """Bytes that a thread moves in accesses of 16 bytes or more: "loads" or "stores"."""
-        return sum(size * n for size, n in getattr(self, kind).items() if size >= WIDE)
+
+def wide_bytes(accesses: Mapping[int, int]) -> int:
+    """Bytes that a thread moves in accesses of 16 bytes or more; how many there are by size."""
+    return sum(size * n for size, n in accesses.items() if size >= WIDE)
 
 
 def instructions(sass: str) -> list[tuple[int, str, str]]:
@@ -43,7 +43,7 @@ def instructions(sass: str) -> list[tuple[int, str, str]]:
 
 def count(opcodes: list[str]) -> Count:
     loads, stores = Counter(), Counter()
-    products = special = operations = total = 0
+    products = special = total = 0
     for opcode in opcodes:
         name = opcode.split(".")[0]
         total += name != "NOP"
@@ -55,8 +55,7 @@ def count(opcodes: list[str]) -> Count:
             special += 1
         elif _PRODUCTS.match(name):
             products += 1
-            operations += _operations(opcode)
-    return Count(total, products, special, loads, stores, operations)
+    return Count(total, products, special, loads, stores)
 
 
 def loops(sass: str) -> list[Count]:
@@ -98,14 +97,3 @@ def _width(opcode: str) -> int:
     if any(field in ("U16", "S16") for field in fields):
         return 2
     return 1 if any(field in ("U8", "S8") for field in fields) else 4
-
-
-def _operations(opcode: str) -> int:
-    """Multiplications and additions of one warp's share of a matrix instruction."""
-    shape = _SHAPE.search(opcode)
-    if shape is None:
-        return 0
-    if "x" in shape[1]:  # of four warps together
-        m, n, k = map(int, shape[1].split("x"))
-        return 2 * m * n * k // 4
-    return 2 * 16 * 8 * int(shape[1].removeprefix("168"))

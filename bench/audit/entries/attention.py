@@ -5,17 +5,15 @@ delta, the row sums that both gradients need.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from itertools import product
 from unittest import mock
 
-from ..case import CAPABILITIES, Case, Kernel, Measured, Traffic, empty, itemsize
+from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 
 SEQLEN, HEADS_Q, HEADS_K, WINDOW = 8192, 32, 8, 2048
 HEAD_DIMS = (64, 96, 128, 256)
 NAMES = ("forward", "dq", "dkv")
-FOLDERS = ("extrope_kernels/ops/attention",)
 
 
 def cases(name: str) -> list[Case]:
@@ -68,15 +66,11 @@ def in_sample(case: Case) -> bool:
     return chip in picked.get((case.dtype, case.variant, dim), ())
 
 
-def measure(asked: Sequence[Case]) -> Iterable[Measured]:
-    from .triton_compiler import compile_launch
-
-    for case in asked:
-        launch = _record(case)
-        binary = compile_launch(launch, case.capability)
-        tile = launch.kwargs["TILE"]
-        by_tile = _delta_traffic if case.kernel.endswith("delta") else traffic
-        yield case, binary, by_tile(case, tile.queries, tile.keys)
+def prepare(case: Case) -> tuple[Source, Traffic]:
+    launch = _record(case)
+    tile = launch.kwargs["TILE"]
+    by_tile = _delta_traffic if case.kernel.endswith("delta") else traffic
+    return launch, by_tile(case, tile.queries, tile.keys)
 
 
 def layout(case: Case) -> tuple[tuple[int, ...], int]:
@@ -190,9 +184,8 @@ def _plain(case: Case) -> Case:
 KERNELS = [
     Kernel(
         name=f"attention {name}",
-        folders=FOLDERS,
         cases=cases(name),
-        measure=measure,
+        prepare=prepare,
         sample=in_sample,
         plain=_plain,
         holds_stack=name == "dkv",
@@ -202,9 +195,8 @@ KERNELS = [
 KERNELS.append(
     Kernel(
         name="attention delta",
-        folders=FOLDERS,
         cases=delta_cases(),
-        measure=measure,
+        prepare=prepare,
         sample=lambda case: (case.capability, case.head_dim, case.dtype) == (90, 128, "bfloat16"),
     )
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from itertools import product
 
-from ..case import CAPABILITIES, Case, Kernel, Measured, Traffic, empty, itemsize
+from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
+from ..chips import WARP
+from ..sass import WIDE
 
 BATCH, KEYS, HEADS_Q, HEADS_K, WINDOW = 2, 32_768, 32, 8, 4096
 PAGE_SIZE = 16
@@ -67,16 +68,15 @@ def in_sample(case: Case) -> bool:
     return chip in picked.get(key, ())
 
 
-def measure(asked: Sequence[Case]) -> Iterable[Measured]:
+def prepare(case: Case) -> tuple[Source, Traffic]:
     from extrope_kernels.ops.attention.triton import launch_decode as module
 
-    from .triton_compiler import compile_launch, record
+    from .triton_compiler import record
 
-    for case in asked:
-        name = case.kernel.split()[1]
-        others = tuple(f"{other}_kernel" for other in NAMES if other != name)
-        launch = record(module, f"{name}_kernel", lambda case=case: _launch(case), others)
-        yield case, compile_launch(launch, case.capability), _traffic(case, launch)
+    name = case.kernel.split()[1]
+    others = tuple(f"{other}_kernel" for other in NAMES if other != name)
+    launch = record(module, f"{name}_kernel", lambda: _launch(case), others)
+    return launch, _traffic(case, launch)
 
 
 def _tokens(case: Case) -> int:
@@ -114,7 +114,10 @@ def _traffic(case: Case, launch) -> Traffic:
     rows = BATCH * tokens * HEADS_Q
     if name == "append":
         moved = 4 * BATCH * tokens * HEADS_K * row
-        return Traffic(moved, blocks, (), loaded=2 * tile.keys * row, stored=2 * tile.keys * row)
+        # k and v go one after the other, and a row of one token has no 16 bytes for every thread.
+        wide = WIDE * WARP * launch.kwargs["num_warps"]
+        rows = 2 * (tile.keys * row // wide * wide)
+        return Traffic(moved, blocks, (), loaded=rows, stored=rows)
     if name == "merge":
         splits = launch.args[4]
         return Traffic(rows * (splits * wide_row + row), blocks, (rows * -(-splits // tile.keys),),
@@ -138,9 +141,8 @@ def _traffic(case: Case, launch) -> Traffic:
 KERNELS = [
     Kernel(
         name=f"cache {name}",
-        folders=("extrope_kernels/ops/attention",),
         cases=cases(name),
-        measure=measure,
+        prepare=prepare,
         sample=in_sample,
     )
     for name in NAMES

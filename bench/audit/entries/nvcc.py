@@ -2,38 +2,85 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from extrope_kernels import _build
 
-from ..case import Binary
+from ..case import CAPABILITIES, Binary, Case
 from .triton_compiler import TOOLS
 
 STRICT = ("-Werror=all-warnings", "-Xptxas=-warn-spills")
 
 
-def compile_all(source: str, chips: Sequence[int], warps: int) -> dict[tuple[int, str], Binary]:
-    """The kernels of csrc/cuda/`source` by chip and mangled name, with no warning and no spill.
+@dataclass(frozen=True)
+class Function:
+    """One kernel of csrc/cuda/`source` on one chip."""
 
-    BuildError where there is no nvcc.
-    """
-    path = _build.source_dir() / "cuda" / source
-    flags = [*_build.NVCC_FLAGS, *STRICT, _build.gencode([str(chip) for chip in chips])]
+    source: str
+    warps: int
+    case: Case
+    case_of: Callable[[int, str], Case]  # from chip and mangled name
+    every: Callable[[], Sequence[Case]]  # of the source
+
+    def made_from(self, capability: int) -> str:
+        return _hash(self.source)
+
+    def compile(self, capability: int) -> Binary:
+        """BuildError where there is no nvcc."""
+        found = _compile(self.source, self.warps, self.case_of)
+        if wrong := set(self.every()) ^ set(found):
+            names = ", ".join(map(str, wrong))
+            raise LookupError(f"cases and kernels of {self.source} differ: {names}")
+        return found[self.case]
+
+
+def _path(source: str) -> Path:
+    return _build.source_dir() / "cuda" / source
+
+
+def _flags() -> list[str]:
+    chips = [str(chip) for chip in CAPABILITIES]
+    return [*_build.NVCC_FLAGS, *STRICT, _build.gencode(chips)]
+
+
+@lru_cache
+def _hash(source: str) -> str:
+    """Of the source with all that it includes of ours, the flags and the compiler."""
+    digest = hashlib.sha256(" ".join(_flags()).encode())
+    digest.update(_run([_build.find_nvcc(), "--version"]).encode())
+    for path in sorted(included(_path(source).resolve(), set())):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def included(path: Path, found: set[Path]) -> set[Path]:
+    found.add(path)
+    for name in re.findall(r'^#include "(.+)"', path.read_text(), re.M):
+        if (include := (path.parent / name).resolve()) not in found:
+            included(include, found)
+    return found
+
+
+@lru_cache
+def _compile(source: str, warps: int, case_of: Callable[[int, str], Case]) -> dict[Case, Binary]:
+    """All kernels of the source, with no warning and no spill."""
     with TemporaryDirectory() as folder:
         target = Path(folder) / "kernels.o"
-        _run([_build.find_nvcc(), *flags, "-c", str(path), "-o", str(target)])
+        _run([_build.find_nvcc(), *_flags(), "-c", str(_path(source)), "-o", str(target)])
         usage = _sections(target, "--dump-resource-usage")
         sass = _sections(target, "-sass")
     found = {}
-    for key, text in usage.items():
+    for (chip, symbol), text in usage.items():
         used = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
-        found[key] = Binary(
-            *(used[name] for name in ("REG", "STACK", "LOCAL", "SHARED")), warps, sass[key]
-        )
+        numbers = (used[name] for name in ("REG", "STACK", "LOCAL", "SHARED"))
+        found[case_of(chip, symbol)] = Binary(*numbers, warps, sass[chip, symbol])
     return found
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 
-from ..case import CAPABILITIES, Case, Kernel, Measured, Traffic, empty, itemsize
+from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 
 TOKENS, HEADS_Q, HEADS_K = 8192, 32, 8
 WORDS = {"t": "int16", "j": "int32", "m": "int64"}
@@ -23,26 +22,23 @@ def triton_cases() -> list[Case]:
     ]
 
 
-def measure_triton(asked: Sequence[Case]) -> Iterable[Measured]:
+def prepare_triton(case: Case) -> tuple[Source, Traffic]:
     from extrope_kernels.ops.permute.triton import launch as module
 
-    from .triton_compiler import compile_launch, record
+    from .triton_compiler import record
 
-    for case in asked:
-        names = ["permute_kernel", "cycles_kernel"]
-        if "cycles" in case.kernel:
-            names.reverse()
-        launch = record(module, names[0], lambda case=case: _launch(case), (names[1],))
-        binary = compile_launch(launch, case.capability)
-        row = case.head_dim * itemsize(case.dtype)
-        if "cycles" in case.kernel:
-            traffic = Traffic(HEADS_K * case.head_dim * (8 + 16), HEADS_K, (), 0, 0)
-        else:  # reads lane by lane, from one row at a time
-            tiles, blocks = launch.grid[0], launch.grid[0] * launch.grid[1]
-            moved = 2 * TOKENS * (HEADS_Q + HEADS_K) * row
-            stored = launch.kwargs["TILE"].tokens * row
-            traffic = Traffic(moved, blocks, (tiles * HEADS_Q, tiles * HEADS_K), 0, stored)
-        yield case, binary, traffic
+    names = ["permute_kernel", "cycles_kernel"]
+    if "cycles" in case.kernel:
+        names.reverse()
+    launch = record(module, names[0], lambda: _launch(case), (names[1],))
+    row = case.head_dim * itemsize(case.dtype)
+    if "cycles" in case.kernel:
+        return launch, Traffic(HEADS_K * case.head_dim * (8 + 16), HEADS_K, (), 0, 0)
+    # Reads lane by lane, from one row at a time. A permutation has one head of k, in no loop.
+    tiles, blocks = launch.grid[0], launch.grid[0] * launch.grid[1]
+    moved = 2 * TOKENS * (HEADS_Q + HEADS_K) * row
+    stored = launch.kwargs["TILE"].tokens * row
+    return launch, Traffic(moved, blocks, (tiles * HEADS_Q,), 0, stored)
 
 
 def _launch(case: Case) -> None:
@@ -65,38 +61,37 @@ def cuda_cases() -> list[Case]:
     ]
 
 
-def measure_cuda(asked: Sequence[Case]) -> Iterable[Measured]:
+def prepare_cuda(case: Case) -> tuple[Source, Traffic]:
     from . import nvcc
 
-    found = {}
-    for (chip, symbol), binary in nvcc.compile_all("permute.cu", CAPABILITIES, BLOCK // 32).items():
-        name = SYMBOL.search(symbol)
-        kind = "vectors" if int(name[2]) > 1 else "elements"
-        found[Case("permute cuda", chip, 128, WORDS[name[1]], kind)] = binary
-    for case in asked:
-        row, wide = case.head_dim * itemsize(case.dtype), case.has("vectors") * BLOCK * 16
-        heads = HEADS_Q + HEADS_K
-        tiles = TOKENS * row // (BLOCK * 16)
-        moved, loaded = 2 * TOKENS * heads * row, UNROLLED * wide
-        yield case, found[case], Traffic(moved, tiles, (tiles * heads / UNROLLED,), loaded, loaded)
+    row, wide = case.head_dim * itemsize(case.dtype), case.has("vectors") * BLOCK * 16
+    heads = HEADS_Q + HEADS_K
+    tiles = TOKENS * row // (BLOCK * 16)
+    moved, loaded = 2 * TOKENS * heads * row, UNROLLED * wide
+    traffic = Traffic(moved, tiles, (tiles * heads / UNROLLED,), loaded, loaded)
+    return nvcc.Function("permute.cu", BLOCK // 32, case, _case_of, cuda_cases), traffic
+
+
+def _case_of(chip: int, symbol: str) -> Case:
+    name = SYMBOL.search(symbol)
+    kind = "vectors" if int(name[2]) > 1 else "elements"
+    return Case("permute cuda", chip, 128, WORDS[name[1]], kind)
 
 
 KERNELS = [
     *(
         Kernel(
             name,
-            ("extrope_kernels/ops/permute",),
             [case for case in triton_cases() if case.kernel == name],
-            measure_triton,
+            prepare_triton,
             lambda case: case.dtype == "int16" or case.capability in (80, 90),
         )
         for name in ("permute rows triton", "permute cycles triton")
     ),
     Kernel(
         "permute cuda",
-        ("csrc/cuda", "csrc/common"),
         cuda_cases(),
-        measure_cuda,
+        prepare_cuda,
         lambda case: True,
         at_once=True,
     ),

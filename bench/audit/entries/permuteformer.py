@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from functools import partial
 from unittest import mock
 
-from ..case import CAPABILITIES, Case, Kernel, Measured, Traffic, empty, itemsize
+from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 
 SEQLEN, HEADS_Q, HEADS_K = 8192, 32, 8
 SWEEPS = ("forward", "dq", "dk", "dv")
@@ -49,21 +48,19 @@ def in_sample(case: Case) -> bool:
     return case.capability in chips.get(case.variant, {}).get(case.head_dim, ())
 
 
-def measure(asked: Sequence[Case]) -> Iterable[Measured]:
+def prepare(case: Case) -> tuple[Source, Traffic]:
     from extrope_kernels.ops.permuteformer.triton import launch as module
 
-    from .triton_compiler import compile_launch, record
+    from .triton_compiler import record
 
-    for case in asked:
-        part = case.kernel.split()[1]
-        others = tuple(f"{name}_kernel" for name in PARTS if name != part)
-        with (
-            mock.patch.object(module, "_capability", lambda device, case=case: case.capability),
-            mock.patch.object(module, "_interpreted", lambda: False),
-        ):
-            launch = record(module, f"{part}_kernel", lambda case=case: _launch(case), others)
-        traffic = _chain_traffic(launch) if part == "chain" else _traffic(case, launch)
-        yield case, compile_launch(launch, case.capability), traffic
+    part = case.kernel.split()[1]
+    others = tuple(f"{name}_kernel" for name in PARTS if name != part)
+    with (
+        mock.patch.object(module, "_capability", lambda device: case.capability),
+        mock.patch.object(module, "_interpreted", lambda: False),
+    ):
+        launch = record(module, f"{part}_kernel", lambda: _launch(case), others)
+    return launch, _chain_traffic(launch) if part == "chain" else _traffic(case, launch)
 
 
 def _traffic(case: Case, launch) -> Traffic:
@@ -121,9 +118,4 @@ def _launch(case: Case) -> None:
         sweep(k, q, q, by(reverse=True, y_scale=numbers))
 
 
-KERNELS = [
-    Kernel(
-        f"linear {part}", ("extrope_kernels/ops/permuteformer",), cases(part), measure, in_sample
-    )
-    for part in PARTS
-]
+KERNELS = [Kernel(f"linear {part}", cases(part), prepare, in_sample) for part in PARTS]

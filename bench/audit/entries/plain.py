@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-from ..case import CAPABILITIES, Case, Kernel, Measured, Traffic, empty, itemsize
+from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 from . import attention
 from .attention import HEADS_K, HEADS_Q, SEQLEN
 
@@ -13,53 +11,50 @@ COPY_BLOCK = 8192  # bytes: 64 of each thread
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-def measure_attention(asked: Sequence[Case]) -> Iterable[Measured]:
+def prepare_attention(case: Case) -> tuple[Source, Traffic]:
     from extrope_kernels.ops.attention.triton.configs import config
 
     from . import plain_kernels
-    from .triton_compiler import Launch, compile_launch
+    from .triton_compiler import Launch
 
-    for case in asked:
-        name, dim = case.kernel.split()[-1], case.head_dim
-        setting = config(name, dim, itemsize(case.dtype), case.capability)
-        q, k = (empty(heads * SEQLEN * dim, dtype=case.dtype) for heads in (HEADS_Q, HEADS_K))
-        sums = empty(HEADS_Q * SEQLEN)
-        args = {
-            "forward": (q, k, k, q, sums),
-            "dq": (q, k, k, q, sums, sums, empty(HEADS_Q * SEQLEN * dim)),
-            "dkv": (q, k, k, q, sums, sums, empty(HEADS_K * SEQLEN * dim), k),
-        }[name]
-        own, heads = (setting.keys, HEADS_K) if name == "dkv" else (setting.queries, HEADS_Q)
-        launch = Launch(
-            getattr(plain_kernels, f"{name}_kernel"),
-            (SEQLEN // own, heads),
-            (*args, 0.1, HEADS_Q // HEADS_K, SEQLEN, setting.queries, setting.keys, dim),
-            {
-                "num_warps": setting.warps,
-                "num_stages": setting.stages,
-                "enable_fp_fusion": True,
-            },
-        )
-        traffic = attention.traffic(case, setting.queries, setting.keys)
-        yield case, compile_launch(launch, case.capability), traffic
+    name, dim = case.kernel.split()[-1], case.head_dim
+    setting = config(name, dim, itemsize(case.dtype), case.capability)
+    q, k = (empty(heads * SEQLEN * dim, dtype=case.dtype) for heads in (HEADS_Q, HEADS_K))
+    sums = empty(HEADS_Q * SEQLEN)
+    args = {
+        "forward": (q, k, k, q, sums),
+        "dq": (q, k, k, q, sums, sums, empty(HEADS_Q * SEQLEN * dim)),
+        "dkv": (q, k, k, q, sums, sums, empty(HEADS_K * SEQLEN * dim), k),
+    }[name]
+    own, heads = (setting.keys, HEADS_K) if name == "dkv" else (setting.queries, HEADS_Q)
+    launch = Launch(
+        getattr(plain_kernels, f"{name}_kernel"),
+        (SEQLEN // own, heads),
+        (*args, 0.1, HEADS_Q // HEADS_K, SEQLEN, setting.queries, setting.keys, dim),
+        {
+            "num_warps": setting.warps,
+            "num_stages": setting.stages,
+            "enable_fp_fusion": True,
+        },
+    )
+    return launch, attention.traffic(case, setting.queries, setting.keys)
 
 
-def measure_copy(asked: Sequence[Case]) -> Iterable[Measured]:
+def prepare_copy(case: Case) -> tuple[Source, Traffic]:
     from .plain_kernels import copy_kernel
-    from .triton_compiler import Launch, compile_launch
+    from .triton_compiler import Launch
 
-    for case in asked:
-        size = COPY_BLOCK // itemsize(case.dtype)
-        x = empty(COPIED // itemsize(case.dtype), dtype=case.dtype)
-        launch = Launch(copy_kernel, (COPIED // COPY_BLOCK,), (x, x, size), OPTIONS)
-        traffic = Traffic(
-            bytes=2 * COPIED,
-            blocks=COPIED // COPY_BLOCK,
-            passes=(),
-            loaded=COPY_BLOCK,
-            stored=COPY_BLOCK,
-        )
-        yield case, compile_launch(launch, case.capability), traffic
+    size = COPY_BLOCK // itemsize(case.dtype)
+    x = empty(COPIED // itemsize(case.dtype), dtype=case.dtype)
+    launch = Launch(copy_kernel, (COPIED // COPY_BLOCK,), (x, x, size), OPTIONS)
+    traffic = Traffic(
+        bytes=2 * COPIED,
+        blocks=COPIED // COPY_BLOCK,
+        passes=(),
+        loaded=COPY_BLOCK,
+        stored=COPY_BLOCK,
+    )
+    return launch, traffic
 
 
 def _attention_cases(name: str) -> list[Case]:
@@ -81,17 +76,15 @@ def _in_sample(case: Case) -> bool:
 KERNELS = [
     Kernel(
         name="plain copy",
-        folders=(),
         cases=[Case("plain copy", chip, 128, "bfloat16") for chip in CAPABILITIES],
-        measure=measure_copy,
+        prepare=prepare_copy,
         sample=lambda case: case.capability == 90,
     ),
     *(
         Kernel(
             name=f"plain attention {name}",
-            folders=("extrope_kernels/ops/attention/triton",),
             cases=_attention_cases(name),
-            measure=measure_attention,
+            prepare=prepare_attention,
             sample=_in_sample,
         )
         for name in attention.NAMES

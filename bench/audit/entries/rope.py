@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from unittest import mock
 
 import torch
 
-from ..case import CAPABILITIES, Case, Kernel, Measured, Traffic, empty, itemsize
+from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 
 TOKENS, HEADS_Q, HEADS_K = 8192, 32, 8
 HEAD_DIMS = (64, 96, 128, 256)
@@ -53,22 +52,20 @@ def in_triton_sample(case: Case) -> bool:
     return words[:2] in (["halves", "forward"], ["interleaved", "gradient"])
 
 
-def measure_triton(asked: Sequence[Case]) -> Iterable[Measured]:
+def prepare_triton(case: Case) -> tuple[Source, Traffic]:
     from extrope_kernels.ops.rope.triton import launch as module
 
-    from .triton_compiler import compile_launch, record
+    from .triton_compiler import record
 
-    for case in asked:
-        # Tensors without storage are all at 0, and so look as if turned in place.
-        with mock.patch.object(torch.Tensor, "data_ptr", lambda x: 16 * id(x)):
-            launch = record(module, "rotate_kernel", lambda case=case: _launch(case))
-        tile = launch.kwargs["TILE"]
-        row = 2 * tile.half * itemsize(case.dtype)
-        tiles, shares = launch.grid
-        binary = compile_launch(launch, case.capability)
-        heads_k = HEADS_Q if case.has("packed") else HEADS_K
-        tokens = 1 if case.has("one-token") else TOKENS
-        yield case, binary, traffic(case, tokens, heads_k, tile.tokens * row, tiles, shares)
+    # Tensors without storage are all at 0, and so look as if turned in place.
+    with mock.patch.object(torch.Tensor, "data_ptr", lambda x: 16 * id(x)):
+        launch = record(module, "rotate_kernel", lambda: _launch(case))
+    tile = launch.kwargs["TILE"]
+    row = 2 * tile.half * itemsize(case.dtype)
+    tiles, shares = launch.grid
+    heads_k = HEADS_Q if case.has("packed") else HEADS_K
+    tokens = 1 if case.has("one-token") else TOKENS
+    return launch, traffic(case, tokens, heads_k, tile.tokens * row, tiles, shares)
 
 
 def traffic(case: Case, tokens, heads_k, tile_bytes, tiles, shares) -> Traffic:
@@ -137,21 +134,18 @@ def _cuda_case(chip: int, dtype: str, elements: int, layout: str, direction: str
     return Case("rope cuda", chip, 128, dtype, kind + " axes" * axes)
 
 
-def measure_cuda(asked: Sequence[Case]) -> Iterable[Measured]:
+def prepare_cuda(case: Case) -> tuple[Source, Traffic]:
     from . import nvcc
 
-    found = {}
-    for (chip, symbol), binary in nvcc.compile_all("rope.cu", CAPABILITIES, BLOCK // 32).items():
-        name = SYMBOL.search(symbol)
-        kind = ("interleaved" if name[3] == "1" else "halves",
-                "gradient" if name[4] == "1" else "forward")  # fmt: skip
-        found[_cuda_case(chip, TYPES[name[1]], int(name[2]), *kind, name[5] == "1")] = binary
-    if missing := set(asked) - set(found):
-        raise LookupError(f"rope.cu lacks {', '.join(map(str, missing))}")
-    if unknown := set(found) - set(cuda_cases()):
-        raise LookupError(f"rope.cu has kernels that no case names: {', '.join(map(str, unknown))}")
-    for case in asked:
-        yield case, found[case], _cuda_traffic(case)
+    source = nvcc.Function("rope.cu", BLOCK // 32, case, _case_of, cuda_cases)
+    return source, _cuda_traffic(case)
+
+
+def _case_of(chip: int, symbol: str) -> Case:
+    name = SYMBOL.search(symbol)
+    kind = ("interleaved" if name[3] == "1" else "halves",
+            "gradient" if name[4] == "1" else "forward")  # fmt: skip
+    return _cuda_case(chip, TYPES[name[1]], int(name[2]), *kind, name[5] == "1")
 
 
 def _cuda_traffic(case: Case) -> Traffic:
@@ -173,16 +167,14 @@ def _cuda_traffic(case: Case) -> Traffic:
 KERNELS = [
     Kernel(
         name="rope triton",
-        folders=("extrope_kernels/ops/rope",),
         cases=triton_cases(),
-        measure=measure_triton,
+        prepare=prepare_triton,
         sample=in_triton_sample,
     ),
     Kernel(
         name="rope cuda",
-        folders=("csrc/cuda", "csrc/common"),
         cases=cuda_cases(),
-        measure=measure_cuda,
+        prepare=prepare_cuda,
         sample=lambda case: True,
         at_once=True,
     ),

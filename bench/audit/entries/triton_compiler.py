@@ -6,6 +6,7 @@ a kernel module is imported.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 from collections.abc import Callable
@@ -21,17 +22,22 @@ from triton.backends.compiler import GPUTarget
 
 from ..case import Binary
 
+# What Triton's hook tells of a compilation, without paths.
+SPECIALISED = (
+    *("signature", "constants", "configs"),
+    *("num_warps", "num_stages", "num_ctas", "enable_fp_fusion"),
+)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class _NoDriver:
-    """Answers what compilation asks of a CUDA driver; each capability is a device of its own."""
+    """Answers what compilation asks of a CUDA driver; Triton keeps its kernels by device."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    def __init__(self, capability: int, device: int) -> None:
+        self.capability, self.device = capability, device
 
     def get_current_device(self) -> int:
-        return self.capability
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -48,6 +54,51 @@ class Launch:
     grid: tuple[int, ...]
     args: tuple
     kwargs: dict
+
+    def made_from(self, capability: int) -> str:
+        """A hash of the kernel, of all it calls, and of what Triton specialises it for."""
+        seen = []
+
+        def hook(fn, compile, **others) -> bool:
+            # Neither the key nor the options: they hold paths of this machine.
+            seen.extend([fn.jit_function.cache_key, capability, triton.__version__])
+            seen.extend(compile[name] for name in SPECIALISED)
+            return True  # leave it at that
+
+        # On a device for which nothing is compiled: the hook is not asked about what already is.
+        runtime = triton.knobs.runtime
+        with (
+            _driver(capability, device=-capability),
+            mock.patch.object(runtime, "jit_cache_hook", hook),
+        ):
+            self._run()
+        if not seen:
+            raise RuntimeError(f"Triton {triton.__version__} did not ask its hook")
+        names = set(self.kernel.arg_names)
+        options = {name: value for name, value in self.kwargs.items() if name not in names}
+        return hashlib.sha256(repr((*seen, sorted(options.items()))).encode()).hexdigest()
+
+    def compile(self, capability: int) -> Binary:
+        with _driver(capability, device=capability):
+            compiled = self._run()
+        with TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            usage = _run("cuobjdump", "--dump-resource-usage", cubin)
+            sass = _run("nvdisasm", "-c", cubin)
+        used = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+        return Binary(
+            registers=used["REG"],
+            stack=used["STACK"],
+            local=used["LOCAL"],
+            shared=max(used["SHARED"], compiled.metadata.shared),
+            warps=compiled.metadata.num_warps,
+            sass=sass,
+            tensor_memory=compiled.metadata.tmem_size or 0,
+        )
+
+    def _run(self):
+        return self.kernel.run(*self.args, grid=self.grid, warmup=True, **self.kwargs)
 
 
 def record(
@@ -73,29 +124,9 @@ def record(
     return launches[kernel][0]
 
 
-def compile_launch(launch: Launch, capability: int) -> Binary:
-    with _driver(capability):
-        compiled = launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.kwargs)
-    with TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _run("cuobjdump", "--dump-resource-usage", cubin)
-        sass = _run("nvdisasm", "-c", cubin)
-    used = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
-    return Binary(
-        registers=used["REG"],
-        stack=used["STACK"],
-        local=used["LOCAL"],
-        shared=max(used["SHARED"], compiled.metadata.shared),
-        warps=compiled.metadata.num_warps,
-        sass=sass,
-        tensor_memory=compiled.metadata.tmem_size or 0,
-    )
-
-
 @contextmanager
-def _driver(capability: int):
-    with mock.patch.object(triton.runtime.driver, "_active", _NoDriver(capability)):
+def _driver(capability: int, device: int):
+    with mock.patch.object(triton.runtime.driver, "_active", _NoDriver(capability, device)):
         yield
 
 

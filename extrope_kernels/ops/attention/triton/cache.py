@@ -53,14 +53,16 @@ class CacheTile(NamedTuple):
 
 @triton.jit
 def slot_rows(plane, cache, batch, head, slot, live, TILE: tl.constexpr):
-    """Pointers to lane 0 of these slots of a sequence."""
+    """Pointers to lane 0 of these int32 slots of a sequence; in 64 bits, a GPU calls a function for
+    every division.
+    """
     if cache.block_table is None:
         block = tl.cast(batch, tl.int64)
-        offset = slot * plane.slot
+        offset = slot.to(tl.int64) * plane.slot
     else:
         page = cache.block_table + tl.cast(batch, tl.int64) * cache.table_batch
         block = tl.load(page + slot // cache.page_size, mask=live, other=0).to(tl.int64)
-        offset = slot % cache.page_size * plane.slot
+        offset = (slot % cache.page_size).to(tl.int64) * plane.slot
     offset += block * plane.block + tl.cast(head, tl.int64) * plane.head
     return plane.pointer + offset * TILE.align
 
@@ -115,25 +117,25 @@ def frequencies(cache, batch, slowness, TILE: tl.constexpr):
 
 @triton.jit
 def far_turns(position, fast, slow, window, group, TILE: tl.constexpr):
-    """What queries at (rows, 1) int64 positions are turned by for far keys."""
+    """What queries at (rows, 1) int32 positions are turned by for far keys."""
     if TILE.frame == "plain":
-        turns = position * fast
+        turns = position.to(tl.int64) * fast
     elif TILE.frame == "grouped":
-        turns = (position // group + (window - window // group)) * fast
+        turns = ((position // group).to(tl.int64) + (window - window // group)) * fast
     else:
-        turns = window * fast + (position - window) * slow
+        turns = window * fast + (position.to(tl.int64) - window) * slow
     return turns
 
 
 @triton.jit
 def stored_turns(position, fast, slow, group, TILE: tl.constexpr):
-    """What keys at (keys, 1) int64 positions are turned by in the cache."""
+    """What keys at (keys, 1) int32 positions are turned by in the cache."""
     if TILE.frame == "plain":
-        turns = position * fast
+        turns = position.to(tl.int64) * fast
     elif TILE.frame == "grouped":
-        turns = (position // group) * fast
+        turns = (position // group).to(tl.int64) * fast
     else:
-        turns = position * slow
+        turns = position.to(tl.int64) * slow
     return turns
 
 
@@ -141,7 +143,7 @@ def stored_turns(position, fast, slow, group, TILE: tl.constexpr):
 def near_turns(position, fast, slow, group, TILE: tl.constexpr):
     """What stored keys still lack to their own position."""
     if TILE.frame == "grouped":
-        turns = (position - position // group) * fast
+        turns = (position - position // group).to(tl.int64) * fast
     else:
-        turns = position * (fast - slow)
+        turns = position.to(tl.int64) * (fast - slow)
     return turns

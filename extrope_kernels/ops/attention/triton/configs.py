@@ -16,7 +16,7 @@ class Config(NamedTuple):
 MOST_ROWS = 128  # of any tile
 INTERPRETED = Config(16, 16, 1, 1)
 # Memory bound: rows of out and dout, and no products.
-DELTA = Config(64, 16, 4, 1)
+DELTA = Config(32, 16, 4, 1)
 
 # By kernel, chip (also for those after it, up to the next one), and head_dim up to. All compile
 # without spills. Tiles of keys' gradients at head_dim 128 on sm_90 are small because larger ones
@@ -24,12 +24,10 @@ DELTA = Config(64, 16, 4, 1)
 _TABLE: dict[str, dict[int, dict[int, Config]]] = {
     "forward": {
         80: {
-            64: Config(128, 64, 4, 2, halves=True),
             128: Config(128, 64, 8, 2, halves=True),
             256: Config(64, 64, 8, 2, halves=True),
         },
         86: {
-            64: Config(128, 64, 4, 2, halves=True),
             128: Config(128, 64, 8, 2, halves=True),
             256: Config(64, 32, 8, 2, halves=True),
         },
@@ -45,13 +43,18 @@ _TABLE: dict[str, dict[int, dict[int, Config]]] = {
         },
         120: {
             64: Config(128, 64, 8, 2, halves=True),
+            96: Config(128, 32, 8, 3),
             128: Config(128, 64, 8, 2, halves=True),
             256: Config(64, 32, 8, 2, halves=True),
         },
     },
     "dq": {
         80: {64: Config(128, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(64, 32, 8, 1)},
-        86: {64: Config(128, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(64, 32, 8, 1)},
+        86: {
+            64: Config(128, 64, 8, 1, halves=True),
+            128: Config(64, 64, 8, 1),
+            256: Config(64, 32, 8, 1),
+        },
         90: {
             64: Config(128, 64, 8, 2),
             128: Config(128, 64, 8, 2, halves=True),
@@ -78,15 +81,25 @@ _TABLE: dict[str, dict[int, dict[int, Config]]] = {
 }
 
 # float32 products run without tensor cores, from registers: by kernel, on every chip, and head_dim
-# up to. At one stage, dq's operands at 256 lanes would wait in registers too, and not fit.
+# up to. At one stage, operands of products wait in registers as well, where they may not fit.
 _FLOAT32: dict[str, dict[int, Config]] = {
-    "forward": {64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
-    "dq": {
+    "forward": {
         64: Config(32, 32, 8, 1),
-        128: Config(16, 16, 8, 1),
+        96: Config(32, 32, 8, 1, halves=True),
+        128: Config(32, 32, 8, 1),
         256: Config(16, 16, 8, 1, halves=True),
     },
-    "dkv": {128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    "dq": {
+        64: Config(32, 32, 8, 1),
+        96: Config(16, 16, 8, 1),  # a third of a row would be too short for 16 bytes a thread
+        256: Config(16, 16, 8, 2, halves=True),
+    },
+    "dkv": {
+        64: Config(32, 32, 8, 2),
+        96: Config(16, 32, 8, 1),
+        128: Config(32, 32, 8, 1, halves=True),
+        256: Config(16, 16, 8, 1),
+    },
 }
 
 

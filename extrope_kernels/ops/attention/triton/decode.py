@@ -46,12 +46,12 @@ def _attend(
     for first in tl.range(begin, stop, KEYS):
         j = first + tl.arange(0, KEYS)
         live = j < stop
-        slot = (pad + j).to(tl.int64)
+        slot = pad + j
         rows = slot_rows(cache.k, cache, batch, head, slot, live, TILE)
         k = load_row_parts(rows, live, TILE)
         OPERAND: tl.constexpr = q_far[0].dtype
         if NEAR:
-            turns = near_turns(j.to(tl.int64)[:, None], fast, slow, group, TILE)
+            turns = near_turns(j[:, None], fast, slow, group, TILE)
             near_k = _as_operand(turn(widened(k), turns), OPERAND, 1.0)
             scores = _scores(q_near, near_k, TILE)
             if TILE.several_tokens:  # not all of these keys are near of all rows
@@ -127,12 +127,12 @@ def decode_kernel(
         scale *= tl.maximum(tl.log((tl.maximum(position, 0) + 1).to(tl.float32)) * per_log_n, 1.0)
     rotated = (raw[0] * amplitude, raw[1] * amplitude, raw[2])
     OPERAND: tl.constexpr = tl.float32 if TILE.widen else q.pointer.dtype.element_ty
-    i = position.to(tl.int64)[:, None]
+    i = position[:, None]
     far_q = turn(rotated, far_turns(i, fast, slow, window, group_size, TILE))
     far_q = _as_operand(far_q, OPERAND, scale[:, None])
     near_q = far_q
     if TILE.frame != "plain":
-        near_q = _as_operand(turn(rotated, i * fast), OPERAND, scale[:, None])
+        near_q = _as_operand(turn(rotated, i.to(tl.int64) * fast), OPERAND, scale[:, None])
 
     each = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
     begin = split * each
@@ -196,9 +196,10 @@ def merge_kernel(sums, logs, out, lse, splits, seqlen_q, heads_q, TILE: tl.const
     total = tl.where(empty, 1.0, total)
     value = (acc / total).to(out.dtype.element_ty)
     tl.store(out + row * TILE.head_dim + lane, value, mask=lane < TILE.head_dim)
-    head = row % heads_q
-    token = row // heads_q % seqlen_q
-    batch = row // heads_q // seqlen_q
+    # The grid's number is 32 bits wide: no function call for a division of 64.
+    head = tl.program_id(0) % heads_q
+    token = tl.program_id(0) // heads_q % seqlen_q
+    batch = tl.program_id(0) // heads_q // seqlen_q
     log = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN_2)
     tl.store(lse + (batch * heads_q + head) * seqlen_q + token, log)
 
@@ -210,7 +211,7 @@ def append_kernel(k, v, cache, new, slowness: tl.float64, group_size, TILE: tl.c
     head = tl.program_id(1)
     batch = tl.program_id(2)
     token = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    slot = (tl.load(cache.seqlens + batch) + token).to(tl.int64)
+    slot = tl.load(cache.seqlens + batch) + token
     live = (token < new) & (slot >= 0) & (slot < cache.capacity)
     position = slot
     if cache.leftpad is not None:

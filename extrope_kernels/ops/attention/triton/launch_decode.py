@@ -15,7 +15,6 @@ from .decode import append_kernel, decode_kernel, merge_kernel
 
 VECTOR_BYTES = 16
 LEAST_LANES = 16  # of a product, and rows of one
-STAGES = 2
 LEAST_TILES = 4  # of keys in a split, or its start and merge show
 # Programs for each multiprocessor: enough loads in flight, and an even last wave.
 WAVES = 2
@@ -31,7 +30,7 @@ def decode(q: Tensor, cache: KVCache, call: Call) -> tuple[Tensor, Tensor]:
     if q.numel() == 0:
         return out, lse
     group = heads_q // heads_k
-    tile, warps = _tile(cache, call, [q], group, seqlen_q)
+    tile, warps, stages = _tile(cache, call, [q], group, seqlen_q)
     row_tiles = triton.cdiv(group * seqlen_q, tile.rows)
     splits = _splits(q, cache, tile, batch * heads_k * row_tiles)
     sums = q.new_empty((splits, batch, seqlen_q, heads_q, head_dim), dtype=torch.float32)
@@ -54,7 +53,7 @@ def decode(q: Tensor, cache: KVCache, call: Call) -> tuple[Tensor, Tensor]:
             None if call.log_n is None else 1.0 / math.log(call.log_n),
             TILE=tile,
             num_warps=warps,
-            num_stages=STAGES,
+            num_stages=stages,
             enable_fp_fusion=True,
         )
         merge_kernel[(batch * seqlen_q * heads_q,)](
@@ -71,7 +70,7 @@ def append(cache: KVCache, k: Tensor, v: Tensor, call: Call) -> None:
     batch, new, heads_k, _ = k.shape
     if k.numel() == 0:
         return
-    tile, _ = _tile(cache, call, [k, v], 1, 1)
+    tile, *_ = _tile(cache, call, [k, v], 1, 1)
     tile = tile._replace(keys=1 if new == 1 else 16)
     # A row is moved in two halves and the rest: 16 bytes of each a thread, where there are so many.
     vectors = tile.keys * tile.half * k.itemsize // VECTOR_BYTES
@@ -90,13 +89,13 @@ def append(cache: KVCache, k: Tensor, v: Tensor, call: Call) -> None:
 
 def _tile(
     cache: KVCache, call: Call, others: list[Tensor], group: int, tokens: int
-) -> tuple[CacheTile, int]:
-    """The tile of a kernel, and its warps."""
+) -> tuple[CacheTile, int, int]:
+    """The tile of a kernel, its warps and pipeline stages."""
     head_dim, half = cache.k.shape[3], call.inv_freq.shape[-1]
     rest = head_dim - 2 * half
     strides = (n for x in (cache.k, cache.v, *others) for n in _strides(x)[:3])
     interpreted = cache.k.device.type == "cpu"
-    rows, keys, warps = _sizes(head_dim, cache.k.itemsize, group * tokens)
+    rows, keys, warps, stages = _sizes(head_dim, cache.k.itemsize, group * tokens)
     if interpreted:
         rows, keys = LEAST_LANES, LEAST_LANES
     frames = {1.0: "plain", math.inf: "raw"}
@@ -115,18 +114,18 @@ def _tile(
         several_tokens=tokens > 1,
         widen=interpreted,
     )
-    return tile, warps
+    return tile, warps, stages
 
 
-def _sizes(head_dim: int, itemsize: int, rows: int) -> tuple[int, int, int]:
-    """Rows and keys of a tile, and warps: what compiles without spills on every chip."""
+def _sizes(head_dim: int, itemsize: int, rows: int) -> tuple[int, int, int, int]:
+    """Rows and keys of a tile, warps and stages: what compiles without spills on every chip."""
     if itemsize == 4:  # products without tensor cores, from registers
-        return 16, 16, 8
+        return 16, 16, 4 if head_dim <= 64 else 8, 3
     if head_dim > 128:
-        return 16, 32, 4
+        return 16, 32, 4, 3
     if rows <= 16:
-        return 16, 64, 4
-    return (32, 64, 4) if head_dim <= 64 else (64, 64, 8)
+        return 16, 64, 4, 2
+    return (32, 64, 4, 2) if head_dim <= 64 else (64, 64, 8, 3)
 
 
 def _splits(q: Tensor, cache: KVCache, tile: CacheTile, programs: int) -> int:
