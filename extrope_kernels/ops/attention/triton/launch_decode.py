@@ -118,7 +118,9 @@ def _tile(
 
 
 def _sizes(head_dim: int, itemsize: int, rows: int) -> tuple[int, int, int, int]:
-    """Rows and keys of a tile, warps and stages: what compiles without spills on every chip."""
+    """Rows and keys of a tile, warps and stages: what compiles without spills on every chip, but
+    for 8 bytes in the few cases that bench/gpu_audit.py names.
+    """
     if itemsize == 4:  # products without tensor cores, from registers
         return 16, 16, 4 if head_dim <= 64 else 8, 3
     if head_dim > 128:
