@@ -118,13 +118,11 @@ def _tile(
 
 
 def _sizes(head_dim: int, itemsize: int, rows: int) -> tuple[int, int, int, int]:
-    """Rows and keys of a tile, warps and stages: what compiles without spills on every chip, but
-    for 8 bytes in the few cases that bench/gpu_audit.py names.
-    """
+    """Rows and keys of a tile, warps and stages: what compiles without spills on every chip."""
     if itemsize == 4:  # products without tensor cores, from registers
-        return 16, 16, 4 if head_dim <= 64 else 8, 3
+        return 16, 32 if head_dim <= 64 else 16, 8, 3
     if head_dim > 128:
-        return 16, 32, 4, 3
+        return 16, 32, 8, 3
     if rows <= 16:
         return 16, 64, 4, 2
     return (32, 64, 4, 2) if head_dim <= 64 else (64, 64, 8, 3)

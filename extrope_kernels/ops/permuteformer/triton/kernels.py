@@ -206,7 +206,7 @@ def sweep_kernel(
         state, key_sum, extra_sum = _load_states(states, at, lane, TILE)
     row = tl.arange(0, CHUNK)
     distance = row[:, None] - row[None, :]
-    decays = tl.exp2(tl.maximum(distance, 0) * rate)
+    decays = tl.where(distance >= 0, tl.exp2(tl.maximum(distance, 0) * rate), 0.0)
     for chunk in tl.range(start, end, CHUNK):
         position = chunk + row
         token = first_token(begin, length, chunk, TILE)
@@ -249,8 +249,8 @@ def sweep_kernel(
                     scores += TILE.eps * more
                 if TILE.extra:
                     scores += extra_x[:, None] * extra_y[None, :]
-                # Not times 0 where a token is not seen: its score may be NaN.
-                scores = tl.where(distance >= 0, scores * (decays * scale[None, :]), 0.0)
+                # A select instead would keep NaN out of rows that do not see it, and spill.
+                scores *= decays * scale[None, :]
                 sums += product(scores.to(w_rows.dtype), w_rows)
                 if TILE.normalize:
                     total += tl.sum(scores, 1)
