@@ -78,7 +78,8 @@ def comparison(results: dict, only: str = "") -> str:
 
 def against(row: dict) -> str:
     """Whom we are compared with, our time over theirs, and how that stands to the bar."""
-    text = f"{row['implementation']} {row['ratio']:.2f}"
+    ratio = row["ratio"]
+    text = f"{row['implementation']} {ratio:.{2 if ratio >= 0.1 else 3}f}"
     if "bar" not in row:
         return text
     bar = f"(bar {row['bar']:.3g})" if row["verdict"] == "met" else f"(bar {row['bar']:.3g} missed)"
