@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -185,12 +187,15 @@ def test_only_what_changes_the_machine_code_compiles_again(run_python, tmp_path)
 
 
 def test_the_committed_rows_are_of_these_sources(rows):
-    """What the tests compile or recall agrees with the file that the README's table is made of."""
-    known = report.load(ROOT / "bench" / "results" / "gpu_audit.json")
-    assert set(known) <= set(all_cases())
-    for case in set(known) & set(rows):
-        if known[case].made_from == rows[case].made_from:
-            assert known[case] == rows[case]
+    """Or the README's table is of other kernels: run bench/gpu_audit.py, then bench/readme.py."""
+    path = ROOT / "bench" / "results" / "gpu_audit.json"
+    known = report.load(path)
+    assert set(known) == set(all_cases())
+    if json.loads(path.read_text())["triton"] != importlib.metadata.version("triton"):
+        pytest.skip("compiled with another Triton")
+    of_triton = [case for case in rows if not needs_nvcc(case)]
+    stale = [str(c) for c in of_triton if known[c].made_from != rows[c].made_from]
+    assert of_triton and not stale
 
 
 @pytest.mark.skipif(bool(nvcc_is_missing()), reason=nvcc_is_missing())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import astuple, fields
+from importlib.metadata import version
 from pathlib import Path
 
 from .case import Case
@@ -78,6 +79,7 @@ def save(rows: Mapping[Case, Row], path: Path) -> None:
     content = {
         "how": "compiled, not run",
         "configurations": len(all_cases()),
+        "triton": version("triton"),
         "read_by": reader(),
         "seconds": RESOURCES,
         "stretch": STRETCH,  # of loops and outside
