@@ -128,6 +128,13 @@ def test_options(named, options):
     check("options", named, *make(1, 131 if named is None else 53), **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": False}], ids=str)
+def test_results_past_the_caches(options):
+    """16 MiB and more in whole lines; dim has a block of few rows behind the full ones."""
+    qkv, permutations = make(17, 129, heads_q=32, heads_k=2, dim=28, value_dim=64)
+    check("past caches", None, qkv, permutations, **options)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_few_heads_are_cut_along_the_sequence(threads):
     """With three threads for two heads each part but the last is gathered first."""

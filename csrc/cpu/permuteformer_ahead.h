@@ -21,10 +21,12 @@ inline int64_t token_of(const SweepParams& p, const SweepPart& part, int64_t i) 
   return part.token + (p.reverse ? part.length - 1 - i : i);
 }
 
+constexpr int64_t kLine = 64;  // bytes
+
 class Ahead {
  public:
-  // Of y and w alone where rows are not made.
-  Ahead(const SweepParams& p, const SweepNext& next, bool rows) {
+  // x where rows are made, and out where they are written through the caches.
+  Ahead(const SweepParams& p, const SweepNext& next, bool rows, bool out) {
     const int64_t first = next.part.count * next.share / next.states;
     left_ = next.part.count * (next.share + 1) / next.states - first;
     if (left_ <= 0) return;
@@ -35,16 +37,22 @@ class Ahead {
     }
     if (!rows) return;
     add(p, next, first, p.x, p.score_dim, size);
-    add(p, next, first, p.out, p.value_dim, p.out_is_float ? 4 : size);
+    if (out) add(p, next, first, p.out, p.value_dim, p.out_is_float ? 4 : size);
   }
 
-  // Whole rows, as many as have come due by so many more lines.
-  inline __attribute__((always_inline)) void fetch(int64_t lines) {
-    if ((due_ += lines) > 0) fetch_rows();
+  // So many more lines: few at a time, or what is asked for meanwhile waits behind them.
+  void fetch(int64_t lines) {
+    for (int64_t left = lines * kLine; left_ > 0 && left > 0;) {
+      Rows& rows = rows_[at_];
+      const int64_t end = smaller(fetched_ + left, rows.bytes);
+      for (int64_t i = fetched_; i < end; i += kLine) __builtin_prefetch(rows.begin + i, 0, 2);
+      left -= end - fetched_;
+      fetched_ = end;
+      if (end == rows.bytes) next_row();
+    }
   }
 
  private:
-  static constexpr int64_t kLine = 64;
   struct Rows {
     const char* begin;  // of the next row: all heads of the states side by side
     int64_t step, bytes;
@@ -60,19 +68,15 @@ class Ahead {
                        (p.reverse ? -x.seq : x.seq) * size, heads * dim * size};
   }
 
-  void fetch_rows() {
-    for (; left_ > 0 && due_ > 0; at_ = at_ + 1 == count_ ? 0 : at_ + 1) {
-      Rows& rows = rows_[at_];
-      for (int64_t i = 0; i < rows.bytes; i += kLine) __builtin_prefetch(rows.begin + i, 0, 2);
-      due_ -= rows.bytes / kLine;
-      rows.begin += rows.step;
-      if (at_ + 1 == count_) --left_;
-    }
+  void next_row() {
+    rows_[at_].begin += rows_[at_].step;
+    fetched_ = 0;
+    if (++at_ == count_) at_ = 0, --left_;
   }
 
   Rows rows_[4];
   int count_ = 0, at_ = 0;
-  int64_t due_ = 0, left_;
+  int64_t left_, fetched_ = 0;  // tokens of all tensors, and bytes of the row at work
 };
 
 }  // namespace

@@ -233,7 +233,7 @@ SweepPlan sweep_plan_amx(const SweepParams& p) {
 void sweep_gather_amx(const SweepParams& p, const SweepPart& part, const SweepNext& next,
                       float* workspace, float* state) {
   const TileRegisters registers;
-  Ahead ahead(p, next, false);
+  Ahead ahead(p, next, false, false);
   const TilePart whole(p, part, ahead, workspace, state);
   const Chunk chunk(part);
   clear_tiles(whole);
@@ -247,7 +247,7 @@ void sweep_gather_amx(const SweepParams& p, const SweepPart& part, const SweepNe
 void sweep_part_amx(const SweepParams& p, const SweepPart& part, const SweepNext& next,
                     float* workspace, float* state) {
   const TileRegisters registers;
-  Ahead ahead(p, next, true);
+  Ahead ahead(p, next, true, true);
   const TilePart whole(p, part, ahead, workspace, state);
   clear_tiles(whole);
   sweep_chunk(whole, Chunk(part));

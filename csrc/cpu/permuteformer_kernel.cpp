@@ -14,7 +14,9 @@
 namespace extrope {
 namespace {
 
-constexpr int64_t kLinesOfBlock = 9;  // fetched with each product of a block of sums
+// Fetched with each product of a block of sums; packing waits for memory as it is.
+constexpr int64_t kLinesOfBlock = 24;
+constexpr int64_t kPastCaches = int64_t{4} << 20;  // floats
 
 // ----------------------------------------------------------------------------------------------
 // Products
@@ -124,32 +126,59 @@ void add_to_sum(const Part& part, const Chunk& chunk, floats factor) {
   }
 }
 
+template <int Rows>
+EXTROPE_INLINE void add_rows_to_state(const Part& part, const Chunk& chunk, floats factor,
+                                      int64_t d) {
+  const Scratch& s = part.s;
+  const Sizes& n = part.n;
+  for (int64_t f = 0; f < n.wide; f += kWide) {
+    Sums<Rows, kWideVectors> sums{};
+    part.ahead.fetch(kLinesOfBlock);
+    multiply_add(sums, s.y + d, 1, n.lane_step, s.w + f, n.row_step, chunk.count);
+    float* state = part.state + d * n.row_step + f;
+    add_scaled(sums, factor, state, n.row_step);
+    store_sums(sums, state, n.row_step);
+  }
+}
+
 // state = decay^count state + decayed y^T w, whose terms are added up first; the state shrinks
 // once, with its first head of y.
 void add_to_state(const Part& part, const Chunk& chunk, bool shrink) {
-  const Scratch& s = part.s;
-  const Sizes& n = part.n;
-  const floats factor = broadcast(shrink ? s.rising[chunk.count] : 1.0f);
+  const floats factor = broadcast(shrink ? part.s.rising[chunk.count] : 1.0f);
   add_to_sum(part, chunk, factor);
-  for (int64_t d = 0; d < n.rows; d += kTallRows) {
-    for (int64_t f = 0; f < n.wide; f += kWide) {
-      Sums<kTallRows, kWideVectors> sums{};
-      part.ahead.fetch(kLinesOfBlock);
-      multiply_add(sums, s.y + d, 1, n.lane_step, s.w + f, n.row_step, chunk.count);
-      float* state = part.state + d * n.row_step + f;
-      add_scaled(sums, factor, state, n.row_step);
-      store_sums(sums, state, n.row_step);
-    }
+  int64_t d = 0;
+  for (; d < part.n.tall_rows; d += kTallRows) {
+    add_rows_to_state<kTallRows>(part, chunk, factor, d);
   }
+  for (; d < part.n.rows; d += kFewRows) add_rows_to_state<kFewRows>(part, chunk, factor, d);
 }
 
 // ----------------------------------------------------------------------------------------------
 // Chunks
 
+// Whether rows of out leave past the caches: they are too many for one to keep, and each store is a
+// whole line, so that none has to be read before it is written.
+bool past_caches(const SweepParams& p) {
+  const int64_t heads = greater(p.x.heads, p.heads);
+  return kFloats * sizeof(float) == kLine && p.out_is_float && p.value_dim % kFloats == 0 &&
+         p.batch * p.seqlen * heads * p.value_dim >= kPastCaches;
+}
+
+template <typename Out>
+void store_row(const float* row, int64_t count, float factor, bool past_caches, Out* to) {
+  int64_t d = 0;
+  for (; d + kFloats <= count; d += kFloats) {
+    const floats v = load<floats>(row + d) * broadcast(factor);
+    past_caches ? store_past_caches(to + d, v) : store_narrow(to + d, v);
+  }
+  for (; d < count; ++d) narrow(row[d] * factor, to[d]);
+}
+
 template <typename T, typename Out>
 void finish(const Part& part, const Chunk& chunk, int64_t head) {
   const SweepParams& p = part.p;
   const Walk<Out> out = part.walk<Out>(p.out, head, chunk.first);
+  const bool past = past_caches(p);
   for (int64_t i = 0; i < chunk.count; ++i) {
     const int64_t at = chunk.first + i;
     float* row = part.s.out + i * part.n.row_step;
@@ -168,12 +197,7 @@ void finish(const Part& part, const Chunk& chunk, int64_t head) {
       }
       factor = 1.0f;
     }
-    Out* to = out[i];
-    int64_t d = 0;
-    for (; d + kFloats <= p.value_dim; d += kFloats) {
-      store_narrow(to + d, load<floats>(row + d) * broadcast(factor));
-    }
-    for (; d < p.value_dim; ++d) narrow(row[d] * factor, to[d]);
+    store_row(row, p.value_dim, factor, past, out[i]);
   }
 }
 
@@ -197,6 +221,7 @@ void sweep_chunk(const Part& part, const Chunk& chunk) {
     }
     p.out_is_float ? finish<T, float>(part, chunk, x) : finish<T, T>(part, chunk, x);
   }
+  if (past_caches(p)) order_stores();
 }
 
 template <typename T>
@@ -247,7 +272,7 @@ SweepPlan EXTROPE_EXPAND(sweep_plan_, EXTROPE_ISA)(const SweepParams& p) {
 void EXTROPE_EXPAND(sweep_gather_, EXTROPE_ISA)(const SweepParams& p, const SweepPart& part,
                                                 const SweepNext& next, float* workspace,
                                                 float* state) {
-  Ahead ahead(p, next, false);
+  Ahead ahead(p, next, false, false);
   const Part whole(p, part, ahead, workspace, state);
   EXTROPE_BY_TYPE(p.dtype, gather_chunk, whole, Chunk(part))
 }
@@ -255,7 +280,7 @@ void EXTROPE_EXPAND(sweep_gather_, EXTROPE_ISA)(const SweepParams& p, const Swee
 void EXTROPE_EXPAND(sweep_part_, EXTROPE_ISA)(const SweepParams& p, const SweepPart& part,
                                               const SweepNext& next, float* workspace,
                                               float* state) {
-  Ahead ahead(p, next, true);
+  Ahead ahead(p, next, true, !past_caches(p));
   const Part whole(p, part, ahead, workspace, state);
   EXTROPE_BY_TYPE(p.dtype, sweep_chunk, whole, Chunk(part))
 }

@@ -6,8 +6,6 @@
 namespace extrope {
 namespace {
 
-constexpr int64_t kLinesOfRow = 4;  // fetched with each row that is packed
-
 // Rows of x as floats, `step` apart, zero past dim and past the chunk's last row.
 template <bool Phi, bool Permuted, typename T>
 void pack_rows(const Part& part, const Chunk& chunk, const SweepTensor& x, int64_t head,
@@ -17,12 +15,10 @@ void pack_rows(const Part& part, const Chunk& chunk, const SweepTensor& x, int64
   const Word* lanes = static_cast<const Word*>(part.s.powers);
   [[maybe_unused]] const auto take = choose_taking<T>(dim);
   for (int64_t i = 0; i < chunk.count; ++i) {
-    const T* from = rows[i];
-    part.ahead.fetch(kLinesOfRow);
     if constexpr (Permuted) {
-      take(from, lanes + i * dim, part.s.permuted, dim, step, to + i * step);
+      take(rows[i], lanes + i * dim, part.s.permuted, dim, step, to + i * step);
     } else {
-      pack_row<Phi>(from, dim, step, to + i * step);
+      pack_row<Phi>(rows[i], dim, step, to + i * step);
     }
   }
   std::memset(to + chunk.count * step, 0, (padded - chunk.count) * step * sizeof(float));

@@ -41,8 +41,15 @@ void take_any_row(const T* from, const WordOf<T>* lanes, void* room, int64_t dim
   pack_row<true>(reinterpret_cast<const T*>(permuted), dim, step, to);
 }
 
+// Of `count` rows of lanes, fills in all but the first: each is one step more than that before it.
 template <typename Word>
-using NextLanes = void (*)(const Word* step, const Word* lanes, Word* next, int64_t dim);
+using StepLanes = void (*)(const Word* step, Word* lanes, int64_t count, int64_t dim);
+
+template <typename Word>
+void step_any_lanes(const Word* step, Word* lanes, int64_t count, int64_t dim) {
+  const Gather<Word> gather = choose_gather<Word>(dim);
+  for (int64_t i = 1; i < count; ++i, lanes += dim) gather(step, lanes, lanes + dim, dim);
+}
 
 #if defined(__AVX512F__)
 
@@ -66,12 +73,18 @@ void take_registers(const T* from, const WordOf<T>* lanes, void*, int64_t dim, i
 }
 
 template <typename Word, int Vectors>
-void next_registers(const Word* step, const Word* lanes, Word* next, int64_t) {
+void step_registers(const Word* step, Word* lanes, int64_t count, int64_t dim) {
   using V = Vector<Word>;
-  V row[Vectors];
-  for (int v = 0; v < Vectors; ++v) row[v] = load<V>(step + v * kLanes<Word>);
+  V row[Vectors], last[Vectors];
   for (int v = 0; v < Vectors; ++v) {
-    store(next + v * kLanes<Word>, pick(row, load<V>(lanes + v * kLanes<Word>)));
+    row[v] = load<V>(step + v * kLanes<Word>);
+    last[v] = load<V>(lanes + v * kLanes<Word>);
+  }
+  for (int64_t i = 1; i < count; ++i) {
+    for (int v = 0; v < Vectors; ++v) {
+      last[v] = pick(row, last[v]);
+      store(lanes + i * dim + v * kLanes<Word>, last[v]);
+    }
   }
 }
 
@@ -85,12 +98,12 @@ TakeRow<T> choose_taking(int64_t dim) {
 }
 
 template <typename Word>
-NextLanes<Word> choose_next(int64_t dim) {
+StepLanes<Word> choose_stepping(int64_t dim) {
   constexpr int64_t n = kLanes<Word>;
-  if (dim == 2 * n) return next_registers<Word, 2>;
-  if (dim == 4 * n) return next_registers<Word, 4>;
-  if (dim == 8 * n) return next_registers<Word, 8>;
-  return choose_gather<Word>(dim);
+  if (dim == 2 * n) return step_registers<Word, 2>;
+  if (dim == 4 * n) return step_registers<Word, 4>;
+  if (dim == 8 * n) return step_registers<Word, 8>;
+  return step_any_lanes<Word>;
 }
 
 #else
@@ -101,13 +114,14 @@ TakeRow<T> choose_taking(int64_t) {
 }
 
 template <typename Word>
-NextLanes<Word> choose_next(int64_t dim) {
-  return choose_gather<Word>(dim);
+StepLanes<Word> choose_stepping(int64_t) {
+  return step_any_lanes<Word>;
 }
 
 #endif
 
-// The lanes that each of the chunk's tokens takes: one step more than the last one's.
+// The lanes that each of the chunk's tokens takes, from step to step while positions follow one
+// another.
 template <typename T>
 void take_powers(const auto& part, const Chunk& chunk) {
   using Word = WordOf<T>;
@@ -115,17 +129,17 @@ void take_powers(const auto& part, const Chunk& chunk) {
   const int64_t dim = p.score_dim, row = first_head(p, part.part, p.y.heads);
   Word *step = static_cast<Word*>(part.s.step), *lanes = static_cast<Word*>(part.s.powers);
   std::copy_n(p.cycles->step + row * dim, dim, step);
-  const NextLanes<Word> next = choose_next<Word>(dim);
-  uint64_t before = 0;
-  for (int64_t i = 0; i < chunk.count; ++i, lanes += dim) {
-    const int64_t seq = part.token(chunk.first + i);
-    const uint64_t position = locate<uint64_t>(*p.permute, part.part.batch, seq).position;
-    if (i > 0 && follows(position, before)) {
-      next(step, lanes - dim, lanes, dim);
-    } else {
-      power_lanes(*p.cycles, row, dim, static_cast<int64_t>(position), lanes);
+  const StepLanes<Word> step_on = choose_stepping<Word>(dim);
+  const auto position = [&](int64_t i) {
+    return locate<uint64_t>(*p.permute, part.part.batch, part.token(chunk.first + i)).position;
+  };
+  for (int64_t i = 0, end; i < chunk.count; i = end) {
+    const uint64_t first = position(i);
+    for (end = i + 1; end < chunk.count; ++end) {
+      if (!follows(position(end), first + (end - 1 - i))) break;
     }
-    before = position;
+    power_lanes(*p.cycles, row, dim, static_cast<int64_t>(first), lanes + i * dim);
+    step_on(step, lanes + i * dim, end - i, dim);
   }
 }
 

@@ -14,6 +14,7 @@ constexpr int64_t kChunk = 96;
 constexpr int64_t kChunk = 48;
 #endif
 static_assert(kChunk % kTallRows == 0 && kChunk % kFloats == 0);
+constexpr int64_t kFewRows = 4;  // of a state, where a block of kTallRows would be padding mostly
 
 // Rows at steps of 256 bytes would share a few sets of the cache.
 inline int64_t step_of(int64_t floats) { return floats % 64 == 0 ? floats + kFloats : floats; }
@@ -21,7 +22,8 @@ inline int64_t step_of(int64_t floats) { return floats % 64 == 0 ? floats + kFlo
 struct Sizes {
   explicit Sizes(const SweepParams& p)
       : depth(p.score_dim + (p.extra ? 1 : 0)),
-        rows(round_up(depth, kTallRows)),
+        tall_rows(depth / kTallRows * kTallRows),
+        rows(tall_rows + round_up(depth - tall_rows, kFewRows)),
         lanes(round_up(rows, kFloats)),
         wide(round_up(p.value_dim, kWide)),
         lane_step(step_of(lanes)),
@@ -29,6 +31,7 @@ struct Sizes {
         permuted(p.permute ? p.score_dim : 0) {}
   static int64_t column(int64_t f) { return f; }  // where one of a state lies
   int64_t depth;                                  // of the products x y^T
+  int64_t tall_rows;                              // of the state, in blocks of kTallRows
   int64_t rows;                                   // of the state
   int64_t lanes;                                  // of a packed row of x and y
   int64_t wide;                                   // of a packed row of w and out, and of the state

@@ -134,6 +134,19 @@ inline floats load_wide(const f16* from) {
 inline void store_narrow(float* to, floats v) { store(to, v); }
 inline void store_narrow(double* to, doubles v) { store(to, v); }
 
+// As store_narrow, past the caches where a vector is a whole line of theirs: before another thread
+// may look, order_stores().
+template <typename T>
+inline void store_past_caches(T* to, floats v) {
+  store_narrow(to, v);
+}
+#if defined(__AVX512F__)
+inline void store_past_caches(float* to, floats v) { _mm512_stream_ps(to, v); }
+inline void order_stores() { _mm_sfence(); }
+#else
+inline void order_stores() {}
+#endif
+
 // The bits of v rounded to bf16, in the high halves; what is in the low halves is left over.
 inline words round_bf16(floats v) {
   const words bits = bits_as<words>(v);
