@@ -103,7 +103,7 @@ def install(session: nox.Session, torch: str) -> None:
     wheels = list(WHEELS.glob("*.whl"))
     if len(wheels) != 1:
         session.error(f"one wheel is needed in {WHEELS}: nox -s wheel")
-    extras = ("hypothesis", "numpy", "pybind11", "pytest>=8", "transformers>=5", "triton>=3.4")
+    extras = ("hypothesis", "numpy", "pybind11", "pytest>=8", "pytest-xdist", "transformers>=5")
     session.install(f"torch=={torch}", str(wheels[0]), *extras)
 
 
