@@ -31,6 +31,15 @@ MATRIX = [
     ("3.13", "2.15.0"),
 ]
 CAPABILITIES = ("baseline", "avx2", "avx512")
+EXTRAS = (
+    "hypothesis",
+    "numpy",
+    "pybind11",
+    "pytest>=8",
+    "pytest-xdist",
+    "transformers>=5",
+    "triton>=3.4",
+)
 # Of every operation, direction and backend something; interpreted Triton takes most of the time.
 SAMPLE = (
     "test_methods_vectors.py",
@@ -103,8 +112,7 @@ def install(session: nox.Session, torch: str) -> None:
     wheels = list(WHEELS.glob("*.whl"))
     if len(wheels) != 1:
         session.error(f"one wheel is needed in {WHEELS}: nox -s wheel")
-    extras = ("hypothesis", "numpy", "pybind11", "pytest>=8", "pytest-xdist", "transformers>=5")
-    session.install(f"torch=={torch}", str(wheels[0]), *extras)
+    session.install(f"torch=={torch}", str(wheels[0]), *EXTRAS)
 
 
 def run(session: nox.Session, arguments: tuple[str, ...] | list[str], **env: str) -> None:
