@@ -2,7 +2,7 @@
 
 `nox -s wheel` builds it once; every other session installs that file in an environment of its own
 and runs the tests against it, away from the checkout. `nox -s tests -- test_rope.py` runs a part,
-`nox -s tests -- .` all of the tests, `nox -s "tests(python='3.13', torch='2.11.0')"` one session.
+`nox -s "tests(python='3.13', torch='2.11.0')"` one session.
 """
 
 from __future__ import annotations
@@ -40,26 +40,15 @@ EXTRAS = (
     "transformers>=5",
     "triton>=3.4",
 )
-# Of every operation, direction and backend something; interpreted Triton takes most of the time.
-SAMPLE = (
-    "test_methods_vectors.py",
-    "test_positions.py",
-    "test_rope.py",
-    "test_rope_gradients.py",
-    "test_rope_memory.py",
-    "test_rope_registration.py",
-    "test_rope_triton.py",
-    "test_rerope.py",
-    "test_rerope_gradients.py",
-    "test_rerope_registration.py",
-    "test_kvcache.py",
-    "test_kvcache_registration.py",
-    "test_merge_attention.py",
-    "test_permute.py",
-    "test_permute_gradients.py",
-    "test_permuteformer.py",
-    "test_permuteformer_gradients.py",
-    "test_transformers_generate.py",
+# Tests of the checkout: of its sources and benchmarks, and of the libraries built from it.
+OF_THE_CHECKOUT = (
+    "test_bench.py",
+    "test_build.py",
+    "test_cuda_emulated.py",
+    "test_gpu_audit.py",
+    "test_length_generalization.py",
+    "test_permute_emulated.py",
+    "test_sources.py",
 )
 NATIVE = (
     "test_rope.py",
@@ -90,9 +79,10 @@ def wheel(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("python, torch", MATRIX)
 def tests(session: nox.Session, torch: str) -> None:
-    """The tests on one Python and torch; all of SAMPLE, or the files and options after --."""
+    """The tests on one Python and torch, or the files and options after --."""
     install(session, torch)
-    run(session, session.posargs or SAMPLE)
+    left_out = [f"--ignore={name}" for name in OF_THE_CHECKOUT]
+    run(session, session.posargs or (".", *left_out, "--numprocesses=auto", "--dist=loadfile"))
 
 
 @nox.session(python=BUILT_WITH[0])

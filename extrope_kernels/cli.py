@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
 def info() -> str:
     """Versions, libraries, devices and the kernels in use, a line each."""
     lines = [("extrope_kernels", __version__), ("Python", platform.python_version())]
-    lines += [(name, _version(name)) for name in ("torch", "triton", "transformers")]
+    lines += [("torch", torch.__version__)]
+    lines += [(name, _version(name)) for name in ("triton", "transformers")]
     lines += [("C++ compiler", _compiler_version()), ("nvcc", _nvcc_version())]
     lines += [(f"{name} library", report) for name, report in _ext.status().items()]
     if _ext.load("cpu") is None:

@@ -13,6 +13,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from extrope_kernels import _build, _ext
 from extrope_kernels.testing import attention_backends, available_backends
 
 settings.register_profile("ci", max_examples=20, derandomize=True, deadline=None, database=None)
@@ -30,6 +31,13 @@ def pytest_terminal_summary(terminalreporter, config):
         for name, count in sorted(generated.CASES.items()):
             terminalreporter.write_line(f"{count:8} {name}")
         terminalreporter.write_line(f"{sum(generated.CASES.values()):8} in all")
+
+
+@pytest.fixture
+def no_library():
+    """For tests of what runs without a compiled library: a wheel brings one."""
+    if (Path(_ext.__file__).parent / _build.LIBRARIES["cpu"]).exists():
+        pytest.skip("the wheel has a library")
 
 
 @pytest.fixture(autouse=True)

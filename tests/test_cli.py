@@ -29,6 +29,7 @@ def test_info_says_what_runs_where(capsys):
         assert lines["CPU instructions"] in cli.CPU_CAPABILITIES
 
 
+@pytest.mark.usefixtures("no_library")
 def test_info_without_compiler_or_extras(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "extrope_kernels", "info"],

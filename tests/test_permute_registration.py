@@ -105,6 +105,7 @@ def test_cuda_graph(permute_backend):
         assert torch.equal(got, want)
 
 
+@pytest.mark.usefixtures("no_library")
 def test_dispatch_needs_no_library(run_python):
     """Without a compiled library the op runs on the reference."""
     run_python(

@@ -1,11 +1,9 @@
 """The ops as PyTorch sees them: opcheck, torch.compile, schemas, CUDA graphs, raw calls."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from extrope_kernels import RopeFreqs, _build, _ext, apply_rope, apply_rope_qk, methods
+from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
 from extrope_kernels.testing import device, make_qk
 
 SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton"}
@@ -207,9 +205,7 @@ def test_cuda_graph(backend):
         assert torch.equal(got, want)
 
 
-@pytest.mark.skipif(
-    (Path(_ext.__file__).parent / _build.LIBRARIES["cpu"]).exists(), reason="the wheel has one"
-)
+@pytest.mark.usefixtures("no_library")
 def test_dispatch_needs_no_library(run_python):
     """Without a compiled library the op runs on the reference."""
     run_python(
