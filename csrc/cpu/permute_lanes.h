@@ -58,10 +58,12 @@ inline void store_first(Word* to, Vector<Word> v, int64_t count) {
 template <int Vectors, typename V>
 inline V pick(const V (&row)[Vectors], V lane) {
   using Word = std::remove_reference_t<decltype(lane[0])>;
-  const V pair = lane / Word(2 * sizeof(V) / sizeof(Word));
+  // A vector each: where the compiler instruments, a scalar has become an int that is too wide.
+  const auto all = [](Word x) { return V{} + x; };
+  const V pair = lane / all(2 * sizeof(V) / sizeof(Word));
   V picked = __builtin_shuffle(row[0], row[Vectors > 1], lane);
   for (int v = 2; v < Vectors; v += 2) {
-    picked = pair == Word(v / 2) ? __builtin_shuffle(row[v], row[v + 1], lane) : picked;
+    picked = pair == all(v / 2) ? __builtin_shuffle(row[v], row[v + 1], lane) : picked;
   }
   return picked;
 }

@@ -32,6 +32,10 @@ TESTS = (
     "test_rerope.py",
     "test_rerope_gradients.py",
     "test_kvcache.py",
+    "test_permute.py",
+    "test_permute_gradients.py",
+    "test_permuteformer.py",
+    "test_permuteformer_gradients.py",
     "test_properties_rope.py",
     "test_properties_attention.py",
 )

@@ -125,7 +125,28 @@ def load_numbers(x, batch, head, token, live, seqlen_all, TILE: tl.constexpr):
 
 @triton.jit
 def product(a, b):
-    return tl.dot(a, b, input_precision="ieee")
+    # No tensor core multiplies float32, and other units hold all of both operands in registers.
+    if a.dtype == tl.float32 and a.shape[1] > 128:
+        sums = _product_of_slices(a, b)
+    else:
+        sums = tl.dot(a, b, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def _product_of_slices(a, b):
+    DEPTH: tl.constexpr = a.shape[1]
+    if DEPTH > 64:
+        a = tl.permute(tl.reshape(a, (a.shape[0], 2, DEPTH // 2)), (0, 2, 1))
+        b = tl.permute(tl.reshape(b, (2, DEPTH // 2, b.shape[1])), (1, 2, 0))
+        first_a, last_a = tl.split(a)
+        first_b, last_b = tl.split(b)
+        sums = _product_of_slices(first_a, first_b)
+        tl.debug_barrier()  # or the compiler would load the next slice at once
+        sums += _product_of_slices(last_a, last_b)
+    else:
+        sums = tl.dot(a, b, input_precision="ieee")
+    return sums
 
 
 @triton.jit
