@@ -40,6 +40,19 @@ def no_library():
         pytest.skip("the wheel has a library")
 
 
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory):
+    """The folder of the CUDA kernels, compiled for the host."""
+    from emulation import harness
+
+    folder = tmp_path_factory.mktemp("emulation")
+    try:
+        harness.build(folder)
+    except harness.MissingTool as reason:
+        pytest.skip(str(reason))
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory():
     """Let torch fill uninitialised memory with NaN, so that what was never written shows."""

@@ -19,16 +19,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulation")
-    try:
-        harness.build(folder)
-    except harness.MissingTool as reason:
-        pytest.skip(str(reason))
-    return folder
-
-
 def run_group(
     group: Callable[[], Iterator[Case]], sanitizer: harness.Sanitizer, modules: Path
 ) -> list[Case]:

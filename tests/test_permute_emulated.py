@@ -23,16 +23,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulation")
-    try:
-        harness.build(folder)
-    except harness.MissingTool as reason:
-        pytest.skip(str(reason))
-    return folder
-
-
 class Case:
     """One launch into outputs with gaps, and the gather that it must equal."""
 

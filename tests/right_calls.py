@@ -1,0 +1,118 @@
+"""One call of every public function that works, by name and arguments."""
+
+from __future__ import annotations
+
+import torch
+from test_methods import EXAMPLES
+
+from extrope_kernels import RopeFreqs, head_permutations, methods
+from extrope_kernels.testing import device
+
+DIM = 16
+DEVICE = device()
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+FREQS = RopeFreqs(methods.rope(DIM).inv_freq.to(DEVICE))
+ATTENTION = {
+    "q": randn(2, 6, 4, DIM),
+    "k": randn(2, 6, 2, DIM),
+    "v": randn(2, 6, 2, DIM),
+    "freqs": FREQS,
+    "softmax_scale": None,
+    "log_n": None,
+    "cu_seqlens": None,
+    "interleaved": False,
+    "return_lse": False,
+    "backend": None,
+}
+ROPE = {
+    "freqs": FREQS,
+    "positions": ints(*range(6)),
+    "cu_seqlens": None,
+    "interleaved": False,
+    "inverse": False,
+    "inplace": False,
+    "backend": None,
+}
+CACHE = {
+    **{name: value for name, value in ATTENTION.items() if name != "cu_seqlens"},
+    "q": randn(2, 1, 4, DIM),
+    "k": randn(2, 1, 2, DIM),
+    "v": randn(2, 1, 2, DIM),
+    "k_cache": randn(2, 8, 2, DIM),
+    "v_cache": randn(2, 8, 2, DIM),
+    "cache_seqlens": 3,
+    "block_table": None,
+    "cache_leftpad": None,
+    "window": 4,
+    "factor": 2.0,
+    "grouped": False,
+}
+
+
+def permutations(heads: int) -> torch.Tensor:
+    return head_permutations(heads, DIM).to(DEVICE)
+
+
+PERMUTE = {
+    "permutations": permutations(2),
+    "positions": ints(*range(6)),
+    "cu_seqlens": None,
+    "inverse": False,
+    "backend": None,
+}
+LINEAR = {
+    **{name: ATTENTION[name] for name in "qkv"},
+    "permutations": permutations(2),
+    "decay": None,
+    "normalize": True,
+    "positions": None,
+    "backend": None,
+}
+PACKED = {"q": randn(6, 4, DIM), "k": randn(6, 2, DIM), "cu_seqlens": ints(0, 2, 6)}
+LSE = randn(2, 4, 6)
+# What follows a space in a name tells calls of one function apart.
+CALLS = {
+    "apply_rope": {"x": ATTENTION["q"], **ROPE},
+    "apply_rope_qk": {"q": ATTENTION["q"], "k": ATTENTION["k"], **ROPE},
+    "apply_rope_qk in place": {
+        "q": randn(2, 6, 4, DIM),
+        "k": randn(2, 6, 2, DIM),
+        **ROPE,
+        "inplace": True,
+    },
+    "rerope_attention": {**ATTENTION, "window": 4, "factor": 2.0, "grouped": False},
+    "rerope_attention of packed sequences": {
+        **ATTENTION,
+        **PACKED,
+        "v": PACKED["k"] + 1,
+        "window": 4,
+        "factor": 2.0,
+        "grouped": False,
+    },
+    "apply_rope_qk of packed sequences": {**ROPE, **PACKED},
+    "rerope_attention_with_kvcache": CACHE,
+    "dual_chunk_attention": {**ATTENTION, "chunk_size": 4, "local_window": 1},
+    "blockwise_causal_attention": {**ATTENTION, "block_size": 4},
+    "permute": {"x": ATTENTION["q"], **PERMUTE, "permutations": permutations(4)},
+    "permute_qk": {"q": ATTENTION["q"], "k": ATTENTION["k"], **PERMUTE},
+    "permuteformer_attention": {**LINEAR, "causal": True, "cu_seqlens": None},
+    "permuteformer_step": {**LINEAR, "state": None},
+    "head_permutations": {"heads": 2, "head_dim": 8, "seed": 1},
+    "merge_attention": {"outs": [ATTENTION["q"]] * 2, "lses": [LSE] * 2},
+    **{f"methods.{name}": {"dim": DIM, **options} for name, options in EXAMPLES.items()},
+    "methods.with_sections": {"freqs": FREQS, "sections": [2, 3, 3], "interleaved": False},
+    "positions.shape": {"batch": 2, "seqlen": 5, "max_shift": 3, "eval_shift": "zero"},
+    "positions.randomized": {"seqlen": 5, "max_len": 9, "batch": 2},
+    "positions.random_padding": {"batch": 2, "num_tokens": 3, "length": 9},
+    "positions.pose": {"batch": 2, "num_tokens": 9, "train_length": 4, "target_length": 12},
+    "positions.giraffe_randomized": {"batch": 2, "seqlen": 5},
+}

@@ -1,0 +1,286 @@
+"""What every argument of every public function must not be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from right_calls import ATTENTION, CACHE, DEVICE, FREQS, LSE, ints, permutations
+
+from extrope_kernels import RopeFreqs, head_permutations, methods
+
+NOT_A_NUMBER = {
+    "text": "4",
+    "bytes": b"4",
+    "list": [4],
+    "complex": 4 + 1j,
+    "dict": {},
+    "type": int,
+    "tensor": torch.ones(2),
+}
+NOT_AN_INT = {**NOT_A_NUMBER, "half": 2.5, "nan": math.nan, "inf": math.inf, "True": True}
+NOT_POSITIVE = {"-1": -1, "-2**63": -(2**63), "-2**80": -(2**80)}
+HUGE = {"2**63": 2**63, "2**80": 2**80}
+NOT_A_BOOL = {"text": "yes", "two": 2, "None": None, "tensor": torch.ones(2), "float": 0.5}
+NOT_A_NAME = {"number": 3, "bytes": b"cpu", "unknown": "metal", "list": ["cpu"], "empty": ""}
+
+
+def not_rows(x: torch.Tensor) -> dict:
+    """What can be wrong with (batch, seqlen, heads, head_dim), whatever the other tensors are."""
+    return {
+        "text": "text",
+        "number": 1.0,
+        "list": x.tolist(),
+        "array": x.cpu().numpy(),
+        "meta": x.to("meta"),
+        "int": x.int(),
+        "bool": x.bool(),
+        "complex": x.to(torch.complex64),
+        "float8": x.to(torch.float8_e4m3fn),
+        "sparse": x.to_sparse(),
+        "scalar": x.sum(),
+        "row": x.flatten(),
+        "no batch": x[0],
+        "five dimensions": x[None],
+        "strided": torch.stack((x, x), -1)[..., 0],
+    }
+
+
+def not_like(x: torch.Tensor) -> dict:
+    """What does not go with the other tensors."""
+    return {
+        **not_rows(x),
+        "None": None,
+        "half": x.half(),
+        "double": x.double(),
+        "batch": x[:1],
+        "batch 3": torch.cat((x, x[:1])),
+        "no sequences": x[:0],
+        "head_dim": x[..., :8].contiguous(),
+        "no lanes": x[..., :0],
+    }
+
+
+def not_ints(x: torch.Tensor) -> dict:
+    """What an int32 tensor of x's shape must not be."""
+    return {
+        "text": "text",
+        "half": 2.5,
+        "True": True,
+        "list": [1, 2],
+        "meta": x.to("meta"),
+        "float": x.double(),
+        "bool": x.bool(),
+        "complex": x.to(torch.complex64),
+        "uint8": x.to(torch.uint8),
+        "longer": torch.cat((x, x)),
+        "shape": x.view(1, 1, 1, *x.shape),
+        "scalar": x.flatten()[0],
+    }
+
+
+def not_freqs() -> dict:
+    inv_freq = FREQS.inv_freq
+    wrong = {"None": None, "tensor": inv_freq, "text": "yarn", "function": methods.rope}
+    fields = {
+        "inv_freq": {
+            "None": None,
+            "list": [1.0] * 8,
+            "meta": inv_freq.to("meta"),
+            "half": inv_freq.half(),
+            "int": inv_freq.int(),
+            "complex": inv_freq.to(torch.complex64),
+            "sparse": inv_freq.to_sparse(),
+            "scalar": inv_freq[0],
+            "empty": inv_freq[:0],
+            "longer": torch.cat((inv_freq, inv_freq)),
+            "rows": inv_freq.expand(5, 8).contiguous(),
+            "4-D": inv_freq.view(1, 1, 1, 8),
+            "strided": torch.stack((inv_freq, inv_freq), -1)[..., 0],
+        },
+        "attention_factor": {**NOT_A_NUMBER, "None": None, "0": 0.0, "-1": -1.0, "nan": math.nan},
+        "log_decay": {
+            "number": 1.0,
+            "list": [0.0] * 8,
+            "meta": inv_freq.to("meta"),
+            "double": inv_freq.double(),
+            "shorter": inv_freq[:3],
+            "rows": inv_freq[None],
+        },
+        "axes": {
+            "list": [0] * 8,
+            "meta": inv_freq.int().to("meta"),
+            "long": inv_freq.long(),
+            "shorter": inv_freq[:3].int(),
+        },
+    }
+    for field, values in fields.items():
+        for name, value in values.items():
+            wrong[f"{field} {name}"] = replace(FREQS, **{field: value})
+    return wrong
+
+
+FACTOR = {**NOT_A_NUMBER, "None": None, "0": 0.0, "-1": -1.0, "nan": math.nan}
+SCALE = {**NOT_A_NUMBER, "0": 0.0, "-1": -1.0, "nan": math.nan, "inf": math.inf}
+COUNT = {**NOT_AN_INT, **NOT_POSITIVE, **HUGE, "None": None, "0": 0}
+PLACE = {"number": 3.5, "text": "moon", "list": []}
+NOT_POSITIONS = not_ints(ints(*range(6))) | {**HUGE, "complex number": 1j}
+# What every argument must not be. "name" means every function that has the argument,
+# "function.name" that one alone.
+WRONG = {
+    "x": not_rows(ATTENTION["q"]) | {"None": None},
+    "q": not_like(ATTENTION["q"]),
+    "k": not_like(ATTENTION["k"]) | {"seqlen": ATTENTION["k"][:, :5]},
+    "v": not_like(ATTENTION["v"])
+    | {"seqlen": ATTENTION["v"][:, :5], "heads": ATTENTION["v"][:, :, :1]},
+    "rerope_attention_with_kvcache.q": not_like(CACHE["q"]) | {"heads": CACHE["q"][:, :, :3]},
+    "rerope_attention_with_kvcache.k": not_like(CACHE["k"]) | {"heads": CACHE["k"][:, :, :1]},
+    "rerope_attention_with_kvcache.v": not_like(CACHE["v"]) | {"heads": CACHE["v"][:, :, :1]},
+    "k_cache": not_like(CACHE["k_cache"]) | {"heads": CACHE["k_cache"][:, :, :1]},
+    "v_cache": not_like(CACHE["v_cache"]) | {"heads": CACHE["v_cache"][:, :, :1]},
+    "freqs": not_freqs(),
+    "methods.with_sections.freqs": {
+        name: value
+        for name, value in not_freqs().items()
+        if not isinstance(value, RopeFreqs)
+        or not isinstance(value.inv_freq, torch.Tensor)
+        or value.inv_freq.dim() == 0
+    },
+    "positions": {
+        **{k: v for k, v in not_ints(ints(*range(6))).items() if k != "float"},
+        **HUGE,
+        "-2**80": -(2**80),
+        "complex number": 1j,
+        "two": torch.ones(2, 2, device=DEVICE),
+    },
+    "cu_seqlens": not_ints(ints(0, 2, 6))
+    | {
+        "of another length": ints(0, 2, 5),
+        "past the end": ints(0, 2, 7),
+        "falling": ints(0, 4, 2, 6),
+        "not from 0": ints(1, 6),
+        "negative": ints(-2, 6),
+        "one": ints(0),
+        "none": ints(),
+        "strided": torch.stack((ints(0, 2, 6), ints(0, 2, 6)), -1)[:, 0],
+    },
+    "cache_seqlens": not_ints(ints(3, 3)) | {"None": None, "long": ints(3, 3).long(),
+                                             "-1": -1, "9": 9, **HUGE, **NOT_POSITIVE},
+    "block_table": not_ints(ints(0, 1).view(2, 1)) | {"long": ints(0, 1).view(2, 1).long()},
+    "cache_leftpad": not_ints(ints(1, 1)) | {"long": ints(1, 1).long(), "-1": ints(-1, 0)},
+    "interleaved": NOT_A_BOOL,
+    "inverse": NOT_A_BOOL,
+    "inplace": NOT_A_BOOL,
+    "return_lse": NOT_A_BOOL,
+    "grouped": NOT_A_BOOL,
+    "truncate": NOT_A_BOOL,
+    "finetuned": NOT_A_BOOL,
+    "training": NOT_A_BOOL,
+    "backend": NOT_A_NAME,
+    "window": COUNT,
+    "chunk_size": COUNT,
+    "local_window": {**COUNT, "0": -3, "4": 4},
+    "block_size": COUNT | {"odd": 3},
+    "factor": FACTOR,
+    "softmax_scale": SCALE,
+    "log_n": {**SCALE, "1": 1, "0.5": 0.5},
+    "outs": {
+        "None": None,
+        "number": 3.0,
+        "text": "text",
+        "texts": ["a", "b"],
+        "empty": [],
+        "scalar": torch.tensor(1.0),
+        "one": [ATTENTION["q"]],
+        "meta": [ATTENTION["q"], ATTENTION["q"].to("meta")],
+        "dtypes": [ATTENTION["q"], ATTENTION["q"].half()],
+        "ints": [ATTENTION["q"].int()] * 2,
+        "complex": [ATTENTION["q"].to(torch.complex64)] * 2,
+        "batch": [ATTENTION["q"], ATTENTION["q"][:1]],
+        "2-D": [ATTENTION["q"][0, 0]] * 2,
+        "set": {1, 2},
+    },
+    "lses": {
+        "None": None,
+        "number": 3.0,
+        "text": "text",
+        "empty": [],
+        "scalar": torch.tensor(1.0),
+        "one": [LSE],
+        "meta": [LSE, LSE.to("meta")],
+        "half": [LSE.half()] * 2,
+        "dtypes": [LSE, LSE.double()],
+        "batch": [LSE, LSE[:1]],
+        "seqlen first": [LSE.mT] * 2,
+    },
+    # PermuteFormer
+    "permutations": {k: v for k, v in not_ints(permutations(2)).items() if k != "longer"}
+    | {"None": None, "int32": permutations(2).int(), "three": permutations(3),
+       "lanes": head_permutations(2, 8).to(DEVICE)},
+    "decay": {
+        **{k: v for k, v in NOT_A_NUMBER.items() if k != "tensor"},
+        "three": torch.full((3,), 0.5, device=DEVICE),
+        "half": torch.full((2,), 0.5, device=DEVICE).half(),
+        "int": torch.ones(2, device=DEVICE).int(),
+        "meta": torch.full((2,), 0.5, device="meta"),
+        "above 1": torch.full((2,), 1.5, device=DEVICE),
+        "0": torch.zeros(2, device=DEVICE),
+        "nan": torch.full((2,), math.nan, device=DEVICE),
+    },
+    "state": {"number": 1.0, "tensor": ATTENTION["k"], "one": (ATTENTION["k"],),
+              "numbers": (1.0, 2.0)},
+    "causal": NOT_A_BOOL,
+    "normalize": NOT_A_BOOL,
+    "heads": COUNT,
+    "head_dim": COUNT,
+    "seed": NOT_AN_INT,
+    "permute.positions": NOT_POSITIONS,
+    "permute_qk.positions": NOT_POSITIONS,
+    "permuteformer_attention.positions": NOT_POSITIONS,
+    "permuteformer_step.positions": NOT_POSITIONS,
+    # Frequencies
+    "dim": {**COUNT, "odd": 7},
+    "base": FACTOR | {"1": 1.0, "inf": math.inf},
+    "seq_len": {k: v for k, v in COUNT.items() if k not in HUGE}
+    | {"tensor": torch.ones(2), "2-D": torch.ones(2, 2, dtype=torch.int64)},
+    "max_position_embeddings": {k: v for k, v in COUNT.items() if k not in ("None", *HUGE)},
+    "original_max_position_embeddings": {k: v for k, v in COUNT.items() if k not in HUGE},
+    "truncate_pos": FACTOR,
+    "scale_base": FACTOR,
+    "power": {**NOT_A_NUMBER, "None": None, "nan": math.nan, "-1": -1.0},
+    "gamma": FACTOR,
+    "decay_origin": {**NOT_A_NUMBER, "None": None, "nan": math.nan, "inf": math.inf},
+    "exponent": {**NOT_A_NUMBER, "None": None, "nan": math.nan},
+    "partial_rotary_factor": {k: v for k, v in FACTOR.items() if k != "0"} | {"2": 2.0},
+    "variant": NOT_A_NAME | {"None": None},
+    "ramp": NOT_A_NAME | {"None": None},
+    "short_factor": {"None": None, "number": 1.0, "text": "1" * 8, "shorter": [1.0], "nan":
+                     [math.nan] * 8, "texts": ["1"] * 8, "0": [0.0] * 8},
+    "sections": {"None": None, "number": 8, "text": "233", "empty": [], "sum": [2, 3],
+                 "negative": [-2, 5, 5], "half": [2.5, 2.5, 3], "texts": ["2", "3", "3"]},
+    # Positions
+    "batch": {k: v for k, v in COUNT.items() if k != "None"},
+    "seqlen": COUNT,
+    "max_shift": {k: v for k, v in COUNT.items() if k != "0"},
+    "max_len": {k: v for k, v in COUNT.items() if k != "None"},
+    "num_tokens": {**COUNT, "list": [4], "texts": ["a", "b"], "tensor": torch.ones(2),
+                   "three": torch.ones(3, dtype=torch.int64)},
+    "length": COUNT,
+    "num_fixed_prefix": {k: v for k, v in COUNT.items() if k != "0"},
+    "train_length": COUNT,
+    "target_length": COUNT,
+    "eval_shift": {k: v for k, v in COUNT.items() if k != "0"},
+    "generator": {"number": 3, "text": "cpu", "function": torch.manual_seed},
+    "device": PLACE,
+}  # fmt: skip
+WRONG["long_factor"] = WRONG["short_factor"]
+for _end in (
+    "beta_fast", "beta_slow", "beta_0", "beta_1", "gamma_0", "gamma_1", "low_freq_factor",
+    "high_freq_factor",
+):  # fmt: skip
+    WRONG[_end] = FACTOR
+for _part in ("ntk_factor", "extrapolation_factor"):
+    WRONG[_part] = {**NOT_A_NUMBER, "nan": math.nan}
+for _name in ("attention_factor", "mscale", "mscale_all_dim"):
+    WRONG[_name] = {**NOT_A_NUMBER, "nan": math.nan, "inf": math.inf}
