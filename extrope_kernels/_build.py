@@ -2,7 +2,7 @@
 
 This module imports neither torch nor the rest of the package, so that setup.py can load it by path.
 `csrc/cpu/*_kernel.cpp` knows nothing of torch and is compiled once per instruction set, and
-`*_amx_kernel.cpp` for AMX alone; the other
+`*_bf16_kernel.cpp` and `*_amx_kernel.cpp` for those that have what they are about; the other
 `csrc/cpu/*.cpp` and `csrc/cuda/*.cpp` bind kernels to torch through its stable ABI;
 `csrc/cuda/*.cu` includes no torch header either and is for nvcc.
 """
@@ -42,15 +42,19 @@ CXX_FLAGS = (
 KERNEL, BINDING = "-O3", "-O1"
 NVCC_FLAGS = (STANDARD, BINDING, "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
-_AMX = "-mamx-tile -mamx-bf16 -mavx512bf16"
+_BF16 = f"{_AVX512} -mavx512bf16"
 ISA_FLAGS = {
     "baseline": ("-O1",),  # for machines too old to be fast: less than half the time to compile
     # The kernels are written in vectors: passes that look for some gain nothing here, for a third
     # of the time to compile.
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-fno-tree-vectorize", "-fno-ipa-cp-clone"),
     "avx512": tuple(_AVX512.split()),
-    "amx": tuple(f"{_AVX512} {_AMX}".split()),
+    "avx512_bf16": tuple(_BF16.split()),
+    "amx": tuple(f"{_BF16} -mamx-tile -mamx-bf16".split()),
 }
+BF16_ISAS = ("avx512_bf16", "amx")  # old compilers do not know them
+# By the end of a source's name; all others are compiled for all but BF16_ISAS.
+OF_SOME_ISAS = {"_bf16_kernel": BF16_ISAS, "_amx_kernel": ("amx",)}
 
 
 class BuildError(RuntimeError):
@@ -135,16 +139,14 @@ def plan(name: str) -> Plan:
 def _plan_cpu() -> Plan:
     compiler, torch = find_compiler(), find_torch()
     isas = _instruction_sets(compiler)
-    has_amx = ["-DEXTROPE_HAS_AMX"] if "amx" in isas else []
+    has_bf16 = ["-DEXTROPE_HAS_BF16"] if "amx" in isas else []
     objects = {}
     for source in _sources("cpu", "*.cpp"):
         compile_it = [*compiler, STANDARD, *CXX_FLAGS, "-c", str(source)]
         if not source.stem.endswith("_kernel"):
-            objects[f"{source.stem}.o"] = [*compile_it, BINDING, *has_amx, *_torch_flags(torch)]
+            objects[f"{source.stem}.o"] = [*compile_it, BINDING, *has_bf16, *_torch_flags(torch)]
             continue
-        for isa in isas:
-            if (isa == "amx") != source.stem.endswith("_amx_kernel"):
-                continue
+        for isa in _isas_of(source, isas):
             objects[f"{source.stem}.{isa}.o"] = [
                 *compile_it,
                 KERNEL,
@@ -152,17 +154,25 @@ def _plan_cpu() -> Plan:
                 *ISA_FLAGS[isa],
             ]
     link = [*compiler, "-shared", f"-L{torch / 'lib'}", "-Wl,--no-undefined", "-ltorch_cpu"]
-    left_out = "" if has_amx or "avx512" not in isas else f"{compiler[-1]} does not know AMX"
+    left_out = "" if has_bf16 or "avx512" not in isas else f"{compiler[-1]} does not know AMX"
     return Plan(objects, link, left_out)
 
 
 def _instruction_sets(compiler: list[str]) -> list[str]:
-    """Those of ISA_FLAGS that the compiler makes code for; old ones do not know AMX."""
+    """Those of ISA_FLAGS that the compiler makes code for; old ones do not know BF16_ISAS."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["baseline"]
     known = [*compiler, *ISA_FLAGS["amx"], "-E", "-x", "c++", os.devnull]
     done = subprocess.run(known, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return [isa for isa in ISA_FLAGS if isa != "amx" or done.returncode == 0]
+    return [isa for isa in ISA_FLAGS if isa not in BF16_ISAS or done.returncode == 0]
+
+
+def _isas_of(source: Path, isas: list[str]) -> list[str]:
+    """Those that one of the kernels is compiled for."""
+    for end, some in OF_SOME_ISAS.items():
+        if source.stem.endswith(end):
+            return [isa for isa in isas if isa in some]
+    return [isa for isa in isas if isa not in BF16_ISAS]
 
 
 def _plan_cuda() -> Plan:

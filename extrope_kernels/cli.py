@@ -19,6 +19,7 @@ CPU_CAPABILITIES = (
     "baseline",
     "AVX2",
     "AVX-512",
+    "AVX-512 BF16",
     "AMX",
 )  # the numbers that extrope::cpu_capability returns
 

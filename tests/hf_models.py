@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import Any
 
@@ -55,6 +56,10 @@ ATTENDING: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES} | {
     "gemma2": {"attn_logit_softcapping": None},
 }
 PLAIN = {"rope_type": "default"}
+# What a model's cache is called, as an argument and in its output: it was renamed within version 5.
+CACHE = "cache"
+if CACHE not in inspect.signature(transformers.LlamaForCausalLM.forward).parameters:
+    CACHE = "past_key_values"
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from hf_models import (
+    CACHE,
     FAMILIES,
     TRAINED,
     CountRotations,
@@ -120,14 +121,14 @@ def _fixed(method):
 def test_interleaved_requests_by_hand_keep_their_own_frequencies():
     model, long, short = build("llama").double(), tokens(1, 50, seed=3), tokens(1, 9, seed=4)
     with extend(model, "dynamic_ntk", factor=2.0):
-        caches = {ids: model(ids[:, :-2]).cache for ids in (long, short)}
+        caches = {ids: model(ids[:, :-2])[CACHE] for ids in (long, short)}
         caches[long], twin = copy.deepcopy(caches[long]), caches[long]
         steps = {ids: [] for ids in (long, short)}
         for step in (-2, -1):
             for ids in (long, short):
                 token = ids[:, step : ids.shape[1] + step + 1]
-                steps[ids].append(model(token, cache=caches[ids]).logits)
-        assert torch.equal(model(long[:, -2:-1], cache=twin).logits, steps[long][0])
+                steps[ids].append(model(token, **{CACHE: caches[ids]}).logits)
+        assert torch.equal(model(long[:, -2:-1], **{CACHE: twin}).logits, steps[long][0])
     for ids in (long, short):
         length = ids.shape[1] - 2
         with extend(model, "dynamic_ntk", factor=2.0, seq_len=length):
@@ -143,21 +144,21 @@ def test_an_emptied_cache_starts_a_new_request(static):
     else:
         cache = transformers.DynamicCache(config=model.config)
     with extend(model, "dynamic_ntk", factor=2.0):
-        model(long, cache=cache)
-        got = model(long[:, :1], cache=cache).logits
+        model(long, **{CACHE: cache})
+        got = model(long[:, :1], **{CACHE: cache}).logits
         with extend(model, "dynamic_ntk", factor=2.0, seq_len=50):
             want = logits(model, torch.cat((long, long[:, :1]), 1))[:, -1:]
         torch.testing.assert_close(got, want)
         cache.reset()
-        torch.testing.assert_close(model(short, cache=cache).logits, logits(model, short))
+        torch.testing.assert_close(model(short, **{CACHE: cache}).logits, logits(model, short))
 
 
 @torch.no_grad()
 def test_generate_continues_a_filled_cache():
     model = build("llama").double()
     with extend(model, "dynamic_ntk", factor=2.0):
-        cache = model(PROMPT[:, :-1]).cache
-        got = generate(model, PROMPT, cache=cache)
+        cache = model(PROMPT[:, :-1])[CACHE]
+        got = generate(model, PROMPT, **{CACHE: cache})
     with extend(model, "dynamic_ntk", factor=2.0, seq_len=PROMPT.shape[1] - 1):
         assert_same(got, generate(model, PROMPT))
 

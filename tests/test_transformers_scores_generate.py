@@ -8,6 +8,7 @@ import pytest
 import torch
 from hf_models import (
     ATTENDING,
+    CACHE,
     assert_as_exact_as,
     build,
     error,
@@ -129,19 +130,19 @@ def test_static_caches_with_and_without_sliding_windows(family):
 @torch.no_grad()
 def test_a_cache_serves_the_method_that_filled_it_alone():
     model, ids = model_of("llama"), PROMPT[:1]
-    plain_cache = model(ids[:, :-1]).cache
+    plain_cache = model(ids[:, :-1])[CACHE]
     with extend(model, "leaky_rerope", window=7, factor=4.0):
         with pytest.raises(ValueError, match="extend: cache must have been filled under leaky_re"):
-            model(ids[:, -1:], cache=plain_cache)
-        cache = model(ids[:, :-1]).cache
+            model(ids[:, -1:], **{CACHE: plain_cache})
+        cache = model(ids[:, :-1])[CACHE]
     with extend(model, "leaky_rerope", window=7, factor=2.0), pytest.raises(ValueError):
-        model(ids[:, -1:], cache=copy.deepcopy(cache))
+        model(ids[:, -1:], **{CACHE: copy.deepcopy(cache)})
     with extend(model, "leaky_rerope", window=9, factor=4.0):
         # The window is no part of where keys lie.
-        assert model(ids[:, -1:], cache=copy.deepcopy(cache)).logits.isfinite().all()
+        assert model(ids[:, -1:], **{CACHE: copy.deepcopy(cache)}).logits.isfinite().all()
     with extend(model, "leaky_rerope", window=7, factor=4.0):
         cache.crop(5 - cache.get_seq_length())
-        got = model(ids[:, 5:], cache=cache).logits
+        got = model(ids[:, 5:], **{CACHE: cache}).logits
         torch.testing.assert_close(got, logits(model, ids)[:, 5:])
 
 

@@ -49,10 +49,14 @@ struct Kernels {
   }
 
 Kernels kernels(DType dtype) {
-#if defined(EXTROPE_HAS_AMX)
-  if (capability() == kAmx && dtype == DType::bf16) {
-    return {attention_plan_amx, attention_backward_plan_avx512, attention_tile_amx,
-            attention_backward_tile_avx512};
+#if defined(EXTROPE_HAS_BF16)
+#define EXTROPE_BF16_KERNELS(isa)                                               \
+  Kernels {                                                                     \
+    attention_plan_##isa, attention_backward_plan_avx512, attention_tile_##isa, \
+        attention_backward_tile_avx512                                          \
+  }
+  if (dtype == DType::bf16 && capability() >= kAvx512Bf16) {
+    return EXTROPE_WIDEST_BF16(EXTROPE_BF16_KERNELS);
   }
 #endif
   return EXTROPE_WIDEST(EXTROPE_KERNELS);

@@ -45,9 +45,15 @@ EXTROPE_DECLARE(avx512)
 
 #undef EXTROPE_DECLARE
 
-// In bf16, on processors with AMX (attention_amx_kernel.cpp).
-TilePlan attention_plan_amx(const AttentionParams&);
-void attention_tile_amx(const AttentionParams&, const QueryTile&, const TilePlan&,
-                        float* workspace);
+// In bf16 (attention_bf16_kernel.cpp).
+#define EXTROPE_DECLARE(isa)                                                           \
+  TilePlan attention_plan_##isa(const AttentionParams&);                               \
+  void attention_tile_##isa(const AttentionParams&, const QueryTile&, const TilePlan&, \
+                            float* workspace);
+
+EXTROPE_DECLARE(avx512_bf16)
+EXTROPE_DECLARE(amx)
+
+#undef EXTROPE_DECLARE
 
 }  // namespace extrope

@@ -11,9 +11,6 @@
 #include "attention_tile.h"
 #include "exp2.h"
 
-#define EXTROPE_JOIN(a, b) a##b
-#define EXTROPE_EXPAND(a, b) EXTROPE_JOIN(a, b)
-
 namespace extrope {
 namespace {
 

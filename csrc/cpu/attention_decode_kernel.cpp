@@ -17,9 +17,6 @@
 #include "sincos.h"
 #include "turn_row.h"
 
-#define EXTROPE_JOIN(a, b) a##b
-#define EXTROPE_EXPAND(a, b) EXTROPE_JOIN(a, b)
-
 namespace extrope {
 namespace {
 

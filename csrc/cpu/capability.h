@@ -5,19 +5,21 @@
 
 namespace extrope {
 
-enum Capability : int64_t { kBaseline, kAvx2, kAvx512, kAmx };
+enum Capability : int64_t { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // EXTROPE_CPU_CAPABILITY lowers the choice, for tests of the narrower kernels on a wider processor.
-// kAmx stands for the tiles of AMX and AVX-512 with its bf16 conversions; only the forwards of the
-// attention and of linear attention in bf16 have a form for it.
+// kAvx512Bf16 stands for AVX-512's products of pairs of bf16, kAmx for the tiles of AMX beside
+// them: the attention's forward in bf16 has a form for both, that of linear attention for AMX.
 Capability capability();
 
-// name(isa) of the widest instruction set that this processor has. AMX has AVX-512 too.
+// name(isa) of the widest instruction set that this processor has: of the general ones, and of
+// those for bf16 where it has one.
 #if defined(__x86_64__)
 #define EXTROPE_WIDEST(name) \
   (capability() >= kAvx512 ? name(avx512) : capability() == kAvx2 ? name(avx2) : name(baseline))
 #else
 #define EXTROPE_WIDEST(name) name(baseline)
 #endif
+#define EXTROPE_WIDEST_BF16(name) (capability() == kAmx ? name(amx) : name(avx512_bf16))
 
 }  // namespace extrope

@@ -9,14 +9,14 @@ namespace {
 
 // Sums in registers: kRows x kPanelVectors vectors for products whose rows are read as they lie,
 // kTallRows x kWideVectors where the columns have to be cut more finely.
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 constexpr int kRows = 32, kTallRows = 32;  // in tiles of 16 x 16 sums
 #elif defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 8, kTallRows = 12;  // of 32 registers
 #else
 constexpr int kRows = 4, kTallRows = 6;  // of 16 registers
 #endif
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 constexpr int kPanelVectors = 4, kWideVectors = 2;
 #else
 constexpr int kPanelVectors = 3, kWideVectors = 2;

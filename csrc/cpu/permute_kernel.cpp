@@ -11,9 +11,6 @@
 #include "scratch.h"
 #include "token.h"
 
-#define EXTROPE_JOIN(a, b) a##b
-#define EXTROPE_EXPAND(a, b) EXTROPE_JOIN(a, b)
-
 namespace extrope {
 namespace {
 

@@ -26,7 +26,7 @@ constexpr int64_t kDotGrain = 256;  // tokens
   }
 
 SweepKernels kernels(const SweepParams& p) {
-#if defined(EXTROPE_HAS_AMX)
+#if defined(EXTROPE_HAS_BF16)
   if (capability() == kAmx && can_use_tiles(p)) {
     return {sweep_plan_amx, sweep_gather_amx, sweep_part_amx,
             sweep_load_amx, sweep_save_amx,   sweep_dots_avx512};

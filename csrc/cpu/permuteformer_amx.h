@@ -4,7 +4,7 @@
 // eps adds to a product is added in float32 from sums over lanes.
 #pragma once
 
-#include "amx.h"
+#include "bf16_products.h"
 #include "permuteformer_powers.h"
 
 namespace extrope {

@@ -232,7 +232,7 @@ SweepPlan sweep_plan_amx(const SweepParams& p) {
 
 void sweep_gather_amx(const SweepParams& p, const SweepPart& part, const SweepNext& next,
                       float* workspace, float* state) {
-  const TileRegisters registers;
+  const ProductUnit unit;
   Ahead ahead(p, next, false, false);
   const TilePart whole(p, part, ahead, workspace, state);
   const Chunk chunk(part);
@@ -246,7 +246,7 @@ void sweep_gather_amx(const SweepParams& p, const SweepPart& part, const SweepNe
 
 void sweep_part_amx(const SweepParams& p, const SweepPart& part, const SweepNext& next,
                     float* workspace, float* state) {
-  const TileRegisters registers;
+  const ProductUnit unit;
   Ahead ahead(p, next, true, true);
   const TilePart whole(p, part, ahead, workspace, state);
   clear_tiles(whole);

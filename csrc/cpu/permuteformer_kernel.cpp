@@ -8,9 +8,6 @@
 #include "permuteformer_pack.h"
 #include "permuteformer_products.h"
 
-#define EXTROPE_JOIN(a, b) a##b
-#define EXTROPE_EXPAND(a, b) EXTROPE_JOIN(a, b)
-
 namespace extrope {
 namespace {
 

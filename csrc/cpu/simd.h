@@ -13,6 +13,10 @@
 #include <immintrin.h>
 #endif
 
+// The name of a kernel: EXTROPE_EXPAND(rope_, EXTROPE_ISA).
+#define EXTROPE_JOIN(a, b) a##b
+#define EXTROPE_EXPAND(a, b) EXTROPE_JOIN(a, b)
+
 namespace extrope {
 namespace {
 

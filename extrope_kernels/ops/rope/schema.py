@@ -112,7 +112,7 @@ def _define() -> None:
             library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
             torch.library.register_fake(f"extrope::{name}{suffix}", fake, lib=library)
         autograd.register(library, suffix)
-    library.define("cpu_capability() -> int")  # 0 baseline, 1 AVX2, 2 AVX-512, 3 AMX
+    library.define("cpu_capability() -> int")  # see cli.CPU_CAPABILITIES
     library.define("cpu_release_memory() -> int")  # bytes that freed results had left for others
     for name, function in _TRITON.items():
         library.impl(f"{name}_triton", function, "CUDA")

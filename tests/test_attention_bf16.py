@@ -1,13 +1,12 @@
-"""Attention in bfloat16 on the CPU, by AMX where the processor has it and by AVX-512 beside it.
-
-Where it has neither, the same cases check what runs there.
+"""Attention in bfloat16 on the CPU: by AMX or AVX512_BF16 where the processor has them, and by the
+narrower ones beside them. Where it has neither, the same cases check what runs there.
 """
 
 import pytest
 import torch
 from attention_oracle import both_orders, closed_form, frequencies, make_qkv, rerope
 
-from extrope_kernels import _ext, cli, rerope_attention
+from extrope_kernels import _ext, rerope_attention
 from extrope_kernels.testing import assert_within_budget, attention_backends, device
 
 pytestmark = pytest.mark.skipif(
@@ -69,19 +68,21 @@ def test_same_bits_for_any_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
-def test_avx512_on_a_processor_with_amx(run_python):
+@pytest.mark.parametrize("narrower", ["avx512", "avx512_bf16"])
+def test_narrower_instructions_on_a_wider_processor(narrower, run_python):
     assert _ext.load("cpu") is None
-    if cli.CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()] != "AMX":
-        pytest.skip("no AMX here: the other tests are about the kernels without it")
+    index = ("baseline", "avx2", "avx512", "avx512_bf16").index(narrower)
+    if torch.ops.extrope.cpu_capability() <= index:
+        pytest.skip("nothing wider here: the other tests are about these kernels")
     run_python(
-        """
+        f"""
         import sys
         import pytest, torch
-        from extrope_kernels import _ext, cli
+        from extrope_kernels import _ext
         assert _ext.load("cpu") is None
-        assert cli.CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()] == "AVX-512"
-        sys.exit(pytest.main(["-q", "-x", "tests/test_attention_amx.py", "tests/test_rerope.py",
+        assert torch.ops.extrope.cpu_capability() == {index}
+        sys.exit(pytest.main(["-q", "-x", "tests/test_attention_bf16.py", "tests/test_rerope.py",
             "-k", "around_tiles or moves or (strided and cpu and bfloat16)"]))
         """,
-        EXTROPE_CPU_CAPABILITY="avx512",
+        EXTROPE_CPU_CAPABILITY=narrower,
     )

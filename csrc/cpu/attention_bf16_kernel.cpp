@@ -1,11 +1,12 @@
-// Forward of the attention over regions in bf16, on processors with AMX.
+// Forward of the attention over regions in bf16, on processors with AMX or AVX512_BF16. Compiled
+// once for each, with EXTROPE_ISA as its name.
 //
 // As attention_kernel.cpp, with scores, probabilities and the output transposed as there: keys are
 // the left factor of the scores and lie in tiles as they come, and the probabilities of two keys
 // are a pair of the right factor of the output. Probabilities are rounded to bf16, sums are not.
 
 #include "attention.h"
-#include "attention_amx.h"
+#include "attention_bf16.h"
 #include "exp2.h"
 
 namespace extrope {
@@ -222,7 +223,7 @@ void forward(const TileLanes& lanes, const TilePlan& plan, const Forward& w) {
 
 }  // namespace
 
-TilePlan attention_plan_amx(const AttentionParams& p) {
+TilePlan EXTROPE_EXPAND(attention_plan_, EXTROPE_ISA)(const AttentionParams& p) {
   TilePlan plan{};
   const int64_t longest_q = greater(p.seqlen_q, 1), longest_k = greater(p.seqlen_k, 1);
   plan.rows = smaller(greater(kTileLanes / (p.heads_q / p.heads_k), 1), longest_q);
@@ -231,9 +232,9 @@ TilePlan attention_plan_amx(const AttentionParams& p) {
   return plan;
 }
 
-void attention_tile_amx(const AttentionParams& p, const QueryTile& tile, const TilePlan& plan,
-                        float* workspace) {
-  const TileRegisters registers;
+void EXTROPE_EXPAND(attention_tile_, EXTROPE_ISA)(const AttentionParams& p, const QueryTile& tile,
+                                                  const TilePlan& plan, float* workspace) {
+  const ProductUnit unit;
   forward({p, tile}, plan, Forward(p, plan, workspace));
 }
 

@@ -1,5 +1,4 @@
-// Products of bf16 matrices by AMX, in tiles of 16 rows of 64 bytes, and the packing of its
-// operands.
+// Factors of products of bf16 matrices in tiles of 16 rows of 64 bytes, and their packing.
 //
 // A left factor's tile holds 16 rows of 32 values; a right factor's 16 pairs of rows of 16 values,
 // the two of a pair side by side. Every packed tile is 1 KiB in one piece.
@@ -17,22 +16,6 @@ constexpr int64_t kTileValues = 16 * 32;      // bf16
 constexpr int64_t kTileSums = kSide * kSide;  // floats
 constexpr int64_t kRowBytes = 64;
 
-// All eight tile registers of this thread, in their full size, until the end of the scope.
-class TileRegisters {
- public:
-  TileRegisters() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } shape;
-    for (int i = 0; i < 8; ++i) shape.row_bytes[i] = kRowBytes, shape.rows[i] = kSide;
-    _tile_loadconfig(&shape);
-  }
-  ~TileRegisters() { _tile_release(); }
-  TileRegisters(const TileRegisters&) = delete;
-};
-
 // Two tiles of the left factor, rows 0-15 and 16-31 of the sums, at a and a + a_next; two of the
 // right one, columns 0-15 and 16-31, side by side. Strides in bf16 values.
 struct Factors {
@@ -43,52 +26,11 @@ struct Factors {
   int64_t depth;  // in tiles
 };
 
-// Adds the product to the sums in registers 0-3: (0, 1) above (2, 3).
-EXTROPE_INLINE void multiply_tiles(const Factors& f) {
-  const bf16 *a = f.a, *b = f.b;
-  for (int64_t k = 0; k < f.depth; ++k) {
-    _tile_loadd(4, a, kRowBytes);
-    _tile_loadd(6, b, kRowBytes);
-    _tile_loadd(7, b + kTileValues, kRowBytes);
-    _tile_loadd(5, a + f.a_next, kRowBytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    a += f.a_step;
-    b += f.b_step;
-  }
-}
-
 // Where 32 x 32 sums lie: the tile below and the tile beside, and a row's length, in floats.
 struct SumsAt {
   float* at;
   int64_t below, beside, row;
 };
-
-EXTROPE_INLINE void product_of_tiles(const Factors& f, const SumsAt& to) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  multiply_tiles(f);
-  _tile_stored(0, to.at, to.row * 4);
-  _tile_stored(1, to.at + to.beside, to.row * 4);
-  _tile_stored(2, to.at + to.below, to.row * 4);
-  _tile_stored(3, to.at + to.below + to.beside, to.row * 4);
-}
-
-EXTROPE_INLINE void add_product_of_tiles(const Factors& f, const SumsAt& to) {
-  _tile_loadd(0, to.at, to.row * 4);
-  _tile_loadd(1, to.at + to.beside, to.row * 4);
-  _tile_loadd(2, to.at + to.below, to.row * 4);
-  _tile_loadd(3, to.at + to.below + to.beside, to.row * 4);
-  multiply_tiles(f);
-  _tile_stored(0, to.at, to.row * 4);
-  _tile_stored(1, to.at + to.beside, to.row * 4);
-  _tile_stored(2, to.at + to.below, to.row * 4);
-  _tile_stored(3, to.at + to.below + to.beside, to.row * 4);
-}
 
 // ----------------------------------------------------------------------------------------------
 // Packing

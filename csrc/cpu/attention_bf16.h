@@ -1,9 +1,8 @@
-// Operands of the attention in tiles, on processors with AMX. Rows, keys and panels are those of
-// attention_tile.h.
+// Operands of the attention in bf16 tiles. Rows, keys and panels are those of attention_tile.h.
 #pragma once
 
-#include "amx.h"
 #include "attention_walk.h"
+#include "bf16_products.h"
 
 namespace extrope {
 namespace {
