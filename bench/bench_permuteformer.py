@@ -31,15 +31,15 @@ from extrope_kernels import (
 from extrope_kernels.cli import CPU_CAPABILITIES
 
 HEADS = 8
-AMX = CPU_CAPABILITIES.index("AMX")
+CHUNKS_BF16 = {"AVX-512 BF16": 64, "AMX": 96}
 
 
 def chunk(dtype: torch.dtype) -> int:
     """Tokens of a chunk of the kernel that runs."""
     if device() == "cuda":
         return 64
-    in_amx_tiles = dtype == torch.bfloat16 and torch.ops.extrope.cpu_capability() == AMX
-    return 96 if in_amx_tiles else 48
+    capability = CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()]
+    return CHUNKS_BF16.get(capability, 48) if dtype == torch.bfloat16 else 48
 
 
 def operations(seqlen: int, dim: int, dtype: torch.dtype) -> tuple[float, float]:

@@ -54,7 +54,7 @@ ISA_FLAGS = {
 }
 BF16_ISAS = ("avx512_bf16", "amx")  # old compilers do not know them
 # By the end of a source's name; all others are compiled for all but BF16_ISAS.
-OF_SOME_ISAS = {"_bf16_kernel": BF16_ISAS, "_amx_kernel": ("amx",)}
+OF_SOME_ISAS = {"_bf16_kernel": BF16_ISAS}
 
 
 class BuildError(RuntimeError):

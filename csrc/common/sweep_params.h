@@ -53,6 +53,8 @@ struct SweepParams {
   // (sequences, heads, score_dim); nullptr: zero, and not wanted.
   const float *first_state, *first_sum;
   float *last_state, *last_sum;
+
+  bool* not_finite;  // set by kernels that are right about finite values only
 };
 
 // Consecutive tokens of one sequence in the order in which they are visited, for one state.

@@ -25,14 +25,27 @@ constexpr int64_t kDotGrain = 256;  // tokens
         sweep_dots_##isa                                                                        \
   }
 
+SweepKernels kernels() { return EXTROPE_WIDEST(EXTROPE_KERNELS); }
+
 SweepKernels kernels(const SweepParams& p) {
 #if defined(EXTROPE_HAS_BF16)
-  if (capability() == kAmx && can_use_tiles(p)) {
-    return {sweep_plan_amx, sweep_gather_amx, sweep_part_amx,
-            sweep_load_amx, sweep_save_amx,   sweep_dots_avx512};
+#define EXTROPE_BF16_KERNELS(isa)                                                               \
+  SweepKernels {                                                                                \
+    sweep_plan_##isa, sweep_gather_##isa, sweep_part_##isa, sweep_load_##isa, sweep_save_##isa, \
+        sweep_dots_avx512                                                                       \
+  }
+  if (capability() >= kAvx512Bf16 && can_use_tiles(p)) {
+    return EXTROPE_WIDEST_BF16(EXTROPE_BF16_KERNELS);
   }
 #endif
-  return EXTROPE_WIDEST(EXTROPE_KERNELS);
+  return kernels();
+}
+
+void run(SweepParams& p) {
+  bool not_finite = false;
+  p.not_finite = &not_finite;
+  Run(p, kernels(p))();
+  if (not_finite) Run(p, kernels())();
 }
 
 Tensor empty_rows(const SweepParams& p, const Tensor& like, int64_t heads, int64_t dim, bool wide) {
@@ -54,7 +67,7 @@ void run_permuted(SweepParams& p, PermuteParams by, int64_t offset) {
   const permute::Decomposition decomposition(by);
   const PermuteCycles cycles = decomposition.cycles();
   p.permute = &by, p.cycles = &cycles;
-  Run(p, kernels(p))();
+  run(p);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_sweep(
@@ -93,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_sweep(
     p.last_sum = static_cast<float*>(sum.data_ptr());
   }
   if (!permutations.has_value()) {
-    Run(p, kernels(p))();
+    run(p);
   } else {
     run_permuted(p, permute::make_params(x, y, *permutations, positions, cu_seqlens), offset);
   }

@@ -52,15 +52,19 @@ EXTROPE_DECLARE(baseline)
 EXTROPE_DECLARE(avx2)
 EXTROPE_DECLARE(avx512)
 
+EXTROPE_DECLARE_SWEEPS(avx512_bf16)
 EXTROPE_DECLARE_SWEEPS(amx)
 
 #undef EXTROPE_DECLARE
 #undef EXTROPE_DECLARE_SWEEPS
 
-// Whether there is a form for AMX: for the forward in bf16.
+// Of a step, fewer would not make up for turning its state into tiles and back.
+constexpr int64_t kTileTokens = 64;
+
+// Whether there is a form for products of bf16: for the forward.
 inline bool can_use_tiles(const SweepParams& p) {
   return p.dtype == DType::bf16 && p.phi_scores && !p.extra && !p.gate.data && !p.x_scale.data &&
-         !p.y_scale.data && p.y.heads <= p.heads;
+         !p.y_scale.data && p.y.heads <= p.heads && !(p.last_state && p.seqlen < kTileTokens);
 }
 
 }  // namespace extrope

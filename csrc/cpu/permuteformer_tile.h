@@ -10,6 +10,8 @@ namespace {
 constexpr float kFeatureEps = 1e-3f;  // FEATURE_EPS of sweep.py
 #if defined(__AMX_BF16__)
 constexpr int64_t kChunk = 96;
+#elif defined(__AVX512BF16__)
+constexpr int64_t kChunk = 64;
 #else
 constexpr int64_t kChunk = 48;
 #endif

@@ -44,12 +44,11 @@ def permuteformer_attention(
     out_i = sum_j s_ij v_j / sum_j s_ij over j <= i, with s_ij = r**(i - j) <phi(q_i)[pi^i],
     phi(k_j)[pi^j]> and phi(x) = relu(x) + 1e-3. Only powers of r within a chunk of tokens are ever
     formed, so no length overflows. Sums are float32, of chunks in order: the rounding of a row
-    that sees n tokens grows with n over the length of a chunk (48 on a CPU, 96 with
-    AMX), not with n.
+    that sees n tokens grows with n over the length of a chunk (48 on a CPU), not with n. In bfloat16
+    with AVX512_BF16 or AMX (chunks of 64 or 96) products take scores and the state rounded.
 
-    What is NaN or infinite spoils the rows that see it: of v in its lane alone. In Triton, and in
-    bfloat16 with AMX, it may spoil rows of its chunk that do not; in float64 and with
-    backend="reference" any row.
+    What is NaN or infinite spoils the rows that see it: of v in its lane alone. In Triton it may
+    spoil rows of its chunk that do not; in float64 and with backend="reference" any row.
 
     q: (batch, seqlen, heads_q, head_dim), not permuted; float32, bfloat16, float16 or float64; any
         strides with a contiguous last dimension. With cu_seqlens (total, heads, head_dim).

@@ -1,4 +1,4 @@
-"""Linear attention in bfloat16 on the CPU: by AMX where the processor has it, by AVX-512 beside it.
+"""Linear attention in bfloat16 on the CPU: by AMX or AVX512_BF16 where the processor has them.
 
 Where it has neither, the same cases check what runs there.
 """
@@ -11,7 +11,12 @@ import pytest
 import torch
 from test_permuteformer import make
 
-from extrope_kernels import _ext, cli, permuteformer_attention, permuteformer_step
+from extrope_kernels import (
+    PermuteFormerState,
+    _ext,
+    permuteformer_attention,
+    permuteformer_step,
+)
 from extrope_kernels.testing import assert_within_budget, device
 
 pytestmark = pytest.mark.skipif(device() != "cpu", reason="about the CPU's kernels")
@@ -27,9 +32,9 @@ def check(name, qkv, permutations, **options):
 
 
 @pytest.mark.parametrize("dim, value_dim", [(64, 64), (128, 128), (32, 96), (33, 17), (8, 40)])
-@pytest.mark.parametrize("seqlen", [1, 31, 65, 193])
+@pytest.mark.parametrize("seqlen", [1, 31, 65, 97, 193])
 def test_around_tiles(seqlen, dim, value_dim):
-    """32 rows, 32 lanes and 96 tokens are what tiles hold."""
+    """32 rows, 32 lanes and 64 or 96 tokens are what tiles hold."""
     check("tiles", *make(1, seqlen, dim=dim, value_dim=value_dim, dtype=BF16))
 
 
@@ -77,7 +82,7 @@ def test_steps_in_tiles_give_what_the_whole_does():
     (q, k, v), permutations = make(2, 240, dim=40, value_dim=24, dtype=BF16)
     by = {"permutations": permutations, "decay": torch.tensor([0.9, 0.99])}
     outs, state, first = [], None, 0
-    for end in (96, 97, 130, 240):
+    for end in (96, 97, 170, 240):
         rows = slice(first, end)
         out, state = permuteformer_step(
             q[:, rows], k[:, rows], v[:, rows], state, positions=first, **by
@@ -94,26 +99,41 @@ def test_steps_in_tiles_give_what_the_whole_does():
 
 
 @pytest.mark.parametrize("which", range(3))
-def test_nan_in_tiles_spoils_no_earlier_chunk(which):
-    """Of either sign: relu must not swallow it. Rows of a block share what one of them sees."""
+def test_nan_in_tiles_spoils_no_earlier_row(which):
+    """Of either sign: relu must not swallow it."""
     qkv, permutations = make(1, 130, heads_q=1, heads_k=1, dim=64, value_dim=64, dtype=BF16)
     qkv[which].view(torch.int16)[0, 70, 0, 3] = -1
     out = permuteformer_attention(*qkv, permutations=permutations)
-    assert out[0, :48].isfinite().all()
+    assert out[0, :70].isfinite().all()
     spoilt = out[0, 70:, 0].isnan()
     assert spoilt[0].all() if which == 0 else spoilt[:, 3].all()
 
 
-def test_avx512_on_a_processor_with_amx(run_python):
+@pytest.mark.parametrize("name", ["state", "sum"])
+def test_states_that_are_not_finite(name):
+    """Infinite times eps is infinite, though tiles see 0 times it."""
+    (q, k, v), permutations = make(1, 70, heads_q=1, heads_k=1, dim=64, value_dim=64, dtype=BF16)
+    by = {"permutations": permutations, "positions": 9}
+    _, state = permuteformer_step(q[:, :9], k[:, :9], v[:, :9], permutations=permutations)
+    (state.kv if name == "state" else state.k).view(-1)[3] = torch.inf
+    out, _ = permuteformer_step(q, k, v, state, **by)
+    wide = PermuteFormerState(state.kv.double(), state.k.double())
+    exact, _ = permuteformer_step(*(x.double() for x in (q, k, v)), wide, **by)
+    assert torch.equal(out.isnan(), exact.isnan()) and torch.equal(out.isinf(), exact.isinf())
+
+
+@pytest.mark.parametrize("narrower", ["avx512", "avx512_bf16"])
+def test_narrower_instructions_on_a_wider_processor(narrower, run_python):
     assert _ext.load("cpu") is None
-    if cli.CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()] != "AMX":
-        pytest.skip("no AMX here: the other tests are about the kernels without it")
+    index = ("baseline", "avx2", "avx512", "avx512_bf16").index(narrower)
+    if torch.ops.extrope.cpu_capability() <= index:
+        pytest.skip("nothing wider here: the other tests are about these kernels")
     run_python(
         """
         import sys
         import pytest
-        sys.exit(pytest.main(["-q", "-x", "tests/test_permuteformer_amx.py",
+        sys.exit(pytest.main(["-q", "-x", "tests/test_permuteformer_bf16.py",
             "-k", "around_tiles or options"]))
         """,
-        EXTROPE_CPU_CAPABILITY="avx512",
+        EXTROPE_CPU_CAPABILITY=narrower,
     )

@@ -1,7 +1,7 @@
 // The state of a sweep in tiles: what products take of it, and how a chunk adds to it.
 #pragma once
 
-#include "permuteformer_amx.h"
+#include "permuteformer_bf16.h"
 
 namespace extrope {
 namespace {
@@ -14,19 +14,18 @@ void prepare_state(const TilePart& part, const Chunk& chunk) {
   const floats fading = broadcast(s.rising[chunk.count]);
   for (int64_t f = 0; f < n.wide_tiles; ++f) {
     const floats added = load<floats>(s.w_sums + f * kSide);
+    watch(s, added);
     floats sum{};
     for (int64_t d = 0; d < part.p.score_dim; d += 2) {
       float* at = part.state + d * n.row_step + f * kSide;
       const floats a = load<floats>(at), b = load<floats>(at + n.row_step);
-      const words rounded = pair_values(a, b);
       const int64_t tile = (d / kDepth * n.wide_tiles + f) * kTileValues + d % kDepth / 2 * kDepth;
-      store(s.state + tile, rounded);
-      store(s.rest + tile, pair_values(a - bits_as<floats>(rounded << 16),
-                                       b - bits_as<floats>(rounded & 0xffff0000)));
+      store(s.state + tile, pair_values(a, b));
       sum += a + b;
       store(at, a * fading + added);
       if (d + 1 < part.p.score_dim) store(at + n.row_step, b * fading + added);
     }
+    watch(s, sum);
     store(s.state_sums + f * kSide, sum * broadcast(kFeatureEps));
   }
 }
@@ -36,6 +35,7 @@ void add_to_state(const TilePart& part, const Chunk& chunk) {
   const TileSizes& n = part.n;
   for (int64_t d = 0; d < n.dim_tiles; ++d) {
     for (int64_t f = 0; f < n.wide_tiles; f += 2) {
+      part.ahead.fetch();
       add_product_of_tiles(
           {s.y_columns + 2 * d * kTokenTiles * kTileValues, kTokenTiles * kTileValues, kTileValues,
            s.faded_w + f * kTileValues, n.wide_tiles * kTileValues, chunk.rows / kDepth},
@@ -45,13 +45,13 @@ void add_to_state(const TilePart& part, const Chunk& chunk) {
   }
 }
 
-// The sum as a factor: it and what rounding leaves out of it, and ones for sums of x.
+// The sum of y as a factor: it and what rounding leaves out of it. Returns what its lanes sum to.
 float prepare_sum(const TilePart& part) {
   float sum = 0.0f;
   for (int64_t d = 0; d < part.p.score_dim; ++d) {
-    bf16* pair = part.s.columns + d / 2 * kDepth + d % 2;
-    narrow(part.sum[d], pair[0]);
-    narrow(part.sum[d] - widen(pair[0]), pair[2]);
+    bf16* rounded = part.s.sum + d;
+    narrow(part.sum[d], rounded[0]);
+    narrow(part.sum[d] - widen(rounded[0]), rounded[part.n.dim]);
     sum += part.sum[d];
   }
   return sum;
@@ -71,6 +71,7 @@ inline void add_to_sum(const TilePart& part, const Chunk& chunk) {
       even += bits_as<floats>(both << 16) * fading;
       odd += bits_as<floats>(both & 0xffff0000) * fading;
     }
+    watch(s, even + odd);
     float pairs[kDepth];
     const auto [low, high] = zip(even, odd, std::make_integer_sequence<int, kFloats>{});
     store(pairs, low);

@@ -1,4 +1,4 @@
-// Operands of a chunk of decayed linear attention in tiles of AMX.
+// Operands of a chunk of decayed linear attention in tiles of bf16.
 //
 // phi(x) = relu(x) + eps has more digits than bf16, relu(x) has not: tiles hold relu(x), and what
 // eps adds to a product is added in float32 from sums over lanes.
@@ -10,7 +10,6 @@
 namespace extrope {
 namespace {
 
-constexpr int64_t kLinesOfRow = 2;  // fetched with each row that is packed or finished
 constexpr int64_t kTokenTiles = kChunk / kDepth;  // blocks of 32 tokens
 static_assert(kChunk % kDepth == 0 && kDepth == 2 * kSide && kFloats == kSide);
 
@@ -45,15 +44,16 @@ struct TileScratch : ChunkScratch {
     faded_w = tiles(kChunk * n.wide);
     scores = tiles(kChunk * kChunk);
     state = tiles(n.dim * n.wide);
-    rest = tiles(n.dim * n.wide);
-    columns = tiles(n.dim * kSide);
-    ones = tiles(kTileValues);
+    sum = tiles(2 * n.dim);
     y_sums = space.take(kChunk);
     w_sums = space.take(n.wide);
     state_sums = space.take(n.wide);
     before = space.take(kDepth * kDepth);
     here = space.take(kDepth * kDepth);
-    row_sums = space.take(2 * kDepth * kSide);
+    x_sums = space.take(kDepth);
+    factors = space.take(kDepth);
+    rows = space.take(2 * kSide * kSide);
+    finite = space.take(kFloats);
   }
   // Tiles; tokens of 32 are paired as 0 with 16, 1 with 17 and so on where they are a depth.
   bf16 *x, *y;           // (tokens / 16, dim / 32), left
@@ -61,14 +61,16 @@ struct TileScratch : ChunkScratch {
   bf16* y_columns;       // (dim / 16, tokens / 32), left: y transposed
   bf16 *w, *faded_w;     // (tokens / 32, wide / 16), right
   bf16* scores;          // (tokens / 16, tokens / 32), left
-  bf16 *state, *rest;    // (dim / 32, wide / 16), right: the state rounded, and what that left out
-  bf16* columns;         // (dim / 32), right: the sum of y, what rounding left out of it, and ones
-  bf16* ones;            // right
-  float* y_sums;         // of each token's lanes
+  bf16* state;           // (dim / 32, wide / 16), right: the state, rounded
+  bf16* sum;             // (2, dim): the sum of y rounded, and what that left out
+  float* y_sums;         // (tokens,): of lanes
   float* w_sums;         // (wide,): of faded_w's rows, times eps
   float* state_sums;     // (wide,): of the state's rows, times eps
   float *before, *here;  // (32, 32): rows made of the state and of the chunk
-  float* row_sums;       // (2, 32, 16)
+  float* x_sums;         // (32,): of a block's lanes
+  float* factors;        // (32,): of a block's rows
+  float* rows;           // (2, 16, 16): to be summed
+  float* finite;         // (kFloats,): 0, or NaN once a value was not finite
 };
 
 using TilePart = PartOf<TileSizes, TileScratch>;
@@ -82,6 +84,32 @@ inline words relu(words x) {
   const __mmask32 keep =
       _mm512_cmpgt_epu16_mask(_mm512_sub_epi16(v, sign), _mm512_set1_epi16(0x7f80));
   return bits_as<words>(_mm512_maskz_mov_epi16(keep, v));
+}
+
+// sums + both products of each pair.
+inline floats add_products(floats sums, words a, words b) {
+  return bits_as<floats>(
+      _mm512_dpbf16_ps(bits_as<__m512>(sums), bits_as<__m512bh>(a), bits_as<__m512bh>(b)));
+}
+
+// sums + both values of each pair.
+inline floats add_pairs(floats sums, words pairs) {
+  return add_products(sums, pairs, words{} + 0x3f803f80);
+}
+
+// What each of 16 rows of 16 floats sums to.
+inline floats total_of_rows(const float* from) {
+  words rows[kSide];
+  for (int64_t i = 0; i < kSide; ++i) rows[i] = load<words>(from + i * kSide);
+  transpose(rows);
+  floats sums{};
+  for (int64_t i = 0; i < kSide; ++i) sums += bits_as<floats>(rows[i]);
+  return sums;
+}
+
+// Keeps in mind whether a value is not finite.
+inline void watch(const TileScratch& s, floats v) {
+  store(s.finite, load<floats>(s.finite) + (v - v));
 }
 
 // The low halves of a beside those of b, and the high halves.
@@ -101,7 +129,6 @@ void pack_registers(const TilePart& part, const Chunk& chunk, Walk<const bf16> r
       const V picked = pick(row, load<V>(lanes + v * kDepth));
       store(tiles + v * kTileValues, relu(bits_as<words>(picked)));
     }
-    part.ahead.fetch(kLinesOfRow);
   }
 }
 
@@ -120,7 +147,6 @@ inline void pack_any(const TilePart& part, const Chunk& chunk, Walk<const bf16> 
     for (int64_t d = 0; d < part.n.dim_tiles; ++d) {
       store(tiles + d * kTileValues, relu(load_values(row + d * kDepth, dim - d * kDepth)));
     }
-    part.ahead.fetch(kLinesOfRow);
   }
 }
 
@@ -145,7 +171,6 @@ inline void pack_rows(const TilePart& part, const Chunk& chunk, const SweepTenso
 inline void pack_columns(const TilePart& part, const Chunk& chunk) {
   const TileScratch& s = part.s;
   const int64_t dim_tiles = part.n.dim_tiles;
-  const words one = words{} + 0x3f803f80;
   std::memset(s.y_sums, 0, kChunk * sizeof(float));
   for (int64_t block = 0; block < chunk.rows / kDepth; ++block) {
     for (int64_t d = 0; d < dim_tiles; ++d) {
@@ -161,8 +186,7 @@ inline void pack_columns(const TilePart& part, const Chunk& chunk) {
         bf16* lanes = s.y_lanes + (d * 2 * kTokenTiles + tile) * kTileValues;
         for (int64_t i = 0; i < kSide; ++i) {
           store(lanes + i * kDepth, x[i]);
-          sum[i % 2] = bits_as<floats>(_mm512_dpbf16_ps(
-              bits_as<__m512>(sum[i % 2]), bits_as<__m512bh>(x[i]), bits_as<__m512bh>(one)));
+          sum[i % 2] = add_pairs(sum[i % 2], x[i]);
         }
         store(s.y_sums + tile * kSide, sum[0] + sum[1]);
       }
@@ -209,6 +233,29 @@ inline void pack_values(const TilePart& part, const Chunk& chunk) {
       }
     }
   }
+}
+
+// ----------------------------------------------------------------------------------------------
+// Before and after a chunk
+
+// Zeros behind the lanes, and sums over no keys.
+inline void clear_tiles(const TilePart& part) {
+  const TileScratch& s = part.s;
+  const TileSizes& n = part.n;
+  if (part.p.score_dim < n.dim) {
+    std::memset(s.state, 0, n.dim * n.wide * sizeof(bf16));
+    std::memset(s.sum, 0, 2 * n.dim * sizeof(bf16));
+  }
+  std::memset(s.w_sums, 0, n.wide * sizeof(float));
+  std::memset(s.finite, 0, kFloats * sizeof(float));
+}
+
+// A product in tiles leaves eps out: what is not finite, times 0 rather than eps, makes NaN of more
+// than it should, and of tokens that do not see it. So the caller makes such a sweep anew.
+inline void report(const TilePart& part) {
+  const __m512 zeros = load<__m512>(part.s.finite);
+  if (_mm512_cmp_ps_mask(zeros, zeros, _CMP_UNORD_Q) == 0) return;
+  __atomic_store_n(part.p.not_finite, true, __ATOMIC_RELAXED);
 }
 
 }  // namespace
