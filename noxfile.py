@@ -63,6 +63,7 @@ NATIVE = (
     "test_permute_gradients.py",
     "test_permuteformer.py",
     "test_permuteformer_gradients.py",
+    "test_permuteformer_step.py",
 )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from extrope_kernels import head_permutations, permuteformer_attention, permuteformer_step
+from extrope_kernels import head_permutations, permuteformer_attention
 from extrope_kernels.testing import assert_within_budget, device
 
 VECTOR = json.loads((Path(__file__).parent / "data/permuteformer_vectors.json").read_text())[
@@ -220,30 +220,3 @@ def test_every_run_gives_the_same_bits(named):
 
     for first, second in zip(run(), run()):
         assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("named", [None, "triton", "reference"])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_steps_give_what_the_whole_does(named, normalize):
-    (q, k, v), permutations = make(2, 40)
-    by = {"permutations": permutations, "normalize": normalize, "backend": named}
-    by["decay"] = torch.tensor([0.9, 0.99]).to(device())
-    whole = permuteformer_attention(q, k, v, **by)
-    outs, state, first = [], None, 0
-    for end in (33, 34, 35, 40):
-        rows = slice(first, end)
-        out, state = permuteformer_step(
-            q[:, rows], k[:, rows], v[:, rows], state, positions=first, **by
-        )
-        outs.append(out)
-        first = end
-    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=2e-5, rtol=2e-5)
-    assert state.kv.shape == (2, 2, 16, 16) and state.kv.dtype == torch.float32
-
-
-def test_a_step_leaves_the_state_that_it_is_given():
-    (q, k, v), permutations = make(1, 9)
-    _, state = permuteformer_step(q, k, v, permutations=permutations)
-    before = [x.clone() for x in state]
-    permuteformer_step(q[:, :1], k[:, :1], v[:, :1], state, permutations=permutations, positions=9)
-    assert all(torch.equal(a, b) for a, b in zip(state, before))

@@ -17,7 +17,8 @@ namespace extrope {
 namespace sweep {
 namespace {
 
-constexpr int64_t kDotGrain = 256;  // tokens
+constexpr int64_t kDotGrain = 256;       // tokens
+constexpr int64_t kStepGrain = 1 << 15;  // floats of states
 
 #define EXTROPE_KERNELS(isa)                                                                    \
   SweepKernels {                                                                                \
@@ -41,7 +42,16 @@ SweepKernels kernels(const SweepParams& p) {
   return kernels();
 }
 
+void step(const SweepParams& p) {
+#define EXTROPE_STEP(isa) sweep_step_##isa
+  const StepStates kernel = EXTROPE_WIDEST(EXTROPE_STEP);
+  const int64_t grain = kStepGrain / std::max<int64_t>(p.score_dim * p.value_dim, 1);
+  torch::stable::parallel_for(0, p.batch * p.heads, std::max<int64_t>(grain, 1),
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
 void run(SweepParams& p) {
+  if (is_step(p)) return step(p);
   bool not_finite = false;
   p.not_finite = &not_finite;
   Run(p, kernels(p))();

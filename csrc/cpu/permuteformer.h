@@ -30,6 +30,9 @@ using ConvertState = void (*)(const SweepParams&, const SweepPart&, float* state
 // out[row] = <a[row], b[row]> over the last dimension, as RowNumbers, for rows begin to end.
 using DotRows = void (*)(const SweepParams&, int64_t begin, int64_t end, float* out);
 
+// States begin to end, of all sequences and heads, where is_step says so.
+using StepStates = void (*)(const SweepParams&, int64_t begin, int64_t end);
+
 struct SweepKernels {
   PlanSweep plan;
   RunPart gather;           // adds the part's keys to the state
@@ -44,9 +47,10 @@ struct SweepKernels {
   void sweep_part_##isa(const SweepParams&, const SweepPart&, const SweepNext&, float*, float*);   \
   void sweep_load_##isa(const SweepParams&, const SweepPart&, float*);                             \
   void sweep_save_##isa(const SweepParams&, const SweepPart&, float*);
-#define EXTROPE_DECLARE(isa)  \
-  EXTROPE_DECLARE_SWEEPS(isa) \
-  void sweep_dots_##isa(const SweepParams&, int64_t, int64_t, float*);
+#define EXTROPE_DECLARE(isa)                                           \
+  EXTROPE_DECLARE_SWEEPS(isa)                                          \
+  void sweep_dots_##isa(const SweepParams&, int64_t, int64_t, float*); \
+  void sweep_step_##isa(const SweepParams&, int64_t, int64_t);
 
 EXTROPE_DECLARE(baseline)
 EXTROPE_DECLARE(avx2)
@@ -57,6 +61,16 @@ EXTROPE_DECLARE_SWEEPS(amx)
 
 #undef EXTROPE_DECLARE
 #undef EXTROPE_DECLARE_SWEEPS
+
+constexpr int64_t kStepTokens = 8, kStepDim = 256;
+
+// Whether it is a forward from state to state that is too short for chunks.
+inline bool is_step(const SweepParams& p) {
+  return p.last_state && p.seqlen > 0 && p.seqlen <= kStepTokens && p.score_dim <= kStepDim &&
+         p.value_dim <= kStepDim && !p.cu_seqlens && p.phi_scores && p.causal && !p.reverse &&
+         !p.extra && !p.permute && !p.gate.data && !p.x_scale.data && !p.y_scale.data &&
+         p.y.heads <= p.heads;
+}
 
 // Of a step, fewer would not make up for turning its state into tiles and back.
 constexpr int64_t kTileTokens = 64;

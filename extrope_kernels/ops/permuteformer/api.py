@@ -44,8 +44,8 @@ def permuteformer_attention(
     out_i = sum_j s_ij v_j / sum_j s_ij over j <= i, with s_ij = r**(i - j) <phi(q_i)[pi^i],
     phi(k_j)[pi^j]> and phi(x) = relu(x) + 1e-3. Only powers of r within a chunk of tokens are ever
     formed, so no length overflows. Sums are float32, of chunks in order: the rounding of a row
-    that sees n tokens grows with n over the length of a chunk (48 on a CPU), not with n. In bfloat16
-    with AVX512_BF16 or AMX (chunks of 64 or 96) products take scores and the state rounded.
+    that sees n tokens grows with n over the length of a chunk (48 on a CPU), not with n. With
+    AVX512_BF16 or AMX, products in bfloat16 take scores and the state rounded.
 
     What is NaN or infinite spoils the rows that see it: of v in its lane alone. In Triton it may
     spoil rows of its chunk that do not; in float64 and with backend="reference" any row.

@@ -7,7 +7,6 @@ tensors' device, `linear_attn_fwd_triton` Triton alone.
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -70,11 +69,12 @@ def _step_fake(q, k, v, kv=None, key_sum=None, decay=None, *, normalize=True):
 
 
 def _step_sweep(q, k, v, kv, key_sum, decay, normalize) -> Sweep:
-    how = replace(_sweep(q, k, v, decay, normalize=normalize), keep_state=True)
-    if kv is None:
-        return how
-    check_state(NAME, kv, key_sum, k, v, how.heads)
-    return replace(how, first_state=kv, first_sum=key_sum)
+    check(NAME, q, k, v, decay, None)
+    heads = k.shape[-2] if decay is None else decay.shape[0]
+    if kv is not None:
+        check_state(NAME, kv, key_sum, k, v, heads)
+    given = {"first_state": kv, "first_sum": key_sum, "keep_state": True}
+    return Sweep(heads, decay, normalize=normalize, **given)
 
 
 def plan(implementation, q, k, v, *by, **options):
