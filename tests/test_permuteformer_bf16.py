@@ -66,6 +66,12 @@ def test_tiles_of_few_heads_are_cut_along_the_sequence():
     check("parts", qkv, permutations, decay=torch.tensor([0.999]))
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": False}], ids=str)
+def test_tiles_past_the_caches(options):
+    """16 MiB and more in whole lines."""
+    check("past caches", *make(33, 129, 32, 2, dim=28, value_dim=64, dtype=BF16), **options)
+
+
 def test_packed_tiles_are_a_loop():
     (q, k, v), permutations = make(1, 240, dim=64, value_dim=64, dtype=BF16)
     bounds = [0, 0, 5, 100, 240]

@@ -110,11 +110,17 @@ void make_columns(const TilePart& part, int64_t first, int64_t f) {
       {s.here, kSide * kDepth, kSide, kDepth});
 }
 
+bool past_caches(const SweepParams& p) {
+  return !p.out_is_float && leaves_past_caches(p, sizeof(bf16));
+}
+
 template <typename Out>
-void store_columns(Out* to, int64_t count, floats even, floats odd) {
+void store_columns(Out* to, int64_t count, floats even, floats odd, bool past_caches) {
   if constexpr (sizeof(Out) == 2) {
+    const __m512i values = bits_as<__m512i>(pair_values(even, odd));
+    if (past_caches) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), values);
     const __mmask32 there = count >= kDepth ? ~0u : (1u << count) - 1;
-    _mm512_mask_storeu_epi16(to, there, bits_as<__m512i>(pair_values(even, odd)));
+    _mm512_mask_storeu_epi16(to, there, values);
   } else {
     float row[kDepth];
     store_pairs(row, even, odd);
@@ -130,6 +136,7 @@ void finish_columns(const TilePart& part, const Chunk& chunk, int64_t first, int
   const Walk<Out> out = part.walk<Out>(p.out, head, chunk.first + first);
   const floats eps[2] = {load<floats>(s.state_sums + f * kSide),
                          load<floats>(s.state_sums + (f + 1) * kSide)};
+  const bool past = past_caches(p);
   for (int64_t i = 0; i < smaller(kDepth, chunk.count - first); ++i) {
     floats sums[2];
     for (int half = 0; half < 2; ++half) {
@@ -139,7 +146,7 @@ void finish_columns(const TilePart& part, const Chunk& chunk, int64_t first, int
         sums[half] = sums[half] * broadcast(s.rising[first + i + 1]) + load<floats>(s.here + at);
       sums[half] *= broadcast(s.factors[i]);
     }
-    store_columns(out[i] + f * kSide, p.value_dim - f * kSide, sums[0], sums[1]);
+    store_columns(out[i] + f * kSide, p.value_dim - f * kSide, sums[0], sums[1], past);
   }
 }
 
@@ -184,7 +191,7 @@ int64_t products(const TilePart& part, const Chunk& chunk, bool rows, bool keys)
 void visit(const SweepParams& p, const SweepPart& part, const SweepNext& next, float* workspace,
            float* state, bool rows) {
   const ProductUnit unit;
-  Ahead ahead(p, next, rows, true);
+  Ahead ahead(p, next, rows, !past_caches(p));
   const TilePart whole(p, part, ahead, workspace, state);
   const Chunk chunk(part);
   const bool keys = p.causal || !rows;
@@ -197,6 +204,7 @@ void visit(const SweepParams& p, const SweepPart& part, const SweepNext& next, f
   if (keys) add_to_state(whole, chunk);
   if (keys) add_to_sum(whole, chunk);
   report(whole);
+  if (rows && past_caches(p)) order_stores();
 }
 
 }  // namespace

@@ -13,7 +13,6 @@ namespace {
 
 // Fetched with each product of a block of sums; packing waits for memory as it is.
 constexpr int64_t kLinesOfBlock = 24;
-constexpr int64_t kPastCaches = int64_t{4} << 20;  // floats
 
 // ----------------------------------------------------------------------------------------------
 // Products
@@ -153,12 +152,8 @@ void add_to_state(const Part& part, const Chunk& chunk, bool shrink) {
 // ----------------------------------------------------------------------------------------------
 // Chunks
 
-// Whether rows of out leave past the caches: they are too many for one to keep, and each store is a
-// whole line, so that none has to be read before it is written.
 bool past_caches(const SweepParams& p) {
-  const int64_t heads = greater(p.x.heads, p.heads);
-  return kFloats * sizeof(float) == kLine && p.out_is_float && p.value_dim % kFloats == 0 &&
-         p.batch * p.seqlen * heads * p.value_dim >= kPastCaches;
+  return kFloats * sizeof(float) == kLine && p.out_is_float && leaves_past_caches(p, sizeof(float));
 }
 
 template <typename Out>

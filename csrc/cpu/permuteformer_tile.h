@@ -18,6 +18,15 @@ constexpr int64_t kChunk = 48;
 static_assert(kChunk % kTallRows == 0 && kChunk % kFloats == 0);
 constexpr int64_t kFewRows = 4;  // of a state, where a block of kTallRows would be padding mostly
 
+constexpr int64_t kPastCaches = int64_t{16} << 20;  // bytes
+
+// Whether rows of out, of elements of `size` bytes, should leave past the caches: they are too many
+// for one to keep, and are whole lines, so that none has to be read before it is written.
+inline bool leaves_past_caches(const SweepParams& p, int64_t size) {
+  const int64_t heads = greater(p.x.heads, p.heads), row = p.value_dim * size;
+  return row % kLine == 0 && p.batch * p.seqlen * heads * row >= kPastCaches;
+}
+
 // Rows at steps of 256 bytes would share a few sets of the cache.
 inline int64_t step_of(int64_t floats) { return floats % 64 == 0 ? floats + kFloats : floats; }
 
