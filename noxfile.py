@@ -42,6 +42,7 @@ EXTRAS = (
 )
 # Tests of the checkout: of its sources and benchmarks, and of the libraries built from it.
 OF_THE_CHECKOUT = (
+    "test_amx_emulated.py",
     "test_bench.py",
     "test_build.py",
     "test_cuda_emulated.py",
