@@ -21,9 +21,8 @@ struct Step {
   alignas(64) float x[kStepDim], y[kStepDim], w[kStepDim], out[kStepDim];
 };
 
-template <typename V>
-EXTROPE_INLINE V load_some(const float* from, int64_t count) {
-  V v{};
+EXTROPE_INLINE floats load_some(const float* from, int64_t count) {
+  floats v{};
   std::memcpy(&v, from, count * sizeof(float));
   return v;
 }
@@ -43,7 +42,7 @@ EXTROPE_INLINE void make_step_columns(Step& s, int64_t f, int64_t count) {
       for (int v = 0; v < Vectors; ++v) {
         const int64_t at = d * wide + f + v * kFloats;
         const float* from = (Update ? s.from : s.to) + at;
-        floats state = whole ? load<floats>(from) : load_some<floats>(from, count);
+        floats state = whole ? load<floats>(from) : load_some(from, count);
         if constexpr (Update) {
           state = state * decay + broadcast(s.y[d]) * load<floats>(s.w + f + v * kFloats);
           std::memcpy(s.to + at, &state, (whole ? kFloats : count) * sizeof(float));
