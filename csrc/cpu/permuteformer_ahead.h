@@ -52,7 +52,7 @@ class Ahead {
   void deal(int64_t shares) {
     int64_t lines = 0;
     for (int i = 0; i < count_; ++i) lines += (rows_[i].bytes + kLine - 1) / kLine;
-    share_ = (lines * greater(left_, 0) + shares - 1) / shares;
+    share_ = lines * greater(left_, 0) / greater(shares, 1) + 1;
   }
 
   void fetch() { fetch(share_); }
