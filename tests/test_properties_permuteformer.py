@@ -117,8 +117,9 @@ class Rounding:
         """Scores, what is added to a state, and the state."""
         if self.backend != "cpu":
             return 3 if self.backend == "triton" else 0
-        tiles = cli.CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()] == "AMX"
-        return 2 if tiles else 0
+        capability = torch.ops.extrope.cpu_capability()
+        in_tiles = capability >= cli.CPU_CAPABILITIES.index("AVX-512 BF16")
+        return 3 if in_tiles and self.case.tensors[0].dtype == torch.bfloat16 else 0
 
     @property
     def truncation(self) -> float:
