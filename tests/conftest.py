@@ -103,6 +103,31 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
+def run_narrower(run_python):
+    """Run tests with the CPU kernels held down to some instructions; skip where that is no less."""
+    names = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+    def run(narrower: str, *arguments: str) -> None:
+        assert _ext.load("cpu") is None
+        index = names.index(narrower)
+        if torch.ops.extrope.cpu_capability() <= index:
+            pytest.skip("nothing wider here: the other tests are about these kernels")
+        run_python(
+            f"""
+            import sys
+            import pytest, torch
+            from extrope_kernels import _ext
+            assert _ext.load("cpu") is None
+            assert torch.ops.extrope.cpu_capability() == {index}
+            sys.exit(pytest.main(["-q", "-x", *{arguments!r}]))
+            """,
+            EXTROPE_CPU_CAPABILITY=narrower,
+        )
+
+    return run
+
+
+@pytest.fixture
 def run_python():
     """Run Python source in a fresh process at the root; its output is the failure's text."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_oracle import both_orders, closed_form, frequencies, make_qkv, rerope
 
-from extrope_kernels import _ext, rerope_attention
+from extrope_kernels import rerope_attention
 from extrope_kernels.testing import assert_within_budget, attention_backends, device
 
 pytestmark = pytest.mark.skipif(
@@ -69,20 +69,6 @@ def test_same_bits_for_any_number_of_threads():
 
 
 @pytest.mark.parametrize("narrower", ["avx512", "avx512_bf16"])
-def test_narrower_instructions_on_a_wider_processor(narrower, run_python):
-    assert _ext.load("cpu") is None
-    index = ("baseline", "avx2", "avx512", "avx512_bf16").index(narrower)
-    if torch.ops.extrope.cpu_capability() <= index:
-        pytest.skip("nothing wider here: the other tests are about these kernels")
-    run_python(
-        f"""
-        import sys
-        import pytest, torch
-        from extrope_kernels import _ext
-        assert _ext.load("cpu") is None
-        assert torch.ops.extrope.cpu_capability() == {index}
-        sys.exit(pytest.main(["-q", "-x", "tests/test_attention_bf16.py", "tests/test_rerope.py",
-            "-k", "around_tiles or moves or (strided and cpu and bfloat16)"]))
-        """,
-        EXTROPE_CPU_CAPABILITY=narrower,
-    )
+def test_narrower_instructions_on_a_wider_processor(narrower, run_narrower):
+    chosen = "around_tiles or moves or (strided and cpu and bfloat16)"
+    run_narrower(narrower, "tests/test_attention_bf16.py", "tests/test_rerope.py", "-k", chosen)

@@ -12,7 +12,6 @@ import torch
 from test_permuteformer import make
 
 from extrope_kernels import (
-    _ext,
     permuteformer_attention,
     permuteformer_step,
 )
@@ -115,17 +114,5 @@ def test_nan_in_tiles_spoils_no_earlier_row(which):
 
 
 @pytest.mark.parametrize("narrower", ["avx512", "avx512_bf16"])
-def test_narrower_instructions_on_a_wider_processor(narrower, run_python):
-    assert _ext.load("cpu") is None
-    index = ("baseline", "avx2", "avx512", "avx512_bf16").index(narrower)
-    if torch.ops.extrope.cpu_capability() <= index:
-        pytest.skip("nothing wider here: the other tests are about these kernels")
-    run_python(
-        """
-        import sys
-        import pytest
-        sys.exit(pytest.main(["-q", "-x", "tests/test_permuteformer_bf16.py",
-            "-k", "around_tiles or options"]))
-        """,
-        EXTROPE_CPU_CAPABILITY=narrower,
-    )
+def test_narrower_instructions_on_a_wider_processor(narrower, run_narrower):
+    run_narrower(narrower, "tests/test_permuteformer_bf16.py", "-k", "around_tiles or options")

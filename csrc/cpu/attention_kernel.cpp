@@ -135,12 +135,7 @@ void visit_panel(const TileLanes& lanes, const TilePlan& plan, const Forward& w,
 // Divides by the sums of probabilities and writes out and lse.
 template <typename T>
 void finish(const TileLanes& lanes, const Forward& w) {
-  for (int64_t lane = 0; lane < lanes.count; ++lane) {
-    const float sum = w.sum[lane];
-    w.scale[lane] = sum == 0.0f ? 0.0f : 1.0f / sum;
-    lanes.p.lse[lanes.statistic(lane)] =
-        sum == 0.0f ? -__builtin_inff() : w.maximum[lane] * kLn2 + __builtin_logf(sum);
-  }
+  finish_sums(lanes, w.maximum, w.sum, w.scale);
   LaneRows rows;
   for (int64_t first = 0; first < lanes.count; first += kFloats) {
     unpack_lanes(w.out, first, lanes.p.head_dim, w.scale, rows);

@@ -88,5 +88,17 @@ EXTROPE_INLINE void merge_block(Sums<kRows, kPanelVectors>& sums, const LaneKeys
   }
 }
 
+// Of each lane, whose probabilities from `maximum` on sum to `sum`: what its row is scaled by, and
+// its lse.
+inline void finish_sums(const TileLanes& lanes, const float* maximum, const float* sum,
+                        float* scale) {
+  for (int64_t lane = 0; lane < lanes.count; ++lane) {
+    const bool none = sum[lane] == 0.0f;
+    scale[lane] = none ? 0.0f : 1.0f / sum[lane];
+    lanes.p.lse[lanes.statistic(lane)] =
+        none ? -__builtin_inff() : maximum[lane] * kLn2 + __builtin_logf(sum[lane]);
+  }
+}
+
 }  // namespace
 }  // namespace extrope
