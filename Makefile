@@ -35,8 +35,8 @@ lint: $(VENV)/linters
 
 # The C++ library is built once more for each of them, which takes minutes.
 sanitize: $(VENV)/extra-test
-	$(BIN)/python tests/sanitizers/run.py address
-	$(BIN)/python tests/sanitizers/run.py thread
+	$(BIN)/python tests/support/sanitizers/run.py address
+	$(BIN)/python tests/support/sanitizers/run.py thread
 
 clean:
 	rm -rf $(VENV) build

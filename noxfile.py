@@ -1,8 +1,8 @@
 """One wheel against many Pythons, torches and instruction sets: `pip install nox uv`, then `nox`.
 
 `nox -s wheel` builds it once; every other session installs that file in an environment of its own
-and runs the tests against it, away from the checkout. `nox -s tests -- test_rope.py` runs a part,
-`nox -s "tests(python='3.13', torch='2.11.0')"` one session.
+and runs the tests against it, away from the checkout. `nox -s tests -- rope/test_rope.py` runs a
+part, `nox -s "tests(python='3.13', torch='2.11.0')"` one session.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ EXTRAS = (
 )
 # Tests of the checkout: of its sources and benchmarks, and of the libraries built from it.
 OF_THE_CHECKOUT = (
-    "test_amx_emulated.py",
-    "test_bench.py",
-    "test_build.py",
-    "test_cuda_emulated.py",
-    "test_gpu_audit.py",
-    "test_length_generalization.py",
-    "test_permute_emulated.py",
-    "test_sources.py",
+    "package/test_amx_emulated.py",
+    "package/test_bench.py",
+    "package/test_build.py",
+    "package/test_cuda_emulated.py",
+    "package/test_gpu_audit.py",
+    "package/test_length_generalization.py",
+    "package/test_permute_emulated.py",
+    "package/test_sources.py",
 )
 NATIVE = (
-    "test_rope.py",
-    "test_rope_gradients.py",
-    "test_rope_memory.py",
-    "test_rerope.py",
-    "test_rerope_gradients.py",
-    "test_dual_chunk.py",
-    "test_blockwise_causal.py",
-    "test_kvcache.py",
-    "test_permute.py",
-    "test_permute_gradients.py",
-    "test_permuteformer.py",
-    "test_permuteformer_gradients.py",
-    "test_permuteformer_step.py",
+    "rope/test_rope.py",
+    "rope/test_rope_gradients.py",
+    "rope/test_rope_memory.py",
+    "attention/test_rerope.py",
+    "attention/test_rerope_gradients.py",
+    "attention/test_dual_chunk.py",
+    "attention/test_blockwise_causal.py",
+    "decode/test_decode.py",
+    "permute/test_permute.py",
+    "permute/test_permute_gradients.py",
+    "linear_attention/test_permuteformer.py",
+    "linear_attention/test_permuteformer_gradients.py",
+    "linear_attention/test_permuteformer_step.py",
 )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
 
 
 class Method(NamedTuple):
@@ -72,7 +75,7 @@ def rows(length: dict, demo: dict | None) -> list[list[str]]:
             f"`{method.function}`",
             method.what,
             _link(method.source),
-            f"[test](tests/test_{method.test}.py)",
+            f"[test]({_test(method.test)})",
             trained[method.trained] + " (tuned)" * ("tuned" in method.trained)
             if method.trained
             else "",
@@ -80,6 +83,10 @@ def rows(length: dict, demo: dict | None) -> list[list[str]]:
         ]
         for method in METHODS
     ]
+
+
+def _test(name: str) -> Path:
+    return next((ROOT / "tests").rglob(f"test_{name}.py")).relative_to(ROOT)
 
 
 def _link(source: str) -> str:

@@ -1,6 +1,6 @@
 """Fused kernels that let a transformer with rotary positions read past its training length."""
 
-from . import methods, positions
+from . import methods, positions, scores
 from .methods import RopeFreqs
 from .ops.attention import (
     blockwise_causal_attention,
@@ -9,12 +9,12 @@ from .ops.attention import (
     rerope_attention,
     rerope_attention_with_kvcache,
 )
-from .ops.permute import head_permutations, permute, permute_qk
-from .ops.permuteformer import (
+from .ops.linear_attention import (
     PermuteFormerState,
     permuteformer_attention,
     permuteformer_step,
 )
+from .ops.permute import head_permutations, permute, permute_qk
 from .ops.rope import apply_rope, apply_rope_qk
 
 __version__ = "0.1.0"
@@ -35,4 +35,5 @@ __all__ = [
     "positions",
     "rerope_attention",
     "rerope_attention_with_kvcache",
+    "scores",
 ]

@@ -1,10 +1,9 @@
 """How the two compiled libraries are built: for setup.py and for the first-use build in `_ext.py`.
 
 This module imports neither torch nor the rest of the package, so that setup.py can load it by path.
-`csrc/cpu/*_kernel.cpp` knows nothing of torch and is compiled once per instruction set, and
-`*_bf16_kernel.cpp` and `*_amx_kernel.cpp` for those that have what they are about; the other
-`csrc/cpu/*.cpp` and `csrc/cuda/*.cpp` bind kernels to torch through its stable ABI;
-`csrc/cuda/*.cu` includes no torch header either and is for nvcc.
+`csrc/cpu/*/*_kernel.cpp` knows nothing of torch and is compiled once per instruction set,
+`*_bf16_kernel.cpp` for those that multiply in bf16; the other `.cpp` files bind kernels to torch
+through its stable ABI; `csrc/cuda/*/*.cu` includes no torch header either and is for nvcc.
 """
 
 from __future__ import annotations
@@ -77,6 +76,11 @@ def source_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "csrc"
 
 
+def include() -> tuple[str, str]:
+    """The flags by which sources find our headers: named from the folder of sources on."""
+    return "-I", str(source_dir())
+
+
 def find_torch() -> Path:
     """The folder of a torch that the bindings can be compiled against, without importing it."""
     try:
@@ -142,12 +146,12 @@ def _plan_cpu() -> Plan:
     has_bf16 = ["-DEXTROPE_HAS_BF16"] if "amx" in isas else []
     objects = {}
     for source in _sources("cpu", "*.cpp"):
-        compile_it = [*compiler, STANDARD, *CXX_FLAGS, "-c", str(source)]
+        compile_it = [*compiler, STANDARD, *CXX_FLAGS, *include(), "-c", str(source)]
         if not source.stem.endswith("_kernel"):
-            objects[f"{source.stem}.o"] = [*compile_it, BINDING, *has_bf16, *_torch_flags(torch)]
+            objects[_object(source)] = [*compile_it, BINDING, *has_bf16, *_torch_flags(torch)]
             continue
         for isa in _isas_of(source, isas):
-            objects[f"{source.stem}.{isa}.o"] = [
+            objects[_object(source, isa)] = [
                 *compile_it,
                 KERNEL,
                 f"-DEXTROPE_ISA={isa}",
@@ -179,12 +183,14 @@ def _plan_cuda() -> Plan:
     # nvcc drives every step: it alone knows where its headers and the static runtime are.
     compiler, nvcc, torch = find_compiler(), find_nvcc(), find_torch()
     chips = gencode(cuda_archs(nvcc))
-    compile_it = [nvcc, *NVCC_FLAGS] + ([f"-ccbin={compiler[-1]}"] if os.environ.get("CXX") else [])
+    compile_it = [nvcc, *NVCC_FLAGS, *include()] + (
+        [f"-ccbin={compiler[-1]}"] if os.environ.get("CXX") else []
+    )
     objects = {
-        f"{s.stem}.cu.o": [*compile_it, chips, "-c", str(s)] for s in _sources("cuda", "*.cu")
+        _object(s, "cu"): [*compile_it, chips, "-c", str(s)] for s in _sources("cuda", "*.cu")
     }
     for source in _sources("cuda", "*.cpp"):
-        objects[f"{source.stem}.o"] = [*compile_it, "-c", str(source), *_torch_flags(torch)]
+        objects[_object(source)] = [*compile_it, "-c", str(source), *_torch_flags(torch)]
     link = [nvcc, "-shared", "-cudart=static", chips, f"-L{torch / 'lib'}"]
     return Plan(
         objects, [*link, "-Xlinker=--no-undefined", "-ltorch_cpu", "-ldl", "-lrt", "-lpthread"]
@@ -206,7 +212,7 @@ def key(name: str) -> str:
         digest.update(" ".join(word for word in command if os.sep not in word).encode())
     for folder in ("common", name):
         for source in _sources(folder, "*"):
-            digest.update(source.name.encode() + source.read_bytes())
+            digest.update(str(source.relative_to(source_dir())).encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -260,10 +266,16 @@ def output(command: list[str]) -> str:
 
 
 def _sources(folder: str, pattern: str) -> list[Path]:
-    found = sorted(path for path in (source_dir() / folder).glob(pattern) if path.is_file())
+    found = sorted(path for path in (source_dir() / folder).rglob(pattern) if path.is_file())
     if not found:
         raise BuildError(f"no {pattern} sources in {source_dir() / folder}")
     return found
+
+
+def _object(source: Path, kind: str = "") -> str:
+    """The object file's name: the path below the folder of sources, joined by dots."""
+    parts = source.relative_to(source_dir()).with_suffix("").parts
+    return ".".join(filter(None, (*parts, kind, "o")))
 
 
 def _torch_flags(torch: Path) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 
 from . import __version__, _build, _ext
 from .evaluation import cli as evaluation
-from .ops import attention, permute, permuteformer, rope
+from .ops import attention, linear_attention, permute, rope
 
 CPU_CAPABILITIES = (
     "baseline",
@@ -54,7 +54,7 @@ def info() -> str:
         "rope": rope,
         "permute": permute,
         "attention": attention,
-        "permuteformer": permuteformer,
+        "linear_attention": linear_attention,
     }
     for op, module in ops.items():
         reports = module.backends()

@@ -134,7 +134,7 @@ def run_python():
     def run(source: str, **environment: str) -> str:
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(source)],
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[1],
             env={**os.environ, **environment},
             capture_output=True,
             text=True,

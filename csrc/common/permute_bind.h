@@ -6,9 +6,9 @@
 
 #include <tuple>
 
-#include "outputs.h"
-#include "permute_params.h"
-#include "tensor_args.h"
+#include "common/outputs.h"
+#include "common/permute_params.h"
+#include "common/tensor_args.h"
 
 namespace extrope::permute {
 

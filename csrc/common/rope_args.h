@@ -5,8 +5,8 @@
 // RopeOps<launch> for its device, where launch(params, device_index) runs the kernel.
 #pragma once
 
-#include "rope_params.h"
-#include "tensor_args.h"
+#include "common/rope_params.h"
+#include "common/tensor_args.h"
 
 namespace extrope {
 

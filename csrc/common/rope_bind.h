@@ -7,8 +7,8 @@
 
 #include <tuple>
 
-#include "outputs.h"
-#include "rope_args.h"
+#include "common/outputs.h"
+#include "common/rope_args.h"
 
 namespace extrope {
 

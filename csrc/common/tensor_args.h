@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "token_params.h"
+#include "common/token_params.h"
 
 namespace extrope {
 

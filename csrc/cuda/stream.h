@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../common/tensor_args.h"
+#include "common/tensor_args.h"
 
 namespace extrope {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../common/token_params.h"
+#include "common/token_params.h"
 
 namespace extrope {
 

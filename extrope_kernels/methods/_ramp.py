@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._checks import check_bool, check_choice, check_falling, check_real
+from .._checks import check_bool, check_choice, check_falling, check_real
 from .base import base_powers, copy_to
 
 

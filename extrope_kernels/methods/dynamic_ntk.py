@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_base, check_dim, check_factor, check_length, check_seq_len
+from .._checks import check_base, check_dim, check_factor, check_length, check_seq_len
 from .base import RopeFreqs, exponents, rope_inv_freq
 from .ntk_aware import ntk_base
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_base, check_bool, check_dim, check_length, check_real, check_seq_len
+from .._checks import check_base, check_bool, check_dim, check_length, check_real, check_seq_len
 from ._ramp import check_yarn_ramp, yarn_amplitude, yarn_inv_freq
 from .base import RopeFreqs, copy_to, rope_inv_freq
 

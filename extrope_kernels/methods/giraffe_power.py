@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_base, check_dim, check_real
+from .._checks import check_base, check_dim, check_real
 from .base import RopeFreqs, rope_inv_freq
 
 

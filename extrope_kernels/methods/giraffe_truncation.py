@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ._checks import check_length
+from .._checks import check_length
 from .base import RopeFreqs
 from .giraffe_power import power_inv_freq
 

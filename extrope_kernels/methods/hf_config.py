@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._checks import check_choice, check_length, check_real, check_seq_len
+from .._checks import check_choice, check_length, check_real, check_seq_len
 from .base import RopeFreqs
 from .dynamic_ntk import dynamic_ntk
 from .llama3 import llama3

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ._checks import check_base, check_dim, check_factor, check_falling, check_length
+from .._checks import check_base, check_dim, check_factor, check_falling, check_length
 from .base import RopeFreqs, rope_inv_freq
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._checks import (
+from .._checks import (
     check_base,
     check_dim,
     check_factor,

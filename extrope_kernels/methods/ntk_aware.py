@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._checks import check_base, check_dim, check_factor
+from .._checks import check_base, check_dim, check_factor
 from .base import RopeFreqs, rope_inv_freq
 
 

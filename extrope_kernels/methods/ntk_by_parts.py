@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._checks import (
+from .._checks import (
     check_base,
     check_choice,
     check_dim,

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ._checks import check_base, check_dim, check_factor, check_real
+from .._checks import check_base, check_dim, check_factor, check_real
 from .base import RopeFreqs, exponents
 
 

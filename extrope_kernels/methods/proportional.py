@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_base, check_dim, check_factor, check_real
+from .._checks import check_base, check_dim, check_factor, check_real
 from .base import RopeFreqs, exponents
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._checks import check_base, check_dim
+from .._checks import check_base, check_dim
 from .base import RopeFreqs, rope_inv_freq
 
 

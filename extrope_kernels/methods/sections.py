@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ._checks import check_bool, check_length
+from .._checks import check_bool, check_length
 from .base import RopeFreqs
 
 

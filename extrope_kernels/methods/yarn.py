@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._checks import check_base, check_dim, check_factor, check_length
+from .._checks import check_base, check_dim, check_factor, check_length
 from ._ramp import check_yarn_ramp, yarn_amplitude, yarn_inv_freq
 from .base import RopeFreqs
 

@@ -42,7 +42,7 @@ class Function:
 
 
 def _path(source: str) -> Path:
-    return _build.source_dir() / "cuda" / source
+    return _build.source_dir() / "cuda" / Path(source).stem / source
 
 
 def _flags() -> list[str]:
@@ -63,7 +63,7 @@ def _hash(source: str) -> str:
 def included(path: Path, found: set[Path]) -> set[Path]:
     found.add(path)
     for name in re.findall(r'^#include "(.+)"', path.read_text(), re.M):
-        if (include := (path.parent / name).resolve()) not in found:
+        if (include := (_build.source_dir() / name).resolve()) not in found:
             included(include, found)
     return found
 
@@ -73,7 +73,17 @@ def _compile(source: str, warps: int, case_of: Callable[[int, str], Case]) -> di
     """All kernels of the source, with no warning and no spill."""
     with TemporaryDirectory() as folder:
         target = Path(folder) / "kernels.o"
-        _run([_build.find_nvcc(), *_flags(), "-c", str(_path(source)), "-o", str(target)])
+        _run(
+            [
+                _build.find_nvcc(),
+                *_flags(),
+                *_build.include(),
+                "-c",
+                str(_path(source)),
+                "-o",
+                str(target),
+            ]
+        )
         usage = _sections(target, "--dump-resource-usage")
         sass = _sections(target, "-sass")
     found = {}

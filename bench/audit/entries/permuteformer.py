@@ -49,7 +49,7 @@ def in_sample(case: Case) -> bool:
 
 
 def prepare(case: Case) -> tuple[Source, Traffic]:
-    from extrope_kernels.ops.permuteformer.triton import launch as module
+    from extrope_kernels.ops.linear_attention.triton import launch as module
 
     from .triton_compiler import record
 
@@ -94,8 +94,8 @@ def _tokens(case: Case) -> int:
 
 
 def _launch(case: Case) -> None:
-    from extrope_kernels.ops.permuteformer.sweep import Sweep
-    from extrope_kernels.ops.permuteformer.triton import sweep
+    from extrope_kernels.ops.linear_attention.sweep import Sweep
+    from extrope_kernels.ops.linear_attention.triton import sweep
 
     packed, tokens, dim = case.has("packed"), _tokens(case), case.head_dim
     batch = () if packed else (1,)

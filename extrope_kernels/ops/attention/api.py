@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from .. import _backends
+from .._shared import backends as _backends
 from . import flash_attn, reference
 from .arguments import check, check_bool, check_boundaries
 from .frames import Call, rotate

@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .._checks import check_cu_seqlens
+from .._shared.checks import check_cu_seqlens
 from .frames import Call
 from .regions import DualChunk, ReRope
 

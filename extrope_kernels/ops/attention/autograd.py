@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._autograd import register_backward
+from .._shared.autograd import register_backward
 
 
 def register(library: torch.library.Library, score: str, suffix: str) -> None:

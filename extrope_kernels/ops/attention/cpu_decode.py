@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backends
+from .._shared import backends as _backends
 from .frames import Call
 from .kvcache_arguments import KVCache
 from .kvcache_reference import append

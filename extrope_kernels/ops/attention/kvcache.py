@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from .. import _backends
+from .._shared import backends as _backends
 from . import kvcache_ops
 from .arguments import check_bool, check_real
 from .kvcache_arguments import NAME, check

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _backends
+from .._shared import backends as _backends
 from . import autograd, cpu, flash_attn, reference
 from .arguments import check, check_boundaries, check_head_dim
 from .frames import Call, rotate

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backends import missing, require
-from .._checks import explained, refuse_flags, split_offset
+from .._shared.backends import missing, require
+from .._shared.checks import explained, refuse_flags, split_offset
 from . import reference
 from .power import check
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._autograd import batching_rule, contiguous_rows, register_backward
+from .._shared.autograd import batching_rule, contiguous_rows, register_backward
 
 
 def register(library: torch.library.Library, suffix: str) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _positions
-from .._checks import check_cu_seqlens, check_matching, check_position_tensor, check_rows
+from .._shared import positions as _positions
+from .._shared.checks import check_cu_seqlens, check_matching, check_position_tensor, check_rows
 
 MAX_HEAD_DIM = 1024  # the CUDA kernel keeps the cycles of a head in shared memory
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from .._backends import missing, require
-from .._checks import explained, refuse_flags, split_offset
+from .._shared.backends import missing, require
+from .._shared.checks import explained, refuse_flags, split_offset
 from . import reference
 from .checks import check
 from .decay import check_decay

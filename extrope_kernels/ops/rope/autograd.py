@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._autograd import batching_rule, contiguous_rows, register_backward
-from .._positions import sequence_of_token
+from .._shared.autograd import batching_rule, contiguous_rows, register_backward
+from .._shared.positions import sequence_of_token
 from .pairs import cross, join_pairs, split_pairs
 from .rotation import resolve, token_positions
 

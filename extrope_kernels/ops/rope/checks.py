@@ -7,8 +7,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .._checks import check_cu_seqlens, check_matching, check_position_tensor, check_rows
-from .._positions import position_kind as position_kind_of_one_axis
+from .._shared.checks import check_cu_seqlens, check_matching, check_position_tensor, check_rows
+from .._shared.positions import position_kind as position_kind_of_one_axis
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._positions import sequence_of_token
+from .._shared.positions import sequence_of_token
 from .checks import refuse_overlap
 from .pairs import accumulator, cross, join_pairs, split_pairs
 from .rotation import Rotation, resolve, token_positions

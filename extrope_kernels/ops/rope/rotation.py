@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .. import _positions
+from .._shared import positions as _positions
 from .checks import check, position_kind
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import library, load_on_first_use
+from .._shared.library import library, load_on_first_use
 from . import autograd, reference
 from .checks import refuse_overlap
 from .pairs import accumulator

@@ -7,7 +7,7 @@ whole turn, so a position's angle is as exact at a billion as it is at ten.
 import triton
 import triton.language as tl
 
-from ..._triton.sincos import cos_sin_polynomials, turned_by_quarters
+from ..._shared.triton.sincos import cos_sin_polynomials, turned_by_quarters
 
 _TURNS_PER_RADIAN = tl.constexpr(0.15915494309189535)
 _WHOLE = tl.constexpr(18446744073709551616.0)  # 2**64

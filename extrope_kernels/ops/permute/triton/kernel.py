@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.tokens import rows, sequence_of
+from ..._shared.triton.tokens import rows, sequence_of
 
 RUN_TIME_SCALARS = (
     *("position_batch", "position_seq", "offset", "num_sequences", "search_steps"),

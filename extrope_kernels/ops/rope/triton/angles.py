@@ -3,7 +3,11 @@
 import triton
 import triton.language as tl
 
-from ..._triton.sincos import cos_sin_polynomials, cos_sin_polynomials_wide, turned_by_quarters
+from ..._shared.triton.sincos import (
+    cos_sin_polynomials,
+    cos_sin_polynomials_wide,
+    turned_by_quarters,
+)
 
 # pi/2 = FIRST + SECOND + THIRD. The first two have 24 significant bits, so their products with a
 # count of quarter turns below 2**29 are exact in float64, whether contracted into an fma or not.

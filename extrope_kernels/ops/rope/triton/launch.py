@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..._triton.launch import VECTOR_BYTES, strides_of
+from ..._shared.triton.launch import VECTOR_BYTES, strides_of
 from ..rotation import Rotation
 from .kernel import Operand, Tile, rotate_kernel
 

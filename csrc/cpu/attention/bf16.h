@@ -1,0 +1,176 @@
+// Operands of the attention in bf16 tiles. Rows, keys and panels are those of attention_tile.h.
+#pragma once
+
+#include "cpu/attention/blocks.h"
+#include "cpu/simd/bf16_products.h"
+
+namespace extrope {
+namespace {
+
+constexpr int64_t kPanelTiles = kPanel / kSide;
+static_assert(kPanelTiles % 2 == 0 && kRows == 2 * kSide && kRows == kDepth && kFloats == kSide);
+
+inline int64_t dim_tiles_of(const AttentionParams& p) { return (p.head_dim + kDepth - 1) / kDepth; }
+
+inline bf16* take_values(Workspace& space, int64_t values) {
+  return reinterpret_cast<bf16*>(space.take(values / 2));
+}
+
+// The scores of kRows keys: of `found` what a lane sees, else those of earlier regions, or -inf.
+inline void merge_rows(const float* found, const LaneKeys visible, int64_t key, bool first,
+                       float* scores) {
+  for (int i = 0; i < kRows; ++i) {
+    const ints here = ints{} + static_cast<int32_t>(key + i);
+#pragma GCC unroll 16
+    for (int j = 0; j < kPanelVectors; ++j) {
+      const int64_t at = i * kPanel + j * kFloats;
+      const ints seen = (here >= visible.first[j]) & (here < visible.last[j]);
+      const floats rest = first ? floats{} - __builtin_inff() : load<floats>(scores + at);
+      store(scores + at, seen ? load<floats>(found + at) : rest);
+    }
+  }
+}
+
+// Turns a row and rounds it. Subnormal numbers become zero.
+inline void turn_values(const RowTurn& turn, const bf16* in, const float* by, bf16* out) {
+  const int64_t half = turn.half;
+  const float *cos = by, *sin = by + half;
+  if (half % kFloats != 0) {
+    float wide[kMaxHeadDim];
+    turn_row(turn, in, cos, sin, 1.0f, wide);
+    return narrow_row(wide, turn.dim, out);
+  }
+  for (int64_t i = 0; i < half; i += kFloats) {
+    const floats c = load<floats>(cos + i), s = load<floats>(sin + i);
+    if (turn.interleaved) {
+      const auto [a, b] = load_pairs(in + 2 * i);
+      store(out + 2 * i, pair_values(a * c - b * s, b * c + a * s));
+    } else {
+      const floats a = load_wide(in + i), b = load_wide(in + half + i);
+      store(out + i, _mm512_cvtneps_pbh(bits_as<__m512>(a * c - b * s)));
+      store(out + half + i, _mm512_cvtneps_pbh(bits_as<__m512>(b * c + a * s)));
+    }
+  }
+  std::memcpy(out + 2 * half, in + 2 * half, (turn.dim - 2 * half) * sizeof(bf16));
+}
+
+// The rows of kSide lanes: in their tensor, or as they are once turned.
+struct RowsOfLanes {
+  const bf16* at[kSide];
+  bf16 turned[kSide][kMaxHeadDim];
+};
+
+// Turns the rows of the lanes from `first` on, and fetches those of the next ones meanwhile.
+inline void read_lanes(const TileLanes& lanes, const AttentionTensor& x, const AttentionTurn& turn,
+                       int64_t first, RowsOfLanes& rows) {
+  const AttentionParams& p = lanes.p;
+  const RowTurn by{p.head_dim, p.half, p.interleaved};
+  const bf16* data = static_cast<const bf16*>(x.data);
+  lanes.each_of_vector(first + kSide, [&](int64_t, int64_t row, int64_t head) {
+    const bf16* next = data + lanes.offset(x, row, head);
+    for (int64_t d = 0; d < p.head_dim; d += kDepth) __builtin_prefetch(next + d);
+  });
+  lanes.each_of_vector(first, [&](int64_t i, int64_t row, int64_t head) {
+    rows.at[i] = data + lanes.offset(x, row, head);
+    const float* table = turn_at(turn, lanes.tile.batch, lanes.tile.token_q + row);
+    if (!table) return;
+    turn_values(by, rows.at[i], table, rows.turned[i]);
+    rows.at[i] = rows.turned[i];
+  });
+}
+
+// (panels, dim / 32, kPanelTiles) right tiles of 16 lanes: x transposed.
+inline void pack_lane_pairs(const TileLanes& lanes, const AttentionTensor& x,
+                            const AttentionTurn& turn, bf16* to) {
+  const int64_t dim = lanes.p.head_dim, dim_tiles = dim_tiles_of(lanes.p);
+  RowsOfLanes rows;
+  for (int64_t first = 0; first < lanes.panels * kPanel; first += kSide) {
+    read_lanes(lanes, x, turn, first, rows);
+    bf16* panel = to + first / kPanel * dim_tiles * kPanel * kDepth + first % kPanel * kDepth;
+    for (int64_t d = 0; d < dim_tiles; ++d) {
+      words tile[kSide];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; ++i) {
+        tile[i] = first + i < lanes.count ? load_values(rows.at[i] + d * kDepth, dim - d * kDepth)
+                                          : words{};
+      }
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; ++i) store(panel + d * kPanel * kDepth + i * kDepth, tile[i]);
+    }
+  }
+}
+
+// (keys / 16, dim / 32) left tiles; rows past the last key are zero.
+inline void pack_key_rows(const TileLanes& lanes, const AttentionTensor& x, const KeyStep& step,
+                          bf16* to) {
+  const int64_t dim = lanes.p.head_dim, dim_tiles = dim_tiles_of(lanes.p);
+  for (int64_t key = 0; key < step.padded; ++key) {
+    bf16* tiles = to + key / kSide * dim_tiles * kTileValues + key % kSide * kDepth;
+    const bf16* row = key_row<bf16>(lanes, x, step.first + key);
+    for (int64_t d = 0; d < dim_tiles; ++d) {
+      store(tiles + d * kTileValues,
+            key < step.count ? load_values(row + d * kDepth, dim - d * kDepth) : words{});
+    }
+  }
+}
+
+// (dim / 16, keys / 32) left tiles: x transposed.
+inline void pack_key_columns(const TileLanes& lanes, const AttentionTensor& x, const KeyStep& step,
+                             bf16* to) {
+  const int64_t dim = lanes.p.head_dim, key_tiles = step.padded / kDepth;
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t key = 0; key < key_tiles; ++key) {
+    for (int64_t d = 0; d < dim; d += kDepth) {
+      words upper[kSide], lower[kSide];  // 16 dims each, pairs of keys
+      for (int64_t i = 0; i < kSide; ++i) {
+        const int64_t at = key * kDepth + 2 * i;
+        const auto load_row = [&](int64_t k) {
+          return k < step.count ? load_values(key_row<bf16>(lanes, x, step.first + k) + d, dim - d)
+                                : words{};
+        };
+        const __m512i a = bits_as<__m512i>(load_row(at)), b = bits_as<__m512i>(load_row(at + 1));
+        upper[i] = bits_as<words>(_mm512_permutex2var_epi16(a, low, b));
+        lower[i] = bits_as<words>(_mm512_permutex2var_epi16(a, high, b));
+      }
+      transpose(upper);
+      transpose(lower);
+      bf16* tile = to + (d / kSide * key_tiles + key) * kTileValues;
+      for (int64_t i = 0; i < kSide; ++i) {
+        store(tile + i * kDepth, upper[i]);
+        store(tile + key_tiles * kTileValues + i * kDepth, lower[i]);
+      }
+    }
+  }
+}
+
+// The inverse of a transposed product: from (panels, dim / 16, kPanelTiles) tiles of sums to rows
+// of x.
+inline void unpack_sums(const TileLanes& lanes, const float* from, const float* scale,
+                        const AttentionTensor& x) {
+  const int64_t dim = lanes.p.head_dim, dim_tiles = 2 * dim_tiles_of(lanes.p);
+  for (int64_t first = 0; first < lanes.count; first += kSide) {
+    const float* panel =
+        from + first / kPanel * dim_tiles * kPanel * kSide + first % kPanel * kSide;
+    bf16* to[kSide];
+    lanes.each_of_vector(first, [&](int64_t i, int64_t row, int64_t head) {
+      to[i] = static_cast<bf16*>(x.data) + lanes.offset(x, row, head);
+    });
+    for (int64_t d = 0; d < dim; d += kSide) {
+      words rows[kSide];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; ++i) rows[i] = load<words>(panel + d * kPanel + i * kSide);
+      transpose(rows);
+      for (int64_t i = 0; i < smaller(kSide, lanes.count - first); ++i) {
+        float row[kSide];
+        store(row, bits_as<floats>(rows[i]) * scale[first + i]);
+        narrow_row(row, smaller(kSide, dim - d), to[i] + d);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace extrope

@@ -1,0 +1,59 @@
+// The CPU kernels of the attention over regions, one for each instruction set that
+// attention_kernel.cpp and attention_backward_kernel.cpp are compiled for.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "cpu/attention/params.h"
+
+namespace extrope {
+
+// How a kernel wants its work cut, and the scratch memory that one tile needs.
+struct TilePlan {
+  int64_t rows;       // query rows of a tile
+  int64_t keys;       // keys of a step
+  int64_t workspace;  // floats, at an address aligned to 64 bytes
+};
+
+// The tiles of one sequence and one head of k add to the same rows of dk and dv. They do so in the
+// order of their rows, so that every run gives the same bits: a tile says below which key it is
+// finished, and the next one follows it.
+using KeysDone = std::atomic<int64_t>;
+constexpr int64_t kAllKeys = INT64_MAX;
+
+// Returns once `previous` (nullptr: the first tile) is finished with all keys below `key`.
+void wait_for_keys(const KeysDone* previous, int64_t key);
+
+using PlanTiles = TilePlan (*)(const AttentionParams&);
+using ForwardTile = void (*)(const AttentionParams&, const QueryTile&, const TilePlan&,
+                             float* workspace);
+using BackwardTile = void (*)(const AttentionParams&, const QueryTile&, const TilePlan&,
+                              float* workspace, KeysDone* previous, KeysDone* done);
+
+#define EXTROPE_DECLARE(isa)                                                                    \
+  TilePlan attention_plan_##isa(const AttentionParams&);                                        \
+  void attention_tile_##isa(const AttentionParams&, const QueryTile&, const TilePlan&,          \
+                            float* workspace);                                                  \
+  TilePlan attention_backward_plan_##isa(const AttentionParams&);                               \
+  void attention_backward_tile_##isa(const AttentionParams&, const QueryTile&, const TilePlan&, \
+                                     float* workspace, KeysDone* previous, KeysDone* done);
+
+EXTROPE_DECLARE(baseline)
+EXTROPE_DECLARE(avx2)
+EXTROPE_DECLARE(avx512)
+
+#undef EXTROPE_DECLARE
+
+// In bf16 (attention_bf16_kernel.cpp).
+#define EXTROPE_DECLARE(isa)                                                           \
+  TilePlan attention_plan_##isa(const AttentionParams&);                               \
+  void attention_tile_##isa(const AttentionParams&, const QueryTile&, const TilePlan&, \
+                            float* workspace);
+
+EXTROPE_DECLARE(avx512_bf16)
+EXTROPE_DECLARE(amx)
+
+#undef EXTROPE_DECLARE
+
+}  // namespace extrope

@@ -1,8 +1,0 @@
-// Products of bf16 tiles, by what the processor has for them. The sums are 32 x 32 floats.
-#pragma once
-
-#if defined(__AMX_BF16__)
-#include "bf16_products_amx.h"
-#else
-#include "bf16_products_avx512.h"
-#endif

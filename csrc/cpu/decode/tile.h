@@ -1,0 +1,172 @@
+// A few query rows against a tile of keys and values that are read from where they lie.
+//
+// Scores and weights stand key-major, [key][row]: a vector of them holds all rows of some keys, so
+// that the softmax takes no transposition and the sums over values read them in order.
+#pragma once
+
+#include "cpu/simd/exp2.h"
+#include "cpu/simd/simd.h"
+
+namespace extrope {
+namespace {
+
+constexpr int kKeys = 64;           // of a tile
+constexpr float kNone = -1e30f;     // below any logit, and finite: differences of two are not NaN
+constexpr int64_t kLineBytes = 64;  // of the cache
+
+// As many keys as keep kFloats sums or more in flight.
+template <int rows>
+constexpr int kKeysAtOnce = kFloats / rows > 2 ? kFloats / rows : 2;
+
+template <int distance, int... I>
+inline floats across(floats v, std::integer_sequence<int, I...>) {
+  return __builtin_shuffle(v, ints{(I ^ distance)...});
+}
+
+template <int distance>
+inline floats across(floats v) {
+  return across<distance>(v, std::make_integer_sequence<int, kFloats>{});
+}
+
+template <int distance, int... I>
+inline floats add_pairs(floats a, floats b, std::integer_sequence<int, I...>) {
+  return __builtin_shuffle(a, b, ints{(I & distance ? kFloats + I - distance : I)...}) +
+         __builtin_shuffle(a, b, ints{(I & distance ? kFloats + I : I + distance)...});
+}
+
+// out[i] = the sum of the lanes of v[i]; count is a multiple of kFloats.
+template <int count, int distance = 1>
+inline void sum_lanes(const floats* v, float* out) {
+  if constexpr (distance == kFloats) {
+    for (int i = 0; i < count; ++i) store(out + i * kFloats, v[i]);
+  } else {
+    floats half[count / 2];
+#pragma GCC unroll 16
+    for (int i = 0; i < count / 2; ++i) {
+      half[i] =
+          add_pairs<distance>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, kFloats>{});
+    }
+    sum_lanes<count / 2, 2 * distance>(half, out);
+  }
+}
+
+// Row n of one head starts at at[n] + offset.
+template <typename T>
+struct Rows {
+  const T* const* at;
+  int64_t offset;
+
+  void prefetch(int64_t n, int64_t dim) const {
+    const char* row = reinterpret_cast<const char*>(at[n] + offset);
+    const int64_t bytes = dim * sizeof(T);
+    for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(row + i);
+  }
+};
+
+// scores[key][row] = <q[row], keys[key]> for `count` keys, a multiple of kKeysAtOnce. q is padded
+// with zeros to whole vectors. The rows `ahead`, if any, are fetched meanwhile.
+template <int rows, typename T, typename Ahead>
+void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int64_t dim,
+                Rows<Ahead> ahead, float* scores) {
+  constexpr int at_once = kKeysAtOnce<rows>;
+  for (int64_t j = 0; j < count; j += at_once) {
+    floats sums[at_once * rows] = {};
+    for (int64_t d = 0; d < dim; d += kFloats) {
+      floats x[at_once];
+#pragma GCC unroll 16
+      for (int k = 0; k < at_once; ++k) x[k] = load_wide(keys.at[j + k] + keys.offset + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const floats y = load<floats>(q + r * stride + d);
+#pragma GCC unroll 16
+        for (int k = 0; k < at_once; ++k) sums[k * rows + r] += y * x[k];
+      }
+    }
+    sum_lanes<at_once * rows>(sums, scores + j * rows);
+    if (ahead.at) {
+      for (int k = 0; k < at_once; ++k) ahead.prefetch(j + k, dim);
+    }
+  }
+}
+
+// Lane i belongs to row i % rows.
+struct RunningMax {
+  floats largest, sum;
+};
+
+// Scores (base-2 logits) become weights; returns what earlier sums must be multiplied by. `count`
+// scores, a multiple of kFloats.
+template <int rows>
+floats weigh_tile(float* scores, int64_t count, RunningMax& running) {
+  floats largest = running.largest;
+  for (int64_t i = 0; i < count; i += kFloats) largest = larger(load<floats>(scores + i), largest);
+  if constexpr (rows <= 1) largest = larger(largest, across<1>(largest));
+  if constexpr (rows <= 2 && kFloats > 2) largest = larger(largest, across<2>(largest));
+  if constexpr (kFloats > 4) largest = larger(largest, across<kFloats == 4 ? 0 : 4>(largest));
+  if constexpr (kFloats > 8) largest = larger(largest, across<kFloats <= 8 ? 0 : 8>(largest));
+  floats sum{};
+  for (int64_t i = 0; i < count; i += kFloats) {
+    const floats weight = exp2_vector(load<floats>(scores + i) - largest);
+    store(scores + i, weight);
+    sum += weight;
+  }
+  const floats kept = exp2_vector(running.largest - largest);
+  running.largest = largest;
+  running.sum = running.sum * kept + sum;
+  return kept;
+}
+
+// sums[row][d] = sums[row][d] * kept[row] + the weighted sum of `count` values, in `columns`
+// vectors of lanes from d on.
+template <int rows, int columns, typename T, typename Ahead>
+inline void add_columns(const float* weights, Rows<T> values, int64_t count, int64_t d, int64_t dim,
+                        const floats& kept, Rows<Ahead> ahead, float* sums, int64_t stride) {
+  floats acc[rows * columns];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; ++c) {
+      acc[r * columns + c] = load<floats>(sums + r * stride + d + c * kFloats) * kept[r];
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    floats x[columns];
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; ++c) {
+      x[c] = load_wide(values.at[j] + values.offset + d + c * kFloats);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const floats weight = floats{} + weights[j * rows + r];
+#pragma GCC unroll 8
+      for (int c = 0; c < columns; ++c) acc[r * columns + c] += weight * x[c];
+    }
+    if (ahead.at) ahead.prefetch(j, dim);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; ++c) {
+      store(sums + r * stride + d + c * kFloats, acc[r * columns + c]);
+    }
+  }
+}
+
+template <int rows, typename T, typename Ahead>
+void add_values(const float* weights, Rows<T> values, int64_t count, int64_t dim,
+                const floats& kept, Rows<Ahead> ahead, float* sums, int64_t stride) {
+  // Eight sums at once hide the latency of their additions.
+  constexpr int columns = kFloats == 16 ? (rows == 1 ? 8 : 4) : 8 / rows;
+  int64_t d = 0;
+  for (; d + columns * kFloats <= dim; d += columns * kFloats) {
+    add_columns<rows, columns>(weights, values, count, d, dim, kept, ahead, sums, stride);
+    ahead.at = nullptr;
+  }
+  for (; d < dim; d += kFloats) {
+    add_columns<rows, 1>(weights, values, count, d, dim, kept, ahead, sums, stride);
+    ahead.at = nullptr;
+  }
+}
+
+}  // namespace
+}  // namespace extrope

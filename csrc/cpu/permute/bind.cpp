@@ -1,0 +1,32 @@
+// Registers the CPU kernels of the permutation and splits their work over torch's threads.
+
+#include <torch/csrc/stable/library.h>
+
+#include "common/permute_bind.h"
+#include "cpu/permute/cycles.h"
+#include "cpu/permute/kernel.h"
+#include "cpu/runtime/capability.h"
+#include "cpu/runtime/output_pages.h"
+#include "cpu/runtime/work.h"
+
+namespace extrope::permute {
+namespace {
+
+#define EXTROPE_KERNEL(isa) permute_tokens_##isa
+
+void launch(const PermuteParams& p, int /*device_index*/) {
+  if (p.cu_seqlens) check_boundaries("permute", p);
+  const Decomposition decomposition(p);
+  const int64_t heads = p.tensors[0].heads + p.tensors[1].heads;
+  const PermuteTokens tokens = EXTROPE_WIDEST(EXTROPE_KERNEL);
+  share_out(p.batch * p.seqlen, heads * p.head_dim * p.element_size,
+            [&](int64_t begin, int64_t end) { tokens(p, decomposition.cycles(), begin, end); });
+}
+
+using Ops = PermuteOps<launch, fresh_like>;
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(extrope, CPU, m) { m.impl("permute_fwd", TORCH_BOX(&Ops::forward)); }
+
+}  // namespace extrope::permute

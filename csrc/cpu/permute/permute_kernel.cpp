@@ -1,0 +1,106 @@
+// The permutation on the CPU. Compiled once for each instruction set, with EXTROPE_ISA as its name.
+//
+// Each thread keeps, for every permutation, the lanes that the last token took. The next token's
+// are theirs with one more step: a gather like that of the data, by the same function. Only where
+// positions jump are they made anew from the cycles.
+
+#include <algorithm>
+#include <numeric>
+
+#include "cpu/permute/lanes.h"
+#include "cpu/runtime/scratch.h"
+#include "cpu/runtime/token.h"
+
+namespace extrope {
+namespace {
+
+constexpr int64_t kBlock = 16;  // tokens
+
+// The lanes that each permutation takes at one position.
+template <typename Word>
+class StepLanes {
+ public:
+  StepLanes(const PermuteParams& p, const PermuteCycles& cycles, Gather<Word> gather)
+      : dim_(p.head_dim), cycles_(cycles), gather_(gather) {
+    step_.assign(cycles.step, cycles.step + p.rows * dim_);
+    lanes_.resize(p.rows * dim_);
+    position_.assign(p.rows, 0);
+    for (int64_t row = 0; row < p.rows; ++row) {
+      std::iota(&lanes_[row * dim_], &lanes_[row * dim_] + dim_, Word{0});
+    }
+  }
+
+  const Word* at(int64_t row, uint64_t position) {
+    Word* lanes = &lanes_[row * dim_];
+    if (follows(position, position_[row])) {
+      gather_(&step_[row * dim_], lanes, lanes, dim_);
+    } else if (position != position_[row]) {
+      power_lanes(cycles_, row, dim_, static_cast<int64_t>(position), lanes);
+    }
+    position_[row] = position;
+    return lanes;
+  }
+
+ private:
+  int64_t dim_;
+  PermuteCycles cycles_;
+  Gather<Word> gather_;
+  Buffer<Word> step_, lanes_;
+  Buffer<uint64_t> position_;
+};
+
+template <typename Word>
+void permute_words(const PermuteParams& p, const PermuteCycles& cycles, int64_t begin,
+                   int64_t end) {
+  const Gather<Word> gather = choose_gather<Word>(p.head_dim);
+  StepLanes<Word> lanes(p, cycles, gather);
+  // The heads that share row `row` at one token: q's, then k's.
+  const auto permute_row = [&](const Token<uint64_t>& token, int64_t row) {
+    const Word* from = lanes.at(row, token.position);
+    for (int64_t n = 0; n < p.num_tensors; ++n) {
+      const PermuteTensor& x = p.tensors[n];
+      const int64_t group = x.heads / p.rows, first = row * group;
+      const Word* in = static_cast<const Word*>(x.in) + token.batch * x.in_batch +
+                       token.seq * x.in_seq + first * x.in_head;
+      Word* out = static_cast<Word*>(x.out) + token.batch * x.out_batch + token.seq * x.out_seq +
+                  first * x.out_head;
+      for (int64_t head = 0; head < group; ++head) {
+        gather(in + head * x.in_head, from, out + head * x.out_head, p.head_dim);
+      }
+    }
+  };
+  Token<uint64_t> tokens[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t count = std::min(kBlock, end - first);
+    for (int64_t t = 0; t < count; ++t) {
+      tokens[t] = locate<uint64_t>(p, (first + t) / p.seqlen, (first + t) % p.seqlen);
+    }
+    // Whichever walks memory forward.
+    if (p.tensors[0].in_head < p.tensors[0].in_seq) {
+      for (int64_t t = 0; t < count; ++t) {
+        for (int64_t row = 0; row < p.rows; ++row) permute_row(tokens[t], row);
+      }
+    } else {
+      for (int64_t row = 0; row < p.rows; ++row) {
+        for (int64_t t = 0; t < count; ++t) permute_row(tokens[t], row);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void EXTROPE_EXPAND(permute_tokens_, EXTROPE_ISA)(const PermuteParams& p,
+                                                  const PermuteCycles& cycles, int64_t begin,
+                                                  int64_t end) {
+  switch (p.element_size) {
+    case 2:
+      return permute_words<uint16_t>(p, cycles, begin, end);
+    case 4:
+      return permute_words<uint32_t>(p, cycles, begin, end);
+    default:
+      return permute_words<uint64_t>(p, cycles, begin, end);
+  }
+}
+
+}  // namespace extrope

@@ -1,0 +1,48 @@
+// The rotation of one row as it is read into float.
+#pragma once
+
+#include <tuple>
+
+#include "cpu/simd/simd.h"
+
+namespace extrope {
+namespace {
+
+struct RowTurn {
+  int64_t dim, half;  // lanes, and how many pairs of them turn
+  bool interleaved;
+};
+
+// Turns the pairs of lanes of one row by `direction` (1, or -1: back), and copies the rest.
+template <typename T>
+inline void turn_row(const RowTurn& turn, const T* in, const float* cos, const float* sin,
+                     float direction, float* out) {
+  const int64_t half = turn.half, second = turn.interleaved ? 1 : half;
+  const int64_t step = turn.interleaved ? 2 : 1;
+  int64_t i = 0;
+  for (; i + kFloats <= half; i += kFloats) {
+    floats a, b;
+    if (turn.interleaved) {
+      std::tie(a, b) = load_pairs(in + 2 * i);
+    } else {
+      a = load_wide(in + i), b = load_wide(in + half + i);
+    }
+    const floats c = load<floats>(cos + i), s = load<floats>(sin + i) * direction;
+    const floats out_a = a * c - b * s, out_b = b * c + a * s;
+    if (turn.interleaved) {
+      store_pairs(out + 2 * i, out_a, out_b);
+    } else {
+      store(out + i, out_a);
+      store(out + half + i, out_b);
+    }
+  }
+  for (; i < half; ++i) {
+    const float a = widen(in[step * i]), b = widen(in[step * i + second]), s = sin[i] * direction;
+    out[step * i] = a * cos[i] - b * s;
+    out[step * i + second] = b * cos[i] + a * s;
+  }
+  for (int64_t d = 2 * half; d < turn.dim; ++d) out[d] = widen(in[d]);
+}
+
+}  // namespace
+}  // namespace extrope

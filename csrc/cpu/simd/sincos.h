@@ -1,0 +1,125 @@
+// Cosine and sine of position * inv_freq for every pair of one token, exact at long positions.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/simd/simd.h"
+
+namespace extrope {
+namespace {
+
+constexpr double kTwoOverPi = 0.63661977236758134308;
+// pi/2 in three parts. The first two have 24 bits, so that their product with a quarter-turn count
+// below 2**29 is exact; position * inv_freq is exact too, hence fma contraction cannot change a
+// bit.
+constexpr double kHalfPi1 = 0x1.921fb4p+0;
+constexpr double kHalfPi2 = 0x1.4442d0p-24;
+constexpr double kHalfPi3 = 0x1.8469898cc5170p-48;
+// Adding it rounds a double to an integer, which then stands in the low bits.
+constexpr double kRound = 0x1.8p52;
+
+// e**x for |x| <= ln(2)/2, by the series up to x**7/7!: relative error below 6e-9.
+inline doubles exp_series(doubles x) {
+  doubles sum = x * (1.0 / 5040) + 1.0 / 720;
+  sum = sum * x + 1.0 / 120;
+  sum = sum * x + 1.0 / 24;
+  sum = sum * x + 1.0 / 6;
+  sum = sum * x + 0.5;
+  return (sum * x + 1.0) * x + 1.0;
+}
+
+inline doubles exp_wide(doubles x) {
+  constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.69314718055994531;
+  const doubles shifted = x * kLog2E + kRound;
+  const doubles n = shifted - kRound;
+  longs exponent = bits_as<longs>(shifted) - bits_as<int64_t>(kRound);
+  exponent = exponent > 1023 ? longs{} + 1023 : exponent < -1022 ? longs{} - 1022 : exponent;
+  return exp_series(x - n * kLn2) * bits_as<doubles>((exponent + 1023) << 52);
+}
+
+struct Reduced {
+  doubles remainder;  // within an eighth of a turn
+  longs quadrant;     // low two bits
+};
+
+inline Reduced reduce(doubles angle) {
+  const doubles shifted = angle * kTwoOverPi + kRound;
+  const doubles n = shifted - kRound;
+  return {((angle - n * kHalfPi1) - n * kHalfPi2) - n * kHalfPi3, bits_as<longs>(shifted)};
+}
+
+inline few_floats sine(few_floats r, few_floats z) {
+  const few_floats p = (-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f;
+  return r + r * (z * p);
+}
+
+inline few_floats cosine(few_floats z) {
+  const few_floats p =
+      (2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f;
+  return 1.0f - 0.5f * z + z * z * p;
+}
+
+struct Angles {
+  double position;
+  double amplitude;
+  double decay;             // multiplies log_decay[i]
+  const double* log_decay;  // or nullptr
+  bool conjugate;
+};
+
+// One vector of pairs, for tensors that are rotated in float.
+inline void sincos(doubles freq, doubles amplitude, const Angles& angles, few_floats& cos,
+                   few_floats& sin) {
+  const Reduced reduced = reduce(freq * angles.position);
+  const few_floats r = __builtin_convertvector(reduced.remainder, few_floats);
+  const few_ints quadrant = __builtin_convertvector(reduced.quadrant, few_ints);
+  const few_floats z = r * r, s = sine(r, z), c = cosine(z);
+  const few_ints odd = (quadrant & 1) != 0;
+  const few_ints flip_cos = (quadrant + 1) << 30 & INT32_MIN;
+  const few_ints flip_sin = (quadrant + (angles.conjugate ? 2 : 0)) << 30 & INT32_MIN;
+  const few_floats loud = __builtin_convertvector(amplitude, few_floats);
+  cos = loud * bits_as<few_floats>(bits_as<few_ints>(odd ? s : c) ^ flip_cos);
+  sin = loud * bits_as<few_floats>(bits_as<few_ints>(odd ? c : s) ^ flip_sin);
+}
+
+// The same in full double precision; libm is exact enough once the angle is small.
+inline void sincos(doubles freq, doubles amplitude, const Angles& angles, doubles& cos,
+                   doubles& sin) {
+  const Reduced reduced = reduce(freq * angles.position);
+  for (int i = 0; i < kDoubles; ++i) {
+    const double s = std::sin(reduced.remainder[i]), c = std::cos(reduced.remainder[i]);
+    const int64_t quadrant = reduced.quadrant[i];
+    const double turned_cos = quadrant & 1 ? s : c, turned_sin = quadrant & 1 ? c : s;
+    cos[i] = amplitude[i] * ((quadrant + 1) & 2 ? -turned_cos : turned_cos);
+    sin[i] = amplitude[i] * ((quadrant & 2) != 2 * angles.conjugate ? -turned_sin : turned_sin);
+  }
+}
+
+inline doubles amplitude_at(const Angles& angles, int64_t i, float) {
+  doubles exponent = load<doubles>(angles.log_decay + i) * angles.decay;
+  return angles.amplitude * exp_wide(exponent);
+}
+
+inline doubles amplitude_at(const Angles& angles, int64_t i, double) {
+  doubles exponent = load<doubles>(angles.log_decay + i) * angles.decay;
+  for (int lane = 0; lane < kDoubles; ++lane) exponent[lane] = std::exp(exponent[lane]);
+  return angles.amplitude * exponent;
+}
+
+// cos[i], sin[i] for the `half` pairs of one token. The tables and the frequencies may be read and
+// written up to a whole vector: callers pad them.
+template <typename Wide>
+void fill_sincos(const double* inv_freq, int64_t half, const Angles& angles, Wide* cos, Wide* sin) {
+  using V = std::conditional_t<std::is_same_v<Wide, float>, few_floats, doubles>;
+  for (int64_t i = 0; i < half; i += kDoubles) {
+    const doubles amplitude =
+        angles.log_decay ? amplitude_at(angles, i, Wide{}) : doubles{} + angles.amplitude;
+    V c{}, s{};
+    sincos(load<doubles>(inv_freq + i), amplitude, angles, c, s);
+    store(cos + i, c);
+    store(sin + i, s);
+  }
+}
+
+}  // namespace
+}  // namespace extrope

@@ -1,0 +1,291 @@
+// The fused rotary embedding. A thread owns two vectors of VEC lanes of one token, computes the
+// sines and cosines of their VEC pairs once, and applies them to its share of the heads of q and
+// then of k.
+#include <algorithm>
+#include <climits>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/launch.h"
+#include "cuda/lanes.h"
+#include "cuda/rope/kernel.h"
+#include "cuda/rope/rotation.h"
+
+namespace extrope {
+namespace {
+
+constexpr int BLOCK = 128;
+constexpr int INVALID_VALUE = 1;  // cudaErrorInvalidValue, also where no CUDA header is
+
+// How the heads are shared out along blockIdx.y. The heads of q and k form one list when they turn
+// alike; when every head has its own frequencies a group is head blockIdx.y of both.
+struct HeadGroups {
+  int size;
+  bool per_head;
+};
+
+// GRAD: able to sum the angle gradient; the one-element kernel always is, to save instantiations.
+// AXES: able to take positions by axis, which would cost the others registers; the one-element
+// kernel is too.
+template <typename T, int VEC, bool INTERLEAVED, bool GRAD, bool AXES>
+struct Worker {
+  using Acc = Accumulator<T>;
+  using Own = Owned<T, VEC>;
+  static constexpr int UNROLL = GRAD ? 2 : 4;  // heads in flight
+  static constexpr int SUMMED = 8;             // heads of an angle gradient per partial sum
+
+  const RopeParams& p;
+  const Token<double>& token;
+  HeadGroups groups;
+
+  // Calls visit(tensor, begin, end) with this block's heads of q, then of k.
+  template <typename Visit>
+  __device__ void for_each_tensor(Visit visit) const {
+    int begin = groups.size * static_cast<int>(blockIdx.y);
+#pragma unroll 1
+    for (int t = 0; t < p.num_tensors; ++t) {
+      const RopeTensor& x = p.tensors[t];
+      const int heads = static_cast<int>(x.heads), end = begin + groups.size;
+      if (end > 0) visit(x, begin < 0 ? 0 : begin, end < heads ? end : heads);
+      if (!groups.per_head) begin -= heads;
+    }
+  }
+
+  __device__ const T* input(const RopeTensor& x) const {
+    return static_cast<const T*>(x.in) + token.batch * x.in_batch + token.seq * x.in_seq;
+  }
+  __device__ const T* saved(const RopeTensor& x) const {
+    return static_cast<const T*>(x.saved) + token.batch * x.saved_batch + token.seq * x.saved_seq;
+  }
+  __device__ T* output(const RopeTensor& x) const {
+    return static_cast<T*>(x.out) + token.batch * x.out_batch + token.seq * x.out_seq;
+  }
+
+  __device__ int pair_of(int slot, int j) const {
+    if constexpr (!INTERLEAVED) return slot * VEC + j;
+    constexpr int PAIRS = VEC > 1 ? VEC / 2 : 1;  // in one of the two vectors
+    return slot * PAIRS + j % PAIRS + j / PAIRS * static_cast<int>(p.rotary_dim / 4);
+  }
+
+  // Sums in blocks lose fewer digits over many heads than one running sum.
+  __device__ static void flush(Acc* partial, Acc* sum) {
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) {
+      sum[j] += partial[j];
+      partial[j] = 0;
+    }
+  }
+
+  __device__ void rotate(int slot) const {
+    const bool neighbours = VEC == 1 && p.interleaved;
+    const int lane_a = neighbours ? 2 * slot : VEC * slot;
+    const int lane_b = neighbours ? lane_a + 1 : lane_a + static_cast<int>(p.rotary_dim / 2);
+    const bool wants_grad = GRAD && p.angle_grad != nullptr;
+    Acc cosine[VEC], sine[VEC], angle_grad[VEC] = {}, partial[VEC] = {};
+    bool ready = false;
+    for_each_tensor([&](const RopeTensor& x, int begin, int end) {
+      const T* in = input(x);
+      const T* kept_in = wants_grad ? saved(x) : nullptr;
+      T* out = output(x);
+      if (p.log_decay != nullptr) ready = false;
+#pragma unroll 1
+      for (int head = begin; head < end; head += UNROLL) {
+        if (wants_grad && head % SUMMED == 0) flush(partial, angle_grad);
+        Own own[UNROLL], kept[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+          if (head + u >= end) break;
+          const T* from = in + (head + u) * x.in_head;
+          own[u] = {load<T, VEC>(from + lane_a), load<T, VEC>(from + lane_b)};
+          if (wants_grad) {
+            const T* kept_from = kept_in + (head + u) * x.saved_head;
+            kept[u] = {load<T, VEC>(kept_from + lane_a), load<T, VEC>(kept_from + lane_b)};
+          }
+        }
+        if (!ready) {  // after the loads, which then hide it
+#pragma unroll
+          for (int j = 0; j < VEC; ++j) {
+            pair_rotation<AXES>(p, token, head, pair_of(slot, j), x.decay_sign, &cosine[j],
+                                &sine[j]);
+          }
+          ready = true;
+        }
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+          if (head + u >= end) break;
+          Acc lane[2 * VEC], kept_lane[2 * VEC];
+          own[u].widen_to(lane);
+          if (wants_grad) kept[u].widen_to(kept_lane);
+#pragma unroll
+          for (int j = 0; j < VEC; ++j) {
+            const int first = INTERLEAVED ? 2 * j : j, second = INTERLEAVED ? 2 * j + 1 : j + VEC;
+            const Acc a = lane[first], b = lane[second];
+            lane[first] = fma(a, cosine[j], -(b * sine[j]));
+            lane[second] = fma(b, cosine[j], a * sine[j]);
+            if (wants_grad) {
+              const Acc cross = kept_lane[second] * lane[first];
+              partial[j] += fma(kept_lane[first], lane[second], -cross);
+            }
+          }
+          pack(lane, own[u].half[0]);
+          pack(lane + VEC, own[u].half[1]);
+          T* to = out + (head + u) * x.out_head;
+          store<T, VEC>(to + lane_a, own[u].half[0]);
+          store<T, VEC>(to + lane_b, own[u].half[1]);
+        }
+      }
+    });
+    if (wants_grad) {
+      const int64_t row = (token.batch * p.seqlen + token.seq) * p.angle_heads +
+                          (p.angle_heads > 1 ? blockIdx.y : 0);
+      Acc* to = static_cast<Acc*>(p.angle_grad) + row * (p.rotary_dim / 2);
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) to[pair_of(slot, j)] = angle_grad[j] + partial[j];
+    }
+  }
+
+  // Lanes past rotary_dim pass through; in place they are already there.
+  __device__ void copy(int lane) const {
+    for_each_tensor([&](const RopeTensor& x, int begin, int end) {
+      if (x.in == x.out) return;
+      const T* in = input(x) + lane;
+      T* out = output(x) + lane;
+#pragma unroll 1
+      for (int head = begin; head < end; head += UNROLL) {
+        Lanes<T, VEC> lanes[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+          if (head + u < end) lanes[u] = load<T, VEC>(in + (head + u) * x.in_head);
+        }
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+          if (head + u < end) store<T, VEC>(out + (head + u) * x.out_head, lanes[u]);
+        }
+      }
+    });
+  }
+};
+
+// The blocks per processor are the registers' limit: left to itself, ptxas spills to fit one more.
+template <typename T, int VEC, bool INTERLEAVED, bool GRAD, bool AXES>
+__global__ void __launch_bounds__(BLOCK, GRAD ? 3 : 4)
+    rope_kernel(const __grid_constant__ RopeParams p, const HeadGroups groups, const int slots) {
+  const unsigned index = blockIdx.x * blockDim.y + threadIdx.y;
+  if (index >= static_cast<unsigned>(p.batch * p.seqlen)) return;
+  const Token<double> token = find_token<double>(p, static_cast<int>(index));
+  const Worker<T, VEC, INTERLEAVED, GRAD, AXES> worker{p, token, groups};
+  const int rotated = static_cast<int>(p.rotary_dim / (2 * VEC));
+  for (int slot = threadIdx.x; slot < slots; slot += blockDim.x) {
+    if (slot < rotated) {
+      worker.rotate(slot);
+    } else {
+      worker.copy(static_cast<int>(p.rotary_dim) + VEC * (slot - rotated));
+    }
+  }
+}
+
+template <typename T, int VEC, bool INTERLEAVED, bool GRAD, bool AXES>
+int launch(const RopeParams& p, void* stream, int device) {
+  constexpr auto kernel = rope_kernel<T, VEC, INTERLEAVED, GRAD, AXES>;
+  const bool wants_grad = p.angle_grad != nullptr;
+  bool copies = false;
+  int64_t heads = 0, most = 0;
+  for (int t = 0; t < p.num_tensors; ++t) {
+    copies |= p.tensors[t].in != p.tensors[t].out;
+    heads += p.tensors[t].heads;
+    most = std::max(most, p.tensors[t].heads);
+  }
+  const int64_t tokens = p.batch * p.seqlen;
+  const int64_t tail = copies ? p.head_dim - p.rotary_dim : 0;
+  const int64_t slots = p.rotary_dim / (2 * VEC) + tail / VEC;
+  if (tokens == 0 || slots == 0 || (heads == 0 && !wants_grad)) return 0;
+
+  const bool per_head = p.freq_head != 0 || p.angle_heads > 1;
+  if (per_head && wants_grad && p.angle_heads < most) return INVALID_VALUE;
+  const int64_t listed = std::max<int64_t>(per_head ? most : heads, 1);
+  int64_t size = per_head ? 1 : listed;
+  if (!per_head && !wants_grad) {  // the angle gradient is summed over all heads by one thread
+    // Too few tokens to fill the device: more groups, each of whole rounds of the unrolled loop.
+    const int64_t wanted = resident_threads<kernel>(BLOCK, device) / (tokens * slots);
+    constexpr int64_t ROUND = Worker<T, VEC, INTERLEAVED, GRAD, AXES>::UNROLL;
+    if (wanted > 1) size = ((listed + wanted - 1) / wanted + ROUND - 1) / ROUND * ROUND;
+  }
+  const int64_t x = std::min<int64_t>(slots, BLOCK), y = std::min(BLOCK / x, tokens);
+  const int64_t tiles = (tokens + y - 1) / y, rows = (listed + size - 1) / size;
+  const int64_t extents = std::max({tokens, 2 * p.head_dim, 2 * listed, p.num_sequences});
+  if (extents > INT_MAX || rows > 65535) return INVALID_VALUE;
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(rows));
+  const dim3 block(static_cast<unsigned>(x), static_cast<unsigned>(y));
+  EXTROPE_LAUNCH(kernel, grid, block, stream, p, HeadGroups{static_cast<int>(size), per_head},
+                 static_cast<int>(slots));
+  return launch_error();
+}
+
+// Whether every access of `vec` elements stays aligned and inside its half of the lanes.
+bool fits(const RopeParams& p, int vec, int bytes) {
+  if (p.rotary_dim / 2 % vec != 0 || p.head_dim % vec != 0) return false;
+  for (int t = 0; t < p.num_tensors; ++t) {
+    const RopeTensor& x = p.tensors[t];
+    const uintptr_t addresses = reinterpret_cast<uintptr_t>(x.in) |
+                                reinterpret_cast<uintptr_t>(x.out) |
+                                reinterpret_cast<uintptr_t>(x.saved);
+    if (addresses % (vec * bytes) != 0) return false;
+    for (const int64_t stride : {x.in_batch, x.out_batch, x.saved_batch}) {
+      if (!multiple(p.batch, stride, vec)) return false;
+    }
+    for (const int64_t stride : {x.in_seq, x.out_seq, x.saved_seq}) {
+      if (!multiple(p.seqlen, stride, vec)) return false;
+    }
+    for (const int64_t stride : {x.in_head, x.out_head, x.saved_head}) {
+      if (!multiple(x.heads, stride, vec)) return false;
+    }
+  }
+  return true;
+}
+
+template <typename T, bool AXES>
+int choose(const RopeParams& p, void* stream, int device) {
+  constexpr int VEC = 16 / sizeof(T);
+  // One-element accesses serve what is rare: double, which is for gradcheck and references, and the
+  // angle gradient of positions by axis.
+  if constexpr (!std::is_same_v<T, double>) {
+    if (fits(p, VEC, sizeof(T))) {
+      if (p.angle_grad == nullptr) {
+        return p.interleaved ? launch<T, VEC, true, false, AXES>(p, stream, device)
+                             : launch<T, VEC, false, false, AXES>(p, stream, device);
+      }
+      if constexpr (!AXES) {
+        return p.interleaved ? launch<T, VEC, true, true, false>(p, stream, device)
+                             : launch<T, VEC, false, true, false>(p, stream, device);
+      }
+    }
+  }
+  return launch<T, 1, false, true, true>(p, stream, device);
+}
+
+template <bool AXES>
+int choose_type(const RopeParams& p, void* stream, int device) {
+  switch (p.dtype) {
+    case DType::f32:
+      return choose<float, AXES>(p, stream, device);
+    case DType::f64:
+      return choose<double, AXES>(p, stream, device);
+    case DType::bf16:
+      return choose<__nv_bfloat16, AXES>(p, stream, device);
+    default:
+      return choose<__half, AXES>(p, stream, device);
+  }
+}
+
+}  // namespace
+
+int rope_launch(const RopeParams& p, void* stream, int device) {
+  const DeviceScope scope(device);
+  if (scope.error() != 0) return scope.error();
+  return p.axes != nullptr ? choose_type<true>(p, stream, device)
+                           : choose_type<false>(p, stream, device);
+}
+
+const char* rope_error(int error) { return error_text(error); }
+
+}  // namespace extrope

@@ -1,0 +1,127 @@
+// The rotation of one pair of lanes at one token: position, exact angle, sine, cosine and
+// amplitude.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/rope_params.h"
+#include "cuda/tokens.h"
+
+namespace extrope {
+
+constexpr double TWO_OVER_PI = 0.6366197723675814;
+constexpr double PI_OVER_TWO = 1.5707963267948966;
+constexpr double PI_OVER_TWO_REST = 6.123233995736766e-17;  // pi/2 minus the constant above
+constexpr double LOG2_E = 1.4426950408889634;
+constexpr double ROUND_TO_INTEGER =
+    6755399441055744.0;  // 1.5 * 2^52: adding it leaves the integer in the low bits
+
+__device__ inline uint64_t bits_of(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+// The angle less the nearest multiple of pi/2; *quadrant counts those multiples modulo 4. Each fma
+// rounds once, so nothing but the last bit of the result is lost while angle * 2/pi stays under
+// 2^51.
+__device__ inline double reduce_angle(double angle, unsigned* quadrant) {
+  const double shifted = fma(angle, TWO_OVER_PI, ROUND_TO_INTEGER);
+  const double turns = shifted - ROUND_TO_INTEGER;
+  *quadrant = static_cast<unsigned>(bits_of(shifted)) & 3u;
+  return fma(-turns, PI_OVER_TWO_REST, fma(-turns, PI_OVER_TWO, angle));
+}
+
+// Minimax polynomials over |r| <= pi/4, within one unit in the last place of float.
+__device__ inline void sin_cos_reduced(double reduced, float* sine, float* cosine) {
+  const float r = static_cast<float>(reduced);
+  const float z = r * r;
+  *sine = fmaf(r * z, fmaf(z, fmaf(z, -1.9515295891e-4f, 8.3321608736e-3f), -1.6666654611e-1f), r);
+  *cosine = fmaf(
+      z * z, fmaf(z, fmaf(z, 2.443315711809948e-5f, -1.388731625493765e-3f), 4.166664568298827e-2f),
+      fmaf(z, -0.5f, 1.0f));
+}
+
+// Taylor series: over |r| <= pi/4 the first term left out is below 2^-58 of the result. The
+// library's sincos would keep a stack frame for angles that cannot occur here.
+__device__ inline void sin_cos_reduced(double r, double* sine, double* cosine) {
+  const double z = r * r;
+  double s = 1.0 / 355687428096000.0;  // 1/17!
+  s = fma(s, z, -1.0 / 1307674368000.0);
+  s = fma(s, z, 1.0 / 6227020800.0);
+  s = fma(s, z, -1.0 / 39916800.0);
+  s = fma(s, z, 1.0 / 362880.0);
+  s = fma(s, z, -1.0 / 5040.0);
+  s = fma(s, z, 1.0 / 120.0);
+  s = fma(s, z, -1.0 / 6.0);
+  double c = 1.0 / 20922789888000.0;  // 1/16!
+  c = fma(c, z, -1.0 / 87178291200.0);
+  c = fma(c, z, 1.0 / 479001600.0);
+  c = fma(c, z, -1.0 / 3628800.0);
+  c = fma(c, z, 1.0 / 40320.0);
+  c = fma(c, z, -1.0 / 720.0);
+  c = fma(c, z, 1.0 / 24.0);
+  *sine = fma(r * z, s, r);
+  *cosine = fma(z * z, c, fma(z, -0.5, 1.0));
+}
+
+template <typename Acc>
+__device__ inline void sin_cos(double angle, Acc* sine, Acc* cosine) {
+  unsigned quadrant;
+  Acc s, c;
+  sin_cos_reduced(reduce_angle(angle, &quadrant), &s, &c);
+  const Acc swapped_sine = quadrant & 1 ? c : s;
+  const Acc swapped_cosine = quadrant & 1 ? s : c;
+  *sine = quadrant & 2 ? -swapped_sine : swapped_sine;
+  *cosine = (quadrant + 1) & 2 ? -swapped_cosine : swapped_cosine;
+}
+
+// exp in a precision that serves Acc. The float version leaves exp2f a remainder of at most a half
+// and makes the power of two itself, so it is as accurate at e^80 as at 1.
+__device__ inline double exponential(double x, float) {
+  const double clamped = fmin(fmax(x * LOG2_E, -1000.0), 1000.0);
+  const double shifted = clamped + ROUND_TO_INTEGER;
+  const double fraction = clamped - (shifted - ROUND_TO_INTEGER);
+  const uint64_t exponent = (bits_of(shifted) + 1023) << 52;
+  double power;
+  std::memcpy(&power, &exponent, sizeof(power));
+  return power * exp2f(static_cast<float>(fraction));
+}
+
+__device__ inline double exponential(double x, double) { return exp(x); }
+
+// The position on the axis of pair `pair`; any contents of axes give an axis that exists.
+__device__ inline double position_on_axis(const RopeParams& p, const Token<double>& token,
+                                          int pair) {
+  const int last = static_cast<int>(p.num_axes) - 1, asked = p.axes[pair];
+  const int axis = asked < 0 ? 0 : asked > last ? last : asked;
+  const int64_t at =
+      axis * p.position_axis + token.batch * p.position_batch + token.seq * p.position_seq;
+  return static_cast<double>(p.offset) + load_position<double>(p, at);
+}
+
+// Cosine and sine of pair `pair`, times the amplitude, the sine negated when `conjugate` asks for
+// it.
+template <bool AXES, typename Acc>
+__device__ inline void pair_rotation(const RopeParams& p, const Token<double>& token, int head,
+                                     int pair, double decay_sign, Acc* cosine, Acc* sine) {
+  const int64_t at = token.sequence * p.freq_batch + head * p.freq_head + pair;
+  const double frequency = p.inv_freq_is_f64
+                               ? static_cast<const double*>(p.inv_freq)[at]
+                               : static_cast<double>(static_cast<const float*>(p.inv_freq)[at]);
+  const double position = AXES && p.axes ? position_on_axis(p, token, pair) : token.position;
+  Acc s, c;
+  sin_cos(position * frequency, &s, &c);
+  Acc scale = static_cast<Acc>(p.amplitude);
+  if (p.log_decay != nullptr) {
+    const double exponent =
+        decay_sign * (position - p.decay_origin) * static_cast<double>(p.log_decay[pair]);
+    scale = static_cast<Acc>(p.amplitude * exponential(exponent, Acc()));
+  }
+  *cosine = c * scale;
+  *sine = p.conjugate ? -s * scale : s * scale;
+}
+
+}  // namespace extrope

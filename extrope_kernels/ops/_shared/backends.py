@@ -1,0 +1,45 @@
+"""Which implementations can run here, and why the others cannot."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ... import _ext
+
+
+def missing(backend: str, device: str | None = None) -> str | None:
+    """None when `backend` can run on `device` ("cpu", "cuda", or what is here), else the reason."""
+    if backend in ("cpu", "cuda"):
+        return _ext.load(backend)
+    if backend == "triton":
+        return _missing_triton(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return None
+
+
+# torch.compiler.assume_constant_result says the same, but imports torch._dynamo at once.
+missing._dynamo_marked_constant = True
+
+
+def require(op: str, backend: str, known: tuple[str, ...], device: str, why=missing) -> None:
+    """Raise when a named backend is unknown, or cannot run on tensors of `device`."""
+    if backend not in known:
+        raise ValueError(f"{op}: backend must be None or one of {list(known)}, got {backend!r}")
+    needs = {"cpu": "cpu", "cuda": "cuda"}.get(backend, device)
+    if device != needs:
+        raise NotImplementedError(
+            f"{op}: backend {backend!r} runs on {needs} tensors, got one on {device}"
+        )
+    if reason := why(backend, device):
+        raise NotImplementedError(f"{op}: backend {backend!r} cannot run here: {reason}")
+
+
+def _missing_triton(device: str) -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed (pip install triton)"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels on a CPU"
+    return None

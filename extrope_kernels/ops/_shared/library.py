@@ -1,0 +1,54 @@
+"""The library of operations, and how kernels of the compiled libraries come into it."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from ... import _ext
+
+library = torch.library.Library("extrope", "FRAGMENT")
+_again = threading.local()
+
+
+def load_on_first_use(fallbacks: dict[str, dict]) -> None:
+    """Register kernels that load (or build) the compiled library, then call the op again.
+
+    fallbacks: for each device ("cpu", "cuda") a function for every op, to be registered where the
+        device's library cannot be had.
+
+    A device's own kernels go before these, whenever they come: no call of another thread finds the
+    op without one while the library is being loaded.
+    """
+
+    def settle_for(device: str):
+        def settle(reason: str | None) -> None:
+            if reason is not None:
+                for op_name, function in fallbacks[device].items():
+                    library.impl(op_name, function, device.upper())
+
+        return settle
+
+    def first_call(op_name: str):
+        def kernel(*args, **options):
+            first = next(x for x in args if isinstance(x, Tensor))
+            device = first.device.type
+            if device not in fallbacks or getattr(_again, "calling", None) == op_name:
+                raise NotImplementedError(
+                    f"{op_name}: no kernel for {first.layout} tensors on {device}"
+                )
+            _ext.load(device)
+            _again.calling = op_name
+            try:
+                return getattr(torch.ops.extrope, op_name)(*args, **options)
+            finally:
+                _again.calling = None
+
+        return kernel
+
+    for device in fallbacks:
+        _ext.watch(device, settle_for(device))
+    for op_name in next(iter(fallbacks.values())):
+        library.impl(op_name, first_call(op_name), "CompositeExplicitAutograd")

@@ -1,0 +1,189 @@
+"""PermuteFormer's attention, in one go and step by step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._shared import backends as _backends
+from .._shared.checks import explained, refuse_flags, split_offset
+from . import reference
+from .arguments import check, check_decay_values, check_state
+from .sweep import Sweep
+
+BACKENDS = ("reference", "cpu", "triton")
+
+
+class PermuteFormerState(NamedTuple):
+    """All that earlier tokens leave behind; float32 (float64 for float64 inputs), contiguous.
+
+    heads are those of decay, or of k.
+    """
+
+    kv: Tensor  # (batch, heads, head_dim, head_dim_v): sum of decay**age phi(k) v^T
+    k: Tensor  # (batch, heads, head_dim): sum of decay**age phi(k)
+
+
+def permuteformer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    permutations: Tensor,
+    decay: Tensor | None = None,
+    causal: bool = True,
+    normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
+    positions: Tensor | int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear attention whose positions are powers of permutations (arXiv 2109.02377), in O(seqlen).
+
+    out_i = sum_j s_ij v_j / sum_j s_ij over j <= i, with s_ij = r**(i - j) <phi(q_i)[pi^i],
+    phi(k_j)[pi^j]> and phi(x) = relu(x) + 1e-3. Only powers of r within a chunk of tokens are ever
+    formed, so no length overflows. Sums are float32, of chunks in order: the rounding of a row
+    that sees n tokens grows with n over the length of a chunk (48 on a CPU), not with n. With
+    AVX512_BF16 or AMX, products in bfloat16 take scores and the state rounded.
+
+    What is NaN or infinite spoils the rows that see it: of v in its lane alone. In Triton it may
+    spoil rows of its chunk that do not; in float64 and with backend="reference" any row.
+
+    q: (batch, seqlen, heads_q, head_dim), not permuted; float32, bfloat16, float16 or float64; any
+        strides with a contiguous last dimension. With cu_seqlens (total, heads, head_dim).
+    k: (batch, seqlen, heads_k, head_dim), heads_k a divisor of heads_q; nothing is expanded.
+    v: (batch, seqlen, heads_k, head_dim_v). Dimensions of heads up to 256.
+    permutations: (heads_k, head_dim) int64, as from `head_permutations`.
+    decay: r, (heads_k,) or (heads_q,) in (0, 1], float32 or float64; no gradient. None for the
+        authors' sigmoid(2 + 3 h / heads_k); ones for no decay. Counts tokens, whatever their
+        positions. It has no meaning with causal=False, where nothing decays.
+    causal: False lets every row see its whole sequence, as the authors' LRA code does.
+    normalize: False leaves the denominator out, as the authors' language model does.
+    cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
+    positions: as in `permute`: None for 0, 1, 2, ..., an int or (batch,) to add to those, or each
+        token's own.
+    backend: "cpu", "triton", "reference"; None for the best on q's device. A named backend never
+        falls back.
+
+    Returns: (batch, seqlen, heads_q, head_dim_v) in q's dtype, or (total, ...). Differentiable in
+        q, k and v; to any order with backend="reference".
+    Raises: ValueError or TypeError that names the argument; NotImplementedError when the named
+        backend cannot run here.
+    """
+    name = "permuteformer_attention"
+    refuse_flags(name, causal=causal, normalize=normalize)
+    cu_seqlens = _int32(cu_seqlens)
+    check(name, q, k, v, decay, cu_seqlens, causal)
+    _check_choices(name, q, decay, backend)
+    if causal and decay is None:
+        decay = _default_decay(k)
+    if q.device.type == "cpu" and backend in (None, "cpu"):
+        _check_permutations(name, permutations)
+        rows, offset = split_offset("permute", positions)
+        by = (permutations, rows, decay, cu_seqlens)
+        how = {"offset": offset, "causal": causal, "normalize": normalize}
+        op = torch.ops.extrope.permuteformer_fwd
+        return explained("permute", lambda: op(q, k, v, *by, **how)[0], lambda: None)
+    q, k = _permute(name, q, k, permutations, positions, cu_seqlens, backend)
+    if backend == "reference":
+        heads = k.shape[-2] if decay is None else decay.shape[0]
+        how = Sweep(heads, decay, cu_seqlens, causal, normalize=normalize)
+        return reference.sweep(q, k, v, how).out
+    op = _op("linear_attn_fwd", backend)
+    return op(q, k, v, decay, cu_seqlens, causal=causal, normalize=normalize)[0]
+
+
+def permuteformer_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: PermuteFormerState | None = None,
+    *,
+    permutations: Tensor,
+    positions: Tensor | int | None = None,
+    decay: Tensor | None = None,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, PermuteFormerState]:
+    """Go on from a state by seqlen tokens: a prompt without one, then a token or more at a time.
+
+    What a sequence gives is the same, but for rounding, however it is cut. The state takes the
+    place of a key/value cache and does not grow; the one that is given is left as it is.
+
+    q, k, v, permutations, decay, normalize, backend: as in `permuteformer_attention`, not packed.
+    state: None at the start, then what the last call returned.
+    positions: of the first token, an int or (batch,) tensor, or (seqlen,) or (batch, seqlen) for
+        each; 0 without a state, and to be given with one.
+
+    Returns: (batch, seqlen, heads_q, head_dim_v) in q's dtype, and the state after the last token.
+        For inference: they have no gradient.
+    Raises: as `permuteformer_attention`.
+    """
+    name = "permuteformer_step"
+    refuse_flags(name, normalize=normalize)
+    check(name, q, k, v, decay, None)
+    _check_choices(name, q, decay, backend)
+    decay = _default_decay(k) if decay is None else decay
+    if state is not None:
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise TypeError(
+                f"{name}: state must be None or a PermuteFormerState, got {type(state).__name__}"
+            )
+        if positions is None:
+            raise ValueError(f"{name}: positions must be given with a state, got None")
+        check_state(name, *state, k, v, decay.shape[0])
+    q, k = _permute(name, q, k, permutations, positions, None, backend)
+    kv, key_sum = (None, None) if state is None else state
+    if backend == "reference":
+        given = {"first_state": kv, "first_sum": key_sum, "keep_state": True}
+        how = Sweep(decay.shape[0], decay, normalize=normalize, **given)
+        swept = reference.sweep(q, k, v, how)
+        return swept.out, PermuteFormerState(swept.state, swept.sum)
+    op = _op("linear_attn_step", backend)
+    out, kv, key_sum = op(q, k, v, kv, key_sum, decay, normalize=normalize)
+    return out, PermuteFormerState(kv, key_sum)
+
+
+def backends() -> dict[str, str]:
+    """What each backend says of itself here: "available", or why it is not."""
+    return {name: _backends.missing(name) or "available" for name in BACKENDS}
+
+
+def _op(name: str, backend: str | None):
+    return getattr(torch.ops.extrope, f"{name}_triton" if backend == "triton" else name)
+
+
+def _permute(name, q, k, permutations, positions, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
+    _check_permutations(name, permutations)
+    positions, offset = split_offset("permute", positions)
+    op = _op("permute_fwd", backend)
+    options = {"offset": offset} if offset else {}
+    return explained(
+        "permute", lambda: op(q, k, permutations, positions, cu_seqlens, **options), lambda: None
+    )
+
+
+def _check_permutations(name: str, permutations: Tensor) -> None:
+    if not isinstance(permutations, Tensor):
+        kind = type(permutations).__name__
+        raise TypeError(f"{name}: permutations must be a Tensor, got {kind}")
+
+
+def _default_decay(k: Tensor) -> Tensor:
+    """The authors' r_h = sigmoid(2 + 3 h / heads)."""
+    heads = k.shape[-2]
+    return torch.sigmoid(2 + 3 * torch.arange(heads, device=k.device) / heads)
+
+
+def _int32(cu_seqlens: Tensor | None) -> Tensor | None:
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
+        return cu_seqlens.to(torch.int32)
+    return cu_seqlens
+
+
+def _check_choices(name: str, q: Tensor, decay: Tensor | None, backend: str | None) -> None:
+    if not torch.compiler.is_compiling():
+        check_decay_values(name, decay)
+    if backend is not None:
+        _backends.require(name, backend, BACKENDS, q.device.type)

@@ -1,0 +1,173 @@
+"""The ops `linear_attn_fwd`, `_bwd` and `_step`: schemas, fakes, derivatives, and who runs them.
+
+They take queries and keys that are permuted already. `linear_attn_fwd` runs what is best on the
+tensors' device, `linear_attn_fwd_triton` Triton alone.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .._shared import backends as _backends
+from .._shared.autograd import contiguous_rows, register_backward
+from .._shared.library import library
+from . import cpu, reference
+from .arguments import check, check_decay_values, check_dims, check_state
+from .sweep import Sweep, gradients
+
+NAME = "linear_attn"
+# An Autograd kernel sees the positional tensors alone, hence all tensors before the *.
+_BY = "Tensor? decay=None, Tensor? cu_seqlens=None, *, bool causal=True, bool normalize=True"
+_SCHEMAS = {
+    "fwd": f"(Tensor q, Tensor k, Tensor v, {_BY}) -> (Tensor out, Tensor den)",
+    "bwd": (
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor? den, "
+        f"{_BY}) -> (Tensor dq, Tensor dk, Tensor dv)"
+    ),
+    "step": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? kv=None, Tensor? key_sum=None, "
+        "Tensor? decay=None, *, bool normalize=True) -> (Tensor out, Tensor kv, Tensor key_sum)"
+    ),
+}
+_IMPLEMENTATIONS = {
+    "": {"CPU": "cpu", "CUDA": "gpu"},
+    "_triton": {"CPU": "triton", "CUDA": "triton"},  # on a CPU: the interpreter
+}
+
+
+def _sweep(q, k, v, decay=None, cu_seqlens=None, *, causal=True, normalize=True) -> Sweep:
+    check(NAME, q, k, v, decay, cu_seqlens, causal)
+    heads = k.shape[-2] if decay is None else decay.shape[0]
+    return Sweep(heads, decay, cu_seqlens, causal, normalize=normalize)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fwd_fake(q, k, v, *by, **options):
+    how = _sweep(q, k, v, *by, **options)
+    rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(rows if how.normalize else 0, dtype=_wide(q))
+
+
+def _bwd_fake(dout, q, k, v, out, den, *by, **options):
+    _sweep(q, k, v, *by, **options)
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _step_fake(q, k, v, kv=None, key_sum=None, decay=None, *, normalize=True):
+    heads = _step_sweep(q, k, v, kv, key_sum, decay, normalize).heads
+    shape = (k.shape[0], heads, k.shape[-1])
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    state = q.new_empty((*shape, v.shape[-1]), dtype=_wide(q))
+    return out, state, q.new_empty(shape, dtype=_wide(q))
+
+
+def _step_sweep(q, k, v, kv, key_sum, decay, normalize) -> Sweep:
+    check(NAME, q, k, v, decay, None)
+    heads = k.shape[-2] if decay is None else decay.shape[0]
+    if kv is not None:
+        check_state(NAME, kv, key_sum, k, v, heads)
+    given = {"first_state": kv, "first_sum": key_sum, "keep_state": True}
+    return Sweep(heads, decay, normalize=normalize, **given)
+
+
+def plan(implementation, q, k, v, *by, **options):
+    """Who runs a forward, and the sweep that it is; what is wrong with it raises."""
+    how = _sweep(q, k, v, *by, **options)
+    check_decay_values(NAME, how.decay)
+    return _pick(implementation, q, v), how
+
+
+def _fwd(implementation, q, k, v, *by, **options):
+    run, how = plan(implementation, q, k, v, *by, **options)
+    return run.sweep(q, k, v, how)[:2]
+
+
+def _bwd(implementation, dout, q, k, v, out, den, *by, **options):
+    how = _sweep(q, k, v, *by, **options)
+    run = _pick(implementation, q, v)
+    return gradients(run.sweep, run.row_dots, dout, q, k, v, out, den, how)
+
+
+def _step(implementation, q, k, v, kv=None, key_sum=None, decay=None, *, normalize=True):
+    how = _step_sweep(q, k, v, kv, key_sum, decay, normalize)
+    check_decay_values(NAME, decay)
+    swept = _pick(implementation, q, v).sweep(q, k, v, how)
+    return swept.out, swept.state, swept.sum
+
+
+def _pick(implementation: str, q: Tensor, v: Tensor):
+    """The module that sweeps: float64 and a CPU without the compiled library go to the oracle."""
+    if implementation != "triton" and q.dtype == torch.float64:
+        return reference
+    if implementation == "cpu" and _backends.missing("cpu"):
+        return reference
+    check_dims(NAME, q, v)
+    if implementation == "cpu":
+        return cpu
+    if q.dtype == torch.float64:  # the sums would be float32
+        raise ValueError(f"{NAME}: backend='triton' takes up to float32, got {q.dtype}")
+    from . import triton
+
+    return triton
+
+
+def save(ctx, args, options, outputs, *more):
+    """What a backward needs of (q, k, v, decay, cu_seqlens), out and den, and `more`."""
+    for label, x in zip(("decay", "cu_seqlens"), args[3:]):
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{NAME}: {label} has no gradient, got one that requires grad")
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(outputs[1])
+    kept = outputs if options.get("normalize", True) else (None, None)
+    ctx.save_for_backward(*args[:3], *kept, *args[3:], *more)
+
+
+def _register_backward(suffix: str) -> None:
+    """Derivatives of first order in q, k and v; the reference backend has the higher ones."""
+    fwd, bwd, step = (
+        getattr(torch.ops.extrope, f"{NAME}_{kind}{suffix}").default for kind in _SCHEMAS
+    )
+
+    def backward(ctx, dout, _):
+        if dout is None:
+            return None, None, None
+        return bwd(contiguous_rows(dout), *ctx.saved_tensors, **ctx.options)
+
+    register_backward(library, fwd, save, backward)
+    only_first = f"{NAME}: the kernels have first derivatives only; use backend='reference'"
+    _refuse_backward(bwd, only_first)
+    _refuse_backward(step, f"{NAME}: a step is for inference and has no gradient")
+
+
+def _refuse_backward(op, message: str) -> None:
+    def save_nothing(ctx, args, options, outputs):
+        pass
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(message)
+
+    register_backward(library, op, save_nothing, refuse)
+
+
+def _define() -> None:
+    kernels = {"fwd": (_fwd_fake, _fwd), "bwd": (_bwd_fake, _bwd), "step": (_step_fake, _step)}
+    for suffix, implementations in _IMPLEMENTATIONS.items():
+        for kind, schema in _SCHEMAS.items():
+            op = f"{NAME}_{kind}{suffix}"
+            fake, kernel = kernels[kind]
+            library.define(op + schema, tags=(torch.Tag.needs_fixed_stride_order,))
+            torch.library.register_fake(f"extrope::{op}", fake, lib=library)
+            for key, implementation in implementations.items():
+                library.impl(op, functools.partial(kernel, implementation), key)
+        _register_backward(suffix)
+
+
+_define()

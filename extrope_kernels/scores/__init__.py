@@ -1,0 +1,21 @@
+"""Score methods: pure functions from their parameters to a `Score`.
+
+Which relative position a (query, key) pair sees, as regions of keys and position maps; `SCORES`
+names them all. Kernels know regions and maps only: a new method is one file here.
+"""
+
+from collections.abc import Callable
+
+from .base import PositionMap, Region, Score
+from .blockwise_causal import blockwise_causal
+from .dual_chunk import dual_chunk
+from .rerope import leaky_rerope, rerope
+from .self_extend import self_extend
+from .string import string
+
+SCORES: dict[str, Callable[..., Score]] = {
+    score.__name__: score
+    for score in (rerope, leaky_rerope, self_extend, dual_chunk, blockwise_causal, string)
+}
+
+__all__ = ["SCORES", "PositionMap", "Region", "Score", *SCORES]

@@ -1,0 +1,24 @@
+"""LEX's blockwise causal attention, XPOS at inference (https://arxiv.org/abs/2212.10554)."""
+
+from __future__ import annotations
+
+from .._checks import check_int
+from .base import PositionMap, Region, Score
+
+
+def blockwise_causal(block_size: int) -> Score:
+    """The own and the previous half block of h = block_size / 2 tokens, causally.
+
+    Query i sees the keys (i // h - 1) * h .. i at their true distances. Positions restart in every
+    half block, so XPOS's amplitudes never exceed those of one block.
+
+    block_size: in tokens, even; LEX takes the training length.
+    """
+    block_size = check_int("blockwise_causal", "block_size", block_size, at_least=2)
+    if block_size % 2:
+        raise ValueError(f"blockwise_causal: block_size must be even, got {block_size}")
+    half = block_size // 2
+    within = PositionMap(modulus=half)
+    previous = PositionMap(modulus=half, offset=half)
+    regions = (Region(-half, previous, within), Region(0, within, within))
+    return Score("blockwise_causal", regions, granularity=half, stored=within)

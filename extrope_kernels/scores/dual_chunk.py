@@ -1,0 +1,34 @@
+"""Dual Chunk Attention (https://arxiv.org/abs/2402.17463)."""
+
+from __future__ import annotations
+
+from .._checks import check_int
+from .base import FIRST_KEY, PositionMap, Region, Score, constant
+
+
+def dual_chunk(chunk_size: int, local_window: int) -> Score:
+    """Chunks of c = chunk_size - local_window tokens, with ChunkLlama's positions.
+
+    Keys sit at j % c. Queries sit, for keys of their own chunk, at i % c; for those of the
+    previous one, at min(i % c + c, chunk_size); for older ones, at min(2c - 1, chunk_size).
+
+    chunk_size: in tokens, at most the training length; ChunkLlama takes three quarters of it.
+    local_window: in tokens, below chunk_size; ChunkLlama takes an eighth of the training length.
+    """
+    chunk_size = check_int("dual_chunk", "chunk_size", chunk_size, at_least=1)
+    local_window = check_int("dual_chunk", "local_window", local_window, at_least=0)
+    if local_window >= chunk_size:
+        raise ValueError(
+            f"dual_chunk: local_window must be less than chunk_size {chunk_size}, "
+            f"got {local_window}"
+        )
+    chunk = chunk_size - local_window
+    within = PositionMap(modulus=chunk)
+    previous = PositionMap(modulus=chunk, offset=chunk, cap=chunk_size)
+    older = constant(min(2 * chunk - 1, chunk_size))
+    regions = (
+        Region(FIRST_KEY, older, within),
+        Region(-chunk, previous, within),
+        Region(0, within, within),
+    )
+    return Score("dual_chunk", regions, granularity=chunk, stored=within)

@@ -1,0 +1,123 @@
+"""Linear attention in bfloat16 on the CPU: by AMX or AVX512_BF16 where the processor has them.
+
+Where it has neither, the same cases check what runs there.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from test_permuteformer import make
+
+from extrope_kernels import (
+    permuteformer_attention,
+    permuteformer_step,
+)
+from extrope_kernels.testing import assert_within_budget, device
+
+pytestmark = pytest.mark.skipif(device() != "cpu", reason="about the CPU's kernels")
+BF16 = torch.bfloat16
+
+
+def check(name, qkv, permutations, **options):
+    by = {"permutations": permutations, **options}
+    out = permuteformer_attention(*qkv, **by)
+    same = permuteformer_attention(*qkv, backend="reference", **by)
+    exact = permuteformer_attention(*(x.double() for x in qkv), backend="reference", **by)
+    assert_within_budget(name, out, same, exact)
+
+
+@pytest.mark.parametrize("dim, value_dim", [(64, 64), (128, 128), (32, 96), (33, 17), (8, 40)])
+@pytest.mark.parametrize("seqlen", [1, 31, 65, 97, 193])
+def test_around_tiles(seqlen, dim, value_dim):
+    """32 rows, 32 lanes and 64 or 96 tokens are what tiles hold."""
+    check("tiles", *make(1, seqlen, dim=dim, value_dim=value_dim, dtype=BF16))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalize": False},
+        {"causal": False},
+        {"causal": False, "normalize": False},
+        {"decay": torch.tensor([0.01, 1.0])},
+        {"decay": torch.tensor([0.5, 0.9, 0.99, 1.0], dtype=torch.float64), "normalize": False},
+    ],
+    ids=str,
+)
+def test_options_in_tiles(options):
+    check("options", *make(2, 203, dim=64, value_dim=64, dtype=BF16), **options)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_small_and_large_tiles(scale, normalize):
+    """eps rules the scores of small queries and keys, and vanishes in those of large ones."""
+    (q, k, v), permutations = make(1, 150, dim=64, value_dim=64)
+    qkv = [(scale * q).to(BF16), (scale * k).to(BF16), v.to(BF16)]
+    check("scale", qkv, permutations, normalize=normalize)
+
+
+def test_tiles_of_few_heads_are_cut_along_the_sequence():
+    qkv, permutations = make(1, 1500, heads_q=2, heads_k=1, dim=64, value_dim=64, dtype=BF16)
+    check("parts", qkv, permutations, decay=torch.tensor([0.999]))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}], ids=str)
+def test_tiles_past_the_caches(options):
+    """16 MiB and more in whole lines."""
+    check("past caches", *make(33, 129, 32, 2, dim=28, value_dim=64, dtype=BF16), **options)
+
+
+def test_packed_tiles_are_a_loop():
+    (q, k, v), permutations = make(1, 240, dim=64, value_dim=64, dtype=BF16)
+    bounds = [0, 0, 5, 100, 240]
+    out = permuteformer_attention(
+        q[0], k[0], v[0], permutations=permutations, cu_seqlens=torch.tensor(bounds)
+    )
+    for a, b in pairwise(bounds):
+        one = permuteformer_attention(q[:, a:b], k[:, a:b], v[:, a:b], permutations=permutations)
+        assert torch.equal(out[a:b], one[0])
+
+
+def test_steps_in_tiles_give_what_the_whole_does():
+    (q, k, v), permutations = make(2, 240, dim=40, value_dim=24, dtype=BF16)
+    by = {"permutations": permutations, "decay": torch.tensor([0.9, 0.99])}
+    outs, state, first = [], None, 0
+    for end in (96, 97, 170, 240):
+        rows = slice(first, end)
+        out, state = permuteformer_step(
+            q[:, rows], k[:, rows], v[:, rows], state, positions=first, **by
+        )
+        outs.append(out)
+        first = end
+    same = permuteformer_attention(q, k, v, backend="reference", **by)
+    wide = [x.double() for x in (q, k, v)]
+    exact, final = permuteformer_step(*wide, backend="reference", **by)
+    assert_within_budget("steps", torch.cat(outs, 1), same, exact)
+    # Each term is rounded to bf16 once.
+    torch.testing.assert_close(state.kv.double(), final.kv, atol=2**-9 * 20, rtol=0)
+    torch.testing.assert_close(state.k.double(), final.k, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_nan_in_tiles_spoils_no_earlier_row(which):
+    """Of either sign: relu must not swallow it."""
+    qkv, permutations = make(1, 130, heads_q=1, heads_k=1, dim=64, value_dim=64, dtype=BF16)
+    qkv[which].view(torch.int16)[0, 70, 0, 3] = -1
+    out = permuteformer_attention(*qkv, permutations=permutations)
+    assert out[0, :70].isfinite().all()
+    spoilt = out[0, 70:, 0].isnan()
+    assert spoilt[0].all() if which == 0 else spoilt[:, 3].all()
+
+
+@pytest.mark.parametrize("narrower", ["avx512", "avx512_bf16"])
+def test_narrower_instructions_on_a_wider_processor(narrower, run_narrower):
+    run_narrower(
+        narrower,
+        "tests/linear_attention/test_permuteformer_bf16.py",
+        "-k",
+        "around_tiles or options",
+    )

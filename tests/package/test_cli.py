@@ -1,0 +1,71 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import extrope_kernels
+from extrope_kernels import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_info_says_what_runs_where(capsys):
+    assert cli.main(["info"]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    lines = {label: value.strip() for label, value in lines.items()}
+    assert lines["extrope_kernels"] == extrope_kernels.__version__
+    assert lines["torch"] == torch.__version__
+    assert lines["rope backend reference"] == "available"
+    assert lines["rope on cpu"] in ("cpu", "reference")
+    assert lines["attention on cpu"] == lines["permute on cpu"] == lines["rope on cpu"]
+    assert {"triton", "C++ compiler", "nvcc", "cpu library", "cuda library"} <= lines.keys()
+    if lines["rope on cpu"] == "cpu":
+        assert lines["CPU instructions"] in cli.CPU_CAPABILITIES
+
+
+@pytest.mark.usefixtures("no_library")
+def test_info_without_compiler_or_extras(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "extrope_kernels", "info"],
+        cwd=ROOT,
+        env={"PATH": "/nonexistent", "EXTROPE_CACHE_DIR": str(tmp_path), "EXTROPE_JIT": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler found" in done.stdout
+    assert "EXTROPE_JIT=0 forbids" in done.stdout
+    assert done.stdout.rstrip().endswith("reference")
+
+
+def test_eval_forwards_to_the_evaluation(capsys, tmp_path):
+    arguments = ["--model", str(tmp_path / "none"), "--methods", "rope", "--lengths", "64"]
+    assert cli.main(["eval", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("eval: ")
+
+
+def test_bench_runs_the_scripts_of_a_checkout(capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "extrope_kernels" / "cli.py"))
+    assert cli.main(["bench"]) == 2
+    assert "the benchmarks come with a checkout" in capfd.readouterr().err
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "bench_rope.py").write_text("print('ran rope')")
+    (tmp_path / "bench" / "bench_sad.py").write_text("raise SystemExit(3)")
+    assert cli.main(["bench", "rope"]) == 0
+    assert capfd.readouterr().out == "ran rope\n"
+    assert cli.main(["bench"]) == 3
+    assert cli.main(["bench", "yarn"]) == 2
+    assert "NAME must be one of ['rope', 'sad'], got 'yarn'" in capfd.readouterr().err
+
+
+def test_unknown_command_prints_usage(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["fly"])
+    assert exit_.value.code == 2
+    assert "info,eval,bench" in capsys.readouterr().err

@@ -1,0 +1,97 @@
+"""The comparison of length generalization: its quick form, all of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "bench" / "length_generalization.py"
+# The methods that the comparison is about, by what stands in the table's first column.
+EXPECTED = {
+    "rope", "pi", "ntk_aware", "ntk_mixed", "ntk_by_parts", "yarn", "dynamic_ntk", "giraffe_power",
+    "giraffe_truncation", "xpos", "xpos, blockwise (LEX)", "rerope", "leaky_rerope",
+    "inverse_leaky", "self_extend", "dual_chunk", "permuteformer", "randomized", "shape",
+    "random_padding", "abf",
+}  # fmt: skip
+
+
+def run_quick(build: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--quick", "--build", build], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("length_generalization")
+
+
+@pytest.fixture(scope="module")
+def output(build) -> str:
+    return run_quick(build)
+
+
+@pytest.fixture(scope="module")
+def results(build, output) -> dict:
+    return json.loads((build / "length_generalization-cpu.json").read_text())
+
+
+def test_every_method_is_trained_and_read(results):
+    rows = {row["name"]: row for row in results["rows"]}
+    assert rows.keys() >= EXPECTED
+    length = results["setup"]["length"]
+    for name, row in rows.items():
+        assert [read["length"] for read in row["lengths"]] == [length * n for n in (1, 2, 4, 8)]
+        for read in row["lengths"]:
+            losses = [read["last"], read["mean"], *read["buckets"]]
+            assert all(1 < loss < 2 * math.log(256) for loss in losses), name
+            assert len(read["buckets"]) == read["length"] // length
+            assert read["mean"] == pytest.approx(sum(read["buckets"]) / len(read["buckets"]))
+    for name, training in results["trainings"].items():
+        assert all(map(math.isfinite, training["curve"])), name
+        assert training["seconds"]["cpu"] > 0, name
+
+
+def test_methods_differ_where_they_should(results):
+    """At the training length what leaves it alone is plain RoPE; past it nothing else is."""
+    losses = {row["name"]: [x["last"] for x in row["lengths"]] for row in results["rows"]}
+    for name in ("dynamic_ntk", "dynamic_yarn", "rope, blockwise", "rerope, log-n"):
+        assert losses[name][1:] != losses["rope"][1:], name
+    assert losses["dynamic_ntk"][0] == losses["rope"][0] != losses["ntk_aware"][0]
+    assert losses["rope, blockwise"][0] == pytest.approx(losses["rope"][0], abs=1e-5)
+    assert losses["dynamic_ntk"][-1] == losses["ntk_aware"][-1]
+
+
+def test_shifted_positions_leave_rotary_training_as_it_is(results):
+    """SHAPE moves query and key alike, so its model is that of plain RoPE but for rounding."""
+    curves = {name: results["trainings"][name]["curve"] for name in ("rope", "shape", "randomized")}
+    assert curves["shape"] == pytest.approx(curves["rope"], abs=1e-3)
+    assert curves["randomized"] != pytest.approx(curves["rope"], abs=1e-3)
+
+
+def test_table_and_plot(build, output, results):
+    for row in results["rows"]:
+        numbers = [f"{read['last']:.2f}" for read in row["lengths"]]
+        assert re.search(rf"^{re.escape(row['name'])}  .*{' +'.join(numbers)} ", output, re.M)
+    svg = (build / "length_generalization.svg").read_text()
+    assert svg.count("<!-- rope -->") == 4, "plain RoPE is labelled in each of the four panels"
+
+
+def test_second_run_does_nothing_again(build, output, results):
+    kept = {path: path.stat().st_mtime_ns for path in build.glob("*.pt")}
+    assert len(kept) == len(results["trainings"]) + len(results["rows"])
+    lost = next(path for path in kept if path.name.startswith("read_pi-"))
+    lost.unlink()
+    again = run_quick(build)
+    assert re.findall(r"^(trained|read) ([^:]+):", again, re.M) == [("read", "pi")]
+    assert {path for path in kept if path.stat().st_mtime_ns != kept[path]} == {lost}
+    assert json.loads((build / "length_generalization-cpu.json").read_text()) == results

@@ -1,0 +1,55 @@
+"""What the C++ and CUDA sources and their flags must never contain."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from extrope_kernels import _build
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_no_fast_math():
+    flags = [*_build.CXX_FLAGS, *_build.NVCC_FLAGS, *sum(_build.ISA_FLAGS.values(), ())]
+    text = " ".join(flags) + " ".join(
+        path.read_text() for path in (ROOT / "csrc").rglob("*") if path.is_file()
+    )
+    forbidden = (
+        r"fast-math|fast_math|unsafe-math|associative-math|reciprocal-math|finite-math|Ofast"
+    )
+    assert not re.search(forbidden, text)
+
+
+def includes(source: Path, seen: set[Path]) -> set[str]:
+    """Every header that a source names, through our own headers."""
+    names = set(re.findall(r'#include\s*[<"](.*)[>"]', source.read_text()))
+    for name in list(names):
+        header = ROOT / "csrc" / name
+        if header.is_file() and header not in seen:
+            seen.add(header)
+            names |= includes(header, seen)
+    return names
+
+
+@pytest.mark.parametrize(
+    "source",
+    [*(ROOT / "csrc/cuda").rglob("*.cu"), *(ROOT / "csrc/cpu").rglob("*_kernel.cpp")],
+    ids=lambda path: path.name,
+)
+def test_kernels_include_no_torch_header(source):
+    headers = includes(source, set())
+    assert not [name for name in headers if re.match(r"torch/|ATen/|c10/", name)]
+
+
+def test_bindings_include_the_stable_headers_only():
+    for source in (ROOT / "csrc").rglob("*"):
+        if source.is_file():
+            names = re.findall(r"#include\s*<((?:torch|ATen|c10)/.*)>", source.read_text())
+            outside = [
+                n for n in names if not n.startswith(("torch/csrc/stable/", "torch/headeronly/"))
+            ]
+            # The C shim that the stable headers themselves stand on.
+            assert not [n for n in outside if "aoti_torch/c/" not in n], source.name

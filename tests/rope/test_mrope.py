@@ -1,0 +1,316 @@
+"""mRoPE: one rotation whose frequencies take their positions from several axes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from vectors import load
+
+from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
+from extrope_kernels.testing import DTYPES, assert_within_budget, device, make_qk
+
+VECTORS = load("mrope")
+# The position_ids of 3 tokens of text, an image of 2 x 3 tokens, and 2 tokens of text.
+IMAGE = (
+    (0, 1, 2, 3, 3, 3, 3, 3, 3, 6, 7),
+    (0, 1, 2, 3, 3, 3, 4, 4, 4, 6, 7),
+    (0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7),
+)
+EPS = torch.finfo(torch.float32).eps
+
+
+def draw(*shape, largest=100_000):
+    return torch.randint(0, largest, shape, device=device())
+
+
+def frequencies(dim=64, sections=(16, 8, 8), interleaved=False, **changes):
+    freqs = methods.yarn(dim, factor=4.0, original_max_position_embeddings=4096)
+    freqs = methods.with_sections(freqs, sections, interleaved=interleaved)
+    return replace(freqs, **changes).to(device())
+
+
+def by_axis(q, k, freqs, positions, **options):
+    """The same rotation by its definition: one for every axis, of which its pairs are kept."""
+    parts = []
+    for axis, given in enumerate(positions):
+        plain = replace(freqs, axes=None)
+        rotated = apply_rope_qk(q, k, plain, positions=given, backend="reference", **options)
+        mine = (freqs.axes == axis).to(q.dtype)
+        mine = mine.repeat_interleave(2) if options.get("interleaved") else mine.tile(2)
+        rest = mine.new_full((q.shape[-1] - len(mine),), float(axis == 0))
+        parts.append([x * torch.cat((mine, rest)) for x in rotated])
+    return tuple(sum(x) for x in zip(*parts))
+
+
+def check(q, k, freqs, backend, positions, **options):
+    outs = apply_rope_qk(q, k, freqs, positions=positions, backend=backend, **options)
+    sames = by_axis(q, k, freqs, positions, **options)
+    exacts = by_axis(q.double(), k.double(), freqs, positions, **options)
+    # Triton's interpreter truncates when it casts to bfloat16; a GPU rounds.
+    truncates = backend == "triton" and q.dtype == torch.bfloat16 and device() == "cpu"
+    for name, *values in zip("qk", outs, sames, exacts):
+        assert_within_budget(name, *values, float(truncates))
+    return outs
+
+
+# -------------------------------------------------------------------------------------------------
+# What models compute
+
+
+def sections_of(vector):
+    dim, base = vector["params"]["head_dim"], vector["params"]["base"]
+    interleaved = vector["id"] == "mrope_qwen3vl_interleaved"
+    freqs = methods.rope(dim, base=base)
+    return methods.with_sections(
+        freqs, vector["params"]["mrope_section"], interleaved=interleaved
+    ).to(device())
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["id"])
+def test_axes_of_the_published_models(vector):
+    axes = ["thw".index(letter) for letter in vector["axis_of_each_frequency"]]
+    assert sections_of(vector).axes.tolist() == axes
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["id"])
+def test_vectors(backend, vector):
+    """Rotating (1, 0) gives the cosine and the sine."""
+    positions = torch.tensor(vector["positions_thw"], device=device())[:, None]
+    freqs = sections_of(vector)
+    half, seqlen = len(freqs.axes), positions.shape[-1]
+    one = torch.ones(1, seqlen, 1, 2 * half, device=device())
+    one[..., half:] = 0
+    out = apply_rope(one, freqs, positions=positions, backend=backend)[0, :, 0]
+    cos, sin = (
+        torch.tensor(vector[name], device=device()).view(seqlen, 2, half)[:, 0]
+        for name in ("cos", "sin")
+    )
+    # Theirs round the angle, which is 6 at most, to float32.
+    torch.testing.assert_close(out, torch.cat((cos, sin), -1), rtol=0, atol=8 * EPS)
+
+
+@pytest.mark.parametrize("model", ("qwen2_vl", "qwen3_vl"))
+def test_transformers(backend, model):
+    pytest.importorskip("transformers")
+    from transformers.models.qwen2_vl import configuration_qwen2_vl, modeling_qwen2_vl
+    from transformers.models.qwen3_vl import configuration_qwen3_vl, modeling_qwen3_vl
+
+    config_class, rotary_class, modeling, sections = {
+        "qwen2_vl": (
+            configuration_qwen2_vl.Qwen2VLTextConfig,
+            modeling_qwen2_vl.Qwen2VLRotaryEmbedding,
+            modeling_qwen2_vl,
+            [16, 24, 24],
+        ),
+        "qwen3_vl": (
+            configuration_qwen3_vl.Qwen3VLTextConfig,
+            modeling_qwen3_vl.Qwen3VLTextRotaryEmbedding,
+            modeling_qwen3_vl,
+            [24, 20, 20],
+        ),
+    }[model]
+    parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    config = config_class(
+        hidden_size=256, num_attention_heads=2, head_dim=128, rope_parameters=parameters
+    )
+    rotary = rotary_class(config).to(device())
+    positions = torch.tensor(IMAGE, device=device())[:, None].expand(3, 2, -1)
+    q, k = make_qk(2, len(IMAGE[0]), 2, 1, head_dim=128)
+    cos, sin = rotary(q, positions)
+    theirs = modeling.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    freqs = methods.with_sections(
+        methods.rope(128, base=1e6), sections, interleaved=model == "qwen3_vl"
+    )
+    ours = apply_rope_qk(q, k, freqs.to(device()), positions=positions, backend=backend)
+    for x, y, given in zip(ours, theirs, (q, k)):
+        # Their angles, 7 at most, are rounded to float32; then two products and a sum.
+        torch.testing.assert_close(x, y, rtol=0, atol=8 * EPS * given.abs().max().item())
+
+
+# -------------------------------------------------------------------------------------------------
+# Against one rotation for each axis
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", (8, 64, 80, 128))
+def test_head_dims(backend, head_dim, dtype, interleaved):
+    q, k = make_qk(head_dim=head_dim, dtype=dtype)
+    pairs = head_dim // 2
+    axes = torch.arange(pairs, dtype=torch.int32, device=device()) % 3
+    freqs = RopeFreqs(methods.rope(head_dim).inv_freq.to(device()), 1.1, axes=axes)
+    check(q, k, freqs, backend, draw(3, 2, 13), interleaved=interleaved)
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64, torch.float32, torch.float64))
+@pytest.mark.parametrize("shape", ((3, 2, 5), (3, 1, 5), (1, 2, 5), (4, 2, 5)))
+def test_position_tensors(backend, shape, dtype):
+    q, k = make_qk(seqlen=5)
+    freqs = frequencies()
+    freqs = replace(freqs, axes=freqs.axes % shape[0] if shape[0] < 4 else 3 - freqs.axes)
+    check(q, k, freqs, backend, draw(*shape).to(dtype))
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+def test_partial_rotary_passes_the_rest_through(backend, interleaved):
+    q, k = make_qk(head_dim=80)
+    out_q, _ = check(q, k, frequencies(), backend, draw(3, 2, 13), interleaved=interleaved)
+    assert torch.equal(out_q[..., 64:], q[..., 64:])
+
+
+@pytest.mark.parametrize("batch, seqlen", ((1, 1), (2, 0), (0, 5), (3, 1), (1, 31)))
+def test_shapes(backend, batch, seqlen):
+    q, k = make_qk(batch, seqlen)
+    check(q, k, frequencies(), backend, draw(3, batch, seqlen))
+
+
+def test_strided_positions(backend):
+    q, k = make_qk()
+    positions = draw(13, 4, 3).permute(2, 1, 0)[:, ::2]
+    check(q, k, frequencies(), backend, positions)
+    check(q, k, frequencies(), backend, draw(3, 1, 13).expand(3, 2, 13))
+
+
+@pytest.mark.parametrize(
+    "method",
+    (
+        methods.ntk_aware(64, factor=4.0),
+        methods.xpos(64),
+        methods.longrope(
+            64,
+            short_factor=[1.0] * 32,
+            long_factor=[4.0] * 32,
+            original_max_position_embeddings=4096,
+            seq_len=torch.tensor([100, 9000]),
+            factor=4.0,
+        ),
+        RopeFreqs(torch.rand(2, 2, 32), 1.3),
+    ),
+    ids=("ntk_aware", "xpos", "longrope", "per_head"),
+)
+@pytest.mark.parametrize("inverse", (False, True))
+def test_every_method_composes(backend, method, inverse):
+    q, k = make_qk(heads_q=2, heads_k=2)
+    freqs = methods.with_sections(method, (12, 10, 10), interleaved=True).to(device())
+    check(q, k, freqs, backend, draw(3, 2, 13, largest=2000), inverse=inverse)
+
+
+def test_packed(backend):
+    q, k = make_qk(1, 11, 2, 1)
+    cu_seqlens = torch.tensor([0, 4, 4, 11], dtype=torch.int32, device=device())
+    inv_freq = torch.rand(3, 32, device=device())
+    freqs = frequencies(inv_freq=inv_freq)
+    positions = draw(3, 1, 11)
+    check(q[0], k[0], freqs, backend, positions, cu_seqlens=cu_seqlens)
+
+
+def test_inplace_and_strided_views(backend):
+    q, k = make_qk(dtype=torch.bfloat16)
+    positions = draw(3, 2, 13)
+    expected = apply_rope_qk(q, k, frequencies(), positions=positions, backend=backend)
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    outs = apply_rope_qk(*views, frequencies(), positions=positions, inplace=True, backend=backend)
+    for out, view, want in zip(outs, views, expected):
+        assert out is view and torch.equal(out, want)
+
+
+# -------------------------------------------------------------------------------------------------
+# Text: the same position on every axis
+
+
+def run(freqs, positions, backend):
+    """The rotated q and k and the gradients of q, k and inv_freq."""
+    q, k = (x.requires_grad_() for x in make_qk())
+    inv_freq = freqs.inv_freq.detach().clone().requires_grad_()
+    freqs = replace(freqs, inv_freq=inv_freq)
+    outs = apply_rope_qk(q, k, freqs, positions=positions, backend=backend)
+    weights = make_qk(seed=1)
+    return *outs, *torch.autograd.grad(outs, (q, k, inv_freq), weights)
+
+
+@pytest.mark.parametrize("decay", (False, True))
+def test_text_is_plain_rope_bit_for_bit(backend, decay):
+    freqs = methods.xpos(64) if decay else methods.rope(64)
+    freqs = methods.with_sections(freqs, (16, 8, 8)).to(device())
+    positions = draw(2, 13, largest=1000)
+    plain = run(replace(freqs, axes=None), positions, backend)
+    for given in (positions, positions.expand(3, 2, 13)):
+        for x, y in zip(run(freqs, given, backend), plain):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("positions", (None, 7, "seqlen", "offsets"))
+def test_positions_of_text(backend, positions):
+    shapes = {"seqlen": (13,), "offsets": (2, 1)}
+    if positions in shapes:
+        positions = draw(*shapes[positions])
+    q, k = make_qk()
+    plain = replace(frequencies(), axes=None)
+    outs = apply_rope_qk(q, k, frequencies(), positions=positions, backend=backend)
+    for x, y in zip(outs, apply_rope_qk(q, k, plain, positions=positions, backend=backend)):
+        assert torch.equal(x, y)
+
+
+# -------------------------------------------------------------------------------------------------
+# Gradients and tracing; gradcheck and opcheck have a case each in the tests of the rotation
+
+
+@pytest.mark.parametrize("packed", (False, True))
+@pytest.mark.parametrize("interleaved", (False, True))
+def test_gradients(backend, interleaved, packed):
+    q, k = make_qk(1 if packed else 2, 7, 2, 1, dtype=torch.float64)
+    options = {"interleaved": interleaved}
+    inv_freq = torch.rand(2, 32, device=device())
+    if packed:
+        q, k = q[0], k[0]
+        options["cu_seqlens"] = torch.tensor([0, 3, 7], dtype=torch.int32, device=device())
+    positions = draw(3, 1 if packed else 2, 7, largest=1000)
+    leaves = [x.clone().requires_grad_() for x in (q, k, inv_freq)]
+    freqs = frequencies(inv_freq=leaves[2])
+    outs = apply_rope_qk(*leaves[:2], freqs, positions=positions, backend=backend, **options)
+    expected = by_axis(*leaves[:2], freqs, positions, **options)
+    weights = [torch.randn_like(x) for x in outs]
+    got = torch.autograd.grad(outs, leaves, weights)
+    want = torch.autograd.grad(expected, leaves, weights)
+    for x, y in zip(got, want):
+        torch.testing.assert_close(x, y)
+
+
+def test_compile(backend):
+    q, _ = make_qk()
+    freqs = frequencies()
+    compiled = torch.compile(
+        lambda x, p: apply_rope(x * 1.0, freqs, positions=p, backend=backend), fullgraph=True
+    )
+    leaf, positions = q.clone().requires_grad_(), draw(3, 2, 13)
+    out = compiled(leaf, positions)
+    torch.testing.assert_close(out, apply_rope(q, freqs, positions=positions, backend=backend))
+    out.sum().backward()
+    ones = apply_rope(torch.ones_like(q), freqs, positions=positions, inverse=True)
+    torch.testing.assert_close(leaf.grad, ones * freqs.attention_factor**2)
+
+
+def test_vmap_over_positions(backend):
+    q, _ = make_qk()
+    positions = draw(4, 3, 2, 13)
+    got = torch.vmap(lambda p: apply_rope(q, frequencies(), positions=p, backend=backend))(
+        positions
+    )
+    for out, given in zip(got, positions):
+        assert torch.equal(out, apply_rope(q, frequencies(), positions=given, backend=backend))
+
+
+# -------------------------------------------------------------------------------------------------
+# Sections
+
+
+def test_sections():
+    freqs = methods.yarn(128, factor=4.0, original_max_position_embeddings=32768)
+    split = methods.with_sections(freqs, [16, 24, 24])
+    assert split.axes.dtype == torch.int32
+    assert split.axes.tolist() == [0] * 16 + [1] * 24 + [2] * 24
+    assert split.inv_freq is freqs.inv_freq and split.attention_factor == freqs.attention_factor
+    turns = methods.with_sections(freqs, [24, 20, 20], interleaved=True)
+    assert turns.axes.tolist() == [0, 1, 2] * 20 + [0] * 4
+    assert methods.with_sections(freqs, [32, 32], interleaved=True).axes.tolist() == [0, 1] * 32
+    assert split.to("meta").axes.device.type == "meta"

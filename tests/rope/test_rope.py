@@ -1,0 +1,252 @@
+"""Every backend against float64: dtypes, layouts, shapes, positions, frequencies."""
+
+import math
+
+import pytest
+import torch
+
+from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
+from extrope_kernels.testing import DTYPES, assert_within_budget, device, make_qk
+
+HEAD_DIMS = (2, 8, 64, 72, 80, 96, 128, 256)
+LONG_POSITIONS = (1_009, 100_003, 1_000_003, 15_999_989)
+
+
+def frequencies(dim, **changes):
+    """YaRN-like: an attention factor, frequencies from 1 down."""
+    inv_freq = methods.rope(dim).inv_freq.to(device())
+    return RopeFreqs(changes.get("inv_freq", inv_freq), changes.get("attention_factor", 1.1))
+
+
+def interpreter_ulps(backend, dtype):
+    """Triton's interpreter truncates when it casts to bfloat16; a GPU rounds."""
+    return 1.0 if backend == "triton" and dtype == torch.bfloat16 and device() == "cpu" else 0.0
+
+
+def check(q, k, freqs, backend, **options):
+    """apply_rope_qk of `backend` against the reference in the same dtype and in float64."""
+    outs = apply_rope_qk(q, k, freqs, backend=backend, **options)
+    sames = apply_rope_qk(q, k, freqs, backend="reference", **options)
+    exacts = apply_rope_qk(q.double(), k.double(), freqs, backend="reference", **options)
+    slack = interpreter_ulps(backend, q.dtype)
+    for name, out, same, exact in zip("qk", outs, sames, exacts):
+        assert_within_budget(name, out, same, exact, slack)
+    return outs
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dims(backend, head_dim, dtype, interleaved):
+    q, k = make_qk(head_dim=head_dim, dtype=dtype)
+    check(q, k, frequencies(head_dim), backend, interleaved=interleaved)
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("rotary_dim", (2, 20, 64, 78))
+def test_partial_rotary_passes_the_rest_through(backend, rotary_dim, interleaved):
+    q, k = make_qk(head_dim=80)
+    outs = check(q, k, frequencies(rotary_dim), backend, interleaved=interleaved)
+    for x, out in zip((q, k), outs):
+        assert torch.equal(x[..., rotary_dim:], out[..., rotary_dim:])
+
+
+@pytest.mark.parametrize("heads_q, heads_k", ((1, 1), (73, 1), (8, 2)))
+@pytest.mark.parametrize("batch, seqlen", ((1, 1), (3, 1), (1, 31), (2, 17), (2, 0), (0, 5)))
+def test_shapes(backend, batch, seqlen, heads_q, heads_k):
+    q, k = make_qk(batch, seqlen, heads_q, heads_k, head_dim=16)
+    check(q, k, frequencies(16), backend)
+
+
+def test_no_heads(backend):
+    q, k = make_qk(1, 5, 2, 1, head_dim=8)
+    out_q, out_k = apply_rope_qk(q[:, :, :0], k, frequencies(8), backend=backend)
+    assert out_q.shape == (1, 5, 0, 8)
+    assert torch.equal(out_k, apply_rope(k, frequencies(8), backend=backend))
+
+
+def test_one_tensor_is_what_it_is_among_two(backend):
+    q, k = make_qk()
+    together = apply_rope_qk(q, k, frequencies(64), backend=backend)
+    assert torch.equal(apply_rope(q, frequencies(64), backend=backend), together[0])
+    assert torch.equal(apply_rope(k, frequencies(64), backend=backend), together[1])
+
+
+# -------------------------------------------------------------------------------------------------
+# Positions
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", LONG_POSITIONS)
+def test_long_positions_are_exact(backend, start, dtype, interleaved):
+    q, k = make_qk(head_dim=128, seqlen=11, dtype=dtype)
+    check(q, k, frequencies(128), backend, positions=start, interleaved=interleaved)
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64, torch.float32, torch.float64))
+@pytest.mark.parametrize("shape", ("seqlen", "batch", "one_batch", "offsets", "offset_column"))
+def test_position_tensors(backend, shape, dtype):
+    q, k = make_qk(batch=3, seqlen=7)
+    sizes = {
+        "seqlen": (7,),
+        "batch": (3, 7),
+        "one_batch": (1, 7),
+        "offsets": (3,),
+        "offset_column": (3, 1),
+    }
+    positions = torch.randint(0, 1_000_000, sizes[shape], device=device()).to(dtype)
+    if dtype.is_floating_point:
+        positions = positions / 64
+    check(q, k, frequencies(64), backend, positions=positions)
+
+
+def test_strided_positions(backend):
+    q, k = make_qk(batch=2, seqlen=5)
+    positions = torch.randint(0, 1_000_000, (5, 4), device=device())[:, ::2].T
+    check(q, k, frequencies(64), backend, positions=positions)
+
+
+def test_positions_by_offset_and_by_tensor_agree(backend):
+    q, k = make_qk(batch=2, seqlen=5)
+    index = torch.arange(5, device=device())
+    by_offset = apply_rope_qk(q, k, frequencies(64), positions=1234, backend=backend)
+    by_tensor = apply_rope_qk(q, k, frequencies(64), positions=index + 1234, backend=backend)
+    by_sequence = apply_rope_qk(
+        q,
+        k,
+        frequencies(64),
+        positions=torch.tensor([1234, 1234], device=device()),
+        backend=backend,
+    )
+    for a, b, c in zip(by_offset, by_tensor, by_sequence):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("lengths", ((5, 1, 7), (0, 6, 0, 0, 3, 0), (13,)))
+@pytest.mark.parametrize("offsets", (False, True))
+@pytest.mark.parametrize("per_sequence", (False, True))
+def test_packed_equals_one_by_one(backend, lengths, offsets, per_sequence):
+    q, k = make_qk(1, sum(lengths), 4, 2)
+    count = len(lengths)
+    starts = torch.arange(count, device=device()) * 1000
+    inv_freq = frequencies(64).inv_freq
+    if per_sequence:
+        inv_freq = inv_freq / torch.arange(1, count + 1, device=device()).float()[:, None]
+    cu_seqlens = torch.tensor([0, *lengths], device=device()).cumsum(0)
+    packed = apply_rope_qk(
+        q[0],
+        k[0],
+        frequencies(64, inv_freq=inv_freq),
+        cu_seqlens=cu_seqlens,
+        positions=starts if offsets else None,
+        backend=backend,
+    )
+    for i, length in enumerate(lengths):
+        rows = slice(int(cu_seqlens[i]), int(cu_seqlens[i + 1]))
+        freqs = frequencies(64, inv_freq=inv_freq[i] if per_sequence else inv_freq)
+        alone = apply_rope_qk(
+            q[:, rows],
+            k[:, rows],
+            freqs,
+            positions=int(starts[i]) if offsets else 0,
+            backend=backend,
+        )
+        for x, y in zip(packed, alone):
+            assert torch.equal(x[rows], y[0]), f"sequence {i} of length {length}"
+
+
+def test_packed_positions(backend):
+    q, k = make_qk(1, 9, 2, 1)
+    cu_seqlens = torch.tensor([0, 4, 9], device=device(), dtype=torch.int32)
+    positions = torch.randint(0, 10_000, (9,), device=device())
+    packed = apply_rope_qk(
+        q[0], k[0], frequencies(64), cu_seqlens=cu_seqlens, positions=positions, backend=backend
+    )
+    alone = apply_rope_qk(q, k, frequencies(64), positions=positions, backend=backend)
+    assert torch.equal(packed[0], alone[0][0]) and torch.equal(packed[1], alone[1][0])
+
+
+# -------------------------------------------------------------------------------------------------
+# Frequencies and amplitude
+
+
+@pytest.mark.parametrize(
+    "shape", ((32,), (1, 32), (3, 32), (1, 1, 32), (3, 1, 32), (1, 4, 32), (3, 4, 32))
+)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_frequencies_per_sequence_and_head(backend, shape, dtype):
+    q, k = make_qk(batch=3, seqlen=5, heads_q=4, heads_k=4)
+    inv_freq = torch.rand(shape, device=device(), dtype=dtype)
+    check(q, k, frequencies(64, inv_freq=inv_freq), backend, positions=1000)
+
+
+def test_expanded_frequencies(backend):
+    q, k = make_qk(batch=3, seqlen=5, heads_q=4, heads_k=4)
+    inv_freq = torch.rand(32, device=device()).expand(3, 4, 32)
+    check(q, k, frequencies(64, inv_freq=inv_freq), backend)
+
+
+def test_zero_and_large_frequencies(backend):
+    q, k = make_qk(head_dim=8)
+    inv_freq = torch.tensor([0.0, 1e-30, 6.5, 4000.0], device=device())
+    check(q, k, frequencies(8, inv_freq=inv_freq), backend, positions=77)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positions", (0, 900, -900))
+def test_log_decay_goes_up_for_q_and_down_for_k(backend, dtype, positions):
+    q, k = make_qk(head_dim=32, dtype=dtype)
+    freqs = methods.xpos(32).to(device())
+    out_q, out_k = check(q, k, freqs, backend, positions=positions)
+    plain_q, plain_k = apply_rope_qk(
+        q.double(), k.double(), RopeFreqs(freqs.inv_freq), positions=positions, backend="reference"
+    )
+    at = positions + torch.arange(q.shape[1], device=device(), dtype=torch.float64)
+    growth = torch.exp(at[:, None, None] * freqs.log_decay.double().tile(2))
+    torch.testing.assert_close(out_q.double(), plain_q * growth, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(out_k.double(), plain_k / growth, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("decay", (False, True))
+@pytest.mark.parametrize("interleaved", (False, True))
+def test_inverse_undoes(backend, interleaved, decay):
+    q, k = make_qk(dtype=torch.float64)
+    freqs = methods.xpos(64).to(device()) if decay else frequencies(64)
+    options = dict(positions=100_003, interleaved=interleaved, backend=backend)
+    if decay:
+        options["positions"] = 300
+    there = apply_rope_qk(q, k, freqs, **options)
+    back = apply_rope_qk(*there, freqs, inverse=True, **options)
+    for x, y in zip((q, k), back):
+        torch.testing.assert_close(x, y, rtol=0, atol=32 * torch.finfo(torch.float64).eps)
+
+
+def test_shifting_all_positions_changes_no_logit(backend):
+    """Relative positions are all that scores depend on: a shift by a million is rounding."""
+    q, k = make_qk(1, 29, 2, 2, head_dim=128)
+    freqs = frequencies(128, attention_factor=1.0)
+
+    def logits(shift):
+        q_rot, k_rot = apply_rope_qk(q, k, freqs, positions=shift, backend=backend)
+        return torch.einsum("bihd,bjhd->bhij", q_rot.double(), k_rot.double()) / math.sqrt(128)
+
+    q_exact, k_exact = apply_rope_qk(q.double(), k.double(), freqs, backend="reference")
+    exact = torch.einsum("bihd,bjhd->bhij", q_exact, k_exact) / math.sqrt(128)
+    near, far = (logits(shift) - exact for shift in (0, 1_000_000))
+    assert far.abs().max() <= 2 * near.abs().max()
+
+
+@pytest.mark.parametrize("capability", ("baseline", "avx2", "avx512"))
+def test_every_instruction_set_of_the_cpu_kernels(capability, run_python):
+    """The choice falls when the library loads, so each runs in a process of its own."""
+    run_python(
+        """
+        from extrope_kernels import methods, testing
+        import pytest, sys
+        files = ["tests/rope/test_rope.py", "tests/rope/test_rope_memory.py"]
+        sys.exit(pytest.main(["-q", "-x", *files, "-k",
+            "cpu and (head_dims or long_positions or log_decay or strided) and not instruction"]))
+        """,
+        EXTROPE_CPU_CAPABILITY=capability,
+    )
