@@ -5,15 +5,16 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-LINTERS = $(shell grep -oE '(ruff|clang-format)==[0-9.]+' .pre-commit-config.yaml | sort -u)
+LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-config.yaml | sort -u)
 
-.PHONY: help demo test bench lint sanitize clean
+.PHONY: help demo test bench docs lint sanitize clean
 
 help:
 	@echo "make demo   a real language model past its training length, per method: table and plot"
 	@echo "make test   the test suite"
 	@echo "make bench  the benchmarks"
-	@echo "make lint   ruff and clang-format"
+	@echo "make docs   the documentation, into build/docs"
+	@echo "make lint   ruff, clang-format and mypy"
 	@echo "make sanitize  the CPU kernels under the address, undefined-behaviour and thread sanitizers"
 	@echo "make clean  remove .venv and build"
 
@@ -28,10 +29,14 @@ test: $(VENV)/extra-test $(VENV)/smollm2
 bench: $(VENV)/extra-bench
 	$(BIN)/python -m extrope_kernels bench
 
+docs: $(VENV)/extra-docs
+	$(BIN)/mkdocs build --strict --site-dir build/docs
+
 lint: $(VENV)/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
 
 # The C++ library is built once more for each of them, which takes minutes.
 sanitize: $(VENV)/extra-test

@@ -38,7 +38,7 @@ EXTRAS = (
     "pytest>=8",
     "pytest-xdist",
     "transformers>=5",
-    "triton>=3.4",
+    "triton>=3.6",
 )
 # Tests of the checkout: of its sources and benchmarks, and of the libraries built from it.
 OF_THE_CHECKOUT = (
@@ -46,9 +46,14 @@ OF_THE_CHECKOUT = (
     "package/test_bench.py",
     "package/test_build.py",
     "package/test_cuda_emulated.py",
+    "package/test_docs.py",
+    "package/test_examples.py",
+    "package/test_first_use.py",
     "package/test_gpu_audit.py",
     "package/test_length_generalization.py",
+    "package/test_method_table.py",
     "package/test_permute_emulated.py",
+    "package/test_recipes.py",
     "package/test_sources.py",
 )
 NATIVE = (
@@ -62,16 +67,16 @@ NATIVE = (
     "decode/test_decode.py",
     "permute/test_permute.py",
     "permute/test_permute_gradients.py",
-    "linear_attention/test_permuteformer.py",
-    "linear_attention/test_permuteformer_gradients.py",
-    "linear_attention/test_permuteformer_step.py",
+    "linear_attention/test_linear_attention.py",
+    "linear_attention/test_linear_attention_gradients.py",
+    "linear_attention/test_linear_attention_step.py",
 )
 
 
 @nox.session(python=BUILT_WITH[0])
 def wheel(session: nox.Session) -> None:
     """Build the wheel that all other sessions install."""
-    session.install("setuptools>=77", f"torch=={BUILT_WITH[1]}")
+    session.install("setuptools>=77", "ninja", f"torch=={BUILT_WITH[1]}")
     shutil.rmtree(WHEELS, ignore_errors=True)
     WHEELS.mkdir(parents=True)
     build = "from setuptools.build_meta import build_wheel; build_wheel('build/wheels')"

@@ -6,9 +6,10 @@ install never packages one: it would go stale with the first edit, while the fir
 the sources.
 """
 
-import importlib.util
+import importlib
 import os
 import sys
+import types
 from pathlib import Path
 
 from setuptools import Distribution, find_packages, setup
@@ -19,12 +20,11 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_build_module():
-    """Load `_build.py` by path: importing the package would need torch."""
-    spec = importlib.util.spec_from_file_location("_build", ROOT / "extrope_kernels" / "_build.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """`extrope_kernels._build`, without the package's own `__init__`, which needs torch."""
+    package = types.ModuleType("extrope_kernels")
+    package.__path__ = [str(ROOT / "extrope_kernels")]
+    sys.modules[package.__name__] = package
+    return importlib.import_module("extrope_kernels._build")
 
 
 _build = load_build_module()
@@ -80,7 +80,10 @@ class LibraryDistribution(Distribution):
 setup(
     packages=[*find_packages(include=["extrope_kernels*"]), "extrope_kernels.csrc"],
     package_dir={"extrope_kernels.csrc": "csrc"},
-    package_data={"extrope_kernels.csrc": ["**/*.h", "**/*.cpp", "**/*.cu"]},
+    package_data={
+        "extrope_kernels": ["py.typed"],
+        "extrope_kernels.csrc": ["**/*.h", "**/*.cpp", "**/*.cu"],
+    },
     distclass=LibraryDistribution,
     cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": WheelTaggedByContent},
 )

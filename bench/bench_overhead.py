@@ -9,19 +9,26 @@ and positions are made once a request or a batch, not once a layer.
 from __future__ import annotations
 
 import functools
-import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from harness import NAN, Report, arguments, device, host_microseconds, verdict
 from torch import Tensor
 
 import extrope_kernels as ek
-from extrope_kernels import methods, positions
+from extrope_kernels import methods, positions, scores
 
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))  # for the examples
 ops = torch.ops.extrope
-BARS = {"op rope_inplace, q": 5.0, "apply_rope_qk": 12.0}  # eager, nothing recorded
+# Eager, nothing recorded: how many times a row above, as processors differ.
+BARS = {
+    "apply_rope_qk": (8.0, "torch.add"),
+    "rerope_attention of 16 tokens": (3.3, "apply_rope_qk"),
+    "rerope_attention_with_kvcache": (2.7, "apply_rope_qk"),
+}
 
 
 @dataclass
@@ -46,7 +53,7 @@ COLUMNS = {
     "recorded": ("recorded", 8, ".1f"),
     "compiled": ("compiled", 8, ".1f"),
     "compiled_recorded": ("compiled, recorded", 18, ".1f"),
-    "bar": ("bar", 4, ".0f"),
+    "bar": ("bar", 6, ".1f"),
     "verdict": ("", 6, ""),
 }
 
@@ -81,30 +88,56 @@ def rotations() -> dict[str, Case]:
 
 
 def attentions() -> dict[str, Case]:
+    """Every score method, as the tests call it, with and without a cache; the ops by ReRoPE's."""
+    from attention_oracle import EXAMPLES
+
     q, k, v, freqs = random(1, 1, 8, 64), random(1, 1, 2, 64), random(1, 1, 2, 64), methods.rope(64)
-    freqs = freqs.to(device())
-    scores = {
-        "rerope": {"window": 4},
-        "dual_chunk": {"chunk_size": 6, "local_window": 2},
-        "blockwise_causal": {"block_size": 4},
-    }
+    freqs, score = freqs.to(device()), scores.rerope(4)
+    caches = (random(1, 16, 2, 64), random(1, 16, 2, 64))
+    filled = torch.tensor([8], dtype=torch.int32, device=device())
     cases = {}
-    for name, own in scores.items():
-        attend = getattr(ek, f"{name}_attention")
-        forward, backward = (getattr(ops, f"{name}_attn_{way}") for way in ("fwd", "bwd"))
-        out, lse = forward(q, k, v, freqs.inv_freq, **own)
-        cases[f"{name}_attention"] = Case(
-            lambda *qkv, f=attend, own=own: f(*qkv, freqs, **own), (q, k, v)
+    for example in EXAMPLES.values():
+        cases[example.attention.__name__] = Case(
+            lambda *qkv, x=example: x.attention(*qkv, freqs, **x.parameters), (q, k, v)
         )
-        cases[f"op {name}_attn_fwd"] = Case(
-            lambda *qkv, f=forward, own=own: f(*qkv, freqs.inv_freq, **own), (q, k, v)
-        )
-        cases[f"op {name}_attn_bwd"] = Case(
-            lambda *x, f=backward, own=own: f(x[0], None, *x[1:], freqs.inv_freq, **own),
-            (out, q, k, v, out, lse),
+        cases[example.with_kvcache.__name__] = Case(
+            lambda q, k, v, *kv, x=example: x.with_kvcache(
+                q, *kv, freqs, k=k, v=v, cache_seqlens=filled, **x.parameters
+            ),
+            (q, k, v, *caches),
             False,
         )
-    return {**cases, **cached(q, k, v, freqs), **merged()}
+    cases["rerope_attention of 16 tokens"] = Case(
+        lambda *qkv: ek.rerope_attention(*qkv, freqs, window=4),
+        (random(1, 16, 8, 64), random(1, 16, 2, 64), random(1, 16, 2, 64)),
+    )
+    own = {"starts": score.starts, "granularity": score.granularity}
+    by, maps, stored = freqs.inv_freq, {"maps": score.maps}, {"maps": score.stored_maps}
+    out, lse = ops.attention_fwd(q, k, v, by, **own, **maps)
+    cases["op attention_fwd"] = Case(
+        lambda *qkv: ops.attention_fwd(*qkv, by, **own, **maps), (q, k, v)
+    )
+    cases["op attention_bwd"] = Case(
+        lambda *x: ops.attention_bwd(x[0], None, *x[1:], by, **own, **maps),
+        (out, q, k, v, out, lse),
+        False,
+    )
+    cases["op decode"] = Case(
+        lambda q, *kv: ops.decode(q, *kv, None, None, by, filled, **own, **stored),
+        (q, *caches),
+        False,
+    )
+    cases["op decode with its append"] = Case(
+        lambda q, k, v, *kv: ops.decode(q, *kv, k, v, by, filled, **own, **stored),
+        (q, k, v, *caches),
+        False,
+    )
+    cases["op append"] = Case(
+        lambda k, v, *kv: ops.append(*kv, k, v, by, filled, stored=list(score.stored)),
+        (k, v, *caches),
+        False,
+    )
+    return {**cases, **merged()}
 
 
 def permutes() -> dict[str, Case]:
@@ -127,47 +160,19 @@ def permutes() -> dict[str, Case]:
     }
 
 
-def cached(q: Tensor, k: Tensor, v: Tensor, freqs: ek.RopeFreqs) -> dict[str, Case]:
-    caches, used = (random(1, 16, 2, 64), random(1, 16, 2, 64)), {"window": 4}
-    filled = torch.tensor([8], dtype=torch.int32, device=device())
-    step = {"cache_seqlens": filled, **used}
-    by = freqs.inv_freq
-    return {
-        "rerope_attention_with_kvcache": Case(
-            lambda q, k, v, *kv: ek.rerope_attention_with_kvcache(q, *kv, freqs, k=k, v=v, **step),
-            (q, k, v, *caches),
-            False,
-        ),
-        "op rerope_attn_append": Case(
-            lambda k, v, *kv: ops.rerope_attn_append(*kv, k, v, by, filled, **used),
-            (k, v, *caches),
-            False,
-        ),
-        "op rerope_attn_decode": Case(
-            lambda q, *kv: ops.rerope_attn_decode(q, *kv, by, filled, **used), (q, *caches), False
-        ),
-    }
-
-
 def merged() -> dict[str, Case]:
     outs, lses = (random(1, 1, 8, 64), random(1, 1, 8, 64)), torch.zeros(2, 1, 8, 1).to(device())
     return {"merge_attention": Case(lambda a, b: ek.merge_attention((a, b), lses), outs)}
 
 
 def frequencies() -> dict[str, Case]:
-    """Every method, with the parameters that have no default."""
-    known = {
-        "factor": 4, "seq_len": 16384, "max_position_embeddings": 8192, "power": 0.1,
-        "original_max_position_embeddings": 8192, "truncate_pos": 8192,
-        "short_factor": [1.0] * 64, "long_factor": [4.0] * 64, "partial_rotary_factor": 0.5,
-    }  # fmt: skip
-    cases = {}
-    for name, function in methods.METHODS.items():
-        parameters = inspect.signature(function).parameters.values()
-        own = {p.name: known[p.name] for p in parameters if p.name in known
-               and p.default in (inspect.Parameter.empty, None)}  # fmt: skip
-        cases[f"methods.{name}"] = Case(functools.partial(function, 128, **own), (), False)
-    return cases
+    """Every method, as the tests call it."""
+    from method_examples import example
+
+    return {
+        f"methods.{name}": Case(functools.partial(function, 128, **example(name, 128)), (), False)
+        for name, function in methods.METHODS.items()
+    }
 
 
 def position_strategies() -> dict[str, Case]:
@@ -193,7 +198,7 @@ def measure(case: Case, name: str, quick: bool) -> Overhead:
     # A fresh code object for each: dynamo would count one function's variants as recompilations.
     torch._dynamo.reset()
     compiled = torch.compile(case.function, fullgraph=not quick, dynamic=False)
-    row = Overhead(name, NAN, bar=BARS.get(name, NAN))
+    row = Overhead(name, NAN)
     with torch.no_grad():
         row.eager = microseconds(case.function, case.tensors)
         if case.tensors:
@@ -210,15 +215,21 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     report = Report("overhead", args, COLUMNS)
     cases = {
+        "torch.add": Case(torch.add, (random(1), random(1))),
         **rotations(),
         **permutes(),
         **attentions(),
         **frequencies(),
         **position_strategies(),
     }
+    eager = {}
     for name, case in cases.items():
         if report.wants(name):
-            report.add(measure(case, name, args.quick))
+            row = measure(case, name, args.quick)
+            times, yardstick = BARS.get(name, (NAN, name))
+            eager[name] = row.eager
+            row.bar = times * eager.get(yardstick, NAN)
+            report.add(row)
     report.save()
 
 

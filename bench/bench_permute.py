@@ -2,7 +2,7 @@
 
 q (1, 8192, 32, 128) and k with 8 heads, 8 permutations. The floor is copy_ of q and k between
 existing buffers; clone, like the permutation, writes into fresh memory. The peers are what PyTorch
-offers with a table of powers made beforehand, once for q and once for k: 8 KiB of int64 lanes a
+offers with a table of powers made beforehand, once for q and once for k: 8 KiB of int64 dims a
 token, 64 MiB for these 8192; ours needs none.
 """
 
@@ -32,7 +32,7 @@ def permutations() -> Tensor:
 
 
 def power_table(seqlen: int) -> Tensor:
-    """(seqlen, heads_k, head_dim): the lanes c -> pi^p(c), as the authors' code keeps them."""
+    """(seqlen, heads_k, head_dim): the dims c -> pi^p(c), as the authors' code keeps them."""
     step = permutations()
     powers = [torch.arange(HEAD_DIM, device=device()).expand_as(step)]
     for _ in range(seqlen - 1):
@@ -42,19 +42,19 @@ def power_table(seqlen: int) -> Tensor:
 
 def peers(q: Tensor, k: Tensor) -> dict[str, Call]:
     table = power_table(q.shape[1])[None]
-    group = HEADS // HEADS_K  # q heads that share a k head's lanes
+    group = HEADS // HEADS_K  # q heads that share a k head's dims
     wide = table[:, :, :, None].expand(*table.shape[:3], group, HEAD_DIM)
-    lanes_q = wide.flatten(2, 3).expand(q.shape)
+    dims_q = wide.flatten(2, 3).expand(q.shape)
     return {
-        "torch.gather": lambda: (q.gather(-1, lanes_q), k.gather(-1, table)),
-        "advanced indexing": lambda: (indexed(q, lanes_q), indexed(k, table)),
+        "torch.gather": lambda: (q.gather(-1, dims_q), k.gather(-1, table)),
+        "advanced indexing": lambda: (indexed(q, dims_q), indexed(k, table)),
     }
 
 
-def indexed(x: Tensor, lanes: Tensor) -> Tensor:
+def indexed(x: Tensor, dims: Tensor) -> Tensor:
     seq = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
     head = torch.arange(x.shape[2], device=x.device)[None, None, :, None]
-    return x[0, seq, head, lanes]
+    return x[0, seq, head, dims]
 
 
 @torch.no_grad()

@@ -4,9 +4,10 @@ Registers, stack, shared memory, occupancy, widths of accesses, products and spe
 each loop, and the time that bytes and instructions imply on A100, H100 and B200. Nothing runs, so
 these times are bounds, not measurements. Ends with status 1 where a kernel has a fault.
 
-A run of all writes bench/results/gpu_audit.json. Every row there holds a hash of all that decides
-the machine code, so the next run, on any machine, compiles only what has changed since. Binaries
-are in build/ besides: a run goes on where it was stopped with Ctrl-C. `python bench/readme.py` then
+A run of all writes bench/results/gpu_audit.json, or what it has come to when it is stopped with
+Ctrl-C: the sample that the tests compile comes first. Every row there holds a hash of all that
+decides the machine code, so the next run, on any machine, compiles only what is missing or has
+changed since; binaries are in build/ besides. `python bench/readme.py` then
 puts the table into the README.
 """
 
@@ -59,7 +60,7 @@ def main() -> int:
             lambda case: progress.update(bar, advance=1, description=str(case)),
             asked.afresh,
         )
-    if out := asked.out or (RESULT if len(rows) == len(all_cases()) else None):
+    if out := asked.out or (None if asked.sample or asked.kernel else RESULT):
         report.save(rows, out)
     return min(report.show(rows), 1)
 

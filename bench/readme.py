@@ -1,21 +1,23 @@
-"""Write the README's figures from measured files: python bench/readme.py
+"""Write the figures of README.md and docs/ from measured files: python bench/readme.py
 
 Reads bench/results/*.json (of `make bench`, bench/gpu_audit.py and bench/length_generalization.py)
-and build/demo/loss.json with its plot (of `make demo`). Writes all to bench/results/README.md, and
-docs/demo.png; replaces what stands between the markers in README.md.
-The marker of bench/results/NAME-DEVICE.json is NAME-DEVICE, that of another machine's
-bench/results/FOLDER/NAME-DEVICE.json (--out FOLDER) FOLDER/NAME-DEVICE, of the demo demo-table. Put
+and build/demo/loss.json with its plot (of `make demo`), which it keeps as bench/results/demo.json
+and docs/demo.png. All of it goes to bench/results/README.md, and between the markers of a page,
 
     <!-- rope-cpu: bfloat16 -->
+    <!-- end of rope-cpu -->
 
-where its figures shall stand, here only the cases with "bfloat16" in their name, dtype or shape;
-several words must all be there.
+what bench/results/rope-cpu.json says; here only the cases with "bfloat16" in their name, dtype or
+shape; several words must all be there. FOLDER/rope-cpu is another machine's (--out FOLDER);
+`methods` is the table of methods, `gpu_audit` the audit's, `demo` the demo's, and `api: scores`
+what mkdocstrings is to show of that room.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -102,9 +104,9 @@ def length_table(results: dict) -> str:
     return f"{table(length_report.head(results), lines)}\n\n{bold} {length_report.summary(results)}"
 
 
-def methods_table(length: dict, demo: dict | None) -> str:
-    head = ["function", "what it does", "source", "tests", "small model, 8x", "SmolLM2, 14-16k"]
-    return table(head, method_table.rows(length, demo))
+def methods_table(results: Path) -> str:
+    head = ["method", "what it does", "paper", "small model, 8x", "SmolLM2, 14-16k"]
+    return table(head, method_table.table_lines(results))
 
 
 def overhead(results: dict) -> str:
@@ -145,35 +147,49 @@ def everything(results: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def replace(text: str, name: str, content: Callable[[str], str]) -> str:
-    """The text with content(only) at the marker of that name, if it has one."""
+def figures(results: Path) -> dict[str, Callable[[str], str]]:
+    """What can stand between markers, by their name: a function of the words after it."""
+    made = {name: functools.partial(text_of, path, name) for name, path in names(results).items()}
+    made["methods"] = lambda only: methods_table(results)
+    made["api"] = method_table.api
+    if (audit := results / "gpu_audit.json").exists():
+        made["gpu_audit"] = lambda only: audit_table(audit)
+    if (demo := results / "demo.json").exists():
+        made["demo"] = lambda only: demo_table(json.loads(demo.read_text()))
+    return made
+
+
+def pages(root: Path) -> list[Path]:
+    """Those that may have figures."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def filled(page: Path, root: Path, made: dict[str, Callable[[str], str]]) -> str:
+    """The page's text with today's figures between its markers."""
+    here = os.path.relpath(root, page.parent)
 
     def marked(marker: re.Match) -> str:
-        only = marker[1] or ""
-        return f"<!-- {name}{only} -->\n{content(only[2:])}\n<!-- end of {name} -->"
+        name, only = marker["name"], marker["only"] or ""
+        if name not in made:
+            raise ValueError(f"{page.name}: nothing measured is called {name!r}")
+        figure = made[name](only)
+        if here != ".":
+            figure = figure.replace("](bench/", f"]({here}/bench/")
+        return f"{marker['start']}\n{figure}\n<!-- end of {name} -->"
 
-    pattern = rf"<!-- {name}(: [^\n]*?)? -->(?:.*<!-- end of {name} -->)?"
-    return re.sub(pattern, marked, text, count=1, flags=re.DOTALL)
+    pattern = (
+        r"(?P<start><!-- (?P<name>[\w/-]+)(?:: (?P<only>[^\n]*?))? -->)\n"
+        r"(?:(?!<!-- ).)*<!-- end of (?P=name) -->"
+    )
+    return re.sub(pattern, marked, page.read_text(), flags=re.DOTALL)
 
 
 def main(root: Path = ROOT, results: Path = RESULTS) -> None:
-    readme = root / "README.md"
-    text = readme.read_text()
-    for name, path in names(results).items():
-        text = replace(text, name, functools.partial(text_of, path, name))
-    if (audit := results / "gpu_audit.json").exists():
-        text = replace(text, "audit-table", lambda only: audit_table(audit))
     if (made := root / "build" / "demo" / "loss.json").exists():
-        (root / "docs").mkdir(exist_ok=True)
         shutil.copyfile(made, results / "demo.json")
         shutil.copyfile(made.with_suffix(".png"), root / "docs" / "demo.png")
-    demo = json.loads(path.read_text()) if (path := results / "demo.json").exists() else None
-    if demo:
-        text = replace(text, "demo-table", lambda only: demo_table(demo))
-    if (path := results / "length_generalization-cpu.json").exists():
-        table = methods_table(json.loads(path.read_text()), demo)
-        text = replace(text, "methods-table", lambda only: table)
-    readme.write_text(text)
+    for page in pages(root):
+        page.write_text(filled(page, root, figures(results)))
     (results / "README.md").write_text(everything(results))
 
 

@@ -7,7 +7,13 @@ from .ops.attention import (
     dual_chunk_attention,
     merge_attention,
     rerope_attention,
+    string_attention,
+)
+from .ops.decode import (
+    blockwise_causal_attention_with_kvcache,
+    dual_chunk_attention_with_kvcache,
     rerope_attention_with_kvcache,
+    string_attention_with_kvcache,
 )
 from .ops.linear_attention import (
     PermuteFormerState,
@@ -17,14 +23,16 @@ from .ops.linear_attention import (
 from .ops.permute import head_permutations, permute, permute_qk
 from .ops.rope import apply_rope, apply_rope_qk
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "PermuteFormerState",
     "RopeFreqs",
     "apply_rope",
     "apply_rope_qk",
     "blockwise_causal_attention",
+    "blockwise_causal_attention_with_kvcache",
     "dual_chunk_attention",
+    "dual_chunk_attention_with_kvcache",
     "head_permutations",
     "merge_attention",
     "methods",
@@ -36,4 +44,6 @@ __all__ = [
     "rerope_attention",
     "rerope_attention_with_kvcache",
     "scores",
+    "string_attention",
+    "string_attention_with_kvcache",
 ]

@@ -1,9 +1,11 @@
 """How the two compiled libraries are built: for setup.py and for the first-use build in `_ext.py`.
 
-This module imports neither torch nor the rest of the package, so that setup.py can load it by path.
-`csrc/cpu/*/*_kernel.cpp` knows nothing of torch and is compiled once per instruction set,
+This module imports no torch, so that setup.py can use it where there is none.
+`csrc/cpu/ROOM/*_kernel.cpp` knows nothing of torch and is compiled once per instruction set,
 `*_bf16_kernel.cpp` for those that multiply in bf16; the other `.cpp` files bind kernels to torch
-through its stable ABI; `csrc/cuda/*/*.cu` includes no torch header either and is for nvcc.
+through its stable ABI; `csrc/cuda/ROOM/*.cu` includes no torch header either and is for nvcc.
+Headers are named from csrc on. ninja runs the compilers: in a work folder that is kept, it compiles
+what an edit touches and nothing else.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from . import _ninja
 
 LIBRARIES = {"cpu": "_C_cpu.abi3.so", "cuda": "_C_cuda.abi3.so"}
 MIN_TORCH = (2, 11)
@@ -62,9 +65,9 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """The commands that build one library; `objects` maps an object file to its command."""
+    """The commands that build one library, in a work folder where csrc is a copy of the sources."""
 
-    objects: dict[str, list[str]]
+    objects: dict[str, list[str]]  # of an object file; the last word is the source
     link: list[str]
     left_out: str = ""  # what this compiler cannot build, in one line
 
@@ -104,6 +107,17 @@ def find_compiler() -> list[str]:
         if shutil.which(command[0]):
             return command
     raise BuildError(f"no C++ compiler found ({chosen[0] if chosen else 'c++, g++, clang++'})")
+
+
+def find_ninja() -> str:
+    """The path of ninja: its wheel's, else on PATH."""
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = ""
+    if found := shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja"):
+        return found
+    raise BuildError("ninja not found: pip install ninja")
 
 
 def find_nvcc() -> str:
@@ -146,17 +160,15 @@ def _plan_cpu() -> Plan:
     has_bf16 = ["-DEXTROPE_HAS_BF16"] if "amx" in isas else []
     objects = {}
     for source in _sources("cpu", "*.cpp"):
-        compile_it = [*compiler, STANDARD, *CXX_FLAGS, *include(), "-c", str(source)]
+        compile_it = [*compiler, STANDARD, *CXX_FLAGS, "-I", "csrc"]
+        which = ["-c", _copied(source)]
         if not source.stem.endswith("_kernel"):
-            objects[_object(source)] = [*compile_it, BINDING, *has_bf16, *_torch_flags(torch)]
+            bind = [BINDING, *has_bf16, *_torch_flags(torch)]
+            objects[_object(source)] = [*compile_it, *bind, *which]
             continue
         for isa in _isas_of(source, isas):
-            objects[_object(source, isa)] = [
-                *compile_it,
-                KERNEL,
-                f"-DEXTROPE_ISA={isa}",
-                *ISA_FLAGS[isa],
-            ]
+            for_isa = [KERNEL, f"-DEXTROPE_ISA={isa}", *ISA_FLAGS[isa]]
+            objects[_object(source, isa)] = [*compile_it, *for_isa, *which]
     link = [*compiler, "-shared", f"-L{torch / 'lib'}", "-Wl,--no-undefined", "-ltorch_cpu"]
     left_out = "" if has_bf16 or "avx512" not in isas else f"{compiler[-1]} does not know AMX"
     return Plan(objects, link, left_out)
@@ -183,18 +195,24 @@ def _plan_cuda() -> Plan:
     # nvcc drives every step: it alone knows where its headers and the static runtime are.
     compiler, nvcc, torch = find_compiler(), find_nvcc(), find_torch()
     chips = gencode(cuda_archs(nvcc))
-    compile_it = [nvcc, *NVCC_FLAGS, *include()] + (
+    compile_it = [nvcc, *NVCC_FLAGS, "-I", "csrc"] + (
         [f"-ccbin={compiler[-1]}"] if os.environ.get("CXX") else []
     )
     objects = {
-        _object(s, "cu"): [*compile_it, chips, "-c", str(s)] for s in _sources("cuda", "*.cu")
+        _object(s, "cu"): [*compile_it, chips, "-c", _copied(s)] for s in _sources("cuda", "*.cu")
     }
     for source in _sources("cuda", "*.cpp"):
-        objects[_object(source)] = [*compile_it, "-c", str(source), *_torch_flags(torch)]
+        objects[_object(source)] = [*compile_it, *_torch_flags(torch), "-c", _copied(source)]
     link = [nvcc, "-shared", "-cudart=static", chips, f"-L{torch / 'lib'}"]
     return Plan(
         objects, [*link, "-Xlinker=--no-undefined", "-ltorch_cpu", "-ldl", "-lrt", "-lpthread"]
     )
+
+
+def _tools(name: str) -> str:
+    """What translates the sources into machine code of which kind."""
+    compilers = [find_compiler()] + ([[find_nvcc()]] if name == "cuda" else [])
+    return platform.machine() + "".join(output([*command, "--version"]) for command in compilers)
 
 
 def key(name: str) -> str:
@@ -203,57 +221,46 @@ def key(name: str) -> str:
     torch's version is no part of it: by the stable ABI the library serves all from MIN_TORCH on.
     """
     steps = plan(name)
-    digest = hashlib.sha256(platform.machine().encode())
-    digest.update(output([*find_compiler(), "--version"]).encode())
-    if name == "cuda":
-        digest.update(output([find_nvcc(), "--version"]).encode())
+    digest = hashlib.sha256(_tools(name).encode())
     for command in [*steps.objects.values(), steps.link]:
         # Paths of sources and of torch say nothing about the result.
         digest.update(" ".join(word for word in command if os.sep not in word).encode())
-    for folder in ("common", name):
-        for source in _sources(folder, "*"):
-            digest.update(str(source.relative_to(source_dir())).encode() + source.read_bytes())
+    for source in _read_by(name):
+        digest.update(_copied(source).encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
+def work_key(name: str) -> str:
+    """A short hash of what needs a work folder of its own: the compilers, where the sources lie."""
+    return hashlib.sha256(f"{_tools(name)}{source_dir()}".encode()).hexdigest()[:16]
+
+
 def build(name: str, output: Path, work_dir: Path, log: Path) -> None:
-    """Compile library `name` into the file `output`; `log` keeps the commands and their output."""
-    steps = plan(name)
-    if steps.left_out:
-        warnings.warn(
-            f"the {name} library lacks its fastest kernels: {steps.left_out}", stacklevel=2
-        )
+    """Compile library `name` into the file `output`; `log` keeps the commands and their output.
+
+    `work_dir` may be an earlier build's: then only what has changed since is compiled.
+    """
+    steps, ninja = plan(name), find_ninja()
+    if lacks := steps.left_out:
+        warnings.warn(f"the {name} library lacks its fastest kernels: {lacks}", stacklevel=2)
     work_dir.mkdir(parents=True, exist_ok=True)
-    commands = [
-        [*command, "-o", str(work_dir / target)] for target, command in steps.objects.items()
-    ]
-    # Objects come before the libraries: the linker looks only ahead for what they leave undefined.
-    link = [
-        steps.link[0],
-        *(str(work_dir / target) for target in steps.objects),
-        *steps.link[1:],
-        "-o",
-        str(output),
-    ]
-    log.write_text("")
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(lambda command: _run(command, log), commands))
-    _run(link, log)
+    _copy_sources(name, work_dir / "csrc")
+    if why := _ninja.run(ninja, steps.objects, LIBRARIES[name], steps.link, work_dir, log):
+        raise BuildError(f"{Path(steps.link[0]).name} failed: {why} (log: {log})")
+    shutil.copy(work_dir / LIBRARIES[name], output)
 
 
-def _run(command: list[str], log: Path) -> None:
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-    except OSError as error:
-        raise BuildError(f"{command[0]} did not start: {error.strerror}") from error
-    with log.open("a") as file:
-        file.write(f"$ {shlex.join(command)}\n{done.stdout}")
-    if done.returncode != 0:
-        lines = done.stdout.splitlines() or [f"exit code {done.returncode}"]
-        first = next((line for line in lines if "error" in line.lower()), lines[-1])
-        raise BuildError(f"{Path(command[0]).name} failed: {first.strip()[:300]} (log: {log})")
+def _copy_sources(name: str, folder: Path) -> None:
+    """Bring a copy up to date, by content: installers date as they like, ninja goes by dates."""
+    sources = {folder.parent / _copied(source): source for source in _read_by(name)}
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in sources:
+            path.unlink()
+    for path, source in sources.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = source.read_bytes()
+        if not path.exists() or path.read_bytes() != content:
+            path.write_bytes(content)
 
 
 def output(command: list[str]) -> str:
@@ -270,6 +277,16 @@ def _sources(folder: str, pattern: str) -> list[Path]:
     if not found:
         raise BuildError(f"no {pattern} sources in {source_dir() / folder}")
     return found
+
+
+def _read_by(name: str) -> list[Path]:
+    """All files that the library is compiled from, headers too."""
+    return [*_sources("common", "*"), *_sources(name, "*")]
+
+
+def _copied(source: Path) -> str:
+    """Where a source lies in the work folder."""
+    return f"csrc/{source.relative_to(source_dir()).as_posix()}"
 
 
 def _object(source: Path, kind: str = "") -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import stat
 import tempfile
 import threading
@@ -93,7 +92,7 @@ def _load_cached(name: str) -> Path:
     if name == "cuda" and not torch.cuda.is_available():
         raise _build.BuildError("not in the package, and not built here: no CUDA device")
     entry = f"{name}-{_build.key(name)}"
-    failures = []
+    failures: list[str] = []
     for folder in _usable(cache_dirs(), failures):
         library = folder / entry / _build.LIBRARIES[name]
         try:
@@ -126,19 +125,22 @@ def _usable(folders: list[Path], failures: list[str]) -> Iterator[Path]:
 
 def _build_locked(name: str, library: Path) -> None:
     entry = library.parent
-    entry.mkdir(exist_ok=True)
+    # Objects outlive the build, for the next one after an edit of the sources.
+    work_dir = entry.parent / f"build-{name}-{_build.work_key(name)}"
+    for folder in (entry, work_dir):
+        folder.mkdir(exist_ok=True)
     with FileLock(entry / "lock", timeout=_BUILD_TIMEOUT):
         if _intact(library):  # another process built it meanwhile
             return
         _log.warning("building the %s library, once, into %s", name, entry)
-        work_dir = Path(tempfile.mkdtemp(prefix="build-", dir=entry))
+        built = entry / f"{library.name}.new"
         try:
-            built = work_dir / library.name
-            _build.build(name, built, work_dir, entry / "build.log")
+            with FileLock(work_dir / "lock", timeout=_BUILD_TIMEOUT):
+                _build.build(name, built, work_dir, entry / "build.log")
             _digest_path(library).write_text(_digest(built))
             os.replace(built, library)
         finally:
-            shutil.rmtree(work_dir, ignore_errors=True)
+            built.unlink(missing_ok=True)
 
 
 def _digest_path(library: Path) -> Path:

@@ -51,10 +51,10 @@ LINES = (
     Line("decode, RoPE", "cache decode", "plain paged one-token"),
     Line("decode, ReRoPE", "cache decode", "raw paged one-token"),
     Line("decode, Leaky ReRoPE", "cache decode", "slow paged one-token"),
-    Line("linear attention, forward", "linear sweep", "forward"),
-    Line("linear attention, dQ", "linear sweep", "dq"),
-    Line("linear attention, dK", "linear sweep", "dk"),
-    Line("linear attention, dV", "linear sweep", "dv"),
+    Line("linear attention, forward", "linear scan", "forward"),
+    Line("linear attention, dQ", "linear scan", "dq"),
+    Line("linear attention, dK", "linear scan", "dk"),
+    Line("linear attention, dV", "linear scan", "dv"),
 )
 HEAD = (
     "bfloat16, head_dim 128",

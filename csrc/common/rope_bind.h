@@ -12,13 +12,6 @@
 
 namespace extrope {
 
-inline bool overlaps_itself(const Tensor& x) {
-  for (int64_t i = 0; i < x.dim(); ++i) {
-    if (x.stride(i) == 0 && x.size(i) > 1) return true;
-  }
-  return false;
-}
-
 // The three ops, for a device whose kernel is started by `launch`.
 template <void (*launch)(const RopeParams&, int device_index),
           Tensor (*make_like)(const Tensor&) = new_like>

@@ -11,7 +11,7 @@ namespace extrope {
 // One of q and k. Strides are in elements; the last dimension is contiguous.
 struct RopeTensor {
   const void* in;  // (batch, seqlen, heads, head_dim)
-  void* out;  // same shape; `out == in` rotates in place and leaves the lanes past rotary_dim alone
+  void* out;  // same shape; `out == in` rotates in place and leaves the dims past rotary_dim alone
   const void* saved;  // the forward's input, read for angle_grad only, else nullptr
   int64_t in_batch, in_seq, in_head;
   int64_t out_batch, out_seq, out_head;
@@ -24,7 +24,7 @@ struct RopeParams : TokenParams {
   RopeTensor tensors[2];
   int32_t num_tensors;
   DType dtype;
-  bool interleaved;  // pair i is lanes (2i, 2i + 1); otherwise lanes (i, i + rotary_dim / 2)
+  bool interleaved;  // pair i is dims (2i, 2i + 1); otherwise dims (i, i + rotary_dim / 2)
   bool conjugate;    // rotate by minus the angle
   int64_t head_dim, rotary_dim;
 

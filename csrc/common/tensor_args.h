@@ -27,12 +27,24 @@ void require_of(const char* op, bool condition, const Message&... message) {
   }
 }
 
-inline std::string shape_of(const Tensor& x) {
-  std::ostringstream text;
+// Written out only where a check fails: text takes longer to make than a small rotation.
+struct Shape {
+  const Tensor& x;
+};
+
+inline Shape shape_of(const Tensor& x) { return {x}; }
+
+inline std::ostream& operator<<(std::ostream& text, const Shape& shape) {
   text << "(";
-  for (int64_t i = 0; i < x.dim(); ++i) text << (i ? ", " : "") << x.size(i);
-  text << ")";
-  return text.str();
+  for (int64_t i = 0; i < shape.x.dim(); ++i) text << (i ? ", " : "") << shape.x.size(i);
+  return text << ")";
+}
+
+inline bool overlaps_itself(const Tensor& x) {
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    if (x.stride(i) == 0 && x.size(i) > 1) return true;
+  }
+  return false;
 }
 
 inline void check_rows(const char* op, const Tensor& x, bool packed, const char* name) {

@@ -1,4 +1,4 @@
-// Vectors of lanes in memory, and their widening to the precision of the arithmetic.
+// Vectors of elements in memory, and their widening to the precision of the arithmetic.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,8 +14,8 @@ namespace extrope {
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// VEC lanes in memory. Two-byte types stay packed in 32-bit words, or each would take a register of
-// its own.
+// VEC elements in memory. Two-byte types stay packed in 32-bit words, or each would take a register
+// of its own.
 template <typename T, int VEC>
 struct alignas(sizeof(T) * VEC) Lanes {
   static constexpr bool PACKED = sizeof(T) == 2 && VEC > 1;
@@ -106,7 +106,7 @@ inline bool multiple(int64_t extent, int64_t stride, int vec) {
   return extent == 1 || stride % vec == 0;
 }
 
-// What a thread owns of one head: VEC lanes of the first half of the rotated ones and VEC of the
+// What a thread owns of one head: VEC dims of the first half of the rotated ones and VEC of the
 // second, in either layout, so that the threads of a token touch whole neighbouring vectors.
 template <typename T, int VEC>
 struct Owned {

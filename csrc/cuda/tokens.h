@@ -1,4 +1,4 @@
-// Tokens: where their lanes are, which sequence they belong to, their positions as a Number: double
+// Tokens: where their dims are, which sequence they belong to, their positions as a Number: double
 // or, for exact integers that wrap around, uint64_t.
 #pragma once
 
@@ -10,7 +10,7 @@ namespace extrope {
 
 template <typename Number>
 struct Token {
-  int batch, seq;   // where its lanes are
+  int batch, seq;   // where its dims are
   int sequence;     // the packed sequence, else the batch index
   Number position;  // on the first axis
 };

@@ -65,7 +65,14 @@ def _score_defaults(
     self_extend: the smallest group with which the largest relative position stays below two thirds
         of the training length, its authors' rule; the window is rounded down to its multiple.
     dual_chunk: chunks of 3/4, local window 1/8 of the training length, as in ChunkLlama.
+    blockwise_causal: blocks of the training length, as in LEX.
+    string: shift a third of the training length, window 128, as its authors have it, or 1/16 of a
+        shorter length than theirs.
     """
+    if method == "blockwise_causal":
+        return {"block_size": max(2, trained // 2 * 2)}
+    if method == "string":
+        return {"shift": max(1, trained // 3), "window": min(128, trained // 16)}
     if method == "dual_chunk":
         return {"chunk_size": max(1, 3 * trained // 4), "local_window": trained // 8}
     if method == "leaky_rerope":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from extrope_kernels.evaluation.report import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette without its yellow, which is too light for a line on white.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -21,7 +22,7 @@ _STYLES = ("-", "--", ":")
 def plot_loss(results: dict[str, Any], path: Path) -> None:
     """Draw the loss of each bucket, a panel per length and a line per method, as PNG."""
     lengths = sorted({row["length"] for row in results["rows"]})
-    figure = Figure(figsize=(8.5, 0.6 + 4.4 * len(lengths)), layout="constrained")
+    figure = _figure(8.5, 0.6 + 4.4 * len(lengths))
     panels = figure.subplots(len(lengths), 1, squeeze=False, sharey=True)[:, 0]
     methods = list(dict.fromkeys(row["method"] for row in results["rows"]))
     for axes, length in zip(panels, lengths, strict=True):
@@ -92,7 +93,7 @@ def plot_passkey(results: dict[str, Any], path: Path) -> None:
     columns = min(3, len(methods))
     lines = -(-len(methods) // columns)
     width = max(2.6, 0.85 * len(lengths) + 1.2)
-    figure = Figure(figsize=(columns * width + 1.4, lines * 3.4 + 0.5), layout="constrained")
+    figure = _figure(columns * width + 1.4, lines * 3.4 + 0.5)
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes, method in zip(panels, methods, strict=False):
         rows = {row["length"]: row for row in results["rows"] if row["method"] == method}
@@ -130,6 +131,12 @@ def _draw_heat_map(
                 colour = "white" if accuracy < 0.6 else "black"
                 axes.text(column, line, f"{accuracy:.0%}", color=colour, ha="center", va="center")
     return image
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Figure, path: Path) -> None:

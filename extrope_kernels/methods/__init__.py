@@ -8,24 +8,26 @@ differ in the last one between CPU families). `RopeFreqs.to` moves them to a dev
 
 from collections.abc import Callable
 
-from .abf import abf
+# "as" exports them to type checkers, which do not see what __all__ gets from the table.
+from .abf import abf as abf
 from .base import RopeFreqs
-from .dynamic_ntk import dynamic_ntk
-from .dynamic_yarn import dynamic_yarn
-from .giraffe_power import giraffe_power
-from .giraffe_truncation import giraffe_truncation
+from .cope import cope as cope
+from .dynamic_ntk import dynamic_ntk as dynamic_ntk
+from .dynamic_yarn import dynamic_yarn as dynamic_yarn
+from .giraffe_power import giraffe_power as giraffe_power
+from .giraffe_truncation import giraffe_truncation as giraffe_truncation
 from .hf_config import from_hf_config
-from .llama3 import llama3
-from .longrope import longrope
-from .ntk_aware import ntk_aware
-from .ntk_by_parts import ntk_by_parts
-from .ntk_mixed import ntk_mixed
-from .pi import pi
-from .proportional import proportional
-from .rope import rope
+from .llama3 import llama3 as llama3
+from .longrope import longrope as longrope
+from .ntk_aware import ntk_aware as ntk_aware
+from .ntk_by_parts import ntk_by_parts as ntk_by_parts
+from .ntk_mixed import ntk_mixed as ntk_mixed
+from .pi import pi as pi
+from .proportional import proportional as proportional
+from .rope import rope as rope
 from .sections import with_sections
-from .xpos import xpos
-from .yarn import yarn
+from .xpos import xpos as xpos
+from .yarn import yarn as yarn
 
 METHODS: dict[str, Callable[..., RopeFreqs]] = {
     method.__name__: method
@@ -45,6 +47,7 @@ METHODS: dict[str, Callable[..., RopeFreqs]] = {
         llama3,
         longrope,
         proportional,
+        cope,
     )
 }
 

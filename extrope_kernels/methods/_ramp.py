@@ -12,9 +12,9 @@ from .._checks import check_bool, check_choice, check_falling, check_real
 from .base import base_powers, copy_to
 
 
-def turns_index(turns: float, dim: int, base: float, length: int) -> float:
-    """Return the (real) pair index at which a pair turns `turns` times inside `length`."""
-    return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+def rotations_index(rotations: float, dim: int, base: float, length: int) -> float:
+    """Return the (real) pair index at which a pair rotates `rotations` times inside `length`."""
+    return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
 
 def index_ramp(
@@ -26,19 +26,19 @@ def index_ramp(
     slow: float,
     truncate: bool = True,
 ) -> Tensor:
-    """Return 1 for the pairs that make `fast` turns or more, falling linearly to 0 at `slow` turns.
+    """Return 1 for pairs that make `fast` rotations or more, falling linearly to 0 at `slow`.
 
     (dim/2,) float32. The ends are indices, rounded outwards when `truncate`, and are limited to
     0 .. dim - 1 (not dim/2 - 1) as in the authors' code.
     """
-    low, high = turns_index(fast, dim, base, length), turns_index(slow, dim, base, length)
+    low, high = rotations_index(fast, dim, base, length), rotations_index(slow, dim, base, length)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low > high:
         raise ValueError(
-            f"{method}: original_max_position_embeddings and base must let some pair of lanes make "
-            f"between {slow:g} and {fast:g} turns, got {length} and {base:g}"
+            f"{method}: original_max_position_embeddings and base must let some pair of dims make "
+            f"between {slow:g} and {fast:g} rotations, got {length} and {base:g}"
         )
     if low == high:
         high += 0.001
@@ -111,10 +111,10 @@ def _by_index(
 def _by_rotations(
     method: str, dim: int, base: float, length: int, fast: float, slow: float, truncate: bool
 ) -> tuple[Tensor, Tensor]:
-    """Linear in the number of turns, in float64: the paper's equations."""
+    """Linear in the number of rotations, in float64: the paper's equations."""
     powers = base ** (torch.arange(0, dim, 2, device="cpu").double() / dim)
-    turns = length / (2 * math.pi * powers)
-    return powers, ((turns - slow) / (fast - slow)).clamp(0, 1)
+    rotations = length / (2 * math.pi * powers)
+    return powers, ((rotations - slow) / (fast - slow)).clamp(0, 1)
 
 
 _RAMPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -7,7 +7,7 @@ from .base import RopeFreqs, rope_inv_freq
 
 
 def abf(dim: int, *, base: float = 500000.0) -> RopeFreqs:
-    """Return plain RoPE's frequencies at a base chosen by hand, 500000 in the paper.
+    """ABF: plain RoPE at a larger base, 500000 in the paper.
 
     theta_i = base ** (-2i / dim), i = 0 .. dim/2 - 1
 

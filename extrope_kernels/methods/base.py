@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class RopeFreqs:
-    """How fast each pair of lanes turns, and how loud it is.
+    """How fast each pair of dims rotates, and its amplitude.
 
     inv_freq: (rotary_dim/2,) float32: radians per position of each pair; (batch, rotary_dim/2) when
         a method was given one `seq_len` per sequence.
-    attention_factor: multiplies the rotated lanes of q and of k, hence the logits by its square.
-    log_decay: (rotary_dim/2,) float32 or None. When given, q lanes are multiplied by
-        exp(p * log_decay) and k lanes by exp(-p * log_decay) at position p (XPOS), p counted from
+    attention_factor: multiplies the rotated dims of q and of k, hence the logits by its square.
+    log_decay: (rotary_dim/2,) float32 or None. When given, q dims are multiplied by
+        exp(p * log_decay) and k dims by exp(-p * log_decay) at position p (XPOS), p counted from
         decay_origin.
     axes: (rotary_dim/2,) int32 or None. Which row of positions (axes, batch, seqlen) each pair
         takes its position from (mRoPE, see `with_sections`).
@@ -34,7 +34,7 @@ class RopeFreqs:
     steepest_decay: float = 0.0
 
     def for_keys(self) -> RopeFreqs:
-        """Return what `apply_rope` rotates keys by when they come alone: the decay turned round."""
+        """Return what `apply_rope` rotates keys by when they come alone: the decay negated."""
         return self if self.log_decay is None else replace(self, log_decay=-self.log_decay)
 
     def to(self, device: torch.device | str | int) -> RopeFreqs:

@@ -18,7 +18,7 @@ def dynamic_ntk(
     max_position_embeddings: int,
     base: float = 10000.0,
 ) -> RopeFreqs:
-    """Return NTK-aware frequencies whose alpha grows with the sequence.
+    """Dynamic NTK: NTK-aware scaling by the length of the sequence.
 
     n = max(seq_len, max_position_embeddings),
     alpha = factor * n / max_position_embeddings - (factor - 1),

@@ -28,7 +28,7 @@ def dynamic_yarn(
     mscale_all_dim: float | None = None,
     ramp: str = "index",
 ) -> RopeFreqs:
-    """Return YaRN's frequencies and temperature at factor seq_len / L once the sequence is long.
+    """Dynamic YaRN: YaRN by the length of the sequence.
 
     seq_len > M: `yarn` with factor seq_len / L.  Otherwise plain RoPE with A = 1, or for a model
     fine-tuned with YaRN up to M, `yarn` with factor M / L
@@ -58,7 +58,12 @@ def dynamic_yarn(
         name, "original_max_position_embeddings", original_max_position_embeddings
     )
     start = _start(trained, max_position_embeddings, finetuned)
-    ends = {"beta_fast": beta_fast, "beta_slow": beta_slow, "truncate": truncate, "ramp": ramp}
+    ends: dict[str, Any] = {
+        "beta_fast": beta_fast,
+        "beta_slow": beta_slow,
+        "truncate": truncate,
+        "ramp": ramp,
+    }
     check_yarn_ramp(name, **ends)
     settings = {"base": check_base(name, base), "length": trained, **ends}
     if isinstance(seq_len, Tensor):

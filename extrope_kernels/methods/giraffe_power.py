@@ -12,7 +12,7 @@ from .base import RopeFreqs, rope_inv_freq
 def giraffe_power(
     dim: int, *, power: float, base: float = 10000.0, factor: float = 1.0
 ) -> RopeFreqs:
-    """Return frequencies that slow down the more, the slower they already are.
+    """Giraffe, power scaling: slow frequencies slowed further by a power.
 
     theta_i = base ** (-2i / dim) / factor * (1 - 2i / dim) ** power
 

@@ -19,7 +19,7 @@ def giraffe_truncation(
     factor: float = 1.0,
     power: float = 0.0,
 ) -> RopeFreqs:
-    """Return frequencies of which only those that complete a turn within `truncate_pos` are kept.
+    """Giraffe, truncation: frequencies too slow for the trained length cut to zero.
 
     With b = 2 pi / truncate_pos:  theta_i if theta_i >= b;  b / 16 if b / 8 <= theta_i < b;
     0 (no rotation) if theta_i < b / 8

@@ -32,7 +32,7 @@ def from_hf_config(
     under `rope_type` or `type`), and beside them `rope_theta`, `partial_rotary_factor`, `head_dim`
     (or `qk_rope_head_dim`, or `hidden_size` and `num_attention_heads`), `max_position_embeddings`
     and `original_max_position_embeddings`. Models differ in whether the default type heeds
-    `partial_rotary_factor`; here every type does. Not read are the pairing of the lanes and
+    `partial_rotary_factor`; here every type does. Not read are the pairing of the dims and
     DeepSeek's softmax scale.
 
     config: a transformers configuration (the text configuration of a multimodal one), or a mapping
@@ -93,7 +93,7 @@ class _Source:
         default = _get(self.config, "default_theta")
         base = self.get("rope_theta", _get(self.config, "rope_theta"))
         if base is None:
-            return default if isinstance(default, Real) else 10000.0
+            return float(default) if isinstance(default, Real) else 10000.0
         return base
 
     @property

@@ -19,16 +19,16 @@ def llama3(
     high_freq_factor: float = 4.0,
     base: float = 500000.0,
 ) -> RopeFreqs:
-    """Return frequencies of which the slow ones are interpolated and the fast ones kept.
+    """Llama 3.1: slow frequencies interpolated, fast ones kept, blended between.
 
-    With turns_i = L * theta_i / (2 pi), the turns that pair i makes inside the trained length L:
-    theta_i if turns_i > high;  theta_i / factor if turns_i < low;  between them
-    (1 - t) * theta_i / factor + t * theta_i,  t = (turns_i - low) / (high - low)
+    With rotations_i = L * theta_i / (2 pi), those of pair i inside the trained length L:
+    theta_i if rotations_i > high;  theta_i / factor if rotations_i < low;  between them
+    (1 - t) * theta_i / factor + t * theta_i,  t = (rotations_i - low) / (high - low)
 
     dim: rotary dimension of one head, even.
     factor: what the slow frequencies are divided by, > 0.
     original_max_position_embeddings: L, the trained length in tokens.
-    low_freq_factor, high_freq_factor: low and high, in turns, 0 < low < high.
+    low_freq_factor, high_freq_factor: low and high, in rotations, 0 < low < high.
     base: RoPE's base, > 1.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.

@@ -32,7 +32,7 @@ def longrope(
     attention_factor: float | None = None,
     base: float = 10000.0,
 ) -> RopeFreqs:
-    """Return frequencies divided by searched factors, chosen by the length of the sequence.
+    """LongRoPE: a searched factor for every pair, in a short and a long set.
 
     theta_i = 1 / (lambda_i * base ** (2i / dim)),  lambda = short_factor if seq_len <= L else
     long_factor;  A = sqrt(1 + ln(s) / ln(L)) for s > 1, else 1

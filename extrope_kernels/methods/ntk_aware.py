@@ -7,7 +7,7 @@ from .base import RopeFreqs, rope_inv_freq
 
 
 def ntk_aware(dim: int, *, factor: float, base: float = 10000.0) -> RopeFreqs:
-    """Return RoPE's frequencies at a base that divides the slowest one by exactly `factor`.
+    """NTK-aware: a base that divides the slowest frequency by exactly the factor.
 
     base' = base * factor ** (dim / (dim - 2)),  theta_i = base' ** (-2i / dim)
 
@@ -30,5 +30,5 @@ def ntk_aware(dim: int, *, factor: float, base: float = 10000.0) -> RopeFreqs:
 
 
 def ntk_base(dim: int, base: float, factor: float) -> float:
-    """Return the base at which the slowest pair turns `factor` times slower than at `base`."""
+    """Return the base at which the slowest pair rotates `factor` times slower than at `base`."""
     return base * factor ** (dim / (dim - 2))

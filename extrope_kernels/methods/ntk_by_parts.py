@@ -42,10 +42,10 @@ def ntk_by_parts(
     truncate: bool = True,
     ramp: str = "index",
 ) -> RopeFreqs:
-    """Return frequencies kept where fast and interpolated where slow, without a temperature.
+    """NTK-by-parts: fast frequencies kept, slow ones interpolated.
 
     variant "pr1", the author's first form: with N the NTK-aware frequencies and m(r0, r1) the ramp
-    from 1 (r0 turns inside L) to 0 (r1 turns),
+    from 1 (r0 rotations inside L) to 0 (r1 rotations),
     x = N * m_beta + theta / factor * (1 - m_beta),  result = theta * m_gamma + x * (1 - m_gamma)
     variant "paper", YaRN's definition: `yarn` with attention_factor 1
 
@@ -55,8 +55,8 @@ def ntk_by_parts(
     factor: target length / trained length, > 0.
     original_max_position_embeddings: L, the trained length in tokens.
     base: RoPE's base, > 1.
-    beta_0, beta_1: ramp from NTK-aware to linear interpolation, in turns, 0 < beta_1 < beta_0.
-    gamma_0, gamma_1: ramp from plain RoPE to that, in turns, 0 < gamma_1 < gamma_0.
+    beta_0, beta_1: ramp from NTK-aware to linear interpolation, in rotations, 0 < beta_1 < beta_0.
+    gamma_0, gamma_1: ramp from plain RoPE to that, in rotations, 0 < gamma_1 < gamma_0.
     ntk_factor, extrapolation_factor: multiply the two ramps, from 0 to 1.
     beta_fast, beta_slow, truncate, ramp: as in `yarn`, for "paper".
 
@@ -80,7 +80,7 @@ def ntk_by_parts(
 
 
 def _check_untouched(variant: str, unused: Mapping[str, Any]) -> None:
-    defaults = ntk_by_parts.__kwdefaults__
+    defaults = ntk_by_parts.__kwdefaults__ or {}
     for name, value in unused.items():
         if not isinstance(value, Real | str) or value != defaults[name]:
             raise ValueError(

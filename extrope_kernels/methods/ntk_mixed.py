@@ -13,7 +13,7 @@ from .base import RopeFreqs, exponents
 def ntk_mixed(
     dim: int, *, factor: float, base: float = 10000.0, exponent: float = 0.625
 ) -> RopeFreqs:
-    """Return frequencies whose successive slow-downs fall with the pair index and multiply to k.
+    """NTK-mixed: the factor spread over the pairs, as slow-downs that multiply to it.
 
     a = ln(k) / (dim/2) ** exponent,
     theta_i = base ** (-2i / dim) * exp(-a * (i + 1) ** exponent)

@@ -7,7 +7,7 @@ from .base import RopeFreqs, rope_inv_freq
 
 
 def pi(dim: int, *, factor: float, base: float = 10000.0) -> RopeFreqs:
-    """Return frequencies that squeeze `factor` times the positions into the trained range.
+    """Position interpolation: every frequency divided by the factor.
 
     theta_i = base ** (-2i / dim) / factor, i = 0 .. dim/2 - 1
 

@@ -1,4 +1,4 @@
-"""p-RoPE ("proportional"): only the fastest share of the pairs turns."""
+"""p-RoPE ("proportional"): only the fastest share of the pairs rotates."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .base import RopeFreqs, exponents
 def proportional(
     dim: int, *, partial_rotary_factor: float, base: float = 10000.0, factor: float = 1.0
 ) -> RopeFreqs:
-    """Return RoPE's frequencies with all but the fastest set to exactly zero.
+    """p-RoPE: all but the fastest share of the frequencies set to zero.
 
     theta_i = base ** (-2i / dim) / factor for i < int(p * dim / 2), and 0 for the others
 
     The exponent and the pairing are those of the full dimension. Partial rotary is another thing:
-    `rope(int(p * head_dim))`, which turns the first lanes of a head only.
+    `rope(int(p * head_dim))`, which rotates the first dims of a head only.
 
     dim: rotary dimension of one head, even; the whole head for this method.
-    partial_rotary_factor: p, the share of the pairs that turn, from 0 to 1.
+    partial_rotary_factor: p, the share of the pairs that rotate, from 0 to 1.
     base: RoPE's base, > 1.
     factor: linear interpolation, target length / trained length, > 0.
 
@@ -32,7 +32,7 @@ def proportional(
     )
     base = check_base("proportional", base)
     factor = check_factor("proportional", factor)
-    turning = int(share * dim // 2)
+    rotating = int(share * dim // 2)
     inv_freq = torch.zeros(dim // 2, dtype=torch.float32, device="cpu")
-    inv_freq[:turning] = 1.0 / base ** exponents(dim)[:turning]
+    inv_freq[:rotating] = 1.0 / base ** exponents(dim)[:rotating]
     return RopeFreqs(inv_freq / factor)

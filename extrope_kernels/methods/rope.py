@@ -7,7 +7,7 @@ from .base import RopeFreqs, rope_inv_freq
 
 
 def rope(dim: int, *, base: float = 10000.0) -> RopeFreqs:
-    """Return the frequencies of plain rotary embeddings.
+    """Plain RoPE: frequencies fall from 1 by powers of the base.
 
     theta_i = base ** (-2i / dim), i = 0 .. dim/2 - 1
 

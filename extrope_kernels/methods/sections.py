@@ -15,7 +15,7 @@ from .base import RopeFreqs
 def with_sections(
     freqs: RopeFreqs, sections: Sequence[int], *, interleaved: bool = False
 ) -> RopeFreqs:
-    """Return `freqs` of any method with an axis of the positions assigned to every frequency.
+    """mRoPE: an axis of the positions (time, height, width) for every frequency.
 
     The rotation then takes positions of shape (axes, batch, seqlen), such as the position_ids of
     Qwen2-VL's and Qwen3-VL's get_rope_index.
@@ -23,7 +23,7 @@ def with_sections(
     sections: mrope_section of the model's configuration: how many frequencies each axis has, first
         to last; they add up to rotary_dim/2.
     interleaved: False for consecutive sections (Qwen2-VL, Qwen2.5-VL): [2, 3, 3] is tthhhwww. True
-        for axes in turn until an axis has all of its frequencies, the first axis taking what is
+        for axis after axis until an axis has all of its frequencies, the first axis taking what is
         over (Qwen3-VL, mrope_interleaved): [4, 2, 2] is thwthwtt.
 
     Models with other orders (Ernie 4.5 VL) set `axes` of RopeFreqs themselves.

@@ -18,7 +18,7 @@ def xpos(
     gamma: float = 0.4,
     decay_origin: float = 0.0,
 ) -> RopeFreqs:
-    """Return plain RoPE's frequencies with the logarithmic decay of every pair.
+    """XPOS: plain RoPE with an amplitude that decays with distance.
 
     zeta_i = (2i / dim + gamma) / (1 + gamma),  log_decay_i = ln(zeta_i) / scale_base
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .._checks import check_base, check_dim, check_factor, check_length
 from ._ramp import check_yarn_ramp, yarn_amplitude, yarn_inv_freq
 from .base import RopeFreqs
@@ -21,10 +23,10 @@ def yarn(
     mscale_all_dim: float | None = None,
     ramp: str = "index",
 ) -> RopeFreqs:
-    """Return frequencies kept where fast, interpolated where slow, and a temperature.
+    """YaRN: fast frequencies kept, slow ones interpolated, and a temperature.
 
-    theta_i * m_i + theta_i / factor * (1 - m_i),  m_i from 1 (beta_fast turns inside L and more) to
-    0 (beta_slow turns and fewer);  A = 0.1 * ln(factor) + 1 for factor > 1, else 1
+    theta_i * m_i + theta_i / factor * (1 - m_i),  m_i from 1 (beta_fast rotations inside L and
+    more) to 0 (beta_slow rotations and fewer);  A = 0.1 * ln(factor) + 1 for factor > 1, else 1
 
     A multiplies q and k, so the logits by its square. DeepSeek's further softmax scale is not
     applied. At factor 1 the frequencies equal RoPE's to one unit in the last place, since the blend
@@ -34,13 +36,13 @@ def yarn(
     factor: target length / trained length, > 0.
     original_max_position_embeddings: L, the trained length in tokens, never the extended one.
     base: RoPE's base, > 1.
-    beta_fast, beta_slow: the ends of the ramp in turns inside L, 0 < beta_slow < beta_fast.
+    beta_fast, beta_slow: the ends of the ramp in rotations inside L, 0 < beta_slow < beta_fast.
     truncate: round the ends of the index ramp outwards to whole pairs.
     attention_factor: A, > 0, used as it is when given.
     mscale, mscale_all_dim: when both are given and not 0, A = g(mscale) / g(mscale_all_dim) with
         g(k) = 0.1 * k * ln(factor) + 1; one alone is ignored, as in transformers.
     ramp: "index", linear in the pair index (the authors' code, all released checkpoints), or
-        "rotations", linear in the number of turns (the paper), which truncate does not concern.
+        "rotations", linear in the number of rotations (the paper), which truncate does not concern.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2309.00071
@@ -51,7 +53,12 @@ def yarn(
     length = check_length(
         "yarn", "original_max_position_embeddings", original_max_position_embeddings
     )
-    ends = {"beta_fast": beta_fast, "beta_slow": beta_slow, "truncate": truncate, "ramp": ramp}
+    ends: dict[str, Any] = {
+        "beta_fast": beta_fast,
+        "beta_slow": beta_slow,
+        "truncate": truncate,
+        "ramp": ramp,
+    }
     check_yarn_ramp("yarn", **ends)
     inv_freq = yarn_inv_freq("yarn", dim, factor, base=base, length=length, **ends)
     amplitude = yarn_amplitude("yarn", factor, attention_factor, mscale, mscale_all_dim)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_device, check_generator
+from .._checks import check_count, check_device, check_generator
 from ._draws import copy_to
+
+_NAME = "positions.giraffe_randomized"
 
 
 def giraffe_randomized(
@@ -16,7 +18,7 @@ def giraffe_randomized(
     generator: torch.Generator | None = None,
     device: torch.device | str | int | None = None,
 ) -> Tensor:
-    """Return positions that rise by random real steps, 1 on average, to seqlen at most.
+    """Giraffe, randomised positions: real steps at random, 1 on average.
 
     t = cumsum(2 * U(0, 1)),  positions = t * seqlen / max(t_last, seqlen)
 
@@ -33,10 +35,10 @@ def giraffe_randomized(
     Raises: ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2308.10882
     """
-    batch = check_count("giraffe_randomized", "batch", batch)
-    seqlen = check_count("giraffe_randomized", "seqlen", seqlen)
-    generator = check_generator("giraffe_randomized", generator)
-    device = check_device("giraffe_randomized", device)
+    batch = check_count(_NAME, "batch", batch)
+    seqlen = check_count(_NAME, "seqlen", seqlen)
+    generator = check_generator(_NAME, generator)
+    device = check_device(_NAME, device)
     uniform = torch.rand(batch, seqlen, generator=generator, dtype=torch.float32, device="cpu")
     positions = (2 * uniform).cumsum(dim=-1)
     return copy_to(positions * (seqlen / positions[:, -1:].clamp(min=seqlen)), device)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_counts, check_device, check_generator
+from .._checks import check_count, check_counts, check_device, check_generator
 from ._draws import copy_to, draw_below
+
+_NAME = "positions.pose"
 
 
 def pose(
@@ -20,7 +22,7 @@ def pose(
     generator: torch.Generator | None = None,
     device: torch.device | str | int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return which tokens of longer documents to train on, and at which positions.
+    """PoSE: two pieces of a longer document, with a skip of positions between them.
 
     The first piece: tokens 0, ..., n1 - 1 at these positions,  n1 ~ U{1, ..., (n + 1) // 2}
     The second: the n - n1 tokens before e, at n1 + u, n1 + u + 1, ...,
@@ -46,23 +48,22 @@ def pose(
     Raises: ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2309.10400
     """
-    batch = check_count("pose", "batch", batch)
-    documents = check_counts("pose", "num_tokens", num_tokens, batch)
-    train_length = check_count("pose", "train_length", train_length)
-    target_length = check_count("pose", "target_length", target_length)
+    batch = check_count(_NAME, "batch", batch)
+    documents = check_counts(_NAME, "num_tokens", num_tokens, batch)
+    train_length = check_count(_NAME, "train_length", train_length)
+    target_length = check_count(_NAME, "target_length", target_length)
     if target_length < train_length:
         raise ValueError(
-            f"positions.pose: target_length must be >= train_length ({train_length}), "
-            f"got {target_length}"
+            f"{_NAME}: target_length must be >= train_length ({train_length}), got {target_length}"
         )
     lengths = documents.clamp(max=train_length).unique().tolist()
     if len(lengths) > 1:
         raise ValueError(
-            f"positions.pose: num_tokens must be >= train_length ({train_length}) or the same in "
+            f"{_NAME}: num_tokens must be >= train_length ({train_length}) or the same in "
             f"all documents, got {documents.flatten().tolist()}"
         )
-    generator = check_generator("pose", generator)
-    device = check_device("pose", device)
+    generator = check_generator(_NAME, generator)
+    device = check_device(_NAME, device)
     (n,) = lengths
     limits = torch.cat(
         (

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._checks import check_bool, check_count, check_counts, check_device, check_generator
+from .._checks import check_bool, check_count, check_counts, check_device, check_generator
 from ._draws import copy_to, draw_below
+
+_NAME = "positions.random_padding"
 
 
 def random_padding(
@@ -21,7 +23,7 @@ def random_padding(
     generator: torch.Generator | None = None,
     device: torch.device | str | int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return where the tokens of a padded batch go, and which keys are not padding.
+    """Random padding: a random part of the padding goes in front of the tokens.
 
     positions[b, t] = t + f_b for token t of n_b,  f_b ~ U{0, ..., length - n_b}
 
@@ -50,22 +52,19 @@ def random_padding(
     Raises: ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2305.04859
     """
-    batch = check_count("random_padding", "batch", batch)
-    tokens = check_counts("random_padding", "num_tokens", num_tokens, batch)
-    length = check_count("random_padding", "length", length)
-    prefix = check_count("random_padding", "num_fixed_prefix", num_fixed_prefix, at_least=0)
+    batch = check_count(_NAME, "batch", batch)
+    tokens = check_counts(_NAME, "num_tokens", num_tokens, batch)
+    length = check_count(_NAME, "length", length)
+    prefix = check_count(_NAME, "num_fixed_prefix", num_fixed_prefix, at_least=0)
     if (most := tokens.max().item()) > length:
-        raise ValueError(
-            f"positions.random_padding: num_tokens must be <= length ({length}), got {most}"
-        )
+        raise ValueError(f"{_NAME}: num_tokens must be <= length ({length}), got {most}")
     if prefix > (fewest := tokens.min().item()):
         raise ValueError(
-            f"positions.random_padding: num_fixed_prefix must be <= num_tokens ({fewest}), "
-            f"got {prefix}"
+            f"{_NAME}: num_fixed_prefix must be <= num_tokens ({fewest}), got {prefix}"
         )
-    generator = check_generator("random_padding", generator)
-    device = check_device("random_padding", device)
-    if check_bool("random_padding", "training", training):
+    generator = check_generator(_NAME, generator)
+    device = check_device(_NAME, device)
+    if check_bool(_NAME, "training", training):
         front = draw_below(length - tokens + 1, generator)
     else:
         front = torch.zeros_like(tokens)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_device, check_generator
+from .._checks import check_count, check_device, check_generator
 from ._draws import copy_to, draw_below
+
+_NAME = "positions.randomized"
 
 
 def randomized(
@@ -17,7 +19,7 @@ def randomized(
     generator: torch.Generator | None = None,
     device: torch.device | str | int | None = None,
 ) -> Tensor:
-    """Return seqlen different positions of {0, ..., max_len - 1} in rising order.
+    """Randomized positions: a sorted random choice of {0, ..., max_len - 1}.
 
     All such choices are equally likely. The distances between tokens change, so this acts on a
     purely relative rotation too: in training it meets distances up to max_len - 1. The authors draw
@@ -36,15 +38,13 @@ def randomized(
     Raises: ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2305.16843
     """
-    seqlen = check_count("randomized", "seqlen", seqlen)
-    max_len = check_count("randomized", "max_len", max_len)
+    seqlen = check_count(_NAME, "seqlen", seqlen)
+    max_len = check_count(_NAME, "max_len", max_len)
     if max_len < seqlen:
-        raise ValueError(
-            f"positions.randomized: max_len must be >= seqlen ({seqlen}), got {max_len}"
-        )
-    rows = () if batch is None else (check_count("randomized", "batch", batch),)
-    generator = check_generator("randomized", generator)
-    device = check_device("randomized", device)
+        raise ValueError(f"{_NAME}: max_len must be >= seqlen ({seqlen}), got {max_len}")
+    rows = () if batch is None else (check_count(_NAME, "batch", batch),)
+    generator = check_generator(_NAME, generator)
+    device = check_device(_NAME, device)
     last = torch.arange(max_len - seqlen, max_len, dtype=torch.int64, device="cpu")
     draws = draw_below((last + 1).expand(*rows, seqlen), generator)
     return copy_to(choose(draws, max_len), device)
@@ -55,7 +55,7 @@ def choose(draws: Tensor, max_len: int) -> Tensor:
 
     draws: (..., n), the one at step s uniform in {0, ..., max_len - n + s}.
 
-    Floyd takes the draws in turn; step s adds its draw or, where that was added before, its own
+    Floyd takes the draws one by one; step s adds its draw or, where that was added before, its own
     number max_len - n + s, which no earlier step can have added. All choices are then equally
     likely (Bentley and Floyd, CACM 30 (1987) 754). Without a loop over the steps: a draw was added
     before if an earlier step drew it, or if it is the number of an earlier step whose own draw was

@@ -7,8 +7,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from ._checks import check_bool, check_count, check_device, check_generator
+from .._checks import check_bool, check_count, check_device, check_generator
 from ._draws import copy_to
+
+_NAME = "positions.shape"
 
 
 def shape(
@@ -22,7 +24,7 @@ def shape(
     generator: torch.Generator | None = None,
     device: torch.device | str | int | None = None,
 ) -> Tensor:
-    """Return 0, 1, 2, ... plus one random shift per sequence.
+    """SHAPE: 0, 1, 2, ... plus one random shift per sequence.
 
     positions[b, t] = t + k_b,  k_b ~ U{0, ..., min(max_shift, max_len - seqlen) - 1}
 
@@ -43,19 +45,18 @@ def shape(
     Raises: ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2109.05644
     """
-    batch = check_count("shape", "batch", batch)
-    seqlen = check_count("shape", "seqlen", seqlen)
-    max_shift = check_count("shape", "max_shift", max_shift, at_least=0)
+    batch = check_count(_NAME, "batch", batch)
+    seqlen = check_count(_NAME, "seqlen", seqlen)
+    max_shift = check_count(_NAME, "max_shift", max_shift, at_least=0)
     fixed = _eval_shift(eval_shift, max_shift)
-    room = None if max_len is None else check_count("shape", "max_len", max_len) - seqlen
+    room = None if max_len is None else check_count(_NAME, "max_len", max_len) - seqlen
     if room is not None and room < fixed:
         raise ValueError(
-            f"positions.shape: max_len must be >= seqlen + eval_shift ({seqlen} + {fixed}), "
-            f"got {max_len}"
+            f"{_NAME}: max_len must be >= seqlen + eval_shift ({seqlen} + {fixed}), got {max_len}"
         )
-    generator = check_generator("shape", generator)
-    device = check_device("shape", device)
-    if check_bool("shape", "training", training):
+    generator = check_generator(_NAME, generator)
+    device = check_device(_NAME, device)
+    if check_bool(_NAME, "training", training):
         limit = max_shift if room is None else min(max_shift, room)
         # The authors' own call, so that a seed gives their shifts.
         shifts = torch.randint(0, max(limit, 1), (batch,), generator=generator, device="cpu")
@@ -70,6 +71,6 @@ def _eval_shift(eval_shift: str | int, max_shift: int) -> int:
     if isinstance(eval_shift, str) and eval_shift in named:
         return named[eval_shift]
     if isinstance(eval_shift, Integral) and not isinstance(eval_shift, bool):
-        return check_count("shape", "eval_shift", eval_shift, at_least=0)
+        return check_count(_NAME, "eval_shift", eval_shift, at_least=0)
     kind = ValueError if isinstance(eval_shift, str) else TypeError
-    raise kind(f'positions.shape: eval_shift must be "zero", "K" or an int, got {eval_shift!r}')
+    raise kind(f'{_NAME}: eval_shift must be "zero", "K" or an int, got {eval_shift!r}')

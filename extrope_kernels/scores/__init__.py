@@ -6,16 +6,25 @@ names them all. Kernels know regions and maps only: a new method is one file her
 
 from collections.abc import Callable
 
-from .base import PositionMap, Region, Score
-from .blockwise_causal import blockwise_causal
-from .dual_chunk import dual_chunk
-from .rerope import leaky_rerope, rerope
-from .self_extend import self_extend
-from .string import string
+# "as" exports them to type checkers, which do not see what __all__ gets from the table.
+from .base import FIRST_KEY, UNROTATED, PositionMap, Region, Score
+from .blockwise_causal import blockwise_causal as blockwise_causal
+from .dual_chunk import dual_chunk as dual_chunk
+from .rerope import leaky_rerope as leaky_rerope
+from .rerope import rerope as rerope
+from .self_extend import self_extend as self_extend
+from .string import string as string
 
 SCORES: dict[str, Callable[..., Score]] = {
     score.__name__: score
-    for score in (rerope, leaky_rerope, self_extend, dual_chunk, blockwise_causal, string)
+    for score in (
+        rerope,
+        leaky_rerope,
+        self_extend,
+        dual_chunk,
+        blockwise_causal,
+        string,
+    )
 }
 
-__all__ = ["SCORES", "PositionMap", "Region", "Score", *SCORES]
+__all__ = ["FIRST_KEY", "SCORES", "UNROTATED", "PositionMap", "Region", "Score", *SCORES]

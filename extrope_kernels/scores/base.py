@@ -12,7 +12,7 @@ and the last one ends at the diagonal, j <= i. One softmax runs over all regions
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -75,9 +75,13 @@ class Score:
     regions: tuple[Region, ...]
     granularity: int = 1
     stored: PositionMap = UNROTATED
+    starts: list[int] = field(init=False, repr=False, compare=False)
+    maps: list[float] = field(init=False, repr=False, compare=False)
+    stored_maps: list[float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # What every call hands to an op, as the dispatcher takes it.
-        maps = [n for _, *both in self.regions for side in both for n in side]
+        # What every call hands to an op, as the dispatcher takes it: see ops/_shared/attention.py.
+        maps = [float(n) for _, *both in self.regions for side in both for n in side]
         object.__setattr__(self, "starts", [region.start for region in self.regions])
-        object.__setattr__(self, "maps", [float(n) for n in (*maps, *self.stored)])
+        object.__setattr__(self, "maps", [*maps, *map(float, UNROTATED)])
+        object.__setattr__(self, "stored_maps", [*maps, *map(float, self.stored)])

@@ -1,4 +1,4 @@
-"""LEX's blockwise causal attention, XPOS at inference (https://arxiv.org/abs/2212.10554)."""
+"""LEX's blockwise causal attention, XPOS at inference."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from .base import PositionMap, Region, Score
 
 
 def blockwise_causal(block_size: int) -> Score:
-    """The own and the previous half block of h = block_size / 2 tokens, causally.
+    """LEX, blockwise causal: the keys of the own and the previous half block.
 
-    Query i sees the keys (i // h - 1) * h .. i at their true distances. Positions restart in every
-    half block, so XPOS's amplitudes never exceed those of one block.
+    With h = block_size / 2, query i sees the keys (i // h - 1) * h .. i at their true distances.
+    Positions restart in every half block, so XPOS's amplitudes never exceed those of one block.
 
     block_size: in tokens, even; LEX takes the training length.
+
+    Paper: https://arxiv.org/abs/2212.10554
     """
     block_size = check_int("blockwise_causal", "block_size", block_size, at_least=2)
     if block_size % 2:

@@ -1,4 +1,4 @@
-"""Dual Chunk Attention (https://arxiv.org/abs/2402.17463)."""
+"""Dual Chunk Attention."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from .base import FIRST_KEY, PositionMap, Region, Score, constant
 
 
 def dual_chunk(chunk_size: int, local_window: int) -> Score:
-    """Chunks of c = chunk_size - local_window tokens, with ChunkLlama's positions.
+    """Dual Chunk Attention: distances start anew in every chunk, older chunks at a cap.
 
-    Keys sit at j % c. Queries sit, for keys of their own chunk, at i % c; for those of the
-    previous one, at min(i % c + c, chunk_size); for older ones, at min(2c - 1, chunk_size).
+    Chunks have c = chunk_size - local_window tokens. With ChunkLlama's positions, keys sit at
+    j % c; queries, for keys of their own chunk, at i % c; for those of the previous one, at
+    min(i % c + c, chunk_size); for older ones, at min(2c - 1, chunk_size).
 
     chunk_size: in tokens, at most the training length; ChunkLlama takes three quarters of it.
     local_window: in tokens, below chunk_size; ChunkLlama takes an eighth of the training length.
+
+    Paper: https://arxiv.org/abs/2402.17463
     """
     chunk_size = check_int("dual_chunk", "chunk_size", chunk_size, at_least=1)
     local_window = check_int("dual_chunk", "local_window", local_window, at_least=0)

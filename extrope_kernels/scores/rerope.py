@@ -1,23 +1,26 @@
-"""ReRoPE, Leaky ReRoPE and InvLeaky ReRoPE (https://kexue.fm/archives/9708, /9728)."""
+"""ReRoPE, Leaky ReRoPE and InvLeaky ReRoPE."""
 
 from __future__ import annotations
 
 import math
+from numbers import Real
 
-from .._checks import check_int, check_real
+from .._checks import check_int
 from .base import FIRST_KEY, SAME, UNROTATED, PositionMap, Region, Score, constant
 
 
 def rerope(window: int, factor: float = math.inf) -> Score:
-    """Distances x = i - j past a window grow `factor` times slower, or not at all.
+    """ReRoPE: distances past a window grow a factor slower, or not at all.
 
-    x where x < window, else window + (x - window) / factor.
+    With x = i - j: x where x < window, else window + (x - window) / factor.
 
     window: in tokens, >= 1. A quarter to a half of the training length is best.
     factor: > 0; inf for ReRoPE, above 1 for Leaky, below 1 for InvLeaky, 1 for plain RoPE.
+
+    Source: https://kexue.fm/archives/9708
     """
     window = check_int("rerope", "window", window, at_least=1)
-    factor = check_real("rerope", "factor", factor, above=0, finite=False)
+    factor = check_factor("rerope", factor)
     if factor == 1:
         return Score("rerope", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
     if math.isinf(factor):
@@ -28,6 +31,21 @@ def rerope(window: int, factor: float = math.inf) -> Score:
     return Score("rerope", (far, Region(1 - window, SAME, SAME)), stored=far.k_map)
 
 
+def check_factor(score: str, factor: float) -> float:
+    """Return the factor as a float; > 0, or infinite."""
+    if isinstance(factor, bool) or not isinstance(factor, Real):
+        raise TypeError(f"{score}: factor must be a number, got {type(factor).__name__}")
+    if not factor > 0:
+        raise ValueError(f"{score}: factor must be > 0 (inf for ReRoPE), got {factor}")
+    return float(factor)
+
+
 def leaky_rerope(window: int, factor: float) -> Score:
-    """`rerope` with a factor: x where x < window, else window + (x - window) / factor."""
+    """Leaky ReRoPE: distances past a window grow a factor slower.
+
+    `rerope` with a finite factor; below 1 it is InvLeaky (https://kexue.fm/archives/9728), for
+    models trained with it that run as plain RoPE.
+
+    Source: https://kexue.fm/archives/9708
+    """
     return rerope(window, factor)

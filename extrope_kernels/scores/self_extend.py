@@ -1,28 +1,30 @@
-"""SelfExtend (https://arxiv.org/abs/2401.01325)."""
+"""SelfExtend."""
 
 from __future__ import annotations
 
-from .._checks import check_real
 from .base import FIRST_KEY, SAME, PositionMap, Region, Score
-from .rerope import rerope
+from .rerope import check_factor, rerope
 
 
-def self_extend(window: int, factor: int) -> Score:
-    """Distances past a window are counted in groups of G = factor tokens.
+def self_extend(window: int, factor: float) -> Score:
+    """SelfExtend: distances past a window are counted in groups of tokens.
 
-    i - j where i - j < window, else i // G - j // G + window - window // G.
+    With G = factor: i - j where i - j < window, else i // G - j // G + window - window // G.
 
     window: in tokens, a multiple of factor.
     factor: a whole number >= 1; a float that holds one will do.
+
+    Paper: https://arxiv.org/abs/2401.01325
     """
     near = rerope(window, 1.0)  # checks the window
-    factor = check_real("self_extend", "factor", factor, above=0)
+    factor = check_factor("self_extend", factor)
     if not factor.is_integer():
-        raise ValueError(f"self_extend: factor must be an integer when grouped, got {factor}")
+        raise ValueError(f"self_extend: grouped needs an integer factor, got {factor}")
     group = int(factor)
     if window % group:
         raise ValueError(
-            f"self_extend: window must be a multiple of factor {group} when grouped, got {window}"
+            f"self_extend: grouped needs a window that is a multiple of factor {group}, "
+            f"got {window}"
         )
     if group == 1:
         return near

@@ -1,4 +1,4 @@
-"""STRING: well-trained distances in place of the largest (https://arxiv.org/abs/2410.18745)."""
+"""STRING: well-trained distances in place of the largest."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from .base import FIRST_KEY, SAME, PositionMap, Region, Score
 
 
 def string(shift: int, window: int) -> Score:
-    """Distances x = i - j from `shift` on start anew at `window`.
+    """STRING: distances from `shift` on start anew at `window`.
 
-    x where x < shift, else x - shift + window. Where the authors' prefill lets a query see the key
-    at x = shift twice, once in either part, their decoding and this do so once.
+    With x = i - j: x where x < shift, else x - shift + window. Where the authors' prefill lets a
+    query see the key at x = shift twice, once in either part, their decoding and this do so once.
 
     shift: S, in tokens, >= 1; about a third of the training length.
     window: W, in tokens, >= 0 and at most shift; the authors take 128.
+
+    Paper: https://arxiv.org/abs/2410.18745
     """
     shift = check_int("string", "shift", shift, at_least=1)
     window = check_int("string", "window", window, at_least=0)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from attention_engines import TorchEngine
-from test_flash_attn import CU_SEQLENS, ENGINES, assert_agrees, make
+from flash_attn_cases import CU_SEQLENS, ENGINES, assert_agrees, make
 
 from extrope_kernels.ops.attention import flash_attn
 from extrope_kernels.ops.attention.flash_attn import engine_check
-from extrope_kernels.ops.attention.regions import FIRST_KEY
+from extrope_kernels.scores import FIRST_KEY
 
 
 def broken(**changes):
@@ -70,9 +70,9 @@ def unscaled(function):
     ],
 )
 def test_an_engine_that_computes_something_else_is_refused(changes, message):
-    q, k, v, layout, *_ = make((FIRST_KEY, -2))
+    q, k, v, call, *_ = make((FIRST_KEY, -2))
     with pytest.raises(NotImplementedError, match=f"flash_attn: broken .*{message}"):
-        flash_attn.forward(q, k, v, layout, broken(**changes))
+        flash_attn.forward(q, k, v, call, broken(**changes))
 
 
 def test_a_negative_right_bound_that_is_not_taken_is_not_used():
@@ -89,8 +89,8 @@ def test_a_negative_right_bound_that_is_not_taken_is_not_used():
 
 def test_the_self_test_runs_once():
     engine = TorchEngine("once")
-    q, k, v, layout, *_ = make((FIRST_KEY,))
-    flash_attn.forward(q, k, v, layout, engine)
+    q, k, v, call, *_ = make((FIRST_KEY,))
+    flash_attn.forward(q, k, v, call, engine)
     engine.calls.clear()
-    flash_attn.forward(q, k, v, layout, engine)
+    flash_attn.forward(q, k, v, call, engine)
     assert engine.calls == [(None, 0)]

@@ -34,6 +34,7 @@ from extrope_kernels import (
     dual_chunk_attention,
     merge_attention,
     rerope_attention,
+    string_attention,
 )
 from extrope_kernels.testing import assert_within_budget, attention_backends, available_backends
 
@@ -75,7 +76,12 @@ class Case:
 @st.composite
 def methods(draw) -> tuple[Callable, Callable, dict]:
     """A score method, its definition, and its own arguments."""
-    kind = draw(st.sampled_from(("rerope", "leaky", "grouped", "dual_chunk", "blockwise_causal")))
+    kinds = ("rerope", "leaky", "grouped", "dual_chunk", "blockwise_causal", "string")
+    kind = draw(st.sampled_from(kinds))
+    if kind == "string":
+        shift = draw(st.integers(1, 50))
+        own = {"shift": shift, "window": draw(st.integers(0, shift))}
+        return string_attention, oracle.string, own
     if kind == "dual_chunk":
         chunk = draw(st.integers(1, 20))
         own = {"chunk_size": chunk, "local_window": draw(st.integers(0, chunk - 1))}
@@ -215,11 +221,7 @@ def caches(draw) -> CacheCase:
     sizes = draw(st.lists(st.integers(0, 60), min_size=1, max_size=3))
     heads_k = draw(st.integers(1, 3))
     head_dim = draw(st.sampled_from((8, 24, 32, 64, 128)))
-    factor = draw(st.sampled_from((INF, 1.0, 2.5, 16.0, 0.25)))
-    window, grouped = draw(st.integers(1, 70)), False
-    if draw(st.booleans()):
-        group = draw(st.integers(1, 6))
-        factor, window, grouped = float(group), group * draw(st.integers(1, 9)), True
+    function, _, parameters = draw(methods())
     pads = st.lists(st.integers(0, 9), min_size=len(sizes), max_size=len(sizes))
     return CacheCase(
         lengths=tuple(sizes),
@@ -229,9 +231,8 @@ def caches(draw) -> CacheCase:
         head_dim=head_dim,
         rotary_dim=2 * draw(st.integers(1, head_dim // 2)),
         dtype=draw(st.sampled_from(LOW)),
-        window=window,
-        factor=factor,
-        grouped=grouped,
+        attention=function.__name__,
+        parameters=parameters,
         log_n=draw(st.sampled_from((None, 2, 16.5))),
         softmax_scale=draw(st.sampled_from((None, 0.05, 0.4))),
         interleaved=draw(st.booleans()),

@@ -140,5 +140,5 @@ def test_a_backend_that_is_not_here_says_why(named, monkeypatch):
 
 
 def test_the_raw_op_checks_too():
-    with pytest.raises(ValueError, match=r"^rerope_attention: window must be >= 1, got 0"):
-        torch.ops.extrope.rerope_attn_fwd(Q, K, V, THETA, window=0)
+    with pytest.raises(RuntimeError, match=r"^attention: starts must be 1 to 3 rising numbers"):
+        torch.ops.extrope.attention_fwd(Q, K, V, THETA, starts=[], granularity=1, maps=[])

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from attention_oracle import (
+    EXAMPLES,
     closed_form,
     dual_chunk,
     frequencies,
@@ -215,3 +216,17 @@ def test_the_reference_gives_rows_without_keys_no_gradient():
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert all(grad.isfinite().all() for grad in grads)
     assert (grads[0][:, :3] == 0).all() and (out[:, :3] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_score_method(name, dtype, fast_backend):
+    example = EXAMPLES[name]
+    tensors = make_qkv(2, 45, None, 4, 2, 32, dtype)
+    freqs = frequencies(32)
+
+    def fused(q, k, v):
+        options = {**example.parameters, "return_lse": True, "backend": fast_backend}
+        return example.attention(q, k, v, freqs, **options)
+
+    check(fused, example.relative(45, 45, **example.parameters), tensors, freqs, with_lse=True)

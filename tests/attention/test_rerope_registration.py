@@ -1,15 +1,22 @@
 """The attention ops as PyTorch sees them: opcheck, torch.compile, torch.func, what is saved."""
 
-import math
-
 import pytest
 import torch
 from attention_oracle import frequencies, make_qkv
 
-from extrope_kernels import dual_chunk_attention, rerope_attention
+from extrope_kernels import dual_chunk_attention, rerope_attention, scores
 from extrope_kernels.methods import RopeFreqs
+from extrope_kernels.ops._shared.attention_call import score_options
 
 OPS = torch.ops.extrope
+CASES = {
+    "rerope": scores.rerope(6),
+    "leaky_rerope": scores.leaky_rerope(6, 4.0),
+    "self_extend": scores.self_extend(6, 2),
+    "dual_chunk": scores.dual_chunk(8, 3),
+    "blockwise_causal": scores.blockwise_causal(8),
+    "string": scores.string(9, 2),
+}
 
 
 def op_cases():
@@ -18,30 +25,27 @@ def op_cases():
     cu_seqlens = torch.tensor([0, 5, 13], dtype=torch.int32, device=q.device)
     theta = frequencies(32).inv_freq
     decay = -torch.rand_like(theta) / 100
-    yield (q, k, v, theta), {"window": 4}
-    yield (q, k[:, :9], v[:, :9], theta, None, decay), {"window": 4, "factor": 4.0, "log_n": 3.0}
-    yield (
-        (*packed, theta, cu_seqlens),
-        {"window": 4, "factor": 2.0, "grouped": True, "keys_stored": True, "interleaved": True},
-    )
+    yield (q, k, v, theta), score_options(scores.rerope(4))
+    slow = score_options(scores.leaky_rerope(4, 4.0))
+    yield (q, k[:, :9], v[:, :9], theta, None, decay), {**slow, "log_n": 3.0}
+    stored = score_options(scores.self_extend(4, 2), stored=True)
+    yield (*packed, theta, cu_seqlens), {**stored, "interleaved": True}
+    yield (q, k, v, theta), score_options(scores.dual_chunk(6, 1))
 
 
-@pytest.mark.parametrize("case", range(3))
-@pytest.mark.parametrize("op", ["rerope", "dual_chunk"])
-def test_opcheck(op, case):
+@pytest.mark.parametrize("case", range(4))
+def test_opcheck(case):
     args, options = list(op_cases())[case]
-    if op == "dual_chunk":
-        options = {"chunk_size": 6, "local_window": 1}
-    torch.library.opcheck(getattr(OPS, f"{op}_attn_fwd").default, args, options)
+    torch.library.opcheck(OPS.attention_fwd.default, args, options)
 
 
-@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("case", range(4))
 def test_opcheck_backward(case):
     args, options = list(op_cases())[case]
     args = [x.detach() if x is not None else None for x in args]
-    out, lse = OPS.rerope_attn_fwd(*args, **options)
+    out, lse = OPS.attention_fwd(*args, **options)
     args = (torch.randn_like(out), torch.randn_like(lse), *args[:3], out, lse, *args[3:])
-    torch.library.opcheck(OPS.rerope_attn_bwd.default, args, options)
+    torch.library.opcheck(OPS.attention_bwd.default, args, options)
 
 
 @pytest.mark.parametrize("named", [None, "reference"])
@@ -102,7 +106,7 @@ def test_double_backward_points_to_the_reference():
     q, k, v = (x.requires_grad_() for x in make_qkv(1, 9, None, 2, 1))
     out = rerope_attention(q, k, v, frequencies(32), window=3)
     (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"rerope_attention: .*backend='reference'"):
+    with pytest.raises(NotImplementedError, match=r"attention: .*backend='reference'"):
         torch.autograd.grad(dq.sum(), k)
 
 
@@ -115,16 +119,12 @@ def test_frequencies_have_a_gradient_in_the_reference_only():
     assert torch.autograd.grad(out.sum(), freqs.inv_freq)[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("factor, grouped", [(math.inf, False), (4.0, False), (2.0, True)])
-def test_stored_keys_give_the_same(factor, grouped):
-    """The op takes keys as a cache holds them, rotated to the far frame."""
+@pytest.mark.parametrize("name", CASES)
+def test_stored_keys_give_the_same(name):
+    """The op takes keys as a cache holds them, rotated by the score's map."""
     q, k, v = make_qkv(1, 21, None, 2, 1)
-    theta, options = frequencies(32).inv_freq, {"window": 6, "grouped": grouped}
-    if factor != math.inf:
-        options["factor"] = factor
-    j = torch.arange(21.0, dtype=torch.float64, device=q.device)
-    stored = torch.floor(j / factor) if grouped else j / factor
-    kept = OPS.rope_fwd(k, None, theta, stored)[0]
-    want = OPS.rerope_attn_fwd(q, k, v, theta, **options)[0]
-    got = OPS.rerope_attn_fwd(q, kept, v, theta, keys_stored=True, **options)[0]
+    theta, score = frequencies(32).inv_freq, CASES[name]
+    kept = OPS.rope_fwd(k, None, theta, score.stored(torch.arange(21, device=q.device)))[0]
+    want = OPS.attention_fwd(q, k, v, theta, **score_options(score))[0]
+    got = OPS.attention_fwd(q, kept, v, theta, **score_options(score, stored=True))[0]
     torch.testing.assert_close(got, want, atol=2e-6, rtol=0)

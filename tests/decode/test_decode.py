@@ -1,4 +1,4 @@
-"""Attention over a key/value cache against its definition in float64."""
+"""Attention over a key/value cache against its definition in float64, for every score method."""
 
 from __future__ import annotations
 
@@ -7,35 +7,53 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decode_oracle import Case, check, exact, index, make, same_dtype, stored_position, turn
+from decode_oracle import SCORES, Case, check, exact, index, make, same_dtype
 
-from extrope_kernels import methods
-from extrope_kernels.ops.attention.kvcache import rerope_attention_with_kvcache
+import extrope_kernels
+from extrope_kernels import methods, rerope_attention_with_kvcache
 from extrope_kernels.testing import assert_within_budget, device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FRAMES = (
-    (math.inf, False), (1.0, False), (4.0, False), (16.0, False), (1 / 16, False),
-    (1.0, True), (3.0, True),
-)  # fmt: skip
+LEAKY, SELF_EXTEND = SCORES["leaky_rerope"], SCORES["self_extend"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("factor, grouped", FRAMES)
-@pytest.mark.parametrize("window", (3, 9))
-def test_one_token(window, factor, grouped, dtype, backend):
-    case = Case((29, 1, 7), window=window, factor=factor, grouped=grouped, dtype=dtype)
-    check(case, backend)
+@pytest.mark.parametrize("score", SCORES)
+def test_one_token(score, dtype, backend):
+    check(Case((29, 1, 7), dtype=dtype, **SCORES[score]), backend)
 
 
-@pytest.mark.parametrize("factor, grouped", FRAMES)
-def test_reference_in_float64(factor, grouped):
-    lengths = (29, 1, 7, 0)
+@pytest.mark.parametrize("score", SCORES)
+def test_reference_in_float64(score):
     for seqlen_q in (1, 5):
-        case = Case(
-            lengths, seqlen_q, window=6, factor=factor, grouped=grouped, dtype=torch.float64
-        )
+        case = Case((29, 1, 7, 0), seqlen_q, dtype=torch.float64, **SCORES[score])
         check(case, "reference")
+
+
+@pytest.mark.parametrize("seqlen_q", (2, 3, 16, 37))
+@pytest.mark.parametrize("score", SCORES)
+def test_several_tokens(score, seqlen_q, backend):
+    """Some sequences are shorter than seqlen_q: their first rows see no key; one is empty."""
+    check(Case((37, 5, 0, 40), seqlen_q, **SCORES[score]), backend)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_left_padding_pages_and_groups(score, backend):
+    case = Case((70, 9), 4, heads_q=6, page_size=21, leftpad=(3, 25), dtype=torch.float16)
+    check(replace(case, **SCORES[score]), backend)
+
+
+@pytest.mark.parametrize("size", (2, 64, 66, 130))
+@pytest.mark.parametrize("seqlen_q", (1, 70))
+def test_blocks_of_positions_about_blocks_of_keys(size, seqlen_q, backend):
+    """Chunks and half blocks shorter and longer than what the kernels work on at once."""
+    chunks = {"chunk_size": size + size // 2, "local_window": size // 2}
+    case = Case(
+        (300, 211), seqlen_q, heads_q=8, attention="dual_chunk_attention", parameters=chunks
+    )
+    check(case, backend)
+    blocks = {"attention": "blockwise_causal_attention", "parameters": {"block_size": 2 * size}}
+    check(replace(case, **blocks), backend)
 
 
 # Shapes
@@ -44,12 +62,12 @@ def test_reference_in_float64(factor, grouped):
 @pytest.mark.parametrize("window", (1, 2, 7, 66, 67, 68, 1000))
 @pytest.mark.parametrize("factor", (math.inf, 4.0))
 def test_windows_about_the_length(window, factor, backend):
-    check(Case((67,), window=window, factor=factor), backend)
+    check(Case((67,), parameters={"window": window, "factor": factor}), backend)
 
 
 @pytest.mark.parametrize("length", (1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 255, 256, 257))
 def test_lengths_about_tiles_and_parts(length, backend):
-    check(Case((length,), window=31, dtype=torch.float16), backend)
+    check(Case((length,), parameters={"window": 31}, dtype=torch.float16), backend)
 
 
 @pytest.mark.parametrize("heads_q, heads_k", ((1, 1), (2, 1), (3, 1), (6, 2), (7, 7), (24, 2)))
@@ -63,41 +81,33 @@ def test_groups(heads_q, heads_k, backend):
     "head_dim, rotary_dim",
     ((8, 8), (16, 2), (24, 24), (40, 6), (64, 64), (80, 32), (96, 96), (128, 128), (256, 64)),
 )
-def test_lanes(head_dim, rotary_dim, interleaved, dtype, backend):
+def test_dims(head_dim, rotary_dim, interleaved, dtype, backend):
     case = Case((21, 6), head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved)
-    check(replace(case, dtype=dtype, factor=4.0), backend)
+    check(replace(case, dtype=dtype, **LEAKY), backend)
 
 
-@pytest.mark.parametrize("seqlen_q", (2, 3, 16, 37))
-@pytest.mark.parametrize("factor, grouped", FRAMES)
-def test_several_tokens(factor, grouped, seqlen_q, backend):
-    """Some sequences are shorter than seqlen_q: their first rows see no key; one is empty."""
-    case = Case((37, 5, 0, 40), seqlen_q, window=12, factor=factor, grouped=grouped)
-    check(case, backend)
-
-
-def test_several_tiles_of_rows_and_parts_of_keys(backend):
-    check(Case((300,), 40, heads_q=4, heads_k=1, window=50, factor=3.0, grouped=False), backend)
+def test_several_blocks_of_rows_and_splits_of_keys(backend):
+    parameters = {"window": 50, "factor": 3.0}
+    check(Case((300,), 40, heads_q=4, heads_k=1, parameters=parameters), backend)
 
 
 @pytest.mark.parametrize("page_size", (1, 16, 21))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pages_in_any_order(page_size, dtype, backend):
-    check(Case((70, 9, 33), page_size=page_size, dtype=dtype, window=20), backend)
-    case = Case((70, 9), 4, page_size=page_size, dtype=dtype, window=20, factor=4.0)
-    check(replace(case, leftpad=(3, 25)), backend)
+    check(Case((70, 9, 33), page_size=page_size, dtype=dtype), backend)
+    case = Case((70, 9), 4, page_size=page_size, dtype=dtype, leftpad=(3, 25), **LEAKY)
+    check(case, backend)
 
 
 @pytest.mark.parametrize("seqlen_q", (1, 6))
 def test_left_padding(seqlen_q, backend):
-    case = Case((30, 3, 0), seqlen_q, leftpad=(0, 27, 30), factor=3.0, grouped=True, window=9)
-    check(case, backend)
+    check(Case((30, 3, 0), seqlen_q, leftpad=(0, 27, 30), **SELF_EXTEND), backend)
 
 
 def test_scales(backend):
     case = Case((90, 8), 3, log_n=16, softmax_scale=0.3, attention_factor=1.2, rotary_dim=24)
     check(case, backend)
-    check(replace(case, freqs_per_sequence=True, factor=2.0), backend)
+    check(replace(case, freqs_per_sequence=True, **LEAKY), backend)
 
 
 @pytest.mark.parametrize("layout", ("heads first", "fused", "gap"))
@@ -132,24 +142,38 @@ def test_nothing_to_do(backend):
 # Numbers
 
 
-@pytest.mark.parametrize(
-    "factor, grouped", ((math.inf, False), (1.0, False), (4.0, False), (8.0, True))
-)
-def test_a_million_positions_cost_no_accuracy(factor, grouped, backend):
+MILLION = {
+    "rerope": {"parameters": {"window": 64}},
+    "plain": {"parameters": {"window": 64, "factor": 1.0}},
+    "leaky": {"parameters": {"window": 64, "factor": 4.0}},
+    "self_extend": {"parameters": {"window": 64, "factor": 8.0, "grouped": True}},
+    "dual_chunk": {
+        "attention": "dual_chunk_attention",
+        "parameters": {"chunk_size": 90, "local_window": 20},
+    },
+    "blockwise_causal": {
+        "attention": "blockwise_causal_attention",
+        "parameters": {"block_size": 4096},
+    },
+    "string": {"attention": "string_attention", "parameters": {"shift": 500, "window": 128}},
+}
+
+
+@pytest.mark.parametrize("score", MILLION)
+def test_a_million_positions_cost_no_accuracy(score, backend):
     """Most pages are one page, whose values are 0: the output is that of the last 1000 keys."""
     if backend == "triton" and device() == "cpu":
-        pytest.skip(
-            "a million keys take the interpreter minutes; test_kvcache_triton.py has angles"
-        )
+        pytest.skip("a million keys take the interpreter minutes; test_decode_triton.py has angles")
     page_size, pages = 1000, 1001
     table = torch.zeros(1, pages, dtype=torch.int32, device=device())
     table[0, -1] = 1
-    inputs = make(Case((page_size - 7,), heads_q=1, heads_k=1, head_dim=8, rotary_dim=8))
+    case = Case((page_size - 7,), heads_q=1, heads_k=1, head_dim=8, rotary_dim=8, **MILLION[score])
+    inputs = make(case)
     k, v = (torch.randn(2, page_size, 1, 8, device=device()) for _ in range(2))
     v[0] = 0.0
     v[1] *= 1e3
-    call = {**inputs.call, "window": 64, "factor": factor, "grouped": grouped}
-    call |= {"block_table": table, "cache_seqlens": torch.full((1,), 1_000_993, dtype=torch.int32)}
+    seqlens = torch.full((1,), 1_000_993, dtype=torch.int32, device=device())
+    call = {**inputs.call, "block_table": table, "cache_seqlens": seqlens}
     inputs = replace(inputs, k_cache=k, v_cache=v, call=call)
     out, lse = inputs.run(backend)
     want_out, want_lse = exact(inputs)
@@ -157,48 +181,48 @@ def test_a_million_positions_cost_no_accuracy(factor, grouped, backend):
     assert (lse.double() - want_lse).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("factor, grouped", FRAMES)
-def test_prompt_chunks_and_single_steps_agree(factor, grouped, backend):
+# Writing
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_prompt_chunks_and_single_steps_agree(score, backend):
     """Through the cache in one call, in chunks and token by token: each as exact as the formula."""
-    total, window = 23, 6
-    inputs = make(
-        Case((total, total), heads_q=2, heads_k=1, window=window, factor=factor, grouped=grouped)
-    )
+    total = 23
+    inputs = make(Case((total, total), heads_q=2, heads_k=1, **SCORES[score]))
     generator = torch.Generator().manual_seed(1)
     q, k, v = (
         torch.randn(2, total, heads, 32, generator=generator).to(device()) for heads in (2, 1, 1)
     )
     j = torch.arange(total, dtype=torch.float64, device=device())
+    stored = torch.stack([inputs.store(x, j, inputs.freqs.inv_freq) for x in k.double()])
     for chunks in ([23], [9, 1, 13], [1] * 23):
         k_cache, v_cache = (torch.full_like(inputs.k_cache, torch.nan) for _ in range(2))
+        caching = replace(inputs, k_cache=k_cache, v_cache=v_cache)
         done, outs = 0, []
         for size in chunks:
             now = slice(done, done + size)
-            outs.append(
-                rerope_attention_with_kvcache(
-                    q[:, now], k_cache, v_cache, inputs.freqs, k=k[:, now], v=v[:, now],
-                    cache_seqlens=done, window=window, factor=factor, grouped=grouped,
-                    backend=backend,
-                )
-            )  # fmt: skip
+            new = {"k": k[:, now], "v": v[:, now], "cache_seqlens": done}
+            step = replace(caching, q=q[:, now], call={**inputs.call, **new})
+            outs.append(step.run(backend)[0])
             done += size
-        stored = stored_position(j, factor, grouped)
-        stored = turn(k, stored[:, None], inputs.freqs.inv_freq, False)
         assert (k_cache[:, :total].double() - stored).abs().max() < 1e-6
         assert torch.equal(v_cache[:, :total], v)
         assert k_cache[:, total:].isnan().all() and v_cache[:, total:].isnan().all()
-        call = {**inputs.call, "cache_seqlens": torch.full((2,), total, dtype=torch.int32)}
-        whole = replace(inputs, q=q, k_cache=k_cache, v_cache=v_cache, call=call)
+        whole = replace(caching, q=q)
         assert_within_budget("out", torch.cat(outs, 1), same_dtype(whole)[0], exact(whole)[0])
+    wide = (x.double() for x in (q, k, v))
+    attention = getattr(extrope_kernels, inputs.attention)
+    uncached = attention(*wide, inputs.freqs, **inputs.parameters, backend="reference")
+    assert_within_budget("out", torch.cat(outs, 1), same_dtype(whole)[0], uncached)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "interleaved"))
-@pytest.mark.parametrize("factor, grouped", ((math.inf, False), (2.5, False), (3.0, True)))
-def test_append_with_padding_and_pages(factor, grouped, interleaved, dtype, backend):
+@pytest.mark.parametrize("score", SCORES)
+def test_append_with_padding_and_pages(score, interleaved, dtype, backend):
     """New keys go behind those of their sequence, wherever its pages are, and nowhere else."""
-    case = Case((11, 4), page_size=5, leftpad=(2, 7), rotary_dim=24, dtype=dtype, window=6)
-    case = replace(case, factor=factor, grouped=grouped, interleaved=interleaved)
+    case = Case((11, 4), page_size=5, leftpad=(2, 7), rotary_dim=24, dtype=dtype)
+    case = replace(case, interleaved=interleaved, **SCORES[score])
     inputs = make(case)
     k, v = torch.randn(2, 3, 2, 32), torch.randn(2, 3, 2, 32)
     k, v = k.to(device(), dtype), v.to(device(), dtype)
@@ -212,8 +236,7 @@ def test_append_with_padding_and_pages(factor, grouped, interleaved, dtype, back
     out, _ = appending.run(backend)
     for b, where in enumerate(slots):
         j = torch.arange(3, device=device()).double() + case.lengths[b] - 3
-        stored = stored_position(j, factor, grouped)[:, None]
-        want = turn(k[b], stored, inputs.freqs.inv_freq, interleaved)
+        want = inputs.store(k[b].double(), j, inputs.freqs.inv_freq)
         ulp = torch.finfo(dtype).eps * want.abs().max()
         assert (k_cache[where].double() - want).abs().max() <= ulp
         assert torch.equal(v_cache[where], v[b])
@@ -223,8 +246,9 @@ def test_append_with_padding_and_pages(factor, grouped, interleaved, dtype, back
     assert out.isfinite().all()
 
 
-def test_same_bits_in_every_run_and_for_any_number_of_threads(backend):
-    inputs = make(Case((700, 90), 2, window=100))
+@pytest.mark.parametrize("score", ("rerope", "dual_chunk"))
+def test_same_bits_in_every_run_and_for_any_number_of_threads(score, backend):
+    inputs = make(Case((700, 90), 2, **SCORES[score]))
     first = inputs.run(backend)
     threads = torch.get_num_threads()
     try:
@@ -242,11 +266,14 @@ def test_narrower_instruction_sets(capability, run_python):
         import sys
         sys.path.insert(0, "tests/support")
         import torch
-        from decode_oracle import Case, check
+        from decode_oracle import SCORES, Case, check
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for heads_q in (1, 2, 4):
-                check(Case((70, 7), heads_q=heads_q, heads_k=1, window=40, dtype=dtype), "cpu")
-            check(Case((70,), head_dim=40, rotary_dim=12, factor=4.0, interleaved=True), "cpu")
+                for score in SCORES.values():
+                    case = Case((70, 7), 2, heads_q=heads_q, heads_k=1, dtype=dtype, **score)
+                    check(case, "cpu")
+            case = Case((70,), head_dim=40, rotary_dim=12, **SCORES["leaky_rerope"])
+            check(case, "cpu")
         """,
         EXTROPE_CPU_CAPABILITY=capability,
     )

@@ -2,59 +2,78 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 import pytest
 import torch
-from decode_oracle import Case, make
+from decode_oracle import SCORES, Case, make
 
-from extrope_kernels.ops.attention.kvcache import rerope_attention_with_kvcache
+from extrope_kernels import rerope_attention_with_kvcache, scores
 from extrope_kernels.testing import device
 
 SUFFIX = {None: "", "cpu": "", "triton": "_triton"}
+SCORE = {
+    "rerope": scores.rerope(6),
+    "leaky_rerope": scores.rerope(6, 2.5),
+    "dual_chunk": scores.dual_chunk(9, 2),
+    "xpos": scores.blockwise_causal(16),
+}
 
 
-def arguments(case: Case):
-    inputs = make(case)
+def arguments(case: Case, score: str):
+    """The tensors of a call without new keys, those after k and v, and the options."""
+    inputs = make(replace(case, **SCORES[score]))
     names = ("cache_seqlens", "block_table", "cache_leftpad")
-    place = [inputs.freqs.inv_freq, *(inputs.call.get(name) for name in names)]
-    frame = {"window": case.window, "grouped": case.grouped, "interleaved": case.interleaved}
-    if not math.isinf(case.factor):
-        frame["factor"] = case.factor
-    return inputs, place, frame
-
-
-CASES = (
-    Case((12, 3)),
-    Case((12, 3), 2, factor=4.0, page_size=4, leftpad=(1, 2), dtype=torch.float16, log_n=4.0),
-)
-
-
-@pytest.mark.parametrize("case", CASES, ids=("plain", "everything"))
-def test_opcheck(case, backend):
-    inputs, place, frame = arguments(case)
-    decode = getattr(torch.ops.extrope, f"rerope_attn_decode{SUFFIX[backend]}")
-    options = {"log_n": case.log_n, "attention_factor": 1.1}
-    torch.library.opcheck(
-        decode, (inputs.q, inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num(), *place),
-        {**frame, **options},
-    )  # fmt: skip
-    append = getattr(torch.ops.extrope, f"rerope_attn_append{SUFFIX[backend]}")
-    k = torch.randn(2, 1, 2, 32, device=device()).to(case.dtype)
+    rope_args = [inputs.freqs.inv_freq, *(inputs.call.get(name) for name in names)]
+    rope_args.append(inputs.freqs.log_decay)
     caches = (inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num())
-    torch.library.opcheck(append, (*caches, k, k + 1, *place), frame)
+    known = SCORE[score]
+    options = {"starts": known.starts, "granularity": known.granularity}
+    options |= {"maps": known.stored_maps, "interleaved": case.interleaved}
+    return inputs.q, caches, rope_args, options
 
 
-def test_compile_in_one_graph(backend):
-    case = Case((12, 3), factor=4.0)
-    inputs = make(case)
+EVERYTHING = {"page_size": 4, "leftpad": (1, 2), "dtype": torch.float16, "interleaved": True}
+
+
+@pytest.mark.parametrize("score", SCORE)
+@pytest.mark.parametrize("more", ({}, EVERYTHING), ids=("plain", "everything"))
+def test_opcheck(score, more, backend):
+    q, caches, rope_args, options = arguments(Case((12, 3), 2, **more), score)
+    decode = getattr(torch.ops.extrope, f"decode{SUFFIX[backend]}")
+    append = getattr(torch.ops.extrope, f"append{SUFFIX[backend]}")
+    k = torch.randn(2, 2, 2, 32, device=device()).to(q.dtype)
+    given = {"log_n": 4.0, "attention_factor": 1.1, "softmax_scale": 0.3} if more else {}
+    torch.library.opcheck(decode, (q, *caches, None, None, *rope_args), {**options, **given})
+    rope_args[1] = rope_args[1] - 2
+    torch.library.opcheck(decode, (q, *caches, k, k + 1, *rope_args), {**options, **given})
+    stored = {"stored": options["maps"][-5:], "interleaved": options["interleaved"]}
+    torch.library.opcheck(append, (*caches, k, k + 1, *rope_args), stored)
+
+
+@pytest.mark.parametrize("score", SCORE)
+def test_append_then_decode_is_decode_with_new_keys(score, backend):
+    q, caches, rope_args, options = arguments(Case((12, 3), 2, dtype=torch.float16), score)
+    decode = getattr(torch.ops.extrope, f"decode{SUFFIX[backend]}")
+    append = getattr(torch.ops.extrope, f"append{SUFFIX[backend]}")
+    k, v = (torch.randn(2, 2, 2, 32, device=device()).half() for _ in range(2))
+    apart = [x.clone() for x in caches]
+    before = [rope_args[0], rope_args[1] - 2, *rope_args[2:]]
+    append(*apart, k, v, *before, stored=options["maps"][-5:])
+    outs = decode(q, *apart, None, None, *rope_args, **options)
+    together = decode(q, *caches, k, v, *before, **options)
+    for one, other in zip((*outs, *apart), (*together, *caches)):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("score", SCORE)
+def test_compile_in_one_graph(score, backend):
+    inputs = make(Case((12, 3), **SCORES[score]))
     k, v = (torch.randn(2, 1, 2, 32, device=device()) for _ in range(2))
 
     def step(q, k_cache, v_cache, k, v, seqlens):
-        return rerope_attention_with_kvcache(
-            q * 2, k_cache, v_cache, inputs.freqs, k=k, v=v, cache_seqlens=seqlens,
-            window=8, factor=4.0, backend=backend, return_lse=True,
-        )  # fmt: skip
+        call = {**inputs.call, "k": k, "v": v, "cache_seqlens": seqlens}
+        return replace(inputs, q=q * 2, k_cache=k_cache, v_cache=v_cache, call=call).run(backend)
 
     results = []
     for run in (step, torch.compile(step, fullgraph=True)):
@@ -70,7 +89,7 @@ def test_no_gradient_is_recorded():
     with torch.no_grad():
         out = rerope_attention_with_kvcache(
             inputs.q.clone().requires_grad_(), inputs.k_cache, inputs.v_cache, inputs.freqs,
-            **inputs.call,
+            **inputs.parameters, **inputs.call,
         )  # fmt: skip
     assert not out.requires_grad
 
@@ -82,9 +101,9 @@ def test_default_backend_takes_float64():
 
 
 def test_a_gradient_through_the_raw_op_fails_rather_than_vanish(backend):
-    inputs, place, frame = arguments(Case((12, 3)))
-    decode = getattr(torch.ops.extrope, f"rerope_attn_decode{SUFFIX[backend]}")
-    q = inputs.q.clone().requires_grad_()
-    out, _ = decode(q, inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num(), *place, **frame)
-    with pytest.raises(NotImplementedError, match="with_kvcache is for inference"):
+    q, caches, rope_args, options = arguments(Case((12, 3)), "rerope")
+    decode = getattr(torch.ops.extrope, f"decode{SUFFIX[backend]}")
+    q = q.clone().requires_grad_()
+    out, _ = decode(q, *caches, None, None, *rope_args, **options)
+    with pytest.raises(NotImplementedError, match="decode: is for inference"):
         out.sum().backward()

@@ -16,6 +16,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from extrope_kernels.evaluation import loss, options, report
 from extrope_kernels.evaluation.models import decoder_layers
 from extrope_kernels.integrations.transformers import extend
+from extrope_kernels.scores import SCORES
 
 
 def expected_losses(folder, ids, bucket, **rope_parameters):
@@ -136,6 +137,8 @@ def test_defaults_of_score_methods_follow_the_training_length():
     assert params("rerope", 16384, 8192) == {"window": 2048}
     assert params("leaky_rerope", 16384, 8192) == {"window": 2048, "factor": 16.0}
     assert params("dual_chunk", 16384, 8192) == {"chunk_size": 6144, "local_window": 1024}
+    assert params("string", 16384, 8192) == {"shift": 2730, "window": 128}
+    assert params("blockwise_causal", 16384, 8192) == {"block_size": 8192}
     assert params("rerope", 128, 8192, window=512, factor=2.0) == {"window": 512}
     given = {"leaky_rerope": {"window": 64, "factor": 4.0, "log_n": 8192}}
     assert params("leaky_rerope", 128, 8192, params=given) == given["leaky_rerope"]
@@ -151,7 +154,7 @@ def test_defaults_of_score_methods_follow_the_training_length():
 
 
 def test_score_methods_in_the_table(run, folder, text, tokenizer, tmp_path, capsys):
-    methods = "rope,rerope,leaky_rerope,self_extend,dual_chunk"
+    methods = ",".join(("rope", *SCORES))
     assert run(methods=methods, lengths="70", param="leaky_rerope.factor=4") == 0
     rows = {row["method"]: row for row in results(tmp_path)["rows"]}
     assert list(rows) == methods.split(",")

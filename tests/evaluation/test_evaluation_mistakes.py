@@ -22,8 +22,8 @@ from extrope_kernels.evaluation import options
         ({"param": "rope.beta_fast=16"}, "rope has no beta_fast; it has base"),
         ({"param": "rope.base"}, "--param must read METHOD.NAME=VALUE, got rope.base"),
         (
-            {"param": "rerope.factor=2", "methods": "rerope"},
-            "rerope has no factor; it has window, l",
+            {"param": "rerope.shift=2", "methods": "rerope"},
+            "rerope has no shift; it has window, factor, l",
         ),
         ({"window": 0}, "--window must be >= 1, got 0"),
         ({"bucket": 0}, "--bucket must be >= 1, got 0"),
@@ -72,7 +72,7 @@ def test_parameters_that_a_method_refuses(run, tmp_path, capsys):
     assert "yarn: beta_fast must be a number" in captured.err and captured.out == ""
     assert list((tmp_path / "out").iterdir()) == []
     assert run(methods="rope,self_extend", param="self_extend.factor=2.5") == 2
-    assert "grouped needs an integer factor, got 2.5" in capsys.readouterr().err
+    assert "factor must be an integer when grouped, got 2.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["rich", "matplotlib"])

@@ -167,7 +167,7 @@ ERRORS = [
     ({"rope_scaling": {"type": "linear", "factor": 0}}, None, "pi: factor must be > 0, got 0"),
     ({"rope_scaling": {"type": "longrope"}}, None, "short_factor must be given for 'longrope'"),
     ({"partial_rotary_factor": 2}, None, "partial_rotary_factor must be <= 1, got 2"),
-    ({"head_dim": 15}, None, "rope: dim must be even and >= 2, got 15"),
+    ({"head_dim": 15}, None, "rope: dim must be even, got 15"),
     ({"rope_theta": 0}, None, "rope: base must be > 1, got 0"),
     ({"num_attention_heads": None}, None, "config must have head_dim, or hidden_size and"),
     (

@@ -1,38 +1,19 @@
-"""The registry, `RopeFreqs`, and the settings at which one method equals another."""
+"""The registry, `RopeFreqs`, published values bit for bit, and methods that equal another."""
 
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from method_examples import DIM, EXAMPLES
+from vectors import load
 
 from extrope_kernels import methods
 from extrope_kernels.methods import METHODS, RopeFreqs
 
-# One sensible call of every method at dim 16.
-EXAMPLES = {
-    "rope": {},
-    "abf": {},
-    "pi": {"factor": 4},
-    "ntk_aware": {"factor": 4},
-    "dynamic_ntk": {"factor": 2, "seq_len": 100, "max_position_embeddings": 64},
-    "ntk_by_parts": {"factor": 4, "original_max_position_embeddings": 256},
-    "ntk_mixed": {"factor": 4},
-    "yarn": {"factor": 4, "original_max_position_embeddings": 256},
-    "dynamic_yarn": {"seq_len": 300, "original_max_position_embeddings": 256},
-    "giraffe_power": {"power": 0.5},
-    "giraffe_truncation": {"truncate_pos": 256},
-    "xpos": {},
-    "llama3": {"factor": 8, "original_max_position_embeddings": 8192},
-    "longrope": {
-        "short_factor": [1.0] * 8,
-        "long_factor": [2.0] * 8,
-        "original_max_position_embeddings": 64,
-        "seq_len": 100,
-        "factor": 4,
-    },
-    "proportional": {"partial_rotary_factor": 0.25},
-}
+DATA = load("method")
+VECTORS = {vector["id"]: vector for vector in DATA["vectors"]}
 
 
 def same_bits(a, b):
@@ -40,6 +21,7 @@ def same_bits(a, b):
 
 
 def ulps(a, b):
+    """Largest distance in units in the last place between float32 tensors of one sign."""
     return (a.view(torch.int32) - b.view(torch.int32)).abs().max().item()
 
 
@@ -54,19 +36,19 @@ def test_registry(name):
     dim, *others = inspect.signature(function).parameters.values()
     assert dim.name == "dim"
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in others)
-    freqs = function(16, **EXAMPLES[name])
+    freqs = function(DIM, **EXAMPLES[name])
     assert isinstance(freqs, RopeFreqs)
-    assert freqs.inv_freq.shape == (8,) and freqs.inv_freq.dtype == torch.float32
+    assert freqs.inv_freq.shape == (DIM // 2,) and freqs.inv_freq.dtype == torch.float32
     assert type(freqs.attention_factor) is float
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_tables_do_not_depend_on_the_surroundings(name):
-    expected = METHODS[name](16, **EXAMPLES[name])
+    expected = METHODS[name](DIM, **EXAMPLES[name])
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            freqs = METHODS[name](16, **EXAMPLES[name])
+            freqs = METHODS[name](DIM, **EXAMPLES[name])
     finally:
         torch.set_default_dtype(torch.float32)
     assert freqs.inv_freq.device.type == "cpu"
@@ -83,6 +65,52 @@ def test_rope_freqs_to_moves_every_tensor():
 def test_rope_freqs_is_frozen():
     with pytest.raises(AttributeError):
         methods.rope(16).attention_factor = 2.0
+
+
+def processor():
+    """Its maker and the instructions that torch uses."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    makers = (line.split(":")[1].strip() for line in lines if line.startswith("vendor_id"))
+    return next(makers, "unknown"), torch.backends.cpu.get_cpu_capability()
+
+
+MAKER, CAPABILITY = processor()
+
+
+def allowed_ulps(vector):
+    exact_on = vector.get("exact_on", (f"{MAKER} AVX512", f"{MAKER} AVX2"))
+    if f"{MAKER} {CAPABILITY}" in exact_on:
+        return vector.get("max_ulp", 0)
+    return max(vector.get("ulp_elsewhere", 1), vector.get("max_ulp", 0))
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vector(name):
+    vector = VECTORS[name]
+    arguments = dict(vector["arguments"])
+    if vector.get("seq_len_is_tensor"):
+        arguments["seq_len"] = torch.tensor(arguments["seq_len"])
+    freqs = METHODS[vector["method"]](vector["dim"], **arguments)
+    bits = torch.tensor([int(word, 16) for word in vector["inv_freq"].split()], dtype=torch.int32)
+    assert freqs.inv_freq.dtype == torch.float32
+    assert ulps(freqs.inv_freq, bits.view(torch.float32)) <= allowed_ulps(vector)
+    assert freqs.attention_factor == vector.get("attention_factor", 1.0)
+    assert freqs.log_decay is None
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"xpos"}))
+def test_every_method_has_a_vector(method):
+    assert any(vector["method"] == method for vector in VECTORS.values())
+
+
+@pytest.mark.parametrize("dim", DATA["xpos_zeta"])
+def test_xpos_decay(dim):
+    zeta = torch.tensor(DATA["xpos_zeta"][dim], dtype=torch.float64)
+    expected = (zeta.log() / 512).float()
+    freqs = methods.xpos(int(dim))
+    assert ulps(freqs.log_decay, expected) == 0
+    assert ulps(freqs.inv_freq, METHODS["rope"](int(dim)).inv_freq) == 0
+    assert freqs.attention_factor == 1.0
 
 
 EXACT_REDUCTIONS = {
@@ -120,6 +148,7 @@ EXACT_REDUCTIONS = {
         ),
         methods.rope(128),
     ),
+    "cope with nothing to fade": (methods.cope(128, clip=0), methods.rope(128)),
     "abf": (methods.abf(128), methods.rope(128, base=500000.0)),
     "dynamic_ntk within the trained length": (
         methods.dynamic_ntk(128, factor=3, seq_len=5, max_position_embeddings=2048),
@@ -151,7 +180,7 @@ EXACT_REDUCTIONS = {
         methods.ntk_by_parts(128, factor=4, original_max_position_embeddings=256, variant="paper"),
         methods.yarn(128, factor=4, original_max_position_embeddings=256, attention_factor=1.0),
     ),
-    "ntk_by_parts without its fast part where all pairs turn often": (
+    "ntk_by_parts without its fast part where all pairs rotate often": (
         methods.ntk_by_parts(
             128, factor=4, original_max_position_embeddings=100_000, extrapolation_factor=0
         ),
@@ -251,6 +280,19 @@ def test_dynamic_yarn_amplitude_follows_the_length():
         methods.dynamic_yarn(16, seq_len=n, **settings).attention_factor for n in (9, 128, 129)
     ]
     assert amplitudes == [1.0, 1.0, 0.1 * math.log(129 / 64) + 1.0]
+
+
+@pytest.mark.parametrize(("dim", "clip"), [(128, 20), (16, 20), (64, 5), (64, 1), (8, 4)])
+@pytest.mark.parametrize("base", [10000.0, 500000.0])
+def test_cope_fades_with_the_bits_of_the_authors_formula(dim, clip, base):
+    table = methods.rope(dim, base=base).inv_freq
+    faded = min(clip, dim // 2)
+    angles = torch.linspace(0.0, torch.pi, steps=faded, dtype=torch.float32)
+    fade = 0.5 * (1.0 + torch.cos(angles))
+    expected = torch.cat((table[:-faded], table[-faded:] * fade))
+    inv_freq = methods.cope(dim, base=base, clip=clip).inv_freq
+    assert same_bits(inv_freq, expected)
+    assert inv_freq[-faded] == table[-faded] and (faded == 1 or inv_freq[-1] == 0)
 
 
 @pytest.mark.parametrize(("truncate_pos", "counts"), [(2048, (41, 14, 9)), (4096, (46, 14, 4))])

@@ -4,33 +4,11 @@ import math
 import re
 
 import pytest
+from method_examples import DIM, EXAMPLES
+from method_examples import LENGTH as L
 
 from extrope_kernels.methods import METHODS
 
-L = "original_max_position_embeddings"
-VALID = {
-    "rope": {},
-    "abf": {},
-    "pi": {"factor": 4},
-    "ntk_aware": {"factor": 4},
-    "dynamic_ntk": {"factor": 2, "seq_len": 100, "max_position_embeddings": 64},
-    "ntk_by_parts": {"factor": 4, L: 256},
-    "ntk_mixed": {"factor": 4},
-    "yarn": {"factor": 4, L: 256},
-    "dynamic_yarn": {"seq_len": 300, L: 256},
-    "giraffe_power": {"power": 0.5},
-    "giraffe_truncation": {"truncate_pos": 256},
-    "xpos": {},
-    "llama3": {"factor": 8, L: 8192},
-    "longrope": {
-        "short_factor": [1.0] * 8,
-        "long_factor": [2.0] * 8,
-        L: 64,
-        "seq_len": 100,
-        "factor": 4,
-    },
-    "proportional": {"partial_rotary_factor": 0.25},
-}
 each_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -40,31 +18,33 @@ def takes(*names):
         (method, name)
         for method in METHODS
         for name in names
-        if name in METHODS[method].__kwdefaults__ or name in VALID[method]
+        if name in METHODS[method].__kwdefaults__ or name in EXAMPLES[method]
     ]
 
 
-def refuse(method, error, message, dim=16, **changes):
+def refuse(method, error, message, dim=DIM, **changes):
     with pytest.raises(error, match=re.escape(f"{method}: {message}")):
-        METHODS[method](dim, **{**VALID[method], **changes})
+        METHODS[method](dim, **{**EXAMPLES[method], **changes})
 
 
 @each_method
-@pytest.mark.parametrize("dim", [0, -2, 1, 7])
-def test_dim_must_be_even_and_positive(name, dim):
+def test_dim_must_be_even_and_positive(name):
     minimum = 4 if name in ("ntk_aware", "dynamic_ntk") else 2
-    refuse(name, ValueError, f"dim must be even and >= {minimum}, got {dim}", dim=dim)
+    for dim in (0, -2, 1):
+        refuse(name, ValueError, f"dim must be >= {minimum}, got {dim}", dim=dim)
+    refuse(name, ValueError, "dim must be even, got 7", dim=7)
+    refuse(name, ValueError, f"dim must be < 2**31, got {2**31}", dim=2**31)
 
 
 @pytest.mark.parametrize("name", ["ntk_aware", "dynamic_ntk", "ntk_by_parts"])
 def test_dim_2_has_no_ntk_base(name):
-    refuse(name, ValueError, "dim must be even and >= 4, got 2", dim=2)
+    refuse(name, ValueError, "dim must be >= 4, got 2", dim=2)
 
 
 @each_method
 @pytest.mark.parametrize("dim", ["16", 16.0, True, None])
 def test_dim_must_be_an_int(name, dim):
-    refuse(name, TypeError, f"dim must be an int, got {dim!r}", dim=dim)
+    refuse(name, TypeError, f"dim must be an int, got {type(dim).__name__}", dim=dim)
 
 
 @each_method
@@ -135,12 +115,13 @@ OTHERS = [
     ("ntk_by_parts", {"beta_0": 0.5}, "beta_0 must be > beta_1, got 0.5 and 0.75"),
     ("ntk_by_parts", {"gamma_1": 16}, "gamma_0 must be > gamma_1, got 16 and 16"),
     ("ntk_by_parts", {**PAPER, "beta_fast": 0.5}, "beta_fast must be > beta_slow, got 0.5"),
-    ("yarn", {"ramp": "turns"}, "ramp must be one of 'index', 'rotations', got 'turns'"),
+    ("yarn", {"ramp": "laps"}, "ramp must be one of 'index', 'rotations', got 'laps'"),
     ("yarn", {"ramp": None}, "ramp must be one of 'index', 'rotations', got None"),
-    ("yarn", {L: 1}, f"{L} and base must let some pair of lanes make between 1 and 32 turns"),
+    ("yarn", {L: 1}, f"{L} and base must let some pair of dims make between 1 and 32 rotations"),
     ("ntk_by_parts", {"variant": "pr2"}, "variant must be one of 'pr1', 'paper', got 'pr2'"),
     ("ntk_by_parts", {"beta_fast": 16.0}, "beta_fast must be left out for variant 'pr1', got 16.0"),
     ("ntk_by_parts", {**PAPER, "gamma_0": 8}, "gamma_0 must be left out for variant 'paper', got"),
+    ("cope", {"clip": -1}, "clip must be >= 0, got -1"),
     ("longrope", {"short_factor": [1.0] * 7}, "short_factor must have 8 entries, got 7"),
     ("longrope", {"long_factor": [1.0] * 9}, "long_factor must have 8 entries, got 9"),
     ("longrope", {"long_factor": [1.0] * 7 + [0]}, "long_factor[7] must be > 0, got 0"),
@@ -169,6 +150,7 @@ WRONG_KINDS = [
     ("longrope", {"short_factor": 1.0}, "short_factor must be a list of numbers, got 1.0"),
     ("longrope", {"long_factor": ["1"] * 8}, "long_factor[0] must be a number, got '1'"),
     ("longrope", {"attention_factor": "1"}, "attention_factor must be a number, got '1'"),
+    ("cope", {"clip": 2.5}, "clip must be an int, got float"),
     ("yarn", {"truncate": 1}, "truncate must be a bool, got 1"),
     ("yarn", {"beta_fast": "32"}, "beta_fast must be a number, got '32'"),
     ("yarn", {"mscale": "1"}, "mscale must be a number, got '1'"),

@@ -1,46 +1,34 @@
 """Methods that depend on the length: a tensor gives one row a sequence, without a host sync."""
 
+import inspect
+
 import pytest
 import torch
+from method_examples import example
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from extrope_kernels.methods import dynamic_ntk, dynamic_yarn, longrope
+from extrope_kernels.methods import METHODS
 
-LENGTHS = [1, 31, 32, 33, 63, 64, 65, 1000, 4097]
-TRAINED = 32
-
-
-def ntk(dim, seq_len, factor=2.0):
-    return dynamic_ntk(dim, factor=factor, seq_len=seq_len, max_position_embeddings=TRAINED)
-
-
-def yarn(dim, seq_len, **settings):
-    settings = {"attention_factor": 1.25, "max_position_embeddings": 64, **settings}
-    return dynamic_yarn(dim, seq_len=seq_len, original_max_position_embeddings=TRAINED, **settings)
-
-
-def long(dim, seq_len):
-    return longrope(
-        dim,
-        short_factor=[1 + 0.01 * i for i in range(dim // 2)],
-        long_factor=[1.0 + i for i in range(dim // 2)],
-        original_max_position_embeddings=TRAINED,
-        seq_len=seq_len,
-        factor=8.0,
-    )
-
-
-# By how many units in the last place a tensor's row may differ from the int's: the base is
-# rounded to float32 on the way in dynamic_ntk, as in transformers.
-METHODS = {
-    "dynamic_ntk": (ntk, 4),
-    "longrope": (long, 0),
-    "dynamic_yarn": (yarn, 0),
-    "dynamic_yarn, finetuned": (lambda d, n: yarn(d, n, finetuned=True), 0),
-    "dynamic_yarn, rotations": (lambda d, n: yarn(d, n, ramp="rotations"), 0),
+LENGTHS = [1, 63, 64, 65, 255, 256, 257, 1000, 4097]  # about the trained lengths of the examples
+OF_LENGTH = [name for name in METHODS if "seq_len" in inspect.signature(METHODS[name]).parameters]
+VARIANTS = {
+    **{name: {} for name in OF_LENGTH},
+    "dynamic_yarn": {"attention_factor": 1.25},
+    "dynamic_yarn, later": {"max_position_embeddings": 512},
+    "dynamic_yarn, finetuned": {"max_position_embeddings": 512, "finetuned": True},
+    "dynamic_yarn, rotations": {"ramp": "rotations"},
 }
-each_method = pytest.mark.parametrize("name", METHODS)
+# By how many units in the last place a tensor's row may differ from the int's, if at all: the base
+# is rounded to float32 on the way in dynamic_ntk, as in transformers.
+ULPS = {"dynamic_ntk": 4}
+each_method = pytest.mark.parametrize("name", VARIANTS)
+
+
+def freqs_at(name, dim, seq_len):
+    method = name.split(",")[0]
+    given = {**example(method, dim), **VARIANTS[method], **VARIANTS[name], "seq_len": seq_len}
+    return METHODS[method](dim, **given)
 
 
 def bits(x):
@@ -61,15 +49,14 @@ class NoHostSync(TorchDispatchMode):
 @pytest.mark.parametrize("dim", [16, 128])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_a_row_for_every_sequence(name, dim, dtype):
-    method, ulps = METHODS[name]
-    freqs = method(dim, torch.tensor(LENGTHS, dtype=dtype))
-    one_by_one = [method(dim, torch.tensor(n, dtype=dtype)).inv_freq for n in LENGTHS]
-    by_int = [method(dim, n) for n in LENGTHS]
+    freqs = freqs_at(name, dim, torch.tensor(LENGTHS, dtype=dtype))
+    one_by_one = [freqs_at(name, dim, torch.tensor(n, dtype=dtype)).inv_freq for n in LENGTHS]
+    by_int = [freqs_at(name, dim, n) for n in LENGTHS]
     assert freqs.inv_freq.shape == (len(LENGTHS), dim // 2)
     assert freqs.inv_freq.dtype == torch.float32
     assert torch.equal(bits(freqs.inv_freq), bits(torch.stack(one_by_one)))
     by_int_rows = torch.stack([freqs.inv_freq for freqs in by_int])
-    assert (bits(freqs.inv_freq) - bits(by_int_rows)).abs().max() <= ulps
+    assert (bits(freqs.inv_freq) - bits(by_int_rows)).abs().max() <= ULPS.get(name, 0)
     assert {freqs.attention_factor} == {freqs.attention_factor for freqs in by_int}
 
 
@@ -80,7 +67,7 @@ def test_values_are_never_read(name, device, shape):
     # Under FakeTensorMode there are no values to read: looking at one raises.
     with FakeTensorMode():
         seq_len = torch.empty(shape, dtype=torch.int64, device=device)
-        inv_freq = METHODS[name][0](16, seq_len).inv_freq
+        inv_freq = freqs_at(name, 16, seq_len).inv_freq
     assert inv_freq.shape == (*shape, 8)
     assert inv_freq.device.type == device
 
@@ -89,48 +76,51 @@ def test_values_are_never_read(name, device, shape):
 def test_no_host_sync(name):
     seq_len = torch.tensor([5, 100])
     with NoHostSync():
-        METHODS[name][0](16, seq_len)
+        freqs_at(name, 16, seq_len)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @each_method
 def test_no_host_sync_on_the_gpu(name):
     seq_len = torch.tensor(LENGTHS, device="cuda")
-    METHODS[name][0](16, seq_len)
+    freqs_at(name, 16, seq_len)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        inv_freq = METHODS[name][0](16, seq_len).inv_freq
+        inv_freq = freqs_at(name, 16, seq_len).inv_freq
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    expected = METHODS[name][0](16, seq_len.cpu()).inv_freq
-    assert (bits(inv_freq.cpu()) - bits(expected)).abs().max() <= METHODS[name][1]
+    expected = freqs_at(name, 16, seq_len.cpu()).inv_freq
+    assert (bits(inv_freq.cpu()) - bits(expected)).abs().max() <= ULPS.get(name, 0)
 
 
 @each_method
 def test_compiles_as_one_graph(name):
     torch._dynamo.reset()
-    method = METHODS[name][0]
     compiled = torch.compile(
-        lambda seq_len: method(16, seq_len).inv_freq, backend="eager", fullgraph=True
+        lambda seq_len: freqs_at(name, 16, seq_len).inv_freq, backend="eager", fullgraph=True
     )
     seq_len = torch.tensor([5, 100])
-    assert torch.equal(compiled(seq_len), method(16, seq_len).inv_freq)
+    assert torch.equal(compiled(seq_len), freqs_at(name, 16, seq_len).inv_freq)
 
 
 @each_method
 def test_a_symbolic_length_compiles(name):
     torch._dynamo.reset()
-    method = METHODS[name][0]
     compiled = torch.compile(
-        lambda x: method(16, x.shape[0]).inv_freq, backend="eager", fullgraph=True, dynamic=True
+        lambda x: freqs_at(name, 16, x.shape[0]).inv_freq,
+        backend="eager",
+        fullgraph=True,
+        dynamic=True,
     )
     for length in (20, 100):
-        assert torch.equal(compiled(torch.ones(length)), method(16, length).inv_freq)
+        assert torch.equal(compiled(torch.ones(length)), freqs_at(name, 16, length).inv_freq)
 
 
 def test_dynamic_yarn_cannot_vary_its_amplitude_by_sequence():
     with pytest.raises(ValueError, match="dynamic_yarn: attention_factor must be given when"):
-        yarn(16, torch.tensor([5, 100]), attention_factor=None)
+        METHODS["dynamic_yarn"](
+            16, **{**example("dynamic_yarn"), "seq_len": torch.tensor([5, 100])}
+        )
 
 
 @each_method
@@ -150,4 +140,4 @@ def test_dynamic_yarn_cannot_vary_its_amplitude_by_sequence():
 )
 def test_nonsense_seq_len(name, seq_len, error, message):
     with pytest.raises(error, match=message):
-        METHODS[name][0](16, seq_len)
+        freqs_at(name, 16, seq_len)

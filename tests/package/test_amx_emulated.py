@@ -15,7 +15,7 @@ HEADER = Path(__file__).parents[1] / "support" / "emulation" / "amx.h"
 
 
 def test_kernels_for_amx(run_python, tmp_path):
-    """Both attentions in bf16; by nobody else's tests do the kernels run here."""
+    """Attention in bf16; by nobody else's tests do the kernels run here."""
     assert _ext.load("cpu") is None
     capability = torch.ops.extrope.cpu_capability()
     if capability == AMX:
@@ -31,8 +31,6 @@ def test_kernels_for_amx(run_python, tmp_path):
         assert torch.ops.extrope.cpu_capability() == {AMX}
         chosen = [
             "attention/test_attention_bf16",
-            "linear_attention/test_permuteformer_bf16",
-            "linear_attention/test_nonfinite_permuteformer",
         ]
         sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k",
             "not narrower and not triton", *(f"tests/{{name}}.py" for name in chosen)]))

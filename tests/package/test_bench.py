@@ -96,8 +96,9 @@ def test_figures_replace_what_is_between_the_markers(bench, tmp_path):
     own = harness.save("some", rows, results).stem
     harness.save("unmarked", [harness.Row("backward", "extrope", "float32", "8 x 2")], results)
     harness.save("some", rows[:1], results / "another")
-    text = f"<!-- another/{own}: float32 back -->\nbefore\n<!-- {own} -->\nold \\1\n"
-    (tmp_path / "README.md").write_text(f"{text}<!-- end of {own} -->\nafter\n")
+    other = f"<!-- another/{own}: float32 back -->\n<!-- end of another/{own} -->\n"
+    text = f"{other}before\n<!-- {own} -->\nold \\1\n<!-- end of {own} -->\nafter\n"
+    (tmp_path / "README.md").write_text(text)
     readme.main(tmp_path, results)
     once = (tmp_path / "README.md").read_text()
     first, second = once.split("before\n")
@@ -109,5 +110,8 @@ def test_figures_replace_what_is_between_the_markers(bench, tmp_path):
     assert "Not measured here: other: needs a GPU." in second
     readme.main(tmp_path, results)
     assert (tmp_path / "README.md").read_text() == once
+    (tmp_path / "README.md").write_text("<!-- none -->\n<!-- end of none -->\n")
+    with pytest.raises(ValueError, match=r"README.md: nothing measured is called 'none'"):
+        readme.main(tmp_path, results)
     every = (results / "README.md").read_text()
     assert "| backward |" in every and every.index(f"## {own}") < every.index("## another/")

@@ -1,8 +1,8 @@
-"""Building, packaging and loading the compiled libraries: each case in a process of its own."""
+"""Wheels, the plan of commands and how ninja runs them."""
 
 from __future__ import annotations
 
-import errno
+import io
 import os
 import re
 import shutil
@@ -13,76 +13,26 @@ from pathlib import Path
 
 import pytest
 import setuptools
-import torch
+from builds import (
+    CPU,
+    ROOT,
+    compile_times,
+    copy_checkout,
+    foreign_symbols,
+    load,
+    needs_compiler,
+    needs_nvcc,
+    nm,
+    start,
+)
 
-from extrope_kernels import _build, _ext
-
-ROOT = Path(__file__).resolve().parents[2]
-CPU = _build.LIBRARIES["cpu"]
-LOAD = "from extrope_kernels import _ext; print(_ext.load('cpu')); print(_ext._paths.get('cpu'))"
-# Torch's C shim, the versioned symbols of libc, libstdc++ and libgcc, and weak ones.
-ALLOWED = re.compile(r"U (aoti_torch_|torch_)\w+$|U \S+@(GLIBC|GLIBCXX|CXXABI|GCC)_|[wv] ")
-
-
-def has(find) -> bool:
-    try:
-        find()
-    except _build.BuildError:
-        return False
-    return True
-
-
-needs_compiler = pytest.mark.skipif(not has(_build.find_compiler), reason="no C++ compiler")
-needs_nvcc = pytest.mark.skipif(not has(_build.find_nvcc), reason="no nvcc")
-
-
-def start(code: str, **env: str) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=env,
-        cwd="/",
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def load(**env: str) -> tuple[str, str]:
-    """The reason and the path that a fresh process gets from `load("cpu")`, "None" for none."""
-    process = start(LOAD, **env)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    reason, path = out.splitlines()
-    return reason, path
-
-
-def nm(library: Path, *options: str) -> list[str]:
-    done = subprocess.run(["nm", *options, str(library)], capture_output=True, text=True)
-    return [line.strip() for line in done.stdout.splitlines()]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """A cache that two processes filled at once."""
-    folder = tmp_path_factory.mktemp("cache")
-    processes = [start(LOAD, EXTROPE_CACHE_DIR=str(folder)) for _ in range(2)]
-    results = [process.communicate(timeout=300) for process in processes]
-    for (out, err), process in zip(results, processes, strict=True):
-        assert process.returncode == 0, err
-        assert out.startswith("None\n"), out
-    assert sum("building the cpu library" in err for _, err in results) == 1
-    return folder
+from extrope_kernels import _build, _ninja
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of what a wheel is made from: builds write into their source folder."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("csrc", "extrope_kernels"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_checkout(folder)
     return folder
 
 
@@ -101,118 +51,6 @@ def wheel(checkout) -> Path:
     return build_wheel(checkout)
 
 
-def entry(cache: Path) -> Path:
-    (folder,) = cache.glob("cpu-*")
-    return folder
-
-
-@needs_compiler
-def test_two_processes_leave_one_library(cache):
-    assert sorted(path.name for path in entry(cache).iterdir() if path.name != "lock") == [
-        CPU.removesuffix("so") + "sha256",
-        CPU,
-        "build.log",
-    ]
-
-
-@needs_compiler
-def test_cached_library_is_loaded_again(cache):
-    assert load(EXTROPE_CACHE_DIR=str(cache)) == ("None", str(entry(cache) / CPU))
-
-
-@needs_compiler
-def test_only_stable_symbols(cache):
-    library = entry(cache) / CPU
-    foreign = [line for line in nm(library, "-D", "--undefined-only") if not ALLOWED.match(line)]
-    assert not foreign
-    dynamic = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True).stdout
-    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
-    assert [name for name in needed if "torch" in name or "c10" in name] == ["libtorch_cpu.so"]
-    assert not re.search(r"RPATH|RUNPATH", dynamic)
-
-
-@needs_compiler
-def test_damaged_cache_is_rebuilt(cache, monkeypatch, tmp_path):
-    good = (entry(cache) / CPU).read_bytes()
-    shutil.copytree(entry(cache), tmp_path / "entry")
-    library = tmp_path / "entry" / CPU
-    library.write_bytes(good[:5000])
-    monkeypatch.setattr(_build, "build", lambda name, output, *_: output.write_bytes(good))
-    assert not _ext._intact(library)
-    _ext._build_locked("cpu", library)
-    assert _ext._intact(library) and library.read_bytes() == good
-
-
-@needs_compiler
-def test_unwritable_cache_falls_back_to_temporary_folder(cache, tmp_path):
-    (tmp_path / "file").touch()
-    private = tmp_path / f"extrope_kernels-{os.getuid()}"
-    shutil.copytree(cache, private)
-    private.chmod(0o700)
-    env = {"EXTROPE_CACHE_DIR": str(tmp_path / "file" / "cache"), "TMPDIR": str(tmp_path)}
-    assert load(**env) == ("None", str(entry(private) / CPU))
-    private.chmod(0o777)  # anyone could have put the library there
-    reason, _ = load(**env)
-    assert reason.startswith("no cache folder can be used: ") and "others can write" in reason
-
-
-@needs_compiler
-def test_full_disk_is_one_line(monkeypatch, tmp_path):
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setenv("EXTROPE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(_ext, "_temporary_dir", lambda: tmp_path / "temporary")
-    monkeypatch.setattr(_build, "build", full)
-    with pytest.raises(_build.BuildError, match="No space left on device") as error:
-        _ext._load_cached("cpu")
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.glob("**/build-*"))
-
-
-def test_no_compiler_is_one_line(tmp_path):
-    reason, _ = load(EXTROPE_CACHE_DIR=str(tmp_path), PATH="/nonexistent", CXX="")
-    assert reason == "no C++ compiler found (c++, g++, clang++)"
-
-
-def test_failing_compiler_is_one_line_with_a_log(tmp_path):
-    compiler = tmp_path / "broken"
-    compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho x.cpp:1: error: out of luck\nexit 1\n'
-    )
-    compiler.chmod(0o755)
-    reason, _ = load(EXTROPE_CACHE_DIR=str(tmp_path / "cache"), CXX=str(compiler))
-    log = entry(tmp_path / "cache") / "build.log"
-    assert reason == f"broken failed: x.cpp:1: error: out of luck (log: {log})"
-    assert "-std=" in log.read_text()
-
-
-def test_jit_turned_off(tmp_path):
-    reason, _ = load(EXTROPE_CACHE_DIR=str(tmp_path), EXTROPE_JIT="0")
-    assert reason == "not in the package, and EXTROPE_JIT=0 forbids to build it"
-    assert not list(tmp_path.iterdir())
-
-
-def test_rotation_works_without_a_library(tmp_path):
-    code = (
-        "import torch, extrope_kernels as e; x = torch.ones(1, 3, 2, 8)\n"
-        "y = e.apply_rope(x, e.methods.rope(8)); print(y.shape == x.shape)"
-    )
-    process = start(code, EXTROPE_CACHE_DIR=str(tmp_path), EXTROPE_JIT="0")
-    out, err = process.communicate(timeout=60)
-    assert out == "True\n", err
-
-
-def test_load_rejects_unknown_library():
-    with pytest.raises(ValueError, match="load: name must be one of"):
-        _ext.load("tpu")
-
-
-@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
-def test_cuda_library_says_why_not():
-    assert _ext.load("cuda") == "this torch is built without CUDA"
-
-
 def test_wheel_without_torch_is_pure_and_holds_the_sources(checkout, tmp_path):
     # A path with setuptools alone, as in pip's isolated build.
     site = Path(setuptools.__file__).parent.parent
@@ -228,6 +66,7 @@ def test_wheel_without_torch_is_pure_and_holds_the_sources(checkout, tmp_path):
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     assert packaged == {path.relative_to(ROOT / "csrc").as_posix() for path in sources}
     assert not [name for name in names if name.endswith(".so")]
+    assert "extrope_kernels/py.typed" in names
 
 
 @needs_compiler
@@ -250,14 +89,62 @@ def test_instruction_sets_share_no_function(checkout, wheel):
         assert not shared, path.name
 
 
+@needs_compiler
+def test_unchanged_sources_compile_nothing(checkout, wheel, monkeypatch, tmp_path):
+    (work_dir,) = checkout.glob("build/temp*/cpu")
+    before = compile_times(work_dir)
+    assert before.keys() == _build.plan("cpu").objects.keys()
+    for path in (checkout / "csrc").rglob("*.*"):
+        path.touch()
+    monkeypatch.setattr(_build, "source_dir", lambda: checkout / "csrc")
+    _build.build("cpu", tmp_path / CPU, work_dir, tmp_path / "build.log")
+    assert compile_times(work_dir) == before
+    assert (tmp_path / CPU).read_bytes() == (work_dir / CPU).read_bytes()
+
+
+def test_no_ninja_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(_build.BuildError, match=r"^ninja not found: pip install ninja$"):
+        _build.find_ninja()
+
+
+@needs_compiler
+def test_a_terminal_sees_the_count_of_steps(monkeypatch, tmp_path):
+    compiler = _build.find_compiler()
+    objects = {}
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.cpp").touch()
+        objects[f"{name}.o"] = [*compiler, "-fPIC", "-c", f"{name}.cpp"]
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    build = (objects, "lib.so", [*compiler, "-shared"], tmp_path, tmp_path / "build.log")
+    assert _ninja.run(_build.find_ninja(), *build) is None
+    assert terminal.getvalue() == "\r[1/3]\r[2/3]\r[3/3]\n"
+    assert (tmp_path / "build.log").read_text().count(" -c ") == 2
+
+
+@needs_compiler
+def test_what_does_not_link_is_one_line(tmp_path):
+    compiler = _build.find_compiler()
+    (tmp_path / "a.cpp").write_text("void missing(); void a() { missing(); }")
+    objects = {"a.o": [*compiler, "-fPIC", "-c", "a.cpp"]}
+    link = [*compiler, "-shared", "-Wl,--no-undefined"]
+    log = tmp_path / "build.log"
+    why = _ninja.run(_build.find_ninja(), objects, "lib.so", link, tmp_path, log)
+    assert "missing" in why and "\n" not in why and why in log.read_text()
+
+
 @needs_nvcc
 @needs_compiler
 def test_cuda_library_links_against_any_torch(monkeypatch, tmp_path):
     monkeypatch.setenv("EXTROPE_CUDA_ARCHS", "90")  # the host side is the same for all
     library = tmp_path / _build.LIBRARIES["cuda"]
     _build.build("cuda", library, tmp_path / "objects", tmp_path / "build.log")
-    foreign = [line for line in nm(library, "-D", "--undefined-only") if not ALLOWED.match(line)]
-    assert not foreign
+    read = _build.output([_build.find_ninja(), "-C", str(tmp_path / "objects"), "-t", "deps"])
+    assert "csrc/cuda/launch.h" in read  # nvcc's dependencies are known too
+    assert not foreign_symbols(library)
     code = f"import extrope_kernels, torch; torch.ops.load_library({str(library)!r})"
     process = start(code)
     assert process.wait(60) == 0, process.stderr.read()

@@ -28,9 +28,9 @@ TRITON = {
     "rope triton": "rotate_kernel",
     "permute rows triton": "permute_kernel",
     "permute cycles triton": "cycles_kernel",
-    **{f"attention {name}": f"{name}_kernel" for name in ("forward", "delta", "dq", "dkv")},
+    **{f"attention {name}": f"{name}_kernel" for name in ("rotate", "forward", "dq", "dkv")},
     **{f"cache {name}": f"{name}_kernel" for name in ("decode", "merge", "append")},
-    **{f"linear {name}": f"{name}_kernel" for name in ("gather", "chain", "sweep")},
+    **{f"linear {name}": f"{name}_kernel" for name in ("state", "state_passing", "scan")},
 }
 COMPARED = [
     Case(f"attention {name}", chip, 128, "bfloat16", "R2")
@@ -190,7 +190,7 @@ def test_the_committed_rows_are_of_these_sources(rows):
     """Or the README's table is of other kernels: run bench/gpu_audit.py, then bench/readme.py."""
     path = ROOT / "bench" / "results" / "gpu_audit.json"
     known = report.load(path)
-    assert set(known) == set(all_cases())
+    assert set(sample()) <= set(known) <= set(all_cases())
     if json.loads(path.read_text())["triton"] != importlib.metadata.version("triton"):
         pytest.skip("compiled with another Triton")
     of_triton = [case for case in rows if not needs_nvcc(case)]

@@ -1,6 +1,8 @@
 """Who may import whom, and what `import extrope_kernels` may not load."""
 
 import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,24 +10,77 @@ from pathlib import Path
 import pytest
 
 import extrope_kernels
+from extrope_kernels.ops import attention, rope
 
 PACKAGE = "extrope_kernels"
 ROOT = Path(extrope_kernels.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-AXES = (
-    "methods",
-    "positions",
-    "scores",
-)  # pure functions: torch, the standard library, and themselves
-CLIENTS = ("integrations", "evaluation", "cli", "__main__")
-IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda", "flash_attn")
-INSTALLATION = ("_build", "_ext")  # where the compiled libraries are: knows no op
-OPTIONAL = {"triton", "transformers", "flash_attn", "flash_attn_interface"}
+# Every module is in one room, that of the first pattern that fits its path. Operations, their
+# implementations and integrations are found by where they are, whatever their names.
+ROOMS = {
+    "package": r"((ops|integrations)/)?__init__.py",
+    "axis": r"(methods|positions|scores)/.*",
+    "checks": r"_checks.py",
+    "installation": r"_[a-z]\w*.py",
+    "shared": r"ops/_shared/.*",
+    "operation": r"ops/\w+/.*",
+    "client": r"(integrations/\w+|evaluation|distributed)/.*|(cli|__main__|testing).py",
+}
+AXES = ("methods", "positions", "scores")
+# What each room may import of the package. {own} is the module's own folder: methods/, ops/rope/.
+MAY_IMPORT = {
+    "package": (*AXES, "ops"),
+    "axis": ("{own}", "_checks"),
+    "checks": (),
+    "installation": ("_build", "_ninja"),
+    "shared": ("ops/_shared", *AXES, "_ext"),
+    "operation": ("{own}", "ops/_shared", *AXES, "_ext"),
+    "client": ("_build", "_ext"),  # and public names, see below
+}
+BACKENDS = {*rope.backends(), *attention.backends()}
+REQUIRED = {
+    re.match(r"\w+", need)[0]
+    for need in importlib.metadata.requires("extrope-kernels")
+    if "extra ==" not in need
+}
 
 
-def module_name(path):
+def inside(path):
+    """The path below the package, without .py: methods/yarn, ops/rope for its __init__."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join((PACKAGE, *parts)).removesuffix(".__init__")
+    return "/".join(parts).removesuffix("__init__").rstrip("/")
+
+
+def room(path):
+    found = path.relative_to(ROOT).as_posix()
+    return next((name for name, pattern in ROOMS.items() if re.fullmatch(pattern, found)), None)
+
+
+def own_folder(path):
+    parts = path.relative_to(ROOT).parts
+    return "/".join(parts[: 2 if parts[0] in ("ops", "integrations") else 1])
+
+
+def backend(path):
+    """The backend that a module of an operation implements, told by its file's or folder's name."""
+    first = path.relative_to(ROOT).parts[2].removesuffix(".py")
+    return next((name for name in BACKENDS if re.search(rf"(^|_){name}(_|$)", first)), None)
+
+
+def absolute(node, path):
+    """The modules that an import statement names: methods/yarn within the package, else torch."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    else:
+        folder = [PACKAGE, *path.relative_to(ROOT).parts[:-1]]
+        base = folder[: len(folder) - node.level + 1] if node.level else []
+        source = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+        names = [source]
+        if source.split(".")[0] == PACKAGE:
+            # `from package import submodule` names the submodule.
+            names = [f"{source}.{alias.name}" for alias in node.names]
+            names = [name if is_module(name) else source for name in names]
+    return [name.replace(".", "/") for name in names]
 
 
 def is_module(name):
@@ -33,23 +88,8 @@ def is_module(name):
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-def absolute(node, path):
-    """The modules that an import statement names, `from package import submodule` resolved."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    package = module_name(path).split(".")
-    if path.name != "__init__.py":
-        package.pop()
-    base = package[: len(package) - node.level + 1] if node.level else []
-    source = ".".join([*base, *(node.module or "").split(".")]).strip(".")
-    if source.split(".")[0] != PACKAGE:
-        return [source]
-    names = [f"{source}.{alias.name}" for alias in node.names]
-    return [name if is_module(name) else source for name in names]
-
-
 def imports(path, at_import_time=False):
-    """Yield the absolute names of the modules that a file imports."""
+    """Yield what a file imports, as `absolute` names it."""
     stack = [ast.parse(path.read_text())]
     while stack:
         node = stack.pop()
@@ -63,77 +103,69 @@ def imports(path, at_import_time=False):
             stack.extend(ast.iter_child_nodes(node))
 
 
-def under(name, *folders):
-    return any(f"{name}.".startswith(f"{PACKAGE}.{folder}.") for folder in folders)
-
-
-def place(path):
-    """Return (axis or op, rest): ("methods", "yarn.py"), ("ops/rope", "triton.py"), ..."""
-    parts = path.relative_to(ROOT).parts
-    is_op = parts[0] == "ops" and len(parts) > 2 and not parts[1].startswith("_")
-    depth = 2 if is_op else 1
-    return "/".join(parts[:depth]), parts[depth:]
-
-
-def named(paths):
-    return pytest.mark.parametrize("path", [pytest.param(p, id=module_name(p)) for p in paths])
-
-
-@named(path for path in FILES if place(path)[0] in AXES)
-def test_the_axes_import_torch_alone(path):
-    axis = place(path)[0]
+def own_imports(path):
+    """What a file imports of the package: methods/yarn, or "" for the package itself."""
     for name in imports(path):
-        top = name.split(".")[0]
-        assert top in sys.stdlib_module_names or top == "torch" or under(name, axis, "_checks"), (
-            name
-        )
+        if name.split("/")[0] == PACKAGE:
+            yield name.removeprefix(PACKAGE).lstrip("/")
 
 
-OP_FILES = [path for path in FILES if place(path)[0].startswith("ops/")]
+def under(name, folder):
+    return f"{name}/".startswith(f"{folder}/")
 
 
-@named(OP_FILES)
-def test_an_op_never_imports_another(path):
-    op = place(path)[0].split("/")[1]
-    others = {place(other)[0].split("/")[1] for other in OP_FILES} - {op}
-    for name in imports(path):
-        assert not under(name, *(f"ops.{other}" for other in others)), name
+each_file = pytest.mark.parametrize(
+    "path", [pytest.param(path, id=inside(path) or PACKAGE) for path in FILES]
+)
 
 
-@named(path for path in OP_FILES if place(path)[1][0].removesuffix(".py") in IMPLEMENTATIONS)
-def test_implementations_never_import_one_another(path):
-    op, (first, *_) = place(path)
-    others = [name for name in IMPLEMENTATIONS if name != first.removesuffix(".py")]
-    for name in imports(path):
-        assert not under(name, *(f"{op.replace('/', '.')}.{other}" for other in others)), name
-        assert not under(name, *AXES, f"{op.replace('/', '.')}.api"), name
+@each_file
+def test_every_module_is_in_a_room_and_imports_what_the_room_may(path):
+    kind = room(path)
+    assert kind, f"{path.name} is in no room: say in ROOMS what it is, and what that may import"
+    allowed = [rule.format(own=own_folder(path)) for rule in MAY_IMPORT[kind]]
+    for name in own_imports(path):
+        fits = any(under(name, rule) for rule in allowed)
+        if kind == "client":
+            fits = fits or is_public(name) or room(file_of(name)) == "client"
+        assert fits, f"{kind} {inside(path)} imports {name or PACKAGE}"
 
 
-@named(path for path in FILES if place(path)[0].removesuffix(".py") in CLIENTS)
-def test_clients_use_the_public_api(path):
-    public = {PACKAGE, *(f"{PACKAGE}.{axis}" for axis in AXES)}
-    public |= {f"{PACKAGE}.{place(op_file)[0].replace('/', '.')}" for op_file in OP_FILES}
-    for name in imports(path):
-        if name.split(".")[0] == PACKAGE:
-            assert name in public or under(name, *CLIENTS, *INSTALLATION), name
+def is_public(name):
+    """The package, an axis or an operation as a whole."""
+    return name in ("", *AXES) or bool(re.fullmatch(r"ops/[a-z]\w*", name))
 
 
-@named(path for path in FILES if place(path)[0].removesuffix(".py") not in CLIENTS)
-def test_nothing_imports_the_clients(path):
-    for name in imports(path):
-        assert not under(name, *CLIENTS), name
+def file_of(name):
+    path = ROOT / name
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-@named(path for path in FILES if not {"triton.py", "triton"} & set(path.parts))
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=inside(p)) for p in FILES if room(p) == "operation" and backend(p)]
+)
+def test_implementations_import_neither_one_another_nor_the_public_functions(path):
+    here, folder = backend(path), own_folder(path)
+    for name in own_imports(path):
+        assert not under(name, f"{folder}/api"), name
+        if under(name, folder) and name != folder:
+            assert backend(ROOT / name) in (None, here), f"{here} imports {name}"
+
+
+@each_file
 def test_optional_packages_are_imported_inside_functions(path):
     for name in imports(path, at_import_time=True):
-        assert name.split(".")[0] not in OPTIONAL, name
+        top = name.split("/")[0]
+        in_its_room = top == "triton" and "triton" in path.parent.parts
+        assert top in {PACKAGE, *REQUIRED, *sys.stdlib_module_names} or in_its_room, name
 
 
 def test_importing_the_package_loads_no_optional_package():
+    loaded = "{name.split('.')[0] for name in sys.modules}"
     code = (
-        f"import sys, {PACKAGE}, {PACKAGE}.cli, {PACKAGE}.integrations.transformers\n"
-        f"sys.exit(', '.join({OPTIONAL!r} & set(sys.modules)) or 0)"
+        f"import sys, torch, filelock; before = {loaded}\n"
+        f"import {PACKAGE}, {PACKAGE}.cli, {PACKAGE}.integrations.transformers\n"
+        f"print(*sorted({loaded} - before - set(sys.stdlib_module_names)))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [PACKAGE], done.stdout

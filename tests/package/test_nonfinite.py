@@ -1,6 +1,6 @@
 """NaN and infinite inputs: what depends on them shows it, as in PyTorch, and no more does.
 
-Of linear attention see test_nonfinite_permuteformer.py.
+Of linear attention see test_nonfinite_linear_attention.py.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from rope_oracle import BITS
 
 from extrope_kernels import head_permutations
 from extrope_kernels.ops.permute.power import Power
-from extrope_kernels.ops.permute.reference import source_lanes
+from extrope_kernels.ops.permute.reference import source_dims
 from extrope_kernels.testing import DTYPES
 
 pytestmark = pytest.mark.skipif(
@@ -38,10 +38,10 @@ class Case:
         return harness.permute_job(self.name, self.inputs, self.outputs, self.power)
 
     def check(self) -> None:
-        lanes = source_lanes(self.power, self.inputs[0].shape[1])
+        dims = source_dims(self.power, self.inputs[0].shape[1])
         for x, out in zip(self.inputs, self.outputs, strict=True):
             bits = BITS[x.itemsize]
-            of_heads = lanes.repeat_interleave(x.shape[2] // lanes.shape[2], 2).expand(x.shape)
+            of_heads = dims.repeat_interleave(x.shape[2] // dims.shape[2], 2).expand(x.shape)
             assert torch.equal(out.view(bits), x.gather(-1, of_heads).view(bits)), self.name
             # What lies between the rows is still NaN.
             storage = torch.empty(0, dtype=x.dtype).set_(out.untyped_storage()).clone()
@@ -60,7 +60,7 @@ def cases() -> Iterator[Case]:
         yield Case(name, qk(make, dtype=torch.bfloat16, **options), gap=16)
     yield Case("odd-output", qk(dim=64), gap=1)
     yield Case("long", qk(heads=(4, 2), batch=3, seqlen=37, dim=64, dtype=torch.float16))
-    yield Case("one-lane", qk(heads=(1,), dim=1))
+    yield Case("one-dim", qk(heads=(1,), dim=1))
     yield Case("wide", qk(heads=(1,), batch=1, seqlen=3, dim=1024), offset=10**6)
     yield Case("many-heads", qk(heads=(11,), dim=8), permutations=head_permutations(1, 8))
     far = torch.tensor([[2**63 - 1, -(2**63), 2**40, -(2**40), -1]] * 2)

@@ -53,3 +53,8 @@ def test_bindings_include_the_stable_headers_only():
             ]
             # The C shim that the stable headers themselves stand on.
             assert not [n for n in outside if "aoti_torch/c/" not in n], source.name
+
+
+def test_what_ships_holds_no_emulation():
+    for source in (ROOT / "csrc").rglob("*.*"):
+        assert not re.search(r"emulat", source.read_text(), re.IGNORECASE), source.name

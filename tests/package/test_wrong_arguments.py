@@ -12,14 +12,14 @@ import re
 import pytest
 import torch
 from right_calls import CALLS
-from wrong_values import WRONG
+from wrong_values import WRONG, of_the_kind
 
 import extrope_kernels
 from extrope_kernels import RopeFreqs, positions
 from extrope_kernels.methods import METHODS
 
 # Of two arguments that do not fit together, either may be named.
-MISMATCHES = ("meta", "half", "double", "batch", "batch 3", "no sequences", "head_dim", "no lanes")
+MISMATCHES = ("meta", "half", "double", "batch", "batch 3", "no sequences", "head_dim", "no dims")
 REFUSALS = (TypeError, ValueError, NotImplementedError)
 
 
@@ -47,7 +47,13 @@ def parameters(name: str) -> list[str]:
 
 
 def wrong(name: str, argument: str) -> dict:
-    found = WRONG.get(f"{name.split()[0]}.{argument}") or WRONG[argument]
+    called = name.split()[0]
+    ending = "with_kvcache" if called.endswith("with_kvcache") else ""
+    names = (f"{called}.{argument}", f"{ending}.{argument}", argument)
+    found = next((WRONG[key] for key in names if key in WRONG), None)
+    if found is None:
+        default = inspect.signature(function(name)).parameters[argument].default
+        found = of_the_kind(CALLS[name].get(argument, default))
     right = {"no batch"} if "packed" in name else set()
     if name.startswith("permuteformer") and argument == "v":
         right = {"head_dim"}  # its own

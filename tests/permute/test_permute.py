@@ -16,16 +16,16 @@ def rows(heads=2, head_dim=64):
 
 
 def power_by_squaring(permutations, power):
-    """(heads, head_dim): the lanes c -> pi^power(c), by repeated squaring."""
+    """(heads, head_dim): the dims c -> pi^power(c), by repeated squaring."""
     if power < 0:
         permutations, power = permutations.argsort(-1), -power
-    lanes = torch.arange(permutations.shape[1], device=permutations.device)
-    lanes = lanes.expand_as(permutations)
+    dims = torch.arange(permutations.shape[1], device=permutations.device)
+    dims = dims.expand_as(permutations)
     while power:
-        lanes = permutations.gather(-1, lanes) if power & 1 else lanes
+        dims = permutations.gather(-1, dims) if power & 1 else dims
         permutations = permutations.gather(-1, permutations)
         power >>= 1
-    return lanes
+    return dims
 
 
 def assert_same(outs, expected):
@@ -36,8 +36,8 @@ def assert_same(outs, expected):
 def test_the_authors_permutations_and_powers(permute_backend):
     drawn = head_permutations(2, 8)
     assert drawn.tolist() == VECTORS["perm"] and drawn.dtype == torch.int64
-    lanes = torch.arange(8.0, device=device()).expand(1, 6, 2, 8)
-    out = permute(lanes, drawn.to(device()), backend=permute_backend)
+    dims = torch.arange(8.0, device=device()).expand(1, 6, 2, 8)
+    out = permute(dims, drawn.to(device()), backend=permute_backend)
     expected = torch.tensor(VECTORS["powers_0_to_5"], device=device()).transpose(0, 1)
     assert torch.equal(out[0], expected.float())
 

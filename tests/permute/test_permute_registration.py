@@ -17,19 +17,19 @@ def op(backend):
 def sample(case, requires_grad=False):
     """(q, k, permutations, positions, cu_seqlens) and options of a call."""
     q, k = make_qk(2, 5, 4, 2, head_dim=8)
-    by, options = [TABLE], {}
+    more, options = [TABLE], {}
     if case == "no_k":
         k = None
     elif case == "positions":
-        by, options = [TABLE, torch.randint(-99, 99, (2, 5), device=device())], {"offset": 2**40}
+        more, options = [TABLE, torch.randint(-99, 99, (2, 5), device=device())], {"offset": 2**40}
     elif case == "packed":
         q, k = q[0].contiguous(), k[0].contiguous()
-        by = [TABLE, None, torch.tensor([0, 2, 5], dtype=torch.int32, device=device())]
+        more = [TABLE, None, torch.tensor([0, 2, 5], dtype=torch.int32, device=device())]
         options = {"inverse": True}
     for x in (q, k):
         if x is not None:
             x.requires_grad_(requires_grad)
-    return (q, k, *by), options
+    return (q, k, *more), options
 
 
 @pytest.mark.parametrize("requires_grad", (False, True))
@@ -40,8 +40,8 @@ def test_opcheck(permute_backend, case, requires_grad):
 
 
 def test_raw_op_is_differentiable_and_k_may_be_none(permute_backend):
-    (q, *by), _ = sample("no_k", requires_grad=True)
-    out, none = op(permute_backend)(q, *by)
+    (q, *more), _ = sample("no_k", requires_grad=True)
+    out, none = op(permute_backend)(q, *more)
     out.pow(2).sum().backward()
     assert none.numel() == 0 and torch.equal(q.grad, 2 * q)
 

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from extrope_kernels import head_permutations
 from extrope_kernels.ops.permute.power import Power
-from extrope_kernels.ops.permute.reference import source_lanes
+from extrope_kernels.ops.permute.reference import source_dims
 
 
 def power(permutations: torch.Tensor, **fields) -> Power:
@@ -18,16 +18,16 @@ def power(permutations: torch.Tensor, **fields) -> Power:
     return Power(permutations, **(given | fields))
 
 
-def check(inputs: list[torch.Tensor], by: Power, gap: int = 8) -> None:
+def check(inputs: list[torch.Tensor], power: Power, gap: int = 8) -> None:
     from rope_oracle import BITS, guarded_like
 
     from extrope_kernels.ops.permute.triton import permute
 
     outputs = [guarded_like(x, gap) for x in inputs]
-    permute(inputs, [out.tensor for out in outputs], by)
-    lanes = source_lanes(by, inputs[0].shape[1])
+    permute(inputs, [out.tensor for out in outputs], power)
+    dims = source_dims(power, inputs[0].shape[1])
     for x, out in zip(inputs, outputs, strict=True):
-        of_heads = lanes.repeat_interleave(x.shape[2] // lanes.shape[2], 2).expand(x.shape)
+        of_heads = dims.repeat_interleave(x.shape[2] // dims.shape[2], 2).expand(x.shape)
         bits = BITS[x.itemsize]
         assert torch.equal(out.tensor.view(bits), x.gather(-1, of_heads).view(bits))
         out.assert_untouched_around()

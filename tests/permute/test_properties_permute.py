@@ -38,10 +38,10 @@ class Case:
         return permute_qk(self.q, self.k, self.permutations, **{**self.options, **changes})
 
     def exact(self, x: Tensor, inverse: bool) -> Tensor:
-        """x, its lanes taken by the powers of the permutations."""
-        lanes = powers(self.permutations, self.at, inverse)
+        """x, its dims taken by the powers of the permutations."""
+        dims = powers(self.permutations, self.at, inverse)
         group = x.shape[-2] // self.permutations.shape[0]
-        return x.gather(-1, lanes.repeat_interleave(group, -2))
+        return x.gather(-1, dims.repeat_interleave(group, -2))
 
 
 def powers(permutations: Tensor, at: Tensor, inverse: bool) -> Tensor:
@@ -50,13 +50,13 @@ def powers(permutations: Tensor, at: Tensor, inverse: bool) -> Tensor:
     Powers of one permutation commute, so that the order of the factors does not matter.
     """
     step = permutations.argsort(-1) if inverse else permutations
-    lanes = torch.arange(step.shape[-1], device=step.device).expand(*at.shape, *step.shape)
+    dims = torch.arange(step.shape[-1], device=step.device).expand(*at.shape, *step.shape)
     for bit in range(64):
         factor = step if bit < 63 else step.argsort(-1)
         taken = (at >> bit & 1).bool()[..., None, None]
-        lanes = torch.where(taken, lanes.gather(-1, factor.expand_as(lanes)), lanes)
+        dims = torch.where(taken, dims.gather(-1, factor.expand_as(dims)), dims)
         step = step.gather(-1, step)
-    return lanes
+    return dims
 
 
 @st.composite

@@ -15,11 +15,11 @@ from extrope_kernels.positions.randomized import choose
 DATA = load("position")
 VECTORS = {vector["id"]: vector for vector in DATA["vectors"]}
 CALLS = {
-    "shape": lambda **by: positions.shape(3, 8, 50, **by),
-    "randomized": lambda **by: positions.randomized(8, 100, batch=3, **by),
-    "random_padding": lambda **by: positions.random_padding(3, [8, 2, 5], 16, **by),
-    "pose": lambda **by: positions.pose(3, 50, 16, 64, **by),
-    "giraffe_randomized": lambda **by: positions.giraffe_randomized(3, 8, **by),
+    "shape": lambda **options: positions.shape(3, 8, 50, **options),
+    "randomized": lambda **options: positions.randomized(8, 100, batch=3, **options),
+    "random_padding": lambda **options: positions.random_padding(3, [8, 2, 5], 16, **options),
+    "pose": lambda **options: positions.pose(3, 50, 16, 64, **options),
+    "giraffe_randomized": lambda **options: positions.giraffe_randomized(3, 8, **options),
 }
 each_strategy = pytest.mark.parametrize("name", CALLS)
 

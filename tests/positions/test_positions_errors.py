@@ -38,23 +38,23 @@ def test_valid_arguments_pass(name):
 
 
 @pytest.mark.parametrize(("name", "argument"), [*COUNTS, ("shape", "max_len")])
-@pytest.mark.parametrize("value", [0, -1, 2**31])
-def test_counts_are_positive_and_fit_int32(name, argument, value):
-    message = f"{argument} must be >= 1 and < 2**31, got {value}"
-    refuse(name, ValueError, message, **{argument: value})
+def test_counts_are_positive_and_fit_int32(name, argument):
+    for value in (0, -1):
+        refuse(name, ValueError, f"{argument} must be >= 1, got {value}", **{argument: value})
+    refuse(name, ValueError, f"{argument} must be < 2**31, got {2**31}", **{argument: 2**31})
 
 
 @pytest.mark.parametrize(("name", "argument"), AT_LEAST_0)
-@pytest.mark.parametrize("value", [-1, 2**31])
-def test_counts_that_may_be_0(name, argument, value):
-    message = f"{argument} must be >= 0 and < 2**31, got {value}"
-    refuse(name, ValueError, message, **{argument: value})
+def test_counts_that_may_be_0(name, argument):
+    refuse(name, ValueError, f"{argument} must be >= 0, got -1", **{argument: -1})
+    refuse(name, ValueError, f"{argument} must be < 2**31, got {2**31}", **{argument: 2**31})
 
 
 @pytest.mark.parametrize(("name", "argument"), COUNTS + AT_LEAST_0)
 @pytest.mark.parametrize("value", ["8", 8.0, True, [8]])
 def test_counts_are_ints(name, argument, value):
-    refuse(name, TypeError, f"{argument} must be an int, got {value!r}", **{argument: value})
+    kind = type(value).__name__
+    refuse(name, TypeError, f"{argument} must be an int, got {kind}", **{argument: value})
 
 
 @each_strategy
@@ -97,7 +97,7 @@ def test_shape_eval_shift_is_a_name_or_an_int(value):
 
 
 def test_shape_eval_shift_is_not_negative():
-    message = "eval_shift must be >= 0 and < 2**31, got -1"
+    message = "eval_shift must be >= 0, got -1"
     refuse("shape", ValueError, message, eval_shift=-1)
 
 
@@ -125,11 +125,11 @@ def test_num_tokens_is_an_int_or_a_list(name, value):
 @PER_ROW
 def test_num_tokens_entries(name):
     for value in (0, [5, 0], torch.tensor([0, 5])):
-        message = "num_tokens must be >= 1 and < 2**31, got 0"
+        message = "num_tokens must be >= 1, got 0"
         refuse(name, ValueError, message, num_tokens=value)
     for value in (True, [5, True]):
-        refuse(name, TypeError, "num_tokens must be an int, got True", num_tokens=value)
-    refuse(name, TypeError, "num_tokens must be an int, got 5.0", num_tokens=[5, 5.0])
+        refuse(name, TypeError, "num_tokens must be an int, got bool", num_tokens=value)
+    refuse(name, TypeError, "num_tokens must be an int, got float", num_tokens=[5, 5.0])
 
 
 @PER_ROW

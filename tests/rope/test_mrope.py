@@ -302,15 +302,3 @@ def test_vmap_over_positions(backend):
 
 # -------------------------------------------------------------------------------------------------
 # Sections
-
-
-def test_sections():
-    freqs = methods.yarn(128, factor=4.0, original_max_position_embeddings=32768)
-    split = methods.with_sections(freqs, [16, 24, 24])
-    assert split.axes.dtype == torch.int32
-    assert split.axes.tolist() == [0] * 16 + [1] * 24 + [2] * 24
-    assert split.inv_freq is freqs.inv_freq and split.attention_factor == freqs.attention_factor
-    turns = methods.with_sections(freqs, [24, 20, 20], interleaved=True)
-    assert turns.axes.tolist() == [0, 1, 2] * 20 + [0] * 4
-    assert methods.with_sections(freqs, [32, 32], interleaved=True).axes.tolist() == [0, 1] * 32
-    assert split.to("meta").axes.device.type == "meta"

@@ -27,10 +27,10 @@ def closed_form(q, k, freqs):
     a, b = (torch.complex(*x.double().chunk(2, -1)) for x in (q, k))
     m, n = (torch.arange(x.shape[1], device=x.device).double() for x in (q, k))
     distance = (m[:, None] - n)[..., None]
-    turn = torch.polar(
+    rotation = torch.polar(
         torch.exp(distance * freqs.log_decay.double()), distance * freqs.inv_freq.double()
     )
-    return torch.einsum("bihp,bjhp,ijp->bhij", a, b.conj(), turn).real
+    return torch.einsum("bihp,bjhp,ijp->bhij", a, b.conj(), rotation).real
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

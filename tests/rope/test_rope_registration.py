@@ -17,31 +17,31 @@ def sample(case, requires_grad=False, dtype=torch.float32):
     """(q, k, inv_freq, positions, cu_seqlens, log_decay) and options of a call."""
     q, k = make_qk(2, 5, 2, 2, head_dim=8, dtype=dtype)
     inv_freq = methods.rope(6).inv_freq.to(device())
-    by, options = [inv_freq], {}
+    rope_args, options = [inv_freq], {}
     if case == "no_k":
         k = None
     elif case == "positions":
-        by = [inv_freq, torch.randint(0, 99, (2, 5), device=device())]
+        rope_args = [inv_freq, torch.randint(0, 99, (2, 5), device=device())]
         options = dict(interleaved=True, attention_factor=1.2)
     elif case == "packed":
         q, k = q[0].contiguous(), k[0].contiguous()
-        by = [inv_freq, None, torch.tensor([0, 2, 5], dtype=torch.int32, device=device())]
+        rope_args = [inv_freq, None, torch.tensor([0, 2, 5], dtype=torch.int32, device=device())]
         options = dict(offset=3, inverse=True)
     elif case == "axes":
         axes = torch.tensor([1, 0, 1], dtype=torch.int32, device=device())
-        by = [inv_freq, torch.randint(0, 99, (2, 2, 5), device=device()), None, None, axes]
+        rope_args = [inv_freq, torch.randint(0, 99, (2, 2, 5), device=device()), None, None, axes]
     elif case == "per_head_decay":
-        by = [
+        rope_args = [
             torch.rand(2, 2, 3, device=device()),
             None,
             None,
             methods.xpos(6).log_decay.to(device()),
         ]
     if requires_grad:
-        for x in (q, k, by[0]):
+        for x in (q, k, rope_args[0]):
             if x is not None:
                 x.requires_grad_()
-    return q, k, by, options
+    return q, k, rope_args, options
 
 
 CASES = ("plain", "no_k", "positions", "packed", "per_head_decay", "axes")
@@ -50,26 +50,26 @@ CASES = ("plain", "no_k", "positions", "packed", "per_head_decay", "axes")
 @pytest.mark.parametrize("requires_grad", (False, True))
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck_fwd(backend, case, requires_grad):
-    q, k, by, options = sample(case, requires_grad)
-    torch.library.opcheck(op("rope_fwd", backend).default, (q, k, *by), options)
+    q, k, rope_args, options = sample(case, requires_grad)
+    torch.library.opcheck(op("rope_fwd", backend).default, (q, k, *rope_args), options)
 
 
 @pytest.mark.parametrize("requires_grad", (False, True))
 @pytest.mark.parametrize("with_inputs", (False, True))
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck_bwd(backend, case, with_inputs, requires_grad):
-    q, k, by, options = sample(case, requires_grad)
+    q, k, rope_args, options = sample(case, requires_grad)
     saved = (q, k) if with_inputs else (None, None)
     grads = [
         None if x is None else torch.randn_like(x).requires_grad_(requires_grad) for x in (q, k)
     ]
-    torch.library.opcheck(op("rope_bwd", backend).default, (*grads, *saved, *by), options)
+    torch.library.opcheck(op("rope_bwd", backend).default, (*grads, *saved, *rope_args), options)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck_inplace(backend, case):
-    q, k, by, options = sample(case)
-    torch.library.opcheck(op("rope_inplace", backend).default, (q, k, *by), options)
+    q, k, rope_args, options = sample(case)
+    torch.library.opcheck(op("rope_inplace", backend).default, (q, k, *rope_args), options)
 
 
 def test_inplace_schema_says_that_it_mutates(backend):
@@ -80,18 +80,18 @@ def test_inplace_schema_says_that_it_mutates(backend):
 
 @pytest.mark.parametrize("case", CASES)
 def test_raw_op_is_differentiable(backend, case):
-    q, k, by, options = sample(case, requires_grad=True)
-    outs = op("rope_fwd", backend)(q, k, *by, **options)
+    q, k, rope_args, options = sample(case, requires_grad=True)
+    outs = op("rope_fwd", backend)(q, k, *rope_args, **options)
     sum(out.pow(2).sum() for out in outs).backward()
     amplitude = options.get("attention_factor", 1.0)
     if case != "per_head_decay":  # norms are kept, so half the gradient of the square is x
         torch.testing.assert_close(q.grad[..., :6], 2 * amplitude**2 * q.detach()[..., :6])
-    assert (k is None or k.grad is not None) and by[0].grad is not None
+    assert (k is None or k.grad is not None) and rope_args[0].grad is not None
 
 
 def test_raw_op_without_k_returns_an_empty_tensor(backend):
-    q, _, by, _ = sample("no_k")
-    assert op("rope_fwd", backend)(q, None, *by)[1].numel() == 0
+    q, _, rope_args, _ = sample("no_k")
+    assert op("rope_fwd", backend)(q, None, *rope_args)[1].numel() == 0
 
 
 # -------------------------------------------------------------------------------------------------
@@ -194,14 +194,14 @@ def test_lengths_on_the_device_never_reach_the_host(backend):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_cuda_graph(backend):
-    q, k, by, options = sample("positions")
+    q, k, rope_args, options = sample("positions")
     graph = torch.cuda.CUDAGraph()
-    op("rope_fwd", backend)(q, k, *by, **options)
+    op("rope_fwd", backend)(q, k, *rope_args, **options)
     with torch.cuda.graph(graph):
-        outs = op("rope_fwd", backend)(q, k, *by, **options)
+        outs = op("rope_fwd", backend)(q, k, *rope_args, **options)
     q.copy_(torch.randn_like(q))
     graph.replay()
-    for got, want in zip(outs, op("rope_fwd", backend)(q, k, *by, **options)):
+    for got, want in zip(outs, op("rope_fwd", backend)(q, k, *rope_args, **options)):
         assert torch.equal(got, want)
 
 

@@ -7,13 +7,21 @@ Nothing here knows of regions or frames.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+import extrope_kernels
+from extrope_kernels import (
+    blockwise_causal_attention,
+    dual_chunk_attention,
+    rerope_attention,
+    string_attention,
+)
 from extrope_kernels.methods import RopeFreqs, rope
-from extrope_kernels.testing import device
+from extrope_kernels.testing import assert_within_budget, device
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,38 @@ def blockwise_causal(seqlen_q, seqlen_k, block_size) -> Relative:
     blocks = torch.div(i, half, rounding_mode="floor") - torch.div(j, half, rounding_mode="floor")
     visible = (i >= j) & (blocks <= 1)
     return Relative((i - j).masked_fill(~visible, torch.nan), [(visible, i, j)])
+
+
+def string(seqlen_q, seqlen_k, shift, window) -> Relative:
+    i, j = indices(seqlen_q, seqlen_k)
+    x = i - j
+    near = x < shift
+    seen = torch.where(near, x, x - shift + window).masked_fill(x < 0, torch.nan)
+    return Relative(seen, [(near & (x >= 0), i, j), (~near, i - shift + window, j)])
+
+
+@dataclass(frozen=True)
+class Example:
+    """A score method: its public function, parameters for it, and what they mean by definition."""
+
+    attention: Callable[..., Tensor]
+    parameters: dict
+    relative: Callable[..., Relative]
+
+    @property
+    def with_kvcache(self) -> Callable[..., Tensor]:
+        """The public function of the same name over a cache."""
+        return getattr(extrope_kernels, f"{self.attention.__name__}_with_kvcache")
+
+
+EXAMPLES = {
+    "rerope": Example(rerope_attention, {"window": 6}, rerope),
+    "leaky_rerope": Example(rerope_attention, {"window": 6, "factor": 2.5}, rerope),
+    "self_extend": Example(rerope_attention, {"window": 6, "factor": 3, "grouped": True}, rerope),
+    "dual_chunk": Example(dual_chunk_attention, {"chunk_size": 9, "local_window": 2}, dual_chunk),
+    "blockwise_causal": Example(blockwise_causal_attention, {"block_size": 10}, blockwise_causal),
+    "string": Example(string_attention, {"shift": 9, "window": 2}, string),
+}
 
 
 def split(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,6 +246,26 @@ def rounding_noise(name, exact, lse, dout, q, k, v, scale) -> float:
     largest = max(x.abs().max().item() for x in (others if isinstance(others, list) else [others]))
     terms = 2 * dout.double().norm(dim=-1).max() * v.double().norm(dim=-1).max()
     return relative * terms.item() * scale * largest
+
+
+def check_outputs(backend, q, found, plain, exact) -> None:
+    """Compare (out, lse) with the closed form, within the error budget of the plain formula."""
+    seen = exact[1] > -torch.inf
+    assert torch.equal(found[1] > -torch.inf, seen)
+    outs, lses = zip(found, plain, exact)
+    for name, got, low, want in (("out", *outs), ("lse", *(lse[seen] for lse in lses))):
+        assert_within_budget(name, got, low, want, noise=_truncation(backend, q, low, want))
+
+
+def _truncation(backend: str, q: Tensor, plain: Tensor, exact: Tensor) -> float:
+    """What Triton's interpreter may add to the error budget in bfloat16.
+
+    It truncates rotated rows where torch rounds them: an error of up to a unit, not half of one, so
+    that the plain formula's own error, and with it the budget, would be twice as large.
+    """
+    if backend != "triton" or q.dtype != torch.bfloat16 or torch.cuda.is_available():
+        return 0.0
+    return 2 * (plain.double() - exact).abs().max().item() if exact.numel() else 0.0
 
 
 def make_qkv(

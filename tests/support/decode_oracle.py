@@ -6,16 +6,45 @@ import math
 from dataclasses import dataclass, field, replace
 
 import torch
+from attention_oracle import EXAMPLES, indices, split
 from torch import Tensor
 
+import extrope_kernels
 from extrope_kernels import RopeFreqs, methods
-from extrope_kernels.ops.attention.kvcache import rerope_attention_with_kvcache
 from extrope_kernels.testing import assert_within_budget, device
+
+
+def _far_of_rerope(j: Tensor, window: int, factor: float = math.inf, grouped: bool = False):
+    return torch.floor(j / factor) if grouped else j / factor
+
+
+# By the name of the attention function: the position that a cached key comes rotated to.
+STORED = {
+    "rerope_attention": _far_of_rerope,
+    "dual_chunk_attention": lambda j, chunk_size, local_window: j % (chunk_size - local_window),
+    "blockwise_causal_attention": lambda j, block_size: j % (block_size // 2),
+    "string_attention": lambda j, shift, window: j,
+}
+RELATIVE = {example.attention.__name__: example.relative for example in EXAMPLES.values()}
+# What `Case` takes of every score method.
+SCORES: dict[str, dict] = {
+    **{
+        name: {"attention": example.attention.__name__, "parameters": example.parameters}
+        for name, example in EXAMPLES.items()
+    },
+    "plain": {"parameters": {"window": 9, "factor": 1.0}},
+    "far leaky": {"parameters": {"window": 3, "factor": 16.0}},
+    "inverse leaky": {"parameters": {"window": 9, "factor": 1 / 16}},
+    "self_extend of one": {"parameters": {"window": 3, "factor": 1.0, "grouped": True}},
+    "xpos": {
+        "attention": "blockwise_causal_attention", "parameters": {"block_size": 16}, "xpos": True,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """A cache and the queries at its end; keys are raw until `stored`."""
+    """A cache and the queries at its end."""
 
     lengths: tuple[int, ...] = (37, 5)  # keys of each sequence
     seqlen_q: int = 1
@@ -24,9 +53,9 @@ class Case:
     head_dim: int = 32
     rotary_dim: int = 32
     dtype: torch.dtype = torch.float32
-    window: int = 8
-    factor: float = math.inf
-    grouped: bool = False
+    attention: str = "rerope_attention"
+    parameters: dict = field(default_factory=lambda: {"window": 8})
+    xpos: bool = False
     log_n: float | None = None
     softmax_scale: float | None = None
     interleaved: bool = False
@@ -35,11 +64,9 @@ class Case:
     leftpad: tuple[int, ...] | None = None
     freqs_per_sequence: bool = False
     seed: int = 0
-    extra: dict = field(default_factory=dict)
 
     def options(self) -> dict:
-        names = ("window", "factor", "grouped", "log_n", "softmax_scale", "interleaved")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("log_n", "softmax_scale", "interleaved")}
 
 
 @dataclass(frozen=True)
@@ -48,13 +75,33 @@ class Inputs:
     k_cache: Tensor
     v_cache: Tensor
     freqs: RopeFreqs
-    call: dict  # the keyword arguments of the public function
+    attention: str  # the name of the function without a cache
+    parameters: dict
+    call: dict  # the other keyword arguments of the public function
 
     def run(self, backend: str | None = None) -> tuple[Tensor, Tensor]:
-        return rerope_attention_with_kvcache(
-            self.q, self.k_cache, self.v_cache, self.freqs, **self.call, return_lse=True,
-            backend=backend,
+        return getattr(extrope_kernels, f"{self.attention}_with_kvcache")(
+            self.q, self.k_cache, self.v_cache, self.freqs, **self.parameters, **self.call,
+            return_lse=True, backend=backend,
         )  # fmt: skip
+
+    def stored(self, j: Tensor) -> Tensor:
+        return STORED[self.attention](j, **self.parameters)
+
+    def store(self, k: Tensor, j: Tensor, inv_freq: Tensor, sign: int = 1) -> Tensor:
+        """Keys (keys, heads, d) in float64, rotated to where the cache has them; sign -1: back."""
+        return self.turn_keys(k, sign * self.stored(j), inv_freq)
+
+    def turn_keys(self, k: Tensor, by: Tensor, inv_freq: Tensor, dtype=None) -> Tensor:
+        decay = self.freqs.log_decay
+        decay = None if decay is None else -decay
+        return turn(k, by[:, None], inv_freq, self.call["interleaved"], dtype, decay)
+
+    def turn_queries(self, q: Tensor, to: Tensor, inv_freq: Tensor, dtype=None) -> Tensor:
+        dims = 2 * inv_freq.shape[-1]
+        loud = q[..., :dims] * self.freqs.attention_factor**2
+        q = torch.cat((loud, q[..., dims:]), -1)
+        return turn(q, to, inv_freq, self.call["interleaved"], dtype, self.freqs.log_decay)
 
 
 def make(case: Case) -> Inputs:
@@ -79,12 +126,13 @@ def make(case: Case) -> Inputs:
     k, v = randn(*shape), randn(*shape)
     if case.leftpad is not None:
         call["cache_leftpad"] = torch.tensor(leftpad, dtype=torch.int32, device=device())
-    freqs = methods.rope(case.rotary_dim)
+    freqs = methods.xpos(case.rotary_dim) if case.xpos else methods.rope(case.rotary_dim)
     inv_freq = freqs.inv_freq
     if case.freqs_per_sequence:
         inv_freq = inv_freq * (0.5 + torch.rand(batch, 1, generator=generator))
-    freqs = RopeFreqs(inv_freq.to(device()), case.attention_factor)
-    inputs = Inputs(q, k, v, freqs, {**call, **case.options()})
+    freqs = replace(freqs, inv_freq=inv_freq, attention_factor=case.attention_factor).to(device())
+    call |= case.options()
+    inputs = Inputs(q, k, v, freqs, case.attention, case.parameters, call)
     used = torch.zeros(shape[:2], dtype=torch.bool, device=device())
     for b, (pad, end) in enumerate(zip(leftpad, ends)):
         used[index(inputs, b, range(pad, end))] = True
@@ -105,48 +153,24 @@ def index(inputs: Inputs, sequence: int, slots) -> tuple[Tensor, Tensor]:
     return table[sequence].long()[slots // size], slots % size
 
 
-def stored_position(j: Tensor, factor: float, grouped: bool) -> Tensor:
-    if math.isinf(factor):
-        return torch.zeros_like(j)
-    return torch.floor(j / factor) if grouped else j / factor
-
-
-def relative_position(i: Tensor, j: Tensor, call: dict) -> Tensor:
-    """What query i and key j see: the definition."""
-    window, factor = call["window"], call["factor"]
-    x = i - j
-    if call["grouped"]:
-        g = int(factor)
-        far = torch.floor(i / g) - torch.floor(j / g) + window - window // g
-    else:
-        far = window + (x - window) / factor
-    return torch.where(x < window, x, far)
-
-
-def turn(x: Tensor, position: Tensor, inv_freq: Tensor, interleaved: bool, dtype=None) -> Tensor:
+def turn(x: Tensor, position: Tensor, inv_freq: Tensor, interleaved: bool, dtype=None, decay=None):
     """x (..., head_dim) in float64 rotated to positions (...), rounded to dtype."""
-    half = inv_freq.shape[-1]
     angle = position[..., None] * inv_freq.double()
-    x = x.double()
-    if interleaved:
-        a, b = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
-    else:
-        a, b = x[..., :half], x[..., half : 2 * half]
-    a, b = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    if decay is not None:
+        amplitude = torch.exp(position[..., None] * decay.double())
+        cos, sin = cos * amplitude, sin * amplitude
+    a, b, rest = split(x.double(), inv_freq.shape[-1], interleaved)
+    a, b = a * cos - b * sin, b * cos + a * sin
     pair = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
-    rest = x[..., 2 * half :].expand(*pair.shape[:-1], -1)
-    out = torch.cat((pair, rest), -1)
+    out = torch.cat((pair, rest.expand(*pair.shape[:-1], -1)), -1)
     return out if dtype is None else out.to(dtype).double()
 
 
-def amplify(q: Tensor, inputs: Inputs) -> Tensor:
-    """The attention factor of both sides, on the rotated lanes."""
-    lanes = 2 * inputs.freqs.inv_freq.shape[-1]
-    return torch.cat((q[..., :lanes] * inputs.freqs.attention_factor**2, q[..., lanes:]), -1)
-
-
 def sequences(inputs: Inputs):
-    """For each: float64 q (seqlen_q, heads_q, d), cached k and v (keys, heads_q, d), positions."""
+    """For each: float64 q (seqlen_q, heads_q, d), cached k and v (keys, heads_q, d), frequencies,
+    and what the queries see of the keys.
+    """
     pads = inputs.call.get("cache_leftpad")
     group = inputs.q.shape[2] // inputs.k_cache.shape[2]
     for b, end in enumerate(inputs.call["cache_seqlens"].tolist()):
@@ -155,49 +179,40 @@ def sequences(inputs: Inputs):
         k, v = (
             x[rows].double().repeat_interleave(group, 1) for x in (inputs.k_cache, inputs.v_cache)
         )
-        j = torch.arange(len(k), dtype=torch.float64, device=k.device)
-        seqlen_q = inputs.q.shape[1]
-        i = torch.arange(len(k) - seqlen_q, len(k), dtype=torch.float64, device=k.device)
+        relative = RELATIVE[inputs.attention](inputs.q.shape[1], len(k), **inputs.parameters)
         freq = inputs.freqs.inv_freq
-        yield inputs.q[b].double(), k, v, i, j, freq[b] if freq.dim() == 2 else freq
+        yield inputs.q[b].double(), k, v, freq[b] if freq.dim() == 2 else freq, relative
 
 
-def softmax(logits: Tensor, i: Tensor, j: Tensor, inputs: Inputs, v: Tensor, dtype=None):
+def softmax(logits: Tensor, seen: Tensor, inputs: Inputs, v: Tensor, dtype=None):
     """(out, lse) of logits (seqlen_q, heads, keys) before their scale; weights rounded to dtype."""
-    scale = inputs.call["softmax_scale"] or inputs.q.shape[-1] ** -0.5
-    logits = logits * scale
+    logits = logits * (inputs.call["softmax_scale"] or inputs.q.shape[-1] ** -0.5)
     if log_n := inputs.call["log_n"]:
-        logits = (
-            logits * (torch.log(i.clamp(min=0) + 1) / math.log(log_n)).clamp(min=1)[:, None, None]
-        )
-    logits = logits.masked_fill((j > i[:, None])[:, None], -torch.inf)
-    if len(j) == 0:
-        return torch.zeros_like(logits @ v.to(logits.dtype).transpose(0, 1)[0]), logits.sum(
-            -1
-        ) - torch.inf
-    lse = logits.logsumexp(-1)
+        i, _ = indices(*seen.shape)
+        scale = (torch.log(i.clamp(min=0) + 1) / math.log(log_n)).clamp(min=1)
+        logits = logits * scale[..., None].to(logits.device)
+    logits = logits.masked_fill(seen.isnan()[:, None].to(logits.device), -torch.inf)
+    if seen.shape[1] == 0:
+        lse = logits.sum(-1) - torch.inf
+        return lse.new_zeros(*lse.shape, v.shape[-1]), lse
     top = logits.max(-1, keepdim=True).values.clamp(min=-1e30)
     weights = torch.exp(logits - top)
     total = weights.sum(-1, keepdim=True)
     if dtype is not None:
         weights = weights.to(dtype).to(v.dtype)
     out = torch.einsum("ihj,jhd->ihd", weights, v) / total.clamp(min=1e-30)
-    return out, lse
+    return out, logits.logsumexp(-1)
 
 
 def exact(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """From the relative positions: keys taken back to raw, queries turned by what each key sees."""
-    call, outs, lses = inputs.call, [], []
-    for q, k, v, i, j, freq in sequences(inputs):
-        raw = turn(
-            k,
-            -stored_position(j, call["factor"], call["grouped"])[:, None],
-            freq,
-            call["interleaved"],
-        )
-        relative = relative_position(i[:, None], j, call)
-        turned = turn(amplify(q, inputs)[:, None], relative[..., None], freq, call["interleaved"])
-        out, lse = softmax(torch.einsum("ijhd,jhd->ihj", turned, raw), i, j, inputs, v)
+    """From the relative positions: keys taken back to raw, queries rotated to what each sees."""
+    outs, lses = [], []
+    for q, k, v, freq, relative in sequences(inputs):
+        j = torch.arange(len(k), dtype=torch.float64, device=k.device)
+        raw = inputs.store(k, j, freq, sign=-1)
+        seen = relative.seen.to(k.device)
+        rotated = inputs.turn_queries(q[:, None], seen.nan_to_num()[..., None], freq)
+        out, lse = softmax(torch.einsum("ijhd,jhd->ihj", rotated, raw), seen, inputs, v)
         outs.append(out)
         lses.append(lse.T)
     return torch.stack(outs), torch.stack(lses)
@@ -205,25 +220,18 @@ def exact(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def same_dtype(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The usual way in q's dtype: rotated q and k and the weights are rounded, sums are float32."""
-    call, dtype, outs, lses = inputs.call, inputs.q.dtype, [], []
+    dtype, outs, lses = inputs.q.dtype, [], []
     wide = torch.promote_types(dtype, torch.float32)
-    window, factor, grouped = call["window"], call["factor"], call["grouped"]
-    for q, k, v, i, j, freq in sequences(inputs):
-        by = (freq, call["interleaved"], dtype)
-        u = j - stored_position(j, factor, grouped)
-        far = torch.full_like(i, window)
-        if grouped:
-            far = torch.floor(i / factor) + window - window // int(factor)
-        elif not math.isinf(factor):
-            far = window + (i - window) / factor
-        q = amplify(q, inputs)
-        near_q, near_k = turn(q, i[:, None], *by).to(wide), turn(k, u[:, None], *by).to(wide)
-        near_scores = torch.einsum("ihd,jhd->ihj", near_q, near_k)
-        far_q = turn(q, far[:, None], *by).to(wide)
-        far_scores = torch.einsum("ihd,jhd->ihj", far_q, k.to(wide))
-        near = (i[:, None] - j < window)[:, None]
-        scores = torch.where(near, near_scores, far_scores).float()
-        out, lse = softmax(scores, i, j, inputs, v.float(), dtype)
+    for q, k, v, freq, relative in sequences(inputs):
+        stored = inputs.stored(torch.arange(len(k), dtype=torch.float64))
+        logits = torch.zeros((), dtype=wide, device=k.device)
+        for mask, at_i, at_j in relative.branches:
+            on = (at_j.reshape(-1) - stored).to(k.device)
+            keys = inputs.turn_keys(k, on, freq, dtype).to(wide)
+            queries = inputs.turn_queries(q, at_i.to(k.device), freq, dtype).to(wide)
+            scores = torch.einsum("ihd,jhd->ihj", queries, keys)
+            logits = torch.where(mask[:, None].to(k.device), scores, logits)
+        out, lse = softmax(logits.float(), relative.seen, inputs, v.float(), dtype)
         outs.append(out.to(dtype))
         lses.append(lse.T.float())
     return torch.stack(outs), torch.stack(lses)
@@ -243,7 +251,6 @@ def check(
     # The interpreter truncates to bfloat16 (triton-lang/triton issue 11584 and its like).
     truncates = backend == "triton" and case.dtype == torch.bfloat16 and device() == "cpu"
     assert_within_budget("out", out, near_out, want_out, 1.0 if truncates else 0.0, noise[0])
-    none = torch.zeros(())
+    assert lse.dtype == torch.promote_types(torch.float32, case.dtype)
     lse, near_lse, want_lse = (x.masked_fill(empty, 0.0) for x in (lse, near_lse, want_lse))
-    assert none.dtype == lse.dtype or case.dtype == torch.float64
     assert_within_budget("lse", lse, near_lse.to(lse.dtype), want_lse, noise=noise[1])

@@ -13,6 +13,7 @@ from collections import Counter
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from method_examples import example
 from torch import Tensor
 
 from extrope_kernels.methods import METHODS, RopeFreqs
@@ -100,30 +101,15 @@ def cumulative(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
 
 @st.composite
 def frequencies(draw, head_dim: int, names: tuple[str, ...] = tuple(METHODS)) -> RopeFreqs:
-    """Frequencies of any method, for all lanes of a head or for some."""
+    """Frequencies of any method, for all dims of a head or for some."""
     pairs = draw(st.integers(1, head_dim // 2))
     name = draw(st.sampled_from([n for n in names if pairs > 1 or "ntk" not in n]))
-    length = {"original_max_position_embeddings": draw(st.sampled_from((64, 256, 4096)))}
-    factor = {"factor": draw(st.sampled_from((1.0, 1.5, 4.0, 32.0)))}
-    seq_len = {"seq_len": draw(st.integers(1, 9000))}
-    parameters = {
-        "pi": factor,
-        "ntk_aware": factor,
-        "dynamic_ntk": {**factor, **seq_len, "max_position_embeddings": 64},
-        "ntk_by_parts": {**factor, **length},
-        "ntk_mixed": factor,
-        "yarn": {**factor, **length},
-        "dynamic_yarn": {**seq_len, **length},
-        "giraffe_power": {"power": draw(st.sampled_from((0.0, 0.5, 2.0)))},
-        "giraffe_truncation": {"truncate_pos": 256},
-        "llama3": {**factor, **length},
-        "longrope": {
-            "short_factor": [1.0] * pairs,
-            "long_factor": [2.5] * pairs,
-            **length,
-            **seq_len,
-            "factor": 4.0,
-        },
-        "proportional": {"partial_rotary_factor": draw(st.sampled_from((0.25, 1.0)))},
+    drawn = {
+        "original_max_position_embeddings": draw(st.sampled_from((64, 256, 4096))),
+        "factor": draw(st.sampled_from((1.0, 1.5, 4.0, 32.0))),
+        "seq_len": draw(st.integers(1, 9000)),
+        "power": draw(st.sampled_from((0.0, 0.5, 2.0))),
+        "partial_rotary_factor": draw(st.sampled_from((0.25, 1.0))),
     }
-    return METHODS[name](2 * pairs, **parameters.get(name, {})).to(device())
+    parameters = {key: drawn.get(key, value) for key, value in example(name, 2 * pairs).items()}
+    return METHODS[name](2 * pairs, **parameters).to(device())

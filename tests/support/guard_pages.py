@@ -63,47 +63,46 @@ class Guarded(TorchDispatchMode):
 
 
 def attention() -> None:
-    """Forward and backward in two and three regions, with lanes, rows and keys left over."""
-    from extrope_kernels import methods
+    """Forward and backward in two and three regions, with dims, rows and keys left over."""
+    from extrope_kernels import methods, scores
+    from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options
     from extrope_kernels.ops.attention import triton
-    from extrope_kernels.ops.attention.frames import Call, rotate
-    from extrope_kernels.ops.attention.regions import DualChunk, ReRope
 
-    freqs = methods.rope(24).inv_freq
     ends = torch.tensor([0, 5, 5, 23], dtype=torch.int32)
-    for score, cu_seqlens, dtype in (
-        (ReRope(6, 3.0, True), ends, torch.float32),
-        (DualChunk(9, 2), None, torch.float16),
+    for score, cu_seqlens, decay, dtype in (
+        (scores.self_extend(6, 3), ends.clone(), None, torch.float32),
+        (scores.dual_chunk(9, 2), None, methods.xpos(24).log_decay.clone(), torch.float16),
     ):
         leading_q, leading_k = ((23,), (23,)) if cu_seqlens is not None else ((1, 19), (1, 37))
         q = torch.randn(*leading_q, 3, 40).to(dtype)
         k, v = (torch.randn(*leading_k, 1, 40).to(dtype) for _ in range(2))
-        call = Call(score, freqs.clone(), None if cu_seqlens is None else cu_seqlens.clone())
-        frames = rotate(q, k, call)
-        out, lse = triton.forward(frames.q, frames.k, v, frames.layout)
-        grads = triton.backward(
-            torch.randn(q.shape).to(dtype), None, frames.q, frames.k, v, out, lse, frames.layout
-        )
-        assert all(x.isfinite().all() for x in (out, *grads[0], *grads[1], grads[2]))
+        inv_freq = methods.rope(24).inv_freq.clone()
+        call = AttentionCall(inv_freq, cu_seqlens, decay, log_n=5.0, **score_options(score))
+        out, lse = triton.forward(q, k, v, call)
+        grads = triton.backward(torch.randn(q.shape).to(dtype), None, q, k, v, out, lse, call)
+        assert all(x.isfinite().all() for x in (out, *grads))
 
 
 def cache() -> None:
     """Appending to and reading from caches, in one piece and in pages."""
-    from extrope_kernels import methods
-    from extrope_kernels.ops.attention.kvcache_ops import parse
-    from extrope_kernels.ops.attention.triton import launch_decode
+    from extrope_kernels import methods, scores
+    from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options
+    from extrope_kernels.ops.decode.arguments import KVCache
+    from extrope_kernels.ops.decode.triton import launch
 
-    inv_freq = methods.rope(24).inv_freq.clone()
     pages = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)
-    for table, factor, dtype in ((None, None, torch.float16), (pages, 3.0, torch.float32)):
+    for table, score, dtype in (
+        (None, scores.rerope(5), torch.float16),
+        (pages, scores.rerope(5, 3.0), torch.float32),
+        (pages, scores.dual_chunk(9, 2), torch.float32),
+    ):
         shape = (2, 13, 2, 40) if table is None else (4, 7, 2, 40)
-        caches = [torch.randn(shape).to(dtype) for _ in range(2)]
+        k_cache, v_cache = (torch.randn(shape).to(dtype) for _ in range(2))
         seqlens = torch.tensor([11, 3], dtype=torch.int32)
-        place = (*caches, inv_freq, seqlens, table)
-        given, call = parse(*place, window=5, factor=factor, appended=2)
+        kv = KVCache(k_cache, v_cache, seqlens, table, appended=2)
+        call = AttentionCall(methods.rope(24).inv_freq.clone(), **score_options(score, stored=True))
         new = [torch.randn(2, 2, 2, 40).to(dtype) for _ in range(2)]
-        launch_decode.append(given, *new, call)
-        out, _ = launch_decode.decode(torch.randn(2, 2, 6, 40).to(dtype), given, call)
+        out, _ = launch.decode(torch.randn(2, 2, 6, 40).to(dtype), *new, kv, call)
         assert out.isfinite().all()
 
 

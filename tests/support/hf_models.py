@@ -7,6 +7,7 @@ import inspect
 import math
 from typing import Any
 
+import attention_oracle as oracle
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 ATTENDING: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES} | {
     "mistral": {"sliding_window": None},
     "gemma2": {"attn_logit_softcapping": None},
+}
+# For each score method the parameters that `extend` takes; relative positions are the oracle's.
+SCORE_PARAMETERS: dict[str, dict[str, Any]] = {
+    name: {key: value for key, value in example.parameters.items() if key != "grouped"}
+    for name, example in oracle.EXAMPLES.items()
 }
 PLAIN = {"rope_type": "default"}
 # What a model's cache is called, as an argument and in its output: it was renamed within version 5.
@@ -127,6 +133,13 @@ def generate(model: nn.Module, ids: Tensor, **settings: Any) -> Tensor:
     return torch.stack(output.logits, 1)
 
 
+def gradients(model: nn.Module, ids: Tensor, **inputs: Any) -> dict[str, Tensor]:
+    """Return the gradient of the mean next-token loss to every weight."""
+    model.zero_grad()
+    model(input_ids=ids, labels=ids, **inputs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def exact(model: nn.Module, freqs: RopeFreqs) -> nn.Module:
     """Return a float64 copy of a model that rotates by tables of `freqs` made in float64."""
     model = copy.deepcopy(model).double()
@@ -158,6 +171,12 @@ def assert_as_exact_as(ours: Tensor, theirs: Tensor, want: Tensor) -> None:
     """Our error is at most twice that of transformers, plus one rounding of the largest logit."""
     ulp = torch.finfo(ours.dtype).eps * 2.0 ** math.floor(math.log2(want.abs().max().item()))
     assert error(ours, want) <= 2 * error(theirs, want) + ulp
+
+
+def assert_same(got: Tensor, want: Tensor) -> None:
+    """The same tokens, and in float64 the same logits but for the order of some sums."""
+    assert torch.equal(got.argmax(-1), want.argmax(-1))
+    torch.testing.assert_close(got, want)
 
 
 class CountRotations(TorchDispatchMode):

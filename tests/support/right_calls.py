@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from test_methods import EXAMPLES
+from attention_oracle import EXAMPLES as SCORES
+from method_examples import DIM, EXAMPLES
 
 from extrope_kernels import RopeFreqs, head_permutations, methods
 from extrope_kernels.testing import device
 
-DIM = 16
 DEVICE = device()
 
 
@@ -52,10 +52,8 @@ CACHE = {
     "cache_seqlens": 3,
     "block_table": None,
     "cache_leftpad": None,
-    "window": 4,
-    "factor": 2.0,
-    "grouped": False,
 }
+REROPE = {"window": 4, "factor": 2.0, "grouped": False}
 
 
 def permutations(heads: int) -> torch.Tensor:
@@ -89,19 +87,17 @@ CALLS = {
         **ROPE,
         "inplace": True,
     },
-    "rerope_attention": {**ATTENTION, "window": 4, "factor": 2.0, "grouped": False},
+    **{x.attention.__name__: {**ATTENTION, **x.parameters} for x in SCORES.values()},
+    **{x.with_kvcache.__name__: {**CACHE, **x.parameters} for x in SCORES.values()},
+    "rerope_attention": {**ATTENTION, **REROPE},
     "rerope_attention of packed sequences": {
         **ATTENTION,
         **PACKED,
         "v": PACKED["k"] + 1,
-        "window": 4,
-        "factor": 2.0,
-        "grouped": False,
+        **REROPE,
     },
+    "rerope_attention_with_kvcache": {**CACHE, **REROPE},
     "apply_rope_qk of packed sequences": {**ROPE, **PACKED},
-    "rerope_attention_with_kvcache": CACHE,
-    "dual_chunk_attention": {**ATTENTION, "chunk_size": 4, "local_window": 1},
-    "blockwise_causal_attention": {**ATTENTION, "block_size": 4},
     "permute": {"x": ATTENTION["q"], **PERMUTE, "permutations": permutations(4)},
     "permute_qk": {"q": ATTENTION["q"], "k": ATTENTION["k"], **PERMUTE},
     "permuteformer_attention": {**LINEAR, "causal": True, "cu_seqlens": None},

@@ -58,7 +58,7 @@ def not_like(x: torch.Tensor) -> dict:
         "batch 3": torch.cat((x, x[:1])),
         "no sequences": x[:0],
         "head_dim": x[..., :8].contiguous(),
-        "no lanes": x[..., :0],
+        "no dims": x[..., :0],
     }
 
 
@@ -127,16 +127,17 @@ COUNT = {**NOT_AN_INT, **NOT_POSITIVE, **HUGE, "None": None, "0": 0}
 PLACE = {"number": 3.5, "text": "moon", "list": []}
 NOT_POSITIONS = not_ints(ints(*range(6))) | {**HUGE, "complex number": 1j}
 # What every argument must not be. "name" means every function that has the argument,
-# "function.name" that one alone.
+# "function.name" that one alone, "with_kvcache.name" all of that ending; bools and numbers without
+# an entry have `of_the_kind`.
 WRONG = {
     "x": not_rows(ATTENTION["q"]) | {"None": None},
     "q": not_like(ATTENTION["q"]),
     "k": not_like(ATTENTION["k"]) | {"seqlen": ATTENTION["k"][:, :5]},
     "v": not_like(ATTENTION["v"])
     | {"seqlen": ATTENTION["v"][:, :5], "heads": ATTENTION["v"][:, :, :1]},
-    "rerope_attention_with_kvcache.q": not_like(CACHE["q"]) | {"heads": CACHE["q"][:, :, :3]},
-    "rerope_attention_with_kvcache.k": not_like(CACHE["k"]) | {"heads": CACHE["k"][:, :, :1]},
-    "rerope_attention_with_kvcache.v": not_like(CACHE["v"]) | {"heads": CACHE["v"][:, :, :1]},
+    "with_kvcache.q": not_like(CACHE["q"]) | {"heads": CACHE["q"][:, :, :3]},
+    "with_kvcache.k": not_like(CACHE["k"]) | {"heads": CACHE["k"][:, :, :1]},
+    "with_kvcache.v": not_like(CACHE["v"]) | {"heads": CACHE["v"][:, :, :1]},
     "k_cache": not_like(CACHE["k_cache"]) | {"heads": CACHE["k_cache"][:, :, :1]},
     "v_cache": not_like(CACHE["v_cache"]) | {"heads": CACHE["v_cache"][:, :, :1]},
     "freqs": not_freqs(),
@@ -169,18 +170,13 @@ WRONG = {
                                              "-1": -1, "9": 9, **HUGE, **NOT_POSITIVE},
     "block_table": not_ints(ints(0, 1).view(2, 1)) | {"long": ints(0, 1).view(2, 1).long()},
     "cache_leftpad": not_ints(ints(1, 1)) | {"long": ints(1, 1).long(), "-1": ints(-1, 0)},
-    "interleaved": NOT_A_BOOL,
-    "inverse": NOT_A_BOOL,
-    "inplace": NOT_A_BOOL,
-    "return_lse": NOT_A_BOOL,
-    "grouped": NOT_A_BOOL,
-    "truncate": NOT_A_BOOL,
-    "finetuned": NOT_A_BOOL,
-    "training": NOT_A_BOOL,
     "backend": NOT_A_NAME,
     "window": COUNT,
     "chunk_size": COUNT,
-    "local_window": {**COUNT, "0": -3, "4": 4},
+    "local_window": {**COUNT, "0": -3, "chunk_size": 9},
+    "string_attention.window": {**COUNT, "0": -3},
+    "string_attention_with_kvcache.window": {**COUNT, "0": -3},
+    "shift": COUNT,
     "block_size": COUNT | {"odd": 3},
     "factor": FACTOR,
     "softmax_scale": SCALE,
@@ -217,7 +213,7 @@ WRONG = {
     # PermuteFormer
     "permutations": {k: v for k, v in not_ints(permutations(2)).items() if k != "longer"}
     | {"None": None, "int32": permutations(2).int(), "three": permutations(3),
-       "lanes": head_permutations(2, 8).to(DEVICE)},
+       "dims": head_permutations(2, 8).to(DEVICE)},
     "decay": {
         **{k: v for k, v in NOT_A_NUMBER.items() if k != "tensor"},
         "three": torch.full((3,), 0.5, device=DEVICE),
@@ -230,8 +226,6 @@ WRONG = {
     },
     "state": {"number": 1.0, "tensor": ATTENTION["k"], "one": (ATTENTION["k"],),
               "numbers": (1.0, 2.0)},
-    "causal": NOT_A_BOOL,
-    "normalize": NOT_A_BOOL,
     "heads": COUNT,
     "head_dim": COUNT,
     "seed": NOT_AN_INT,
@@ -251,6 +245,7 @@ WRONG = {
     "power": {**NOT_A_NUMBER, "None": None, "nan": math.nan, "-1": -1.0},
     "gamma": FACTOR,
     "decay_origin": {**NOT_A_NUMBER, "None": None, "nan": math.nan, "inf": math.inf},
+    "clip": {k: v for k, v in COUNT.items() if k != "0"},
     "exponent": {**NOT_A_NUMBER, "None": None, "nan": math.nan},
     "partial_rotary_factor": {k: v for k, v in FACTOR.items() if k != "0"} | {"2": 2.0},
     "variant": NOT_A_NAME | {"None": None},
@@ -280,7 +275,10 @@ for _end in (
     "high_freq_factor",
 ):  # fmt: skip
     WRONG[_end] = FACTOR
-for _part in ("ntk_factor", "extrapolation_factor"):
-    WRONG[_part] = {**NOT_A_NUMBER, "nan": math.nan}
 for _name in ("attention_factor", "mscale", "mscale_all_dim"):
     WRONG[_name] = {**NOT_A_NUMBER, "nan": math.nan, "inf": math.inf}
+
+
+def of_the_kind(right: object) -> dict:
+    """What an argument must not be, whatever it means: right is a value that it may have."""
+    return NOT_A_BOOL if isinstance(right, bool) else {**NOT_A_NUMBER, "nan": math.nan}

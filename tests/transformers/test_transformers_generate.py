@@ -11,6 +11,7 @@ from hf_models import (
     FAMILIES,
     TRAINED,
     CountRotations,
+    assert_same,
     build,
     error,
     exact,
@@ -52,12 +53,6 @@ def generate(model, ids, **settings):
         **settings,
     )
     return torch.stack(output.logits, 1)
-
-
-def assert_same(got, want):
-    """The same tokens, and in float64 the same logits but for the order of some sums."""
-    assert torch.equal(got.argmax(-1), want.argmax(-1))
-    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("method", ["yarn", "xpos", "dynamic_ntk", "dynamic_yarn", "longrope"])

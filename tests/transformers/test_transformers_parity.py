@@ -22,6 +22,7 @@ from hf_models import (
     rotary_of,
     tokens,
 )
+from method_examples import example
 
 from extrope_kernels import methods
 from extrope_kernels.integrations.transformers import extend
@@ -96,34 +97,21 @@ def test_agrees_with_transformers_own_method(family, method):
         assert error(got, plain) > 100 * error(got, want)
 
 
-OTHER_METHODS = {
-    "abf": {},
-    "ntk_aware": {"factor": 4.0},
-    "ntk_by_parts": {"factor": 4.0},
-    "ntk_mixed": {"factor": 4.0},
-    "dynamic_yarn": {},
-    "giraffe_power": {"power": 0.1},
-    "giraffe_truncation": {"truncate_pos": 16},
-}
-
-
-def test_every_method_is_tried():
-    assert {*METHODS_OF_TRANSFORMERS, *OTHER_METHODS, "xpos"} == set(methods.METHODS)
+OTHER_METHODS = sorted(set(methods.METHODS) - {*METHODS_OF_TRANSFORMERS, "xpos"})
+# What `extend` takes from the model.
+FROM_THE_MODEL = {"original_max_position_embeddings": TRAINED, "seq_len": SEQLEN}
 
 
 @pytest.mark.parametrize("method", OTHER_METHODS)
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_agrees_with_float64(family, method):
     model = build(family)
-    parameters = dict(OTHER_METHODS[method])
+    given = example(method, rotary_dim(family))
+    parameters = {name: x for name, x in given.items() if name not in FROM_THE_MODEL}
     ids = tokens(2, SEQLEN)
     plain = logits(model, ids)
-    given = {"dim": rotary_dim(family), **parameters}
-    if method in ("ntk_by_parts", "dynamic_yarn"):
-        given["original_max_position_embeddings"] = TRAINED
-    if method == "dynamic_yarn":
-        given["seq_len"] = SEQLEN
-    freqs = methods.METHODS[method](**given)
+    given |= {name: x for name, x in FROM_THE_MODEL.items() if name in given}
+    freqs = methods.METHODS[method](rotary_dim(family), **given)
     want = logits(exact(model, freqs), ids)
     with extend(model, method, **parameters):
         got = logits(model, ids)

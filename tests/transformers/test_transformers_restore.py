@@ -21,8 +21,9 @@ from hf_models import (
 )
 from torch import nn
 
-from extrope_kernels import methods
 from extrope_kernels.integrations.transformers import extend
+from extrope_kernels.methods import METHODS
+from extrope_kernels.scores import SCORES
 
 IDS = tokens(2, 40)
 
@@ -35,6 +36,7 @@ PARAMETERS = {
     "yarn": {"factor": 4.0},
     "dynamic_ntk": {"factor": 4.0},
     "leaky_rerope": {"window": 8, "factor": 4.0},
+    "string": {"shift": 9, "window": 2},
 }
 
 
@@ -179,7 +181,7 @@ def _other_pairing(monkeypatch):
         (lambda _: nn.Linear(2, 2), "extend: model must have a rotary embedding .* got a Linear"),
         (lambda _: _two_functions_for_one_rotation(), "does not rotate by apply_rotary_pos_emb"),
         (lambda _: _several_axes_of_positions(), "rotates by several axes of positions"),
-        (_other_pairing, "its rotation pairs the lanes of a head in another way"),
+        (_other_pairing, "its rotation pairs the dims of a head in another way"),
         (
             lambda _: build("gemma3_text", layer_types=["sliding_attention"] * 2),
             "it has no full_attention layers",
@@ -198,28 +200,34 @@ def test_refuses_models_it_cannot_extend(monkeypatch, model, message):
             "yarm",
             {},
             ValueError,
-            f"extend: method must be one of {', '.join(methods.METHODS)}, rerope, leaky_rerope, "
-            "self_extend, dual_chunk, got 'yarm'",
+            f"extend: method must be one of {', '.join((*METHODS, *SCORES))}, got 'yarm'",
         ),
         ("rerope", {}, ValueError, "extend: rerope needs window, which is missing"),
         (
             "rerope",
-            {"window": 4, "factor": 2.0},
+            {"window": 4, "shift": 2},
             TypeError,
-            "extend: parameters of rerope must be among window, log_n, got factor",
+            "extend: parameters of rerope must be among window, factor, log_n, got shift",
         ),
-        ("rerope", {"window": 0}, ValueError, "rerope_attention: window must be >= 1, got 0"),
+        ("rerope", {"window": 0}, ValueError, "rerope: window must be >= 1, got 0"),
         (
             "self_extend",
             {"window": 9, "factor": 2},
             ValueError,
-            "rerope_attention: grouped needs a window that is a multiple of factor 2, got 9",
+            "self_extend: window must be a multiple of factor 2 when grouped, got 9",
         ),
         (
             "dual_chunk",
             {"chunk_size": 8, "local_window": 8},
             ValueError,
-            "dual_chunk_attention: local_window must be less than chunk_size 8, got 8",
+            "dual_chunk: local_window must be less than chunk_size 8, got 8",
+        ),
+        ("string", {"window": 4}, ValueError, "extend: string needs shift, which is missing"),
+        (
+            "blockwise_causal",
+            {"block_size": 8, "log_n": 1},
+            ValueError,
+            "extend: log_n must be None or a length > 1, got 1",
         ),
         ("yarn", {}, ValueError, "extend: yarn needs factor, which is missing"),
         ("longrope", {}, ValueError, "extend: longrope needs short_factor and long_factor, which"),

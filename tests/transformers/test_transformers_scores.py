@@ -11,51 +11,43 @@ import pytest
 import torch
 from hf_models import (
     ATTENDING,
+    SCORE_PARAMETERS,
     assert_as_exact_as,
     build,
     error,
     exact,
     freqs_of,
+    gradients,
     logits,
     one_thread,  # noqa: F401
     rotary_of,
     tokens,
 )
 
-from extrope_kernels import RopeFreqs
+from extrope_kernels import RopeFreqs, methods
 from extrope_kernels.integrations.transformers import extend
-from extrope_kernels.integrations.transformers.attention import PASS
-from extrope_kernels.integrations.transformers.passes import Passes
+from extrope_kernels.scores import SCORES
 
 SEQLEN = 44  # more than four chunks, and no multiple of anything below
-IDS = tokens(2, SEQLEN)
-METHODS = {
-    "rerope": {"window": 7},
-    "leaky_rerope": {"window": 7, "factor": 3.5},
-    "self_extend": {"window": 9, "factor": 3},
-    "dual_chunk": {"chunk_size": 13, "local_window": 3},
-}
+IDS = tokens(2, SEQLEN, seed=2)
 
 
-def relative_positions(method, seqlen, parameters):
-    """The relative positions of a method by definition."""
-    parameters = {key: value for key, value in parameters.items() if key != "log_n"}
-    if method == "dual_chunk":
-        return oracle.dual_chunk(seqlen, seqlen, **parameters)
-    return oracle.rerope(seqlen, seqlen, grouped=method == "self_extend", **parameters)
+def test_every_score_method_is_tried():
+    assert SCORE_PARAMETERS.keys() == SCORES.keys()
 
 
 @contextmanager
-def dense(model, method, formula, parameters):
+def dense(model, method, formula, log_n=None, freqs=None):
     """Let the model attend by `formula` of the oracle; layers with a sliding window as ever."""
+    example = oracle.EXAMPLES[method]
     modeling = sys.modules[type(model).__module__]
     interleaved = "Cohere" in type(model).__name__
-    freqs, rotary = freqs_of(model), rotary_of(model)
+    freqs, rotary = freqs or freqs_of(model), rotary_of(model)
     local = RopeFreqs(getattr(rotary, "sliding_attention_inv_freq", freqs.inv_freq))
 
     def attend(module, q, k, v, mask, scaling, sliding_window=None, **_):
-        relative = relative_positions(method, q.shape[2], parameters)
-        options = {"scale": scaling, "interleaved": interleaved, "log_n": parameters.get("log_n")}
+        relative = example.relative(q.shape[2], q.shape[2], **example.parameters)
+        options = {"scale": scaling, "interleaved": interleaved, "log_n": log_n}
         layer_freqs = freqs
         if sliding_window is not None:
             relative = oracle.rerope(q.shape[2], q.shape[2], window=1000)
@@ -74,36 +66,36 @@ def dense(model, method, formula, parameters):
         yield model
 
 
-def dense_logits(model, method, formula, parameters):
-    with dense(copy.deepcopy(model), method, formula, parameters) as patched:
+def dense_logits(model, method, formula, **options):
+    with dense(copy.deepcopy(model), method, formula, **options) as patched:
         return logits(patched, IDS)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCORE_PARAMETERS)
 @pytest.mark.parametrize("family", ATTENDING)
 def test_logits_are_those_of_dense_attention(family, method):
     model = build(family, **ATTENDING[family])
-    parameters = METHODS[method] | ({"log_n": 16} if family in ("qwen2", "cohere") else {})
+    log_n = {"log_n": 16} if family in ("qwen2", "cohere") else {}
     plain = logits(model, IDS)
-    want = dense_logits(model.double(), method, oracle.closed_form, parameters)
+    want = dense_logits(model.double(), method, oracle.closed_form, **log_n)
     model.float()
-    expected = dense_logits(model, method, oracle.plain_formula, parameters)
-    with extend(model, method, **parameters):
+    expected = dense_logits(model, method, oracle.plain_formula, **log_n)
+    with extend(model, method, **SCORE_PARAMETERS[method], **log_n):
         got = logits(model, IDS)
     assert_as_exact_as(got, expected, want)
     assert error(got, plain) > 1000 * error(got, want)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCORE_PARAMETERS)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt_neox"])
 def test_gradients_are_those_of_dense_attention(family, method):
-    model, parameters = build(family, **ATTENDING[family]), METHODS[method] | {"log_n": 16}
-    with dense(copy.deepcopy(model).double(), method, oracle.closed_form, parameters) as patched:
-        want = gradients(patched)
-    with dense(copy.deepcopy(model), method, oracle.plain_formula, parameters) as patched:
-        expected = gradients(patched)
-    with extend(model.train(), method, **parameters):
-        got = gradients(model)
+    model, log_n = build(family, **ATTENDING[family]), {"log_n": 16}
+    with dense(copy.deepcopy(model).double(), method, oracle.closed_form, **log_n) as patched:
+        want = gradients(patched, IDS)
+    with dense(copy.deepcopy(model), method, oracle.plain_formula, **log_n) as patched:
+        expected = gradients(patched, IDS)
+    with extend(model.train(), method, **SCORE_PARAMETERS[method], **log_n):
+        got = gradients(model, IDS)
     assert got.keys() == want.keys()
     for name, exact_one in want.items():
         ulp = torch.finfo(torch.float32).eps * exact_one.abs().max().item()
@@ -112,13 +104,6 @@ def test_gradients_are_those_of_dense_attention(family, method):
 
 def rms(x):
     return x.square().mean().sqrt().item()
-
-
-def gradients(model):
-    """Return the gradient of the mean next-token loss to every weight."""
-    model.zero_grad()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -144,42 +129,52 @@ def test_gradient_checkpointing(family, use_reentrant):
         assert torch.equal(got[name], want[name]), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCORE_PARAMETERS)
 @pytest.mark.parametrize("family", ATTENDING)
 def test_a_window_that_nothing_exceeds_gives_the_plain_model(family, method):
     model = build(family, **ATTENDING[family])
     plain, want = logits(model, IDS), logits(exact(model, freqs_of(model)), IDS)
-    parameters = {"window": 48, "factor": 4}
-    if method == "dual_chunk":
-        parameters = {"chunk_size": 2 * SEQLEN, "local_window": SEQLEN}
-    if method == "rerope":
-        del parameters["factor"]
-    with extend(model, method, **parameters):
+    sizes = {"window": 48, "shift": 48, "block_size": 2 * SEQLEN, "factor": 4}
+    sizes |= {"chunk_size": 2 * SEQLEN, "local_window": SEQLEN}
+    with extend(model, method, **{name: sizes[name] for name in SCORE_PARAMETERS[method]}):
         assert_as_exact_as(logits(model, IDS), plain, want)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCORE_PARAMETERS)
 def test_a_model_keeps_the_frequencies_of_its_config(method):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     model = build("llama", yarn)
     assert freqs_of(model).attention_factor != 1.0
-    want = dense_logits(model.double(), method, oracle.closed_form, METHODS[method])
-    expected = dense_logits(model.float(), method, oracle.plain_formula, METHODS[method])
-    with extend(model, method, **METHODS[method]):
+    want = dense_logits(model.double(), method, oracle.closed_form)
+    expected = dense_logits(model.float(), method, oracle.plain_formula)
+    with extend(model, method, **SCORE_PARAMETERS[method]):
         got = logits(model, IDS)
     assert_as_exact_as(got, expected, want)
     # The same frequencies from an extension before it.
     plain = build("llama")
-    with extend(plain, "yarn", factor=4.0), extend(plain, method, **METHODS[method]):
+    with extend(plain, "yarn", factor=4.0), extend(plain, method, **SCORE_PARAMETERS[method]):
         assert_as_exact_as(logits(plain, IDS), expected, want)
         assert error(logits(plain, IDS), got) < 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["dual_chunk", "blockwise_causal"])
+def test_positions_that_start_anew_take_the_decay_of_xpos(method):
+    model, freqs = build("llama"), methods.xpos(16)
+    with extend(model, "xpos"), extend(model, method, **SCORE_PARAMETERS[method]):
+        got = logits(model, IDS)
+    with extend(model, method, **SCORE_PARAMETERS[method]):
+        without = logits(model, IDS)
+    expected = dense_logits(model, method, oracle.plain_formula, freqs=freqs)
+    want = dense_logits(model.double(), method, oracle.closed_form, freqs=freqs)
+    assert_as_exact_as(got, expected, want)
+    assert error(got, without) > 1000 * error(got, want)
+
+
+@pytest.mark.parametrize("method", SCORE_PARAMETERS)
 def test_padding_on_either_side_changes_no_token(method):
     model, mask = build("llama").double(), torch.ones_like(IDS)
     mask[0, :11] = mask[1, -5:] = 0
-    with extend(model, method, **METHODS[method]):
+    with extend(model, method, **SCORE_PARAMETERS[method]):
         got = logits(model, IDS, attention_mask=mask)
         torch.testing.assert_close(got[:1, 11:], logits(model, IDS[:1, 11:]))
         torch.testing.assert_close(got[1:, :-5], logits(model, IDS[1:, :-5]))
@@ -188,7 +183,7 @@ def test_padding_on_either_side_changes_no_token(method):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCORE_PARAMETERS)
 def test_half_precision_is_no_worse_than_dense_attention(method, dtype):
     model = build("llama")
     freqs = rotary_of(model).inv_freq.clone()
@@ -196,9 +191,9 @@ def test_half_precision_is_no_worse_than_dense_attention(method, dtype):
     twin = copy.deepcopy(model)
     for each in (model, twin):  # the cast rounds them, and each side would undo that in its way
         rotary_of(each).inv_freq = freqs
-    want = dense_logits(twin.double(), method, oracle.closed_form, METHODS[method])
-    expected = dense_logits(model, method, oracle.plain_formula, METHODS[method])
-    with extend(model, method, **METHODS[method]):
+    want = dense_logits(twin.double(), method, oracle.closed_form)
+    expected = dense_logits(model, method, oracle.plain_formula)
+    with extend(model, method, **SCORE_PARAMETERS[method]):
         got = logits(model, IDS)
     assert rms(got - want) <= 1.1 * rms(expected - want)
 
@@ -206,21 +201,24 @@ def test_half_precision_is_no_worse_than_dense_attention(method, dtype):
 def test_frequencies_that_a_cast_has_rounded_come_from_the_config():
     model, cast = build("llama"), build("llama").bfloat16()
     with extend(model, "rerope", window=7), extend(cast, "rerope", window=7):
-        inner = [rotary_of(m).forward.inner.freqs[None].inv_freq for m in (model, cast)]
-    assert torch.equal(*inner)
+        in_force = [rotary_of(m).forward.freqs[None].inv_freq for m in (model, cast)]
+    assert torch.equal(*in_force)
 
 
 def test_rotations_follow_the_device_of_a_layer():
-    model = build("llama")
+    """The one that every layer gets, here of a batch with padding."""
+    model, mask, seen = build("llama"), torch.ones_like(IDS), []
+    mask[0, :3] = 0
     with extend(model, "leaky_rerope", window=7, factor=3.5):
-        rotation, _ = rotary_of(model)(torch.zeros(1), torch.arange(4)[None])
-        _, arguments = Passes(model.model, rotary_of(model).forward, None, True).before_forward(
-            model.model, (IDS,), {}
-        )
+        layer = model.model.layers[1].self_attn
+        with layer.register_forward_pre_hook(lambda *args: seen.append(args[2]), with_kwargs=True):
+            logits(model, IDS, attention_mask=mask)
+    rotation, sin = seen[0]["position_embeddings"]
+    assert sin is None and any(rotation is value for value in seen[0].values())
     moved = rotation.to("meta", non_blocking=True)
-    places = {x.device.type for x in (moved.stored, moved.positions, moved.freqs.inv_freq)}
-    assert places == {"meta"}
-    assert arguments[PASS].to("meta").freqs.inv_freq.device.type == "meta"
+    parts = (moved.positions, moved.freqs.inv_freq, moved.rows.leftpad)
+    assert {x.device.type for x in parts} == {"meta"}
+    assert rotation.positions.device.type == "cpu"
 
 
 def test_autocast_leaves_queries_wider_than_values():
@@ -235,7 +233,7 @@ def test_compiles_without_a_graph_break():
     model = build("llama", num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with extend(model, "leaky_rerope", window=7, factor=3.5):
-        want = gradients(model)
+        want = gradients(model, IDS)
         model.zero_grad()
         compiled(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     for name, p in model.named_parameters():

@@ -9,7 +9,10 @@ import torch
 from hf_models import (
     ATTENDING,
     CACHE,
+    LAYERS,
+    SCORE_PARAMETERS,
     assert_as_exact_as,
+    assert_same,
     build,
     error,
     generate,
@@ -17,29 +20,38 @@ from hf_models import (
     one_thread,  # noqa: F401
     tokens,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from extrope_kernels.integrations.transformers import extend
 
 NEW = 6
 PROMPT = tokens(2, 27)
 PAD = 5
+LOG_N = ("leaky_rerope", "dual_chunk", "blockwise_causal")
 METHODS = {
-    "rerope": {"window": 7},
-    "leaky_rerope": {"window": 7, "factor": 3.5, "log_n": 16},
-    "self_extend": {"window": 9, "factor": 3},
-    "dual_chunk": {"chunk_size": 13, "local_window": 3, "log_n": 16},
+    method: parameters | ({"log_n": 16} if method in LOG_N else {})
+    for method, parameters in SCORE_PARAMETERS.items()
 }
 ALL = [
-    ("llama", "rerope"),
-    ("llama", "leaky_rerope"),
-    ("llama", "self_extend"),
-    ("llama", "dual_chunk"),
+    *(("llama", method) for method in METHODS),
     ("gemma2", "rerope"),  # sliding window layers in between
     ("gemma3_text", "leaky_rerope"),
     ("phi", "self_extend"),
     ("gpt_neox", "dual_chunk"),
+    ("phi", "blockwise_causal"),
+    ("gemma3_text", "string"),
     ("cohere", "leaky_rerope"),
 ]
+
+
+class CountDecodes(TorchDispatchMode):
+    """Counts the calls of the op for a cache inside a `with` block."""
+
+    decodes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.decodes += func is torch.ops.extrope.decode.default
+        return func(*args, **(kwargs or {}))
 
 
 def model_of(family):
@@ -48,12 +60,6 @@ def model_of(family):
 
 def run(model, ids, **settings):
     return generate(model, ids, max_new_tokens=NEW, **settings)
-
-
-def assert_same(got, want):
-    """The same tokens, and in float64 the same logits but for the order of some sums."""
-    assert torch.equal(got.argmax(-1), want.argmax(-1))
-    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(("family", "method"), ALL)
@@ -86,6 +92,21 @@ def test_left_padded_prompts_generate_as_alone(family, method):
         want = torch.cat((run(model, PROMPT[:1, PAD:]), run(model, PROMPT[1:])))
         for settings in ({}, {"use_cache": False}, {"prefill_chunk_size": 4}):
             assert_same(run(model, ids, attention_mask=mask, **settings), want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_decode_a_layer_and_token(method):
+    model = model_of("llama").float()
+    with extend(model, method, **METHODS[method]), CountDecodes() as count:
+        run(model, PROMPT)
+    assert count.decodes == (NEW - 1) * LAYERS  # the first token comes with the prompt
+
+
+@pytest.mark.parametrize("method", ["dual_chunk", "blockwise_causal"])
+def test_a_cache_of_keys_with_the_decay_of_xpos(method):
+    model = model_of("llama")
+    with extend(model, "xpos"), extend(model, method, **METHODS[method]):
+        assert_same(run(model, PROMPT), run(model, PROMPT, use_cache=False))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -43,7 +43,7 @@ def test_score_methods_refuse_models_before_anything_is_changed(family, sizes, m
 @pytest.mark.skipif("cpu" not in attention_backends(), reason="the reference takes any head_dim")
 def test_score_methods_refuse_heads_that_the_kernels_do_not_take():
     model = build("llama", head_dim=12)
-    with pytest.raises(ValueError, match="rerope_attention: head_dim must be a multiple of 8"):
+    with pytest.raises(ValueError, match="extend: head_dim must be a multiple of 8"):
         extend(model, "rerope", window=8)
 
 
@@ -55,6 +55,16 @@ def test_score_methods_refuse_dropout():
             model.train()(IDS)
     with pytest.raises(ValueError, match="must have attention_dropout 0, got"):
         extend(model, "rerope", window=8)
+
+
+def test_a_layer_is_not_run_outside_of_its_model():
+    model = build("llama")
+    tables = model.model.rotary_emb(torch.zeros(1, 1, 64), torch.zeros(1, 1))
+    with (
+        extend(model, "rerope", window=8),
+        pytest.raises(RuntimeError, match="LlamaAttention must"),
+    ):
+        model.model.layers[0].self_attn(torch.zeros(1, 1, 64), tables, None)
 
 
 def test_score_methods_go_on_last_and_once():

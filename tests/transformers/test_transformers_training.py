@@ -14,6 +14,7 @@ from hf_models import (
     error,
     exact,
     freqs_of,
+    gradients,
     logits,
     one_thread,  # noqa: F401
     rotary_of,
@@ -27,20 +28,13 @@ IDS = tokens(2, 48)
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 
-def gradients(model):
-    """Return the gradient of the mean next-token loss to every weight."""
-    model.zero_grad()
-    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_agree_with_transformers(family):
     theirs, model = build(family, LINEAR), build(family)
-    expected = gradients(theirs)
-    want = gradients(exact(model, freqs_of(theirs)))
+    expected = gradients(theirs, IDS, use_cache=False)
+    want = gradients(exact(model, freqs_of(theirs)), IDS, use_cache=False)
     with extend(model, "pi", factor=4.0):
-        got = gradients(model)
+        got = gradients(model, IDS, use_cache=False)
     assert got.keys() == want.keys()
     largest = max(error(expected[name], want[name]) for name in want)
     for name in want:
@@ -53,10 +47,10 @@ def test_gradients_agree_with_transformers(family):
 def test_gradient_checkpointing(method, use_reentrant):
     model = build("llama").train()
     with extend(model, method, factor=4.0):
-        want = gradients(model)
+        want = gradients(model, IDS, use_cache=False)
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         with CountRotations() as count:
-            got = gradients(model)
+            got = gradients(model, IDS, use_cache=False)
     assert count.rotations == 2 * LAYERS  # forward and recomputed
     for name in want:
         assert torch.equal(got[name], want[name]), name
@@ -133,7 +127,7 @@ def test_compiles_without_a_graph_break(family):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     plain = compiled(IDS, use_cache=False).logits.detach()
     with extend(model, "yarn", factor=4.0):
-        want = gradients(model)
+        want = gradients(model, IDS, use_cache=False)
         model.zero_grad()
         out = compiled(input_ids=IDS, labels=IDS, use_cache=False)
         out.loss.backward()
@@ -159,6 +153,6 @@ def test_inference_mode_first_and_training_after():
     with extend(model, "dynamic_ntk", factor=4.0), extend(twin, "dynamic_ntk", factor=4.0):
         with torch.inference_mode():
             model(IDS)
-        got, want = gradients(model), gradients(twin)
+        got, want = gradients(model, IDS, use_cache=False), gradients(twin, IDS, use_cache=False)
     for name in want:
         assert torch.equal(got[name], want[name]), name

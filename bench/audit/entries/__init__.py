@@ -1,13 +1,13 @@
 """What is compiled, and how. To add a kernel: a file beside these, and its list in ENTRIES."""
 
 from ..case import Case, Kernel
-from . import attention, decode, permute, permuteformer, plain, rope
+from . import attention, decode, linear_attention, permute, plain, rope
 
 ENTRIES = (
     *plain.KERNELS,
     *attention.KERNELS,
     *decode.KERNELS,
-    *permuteformer.KERNELS,
+    *linear_attention.KERNELS,
     *rope.KERNELS,
     *permute.KERNELS,
 )
@@ -15,9 +15,13 @@ KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ENTRIES}
 
 
 def all_cases() -> list[Case]:
-    """The usual type and head_dim first."""
+    """The sample first, then the usual type and head_dim."""
+    first = set(sample())
     cases = [case for kernel in ENTRIES for case in kernel.cases]
-    return sorted(cases, key=lambda case: (case.dtype != "bfloat16", case.head_dim != 128))
+    return sorted(
+        cases,
+        key=lambda case: (case not in first, case.dtype != "bfloat16", case.head_dim != 128),
+    )
 
 
 def sample() -> list[Case]:

@@ -1,9 +1,10 @@
 """The entries of region attention: forward, dq and dk/dv, over one region (plain) to three; and
-delta, the row sums that both gradients need.
+the rotation into the frames of all regions, and back.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from functools import lru_cache, partial
 from itertools import product
@@ -18,8 +19,8 @@ NAMES = ("forward", "dq", "dkv")
 
 def cases(name: str) -> list[Case]:
     """Regions: R1 plain, R2 ReRoPE, R3 dual chunk. Every tile of both tables; at the
-    common head_dim also float16, which differs by the conversions, packed sequences with a scale
-    for each row, and the regions of blockwise causal attention, which have no first key.
+    common head_dim also float16, which differs by the conversions, packed sequences, and the
+    regions of blockwise causal attention, which have no first key.
     """
     kernel = f"attention {name}"
     every = [*product(("bfloat16",), ("R1", "R2", "R3"), HEAD_DIMS)]
@@ -38,11 +39,18 @@ def cases(name: str) -> list[Case]:
     ]
 
 
-def delta_cases() -> list[Case]:
+def rotate_cases() -> list[Case]:
+    """Into the frames of R2 ReRoPE, R3 dual chunk, slow: Leaky ReRoPE, grouped: SelfExtend, and of
+    XPOS in blocks; inverse: their gradients. ReRoPE with every head_dim, layout and type.
+    """
+    variants = ["R3", "slow", "grouped", "blocks decay", "R2 interleaved", "R2 partial"]
+    every = [*product(("bfloat16",), ("R2",), HEAD_DIMS)]
+    every += product(("bfloat16",), [*variants, "R2 packed"], (128,))
+    every += [("float16", "R2", 128), ("float32", "R2", 128)]
     return [
-        Case("attention delta", chip, dim, dtype, "R1")
-        for dtype in ("bfloat16", "float32")
-        for dim in HEAD_DIMS
+        Case("attention rotate", chip, dim, dtype, variant + direction)
+        for dtype, variant, dim in every
+        for direction in ("", " inverse")
         for chip in CAPABILITIES
     ]
 
@@ -66,57 +74,99 @@ def in_sample(case: Case) -> bool:
     return chip in picked.get((case.dtype, case.variant, dim), ())
 
 
+def rotate_in_sample(case: Case) -> bool:
+    picked = {
+        "R2": (80,),
+        "R3": (90,),
+        "R3 inverse": (80,),
+        "slow inverse": (90,),
+        "grouped": (120,),
+        "blocks decay inverse": (100,),
+        "R2 interleaved": (100,),
+        "R2 packed": (90,),
+    }
+    usual = (case.head_dim, case.dtype) == (128, "bfloat16")
+    return usual and case.capability in picked.get(case.variant, ())
+
+
 def prepare(case: Case) -> tuple[Source, Traffic]:
     launch = _record(case)
     tile = launch.kwargs["TILE"]
-    by_tile = _delta_traffic if case.kernel.endswith("delta") else traffic
-    return launch, by_tile(case, tile.queries, tile.keys)
+    return launch, traffic(case, tile.block_m, tile.block_n)
+
+
+def prepare_rotate(case: Case) -> tuple[Source, Traffic]:
+    launch = _record(case)
+    return launch, _rotate_traffic(case, launch)
+
+
+def score_of(case: Case):
+    """The score method of a case, by the words of its variant."""
+    from extrope_kernels import scores
+
+    by_word = {
+        "R1": lambda: scores.rerope(WINDOW, 1.0),
+        "R2": lambda: scores.rerope(WINDOW),
+        "R3": lambda: scores.dual_chunk(WINDOW + 512, 512),
+        "slow": lambda: scores.rerope(WINDOW, 4.0),
+        "grouped": lambda: scores.self_extend(WINDOW, 4),
+        "blocks": lambda: scores.blockwise_causal(2 * WINDOW),
+    }
+    word = "blocks" if case.has("blocks") else (case.variant or "R1").split()[0]
+    return by_word[word]()
 
 
 def layout(case: Case) -> tuple[tuple[int, ...], int]:
-    from extrope_kernels.ops.attention.regions import FIRST_KEY
-
-    if case.has("blocks"):
-        return (-WINDOW, 0), WINDOW
-    if case.has("R3"):
-        return (FIRST_KEY, -WINDOW, 0), WINDOW
-    return ((FIRST_KEY, 1 - WINDOW), 1) if case.has("R2") else ((FIRST_KEY,), 1)
+    score = score_of(case)
+    return tuple(score.starts), score.granularity
 
 
 def _launch(case: Case) -> None:
-    from extrope_kernels.ops.attention.regions import Layout
+    from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options
     from extrope_kernels.ops.attention.triton import backward, forward
 
-    packed = case.has("packed")
-    starts, granularity = layout(case)
-    row_scale = empty(SEQLEN) if packed else None
-    cu_seqlens = empty(9, dtype="int32") if packed else None
-    by = Layout(starts, granularity, 0.1, row_scale, cu_seqlens)
+    packed, half = case.has("packed"), case.head_dim // (4 if case.has("partial") else 2)
+    call = AttentionCall(
+        empty(half),
+        empty(9, dtype="int32") if packed else None,
+        empty(half) if case.has("decay") else None,
+        **score_options(score_of(case)),
+        log_n=4096.0 if packed else None,
+        interleaved=case.has("interleaved"),
+    )
     batch = () if packed else (1,)
     rows = partial(empty, *batch, SEQLEN, dtype=case.dtype)
-    q = [rows(HEADS_Q, case.head_dim) for _ in starts]
-    k = [rows(HEADS_K, case.head_dim) for _ in starts]
-    if case.kernel.endswith("forward"):
-        forward(q, k, k[0], by)
+    q, k = rows(HEADS_Q, case.head_dim), rows(HEADS_K, case.head_dim)
+    if case.kernel.endswith("forward") or (
+        case.kernel.endswith("rotate") and not case.has("inverse")
+    ):
+        forward(q, k, k, call)
     else:
-        backward(q[0], None, q, k, k[0], q[0], empty(*batch, HEADS_Q, SEQLEN), by)
+        backward(q, None, q, k, k, q, empty(*batch, HEADS_Q, SEQLEN), call)
 
 
 def _record(case: Case):
-    from extrope_kernels.ops.attention.triton import launch as module
+    from extrope_kernels.ops.attention.triton import frames, launch
 
     from .triton_compiler import record
 
-    name = case.kernel.split()[1]
-    others = tuple(f"{other}_kernel" for other in (*NAMES, "delta") if other != name)
+    name, inverse = case.kernel.split()[1], case.has("inverse")
+    inner = ("dq" if inverse else "forward") if name == "rotate" else name
+    others = tuple(f"{other}_kernel" for other in NAMES if other != inner)
+    found = []
+
+    def on_frames() -> None:
+        found.append(record(launch, f"{inner}_kernel", lambda: _launch(case), others))
+
     with (
-        mock.patch.object(module, "_capability", lambda device: case.capability),
-        mock.patch.object(module, "_interpreted", lambda: False),
+        mock.patch.object(launch, "_capability", lambda device: case.capability),
+        mock.patch.object(launch, "_interpreted", lambda: False),
     ):
-        return record(module, f"{name}_kernel", lambda: _launch(case), others)
+        rotation = record(frames, "rotate_kernel", on_frames, nth=-1 if inverse else 0)
+    return rotation if name == "rotate" else found[0]
 
 
-def traffic(case: Case, queries: int, keys: int) -> Traffic:
+def traffic(case: Case, block_m: int, block_n: int) -> Traffic:
     """What a launch with tiles of so many rows does, plain or not."""
     name, size, dim = case.kernel.split()[-1], itemsize(case.dtype), case.head_dim
     starts, granularity = layout(case)
@@ -124,10 +174,10 @@ def traffic(case: Case, queries: int, keys: int) -> Traffic:
     per_row = 4 * SEQLEN * HEADS_Q  # lse, delta
     frames = len(starts) * (q_rows + k_rows)
     by_key = name == "dkv"
-    own, other = (keys, queries) if by_key else (queries, keys)
+    own, other = (block_n, block_m) if by_key else (block_m, block_n)
     moved = {
         "forward": size * (frames + k_rows + q_rows) + per_row,
-        "dq": size * (frames + k_rows + q_rows) + 2 * per_row + 4 * len(starts) * q_rows,
+        "dq": size * (frames + k_rows + 2 * q_rows) + 2 * per_row + 4 * len(starts) * q_rows,
         "dkv": size * (frames + 2 * k_rows + q_rows) + 2 * per_row + 4 * len(starts) * k_rows,
     }
     stored = {
@@ -141,14 +191,27 @@ def traffic(case: Case, queries: int, keys: int) -> Traffic:
         passes=(HEADS_Q * tiles(starts, granularity, own, other, by_key),),
         loaded=2 * other * dim * size,  # k and v, or q and dout
         stored=stored[name],
-        operations={"forward": 2, "dq": 3, "dkv": 4}[name] * 2 * queries * keys * dim,
+        operations={"forward": 2, "dq": 3, "dkv": 4}[name] * 2 * block_m * block_n * dim,
     )
 
 
-def _delta_traffic(case: Case, queries: int, keys: int) -> Traffic:
-    row = case.head_dim * itemsize(case.dtype)
-    moved = SEQLEN * HEADS_Q * (2 * row + 4 + 4)  # out, dout, lse, delta
-    return Traffic(moved, SEQLEN // queries * HEADS_Q, (), loaded=2 * queries * row, stored=0)
+def _rotate_traffic(case: Case, launch) -> Traffic:
+    """q and k once, and their frames; what a program loads and stores for one head."""
+    tile, size = launch.kwargs["TILE"], itemsize(case.dtype)
+    inverse = case.has("inverse")
+    heads = HEADS_Q * len(tile.q_maps) + HEADS_K * len(tile.k_maps)
+    sources = HEADS_Q + (HEADS_K if tile.k_maps else 0)
+    moved = SEQLEN * case.head_dim * (size * sources + (4 if inverse else size) * heads)
+    row = tile.tokens * case.head_dim
+    blocks = math.prod(launch.grid)
+    each = -(-SEQLEN // tile.tokens)
+    return Traffic(
+        bytes=moved,
+        blocks=blocks,
+        passes=(each * HEADS_K, each * HEADS_Q) if tile.k_maps else (each * HEADS_Q,),
+        loaded=row * (4 if inverse else size),
+        stored=row * size,
+    )
 
 
 @lru_cache
@@ -194,9 +257,9 @@ KERNELS = [
 ]
 KERNELS.append(
     Kernel(
-        name="attention delta",
-        cases=delta_cases(),
-        prepare=prepare,
-        sample=lambda case: (case.capability, case.head_dim, case.dtype) == (90, 128, "bfloat16"),
+        name="attention rotate",
+        cases=rotate_cases(),
+        prepare=prepare_rotate,
+        sample=rotate_in_sample,
     )
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import pairwise, product
 
 from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 from ..chips import WARP
@@ -13,17 +13,19 @@ BATCH, KEYS, HEADS_Q, HEADS_K, WINDOW = 2, 32_768, 32, 8, 4096
 PAGE_SIZE = 16
 HEAD_DIMS = (64, 96, 128, 256)
 PROMPT = 64  # tokens of a chunk
-FRAMES = {"raw": math.inf, "slow": 4.0, "grouped": 4.0, "plain": 1.0}
+METHODS = ("raw", "slow", "grouped", "plain", "chunks", "blocks")
 NAMES = ("decode", "merge", "append")
+_SPLITS = 13  # of decode's arguments
 
 
 def cases(name: str) -> list[Case]:
-    """One token or a chunk; raw: ReRoPE, slow: Leaky ReRoPE, grouped: SelfExtend, plain: RoPE.
+    """One token or a chunk; raw: ReRoPE, slow: Leaky ReRoPE, grouped: SelfExtend, plain: RoPE,
+    chunks: dual chunk, blocks: blockwise causal with XPOS.
 
-    Every tile; frames, layouts and float16 at the common head_dim.
+    Every tile; methods, layouts and float16 at the common head_dim.
     """
     kernel = f"cache {name}"
-    variants = [f"{frame} paged" for frame in ("slow", "grouped", "plain")]
+    variants = [f"{method} paged" for method in METHODS[1:]]
     variants += ["raw", "slow interleaved paged", "slow partial paged"]
     usual = "chunk" if name == "append" else "one-token"
     every = [*product(("bfloat16",), HEAD_DIMS, (f"raw paged {usual}",))]
@@ -34,6 +36,7 @@ def cases(name: str) -> list[Case]:
         every += product(("bfloat16",), HEAD_DIMS, ("raw paged chunk",))
         every += [
             ("bfloat16", 128, "slow paged chunk"),
+            ("bfloat16", 128, "chunks paged chunk"),
             ("bfloat16", 256, "grouped paged one-token"),
             ("float16", 128, "raw paged one-token"),
         ]
@@ -60,6 +63,8 @@ def in_sample(case: Case) -> bool:
         ("bfloat16", 64, "raw paged one-token"): (100,),
         ("float32", 256, "raw paged one-token"): (90,),
         ("bfloat16", 128, "slow paged one-token"): (80,),
+        ("bfloat16", 128, "chunks paged one-token"): (90,),
+        ("bfloat16", 128, "blocks paged one-token"): (100,),
         ("bfloat16", 256, "grouped paged one-token"): (90,),
         ("bfloat16", 128, "slow interleaved paged one-token"): (120,),
         ("bfloat16", 128, "raw paged chunk"): (120,),
@@ -69,7 +74,7 @@ def in_sample(case: Case) -> bool:
 
 
 def prepare(case: Case) -> tuple[Source, Traffic]:
-    from extrope_kernels.ops.attention.triton import launch_decode as module
+    from extrope_kernels.ops.decode.triton import launch as module
 
     from .triton_compiler import record
 
@@ -83,28 +88,53 @@ def _tokens(case: Case) -> int:
     return PROMPT if case.has("chunk") else 1
 
 
+def _score(case: Case):
+    from extrope_kernels import scores
+
+    method = next(word for word in case.variant.split() if word in METHODS)
+    return {
+        "raw": lambda: scores.rerope(WINDOW),
+        "slow": lambda: scores.rerope(WINDOW, 4.0),
+        "grouped": lambda: scores.self_extend(WINDOW, 4),
+        "plain": lambda: scores.rerope(WINDOW, 1.0),
+        "chunks": lambda: scores.dual_chunk(WINDOW + 512, 512),
+        "blocks": lambda: scores.blockwise_causal(2 * WINDOW),
+    }[method]()
+
+
 def _launch(case: Case) -> None:
     """32 heads of q, 8 of k, room for 32k keys in each of two sequences."""
-    from extrope_kernels.ops.attention.frames import Call
-    from extrope_kernels.ops.attention.kvcache_arguments import KVCache
-    from extrope_kernels.ops.attention.regions import ReRope
-    from extrope_kernels.ops.attention.triton import launch_decode
+    from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options
+    from extrope_kernels.ops.decode.arguments import KVCache
+    from extrope_kernels.ops.decode.triton import launch
 
-    frame = next(word for word in case.variant.split() if word in FRAMES)
     paged, pages = case.has("paged"), KEYS // PAGE_SIZE
     shape = (BATCH * pages, PAGE_SIZE) if paged else (BATCH, KEYS)
     k, v = (empty(*shape, HEADS_K, case.head_dim, dtype=case.dtype) for _ in range(2))
     table = empty(BATCH, pages, dtype="int32") if paged else None
     seqlens = empty(BATCH, dtype="int32")
     cache = KVCache(k, v, seqlens, table, seqlens)
-    rotary_dim = case.head_dim // (2 if case.has("partial") else 1)
-    score = ReRope(WINDOW, FRAMES[frame], frame == "grouped")
-    call = Call(score, empty(rotary_dim // 2), log_n=4096.0, interleaved=case.has("interleaved"))
+    half = case.head_dim // (4 if case.has("partial") else 2)
+    call = AttentionCall(
+        empty(half),
+        log_decay=empty(half) if case.has("blocks") else None,
+        **score_options(_score(case), stored=True),
+        log_n=4096.0,
+        interleaved=case.has("interleaved"),
+    )
     rows = empty(BATCH, _tokens(case), HEADS_Q, case.head_dim, dtype=case.dtype)
     if case.kernel == "cache append":
-        launch_decode.append(cache, rows[:, :, :HEADS_K], rows[:, :, :HEADS_K], call)
+        launch.append(rows[:, :, :HEADS_K], rows[:, :, :HEADS_K], cache, call)
     else:
-        launch_decode.decode(rows, cache, call)
+        launch.decode(rows, None, None, cache, call)
+
+
+def _keys_by_region(case: Case) -> list[int]:
+    """How many keys the last query sees in each region."""
+    score, last = _score(case), KEYS - 1
+    block = last // score.granularity * score.granularity
+    bounds = [max(0, block + start) for start in score.starts] + [KEYS]
+    return [end - begin for begin, end in pairwise(bounds)]
 
 
 def _traffic(case: Case, launch) -> Traffic:
@@ -116,25 +146,31 @@ def _traffic(case: Case, launch) -> Traffic:
         moved = 4 * BATCH * tokens * HEADS_K * row
         # k and v go one after the other, and a row of one token has no 16 bytes for every thread.
         wide = WIDE * WARP * launch.kwargs["num_warps"]
-        rows = 2 * (tile.keys * row // wide * wide)
+        rows = 2 * (tile.block_n * row // wide * wide)
         return Traffic(moved, blocks, (), loaded=rows, stored=rows)
     if name == "merge":
         splits = launch.args[4]
-        return Traffic(rows * (splits * wide_row + row), blocks, (rows * -(-splits // tile.keys),),
-                       loaded=tile.keys * wide_row, stored=row)  # fmt: skip
-    splits = launch.args[7]
-    row_tiles = launch.grid[0] // splits
-    cached = 2 * BATCH * KEYS * HEADS_K * row
-    far, near = KEYS - WINDOW, WINDOW
-    each = BATCH * HEADS_K * row_tiles / tile.keys
-    passes = (KEYS * each,) if tile.frame == "plain" else (far * each, near * each)
+        return Traffic(
+            bytes=rows * (splits * wide_row + row),
+            blocks=blocks,
+            passes=(rows * -(-splits // tile.block_n),),
+            loaded=tile.block_n * wide_row,
+            stored=row,
+        )
+    splits = launch.args[_SPLITS]
+    row_blocks = launch.grid[0] // splits
+    keys = _keys_by_region(case)
+    cached = 2 * BATCH * sum(keys) * HEADS_K * row
+    each = BATCH * HEADS_K * row_blocks / tile.block_n
+    # The shortest loop first: one that rotates no key.
+    by_length = sorted(zip(tile.rotates_keys, keys), key=lambda region: region[0])
     return Traffic(
         bytes=cached + rows * row + splits * rows * wide_row,
         blocks=blocks,
-        passes=passes,
-        loaded=2 * tile.keys * row,
-        stored=min(tile.rows, HEADS_Q // HEADS_K * tokens) * wide_row,
-        operations=2 * 2 * tile.rows * tile.keys * case.head_dim,
+        passes=tuple(count * each for _, count in by_length),
+        loaded=2 * tile.block_n * row,
+        stored=min(tile.block_m, HEADS_Q // HEADS_K * tokens) * wide_row,
+        operations=2 * 2 * tile.block_m * tile.block_n * case.head_dim,
     )
 
 

@@ -34,10 +34,10 @@ def prepare_triton(case: Case) -> tuple[Source, Traffic]:
     row = case.head_dim * itemsize(case.dtype)
     if "cycles" in case.kernel:
         return launch, Traffic(HEADS_K * case.head_dim * (8 + 16), HEADS_K, (), 0, 0)
-    # Reads lane by lane, from one row at a time. A permutation has one head of k, in no loop.
+    # Reads dim by dim, from one row at a time. A permutation has one head of k, in no loop.
     tiles, blocks = launch.grid[0], launch.grid[0] * launch.grid[1]
     moved = 2 * TOKENS * (HEADS_Q + HEADS_K) * row
-    stored = launch.kwargs["TILE"].tokens * row
+    stored = launch.kwargs["TILE"].block_m * row
     return launch, Traffic(moved, blocks, (tiles * HEADS_Q,), 0, stored)
 
 
@@ -48,8 +48,8 @@ def _launch(case: Case) -> None:
     q, k = (empty(1, TOKENS, n, case.head_dim, dtype=case.dtype) for n in (HEADS_Q, HEADS_K))
     rows = empty(HEADS_K, case.head_dim, dtype="int64")
     positions = empty(1, TOKENS, dtype="int64")
-    by = Power(rows, positions, False, 0, None, False)
-    permute([q, k], [empty(*x.shape, dtype=case.dtype) for x in (q, k)], by)
+    power = Power(rows, positions, False, 0, None, False)
+    permute([q, k], [empty(*x.shape, dtype=case.dtype) for x in (q, k)], power)
 
 
 def cuda_cases() -> list[Case]:

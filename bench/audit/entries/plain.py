@@ -26,18 +26,18 @@ def prepare_attention(case: Case) -> tuple[Source, Traffic]:
         "dq": (q, k, k, q, sums, sums, empty(HEADS_Q * SEQLEN * dim)),
         "dkv": (q, k, k, q, sums, sums, empty(HEADS_K * SEQLEN * dim), k),
     }[name]
-    own, heads = (setting.keys, HEADS_K) if name == "dkv" else (setting.queries, HEADS_Q)
+    own, heads = (setting.block_n, HEADS_K) if name == "dkv" else (setting.block_m, HEADS_Q)
     launch = Launch(
         getattr(plain_kernels, f"{name}_kernel"),
         (SEQLEN // own, heads),
-        (*args, 0.1, HEADS_Q // HEADS_K, SEQLEN, setting.queries, setting.keys, dim),
+        (*args, 0.1, HEADS_Q // HEADS_K, SEQLEN, setting.block_m, setting.block_n, dim),
         {
             "num_warps": setting.warps,
             "num_stages": setting.stages,
             "enable_fp_fusion": True,
         },
     )
-    return launch, attention.traffic(case, setting.queries, setting.keys)
+    return launch, attention.traffic(case, setting.block_m, setting.block_n)
 
 
 def prepare_copy(case: Case) -> tuple[Source, Traffic]:

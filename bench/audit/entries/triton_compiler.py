@@ -102,9 +102,13 @@ class Launch:
 
 
 def record(
-    module: ModuleType, kernel: str, call: Callable[[], object], others: tuple[str, ...] = ()
+    module: ModuleType,
+    kernel: str,
+    call: Callable[[], object],
+    others: tuple[str, ...] = (),
+    nth: int = 0,
 ) -> Launch:
-    """Run `call` with the module's kernels replaced by recorders: the first launch of `kernel` as
+    """Run `call` with the module's kernels replaced by recorders: the nth launch of `kernel` as
     shipped, never made. Launches of `others` go nowhere.
     """
     launches: dict[str, list[Launch]] = {name: [] for name in (kernel, *others)}
@@ -121,7 +125,7 @@ def record(
         for name in launches:
             stack.enter_context(mock.patch.object(module, name, Recorder(name)))
         call()
-    return launches[kernel][0]
+    return launches[kernel][nth]
 
 
 @contextmanager

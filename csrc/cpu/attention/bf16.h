@@ -1,4 +1,4 @@
-// Operands of the attention in bf16 tiles. Rows, keys and panels are those of attention_tile.h.
+// Operands of the attention in bf16 tiles. Rows, keys and slices are those of tile.h.
 #pragma once
 
 #include "cpu/attention/blocks.h"
@@ -7,8 +7,8 @@
 namespace extrope {
 namespace {
 
-constexpr int64_t kPanelTiles = kPanel / kSide;
-static_assert(kPanelTiles % 2 == 0 && kRows == 2 * kSide && kRows == kDepth && kFloats == kSide);
+constexpr int64_t kSliceTiles = kSlice / kSide;
+static_assert(kSliceTiles % 2 == 0 && kRows == 2 * kSide && kRows == kDepth && kFloats == kSide);
 
 inline int64_t dim_tiles_of(const AttentionParams& p) { return (p.head_dim + kDepth - 1) / kDepth; }
 
@@ -16,14 +16,14 @@ inline bf16* take_values(Workspace& space, int64_t values) {
   return reinterpret_cast<bf16*>(space.take(values / 2));
 }
 
-// The scores of kRows keys: of `found` what a lane sees, else those of earlier regions, or -inf.
-inline void merge_rows(const float* found, const LaneKeys visible, int64_t key, bool first,
+// The scores of kRows keys: of `found` what a row sees, else those of earlier regions, or -inf.
+inline void merge_rows(const float* found, const RowKeys visible, int64_t key, bool first,
                        float* scores) {
   for (int i = 0; i < kRows; ++i) {
     const ints here = ints{} + static_cast<int32_t>(key + i);
 #pragma GCC unroll 16
-    for (int j = 0; j < kPanelVectors; ++j) {
-      const int64_t at = i * kPanel + j * kFloats;
+    for (int j = 0; j < kSliceVectors; ++j) {
+      const int64_t at = i * kSlice + j * kFloats;
       const ints seen = (here >= visible.first[j]) & (here < visible.last[j]);
       const floats rest = first ? floats{} - __builtin_inff() : load<floats>(scores + at);
       store(scores + at, seen ? load<floats>(found + at) : rest);
@@ -31,18 +31,18 @@ inline void merge_rows(const float* found, const LaneKeys visible, int64_t key, 
   }
 }
 
-// Turns a row and rounds it. Subnormal numbers become zero.
-inline void turn_values(const RowTurn& turn, const bf16* in, const float* by, bf16* out) {
-  const int64_t half = turn.half;
-  const float *cos = by, *sin = by + half;
+// Rotates a row and rounds it. Subnormal numbers become zero.
+inline void rotate_values(const RowRotation& row, const bf16* in, RowCosSin cos_sin, bf16* out) {
+  const int64_t half = row.half;
+  const float *cos = cos_sin.cos, *sin = cos_sin.sin;
   if (half % kFloats != 0) {
     float wide[kMaxHeadDim];
-    turn_row(turn, in, cos, sin, 1.0f, wide);
-    return narrow_row(wide, turn.dim, out);
+    rotate_row(row, in, cos, sin, 1.0f, wide);
+    return narrow_row(wide, row.dim, out);
   }
   for (int64_t i = 0; i < half; i += kFloats) {
     const floats c = load<floats>(cos + i), s = load<floats>(sin + i);
-    if (turn.interleaved) {
+    if (row.interleaved) {
       const auto [a, b] = load_pairs(in + 2 * i);
       store(out + 2 * i, pair_values(a * c - b * s, b * c + a * s));
     } else {
@@ -51,74 +51,74 @@ inline void turn_values(const RowTurn& turn, const bf16* in, const float* by, bf
       store(out + half + i, _mm512_cvtneps_pbh(bits_as<__m512>(b * c + a * s)));
     }
   }
-  std::memcpy(out + 2 * half, in + 2 * half, (turn.dim - 2 * half) * sizeof(bf16));
+  std::memcpy(out + 2 * half, in + 2 * half, (row.dim - 2 * half) * sizeof(bf16));
 }
 
-// The rows of kSide lanes: in their tensor, or as they are once turned.
-struct RowsOfLanes {
+// kSide rows: in their tensor, or as they are once rotated.
+struct QueryRows {
   const bf16* at[kSide];
-  bf16 turned[kSide][kMaxHeadDim];
+  bf16 rotated[kSide][kMaxHeadDim];
 };
 
-// Turns the rows of the lanes from `first` on, and fetches those of the next ones meanwhile.
-inline void read_lanes(const TileLanes& lanes, const AttentionTensor& x, const AttentionTurn& turn,
-                       int64_t first, RowsOfLanes& rows) {
-  const AttentionParams& p = lanes.p;
-  const RowTurn by{p.head_dim, p.half, p.interleaved};
+// Rotates the rows from `first` on, and fetches those of the next ones meanwhile.
+inline void read_queries(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
+                         int64_t first, QueryRows& rows) {
+  const AttentionParams& p = block.p;
+  const RowRotation rotation{p.head_dim, p.half, p.interleaved};
   const bf16* data = static_cast<const bf16*>(x.data);
-  lanes.each_of_vector(first + kSide, [&](int64_t, int64_t row, int64_t head) {
-    const bf16* next = data + lanes.offset(x, row, head);
+  block.each_of_vector(first + kSide, [&](int64_t, int64_t token, int64_t head) {
+    const bf16* next = data + block.offset(x, token, head);
     for (int64_t d = 0; d < p.head_dim; d += kDepth) __builtin_prefetch(next + d);
   });
-  lanes.each_of_vector(first, [&](int64_t i, int64_t row, int64_t head) {
-    rows.at[i] = data + lanes.offset(x, row, head);
-    const float* table = turn_at(turn, lanes.tile.batch, lanes.tile.token_q + row);
-    if (!table) return;
-    turn_values(by, rows.at[i], table, rows.turned[i]);
-    rows.at[i] = rows.turned[i];
+  block.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
+    rows.at[i] = data + block.offset(x, token, head);
+    const RowCosSin row = cos_sin_at(cos_sin, block.tile.batch, block.tile.first_q + token);
+    if (!row.cos) return;
+    rotate_values(rotation, rows.at[i], row, rows.rotated[i]);
+    rows.at[i] = rows.rotated[i];
   });
 }
 
-// (panels, dim / 32, kPanelTiles) right tiles of 16 lanes: x transposed.
-inline void pack_lane_pairs(const TileLanes& lanes, const AttentionTensor& x,
-                            const AttentionTurn& turn, bf16* to) {
-  const int64_t dim = lanes.p.head_dim, dim_tiles = dim_tiles_of(lanes.p);
-  RowsOfLanes rows;
-  for (int64_t first = 0; first < lanes.panels * kPanel; first += kSide) {
-    read_lanes(lanes, x, turn, first, rows);
-    bf16* panel = to + first / kPanel * dim_tiles * kPanel * kDepth + first % kPanel * kDepth;
+// (slices, dim / 32, kSliceTiles) right tiles of 16 rows: x transposed.
+inline void pack_query_pairs(const BlockRows& block, const AttentionTensor& x,
+                             const CosSin& cos_sin, bf16* to) {
+  const int64_t dim = block.p.head_dim, dim_tiles = dim_tiles_of(block.p);
+  QueryRows rows;
+  for (int64_t first = 0; first < block.slices * kSlice; first += kSide) {
+    read_queries(block, x, cos_sin, first, rows);
+    bf16* slice = to + first / kSlice * dim_tiles * kSlice * kDepth + first % kSlice * kDepth;
     for (int64_t d = 0; d < dim_tiles; ++d) {
       words tile[kSide];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kSide; ++i) {
-        tile[i] = first + i < lanes.count ? load_values(rows.at[i] + d * kDepth, dim - d * kDepth)
+        tile[i] = first + i < block.count ? load_values(rows.at[i] + d * kDepth, dim - d * kDepth)
                                           : words{};
       }
       transpose(tile);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kSide; ++i) store(panel + d * kPanel * kDepth + i * kDepth, tile[i]);
+      for (int64_t i = 0; i < kSide; ++i) store(slice + d * kSlice * kDepth + i * kDepth, tile[i]);
     }
   }
 }
 
 // (keys / 16, dim / 32) left tiles; rows past the last key are zero.
-inline void pack_key_rows(const TileLanes& lanes, const AttentionTensor& x, const KeyStep& step,
-                          bf16* to) {
-  const int64_t dim = lanes.p.head_dim, dim_tiles = dim_tiles_of(lanes.p);
-  for (int64_t key = 0; key < step.padded; ++key) {
+inline void pack_key_rows(const BlockRows& block, const AttentionTensor& x,
+                          const KeyBlock& key_block, bf16* to) {
+  const int64_t dim = block.p.head_dim, dim_tiles = dim_tiles_of(block.p);
+  for (int64_t key = 0; key < key_block.padded; ++key) {
     bf16* tiles = to + key / kSide * dim_tiles * kTileValues + key % kSide * kDepth;
-    const bf16* row = key_row<bf16>(lanes, x, step.first + key);
+    const bf16* from = key_row<bf16>(block, x, key_block.first + key);
     for (int64_t d = 0; d < dim_tiles; ++d) {
       store(tiles + d * kTileValues,
-            key < step.count ? load_values(row + d * kDepth, dim - d * kDepth) : words{});
+            key < key_block.count ? load_values(from + d * kDepth, dim - d * kDepth) : words{});
     }
   }
 }
 
 // (dim / 16, keys / 32) left tiles: x transposed.
-inline void pack_key_columns(const TileLanes& lanes, const AttentionTensor& x, const KeyStep& step,
-                             bf16* to) {
-  const int64_t dim = lanes.p.head_dim, key_tiles = step.padded / kDepth;
+inline void pack_key_columns(const BlockRows& block, const AttentionTensor& x,
+                             const KeyBlock& key_block, bf16* to) {
+  const int64_t dim = block.p.head_dim, key_tiles = key_block.padded / kDepth;
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
                                        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
@@ -128,8 +128,9 @@ inline void pack_key_columns(const TileLanes& lanes, const AttentionTensor& x, c
       for (int64_t i = 0; i < kSide; ++i) {
         const int64_t at = key * kDepth + 2 * i;
         const auto load_row = [&](int64_t k) {
-          return k < step.count ? load_values(key_row<bf16>(lanes, x, step.first + k) + d, dim - d)
-                                : words{};
+          return k < key_block.count
+                     ? load_values(key_row<bf16>(block, x, key_block.first + k) + d, dim - d)
+                     : words{};
         };
         const __m512i a = bits_as<__m512i>(load_row(at)), b = bits_as<__m512i>(load_row(at + 1));
         upper[i] = bits_as<words>(_mm512_permutex2var_epi16(a, low, b));
@@ -146,27 +147,27 @@ inline void pack_key_columns(const TileLanes& lanes, const AttentionTensor& x, c
   }
 }
 
-// The inverse of a transposed product: from (panels, dim / 16, kPanelTiles) tiles of sums to rows
+// The inverse of a transposed product: from (slices, dim / 16, kSliceTiles) tiles of sums to rows
 // of x.
-inline void unpack_sums(const TileLanes& lanes, const float* from, const float* scale,
+inline void unpack_sums(const BlockRows& block, const float* from, const float* scale,
                         const AttentionTensor& x) {
-  const int64_t dim = lanes.p.head_dim, dim_tiles = 2 * dim_tiles_of(lanes.p);
-  for (int64_t first = 0; first < lanes.count; first += kSide) {
-    const float* panel =
-        from + first / kPanel * dim_tiles * kPanel * kSide + first % kPanel * kSide;
+  const int64_t dim = block.p.head_dim, dim_tiles = 2 * dim_tiles_of(block.p);
+  for (int64_t first = 0; first < block.count; first += kSide) {
+    const float* slice =
+        from + first / kSlice * dim_tiles * kSlice * kSide + first % kSlice * kSide;
     bf16* to[kSide];
-    lanes.each_of_vector(first, [&](int64_t i, int64_t row, int64_t head) {
-      to[i] = static_cast<bf16*>(x.data) + lanes.offset(x, row, head);
+    block.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
+      to[i] = static_cast<bf16*>(x.data) + block.offset(x, token, head);
     });
     for (int64_t d = 0; d < dim; d += kSide) {
       words rows[kSide];
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kSide; ++i) rows[i] = load<words>(panel + d * kPanel + i * kSide);
+      for (int64_t i = 0; i < kSide; ++i) rows[i] = load<words>(slice + d * kSlice + i * kSide);
       transpose(rows);
-      for (int64_t i = 0; i < smaller(kSide, lanes.count - first); ++i) {
-        float row[kSide];
-        store(row, bits_as<floats>(rows[i]) * scale[first + i]);
-        narrow_row(row, smaller(kSide, dim - d), to[i] + d);
+      for (int64_t i = 0; i < smaller(kSide, block.count - first); ++i) {
+        float values[kSide];
+        store(values, bits_as<floats>(rows[i]) * scale[first + i]);
+        narrow_row(values, smaller(kSide, dim - d), to[i] + d);
       }
     }
   }

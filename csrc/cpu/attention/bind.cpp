@@ -6,12 +6,11 @@
 
 #include <algorithm>
 #include <memory>
-#include <new>
 #include <thread>
 #include <tuple>
 
-#include "cpu/attention/args.h"
 #include "cpu/attention/kernels.h"
+#include "cpu/attention/rotation.h"
 #include "cpu/runtime/capability.h"
 #include "cpu/runtime/output_pages.h"
 
@@ -29,10 +28,7 @@ namespace attention {
 namespace {
 
 using torch::stable::new_empty;
-using Tensors = std::vector<Tensor>;
 
-// Products of a query and a key element, below which waking other threads costs more than it saves.
-constexpr int64_t kSmallWork = 1 << 20;
 constexpr int64_t kZeroGrain = 1 << 18;  // floats
 
 struct Kernels {
@@ -70,10 +66,10 @@ std::vector<QueryTile> cut(const AttentionParams& p, int64_t rows) {
     tile.batch = p.cu_seqlens ? 0 : s;
     tile.seqlen_q = p.cu_seqlens ? p.cu_seqlens[s + 1] - p.cu_seqlens[s] : p.seqlen_q;
     tile.seqlen_k = p.cu_seqlens ? tile.seqlen_q : p.seqlen_k;
-    tile.token_q = tile.token_k = p.cu_seqlens ? p.cu_seqlens[s] : 0;
+    tile.first_q = tile.first_k = p.cu_seqlens ? p.cu_seqlens[s] : 0;
     for (tile.head = 0; tile.head < p.heads_k; ++tile.head) {
-      for (tile.row = 0; tile.row < tile.seqlen_q; tile.row += rows) {
-        tile.rows = std::min(rows, tile.seqlen_q - tile.row);
+      for (tile.token = 0; tile.token < tile.seqlen_q; tile.token += rows) {
+        tile.tokens = std::min(rows, tile.seqlen_q - tile.token);
         tiles.push_back(tile);
       }
     }
@@ -81,33 +77,17 @@ std::vector<QueryTile> cut(const AttentionParams& p, int64_t rows) {
   return tiles;
 }
 
-struct Aligned {
-  void operator()(float* x) const { ::operator delete[](x, std::align_val_t{64}); }
-};
-
 // Runs work(index, workspace) for every index below `count`, started in that order.
 template <typename Work>
 void run(const AttentionParams& p, int64_t count, int64_t workspace, const Work& work) {
   const int64_t products = p.batch * p.heads_q * p.seqlen_q * p.seqlen_k * p.head_dim;
-  const int64_t threads =
-      products < kSmallWork ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), count);
-  std::unique_ptr<float[], Aligned> memory(
-      new (std::align_val_t{64}) float[static_cast<size_t>(threads * workspace)]);
-  std::atomic<int64_t> next{0};
-  const auto drain = [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot) {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-        work(i, memory.get() + slot * workspace);
-      }
-    }
-  };
-  threads == 1 ? drain(0, 1) : torch::stable::parallel_for(0, threads, 1, drain);
+  DynamicThreads(num_threads(count, products), workspace).run(count, work);
 }
 
 void run_forward(const AttentionParams& p) {
   const Kernels kernel = kernels(p.dtype);
   const TilePlan plan = kernel.plan(p);
-  std::vector<QueryTile> tiles = cut(p, plan.rows);
+  std::vector<QueryTile> tiles = cut(p, plan.tokens);
   if (tiles.empty()) return;
   // Late rows see most keys: the longest tiles come first within a head, so that none is left over
   // for one thread at the end.
@@ -117,20 +97,20 @@ void run_forward(const AttentionParams& p) {
 }
 
 bool follows(const QueryTile& tile, const QueryTile& previous) {
-  return tile.batch == previous.batch && tile.token_q == previous.token_q &&
-         tile.head == previous.head && tile.row > previous.row;
+  return tile.batch == previous.batch && tile.first_q == previous.first_q &&
+         tile.head == previous.head && tile.token > previous.token;
 }
 
-// In which order tiles start: those of as many heads as there are threads in turn, so that threads
-// seldom wait for each other's sums, nor fetch them from each other's caches.
-std::vector<int64_t> by_turns(const std::vector<QueryTile>& tiles) {
+// In which order tiles start: those of as many heads as there are threads side by side, so that
+// threads seldom wait for each other's sums, nor fetch them from each other's caches.
+std::vector<int64_t> by_heads(const std::vector<QueryTile>& tiles) {
   std::vector<int64_t> order(tiles.size()), chain(tiles.size());
   for (size_t i = 0; i < tiles.size(); ++i) {
     order[i] = static_cast<int64_t>(i);
     if (i > 0) chain[i] = chain[i - 1] + !follows(tiles[i], tiles[i - 1]);
   }
   const int64_t threads = torch::stable::get_num_threads();
-  const auto rank = [&](int64_t i) { return std::pair(chain[i] / threads, tiles[i].row); };
+  const auto rank = [&](int64_t i) { return std::pair(chain[i] / threads, tiles[i].token); };
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return rank(a) < rank(b); });
   return order;
@@ -139,10 +119,10 @@ std::vector<int64_t> by_turns(const std::vector<QueryTile>& tiles) {
 void run_backward(const AttentionParams& p) {
   const Kernels kernel = kernels(p.dtype);
   const TilePlan plan = kernel.backward_plan(p);
-  const std::vector<QueryTile> tiles = cut(p, plan.rows);
+  const std::vector<QueryTile> tiles = cut(p, plan.tokens);
   if (tiles.empty()) return;
   const std::unique_ptr<KeysDone[]> done(new KeysDone[tiles.size()]());
-  const std::vector<int64_t> order = by_turns(tiles);
+  const std::vector<int64_t> order = by_heads(tiles);
   run(p, static_cast<int64_t>(tiles.size()), plan.workspace, [&](int64_t n, float* workspace) {
     const int64_t i = order[n];
     const bool first = i == 0 || !follows(tiles[i], tiles[i - 1]);
@@ -165,61 +145,64 @@ std::vector<int64_t> shape(const Tensor& x) {
   return sizes;
 }
 
-std::tuple<Tensor, Tensor> forward(Tensors q, Tensors k, Tensor v, OptionalTensor row_scale,
-                                   OptionalTensor cu_seqlens, std::vector<int64_t> starts,
-                                   int64_t granularity, double softmax_scale, Tensors q_turns,
-                                   Tensors k_turns, bool interleaved) {
-  AttentionParams p = make_params(
-      q, k, v,
-      {row_scale, cu_seqlens, starts, granularity, softmax_scale, q_turns, k_turns, interleaved});
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor inv_freq,
+                                   OptionalTensor cu_seqlens, OptionalTensor log_decay,
+                                   std::vector<int64_t> starts, int64_t granularity,
+                                   std::vector<double> maps, std::optional<double> softmax_scale,
+                                   std::optional<double> log_n, double attention_factor,
+                                   bool interleaved) {
+  const Options options{inv_freq, cu_seqlens,    log_decay, starts,           granularity,
+                        maps,     softmax_scale, log_n,     attention_factor, interleaved};
+  AttentionParams p = make_params(q, k, v, options);
+  // Every row of q is read once. Those of k are read by many tiles: in 16 bits, where products are
+  // fast and rotated keys small, they are rotated beforehand.
+  const Rotation rotation(p, options, /*keys_ahead=*/p.dtype != DType::f32);
   const bool packed = cu_seqlens.has_value();
-  const Tensor out = fresh(shape(q[0]), q[0].scalar_type());
-  const Tensor lse = packed ? new_empty(q[0], {p.heads_q, p.seqlen_q}, ScalarType::Float)
-                            : new_empty(q[0], {p.batch, p.heads_q, p.seqlen_q}, ScalarType::Float);
+  const Tensor out = fresh(shape(q), q.scalar_type());
+  const Tensor lse = packed ? new_empty(q, {p.heads_q, p.seqlen_q}, ScalarType::Float)
+                            : new_empty(q, {p.batch, p.heads_q, p.seqlen_q}, ScalarType::Float);
   p.out = view(out, packed, "out");
   p.lse = static_cast<float*>(lse.data_ptr());
   run_forward(p);
   return {out, lse};
 }
 
-std::tuple<Tensors, Tensors, Tensor> backward(Tensor dout, OptionalTensor dlse, Tensors q,
-                                              Tensors k, Tensor v, Tensor out, Tensor lse,
-                                              OptionalTensor row_scale, OptionalTensor cu_seqlens,
-                                              std::vector<int64_t> starts, int64_t granularity,
-                                              double softmax_scale, Tensors q_turns,
-                                              Tensors k_turns, bool interleaved) {
-  AttentionParams p = make_params(
-      q, k, v,
-      {row_scale, cu_seqlens, starts, granularity, softmax_scale, q_turns, k_turns, interleaved});
-  require(p.dtype == DType::f32 || q_turns.empty(), "the backward turns q in float32 only");
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k,
+                                            Tensor v, Tensor out, Tensor lse, Tensor inv_freq,
+                                            OptionalTensor cu_seqlens, OptionalTensor log_decay,
+                                            std::vector<int64_t> starts, int64_t granularity,
+                                            std::vector<double> maps,
+                                            std::optional<double> softmax_scale,
+                                            std::optional<double> log_n, double attention_factor,
+                                            bool interleaved) {
+  const Options options{inv_freq, cu_seqlens,    log_decay, starts,           granularity,
+                        maps,     softmax_scale, log_n,     attention_factor, interleaved};
+  AttentionParams p = make_params(q, k, v, options);
   const bool packed = cu_seqlens.has_value();
-  check_like(dout, q[0], "dout", "q");
-  check_like(out, q[0], "out", "q");
+  check_like(dout, q, "dout", "q");
+  check_like(out, q, "out", "q");
   p.dout = view(dout, packed, "dout");
   p.out = view(out, packed, "out");
   p.lse = check_lse(p, lse, "lse");
   if (dlse.has_value()) p.dlse = check_lse(p, *dlse, "dlse");
-  Tensors dq, dk;
-  for (int64_t r = 0; r < p.regions; ++r) {
-    if (r == 0 || q_turns.empty()) {
-      dq.push_back(fresh(shape(q[0]), ScalarType::Float));
-      dk.push_back(zeros_of(shape(k[0])));
-    }
-    p.dq[r] = view(dq.back(), packed, "dq");
-    p.dk[r] = view(dk.back(), packed, "dk");
-  }
-  const Tensor dv = zeros_of(shape(v));
+  const Rotation rotation(p, options, /*keys_ahead=*/false);
+  const Tensor dq = fresh(shape(q), ScalarType::Float);
+  const Tensor dk = zeros_of(shape(k)), dv = zeros_of(shape(v));
+  p.dq = view(dq, packed, "dq");
+  p.dk = view(dk, packed, "dk");
   p.dv = view(dv, packed, "dv");
   run_backward(p);
-  return {dq, dk, p.dtype == DType::f32 ? dv : torch::stable::to(dv, v.scalar_type())};
+  if (p.dtype == DType::f32) return {dq, dk, dv};
+  const auto narrow = [&](const Tensor& x) { return torch::stable::to(x, q.scalar_type()); };
+  return {narrow(dq), narrow(dk), narrow(dv)};
 }
 
 }  // namespace
 }  // namespace attention
 
 STABLE_TORCH_LIBRARY_IMPL(extrope, CPU, m) {
-  m.impl("region_attn_fwd", TORCH_BOX(&attention::forward));
-  m.impl("region_attn_bwd", TORCH_BOX(&attention::backward));
+  m.impl("attention_fwd", TORCH_BOX(&attention::forward));
+  m.impl("attention_bwd", TORCH_BOX(&attention::backward));
 }
 
 }  // namespace extrope

@@ -1,9 +1,10 @@
-// How a tile of the forward walks its keys: once, whatever the regions.
+// Which blocks of keys a tile of the forward reads: each once, whatever the regions.
 //
-// The regions of a row follow each other without a gap, so a step of keys belongs to one region but
-// for the few where the rows of the tile change over. Those hold the keys in the frames of both;
-// blocks of kRows keys in which the rows of a panel agree need one product, the others one for each
-// region, of which every row takes its own.
+// The regions of a row follow each other without a gap, so a block of keys belongs to one region
+// but for the few where the rows of the tile change over. Those hold the keys in the frames of
+// both; parts of kRows keys in which the rows of a slice agree need one product, the others one for
+// each region, of which every row takes its own.
+
 #pragma once
 
 #include "cpu/attention/tile.h"
@@ -12,37 +13,37 @@ namespace extrope {
 namespace {
 
 // The keys that a tile sees, of each region and in all.
-struct TileWalk {
-  PanelKeys keys[kMaxRegions];
+struct BlockKeys {
+  SliceKeys keys[kMaxRegions];
   int64_t first, last;
 
-  explicit TileWalk(const TileLanes& lanes) {
-    for (int64_t r = 0; r < lanes.p.regions; ++r) keys[r] = tile_keys(lanes, r);
-    first = keys[0].first, last = keys[lanes.p.regions - 1].last;
+  explicit BlockKeys(const BlockRows& block) {
+    for (int64_t r = 0; r < block.p.regions.count; ++r) keys[r] = tile_keys(block, r);
+    first = keys[0].first, last = keys[block.p.regions.count - 1].last;
   }
   bool sees(int64_t region) const { return keys[region].first < keys[region].last; }
-  KeyStep step(int64_t from, int64_t keys_of_step) const {
-    const int64_t count = smaller(keys_of_step, last - from);
+  KeyBlock key_block(int64_t from, int64_t block_n) const {
+    const int64_t count = smaller(block_n, last - from);
     return {from, count, round_up(count, kRows)};
   }
 };
 
-// The blocks of a step in one region.
-inline PanelBlocks region_blocks(const PanelKeys& keys, const KeyStep& step) {
+// The parts of a key block in one region.
+inline SliceBlocks region_blocks(const SliceKeys& keys, const KeyBlock& key_block) {
   if (keys.first >= keys.last) return {};
-  const PanelBlocks b = panel_blocks(keys, step.first, step.count);
-  return b.begin < b.end ? b : PanelBlocks{};
+  const SliceBlocks b = slice_blocks(keys, key_block.first, key_block.count);
+  return b.begin < b.end ? b : SliceBlocks{};
 }
 
-// The blocks of a step that a panel sees, of each region and in all. Those of two regions meet, or
-// share blocks that are full in neither.
-struct WalkBlocks {
-  PanelBlocks of[kMaxRegions];
+// The parts of a key block that a slice sees, of each region and in all. Those of two regions meet,
+// or share parts that are full in neither.
+struct RegionBlocks {
+  SliceBlocks of[kMaxRegions];
   int64_t begin = 0, end = 0;
 
-  WalkBlocks(const TileLanes& lanes, int64_t panel, const KeyStep& step) {
-    for (int64_t r = 0; r < lanes.p.regions; ++r) {
-      of[r] = region_blocks(panel_keys(lanes, panel, r), step);
+  RegionBlocks(const BlockRows& block, int64_t slice, const KeyBlock& key_block) {
+    for (int64_t r = 0; r < block.p.regions.count; ++r) {
+      of[r] = region_blocks(slice_keys(block, slice, r), key_block);
       if (of[r].begin >= of[r].end) continue;
       if (begin == end) begin = of[r].begin;
       end = of[r].end;
@@ -50,53 +51,55 @@ struct WalkBlocks {
   }
 };
 
-// Packs what the tile sees of a region by pack(part, offset): the keys from offset on in the step.
+// Packs what the tile sees of a region by pack(part, offset): the keys from offset on in the
+// key_block.
 template <typename Pack>
-inline void pack_part(const TileWalk& walk, int64_t region, const KeyStep& step, const Pack& pack) {
-  const PanelBlocks b = region_blocks(walk.keys[region], step);
+inline void pack_part(const BlockKeys& seen, int64_t region, const KeyBlock& key_block,
+                      const Pack& pack) {
+  const SliceBlocks b = region_blocks(seen.keys[region], key_block);
   if (b.begin >= b.end) return;
-  const int64_t count = smaller(b.end, step.count) - b.begin;
-  pack(KeyStep{step.first + b.begin, count, b.end - b.begin}, b.begin);
+  const int64_t count = smaller(b.end, key_block.count) - b.begin;
+  pack(KeyBlock{key_block.first + b.begin, count, b.end - b.begin}, b.begin);
 }
 
-// Fetches a panel's share of the keys and values of the step that starts at key `from`.
+// Fetches a slice's share of the keys and values of the key block that starts at key `from`.
 template <typename T>
-inline void prefetch_step(const TileLanes& lanes, const TileWalk& walk, int64_t from, int64_t keys,
-                          int64_t panel) {
-  const int64_t to = smaller(from + keys, walk.last);
-  prefetch_share<T>(lanes, lanes.p.v, from, to - from, panel);
-  for (int64_t r = 0; r < lanes.p.regions; ++r) {
-    const int64_t first = greater(from, walk.keys[r].first);
-    prefetch_share<T>(lanes, lanes.p.k[r], first, smaller(to, walk.keys[r].last) - first, panel);
+inline void prefetch_block(const BlockRows& block, const BlockKeys& seen, int64_t from,
+                           int64_t keys, int64_t slice) {
+  const int64_t to = smaller(from + keys, seen.last);
+  prefetch_share<T>(block, block.p.v, from, to - from, slice);
+  for (int64_t r = 0; r < block.p.regions.count; ++r) {
+    const int64_t first = greater(from, seen.keys[r].first);
+    prefetch_share<T>(block, block.p.k[r], first, smaller(to, seen.keys[r].last) - first, slice);
   }
 }
 
-// Of sums, what a lane sees in the region; of the rest, what earlier regions left in `scores`, or
+// Of sums, what a row sees in the region; of the rest, what earlier regions left in `scores`, or
 // -inf where they had no part in this block.
-EXTROPE_INLINE void merge_block(Sums<kRows, kPanelVectors>& sums, const LaneKeys& keys, int64_t key,
+EXTROPE_INLINE void merge_block(Sums<kRows, kSliceVectors>& sums, const RowKeys& keys, int64_t key,
                                 bool first, const float* scores) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
     const ints here = ints{} + static_cast<int32_t>(key + i);
 #pragma GCC unroll 16
-    for (int j = 0; j < kPanelVectors; ++j) {
+    for (int j = 0; j < kSliceVectors; ++j) {
       const ints visible = (here >= keys.first[j]) & (here < keys.last[j]);
       floats rest = floats{} - __builtin_inff();
-      if (!first) rest = load<floats>(scores + i * kPanel + j * kFloats);
+      if (!first) rest = load<floats>(scores + i * kSlice + j * kFloats);
       sums.at[i][j] = visible ? sums.at[i][j] : rest;
     }
   }
 }
 
-// Of each lane, whose probabilities from `maximum` on sum to `sum`: what its row is scaled by, and
-// its lse.
-inline void finish_sums(const TileLanes& lanes, const float* maximum, const float* sum,
+// Of each row, whose probabilities from `row_max` on sum to `row_sum`: what its row is scaled by,
+// and its lse.
+inline void finish_sums(const BlockRows& block, const float* row_max, const float* row_sum,
                         float* scale) {
-  for (int64_t lane = 0; lane < lanes.count; ++lane) {
-    const bool none = sum[lane] == 0.0f;
-    scale[lane] = none ? 0.0f : 1.0f / sum[lane];
-    lanes.p.lse[lanes.statistic(lane)] =
-        none ? -__builtin_inff() : maximum[lane] * kLn2 + __builtin_logf(sum[lane]);
+  for (int64_t row = 0; row < block.count; ++row) {
+    const bool none = row_sum[row] == 0.0f;
+    scale[row] = none ? 0.0f : 1.0f / row_sum[row];
+    block.p.lse[block.lse_index(row)] =
+        none ? -__builtin_inff() : row_max[row] * kLn2 + __builtin_logf(row_sum[row]);
   }
 }
 

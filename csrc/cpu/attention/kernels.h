@@ -1,5 +1,5 @@
 // The CPU kernels of the attention over regions, one for each instruction set that
-// attention_kernel.cpp and attention_backward_kernel.cpp are compiled for.
+// forward_kernel.cpp and backward_kernel.cpp are compiled for.
 #pragma once
 
 #include <atomic>
@@ -11,8 +11,8 @@ namespace extrope {
 
 // How a kernel wants its work cut, and the scratch memory that one tile needs.
 struct TilePlan {
-  int64_t rows;       // query rows of a tile
-  int64_t keys;       // keys of a step
+  int64_t tokens;     // of a tile of queries
+  int64_t block_n;    // keys of a block
   int64_t workspace;  // floats, at an address aligned to 64 bytes
 };
 
@@ -45,7 +45,7 @@ EXTROPE_DECLARE(avx512)
 
 #undef EXTROPE_DECLARE
 
-// In bf16 (attention_bf16_kernel.cpp).
+// In bf16 (forward_bf16_kernel.cpp).
 #define EXTROPE_DECLARE(isa)                                                           \
   TilePlan attention_plan_##isa(const AttentionParams&);                               \
   void attention_tile_##isa(const AttentionParams&, const QueryTile&, const TilePlan&, \

@@ -1,4 +1,5 @@
-// The products of the backward that sum over lanes: what a step of keys adds to dk and dv.
+// The products of the backward that sum over rows: what a block of keys adds to dk and dv.
+
 #pragma once
 
 #include "cpu/attention/tile.h"
@@ -6,35 +7,35 @@
 namespace extrope {
 namespace {
 
-// (head_dim / kWide, lanes, kWide), columns past head_dim and lanes past the last one zero.
+// (head_dim / kWide, block, kWide), columns past head_dim and rows past the last one zero.
 template <typename T>
-void pack_wide(const TileLanes& lanes, const AttentionTensor& x, const AttentionTurn& turn,
+void pack_wide(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
                const float* scale, float* to) {
-  const int64_t dim = lanes.p.head_dim, padded = lanes.panels * kPanel;
-  float row[kMaxHeadDim + kWide] = {};
-  for (int64_t lane = 0; lane < padded; ++lane) {
-    const bool real = lane < lanes.count;
-    if (real) read_lane<T>(lanes, x, turn, lanes.row(lane), lanes.head(lane), row);
+  const int64_t dim = block.p.head_dim, padded = block.slices * kSlice;
+  float values[kMaxHeadDim + kWide] = {};
+  for (int64_t row = 0; row < padded; ++row) {
+    const bool real = row < block.count;
+    if (real) read_query<T>(block, x, cos_sin, block.token(row), block.head(row), values);
     for (int64_t d = 0; d < dim; d += kWide) {
-      float* piece = to + d * padded + lane * kWide;
-      for (int64_t i = 0; i < kWide; ++i) piece[i] = real ? row[d + i] * scale[lane] : 0.0f;
+      float* piece = to + d * padded + row * kWide;
+      for (int64_t i = 0; i < kWide; ++i) piece[i] = real ? values[d + i] * scale[row] : 0.0f;
     }
   }
 }
 
-// sums[key] = sum over lanes of weights[key][lane] * rows[lane]: (step.padded, wide).
-void sum_lanes(const TileLanes& lanes, const KeyStep& step, const int32_t* seen,
-               const float* weights, const float* rows, float* sums) {
-  const int64_t wide = round_up(lanes.p.head_dim, kWide), padded = lanes.panels * kPanel;
+// sums[key] = sum over rows of weights[key][row] * rows[row]: (key_block.padded, wide).
+void sum_rows(const BlockRows& block, const KeyBlock& key_block, const int32_t* seen,
+              const float* weights, const float* rows, float* sums) {
+  const int64_t wide = round_up(block.p.head_dim, kWide), padded = block.slices * kSlice;
   for (int64_t d = 0; d < wide; d += kWide) {
-    for (int64_t key = 0; key < step.padded; key += kTallRows) {
-      Sums<kTallRows, kWideVectors> block{};
-      for (int64_t panel = 0; panel < lanes.panels; ++panel) {
-        if (key + kTallRows <= seen[2 * panel] || key >= seen[2 * panel + 1]) continue;
-        multiply_add(block, weights + (panel * step.padded + key) * kPanel, kPanel, 1,
-                     rows + d * padded + panel * kPanel * kWide, kWide, kPanel);
+    for (int64_t key = 0; key < key_block.padded; key += kTallRows) {
+      Sums<kTallRows, kWideVectors> found{};
+      for (int64_t slice = 0; slice < block.slices; ++slice) {
+        if (key + kTallRows <= seen[2 * slice] || key >= seen[2 * slice + 1]) continue;
+        multiply_add(found, weights + (slice * key_block.padded + key) * kSlice, kSlice, 1,
+                     rows + d * padded + slice * kSlice * kWide, kWide, kSlice);
       }
-      store_sums(block, sums + key * wide + d, wide);
+      store_sums(found, sums + key * wide + d, wide);
     }
   }
 }
@@ -47,19 +48,19 @@ inline void add_row(const float* from, int64_t count, float* to) {
   for (; i < count; ++i) to[i] += from[i];
 }
 
-// Adds what sum_lanes found to the rows of dk or dv, turned back where the keys were turned.
-void add_keys(const TileLanes& lanes, const KeyStep& step, const AttentionTurn& turn,
+// Adds what sum_rows found to the rows of dk or dv, rotated back where the keys were rotated.
+void add_keys(const BlockRows& block, const KeyBlock& key_block, const CosSin& cos_sin,
               const float* sums, const AttentionTensor& x) {
-  const AttentionParams& p = lanes.p;
+  const AttentionParams& p = block.p;
   const int64_t wide = round_up(p.head_dim, kWide);
   float back[kMaxHeadDim];
-  for (int64_t i = 0; i < step.count; ++i, sums += wide) {
-    const int64_t key = step.first + i;
-    float* to = static_cast<float*>(x.data) + lanes.tile.batch * x.batch +
-                (lanes.tile.token_k + key) * x.seq + lanes.tile.head * x.head;
-    const float* by = turn_at(turn, lanes.tile.batch, lanes.tile.token_k + key);
-    if (by) turn_row({p.head_dim, p.half, p.interleaved}, sums, by, by + p.half, -1.0f, back);
-    add_row(by ? back : sums, p.head_dim, to);
+  for (int64_t i = 0; i < key_block.count; ++i, sums += wide) {
+    const int64_t key = key_block.first + i;
+    float* to = static_cast<float*>(x.data) + block.tile.batch * x.batch +
+                (block.tile.first_k + key) * x.seq + block.tile.head * x.head;
+    const RowCosSin by = cos_sin_at(cos_sin, block.tile.batch, block.tile.first_k + key);
+    if (by.cos) unrotate_row(p, sums, by, back);
+    add_row(by.cos ? back : sums, p.head_dim, to);
   }
 }
 

@@ -1,289 +1,283 @@
 // Attention over a key/value cache on the CPU. Compiled once for each instruction set, with
 // EXTROPE_ISA as its name.
 //
-// Cached keys are rotated to their stored position s(j). Far of a query they are used as they lie;
-// near of it they must turn on by u(j) = j - s(j). A tile of near keys from j0 on turns by
-// u(j) - u(j0) alone, which one small table serves for all tiles, and the queries by I - u(j0): no
-// angle of a key is ever large.
+// Cached keys are rotated to their stored position. A region that wants them there uses them as
+// they lie, and rotates queries alone; for any other they rotate on, block by block.
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
-#include "cpu/decode/frames.h"
 #include "cpu/decode/kernels.h"
+#include "cpu/decode/key_rotation.h"
 #include "cpu/decode/merge.h"
 #include "cpu/decode/tile.h"
-#include "cpu/runtime/scratch.h"
-#include "cpu/simd/rotate_row.h"
-#include "cpu/simd/sincos.h"
+#include "cpu/decode/types.h"
 
 namespace extrope {
 namespace {
 
-constexpr int kMaxRows = 4;  // of one pass over a tile
+constexpr int kMaxRows = 4;  // of one pass over a block of keys
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// The work on some rows and some keys: scratch memory of a thread.
+// The work on a block of queries and some keys: scratch memory of a thread.
 template <typename T>
 class Worker {
  public:
   explicit Worker(const DecodeParams& p)
       : p_(p),
-        turn_{p.head_dim, p.half, p.interleaved},
-        frames_(p),
-        group_(p.heads_q / p.heads_k),
-        stride_(round_up(p.head_dim, kFloats)),
-        table_stride_(round_up(p.half, kFloats)),
-        cos_(table_stride_),
-        sin_(table_stride_) {}
+        rotation_{p.cache.head_dim, p.freqs.half, p.freqs.interleaved},
+        dim_(p.cache.head_dim),
+        group_(p.heads_q / p.cache.heads),
+        stride_(round_up(dim_, kFloats)),
+        cos_(round_up(p.freqs.half, kFloats)),
+        sin_(cos_.size()) {
+    for (int64_t r = 0; r < p.regions.count; ++r) {
+      const PositionMap& k_map = p.regions.at[r].k_map;
+      if (!(k_map == p.regions.stored)) frames_[r].keys.emplace(p, k_map);
+    }
+  }
 
-  void run(const DecodePart& part) {
-    rows_ = part.rows;
-    tokens_ = rows_->last_token - rows_->first_token;
+  void run(const Split& split) {
+    queries_ = split.queries;
+    tokens_ = queries_->last_token - queries_->first_token;
     count_ = tokens_ * group_;
     at_once_ = count_ <= 2 ? count_ : kMaxRows;
     padded_ = round_up(count_, at_once_);
-    freq_ = p_.inv_freq + rows_->batch * p_.freq_batch;
-    const int64_t begin = part.index * rows_->split;
-    const int64_t first = position(0), last = position(tokens_ - 1);
-    const int64_t end = std::min(begin + rows_->split, last + 1);
-    prepare(first);
-    // Far of all rows, far of some, near of all, past the first rows' own tokens.
-    const int64_t far = std::min(frames_.near_from(first), first + 1);
-    const int64_t near = std::min(frames_.near_from(last), last + 1);
-    segment(begin, std::min(end, far), kFar, false);
-    segment(std::max(begin, far), std::min(end, near), frames_.plain ? kFar : kBoth, true);
-    segment(std::max(begin, near), std::min(end, first + 1), kNear, false);
-    segment(std::max({begin, near, first + 1}), end, kNear, true);
-    finish(part);
+    inv_freq_ = p_.freqs.inv_freq + queries_->batch * p_.freqs.batch;
+    first_ = position(0), last_ = position(tokens_ - 1);
+    const int64_t begin = queries_->first_key + split.index * queries_->split_size;
+    const int64_t end = std::min(begin + queries_->split_size, last_ + 1);
+    prepare(begin, end);
+    // Between two edges every row sees keys of the same regions.
+    for (int64_t next, j = begin; j < end; j = next) {
+      next = end;
+      for (int64_t r = 0; r <= p_.regions.count; ++r) {
+        for (const int64_t edge : {p_.regions.start(r, first_), p_.regions.start(r, last_)}) {
+          if (edge > j) next = std::min(next, edge);
+        }
+      }
+      attend(j, next);
+    }
+    finish(split);
   }
 
  private:
-  enum Kind { kFar, kNear, kBoth };
+  // A region's queries, rotated, and what keys need where they are not stored as it wants them.
+  struct Frame {
+    Buffer<float> q;
+    std::optional<KeyRotation> keys;
+  };
+  // Regions that rows see keys of, and whether some row sees fewer than all of these keys, or
+  // keys of several regions.
+  struct Visible {
+    int64_t first_region, last_region;
+    bool masked;
+  };
 
   int64_t position(int64_t token) const {
-    return rows_->length - p_.seqlen_q + rows_->first_token + token;
+    return queries_->length - p_.seqlen_q + queries_->first_token + token;
   }
 
-  void prepare(int64_t first) {
-    const int64_t all = p_.heads_k * padded_;
-    for (Buffer<float>* x : {&raw_, &far_, &near_, &sums_}) x->assign(all * stride_, 0.0f);
-    scores_.resize(kKeys * kMaxRows);
-    other_.resize(kKeys * kMaxRows);
-    running_.assign(all / at_once_, {floats{} + kNone, floats{}});
+  void prepare(int64_t begin, int64_t end) {
+    const int64_t all = p_.cache.heads * padded_;
+    for (Buffer<float>* x : {&raw_, &sums_}) x->assign(all * stride_, 0.0f);
+    softmax_.assign(all / at_once_, {floats{} + kNone, floats{}});
     for (int64_t token = 0; token < tokens_; ++token) {
-      const int64_t i = first + token;
+      const int64_t i = position(token);
       double scale = p_.scale;
       if (p_.log_n > 0 && i > 0) scale *= std::max(1.0, std::log(i + 1.0) / std::log(p_.log_n));
       for (int64_t head = 0; head < p_.heads_q; ++head) {
-        const T* q = static_cast<const T*>(p_.q) + rows_->batch * p_.q_batch +
-                     (rows_->first_token + token) * p_.q_seq + head * p_.q_head;
+        const T* q = static_cast<const T*>(p_.q) + queries_->batch * p_.q_batch +
+                     (queries_->first_token + token) * p_.q_seq + head * p_.q_head;
         float* raw = &raw_[query(token, head)];
-        for (int64_t d = 0; d < p_.head_dim; ++d) raw[d] = widen(q[d]) * static_cast<float>(scale);
+        for (int64_t d = 0; d < dim_; ++d) raw[d] = widen(q[d]) * static_cast<float>(scale);
       }
     }
-    turn_queries(far_, [&](int64_t token) { return frames_.far_query(position(token)); });
+    for (int64_t r = 0; r < p_.regions.count; ++r) {
+      const bool seen = p_.regions.start(r, first_) < end && begin < p_.regions.start(r + 1, last_);
+      if (!seen) continue;
+      frames_[r].q.assign(all * stride_, 0.0f);
+      if (!frames_[r].keys) rotate_queries(r, 0.0);
+    }
   }
 
-  // Where a query's row starts in raw_, far_, near_ and sums_.
+  // Where a query's row starts in raw_, sums_ and the frames' q.
   int64_t query(int64_t token, int64_t head) const {
     return (head / group_ * padded_ + token * group_ + head % group_) * stride_;
   }
 
-  template <typename Position>
-  void turn_queries(Buffer<float>& out, Position at) {
+  // To q_map(i) - origin.
+  void rotate_queries(int64_t r, double origin) {
     for (int64_t token = 0; token < tokens_; ++token) {
-      const Angles angles{at(token), p_.amplitude, 0.0, nullptr, false};
-      fill_sincos(freq_, p_.half, angles, cos_.data(), sin_.data());
+      const double to = p_.regions.at[r].q_map(position(token)) - origin;
+      const Angles angles{to, p_.amplitude, to, p_.freqs.log_decay, false};
+      fill_sincos(inv_freq_, p_.freqs.half, angles, cos_.data(), sin_.data());
       for (int64_t head = 0; head < p_.heads_q; ++head) {
         const int64_t row = query(token, head);
-        turn_row(turn_, &raw_[row], cos_.data(), sin_.data(), 1.0f, &out[row]);
+        rotate_row(rotation_, &raw_[row], cos_.data(), sin_.data(), 1.0f, &frames_[r].q[row]);
       }
     }
   }
 
-  void prepare_table() {
-    if (table_freq_ == freq_) return;
-    table_freq_ = freq_;
-    table_cos_.resize(kKeys * table_stride_);
-    table_sin_.resize(kKeys * table_stride_);
-    keys_.assign(kKeys * stride_, 0.0f);
-    for (int64_t n = 0; n < kKeys; ++n) {
-      const Angles angles{static_cast<double>(n) * frames_.table_step(), 1.0, 0.0, nullptr, false};
-      fill_sincos(freq_, p_.half, angles, &table_cos_[n * table_stride_],
-                  &table_sin_[n * table_stride_]);
-    }
-  }
-
-  // Where the keys or values from..end-1 lie; the last one again to the end of the tile.
-  void point(const CachePlane& plane, int64_t from, int64_t end, const T** rows) const {
-    const int64_t count = std::min<int64_t>(kKeys, end - from);
+  // Where the keys or values from..end-1 lie; the last one again to the end of the block.
+  void point(const Plane& plane, int64_t from, int64_t end, const T** rows) const {
+    const int64_t count = std::min<int64_t>(kBlockN, end - from);
     const T* base = static_cast<const T*>(plane.data);
-    int64_t slot = rows_->slot + from, in_page = slot, size = slot + count;
+    int64_t slot = queries_->first_slot + from, in_page = slot, size = slot + count;
     const int32_t* page = nullptr;
-    if (p_.block_table) {
-      size = p_.page_size;
-      page = p_.block_table + rows_->batch * p_.table_batch + slot / size;
+    if (p_.cache.block_table) {
+      size = p_.cache.page_size;
+      page = p_.cache.block_table + queries_->batch * p_.cache.table_batch + slot / size;
       in_page = slot % size;
     }
-    int64_t block = page ? *page : rows_->batch;
+    int64_t block = page ? *page : queries_->batch;
     for (int64_t n = 0; n < count; ++n, ++in_page) {
       if (in_page == size) block = *++page, in_page = 0;
       rows[n] = base + block * plane.block + in_page * plane.slot;
     }
-    std::fill(rows + count, rows + kKeys, rows[count - 1]);
+    std::fill(rows + count, rows + kBlockN, rows[count - 1]);
   }
 
-  void segment(int64_t begin, int64_t end, Kind kind, bool masked) {
-    if (begin >= end) return;
-    if (kind != kFar) prepare_table();
-    point(p_.k, begin, end, next_rows_);
-    for (int64_t j = begin; j < end; j += kKeys) {
-      const int64_t count = std::min<int64_t>(kKeys, end - j);
-      std::copy_n(next_rows_, kKeys, key_rows_);
-      point(p_.v, j, end, value_rows_);
-      if (j + kKeys < end) point(p_.k, j + kKeys, end, next_rows_);
-      if (kind != kFar) {
-        const double origin = frames_.key_turn(j);
-        turn_queries(near_, [&](int64_t token) { return position(token) - origin; });
+  // Of keys between two edges.
+  Visible visible(int64_t begin, int64_t end) const {
+    const Regions& regions = p_.regions;
+    int64_t lowest = 0, highest = regions.count - 1;
+    while (lowest < highest && regions.start(lowest + 1, last_) <= begin) ++lowest;
+    while (highest > lowest && regions.start(highest, first_) >= end) --highest;
+    return {lowest, highest,
+            lowest < highest || begin < regions.start(0, last_) || end > first_ + 1};
+  }
+
+  void attend(int64_t begin, int64_t end) {
+    const Visible seen = visible(begin, end);
+    point(p_.cache.k, begin, end, next_rows_);
+    for (int64_t j = begin; j < end; j += kBlockN) {
+      const int64_t count = std::min<int64_t>(kBlockN, end - j);
+      std::copy_n(next_rows_, kBlockN, key_rows_);
+      point(p_.cache.v, j, end, value_rows_);
+      if (j + kBlockN < end) point(p_.cache.k, j + kBlockN, end, next_rows_);
+      for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
+        if (frames_[r].keys) rotate_queries(r, frames_[r].keys->start_block(inv_freq_, j, count));
       }
-      // All heads of a tile in turn: in the usual layout they are neighbours in memory.
-      for (head_ = 0; head_ < p_.heads_k; ++head_) {
-        if (kind != kFar) turn_keys(j, count);
+      // All heads of a block in turn: in the usual layout they are neighbours in memory.
+      for (head_ = 0; head_ < p_.cache.heads; ++head_) {
         switch (at_once_) {
           case 1:
-            tile<1>(j, count, kind, masked);
+            attend_head<1>(j, count, seen);
             break;
           case 2:
-            tile<2>(j, count, kind, masked);
+            attend_head<2>(j, count, seen);
             break;
           default:
-            tile<4>(j, count, kind, masked);
+            attend_head<4>(j, count, seen);
         }
       }
     }
   }
 
-  void turn_keys(int64_t first, int64_t count) {
-    for (int64_t n = 0; n < kKeys; ++n) {
-      turned_rows_[n] = &keys_[std::min(n, count - 1) * stride_];
-      if (n >= count) continue;
-      const int64_t at = frames_.table_row(first + n, first) * table_stride_;
-      turn_row(turn_, key_rows_[n] + head_ * p_.k.head, &table_cos_[at], &table_sin_[at], 1.0f,
-               &keys_[n * stride_]);
-    }
-  }
-
   template <int rows>
-  void tile(int64_t first, int64_t count, Kind kind, bool masked) {
+  void attend_head(int64_t j, int64_t count, const Visible& seen) {
     const int64_t whole = round_up(count, kKeysAtOnce<rows>);
-    const Rows<T> keys{key_rows_, head_ * p_.k.head}, values{value_rows_, head_ * p_.v.head};
-    const Rows<float> turned{turned_rows_, 0};
-    const bool last_head = head_ + 1 == p_.heads_k;
-    const Rows<T> next{last_head ? next_rows_ : key_rows_, last_head ? 0 : (head_ + 1) * p_.k.head};
-    const Rows<T> none{nullptr, 0};
-    float* scores = scores_.data();
-    for (int64_t r = 0; r < padded_; r += rows) {
-      const int64_t row = (head_ * padded_ + r) * stride_;
-      const Rows<T> ahead = r == 0 ? values : none;
-      if (kind == kNear) {
-        score_tile<rows>(&near_[row], stride_, turned, whole, stride_, ahead, scores);
-      } else {
-        score_tile<rows>(&far_[row], stride_, keys, whole, p_.head_dim, ahead, scores);
+    const Rows<T> keys{key_rows_, head_ * p_.cache.k.head};
+    const Rows<T> values{value_rows_, head_ * p_.cache.v.head}, none{nullptr, 0};
+    const bool last_head = head_ + 1 == p_.cache.heads;
+    const Rows<T> next{last_head ? next_rows_ : key_rows_,
+                       last_head ? 0 : (head_ + 1) * p_.cache.k.head};
+    Rows<float> rotated[kMaxRegions];
+    for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
+      if (frames_[r].keys) rotated[r] = frames_[r].keys->rotate(keys);
+    }
+    for (int64_t m = 0; m < padded_; m += rows) {
+      const int64_t row = (head_ * padded_ + m) * stride_;
+      Rows<T> ahead = m == 0 ? values : none;
+      for (int64_t r = seen.first_region; r <= seen.last_region; ++r, ahead = none) {
+        const float* q = &frames_[r].q[row];
+        float* scores = r == seen.first_region ? scores_ : other_;
+        if (frames_[r].keys) {
+          score_tile<rows>(q, stride_, rotated[r], whole, stride_, ahead, scores);
+        } else {
+          score_tile<rows>(q, stride_, keys, whole, dim_, ahead, scores);
+        }
+        if (r > seen.first_region) take<rows>(r, m, j, count);
       }
-      if (kind == kBoth) {
-        score_tile<rows>(&near_[row], stride_, turned, whole, stride_, none, &other_[0]);
-        choose<rows>(r, first, count);
-      }
-      if (masked) hide_later<rows>(r, first, count);
-      std::fill(scores + count * rows, scores + whole * rows, -INFINITY);
-      const floats kept =
-          weigh_tile<rows>(scores, whole * rows, running_[(head_ * padded_ + r) / rows]);
-      add_values<rows>(scores, values, count, p_.head_dim, kept, r == 0 ? next : none, &sums_[row],
+      if (seen.masked) mask<rows>(m, j, count);
+      std::fill(scores_ + count * rows, scores_ + whole * rows, -INFINITY);
+      const floats rescale =
+          softmax_tile<rows>(scores_, whole * rows, softmax_[(head_ * padded_ + m) / rows]);
+      add_values<rows>(scores_, values, count, dim_, rescale, m == 0 ? next : none, &sums_[row],
                        stride_);
     }
   }
 
-  // Near scores for the rows that are near.
+  // The scores of region r in place of those before it, for the keys from its start on.
   template <int rows>
-  void choose(int64_t r, int64_t first, int64_t count) {
-    for (int64_t n = 0; n < count; ++n) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const bool near = first + n >= frames_.near_from(position((r + i) / group_));
-        if (near) scores_[n * rows + i] = other_[n * rows + i];
+  void take(int64_t r, int64_t m, int64_t j, int64_t count) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t start = p_.regions.start(r, position((m + i) / group_)) - j;
+      for (int64_t n = std::max<int64_t>(start, 0); n < count; ++n) {
+        scores_[n * rows + i] = other_[n * rows + i];
       }
     }
   }
 
+  // Hides the keys before a row's first one and those past its own.
   template <int rows>
-  void hide_later(int64_t r, int64_t first, int64_t count) {
-    for (int64_t n = 0; n < count; ++n) {
-      for (int64_t i = 0; i < rows; ++i) {
-        if (first + n > position((r + i) / group_)) scores_[n * rows + i] = -INFINITY;
+  void mask(int64_t m, int64_t j, int64_t count) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = position((m + i) / group_), first = p_.regions.start(0, at);
+      for (int64_t n = 0; n < count; ++n) {
+        if (j + n < first || j + n > at) scores_[n * rows + i] = -INFINITY;
       }
     }
   }
 
-  void finish(const DecodePart& part) {
-    const int64_t width = p_.head_dim + 2, all = p_.heads_k * count_;
-    float* out = p_.partial + (rows_->partial + part.index * all) * width;
+  void finish(const Split& split) {
+    const int64_t width = dim_ + 2, all = p_.cache.heads * count_;
+    float* out = p_.partial + (queries_->partial + split.index * all) * width;
     for (int64_t r = 0; r < all; ++r, out += width) {
       const int64_t row = r / count_ * padded_ + r % count_, lane = row % at_once_;
-      const RunningMax& running = running_[row / at_once_];
+      const Softmax& softmax = softmax_[row / at_once_];
       float sum = 0;
-      for (int64_t n = lane; n < kFloats; n += at_once_) sum += running.sum[n];
-      std::copy_n(&sums_[row * stride_], p_.head_dim, out);
-      out[p_.head_dim] = running.largest[lane];
-      out[p_.head_dim + 1] = sum;
+      for (int64_t n = lane; n < kFloats; n += at_once_) sum += softmax.row_sum[n];
+      std::copy_n(&sums_[row * stride_], dim_, out);
+      out[dim_] = softmax.row_max[lane];
+      out[dim_ + 1] = sum;
     }
   }
 
   const DecodeParams& p_;
-  const RowTurn turn_;
-  const Frames frames_;
-  const int64_t group_, stride_, table_stride_;
-  const DecodeRows* rows_ = nullptr;
-  int64_t tokens_ = 0;              // of these rows
+  const RowRotation rotation_;
+  const int64_t dim_, group_, stride_;
+  const QueryBlock* queries_ = nullptr;
+  int64_t tokens_ = 0;              // of these queries
+  int64_t first_ = 0, last_ = 0;    // their positions
   int64_t count_ = 0, padded_ = 0;  // rows of each head of k, and rounded up to passes
   int64_t at_once_ = 1;             // rows of a pass
   int64_t head_ = 0;
-  const double *freq_ = nullptr, *table_freq_ = nullptr;
-  Buffer<float> cos_, sin_, table_cos_, table_sin_;
-  Buffer<float> raw_, far_, near_, sums_, keys_, scores_, other_;
-  Buffer<RunningMax> running_;
-  const T *key_rows_[kKeys], *value_rows_[kKeys], *next_rows_[kKeys];
-  const float* turned_rows_[kKeys];
+  const double* inv_freq_ = nullptr;
+  Frame frames_[kMaxRegions];
+  Buffer<float> cos_, sin_, raw_, sums_;
+  Buffer<Softmax> softmax_;
+  float scores_[kBlockN * kMaxRows], other_[kBlockN * kMaxRows];
+  const T *key_rows_[kBlockN], *value_rows_[kBlockN], *next_rows_[kBlockN];
 };
 
 template <typename T>
-void decode_parts(const DecodeParams& p, const DecodePart* parts, int64_t count) {
+void decode_splits(const DecodeParams& p, const Split* splits, int64_t count) {
   Worker<T> worker(p);
-  for (int64_t n = 0; n < count; ++n) worker.run(parts[n]);
-}
-
-template <typename Run>
-void with_type(DType dtype, Run run) {
-  switch (dtype) {
-    case DType::bf16:
-      return run(bf16{});
-    case DType::f16:
-      return run(f16{});
-    default:
-      return run(float{});
-  }
+  for (int64_t n = 0; n < count; ++n) worker.run(splits[n]);
 }
 
 }  // namespace
 
-void EXTROPE_EXPAND(decode_parts_, EXTROPE_ISA)(const DecodeParams& p, const DecodePart* parts,
-                                                int64_t count) {
-  with_type(p.dtype, [&](auto type) { decode_parts<decltype(type)>(p, parts, count); });
+void EXTROPE_EXPAND(decode_splits_, EXTROPE_ISA)(const DecodeParams& p, const Split* splits,
+                                                 int64_t count) {
+  with_type(p.cache.dtype, [&](auto type) { decode_splits<decltype(type)>(p, splits, count); });
 }
 
-void EXTROPE_EXPAND(merge_parts_, EXTROPE_ISA)(const DecodeParams& p, const DecodeRows* rows,
-                                               int64_t count) {
-  with_type(p.dtype, [&](auto type) { merge_parts<decltype(type)>(p, rows, count); });
+void EXTROPE_EXPAND(merge_splits_, EXTROPE_ISA)(const DecodeParams& p, const QueryBlock* queries,
+                                                int64_t count) {
+  with_type(p.cache.dtype, [&](auto type) { merge_splits<decltype(type)>(p, queries, count); });
 }
 
 }  // namespace extrope

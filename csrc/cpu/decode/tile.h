@@ -1,4 +1,4 @@
-// A few query rows against a tile of keys and values that are read from where they lie.
+// A few query rows against a block of keys and values that are read from where they lie.
 //
 // Scores and weights stand key-major, [key][row]: a vector of them holds all rows of some keys, so
 // that the softmax takes no transposition and the sums over values read them in order.
@@ -10,7 +10,7 @@
 namespace extrope {
 namespace {
 
-constexpr int kKeys = 64;           // of a tile
+constexpr int kBlockN = 64;         // keys of a block
 constexpr float kNone = -1e30f;     // below any logit, and finite: differences of two are not NaN
 constexpr int64_t kLineBytes = 64;  // of the cache
 
@@ -89,44 +89,44 @@ void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int
   }
 }
 
-// Lane i belongs to row i % rows.
-struct RunningMax {
-  floats largest, sum;
+// Of the online softmax; lane i belongs to row i % rows.
+struct Softmax {
+  floats row_max, row_sum;
 };
 
-// Scores (base-2 logits) become weights; returns what earlier sums must be multiplied by. `count`
+// Scores (base-2 logits) become weights; returns by what earlier sums are to be rescaled. `count`
 // scores, a multiple of kFloats.
 template <int rows>
-floats weigh_tile(float* scores, int64_t count, RunningMax& running) {
-  floats largest = running.largest;
-  for (int64_t i = 0; i < count; i += kFloats) largest = larger(load<floats>(scores + i), largest);
-  if constexpr (rows <= 1) largest = larger(largest, across<1>(largest));
-  if constexpr (rows <= 2 && kFloats > 2) largest = larger(largest, across<2>(largest));
-  if constexpr (kFloats > 4) largest = larger(largest, across<kFloats == 4 ? 0 : 4>(largest));
-  if constexpr (kFloats > 8) largest = larger(largest, across<kFloats <= 8 ? 0 : 8>(largest));
+floats softmax_tile(float* scores, int64_t count, Softmax& softmax) {
+  floats row_max = softmax.row_max;
+  for (int64_t i = 0; i < count; i += kFloats) row_max = larger(load<floats>(scores + i), row_max);
+  if constexpr (rows <= 1) row_max = larger(row_max, across<1>(row_max));
+  if constexpr (rows <= 2 && kFloats > 2) row_max = larger(row_max, across<2>(row_max));
+  if constexpr (kFloats > 4) row_max = larger(row_max, across<kFloats == 4 ? 0 : 4>(row_max));
+  if constexpr (kFloats > 8) row_max = larger(row_max, across<kFloats <= 8 ? 0 : 8>(row_max));
   floats sum{};
   for (int64_t i = 0; i < count; i += kFloats) {
-    const floats weight = exp2_vector(load<floats>(scores + i) - largest);
+    const floats weight = exp2_vector(load<floats>(scores + i) - row_max);
     store(scores + i, weight);
     sum += weight;
   }
-  const floats kept = exp2_vector(running.largest - largest);
-  running.largest = largest;
-  running.sum = running.sum * kept + sum;
-  return kept;
+  const floats rescale = exp2_vector(softmax.row_max - row_max);
+  softmax.row_max = row_max;
+  softmax.row_sum = softmax.row_sum * rescale + sum;
+  return rescale;
 }
 
-// sums[row][d] = sums[row][d] * kept[row] + the weighted sum of `count` values, in `columns`
+// sums[row][d] = sums[row][d] * rescale[row] + the weighted sum of `count` values, in `columns`
 // vectors of lanes from d on.
 template <int rows, int columns, typename T, typename Ahead>
 inline void add_columns(const float* weights, Rows<T> values, int64_t count, int64_t d, int64_t dim,
-                        const floats& kept, Rows<Ahead> ahead, float* sums, int64_t stride) {
+                        const floats& rescale, Rows<Ahead> ahead, float* sums, int64_t stride) {
   floats acc[rows * columns];
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < columns; ++c) {
-      acc[r * columns + c] = load<floats>(sums + r * stride + d + c * kFloats) * kept[r];
+      acc[r * columns + c] = load<floats>(sums + r * stride + d + c * kFloats) * rescale[r];
     }
   }
   for (int64_t j = 0; j < count; ++j) {
@@ -154,16 +154,16 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
 
 template <int rows, typename T, typename Ahead>
 void add_values(const float* weights, Rows<T> values, int64_t count, int64_t dim,
-                const floats& kept, Rows<Ahead> ahead, float* sums, int64_t stride) {
+                const floats& rescale, Rows<Ahead> ahead, float* sums, int64_t stride) {
   // Eight sums at once hide the latency of their additions.
   constexpr int columns = kFloats == 16 ? (rows == 1 ? 8 : 4) : 8 / rows;
   int64_t d = 0;
   for (; d + columns * kFloats <= dim; d += columns * kFloats) {
-    add_columns<rows, columns>(weights, values, count, d, dim, kept, ahead, sums, stride);
+    add_columns<rows, columns>(weights, values, count, d, dim, rescale, ahead, sums, stride);
     ahead.at = nullptr;
   }
   for (; d < dim; d += kFloats) {
-    add_columns<rows, 1>(weights, values, count, d, dim, kept, ahead, sums, stride);
+    add_columns<rows, 1>(weights, values, count, d, dim, rescale, ahead, sums, stride);
     ahead.at = nullptr;
   }
 }

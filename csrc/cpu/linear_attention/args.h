@@ -1,5 +1,5 @@
-// From torch tensors to SweepParams, with what could make a kernel read or write out of bounds
-// checked; the rest is checked in Python (extrope_kernels/ops/permuteformer/arguments.py).
+// From torch tensors to ScanParams, with what could make a kernel read or write out of bounds
+// checked; the rest is checked in Python (extrope_kernels/ops/linear_attention/arguments.py).
 #pragma once
 
 #include <vector>
@@ -7,14 +7,14 @@
 #include "common/tensor_args.h"
 #include "cpu/linear_attention/params.h"
 
-namespace extrope::sweep {
+namespace extrope::linear_attention {
 
 template <typename... Message>
 void require(bool condition, const Message&... message) {
   require_of("linear_attn", condition, message...);
 }
 
-inline SweepTensor view(const Tensor& x, bool packed, const char* name) {
+inline ScanTensor view(const Tensor& x, bool packed, const char* name) {
   check_rows("linear_attn", x, packed, name);
   require(x.is_cpu(), name, " must be on the CPU");
   const int64_t d = x.dim();
@@ -27,14 +27,14 @@ inline void check_like(const Tensor& x, const Tensor& like, const char* name) {
   require(same, name, " must have the other's shape and dtype");
 }
 
-inline void set_sizes(SweepParams& p, const Tensor& x, bool packed) {
-  const int64_t d = x.dim();
-  p.batch = packed ? 1 : x.size(0);
-  p.seqlen = x.size(d - 3);
-  p.score_dim = x.size(d - 1);
+inline void set_sizes(ScanParams& p, const Tensor& q, bool packed) {
+  const int64_t d = q.dim();
+  p.batch = packed ? 1 : q.size(0);
+  p.seqlen = q.size(d - 3);
+  p.score_dim = q.size(d - 1);
 }
 
-inline void set_cu_seqlens(SweepParams& p, const Tensor& cu_seqlens) {
+inline void set_cu_seqlens(ScanParams& p, const Tensor& cu_seqlens) {
   require(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
               cu_seqlens.size(0) >= 1 && cu_seqlens.is_contiguous() && cu_seqlens.is_cpu(),
           "cu_seqlens must be contiguous int32 (sequences + 1,)");
@@ -47,27 +47,27 @@ inline void set_cu_seqlens(SweepParams& p, const Tensor& cu_seqlens) {
   require(ordered, "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen);
 }
 
-inline SweepParams make_params(const Tensor& x, const Tensor& y, const Tensor& w, int64_t heads,
-                               const OptionalTensor& cu_seqlens) {
-  SweepParams p{};
+inline ScanParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
+                              const OptionalTensor& cu_seqlens) {
+  ScanParams p{};
   const bool packed = cu_seqlens.has_value();
-  p.dtype = dtype_of("linear_attn", x);
-  p.x = view(x, packed, "x"), p.y = view(y, packed, "y"), p.w = view(w, packed, "w");
-  set_sizes(p, x, packed);
-  p.value_dim = w.size(w.dim() - 1);
+  p.dtype = dtype_of("linear_attn", q);
+  p.q = view(q, packed, "q"), p.k = view(k, packed, "k"), p.v = view(v, packed, "v");
+  set_sizes(p, q, packed);
+  p.value_dim = v.size(v.dim() - 1);
   p.heads = heads;
-  for (const Tensor* other : {&y, &w}) {
-    require(other->scalar_type() == x.scalar_type() && other->size(0) == x.size(0) &&
+  for (const Tensor* other : {&k, &v}) {
+    require(other->scalar_type() == q.scalar_type() && other->size(0) == q.size(0) &&
                 (packed || other->size(1) == p.seqlen),
-            "x, y and w must have the same dtype, batch and tokens");
+            "q, k and v must have the same dtype, batch and tokens");
   }
-  require(y.size(y.dim() - 1) == p.score_dim, "x and y must have the same dim");
-  require(p.w.heads == p.y.heads, "w must have the heads of y");
-  for (const int64_t given : {p.x.heads, p.y.heads}) {
+  require(k.size(k.dim() - 1) == p.score_dim, "q and k must have the same dim");
+  require(p.v.heads == p.k.heads, "v must have the heads of k");
+  for (const int64_t given : {p.q.heads, p.k.heads}) {
     require(given > 0 && heads > 0 && (given % heads == 0 || heads % given == 0),
             "heads of a tensor and of states must divide one another, got ", given, " and ", heads);
   }
-  require(p.x.heads <= heads || p.y.heads <= heads, "x and y cannot both have groups of heads");
+  require(p.q.heads <= heads || p.k.heads <= heads, "q and k cannot both have groups of heads");
   if (packed) set_cu_seqlens(p, *cu_seqlens);
   return p;
 }
@@ -80,7 +80,7 @@ inline float* floats(const Tensor& x, const std::vector<int64_t>& shape, const c
   return static_cast<float*>(x.data_ptr());
 }
 
-inline RowNumbers numbers(const SweepParams& p, const OptionalTensor& x, int64_t heads,
+inline RowNumbers numbers(const ScanParams& p, const OptionalTensor& x, int64_t heads,
                           const char* name) {
   if (!x.has_value()) return {nullptr, 1};
   std::vector<int64_t> shape{p.batch, heads, p.seqlen};
@@ -88,4 +88,4 @@ inline RowNumbers numbers(const SweepParams& p, const OptionalTensor& x, int64_t
   return {floats(*x, shape, name), heads};
 }
 
-}  // namespace extrope::sweep
+}  // namespace extrope::linear_attention

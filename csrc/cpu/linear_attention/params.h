@@ -1,7 +1,7 @@
 // What a kernel of decayed linear attention needs to know, in plain data.
 //
-// A sweep is the one operation that the forward and every gradient are made of; its formula is in
-// extrope_kernels/ops/permuteformer/sweep.py.
+// A chunkwise scan is the one operation that the forward and every gradient are made of; its
+// formula is in extrope_kernels/ops/linear_attention/scan.py.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct PermuteCycles;
 
 // (batch, seqlen, heads, dim), the last dimension contiguous; strides in elements. Packed sequences
 // have no batch: its stride is 0. Absent where data is nullptr.
-struct SweepTensor {
+struct ScanTensor {
   void* data;
   int64_t batch, seq, head;
   int64_t heads;
@@ -27,21 +27,21 @@ struct RowNumbers {
   int64_t heads;
 };
 
-struct SweepParams {
+struct ScanParams {
   DType dtype;
   int64_t batch, seqlen;  // packed: batch 1, seqlen the number of tokens
   int64_t heads;          // states
   int64_t score_dim, value_dim;
-  SweepTensor x, y, w, out, gate;
-  RowNumbers x_scale, x_extra, y_scale, y_extra;
-  bool extra;       // x_extra * y_extra is part of a score
-  bool phi_scores;  // the feature map is applied to x and y; else to w
+  ScanTensor q, k, v, out, gate;
+  RowNumbers q_scale, q_extra, k_scale, k_extra;
+  bool extra;       // q_extra * k_extra is part of a score
+  bool phi_scores;  // the feature map is applied to q and k; else to v
   bool causal, reverse;
-  bool out_is_float;  // else out is like x
-  float* den;         // (batch, x.heads, seqlen): divide by it and write it; nullptr: do neither
+  bool out_is_float;  // else out is like q
+  float* den;         // (batch, q.heads, seqlen): divide by it and write it; nullptr: do neither
 
-  // Powers of permutations that the lanes of x and y are taken by, a permutation for each head of
-  // y; nullptr: they lie as they should.
+  // Powers of permutations by which q and k are permuted, a permutation for each head of k;
+  // nullptr: they are not.
   const PermuteParams* permute;
   const PermuteCycles* cycles;
 
@@ -53,12 +53,10 @@ struct SweepParams {
   // (sequences, heads, score_dim); nullptr: zero, and not wanted.
   const float *first_state, *first_sum;
   float *last_state, *last_sum;
-
-  bool* not_finite;  // set by kernels that are right about finite values only
 };
 
 // Consecutive tokens of one sequence in the order in which they are visited, for one state.
-struct SweepPart {
+struct ScanPart {
   int64_t sequence, head;
   int64_t batch, token, length;  // of the sequence: its batch entry, first token and tokens
   int64_t first, count;

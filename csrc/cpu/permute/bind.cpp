@@ -7,7 +7,7 @@
 #include "cpu/permute/kernel.h"
 #include "cpu/runtime/capability.h"
 #include "cpu/runtime/output_pages.h"
-#include "cpu/runtime/work.h"
+#include "cpu/runtime/threads.h"
 
 namespace extrope::permute {
 namespace {

@@ -8,14 +8,14 @@
 
 namespace extrope::permute {
 
-// Every lane is met once when, and only when, the row is a permutation.
+// Every dim is met once when, and only when, the row is a permutation.
 class Decomposition {
  public:
   explicit Decomposition(const PermuteParams& p)
       : step_(p.rows * p.head_dim, -1), flat_(step_.size()), end_(step_.size()) {
     for (int64_t row = 0; row < p.rows; ++row) {
       read_row(p, row);
-      walk_row(row * p.head_dim, p.head_dim);
+      find_cycles(row * p.head_dim, p.head_dim);
     }
   }
 
@@ -27,10 +27,10 @@ class Decomposition {
     int32_t* step = &step_[row * p.head_dim];
     int64_t met = 0;
     for (int64_t c = 0; c < p.head_dim; ++c) {
-      const int64_t lane = from[c];
-      if (lane < 0 || lane >= p.head_dim) break;
-      met += step[lane] < 0;
-      step[lane] = static_cast<int32_t>(c);  // the inverse, which shows a lane that comes twice
+      const int64_t source = from[c];
+      if (source < 0 || source >= p.head_dim) break;
+      met += step[source] < 0;
+      step[source] = static_cast<int32_t>(c);  // the inverse, which shows a dim that comes twice
     }
     require(met == p.head_dim, "permutations must hold 0 to ", p.head_dim - 1,
             " once in every row, row ", row, " does not");
@@ -38,15 +38,15 @@ class Decomposition {
     for (int64_t c = 0; c < p.head_dim; ++c) step[c] = static_cast<int32_t>(from[c]);
   }
 
-  void walk_row(int64_t row, int64_t dim) {
+  void find_cycles(int64_t row, int64_t dim) {
     std::vector<bool> met(dim);
     int64_t at = 0;
     for (int64_t first = 0; first < dim; ++first) {
       if (met[first]) continue;
       const int64_t begin = at;
-      for (int64_t lane = first; !met[lane]; lane = step_[row + lane]) {
-        met[lane] = true;
-        flat_[row + at++] = static_cast<int32_t>(lane);
+      for (int64_t c = first; !met[c]; c = step_[row + c]) {
+        met[c] = true;
+        flat_[row + at++] = static_cast<int32_t>(c);
       }
       end_[row + begin] = static_cast<int32_t>(at);
     }

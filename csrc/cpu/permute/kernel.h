@@ -11,8 +11,8 @@ namespace extrope {
 // The permutations whose powers are taken (those given, or their inverses), each array
 // (rows, head_dim).
 struct PermuteCycles {
-  const int32_t* step;  // the permutation: lane c takes lane step[c]
-  const int32_t* flat;  // its lanes, cycle after cycle, each in the order of the steps
+  const int32_t* step;  // the permutation: dim c takes dim step[c]
+  const int32_t* flat;  // its dims, cycle after cycle, each in the order of the steps
   const int32_t* end;   // where in flat the cycle that starts here ends; unset elsewhere
 };
 

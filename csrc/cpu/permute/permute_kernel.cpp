@@ -1,13 +1,12 @@
 // The permutation on the CPU. Compiled once for each instruction set, with EXTROPE_ISA as its name.
 //
-// Each thread keeps, for every permutation, the lanes that the last token took. The next token's
+// Each thread keeps, for every permutation, the dims that the last token took. The next token's
 // are theirs with one more step: a gather like that of the data, by the same function. Only where
 // positions jump are they made anew from the cycles.
 
 #include <algorithm>
-#include <numeric>
 
-#include "cpu/permute/lanes.h"
+#include "cpu/permute/dims.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/token.h"
 
@@ -16,47 +15,36 @@ namespace {
 
 constexpr int64_t kBlock = 16;  // tokens
 
-// The lanes that each permutation takes at one position.
+// The dims that a permutation's power takes at the last position that was asked for.
 template <typename Word>
-class StepLanes {
- public:
-  StepLanes(const PermuteParams& p, const PermuteCycles& cycles, Gather<Word> gather)
-      : dim_(p.head_dim), cycles_(cycles), gather_(gather) {
-    step_.assign(cycles.step, cycles.step + p.rows * dim_);
-    lanes_.resize(p.rows * dim_);
-    position_.assign(p.rows, 0);
-    for (int64_t row = 0; row < p.rows; ++row) {
-      std::iota(&lanes_[row * dim_], &lanes_[row * dim_] + dim_, Word{0});
+struct LastSources {
+  LastSources(const PermuteCycles& cycles, int64_t row, int64_t dim)
+      : step(dim), sources(dim), powers(cycles, row, dim, step.data()) {}
+
+  const Word* at(uint64_t now) {
+    if (!known || now != position) {
+      powers.find(now, position, known ? sources.data() : nullptr, sources.data());
     }
+    known = true, position = now;
+    return sources.data();
   }
 
-  const Word* at(int64_t row, uint64_t position) {
-    Word* lanes = &lanes_[row * dim_];
-    if (follows(position, position_[row])) {
-      gather_(&step_[row * dim_], lanes, lanes, dim_);
-    } else if (position != position_[row]) {
-      power_lanes(cycles_, row, dim_, static_cast<int64_t>(position), lanes);
-    }
-    position_[row] = position;
-    return lanes;
-  }
-
- private:
-  int64_t dim_;
-  PermuteCycles cycles_;
-  Gather<Word> gather_;
-  Buffer<Word> step_, lanes_;
-  Buffer<uint64_t> position_;
+  Buffer<Word> step, sources;
+  Powers<Word> powers;
+  bool known = false;
+  uint64_t position = 0;
 };
 
 template <typename Word>
 void permute_words(const PermuteParams& p, const PermuteCycles& cycles, int64_t begin,
                    int64_t end) {
   const Gather<Word> gather = choose_gather<Word>(p.head_dim);
-  StepLanes<Word> lanes(p, cycles, gather);
+  Buffer<LastSources<Word>> sources;
+  sources.reserve(p.rows);
+  for (int64_t row = 0; row < p.rows; ++row) sources.emplace_back(cycles, row, p.head_dim);
   // The heads that share row `row` at one token: q's, then k's.
   const auto permute_row = [&](const Token<uint64_t>& token, int64_t row) {
-    const Word* from = lanes.at(row, token.position);
+    const Word* from = sources[row].at(token.position);
     for (int64_t n = 0; n < p.num_tensors; ++n) {
       const PermuteTensor& x = p.tensors[n];
       const int64_t group = x.heads / p.rows, first = row * group;
@@ -75,7 +63,7 @@ void permute_words(const PermuteParams& p, const PermuteCycles& cycles, int64_t 
     for (int64_t t = 0; t < count; ++t) {
       tokens[t] = locate<uint64_t>(p, (first + t) / p.seqlen, (first + t) % p.seqlen);
     }
-    // Whichever walks memory forward.
+    // Whichever goes through memory forward.
     if (p.tensors[0].in_head < p.tensors[0].in_seq) {
       for (int64_t t = 0; t < count; ++t) {
         for (int64_t row = 0; row < p.rows; ++row) permute_row(tokens[t], row);

@@ -6,7 +6,7 @@
 #include "cpu/rope/kernel.h"
 #include "cpu/runtime/capability.h"
 #include "cpu/runtime/output_pages.h"
-#include "cpu/runtime/work.h"
+#include "cpu/runtime/threads.h"
 
 namespace extrope {
 namespace {

@@ -2,7 +2,7 @@
 //
 // Tokens go in small blocks: the cosines and sines of a block are computed once, stay in the
 // first-level cache, and serve every head of q and k. Within a block the loop over heads is inside
-// or outside the loop over tokens, whichever walks memory forward.
+// or outside the loop over tokens, whichever goes through memory forward.
 
 #include <algorithm>
 #include <tuple>
@@ -31,8 +31,8 @@ struct Row {
   const T* saved;
 };
 
-// Half-split lanes of 16 bits are read as 32-bit words of two neighbours, so that no lane has to
-// move: a word gives one vector of even lanes and one of odd lanes, and the tables follow.
+// Half-split dims of 16 bits are read as 32-bit words of two neighbours, so that none has to
+// move: a word gives one vector of even dims and one of odd dims, and cos and sin follow.
 template <typename T, bool Interleaved>
 constexpr bool kInWords = std::is_same_v<T, bf16> && !Interleaved;
 
@@ -41,7 +41,7 @@ template <typename T, bool Interleaved, bool Grad, int Vectors>
 inline void rotate_vectors(Row<T> row, int64_t half, int64_t i, const Wide<T>* cos,
                            const Wide<T>* sin, Wide<T>* angle_grad) {
   using V = WideVector<T>;
-  const auto load_lanes = [&](const T* from, V* a, V* b) {
+  const auto load_dims = [&](const T* from, V* a, V* b) {
     if constexpr (Interleaved) {
       std::tie(a[0], b[0]) = load_pairs(from + 2 * i);
     } else if constexpr (Vectors == 2) {
@@ -52,14 +52,14 @@ inline void rotate_vectors(Row<T> row, int64_t half, int64_t i, const Wide<T>* c
     }
   };
   V a[Vectors], b[Vectors], out_a[Vectors], out_b[Vectors];
-  load_lanes(row.in, a, b);
+  load_dims(row.in, a, b);
   for (int v = 0; v < Vectors; ++v) {
     const int64_t at = i + v * Lanes<V>::count;
     const V c = load<V>(cos + at), s = load<V>(sin + at);
     out_a[v] = a[v] * c - b[v] * s, out_b[v] = b[v] * c + a[v] * s;
   }
   if constexpr (Grad) {
-    load_lanes(row.saved, a, b);
+    load_dims(row.saved, a, b);
     for (int v = 0; v < Vectors; ++v) a[v] = a[v] * out_b[v] - b[v] * out_a[v];
     if constexpr (Vectors == 2) {
       const auto [even, odd] = load_pairs(angle_grad + i);
@@ -79,7 +79,7 @@ inline void rotate_vectors(Row<T> row, int64_t half, int64_t i, const Wide<T>* c
   }
 }
 
-// One row of one head: out = turned in; with Grad also angle_grad += saved x out.
+// One row of one head: out = rotated in; with Grad also angle_grad += saved x out.
 template <typename T, bool Interleaved, bool Grad>
 void rotate_row(Row<T> row, int64_t half, const Wide<T>* cos, const Wide<T>* sin,
                 Wide<T>* angle_grad) {
@@ -106,23 +106,24 @@ void rotate_row(Row<T> row, int64_t half, const Wide<T>* cos, const Wide<T>* sin
   }
 }
 
-// Brings a table of `half` pairs to the order in which rotate_row reads words.
-inline void order_by_words(float* table, int64_t half) {
+// Brings cos or sin of `half` pairs to the order in which rotate_row reads words.
+inline void order_by_words(float* row, int64_t half) {
   for (int64_t i = 0; i + 2 * kFloats <= half; i += 2 * kFloats) {
-    const auto [even, odd] = load_pairs(table + i);
-    store(table + i, even), store(table + i + kFloats, odd);
+    const auto [even, odd] = load_pairs(row + i);
+    store(row + i, even), store(row + i + kFloats, odd);
   }
 }
 
-// Tables of one block of tokens and the padded frequencies and decays that they are made from.
+// Cosines and sines of one block of tokens, and the padded frequencies and decays that they are
+// made from.
 template <typename T>
 struct Scratch {
-  explicit Scratch(const RopeParams& p)
+  Scratch(const RopeParams& p, int64_t tokens)
       : half(p.rotary_dim / 2), stride((half + kDoubles - 1) / kDoubles * kDoubles) {
     freq.resize(stride);
     decay.resize(p.log_decay ? stride : 0);
-    cos.resize(kBlock * stride);
-    sin.resize(kBlock * stride);
+    cos.resize(std::min(kBlock, tokens) * stride);
+    sin.resize(std::min(kBlock, tokens) * stride);
     if (p.log_decay) std::copy_n(p.log_decay, half, decay.begin());
     if (!p.axes) return;
     positions.resize(p.num_axes);
@@ -254,7 +255,7 @@ void rotate_block(const RopeParams& p, const Token<double>* tokens, int64_t coun
 
 template <typename T, bool Interleaved>
 void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
-  Scratch<T> scratch(p);
+  Scratch<T> scratch(p, end - begin);
   Token<double> tokens[kBlock];
   if (p.angle_grad) {
     const int64_t row = p.angle_heads * p.rotary_dim / 2;

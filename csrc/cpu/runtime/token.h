@@ -1,4 +1,4 @@
-// Tokens: where their lanes are, which sequence they belong to, their positions as a Number: double
+// Tokens: where their dims are, which sequence they belong to, their positions as a Number: double
 // or, for exact integers that wrap around, uint64_t.
 #pragma once
 

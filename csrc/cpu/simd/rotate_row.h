@@ -8,28 +8,28 @@
 namespace extrope {
 namespace {
 
-struct RowTurn {
-  int64_t dim, half;  // lanes, and how many pairs of them turn
+struct RowRotation {
+  int64_t dim, half;  // head_dim, and how many pairs of dims rotate
   bool interleaved;
 };
 
-// Turns the pairs of lanes of one row by `direction` (1, or -1: back), and copies the rest.
+// Rotates the pairs of dims of one row by `direction` (1, or -1: back), and copies the rest.
 template <typename T>
-inline void turn_row(const RowTurn& turn, const T* in, const float* cos, const float* sin,
-                     float direction, float* out) {
-  const int64_t half = turn.half, second = turn.interleaved ? 1 : half;
-  const int64_t step = turn.interleaved ? 2 : 1;
+inline void rotate_row(const RowRotation& row, const T* in, const float* cos, const float* sin,
+                       float direction, float* out) {
+  const int64_t half = row.half, second = row.interleaved ? 1 : half;
+  const int64_t step = row.interleaved ? 2 : 1;
   int64_t i = 0;
   for (; i + kFloats <= half; i += kFloats) {
     floats a, b;
-    if (turn.interleaved) {
+    if (row.interleaved) {
       std::tie(a, b) = load_pairs(in + 2 * i);
     } else {
       a = load_wide(in + i), b = load_wide(in + half + i);
     }
     const floats c = load<floats>(cos + i), s = load<floats>(sin + i) * direction;
     const floats out_a = a * c - b * s, out_b = b * c + a * s;
-    if (turn.interleaved) {
+    if (row.interleaved) {
       store_pairs(out + 2 * i, out_a, out_b);
     } else {
       store(out + i, out_a);
@@ -41,7 +41,7 @@ inline void turn_row(const RowTurn& turn, const T* in, const float* cos, const f
     out[step * i] = a * cos[i] - b * s;
     out[step * i + second] = b * cos[i] + a * s;
   }
-  for (int64_t d = 2 * half; d < turn.dim; ++d) out[d] = widen(in[d]);
+  for (int64_t d = 2 * half; d < row.dim; ++d) out[d] = widen(in[d]);
 }
 
 }  // namespace

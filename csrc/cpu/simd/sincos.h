@@ -9,9 +9,9 @@ namespace extrope {
 namespace {
 
 constexpr double kTwoOverPi = 0.63661977236758134308;
-// pi/2 in three parts. The first two have 24 bits, so that their product with a quarter-turn count
-// below 2**29 is exact; position * inv_freq is exact too, hence fma contraction cannot change a
-// bit.
+// pi/2 in three parts. The first two have 24 bits, so that their product with a count of quarter
+// circles below 2**29 is exact; position * inv_freq is exact too, hence fma contraction cannot
+// change a bit.
 constexpr double kHalfPi1 = 0x1.921fb4p+0;
 constexpr double kHalfPi2 = 0x1.4442d0p-24;
 constexpr double kHalfPi3 = 0x1.8469898cc5170p-48;
@@ -38,7 +38,7 @@ inline doubles exp_wide(doubles x) {
 }
 
 struct Reduced {
-  doubles remainder;  // within an eighth of a turn
+  doubles remainder;  // at most pi/4
   longs quadrant;     // low two bits
 };
 
@@ -89,9 +89,9 @@ inline void sincos(doubles freq, doubles amplitude, const Angles& angles, double
   for (int i = 0; i < kDoubles; ++i) {
     const double s = std::sin(reduced.remainder[i]), c = std::cos(reduced.remainder[i]);
     const int64_t quadrant = reduced.quadrant[i];
-    const double turned_cos = quadrant & 1 ? s : c, turned_sin = quadrant & 1 ? c : s;
-    cos[i] = amplitude[i] * ((quadrant + 1) & 2 ? -turned_cos : turned_cos);
-    sin[i] = amplitude[i] * ((quadrant & 2) != 2 * angles.conjugate ? -turned_sin : turned_sin);
+    const double swapped_cos = quadrant & 1 ? s : c, swapped_sin = quadrant & 1 ? c : s;
+    cos[i] = amplitude[i] * ((quadrant + 1) & 2 ? -swapped_cos : swapped_cos);
+    sin[i] = amplitude[i] * ((quadrant & 2) != 2 * angles.conjugate ? -swapped_sin : swapped_sin);
   }
 }
 
@@ -106,7 +106,7 @@ inline doubles amplitude_at(const Angles& angles, int64_t i, double) {
   return angles.amplitude * exponent;
 }
 
-// cos[i], sin[i] for the `half` pairs of one token. The tables and the frequencies may be read and
+// cos[i], sin[i] for the `half` pairs of one token. Results and frequencies may be read and
 // written up to a whole vector: callers pad them.
 template <typename Wide>
 void fill_sincos(const double* inv_freq, int64_t half, const Angles& angles, Wide* cos, Wide* sin) {

@@ -1,7 +1,7 @@
 // The cycles of one permutation, found by a block in shared memory.
 //
-// A cycle starts at its least lane. Every lane looks for it ahead, twice as far each round, so that
-// 7 rounds find the cycles of 128 lanes. pi^p(c) = flat[start + (index + p) mod length].
+// A cycle starts at its least dim. Every dim looks for it ahead, twice as far each round, so that
+// 7 rounds find the cycles of 128 dims. pi^p(c) = flat[start + (index + p) mod length].
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace extrope {
 
-// Where lane c is in its cycle.
+// Where dim c is in its cycle.
 struct Place {
   uint32_t reciprocal;  // floor((2^32 - 1) / length)
   uint16_t start, length, index;
@@ -43,10 +43,10 @@ class Cycles {
         flat_(reinterpret_cast<uint16_t*>(filled_ + 1)),
         dim_(dim) {}
 
-  // By all threads of a block. Any contents of `permutation` give lanes that exist: on the device
+  // By all threads of a block. Any contents of `permutation` give dims that exist: on the device
   // nobody checks them.
   __device__ void find(const int64_t* permutation, unsigned char* search, int thread, int threads) {
-    // seen: the least lane so far and the steps to it, in one number. Of both arrays there are two,
+    // seen: the least dim so far and the steps to it, in one number. Of both arrays there are two,
     // one to read and one to write.
     uint32_t* const seen = reinterpret_cast<uint32_t*>(search);
     uint16_t* const ahead = reinterpret_cast<uint16_t*>(seen + 2 * dim_);
@@ -58,10 +58,10 @@ class Cycles {
     if (thread == 0) *filled_ = 0;
     __syncthreads();
     int now = 0, then = dim_;
-    for (int span = 1; span < dim_; span *= 2) {
+    for (int steps = 1; steps < dim_; steps *= 2) {
       for (int c = thread; c < dim_; c += threads) {
         const int next = ahead[now + c];
-        const uint32_t further = seen[now + next] + span;
+        const uint32_t further = seen[now + next] + steps;
         seen[then + c] = seen[now + c] < further ? seen[now + c] : further;
         ahead[then + c] = ahead[now + next];
       }
@@ -72,14 +72,14 @@ class Cycles {
     place(permutation, seen + now, thread, threads);
   }
 
-  // The lane `magnitude` steps ahead of lane c, or behind it.
-  __device__ int lane(int c, uint64_t magnitude, bool behind) const {
+  // The dim `magnitude` steps ahead of dim c, or behind it.
+  __device__ int source(int c, uint64_t magnitude, bool behind) const {
     const Place at = place_[c];
     uint32_t steps = remainder(static_cast<uint32_t>(magnitude), at);
     if (const uint32_t high = static_cast<uint32_t>(magnitude >> 32); high != 0) {
-      const uint32_t turn =
+      const uint32_t wrap =
           remainder(0xffffffffu, at) + 1;  // 2^32 modulo the length, or the length
-      steps = remainder(remainder(high, at) * turn + steps, at);
+      steps = remainder(remainder(high, at) * wrap + steps, at);
     }
     uint32_t index = behind ? at.index + at.length - steps : at.index + steps;
     if (index >= at.length) index -= at.length;
@@ -88,12 +88,12 @@ class Cycles {
 
  private:
   __device__ uint16_t step(const int64_t* permutation, int c) const {
-    const int64_t lane = permutation[c];
-    return static_cast<uint16_t>(lane < 0 ? 0 : lane >= dim_ ? dim_ - 1 : lane);
+    const int64_t next = permutation[c];
+    return static_cast<uint16_t>(next < 0 ? 0 : next >= dim_ ? dim_ - 1 : next);
   }
-  __device__ uint32_t existing(uint32_t lane) const {
+  __device__ uint32_t existing(uint32_t place) const {
     const uint32_t last = static_cast<uint32_t>(dim_) - 1;
-    return lane < last ? lane : last;
+    return place < last ? place : last;
   }
 
   __device__ void place(const int64_t* permutation, const uint32_t* seen, int thread, int threads) {

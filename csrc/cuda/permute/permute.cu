@@ -1,14 +1,14 @@
 // The permutation. A block finds the cycles of one permutation and then goes through tokens: a
-// thread owns one vector of VEC lanes of a token, knows the lanes that it takes, and fetches them
+// thread owns one vector of VEC dims of a token, knows the dims that it takes, and fetches them
 // for the heads of q and the head of k that share them. Vectors go through shared memory, where
-// lanes change places; single lanes (VEC = 1) are fetched where they are.
+// dims change places; single dims (VEC = 1) are fetched where they are.
 #include <algorithm>
 #include <climits>
 #include <cstdint>
 #include <type_traits>
 
-#include "common/launch.h"
 #include "cuda/lanes.h"
+#include "cuda/launch.h"
 #include "cuda/permute/cycles.h"
 #include "cuda/permute/kernel.h"
 #include "cuda/tokens.h"
@@ -66,11 +66,12 @@ __device__ inline Lanes<Word, VEC> pick(const Word* row, const int* source) {
   return lanes;
 }
 
-// Every thread of the block comes here, for the barriers; those without a token are not `live`.
+// Every thread of the block comes here, for the barriers; those without a token are not `valid`.
 template <typename Word, int VEC>
-__device__ void permute_staged(const Heads<Word>& heads, const int* source, bool live, Word* rows) {
+__device__ void permute_staged(const Heads<Word>& heads, const int* source, bool valid,
+                               Word* rows) {
   const int dim = static_cast<int>(heads.p.head_dim), count = heads.count();
-  const int lane = VEC * static_cast<int>(threadIdx.x);
+  const int first_dim = VEC * static_cast<int>(threadIdx.x);
   const auto staged = [&](int u) {
     return rows + (u * static_cast<int>(blockDim.y) + static_cast<int>(threadIdx.y)) * dim;
   };
@@ -79,17 +80,17 @@ __device__ void permute_staged(const Heads<Word>& heads, const int* source, bool
     Lanes<Word, VEC> own[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      if (live && first + u < count) own[u] = load<Word, VEC>(heads.in(first + u) + lane);
+      if (valid && first + u < count) own[u] = load<Word, VEC>(heads.in(first + u) + first_dim);
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      if (live && first + u < count) store<Word, VEC>(staged(u) + lane, own[u]);
+      if (valid && first + u < count) store<Word, VEC>(staged(u) + first_dim, own[u]);
     }
     __syncthreads();
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      if (live && first + u < count) {
-        store<Word, VEC>(heads.out(first + u) + lane, pick<Word, VEC>(staged(u), source));
+      if (valid && first + u < count) {
+        store<Word, VEC>(heads.out(first + u) + first_dim, pick<Word, VEC>(staged(u), source));
       }
     }
     __syncthreads();
@@ -97,7 +98,7 @@ __device__ void permute_staged(const Heads<Word>& heads, const int* source, bool
 }
 
 template <typename Word>
-__device__ void permute_single(const Heads<Word>& heads, int source, int lane) {
+__device__ void permute_single(const Heads<Word>& heads, int source, int c) {
   const int count = heads.count();
 #pragma unroll 1
   for (int first = 0; first < count; first += UNROLL) {
@@ -108,7 +109,7 @@ __device__ void permute_single(const Heads<Word>& heads, int source, int lane) {
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      if (first + u < count) heads.out(first + u)[lane] = own[u];
+      if (first + u < count) heads.out(first + u)[c] = own[u];
     }
   }
 }
@@ -128,8 +129,8 @@ __global__ void __launch_bounds__(BLOCK, 6)
 #pragma unroll 1
   for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += static_cast<int>(gridDim.x)) {
     const int64_t index = int64_t{tile} * blockDim.y + threadIdx.y;
-    const bool live = index < tokens;
-    const Token<uint64_t> token = find_token<uint64_t>(p, live ? static_cast<int>(index) : 0);
+    const bool valid = index < tokens;
+    const Token<uint64_t> token = find_token<uint64_t>(p, valid ? static_cast<int>(index) : 0);
     const bool negative = static_cast<int64_t>(token.position) < 0;
     const uint64_t magnitude = negative ? 0 - token.position : token.position;
     const bool behind = negative != p.inverse;
@@ -138,13 +139,12 @@ __global__ void __launch_bounds__(BLOCK, 6)
       int source[VEC];
 #pragma unroll
       for (int j = 0; j < VEC; ++j) {
-        source[j] = cycles.lane(VEC * static_cast<int>(threadIdx.x) + j, magnitude, behind);
+        source[j] = cycles.source(VEC * static_cast<int>(threadIdx.x) + j, magnitude, behind);
       }
-      permute_staged<Word, VEC>(heads, source, live, reinterpret_cast<Word*>(memory));
-    } else if (live) {
-      for (int lane = static_cast<int>(threadIdx.x); lane < dim;
-           lane += static_cast<int>(blockDim.x)) {
-        permute_single<Word>(heads, cycles.lane(lane, magnitude, behind), lane);
+      permute_staged<Word, VEC>(heads, source, valid, reinterpret_cast<Word*>(memory));
+    } else if (valid) {
+      for (int c = static_cast<int>(threadIdx.x); c < dim; c += static_cast<int>(blockDim.x)) {
+        permute_single<Word>(heads, cycles.source(c, magnitude, behind), c);
       }
     }
   }

@@ -1,4 +1,4 @@
-// The fused rotary embedding. A thread owns two vectors of VEC lanes of one token, computes the
+// The fused rotary embedding. A thread owns two vectors of VEC dims of one token, computes the
 // sines and cosines of their VEC pairs once, and applies them to its share of the heads of q and
 // then of k.
 #include <algorithm>
@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/launch.h"
 #include "cuda/lanes.h"
+#include "cuda/launch.h"
 #include "cuda/rope/kernel.h"
 #include "cuda/rope/rotation.h"
 
@@ -17,8 +17,8 @@ namespace {
 constexpr int BLOCK = 128;
 constexpr int INVALID_VALUE = 1;  // cudaErrorInvalidValue, also where no CUDA header is
 
-// How the heads are shared out along blockIdx.y. The heads of q and k form one list when they turn
-// alike; when every head has its own frequencies a group is head blockIdx.y of both.
+// How the heads are shared out along blockIdx.y. The heads of q and k form one list when they
+// rotate alike; when every head has its own frequencies a group is head blockIdx.y of both.
 struct HeadGroups {
   int size;
   bool per_head;
@@ -78,8 +78,8 @@ struct Worker {
 
   __device__ void rotate(int slot) const {
     const bool neighbours = VEC == 1 && p.interleaved;
-    const int lane_a = neighbours ? 2 * slot : VEC * slot;
-    const int lane_b = neighbours ? lane_a + 1 : lane_a + static_cast<int>(p.rotary_dim / 2);
+    const int dim_a = neighbours ? 2 * slot : VEC * slot;
+    const int dim_b = neighbours ? dim_a + 1 : dim_a + static_cast<int>(p.rotary_dim / 2);
     const bool wants_grad = GRAD && p.angle_grad != nullptr;
     Acc cosine[VEC], sine[VEC], angle_grad[VEC] = {}, partial[VEC] = {};
     bool ready = false;
@@ -96,10 +96,10 @@ struct Worker {
         for (int u = 0; u < UNROLL; ++u) {
           if (head + u >= end) break;
           const T* from = in + (head + u) * x.in_head;
-          own[u] = {load<T, VEC>(from + lane_a), load<T, VEC>(from + lane_b)};
+          own[u] = {load<T, VEC>(from + dim_a), load<T, VEC>(from + dim_b)};
           if (wants_grad) {
             const T* kept_from = kept_in + (head + u) * x.saved_head;
-            kept[u] = {load<T, VEC>(kept_from + lane_a), load<T, VEC>(kept_from + lane_b)};
+            kept[u] = {load<T, VEC>(kept_from + dim_a), load<T, VEC>(kept_from + dim_b)};
           }
         }
         if (!ready) {  // after the loads, which then hide it
@@ -113,25 +113,25 @@ struct Worker {
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
           if (head + u >= end) break;
-          Acc lane[2 * VEC], kept_lane[2 * VEC];
-          own[u].widen_to(lane);
-          if (wants_grad) kept[u].widen_to(kept_lane);
+          Acc dim[2 * VEC], kept_dim[2 * VEC];
+          own[u].widen_to(dim);
+          if (wants_grad) kept[u].widen_to(kept_dim);
 #pragma unroll
           for (int j = 0; j < VEC; ++j) {
             const int first = INTERLEAVED ? 2 * j : j, second = INTERLEAVED ? 2 * j + 1 : j + VEC;
-            const Acc a = lane[first], b = lane[second];
-            lane[first] = fma(a, cosine[j], -(b * sine[j]));
-            lane[second] = fma(b, cosine[j], a * sine[j]);
+            const Acc a = dim[first], b = dim[second];
+            dim[first] = fma(a, cosine[j], -(b * sine[j]));
+            dim[second] = fma(b, cosine[j], a * sine[j]);
             if (wants_grad) {
-              const Acc cross = kept_lane[second] * lane[first];
-              partial[j] += fma(kept_lane[first], lane[second], -cross);
+              const Acc cross = kept_dim[second] * dim[first];
+              partial[j] += fma(kept_dim[first], dim[second], -cross);
             }
           }
-          pack(lane, own[u].half[0]);
-          pack(lane + VEC, own[u].half[1]);
+          pack(dim, own[u].half[0]);
+          pack(dim + VEC, own[u].half[1]);
           T* to = out + (head + u) * x.out_head;
-          store<T, VEC>(to + lane_a, own[u].half[0]);
-          store<T, VEC>(to + lane_b, own[u].half[1]);
+          store<T, VEC>(to + dim_a, own[u].half[0]);
+          store<T, VEC>(to + dim_b, own[u].half[1]);
         }
       }
     });
@@ -144,22 +144,22 @@ struct Worker {
     }
   }
 
-  // Lanes past rotary_dim pass through; in place they are already there.
-  __device__ void copy(int lane) const {
+  // Dims past rotary_dim pass through; in place they are already there.
+  __device__ void copy(int dim) const {
     for_each_tensor([&](const RopeTensor& x, int begin, int end) {
       if (x.in == x.out) return;
-      const T* in = input(x) + lane;
-      T* out = output(x) + lane;
+      const T* in = input(x) + dim;
+      T* out = output(x) + dim;
 #pragma unroll 1
       for (int head = begin; head < end; head += UNROLL) {
-        Lanes<T, VEC> lanes[UNROLL];
+        Lanes<T, VEC> dims[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-          if (head + u < end) lanes[u] = load<T, VEC>(in + (head + u) * x.in_head);
+          if (head + u < end) dims[u] = load<T, VEC>(in + (head + u) * x.in_head);
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-          if (head + u < end) store<T, VEC>(out + (head + u) * x.out_head, lanes[u]);
+          if (head + u < end) store<T, VEC>(out + (head + u) * x.out_head, dims[u]);
         }
       }
     });
@@ -221,7 +221,7 @@ int launch(const RopeParams& p, void* stream, int device) {
   return launch_error();
 }
 
-// Whether every access of `vec` elements stays aligned and inside its half of the lanes.
+// Whether every access of `vec` elements stays aligned and inside its half of the dims.
 bool fits(const RopeParams& p, int vec, int bytes) {
   if (p.rotary_dim / 2 % vec != 0 || p.head_dim % vec != 0) return false;
   for (int t = 0; t < p.num_tensors; ++t) {

@@ -1,4 +1,4 @@
-// The rotation of one pair of lanes at one token: position, exact angle, sine, cosine and
+// The rotation of one pair of dims at one token: position, exact angle, sine, cosine and
 // amplitude.
 #pragma once
 
@@ -29,9 +29,9 @@ __device__ inline uint64_t bits_of(double x) {
 // 2^51.
 __device__ inline double reduce_angle(double angle, unsigned* quadrant) {
   const double shifted = fma(angle, TWO_OVER_PI, ROUND_TO_INTEGER);
-  const double turns = shifted - ROUND_TO_INTEGER;
+  const double quarters = shifted - ROUND_TO_INTEGER;
   *quadrant = static_cast<unsigned>(bits_of(shifted)) & 3u;
-  return fma(-turns, PI_OVER_TWO_REST, fma(-turns, PI_OVER_TWO, angle));
+  return fma(-quarters, PI_OVER_TWO_REST, fma(-quarters, PI_OVER_TWO, angle));
 }
 
 // Minimax polynomials over |r| <= pi/4, within one unit in the last place of float.

@@ -1,6 +1,6 @@
 """Hugging Face models: `extend` a loaded model by any method, `restore` it exactly."""
 
 from .extension import Extension, extend
-from .scores import PARAMETERS
+from .parameters import PARAMETERS
 
 __all__ = ["PARAMETERS", "Extension", "extend"]

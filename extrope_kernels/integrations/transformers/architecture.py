@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import RopeFreqs, apply_rope_qk
-from .rotary import APPLY, original_apply
+from .apply import APPLY, original_apply
 
 _EXTENDED_LAYER_TYPE = "full_attention"
 
@@ -24,8 +24,8 @@ class RotarySite:
     owner: the module whose forward calls the rotary embedding once for all layers.
     layer_type: the kind of layers to extend, where the model has a rotation per kind; else None.
     parameters: the entries of config.rope_parameters for them.
-    dim: lanes of a head that are rotated.
-    interleaved: pairs are lanes (2i, 2i+1), not (i, i + dim/2).
+    dim: how many dims of a head are rotated.
+    interleaved: pairs are dims (2i, 2i+1), not (i, i + dim/2).
     modeling: name of the module whose global `apply_rotary_pos_emb` the layers call.
     """
 
@@ -112,9 +112,9 @@ def _forward(module: nn.Module) -> FunctionType | None:
 def _pairing(
     owner: nn.Module, rotary: nn.Module, layer_type: str | None, prefix: str, modeling: str
 ) -> bool:
-    """Return whether lanes are paired (2i, 2i+1), by comparing the model's own functions to ours.
+    """Return whether dims are paired (2i, 2i+1), by comparing the model's own functions to ours.
 
-    Catches what names cannot tell: other orders of the lanes, signs, or axes of position.
+    Catches what names cannot tell: other orders of the dims, signs, or axes of position.
     """
     positions = torch.tensor([[0, 1, 5, 11]])
     kwargs = {} if layer_type is None else {"layer_type": layer_type}
@@ -132,7 +132,7 @@ def _pairing(
     for interleaved in (False, True):
         if _agrees(expected, q, freqs, positions, interleaved):
             return interleaved
-    raise unsupported(owner, "its rotation pairs the lanes of a head in another way")
+    raise unsupported(owner, "its rotation pairs the dims of a head in another way")
 
 
 def _agrees(

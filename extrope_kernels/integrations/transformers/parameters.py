@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,15 @@ import torch
 
 from ... import RopeFreqs
 from ...methods import METHODS
+from ...scores import SCORES, Score
 from .architecture import RotarySite, unsupported
-from .scores import PARAMETERS
 
+_FUNCTIONS = METHODS | SCORES
+# Every method that `extend` takes, and the names of its parameters.
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    name: (*inspect.signature(function).parameters, *(("log_n",) if name in SCORES else ()))
+    for name, function in _FUNCTIONS.items()
+}
 # Parameters that a method exists to choose, so the model's value is not what is meant.
 _OWN_DEFAULTS = {"abf": {"base"}, "dynamic_yarn": {"max_position_embeddings"}}
 
@@ -21,34 +27,31 @@ _OWN_DEFAULTS = {"abf": {"base"}, "dynamic_yarn": {"max_position_embeddings"}}
 def bind_method(
     method: str, site: RotarySite, given: Mapping[str, Any]
 ) -> tuple[Callable[..., RopeFreqs], bool]:
-    """Return the method with all its parameters for one model, and whether it still takes seq_len.
+    """Return a frequency method with all its parameters, and whether it still takes seq_len.
 
     Raises ValueError or TypeError, from here or from the method, for parameters that do not fit.
     """
-    if method not in METHODS:
-        raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
-    accepted = inspect.signature(METHODS[method]).parameters
-    if unknown := [name for name in given if name not in accepted]:
-        names = ", ".join(name for name in accepted if name != "dim")
-        raise TypeError(f"extend: parameters of {method} must be among {names}, got {unknown[0]}")
     if given.get("dim", site.dim) != site.dim:
         raise ValueError(
             f"extend: dim must be {site.dim}, the rotary dimension of the model, got {given['dim']}"
         )
-    own = _OWN_DEFAULTS.get(method, ())
+    accepted, own = PARAMETERS[method], _OWN_DEFAULTS.get(method, ())
     values = {k: v for k, v in _from_config(site).items() if k in accepted and k not in own}
-    values |= given
+    _check_names(method, given, values)
     takes_length = "seq_len" in accepted and "seq_len" not in given
-    missing = [
-        name
-        for name, parameter in accepted.items()
-        if parameter.default is parameter.empty and name not in values and name != "seq_len"
-    ]
-    if missing:
-        raise ValueError(f"extend: {method} needs {' and '.join(missing)}, which is missing")
-    bound = partial(METHODS[method], **values)
-    _check(method, bound(seq_len=1) if takes_length else bound(), site)
+    bound = partial(METHODS[method], **values | given)
+    _check_dim(method, bound(seq_len=1) if takes_length else bound(), site)
     return bound, takes_length
+
+
+def bind_score(method: str, given: Mapping[str, Any]) -> tuple[Score, float | None]:
+    """Return a score method with its parameters, and log_n.
+
+    Raises ValueError or TypeError, from here or from the method, for parameters that do not fit.
+    """
+    _check_names(method, given)
+    parameters = {name: value for name, value in given.items() if name != "log_n"}
+    return SCORES[method](**parameters), given.get("log_n")
 
 
 def own_freqs(site: RotarySite) -> RopeFreqs:
@@ -90,7 +93,22 @@ def _from_config(site: RotarySite) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _check(method: str, freqs: RopeFreqs, site: RotarySite) -> None:
+def _check_names(method: str, given: Mapping[str, Any], others: Iterable[str] = ()) -> None:
+    """given: by the user; others: by the model's configuration; seq_len comes with a request."""
+    accepted = PARAMETERS[method]
+    if unknown := [name for name in given if name not in accepted]:
+        names = ", ".join(name for name in accepted if name != "dim")
+        raise TypeError(f"extend: parameters of {method} must be among {names}, got {unknown[0]}")
+    missing = [
+        name
+        for name, parameter in inspect.signature(_FUNCTIONS[method]).parameters.items()
+        if parameter.default is parameter.empty and name not in {"seq_len", *given, *others}
+    ]
+    if missing:
+        raise ValueError(f"extend: {method} needs {' and '.join(missing)}, which is missing")
+
+
+def _check_dim(method: str, freqs: RopeFreqs, site: RotarySite) -> None:
     if freqs.inv_freq.shape[-1] * 2 != site.dim:
         raise ValueError(
             f"extend: {method} must yield {site.dim // 2} frequencies, "

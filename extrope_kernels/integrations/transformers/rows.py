@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -29,6 +29,10 @@ class Rows:
     def total(self) -> int:
         """Keys that a row has after this forward."""
         return self.past + self.new
+
+    def to(self, device: torch.device | str | int) -> Rows:
+        """Move what the attention needs to `device`."""
+        return self if self.leftpad is None else replace(self, leftpad=self.leftpad.to(device))
 
 
 def read_rows(tokens: Tensor, past: int, mask: Tensor | None, position_ids: Tensor | None) -> Rows:

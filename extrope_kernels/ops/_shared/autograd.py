@@ -61,6 +61,18 @@ def _autograd_kernel(op, save, backward):
     return kernel
 
 
+def refuse_backward(library, op, message: str) -> None:
+    """Let a gradient that flows into `op` fail with the message, rather than vanish."""
+
+    def save_nothing(ctx, args, options, outputs):
+        pass
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(message)
+
+    register_backward(library, op, save_nothing, refuse)
+
+
 def contiguous_rows(x: Tensor) -> Tensor:
     """Gradients come with any strides (of a sum: all zero); the kernels want contiguous rows."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+_NUMBERS = (Real, torch.SymInt, torch.SymFloat)
+Result = TypeVar("Result")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -90,6 +94,11 @@ def split_offset(op: str, positions: Tensor | int | None) -> tuple[Tensor | None
     return None, positions
 
 
+def check_real(op: str, name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
 def refuse_flags(op: str, **flags: bool) -> None:
     """Raise TypeError for the first flag that is no bool."""
     for name, flag in flags.items():
@@ -97,8 +106,10 @@ def refuse_flags(op: str, **flags: bool) -> None:
             raise TypeError(f"{op}: {name} must be a bool, got {type(flag).__name__}")
 
 
-def explained(op: str, run: Callable[[], object], check: Callable[[], None]) -> object:
-    """`run()`, its refusals told in Python's error types.
+def explained(
+    op: str, run: Callable[[], Result], check: Callable[[], object], told_as: str | None = None
+) -> Result:
+    """`run()`, its refusals told in Python's error types, and in the name of `told_as`.
 
     The compiled kernels check everything before they start, so that the common case pays for one
     check only.
@@ -107,9 +118,10 @@ def explained(op: str, run: Callable[[], object], check: Callable[[], None]) -> 
         return run()
     try:
         return run()
-    except (AttributeError, RuntimeError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         check()
         ours = isinstance(error, RuntimeError) and str(error).startswith(f"{op}: ")
         if ours and not isinstance(error, NotImplementedError):
-            raise ValueError(str(error).splitlines()[0]) from None
+            refusal = str(error).splitlines()[0].removeprefix(op)
+            raise ValueError((told_as or op) + refusal) from None
         raise

@@ -2,57 +2,92 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
+from ...scores import Score
 from .._shared import backends as _backends
+from .._shared.attention_call import AttentionCall, check_freqs, rope_options, score_options
+from .._shared.checks import explained, refuse_flags
 from . import flash_attn, reference
-from .arguments import check, check_bool, check_boundaries
-from .frames import Call, rotate
-from .regions import ReRope, Score
+from .arguments import check, check_boundaries
 
+_ops = torch.ops.extrope
 BACKENDS = ("reference", "cpu", "triton", "flash_attn")
 
 
 def attend(
-    score_name: str,
     score: Score,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     freqs: RopeFreqs,
     *,
-    return_lse: bool,
-    backend: str | None,
-    **options,
+    softmax_scale: float | None = None,
+    log_n: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+    keys_stored: bool = False,
+    op: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Run the score method `score_name` ("rerope", ...) with the fields of `Call` as options."""
-    name = f"{score_name}_attention"
-    if not isinstance(freqs, RopeFreqs):
-        raise TypeError(f"{name}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
-    if freqs.axes is not None:
-        raise ValueError(f"{name}: freqs must have no axes (mRoPE), got some")
-    check_bool(name, "return_lse", return_lse)
-    cu_seqlens = options.pop("cu_seqlens")
+    """Run any score method; the rest is as for `rerope_attention`.
+
+    op: the name that errors begin with; that of the score by default.
+    keys_stored: keys come as a cache keeps them, rotated to `score.stored`, not raw.
+    """
+    op = op or score.name
+    if type(interleaved) is not bool or type(return_lse) is not bool:
+        refuse_flags(op, interleaved=interleaved, return_lse=return_lse)
+    check_freqs(op, freqs)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
-    options["attention_factor"] = freqs.attention_factor
-    by = (freqs.inv_freq, cu_seqlens, freqs.log_decay)
-    call = Call(score, *by, **options)
-    check(name, q, k, v, call)
-    if backend is not None:
-        _backends.require(name, backend, BACKENDS, q.device.type, missing)
-    if backend == "reference":
-        if not torch.compiler.is_compiling():
-            check_boundaries(name, cu_seqlens, q)
-        frames = rotate(q, k, call)
-        out, lse = reference.forward(frames.q, frames.k, v, frames.layout)
-    else:
-        suffix = f"_{backend}" if backend in ("triton", "flash_attn") else ""
-        op = getattr(torch.ops.extrope, f"{score_name}_attn_fwd{suffix}")
-        out, lse = op(q, k, v, *by, **_own(score), **options)
+    rope_args = (freqs.inv_freq, cu_seqlens, freqs.log_decay)
+    options = score_options(score, stored=keys_stored)
+    options |= rope_options(op, freqs, softmax_scale, log_n, interleaved)
+    out, lse = explained(
+        "attention",
+        lambda: _run(op, q, k, v, rope_args, options, backend),
+        lambda: check(op, q, k, v, AttentionCall(*rope_args, **options)),
+        told_as=op,
+    )
     return (out, lse) if return_lse else out
+
+
+def _run(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope_args: tuple[Any, ...],
+    options: dict[str, Any],
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    if backend is not None:
+        _backends.require(op, backend, BACKENDS, q.device.type, missing)
+    if backend == "reference" or (backend in (None, "cpu") and q.dtype == torch.float64):
+        call = AttentionCall(*rope_args, **options)
+        check(op, q, k, v, call)
+        if not torch.compiler.is_compiling():
+            check_boundaries(op, call.cu_seqlens, q)
+        return reference.forward(q, k, v, call)
+    suffix = f"_{backend}" if backend in ("triton", "flash_attn") else ""
+    attention_fwd = getattr(_ops, f"attention_fwd{suffix}")
+    if torch.compiler.is_compiling() or _records(q, k, v, rope_args):
+        return attention_fwd(q, k, v, *rope_args, **options)
+    # Nothing to record: skip the Autograd kernel, which costs as much as a small attention.
+    with torch._C._AutoDispatchBelowAutograd():
+        return attention_fwd(q, k, v, *rope_args, **options)
+
+
+def _records(q: Tensor, k: Tensor, v: Tensor, rope_args: tuple[Any, ...]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(x is not None and x.requires_grad for x in (q, k, v, *rope_args))
 
 
 def missing(backend: str, device: str | None = None) -> str | None:
@@ -60,14 +95,7 @@ def missing(backend: str, device: str | None = None) -> str | None:
     return flash_attn.missing() if backend == "flash_attn" else _backends.missing(backend, device)
 
 
-missing._dynamo_marked_constant = True
-
-
-def _own(score: Score) -> dict:
-    own = {name: getattr(score, name) for name in score.__match_args__}
-    if isinstance(score, ReRope) and score.factor == float("inf"):
-        del own["factor"]  # a schema's default cannot be infinite
-    return own
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backends() -> dict[str, str]:

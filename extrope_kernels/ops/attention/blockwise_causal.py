@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ... import scores
 from ...methods import RopeFreqs
+from .._shared.attention_call import score_of
 from .api import attend
-from .regions import BlockwiseCausal
+
+_NAME = "blockwise_causal_attention"
 
 
 def blockwise_causal_attention(
@@ -34,8 +37,7 @@ def blockwise_causal_attention(
     Everything else, and what is returned and raised, as in `rerope_attention`.
     """
     return attend(
-        "blockwise_causal",
-        BlockwiseCausal(block_size),
+        score_of(_NAME, scores.blockwise_causal, block_size),
         q,
         k,
         v,
@@ -46,4 +48,5 @@ def blockwise_causal_attention(
         interleaved=interleaved,
         return_lse=return_lse,
         backend=backend,
+        op=_NAME,
     )

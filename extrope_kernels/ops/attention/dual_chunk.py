@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ... import scores
 from ...methods import RopeFreqs
+from .._shared.attention_call import score_of
 from .api import attend
-from .regions import DualChunk
+
+_NAME = "dual_chunk_attention"
 
 
 def dual_chunk_attention(
@@ -36,8 +39,7 @@ def dual_chunk_attention(
     Everything else, and what is returned and raised, as in `rerope_attention`.
     """
     return attend(
-        "dual_chunk",
-        DualChunk(chunk_size, local_window),
+        score_of(_NAME, scores.dual_chunk, chunk_size, local_window),
         q,
         k,
         v,
@@ -48,4 +50,5 @@ def dual_chunk_attention(
         interleaved=interleaved,
         return_lse=return_lse,
         backend=backend,
+        op=_NAME,
     )

@@ -49,7 +49,7 @@ def _per_row(x: Tensor) -> Tensor:
     return x.transpose(-1, -2).unsqueeze(-1)
 
 
-def _tensors(name: str, value) -> tuple[Tensor, ...]:
+def _tensors(name: str, value: object) -> tuple[Tensor, ...]:
     if isinstance(value, Tensor):
         if value.dim() == 0:
             raise ValueError(f"merge_attention: {name} must be stacked tensors, got a scalar")

@@ -7,8 +7,10 @@ import math
 from torch import Tensor
 
 from ...methods import RopeFreqs
+from .._shared.attention_call import rerope_score
 from .api import attend
-from .regions import ReRope
+
+_NAME = "rerope_attention"
 
 
 def rerope_attention(
@@ -40,7 +42,7 @@ def rerope_attention(
         is expanded. Where seqlen_q < seqlen_k the queries are the last of the sequence. With
         cu_seqlens all are (total, heads, head_dim).
     freqs: from `extrope_kernels.methods`, on q's device; inv_freq (rotary_dim/2,), or one row a
-        sequence. attention_factor multiplies the rotated lanes of q and of k, near and far.
+        sequence. attention_factor multiplies the rotated dims of q and of k, near and far.
     window: in tokens, >= 1; at seqlen_k or more this is plain attention. A quarter to a half of the
         training length is best.
     factor: inf for ReRoPE, above 1 for Leaky, below 1 for InvLeaky, 1 for plain RoPE. With
@@ -48,7 +50,7 @@ def rerope_attention(
     softmax_scale: of the logits; head_dim**-0.5 by default.
     log_n: the training length, to multiply query i by max(1, ln(i + 1) / ln(log_n)).
     cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
-    interleaved: pairs of lanes are (2i, 2i + 1), as in GPT-J; else (i, i + rotary_dim/2).
+    interleaved: pairs of dims are (2i, 2i + 1), as in GPT-J; else (i, i + rotary_dim/2).
     backend: "cpu", "triton", "flash_attn", "reference"; None for the best on q's device. A named
         backend never falls back.
 
@@ -59,8 +61,7 @@ def rerope_attention(
         backend cannot run here.
     """
     return attend(
-        "rerope",
-        ReRope(window, factor, grouped),
+        rerope_score(_NAME, window, factor, grouped),
         q,
         k,
         v,
@@ -71,4 +72,5 @@ def rerope_attention(
         interleaved=interleaved,
         return_lse=return_lse,
         backend=backend,
+        op=_NAME,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from .._shared import backends as _backends
 from .._shared.checks import explained, refuse_flags, split_offset
 from . import reference
 from .arguments import check, check_decay_values, check_state
-from .sweep import Sweep
+from .scan import Scan
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -39,15 +40,14 @@ def permuteformer_attention(
     positions: Tensor | int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Linear attention whose positions are powers of permutations (arXiv 2109.02377), in O(seqlen).
+    """PermuteFormer: linear attention whose positions are powers of permutations.
 
     out_i = sum_j s_ij v_j / sum_j s_ij over j <= i, with s_ij = r**(i - j) <phi(q_i)[pi^i],
     phi(k_j)[pi^j]> and phi(x) = relu(x) + 1e-3. Only powers of r within a chunk of tokens are ever
     formed, so no length overflows. Sums are float32, of chunks in order: the rounding of a row
-    that sees n tokens grows with n over the length of a chunk (48 on a CPU), not with n. With
-    AVX512_BF16 or AMX, products in bfloat16 take scores and the state rounded.
+    that sees n tokens grows with n over the length of a chunk (48 on a CPU), not with n.
 
-    What is NaN or infinite spoils the rows that see it: of v in its lane alone. In Triton it may
+    What is NaN or infinite spoils the rows that see it: of v in its dim alone. In Triton it may
     spoil rows of its chunk that do not; in float64 and with backend="reference" any row.
 
     q: (batch, seqlen, heads_q, head_dim), not permuted; float32, bfloat16, float16 or float64; any
@@ -70,6 +70,7 @@ def permuteformer_attention(
         q, k and v; to any order with backend="reference".
     Raises: ValueError or TypeError that names the argument; NotImplementedError when the named
         backend cannot run here.
+    Paper: https://arxiv.org/abs/2109.02377
     """
     name = "permuteformer_attention"
     refuse_flags(name, causal=causal, normalize=normalize)
@@ -81,15 +82,18 @@ def permuteformer_attention(
     if q.device.type == "cpu" and backend in (None, "cpu"):
         _check_permutations(name, permutations)
         rows, offset = split_offset("permute", positions)
-        by = (permutations, rows, decay, cu_seqlens)
-        how = {"offset": offset, "causal": causal, "normalize": normalize}
+        options = {"offset": offset, "causal": causal, "normalize": normalize}
         op = torch.ops.extrope.permuteformer_fwd
-        return explained("permute", lambda: op(q, k, v, *by, **how)[0], lambda: None)
+        return explained(
+            "permute",
+            lambda: op(q, k, v, permutations, rows, decay, cu_seqlens, **options)[0],
+            lambda: None,
+        )
     q, k = _permute(name, q, k, permutations, positions, cu_seqlens, backend)
     if backend == "reference":
         heads = k.shape[-2] if decay is None else decay.shape[0]
-        how = Sweep(heads, decay, cu_seqlens, causal, normalize=normalize)
-        return reference.sweep(q, k, v, how).out
+        how = Scan(heads, decay, cu_seqlens, causal, normalize=normalize)
+        return reference.scan(q, k, v, how).out
     op = _op("linear_attn_fwd", backend)
     return op(q, k, v, decay, cu_seqlens, causal=causal, normalize=normalize)[0]
 
@@ -136,10 +140,16 @@ def permuteformer_step(
     q, k = _permute(name, q, k, permutations, positions, None, backend)
     kv, key_sum = (None, None) if state is None else state
     if backend == "reference":
-        given = {"first_state": kv, "first_sum": key_sum, "keep_state": True}
-        how = Sweep(decay.shape[0], decay, normalize=normalize, **given)
-        swept = reference.sweep(q, k, v, how)
-        return swept.out, PermuteFormerState(swept.state, swept.sum)
+        how = Scan(
+            decay.shape[0],
+            decay,
+            normalize=normalize,
+            first_state=kv,
+            first_sum=key_sum,
+            keep_state=True,
+        )
+        scanned = reference.scan(q, k, v, how)
+        return scanned.out, PermuteFormerState(scanned.state, scanned.sum)
     op = _op("linear_attn_step", backend)
     out, kv, key_sum = op(q, k, v, kv, key_sum, decay, normalize=normalize)
     return out, PermuteFormerState(kv, key_sum)
@@ -150,11 +160,19 @@ def backends() -> dict[str, str]:
     return {name: _backends.missing(name) or "available" for name in BACKENDS}
 
 
-def _op(name: str, backend: str | None):
+def _op(name: str, backend: str | None) -> Callable[..., Any]:
     return getattr(torch.ops.extrope, f"{name}_triton" if backend == "triton" else name)
 
 
-def _permute(name, q, k, permutations, positions, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
+def _permute(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    permutations: Tensor,
+    positions: Tensor | int | None,
+    cu_seqlens: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
     _check_permutations(name, permutations)
     positions, offset = split_offset("permute", positions)
     op = _op("permute_fwd", backend)

@@ -1,4 +1,4 @@
-"""Sweeps on the CPU, by the compiled kernels (csrc/cpu/permuteformer.cpp).
+"""Scans on the CPU, by the compiled kernels (csrc/cpu/linear_attention).
 
 The two core ops have no fake and no gradient of their own: the public ops wrap them.
 """
@@ -9,39 +9,40 @@ import torch
 from torch import Tensor
 
 from ... import _ext
-from .sweep import Sweep, Swept
+from .scan import Scan, Scanned
 
 _library = torch.library.Library("extrope", "FRAGMENT")
 _library.define(
-    "linear_sweep(Tensor x, Tensor y, Tensor w, Tensor? x_scale, Tensor? x_extra, Tensor? y_scale, "
-    "Tensor? y_extra, Tensor? gate, Tensor? decay, Tensor? cu_seqlens, Tensor? first_state, "
+    "linear_scan(Tensor q, Tensor k, Tensor v, Tensor? q_scale, Tensor? q_extra, Tensor? k_scale, "
+    "Tensor? k_extra, Tensor? gate, Tensor? decay, Tensor? cu_seqlens, Tensor? first_state, "
     "Tensor? first_sum, Tensor? permutations, Tensor? positions, int offset, int heads, "
     "bool phi_scores, bool causal, bool reverse, bool normalize, bool out_is_float, "
     "bool keep_state) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define("row_dots(Tensor x, Tensor y, bool packed) -> Tensor")
+_library.define("row_dots(Tensor q, Tensor k, bool packed) -> Tensor")
 
 
-def sweep(
-    x: Tensor,
-    y: Tensor,
-    w: Tensor,
-    by: Sweep,
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    how: Scan,
     permutations: Tensor | None = None,
     positions: Tensor | None = None,
     offset: int = 0,
-) -> Swept:
-    """See sweep.py; float32, bfloat16 or float16, accumulated in float32.
+) -> Scanned:
+    """See scan.py; float32, bfloat16 or float16, accumulated in float32.
 
-    With permutations x and y are permuted first, as by `permute`.
+    With permutations q and k are permuted first, as by `permute`.
     """
     _load()
-    return Swept(
-        *torch.ops.extrope.linear_sweep(
-            x, y, w, by.x_scale, by.x_extra, by.y_scale, by.y_extra, by.gate,
-            None if by.decay is None else by.decay.float().contiguous(),
-            by.cu_seqlens, by.first_state, by.first_sum, permutations, positions, offset, by.heads,
-            by.phi_scores, by.causal, by.reverse, by.normalize, by.out_is_float, by.keep_state,
+    return Scanned(
+        *torch.ops.extrope.linear_scan(
+            q, k, v, how.q_scale, how.q_extra, how.k_scale, how.k_extra, how.gate,
+            None if how.decay is None else how.decay.float().contiguous(), how.cu_seqlens,
+            how.first_state, how.first_sum, permutations, positions, offset, how.heads,
+            how.phi_scores, how.causal, how.reverse, how.normalize, how.out_is_float,
+            how.keep_state,
         )
     )  # fmt: skip
 

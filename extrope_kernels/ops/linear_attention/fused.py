@@ -32,9 +32,9 @@ def _fwd_fake(q, k, v, permutations, positions, decay, cu_seqlens, *, offset=0, 
 def _fwd(q, k, v, permutations, positions, decay, cu_seqlens, *, offset=0, **options):
     run, how = schema.plan("cpu", q, k, v, decay, cu_seqlens, **options)
     if run is cpu:
-        return cpu.sweep(q, k, v, how, permutations, positions, offset)[:2]
+        return cpu.scan(q, k, v, how, permutations, positions, offset)[:2]
     q, k = _permute(q, k, permutations, positions, cu_seqlens, offset=offset)
-    return run.sweep(q, k, v, how)[:2]
+    return run.scan(q, k, v, how)[:2]
 
 
 def _save(ctx, args, options, outputs):
@@ -47,12 +47,12 @@ def _backward(ctx, dout, _):
     if dout is None:
         return None, None, None
     q, k, v, out, den, decay, cu_seqlens, permutations, positions = ctx.saved_tensors
-    by = (permutations, positions, cu_seqlens)
-    q, k = _permute(q, k, *by, offset=ctx.offset)
+    positioned = (permutations, positions, cu_seqlens)
+    q, k = _permute(q, k, *positioned, offset=ctx.offset)
     dq, dk, dv = torch.ops.extrope.linear_attn_bwd(
         contiguous_rows(dout), q, k, v, out, den, decay, cu_seqlens, **ctx.options
     )
-    return *_permute(dq, dk, *by, offset=ctx.offset, inverse=True), dv
+    return *_permute(dq, dk, *positioned, offset=ctx.offset, inverse=True), dv
 
 
 library.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))

@@ -16,16 +16,16 @@ from .._shared.autograd import contiguous_rows, register_backward
 from .._shared.library import library
 from . import cpu, reference
 from .arguments import check, check_decay_values, check_dims, check_state
-from .sweep import Sweep, gradients
+from .scan import Scan, gradients
 
 NAME = "linear_attn"
 # An Autograd kernel sees the positional tensors alone, hence all tensors before the *.
-_BY = "Tensor? decay=None, Tensor? cu_seqlens=None, *, bool causal=True, bool normalize=True"
+_OPTIONS = "Tensor? decay=None, Tensor? cu_seqlens=None, *, bool causal=True, bool normalize=True"
 _SCHEMAS = {
-    "fwd": f"(Tensor q, Tensor k, Tensor v, {_BY}) -> (Tensor out, Tensor den)",
+    "fwd": f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor den)",
     "bwd": (
         "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor? den, "
-        f"{_BY}) -> (Tensor dq, Tensor dk, Tensor dv)"
+        f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)"
     ),
     "step": (
         "(Tensor q, Tensor k, Tensor v, Tensor? kv=None, Tensor? key_sum=None, "
@@ -38,72 +38,72 @@ _IMPLEMENTATIONS = {
 }
 
 
-def _sweep(q, k, v, decay=None, cu_seqlens=None, *, causal=True, normalize=True) -> Sweep:
+def _scan(q, k, v, decay=None, cu_seqlens=None, *, causal=True, normalize=True) -> Scan:
     check(NAME, q, k, v, decay, cu_seqlens, causal)
     heads = k.shape[-2] if decay is None else decay.shape[0]
-    return Sweep(heads, decay, cu_seqlens, causal, normalize=normalize)
+    return Scan(heads, decay, cu_seqlens, causal, normalize=normalize)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _fwd_fake(q, k, v, *by, **options):
-    how = _sweep(q, k, v, *by, **options)
+def _fwd_fake(q, k, v, decay=None, cu_seqlens=None, **options):
+    how = _scan(q, k, v, decay, cu_seqlens, **options)
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     return out, q.new_empty(rows if how.normalize else 0, dtype=_wide(q))
 
 
-def _bwd_fake(dout, q, k, v, out, den, *by, **options):
-    _sweep(q, k, v, *by, **options)
+def _bwd_fake(dout, q, k, v, out, den, decay=None, cu_seqlens=None, **options):
+    _scan(q, k, v, decay, cu_seqlens, **options)
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _step_fake(q, k, v, kv=None, key_sum=None, decay=None, *, normalize=True):
-    heads = _step_sweep(q, k, v, kv, key_sum, decay, normalize).heads
+    heads = _step_scan(q, k, v, kv, key_sum, decay, normalize).heads
     shape = (k.shape[0], heads, k.shape[-1])
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     state = q.new_empty((*shape, v.shape[-1]), dtype=_wide(q))
     return out, state, q.new_empty(shape, dtype=_wide(q))
 
 
-def _step_sweep(q, k, v, kv, key_sum, decay, normalize) -> Sweep:
+def _step_scan(q, k, v, kv, key_sum, decay, normalize) -> Scan:
     check(NAME, q, k, v, decay, None)
     heads = k.shape[-2] if decay is None else decay.shape[0]
     if kv is not None:
         check_state(NAME, kv, key_sum, k, v, heads)
     given = {"first_state": kv, "first_sum": key_sum, "keep_state": True}
-    return Sweep(heads, decay, normalize=normalize, **given)
+    return Scan(heads, decay, normalize=normalize, **given)
 
 
-def plan(implementation, q, k, v, *by, **options):
-    """Who runs a forward, and the sweep that it is; what is wrong with it raises."""
-    how = _sweep(q, k, v, *by, **options)
+def plan(implementation, q, k, v, decay=None, cu_seqlens=None, **options):
+    """Who runs a forward, and the scan that it is; what is wrong with it raises."""
+    how = _scan(q, k, v, decay, cu_seqlens, **options)
     check_decay_values(NAME, how.decay)
     return _pick(implementation, q, v), how
 
 
-def _fwd(implementation, q, k, v, *by, **options):
-    run, how = plan(implementation, q, k, v, *by, **options)
-    return run.sweep(q, k, v, how)[:2]
+def _fwd(implementation, q, k, v, decay=None, cu_seqlens=None, **options):
+    run, how = plan(implementation, q, k, v, decay, cu_seqlens, **options)
+    return run.scan(q, k, v, how)[:2]
 
 
-def _bwd(implementation, dout, q, k, v, out, den, *by, **options):
-    how = _sweep(q, k, v, *by, **options)
+def _bwd(implementation, dout, q, k, v, out, den, decay=None, cu_seqlens=None, **options):
+    how = _scan(q, k, v, decay, cu_seqlens, **options)
     run = _pick(implementation, q, v)
-    return gradients(run.sweep, run.row_dots, dout, q, k, v, out, den, how)
+    return gradients(run.scan, run.row_dots, dout, q, k, v, out, den, how)
 
 
 def _step(implementation, q, k, v, kv=None, key_sum=None, decay=None, *, normalize=True):
-    how = _step_sweep(q, k, v, kv, key_sum, decay, normalize)
+    how = _step_scan(q, k, v, kv, key_sum, decay, normalize)
     check_decay_values(NAME, decay)
-    swept = _pick(implementation, q, v).sweep(q, k, v, how)
-    return swept.out, swept.state, swept.sum
+    scanned = _pick(implementation, q, v).scan(q, k, v, how)
+    return scanned.out, scanned.state, scanned.sum
 
 
 def _pick(implementation: str, q: Tensor, v: Tensor):
-    """The module that sweeps: float64 and a CPU without the compiled library go to the oracle."""
+    """The module that scans: float64 and a CPU without the compiled library go to the oracle."""
     if implementation != "triton" and q.dtype == torch.float64:
         return reference
     if implementation == "cpu" and _backends.missing("cpu"):

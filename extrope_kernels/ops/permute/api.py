@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def permute(
     inverse: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Permute the lanes of every head p times at position p (PermuteFormer, arXiv 2109.02377).
+    """Permute the dims of every head p times at position p (PermuteFormer, arXiv 2109.02377).
 
     x'_p[c] = x_p[pi^p(c)] with pi the head's permutation: a gather by the p-th power, exact at any
     position an int64 holds. The inverse, and so the gradient, is the gather by the power -p.
@@ -34,7 +36,7 @@ def permute(
     permutations: (heads or a divisor of it, head_dim) int64 on x's device, as from
         `head_permutations`; each serves that many consecutive heads. Every row must hold 0 to
         head_dim - 1 once. That is checked on the CPU; on a GPU a check would have to wait for the
-        device, so there other rows give lanes of the same head in an unspecified order.
+        device, so there other rows give dims of the same head in an unspecified order.
     positions: None for 0, 1, 2, ... within each sequence; an int or a (batch,) tensor is added to
         those; (seqlen,), (batch, seqlen) or (total,) gives every token's own. int32 or int64;
         negative positions are powers of the inverse. A 1-D tensor whose length fits both is read
@@ -79,25 +81,41 @@ def backends() -> dict[str, str]:
     return {name: missing(name) or "available" for name in BACKENDS}
 
 
-def _permute(q, k, permutations, positions, cu_seqlens, inverse, backend):
+def _permute(
+    q: Tensor,
+    k: Tensor | None,
+    permutations: Tensor,
+    positions: Tensor | int | None,
+    cu_seqlens: Tensor | None,
+    inverse: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
     positions, offset = split_offset("permute", positions)
     refuse_flags("permute", inverse=inverse)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
-    by = (permutations, positions, cu_seqlens)
+    tensors = (permutations, positions, cu_seqlens)
     # Every argument costs the dispatcher time.
-    options = {"offset": offset} if offset else {}
+    options: dict[str, Any] = {"offset": offset} if offset else {}
     if inverse:
         options["inverse"] = True
-    return explained("permute", lambda: _run(q, k, by, options, backend), lambda: check(q, k, *by))
+    return explained(
+        "permute", lambda: _run(q, k, tensors, options, backend), lambda: check(q, k, *tensors)
+    )
 
 
-def _run(q, k, by, options, backend):
+def _run(
+    q: Tensor,
+    k: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    options: dict[str, Any],
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
     if backend is not None:
         require("permute", backend, BACKENDS, q.device.type)
     if backend == "reference":
-        out_q, out_k = reference.permute_fwd(q, k, *by, **options)
+        out_q, out_k = reference.permute_fwd(q, k, *tensors, **options)
     else:
         op = _ops.permute_fwd_triton if backend == "triton" else _ops.permute_fwd
-        out_q, out_k = op(q, k, *by, **options)
+        out_q, out_k = op(q, k, *tensors, **options)
     return out_q, out_k if k is not None else None

@@ -26,6 +26,6 @@ def register(library: torch.library.Library, suffix: str) -> None:
     torch.library.register_vmap(fwd, batching_rule(fwd, 2, _is_shared), lib=library)
 
 
-def _is_shared(by: tuple[Tensor | None, ...]) -> bool:
+def _is_shared(tensors: tuple[Tensor | None, ...]) -> bool:
     """Do all sequences start at one position? Then they are one batch."""
-    return all(x is None for x in by[1:])
+    return all(x is None for x in tensors[1:])

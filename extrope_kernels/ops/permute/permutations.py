@@ -1,4 +1,4 @@
-"""Permutations of the lanes of heads: the authors' draw, and their cycles."""
+"""Permutations of the dims of heads: the authors' draw, and their cycles."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_MOST = 2**16  # heads of a model, and lanes of one: more is a mistake that would fill the memory
+_MOST = 2**16  # heads of a model, and dims of one: more is a mistake that would fill the memory
 
 
 def head_permutations(heads: int, head_dim: int, *, seed: int = 0xDEADBEEFDEADBEEF) -> Tensor:
@@ -36,34 +36,34 @@ class Cycles(NamedTuple):
     pi^p(c) = flat[start[c] + (index[c] + p) mod length[c]]: exact for any p.
     """
 
-    start: Tensor  # where in flat the cycle of lane c starts
+    start: Tensor  # where in flat the cycle of dim c starts
     length: Tensor  # of that cycle
-    index: Tensor  # where in its cycle lane c is
-    flat: Tensor  # the lanes, cycle after cycle, each in the order of its permutation
+    index: Tensor  # where in its cycle dim c is
+    flat: Tensor  # the dims, cycle after cycle, each in the order of its permutation
 
 
 def cycles(permutations: Tensor) -> Cycles:
     """Decompose (heads, head_dim) permutations on their device, without a host sync.
 
-    A cycle starts at its least lane. Every lane looks for it ahead, twice as far each round.
+    A cycle starts at its least dim. Every dim looks for it ahead, twice as far each round.
     """
-    dim = permutations.shape[-1]
-    lane = torch.arange(dim, device=permutations.device).expand_as(permutations)
-    # The least lane seen so far and the steps to it, in one number; steps stay below 2 * dim.
-    seen, ahead = lane * (2 * dim), permutations
-    for doubling in range((dim - 1).bit_length()):
+    head_dim = permutations.shape[-1]
+    dim = torch.arange(head_dim, device=permutations.device).expand_as(permutations)
+    # The least dim seen so far and the steps to it, in one number; steps stay below 2 * head_dim.
+    seen, ahead = dim * (2 * head_dim), permutations
+    for doubling in range((head_dim - 1).bit_length()):
         seen = torch.minimum(seen, seen.gather(-1, ahead) + 2**doubling)
         ahead = ahead.gather(-1, ahead)
-    least, steps = seen // (2 * dim), seen % (2 * dim)
+    least, steps = seen // (2 * head_dim), seen % (2 * head_dim)
     length = 1 + steps.gather(-1, permutations.gather(-1, least))
     index = (length - steps) % length
-    lengths = torch.where(least == lane, length, 0)
+    lengths = torch.where(least == dim, length, 0)
     start = (lengths.cumsum(-1) - lengths).gather(-1, least)
-    return Cycles(start, length, index, torch.empty_like(lane).scatter(-1, start + index, lane))
+    return Cycles(start, length, index, torch.empty_like(dim).scatter(-1, start + index, dim))
 
 
 def check_bijective(permutations: Tensor) -> None:
-    """Raise ValueError when a row does not hold every lane once, where a look costs no sync.
+    """Raise ValueError when a row does not hold every dim once, where a look costs no sync.
 
     That is: on the CPU, and not while a graph is traced.
     """

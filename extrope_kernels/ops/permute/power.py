@@ -26,8 +26,13 @@ class Power:
 
     def token_positions(self, seqlen: int) -> Tensor:
         """(batch or 1, seqlen) int64, wrapped around at 2**63."""
-        by = (self.positions, self.positions_are_offsets, self.cu_seqlens)
-        positions = _positions.token_positions(*by, seqlen, self.permutations.device)
+        positions = _positions.token_positions(
+            self.positions,
+            self.positions_are_offsets,
+            self.cu_seqlens,
+            seqlen,
+            self.permutations.device,
+        )
         return positions.long() + self.offset
 
 

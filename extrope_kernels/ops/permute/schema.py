@@ -1,8 +1,8 @@
 """The op `permute_fwd`: schema, fake kernel, and the kernels that are launched from Python.
 
-The compiled libraries register their kernels for the same schema (csrc/cpu/permute.cpp,
-csrc/cuda/bind_permute.cpp). `permute_fwd` runs what is best on the tensors' device,
-`permute_fwd_triton` the Triton kernels alone. The backward is the same op with `inverse` turned.
+The compiled libraries register their kernels for the same schema (csrc/cpu/permute/bind.cpp,
+csrc/cuda/permute/bind.cpp). `permute_fwd` runs what is best on the tensors' device,
+`permute_fwd_triton` the Triton kernels alone. The backward is the same op with `inverse` flipped.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _FWD = (
 )
 
 
-def _fwd_fake(q, k, *by, **options) -> tuple[Tensor, Tensor]:
-    resolve(q, k, *by, **options)
+def _fwd_fake(q, k, *more, **options) -> tuple[Tensor, Tensor]:
+    resolve(q, k, *more, **options)
     return torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k)
 
 
-def _fwd_triton(q, k, *by, **options) -> tuple[Tensor, Tensor]:
+def _fwd_triton(q, k, *more, **options) -> tuple[Tensor, Tensor]:
     from .triton import permute
 
-    tensors, power = resolve(q, k, *by, **options)
+    tensors, power = resolve(q, k, *more, **options)
     check_bijective(power.permutations)
     outs = [torch.empty_like(x) for x in tensors]
     permute(tensors, outs, power)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from .checks import check
 from .decay import check_decay
 
 _ops = torch.ops.extrope
+RopeArgs = tuple[Tensor | None, ...]  # of the ops, after q and k
+Options = dict[str, Any]  # of the ops, by keyword
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
@@ -27,10 +31,10 @@ def apply_rope(
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Rotate the pairs of lanes of x by position * inv_freq (RoPE, https://arxiv.org/abs/2104.09864).
+    """Rotate the pairs of dims of x by position * inv_freq (RoPE, https://arxiv.org/abs/2104.09864).
 
     (a, b) becomes attention_factor * (a cos t - b sin t, b cos t + a sin t) with t = position *
-    inv_freq, exact at positions up to 2**29. Lanes past 2 * len(inv_freq) pass through. XPOS's
+    inv_freq, exact at positions up to 2**29. Dims past 2 * len(inv_freq) pass through. XPOS's
     log_decay is applied as for queries; pass freqs.for_keys() for keys.
 
     x: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens; float32,
@@ -44,7 +48,7 @@ def apply_rope(
         seqlen) gives every token one position an axis, packed tokens with batch 1; all other
         positions are those of text, the same on every axis.
     cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
-    interleaved: pair i is lanes (2i, 2i + 1), as in GPT-J; else lanes (i, i + rotary_dim/2), as in
+    interleaved: pair i is dims (2i, 2i + 1), as in GPT-J; else dims (i, i + rotary_dim/2), as in
         GPT-NeoX and in transformers' Llama.
     inverse: undo the rotation: minus the angle, one over the amplitude.
     inplace: overwrite x; for inference, x must not require grad.
@@ -91,7 +95,17 @@ def backends() -> dict[str, str]:
     return {name: missing(name) or "available" for name in BACKENDS}
 
 
-def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend):
+def _rotate(
+    q: Tensor,
+    k: Tensor | None,
+    freqs: RopeFreqs,
+    positions: Tensor | int | None,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+    inplace: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"rope: freqs must be a RopeFreqs, got {type(freqs).__name__}")
     if not (type(interleaved) is type(inverse) is type(inplace) is bool):
@@ -99,28 +113,30 @@ def _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, b
     positions, offset = split_offset("rope", positions)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
-    by = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay)
-    if freqs.axes is not None and positions is not None:
-        by = (*by, freqs.axes)
+    rope_args: RopeArgs = (freqs.inv_freq,)  # every argument costs the dispatcher time
+    if not (positions is cu_seqlens is freqs.log_decay is None):
+        rope_args = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay)
+        if freqs.axes is not None and positions is not None:
+            rope_args = (*rope_args, freqs.axes)
     if freqs.log_decay is not None:
         check_decay(freqs, q, positions, offset, packed=cu_seqlens is not None)
     run = _inplace if inplace else _out_of_place
     return explained(
         "rope",
-        lambda: run(q, k, by, _options(freqs, offset, interleaved, inverse), backend),
-        lambda: check(q, k, *by, attention_factor=freqs.attention_factor),
+        lambda: run(q, k, rope_args, _options(freqs, offset, interleaved, inverse), backend),
+        lambda: check(q, k, *rope_args, attention_factor=freqs.attention_factor),
     )
 
 
-def _wants_grad(q, k, inv_freq) -> bool:
+def _wants_grad(q: Tensor, k: Tensor | None, inv_freq: Tensor) -> bool:
     return torch.is_grad_enabled() and (
         q.requires_grad or inv_freq.requires_grad or (k is not None and k.requires_grad)
     )
 
 
-def _options(freqs, offset, interleaved, inverse):
+def _options(freqs: RopeFreqs, offset: int, interleaved: bool, inverse: bool) -> Options:
     """The options that differ from the op's defaults: every argument costs the dispatcher time."""
-    options = {}
+    options: Options = {}
     if freqs.attention_factor != 1.0:
         options["attention_factor"] = freqs.attention_factor
     if freqs.log_decay is not None:
@@ -134,30 +150,34 @@ def _options(freqs, offset, interleaved, inverse):
     return options
 
 
-def _out_of_place(q, k, by, options, backend):
+def _out_of_place(
+    q: Tensor, k: Tensor | None, rope_args: RopeArgs, options: Options, backend: str | None
+) -> tuple[Tensor, Tensor]:
     suffix = "" if backend is None else _suffix(backend, q)
     if suffix == "_reference":
-        out_q, out_k = reference.rope_fwd(q, k, *by, **options)
+        out_q, out_k = reference.rope_fwd(q, k, *rope_args, **options)
     else:
         op = _ops.rope_fwd if suffix == "" else _ops.rope_fwd_triton
-        if torch.compiler.is_compiling() or _wants_grad(q, k, by[0]):
-            out_q, out_k = op(q, k, *by, **options)
+        if torch.compiler.is_compiling() or _wants_grad(q, k, rope_args[0]):
+            out_q, out_k = op(q, k, *rope_args, **options)
         else:
             # Nothing to record: skip the Autograd kernel, which costs as much as a small rotation.
             with torch._C._AutoDispatchBelowAutograd():
-                out_q, out_k = op(q, k, *by, **options)
+                out_q, out_k = op(q, k, *rope_args, **options)
     return out_q, out_k if k is not None else None
 
 
-def _inplace(q, k, by, options, backend):
+def _inplace(
+    q: Tensor, k: Tensor | None, rope_args: RopeArgs, options: Options, backend: str | None
+) -> tuple[Tensor, Tensor]:
     suffix = "" if backend is None else _suffix(backend, q)
-    if _wants_grad(q, k, by[0]):
+    if _wants_grad(q, k, rope_args[0]):
         raise ValueError("rope: inplace=True is for inference, got tensors that require grad")
     if suffix == "_reference":
         op = reference.rope_inplace
     else:
         op = _ops.rope_inplace if suffix == "" else _ops.rope_inplace_triton
-    op(q, k, *by, **options)
+    op(q, k, *rope_args, **options)
     if not torch.compiler.is_compiling() and not q.is_inference():
         # Autograd then notices when a tensor that it saved has been overwritten.
         torch.autograd.graph.increment_version((q,) if k is None else (q, k))

@@ -1,6 +1,6 @@
 """Derivatives of the rotation, written with the rotation itself, so that they can be derived again.
 
-With R the rotation by the angles (amplitude included), J the quarter turn (a, b) -> (-b, a) and
+With R the rotation by the angles (amplitude included), J the rotation by pi/2 (a, b) -> (-b, a) and
 <x, y> summed over pairs that share an angle:
 
     rope_fwd: y = R x             dx = R^T dy              d angle = <J x, dx> = cross(x, dx)
@@ -24,29 +24,29 @@ def register(library: torch.library.Library, suffix: str) -> None:
     bwd = getattr(torch.ops.extrope, f"rope_bwd{suffix}").default
 
     def fwd_backward(ctx, grad_q, grad_k):
-        q, k, *by = ctx.saved_tensors
+        q, k, *rope_args = ctx.saved_tensors
         grad_q, grad_k = contiguous_rows(grad_q), contiguous_rows(grad_k) if ctx.has_k else None
-        dq, dk, angle_grad = bwd(grad_q, grad_k, q, k, *by, **ctx.options)
+        dq, dk, angle_grad = bwd(grad_q, grad_k, q, k, *rope_args, **ctx.options)
         d_freq = None
         if q is not None:
-            d_freq = _frequency_grad(angle_grad, grad_q, grad_k, by, ctx.options)
+            d_freq = _frequency_grad(angle_grad, grad_q, grad_k, rope_args, ctx.options)
         return dq, dk if ctx.has_k else None, d_freq
 
     def bwd_backward(ctx, u_q, u_k, w):
-        grad_q, grad_k, q, k, dq, dk, *by = ctx.saved_tensors
-        layout = (2 * by[0].shape[-1], ctx.options.get("interleaved", False))
+        grad_q, grad_k, q, k, dq, dk, *rope_args = ctx.saved_tensors
+        layout = (2 * rope_args[0].shape[-1], ctx.options.get("interleaved", False))
         grads = (dq, dk) if ctx.has_k else (dq,)
         u = [u_q, u_k][: len(grads)]
         x_bar: list[Tensor | None] = [None, None]
         if q is not None:
-            u = [u_t + _quarter_turn(x, w, *layout) for u_t, x in zip(u, (q, k))]
-            x_bar = [-_quarter_turn(dx, w, *layout) for dx in grads] + [None]
+            u = [u_t + _rotate_quarter(x, w, *layout) for u_t, x in zip(u, (q, k))]
+            x_bar = [-_rotate_quarter(dx, w, *layout) for dx in grads] + [None]
         u = [contiguous_rows(x) for x in u]
-        g_bar = fwd(u[0], u[1] if ctx.has_k else None, *by, **ctx.options)
+        g_bar = fwd(u[0], u[1] if ctx.has_k else None, *rope_args, **ctx.options)
         d_freq = None
         if ctx.needs_input_grad[2 + 4]:
             d_freq = _frequency_grad(
-                _angle_grad(u, grads, layout, by), grad_q, grad_k, by, ctx.options
+                _angle_grad(u, grads, layout, rope_args), grad_q, grad_k, rope_args, ctx.options
             )
         return g_bar[0], g_bar[1] if ctx.has_k else None, *x_bar[:2], d_freq
 
@@ -67,30 +67,30 @@ def _save_bwd(ctx, args, options, outputs):
     _save(ctx, (*args[:4], *outputs[:2]), args[4:], options)
 
 
-def _save(ctx, tensors, by, options) -> None:
-    by = _with_defaults(by)
-    for name, x in (("positions", by[1]), ("log_decay", by[3])):
+def _save(ctx, tensors, rope_args, options) -> None:
+    rope_args = _with_defaults(rope_args)
+    for name, x in (("positions", rope_args[1]), ("log_decay", rope_args[3])):
         if x is not None and x.requires_grad:
             raise ValueError(f"rope: {name} is not differentiable, got a tensor that requires grad")
     ctx.options = options
-    ctx.save_for_backward(*tensors, *by)
+    ctx.save_for_backward(*tensors, *rope_args)
 
 
-def _with_defaults(by) -> tuple[Tensor | None, ...]:
+def _with_defaults(rope_args) -> tuple[Tensor | None, ...]:
     """inv_freq, positions, cu_seqlens, log_decay, axes: the dispatcher drops trailing defaults."""
-    return (*by, *[None] * (5 - len(by)))
+    return (*rope_args, *[None] * (5 - len(rope_args)))
 
 
-def _quarter_turn(x: Tensor, w: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
+def _rotate_quarter(x: Tensor, w: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
     """w * J x in x's dtype; zero past rotary_dim."""
     a, b = split_pairs(x.to(w.dtype), rotary_dim, interleaved)
     w = w.view(w.shape[1:]) if x.dim() == 3 else w
-    turned = join_pairs(-b * w, a * w, interleaved)
-    return torch.nn.functional.pad(turned, (0, x.shape[-1] - rotary_dim)).to(x.dtype)
+    rotated = join_pairs(-b * w, a * w, interleaved)
+    return torch.nn.functional.pad(rotated, (0, x.shape[-1] - rotary_dim)).to(x.dtype)
 
 
-def _angle_grad(xs, grads, layout, by) -> Tensor:
-    inv_freq, _, cu_seqlens = by[:3]
+def _angle_grad(xs, grads, layout, rope_args) -> Tensor:
+    inv_freq, _, cu_seqlens = rope_args[:3]
     per_head = inv_freq.dim() == 3 and inv_freq.shape[1] > 1
     pairs = (
         zip(xs, grads) if cu_seqlens is None else ((x[None], dx[None]) for x, dx in zip(xs, grads))
@@ -98,12 +98,12 @@ def _angle_grad(xs, grads, layout, by) -> Tensor:
     return sum(cross(x, dx, *layout, per_head) for x, dx in pairs)
 
 
-def _frequency_grad(angle_grad, grad_q, grad_k, by, options) -> Tensor:
+def _frequency_grad(angle_grad, grad_q, grad_k, rope_args, options) -> Tensor:
     """d angle -> d inv_freq: times position, summed in float64 over what shares a frequency."""
-    inv_freq = by[0]
+    inv_freq = rope_args[0]
     if options.get("inverse", False):
         angle_grad = -angle_grad
-    tensors, rotation = resolve(grad_q, grad_k, *by, adjoint=True, **options)
+    tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
     batch, seqlen = tensors[0].shape[:2]
     by_token = angle_grad.double() * token_positions(rotation, batch, seqlen)[:, :, None]
     if rotation.inv_freq.shape[0] == 1:
@@ -117,9 +117,9 @@ def _frequency_grad(angle_grad, grad_q, grad_k, by, options) -> Tensor:
     return total.to(inv_freq.dtype).view(inv_freq.shape)
 
 
-def _is_shared(by) -> bool:
+def _is_shared(rope_args) -> bool:
     """Do all sequences rotate alike? Then any number of batch dimensions is one batch dimension."""
-    inv_freq, positions, cu_seqlens = _with_defaults(by)[:3]
+    inv_freq, positions, cu_seqlens = _with_defaults(rope_args)[:3]
     return (
         positions is None and cu_seqlens is None and (inv_freq.dim() == 1 or inv_freq.shape[0] == 1)
     )

@@ -1,4 +1,4 @@
-"""The pairs of lanes that rotate together: shared by the reference and the autograd formulas."""
+"""The pairs of dims that rotate together: shared by the reference and the autograd formulas."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def split_pairs(x: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """The two lanes of every pair of x: (..., rotary_dim / 2) each."""
-    lanes = x[..., :rotary_dim]
+    """The two dims of every pair of x: (..., rotary_dim / 2) each."""
+    dims = x[..., :rotary_dim]
     if interleaved:
-        return lanes[..., 0::2], lanes[..., 1::2]
-    return lanes[..., : rotary_dim // 2], lanes[..., rotary_dim // 2 :]
+        return dims[..., 0::2], dims[..., 1::2]
+    return dims[..., : rotary_dim // 2], dims[..., rotary_dim // 2 :]
 
 
 def join_pairs(a: Tensor, b: Tensor, interleaved: bool) -> Tensor:

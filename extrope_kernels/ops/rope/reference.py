@@ -11,9 +11,11 @@ from .pairs import accumulator, cross, join_pairs, split_pairs
 from .rotation import Rotation, resolve, token_positions
 
 
-def rope_fwd(q: Tensor, k: Tensor | None, *by: Tensor | None, **options) -> tuple[Tensor, Tensor]:
+def rope_fwd(
+    q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options
+) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `torch.ops.extrope.rope_fwd`."""
-    tensors, rotation = resolve(q, k, *by, adjoint=False, **options)
+    tensors, rotation = resolve(q, k, *rope_args, adjoint=False, **options)
     rotated = rotate(tensors, rotation)
     return rotated[0].view_as(q), rotated[1].view_as(k) if k is not None else q.new_empty(0)
 
@@ -23,11 +25,11 @@ def rope_bwd(
     grad_k: Tensor | None,
     q: Tensor | None,
     k: Tensor | None,
-    *by: Tensor | None,
+    *rope_args: Tensor | None,
     **options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same arguments and results as `torch.ops.extrope.rope_bwd`."""
-    tensors, rotation = resolve(grad_q, grad_k, *by, adjoint=True, **options)
+    tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
     grads = rotate(tensors, rotation)
     wide = accumulator(grad_q.dtype)
     angle_grad = grad_q.new_empty(0, dtype=wide)
@@ -40,10 +42,10 @@ def rope_bwd(
     return grads[0].view_as(grad_q), dk, angle_grad
 
 
-def rope_inplace(q: Tensor, k: Tensor | None, *by: Tensor | None, **options) -> None:
+def rope_inplace(q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options) -> None:
     """Same arguments as `torch.ops.extrope.rope_inplace`."""
     refuse_overlap(q, k)
-    for x, out in zip((q, k), rope_fwd(q, k, *by, **options)):
+    for x, out in zip((q, k), rope_fwd(q, k, *rope_args, **options)):
         if x is not None:
             x.copy_(out)
 
@@ -71,6 +73,6 @@ def rotate(tensors: list[Tensor], rotation: Rotation) -> list[Tensor]:
         wide = accumulator(x.dtype)
         cos, sin = (angle.cos() * amplitude).to(wide), (angle.sin() * amplitude).to(wide)
         a, b = split_pairs(x.to(wide), rotation.rotary_dim, rotation.interleaved)
-        turned = join_pairs(a * cos - b * sin, b * cos + a * sin, rotation.interleaved)
-        rotated.append(torch.cat((turned.to(x.dtype), x[..., rotation.rotary_dim :]), dim=-1))
+        dims = join_pairs(a * cos - b * sin, b * cos + a * sin, rotation.interleaved)
+        rotated.append(torch.cat((dims.to(x.dtype), x[..., rotation.rotary_dim :]), dim=-1))
     return rotated

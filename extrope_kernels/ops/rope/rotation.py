@@ -56,8 +56,9 @@ def resolve(
 ) -> tuple[list[Tensor], Rotation]:
     """Check an op's arguments; return q and k as (batch, seqlen, heads, head_dim) and the Rotation.
 
-    `adjoint` asks for the transposed linear map, which is what a backward applies: the angle turns
-    round, the amplitude stays. `inverse` undoes the map: angle and amplitude both turn round.
+    `adjoint` asks for the transposed linear map, which is what a backward applies: the angle
+    is negated, the amplitude stays. `inverse` undoes the map: minus the angle, one over the
+    amplitude.
     """
     check(q, k, inv_freq, positions, cu_seqlens, log_decay, axes, attention_factor=attention_factor)
     tensors = [q] if k is None else [q, k]
@@ -101,6 +102,6 @@ def token_positions(rotation: Rotation, batch: int, seqlen: int) -> Tensor:
         axes = rotation.axes.clamp(0, rotation.positions.shape[0] - 1)
         positions = rotation.positions[axes].permute(1, 2, 0)
     else:
-        by = (rotation.positions, rotation.positions_are_offsets, rotation.cu_seqlens)
-        positions = _positions.token_positions(*by, seqlen, rotation.inv_freq.device)[..., None]
+        given = (rotation.positions, rotation.positions_are_offsets, rotation.cu_seqlens)
+        positions = _positions.token_positions(*given, seqlen, rotation.inv_freq.device)[..., None]
     return positions.double() + rotation.offset

@@ -1,7 +1,7 @@
 """The ops of the rotation: schemas, fake kernels, and the kernels that are launched from Python.
 
-The compiled libraries register their kernels for the same schemas (csrc/cpu/rope.cpp,
-csrc/cuda/bind_rope.cpp). `rope_*` runs what is best on the tensors' device, `rope_*_triton` the
+The compiled libraries register their kernels for the same schemas (csrc/cpu/rope/bind.cpp,
+csrc/cuda/rope/bind.cpp). `rope_*` runs what is best on the tensors' device, `rope_*_triton` the
 Triton kernels alone.
 """
 
@@ -18,14 +18,17 @@ from .rotation import resolve
 
 # An Autograd kernel sees the positional tensors alone, hence all tensors before the *. axes matters
 # to positions of shape (axes, batch, seqlen) only: others are the same on every axis.
-_BY = (
+_ROPE_ARGS = (
     "Tensor inv_freq, Tensor? positions=None, Tensor? cu_seqlens=None, Tensor? log_decay=None, "
     "Tensor? axes=None, *, float attention_factor=1.0, SymInt offset=0, bool interleaved=False, "
     "bool inverse=False, float decay_origin=0.0"
 )
-_FWD = f"(Tensor q, Tensor? k, {_BY}) -> (Tensor, Tensor)"
-_BWD = f"(Tensor grad_q, Tensor? grad_k, Tensor? q, Tensor? k, {_BY}) -> (Tensor, Tensor, Tensor)"
-_INPLACE = f"(Tensor(a!) q, Tensor(b!)? k, {_BY}) -> ()"
+_FWD = f"(Tensor q, Tensor? k, {_ROPE_ARGS}) -> (Tensor, Tensor)"
+_BWD = (
+    f"(Tensor grad_q, Tensor? grad_k, Tensor? q, Tensor? k, {_ROPE_ARGS}) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_INPLACE = f"(Tensor(a!) q, Tensor(b!)? k, {_ROPE_ARGS}) -> ()"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -36,18 +39,18 @@ def _like(x: Tensor | None, q: Tensor) -> Tensor:
     return q.new_empty(0) if x is None else torch.empty_like(x)
 
 
-def _fwd_fake(q, k, *by, **options):
-    resolve(q, k, *by, adjoint=False, **options)
+def _fwd_fake(q, k, *rope_args, **options):
+    resolve(q, k, *rope_args, adjoint=False, **options)
     return _like(q, q), _like(k, q)
 
 
-def _bwd_fake(grad_q, grad_k, q, k, *by, **options):
-    tensors, rotation = resolve(grad_q, grad_k, *by, adjoint=True, **options)
+def _bwd_fake(grad_q, grad_k, q, k, *rope_args, **options):
+    tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
     return _like(grad_q, grad_q), _like(grad_k, grad_q), _angle_grad(q, tensors, rotation)
 
 
-def _inplace_fake(q, k, *by, **options):
-    resolve(q, k, *by, adjoint=False, **options)
+def _inplace_fake(q, k, *rope_args, **options):
+    resolve(q, k, *rope_args, adjoint=False, **options)
 
 
 def _angle_grad(saved: Tensor | None, tensors, rotation) -> Tensor:
@@ -63,19 +66,19 @@ def _angle_grad(saved: Tensor | None, tensors, rotation) -> Tensor:
 # Triton
 
 
-def _fwd_triton(q, k, *by, **options):
+def _fwd_triton(q, k, *rope_args, **options):
     from .triton import rotate
 
-    tensors, rotation = resolve(q, k, *by, adjoint=False, **options)
+    tensors, rotation = resolve(q, k, *rope_args, adjoint=False, **options)
     outs = [torch.empty_like(x) for x in tensors]
     rotate(tensors, outs, None, None, rotation)
     return outs[0].view_as(q), outs[1].view_as(k) if k is not None else q.new_empty(0)
 
 
-def _bwd_triton(grad_q, grad_k, q, k, *by, **options):
+def _bwd_triton(grad_q, grad_k, q, k, *rope_args, **options):
     from .triton import rotate
 
-    tensors, rotation = resolve(grad_q, grad_k, *by, adjoint=True, **options)
+    tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
     outs = [torch.empty_like(x) for x in tensors]
     angle_grad = _angle_grad(q, tensors, rotation)
     saved = None
@@ -86,10 +89,10 @@ def _bwd_triton(grad_q, grad_k, q, k, *by, **options):
     return outs[0].view_as(grad_q), dk, angle_grad
 
 
-def _inplace_triton(q, k, *by, **options):
+def _inplace_triton(q, k, *rope_args, **options):
     from .triton import rotate
 
-    tensors, rotation = resolve(q, k, *by, adjoint=False, **options)
+    tensors, rotation = resolve(q, k, *rope_args, adjoint=False, **options)
     refuse_overlap(q, k)
     rotate(tensors, tensors, None, None, rotation)
 

@@ -85,7 +85,9 @@ def build(folder: Path) -> None:
     # Sanitizers move code about until -Wmaybe-uninitialized sees ghosts.
     common = [*compiler, _build.STANDARD, "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-c"]
     warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
-    kernel = [*warnings, *_build.include(), "-isystem", str(find_cuda_headers()), "-xc++"]
+    # Our cuda/launch.h is found before that of the sources.
+    headers = ["-I", str(HERE), *_build.include(), "-isystem", str(find_cuda_headers())]
+    kernel = [*warnings, *headers, "-xc++"]
     sources = {op: str(_build.source_dir() / "cuda" / op / f"{op}.cu") for op in OPS}
     python = ["-I", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
     objects = {

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def cos_sin_polynomials(r):
-    """Cosine and sine of float32 angles of at most an eighth of a turn, to float32 accuracy."""
+    """Cosine and sine of float32 angles of at most pi/4, to float32 accuracy."""
     z = r * r
     sin = r + r * z * (-1.6666654611e-1 + z * (8.3321608736e-3 + z * -1.9515295891e-4))
     cos = 4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5)
@@ -28,11 +28,11 @@ def cos_sin_polynomials_wide(r):
 
 
 @triton.jit
-def turned_by_quarters(cos, sin, quarters):
-    """Cosine and sine of an angle that lies `quarters` quarter turns further."""
+def add_quarters(cos, sin, quarters):
+    """Cosine and sine of an angle that lies `quarters` times pi/2 further."""
     odd = (quarters & 1) != 0
-    turned_cos = tl.where(odd, sin, cos)
-    turned_sin = tl.where(odd, cos, sin)
-    turned_cos = tl.where(((quarters + 1) & 2) != 0, -turned_cos, turned_cos)
-    turned_sin = tl.where((quarters & 2) != 0, -turned_sin, turned_sin)
-    return turned_cos, turned_sin
+    swapped_cos = tl.where(odd, sin, cos)
+    swapped_sin = tl.where(odd, cos, sin)
+    swapped_cos = tl.where(((quarters + 1) & 2) != 0, -swapped_cos, swapped_cos)
+    swapped_sin = tl.where((quarters & 2) != 0, -swapped_sin, swapped_sin)
+    return swapped_cos, swapped_sin

@@ -6,13 +6,14 @@ remains: rows are dropped in front, keys at the end, for each sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..regions import Layout
+from ..._shared.attention_call import AttentionCall
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class Band:
     shift: int
 
 
-def bands(layout: Layout, seqlen_k: int) -> list[Band]:
+def bands(starts: Sequence[int], seqlen_k: int) -> list[Band]:
     """The regions that hold a key of sequences of at most seqlen_k keys."""
     found = []
-    for region, (start, end) in enumerate(zip(layout.starts, (*layout.starts[1:], 1))):
+    for region, (start, end) in enumerate(zip(starts, (*starts[1:], 1))):
         left = None if start <= -seqlen_k else -start
         shift = max(0, 1 - end)
         if shift < seqlen_k and (left is None or left >= shift):
@@ -109,10 +110,10 @@ class Gathered:
 
 
 def cut(
-    band: Band, q: Tensor, v: Tensor, layout: Layout, negative_right: bool
+    band: Band, q: Tensor, v: Tensor, call: AttentionCall, negative_right: bool
 ) -> Dense | Whole | Gathered | None:
     """The piece of a band; None when no row is left. `negative_right`: does the engine shift?"""
-    scale, cu_seqlens = layout.softmax_scale, layout.cu_seqlens
+    scale, cu_seqlens = call.scale(q.shape[-1]), call.cu_seqlens
     if cu_seqlens is not None and (band.shift == 0 or negative_right):
         return Whole((scale, band.left, -band.shift, cu_seqlens))
     left = None if band.left is None else band.left - band.shift

@@ -1,4 +1,4 @@
-"""Region attention over an installed flash-attention: one call for each region, merged exactly.
+"""Attention over an installed flash-attention: one call for each region, merged exactly.
 
 A region of granularity 1 is a band of keys beside the diagonal. Without the last `shift` keys and
 the first `shift` rows it is plain causal attention, which every flash-attention computes. The
@@ -11,39 +11,42 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..._shared.attention_call import AttentionCall
+from ..._shared.frames import row_scale
+from ..frames import positions, rotate, unrotate
 from ..merge import merge_attention
-from ..regions import Layout
 from .bands import Band, Dense, bands, cut
 from .engine_check import best_engine, examine
 from .engines import Engine
 
-_LANES = 8  # every engine takes multiples of 8 as head_dim
+_DIMS = 8  # every engine takes multiples of 8 as head_dim
 
 
 @torch.no_grad()
 def forward(
-    q: list[Tensor], k: list[Tensor], v: Tensor, layout: Layout, engine: Engine | None = None
+    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, engine: Engine | None = None
 ) -> tuple[Tensor, Tensor]:
     """One call of the engine for each region, and a merge.
 
-    q, k: a rotated frame for each region, (batch, seqlen_q, heads_q, head_dim) and
-        (batch, seqlen_k, heads_k, head_dim), or (total, heads, head_dim) with layout.cu_seqlens;
-        v like k[0]; float16 or bfloat16. layout.row_scale is multiplied onto q and rounded there.
+    q, k: raw, (batch, seqlen_q, heads_q, head_dim) and (batch, seqlen_k, heads_k, head_dim), or
+        (total, heads, head_dim) with call.cu_seqlens; v like k; float16 or bfloat16. What log_n
+        makes of the scale is multiplied onto the rotated q and rounded there.
     engine: None for the best that is installed.
 
-    Returns: out like q[0] and lse (batch, heads_q, seqlen_q), or (heads_q, total), float32.
-    Raises: NotImplementedError for a layout, dtype or machine that no engine takes.
+    Returns: out like q and lse (batch, heads_q, seqlen_q), or (heads_q, total), float32.
+    Raises: NotImplementedError for regions, a dtype or machine that no engine takes.
     """
-    engine, unit, pieces = _prepare(q, v, layout, engine)
+    engine, unit, pieces = _prepare(q, v, call, engine)
+    frames, scale = rotate(q, k, call), _row_scale(q, k, call)
     outs, lses = [], []
     for band, piece in pieces:
-        q_r = _scaled(q[band.region], layout)
-        k_r, values = piece.keys(k[band.region]), piece.keys(v)
+        q_r, k_r = (x[band.region] for x in frames)
+        q_r, k_r, values = _scaled(q_r, scale), piece.keys(k_r), piece.keys(v)
         out, lse = engine.forward(piece.rows(q_r), k_r, values, *piece.arguments)
         outs.append(piece.put_rows(out))
         lses.append(piece.put_lse(lse if unit == 1.0 else lse * unit))
     if not outs:
-        return _without_keys(q[0])
+        return _without_keys(q)
     if len(outs) == 1:
         return outs[0].contiguous(), lses[0]
     return merge_attention(outs, lses)
@@ -53,27 +56,30 @@ def forward(
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
-    q: list[Tensor],
-    k: list[Tensor],
+    q: Tensor,
+    k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    layout: Layout,
+    call: AttentionCall,
     engine: Engine | None = None,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The gradients of every frame of q and k, float32 and zero outside its region, and of v."""
-    engine, unit, pieces = _prepare(q, v, layout, engine)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, each in its dtype."""
+    engine, unit, pieces = _prepare(q, v, call, engine)
+    frames, scale = rotate(q, k, call), _row_scale(q, k, call)
     wide = torch.promote_types(v.dtype, torch.float32)
-    dq = [torch.zeros((), dtype=wide, device=x.device).expand(x.shape) for x in q]
-    dk = [torch.zeros((), dtype=wide, device=x.device).expand(x.shape) for x in k]
+    dq, dk = (
+        [torch.zeros((), dtype=wide, device=x.device).expand(x.shape) for x in side]
+        for side in frames
+    )
     dv = torch.zeros((), dtype=wide, device=v.device).expand(v.shape)
     lse = lse if unit == 1.0 else lse / unit
     for band, piece in pieces:
         r = band.region
-        q_r, k_r, values = _scaled(q[r], layout), k[r], v
+        q_r, k_r, values = _scaled(frames[0][r], scale), frames[1][r], v
         dout_r, out_r, dlse_r = dout, out, dlse
         if dlse is not None and not engine.takes_dlse(q_r):
-            q_r, k_r, values = (F.pad(x, (0, _LANES)) for x in (q_r, k_r, values))
+            q_r, k_r, values = (F.pad(x, (0, _DIMS)) for x in (q_r, k_r, values))
             dout_r, out_r = _with_dlse(dout, dlse, out, engine)
             dlse_r = None
         grads = engine.backward(
@@ -87,59 +93,63 @@ def backward(
             *piece.arguments,
         )
         dq_r, dk_r, dv_r = (x[..., : v.shape[-1]].to(wide) for x in grads)
-        dq[r] = _scaled(piece.put_rows(dq_r), layout)
+        dq[r] = _scaled(piece.put_rows(dq_r), scale)
         dk[r] = piece.put_keys(dk_r)
         dv = dv + piece.put_keys(dv_r)
-    return [x.contiguous() for x in dq], [x.contiguous() for x in dk], dv.to(v.dtype).contiguous()
+    dq, dk = ([x.contiguous() for x in grads] for grads in (dq, dk))
+    return *unrotate(dq, dk, q, k, call), dv.to(v.dtype).contiguous()
 
 
 def _prepare(
-    q: list[Tensor], v: Tensor, layout: Layout, engine: Engine | None
+    q: Tensor, v: Tensor, call: AttentionCall, engine: Engine | None
 ) -> tuple[Engine, float, list[tuple[Band, Dense]]]:
-    """The engine, what turns its lse into a natural logarithm, and the calls to make."""
-    if layout.granularity != 1 or len(layout.starts) > 2:
+    """The engine, what makes its lse a natural logarithm, and the calls to make."""
+    if call.granularity != 1 or len(call.starts) > 2:
         raise NotImplementedError(
             "flash_attn: composes one or two regions of granularity 1, "
-            f"got {len(layout.starts)} of granularity {layout.granularity}"
+            f"got {len(call.starts)} of granularity {call.granularity}"
         )
     dtypes = Engine.dtypes if engine is None else engine.dtypes
     if v.dtype not in dtypes:
         raise NotImplementedError(f"flash_attn: v must be one of {list(dtypes)}, got {v.dtype}")
-    engine = engine or best_engine(q[0])
-    if q[0].numel() == 0 or v.numel() == 0:
+    engine = engine or best_engine(q)
+    if q.numel() == 0 or v.numel() == 0:
         return engine, 1.0, []
-    found = examine(engine, q[0])
+    found = examine(engine, q)
     pieces = [
-        (band, cut(band, q[0], v, layout, found.negative_right))
-        for band in bands(layout, v.shape[-3])
+        (band, cut(band, q, v, call, found.negative_right))
+        for band in bands(call.starts, v.shape[-3])
     ]
     return engine, found.lse_unit, [(band, piece) for band, piece in pieces if piece is not None]
 
 
-def _scaled(x: Tensor, layout: Layout) -> Tensor:
-    if layout.row_scale is None:
-        return x
-    return (x * layout.row_scale[:, None, None]).to(x.dtype)
+def _row_scale(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | None:
+    i, _ = positions(q, k, call.cu_seqlens)
+    return row_scale(i, call)
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else (x * scale[:, None, None]).to(x.dtype)
 
 
 def _with_dlse(dout: Tensor, dlse: Tensor, out: Tensor, engine: Engine) -> tuple[Tensor, Tensor]:
-    """dout and out with eight lanes more, so that rowsum(dout * out) falls by dlse.
+    """dout and out with eight dims more, so that rowsum(dout * out) falls by dlse.
 
     An engine without a gradient of lse computes that sum by itself. Where q, k and v have zeros in
-    these lanes nothing else changes. Three lanes of bfloat16 hold dlse to 24 bits.
+    these dims nothing else changes. Three dims of bfloat16 hold dlse to 24 bits.
     """
     head_dim = dout.shape[-1]
-    if head_dim + _LANES > engine.max_head_dim:
+    if head_dim + _DIMS > engine.max_head_dim:
         raise NotImplementedError(
             f"flash_attn: the gradient of lse takes a head_dim up to "
-            f"{engine.max_head_dim - _LANES} with {engine.name}, got {head_dim}"
+            f"{engine.max_head_dim - _DIMS} with {engine.name}, got {head_dim}"
         )
     rest, terms = dlse.transpose(-1, -2), []
     for _ in range(3):
         terms.append(rest.to(dout.dtype))
         rest = rest - terms[-1]
-    lanes = F.pad(torch.stack(terms, dim=-1), (0, _LANES - len(terms)))
-    return torch.cat((dout, lanes), dim=-1), F.pad(out, (0, _LANES), value=-1.0)
+    more = F.pad(torch.stack(terms, dim=-1), (0, _DIMS - len(terms)))
+    return torch.cat((dout, more), dim=-1), F.pad(out, (0, _DIMS), value=-1.0)
 
 
 def _without_keys(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ def _compare(engine: Engine, like: Tensor, left: int | None, right: int, packed:
     values = torch.arange(total).double()
 
     def rows(x: Tensor) -> Tensor:
-        """(total,) as a tensor of one head that holds x in every lane."""
+        """(total,) as a tensor of one head that holds x in every dim."""
         spread = x.to(like)[:, None, None].expand(total, 1, head_dim).contiguous()
         return spread if packed else spread[None]
 

@@ -6,17 +6,15 @@ from typing import NamedTuple
 class Config(NamedTuple):
     """What one kernel is launched with."""
 
-    queries: int
-    keys: int
+    block_m: int
+    block_n: int
     warps: int
     stages: int
     halves: bool = False  # rows of head_dim in two parts: see rows.py
 
 
-MOST_ROWS = 128  # of any tile
+MOST_ROWS = 128  # of any block
 INTERPRETED = Config(16, 16, 1, 1)
-# Memory bound: rows of out and dout, and no products.
-DELTA = Config(32, 16, 4, 1)
 
 # By kernel, chip (also for those after it, up to the next one), and head_dim up to. All compile
 # without spills. Tiles of keys' gradients at head_dim 128 on sm_90 are small because larger ones
@@ -104,13 +102,11 @@ _FLOAT32: dict[str, dict[int, Config]] = {
 
 
 def config(kernel: str, head_dim: int, itemsize: int, capability: int | None) -> Config:
-    """The setting of `kernel` ("forward", "delta", "dq", "dkv"); capability None: interpreted."""
+    """The setting of `kernel` ("forward", "dq", "dkv"); capability None: interpreted."""
     if capability is None:
         return INTERPRETED
-    if kernel == "delta":
-        return DELTA
     rows = _TABLE[kernel]
     # Chips that are not listed are like the last one before them; 10.x and 11.x share a family.
     chip = max((listed for listed in rows if listed <= capability), default=86)
-    by_lanes = _FLOAT32[kernel] if itemsize == 4 else rows[chip]
-    return next(row for lanes, row in by_lanes.items() if head_dim <= lanes)
+    by_dim = _FLOAT32[kernel] if itemsize == 4 else rows[chip]
+    return next(row for dims, row in by_dim.items() if head_dim <= dims)

@@ -3,139 +3,125 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
-from ..regions import Layout
+from ..._shared.attention_call import AttentionCall
+from ..._shared.triton.launch import VECTOR_BYTES, strides_of
 from .backward_keys import dkv_kernel
-from .backward_queries import delta_kernel, dq_kernel
+from .backward_queries import dq_kernel
 from .configs import MOST_ROWS, Config, config
 from .forward import forward_kernel
+from .frames import empty, rotate, rows_of, unrotate
 from .rows import Rows, Tile
 
-VECTOR_BYTES = 16
-LEAST_LANES = 16  # of a product
+LEAST_DIMS = 16  # of a product
 MOST_REGIONS = 3
 
 
-def forward(
-    q: Sequence[Tensor], k: Sequence[Tensor], v: Tensor, layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """Region attention: one softmax over the keys of every region.
+def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """One softmax over the keys of every region, in two launches.
 
-    q, k: a rotated frame for each region, (batch, seqlen_q, heads_q, head_dim) and
-    (batch, seqlen_k, heads_k, head_dim), or (total, heads, head_dim) with layout.cu_seqlens; v like
-    k[0]; all contiguous in the last dimension. Returns out like q[0] and the natural log of the sum
-    of exponentials, float32 (batch, heads_q, seqlen_q) or (heads_q, total).
+    q, k: raw, (batch, seqlen_q, heads_q, head_dim) and (batch, seqlen_k, heads_k, head_dim), or
+    (total, heads, head_dim) with call.cu_seqlens; v like k; all contiguous in the last dimension.
+    Returns out like q and the natural log of the sum of exponentials, float32
+    (batch, heads_q, seqlen_q) or (heads_q, total).
     """
-    call = _Call(q, k, v, layout)
-    out = _empty(q[0], q[0].dtype)
-    lse = _empty(q[0][..., 0].transpose(-1, -2), torch.float32)
-    call.launch("forward", out=call.rows(out), lse=lse)
+    launcher = _Launcher(*rotate(q, k, call), v, call)
+    out = empty(q.shape, q.dtype, q.device)
+    lse = empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), torch.float32, q.device)
+    launcher.launch("forward", out=launcher.rows(out), lse=lse)
     return out, lse
 
 
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
-    q: Sequence[Tensor],
-    k: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    layout: Layout,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The gradients of every frame of q and k (float32), and of v (in its dtype).
+    call: AttentionCall,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of raw q and k, and of v, in their dtypes, in four launches.
 
     dout: like out, contiguous in the last dimension; dlse: like lse, or None; the rest as in
     `forward`.
     """
-    call = _Call(q, k, v, layout, dout, out)
-    lse, delta = lse.contiguous(), _empty(lse, torch.float32)
-    call.launch_delta(out, dout, None if dlse is None else dlse.contiguous(), lse, delta)
-    dq, dk = ([_empty(x, torch.float32) for x in frames] for frames in (q, k))
-    dv = _empty(v, v.dtype)
-    given = {"dout": call.rows(dout), "lse": lse, "delta": delta}
-    call.launch("dq", **given, dq=tuple(map(call.rows, dq)))
-    call.launch("dkv", **given, dk=tuple(map(call.rows, dk)), dv=call.rows(dv))
-    return dq, dk, dv
+    launcher = _Launcher(*rotate(q, k, call), v, call, dout, out)
+    regions = len(launcher.q)
+    lse, delta = lse.contiguous(), empty(lse.shape, torch.float32, q.device)
+    dq, dk = (empty((regions, *x.shape), torch.float32, q.device).unbind() for x in (q, k))
+    dv = empty(v.shape, v.dtype, v.device)
+    given = {"dout": launcher.rows(dout), "lse": lse, "delta": delta}
+    launcher.launch(
+        "dq",
+        **given,
+        out=launcher.rows(out),
+        dlse=None if dlse is None else dlse.contiguous(),
+        dq=tuple(map(launcher.rows, dq)),
+    )
+    launcher.launch("dkv", **given, dk=tuple(map(launcher.rows, dk)), dv=launcher.rows(dv))
+    return *unrotate(dq, dk, q, k, call), dv
 
 
-class _Call:
-    """The arguments that all kernels of one call share."""
+class _Launcher:
+    """The arguments that all kernels on frames of one call share."""
 
-    def __init__(self, q, k, v: Tensor, layout: Layout, *others: Tensor) -> None:
-        self.layout = layout
-        self.like = q[0]
-        self.batch = 1 if layout.cu_seqlens is not None else v.shape[0]
+    def __init__(
+        self, q: list[Tensor], k: list[Tensor], v: Tensor, call: AttentionCall, *others: Tensor
+    ) -> None:
+        self.call, self.like = call, q[0]
+        self.batch = 1 if call.cu_seqlens is not None else v.shape[0]
         self.seqlen_q, self.heads_q, self.head_dim = q[0].shape[-3:]
         self.seqlen_k, self.heads_k, _ = v.shape[-3:]
-        strides = [n for x in (*q, *k, v, *others) for n in _strides(x)]
+        strides = [n for x in (*q, *k, v, *others) for n in strides_of(x)[:-1]]
         self.align = math.gcd(VECTOR_BYTES // v.itemsize, *strides)
-        self.frames = {"q": tuple(map(self.rows, q)), "k": tuple(map(self.rows, k))}
+        self.q, self.k = tuple(map(self.rows, q)), tuple(map(self.rows, k))
         self.v = self.rows(v)
+        self.starts = self._starts()
 
     def rows(self, x: Tensor) -> Rows:
-        batch, seq, head = _strides(x)
-        if seq * MOST_ROWS >= 2**31:
+        rows = rows_of(x, self.align)
+        if rows.seq * self.align * MOST_ROWS >= 2**31:
             raise ValueError(
                 f"attention: tokens must lie less than {2**31 // MOST_ROWS} elements apart, "
                 f"got strides {x.stride()}"
             )
-        return Rows(x, batch // self.align, seq // self.align, head // self.align)
+        return rows
 
     def launch(self, name: str, **tensors) -> None:
-        """Launch "forward" or "dq", a program for each tile of queries, or "dkv", of keys."""
+        """Launch "forward" or "dq", a program for each block of queries, or "dkv", of keys."""
         setting = self._setting(name)
-        size, seqlen, heads = setting.queries, self.seqlen_q, self.heads_q
+        size, seqlen, heads = setting.block_m, self.seqlen_q, self.heads_q
         if name == "dkv":
-            size, seqlen, heads = setting.keys, self.seqlen_k, self.heads_k
-        tiles, extent = self._extent(size, seqlen)
-        if tiles * heads * self.batch == 0:
+            size, seqlen, heads = setting.block_n, self.seqlen_k, self.heads_k
+        blocks, extent = self._extent(size, seqlen)
+        if blocks * heads * self.batch == 0:
             return
         kernel = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}[name]
         with torch.cuda.device_of(self.like):
-            kernel[(tiles * heads * self.batch,)](
-                **self.frames,
+            kernel[(blocks * heads * self.batch,)](
+                q=self.q,
+                k=self.k,
                 v=self.v,
                 **tensors,
-                row_scale=self.layout.row_scale,
                 **extent,
-                tiles=tiles,
+                blocks=blocks,
                 heads_q=self.heads_q,
                 group=self.heads_q // self.heads_k,
                 rows=self.seqlen_q,
                 seqlen_q=self.seqlen_q,
                 seqlen_k=self.seqlen_k,
-                **self._regions(),
-                softmax_scale=self.layout.softmax_scale,
+                **{f"start_{region}": start for region, start in enumerate(self.starts)},
+                granularity=min(self.call.granularity, max(self.seqlen_k, 1)),
+                softmax_scale=self.call.scale(self.head_dim),
                 TILE=self._tile(setting),
                 num_warps=setting.warps,
                 num_stages=setting.stages,
-                enable_fp_fusion=True,
-            )
-
-    def launch_delta(self, out, dout, dlse, lse, delta) -> None:
-        setting = self._setting("delta")
-        tiles = triton.cdiv(self.seqlen_q, setting.queries)
-        programs = tiles * self.heads_q * self.batch
-        if programs == 0:
-            return
-        with torch.cuda.device_of(out):
-            delta_kernel[(programs,)](
-                self.rows(out),
-                self.rows(dout),
-                dlse,
-                lse,
-                delta,
-                tiles,
-                self.heads_q,
-                self.seqlen_q,
-                TILE=self._tile(setting),
-                num_warps=setting.warps,
                 enable_fp_fusion=True,
             )
 
@@ -144,45 +130,40 @@ class _Call:
         return config(name, self.head_dim, self.like.itemsize, capability)
 
     def _tile(self, setting: Config) -> Tile:
-        lanes, more_lanes = _parts(self.head_dim, setting.halves)
+        dims, more_dims = _parts(self.head_dim, setting.halves)
         return Tile(
-            queries=setting.queries,
-            keys=setting.keys,
+            block_m=setting.block_m,
+            block_n=setting.block_n,
             head_dim=self.head_dim,
-            lanes=lanes,
-            more_lanes=more_lanes,
-            regions=len(self.layout.starts),
-            from_first_key=self.layout.starts[0] <= -self.seqlen_k,
+            dims=dims,
+            more_dims=more_dims,
+            regions=len(self.q),
+            from_first_key=self.starts[0] <= -self.seqlen_k,
             align=self.align,
             widen=_interpreted() and self.like.dtype == torch.bfloat16,
         )
 
     def _extent(self, size: int, seqlen: int) -> tuple[int, dict]:
-        """The number of tiles (at most), and where the sequences' tiles start."""
-        tiles, cu_seqlens = triton.cdiv(seqlen, size), self.layout.cu_seqlens
-        tile_starts, sequences = None, 0
+        """The number of blocks (at most), and where the sequences' blocks start."""
+        blocks, cu_seqlens = triton.cdiv(seqlen, size), self.call.cu_seqlens
+        block_starts, sequences = None, 0
         if cu_seqlens is not None:
             sequences = cu_seqlens.shape[0] - 1
-            tiles += sequences  # each may end in a part of a tile
-            tile_starts = _tile_starts(cu_seqlens, size)
-        return tiles, {
+            blocks += sequences  # each may end in a part of a block
+            block_starts = _block_starts(cu_seqlens, size)
+        return blocks, {
             "cu_seqlens": cu_seqlens,
-            "tile_starts": tile_starts,
+            "block_starts": block_starts,
             "num_sequences": sequences,
             "search_steps": sequences.bit_length(),
         }
 
-    def _regions(self) -> dict[str, int]:
-        """Starts and granularity, no larger than the sequence: int32 then never overflows."""
+    def _starts(self) -> list[int]:
+        """No larger than the sequence: int32 then never overflows."""
         most = max(self.seqlen_k, 1)
-        starts = [max(-most, min(start, most)) for start in self.layout.starts]
-        starts += [0] * (MOST_REGIONS - len(starts))
-        named = {f"start_{region}": start for region, start in enumerate(starts)}
-        return {**named, "granularity": min(self.layout.granularity, most)}
-
-
-def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(like.shape, dtype=dtype, device=like.device)
+        regions = self.call.trimmed(self.seqlen_k)
+        starts = [max(-most, min(region.start, most)) for region in regions]
+        return starts + [0] * (MOST_REGIONS - len(starts))
 
 
 def _interpreted() -> bool:
@@ -194,22 +175,16 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _strides(x: Tensor) -> list[int]:
-    """Strides of (batch, seq, head), 0 along dimensions of size 1: torch leaves those open."""
-    strides = [0 if size == 1 else n for size, n in zip(x.shape, x.stride(), strict=True)]
-    return [0] * (4 - x.dim()) + strides[:-1]
-
-
 def _parts(head_dim: int, halves: bool) -> tuple[int, int]:
-    """The lanes of both parts of a row: see rows.py."""
-    whole = max(LEAST_LANES, triton.next_power_of_2(head_dim))
+    """The dims of both parts of a row: see rows.py."""
+    whole = max(LEAST_DIMS, triton.next_power_of_2(head_dim))
     first = whole // 2
-    if not halves or first < LEAST_LANES:
+    if not halves or first < LEAST_DIMS:
         return whole, 0
-    return first, max(LEAST_LANES, triton.next_power_of_2(head_dim - first))
+    return first, max(LEAST_DIMS, triton.next_power_of_2(head_dim - first))
 
 
-def _tile_starts(cu_seqlens: Tensor, size: int) -> Tensor:
-    """(sequences + 1,) int32: how many tiles of `size` rows lie before each sequence."""
-    tiles = (cu_seqlens.diff() + (size - 1)) // size
-    return torch.nn.functional.pad(tiles.cumsum(0, dtype=torch.int32), (1, 0))
+def _block_starts(cu_seqlens: Tensor, size: int) -> Tensor:
+    """(sequences + 1,) int32: how many blocks of `size` rows lie before each sequence."""
+    blocks = (cu_seqlens.diff() + (size - 1)) // size
+    return torch.nn.functional.pad(blocks.cumsum(0, dtype=torch.int32), (1, 0))

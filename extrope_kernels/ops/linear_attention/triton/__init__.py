@@ -1,5 +1,5 @@
-"""Sweeps of decayed linear attention in Triton, for GPUs."""
+"""Scans of decayed linear attention in Triton, for GPUs."""
 
-from .launch import row_dots, sweep
+from .launch import row_dots, scan
 
-__all__ = ["row_dots", "sweep"]
+__all__ = ["row_dots", "scan"]

@@ -1,43 +1,43 @@
-"""Chunks, value lanes, warps and pipeline stages per chip, dimensions and width of the elements."""
+"""Chunks, value dims, warps and pipeline stages per chip, dimensions and width of the elements."""
 
 from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    """What the kernels of one sweep are launched with."""
+    """What the kernels of one scan are launched with."""
 
     chunk: int  # tokens
     chunks: int  # of a part
-    lanes: int  # of values, at most, in one program
+    block_v: int  # of the value dim, at most, in one program
     warps: int
     stages: int
-    x_twice: bool = False  # see rows.py
+    q_twice: bool = False  # see rows.py
 
 
-MOST_TOKENS = 64  # of a chunk
-INTERPRETED = Config(16, 3, 32, 1, 1, x_twice=True)
+MAX_CHUNK = 64  # tokens
+INTERPRETED = Config(16, 3, 32, 1, 1, q_twice=True)
 
 
 def config(dim: int, value_dim: int, itemsize: int, capability: int | None) -> Config:
-    """The setting for heads of `dim` and `value_dim` lanes; capability None: interpreted.
+    """The setting for heads of `dim` and `value_dim`; capability None: interpreted.
 
-    All compile without spills, but in float32 above 128 lanes on sm_80: 24 bytes in the forward
-    from a given state, 8 in dk's gather.
+    All compile without spills, but in float32 above 128 dims on sm_80: 24 bytes in the forward
+    from a given state, 8 in dk's states.
     """
     if capability is None:
         return INTERPRETED
     if itemsize == 4 and dim > 128 and capability == 80:
         return Config(8, 128, 16, 8, 1, True)  # 16 tokens spill here
     if itemsize == 4:
-        return Config(16, 64, 16, 8, 1, x_twice=dim > 128)
+        return Config(16, 64, 16, 8, 1, q_twice=dim > 128)
     if dim <= 64 and 100 <= capability < 120:
         # Tensor cores with a memory for their sums leave registers for more tokens.
         return Config(64, 16, 64, 8, 1)
-    # Where a warp alone makes products, each holds all of x; warp groups share it.
-    x_twice = not 90 <= capability < 120
+    # Where a warp alone makes products, each holds all of q; warp groups share it.
+    q_twice = not 90 <= capability < 120
     if 64 < dim <= 128 and capability >= 120:
         # Four warps spill here.
         return Config(16, 64, 32, 8, 2)
     if dim <= 128:
-        return Config(16, 64, 32, 4, 1, x_twice)
-    return Config(16, 64, 16 if capability < 90 else 32, 8, 1, x_twice)
+        return Config(16, 64, 32, 4, 1, q_twice)
+    return Config(16, 64, 16 if capability < 90 else 32, 8, 1, q_twice)

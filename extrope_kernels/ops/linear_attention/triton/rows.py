@@ -1,4 +1,4 @@
-"""Device functions on tiles of tokens, and what a kernel is compiled for.
+"""Device functions on chunks of tokens, and what a kernel is compiled for.
 
 The feature map is relu(x) + eps. relu(x) is exact in any type, so products run on it alone and
 what eps adds is added in float32: rounded to bfloat16, x + 1e-3 would be x for all x above 1/4.
@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._shared.triton.tokens import sequence_of
+
 
 class Rows(NamedTuple):
-    """A tensor by batch, seq, head and lane; strides in elements, of the last dimension 1."""
+    """(batch, seq, heads, dim); strides in elements, that of the last dimension 1."""
 
     pointer: Tensor
     batch: int
@@ -29,27 +31,32 @@ class Numbers(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What a kernel is compiled for, beside types and alignment."""
+    """What a kernel is compiled for, beside types and alignment.
+
+    Before Triton 3.8 a field is a constexpr only once it is bound to a name that is one.
+    """
 
     chunk: int  # tokens
-    part: int  # tokens that one program walks through, a multiple of chunk
+    part: int  # tokens of one program, a multiple of chunk
     score_dim: int
-    score_lanes: int  # score_dim rounded up to a power of two
+    block_d: int  # score_dim rounded up to a power of two
     value_dim: int
-    value_lanes: int  # of a program
+    block_v: int  # of value_dim, in one program
     eps: float  # of the feature map
     phi_scores: bool
     causal: bool
     reverse: bool
     extra: bool
     normalize: bool
+    first_state: bool  # parts start from states
+    keep_state: bool
     key_sum: bool  # is part of a state
-    x_twice: bool  # load x for scores again, rather than keep it in registers
+    q_twice: bool  # load q for scores again, rather than keep it in registers
     widen: bool  # operands to float32 before a product: the interpreter has no bfloat16
 
 
 @triton.jit
-def place(parts, cu_seqlens, part_starts, num_sequences, search_steps, seqlen, TILE: tl.constexpr):
+def locate(parts, cu_seqlens, part_starts, num_sequences, search_steps, seqlen, TILE: tl.constexpr):
     """Axis 0 as (batch, head, slot of the state, first token of the sequence, its length, first
     and last + 1 position of this part). A program beyond the last part gets an empty one."""
     slot = tl.program_id(0) % parts
@@ -57,17 +64,11 @@ def place(parts, cu_seqlens, part_starts, num_sequences, search_steps, seqlen, T
     begin = 0
     part = slot
     if cu_seqlens is not None:
-        low = slot * 0
-        high = low + num_sequences
-        for _ in range(search_steps):
-            middle = (low + high) // 2
-            started = tl.load(part_starts + middle) <= slot
-            low = tl.where(started, middle, low)
-            high = tl.where(started, high, middle)
-        begin = tl.load(cu_seqlens + low)
-        part = slot - tl.load(part_starts + low)
-        idle = slot >= tl.load(part_starts + low + 1)
-        seqlen = tl.where(idle, 0, tl.load(cu_seqlens + low + 1) - begin)
+        sequence = sequence_of(slot, part_starts, num_sequences, search_steps)
+        begin = tl.load(cu_seqlens + sequence)
+        part = slot - tl.load(part_starts + sequence)
+        idle = slot >= tl.load(part_starts + sequence + 1)
+        seqlen = tl.where(idle, 0, tl.load(cu_seqlens + sequence + 1) - begin)
     first = part * TILE.part
     return rest, slot, begin, seqlen, first, tl.minimum(first + TILE.part, seqlen)
 
@@ -82,28 +83,29 @@ def first_token(begin, seqlen, chunk, TILE: tl.constexpr):
 @triton.jit
 def token_steps(TILE: tl.constexpr):
     """(chunk,) int32: where the tokens of a chunk lie, from its first one."""
-    row = tl.arange(0, TILE.chunk)
+    CHUNK: tl.constexpr = TILE.chunk
+    row = tl.arange(0, CHUNK)
     return -row if TILE.reverse else row
 
 
 @triton.jit
-def row_pointers(x, batch, head, token, first, LANES: tl.constexpr, TILE: tl.constexpr):
-    """(chunk, LANES) pointers to lanes from `first` on of the tokens from `token` on."""
+def row_pointers(x, batch, head, token, first, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """(chunk, BLOCK) pointers to dims from `first` on of the tokens from `token` on."""
     # int32 suffices within a chunk: the launcher has made sure. Tiles of int64 would spill.
     base = x.pointer + (tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head)
     base += tl.cast(token, tl.int64) * x.seq + first
     steps = token_steps(TILE) * tl.cast(x.seq, tl.int32)
-    return base + (steps[:, None] + tl.arange(0, LANES)[None, :])
+    return base + (steps[:, None] + tl.arange(0, BLOCK)[None, :])
 
 
 @triton.jit
 def load_rows(
-    x, batch, head, token, live, first, dim, LANES: tl.constexpr, RELU: tl.constexpr,
+    x, batch, head, token, valid, first, dim, BLOCK: tl.constexpr, RELU: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """(chunk, LANES) lanes from `first` on, relu if RELU; 0 past dim and where not live."""
-    inside = live[:, None] & (first + tl.arange(0, LANES) < dim)[None, :]
-    rows = tl.load(row_pointers(x, batch, head, token, first, LANES, TILE), mask=inside, other=0.0)
+    """(chunk, BLOCK) dims from `first` on, relu if RELU; 0 past dim and where not valid."""
+    inside = valid[:, None] & (first + tl.arange(0, BLOCK) < dim)[None, :]
+    rows = tl.load(row_pointers(x, batch, head, token, first, BLOCK, TILE), mask=inside, other=0.0)
     if TILE.widen:
         rows = rows.to(tl.float32)
     if RELU:
@@ -113,13 +115,13 @@ def load_rows(
 
 
 @triton.jit
-def load_numbers(x, batch, head, token, live, seqlen_all, TILE: tl.constexpr):
+def load_numbers(x, batch, head, token, valid, seqlen_all, TILE: tl.constexpr):
     """(chunk,) float32; 1 without any."""
     if x.pointer is None:
-        numbers = tl.where(live, 1.0, 1.0)
+        numbers = tl.where(valid, 1.0, 1.0)
     else:
         base = x.pointer + (tl.cast(batch, tl.int64) * x.heads + head) * seqlen_all
-        numbers = tl.load(base + token + token_steps(TILE), mask=live, other=0.0)
+        numbers = tl.load(base + token + token_steps(TILE), mask=valid, other=0.0)
     return numbers
 
 
@@ -150,21 +152,21 @@ def _product_of_slices(a, b):
 
 
 @triton.jit
-def add_keys(state, key_sum, extra_sum, y, w, weights, y_extra, TILE: tl.constexpr):
-    """Add a chunk's sum of weights_j f(y_j) g(w_j)^T to a state, and what goes with it."""
-    LANES: tl.constexpr = TILE.score_lanes
-    weighted = y.to(tl.float32) * weights[:, None]
-    state += product(tl.trans(weighted.to(y.dtype)), w)
-    values = w.to(tl.float32)
+def add_keys(state, key_sum, extra_sum, k, v, weights, k_extra, TILE: tl.constexpr):
+    """Add a chunk's sum of weights_j f(k_j) g(v_j)^T to a state, and what goes with it."""
+    BLOCK_D: tl.constexpr = TILE.block_d
+    weighted = k.to(tl.float32) * weights[:, None]
+    state += product(tl.trans(weighted.to(k.dtype)), v)
+    values = v.to(tl.float32)
     if TILE.phi_scores:
-        eps = tl.where(tl.arange(0, LANES) < TILE.score_dim, TILE.eps, 0.0)
+        eps = tl.where(tl.arange(0, BLOCK_D) < TILE.score_dim, TILE.eps, 0.0)
         state += eps[:, None] * tl.sum(values * weights[:, None], 0)[None, :]
         if TILE.key_sum:
             key_sum += tl.sum(weighted, 0) + eps * tl.sum(weights, 0)
     else:
         state += TILE.eps * tl.sum(weighted, 0)[:, None]
     if TILE.extra:
-        factors = weights * y_extra
+        factors = weights * k_extra
         extra_sum += tl.sum(values * factors[:, None], 0)
         if not TILE.phi_scores:
             extra_sum += TILE.eps * tl.sum(factors, 0)

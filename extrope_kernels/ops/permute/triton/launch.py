@@ -26,16 +26,22 @@ def permute(inputs: Sequence[Tensor], outputs: Sequence[Tensor], power: Power) -
     if batch * seqlen * max(x.shape[2] for x in inputs) == 0:
         return
     table, positions, cu_seqlens = power.permutations, power.positions, power.cu_seqlens
-    dim, sequences = table.shape[1], 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    head_dim, sequences = table.shape[1], 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tile = _tile(inputs, outputs, power)
     operands = [_operand(x, out, len(table), tile.align) for x, out in zip(inputs, outputs)]
     position_strides = (0, 0) if positions is None else (*strides_of(positions), 0)[:2]
-    grid = (triton.cdiv(batch * seqlen, tile.tokens), len(table))
+    grid = (triton.cdiv(batch * seqlen, tile.block_m), len(table))
     with torch.cuda.device_of(inputs[0]):
-        cycles = torch.empty(len(table), 4, dim, dtype=torch.int32, device=table.device)
-        rounds = (dim - 1).bit_length()
+        cycles = torch.empty(len(table), 4, head_dim, dtype=torch.int32, device=table.device)
+        rounds = (head_dim - 1).bit_length()
         cycles_kernel[(len(table),)](
-            table, table.stride(0), cycles, dim, LANES=tile.lanes, ROUNDS=rounds, num_warps=1
+            table,
+            table.stride(0),
+            cycles,
+            head_dim,
+            BLOCK_D=tile.block_d,
+            ROUNDS=rounds,
+            num_warps=1,
         )
         permute_kernel[grid](
             operands[0],
@@ -55,15 +61,15 @@ def permute(inputs: Sequence[Tensor], outputs: Sequence[Tensor], power: Power) -
 
 
 def _tile(inputs: Sequence[Tensor], outputs: Sequence[Tensor], power: Power) -> Tile:
-    dim, itemsize = inputs[0].shape[3], inputs[0].itemsize
-    lanes = triton.next_power_of_2(dim)
+    head_dim, itemsize = inputs[0].shape[3], inputs[0].itemsize
+    block_d = triton.next_power_of_2(head_dim)
     strides = (n for x in (*inputs, *outputs) for n in strides_of(x)[:3])
     return Tile(
         two_operands=len(inputs) == 2,
-        # Two vectors of stores a thread keep its loads, which are single lanes, in flight.
-        tokens=max(1, 2 * WARPS * 32 * VECTOR_BYTES // itemsize // lanes),
-        dim=dim,
-        lanes=lanes,
+        # Two vectors of stores a thread keep its loads, which are single dims, in flight.
+        block_m=max(1, 2 * WARPS * 32 * VECTOR_BYTES // itemsize // block_d),
+        head_dim=head_dim,
+        block_d=block_d,
         align=math.gcd(VECTOR_BYTES // itemsize, *strides),
         positions_are_offsets=power.positions_are_offsets,
         inverse=power.inverse,

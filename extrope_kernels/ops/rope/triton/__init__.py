@@ -1,4 +1,4 @@
-"""The rotation in Triton: one launch turns q and k, forward and backward, in place or not."""
+"""The rotation in Triton: one launch rotates q and k, forward and backward, in place or not."""
 
 from .launch import rotate
 

@@ -1,4 +1,4 @@
-"""The kernel that turns tiles of tokens of q and k, and what it takes."""
+"""The kernel that rotates tiles of tokens of q and k, and what it takes."""
 
 from typing import NamedTuple
 
@@ -39,10 +39,10 @@ class Tile(NamedTuple):
 
     two_operands: bool  # k too
     tokens: int  # per program
-    half: int  # pairs of lanes that rotate
+    half: int  # pairs of dims that rotate
     pairs: int  # half, rounded up to a power of two
-    tail: int  # lanes to copy after the rotated ones
-    tail_lanes: int  # tail, rounded up to a power of two
+    tail: int  # dims to copy after the rotated ones
+    padded_tail: int  # tail, rounded up to a power of two
     align: int  # elements; divides all strides
     interleaved: bool
     wide: bool  # float64 throughout, instead of float32 after the angles
@@ -51,62 +51,62 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _load_pairs(rows, live, TILE: tl.constexpr):
-    """(tokens, pairs) first and second lanes of the pairs in these rows, widened."""
+def _load_pairs(rows, valid, TILE: tl.constexpr):
+    """(tokens, pairs) first and second dims of the pairs in these rows, widened."""
     if TILE.interleaved:
         TOKENS: tl.constexpr = TILE.tokens
         PAIRS: tl.constexpr = TILE.pairs
-        lane = tl.arange(0, 2 * PAIRS)
-        mask = live[:, None] & (lane < 2 * TILE.half)[None, :]
-        x = tl.load(rows[:, None] + lane[None, :], mask=mask)
+        dim = tl.arange(0, 2 * PAIRS)
+        mask = valid[:, None] & (dim < 2 * TILE.half)[None, :]
+        x = tl.load(rows[:, None] + dim[None, :], mask=mask)
         a, b = tl.split(tl.reshape(x, (TOKENS, PAIRS, 2)))
     else:
-        lane = tl.arange(0, TILE.pairs)
-        mask = live[:, None] & (lane < TILE.half)[None, :]
-        a = tl.load(rows[:, None] + lane[None, :], mask=mask)
-        b = tl.load(rows[:, None] + (lane + TILE.half)[None, :], mask=mask)
+        dim = tl.arange(0, TILE.pairs)
+        mask = valid[:, None] & (dim < TILE.half)[None, :]
+        a = tl.load(rows[:, None] + dim[None, :], mask=mask)
+        b = tl.load(rows[:, None] + (dim + TILE.half)[None, :], mask=mask)
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
     return a.to(WIDE), b.to(WIDE)
 
 
 @triton.jit
-def _store_pairs(rows, a, b, live, TILE: tl.constexpr):
+def _store_pairs(rows, a, b, valid, TILE: tl.constexpr):
     """Round once and store what _load_pairs loads."""
     a = a.to(rows.dtype.element_ty)
     b = b.to(rows.dtype.element_ty)
     if TILE.interleaved:
         TOKENS: tl.constexpr = TILE.tokens
-        LANES: tl.constexpr = 2 * TILE.pairs
-        lane = tl.arange(0, LANES)
-        mask = live[:, None] & (lane < 2 * TILE.half)[None, :]
-        x = tl.reshape(tl.join(a, b), (TOKENS, LANES))
-        tl.store(rows[:, None] + lane[None, :], x, mask=mask)
+        DIMS: tl.constexpr = 2 * TILE.pairs
+        dim = tl.arange(0, DIMS)
+        mask = valid[:, None] & (dim < 2 * TILE.half)[None, :]
+        x = tl.reshape(tl.join(a, b), (TOKENS, DIMS))
+        tl.store(rows[:, None] + dim[None, :], x, mask=mask)
     else:
-        lane = tl.arange(0, TILE.pairs)
-        mask = live[:, None] & (lane < TILE.half)[None, :]
-        tl.store(rows[:, None] + lane[None, :], a, mask=mask)
-        tl.store(rows[:, None] + (lane + TILE.half)[None, :], b, mask=mask)
+        dim = tl.arange(0, TILE.pairs)
+        mask = valid[:, None] & (dim < TILE.half)[None, :]
+        tl.store(rows[:, None] + dim[None, :], a, mask=mask)
+        tl.store(rows[:, None] + (dim + TILE.half)[None, :], b, mask=mask)
 
 
 @triton.jit
-def _turn(x, head, batch, seq, live, cos, sin, angle_grad, TILE: tl.constexpr):
+def _rotate_head(x, head, batch, seq, valid, cos, sin, angle_grad, TILE: tl.constexpr):
     """Rotate one head of a tile of tokens; return angle_grad plus that head's share of it."""
     source = rows(x.source, batch, seq, head, x.source_batch, x.source_seq, x.source_head, TILE)
     target = rows(x.target, batch, seq, head, x.target_batch, x.target_seq, x.target_head, TILE)
-    a, b = _load_pairs(source, live, TILE)
-    turned_a = a * cos - b * sin
-    turned_b = b * cos + a * sin
+    a, b = _load_pairs(source, valid, TILE)
+    rotated_a = a * cos - b * sin
+    rotated_b = b * cos + a * sin
     if TILE.tail > 0:
-        lane = tl.arange(0, TILE.tail_lanes)
-        mask = live[:, None] & (lane < TILE.tail)[None, :]
-        lane += 2 * TILE.half
-        tail = tl.load(source[:, None] + lane[None, :], mask=mask)
-        tl.store(target[:, None] + lane[None, :], tail, mask=mask)
-    _store_pairs(target, turned_a, turned_b, live, TILE)
+        dim = tl.arange(0, TILE.padded_tail)
+        mask = valid[:, None] & (dim < TILE.tail)[None, :]
+        dim += 2 * TILE.half
+        tail = tl.load(source[:, None] + dim[None, :], mask=mask)
+        tl.store(target[:, None] + dim[None, :], tail, mask=mask)
+    _store_pairs(target, rotated_a, rotated_b, valid, TILE)
     if x.saved is not None:
         saved = rows(x.saved, batch, seq, head, x.saved_batch, x.saved_seq, x.saved_head, TILE)
-        saved_a, saved_b = _load_pairs(saved, live, TILE)
-        angle_grad += saved_a * turned_b - saved_b * turned_a
+        saved_a, saved_b = _load_pairs(saved, valid, TILE)
+        angle_grad += saved_a * rotated_b - saved_b * rotated_a
     return angle_grad
 
 
@@ -142,24 +142,24 @@ def rotate_kernel(
     TOKENS: tl.constexpr = TILE.tokens
     PAIRS: tl.constexpr = TILE.pairs
     first = tl.program_id(0).to(tokens.dtype) * TOKENS
-    live = tl.arange(0, TOKENS) < tokens - first
+    valid = tl.arange(0, TOKENS) < tokens - first
     token = first + tl.arange(0, TOKENS)
     batch = (token // seqlen).to(tl.int64)
     seq = (token % seqlen).to(tl.int64)
 
     pair = tl.arange(0, PAIRS)
-    mask = live[:, None] & (pair < TILE.half)[None, :]
+    mask = valid[:, None] & (pair < TILE.half)[None, :]
     sequence = batch
     position = seq.to(tl.float64)
     if cu_seqlens is not None:
         sequence = sequence_of(seq, cu_seqlens, num_sequences, search_steps)
         position = (seq - tl.load(cu_seqlens + sequence)).to(tl.float64)
     if TILE.positions_are_offsets:
-        start = tl.load(positions + sequence * position_batch, mask=live, other=0)
+        start = tl.load(positions + sequence * position_batch, mask=valid, other=0)
         position += start.to(tl.float64)
     elif positions is not None and axes is None:
         at = positions + batch * position_batch + seq * position_seq
-        position = tl.load(at, mask=live, other=0).to(tl.float64)
+        position = tl.load(at, mask=valid, other=0).to(tl.float64)
     position = position[:, None]
     if axes is not None:
         axis = tl.load(axes + pair, mask=pair < TILE.half, other=0)
@@ -185,10 +185,10 @@ def rotate_kernel(
             freq = tl.load(freqs + head * freq_head, mask=mask, other=0.0).to(tl.float64)
             cos, sin = sincos(position * freq, TILE)
             c, s = scaled(cos, sin, far, log_decay, q.decay_sign, amplitude, direction, TILE)
-            grad = _turn(q, head, batch, seq, live, c, s, nothing, TILE)
+            grad = _rotate_head(q, head, batch, seq, valid, c, s, nothing, TILE)
             if TILE.two_operands:
                 c, s = scaled(cos, sin, far, log_decay, k.decay_sign, amplitude, direction, TILE)
-                grad = _turn(k, head, batch, seq, live, c, s, grad, TILE)
+                grad = _rotate_head(k, head, batch, seq, valid, c, s, grad, TILE)
             if angle_grad is not None:
                 tl.store(grads + head * TILE.half, grad, mask=mask)
     else:
@@ -197,13 +197,13 @@ def rotate_kernel(
         c, s = scaled(cos, sin, far, log_decay, q.decay_sign, amplitude, direction, TILE)
         grad = nothing
         for head in range(q_first, q_last):
-            grad = _turn(q, head, batch, seq, live, c, s, grad, TILE)
+            grad = _rotate_head(q, head, batch, seq, valid, c, s, grad, TILE)
         if TILE.two_operands:
             k_share = tl.cdiv(k.heads, tl.num_programs(1))
             k_first = tl.program_id(1) * k_share
             k_last = tl.minimum(k_first + k_share, k.heads)
             c, s = scaled(cos, sin, far, log_decay, k.decay_sign, amplitude, direction, TILE)
             for head in range(k_first, k_last):
-                grad = _turn(k, head, batch, seq, live, c, s, grad, TILE)
+                grad = _rotate_head(k, head, batch, seq, valid, c, s, grad, TILE)
         if angle_grad is not None:
             tl.store(grads, grad, mask=mask)

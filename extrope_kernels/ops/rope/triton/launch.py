@@ -98,7 +98,7 @@ def _plan(
     sum_heads = with_angle_grad and not rotation.per_head
     if batch * seqlen < FEW_TOKENS and not sum_heads:
         tokens, warps = max(1, 64 // pairs), 1
-    else:  # 128 threads, each with one vector of first lanes and one of second lanes
+    else:  # 128 threads, each with one vector of first dims and one of second dims
         tokens, warps = max(1, 128 * VECTOR_BYTES // itemsize // pairs), 4
     tiles = triton.cdiv(batch * seqlen, tokens)
     heads = 1 if sum_heads else max(x.shape[2] for x in inputs)
@@ -112,7 +112,7 @@ def _plan(
         half=half,
         pairs=pairs,
         tail=tail,
-        tail_lanes=triton.next_power_of_2(max(tail, 1)),
+        padded_tail=triton.next_power_of_2(max(tail, 1)),
         align=math.gcd(VECTOR_BYTES // itemsize, *strides),
         interleaved=rotation.interleaved,
         wide=inputs[0].dtype == torch.float64,

@@ -1,0 +1,121 @@
+"""The entries of linear attention in Triton: its scans, and the states that they start from."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from unittest import mock
+
+from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
+
+SEQLEN, HEADS_Q, HEADS_K = 8192, 32, 8
+SCANS = ("forward", "dq", "dk", "dv")
+PARTS = ("scan", "state", "state_passing")
+DIMS = (64, 128, 256)
+
+
+def cases(part: str) -> list[Case]:
+    """States of one key/value head each; step: one token, from a state to the next."""
+    if part == "state_passing":
+        every = [("bfloat16", dim, kind) for dim in DIMS for kind in ("forward", "forward state")]
+        every += [("bfloat16", 64, "forward bidirectional"), ("bfloat16", 64, "dk packed")]
+    else:
+        scans = SCANS if part == "scan" else ("forward", "dk")
+        every = [("bfloat16", dim, scan) for scan in scans for dim in DIMS]
+        every += [("float32", dim, "forward") for dim in DIMS] + [("float32", 128, "dk")]
+        every += [("bfloat16", 64, "forward bidirectional"), ("bfloat16", 64, "dk packed")]
+    if part == "scan":
+        every += [
+            ("bfloat16", dim, f"forward {kind}") for dim in DIMS for kind in ("state", "step")
+        ]
+    return [
+        Case(f"linear {part}", chip, dim, dtype, variant)
+        for dtype, dim, variant in every
+        for chip in CAPABILITIES
+    ]
+
+
+def in_sample(case: Case) -> bool:
+    chips = {
+        "forward": {64: CAPABILITIES, 256: (90,)},
+        "dq": {128: (80, 120)},
+        "dk": {128: (80, 90)},
+        "forward state": {128: (80, 100)},
+        "forward step": {64: (80,)},
+    }
+    if case.kernel != "linear scan" or case.dtype != "bfloat16":
+        return case.head_dim == 128 and case.capability == 90
+    return case.capability in chips.get(case.variant, {}).get(case.head_dim, ())
+
+
+def prepare(case: Case) -> tuple[Source, Traffic]:
+    from extrope_kernels.ops.linear_attention.triton import launch as module
+
+    from .triton_compiler import record
+
+    part = case.kernel.split()[1]
+    others = tuple(f"{name}_kernel" for name in PARTS if name != part)
+    with (
+        mock.patch.object(module, "_capability", lambda device: case.capability),
+        mock.patch.object(module, "_interpreted", lambda: False),
+    ):
+        launch = record(module, f"{part}_kernel", lambda: _launch(case), others)
+    return launch, _passing_traffic(launch) if part == "state_passing" else _traffic(case, launch)
+
+
+def _traffic(case: Case, launch) -> Traffic:
+    tile, size = launch.kwargs["TILE"], itemsize(case.dtype)
+    tokens, blocks = _tokens(case), launch.grid[1]
+    rows, values = tile.chunk * case.head_dim * size, tile.chunk * tile.block_v * size
+    of_states = case.kernel == "linear state"
+    heads = HEADS_K if of_states and case.has("forward") else HEADS_Q
+    moved = 2 * heads if of_states else 2 * HEADS_Q + 2 * HEADS_K
+    return Traffic(
+        bytes=tokens * moved * case.head_dim * size,
+        blocks=math.prod(launch.grid),
+        passes=(heads * -(-tokens // tile.chunk) * blocks,),
+        loaded=rows + values if of_states else min(rows, values),
+        stored=0 if of_states else values,
+    )
+
+
+def _passing_traffic(launch) -> Traffic:
+    """Reads each part's state and writes the one before it."""
+    parts, _, size = launch.args[4:]
+    states, blocks = launch.grid
+    row = launch.kwargs["BLOCK"] * 4
+    return Traffic(
+        2 * 4 * states * parts * size, states * blocks, (states * blocks * parts,), row, row
+    )
+
+
+def _tokens(case: Case) -> int:
+    return 1 if case.has("step") else SEQLEN
+
+
+def _launch(case: Case) -> None:
+    from extrope_kernels.ops.linear_attention.scan import Scan
+    from extrope_kernels.ops.linear_attention.triton import scan
+
+    packed, tokens, dim = case.has("packed"), _tokens(case), case.head_dim
+    batch = () if packed else (1,)
+    q, k = (empty(*batch, tokens, n, dim, dtype=case.dtype) for n in (HEADS_Q, HEADS_K))
+    numbers, causal = empty(*batch, HEADS_Q, tokens), not case.has("bidirectional")
+    cu_seqlens = empty(9, dtype="int32") if packed else None
+    options = partial(Scan, HEADS_K, empty(HEADS_K) if causal else None, cu_seqlens, causal)
+    given = {}
+    if case.has("state") or case.has("step"):
+        shape = (1, HEADS_K, dim)
+        given = {"first_state": empty(*shape, dim), "first_sum": empty(*shape), "keep_state": True}
+    if case.has("forward"):
+        scan(q, k, k, options(normalize=True, **given))
+    elif case.has("dq"):
+        scan(q, k, k, options(phi_scores=False, gate=q, q_scale=numbers, q_extra=numbers))
+    elif case.has("dk"):
+        given = {"reverse": True, "gate": k, "k_scale": numbers, "k_extra": numbers}
+        scan(k, q, q, options(phi_scores=False, **given))
+    else:
+        scan(k, q, q, options(reverse=True, k_scale=numbers))
+
+
+KERNELS = [Kernel(f"linear {part}", cases(part), prepare, in_sample) for part in PARTS]

@@ -1,0 +1,75 @@
+// Regions of keys and position maps: what a kernel knows of a score method, in plain data. They are
+// those of extrope_kernels/scores/base.py.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+// Kernels are compiled once for each instruction set: what they call has to be their own.
+#define EXTROPE_INLINE [[gnu::always_inline]] inline
+
+namespace extrope {
+
+constexpr int kMaxRegions = 3;
+constexpr int kMapNumbers = 5;
+
+// p becomes min(f((p mod modulus) / divisor) + offset, cap), f floor or nothing.
+struct PositionMap {
+  int64_t modulus;  // 0: none
+  double divisor;   // infinite: every position becomes offset
+  bool floor;
+  double offset, cap;
+
+  EXTROPE_INLINE double operator()(int64_t position) const {
+    if (modulus > 0) position -= floor_div(position, modulus) * modulus;
+    double p = static_cast<double>(position) / divisor;
+    if (floor) p = std::floor(p);
+    return std::min(p + offset, cap);
+  }
+  EXTROPE_INLINE bool is_constant() const { return std::isinf(divisor); }
+  EXTROPE_INLINE bool operator==(const PositionMap& x) const {
+    return modulus == x.modulus && divisor == x.divisor && floor == x.floor && offset == x.offset &&
+           cap == x.cap;
+  }
+
+  EXTROPE_INLINE static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+};
+
+inline PositionMap map_of(const double* numbers) {
+  return {static_cast<int64_t>(numbers[0]), numbers[1], numbers[2] != 0, numbers[3], numbers[4]};
+}
+
+struct Region {
+  int64_t start;  // of its keys, from the query's block on
+  PositionMap q_map, k_map;
+};
+
+struct Regions {
+  int64_t count, granularity;
+  Region at[kMaxRegions];
+  PositionMap stored;  // by which keys come rotated
+
+  // The first key of region r (for r == count the first one behind the diagonal) that the query at
+  // `position` sees.
+  EXTROPE_INLINE int64_t start(int64_t r, int64_t position) const {
+    if (position < 0) return 0;
+    if (r >= count) return position + 1;
+    // A division takes longer than all the rest.
+    const int64_t block = granularity == 1 ? position : position / granularity * granularity;
+    return std::min(std::max<int64_t>(block + at[r].start, 0), position + 1);
+  }
+
+  // Drops leading regions that hold no key in sequences of `longest` tokens.
+  void trim(int64_t longest) {
+    const int64_t block = std::max<int64_t>(longest - 1, 0) / granularity * granularity;
+    while (count > 1 && block + at[1].start <= 0) {
+      std::copy(at + 1, at + count, at);
+      --count;
+    }
+  }
+};
+
+}  // namespace extrope
+
+#undef EXTROPE_INLINE

@@ -1,0 +1,49 @@
+// Cosines and sines of every token, and keys rotated by them: one function for each instruction set
+// that cos_sin_kernel.cpp is compiled for.
+#pragma once
+
+#include "cpu/attention/params.h"
+
+namespace extrope {
+
+// One table: a row of cosines, then as many sines, for every token of every sequence.
+struct CosSinTable {
+  const double* inv_freq;   // rows of `half` frequencies, each padded to `padded`
+  const double* log_decay;  // padded too, or nullptr; its sign is that of keys or queries
+  int64_t half, padded;
+  int64_t freq_row;  // from one sequence's frequencies to the next; 0 where all share them
+  double amplitude;
+
+  PositionMap map;
+  const PositionMap* from;  // by which rows come rotated already, or nullptr
+  int64_t first_position;   // of token 0
+  const int32_t* cu_seqlens;
+  int64_t num_sequences;
+
+  float* out;
+  int64_t tokens;  // of one batch row; 1 where all positions are the same
+
+  int64_t stride() const { return 2 * padded; }
+  CosSin rows(int64_t batch) const {
+    return {out, out + padded, batch > 1 ? tokens * stride() : 0, tokens > 1 ? stride() : 0};
+  }
+};
+
+// Fills rows begin..end-1 of (batch, tokens).
+using FillCosSin = void (*)(const CosSinTable&, int64_t begin, int64_t end);
+// Rotates the tokens begin..end-1 of (batch, seqlen_k) in all heads of k, into `out`.
+using RotateKeys = void (*)(const AttentionParams&, const AttentionTensor& k, const CosSin&,
+                            const AttentionTensor& out, int64_t begin, int64_t end);
+
+#define EXTROPE_DECLARE(isa)                                                              \
+  void fill_cos_sin_##isa(const CosSinTable&, int64_t begin, int64_t end);                \
+  void rotate_keys_##isa(const AttentionParams&, const AttentionTensor& k, const CosSin&, \
+                         const AttentionTensor& out, int64_t begin, int64_t end);
+
+EXTROPE_DECLARE(baseline)
+EXTROPE_DECLARE(avx2)
+EXTROPE_DECLARE(avx512)
+
+#undef EXTROPE_DECLARE
+
+}  // namespace extrope

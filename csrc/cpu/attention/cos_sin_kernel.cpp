@@ -1,0 +1,59 @@
+// Cosines and sines of the tokens of an attention call, by position map, and keys in 16 bits
+// rotated by them. Compiled once for each instruction set, with EXTROPE_ISA as its name.
+
+#include <algorithm>
+
+#include "cpu/attention/cos_sin.h"
+#include "cpu/runtime/workspace.h"
+#include "cpu/simd/rotate_row.h"
+#include "cpu/simd/sincos.h"
+
+namespace extrope {
+namespace {
+
+constexpr int64_t kMaxHeadDim = 256;
+
+template <typename T>
+void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSin& by,
+                 const AttentionTensor& out, int64_t begin, int64_t end) {
+  const RowRotation rotation{p.head_dim, p.half, p.interleaved};
+  float row[kMaxHeadDim];
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t batch = i / p.seqlen_k, token = i % p.seqlen_k;
+    const int64_t at = batch * by.batch + token * by.seq;
+    for (int64_t head = 0; head < p.heads_k; ++head) {
+      const auto row_of = [&](const AttentionTensor& x) {
+        return static_cast<T*>(x.data) + batch * x.batch + token * x.seq + head * x.head;
+      };
+      rotate_row(rotation, row_of(k), by.cos + at, by.sin + at, 1.0f, row);
+      narrow_row(row, p.head_dim, row_of(out));
+    }
+  }
+}
+
+}  // namespace
+
+void EXTROPE_EXPAND(fill_cos_sin_, EXTROPE_ISA)(const CosSinTable& t, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    int64_t sequence = i / t.tokens, position = i % t.tokens + t.first_position;
+    if (t.cu_seqlens && t.tokens > 1) {
+      const int32_t* last = t.cu_seqlens + t.num_sequences + 1;
+      sequence =
+          std::upper_bound(t.cu_seqlens, last, static_cast<int32_t>(position)) - t.cu_seqlens - 1;
+      position -= t.cu_seqlens[sequence];
+    }
+    const double at = t.map(position) - (t.from ? (*t.from)(position) : 0.0);
+    const Angles angles{at, t.amplitude, at, t.log_decay, false};
+    float* row = t.out + i * t.stride();
+    fill_sincos(t.inv_freq + sequence * t.freq_row, t.half, angles, row, row + t.padded);
+  }
+}
+
+void EXTROPE_EXPAND(rotate_keys_, EXTROPE_ISA)(const AttentionParams& p, const AttentionTensor& k,
+                                               const CosSin& by, const AttentionTensor& out,
+                                               int64_t begin, int64_t end) {
+  if (p.dtype == DType::bf16) return rotate_keys<bf16>(p, k, by, out, begin, end);
+  rotate_keys<f16>(p, k, by, out, begin, end);
+}
+
+}  // namespace extrope

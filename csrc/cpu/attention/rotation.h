@@ -1,0 +1,146 @@
+// The cosines and sines that an attention call needs, and its keys where they are rotated ahead.
+#pragma once
+
+#include <vector>
+
+#include "cpu/attention/args.h"
+#include "cpu/attention/cos_sin.h"
+#include "cpu/runtime/capability.h"
+#include "cpu/runtime/frequencies.h"
+#include "cpu/runtime/output_pages.h"
+#include "cpu/runtime/threads.h"
+
+namespace extrope::attention {
+
+// Owns what AttentionParams then points to.
+class Rotation {
+ public:
+  // keys_ahead: rotate the keys of each region now. Otherwise blocks of keys rotate them as they
+  // are read, again for each block of queries: cheap where products are slow.
+  Rotation(AttentionParams& p, const Options& options, bool keys_ahead)
+      : p_(p), inv_freq_(padded_rows(options.inv_freq)) {
+    p.half = inv_freq_.half;
+    if (options.log_decay.has_value()) set_decay(*options.log_decay);
+    if (options.log_n.has_value()) set_row_scale(*options.log_n);
+    std::vector<CosSinTable> tables;
+    const double amplitude = options.attention_factor * options.attention_factor;
+    for (int64_t r = 0; r < p.regions.count; ++r) {
+      tables.push_back(query_table(p.regions.at[r].q_map, amplitude));
+    }
+    int64_t key_table[kMaxRegions];
+    for (int64_t r = 0; r < p.regions.count; ++r) {
+      const PositionMap& map = p.regions.at[r].k_map;
+      key_table[r] = -1;
+      if (map == p.regions.stored) continue;
+      const bool again = r > 0 && map == p.regions.at[r - 1].k_map;
+      if (!again) tables.push_back(key_table_of(map));
+      key_table[r] = static_cast<int64_t>(tables.size()) - 1;
+    }
+    fill(tables);
+    for (int64_t r = 0; r < p.regions.count; ++r) {
+      p.q_cos_sin[r] = tables[r].rows(batch_rows());
+      if (key_table[r] < 0) continue;
+      p.k_cos_sin[r] = tables[key_table[r]].rows(batch_rows());
+      if (!keys_ahead) continue;
+      const bool again = r > 0 && key_table[r] == key_table[r - 1];
+      p.k[r] = again ? p.k[r - 1] : rotated_keys(p.k_cos_sin[r]);
+      p.k_cos_sin[r] = {};
+    }
+  }
+  Rotation(const Rotation&) = delete;
+
+ private:
+  // Tables have a row for every sequence where frequencies differ, else one for all.
+  int64_t batch_rows() const { return p_.cu_seqlens || inv_freq_.rows == 1 ? 1 : p_.batch; }
+
+  void set_decay(const Tensor& log_decay) {
+    const float* decay = static_cast<const float*>(log_decay.data_ptr());
+    q_decay_.assign(inv_freq_.padded, 0.0);
+    std::copy_n(decay, p_.half, q_decay_.begin());
+    for (double x : q_decay_) k_decay_.push_back(-x);
+  }
+
+  void set_row_scale(double log_n) {
+    row_scale_.resize(p_.seqlen_q);
+    for (int64_t sequence = 0, token = 0; token < p_.seqlen_q; ++token) {
+      int64_t position = token + p_.seqlen_k - p_.seqlen_q;
+      if (p_.cu_seqlens) {
+        while (p_.cu_seqlens[sequence + 1] <= token) ++sequence;
+        position = token - p_.cu_seqlens[sequence];
+      }
+      const double scale = std::log(std::max<int64_t>(position, 0) + 1.0) / std::log(log_n);
+      row_scale_[token] = static_cast<float>(std::max(scale, 1.0));
+    }
+    p_.row_scale = row_scale_.data();
+  }
+
+  CosSinTable table(const PositionMap& map) const {
+    CosSinTable t{};
+    t.inv_freq = inv_freq_.values.data();
+    t.half = inv_freq_.half, t.padded = inv_freq_.padded;
+    t.freq_row = inv_freq_.rows > 1 ? inv_freq_.padded : 0;
+    t.map = map;
+    t.cu_seqlens = p_.cu_seqlens, t.num_sequences = p_.num_sequences;
+    return t;
+  }
+
+  CosSinTable query_table(const PositionMap& map, double amplitude) const {
+    CosSinTable t = table(map);
+    const bool alike = map.is_constant() && !(p_.cu_seqlens && inv_freq_.rows > 1);
+    t.log_decay = q_decay_.empty() ? nullptr : q_decay_.data();
+    t.amplitude = amplitude;
+    t.first_position = p_.cu_seqlens ? 0 : p_.seqlen_k - p_.seqlen_q;
+    t.tokens = alike ? 1 : p_.seqlen_q;
+    return t;
+  }
+
+  CosSinTable key_table_of(const PositionMap& map) const {
+    CosSinTable t = table(map);
+    t.log_decay = k_decay_.empty() ? nullptr : k_decay_.data();
+    t.amplitude = 1.0;
+    t.from = &p_.regions.stored;
+    t.tokens = p_.seqlen_k;
+    return t;
+  }
+
+  void fill(std::vector<CosSinTable>& tables) {
+    int64_t floats = 0;
+    for (const CosSinTable& t : tables) floats += batch_rows() * t.tokens * t.stride();
+    memory_.push_back(fresh({floats}, ScalarType::Float));
+    float* out = static_cast<float*>(memory_.back().data_ptr());
+#define EXTROPE_KERNEL(isa) fill_cos_sin_##isa
+    const FillCosSin kernel = EXTROPE_WIDEST(EXTROPE_KERNEL);
+#undef EXTROPE_KERNEL
+    for (CosSinTable& t : tables) {
+      t.out = out;
+      out += batch_rows() * t.tokens * t.stride();
+      constexpr int64_t kBytes = 32;  // as many as a cosine and a sine take time to compute
+      share_out(batch_rows() * t.tokens, t.half * kBytes,
+                [&](int64_t begin, int64_t end) { kernel(t, begin, end); });
+    }
+  }
+
+  AttentionTensor rotated_keys(const CosSin& by) {
+    const bool packed = p_.cu_seqlens != nullptr;
+    const int64_t heads = p_.heads_k * p_.head_dim;
+    memory_.push_back(fresh({p_.batch * p_.seqlen_k * heads},
+                            p_.dtype == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Half));
+    const AttentionTensor out{memory_.back().data_ptr(), packed ? 0 : p_.seqlen_k * heads, heads,
+                              p_.head_dim};
+#define EXTROPE_KERNEL(isa) rotate_keys_##isa
+    const RotateKeys kernel = EXTROPE_WIDEST(EXTROPE_KERNEL);
+#undef EXTROPE_KERNEL
+    share_out(p_.batch * p_.seqlen_k, heads * 2,
+              [&](int64_t begin, int64_t end) { kernel(p_, raw_k_, by, out, begin, end); });
+    return out;
+  }
+
+  AttentionParams& p_;
+  const AttentionTensor raw_k_ = p_.k[0];
+  const PaddedRows inv_freq_;
+  std::vector<double> q_decay_, k_decay_;
+  std::vector<float> row_scale_;
+  std::vector<Tensor> memory_;
+};
+
+}  // namespace extrope::attention

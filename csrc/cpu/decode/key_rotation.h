@@ -1,0 +1,95 @@
+// Cached keys on their way from stored(j), where they lie, to k_map(j).
+//
+// They rotate on by u(j) = k_map(j) - stored(j). A block of keys from j0 on rotates by
+// u(j) - u(j0) alone, and the queries by q_map(i) - u(j0): no angle of a key is ever large, and
+// where u grows by equal steps, one small table serves all blocks.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/decode/tile.h"
+#include "cpu/runtime/scratch.h"
+#include "cpu/runtime/workspace.h"
+#include "cpu/simd/rotate_row.h"
+#include "cpu/simd/sincos.h"
+
+namespace extrope {
+namespace {
+
+class KeyRotation {
+ public:
+  KeyRotation(const DecodeParams& p, const PositionMap& k_map)
+      : rotation_{p.cache.head_dim, p.freqs.half, p.freqs.interleaved},
+        stored_(p.regions.stored),
+        k_map_(k_map),
+        padded_(round_up(p.freqs.half, kFloats)),
+        stride_(round_up(p.cache.head_dim, kFloats)) {
+    const double step = angle(1) - angle(0);
+    step_ = step == 0 ? 1.0 : step;
+  }
+
+  // u(j)
+  double angle(int64_t j) const { return k_map_(j) - stored_(j); }
+
+  // Of the `count` keys from j0 on; returns u(j0).
+  double start_block(const double* inv_freq, int64_t j0, int64_t count) {
+    if (inv_freq_ != inv_freq) start_table(inv_freq);
+    const double origin = angle(j0);
+    count_ = count;
+    for (int64_t n = 0; n < kBlockN; ++n) {
+      rows_[n] = &rotated_[std::min(n, count - 1) * stride_];
+      if (n >= count) continue;
+      const double offset = angle(j0 + n) - origin, steps = offset / step_;
+      const double whole = std::nearbyint(steps);
+      const bool in_table = whole >= 0 && whole < kBlockN && std::abs(steps - whole) < kSame;
+      at_[n] = in_table ? static_cast<int64_t>(whole) : kBlockN + n;
+      if (!in_table) fill(at_[n], offset);
+      for (; in_table && filled_ <= at_[n]; ++filled_) {
+        fill(filled_, static_cast<double>(filled_) * step_);
+      }
+    }
+    return origin;
+  }
+
+  // One head of the block's keys; the last one stands in for those behind it.
+  template <typename T>
+  Rows<float> rotate(Rows<T> keys) {
+    for (int64_t n = 0; n < count_; ++n) {
+      const int64_t at = at_[n] * padded_;
+      rotate_row(rotation_, keys.at[n] + keys.offset, &cos_[at], &sin_[at], 1.0f,
+                 &rotated_[n * stride_]);
+    }
+    return {rows_, 0};
+  }
+
+ private:
+  // Of a step, far below what float32 shows.
+  static constexpr double kSame = 1e-8;
+
+  // Row n of the first kBlockN is n steps, where it is filled; those behind are single keys' own.
+  void start_table(const double* inv_freq) {
+    inv_freq_ = inv_freq;
+    filled_ = 0;
+    cos_.resize(2 * kBlockN * padded_);
+    sin_.resize(2 * kBlockN * padded_);
+    rotated_.resize(kBlockN * stride_);
+  }
+
+  void fill(int64_t row, double position) {
+    const Angles angles{position, 1.0, 0.0, nullptr, false};
+    fill_sincos(inv_freq_, rotation_.half, angles, &cos_[row * padded_], &sin_[row * padded_]);
+  }
+
+  RowRotation rotation_;
+  PositionMap stored_, k_map_;
+  int64_t padded_, stride_;  // of a row of cos and sin, and of a key
+  double step_;
+  int64_t count_ = 0, filled_ = 0;
+  const double* inv_freq_ = nullptr;  // that the table is for
+  Buffer<float> cos_, sin_, rotated_;
+  int64_t at_[kBlockN];
+  const float* rows_[kBlockN];
+};
+
+}  // namespace
+}  // namespace extrope

@@ -1,0 +1,281 @@
+// Decayed linear attention on the CPU. Compiled once for each instruction set, with EXTROPE_ISA as
+// its name.
+//
+// Tokens are visited in chunks. Within a chunk, scores are made and masked as in softmax attention;
+// what lies before it is in the state, the sum of k v^T decayed to the last token visited. Powers
+// of the decay are those of distances within a chunk, so none overflows, however long the sequence.
+
+#include "cpu/linear_attention/pack.h"
+#include "cpu/linear_attention/sums.h"
+
+namespace extrope {
+namespace {
+
+// ----------------------------------------------------------------------------------------------
+// Products
+
+// scores[i][j] = decay^(i - j) <q_i, k_j> for kTallRows rows from i and the columns from j.
+template <int Vectors>
+EXTROPE_INLINE void make_block_of_scores(const Chunk& c, int64_t i, int64_t j) {
+  const Scratch& s = c.s;
+  Sums<kTallRows, Vectors> sums;
+  float* scores = s.scores + i * kChunk + j;
+  multiply_dims(sums, s.q + i * c.n.key_stride, c.n.key_stride, s.k_columns + j, kChunk, c.n.depth,
+                scores, kChunk);
+  const float* powers = s.masked_powers + (kChunk - 1 - i) + j;
+#pragma GCC unroll 16
+  for (int r = 0; r < kTallRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < Vectors; ++v) sums.at[r][v] *= load<floats>(powers - r + v * kFloats);
+  }
+  store_sums(sums, scores, kChunk);
+}
+
+// Up to the end of each block of rows.
+void make_scores(const Chunk& c) {
+  for (int64_t i = 0; i < c.rows; i += kTallRows) {
+    const int64_t end = smaller(i + kTallRows, c.count);
+    int64_t j = 0;
+    for (; j + kFloats < end; j += kWide) make_block_of_scores<kWideVectors>(c, i, j);
+    if (j < end) make_block_of_scores<1>(c, i, j);
+  }
+}
+
+// What each row's scores sum to, those in the state included.
+void sum_scores(const Chunk& c) {
+  const Scratch& s = c.s;
+  for (int64_t i = 0; i < c.count; ++i) {
+    floats sums{};
+    for (int64_t d = 0; d < c.n.key_dim; d += kFloats) {
+      sums += load<floats>(s.q + i * c.n.key_stride + d) * load<floats>(c.key_sum + d);
+    }
+    if (c.p.causal) {
+      sums *= broadcast(s.powers[i + 1]);
+      // Not 0 times the scores of later tokens: those may be NaN.
+      for (int64_t j = 0; j <= i; j += kFloats) {
+        const floats scores = load<floats>(s.scores + i * kChunk + j);
+        sums += first_lanes(i + 1 - j) ? scores : floats{};
+      }
+    }
+    s.den[i] = total(sums);
+  }
+}
+
+// out = decay^(i + 1) q state (if `fresh`, else what is there) + scores v of the `seen` first
+// tokens, for Rows rows from i and the columns from f. Not finite: says so, and leaves out as it
+// was.
+template <int Rows>
+EXTROPE_INLINE bool make_block_of_rows(const Chunk& c, int64_t i, int64_t f, int64_t seen,
+                                       bool fresh) {
+  const Scratch& s = c.s;
+  const Sizes& n = c.n;
+  float* out = s.out + i * n.value_stride + f;
+  Sums<Rows, kWideVectors> sums;
+  if (fresh) {
+    multiply_dims(sums, s.q + i * n.key_stride, n.key_stride, c.state + f, n.value_stride, n.depth,
+                  out, n.value_stride);
+  } else {
+    load_sums(sums, out, n.value_stride);
+  }
+  if (c.p.causal) {
+    if (fresh && c.p.decay) scale_rows(sums, s.powers + i + 1);
+    multiply_add(sums, s.scores + i * kChunk, kChunk, 1, s.v + f, n.value_stride, seen);
+    if (Rows > 1 && !first_row_is_finite(sums)) return false;
+  }
+  store_sums(sums, out, n.value_stride);
+  return true;
+}
+
+// Rows of a block read the whole block's tokens, the later ones with scores of zero. What is not
+// finite would come through: then each row reads its own. So does one alone, as in a step.
+void make_rows(const Chunk& c, bool fresh) {
+  for (int64_t i = 0; i < c.rows; i += kTallRows) {
+    const int64_t end = smaller(i + kTallRows, c.count);
+    for (int64_t f = 0; f < c.n.value_dim; f += kWide) {
+      if (c.count > 1 && make_block_of_rows<kTallRows>(c, i, f, end, fresh)) continue;
+      for (int64_t r = i; r < end; ++r) make_block_of_rows<1>(c, r, f, r + 1, fresh);
+    }
+  }
+}
+
+// k = decayed k; key_sum = factor * key_sum + those of all tokens.
+void add_to_key_sum(const Chunk& c, floats factor) {
+  const Scratch& s = c.s;
+  for (int64_t d = 0; d < c.n.key_dim; d += kFloats) {
+    floats sum{};
+    for (int64_t j = 0; j < c.count;) {
+      const int64_t end = smaller(j + kTokens, c.count);
+      floats few{};
+      for (; j < end; ++j) {
+        float* k = s.k + j * c.n.key_stride + d;
+        const floats decayed = load<floats>(k) * broadcast(s.powers[c.count - 1 - j]);
+        few += decayed;
+        store(k, decayed);
+      }
+      sum += few;
+    }
+    store(c.key_sum + d, load<floats>(c.key_sum + d) * factor + sum);
+  }
+}
+
+template <int Rows>
+EXTROPE_INLINE void add_to_state_rows(const Chunk& c, floats factor, int64_t d) {
+  const Sizes& n = c.n;
+  for (int64_t f = 0; f < n.value_dim; f += kWide) {
+    Sums<Rows, kWideVectors> sums{};
+    multiply_add(sums, c.s.k + d, 1, n.key_stride, c.s.v + f, n.value_stride, c.count);
+    float* state = c.state + d * n.value_stride + f;
+    add_scaled(sums, factor, state, n.value_stride);
+    store_sums(sums, state, n.value_stride);
+  }
+}
+
+// state = decay^count state + decayed k^T v, whose terms are added up first; the state decays
+// once, with its first head of k.
+void add_to_state(const Chunk& c, bool first) {
+  const floats factor = broadcast(first ? c.s.powers[c.count] : 1.0f);
+  add_to_key_sum(c, factor);
+  int64_t d = 0;
+  for (; d < c.n.tall_rows; d += kTallRows) add_to_state_rows<kTallRows>(c, factor, d);
+  for (; d < c.n.state_rows; d += kFewRows) add_to_state_rows<kFewRows>(c, factor, d);
+}
+
+// ----------------------------------------------------------------------------------------------
+// Chunks
+
+// Whether rows of out should leave past the caches: they are too many for one to keep, and are
+// whole lines of 64 bytes, so that none has to be read before it is written.
+bool past_caches(const ScanParams& p) {
+  constexpr int64_t kPastCaches = int64_t{16} << 20;  // bytes
+  const int64_t row = p.value_dim * sizeof(float);
+  return kFloats == 16 && p.out_is_float && row % 64 == 0 &&
+         p.batch * p.seqlen * greater(p.q.heads, p.heads) * row >= kPastCaches;
+}
+
+template <typename Out>
+void store_row(const float* row, int64_t count, float factor, bool past_caches, Out* to) {
+  int64_t d = 0;
+  for (; d + kFloats <= count; d += kFloats) {
+    const floats v = load<floats>(row + d) * broadcast(factor);
+    past_caches ? store_past_caches(to + d, v) : store_narrow(to + d, v);
+  }
+  for (; d < count; ++d) narrow(row[d] * factor, to[d]);
+}
+
+template <typename T, typename Out>
+void finish(const Chunk& c, int64_t head) {
+  const ScanParams& p = c.p;
+  const Rows<Out> out = c.rows_of<Out>(p.out, head);
+  const bool past = past_caches(p);
+  for (int64_t i = 0; i < c.count; ++i) {
+    float* row = c.s.out + i * c.n.value_stride;
+    float factor = 1.0f;
+    if (p.den) {
+      *c.number({p.den, p.q.heads}, head, i) = c.s.den[i];
+      factor /= c.s.den[i];
+    } else if (p.q_scale.data) {
+      factor = *c.number(p.q_scale, head, i);
+    }
+    if (p.gate.data) {
+      const T* gate = c.rows_of<const T>(p.gate, head)[i];
+      // After the factor: 0 times NaN would be NaN.
+      for (int64_t d = 0; d < p.value_dim; ++d) {
+        row[d] = widen(gate[d]) <= 0.0f ? 0.0f : row[d] * factor;
+      }
+      factor = 1.0f;
+    }
+    store_row(row, p.value_dim, factor, past, out[i]);
+  }
+}
+
+template <typename T>
+void scan(const Chunk& c) {
+  const ScanParams& p = c.p;
+  // One of the two is one: many rows share a key, or many keys make a row.
+  const int64_t q_heads = c.group(p.q.heads), k_heads = c.group(p.k.heads);
+  for (int64_t q = 0; q < q_heads; ++q) {
+    pack_q<T>(c, q);
+    for (int64_t k = 0; k < (p.causal ? k_heads : 1); ++k) {
+      if (p.causal && (q == 0 || k_heads > 1)) {
+        pack_kv<T>(c, k);
+        pack_columns(c);
+      }
+      if (p.causal) make_scores(c);
+      if (p.den) sum_scores(c);
+      make_rows(c, k == 0);
+      if (p.causal && q == q_heads - 1) add_to_state(c, k == 0);
+    }
+    p.out_is_float ? finish<T, float>(c, q) : finish<T, T>(c, q);
+  }
+  if (past_caches(p)) order_stores();
+}
+
+template <typename T>
+void run_chunk(const Chunk& c, bool rows) {
+  if (c.p.permute) find_sources<T>(c);
+  if (rows) return scan<T>(c);
+  for (int64_t k = 0; k < c.group(c.p.k.heads); ++k) {
+    pack_kv<T>(c, k);
+    add_to_state(c, k == 0);
+  }
+}
+
+template <typename T>
+void dots(const ScanParams& p, int64_t begin, int64_t end, float* out) {
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t batch = token / p.seqlen, seq = token % p.seqlen;
+    const auto row = [&](const ScanTensor& x, int64_t head) {
+      return static_cast<const T*>(x.data) + batch * x.batch + seq * x.seq + head * x.head;
+    };
+    for (int64_t head = 0; head < p.q.heads; ++head) {
+      const T *q = row(p.q, head), *k = row(p.k, head);
+      floats sums{};
+      int64_t d = 0;
+      for (; d + kFloats <= p.score_dim; d += kFloats) sums += load_wide(q + d) * load_wide(k + d);
+      float sum = total(sums);
+      for (; d < p.score_dim; ++d) sum += widen(q[d]) * widen(k[d]);
+      out[(batch * p.q.heads + head) * p.seqlen + seq] = sum;
+    }
+  }
+}
+
+}  // namespace
+
+ScanPlan EXTROPE_EXPAND(scan_plan_, EXTROPE_ISA)(const ScanParams& p) {
+  const Sizes n(p);
+  return {kChunk, n.state_rows * n.value_stride + n.key_dim, Scratch(p, n, nullptr).space.used()};
+}
+
+void EXTROPE_EXPAND(scan_chunk_, EXTROPE_ISA)(const ScanParams& p, const ScanPart& part, bool rows,
+                                              float* workspace, float* state) {
+  const Chunk chunk(p, part, workspace, state);
+  const auto run = p.dtype == DType::bf16  ? run_chunk<bf16>
+                   : p.dtype == DType::f16 ? run_chunk<f16>
+                                           : run_chunk<float>;
+  run(chunk, rows);
+}
+
+void EXTROPE_EXPAND(scan_convert_, EXTROPE_ISA)(const ScanParams& p, const ScanPart& part,
+                                                bool load, float* state) {
+  const Sizes n(p);
+  const auto copy = [&](float* own, const float* first, float* last, int64_t at, int64_t count) {
+    load ? std::memcpy(own, first + at, count * sizeof(float))
+         : std::memcpy(last + at, own, count * sizeof(float));
+  };
+  const int64_t row = (part.sequence * p.heads + part.head) * p.score_dim;
+  for (int64_t d = 0; d < p.score_dim; ++d) {
+    copy(state + d * n.value_stride, p.first_state, p.last_state, (row + d) * p.value_dim,
+         p.value_dim);
+  }
+  copy(state + n.state_rows * n.value_stride, p.first_sum, p.last_sum, row, p.score_dim);
+}
+
+void EXTROPE_EXPAND(scan_dots_, EXTROPE_ISA)(const ScanParams& p, int64_t begin, int64_t end,
+                                             float* out) {
+  const auto run = p.dtype == DType::bf16  ? dots<bf16>
+                   : p.dtype == DType::f16 ? dots<f16>
+                                           : dots<float>;
+  run(p, begin, end, out);
+}
+
+}  // namespace extrope

@@ -1,0 +1,67 @@
+// Launching a kernel, and what has to be asked of the runtime for it. All that launchers use of the
+// runtime goes through here, so that tests can put something else in its place.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+
+#define EXTROPE_LAUNCH(kernel, grid, block, stream, ...) \
+  EXTROPE_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
+
+// For kernels with barriers and `shared` bytes of memory that EXTROPE_SHARED names.
+#define EXTROPE_LAUNCH_SHARED(kernel, grid, block, shared, stream, ...) \
+  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+
+#define EXTROPE_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+namespace extrope {
+
+// How many threads of `kernel` the device holds at once, in blocks of `block` threads and `shared`
+// bytes. The runtime is asked once per kernel and device; a failure counts as one block and shows
+// at the launch.
+template <auto kernel>
+int64_t resident_threads(int block, int device, int64_t shared = 0) {
+  static std::array<std::atomic<int64_t>, 64> known{};
+  const bool cached = device >= 0 && device < static_cast<int>(known.size());
+  if (cached && known[device] > 0) return known[device];
+  int processors = 1, blocks = 1;
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, block, shared);
+  const int64_t threads = int64_t{1} * processors * blocks * block;
+  if (cached && threads > 0) known[device] = threads;
+  return threads;
+}
+
+// Makes `device` current for as long as it lives.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) {
+    error_ = cudaGetDevice(&previous_);
+    if (error_ == cudaSuccess && previous_ != device) {
+      error_ = cudaSetDevice(device);
+      changed_ = error_ == cudaSuccess;
+    }
+  }
+  ~DeviceScope() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+  cudaError_t error_ = cudaSuccess;
+};
+
+inline int launch_error() { return cudaGetLastError(); }
+
+inline const char* error_text(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+}  // namespace extrope

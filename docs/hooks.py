@@ -1,0 +1,36 @@
+"""mkdocs: files that lie outside docs/ are part of the site, and links to them work there too."""
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parent.parent
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/*.py", "bench/results/*.md",
+           "bench/results/**/*.svg", "bench/results/*.json")  # fmt: skip
+_LINK = re.compile(r"\]\((?!\w+:|#)([^)\s]+)\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for pattern in OUTSIDE:
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """In the site docs/ is the root: what leads out of it, or into it, has a step less."""
+    name = page.file.src_uri
+    outside = any(Path(name).match(pattern) for pattern in OUTSIDE) and (ROOT / name).exists()
+    out = "../" * (name.count("/") + 1)
+
+    def moved(link: re.Match) -> str:
+        target = link[1]
+        if outside:
+            return f"]({target.removeprefix('docs/')})"
+        return f"]({target.removeprefix('../')})" if target.startswith(out) else link[0]
+
+    return _LINK.sub(moved, markdown)

@@ -1,0 +1,134 @@
+"""The one description of an attention call, with or without a cache: what its op takes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...methods import RopeFreqs
+from ...scores import PositionMap, Region, Score, rerope, self_extend
+from .checks import check_real, refuse_flags
+
+_MAP = len(PositionMap._fields)
+
+# Of both families of ops, after their tensors. Regions and maps are those of a `Score`: the first
+# key of each region, then for each region the numbers of q_map and k_map, and last those of the map
+# that keys come rotated by.
+SCHEMA = (
+    "int[] starts, int granularity, float[] maps, float? softmax_scale=None, float? log_n=None, "
+    "float attention_factor=1.0, bool interleaved=False"
+)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call as an op takes it, beside q, k and v."""
+
+    inv_freq: Tensor  # (rotary_dim/2,), or one row a sequence
+    cu_seqlens: Tensor | None = None
+    log_decay: Tensor | None = None
+    starts: tuple[int, ...] = ()
+    granularity: int = 1
+    maps: tuple[float, ...] = ()
+    softmax_scale: float | None = None
+    log_n: float | None = None
+    attention_factor: float = 1.0
+    interleaved: bool = False
+
+    @property
+    def regions(self) -> list[Region]:
+        """The regions, far keys first."""
+        maps = [self._map(n) for n in range(2 * len(self.starts))]
+        return [Region(start, *maps[2 * r : 2 * r + 2]) for r, start in enumerate(self.starts)]
+
+    @property
+    def stored(self) -> PositionMap:
+        """The map that keys come rotated by."""
+        return self._map(2 * len(self.starts))
+
+    def trimmed(self, longest: int) -> list[Region]:
+        """The regions that hold a key in sequences of `longest` tokens, and the last one."""
+        regions = self.regions
+        block = max(longest - 1, 0) // self.granularity * self.granularity
+        while len(regions) > 1 and block + regions[1].start <= 0:
+            regions = regions[1:]
+        return regions
+
+    def scale(self, head_dim: int) -> float:
+        """The factor of all logits."""
+        return self.softmax_scale or head_dim**-0.5
+
+    def _map(self, n: int) -> PositionMap:
+        modulus, divisor, floor, offset, cap = self.maps[n * _MAP : (n + 1) * _MAP]
+        return PositionMap(int(modulus), divisor, bool(floor), offset, cap)
+
+
+def log_n_scale(positions: Tensor, log_n: float) -> Tensor:
+    """max(1, ln(position + 1) / ln(log_n)) in float32: Su's scale of queries."""
+    scale = torch.log(positions.clamp(min=0) + 1.0) / math.log(log_n)
+    return scale.clamp(min=1.0).float()
+
+
+def score_options(score: Score, stored: bool = False) -> dict:
+    """What an op is told of a score method; stored: keys come as a cache keeps them."""
+    maps = score.stored_maps if stored else score.maps
+    return {"starts": score.starts, "granularity": score.granularity, "maps": maps}
+
+
+def check_freqs(op: str, freqs: RopeFreqs) -> None:
+    """Attention takes frequencies of one axis."""
+    if not isinstance(freqs, RopeFreqs):
+        raise TypeError(f"{op}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    if freqs.axes is not None:
+        raise ValueError(f"{op}: freqs must have no axes (mRoPE), got some")
+
+
+def rope_options(
+    op: str, freqs: RopeFreqs, softmax_scale: float | None, log_n: float | None, interleaved: bool
+) -> dict:
+    """The options that differ from an op's defaults: every argument costs the dispatcher time."""
+    options = {}
+    if softmax_scale is not None:
+        check_real(op, "softmax_scale", softmax_scale)
+        options["softmax_scale"] = softmax_scale
+    if log_n is not None:
+        check_real(op, "log_n", log_n)
+        options["log_n"] = log_n
+    factor = freqs.attention_factor
+    if type(factor) is not float or factor != 1.0:
+        check_real(op, "attention_factor", factor)
+        options["attention_factor"] = factor
+    if interleaved:
+        options["interleaved"] = True
+    return options
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _cached(function: Callable[..., Score], *parameters) -> Score:
+    return function(*parameters)
+
+
+def score_of(op: str, function: Callable[..., Score], *parameters) -> Score:
+    """A score method with its parameters; what it refuses is told in the public function's name."""
+    try:
+        if not torch.compiler.is_compiling():
+            return _cached(function, *parameters)
+    except (TypeError, ValueError):
+        pass  # refused, or not to be hashed: said below
+    try:
+        return function(*parameters)
+    except (TypeError, ValueError) as error:
+        _, _, refusal = str(error).partition(": ")
+        raise type(error)(f"{op}: {refusal or error}") from None
+
+
+def rerope_score(op: str, window: int, factor: float, grouped: bool) -> Score:
+    """ReRoPE's score, or with `grouped` that of SelfExtend, for the public function `op`."""
+    if type(grouped) is not bool:
+        refuse_flags(op, grouped=grouped)
+    return score_of(op, self_extend if grouped else rerope, window, factor)

@@ -1,0 +1,90 @@
+"""What any attention call is refused, with or without a cache."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .attention_call import AttentionCall
+from .checks import check_real, refuse_flags
+
+_NUMBERS_OF_MAP = 5
+
+
+def check_call(op: str, call: AttentionCall, q: Tensor, sequences: int) -> None:
+    """The part of the checks that concerns neither keys nor values."""
+    check_rope(op, call, q, sequences)
+    scale, log_n = call.softmax_scale, call.log_n
+    if scale is not None:
+        check_real(op, "softmax_scale", scale)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"{op}: softmax_scale must be None or a number > 0, got {scale}")
+    if log_n is not None:
+        check_real(op, "log_n", log_n)
+        if not 1 < log_n < math.inf:
+            raise ValueError(f"{op}: log_n must be None or a length > 1, got {log_n}")
+    check_real(op, "attention_factor", call.attention_factor)
+    if not 0 < call.attention_factor < math.inf:
+        raise ValueError(f"{op}: attention_factor must be > 0, got {call.attention_factor}")
+    _check_regions(op, call)
+
+
+def check_rope(op: str, call: AttentionCall, x: Tensor, sequences: int) -> None:
+    """The frequencies, for rows x of so many sequences."""
+    _check_inv_freq(op, call.inv_freq, x, sequences)
+    decay = call.log_decay
+    if decay is not None and (
+        not isinstance(decay, Tensor)
+        or decay.dtype != torch.float32
+        or decay.shape != call.inv_freq.shape[-1:]
+        or decay.device != x.device
+    ):
+        raise ValueError(
+            f"{op}: log_decay must be float32 ({call.inv_freq.shape[-1]},) on {x.device}, "
+            f"got {decay!r}"
+        )
+    refuse_flags(op, interleaved=call.interleaved)
+
+
+def check_head_dim(op: str, q: Tensor) -> None:
+    """The fused kernels' own limit."""
+    if q.shape[-1] % 8 or not 8 <= q.shape[-1] <= 256:
+        raise ValueError(
+            f"{op}: head_dim must be a multiple of 8 up to 256 (backend='reference' takes any), "
+            f"got {q.shape[-1]}"
+        )
+
+
+def _check_regions(op: str, call: AttentionCall) -> None:
+    count = len(call.starts)
+    if not 1 <= count <= 3 or list(call.starts) != sorted(call.starts):
+        raise ValueError(f"{op}: starts must be 1 to 3 rising numbers, got {list(call.starts)}")
+    if call.granularity < 1:
+        raise ValueError(f"{op}: granularity must be >= 1, got {call.granularity}")
+    if len(call.maps) != (2 * count + 1) * _NUMBERS_OF_MAP:
+        raise ValueError(
+            f"{op}: maps must be {(2 * count + 1) * _NUMBERS_OF_MAP} numbers for {count} regions, "
+            f"got {len(call.maps)}"
+        )
+
+
+def _check_inv_freq(op: str, inv_freq: Tensor, q: Tensor, sequences: int) -> None:
+    if not isinstance(inv_freq, Tensor):
+        raise TypeError(f"{op}: inv_freq must be a Tensor, got {type(inv_freq).__name__}")
+    if inv_freq.dtype not in (torch.float32, torch.float64) or inv_freq.device != q.device:
+        raise ValueError(
+            f"{op}: inv_freq must be float32 or float64 on {q.device}, "
+            f"got {inv_freq.dtype} on {inv_freq.device}"
+        )
+    dims, most = tuple(inv_freq.shape), q.shape[-1] // 2
+    if len(dims) not in (1, 2) or (len(dims) == 2 and dims[0] not in (1, sequences)):
+        raise ValueError(
+            f"{op}: inv_freq must be (rotary_dim/2,) or ({sequences}, rotary_dim/2), got {dims}"
+        )
+    if not 1 <= dims[-1] <= most or (dims[-1] > 1 and inv_freq.stride(-1) != 1):
+        raise ValueError(
+            f"{op}: inv_freq must hold 1 to head_dim/2 = {most} contiguous frequencies, "
+            f"got shape {dims} with strides {inv_freq.stride()}"
+        )

@@ -1,0 +1,76 @@
+"""Device functions on rows of head_dim elements in parts: the two dims of every pair that rotates,
+and the rest.
+
+TILE has `half` (pairs that rotate), `pairs` (half, rounded up to a power of two), `rest` (dims
+after the rotated ones), `rest_dims` (rest, rounded up; 1 if none) and `interleaved`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_parts(rows, valid, TILE: tl.constexpr):
+    """(first dims, second dims) of the pairs in these rows, and the rest; 0 where not valid."""
+    ROWS: tl.constexpr = rows.shape[0]
+    PAIRS: tl.constexpr = TILE.pairs
+    REST: tl.constexpr = TILE.rest_dims
+    if TILE.interleaved:
+        dim = tl.arange(0, 2 * PAIRS)
+        mask = valid[:, None] & (dim < 2 * TILE.half)[None, :]
+        both = tl.load(rows[:, None] + dim[None, :], mask=mask, other=0.0)
+        first, second = tl.split(tl.reshape(both, (ROWS, PAIRS, 2)))
+    else:
+        dim = tl.arange(0, PAIRS)
+        mask = valid[:, None] & (dim < TILE.half)[None, :]
+        first = tl.load(rows[:, None] + dim[None, :], mask=mask, other=0.0)
+        second = tl.load(rows[:, None] + (dim + TILE.half)[None, :], mask=mask, other=0.0)
+    rest = first
+    if TILE.rest > 0:
+        dim = tl.arange(0, REST)
+        mask = valid[:, None] & (dim < TILE.rest)[None, :]
+        rest = tl.load(rows[:, None] + (dim + 2 * TILE.half)[None, :], mask=mask, other=0.0)
+    return first, second, rest
+
+
+@triton.jit
+def store_parts(rows, parts, valid, TILE: tl.constexpr):
+    """Round once and store what load_parts loads."""
+    ROWS: tl.constexpr = rows.shape[0]
+    PAIRS: tl.constexpr = TILE.pairs
+    REST: tl.constexpr = TILE.rest_dims
+    ELEMENT: tl.constexpr = rows.dtype.element_ty
+    if TILE.interleaved:
+        dim = tl.arange(0, 2 * PAIRS)
+        mask = valid[:, None] & (dim < 2 * TILE.half)[None, :]
+        both = tl.reshape(tl.join(parts[0].to(ELEMENT), parts[1].to(ELEMENT)), (ROWS, 2 * PAIRS))
+        tl.store(rows[:, None] + dim[None, :], both, mask=mask)
+    else:
+        dim = tl.arange(0, PAIRS)
+        mask = valid[:, None] & (dim < TILE.half)[None, :]
+        tl.store(rows[:, None] + dim[None, :], parts[0].to(ELEMENT), mask=mask)
+        tl.store(rows[:, None] + (dim + TILE.half)[None, :], parts[1].to(ELEMENT), mask=mask)
+    if TILE.rest > 0:
+        dim = tl.arange(0, REST)
+        mask = valid[:, None] & (dim < TILE.rest)[None, :]
+        pointers = rows[:, None] + (dim + 2 * TILE.half)[None, :]
+        tl.store(pointers, parts[2].to(ELEMENT), mask=mask)
+
+
+@triton.jit
+def widened(parts):
+    return parts[0].to(tl.float32), parts[1].to(tl.float32), parts[2].to(tl.float32)
+
+
+@triton.jit
+def rotate(parts, cos, sin, scale):
+    """Float32 parts rotated; the rest times `scale`, which cos and sin have in them."""
+    first = parts[0] * cos - parts[1] * sin
+    return first, parts[1] * cos + parts[0] * sin, parts[2] * scale
+
+
+@triton.jit
+def of_pairs(values, TILE: tl.constexpr):
+    """(1, pairs) of one number for each pair."""
+    pair = tl.arange(0, TILE.pairs)
+    return tl.load(values + pair, mask=pair < TILE.half, other=0.0)[None, :]

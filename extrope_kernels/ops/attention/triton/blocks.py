@@ -1,0 +1,157 @@
+"""Device functions that say which blocks there are, and what of them a region holds.
+
+Along a block of queries, a region's first key and the end of its keys both rise. So do, along a
+block of keys, the first query that sees a key in a region and the end of these. Either way a range
+[low, high) is cut into blocks that every row sees whole, and masked ones before and after.
+"""
+
+import triton
+import triton.language as tl
+
+from ..._shared.triton.tokens import sequence_of
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# What changes from call to call must not make Triton compile again. Each is a parameter of its own,
+# since Triton takes no notice of this list for the numbers within a tuple.
+RUN_TIME_SCALARS = (
+    *("blocks", "heads_q", "group", "rows", "seqlen_q", "seqlen_k"),
+    *("num_sequences", "search_steps", "start_0", "start_1", "start_2", "granularity"),
+)
+
+
+@triton.jit
+def place(blocks, heads, cu_seqlens, block_starts, num_sequences, search_steps, seqlen_q, seqlen_k):
+    """This program's batch, head, block within its sequence, and that sequence's extent.
+
+    Returns (batch, head, block, blocks of the sequence, first row, seqlen_q, seqlen_k). A program
+    beyond the last block gets block 0 of a sequence without rows, and so does nothing.
+    """
+    slot = tl.program_id(0) % blocks
+    rest = tl.program_id(0) // blocks
+    head = rest % heads
+    if cu_seqlens is None:
+        return rest // heads, head, slot, blocks, 0, seqlen_q, seqlen_k
+    else:
+        sequence = sequence_of(slot, block_starts, num_sequences, search_steps)
+        first_row = tl.load(cu_seqlens + sequence)
+        first_block = tl.load(block_starts + sequence)
+        end_block = tl.load(block_starts + sequence + 1)
+        idle = slot >= end_block
+        seqlen = tl.where(idle, 0, tl.load(cu_seqlens + sequence + 1) - first_row)
+        block = tl.where(idle, 0, slot - first_block)
+        count = tl.where(idle, 1, end_block - first_block)
+        return rest // heads, head, block, count, first_row, seqlen, seqlen
+
+
+@triton.jit
+def place_queries(
+    blocks, heads, cu_seqlens, block_starts, num_sequences, search_steps, seqlen_q, seqlen_k,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """This program's block of queries, the longest first.
+
+    Returns (batch, head, the sequence's first row, the block's first row, how many rows of it are
+    there, the positions of its first row, of its last one and of all, seqlen_k).
+    """
+    BLOCK_M: tl.constexpr = TILE.block_m
+    batch, head, block, count, first_row, seqlen_q, seqlen_k = place(
+        blocks, heads, cu_seqlens, block_starts, num_sequences, search_steps, seqlen_q, seqlen_k
+    )
+    first = (count - 1 - block) * BLOCK_M
+    row = first_row + first
+    left = seqlen_q - first
+    top = first + seqlen_k - seqlen_q
+    bottom = tl.minimum(top + BLOCK_M, seqlen_k) - 1
+    position = top + tl.arange(0, BLOCK_M)
+    return batch, head, first_row, row, left, top, bottom, position, seqlen_k
+
+
+@triton.jit
+def split(low, all_low, all_high, high, SIZE: tl.constexpr):
+    """Cut [low, high), of which every row sees [all_low, all_high), into blocks of SIZE.
+
+    Returns the number of masked blocks before the full ones, of full ones, and of masked ones in
+    all. A masked block before the full ones may reach past `high`.
+    """
+    before = (tl.maximum(all_low - low, 0) + SIZE - 1) // SIZE
+    full = tl.maximum(all_high - (low + before * SIZE), 0) // SIZE
+    after = tl.maximum(high - (low + (before + full) * SIZE), 0)
+    return before, full, before + (after + SIZE - 1) // SIZE
+
+
+@triton.jit
+def nth_block(index, cut, MASKED: tl.constexpr, SIZE: tl.constexpr):
+    """Where the index-th masked, or full, block of a range starts, and the rows left from there."""
+    low, before, full, _, high = cut
+    if MASKED:
+        at = low + (index + tl.where(index < before, 0, full)) * SIZE
+    else:
+        at = low + (before + index) * SIZE
+    return at, high - at
+
+
+@triton.jit
+def first_key(position, starts, granularity, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr):
+    """First key that queries at `position` see in REGION; for REGION = regions, the end of all."""
+    key = tl.minimum(position + 1, seqlen_k)
+    if TILE.regions > REGION:
+        key = tl.minimum(key, position // granularity * granularity + starts[REGION])
+    return tl.maximum(key, 0)
+
+
+@triton.jit
+def cut_keys(top, bottom, starts, granularity, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr):
+    """The range of keys that queries at positions `top` to `bottom` see, cut into blocks.
+
+    Returns (first key, a split's numbers, end).
+    """
+    BLOCK_N: tl.constexpr = TILE.block_n
+    low = 0
+    all_low = 0
+    if REGION > 0 or not TILE.from_first_key:
+        low = first_key(top, starts, granularity, seqlen_k, REGION, TILE)
+        all_low = first_key(bottom, starts, granularity, seqlen_k, REGION, TILE)
+    all_high = first_key(top, starts, granularity, seqlen_k, REGION + 1, TILE)
+    high = first_key(bottom, starts, granularity, seqlen_k, REGION + 1, TILE)
+    before, full, masked = split(low, all_low, all_high, high, BLOCK_N)
+    return low, before, full, masked, high
+
+
+@triton.jit
+def seen_keys(start, low, high, REGION: tl.constexpr, TILE: tl.constexpr):
+    """(block_m, block_n): does row i see the keys from `start` on? From low[i] to high[i]."""
+    BLOCK_N: tl.constexpr = TILE.block_n
+    key = (start + tl.arange(0, BLOCK_N))[None, :]
+    seen = key < high[:, None]
+    if REGION > 0 or not TILE.from_first_key:
+        seen = seen & (key >= low[:, None])
+    return seen
+
+
+@triton.jit
+def end_query(key, starts, granularity, first, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr):
+    """End of the positions, from `first` to seqlen_k, that see `key` in REGION or a later one."""
+    end = key
+    if TILE.regions > REGION:
+        # As floor division, which that of Triton is not where the dividend is negative.
+        ahead = tl.maximum(key - starts[REGION], -granularity) + granularity
+        end = tl.maximum(end, ahead // granularity * granularity)
+    return tl.minimum(tl.maximum(end, first), seqlen_k)
+
+
+@triton.jit
+def cut_queries(
+    first, last, starts, granularity, seqlen_q, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr
+):
+    """The range of rows that see keys `first` to `last`, cut into blocks, as that of keys is."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    shift = seqlen_k - seqlen_q  # from a row to its position
+    top = tl.maximum(shift, 0)
+    low = end_query(first, starts, granularity, top, seqlen_k, REGION + 1, TILE) - shift
+    all_low = end_query(last, starts, granularity, top, seqlen_k, REGION + 1, TILE) - shift
+    all_high = end_query(first, starts, granularity, top, seqlen_k, REGION, TILE) - shift
+    high = end_query(last, starts, granularity, top, seqlen_k, REGION, TILE) - shift
+    before, full, masked = split(low, all_low, all_high, high, BLOCK_M)
+    return low, before, full, masked, high

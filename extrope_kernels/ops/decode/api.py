@@ -1,0 +1,119 @@
+"""From a public function's arguments to an op, or to the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...methods import RopeFreqs
+from ...scores import Score
+from .._shared import backends as _backends
+from .._shared.attention_call import AttentionCall, check_freqs, rope_options, score_options
+from .._shared.checks import explained, refuse_flags
+from . import reference
+from .arguments import KVCache, check_decode, check_values, parse
+
+_ops = torch.ops.extrope
+Tensors = tuple[Any, ...]  # of the ops, in their order
+Options = dict[str, Any]
+BACKENDS = ("reference", "cpu", "triton")
+
+
+def attend_with_kvcache(
+    score: Score,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    freqs: RopeFreqs,
+    *,
+    cache_seqlens: Tensor | int,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    block_table: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    softmax_scale: float | None = None,
+    log_n: float | None = None,
+    interleaved: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+    op: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run any score method over a cache; the rest is as for `rerope_attention_with_kvcache`.
+
+    op: the name that errors begin with; that of the score by default.
+    """
+    op = op or score.name
+    if type(interleaved) is not bool or type(return_lse) is not bool:
+        refuse_flags(op, interleaved=interleaved, return_lse=return_lse)
+    check_freqs(op, freqs)
+    if freqs.log_decay is not None and not score.stored.modulus:
+        raise ValueError(
+            f"{op}: freqs must have no log_decay (XPOS), whose amplitudes grow with the position, "
+            "got one"
+        )
+    if not isinstance(cache_seqlens, Tensor):
+        cache_seqlens = _lengths(op, cache_seqlens, q)
+    rope_args = (freqs.inv_freq, cache_seqlens, block_table, cache_leftpad)
+    tensors: Tensors = (q, k_cache, v_cache, k, v, *rope_args)
+    if freqs.log_decay is not None:
+        tensors = (*tensors, freqs.log_decay)
+    options = score_options(score, stored=True)
+    options |= rope_options(op, freqs, softmax_scale, log_n, interleaved)
+    out, lse = explained(
+        "decode",
+        lambda: _run(op, tensors, options, backend),
+        lambda: _check(op, tensors, options),
+        told_as=op,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _run(op: str, tensors: Tensors, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
+    q = tensors[0]
+    if backend is not None:
+        _backends.require(op, backend, BACKENDS, q.device.type)
+    if torch.is_grad_enabled():
+        _refuse_gradients(op, tensors)
+    if backend == "reference" or (backend in (None, "cpu") and q.dtype == torch.float64):
+        cache, call = _check(op, tensors, options)
+        return reference.decode(q, tensors[3], tensors[4], cache, call)
+    decode = _ops.decode_triton if backend == "triton" else _ops.decode
+    if torch.compiler.is_compiling():
+        return decode(*tensors, **options)
+    # No gradient exists: skip the Autograd kernel, which costs as much as a step.
+    with torch._C._AutoDispatchBelowAutograd():
+        return decode(*tensors, **options)
+
+
+def _check(op: str, tensors: Tensors, options: Options) -> tuple[KVCache, AttentionCall]:
+    cache, call = parse(*tensors, **options)
+    check_decode(op, tensors[0], tensors[3], tensors[4], cache, call)
+    check_values(op, cache)
+    return cache, call
+
+
+def _refuse_gradients(op: str, tensors: Tensors) -> None:
+    for name, x in zip(("q", "k_cache", "v_cache", "k", "v"), tensors):
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{op} is for inference, got {name} that requires grad")
+
+
+def _lengths(op: str, cache_seqlens: int, q: Tensor) -> Tensor:
+    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
+        raise TypeError(
+            f"{op}: cache_seqlens must be an int or a Tensor, got {type(cache_seqlens).__name__}"
+        )
+    if not 0 <= cache_seqlens < 2**31:
+        raise ValueError(
+            f"{op}: cache_seqlens must be between 0 and the cache's slots, got {cache_seqlens}"
+        )
+    if not isinstance(q, Tensor):
+        raise TypeError(f"{op}: q must be a Tensor, got {type(q).__name__}")
+    return torch.full(q.shape[:1], cache_seqlens, dtype=torch.int32, device=q.device)
+
+
+def backends() -> dict[str, str]:
+    """What each backend says of itself here: "available", or why it is not."""
+    return {name: _backends.missing(name) or "available" for name in BACKENDS}

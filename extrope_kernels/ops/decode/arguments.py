@@ -1,0 +1,208 @@
+"""Where cached keys and values lie, and what a call on them may be given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...scores import UNROTATED
+from .._shared.attention_call import AttentionCall
+from .._shared.attention_checks import check_call, check_rope
+from .._shared.checks import DTYPES
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys, rotated to their stored position, and values of every sequence."""
+
+    k: Tensor  # (batch, max_len, heads_k, head_dim), or (pages, page_size, ...) with block_table
+    v: Tensor
+    seqlens: Tensor  # (batch,) int32: slots in use, the left padding among them
+    block_table: Tensor | None = None  # (batch, max_pages) int32
+    leftpad: Tensor | None = None  # (batch,) int32: the slot of position 0
+    appended: int = 0  # tokens that are written by this call, to be added to seqlens
+
+    @property
+    def capacity(self) -> int:
+        """How many slots a sequence has."""
+        pages = 1 if self.block_table is None else self.block_table.shape[1]
+        return pages * self.k.shape[1]
+
+    def lengths(self) -> Tensor:
+        """(batch,) int64: the number of keys of each sequence."""
+        ends = self.seqlens.long() + self.appended
+        return ends if self.leftpad is None else ends - self.leftpad
+
+    def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of the first two dimensions of k and v for (batch, n) slots."""
+        sequence = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        if self.block_table is None:
+            return sequence, slots
+        page_size = self.k.shape[1]
+        return self.block_table[sequence, slots // page_size].long(), slots % page_size
+
+
+def parse(
+    q,
+    k_cache,
+    v_cache,
+    k,
+    v,
+    inv_freq,
+    cache_seqlens,
+    block_table=None,
+    cache_leftpad=None,
+    log_decay=None,
+    **options,
+) -> tuple[KVCache, AttentionCall]:
+    """The classes that implementations take, from the arguments of `decode`."""
+    appended = k.shape[1] if isinstance(k, Tensor) and k.dim() > 1 else 0
+    cache = KVCache(k_cache, v_cache, cache_seqlens, block_table, cache_leftpad, appended)
+    return cache, AttentionCall(inv_freq, None, log_decay, **options)
+
+
+def parse_append(
+    k_cache, v_cache, k, v, *rope_args, stored, **options
+) -> tuple[KVCache, AttentionCall]:
+    """The same from the arguments of `append`: a call without a region."""
+    regions = {"starts": (), "granularity": 1, "maps": stored}
+    return parse(None, k_cache, v_cache, k, v, *rope_args, **regions, **options)
+
+
+def check_decode(
+    op: str,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache: KVCache,
+    call: AttentionCall,
+) -> None:
+    """Raise ValueError or TypeError that names the argument, for what has no meaning."""
+    if (k is None) != (v is None):
+        given = "v" if k is None else "k"
+        raise ValueError(f"{op}: k and v must be given together, got {given} alone")
+    _check_rows(op, "q", q, None)
+    _check_cache(op, cache, q)
+    heads_q, heads_k = q.shape[2], cache.k.shape[2]
+    if heads_k == 0 or heads_q % heads_k:
+        raise ValueError(f"{op}: k_cache's heads must divide q's {heads_q} heads, got {heads_k}")
+    if k is not None:
+        _check_new(op, k, v, cache)
+        if k.shape[:2] != q.shape[:2]:
+            raise ValueError(
+                f"{op}: k must have q's batch and seqlen {tuple(q.shape[:2])}, "
+                f"got {tuple(k.shape[:2])}"
+            )
+    check_call(op, call, q, q.shape[0])
+
+
+def check_append(op: str, k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:
+    """The same for keys and values that are to be written into the cache."""
+    _check_rows(op, "k", k, None)
+    _check_cache(op, cache, k)
+    _check_new(op, k, v, cache)
+    check_rope(op, call, k, k.shape[0])
+    if len(call.maps) != len(UNROTATED):
+        raise ValueError(f"{op}: stored must be {len(UNROTATED)} numbers, got {len(call.maps)}")
+
+
+def _check_new(op: str, k: Tensor, v: Tensor, cache: KVCache) -> None:
+    for label, x in (("k", k), ("v", v)):
+        _check_rows(op, label, x, cache.k)
+        if x.shape != k.shape:
+            raise ValueError(f"{op}: v must have k's shape {tuple(k.shape)}, got {tuple(x.shape)}")
+    if k.shape[2] != cache.k.shape[2]:
+        raise ValueError(f"{op}: k must have k_cache's {cache.k.shape[2]} heads, got {k.shape[2]}")
+    for label, x in (("k_cache", cache.k), ("v_cache", cache.v)):
+        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
+            raise ValueError(
+                f"{op}: {label} must not be expanded to be written to, got strides {x.stride()}"
+            )
+
+
+def check_values(op: str, cache: KVCache) -> None:
+    """What only the values of the integer tensors show: on a CPU, where looking costs nothing."""
+    if cache.seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    ends = cache.seqlens.long() + cache.appended
+    if ends.numel() and not (ends.min() >= cache.appended and ends.max() <= cache.capacity):
+        raise ValueError(
+            f"{op}: cache_seqlens must be between 0 and the cache's {cache.capacity} slots"
+            + (f", {cache.appended} new tokens included" if cache.appended else "")
+            + f", got {cache.seqlens.tolist()}"
+        )
+    if cache.leftpad is not None and cache.leftpad.numel() and cache.leftpad.min() < 0:
+        raise ValueError(f"{op}: cache_leftpad must be >= 0, got {cache.leftpad.tolist()}")
+    if cache.block_table is None:
+        return
+    pages = torch.arange(cache.block_table.shape[1])
+    used = cache.block_table[pages * cache.k.shape[1] < ends[:, None]]
+    if used.numel() and not (used.min() >= 0 and used.max() < cache.k.shape[0]):
+        raise ValueError(
+            f"{op}: block_table must name pages between 0 and {cache.k.shape[0] - 1}, "
+            f"got {used.tolist()}"
+        )
+
+
+def _check_cache(op: str, cache: KVCache, x: Tensor) -> None:
+    """x: (batch, tokens, heads, head_dim), queries or new keys."""
+    batch, paged = x.shape[0], cache.block_table is not None
+    _check_rows(op, "k_cache", cache.k, x)
+    _check_rows(op, "v_cache", cache.v, x)
+    if cache.v.shape != cache.k.shape:
+        raise ValueError(
+            f"{op}: v_cache must have k_cache's shape {tuple(cache.k.shape)}, "
+            f"got {tuple(cache.v.shape)}"
+        )
+    if cache.k.shape[3] != x.shape[3] or not (paged or cache.k.shape[0] == batch):
+        expected = ("num_blocks, block_size" if paged else f"{batch}, max_len") + ", heads_k"
+        raise ValueError(
+            f"{op}: k_cache must be ({expected}, {x.shape[3]}), got {tuple(cache.k.shape)}"
+        )
+    _check_ints(op, "cache_seqlens", cache.seqlens, (batch,), x)
+    if cache.leftpad is not None:
+        _check_ints(op, "cache_leftpad", cache.leftpad, (batch,), x)
+    if paged:
+        _check_ints(op, "block_table", cache.block_table, (batch, None), x)
+        if cache.k.shape[1] == 0:
+            raise ValueError(f"{op}: k_cache must have a block_size >= 1, got 0")
+
+
+def _check_rows(op: str, label: str, x: Tensor, like: Tensor | None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {label} must be a Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{op}: {label} must have 4 dimensions, got shape {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f"{op}: {label} must be float32, bfloat16, float16 or float64, got {x.dtype}"
+        )
+    if like is not None and (x.dtype != like.dtype or x.device != like.device):
+        raise ValueError(
+            f"{op}: {label} must be {like.dtype} on {like.device} like the other tensors, "
+            f"got {x.dtype} on {x.device}"
+        )
+    if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel() > 0:
+        raise ValueError(
+            f"{op}: {label} must be contiguous in its last dimension, got strides {x.stride()}"
+        )
+
+
+def _check_ints(
+    op: str, label: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {label} must be a Tensor, got {type(x).__name__}")
+    fits = x.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape))
+    if x.dtype != torch.int32 or not fits or x.device != like.device:
+        wanted = ", ".join("max_blocks" if n is None else str(n) for n in shape)
+        raise ValueError(
+            f"{op}: {label} must be int32 ({wanted}{',' * (len(shape) == 1)}) on {like.device}, "
+            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+        )
+    if x.numel() and x.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: {label} must be contiguous in its last dimension, got strides {x.stride()}"
+        )

@@ -1,0 +1,57 @@
+"""LEX's blockwise causal attention over a key/value cache."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import scores
+from ...methods import RopeFreqs
+from .._shared.attention_call import score_of
+from .api import attend_with_kvcache
+
+_NAME = "blockwise_causal_attention_with_kvcache"
+
+
+def blockwise_causal_attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    freqs: RopeFreqs,
+    *,
+    cache_seqlens: Tensor | int,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    block_table: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_size: int,
+    softmax_scale: float | None = None,
+    log_n: float | None = None,
+    interleaved: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`blockwise_causal_attention` of a sequence's last tokens over a cache, at inference.
+
+    The cache holds each key once, rotated to its position within its half block, where XPOS's
+    amplitudes (freqs.log_decay) stay finite at any length. block_size: as for
+    `blockwise_causal_attention`, the same in every call on one cache. Everything else as in
+    `rerope_attention_with_kvcache`.
+    """
+    return attend_with_kvcache(
+        score_of(_NAME, scores.blockwise_causal, block_size),
+        q,
+        k_cache,
+        v_cache,
+        freqs,
+        cache_seqlens=cache_seqlens,
+        k=k,
+        v=v,
+        block_table=block_table,
+        cache_leftpad=cache_leftpad,
+        softmax_scale=softmax_scale,
+        log_n=log_n,
+        interleaved=interleaved,
+        return_lse=return_lse,
+        backend=backend,
+        op=_NAME,
+    )

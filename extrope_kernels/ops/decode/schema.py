@@ -1,0 +1,94 @@
+"""The ops `decode` and `append`: schemas, fakes, and who runs them.
+
+They know regions and position maps, never a score method. Both run what is best on the tensors'
+device (csrc/cpu/decode on a CPU, Triton on a GPU), `decode_triton` and `append_triton` the Triton
+kernels alone.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .._shared.attention_call import SCHEMA
+from .._shared.attention_checks import check_head_dim
+from .._shared.autograd import refuse_backward
+from .._shared.library import library, load_on_first_use
+from . import reference
+from .arguments import check_append, check_decode, check_values, parse, parse_append
+
+_CACHE = (
+    "Tensor inv_freq, Tensor cache_seqlens, Tensor? block_table=None, "
+    "Tensor? cache_leftpad=None, Tensor? log_decay=None, *"
+)
+# With k and v, these are written into the cache first.
+_DECODE = (
+    "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
+    f"{_CACHE}, {SCHEMA}) -> (Tensor out, Tensor lse)"
+)
+# stored: the map that keys are rotated by.
+_APPEND = (
+    "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
+    f"{_CACHE}, float[] stored, bool interleaved=False) -> ()"
+)
+
+
+def _decode_fake(q, k_cache, v_cache, k, v, *rope_args, **options):
+    check_decode("decode", q, k, v, *parse(q, k_cache, v_cache, k, v, *rope_args, **options))
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, seqlen_q, heads_q, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads_q, seqlen_q), dtype=wide)
+
+
+def _append_fake(k_cache, v_cache, k, v, *rope_args, **options):
+    check_append("append", k, v, *parse_append(k_cache, v_cache, k, v, *rope_args, **options))
+
+
+def _decode(implementation, q, k_cache, v_cache, k, v, *rope_args, **options):
+    cache, call = parse(q, k_cache, v_cache, k, v, *rope_args, **options)
+    check_decode("decode", q, k, v, cache, call)
+    check_values("decode", cache)
+    return _run(implementation, "decode", q).decode(q, k, v, cache, call)
+
+
+def _append(implementation, k_cache, v_cache, k, v, *rope_args, **options):
+    cache, call = parse_append(k_cache, v_cache, k, v, *rope_args, **options)
+    check_append("append", k, v, cache, call)
+    check_values("append", cache)
+    _run(implementation, "append", k).append(k, v, cache, call)
+
+
+def _run(implementation: str, op: str, x: Tensor):
+    """The module that computes."""
+    if implementation == "reference":
+        return reference
+    check_head_dim(op, x)
+    from .triton import launch
+
+    return launch
+
+
+def _define() -> None:
+    ops = {
+        "decode": (_DECODE, _decode_fake, _decode),
+        "append": (_APPEND, _append_fake, _append),
+    }
+    for suffix, keys in {"": (), "_triton": ("CPU", "CUDA")}.items():
+        for op, (schema, fake, kernel) in ops.items():
+            library.define(op + suffix + schema, tags=(torch.Tag.needs_fixed_stride_order,))
+            torch.library.register_fake(f"extrope::{op}{suffix}", fake, lib=library)
+            for key in keys:  # on a CPU: the interpreter
+                library.impl(op + suffix, functools.partial(kernel, "triton"), key)
+        decode = getattr(torch.ops.extrope, f"decode{suffix}").default
+        refuse_backward(library, decode, "decode: is for inference and has no gradient")
+    load_on_first_use(
+        {
+            device: {op: functools.partial(ops[op][2], implementation) for op in ops}
+            for device, implementation in (("cpu", "reference"), ("cuda", "triton"))
+        }
+    )
+
+
+_define()

@@ -1,0 +1,95 @@
+"""permuteformer_step: from state to state, a token or more at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_linear_attention import make
+
+from extrope_kernels import PermuteFormerState, permuteformer_attention, permuteformer_step
+from extrope_kernels.testing import assert_within_budget, device
+
+FEW = 8  # on a CPU, more make up a chunk
+ON_CPU = pytest.mark.skipif(device() != "cpu", reason="Triton rounds more, and at infinity")
+
+
+@pytest.mark.parametrize("named", [None, "triton", "reference"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_steps_give_what_the_whole_does(named, normalize):
+    (q, k, v), permutations = make(2, 40)
+    arguments = {"permutations": permutations, "normalize": normalize, "backend": named}
+    arguments["decay"] = torch.tensor([0.9, 0.99]).to(device())
+    whole = permuteformer_attention(q, k, v, **arguments)
+    outs, state, first = [], None, 0
+    for end in (33, 34, 35, 40):
+        rows = slice(first, end)
+        out, state = permuteformer_step(
+            q[:, rows], k[:, rows], v[:, rows], state, positions=first, **arguments
+        )
+        outs.append(out)
+        first = end
+    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=2e-5, rtol=2e-5)
+    assert state.kv.shape == (2, 2, 16, 16) and state.kv.dtype == torch.float32
+
+
+def test_a_step_leaves_the_state_that_it_is_given():
+    (q, k, v), permutations = make(1, 9)
+    _, state = permuteformer_step(q, k, v, permutations=permutations)
+    before = [x.clone() for x in state]
+    permuteformer_step(q[:, :1], k[:, :1], v[:, :1], state, permutations=permutations, positions=9)
+    assert all(torch.equal(a, b) for a, b in zip(state, before))
+
+
+@ON_CPU
+@pytest.mark.parametrize("tokens", [0, 1, FEW - 1, FEW, FEW + 1])
+@pytest.mark.parametrize("dim, value_dim", [(16, 16), (33, 17), (64, 72), (40, 128), (256, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_few_tokens(dtype, dim, value_dim, tokens):
+    """Of two sequences whose four states, two for each head of k, come from a float64 prompt."""
+    (q, k, v), permutations = make(2, 60 + tokens, dim=dim, value_dim=value_dim, dtype=dtype)
+    arguments = {
+        "permutations": permutations,
+        "decay": torch.tensor([0.5, 0.9, 0.99, 1.0]),
+    }
+    prompt = [x[:, :60].double() for x in (q, k, v)]
+    _, given = permuteformer_step(*prompt, backend="reference", **arguments)
+    rest = [x[:, 60:] for x in (q, k, v)]
+    arguments["positions"] = 60
+    start = PermuteFormerState(given.kv.float(), given.k.float())
+    found, wide = permuteformer_step(*rest, start, **arguments), [x.double() for x in rest]
+    same = permuteformer_step(*rest, start, backend="reference", **arguments)
+    begin = PermuteFormerState(start.kv.double(), start.k.double())
+    exact = permuteformer_step(*wide, begin, backend="reference", **arguments)
+    assert_within_budget("rows", found[0], same[0], exact[0])
+    for name in PermuteFormerState._fields:
+        assert_within_budget(name, *(getattr(x[1], name) for x in (found, same, exact)))
+
+
+@pytest.mark.parametrize("heads_q, heads_k", [(4, 2), (3, 1), (1, 1)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_first_tokens_without_a_state(normalize, heads_q, heads_k):
+    """Heads of q that share a state, which starts from zero."""
+    (q, k, v), permutations = make(3, 5, heads_q, heads_k, dim=24, value_dim=40)
+    arguments = {"permutations": permutations, "normalize": normalize}
+    same = permuteformer_step(q, k, v, backend="reference", **arguments)
+    exact = permuteformer_step(*(x.double() for x in (q, k, v)), backend="reference", **arguments)
+    found = permuteformer_step(q, k, v, **arguments)
+    assert_within_budget("rows", found[0], same[0], exact[0])
+    for a, b, c in zip(found[1], same[1], exact[1]):
+        assert_within_budget("state", a, b, c)
+
+
+@ON_CPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("name", PermuteFormerState._fields)
+def test_states_that_are_not_finite(name, tokens, dtype):
+    """phi is nowhere zero: infinite times eps is infinite."""
+    (q, k, v), permutations = make(1, tokens, 1, 1, dim=64, value_dim=64, dtype=dtype)
+    arguments = {"permutations": permutations, "positions": 9}
+    _, state = permuteformer_step(q, k, v, permutations=permutations)
+    getattr(state, name).view(-1)[3] = torch.inf
+    out, _ = permuteformer_step(q, k, v, state, **arguments)
+    wide = PermuteFormerState(state.kv.double(), state.k.double())
+    exact, _ = permuteformer_step(*(x.double() for x in (q, k, v)), wide, **arguments)
+    assert torch.equal(out.isnan(), exact.isnan()) and torch.equal(out.isinf(), exact.isinf())

@@ -1,0 +1,110 @@
+"""Every Python block of README.md and docs/ runs, page by page, and every link leads somewhere.
+
+Blocks of a page share their names and run in order, in a folder that has a tiny Llama at
+path/to/model. One that cannot run here follows a line `<!-- skip: why -->`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import readme
+import torch
+
+import extrope_kernels
+from extrope_kernels import methods, positions, scores
+
+ROOT = Path(__file__).parents[2]
+PAGES = readme.pages(ROOT)
+BLOCK = re.compile(r"(<!-- skip: [^\n]+ -->\n+)?^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> list[str]:
+    """Those that run, each with empty lines in front, so that errors name the page's own lines."""
+    text = page.read_text()
+    found = (block for block in BLOCK.finditer(text) if not block[1])
+    return ["\n" * text.count("\n", 0, block.start(2)) + block[2] for block in found]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where blocks run."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("docs")
+    transformers.LlamaForCausalLM(config).save_pretrained(path / "path" / "to" / "model")
+    return path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
+def test_the_blocks_of_a_page_run(page, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    torch.manual_seed(0)
+    names: dict[str, object] = {"__name__": "page"}
+    for block in blocks(page):
+        exec(compile(block, name(page), "exec"), names)
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name
+)
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(BLOCK.sub("", page.read_text())):
+        url = urlsplit(link)
+        if url.scheme:
+            assert url.scheme == "https" and url.netloc, link
+        elif url.path:
+            assert (page.parent / url.path).exists(), link
+
+
+def test_figures_are_those_of_the_measured_files():
+    """Or run python bench/readme.py."""
+    made = readme.figures(readme.RESULTS)
+    stale = [name(page) for page in PAGES if readme.filled(page, ROOT, made) != page.read_text()]
+    assert not stale
+    assert (readme.RESULTS / "README.md").read_text() == readme.everything(readme.RESULTS)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_every_public_name_has_its_place_in_the_api():
+    api = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    placed = {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)$", api, re.MULTILINE)}
+    rooms = {"methods", "positions", "scores"}
+    public = {*extrope_kernels.__all__, *positions.__all__, *scores.__all__, *methods.__all__}
+    assert public - rooms - {"METHODS", "SCORES"} <= placed
+
+
+def test_every_op_that_is_named_exists():
+    named = re.findall(r"^\| `(\w+)`", (ROOT / "docs/api/ops.md").read_text(), re.MULTILINE)
+    assert len(named) > 10 and all(hasattr(torch.ops.extrope, op) for op in named)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in PAGES[1:]:
+        assert (tmp_path / page.relative_to(ROOT / "docs").with_suffix(".html")).exists()

@@ -1,0 +1,58 @@
+"""Every script of examples/ runs in a process of its own, and shows what it says it shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d+\.\d+(?:e-?\d+)?", text)]
+
+
+def run(script: str, *arguments: str) -> str:
+    """What a script prints. One thread: the models are tiny, and other tests run beside it."""
+    paths = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_extend_and_generate():
+    pytest.importorskip("transformers")
+    plain, *methods, restored = run("extend_and_generate.py").splitlines()[1:]
+    tokens = {line.partition(": ")[2] for line in (plain, *methods[::2])}
+    assert len(methods) == 8 and len(tokens) == 5  # every method has an effect of its own
+    assert set(methods[1::2]) == {"    without a cache: the same tokens"}
+    assert restored == "restored: the same tokens"
+
+
+def test_train_with_rope_fwd():
+    first, *_, last = numbers(run("train_with_rope_fwd.py"))
+    assert first > 2.5 and last < 0.1  # ln 16 = 2.8 for a guess
+
+
+@pytest.mark.parametrize("method", ("yarn", "rerope"))
+def test_finetune_longer(method):
+    pytest.importorskip("transformers")
+    trained, extended, tuned = map(numbers, run("finetune_longer.py", method).splitlines())
+    assert trained[-1] > extended[-1] > tuned[-1]
+
+
+def test_own_score():
+    output, gradient = numbers(run("own_score.py"))
+    assert output < 1e-5 and gradient < 1e-4
+
+
+def test_all_are_tested():
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert {script.stem for script in EXAMPLES.glob("*.py")} == tested - {"all_are_tested"}

@@ -1,0 +1,189 @@
+"""The build on first use: its cache, what it compiles again, and what it says when it fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from builds import (
+    CPU,
+    LOAD,
+    compile_times,
+    copy_checkout,
+    foreign_symbols,
+    load,
+    needs_compiler,
+    start,
+)
+
+from extrope_kernels import _build, _ext
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkout")
+    copy_checkout(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(checkout, tmp_path_factory) -> Path:
+    """A cache that two processes filled at once."""
+    folder = tmp_path_factory.mktemp("cache")
+    env = {"EXTROPE_CACHE_DIR": str(folder), "PYTHONPATH": str(checkout)}
+    processes = [start(LOAD, **env) for _ in range(2)]
+    results = [process.communicate(timeout=300) for process in processes]
+    for (out, err), process in zip(results, processes, strict=True):
+        assert process.returncode == 0, err
+        assert out.startswith("None\n"), out
+    assert sum("building the cpu library" in err for _, err in results) == 1
+    return folder
+
+
+def entry(cache: Path) -> Path:
+    (folder,) = cache.glob("cpu-*")
+    return folder
+
+
+def headers(csrc: Path, source: str) -> set[str]:
+    """What a source includes of ours, by way of others too."""
+    named = set(re.findall(r'^#include "(.+)"', (csrc / source).read_text(), re.M))
+    return named.union(*(headers(csrc, name) for name in named))
+
+
+@needs_compiler
+def test_two_processes_leave_one_library(cache):
+    assert sorted(path.name for path in entry(cache).iterdir() if path.name != "lock") == [
+        CPU.removesuffix("so") + "sha256",
+        CPU,
+        "build.log",
+    ]
+
+
+@needs_compiler
+def test_cached_library_is_loaded_again(cache):
+    assert load(EXTROPE_CACHE_DIR=str(cache)) == ("None", str(entry(cache) / CPU))
+
+
+@needs_compiler
+def test_an_edited_header_compiles_what_includes_it(checkout, cache, tmp_path):
+    shutil.copytree(cache, tmp_path / "cache")
+    (work_dir,) = (tmp_path / "cache").glob("build-cpu-*")
+    before = compile_times(work_dir)
+    name = "common/permute_params.h"
+    header = checkout / "csrc" / name
+    text = header.read_text()
+    try:
+        header.write_text(f"{text}// edited\n")
+        os.utime(header, (0, 0))  # an installer may date what it brings before our objects
+        env = {"EXTROPE_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(checkout)}
+        reason, path = load(**env)
+    finally:
+        header.write_text(text)
+    assert reason == "None" and Path(path).parent.name != entry(cache).name
+    sources = {
+        target: command[-1].removeprefix("csrc/")
+        for target, command in _build.plan("cpu").objects.items()
+    }
+    includers = {t for t, source in sources.items() if name in headers(header.parents[1], source)}
+    assert 1 < len(includers) < len(before)
+    after = compile_times(work_dir)
+    assert {target for target in after if after[target] != before[target]} == includers
+
+
+@needs_compiler
+def test_only_stable_symbols(cache):
+    library = entry(cache) / CPU
+    assert not foreign_symbols(library)
+    dynamic = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
+    assert [name for name in needed if "torch" in name or "c10" in name] == ["libtorch_cpu.so"]
+    assert not re.search(r"RPATH|RUNPATH", dynamic)
+
+
+@needs_compiler
+def test_damaged_cache_is_rebuilt(cache, monkeypatch, tmp_path):
+    good = (entry(cache) / CPU).read_bytes()
+    shutil.copytree(entry(cache), tmp_path / "entry")
+    library = tmp_path / "entry" / CPU
+    library.write_bytes(good[:5000])
+    monkeypatch.setattr(_build, "build", lambda name, output, *_: output.write_bytes(good))
+    assert not _ext._intact(library)
+    _ext._build_locked("cpu", library)
+    assert _ext._intact(library) and library.read_bytes() == good
+
+
+@needs_compiler
+def test_unwritable_cache_falls_back_to_temporary_folder(cache, tmp_path):
+    (tmp_path / "file").touch()
+    private = tmp_path / f"extrope_kernels-{os.getuid()}"
+    shutil.copytree(cache, private)
+    private.chmod(0o700)
+    env = {"EXTROPE_CACHE_DIR": str(tmp_path / "file" / "cache"), "TMPDIR": str(tmp_path)}
+    assert load(**env) == ("None", str(entry(private) / CPU))
+    private.chmod(0o777)  # anyone could have put the library there
+    reason, _ = load(**env)
+    assert reason.startswith("no cache folder can be used: ") and "others can write" in reason
+
+
+@needs_compiler
+def test_full_disk_is_one_line(monkeypatch, tmp_path):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("EXTROPE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(_ext, "_temporary_dir", lambda: tmp_path / "temporary")
+    monkeypatch.setattr(_build, "build", full)
+    with pytest.raises(_build.BuildError, match="No space left on device") as error:
+        _ext._load_cached("cpu")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("**/*.new"))
+
+
+def test_no_compiler_is_one_line(tmp_path):
+    reason, _ = load(EXTROPE_CACHE_DIR=str(tmp_path), PATH="/nonexistent", CXX="")
+    assert reason == "no C++ compiler found (c++, g++, clang++)"
+
+
+def test_failing_compiler_is_one_line_with_a_log(tmp_path):
+    compiler = tmp_path / "broken"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho x.cpp:1: error: out of luck\nexit 1\n'
+    )
+    compiler.chmod(0o755)
+    reason, _ = load(EXTROPE_CACHE_DIR=str(tmp_path / "cache"), CXX=str(compiler))
+    log = entry(tmp_path / "cache") / "build.log"
+    assert reason == f"broken failed: x.cpp:1: error: out of luck (log: {log})"
+    assert "-std=" in log.read_text()
+
+
+def test_jit_turned_off(tmp_path):
+    reason, _ = load(EXTROPE_CACHE_DIR=str(tmp_path), EXTROPE_JIT="0")
+    assert reason == "not in the package, and EXTROPE_JIT=0 forbids to build it"
+    assert not list(tmp_path.iterdir())
+
+
+def test_rotation_works_without_a_library(tmp_path):
+    code = (
+        "import torch, extrope_kernels as e; x = torch.ones(1, 3, 2, 8)\n"
+        "y = e.apply_rope(x, e.methods.rope(8)); print(y.shape == x.shape)"
+    )
+    process = start(code, EXTROPE_CACHE_DIR=str(tmp_path), EXTROPE_JIT="0")
+    out, err = process.communicate(timeout=60)
+    assert out == "True\n", err
+
+
+def test_load_rejects_unknown_library():
+    with pytest.raises(ValueError, match="load: name must be one of"):
+        _ext.load("tpu")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
+def test_cuda_library_says_why_not():
+    assert _ext.load("cuda") == "this torch is built without CUDA"

@@ -1,0 +1,125 @@
+"""CONTRIBUTING's recipes, followed to the letter in a copy: they are all that there is to do."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEP = re.compile(r"^\d\. `(?P<path>[^`]+)`|^```(?P<kind>\w+)\n(?P<text>.*?)^```", re.M | re.S)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what a recipe may change; the C++ library is that of the same sources."""
+    unused = shutil.ignore_patterns("__pycache__", "results")
+    for folder in ("extrope_kernels", "tests", "bench"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=unused)
+    (tmp_path / "csrc").symlink_to(ROOT / "csrc")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def steps(title):
+    """(path, kind of code block, its text) of every block of a section."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    path = None
+    for found in STEP.finditer(section):
+        path = found["path"] or path
+        if found["kind"]:
+            yield path, found["kind"], found["text"]
+
+
+def follow(title, checkout):
+    """Write the new files and change the old ones; return the paths of both."""
+    created, changed = [], []
+    for path, kind, text in steps(title):
+        file = checkout / path
+        if kind == "diff":
+            changed.append(path)
+            old = "".join(line[1:] for line in text.splitlines(True) if line[:1] == " ")
+            new = "".join(line[1:] for line in text.splitlines(True))
+            assert file.read_text().count(old) == 1, f"{path} has no place for\n{text}"
+            file.write_text(file.read_text().replace(old, new))
+        elif kind == "sh":
+            before = {file for file in checkout.rglob("*.py")}
+            subprocess.run(["sh", "-ec", text], cwd=checkout, check=True)
+            made = set(checkout.rglob("*.py")) - before
+            created += sorted(file.relative_to(checkout).as_posix() for file in made)
+        else:
+            assert not file.exists(), f"{path} is there already"
+            created.append(path)
+            file.write_text(text)
+    return created, sorted(set(changed))
+
+
+def passed(checkout, words, *files):
+    """How many tests passed of those that are about `words`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", words, *files],
+        cwd=checkout,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+ROTATED = """
+import pytest, torch
+from extrope_kernels import apply_rope, methods
+from extrope_kernels.testing import device
+
+def test_slow_half_is_what_backends_rotate_by(backend):
+    freqs, x = methods.slow_half(64, factor=4.0).to(device()), torch.randn(1, 9, 2, 64).to(device())
+    got, want = (apply_rope(x, freqs, backend=name) for name in (backend, "reference"))
+    torch.testing.assert_close(got, want)
+    assert not torch.allclose(got, apply_rope(x, methods.rope(64).to(device())))
+"""
+
+
+def test_a_method_is_one_file_and_three_entries(checkout):
+    created, changed = follow("Add a method", checkout)
+    assert created == ["extrope_kernels/methods/slow_half.py"]
+    assert changed == [
+        "extrope_kernels/methods/__init__.py",
+        "tests/support/data/method_vectors.json",
+        "tests/support/method_examples.py",
+    ]
+    (checkout / "tests/rope/test_slow_half.py").write_text(ROTATED)
+    tests = (
+        "tests/methods",
+        "tests/rope/test_slow_half.py",
+        "tests/package/test_method_table.py",
+        "tests/package/test_wrong_arguments.py",
+        "tests/transformers/test_transformers_parity.py",
+    )
+    assert passed(checkout, "slow_half or cover or every_method or public", *tests) > 40
+
+
+def test_a_score_method_is_one_file_its_public_functions_and_a_row(checkout):
+    created, changed = follow("Add a score method", checkout)
+    assert created == [
+        "extrope_kernels/scores/apart.py",
+        "extrope_kernels/ops/attention/apart.py",
+        "extrope_kernels/ops/decode/apart.py",
+    ]
+    assert changed == [
+        "extrope_kernels/__init__.py",
+        "extrope_kernels/ops/attention/__init__.py",
+        "extrope_kernels/ops/decode/__init__.py",
+        "extrope_kernels/scores/__init__.py",
+        "tests/support/attention_oracle.py",
+    ]
+    tests = (
+        "tests/scores",
+        "tests/attention/test_scores_attention.py",
+        "tests/package/test_method_table.py",
+        "tests/package/test_wrong_arguments.py",
+    )
+    assert passed(checkout, "apart or every or public", *tests) > 40
