@@ -214,7 +214,7 @@ def test_refuses_models_it_cannot_extend(monkeypatch, model, message):
             "self_extend",
             {"window": 9, "factor": 2},
             ValueError,
-            "self_extend: window must be a multiple of factor 2 when grouped, got 9",
+            "self_extend: grouped needs a window that is a multiple of factor 2, got 9",
         ),
         (
             "dual_chunk",
