@@ -95,13 +95,13 @@ class Inputs:
     def turn_keys(self, k: Tensor, by: Tensor, inv_freq: Tensor, dtype=None) -> Tensor:
         decay = self.freqs.log_decay
         decay = None if decay is None else -decay
-        return turn(k, by[:, None], inv_freq, self.call["interleaved"], dtype, decay)
+        return rotate(k, by[:, None], inv_freq, self.call["interleaved"], dtype, decay)
 
     def turn_queries(self, q: Tensor, to: Tensor, inv_freq: Tensor, dtype=None) -> Tensor:
         dims = 2 * inv_freq.shape[-1]
         loud = q[..., :dims] * self.freqs.attention_factor**2
         q = torch.cat((loud, q[..., dims:]), -1)
-        return turn(q, to, inv_freq, self.call["interleaved"], dtype, self.freqs.log_decay)
+        return rotate(q, to, inv_freq, self.call["interleaved"], dtype, self.freqs.log_decay)
 
 
 def make(case: Case) -> Inputs:
@@ -153,7 +153,9 @@ def index(inputs: Inputs, sequence: int, slots) -> tuple[Tensor, Tensor]:
     return table[sequence].long()[slots // size], slots % size
 
 
-def turn(x: Tensor, position: Tensor, inv_freq: Tensor, interleaved: bool, dtype=None, decay=None):
+def rotate(
+    x: Tensor, position: Tensor, inv_freq: Tensor, interleaved: bool, dtype=None, decay=None
+):
     """x (..., head_dim) in float64 rotated to positions (...), rounded to dtype."""
     angle = position[..., None] * inv_freq.double()
     cos, sin = angle.cos(), angle.sin()

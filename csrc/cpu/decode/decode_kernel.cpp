@@ -159,7 +159,7 @@ class Worker {
       for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
         if (frames_[r].keys) rotate_queries(r, frames_[r].keys->start_block(inv_freq_, j, count));
       }
-      // All heads of a block in turn: in the usual layout they are neighbours in memory.
+      // All heads of a block, one after another: they usually are neighbours in memory.
       for (head_ = 0; head_ < p_.cache.heads; ++head_) {
         switch (at_once_) {
           case 1:

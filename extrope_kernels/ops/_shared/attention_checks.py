@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from ...scores import PositionMap
 from .attention_call import AttentionCall
 from .checks import check_real, refuse_flags
 
-_NUMBERS_OF_MAP = 5
+_NUMBERS_OF_MAP = len(PositionMap._fields)
 
 
 def check_call(op: str, call: AttentionCall, q: Tensor, sequences: int) -> None:
