@@ -22,8 +22,14 @@ def missing(backend: str, device: str | None = None) -> str | None:
 missing._dynamo_marked_constant = True
 
 
+_found: set[tuple] = set()  # what require has let pass
+
+
 def require(op: str, backend: str, known: tuple[str, ...], device: str, why=missing) -> None:
     """Raise when a named backend is unknown, or cannot run on tensors of `device`."""
+    asked = (op, backend if isinstance(backend, str) else None, device, why)
+    if asked in _found:
+        return
     if backend not in known:
         raise ValueError(f"{op}: backend must be None or one of {list(known)}, got {backend!r}")
     needs = {"cpu": "cpu", "cuda": "cuda"}.get(backend, device)
@@ -33,6 +39,7 @@ def require(op: str, backend: str, known: tuple[str, ...], device: str, why=miss
         )
     if reason := why(backend, device):
         raise NotImplementedError(f"{op}: backend {backend!r} cannot run here: {reason}")
+    _found.add(asked)
 
 
 def _missing_triton(device: str) -> str | None:
@@ -40,6 +47,8 @@ def _missing_triton(device: str) -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return "triton is not installed (pip install triton)"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    # With a chip named, whoever gave Triton a driver for it says what a launch does.
+    elsewhere = os.environ.get("TRITON_INTERPRET") == "1" or "EXTROPE_TRITON_CHIP" in os.environ
+    if device == "cpu" and not elsewhere:
         return "Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels on a CPU"
     return None

@@ -11,6 +11,8 @@ from torch import Tensor
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 Result = TypeVar("Result")
+# As kernels, compiled or not, and PyTorch itself refuse.
+REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -118,10 +120,15 @@ def explained(
         return run()
     try:
         return run()
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except REFUSALS as error:
         check()
-        ours = isinstance(error, RuntimeError) and str(error).startswith(f"{op}: ")
-        if ours and not isinstance(error, NotImplementedError):
-            refusal = str(error).splitlines()[0].removeprefix(op)
-            raise ValueError((told_as or op) + refusal) from None
+        retell(error, op, told_as)
         raise
+
+
+def retell(error: Exception, op: str, told_as: str | None = None) -> None:
+    """Raise what a kernel of `op` refused as the ValueError of `told_as`."""
+    ours = isinstance(error, RuntimeError) and str(error).startswith(f"{op}: ")
+    if ours and not isinstance(error, NotImplementedError):
+        refusal = str(error).splitlines()[0].removeprefix(op)
+        raise ValueError((told_as or op) + refusal) from None

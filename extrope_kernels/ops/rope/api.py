@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from .._shared.backends import missing, require
-from .._shared.checks import explained, refuse_flags, split_offset
+from .._shared.checks import REFUSALS, refuse_flags, retell, split_offset
 from . import reference
 from .checks import check
 from .decay import check_decay
@@ -110,22 +110,36 @@ def _rotate(
         raise TypeError(f"rope: freqs must be a RopeFreqs, got {type(freqs).__name__}")
     if not (type(interleaved) is type(inverse) is type(inplace) is bool):
         refuse_flags("rope", interleaved=interleaved, inverse=inverse, inplace=inplace)
-    positions, offset = split_offset("rope", positions)
+    # What follows is kept flat, and every argument that is not needed left out: on a short sequence
+    # the call costs more than the rotation.
+    options: Options = {}
+    if positions is not None and not isinstance(positions, Tensor):
+        positions, options["offset"] = split_offset("rope", positions)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
-    rope_args: RopeArgs = (freqs.inv_freq,)  # every argument costs the dispatcher time
+    rope_args: RopeArgs = (freqs.inv_freq,)
     if not (positions is cu_seqlens is freqs.log_decay is None):
         rope_args = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay)
         if freqs.axes is not None and positions is not None:
             rope_args = (*rope_args, freqs.axes)
+    if freqs.attention_factor != 1.0:
+        options["attention_factor"] = freqs.attention_factor
+    if interleaved:
+        options["interleaved"] = True
+    if inverse:
+        options["inverse"] = True
     if freqs.log_decay is not None:
-        check_decay(freqs, q, positions, offset, packed=cu_seqlens is not None)
+        options["decay_origin"] = freqs.decay_origin
+        check_decay(freqs, q, positions, options.get("offset", 0), packed=cu_seqlens is not None)
     run = _inplace if inplace else _out_of_place
-    return explained(
-        "rope",
-        lambda: run(q, k, rope_args, _options(freqs, offset, interleaved, inverse), backend),
-        lambda: check(q, k, *rope_args, attention_factor=freqs.attention_factor),
-    )
+    if torch.compiler.is_compiling():
+        return run(q, k, rope_args, options, backend)
+    try:
+        return run(q, k, rope_args, options, backend)
+    except REFUSALS as error:
+        check(q, k, *rope_args, attention_factor=freqs.attention_factor)
+        retell(error, "rope")
+        raise
 
 
 def _wants_grad(q: Tensor, k: Tensor | None, inv_freq: Tensor) -> bool:
@@ -134,36 +148,19 @@ def _wants_grad(q: Tensor, k: Tensor | None, inv_freq: Tensor) -> bool:
     )
 
 
-def _options(freqs: RopeFreqs, offset: int, interleaved: bool, inverse: bool) -> Options:
-    """The options that differ from the op's defaults: every argument costs the dispatcher time."""
-    options: Options = {}
-    if freqs.attention_factor != 1.0:
-        options["attention_factor"] = freqs.attention_factor
-    if freqs.log_decay is not None:
-        options["decay_origin"] = freqs.decay_origin
-    if offset:
-        options["offset"] = offset
-    if interleaved:
-        options["interleaved"] = True
-    if inverse:
-        options["inverse"] = True
-    return options
-
-
 def _out_of_place(
     q: Tensor, k: Tensor | None, rope_args: RopeArgs, options: Options, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    suffix = "" if backend is None else _suffix(backend, q)
-    if suffix == "_reference":
-        out_q, out_k = reference.rope_fwd(q, k, *rope_args, **options)
+    op = _ops.rope_fwd
+    if backend is not None:
+        suffix = _suffix(backend, q)
+        op = reference.rope_fwd if suffix == "_reference" else getattr(_ops, f"rope_fwd{suffix}")
+    if _wants_grad(q, k, rope_args[0]) or backend == "reference" or torch.compiler.is_compiling():
+        out_q, out_k = op(q, k, *rope_args, **options)
     else:
-        op = _ops.rope_fwd if suffix == "" else _ops.rope_fwd_triton
-        if torch.compiler.is_compiling() or _wants_grad(q, k, rope_args[0]):
+        # Nothing to record: skip the Autograd kernel, which costs as much as a small rotation.
+        with torch._C._AutoDispatchBelowAutograd():
             out_q, out_k = op(q, k, *rope_args, **options)
-        else:
-            # Nothing to record: skip the Autograd kernel, which costs as much as a small rotation.
-            with torch._C._AutoDispatchBelowAutograd():
-                out_q, out_k = op(q, k, *rope_args, **options)
     return out_q, out_k if k is not None else None
 
 

@@ -7,12 +7,13 @@ Triton kernels alone.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .._shared.library import library, load_on_first_use
 from . import autograd, reference
-from .checks import refuse_overlap
 from .pairs import accumulator
 from .rotation import resolve
 
@@ -62,42 +63,19 @@ def _angle_grad(saved: Tensor | None, tensors, rotation) -> Tensor:
     return tensors[0].new_empty(shape, dtype=dtype)
 
 
-# -------------------------------------------------------------------------------------------------
-# Triton
+def _triton(name: str):
+    """The op's kernel, imported with Triton when it is first called."""
+
+    @functools.cache
+    def load():
+        from .triton import ops
+
+        return getattr(ops, name)
+
+    return lambda *args, **options: load()(*args, **options)
 
 
-def _fwd_triton(q, k, *rope_args, **options):
-    from .triton import rotate
-
-    tensors, rotation = resolve(q, k, *rope_args, adjoint=False, **options)
-    outs = [torch.empty_like(x) for x in tensors]
-    rotate(tensors, outs, None, None, rotation)
-    return outs[0].view_as(q), outs[1].view_as(k) if k is not None else q.new_empty(0)
-
-
-def _bwd_triton(grad_q, grad_k, q, k, *rope_args, **options):
-    from .triton import rotate
-
-    tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
-    outs = [torch.empty_like(x) for x in tensors]
-    angle_grad = _angle_grad(q, tensors, rotation)
-    saved = None
-    if q is not None:
-        saved = [x.view_as(grad) for x, grad in zip((q, k), tensors)]
-    rotate(tensors, outs, saved, angle_grad if saved else None, rotation)
-    dk = outs[1].view_as(grad_k) if grad_k is not None else grad_q.new_empty(0)
-    return outs[0].view_as(grad_q), dk, angle_grad
-
-
-def _inplace_triton(q, k, *rope_args, **options):
-    from .triton import rotate
-
-    tensors, rotation = resolve(q, k, *rope_args, adjoint=False, **options)
-    refuse_overlap(q, k)
-    rotate(tensors, tensors, None, None, rotation)
-
-
-_TRITON = {"rope_fwd": _fwd_triton, "rope_bwd": _bwd_triton, "rope_inplace": _inplace_triton}
+_TRITON = {name: _triton(name) for name in ("rope_fwd", "rope_bwd", "rope_inplace")}
 _REFERENCE = {
     "rope_fwd": reference.rope_fwd,
     "rope_bwd": reference.rope_bwd,

@@ -3,7 +3,7 @@
 A plan has all of a launch but its tensors and what changes from call to call. Its first launch goes
 the ordinary way, `kernel[grid](...)`, where Triton binds, specialises and compiles; later ones
 start what came of it. So whatever Triton specialises on, beside dtypes and alignment of pointers,
-must be settled in the plan, and of these `layout_of` tells.
+must be settled in the plan, and of these `layouts_of` tells.
 """
 
 from __future__ import annotations
@@ -30,11 +30,16 @@ def strides_of(x: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else n for size, n in zip(x.shape, x.stride(), strict=True))
 
 
-def layout_of(x: Tensor | None) -> Hashable:
-    """All of a tensor that a plan may depend on, but for its device."""
-    if x is None:
-        return None
-    return x.shape, x.stride(), x.dtype, x.data_ptr() % VECTOR_BYTES == 0
+def layouts_of(*tensors: Tensor | None) -> Hashable:
+    """All of these tensors that a plan may depend on."""
+    return tuple(
+        [
+            None
+            if x is None
+            else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % VECTOR_BYTES == 0)
+            for x in tensors
+        ]
+    )
 
 
 def chip_of(x: Tensor) -> int | str | None:
@@ -107,11 +112,11 @@ class Plan:
 
     def __call__(self, *given: Any) -> None:
         """Launch with the first parameters: tensors, and numbers that are not specialised."""
-        if self.device is not None and self.device != torch.cuda.current_device():
+        if self.device is None or self.device == torch.cuda.current_device():
+            self._launch(given)
+        else:
             with torch.cuda.device(self.device):
                 self._launch(given)
-        else:
-            self._launch(given)
 
     def _launch(self, given: tuple[Any, ...]) -> None:
         # Whoever replaces Triton's way to launch, to count or to emulate, is to see every launch.

@@ -18,14 +18,16 @@ MAX_CHUNK = 64  # tokens
 INTERPRETED = Config(16, 3, 32, 1, 1, q_twice=True)
 
 
-def config(dim: int, value_dim: int, itemsize: int, capability: int | None) -> Config:
-    """The setting for heads of `dim` and `value_dim`; capability None: interpreted.
+def config(dim: int, value_dim: int, itemsize: int, capability: int | str | None) -> Config:
+    """The setting for heads of `dim` and `value_dim`; capability as of `chip_of`.
 
     All compile without spills, but in float32 above 128 dims on sm_80: 24 bytes in the forward
     from a given state, 8 in dk's states.
     """
     if capability is None:
         return INTERPRETED
+    if isinstance(capability, str):
+        raise NotImplementedError(f"linear_attn: Triton's kernels have no tiles for {capability}")
     if itemsize == 4 and dim > 128 and capability == 80:
         return Config(8, 128, 16, 8, 1, True)  # 16 tokens spill here
     if itemsize == 4:

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..._shared.triton.launch import INTERPRETED, chip_of
 from ..scan import FEATURE_EPS, Scan, Scanned
 from .configs import MAX_CHUNK, Config, config
 from .kernels import scan_kernel, state_kernel, state_passing_kernel
@@ -33,8 +34,7 @@ class _Call:
         self.packed = how.cu_seqlens is not None
         self.batch = 1 if self.packed else q.shape[0]
         self.seqlen = q.shape[-3]
-        capability = None if _interpreted() else _capability(q.device)
-        self.setting = config(q.shape[-1], v.shape[-1], q.itemsize, capability)
+        self.setting = config(q.shape[-1], v.shape[-1], q.itemsize, chip_of(q))
         part = self.setting.chunk * self.setting.chunks
         self.log2_decay = None if how.decay is None else how.decay.double().log2().float()
         self.parts = triton.cdiv(self.seqlen, part)
@@ -162,7 +162,7 @@ class _Call:
             keep_state=how.keep_state,
             key_sum=how.normalize or how.keep_state,
             q_twice=setting.q_twice,
-            widen=_interpreted() and self.q.dtype == torch.bfloat16,
+            widen=INTERPRETED and self.q.dtype == torch.bfloat16,
         )
 
 
@@ -180,12 +180,3 @@ def _rows(x: Tensor | None) -> Rows:
 
 def _numbers(x: Tensor | None) -> Numbers:
     return Numbers(x, 1 if x is None else x.shape[-2])
-
-
-def _interpreted() -> bool:
-    return not isinstance(scan_kernel, triton.JITFunction)
-
-
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..._shared.triton.tokens import rows, sequence_of
 from .angles import scaled, sincos
@@ -16,11 +15,8 @@ RUN_TIME_SCALARS = (
 
 
 class Operand(NamedTuple):
-    """One of q and k. Strides count groups of Tile.align elements."""
+    """Where the rows of q, or of k, are. Strides count groups of Tile.align elements."""
 
-    source: Tensor
-    target: Tensor
-    saved: Tensor | None
     source_batch: int
     source_seq: int
     source_head: int
@@ -89,10 +85,12 @@ def _store_pairs(rows, a, b, valid, TILE: tl.constexpr):
 
 
 @triton.jit
-def _rotate_head(x, head, batch, seq, valid, cos, sin, angle_grad, TILE: tl.constexpr):
+def _rotate_head(
+    source, target, saved, x, head, batch, seq, valid, cos, sin, angle_grad, TILE: tl.constexpr
+):
     """Rotate one head of a tile of tokens; return angle_grad plus that head's share of it."""
-    source = rows(x.source, batch, seq, head, x.source_batch, x.source_seq, x.source_head, TILE)
-    target = rows(x.target, batch, seq, head, x.target_batch, x.target_seq, x.target_head, TILE)
+    source = rows(source, batch, seq, head, x.source_batch, x.source_seq, x.source_head, TILE)
+    target = rows(target, batch, seq, head, x.target_batch, x.target_seq, x.target_head, TILE)
     a, b = _load_pairs(source, valid, TILE)
     rotated_a = a * cos - b * sin
     rotated_b = b * cos + a * sin
@@ -103,8 +101,8 @@ def _rotate_head(x, head, batch, seq, valid, cos, sin, angle_grad, TILE: tl.cons
         tail = tl.load(source[:, None] + dim[None, :], mask=mask)
         tl.store(target[:, None] + dim[None, :], tail, mask=mask)
     _store_pairs(target, rotated_a, rotated_b, valid, TILE)
-    if x.saved is not None:
-        saved = rows(x.saved, batch, seq, head, x.saved_batch, x.saved_seq, x.saved_head, TILE)
+    if saved is not None:
+        saved = rows(saved, batch, seq, head, x.saved_batch, x.saved_seq, x.saved_head, TILE)
         saved_a, saved_b = _load_pairs(saved, valid, TILE)
         angle_grad += saved_a * rotated_b - saved_b * rotated_a
     return angle_grad
@@ -114,22 +112,28 @@ def _rotate_head(x, head, batch, seq, valid, cos, sin, angle_grad, TILE: tl.cons
 def rotate_kernel(
     q,
     k,
+    q_out,
+    k_out,
+    q_saved,
+    k_saved,
     angle_grad,
-    angle_heads,
     inv_freq,
+    positions,
+    axes,
+    cu_seqlens,
+    log_decay,
+    offset,
+    of_q,
+    of_k,
+    angle_heads,
     freq_sequence,
     freq_head,
-    positions,
+    position_axis,
     position_batch,
     position_seq,
-    offset,
-    axes,
     num_axes,
-    position_axis,
-    cu_seqlens,
     num_sequences,
     search_steps,
-    log_decay,
     decay_origin: tl.float64,
     amplitude: tl.float64,
     direction,
@@ -137,7 +141,10 @@ def rotate_kernel(
     seqlen,
     TILE: tl.constexpr,
 ):
-    """Axis 0: tiles of tokens, counted through batch and seqlen; axis 1: shares of the heads."""
+    """Axis 0: tiles of tokens, counted through batch and seqlen; axis 1: shares of the heads.
+
+    The tensors and the offset come first: what else there is belongs to a layout.
+    """
     # Triton 3.6 takes fields of TILE everywhere but in shapes.
     TOKENS: tl.constexpr = TILE.tokens
     PAIRS: tl.constexpr = TILE.pairs
@@ -176,34 +183,40 @@ def rotate_kernel(
     if angle_grad is not None:
         grads += (token.to(tl.int64) * angle_heads * TILE.half)[:, None] + pair[None, :]
 
-    q_share = tl.cdiv(q.heads, tl.num_programs(1))
+    q_share = tl.cdiv(of_q.heads, tl.num_programs(1))
     q_first = tl.program_id(1) * q_share
-    q_last = tl.minimum(q_first + q_share, q.heads)
+    q_last = tl.minimum(q_first + q_share, of_q.heads)
     if TILE.per_head:  # q and k then have the same heads
         for head in range(q_first, q_last):
             head = tl.cast(head, tl.int64)
             freq = tl.load(freqs + head * freq_head, mask=mask, other=0.0).to(tl.float64)
             cos, sin = sincos(position * freq, TILE)
-            c, s = scaled(cos, sin, far, log_decay, q.decay_sign, amplitude, direction, TILE)
-            grad = _rotate_head(q, head, batch, seq, valid, c, s, nothing, TILE)
+            c, s = scaled(cos, sin, far, log_decay, of_q.decay_sign, amplitude, direction, TILE)
+            grad = _rotate_head(
+                q, q_out, q_saved, of_q, head, batch, seq, valid, c, s, nothing, TILE
+            )
             if TILE.two_operands:
-                c, s = scaled(cos, sin, far, log_decay, k.decay_sign, amplitude, direction, TILE)
-                grad = _rotate_head(k, head, batch, seq, valid, c, s, grad, TILE)
+                c, s = scaled(cos, sin, far, log_decay, of_k.decay_sign, amplitude, direction, TILE)
+                grad = _rotate_head(
+                    k, k_out, k_saved, of_k, head, batch, seq, valid, c, s, grad, TILE
+                )
             if angle_grad is not None:
                 tl.store(grads + head * TILE.half, grad, mask=mask)
     else:
         freq = tl.load(freqs, mask=mask, other=0.0).to(tl.float64)
         cos, sin = sincos(position * freq, TILE)
-        c, s = scaled(cos, sin, far, log_decay, q.decay_sign, amplitude, direction, TILE)
+        c, s = scaled(cos, sin, far, log_decay, of_q.decay_sign, amplitude, direction, TILE)
         grad = nothing
         for head in range(q_first, q_last):
-            grad = _rotate_head(q, head, batch, seq, valid, c, s, grad, TILE)
+            grad = _rotate_head(q, q_out, q_saved, of_q, head, batch, seq, valid, c, s, grad, TILE)
         if TILE.two_operands:
-            k_share = tl.cdiv(k.heads, tl.num_programs(1))
+            k_share = tl.cdiv(of_k.heads, tl.num_programs(1))
             k_first = tl.program_id(1) * k_share
-            k_last = tl.minimum(k_first + k_share, k.heads)
-            c, s = scaled(cos, sin, far, log_decay, k.decay_sign, amplitude, direction, TILE)
+            k_last = tl.minimum(k_first + k_share, of_k.heads)
+            c, s = scaled(cos, sin, far, log_decay, of_k.decay_sign, amplitude, direction, TILE)
             for head in range(k_first, k_last):
-                grad = _rotate_head(k, head, batch, seq, valid, c, s, grad, TILE)
+                grad = _rotate_head(
+                    k, k_out, k_saved, of_k, head, batch, seq, valid, c, s, grad, TILE
+                )
         if angle_grad is not None:
             tl.store(grads, grad, mask=mask)

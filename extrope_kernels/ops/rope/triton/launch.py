@@ -1,5 +1,7 @@
 """From PyTorch tensors to one launch of the kernel."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
@@ -7,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..._shared.triton.launch import VECTOR_BYTES, strides_of
+from ..._shared.triton.launch import VECTOR_BYTES, Plan, strides_of
 from ..rotation import Rotation
 from .kernel import Operand, Tile, rotate_kernel
 
@@ -35,16 +37,33 @@ def rotate(
     rotary_dim / 2) float32 (float64 for float64 tensors), filled with the gradient of the angles
     where `inputs` are the gradients of a rotation's results and `saved` its inputs.
     """
-    batch, seqlen = inputs[0].shape[:2]
-    heads = max(x.shape[2] for x in inputs)
-    if batch * seqlen * heads == 0:
+    launch = plan(inputs, outputs, saved, angle_grad, rotation)
+    if launch is None:
         if angle_grad is not None:
             angle_grad.zero_()
         return
-    tile, grid, warps = _plan(inputs, outputs, saved, angle_grad is not None, rotation)
-    signs = rotation.decay_signs
+    tensors = [x for xs in (inputs, outputs, saved or (None,)) for x in (*xs, None)[:2]]
+    by = (rotation.inv_freq, rotation.positions, rotation.axes, rotation.cu_seqlens)
+    launch(*tensors, angle_grad, *by, rotation.log_decay, rotation.offset)
+
+
+def plan(
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    saved: Sequence[Tensor] | None,
+    angle_grad: Tensor | None,
+    rotation: Rotation,
+) -> Plan | None:
+    """The launch for tensors of these layouts, to be called with q, k, their outputs, what is
+    saved of them, angle_grad, inv_freq, positions, axes, cu_seqlens, log_decay and the offset; None
+    where there is nothing to rotate.
+    """
+    batch, seqlen = inputs[0].shape[:2]
+    if batch * seqlen * max(x.shape[2] for x in inputs) == 0:
+        return None
+    tile, grid, warps = _tile(inputs, outputs, saved, angle_grad is not None, rotation)
     operands = [
-        _operand(x, out, saved[i] if saved else None, signs[i], tile.align)
+        _operand(x, out, saved[i] if saved else x, rotation.decay_signs[i], tile.align)
         for i, (x, out) in enumerate(zip(inputs, outputs, strict=True))
     ]
     positions, cu_seqlens = rotation.positions, rotation.cu_seqlens
@@ -52,37 +71,30 @@ def rotate(
     if rotation.axes is None:
         position_strides = (0, *position_strides, 0)[:3]
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    with torch.cuda.device_of(inputs[0]):
-        rotate_kernel[grid](
-            operands[0],
-            operands[1] if len(operands) == 2 else None,
-            angle_grad,
-            angle_grad.shape[2] if angle_grad is not None else 0,
-            rotation.inv_freq,
-            *strides_of(rotation.inv_freq)[:2],
-            positions,
-            *position_strides[1:],
-            rotation.offset,
-            rotation.axes,
-            0 if rotation.axes is None else positions.shape[0],
-            position_strides[0],
-            cu_seqlens,
-            sequences,
-            sequences.bit_length(),
-            rotation.log_decay,
-            rotation.decay_origin,
-            rotation.amplitude,
-            -1.0 if rotation.conjugate else 1.0,
-            batch * seqlen,
-            seqlen,
-            TILE=tile,
-            num_warps=warps,
-            maxnreg=MOST_REGISTERS if tile.per_head else None,
-            enable_fp_fusion=True,
-        )
+    return Plan(
+        rotate_kernel,
+        grid,
+        inputs[0],
+        operands[0],
+        operands[1] if len(operands) == 2 else None,
+        angle_grad.shape[2] if angle_grad is not None else 0,
+        *strides_of(rotation.inv_freq)[:2],
+        *position_strides,
+        0 if rotation.axes is None else positions.shape[0],
+        sequences,
+        sequences.bit_length(),
+        rotation.decay_origin,
+        rotation.amplitude,
+        -1.0 if rotation.conjugate else 1.0,
+        batch * seqlen,
+        seqlen,
+        tile,
+        num_warps=warps,
+        maxnreg=MOST_REGISTERS if tile.per_head and torch.version.hip is None else None,
+    )
 
 
-def _plan(
+def _tile(
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
     saved: Sequence[Tensor] | None,
@@ -123,8 +135,7 @@ def _plan(
 
 
 def _operand(
-    source: Tensor, target: Tensor, saved: Tensor | None, decay_sign: float, align: int
+    source: Tensor, target: Tensor, saved: Tensor, decay_sign: float, align: int
 ) -> Operand:
-    rows = (source, target, source if saved is None else saved)
-    strides = [stride // align for x in rows for stride in strides_of(x)[:3]]
-    return Operand(source, target, saved, *strides, source.shape[2], decay_sign)
+    strides = [stride // align for x in (source, target, saved) for stride in strides_of(x)[:3]]
+    return Operand(*strides, source.shape[2], decay_sign)
