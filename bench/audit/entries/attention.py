@@ -91,7 +91,7 @@ def rotate_in_sample(case: Case) -> bool:
 
 def prepare(case: Case) -> tuple[Source, Traffic]:
     launch = _record(case)
-    tile = launch.kwargs["TILE"]
+    tile = launch.argument("TILE")
     return launch, traffic(case, tile.block_m, tile.block_n)
 
 
@@ -146,24 +146,13 @@ def _launch(case: Case) -> None:
 
 
 def _record(case: Case):
-    from extrope_kernels.ops.attention.triton import frames, launch
+    from extrope_kernels.ops.attention.triton import launch
 
     from .triton_compiler import record
 
-    name, inverse = case.kernel.split()[1], case.has("inverse")
-    inner = ("dq" if inverse else "forward") if name == "rotate" else name
-    others = tuple(f"{other}_kernel" for other in NAMES if other != inner)
-    found = []
-
-    def on_frames() -> None:
-        found.append(record(launch, f"{inner}_kernel", lambda: _launch(case), others))
-
-    with (
-        mock.patch.object(launch, "_capability", lambda device: case.capability),
-        mock.patch.object(launch, "_interpreted", lambda: False),
-    ):
-        rotation = record(frames, "rotate_kernel", on_frames, nth=-1 if inverse else 0)
-    return rotation if name == "rotate" else found[0]
+    name, nth = case.kernel.split()[1], -1 if case.has("inverse") else 0
+    with mock.patch.object(launch, "_capability", lambda device: case.capability):
+        return record(f"{name}_kernel", case.capability, lambda: _launch(case), nth)
 
 
 def traffic(case: Case, block_m: int, block_n: int) -> Traffic:
@@ -197,7 +186,7 @@ def traffic(case: Case, block_m: int, block_n: int) -> Traffic:
 
 def _rotate_traffic(case: Case, launch) -> Traffic:
     """q and k once, and their frames; what a program loads and stores for one head."""
-    tile, size = launch.kwargs["TILE"], itemsize(case.dtype)
+    tile, size = launch.argument("TILE"), itemsize(case.dtype)
     inverse = case.has("inverse")
     heads = HEADS_Q * len(tile.q_maps) + HEADS_K * len(tile.k_maps)
     sources = HEADS_Q + (HEADS_K if tile.k_maps else 0)

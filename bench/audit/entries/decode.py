@@ -15,7 +15,6 @@ HEAD_DIMS = (64, 96, 128, 256)
 PROMPT = 64  # tokens of a chunk
 METHODS = ("raw", "slow", "grouped", "plain", "chunks", "blocks")
 NAMES = ("decode", "merge", "append")
-_SPLITS = 13  # of decode's arguments
 
 
 def cases(name: str) -> list[Case]:
@@ -74,13 +73,10 @@ def in_sample(case: Case) -> bool:
 
 
 def prepare(case: Case) -> tuple[Source, Traffic]:
-    from extrope_kernels.ops.decode.triton import launch as module
-
     from .triton_compiler import record
 
     name = case.kernel.split()[1]
-    others = tuple(f"{other}_kernel" for other in NAMES if other != name)
-    launch = record(module, f"{name}_kernel", lambda: _launch(case), others)
+    launch = record(f"{name}_kernel", case.capability, lambda: _launch(case))
     return launch, _traffic(case, launch)
 
 
@@ -139,7 +135,7 @@ def _keys_by_region(case: Case) -> list[int]:
 
 def _traffic(case: Case, launch) -> Traffic:
     name, tokens = case.kernel.split()[1], _tokens(case)
-    tile, blocks = launch.kwargs["TILE"], math.prod(launch.grid)
+    tile, blocks = launch.argument("TILE"), math.prod(launch.grid)
     row, wide_row = case.head_dim * itemsize(case.dtype), case.head_dim * 4
     rows = BATCH * tokens * HEADS_Q
     if name == "append":
@@ -149,7 +145,7 @@ def _traffic(case: Case, launch) -> Traffic:
         rows = 2 * (tile.block_n * row // wide * wide)
         return Traffic(moved, blocks, (), loaded=rows, stored=rows)
     if name == "merge":
-        splits = launch.args[4]
+        splits = launch.argument("splits")
         return Traffic(
             bytes=rows * (splits * wide_row + row),
             blocks=blocks,
@@ -157,7 +153,7 @@ def _traffic(case: Case, launch) -> Traffic:
             loaded=tile.block_n * wide_row,
             stored=row,
         )
-    splits = launch.args[_SPLITS]
+    splits = launch.argument("splits")
     row_blocks = launch.grid[0] // splits
     keys = _keys_by_region(case)
     cached = 2 * BATCH * sum(keys) * HEADS_K * row

@@ -54,17 +54,13 @@ def prepare(case: Case) -> tuple[Source, Traffic]:
     from .triton_compiler import record
 
     part = case.kernel.split()[1]
-    others = tuple(f"{name}_kernel" for name in PARTS if name != part)
-    with (
-        mock.patch.object(module, "_capability", lambda device: case.capability),
-        mock.patch.object(module, "_interpreted", lambda: False),
-    ):
-        launch = record(module, f"{part}_kernel", lambda: _launch(case), others)
+    with mock.patch.object(module, "_capability", lambda device: case.capability):
+        launch = record(f"{part}_kernel", case.capability, lambda: _launch(case))
     return launch, _passing_traffic(launch) if part == "state_passing" else _traffic(case, launch)
 
 
 def _traffic(case: Case, launch) -> Traffic:
-    tile, size = launch.kwargs["TILE"], itemsize(case.dtype)
+    tile, size = launch.argument("TILE"), itemsize(case.dtype)
     tokens, blocks = _tokens(case), launch.grid[1]
     rows, values = tile.chunk * case.head_dim * size, tile.chunk * tile.block_v * size
     of_states = case.kernel == "linear state"
@@ -83,7 +79,7 @@ def _passing_traffic(launch) -> Traffic:
     """Reads each part's state and writes the one before it."""
     parts, _, size = launch.args[4:]
     states, blocks = launch.grid
-    row = launch.kwargs["BLOCK"] * 4
+    row = launch.argument("BLOCK") * 4
     return Traffic(
         2 * 4 * states * parts * size, states * blocks, (states * blocks * parts,), row, row
     )

@@ -23,21 +23,17 @@ def triton_cases() -> list[Case]:
 
 
 def prepare_triton(case: Case) -> tuple[Source, Traffic]:
-    from extrope_kernels.ops.permute.triton import launch as module
-
     from .triton_compiler import record
 
-    names = ["permute_kernel", "cycles_kernel"]
-    if "cycles" in case.kernel:
-        names.reverse()
-    launch = record(module, names[0], lambda: _launch(case), (names[1],))
+    kernel = "cycles_kernel" if "cycles" in case.kernel else "permute_kernel"
+    launch = record(kernel, case.capability, lambda: _launch(case))
     row = case.head_dim * itemsize(case.dtype)
     if "cycles" in case.kernel:
         return launch, Traffic(HEADS_K * case.head_dim * (8 + 16), HEADS_K, (), 0, 0)
     # Reads dim by dim, from one row at a time. A permutation has one head of k, in no loop.
     tiles, blocks = launch.grid[0], launch.grid[0] * launch.grid[1]
     moved = 2 * TOKENS * (HEADS_Q + HEADS_K) * row
-    stored = launch.kwargs["TILE"].block_m * row
+    stored = launch.argument("TILE").block_m * row
     return launch, Traffic(moved, blocks, (tiles * HEADS_Q,), 0, stored)
 
 

@@ -53,16 +53,14 @@ def in_triton_sample(case: Case) -> bool:
 
 
 def prepare_triton(case: Case) -> tuple[Source, Traffic]:
-    from extrope_kernels.ops.rope.triton import launch as module
-
     from .triton_compiler import record
 
     # Tensors without storage are all at 0, and so look as if turned in place.
     with mock.patch.object(torch.Tensor, "data_ptr", lambda x: 16 * id(x)):
-        launch = record(module, "rotate_kernel", lambda: _launch(case))
-    tile = launch.kwargs["TILE"]
+        launch = record("rotate_kernel", case.capability, lambda: _launch(case))
+    tile = launch.argument("TILE")
     row = 2 * tile.half * itemsize(case.dtype)
-    tiles, shares = launch.grid
+    tiles, shares = launch.grid[:2]
     heads_k = HEADS_Q if case.has("packed") else HEADS_K
     tokens = 1 if case.has("one-token") else TOKENS
     return launch, traffic(case, tokens, heads_k, tile.tokens * row, tiles, shares)

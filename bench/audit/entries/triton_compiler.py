@@ -7,14 +7,14 @@ a kernel module is imported.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from unittest import mock
 
 import triton
@@ -54,6 +54,12 @@ class Launch:
     grid: tuple[int, ...]
     args: tuple
     kwargs: dict
+
+    def argument(self, name: str):
+        """What the kernel's parameter was given."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        return self.args[self.kernel.arg_names.index(name)]
 
     def made_from(self, capability: int) -> str:
         """A hash of the kernel, of all it calls, and of what Triton specialises it for."""
@@ -101,31 +107,20 @@ class Launch:
         return self.kernel.run(*self.args, grid=self.grid, warmup=True, **self.kwargs)
 
 
-def record(
-    module: ModuleType,
-    kernel: str,
-    call: Callable[[], object],
-    others: tuple[str, ...] = (),
-    nth: int = 0,
-) -> Launch:
-    """Run `call` with the module's kernels replaced by recorders: the nth launch of `kernel` as
-    shipped, never made. Launches of `others` go nowhere.
-    """
-    launches: dict[str, list[Launch]] = {name: [] for name in (kernel, *others)}
+def record(kernel: str, capability: int, call: Callable[[], object], nth: int = 0) -> Launch:
+    """The nth launch of `kernel` that `call` asks for on that chip; none of any kernel is made."""
+    launches = []
 
-    class Recorder:
-        def __init__(self, name: str) -> None:
-            self.name, self.kernel = name, getattr(module, name)
+    def run(launched, *args, grid, warmup, **kwargs) -> None:
+        if launched.__name__ == kernel:
+            launches.append(Launch(launched, grid, args, kwargs))
 
-        def __getitem__(self, grid):
-            kept = launches[self.name]
-            return lambda *args, **kwargs: kept.append(Launch(self.kernel, grid, args, kwargs))
-
-    with ExitStack() as stack:
-        for name in launches:
-            stack.enter_context(mock.patch.object(module, name, Recorder(name)))
+    with (
+        mock.patch.dict(os.environ, EXTROPE_TRITON_CHIP=str(capability)),
+        mock.patch.object(triton.JITFunction, "run", run),
+    ):
         call()
-    return launches[kernel][nth]
+    return launches[nth]
 
 
 @contextmanager
