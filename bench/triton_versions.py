@@ -1,0 +1,91 @@
+"""Every Triton that is claimed compiles every kernel: python bench/triton_versions.py
+
+Each is installed aside, into build/triton-VERSION, and compiles the audit's sample for every chip,
+or with --all every configuration (an hour and a half of one processor each). No GPU is needed, and
+none is asked. bench/results/triton_versions.json tells what holds stack; ends with status 1 where a
+kernel does not compile, or holds more than 16 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from audit import report
+from audit.entries import KERNELS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "bench" / "results" / "triton_versions.json"
+CLAIMED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
+MOST_STACK = 16  # bytes of a thread, where a plain kernel of the tile holds none
+
+
+def folder_of(version: str) -> Path:
+    """Where this Triton lies, installed if need be."""
+    folder = ROOT / "build" / f"triton-{version}"
+    if not folder.exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+        subprocess.run([*pip, str(folder), f"triton=={version}"], check=True)
+    return folder
+
+
+def compile_with(version: str, every: bool) -> dict:
+    """What became of the cases: how many there are, what failed, and who holds how much stack."""
+    kernels = [name for name in KERNELS if not name.endswith("cuda")]
+    path = os.pathsep.join([str(folder_of(version)), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with TemporaryDirectory() as temporary:
+        out = Path(temporary) / "rows.json"
+        command = [sys.executable, str(ROOT / "bench" / "gpu_audit.py"), "--out", str(out)]
+        command += [word for name in kernels for word in ("--kernel", name)]
+        command += [] if every else ["--sample"]
+        done = subprocess.run(
+            command,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if not out.exists():
+            raise RuntimeError(f"Triton {version}: {done.stdout[-2000:]}")
+        content, rows = json.loads(out.read_text()), report.load(out)
+    if content["triton"] != version:
+        raise RuntimeError(f"asked for Triton {version}, compiled with {content['triton']}")
+    stack = {str(case): row.stack for case, row in sorted(rows.items(), key=lambda x: str(x[0]))}
+    return {
+        "configurations": len(rows) + len(content["failed"]),
+        "failed": content["failed"],
+        "stack": {case: size for case, size in stack.items() if size and "plain" not in case},
+    }
+
+
+def table(path: Path = RESULT) -> str:
+    """Markdown: a line for each Triton, and every configuration that holds stack."""
+    lines = ["| Triton | configurations | compile | hold stack |", "| --- | --- | --- | --- |"]
+    for version, found in json.loads(path.read_text()).items():
+        held = ", ".join(f"{case}: {size} B" for case, size in found["stack"].items()) or "none"
+        compiled = found["configurations"] - len(found["failed"])
+        lines.append(f"| {version} | {found['configurations']} | {compiled} | {held} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("versions", nargs="*", default=CLAIMED, help="default: all that is claimed")
+    parser.add_argument("--all", action="store_true", help="every configuration, not the sample")
+    asked = parser.parse_args()
+    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    for version in asked.versions:
+        known[version] = compile_with(version, asked.all)
+        RESULT.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    print(table())
+    found = [known[version] for version in asked.versions]
+    held = [size for one in found for size in one["stack"].values()]
+    return int(any(one["failed"] for one in found) or max(held, default=0) > MOST_STACK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
