@@ -10,6 +10,9 @@ from .case import Traffic
 from .chips import CARDS, CHIPS, WARP, Work
 from .reading import Code
 
+# mma.sync multiplies 16 x 16 by 16 x 8 in 16 bits; a warp's share of wgmma or tcgen05 is larger.
+OPERATIONS_OF_A_WARP = 2 * 16 * 8 * 16
+
 
 @dataclass(frozen=True)
 class Row(Code):
@@ -62,7 +65,18 @@ def _work(code: Code, traffic: Traffic) -> Work:
 
     multiplies = code.loops and code.loops[0].products
     operations = sum(traffic.passes) * traffic.operations if multiplies else 0.0
-    return Work(traffic.bytes, operations, total("special"), total("instructions"))
+    return Work(
+        traffic.bytes,
+        operations,
+        total("special"),
+        total("instructions"),
+        by_warps=operations > 0 and _by_warps(code, traffic),
+    )
+
+
+def _by_warps(code: Code, traffic: Traffic) -> bool:
+    """Whether a tile's products are those of single warps: then each does m16n8k16, no more."""
+    return traffic.operations <= code.warps * code.loops[0].products * OPERATIONS_OF_A_WARP
 
 
 def _narrow(code: Code, traffic: Traffic) -> bool:

@@ -16,9 +16,11 @@ import torch
 pytest.importorskip("triton.backends.nvidia")
 
 from audit import report
-from audit.case import Binary, Case
-from audit.chips import CHIPS
+from audit.case import Binary, Case, Traffic
+from audit.chips import CARDS, CHIPS
 from audit.entries import KERNELS, all_cases, attention, nvcc, plain_kernels, sample
+from audit.reading import Code, Stretch
+from audit.row import row as derive
 
 from extrope_kernels import _build
 
@@ -221,6 +223,22 @@ def test_faults_are_found(rows):
     ):
         (fault,) = report.judge({case: replace(row, **change)})[case]
         assert word in fault
+
+
+@pytest.mark.parametrize(("products", "rate"), [(16, 1.0), (128, CARDS[90].of_a_warp)])
+def test_products_of_single_warps_have_a_rate_of_their_own(products, rate):
+    """A tile of 128 x 64 keys at head_dim 128 on H100, by 8 warps: wgmma, or mma.sync."""
+    operations, passes = 2 * 2 * 128 * 64 * 128, 1000
+    stretch = Stretch(instructions=1, products=products, special=0, wide=0)
+    code = Code(
+        *("attention forward", 90, 128, "bfloat16", "R2"),
+        **{"registers": 1, "stack": 0, "shared": 0, "warps": 8, "tensor_memory": 0},
+        **{"loads": {}, "stores": {}, "outside": stretch, "loops": (stretch,)},
+        **{"digest": "", "made_from": ""},
+    )
+    traffic = Traffic(0, 1, (passes,), loaded=0, stored=0, operations=operations)
+    seconds = derive(code, traffic).seconds["tensor"]
+    assert seconds == pytest.approx(passes * operations / (CARDS[90].tensor * rate))
 
 
 @pytest.mark.parametrize(

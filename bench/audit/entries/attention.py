@@ -10,9 +10,10 @@ from functools import lru_cache, partial
 from itertools import product
 from unittest import mock
 
+from shapes import BLOCK, CHUNK, HEADS_K, HEADS_Q, LOCAL, SEQLEN, WINDOW
+
 from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 
-SEQLEN, HEADS_Q, HEADS_K, WINDOW = 8192, 32, 8, 2048
 HEAD_DIMS = (64, 96, 128, 256)
 NAMES = ("forward", "dq", "dkv")
 
@@ -107,10 +108,10 @@ def score_of(case: Case):
     by_word = {
         "R1": lambda: scores.rerope(WINDOW, 1.0),
         "R2": lambda: scores.rerope(WINDOW),
-        "R3": lambda: scores.dual_chunk(WINDOW + 512, 512),
+        "R3": lambda: scores.dual_chunk(CHUNK, LOCAL),
         "slow": lambda: scores.rerope(WINDOW, 4.0),
         "grouped": lambda: scores.self_extend(WINDOW, 4),
-        "blocks": lambda: scores.blockwise_causal(2 * WINDOW),
+        "blocks": lambda: scores.blockwise_causal(BLOCK),
     }
     word = "blocks" if case.has("blocks") else (case.variant or "R1").split()[0]
     return by_word[word]()

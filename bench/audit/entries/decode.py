@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from itertools import pairwise, product
 
+from shapes import BATCH, HEADS_K, HEADS_Q, KEYS, PAGE_SIZE
+from shapes import KEYS_WINDOW as WINDOW
+
 from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 from ..chips import WARP
 from ..sass import WIDE
 
-BATCH, KEYS, HEADS_Q, HEADS_K, WINDOW = 2, 32_768, 32, 8, 4096
-PAGE_SIZE = 16
 HEAD_DIMS = (64, 96, 128, 256)
 PROMPT = 64  # tokens of a chunk
 METHODS = ("raw", "slow", "grouped", "plain", "chunks", "blocks")

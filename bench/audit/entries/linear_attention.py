@@ -6,9 +6,10 @@ import math
 from functools import partial
 from unittest import mock
 
+from shapes import HEADS_K, HEADS_Q, SEQLEN
+
 from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 
-SEQLEN, HEADS_Q, HEADS_K = 8192, 32, 8
 SCANS = ("forward", "dq", "dk", "dv")
 PARTS = ("scan", "state", "state_passing")
 DIMS = (64, 128, 256)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+from shapes import HEADS_K, HEADS_Q
+from shapes import SEQLEN as TOKENS
+
 from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 
-TOKENS, HEADS_Q, HEADS_K = 8192, 32, 8
 WORDS = {"t": "int16", "j": "int32", "m": "int64"}
 SYMBOL = re.compile(r"permute_kernelI(\w)Li(\d+)EEEv")
 BLOCK, UNROLLED = 128, 4  # threads, heads

@@ -8,10 +8,11 @@ from itertools import product
 from unittest import mock
 
 import torch
+from shapes import HEADS_K, HEADS_Q
+from shapes import SEQLEN as TOKENS
 
 from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 
-TOKENS, HEADS_Q, HEADS_K = 8192, 32, 8
 HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 KINDS = [f"{layout} {direction}" for layout in ("halves", "interleaved")
