@@ -4,30 +4,36 @@
 halved: they are read once. "no window" is our own plain attention over rotated keys; SDPA gets its
 best cache, heads first, and is measured with its groups as rows too.
 
-On a GPU the target is 1.05 of plain split-KV attention at 32k to 128k tokens.
+On a GPU: 32 heads on 8 of 128 in bf16, two sequences over a paged cache, window 4096, 32k and 128k
+tokens; flash-attn's and FlashInfer's attentions over a cache are there too. The target is 1.05 of
+plain split-KV attention at 32k to 128k tokens.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from attention import SCALED, backends, frequencies, make_inputs
+from attention import OWN, SCALED, backends, exact_tail, frequencies, make_inputs
 from compare import Floor, compare, error_of_tail
-from harness import Call, Report, arguments
+from flash_peers import Paged, decode_peers
+from harness import Call, Report, arguments, device
 from scaling import scaling
+from shapes import BATCH, HEAD_DIM, HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, PAGE_SIZE
 from torch import Tensor
 
 from extrope_kernels import apply_rope, rerope_attention
 from extrope_kernels import rerope_attention_with_kvcache as decode
 
-WINDOW = 1024
+WINDOW = 1024  # on a CPU
+LENGTHS = (KEYS, 131_072)  # on a GPU
 
 
 def sdpa_calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    packed = q.view(1, k.shape[1], q.shape[1] // k.shape[1], q.shape[-1])
+    packed = q.view(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[-1])
     attend = F.scaled_dot_product_attention
     return {"SDPA": lambda: attend(q, k, v, enable_gqa=True),
             "SDPA, groups as rows": lambda: attend(packed, k, v)}  # fmt: skip
@@ -38,14 +44,10 @@ def bench(report: Report, head_dim: int, dtype: torch.dtype) -> None:
     case = f"decode 8/2 x {head_dim}"
     if not report.wants(f"{case} {str(dtype)[6:]}"):
         return
-    cached = 64 if report.args.quick else 32768
+    cached = 64 if report.args.quick else KEYS
     q, k, v = make_inputs(cached, 2, head_dim, dtype)
     q, freqs, stored = q[:, -1:], frequencies(head_dim), apply_rope(k, frequencies(head_dim))
-    into = torch.empty_like(k), torch.empty_like(v)
-    floor = Floor(lambda: (into[0].copy_(k), into[1].copy_(v)), 0.5)
-    exact = rerope_attention(
-        q.double(), k.double(), v.double(), freqs, window=WINDOW, backend="reference"
-    )
+    exact = exact_tail(functools.partial(rerope_attention, window=WINDOW), q, k, v, freqs)
     few = [x[:, :64].clone() for x in (k, v)]
 
     def ours(backend, k=k, v=v, factor=float("inf")):
@@ -53,9 +55,7 @@ def bench(report: Report, head_dim: int, dtype: torch.dtype) -> None:
                       backend=backend)  # fmt: skip
 
     rotated = apply_rope(q, freqs, positions=cached - 1)
-    for name, backend in backends().items():
-        if name == "flash_attn":
-            continue
+    for name, backend in decode_backends().items():
         unwindowed = functools.partial(ours, backend, stored, factor=1.0)
         compare(
             report,
@@ -68,8 +68,68 @@ def bench(report: Report, head_dim: int, dtype: torch.dtype) -> None:
             dtype=dtype,
             shape=f"1 on {cached} x 8/2 x {head_dim}",
             backend=name,
-            floor=floor,
+            floor=reading_of(k, v),
+            own=OWN,
         )
+
+
+@torch.no_grad()
+def bench_paged(report: Report, keys: int, window: int = KEYS_WINDOW) -> None:
+    """Two sequences of so many tokens, as models have them."""
+    sizes = f"{HEADS_Q}/{HEADS_K} x {HEAD_DIM}"
+    case, dtype = f"decode {sizes}, paged", torch.bfloat16
+    if not report.wants(f"{case} {str(dtype)[6:]}"):
+        return
+    freqs = frequencies(HEAD_DIM)
+    raw, rotated = caches(keys, dtype)
+    k, v = raw.contiguous()
+    exact = exact_tail(functools.partial(rerope_attention, window=window), raw.q, k, v, freqs)
+    del k, v
+    plain = {**sdpa_calls(rotated.q, *rotated.contiguous()), **decode_peers(rotated)}
+    for name, backend in decode_backends().items():
+        ours = functools.partial(decode_paged, freqs=freqs, window=window, backend=backend)
+        compare(
+            report,
+            case,
+            {"extrope": ours(raw)},
+            yardsticks={"no window": ours(replace(rotated, q=raw.q), factor=1.0), **plain},
+            bars={"no window": 1.15, **dict.fromkeys(plain, 1.05)},
+            error=error_of_tail([exact]),
+            dtype=dtype,
+            shape=f"{BATCH} on {keys} x {sizes}",
+            backend=name,
+            floor=reading_of(raw.k, raw.v),
+            own=OWN,
+        )
+
+
+def caches(keys: int, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> tuple[Paged, Paged]:
+    """q and pages as they are, and both rotated; the pages in no order."""
+    pages = BATCH * keys // PAGE_SIZE
+    shapes = [(BATCH, 1, HEADS_Q, head_dim), *[(pages, PAGE_SIZE, HEADS_K, head_dim)] * 2]
+    q, k, v = (torch.randn(shape, device=device(), dtype=dtype) for shape in shapes)
+    table = torch.randperm(pages, device=device(), dtype=torch.int32).view(BATCH, -1)
+    freqs = frequencies(head_dim)
+    first = torch.empty(pages, dtype=torch.int64, device=device())
+    first[table.long()] = torch.arange(table.shape[1], device=device()) * PAGE_SIZE
+    raw = Paged(q, k, v, table)
+    k = apply_rope(k, freqs, positions=first[:, None] + torch.arange(PAGE_SIZE, device=device()))
+    return raw, Paged(apply_rope(q, freqs, positions=keys - 1), k, v, table)
+
+
+def decode_paged(cache: Paged, **options) -> Call:
+    """Lengths lie on the device, as a server has them."""
+    call = functools.partial(decode, cache.q, cache.k, cache.v, **options)
+    return functools.partial(call, cache_seqlens=cache.seqlens, block_table=cache.block_table)
+
+
+def decode_backends() -> dict[str, str | None]:
+    return {name: backend for name, backend in backends().items() if name != "flash_attn"}
+
+
+def reading_of(k: Tensor, v: Tensor) -> Floor:
+    into = torch.empty_like(k), torch.empty_like(v)
+    return Floor(lambda: (into[0].copy_(k), into[1].copy_(v)), 0.5)
 
 
 def by_length(seqlen: int) -> Call:
@@ -81,10 +141,14 @@ def by_length(seqlen: int) -> Call:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
     torch.manual_seed(0)
-    report = Report("decode", args, window=WINDOW)
-    for head_dim in (64, 128):
-        for dtype in (torch.float32, torch.bfloat16):
-            bench(report, head_dim, dtype)
+    report = Report("decode", args, window=WINDOW if device() == "cpu" else KEYS_WINDOW)
+    if device() == "cuda" and not args.quick:
+        for keys in LENGTHS:
+            bench_paged(report, keys)
+    else:
+        for head_dim in (64, 128):
+            for dtype in (torch.float32, torch.bfloat16):
+                bench(report, head_dim, dtype)
     report.save()
     scaling("decode", by_length, args, about=f"one token, {SCALED}, window {WINDOW}")
 

@@ -14,11 +14,11 @@ import torch
 from compare import Floor, compare, error_of_tail
 from harness import Call, Report, arguments, device
 from scaling import scaling
+from shapes import HEAD_DIM, HEADS_K, SEQLEN
+from shapes import HEADS_Q as HEADS
 from torch import Tensor
 
 from extrope_kernels import head_permutations, permute_qk
-
-HEADS, HEADS_K, HEAD_DIM = 32, 8, 128
 
 
 def make_inputs(dtype: torch.dtype, seqlen: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def indexed(x: Tensor, dims: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bench(report: Report, dtype: torch.dtype) -> None:
-    seqlen = 128 if report.args.quick else 8192
+    seqlen = 128 if report.args.quick else SEQLEN
     q, k = make_inputs(dtype, seqlen)
     few = make_inputs(dtype, 1)
     into = torch.empty_like(q), torch.empty_like(k)

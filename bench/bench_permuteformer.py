@@ -30,6 +30,7 @@ from extrope_kernels import (
 )
 
 HEADS = 8
+OWN = ("our softmax attention",)
 CHUNK = 48  # tokens of a chunk of the CPU kernel
 
 
@@ -73,7 +74,8 @@ def bench(report: Report, seqlen: int, dim: int, dtype: torch.dtype, training: b
         "bars": {"our softmax attention": 1 / 25} if held else {},
     }
     if training:
-        compare(report, case, trained({"extrope": ours}), yardsticks=trained(others), **about)
+        beside = trained(others)
+        compare(report, case, trained({"extrope": ours}), yardsticks=beside, own=OWN, **about)
         return
     one = [x[:, :1] for x in qkv]
     with torch.no_grad():
@@ -82,6 +84,7 @@ def bench(report: Report, seqlen: int, dim: int, dtype: torch.dtype, training: b
             case,
             {"extrope": ours},
             yardsticks=others,
+            own=OWN,
             error=lambda out: error_of_tail([exact])(out[:, : exact.shape[1]]),
             few={"extrope": lambda: permuteformer_attention(*one, permutations=permutations)},
             **about,

@@ -24,17 +24,18 @@ from harness import Call, Report, arguments, device
 from machine import kept_memory
 from peers import rotary_peers
 from scaling import scaling
+from shapes import HEAD_DIM, HEADS_K, SEQLEN
+from shapes import HEADS_Q as HEADS
 from torch import Tensor
 
 from extrope_kernels import apply_rope_qk, methods
 from extrope_kernels.testing import available_backends
 
-HEADS, HEADS_K, HEAD_DIM = 32, 8, 128
 # Our time over torch.compile's, at most; and where malloc gives memory back.
 COMPILED = {torch.bfloat16: 1 / 3, torch.float32: 1 / 2}
 DEFAULT_MALLOC = "forward, default malloc"
 COMPILED_DEFAULT_MALLOC = {torch.bfloat16: 1 / 8, torch.float32: 1 / 2}
-rope_bwd = torch.ops.extrope.rope_bwd
+BACKWARD = {"triton": torch.ops.extrope.rope_bwd_triton}  # the op without a suffix: what is best
 
 
 def backends() -> dict[str, str | None]:
@@ -55,6 +56,7 @@ class Calls:
         self.into = torch.empty_like(q), torch.empty_like(k)
         self.options = {"interleaved": interleaved}
         self.backend = {**self.options, "backend": backend}
+        self.rope_bwd = BACKWARD.get(backend, torch.ops.extrope.rope_bwd)
         self.peers = rotary_peers(q, k, self.freqs, interleaved)
         self.copy()
 
@@ -62,7 +64,7 @@ class Calls:
         return apply_rope_qk(*self.inputs, self.freqs, **self.backend)
 
     def backward(self):
-        return rope_bwd(*self.inputs, None, None, self.freqs.inv_freq, **self.options)[:2]
+        return self.rope_bwd(*self.inputs, None, None, self.freqs.inv_freq, **self.options)[:2]
 
     def inplace(self):
         return apply_rope_qk(*self.into, self.freqs, inplace=True, **self.backend)
@@ -121,7 +123,7 @@ def bench(report: Report, dtype: torch.dtype, interleaved: bool, backend: str) -
     wanted = [case for case in cases if report.wants(f"{case}, {layout} {name}")]
     if not wanted:
         return
-    seqlen = 256 if report.args.quick else 8192
+    seqlen = 256 if report.args.quick else SEQLEN
     large, one = (Calls(dtype, n, interleaved, backends()[backend]) for n in (seqlen, 1))
     about = {"dtype": dtype, "shape": f"{seqlen} x {HEADS}/{HEADS_K} x {HEAD_DIM}",
              "backend": backend, "floor": Floor(large.copy)}  # fmt: skip

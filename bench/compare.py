@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,19 @@ class Floor:
     factor: float = 1.0
 
 
-def matmul_floor(flops: float, dtype: torch.dtype, device: str, side: int = 2048) -> Floor:
+def matmul_floor(flops: float, dtype: torch.dtype, device: str) -> Floor:
     """The time of `flops` operations at the rate of the fastest square matrix product."""
+    side = 2048 if device == "cpu" else product_side(processors())
     return Floor(_fastest_product(dtype, device, side), flops / (2 * side**3))
+
+
+def product_side(processors: int) -> int:
+    """Of a product whose tiles of 128 x 256 fill the chip 16 times: the last wave does not show."""
+    return 1024 * math.ceil(math.sqrt(16 * processors * 128 * 256) / 1024)
+
+
+def processors() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count
 
 
 @functools.cache
@@ -52,20 +63,24 @@ def compare(
     checked: dict[str, Call] | None = None,
     few: dict[str, Call] | None = None,
     bars: dict[str, float] | None = None,
+    own: Collection[str] = (),
 ) -> None:
     """Add a row for each of `calls`, by name, whose first is ours, and of `yardsticks`.
 
-    calls: a string instead of a call says why it cannot run here; one that raises is absent too.
+    calls: a string instead of a call says why it cannot run here; a peer that raises is absent
+        too. Ours ends the run: it has to run wherever it is asked to.
     yardsticks: what computes something else, and has no error therefore.
     error: the error of what a call returns; `checked` holds the calls to ask instead where the
         timed ones overwrite their input.
     few: the same calls on one token, for the time on the host.
     bars: by name, what our time over that one's has to stay under.
+    own: the names of others that are ours too.
     """
     ours, name_of_dtype = next(iter(calls.values())), str(dtype).removeprefix("torch.")
     for name, call in {**calls, **(yardsticks or {})}.items():
         row = Row(case, name, name_of_dtype, shape, backend if call is ours else "")
-        row.absent = call if isinstance(call, str) else why_not(call)
+        is_own = call is ours or name in own
+        row.absent = call if isinstance(call, str) else "" if is_own else why_not(call)
         if not row.absent:
             others = (floor.call,) if call is ours else (floor.call, ours)
             times = paired(call, *others, repeats=report.args.repeats, seconds=SECONDS)

@@ -2,12 +2,14 @@
 
 Times are medians of calls made in turn within one run, so that a slow spell of the machine hits all
 alike. A peer is paired with ours alone: memory that a third one frees would change what the next
-allocation costs. On a GPU times are taken by events, with a cold L2 cache.
+allocation costs. On a GPU a call is captured as a CUDA graph, so that Python is in no time, and the
+replays are timed, each with a cold L2 cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 import torch._dynamo
 from machine import back_memory, device, machine, return_memory
+from replay import replayed
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,33 +86,23 @@ def cell(value: object, form: str = "") -> str:
 # Timing
 
 
+def clock(function: Call) -> Callable[[], float]:
+    """What takes the milliseconds of one call, as often as asked."""
+    return replayed(function) if device() == "cuda" else functools.partial(_wall_time, function)
+
+
 def once(function: Call) -> float:
-    """Milliseconds of one call; on a GPU with a cold L2 cache, by events.
-
-    What it returns is freed after the clock has stopped.
-    """
-    if device() == "cpu":
-        start = time.perf_counter()
-        kept = function()
-        milliseconds = (time.perf_counter() - start) * 1e3
-        del kept
-        return milliseconds
-    _flush_l2()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    """Milliseconds of one call."""
+    return clock(function)()
 
 
-_scratch: list[Tensor] = []
-
-
-def _flush_l2() -> None:
-    if not _scratch:
-        _scratch.append(torch.empty(2**28, dtype=torch.uint8, device="cuda"))
-    _scratch[0].zero_()
+def _wall_time(function: Call) -> float:
+    """What the call returns is freed after the clock has stopped."""
+    start = time.perf_counter()
+    kept = function()
+    milliseconds = (time.perf_counter() - start) * 1e3
+    del kept
+    return milliseconds
 
 
 def paired(*functions: Call, repeats: int = 15, seconds: float = math.inf) -> list[float]:
@@ -118,15 +111,16 @@ def paired(*functions: Call, repeats: int = 15, seconds: float = math.inf) -> li
     An untimed call goes before each timed one: what that allocates must not depend on what the
     function measured before has freed.
     """
-    once_each = 2 * sum([once(function) for function in functions])
+    clocks = [clock(function) for function in functions]
+    once_each = 2 * sum([milliseconds() for milliseconds in clocks])
     repeats = max(min(repeats, 3), min(repeats, int(min(seconds * 1e3 / once_each, 1e9))))
-    times = [[_settled(function) for function in functions] for _ in range(repeats)]
+    times = [[_settled(one) for one in clocks] for _ in range(repeats)]
     return [statistics.median(column) for column in zip(*times)]
 
 
-def _settled(function: Call) -> float:
-    once(function)
-    return once(function)
+def _settled(milliseconds: Callable[[], float]) -> float:
+    milliseconds()
+    return milliseconds()
 
 
 def host_microseconds(function: Call, calls: int = 1000, rounds: int = 60) -> float:

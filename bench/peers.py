@@ -17,6 +17,7 @@ from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, merge_attentio
 
 Calls = dict[str, Call | str]
 ONLY_GPU = "needs a GPU (Triton)"
+MOST_MASKED = 32_768  # tokens
 
 
 def titled(package: str, what: str = "") -> str:
@@ -142,25 +143,15 @@ def _attend(q, k, v, **how) -> Call:
     return call
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Calls:
-    """flash-attn's causal attention over rotated q and k."""
-    reason = missing("flash-attn") or (ONLY_GPU if device() == "cpu" else "")
-    if not reason and q.dtype not in (torch.float16, torch.bfloat16):
-        reason = "takes float16 and bfloat16"
-    if reason:
-        return {titled("flash-attn"): reason}
-    from flash_attn import flash_attn_func
-
-    q, k, v = (x.detach().clone() for x in (q, k, v))
-    call = lambda: flash_attn_func(q, k, v, causal=True)  # noqa: E731
-    call.leaves = [q, k, v]
-    return {titled("flash-attn"): call}
-
-
 def flex_rerope(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, window: int) -> Calls:
     """ReRoPE as two calls of FlexAttention, near and far, and a merge: from unrotated inputs."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
+    name = "FlexAttention, two calls"
+    if device() == "cpu":
+        return {name: "torch.compile on CPU has no log-sum-exp"}
+    if q.shape[1] > MOST_MASKED:
+        return {name: f"makes its masks from seqlen x seqlen, left out past {MOST_MASKED}"}
     n, lse = q.shape[1], AuxRequest(lse=True)
     where = {"B": None, "H": None, "Q_LEN": n, "KV_LEN": n, "device": q.device}
     near = create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < window), **where)
@@ -178,9 +169,7 @@ def flex_rerope(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, window: int) 
         far_part = attend(apply_rope(q, freqs, positions=at_window), k, far)
         return merge_attention(*zip(near_part, far_part))[0]
 
-    if device() == "cpu":
-        return {"FlexAttention, two calls": "torch.compile on CPU has no log-sum-exp"}
-    return {"FlexAttention, two calls": call}
+    return {name: call}
 
 
 def dense_rerope(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, window: int) -> Tensor:

@@ -69,6 +69,33 @@ def test_a_part_replaces_its_own_rows(bench, tmp_path):
     assert len(json.loads(path.read_text())["rows"]) == 1
 
 
+def test_a_peer_that_fails_is_absent_and_ours_ends_the_run(bench):
+    harness, compare = bench("harness"), bench("compare")
+    report = harness.Report("some", harness.arguments("some", ["--quick"]))
+    floor = compare.Floor(lambda: torch.ones(9).clone())
+    about = {"dtype": torch.float32, "shape": "9", "floor": floor}
+
+    def works():
+        return torch.ones(9)
+
+    def fails():
+        raise RuntimeError("at 3:4\ncannot compile")
+
+    calls = {"extrope": works, "peer": fails, "other": "needs a GPU"}
+    compare.compare(report, "a", calls, **about)
+    assert [row.absent for row in report.rows] == ["", "RuntimeError: at 3:4", "needs a GPU"]
+    with pytest.raises(RuntimeError, match="cannot compile"):
+        compare.compare(report, "a", {"extrope": fails, "peer": works}, **about)
+    own = {"yardsticks": {"no window": fails}, "own": ("no window",)}
+    with pytest.raises(RuntimeError, match="cannot compile"):
+        compare.compare(report, "a", {"extrope": works}, **own, **about)
+
+
+def test_the_product_of_the_floor_fills_the_chip(bench):
+    side = bench("compare").product_side
+    assert [side(processors) for processors in (46, 108, 132, 148)] == [5120, 8192, 9216, 9216]
+
+
 def test_verdicts_and_slopes(bench):
     harness, scaling = bench("harness"), bench("scaling")
     assert harness.verdict(1.2, 1.2) == "met" and harness.verdict(1.3, 1.2) == "missed"
