@@ -51,6 +51,8 @@ OF_THE_CHECKOUT = (
     "package/test_examples.py",
     "package/test_first_use.py",
     "package/test_gpu_audit.py",
+    "package/test_gpu_steps.py",
+    "package/test_gpu_tune.py",
     "package/test_length_generalization.py",
     "package/test_method_table.py",
     "package/test_permute_emulated.py",

@@ -33,6 +33,27 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"{sum(generated.CASES.values()):8} in all")
 
 
+def pytest_configure(config):
+    """EXTROPE_GPU_MEMORY: how many GiB of the GPU this process may hold."""
+    config.addinivalue_line("markers", "gpu_memory(gibibytes): on a GPU, needs so much of it")
+    if torch.cuda.is_available() and "EXTROPE_GPU_MEMORY" in os.environ:
+        share = float(os.environ["EXTROPE_GPU_MEMORY"]) / total_gpu_memory()
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
+
+
+def pytest_runtest_setup(item):
+    marker = item.get_closest_marker("gpu_memory")
+    if marker is None or not torch.cuda.is_available():
+        return
+    bound = float(os.environ.get("EXTROPE_GPU_MEMORY", total_gpu_memory()))
+    if marker.args[0] > bound:
+        pytest.skip(f"needs {marker.args[0]} GiB of the GPU, may hold {bound:.1f}")
+
+
+def total_gpu_memory():
+    return torch.cuda.get_device_properties(0).total_memory / 2**30
+
+
 @pytest.fixture
 def no_library():
     """For tests of what runs without a compiled library: a wheel brings one."""

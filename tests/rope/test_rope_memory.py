@@ -64,6 +64,7 @@ def test_outputs_keep_the_memory_layout(backend):
     assert out_q.stride() == q.stride() and out_k.stride() == k.stride()
 
 
+@pytest.mark.gpu_memory(9)
 def test_more_than_2_to_31_elements_by_stride(backend, tmp_path):
     """A sparse file gives the address range without the memory."""
     far = 2**31 + 64

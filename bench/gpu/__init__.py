@@ -1,0 +1,1 @@
+"""What a machine with a GPU is asked, in steps of under nine minutes: `make gpu`."""

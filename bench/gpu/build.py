@@ -1,0 +1,59 @@
+"""Whether what the other steps need is there: the libraries, built now, and versions."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from extrope_kernels import _ext, cli
+
+from .step import ROOT, Deadline, Verdict
+
+PEERS = ("flash-attn", "flash-attn-3", "flash-attn-4", "flashinfer-python", "liger-kernel")
+
+
+def run(deadline: Deadline) -> Verdict:
+    """Fails only without a compiled kernel of any kind; what nvcc could not build is told."""
+    reasons = {name: _ext.load(name) for name in ("cpu", "cuda")}
+    print(cli.info(), flush=True)
+    said = [f"{name} library: {reason or 'built'}" for name, reason in reasons.items()]
+    packages = {name: installed(name) for name in ("torch", "triton", *PEERS)}
+    said += [f"{name} {number}" for name, number in packages.items() if number]
+    ok = bool(packages["triton"]) or reasons["cuda"] is None
+    return Verdict(ok, "; ".join(said), {"libraries": reasons, "packages": packages})
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def about() -> dict:
+    """What results were made with."""
+    return {
+        "card": torch.cuda.get_device_name(),
+        "capability": capability(),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "commit": commit(),
+        "when": time.time(),
+    }
+
+
+def capability() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def commit() -> str:
+    """Of the checkout, with a + where it has been edited; nothing outside of git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

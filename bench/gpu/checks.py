@@ -1,0 +1,135 @@
+"""What smoke.py runs: every operation on every backend, each within the tests' own error budget.
+
+Oracles are those of tests/support: the closed form in float64, and what one writes in PyTorch in
+the tensors' own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import attention_oracle as oracle
+import decode_oracle
+import operations
+import torch
+from torch import Tensor
+
+from extrope_kernels.testing import assert_within_budget
+
+DTYPES = (torch.bfloat16, torch.float32)
+SIZES = {"seqlen_q": 200, "heads_q": 6, "heads_k": 2, "head_dim": 64}
+LENGTHS = (700, 150)  # of the cached sequences
+# Two and three regions, and what keys are rotated by: the suite has the others.
+SCORES, CACHED = ("rerope", "dual_chunk"), ("plain", "rerope", "leaky_rerope")
+# Attention's reference multiplies in float32 what kernels round to 16 bits: no measure of theirs.
+BY_REFERENCE = ("rope", "permute", "permuteformer", "permuteformer step")
+Check = Callable[[], None]
+
+
+def checks() -> Iterator[tuple[str, Check]]:
+    """By name; a check raises where the results are wrong, or cannot be had."""
+    for dtype in DTYPES:
+        for name, operation in operations.OPERATIONS.items():
+            if name.removesuffix(", backward") in BY_REFERENCE:
+                for backend in others(operation.backends):
+                    yield named(name, backend, dtype), partial(same, name, backend, dtype)
+        for score in SCORES:
+            for backend in others(operations.ATTENTION):
+                yield named(score, backend, dtype), partial(attention, score, backend, dtype)
+        for score in CACHED:
+            for backend in others(operations.ATTENTION):
+                name = f"{score} with a cache"
+                yield named(name, backend, dtype), partial(decode, score, backend, dtype)
+        for backend in others(operations.ATTENTION):
+            yield named("append", backend, dtype), partial(append, backend, dtype)
+
+
+def named(name: str, backend: str, dtype: torch.dtype) -> str:
+    return f"{name}, {backend}, {str(dtype)[6:]}"
+
+
+def others(backends: tuple[str, ...]) -> list[str]:
+    """But for the reference; interpreted, Triton takes minutes."""
+    here = {backend for _, backend in operations.everywhere()}
+    return [name for name in backends if name in here and name != "reference"]
+
+
+def same(name: str, backend: str, dtype: torch.dtype) -> None:
+    """Against the reference in the same dtype, and in float64."""
+    operation = operations.OPERATIONS[name]
+    inputs = operation.inputs(dtype)
+    exact = operation.run("reference", **{key: x.double() for key, x in inputs.items()})
+    low = operation.run("reference", **copies(inputs))
+    compare(operation.run(backend, **copies(inputs)), low, exact)
+
+
+def compare(found: list[Tensor], low: list[Tensor], exact: list[Tensor]) -> None:
+    for index, results in enumerate(zip(found, low, exact, strict=True)):
+        assert_within_budget(f"result {index}", *results)
+
+
+def copies(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An operation may write into what it is given."""
+    return {name: x.clone() for name, x in inputs.items()}
+
+
+def attention(score: str, backend: str, dtype: torch.dtype, **sizes: int) -> None:
+    """Output, log-sum-exp and gradients."""
+    example, sizes = oracle.EXAMPLES[score], {**SIZES, **sizes}
+    tensors, freqs = oracle.make_qkv(**sizes, dtype=dtype), oracle.frequencies(sizes["head_dim"])
+    seqlen = sizes["seqlen_q"]
+    relative = example.relative(seqlen, seqlen, **example.parameters)
+    options = {**example.parameters, "return_lse": True, "backend": backend}
+    with torch.no_grad():
+        found = example.attention(*tensors, freqs, **options)
+        exact = oracle.closed_form(*tensors, relative, freqs)
+        low = oracle.both_orders(*tensors, relative, freqs, exact)
+    oracle.check_outputs(backend, tensors[0], found, low, exact)
+    check_gradients(partial(example.attention, **options), tensors, freqs, relative, exact[1])
+
+
+def check_gradients(fused: Callable, tensors, freqs, relative, lse: Tensor) -> None:
+    dout, scale = torch.randn_like(tensors[0]), tensors[0].shape[-1] ** -0.5
+    found = gradients(lambda *x: fused(*x, freqs), tensors, dout)
+    doubles = [x.double() for x in tensors]
+    exact = gradients(lambda *x: oracle.closed_form(*x, relative, freqs), doubles, dout)
+
+    def plain(first: bool) -> tuple[Tensor, ...]:
+        def formula(*x):
+            return oracle.plain_formula(*x, relative, freqs, scale_first=first)
+
+        return gradients(formula, tensors, dout)
+
+    low = oracle.worse(exact, plain(False), plain(True))
+    for name, *results in zip(("dq", "dk", "dv"), found, low, exact):
+        noise = oracle.rounding_noise(name, results[-1], lse, dout, *tensors, scale)
+        noise = noise if tensors[0].dtype == torch.float32 else 0.0
+        assert_within_budget(name, *results, noise=noise)
+
+
+def gradients(function: Callable, tensors: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out, _ = function(*leaves)
+    return torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+
+def decode(score: str, backend: str, dtype: torch.dtype) -> None:
+    """One token and a few over a paged cache."""
+    for tokens in (1, 5):
+        check_decode(score, backend, dtype, tokens, 64)
+
+
+def check_decode(score, backend, dtype, tokens: int, head_dim: int, **sizes: int) -> None:
+    dims = {"head_dim": head_dim, "rotary_dim": head_dim, "page_size": 16, **sizes}
+    own = decode_oracle.SCORES[score]
+    decode_oracle.check(decode_oracle.Case(LENGTHS, tokens, dtype=dtype, **dims, **own), backend)
+
+
+def append(backend: str, dtype: torch.dtype) -> None:
+    """The cache that is written, and no more."""
+    operation = operations.OPERATIONS["cache, appended to"]
+    inputs = operation.inputs(dtype)
+    exact = operation.run("reference", **{key: x.double() for key, x in inputs.items()})
+    low, found = (operation.run(name, **copies(inputs)) for name in ("reference", backend))
+    compare(found[:2], low[:2], exact[:2])

@@ -1,0 +1,116 @@
+"""Which steps there are, and how one is run: apart, so that it can be ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+
+from . import build, sanitizer, smoke, suite, tune
+from .step import KILLED, ROOT, Deadline, Step, Verdict, folder, save
+
+RUN = ROOT / "bench" / "gpu" / "run.py"
+PATH = [str(ROOT / folder) for folder in (".", "bench", "tests/support")]
+
+
+def bench(deadline: Deadline) -> Verdict:
+    from . import rows  # with all that benchmarks import
+
+    return rows.run(deadline)
+
+
+STEPS = {
+    "build": Step(build.run, "the libraries built, versions"),
+    "smoke": Step(smoke.run, "one launch of every kernel against the reference"),
+    "memcheck": Step(sanitizer.memcheck, "the same under compute-sanitizer: accesses"),
+    "racecheck": Step(sanitizer.racecheck, "the same under compute-sanitizer: shared memory"),
+    **{f"suite {room}": Step(suite.of(room), f"tests/{room}") for room in suite.rooms()},
+    "bench": Step(bench, "a dozen timings beside bounds and peers"),
+    **{f"tune {kernel}": Step(tune.of(kernel), f"tiles of {kernel}") for kernel in tune.KERNELS},
+}
+INSIDE = "--inside"
+CARD = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+
+
+def main(argv: list[str]) -> int:
+    if argv == ["--list"]:
+        print("\n".join(f"{name:24} {step.about}" for name, step in STEPS.items()))
+        return 0
+    inside = INSIDE in argv
+    asked = " ".join(word for word in argv if word != INSIDE)
+    names = [name for name in STEPS if asked in ("", name) or name.startswith(f"{asked} ")]
+    if not names:
+        print(f"gpu: STEP must be one of {list(STEPS)}, got {asked!r}", file=sys.stderr)
+        return 2
+    if inside:
+        return here(names[0])
+    card, why = card_name()
+    if not card:
+        print(f"gpu: no CUDA device, nothing was run{why}")
+        return 1
+    verdicts = {name: apart(name, card) for name in names}
+    if len(names) > 1:
+        print(f"\n{card}, into {folder(card)}")
+        for name, verdict in verdicts.items():
+            print(f"{'ok    ' if verdict.ok else 'FAILED'} {name}: {verdict.line}")
+    return int(not all(verdict.ok for verdict in verdicts.values()))
+
+
+def card_name() -> tuple[str, str]:
+    """And why there is none. Asked in a process of its own: this holds no memory of the card."""
+    done = subprocess.run([sys.executable, "-c", CARD], capture_output=True, text=True)
+    if done.returncode == 0:
+        return done.stdout.strip(), ""
+    return "", f": {done.stderr.strip().splitlines()[-1]}"
+
+
+def here(name: str) -> int:
+    """Run one step in this process and keep what it found."""
+    about = build.about()  # before a bad access can make the card deaf
+    verdict = STEPS[name].run(Deadline())
+    save(name, verdict, about, folder(about["card"]))
+    print(f"{name}: {verdict.line}", flush=True)
+    return int(not verdict.ok)
+
+
+def apart(name: str, card: str) -> Verdict:
+    """Run one step in a process that is ended, with all it started, when its time is up."""
+    print(f"\n{name}: {STEPS[name].about}", flush=True)
+    process = subprocess.Popen(
+        [sys.executable, str(RUN), *name.split(), INSIDE],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATH)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    started, killer = time.time(), _killer(process)
+    last: deque[str] = deque(maxlen=1)
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        last.extend([line.strip()] if line.strip() else [])
+    code = process.wait()
+    killer.cancel()
+    said = last[0] if last else "nothing"
+    if said.startswith(f"{name}: "):
+        return Verdict(code == 0, said.removeprefix(f"{name}: "))
+    seconds = time.time() - started
+    verdict = Verdict(False, f"ended with status {code} after {seconds:.0f} s, at: {said[:200]}")
+    save(name, verdict, {"card": card, "when": time.time()}, folder(card))
+    print(f"{name}: {verdict.line}", flush=True)
+    return verdict
+
+
+def _killer(process: subprocess.Popen) -> threading.Timer:
+    def end() -> None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(KILLED, end)
+    timer.daemon = True
+    timer.start()
+    return timer

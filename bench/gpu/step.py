@@ -1,0 +1,89 @@
+"""What every step shares: its limit, its verdict, where results go, and the table of them all."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+BUILD = ROOT / "build" / "gpu"
+LIMIT = 500.0  # seconds that a step gives itself; KILLED after that it is ended from outside
+KILLED = 530.0
+
+
+@dataclass
+class Verdict:
+    """How a step ended: in one line, and in numbers."""
+
+    ok: bool
+    line: str
+    content: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    run: Callable[[Deadline], Verdict]
+    about: str
+
+
+class Deadline:
+    def __init__(self, seconds: float = LIMIT) -> None:
+        self.end = time.time() + seconds
+
+    @property
+    def left(self) -> float:
+        return max(self.end - time.time(), 0.0)
+
+    def __bool__(self) -> bool:
+        """Whether there is time for more."""
+        return self.left > 0
+
+
+def slug(card: str) -> str:
+    """NVIDIA H100 80GB HBM3 is h100-80gb-hbm3: what results of a card are filed under."""
+    words = re.findall(r"[a-z0-9]+", card.lower())
+    return "-".join(
+        word for word in words if word not in ("nvidia", "geforce", "graphics", "tesla")
+    )
+
+
+def folder(card: str, results: Path = RESULTS) -> Path:
+    return results / f"gpu-{slug(card)}"
+
+
+def save(name: str, verdict: Verdict, about: dict, where: Path) -> None:
+    """Keep a step's JSON, and make the table of all steps anew. about: card, torch, Triton, ..."""
+    where.mkdir(parents=True, exist_ok=True)
+    content = {"step": name, "ok": verdict.ok, "verdict": verdict.line, **about, **verdict.content}
+    path = where / f"{name.replace(' ', '-')}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    (where / "README.md").write_text(markdown(where))
+
+
+def markdown(where: Path) -> str:
+    """The verdicts of all steps that were run on this card, and the tables of some."""
+    steps = [json.loads(path.read_text()) for path in sorted(where.glob("*.json"))]
+    steps.sort(key=lambda step: step["when"])
+    lines = [
+        [s["step"], "yes" if s["ok"] else "**no**", s["verdict"], _made_with(s)] for s in steps
+    ]
+    parts = [f"# {steps[0]['card']}", table(["step", "passed", "verdict", "with"], lines)]
+    for step in steps:
+        if rows := step.get("table"):
+            parts += [f"## {step['step']}", table(rows["head"], rows["rows"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _made_with(step: dict) -> str:
+    return ", ".join(f"{key} {step[key]}" for key in ("torch", "triton", "commit") if key in step)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    cells = [[str(cell).replace("|", "/") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)

@@ -1,0 +1,132 @@
+"""The test suite on the GPU, a folder of tests/ a step, spread over processes by test.
+
+Without what compiles for minutes or is about the host: the audit, the evaluation, the builds. Each
+process may hold MEMORY of the card; what needs more runs alone, afterwards, if the card has it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from .shard_log import END, SHARD, read
+from .step import BUILD, ROOT, Deadline, Verdict
+
+TESTS = ROOT / "tests"
+MEMORY = 2.0  # GiB of a process, but for the context of each
+CONTEXT, SPARE = 1.0, 2.0  # GiB: of a process; of the card
+LARGE = "gpu_memory"  # the marker of tests that need more
+REST = 20.0  # seconds that are kept for the last tests to end
+OF_THE_HOST = (
+    *("amx_emulated", "bench", "build", "cuda_emulated", "docs", "examples", "first_use"),
+    *("gpu_audit", "gpu_steps", "gpu_tune", "import_direction", "length_generalization"),
+    *("method_table", "permute_emulated", "recipes", "sources"),
+)
+LEFT_OUT = ("evaluation", *(f"package/test_{name}.py" for name in OF_THE_HOST))
+
+
+def rooms() -> list[str]:
+    """The folders that have tests, those of kernels first."""
+    first = ("rope", "attention", "decode", "linear_attention", "permute")
+    found = {path.parent.name for path in TESTS.glob("*/test_*.py")} - set(LEFT_OUT)
+    return [*(name for name in first if name in found), *sorted(found - set(first))]
+
+
+def of(room: str) -> Callable[[Deadline], Verdict]:
+    return partial(run, room)
+
+
+def run(room: str, deadline: Deadline) -> Verdict:
+    import torch
+
+    if missing := [name for name in ("pytest", "hypothesis") if find_spec(name) is None]:
+        return Verdict(False, f"{' and '.join(missing)} not installed")
+    logs = BUILD / f"suite-{room}"
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    count = workers(total, os.cpu_count() or 1)
+    with ThreadPoolExecutor(count) as pool:
+        parts = [pool.submit(part, room, i, count, logs, deadline) for i in range(count)]
+        printed = [one.result() for one in parts]
+    printed.append(part(room, 0, 1, logs, deadline, total - SPARE))
+    (logs / "printed.txt").write_text("\n".join(printed))
+    return verdict(sorted(logs.glob("*.jsonl")), count, logs)
+
+
+def workers(gibibytes: float, cores: int) -> int:
+    """How many processes a card of that memory bears."""
+    return max(1, min(cores, int((gibibytes - SPARE) / (MEMORY + CONTEXT))))
+
+
+def part(
+    room: str, index: int, count: int, logs: Path, deadline: Deadline, large: float = 0.0
+) -> str:
+    """Run one part; again, behind the test that ended it, as long as that brings it further.
+
+    large: GiB for the tests that need more than MEMORY, which alone run then.
+    """
+    log = logs / f"{'large' if large else index}.jsonl"
+    printed, before = [], -1
+    while deadline.left > REST:
+        printed.append(pytest(room, f"{index}/{count} {log}", deadline, large))
+        total, done = read(log)
+        if total is None or len(done) >= total or len(done) == before:
+            break
+        before = len(done)
+    return "\n".join(printed)
+
+
+def pytest(room: str, shard: str, deadline: Deadline, large: float) -> str:
+    left_out = [f"--ignore={TESTS / name}" for name in LEFT_OUT if name.startswith(f"{room}/")]
+    marked = LARGE if large else f"not {LARGE}"
+    command = [sys.executable, "-m", "pytest", str(TESTS / room), "-q", "-p", "gpu.shard"]
+    env = {
+        **os.environ,
+        SHARD: shard,
+        END: str(deadline.end - REST),
+        "EXTROPE_GPU_MEMORY": str(large or MEMORY),
+    }
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", marked, *left_out]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=deadline.left
+        )
+    except subprocess.TimeoutExpired as late:
+        return f"ended at its limit\n{(late.stdout or b'').decode(errors='replace')}"
+    return done.stdout + done.stderr
+
+
+def verdict(logs: list[Path], count: int, printed: Path | None = None) -> Verdict:
+    """From what the parts told: how many ran of how many, and what failed."""
+    totals, found = [], {}
+    for log in logs:
+        total, done = read(log)
+        totals.append(total)
+        found |= done
+    if not logs or None in totals:
+        return Verdict(False, f"no tests were collected: see {printed}")
+    states, total = Counter(entry["state"] for entry in found.values()), sum(totals)
+    ran = sum(states.values()) - states["started"]
+    line = f"{ran} of {total} ran, {states['passed']} passed, {states['failed']} failed, "
+    line += f"{states['skipped']} skipped"
+    if states["started"]:
+        line += f", {states['started']} started and never ended"
+    line += f"; {count} processes"
+    bad = [
+        {"test": name, "state": entry["state"], "why": entry.get("why", "")}
+        for name, entry in sorted(found.items())
+        if entry["state"] in ("failed", "started")
+    ]
+    for entry in bad[:40]:
+        print(f"{entry['state']}: {entry['test']}: {entry['why']}", flush=True)
+    ok = ran == total > 0 and not bad
+    return Verdict(ok, line, {"ran": ran, "tests": total, "bad": bad, **states})

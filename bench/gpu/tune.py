@@ -1,0 +1,152 @@
+"""Candidate tiles of the kernels that matter, timed; the winner goes into the configuration table.
+
+A candidate is forced by patching the look-up `config(kernel, head_dim, itemsize, capability)` of
+the room, wherever a module has imported it. It counts only where its results are as right as the
+tests ask for; one that does not compile, or not fit, is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from unittest import mock
+
+from .config_table import ConfigTable
+from .step import Deadline, Verdict
+
+# Its room, and the kernel's name in the room's table.
+KERNELS = {
+    "forward": ("attention", "forward"),
+    "dq": ("attention", "dq"),
+    "dkv": ("attention", "dkv"),
+    "decode": ("decode", "one_token"),
+}
+HEAD = ["head_dim", "configuration", "ms", "over the shipped one", ""]
+GAIN = 0.99  # of the shipped one's time: what a winner has to stay under to take its place
+
+
+@dataclass
+class Timed:
+    """A candidate and its milliseconds, or why it has none."""
+
+    head_dim: int
+    fields: dict
+    milliseconds: float | None = None
+    reason: str = ""
+
+
+def of(name: str) -> Callable[[Deadline], Verdict]:
+    return functools.partial(run, name)
+
+
+def run(name: str, deadline: Deadline) -> Verdict:
+    """The common head_dim first, so that a lack of time costs the others."""
+    import torch
+
+    from .build import capability
+
+    room, kernel = KERNELS[name]
+    table, chip, card = ConfigTable.of(room), capability(), torch.cuda.get_device_name()
+    if missing := table.missing():
+        return Verdict(False, f"nothing to choose from: {missing}")
+    every = table.candidates(kernel, chip)
+    found, written, left = [], [], 0
+    for dim in sorted(every, key=lambda dim: (dim != 128, dim)):
+        timed = time_all(room, kernel, dim, every[dim], deadline)
+        found += timed
+        left += len(every[dim]) - len(timed)
+        if len(timed) == len(every[dim]) and (best := winner(timed)):
+            table.replace(kernel, chip, dim, best.fields, card)
+            written.append(f"{dim}: {words(best.fields)}")
+    return verdict(found, left, written)
+
+
+def time_all(
+    room: str, kernel: str, dim: int, candidates: list[dict], deadline: Deadline
+) -> list[Timed]:
+    """Each candidate's time; the shipped one's first, and that has to run."""
+    from .tune_problems import problems
+
+    timed: list[Timed] = []
+    small, large = problems(room, kernel, dim)
+    for fields in candidates:
+        if not deadline:
+            break
+        one = Timed(dim, fields)
+        try:
+            with forced(room, kernel, dim, fields):
+                small()
+                one.milliseconds = large()
+        except Exception as error:  # of a compiler, a launch, or of the comparison
+            one.reason = f"{type(error).__name__}: {str(error).strip()[:160]}"
+            if not timed:
+                raise
+        timed.append(one)
+        print(f"{dim} {words(fields)}: {one.milliseconds or one.reason}", flush=True)
+    return timed
+
+
+@contextmanager
+def forced(room: str, kernel: str, dim: int, fields: dict) -> Iterator[None]:
+    """Have the look-up give this configuration for the kernel; plans that were kept are dropped."""
+    original = import_module(f"extrope_kernels.ops.{room}.triton.configs").config
+
+    def config(asked: str, head_dim: int, itemsize: int, capability: int | None):
+        found = original(asked, head_dim, itemsize, capability)
+        if (asked, head_dim, itemsize) == (kernel, dim, 2):
+            return type(found)(**fields)
+        return found
+
+    prefix = f"extrope_kernels.ops.{room}.triton"
+    modules = [module for name, module in sys.modules.items() if name.startswith(prefix)]
+    users = [module for module in modules if getattr(module, "config", None) is original]
+    patches = [mock.patch.object(module, "config", config) for module in users]
+    try:
+        for patch in patches:
+            patch.start()
+        forget()
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+        forget()
+
+
+def forget() -> None:
+    """Drop the plans of launches that launchers keep."""
+    launch = import_module("extrope_kernels.ops._shared.triton.launch")
+    getattr(launch, "forget", lambda: None)()
+
+
+def winner(timed: list[Timed]) -> Timed | None:
+    """The fastest; the shipped one, which is the first, unless another gains enough."""
+    shipped = timed[0]
+    ran = [one for one in timed if one.milliseconds is not None]
+    if shipped.milliseconds is None or not ran:
+        return None
+    best = min(ran, key=lambda one: one.milliseconds)
+    return best if best.milliseconds < GAIN * shipped.milliseconds else shipped
+
+
+def words(fields: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def verdict(found: list[Timed], left: int, written: list[str]) -> Verdict:
+    ran = [one for one in found if one.milliseconds is not None]
+    line = f"{len(ran)} of {len(found) + left} configurations timed, "
+    line += f"{len(found) - len(ran)} refused"
+    line += f"; written: {'; '.join(written)}" if written else "; nothing written"
+    shipped: dict[int, float | None] = {}
+    rows = []
+    for one in found:
+        base = shipped.setdefault(one.head_dim, one.milliseconds)
+        time = "" if one.milliseconds is None else f"{one.milliseconds:.3f}"
+        over = f"{one.milliseconds / base:.2f}" if one.milliseconds and base else ""
+        rows.append([str(one.head_dim), words(one.fields), time, over, one.reason])
+    content = {"table": {"head": HEAD, "rows": rows}, "written": written}
+    return Verdict(bool(ran) and not left, line, content)

@@ -1,0 +1,53 @@
+"""What the tuner runs with a candidate: a short problem to check, a long one to time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from attention import frequencies, make_inputs, trained
+from bench_decode import caches, decode_paged
+from harness import Call, paired
+from shapes import HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, SEQLEN, WINDOW
+
+from extrope_kernels import rerope_attention
+
+from . import checks
+
+DTYPE = torch.bfloat16
+SHORT = {"seqlen_q": 256, "heads_q": 16, "heads_k": 4}  # what float64 can follow
+SECONDS = 2.0  # of timing
+
+
+def problems(room: str, kernel: str, dim: int) -> tuple[Callable[[], None], Callable[[], float]]:
+    """A gradient's kernel is timed within forward and backward together: all that is not forced
+    stays as it is.
+    """
+    if room == "decode":
+        sizes = {"heads_q": HEADS_Q, "heads_k": HEADS_K}
+        check = partial(checks.check_decode, "rerope", "triton", DTYPE, 1, dim, **sizes)
+        return check, partial(time, decode(dim), training=False)
+    training = kernel != "forward"
+    check = partial(checks.attention, "rerope", "triton", DTYPE, **SHORT, head_dim=dim)
+    return check, partial(time, attention(dim, training), training=training)
+
+
+def attention(dim: int, training: bool) -> Call:
+    qkv, freqs = make_inputs(SEQLEN, HEADS_K, dim, DTYPE, HEADS_Q), frequencies(dim)
+
+    def call():
+        return rerope_attention(*qkv, freqs, window=WINDOW, backend="triton")
+
+    call.leaves = qkv
+    return trained({"call": call})["call"] if training else call
+
+
+def decode(dim: int) -> Call:
+    raw, _ = caches(KEYS, DTYPE, dim)
+    return decode_paged(raw, freqs=frequencies(dim), window=KEYS_WINDOW, backend="triton")
+
+
+def time(call: Call, training: bool) -> float:
+    with torch.set_grad_enabled(training):
+        return paired(call, seconds=SECONDS)[0]
