@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 
 from . import build, sanitizer, smoke, suite, tune
 from .step import KILLED, ROOT, Deadline, Step, Verdict, folder, save
@@ -90,17 +89,17 @@ def apart(name: str, card: str) -> Verdict:
         start_new_session=True,
     )
     started, killer = time.time(), _killer(process)
-    last: deque[str] = deque(maxlen=1)
+    said = last = ""
     for line in process.stdout:
         print(line, end="", flush=True)
-        last.extend([line.strip()] if line.strip() else [])
+        last = line.strip() or last
+        said = last if last.startswith(f"{name}: ") else said
     code = process.wait()
     killer.cancel()
-    said = last[0] if last else "nothing"
-    if said.startswith(f"{name}: "):
+    if said and code in (0, 1):
         return Verdict(code == 0, said.removeprefix(f"{name}: "))
     seconds = time.time() - started
-    verdict = Verdict(False, f"ended with status {code} after {seconds:.0f} s, at: {said[:200]}")
+    verdict = Verdict(False, f"ended with status {code} after {seconds:.0f} s, at: {last[:200]}")
     save(name, verdict, {"card": card, "when": time.time()}, folder(card))
     print(f"{name}: {verdict.line}", flush=True)
     return verdict
