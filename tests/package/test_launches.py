@@ -92,7 +92,8 @@ def test_a_decode_step_is_two_launches_and_compiles_once(run_python, paged):
     assert launched(step(4096, 16, 100)) == 2
     before = compiled()
     assert before > 0
-    for capacity, page_size, length in ((4096, 16, 4000), (5000, 8, 1), (8192, 128, 8000), (3 * 1030, 10, 3)):
+    shapes = ((4096, 16, 4000), (5000, 8, 1), (8192, 128, 8000), (3 * 1030, 10, 3))
+    for capacity, page_size, length in shapes:
         for call in [step(capacity, page_size, length)] * 2:
             assert launched(call) == 2
     assert compiled() == before
