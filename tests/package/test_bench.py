@@ -14,7 +14,8 @@ import torch._dynamo
 import extrope_kernels
 
 BENCH = Path(extrope_kernels.__file__).parent.parent / "bench"
-SCRIPTS = sorted(path.stem for path in BENCH.glob("bench_*.py"))
+ALONE = "bench_launch"  # its kernels are compiled, and those of this process perhaps interpreted
+SCRIPTS = sorted(path.stem for path in BENCH.glob("bench_*.py") if path.stem != ALONE)
 
 
 @pytest.fixture
@@ -41,6 +42,20 @@ def test_every_script_runs(bench, tmp_path, capsys, script):
             assert "absent" not in row and (row["of_floor"] > 0)
     for plot in tmp_path.glob("scaling-*.json"):
         assert plot.with_suffix(".svg").exists()
+
+
+def test_the_host_is_timed_up_to_a_launch(run_python, tmp_path):
+    pytest.importorskip("triton.backends.nvidia")
+    source = f"""
+        import sys; sys.path.insert(0, {str(BENCH)!r})
+        import bench_launch
+        bench_launch.main(["--quick", "--out", {str(tmp_path)!r}])
+    """
+    run_python(source, TRITON_INTERPRET="0", EXTROPE_TRITON_CHIP="90")
+    rows = json.loads((tmp_path / "launch-cpu.json").read_text())["rows"]
+    counted = [row for row in rows if "most_kernels" in row]
+    assert len(counted) == 4 and all(row["microseconds"] > 0 for row in rows)
+    assert all(row["kernels"] <= row["most_kernels"] for row in counted)
 
 
 def test_every_public_function_has_its_overhead_measured(bench):
