@@ -45,16 +45,22 @@ KERNEL, BINDING = "-O3", "-O1"
 NVCC_FLAGS = (STANDARD, BINDING, "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
 _BF16 = f"{_AVX512} -mavx512bf16"
+# The kernels are written in vectors: passes that look for some gain nothing with short ones, for a
+# third of the time to compile.
+_AS_WRITTEN = ("-fno-tree-vectorize", "-fno-ipa-cp-clone")
 ISA_FLAGS = {
     "baseline": ("-O1",),  # for machines too old to be fast: less than half the time to compile
-    # The kernels are written in vectors: passes that look for some gain nothing here, for a third
-    # of the time to compile.
-    "avx2": ("-mavx2", "-mfma", "-mf16c", "-fno-tree-vectorize", "-fno-ipa-cp-clone"),
+    # Reordered before registers are assigned, products spill their sums. What psabi warns of is a
+    # matter of calls from other files.
+    "neon": (*_AS_WRITTEN, "-fno-schedule-insns", "-Wno-psabi"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c", *_AS_WRITTEN),
     "avx512": tuple(_AVX512.split()),
     "avx512_bf16": tuple(_BF16.split()),
     "amx": tuple(f"{_BF16} -mamx-tile -mamx-bf16".split()),
 }
 BF16_ISAS = ("avx512_bf16", "amx")  # old compilers do not know them
+# By the processor that a compiler makes code for; any other has the baseline.
+ISAS = {"x86_64": ("baseline", "avx2", "avx512", *BF16_ISAS), "aarch64": ("neon",)}
 # By the end of a source's name; all others are compiled for all but BF16_ISAS.
 OF_SOME_ISAS = {"_bf16_kernel": BF16_ISAS}
 
@@ -156,34 +162,41 @@ def plan(name: str) -> Plan:
 
 def _plan_cpu() -> Plan:
     compiler, torch = find_compiler(), find_torch()
-    isas = _instruction_sets(compiler)
+    isas = instruction_sets(compiler)
     has_bf16 = ["-DEXTROPE_HAS_BF16"] if "amx" in isas else []
-    objects = {}
-    for source in _sources("cpu", "*.cpp"):
-        compile_it = [*compiler, STANDARD, *CXX_FLAGS, "-I", "csrc"]
-        which = ["-c", _copied(source)]
-        if not source.stem.endswith("_kernel"):
-            bind = [BINDING, *has_bf16, *_torch_flags(torch)]
-            objects[_object(source)] = [*compile_it, *bind, *which]
-            continue
-        for isa in _isas_of(source, isas):
-            for_isa = [KERNEL, f"-DEXTROPE_ISA={isa}", *ISA_FLAGS[isa]]
-            objects[_object(source, isa)] = [*compile_it, *for_isa, *which]
+    objects = cpu_objects(compiler, isas, [*has_bf16, *_torch_flags(torch)])
     link = [*compiler, "-shared", f"-L{torch / 'lib'}", "-Wl,--no-undefined", "-ltorch_cpu"]
     left_out = "" if has_bf16 or "avx512" not in isas else f"{compiler[-1]} does not know AMX"
     return Plan(objects, link, left_out)
 
 
-def _instruction_sets(compiler: list[str]) -> list[str]:
-    """Those of ISA_FLAGS that the compiler makes code for; old ones do not know BF16_ISAS."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return ["baseline"]
+def cpu_objects(
+    compiler: list[str], isas: Sequence[str], torch_flags: list[str]
+) -> dict[str, list[str]]:
+    """The commands of a Plan for the CPU sources: kernels for each of `isas`, the rest once."""
+    objects = {}
+    for source in _sources("cpu", "*.cpp"):
+        compile_it = [*compiler, STANDARD, *CXX_FLAGS, "-I", "csrc"]
+        which = ["-c", _copied(source)]
+        if not source.stem.endswith("_kernel"):
+            objects[_object(source)] = [*compile_it, BINDING, *torch_flags, *which]
+            continue
+        for isa in _isas_of(source, isas):
+            for_isa = [KERNEL, f"-DEXTROPE_ISA={isa}", *ISA_FLAGS[isa]]
+            objects[_object(source, isa)] = [*compile_it, *for_isa, *which]
+    return objects
+
+
+def instruction_sets(compiler: list[str]) -> list[str]:
+    """Those of ISAS that the compiler makes code for; old ones do not know BF16_ISAS."""
+    isas = ISAS.get(output([*compiler, "-dumpmachine"]).split("-")[0], ("baseline",))
     known = [*compiler, *ISA_FLAGS["amx"], "-E", "-x", "c++", os.devnull]
-    done = subprocess.run(known, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return [isa for isa in ISA_FLAGS if isa not in BF16_ISAS or done.returncode == 0]
+    if "amx" in isas and subprocess.run(known, capture_output=True).returncode != 0:
+        return [isa for isa in isas if isa not in BF16_ISAS]
+    return list(isas)
 
 
-def _isas_of(source: Path, isas: list[str]) -> list[str]:
+def _isas_of(source: Path, isas: Sequence[str]) -> list[str]:
     """Those that one of the kernels is compiled for."""
     for end, some in OF_SOME_ISAS.items():
         if source.stem.endswith(end):
@@ -244,23 +257,11 @@ def build(name: str, output: Path, work_dir: Path, log: Path) -> None:
     if lacks := steps.left_out:
         warnings.warn(f"the {name} library lacks its fastest kernels: {lacks}", stacklevel=2)
     work_dir.mkdir(parents=True, exist_ok=True)
-    _copy_sources(name, work_dir / "csrc")
+    copies = {work_dir / _copied(source): source for source in _read_by(name)}
+    _ninja.copy_sources(copies, work_dir / "csrc")
     if why := _ninja.run(ninja, steps.objects, LIBRARIES[name], steps.link, work_dir, log):
         raise BuildError(f"{Path(steps.link[0]).name} failed: {why} (log: {log})")
     shutil.copy(work_dir / LIBRARIES[name], output)
-
-
-def _copy_sources(name: str, folder: Path) -> None:
-    """Bring a copy up to date, by content: installers date as they like, ninja goes by dates."""
-    sources = {folder.parent / _copied(source): source for source in _read_by(name)}
-    for path in folder.rglob("*"):
-        if path.is_file() and path not in sources:
-            path.unlink()
-    for path, source in sources.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = source.read_bytes()
-        if not path.exists() or path.read_bytes() != content:
-            path.write_bytes(content)
 
 
 def output(command: list[str]) -> str:

@@ -30,6 +30,20 @@ def run(
     return _first_error(printed) if failed else None
 
 
+def copy_sources(copies: Mapping[Path, Path], folder: Path) -> None:
+    """Bring a folder of copies up to date, by content: installers date as they like, ninja goes
+    by dates.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in copies:
+            path.unlink()
+    for path, source in copies.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = source.read_bytes()
+        if not path.exists() or path.read_bytes() != content:
+            path.write_bytes(content)
+
+
 def _file(objects: Mapping[str, Sequence[str]], library: str, link: Sequence[str]) -> str:
     lines = [
         "rule compile",

@@ -21,6 +21,7 @@ CPU_CAPABILITIES = (
     "AVX-512",
     "AVX-512 BF16",
     "AMX",
+    "NEON",
 )  # the numbers that extrope::cpu_capability returns
 
 

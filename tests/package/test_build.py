@@ -81,7 +81,7 @@ def test_wheel_with_torch_holds_the_library_and_works(wheel, tmp_path):
 def test_instruction_sets_share_no_function(checkout, wheel):
     # The linker keeps one of several equal weak functions, whichever processor it was compiled for.
     objects = {path: path.name.split(".")[-2] for path in checkout.glob("build/temp*/cpu/*.o")}
-    assert set(objects.values()) >= set(_build.ISA_FLAGS) - set(_build.BF16_ISAS)
+    assert set(objects.values()) >= set(_build.instruction_sets(_build.find_compiler()))
     for path, isa in objects.items():
         if isa not in _build.ISA_FLAGS:
             continue
@@ -166,7 +166,7 @@ def test_torch_that_is_too_old_is_refused(monkeypatch):
 
 @needs_compiler
 def test_compiler_without_amx(monkeypatch, tmp_path):
-    if "avx512" not in _build._instruction_sets(_build.find_compiler()):
+    if "avx512" not in _build.instruction_sets(_build.find_compiler()):
         pytest.skip("not an x86 processor")
     real = " ".join(_build.find_compiler())
     old = tmp_path / "old"
@@ -178,6 +178,24 @@ def test_compiler_without_amx(monkeypatch, tmp_path):
     words = [word for command in steps.objects.values() for word in command]
     assert not [word for word in words if word != str(old) and "amx" in word.lower()]
     assert "cpu.attention.forward_kernel.avx512.o" in steps.objects
+
+
+@needs_compiler
+def test_compiler_for_arm(monkeypatch, tmp_path):
+    real = " ".join(_build.find_compiler())
+    cross = tmp_path / "cross"
+    cross.write_text(
+        f'#!/bin/sh\n[ "$*" = -dumpmachine ] && echo aarch64-linux-gnu || {real} "$@"\n'
+    )
+    cross.chmod(0o755)
+    monkeypatch.setenv("CXX", str(cross))
+    steps = _build.plan("cpu")
+    assert steps.left_out == ""
+    kernels = {name: words for name, words in steps.objects.items() if "_kernel." in name}
+    assert {name.split(".")[-2] for name in kernels} == {"neon"}
+    assert all("-O3" in words and "-O1" not in words for words in kernels.values())
+    words = [word for command in steps.objects.values() for word in command]
+    assert not [word for word in words if word.startswith("-m") or "BF16" in word]
 
 
 @needs_compiler

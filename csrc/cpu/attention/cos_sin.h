@@ -43,6 +43,7 @@ using RotateKeys = void (*)(const AttentionParams&, const AttentionTensor& k, co
 EXTROPE_DECLARE(baseline)
 EXTROPE_DECLARE(avx2)
 EXTROPE_DECLARE(avx512)
+EXTROPE_DECLARE(neon)
 
 #undef EXTROPE_DECLARE
 

@@ -42,6 +42,7 @@ using BackwardTile = void (*)(const AttentionParams&, const QueryTile&, const Ti
 EXTROPE_DECLARE(baseline)
 EXTROPE_DECLARE(avx2)
 EXTROPE_DECLARE(avx512)
+EXTROPE_DECLARE(neon)
 
 #undef EXTROPE_DECLARE
 

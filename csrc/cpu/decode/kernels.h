@@ -15,6 +15,7 @@ namespace extrope {
 EXTROPE_DECLARE(baseline)
 EXTROPE_DECLARE(avx2)
 EXTROPE_DECLARE(avx512)
+EXTROPE_DECLARE(neon)
 
 #undef EXTROPE_DECLARE
 

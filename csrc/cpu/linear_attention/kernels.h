@@ -40,6 +40,7 @@ struct ScanKernels {
 EXTROPE_DECLARE(baseline)
 EXTROPE_DECLARE(avx2)
 EXTROPE_DECLARE(avx512)
+EXTROPE_DECLARE(neon)
 #undef EXTROPE_DECLARE
 
 }  // namespace extrope

@@ -23,5 +23,6 @@ using PermuteTokens = void (*)(const PermuteParams&, const PermuteCycles&, int64
 void permute_tokens_baseline(const PermuteParams&, const PermuteCycles&, int64_t, int64_t);
 void permute_tokens_avx2(const PermuteParams&, const PermuteCycles&, int64_t, int64_t);
 void permute_tokens_avx512(const PermuteParams&, const PermuteCycles&, int64_t, int64_t);
+void permute_tokens_neon(const PermuteParams&, const PermuteCycles&, int64_t, int64_t);
 
 }  // namespace extrope

@@ -14,5 +14,6 @@ using RopeTokens = void (*)(const RopeParams&, int64_t begin, int64_t end);
 void rope_tokens_baseline(const RopeParams&, int64_t begin, int64_t end);
 void rope_tokens_avx2(const RopeParams&, int64_t begin, int64_t end);
 void rope_tokens_avx512(const RopeParams&, int64_t begin, int64_t end);
+void rope_tokens_neon(const RopeParams&, int64_t begin, int64_t end);
 
 }  // namespace extrope

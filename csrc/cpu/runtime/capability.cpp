@@ -11,6 +11,14 @@
 #endif
 
 namespace extrope {
+
+#if defined(__aarch64__)
+
+// Part of every such processor, and all that its kernels are compiled for.
+Capability capability() { return kNeon; }
+
+#else
+
 namespace {
 
 #if defined(EXTROPE_HAS_BF16)
@@ -63,5 +71,7 @@ Capability capability() {
   }();
   return chosen;
 }
+
+#endif
 
 }  // namespace extrope

@@ -5,9 +5,11 @@
 
 namespace extrope {
 
-enum Capability : int64_t { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+// Those of x86 in order, each with all before it; then what other processors have.
+enum Capability : int64_t { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNeon };
 
-// EXTROPE_CPU_CAPABILITY lowers the choice, for tests of the narrower kernels on a wider processor.
+// EXTROPE_CPU_CAPABILITY lowers the choice on x86, for tests of the narrower kernels on a wider
+// processor.
 // kAvx512Bf16 stands for AVX-512's products of pairs of bf16, kAmx for the tiles of AMX beside
 // them: the forwards of both attentions in bf16 have a form for each.
 Capability capability();
@@ -17,6 +19,8 @@ Capability capability();
 #if defined(__x86_64__)
 #define EXTROPE_WIDEST(name) \
   (capability() >= kAvx512 ? name(avx512) : capability() == kAvx2 ? name(avx2) : name(baseline))
+#elif defined(__aarch64__)
+#define EXTROPE_WIDEST(name) name(neon)
 #else
 #define EXTROPE_WIDEST(name) name(baseline)
 #endif

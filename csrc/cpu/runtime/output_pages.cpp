@@ -7,7 +7,12 @@
 namespace extrope {
 namespace {
 
-constexpr uintptr_t kPage = 4096, kHugePage = uintptr_t{1} << 21;
+#if defined(__aarch64__)
+constexpr uintptr_t kPage = uintptr_t{1} << 16;  // the largest that a kernel may be built for
+#else
+constexpr uintptr_t kPage = 4096;
+#endif
+constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
 constexpr int64_t kLarge = int64_t{4} << 20;  // bytes; malloc keeps what is smaller
 constexpr int64_t kMostKept = int64_t{1} << 30;
 

@@ -11,6 +11,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // The name of a kernel: EXTROPE_EXPAND(rope_, EXTROPE_ISA).
@@ -77,6 +79,8 @@ inline float widen(bf16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
 inline float widen(f16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+  return bits_as<__fp16>(x.bits);
 #else
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
   if (magnitude >= 0x7c00) return bits_as<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
@@ -97,6 +101,8 @@ inline void narrow(float x, bf16& out) {
 inline void narrow(float x, f16& out) {
 #if defined(__F16C__)
   out.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  out.bits = bits_as<uint16_t>(static_cast<__fp16>(x));
 #else
   const uint32_t bits = bits_as<uint32_t>(x), sign = bits >> 16 & 0x8000,
                  magnitude = bits & 0x7fffffff;
@@ -128,6 +134,8 @@ inline floats load_wide(const f16* from) {
   return _mm512_cvtph_ps(load<__m256i>(from));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(load<__m128i>(from));
+#elif defined(__aarch64__)
+  return bits_as<floats>(vcvt_f32_f16(load<float16x4_t>(from)));
 #else
   floats v;
   for (int i = 0; i < kFloats; ++i) v[i] = widen(from[i]);
@@ -167,6 +175,8 @@ inline void store_narrow(f16* to, floats v) {
   store(to, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   store(to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  store(to, vcvt_f16_f32(bits_as<float32x4_t>(v)));
 #else
   for (int i = 0; i < kFloats; ++i) narrow(v[i], to[i]);
 #endif
