@@ -2,7 +2,8 @@
 
 `nox -s wheel` builds it once; every other session installs that file in an environment of its own
 and runs the tests against it, away from the checkout. `nox -s tests -- rope/test_rope.py` runs a
-part, `nox -s "tests(python='3.13', torch='2.11.0')"` one session.
+part, `nox -s "tests(python='3.13', torch='2.11.0')"` one session. `nox -s arm` is of the checkout
+and needs no wheel.
 """
 
 from __future__ import annotations
@@ -115,6 +116,13 @@ def kernels(session: nox.Session, triton: str) -> None:
     install(session, BUILT_WITH[1])
     session.install("pip", "rich")
     session.run("python", "bench/triton_versions.py", "--all", triton)
+
+
+@nox.session(python=BUILT_WITH[0])
+def arm(session: nox.Session) -> None:
+    """The CPU kernels for ARM, cross-compiled and run under qemu, against those for x86."""
+    session.install("ninja", "numpy")
+    session.run("python", "tests/support/arm/run.py")
 
 
 def install(session: nox.Session, torch: str) -> None:

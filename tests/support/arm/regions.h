@@ -1,0 +1,42 @@
+// Score methods as kernels see them: those of extrope_kernels/scores.
+#pragma once
+
+#include <cmath>
+
+#include "common/regions.h"
+
+namespace extrope {
+namespace {
+
+constexpr int64_t kFirstKey = -(int64_t{1} << 62);
+constexpr PositionMap kSame{0, 1.0, false, 0.0, INFINITY};
+constexpr PositionMap kUnrotated{0, INFINITY, false, 0.0, INFINITY};
+
+inline Regions rope() { return {1, 1, {{kFirstKey, kSame, kSame}}, kUnrotated}; }
+
+inline Regions rerope(int64_t window) {
+  const PositionMap far{0, INFINITY, false, static_cast<double>(window), INFINITY};
+  return {2, 1, {{kFirstKey, far, kUnrotated}, {1 - window, kSame, kSame}}, kUnrotated};
+}
+
+inline Regions self_extend(int64_t window, int64_t group) {
+  const double offset = static_cast<double>(window - window / group);
+  const PositionMap q{0, static_cast<double>(group), true, offset, INFINITY};
+  const PositionMap k{0, static_cast<double>(group), true, 0.0, INFINITY};
+  return {2, 1, {{kFirstKey, q, k}, {1 - window, kSame, kSame}}, kUnrotated};
+}
+
+// Three regions whose starts are shared by blocks of queries, as dual chunk attention has.
+inline Regions chunked(int64_t chunk) {
+  const double size = static_cast<double>(chunk);
+  const PositionMap in_chunk{chunk, 1.0, false, 0.0, INFINITY};
+  const PositionMap next{chunk, 1.0, false, size, 1.5 * size};
+  const PositionMap last{0, INFINITY, false, 1.5 * size, INFINITY};
+  return {3,
+          chunk,
+          {{kFirstKey, last, in_chunk}, {-chunk, next, in_chunk}, {0, in_chunk, in_chunk}},
+          kUnrotated};
+}
+
+}  // namespace
+}  // namespace extrope
