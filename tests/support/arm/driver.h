@@ -88,8 +88,8 @@ std::vector<T> random_values(int64_t count, uint64_t seed) {
   return values;
 }
 
-// `half` frequencies from 1 down, and as many again for each further row, by products alone: libm's
-// pow is not the same everywhere. Padded with zeros to whole vectors.
+// `half` frequencies from 1 down, by products alone: libm's pow is not the same everywhere. Padded
+// with zeros to whole vectors.
 inline std::vector<double> frequencies(int64_t half, int64_t padded) {
   std::vector<double> out(padded);
   double frequency = 1.0;
