@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -161,7 +162,17 @@ def _intact(library: Path) -> bool:
 
 def _dlopen(library: Path) -> str | None:
     try:
+        if library.name == _build.LIBRARIES["cuda"]:
+            return _register_cuda(library)
         torch.ops.load_library(str(library))
     except OSError as error:
         return f"{library.name} did not load: {' '.join(str(error).split())[:300]}"
     return None
+
+
+def _register_cuda(library: Path) -> str | None:
+    """Load the CUDA library and let it register its ops, if its kernels can run here."""
+    register = ctypes.CDLL(str(library)).extrope_cuda_register
+    register.restype = ctypes.c_char_p
+    why = register(int(torch.cuda.is_available()))
+    return None if why is None else f"{library.name} cannot run here: {why.decode()}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 from builds import (
     CPU,
     ROOT,
@@ -27,6 +28,22 @@ from builds import (
 )
 
 from extrope_kernels import _build, _ninja
+
+# What a CUDA library says of this machine, were it one with a GPU, and then as it is.
+CUDA_OPS = """
+import pathlib, torch
+from extrope_kernels import _ext
+
+def try_it():
+    print(_ext._dlopen(pathlib.Path({library!r})))
+    print(torch._C._dispatch_has_kernel_for_dispatch_key("extrope::rope_bwd", "CUDA"))
+
+if not torch.cuda.is_available():
+    is_available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+    try_it()
+    torch.cuda.is_available = is_available
+try_it()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -138,16 +155,20 @@ def test_what_does_not_link_is_one_line(tmp_path):
 
 @needs_nvcc
 @needs_compiler
-def test_cuda_library_links_against_any_torch(monkeypatch, tmp_path):
+def test_cuda_library_links_against_any_torch_and_registers_where_it_can_run(monkeypatch, tmp_path):
     monkeypatch.setenv("EXTROPE_CUDA_ARCHS", "90")  # the host side is the same for all
     library = tmp_path / _build.LIBRARIES["cuda"]
     _build.build("cuda", library, tmp_path / "objects", tmp_path / "build.log")
     read = _build.output([_build.find_ninja(), "-C", str(tmp_path / "objects"), "-t", "deps"])
     assert "csrc/cuda/launch.h" in read  # nvcc's dependencies are known too
     assert not foreign_symbols(library)
-    code = f"import extrope_kernels, torch; torch.ops.load_library({str(library)!r})"
-    process = start(code)
-    assert process.wait(60) == 0, process.stderr.read()
+    printed, errors = start(CUDA_OPS.format(library=str(library))).communicate(timeout=60)
+    if torch.cuda.is_available():
+        assert printed.splitlines() == ["None", "True"], errors
+    else:
+        why = "_C_cuda.abi3.so cannot run here: the driver is for CUDA 0.0, the library needs CUDA"
+        told, *registered = printed.splitlines()
+        assert told.startswith(why) and registered == ["False", "None", "True"], errors
 
 
 @needs_nvcc

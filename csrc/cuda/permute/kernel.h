@@ -5,8 +5,8 @@
 
 namespace extrope {
 
-// Enqueues the permutation on `stream` (a cudaStream_t) of device `device`. Returns 0 or a
-// cudaError_t.
+// Enqueues the permutation on `stream` (a cudaStream_t) of device `device`, the current one.
+// Returns 0 or a cudaError_t.
 int permute_launch(const PermuteParams& params, void* stream, int device);
 
 // What such an error means.

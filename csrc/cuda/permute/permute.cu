@@ -195,8 +195,6 @@ int choose(const PermuteParams& p, void* stream, int device) {
 }  // namespace
 
 int permute_launch(const PermuteParams& p, void* stream, int device) {
-  const DeviceScope scope(device);
-  if (scope.error() != 0) return scope.error();
   switch (p.element_size) {
     case 2:
       return choose<uint16_t>(p, stream, device);

@@ -280,8 +280,6 @@ int choose_type(const RopeParams& p, void* stream, int device) {
 }  // namespace
 
 int rope_launch(const RopeParams& p, void* stream, int device) {
-  const DeviceScope scope(device);
-  if (scope.error() != 0) return scope.error();
   return p.axes != nullptr ? choose_type<true>(p, stream, device)
                            : choose_type<false>(p, stream, device);
 }

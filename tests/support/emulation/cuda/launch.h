@@ -102,11 +102,6 @@ int64_t resident_threads(int, int, int64_t = 0) {
   return 512;
 }
 
-struct DeviceScope {
-  explicit DeviceScope(int) {}
-  int error() const { return 0; }
-};
-
 inline int launch_error() { return 0; }
 
 inline const char* error_text(int) { return "emulated"; }

@@ -1,0 +1,127 @@
+"""A CUDA library that loads but cannot run: what it says, and that Triton serves in its place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from builds import needs_compiler, start
+
+from extrope_kernels import _build
+
+STUBS = Path(__file__).resolve().parents[1] / "support" / "cuda_runtime"
+pytestmark = needs_compiler
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory) -> Path:
+    """csrc/cuda/runtime/why_not.cu over a runtime that answers as the environment says."""
+    program = tmp_path_factory.mktemp("machine") / "machine"
+    flags = ["-I", str(STUBS), *_build.include(), "-D__CUDA_ARCH_LIST__=800,900", "-rdynamic"]
+    command = [*_build.find_compiler(), _build.STANDARD, "-Wall", "-Werror", *flags]
+    subprocess.run([*command, str(STUBS / "main.cpp"), "-o", str(program), "-ldl"], check=True)
+    return program
+
+
+def ask(machine: Path, devices: str, driver=13000, runtime=13010, image=True):
+    """Why not, and the devices that the question opened contexts on."""
+    about = {"DEVICES": devices, "DRIVER": driver, "RUNTIME": runtime, "IMAGE": int(image)}
+    env = {**os.environ, **{name: str(value) for name, value in about.items()}}
+    done = subprocess.run([machine], env=env, capture_output=True, text=True, check=True)
+    *contexts, why, current = done.stdout.splitlines()
+    assert current == "current: 0"
+    return why.removeprefix("why: "), {int(line.split()[-1]) for line in contexts}
+
+
+@pytest.mark.parametrize(
+    ("about", "why"),
+    [
+        ({"devices": "90i"}, ""),
+        ({"devices": "90i", "driver": 14020}, ""),
+        ({"devices": "80i 86 90 120i"}, ""),
+        (
+            {"devices": "90i", "driver": 12090},
+            "the driver is for CUDA 12.9, the library needs CUDA 13.0",
+        ),
+        ({"devices": "90", "driver": 0}, "the driver is for CUDA 0.0, the library needs CUDA 13.0"),
+        ({"devices": "75i"}, "GPU 0 (7.5): the kernels are built for 8.0 and later"),
+        ({"devices": "90i 75"}, "GPU 1 (7.5): the kernels are built for 8.0 and later"),
+        (
+            {"devices": "90 120i", "image": False},
+            "GPU 1 (12.0): no kernel image is available for execution on the device",
+        ),
+    ],
+    ids=str,
+)
+def test_why_not(machine, about, why):
+    assert ask(machine, **about)[0] == why
+
+
+def test_only_devices_in_use_are_asked(machine):
+    """Rank 3 works on GPU 3 while GPU 0 is current, and leaves the others' memory alone."""
+    assert ask(machine, "90 90 90 90i") == ("", {3})
+    assert ask(machine, "90 90") == ("", set())
+
+
+# -------------------------------------------------------------------------------------------------
+# In Python
+
+STAND_IN = """
+#include <cstdlib>
+extern "C" __attribute__((visibility("default"))) const char* extrope_cuda_register(int has_gpu) {{
+  return has_gpu ? {answer} : nullptr;
+}}
+"""
+# A packaged library, in a torch with CUDA.
+LOAD = """
+import torch
+from extrope_kernels import _ext
+from extrope_kernels.ops._shared.backends import missing
+
+def registered(op):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"extrope::{{op}}", "CUDA")
+
+_ext.__file__ = {file!r}
+torch.version.cuda = "13.0"
+torch.cuda.is_available = lambda: {has_gpu}
+print(_ext.load("cuda"))
+print(missing("cuda") == _ext.load("cuda"), registered("rope_fwd"), registered("permute_fwd"))
+print(_ext._paths.get("cuda"))
+"""
+
+
+def load(folder: Path, answer: str, has_gpu: bool) -> list[str]:
+    """What _ext says of a library that gives such an answer, and whether fallbacks are there."""
+    source, library = folder / "stand_in.cpp", folder / _build.LIBRARIES["cuda"]
+    source.write_text(STAND_IN.format(answer=answer))
+    command = [*_build.find_compiler(), "-shared", "-fPIC", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    code = LOAD.format(file=str(folder / "_ext.py"), has_gpu=has_gpu)
+    process = start(code, EXTROPE_JIT="0")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out.splitlines()
+
+
+def test_a_library_that_cannot_run_gives_way(tmp_path):
+    reason, fallbacks, path = load(tmp_path, '"the driver is old"', has_gpu=True)
+    assert reason.startswith("_C_cuda.abi3.so cannot run here: the driver is old; ")
+    assert fallbacks == "True True True" and path == "None"
+
+
+@pytest.mark.parametrize(
+    ("answer", "has_gpu"), [("nullptr", True), ('"asked without a GPU"', False)]
+)
+def test_a_library_that_can_run_serves(tmp_path, answer, has_gpu):
+    reason, fallbacks, path = load(tmp_path, answer, has_gpu)
+    assert reason == "None" and fallbacks == "True False False"
+    assert path == str(tmp_path / _build.LIBRARIES["cuda"])
+
+
+def test_a_binding_leaves_the_device_to_torch():
+    """Setting a device back opens a context on it: torch's guard alone does not."""
+    sources = [path for path in (_build.source_dir() / "cuda").rglob("*.*") if path.is_file()]
+    setting = [path.name for path in sources if "cudaSetDevice" in path.read_text()]
+    assert setting == ["why_not.cu"]  # in a thread of its own, on a device that has a context
