@@ -60,7 +60,8 @@ def info() -> str:
     for op, module in ops.items():
         reports = module.backends()
         lines += [(f"{op} backend {name}", report) for name, report in reports.items()]
-        lines += [(f"{op} on {device}", chosen) for device, chosen in _choices(reports).items()]
+        chosen = {f"{op} on {device}": name for device, name in _choices(reports).items()}
+        lines += (chosen | (attention.choices() if op == "attention" else {})).items()
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
 

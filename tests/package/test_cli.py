@@ -11,7 +11,9 @@ import torch
 
 import extrope_kernels
 from extrope_kernels import cli
+from extrope_kernels.ops import attention
 
+BACKENDS = attention.backends()
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -24,6 +26,8 @@ def test_info_says_what_runs_where(capsys):
     assert lines["rope backend reference"] == "available"
     assert lines["rope on cpu"] in ("cpu", "reference")
     assert lines["attention on cpu"] == lines["permute on cpu"] == lines["rope on cpu"]
+    on_gpus = [label for label in lines if label.startswith(("attention on sm_", "attention on c"))]
+    assert len(on_gpus) > 1 and all(lines[label].split(":")[0] in BACKENDS for label in on_gpus)
     assert {"triton", "C++ compiler", "nvcc", "cpu library", "cuda library"} <= lines.keys()
     if lines["rope on cpu"] == "cpu":
         assert lines["CPU instructions"] in cli.CPU_CAPABILITIES

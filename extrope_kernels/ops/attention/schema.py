@@ -1,8 +1,8 @@
 """The ops `attention_fwd` and `attention_bwd`: schemas, fakes, gradients, and who runs them.
 
 They know regions and position maps, never a score method. `attention_fwd` runs what is best on the
-tensors' device (csrc/cpu/attention on a CPU, Triton on a GPU), `attention_fwd_triton` and
-`attention_fwd_flash_attn` that implementation alone.
+tensors' device (csrc/cpu/attention on a CPU, what choice.py says on a GPU), `attention_fwd_triton`
+and `attention_fwd_flash_attn` that implementation alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .._shared.attention_call import SCHEMA, AttentionCall
 from .._shared.attention_checks import check_head_dim
 from .._shared.autograd import contiguous_rows, refuse_backward, register_backward
 from .._shared.library import library, load_on_first_use
-from . import flash_attn, reference
+from . import choice, flash_attn, reference
 from .arguments import check, check_boundaries
 
 NAME = "attention"
@@ -49,19 +49,22 @@ def _bwd_fake(dout, dlse, q, k, v, out, lse, *rope_args, **options):
 
 
 def _fwd(implementation, q, k, v, *rope_args, **options):
-    return _run(implementation, q).forward(q, k, v, _checked(q, k, v, rope_args, options))
+    call = _checked(q, k, v, rope_args, options)
+    return _run(implementation, q, k, call).forward(q, k, v, call)
 
 
 def _bwd(implementation, dout, dlse, q, k, v, out, lse, *rope_args, **options):
     call = _checked(q, k, v, rope_args, options)
-    return _run(implementation, q).backward(dout, dlse, q, k, v, out, lse, call)
+    return _run(implementation, q, k, call).backward(dout, dlse, q, k, v, out, lse, call)
 
 
-def _run(implementation: str, q: Tensor):
-    """The module that attends."""
+def _run(implementation: str, q: Tensor, k: Tensor, call: AttentionCall):
+    """What attends: a module, or a choice among them."""
     if implementation == "reference":
         return reference
     check_head_dim(NAME, q)
+    if implementation == "best":
+        return choice.implementation(q, k, call)
     if implementation == "triton":
         from . import triton
 
@@ -110,7 +113,7 @@ def _define() -> None:
         _register_gradient(suffix)
     fallbacks = {
         device: {op: functools.partial(ops[op][2], implementation) for op in ops}
-        for device, implementation in (("cpu", "reference"), ("cuda", "triton"))
+        for device, implementation in (("cpu", "reference"), ("cuda", "best"))
     }
     load_on_first_use(fallbacks)
 

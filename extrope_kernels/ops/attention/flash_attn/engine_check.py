@@ -34,16 +34,20 @@ def best_engine(q: Tensor) -> Engine:
     """The newest engine that is installed, takes q, and does what it should on this machine."""
     if not q.is_cuda:
         raise NotImplementedError(f"flash_attn: q must be on a CUDA GPU, got {q.device}")
-    capability, reasons = torch.cuda.get_device_capability(q.device), []
+    reasons = []
     for engine in ENGINES:
-        why = why_not(engine, capability, q.shape[-1])
+        why = unusable(engine, q.device, q.dtype, q.shape[-1])
         if why is None:
-            findings = _findings(engine, q.device, q.dtype, q.shape[-1])
-            if isinstance(findings, Findings):
-                return engine
-            why = findings
+            return engine
         reasons.append(why)
     raise NotImplementedError("flash_attn: " + "; ".join(reasons))
+
+
+def unusable(engine: Engine, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why an engine cannot be used on such tensors of this machine, in a line; None when it can."""
+    why = why_not(engine, torch.cuda.get_device_capability(device), head_dim)
+    found = why or _findings(engine, device, dtype, head_dim)
+    return found if isinstance(found, str) else None
 
 
 def examine(engine: Engine, q: Tensor) -> Findings:

@@ -1,0 +1,180 @@
+"""Who attends on a GPU when no backend is named: a table, and how a call is looked up in it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._shared.attention_call import AttentionCall
+from . import flash_attn
+from .flash_attn.engine_check import unusable
+from .flash_attn.engines import ENGINES, why_not
+
+VARIABLE = "EXTROPE_ATTENTION"
+_NAMES = ("triton", "flash_attn")
+_DTYPES = (torch.float16, torch.bfloat16)
+_ENGINES = {engine.name: engine for engine in ENGINES}
+
+
+class Row(NamedTuple):
+    """On such a GPU the composition over an engine, from a length on; below it Triton."""
+
+    major: int  # of the compute capability
+    head_dim: int  # at most, so that the engines take every call: the gradient of lse needs 8 more
+    seqlen: int
+    engines: tuple[str, ...]  # best first
+    estimate: bool = True  # nothing here was measured yet
+
+
+# The first row that fits a call counts; where none does, or no engine of its is here, Triton runs.
+# The composition moves 51 bytes for every element of q beyond its engine's own forward (counted),
+# 58 % of the time of FA3 on an H100 at 8k x 128 dims, halved by every doubling of the length. What
+# it gains is the engine: FA3 648 TFLOP/s against 395 to 477 of Triton kernels there, 497 against
+# 403 with 64 dims; FA4 on a B200 2.7 times Triton (the engines' authors; tritonbench). Its backward
+# gains more: 561 against 100 to 170 expected of ours.
+TABLE = (
+    Row(9, 64, 32768, ("flash-attn 4", "flash-attn 3")),
+    Row(9, 184, 16384, ("flash-attn 4", "flash-attn 3")),
+    Row(9, 256, 16384, ("flash-attn 4",)),
+    Row(10, 128, 8192, ("flash-attn 4",)),
+)
+
+
+class Shape(NamedTuple):
+    """What the choice depends on, of a call."""
+
+    dtype: torch.dtype
+    head_dim: int
+    seqlen: int  # the shorter of queries and keys; of packed sequences their mean
+    regions: int = 1
+    granularity: int = 1
+    log_decay: bool = False
+
+
+class Choice(NamedTuple):
+    backend: str
+    reason: str
+    engine: str | None = None  # None: what the backend itself thinks best
+
+
+class Implementation(NamedTuple):
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+def choose(
+    major: int, shape: Shape, missing: Callable[[str], str | None], override: str = ""
+) -> Choice:
+    """Look a call up in the table.
+
+    major: of the GPU's compute capability.
+    missing: of an engine's name, None where it can run, else why not; asked only about the engines
+        of a row that fits.
+    override: the value of EXTROPE_ATTENTION.
+
+    Raises: ValueError for another value than "triton" and "flash_attn".
+    """
+    if override:
+        if override not in _NAMES:
+            raise ValueError(
+                f"attention: {VARIABLE} must be {' or '.join(_NAMES)}, got {override!r}"
+            )
+        return Choice(override, f"{VARIABLE}={override}")
+    if why := _refused(shape):
+        return Choice("triton", why)
+    row = next((r for r in TABLE if r.major == major and shape.head_dim <= r.head_dim), None)
+    if row is None:
+        return Choice("triton", f"no row for compute capability {major}.x and such a head_dim")
+    if shape.seqlen < row.seqlen:
+        return Choice("triton", f"shorter than {row.seqlen} tokens")
+    reasons = {engine: missing(engine) for engine in row.engines}
+    for engine, why in reasons.items():
+        if why is None:
+            source = "estimated" if row.estimate else "measured"
+            return Choice("flash_attn", f"{engine} from {row.seqlen} tokens on ({source})", engine)
+    return Choice("triton", "; ".join(why for why in reasons.values() if why))
+
+
+def _refused(shape: Shape) -> str | None:
+    """Why the composition does not take a call, or should not."""
+    if shape.dtype not in _DTYPES:
+        return f"flash-attention takes 16-bit dtypes, got {shape.dtype}"
+    if shape.granularity != 1 or shape.regions > 2:
+        return (
+            "flash-attention composes one or two regions of granularity 1, "
+            f"got {shape.regions} of granularity {shape.granularity}"
+        )
+    if shape.log_decay:
+        return "the composition is not tested with log_decay"
+    return None
+
+
+def implementation(q: Tensor, k: Tensor, call: AttentionCall) -> Implementation:
+    """Forward and backward of who attends to a call on a GPU; the backward finds the same."""
+    seqlen = min(q.shape[-3], k.shape[-3])
+    if call.cu_seqlens is not None:
+        seqlen //= max(1, call.cu_seqlens.shape[0] - 1)
+    decays = call.log_decay is not None
+    shape = Shape(q.dtype, q.shape[-1], seqlen, len(call.starts), call.granularity, decays)
+    return _implementation(q.device, shape, os.environ.get(VARIABLE, ""))
+
+
+@functools.lru_cache(maxsize=4096)
+def _implementation(device: torch.device, shape: Shape, override: str) -> Implementation:
+    def missing(engine: str) -> str | None:
+        return unusable(_ENGINES[engine], device, shape.dtype, shape.head_dim)
+
+    choice = choose(_major(device), shape, missing, override)
+    if choice.backend == "triton":
+        from . import triton
+
+        return Implementation(triton.forward, triton.backward)
+    if override and (reason := flash_attn.missing()):
+        raise NotImplementedError(f"attention: {VARIABLE}={override} cannot run here: {reason}")
+    engine = None if choice.engine is None else _ENGINES[choice.engine]
+    return Implementation(
+        functools.partial(flash_attn.forward, engine=engine),
+        functools.partial(flash_attn.backward, engine=engine),
+    )
+
+
+def _major(device: torch.device) -> int:
+    # AMD's numbers mean other chips: their gfx942 is 9.4.
+    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+
+
+def choices() -> dict[str, str]:
+    """Who attends on the GPUs here, or where there is none on those of the table: a line each."""
+    if override := os.environ.get(VARIABLE, ""):
+        try:
+            reason = choose(0, _shape(64, 0), lambda _: None, override).reason
+        except ValueError as error:
+            reason = str(error)
+        return {"attention on cuda": reason}
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    here = {_major(device): device for device in devices}
+    lines = {
+        f"attention on sm_{row.major}x, head_dim to {row.head_dim}": _line(row, here.get(row.major))
+        for row in TABLE
+        if not here or row.major in here
+    }
+    return {**lines, "attention on other GPUs" if lines else "attention on cuda": "triton"}
+
+
+def _line(row: Row, device: torch.device | None) -> str:
+    def missing(engine: str) -> str | None:
+        if device is None:
+            return why_not(_ENGINES[engine], (row.major, 0), row.head_dim)
+        return unusable(_ENGINES[engine], device, torch.bfloat16, row.head_dim)
+
+    backend, reason, _ = choose(row.major, _shape(row.head_dim, row.seqlen), missing)
+    return f"{backend}: {reason}" + ("" if backend == "triton" else ", triton below")
+
+
+def _shape(head_dim: int, seqlen: int) -> Shape:
+    return Shape(torch.bfloat16, head_dim, seqlen)

@@ -1,0 +1,209 @@
+"""Who attends on a GPU when no backend is named: the table, its override, that passes agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_engines import TorchEngine
+from flash_attn_cases import make
+
+from extrope_kernels import methods, rerope_attention, scores
+from extrope_kernels.ops._shared.attention_call import AttentionCall
+from extrope_kernels.ops.attention import choice, flash_attn, reference, schema
+from extrope_kernels.ops.attention.choice import TABLE, Choice, Shape, choose
+
+BF16 = torch.bfloat16
+
+
+def installed(*engines):
+    return lambda engine: None if engine in engines else f"{engine} is not there"
+
+
+def not_asked(engine):
+    raise AssertionError(f"{engine} was asked for")
+
+
+@pytest.mark.parametrize(
+    ("major", "shape", "engines", "chosen", "reason"),
+    [
+        (9, Shape(BF16, 128, 16384), ("flash-attn 3",), "flash_attn", "flash-attn 3 from 16384"),
+        (9, Shape(BF16, 128, 99999), ("flash-attn 4",), "flash_attn", "flash-attn 4 from 16384"),
+        (9, Shape(torch.float16, 128, 16384, 2), ("flash-attn 3",), "flash_attn", "estimated"),
+        (9, Shape(BF16, 64, 32767), None, "triton", "shorter than 32768 tokens"),
+        (9, Shape(BF16, 256, 16384), ("flash-attn 3",), "triton", "flash-attn 4 is not there"),
+        (9, Shape(BF16, 128, 16384), (), "triton", "4 is not there; flash-attn 3 is not there"),
+        (10, Shape(BF16, 128, 8192), ("flash-attn 4",), "flash_attn", "flash-attn 4 from 8192"),
+        (10, Shape(BF16, 192, 8192), None, "triton", "no row for compute capability 10.x"),
+        (8, Shape(BF16, 128, 99999), None, "triton", "no row for compute capability 8.x"),
+        (12, Shape(BF16, 128, 99999), None, "triton", "no row for compute capability 12.x"),
+        (9, Shape(torch.float32, 128, 99999), None, "triton", "16-bit dtypes, got torch.float32"),
+        (9, Shape(BF16, 128, 99999, 3), None, "triton", "got 3 of granularity 1"),
+        (9, Shape(BF16, 128, 99999, 2, 96), None, "triton", "got 2 of granularity 96"),
+        (9, Shape(BF16, 128, 99999, 1, 1, True), None, "triton", "log_decay"),
+    ],
+)
+def test_table(major, shape, engines, chosen, reason):
+    found = choose(major, shape, not_asked if engines is None else installed(*engines))
+    assert found.backend == chosen and reason in found.reason
+    assert found.engine == (engines[0] if chosen == "flash_attn" else None)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=str)
+def test_engines_of_a_row_take_every_call_it_fits(row, monkeypatch):
+    """The gradient of lse too, which needs dims of its own where the engine has none."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (row.major, 0))
+    for engine in (choice._ENGINES[name] for name in row.engines):
+        for head_dim in range(8, row.head_dim + 1, 8):
+            assert engine.refuses((row.major, 0), head_dim) is None
+            q = torch.empty(1, 1, 1, head_dim)
+            assert head_dim + (0 if engine.takes_dlse(q) else 8) <= engine.max_head_dim
+
+
+@pytest.mark.parametrize("override", ["triton", "flash_attn"])
+def test_override_goes_before_the_table(override):
+    shape = Shape(torch.float32, 128, 1)
+    assert choose(8, shape, not_asked, override) == Choice(
+        override, f"EXTROPE_ATTENTION={override}"
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# The ops. On a CPU the choice is made as on an H100, over an engine made of PyTorch.
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("the engine is for tensors on a CPU")
+    made = TorchEngine("chosen", negative_right=True, dlse=True)
+    monkeypatch.delenv("EXTROPE_ATTENTION", raising=False)
+    monkeypatch.setattr(choice, "_major", lambda device: 9)
+    monkeypatch.setattr(choice, "_DTYPES", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(choice, "TABLE", (choice.Row(9, 256, 11, ("flash-attn 4",)),))
+    monkeypatch.setitem(choice._ENGINES, "flash-attn 4", made)
+    monkeypatch.setattr(choice, "unusable", lambda *_: None)
+    choice._implementation.cache_clear()
+    yield made
+    choice._implementation.cache_clear()
+
+
+def both_passes(q, k, v, call, dout, dlse):
+    """out, lse and gradients of the ops as they run on a GPU."""
+    rope_args = (call.inv_freq, call.cu_seqlens, call.log_decay)
+    options = {name: getattr(call, name) for name in ("starts", "granularity", "maps", "log_n")}
+    options["softmax_scale"] = call.softmax_scale
+    out, lse = schema._fwd("best", q, k, v, *rope_args, **options)
+    grads = schema._bwd("best", dout, dlse, q, k, v, out, lse, *rope_args, **options)
+    return out, lse, *grads
+
+
+def expected(q, k, v, call, dout, dlse):
+    out, lse = reference.forward(q, k, v, call)
+    return out, lse, *reference.backward(dout, dlse, q, k, v, out, lse, call)
+
+
+@pytest.mark.parametrize("seqlen", [11, 10])
+def test_backward_runs_what_forward_ran(engine, seqlen):
+    pytest.importorskip("triton")
+    inputs = make((-(2**62), -2), seqlen, seqlen, dtype=torch.float32)
+    inputs = (*inputs[:-1], inputs[-1].float())
+    for got, want in zip(both_passes(*inputs), expected(*inputs)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    calls = [call for call in engine.calls if call != (2, 0)]
+    assert (len(calls) >= 4) == (seqlen == 11)
+
+
+def test_packed_sequences_count_by_their_mean(engine):
+    inputs = make((-(2**62), -2), cu_seqlens=[0, 11, 20], dtype=torch.float32)
+    both_passes(*inputs[:-1], None)
+    assert not engine.calls
+    inputs = make((-(2**62), -2), cu_seqlens=[0, 3, 22], dtype=torch.float32)
+    both_passes(*inputs[:-1], None)
+    assert engine.calls
+
+
+def test_either_backward_takes_what_either_forward_gives(engine):
+    """Should the variable change between the passes."""
+    triton = pytest.importorskip("extrope_kernels.ops.attention.triton")
+    q, k, v, call, dout, dlse = make((-(2**62), -2), dtype=torch.float32)
+    dlse = dlse.float()
+    want = expected(q, k, v, call, dout, dlse)
+    of_triton = triton.forward(q, k, v, call)
+    of_engine = flash_attn.forward(q, k, v, call, engine)
+    got = flash_attn.backward(dout, dlse, q, k, v, *of_triton, call, engine)
+    others = triton.backward(dout, dlse, q, k, v, *of_engine, call)
+    for x, other, w in zip(got, others, want[2:]):
+        torch.testing.assert_close(x, w, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(other, w, rtol=1e-4, atol=1e-4)
+
+
+def test_a_choice_is_made_once(engine, monkeypatch):
+    made = []
+    monkeypatch.setattr(choice, "choose", lambda *x: made.append(x) or choose(*x))
+    inputs = make((-(2**62), -2), dtype=torch.float32)
+    for _ in range(3):
+        both_passes(*inputs[:-1], None)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("fa3", ValueError, "attention: EXTROPE_ATTENTION must be triton or flash_attn, got 'fa3'"),
+        ("flash_attn", NotImplementedError, "EXTROPE_ATTENTION=flash_attn cannot run here: flash"),
+    ],
+)
+def test_override_that_cannot_be(engine, monkeypatch, value, error, message):
+    monkeypatch.setenv("EXTROPE_ATTENTION", value)
+    inputs = make((-(2**62), -2), dtype=torch.float32)
+    with pytest.raises(error, match=message):
+        both_passes(*inputs)
+
+
+def test_override_is_read_at_every_call(engine, monkeypatch):
+    pytest.importorskip("triton")
+    inputs = make((-(2**62), -2), dtype=torch.float32)
+    monkeypatch.setenv("EXTROPE_ATTENTION", "triton")
+    both_passes(*inputs[:-1], None)
+    assert not engine.calls
+    monkeypatch.setenv("EXTROPE_ATTENTION", "")
+    both_passes(*inputs[:-1], None)
+    assert engine.calls
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("override", ["", "triton"])
+def test_compiled_as_eager(monkeypatch, override):
+    monkeypatch.setenv("EXTROPE_ATTENTION", override)
+    q, k, v = (torch.randn(1, 300, 4, 64, device="cuda", dtype=BF16) for _ in range(3))
+    freqs = methods.rope(64).to("cuda")
+
+    def attend(q, k, v):
+        return rerope_attention(q, k, v, freqs, window=100)
+
+    assert torch.equal(torch.compile(attend, fullgraph=True)(q, k, v), attend(q, k, v))
+
+
+def test_tracing_makes_no_choice(monkeypatch):
+    monkeypatch.setattr(choice, "choose", not_asked)
+    score = scores.rerope(100)
+    call = AttentionCall(methods.rope(64).inv_freq, starts=score.starts, maps=score.maps)
+    q = torch.empty(1, 300, 4, 64, device="meta", dtype=BF16)
+    out, lse = schema._fwd_fake(
+        q, q, q, call.inv_freq.to("meta"), starts=call.starts, granularity=1, maps=call.maps
+    )
+    assert out.shape == q.shape and lse.shape == (1, 4, 300)
+
+
+def test_report_names_rows_and_reasons(monkeypatch):
+    monkeypatch.delenv("EXTROPE_ATTENTION", raising=False)
+    lines = choice.choices()
+    assert lines.popitem() == ("attention on other GPUs", "triton")
+    if not torch.cuda.is_available():
+        assert len(lines) == len(TABLE)
+    monkeypatch.setattr(choice, "why_not", lambda *_: None)
+    if not torch.cuda.is_available():
+        line = choice.choices()["attention on sm_9x, head_dim to 184"]
+        assert line == "flash_attn: flash-attn 4 from 16384 tokens on (estimated), triton below"
+    monkeypatch.setenv("EXTROPE_ATTENTION", "triton")
+    assert choice.choices() == {"attention on cuda": "EXTROPE_ATTENTION=triton"}
