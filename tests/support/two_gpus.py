@@ -1,0 +1,60 @@
+"""Runs every operation on one GPU while another is current, and says what is wrong with that.
+
+As a program, in a process that has touched no GPU yet: on GPU 1, with GPU 0 current.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import operations
+import torch
+from torch import Tensor
+
+# Of the largest value: how accurate an operation is, other tests say.
+TOLERANCE = 1e-3
+
+
+def results(name: str, where: str, backend: str | None) -> list[Tensor]:
+    operation, device = operations.OPERATIONS[name], operations.device
+    operations.device = lambda: where
+    try:
+        outs = operation.run(backend, **operation.inputs(torch.float32))
+    finally:
+        operations.device = device
+    return [x.detach().cpu().double() for x in outs]
+
+
+def problems(
+    name: str,
+    where: str,
+    backend: str | None,
+    current_device: Callable[[], int],
+    in_use: Callable[[int], bool],
+) -> Iterator[str]:
+    """What is wrong with an operation on device `where` while GPU 0 is current and not in use."""
+    got = results(name, where, backend)
+    for i, (x, want) in enumerate(zip(got, results(name, "cpu", "reference"), strict=True)):
+        x, want = (t.masked_fill(t == -torch.inf, 0.0) for t in (x, want))
+        error, largest = (x - want).abs().max().item(), want.abs().max().item()
+        if not error <= TOLERANCE * largest:  # NaN too
+            yield f"result {i} is off by {error} of {largest}"
+    if current_device() != 0:
+        yield f"GPU {current_device()} is current"
+    if in_use(0):
+        yield "a context was opened on GPU 0"
+
+
+def main() -> int:
+    found = []
+    for name, operation in operations.OPERATIONS.items():
+        for backend in (None, *operation.backends):
+            about = (torch.cuda.current_device, torch._C._cuda_hasPrimaryContext)
+            found += [f"{name}, {backend}: {x}" for x in problems(name, "cuda:1", backend, *about)]
+    print("\n".join(found))
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
