@@ -67,6 +67,7 @@ def unscaled(function):
         ({"backward": lambda f: lambda *a: (*f(*a)[:2], f(*a)[2] * 2)}, "wrong dv"),
         ({"forward": raises(TypeError("no argument 'left'"))}, "calls made here: no argument"),
         ({"backward": raises(RuntimeError("not built"))}, "calls made here: not built"),
+        ({"forward": raises(Exception("no such tile"))}, "calls made here: no such tile"),
     ],
 )
 def test_an_engine_that_computes_something_else_is_refused(changes, message):

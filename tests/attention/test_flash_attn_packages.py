@@ -138,6 +138,15 @@ def test_missing_says_why_in_one_line(monkeypatch):
     assert "\n" not in why and all(engine.name in why for engine in engines.ENGINES)
 
 
+def test_a_package_may_fail_as_it_likes_to_be_imported(monkeypatch):
+    def broken(name):
+        raise KeyError("made for another CUDA")
+
+    monkeypatch.setattr(engines.importlib, "import_module", broken)
+    for engine in engines.ENGINES:
+        assert engine.missing() == "cannot be imported: 'made for another CUDA'"
+
+
 def test_missing_is_none_where_a_package_is(packages, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))

@@ -116,16 +116,21 @@ def _refused(shape: Shape) -> str | None:
 
 def implementation(q: Tensor, k: Tensor, call: AttentionCall) -> Implementation:
     """Forward and backward of who attends to a call on a GPU; the backward finds the same."""
-    seqlen = min(q.shape[-3], k.shape[-3])
-    if call.cu_seqlens is not None:
+    seqlen, _, head_dim = q.shape[-3:]
+    if call.cu_seqlens is None:
+        seqlen = min(seqlen, k.shape[-3])
+    else:
         seqlen //= max(1, call.cu_seqlens.shape[0] - 1)
+    override = os.environ.get(VARIABLE, "")
     decays = call.log_decay is not None
-    shape = Shape(q.dtype, q.shape[-1], seqlen, len(call.starts), call.granularity, decays)
-    return _implementation(q.device, shape, os.environ.get(VARIABLE, ""))
+    of_regions = (len(call.starts), call.granularity, decays)
+    return _implementation(q.device, override, q.dtype, head_dim, seqlen, *of_regions)
 
 
-@functools.lru_cache(maxsize=4096)
-def _implementation(device: torch.device, shape: Shape, override: str) -> Implementation:
+@functools.lru_cache(maxsize=4096)  # of plain arguments: a call costs 2 us
+def _implementation(device: torch.device, override: str, *of_shape: Any) -> Implementation:
+    shape = Shape(*of_shape)
+
     def missing(engine: str) -> str | None:
         return unusable(_ENGINES[engine], device, shape.dtype, shape.head_dim)
 

@@ -95,7 +95,7 @@ def _probe(engine: Engine, like: Tensor, left: int | None, right: int, packed: b
         return _compare(engine, like, left, right, packed)
     except (NotImplementedError, torch.OutOfMemoryError):
         raise
-    except (TypeError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # compilers of kernels have errors of their own
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotImplementedError(
             f"{engine.name} does not take the calls made here: {why}"
