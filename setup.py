@@ -81,7 +81,7 @@ setup(
     packages=[*find_packages(include=["extrope_kernels*"]), "extrope_kernels.csrc"],
     package_dir={"extrope_kernels.csrc": "csrc"},
     package_data={
-        "extrope_kernels": ["py.typed"],
+        "extrope_kernels": ["py.typed", "ops/*/triton/*.json"],
         "extrope_kernels.csrc": ["**/*.h", "**/*.cpp", "**/*.cu"],
     },
     distclass=LibraryDistribution,

@@ -15,20 +15,29 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from rope_oracle import DEVICE, INTERPRETED, Guarded
+from rope_oracle import DEVICE, Guarded
 from triton_attention_oracle import call_of, check, check_backward, inputs
 
 from extrope_kernels import methods, scores
-from extrope_kernels.ops.attention.triton import backward, configs, forward, frames, launch
+from extrope_kernels.ops._shared.triton.launch import Plan, forget
+from extrope_kernels.ops.attention.triton import backward, configs, forward, launch, plans
 from extrope_kernels.scores.base import FIRST_KEY, SAME, UNROTATED, PositionMap, Region, Score
 
 BLOCK = 16
 
 
+def tiles(monkeypatch, **changes) -> None:
+    small = configs.Config(BLOCK, BLOCK, warps=1, stages=1, rotated=BLOCK // 2)
+    monkeypatch.setattr(plans, "config", lambda *_: small._replace(**changes))
+    forget()
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    small = configs.Config(BLOCK, BLOCK, warps=1, stages=1)
-    monkeypatch.setattr(launch, "config", lambda *_: small)
+    tiles(monkeypatch)
+    yield
+    monkeypatch.undo()
+    forget()
 
 
 def plain(*starts: int) -> Score:
@@ -145,8 +154,7 @@ def test_head_dims(head_dim):
 
 @pytest.mark.parametrize("head_dim", (32, 72))
 def test_rows_in_two_parts(head_dim, monkeypatch):
-    halves = configs.Config(BLOCK, BLOCK, warps=1, stages=1, halves=True)
-    monkeypatch.setattr(launch, "config", lambda *_: halves)
+    tiles(monkeypatch, halves=True)
     check_backward(*inputs(21, 21, head_dim=head_dim), call_of(SCORES["rerope"], head_dim))
 
 
@@ -185,12 +193,11 @@ def test_strides_and_nothing_around(packed, monkeypatch):
         return outputs[-1].tensor
 
     monkeypatch.setattr(launch, "empty", guarded)
-    monkeypatch.setattr(frames, "empty", guarded)
     q, k, v = map(strided, inputs(19, 19, 2, 1, head_dim=24))
     dout = strided(torch.randn(1, 19, 2, 24, device=DEVICE))
     dlse = torch.randn(1, device=DEVICE).expand(*dout.shape[:-3], 2, 19)
     check(q, k, v, call_of(SCORES["rerope"], 24, [0, 11, 19] if packed else None), dlse, dout)
-    assert len(outputs) == 12  # q and k in frames, out, lse; frames, delta, and gradients by frames
+    assert len(outputs) == 11  # k in frames, out, lse; frames, delta, gradients of frames and all
     for output in outputs:
         output.assert_untouched_around()
         assert not output.tensor.isnan().any()
@@ -198,27 +205,20 @@ def test_strides_and_nothing_around(packed, monkeypatch):
 
 @pytest.mark.parametrize("name, launches", (("rope", 2), ("rerope", 2), ("dual_chunk", 2)))
 def test_launches(name, launches, monkeypatch):
-    """Two kernels forward, four backward, and no other operation but to allocate."""
+    """Two kernels forward, four backward."""
     seen = []
 
-    class Counted:
-        def __init__(self, kernel):
-            self.kernel = kernel
+    def counted(plan, given):
+        seen.append(plan.kernel.__name__)
+        ordinary(plan, given)
 
-        def __getitem__(self, grid):
-            seen.append(self.kernel)
-            return self.kernel[grid]
-
-    kernels = [(frames, "rotate_kernel")]
-    kernels += [(launch, f"{name}_kernel") for name in ("forward", "dq", "dkv")]
-    for module, kernel in kernels:
-        monkeypatch.setattr(module, kernel, Counted(getattr(module, kernel)))
-    monkeypatch.setattr(launch, "_interpreted", lambda: INTERPRETED)
+    ordinary = Plan._launch
+    monkeypatch.setattr(Plan, "_launch", counted)
     q, k, v = inputs(17, 17)
     out, lse = forward(q, k, v, call_of(SCORES[name]))
-    assert len(seen) == launches
+    assert seen == ["rotate_kernel", "forward_kernel"][-launches:]
     backward(out, None, q, k, v, out, lse, call_of(SCORES[name]))
-    assert len(seen) == launches + 4
+    assert seen[launches:] == ["rotate_kernel", "dq_kernel", "dkv_kernel", "rotate_kernel"]
 
 
 def test_tokens_too_far_apart_for_offsets_of_a_block():

@@ -52,10 +52,10 @@ def test_a_winner_is_written_and_nothing_else_changes(table):
 
 def test_a_candidate_is_forced_where_launches_look_it_up():
     configs = importlib.import_module("extrope_kernels.ops.attention.triton.configs")
-    launch = importlib.import_module("extrope_kernels.ops.attention.triton.launch")
+    plans = importlib.import_module("extrope_kernels.ops.attention.triton.plans")
     before = configs.config("dkv", 128, 2, 90)
     with tune.forced("attention", "dkv", 128, leaf(32)):
-        for config in (configs.config, launch.config):
+        for config in (configs.config, plans.config):
             assert config("dkv", 128, 2, 90) == configs.Config(32, 64, 8, 2)
             assert config("dkv", 64, 2, 90).block_m != 32 or before.block_m == 32
             assert config("dkv", 128, 4, 90) != configs.Config(32, 64, 8, 2)

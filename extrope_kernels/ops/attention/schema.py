@@ -29,11 +29,23 @@ _BWD = (
 )
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor, rope_args, options) -> AttentionCall:
+def _checked(implementation: str, q: Tensor, k: Tensor, v: Tensor, rope_args, options):
+    """What attends, a module or a choice among them, and the call.
+
+    Triton checks a call where it makes the plans of its launches, once for each layout.
+    """
     call = AttentionCall(*rope_args, **options)
-    check(NAME, q, k, v, call)
+    if implementation != "triton":
+        check(NAME, q, k, v, call)
     check_boundaries(NAME, call.cu_seqlens, q)
-    return call
+    if implementation == "triton":
+        from . import triton
+
+        return triton, call
+    if implementation == "reference":
+        return reference, call
+    check_head_dim(NAME, q)
+    return choice.implementation(q, k, call) if implementation == "best" else flash_attn, call
 
 
 def _fwd_fake(q, k, v, *rope_args, **options):
@@ -49,27 +61,13 @@ def _bwd_fake(dout, dlse, q, k, v, out, lse, *rope_args, **options):
 
 
 def _fwd(implementation, q, k, v, *rope_args, **options):
-    call = _checked(q, k, v, rope_args, options)
-    return _run(implementation, q, k, call).forward(q, k, v, call)
+    attends, call = _checked(implementation, q, k, v, rope_args, options)
+    return attends.forward(q, k, v, call)
 
 
 def _bwd(implementation, dout, dlse, q, k, v, out, lse, *rope_args, **options):
-    call = _checked(q, k, v, rope_args, options)
-    return _run(implementation, q, k, call).backward(dout, dlse, q, k, v, out, lse, call)
-
-
-def _run(implementation: str, q: Tensor, k: Tensor, call: AttentionCall):
-    """What attends: a module, or a choice among them."""
-    if implementation == "reference":
-        return reference
-    check_head_dim(NAME, q)
-    if implementation == "best":
-        return choice.implementation(q, k, call)
-    if implementation == "triton":
-        from . import triton
-
-        return triton
-    return flash_attn
+    attends, call = _checked(implementation, q, k, v, rope_args, options)
+    return attends.backward(dout, dlse, q, k, v, out, lse, call)
 
 
 def _register_gradient(suffix: str) -> None:

@@ -7,7 +7,19 @@ import triton
 import triton.language as tl
 
 from .blocks import LOG2_E, RUN_TIME_SCALARS, cut_queries, end_query, nth_block, place
-from .rows import add_weighted, dots, load_rows, load_values, row_base, store_rows, times, zero_rows
+from .rows import (
+    add_weighted,
+    dots,
+    frame_of,
+    keys_of,
+    load_rows,
+    load_values,
+    row_base,
+    rows_of,
+    store_rows,
+    times,
+    zero_rows,
+)
 
 
 @triton.jit
@@ -55,45 +67,26 @@ def _add_dkv(
 
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
 def dkv_kernel(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    dk,
-    dv,
-    cu_seqlens,
-    block_starts,
-    num_sequences,
-    search_steps,
-    blocks,
-    heads_q,
-    group,
-    rows,
-    seqlen_q,
-    seqlen_k,
-    start_0,
-    start_1,
-    start_2,
-    granularity,
-    softmax_scale,
+    q_frames, k, k_frames, v, dout, lse, delta, dk_frames, dv, cu_seqlens,
+    q_frame_strides, k_strides, k_frame_strides, v_strides, dout_strides,
+    num_sequences, search_steps, blocks, rows, seqlen_q, seqlen_k,
+    start_0, start_1, start_2, granularity, softmax_scale,
     TILE: tl.constexpr,
-):
-    """Axis 0: blocks of keys, longest first, then heads of keys, then the batch."""
+):  # fmt: skip
+    """Axis 0: blocks of keys, longest first, then heads of keys, then the batch.
+
+    dv lies as one frame does.
+    """
     BLOCK_N: tl.constexpr = TILE.block_n
-    REGIONS: tl.constexpr = TILE.regions
+    REGIONS: tl.constexpr = len(TILE.q_maps)
+    HEADS_Q: tl.constexpr = TILE.heads_q
+    HEADS_K: tl.constexpr = TILE.heads_k
+    GROUP: tl.constexpr = HEADS_Q // HEADS_K
     starts = (start_0, start_1, start_2)
-    batch, head, block, _, first_row, seqlen_q, seqlen_k = place(
-        blocks,
-        heads_q // group,
-        cu_seqlens,
-        block_starts,
-        num_sequences,
-        search_steps,
-        seqlen_q,
-        seqlen_k,
-    )
+    batch, _, head, block, _, first_row, seqlen_q, seqlen_k = place(
+        blocks, HEADS_K, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k,
+        BLOCK_N,
+    )  # fmt: skip
     first = block * BLOCK_N
     row = first_row + first
     left = seqlen_k - first
@@ -102,29 +95,34 @@ def dkv_kernel(
     shift = seqlen_k - seqlen_q  # from a row to its position
     top = tl.maximum(shift, 0)
 
-    v_base = row_base(v, batch, row, head, TILE)
-    v_rows = load_rows(v, v_base, left, BLOCK_N, True, TILE)
+    v_of = rows_of(v, v_strides, HEADS_K, TILE)
+    v_rows = load_rows(v_of, row_base(v_of, batch, row, head, TILE), left, BLOCK_N, True, TILE)
+    dout_of = rows_of(dout, dout_strides, HEADS_Q, TILE)
     dv_rows = zero_rows(BLOCK_N, TILE)
     scale = tl.full((BLOCK_N,), softmax_scale, tl.float32)
     for r in tl.static_range(REGIONS):
-        k_base = row_base(k[r], batch, row, head, TILE)
-        k_rows = load_rows(k[r], k_base, left, BLOCK_N, True, TILE)
+        k_of = keys_of(k, k_strides, k_frames, k_frame_strides, r, TILE)
+        k_base = row_base(k_of, batch, row, head, TILE)
+        k_rows = load_rows(k_of, k_base, left, BLOCK_N, True, TILE)
         low = end_query(key, starts, granularity, top, seqlen_k, r + 1, TILE) - shift
         high = end_query(key, starts, granularity, top, seqlen_k, r, TILE) - shift
         cut = cut_queries(first, last, starts, granularity, seqlen_q, seqlen_k, r, TILE)
+        q_of = frame_of(q_frames, q_frame_strides, r, HEADS_Q, TILE)
         dk_rows = zero_rows(BLOCK_N, TILE)
-        for head_q in tl.range(head * group, head * group + group):
-            q_base = row_base(q[r], batch, first_row, head_q, TILE)
-            dout_base = row_base(dout, batch, first_row, head_q, TILE)
-            row_of_head = (tl.cast(batch, tl.int64) * heads_q + head_q) * rows + first_row
+        for head_q in tl.range(head * GROUP, head * GROUP + GROUP):
+            q_base = row_base(q_of, batch, first_row, head_q, TILE)
+            dout_base = row_base(dout_of, batch, first_row, head_q, TILE)
+            row_of_head = (tl.cast(batch, tl.int64) * HEADS_Q + head_q) * rows + first_row
             lse_base = lse + row_of_head
             delta_base = delta + row_of_head
             for masked in tl.static_range(2):
                 dk_rows, dv_rows = _add_dkv(
-                    dk_rows, dv_rows, k_rows, v_rows, q[r], dout, q_base, dout_base,
+                    dk_rows, dv_rows, k_rows, v_rows, q_of, dout_of, q_base, dout_base,
                     lse_base, delta_base, softmax_scale,
                     cut, low, high, masked == 0, TILE,
                 )  # fmt: skip
-        dk_base = row_base(dk[r], batch, row, head, TILE)
-        store_rows(dk[r], dk_base, times(dk_rows, scale), left, BLOCK_N, TILE)
-    store_rows(dv, row_base(dv, batch, row, head, TILE), dv_rows, left, BLOCK_N, TILE)
+        dk_of = frame_of(dk_frames, k_frame_strides, r, HEADS_K, TILE)
+        dk_base = row_base(dk_of, batch, row, head, TILE)
+        store_rows(dk_of, dk_base, times(dk_rows, scale), left, BLOCK_N, TILE)
+    dv_of = frame_of(dv, k_frame_strides, 0, HEADS_K, TILE)
+    store_rows(dv_of, row_base(dv_of, batch, row, head, TILE), dv_rows, left, BLOCK_N, TILE)

@@ -15,7 +15,19 @@ from .blocks import (
     place_queries,
     seen_keys,
 )
-from .rows import add_weighted, dots, load_rows, load_values, row_base, store_rows, times, zero_rows
+from .rows import (
+    add_weighted,
+    dots,
+    frame_of,
+    keys_of,
+    load_rows,
+    load_values,
+    row_base,
+    rows_of,
+    store_rows,
+    times,
+    zero_rows,
+)
 
 
 @triton.jit
@@ -77,61 +89,50 @@ def _find_delta(
 
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
 def dq_kernel(
-    q,
-    k,
-    v,
-    out,
-    dout,
-    dlse,
-    lse,
-    delta,
-    dq,
-    cu_seqlens,
-    block_starts,
-    num_sequences,
-    search_steps,
-    blocks,
-    heads_q,
-    group,
-    rows,
-    seqlen_q,
-    seqlen_k,
-    start_0,
-    start_1,
-    start_2,
-    granularity,
-    softmax_scale,
+    q_frames, k, k_frames, v, out, dout, dlse, lse, delta, dq_frames, cu_seqlens,
+    q_frame_strides, k_strides, k_frame_strides, v_strides, out_strides, dout_strides,
+    num_sequences, search_steps, blocks, rows, seqlen_q, seqlen_k,
+    start_0, start_1, start_2, granularity, softmax_scale,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     """Axis 0: blocks of queries, longest first, then heads, then the batch."""
     BLOCK_M: tl.constexpr = TILE.block_m
-    REGIONS: tl.constexpr = TILE.regions
+    REGIONS: tl.constexpr = len(TILE.q_maps)
+    HEADS: tl.constexpr = TILE.heads_q
+    GROUP: tl.constexpr = HEADS // TILE.heads_k
     starts = (start_0, start_1, start_2)
-    batch, head, first_row, row, left, top, bottom, position, seqlen_k = place_queries(
-        blocks, heads_q, cu_seqlens, block_starts, num_sequences, search_steps, seqlen_q, seqlen_k,
-        TILE,
-    )  # fmt: skip
+    batch, _, head, first_row, row, left, top, bottom, position, seqlen_k = place_queries(
+        blocks, HEADS, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, TILE
+    )
 
     scale = tl.full((BLOCK_M,), softmax_scale, tl.float32)
-    row_of_head = (tl.cast(batch, tl.int64) * heads_q + head) * rows + row
+    row_of_head = (tl.cast(batch, tl.int64) * HEADS + head) * rows + row
     lses = load_values(lse + row_of_head, left, BLOCK_M, True)
-    dout_base = row_base(dout, batch, row, head, TILE)
-    douts = load_rows(dout, dout_base, left, BLOCK_M, True, TILE)
-    out_base = row_base(out, batch, row, head, TILE)
-    deltas = _find_delta(out, out_base, douts, dlse, delta, lses, row_of_head, left, BLOCK_M, TILE)
-    v_base = row_base(v, batch, first_row, head // group, TILE)
+    dout_of = rows_of(dout, dout_strides, HEADS, TILE)
+    dout_base = row_base(dout_of, batch, row, head, TILE)
+    douts = load_rows(dout_of, dout_base, left, BLOCK_M, True, TILE)
+    out_of = rows_of(out, out_strides, HEADS, TILE)
+    out_base = row_base(out_of, batch, row, head, TILE)
+    deltas = _find_delta(
+        out_of, out_base, douts, dlse, delta, lses, row_of_head, left, BLOCK_M, TILE
+    )
+    v_of = rows_of(v, v_strides, TILE.heads_k, TILE)
+    v_base = row_base(v_of, batch, first_row, head // GROUP, TILE)
     for r in tl.static_range(REGIONS):
-        q_base = row_base(q[r], batch, row, head, TILE)
-        q_rows = load_rows(q[r], q_base, left, BLOCK_M, True, TILE)
-        k_base = row_base(k[r], batch, first_row, head // group, TILE)
+        q_of = frame_of(q_frames, q_frame_strides, r, HEADS, TILE)
+        q_base = row_base(q_of, batch, row, head, TILE)
+        q_rows = load_rows(q_of, q_base, left, BLOCK_M, True, TILE)
+        k_of = keys_of(k, k_strides, k_frames, k_frame_strides, r, TILE)
+        k_base = row_base(k_of, batch, first_row, head // GROUP, TILE)
         low = first_key(position, starts, granularity, seqlen_k, r, TILE)
         high = first_key(position, starts, granularity, seqlen_k, r + 1, TILE)
         cut = cut_keys(top, bottom, starts, granularity, seqlen_k, r, TILE)
         grad = zero_rows(BLOCK_M, TILE)
         for masked in tl.static_range(2):
             grad = _add_dq(
-                grad, q_rows, douts, k[r], v, k_base, v_base, softmax_scale * LOG2_E,
+                grad, q_rows, douts, k_of, v_of, k_base, v_base, softmax_scale * LOG2_E,
                 lses * LOG2_E, deltas, cut, low, high, r, masked == 0, TILE,
             )  # fmt: skip
-        dq_base = row_base(dq[r], batch, row, head, TILE)
-        store_rows(dq[r], dq_base, times(grad, scale), left, BLOCK_M, TILE)
+        dq_of = frame_of(dq_frames, q_frame_strides, r, HEADS, TILE)
+        dq_base = row_base(dq_of, batch, row, head, TILE)
+        store_rows(dq_of, dq_base, times(grad, scale), left, BLOCK_M, TILE)

@@ -8,56 +8,71 @@ block of keys, the first query that sees a key in a region and the end of these.
 import triton
 import triton.language as tl
 
-from ..._shared.triton.tokens import sequence_of
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 # What changes from call to call must not make Triton compile again. Each is a parameter of its own,
 # since Triton takes no notice of this list for the numbers within a tuple.
 RUN_TIME_SCALARS = (
-    *("blocks", "heads_q", "group", "rows", "seqlen_q", "seqlen_k"),
+    *("blocks", "rows", "seqlen_q", "seqlen_k"),
     *("num_sequences", "search_steps", "start_0", "start_1", "start_2", "granularity"),
 )
 
 
 @triton.jit
-def place(blocks, heads, cu_seqlens, block_starts, num_sequences, search_steps, seqlen_q, seqlen_k):
+def _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE: tl.constexpr):
+    """Which sequence a slot for a block belongs to: those of sequence s begin at cu_seqlens[s] //
+    SIZE + s, which leaves enough for its blocks, and at least one.
+    """
+    low = slot * 0
+    high = low + num_sequences
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        begun = tl.load(cu_seqlens + middle) // SIZE + middle <= slot
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle)
+    return low
+
+
+@triton.jit
+def place(
+    blocks, heads, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, SIZE: tl.constexpr
+):
     """This program's batch, head, block within its sequence, and that sequence's extent.
 
-    Returns (batch, head, block, blocks of the sequence, first row, seqlen_q, seqlen_k). A program
-    beyond the last block gets block 0 of a sequence without rows, and so does nothing.
+    Returns (batch, sequence, head, block, blocks of the sequence, first row, seqlen_q, seqlen_k).
+    A program without a block gets block 0 of a sequence without rows, and so does nothing.
     """
     slot = tl.program_id(0) % blocks
     rest = tl.program_id(0) // blocks
     head = rest % heads
     if cu_seqlens is None:
-        return rest // heads, head, slot, blocks, 0, seqlen_q, seqlen_k
+        return rest // heads, rest // heads, head, slot, blocks, 0, seqlen_q, seqlen_k
     else:
-        sequence = sequence_of(slot, block_starts, num_sequences, search_steps)
+        sequence = _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE)
         first_row = tl.load(cu_seqlens + sequence)
-        first_block = tl.load(block_starts + sequence)
-        end_block = tl.load(block_starts + sequence + 1)
-        idle = slot >= end_block
-        seqlen = tl.where(idle, 0, tl.load(cu_seqlens + sequence + 1) - first_row)
-        block = tl.where(idle, 0, slot - first_block)
-        count = tl.where(idle, 1, end_block - first_block)
-        return rest // heads, head, block, count, first_row, seqlen, seqlen
+        seqlen = tl.load(cu_seqlens + sequence + 1) - first_row
+        block = slot - (first_row // SIZE + sequence)
+        count = tl.maximum(seqlen + SIZE - 1, 0) // SIZE
+        idle = block >= count
+        seqlen = tl.where(idle, 0, seqlen)
+        block = tl.where(idle, 0, block)
+        count = tl.where(idle, 1, count)
+        return rest // heads, sequence, head, block, count, first_row, seqlen, seqlen
 
 
 @triton.jit
 def place_queries(
-    blocks, heads, cu_seqlens, block_starts, num_sequences, search_steps, seqlen_q, seqlen_k,
-    TILE: tl.constexpr,
-):  # fmt: skip
+    blocks, heads, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, TILE: tl.constexpr
+):
     """This program's block of queries, the longest first.
 
-    Returns (batch, head, the sequence's first row, the block's first row, how many rows of it are
-    there, the positions of its first row, of its last one and of all, seqlen_k).
+    Returns (batch, sequence, head, the sequence's first row, the block's first row, how many rows
+    of it are there, the positions of its first row, of its last one and of all, seqlen_k).
     """
     BLOCK_M: tl.constexpr = TILE.block_m
-    batch, head, block, count, first_row, seqlen_q, seqlen_k = place(
-        blocks, heads, cu_seqlens, block_starts, num_sequences, search_steps, seqlen_q, seqlen_k
+    batch, sequence, head, block, count, first_row, seqlen_q, seqlen_k = place(
+        blocks, heads, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, BLOCK_M
     )
     first = (count - 1 - block) * BLOCK_M
     row = first_row + first
@@ -65,7 +80,7 @@ def place_queries(
     top = first + seqlen_k - seqlen_q
     bottom = tl.minimum(top + BLOCK_M, seqlen_k) - 1
     position = top + tl.arange(0, BLOCK_M)
-    return batch, head, first_row, row, left, top, bottom, position, seqlen_k
+    return batch, sequence, head, first_row, row, left, top, bottom, position, seqlen_k
 
 
 @triton.jit
@@ -96,7 +111,7 @@ def nth_block(index, cut, MASKED: tl.constexpr, SIZE: tl.constexpr):
 def first_key(position, starts, granularity, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr):
     """First key that queries at `position` see in REGION; for REGION = regions, the end of all."""
     key = tl.minimum(position + 1, seqlen_k)
-    if TILE.regions > REGION:
+    if len(TILE.q_maps) > REGION:
         key = tl.minimum(key, position // granularity * granularity + starts[REGION])
     return tl.maximum(key, 0)
 
@@ -134,7 +149,7 @@ def seen_keys(start, low, high, REGION: tl.constexpr, TILE: tl.constexpr):
 def end_query(key, starts, granularity, first, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr):
     """End of the positions, from `first` to seqlen_k, that see `key` in REGION or a later one."""
     end = key
-    if TILE.regions > REGION:
+    if len(TILE.q_maps) > REGION:
         # As floor division, which that of Triton is not where the dividend is negative.
         ahead = tl.maximum(key - starts[REGION], -granularity) + granularity
         end = tl.maximum(end, ahead // granularity * granularity)

@@ -1,5 +1,15 @@
-"""Tiles, warps and pipeline stages per chip, head_dim and width of the elements."""
+"""Tiles, warps and pipeline stages per chip, head_dim and width of the elements.
 
+configs.json is what kernels are launched with, candidates.json what else is worth timing on a card.
+All compile without spills, but for candidates of keys' gradients at head_dim 128 on sm_90, which
+take wgmma: that spills even in plain attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -11,102 +21,42 @@ class Config(NamedTuple):
     warps: int
     stages: int
     halves: bool = False  # rows of head_dim in two parts: see rows.py
+    rotated: int = 64  # rows of queries that are rotated at a time between two regions
 
 
 MOST_ROWS = 128  # of any block
 INTERPRETED = Config(16, 16, 1, 1)
 
-# By kernel, chip (also for those after it, up to the next one), and head_dim up to. All compile
-# without spills. Tiles of keys' gradients at head_dim 128 on sm_90 are small because larger ones
-# take wgmma, and then spill even in plain attention.
-_TABLE: dict[str, dict[int, dict[int, Config]]] = {
-    "forward": {
-        80: {
-            128: Config(128, 64, 8, 2, halves=True),
-            256: Config(64, 64, 8, 2, halves=True),
-        },
-        86: {
-            128: Config(128, 64, 8, 2, halves=True),
-            256: Config(64, 32, 8, 2, halves=True),
-        },
-        90: {
-            64: Config(128, 128, 8, 2),
-            128: Config(128, 64, 8, 3, halves=True),
-            256: Config(64, 32, 8, 2, halves=True),
-        },
-        100: {
-            64: Config(128, 128, 8, 2, halves=True),
-            128: Config(128, 64, 8, 3, halves=True),
-            256: Config(64, 32, 8, 2, halves=True),
-        },
-        120: {
-            64: Config(128, 64, 8, 2, halves=True),
-            96: Config(128, 32, 8, 3),
-            128: Config(128, 64, 8, 2, halves=True),
-            256: Config(64, 32, 8, 2, halves=True),
-        },
-    },
-    "dq": {
-        80: {64: Config(128, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(64, 32, 8, 1)},
-        86: {
-            64: Config(128, 64, 8, 1, halves=True),
-            128: Config(64, 64, 8, 1),
-            256: Config(64, 32, 8, 1),
-        },
-        90: {
-            64: Config(128, 64, 8, 2),
-            128: Config(128, 64, 8, 2, halves=True),
-            256: Config(32, 32, 8, 1),
-        },
-        100: {
-            64: Config(128, 64, 8, 2),
-            128: Config(128, 64, 8, 3, halves=True),
-            256: Config(32, 32, 8, 1),
-        },
-        120: {64: Config(128, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(32, 32, 8, 1)},
-    },
-    "dkv": {
-        80: {64: Config(32, 128, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(32, 32, 8, 1)},
-        86: {64: Config(32, 128, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(32, 32, 8, 1)},
-        90: {64: Config(64, 64, 8, 1), 128: Config(32, 32, 4, 1), 256: Config(32, 32, 8, 1)},
-        100: {
-            64: Config(64, 64, 8, 1),
-            128: Config(64, 64, 8, 1, halves=True),
-            256: Config(32, 32, 8, 1),
-        },
-        120: {64: Config(32, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(32, 32, 8, 1)},
-    },
-}
 
-# float32 products run without tensor cores, from registers: by kernel, on every chip, and head_dim
-# up to. At one stage, operands of products wait in registers as well, where they may not fit.
-_FLOAT32: dict[str, dict[int, Config]] = {
-    "forward": {
-        64: Config(32, 32, 8, 1),
-        96: Config(32, 32, 8, 1, halves=True),
-        128: Config(32, 32, 8, 1),
-        256: Config(16, 16, 8, 1, halves=True),
-    },
-    "dq": {
-        64: Config(32, 32, 8, 1),
-        96: Config(16, 16, 8, 1),  # a third of a row would be too short for 16 bytes a thread
-        256: Config(16, 16, 8, 2, halves=True),
-    },
-    "dkv": {
-        64: Config(32, 32, 8, 2),
-        96: Config(16, 32, 8, 1),
-        128: Config(32, 32, 8, 1, halves=True),
-        256: Config(16, 16, 8, 1),
-    },
-}
+@functools.cache
+def _table() -> dict[str, dict[str, dict[str, dict]]]:
+    """By kernel, chip (also for those after it, up to the next one), and head_dim up to."""
+    return json.loads(Path(__file__).with_name("configs.json").read_text())
 
 
-def config(kernel: str, head_dim: int, itemsize: int, capability: int | None) -> Config:
-    """The setting of `kernel` ("forward", "dq", "dkv"); capability None: interpreted."""
-    if capability is None:
+@functools.cache
+def config(kernel: str, head_dim: int, itemsize: int, chip: int | str | None) -> Config:
+    """How "forward", "dq" or "dkv" is launched for elements of itemsize bytes; chip as from
+    `chip_of`.
+
+    Raises NotImplementedError for a chip that has no tile.
+    """
+    if chip is None:
         return INTERPRETED
-    rows = _TABLE[kernel]
-    # Chips that are not listed are like the last one before them; 10.x and 11.x share a family.
-    chip = max((listed for listed in rows if listed <= capability), default=86)
-    by_dim = _FLOAT32[kernel] if itemsize == 4 else rows[chip]
-    return next(row for dims, row in by_dim.items() if head_dim <= dims)
+    rows = _row(_table()[kernel], chip, itemsize)
+    if rows is None:
+        raise NotImplementedError(
+            f"attention: the Triton kernels have no tile for {itemsize}-byte elements on {chip}"
+        )
+    found = rows[min((n for n in rows if head_dim <= int(n)), key=int)]
+    return Config(**{name: found[name] for name in Config._fields if name in found})
+
+
+def _row(chips: dict[str, dict[str, dict]], chip: int | str, itemsize: int) -> dict | None:
+    if not isinstance(chip, int):
+        return chips.get(chip if itemsize < 4 else f"{chip} float32")
+    if itemsize == 4:  # products without tensor cores, from registers: alike on all chips
+        return chips["float32"]
+    # 10.x and 11.x share a family; what is older than all has no more memory than 8.6.
+    known = [int(name) for name in chips if name.isdigit()]
+    return chips[str(max((n for n in known if n <= chip), default=86))]

@@ -13,7 +13,19 @@ from .blocks import (
     place_queries,
     seen_keys,
 )
-from .rows import add_weighted, dots, load_rows, row_base, store_rows, times, zero_rows
+from .queries import rotated_rows
+from .rows import (
+    add_weighted,
+    dots,
+    frame_of,
+    keys_of,
+    load_rows,
+    row_base,
+    rows_of,
+    store_rows,
+    times,
+    zero_rows,
+)
 
 # Below any logit; finite, so that rows without keys need no care before the end.
 NO_LOGIT = tl.constexpr(-1e30)
@@ -66,59 +78,77 @@ def _add_keys(
 
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
 def forward_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cu_seqlens,
-    block_starts,
-    num_sequences,
-    search_steps,
-    blocks,
-    heads_q,
-    group,
-    rows,
-    seqlen_q,
-    seqlen_k,
-    start_0,
-    start_1,
-    start_2,
-    granularity,
-    softmax_scale,
+    q, k, k_frames, v, out, lse, inv_freq, log_decay, cu_seqlens,
+    q_strides, k_strides, k_frame_strides, v_strides, out_strides, freq_stride,
+    num_sequences, search_steps, blocks, rows, seqlen_q, seqlen_k,
+    start_0, start_1, start_2, granularity, softmax_scale, amplitude, per_log_n,
+    q0_modulus: tl.float64, q0_factor: tl.float64, q0_offset: tl.float64, q0_cap: tl.float64,
+    q1_modulus: tl.float64, q1_factor: tl.float64, q1_offset: tl.float64, q1_cap: tl.float64,
+    q2_modulus: tl.float64, q2_factor: tl.float64, q2_offset: tl.float64, q2_cap: tl.float64,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     """Axis 0: blocks of queries, longest first, then heads, then the batch."""
     BLOCK_M: tl.constexpr = TILE.block_m
-    REGIONS: tl.constexpr = TILE.regions
+    CHUNK: tl.constexpr = TILE.rotated
+    REGIONS: tl.constexpr = len(TILE.q_maps)
+    HEADS: tl.constexpr = TILE.heads_q
+    GROUP: tl.constexpr = HEADS // TILE.heads_k
     starts = (start_0, start_1, start_2)
-    batch, head, first_row, row, left, top, bottom, position, seqlen_k = place_queries(
-        blocks, heads_q, cu_seqlens, block_starts, num_sequences, search_steps, seqlen_q, seqlen_k,
-        TILE,
-    )  # fmt: skip
+    q_maps = (
+        (q0_modulus, q0_factor, q0_offset, q0_cap),
+        (q1_modulus, q1_factor, q1_offset, q1_cap),
+        (q2_modulus, q2_factor, q2_offset, q2_cap),
+    )
+    batch, sequence, head, first_row, row, left, top, bottom, position, seqlen_k = place_queries(
+        blocks, HEADS, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, TILE
+    )
+    inv_freq += tl.cast(sequence, tl.int64) * freq_stride
 
     factor = softmax_scale * LOG2_E
     row_max = tl.full((BLOCK_M,), NO_LOGIT, tl.float32)
     state = (zero_rows(BLOCK_M, TILE), row_max, tl.zeros((BLOCK_M,), tl.float32))
-    v_base = row_base(v, batch, first_row, head // group, TILE)
+    q_of = rows_of(q, q_strides, HEADS, TILE)
+    q_base = row_base(q_of, batch, row, head, TILE)
+    q_rows = rotated_rows(
+        q_of, q_base, left, position, inv_freq, log_decay, amplitude, per_log_n, q_maps[0],
+        0, BLOCK_M, TILE,
+    )  # fmt: skip
+    out_of = frame_of(out, out_strides, 0, HEADS, TILE)
+    v_of = rows_of(v, v_strides, TILE.heads_k, TILE)
+    v_base = row_base(v_of, batch, first_row, head // GROUP, TILE)
     for r in tl.static_range(REGIONS):
-        q_base = row_base(q[r], batch, row, head, TILE)
-        q_rows = load_rows(q[r], q_base, left, BLOCK_M, True, TILE)
-        k_base = row_base(k[r], batch, first_row, head // group, TILE)
+        if r > 0:
+            # Between two loops few registers are free: a few rows at a time go through out.
+            tl.debug_barrier()
+            for at in tl.range(0, BLOCK_M, CHUNK):
+                q_base = row_base(q_of, batch, row + at, head, TILE)
+                few_rows = rotated_rows(
+                    q_of, q_base, left - at, top + at + tl.arange(0, CHUNK), inv_freq, log_decay,
+                    amplitude, per_log_n, q_maps[r], r, CHUNK, TILE,
+                )  # fmt: skip
+                out_base = row_base(out_of, batch, row + at, head, TILE)
+                store_rows(out_of, out_base, few_rows, left - at, CHUNK, TILE)
+            tl.debug_barrier()
+            out_base = row_base(out_of, batch, row, head, TILE)
+            q_rows = load_rows(out_of, out_base, left, BLOCK_M, True, TILE)
+        k_of = keys_of(k, k_strides, k_frames, k_frame_strides, r, TILE)
+        k_base = row_base(k_of, batch, first_row, head // GROUP, TILE)
         low = first_key(position, starts, granularity, seqlen_k, r, TILE)
         high = first_key(position, starts, granularity, seqlen_k, r + 1, TILE)
         cut = cut_keys(top, bottom, starts, granularity, seqlen_k, r, TILE)
         for masked in tl.static_range(2):
             state = _add_keys(
-                state, q_rows, k[r], v, k_base, v_base, factor, cut, low, high,
+                state, q_rows, k_of, v_of, k_base, v_base, factor, cut, low, high,
                 r, masked == 0, TILE,
             )  # fmt: skip
 
     acc, row_max, row_sum = state
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
-    out_base = row_base(out, batch, row, head, TILE)
-    store_rows(out, out_base, times(acc, 1.0 / row_sum), left, BLOCK_M, TILE)
+    if REGIONS > 1:
+        tl.debug_barrier()
+    out_base = row_base(out_of, batch, row, head, TILE)
+    store_rows(out_of, out_base, times(acc, 1.0 / row_sum), left, BLOCK_M, TILE)
     value = tl.where(empty, float("-inf"), row_max * LN_2 + tl.log(row_sum))
-    lse += (tl.cast(batch, tl.int64) * heads_q + head) * rows + row
+    lse += (tl.cast(batch, tl.int64) * HEADS + head) * rows + row
     tl.store(lse + tl.arange(0, BLOCK_M), value, mask=tl.arange(0, BLOCK_M) < left)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..._shared.triton.pairs import load_parts, of_pairs, rotate, store_parts, widened
-from ..._shared.triton.position_maps import log_n_scale, map_cos_sin
+from ..._shared.triton.position_maps import CONSTANT, log_n_scale, map_cos_sin
 from ..._shared.triton.tokens import rows, sequence_of
 
 RUN_TIME_SCALARS = (
@@ -33,7 +33,6 @@ class RotateTile(NamedTuple):
     q_maps: tuple[int, ...]  # their kinds
     k_maps: tuple[int, ...]
     stored: int  # of keys as they come
-    raw: int  # of queries as they come
 
 
 @triton.jit
@@ -81,41 +80,53 @@ def _cos_sin_of_frames(
 
 
 @triton.jit
-def _pointers(x, batch, token, head, TILE: tl.constexpr):
-    return rows(x.pointer, batch, token, head, x.batch, x.seq, x.head, TILE)
+def _pointers(x, strides, batch, token, head, TILE: tl.constexpr):
+    return rows(x, batch, token, head, strides[0], strides[1], strides[2], TILE)
+
+
+@triton.jit
+def _in_frame(frames, strides, n, batch, token, head, TILE: tl.constexpr):
+    x = frames + tl.cast(n, tl.int64) * strides[0] * TILE.align
+    return rows(x, batch, token, head, strides[1], strides[2], strides[3], TILE)
 
 
 @triton.jit
 def _rotate_head(
-    x, frames, head, batch, token, valid, cos_sin, scale, COUNT: tl.constexpr, TILE: tl.constexpr
-):
+    x, strides, frames, frame_strides, head, batch, token, valid, cos_sin, scale,
+    COUNT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Write one head of x into COUNT frames."""
-    parts = widened(load_parts(_pointers(x, batch, token, head, TILE), valid, TILE))
+    parts = widened(load_parts(_pointers(x, strides, batch, token, head, TILE), valid, TILE))
     for n in tl.static_range(COUNT):
         rotated = rotate(parts, cos_sin[n][0], cos_sin[n][1], scale)
-        store_parts(_pointers(frames[n], batch, token, head, TILE), rotated, valid, TILE)
+        out = _in_frame(frames, frame_strides, n, batch, token, head, TILE)
+        store_parts(out, rotated, valid, TILE)
 
 
 @triton.jit
 def _unrotate_head(
-    x, frames, head, batch, token, valid, cos_sin, scale, COUNT: tl.constexpr, TILE: tl.constexpr
-):
+    x, strides, frames, frame_strides, head, batch, token, valid, cos_sin, scale,
+    COUNT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Sum one head of COUNT frames, float32, into x."""
-    parts = load_parts(_pointers(frames[0], batch, token, head, TILE), valid, TILE)
+    at = _in_frame(frames, frame_strides, 0, batch, token, head, TILE)
+    parts = load_parts(at, valid, TILE)
     first, second, rest = rotate(parts, cos_sin[0][0], -cos_sin[0][1], scale)
     for n in tl.static_range(1, COUNT):
-        parts = load_parts(_pointers(frames[n], batch, token, head, TILE), valid, TILE)
+        at = _in_frame(frames, frame_strides, n, batch, token, head, TILE)
+        parts = load_parts(at, valid, TILE)
         more = rotate(parts, cos_sin[n][0], -cos_sin[n][1], scale)
         first += more[0]
         second += more[1]
         rest += more[2]
-    store_parts(_pointers(x, batch, token, head, TILE), (first, second, rest), valid, TILE)
+    out = _pointers(x, strides, batch, token, head, TILE)
+    store_parts(out, (first, second, rest), valid, TILE)
 
 
 @triton.jit
 def _rotate_tokens(
-    x, frames, tile, batch, heads, shift, seqlen, inv_freq, freq_stride, decay,
-    cu_seqlens, num_sequences, search_steps, amplitude, per_log_n, maps, origin,
+    x, strides, frames, frame_strides, tile, batch, heads, shift, seqlen, inv_freq, freq_stride,
+    decay, cu_seqlens, num_sequences, search_steps, amplitude, per_log_n, maps, origin,
     MAPS: tl.constexpr, ORIGIN: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """This program's tokens and heads of q, or of k."""
@@ -129,18 +140,25 @@ def _rotate_tokens(
         position, freq, decay, amplitude * scale, maps, origin, MAPS, ORIGIN
     )
     share = tl.cdiv(heads, tl.num_programs(1))
-    first = tl.program_id(1) * share
-    for head in range(first, tl.minimum(first + share, heads)):
+    begin = tl.program_id(1) * share
+    for head in range(begin, tl.minimum(begin + share, heads)):
         if INVERSE:
-            _unrotate_head(x, frames, head, batch, token, valid, cos_sin, scale, COUNT, TILE)
+            _unrotate_head(
+                x, strides, frames, frame_strides, head, batch, token, valid, cos_sin, scale,
+                COUNT, TILE,
+            )  # fmt: skip
         else:
-            _rotate_head(x, frames, head, batch, token, valid, cos_sin, scale, COUNT, TILE)
+            _rotate_head(
+                x, strides, frames, frame_strides, head, batch, token, valid, cos_sin, scale,
+                COUNT, TILE,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
 def rotate_kernel(
-    q, k, q_frames, k_frames, inv_freq, freq_stride, log_decay,
-    cu_seqlens, num_sequences, search_steps, q_tiles, tiles, heads_q, heads_k, seqlen_q, seqlen_k,
+    q, k, q_frames, k_frames, inv_freq, log_decay, cu_seqlens,
+    q_strides, k_strides, q_frame_strides, k_frame_strides, freq_stride,
+    num_sequences, search_steps, q_tiles, tiles, heads_q, heads_k, seqlen_q, seqlen_k,
     amplitude, per_log_n,
     q0_modulus: tl.float64, q0_factor: tl.float64, q0_offset: tl.float64, q0_cap: tl.float64,
     q1_modulus: tl.float64, q1_factor: tl.float64, q1_offset: tl.float64, q1_cap: tl.float64,
@@ -155,12 +173,12 @@ def rotate_kernel(
 ):  # fmt: skip
     """Axis 0: tiles of tokens of q, then of k, and the batch; axis 1: shares of the heads.
 
-    INVERSE: the frames hold gradients, float32, to be summed into those of q and k.
+    Without maps of a side, nothing of it is read or written. INVERSE: the frames hold gradients,
+    float32, to be summed into those of q and k.
     """
     Q_MAPS: tl.constexpr = TILE.q_maps
     K_MAPS: tl.constexpr = TILE.k_maps
     STORED: tl.constexpr = TILE.stored
-    RAW: tl.constexpr = TILE.raw
     q_maps = (
         (q0_modulus, q0_factor, q0_offset, q0_cap),
         (q1_modulus, q1_factor, q1_offset, q1_cap),
@@ -179,15 +197,20 @@ def rotate_kernel(
     if log_decay is not None:
         decay = of_pairs(log_decay, TILE).to(tl.float64)
         minus_decay = -decay
-    if tile < q_tiles:
-        _rotate_tokens(
-            q, q_frames, tile, batch, heads_q, seqlen_k - seqlen_q, seqlen_q,
-            inv_freq, freq_stride, decay, cu_seqlens, num_sequences, search_steps,
-            amplitude, per_log_n, q_maps, stored, Q_MAPS, RAW, INVERSE, TILE,
-        )  # fmt: skip
-    elif len(K_MAPS) > 0:
-        _rotate_tokens(
-            k, k_frames, tile - q_tiles, batch, heads_k, 0, seqlen_k,
-            inv_freq, freq_stride, minus_decay, cu_seqlens, num_sequences, search_steps,
-            1.0, None, k_maps, stored, K_MAPS, STORED, INVERSE, TILE,
-        )  # fmt: skip
+    # Two conditions: only the first one is the compiler's.
+    if len(Q_MAPS) > 0:  # noqa: SIM102
+        if tile < q_tiles:
+            _rotate_tokens(
+                q, q_strides, q_frames, q_frame_strides, tile, batch, heads_q,
+                seqlen_k - seqlen_q, seqlen_q, inv_freq, freq_stride, decay,
+                cu_seqlens, num_sequences, search_steps, amplitude, per_log_n,
+                q_maps, stored, Q_MAPS, CONSTANT, INVERSE, TILE,
+            )  # fmt: skip
+    if len(K_MAPS) > 0:  # noqa: SIM102
+        if tile >= q_tiles:
+            _rotate_tokens(
+                k, k_strides, k_frames, k_frame_strides, tile - q_tiles, batch, heads_k,
+                0, seqlen_k, inv_freq, freq_stride, minus_decay,
+                cu_seqlens, num_sequences, search_steps, 1.0, None,
+                k_maps, stored, K_MAPS, STORED, INVERSE, TILE,
+            )  # fmt: skip

@@ -9,16 +9,6 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
-
-class Rows(NamedTuple):
-    """A tensor by batch, seq, head and dim. Strides count groups of Tile.align elements."""
-
-    pointer: Tensor
-    batch: int
-    seq: int
-    head: int
 
 
 class Tile(NamedTuple):
@@ -26,13 +16,61 @@ class Tile(NamedTuple):
 
     block_m: int  # rows of queries
     block_n: int  # rows of keys
+    heads_q: int
+    heads_k: int
     head_dim: int
     dims: int  # a power of two
     more_dims: int  # of what head_dim has beyond dims, rounded up to a power of two; or 0
-    regions: int
+    rotated: int  # rows of queries at a time between two regions; divides block_m
+    half: int  # pairs of dims that rotate
+    interleaved: bool
+    q_maps: tuple[int, ...]  # of each region: see _shared/triton/position_maps.py
+    k_frame: tuple[int, ...]  # of each region: which of the frames, or -1 for keys as they come
     from_first_key: bool  # region 0 has no lower end
     align: int  # elements; divides all strides
+    contiguous: bool  # tokens of the tensors that were given
     widen: bool  # operands to float32 before a product: the interpreter has no bfloat16
+
+
+class Rows(NamedTuple):
+    """A tensor by batch, seq, head and dim. Strides count groups of Tile.align elements."""
+
+    pointer: tl.tensor
+    batch: tl.tensor
+    seq: tl.tensor
+    head: tl.tensor
+
+
+@triton.jit
+def rows_of(pointer, strides, HEADS: tl.constexpr, TILE: tl.constexpr):
+    """Strides known to the compiler save the registers of as many addresses."""
+    HEAD: tl.constexpr = TILE.head_dim // TILE.align
+    SEQ: tl.constexpr = HEADS * HEAD
+    if TILE.contiguous:
+        given = Rows(pointer, strides[0], SEQ, HEAD)
+    else:
+        given = Rows(pointer, strides[0], strides[1], strides[2])
+    return given
+
+
+@triton.jit
+def frame_of(frames, strides, frame, HEADS: tl.constexpr, TILE: tl.constexpr):
+    """One of several frames, each contiguous; strides: from one to the next, and by batch."""
+    HEAD: tl.constexpr = TILE.head_dim // TILE.align
+    SEQ: tl.constexpr = HEADS * HEAD
+    pointer = frames + tl.cast(frame, tl.int64) * strides[0] * TILE.align
+    return Rows(pointer, strides[1], SEQ, HEAD)
+
+
+@triton.jit
+def keys_of(k, strides, frames, frame_strides, REGION: tl.constexpr, TILE: tl.constexpr):
+    """Keys as a region sees them."""
+    FRAME: tl.constexpr = TILE.k_frame[REGION]
+    if FRAME < 0:
+        keys = rows_of(k, strides, TILE.heads_k, TILE)
+    else:
+        keys = frame_of(frames, frame_strides, FRAME, TILE.heads_k, TILE)
+    return keys
 
 
 @triton.jit
@@ -43,7 +81,7 @@ def row_base(x, batch, seq, head, TILE: tl.constexpr):
 
 
 @triton.jit
-def _pointers(
+def pointers_to(
     x, base, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
 ):
     """To dims FIRST to FIRST + DIMS of ROWS rows from `base` on."""
@@ -53,7 +91,7 @@ def _pointers(
 
 
 @triton.jit
-def _inside(
+def inside_of(
     count,
     FIRST: tl.constexpr,
     DIMS: tl.constexpr,
@@ -74,7 +112,7 @@ def _inside(
 
 
 @triton.jit
-def _load_part(
+def load_part(
     x,
     base,
     count,
@@ -84,9 +122,9 @@ def _load_part(
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    pointers = _pointers(x, base, FIRST, DIMS, ROWS, TILE)
+    pointers = pointers_to(x, base, FIRST, DIMS, ROWS, TILE)
     if MASKED or TILE.head_dim < FIRST + DIMS:
-        inside = _inside(count, FIRST, DIMS, ROWS, MASKED, TILE)
+        inside = inside_of(count, FIRST, DIMS, ROWS, MASKED, TILE)
         part = tl.load(pointers, mask=inside, other=0.0)
     else:
         part = tl.load(pointers)
@@ -104,18 +142,18 @@ def _store_part(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    pointers = _pointers(x, base, FIRST, DIMS, ROWS, TILE)
-    inside = _inside(count, FIRST, DIMS, ROWS, True, TILE)
+    pointers = pointers_to(x, base, FIRST, DIMS, ROWS, TILE)
+    inside = inside_of(count, FIRST, DIMS, ROWS, True, TILE)
     tl.store(pointers, part.to(x.pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def load_rows(x, base, count, ROWS: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr):
     """ROWS rows from `base` on; 0 past head_dim and, if MASKED, past `count` rows."""
-    first = _load_part(x, base, count, 0, TILE.dims, ROWS, MASKED, TILE)
+    first = load_part(x, base, count, 0, TILE.dims, ROWS, MASKED, TILE)
     second = first
     if TILE.more_dims > 0:
-        second = _load_part(x, base, count, TILE.dims, TILE.more_dims, ROWS, MASKED, TILE)
+        second = load_part(x, base, count, TILE.dims, TILE.more_dims, ROWS, MASKED, TILE)
     return first, second
 
 

@@ -1,0 +1,215 @@
+"""Plans of one attention call: its launches, settled for the layout of the tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..._shared.attention_call import AttentionCall
+from ..._shared.attention_checks import check_head_dim
+from ..._shared.triton.launch import INTERPRETED, Plan, chip_of
+from ..._shared.triton.position_maps import kind_of, map_arguments
+from ..arguments import check
+from .backward_keys import dkv_kernel
+from .backward_queries import dq_kernel
+from .configs import MOST_ROWS, Config, config
+from .forward import forward_kernel
+from .frames import (
+    alignment,
+    frame_strides,
+    frequency_stride,
+    key_maps,
+    per_log_n,
+    rotation,
+    row_strides,
+)
+from .rows import Tile
+
+NAME = "attention"
+LEAST_DIMS = 16  # of a product
+MOST_REGIONS = 3
+Shape = tuple[int, ...]
+
+
+class ForwardPlans(NamedTuple):
+    """Launches, and shapes of what they write beside out. None: there is nothing to launch."""
+
+    rotate: Plan | None
+    attend: Plan | None
+    k_frames: Shape
+    lse: Shape
+
+
+class BackwardPlans(NamedTuple):
+    rotate: Plan | None
+    dq: Plan | None
+    dkv: Plan | None
+    unrotate: Plan | None
+    q_frames: Shape
+    k_frames: Shape
+    dk_frames: Shape
+
+
+def forward_plans(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> ForwardPlans:
+    """Of a call that has not been checked."""
+    layout = _Layout(q, k, v, call)
+    k_maps = key_maps(k, call)
+    strides = (
+        row_strides(q, layout.align),
+        row_strides(k, layout.align),
+        frame_strides(k, layout.align)[:2],
+        row_strides(v, layout.align),
+        frame_strides(q, layout.align)[:2],
+        frequency_stride(call),
+    )
+    numbers = (call.attention_factor**2, per_log_n(call), *layout.map_numbers()[: 4 * MOST_REGIONS])
+    attend = layout.plan(forward_kernel, "forward", strides, numbers)
+    lse = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    rotate = rotation(q, k, (), k_maps, call)
+    return ForwardPlans(rotate, attend, (len(k_maps), *k.shape), lse)
+
+
+def backward_plans(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: AttentionCall,
+) -> BackwardPlans:
+    """Of a call that has not been checked."""
+    layout = _Layout(q, k, v, call, dout, out)
+    regions, k_maps, align = layout.regions, key_maps(k, call), layout.align
+    q_maps = [region.q_map for region in regions]
+    frames = frame_strides(q, align)[:2]
+    keys = row_strides(k, align), frame_strides(k, align)[:2], row_strides(v, align)
+    of_dout = row_strides(dout, align)
+    return BackwardPlans(
+        rotation(q, k, q_maps, k_maps, call),
+        layout.plan(dq_kernel, "dq", (frames, *keys, row_strides(out, align), of_dout)),
+        layout.plan(dkv_kernel, "dkv", (frames, *keys, of_dout)),
+        # Gradients are contiguous, whatever the strides of q and k.
+        rotation(
+            *(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (q, k)),
+            q_maps, [region.k_map for region in regions], call, inverse=True,
+        ),
+        (len(regions), *q.shape),
+        (len(k_maps), *k.shape),
+        (len(regions), *k.shape),
+    )  # fmt: skip
+
+
+class _Layout:
+    """What all kernels on the blocks of one call are told."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, *others: Tensor
+    ) -> None:
+        check(NAME, q, k, v, call)
+        check_head_dim(NAME, q)
+        self.call, self.q, self.chip = call, q, chip_of(q)
+        self.batch = 1 if call.cu_seqlens is not None else v.shape[0]
+        self.seqlen_q, self.heads_q, self.head_dim = q.shape[-3:]
+        self.seqlen_k, self.heads_k, _ = k.shape[-3:]
+        self.regions = call.trimmed(self.seqlen_k)
+        self.k_maps = key_maps(k, call)
+        self.align = alignment(q.itemsize, q, k, v, *others)
+        given = (q, k, v, *others)
+        self.contiguous = all(x.stride()[-3:] == _contiguous(x) for x in given)
+        for x in given:
+            _check_offsets(x)
+
+    def plan(
+        self, kernel, name: str, strides: tuple[Shape, ...], numbers: tuple = ()
+    ) -> Plan | None:
+        """Of "forward" or "dq", a program for each block of queries, or of "dkv", of keys."""
+        setting = config(name, self.head_dim, self.q.itemsize, self.chip)
+        size, seqlen, heads = setting.block_m, self.seqlen_q, self.heads_q
+        if name == "dkv":
+            size, seqlen, heads = setting.block_n, self.seqlen_k, self.heads_k
+        blocks, sequences = triton.cdiv(seqlen, size), 0
+        if self.call.cu_seqlens is not None:
+            sequences = self.call.cu_seqlens.shape[0] - 1
+            blocks = seqlen // size + sequences
+        programs = blocks * heads * self.batch
+        if programs == 0 or seqlen == 0:
+            return None
+        return Plan(
+            kernel,
+            (programs,),
+            self.q,
+            *strides,
+            sequences,
+            sequences.bit_length(),
+            blocks,
+            self.seqlen_q,  # rows
+            self.seqlen_q,
+            self.seqlen_k,
+            *self._starts(),
+            min(self.call.granularity, max(self.seqlen_k, 1)),
+            self.call.scale(self.head_dim),
+            *numbers,
+            self._tile(setting),
+            num_warps=setting.warps,
+            num_stages=setting.stages,
+        )
+
+    def map_numbers(self) -> tuple[float, ...]:
+        maps = [region.q_map for region in self.regions]
+        return tuple(map_arguments(maps, [], self.call.stored).values())
+
+    def _tile(self, setting: Config) -> Tile:
+        dims, more_dims = _parts(self.head_dim, setting.halves)
+        return Tile(
+            block_m=setting.block_m,
+            block_n=setting.block_n,
+            heads_q=self.heads_q,
+            heads_k=self.heads_k,
+            head_dim=self.head_dim,
+            dims=dims,
+            more_dims=more_dims,
+            rotated=min(setting.rotated, setting.block_m),
+            half=self.call.inv_freq.shape[-1],
+            interleaved=self.call.interleaved,
+            q_maps=tuple(kind_of(region.q_map) for region in self.regions),
+            k_frame=tuple(
+                self.k_maps.index(r.k_map) if r.k_map in self.k_maps else -1 for r in self.regions
+            ),
+            from_first_key=self.regions[0].start <= -self.seqlen_k,
+            align=self.align,
+            contiguous=self.contiguous,
+            widen=INTERPRETED and self.q.dtype == torch.bfloat16,
+        )
+
+    def _starts(self) -> list[int]:
+        """No larger than the sequence: int32 then never overflows."""
+        most = max(self.seqlen_k, 1)
+        starts = [max(-most, min(region.start, most)) for region in self.regions]
+        return starts + [0] * (MOST_REGIONS - len(starts))
+
+
+def _contiguous(x: Tensor) -> Shape:
+    """Strides of tokens with nothing between them."""
+    return x.shape[-2] * x.shape[-1], x.shape[-1], 1
+
+
+def _check_offsets(x: Tensor) -> None:
+    if x.stride(-3) * MOST_ROWS >= 2**31 and x.shape[-3] > 1:
+        raise ValueError(
+            f"attention: tokens must lie less than {2**31 // MOST_ROWS} elements apart, "
+            f"got strides {x.stride()}"
+        )
+
+
+def _parts(head_dim: int, halves: bool) -> tuple[int, int]:
+    """The dims of both parts of a row: see rows.py."""
+    whole = max(LEAST_DIMS, triton.next_power_of_2(head_dim))
+    first = whole // 2
+    if not halves or first < LEAST_DIMS:
+        return whole, 0
+    return first, max(LEAST_DIMS, triton.next_power_of_2(head_dim - first))
