@@ -60,7 +60,7 @@ def test_a_candidate_is_forced_where_launches_look_it_up():
             assert config("dkv", 64, 2, 90).block_m != 32 or before.block_m == 32
             assert config("dkv", 128, 4, 90) != configs.Config(32, 64, 8, 2)
             assert config("dq", 128, 2, 90) != configs.Config(32, 64, 8, 2)
-    assert launch.config("dkv", 128, 2, 90) == configs.config("dkv", 128, 2, 90) == before
+    assert plans.config("dkv", 128, 2, 90) == configs.config("dkv", 128, 2, 90) == before
 
 
 def test_the_shipped_configuration_stays_unless_another_gains():

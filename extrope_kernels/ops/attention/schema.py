@@ -92,7 +92,12 @@ def _register_gradient(suffix: str) -> None:
             return None, None, None
         dout = torch.zeros_like(out) if dout is None else contiguous_rows(dout)
         dlse = None if dlse is None else dlse.contiguous()
-        return bwd(dout, dlse, q, k, v, out, lse, *rope_args, **ctx.options)
+        given = (dout, dlse, q, k, v, out, lse, *rope_args)
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return bwd(*given, **ctx.options)
+        # No second derivative to refuse: skip the Autograd kernel, which costs more than a launch.
+        with torch._C._AutoDispatchBelowAutograd():
+            return bwd(*given, **ctx.options)
 
     register_backward(library, fwd, save, backward)
     only_first = "the fused kernels have first derivatives only; use backend='reference'"
