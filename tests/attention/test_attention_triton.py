@@ -222,7 +222,7 @@ def test_launches(name, launches, monkeypatch):
 
 
 def test_tokens_too_far_apart_for_offsets_of_a_block():
-    q, k, _ = inputs(2, 2)
-    far = torch.empty_strided((1, 2, 1, 16), (0, 2**24, 0, 1), device="meta")
+    q, k, _ = inputs(2, 2, dtype=torch.float16)
+    far = torch.empty_strided((1, 2, 1, 16), (0, 2**24, 0, 1), dtype=q.dtype, device=DEVICE)
     with pytest.raises(ValueError, match="less than 16777216 elements apart, got strides"):
         forward(q, k, far, call_of(SCORES["rope"]))

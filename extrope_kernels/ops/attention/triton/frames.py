@@ -60,7 +60,7 @@ def rotation(
 ) -> Plan | None:
     """Takes q, k and their frames, contiguous, one for each map; None where there is nothing to do.
 
-    inverse: q and k are gradients, to be written in their dtypes, from those of frames in float32.
+    inverse: takes contiguous gradients of q and k, to be written, and those of frames, in float32.
     """
     tile = _tile(q, k, q_maps, k_maps, call)
     seqlen_q, heads_q, _ = q.shape[-3:]
@@ -76,8 +76,10 @@ def rotation(
         rotate_kernel,
         (tiles * batch, max(1, min(heads, PROGRAMS // (tiles * batch)))),
         q,
-        row_strides(q, tile.align),
-        row_strides(k, tile.align),
+        *(
+            frame_strides(x, tile.align)[1:] if inverse else row_strides(x, tile.align)
+            for x in (q, k)
+        ),
         frame_strides(q, tile.align),
         frame_strides(k, tile.align),
         frequency_stride(call),

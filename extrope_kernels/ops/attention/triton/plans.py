@@ -93,15 +93,11 @@ def backward_plans(
         rotation(q, k, q_maps, k_maps, call),
         layout.plan(dq_kernel, "dq", (frames, *keys, row_strides(out, align), of_dout)),
         layout.plan(dkv_kernel, "dkv", (frames, *keys, of_dout)),
-        # Gradients are contiguous, whatever the strides of q and k.
-        rotation(
-            *(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (q, k)),
-            q_maps, [region.k_map for region in regions], call, inverse=True,
-        ),
+        rotation(q, k, q_maps, [region.k_map for region in regions], call, inverse=True),
         (len(regions), *q.shape),
         (len(k_maps), *k.shape),
         (len(regions), *k.shape),
-    )  # fmt: skip
+    )
 
 
 class _Layout:
