@@ -16,7 +16,8 @@ from extrope_kernels.ops._shared.attention_call import AttentionCall, score_opti
 from extrope_kernels.ops._shared.triton.angles import cos_sin, fixed_angle  # noqa: E402
 from extrope_kernels.ops.decode import reference  # noqa: E402
 from extrope_kernels.ops.decode.arguments import KVCache  # noqa: E402
-from extrope_kernels.ops.decode.triton import launch  # noqa: E402
+from extrope_kernels.ops.decode.triton import configs, launch  # noqa: E402
+from extrope_kernels.ops.decode.triton.schedule import share_of  # noqa: E402
 from extrope_kernels.testing import assert_within_budget, device  # noqa: E402
 
 
@@ -56,28 +57,95 @@ def test_frequencies_past_half_a_turn(frequency):
     assert (sin.double() - angle.sin()).abs().max() < 2e-7
 
 
-@pytest.mark.parametrize("splits", (1, 2, 7, 40))
+@pytest.fixture
+def many_splits(monkeypatch):
+    """Sequences of a few dozen keys are split, as long ones are: over so many slots at most."""
+
+    def split(most: int = launch.MOST_SPLITS) -> None:
+        monkeypatch.setattr(launch, "LEAST_KEYS", 16)
+        monkeypatch.setattr(launch, "MOST_SPLITS", most)
+
+    return split
+
+
+@pytest.mark.parametrize("most", (1, 2, 7, 40))
 @pytest.mark.parametrize("seqlen_q", (1, 5))
-def test_any_number_of_splits(splits, seqlen_q, monkeypatch):
-    monkeypatch.setattr(launch, "_splits", lambda *_: splits)
+def test_any_number_of_splits(most, seqlen_q, many_splits):
+    many_splits(most)
     check(Case((97, 3), seqlen_q, parameters={"window": 20}), "triton")
 
 
-def test_splits_follow_the_capacity_alone():
-    inputs = make(Case((200, 1)))
-    counts = []
+LENGTHS = {
+    "one long": (90, 3, 0, 17),
+    "long last": (1, 0, 70),
+    "empty": (0, 0),
+    "alike": (35, 34),
+}
 
-    def count(*args):
-        counts.append(original(*args))
-        return counts[-1]
 
-    original = launch._splits
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "_splits", count)
-        inputs.run("triton")
-        inputs.call["cache_seqlens"] = torch.ones_like(inputs.call["cache_seqlens"])
-        inputs.run("triton")
-    assert counts[0] == counts[1] > 1
+@pytest.mark.parametrize("seqlen_q", (1, 3))
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_mixed_lengths(lengths, seqlen_q, many_splits):
+    many_splits()
+    pads = tuple(n % 5 for n in LENGTHS[lengths])
+    case = Case(LENGTHS[lengths], seqlen_q, heads_q=2, heads_k=1, leftpad=pads, page_size=7)
+    check(case, "triton")
+
+
+def test_keys_out_of_sight_are_nobody_s_share(many_splits):
+    many_splits()
+    blocks = {"attention": "blockwise_causal_attention", "parameters": {"block_size": 40}}
+    check(Case((130, 5), 2, heads_q=1, heads_k=1, **blocks), "triton")
+
+
+def test_more_sequences_than_are_counted_at_once(many_splits):
+    many_splits(3)
+    sizes = {"heads_q": 1, "heads_k": 1, "head_dim": 8, "rotary_dim": 8}
+    parameters = {"window": 9, "factor": 1.0}
+    check(Case((50, *[1] * 128, 40), parameters=parameters, **sizes), "triton")
+
+
+def test_splits_merge_in_their_order_whoever_comes_last(many_splits):
+    many_splits()
+    inputs = make(Case((80, 3, 50), heads_q=2, heads_k=1))
+    first, again = inputs.run("triton"), inputs.run("triton")
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+@triton.jit
+def _shares(seqlens, found, batch, slots, TILE: tl.constexpr):
+    lengths = (batch, seqlens, seqlens, 0, 1 << 30)
+    slot = tl.program_id(0)
+    sequence, split, splits = share_of(slot, slots, 2, lengths, (1, (0, 0, 0), 1), TILE)
+    tl.store(found + slot * 3, sequence)
+    tl.store(found + slot * 3 + 1, split)
+    tl.store(found + slot * 3 + 2, splits)
+
+
+@pytest.mark.parametrize("more", (0, 2, 5, 33))
+@pytest.mark.parametrize(
+    "lengths", ((1000,), (0, 0), (100_000, *[100] * 63), (64, 65, 63, 1), (1 << 27,) * 200)
+)
+def test_slots_go_to_where_the_keys_are(lengths, more):
+    """Every split of every sequence once, and no sequence has more than its share."""
+    inputs = make(Case((1,)))
+    slots = len(lengths) + more
+    call = call_of(scores.rerope(7), 32)
+    kv = KVCache(inputs.k_cache, inputs.v_cache, inputs.call["cache_seqlens"])
+    tile = launch._decode_tile(inputs.q, kv, call, configs.INTERPRETED, True)
+    found = torch.full((slots, 3), -1, dtype=torch.int32, device=device())
+    seqlens = torch.tensor(lengths, dtype=torch.int32, device=device())
+    _shares[(slots,)](seqlens, found, len(lengths), slots, TILE=tile)
+    blocks = [-(-n // tile.block_n) for n in lengths]
+    each = max(-(-sum(blocks) // max(more, 1)), 2)
+    expected = [
+        [sequence, split, splits]
+        for sequence, n in enumerate(blocks)
+        for splits in [max(-(-n // each), 1)]
+        for split in range(splits)
+    ]
+    assert found[: len(expected)].tolist() == expected
+    assert (found[len(expected) :, 0] == len(lengths)).all()
 
 
 def call_of(score: scores.Score, head_dim: int, **options) -> AttentionCall:
@@ -141,10 +209,24 @@ def test_every_score_method(name, seqlen_q, decayed):
         assert_within_budget(label, got, near, ideal)
 
 
-def test_no_number_of_a_call_specialises():
-    """What changes as a cache grows may not compile a kernel again, in the middle of serving."""
-    from extrope_kernels.ops.decode.triton import kernels
+def test_nothing_of_a_growing_cache_compiles_again(run_python):
+    """Capacity, table width, page size, tokens, batch and window: one kernel of each kind."""
+    source = """
+        import sys; sys.path.insert(0, "bench")
+        from unittest import mock
+        from audit.case import Case
+        from audit.entries import decode
 
-    names = set(kernels.RUN_TIME_SCALARS)
-    assert {"capacity", "page_size", "table_batch", "seqlen_q", "granularity"} <= names
-    assert not {"capacity", "page_size", "table_batch"} & set(launch.Cache._fields)
+        sizes = {"KEYS": 32_768, "PAGE_SIZE": 16, "BATCH": 2, "WINDOW": 4096, "PROMPT": 64}
+        others = {"KEYS": 6_885, "PAGE_SIZE": 27, "BATCH": 1, "WINDOW": 1, "PROMPT": 33}
+        for name, variant in (
+            ("decode", "raw paged one-token"), ("decode", "slow paged chunk"),
+            ("decode", "raw one-token"), ("append", "slow paged chunk"), ("append", "plain chunk"),
+        ):
+            case, found = Case(f"cache {name}", 90, 128, "bfloat16", variant), set()
+            for size, other in others.items():
+                with mock.patch.multiple(decode, **{**sizes, size: other}):
+                    found.add(decode.prepare(case)[0].made_from(90))
+            assert len(found) == 1, (name, variant)
+    """
+    run_python(source, TRITON_INTERPRET="0")

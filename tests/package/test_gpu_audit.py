@@ -31,7 +31,7 @@ TRITON = {
     "permute rows triton": "permute_kernel",
     "permute cycles triton": "cycles_kernel",
     **{f"attention {name}": f"{name}_kernel" for name in ("rotate", "forward", "dq", "dkv")},
-    **{f"cache {name}": f"{name}_kernel" for name in ("decode", "merge", "append")},
+    **{f"cache {name}": f"{name}_kernel" for name in ("decode", "append")},
     **{f"linear {name}": f"{name}_kernel" for name in ("state", "state_passing", "scan")},
 }
 COMPARED = [

@@ -1,4 +1,4 @@
-"""The entries of attention over a key/value cache: decode, the merge of its splits, the append."""
+"""The entries of attention over a key/value cache: decode, and the append."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..sass import WIDE
 HEAD_DIMS = (64, 96, 128, 256)
 PROMPT = 64  # tokens of a chunk
 METHODS = ("raw", "slow", "grouped", "plain", "chunks", "blocks")
-NAMES = ("decode", "merge", "append")
+NAMES = ("decode", "append")
 
 
 def cases(name: str) -> list[Case]:
@@ -29,8 +29,7 @@ def cases(name: str) -> list[Case]:
     variants += ["raw", "slow interleaved paged", "slow partial paged"]
     usual = "chunk" if name == "append" else "one-token"
     every = [*product(("bfloat16",), HEAD_DIMS, (f"raw paged {usual}",))]
-    if name != "merge":
-        every += product(("bfloat16",), (128,), [f"{variant} {usual}" for variant in variants])
+    every += product(("bfloat16",), (128,), [f"{variant} {usual}" for variant in variants])
     if name == "decode":
         every += product(("float32",), HEAD_DIMS, ("raw paged one-token", "raw paged chunk"))
         every += product(("bfloat16",), HEAD_DIMS, ("raw paged chunk",))
@@ -52,8 +51,6 @@ def cases(name: str) -> list[Case]:
 def in_sample(case: Case) -> bool:
     """Where registers were found to be tightest, and every chip."""
     chip, key = case.capability, (case.dtype, case.head_dim, case.variant)
-    if case.kernel == "cache merge":
-        return chip == 90 and key[:2] == ("bfloat16", 256)
     if case.kernel == "cache append":
         return chip == 80 and key == ("bfloat16", 128, "grouped paged chunk")
     picked = {
@@ -145,30 +142,28 @@ def _traffic(case: Case, launch) -> Traffic:
         wide = WIDE * WARP * launch.kwargs["num_warps"]
         rows = 2 * (tile.block_n * row // wide * wide)
         return Traffic(moved, blocks, (), loaded=rows, stored=rows)
-    if name == "merge":
-        splits = launch.argument("splits")
-        return Traffic(
-            bytes=rows * (splits * wide_row + row),
-            blocks=blocks,
-            passes=(rows * -(-splits // tile.block_n),),
-            loaded=tile.block_n * wide_row,
-            stored=row,
-        )
-    splits = launch.argument("splits")
-    row_blocks = launch.grid[0] // splits
     keys = _keys_by_region(case)
     cached = 2 * BATCH * sum(keys) * HEADS_K * row
+    row_blocks = launch.grid[0] // launch.argument("slots")
     each = BATCH * HEADS_K * row_blocks / tile.block_n
     # The shortest loop first: one that rotates no key.
     by_length = sorted(zip(tile.rotates_keys, keys), key=lambda region: region[0])
+    partial = 2 * _splits(launch, sum(keys)) * rows * wide_row  # written and read
     return Traffic(
-        bytes=cached + rows * row + splits * rows * wide_row,
+        bytes=cached + 2 * rows * row + partial,
         blocks=blocks,
         passes=tuple(count * each for _, count in by_length),
         loaded=2 * tile.block_n * row,
         stored=min(tile.block_m, HEADS_Q // HEADS_K * tokens) * wide_row,
         operations=2 * 2 * tile.block_m * tile.block_n * case.head_dim,
     )
+
+
+def _splits(launch, keys: int) -> int:
+    """How many programs share a sequence; none where each has its own."""
+    blocks, more = -(-keys // launch.argument("TILE").block_n), launch.argument("slots") - BATCH
+    splits = -(-blocks // max(-(-BATCH * blocks // max(more, 1)), launch.argument("least_blocks")))
+    return splits if splits > 1 else 0
 
 
 KERNELS = [

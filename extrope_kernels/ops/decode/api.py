@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -72,19 +73,28 @@ def attend_with_kvcache(
 
 def _run(op: str, tensors: Tensors, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
     q = tensors[0]
+    compiling = torch.compiler.is_compiling()
     if backend is not None:
-        _backends.require(op, backend, BACKENDS, q.device.type)
-    if torch.is_grad_enabled():
+        require = _require if compiling else _require_once
+        require(op, backend, q.device.type)
+    if torch.is_grad_enabled() and (compiling or torch._C._any_requires_grad(*tensors[:5])):
         _refuse_gradients(op, tensors)
     if backend == "reference" or (backend in (None, "cpu") and q.dtype == torch.float64):
         cache, call = _check(op, tensors, options)
         return reference.decode(q, tensors[3], tensors[4], cache, call)
     decode = _ops.decode_triton if backend == "triton" else _ops.decode
-    if torch.compiler.is_compiling():
+    if compiling:
         return decode(*tensors, **options)
     # No gradient exists: skip the Autograd kernel, which costs as much as a step.
     with torch._C._AutoDispatchBelowAutograd():
         return decode(*tensors, **options)
+
+
+def _require(op: str, backend: str, device: str) -> None:
+    _backends.require(op, backend, BACKENDS, device)
+
+
+_require_once = functools.cache(_require)  # what is refused is not kept
 
 
 def _check(op: str, tensors: Tensors, options: Options) -> tuple[KVCache, AttentionCall]:
@@ -101,6 +111,7 @@ def _refuse_gradients(op: str, tensors: Tensors) -> None:
 
 
 def _lengths(op: str, cache_seqlens: int, q: Tensor) -> Tensor:
+    """One length of all sequences as the tensor that ops take."""
     if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
         raise TypeError(
             f"{op}: cache_seqlens must be an int or a Tensor, got {type(cache_seqlens).__name__}"
@@ -111,7 +122,27 @@ def _lengths(op: str, cache_seqlens: int, q: Tensor) -> Tensor:
         )
     if not isinstance(q, Tensor):
         raise TypeError(f"{op}: q must be a Tensor, got {type(q).__name__}")
-    return torch.full(q.shape[:1], cache_seqlens, dtype=torch.int32, device=q.device)
+    if not _keeps_lengths(q):
+        return torch.full(q.shape[:1], cache_seqlens, dtype=torch.int32, device=q.device)
+    global _last_lengths
+    stream = torch._C._cuda_getCurrentRawStream(q.device.index) if q.is_cuda else None
+    key = (cache_seqlens, q.shape[:1], q.device, stream)
+    known, lengths = _last_lengths
+    if known != key:
+        lengths = torch.full(key[1], cache_seqlens, dtype=torch.int32, device=q.device)
+        _last_lengths = key, lengths
+    return lengths
+
+
+# Of the last call, for the other layers of its step; nobody writes to it.
+_last_lengths: tuple[tuple[Any, ...], Any] = ((), None)
+
+
+def _keeps_lengths(q: Tensor) -> bool:
+    """A graph's tensors are its own: no other call may have one that is made during a capture."""
+    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not (q.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def backends() -> dict[str, str]:

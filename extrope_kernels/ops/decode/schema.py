@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
 
 from .._shared.attention_call import SCHEMA
 from .._shared.attention_checks import check_head_dim
@@ -46,25 +45,56 @@ def _append_fake(k_cache, v_cache, k, v, *rope_args, **options):
     check_append("append", k, v, *parse_append(k_cache, v_cache, k, v, *rope_args, **options))
 
 
-def _decode(implementation, q, k_cache, v_cache, k, v, *rope_args, **options):
-    cache, call = parse(q, k_cache, v_cache, k, v, *rope_args, **options)
+def _decode(implementation, *tensors, **options):
+    if implementation == "triton" and _triton().PLANNED:
+        return _triton().run(_decode_launches, tensors, options)
+    parts = _checked_decode(implementation, tensors, options)
+    check_values("decode", parts[3])
+    return _module(implementation).decode(*parts)
+
+
+def _decode_launches(tensors, options):
+    return _triton().launches_of_decode(*_checked_decode("triton", tensors, options))
+
+
+def _checked_decode(implementation, tensors, options):
+    cache, call = parse(*tensors, **options)
+    q, k, v = tensors[0], tensors[3], tensors[4]
     check_decode("decode", q, k, v, cache, call)
-    check_values("decode", cache)
-    return _run(implementation, "decode", q).decode(q, k, v, cache, call)
+    if implementation == "triton":
+        check_head_dim("decode", q)
+    return q, k, v, cache, call
 
 
-def _append(implementation, k_cache, v_cache, k, v, *rope_args, **options):
-    cache, call = parse_append(k_cache, v_cache, k, v, *rope_args, **options)
+def _append(implementation, *tensors, **options):
+    if implementation == "triton" and _triton().PLANNED:
+        return _triton().run(_append_launches, tensors, options)
+    parts = _checked_append(implementation, tensors, options)
+    check_values("append", parts[2])
+    return _module(implementation).append(*parts)
+
+
+def _append_launches(tensors, options):
+    return _triton().launches_of_append(*_checked_append("triton", tensors, options))
+
+
+def _checked_append(implementation, tensors, options):
+    cache, call = parse_append(*tensors, **options)
+    k, v = tensors[2:4]
     check_append("append", k, v, cache, call)
-    check_values("append", cache)
-    _run(implementation, "append", k).append(k, v, cache, call)
+    if implementation == "triton":
+        check_head_dim("append", k)
+    return k, v, cache, call
 
 
-def _run(implementation: str, op: str, x: Tensor):
-    """The module that computes."""
-    if implementation == "reference":
-        return reference
-    check_head_dim(op, x)
+def _module(implementation: str):
+    """What computes."""
+    return reference if implementation == "reference" else _triton()
+
+
+@functools.cache
+def _triton():
+    """Imported when first needed: Triton may not be installed."""
     from .triton import launch
 
     return launch

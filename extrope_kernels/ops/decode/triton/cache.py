@@ -4,26 +4,6 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
-
-class Plane(NamedTuple):
-    """A tensor by block, slot and head. Strides count groups of CacheTile.align elements."""
-
-    pointer: Tensor
-    block: int  # from one sequence, or one page of a paged cache, to the next
-    slot: int
-    head: int
-
-
-class Cache(NamedTuple):
-    """Where the slots of every sequence lie."""
-
-    k: Plane
-    v: Plane
-    seqlens: Tensor
-    leftpad: Tensor | None
-    block_table: Tensor | None
 
 
 class CacheTile(NamedTuple):
@@ -39,38 +19,57 @@ class CacheTile(NamedTuple):
     rest_dims: int  # rest, rounded up; 1 if none
     align: int  # elements; divides all strides
     interleaved: bool
-    q_maps: tuple[int, ...]  # of each region: see _shared/triton/position_maps.py
-    k_maps: tuple[int, ...]
-    stored: int  # of keys in the cache
+    stored: int  # the kind of map of keys in the cache: see _shared/triton/position_maps.py
     raw: int  # of queries and new keys
-    rotates_keys: tuple[bool, ...]  # from where they are stored, by region
-    from_first_key: bool  # region 0 has no lower end
-    several_tokens: bool  # of queries
-    widen: bool  # operands to float32 before a product: the interpreter has no bfloat16
+    paged: bool
+    padded: bool
+    q_maps: tuple[int, ...] = ()  # of each region
+    k_maps: tuple[int, ...] = ()
+    rotates_keys: tuple[bool, ...] = ()  # from where they are stored, by region
+    from_first_key: bool = False  # region 0 has no lower end
+    several_tokens: bool = False  # of queries
+    splits: bool = False  # sequences may be shared by several programs
+    merge_rows: int = 0  # what is merged at once: rows of queries,
+    merge_splits: int = 0  # and splits of each
+    widen: bool = False  # operands to float32 before a product: the interpreter has no bfloat16
 
 
 @triton.jit
-def slot_rows(plane, cache, batch, head, slot, valid, table_batch, page_size, TILE: tl.constexpr):
+def slot_rows(plane, table, sequence, head, slot, valid, TILE: tl.constexpr):
     """Pointers to dim 0 of these int32 slots of a sequence; in 64 bits, a GPU calls a function for
     every division.
+
+    plane: (pointer, strides of blocks, slots and heads in groups of TILE.align elements), where a
+    block is a sequence, or a page; table: (block_table, its stride, slots of a page).
     """
-    if cache.block_table is None:
-        block = tl.cast(batch, tl.int64)
-        offset = slot.to(tl.int64) * plane.slot
-    else:
-        page = cache.block_table + tl.cast(batch, tl.int64) * table_batch
+    pointer, block_stride, slot_stride, head_stride = plane
+    if TILE.paged:
+        block_table, table_batch, page_size = table
+        page = block_table + tl.cast(sequence, tl.int64) * table_batch
         block = tl.load(page + slot // page_size, mask=valid, other=0).to(tl.int64)
-        offset = (slot % page_size).to(tl.int64) * plane.slot
-    offset += block * plane.block + tl.cast(head, tl.int64) * plane.head
-    return plane.pointer + offset * TILE.align
+        offset = (slot % page_size).to(tl.int64) * slot_stride
+    else:
+        block = tl.cast(sequence, tl.int64)
+        offset = slot.to(tl.int64) * slot_stride
+    offset += block * block_stride + tl.cast(head, tl.int64) * head_stride
+    return pointer + offset * TILE.align
 
 
 @triton.jit
-def length_of(cache, batch, appended, capacity):
-    """(slot of position 0, number of keys) of a sequence, whatever the tensors hold."""
-    end = tl.load(cache.seqlens + batch) + appended
+def length_of(sequence, valid, seqlens, leftpad, appended, capacity, TILE: tl.constexpr):
+    """(slot of position 0, number of keys) of these sequences, whatever the tensors hold."""
+    end = tl.load(seqlens + sequence, mask=valid, other=0) + appended
     end = tl.minimum(tl.maximum(end, 0), capacity)
     pad = end * 0
-    if cache.leftpad is not None:
-        pad = tl.maximum(tl.load(cache.leftpad + batch), 0)
+    if TILE.padded:
+        pad = tl.maximum(tl.load(leftpad + sequence, mask=valid, other=0), 0)
     return pad, tl.maximum(end - pad, 0)
+
+
+@triton.jit
+def first_key(position, starts, granularity, REGION: tl.constexpr, REGIONS: tl.constexpr):
+    """First key that queries at `position` see in REGION; for REGION = REGIONS, the end of all."""
+    key = position + 1
+    if REGION < REGIONS:
+        key = tl.minimum(key, position // granularity * granularity + starts[REGION])
+    return tl.maximum(key, 0)

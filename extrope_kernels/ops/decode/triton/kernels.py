@@ -1,21 +1,22 @@
-"""The kernels of attention over a key/value cache: split over keys, then merged; and the append."""
+"""The kernel of attention over a key/value cache, its keys split over programs."""
 
 import triton
 import triton.language as tl
 
-from ..._shared.triton.pairs import load_parts, of_pairs, rotate, store_parts, widened
+from ..._shared.triton.pairs import load_parts, of_pairs, rotate, widened
 from ..._shared.triton.position_maps import log_n_scale, map_cos_sin
-from .cache import length_of, slot_rows
+from .cache import first_key, length_of, slot_rows
+from .merge import NONE, finish
+from .schedule import share_of
 
-NONE = tl.constexpr(-1e30)  # below any logit, and finite: differences of two are not NaN
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 # What changes from call to call must not make Triton compile again. Each is a parameter of its own,
 # since Triton takes no notice of this list for the numbers within a tuple.
 RUN_TIME_SCALARS = (
-    *("table_batch", "page_size", "capacity", "seqlen_q", "splits", "appended"),
-    *("start_0", "start_1", "start_2", "granularity"),
+    *("q_batch", "q_token", "q_head", "k_block", "k_slot", "k_row", "v_block", "v_slot", "v_row"),
+    *("table_batch", "page_size", "capacity", "freq_batch", "batch", "slots", "least_blocks"),
+    *("counters", "seqlen_q", "appended", "start_0", "start_1", "start_2", "granularity"),
 )
 
 
@@ -35,17 +36,8 @@ def _dots(q, k, TILE: tl.constexpr):
 
 
 @triton.jit
-def _first_key(position, starts, granularity, REGION: tl.constexpr, REGIONS: tl.constexpr):
-    """First key that queries at `position` see in REGION; for REGION = REGIONS, the end of all."""
-    key = position + 1
-    if REGION < REGIONS:
-        key = tl.minimum(key, position // granularity * granularity + starts[REGION])
-    return tl.maximum(key, 0)
-
-
-@triton.jit
 def _attend(
-    state, q, cache, batch, head, pad, table_batch, page_size, begin, end, low, high,
+    state, q, k_plane, v_plane, table, sequence, head, pad, begin, end, low, high,
     freq, decay, k_map, stored, MAP: tl.constexpr, ROTATES: tl.constexpr, LOW: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +54,7 @@ def _attend(
         j = first + tl.arange(0, BLOCK_N)
         valid = j < end
         slot = pad + j
-        rows = slot_rows(cache.k, cache, batch, head, slot, valid, table_batch, page_size, TILE)
+        rows = slot_rows(k_plane, table, sequence, head, slot, valid, TILE)
         k = load_parts(rows, valid, TILE)
         if ROTATES:
             cos, sin = map_cos_sin(j, freq, decay, k_map, stored, MAP, STORED)
@@ -79,7 +71,7 @@ def _attend(
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         dim = tl.arange(0, DIMS)
-        rows = slot_rows(cache.v, cache, batch, head, slot, valid, table_batch, page_size, TILE)
+        rows = slot_rows(v_plane, table, sequence, head, slot, valid, TILE)
         mask = valid[:, None] & (dim < TILE.head_dim)[None, :]
         v = tl.load(rows[:, None] + dim[None, :], mask=mask, other=0.0).to(OPERAND)
         acc = tl.dot(weights.to(OPERAND), v, acc * rescale[:, None], input_precision="ieee")
@@ -89,9 +81,11 @@ def _attend(
 
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
 def decode_kernel(
-    q, cache, partial_out, partial_lse, table_batch, page_size, capacity,
-    inv_freq, freq_batch, log_decay, heads_q, seqlen_q, group, splits, appended,
-    start_0, start_1, start_2, granularity, softmax_scale, amplitude, per_log_n,
+    q, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, out, lse, scratch,
+    q_batch, q_token, q_head, k_block, k_slot, k_row, v_block, v_slot, v_row,
+    table_batch, page_size, capacity, freq_batch, batch, slots, least_blocks,
+    counters, heads_q, seqlen_q, group, appended, start_0, start_1, start_2, granularity,
+    softmax_scale, amplitude, per_log_n,
     q0_modulus: tl.float64, q0_factor: tl.float64, q0_offset: tl.float64, q0_cap: tl.float64,
     q1_modulus: tl.float64, q1_factor: tl.float64, q1_offset: tl.float64, q1_cap: tl.float64,
     q2_modulus: tl.float64, q2_factor: tl.float64, q2_offset: tl.float64, q2_cap: tl.float64,
@@ -102,16 +96,17 @@ def decode_kernel(
     stored_cap: tl.float64,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: splits of the keys, then blocks of a head's query rows; axis 1: heads of k; 2: batch.
+    """Axis 0: slots of the schedule, then blocks of a head's query rows; axis 1: heads of k.
 
-    A row is a token and one of the `group` heads that share the head of k. partial_out: (splits,
-    batch, seqlen_q, heads_q, head_dim) float32, normalised; partial_lse: (splits, batch, seqlen_q,
-    heads_q), base 2, NONE without keys.
+    A row is a token and one of the `group` heads that share the head of k. The last program to
+    finish of those that share a sequence merges what they found. scratch: (batch, heads_k, blocks
+    of rows) int32, zero, filled up to 4 * counters; then float32 (slots, heads_k, rows, head_dim)
+    and (slots, heads_k, rows).
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     DIMS: tl.constexpr = TILE.dims
-    OPERAND: tl.constexpr = tl.float32 if TILE.widen else q.pointer.dtype.element_ty
+    OPERAND: tl.constexpr = tl.float32 if TILE.widen else q.dtype.element_ty
     Q_MAPS: tl.constexpr = TILE.q_maps
     K_MAPS: tl.constexpr = TILE.k_maps
     RAW: tl.constexpr = TILE.raw
@@ -129,14 +124,19 @@ def decode_kernel(
     )
     stored = (stored_modulus, stored_factor, stored_offset, stored_cap)
     starts = (start_0, start_1, start_2)
-    split = tl.program_id(0) % splits
-    block = tl.program_id(0) // splits
+    slot = tl.program_id(0) % slots
+    block = tl.program_id(0) // slots
     head = tl.program_id(1)
-    batch = tl.program_id(2)
-    pad, length = length_of(cache, batch, appended, capacity)
+    sequence, split, splits = slot, 0, 1
+    if TILE.splits:
+        lengths = (batch, seqlens, leftpad, appended, capacity)
+        of_rows = (seqlen_q, starts, granularity)
+        sequence, split, splits = share_of(slot, slots, least_blocks, lengths, of_rows, TILE)
+    exists = sequence < batch
+    pad, length = length_of(sequence, exists, seqlens, leftpad, appended, capacity, TILE)
 
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = row < seqlen_q * group
+    valid = row < tl.where(exists, seqlen_q * group, 0)
     token = row // group
     head_q = head * group + row % group
     position = length - seqlen_q + token
@@ -144,20 +144,25 @@ def decode_kernel(
     last_row = tl.minimum(block * BLOCK_M + BLOCK_M, seqlen_q * group) - 1
     bottom = length - seqlen_q + last_row // group
 
-    freq = of_pairs(inv_freq + tl.cast(batch, tl.int64) * freq_batch, TILE)
+    pairs = tl.minimum(sequence, batch - 1).to(tl.int64) * freq_batch
+    freq = of_pairs(inv_freq + pairs, TILE)
     decay = None
     minus_decay = None
     if log_decay is not None:
         decay = of_pairs(log_decay, TILE).to(tl.float64)
         minus_decay = -decay
-    offset = tl.cast(batch, tl.int64) * q.block + token.to(tl.int64) * q.slot
-    rows = q.pointer + (offset + head_q.to(tl.int64) * q.head) * TILE.align
+    offset = tl.cast(sequence, tl.int64) * q_batch + token.to(tl.int64) * q_token
+    rows = q + (offset + head_q.to(tl.int64) * q_head) * TILE.align
     scale = log_n_scale(position, per_log_n) * (softmax_scale * LOG2_E)
 
-    least = _first_key(top, starts, granularity, 0, REGIONS)
-    each = tl.cdiv(tl.cdiv(tl.maximum(bottom + 1 - least, 0), splits), BLOCK_N) * BLOCK_N
+    least = first_key(top, starts, granularity, 0, REGIONS)
+    keys = tl.where(exists, tl.maximum(bottom + 1 - least, 0), 0)
+    each = tl.cdiv(tl.cdiv(keys, splits), BLOCK_N) * BLOCK_N
     begin = least + split * each
-    end = tl.minimum(begin + each, bottom + 1)
+    end = tl.minimum(begin + each, least + keys)
+    k_plane = (k_cache, k_block, k_slot, k_row)
+    v_plane = (v_cache, v_block, v_slot, v_row)
+    table = (block_table, table_batch, page_size)
     state = (
         tl.full((BLOCK_M,), NONE, tl.float32),
         tl.zeros((BLOCK_M,), tl.float32),
@@ -168,113 +173,20 @@ def decode_kernel(
         cos, sin = map_cos_sin(position, freq, decay, q_maps[r], stored, Q_MAPS[r], RAW)
         raw = widened(load_parts(rows, valid, TILE))
         of_region = rotate(raw, cos * (amplitude * scale), sin * (amplitude * scale), scale)
-        low = _first_key(position, starts, granularity, r, REGIONS)
-        high = _first_key(position, starts, granularity, r + 1, REGIONS)
+        low = first_key(position, starts, granularity, r, REGIONS)
+        high = first_key(position, starts, granularity, r + 1, REGIONS)
         from_key = begin
         if r > 0:
-            from_key = tl.maximum(begin, _first_key(top, starts, granularity, r, REGIONS))
+            from_key = tl.maximum(begin, first_key(top, starts, granularity, r, REGIONS))
         to_key = end
         if r + 1 < REGIONS:
-            to_key = tl.minimum(end, _first_key(bottom, starts, granularity, r + 1, REGIONS))
+            to_key = tl.minimum(end, first_key(bottom, starts, granularity, r + 1, REGIONS))
         state = _attend(
-            state, _as_operand(of_region, OPERAND), cache, batch, head, pad, table_batch,
-            page_size, from_key, to_key, low, high,
+            state, _as_operand(of_region, OPERAND), k_plane, v_plane, table, sequence, head, pad,
+            from_key, to_key, low, high,
             freq, minus_decay, k_maps[r], stored, K_MAPS[r], ROTATES[r],
             r > 0 or not TILE.from_first_key, TILE,
         )  # fmt: skip
-    row_max, row_sum, acc = state
-
-    empty = row_sum == 0.0
-    row_sum = tl.where(empty, 1.0, row_sum)
-    place = tl.cast(split, tl.int64) * tl.num_programs(2) + batch
-    place = (place * seqlen_q + token) * heads_q + head_q
-    tl.store(partial_lse + place, tl.where(empty, NONE, row_max + tl.log2(row_sum)), mask=valid)
-    dim = tl.arange(0, DIMS)
-    mask = valid[:, None] & (dim < TILE.head_dim)[None, :]
-    pointers = partial_out + place[:, None] * TILE.head_dim + dim[None, :]
-    tl.store(pointers, acc / row_sum[:, None], mask=mask)
-
-
-@triton.jit(do_not_specialize=("splits", "seqlen_q"))
-def merge_kernel(partial_out, partial_lse, out, lse, splits, seqlen_q, heads_q, TILE: tl.constexpr):
-    """Axis 0: batch x seqlen_q x heads_q. One row from what its splits found."""
-    SPLITS: tl.constexpr = TILE.block_n
-    DIMS: tl.constexpr = TILE.dims
-    row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0)
-    dim = tl.arange(0, DIMS)
-    row_max = NONE
-    row_sum = 0.0
-    acc = tl.zeros((DIMS,), tl.float32)
-    for first in tl.range(0, splits, SPLITS):
-        split = (first + tl.arange(0, SPLITS)).to(tl.int64)
-        valid = split < splits
-        of_split = tl.load(partial_lse + split * rows + row, mask=valid, other=NONE)
-        new_max = tl.maximum(row_max, tl.max(of_split, 0))
-        # Splits without keys hold zeros, but count: not when there is no key at all.
-        weights = tl.where(of_split > NONE, tl.exp2(of_split - new_max), 0.0)
-        rescale = tl.exp2(row_max - new_max)
-        pointers = partial_out + (split * rows + row)[:, None] * TILE.head_dim + dim[None, :]
-        mask = valid[:, None] & (dim < TILE.head_dim)[None, :]
-        part = tl.load(pointers, mask=mask, other=0.0)
-        acc = acc * rescale + tl.sum(part * weights[:, None], 0)
-        row_sum = row_sum * rescale + tl.sum(weights, 0)
-        row_max = new_max
-    empty = row_sum == 0.0
-    row_sum = tl.where(empty, 1.0, row_sum)
-    value = (acc / row_sum).to(out.dtype.element_ty)
-    tl.store(out + row * TILE.head_dim + dim, value, mask=dim < TILE.head_dim)
-    # The grid's number is 32 bits wide: no function call for a division of 64.
-    head = tl.program_id(0) % heads_q
-    token = tl.program_id(0) // heads_q % seqlen_q
-    batch = tl.program_id(0) // heads_q // seqlen_q
-    natural = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
-    tl.store(lse + (batch * heads_q + head) * seqlen_q + token, natural)
-
-
-@triton.jit(do_not_specialize=("table_batch", "page_size", "capacity", "new"))
-def append_kernel(
-    k, v, cache, table_batch, page_size, capacity, inv_freq, freq_batch, log_decay, new,
-    stored_modulus: tl.float64, stored_factor: tl.float64, stored_offset: tl.float64,
-    stored_cap: tl.float64,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Axis 0: blocks of new tokens; axis 1: heads of k; axis 2: batch."""
-    BLOCK_N: tl.constexpr = TILE.block_n
-    STORED: tl.constexpr = TILE.stored
-    RAW: tl.constexpr = TILE.raw
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
-    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    slot = tl.load(cache.seqlens + batch) + token
-    valid = (token < new) & (slot >= 0) & (slot < capacity)
-    position = slot
-    if cache.leftpad is not None:
-        position -= tl.load(cache.leftpad + batch)
-
-    offset = tl.cast(batch, tl.int64) * k.block + token.to(tl.int64) * k.slot
-    rows = k.pointer + (offset + tl.cast(head, tl.int64) * k.head) * TILE.align
-    out = slot_rows(cache.k, cache, batch, head, slot, valid, table_batch, page_size, TILE)
-    if STORED == RAW:
-        _copy(rows, out, valid, TILE)
-    else:
-        freq = of_pairs(inv_freq + tl.cast(batch, tl.int64) * freq_batch, TILE)
-        decay = None
-        if log_decay is not None:
-            decay = -of_pairs(log_decay, TILE).to(tl.float64)
-        stored = (stored_modulus, stored_factor, stored_offset, stored_cap)
-        cos, sin = map_cos_sin(position, freq, decay, stored, stored, STORED, RAW)
-        parts = rotate(widened(load_parts(rows, valid, TILE)), cos, sin, 1.0)
-        store_parts(out, parts, valid, TILE)
-    offset = tl.cast(batch, tl.int64) * v.block + token.to(tl.int64) * v.slot
-    rows = v.pointer + (offset + tl.cast(head, tl.int64) * v.head) * TILE.align
-    out = slot_rows(cache.v, cache, batch, head, slot, valid, table_batch, page_size, TILE)
-    _copy(rows, out, valid, TILE)
-
-
-@triton.jit
-def _copy(rows, out, valid, TILE: tl.constexpr):
-    DIMS: tl.constexpr = TILE.dims
-    dim = tl.arange(0, DIMS)[None, :]
-    mask = valid[:, None] & (dim < TILE.head_dim)
-    tl.store(out[:, None] + dim, tl.load(rows[:, None] + dim, mask=mask), mask=mask)
+    result = (out, lse, sequence, head, seqlen_q, heads_q, group)
+    place = (slot, split, splits, slots, block)
+    finish(state, result, place, scratch, counters, valid, TILE)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,150 +13,263 @@ from torch import Tensor
 from ....scores import UNROTATED
 from ....scores.base import FIRST_KEY
 from ..._shared.attention_call import AttentionCall
-from ..._shared.triton.launch import VECTOR_BYTES, strides_of
+from ..._shared.triton.launch import (
+    INTERPRETED,
+    VECTOR_BYTES,
+    Plan,
+    chip_of,
+    layout_of,
+    planned,
+    processors_of,
+    strides_of,
+)
 from ..._shared.triton.position_maps import kind_of, map_arguments
 from ..arguments import KVCache
-from .cache import Cache, CacheTile, Plane
-from .kernels import append_kernel, decode_kernel, merge_kernel
+from .append import append_kernel
+from .cache import CacheTile
+from .configs import Config, config
+from .kernels import decode_kernel
 
+Options = dict[str, Any]
+PLANNED = not INTERPRETED  # that takes long anyhow, and its callers look at values
 LEAST_DIMS = 16  # of a product, and rows of one
-LEAST_BLOCKS = 4  # of keys in a split, or its start and merge show
+LEAST_KEYS = 256  # of a split, or its start and merge show
+MOST_SPLITS = 128  # of a sequence: one program merges them
 MOST_REGIONS = 3
 # Programs for each multiprocessor: enough loads in flight, and an even last wave.
 WAVES = 2
-PROCESSORS = 132  # where there is no device to ask
+COUNTERS = 4  # at once, so that the partial results behind them stay aligned
+MERGED = 1024  # numbers that a warp merges at once: 32 registers a thread
+
+
+class DecodeLaunches(NamedTuple):
+    """What a call launches, and what it allocates."""
+
+    append: Plan | None
+    decode: Plan | None  # None where there is nothing to attend with
+    lse: tuple[int, ...]
+    scratch: int = 0
+    counters: int = 0
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        inv_freq: Tensor,
+        seqlens: Tensor,
+        block_table: Tensor | None = None,
+        leftpad: Tensor | None = None,
+        log_decay: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """With tensors of the layout that it was made for, in the order of the op."""
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(self.lse, dtype=torch.float32)
+        if self.decode is None:
+            return out, lse
+        cached = (k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay)
+        scratch = q.new_empty(self.scratch, dtype=torch.float32) if self.scratch else None
+        if self.append is not None:
+            self.append(k, v, *cached, scratch)
+        elif scratch is not None:
+            scratch.narrow(0, 0, self.counters).zero_()
+        self.decode(q, *cached, out, lse, scratch)
+        return out, lse
+
+
+class AppendLaunches(NamedTuple):
+    """Likewise for `append` alone."""
+
+    append: Plan | None
+
+    def __call__(
+        self,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        k: Tensor,
+        v: Tensor,
+        inv_freq: Tensor,
+        seqlens: Tensor,
+        block_table: Tensor | None = None,
+        leftpad: Tensor | None = None,
+        log_decay: Tensor | None = None,
+    ) -> None:
+        cached = (k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay)
+        if self.append is not None:
+            self.append(k, v, *cached, None)
+
+
+def run(make: Callable[..., Any], tensors: tuple[Tensor | None, ...], options: Options) -> Any:
+    """An op's arguments through make(tensors, options), its launches: made once for a layout."""
+    numbers = [tuple(n) if type(n) is list else n for n in options.values()]
+    devices = [None if x is None else x.get_device() for x in tensors]
+    chip = chip_of(tensors[0])
+    key = (chip, *options, *numbers, *devices, *map(layout_of, tensors))
+    return planned(make, key, tensors, options)(*tensors)
 
 
 def decode(
     q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as in `reference`; float32, bfloat16 and float16."""
-    if k is not None:
-        append(k, v, cache, call)
-    batch, seqlen_q, heads_q, head_dim = q.shape
-    heads_k = cache.k.shape[2]
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32)
-    if q.numel() == 0:
-        return out, lse
-    group = heads_q // heads_k
-    tile, warps, stages = _tile(cache, call, [q], group, seqlen_q)
-    row_blocks = triton.cdiv(group * seqlen_q, tile.block_m)
-    splits = _splits(q, cache, tile, batch * heads_k * row_blocks)
-    partial_out = q.new_empty((splits, batch, seqlen_q, heads_q, head_dim), dtype=torch.float32)
-    partial_lse = q.new_empty((splits, batch, seqlen_q, heads_q), dtype=torch.float32)
-    with torch.cuda.device_of(q):
-        decode_kernel[(splits * row_blocks, heads_k, batch)](
-            _plane(q, tile.align),
-            _cache(cache, tile.align),
-            partial_out,
-            partial_lse,
-            *_sizes_of(cache),
-            *_frequencies(call),
-            heads_q,
-            seqlen_q,
-            group,
-            splits,
-            cache.appended,
-            *_starts(cache, call),
-            call.scale(head_dim),
-            call.attention_factor**2,
-            None if call.log_n is None else 1.0 / math.log(call.log_n),
-            **_map_arguments(call),
-            TILE=tile,
-            num_warps=warps,
-            num_stages=stages,
-            enable_fp_fusion=True,
-        )
-        merge_kernel[(batch * seqlen_q * heads_q,)](
-            *(partial_out, partial_lse, out, lse, splits, seqlen_q, heads_q),
-            TILE=tile._replace(block_n=16),
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return out, lse
+    launches = launches_of_decode(q, k, v, cache, call)
+    return launches(q, cache.k, cache.v, k, v, *_others(cache, call))
 
 
 def append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:
     """Same arguments as in `reference`; what does not fit the cache is not written."""
+    launches_of_append(k, v, cache, call)(cache.k, cache.v, k, v, *_others(cache, call))
+
+
+def launches_of_decode(
+    q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
+) -> DecodeLaunches:
+    """The launches of `decode`, for these layouts and options."""
+    batch, seqlen_q, heads_q, head_dim = q.shape
+    lse = (batch, heads_q, seqlen_q)
+    if q.numel() == 0:
+        return DecodeLaunches(None, None, lse)
+    heads_k = cache.k.shape[2]
+    rows = heads_q // heads_k * seqlen_q
+    chosen = _config(q, rows)
+    row_blocks = triton.cdiv(rows, chosen.block_m)
+    splits = cache.capacity // LEAST_KEYS  # that a sequence may be worth
+    slots = batch + _more_slots(q, heads_k * row_blocks, batch * splits)
+    tile = _decode_tile(q, cache, call, chosen, splits > 1)
+    counters = triton.cdiv(batch * heads_k * row_blocks, COUNTERS) * COUNTERS
+    plan = Plan(
+        decode_kernel,
+        (slots * row_blocks, heads_k),
+        q,
+        *_planes(tile, q, cache.k, cache.v),
+        *_sizes(cache, call),
+        *(batch, slots, triton.cdiv(LEAST_KEYS, tile.block_n), counters // COUNTERS),
+        *(heads_q, seqlen_q, rows // seqlen_q, cache.appended),
+        *_starts(cache, call),
+        call.scale(head_dim),
+        float(call.attention_factor) ** 2,
+        None if call.log_n is None else 1.0 / math.log(call.log_n),
+        *_map_numbers(call).values(),
+        tile,
+        num_warps=chosen.warps,
+        # A page's number is loaded as long before its keys as these before their use.
+        num_stages=2 * chosen.stages - 1 if tile.paged else chosen.stages,
+        maxnreg=chosen.maxnreg,
+    )
+    before = None if k is None else _append_plan(k, v, cache, call, row_blocks * tile.splits)
+    if not tile.splits:
+        return DecodeLaunches(before, plan, lse)
+    partials = slots * heads_k * rows * (head_dim + 1)
+    return DecodeLaunches(before, plan, lse, counters + partials, counters)
+
+
+def launches_of_append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> AppendLaunches:
+    """The launch of `append`."""
+    return AppendLaunches(_append_plan(k, v, cache, call, 0))
+
+
+def _append_plan(
+    k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall, counters: int
+) -> Plan | None:
+    """counters: how many become 0 for every sequence and head."""
     batch, new, heads_k, _ = k.shape
     if k.numel() == 0:
-        return
-    tile, *_ = _tile(cache, call, [k, v], 1, 1)
-    tile = tile._replace(
-        block_n=1 if new == 1 else 16, q_maps=(), k_maps=(), rotates_keys=(), from_first_key=False
-    )
+        return None
+    block_n = 1 if new == 1 else 16
+    tile = _tile(k, cache, call, (k, v), block_n=block_n, splits=counters > 0)
     # A row is moved in two halves and the rest: 16 bytes of each a thread, where there are so many.
-    vectors = tile.block_n * tile.half * k.itemsize // VECTOR_BYTES
+    vectors = block_n * tile.half * k.itemsize // VECTOR_BYTES
     numbers = map_arguments([], [], call.stored)
-    with torch.cuda.device_of(k):
-        append_kernel[(triton.cdiv(new, tile.block_n), heads_k, batch)](
-            _plane(k, tile.align),
-            _plane(v, tile.align),
-            _cache(cache, tile.align),
-            *_sizes_of(cache),
-            *_frequencies(call),
-            new,
-            **{name: n for name, n in numbers.items() if name.startswith("stored")},
-            TILE=tile,
-            num_warps=1 if new == 1 else 4 if vectors >= 128 else 2,
-            enable_fp_fusion=True,
-        )
+    return Plan(
+        append_kernel,
+        (triton.cdiv(new, block_n), heads_k, batch),
+        k,
+        *_planes(tile, k, v, cache.k, cache.v),
+        *_sizes(cache, call),
+        *(new, counters),
+        *(number for name, number in numbers.items() if name.startswith("stored")),
+        tile,
+        num_warps=1 if new == 1 else 4 if vectors >= 128 else 2,
+    )
+
+
+def _config(q: Tensor, rows: int) -> Config:
+    """rows: of queries that share a head of k."""
+    for kernel in ("one_token", "chunk"):
+        chosen = config(kernel, q.shape[3], q.itemsize, chip_of(q))
+        if rows <= chosen.block_m:
+            break
+    return chosen
 
 
 def _tile(
-    cache: KVCache, call: AttentionCall, others: list[Tensor], group: int, tokens: int
-) -> tuple[CacheTile, int, int]:
-    """The tile of a kernel, its warps and pipeline stages."""
+    x: Tensor,
+    cache: KVCache,
+    call: AttentionCall,
+    others: tuple[Tensor, ...],
+    *,
+    block_m: int = LEAST_DIMS,
+    **fields,
+) -> CacheTile:
+    """others: the rows that the kernel reads, beside those of the cache."""
     head_dim, half = cache.k.shape[3], call.inv_freq.shape[-1]
     rest = head_dim - 2 * half
     strides = (n for x in (cache.k, cache.v, *others) for n in strides_of(x)[:3])
-    interpreted = cache.k.device.type == "cpu"
-    block_m, block_n, warps, stages = _blocks(head_dim, cache.k.itemsize, group * tokens)
-    if interpreted:
-        block_m, block_n = LEAST_DIMS, LEAST_DIMS
-    regions = call.regions
-    tile = CacheTile(
+    return CacheTile(
         block_m=block_m,
-        block_n=block_n,
         head_dim=head_dim,
         dims=_power_of_two(head_dim),
         half=half,
         pairs=_power_of_two(half),
         rest=rest,
         rest_dims=_power_of_two(rest) if rest else 1,
-        align=math.gcd(VECTOR_BYTES // cache.k.itemsize, *strides),
+        align=math.gcd(VECTOR_BYTES // x.itemsize, *strides),
         interleaved=call.interleaved,
-        q_maps=tuple(kind_of(region.q_map) for region in regions),
-        k_maps=tuple(kind_of(region.k_map) for region in regions),
         stored=kind_of(call.stored),
         raw=kind_of(UNROTATED),
+        paged=cache.block_table is not None,
+        padded=cache.leftpad is not None,
+        **fields,
+    )
+
+
+def _decode_tile(
+    q: Tensor, cache: KVCache, call: AttentionCall, chosen: Config, splits: bool
+) -> CacheTile:
+    regions, group = call.regions, q.shape[2] // cache.k.shape[2]
+    several = q.shape[1] > 1
+    # The number of tokens compiles nothing anew, that of heads may.
+    rows = chosen.block_m if several else min(chosen.block_m, triton.next_power_of_2(group))
+    at_once = MERGED * chosen.warps // (rows * _power_of_two(q.shape[3]))
+    return _tile(
+        q,
+        cache,
+        call,
+        (q,),
+        block_m=chosen.block_m,
+        block_n=chosen.block_n,
+        q_maps=tuple(kind_of(region.q_map) for region in regions),
+        k_maps=tuple(kind_of(region.k_map) for region in regions),
         rotates_keys=tuple(region.k_map != call.stored for region in regions),
         from_first_key=bool(call.starts) and call.starts[0] == FIRST_KEY,
-        several_tokens=tokens > 1,
-        widen=interpreted,
+        several_tokens=several,
+        splits=splits,
+        merge_rows=rows if splits else 0,
+        merge_splits=max(1, at_once) if splits else 0,
+        widen=chip_of(q) is None,
     )
-    return tile, warps, stages
 
 
-def _blocks(head_dim: int, itemsize: int, rows: int) -> tuple[int, int, int, int]:
-    """Rows of queries and of keys, warps and stages: what compiles without spills on every chip."""
-    if itemsize == 4:  # products without tensor cores, from registers
-        return 16, 32 if head_dim <= 64 else 16, 8, 3
-    if head_dim > 128:
-        return 16, 32, 8, 3
-    if rows <= 16:
-        return 16, 64, 4, 2
-    return (32, 64, 4, 2) if head_dim <= 64 else (64, 64, 8, 3)
+def _more_slots(q: Tensor, programs: int, useful: int) -> int:
+    """How many slots the schedule has beyond one to each sequence: never from lengths.
 
-
-def _splits(q: Tensor, cache: KVCache, tile: CacheTile, programs: int) -> int:
-    """How many programs share the keys of a sequence: from the capacity, never from lengths."""
-    processors = PROCESSORS
-    if q.is_cuda:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    wanted = triton.cdiv(WAVES * processors, programs)
-    return max(1, min(wanted, cache.capacity // (LEAST_BLOCKS * tile.block_n)))
+    programs: of a slot; useful: how many splits there may be at most.
+    """
+    wanted = triton.cdiv(WAVES * processors_of(q), programs)
+    more = min(wanted, useful, MOST_SPLITS)
+    return more if more > 1 else 0
 
 
 def _starts(cache: KVCache, call: AttentionCall) -> list[int]:
@@ -164,29 +279,28 @@ def _starts(cache: KVCache, call: AttentionCall) -> list[int]:
     return starts + [0] * (MOST_REGIONS - len(starts)) + [min(call.granularity, most)]
 
 
-def _map_arguments(call: AttentionCall) -> dict[str, float]:
+def _map_numbers(call: AttentionCall) -> dict[str, float]:
     regions = call.regions
     return map_arguments([r.q_map for r in regions], [r.k_map for r in regions], call.stored)
 
 
-def _frequencies(call: AttentionCall) -> tuple[Tensor, int, Tensor | None]:
-    freq = call.inv_freq
-    return freq, strides_of(freq)[0] if freq.dim() == 2 else 0, call.log_decay
+def _others(cache: KVCache, call: AttentionCall) -> tuple[Tensor | None, ...]:
+    """The tensors of an op that follow k and v."""
+    where = (cache.seqlens, cache.block_table, cache.leftpad)
+    return (call.inv_freq, *where, call.log_decay)
 
 
-def _sizes_of(cache: KVCache) -> tuple[int, int, int]:
-    """The block table's stride, the slots of a page, and those of a sequence."""
-    table = cache.block_table
-    return 0 if table is None else table.stride(0), cache.k.shape[1], cache.capacity
+def _sizes(cache: KVCache, call: AttentionCall) -> tuple[int, int, int, int]:
+    """The block table's stride, the slots of a page, those of a sequence; inv_freq's stride."""
+    table, freq = cache.block_table, call.inv_freq
+    per_sequence = strides_of(freq)[0] if freq.dim() == 2 else 0
+    table_batch = 0 if table is None else table.stride(0)
+    return table_batch, cache.k.shape[1], cache.capacity, per_sequence
 
 
-def _cache(cache: KVCache, align: int) -> Cache:
-    k, v = _plane(cache.k, align), _plane(cache.v, align)
-    return Cache(k, v, cache.seqlens, cache.leftpad, cache.block_table)
-
-
-def _plane(x: Tensor, align: int) -> Plane:
-    return Plane(x, *(n // align for n in strides_of(x)[:3]))
+def _planes(tile: CacheTile, *several: Tensor) -> list[int]:
+    """The strides of the first three dimensions of each, as kernels count them."""
+    return [n // tile.align for x in several for n in strides_of(x)[:3]]
 
 
 def _power_of_two(n: int) -> int:

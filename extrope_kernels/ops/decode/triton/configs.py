@@ -1,0 +1,53 @@
+"""Tiles, warps and pipeline stages per chip, head_dim and width of the elements."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """What one kernel is launched with."""
+
+    block_m: int  # rows of queries
+    block_n: int  # rows of keys
+    warps: int
+    stages: int  # blocks of keys from the one that is loaded to the one in use, both counted
+    maxnreg: int | None = None  # or ptxas spills to fit one more block than the grid has
+
+
+INTERPRETED = Config(16, 16, 1, 1)
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, dict[str, dict]]]:
+    """By kernel, chip (also for those after it, up to the next one), and head_dim up to."""
+    return json.loads(Path(__file__).with_name("configs.json").read_text())
+
+
+@functools.cache
+def config(kernel: str, head_dim: int, itemsize: int, chip: int | str | None) -> Config:
+    """How `kernel` is launched for elements of itemsize bytes; chip as from `chip_of`.
+
+    Raises NotImplementedError for a chip that has no tile.
+    """
+    if chip is None:
+        return INTERPRETED
+    rows = _row(_table()[kernel], chip, itemsize)
+    if rows is None:
+        raise NotImplementedError(
+            f"decode: the Triton kernels have no tile for {itemsize}-byte elements on {chip}"
+        )
+    found = rows[min((n for n in rows if head_dim <= int(n)), key=int)]
+    return Config(**{name: found[name] for name in Config._fields if name in found})
+
+
+def _row(chips: dict[str, dict[str, dict]], chip: int | str, itemsize: int) -> dict | None:
+    if not isinstance(chip, int):
+        return chips.get(chip if itemsize < 4 else f"{chip} float32")
+    if itemsize == 4:
+        return chips["float32"]
+    known = [int(name) for name in chips if name.isdigit()]
+    return chips[str(max((n for n in known if n <= chip), default=min(known)))]
