@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -75,8 +74,7 @@ def _run(op: str, tensors: Tensors, options: Options, backend: str | None) -> tu
     q = tensors[0]
     compiling = torch.compiler.is_compiling()
     if backend is not None:
-        require = _require if compiling else _require_once
-        require(op, backend, q.device.type)
+        _backends.require(op, backend, BACKENDS, q.device.type)
     if torch.is_grad_enabled() and (compiling or torch._C._any_requires_grad(*tensors[:5])):
         _refuse_gradients(op, tensors)
     if backend == "reference" or (backend in (None, "cpu") and q.dtype == torch.float64):
@@ -88,13 +86,6 @@ def _run(op: str, tensors: Tensors, options: Options, backend: str | None) -> tu
     # No gradient exists: skip the Autograd kernel, which costs as much as a step.
     with torch._C._AutoDispatchBelowAutograd():
         return decode(*tensors, **options)
-
-
-def _require(op: str, backend: str, device: str) -> None:
-    _backends.require(op, backend, BACKENDS, device)
-
-
-_require_once = functools.cache(_require)  # what is refused is not kept
 
 
 def _check(op: str, tensors: Tensors, options: Options) -> tuple[KVCache, AttentionCall]:

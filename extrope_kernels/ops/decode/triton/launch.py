@@ -18,7 +18,7 @@ from ..._shared.triton.launch import (
     VECTOR_BYTES,
     Plan,
     chip_of,
-    layout_of,
+    layouts_of,
     planned,
     processors_of,
     strides_of,
@@ -104,9 +104,7 @@ class AppendLaunches(NamedTuple):
 def run(make: Callable[..., Any], tensors: tuple[Tensor | None, ...], options: Options) -> Any:
     """An op's arguments through make(tensors, options), its launches: made once for a layout."""
     numbers = [tuple(n) if type(n) is list else n for n in options.values()]
-    devices = [None if x is None else x.get_device() for x in tensors]
-    chip = chip_of(tensors[0])
-    key = (chip, *options, *numbers, *devices, *map(layout_of, tensors))
+    key = (chip_of(tensors[0]), *options, *numbers, layouts_of(*tensors))
     return planned(make, key, tensors, options)(*tensors)
 
 
