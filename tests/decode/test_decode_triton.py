@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from decode_oracle import Case, check, make  # noqa: E402
 from extrope_kernels import methods, scores  # noqa: E402
 from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options  # noqa: E402
 from extrope_kernels.ops._shared.triton.angles import cos_sin, fixed_angle  # noqa: E402
-from extrope_kernels.ops.decode import reference  # noqa: E402
+from extrope_kernels.ops.decode import api, reference  # noqa: E402
 from extrope_kernels.ops.decode.arguments import KVCache  # noqa: E402
 from extrope_kernels.ops.decode.triton import configs, launch  # noqa: E402
 from extrope_kernels.ops.decode.triton.schedule import share_of  # noqa: E402
@@ -230,3 +232,43 @@ def test_nothing_of_a_growing_cache_compiles_again(run_python):
             assert len(found) == 1, (name, variant)
     """
     run_python(source, TRITON_INTERPRET="0")
+
+
+def test_what_a_cache_grows_by_changes_no_length_of_another_call():
+    """An int becomes a tensor once for all layers of a step, and another one for the next step."""
+    inputs = make(Case((9, 9), heads_q=1, heads_k=1))
+    found = [api._lengths("op", n, inputs.q) for n in (8, 8, 9, 8)]
+    assert found[0] is found[1] and found[0] is not found[2]
+    assert [x.tolist() for x in found] == [[n, n] for n in (8, 8, 9, 8)]
+    assert api._lengths("op", 8, inputs.q[:1]).tolist() == [8]
+
+
+def test_a_chip_without_tiles_is_refused_before_anything_is_written(run_python):
+    source = """
+        import pytest, torch
+        from extrope_kernels import methods, rerope_attention_with_kvcache
+        cache = torch.zeros(1, 8, 1, 16)
+        new = torch.ones(1, 1, 1, 16)
+        with pytest.raises(NotImplementedError, match="no tile for 4-byte elements on gfx90a"):
+            rerope_attention_with_kvcache(
+                new, cache, cache.clone(), methods.rope(16), cache_seqlens=3, k=new, v=new,
+                window=4, backend="triton",
+            )
+        assert not cache.any()
+    """
+    run_python(source, TRITON_INTERPRET="0", EXTROPE_TRITON_CHIP="gfx90a")
+
+
+def test_every_tile_is_a_candidate_or_has_none():
+    """Candidates are timed on a card and one becomes the tile: the tile must be among them."""
+    folder = Path(configs.__file__).parent
+    tiles, candidates = (
+        json.loads((folder / name).read_text()) for name in ("configs.json", "candidates.json")
+    )
+    for kernel, chips in candidates.items():
+        for chip, rows in chips.items():
+            for dim, several in rows.items():
+                found = configs.config(kernel, int(dim), 2, int(chip))
+                assert found in [configs.Config(**leaf) for leaf in several], (kernel, chip, dim)
+                assert 3 <= len(several) <= 6
+    assert set(tiles) == set(candidates)

@@ -43,8 +43,9 @@ def rerope_attention_with_kvcache(
     q: (batch, seqlen_q, heads_q, head_dim), not rotated; float32, bfloat16, float16 or float64.
     k_cache, v_cache: (batch, max_len, heads_k, head_dim), any strides with a contiguous last
         dimension; with block_table (num_blocks, block_size, heads_k, head_dim).
-    cache_seqlens: int or (batch,) int32. With k and v: how many slots were in use before them.
-        Else: how many are, the queries' own tokens included.
+    cache_seqlens: (batch,) int32, or one int for all (a CUDA graph would replay it unchanged). With
+        k and v: how many slots were in use before them. Else: how many are, the queries' own tokens
+        included.
     k, v: (batch, seqlen_q, heads_k, head_dim), k not rotated: written into the cache first.
     block_table: (batch, max_blocks) int32: the blocks of each sequence in their order.
     cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.

@@ -6,7 +6,7 @@ import triton.language as tl
 from ..._shared.triton.pairs import load_parts, of_pairs, rotate, store_parts, widened
 from ..._shared.triton.position_maps import map_cos_sin
 from .cache import slot_rows
-from .merge import counters_of
+from .results import counters_of
 
 RUN_TIME_SCALARS = (
     *("k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head"),

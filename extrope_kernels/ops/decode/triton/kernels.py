@@ -6,7 +6,7 @@ import triton.language as tl
 from ..._shared.triton.pairs import load_parts, of_pairs, rotate, widened
 from ..._shared.triton.position_maps import log_n_scale, map_cos_sin
 from .cache import first_key, length_of, slot_rows
-from .merge import NONE, finish
+from .results import NONE, finish
 from .schedule import share_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
