@@ -124,9 +124,9 @@ def _shares(seqlens, found, batch, slots, TILE: tl.constexpr):
     tl.store(found + slot * 3 + 2, splits)
 
 
-@pytest.mark.parametrize("more", (0, 2, 5, 33))
+@pytest.mark.parametrize("more", (0, 5, 33))
 @pytest.mark.parametrize(
-    "lengths", ((1000,), (0, 0), (100_000, *[100] * 63), (64, 65, 63, 1), (1 << 27,) * 200)
+    "lengths", ((1000,), (0, 0), (100_000, *[100] * 63), (64, 65, 63, 1), (1 << 27,) * 130)
 )
 def test_slots_go_to_where_the_keys_are(lengths, more):
     """Every split of every sequence once, and no sequence has more than its share."""
@@ -186,8 +186,9 @@ SCORES = {
 @pytest.mark.parametrize("decayed", (False, True), ids=("", "xpos"))
 @pytest.mark.parametrize("seqlen_q", (1, 13))
 @pytest.mark.parametrize("name", SCORES)
-def test_every_score_method(name, seqlen_q, decayed):
+def test_every_score_method(name, seqlen_q, decayed, many_splits):
     """With k and v written first, into padded sequences of several splits; one is not full."""
+    many_splits()
     decay = methods.xpos(32).log_decay.to(device()) if decayed else None
     call = call_of(SCORES[name], 32, log_decay=decay, log_n=5.0, interleaved=decayed)
     lengths = torch.tensor([133, 19, 8], dtype=torch.int32, device=device()) - seqlen_q

@@ -39,7 +39,7 @@ MOST_REGIONS = 3
 # Programs for each multiprocessor: enough loads in flight, and an even last wave.
 WAVES = 2
 COUNTERS = 4  # at once, so that the partial results behind them stay aligned
-MERGED = 1024  # numbers that a warp merges at once: 32 registers a thread
+MERGED = 4096  # numbers that a program merges at once: 16 to 32 registers a thread
 
 
 class DecodeLaunches(NamedTuple):
@@ -240,7 +240,7 @@ def _decode_tile(
     several = q.shape[1] > 1
     # The number of tokens compiles nothing anew, that of heads may.
     rows = chosen.block_m if several else min(chosen.block_m, triton.next_power_of_2(group))
-    at_once = MERGED * chosen.warps // (rows * _power_of_two(q.shape[3]))
+    at_once = MERGED // (rows * _power_of_two(q.shape[3]))
     return _tile(
         q,
         cache,
