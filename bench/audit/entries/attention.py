@@ -41,7 +41,8 @@ def cases(name: str) -> list[Case]:
 
 def rotate_cases() -> list[Case]:
     """Into the frames of R2 ReRoPE, R3 dual chunk, slow: Leaky ReRoPE, grouped: SelfExtend, and of
-    XPOS in blocks; inverse: their gradients. ReRoPE with every head_dim, layout and type.
+    XPOS in blocks; inverse: their gradients; keys: those alone, as for the forward. ReRoPE with
+    every head_dim, layout and type.
     """
     variants = ["R3", "slow", "grouped", "blocks decay", "R2 interleaved", "R2 partial"]
     every = [*product(("bfloat16",), ("R2",), HEAD_DIMS)]
@@ -52,7 +53,7 @@ def rotate_cases() -> list[Case]:
         for dtype, variant, dim in every
         for direction in ("", " inverse")
         for chip in CAPABILITIES
-    ]
+    ] + [Case("attention rotate", chip, 128, "bfloat16", "R2 keys") for chip in CAPABILITIES]
 
 
 def in_sample(case: Case) -> bool:
@@ -77,6 +78,7 @@ def in_sample(case: Case) -> bool:
 def rotate_in_sample(case: Case) -> bool:
     picked = {
         "R2": (80,),
+        "R2 keys": (90,),
         "R3": (90,),
         "R3 inverse": (80,),
         "slow inverse": (90,),
@@ -137,9 +139,7 @@ def _launch(case: Case) -> None:
     batch = () if packed else (1,)
     rows = partial(empty, *batch, SEQLEN, dtype=case.dtype)
     q, k = rows(HEADS_Q, case.head_dim), rows(HEADS_K, case.head_dim)
-    if case.kernel.endswith("forward") or (
-        case.kernel.endswith("rotate") and not case.has("inverse")
-    ):
+    if case.kernel.endswith("forward") or case.has("keys"):
         forward(q, k, k, call)
     else:
         backward(q, None, q, k, k, q, empty(*batch, HEADS_Q, SEQLEN), call)
@@ -158,11 +158,12 @@ def traffic(case: Case, block_m: int, block_n: int) -> Traffic:
     starts, granularity = layout(case)
     q_rows, k_rows = SEQLEN * HEADS_Q * dim, SEQLEN * HEADS_K * dim
     per_row = 4 * SEQLEN * HEADS_Q  # lse, delta
-    frames = len(starts) * (q_rows + k_rows)
+    k_frames = len(starts) * k_rows
+    frames = len(starts) * q_rows + k_frames
     by_key = name == "dkv"
     own, other = (block_n, block_m) if by_key else (block_m, block_n)
     moved = {
-        "forward": size * (frames + k_rows + q_rows) + per_row,
+        "forward": size * (k_frames + k_rows + 2 * q_rows) + per_row,
         "dq": size * (frames + k_rows + 2 * q_rows) + 2 * per_row + 4 * len(starts) * q_rows,
         "dkv": size * (frames + 2 * k_rows + q_rows) + 2 * per_row + 4 * len(starts) * k_rows,
     }
@@ -186,7 +187,7 @@ def _rotate_traffic(case: Case, launch) -> Traffic:
     tile, size = launch.argument("TILE"), itemsize(case.dtype)
     inverse = case.has("inverse")
     heads = HEADS_Q * len(tile.q_maps) + HEADS_K * len(tile.k_maps)
-    sources = HEADS_Q + (HEADS_K if tile.k_maps else 0)
+    sources = (HEADS_Q if tile.q_maps else 0) + (HEADS_K if tile.k_maps else 0)
     moved = SEQLEN * case.head_dim * (size * sources + (4 if inverse else size) * heads)
     row = tile.tokens * case.head_dim
     blocks = math.prod(launch.grid)
@@ -194,7 +195,9 @@ def _rotate_traffic(case: Case, launch) -> Traffic:
     return Traffic(
         bytes=moved,
         blocks=blocks,
-        passes=(each * HEADS_K, each * HEADS_Q) if tile.k_maps else (each * HEADS_Q,),
+        passes=tuple(
+            each * heads for heads, maps in ((HEADS_K, tile.k_maps), (HEADS_Q, tile.q_maps)) if maps
+        ),
         loaded=row * (4 if inverse else size),
         stored=row * size,
     )

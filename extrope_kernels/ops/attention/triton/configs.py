@@ -22,6 +22,7 @@ class Config(NamedTuple):
     stages: int
     halves: bool = False  # rows of head_dim in two parts: see rows.py
     rotated: int = 64  # rows of queries that are rotated at a time between two regions
+    maxnreg: int | None = None  # or ptxas spills to fit one more block than need be
 
 
 MOST_ROWS = 128  # of any block

@@ -153,6 +153,7 @@ class _Layout:
             self._tile(setting),
             num_warps=setting.warps,
             num_stages=setting.stages,
+            maxnreg=setting.maxnreg,
         )
 
     def map_numbers(self) -> tuple[float, ...]:
