@@ -12,7 +12,7 @@ namespace extrope {
 namespace {
 
 // Compiled for the chips that every kernel of the library is compiled for: it stands for them all.
-__global__ void any_kernel() {}
+__global__ void nothing() {}
 
 constexpr int ARCHS[] = {__CUDA_ARCH_LIST__};  // 800, 900
 
@@ -48,7 +48,7 @@ std::string ask_device(int device) {
   if (!in_use(device)) return "";
   cudaFuncAttributes attributes;
   cudaError_t error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, any_kernel);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, nothing);
   return error == cudaSuccess ? "" : gpu + cudaGetErrorString(error);
 }
 
