@@ -1,8 +1,8 @@
 """Tiles, warps and pipeline stages per chip, head_dim and width of the elements.
 
 configs.json is what kernels are launched with, candidates.json what else is worth timing on a card.
-All compile without spills, but for candidates of keys' gradients at head_dim 128 on sm_90, which
-take wgmma: that spills even in plain attention.
+Those that are used compile without spills but for three regions at head_dim 96 on sm_120 and 256 on
+sm_80 (48 and 32 bytes). Candidates may spill: keys' gradients by wgmma do even in plain attention.
 """
 
 from __future__ import annotations

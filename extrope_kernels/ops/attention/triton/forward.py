@@ -93,6 +93,7 @@ def forward_kernel(
     REGIONS: tl.constexpr = len(TILE.q_maps)
     HEADS: tl.constexpr = TILE.heads_q
     GROUP: tl.constexpr = HEADS // TILE.heads_k
+    PAIRED: tl.constexpr = TILE.paired
     starts = (start_0, start_1, start_2)
     q_maps = (
         (q0_modulus, q0_factor, q0_offset, q0_cap),
@@ -108,17 +109,19 @@ def forward_kernel(
     row_max = tl.full((BLOCK_M,), NO_LOGIT, tl.float32)
     state = (zero_rows(BLOCK_M, TILE), row_max, tl.zeros((BLOCK_M,), tl.float32))
     q_of = rows_of(q, q_strides, HEADS, TILE)
-    q_base = row_base(q_of, batch, row, head, TILE)
-    q_rows = rotated_rows(
-        q_of, q_base, left, position, inv_freq, log_decay, amplitude, per_log_n, q_maps[0],
-        0, BLOCK_M, TILE,
-    )  # fmt: skip
+    if PAIRED:
+        q_base = row_base(q_of, batch, row, head, TILE)
+        q_rows = rotated_rows(
+            q_of, q_base, left, position, inv_freq, log_decay, amplitude, per_log_n, q_maps[0],
+            0, BLOCK_M, TILE,
+        )  # fmt: skip
     out_of = frame_of(out, out_strides, 0, HEADS, TILE)
     v_of = rows_of(v, v_strides, TILE.heads_k, TILE)
     v_base = row_base(v_of, batch, first_row, head // GROUP, TILE)
     for r in tl.static_range(REGIONS):
-        if r > 0:
-            # Between two loops few registers are free: a few rows at a time go through out.
+        if r > 0 or not PAIRED:
+            # Between two loops few registers are free, and rows that are not pairs of parts take
+            # many: a few rows at a time go through out.
             tl.debug_barrier()
             for at in tl.range(0, BLOCK_M, CHUNK):
                 q_base = row_base(q_of, batch, row + at, head, TILE)
@@ -145,7 +148,7 @@ def forward_kernel(
     acc, row_max, row_sum = state
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
-    if REGIONS > 1:
+    if REGIONS > 1 or not PAIRED:
         tl.debug_barrier()
     out_base = row_base(out_of, batch, row, head, TILE)
     store_rows(out_of, out_base, times(acc, 1.0 / row_sum), left, BLOCK_M, TILE)

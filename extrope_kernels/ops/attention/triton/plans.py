@@ -162,6 +162,7 @@ class _Layout:
 
     def _tile(self, setting: Config) -> Tile:
         dims, more_dims = _parts(self.head_dim, setting.halves)
+        half = self.call.inv_freq.shape[-1]
         return Tile(
             block_m=setting.block_m,
             block_n=setting.block_n,
@@ -171,8 +172,9 @@ class _Layout:
             dims=dims,
             more_dims=more_dims,
             rotated=min(setting.rotated, setting.block_m),
-            half=self.call.inv_freq.shape[-1],
+            half=half,
             interleaved=self.call.interleaved,
+            paired=not self.call.interleaved and dims == more_dims == half,
             q_maps=tuple(kind_of(region.q_map) for region in self.regions),
             k_frame=tuple(
                 self.k_maps.index(r.k_map) if r.k_map in self.k_maps else -1 for r in self.regions

@@ -85,9 +85,8 @@ def rotated_rows(
     DIMS: tl.constexpr = TILE.dims
     MORE: tl.constexpr = TILE.more_dims
     ELEMENT: tl.constexpr = q.pointer.dtype.element_ty
-    PAIRED: tl.constexpr = TILE.half == DIMS and MORE == DIMS and not TILE.interleaved
     scale = log_n_scale(position, per_log_n)
-    if PAIRED:  # the two parts of a row are the two dims of its pairs
+    if TILE.paired:  # the two parts of a row are the two dims of its pairs
         cos, sin = _cos_sin(
             tl.arange(0, DIMS), position, scale, inv_freq, log_decay, amplitude, numbers,
             REGION, TILE,

@@ -24,6 +24,7 @@ class Tile(NamedTuple):
     rotated: int  # rows of queries at a time between two regions; divides block_m
     half: int  # pairs of dims that rotate
     interleaved: bool
+    paired: bool  # the two parts of a row are the two dims of its pairs
     q_maps: tuple[int, ...]  # of each region: see _shared/triton/position_maps.py
     k_frame: tuple[int, ...]  # of each region: which of the frames, or -1 for keys as they come
     from_first_key: bool  # region 0 has no lower end
