@@ -2,7 +2,7 @@
 
 configs.json is what kernels are launched with, candidates.json what else is worth timing on a card.
 Those that are used compile without spills but for three regions at head_dim 96 on sm_120 and 256 on
-sm_80 (48 and 32 bytes). Candidates may spill: keys' gradients by wgmma do even in plain attention.
+sm_80 (56 and 32 bytes). Candidates may spill: keys' gradients by wgmma do even in plain attention.
 """
 
 from __future__ import annotations
