@@ -154,7 +154,9 @@ def test_no_compiler_is_one_line(tmp_path):
 def test_failing_compiler_is_one_line_with_a_log(tmp_path):
     compiler = tmp_path / "broken"
     compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho x.cpp:1: error: out of luck\nexit 1\n'
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\n'
+        '[ "$1" = -dumpmachine ] && echo x86_64-linux-gnu && exit 0\n'
+        "echo x.cpp:1: error: out of luck\nexit 1\n"
     )
     compiler.chmod(0o755)
     reason, _ = load(EXTROPE_CACHE_DIR=str(tmp_path / "cache"), CXX=str(compiler))

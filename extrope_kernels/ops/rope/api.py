@@ -122,8 +122,9 @@ def _rotate(
         rope_args = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay)
         if freqs.axes is not None and positions is not None:
             rope_args = (*rope_args, freqs.axes)
-    if freqs.attention_factor != 1.0:
-        options["attention_factor"] = freqs.attention_factor
+    factor = freqs.attention_factor
+    if type(factor) is not float or factor != 1.0:
+        options["attention_factor"] = factor
     if interleaved:
         options["interleaved"] = True
     if inverse:
