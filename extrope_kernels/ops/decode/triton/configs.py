@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import NamedTuple
+
+from ..._shared.triton.tiles import tile
+
+TABLE = Path(__file__).with_name("configs.json")
 
 
 class Config(NamedTuple):
@@ -22,12 +25,6 @@ INTERPRETED = Config(16, 16, 1, 1)
 
 
 @functools.cache
-def _table() -> dict[str, dict[str, dict[str, dict]]]:
-    """By kernel, chip (also for those after it, up to the next one), and head_dim up to."""
-    return json.loads(Path(__file__).with_name("configs.json").read_text())
-
-
-@functools.cache
 def config(kernel: str, head_dim: int, itemsize: int, chip: int | str | None) -> Config:
     """How `kernel` is launched for elements of itemsize bytes; chip as from `chip_of`.
 
@@ -35,19 +32,5 @@ def config(kernel: str, head_dim: int, itemsize: int, chip: int | str | None) ->
     """
     if chip is None:
         return INTERPRETED
-    rows = _row(_table()[kernel], chip, itemsize)
-    if rows is None:
-        raise NotImplementedError(
-            f"decode: the Triton kernels have no tile for {itemsize}-byte elements on {chip}"
-        )
-    found = rows[min((n for n in rows if head_dim <= int(n)), key=int)]
+    found = tile("decode", TABLE, kernel, head_dim, itemsize, chip)
     return Config(**{name: found[name] for name in Config._fields if name in found})
-
-
-def _row(chips: dict[str, dict[str, dict]], chip: int | str, itemsize: int) -> dict | None:
-    if not isinstance(chip, int):
-        return chips.get(chip if itemsize < 4 else f"{chip} float32")
-    if itemsize == 4:
-        return chips["float32"]
-    known = [int(name) for name in chips if name.isdigit()]
-    return chips[str(max((n for n in known if n <= chip), default=min(known)))]
