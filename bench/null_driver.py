@@ -12,20 +12,31 @@ from types import SimpleNamespace
 import triton
 from triton.backends.compiler import GPUTarget
 
-# What a Hopper tells; kernels that need more than the chip has are the audit's to find.
-_PROPERTIES = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+# Bytes of shared memory that a block may have, past which Triton refuses to launch.
+_SHARED = {
+    80: 166912,
+    86: 101376,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    120: 101376,
+    "gfx942": 65536,
+}
 
 
 class NullDriver:
     """Counts launches by the name of their kernel."""
 
-    def __init__(self, chip: int) -> None:
-        self.chip = chip
+    def __init__(self, chip: int | str) -> None:
+        self.target = GPUTarget("cuda", chip, 32)
+        if not isinstance(chip, int):
+            self.target = GPUTarget("hip", chip, 64)
         self.launches: list[str] = []
+        properties = {"max_shared_mem": _SHARED.get(chip, 101376)}
         self.utils = SimpleNamespace(
             load_binary=lambda name, kernel, shared, device: (1, name, 32, 0, 1024),
             unload_module=lambda module: None,
-            get_device_properties=lambda device: _PROPERTIES,
+            get_device_properties=lambda device: properties,
         )
 
     def launcher_cls(self, source, metadata):
@@ -43,11 +54,12 @@ class NullDriver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.chip, 32)
+        return self.target
 
 
 def install() -> NullDriver:
     """Let Triton launch through a driver that does nothing, on the chip of EXTROPE_TRITON_CHIP."""
-    driver = NullDriver(int(os.environ["EXTROPE_TRITON_CHIP"]))
+    chip = os.environ["EXTROPE_TRITON_CHIP"]
+    driver = NullDriver(int(chip) if chip.isdigit() else chip)
     triton.runtime.driver._active = driver
     return driver

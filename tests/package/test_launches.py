@@ -99,3 +99,40 @@ def test_a_decode_step_is_two_launches_and_compiles_once(run_python, paged):
     assert compiled() == before
     """
     run_on_chip(run_python, source)
+
+
+def test_amd_tiles_fit_its_shared_memory(run_python):
+    """They compile for gfx942, and Triton would refuse to launch what takes more than 64 KiB."""
+    source = """
+    for heads_q, dtype in ((8, torch.bfloat16), (2, torch.float32)):
+        q, k, v = (
+            torch.randn(2, 40, heads, 64, dtype=dtype, requires_grad=True)
+            for heads in (heads_q, 2, 2)
+        )
+        assert launched(lambda: ek.apply_rope_qk(q, k, freqs, backend="triton")) == 1
+        out = ek.rerope_attention(q, k, v, freqs, window=16, backend="triton")
+        assert launched(lambda: out.sum().backward()) == 4
+        cache, token = torch.randn(2, 2, 1024, 2, 64, dtype=dtype), q.detach()[:, :1]
+        lengths = torch.full((2,), 1000, dtype=torch.int32)
+        new = {"k": k.detach()[:, :1], "v": v.detach()[:, :1], "cache_seqlens": lengths}
+        step = lambda: ek.rerope_attention_with_kvcache(
+            token, *cache, freqs, window=16, backend="triton", **new
+        )
+        assert launched(step) == 2
+    """
+    run_python(SETUP + source, TRITON_INTERPRET="0", EXTROPE_TRITON_CHIP="gfx942")
+
+
+def test_another_amd_chip_is_refused(run_python):
+    source = """
+    q, k, v = (random(1, 8, heads, 64) for heads in (4, 2, 2))
+    try:
+        ek.rerope_attention(q, k, v, freqs, window=4, backend="triton")
+    except NotImplementedError as error:
+        assert "gfx90a" in str(error) and str(error).startswith(("attention: ", "rerope: "))
+    else:
+        raise AssertionError("launched")
+    assert not driver.launches
+    """
+    source = SETUP.replace("null_driver.install()", 'null_driver.NullDriver("gfx942")') + source
+    run_python(source, TRITON_INTERPRET="0", EXTROPE_TRITON_CHIP="gfx90a")
