@@ -63,7 +63,7 @@ def _work(code: Code, traffic: Traffic) -> Work:
         inside = sum(n * getattr(x, field) for n, x in zip(traffic.passes, code.loops))
         return code.warps * (traffic.blocks * getattr(code.outside, field) + inside)
 
-    multiplies = code.loops and code.loops[0].products
+    multiplies = any(loop.products for loop in code.loops)
     operations = sum(traffic.passes) * traffic.operations if multiplies else 0.0
     return Work(
         traffic.bytes,

@@ -148,12 +148,18 @@ def _traffic(case: Case, launch) -> Traffic:
     each = BATCH * HEADS_K * row_blocks / tile.block_n
     # The shortest loop first: one that rotates no key.
     by_length = sorted(zip(tile.rotates_keys, keys), key=lambda region: region[0])
-    partial = 2 * _splits(launch, sum(keys)) * rows * wide_row  # written and read
+    passes, loaded = [count * each for _, count in by_length], 2 * tile.block_n * row
+    splits = _splits(launch, sum(keys))
+    partial = 2 * splits * rows * wide_row  # written and read
+    if tile.splits:
+        # The loop that merges is shorter still.
+        passes.insert(0, -(-splits // tile.merge_splits) * BATCH * HEADS_K * row_blocks)
+        loaded = min(loaded, tile.merge_splits * tile.merge_rows * wide_row)
     return Traffic(
         bytes=cached + 2 * rows * row + partial,
         blocks=blocks,
-        passes=tuple(count * each for _, count in by_length),
-        loaded=2 * tile.block_n * row,
+        passes=tuple(passes),
+        loaded=loaded,
         stored=min(tile.block_m, HEADS_Q // HEADS_K * tokens) * wide_row,
         operations=2 * 2 * tile.block_m * tile.block_n * case.head_dim,
     )
