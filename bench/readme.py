@@ -117,6 +117,17 @@ def overhead(results: dict) -> str:
     return f"{machine(results)}.\n\n{table([head for head, _, _ in columns.values()], lines)}"
 
 
+def launches(results: dict) -> str:
+    """Of the host up to a launch, in bare ones."""
+    head = ["", "us", "bare launches", "at most", "kernels"]
+    fields = {"microseconds": ".1f", "launches": ".1f", "bar": ".0f", "kernels": ".0f"}
+    lines = [
+        [row["name"], *(cell(row.get(field), form) for field, form in fields.items())]
+        for row in results["rows"]
+    ]
+    return f"{machine(results)}, Triton {results['triton']}.\n\n{table(head, lines)}"
+
+
 def growth(results: dict) -> str:
     """The slopes of a scaling plot."""
     slopes = "\n".join(f"- {line}" for line in summary(results["rows"]))
@@ -128,7 +139,11 @@ def text_of(path: Path, name: str, only: str = "") -> str:
     results = json.loads(path.read_text())
     if path.stem.startswith("scaling-"):
         return f"![{name}](bench/results/{name}.svg)\n\n{growth(results)}"
-    named = {"overhead": overhead, "length_generalization": length_table}
+    named = {
+        "overhead": overhead,
+        "length_generalization": length_table,
+        "launch": launches,
+    }
     made = named.get(path.stem.rsplit("-", 1)[0])
     return made(results) if made else comparison(results, only)
 
