@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from .append import append_kernel
 from .cache import CacheTile
 from .configs import Config, config
 from .kernels import decode_kernel
+from .launches import AppendLaunches, DecodeLaunches
 
 Options = dict[str, Any]
 PLANNED = not INTERPRETED  # that takes long anyhow, and its callers look at values
@@ -40,65 +40,6 @@ MOST_REGIONS = 3
 WAVES = 2
 COUNTERS = 4  # at once, so that the partial results behind them stay aligned
 MERGED = 4096  # numbers that a program merges at once: 16 to 32 registers a thread
-
-
-class DecodeLaunches(NamedTuple):
-    """What a call launches, and what it allocates."""
-
-    append: Plan | None
-    decode: Plan | None  # None where there is nothing to attend with
-    lse: tuple[int, ...]
-    scratch: int = 0
-    counters: int = 0
-
-    def __call__(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        inv_freq: Tensor,
-        seqlens: Tensor,
-        block_table: Tensor | None = None,
-        leftpad: Tensor | None = None,
-        log_decay: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """With tensors of the layout that it was made for, in the order of the op."""
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_empty(self.lse, dtype=torch.float32)
-        if self.decode is None:
-            return out, lse
-        cached = (k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay)
-        scratch = q.new_empty(self.scratch, dtype=torch.float32) if self.scratch else None
-        if self.append is not None:
-            self.append(k, v, *cached, scratch)
-        elif scratch is not None:
-            scratch.narrow(0, 0, self.counters).zero_()
-        self.decode(q, *cached, out, lse, scratch)
-        return out, lse
-
-
-class AppendLaunches(NamedTuple):
-    """Likewise for `append` alone."""
-
-    append: Plan | None
-
-    def __call__(
-        self,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        k: Tensor,
-        v: Tensor,
-        inv_freq: Tensor,
-        seqlens: Tensor,
-        block_table: Tensor | None = None,
-        leftpad: Tensor | None = None,
-        log_decay: Tensor | None = None,
-    ) -> None:
-        cached = (k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay)
-        if self.append is not None:
-            self.append(k, v, *cached, None)
 
 
 def run(make: Callable[..., Any], tensors: tuple[Tensor | None, ...], options: Options) -> Any:
@@ -128,7 +69,8 @@ def launches_of_decode(
     batch, seqlen_q, heads_q, head_dim = q.shape
     lse = (batch, heads_q, seqlen_q)
     if q.numel() == 0:
-        return DecodeLaunches(None, None, lse)
+        append_only = None if k is None else _append_plan(k, v, cache, call, 0)
+        return DecodeLaunches(append_only, None, lse)
     heads_k = cache.k.shape[2]
     rows = heads_q // heads_k * seqlen_q
     chosen = _config(q, rows)

@@ -1,0 +1,68 @@
+"""What a call over a key/value cache launches, for tensors of one layout."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._shared.triton.launch import Plan
+
+
+class DecodeLaunches(NamedTuple):
+    """What a call launches, and what it allocates."""
+
+    append: Plan | None
+    decode: Plan | None  # None where there is nothing to attend with
+    lse: tuple[int, ...]
+    scratch: int = 0
+    counters: int = 0
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        inv_freq: Tensor,
+        seqlens: Tensor,
+        block_table: Tensor | None = None,
+        leftpad: Tensor | None = None,
+        log_decay: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """With tensors of the layout that it was made for, in the order of the op."""
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(self.lse, dtype=torch.float32)
+        cached = (k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay)
+        scratch = q.new_empty(self.scratch, dtype=torch.float32) if self.scratch else None
+        if self.append is not None:
+            self.append(k, v, *cached, scratch)
+        elif scratch is not None:
+            scratch.narrow(0, 0, self.counters).zero_()
+        if self.decode is not None:
+            self.decode(q, *cached, out, lse, scratch)
+        return out, lse
+
+
+class AppendLaunches(NamedTuple):
+    """Likewise for `append` alone."""
+
+    append: Plan | None
+
+    def __call__(
+        self,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        k: Tensor,
+        v: Tensor,
+        inv_freq: Tensor,
+        seqlens: Tensor,
+        block_table: Tensor | None = None,
+        leftpad: Tensor | None = None,
+        log_decay: Tensor | None = None,
+    ) -> None:
+        cached = (k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay)
+        if self.append is not None:
+            self.append(k, v, *cached, None)
