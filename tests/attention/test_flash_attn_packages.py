@@ -10,7 +10,7 @@ from attention_engines import TorchEngine
 from flash_attn_cases import CU_SEQLENS, call_of, make, run
 from flash_attn_stubs import stub_modules
 
-from extrope_kernels.ops._shared.frames import row_scale
+from extrope_kernels.ops._shared.attention_call import row_scale
 from extrope_kernels.ops.attention import flash_attn, frames, reference
 from extrope_kernels.ops.attention.flash_attn import engine_check, engines
 from extrope_kernels.scores import FIRST_KEY
@@ -39,7 +39,7 @@ def in_dtype(q, k, v, call, dout, dlse):
     """The formula with every step rounded to the dtype: flash-attention's own yardstick."""
     packed = call.cu_seqlens is not None
     leaves = q, k, v = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    i, _ = frames.positions(q, k, call.cu_seqlens)
+    i, _ = frames.positions(q, k, call)
     scale = row_scale(i, call)[:, None, None]
     group, logits = q.shape[-2] // v.shape[-2], torch.tensor(-torch.inf, device=v.device)
     for r, (q_r, k_r) in enumerate(zip(*frames.rotate(q, k, call))):

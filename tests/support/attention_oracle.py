@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import extrope_kernels
 from extrope_kernels import (
@@ -30,6 +30,20 @@ class Relative:
 
     seen: Tensor  # (seqlen_q, seqlen_k) float64, NaN where query i does not see key j
     branches: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # mask, q at, k at
+
+    def within(self, sliding_window: int | None) -> Relative:
+        """Without the keys j where i - j >= sliding_window."""
+        if sliding_window is None:
+            return self
+        i, j = indices(*self.seen.shape)
+        outside = i - j >= sliding_window
+        branches = [(mask & ~outside, *at) for mask, *at in self.branches]
+        return Relative(self.seen.masked_fill(outside, torch.nan), branches)
+
+    def part(self, rows: slice, keys: slice) -> Relative:
+        """Of these queries and keys alone."""
+        branches = [(mask[rows, keys], i[rows], j[:, keys]) for mask, i, j in self.branches]
+        return Relative(self.seen[rows, keys], branches)
 
 
 def indices(seqlen_q: int, seqlen_k: int) -> tuple[Tensor, Tensor]:
@@ -118,12 +132,39 @@ def split(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor, Tens
     return turned[..., :half], turned[..., half:], x[..., 2 * half :]
 
 
+def row_gain(q, k, log_n, query_scale, first) -> Tensor | None:
+    """(batch or 1, seqlen_q) float64: log-n and a given temperature; first: position of row 0."""
+    gain = None
+    if log_n is not None:
+        i = torch.arange(q.shape[1], device=q.device).double()
+        i = i + (k.shape[1] - q.shape[1] if first is None else first)
+        gain = (torch.log(i.clamp(min=0) + 1) / math.log(log_n)).clamp(min=1.0)[None]
+    if query_scale is not None:
+        gain = query_scale.double().expand(1 if query_scale.dim() == 1 else -1, -1) * (
+            1.0 if gain is None else gain
+        )
+    return gain
+
+
 def closed_form(
-    q, k, v, relative: Relative, freqs: RopeFreqs, *, scale=None, log_n=None, interleaved=False
+    q,
+    k,
+    v,
+    relative: Relative,
+    freqs: RopeFreqs,
+    *,
+    scale=None,
+    log_n=None,
+    interleaved=False,
+    query_scale=None,
+    softcap=0.0,
+    sinks=None,
+    first=None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse in float64: sum over pairs of Re(q conj(k) exp(1j * relative * theta)).
 
-    inv_freq: (rotary_dim / 2,). Differentiable in q, k and v.
+    inv_freq: (rotary_dim / 2,). first: the position of row 0, where it is not what bottom-right
+    alignment says. Differentiable in q, k, v and sinks.
     """
     q, k, v = (x.double() for x in (q, k, v))
     groups = q.shape[2] // k.shape[2]
@@ -142,11 +183,12 @@ def closed_form(
     scores = turned.sum(-1) * freqs.attention_factor**2
     scores = scores + torch.einsum("bihr,bjhr->bhij", q_rest, k_rest)
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if log_n is not None:
-        i, _ = indices(q.shape[1], k.shape[1])
-        gain = torch.log(i.clamp(min=0) + 1) / math.log(log_n)
-        scores = scores * gain.clamp(min=1.0).to(q.device)
-    return _softmax(scores.masked_fill(seen.isnan(), -torch.inf), v, torch.float64)
+    gain = row_gain(q, k, log_n, query_scale, first)
+    if gain is not None:
+        scores = scores * gain[:, None, :, None]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return _softmax(scores.masked_fill(seen.isnan(), -torch.inf), v, torch.float64, sinks)
 
 
 def plain_formula(
@@ -159,6 +201,10 @@ def plain_formula(
     scale=None,
     log_n=None,
     interleaved=False,
+    query_scale=None,
+    softcap=0.0,
+    sinks=None,
+    first=None,
     scale_first=False,
 ) -> tuple[Tensor, Tensor]:
     """What one writes without kernels: rotate and multiply in the tensors' own dtype.
@@ -170,10 +216,9 @@ def plain_formula(
     dtype, groups = q.dtype, q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     scores = torch.full((), -torch.inf, dtype=dtype, device=q.device)
-    if log_n is not None:
-        i, _ = indices(q.shape[1], k.shape[1])
-        gain = (torch.log(i.clamp(min=0) + 1) / math.log(log_n)).clamp(min=1.0)
-        q = q * gain[None, :, :, None].to(q.device, dtype)
+    gain = row_gain(q, k, log_n, query_scale, first)
+    if gain is not None:
+        q = q * gain[:, :, None, None].to(dtype)
     if scale_first:
         q, scale = q * scale, 1.0
     for mask, at_i, at_j in relative.branches:
@@ -182,7 +227,9 @@ def plain_formula(
         branch = torch.einsum("bihd,bjhd->bhij", rotated_q, rotated_k)
         scores = torch.where(mask.to(q.device), branch, scores)
     scores = scores * scale
-    return _softmax(scores.float() if dtype != torch.float64 else scores, v, dtype)
+    if softcap:
+        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(scores.isneginf(), -torch.inf)
+    return _softmax(scores.float() if dtype != torch.float64 else scores, v, dtype, sinks)
 
 
 def _rotate(x, positions, freqs, interleaved, decay_sign):
@@ -199,7 +246,12 @@ def _rotate(x, positions, freqs, interleaved, decay_sign):
     return torch.cat((turned, rest), -1)
 
 
-def _softmax(scores: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _softmax(
+    scores: Tensor, v: Tensor, dtype: torch.dtype, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if sinks is not None:  # as one more key, whose value is zero
+        sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores, v = torch.cat((scores, sink), -1), nn.functional.pad(v, (0, 0, 0, 0, 0, 1))
     empty = (scores == -torch.inf).all(-1)
     scores = scores.masked_fill(empty[..., None], 0.0)
     lse = torch.logsumexp(scores, -1)
@@ -248,13 +300,17 @@ def rounding_noise(name, exact, lse, dout, q, k, v, scale) -> float:
     return relative * terms.item() * scale * largest
 
 
-def check_outputs(backend, q, found, plain, exact) -> None:
-    """Compare (out, lse) with the closed form, within the error budget of the plain formula."""
+def check_outputs(backend, q, found, plain, exact, noise: float = 0.0) -> None:
+    """Compare (out, lse) with the closed form, within the error budget of the plain formula.
+
+    noise: what out may be off beside.
+    """
     seen = exact[1] > -torch.inf
     assert torch.equal(found[1] > -torch.inf, seen)
     outs, lses = zip(found, plain, exact)
     for name, got, low, want in (("out", *outs), ("lse", *(lse[seen] for lse in lses))):
-        assert_within_budget(name, got, low, want, noise=_truncation(backend, q, low, want))
+        more = _truncation(backend, q, low, want) + (noise if name == "out" else 0.0)
+        assert_within_budget(name, got, low, want, noise=more)
 
 
 def _truncation(backend: str, q: Tensor, plain: Tensor, exact: Tensor) -> float:
@@ -269,14 +325,23 @@ def _truncation(backend: str, q: Tensor, plain: Tensor, exact: Tensor) -> float:
 
 
 def make_qkv(
-    batch=1, seqlen_q=33, seqlen_k=None, heads_q=2, heads_k=1, head_dim=32, dtype=torch.float32
+    batch=1,
+    seqlen_q=33,
+    seqlen_k=None,
+    heads_q=2,
+    heads_k=1,
+    head_dim=32,
+    dtype=torch.float32,
+    head_dim_v=None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seqlen_q * 1000 + head_dim)
-    shapes = [(seqlen_q, heads_q), (seqlen_k or seqlen_q, heads_k), (seqlen_k or seqlen_q, heads_k)]
-    return tuple(
-        torch.randn(batch, *shape, head_dim, generator=generator).to(device(), dtype)
-        for shape in shapes
-    )
+    keys = (batch, seqlen_k or seqlen_q, heads_k)
+    shapes = [
+        (batch, seqlen_q, heads_q, head_dim),
+        (*keys, head_dim),
+        (*keys, head_dim_v or head_dim),
+    ]
+    return tuple(torch.randn(*x, generator=generator).to(device(), dtype) for x in shapes)
 
 
 def frequencies(head_dim: int, **changes) -> RopeFreqs:

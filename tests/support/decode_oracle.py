@@ -63,10 +63,24 @@ class Case:
     page_size: int | None = None
     leftpad: tuple[int, ...] | None = None
     freqs_per_sequence: bool = False
+    softcap: float = 0.0
+    sliding_window: int | None = None
+    sinks: bool = False
+    query_scale: bool = False
+    head_dim_v: int | None = None  # that of q and k
     seed: int = 0
 
-    def options(self) -> dict:
-        return {name: getattr(self, name) for name in ("log_n", "softmax_scale", "interleaved")}
+    def options(self, generator: torch.Generator) -> dict:
+        names = ("log_n", "softmax_scale", "interleaved", "softcap", "sliding_window")
+        options = {name: getattr(self, name) for name in names}
+        wide = torch.promote_types(self.dtype, torch.float32)
+        if self.sinks:
+            sinks = 2 * torch.randn(self.heads_q, generator=generator)
+            options["sinks"] = sinks.to(device(), wide)
+        if self.query_scale:
+            scale = 0.5 + torch.rand(len(self.lengths), self.seqlen_q, generator=generator)
+            options["query_scale"] = scale.to(device())
+        return options
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,7 @@ def make(case: Case) -> Inputs:
         shape = (batch * pages + 2, case.page_size, *shape[2:])
         order = torch.randperm(batch * pages, generator=generator) + 1
         call["block_table"] = order.to(torch.int32).view(batch, pages).to(device())
-    k, v = randn(*shape), randn(*shape)
+    k, v = randn(*shape), randn(*shape[:3], case.head_dim_v or case.head_dim)
     if case.leftpad is not None:
         call["cache_leftpad"] = torch.tensor(leftpad, dtype=torch.int32, device=device())
     freqs = methods.xpos(case.rotary_dim) if case.xpos else methods.rope(case.rotary_dim)
@@ -131,7 +145,7 @@ def make(case: Case) -> Inputs:
     if case.freqs_per_sequence:
         inv_freq = inv_freq * (0.5 + torch.rand(batch, 1, generator=generator))
     freqs = replace(freqs, inv_freq=inv_freq, attention_factor=case.attention_factor).to(device())
-    call |= case.options()
+    call |= case.options(generator)
     inputs = Inputs(q, k, v, freqs, case.attention, case.parameters, call)
     used = torch.zeros(shape[:2], dtype=torch.bool, device=device())
     for b, (pad, end) in enumerate(zip(leftpad, ends)):
@@ -182,19 +196,28 @@ def sequences(inputs: Inputs):
             x[rows].double().repeat_interleave(group, 1) for x in (inputs.k_cache, inputs.v_cache)
         )
         relative = RELATIVE[inputs.attention](inputs.q.shape[1], len(k), **inputs.parameters)
+        relative = relative.within(inputs.call["sliding_window"])
         freq = inputs.freqs.inv_freq
         yield inputs.q[b].double(), k, v, freq[b] if freq.dim() == 2 else freq, relative
 
 
-def softmax(logits: Tensor, seen: Tensor, inputs: Inputs, v: Tensor, dtype=None):
+def softmax(logits: Tensor, seen: Tensor, inputs: Inputs, b: int, v: Tensor, dtype=None):
     """(out, lse) of logits (seqlen_q, heads, keys) before their scale; weights rounded to dtype."""
     logits = logits * (inputs.call["softmax_scale"] or inputs.q.shape[-1] ** -0.5)
     if log_n := inputs.call["log_n"]:
         i, _ = indices(*seen.shape)
         scale = (torch.log(i.clamp(min=0) + 1) / math.log(log_n)).clamp(min=1)
         logits = logits * scale[..., None].to(logits.device)
+    if "query_scale" in inputs.call:
+        logits = logits * inputs.call["query_scale"][b].to(logits.dtype)[:, None, None]
+    if softcap := inputs.call["softcap"]:
+        logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(seen.isnan()[:, None].to(logits.device), -torch.inf)
-    if seen.shape[1] == 0:
+    if "sinks" in inputs.call:  # as one more key, whose value is zero
+        sink = inputs.call["sinks"].to(logits.dtype)[:, None].expand(len(logits), -1, 1)
+        logits = torch.cat((logits, sink), -1)
+        v = torch.cat((v, v.new_zeros(1, v.shape[1] or sink.shape[1], v.shape[2])))
+    if logits.shape[-1] == 0:
         lse = logits.sum(-1) - torch.inf
         return lse.new_zeros(*lse.shape, v.shape[-1]), lse
     top = logits.max(-1, keepdim=True).values.clamp(min=-1e30)
@@ -209,12 +232,12 @@ def softmax(logits: Tensor, seen: Tensor, inputs: Inputs, v: Tensor, dtype=None)
 def exact(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """From the relative positions: keys taken back to raw, queries rotated to what each sees."""
     outs, lses = [], []
-    for q, k, v, freq, relative in sequences(inputs):
+    for b, (q, k, v, freq, relative) in enumerate(sequences(inputs)):
         j = torch.arange(len(k), dtype=torch.float64, device=k.device)
         raw = inputs.store(k, j, freq, sign=-1)
         seen = relative.seen.to(k.device)
         rotated = inputs.turn_queries(q[:, None], seen.nan_to_num()[..., None], freq)
-        out, lse = softmax(torch.einsum("ijhd,jhd->ihj", rotated, raw), seen, inputs, v)
+        out, lse = softmax(torch.einsum("ijhd,jhd->ihj", rotated, raw), seen, inputs, b, v)
         outs.append(out)
         lses.append(lse.T)
     return torch.stack(outs), torch.stack(lses)
@@ -224,7 +247,7 @@ def same_dtype(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The usual way in q's dtype: rotated q and k and the weights are rounded, sums are float32."""
     dtype, outs, lses = inputs.q.dtype, [], []
     wide = torch.promote_types(dtype, torch.float32)
-    for q, k, v, freq, relative in sequences(inputs):
+    for b, (q, k, v, freq, relative) in enumerate(sequences(inputs)):
         stored = inputs.stored(torch.arange(len(k), dtype=torch.float64))
         logits = torch.zeros((), dtype=wide, device=k.device)
         for mask, at_i, at_j in relative.branches:
@@ -233,7 +256,7 @@ def same_dtype(inputs: Inputs) -> tuple[Tensor, Tensor]:
             queries = inputs.turn_queries(q, at_i.to(k.device), freq, dtype).to(wide)
             scores = torch.einsum("ihd,jhd->ihj", queries, keys)
             logits = torch.where(mask[:, None].to(k.device), scores, logits)
-        out, lse = softmax(logits.float(), relative.seen, inputs, v.float(), dtype)
+        out, lse = softmax(logits.float(), relative.seen, inputs, b, v.float(), dtype)
         outs.append(out.to(dtype))
         lses.append(lse.T.float())
     return torch.stack(outs), torch.stack(lses)

@@ -56,10 +56,15 @@ std::vector<int64_t> shape(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor inv_freq,
                                    OptionalTensor cu_seqlens, OptionalTensor log_decay,
+                                   OptionalTensor sinks, OptionalTensor query_scale,
+                                   OptionalTensor q_start, OptionalTensor k_start,
                                    std::vector<int64_t> starts, int64_t granularity,
                                    std::vector<double> maps, std::optional<double> softmax_scale,
                                    std::optional<double> log_n, double attention_factor,
-                                   bool interleaved) {
+                                   bool interleaved, double softcap,
+                                   std::optional<int64_t> sliding_window) {
+  require(!sinks && !query_scale && !q_start && !k_start && softcap == 0 && !sliding_window,
+          "sinks, query_scale, q_start, k_start, softcap and sliding_window are not there yet");
   const Options options{inv_freq, cu_seqlens,    log_decay, starts,           granularity,
                         maps,     softmax_scale, log_n,     attention_factor, interleaved};
   AttentionParams p = make_params(q, k, v, options);
@@ -76,14 +81,15 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor inv_freq
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k,
-                                            Tensor v, Tensor out, Tensor lse, Tensor inv_freq,
-                                            OptionalTensor cu_seqlens, OptionalTensor log_decay,
-                                            std::vector<int64_t> starts, int64_t granularity,
-                                            std::vector<double> maps,
-                                            std::optional<double> softmax_scale,
-                                            std::optional<double> log_n, double attention_factor,
-                                            bool interleaved) {
+std::tuple<Tensor, Tensor, Tensor> backward(
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    Tensor inv_freq, OptionalTensor cu_seqlens, OptionalTensor log_decay, OptionalTensor sinks,
+    OptionalTensor query_scale, OptionalTensor q_start, OptionalTensor k_start,
+    std::vector<int64_t> starts, int64_t granularity, std::vector<double> maps,
+    std::optional<double> softmax_scale, std::optional<double> log_n, double attention_factor,
+    bool interleaved, double softcap, std::optional<int64_t> sliding_window) {
+  require(!sinks && !query_scale && !q_start && !k_start && softcap == 0 && !sliding_window,
+          "sinks, query_scale, q_start, k_start, softcap and sliding_window are not there yet");
   const Options options{inv_freq, cu_seqlens,    log_decay, starts,           granularity,
                         maps,     softmax_scale, log_n,     attention_factor, interleaved};
   AttentionParams p = make_params(q, k, v, options);

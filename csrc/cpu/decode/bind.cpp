@@ -29,11 +29,16 @@ Kernels kernels(int64_t head_dim) {
 std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor k,
                                   OptionalTensor v, Tensor inv_freq, Tensor cache_seqlens,
                                   OptionalTensor block_table, OptionalTensor cache_leftpad,
-                                  OptionalTensor log_decay, std::vector<int64_t> starts,
-                                  int64_t granularity, std::vector<double> maps,
-                                  std::optional<double> softmax_scale, std::optional<double> log_n,
-                                  double attention_factor, bool interleaved) {
+                                  OptionalTensor log_decay, OptionalTensor sinks,
+                                  OptionalTensor query_scale, OptionalTensor cu_seqlens_q,
+                                  std::vector<int64_t> starts, int64_t granularity,
+                                  std::vector<double> maps, std::optional<double> softmax_scale,
+                                  std::optional<double> log_n, double attention_factor,
+                                  bool interleaved, double softcap,
+                                  std::optional<int64_t> sliding_window) {
   constexpr const char* op = "decode";
+  require_of(op, !sinks && !query_scale && !cu_seqlens_q && softcap == 0 && !sliding_window,
+             "sinks, query_scale, cu_seqlens_q, softcap and sliding_window are not there yet");
   constexpr double kLog2E = 1.4426950408889634;
   const CacheArgs args{
       op,          k_cache,       v_cache,   k,          v, inv_freq, cache_seqlens,

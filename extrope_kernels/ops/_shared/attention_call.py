@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..._checks import check_int
 from ...methods import RopeFreqs
 from ...scores import PositionMap, Region, Score, rerope, self_extend
 from .checks import check_real, refuse_flags
@@ -21,7 +22,8 @@ _MAP = len(PositionMap._fields)
 # that keys come rotated by.
 SCHEMA = (
     "int[] starts, int granularity, float[] maps, float? softmax_scale=None, float? log_n=None, "
-    "float attention_factor=1.0, bool interleaved=False"
+    "float attention_factor=1.0, bool interleaved=False, float softcap=0.0, "
+    "int? sliding_window=None"
 )
 
 
@@ -30,8 +32,12 @@ class AttentionCall:
     """One attention call as an op takes it, beside q, k and v."""
 
     inv_freq: Tensor  # (rotary_dim/2,), or one row a sequence
-    cu_seqlens: Tensor | None = None
+    cu_seqlens: Tensor | None = None  # with a cache: of the queries
     log_decay: Tensor | None = None
+    sinks: Tensor | None = None  # (heads_q,) float32: logits without a value
+    query_scale: Tensor | None = None  # (seqlen_q,) or (batch, seqlen_q) float32; packed (total,)
+    q_start: Tensor | None = None  # (1,) or (sequences,) int32: the first query's position
+    k_start: Tensor | None = None  # the first key's; where both are None, both sides end together
     starts: tuple[int, ...] = ()
     granularity: int = 1
     maps: tuple[float, ...] = ()
@@ -39,6 +45,8 @@ class AttentionCall:
     log_n: float | None = None
     attention_factor: float = 1.0
     interleaved: bool = False
+    softcap: float = 0.0  # 0: none
+    sliding_window: int | None = None
 
     @property
     def regions(self) -> list[Region]:
@@ -59,6 +67,14 @@ class AttentionCall:
             regions = regions[1:]
         return regions
 
+    def first_keys(self, i: Tensor) -> list[Tensor]:
+        """Each region's first key as queries at positions i see it, and the key behind the last."""
+        block = torch.div(i, self.granularity, rounding_mode="floor") * self.granularity
+        firsts = [block + start for start in self.starts]
+        if self.sliding_window is not None:
+            firsts = [first.maximum(i + 1 - self.sliding_window) for first in firsts]
+        return [first.minimum(i + 1) for first in firsts] + [i + 1]
+
     def scale(self, head_dim: int) -> float:
         """The factor of all logits."""
         return self.softmax_scale or head_dim**-0.5
@@ -66,6 +82,17 @@ class AttentionCall:
     def _map(self, n: int) -> PositionMap:
         modulus, divisor, floor, offset, cap = self.maps[n * _MAP : (n + 1) * _MAP]
         return PositionMap(int(modulus), divisor, bool(floor), offset, cap)
+
+
+def row_scale(i: Tensor, call: AttentionCall) -> Tensor | None:
+    """What the logits of queries at positions i are multiplied by beside call.scale, float32.
+
+    (seqlen_q,) or (batch, seqlen_q), as log_n and query_scale make it; None for nothing.
+    """
+    scale = None if call.log_n is None else log_n_scale(i, call.log_n)
+    if call.query_scale is None:
+        return scale
+    return call.query_scale if scale is None else call.query_scale * scale
 
 
 def log_n_scale(positions: Tensor, log_n: float) -> Tensor:
@@ -89,7 +116,13 @@ def check_freqs(op: str, freqs: RopeFreqs) -> None:
 
 
 def rope_options(
-    op: str, freqs: RopeFreqs, softmax_scale: float | None, log_n: float | None, interleaved: bool
+    op: str,
+    freqs: RopeFreqs,
+    softmax_scale: float | None,
+    log_n: float | None,
+    interleaved: bool,
+    softcap: float,
+    sliding_window: int | None,
 ) -> dict:
     """The options that differ from an op's defaults: every argument costs the dispatcher time."""
     options = {}
@@ -99,6 +132,11 @@ def rope_options(
     if log_n is not None:
         check_real(op, "log_n", log_n)
         options["log_n"] = log_n
+    if type(softcap) is not float or softcap != 0.0:
+        check_real(op, "softcap", softcap)
+        options["softcap"] = softcap
+    if sliding_window is not None:
+        options["sliding_window"] = check_int(op, "sliding_window", sliding_window, at_least=1)
     factor = freqs.attention_factor
     if type(factor) is not float or factor != 1.0:
         check_real(op, "attention_factor", factor)
@@ -106,6 +144,14 @@ def rope_options(
     if interleaved:
         options["interleaved"] = True
     return options
+
+
+def given_up_to_last(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Positional arguments without the trailing ones that are None, as the op's defaults are."""
+    for count in range(len(tensors), 0, -1):
+        if tensors[count - 1] is not None:
+            return tensors[:count]
+    return ()
 
 
 @functools.lru_cache(maxsize=256, typed=True)

@@ -29,7 +29,56 @@ def check_call(op: str, call: AttentionCall, q: Tensor, sequences: int) -> None:
     check_real(op, "attention_factor", call.attention_factor)
     if not 0 < call.attention_factor < math.inf:
         raise ValueError(f"{op}: attention_factor must be > 0, got {call.attention_factor}")
+    check_real(op, "softcap", call.softcap)
+    if not 0 <= call.softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be >= 0 (0: none), got {call.softcap}")
+    if call.sliding_window is not None and call.sliding_window < 1:
+        raise ValueError(f"{op}: sliding_window must be None or >= 1, got {call.sliding_window}")
+    _check_sinks(op, call.sinks, q)
     _check_regions(op, call)
+
+
+def check_query_scale(op: str, query_scale: Tensor | None, q: Tensor) -> None:
+    """(seqlen_q,) or (batch, seqlen_q); of packed queries (total,)."""
+    if query_scale is None:
+        return
+    rows = tuple(q.shape[:-2])
+    if not isinstance(query_scale, Tensor):
+        raise TypeError(f"{op}: query_scale must be a Tensor, got {type(query_scale).__name__}")
+    fits = tuple(query_scale.shape) in (rows, rows[-1:])
+    if query_scale.dtype != torch.float32 or query_scale.device != q.device or not fits:
+        raise ValueError(
+            f"{op}: query_scale must be float32 {rows[-1:]}"
+            + (f" or {rows}" if len(rows) > 1 else "")
+            + f" on {q.device}, got {query_scale.dtype} {tuple(query_scale.shape)} on "
+            f"{query_scale.device}"
+        )
+
+
+def check_start(op: str, name: str, start: Tensor | None, q: Tensor, sequences: int) -> None:
+    """A position for every sequence, or one for all."""
+    if start is None:
+        return
+    shape = tuple(start.shape)
+    if start.dtype != torch.int32 or start.device != q.device or shape not in ((1,), (sequences,)):
+        raise ValueError(
+            f"{op}: {name} must be an int, or int32 ({sequences},) on {q.device}, "
+            f"got {start.dtype} {shape} on {start.device}"
+        )
+
+
+def _check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> None:
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor):
+        raise TypeError(f"{op}: sinks must be a Tensor, got {type(sinks).__name__}")
+    heads = q.shape[-2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if sinks.shape != (heads,) or sinks.dtype != wide or sinks.device != q.device:
+        raise ValueError(
+            f"{op}: sinks must be {wide} ({heads},) on {q.device}, "
+            f"got {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}"
+        )
 
 
 def check_rope(op: str, call: AttentionCall, x: Tensor, sequences: int) -> None:
@@ -56,6 +105,14 @@ def check_head_dim(op: str, q: Tensor) -> None:
             f"{op}: head_dim must be a multiple of 8 up to 256 (backend='reference' takes any), "
             f"got {q.shape[-1]}"
         )
+
+
+def refuse_softmax_options(op: str, call: AttentionCall, but: tuple[str, ...] = ()) -> None:
+    """Raise NotImplementedError for what an implementation does not take of a softmax."""
+    for name in ("sinks", "query_scale", "q_start", "k_start", "softcap", "sliding_window"):
+        value = getattr(call, name)
+        if name not in but and value is not None and not (name == "softcap" and value == 0):
+            raise NotImplementedError(f"{op}: this backend does not take {name}, got one")
 
 
 def _check_regions(op: str, call: AttentionCall) -> None:

@@ -68,17 +68,17 @@ def check_position_tensor(
         )
 
 
-def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor) -> None:
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor, name: str = "cu_seqlens") -> None:
     if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"{op}: cu_seqlens must be a Tensor, got {type(cu_seqlens).__name__}")
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"{op}: cu_seqlens must be int32 (sequences + 1,), "
+            f"{op}: {name} must be int32 (sequences + 1,), "
             f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
     if cu_seqlens.device != q.device or not cu_seqlens.is_contiguous():
         raise ValueError(
-            f"{op}: cu_seqlens must be contiguous on q's device {q.device}, "
+            f"{op}: {name} must be contiguous on q's device {q.device}, "
             f"got strides {cu_seqlens.stride()} on {cu_seqlens.device}"
         )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...scores import UNROTATED, PositionMap
-from .attention_call import AttentionCall, log_n_scale
+from .attention_call import AttentionCall
 
 
 def rotate_queries(x: Tensor, i: Tensor, call: AttentionCall, adjoint: bool = False) -> Tensor:
@@ -32,11 +32,6 @@ def store_keys(x: Tensor, j: Tensor, call: AttentionCall) -> Tensor:
         return x
     decay = None if call.log_decay is None else -call.log_decay
     return _rotate(x, call.stored(j), call, decay, 1.0, adjoint=False)
-
-
-def row_scale(i: Tensor, call: AttentionCall) -> Tensor | None:
-    """What log_n multiplies the logits of queries at positions i by, float32; None for nothing."""
-    return None if call.log_n is None else log_n_scale(i, call.log_n)
 
 
 def _rotate(x, position, call, log_decay, amplitude, adjoint) -> Tensor:

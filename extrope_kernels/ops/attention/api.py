@@ -10,8 +10,15 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from ...scores import Score
 from .._shared import backends as _backends
-from .._shared.attention_call import AttentionCall, check_freqs, rope_options, score_options
+from .._shared.attention_call import (
+    AttentionCall,
+    check_freqs,
+    given_up_to_last,
+    rope_options,
+    score_options,
+)
 from .._shared.checks import explained, refuse_flags
+from .._shared.options import refuse_unknown, takes_options_of
 from . import flash_attn, reference
 from .arguments import check, check_boundaries
 
@@ -28,12 +35,19 @@ def attend(
     *,
     softmax_scale: float | None = None,
     log_n: float | None = None,
+    query_scale: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    sliding_window: int | None = None,
+    q_start: Tensor | int | None = None,
+    k_start: Tensor | int | None = None,
     cu_seqlens: Tensor | None = None,
     interleaved: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
     keys_stored: bool = False,
     op: str | None = None,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run any score method; the rest is as for `rerope_attention`.
 
@@ -41,14 +55,19 @@ def attend(
     keys_stored: keys come as a cache keeps them, rotated to `score.stored`, not raw.
     """
     op = op or score.name
+    refuse_unknown(op, unknown)
     if type(interleaved) is not bool or type(return_lse) is not bool:
         refuse_flags(op, interleaved=interleaved, return_lse=return_lse)
     check_freqs(op, freqs)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
     rope_args = (freqs.inv_freq, cu_seqlens, freqs.log_decay)
+    # Rare, and every argument costs the dispatcher time.
+    if sinks is not None or query_scale is not None or q_start is not None or k_start is not None:
+        starts = (_start(op, "q_start", q_start, q), _start(op, "k_start", k_start, q))
+        rope_args += given_up_to_last(sinks, query_scale, *starts)
     options = score_options(score, stored=keys_stored)
-    options |= rope_options(op, freqs, softmax_scale, log_n, interleaved)
+    options |= rope_options(op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window)
     out, lse = explained(
         "attention",
         lambda: _run(op, q, k, v, rope_args, options, backend),
@@ -56,6 +75,20 @@ def attend(
         told_as=op,
     )
     return (out, lse) if return_lse else out
+
+
+public = takes_options_of(attend, internal=("keys_stored", "op"))
+
+
+def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor | None:
+    """A start as the tensor that ops take."""
+    if start is None or isinstance(start, Tensor):
+        return start
+    if isinstance(start, bool) or not isinstance(start, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int or a Tensor, got {type(start).__name__}")
+    if not 0 <= start < 2**31:
+        raise ValueError(f"{op}: {name} must be between 0 and 2**31, got {start}")
+    return torch.full((1,), start, dtype=torch.int32, device=q.device)
 
 
 def _run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._shared.attention_call import AttentionCall
-from .._shared.attention_checks import check_call
+from .._shared.attention_checks import check_call, check_query_scale, check_start
 from .._shared.checks import check_cu_seqlens, check_rows
 
 
@@ -24,6 +24,9 @@ def check(op: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None
         check_cu_seqlens(op, call.cu_seqlens, q)
     sequences = q.shape[0] if not packed else call.cu_seqlens.shape[0] - 1
     check_call(op, call, q, sequences)
+    check_query_scale(op, call.query_scale, q)
+    check_start(op, "q_start", call.q_start, q, sequences)
+    check_start(op, "k_start", call.k_start, q, sequences)
 
 
 def check_boundaries(op: str, cu_seqlens: Tensor | None, q: Tensor) -> None:
@@ -46,7 +49,10 @@ def _check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> Non
         )
     if not packed and k.shape[0] != q.shape[0]:
         raise ValueError(f"{op}: k must have q's batch {q.shape[0]}, got {k.shape[0]}")
-    if v.shape != k.shape:
-        raise ValueError(f"{op}: v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"{op}: v must have k's shape {tuple(k.shape)} but for the last dimension, "
+            f"got {tuple(v.shape)}"
+        )
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"{op}: k's heads must divide q's {q.shape[-2]} heads, got {k.shape[-2]}")

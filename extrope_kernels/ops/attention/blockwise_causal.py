@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ... import scores
 from ...methods import RopeFreqs
 from .._shared.attention_call import score_of
-from .api import attend
+from .._shared.options import AttentionOptions
+from .api import attend, public
 
 _NAME = "blockwise_causal_attention"
 
 
+@public
 def blockwise_causal_attention(
     q: Tensor,
     k: Tensor,
@@ -19,12 +22,7 @@ def blockwise_causal_attention(
     freqs: RopeFreqs,
     *,
     block_size: int,
-    softmax_scale: float | None = None,
-    log_n: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    interleaved: bool = False,
-    return_lse: bool = False,
-    backend: str | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention to the own and the previous half block, as LEX reads past its training.
 
@@ -42,11 +40,6 @@ def blockwise_causal_attention(
         k,
         v,
         freqs,
-        softmax_scale=softmax_scale,
-        log_n=log_n,
-        cu_seqlens=cu_seqlens,
-        interleaved=interleaved,
-        return_lse=return_lse,
-        backend=backend,
         op=_NAME,
+        **options,
     )

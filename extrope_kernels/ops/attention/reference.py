@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._shared.attention_call import AttentionCall
-from .._shared.frames import row_scale
+from .._shared.attention_call import AttentionCall, row_scale
 from .._shared.positions import sequence_of_token
+from .._shared.softmax import capped, softmax_of
 from .frames import positions, rotate, unrotate
 
 
@@ -15,21 +15,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     """One softmax over every region's scores; differentiable to any order.
 
     q, k: raw, (batch, seqlen_q, heads_q, head_dim) and (batch, seqlen_k, heads_k, head_dim), or
-    (total, heads, head_dim) with call.cu_seqlens; v like k. Returns out like q and lse
-    (batch, heads_q, seqlen_q), or (heads_q, total).
+    (total, heads, head_dim) with call.cu_seqlens; v like k, of any head_dim. Returns out like q, of
+    v's head_dim, and lse (batch, heads_q, seqlen_q), or (heads_q, total).
     """
     packed = call.cu_seqlens is not None
     q_frames, k_frames = rotate(q, k, call)
     q_frames, k_frames = _batched(q_frames, packed), _batched(k_frames, packed)
     (values,) = _batched([v], packed)
-    logits = _logits(q_frames, k_frames, call)
-    empty = (logits == -torch.inf).all(-1)
-    # What an empty row gets here is never used, but has to be finite for the gradients to be.
-    lse = torch.logsumexp(logits.masked_fill(empty[..., None], 0.0), dim=-1)
-    weights = torch.exp(logits - lse[..., None])
+    weights, lse = softmax_of(_logits(q_frames, k_frames, call), call)
     values = _per_query_head(values, q_frames[0])
     out = torch.einsum("bhij,bjhd->bihd", weights, values).to(q.dtype).contiguous()
-    lse = lse.masked_fill(empty, -torch.inf)
     return (out[0], lse[0]) if packed else (out, lse)
 
 
@@ -49,13 +44,16 @@ def backward(
     q_r, k_r = _batched(q_frames, packed), _batched(k_frames, packed)
     values, dout, out, lse = _batched([v, dout, out, lse], packed)
     wide = _wide(v)
-    weights = torch.exp(_logits(q_r, k_r, call) - _finite(lse)[..., None])
+    logits = _logits(q_r, k_r, call)
+    weights = torch.exp(logits - _finite(lse)[..., None])
     dv = _per_key_head(torch.einsum("bhij,bihd->bjhd", weights, dout.to(wide)), values)
     delta = (dout.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)
     if dlse is not None:
         delta = delta - (dlse[None] if packed else dlse)
     d_weights = torch.einsum("bihd,bjhd->bhij", dout.to(wide), _per_query_head(values, q_r[0]))
     d_scores = weights * (d_weights - delta[..., None]) * _scale(q_r[0], k_r[0], call)
+    if call.softcap:
+        d_scores = d_scores * (1 - (logits.masked_fill(weights == 0, 0.0) / call.softcap) ** 2)
     dq, dk = [], []
     for region in range(len(q_r)):
         here = torch.where(_visible(region, q_r[0], k_r[0], call), d_scores, 0.0)
@@ -70,33 +68,34 @@ def backward(
 
 def _logits(q: list[Tensor], k: list[Tensor], call: AttentionCall) -> Tensor:
     """(batch, heads_q, seqlen_q, seqlen_k): every pair's score in its region, -inf outside."""
-    wide = _wide(q[0])
+    wide, scale = _wide(q[0]), _scale(q[0], k[0], call)
     logits = torch.tensor(-torch.inf, dtype=wide, device=q[0].device)
     for region, (q_r, k_r) in enumerate(zip(q, k)):
-        scores = torch.einsum("bihd,bjhd->bhij", q_r.to(wide), _per_query_head(k_r, q_r))
-        logits = torch.where(_visible(region, q_r, k_r, call), scores, logits)
-    return logits * _scale(q[0], k[0], call)
+        scores = torch.einsum("bihd,bjhd->bhij", q_r.to(wide), _per_query_head(k_r, q_r)) * scale
+        logits = torch.where(_visible(region, q_r, k_r, call), capped(scores, call), logits)
+    return logits
 
 
 def _scale(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | float:
-    scale = call.scale(q.shape[-1])
-    if call.log_n is None:
-        return scale
-    i, _ = positions(q, k, call.cu_seqlens)
-    return row_scale(i, call).to(_wide(q))[:, None] * scale
+    scale, rows = call.scale(q.shape[-1]), row_scale(positions(q, k, call)[0], call)
+    return scale if rows is None else _per_pair(rows.to(_wide(q)), q)[..., None] * scale
 
 
 def _visible(region: int, q: Tensor, k: Tensor, call: AttentionCall) -> Tensor:
-    """(seqlen_q, seqlen_k) bool: does this region hold the pair?"""
-    i, j = positions(q, k, call.cu_seqlens)
+    """(batch or 1, 1, seqlen_q, seqlen_k) bool: does this region hold the pair?"""
+    i, j = positions(q, k, call)
     same_sequence = torch.tensor(True, device=q.device)
     if call.cu_seqlens is not None:
         sequence = sequence_of_token(call.cu_seqlens, k.shape[1])
         same_sequence = sequence[:, None] == sequence
-    block = i // call.granularity * call.granularity
-    starts = [block + start for start in call.starts] + [i + 1]
-    first, last = starts[region], starts[region + 1]
-    return same_sequence & (first[:, None] <= j) & (j < last[:, None]) & (j <= i[:, None])
+    first, last = (_per_pair(x, q)[..., None] for x in call.first_keys(i)[region : region + 2])
+    j = _per_pair(j, k)[..., None, :]
+    return same_sequence & (first <= j) & (j < last)
+
+
+def _per_pair(x: Tensor, rows: Tensor) -> Tensor:
+    """(seqlen,) or (batch, seqlen) as (batch or 1, 1, seqlen): for all heads alike."""
+    return x.expand(-1 if x.dim() > 1 else 1, rows.shape[1])[:, None]
 
 
 def _wide(x: Tensor) -> torch.dtype:

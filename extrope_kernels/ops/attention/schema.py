@@ -16,12 +16,17 @@ from .._shared.attention_call import SCHEMA, AttentionCall
 from .._shared.attention_checks import check_head_dim
 from .._shared.autograd import contiguous_rows, refuse_backward, register_backward
 from .._shared.library import library, load_on_first_use
+from .._shared.softmax import grad_of_sinks
 from . import choice, flash_attn, reference
 from .arguments import check, check_boundaries
 
 NAME = "attention"
-# An Autograd kernel sees the positional tensors alone, hence log_decay before the *.
-_ROPE_ARGS = f"Tensor inv_freq, Tensor? cu_seqlens=None, Tensor? log_decay=None, *, {SCHEMA}"
+# An Autograd kernel sees the positional tensors alone, hence all of them before the *.
+_ROPE_ARGS = (
+    "Tensor inv_freq, Tensor? cu_seqlens=None, Tensor? log_decay=None, Tensor? sinks=None, "
+    f"Tensor? query_scale=None, Tensor? q_start=None, Tensor? k_start=None, *, {SCHEMA}"
+)
+_SINKS = 6  # its index among an op's arguments
 _FWD = f"(Tensor q, Tensor k, Tensor v, {_ROPE_ARGS}) -> (Tensor out, Tensor lse)"
 _BWD = (
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -52,12 +57,12 @@ def _fwd_fake(q, k, v, *rope_args, **options):
     check(NAME, q, k, v, AttentionCall(*rope_args, **options))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    return q.new_empty(q.shape), q.new_empty(rows, dtype=wide)
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(rows, dtype=wide)
 
 
 def _bwd_fake(dout, dlse, q, k, v, out, lse, *rope_args, **options):
     check(NAME, q, k, v, AttentionCall(*rope_args, **options))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _fwd(implementation, q, k, v, *rope_args, **options):
@@ -71,16 +76,16 @@ def _bwd(implementation, dout, dlse, q, k, v, out, lse, *rope_args, **options):
 
 
 def _register_gradient(suffix: str) -> None:
-    """The derivative in q, k and v; raw tensors alone are saved."""
+    """The derivative in q, k, v and sinks; raw tensors alone are saved."""
     fwd = getattr(torch.ops.extrope, f"attention_fwd{suffix}").default
     bwd = getattr(torch.ops.extrope, f"attention_bwd{suffix}").default
 
     def save(ctx, args, options, outputs):
-        for name, x in zip(("inv_freq", "cu_seqlens", "log_decay"), args[3:]):
-            if x is not None and x.requires_grad:
+        for n, x in enumerate(args[3:], start=3):
+            if x is not None and x.requires_grad and n != _SINKS:
                 raise ValueError(
-                    f"{NAME}: {name} has a gradient with backend='reference' only, "
-                    "got a tensor that requires grad"
+                    f"{NAME}: {fwd._schema.arguments[n].name} has a gradient with "
+                    "backend='reference' only, got a tensor that requires grad"
                 )
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -93,15 +98,23 @@ def _register_gradient(suffix: str) -> None:
         dout = torch.zeros_like(out) if dout is None else contiguous_rows(dout)
         dlse = None if dlse is None else dlse.contiguous()
         given = (dout, dlse, q, k, v, out, lse, *rope_args)
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            return bwd(*given, **ctx.options)
-        # No second derivative to refuse: skip the Autograd kernel, which costs more than a launch.
-        with torch._C._AutoDispatchBelowAutograd():
-            return bwd(*given, **ctx.options)
+        grads = _run_backward(bwd, given, ctx.options)
+        if len(ctx.needs_input_grad) > _SINKS + 2 and ctx.needs_input_grad[_SINKS + 2]:
+            sinks = rope_args[_SINKS - 3]
+            grads = (*grads, None, None, None, grad_of_sinks(sinks, dout, dlse, out, lse))
+        return grads
 
     register_backward(library, fwd, save, backward)
     only_first = "the fused kernels have first derivatives only; use backend='reference'"
     refuse_backward(library, bwd, f"{NAME}: {only_first}")
+
+
+def _run_backward(bwd, given, options):
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return bwd(*given, **options)
+    # No second derivative to refuse: skip the Autograd kernel, which costs more than a launch.
+    with torch._C._AutoDispatchBelowAutograd():
+        return bwd(*given, **options)
 
 
 def _define() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ... import scores
 from ...methods import RopeFreqs
 from .._shared.attention_call import score_of
-from .api import attend
+from .._shared.options import AttentionOptions
+from .api import attend, public
 
 _NAME = "string_attention"
 
 
+@public
 def string_attention(
     q: Tensor,
     k: Tensor,
@@ -20,12 +23,7 @@ def string_attention(
     *,
     shift: int,
     window: int,
-    softmax_scale: float | None = None,
-    log_n: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    interleaved: bool = False,
-    return_lse: bool = False,
-    backend: str | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention in which distances from `shift` on start anew at `window`.
 
@@ -43,11 +41,6 @@ def string_attention(
         k,
         v,
         freqs,
-        softmax_scale=softmax_scale,
-        log_n=log_n,
-        cu_seqlens=cu_seqlens,
-        interleaved=interleaved,
-        return_lse=return_lse,
-        backend=backend,
         op=_NAME,
+        **options,
     )

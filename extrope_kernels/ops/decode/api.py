@@ -10,8 +10,15 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from ...scores import Score
 from .._shared import backends as _backends
-from .._shared.attention_call import AttentionCall, check_freqs, rope_options, score_options
+from .._shared.attention_call import (
+    AttentionCall,
+    check_freqs,
+    given_up_to_last,
+    rope_options,
+    score_options,
+)
 from .._shared.checks import explained, refuse_flags
+from .._shared.options import refuse_unknown, takes_options_of
 from . import reference
 from .arguments import KVCache, check_decode, check_values, parse
 
@@ -33,18 +40,25 @@ def attend_with_kvcache(
     v: Tensor | None = None,
     block_table: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     softmax_scale: float | None = None,
     log_n: float | None = None,
+    query_scale: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    sliding_window: int | None = None,
     interleaved: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
     op: str | None = None,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run any score method over a cache; the rest is as for `rerope_attention_with_kvcache`.
 
     op: the name that errors begin with; that of the score by default.
     """
     op = op or score.name
+    refuse_unknown(op, unknown)
     if type(interleaved) is not bool or type(return_lse) is not bool:
         refuse_flags(op, interleaved=interleaved, return_lse=return_lse)
     check_freqs(op, freqs)
@@ -54,13 +68,12 @@ def attend_with_kvcache(
             "got one"
         )
     if not isinstance(cache_seqlens, Tensor):
-        cache_seqlens = _lengths(op, cache_seqlens, q)
+        cache_seqlens = _lengths(op, cache_seqlens, q, cu_seqlens_q)
     rope_args = (freqs.inv_freq, cache_seqlens, block_table, cache_leftpad)
-    tensors: Tensors = (q, k_cache, v_cache, k, v, *rope_args)
-    if freqs.log_decay is not None:
-        tensors = (*tensors, freqs.log_decay)
+    more = (freqs.log_decay, sinks, query_scale, cu_seqlens_q)
+    tensors: Tensors = (q, k_cache, v_cache, k, v, *rope_args, *given_up_to_last(*more))
     options = score_options(score, stored=True)
-    options |= rope_options(op, freqs, softmax_scale, log_n, interleaved)
+    options |= rope_options(op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window)
     out, lse = explained(
         "decode",
         lambda: _run(op, tensors, options, backend),
@@ -68,6 +81,9 @@ def attend_with_kvcache(
         told_as=op,
     )
     return (out, lse) if return_lse else out
+
+
+public = takes_options_of(attend_with_kvcache, internal=("op",))
 
 
 def _run(op: str, tensors: Tensors, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
@@ -91,7 +107,7 @@ def _run(op: str, tensors: Tensors, options: Options, backend: str | None) -> tu
 def _check(op: str, tensors: Tensors, options: Options) -> tuple[KVCache, AttentionCall]:
     cache, call = parse(*tensors, **options)
     check_decode(op, tensors[0], tensors[3], tensors[4], cache, call)
-    check_values(op, cache)
+    check_values(op, cache, call.cu_seqlens)
     return cache, call
 
 
@@ -101,7 +117,7 @@ def _refuse_gradients(op: str, tensors: Tensors) -> None:
             raise ValueError(f"{op} is for inference, got {name} that requires grad")
 
 
-def _lengths(op: str, cache_seqlens: int, q: Tensor) -> Tensor:
+def _lengths(op: str, cache_seqlens: int, q: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
     """One length of all sequences as the tensor that ops take."""
     if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
         raise TypeError(
@@ -113,11 +129,12 @@ def _lengths(op: str, cache_seqlens: int, q: Tensor) -> Tensor:
         )
     if not isinstance(q, Tensor):
         raise TypeError(f"{op}: q must be a Tensor, got {type(q).__name__}")
+    batch = q.shape[:1] if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1,)
     if not _keeps_lengths(q):
-        return torch.full(q.shape[:1], cache_seqlens, dtype=torch.int32, device=q.device)
+        return torch.full(batch, cache_seqlens, dtype=torch.int32, device=q.device)
     global _last_lengths
     stream = torch._C._cuda_getCurrentRawStream(q.device.index) if q.is_cuda else None
-    key = (cache_seqlens, q.shape[:1], q.device, stream)
+    key = (cache_seqlens, batch, q.device, stream)
     known, lengths = _last_lengths
     if known != key:
         lengths = torch.full(key[1], cache_seqlens, dtype=torch.int32, device=q.device)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...scores import UNROTATED
 from .._shared.attention_call import AttentionCall
-from .._shared.attention_checks import check_call, check_rope
-from .._shared.checks import DTYPES
+from .._shared.attention_checks import check_call, check_query_scale, check_rope
+from .._shared.checks import DTYPES, check_cu_seqlens
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class KVCache:
     seqlens: Tensor  # (batch,) int32: slots in use, the left padding among them
     block_table: Tensor | None = None  # (batch, max_pages) int32
     leftpad: Tensor | None = None  # (batch,) int32: the slot of position 0
-    appended: int = 0  # tokens that are written by this call, to be added to seqlens
+    appended: int = 0  # tokens that this call writes, to be added to seqlens
+    cu_seqlens_new: Tensor | None = None  # of tokens that it writes packed
 
     @property
     def capacity(self) -> int:
@@ -30,10 +31,15 @@ class KVCache:
         pages = 1 if self.block_table is None else self.block_table.shape[1]
         return pages * self.k.shape[1]
 
+    def ends(self) -> Tensor:
+        """(batch,) int64: the slots in use once this call has written."""
+        if self.cu_seqlens_new is None:
+            return self.seqlens.long() + self.appended
+        return self.seqlens.long() + self.cu_seqlens_new.diff()
+
     def lengths(self) -> Tensor:
         """(batch,) int64: the number of keys of each sequence."""
-        ends = self.seqlens.long() + self.appended
-        return ends if self.leftpad is None else ends - self.leftpad
+        return self.ends() if self.leftpad is None else self.ends() - self.leftpad
 
     def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the first two dimensions of k and v for (batch, n) slots."""
@@ -55,12 +61,17 @@ def parse(
     block_table=None,
     cache_leftpad=None,
     log_decay=None,
+    sinks=None,
+    query_scale=None,
+    cu_seqlens_q=None,
     **options,
 ) -> tuple[KVCache, AttentionCall]:
     """The classes that implementations take, from the arguments of `decode`."""
-    appended = k.shape[1] if isinstance(k, Tensor) and k.dim() > 1 else 0
-    cache = KVCache(k_cache, v_cache, cache_seqlens, block_table, cache_leftpad, appended)
-    return cache, AttentionCall(inv_freq, None, log_decay, **options)
+    appended = k.shape[1] if isinstance(k, Tensor) and k.dim() == 4 else 0
+    cu_seqlens_new = None if k is None else cu_seqlens_q
+    of_cache = (cache_seqlens, block_table, cache_leftpad, appended, cu_seqlens_new)
+    cache = KVCache(k_cache, v_cache, *of_cache)
+    return cache, AttentionCall(inv_freq, cu_seqlens_q, log_decay, sinks, query_scale, **options)
 
 
 def parse_append(
@@ -83,38 +94,49 @@ def check_decode(
     if (k is None) != (v is None):
         given = "v" if k is None else "k"
         raise ValueError(f"{op}: k and v must be given together, got {given} alone")
-    _check_rows(op, "q", q, None)
-    _check_cache(op, cache, q)
-    heads_q, heads_k = q.shape[2], cache.k.shape[2]
+    packed = call.cu_seqlens is not None
+    _check_rows(op, "q", q, None, packed)
+    batch = q.shape[0]
+    if packed:
+        check_cu_seqlens(op, call.cu_seqlens, q, "cu_seqlens_q")
+        batch = call.cu_seqlens.shape[0] - 1
+    _check_cache(op, cache, q, batch)
+    heads_q, heads_k = q.shape[-2], cache.k.shape[2]
     if heads_k == 0 or heads_q % heads_k:
         raise ValueError(f"{op}: k_cache's heads must divide q's {heads_q} heads, got {heads_k}")
     if k is not None:
-        _check_new(op, k, v, cache)
-        if k.shape[:2] != q.shape[:2]:
+        _check_new(op, k, v, cache, packed)
+        if k.shape[:-2] != q.shape[:-2]:
             raise ValueError(
-                f"{op}: k must have q's batch and seqlen {tuple(q.shape[:2])}, "
-                f"got {tuple(k.shape[:2])}"
+                f"{op}: k must have q's {'total' if packed else 'batch and seqlen'} "
+                f"{tuple(q.shape[:-2])}, got {tuple(k.shape[:-2])}"
             )
-    check_call(op, call, q, q.shape[0])
+    check_call(op, call, q, batch)
+    check_query_scale(op, call.query_scale, q)
 
 
 def check_append(op: str, k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:
     """The same for keys and values that are to be written into the cache."""
     _check_rows(op, "k", k, None)
-    _check_cache(op, cache, k)
+    _check_cache(op, cache, k, k.shape[0])
     _check_new(op, k, v, cache)
     check_rope(op, call, k, k.shape[0])
     if len(call.maps) != len(UNROTATED):
         raise ValueError(f"{op}: stored must be {len(UNROTATED)} numbers, got {len(call.maps)}")
 
 
-def _check_new(op: str, k: Tensor, v: Tensor, cache: KVCache) -> None:
-    for label, x in (("k", k), ("v", v)):
-        _check_rows(op, label, x, cache.k)
-        if x.shape != k.shape:
-            raise ValueError(f"{op}: v must have k's shape {tuple(k.shape)}, got {tuple(x.shape)}")
-    if k.shape[2] != cache.k.shape[2]:
-        raise ValueError(f"{op}: k must have k_cache's {cache.k.shape[2]} heads, got {k.shape[2]}")
+def _check_new(op: str, k: Tensor, v: Tensor, cache: KVCache, packed: bool = False) -> None:
+    for label, x, of in (("k", k, cache.k), ("v", v, cache.v)):
+        _check_rows(op, label, x, cache.k, packed)
+        if x.shape[-2:] != of.shape[-2:]:
+            raise ValueError(
+                f"{op}: {label} must have {label}_cache's heads and head_dim "
+                f"{tuple(of.shape[-2:])}, got {tuple(x.shape[-2:])}"
+            )
+    if v.shape[:-2] != k.shape[:-2]:
+        raise ValueError(
+            f"{op}: v must have k's tokens {tuple(k.shape[:-2])}, got {tuple(v.shape[:-2])}"
+        )
     for label, x in (("k_cache", cache.k), ("v_cache", cache.v)):
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
             raise ValueError(
@@ -122,15 +144,18 @@ def _check_new(op: str, k: Tensor, v: Tensor, cache: KVCache) -> None:
             )
 
 
-def check_values(op: str, cache: KVCache) -> None:
+def check_values(op: str, cache: KVCache, cu_seqlens_q: Tensor | None = None) -> None:
     """What only the values of the integer tensors show: on a CPU, where looking costs nothing."""
     if cache.seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    ends = cache.seqlens.long() + cache.appended
-    if ends.numel() and not (ends.min() >= cache.appended and ends.max() <= cache.capacity):
+    if cu_seqlens_q is not None and (cu_seqlens_q[0] != 0 or (cu_seqlens_q.diff() < 0).any()):
+        raise ValueError(f"{op}: cu_seqlens_q must rise from 0, got {cu_seqlens_q.tolist()}")
+    ends, writes = cache.ends(), cache.appended or cache.cu_seqlens_new is not None
+    if ends.numel() and not (cache.seqlens.min() >= 0 and ends.max() <= cache.capacity):
+        new = cache.appended or "its"
         raise ValueError(
             f"{op}: cache_seqlens must be between 0 and the cache's {cache.capacity} slots"
-            + (f", {cache.appended} new tokens included" if cache.appended else "")
+            + (f", {new} new tokens included" if writes else "")
             + f", got {cache.seqlens.tolist()}"
         )
     if cache.leftpad is not None and cache.leftpad.numel() and cache.leftpad.min() < 0:
@@ -146,20 +171,20 @@ def check_values(op: str, cache: KVCache) -> None:
         )
 
 
-def _check_cache(op: str, cache: KVCache, x: Tensor) -> None:
-    """x: (batch, tokens, heads, head_dim), queries or new keys."""
-    batch, paged = x.shape[0], cache.block_table is not None
+def _check_cache(op: str, cache: KVCache, x: Tensor, batch: int) -> None:
+    """x: (batch, tokens, heads, head_dim), queries or new keys; or packed queries."""
+    paged = cache.block_table is not None
     _check_rows(op, "k_cache", cache.k, x)
     _check_rows(op, "v_cache", cache.v, x)
-    if cache.v.shape != cache.k.shape:
+    if cache.v.shape[:-1] != cache.k.shape[:-1]:
         raise ValueError(
-            f"{op}: v_cache must have k_cache's shape {tuple(cache.k.shape)}, "
-            f"got {tuple(cache.v.shape)}"
+            f"{op}: v_cache must have k_cache's shape {tuple(cache.k.shape)} but for the last "
+            f"dimension, got {tuple(cache.v.shape)}"
         )
-    if cache.k.shape[3] != x.shape[3] or not (paged or cache.k.shape[0] == batch):
+    if cache.k.shape[3] != x.shape[-1] or not (paged or cache.k.shape[0] == batch):
         expected = ("num_blocks, block_size" if paged else f"{batch}, max_len") + ", heads_k"
         raise ValueError(
-            f"{op}: k_cache must be ({expected}, {x.shape[3]}), got {tuple(cache.k.shape)}"
+            f"{op}: k_cache must be ({expected}, {x.shape[-1]}), got {tuple(cache.k.shape)}"
         )
     _check_ints(op, "cache_seqlens", cache.seqlens, (batch,), x)
     if cache.leftpad is not None:
@@ -170,11 +195,15 @@ def _check_cache(op: str, cache: KVCache, x: Tensor) -> None:
             raise ValueError(f"{op}: k_cache must have a block_size >= 1, got 0")
 
 
-def _check_rows(op: str, label: str, x: Tensor, like: Tensor | None) -> None:
+def _check_rows(op: str, label: str, x: Tensor, like: Tensor | None, packed: bool = False) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {label} must be a Tensor, got {type(x).__name__}")
-    if x.dim() != 4:
-        raise ValueError(f"{op}: {label} must have 4 dimensions, got shape {tuple(x.shape)}")
+    dims = 3 if packed else 4
+    if x.dim() != dims:
+        raise ValueError(
+            f"{op}: {label} must have {dims} dimensions{' with cu_seqlens_q' if packed else ''}, "
+            f"got shape {tuple(x.shape)}"
+        )
     if x.dtype not in DTYPES:
         raise ValueError(
             f"{op}: {label} must be float32, bfloat16, float16 or float64, got {x.dtype}"

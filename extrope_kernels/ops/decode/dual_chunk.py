@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ... import scores
 from ...methods import RopeFreqs
 from .._shared.attention_call import score_of
-from .api import attend_with_kvcache
+from .._shared.options import CacheOptions
+from .api import attend_with_kvcache, public
 
 _NAME = "dual_chunk_attention_with_kvcache"
 
 
+@public
 def dual_chunk_attention_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -19,17 +22,9 @@ def dual_chunk_attention_with_kvcache(
     freqs: RopeFreqs,
     *,
     cache_seqlens: Tensor | int,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    block_table: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
     chunk_size: int,
     local_window: int,
-    softmax_scale: float | None = None,
-    log_n: float | None = None,
-    interleaved: bool = False,
-    return_lse: bool = False,
-    backend: str | None = None,
+    **options: Unpack[CacheOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`dual_chunk_attention` of a sequence's last tokens over a cache, at inference.
 
@@ -45,14 +40,6 @@ def dual_chunk_attention_with_kvcache(
         v_cache,
         freqs,
         cache_seqlens=cache_seqlens,
-        k=k,
-        v=v,
-        block_table=block_table,
-        cache_leftpad=cache_leftpad,
-        softmax_scale=softmax_scale,
-        log_n=log_n,
-        interleaved=interleaved,
-        return_lse=return_lse,
-        backend=backend,
         op=_NAME,
+        **options,
     )

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
-from .._shared.attention_call import AttentionCall
-from .._shared.frames import rotate_keys, rotate_queries, row_scale, store_keys
+from .._shared.attention_call import AttentionCall, row_scale
+from .._shared.frames import rotate_keys, rotate_queries, store_keys
+from .._shared.softmax import capped, softmax_of
 from .arguments import KVCache
 
 
 def decode(
     q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    """The last seqlen_q tokens of every sequence see the keys up to their own.
+    """The last tokens of every sequence see the keys up to their own.
 
-    q: (batch, seqlen_q, heads_q, head_dim), raw; k, v: (batch, seqlen_q, heads_k, head_dim), raw,
-    to be written into the cache first, or None. Returns out like q and lse
-    (batch, heads_q, seqlen_q); float32 inside, float64 for float64 tensors.
+    q: (batch, seqlen_q, heads_q, head_dim), raw, or packed (total, heads_q, head_dim) with
+    call.cu_seqlens; k, v: of the same tokens, raw, to be written into the cache first, or None.
+    Returns out like q, of v's head_dim, and lse (batch, heads_q, seqlen_q) or (heads_q, total);
+    float32 inside, float64 for float64 tensors.
     """
+    if call.cu_seqlens is not None:
+        return _decode_packed(q, k, v, cache, call)
     if k is not None:
         append(k, v, cache, call)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -27,21 +34,54 @@ def decode(
     i = lengths - q.shape[1] + torch.arange(q.shape[1], device=q.device)  # (batch, seqlen_q)
     j = torch.arange(cache.capacity, device=q.device).expand(q.shape[0], -1)
     stored, values = (x.to(wide).repeat_interleave(group, 2) for x in _gather(cache, j, lengths))
-    block = torch.div(i, call.granularity, rounding_mode="floor") * call.granularity
+    scale, rows = call.scale(q.shape[-1]), row_scale(i, call)
+    if rows is not None:
+        scale = rows.to(wide).expand(i.shape)[:, None, :, None] * scale
+    firsts = call.first_keys(i)
     logits = q.new_full((), -torch.inf, dtype=wide)
-    for region in call.regions:
+    for region, first, last in zip(call.regions, firsts, firsts[1:]):
         q_r = rotate_queries(q.to(wide), region.q_map(i), call)
         k_r = rotate_keys(stored, region.k_map, j, call)
-        scores = torch.einsum("bihd,bjhd->bhij", q_r, k_r)
-        first = (block + region.start)[..., None]
-        here = (j[:, None] <= i[..., None]) & (j[:, None] >= first)
-        logits = torch.where(here[:, None], scores, logits)
-    logits = logits * call.scale(q.shape[-1])
-    if call.log_n is not None:
-        logits = logits * row_scale(i, call).to(wide)[:, None, :, None]
-    lse = torch.logsumexp(logits, dim=-1)
-    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+        scores = torch.einsum("bihd,bjhd->bhij", q_r, k_r) * scale
+        here = (j[:, None] >= first[..., None]) & (j[:, None] < last[..., None])
+        logits = torch.where(here[:, None], capped(scores, call), logits)
+    weights, lse = softmax_of(logits, call)
     return torch.einsum("bhij,bjhd->bihd", weights, values).to(q.dtype), lse
+
+
+def _decode_packed(
+    q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    """Sequence by sequence; tokens past the last boundary get 0, and -inf as lse."""
+    ends = call.cu_seqlens.tolist()
+    out = q.new_zeros(*q.shape[:-1], cache.v.shape[-1])
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=wide)
+    for b, (begin, end) in enumerate(pairwise(ends)):
+        tokens = slice(begin, end)
+        new = (None, None) if k is None else (k[None, tokens], v[None, tokens])
+        one, its_call = _one_sequence(b, tokens, cache, call)
+        out_b, lse_b = decode(q[None, tokens], *new, one, its_call)
+        out[tokens], lse[:, tokens] = out_b[0], lse_b[0]
+    return out, lse
+
+
+def _one_sequence(
+    b: int, tokens: slice, cache: KVCache, call: AttentionCall
+) -> tuple[KVCache, AttentionCall]:
+    """The cache and the call of one sequence of packed ones."""
+    planes = (cache.k, cache.v)
+    if cache.block_table is None:
+        planes = tuple(x[b : b + 1] for x in planes)
+    rows = (None if x is None else x[b : b + 1] for x in (cache.block_table, cache.leftpad))
+    appended = 0 if cache.cu_seqlens_new is None else tokens.stop - tokens.start
+    inv_freq, scale = call.inv_freq, call.query_scale
+    return KVCache(*planes, cache.seqlens[b : b + 1], *rows, appended), replace(
+        call,
+        cu_seqlens=None,
+        inv_freq=inv_freq[b % inv_freq.shape[0]] if inv_freq.dim() == 2 else inv_freq,
+        query_scale=None if scale is None else scale[tokens],
+    )
 
 
 def append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ...methods import RopeFreqs
 from .._shared.attention_call import rerope_score
-from .api import attend_with_kvcache
+from .._shared.options import CacheOptions
+from .api import attend_with_kvcache, public
 
 _NAME = "rerope_attention_with_kvcache"
 
 
+@public
 def rerope_attention_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -20,18 +23,10 @@ def rerope_attention_with_kvcache(
     freqs: RopeFreqs,
     *,
     cache_seqlens: Tensor | int,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    block_table: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
     window: int,
     factor: float = math.inf,
     grouped: bool = False,
-    softmax_scale: float | None = None,
-    log_n: float | None = None,
-    interleaved: bool = False,
-    return_lse: bool = False,
-    backend: str | None = None,
+    **options: Unpack[CacheOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`rerope_attention` of a sequence's last tokens over a cache of keys and values, at inference.
 
@@ -41,16 +36,21 @@ def rerope_attention_with_kvcache(
     and v too, then cache and attention agree whatever the frame.
 
     q: (batch, seqlen_q, heads_q, head_dim), not rotated; float32, bfloat16, float16 or float64.
+        With cu_seqlens_q (total, heads_q, head_dim).
     k_cache, v_cache: (batch, max_len, heads_k, head_dim), any strides with a contiguous last
         dimension; with block_table (num_blocks, block_size, heads_k, head_dim).
     cache_seqlens: (batch,) int32, or one int for all (a CUDA graph would replay it unchanged). With
         k and v: how many slots were in use before them. Else: how many are, the queries' own tokens
         included.
-    k, v: (batch, seqlen_q, heads_k, head_dim), k not rotated: written into the cache first.
+    k, v: of q's tokens, (batch, seqlen_q, heads_k, head_dim) or (total, heads_k, head_dim), k not
+        rotated: written into the cache first.
+    cu_seqlens_q: (batch + 1,) int32, the boundaries of packed queries: prefill chunks and single
+        tokens of many sequences in one call. A sequence may have none; what is past the last
+        boundary is padding, gets 0 and -inf, and is not written.
     block_table: (batch, max_blocks) int32: the blocks of each sequence in their order.
     cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
-    freqs, window, factor, grouped, softmax_scale, log_n, interleaved: as for `rerope_attention`,
-        the same in every call on one cache (window and log_n may change). inv_freq
+    freqs, window, factor, grouped, softmax_scale, log_n, query_scale, softcap, sinks,
+        sliding_window, interleaved: as for `rerope_attention`, the same in every call on one cache (window and log_n may change). inv_freq
         (rotary_dim/2,), or one row a sequence; XPOS's log_decay is refused.
     backend: "cpu", "triton", "reference"; None for the best on q's device. A named backend never
         falls back.
@@ -68,14 +68,6 @@ def rerope_attention_with_kvcache(
         v_cache,
         freqs,
         cache_seqlens=cache_seqlens,
-        k=k,
-        v=v,
-        block_table=block_table,
-        cache_leftpad=cache_leftpad,
-        softmax_scale=softmax_scale,
-        log_n=log_n,
-        interleaved=interleaved,
-        return_lse=return_lse,
-        backend=backend,
         op=_NAME,
+        **options,
     )

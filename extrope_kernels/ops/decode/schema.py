@@ -12,7 +12,7 @@ import functools
 import torch
 
 from .._shared.attention_call import SCHEMA
-from .._shared.attention_checks import check_head_dim
+from .._shared.attention_checks import check_head_dim, refuse_softmax_options
 from .._shared.autograd import refuse_backward
 from .._shared.library import library, load_on_first_use
 from . import reference
@@ -20,25 +20,26 @@ from .arguments import check_append, check_decode, check_values, parse, parse_ap
 
 _CACHE = (
     "Tensor inv_freq, Tensor cache_seqlens, Tensor? block_table=None, "
-    "Tensor? cache_leftpad=None, Tensor? log_decay=None, *"
+    "Tensor? cache_leftpad=None, Tensor? log_decay=None"
 )
 # With k and v, these are written into the cache first.
 _DECODE = (
     "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
-    f"{_CACHE}, {SCHEMA}) -> (Tensor out, Tensor lse)"
+    f"{_CACHE}, Tensor? sinks=None, Tensor? query_scale=None, Tensor? cu_seqlens_q=None, *, "
+    f"{SCHEMA}) -> (Tensor out, Tensor lse)"
 )
 # stored: the map that keys are rotated by.
 _APPEND = (
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
-    f"{_CACHE}, float[] stored, bool interleaved=False) -> ()"
+    f"{_CACHE}, *, float[] stored, bool interleaved=False) -> ()"
 )
 
 
 def _decode_fake(q, k_cache, v_cache, k, v, *rope_args, **options):
     check_decode("decode", q, k, v, *parse(q, k_cache, v_cache, k, v, *rope_args, **options))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, seqlen_q, heads_q, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads_q, seqlen_q), dtype=wide)
+    rows = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    return q.new_empty((*q.shape[:-1], v_cache.shape[-1])), q.new_empty(rows, dtype=wide)
 
 
 def _append_fake(k_cache, v_cache, k, v, *rope_args, **options):
@@ -46,10 +47,12 @@ def _append_fake(k_cache, v_cache, k, v, *rope_args, **options):
 
 
 def _decode(implementation, *tensors, **options):
+    if implementation == "triton":
+        refuse_softmax_options("decode", parse(*tensors, **options)[1])
     if implementation == "triton" and _triton().PLANNED:
         return _triton().run(_decode_launches, tensors, options)
     parts = _checked_decode(implementation, tensors, options)
-    check_values("decode", parts[3])
+    check_values("decode", parts[3], parts[4].cu_seqlens)
     return _module(implementation).decode(*parts)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..._shared.attention_call import AttentionCall
-from ..._shared.frames import row_scale
+from ..._shared.attention_call import AttentionCall, row_scale
+from ..._shared.attention_checks import refuse_softmax_options
 from ..frames import positions, rotate, unrotate
 from ..merge import merge_attention
 from .bands import Band, Dense, bands, cut
@@ -104,6 +104,11 @@ def _prepare(
     q: Tensor, v: Tensor, call: AttentionCall, engine: Engine | None
 ) -> tuple[Engine, float, list[tuple[Band, Dense]]]:
     """The engine, what makes its lse a natural logarithm, and the calls to make."""
+    refuse_softmax_options("flash_attn", call, but=("query_scale",))
+    if v.shape[-1] != q.shape[-1]:
+        raise NotImplementedError(
+            f"flash_attn: v must have q's head_dim {q.shape[-1]}, got {v.shape[-1]}"
+        )
     if call.granularity != 1 or len(call.starts) > 2:
         raise NotImplementedError(
             "flash_attn: composes one or two regions of granularity 1, "
@@ -124,12 +129,11 @@ def _prepare(
 
 
 def _row_scale(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | None:
-    i, _ = positions(q, k, call.cu_seqlens)
-    return row_scale(i, call)
+    return row_scale(positions(q, k, call)[0], call)
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else (x * scale[:, None, None]).to(x.dtype)
+    return x if scale is None else (x * scale[..., None, None]).to(x.dtype)
 
 
 def _with_dlse(dout: Tensor, dlse: Tensor, out: Tensor, engine: Engine) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._shared.attention_call import AttentionCall
+from ..._shared.attention_checks import refuse_softmax_options
 from ..._shared.triton.launch import chip_of, layouts_of, planned
 from .plans import backward_plans, forward_plans
 
@@ -20,6 +21,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     Returns out like q and the natural log of the sum of exponentials, float32
     (batch, heads_q, seqlen_q) or (heads_q, total).
     """
+    refuse_softmax_options("attention", call)
     plan = planned(forward_plans, _key((q, k, v), call), q, k, v, call)
     rope_args = call.inv_freq, call.log_decay, call.cu_seqlens
     k_frames = empty(plan.k_frames, k.dtype, k.device) if plan.k_frames[0] else None
@@ -47,6 +49,7 @@ def backward(
     dout: like out, contiguous in the last dimension; dlse: like lse, or None; the rest as in
     `forward`.
     """
+    refuse_softmax_options("attention", call)
     lse = lse.contiguous()
     if dlse is not None:
         dlse = dlse.contiguous()

@@ -1,0 +1,139 @@
+"""What models add to attention, over a cache: caps, sinks, temperatures, packed queries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from decode_oracle import SCORES, Case, check, make
+
+from extrope_kernels import rerope_attention_with_kvcache
+from extrope_kernels.testing import device
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SWITCHES = {
+    "sinks": {"sinks": True},
+    "softcap": {"softcap": 1.5},
+    "sliding_window": {"sliding_window": 13},
+    "sliding_window of one": {"sliding_window": 1},
+    "query_scale": {"query_scale": True},
+    "all": {
+        "sinks": True,
+        "softcap": 2.0,
+        "sliding_window": 29,
+        "query_scale": True,
+        "log_n": 16,
+        "softmax_scale": 0.3,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _can_run(any_backend):
+    if any_backend in ("cpu", "triton"):
+        pytest.skip("the kernels do not have these yet")
+
+
+@pytest.mark.parametrize("seqlen_q", (1, 5))
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_method(score, switch, seqlen_q, any_backend):
+    """One sequence is empty, one shorter than the queries."""
+    check(Case((37, 3, 0, 70), seqlen_q, **SCORES[score], **SWITCHES[switch]), any_backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_dtypes_pages_and_padding(switch, dtype, any_backend):
+    case = Case((70, 9), 4, heads_q=6, head_dim=64, page_size=21, leftpad=(3, 25), dtype=dtype)
+    check(replace(case, **SWITCHES[switch], **SCORES["leaky_rerope"]), any_backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim, head_dim_v", [(32, 8), (40, 64), (192, 128)])
+def test_another_head_dim_of_values(head_dim, head_dim_v, dtype, any_backend):
+    for seqlen_q in (1, 5):
+        case = Case((70, 9), seqlen_q, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype)
+        check(replace(case, page_size=16, **SCORES["dual_chunk"]), any_backend)
+
+
+@pytest.mark.parametrize("head_dim", [264, 512])
+def test_wide_heads(head_dim, any_backend):
+    if any_backend == "triton":
+        pytest.skip("its kernels take a head_dim up to 256")
+    inputs = make(case := Case((70, 9), 2, head_dim=head_dim, rotary_dim=head_dim))
+    # A sum of head_dim products is off by half an eps of |q| |k| for each; a weight by twice that.
+    largest = [x.nan_to_num().norm(dim=-1).max().item() for x in (inputs.q, inputs.k_cache)]
+    logit = head_dim / 2 * torch.finfo(torch.float32).eps * largest[0] * largest[1] / head_dim**0.5
+    of_values = inputs.v_cache.nan_to_num().abs().max().item()
+    check(case, any_backend, inputs, noise=(2 * logit * of_values, logit))
+
+
+def packed_call(counts, switch, dtype=torch.float32, head_dim_v=None, tail=0):
+    """A cache, packed queries and new tokens, and where each sequence's own are among them."""
+    lengths = tuple(n + 9 for n in counts)
+    case = Case(lengths, 1, page_size=16, dtype=dtype, head_dim_v=head_dim_v, **SWITCHES[switch])
+    inputs = make(case)
+    total = sum(counts) + tail
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(device(), dtype)
+
+    q, k = randn(total, case.heads_q, case.head_dim), randn(total, case.heads_k, case.head_dim)
+    v = randn(total, case.heads_k, inputs.v_cache.shape[-1])
+    call = dict(inputs.call)
+    if "query_scale" in call:
+        call["query_scale"] = (0.5 + torch.rand(total, generator=generator)).to(device())
+    cu_seqlens = torch.tensor((0, *counts)).cumsum(0).int().to(device())
+    call["cache_seqlens"] = torch.full((len(counts),), 9, dtype=torch.int32, device=device())
+    return inputs, q, k, v, call, cu_seqlens
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("switch", [*SWITCHES, None])
+def test_packed_queries(switch, dtype, any_backend):
+    """Chunks and single tokens in one call, as each sequence by itself; one has no query."""
+    SWITCHES.setdefault(None, {})
+    counts = (5, 1, 0, 33, 1)
+    inputs, q, k, v, call, cu_seqlens = packed_call(counts, switch, dtype, tail=2)
+    caches = [x.clone() for x in (inputs.k_cache, inputs.v_cache)]
+    options = {**inputs.parameters, "return_lse": True, "backend": any_backend}
+    out, lse = rerope_attention_with_kvcache(
+        q, *caches, inputs.freqs, k=k, v=v, cu_seqlens_q=cu_seqlens, **call, **options
+    )
+    assert out.shape == (*q.shape[:-1], v.shape[-1]) and lse.shape == (q.shape[1], q.shape[0])
+    assert not out[sum(counts) :].any() and (lse[:, sum(counts) :] == -torch.inf).all()
+    apart = [x.clone() for x in (inputs.k_cache, inputs.v_cache)]
+    for b, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:])):
+        own = {n: call[n][b : b + 1] for n in ("cache_seqlens", "block_table")}
+        if "query_scale" in call:
+            own["query_scale"] = call["query_scale"][None, begin:end]
+        mine = [x[None, begin:end] for x in (q, k, v)]
+        want, want_lse = rerope_attention_with_kvcache(
+            mine[0], *apart, inputs.freqs, k=mine[1], v=mine[2], **{**call, **own}, **options
+        )
+        torch.testing.assert_close(out[begin:end], want[0])
+        torch.testing.assert_close(lse[:, begin:end], want_lse[0])
+    for x, y in zip(caches, apart):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens, message",
+    [
+        ((1, 3, 6), "cu_seqlens_q must rise from 0, got [1, 3, 6]"),
+        ((0, 4, 3), "cu_seqlens_q must rise from 0, got [0, 4, 3]"),
+    ],
+)
+def test_wrong_boundaries(cu_seqlens, message, any_backend):
+    inputs, q, k, v, call, _ = packed_call((3, 3), "sinks")
+    cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=device())
+    with pytest.raises(ValueError) as refused:
+        rerope_attention_with_kvcache(
+            q, inputs.k_cache, inputs.v_cache, inputs.freqs, k=k, v=v, cu_seqlens_q=cu_seqlens,
+            backend=any_backend, **inputs.parameters, **call,
+        )  # fmt: skip
+    if device() == "cpu":
+        assert str(refused.value) == f"rerope_attention_with_kvcache: {message}"
