@@ -59,6 +59,13 @@ def test_engines_of_a_row_take_every_call_it_fits(row, monkeypatch):
             assert head_dim + (0 if engine.takes_dlse(q) else 8) <= engine.max_head_dim
 
 
+@pytest.mark.parametrize("refused", ["a head_dim of v's own", "q_start and k_start"])
+def test_what_the_composition_does_not_take_goes_to_triton(refused):
+    shape = Shape(torch.bfloat16, 128, 1 << 20, refused=refused)
+    why = f"the composition does not take {refused}"
+    assert choose(9, shape, not_asked) == Choice("triton", why)
+
+
 @pytest.mark.parametrize("override", ["triton", "flash_attn"])
 def test_override_goes_before_the_table(override):
     shape = Shape(torch.float32, 128, 1)

@@ -35,6 +35,37 @@ def test_agrees_with_the_reference_packed(engine, starts, dlse):
     assert_agrees(engine, make(starts, cu_seqlens=CU_SEQLENS), dlse)
 
 
+SWITCHES = {
+    "sinks": {"sinks": torch.tensor([3.0, -1.0, 0.0, -torch.inf], dtype=torch.float64)},
+    "softcap": {"softcap": 0.7},
+    "sliding_window of the near region": {"sliding_window": 2},
+    "sliding_window of both": {"sliding_window": 5},
+    "query_scale": {"query_scale": torch.linspace(0.5, 1.5, N)},
+}
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["dense", "packed"])
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_softmax_options(engine, switch, cu_seqlens):
+    """Sinks join as a set of keys of their own, windows as bands, caps are the engine's."""
+    options = SWITCHES[switch]
+    if engine is ENGINES["aten"] and "softcap" in options:
+        pytest.skip("PyTorch's attention has no cap")
+    *tensors, call, dout, dlse = make((FIRST_KEY, -2), cu_seqlens=cu_seqlens)
+    if "query_scale" in options:
+        options = {"query_scale": torch.linspace(0.5, 1.5, tensors[0].shape[-3])}
+    assert_agrees(engine, (*tensors, replace(call, **options), dout, dlse))
+
+
+def test_refuses_what_it_cannot_compose(engine):
+    q, k, v, call, *_ = make((FIRST_KEY, -2))
+    start = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="does not take q_start, got one"):
+        flash_attn.forward(q, k, v, replace(call, q_start=start), engine)
+    with pytest.raises(NotImplementedError, match="v must have q's head_dim 16, got 8"):
+        flash_attn.forward(q, k, v[..., :8], call, engine)
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (3, 3), (8, 2)], ids=str)
 @pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["dense", "packed"])
 def test_heads(engine, heads, cu_seqlens):

@@ -18,16 +18,12 @@ def broken(**changes):
     return engine
 
 
-def shifted_mask(function):
-    return lambda *args: function(*args[:-1], args[-1].tril(-1) | torch.eye(len(args[-1])).bool())
-
-
 def own_delta(function):
     """A backward that forgets the out it is given."""
 
-    def backward(dout, dlse, q, k, v, out, lse, scale, mask):
-        own, _ = ENGINES["cuts"]._forward(q, k, v, scale, mask)
-        return function(dout, dlse, q, k, v, own, lse, scale, mask)
+    def backward(dout, dlse, q, k, v, out, lse, scale, mask, softcap):
+        own, _ = ENGINES["cuts"]._forward(q, k, v, scale, mask, softcap)
+        return function(dout, dlse, q, k, v, own, lse, scale, mask, softcap)
 
     return backward
 
@@ -35,9 +31,9 @@ def own_delta(function):
 def own_lse(function):
     """A backward that forgets the lse it is given."""
 
-    def backward(dout, dlse, q, k, v, out, lse, scale, mask):
-        _, own = ENGINES["cuts"]._forward(q, k, v, scale, mask)
-        return function(dout, dlse, q, k, v, out, own, scale, mask)
+    def backward(dout, dlse, q, k, v, out, lse, scale, mask, softcap):
+        _, own = ENGINES["cuts"]._forward(q, k, v, scale, mask, softcap)
+        return function(dout, dlse, q, k, v, out, own, scale, mask, softcap)
 
     return backward
 
@@ -53,7 +49,7 @@ def raises(error):
 
 
 def unscaled(function):
-    return lambda q, k, v, scale, mask: function(q, k, v, 2 * scale, mask)
+    return lambda q, k, v, scale, *rest: function(q, k, v, 2 * scale, *rest)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +76,8 @@ def test_a_negative_right_bound_that_is_not_taken_is_not_used():
     """An engine that reads it as 0, as older packages would, gets its sequences cut instead."""
 
     class Clamps(TorchEngine):
-        def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens):
-            return super().forward(q, k, v, softmax_scale, left, 0, cu_seqlens)
+        def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens, softcap):
+            return super().forward(q, k, v, softmax_scale, left, 0, cu_seqlens, softcap)
 
     engine = Clamps("clamps", negative_right=True)
     assert_agrees(engine, make((FIRST_KEY, -2), cu_seqlens=CU_SEQLENS), dlse=False)

@@ -18,49 +18,58 @@ def band_mask(seqlen_q: int, seqlen_k: int, left: int | None, right: int) -> Ten
     return visible if left is None else visible & (j >= i - left)
 
 
-def dense_forward(q, k, v, scale, mask) -> tuple[Tensor, Tensor]:
+def dense_forward(q, k, v, scale, mask, softcap=0.0) -> tuple[Tensor, Tensor]:
     """One sequence: (seqlen, heads, head_dim) -> out and lse (heads, seqlen), in float64."""
-    weights, lse = _softmax(q, k, scale, mask, None)
+    weights, lse, _ = _softmax(q, k, scale, mask, softcap, None)
     v = v.double().repeat_interleave(q.shape[1] // v.shape[1], 1)
     return torch.einsum("hij,jhd->ihd", weights, v), lse
 
 
-def dense_backward(dout, dlse, q, k, v, out, lse, scale, mask) -> tuple[Tensor, Tensor, Tensor]:
+def dense_backward(
+    dout, dlse, q, k, v, out, lse, scale, mask, softcap=0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weights come from the lse that is given, delta from the out that is given."""
     group = q.shape[1] // k.shape[1]
-    weights, _ = _softmax(q, k, scale, mask, lse.double())
+    weights, _, slope = _softmax(q, k, scale, mask, softcap, lse.double())
     dout = dout.double()
     delta = (dout * out.double()).sum(-1).T
     if dlse is not None:
         delta = delta - dlse
     d_weights = torch.einsum("ihd,jhd->hij", dout, v.double().repeat_interleave(group, 1))
-    d_scores = weights * (d_weights - delta[..., None]) * scale
+    d_scores = weights * (d_weights - delta[..., None]) * scale * slope
     dq = torch.einsum("hij,jhd->ihd", d_scores, k.double().repeat_interleave(group, 1))
     dk = torch.einsum("hij,ihd->jhd", d_scores, q.double())
     dv = torch.einsum("hij,ihd->jhd", weights, dout)
     return dq, *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
 
 
-def _softmax(q, k, scale, mask, lse):
+def _softmax(q, k, scale, mask, softcap, lse):
     k = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = torch.einsum("ihd,jhd->hij", q.double(), k) * scale
+    slope = 1.0
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+        slope = 1 - (scores / softcap) ** 2
     scores = scores.masked_fill(~mask, -torch.inf)
     if lse is None:
         lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse.masked_fill(lse.isinf(), 0.0)[..., None])
-    return weights, lse
+    return weights, lse, slope
 
 
-def aten_forward(q, k, v, scale, mask) -> tuple[Tensor, Tensor]:
+def aten_forward(q, k, v, scale, mask, softcap) -> tuple[Tensor, Tensor]:
     """PyTorch's flash attention for CPUs: an implementation that is not ours."""
+    assert softcap == 0
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_heads_first(q, k, v), 0.0, False, attn_mask=_additive(mask, q), scale=scale
     )
     return out[0].transpose(0, 1), lse[0]
 
 
-def aten_backward(dout, dlse, q, k, v, out, lse, scale, mask) -> tuple[Tensor, Tensor, Tensor]:
-    assert dlse is None
+def aten_backward(
+    dout, dlse, q, k, v, out, lse, scale, mask, softcap
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert dlse is None and softcap == 0
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *_heads_first(dout),
         *_heads_first(q, k, v),
@@ -108,19 +117,21 @@ class TorchEngine(Engine):
     def takes_dlse(self, q):
         return self._dlse
 
-    def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens):
+    def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens, softcap):
         self._record(left, right)
         wide = torch.promote_types(q.dtype, torch.float32)
         out = torch.full(q.shape, torch.nan, dtype=q.dtype)
         lse = torch.full((*q.shape[:-3], q.shape[-2], q.shape[-3]), torch.nan, dtype=wide)
         for rows, lse_rows in sequences(q, cu_seqlens):
             mask = band_mask(q[rows].shape[0], k[rows].shape[0], left, right)
-            part, part_lse = self._forward(q[rows], k[rows], v[rows], softmax_scale, mask)
+            part, part_lse = self._forward(q[rows], k[rows], v[rows], softmax_scale, mask, softcap)
             out[rows] = part.masked_fill(~mask.any(1)[:, None, None], torch.nan).to(q.dtype)
             lse[lse_rows] = (part_lse / self.lse_unit).to(wide)
         return out, lse
 
-    def backward(self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens):
+    def backward(
+        self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens, softcap
+    ):
         self._record(left, right)
         assert dlse is None or self._dlse
         assert lse.is_contiguous(), "flash-attention reads lse by its shape"
@@ -129,7 +140,7 @@ class TorchEngine(Engine):
             mask = band_mask(q[rows].shape[0], k[rows].shape[0], left, right)
             saved = (q[rows], k[rows], v[rows], out[rows], lse[lse_rows] * self.lse_unit)
             row_dlse = None if dlse is None else dlse[lse_rows]
-            parts = self._backward(dout[rows], row_dlse, *saved, softmax_scale, mask)
+            parts = self._backward(dout[rows], row_dlse, *saved, softmax_scale, mask, softcap)
             for grad, part in zip(grads, parts):
                 grad[rows] = part.to(grad.dtype)
         return tuple(grads)

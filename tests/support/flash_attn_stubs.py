@@ -120,7 +120,7 @@ class _Older:
     def _band(self, call):
         _check(call)
         left = None if call.window_size_left < 0 else call.window_size_left
-        return call.softmax_scale, left, 0, getattr(call, "cu_seqlens_q", None)
+        return call.softmax_scale, left, 0, getattr(call, "cu_seqlens_q", None), call.softcap
 
 
 class _Newest:
@@ -132,7 +132,7 @@ class _Newest:
         _check(call)
         assert call.return_lse and not call.causal
         cu_seqlens = getattr(call, "cu_seqlens_q", None)
-        band = (call.softmax_scale, *call.window_size, cu_seqlens)
+        band = (call.softmax_scale, *call.window_size, cu_seqlens, call.softcap)
         return self.engine.forward(call.q, call.k, call.v, *band)
 
     def backward(self, call):
@@ -140,7 +140,7 @@ class _Newest:
         assert call.deterministic and not call.causal
         saved = (call.q, call.k, call.v, call.out, call.lse)
         window = (call.window_size_left, call.window_size_right)
-        band = (call.softmax_scale, *window, call.cu_seqlens_q)
+        band = (call.softmax_scale, *window, call.cu_seqlens_q, call.softcap)
         return self.engine.backward(call.dout, call.dlse, *saved, *band)
 
 

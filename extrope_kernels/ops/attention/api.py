@@ -61,7 +61,7 @@ def attend(
     check_freqs(op, freqs)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
-    rope_args = (freqs.inv_freq, cu_seqlens, freqs.log_decay)
+    rope_args: tuple[Any, ...] = (freqs.inv_freq, cu_seqlens, freqs.log_decay)
     # Rare, and every argument costs the dispatcher time.
     if sinks is not None or query_scale is not None or q_start is not None or k_start is not None:
         starts = (_start(op, "q_start", q_start, q), _start(op, "k_start", k_start, q))

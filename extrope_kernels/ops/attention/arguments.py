@@ -51,8 +51,7 @@ def _check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> Non
         raise ValueError(f"{op}: k must have q's batch {q.shape[0]}, got {k.shape[0]}")
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(
-            f"{op}: v must have k's shape {tuple(k.shape)} but for the last dimension, "
-            f"got {tuple(v.shape)}"
+            f"{op}: v must have k's shape {tuple(k.shape)} but for head_dim, got {tuple(v.shape)}"
         )
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"{op}: k's heads must divide q's {q.shape[-2]} heads, got {k.shape[-2]}")

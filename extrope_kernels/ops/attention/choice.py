@@ -54,6 +54,7 @@ class Shape(NamedTuple):
     regions: int = 1
     granularity: int = 1
     log_decay: bool = False
+    refused: str | None = None  # what the composition does not take of the call
 
 
 class Choice(NamedTuple):
@@ -111,10 +112,12 @@ def _refused(shape: Shape) -> str | None:
         )
     if shape.log_decay:
         return "the composition is not tested with log_decay"
+    if shape.refused is not None:
+        return f"the composition does not take {shape.refused}"
     return None
 
 
-def implementation(q: Tensor, k: Tensor, call: AttentionCall) -> Implementation:
+def implementation(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Implementation:
     """Forward and backward of who attends to a call on a GPU; the backward finds the same."""
     seqlen, _, head_dim = q.shape[-3:]
     if call.cu_seqlens is None:
@@ -123,7 +126,12 @@ def implementation(q: Tensor, k: Tensor, call: AttentionCall) -> Implementation:
         seqlen //= max(1, call.cu_seqlens.shape[0] - 1)
     override = os.environ.get(VARIABLE, "")
     decays = call.log_decay is not None
-    of_regions = (len(call.starts), call.granularity, decays)
+    refused = None
+    if v.shape[-1] != head_dim:
+        refused = "a head_dim of v's own"
+    elif call.q_start is not None or call.k_start is not None:
+        refused = "q_start and k_start"
+    of_regions = (len(call.starts), call.granularity, decays, refused)
     return _implementation(q.device, override, q.dtype, head_dim, seqlen, *of_regions)
 
 

@@ -50,7 +50,9 @@ def _checked(implementation: str, q: Tensor, k: Tensor, v: Tensor, rope_args, op
     if implementation == "reference":
         return reference, call
     check_head_dim(NAME, q)
-    return choice.implementation(q, k, call) if implementation == "best" else flash_attn, call
+    if implementation == "best":
+        return choice.implementation(q, k, v, call), call
+    return flash_attn, call
 
 
 def _fwd_fake(q, k, v, *rope_args, **options):

@@ -178,8 +178,8 @@ def _check_cache(op: str, cache: KVCache, x: Tensor, batch: int) -> None:
     _check_rows(op, "v_cache", cache.v, x)
     if cache.v.shape[:-1] != cache.k.shape[:-1]:
         raise ValueError(
-            f"{op}: v_cache must have k_cache's shape {tuple(cache.k.shape)} but for the last "
-            f"dimension, got {tuple(cache.v.shape)}"
+            f"{op}: v_cache must have k_cache's shape {tuple(cache.k.shape)} but for head_dim, "
+            f"got {tuple(cache.v.shape)}"
         )
     if cache.k.shape[3] != x.shape[-1] or not (paged or cache.k.shape[0] == batch):
         expected = ("num_blocks, block_size" if paged else f"{batch}, max_len") + ", heads_k"

@@ -38,7 +38,8 @@ def rerope_attention_with_kvcache(
     q: (batch, seqlen_q, heads_q, head_dim), not rotated; float32, bfloat16, float16 or float64.
         With cu_seqlens_q (total, heads_q, head_dim).
     k_cache, v_cache: (batch, max_len, heads_k, head_dim), any strides with a contiguous last
-        dimension; with block_table (num_blocks, block_size, heads_k, head_dim).
+        dimension; with block_table (num_blocks, block_size, heads_k, head_dim). The head_dim of
+        v_cache may be another.
     cache_seqlens: (batch,) int32, or one int for all (a CUDA graph would replay it unchanged). With
         k and v: how many slots were in use before them. Else: how many are, the queries' own tokens
         included.
@@ -50,13 +51,15 @@ def rerope_attention_with_kvcache(
     block_table: (batch, max_blocks) int32: the blocks of each sequence in their order.
     cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
     freqs, window, factor, grouped, softmax_scale, log_n, query_scale, softcap, sinks,
-        sliding_window, interleaved: as for `rerope_attention`, the same in every call on one cache (window and log_n may change). inv_freq
-        (rotary_dim/2,), or one row a sequence; XPOS's log_decay is refused.
+        sliding_window, interleaved: as for `rerope_attention`; freqs, factor and grouped the same
+        in every call on one cache. inv_freq (rotary_dim/2,), or one row a sequence; XPOS's
+        log_decay is refused.
     backend: "cpu", "triton", "reference"; None for the best on q's device. A named backend never
         falls back.
 
-    Returns: out like q, and with return_lse the log-sum-exp of the logits (batch, heads_q,
-        seqlen_q), float32. Queries before a sequence's first key have 0 and -inf.
+    Returns: out like q, of v's head_dim, and with return_lse the log-sum-exp of the logits and the
+        sink (batch, heads_q, seqlen_q), or (heads_q, total), float32. Queries before a sequence's
+        first key have 0 and -inf.
     Raises: ValueError or TypeError that names the argument, before anything is written;
         NotImplementedError when the named backend cannot run here. On a GPU the values of integer
         tensors are not looked at, and what does not fit the cache is neither written nor read.

@@ -23,9 +23,11 @@ class Band:
     shift: int
 
 
-def bands(starts: Sequence[int], seqlen_k: int) -> list[Band]:
+def bands(starts: Sequence[int], sliding_window: int | None, seqlen_k: int) -> list[Band]:
     """The regions that hold a key of sequences of at most seqlen_k keys."""
     found = []
+    if sliding_window is not None:
+        starts = [max(start, 1 - sliding_window) for start in starts]
     for region, (start, end) in enumerate(zip(starts, (*starts[1:], 1))):
         left = None if start <= -seqlen_k else -start
         shift = max(0, 1 - end)
@@ -41,7 +43,9 @@ class Dense:
     first_row: int
     keys_kept: int
     keys_dropped: int
-    arguments: tuple  # softmax_scale, left, right, cu_seqlens: the rest of an engine's call
+    arguments: (
+        tuple  # softmax_scale, left, right, cu_seqlens, softcap: the rest of an engine's call
+    )
 
     def rows(self, x: Tensor) -> Tensor:
         return x[:, self.first_row :]
@@ -115,21 +119,21 @@ def cut(
     """The piece of a band; None when no row is left. `negative_right`: does the engine shift?"""
     scale, cu_seqlens = call.scale(q.shape[-1]), call.cu_seqlens
     if cu_seqlens is not None and (band.shift == 0 or negative_right):
-        return Whole((scale, band.left, -band.shift, cu_seqlens))
+        return Whole((scale, band.left, -band.shift, cu_seqlens, call.softcap))
     left = None if band.left is None else band.left - band.shift
     if cu_seqlens is not None:
-        return _gathered(band.shift, cu_seqlens, v.shape[0], scale, left)
+        return _gathered(band.shift, cu_seqlens, v.shape[0], scale, left, call.softcap)
     seqlen_q, seqlen_k = q.shape[1], v.shape[1]
     # Row i is at position i + seqlen_k - seqlen_q. Where rows are dropped, the first that remains
     # is at `shift` and sees key 0; bottom-right alignment does the rest.
     first_row = max(0, band.shift - (seqlen_k - seqlen_q))
     if first_row >= seqlen_q:
         return None
-    return Dense(first_row, seqlen_k - band.shift, band.shift, (scale, left, 0, None))
+    return Dense(first_row, seqlen_k - band.shift, band.shift, (scale, left, 0, None, call.softcap))
 
 
 def _gathered(
-    shift: int, cu_seqlens: Tensor, total: int, scale: float, left: int | None
+    shift: int, cu_seqlens: Tensor, total: int, scale: float, left: int | None, softcap: float
 ) -> Gathered:
     lengths = cu_seqlens.diff()
     remaining = (lengths - shift).clamp(min=0)
@@ -151,7 +155,7 @@ def _gathered(
         key_target=key_target,
         row_kept=local >= shift,
         key_kept=local < remaining[sequence],
-        arguments=(scale, left, 0, starts),
+        arguments=(scale, left, 0, starts, softcap),
     )
 
 

@@ -19,6 +19,7 @@ from .bands import Band, Dense, bands, cut
 from .engine_check import best_engine, examine
 from .engines import Engine
 
+TAKEN = ("query_scale", "sinks", "sliding_window", "softcap")
 _DIMS = 8  # every engine takes multiples of 8 as head_dim
 
 
@@ -45,10 +46,12 @@ def forward(
         out, lse = engine.forward(piece.rows(q_r), k_r, values, *piece.arguments)
         outs.append(piece.put_rows(out))
         lses.append(piece.put_lse(lse if unit == 1.0 else lse * unit))
-    if not outs:
-        return _without_keys(q)
+    if call.sinks is not None or not outs:
+        out, lse = _without_keys(q, call.sinks)
+        outs.append(out)
+        lses.append(lse)
     if len(outs) == 1:
-        return outs[0].contiguous(), lses[0]
+        return outs[0].contiguous(), lses[0].contiguous()
     return merge_attention(outs, lses)
 
 
@@ -104,7 +107,9 @@ def _prepare(
     q: Tensor, v: Tensor, call: AttentionCall, engine: Engine | None
 ) -> tuple[Engine, float, list[tuple[Band, Dense]]]:
     """The engine, what makes its lse a natural logarithm, and the calls to make."""
-    refuse_softmax_options("flash_attn", call, but=("query_scale",))
+    refuse_softmax_options(
+        "flash_attn", call, but=("query_scale", "sinks", "sliding_window", "softcap")
+    )
     if v.shape[-1] != q.shape[-1]:
         raise NotImplementedError(
             f"flash_attn: v must have q's head_dim {q.shape[-1]}, got {v.shape[-1]}"
@@ -123,7 +128,7 @@ def _prepare(
     found = examine(engine, q)
     pieces = [
         (band, cut(band, q, v, call, found.negative_right))
-        for band in bands(call.starts, v.shape[-3])
+        for band in bands(call.starts, call.sliding_window, v.shape[-3])
     ]
     return engine, found.lse_unit, [(band, piece) for band, piece in pieces if piece is not None]
 
@@ -156,7 +161,9 @@ def _with_dlse(dout: Tensor, dlse: Tensor, out: Tensor, engine: Engine) -> tuple
     return torch.cat((dout, more), dim=-1), F.pad(out, (0, _DIMS), value=-1.0)
 
 
-def _without_keys(q: Tensor) -> tuple[Tensor, Tensor]:
+def _without_keys(q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention to no key, or to the sinks alone: a set of its own for the merge."""
     rows = (*q.shape[:-3], q.shape[-2], q.shape[-3])
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_zeros(q.shape), q.new_full(rows, -torch.inf, dtype=wide)
+    lse = q.new_full((q.shape[-2],), -torch.inf, dtype=wide) if sinks is None else sinks
+    return q.new_zeros(()).expand(q.shape), lse[:, None].expand(rows)

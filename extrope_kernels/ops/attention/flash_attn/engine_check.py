@@ -115,7 +115,7 @@ def _compare(engine: Engine, like: Tensor, left: int | None, right: int, packed:
         return spread if packed else spread[None]
 
     cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).to(like.device, torch.int32)
-    band = (1.0 / head_dim, left, right, cu_seqlens if packed else None)
+    band = (1.0 / head_dim, left, right, cu_seqlens if packed else None, 0.0)
     q = rows(torch.ones(total))
     out, lse = engine.forward(q, q, rows(values), *band)
     expected = (1.0 + torch.log(count.double())).to(lse.device)

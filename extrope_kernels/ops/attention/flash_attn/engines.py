@@ -2,7 +2,8 @@
 
 An engine computes attention within a band: query i sees the keys i - left <= j <= i + right, where
 positions are aligned at the end of the sequences, left None is unbounded, and right is 0 or, where
-`negative_right`, below. Its backward takes any lse and out, not only those of its own forward.
+`negative_right`, below; softcap 0 is none. Its backward takes any lse and out, not only its own
+forward's.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Engine:
         left: int | None,
         right: int,
         cu_seqlens: Tensor | None,
+        softcap: float,
     ) -> tuple[Tensor, Tensor]:
         """out like q and lse (batch, heads_q, seqlen_q), or (heads_q, total)."""
         raise NotImplementedError
@@ -61,6 +63,7 @@ class Engine:
         left: int | None,
         right: int,
         cu_seqlens: Tensor | None,
+        softcap: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv in the dtype of q; dlse is None where `takes_dlse` is False."""
         raise NotImplementedError
@@ -93,16 +96,18 @@ class FlashAttention2(_Package):
             return f"needs compute capability 8.0, got {capability[0]}.{capability[1]}"
         return None
 
-    def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens):
-        functions, common = self._functions(), self._common(softmax_scale, left)
+    def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens, softcap):
+        functions, common = self._functions(), self._common(softmax_scale, left, softcap)
         common["return_softmax"] = False
         if cu_seqlens is None:
             return functions._flash_attn_forward(q, k, v, **common)[:2]
         packed = _packed(q, cu_seqlens)
         return functions._flash_attn_varlen_forward(q, k, v, **packed, **common)[:2]
 
-    def backward(self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens):
-        functions, common = self._functions(), self._common(softmax_scale, left)
+    def backward(
+        self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens, softcap
+    ):
+        functions, common = self._functions(), self._common(softmax_scale, left, softcap)
         grads = _empty_grads(q, k, v)
         common.update(deterministic=True, **grads)
         saved = (dout, q, k, v, out, lse)
@@ -113,14 +118,14 @@ class FlashAttention2(_Package):
             functions._flash_attn_varlen_backward(*saved, **packed, **common)
         return tuple(grads.values())
 
-    def _common(self, softmax_scale, left):
+    def _common(self, softmax_scale, left, softcap):
         return {
             "dropout_p": 0.0,
             "softmax_scale": softmax_scale,
             "causal": True,
             "window_size_left": -1 if left is None else left,
             "window_size_right": 0,
-            "softcap": 0.0,
+            "softcap": softcap,
             "alibi_slopes": None,
         }
 
@@ -137,7 +142,7 @@ class FlashAttention3(_Package):
             return f"needs compute capability 9.x, got {capability[0]}.{capability[1]}"
         return None
 
-    def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens):
+    def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens, softcap):
         return self._functions()._flash_attn_forward(
             q,
             k,
@@ -146,10 +151,13 @@ class FlashAttention3(_Package):
             causal=True,
             window_size_left=-1 if left is None else left,
             window_size_right=0,
+            softcap=softcap,
             **_packed(q, cu_seqlens),
         )[:2]
 
-    def backward(self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens):
+    def backward(
+        self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens, softcap
+    ):
         grads = _empty_grads(q, k, v)
         self._functions()._flash_attn_backward(
             dout,
@@ -162,6 +170,7 @@ class FlashAttention3(_Package):
             is_causal=True,
             window_size_left=-1 if left is None else left,
             window_size_right=0,
+            softcap=softcap,
             deterministic=True,
             **_packed(q, cu_seqlens),
             **grads,
@@ -189,7 +198,7 @@ class FlashAttention4(_Package):
             return f"takes head_dim up to 128, or 256, there, got {head_dim}"
         return None
 
-    def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens):
+    def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens, softcap):
         functions = self._functions()
         call = functions.flash_attn_func
         if cu_seqlens is not None:
@@ -202,11 +211,14 @@ class FlashAttention4(_Package):
                 softmax_scale=softmax_scale,
                 causal=False,
                 window_size=(left, right),
+                softcap=softcap,
                 return_lse=True,
                 **_packed(q, cu_seqlens),
             )[:2]
 
-    def backward(self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens):
+    def backward(
+        self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens, softcap
+    ):
         with torch.cuda.device_of(q):
             return self._functions()._flash_attn_bwd(
                 q,
@@ -219,6 +231,7 @@ class FlashAttention4(_Package):
                 causal=False,
                 window_size_left=left,
                 window_size_right=right,
+                softcap=softcap,
                 deterministic=True,
                 dlse=dlse,
                 **_packed(q, cu_seqlens),
