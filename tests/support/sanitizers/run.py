@@ -33,7 +33,9 @@ TESTS = (
     "attention/test_rerope.py",
     "attention/test_rerope_gradients.py",
     "attention/test_attention_bf16.py",
+    "attention/test_softmax_options.py",
     "decode/test_decode.py",
+    "decode/test_decode_softmax_options.py",
     "permute/test_permute.py",
     "permute/test_permute_gradients.py",
     "linear_attention/test_linear_attention.py",
@@ -42,6 +44,7 @@ TESTS = (
     "linear_attention/test_linear_attention_step.py",
     "rope/test_properties_rope.py",
     "attention/test_properties_attention.py",
+    "decode/test_properties_decode.py",
 )
 LOAD = "from extrope_kernels import _ext; print('library:', _ext.load('cpu'))"
 

@@ -1,0 +1,58 @@
+"""Generated caches and the queries at their end, against the definition."""
+
+from __future__ import annotations
+
+import math
+
+from attention_cases import Rounding, methods, norm
+from decode_oracle import Case, check, make
+from generated import LOW, backends, generated, seeds
+from hypothesis import strategies as st
+
+from extrope_kernels.testing import available_backends
+
+
+@st.composite
+def caches(draw) -> Case:
+    sizes = draw(st.lists(st.integers(0, 60), min_size=1, max_size=3))
+    heads_k = draw(st.integers(1, 3))
+    head_dim = draw(st.sampled_from((8, 24, 32, 64, 128)))
+    function, _, parameters = draw(methods())
+    pads = st.lists(st.integers(0, 9), min_size=len(sizes), max_size=len(sizes))
+    return Case(
+        lengths=tuple(sizes),
+        seqlen_q=draw(st.integers(0, 4)),
+        heads_q=heads_k * draw(st.integers(1, 8)),
+        heads_k=heads_k,
+        head_dim=head_dim,
+        rotary_dim=2 * draw(st.integers(1, head_dim // 2)),
+        dtype=draw(st.sampled_from(LOW)),
+        attention=function.__name__,
+        parameters=parameters,
+        log_n=draw(st.sampled_from((None, 2, 16.5))),
+        softmax_scale=draw(st.sampled_from((None, 0.05, 0.4))),
+        interleaved=draw(st.booleans()),
+        attention_factor=draw(st.sampled_from((1.0, 0.7, 1.3))),
+        page_size=draw(st.sampled_from((None, 1, 5, 16))),
+        leftpad=tuple(draw(pads)) if draw(st.booleans()) and sizes else None,
+        freqs_per_sequence=draw(st.booleans()),
+        softcap=draw(st.sampled_from((0.0, 0.0, 0.8, 30.0))),
+        sliding_window=draw(st.one_of(st.none(), st.integers(1, 50))),
+        sinks=draw(st.booleans()),
+        query_scale=draw(st.booleans()),
+        head_dim_v=draw(st.sampled_from((None, None, 8, 64))),
+        seed=draw(seeds()),
+    )
+
+
+@generated(case=caches(), backend=backends(available_backends()))
+def test_cache(case, backend):
+    inputs = make(case)
+    k, v = inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num()
+    gain = max(1.0, math.log(max(case.lengths) + 1) / math.log(case.log_n)) if case.log_n else 1.0
+    if case.query_scale and case.seqlen_q:
+        gain *= inputs.call["query_scale"].max().item()
+    scale = (case.softmax_scale or case.head_dim**-0.5) * gain * max(case.attention_factor, 1) ** 2
+    error = Rounding(inputs.q, k, scale)
+    noise = (error.weight(max(case.lengths)) * norm(v), error.logit)
+    check(case, backend, inputs, noise)

@@ -1,0 +1,194 @@
+"""Strategies for generated attention calls: any shape, stride, dtype, method and option.
+
+And how far off what such a call returns may be.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import attention_oracle as oracle
+import torch
+from generated import LAYOUTS, LOW, cumulative, frequencies, laid_out, lengths, randn, seeds
+from hypothesis import strategies as st
+from torch import Tensor
+
+from extrope_kernels import (
+    RopeFreqs,
+    blockwise_causal_attention,
+    dual_chunk_attention,
+    rerope_attention,
+    string_attention,
+)
+
+INF = math.inf
+
+
+@dataclass(frozen=True)
+class Case:
+    function: Callable
+    relative: Callable  # (seqlen_q, seqlen_k) -> the relative positions
+    tensors: tuple[Tensor, Tensor, Tensor]
+    freqs: RopeFreqs
+    options: dict
+    bounds: list[int] | None = None  # of packed sequences
+
+    def run(self, *tensors: Tensor, **changes) -> tuple[Tensor, Tensor]:
+        options = {**self.options, **changes}
+        if self.bounds is not None:
+            options["cu_seqlens"] = cumulative([b - a for a, b in self.pairs()])
+        return self.function(*tensors, self.freqs, return_lse=True, **options)
+
+    def pairs(self) -> list[tuple[int, int]]:
+        return list(zip(self.bounds, self.bounds[1:]))
+
+    def known(self, part) -> dict:
+        """What the closed form is told of one sequence."""
+        names = {"softmax_scale": "scale"} | {
+            name: name for name in ("log_n", "interleaved", "softcap", "sinks")
+        }
+        known = {theirs: self.options[name] for name, theirs in names.items()}
+        if (scale := self.options["query_scale"]) is not None:
+            known["query_scale"] = scale[part] if self.bounds or scale.dim() == 2 else scale
+        return known
+
+    def seen(self, seqlen_q: int, seqlen_k: int) -> oracle.Relative:
+        return self.relative(seqlen_q, seqlen_k).within(self.options["sliding_window"])
+
+    def sequences(self, *others: Tensor):
+        """The tensors, and others shaped like out, of every sequence with a batch of one; its
+        frequencies, and the rest that the closed form is told.
+        """
+        for n, where in enumerate(self.pairs() if self.bounds else range(len(self.tensors[0]))):
+            part = slice(*where) if self.bounds else where
+            inv_freq = self.freqs.inv_freq
+            freqs = replace(self.freqs, inv_freq=inv_freq[n]) if inv_freq.dim() == 2 else self.freqs
+            yield (*[x[part][None] for x in (*self.tensors, *others)], freqs, self.known(part))
+
+
+@st.composite
+def methods(draw) -> tuple[Callable, Callable, dict]:
+    """A score method, its definition, and its own arguments."""
+    kinds = ("rerope", "leaky", "grouped", "dual_chunk", "blockwise_causal", "string")
+    kind = draw(st.sampled_from(kinds))
+    if kind == "string":
+        shift = draw(st.integers(1, 50))
+        own = {"shift": shift, "window": draw(st.integers(0, shift))}
+        return string_attention, oracle.string, own
+    if kind == "dual_chunk":
+        chunk = draw(st.integers(1, 20))
+        own = {"chunk_size": chunk, "local_window": draw(st.integers(0, chunk - 1))}
+        return dual_chunk_attention, oracle.dual_chunk, own
+    if kind == "blockwise_causal":
+        own = {"block_size": 2 * draw(st.integers(1, 16))}
+        return blockwise_causal_attention, oracle.blockwise_causal, own
+    own = {"window": draw(st.integers(1, 50)), "factor": INF, "grouped": False}
+    if kind == "leaky":
+        own["factor"] = draw(st.sampled_from((1 / 16, 0.5, 1.0, 1.7, 4.0, 16.0)))
+    if kind == "grouped":
+        group = draw(st.integers(1, 8))
+        own = {"window": group * draw(st.integers(1, 6)), "factor": float(group), "grouped": True}
+    return rerope_attention, oracle.rerope, own
+
+
+@st.composite
+def softmax_options(draw, heads_q: int, rows: tuple[int, ...]) -> dict:
+    """Caps, sinks, windows and temperatures, each there or not; rows: (batch, seqlen_q)."""
+    options = {
+        "softcap": draw(st.sampled_from((0.0, 0.0, 0.8, 30.0))),
+        "sliding_window": draw(st.one_of(st.none(), st.integers(1, 50))),
+        "sinks": None,
+        "query_scale": None,
+    }
+    if draw(st.booleans()):
+        options["sinks"] = 3 * randn(draw(seeds()), heads_q, dtype=torch.float32)
+    if draw(st.booleans()):
+        shape = rows if draw(st.booleans()) else rows[-1:]
+        options["query_scale"] = 0.5 + randn(draw(seeds()), *shape, dtype=torch.float32).abs()
+    return options
+
+
+@st.composite
+def cases(draw, dtypes=LOW) -> Case:
+    function, relative, own = draw(methods())
+    heads_k = draw(st.integers(1, 3))
+    heads_q = heads_k * draw(st.integers(1, 4))
+    head_dim = draw(st.sampled_from((8, 16, 24, 40, 64, 128)))
+    dtype, seed = draw(st.sampled_from(dtypes)), draw(seeds())
+    bounds = None
+    if draw(st.booleans()):
+        sizes = draw(lengths(24))
+        bounds = cumulative(sizes).tolist()
+        batch, leading_q, leading_k = len(sizes), bounds[-1:], bounds[-1:]
+    else:
+        batch, seqlen = draw(st.integers(0, 2)), draw(st.integers(0, 45))
+        leading_q = (batch, draw(st.one_of(st.just(seqlen), st.integers(0, 45))))
+        leading_k = (batch, seqlen)
+    freqs = draw(frequencies(head_dim, names=("rope", "yarn", "pi", "ntk_by_parts", "longrope")))
+    if draw(st.booleans()) and batch > 0:
+        rows = torch.linspace(0.5, 1.5, batch, device=freqs.inv_freq.device)[:, None]
+        freqs = replace(freqs, inv_freq=freqs.inv_freq * rows)
+    if function is blockwise_causal_attention and draw(st.booleans()):
+        decay = -torch.linspace(0.0, 0.02, freqs.inv_freq.shape[-1], device=freqs.inv_freq.device)
+        freqs = replace(freqs, log_decay=decay)
+    options = {
+        **own,
+        "softmax_scale": draw(st.sampled_from((None, 0.05, 0.4))),
+        "log_n": draw(st.sampled_from((None, 2, 16.5))),
+        "interleaved": draw(st.booleans()),
+        **draw(softmax_options(heads_q, tuple(leading_q))),
+    }
+    head_dim_v = draw(st.sampled_from((head_dim, head_dim, 8, 64)))
+    shapes = (
+        (*leading_q, heads_q, head_dim),
+        (*leading_k, heads_k, head_dim),
+        (*leading_k, heads_k, head_dim_v),
+    )
+    tensors = tuple(
+        laid_out(randn(seed + n, *shape, dtype=dtype), draw(st.sampled_from(LAYOUTS)))
+        for n, shape in enumerate(shapes)
+    )
+    relative = functools.partial(relative, **own)
+    return Case(function, relative, tensors, freqs, options, bounds)
+
+
+def norm(x: Tensor) -> float:
+    return x.double().norm(dim=-1).max().item() if x.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far logits and weights may be off when every operand is rounded once.
+
+    A rounding of q and of k moves a logit by eps / 2 of |q| |k| each, a sum in float32 by half an
+    eps of that for every term; a weight's relative error is twice that of the logits.
+    """
+
+    q: Tensor
+    k: Tensor
+    logit_scale: float
+
+    @property
+    def logit(self) -> float:
+        eps, inside = torch.finfo(self.q.dtype).eps, torch.finfo(torch.float32).eps
+        largest = norm(self.q) * norm(self.k) * self.logit_scale
+        return (eps + (1 + self.q.shape[-1] / 2) * inside) * largest
+
+    def weight(self, keys: int) -> float:
+        eps, inside = torch.finfo(self.q.dtype).eps, torch.finfo(torch.float32).eps
+        return 2 * self.logit + eps + keys / 2 * inside
+
+
+def rounding(case: Case, q: Tensor, k: Tensor, freqs: RopeFreqs) -> Rounding:
+    gain = 1.0
+    if case.options["log_n"]:
+        gain = max(1.0, math.log(max(k.shape[1], 1)) / math.log(case.options["log_n"]))
+    if case.options["query_scale"] is not None and q.shape[1]:
+        gain *= case.options["query_scale"].max().item()
+    scale = case.options["softmax_scale"] or q.shape[-1] ** -0.5
+    if freqs.log_decay is not None:  # within a block and its predecessor
+        gain *= torch.exp(2 * case.options["block_size"] * freqs.log_decay.abs().max()).item()
+    return Rounding(q, k, scale * gain * max(freqs.attention_factor**2, 1.0))
