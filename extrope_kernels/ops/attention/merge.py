@@ -21,7 +21,7 @@ def merge_attention(
         one floating dtype; or one tensor with the n of them stacked in front.
     lses: the n log-sum-exps of the logits, natural log, (batch, heads, seqlen) or packed
         (heads, total), float32 or float64. -inf marks a row without keys, whose out, whatever it
-        holds, does not count.
+        holds, does not count. A sink belongs to one of the sets: give it to one call alone.
 
     Returns: out like outs[0], and lse like lses[0]. A row without keys in any set gets out 0 and
         lse -inf. Differentiable to any order in outs and lses.
