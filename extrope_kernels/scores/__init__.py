@@ -1,12 +1,14 @@
 """Score methods: pure functions from their parameters to a `Score`.
 
 Which relative position a (query, key) pair sees, as regions of keys and position maps; `SCORES`
-names them all. Kernels know regions and maps only: a new method is one file here.
+names them all. Kernels know regions and maps only: a new method is one file here. Beside them
+`query_scale`: temperatures, which a query's logits are multiplied by.
 """
 
 from collections.abc import Callable
 
 # "as" exports them to type checkers, which do not see what __all__ gets from the table.
+from . import query_scale
 from .base import FIRST_KEY, UNROTATED, PositionMap, Region, Score
 from .blockwise_causal import blockwise_causal as blockwise_causal
 from .dual_chunk import dual_chunk as dual_chunk
@@ -27,4 +29,13 @@ SCORES: dict[str, Callable[..., Score]] = {
     )
 }
 
-__all__ = ["FIRST_KEY", "SCORES", "UNROTATED", "PositionMap", "Region", "Score", *SCORES]
+__all__ = [
+    "FIRST_KEY",
+    "SCORES",
+    "UNROTATED",
+    "PositionMap",
+    "Region",
+    "Score",
+    "query_scale",
+    *SCORES,
+]

@@ -10,11 +10,11 @@ from rope_oracle import DEVICE, INTERPRETED
 from torch import Tensor
 
 from extrope_kernels import methods
-from extrope_kernels.ops._shared.attention_call import AttentionCall, log_n_scale
+from extrope_kernels.ops._shared.attention_call import AttentionCall
 from extrope_kernels.ops.attention import reference
 from extrope_kernels.ops.attention.frames import rotate
 from extrope_kernels.ops.attention.triton import backward, forward
-from extrope_kernels.scores import Score
+from extrope_kernels.scores import Score, query_scale
 from extrope_kernels.testing import assert_within_budget
 
 
@@ -75,7 +75,7 @@ def dense(q, k, v, call: AttentionCall, dtype: torch.dtype) -> tuple[Tensor, Ten
         logits = torch.where(region == r, products.to(wide) * call.softmax_scale, logits)
     if call.log_n is not None:
         i = torch.tensor(positions_of(call, q.shape[-3], v.shape[-3]), device=v.device)
-        logits = logits * log_n_scale(i, call.log_n).to(wide)[:, None]
+        logits = logits * query_scale.log_n(i, call.log_n).to(wide)[:, None]
     empty = (region == -1).all(-1)
     logits = logits.masked_fill(empty[:, None], 0.0)
     weights = logits.softmax(-1).masked_fill(empty[:, None], 0.0).to(dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ..._checks import check_int
 from ...methods import RopeFreqs
-from ...scores import PositionMap, Region, Score, rerope, self_extend
+from ...scores import PositionMap, Region, Score, query_scale, rerope, self_extend
 from .checks import check_real, refuse_flags
 
 _MAP = len(PositionMap._fields)
@@ -89,16 +88,10 @@ def row_scale(i: Tensor, call: AttentionCall) -> Tensor | None:
 
     (seqlen_q,) or (batch, seqlen_q), as log_n and query_scale make it; None for nothing.
     """
-    scale = None if call.log_n is None else log_n_scale(i, call.log_n)
+    scale = None if call.log_n is None else query_scale.log_n(i, call.log_n)
     if call.query_scale is None:
         return scale
     return call.query_scale if scale is None else call.query_scale * scale
-
-
-def log_n_scale(positions: Tensor, log_n: float) -> Tensor:
-    """max(1, ln(position + 1) / ln(log_n)) in float32: Su's scale of queries."""
-    scale = torch.log(positions.clamp(min=0) + 1.0) / math.log(log_n)
-    return scale.clamp(min=1.0).float()
 
 
 def score_options(score: Score, stored: bool = False) -> dict:

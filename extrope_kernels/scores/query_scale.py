@@ -1,0 +1,77 @@
+"""Temperatures of queries: factors of the logits that grow with the position of the query.
+
+The further a query is, the more keys share its softmax; a growing factor keeps attention from
+spreading. Each function takes positions of any shape and returns float32 factors of that shape, as
+`query_scale` of the attention functions takes them. At the first positions all of them are 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._checks import check_length, check_real
+
+
+def log_n(positions: Tensor, length: float) -> Tensor:
+    """Su's log n: max(1, ln(p + 1) / ln(length)) for the query at position p.
+
+    positions: absolute positions of queries, integers or floats.
+    length: the trained length in tokens, > 1.
+
+    Returns: float32, like positions.
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+    Source: https://kexue.fm/archives/8823
+    """
+    length = check_real("log_n", "length", length, above=1)
+    scale = torch.log(_checked("log_n", positions).clamp(min=0) + 1.0) / math.log(length)
+    return scale.clamp(min=1.0).float()
+
+
+def llama4(positions: Tensor, floor_scale: float = 8192, attn_scale: float = 0.1) -> Tensor:
+    """Llama 4: 1 + attn_scale * ln(1 + floor((p + 1) / floor_scale)), in layers without rotation.
+
+    positions: absolute positions of queries, integers or floats.
+    floor_scale, attn_scale: of the model's configuration; floor_scale in tokens, > 0.
+
+    Returns: float32, like positions.
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+    Paper: https://arxiv.org/abs/2501.19399
+    """
+    floor_scale = check_real("llama4", "floor_scale", floor_scale, above=0)
+    attn_scale = check_real("llama4", "attn_scale", attn_scale, at_least=0)
+    steps = torch.floor((_checked("llama4", positions).float() + 1.0) / floor_scale)
+    return torch.log1p(steps) * attn_scale + 1.0
+
+
+def ministral3(
+    positions: Tensor, original_max_position_embeddings: int, beta: float = 0.1
+) -> Tensor:
+    """Ministral 3: 1 + beta * ln(1 + floor(p / original_max_position_embeddings)).
+
+    It differs from Llama 4's in where a step begins, and serves all layers (Mistral 4's too).
+
+    positions: absolute positions of queries, integers or floats.
+    original_max_position_embeddings: the trained length in tokens.
+    beta: llama_4_scaling_beta of the model's rope parameters, >= 0.
+
+    Returns: float32, like positions.
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+    Paper: https://arxiv.org/abs/2501.19399
+    """
+    name = "original_max_position_embeddings"
+    length = check_length("ministral3", name, original_max_position_embeddings)
+    beta = check_real("ministral3", "beta", beta, at_least=0)
+    steps = torch.floor(_checked("ministral3", positions) / length)
+    return (1 + beta * torch.log(1 + steps)).float()
+
+
+def _checked(function: str, positions: Tensor) -> Tensor:
+    if not isinstance(positions, Tensor):
+        kind = type(positions).__name__
+        raise TypeError(f"{function}: positions must be a Tensor, got {kind}")
+    if positions.is_complex() or positions.dtype == torch.bool:
+        raise TypeError(f"{function}: positions must hold numbers, got a {positions.dtype} tensor")
+    return positions

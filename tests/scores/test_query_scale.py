@@ -1,0 +1,113 @@
+"""Temperatures of queries: formulas in float64, and transformers' own functions to the bit."""
+
+import math
+
+import pytest
+import torch
+
+from extrope_kernels.scores import query_scale
+
+LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 8191, 8192, 8193, 16383, 16384, 1_000_003)
+POSITIONS = torch.tensor([0, *LENGTHS])
+
+
+@pytest.mark.parametrize("length", [2, 8, 8192, 1.5])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.float64])
+def test_log_n(length, dtype):
+    scale = query_scale.log_n(POSITIONS.to(dtype), length)
+    expected = [max(1.0, math.log(p + 1) / math.log(length)) for p in POSITIONS.tolist()]
+    assert scale.dtype == torch.float32 and scale.shape == POSITIONS.shape
+    # A logarithm and a division, rounded once each (torch's logarithm to two units).
+    torch.testing.assert_close(scale.double(), torch.tensor(expected).double(), rtol=3e-7, atol=0)
+    assert (scale[length > POSITIONS + 1] == 1).all()
+
+
+@pytest.mark.parametrize("settings", [(8192, 0.1), (8, 0.5), (1, 1.0)])
+def test_llama4_is_what_its_layers_multiply_queries_by(settings):
+    transformers = pytest.importorskip("transformers")
+    modeling = transformers.models.llama4.modeling_llama4
+    floor_scale, attn_scale = settings
+    config = transformers.Llama4TextConfig(
+        hidden_size=8,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_hidden_layers=1,
+        no_rope_layers=[0],
+        floor_scale=floor_scale,
+        attn_scale=attn_scale,
+        attn_temperature_tuning=True,
+    )
+    config._attn_implementation = "recorded"
+    seen = []
+
+    def record(module, q, k, v, mask, **options):
+        seen.append(q)
+        return torch.zeros(1, q.shape[2], 1, 8), None
+
+    transformers.AttentionInterface.register("recorded", record)
+    attention = modeling.Llama4TextAttention(config, 0)
+    torch.nn.init.eye_(attention.q_proj.weight)
+    length = 40_000
+    with torch.no_grad():
+        attention(torch.ones(1, length, 8), None, None)
+    scale = query_scale.llama4(torch.arange(length), floor_scale, attn_scale)
+    assert scale.dtype == torch.float32
+    assert torch.equal(seen[0][0, 0, :, 0], scale)
+
+
+@pytest.mark.parametrize("model", ["ministral3", "mistral4"])
+@pytest.mark.parametrize("length", [8, 16384])
+@pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
+def test_ministral3_has_the_bits_of_transformers(model, length, beta):
+    transformers = pytest.importorskip("transformers")
+    modeling = getattr(getattr(transformers.models, model), f"modeling_{model}")
+    positions = torch.stack((POSITIONS, POSITIONS + 5))
+    expected = modeling.get_llama_4_attn_scale(positions, beta, length)
+    scale = query_scale.ministral3(positions, length, beta)
+    assert scale.dtype == torch.float32 and scale.shape == positions.shape
+    assert torch.equal(scale, expected[:, 0, :, 0])
+
+
+CALLS = {
+    "log_n": {"positions": POSITIONS, "length": 64},
+    "llama4": {"positions": POSITIONS, "floor_scale": 64.0, "attn_scale": 0.1},
+    "ministral3": {"positions": POSITIONS, "original_max_position_embeddings": 64, "beta": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_shapes(name):
+    options = CALLS[name]
+    for shape in ((), (0,), (3, 5), (2, 1, 3)):
+        positions = torch.full(shape, 1000)
+        assert getattr(query_scale, name)(**options | {"positions": positions}).shape == shape
+
+
+ERRORS = [
+    ("log_n", {"length": 1}, ValueError, "log_n: length must be > 1, got 1"),
+    ("log_n", {"length": math.inf}, ValueError, "log_n: length must be finite"),
+    ("llama4", {"floor_scale": 0}, ValueError, "llama4: floor_scale must be > 0, got 0"),
+    ("llama4", {"attn_scale": -1}, ValueError, "llama4: attn_scale must be >= 0, got -1"),
+    ("llama4", {"attn_scale": "1"}, TypeError, "llama4: attn_scale must be a number, got '1'"),
+    (
+        "ministral3",
+        {"original_max_position_embeddings": 0},
+        ValueError,
+        "ministral3: original_max_position_embeddings must be > 0",
+    ),
+    ("ministral3", {"beta": None}, TypeError, "ministral3: beta must be a number, got None"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "kind", "message"), ERRORS)
+def test_errors(name, changes, kind, message):
+    with pytest.raises(kind, match=message):
+        getattr(query_scale, name)(**CALLS[name] | changes)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("positions", [5, [1, 2], None, torch.ones(2, dtype=torch.bool)])
+def test_wrong_positions(name, positions):
+    with pytest.raises(TypeError, match=f"{name}: positions must"):
+        getattr(query_scale, name)(**CALLS[name] | {"positions": positions})
