@@ -88,7 +88,7 @@ def api(room: str) -> str:
 
 
 def _methods() -> list[tuple[str, str, Callable]]:
-    frequencies = {**methods.METHODS, "with_sections": methods.with_sections}
+    frequencies = methods.METHODS | methods.WRAPPERS
     strategies = {name: getattr(positions, name) for name in positions.__all__}
     return [
         *(("frequencies", name, method) for name, method in frequencies.items()),

@@ -1,6 +1,7 @@
 """Frequency methods: pure functions from a rotary dimension to `RopeFreqs`.
 
 Every function takes `dim`, the rotary dimension, and all else by keyword; `METHODS` names them all.
+Others, `WRAPPERS`, change the `RopeFreqs` of any method.
 The tables are computed on the CPU with the authors' own float32 operations, in their order,
 so they have the bits that the authors' code gives on the same machine (torch's pow and exp may
 differ in the last one between CPU families). `RopeFreqs.to` moves them to a device.
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 # "as" exports them to type checkers, which do not see what __all__ gets from the table.
 from .abf import abf as abf
+from .axial import axial as axial
 from .base import RopeFreqs
 from .cope import cope as cope
 from .dynamic_ntk import dynamic_ntk as dynamic_ntk
@@ -19,13 +21,15 @@ from .giraffe_truncation import giraffe_truncation as giraffe_truncation
 from .hf_config import from_hf_config
 from .llama3 import llama3 as llama3
 from .longrope import longrope as longrope
+from .ms_poe import ms_poe as ms_poe
 from .ntk_aware import ntk_aware as ntk_aware
 from .ntk_by_parts import ntk_by_parts as ntk_by_parts
 from .ntk_mixed import ntk_mixed as ntk_mixed
 from .pi import pi as pi
 from .proportional import proportional as proportional
+from .resonance import resonance as resonance
 from .rope import rope as rope
-from .sections import with_sections
+from .sections import with_sections as with_sections
 from .xpos import xpos as xpos
 from .yarn import yarn as yarn
 
@@ -47,8 +51,13 @@ METHODS: dict[str, Callable[..., RopeFreqs]] = {
         llama3,
         longrope,
         proportional,
+        axial,
         cope,
     )
 }
+# What changes the frequencies of any method.
+WRAPPERS: dict[str, Callable[..., RopeFreqs]] = {
+    wrapper.__name__: wrapper for wrapper in (with_sections, resonance, ms_poe)
+}
 
-__all__ = ["METHODS", "RopeFreqs", "from_hf_config", "with_sections", *METHODS]
+__all__ = ["METHODS", "WRAPPERS", "RopeFreqs", "from_hf_config", *WRAPPERS, *METHODS]

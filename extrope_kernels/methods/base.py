@@ -13,13 +13,14 @@ class RopeFreqs:
     """How fast each pair of dims rotates, and its amplitude.
 
     inv_freq: (rotary_dim/2,) float32: radians per position of each pair; (batch, rotary_dim/2) when
-        a method was given one `seq_len` per sequence.
+        a method was given one `seq_len` per sequence; (batch or 1, heads, rotary_dim/2) where heads
+        differ (`ms_poe`).
     attention_factor: multiplies the rotated dims of q and of k, hence the logits by its square.
     log_decay: (rotary_dim/2,) float32 or None. When given, q dims are multiplied by
         exp(p * log_decay) and k dims by exp(-p * log_decay) at position p (XPOS), p counted from
         decay_origin.
     axes: (rotary_dim/2,) int32 or None. Which row of positions (axes, batch, seqlen) each pair
-        takes its position from (mRoPE, see `with_sections`).
+        takes its position from (`axial`, mRoPE: see `with_sections`).
     decay_origin: the position at which log_decay changes nothing. Logits do not depend on it where
         q and k share it; it has to be near enough for the amplitudes to stay within the dtype.
     steepest_decay: the largest |log_decay|, known on the host so that an amplitude which overflows
@@ -66,3 +67,14 @@ def rope_inv_freq(dim: int, base: float) -> Tensor:
 def copy_to(table: Tensor, device: torch.device) -> Tensor:
     """Copy a small table from the CPU to `device` without making the host wait for the device."""
     return table.to(device, non_blocking=True)
+
+
+def check_freqs(function: str, freqs: RopeFreqs) -> RopeFreqs:
+    """Return the frequencies of another method, which `function` is about to change."""
+    if not isinstance(freqs, RopeFreqs):
+        raise TypeError(f"{function}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    if not isinstance(freqs.inv_freq, Tensor) or freqs.inv_freq.dim() == 0:
+        raise TypeError(
+            f"{function}: inv_freq must be a Tensor of frequencies, got {freqs.inv_freq!r}"
+        )
+    return freqs

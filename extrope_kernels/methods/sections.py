@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from .._checks import check_bool, check_length
-from .base import RopeFreqs
+from .base import RopeFreqs, check_freqs
 
 
 def with_sections(
@@ -33,10 +32,7 @@ def with_sections(
     Paper: https://arxiv.org/abs/2409.12191
     """
     name = "with_sections"
-    if not isinstance(freqs, RopeFreqs):
-        raise TypeError(f"{name}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
-    if not isinstance(freqs.inv_freq, Tensor) or freqs.inv_freq.dim() == 0:
-        raise TypeError(f"{name}: inv_freq must be a Tensor of frequencies, got {freqs.inv_freq!r}")
+    check_freqs(name, freqs)
     if isinstance(sections, str | bytes) or not isinstance(sections, Sequence) or not sections:
         raise TypeError(f"{name}: sections must be a list of ints, got {sections!r}")
     sizes = [check_length(name, f"sections[{i}]", size) for i, size in enumerate(sections)]

@@ -29,7 +29,7 @@ def refuse(method, error, message, dim=DIM, **changes):
 
 @each_method
 def test_dim_must_be_even_and_positive(name):
-    minimum = 4 if name in ("ntk_aware", "dynamic_ntk") else 2
+    minimum = 4 if name in ("ntk_aware", "dynamic_ntk", "axial") else 2
     for dim in (0, -2, 1):
         refuse(name, ValueError, f"dim must be >= {minimum}, got {dim}", dim=dim)
     refuse(name, ValueError, "dim must be even, got 7", dim=7)

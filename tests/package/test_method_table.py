@@ -11,7 +11,7 @@ from extrope_kernels import methods, permuteformer_attention, positions, scores
 
 METHODS = [
     *methods.METHODS.values(),
-    methods.with_sections,
+    *methods.WRAPPERS.values(),
     *scores.SCORES.values(),
     permuteformer_attention,
     *(getattr(positions, name) for name in positions.__all__),

@@ -16,7 +16,7 @@ from wrong_values import WRONG, of_the_kind
 
 import extrope_kernels
 from extrope_kernels import RopeFreqs, positions
-from extrope_kernels.methods import METHODS
+from extrope_kernels.methods import METHODS, WRAPPERS
 
 # Of two arguments that do not fit together, either may be named.
 MISMATCHES = ("meta", "half", "double", "batch", "batch 3", "no sequences", "head_dim", "no dims")
@@ -70,7 +70,9 @@ def leaves(value) -> list[torch.Tensor]:
 
 def test_every_public_function_is_here():
     public = {n for n in extrope_kernels.__all__ if inspect.isfunction(function(n))}
-    public |= {f"methods.{n}" for n in METHODS} | {f"positions.{n}" for n in positions.__all__}
+    public |= {f"methods.{n}" for n in METHODS | WRAPPERS} | {
+        f"positions.{n}" for n in positions.__all__
+    }
     assert public <= set(CALLS)
 
 

@@ -28,6 +28,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "factor": 4,
     },
     "proportional": {"partial_rotary_factor": 0.25},
+    "axial": {"axes": 2},
     "cope": {},
 }
 

@@ -141,12 +141,15 @@ WRONG = {
     "k_cache": not_like(CACHE["k_cache"]) | {"heads": CACHE["k_cache"][:, :, :1]},
     "v_cache": not_like(CACHE["v_cache"]) | {"heads": CACHE["v_cache"][:, :, :1]},
     "freqs": not_freqs(),
-    "methods.with_sections.freqs": {
-        name: value
-        for name, value in not_freqs().items()
-        if not isinstance(value, RopeFreqs)
-        or not isinstance(value.inv_freq, torch.Tensor)
-        or value.inv_freq.dim() == 0
+    **{
+        f"methods.{wrapper}.freqs": {
+            name: value
+            for name, value in not_freqs().items()
+            if not isinstance(value, RopeFreqs)
+            or not isinstance(value.inv_freq, torch.Tensor)
+            or value.inv_freq.dim() == 0
+        }
+        for wrapper in methods.WRAPPERS
     },
     "positions": {
         **{k: v for k, v in not_ints(ints(*range(6))).items() if k != "float"},
@@ -254,6 +257,11 @@ WRONG = {
                      [math.nan] * 8, "texts": ["1"] * 8, "0": [0.0] * 8},
     "sections": {"None": None, "number": 8, "text": "233", "empty": [], "sum": [2, 3],
                  "negative": [-2, 5, 5], "half": [2.5, 2.5, 3], "texts": ["2", "3", "3"]},
+    "axes": COUNT,
+    "ladder": NOT_A_NAME | {"None": None},
+    "group": COUNT,
+    "order": {"number": 8, "text": "01", "empty": [], "twice": [0, 0], "from 1": [1, 2],
+              "half": [0.0, 1.0], "texts": ["0", "1"], "tensor": torch.arange(2), "dict": {0: 1}},
     # Positions
     "batch": {k: v for k, v in COUNT.items() if k != "None"},
     "seqlen": COUNT,
