@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from .._checks import check_choice, check_length, check_real, check_seq_len
+from .._checks import check_choice, check_seq_len
+from ._hf_axes import axial_by_default, axial_freqs, refuse_other_rotations, with_axes
+from ._hf_source import NAME, Source, read
 from .base import RopeFreqs
 from .dynamic_ntk import dynamic_ntk
 from .llama3 import llama3
 from .longrope import longrope
+from .ntk_aware import ntk_aware
 from .pi import pi
 from .proportional import proportional
 from .rope import rope
 from .yarn import yarn
-
-_NAME = "from_hf_config"
 
 
 def from_hf_config(
@@ -32,8 +30,9 @@ def from_hf_config(
     under `rope_type` or `type`), and beside them `rope_theta`, `partial_rotary_factor`, `head_dim`
     (or `qk_rope_head_dim`, or `hidden_size` and `num_attention_heads`), `max_position_embeddings`
     and `original_max_position_embeddings`. Models differ in whether the default type heeds
-    `partial_rotary_factor`; here every type does. Not read are the pairing of the dims and
-    DeepSeek's softmax scale.
+    `partial_rotary_factor`; here every type does. `axes` are set where the parameters have
+    `mrope_section` and for the type "axial", in the order of the model that `model_type` names. Not
+    read are the pairing of the dims and DeepSeek's softmax scale.
 
     config: a transformers configuration (the text configuration of a multimodal one), or a mapping
         or object with the same names, such as a loaded config.json.
@@ -42,145 +41,31 @@ def from_hf_config(
     layer_type: which parameters to read, for example "full_attention", when the configuration has
         them per layer type. Ignored when one set serves all layers.
 
-    Raises ValueError for a rope type that is not supported, a missing or impossible value, or a
-    layer_type that is needed and absent or unknown; TypeError for a value of the wrong kind.
+    Raises ValueError for a rope type that is not supported, a model whose rotation is another than
+    its parameters say, a missing or impossible value, or a layer_type that is needed and absent or
+    unknown; TypeError for a value of the wrong kind.
     """
-    source = _read(config, layer_type)
+    source = read(config, layer_type)
     if seq_len is not None:
-        seq_len = check_seq_len(_NAME, seq_len)
-    rope_type = check_choice(_NAME, "rope_type", source.rope_type, _ADAPTERS)
-    return _ADAPTERS[rope_type](source, seq_len)
+        seq_len = check_seq_len(NAME, seq_len)
+    rope_type = check_choice(NAME, "rope_type", source.rope_type, _ADAPTERS)
+    refuse_other_rotations(source)
+    return with_axes(_ADAPTERS[rope_type](source, seq_len), source)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The rope parameters of one layer type, beside the configuration they belong to."""
-
-    config: Any
-    parameters: Mapping[str, Any]
-    head_dim: int
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return a rope parameter; one that is None counts as absent."""
-        value = self.parameters.get(name)
-        return default if value is None else value
-
-    def need(self, name: str) -> Any:
-        """Return a rope parameter or raise."""
-        return self._present(name, self.get(name))
-
-    def _present(self, name: str, value: Any) -> Any:
-        if value is None:
-            raise ValueError(f"{_NAME}: {name} must be given for {self.rope_type!r}, got None")
-        return value
-
-    @property
-    def rope_type(self) -> str:
-        return self.get("rope_type") or self.get("type") or "default"
-
-    @property
-    def share(self) -> float:
-        share = self.get("partial_rotary_factor", _get(self.config, "partial_rotary_factor"))
-        share = 1.0 if share is None else share
-        return check_real(_NAME, "partial_rotary_factor", share, at_least=0, at_most=1)
-
-    @property
-    def dim(self) -> int:
-        return int(self.head_dim * self.share)
-
-    @property
-    def base(self) -> float:
-        default = _get(self.config, "default_theta")
-        base = self.get("rope_theta", _get(self.config, "rope_theta"))
-        if base is None:
-            return float(default) if isinstance(default, Real) else 10000.0
-        return base
-
-    @property
-    def length(self) -> int:
-        name = "max_position_embeddings"
-        return check_length(_NAME, name, self._present(name, _get(self.config, name)))
-
-    @property
-    def original_length(self) -> int:
-        name = "original_max_position_embeddings"
-        length = self.get(name, _get(self.config, name))
-        return self.length if length is None else check_length(_NAME, name, length)
-
-
-def _get(config: Any, name: str) -> Any:
-    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-
-
-def _read(config: Any, layer_type: str | None) -> _Source:
-    parameters = _parameters(config)
-    if _is_nested(parameters):
-        layer_type = _choose(parameters, layer_type)
-        parameters = parameters[layer_type]
-    elif (length := _get(config, "original_max_position_embeddings")) is not None:
-        # Phi-3 keeps the trained length beside its rope parameters, and that one has priority.
-        parameters = {**parameters, "original_max_position_embeddings": length}
-    if layer_type is not None and _get(config, "is_heterogeneous"):
-        # ValueError: layers of one type differ, most often in what the rotation does not depend on;
-        # where it does, reading the size of a head from the whole configuration raises.
-        with suppress(ValueError):
-            config = config.per_layer_config[layer_type]
-    return _Source(config, parameters, _head_dim(config, layer_type))
-
-
-def _parameters(config: Any) -> Mapping[str, Any]:
-    parameters = _get(config, "rope_parameters") or _get(config, "rope_scaling") or {}
-    if not isinstance(parameters, Mapping):
-        raise TypeError(f"{_NAME}: rope_parameters must be a mapping, got {parameters!r}")
-    local_base = _get(config, "rope_local_base_freq")
-    if local_base is None or _is_nested(parameters):
-        return parameters
-    # Gemma 3 in transformers 4: rope_scaling belongs to the full attention layers alone.
-    return {
-        "full_attention": parameters,
-        "sliding_attention": {"rope_type": "default", "rope_theta": local_base},
-    }
-
-
-def _is_nested(parameters: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, Mapping) for value in parameters.values())
-
-
-def _choose(parameters: Mapping[str, Any], layer_type: str | None) -> str:
-    choices = [name for name, value in parameters.items() if isinstance(value, Mapping)]
-    if layer_type is None and len(choices) == 1:
-        return choices[0]
-    if layer_type not in choices:
-        expected = ", ".join(repr(name) for name in choices)
-        raise ValueError(f"{_NAME}: layer_type must be one of {expected}, got {layer_type!r}")
-    return layer_type
-
-
-def _head_dim(config: Any, layer_type: str | None) -> int:
-    # Gemma 4's config.json gives its full attention layers a size of their own.
-    names = ("global_head_dim",) if layer_type == "full_attention" else ()
-    for name in (*names, "head_dim", "qk_rope_head_dim"):
-        if (value := _get(config, name)) is not None:
-            return check_length(_NAME, name, value)
-    hidden, heads = _get(config, "hidden_size"), _get(config, "num_attention_heads")
-    if hidden is None or heads is None:
-        raise ValueError(
-            f"{_NAME}: config must have head_dim, or hidden_size and num_attention_heads (those of "
-            f"a multimodal model are in its text_config), got a {type(config).__name__} without"
-        )
-    hidden = check_length(_NAME, "hidden_size", hidden)
-    return hidden // check_length(_NAME, "num_attention_heads", heads)
-
-
-def _default(source: _Source, seq_len: int | Tensor | None) -> RopeFreqs:
+def _default(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
+    if axial_by_default(source):
+        return axial_freqs(source)
     return rope(source.dim, base=source.base)
 
 
-def _linear(source: _Source, seq_len: int | Tensor | None) -> RopeFreqs:
+def _linear(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
     return pi(source.dim, factor=source.need("factor"), base=source.base)
 
 
-def _dynamic(source: _Source, seq_len: int | Tensor | None) -> RopeFreqs:
+def _dynamic(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
+    if (alpha := source.get("alpha")) is not None:  # HunYuan's, which does not depend on a length
+        return ntk_aware(source.dim, factor=alpha, base=source.base)
     length = source.length
     return dynamic_ntk(
         source.dim,
@@ -191,7 +76,7 @@ def _dynamic(source: _Source, seq_len: int | Tensor | None) -> RopeFreqs:
     )
 
 
-def _yarn(source: _Source, seq_len: int | Tensor | None) -> RopeFreqs:
+def _yarn(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
     length = source.original_length
     factor = source.get("factor")
     return yarn(
@@ -201,14 +86,15 @@ def _yarn(source: _Source, seq_len: int | Tensor | None) -> RopeFreqs:
         base=source.base,
         beta_fast=source.get("beta_fast") or 32.0,
         beta_slow=source.get("beta_slow") or 1.0,
-        truncate=source.get("truncate", True),
+        # transformers heeds it only where one set of parameters serves all layers.
+        truncate=True if source.nested else source.get("truncate", True),
         attention_factor=source.get("attention_factor"),
         mscale=source.get("mscale"),
         mscale_all_dim=source.get("mscale_all_dim"),
     )
 
 
-def _longrope(source: _Source, seq_len: int | Tensor | None) -> RopeFreqs:
+def _longrope(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
     length = source.original_length
     return longrope(
         source.dim,
@@ -217,13 +103,13 @@ def _longrope(source: _Source, seq_len: int | Tensor | None) -> RopeFreqs:
         original_max_position_embeddings=length,
         seq_len=length if seq_len is None else seq_len,
         factor=source.get("factor"),
-        max_position_embeddings=_get(source.config, "max_position_embeddings"),
+        max_position_embeddings=source.of_config("max_position_embeddings"),
         attention_factor=source.get("attention_factor"),
         base=source.base,
     )
 
 
-def _llama3(source: _Source, seq_len: int | Tensor | None) -> RopeFreqs:
+def _llama3(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
     return llama3(
         source.dim,
         factor=source.need("factor"),
@@ -234,7 +120,11 @@ def _llama3(source: _Source, seq_len: int | Tensor | None) -> RopeFreqs:
     )
 
 
-def _proportional(source: _Source, seq_len: int | Tensor | None) -> RopeFreqs:
+def _axial(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
+    return axial_freqs(source)
+
+
+def _proportional(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
     return proportional(
         source.head_dim,
         partial_rotary_factor=source.share,
@@ -243,8 +133,10 @@ def _proportional(source: _Source, seq_len: int | Tensor | None) -> RopeFreqs:
     )
 
 
-_ADAPTERS: dict[str, Callable[[_Source, int | Tensor | None], RopeFreqs]] = {
+_ADAPTERS: dict[str, Callable[[Source, int | Tensor | None], RopeFreqs]] = {
     "default": _default,
+    "mrope": _default,  # the name in Qwen2-VL's first configurations
+    "axial": _axial,
     "linear": _linear,
     "dynamic": _dynamic,
     "yarn": _yarn,

@@ -140,6 +140,27 @@ def test_a_single_layer_type_needs_no_name():
     assert_same(from_hf_config(config), methods.rope(16, base=5e5))
 
 
+def test_axes():
+    sections = {"mrope_section": [4, 2, 2]}
+    old = {**SIZES, "rope_scaling": {"type": "mrope", **sections}}
+    assert from_hf_config(old).axes.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+    turns = {**SIZES, "rope_scaling": {"rope_type": "yarn", **YARN, **sections}}
+    turns["rope_scaling"]["mrope_interleaved"] = True
+    assert from_hf_config(turns).axes.tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
+    assert_same(from_hf_config(turns), methods.yarn(16, **YARN))
+    patches = {**SIZES, "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0}}
+    assert_same(from_hf_config(patches), methods.axial(16, base=100.0))
+    assert from_hf_config(patches).axes.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert from_hf_config(SIZES).axes is None
+    # HunYuan VL's sections cut through pairs, so that no frequency has one axis.
+    assert from_hf_config({**old, "model_type": "hunyuan_vl_text"}).axes is None
+
+
+def test_hunyuan_has_an_alpha():
+    config = {**SIZES, "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}}
+    assert_same(from_hf_config(config, 9000), methods.ntk_aware(16, factor=1000.0))
+
+
 def test_old_gemma_3_has_a_local_base():
     config = {
         **SIZES,
@@ -162,12 +183,33 @@ def test_gemma_4_has_heads_of_two_sizes():
 ERRORS = [
     ({"rope_parameters": NESTED}, None, "layer_type must be one of 'full_attention', 'sliding_"),
     ({"rope_parameters": NESTED}, "no_rotation", "layer_type must be one of .* got 'no_rotation'"),
-    ({"rope_scaling": {"rope_type": "axial"}}, None, "rope_type must be one of .* got 'axial'"),
+    ({"rope_scaling": {"rope_type": "conic"}}, None, "rope_type must be one of .* got 'conic'"),
+    (
+        {"head_dim": 18, "rope_scaling": {"rope_type": "axial"}},
+        None,
+        "head_dim must be a multiple of 4 for two axes, got 18",
+    ),
+    ({"head_dim": 42, "partial_rotary_factor": 0.5}, None, r"even, .* got 42 \* 0.5 = 21"),
+    ({"patch_size": 14}, None, "rope_parameters must be given for a model of images"),
+    ({"model_type": "gemma4_vision"}, None, "gemma4_vision cannot be read: it pairs dims within"),
+    (
+        {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}},
+        None,
+        r"with_sections: sections must add up to 8 frequencies, got \[2, 3, 4\]",
+    ),
+    (
+        {
+            "model_type": "ernie4_5_vl_moe_text",
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 4, 2]},
+        },
+        None,
+        "the first two of mrope_section must be equal, got",
+    ),
     ({"rope_scaling": {"type": "linear"}}, None, "factor must be given for 'linear', got None"),
     ({"rope_scaling": {"type": "linear", "factor": 0}}, None, "pi: factor must be > 0, got 0"),
     ({"rope_scaling": {"type": "longrope"}}, None, "short_factor must be given for 'longrope'"),
     ({"partial_rotary_factor": 2}, None, "partial_rotary_factor must be <= 1, got 2"),
-    ({"head_dim": 15}, None, "rope: dim must be even, got 15"),
+    ({"head_dim": 15}, None, r"must be even, so that dims pair up, got 15 \* 1 = 15"),
     ({"rope_theta": 0}, None, "rope: base must be > 1, got 0"),
     ({"num_attention_heads": None}, None, "config must have head_dim, or hidden_size and"),
     (

@@ -1,0 +1,174 @@
+"""A transformers configuration, as `from_hf_config` reads it: the parameters of one layer type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from .._checks import check_length, check_real
+
+NAME = "from_hf_config"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rope parameters of one layer type, beside the configuration they belong to.
+
+    nested: whether the configuration has them per layer type.
+    """
+
+    config: Any
+    parameters: Mapping[str, Any]
+    head_dim: int
+    nested: bool
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a rope parameter; one that is None counts as absent."""
+        value = self.parameters.get(name)
+        return default if value is None else value
+
+    def need(self, name: str) -> Any:
+        """Return a rope parameter or raise."""
+        return self._present(name, self.get(name))
+
+    def of_config(self, name: str) -> Any:
+        """Return a value of the configuration itself, or None."""
+        return _get(self.config, name)
+
+    def _present(self, name: str, value: Any) -> Any:
+        if value is None:
+            raise ValueError(f"{NAME}: {name} must be given for {self.rope_type!r}, got None")
+        return value
+
+    @property
+    def rope_type(self) -> str:
+        """As it is stated, or else what the class of the configuration has for its default."""
+        stated = self.get("rope_type") or self.get("type") or "default"
+        own = self.of_config("default_rope_type")
+        return own if stated == "default" and isinstance(own, str) else stated
+
+    @property
+    def model_type(self) -> str:
+        """The name of the model's class, "" where it has none."""
+        return self.of_config("model_type") or ""
+
+    @property
+    def share(self) -> float:
+        """The share of a head that rotates."""
+        share = self.get("partial_rotary_factor", self.of_config("partial_rotary_factor"))
+        share = 1.0 if share is None else share
+        return check_real(NAME, "partial_rotary_factor", share, at_least=0, at_most=1)
+
+    @property
+    def dim(self) -> int:
+        """The rotary dimension."""
+        dim = int(self.head_dim * self.share)
+        if dim % 2:
+            raise ValueError(
+                f"{NAME}: head_dim * partial_rotary_factor must be even, so that dims pair up, "
+                f"got {self.head_dim} * {self.share:g} = {dim}"
+            )
+        return dim
+
+    @property
+    def base(self) -> float:
+        """RoPE's base."""
+        default = self.of_config("default_theta")
+        base = self.get("rope_theta", self.of_config("rope_theta"))
+        if base is None:
+            return float(default) if isinstance(default, Real) else 10000.0
+        return base
+
+    @property
+    def length(self) -> int:
+        """The longest sequence that the configuration is for."""
+        name = "max_position_embeddings"
+        return check_length(NAME, name, self._present(name, self.of_config(name)))
+
+    @property
+    def original_length(self) -> int:
+        """The trained length."""
+        name = "original_max_position_embeddings"
+        length = self.get(name, self.of_config(name))
+        return self.length if length is None else check_length(NAME, name, length)
+
+
+def read(config: Any, layer_type: str | None) -> Source:
+    """Return what `config` says of the rotation of one layer type."""
+    parameters = _parameters(config)
+    nested = _is_nested(parameters)
+    if nested:
+        layer_type = _choose(parameters, layer_type)
+        parameters = parameters[layer_type]
+    elif (length := _get(config, "original_max_position_embeddings")) is not None:
+        # Phi-3 keeps the trained length beside its rope parameters, and that one has priority.
+        parameters = {**parameters, "original_max_position_embeddings": length}
+    if layer_type is not None and _get(config, "is_heterogeneous"):
+        # ValueError: layers of one type differ, most often in what the rotation does not depend on;
+        # where it does, reading the size of a head from the whole configuration raises.
+        with suppress(ValueError):
+            config = config.per_layer_config[layer_type]
+    return Source(config, parameters, _head_dim(config, layer_type), nested)
+
+
+def _get(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def _parameters(config: Any) -> Mapping[str, Any]:
+    parameters = _get(config, "rope_parameters") or _get(config, "rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        raise TypeError(f"{NAME}: rope_parameters must be a mapping, got {parameters!r}")
+    local_base = _get(config, "rope_local_base_freq")
+    if local_base is None or _is_nested(parameters):
+        return parameters
+    # Gemma 3 in transformers 4: rope_scaling belongs to the full attention layers alone.
+    return {
+        "full_attention": parameters,
+        "sliding_attention": {"rope_type": "default", "rope_theta": local_base},
+    }
+
+
+def _is_nested(parameters: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Mapping) for value in parameters.values())
+
+
+def _choose(parameters: Mapping[str, Any], layer_type: str | None) -> str:
+    choices = [name for name, value in parameters.items() if isinstance(value, Mapping)]
+    if layer_type is None and len(choices) == 1:
+        return choices[0]
+    if layer_type not in choices:
+        expected = ", ".join(repr(name) for name in choices)
+        raise ValueError(f"{NAME}: layer_type must be one of {expected}, got {layer_type!r}")
+    return layer_type
+
+
+def _head_dim(config: Any, layer_type: str | None) -> int:
+    # Gemma 4's config.json gives its full attention layers a size of their own.
+    names = ("global_head_dim",) if layer_type == "full_attention" else ()
+    for name in (*names, "head_dim", "qk_rope_head_dim"):
+        if (value := _get(config, name)) is not None:
+            return check_length(NAME, name, value)
+    width, heads, rate = _widths(config)
+    if width is None or heads is None:
+        raise ValueError(
+            f"{NAME}: config must have head_dim, or hidden_size and num_attention_heads (those of "
+            f"a multimodal model are in its text_config), got a {type(config).__name__} without"
+        )
+    width = check_length(NAME, "hidden_size", width)
+    return width // (rate * check_length(NAME, "num_attention_heads", heads))
+
+
+def _widths(config: Any) -> tuple[Any, Any, int]:
+    """The width of all heads together, times a number of their own; how many heads; that number."""
+    if (rate := _get(config, "memory_attention_downsample_rate")) is not None:
+        # SAM 2's videos: of its attentions the one with rotation.
+        width = _get(config, "memory_attention_hidden_size")
+        return width, _get(config, "memory_attention_num_attention_heads"), int(rate)
+    # Qwen2-VL's images: hidden_size is that of the text that they become.
+    own = "embed_dim" if _get(config, "model_type") == "qwen2_vl_vision" else "hidden_size"
+    heads = _get(config, "num_attention_heads")
+    return _get(config, own), _get(config, "num_heads") if heads is None else heads, 1
