@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from extrope_kernels import methods, rerope_attention
 from extrope_kernels.scores import query_scale
 
 LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 8191, 8192, 8193, 16383, 16384, 1_000_003)
@@ -67,6 +68,14 @@ def test_ministral3_has_the_bits_of_transformers(model, length, beta):
     scale = query_scale.ministral3(positions, length, beta)
     assert scale.dtype == torch.float32 and scale.shape == positions.shape
     assert torch.equal(scale, expected[:, 0, :, 0])
+
+
+def test_log_n_is_what_attention_means_by_it():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 40, 2, 16)
+    options = {"freqs": methods.rope(16), "window": 8, "backend": "reference"}
+    got = rerope_attention(q, k, v, **options, query_scale=query_scale.log_n(torch.arange(40), 8))
+    assert torch.equal(got, rerope_attention(q, k, v, **options, log_n=8))
 
 
 CALLS = {
