@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "common/regions_args.h"
+#include "common/softmax_params.h"
 
 namespace extrope {
 
@@ -42,6 +43,36 @@ inline void check_scales(const char* op, std::optional<double> log_n, double att
              length);
   require_of(op, attention_factor > 0 && std::isfinite(attention_factor),
              "attention_factor must be > 0, got ", attention_factor);
+}
+
+inline Sinks sinks_of(const char* op, const OptionalTensor& sinks, int64_t heads_q) {
+  if (!sinks.has_value()) return {};
+  require_of(op,
+             sinks->scalar_type() == ScalarType::Float && sinks->dim() == 1 &&
+                 sinks->size(0) == heads_q && sinks->is_cpu(),
+             "sinks must be float32 (", heads_q, ",), got shape ", shape_of(*sinks));
+  return {static_cast<const float*>(sinks->data_ptr()), sinks->stride(0)};
+}
+
+inline float softcap_of(const char* op, double softcap) {
+  require_of(op, softcap >= 0 && std::isfinite(softcap), "softcap must be >= 0 (0: none), got ",
+             softcap);
+  return static_cast<float>(softcap);
+}
+
+// (seqlen_q,) or (batch, seqlen_q), of packed queries (total,).
+inline QueryScale query_scale_of(const char* op, const OptionalTensor& scale, int64_t batch,
+                                 int64_t seqlen_q, bool packed) {
+  if (!scale.has_value()) return {};
+  const int64_t dim = scale->dim();
+  require_of(op,
+             scale->scalar_type() == ScalarType::Float && scale->is_cpu() &&
+                 (dim == 1 || (dim == 2 && !packed && scale->size(0) == batch)) &&
+                 scale->size(dim - 1) == seqlen_q,
+             "query_scale must be float32 (", seqlen_q, ",) or (", batch, ", ", seqlen_q,
+             "), got shape ", shape_of(*scale));
+  return {static_cast<const float*>(scale->data_ptr()), dim == 2 ? scale->stride(0) : 0,
+          scale->stride(dim - 1)};
 }
 
 }  // namespace extrope

@@ -13,6 +13,7 @@ namespace extrope {
 
 constexpr int kMaxRegions = 3;
 constexpr int kMapNumbers = 5;
+constexpr int64_t kNoWindow = int64_t{1} << 62;
 
 // p becomes min(f((p mod modulus) / divisor) + offset, cap), f floor or nothing.
 struct PositionMap {
@@ -48,7 +49,8 @@ struct Region {
 struct Regions {
   int64_t count, granularity;
   Region at[kMaxRegions];
-  PositionMap stored;  // by which keys come rotated
+  PositionMap stored;                  // by which keys come rotated
+  int64_t sliding_window = kNoWindow;  // keys a query sees at most, its own the last
 
   // The first key of region r (for r == count the first one behind the diagonal) that the query at
   // `position` sees.
@@ -57,13 +59,14 @@ struct Regions {
     if (r >= count) return position + 1;
     // A division takes longer than all the rest.
     const int64_t block = granularity == 1 ? position : position / granularity * granularity;
-    return std::min(std::max<int64_t>(block + at[r].start, 0), position + 1);
+    const int64_t oldest = std::max<int64_t>(position + 1 - sliding_window, 0);
+    return std::min(std::max(block + at[r].start, oldest), position + 1);
   }
 
-  // Drops leading regions that hold no key in sequences of `longest` tokens.
-  void trim(int64_t longest) {
-    const int64_t block = std::max<int64_t>(longest - 1, 0) / granularity * granularity;
-    while (count > 1 && block + at[1].start <= 0) {
+  // Drops leading regions that hold no key for queries below position `end`.
+  void trim(int64_t end) {
+    const int64_t block = std::max<int64_t>(end - 1, 0) / granularity * granularity;
+    while (count > 1 && (block + at[1].start <= 0 || at[1].start <= 1 - sliding_window)) {
       std::copy(at + 1, at + count, at);
       --count;
     }

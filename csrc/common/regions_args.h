@@ -1,6 +1,7 @@
 // From an op's arguments to Regions, with every check.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "common/regions.h"
@@ -9,7 +10,7 @@
 namespace extrope {
 
 inline Regions regions_of(const char* op, const std::vector<int64_t>& starts, int64_t granularity,
-                          const std::vector<double>& maps) {
+                          const std::vector<double>& maps, std::optional<int64_t> sliding_window) {
   Regions r{static_cast<int64_t>(starts.size()), granularity, {}, {}};
   require_of(op, r.count >= 1 && r.count <= kMaxRegions, "starts must be 1 to ", kMaxRegions,
              " rising numbers, got ", r.count);
@@ -25,6 +26,9 @@ inline Regions regions_of(const char* op, const std::vector<int64_t>& starts, in
     r.at[i] = {starts[i], map_of(numbers), map_of(numbers + kMapNumbers)};
   }
   r.stored = map_of(maps.data() + 2 * r.count * kMapNumbers);
+  r.sliding_window = sliding_window.value_or(kNoWindow);
+  require_of(op, r.sliding_window >= 1, "sliding_window must be None or >= 1, got ",
+             r.sliding_window);
   return r;
 }
 

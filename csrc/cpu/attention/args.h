@@ -100,7 +100,8 @@ inline AttentionParams make_params(const Tensor& q, const Tensor& k, const Tenso
   check_scales("attention", options.log_n, options.attention_factor);
   p.softmax_scale =
       static_cast<float>(softmax_scale_of("attention", options.softmax_scale, p.head_dim));
-  p.regions = regions_of("attention", options.starts, options.granularity, options.maps);
+  p.regions = regions_of("attention", options.starts, options.granularity, options.maps,
+                         /*sliding_window=*/std::nullopt);
   p.regions.trim(longest);
   p.interleaved = options.interleaved;
   return p;

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Opti
              "k_cache's heads must divide q's ", p.heads_q, " heads, got ", p.cache.heads);
   const FrequencyRows freqs = frequencies_of(args, p.cache);
   p.freqs = freqs.params;
-  p.regions = regions_of(op, starts, granularity, maps);
+  p.regions = regions_of(op, starts, granularity, maps, sliding_window);
   for (int64_t r = 0; r < p.regions.count; ++r) {
     require_of(op, !log_decay.has_value() || p.regions.at[r].k_map == p.regions.stored,
                "log_decay (XPOS) needs keys that are stored as every region sees them");

@@ -1,0 +1,26 @@
+// What a call asks of the softmax beside its logits: the kernels of both attentions take it from
+// here.
+#pragma once
+
+#include "cpu/simd/tanh.h"
+
+namespace extrope {
+namespace {
+
+// softcap * tanh(logits / softcap), from logits / softcap; to base 2 with log2(e) in softcap.
+inline floats capped(floats logits, float softcap) { return scaled_tanh(logits, softcap); }
+
+// Lets a sink join a row: `scale` is what the sums over its keys are multiplied by, and lse the
+// log-sum-exp of its logits, -inf for a row without keys.
+inline void join_sink(float sink, float& scale, float& lse) {
+  if (lse == -__builtin_inff()) {
+    lse = sink;
+    return;
+  }
+  const float above = sink - lse, ratio = __builtin_expf(above);
+  scale /= 1.0f + ratio;
+  lse = above > 0 ? sink + __builtin_log1pf(__builtin_expf(-above)) : lse + __builtin_log1pf(ratio);
+}
+
+}  // namespace
+}  // namespace extrope
