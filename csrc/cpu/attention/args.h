@@ -12,7 +12,7 @@
 
 namespace extrope::attention {
 
-constexpr int64_t kMaxHeadDim = 256, kMaxSeqlen = INT32_MAX - 1024;
+constexpr int64_t kMaxHeadDim = 512, kMaxSeqlen = INT32_MAX - 1024;
 
 template <typename... Message>
 void require(bool condition, const Message&... message) {
@@ -22,27 +22,39 @@ void require(bool condition, const Message&... message) {
 // The arguments of an op after its tensors.
 struct Options {
   const Tensor& inv_freq;
-  const OptionalTensor &cu_seqlens, &log_decay;
+  const OptionalTensor &cu_seqlens, &log_decay, &sinks, &query_scale, &q_start, &k_start;
   const std::vector<int64_t>& starts;
   int64_t granularity;
   const std::vector<double>& maps;
   std::optional<double> softmax_scale, log_n;
   double attention_factor;
   bool interleaved;
+  double softcap;
+  std::optional<int64_t> sliding_window;
 };
 
 // A tensor (batch, seqlen, heads, head_dim) or (total, heads, head_dim); `name` goes into errors.
 inline AttentionTensor view(const Tensor& x, bool packed, const char* name) {
   check_rows("attention", x, packed, name);
   const int64_t d = x.dim();
-  return {x.data_ptr(), packed ? 0 : x.stride(0), x.stride(d - 3), x.stride(d - 2)};
+  return {x.data_ptr(), packed ? 0 : x.stride(0), x.stride(d - 3), x.stride(d - 2), x.size(d - 1)};
 }
 
-inline void check_like(const Tensor& x, const Tensor& like, const char* name, const char* of) {
+// But for the last dimension, which is v's head_dim.
+inline void check_like(const Tensor& x, const Tensor& like, int64_t head_dim_v, const char* name,
+                       const char* of) {
   require(x.scalar_type() == like.scalar_type(), name, " must have ", of, "'s dtype");
-  bool same = x.dim() == like.dim() && x.is_cpu();
-  for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == like.size(i);
-  require(same, name, " must be like ", of, " ", shape_of(like), ", got ", shape_of(x));
+  const int64_t last = like.dim() - 1;
+  bool same = x.dim() == like.dim() && x.is_cpu() && x.size(last) == head_dim_v;
+  for (int64_t i = 0; same && i < last; ++i) same = x.size(i) == like.size(i);
+  require(same, name, " must have ", of, "'s shape ", shape_of(like),
+          " but for the last dimension, got ", shape_of(x));
+}
+
+inline void check_head_dim(const char* name, int64_t head_dim) {
+  require(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= kMaxHeadDim, name,
+          " must be a multiple of 8 up to ", kMaxHeadDim, " (backend='reference' takes any), got ",
+          head_dim);
 }
 
 inline void set_sizes(AttentionParams& p, const Tensor& q, const Tensor& k, bool packed) {
@@ -55,17 +67,14 @@ inline void set_sizes(AttentionParams& p, const Tensor& q, const Tensor& k, bool
   require(k.size(d - 1) == p.head_dim && (packed ? p.seqlen_k == p.seqlen_q : k.size(0) == p.batch),
           "k must have q's batch and head_dim, and with cu_seqlens its tokens: q ", shape_of(q),
           ", got ", shape_of(k));
-  require(p.head_dim % 8 == 0 && p.head_dim >= 8 && p.head_dim <= kMaxHeadDim,
-          "head_dim must be a multiple of 8 up to ", kMaxHeadDim,
-          " (backend='reference' takes any), got ", p.head_dim);
+  check_head_dim("head_dim", p.head_dim);
   require(p.heads_k > 0 && p.heads_q % p.heads_k == 0, "k's heads must divide q's ", p.heads_q,
           " heads, got ", p.heads_k);
   require(p.seqlen_q <= kMaxSeqlen && p.seqlen_k <= kMaxSeqlen, "sequences must be shorter than ",
           kMaxSeqlen, ", got ", p.seqlen_q, " and ", p.seqlen_k);
 }
 
-// Returns the longest sequence.
-inline int64_t set_cu_seqlens(AttentionParams& p, const Tensor& cu_seqlens) {
+inline void set_cu_seqlens(AttentionParams& p, const Tensor& cu_seqlens) {
   require(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
               cu_seqlens.size(0) >= 2 && cu_seqlens.is_contiguous() && cu_seqlens.is_cpu(),
           "cu_seqlens must be contiguous int32 (sequences + 1,), got shape ", shape_of(cu_seqlens));
@@ -73,13 +82,42 @@ inline int64_t set_cu_seqlens(AttentionParams& p, const Tensor& cu_seqlens) {
   p.num_sequences = cu_seqlens.size(0) - 1;
   const int32_t* cu = p.cu_seqlens;
   bool ordered = cu[0] == 0 && cu[p.num_sequences] == p.seqlen_q;
-  int64_t longest = 0;
-  for (int64_t i = 0; ordered && i < p.num_sequences; ++i) {
-    ordered = cu[i] <= cu[i + 1];
-    longest = std::max<int64_t>(longest, cu[i + 1] - cu[i]);
-  }
+  for (int64_t i = 0; ordered && i < p.num_sequences; ++i) ordered = cu[i] <= cu[i + 1];
   require(ordered, "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen_q);
-  return longest;
+}
+
+inline Starts starts_of(const char* name, const OptionalTensor& start, int64_t sequences) {
+  if (!start.has_value()) return {};
+  require(start->scalar_type() == ScalarType::Int && start->is_cpu() && start->dim() == 1 &&
+              (start->size(0) == 1 || start->size(0) == sequences),
+          name, " must be an int, or int32 (", sequences, ",), got shape ", shape_of(*start));
+  const Starts starts{static_cast<const int32_t*>(start->data_ptr()),
+                      start->size(0) > 1 ? start->stride(0) : 0, 0};
+  for (int64_t i = 0; i < sequences; ++i) {
+    require(starts.of(i) >= 0, name, " must be between 0 and 2**31, got ", starts.of(i));
+  }
+  return starts;
+}
+
+// Where q_start is not given, both sides end together.
+inline void set_starts(AttentionParams& p, const Options& options) {
+  const int64_t sequences = p.cu_seqlens ? p.num_sequences : p.batch;
+  p.k_start = starts_of("k_start", options.k_start, sequences);
+  p.q_start = starts_of("q_start", options.q_start, sequences);
+  if (options.q_start.has_value()) return;
+  p.q_start = p.k_start;
+  p.q_start.offset = p.cu_seqlens ? 0 : p.seqlen_k - p.seqlen_q;
+}
+
+// Behind the positions of all queries.
+inline int64_t end_of_queries(const AttentionParams& p) {
+  if (!p.cu_seqlens && p.q_start.stride == 0) return p.q_start.of(0) + p.seqlen_q;
+  int64_t end = 0;
+  for (int64_t s = 0; s < (p.cu_seqlens ? p.num_sequences : p.batch); ++s) {
+    const int64_t seqlen = p.cu_seqlens ? p.cu_seqlens[s + 1] - p.cu_seqlens[s] : p.seqlen_q;
+    end = std::max(end, p.q_start.of(s) + seqlen);
+  }
+  return end;
 }
 
 inline AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -93,16 +131,21 @@ inline AttentionParams make_params(const Tensor& q, const Tensor& k, const Tenso
   require(q.is_cpu() && k.is_cpu(), "q and k must be on the CPU");
   set_sizes(p, q, k, packed);
   p.v = view(v, packed, "v");
-  check_like(v, k, "v", "k");
-  const int64_t longest = packed ? set_cu_seqlens(p, *options.cu_seqlens) : p.seqlen_k;
+  check_like(v, k, p.v.head_dim, "v", "k");
+  check_head_dim("v's head_dim", p.v.head_dim);
+  if (packed) set_cu_seqlens(p, *options.cu_seqlens);
+  set_starts(p, options);
   check_frequencies("attention", p.head_dim, packed ? p.num_sequences : p.batch, options.inv_freq,
                     options.log_decay);
   check_scales("attention", options.log_n, options.attention_factor);
   p.softmax_scale =
       static_cast<float>(softmax_scale_of("attention", options.softmax_scale, p.head_dim));
   p.regions = regions_of("attention", options.starts, options.granularity, options.maps,
-                         /*sliding_window=*/std::nullopt);
-  p.regions.trim(longest);
+                         options.sliding_window);
+  p.regions.trim(end_of_queries(p));
+  p.sinks = sinks_of("attention", options.sinks, p.heads_q);
+  p.softcap = softcap_of("attention", options.softcap);
+  p.row_scale = query_scale_of("attention", options.query_scale, p.batch, p.seqlen_q, packed);
   p.interleaved = options.interleaved;
   return p;
 }

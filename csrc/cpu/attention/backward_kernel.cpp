@@ -10,7 +10,7 @@
 #include "cpu/attention/kernels.h"
 #include "cpu/attention/key_sums.h"
 #include "cpu/attention/tile.h"
-#include "cpu/simd/exp2.h"
+#include "cpu/simd/softmax.h"
 
 namespace extrope {
 namespace {
@@ -22,26 +22,27 @@ constexpr int64_t kKeyBlock = std::lcm(kRows, kTallRows);
 struct Backward {
   Backward(const AttentionParams& p, const TilePlan& plan, float* begin) : space(begin) {
     const int64_t block = round_up(plan.tokens * (p.heads_q / p.heads_k), kSlice);
-    const int64_t wide = round_up(p.head_dim, kWide);
+    const int64_t wide = round_up(p.head_dim, kWide), value_wide = round_up(p.v.head_dim, kWide);
     q = space.take(block * p.head_dim);
-    dout = space.take(block * p.head_dim);
+    dout = space.take(block * p.v.head_dim);
     dq = space.take(block * p.head_dim);
     q_rows = space.take(block * wide);
-    dout_rows = space.take(block * wide);
+    dout_rows = space.take(block * value_wide);
     keys = space.take(plan.block_n * p.head_dim);
     key_columns = space.take(plan.block_n * p.head_dim);
-    values = space.take(plan.block_n * p.head_dim);
-    key_sums = space.take(plan.block_n * wide);
+    values = space.take(plan.block_n * p.v.head_dim);
+    key_sums = space.take(plan.block_n * greater(wide, value_wide));
     scores = space.take(plan.block_n * block);
     dscores = space.take(plan.block_n * block);
     seen = reinterpret_cast<int32_t*>(space.take(2 * block / kSlice));
     lse = space.take(block);
     delta = space.take(block);
     scale = space.take(block);
-    base2_scale = space.take(block);
+    logit_scale = space.take(block);
     one = space.take(block);
   }
   Workspace space;
+  // With head_dim that of each tensor.
   float *q, *dout, *dq;              // (slices, head_dim, kSlice)
   float *q_rows, *dout_rows;         // (head_dim / kWide, rows, kWide)
   float *keys, *values;              // (keys, head_dim)
@@ -50,7 +51,7 @@ struct Backward {
   float *scores, *dscores;           // (slices, keys, kSlice)
   int32_t* seen;                     // (slices, 2): the keys of a block that a slice sees
   float *lse, *delta;                // (block,); lse to base 2
-  float *scale, *base2_scale, *one;  // (block,)
+  float *scale, *logit_scale, *one;  // (block,); of logits to base 2, or in units of the cap
 };
 
 // In eight sums, since delta is later taken from numbers that nearly equal it.
@@ -66,20 +67,21 @@ float dot(const float* a, const float* b, int64_t count) {
 template <typename T>
 void load_row_values(const BlockRows& block, const Backward& w) {
   const AttentionParams& p = block.p;
+  const int64_t dim = p.v.head_dim;
   float out[kMaxHeadDim], dout[kMaxHeadDim];
   for (int64_t row = 0; row < block.slices * kSlice; ++row) {
     const bool real = row < block.count;
     w.lse[row] = w.delta[row] = 0.0f;
     w.scale[row] = real ? block.scale(row) : 0.0f;
-    w.base2_scale[row] = w.scale[row] * kLog2E;
+    w.logit_scale[row] = p.softcap > 0 ? w.scale[row] / p.softcap : w.scale[row] * kLog2E;
     w.one[row] = 1.0f;
     if (!real) continue;
     const int64_t at = block.lse_index(row);
     const float lse = p.lse[at] * kLog2E;
     w.lse[row] = lse == -__builtin_inff() ? 0.0f : lse;
-    widen_row(static_cast<const T*>(p.out.data) + block.offset(p.out, row), p.head_dim, out);
-    widen_row(static_cast<const T*>(p.dout.data) + block.offset(p.dout, row), p.head_dim, dout);
-    const float product = dot(out, dout, p.head_dim);
+    widen_row(static_cast<const T*>(p.out.data) + block.offset(p.out, row), dim, out);
+    widen_row(static_cast<const T*>(p.dout.data) + block.offset(p.dout, row), dim, dout);
+    const float product = dot(out, dout, dim);
     w.delta[row] = p.dlse ? product - p.dlse[at] : product;
   }
 }
@@ -87,22 +89,42 @@ void load_row_values(const BlockRows& block, const Backward& w) {
 struct SliceView {
   const float *q, *dout, *lse, *delta;
   float *dq, *scores, *dscores;
+  float softcap;  // to base 2
 };
 
-SliceView slice_view(const Backward& w, int64_t slice, int64_t dim, int64_t padded_keys) {
-  const int64_t square = slice * dim * kSlice, at = slice * padded_keys * kSlice;
-  return {w.q + square,  w.dout + square, w.lse + slice * kSlice, w.delta + slice * kSlice,
-          w.dq + square, w.scores + at,   w.dscores + at};
+SliceView slice_view(const BlockRows& block, const Backward& w, int64_t slice,
+                     int64_t padded_keys) {
+  const AttentionParams& p = block.p;
+  const int64_t square = slice * p.head_dim * kSlice, at = slice * padded_keys * kSlice;
+  return {w.q + square,           w.dout + slice * p.v.head_dim * kSlice,
+          w.lse + slice * kSlice, w.delta + slice * kSlice,
+          w.dq + square,          w.scores + at,
+          w.dscores + at,         p.softcap * kLog2E};
 }
 
-// Probabilities of the blocks of one slice, from scores and lse.
-template <bool Masked>
+// Caps logits, and writes by what their gradients are multiplied.
+EXTROPE_INLINE void cap_block(Sums<kRows, kSliceVectors>& sums, float softcap, float* slopes) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kSliceVectors; ++j) {
+      const floats share = capped(sums.at[i][j], 1.0f);
+      store(slopes + i * kSlice + j * kFloats, 1.0f - share * share);
+      sums.at[i][j] = share * softcap;
+    }
+  }
+}
+
+// Probabilities of the blocks of one slice, from scores and lse; of capped scores also, in place of
+// their gradients, by what these are to be multiplied.
+template <bool Masked, bool Capped>
 EXTROPE_INLINE void probability_blocks(const SliceView& v, const float* keys, int64_t dim,
                                        int64_t begin, int64_t end, const RowKeys& visible,
                                        int64_t first) {
   for (int64_t key = begin; key < end; key += kRows) {
     Sums<kRows, kSliceVectors> sums{};
     multiply_add(sums, keys + key * dim, dim, 1, v.q, kSlice, dim);
+    if constexpr (Capped) cap_block(sums, v.softcap, v.dscores + key * kSlice);
     if constexpr (Masked) mask_block(sums, visible, first + key);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
@@ -116,6 +138,7 @@ EXTROPE_INLINE void probability_blocks(const SliceView& v, const float* keys, in
 }
 
 // Gradients of the scores: probability * (<dout, value> - delta).
+template <bool Capped>
 void gradient_blocks(const SliceView& v, const float* values, int64_t dim, int64_t begin,
                      int64_t end) {
   for (int64_t key = begin; key < end; key += kRows) {
@@ -127,6 +150,9 @@ void gradient_blocks(const SliceView& v, const float* values, int64_t dim, int64
       for (int j = 0; j < kSliceVectors; ++j) {
         const floats probability = load<floats>(v.scores + (key + i) * kSlice + j * kFloats);
         sums.at[i][j] = probability * (sums.at[i][j] - load<floats>(v.delta + j * kFloats));
+        if constexpr (Capped) {
+          sums.at[i][j] *= load<floats>(v.dscores + (key + i) * kSlice + j * kFloats);
+        }
       }
     }
     store_sums(sums, v.dscores + key * kSlice, kSlice);
@@ -142,10 +168,11 @@ void clear_unseen(const SliceView& v, const SliceBlocks& blocks) {
   }
 }
 
+template <bool Capped>
 void visit_slice(const BlockRows& block, const Backward& w, int64_t slice, int64_t region,
                  const KeyBlock& key_block) {
   const int64_t dim = block.p.head_dim;
-  const SliceView v = slice_view(w, slice, dim, key_block.padded);
+  const SliceView v = slice_view(block, w, slice, key_block.padded);
   SliceBlocks b = slice_blocks(slice_keys(block, slice, region), key_block.first, key_block.count);
   if (b.begin >= b.end) b = {0, 0, 0, 0};
   w.seen[2 * slice] = static_cast<int32_t>(b.begin),
@@ -154,10 +181,11 @@ void visit_slice(const BlockRows& block, const Backward& w, int64_t slice, int64
   clear_unseen(v, b);
   RowKeys visible;
   if (b.has_shared()) visible = row_keys(block, slice, region);
-  probability_blocks<true>(v, w.keys, dim, b.begin, b.full_begin, visible, key_block.first);
-  probability_blocks<false>(v, w.keys, dim, b.full_begin, b.full_end, visible, key_block.first);
-  probability_blocks<true>(v, w.keys, dim, b.full_end, b.end, visible, key_block.first);
-  gradient_blocks(v, w.values, dim, b.begin, b.end);
+  const int64_t first = key_block.first;
+  probability_blocks<true, Capped>(v, w.keys, dim, b.begin, b.full_begin, visible, first);
+  probability_blocks<false, Capped>(v, w.keys, dim, b.full_begin, b.full_end, visible, first);
+  probability_blocks<true, Capped>(v, w.keys, dim, b.full_end, b.end, visible, first);
+  gradient_blocks<Capped>(v, w.values, block.p.v.head_dim, b.begin, b.end);
   for (int64_t d = 0; d < dim; d += kRows) {
     Sums<kRows, kSliceVectors> sums;
     load_sums(sums, v.dq + d * kSlice, kSlice);
@@ -196,10 +224,11 @@ template <typename T>
 void backward_region(const BlockRows& block, const TilePlan& plan, const Backward& w,
                      int64_t region, KeysDone* previous, KeysDone* done) {
   const AttentionParams& p = block.p;
+  const auto visit = p.softcap > 0 ? visit_slice<true> : visit_slice<false>;
   std::memset(w.dq, 0, block.slices * kSlice * p.head_dim * sizeof(float));
   const SliceKeys keys = tile_keys(block, region);
   if (keys.first < keys.last) {
-    pack_slices<T>(block, p.q, p.q_cos_sin[region], w.base2_scale, w.q);
+    pack_slices<T>(block, p.q, p.q_cos_sin[region], w.logit_scale, w.q);
     pack_wide<T>(block, p.q, p.q_cos_sin[region], w.scale, w.q_rows);
   }
   for (int64_t first = keys.first; first < keys.last; first += plan.block_n) {
@@ -214,12 +243,12 @@ void backward_region(const BlockRows& block, const TilePlan& plan, const Backwar
       prefetch_share<T>(block, p.v, next, next_count, slice);
       prefetch_share<float>(block, p.dk, first, count, slice);
       prefetch_share<float>(block, p.dv, first, count, slice);
-      visit_slice(block, w, slice, region, key_block);
+      visit(block, w, slice, region, key_block);
     }
-    sum_rows(block, key_block, w.seen, w.scores, w.dout_rows, w.key_sums);
+    sum_rows(block, key_block, w.seen, w.scores, w.dout_rows, p.v.head_dim, w.key_sums);
     wait_for_keys(previous, first + count);
     add_keys(block, key_block, {}, w.key_sums, p.dv);
-    sum_rows(block, key_block, w.seen, w.dscores, w.q_rows, w.key_sums);
+    sum_rows(block, key_block, w.seen, w.dscores, w.q_rows, p.head_dim, w.key_sums);
     add_keys(block, key_block, p.k_cos_sin[region], w.key_sums, p.dk);
     done->store(smaller(first + count, next_key(block, region + 1)), std::memory_order_release);
   }
@@ -243,7 +272,8 @@ void backward(const BlockRows& block, const TilePlan& plan, const Backward& w, K
 
 TilePlan EXTROPE_EXPAND(attention_backward_plan_, EXTROPE_ISA)(const AttentionParams& p) {
   TilePlan plan{};
-  const int64_t block = greater(smaller(kTileFloats / p.head_dim, kMaxBlockM) / kSlice, 1) * kSlice;
+  const int64_t rows = kTileFloats / greater(p.head_dim, p.v.head_dim);
+  const int64_t block = greater(smaller(rows, kMaxBlockM) / kSlice, 1) * kSlice;
   plan.tokens = tile_rows(p, block);
   plan.block_n = smaller(kBlockN, round_up(greater(p.seqlen_k, 1), kKeyBlock));
   plan.workspace = Backward(p, plan, nullptr).space.used();

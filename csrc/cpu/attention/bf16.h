@@ -10,22 +10,27 @@ namespace {
 constexpr int64_t kSliceTiles = kSlice / kSide;
 static_assert(kSliceTiles % 2 == 0 && kRows == 2 * kSide && kRows == kDepth && kFloats == kSide);
 
-inline int64_t dim_tiles_of(const AttentionParams& p) { return (p.head_dim + kDepth - 1) / kDepth; }
+inline int64_t dim_tiles_of(const AttentionTensor& x) { return (x.head_dim + kDepth - 1) / kDepth; }
 
 inline bf16* take_values(Workspace& space, int64_t values) {
   return reinterpret_cast<bf16*>(space.take(values / 2));
 }
 
-// The scores of kRows keys: of `found` what a row sees, else those of earlier regions, or -inf.
+// One value for each row of a slice.
+struct SliceValues {
+  floats at[kSliceVectors];
+};
+
+// The scores of kRows keys: of `found` what a row sees, else those of earlier regions, or `hidden`.
 inline void merge_rows(const float* found, const RowKeys visible, int64_t key, bool first,
-                       float* scores) {
+                       const SliceValues hidden, float* scores) {
   for (int i = 0; i < kRows; ++i) {
     const ints here = ints{} + static_cast<int32_t>(key + i);
 #pragma GCC unroll 16
     for (int j = 0; j < kSliceVectors; ++j) {
       const int64_t at = i * kSlice + j * kFloats;
       const ints seen = (here >= visible.first[j]) & (here < visible.last[j]);
-      const floats rest = first ? floats{} - __builtin_inff() : load<floats>(scores + at);
+      const floats rest = first ? hidden.at[j] : load<floats>(scores + at);
       store(scores + at, seen ? load<floats>(found + at) : rest);
     }
   }
@@ -57,18 +62,18 @@ inline void rotate_values(const RowRotation& row, const bf16* in, RowCosSin cos_
 // kSide rows: in their tensor, or as they are once rotated.
 struct QueryRows {
   const bf16* at[kSide];
-  bf16 rotated[kSide][kMaxHeadDim];
+  bf16 rotated[kSide][kMaxHeadDim + kDepth];  // not all in the same sets of the cache
 };
 
 // Rotates the rows from `first` on, and fetches those of the next ones meanwhile.
 inline void read_queries(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
                          int64_t first, QueryRows& rows) {
   const AttentionParams& p = block.p;
-  const RowRotation rotation{p.head_dim, p.half, p.interleaved};
+  const RowRotation rotation{x.head_dim, p.half, p.interleaved};
   const bf16* data = static_cast<const bf16*>(x.data);
   block.each_of_vector(first + kSide, [&](int64_t, int64_t token, int64_t head) {
     const bf16* next = data + block.offset(x, token, head);
-    for (int64_t d = 0; d < p.head_dim; d += kDepth) __builtin_prefetch(next + d);
+    for (int64_t d = 0; d < x.head_dim; d += kDepth) __builtin_prefetch(next + d);
   });
   block.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
     rows.at[i] = data + block.offset(x, token, head);
@@ -82,7 +87,7 @@ inline void read_queries(const BlockRows& block, const AttentionTensor& x, const
 // (slices, dim / 32, kSliceTiles) right tiles of 16 rows: x transposed.
 inline void pack_query_pairs(const BlockRows& block, const AttentionTensor& x,
                              const CosSin& cos_sin, bf16* to) {
-  const int64_t dim = block.p.head_dim, dim_tiles = dim_tiles_of(block.p);
+  const int64_t dim = x.head_dim, dim_tiles = dim_tiles_of(x);
   QueryRows rows;
   for (int64_t first = 0; first < block.slices * kSlice; first += kSide) {
     read_queries(block, x, cos_sin, first, rows);
@@ -104,7 +109,7 @@ inline void pack_query_pairs(const BlockRows& block, const AttentionTensor& x,
 // (keys / 16, dim / 32) left tiles; rows past the last key are zero.
 inline void pack_key_rows(const BlockRows& block, const AttentionTensor& x,
                           const KeyBlock& key_block, bf16* to) {
-  const int64_t dim = block.p.head_dim, dim_tiles = dim_tiles_of(block.p);
+  const int64_t dim = x.head_dim, dim_tiles = dim_tiles_of(x);
   for (int64_t key = 0; key < key_block.padded; ++key) {
     bf16* tiles = to + key / kSide * dim_tiles * kTileValues + key % kSide * kDepth;
     const bf16* from = key_row<bf16>(block, x, key_block.first + key);
@@ -118,7 +123,7 @@ inline void pack_key_rows(const BlockRows& block, const AttentionTensor& x,
 // (dim / 16, keys / 32) left tiles: x transposed.
 inline void pack_key_columns(const BlockRows& block, const AttentionTensor& x,
                              const KeyBlock& key_block, bf16* to) {
-  const int64_t dim = block.p.head_dim, key_tiles = key_block.padded / kDepth;
+  const int64_t dim = x.head_dim, key_tiles = key_block.padded / kDepth;
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
                                        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
@@ -151,7 +156,7 @@ inline void pack_key_columns(const BlockRows& block, const AttentionTensor& x,
 // of x.
 inline void unpack_sums(const BlockRows& block, const float* from, const float* scale,
                         const AttentionTensor& x) {
-  const int64_t dim = block.p.head_dim, dim_tiles = 2 * dim_tiles_of(block.p);
+  const int64_t dim = x.head_dim, dim_tiles = 2 * dim_tiles_of(x);
   for (int64_t first = 0; first < block.count; first += kSide) {
     const float* slice =
         from + first / kSlice * dim_tiles * kSlice * kSide + first % kSlice * kSide;

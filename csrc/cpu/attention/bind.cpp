@@ -48,9 +48,10 @@ Tensor zeros_of(const std::vector<int64_t>& shape) {
   return zeros;
 }
 
-std::vector<int64_t> shape(const Tensor& x) {
+std::vector<int64_t> shape(const Tensor& x, int64_t head_dim) {
   std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < x.dim(); ++i) sizes.push_back(x.size(i));
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
+  sizes.push_back(head_dim);
   return sizes;
 }
 
@@ -63,16 +64,16 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor inv_freq
                                    std::optional<double> log_n, double attention_factor,
                                    bool interleaved, double softcap,
                                    std::optional<int64_t> sliding_window) {
-  require(!sinks && !query_scale && !q_start && !k_start && softcap == 0 && !sliding_window,
-          "sinks, query_scale, q_start, k_start, softcap and sliding_window are not there yet");
-  const Options options{inv_freq, cu_seqlens,    log_decay, starts,           granularity,
-                        maps,     softmax_scale, log_n,     attention_factor, interleaved};
+  const Options options{inv_freq,         cu_seqlens,  log_decay,     sinks,
+                        query_scale,      q_start,     k_start,       starts,
+                        granularity,      maps,        softmax_scale, log_n,
+                        attention_factor, interleaved, softcap,       sliding_window};
   AttentionParams p = make_params(q, k, v, options);
   // Every row of q is read once. Those of k are read by many tiles: in 16 bits, where products are
   // fast and rotated keys small, they are rotated beforehand.
   const Rotation rotation(p, options, /*keys_ahead=*/p.dtype != DType::f32);
   const bool packed = cu_seqlens.has_value();
-  const Tensor out = fresh(shape(q), q.scalar_type());
+  const Tensor out = fresh(shape(q, p.v.head_dim), q.scalar_type());
   const Tensor lse = packed ? new_empty(q, {p.heads_q, p.seqlen_q}, ScalarType::Float)
                             : new_empty(q, {p.batch, p.heads_q, p.seqlen_q}, ScalarType::Float);
   p.out = view(out, packed, "out");
@@ -88,21 +89,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     std::vector<int64_t> starts, int64_t granularity, std::vector<double> maps,
     std::optional<double> softmax_scale, std::optional<double> log_n, double attention_factor,
     bool interleaved, double softcap, std::optional<int64_t> sliding_window) {
-  require(!sinks && !query_scale && !q_start && !k_start && softcap == 0 && !sliding_window,
-          "sinks, query_scale, q_start, k_start, softcap and sliding_window are not there yet");
-  const Options options{inv_freq, cu_seqlens,    log_decay, starts,           granularity,
-                        maps,     softmax_scale, log_n,     attention_factor, interleaved};
+  const Options options{inv_freq,         cu_seqlens,  log_decay,     sinks,
+                        query_scale,      q_start,     k_start,       starts,
+                        granularity,      maps,        softmax_scale, log_n,
+                        attention_factor, interleaved, softcap,       sliding_window};
   AttentionParams p = make_params(q, k, v, options);
   const bool packed = cu_seqlens.has_value();
-  check_like(dout, q, "dout", "q");
-  check_like(out, q, "out", "q");
+  check_like(dout, q, p.v.head_dim, "dout", "q");
+  check_like(out, q, p.v.head_dim, "out", "q");
   p.dout = view(dout, packed, "dout");
   p.out = view(out, packed, "out");
   p.lse = check_lse(p, lse, "lse");
   if (dlse.has_value()) p.dlse = check_lse(p, *dlse, "dlse");
   const Rotation rotation(p, options, /*keys_ahead=*/false);
-  const Tensor dq = fresh(shape(q), ScalarType::Float);
-  const Tensor dk = zeros_of(shape(k)), dv = zeros_of(shape(v));
+  const Tensor dq = fresh(shape(q, p.head_dim), ScalarType::Float);
+  const Tensor dk = zeros_of(shape(k, p.head_dim)), dv = zeros_of(shape(v, p.v.head_dim));
   p.dq = view(dq, packed, "dq");
   p.dk = view(dk, packed, "dk");
   p.dv = view(dv, packed, "dv");

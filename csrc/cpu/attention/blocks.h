@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/attention/tile.h"
+#include "cpu/simd/softmax.h"
 
 namespace extrope {
 namespace {
@@ -92,14 +93,16 @@ EXTROPE_INLINE void merge_block(Sums<kRows, kSliceVectors>& sums, const RowKeys&
 }
 
 // Of each row, whose probabilities from `row_max` on sum to `row_sum`: what its row is scaled by,
-// and its lse.
+// and its lse; a sink has its part in both.
 inline void finish_sums(const BlockRows& block, const float* row_max, const float* row_sum,
                         float* scale) {
   for (int64_t row = 0; row < block.count; ++row) {
     const bool none = row_sum[row] == 0.0f;
     scale[row] = none ? 0.0f : 1.0f / row_sum[row];
-    block.p.lse[block.lse_index(row)] =
-        none ? -__builtin_inff() : row_max[row] * kLn2 + __builtin_logf(row_sum[row]);
+    float& lse = block.p.lse[block.lse_index(row)];
+    lse = none ? -__builtin_inff() : row_max[row] * kLn2 + __builtin_logf(row_sum[row]);
+    const Sinks& sinks = block.p.sinks;
+    if (sinks.data) join_sink(sinks.of(block.head(row)), scale[row], lse);
   }
 }
 

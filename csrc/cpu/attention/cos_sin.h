@@ -16,12 +16,13 @@ struct CosSinTable {
 
   PositionMap map;
   const PositionMap* from;  // by which rows come rotated already, or nullptr
-  int64_t first_position;   // of token 0
+  Starts start;             // positions of the sequences' first tokens
   const int32_t* cu_seqlens;
   int64_t num_sequences;
 
   float* out;
-  int64_t tokens;  // of one batch row; 1 where all positions are the same
+  int64_t tokens;       // of one batch row; 1 where all positions are the same
+  int64_t first, last;  // of them, [first, last) are there to be filled
 
   int64_t stride() const { return 2 * padded; }
   CosSin rows(int64_t batch) const {

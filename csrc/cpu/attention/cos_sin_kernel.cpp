@@ -11,7 +11,7 @@
 namespace extrope {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 512;
 
 template <typename T>
 void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSin& by,
@@ -35,13 +35,14 @@ void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSi
 
 void EXTROPE_EXPAND(fill_cos_sin_, EXTROPE_ISA)(const CosSinTable& t, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    int64_t sequence = i / t.tokens, position = i % t.tokens + t.first_position;
+    int64_t sequence = i / t.tokens, position = i % t.tokens;
     if (t.cu_seqlens && t.tokens > 1) {
       const int32_t* last = t.cu_seqlens + t.num_sequences + 1;
       sequence =
           std::upper_bound(t.cu_seqlens, last, static_cast<int32_t>(position)) - t.cu_seqlens - 1;
       position -= t.cu_seqlens[sequence];
     }
+    position += t.start.of(sequence);
     const double at = t.map(position) - (t.from ? (*t.from)(position) : 0.0);
     const Angles angles{at, t.amplitude, at, t.log_decay, false};
     float* row = t.out + i * t.stride();

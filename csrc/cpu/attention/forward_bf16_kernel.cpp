@@ -24,14 +24,14 @@ static_assert(kHeadroom > kRows);
 struct Forward {
   Forward(const AttentionParams& p, const TilePlan& plan, float* begin) : space(begin) {
     const int64_t block = round_up(plan.tokens * (p.heads_q / p.heads_k), kSlice);
-    const int64_t dim = round_up(p.head_dim, kDepth);
+    const int64_t dim = round_up(p.head_dim, kDepth), value_dim = round_up(p.v.head_dim, kDepth);
     q = take_values(space, p.regions.count * block * dim);
     keys = take_values(space, p.regions.count * plan.block_n * dim);
-    values = take_values(space, plan.block_n * dim);
+    values = take_values(space, plan.block_n * value_dim);
     weights = take_values(space, plan.block_n * kSlice);
     scores = space.take(kRows * kSlice);
     product = space.take(kRows * kSlice);
-    out = space.take(block * dim);
+    out = space.take(block * value_dim);
     row_max = space.take(block);
     row_sum = space.take(block);
     scale = space.take(block);
@@ -39,10 +39,10 @@ struct Forward {
   Workspace space;
   bf16* q;                  // (regions, slices, dim / 32, kSliceTiles) right tiles of 16 rows
   bf16* keys;               // (regions, keys / 16, dim / 32) left tiles
-  bf16* values;             // (dim / 16, keys / 32) left tiles, transposed
+  bf16* values;             // (v's dim / 16, keys / 32) left tiles, transposed
   bf16* weights;            // (keys / 32, kSliceTiles) right tiles of 16 rows
   float *scores, *product;  // (kRows, kSlice)
-  float* out;               // (slices, dim / 16, kSliceTiles) tiles of sums, transposed
+  float* out;               // (slices, v's dim / 16, kSliceTiles) tiles of sums, transposed
   float *row_max, *row_sum, *scale;  // (block,), to base 2
 };
 
@@ -51,9 +51,11 @@ struct Visit {
   const Forward& w;
   const bf16* q;
   float* out;
-  int64_t next_q, next_keys;     // from one region to the next
-  int64_t dim_tiles, key_tiles;  // of a key block
+  int64_t next_q, next_keys;                  // from one region to the next
+  int64_t dim_tiles, value_tiles, key_tiles;  // of a key block
+  float softcap;                              // to base 2
   floats row_max[kSliceVectors], row_sum[kSliceVectors], scale[kSliceVectors];
+  SliceValues hidden;  // the scores of keys that a row does not see
 };
 
 EXTROPE_INLINE void multiply_block(const Visit& v, int64_t region, int64_t key, float* to) {
@@ -66,7 +68,25 @@ EXTROPE_INLINE void multiply_block(const Visit& v, int64_t region, int64_t key, 
   }
 }
 
+// Scores, to base 2 thereafter, so that those of hidden keys need no cap.
+inline void cap_scores(const Visit& v, float* scores) {
+  for (int64_t i = 0; i < kRows * kSlice; i += kSlice) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kSliceVectors; ++j) {
+      float* at = scores + i + j * kFloats;
+      store(at, capped(load<floats>(at) * v.scale[j], v.softcap));
+    }
+  }
+}
+
+// To base 2.
+template <bool Capped>
+EXTROPE_INLINE floats logits(const Visit& v, const float* at, int j) {
+  return Capped ? load<floats>(at) : load<floats>(at) * v.scale[j];
+}
+
 // The scores of a block of keys, which starts at key `first` of all.
+template <bool Capped>
 EXTROPE_INLINE void score(const Visit& v, const RegionBlocks& blocks, int64_t regions,
                           const RowKeys* visible, int64_t key, int64_t first) {
   bool written = false;
@@ -74,8 +94,10 @@ EXTROPE_INLINE void score(const Visit& v, const RegionBlocks& blocks, int64_t re
     const SliceBlocks& b = blocks.of[r];
     if (key < b.begin || key >= b.end) continue;
     const bool full = key >= b.full_begin && key < b.full_end;
-    multiply_block(v, r, key, full ? v.w.scores : v.w.product);
-    if (!full) merge_rows(v.w.product, visible[r], first, !written, v.w.scores);
+    float* found = full ? v.w.scores : v.w.product;
+    multiply_block(v, r, key, found);
+    if constexpr (Capped) cap_scores(v, found);
+    if (!full) merge_rows(found, visible[r], first, !written, v.hidden, v.w.scores);
     written = true;
   }
 }
@@ -83,7 +105,7 @@ EXTROPE_INLINE void score(const Visit& v, const RegionBlocks& blocks, int64_t re
 // out += values * weights, for the keys from `begin` to `end` of the key block.
 void add_values(const Visit& v, int64_t begin, int64_t end) {
   const int64_t first = begin / kDepth, tiles = (end - begin) / kDepth;
-  for (int64_t d = 0; d < v.dim_tiles && tiles > 0; ++d) {
+  for (int64_t d = 0; d < v.value_tiles && tiles > 0; ++d) {
     for (int64_t tile = 0; tile < kSliceTiles; tile += 2) {
       add_product_of_tiles(
           {v.w.values + (2 * d * v.key_tiles + first) * kTileValues, v.key_tiles * kTileValues,
@@ -97,14 +119,15 @@ void add_values(const Visit& v, int64_t begin, int64_t end) {
 
 // Scores of a block to probabilities, in pairs of keys; false if the row_max they are taken from is
 // too far below them.
+template <bool Capped>
 EXTROPE_INLINE bool softmax_block(Visit& v, bf16* weights) {
   floats sum[kSliceVectors] = {};
   for (int64_t i = 0; i < kRows; i += 2) {
 #pragma GCC unroll 16
     for (int j = 0; j < kSliceVectors; ++j) {
       const float* at = v.w.scores + i * kSlice + j * kFloats;
-      const floats a = exp2_reduced(load<floats>(at) * v.scale[j] - v.row_max[j]);
-      const floats b = exp2_reduced(load<floats>(at + kSlice) * v.scale[j] - v.row_max[j]);
+      const floats a = exp2_reduced(logits<Capped>(v, at, j) - v.row_max[j]);
+      const floats b = exp2_reduced(logits<Capped>(v, at + kSlice, j) - v.row_max[j]);
       sum[j] += a + b;
       store(weights + j * kTileValues + i * kSide, pair_values(a, b));
     }
@@ -121,16 +144,17 @@ EXTROPE_INLINE bool softmax_block(Visit& v, bf16* weights) {
 }
 
 // Takes the largest score of the block as the row_max, and scales earlier sums down to it.
+template <bool Capped>
 void raise_row_max(Visit& v) {
   for (int j = 0; j < kSliceVectors; ++j) {
     floats found = v.row_max[j];
     for (int i = 0; i < kRows; ++i) {
-      found = larger(found, load<floats>(v.w.scores + i * kSlice + j * kFloats) * v.scale[j]);
+      found = larger(found, logits<Capped>(v, v.w.scores + i * kSlice + j * kFloats, j));
     }
     const floats rescale = exp2_reduced(v.row_max[j] - found);
     v.row_max[j] = found;
     v.row_sum[j] *= rescale;
-    for (int64_t d = 0; d < 2 * v.dim_tiles; ++d) {
+    for (int64_t d = 0; d < 2 * v.value_tiles; ++d) {
       float* sums = v.out + (d * kSliceTiles + j) * kTileSums;
       for (int64_t i = 0; i < kTileSums; i += kFloats) {
         store(sums + i, load<floats>(sums + i) * rescale);
@@ -139,23 +163,29 @@ void raise_row_max(Visit& v) {
   }
 }
 
+template <bool Capped>
 void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w, int64_t slice,
                  const KeyBlock& key_block) {
   const RegionBlocks blocks(block, slice, key_block);
   if (blocks.begin >= blocks.end) return;
-  const int64_t dim_tiles = dim_tiles_of(block.p), size = dim_tiles * kDepth * kSlice;
+  const int64_t dim_tiles = dim_tiles_of(block.p.q), value_tiles = dim_tiles_of(block.p.v);
+  const int64_t size = dim_tiles * kDepth * kSlice;
   Visit v{w,
           w.q + slice * size,
-          w.out + slice * size,
+          w.out + slice * value_tiles * kDepth * kSlice,
           block.slices * size,
           plan.block_n * dim_tiles * kDepth,
           dim_tiles,
-          key_block.padded / kDepth};
+          value_tiles,
+          key_block.padded / kDepth,
+          block.p.softcap * kLog2E};
   for (int j = 0; j < kSliceVectors; ++j) {
     const int64_t at = slice * kSlice + j * kFloats;
     v.row_max[j] = load<floats>(w.row_max + at);
     v.row_sum[j] = load<floats>(w.row_sum + at);
     v.scale[j] = load<floats>(w.scale + at);
+    v.hidden.at[j] = floats{} - __builtin_inff();
+    if (!Capped) v.hidden.at[j] = v.scale[j] < 0 ? -v.hidden.at[j] : v.hidden.at[j];
   }
   RowKeys visible[kMaxRegions];
   for (int64_t r = 0; r < block.p.regions.count; ++r) {
@@ -163,13 +193,13 @@ void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w,
   }
   int64_t added = blocks.begin;
   for (int64_t key = blocks.begin; key < blocks.end; key += kRows) {
-    score(v, blocks, block.p.regions.count, visible, key, key_block.first + key);
+    score<Capped>(v, blocks, block.p.regions.count, visible, key, key_block.first + key);
     bf16* weights = w.weights + key * kSlice;
-    if (!softmax_block(v, weights)) {
+    if (!softmax_block<Capped>(v, weights)) {
       add_values(v, added, key);
       added = key;
-      raise_row_max(v);
-      softmax_block(v, weights);
+      raise_row_max<Capped>(v);
+      softmax_block<Capped>(v, weights);
     }
   }
   add_values(v, added, blocks.end);
@@ -186,14 +216,23 @@ void finish(const BlockRows& block, const Forward& w) {
   unpack_sums(block, w.out, w.scale, block.p.out);
 }
 
+// Of a row: to base 2, or where a cap is, in units of it. Never 0, which would make NaN of hidden
+// keys.
+inline float scale_of(const BlockRows& block, int64_t row) {
+  const float scale = block.scale(row), softcap = block.p.softcap;
+  if (scale == 0.0f) return __FLT_MIN__;
+  return softcap > 0 ? scale / softcap : scale * kLog2E;
+}
+
 void forward(const BlockRows& block, const TilePlan& plan, const Forward& w) {
   const AttentionParams& p = block.p;
+  const auto visit = p.softcap > 0 ? visit_slice<true> : visit_slice<false>;
   const int64_t padded = block.slices * kSlice;
-  std::memset(w.out, 0, padded * round_up(p.head_dim, kDepth) * sizeof(float));
+  std::memset(w.out, 0, padded * round_up(p.v.head_dim, kDepth) * sizeof(float));
   std::memset(w.row_sum, 0, padded * sizeof(float));
   for (int64_t row = 0; row < padded; ++row) {
     w.row_max[row] = kLowest;
-    w.scale[row] = row < block.count ? block.scale(row) * kLog2E : 1.0f;
+    w.scale[row] = row < block.count ? scale_of(block, row) : 1.0f;
   }
   const int64_t dim = round_up(p.head_dim, kDepth);
   const BlockKeys seen(block);
@@ -210,7 +249,7 @@ void forward(const BlockRows& block, const TilePlan& plan, const Forward& w) {
     }
     for (int64_t slice = 0; slice < block.slices; ++slice) {
       prefetch_block<bf16>(block, seen, first + plan.block_n, plan.block_n, slice);
-      visit_slice(block, plan, w, slice, key_block);
+      visit(block, plan, w, slice, key_block);
     }
   }
   finish(block, w);

@@ -20,9 +20,9 @@ struct Forward {
   Forward(const AttentionParams& p, const TilePlan& plan, float* begin) : space(begin) {
     const int64_t block = round_up(plan.tokens * (p.heads_q / p.heads_k), kSlice);
     q = space.take(p.regions.count * block * p.head_dim);
-    out = space.take(block * p.head_dim);
-    keys = space.take(p.regions.count * plan.block_n * p.head_dim);
-    values = space.take(plan.block_n * p.head_dim);
+    out = space.take(block * p.v.head_dim);
+    keys = space.take(plan.block_n * greater(p.regions.count * p.head_dim, p.v.head_dim));
+    values = space.take(plan.block_n * p.v.head_dim);
     scores = space.take(plan.block_n * kSlice);
     row_max = space.take(block);
     row_sum = space.take(block);
@@ -30,9 +30,9 @@ struct Forward {
   }
   Workspace space;
   float* q;                          // (regions, slices, head_dim, kSlice)
-  float* out;                        // (slices, head_dim, kSlice)
-  float* keys;                       // (regions, keys, head_dim)
-  float* values;                     // (head_dim / kRows, keys, kRows)
+  float* out;                        // (slices, v's head_dim, kSlice)
+  float* keys;                       // (regions, keys, head_dim); values on their way
+  float* values;                     // (v's head_dim / kRows, keys, kRows)
   float* scores;                     // (keys, kSlice)
   float *row_max, *row_sum, *scale;  // (block,)
 };
@@ -41,10 +41,19 @@ struct Forward {
 struct SliceView {
   const float *q, *keys;
   int64_t dim, first;  // the block's first key
+  float softcap;       // to base 2
 };
 
+EXTROPE_INLINE void cap_block(Sums<kRows, kSliceVectors>& sums, float softcap) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kSliceVectors; ++j) sums.at[i][j] = capped(sums.at[i][j], softcap);
+  }
+}
+
 // The scores of parts that every row of a slice sees, or of parts it shares with other regions.
-template <bool Shared>
+template <bool Shared, bool Capped>
 EXTROPE_INLINE void score_blocks(const Forward& w, const SliceView& v, int64_t begin, int64_t end,
                                  const RowKeys& visible, int64_t written,
                                  floats (&row_max)[kSliceVectors]) {
@@ -52,6 +61,7 @@ EXTROPE_INLINE void score_blocks(const Forward& w, const SliceView& v, int64_t b
     Sums<kRows, kSliceVectors> sums{};
     float* scores = w.scores + key * kSlice;
     multiply_add(sums, v.keys + key * v.dim, v.dim, 1, v.q, kSlice, v.dim);
+    if constexpr (Capped) cap_block(sums, v.softcap);
     if constexpr (Shared) merge_block(sums, visible, v.first + key, key >= written, scores);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
@@ -64,6 +74,7 @@ EXTROPE_INLINE void score_blocks(const Forward& w, const SliceView& v, int64_t b
 
 // The scores of a slice in one region, after those of the regions before it, which have written
 // those of the keys below `written`.
+template <bool Capped>
 void score_region(const BlockRows& block, const Forward& w, const SliceView& v, int64_t slice,
                   int64_t region, const SliceBlocks& b, int64_t written,
                   floats (&row_max)[kSliceVectors]) {
@@ -71,9 +82,9 @@ void score_region(const BlockRows& block, const Forward& w, const SliceView& v, 
   if (b.has_shared()) visible = row_keys(block, slice, region);
   const int64_t shared[2][2] = {{b.begin, b.full_begin}, {b.full_end, b.end}};
   for (const auto& [begin, end] : shared) {
-    score_blocks<true>(w, v, begin, end, visible, written, row_max);
+    score_blocks<true, Capped>(w, v, begin, end, visible, written, row_max);
   }
-  score_blocks<false>(w, v, b.full_begin, b.full_end, visible, written, row_max);
+  score_blocks<false, Capped>(w, v, b.full_begin, b.full_end, visible, written, row_max);
 }
 
 // Scores to probabilities; returns by which factor the earlier sums have shrunk.
@@ -99,11 +110,12 @@ EXTROPE_INLINE void softmax_block(const Forward& w, int64_t slice, const RegionB
   for (int j = 0; j < kSliceVectors; ++j) store(w.row_sum + slice * kSlice + j * kFloats, sum[j]);
 }
 
+template <bool Capped>
 void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w, int64_t slice,
                  const KeyBlock& key_block) {
   const RegionBlocks blocks(block, slice, key_block);
   if (blocks.begin >= blocks.end) return;
-  const int64_t dim = block.p.head_dim;
+  const int64_t dim = block.p.head_dim, value_dim = block.p.v.head_dim;
   floats row_max[kSliceVectors], rescale[kSliceVectors];
   for (int j = 0; j < kSliceVectors; ++j) {
     row_max[j] = load<floats>(w.row_max + slice * kSlice + j * kFloats);
@@ -112,13 +124,14 @@ void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w,
     const SliceBlocks& b = blocks.of[r];
     if (b.begin >= b.end) continue;
     const SliceView v{w.q + (r * block.slices + slice) * dim * kSlice,
-                      w.keys + r * plan.block_n * dim, dim, key_block.first};
-    score_region(block, w, v, slice, r, b, written, row_max);
+                      w.keys + r * plan.block_n * dim, dim, key_block.first,
+                      block.p.softcap * kLog2E};
+    score_region<Capped>(block, w, v, slice, r, b, written, row_max);
     written = b.end;
   }
   softmax_block(w, slice, blocks, row_max, rescale);
-  for (int64_t d = 0; d < dim; d += kRows) {
-    float* out = w.out + (slice * dim + d) * kSlice;
+  for (int64_t d = 0; d < value_dim; d += kRows) {
+    float* out = w.out + (slice * value_dim + d) * kSlice;
     Sums<kRows, kSliceVectors> sums;
     load_sums(sums, out, kSlice);
 #pragma GCC unroll 16
@@ -136,25 +149,26 @@ void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w,
 template <typename T>
 void finish(const BlockRows& block, const Forward& w) {
   finish_sums(block, w.row_max, w.row_sum, w.scale);
+  const AttentionTensor& x = block.p.out;
   RowBuffer rows;
   for (int64_t first = 0; first < block.count; first += kFloats) {
-    unpack_rows(w.out, first, block.p.head_dim, w.scale, rows);
+    unpack_rows(w.out, first, x.head_dim, w.scale, rows);
     block.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
-      narrow_row(rows[i], block.p.head_dim,
-                 static_cast<T*>(block.p.out.data) + block.offset(block.p.out, token, head));
+      narrow_row(rows[i], x.head_dim, static_cast<T*>(x.data) + block.offset(x, token, head));
     });
   }
 }
 
-template <typename T>
+template <typename T, bool Capped>
 void forward(const BlockRows& block, const TilePlan& plan, const Forward& w) {
   const AttentionParams& p = block.p;
   const int64_t padded = block.slices * kSlice;
-  std::memset(w.out, 0, padded * p.head_dim * sizeof(float));
+  const float unit = Capped ? 1.0f / p.softcap : kLog2E;
+  std::memset(w.out, 0, padded * p.v.head_dim * sizeof(float));
   std::memset(w.row_sum, 0, padded * sizeof(float));
   for (int64_t row = 0; row < padded; ++row) {
     w.row_max[row] = kLowest;
-    w.scale[row] = row < block.count ? block.scale(row) * kLog2E : 0.0f;
+    w.scale[row] = row < block.count ? block.scale(row) * unit : 0.0f;
   }
   const BlockKeys seen(block);
   for (int64_t r = 0; r < p.regions.count; ++r) {
@@ -164,7 +178,7 @@ void forward(const BlockRows& block, const TilePlan& plan, const Forward& w) {
   for (int64_t first = seen.first; first < seen.last; first += plan.block_n) {
     const KeyBlock key_block = seen.key_block(first, plan.block_n);
     pack_rows<T>(block, p.v, {}, key_block, w.keys);
-    pack_columns(w.keys, p.head_dim, key_block.padded, w.values);
+    pack_columns(w.keys, p.v.head_dim, key_block.padded, w.values);
     for (int64_t r = 0; r < p.regions.count; ++r) {
       pack_part(seen, r, key_block, [&](const KeyBlock& part, int64_t offset) {
         pack_rows<T>(block, p.k[r], p.k_cos_sin[r], part,
@@ -173,10 +187,16 @@ void forward(const BlockRows& block, const TilePlan& plan, const Forward& w) {
     }
     for (int64_t slice = 0; slice < block.slices; ++slice) {
       prefetch_block<T>(block, seen, first + plan.block_n, plan.block_n, slice);
-      visit_slice(block, plan, w, slice, key_block);
+      visit_slice<Capped>(block, plan, w, slice, key_block);
     }
   }
   finish<T>(block, w);
+}
+
+template <typename T>
+void forward(const BlockRows& block, const TilePlan& plan, const Forward& w) {
+  if (block.p.softcap > 0) return forward<T, true>(block, plan, w);
+  forward<T, false>(block, plan, w);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace {
 template <typename T>
 void pack_wide(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
                const float* scale, float* to) {
-  const int64_t dim = block.p.head_dim, padded = block.slices * kSlice;
+  const int64_t dim = x.head_dim, padded = block.slices * kSlice;
   float values[kMaxHeadDim + kWide] = {};
   for (int64_t row = 0; row < padded; ++row) {
     const bool real = row < block.count;
@@ -23,10 +23,11 @@ void pack_wide(const BlockRows& block, const AttentionTensor& x, const CosSin& c
   }
 }
 
-// sums[key] = sum over rows of weights[key][row] * rows[row]: (key_block.padded, wide).
+// sums[key] = sum over rows of weights[key][row] * rows[row]: (key_block.padded, wide), of rows of
+// head_dim rounded up to kWide.
 void sum_rows(const BlockRows& block, const KeyBlock& key_block, const int32_t* seen,
-              const float* weights, const float* rows, float* sums) {
-  const int64_t wide = round_up(block.p.head_dim, kWide), padded = block.slices * kSlice;
+              const float* weights, const float* rows, int64_t head_dim, float* sums) {
+  const int64_t wide = round_up(head_dim, kWide), padded = block.slices * kSlice;
   for (int64_t d = 0; d < wide; d += kWide) {
     for (int64_t key = 0; key < key_block.padded; key += kTallRows) {
       Sums<kTallRows, kWideVectors> found{};
@@ -52,7 +53,7 @@ inline void add_row(const float* from, int64_t count, float* to) {
 void add_keys(const BlockRows& block, const KeyBlock& key_block, const CosSin& cos_sin,
               const float* sums, const AttentionTensor& x) {
   const AttentionParams& p = block.p;
-  const int64_t wide = round_up(p.head_dim, kWide);
+  const int64_t wide = round_up(x.head_dim, kWide);
   float back[kMaxHeadDim];
   for (int64_t i = 0; i < key_block.count; ++i, sums += wide) {
     const int64_t key = key_block.first + i;
@@ -60,7 +61,7 @@ void add_keys(const BlockRows& block, const KeyBlock& key_block, const CosSin& c
                 (block.tile.first_k + key) * x.seq + block.tile.head * x.head;
     const RowCosSin by = cos_sin_at(cos_sin, block.tile.batch, block.tile.first_k + key);
     if (by.cos) unrotate_row(p, sums, by, back);
-    add_row(by.cos ? back : sums, p.head_dim, to);
+    add_row(by.cos ? back : sums, x.head_dim, to);
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include "common/regions.h"
 #include "common/rope_params.h"
+#include "common/softmax_params.h"
 
 namespace extrope {
 
@@ -13,6 +14,17 @@ namespace extrope {
 struct AttentionTensor {
   void* data;
   int64_t batch, seq, head;
+  int64_t head_dim;
+};
+
+// Absolute positions of the first token of each sequence.
+struct Starts {
+  const int32_t* data;     // nullptr: all 0
+  int64_t stride, offset;  // offset is added to all
+
+  [[gnu::always_inline]] int64_t of(int64_t sequence) const {
+    return (data ? data[sequence * stride] : 0) + offset;
+  }
 };
 
 // By what rows rotate as they are read: cosines and sines of each token's pairs.
@@ -23,12 +35,15 @@ struct CosSin {
 
 struct AttentionParams {
   DType dtype;
-  int64_t batch, seqlen_q, seqlen_k;  // packed: batch 1, both seqlens the number of tokens
-  int64_t heads_q, heads_k, head_dim;
+  int64_t batch, seqlen_q, seqlen_k;   // packed: batch 1, both seqlens the number of tokens
+  int64_t heads_q, heads_k, head_dim;  // head_dim of q and k
 
   Regions regions;
+  Starts q_start, k_start;
   float softmax_scale;
-  const float* row_scale;     // (seqlen_q,) or nullptr
+  QueryScale row_scale;
+  float softcap;  // 0: none
+  Sinks sinks;
   const int32_t* cu_seqlens;  // (num_sequences + 1,) token boundaries, nullptr when not packed
   int64_t num_sequences;
 
@@ -49,6 +64,7 @@ struct QueryTile {
   int64_t batch, head;         // head of k
   int64_t first_q, first_k;    // the sequence's first token
   int64_t seqlen_q, seqlen_k;  // of the sequence
+  int64_t q_start, k_start;    // positions of its first tokens
   int64_t token, tokens;       // within the sequence
 };
 

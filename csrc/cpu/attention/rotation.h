@@ -32,8 +32,10 @@ class Rotation {
       const PositionMap& map = p.regions.at[r].k_map;
       key_table[r] = -1;
       if (map == p.regions.stored) continue;
+      const Tokens seen = seen_keys(r);
       const bool again = r > 0 && map == p.regions.at[r - 1].k_map;
-      if (!again) tables.push_back(key_table_of(map));
+      if (!again) tables.push_back(key_table_of(map, seen.first));
+      tables.back().last = std::max(tables.back().last, seen.last);
       key_table[r] = static_cast<int64_t>(tables.size()) - 1;
     }
     fill(tables);
@@ -43,15 +45,54 @@ class Rotation {
       p.k_cos_sin[r] = tables[key_table[r]].rows(batch_rows());
       if (!keys_ahead) continue;
       const bool again = r > 0 && key_table[r] == key_table[r - 1];
-      p.k[r] = again ? p.k[r - 1] : rotated_keys(p.k_cos_sin[r]);
+      p.k[r] = again ? p.k[r - 1] : rotated_keys(p.k_cos_sin[r], tables[key_table[r]]);
       p.k_cos_sin[r] = {};
     }
   }
   Rotation(const Rotation&) = delete;
 
  private:
-  // Tables have a row for every sequence where frequencies differ, else one for all.
-  int64_t batch_rows() const { return p_.cu_seqlens || inv_freq_.rows == 1 ? 1 : p_.batch; }
+  struct Tokens {
+    int64_t first, last;
+  };
+
+  // Tables have a row for every sequence where frequencies or positions differ, else one for all.
+  int64_t batch_rows() const {
+    const bool alike = inv_freq_.rows == 1 && p_.q_start.stride == 0 && p_.k_start.stride == 0;
+    return p_.cu_seqlens || alike ? 1 : p_.batch;
+  }
+
+  // The keys that queries see in region r, from the first one of all sequences to the last, and
+  // those that kernels read beside them.
+  Tokens seen_keys(int64_t r) const {
+    constexpr int64_t kBeside = 32;
+    Tokens seen{p_.seqlen_k, 0};
+    for (int64_t s = 0; s < (p_.cu_seqlens ? p_.num_sequences : p_.batch); ++s) {
+      const int64_t begin = p_.cu_seqlens ? p_.cu_seqlens[s] : 0;
+      const int64_t seqlen_k = p_.cu_seqlens ? p_.cu_seqlens[s + 1] - begin : p_.seqlen_k;
+      const int64_t seqlen_q = p_.cu_seqlens ? seqlen_k : p_.seqlen_q;
+      const int64_t q = p_.q_start.of(s), k = p_.k_start.of(s);
+      const auto key = [&](int64_t region, int64_t position) {
+        return std::clamp<int64_t>(p_.regions.start(region, position) - k, 0, seqlen_k);
+      };
+      const int64_t first = key(r, q), last = key(r + 1, q + seqlen_q - 1);
+      if (seqlen_q == 0 || first >= last) continue;
+      seen = {std::min(seen.first, begin + first), std::max(seen.last, begin + last)};
+    }
+    if (seen.first >= seen.last) return {0, 0};
+    return {std::max<int64_t>(seen.first - kBeside, 0), std::min(seen.last + kBeside, p_.seqlen_k)};
+  }
+
+  // Calls run(begin, end) for the tokens of t that are to be filled in each of `batch` rows.
+  template <typename Run>
+  void each_token(const CosSinTable& t, int64_t batch, int64_t bytes, const Run& run) const {
+    const int64_t count = t.last - t.first;
+    if (count == t.tokens) return share_out(batch * count, bytes, run);
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t at = b * t.tokens + t.first;
+      share_out(count, bytes, [&](int64_t begin, int64_t end) { run(at + begin, at + end); });
+    }
+  }
 
   void set_decay(const Tensor& log_decay) {
     const float* decay = static_cast<const float*>(log_decay.data_ptr());
@@ -60,18 +101,27 @@ class Rotation {
     for (double x : q_decay_) k_decay_.push_back(-x);
   }
 
+  // log_n's factor, times query_scale.
   void set_row_scale(double log_n) {
-    row_scale_.resize(p_.seqlen_q);
-    for (int64_t sequence = 0, token = 0; token < p_.seqlen_q; ++token) {
-      int64_t position = token + p_.seqlen_k - p_.seqlen_q;
+    const QueryScale given = p_.row_scale;
+    const bool alike = p_.cu_seqlens || (given.batch == 0 && p_.q_start.stride == 0);
+    const int64_t rows = alike ? 1 : p_.batch;
+    row_scale_.resize(rows * p_.seqlen_q);
+    for (int64_t i = 0, sequence = 0; i < rows * p_.seqlen_q; ++i) {
+      const int64_t row = i / p_.seqlen_q, token = i % p_.seqlen_q;
+      int64_t position = token;
       if (p_.cu_seqlens) {
         while (p_.cu_seqlens[sequence + 1] <= token) ++sequence;
-        position = token - p_.cu_seqlens[sequence];
+        position -= p_.cu_seqlens[sequence];
+      } else {
+        sequence = row;
       }
-      const double scale = std::log(std::max<int64_t>(position, 0) + 1.0) / std::log(log_n);
-      row_scale_[token] = static_cast<float>(std::max(scale, 1.0));
+      position = std::max<int64_t>(position + p_.q_start.of(sequence), 0);
+      const double scale = std::log(position + 1.0) / std::log(log_n);
+      row_scale_[i] = static_cast<float>(std::max(scale, 1.0));
+      if (given.data) row_scale_[i] *= given.of(row, token);
     }
-    p_.row_scale = row_scale_.data();
+    p_.row_scale = {row_scale_.data(), alike ? 0 : p_.seqlen_q, 1};
   }
 
   CosSinTable table(const PositionMap& map) const {
@@ -89,17 +139,18 @@ class Rotation {
     const bool alike = map.is_constant() && !(p_.cu_seqlens && inv_freq_.rows > 1);
     t.log_decay = q_decay_.empty() ? nullptr : q_decay_.data();
     t.amplitude = amplitude;
-    t.first_position = p_.cu_seqlens ? 0 : p_.seqlen_k - p_.seqlen_q;
-    t.tokens = alike ? 1 : p_.seqlen_q;
+    t.start = p_.q_start;
+    t.tokens = t.last = alike ? 1 : p_.seqlen_q;
     return t;
   }
 
-  CosSinTable key_table_of(const PositionMap& map) const {
+  CosSinTable key_table_of(const PositionMap& map, int64_t first) const {
     CosSinTable t = table(map);
     t.log_decay = k_decay_.empty() ? nullptr : k_decay_.data();
     t.amplitude = 1.0;
     t.from = &p_.regions.stored;
-    t.tokens = p_.seqlen_k;
+    t.start = p_.k_start;
+    t.tokens = p_.seqlen_k, t.first = first;
     return t;
   }
 
@@ -115,23 +166,23 @@ class Rotation {
       t.out = out;
       out += batch_rows() * t.tokens * t.stride();
       constexpr int64_t kBytes = 32;  // as many as a cosine and a sine take time to compute
-      share_out(batch_rows() * t.tokens, t.half * kBytes,
-                [&](int64_t begin, int64_t end) { kernel(t, begin, end); });
+      each_token(t, batch_rows(), t.half * kBytes,
+                 [&](int64_t begin, int64_t end) { kernel(t, begin, end); });
     }
   }
 
-  AttentionTensor rotated_keys(const CosSin& by) {
+  AttentionTensor rotated_keys(const CosSin& by, const CosSinTable& t) {
     const bool packed = p_.cu_seqlens != nullptr;
     const int64_t heads = p_.heads_k * p_.head_dim;
     memory_.push_back(fresh({p_.batch * p_.seqlen_k * heads},
                             p_.dtype == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Half));
     const AttentionTensor out{memory_.back().data_ptr(), packed ? 0 : p_.seqlen_k * heads, heads,
-                              p_.head_dim};
+                              p_.head_dim, p_.head_dim};
 #define EXTROPE_KERNEL(isa) rotate_keys_##isa
     const RotateKeys kernel = EXTROPE_WIDEST(EXTROPE_KERNEL);
 #undef EXTROPE_KERNEL
-    share_out(p_.batch * p_.seqlen_k, heads * 2,
-              [&](int64_t begin, int64_t end) { kernel(p_, raw_k_, by, out, begin, end); });
+    each_token(t, p_.batch, heads * 2,
+               [&](int64_t begin, int64_t end) { kernel(p_, raw_k_, by, out, begin, end); });
     return out;
   }
 

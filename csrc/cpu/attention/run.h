@@ -27,6 +27,7 @@ inline std::vector<QueryTile> cut(const AttentionParams& p, int64_t rows) {
     tile.seqlen_q = p.cu_seqlens ? p.cu_seqlens[s + 1] - p.cu_seqlens[s] : p.seqlen_q;
     tile.seqlen_k = p.cu_seqlens ? tile.seqlen_q : p.seqlen_k;
     tile.first_q = tile.first_k = p.cu_seqlens ? p.cu_seqlens[s] : 0;
+    tile.q_start = p.q_start.of(s), tile.k_start = p.k_start.of(s);
     for (tile.head = 0; tile.head < p.heads_k; ++tile.head) {
       for (tile.token = 0; tile.token < tile.seqlen_q; tile.token += rows) {
         tile.tokens = std::min(rows, tile.seqlen_q - tile.token);

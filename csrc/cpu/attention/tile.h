@@ -16,7 +16,7 @@ namespace extrope {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 512;
 // A slice is as many rows as a panel of a product has columns.
 constexpr int64_t kSlice = kPanel;
 constexpr int kSliceVectors = kPanelVectors;
@@ -40,7 +40,12 @@ struct BlockRows {
 
   int64_t token(int64_t row) const { return tile.token + row / heads; }
   int64_t head(int64_t row) const { return tile.head * heads + row % heads; }
-  int64_t position(int64_t row) const { return token(row) + tile.seqlen_k - tile.seqlen_q; }
+  int64_t position(int64_t row) const { return tile.q_start + token(row); }
+  // Where a region begins for the query at `position`, as an index into the sequence's keys.
+  int64_t first_key(int64_t region, int64_t position) const {
+    const int64_t key = p.regions.start(region, position) - tile.k_start;
+    return smaller(greater(key, 0), tile.seqlen_k);
+  }
   int64_t offset(const AttentionTensor& x, int64_t row) const {
     return offset(x, token(row), head(row));
   }
@@ -51,7 +56,8 @@ struct BlockRows {
     return (tile.batch * p.heads_q + head(row)) * p.seqlen_q + tile.first_q + token(row);
   }
   float scale(int64_t row) const {
-    return p.softmax_scale * (p.row_scale ? p.row_scale[tile.first_q + token(row)] : 1.0f);
+    const int64_t at = tile.first_q + token(row);
+    return p.softmax_scale * (p.row_scale.data ? p.row_scale.of(tile.batch, at) : 1.0f);
   }
   // Calls visit(i, row, head) for row first + i of as many as a vector has, without the divisions
   // above: two for every row take longer than to copy it.
@@ -74,13 +80,13 @@ struct SliceKeys {
 inline SliceKeys slice_keys(const BlockRows& block, int64_t slice, int64_t region) {
   const int64_t begin = slice * kSlice, end = smaller(begin + kSlice, block.count) - 1;
   const int64_t low = block.position(begin), high = block.position(end);
-  return {block.p.regions.start(region, low), block.p.regions.start(region + 1, high),
-          block.p.regions.start(region, high), block.p.regions.start(region + 1, low)};
+  return {block.first_key(region, low), block.first_key(region + 1, high),
+          block.first_key(region, high), block.first_key(region + 1, low)};
 }
 
 inline SliceKeys tile_keys(const BlockRows& block, int64_t region) {
   const int64_t low = block.position(0), high = block.position(block.count - 1);
-  return {block.p.regions.start(region, low), block.p.regions.start(region + 1, high), 0, 0};
+  return {block.first_key(region, low), block.first_key(region + 1, high), 0, 0};
 }
 
 // A key block in parts of kRows keys, counted from its first key: the slice sees those from begin
@@ -111,8 +117,8 @@ inline RowKeys row_keys(const BlockRows& block, int64_t slice, int64_t region) {
   const int64_t begin = slice * kSlice, count = smaller(kSlice, block.count - begin);
   int64_t position = block.position(begin), row_end = block.heads - begin % block.heads;
   for (int64_t i = 0; i < count; ++position, row_end += block.heads) {
-    const auto from = static_cast<int32_t>(block.p.regions.start(region, position));
-    const auto to = static_cast<int32_t>(block.p.regions.start(region + 1, position));
+    const auto from = static_cast<int32_t>(block.first_key(region, position));
+    const auto to = static_cast<int32_t>(block.first_key(region + 1, position));
     for (; i < smaller(row_end, count); ++i) first[i] = from, last[i] = to;
   }
   RowKeys keys;
@@ -149,13 +155,14 @@ inline RowCosSin cos_sin_at(const CosSin& x, int64_t batch, int64_t token) {
 
 // A row that is rotated is rounded to its type thereafter, as a rotated tensor would be.
 template <typename T>
-inline void read_row(const AttentionParams& p, const T* from, RowCosSin by, float* to) {
-  if (!by.cos) return widen_row(from, p.head_dim, to);
-  rotate_row({p.head_dim, p.half, p.interleaved}, from, by.cos, by.sin, 1.0f, to);
+inline void read_row(const AttentionParams& p, const T* from, int64_t dim, RowCosSin by,
+                     float* to) {
+  if (!by.cos) return widen_row(from, dim, to);
+  rotate_row({dim, p.half, p.interleaved}, from, by.cos, by.sin, 1.0f, to);
   if constexpr (sizeof(T) < sizeof(float)) {
     T rounded[kMaxHeadDim];
-    narrow_row(to, p.head_dim, rounded);
-    widen_row(rounded, p.head_dim, to);
+    narrow_row(to, dim, rounded);
+    widen_row(rounded, dim, to);
   }
 }
 
@@ -179,10 +186,10 @@ inline const T* key_row(const BlockRows& block, const AttentionTensor& x, int64_
 template <typename T>
 inline void pack_rows(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
                       const KeyBlock& key_block, float* to) {
-  const int64_t dim = block.p.head_dim;
+  const int64_t dim = x.head_dim;
   for (int64_t i = 0; i < key_block.count; ++i) {
     const int64_t key = key_block.first + i;
-    read_row(block.p, key_row<T>(block, x, key),
+    read_row(block.p, key_row<T>(block, x, key), dim,
              cos_sin_at(cos_sin, block.tile.batch, block.tile.first_k + key), to + i * dim);
   }
   std::memset(to + key_block.count * dim, 0,
@@ -198,7 +205,7 @@ inline void prefetch_share(const BlockRows& block, const AttentionTensor& x, int
   const int64_t begin = count * slice / block.slices, end = count * (slice + 1) / block.slices;
   for (int64_t i = begin; i < end; ++i) {
     const char* from = reinterpret_cast<const char*>(key_row<T>(block, x, first + i));
-    const int64_t bytes = block.p.head_dim * static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = x.head_dim * static_cast<int64_t>(sizeof(T));
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
   }
 }
@@ -222,7 +229,8 @@ template <typename T>
 inline void read_query(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
                        int64_t token, int64_t head, float* to) {
   const T* from = static_cast<const T*>(x.data) + block.offset(x, token, head);
-  read_row(block.p, from, cos_sin_at(cos_sin, block.tile.batch, block.tile.first_q + token), to);
+  const RowCosSin by = cos_sin_at(cos_sin, block.tile.batch, block.tile.first_q + token);
+  read_row(block.p, from, x.head_dim, by, to);
 }
 
 // As many rows as a vector has elements.
@@ -232,7 +240,7 @@ using RowBuffer = float[kFloats][kMaxHeadDim + kFloats];
 template <typename T>
 inline void pack_slices(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
                         const float* scale, float* to) {
-  const int64_t dim = block.p.head_dim;
+  const int64_t dim = x.head_dim;
   RowBuffer rows = {};
   for (int64_t first = 0; first < block.slices * kSlice; first += kFloats) {
     if (first + kFloats > block.count) std::memset(rows, 0, sizeof(rows));

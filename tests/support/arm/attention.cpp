@@ -44,7 +44,8 @@ class Call {
     p_.half = c.half, p_.interleaved = c.interleaved;
     if (c.packed) p_.cu_seqlens = kBoundaries, p_.num_sequences = std::size(kBoundaries) - 1;
     for (int64_t i = 0; i < c.seqlen_q; ++i) row_scale_.push_back(1.0f + 0x1p-8f * i);
-    if (c.row_scale) p_.row_scale = row_scale_.data();
+    if (c.row_scale) p_.row_scale = {row_scale_.data(), 0, 1};
+    if (!c.packed) p_.q_start.offset = c.seqlen_k - c.seqlen_q;
     q_ = random_values<T>(elements(true), 31), k_ = random_values<T>(elements(false), 32);
     v_ = random_values<T>(elements(false), 33), dout_ = random_values<T>(elements(true), 34);
     dlse_ = random_values<float>(batch_ * p_.heads_q * c.seqlen_q, 35);
@@ -69,7 +70,8 @@ class Call {
   }
   AttentionTensor view(void* data, bool queries) const {
     const int64_t seq = (queries ? p_.heads_q : p_.heads_k) * c_.head_dim;
-    return {data, c_.packed ? 0 : seq * (queries ? c_.seqlen_q : c_.seqlen_k), seq, c_.head_dim};
+    return {data, c_.packed ? 0 : seq * (queries ? c_.seqlen_q : c_.seqlen_k), seq, c_.head_dim,
+            c_.head_dim};
   }
 
   void fill_tables() {
@@ -92,7 +94,7 @@ class Call {
     t.amplitude = queries ? kAmplitude : 1.0;
     t.map = map;
     if (!queries) t.from = &p_.regions.stored;
-    t.first_position = queries && !c_.packed ? c_.seqlen_k - c_.seqlen_q : 0;
+    t.start = queries ? p_.q_start : p_.k_start;
     t.cu_seqlens = p_.cu_seqlens, t.num_sequences = p_.num_sequences;
     t.tokens = !queries ? c_.seqlen_k : map.is_constant() ? 1 : c_.seqlen_q;
     memory.resize(t.tokens * t.stride());
