@@ -106,7 +106,9 @@ def read(config: Any, layer_type: str | None) -> Source:
     elif (length := _get(config, "original_max_position_embeddings")) is not None:
         # Phi-3 keeps the trained length beside its rope parameters, and that one has priority.
         parameters = {**parameters, "original_max_position_embeddings": length}
-    if layer_type is not None and _get(config, "is_heterogeneous"):
+    if isinstance(config, Mapping):
+        config = _of_layers(config, layer_type)
+    elif layer_type is not None and _get(config, "is_heterogeneous"):
         # ValueError: layers of one type differ, most often in what the rotation does not depend on;
         # where it does, reading the size of a head from the whole configuration raises.
         with suppress(ValueError):
@@ -116,6 +118,21 @@ def read(config: Any, layer_type: str | None) -> Source:
 
 def _get(config: Any, name: str) -> Any:
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def _of_layers(config: Mapping[str, Any], layer_type: str | None) -> Mapping[str, Any]:
+    """A loaded config.json with what the layers of one type have of their own (Gemma 4)."""
+    own, types = config.get("per_layer_config"), config.get("layer_types")
+    if layer_type is None or not own or not types:
+        return config
+    of_layer = {int(number): values for number, values in own.items()}
+    layers = [of_layer.get(n, {}) for n, kind in enumerate(types) if kind == layer_type]
+    sizes = {layer.get("head_dim", config.get("head_dim")) for layer in layers}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{NAME}: all layers of type {layer_type!r} must have one head_dim, got {sizes}"
+        )
+    return {**config, "head_dim": sizes.pop()} if sizes else config
 
 
 def _parameters(config: Any) -> Mapping[str, Any]:

@@ -180,6 +180,18 @@ def test_gemma_4_has_heads_of_two_sizes():
     assert_same(from_hf_config(config, layer_type="sliding_attention"), methods.rope(16))
 
 
+def test_a_saved_gemma_4_has_sizes_by_layer():
+    config = {**SIZES, "head_dim": 16, "rope_parameters": NESTED}
+    config["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    config["per_layer_config"] = {"1": {"head_dim": 32}, "03": {"head_dim": 32, "other": 1}}
+    full = from_hf_config(config, layer_type="full_attention")
+    assert_same(full, methods.yarn(32, base=1e6, **YARN))
+    assert_same(from_hf_config(config, layer_type="sliding_attention"), methods.rope(16))
+    del config["per_layer_config"]["1"]
+    with pytest.raises(ValueError, match="layers of type 'full_attention' must have one head_dim"):
+        from_hf_config(config, layer_type="full_attention")
+
+
 ERRORS = [
     ({"rope_parameters": NESTED}, None, "layer_type must be one of 'full_attention', 'sliding_"),
     ({"rope_parameters": NESTED}, "no_rotation", "layer_type must be one of .* got 'no_rotation'"),
@@ -264,9 +276,10 @@ def test_transformers_models(name):
     config, embedding, layer_types = _transformers_model(name)
     for layer_type in layer_types:
         prefix = "" if layer_type is None else f"{layer_type}_"
-        freqs = from_hf_config(config, layer_type=layer_type)
-        assert torch.equal(freqs.inv_freq, getattr(embedding, f"{prefix}inv_freq"))
-        assert freqs.attention_factor == getattr(embedding, f"{prefix}attention_scaling")
+        for read in (config, config.to_dict()):
+            freqs = from_hf_config(read, layer_type=layer_type)
+            assert torch.equal(freqs.inv_freq, getattr(embedding, f"{prefix}inv_freq"))
+            assert freqs.attention_factor == getattr(embedding, f"{prefix}attention_scaling")
 
 
 def _transformers_model(name):
