@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_engines import TorchEngine
@@ -40,6 +42,7 @@ def not_asked(engine):
         (9, Shape(BF16, 128, 99999, 3), None, "triton", "got 3 of granularity 1"),
         (9, Shape(BF16, 128, 99999, 2, 96), None, "triton", "got 2 of granularity 96"),
         (9, Shape(BF16, 128, 99999, 1, 1, True), None, "triton", "log_decay"),
+        (9, Shape(BF16, 128, 99999, refused="q_start"), None, "triton", "does not take q_start"),
     ],
 )
 def test_table(major, shape, engines, chosen, reason):
@@ -57,13 +60,6 @@ def test_engines_of_a_row_take_every_call_it_fits(row, monkeypatch):
             assert engine.refuses((row.major, 0), head_dim) is None
             q = torch.empty(1, 1, 1, head_dim)
             assert head_dim + (0 if engine.takes_dlse(q) else 8) <= engine.max_head_dim
-
-
-@pytest.mark.parametrize("refused", ["a head_dim of v's own", "q_start and k_start"])
-def test_what_the_composition_does_not_take_goes_to_triton(refused):
-    shape = Shape(torch.bfloat16, 128, 1 << 20, refused=refused)
-    why = f"the composition does not take {refused}"
-    assert choose(9, shape, not_asked) == Choice("triton", why)
 
 
 @pytest.mark.parametrize("override", ["triton", "flash_attn"])
@@ -214,3 +210,25 @@ def test_report_names_rows_and_reasons(monkeypatch):
         assert line == "flash_attn: flash-attn 4 from 16384 tokens on (estimated), triton below"
     monkeypatch.setenv("EXTROPE_ATTENTION", "triton")
     assert choice.choices() == {"attention on cuda": "EXTROPE_ATTENTION=triton"}
+
+
+OPTIONS = {
+    "softcap": (1.5, "engine"),
+    "sliding_window": (3, "engine"),
+    "sinks": (torch.zeros(4), "engine"),
+    "q_start": (torch.zeros(1, dtype=torch.int32), "triton"),
+    "k_start": (torch.zeros(1, dtype=torch.int32), "triton"),
+}
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, "head_dim of v"])
+def test_what_the_composition_does_not_take_goes_to_triton(engine, option):
+    triton = pytest.importorskip("extrope_kernels.ops.attention.triton")
+    q, k, v, call, *_ = make((-(2**62), -2), dtype=torch.float32)
+    value, who = OPTIONS.get(option, (None, "triton"))
+    if option in OPTIONS:
+        call = replace(call, **{option: value})
+    else:
+        v = v[..., :8]
+    chosen = choice.implementation(q, k, v, call).forward is triton.forward
+    assert chosen == (who == "triton")

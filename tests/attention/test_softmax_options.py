@@ -44,12 +44,6 @@ SWITCHES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _can_run(any_backend):
-    if any_backend == "triton":
-        pytest.skip("the kernels do not have these yet")
-
-
 def tensors_of(options, batch, seqlen_q):
     """The options with tensors in place of what SWITCHES says of them."""
     options = dict(options)

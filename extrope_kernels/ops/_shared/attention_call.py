@@ -61,8 +61,10 @@ class AttentionCall:
     def trimmed(self, longest: int) -> list[Region]:
         """The regions that hold a key in sequences of `longest` tokens, and the last one."""
         regions = self.regions
-        block = max(longest - 1, 0) // self.granularity * self.granularity
-        while len(regions) > 1 and block + regions[1].start <= 0:
+        most = max(longest - 1, 0) // self.granularity * self.granularity
+        if self.sliding_window is not None:
+            most = min(most, self.sliding_window - 1)
+        while len(regions) > 1 and most + regions[1].start <= 0:
             regions = regions[1:]
         return regions
 

@@ -5,18 +5,30 @@ block of keys, the first query that sees a key in a region and the end of these.
 [low, high) is cut into blocks that every row sees whole, and masked ones before and after.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 # What changes from call to call must not make Triton compile again. Each is a parameter of its own,
 # since Triton takes no notice of this list for the numbers within a tuple.
 RUN_TIME_SCALARS = (
     *("blocks", "rows", "seqlen_q", "seqlen_k"),
     *("num_sequences", "search_steps", "start_0", "start_1", "start_2", "granularity"),
+    *("window", "query_scale_stride"),
 )
+
+
+class Bounds(NamedTuple):
+    """What decides which keys a query sees; positions are counted from a sequence's first key."""
+
+    start_0: tl.tensor  # the regions' first keys, from a query's block on
+    start_1: tl.tensor
+    start_2: tl.tensor
+    granularity: tl.tensor
+    window: tl.tensor  # most keys of a query, if TILE.windowed
+    seqlen_k: tl.tensor
+    origin: tl.tensor  # the first key's own position: blocks of granularity begin at 0
 
 
 @triton.jit
@@ -62,13 +74,27 @@ def place(
 
 
 @triton.jit
+def origin_of(sequence, q_start, k_start, start_strides, seqlen_q, seqlen_k):
+    """How far a sequence's first query lies behind its first key, and the position of that key."""
+    shift = seqlen_k - seqlen_q
+    origin = 0
+    if k_start is not None:
+        origin = tl.load(k_start + sequence * start_strides[1])
+    if q_start is not None:
+        shift = tl.load(q_start + sequence * start_strides[0]) - origin
+    return shift, origin
+
+
+@triton.jit
 def place_queries(
-    blocks, heads, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, TILE: tl.constexpr
-):
+    blocks, heads, cu_seqlens, q_start, k_start, start_strides, num_sequences, search_steps,
+    seqlen_q, seqlen_k, TILE: tl.constexpr,
+):  # fmt: skip
     """This program's block of queries, the longest first.
 
     Returns (batch, sequence, head, the sequence's first row, the block's first row, how many rows
-    of it are there, the positions of its first row, of its last one and of all, seqlen_k).
+    of it are there, the positions of its first row, of its last one and of all, counted from the
+    first key, seqlen_k, the first key's own position).
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     batch, sequence, head, block, count, first_row, seqlen_q, seqlen_k = place(
@@ -77,10 +103,11 @@ def place_queries(
     first = (count - 1 - block) * BLOCK_M
     row = first_row + first
     left = seqlen_q - first
-    top = first + seqlen_k - seqlen_q
-    bottom = tl.minimum(top + BLOCK_M, seqlen_k) - 1
+    shift, origin = origin_of(sequence, q_start, k_start, start_strides, seqlen_q, seqlen_k)
+    top = first + shift
+    bottom = tl.minimum(top + BLOCK_M, seqlen_q + shift) - 1
     position = top + tl.arange(0, BLOCK_M)
-    return batch, sequence, head, first_row, row, left, top, bottom, position, seqlen_k
+    return batch, sequence, head, first_row, row, left, top, bottom, position, seqlen_k, origin
 
 
 @triton.jit
@@ -108,16 +135,20 @@ def nth_block(index, cut, MASKED: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def first_key(position, starts, granularity, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr):
+def first_key(position, bounds, REGION: tl.constexpr, TILE: tl.constexpr):
     """First key that queries at `position` see in REGION; for REGION = regions, the end of all."""
-    key = tl.minimum(position + 1, seqlen_k)
+    key = tl.minimum(position + 1, bounds.seqlen_k)
     if len(TILE.q_maps) > REGION:
-        key = tl.minimum(key, position // granularity * granularity + starts[REGION])
+        block = (position + bounds.origin) // bounds.granularity * bounds.granularity
+        first = block - bounds.origin + bounds[REGION]
+        if TILE.windowed:
+            first = tl.maximum(first, position + 1 - bounds.window)
+        key = tl.minimum(key, first)
     return tl.maximum(key, 0)
 
 
 @triton.jit
-def cut_keys(top, bottom, starts, granularity, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr):
+def cut_keys(top, bottom, bounds, REGION: tl.constexpr, TILE: tl.constexpr):
     """The range of keys that queries at positions `top` to `bottom` see, cut into blocks.
 
     Returns (first key, a split's numbers, end).
@@ -126,10 +157,10 @@ def cut_keys(top, bottom, starts, granularity, seqlen_k, REGION: tl.constexpr, T
     low = 0
     all_low = 0
     if REGION > 0 or not TILE.from_first_key:
-        low = first_key(top, starts, granularity, seqlen_k, REGION, TILE)
-        all_low = first_key(bottom, starts, granularity, seqlen_k, REGION, TILE)
-    all_high = first_key(top, starts, granularity, seqlen_k, REGION + 1, TILE)
-    high = first_key(bottom, starts, granularity, seqlen_k, REGION + 1, TILE)
+        low = first_key(top, bounds, REGION, TILE)
+        all_low = first_key(bottom, bounds, REGION, TILE)
+    all_high = first_key(top, bounds, REGION + 1, TILE)
+    high = first_key(bottom, bounds, REGION + 1, TILE)
     before, full, masked = split(low, all_low, all_high, high, BLOCK_N)
     return low, before, full, masked, high
 
@@ -146,27 +177,34 @@ def seen_keys(start, low, high, REGION: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def end_query(key, starts, granularity, first, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr):
-    """End of the positions, from `first` to seqlen_k, that see `key` in REGION or a later one."""
+def end_query(key, bounds, top, bottom, REGION: tl.constexpr, TILE: tl.constexpr):
+    """End of the positions, from `top` to `bottom`, that see `key` in REGION or a later one."""
     end = key
     if len(TILE.q_maps) > REGION:
+        granularity = bounds.granularity
         # As floor division, which that of Triton is not where the dividend is negative.
-        ahead = tl.maximum(key - starts[REGION], -granularity) + granularity
-        end = tl.maximum(end, ahead // granularity * granularity)
-    return tl.minimum(tl.maximum(end, first), seqlen_k)
+        ahead = tl.maximum(key + bounds.origin - bounds[REGION], -granularity) + granularity
+        last = ahead // granularity * granularity - bounds.origin
+        if TILE.windowed:
+            last = tl.minimum(last, key + bounds.window)
+        end = tl.maximum(end, last)
+    return tl.minimum(tl.maximum(end, top), bottom)
 
 
 @triton.jit
 def cut_queries(
-    first, last, starts, granularity, seqlen_q, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr
-):
-    """The range of rows that see keys `first` to `last`, cut into blocks, as that of keys is."""
+    first, last, bounds, seqlen_q, shift, REGION: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """The range of rows that see keys `first` to `last`, cut into blocks, as that of keys is.
+
+    shift: from a row to its position.
+    """
     BLOCK_M: tl.constexpr = TILE.block_m
-    shift = seqlen_k - seqlen_q  # from a row to its position
     top = tl.maximum(shift, 0)
-    low = end_query(first, starts, granularity, top, seqlen_k, REGION + 1, TILE) - shift
-    all_low = end_query(last, starts, granularity, top, seqlen_k, REGION + 1, TILE) - shift
-    all_high = end_query(first, starts, granularity, top, seqlen_k, REGION, TILE) - shift
-    high = end_query(last, starts, granularity, top, seqlen_k, REGION, TILE) - shift
+    bottom = seqlen_q + shift
+    low = end_query(first, bounds, top, bottom, REGION + 1, TILE) - shift
+    all_low = end_query(last, bounds, top, bottom, REGION + 1, TILE) - shift
+    all_high = end_query(first, bounds, top, bottom, REGION, TILE) - shift
+    high = end_query(last, bounds, top, bottom, REGION, TILE) - shift
     before, full, masked = split(low, all_low, all_high, high, BLOCK_M)
     return low, before, full, masked, high

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 import triton
 from torch import Tensor
 
-from ....scores import PositionMap
+from ....scores import PositionMap, Region
 from ..._shared.attention_call import AttentionCall
 from ..._shared.triton.launch import VECTOR_BYTES, Plan, strides_of
 from ..._shared.triton.position_maps import kind_of, map_arguments
 from .rotate import RotateTile, rotate_kernel
 
 THREADS = 128  # each with 16 bytes of first dims, and of second dims
+# Positions that q_start and k_start give: how far a query may see, and blocks may reach, so that
+# int32 never overflows.
+FARTHEST = 2**29
 # Heads are spread over programs until about this many run; more would only repeat the sincos.
 PROGRAMS = 1024
 
@@ -36,6 +39,31 @@ def alignment(itemsize: int, *tensors: Tensor) -> int:
     return math.gcd(VECTOR_BYTES // itemsize, *strides)
 
 
+def placed(call: AttentionCall) -> bool:
+    """Are positions of their own given, which only the device knows?"""
+    return call.q_start is not None or call.k_start is not None
+
+
+def regions_of(k: Tensor, call: AttentionCall) -> list[Region]:
+    """Those that may hold keys."""
+    return call.trimmed(FARTHEST if placed(call) else k.shape[-3])
+
+
+def start_strides(call: AttentionCall) -> tuple[int, int] | None:
+    """From one sequence's start to the next, of queries and of keys."""
+    if not placed(call):
+        return None
+    return tuple(0 if x is None or len(x) == 1 else 1 for x in (call.q_start, call.k_start))
+
+
+def query_scale_stride(call: AttentionCall) -> int | None:
+    """From one sequence to the next; the tensor is contiguous."""
+    scale = call.query_scale
+    if scale is None:
+        return None
+    return scale.shape[1] if scale.dim() == 2 else 0
+
+
 def frequency_stride(call: AttentionCall) -> int:
     return strides_of(call.inv_freq)[0] if call.inv_freq.dim() == 2 else 0
 
@@ -46,7 +74,7 @@ def per_log_n(call: AttentionCall) -> float | None:
 
 def key_maps(k: Tensor, call: AttentionCall) -> list[PositionMap]:
     """The maps that keys have to be rotated to: not the one they come in, and each once."""
-    maps = [region.k_map for region in call.trimmed(k.shape[-3])]
+    maps = [region.k_map for region in regions_of(k, call)]
     return list(dict.fromkeys(x for x in maps if x != call.stored))
 
 
@@ -83,6 +111,8 @@ def rotation(
         frame_strides(q, tile.align),
         frame_strides(k, tile.align),
         frequency_stride(call),
+        query_scale_stride(call) if q_maps else None,
+        start_strides(call),
         sequences,
         sequences.bit_length(),
         q_tiles,

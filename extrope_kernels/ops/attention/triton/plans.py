@@ -18,13 +18,18 @@ from .backward_queries import dq_kernel
 from .configs import MOST_ROWS, Config, config
 from .forward import forward_kernel
 from .frames import (
+    FARTHEST,
     alignment,
     frame_strides,
     frequency_stride,
     key_maps,
     per_log_n,
+    placed,
+    query_scale_stride,
+    regions_of,
     rotation,
     row_strides,
+    start_strides,
 )
 from .rows import Tile
 
@@ -40,6 +45,8 @@ class ForwardPlans(NamedTuple):
     rotate: Plan | None
     attend: Plan | None
     k_frames: Shape
+    q_frame: Shape | None  # where rows of out have no room for those of q
+    out: Shape
     lse: Shape
 
 
@@ -62,14 +69,18 @@ def forward_plans(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Forwa
         row_strides(k, layout.align),
         frame_strides(k, layout.align)[:2],
         row_strides(v, layout.align),
+        layout.out_strides(),
         frame_strides(q, layout.align)[:2],
         frequency_stride(call),
+        query_scale_stride(call),
     )
     numbers = (call.attention_factor**2, per_log_n(call), *layout.map_numbers()[: 4 * MOST_REGIONS])
     attend = layout.plan(forward_kernel, "forward", strides, numbers)
     lse = (*q.shape[:-3], q.shape[-2], q.shape[-3])
     rotate = rotation(q, k, (), k_maps, call)
-    return ForwardPlans(rotate, attend, (len(k_maps), *k.shape), lse)
+    q_frame = None if v.shape[-1] == q.shape[-1] else (*q.shape,)
+    out = (*q.shape[:-1], v.shape[-1])
+    return ForwardPlans(rotate, attend, (len(k_maps), *k.shape), q_frame, out, lse)
 
 
 def backward_plans(
@@ -89,10 +100,11 @@ def backward_plans(
     frames = frame_strides(q, align)[:2]
     keys = row_strides(k, align), frame_strides(k, align)[:2], row_strides(v, align)
     of_dout = row_strides(dout, align)
+    of_dv = None if v.shape == k.shape else frame_strides(v, align)[:2]
     return BackwardPlans(
         rotation(q, k, q_maps, k_maps, call),
         layout.plan(dq_kernel, "dq", (frames, *keys, row_strides(out, align), of_dout)),
-        layout.plan(dkv_kernel, "dkv", (frames, *keys, of_dout)),
+        layout.plan(dkv_kernel, "dkv", (frames, *keys, of_dout, of_dv)),
         rotation(q, k, q_maps, [region.k_map for region in regions], call, inverse=True),
         (len(regions), *q.shape),
         (len(k_maps), *k.shape),
@@ -108,11 +120,12 @@ class _Layout:
     ) -> None:
         check(NAME, q, k, v, call)
         check_head_dim(NAME, q)
+        check_head_dim(NAME, v)
         self.call, self.q, self.chip = call, q, chip_of(q)
         self.batch = 1 if call.cu_seqlens is not None else v.shape[0]
         self.seqlen_q, self.heads_q, self.head_dim = q.shape[-3:]
-        self.seqlen_k, self.heads_k, _ = k.shape[-3:]
-        self.regions = call.trimmed(self.seqlen_k)
+        self.seqlen_k, self.heads_k, self.head_dim_v = v.shape[-3:]
+        self.regions, self.placed = regions_of(k, call), placed(call)
         self.k_maps = key_maps(k, call)
         self.align = alignment(q.itemsize, q, k, v, *others)
         given = (q, k, v, *others)
@@ -121,10 +134,11 @@ class _Layout:
             _check_offsets(x)
 
     def plan(
-        self, kernel, name: str, strides: tuple[Shape, ...], numbers: tuple = ()
+        self, kernel, name: str, strides: tuple[Shape | None, ...], numbers: tuple = ()
     ) -> Plan | None:
         """Of "forward" or "dq", a program for each block of queries, or of "dkv", of keys."""
-        setting = config(name, self.head_dim, self.q.itemsize, self.chip)
+        widest = max(self.head_dim, self.head_dim_v)
+        setting = config(name, widest, self.q.itemsize, self.chip)
         size, seqlen, heads = setting.block_m, self.seqlen_q, self.heads_q
         if name == "dkv":
             size, seqlen, heads = setting.block_n, self.seqlen_k, self.heads_k
@@ -140,6 +154,7 @@ class _Layout:
             (programs,),
             self.q,
             *strides,
+            start_strides(self.call),
             sequences,
             sequences.bit_length(),
             blocks,
@@ -147,10 +162,13 @@ class _Layout:
             self.seqlen_q,
             self.seqlen_k,
             *self._starts(),
-            min(self.call.granularity, max(self.seqlen_k, 1)),
+            min(self.call.granularity, self._farthest()),
+            min(self.call.sliding_window, self._farthest()) if self._windowed() else None,
             self.call.scale(self.head_dim),
+            self.call.softcap or None,
             *numbers,
-            self._tile(setting),
+            self._tile(setting, self.head_dim),
+            self._tile(setting, self.head_dim_v),
             num_warps=setting.warps,
             num_stages=setting.stages,
             maxnreg=setting.maxnreg,
@@ -160,15 +178,21 @@ class _Layout:
         maps = [region.q_map for region in self.regions]
         return tuple(map_arguments(maps, [], self.call.stored).values())
 
-    def _tile(self, setting: Config) -> Tile:
-        dims, more_dims = _parts(self.head_dim, setting.halves)
+    def out_strides(self) -> Shape:
+        """Of contiguous out, as frame_strides."""
+        seqlen, heads, dim = self.seqlen_q, self.heads_q, self.head_dim_v
+        size = seqlen * heads * dim // self.align
+        return self.batch * size, size
+
+    def _tile(self, setting: Config, head_dim: int) -> Tile:
+        dims, more_dims = _parts(head_dim, setting.halves)
         half = self.call.inv_freq.shape[-1]
         return Tile(
             block_m=setting.block_m,
             block_n=setting.block_n,
             heads_q=self.heads_q,
             heads_k=self.heads_k,
-            head_dim=self.head_dim,
+            head_dim=head_dim,
             dims=dims,
             more_dims=more_dims,
             rotated=min(setting.rotated, setting.block_m),
@@ -179,15 +203,25 @@ class _Layout:
             k_frame=tuple(
                 self.k_maps.index(r.k_map) if r.k_map in self.k_maps else -1 for r in self.regions
             ),
-            from_first_key=self.regions[0].start <= -self.seqlen_k,
+            from_first_key=not self._windowed() and self.regions[0].start <= -self._farthest(),
+            windowed=self._windowed(),
+            capped=self.call.softcap > 0,
             align=self.align,
             contiguous=self.contiguous,
             widen=INTERPRETED and self.q.dtype == torch.bfloat16,
         )
 
+    def _farthest(self) -> int:
+        """No query sees farther."""
+        return FARTHEST if self.placed else max(self.seqlen_k, 1)
+
+    def _windowed(self) -> bool:
+        window = self.call.sliding_window
+        return window is not None and window < self._farthest()
+
     def _starts(self) -> list[int]:
         """No larger than the sequence: int32 then never overflows."""
-        most = max(self.seqlen_k, 1)
+        most = self._farthest()
         starts = [max(-most, min(region.start, most)) for region in self.regions]
         return starts + [0] * (MOST_REGIONS - len(starts))
 

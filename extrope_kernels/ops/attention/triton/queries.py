@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..._shared.triton.position_maps import CONSTANT, log_n_scale, map_cos_sin
-from .rows import inside_of, load_part
+from .rows import inside_of, load_part, load_values
 
 
 @triton.jit
@@ -78,14 +78,19 @@ def _rotate_part(
 
 @triton.jit
 def rotated_rows(
-    q, base, left, position, inv_freq, log_decay, amplitude, per_log_n, numbers,
+    q, base, left, position, inv_freq, log_decay, amplitude, per_log_n, query_scale, numbers,
     REGION: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS raw rows as a region sees them, in parts as of load_rows, rounded once."""
+    """ROWS raw rows as a region sees them, in parts as of load_rows, rounded once.
+
+    position: absolute; query_scale: None, or a pointer to what the first of them is multiplied by.
+    """
     DIMS: tl.constexpr = TILE.dims
     MORE: tl.constexpr = TILE.more_dims
     ELEMENT: tl.constexpr = q.pointer.dtype.element_ty
     scale = log_n_scale(position, per_log_n)
+    if query_scale is not None:
+        scale *= load_values(query_scale, left, ROWS, True)[:, None]
     if TILE.paired:  # the two parts of a row are the two dims of its pairs
         cos, sin = _cos_sin(
             tl.arange(0, DIMS), position, scale, inv_freq, log_decay, amplitude, numbers,

@@ -15,7 +15,7 @@ from ..._shared.triton.tokens import rows, sequence_of
 
 RUN_TIME_SCALARS = (
     *("num_sequences", "search_steps", "q_tiles", "tiles", "heads_q", "heads_k"),
-    *("seqlen_q", "seqlen_k"),
+    *("seqlen_q", "seqlen_k", "query_scale_stride"),
 )
 
 
@@ -37,20 +37,27 @@ class RotateTile(NamedTuple):
 
 @triton.jit
 def _place(
-    tile, batch, shift, seqlen, inv_freq, freq_stride, cu_seqlens, num_sequences, search_steps,
-    TILE: tl.constexpr,
+    tile, batch, shift, start, start_stride, seqlen, inv_freq, freq_stride, cu_seqlens,
+    num_sequences, search_steps, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile's tokens, which of them are there, their positions, and frequencies."""
+    """A tile's tokens, which of them are there, their positions, and frequencies.
+
+    shift: of positions, where sequences are not packed; start: None, or more of it by sequence.
+    """
     TOKENS: tl.constexpr = TILE.tokens
     PAIRS: tl.constexpr = TILE.pairs
     token = tile * TOKENS + tl.arange(0, TOKENS)
     valid = token < seqlen
     if cu_seqlens is None:
         position = token + shift
+        if start is not None:
+            position += tl.load(start + batch * start_stride)
         freq = of_pairs(inv_freq + tl.cast(batch, tl.int64) * freq_stride, TILE)
     else:
         sequence = sequence_of(token, cu_seqlens, num_sequences, search_steps)
         position = token - tl.load(cu_seqlens + sequence)
+        if start is not None:
+            position += tl.load(start + sequence * start_stride)
         if TILE.freq_per_token:
             pair = tl.arange(0, PAIRS)
             mask = valid[:, None] & (pair < TILE.half)[None, :]
@@ -125,17 +132,24 @@ def _unrotate_head(
 
 @triton.jit
 def _rotate_tokens(
-    x, strides, frames, frame_strides, tile, batch, heads, shift, seqlen, inv_freq, freq_stride,
-    decay, cu_seqlens, num_sequences, search_steps, amplitude, per_log_n, maps, origin,
+    x, strides, frames, frame_strides, tile, batch, heads, shift, start, start_stride, seqlen,
+    inv_freq, freq_stride, decay, cu_seqlens, num_sequences, search_steps, amplitude, per_log_n,
+    token_scale, token_scale_stride, maps, origin,
     MAPS: tl.constexpr, ORIGIN: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """This program's tokens and heads of q, or of k."""
+    """This program's tokens and heads of q, or of k.
+
+    token_scale: None, or what each token is multiplied by.
+    """
     COUNT: tl.constexpr = len(MAPS)
     token, valid, position, freq = _place(
-        tile, batch, shift, seqlen, inv_freq, freq_stride, cu_seqlens, num_sequences, search_steps,
-        TILE,
+        tile, batch, shift, start, start_stride, seqlen, inv_freq, freq_stride, cu_seqlens,
+        num_sequences, search_steps, TILE,
     )  # fmt: skip
     scale = log_n_scale(position, per_log_n)
+    if token_scale is not None:
+        at = token_scale + batch * token_scale_stride + token
+        scale *= tl.load(at, mask=valid, other=0.0)[:, None]
     cos_sin = _cos_sin_of_frames(
         position, freq, decay, amplitude * scale, maps, origin, MAPS, ORIGIN
     )
@@ -156,9 +170,9 @@ def _rotate_tokens(
 
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
 def rotate_kernel(
-    q, k, q_frames, k_frames, inv_freq, log_decay, cu_seqlens,
-    q_strides, k_strides, q_frame_strides, k_frame_strides, freq_stride,
-    num_sequences, search_steps, q_tiles, tiles, heads_q, heads_k, seqlen_q, seqlen_k,
+    q, k, q_frames, k_frames, inv_freq, log_decay, cu_seqlens, q_start, k_start, query_scale,
+    q_strides, k_strides, q_frame_strides, k_frame_strides, freq_stride, query_scale_stride,
+    start_strides, num_sequences, search_steps, q_tiles, tiles, heads_q, heads_k, seqlen_q, seqlen_k,
     amplitude, per_log_n,
     q0_modulus: tl.float64, q0_factor: tl.float64, q0_offset: tl.float64, q0_cap: tl.float64,
     q1_modulus: tl.float64, q1_factor: tl.float64, q1_offset: tl.float64, q1_cap: tl.float64,
@@ -190,6 +204,17 @@ def rotate_kernel(
         (k2_modulus, k2_factor, k2_offset, k2_cap),
     )
     stored = (stored_modulus, stored_factor, stored_offset, stored_cap)
+    q_begin = k_start
+    q_begin_stride = None
+    k_begin_stride = None
+    shift = seqlen_k - seqlen_q
+    if k_start is not None:
+        k_begin_stride = start_strides[1]
+        q_begin_stride = k_begin_stride
+    if q_start is not None:
+        q_begin = q_start
+        q_begin_stride = start_strides[0]
+        shift = 0
     tile = tl.program_id(0) % tiles
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     decay = None
@@ -202,15 +227,15 @@ def rotate_kernel(
         if tile < q_tiles:
             _rotate_tokens(
                 q, q_strides, q_frames, q_frame_strides, tile, batch, heads_q,
-                seqlen_k - seqlen_q, seqlen_q, inv_freq, freq_stride, decay,
+                shift, q_begin, q_begin_stride, seqlen_q, inv_freq, freq_stride, decay,
                 cu_seqlens, num_sequences, search_steps, amplitude, per_log_n,
-                q_maps, stored, Q_MAPS, CONSTANT, INVERSE, TILE,
+                query_scale, query_scale_stride, q_maps, stored, Q_MAPS, CONSTANT, INVERSE, TILE,
             )  # fmt: skip
     if len(K_MAPS) > 0:  # noqa: SIM102
         if tile >= q_tiles:
             _rotate_tokens(
                 k, k_strides, k_frames, k_frame_strides, tile - q_tiles, batch, heads_k,
-                0, seqlen_k, inv_freq, freq_stride, minus_decay,
+                0, k_start, k_begin_stride, seqlen_k, inv_freq, freq_stride, minus_decay,
                 cu_seqlens, num_sequences, search_steps, 1.0, None,
-                k_maps, stored, K_MAPS, STORED, INVERSE, TILE,
+                None, None, k_maps, stored, K_MAPS, STORED, INVERSE, TILE,
             )  # fmt: skip

@@ -12,7 +12,10 @@ import triton.language as tl
 
 
 class Tile(NamedTuple):
-    """What a kernel is compiled for, beside types and alignment."""
+    """What a kernel is compiled for, beside types and alignment.
+
+    There are two, for rows of q and k and for rows of v and out: they differ in their dims.
+    """
 
     block_m: int  # rows of queries
     block_n: int  # rows of keys
@@ -28,6 +31,8 @@ class Tile(NamedTuple):
     q_maps: tuple[int, ...]  # of each region: see _shared/triton/position_maps.py
     k_frame: tuple[int, ...]  # of each region: which of the frames, or -1 for keys as they come
     from_first_key: bool  # region 0 has no lower end
+    windowed: bool  # a query sees no key farther than a window
+    capped: bool  # logits have a bound
     align: int  # elements; divides all strides
     contiguous: bool  # tokens of the tensors that were given
     widen: bool  # operands to float32 before a product: the interpreter has no bfloat16
