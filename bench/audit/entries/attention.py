@@ -9,18 +9,23 @@ from bisect import bisect_right
 from functools import lru_cache, partial
 from itertools import product
 
-from shapes import BLOCK, CHUNK, HEADS_K, HEADS_Q, LOCAL, SEQLEN, WINDOW
+from shapes import BLOCK, CHUNK, HEADS_K, HEADS_Q, LOCAL, SEQLEN, SLIDING, WINDOW
 
 from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 
 HEAD_DIMS = (64, 96, 128, 256)
 NAMES = ("forward", "dq", "dkv")
+# What models add to the softmax: a word each, and all of them together.
+SOFTMAX = ("sinks", "cap", "sliding", "scale", "starts")
+ALL = " ".join(("R2", *SOFTMAX))
+MLA = (192, "R2 v128")  # head_dim of q and k, and of v
 
 
 def cases(name: str) -> list[Case]:
     """Regions: R1 plain, R2 ReRoPE, R3 dual chunk. Every tile of both tables; at the
     common head_dim also float16, which differs by the conversions, packed sequences, and the
-    regions of blockwise causal attention, which have no first key.
+    regions of blockwise causal attention, which have no first key; and what models add to the
+    softmax, one by one and all together, with values of another head_dim beside.
     """
     kernel = f"attention {name}"
     every = [*product(("bfloat16",), ("R1", "R2", "R3"), HEAD_DIMS)]
@@ -32,6 +37,8 @@ def cases(name: str) -> list[Case]:
         ("bfloat16", "R2 blocks"),
     ]
     every += [(dtype, variant, 128) for dtype, variant in more]
+    every += [("bfloat16", words, 128) for words in (*(f"R2 {word}" for word in SOFTMAX), ALL)]
+    every += [("bfloat16", MLA[1], MLA[0])]
     return [
         Case(kernel, chip, dim, dtype, variant)
         for dtype, variant, dim in every
@@ -48,6 +55,7 @@ def rotate_cases() -> list[Case]:
     every = [*product(("bfloat16",), ("R2",), HEAD_DIMS)]
     every += product(("bfloat16",), [*variants, "R2 packed"], (128,))
     every += [("float16", "R2", 128), ("float32", "R2", 128)]
+    every += [("bfloat16", f"R2 {words}", 128) for words in ("scale starts", "packed starts")]
     return [
         Case("attention rotate", chip, dim, dtype, variant + direction)
         for dtype, variant, dim in every
@@ -71,6 +79,8 @@ def in_sample(case: Case) -> bool:
         ("float32", "R2", 64): (89,),
         ("float32", "R2", 256): (90,) if name == "dq" else (),
         ("bfloat16", "R2 packed", 128): (80,),
+        ("bfloat16", ALL, 128): {"forward": (90,), "dq": (80,), "dkv": (100,)}[name],
+        ("bfloat16", MLA[1], MLA[0]): {"forward": (80, 90), "dq": (100,), "dkv": (90,)}[name],
     }
     return chip in picked.get((case.dtype, case.variant, dim), ())
 
@@ -86,6 +96,8 @@ def rotate_in_sample(case: Case) -> bool:
         "blocks decay inverse": (100,),
         "R2 interleaved": (100,),
         "R2 packed": (90,),
+        "R2 packed starts": (80,),
+        "R2 scale starts inverse": (90,),
     }
     usual = (case.head_dim, case.dtype) == (128, "bfloat16")
     return usual and case.capability in picked.get(case.variant, ())
@@ -128,10 +140,17 @@ def _launch(case: Case) -> None:
     from extrope_kernels.ops.attention.triton import backward, forward
 
     packed, half = case.has("packed"), case.head_dim // (4 if case.has("partial") else 2)
+    start = empty(8 if packed else 1, dtype="int32") if case.has("starts") else None
     call = AttentionCall(
         empty(half),
         empty(9, dtype="int32") if packed else None,
         empty(half) if case.has("decay") else None,
+        empty(HEADS_Q) if case.has("sinks") else None,
+        empty(SEQLEN) if case.has("scale") else None,
+        start,
+        start,
+        softcap=50.0 if case.has("cap") else 0.0,
+        sliding_window=SLIDING if case.has("sliding") else None,
         **score_options(score_of(case)),
         log_n=4096.0 if packed else None,
         interleaved=case.has("interleaved"),
@@ -139,10 +158,15 @@ def _launch(case: Case) -> None:
     batch = () if packed else (1,)
     rows = partial(empty, *batch, SEQLEN, dtype=case.dtype)
     q, k = rows(HEADS_Q, case.head_dim), rows(HEADS_K, case.head_dim)
+    v, out = rows(HEADS_K, dim_v(case)), rows(HEADS_Q, dim_v(case))
     if case.kernel.endswith("forward") or case.has("keys"):
-        forward(q, k, k, call)
+        forward(q, k, v, call)
     else:
-        backward(q, None, q, k, k, q, empty(*batch, HEADS_Q, SEQLEN), call)
+        backward(out, None, q, k, v, out, empty(*batch, HEADS_Q, SEQLEN), call)
+
+
+def dim_v(case: Case) -> int:
+    return 128 if case.has("v128") else case.head_dim
 
 
 def _record(case: Case):
@@ -154,31 +178,35 @@ def _record(case: Case):
 
 def traffic(case: Case, block_m: int, block_n: int) -> Traffic:
     """What a launch with tiles of so many rows does, plain or not."""
-    name, size, dim = case.kernel.split()[-1], itemsize(case.dtype), case.head_dim
+    name, size = case.kernel.split()[-1], itemsize(case.dtype)
+    dim, of_v = case.head_dim, dim_v(case)
     starts, granularity = layout(case)
+    window = SLIDING if case.has("sliding") else SEQLEN
     q_rows, k_rows = SEQLEN * HEADS_Q * dim, SEQLEN * HEADS_K * dim
+    out_rows, v_rows = SEQLEN * HEADS_Q * of_v, SEQLEN * HEADS_K * of_v
     per_row = 4 * SEQLEN * HEADS_Q  # lse, delta
     k_frames = len(starts) * k_rows
     frames = len(starts) * q_rows + k_frames
     by_key = name == "dkv"
     own, other = (block_n, block_m) if by_key else (block_m, block_n)
     moved = {
-        "forward": size * (k_frames + k_rows + 2 * q_rows) + per_row,
-        "dq": size * (frames + k_rows + 2 * q_rows) + 2 * per_row + 4 * len(starts) * q_rows,
-        "dkv": size * (frames + 2 * k_rows + q_rows) + 2 * per_row + 4 * len(starts) * k_rows,
+        "forward": size * (k_frames + v_rows + q_rows + out_rows) + per_row,
+        "dq": size * (frames + v_rows + 2 * out_rows) + 2 * per_row + 4 * len(starts) * q_rows,
+        "dkv": size * (frames + 2 * v_rows + out_rows) + 2 * per_row + 4 * len(starts) * k_rows,
     }
     stored = {
-        "forward": own * dim * size,
+        "forward": own * of_v * size,
         "dq": len(starts) * own * dim * 4,
-        "dkv": own * dim * (size + len(starts) * 4),
+        "dkv": own * (of_v * size + len(starts) * dim * 4),
     }
+    depth = {"forward": dim + of_v, "dq": 2 * dim + of_v, "dkv": 2 * (dim + of_v)}
     return Traffic(
         bytes=moved[name],
         blocks=-(-SEQLEN // own) * (HEADS_K if by_key else HEADS_Q),
-        passes=(HEADS_Q * tiles(starts, granularity, own, other, by_key),),
-        loaded=2 * other * dim * size,  # k and v, or q and dout
+        passes=(HEADS_Q * tiles(starts, granularity, own, other, by_key, window),),
+        loaded=other * (dim + of_v) * size,  # k and v, or q and dout
         stored=stored[name],
-        operations={"forward": 2, "dq": 3, "dkv": 4}[name] * 2 * block_m * block_n * dim,
+        operations=2 * block_m * block_n * depth[name],
     )
 
 
@@ -204,12 +232,19 @@ def _rotate_traffic(case: Case, launch) -> Traffic:
 
 
 @lru_cache
-def tiles(starts: tuple[int, ...], granularity: int, own: int, other: int, by_key: bool) -> int:
+def tiles(
+    starts: tuple[int, ...],
+    granularity: int,
+    own: int,
+    other: int,
+    by_key: bool,
+    window: int = SEQLEN,
+) -> int:
     """How many tiles of `other` rows all tiles of `own` rows of one head go through."""
     count = 0
     for region in range(len(starts)):
         low, high = (
-            [_first_key(i, starts, granularity, r) for i in range(SEQLEN)]
+            [_first_key(i, starts, granularity, window, r) for i in range(SEQLEN)]
             for r in (region, region + 1)
         )
         for first in range(0, SEQLEN, own):
@@ -222,10 +257,11 @@ def tiles(starts: tuple[int, ...], granularity: int, own: int, other: int, by_ke
     return count
 
 
-def _first_key(position: int, starts, granularity: int, region: int) -> int:
+def _first_key(position: int, starts, granularity: int, window: int, region: int) -> int:
     key = position + 1
     if region < len(starts):
-        key = min(key, position // granularity * granularity + starts[region])
+        first = position // granularity * granularity + starts[region]
+        key = min(key, max(first, position + 1 - window))
     return max(key, 0)
 
 

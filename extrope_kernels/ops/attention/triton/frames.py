@@ -49,6 +49,13 @@ def regions_of(k: Tensor, call: AttentionCall) -> list[Region]:
     return call.trimmed(FARTHEST if placed(call) else k.shape[-3])
 
 
+def unseen_keys(q: Tensor, k: Tensor, call: AttentionCall) -> int:
+    """How many of the first keys lie before every query's sliding window, where that is known."""
+    if call.sliding_window is None or call.cu_seqlens is not None or placed(call):
+        return 0
+    return min(max(0, k.shape[-3] - q.shape[-3] + 1 - call.sliding_window), k.shape[-3])
+
+
 def start_strides(call: AttentionCall) -> tuple[int, int] | None:
     """From one sequence's start to the next, of queries and of keys."""
     if not placed(call):
@@ -85,17 +92,20 @@ def rotation(
     k_maps: Sequence[PositionMap],
     call: AttentionCall,
     inverse: bool = False,
+    unseen: int = 0,
 ) -> Plan | None:
     """Takes q, k and their frames, contiguous, one for each map; None where there is nothing to do.
 
     inverse: takes contiguous gradients of q and k, to be written, and those of frames, in float32.
+    unseen: so many of the first keys need not be written.
     """
     tile = _tile(q, k, q_maps, k_maps, call)
     seqlen_q, heads_q, _ = q.shape[-3:]
     seqlen_k, heads_k, _ = k.shape[-3:]
     batch = k.shape[0] if call.cu_seqlens is None else 1
     q_tiles = triton.cdiv(seqlen_q, tile.tokens) if q_maps else 0
-    tiles = q_tiles + (triton.cdiv(seqlen_k, tile.tokens) if k_maps else 0)
+    left_out = unseen // tile.tokens
+    tiles = q_tiles + (triton.cdiv(seqlen_k, tile.tokens) - left_out if k_maps else 0)
     heads = heads_q if q_maps else heads_k
     if tiles * batch * heads == 0:
         return None
@@ -116,6 +126,7 @@ def rotation(
         sequences,
         sequences.bit_length(),
         q_tiles,
+        left_out or None,
         tiles,
         heads_q,
         heads_k,

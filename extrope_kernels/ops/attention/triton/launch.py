@@ -18,8 +18,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
 
     q, k: raw, (batch, seqlen_q, heads_q, head_dim) and (batch, seqlen_k, heads_k, head_dim), or
     (total, heads, head_dim) with call.cu_seqlens; v like k, of any head_dim; all contiguous in the
-    last dimension. Returns out like q, of v's head_dim, and the natural log of the sum of exponentials, float32
-    (batch, heads_q, seqlen_q) or (heads_q, total).
+    last dimension. Returns out like q, of v's head_dim, and the natural log of the sum of
+    exponentials, float32 (batch, heads_q, seqlen_q) or (heads_q, total).
     """
     call = _contiguous(call)
     plan = planned(forward_plans, _key((q, k, v), call), q, k, v, call)

@@ -30,6 +30,7 @@ from .frames import (
     rotation,
     row_strides,
     start_strides,
+    unseen_keys,
 )
 from .rows import Tile
 
@@ -77,7 +78,7 @@ def forward_plans(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Forwa
     numbers = (call.attention_factor**2, per_log_n(call), *layout.map_numbers()[: 4 * MOST_REGIONS])
     attend = layout.plan(forward_kernel, "forward", strides, numbers)
     lse = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    rotate = rotation(q, k, (), k_maps, call)
+    rotate = rotation(q, k, (), k_maps, call, unseen=unseen_keys(q, k, call))
     q_frame = None if v.shape[-1] == q.shape[-1] else (*q.shape,)
     out = (*q.shape[:-1], v.shape[-1])
     return ForwardPlans(rotate, attend, (len(k_maps), *k.shape), q_frame, out, lse)

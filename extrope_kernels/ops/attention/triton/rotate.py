@@ -15,7 +15,7 @@ from ..._shared.triton.tokens import rows, sequence_of
 
 RUN_TIME_SCALARS = (
     *("num_sequences", "search_steps", "q_tiles", "tiles", "heads_q", "heads_k"),
-    *("seqlen_q", "seqlen_k", "query_scale_stride"),
+    *("seqlen_q", "seqlen_k", "query_scale_stride", "first_k_tile"),
 )
 
 
@@ -172,8 +172,8 @@ def _rotate_tokens(
 def rotate_kernel(
     q, k, q_frames, k_frames, inv_freq, log_decay, cu_seqlens, q_start, k_start, query_scale,
     q_strides, k_strides, q_frame_strides, k_frame_strides, freq_stride, query_scale_stride,
-    start_strides, num_sequences, search_steps, q_tiles, tiles, heads_q, heads_k, seqlen_q, seqlen_k,
-    amplitude, per_log_n,
+    start_strides, num_sequences, search_steps, q_tiles, first_k_tile, tiles, heads_q, heads_k,
+    seqlen_q, seqlen_k, amplitude, per_log_n,
     q0_modulus: tl.float64, q0_factor: tl.float64, q0_offset: tl.float64, q0_cap: tl.float64,
     q1_modulus: tl.float64, q1_factor: tl.float64, q1_offset: tl.float64, q1_cap: tl.float64,
     q2_modulus: tl.float64, q2_factor: tl.float64, q2_offset: tl.float64, q2_cap: tl.float64,
@@ -222,6 +222,9 @@ def rotate_kernel(
     if log_decay is not None:
         decay = of_pairs(log_decay, TILE).to(tl.float64)
         minus_decay = -decay
+    k_tile = tile - q_tiles
+    if first_k_tile is not None:
+        k_tile += first_k_tile
     # Two conditions: only the first one is the compiler's.
     if len(Q_MAPS) > 0:  # noqa: SIM102
         if tile < q_tiles:
@@ -234,7 +237,7 @@ def rotate_kernel(
     if len(K_MAPS) > 0:  # noqa: SIM102
         if tile >= q_tiles:
             _rotate_tokens(
-                k, k_strides, k_frames, k_frame_strides, tile - q_tiles, batch, heads_k,
+                k, k_strides, k_frames, k_frame_strides, k_tile, batch, heads_k,
                 0, k_start, k_begin_stride, seqlen_k, inv_freq, freq_stride, minus_decay,
                 cu_seqlens, num_sequences, search_steps, 1.0, None,
                 None, None, k_maps, stored, K_MAPS, STORED, INVERSE, TILE,
