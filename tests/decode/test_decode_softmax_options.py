@@ -31,7 +31,7 @@ SWITCHES = {
 
 @pytest.fixture(autouse=True)
 def _can_run(any_backend):
-    if any_backend in ("cpu", "triton"):
+    if any_backend == "cpu":
         pytest.skip("the kernels do not have these yet")
 
 

@@ -18,7 +18,7 @@ from extrope_kernels.ops._shared.attention_call import AttentionCall, score_opti
 from extrope_kernels.ops._shared.triton.angles import cos_sin, fixed_angle  # noqa: E402
 from extrope_kernels.ops.decode import api, reference  # noqa: E402
 from extrope_kernels.ops.decode.arguments import KVCache  # noqa: E402
-from extrope_kernels.ops.decode.triton import configs, launch  # noqa: E402
+from extrope_kernels.ops.decode.triton import configs, grid, launch  # noqa: E402
 from extrope_kernels.ops.decode.triton.schedule import share_of  # noqa: E402
 from extrope_kernels.testing import assert_within_budget, device  # noqa: E402
 
@@ -63,9 +63,9 @@ def test_frequencies_past_half_a_turn(frequency):
 def many_splits(monkeypatch):
     """Sequences of a few dozen keys are split, as long ones are: over so many slots at most."""
 
-    def split(most: int = launch.MOST_SPLITS) -> None:
-        monkeypatch.setattr(launch, "LEAST_KEYS", 16)
-        monkeypatch.setattr(launch, "MOST_SPLITS", most)
+    def split(most: int = grid.MOST_SPLITS) -> None:
+        monkeypatch.setattr(grid, "LEAST_KEYS", 16)
+        monkeypatch.setattr(grid, "MOST_SPLITS", most)
 
     return split
 
@@ -118,7 +118,8 @@ def test_splits_merge_in_their_order_whoever_comes_last(many_splits):
 def _shares(seqlens, found, batch, slots, TILE: tl.constexpr):
     lengths = (batch, seqlens, seqlens, 0, 1 << 30)
     slot = tl.program_id(0)
-    sequence, split, splits = share_of(slot, slots, 2, lengths, (1, (0, 0, 0), 1), TILE)
+    queries, bounds = (None, 1, 1), ((0, 0, 0), 1, None)
+    sequence, split, splits = share_of(slot, slots, 2, lengths, queries, bounds, TILE)
     tl.store(found + slot * 3, sequence)
     tl.store(found + slot * 3 + 1, split)
     tl.store(found + slot * 3 + 2, splits)

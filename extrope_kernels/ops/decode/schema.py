@@ -12,7 +12,7 @@ import functools
 import torch
 
 from .._shared.attention_call import SCHEMA
-from .._shared.attention_checks import check_head_dim, refuse_softmax_options
+from .._shared.attention_checks import check_head_dim
 from .._shared.autograd import refuse_backward
 from .._shared.library import library, load_on_first_use
 from . import reference
@@ -47,8 +47,6 @@ def _append_fake(k_cache, v_cache, k, v, *rope_args, **options):
 
 
 def _decode(implementation, *tensors, **options):
-    if implementation == "triton":
-        refuse_softmax_options("decode", parse(*tensors, **options)[1])
     if implementation == "triton" and _triton().PLANNED:
         return _triton().run(_decode_launches, tensors, options)
     parts = _checked_decode(implementation, tensors, options)
@@ -66,6 +64,7 @@ def _checked_decode(implementation, tensors, options):
     check_decode("decode", q, k, v, cache, call)
     if implementation == "triton":
         check_head_dim("decode", q)
+        check_head_dim("decode", cache.v)
     return q, k, v, cache, call
 
 
@@ -87,6 +86,7 @@ def _checked_append(implementation, tensors, options):
     check_append("append", k, v, cache, call)
     if implementation == "triton":
         check_head_dim("append", k)
+        check_head_dim("append", v)
     return k, v, cache, call
 
 

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ..._shared.triton.pairs import load_parts, of_pairs, rotate, store_parts, widened
 from ..._shared.triton.position_maps import map_cos_sin
+from ..._shared.triton.tokens import sequence_of
 from .cache import slot_rows
 from .results import counters_of
 
@@ -12,20 +13,22 @@ RUN_TIME_SCALARS = (
     *("k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head"),
     *("k_block", "k_slot", "k_row", "v_block", "v_slot", "v_row"),
     *("table_batch", "page_size", "capacity", "freq_batch", "new", "row_blocks"),
+    *("sequences", "search_steps"),
 )
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
 def append_kernel(
-    k, v, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, scratch,
+    k, v, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, cu_seqlens,
+    scratch,
     k_batch, k_token, k_head, v_batch, v_token, v_head,
     k_block, k_slot, k_row, v_block, v_slot, v_row,
-    table_batch, page_size, capacity, freq_batch, new, row_blocks,
+    table_batch, page_size, capacity, freq_batch, new, row_blocks, sequences, search_steps,
     stored_modulus: tl.float64, stored_factor: tl.float64, stored_offset: tl.float64,
     stored_cap: tl.float64,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: blocks of new tokens; axis 1: heads of k; axis 2: batch.
+    """Axis 0: blocks of new tokens; axis 1: heads of k; axis 2: batch, or 1 of packed tokens.
 
     scratch: of the attention that follows; the (batch, heads_k, row_blocks) counters at its head
     become 0.
@@ -41,21 +44,34 @@ def append_kernel(
         for n in tl.range(tl.program_id(0), row_blocks, tl.num_programs(0)):
             tl.store(mine + n, 0)
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    slot = tl.load(seqlens + batch) + token
-    valid = (token < new) & (slot >= 0) & (slot < capacity)
+    exists = token < new
+    sequence, place = batch, token
+    if TILE.packed:
+        sequence = sequence_of(token, cu_seqlens, sequences, search_steps)
+        place = token - tl.load(cu_seqlens + sequence)
+        exists = exists & (place >= 0) & (token < tl.load(cu_seqlens + sequence + 1))
+    slot = tl.load(seqlens + sequence) + place
+    valid = exists & (slot >= 0) & (slot < capacity)
     position = slot
     if TILE.padded:
-        position -= tl.load(leftpad + batch)
+        position -= tl.load(leftpad + sequence)
 
     table = (block_table, table_batch, page_size)
     offset = tl.cast(batch, tl.int64) * k_batch + token.to(tl.int64) * k_token
     rows = k + (offset + tl.cast(head, tl.int64) * k_head) * TILE.align
     plane = (k_cache, k_block, k_slot, k_row)
-    out = slot_rows(plane, table, batch, head, slot, valid, TILE)
+    out = slot_rows(plane, table, sequence, head, slot, valid, TILE)
     if STORED == RAW:
-        _copy(rows, out, valid, TILE)
+        _copy(rows, out, valid, TILE.head_dim, TILE.dims)
     else:
-        freq = of_pairs(inv_freq + tl.cast(batch, tl.int64) * freq_batch, TILE)
+        of_sequence = tl.cast(sequence, tl.int64) * freq_batch
+        if TILE.freq_of_token:
+            pair = tl.arange(0, TILE.pairs)[None, :]
+            freq = tl.load(
+                (inv_freq + of_sequence)[:, None] + pair, mask=pair < TILE.half, other=0.0
+            )
+        else:
+            freq = of_pairs(inv_freq + of_sequence, TILE)
         decay = None
         if log_decay is not None:
             decay = -of_pairs(log_decay, TILE).to(tl.float64)
@@ -66,13 +82,12 @@ def append_kernel(
     offset = tl.cast(batch, tl.int64) * v_batch + token.to(tl.int64) * v_token
     rows = v + (offset + tl.cast(head, tl.int64) * v_head) * TILE.align
     plane = (v_cache, v_block, v_slot, v_row)
-    out = slot_rows(plane, table, batch, head, slot, valid, TILE)
-    _copy(rows, out, valid, TILE)
+    out = slot_rows(plane, table, sequence, head, slot, valid, TILE)
+    _copy(rows, out, valid, TILE.head_dim_v, TILE.dims_v)
 
 
 @triton.jit
-def _copy(rows, out, valid, TILE: tl.constexpr):
-    DIMS: tl.constexpr = TILE.dims
+def _copy(rows, out, valid, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr):
     dim = tl.arange(0, DIMS)[None, :]
-    mask = valid[:, None] & (dim < TILE.head_dim)
+    mask = valid[:, None] & (dim < HEAD_DIM)
     tl.store(out[:, None] + dim, tl.load(rows[:, None] + dim, mask=mask), mask=mask)

@@ -11,8 +11,10 @@ class CacheTile(NamedTuple):
 
     block_m: int  # rows of queries
     block_n: int  # rows of keys
-    head_dim: int
+    head_dim: int  # of queries and keys
     dims: int  # head_dim, rounded up to a power of two
+    head_dim_v: int
+    dims_v: int  # head_dim_v, rounded up likewise
     half: int  # pairs of dims that rotate
     pairs: int  # half, rounded up likewise
     rest: int  # dims after the rotated ones
@@ -23,6 +25,8 @@ class CacheTile(NamedTuple):
     raw: int  # of queries and new keys
     paged: bool
     padded: bool
+    packed: bool  # tokens of all sequences one behind the other
+    freq_of_token: bool = False  # packed tokens have the frequencies of their sequences
     q_maps: tuple[int, ...] = ()  # of each region
     k_maps: tuple[int, ...] = ()
     rotates_keys: tuple[bool, ...] = ()  # from where they are stored, by region
@@ -31,6 +35,10 @@ class CacheTile(NamedTuple):
     splits: bool = False  # sequences may be shared by several programs
     merge_rows: int = 0  # what is merged at once: rows of queries,
     merge_splits: int = 0  # and splits of each
+    sinks: bool = False
+    softcap: bool = False
+    sliding_window: bool = False
+    query_scale: bool = False
     widen: bool = False  # operands to float32 before a product: the interpreter has no bfloat16
 
 
@@ -67,9 +75,31 @@ def length_of(sequence, valid, seqlens, leftpad, appended, capacity, TILE: tl.co
 
 
 @triton.jit
-def first_key(position, starts, granularity, REGION: tl.constexpr, REGIONS: tl.constexpr):
-    """First key that queries at `position` see in REGION; for REGION = REGIONS, the end of all."""
+def tokens_of(sequence, batch, queries):
+    """(first token, number of tokens) of these sequences of packed ones, whatever cu_seqlens holds.
+
+    What follows the last boundary counts as sequence number `batch`, one without keys.
+    queries: (cu_seqlens, tokens of all, heads that share a head of k).
+    """
+    cu_seqlens, total, _ = queries
+    begin = tl.load(cu_seqlens + sequence, mask=sequence <= batch, other=total)
+    end = tl.load(cu_seqlens + sequence + 1, mask=sequence < batch, other=total)
+    begin = tl.minimum(tl.maximum(begin, 0), total)
+    return begin, tl.minimum(tl.maximum(end, begin), total) - begin
+
+
+@triton.jit
+def first_key(position, bounds, REGION: tl.constexpr, TILE: tl.constexpr):
+    """First key that queries at `position` see in REGION; for the one after the last, the end.
+
+    bounds: (starts of the regions, granularity, sliding_window).
+    """
+    REGIONS: tl.constexpr = len(TILE.q_maps)
+    starts, granularity, sliding_window = bounds
     key = position + 1
     if REGION < REGIONS:
-        key = tl.minimum(key, position // granularity * granularity + starts[REGION])
+        start = position // granularity * granularity + starts[REGION]
+        if TILE.sliding_window:
+            start = tl.maximum(start, key - sliding_window)
+        key = tl.minimum(key, start)
     return tl.maximum(key, 0)

@@ -5,9 +5,10 @@ import triton.language as tl
 
 from ..._shared.triton.pairs import load_parts, of_pairs, rotate, widened
 from ..._shared.triton.position_maps import log_n_scale, map_cos_sin
-from .cache import first_key, length_of, slot_rows
+from ..._shared.triton.softmax import capped
+from .cache import first_key, length_of, slot_rows, tokens_of
 from .results import NONE, finish
-from .schedule import share_of
+from .schedule import place_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -17,6 +18,7 @@ RUN_TIME_SCALARS = (
     *("q_batch", "q_token", "q_head", "k_block", "k_slot", "k_row", "v_block", "v_slot", "v_row"),
     *("table_batch", "page_size", "capacity", "freq_batch", "batch", "slots", "least_blocks"),
     *("counters", "seqlen_q", "appended", "start_0", "start_1", "start_2", "granularity"),
+    *("sliding_window", "scale_batch", "scale_token"),
 )
 
 
@@ -38,15 +40,15 @@ def _dots(q, k, TILE: tl.constexpr):
 @triton.jit
 def _attend(
     state, q, k_plane, v_plane, table, sequence, head, pad, begin, end, low, high,
-    freq, decay, k_map, stored, MAP: tl.constexpr, ROTATES: tl.constexpr, LOW: tl.constexpr,
-    TILE: tl.constexpr,
+    freq, decay, k_map, stored, softcap,
+    MAP: tl.constexpr, ROTATES: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [begin, end) of one region to (row_max, row_sum, weighted values).
 
     Of several tokens, row i sees only those from low[i], if LOW, to high[i].
     """
     BLOCK_N: tl.constexpr = TILE.block_n
-    DIMS: tl.constexpr = TILE.dims
+    DIMS: tl.constexpr = TILE.dims_v
     STORED: tl.constexpr = TILE.stored
     OPERAND: tl.constexpr = q[0].dtype
     row_max, row_sum, acc = state
@@ -60,6 +62,8 @@ def _attend(
             cos, sin = map_cos_sin(j, freq, decay, k_map, stored, MAP, STORED)
             k = rotate(widened(k), cos, sin, 1.0)
         logits = _dots(q, _as_operand(k, OPERAND), TILE)
+        if TILE.softcap:
+            logits = capped(logits, softcap)
         seen = valid[None, :]
         if TILE.several_tokens:
             seen = seen & (j[None, :] < high[:, None])
@@ -72,7 +76,7 @@ def _attend(
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         dim = tl.arange(0, DIMS)
         rows = slot_rows(v_plane, table, sequence, head, slot, valid, TILE)
-        mask = valid[:, None] & (dim < TILE.head_dim)[None, :]
+        mask = valid[:, None] & (dim < TILE.head_dim_v)[None, :]
         v = tl.load(rows[:, None] + dim[None, :], mask=mask, other=0.0).to(OPERAND)
         acc = tl.dot(weights.to(OPERAND), v, acc * rescale[:, None], input_precision="ieee")
         row_max = new_max
@@ -81,11 +85,12 @@ def _attend(
 
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
 def decode_kernel(
-    q, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, out, lse, scratch,
+    q, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, sinks, query_scale,
+    cu_seqlens, out, lse, scratch,
     q_batch, q_token, q_head, k_block, k_slot, k_row, v_block, v_slot, v_row,
     table_batch, page_size, capacity, freq_batch, batch, slots, least_blocks,
     counters, heads_q, seqlen_q, group, appended, start_0, start_1, start_2, granularity,
-    softmax_scale, amplitude, per_log_n,
+    sliding_window, scale_batch, scale_token, softmax_scale, amplitude, per_log_n, softcap,
     q0_modulus: tl.float64, q0_factor: tl.float64, q0_offset: tl.float64, q0_cap: tl.float64,
     q1_modulus: tl.float64, q1_factor: tl.float64, q1_offset: tl.float64, q1_cap: tl.float64,
     q2_modulus: tl.float64, q2_factor: tl.float64, q2_offset: tl.float64, q2_cap: tl.float64,
@@ -100,12 +105,13 @@ def decode_kernel(
 
     A row is a token and one of the `group` heads that share the head of k. The last program to
     finish of those that share a sequence merges what they found. scratch: (batch, heads_k, blocks
-    of rows) int32, zero, filled up to 4 * counters; then float32 (slots, heads_k, rows, head_dim)
-    and (slots, heads_k, rows).
+    of rows) int32, zero, filled up to 4 * counters; then float32 (slots, heads_k, rows, head_dim_v)
+    and (slots, heads_k, rows). Of packed queries, seqlen_q counts those of all sequences, appended
+    is 1 where all are written, a slot has one block of rows, and counters are (heads_k, slots).
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
-    DIMS: tl.constexpr = TILE.dims
+    DIMS: tl.constexpr = TILE.dims_v
     OPERAND: tl.constexpr = tl.float32 if TILE.widen else q.dtype.element_ty
     Q_MAPS: tl.constexpr = TILE.q_maps
     K_MAPS: tl.constexpr = TILE.k_maps
@@ -123,20 +129,24 @@ def decode_kernel(
         (k2_modulus, k2_factor, k2_offset, k2_cap),
     )
     stored = (stored_modulus, stored_factor, stored_offset, stored_cap)
-    starts = (start_0, start_1, start_2)
-    slot = tl.program_id(0) % slots
-    block = tl.program_id(0) // slots
+    bounds = ((start_0, start_1, start_2), granularity, sliding_window)
+    queries = (cu_seqlens, seqlen_q, group)
+    lengths = (batch, seqlens, leftpad, appended, capacity)
+    slot, block, share = place_of(slots, least_blocks, lengths, queries, bounds, TILE)
+    sequence, split, splits = share
     head = tl.program_id(1)
-    sequence, split, splits = slot, 0, 1
-    if TILE.splits:
-        lengths = (batch, seqlens, leftpad, appended, capacity)
-        of_rows = (seqlen_q, starts, granularity)
-        sequence, split, splits = share_of(slot, slots, least_blocks, lengths, of_rows, TILE)
     exists = sequence < batch
+    first_token, total = 0, seqlen_q
+    if TILE.packed:
+        first_token, seqlen_q = tokens_of(sequence, batch, queries)
+        appended *= seqlen_q
     pad, length = length_of(sequence, exists, seqlens, leftpad, appended, capacity, TILE)
 
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = row < tl.where(exists, seqlen_q * group, 0)
+    rows = seqlen_q * group
+    if not TILE.packed:
+        rows = tl.where(exists, rows, 0)
+    valid = row < rows
     token = row // group
     head_q = head * group + row % group
     position = length - seqlen_q + token
@@ -151,11 +161,15 @@ def decode_kernel(
     if log_decay is not None:
         decay = of_pairs(log_decay, TILE).to(tl.float64)
         minus_decay = -decay
-    offset = tl.cast(sequence, tl.int64) * q_batch + token.to(tl.int64) * q_token
-    rows = q + (offset + head_q.to(tl.int64) * q_head) * TILE.align
+    sequence_64, token_64 = tl.cast(sequence, tl.int64), (first_token + token).to(tl.int64)
+    offset = sequence_64 * q_batch + token_64 * q_token
+    q_rows = q + (offset + head_q.to(tl.int64) * q_head) * TILE.align
     scale = log_n_scale(position, per_log_n) * (softmax_scale * LOG2_E)
+    if TILE.query_scale:
+        places = query_scale + sequence_64 * scale_batch + token_64 * scale_token
+        scale *= tl.load(places, mask=valid, other=1.0)[:, None]
 
-    least = first_key(top, starts, granularity, 0, REGIONS)
+    least = first_key(top, bounds, 0, TILE)
     keys = tl.where(exists, tl.maximum(bottom + 1 - least, 0), 0)
     each = tl.cdiv(tl.cdiv(keys, splits), BLOCK_N) * BLOCK_N
     begin = least + split * each
@@ -171,22 +185,22 @@ def decode_kernel(
     # Near keys first: what rotates them is then no longer in registers while far ones are added.
     for r in tl.static_range(REGIONS - 1, -1, -1):
         cos, sin = map_cos_sin(position, freq, decay, q_maps[r], stored, Q_MAPS[r], RAW)
-        raw = widened(load_parts(rows, valid, TILE))
+        raw = widened(load_parts(q_rows, valid, TILE))
         of_region = rotate(raw, cos * (amplitude * scale), sin * (amplitude * scale), scale)
-        low = first_key(position, starts, granularity, r, REGIONS)
-        high = first_key(position, starts, granularity, r + 1, REGIONS)
+        low = first_key(position, bounds, r, TILE)
+        high = first_key(position, bounds, r + 1, TILE)
         from_key = begin
         if r > 0:
-            from_key = tl.maximum(begin, first_key(top, starts, granularity, r, REGIONS))
+            from_key = tl.maximum(begin, first_key(top, bounds, r, TILE))
         to_key = end
         if r + 1 < REGIONS:
-            to_key = tl.minimum(end, first_key(bottom, starts, granularity, r + 1, REGIONS))
+            to_key = tl.minimum(end, first_key(bottom, bounds, r + 1, TILE))
         state = _attend(
             state, _as_operand(of_region, OPERAND), k_plane, v_plane, table, sequence, head, pad,
             from_key, to_key, low, high,
-            freq, minus_decay, k_maps[r], stored, K_MAPS[r], ROTATES[r],
+            freq, minus_decay, k_maps[r], stored, softcap, K_MAPS[r], ROTATES[r],
             r > 0 or not TILE.from_first_key, TILE,
         )  # fmt: skip
-    result = (out, lse, sequence, head, seqlen_q, heads_q, group)
-    place = (slot, split, splits, slots, block)
-    finish(state, result, place, scratch, counters, valid, TILE)
+    packed = (batch, first_token, total)
+    result = (out, lse, sinks, sequence, head, seqlen_q, heads_q, group, packed)
+    finish(state, result, (slot, split, splits, slots, block), scratch, counters, valid, TILE)

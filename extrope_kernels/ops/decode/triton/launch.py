@@ -19,7 +19,6 @@ from ..._shared.triton.launch import (
     chip_of,
     layouts_of,
     planned,
-    processors_of,
     strides_of,
 )
 from ..._shared.triton.position_maps import kind_of, map_arguments
@@ -27,17 +26,14 @@ from ..arguments import KVCache
 from .append import append_kernel
 from .cache import CacheTile
 from .configs import Config, config
+from .grid import grid_of
 from .kernels import decode_kernel
 from .launches import AppendLaunches, DecodeLaunches
 
 Options = dict[str, Any]
 PLANNED = not INTERPRETED  # that takes long anyhow, and its callers look at values
 LEAST_DIMS = 16  # of a product, and rows of one
-LEAST_KEYS = 256  # of a split, or its start and merge show
-MOST_SPLITS = 128  # of a sequence: one program merges them
 MOST_REGIONS = 3
-# Programs for each multiprocessor: enough loads in flight, and an even last wave.
-WAVES = 2
 COUNTERS = 4  # at once, so that the partial results behind them stay aligned
 MERGED = 4096  # numbers that a program merges at once: 16 to 32 registers a thread
 
@@ -54,7 +50,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as in `reference`; float32, bfloat16 and float16."""
     launches = launches_of_decode(q, k, v, cache, call)
-    return launches(q, cache.k, cache.v, k, v, *_others(cache, call))
+    of_queries = (call.sinks, call.query_scale, call.cu_seqlens)
+    return launches(q, cache.k, cache.v, k, v, *_others(cache, call), *of_queries)
 
 
 def append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:
@@ -66,31 +63,37 @@ def launches_of_decode(
     q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
 ) -> DecodeLaunches:
     """The launches of `decode`, for these layouts and options."""
-    batch, seqlen_q, heads_q, head_dim = q.shape
-    lse = (batch, heads_q, seqlen_q)
+    results = (*q.shape[:-1], cache.v.shape[3]), (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    if call.cu_seqlens is not None:  # as one sequence; whose tokens they are, the device knows
+        q, k, v = (None if x is None else x[None] for x in (q, k, v))
     if q.numel() == 0:
         append_only = None if k is None else _append_plan(k, v, cache, call, 0)
-        return DecodeLaunches(append_only, None, lse)
+        return DecodeLaunches(append_only, None, *results)
+    _, seqlen_q, heads_q, head_dim = q.shape
     heads_k = cache.k.shape[2]
-    rows = heads_q // heads_k * seqlen_q
-    chosen = _config(q, rows)
-    row_blocks = triton.cdiv(rows, chosen.block_m)
-    splits = cache.capacity // LEAST_KEYS  # that a sequence may be worth
-    slots = batch + _more_slots(q, heads_k * row_blocks, batch * splits)
-    tile = _decode_tile(q, cache, call, chosen, splits > 1)
-    counters = triton.cdiv(batch * heads_k * row_blocks, COUNTERS) * COUNTERS
+    group = heads_q // heads_k
+    batch = cache.seqlens.shape[0]
+    # Of packed queries a sequence has as many tokens, on average.
+    usual = seqlen_q if call.cu_seqlens is None else triton.cdiv(seqlen_q, batch)
+    chosen = _config(q, cache, group * usual)
+    grid = grid_of(q, cache, call, chosen)
+    tile = _decode_tile(q, cache, call, chosen, grid.splits)
+    counters = triton.cdiv(q.shape[0] * heads_k * grid.counters, COUNTERS) * COUNTERS
+    writes = cache.appended if call.cu_seqlens is None else int(k is not None)
     plan = Plan(
         decode_kernel,
-        (slots * row_blocks, heads_k),
+        (grid.slots * grid.row_blocks, heads_k),
         q,
         *_planes(tile, q, cache.k, cache.v),
         *_sizes(cache, call),
-        *(batch, slots, triton.cdiv(LEAST_KEYS, tile.block_n), counters // COUNTERS),
-        *(heads_q, seqlen_q, rows // seqlen_q, cache.appended),
+        *(batch, grid.slots, grid.least_blocks, counters // COUNTERS),
+        *(heads_q, seqlen_q, group, writes),
         *_starts(cache, call),
+        *_scale_strides(call),
         call.scale(head_dim),
         float(call.attention_factor) ** 2,
         None if call.log_n is None else 1.0 / math.log(call.log_n),
+        call.softcap * math.log2(math.e) if tile.softcap else None,
         *_map_numbers(call).values(),
         tile,
         num_warps=chosen.warps,
@@ -98,11 +101,11 @@ def launches_of_decode(
         num_stages=2 * chosen.stages - 1 if tile.paged else chosen.stages,
         maxnreg=chosen.maxnreg,
     )
-    before = None if k is None else _append_plan(k, v, cache, call, row_blocks * tile.splits)
+    before = None if k is None else _append_plan(k, v, cache, call, grid.counters * tile.splits)
     if not tile.splits:
-        return DecodeLaunches(before, plan, lse)
-    partials = slots * heads_k * rows * (head_dim + 1)
-    return DecodeLaunches(before, plan, lse, counters + partials, counters)
+        return DecodeLaunches(before, plan, *results)
+    partials = grid.slots * heads_k * grid.rows * (tile.head_dim_v + 1)
+    return DecodeLaunches(before, plan, *results, counters + partials, counters)
 
 
 def launches_of_append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> AppendLaunches:
@@ -113,12 +116,17 @@ def launches_of_append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall
 def _append_plan(
     k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall, counters: int
 ) -> Plan | None:
-    """counters: how many become 0 for every sequence and head."""
+    """counters: how many become 0 for every sequence and head, of packed tokens for every head."""
     batch, new, heads_k, _ = k.shape
     if k.numel() == 0:
         return None
-    block_n = 1 if new == 1 else 16
-    tile = _tile(k, cache, call, (k, v), block_n=block_n, splits=counters > 0)
+    block_n, sequences, search_steps = 1 if new == 1 else 16, None, None
+    if call.cu_seqlens is not None:
+        sequences = cache.seqlens.shape[0]
+        search_steps = sequences.bit_length()
+    own_freq = sequences is not None and call.inv_freq.dim() == 2
+    fields = {"block_n": block_n, "splits": counters > 0, "freq_of_token": own_freq}
+    tile = _tile(k, cache, call, (k, v), **fields)
     # A row is moved in two halves and the rest: 16 bytes of each a thread, where there are so many.
     vectors = block_n * tile.half * k.itemsize // VECTOR_BYTES
     numbers = map_arguments([], [], call.stored)
@@ -128,17 +136,18 @@ def _append_plan(
         k,
         *_planes(tile, k, v, cache.k, cache.v),
         *_sizes(cache, call),
-        *(new, counters),
+        *(new, counters, sequences, search_steps),
         *(number for name, number in numbers.items() if name.startswith("stored")),
         tile,
         num_warps=1 if new == 1 else 4 if vectors >= 128 else 2,
     )
 
 
-def _config(q: Tensor, rows: int) -> Config:
+def _config(q: Tensor, cache: KVCache, rows: int) -> Config:
     """rows: of queries that share a head of k."""
+    head_dim = max(q.shape[3], cache.v.shape[3])
     for kernel in ("one_token", "chunk"):
-        chosen = config(kernel, q.shape[3], q.itemsize, chip_of(q))
+        chosen = config(kernel, head_dim, q.itemsize, chip_of(q))
         if rows <= chosen.block_m:
             break
     return chosen
@@ -161,6 +170,8 @@ def _tile(
         block_m=block_m,
         head_dim=head_dim,
         dims=_power_of_two(head_dim),
+        head_dim_v=cache.v.shape[3],
+        dims_v=_power_of_two(cache.v.shape[3]),
         half=half,
         pairs=_power_of_two(half),
         rest=rest,
@@ -171,6 +182,7 @@ def _tile(
         raw=kind_of(UNROTATED),
         paged=cache.block_table is not None,
         padded=cache.leftpad is not None,
+        packed=call.cu_seqlens is not None,
         **fields,
     )
 
@@ -179,10 +191,10 @@ def _decode_tile(
     q: Tensor, cache: KVCache, call: AttentionCall, chosen: Config, splits: bool
 ) -> CacheTile:
     regions, group = call.regions, q.shape[2] // cache.k.shape[2]
-    several = q.shape[1] > 1
+    several = q.shape[1] > 1 or call.cu_seqlens is not None
     # The number of tokens compiles nothing anew, that of heads may.
     rows = chosen.block_m if several else min(chosen.block_m, triton.next_power_of_2(group))
-    at_once = MERGED // (rows * _power_of_two(q.shape[3]))
+    at_once = MERGED // (rows * _power_of_two(cache.v.shape[3]))
     return _tile(
         q,
         cache,
@@ -193,30 +205,35 @@ def _decode_tile(
         q_maps=tuple(kind_of(region.q_map) for region in regions),
         k_maps=tuple(kind_of(region.k_map) for region in regions),
         rotates_keys=tuple(region.k_map != call.stored for region in regions),
-        from_first_key=bool(call.starts) and call.starts[0] == FIRST_KEY,
+        from_first_key=call.starts[0] == FIRST_KEY and call.sliding_window is None,
         several_tokens=several,
         splits=splits,
         merge_rows=rows if splits else 0,
         merge_splits=max(1, at_once) if splits else 0,
+        sinks=call.sinks is not None,
+        softcap=call.softcap != 0,
+        sliding_window=call.sliding_window is not None,
+        query_scale=call.query_scale is not None,
         widen=chip_of(q) is None,
     )
 
 
-def _more_slots(q: Tensor, programs: int, useful: int) -> int:
-    """How many slots the schedule has beyond one to each sequence: never from lengths.
-
-    programs: of a slot; useful: how many splits there may be at most.
+def _starts(cache: KVCache, call: AttentionCall) -> list[int | None]:
+    """Of the regions, the granularity and the window; no larger than the cache: int32 never
+    overflows.
     """
-    wanted = triton.cdiv(WAVES * processors_of(q), programs)
-    more = min(wanted, useful, MOST_SPLITS)
-    return more if more > 1 else 0
-
-
-def _starts(cache: KVCache, call: AttentionCall) -> list[int]:
-    """Of the regions, and the granularity; no larger than the cache: int32 never overflows."""
-    most = max(cache.capacity, 1)
+    most, window = max(cache.capacity, 1), call.sliding_window
     starts = [max(-most, min(start, most)) for start in call.starts]
-    return starts + [0] * (MOST_REGIONS - len(starts)) + [min(call.granularity, most)]
+    starts += [0] * (MOST_REGIONS - len(starts))
+    return [*starts, min(call.granularity, most), None if window is None else min(window, most)]
+
+
+def _scale_strides(call: AttentionCall) -> tuple[int, ...] | tuple[None, None]:
+    """Of the sequences and the tokens of query_scale."""
+    scale = call.query_scale
+    if scale is None:
+        return None, None
+    return strides_of(scale) if scale.dim() == 2 else (0, *strides_of(scale))
 
 
 def _map_numbers(call: AttentionCall) -> dict[str, float]:

@@ -15,6 +15,7 @@ class DecodeLaunches(NamedTuple):
 
     append: Plan | None
     decode: Plan | None  # None where there is nothing to attend with
+    out: tuple[int, ...]
     lse: tuple[int, ...]
     scratch: int = 0
     counters: int = 0
@@ -31,18 +32,21 @@ class DecodeLaunches(NamedTuple):
         block_table: Tensor | None = None,
         leftpad: Tensor | None = None,
         log_decay: Tensor | None = None,
+        sinks: Tensor | None = None,
+        query_scale: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """With tensors of the layout that it was made for, in the order of the op."""
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q.new_empty(self.out)
         lse = q.new_empty(self.lse, dtype=torch.float32)
         cached = (k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay)
         scratch = q.new_empty(self.scratch, dtype=torch.float32) if self.scratch else None
         if self.append is not None:
-            self.append(k, v, *cached, scratch)
+            self.append(k, v, *cached, cu_seqlens_q, scratch)
         elif scratch is not None:
             scratch.narrow(0, 0, self.counters).zero_()
         if self.decode is not None:
-            self.decode(q, *cached, out, lse, scratch)
+            self.decode(q, *cached, sinks, query_scale, cu_seqlens_q, out, lse, scratch)
         return out, lse
 
 
@@ -65,4 +69,4 @@ class AppendLaunches(NamedTuple):
     ) -> None:
         cached = (k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay)
         if self.append is not None:
-            self.append(k, v, *cached, None)
+            self.append(k, v, *cached, None, None)
