@@ -16,11 +16,33 @@ HEAD_DIMS = (64, 96, 128, 256)
 PROMPT = 64  # tokens of a chunk
 METHODS = ("raw", "slow", "grouped", "plain", "chunks", "blocks")
 NAMES = ("decode", "append")
+SLIDING = 1024  # keys in the window of a layer that has one
+# As in GPT-OSS, Gemma 2, Llama 4, MLA, a serving engine; and all at once.
+DECODE_OPTIONS = (
+    ("bfloat16", 64, "plain paged sinks sliding one-token"),
+    ("bfloat16", 64, "raw paged sinks chunk"),
+    ("bfloat16", 256, "plain paged capped one-token"),
+    ("bfloat16", 128, "raw paged capped chunk"),
+    ("float32", 128, "raw paged capped one-token"),
+    ("bfloat16", 128, "raw paged scaled one-token"),
+    ("bfloat16", 192, "plain paged values one-token"),
+    ("bfloat16", 192, "raw paged values chunk"),
+    ("bfloat16", 128, "raw paged packed one-token"),
+    ("bfloat16", 128, "slow paged packed chunk"),
+    ("bfloat16", 128, "raw paged packed sinks capped sliding scaled one-token"),
+    ("bfloat16", 128, "raw paged packed sinks capped sliding scaled chunk"),
+)
+APPEND_OPTIONS = (
+    ("bfloat16", 128, "raw paged packed chunk"),
+    ("bfloat16", 128, "slow paged packed chunk"),
+    ("bfloat16", 192, "plain paged values chunk"),
+)
 
 
 def cases(name: str) -> list[Case]:
     """One token or a chunk; raw: ReRoPE, slow: Leaky ReRoPE, grouped: SelfExtend, plain: RoPE,
-    chunks: dual chunk, blocks: blockwise causal with XPOS.
+    chunks: dual chunk, blocks: blockwise causal with XPOS. Options of the softmax by their words;
+    values: of two thirds of head_dim; packed: queries of all sequences one behind the other.
 
     Every tile; methods, layouts and float16 at the common head_dim.
     """
@@ -38,9 +60,11 @@ def cases(name: str) -> list[Case]:
             ("bfloat16", 128, "chunks paged chunk"),
             ("bfloat16", 256, "grouped paged one-token"),
             ("float16", 128, "raw paged one-token"),
+            *DECODE_OPTIONS,
         ]
     if name == "append":
         every += [("bfloat16", 128, "raw paged one-token"), ("float32", 128, "slow paged chunk")]
+        every += APPEND_OPTIONS
     return [
         Case(kernel, chip, dim, dtype, variant)
         for dtype, dim, variant in every
@@ -52,7 +76,8 @@ def in_sample(case: Case) -> bool:
     """Where registers were found to be tightest, and every chip."""
     chip, key = case.capability, (case.dtype, case.head_dim, case.variant)
     if case.kernel == "cache append":
-        return chip == 80 and key == ("bfloat16", 128, "grouped paged chunk")
+        slow_or_packed = ("grouped paged chunk", "slow paged packed chunk")
+        return chip == 80 and key in {("bfloat16", 128, variant) for variant in slow_or_packed}
     picked = {
         ("bfloat16", 128, "raw paged one-token"): CAPABILITIES,
         ("bfloat16", 256, "raw paged one-token"): (80, 86, 120),
@@ -66,6 +91,11 @@ def in_sample(case: Case) -> bool:
         ("bfloat16", 128, "slow interleaved paged one-token"): (120,),
         ("bfloat16", 128, "raw paged chunk"): (120,),
         ("bfloat16", 96, "raw paged one-token"): (86,),
+        ("bfloat16", 64, "plain paged sinks sliding one-token"): (90,),
+        ("bfloat16", 256, "plain paged capped one-token"): (80,),
+        ("bfloat16", 192, "plain paged values one-token"): (100,),
+        ("bfloat16", 128, "raw paged packed sinks capped sliding scaled one-token"): (90,),
+        ("bfloat16", 128, "raw paged packed sinks capped sliding scaled chunk"): (120,),
     }
     return chip in picked.get(key, ())
 
@@ -80,6 +110,10 @@ def prepare(case: Case) -> tuple[Source, Traffic]:
 
 def _tokens(case: Case) -> int:
     return PROMPT if case.has("chunk") else 1
+
+
+def _head_dim_v(case: Case) -> int:
+    return case.head_dim * 2 // 3 if case.has("values") else case.head_dim
 
 
 def _score(case: Case):
@@ -104,71 +138,86 @@ def _launch(case: Case) -> None:
 
     paged, pages = case.has("paged"), KEYS // PAGE_SIZE
     shape = (BATCH * pages, PAGE_SIZE) if paged else (BATCH, KEYS)
-    k, v = (empty(*shape, HEADS_K, case.head_dim, dtype=case.dtype) for _ in range(2))
+    dims = case.head_dim, _head_dim_v(case)
+    caches = [empty(*shape, HEADS_K, n, dtype=case.dtype) for n in dims]
     table = empty(BATCH, pages, dtype="int32") if paged else None
     seqlens = empty(BATCH, dtype="int32")
-    cache = KVCache(k, v, seqlens, table, seqlens)
+    boundaries = empty(BATCH + 1, dtype="int32") if case.has("packed") else None
+    cache = KVCache(*caches, seqlens, table, seqlens, cu_seqlens_new=boundaries)
+    tokens = (BATCH * _tokens(case),) if case.has("packed") else (BATCH, _tokens(case))
     half = case.head_dim // (4 if case.has("partial") else 2)
     call = AttentionCall(
         empty(half),
+        boundaries,
         log_decay=empty(half) if case.has("blocks") else None,
         **score_options(_score(case), stored=True),
         log_n=4096.0,
         interleaved=case.has("interleaved"),
+        sinks=empty(HEADS_Q) if case.has("sinks") else None,
+        query_scale=empty(*tokens) if case.has("scaled") else None,
+        softcap=50.0 if case.has("capped") else 0.0,
+        sliding_window=SLIDING if case.has("sliding") else None,
     )
-    rows = empty(BATCH, _tokens(case), HEADS_Q, case.head_dim, dtype=case.dtype)
-    if case.kernel == "cache append":
-        launch.append(rows[:, :, :HEADS_K], rows[:, :, :HEADS_K], cache, call)
+    q = empty(*tokens, HEADS_Q, case.head_dim, dtype=case.dtype)
+    k, v = (empty(*tokens, HEADS_K, n, dtype=case.dtype) for n in dims)
+    if case.kernel == "cache decode":
+        launch.decode(q, None, None, cache, call)
+    elif case.has("packed"):
+        launch.decode(q, k, v, cache, call)
     else:
-        launch.decode(rows, None, None, cache, call)
+        launch.append(k, v, cache, call)
 
 
 def _keys_by_region(case: Case) -> list[int]:
     """How many keys the last query sees in each region."""
     score, last = _score(case), KEYS - 1
     block = last // score.granularity * score.granularity
-    bounds = [max(0, block + start) for start in score.starts] + [KEYS]
+    least = KEYS - SLIDING if case.has("sliding") else 0
+    bounds = [max(least, block + start) for start in score.starts] + [KEYS]
     return [end - begin for begin, end in pairwise(bounds)]
 
 
 def _traffic(case: Case, launch) -> Traffic:
     name, tokens = case.kernel.split()[1], _tokens(case)
     tile, blocks = launch.argument("TILE"), math.prod(launch.grid)
-    row, wide_row = case.head_dim * itemsize(case.dtype), case.head_dim * 4
-    rows = BATCH * tokens * HEADS_Q
+    row, row_v = (n * itemsize(case.dtype) for n in (case.head_dim, _head_dim_v(case)))
+    wide_row, rows = _head_dim_v(case) * 4, BATCH * tokens * HEADS_Q
     if name == "append":
-        moved = 4 * BATCH * tokens * HEADS_K * row
+        moved = 2 * BATCH * tokens * HEADS_K * (row + row_v)
         # k and v go one after the other, and a row of one token has no 16 bytes for every thread.
         wide = WIDE * WARP * launch.kwargs["num_warps"]
-        rows = 2 * (tile.block_n * row // wide * wide)
-        return Traffic(moved, blocks, (), loaded=rows, stored=rows)
+        rows = sum(tile.block_n * n // wide * wide for n in (row, row_v))
+        # The loop of packed tokens looks for their sequences.
+        return Traffic(moved, blocks, (), loaded=0 if tile.packed else rows, stored=rows)
     keys = _keys_by_region(case)
-    cached = 2 * BATCH * sum(keys) * HEADS_K * row
-    row_blocks = launch.grid[0] // launch.argument("slots")
+    cached = BATCH * sum(keys) * HEADS_K * (row + row_v)
+    row_blocks = -(-tokens * HEADS_Q // HEADS_K // tile.block_m)
     each = BATCH * HEADS_K * row_blocks / tile.block_n
     # The shortest loop first: one that rotates no key.
     by_length = sorted(zip(tile.rotates_keys, keys), key=lambda region: region[0])
-    passes, loaded = [count * each for _, count in by_length], 2 * tile.block_n * row
-    splits = _splits(launch, sum(keys))
+    passes, loaded = [count * each for _, count in by_length], tile.block_n * (row + row_v)
+    splits = _splits(launch, sum(keys), row_blocks)
     partial = 2 * splits * rows * wide_row  # written and read
     if tile.splits:
         # The loop that merges is shorter still.
         passes.insert(0, -(-splits // tile.merge_splits) * BATCH * HEADS_K * row_blocks)
         loaded = min(loaded, tile.merge_splits * tile.merge_rows * wide_row)
     return Traffic(
-        bytes=cached + 2 * rows * row + partial,
+        bytes=cached + rows * (row + row_v) + partial,
         blocks=blocks,
         passes=tuple(passes),
         loaded=loaded,
         stored=min(tile.block_m, HEADS_Q // HEADS_K * tokens) * wide_row,
-        operations=2 * 2 * tile.block_m * tile.block_n * case.head_dim,
+        operations=2 * tile.block_m * tile.block_n * (case.head_dim + _head_dim_v(case)),
     )
 
 
-def _splits(launch, keys: int) -> int:
+def _splits(launch, keys: int, row_blocks: int) -> int:
     """How many programs share a sequence; none where each has its own."""
-    blocks, more = -(-keys // launch.argument("TILE").block_n), launch.argument("slots") - BATCH
-    splits = -(-blocks // max(-(-BATCH * blocks // max(more, 1)), launch.argument("least_blocks")))
+    tile = launch.argument("TILE")
+    blocks, taken = -(-keys // tile.block_n), BATCH * (row_blocks if tile.packed else 1)
+    more = max(launch.argument("slots") - taken, 1)
+    splits = -(-blocks // max(-(-taken * blocks // more), launch.argument("least_blocks")))
     return splits if splits > 1 else 0
 
 

@@ -64,14 +64,12 @@ def append_kernel(
     if STORED == RAW:
         _copy(rows, out, valid, TILE.head_dim, TILE.dims)
     else:
-        of_sequence = tl.cast(sequence, tl.int64) * freq_batch
         if TILE.freq_of_token:
             pair = tl.arange(0, TILE.pairs)[None, :]
-            freq = tl.load(
-                (inv_freq + of_sequence)[:, None] + pair, mask=pair < TILE.half, other=0.0
-            )
+            freqs = inv_freq + sequence.to(tl.int64)[:, None] * freq_batch + pair
+            freq = tl.load(freqs, mask=pair < TILE.half, other=0.0)
         else:
-            freq = of_pairs(inv_freq + of_sequence, TILE)
+            freq = of_pairs(inv_freq + tl.cast(batch, tl.int64) * freq_batch, TILE)
         decay = None
         if log_decay is not None:
             decay = -of_pairs(log_decay, TILE).to(tl.float64)
