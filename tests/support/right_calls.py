@@ -28,6 +28,12 @@ ATTENTION = {
     "freqs": FREQS,
     "softmax_scale": None,
     "log_n": None,
+    "query_scale": None,
+    "softcap": 0.0,
+    "sinks": None,
+    "sliding_window": None,
+    "q_start": None,
+    "k_start": None,
     "cu_seqlens": None,
     "interleaved": False,
     "return_lse": False,
@@ -43,7 +49,11 @@ ROPE = {
     "backend": None,
 }
 CACHE = {
-    **{name: value for name, value in ATTENTION.items() if name != "cu_seqlens"},
+    **{
+        name: value
+        for name, value in ATTENTION.items()
+        if name not in ("cu_seqlens", "q_start", "k_start")
+    },
     "q": randn(2, 1, 4, DIM),
     "k": randn(2, 1, 2, DIM),
     "v": randn(2, 1, 2, DIM),
@@ -52,6 +62,7 @@ CACHE = {
     "cache_seqlens": 3,
     "block_table": None,
     "cache_leftpad": None,
+    "cu_seqlens_q": None,
 }
 REROPE = {"window": 4, "factor": 2.0, "grouped": False}
 
@@ -97,6 +108,14 @@ CALLS = {
         **REROPE,
     },
     "rerope_attention_with_kvcache": {**CACHE, **REROPE},
+    "rerope_attention_with_kvcache of packed queries": {
+        **CACHE,
+        "q": PACKED["q"],
+        "k": PACKED["k"],
+        "v": PACKED["k"] + 1,
+        "cu_seqlens_q": PACKED["cu_seqlens"],
+        **REROPE,
+    },
     "apply_rope_qk of packed sequences": {**ROPE, **PACKED},
     "permute": {"x": ATTENTION["q"], **PERMUTE, "permutations": permutations(4)},
     "permute_qk": {"q": ATTENTION["q"], "k": ATTENTION["k"], **PERMUTE},

@@ -80,6 +80,24 @@ def not_ints(x: torch.Tensor) -> dict:
     }
 
 
+def not_factors(x: torch.Tensor) -> dict:
+    """What a float32 tensor of x's shape must not be."""
+    return {
+        **{name: value for name, value in NOT_A_NUMBER.items() if name != "tensor"},
+        "number": 1.0,
+        "True": True,
+        "meta": x.to("meta"),
+        "half": x.half(),
+        "double": x.double(),
+        "int": x.int(),
+        "complex": x.to(torch.complex64),
+        "longer": torch.cat((x, x)),
+        "shorter": x[..., :0],
+        "shape": x.view(1, 1, *x.shape),
+        "scalar": x.flatten()[0],
+    }
+
+
 def not_freqs() -> dict:
     inv_freq = FREQS.inv_freq
     wrong = {"None": None, "tensor": inv_freq, "text": "yarn", "function": methods.rope}
@@ -169,6 +187,23 @@ WRONG = {
         "none": ints(),
         "strided": torch.stack((ints(0, 2, 6), ints(0, 2, 6)), -1)[:, 0],
     },
+    "cu_seqlens_q": {k: v for k, v in not_ints(ints(0, 2, 6)).items() if k != "longer"}
+    | {
+        "batch": ints(0, 2, 4, 6),
+        "past the end": ints(0, 2, 7),
+        "falling": ints(0, 4, 2),
+        "not from 0": ints(1, 2, 6),
+        "one": ints(0),
+        "none": ints(),
+        "strided": torch.stack((ints(0, 2, 6), ints(0, 2, 6)), -1)[:, 0],
+    },
+    "q_start": not_ints(ints(0, 0)) | {**HUGE, **NOT_POSITIVE},
+    "k_start": not_ints(ints(0, 0)) | {**HUGE, **NOT_POSITIVE},
+    "query_scale": not_factors(torch.ones(2, 6, device=DEVICE)),
+    "with_kvcache.query_scale": not_factors(torch.ones(2, 1, device=DEVICE)),
+    "sinks": not_factors(torch.ones(4, device=DEVICE)),
+    "softcap": {k: v for k, v in SCALE.items() if k != "0"} | {"None": None, "True": True},
+    "sliding_window": {k: v for k, v in COUNT.items() if k != "None"},
     "cache_seqlens": not_ints(ints(3, 3)) | {"None": None, "long": ints(3, 3).long(),
                                              "-1": -1, "9": 9, **HUGE, **NOT_POSITIVE},
     "block_table": not_ints(ints(0, 1).view(2, 1)) | {"long": ints(0, 1).view(2, 1).long()},

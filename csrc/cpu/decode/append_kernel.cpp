@@ -23,12 +23,19 @@ void append_tokens(const AppendParams& p, int64_t begin, int64_t end) {
   const KVCache& cache = p.cache;
   const RowRotation rotation{cache.head_dim, p.freqs.half, p.freqs.interleaved};
   const bool raw = p.stored.is_constant() && p.stored(0) == 0;
-  const int64_t bytes = cache.head_dim * sizeof(T);
+  const int64_t bytes = cache.head_dim * sizeof(T), bytes_v = cache.head_dim_v * sizeof(T);
   const int64_t padded = round_up(p.freqs.half, kFloats);
   Buffer<float> cos(padded), sin(padded), rotated(round_up(cache.head_dim, kFloats));
+  int64_t batch = 0;
   for (int64_t n = begin; n < end; ++n) {
-    const int64_t batch = n / cache.appended, token = n % cache.appended;
-    const int64_t slot = cache.seqlens[batch] + token;
+    int64_t token = n, first = 0;  // of k and v: their token, and the sequence's first one
+    if (cache.cu_new) {
+      while (n >= cache.cu_new[batch + 1]) ++batch;
+      first = cache.cu_new[batch];
+    } else {
+      batch = n / cache.appended, token = n % cache.appended;
+    }
+    const int64_t slot = cache.seqlens[batch] + token - first;
     int64_t block = batch, in_block = slot;
     if (cache.block_table) {
       block = cache.block_table[batch * cache.table_batch + slot / cache.page_size];
@@ -50,7 +57,7 @@ void append_tokens(const AppendParams& p, int64_t begin, int64_t end) {
         narrow_row(rotated.data(), cache.head_dim, k_out);
       }
       std::memcpy(row_of<T>(cache.v, block, in_block, head), row_of<T>(p.v, batch, token, head),
-                  bytes);
+                  bytes_v);
     }
   }
 }

@@ -2,13 +2,15 @@
 // is written.
 #pragma once
 
+#include <algorithm>
+
 #include "common/attention_args.h"
 #include "cpu/decode/params.h"
 #include "cpu/runtime/frequencies.h"
 
 namespace extrope::decode {
 
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 512;
 
 // What both ops take; `op` goes in front of every error.
 struct CacheArgs {
@@ -16,9 +18,10 @@ struct CacheArgs {
   const Tensor &k_cache, &v_cache;
   const OptionalTensor &k, &v;
   const Tensor &inv_freq, &cache_seqlens;
-  const OptionalTensor &block_table, &cache_leftpad, &log_decay;
+  const OptionalTensor &block_table, &cache_leftpad, &log_decay, &cu_seqlens_q;
   bool interleaved;
 
+  bool packed() const { return cu_seqlens_q.has_value(); }
   template <typename... Message>
   void require(bool condition, const Message&... message) const {
     require_of(op, condition, message...);
@@ -26,16 +29,27 @@ struct CacheArgs {
 };
 
 inline Plane plane(const Tensor& x) {
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+  const int64_t d = x.dim();
+  return {x.data_ptr(), d == 4 ? x.stride(0) : 0, x.stride(d - 3), x.stride(d - 2)};
 }
 
-inline void check_tensor(const CacheArgs& a, const char* name, const Tensor& x,
-                         const Tensor& like) {
-  a.require(x.dim() == 4, name, " must have 4 dimensions, got shape ", shape_of(x));
+// packed: of the tokens of packed sequences.
+inline void check_tensor(const CacheArgs& a, const char* name, const Tensor& x, const Tensor& like,
+                         bool packed = false) {
+  const int64_t d = packed ? 3 : 4;
+  a.require(x.dim() == d, name, " must have ", d, " dimensions", packed ? " with cu_seqlens_q" : "",
+            ", got shape ", shape_of(x));
   a.require(x.is_cpu() && x.scalar_type() == like.scalar_type(), name,
             " must be of the other tensors' dtype, on the CPU");
-  a.require(x.stride(3) == 1 || x.size(3) <= 1 || x.numel() == 0, name,
-            " must be contiguous in its last dimension, got stride ", x.stride(3));
+  a.require(x.stride(d - 1) == 1 || x.size(d - 1) <= 1 || x.numel() == 0, name,
+            " must be contiguous in its last dimension, got stride ", x.stride(d - 1));
+}
+
+inline bool same_sizes(const Tensor& x, const Tensor& y, int64_t dims) {
+  for (int64_t i = 0; i < dims; ++i) {
+    if (x.size(i) != y.size(i)) return false;
+  }
+  return true;
 }
 
 inline const int32_t* ints(const CacheArgs& a, const char* name, const Tensor& x, int64_t dim,
@@ -47,26 +61,42 @@ inline const int32_t* ints(const CacheArgs& a, const char* name, const Tensor& x
   return static_cast<const int32_t*>(x.data_ptr());
 }
 
+// The values of cu_seqlens_q, for that many tokens: those past the last boundary are padding.
+inline const int32_t* boundaries_of(const CacheArgs& a, int64_t tokens) {
+  const Tensor& x = *a.cu_seqlens_q;
+  a.require(x.scalar_type() == ScalarType::Int && x.dim() == 1 && x.size(0) >= 2 &&
+                x.is_contiguous() && x.is_cpu(),
+            "cu_seqlens_q must be contiguous int32 (sequences + 1,) on the CPU, got shape ",
+            shape_of(x));
+  const int32_t* cu = static_cast<const int32_t*>(x.data_ptr());
+  const int64_t last = x.size(0) - 1;
+  a.require(cu[0] == 0 && std::is_sorted(cu, cu + last + 1) && cu[last] <= tokens,
+            "cu_seqlens_q must rise from 0 to q's ", tokens, " tokens at most");
+  return cu;
+}
+
+inline void check_new_rows(const CacheArgs& a, const char* name, const Tensor& x,
+                           const char* cache_name, const Tensor& cache) {
+  check_tensor(a, name, x, cache, a.packed());
+  const int64_t d = x.dim();
+  a.require(x.size(d - 2) == cache.size(2) && x.size(d - 1) == cache.size(3), name, " must have ",
+            cache_name, "'s heads and head_dim (", cache.size(2), ", ", cache.size(3),
+            "), got shape ", shape_of(x));
+  a.require(!overlaps_itself(cache), cache_name, " must not be expanded to be written to");
+}
+
 inline void check_new(const CacheArgs& a, const Tensor& like) {
   a.require(a.k.has_value() == a.v.has_value(), "k and v must be given together, got ",
             a.k.has_value() ? "k" : "v", " alone");
   if (!a.k.has_value()) return;
-  check_tensor(a, "k", *a.k, like);
-  check_tensor(a, "v", *a.v, like);
-  a.require(a.k->size(0) == like.size(0) && a.k->size(1) == like.size(1),
-            "k must have q's batch and seqlen (", like.size(0), ", ", like.size(1), "), got shape ",
+  check_new_rows(a, "k", *a.k, "k_cache", a.k_cache);
+  check_new_rows(a, "v", *a.v, "v_cache", a.v_cache);
+  const int64_t dims = like.dim() - 2;
+  a.require(same_sizes(*a.v, *a.k, dims), "v must have k's tokens: k ", shape_of(*a.k), ", got ",
+            shape_of(*a.v));
+  a.require(same_sizes(*a.k, like, dims), "k must have q's ",
+            a.packed() ? "total" : "batch and seqlen", ": q ", shape_of(like), ", got ",
             shape_of(*a.k));
-  a.require(a.k->size(2) == a.k_cache.size(2) && a.k->size(3) == a.k_cache.size(3),
-            "k must have k_cache's heads and head_dim (", a.k_cache.size(2), ", ",
-            a.k_cache.size(3), "), got shape ", shape_of(*a.k));
-  for (int64_t i = 0; i < 4; ++i) {
-    a.require(a.v->size(i) == a.k->size(i), "v must have k's shape ", shape_of(*a.k), ", got ",
-              shape_of(*a.v));
-  }
-  for (const Tensor* x : {&a.k_cache, &a.v_cache}) {
-    a.require(!overlaps_itself(*x), x == &a.k_cache ? "k_cache" : "v_cache",
-              " must not be expanded to be written to");
-  }
 }
 
 // The values of the integer tensors: no slot outside the cache is read or written.
@@ -75,7 +105,7 @@ inline void check_slots(const CacheArgs& a, const KVCache& cache) {
   for (int64_t b = 0; b < cache.batch; ++b) {
     a.require(cache.seqlens[b] >= 0 && cache.end(b) <= cache.capacity,
               "cache_seqlens must be between 0 and the cache's ", cache.capacity, " slots, ",
-              cache.appended, " new tokens included, got ", cache.seqlens[b]);
+              cache.new_tokens(b), " new tokens included, got ", cache.seqlens[b]);
     a.require(cache.first_slot(b) >= 0, "cache_leftpad must be >= 0, got ", cache.first_slot(b));
     if (!cache.block_table) continue;
     const int32_t* page = cache.block_table + b * cache.table_batch;
@@ -86,28 +116,36 @@ inline void check_slots(const CacheArgs& a, const KVCache& cache) {
   }
 }
 
+inline void check_head_dim(const CacheArgs& a, const char* name, int64_t head_dim) {
+  a.require(head_dim % 8 == 0 && 8 <= head_dim && head_dim <= kMaxHeadDim, name,
+            " must be a multiple of 8 up to ", kMaxHeadDim,
+            " (backend='reference' takes any), got ", head_dim);
+}
+
 // like: q, or the new keys of an append.
 inline KVCache cache_of(const CacheArgs& a, const Tensor& like) {
   const Tensor &k = a.k_cache, &v = a.v_cache;
   KVCache cache{};
   cache.dtype = dtype_of(a.op, like);
-  check_tensor(a, a.op[0] == 'd' ? "q" : "k", like, like);
+  check_tensor(a, a.op[0] == 'd' ? "q" : "k", like, like, a.packed());
   check_tensor(a, "k_cache", k, like);
   check_tensor(a, "v_cache", v, like);
-  cache.batch = like.size(0), cache.heads = k.size(2), cache.head_dim = like.size(3);
+  const int32_t* cu = a.packed() ? boundaries_of(a, like.size(0)) : nullptr;
+  cache.batch = cu ? a.cu_seqlens_q->size(0) - 1 : like.size(0);
+  cache.heads = k.size(2), cache.head_dim = like.size(like.dim() - 1), cache.head_dim_v = v.size(3);
   const bool paged = a.block_table.has_value();
   a.require(k.size(3) == cache.head_dim && (paged || k.size(0) == cache.batch), "k_cache must be (",
             paged ? "num_blocks, block_size" : "batch, max_len", ", heads_k, ", cache.head_dim,
             "), got ", shape_of(k));
-  for (int64_t i = 0; i < 4; ++i) {
-    a.require(v.size(i) == k.size(i), "v_cache must have k_cache's shape ", shape_of(k), ", got ",
-              shape_of(v));
-  }
-  a.require(cache.head_dim % 8 == 0 && 8 <= cache.head_dim && cache.head_dim <= kMaxHeadDim,
-            "head_dim must be a multiple of 8 up to ", kMaxHeadDim,
-            " (backend='reference' takes any), got ", cache.head_dim);
+  a.require(same_sizes(v, k, 3), "v_cache must have k_cache's shape ", shape_of(k),
+            " but for the last dimension, got ", shape_of(v));
+  check_head_dim(a, "head_dim", cache.head_dim);
+  check_head_dim(a, "v_cache's head_dim", cache.head_dim_v);
   check_new(a, like);
-  cache.appended = a.k.has_value() ? a.k->size(1) : 0;
+  if (a.k.has_value()) {
+    cache.appended = cu ? 0 : a.k->size(1);
+    cache.cu_new = cu;
+  }
   cache.k = plane(k), cache.v = plane(v);
   cache.seqlens = ints(a, "cache_seqlens", a.cache_seqlens, 1, cache.batch);
   if (a.cache_leftpad) cache.leftpad = ints(a, "cache_leftpad", *a.cache_leftpad, 1, cache.batch);

@@ -19,9 +19,10 @@ namespace {
   Kernels { append_tokens_##isa, decode_splits_##isa, merge_splits_##isa }
 
 // A head_dim is a multiple of 8, and the kernels read rows in whole vectors.
-Kernels kernels(int64_t head_dim) {
+Kernels kernels(const KVCache& cache) {
 #if defined(__x86_64__)
-  if (capability() >= kAvx512 && head_dim % 16 != 0) return EXTROPE_KERNELS(avx2);
+  const bool halves = cache.head_dim % 16 != 0 || cache.head_dim_v % 16 != 0;
+  if (capability() >= kAvx512 && halves) return EXTROPE_KERNELS(avx2);
 #endif
   return EXTROPE_WIDEST(EXTROPE_KERNELS);
 }
@@ -37,17 +38,26 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Opti
                                   bool interleaved, double softcap,
                                   std::optional<int64_t> sliding_window) {
   constexpr const char* op = "decode";
-  require_of(op, !sinks && !query_scale && !cu_seqlens_q && softcap == 0 && !sliding_window,
-             "sinks, query_scale, cu_seqlens_q, softcap and sliding_window are not there yet");
   constexpr double kLog2E = 1.4426950408889634;
-  const CacheArgs args{
-      op,          k_cache,       v_cache,   k,          v, inv_freq, cache_seqlens,
-      block_table, cache_leftpad, log_decay, interleaved};
+  const CacheArgs args{op,
+                       k_cache,
+                       v_cache,
+                       k,
+                       v,
+                       inv_freq,
+                       cache_seqlens,
+                       block_table,
+                       cache_leftpad,
+                       log_decay,
+                       cu_seqlens_q,
+                       interleaved};
+  const bool packed = args.packed();
   DecodeParams p{};
   p.cache = cache_of(args, q);
-  p.q = q.data_ptr();
-  p.q_batch = q.stride(0), p.q_seq = q.stride(1), p.q_head = q.stride(2);
-  p.seqlen_q = q.size(1), p.heads_q = q.size(2);
+  const Plane rows = plane(q);
+  p.q = rows.data, p.q_batch = rows.block, p.q_seq = rows.slot, p.q_head = rows.head;
+  p.seqlen_q = q.size(packed ? 0 : 1), p.heads_q = q.size(packed ? 1 : 2);
+  if (packed) p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q->data_ptr());
   require_of(op, p.cache.heads > 0 && p.heads_q % p.cache.heads == 0,
              "k_cache's heads must divide q's ", p.heads_q, " heads, got ", p.cache.heads);
   const FrequencyRows freqs = frequencies_of(args, p.cache);
@@ -57,16 +67,23 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Opti
     require_of(op, !log_decay.has_value() || p.regions.at[r].k_map == p.regions.stored,
                "log_decay (XPOS) needs keys that are stored as every region sees them");
   }
-  p.scale = softmax_scale_of(op, softmax_scale, p.cache.head_dim) * kLog2E;
+  const double cap = softcap_of(op, softcap);
+  p.scale = softmax_scale_of(op, softmax_scale, p.cache.head_dim) * (cap > 0 ? 1 / cap : kLog2E);
+  p.softcap = static_cast<float>(cap * kLog2E);
+  p.query_scale = query_scale_of(op, query_scale, p.cache.batch, p.seqlen_q, packed);
+  p.sinks = sinks_of(op, sinks, p.heads_q);
   check_scales(op, log_n, attention_factor);
   p.log_n = log_n.value_or(0.0);
   p.amplitude = attention_factor * attention_factor;
 
-  const Kernels run = kernels(p.cache.head_dim);
+  const Kernels run = kernels(p.cache);
   if (k.has_value()) run_append({p.cache, p.freqs, p.regions.stored, plane(*k), plane(*v)}, run);
-  const Tensor out =
-      fresh({p.cache.batch, p.seqlen_q, p.heads_q, p.cache.head_dim}, q.scalar_type());
-  const Tensor lse = fresh({p.cache.batch, p.heads_q, p.seqlen_q}, ScalarType::Float);
+  std::vector<int64_t> of_out{p.seqlen_q, p.heads_q, p.cache.head_dim_v};
+  std::vector<int64_t> of_lse{p.heads_q, p.seqlen_q};
+  if (!packed) {
+    for (auto* sizes : {&of_out, &of_lse}) sizes->insert(sizes->begin(), p.cache.batch);
+  }
+  const Tensor out = fresh(of_out, q.scalar_type()), lse = fresh(of_lse, ScalarType::Float);
   p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
   if (lse.numel() > 0) run_decode(p, run);
@@ -77,16 +94,15 @@ void append(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor inv_freq,
             Tensor cache_seqlens, OptionalTensor block_table, OptionalTensor cache_leftpad,
             OptionalTensor log_decay, std::vector<double> stored, bool interleaved) {
   constexpr const char* op = "append";
-  const OptionalTensor new_k = k, new_v = v;
+  const OptionalTensor new_k = k, new_v = v, not_packed;
   const CacheArgs args{op,         k_cache,       v_cache,     new_k,         new_v,
                        inv_freq,   cache_seqlens, block_table, cache_leftpad, log_decay,
-                       interleaved};
+                       not_packed, interleaved};
   const KVCache cache = cache_of(args, k);
   require_of(op, stored.size() == kMapNumbers, "stored must be ", kMapNumbers, " numbers, got ",
              stored.size());
   const FrequencyRows freqs = frequencies_of(args, cache);
-  run_append({cache, freqs.params, map_of(stored.data()), plane(k), plane(v)},
-             kernels(cache.head_dim));
+  run_append({cache, freqs.params, map_of(stored.data()), plane(k), plane(v)}, kernels(cache));
 }
 
 }  // namespace

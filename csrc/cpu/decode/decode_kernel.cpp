@@ -27,8 +27,10 @@ class Worker {
       : p_(p),
         rotation_{p.cache.head_dim, p.freqs.half, p.freqs.interleaved},
         dim_(p.cache.head_dim),
+        dim_v_(p.cache.head_dim_v),
         group_(p.heads_q / p.cache.heads),
         stride_(round_up(dim_, kFloats)),
+        stride_v_(round_up(dim_v_, kFloats)),
         cos_(round_up(p.freqs.half, kFloats)),
         sin_(cos_.size()) {
     for (int64_t r = 0; r < p.regions.count; ++r) {
@@ -43,7 +45,7 @@ class Worker {
     count_ = tokens_ * group_;
     at_once_ = count_ <= 2 ? count_ : kMaxRows;
     padded_ = round_up(count_, at_once_);
-    inv_freq_ = p_.freqs.inv_freq + queries_->batch * p_.freqs.batch;
+    inv_freq_ = p_.freqs.inv_freq + queries_->sequence * p_.freqs.batch;
     first_ = position(0), last_ = position(tokens_ - 1);
     const int64_t begin = queries_->first_key + split.index * queries_->split_size;
     const int64_t end = std::min(begin + queries_->split_size, last_ + 1);
@@ -74,23 +76,20 @@ class Worker {
     bool masked;
   };
 
-  int64_t position(int64_t token) const {
-    return queries_->length - p_.seqlen_q + queries_->first_token + token;
-  }
+  int64_t position(int64_t token) const { return queries_->first_position + token; }
 
   void prepare(int64_t begin, int64_t end) {
     const int64_t all = p_.cache.heads * padded_;
-    for (Buffer<float>* x : {&raw_, &sums_}) x->assign(all * stride_, 0.0f);
+    raw_.assign(all * stride_, 0.0f);
+    sums_.assign(all * stride_v_, 0.0f);
     softmax_.assign(all / at_once_, {floats{} + kNone, floats{}});
     for (int64_t token = 0; token < tokens_; ++token) {
-      const int64_t i = position(token);
-      double scale = p_.scale;
-      if (p_.log_n > 0 && i > 0) scale *= std::max(1.0, std::log(i + 1.0) / std::log(p_.log_n));
+      const float scale = scale_of(token);
       for (int64_t head = 0; head < p_.heads_q; ++head) {
         const T* q = static_cast<const T*>(p_.q) + queries_->batch * p_.q_batch +
                      (queries_->first_token + token) * p_.q_seq + head * p_.q_head;
         float* raw = &raw_[query(token, head)];
-        for (int64_t d = 0; d < dim_; ++d) raw[d] = widen(q[d]) * static_cast<float>(scale);
+        for (int64_t d = 0; d < dim_; ++d) raw[d] = widen(q[d]) * scale;
       }
     }
     for (int64_t r = 0; r < p_.regions.count; ++r) {
@@ -101,7 +100,18 @@ class Worker {
     }
   }
 
-  // Where a query's row starts in raw_, sums_ and the frames' q.
+  // Of all logits of a row.
+  float scale_of(int64_t token) const {
+    const int64_t i = position(token);
+    double scale = p_.scale;
+    if (p_.log_n > 0 && i > 0) scale *= std::max(1.0, std::log(i + 1.0) / std::log(p_.log_n));
+    if (p_.query_scale.data) {
+      scale *= p_.query_scale.of(queries_->batch, queries_->first_token + token);
+    }
+    return static_cast<float>(scale);
+  }
+
+  // Where a query's row starts in raw_ and the frames' q.
   int64_t query(int64_t token, int64_t head) const {
     return (head / group_ * padded_ + token * group_ + head % group_) * stride_;
   }
@@ -127,10 +137,10 @@ class Worker {
     const int32_t* page = nullptr;
     if (p_.cache.block_table) {
       size = p_.cache.page_size;
-      page = p_.cache.block_table + queries_->batch * p_.cache.table_batch + slot / size;
+      page = p_.cache.block_table + queries_->sequence * p_.cache.table_batch + slot / size;
       in_page = slot % size;
     }
-    int64_t block = page ? *page : queries_->batch;
+    int64_t block = page ? *page : queries_->sequence;
     for (int64_t n = 0; n < count; ++n, ++in_page) {
       if (in_page == size) block = *++page, in_page = 0;
       rows[n] = base + block * plane.block + in_page * plane.slot;
@@ -188,24 +198,24 @@ class Worker {
       if (frames_[r].keys) rotated[r] = frames_[r].keys->rotate(keys);
     }
     for (int64_t m = 0; m < padded_; m += rows) {
-      const int64_t row = (head_ * padded_ + m) * stride_;
+      const int64_t row = head_ * padded_ + m;
       Rows<T> ahead = m == 0 ? values : none;
       for (int64_t r = seen.first_region; r <= seen.last_region; ++r, ahead = none) {
-        const float* q = &frames_[r].q[row];
+        const float* q = &frames_[r].q[row * stride_];
         float* scores = r == seen.first_region ? scores_ : other_;
         if (frames_[r].keys) {
-          score_tile<rows>(q, stride_, rotated[r], whole, stride_, ahead, scores);
+          score_tile<rows>(q, stride_, rotated[r], whole, stride_, ahead, dim_v_, scores);
         } else {
-          score_tile<rows>(q, stride_, keys, whole, dim_, ahead, scores);
+          score_tile<rows>(q, stride_, keys, whole, dim_, ahead, dim_v_, scores);
         }
         if (r > seen.first_region) take<rows>(r, m, j, count);
       }
+      if (p_.softcap > 0) cap_tile(p_.softcap, scores_, whole * rows);
       if (seen.masked) mask<rows>(m, j, count);
       std::fill(scores_ + count * rows, scores_ + whole * rows, -INFINITY);
-      const floats rescale =
-          softmax_tile<rows>(scores_, whole * rows, softmax_[(head_ * padded_ + m) / rows]);
-      add_values<rows>(scores_, values, count, dim_, rescale, m == 0 ? next : none, &sums_[row],
-                       stride_);
+      const floats rescale = softmax_tile<rows>(scores_, whole * rows, softmax_[row / rows]);
+      add_values<rows>(scores_, values, count, dim_v_, rescale, m == 0 ? next : none, dim_,
+                       &sums_[row * stride_v_], stride_v_);
     }
   }
 
@@ -232,22 +242,23 @@ class Worker {
   }
 
   void finish(const Split& split) {
-    const int64_t width = dim_ + 2, all = p_.cache.heads * count_;
+    const int64_t width = dim_v_ + 2, all = p_.cache.heads * count_;
     float* out = p_.partial + (queries_->partial + split.index * all) * width;
     for (int64_t r = 0; r < all; ++r, out += width) {
       const int64_t row = r / count_ * padded_ + r % count_, lane = row % at_once_;
       const Softmax& softmax = softmax_[row / at_once_];
       float sum = 0;
       for (int64_t n = lane; n < kFloats; n += at_once_) sum += softmax.row_sum[n];
-      std::copy_n(&sums_[row * stride_], dim_, out);
-      out[dim_] = softmax.row_max[lane];
-      out[dim_ + 1] = sum;
+      std::copy_n(&sums_[row * stride_v_], dim_v_, out);
+      out[dim_v_] = softmax.row_max[lane];
+      out[dim_v_ + 1] = sum;
     }
   }
 
   const DecodeParams& p_;
   const RowRotation rotation_;
-  const int64_t dim_, group_, stride_;
+  const int64_t dim_, dim_v_, group_;  // dims of queries and keys, of values
+  const int64_t stride_, stride_v_;    // and of their rows here
   const QueryBlock* queries_ = nullptr;
   int64_t tokens_ = 0;              // of these queries
   int64_t first_ = 0, last_ = 0;    // their positions
@@ -258,7 +269,7 @@ class Worker {
   Frame frames_[kMaxRegions];
   Buffer<float> cos_, sin_, raw_, sums_;
   Buffer<Softmax> softmax_;
-  float scores_[kBlockN * kMaxRows], other_[kBlockN * kMaxRows];
+  alignas(64) float scores_[kBlockN * kMaxRows], other_[kBlockN * kMaxRows];
   const T *key_rows_[kBlockN], *value_rows_[kBlockN], *next_rows_[kBlockN];
 };
 

@@ -6,7 +6,7 @@
 
 namespace extrope {
 
-// append: tokens begin..end-1 of (batch, appended).
+// append: tokens begin..end-1 of all that are new.
 #define EXTROPE_DECLARE(isa)                                                  \
   void append_tokens_##isa(const AppendParams&, int64_t begin, int64_t end);  \
   void decode_splits_##isa(const DecodeParams&, const Split*, int64_t count); \

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -14,6 +16,10 @@ namespace extrope::decode {
 constexpr int64_t kBlockM = 64;  // query rows of a head of k that share one reading of the cache
 constexpr int64_t kSplitSize = 256;    // keys
 constexpr int64_t kFewScores = 4'096;  // below it a second thread costs more than it saves
+// What reading a key and its value takes beside the work on one row, in rows.
+constexpr int64_t kReading = 6;
+// Parts of a thread's share where splits differ, so that none waits long for another.
+constexpr int64_t kParts = 8;
 
 struct Kernels {
   void (*append)(const AppendParams&, int64_t, int64_t);
@@ -21,54 +27,101 @@ struct Kernels {
   void (*merge)(const DecodeParams&, const QueryBlock*, int64_t);
 };
 
-// The splits depend on the lengths alone, not on the threads: neither does the result.
-inline std::vector<QueryBlock> cut(const DecodeParams& p) {
+// The blocks of one sequence's queries, the tokens begin..end-1 of q's entry `batch`.
+inline void cut_sequence(const DecodeParams& p, int64_t sequence, int64_t batch, int64_t begin,
+                         int64_t end, int64_t& partial, std::vector<QueryBlock>& all) {
   const int64_t tokens = std::max<int64_t>(1, kBlockM / (p.heads_q / p.cache.heads));
-  const int64_t split_size = kSplitSize * ((p.seqlen_q + tokens - 1) / tokens);
+  const int64_t split_size = kSplitSize * ((end - begin + tokens - 1) / tokens);
+  const int64_t first_slot = p.cache.first_slot(sequence);
+  const int64_t length = std::max<int64_t>(p.cache.end(sequence) - first_slot, 0);
+  for (int64_t first = begin; first < end; first += tokens) {
+    const int64_t last = std::min(first + tokens, end), position = length - (end - first);
+    const int64_t first_key = p.regions.start(0, position);
+    const int64_t keys = std::max<int64_t>(position + last - first - first_key, 0);
+    const int64_t splits = (keys + split_size - 1) / split_size;
+    all.push_back({sequence, batch, first, last, position, first_slot, first_key, split_size,
+                   splits, partial});
+    partial += splits * (last - first) * p.heads_q;
+  }
+}
+
+// The splits depend on the lengths alone, not on the threads: neither does the result. Sets the
+// number of rows of partial results.
+inline std::vector<QueryBlock> cut(const DecodeParams& p, int64_t& partial) {
   std::vector<QueryBlock> all;
-  int64_t partial = 0;
+  partial = 0;
   for (int64_t b = 0; b < p.cache.batch; ++b) {
-    const int64_t first_slot = p.cache.first_slot(b);
-    const int64_t length = std::max<int64_t>(p.cache.end(b) - first_slot, 0);
-    for (int64_t first = 0; first < p.seqlen_q; first += tokens) {
-      const int64_t last = std::min(first + tokens, p.seqlen_q), before = length - p.seqlen_q;
-      const int64_t first_key = p.regions.start(0, before + first);
-      const int64_t keys = std::max<int64_t>(before + last - first_key, 0);
-      const int64_t splits = (keys + split_size - 1) / split_size;
-      all.push_back({b, first, last, first_slot, length, first_key, split_size, splits, partial});
-      partial += splits * (last - first) * p.heads_q;
+    if (const int32_t* cu = p.cu_seqlens_q) {
+      cut_sequence(p, b, 0, cu[b], cu[b + 1], partial, all);
+    } else {
+      cut_sequence(p, b, b, 0, p.seqlen_q, partial, all);
     }
   }
   return all;
 }
 
+struct Splits {
+  std::vector<Split> all;
+  int64_t scores, work;  // of all together; work in the time of a score
+};
+
+inline Splits splits_of(const DecodeParams& p, const std::vector<QueryBlock>& blocks) {
+  Splits splits{};
+  for (const QueryBlock& block : blocks) {
+    const int64_t tokens = block.last_token - block.first_token, rows = tokens * p.heads_q;
+    int64_t keys = block.first_position + tokens - block.first_key;
+    for (int64_t n = 0; n < block.num_splits; ++n, keys -= block.split_size) {
+      const int64_t own = std::min(keys, block.split_size);
+      const int64_t work = own * (rows + kReading * p.cache.heads);
+      splits.all.push_back({&block, n, splits.work + work / 2});
+      splits.scores += own * rows;
+      splits.work += work;
+    }
+  }
+  return splits;
+}
+
+// Packed tokens past the last sequence.
+inline void fill_padding(const DecodeParams& p) {
+  const int64_t first = p.cu_seqlens_q[p.cache.batch], count = p.seqlen_q - first;
+  const int64_t row = p.heads_q * p.cache.head_dim_v * (p.cache.dtype == DType::f32 ? 4 : 2);
+  std::memset(static_cast<char*>(p.out) + first * row, 0, count * row);
+  for (int64_t head = 0; head < p.heads_q; ++head) {
+    std::fill_n(p.lse + head * p.seqlen_q + first, count, -INFINITY);
+  }
+}
+
 inline void run_append(const AppendParams& p, const Kernels& run) {
   const KVCache& cache = p.cache;
-  const int64_t bytes = 2 * cache.heads * cache.head_dim * (cache.dtype == DType::f32 ? 4 : 2);
-  share_out(cache.batch * cache.appended, bytes,
+  const int64_t bytes =
+      cache.heads * (cache.head_dim + cache.head_dim_v) * (cache.dtype == DType::f32 ? 4 : 2);
+  share_out(cache.all_new_tokens(), bytes,
             [&](int64_t begin, int64_t end) { run.append(p, begin, end); });
 }
 
 inline void run_decode(DecodeParams& p, const Kernels& run) {
-  const std::vector<QueryBlock> blocks = cut(p);
-  std::vector<Split> splits;
-  int64_t partials = 0, scores = 0;
-  for (const QueryBlock& block : blocks) {
-    const int64_t rows = (block.last_token - block.first_token) * p.heads_q;
-    partials += block.num_splits * rows;
-    scores += (block.length - block.first_key) * rows;
-    for (int64_t n = 0; n < block.num_splits; ++n) splits.push_back({&block, n});
-  }
-  const std::unique_ptr<float[]> partial(new float[partials * (p.cache.head_dim + 2)]);
+  int64_t partials;
+  const std::vector<QueryBlock> blocks = cut(p, partials);
+  const Splits splits = splits_of(p, blocks);
+  const std::unique_ptr<float[]> partial(new float[partials * (p.cache.head_dim_v + 2)]);
   p.partial = partial.get();
-  const int64_t all = splits.size(), merges = blocks.size();
-  if (scores <= kFewScores) {
-    run.decode(p, splits.data(), all);
+  if (p.cu_seqlens_q) fill_padding(p);
+  const int64_t all = splits.all.size(), merges = blocks.size();
+  if (splits.scores <= kFewScores) {
+    run.decode(p, splits.all.data(), all);
     run.merge(p, blocks.data(), merges);
     return;
   }
-  torch::stable::parallel_for(0, all, 1, [&](int64_t begin, int64_t end) {
-    run.decode(p, splits.data() + begin, end - begin);
+  const DynamicThreads threads(std::min<int64_t>(torch::stable::get_num_threads(), all), 0);
+  const int64_t parts = threads.threads() * (p.cu_seqlens_q ? kParts : 1);
+  const auto first_of = [&](int64_t part) {
+    const int64_t before = splits.work * part / parts;
+    return std::partition_point(splits.all.data(), splits.all.data() + all,
+                                [&](const Split& split) { return split.middle < before; });
+  };
+  threads.run(parts, [&](int64_t part, float*) {
+    const Split* first = first_of(part);
+    run.decode(p, first, first_of(part + 1) - first);
   });
   torch::stable::parallel_for(0, merges, 1, [&](int64_t begin, int64_t end) {
     run.merge(p, blocks.data() + begin, end - begin);

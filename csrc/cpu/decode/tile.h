@@ -6,6 +6,7 @@
 
 #include "cpu/simd/exp2.h"
 #include "cpu/simd/simd.h"
+#include "cpu/simd/softmax.h"
 
 namespace extrope {
 namespace {
@@ -64,10 +65,10 @@ struct Rows {
 };
 
 // scores[key][row] = <q[row], keys[key]> for `count` keys, a multiple of kKeysAtOnce. q is padded
-// with zeros to whole vectors. The rows `ahead`, if any, are fetched meanwhile.
+// with zeros to whole vectors. The rows `ahead` of ahead_dim dims, if any, are fetched meanwhile.
 template <int rows, typename T, typename Ahead>
 void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int64_t dim,
-                Rows<Ahead> ahead, float* scores) {
+                Rows<Ahead> ahead, int64_t ahead_dim, float* scores) {
   constexpr int at_once = kKeysAtOnce<rows>;
   for (int64_t j = 0; j < count; j += at_once) {
     floats sums[at_once * rows] = {};
@@ -84,8 +85,15 @@ void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int
     }
     sum_lanes<at_once * rows>(sums, scores + j * rows);
     if (ahead.at) {
-      for (int k = 0; k < at_once; ++k) ahead.prefetch(j + k, dim);
+      for (int k = 0; k < at_once; ++k) ahead.prefetch(j + k, ahead_dim);
     }
+  }
+}
+
+// Scores over the cap become capped ones.
+inline void cap_tile(float softcap, float* scores, int64_t count) {
+  for (int64_t i = 0; i < count; i += kFloats) {
+    store(scores + i, capped(load<floats>(scores + i), softcap));
   }
 }
 
@@ -119,8 +127,9 @@ floats softmax_tile(float* scores, int64_t count, Softmax& softmax) {
 // sums[row][d] = sums[row][d] * rescale[row] + the weighted sum of `count` values, in `columns`
 // vectors of lanes from d on.
 template <int rows, int columns, typename T, typename Ahead>
-inline void add_columns(const float* weights, Rows<T> values, int64_t count, int64_t d, int64_t dim,
-                        const floats& rescale, Rows<Ahead> ahead, float* sums, int64_t stride) {
+inline void add_columns(const float* weights, Rows<T> values, int64_t count, int64_t d,
+                        const floats& rescale, Rows<Ahead> ahead, int64_t ahead_dim, float* sums,
+                        int64_t stride) {
   floats acc[rows * columns];
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
@@ -141,7 +150,7 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
 #pragma GCC unroll 8
       for (int c = 0; c < columns; ++c) acc[r * columns + c] += weight * x[c];
     }
-    if (ahead.at) ahead.prefetch(j, dim);
+    if (ahead.at) ahead.prefetch(j, ahead_dim);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
@@ -154,16 +163,17 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
 
 template <int rows, typename T, typename Ahead>
 void add_values(const float* weights, Rows<T> values, int64_t count, int64_t dim,
-                const floats& rescale, Rows<Ahead> ahead, float* sums, int64_t stride) {
+                const floats& rescale, Rows<Ahead> ahead, int64_t ahead_dim, float* sums,
+                int64_t stride) {
   // Eight sums at once hide the latency of their additions.
   constexpr int columns = kFloats == 16 ? (rows == 1 ? 8 : 4) : 8 / rows;
   int64_t d = 0;
   for (; d + columns * kFloats <= dim; d += columns * kFloats) {
-    add_columns<rows, columns>(weights, values, count, d, dim, rescale, ahead, sums, stride);
+    add_columns<rows, columns>(weights, values, count, d, rescale, ahead, ahead_dim, sums, stride);
     ahead.at = nullptr;
   }
   for (; d < dim; d += kFloats) {
-    add_columns<rows, 1>(weights, values, count, d, dim, rescale, ahead, sums, stride);
+    add_columns<rows, 1>(weights, values, count, d, rescale, ahead, ahead_dim, sums, stride);
     ahead.at = nullptr;
   }
 }

@@ -17,7 +17,7 @@ from .._shared.attention_call import (
     rope_options,
     score_options,
 )
-from .._shared.checks import explained, refuse_flags
+from .._shared.checks import check_cu_seqlens, explained, refuse_flags
 from .._shared.options import refuse_unknown, takes_options_of
 from . import reference
 from .arguments import KVCache, check_decode, check_values, parse
@@ -107,7 +107,7 @@ def _run(op: str, tensors: Tensors, options: Options, backend: str | None) -> tu
 def _check(op: str, tensors: Tensors, options: Options) -> tuple[KVCache, AttentionCall]:
     cache, call = parse(*tensors, **options)
     check_decode(op, tensors[0], tensors[3], tensors[4], cache, call)
-    check_values(op, cache, call.cu_seqlens)
+    check_values(op, cache, call.cu_seqlens, len(tensors[0]))
     return cache, call
 
 
@@ -129,7 +129,10 @@ def _lengths(op: str, cache_seqlens: int, q: Tensor, cu_seqlens_q: Tensor | None
         )
     if not isinstance(q, Tensor):
         raise TypeError(f"{op}: q must be a Tensor, got {type(q).__name__}")
-    batch = q.shape[:1] if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1,)
+    batch = q.shape[:1]
+    if cu_seqlens_q is not None:
+        check_cu_seqlens(op, cu_seqlens_q, q, "cu_seqlens_q")
+        batch = (cu_seqlens_q.shape[0] - 1,)
     if not _keeps_lengths(q):
         return torch.full(batch, cache_seqlens, dtype=torch.int32, device=q.device)
     global _last_lengths

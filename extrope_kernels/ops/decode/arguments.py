@@ -144,12 +144,23 @@ def _check_new(op: str, k: Tensor, v: Tensor, cache: KVCache, packed: bool = Fal
             )
 
 
-def check_values(op: str, cache: KVCache, cu_seqlens_q: Tensor | None = None) -> None:
-    """What only the values of the integer tensors show: on a CPU, where looking costs nothing."""
+def check_values(
+    op: str, cache: KVCache, cu_seqlens_q: Tensor | None = None, tokens: int = 0
+) -> None:
+    """What only the values of the integer tensors show: on a CPU, where looking costs nothing.
+
+    tokens: of the packed queries.
+    """
     if cache.seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if cu_seqlens_q is not None and (cu_seqlens_q[0] != 0 or (cu_seqlens_q.diff() < 0).any()):
-        raise ValueError(f"{op}: cu_seqlens_q must rise from 0, got {cu_seqlens_q.tolist()}")
+    if cu_seqlens_q is not None:
+        if cu_seqlens_q[0] != 0 or (cu_seqlens_q.diff() < 0).any():
+            raise ValueError(f"{op}: cu_seqlens_q must rise from 0, got {cu_seqlens_q.tolist()}")
+        if cu_seqlens_q[-1] > tokens:
+            raise ValueError(
+                f"{op}: cu_seqlens_q must rise to q's {tokens} tokens at most, "
+                f"got {cu_seqlens_q.tolist()}"
+            )
     ends, writes = cache.ends(), cache.appended or cache.cu_seqlens_new is not None
     if ends.numel() and not (cache.seqlens.min() >= 0 and ends.max() <= cache.capacity):
         new = cache.appended or "its"

@@ -50,7 +50,7 @@ def _decode(implementation, *tensors, **options):
     if implementation == "triton" and _triton().PLANNED:
         return _triton().run(_decode_launches, tensors, options)
     parts = _checked_decode(implementation, tensors, options)
-    check_values("decode", parts[3], parts[4].cu_seqlens)
+    check_values("decode", parts[3], parts[4].cu_seqlens, len(parts[0]))
     return _module(implementation).decode(*parts)
 
 

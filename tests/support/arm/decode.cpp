@@ -39,7 +39,8 @@ KVCache cache_of(const Case& c, DType dtype, void* k, void* v, const int32_t* pa
   KVCache cache{};
   cache.dtype = dtype;
   cache.k = {k, block, slot, c.head_dim}, cache.v = {v, block, slot, c.head_dim};
-  cache.batch = kBatch, cache.heads = kHeadsK, cache.head_dim = c.head_dim;
+  cache.batch = kBatch, cache.heads = kHeadsK;
+  cache.head_dim = cache.head_dim_v = c.head_dim;
   cache.capacity = cache.page_size = kCapacity;
   if (c.paged) {
     cache.block_table = pages, cache.table_batch = kCapacity / kPage, cache.page_size = kPage;
