@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -66,10 +67,10 @@ def test_wide_heads(head_dim, any_backend):
     check(case, any_backend, inputs, noise=(2 * logit * of_values, logit))
 
 
-def packed_call(counts, switch, dtype=torch.float32, head_dim_v=None, tail=0):
+def packed_call(counts, switch, dtype=torch.float32, page_size=16, tail=0):
     """A cache, packed queries and new tokens, and where each sequence's own are among them."""
     lengths = tuple(n + 9 for n in counts)
-    case = Case(lengths, 1, page_size=16, dtype=dtype, head_dim_v=head_dim_v, **SWITCHES[switch])
+    case = Case(lengths, 1, page_size=page_size, dtype=dtype, **SWITCHES[switch])
     inputs = make(case)
     total = sum(counts) + tail
     generator = torch.Generator().manual_seed(3)
@@ -92,10 +93,18 @@ def packed_call(counts, switch, dtype=torch.float32, head_dim_v=None, tail=0):
     [(None, DTYPES[0]), ("sliding_window", DTYPES[2]), ("all", DTYPES[0]), ("all", DTYPES[1])],
 )
 def test_packed_queries(switch, dtype, any_backend):
-    """Chunks and single tokens in one call, as each sequence by itself; one has no query."""
     SWITCHES.setdefault(None, {})
+    check_packed(any_backend, switch, dtype)
+
+
+def test_packed_queries_of_a_contiguous_cache(any_backend):
+    check_packed(any_backend, "all", torch.float32, page_size=None)
+
+
+def check_packed(any_backend, switch, dtype, page_size=16):
+    """Chunks and single tokens in one call, as each sequence by itself; one has no query."""
     counts = (5, 1, 0, 33, 1)
-    inputs, q, k, v, call, cu_seqlens = packed_call(counts, switch, dtype, tail=2)
+    inputs, q, k, v, call, cu_seqlens = packed_call(counts, switch, dtype, page_size, tail=2)
     caches = [x.clone() for x in (inputs.k_cache, inputs.v_cache)]
     options = {**inputs.parameters, "return_lse": True, "backend": any_backend}
     out, lse = rerope_attention_with_kvcache(
@@ -105,12 +114,13 @@ def test_packed_queries(switch, dtype, any_backend):
     assert not out[sum(counts) :].any() and (lse[:, sum(counts) :] == -torch.inf).all()
     apart = [x.clone() for x in (inputs.k_cache, inputs.v_cache)]
     for b, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:])):
-        own = {n: call[n][b : b + 1] for n in ("cache_seqlens", "block_table")}
+        own = {n: call[n][b : b + 1] for n in ("cache_seqlens", "block_table") if n in call}
+        its_caches = apart if page_size else [x[b : b + 1] for x in apart]
         if "query_scale" in call:
             own["query_scale"] = call["query_scale"][None, begin:end]
         mine = [x[None, begin:end] for x in (q, k, v)]
         want, want_lse = rerope_attention_with_kvcache(
-            mine[0], *apart, inputs.freqs, k=mine[1], v=mine[2], **{**call, **own}, **options
+            mine[0], *its_caches, inputs.freqs, k=mine[1], v=mine[2], **{**call, **own}, **options
         )
         torch.testing.assert_close(out[begin:end], want[0])
         torch.testing.assert_close(lse[:, begin:end], want_lse[0])
@@ -136,3 +146,25 @@ def test_wrong_boundaries(cu_seqlens, message, any_backend):
         )  # fmt: skip
     if device() == "cpu":
         assert str(refused.value) == f"rerope_attention_with_kvcache: {message}"
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+def test_sinks_that_are_not_finite(value, any_backend):
+    """Of one head, with keys to see: the others are as they are."""
+    inputs = make(Case((70, 3), 2, sinks=True))
+    inputs.call["sinks"][1] = value
+    out, lse = inputs.run(any_backend)
+    want, want_lse = inputs.run("reference")
+    torch.testing.assert_close(lse, want_lse, equal_nan=True)
+    torch.testing.assert_close(out, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("where", ("q", "k_cache"))
+def test_a_cap_bounds_infinite_logits_and_keeps_nan(where, value, any_backend):
+    inputs = make(Case((70, 3), 2, softcap=2.0))
+    getattr(inputs, where)[0, 1, 1, -1] = value
+    out, lse = inputs.run(any_backend)
+    want, want_lse = inputs.run("reference")
+    torch.testing.assert_close(lse, want_lse, equal_nan=True)
+    assert torch.equal(out.isfinite(), want.isfinite())

@@ -55,8 +55,8 @@ def wrong(name: str, argument: str) -> dict:
         default = inspect.signature(function(name)).parameters[argument].default
         found = of_the_kind(CALLS[name].get(argument, default))
     right = {"no batch"} if "packed" in name else set()
-    if name.startswith("permuteformer") and argument == "v":
-        right = {"head_dim"}  # its own
+    if argument == "v" and not ending:
+        right.add("head_dim")  # its own
     return {what: value for what, value in found.items() if what not in right}
 
 

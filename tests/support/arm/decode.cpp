@@ -18,6 +18,8 @@ struct Case {
   Regions regions;
   int64_t seqlen_q, head_dim, half;
   bool interleaved, paged, leftpad, log_n;
+  bool softmax_options = false;  // a cap, sinks, a sliding window and temperatures
+  int64_t head_dim_v = head_dim;
 };
 
 Regions stored_as_seen(Regions regions) {
@@ -31,16 +33,20 @@ const Case kCases[] = {
     {"rerope", stored_as_seen(rerope(100)), 1, 128, 64, false, false, true, true},
     {"rerope_gptj", stored_as_seen(rerope(100)), 2, 72, 20, true, true, false, false},
     {"self_extend", stored_as_seen(self_extend(64, 4)), 1, 64, 32, false, true, false, false},
+    {"capped", stored_as_seen(rerope(100)), 3, 64, 32, false, true, false, true, true, 40},
 };
 
 // Pages of a sequence lie in any order; without pages, sequence after sequence.
 KVCache cache_of(const Case& c, DType dtype, void* k, void* v, const int32_t* pages) {
-  const int64_t slot = kHeadsK * c.head_dim, block = (c.paged ? kPage : kCapacity) * slot;
+  const auto plane = [&](void* data, int64_t head_dim) {
+    const int64_t slot = kHeadsK * head_dim;
+    return Plane{data, (c.paged ? kPage : kCapacity) * slot, slot, head_dim};
+  };
   KVCache cache{};
   cache.dtype = dtype;
-  cache.k = {k, block, slot, c.head_dim}, cache.v = {v, block, slot, c.head_dim};
+  cache.k = plane(k, c.head_dim), cache.v = plane(v, c.head_dim_v);
   cache.batch = kBatch, cache.heads = kHeadsK;
-  cache.head_dim = cache.head_dim_v = c.head_dim;
+  cache.head_dim = c.head_dim, cache.head_dim_v = c.head_dim_v;
   cache.capacity = cache.page_size = kCapacity;
   if (c.paged) {
     cache.block_table = pages, cache.table_batch = kCapacity / kPage, cache.page_size = kPage;
@@ -52,11 +58,12 @@ KVCache cache_of(const Case& c, DType dtype, void* k, void* v, const int32_t* pa
 
 template <typename T>
 void run(const Case& c, const std::string& name) {
-  const int64_t slot = kHeadsK * c.head_dim, row = kHeadsQ * c.head_dim;
-  std::vector<T> k_cache = random_values<T>(kBatch * kCapacity * slot, 41);
-  std::vector<T> v_cache = random_values<T>(kBatch * kCapacity * slot, 42);
-  std::vector<T> k = random_values<T>(kBatch * c.seqlen_q * slot, 43);
-  std::vector<T> v = random_values<T>(kBatch * c.seqlen_q * slot, 44);
+  const int64_t row = kHeadsQ * c.head_dim, dims = kHeadsK * c.head_dim;
+  const int64_t dims_v = kHeadsK * c.head_dim_v;
+  std::vector<T> k_cache = random_values<T>(kBatch * kCapacity * dims, 41);
+  std::vector<T> v_cache = random_values<T>(kBatch * kCapacity * dims_v, 42);
+  std::vector<T> k = random_values<T>(kBatch * c.seqlen_q * dims, 43);
+  std::vector<T> v = random_values<T>(kBatch * c.seqlen_q * dims_v, 44);
   const std::vector<T> q = random_values<T>(kBatch * c.seqlen_q * row, 45);
   constexpr int32_t kPages = kBatch * kCapacity / kPage;
   std::vector<int32_t> pages(kPages);
@@ -70,14 +77,22 @@ void run(const Case& c, const std::string& name) {
   p.q = q.data(), p.q_batch = c.seqlen_q * row, p.q_seq = row, p.q_head = c.head_dim;
   p.seqlen_q = c.seqlen_q, p.heads_q = kHeadsQ;
   p.scale = 0.25, p.log_n = c.log_n ? 64.0 : 0.0, p.amplitude = 1.0625;
-  std::vector<T> out(q.size());
+  const std::vector<float> factors = random_values<float>(kBatch * c.seqlen_q + kHeadsQ, 46);
+  if (c.softmax_options) {
+    p.regions.sliding_window = 150, p.softcap = 12.0f;
+    p.query_scale = {factors.data(), c.seqlen_q, 1};
+    p.sinks = {factors.data() + kBatch * c.seqlen_q, 1};
+  }
+  std::vector<T> out(kBatch * c.seqlen_q * kHeadsQ * c.head_dim_v);
   std::vector<float> lse(kBatch * kHeadsQ * c.seqlen_q);
   p.out = out.data(), p.lse = lse.data();
 
-  const auto plane = [&](std::vector<T>& x) {
-    return Plane{x.data(), c.seqlen_q * slot, slot, c.head_dim};
+  const auto plane = [&](std::vector<T>& x, int64_t head_dim) {
+    const int64_t slot = kHeadsK * head_dim;
+    return Plane{x.data(), c.seqlen_q * slot, slot, head_dim};
   };
-  decode::run_append({p.cache, p.freqs, p.regions.stored, plane(k), plane(v)}, kKernels);
+  const Plane of_k = plane(k, c.head_dim), of_v = plane(v, c.head_dim_v);
+  decode::run_append({p.cache, p.freqs, p.regions.stored, of_k, of_v}, kKernels);
   decode::run_decode(p, kKernels);
   write(name + "/k_cache", k_cache);
   write(name + "/v_cache", Moved<T>{v_cache});
