@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._checks import check_int
 from ...methods import RopeFreqs
 from ...scores import PositionMap, Region, Score, query_scale, rerope, self_extend
-from .checks import check_real, refuse_flags
+from .checks import check_count, check_real, refuse_flags
 
 _MAP = len(PositionMap._fields)
 
@@ -131,7 +130,7 @@ def rope_options(
         check_real(op, "softcap", softcap)
         options["softcap"] = softcap
     if sliding_window is not None:
-        options["sliding_window"] = check_int(op, "sliding_window", sliding_window, at_least=1)
+        options["sliding_window"] = check_count(op, "sliding_window", sliding_window)
     factor = freqs.attention_factor
     if type(factor) is not float or factor != 1.0:
         check_real(op, "attention_factor", factor)

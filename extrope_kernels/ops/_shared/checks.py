@@ -101,6 +101,15 @@ def check_real(op: str, name: str, value: float) -> None:
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
+def check_count(op: str, name: str, value: int) -> int:
+    """A number of tokens, >= 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if not 1 <= value < 2**62:
+        raise ValueError(f"{op}: {name} must be >= 1, got {value}")
+    return value
+
+
 def refuse_flags(op: str, **flags: bool) -> None:
     """Raise TypeError for the first flag that is no bool."""
     for name, flag in flags.items():

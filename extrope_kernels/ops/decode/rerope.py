@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from typing_extensions import Unpack
 
 from ...methods import RopeFreqs
 from .._shared.attention_call import rerope_score
 from .._shared.options import CacheOptions
 from .api import attend_with_kvcache, public
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _NAME = "rerope_attention_with_kvcache"
 

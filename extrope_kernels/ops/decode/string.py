@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
-from typing_extensions import Unpack
 
 from ... import scores
 from ...methods import RopeFreqs
 from .._shared.attention_call import score_of
 from .._shared.options import CacheOptions
 from .api import attend_with_kvcache, public
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _NAME = "string_attention_with_kvcache"
 
