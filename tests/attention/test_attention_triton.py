@@ -221,6 +221,42 @@ def test_launches(name, launches, monkeypatch):
     assert seen[launches:] == ["rotate_kernel", "dq_kernel", "dkv_kernel", "rotate_kernel"]
 
 
+@pytest.mark.parametrize("window", (1, BLOCK, BLOCK + 3))
+@pytest.mark.parametrize("name", ("leaky", "dual_chunk", "blockwise_causal"))
+def test_keys_before_every_window_are_not_read(name, window):
+    """Nor rotated: whatever they hold, the outputs have the same bits."""
+    q, k, v = inputs(19, 83)
+    call = replace(call_of(SCORES[name]), sliding_window=window)
+    want = forward(q, k, v, call)
+    unseen = 83 - 19 - window + 1
+    k[:, :unseen] = v[:, :unseen] = torch.nan
+    for found, expected in zip(forward(q, k, v, call), want):
+        assert torch.equal(found, expected)
+
+
+def test_what_no_plain_call_pays_for():
+    """None for what is absent: Triton then compiles no parameter, and no branch."""
+    q, k, v = inputs(17, 17)
+    plan = plans.forward_plans(q, k, v, call_of(SCORES["rerope"]))
+    names = plan.attend.kernel.arg_names[-len(plan.attend.settled) :]
+    settled = dict(zip(names, plan.attend.settled))
+    for name in ("query_scale_stride", "start_strides", "window", "softcap"):
+        assert settled[name] is None
+    assert not settled["TILE"].windowed and not settled["TILE"].capped
+    assert settled["VALUES"] == settled["TILE"] and plan.q_frame is None
+
+
+def test_another_value_compiles_nothing(monkeypatch):
+    """Caps, windows and starts are numbers of a call: the tile does not know them."""
+    q, k, v = inputs(17, 17)
+    seen = set()
+    for softcap, window in ((1.5, 12), (2.0, 16)):
+        call = replace(call_of(SCORES["rerope"]), softcap=softcap, sliding_window=window)
+        plan = plans.forward_plans(q, k, v, call)
+        seen.add(plan.attend.settled[-2:])
+    assert len(seen) == 1
+
+
 def test_tokens_too_far_apart_for_offsets_of_a_block():
     q, k, _ = inputs(2, 2, dtype=torch.float16)
     far = torch.empty_strided((1, 2, 1, 16), (0, 2**24, 0, 1), dtype=q.dtype, device=DEVICE)
