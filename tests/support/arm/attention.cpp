@@ -19,6 +19,7 @@ struct Case {
   Regions regions;
   int64_t seqlen_q, seqlen_k, head_dim, half;
   bool interleaved, decay, row_scale, packed;
+  bool softmax_options = false;  // a cap, sinks, a sliding window, and starts
 };
 
 const Case kCases[] = {
@@ -29,8 +30,11 @@ const Case kCases[] = {
     {"chunked", chunked(32), 150, 150, 64, 32, false, false, false, false},
     {"packed", rerope(24), 150, 150, 64, 32, false, false, false, true},
     {"few_keys", rope(), 60, 35, 64, 32, false, false, false, false},
+    {"softmax_options", rerope(40), 90, 150, 64, 32, false, false, true, false, true},
 };
 constexpr int32_t kBoundaries[] = {0, 17, 17, 103, 150};
+constexpr int32_t kStarts[] = {30, 71};
+constexpr float kSinks[] = {0.5f, -2.0f, 3.0f, 0.0f};
 
 // All tensors of one call.
 template <typename T>
@@ -43,9 +47,13 @@ class Call {
     p_.regions = c.regions, p_.softmax_scale = 0.125f;
     p_.half = c.half, p_.interleaved = c.interleaved;
     if (c.packed) p_.cu_seqlens = kBoundaries, p_.num_sequences = std::size(kBoundaries) - 1;
+    if (c.softmax_options) {
+      p_.softcap = 1.5f, p_.sinks = {kSinks, 1}, p_.regions.sliding_window = 56;
+      p_.q_start = {kStarts, 1, 0}, p_.k_start = {kStarts, 1, -20};
+    }
     for (int64_t i = 0; i < c.seqlen_q; ++i) row_scale_.push_back(1.0f + 0x1p-8f * i);
     if (c.row_scale) p_.row_scale = {row_scale_.data(), 0, 1};
-    if (!c.packed) p_.q_start.offset = c.seqlen_k - c.seqlen_q;
+    if (!c.packed && !c.softmax_options) p_.q_start.offset = c.seqlen_k - c.seqlen_q;
     q_ = random_values<T>(elements(true), 31), k_ = random_values<T>(elements(false), 32);
     v_ = random_values<T>(elements(false), 33), dout_ = random_values<T>(elements(true), 34);
     dlse_ = random_values<float>(batch_ * p_.heads_q * c.seqlen_q, 35);
@@ -97,10 +105,11 @@ class Call {
     t.start = queries ? p_.q_start : p_.k_start;
     t.cu_seqlens = p_.cu_seqlens, t.num_sequences = p_.num_sequences;
     t.tokens = !queries ? c_.seqlen_k : map.is_constant() ? 1 : c_.seqlen_q;
-    memory.resize(t.tokens * t.stride());
+    const int64_t rows = c_.softmax_options ? batch_ : 1;
+    memory.resize(rows * t.tokens * t.stride());
     t.out = memory.data();
-    EXTROPE_EXPAND(fill_cos_sin_, EXTROPE_ISA)(t, 0, t.tokens);
-    return t.rows(1);
+    EXTROPE_EXPAND(fill_cos_sin_, EXTROPE_ISA)(t, 0, rows * t.tokens);
+    return t.rows(rows);
   }
 
   // As rotation.h: keys in 16 bits are rotated beforehand.
