@@ -250,6 +250,13 @@ def test_a_row_without_keys_has_its_sink_alone(any_backend):
     torch.testing.assert_close(grads[3], torch.full((2,), 5.0, device=device()))
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_scales_of_any_sign(dtype, any_backend):
+    """Keys that a row does not see stay hidden where its logits change their sign, or are all 0."""
+    scale = (torch.arange(SEQLEN, device=device()) - SEQLEN // 2) / 20
+    check(any_backend, "rerope", make_qkv(1, SEQLEN, dtype=dtype), {"query_scale": scale})
+
+
 @pytest.mark.parametrize("value", [math.nan, INF, -INF])
 def test_a_sink_that_is_not_finite(value, any_backend):
     """As the formula has it: -inf is no sink, NaN and infinity take the row with them."""
