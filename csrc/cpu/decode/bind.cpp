@@ -78,11 +78,9 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Opti
 
   const Kernels run = kernels(p.cache);
   if (k.has_value()) run_append({p.cache, p.freqs, p.regions.stored, plane(*k), plane(*v)}, run);
-  std::vector<int64_t> of_out{p.seqlen_q, p.heads_q, p.cache.head_dim_v};
-  std::vector<int64_t> of_lse{p.heads_q, p.seqlen_q};
-  if (!packed) {
-    for (auto* sizes : {&of_out, &of_lse}) sizes->insert(sizes->begin(), p.cache.batch);
-  }
+  std::vector<int64_t> of_out{p.cache.batch, p.seqlen_q, p.heads_q, p.cache.head_dim_v};
+  std::vector<int64_t> of_lse{p.cache.batch, p.heads_q, p.seqlen_q};
+  if (packed) of_out.erase(of_out.begin()), of_lse.erase(of_lse.begin());
   const Tensor out = fresh(of_out, q.scalar_type()), lse = fresh(of_lse, ScalarType::Float);
   p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
