@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..._shared.attention_call import AttentionCall
 from ..._shared.triton.launch import chip_of, layouts_of, planned
+from .frames import placed
 from .plans import backward_plans, forward_plans
 
 
@@ -102,7 +103,9 @@ def _key(tensors: tuple[Tensor | None, ...], call: AttentionCall) -> Hashable:
 
 def _contiguous(call: AttentionCall) -> AttentionCall:
     """The call, of which kernels take small tensors without strides."""
+    # Costs less than a loop, which every launch would wait for.
+    if call.sinks is None and call.query_scale is None and not placed(call):
+        return call
     names = ("sinks", "query_scale", "q_start", "k_start")
     small = {name: getattr(call, name) for name in names}
-    found = {name: x.contiguous() for name, x in small.items() if x is not None}
-    return replace(call, **found) if found else call
+    return replace(call, **{name: x.contiguous() for name, x in small.items() if x is not None})
