@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from decode_oracle import Case, check, make  # noqa: E402
 
-from extrope_kernels import methods, scores  # noqa: E402
+from extrope_kernels import methods, rerope_attention_with_kvcache, scores  # noqa: E402
 from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options  # noqa: E402
 from extrope_kernels.ops._shared.triton.angles import cos_sin, fixed_angle  # noqa: E402
 from extrope_kernels.ops.decode import api, reference  # noqa: E402
@@ -114,6 +115,40 @@ def test_splits_merge_in_their_order_whoever_comes_last(many_splits):
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
+@pytest.mark.parametrize("seqlen_q", (1, 3))
+def test_what_joins_a_row_joins_it_once(seqlen_q, many_splits):
+    """A sink counts where splits are merged, not in each; values of another head_dim are merged."""
+    many_splits()
+    options = {"sinks": True, "softcap": 2.0, "query_scale": True, "head_dim_v": 40}
+    check(
+        Case((90, 3, 0, 17), seqlen_q, page_size=7, parameters={"window": 20}, **options), "triton"
+    )
+
+
+@pytest.mark.parametrize("window", (1, 16, 50))
+def test_keys_out_of_the_window_are_nobody_s_share(window, many_splits):
+    many_splits()
+    check(Case((130, 5), 2, sliding_window=window, parameters={"window": 20}), "triton")
+
+
+def test_packed_queries_are_split(many_splits):
+    """Chunks and single tokens in one call; a sequence has no query, another no key before it."""
+    many_splits()
+    counts, lengths = (1, 40, 0, 7, 1), (90, 45, 3, 7, 0)
+    case = Case(lengths, 1, heads_q=6, leftpad=(2, 0, 1, 0, 0), head_dim_v=24, sinks=True)
+    inputs = make(replace(case, freqs_per_sequence=True, query_scale=False))
+    ends = torch.tensor((0, *counts), device=device()).cumsum(0).int()
+    q = torch.randn(sum(counts) + 3, 6, 32, device=device())
+    out, lse = (
+        rerope_attention_with_kvcache(
+            q, inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num(), inputs.freqs,
+            **inputs.parameters, **inputs.call, cu_seqlens_q=ends, return_lse=True, backend=backend,
+        )
+        for backend in ("triton", "reference")
+    )  # fmt: skip
+    torch.testing.assert_close(out, lse, rtol=1e-5, atol=1e-5)
+
+
 @triton.jit
 def _shares(seqlens, found, batch, slots, TILE: tl.constexpr):
     lengths = (batch, seqlens, seqlens, 0, 1 << 30)
@@ -149,6 +184,52 @@ def test_slots_go_to_where_the_keys_are(lengths, more):
     ]
     assert found[: len(expected)].tolist() == expected
     assert (found[len(expected) :, 0] == len(lengths)).all()
+
+
+@triton.jit
+def _packed_shares(seqlens, cu_seqlens, found, batch, slots, total, TILE: tl.constexpr):
+    lengths = (batch, seqlens, seqlens, 1, 1 << 30)
+    queries, bounds = (cu_seqlens, total, 3), ((0, 0, 0), 1, None)
+    slot = tl.program_id(0)
+    sequence, part, splits = share_of(slot, slots, 2, lengths, queries, bounds, TILE)
+    tl.store(found + slot * 3, sequence)
+    tl.store(found + slot * 3 + 1, part)
+    tl.store(found + slot * 3 + 2, splits)
+
+
+@pytest.mark.parametrize("more, tail", ((0, 20), (33, 0)))
+@pytest.mark.parametrize(
+    "counts, lengths",
+    [
+        ((1,), (1000,)),
+        ((0, 2, 0), (64, 0, 8)),
+        ((5, 1, 0, 200), (100_000, 70, 3, 500)),
+        ((1,) * 130, (1 << 27,) * 130),
+        ((300, 1), (1 << 27, 9)),
+    ],
+)
+def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more):
+    """Every split of every block of rows once, what follows the last boundary too, and all fit."""
+    inputs = make(Case((1,)))
+    total = sum(counts) + tail
+    call = call_of(scores.rerope(7), 32)
+    ends = torch.tensor((0, *counts), device=device()).cumsum(0).int()
+    call = replace(call, cu_seqlens=ends)
+    kv = KVCache(inputs.k_cache, inputs.v_cache, inputs.call["cache_seqlens"])
+    tile = launch._decode_tile(inputs.q, kv, call, configs.INTERPRETED, True)
+    slots = min(-(-3 * total // tile.block_m) + len(counts) + 1, total) + more
+    found = torch.full((slots, 3), -1, dtype=torch.int32, device=device())
+    seqlens = torch.tensor(lengths, dtype=torch.int32, device=device())
+    _packed_shares[(slots,)](seqlens, ends, found, len(lengths), slots, total, TILE=tile)
+    expected = []
+    for sequence, (count, keys) in enumerate(zip((*counts, tail), (*lengths, 0))):
+        rows = -(-3 * count // tile.block_m)
+        mine = found[found[:, 0] == sequence].tolist()
+        splits = mine[0][2] if mine else 1
+        assert 1 <= splits <= max(-(-(keys + count) // tile.block_n), 1)
+        expected += [[sequence, part, splits] for part in range(rows * splits)]
+    assert found[: len(expected)].tolist() == expected
+    assert (found[len(expected) :, 0] > len(lengths)).all()
 
 
 def call_of(score: scores.Score, head_dim: int, **options) -> AttentionCall:
@@ -223,9 +304,12 @@ def test_nothing_of_a_growing_cache_compiles_again(run_python):
 
         sizes = {"KEYS": 32_768, "PAGE_SIZE": 16, "BATCH": 2, "WINDOW": 4096, "PROMPT": 64}
         others = {"KEYS": 6_885, "PAGE_SIZE": 27, "BATCH": 1, "WINDOW": 1, "PROMPT": 33}
+        sizes["SLIDING"], others["SLIDING"] = 1024, 999
         for name, variant in (
             ("decode", "raw paged one-token"), ("decode", "slow paged chunk"),
-            ("decode", "raw one-token"), ("append", "slow paged chunk"), ("append", "plain chunk"),
+            ("decode", "raw one-token"), ("decode", "raw sinks capped sliding scaled chunk"),
+            ("decode", "slow paged packed sliding chunk"), ("append", "slow paged packed chunk"),
+            ("append", "slow paged chunk"), ("append", "plain chunk"),
         ):
             case, found = Case(f"cache {name}", 90, 128, "bfloat16", variant), set()
             for size, other in others.items():
