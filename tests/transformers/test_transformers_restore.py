@@ -12,6 +12,7 @@ from hf_models import (
     ATTENDING,
     FAMILIES,
     TRAINED,
+    CountRotations,
     build,
     logits,
     one_thread,  # noqa: F401
@@ -149,39 +150,45 @@ def test_save_pretrained_saves_the_plain_model(tmp_path, method):
     assert torch.equal(logits(loaded, IDS), before)
 
 
-def _two_functions_for_one_rotation():
-    sizes = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
-    sizes |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "kv_lora_rank": 16}
-    config = transformers.AutoConfig.for_model(
-        "deepseek_v3", hidden_size=64, num_hidden_layers=1, num_attention_heads=4, **sizes
-    )
-    return transformers.AutoModelForCausalLM.from_config(config)
-
-
-def _several_axes_of_positions():
+def _angles_of_their_own(monkeypatch):
     model = build("llama")
-    model.config.rope_parameters["mrope_section"] = [2, 3, 3]
+
+    def squared(self, x, position_ids):
+        return original(self, x, position_ids * position_ids)
+
+    original = type(rotary_of(model)).forward
+    monkeypatch.setattr(type(rotary_of(model)), "forward", squared)
     return model
 
 
-def _other_pairing(monkeypatch):
-    model = build("llama")
-
+def _backwards(monkeypatch, model):
     def backwards(q, k, cos, sin, unsqueeze_dim=1):
         return original(q, k, cos, -sin, unsqueeze_dim)
 
     original = apply_of(model)
     monkeypatch.setattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", backwards)
-    return model
+
+
+def test_a_rotation_that_the_op_does_not_have_keeps_its_tables(monkeypatch):
+    model = build("llama")
+    _backwards(monkeypatch, model)
+    with extend(model, "pi", factor=2.0), CountRotations() as count:
+        got = logits(model, IDS)
+    assert count.rotations == 0
+    inv_freq = rotary_of(model).inv_freq
+    inv_freq /= 2
+    assert torch.equal(logits(model, IDS), got)
+    with pytest.raises(ValueError, match="makes its logits depend on more than distances"):
+        extend(model, "rerope", window=8)
+    with pytest.raises(ValueError, match="one table rotates its queries and keys, xpos scales"):
+        extend(model, "xpos")
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (lambda _: nn.Linear(2, 2), "extend: model must have a rotary embedding .* got a Linear"),
-        (lambda _: _two_functions_for_one_rotation(), "does not rotate by apply_rotary_pos_emb"),
-        (lambda _: _several_axes_of_positions(), "rotates by several axes of positions"),
-        (_other_pairing, "its rotation pairs the dims of a head in another way"),
+        (_angles_of_their_own, "its angles are not its frequencies times the positions"),
         (
             lambda _: build("gemma3_text", layer_types=["sliding_attention"] * 2),
             "it has no full_attention layers",

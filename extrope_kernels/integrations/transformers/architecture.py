@@ -1,48 +1,56 @@
-"""Where a model rotates, and whether it does so in a way that the fused op reproduces."""
+"""Where a model rotates: its rotary embeddings, and which kinds of layers each of them serves."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs, apply_rope_qk
-from .apply import APPLY, original_apply
+from ... import RopeFreqs
+from .fused import Fused, find_fused
+from .tables import change_of_tables
 
-_EXTENDED_LAYER_TYPE = "full_attention"
+LAYERS = ("full", "all")
+# Layers that see a bounded number of keys, by the names that transformers gives to their kinds.
+_BOUNDED = ("sliding", "chunked", "local")
 
 
 @dataclass(frozen=True, eq=False)
 class RotarySite:
     """One rotary embedding and what surrounds it.
 
-    owner: the module whose forward calls the rotary embedding once for all layers.
-    layer_type: the kind of layers to extend, where the model has a rotation per kind; else None.
-    parameters: the entries of config.rope_parameters for them.
-    dim: how many dims of a head are rotated.
-    interleaved: pairs are dims (2i, 2i+1), not (i, i + dim/2).
-    modeling: name of the module whose global `apply_rotary_pos_emb` the layers call.
+    owner: the module whose forward takes the tokens, and in which the rotary embedding is called.
+    layer_types: the kinds of layers to extend, where the model has a rotation per kind; else None.
+    fused: how the op does what the layers do with tables; None where it is not the same thing.
+    single: the rotary embedding yields one tensor, of complex numbers, not (cos, sin).
     """
 
     owner: nn.Module
     rotary: nn.Module
-    layer_type: str | None
-    parameters: Mapping[str, Any]
-    dim: int
-    interleaved: bool
-    modeling: str
+    layer_types: tuple[str | None, ...]
+    fused: Fused | None
+    single: bool
+
+    def parameters(self, layer_type: str | None) -> Mapping[str, Any]:
+        """Return the entries of config.rope_parameters for a kind of layers."""
+        return parameters_of(self.rotary, layer_type)
+
+    def dim(self, layer_type: str | None) -> int:
+        """Return how many dims of a head the frequencies of a kind of layers are for."""
+        return 2 * getattr(self.rotary, f"{prefix_of(layer_type)}inv_freq").shape[-1]
 
 
-def find_sites(model: nn.Module) -> list[RotarySite]:
+def find_sites(model: nn.Module, layers: str = "full") -> list[RotarySite]:
     """Return every rotary embedding of `model`; raise ValueError if one cannot be replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"extend: model must be a transformers model, got {type(model).__name__}")
-    sites = [_site(owner, rotary) for owner, rotary in _rotary_embeddings(model)]
+    if layers not in LAYERS:
+        raise ValueError(f"extend: layers must be full or all, got {layers!r}")
+    sites = [_site(owner, rotary, layers) for owner, rotary in _rotary_embeddings(model)]
     if not sites:
         raise ValueError(
             "extend: model must have a rotary embedding configured by rope_parameters, "
@@ -52,106 +60,56 @@ def find_sites(model: nn.Module) -> list[RotarySite]:
 
 
 def _rotary_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    for owner in model.modules():
-        for child in owner.children():
-            parameters = getattr(getattr(child, "config", None), "rope_parameters", None)
-            if hasattr(child, "rope_type") and isinstance(parameters, Mapping):
-                yield owner, child
+    """Yield those of the language model; a vision tower rotates by rows and columns of patches."""
+    config = getattr(model, "config", None)
+    text = type(config.get_text_config(decoder=True)) if config is not None else None
+    for path, module in model.named_modules():
+        parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
+        if not hasattr(module, "rope_type") or not isinstance(parameters, Mapping):
+            continue
+        if text is None or isinstance(module.config, text):
+            yield _owner(model, path), module
 
 
-def _site(owner: nn.Module, rotary: nn.Module) -> RotarySite:
-    parameters = rotary.config.rope_parameters
-    layer_type = None
-    if any(isinstance(value, Mapping) for value in parameters.values()):
-        layer_type = _EXTENDED_LAYER_TYPE
-        parameters = parameters.get(layer_type)
-        if layer_type not in rotary.rope_type:
-            raise unsupported(owner, f"it has no {layer_type} layers")
-    if "mrope_section" in parameters:
-        raise unsupported(owner, "it rotates by several axes of positions")
-    modeling = _modeling_module(owner)
-    prefix = "" if layer_type is None else f"{layer_type}_"
-    dim = 2 * getattr(rotary, f"{prefix}inv_freq").shape[-1]
-    interleaved = _pairing(owner, rotary, layer_type, prefix, modeling)
-    return RotarySite(owner, rotary, layer_type, parameters, dim, interleaved, modeling)
+def _owner(model: nn.Module, path: str) -> nn.Module:
+    """Return the innermost module around the rotary embedding that takes tokens."""
+    names = path.split(".")[:-1]
+    around = [model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1)]
+    for module in around:
+        if {"input_ids", "inputs_embeds"} & set(inspect.signature(type(module).forward).parameters):
+            return module
+    return around[0]
 
 
-def _modeling_module(owner: nn.Module) -> str:
-    """Return the one module whose `apply_rotary_pos_emb` all of the owner's layers rotate with."""
-    modules = set()
-    for layer in rotating_layers(owner):
-        forward = _forward(layer)
-        functions = {name for name in forward.__code__.co_names if _is_rotation(name)}
-        if functions != {APPLY}:
-            raise unsupported(owner, f"{forward.__qualname__} does not rotate by {APPLY} alone")
-        modules.add(forward.__globals__["__name__"])
-    if len(modules) != 1:
-        raise unsupported(owner, f"{len(modules)} modeling modules rotate its q and k by {APPLY}")
-    return modules.pop()
-
-
-def rotating_layers(owner: nn.Module) -> list[nn.Module]:
-    """Return the attention layers that rotate their queries and keys by the owner's embedding."""
-    layers = []
-    for module in owner.modules():
-        forward = _forward(module)
-        if forward and {"position_embeddings", "cos", "sin"} <= set(forward.__code__.co_varnames):
-            layers.append(module)
-    return layers
-
-
-def _is_rotation(name: str) -> bool:
-    return name.startswith("apply") and "rotary" in name
-
-
-def _forward(module: nn.Module) -> FunctionType | None:
-    forward = inspect.unwrap(type(module).forward)
-    return forward if isinstance(forward, FunctionType) else None
-
-
-def _pairing(
-    owner: nn.Module, rotary: nn.Module, layer_type: str | None, prefix: str, modeling: str
-) -> bool:
-    """Return whether dims are paired (2i, 2i+1), by comparing the model's own functions to ours.
-
-    Catches what names cannot tell: other orders of the dims, signs, or axes of position.
-    """
-    positions = torch.tensor([[0, 1, 5, 11]])
-    kwargs = {} if layer_type is None else {"layer_type": layer_type}
+def _site(owner: nn.Module, rotary: nn.Module, layers: str) -> RotarySite:
+    layer_types: tuple[str | None, ...] = (None,)
+    if any(isinstance(value, Mapping) for value in rotary.config.rope_parameters.values()):
+        kinds = [kind for kind in rotary.rope_type if hasattr(rotary, f"{kind}_inv_freq")]
+        layer_types = tuple(
+            kind for kind in kinds if layers == "all" or not kind.startswith(_BOUNDED)
+        )
+        if not layer_types:
+            raise unsupported(owner, "it has no full_attention layers")
     try:
         # Built anew, so that neither the buffers nor the history of the model's own are touched.
         with torch.device("cpu"):
             fresh = type(rotary)(rotary.config)
-        inv_freq = getattr(fresh, f"{prefix}inv_freq").float()
-        freqs = RopeFreqs(inv_freq, float(getattr(fresh, f"{prefix}attention_scaling", 1.0)))
-        q = torch.linspace(-1, 1, 4 * 2 * inv_freq.numel()).view(1, 1, 4, -1)
-        cos, sin = fresh.forward(q, positions, **kwargs)
-        expected = original_apply(modeling)(q, q.flip(-1), cos, sin)
+        single = [change_of_tables(fresh, layer_type) for layer_type in layer_types][0]
     except Exception as error:  # whatever a foreign signature leads to
         raise unsupported(owner, f"its rotation cannot be tried out ({error})") from error
-    for interleaved in (False, True):
-        if _agrees(expected, q, freqs, positions, interleaved):
-            return interleaved
-    raise unsupported(owner, "its rotation pairs the dims of a head in another way")
+    fused = None if single else find_fused(owner, fresh, layer_types)
+    return RotarySite(owner, rotary, layer_types, fused, single)
 
 
-def _agrees(
-    expected: Any, q: Tensor, freqs: RopeFreqs, positions: Tensor, interleaved: bool
-) -> bool:
-    got = apply_rope_qk(
-        q.transpose(1, 2),
-        q.flip(-1).transpose(1, 2),
-        freqs,
-        positions=positions,
-        interleaved=interleaved,
-        backend="reference",
-    )
-    return all(
-        isinstance(theirs, Tensor)
-        and theirs.shape == q.shape
-        and torch.allclose(theirs, ours.transpose(1, 2), atol=1e-3)
-        for theirs, ours in zip(expected, got, strict=True)
-    )
+def parameters_of(rotary: nn.Module, layer_type: str | None) -> Mapping[str, Any]:
+    """Return the entries of a rotary embedding's rope_parameters for a kind of layers."""
+    parameters = rotary.config.rope_parameters
+    return parameters if layer_type is None else parameters[layer_type]
+
+
+def prefix_of(layer_type: str | None) -> str:
+    """Return what the names of a rotary embedding's buffers for a kind of layers begin with."""
+    return "" if layer_type is None else f"{layer_type}_"
 
 
 def unsupported(owner: nn.Module, reason: str) -> ValueError:

@@ -17,7 +17,7 @@ from .rotary import Rotary
 from .score_methods import score_changes
 
 
-def extend(model: nn.Module, method: str, **parameters: Any) -> Extension:
+def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters: Any) -> Extension:
     """Change the frequencies or the relative positions of a loaded model, in place.
 
     Weights, buffers and configuration stay as they are.
@@ -58,7 +58,7 @@ def extend(model: nn.Module, method: str, **parameters: Any) -> Extension:
     impossible parameter; TypeError for one that the method does not have. The model is then as it
     was.
     """
-    sites = find_sites(model)
+    sites = find_sites(model, layers)
     _refuse_second_score(sites, method)
     if method not in PARAMETERS:
         raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
@@ -95,8 +95,8 @@ class Extension:
         for module, name, value in overrides:
             self._overrides.append((module, name, value, vars(module).get(name)))
             vars(module)[name] = value
-            if isinstance(value, Rotary):
-                wrap_apply(value.modeling, value)
+            if isinstance(value, Rotary) and value.fused is not None:
+                wrap_apply(value.fused.modeling, value)
         for module, before, after in hooks:
             handle = module.register_forward_pre_hook(before, with_kwargs=True)
             self._undo.append(handle.remove)
@@ -119,8 +119,8 @@ class Extension:
                 del vars(module)[name]
             else:
                 vars(module)[name] = previous
-            if isinstance(value, Rotary):
-                unwrap_apply(value.modeling, value)
+            if isinstance(value, Rotary) and value.fused is not None:
+                unwrap_apply(value.fused.modeling, value)
         while self._undo:
             self._undo.pop()()
 

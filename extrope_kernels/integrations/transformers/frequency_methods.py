@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from .architecture import RotarySite
+from .architecture import RotarySite, unsupported
 from .parameters import bind_method
 from .requests import LengthDependence, generate_one_request
 from .rotary import Rotary
+from .softmax_scale import softmax_scales
 
 
 def frequency_changes(
@@ -20,12 +21,20 @@ def frequency_changes(
     """Return the overrides and the hooks of an `Extension`; nothing is changed yet."""
     overrides, hooks = [], []
     for site in sites:
-        function, takes_length = bind_method(method, site, parameters)
-        freqs = {site.layer_type: function(seq_len=1) if takes_length else function()}
+        functions, freqs, takes_length = {}, {}, False
+        for layer_type in site.layer_types:
+            function, takes_length = bind_method(method, site, layer_type, parameters)
+            functions[layer_type] = function
+            freqs[layer_type] = function(seq_len=1) if takes_length else function()
+        if site.fused is None and any(each.log_decay is not None for each in freqs.values()):
+            raise unsupported(
+                site.owner, f"one table rotates its queries and keys, {method} scales them apart"
+            )
         rotary = Rotary(site, freqs, method)
         overrides.append((site.rotary, "forward", rotary))
+        overrides += softmax_scales(site, method, parameters)
         if takes_length:
-            length = LengthDependence(site, rotary, function)
+            length = LengthDependence(site, rotary, functions)
             hooks.append((site.owner, length.before_forward, length.after_forward))
     if hooks and hasattr(model, "generate"):
         generate = partial(generate_one_request, model, vars(model).get("generate"))

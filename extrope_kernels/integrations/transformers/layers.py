@@ -1,96 +1,247 @@
-"""Which layers of a model can attend by a score method: each is tried out with one token."""
+"""Which layers of a model can attend by a score method, found out with four tokens.
+
+The model is run twice with an attention that only records what it gets: once with tables of
+position 0, once with those of positions 0 to 3 and frequencies made for the purpose. What differs
+is the rotation, wherever in a layer it happens. Then the op attends to the same, by a score that
+changes nothing, and must give what the layer's own attention gives.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .apply import unwrap_apply, wrap_apply
-from .architecture import RotarySite, rotating_layers, unsupported
-from .rotation import ATTENTION, KEYWORD, refuse_options, register_attention
+from ... import RopeFreqs, apply_rope
+from ...ops.attention import attend
+from ...scores import rerope
+from .architecture import RotarySite, unsupported
+from .attending import Heads, refuse_options, rotated_first, softmax_options
+from .forwards import argument_names, by_name
+from .fused import forward_of, rotating_layers
+from .rotation import ATTENTION, register_attention
+from .tables import Tables
 
-_QUERY, _KEY = 2.0, 3.0
-# What layers tell their attention and what changes nothing for one that is causal over all keys.
-_HARMLESS = {"scaling", "dropout", "is_causal", "use_cache"}
+_TOKENS = 4
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+# What layers tell their attention and the ops are told too, or what changes nothing for a layer
+# that is causal over all keys.
+_KNOWN = {
+    *("scaling", "dropout", "is_causal", "use_cache", "softcap", "s_aux", "position_ids"),
+    *("output_attentions", "output_hidden_states", "return_dict", "output_router_logits"),
+}
+_BOUNDED = ("sliding", "chunked", "local")
+_PLAIN = rerope(window=1 << 20)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a layer hands to its attention: q, k, v of (1, heads, 4, head_dim), and the rest."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: dict[str, Any]
 
 
 class Layers:
-    """The attention layers of one rotary embedding; takes a `Rotation`'s place to try them out.
+    """The attention layers that an owner's rotary embeddings serve.
 
-    far: those that see all keys, to be extended.
-    near: those with a sliding window, to be left alone: no distance in them is past the window,
-        which training has covered.
-    head_dim, dtype: of the queries in all of them.
+    far: those that see all keys, to be extended, and which of their dims are rotated.
+    near: those that attend as before: the ones with a sliding window or chunks, as no distance in
+        them is past what training has covered, and those without a rotation.
 
     Raises ValueError where a layer does what the ops do not.
     """
 
-    def __init__(self, site: RotarySite) -> None:
-        self.dim = site.dim
-        self.far: list[nn.Module] = []
+    def __init__(self, owner: nn.Module, sites: list[RotarySite]) -> None:
+        self.owner = owner
+        self.sites = sites
+        self.far: dict[nn.Module, Heads] = {}
         self.near: list[nn.Module] = []
-        self.head_dim = 0
-        self.dtype = torch.float32
-        self._options: dict[str, Any] = {}
         register_attention()
-        wrap_apply(site.modeling, self)
-        try:
-            for layer in rotating_layers(site.owner):
-                self._try_out(site.owner, layer)
-                _check(site.owner, layer, self._options)
-                (self.near if self._options.get("sliding_window") else self.far).append(layer)
-        finally:
-            unwrap_apply(site.modeling, self)
+        still, moved = self._record(still=True), self._record(still=False)
+        for layer in rotating_layers(owner):
+            if layer not in moved:
+                name = type(layer).__name__
+                raise unsupported(owner, f"{name} does not attend through transformers' interface")
+        for layer, got in moved.items():
+            heads = self._heads(layer, still[layer], got)
+            if heads is None or _is_bounded(layer, got.options):
+                self.near.append(layer)
+            else:
+                _check_options(owner, layer, got.options)
+                self._check_attention(layer, heads, still[layer], got)
+                self.far[layer] = heads
         if not self.far:
             raise unsupported(
-                site.owner, "all its layers have a sliding window, so none sees distances past it"
+                owner, "all its layers have a sliding window, so none sees distances past it"
             )
 
-    def rotate(self, q: Tensor, k: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
-        """Mark the dims that the layer has rotated."""
-        q, k = q.clone(), k.clone()
-        q[..., : self.dim], k[..., : self.dim] = _QUERY, _KEY
-        return q, k
+    @torch.no_grad()
+    def _record(self, still: bool) -> dict[nn.Module, Recorded]:
+        """Run the owner on four tokens; still: all of them at position 0."""
+        recorder = _Recorder()
+        overrides = [
+            (site.rotary, "forward", _TrialTables(site, still)) for site in self.sites
+        ]
+        layers = [layer for layer in self.owner.modules() if _attends(layer)]
+        overrides += [(layer, "config", switched(layer.config)) for layer in layers]
+        handles = [
+            layer.register_forward_pre_hook(recorder.before_layer, with_kwargs=True)
+            for layer in layers
+        ]
+        embeddings = self.owner.get_input_embeddings().weight
+        tokens = torch.arange(_TOKENS, device=embeddings.device)[None]
+        try:
+            with replaced(overrides), _evaluating(self.owner):
+                self.owner(input_ids=tokens, use_cache=False)
+        except Exception as error:  # whatever a foreign layer leads to
+            raise unsupported(
+                self.owner, f"its layers cannot be tried out ({_short(error)})"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        return recorder.seen
+
+    def _heads(self, layer: nn.Module, still: Recorded, moved: Recorded) -> Heads | None:
+        """Return how a layer rotates, None where it does not."""
+        if _close(still.q, moved.q) and _close(still.k, moved.k):
+            return None
+        for number, (layer_type, pairs) in enumerate(_ladders(self.sites)):
+            freqs = RopeFreqs(_trial_frequencies(number, pairs).to(still.q.device))
+            for start in {0, still.q.shape[-1] - 2 * pairs}:
+                for interleaved in (False, True):
+                    heads = Heads(layer_type, start, 2 * pairs, interleaved)
+                    if start >= 0 and all(
+                        _close(_rotated(a, freqs, heads), rotated_first(b, start))
+                        for a, b in ((still.q, moved.q), (still.k, moved.k))
+                    ):
+                        return heads
+        name = type(layer).__name__
+        raise unsupported(
+            self.owner,
+            f"what {name} does after its rotation makes its logits depend on more than distances",
+        )
+
+    def _check_attention(
+        self, layer: nn.Module, heads: Heads, still: Recorded, moved: Recorded
+    ) -> None:
+        """Compare the op with the layer's own attention, where positions are as they were."""
+        names = {layer_type: i for i, (layer_type, _) in enumerate(_ladders(self.sites))}
+        inv_freq = _trial_frequencies(names[heads.layer_type], heads.dim // 2)
+        freqs = RopeFreqs(inv_freq.to(moved.q.device))
+        q, k = (rotated_first(x, heads.start).transpose(1, 2) for x in (still.q, still.k))
+        options = softmax_options(layer, moved.options) | {"interleaved": heads.interleaved}
+        v = moved.v
+        with torch.no_grad():
+            got = attend(
+                _PLAIN, q.to(v.dtype), k.to(v.dtype), v.transpose(1, 2), freqs, op="extend", **options
+            )
+            own = forward_of(layer).__globals__.get("eager_attention_forward")
+            if own is None:
+                return
+            mask = torch.full((_TOKENS, _TOKENS), torch.finfo(v.dtype).min, device=v.device).triu(1)
+            q, k = moved.q.to(v.dtype), moved.k.to(v.dtype)
+            want = own(layer, q, k, v, mask[None, None].to(v.dtype), **moved.options)[0]
+        if not _close(got, want.view_as(got)):
+            name = type(layer).__name__
+            raise unsupported(self.owner, f"{name} attends in a way of its own")
+
+
+class _Recorder:
+    """Takes the mask's place, and so is asked to attend."""
+
+    def __init__(self) -> None:
+        self.seen: dict[nn.Module, Recorded] = {}
+
+    def before_layer(
+        self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        return (), by_name(argument_names(layer), args, kwargs) | {"attention_mask": self}
 
     def attend(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
     ) -> Tensor:
-        """Keep what the layer says of its attention, if it is one of queries and keys as marked."""
-        marked = torch.arange(q.shape[-1], device=q.device) < self.dim
-        for label, x, mark in (("queries", q, _QUERY), ("keys", k, _KEY)):
-            if not torch.equal(x == mark, marked.expand_as(x)):
-                raise ValueError(f"its {label} are not rotated in their first {self.dim} dims")
-        if q.shape[-1] != v.shape[-1] or q.shape[1] % k.shape[1]:
-            raise ValueError("its values are not of the shape of its keys")
-        self._options, self.head_dim, self.dtype = options, q.shape[-1], v.dtype
-        return q.transpose(1, 2)
+        self.seen[module] = Recorded(q, k, v, options)
+        # Of the values alone, so that what comes after is the same in both runs.
+        return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2).contiguous()
 
-    @torch.no_grad()
-    def _try_out(self, owner: nn.Module, layer: nn.Module) -> None:
-        """Run the module around the layer, since it must hand its keyword arguments on."""
-        self._options = {}
-        parameters = [*layer.parameters(), *owner.parameters()]
-        dtype = next(p.dtype for p in parameters if p.is_floating_point())
-        own = vars(layer)["config"]
-        token = torch.zeros(1, 1, own.hidden_size, dtype=dtype, device=parameters[0].device)
-        around = next(module for module in owner.modules() if layer in module.children())
-        vars(layer)["config"] = switched(own)
-        try:
-            around.forward(
-                hidden_states=token,
-                position_embeddings=(self, None),
-                attention_mask=None,
-                **{KEYWORD: self},
-            )
-        except Exception as error:  # whatever a foreign layer leads to
-            raise unsupported(
-                owner, f"{type(layer).__name__} cannot be tried out ({error})"
-            ) from error
-        finally:
-            vars(layer)["config"] = own
+
+class _TrialTables:
+    """Stands in for a rotary embedding: tables of the trial's frequencies, the model's for others."""
+
+    def __init__(self, site: RotarySite, still: bool) -> None:
+        self.rotary = site.rotary
+        self.still = still
+        self.tables = {}
+        for number, (layer_type, pairs) in enumerate(_ladders([site])):
+            freqs = RopeFreqs(_trial_frequencies(number, pairs))
+            self.tables[layer_type] = Tables(site.rotary, layer_type, freqs)
+
+    def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        if layer_type not in self.tables:
+            return type(self.rotary).forward(self.rotary, x, position_ids, layer_type)
+        positions = torch.arange(position_ids.shape[-1], device=x.device) * (not self.still)
+        return self.tables[layer_type](x, positions.expand(position_ids.shape))
+
+
+def _ladders(sites: list[RotarySite]) -> list[tuple[str | None, int]]:
+    """Return the kinds of layers to extend, and how many pairs of dims each rotates."""
+    return [(kind, site.dim(kind) // 2) for site in sites for kind in site.layer_types]
+
+
+def _trial_frequencies(number: int, pairs: int) -> Tensor:
+    """Fast enough for four tokens to tell all pairs, and ladders, apart."""
+    return torch.linspace(0.2, 1.1, pairs) * (1 + 0.37 * number)
+
+
+def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
+    """x: (batch, heads, seqlen, head_dim)."""
+    x = rotated_first(x, heads.start).transpose(1, 2)
+    positions = torch.arange(x.shape[1], device=x.device)
+    options = {"positions": positions, "interleaved": heads.interleaved, "backend": "reference"}
+    return apply_rope(x, freqs, **options).transpose(1, 2)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for a few roundings."""
+    tolerance = 16 * torch.finfo(a.dtype).eps * max(b.abs().max().item(), 1e-30)
+    return bool((a - b).abs().max() <= tolerance)
+
+
+def _attends(module: nn.Module) -> bool:
+    forward = forward_of(module)
+    if forward is None or "config" not in vars(module):
+        return False
+    return _INTERFACE in forward.__code__.co_names and "attention_mask" in argument_names(module)
+
+
+def _is_bounded(layer: nn.Module, options: dict[str, Any]) -> bool:
+    """A window tells the attention; chunks are in the mask alone, but have a name."""
+    kinds = getattr(layer.config, "layer_types", None)
+    index = getattr(layer, "layer_idx", None)
+    kind = kinds[index] if kinds and index is not None and index < len(kinds) else ""
+    return bool(options.get("sliding_window")) or kind.startswith(_BOUNDED)
+
+
+def _check_options(owner: nn.Module, layer: nn.Module, options: dict[str, Any]) -> None:
+    """options: what the layer told its attention."""
+    name = type(layer).__name__
+    options = {key: value for key, value in options.items() if value is not None}
+    if layer.training:
+        options["dropout"] = getattr(layer, "attention_dropout", 0.0)
+    refuse_options(layer, options)
+    if not getattr(layer, "is_causal", True) or options.get("is_causal") is False:
+        raise unsupported(owner, f"{name} is not causal")
+    if others := [key for key in options if key not in _KNOWN]:
+        raise unsupported(owner, f"{name} attends with {' and '.join(sorted(others))}")
 
 
 def switched(config: Any) -> Any:
@@ -100,18 +251,34 @@ def switched(config: Any) -> Any:
     return config
 
 
-def _check(owner: nn.Module, layer: nn.Module, options: dict[str, Any]) -> None:
-    """options: what the layer told its attention."""
-    name = type(layer).__name__
-    if not options:
-        raise unsupported(owner, f"{name} does not attend through transformers' interface")
-    if options.get("sliding_window"):
-        return
-    options = {key: value for key, value in options.items() if value is not None}
-    refuse_options(layer, options)
-    if not getattr(layer, "is_causal", True) or options.get("is_causal") is False:
-        raise unsupported(owner, f"{name} is not causal")
-    if options.get("softcap") is not None:
-        raise unsupported(owner, f"{name} caps its logits (softcap {options['softcap']})")
-    if others := [key for key in options if key not in _HARMLESS]:
-        raise unsupported(owner, f"{name} attends with {' and '.join(sorted(others))}")
+@contextmanager
+def replaced(overrides: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Hide attributes of modules for a while."""
+    before = [(module, name, vars(module).get(name)) for module, name, _ in overrides]
+    for module, name, value in overrides:
+        vars(module)[name] = value
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            if value is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = value
+
+
+@contextmanager
+def _evaluating(owner: nn.Module) -> Iterator[None]:
+    """No dropout: both runs of a trial must be the same but for the positions."""
+    training = [module for module in owner.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _short(error: Exception) -> str:
+    return str(error).split("\n")[0][:200]

@@ -12,7 +12,8 @@ import torch
 from ... import RopeFreqs
 from ...methods import METHODS
 from ...scores import SCORES, Score
-from .architecture import RotarySite, unsupported
+from .architecture import RotarySite, prefix_of, unsupported
+from .softmax_scale import NAMES, scales_softmax
 
 _FUNCTIONS = METHODS | SCORES
 # Every method that `extend` takes, and the names of its parameters.
@@ -25,23 +26,40 @@ _OWN_DEFAULTS = {"abf": {"base"}, "dynamic_yarn": {"max_position_embeddings"}}
 
 
 def bind_method(
-    method: str, site: RotarySite, given: Mapping[str, Any]
+    method: str, site: RotarySite, layer_type: str | None, given: Mapping[str, Any]
 ) -> tuple[Callable[..., RopeFreqs], bool]:
     """Return a frequency method with all its parameters, and whether it still takes seq_len.
 
     Raises ValueError or TypeError, from here or from the method, for parameters that do not fit.
     """
-    if given.get("dim", site.dim) != site.dim:
+    dim = site.dim(layer_type)
+    if given.get("dim", dim) != dim:
         raise ValueError(
-            f"extend: dim must be {site.dim}, the rotary dimension of the model, got {given['dim']}"
+            f"extend: dim must be {dim}, the rotary dimension of the model, got {given['dim']}"
         )
     accepted, own = PARAMETERS[method], _OWN_DEFAULTS.get(method, ())
-    values = {k: v for k, v in _from_config(site).items() if k in accepted and k not in own}
+    from_config = _from_config(site, layer_type)
+    values = {k: v for k, v in from_config.items() if k in accepted and k not in own}
     _check_names(method, given, values)
     takes_length = "seq_len" in accepted and "seq_len" not in given
     bound = partial(METHODS[method], **values | given)
-    _check_dim(method, bound(seq_len=1) if takes_length else bound(), site)
+    _check_dim(method, bound(seq_len=1) if takes_length else bound(), dim)
+    if (still := _unrotated(site, layer_type)) and method != "proportional":
+        bound = partial(_without, bound, still)
     return bound, takes_length
+
+
+def _unrotated(site: RotarySite, layer_type: str | None) -> int:
+    """The last frequencies of a ladder may be 0: dims that the model has never rotated."""
+    if site.parameters(layer_type).get("rope_type") != "proportional":
+        return 0
+    return int((getattr(site.rotary, f"{prefix_of(layer_type)}inv_freq") == 0).sum())
+
+
+def _without(method: Callable[..., RopeFreqs], still: int, **parameters: Any) -> RopeFreqs:
+    freqs = method(**parameters)
+    freqs.inv_freq[..., -still:] = 0.0
+    return freqs
 
 
 def bind_score(method: str, given: Mapping[str, Any]) -> tuple[Score, float | None]:
@@ -54,15 +72,14 @@ def bind_score(method: str, given: Mapping[str, Any]) -> tuple[Score, float | No
     return SCORES[method](**parameters), given.get("log_n")
 
 
-def own_freqs(site: RotarySite) -> RopeFreqs:
+def own_freqs(site: RotarySite, layer_type: str | None) -> RopeFreqs:
     """Return the frequencies that the model itself rotates by, on its device.
 
     Raises ValueError where they change with the length.
     """
-    rotary, kind = site.rotary, site.rotary.rope_type
-    prefix = ""
-    if site.layer_type is not None:
-        kind, prefix = kind[site.layer_type], f"{site.layer_type}_"
+    rotary, kind, prefix = site.rotary, site.rotary.rope_type, prefix_of(layer_type)
+    if layer_type is not None:
+        kind = kind[layer_type]
     if "dynamic" in kind or kind == "longrope":
         raise unsupported(
             site.owner,
@@ -78,18 +95,20 @@ def own_freqs(site: RotarySite) -> RopeFreqs:
     return RopeFreqs(inv_freq.detach().float().clone(), factor)
 
 
-def _from_config(site: RotarySite) -> dict[str, Any]:
-    config = site.rotary.config
+def _from_config(site: RotarySite, layer_type: str | None) -> dict[str, Any]:
+    config, parameters = site.rotary.config, site.parameters(layer_type)
     longest = getattr(config, "max_position_embeddings", None)
     trained = getattr(config, "original_max_position_embeddings", None)
     values = {
-        "dim": site.dim,
-        "base": site.parameters.get("rope_theta"),
+        "dim": site.dim(layer_type),
+        "base": parameters.get("rope_theta"),
         "max_position_embeddings": longest,
         "original_max_position_embeddings": trained
-        or site.parameters.get("original_max_position_embeddings")
+        or parameters.get("original_max_position_embeddings")
         or longest,
     }
+    if scales_softmax(site):
+        values |= {name: parameters.get(name) for name in NAMES}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -108,9 +127,9 @@ def _check_names(method: str, given: Mapping[str, Any], others: Iterable[str] = 
         raise ValueError(f"extend: {method} needs {' and '.join(missing)}, which is missing")
 
 
-def _check_dim(method: str, freqs: RopeFreqs, site: RotarySite) -> None:
-    if freqs.inv_freq.shape[-1] * 2 != site.dim:
+def _check_dim(method: str, freqs: RopeFreqs, dim: int) -> None:
+    if freqs.inv_freq.shape[-1] * 2 != dim:
         raise ValueError(
-            f"extend: {method} must yield {site.dim // 2} frequencies, "
+            f"extend: {method} must yield {dim // 2} frequencies, "
             f"got {freqs.inv_freq.shape[-1]}"
         )

@@ -20,9 +20,11 @@ from .architecture import RotarySite
 from .forwards import argument_names, by_name, cache_of, caches_in, tokens_of
 from .rotary import Rotary
 
+Ladders = dict[str | None, RopeFreqs]  # by layer type
+
 _ON_CACHE = "_extrope_freqs"
 # Of the call of `generate` in progress: the tokens it may reach, and the frequencies it has chosen.
-_current_call: ContextVar[tuple[int, dict[str, RopeFreqs]] | None] = ContextVar(
+_current_call: ContextVar[tuple[int, dict[str, Ladders]] | None] = ContextVar(
     "extrope_generate", default=None
 )
 
@@ -30,10 +32,11 @@ _current_call: ContextVar[tuple[int, dict[str, RopeFreqs]] | None] = ContextVar(
 class LengthDependence:
     """Chooses a `Rotary`'s frequencies at the start of its owner's forwards, through hooks."""
 
-    def __init__(self, site: RotarySite, rotary: Rotary, method: Callable[..., RopeFreqs]) -> None:
+    def __init__(
+        self, site: RotarySite, rotary: Rotary, methods: dict[str | None, Callable[..., RopeFreqs]]
+    ) -> None:
         self.rotary = rotary
-        self.layer_type = site.layer_type
-        self.method = method
+        self.methods = methods
         self.key = uuid.uuid4().hex  # equal in copies of the model, which may continue its caches
         self.argument_names = argument_names(site.owner)
 
@@ -42,16 +45,16 @@ class LengthDependence:
         arguments = by_name(self.argument_names, args, kwargs)
         cache = cache_of(arguments)
         freqs = self._freqs(arguments, cache)
-        self.rotary.freqs[self.layer_type] = freqs
+        self.rotary.freqs.update(freqs)
         if cache is not None:
             self._attach(cache, freqs)
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook: mark the cache that the forward made."""
         for cache in caches_in(output):
-            self._attach(cache, self.rotary.freqs[self.layer_type])
+            self._attach(cache, dict(self.rotary.freqs))
 
-    def _freqs(self, arguments: Mapping[str, Any], cache: Any) -> RopeFreqs:
+    def _freqs(self, arguments: Mapping[str, Any], cache: Any) -> Ladders:
         limit, chosen = _current_call.get() or (None, {})
         if self.key in chosen:
             return chosen[self.key]
@@ -65,11 +68,14 @@ class LengthDependence:
                 length = max(length, limit)
             elif positions is not None:
                 length = int(positions.max()) + 1  # read on the host, once a request
-            freqs = self.method(seq_len=length).to(tokens.device)
+            freqs = {
+                layer_type: method(seq_len=length).to(tokens.device)
+                for layer_type, method in self.methods.items()
+            }
         chosen[self.key] = freqs
         return freqs
 
-    def _attach(self, cache: Any, freqs: RopeFreqs) -> None:
+    def _attach(self, cache: Any, freqs: Ladders) -> None:
         if not hasattr(cache, _ON_CACHE):
             setattr(cache, _ON_CACHE, {})
         getattr(cache, _ON_CACHE)[self.key] = freqs

@@ -1,4 +1,4 @@
-"""What stands in for the forward of a model's rotary embedding, and yields a `Rotation`."""
+"""What stands in for the forward of a model's rotary embedding, and yields other frequencies."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ... import RopeFreqs
 from .apply import wrap_apply
 from .architecture import RotarySite
 from .rotation import Rotation, register_attention
+from .tables import Tables
 
 
 class Rotary:
@@ -25,20 +26,34 @@ class Rotary:
 
     def __init__(self, site: RotarySite, freqs: dict[str | None, RopeFreqs], method: str) -> None:
         self.rotary = site.rotary
-        self.interleaved = site.interleaved
-        self.modeling = site.modeling
+        self.fused = site.fused
+        self.single = site.single
         self.freqs = freqs
         self.method = method
+        self._tables: dict[str | None, Tables] = {}
 
-    def __call__(
-        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
-    ) -> tuple[Any, Any]:
+    def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        """Return a `Rotation` in place of cos where the op takes over, else the model's tables."""
         if layer_type not in self.freqs:
             return type(self.rotary).forward(self.rotary, x, position_ids, layer_type)
-        if position_ids.dim() != 2:
-            shape = tuple(position_ids.shape)
-            raise ValueError(f"extend: position_ids must be (batch, seqlen), got {shape}")
-        return Rotation(self.freqs_on(layer_type, x.device), position_ids, self.interleaved), None
+        freqs = self.freqs_on(layer_type, x.device)
+        if self.fused is not None and position_ids.dim() == 2:
+            return Rotation(freqs, position_ids, self.fused.interleaved), None
+        return self.tables(layer_type, freqs, x, position_ids)
+
+    def tables(
+        self, layer_type: str | None, freqs: RopeFreqs, x: Tensor, position_ids: Tensor
+    ) -> Any:
+        """Return what the model's own rotary embedding makes of these frequencies."""
+        if freqs.log_decay is not None:
+            raise ValueError(
+                f"extend: {type(self.rotary).__name__} makes one table for queries and keys, "
+                "which xpos scales differently"
+            )
+        made = self._tables.get(layer_type)
+        if made is None or made.freqs is not freqs:
+            made = self._tables[layer_type] = Tables(self.rotary, layer_type, freqs)
+        return made(x, position_ids)
 
     def freqs_on(self, layer_type: str | None, device: torch.device) -> RopeFreqs:
         """Return the frequencies of a layer type, and keep them on that device."""
@@ -49,8 +64,13 @@ class Rotary:
                 freqs = self.freqs[layer_type] = freqs.to(device)
         return freqs
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tables are made anew where they are needed."""
+        return {**vars(self), "_tables": {}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies need the wrapped global, in another process the attention's name as well."""
-        self.__dict__.update(state)
-        wrap_apply(self.modeling, self)
+        vars(self).update(state)
+        if self.fused is not None:
+            wrap_apply(self.fused.modeling, self)
         register_attention()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +42,12 @@ def read_rows(tokens: Tensor, past: int, mask: Tensor | None, position_ids: Tens
 
     tokens: (batch, new, ...), of which only shape and device count.
     mask: (batch, past + new) with 0 for padding, or None.
-    position_ids: (batch or 1, new) or None; must be what the mask says.
+    position_ids: (batch or 1, new) or one such per axis, or None; must be what the mask says.
     """
     batch, new = tokens.shape[:2]
+    mask = full_mask(mask)
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        mask = _tokens_of_mask(mask, batch, past, new)
     pads = [] if mask is None else _pads(mask, batch, past + new)
     positions = torch.arange(past, past + new, device=tokens.device)[None]
     runs, leftpad = ((0, batch, 0),), None
@@ -54,6 +59,35 @@ def read_rows(tokens: Tensor, past: int, mask: Tensor | None, position_ids: Tens
         real = None if mask is None else mask[:, past : past + new].bool()
         _check_positions(position_ids, positions, real)
     return Rows(past, new, runs, positions, leftpad)
+
+
+def full_mask(mask: Any) -> Any:
+    """Return the mask of the layers that see all keys, where a model is given one per kind."""
+    if not isinstance(mask, Mapping):
+        return mask
+    return next((each for kind, each in mask.items() if kind.startswith("full")), None)
+
+
+def _tokens_of_mask(mask: Tensor, batch: int, past: int, new: int) -> Tensor | None:
+    """Return what a mask that is made already, (batch or 1, 1, new, keys), is made from.
+
+    Raises ValueError unless it is that of causal rows, which is what the ops compute.
+    """
+    total = past + new
+    if mask.shape[-2] != new:  # ones that stand for no mask
+        return None
+    seen = mask[:, 0, :, :total]
+    seen = (seen if seen.dtype == torch.bool else seen == 0).expand(batch, new, total)
+    real = seen[:, -1]
+    index = torch.arange(total, device=mask.device)
+    causal = real[:, None, :] & (index[None, :] <= index[past:, None])
+    wrong = (seen != causal) & real[:, past:, None]
+    if wrong.any():
+        raise ValueError(
+            "extend: attention_mask must be causal, got one in which tokens see later ones; "
+            "a distance of that direction has no place in a score method"
+        )
+    return real
 
 
 def _pads(mask: Tensor, batch: int, total: int) -> list[int]:
@@ -97,5 +131,6 @@ def _check_positions(given: Tensor, positions: Tensor, real: Tensor | None) -> N
     if wrong.any():
         raise ValueError(
             "extend: position_ids must count 0, 1, 2, ... from each row's first token, "
-            "got others; attention_mask says where a row begins"
+            "got others; attention_mask says where a row begins, and tokens with several "
+            "positions, as images have, have no one distance"
         )

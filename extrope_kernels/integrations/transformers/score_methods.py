@@ -1,4 +1,4 @@
-"""What `extend` changes for a score method, and the hooks that make a forward's `Rotation`."""
+"""What `extend` changes for a score method, and the hooks that make a forward's `Attending`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ... import methods
-from ...ops.attention import attend
+from ... import RopeFreqs
 from ...scores import UNROTATED, Score
-from .architecture import RotarySite
+from .architecture import RotarySite, unsupported
+from .attending import Attending, exchange
 from .forwards import argument_names, by_name, cache_of, caches_in, tokens_of
 from .layers import Layers, switched
 from .parameters import bind_score, own_freqs
 from .rotary import Rotary
-from .rotation import KEYWORD, Rotation, rotation_in
-from .rows import read_rows
+from .rotation import Rotation
+from .rows import Rows, read_rows
 
 _ON_CACHE = "_extrope_stored"
 
@@ -28,39 +28,81 @@ def score_changes(
     """Return the overrides and the hooks of an `Extension`; nothing is changed yet."""
     score, log_n = bind_score(method, parameters)
     overrides, hooks = [], []
-    for site in sites:
-        rotary = Rotary(site, _freqs_in_force(site, method, score), method)
-        layers = Layers(site)
-        _check_heads(score, log_n, layers)
-        overrides.append((site.rotary, "forward", rotary))
+    for owner in {site.owner: None for site in sites}:
+        here = [site for site in sites if site.owner is owner]
+        rotaries = [
+            ScoreRotary(site, _freqs_in_force(site, method, score), method, score, log_n)
+            for site in here
+        ]
+        layers = Layers(owner, here)
+        overrides += [(site.rotary, "forward", each) for site, each in zip(here, rotaries)]
         overrides += [(layer, "config", switched(layer.config)) for layer in layers.far]
-        forward = ScoreForward(site, rotary, layers, score, log_n)
-        hooks.append((site.owner, forward.before_forward, forward.after_forward))
+        forward = ScoreForward(owner, rotaries, layers)
+        hooks.append((owner, forward.before_forward, forward.after_forward))
         hooks += [(layer, forward.before_far_layer, None) for layer in layers.far]
-        hooks += [(layer, before_near_layer, None) for layer in layers.near]
+        hooks += [(layer, forward.before_near_layer, None) for layer in layers.near]
     if hasattr(model, "generate"):
         overrides.append((model, "create_masks_for_generate", keep_mask))
     return overrides, hooks
 
 
+class ScoreRotary(Rotary):
+    """Stands in for the forward of a rotary embedding, and yields an `Attending`.
+
+    rows: of the forward in progress, as its owner's hook sets them.
+    """
+
+    def __init__(
+        self,
+        site: RotarySite,
+        freqs: dict[str | None, RopeFreqs],
+        method: str,
+        score: Score,
+        log_n: float | None,
+    ) -> None:
+        super().__init__(site, freqs, method)
+        self.score = score
+        self.log_n = log_n
+        self.rows: Rows | None = None
+
+    def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        own = super().__call__(x, position_ids, layer_type)
+        if layer_type not in self.freqs or self.rows is None:
+            return own
+        freqs, rows = self.freqs_on(layer_type, x.device), self.rows
+        positions = None
+        if self.score.stored != UNROTATED:
+            positions = self.score.stored(rows.positions)
+        # The attention factor of both sides goes onto the queries, in the attention.
+        keys = RopeFreqs(freqs.inv_freq, log_decay=freqs.for_keys().log_decay)
+        if self.fused is not None:
+            stored = Rotation(keys, positions, self.fused.interleaved, keys_only=True), None
+        else:
+            at = torch.zeros_like(rows.positions) if positions is None else positions
+            stored = self.tables(layer_type, keys, x, at)
+        attending = Attending(
+            self.score, self.log_n, freqs, rows, positions, self.fused is not None, stored, own
+        )
+        return attending if self.single else (attending, None)
+
+
 class ScoreForward:
     """Hooks around the forward of a model whose layers attend by a score method."""
 
-    def __init__(
-        self, site: RotarySite, rotary: Rotary, layers: Layers, score: Score, log_n: float | None
-    ) -> None:
-        self.rotary = rotary
-        self.layer_type = site.layer_type
-        self.score = score
-        self.log_n = log_n
-        self.needs_mask = bool(layers.near)
-        self.argument_names = argument_names(site.owner)
-        self.layer_argument_names = {type(layer): argument_names(layer) for layer in layers.far}
+    def __init__(self, owner: nn.Module, rotaries: list[ScoreRotary], layers: Layers) -> None:
+        self.rotaries = rotaries
+        self.heads = layers.far
+        self.score = rotaries[0].score
+        self.needs_mask = len(layers.far) != getattr(owner.config, "num_hidden_layers", None)
+        self.argument_names = argument_names(owner)
+        self.layer_argument_names = {
+            type(layer): argument_names(layer) for layer in [*layers.far, *layers.near]
+        }
 
     def before_forward(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Forward pre-hook: check what is asked for, and add the `Rotation`."""
+        """Forward pre-hook: check what is asked for, and read the rows."""
         arguments = by_name(self.argument_names, args, kwargs)
         if arguments.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise ValueError(
@@ -70,14 +112,10 @@ class ScoreForward:
         tokens, past = tokens_of(arguments), self._past(cache_of(arguments))
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         rows = read_rows(tokens, past, mask, positions)
-        stored = None
-        if self.score.stored != UNROTATED:
-            stored = self.score.stored(rows.positions)
-        freqs = self.rotary.freqs_on(self.layer_type, tokens.device)
-        arguments[KEYWORD] = Rotation(
-            freqs, stored, self.rotary.interleaved, self.score, self.log_n, rows
-        )
-        arguments["position_ids"] = rows.positions
+        for rotary in self.rotaries:
+            rotary.rows = rows
+        if positions is None and rows.leftpad is not None:
+            arguments["position_ids"] = rows.positions
         if not self.needs_mask:
             # A mask that is made already: transformers makes none of (seqlen, seqlen) then.
             arguments["attention_mask"] = torch.ones(1, 1, 1, 1, device=tokens.device)
@@ -85,16 +123,36 @@ class ScoreForward:
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook: mark the cache that the forward made."""
+        for rotary in self.rotaries:
+            rotary.rows = None
         for cache in caches_in(output):
             setattr(cache, _ON_CACHE, self.score.stored)
 
     def before_far_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Forward pre-hook of an extended layer: the `Rotation` takes the place of cos."""
+        """Forward pre-hook of an extended layer: keys where they are stored, and the attention."""
         arguments = by_name(self.layer_argument_names[type(layer)], args, kwargs)
-        arguments["position_embeddings"] = (rotation_in(layer, arguments), None)
+        heads, seen = self.heads[layer], []
+
+        def stored(attending: Attending) -> Any:
+            seen.append(attending)
+            return attending.stored
+
+        arguments = {name: exchange(value, stored) for name, value in arguments.items()}
+        if not seen:
+            raise RuntimeError(
+                f"extend: {type(layer).__name__} must be run by its model, got a call of its own"
+            )
+        arguments["attention_mask"] = seen[0].of(heads)
         return (), arguments
+
+    def before_near_layer(
+        self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Forward pre-hook of a layer that rotates and attends as ever."""
+        arguments = by_name(self.layer_argument_names[type(layer)], args, kwargs)
+        return (), {name: exchange(value, _own) for name, value in arguments.items()}
 
     def _past(self, cache: Any) -> int:
         """How many tokens the cache holds; marks it as one of keys at the method's positions."""
@@ -107,18 +165,15 @@ class ScoreForward:
         past = int(cache.get_seq_length())
         if past and getattr(cache, _ON_CACHE, None) != self.score.stored:
             raise ValueError(
-                f"extend: cache must have been filled under {self.rotary.method}, whose keys "
+                f"extend: cache must have been filled under {self.rotaries[0].method}, whose keys "
                 "are rotated in another way, got one of other forwards"
             )
         setattr(cache, _ON_CACHE, self.score.stored)
         return past
 
 
-def before_near_layer(
-    layer: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
-    """Forward pre-hook of a layer with a sliding window: it rotates and attends as ever."""
-    return args, {name: value for name, value in kwargs.items() if name != KEYWORD}
+def _own(attending: Attending) -> Any:
+    return attending.own
 
 
 def keep_mask(*, attention_mask: Any = None, **_: Any) -> Any:
@@ -130,14 +185,9 @@ def _freqs_in_force(site: RotarySite, method: str, score: Score) -> dict:
     """Those of an extension before this one, or the model's own."""
     before = vars(site.rotary).get("forward")
     if not isinstance(before, Rotary):
-        return {site.layer_type: own_freqs(site)}
+        return {layer_type: own_freqs(site, layer_type) for layer_type in site.layer_types}
     # Positions that start anew keep the amplitudes of the decay near 1.
-    if before.freqs[site.layer_type].log_decay is not None and not score.stored.modulus:
+    decays = any(freqs.log_decay is not None for freqs in before.freqs.values())
+    if decays and not score.stored.modulus:
         raise ValueError(f"extend: {method} must have frequencies without decay, got xpos")
     return before.freqs
-
-
-def _check_heads(score: Score, log_n: float | None, layers: Layers) -> None:
-    """One token on the CPU: the attention itself knows best what it takes."""
-    token = torch.zeros(1, 1, 1, layers.head_dim, dtype=layers.dtype)
-    attend(score, token, token, token, methods.rope(2), log_n=log_n, op="extend")

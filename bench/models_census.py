@@ -1,0 +1,188 @@
+"""Which models `extend` serves: python bench/models_census.py [--only NAME ...]
+
+Builds every causal and image-text class of the installed transformers that has rotary parameters,
+tiny and random, extends it by a method of every sort, and compares:
+
+- by `rope` of the model's own base, and by a score method whose window nothing exceeds, with the
+  plain model;
+- by `yarn`, `dynamic_ntk`, `rerope`, `self_extend` and `dual_chunk`: what it generates with a cache
+  with a forward without one;
+- after `restore`, its logits with those from before, bit by bit.
+
+Each class has a process of its own, 7 GiB and a time limit. Prints a line per class and writes
+bench/results/models.json, from which bench/readme.py makes docs/models.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests" / "support"))
+
+import tiny_models  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from extrope_kernels.integrations.transformers import extend  # noqa: E402
+
+MEMORY = 7 << 30  # bytes
+SECONDS = 120
+PROMPT, NEW = 20, 4  # tokens
+FREQUENCIES: dict[str, dict[str, Any]] = {"yarn": {"factor": 4.0}, "dynamic_ntk": {"factor": 4.0}}
+SCORES: dict[str, dict[str, Any]] = {
+    "rerope": {"window": 6},
+    "self_extend": {"window": 8, "factor": 2},
+    "dual_chunk": {"chunk_size": 8, "local_window": 4},
+}
+# Parameters under which a method leaves the model as it is.
+NEUTRAL = {"rope": {}, "rerope": {"window": 64}}
+
+
+def census(name: str) -> dict[str, Any]:
+    """Return what became of one class: for each method "ok" or the reason why not."""
+    row: dict[str, Any] = {"name": name}
+    try:
+        model = tiny_models.build(name)
+        ids = torch.randint(3, 99, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+        plain = logits(model, ids)
+    except Exception as error:
+        return row | {"built": short(error)}
+    row["built"] = "ok"
+    for method, parameters in NEUTRAL.items():
+        got = attempt(lambda: same_as_plain(model, method, parameters, ids, plain))
+        row[f"{method}, neutral"] = got
+    for method, parameters in (FREQUENCIES | SCORES).items():
+        row[method] = attempt(lambda: generates(model, method, parameters, ids, plain))
+    return row
+
+
+def attempt(check: Callable[[], None]) -> str:
+    try:
+        check()
+    except Exception as error:
+        return short(error)
+    return "ok"
+
+
+def same_as_plain(
+    model: nn.Module, method: str, parameters: dict[str, Any], ids: Tensor, plain: Tensor
+) -> None:
+    with extend(model, method, **parameters):
+        got = logits(model, ids)
+    assert close(got, plain, 1e-3), f"differs from the plain model by {error_of(got, plain):.2g}"
+
+
+def generates(
+    model: nn.Module, method: str, parameters: dict[str, Any], ids: Tensor, plain: Tensor
+) -> None:
+    length = {"seq_len": PROMPT + NEW} if method == "dynamic_ntk" else {}
+    with extend(model, method, **parameters):
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        changed = logits(model, ids)
+    with extend(model, method, **parameters, **length):
+        whole = logits(model, output.sequences[:, :-1])
+    got = torch.stack(output.logits, 1)
+    want = whole[:, PROMPT - 1 :]
+    assert close(got, want, 1e-3), f"with a cache differs by {error_of(got, want):.2g}"
+    if method != "dynamic_ntk":  # which changes nothing within the trained length
+        assert error_of(changed, plain) > 1e-3, "nothing has changed"
+    assert torch.equal(logits(model, ids), plain), "restore is not exact"
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> bool:
+    return error_of(got, want) <= tolerance
+
+
+def error_of(got: Tensor, want: Tensor) -> float:
+    """The largest difference, in units of the largest logit."""
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def short(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {(lines or [''])[-1][:300]}"
+
+
+def run(names: Iterable[str], workers: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows, each from a child of its own; transformers is imported once, before."""
+    context = multiprocessing.get_context("fork")
+    todo, live = list(names), []
+    while todo or live:
+        while todo and len(live) < workers:
+            receive, send = context.Pipe(False)
+            name = todo.pop(0)
+            child = context.Process(target=_child, args=(send, name))
+            child.start()
+            send.close()
+            live.append((child, receive, name, time.monotonic()))
+        for entry in list(live):
+            child, receive, name, start = entry
+            row = None
+            if receive.poll(0.02):
+                try:
+                    row = receive.recv()
+                except EOFError:
+                    row = {"name": name, "built": "the process died"}
+            elif time.monotonic() - start > SECONDS:
+                child.kill()
+                row = {"name": name, "built": f"took more than {SECONDS} seconds"}
+            if row is not None:
+                child.join()
+                live.remove(entry)
+                yield row
+
+
+def _child(send: Connection, name: str) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    send.send(census(name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", help="names of classes; nothing is written then")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    rows = []
+    for row in run(args.only or tiny_models.rotary_classes(), args.workers):
+        rows.append(row)
+        bad = {name: said for name, said in row.items() if name != "name" and said != "ok"}
+        print(row["name"], bad or "ok", flush=True)
+    if not args.only:
+        rows.sort(key=lambda row: row["name"].lower())
+        results = {"transformers": transformers.__version__, "rows": rows}
+        path = ROOT / "bench" / "results" / "models.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The attention of one forward under a score method.
+
+A rotary embedding returns an `Attending` in place of its tables, so it reaches every layer as they
+would. At the door of a layer to be extended, tables take its place that rotate keys to where a
+cache keeps them, and it takes the place of the mask, which every layer hands to its attention. At
+the door of any other layer that layer's own tables take its place. Nothing is shared between
+forwards, not even when a layer is computed anew for its gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import RopeFreqs, apply_rope
+from ...ops.attention import attend
+from ...ops.decode import attend_with_kvcache
+from ...scores import Score
+from .rows import Rows
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Which dims of a layer's heads are rotated: dim of them from `start` on, and how paired."""
+
+    layer_type: str | None
+    start: int
+    dim: int
+    interleaved: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Attending:
+    """A score method, the frequencies, the rows of a batch, and the tables of both kinds of layers.
+
+    positions: (batch or 1, seqlen), where keys are stored; None where they stay raw.
+    raw_queries: the tables for extended layers rotate keys alone.
+    stored, own: the position embeddings of extended layers, and those of the others.
+    heads: of the layer whose attention this is.
+    """
+
+    score: Score
+    log_n: float | None
+    freqs: RopeFreqs
+    rows: Rows
+    positions: Tensor | None
+    raw_queries: bool
+    stored: Any
+    own: Any
+    heads: Heads | None = None
+
+    def of(self, heads: Heads) -> Attending:
+        """Return the attention of one layer."""
+        return replace(self, heads=heads)
+
+    def to(self, device: torch.device | str | int, **_: Any) -> Attending:
+        """Move to `device`: accelerate's hooks call this where a model spans several devices."""
+        move = _mover(device)
+        return replace(
+            self,
+            freqs=self.freqs.to(device),
+            rows=self.rows.to(device),
+            positions=move(self.positions),
+            stored=move(self.stored),
+            own=move(self.own),
+        )
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]
+    ) -> Tensor:
+        """Attend from queries as the layer rotates them to keys and values as a cache holds them.
+
+        q, k, v: (batch, heads, seqlen, head_dim), the queries the last of the keys' tokens.
+        Returns (batch, seqlen_q, heads, head_dim).
+        """
+        refuse_options(module, options)
+        total = self.rows.total
+        # Under autocast, norms leave q and k wider than v. A static cache is longer than what it
+        # holds.
+        q, k = q.transpose(1, 2).to(v.dtype), k.transpose(1, 2).to(v.dtype)
+        k, v = k[:, :total], v.transpose(1, 2)[:, :total]
+        if q.shape[1] != self.rows.new or k.shape[1] != total:
+            raise ValueError(
+                f"extend: a cache must return all {total} keys of a layer in their order, "
+                f"got {k.shape[1]}"
+            )
+        here = self if self.freqs.inv_freq.device == q.device else self.to(q.device)
+        q, k = (rotated_first(x, self.heads.start) for x in (q, k))
+        if not self.raw_queries and here.positions is not None:
+            keys = RopeFreqs(here.freqs.inv_freq)
+            q = apply_rope(
+                q,
+                keys,
+                positions=here.positions,
+                interleaved=self.heads.interleaved,
+                inverse=True,
+            )
+        return here._attend(q, k, v, softmax_options(module, options))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        rows = self.rows
+        options |= {"log_n": self.log_n, "interleaved": self.heads.interleaved, "op": "extend"}
+        if rows.new == 1 and not _records(q, k, v):
+            options |= {"cache_seqlens": rows.total, "cache_leftpad": rows.leftpad}
+            return attend_with_kvcache(self.score, q, k, v, self.freqs, **options)
+        outs = []
+        for start, stop, pad in rows.runs:
+            skip = min(max(pad - rows.past, 0), rows.new)
+            run = (q[start:stop, skip:], k[start:stop, pad:], v[start:stop, pad:])
+            out = attend(self.score, *run, self.freqs, keys_stored=True, **options)
+            # Nothing looks at the padding, but NaN there would spread.
+            outs.append(nn.functional.pad(out, (0, 0, 0, 0, skip, 0)) if skip else out)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def rotated_first(x: Tensor, start: int) -> Tensor:
+    """Put the rotated dims first, where the ops expect them: scores are sums over dims."""
+    return x if start == 0 else torch.cat((x[..., start:], x[..., :start]), -1)
+
+
+def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the layer tells its attention, in the words of the ops."""
+    found = {"softmax_scale": options.get("scaling")}
+    if found["softmax_scale"] is None:
+        found["softmax_scale"] = getattr(module, "scaling", None)
+    if options.get("softcap") is not None:
+        found["softcap"] = float(options["softcap"])
+    if options.get("s_aux") is not None:
+        found["sinks"] = options["s_aux"]
+    return found
+
+
+def refuse_options(module: nn.Module, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for what would change the attention and can be switched on at any time."""
+    if options.get("dropout"):
+        raise ValueError(
+            "extend: a model in training must have attention_dropout 0, "
+            f"got {options['dropout']} in {type(module).__name__}"
+        )
+    if options.get("cu_seq_lens_q") is not None:
+        raise ValueError("extend: sequences must come as rows, got cu_seq_lens_q of packed ones")
+
+
+def exchange(value: Any, found: Callable[[Attending], Any]) -> Any:
+    """Return a layer's argument with every `Attending` in it exchanged for what it stands for."""
+    if isinstance(value, Attending):
+        return found(value)
+    if isinstance(value, tuple) and value and isinstance(value[0], Attending):
+        return found(value[0])
+    if isinstance(value, Mapping):
+        return {key: exchange(each, found) for key, each in value.items()}
+    return value
+
+
+def _mover(device: torch.device | str | int) -> Callable[[Any], Any]:
+    def move(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(move(each) for each in value)
+        return value.to(device) if hasattr(value, "to") else value
+
+    return move
+
+
+def _records(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -1,0 +1,52 @@
+"""DeepSeek's temperature: the part of YaRN that its layers put into their softmax scale.
+
+Latent attention rotates some dims of a head, and YaRN scales the logits of all of them. So the
+layers multiply their softmax scale by mscale^2, which they take from the configuration when they
+are built, where others scale cosines and sines. Other frequencies bring their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from .architecture import RotarySite
+from .fused import forward_of
+
+_APPLY = "yarn_apply_mscale"
+# What a method's parameters of these names mean is in the softmax scale.
+NAMES = ("mscale", "mscale_all_dim")
+
+
+def softmax_scales(
+    site: RotarySite, method: str, given: Mapping[str, Any]
+) -> list[tuple[nn.Module, str, float]]:
+    """Return the overrides of the layers' `scaling`; none where the model has no such layers."""
+    overrides = []
+    for layer in site.owner.modules():
+        function = _function(layer)
+        if function is None:
+            continue
+        in_force = getattr(layer, _IN_FORCE, None) or site.parameters(None)
+        parameters = {"rope_type": "default"}
+        if method == "yarn":
+            own = {name: site.parameters(None)[name] for name in NAMES if name in site.parameters(None)}
+            parameters = {"rope_type": "yarn", **own, **given}
+        ratio = function(parameters, 1.0) / function(in_force, 1.0)
+        overrides += [(layer, "scaling", layer.scaling * ratio), (layer, _IN_FORCE, parameters)]
+    return overrides
+
+
+_IN_FORCE = "_extrope_mscale"
+
+
+def scales_softmax(site: RotarySite) -> bool:
+    """Say whether layers of the owner take YaRN's temperature into their softmax scale."""
+    return any(_function(layer) is not None for layer in site.owner.modules())
+
+
+def _function(layer: nn.Module) -> Callable[..., float] | None:
+    forward = forward_of(layer) if hasattr(layer, "scaling") else None
+    return None if forward is None else forward.__globals__.get(_APPLY)

@@ -1,0 +1,208 @@
+"""Every rotary class of the installed transformers, tiny and random, from its own config class.
+
+Sizes come from one table, by the names that config classes share; where a class names things
+differently, `PER_CLASS` says so. Layers of every kind that a class has by default are there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+HEAD_DIM = 16
+TRAINED = 64  # tokens
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
+    **dict.fromkeys(("hidden_size", "d_model", "embed_dim", "ffn_hidden_size"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "intermediate_size_mlp"), 96),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("n_layers", "depth", "no_rope_layer_interval"), 2),
+    **dict.fromkeys(("max_position_embeddings", "max_seq_len"), TRAINED),
+    # Large enough for the attention to depend on positions as that of a trained model does.
+    "initializer_range": 0.2,
+    "head_dim": HEAD_DIM,
+    # Longer than what the tests generate, shorter than what they are trained on.
+    **dict.fromkeys(("sliding_window", "attention_window_size", "attention_chunk_size"), 24),
+    "local_attention": 48,
+    # Experts.
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 1),
+    **dict.fromkeys(
+        (
+            "moe_intermediate_size",
+            "moe_hidden_size",
+            "shared_expert_intermediate_size",
+            "shared_intermediate_size",
+            "shared_experts_intermediate_size",
+            "expert_ffn_hidden_size",
+            "share_expert_dim",
+            "dense_intermediate_size",
+        ),
+        32,
+    ),
+    # Latent attention and indexers.
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_head_dim", "index_head_dim"), 32),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "o_lora_rank"), 16),
+    "v_head_dim": 24,
+    "index_n_heads": 2,
+    # Linear attention and state spaces.
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
+    "linear_num_key_heads": 2,
+    **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
+    **dict.fromkeys(("mamba_d_state", "mamba_d_head", "mamba_chunk_size"), 16),
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 1,
+    # Others.
+    **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank", "rotary_dim"), 16),
+    "patch_size": 8,
+    "image_size": 32,
+}
+TOKEN = 100  # every special token that a class has
+# By config class: settings beside those above.
+PER_CLASS: dict[str, dict[str, Any]] = {
+    "BambaConfig": {"attn_layer_indices": [1]},
+    "ChameleonConfig": {"vocabulary_map": {"<image>": TOKEN}},
+    "DeepseekV2Config": {"topk_method": "greedy", "num_experts_per_tok": 2},
+    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "Emu3Config": {"vocabulary_map": {"<image>": TOKEN}},
+    "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
+    "RecurrentGemmaConfig": {"num_hidden_layers": 3},
+    "Step3p7TextConfig": {"sliding_window": 24},
+    "ZayaConfig": {"num_experts_per_tok": 1},
+    "FalconH1Config": {"mamba_d_ssm": 128},
+    "Gemma3nTextConfig": {"num_kv_shared_layers": 0},
+    "Gemma4TextConfig": {"global_head_dim": 2 * HEAD_DIM, "num_kv_shared_layers": 0},
+    "Gemma4AssistantConfig": {"hidden_size_per_layer_input": 0},
+    "Gemma4UnifiedTextConfig": {"global_head_dim": 2 * HEAD_DIM, "num_kv_shared_layers": 0},
+}
+
+
+def rotary_classes() -> dict[str, type[PreTrainedConfig]]:
+    """Return the causal and image-text classes with rotary parameters, and their config classes."""
+    tables = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    found: dict[str, type[PreTrainedConfig]] = {}
+    for table in tables:
+        for names in table.values():
+            for name in [names] if isinstance(names, str) else names:
+                cls = getattr(transformers, name).config_class
+                if name not in found and cls is not None and _is_rotary(cls):
+                    found[name] = cls
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def build(name: str) -> nn.Module:
+    """Return the class `name` of transformers as a tiny model in float32, the same every time."""
+    cls = getattr(transformers, name)
+    config = tiny_config(cls.config_class)
+    torch.manual_seed(0)
+    model = cls._from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms that do nothing would hide where a model rotates
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def tiny_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """Return a config of the class with small sizes."""
+    return cls(**_settings(cls, _default(cls)))
+
+
+def _default(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
+    return cls(**PER_CLASS.get(cls.__name__, {}))
+
+
+def _is_rotary(cls: type[PreTrainedConfig]) -> bool:
+    """Say so of the language model: vision towers with a rotation are left alone."""
+    try:
+        config = _default(cls).get_text_config(decoder=True)
+    except Exception:  # of a class that only goes with another model
+        return False
+    return bool(getattr(config, "rope_parameters", None))
+
+
+def _settings(cls: type[PreTrainedConfig], default: PreTrainedConfig) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(cls)}
+    default.allow_global_per_layer_attribute_access = True
+    found = {name: value for name, value in _sizes(default, names)}
+    found |= _layers(default, names)
+    if "eos_token_id" in names:
+        found["eos_token_id"] = None
+    if "rope_parameters" in names and getattr(default, "rope_parameters", None):
+        found["rope_parameters"] = _rope(cls, default, found)
+    for name in cls.sub_configs:
+        part = getattr(default, name, None)
+        if isinstance(part, PreTrainedConfig):
+            found[name] = {"model_type": part.model_type, **_settings(type(part), part)}
+    return found | PER_CLASS.get(cls.__name__, {})
+
+
+def _sizes(default: PreTrainedConfig, names: set[str]) -> Iterator[tuple[str, Any]]:
+    for name in names:
+        value = getattr(default, name, None)
+        if name == "head_dim":
+            yield name, HEAD_DIM
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if name in SIZES:
+            yield name, SIZES[name]
+        elif name.endswith("token_id"):
+            yield name, {"pad_token_id": 0, "bos_token_id": 1}.get(name, TOKEN)
+        elif name == "num_key_value_heads":
+            heads = default.num_attention_heads
+            yield name, SIZES["num_attention_heads"] if value == heads else min(value, 2)
+
+
+def _layers(default: PreTrainedConfig, names: set[str]) -> dict[str, Any]:
+    """Two layers, or one of each kind, the full ones last; lists of one entry a layer follow."""
+    layers = getattr(default, "num_hidden_layers", None)
+    if "num_hidden_layers" not in names or not isinstance(layers, int):
+        return {}
+    found: dict[str, Any] = {"num_hidden_layers": 2}
+    kinds = getattr(default, "layer_types", None)
+    if "layer_types" in names and kinds:
+        each = sorted(dict.fromkeys(kinds), key=lambda kind: kind == "full_attention")
+        each = each if len(each) > 1 else 2 * each
+        found = {"num_hidden_layers": len(each), "layer_types": each}
+    for name in names - found.keys():
+        value = getattr(default, name, None)
+        if isinstance(value, (list, tuple)) and len(value) == layers > 2:
+            found[name] = [*value[: found["num_hidden_layers"] - 1], value[-1]]
+    return found
+
+
+def _rope(
+    cls: type[PreTrainedConfig], default: PreTrainedConfig, found: dict[str, Any]
+) -> dict[str, Any]:
+    """The rotary parameters unscaled, with sections that fill the smaller heads."""
+
+    def fitted(parameters: dict[str, Any]) -> dict[str, Any]:
+        kept = ("rope_theta", "partial_rotary_factor")
+        if parameters.get("rope_type") in ("default", "proportional", "axial"):
+            kept = tuple(parameters)
+        fitted = {"rope_type": "default"} | {k: v for k, v in parameters.items() if k in kept}
+        if "mrope_section" in (cls.ignore_keys_at_rope_validation or ()):
+            partial = parameters.get("partial_rotary_factor") or 1.0
+            pairs = int(found.get("head_dim", HEAD_DIM) * partial) // 2
+            count = len(parameters.get("mrope_section") or (1, 1, 1))
+            small = max(pairs // count, 1)
+            fitted["mrope_section"] = [pairs - (count - 1) * small] + [small] * (count - 1)
+        return fitted
+
+    parameters = default.rope_parameters
+    if any(isinstance(value, dict) for value in parameters.values()):
+        return {kind: each and fitted(each) for kind, each in parameters.items()}
+    return fitted(parameters)
