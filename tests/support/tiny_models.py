@@ -70,6 +70,31 @@ TOKEN = 100  # every special token that a class has
 # By config class: settings beside those above.
 PER_CLASS: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1]},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0},
+    "DeepseekOcr2TextConfig": {
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "GraniteDoclingVisionConfig": {"out_hidden_size": 64},
+    "MistralLarge4TextConfig": {
+        "kv_source_layers": [0, 1],
+        "indexer_types": ["full", "full"],
+    },
+    "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},
+    "MuseSparkAudioConfig": {"out_hidden_size": 64},
+    "PaddleOCRTextConfig": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]}
+    },
+    "Qwen2_5OmniAudioEncoderConfig": {"encoder_attention_heads": 4, "d_model": 64},
+    "Qwen3OmniMoeAudioEncoderConfig": {"encoder_attention_heads": 4, "d_model": 64},
+    "Qwen4ExpTextConfig": {
+        "index_n_heads": 2,
+        "index_head_dim": 32,
+        "index_topk": 64,
+        "ngram_vocab_size_base": 1000,
+    },
     "ChameleonConfig": {"vocabulary_map": {"<image>": TOKEN}},
     "DeepseekV2Config": {"topk_method": "greedy", "num_experts_per_tok": 2},
     "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -155,15 +180,15 @@ def _sizes(default: PreTrainedConfig, names: set[str]) -> Iterator[tuple[str, An
         value = getattr(default, name, None)
         if name == "head_dim":
             yield name, HEAD_DIM
+        if name == "num_key_value_heads":
+            heads = getattr(default, "num_attention_heads", value)
+            yield name, SIZES["num_attention_heads"] if value in (heads, None) else min(value, 2)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         if name in SIZES:
             yield name, SIZES[name]
         elif name.endswith("token_id"):
             yield name, {"pad_token_id": 0, "bos_token_id": 1}.get(name, TOKEN)
-        elif name == "num_key_value_heads":
-            heads = default.num_attention_heads
-            yield name, SIZES["num_attention_heads"] if value == heads else min(value, 2)
 
 
 def _layers(default: PreTrainedConfig, names: set[str]) -> dict[str, Any]:
@@ -199,7 +224,7 @@ def _rope(
             pairs = int(found.get("head_dim", HEAD_DIM) * partial) // 2
             count = len(parameters.get("mrope_section") or (1, 1, 1))
             small = max(pairs // count, 1)
-            fitted["mrope_section"] = [pairs - (count - 1) * small] + [small] * (count - 1)
+            fitted["mrope_section"] = [small] * (count - 1) + [pairs - (count - 1) * small]
         return fitted
 
     parameters = default.rope_parameters

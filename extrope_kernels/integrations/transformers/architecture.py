@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ... import RopeFreqs
 from .fused import Fused, find_fused
 from .tables import change_of_tables
 
 LAYERS = ("full", "all")
 # Layers that see a bounded number of keys, by the names that transformers gives to their kinds.
-_BOUNDED = ("sliding", "chunked", "local")
+BOUNDED = ("sliding", "chunked", "local")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +75,7 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
     names = path.split(".")[:-1]
     around = [model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1)]
     for module in around:
-        if {"input_ids", "inputs_embeds"} & set(inspect.signature(type(module).forward).parameters):
+        if "inputs_embeds" in inspect.signature(type(module).forward).parameters:
             return module
     return around[0]
 
@@ -86,7 +85,7 @@ def _site(owner: nn.Module, rotary: nn.Module, layers: str) -> RotarySite:
     if any(isinstance(value, Mapping) for value in rotary.config.rope_parameters.values()):
         kinds = [kind for kind in rotary.rope_type if hasattr(rotary, f"{kind}_inv_freq")]
         layer_types = tuple(
-            kind for kind in kinds if layers == "all" or not kind.startswith(_BOUNDED)
+            kind for kind in kinds if layers == "all" or not kind.startswith(BOUNDED)
         )
         if not layer_types:
             raise unsupported(owner, "it has no full_attention layers")

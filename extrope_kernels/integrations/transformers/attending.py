@@ -78,12 +78,14 @@ class Attending:
         Returns (batch, seqlen_q, heads, head_dim).
         """
         refuse_options(module, options)
-        total = self.rows.total
         # Under autocast, norms leave q and k wider than v. A static cache is longer than what it
         # holds.
+        total = self.rows.total
         q, k = q.transpose(1, 2).to(v.dtype), k.transpose(1, 2).to(v.dtype)
         k, v = k[:, :total], v.transpose(1, 2)[:, :total]
-        if q.shape[1] != self.rows.new or k.shape[1] != total:
+        said = softmax_options(module, options)
+        forgotten = total - k.shape[1]
+        if q.shape[1] != self.rows.new or (forgotten and "sliding_window" not in said):
             raise ValueError(
                 f"extend: a cache must return all {total} keys of a layer in their order, "
                 f"got {k.shape[1]}"
@@ -91,26 +93,34 @@ class Attending:
         here = self if self.freqs.inv_freq.device == q.device else self.to(q.device)
         q, k = (rotated_first(x, self.heads.start) for x in (q, k))
         if not self.raw_queries and here.positions is not None:
-            keys = RopeFreqs(here.freqs.inv_freq)
             q = apply_rope(
                 q,
-                keys,
+                RopeFreqs(here.freqs.inv_freq),
                 positions=here.positions,
                 interleaved=self.heads.interleaved,
                 inverse=True,
             )
-        return here._attend(q, k, v, softmax_options(module, options))
+        said |= {"log_n": self.log_n, "interleaved": self.heads.interleaved, "op": "extend"}
+        return here._attend(q, k, v, forgotten, said)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, forgotten: int, options: dict[str, Any]
+    ) -> Tensor:
+        """forgotten: how many of the first keys a cache of a sliding window has dropped."""
         rows = self.rows
-        options |= {"log_n": self.log_n, "interleaved": self.heads.interleaved, "op": "extend"}
-        if rows.new == 1 and not _records(q, k, v):
+        if rows.new == 1 and not forgotten and not _records(q, k, v):
             options |= {"cache_seqlens": rows.total, "cache_leftpad": rows.leftpad}
+            options["backend"] = backend_for(q, v, options)
             return attend_with_kvcache(self.score, q, k, v, self.freqs, **options)
         outs = []
         for start, stop, pad in rows.runs:
             skip = min(max(pad - rows.past, 0), rows.new)
-            run = (q[start:stop, skip:], k[start:stop, pad:], v[start:stop, pad:])
+            first = max(pad - forgotten, 0)
+            if forgotten:
+                options["q_start"] = rows.past + skip - pad
+                options["k_start"] = forgotten + first - pad
+            run = (q[start:stop, skip:], k[start:stop, first:], v[start:stop, first:])
+            options["backend"] = backend_for(q, v, options)
             out = attend(self.score, *run, self.freqs, keys_stored=True, **options)
             # Nothing looks at the padding, but NaN there would spread.
             outs.append(nn.functional.pad(out, (0, 0, 0, 0, skip, 0)) if skip else out)
@@ -131,7 +141,17 @@ def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, 
         found["softcap"] = float(options["softcap"])
     if options.get("s_aux") is not None:
         found["sinks"] = options["s_aux"]
+    if options.get("sliding_window"):
+        found["sliding_window"] = options["sliding_window"]
     return found
+
+
+def backend_for(q: Tensor, v: Tensor, options: Mapping[str, Any]) -> str | None:
+    """Name the reference for what the C++ kernels do not take; else leave the choice to the op."""
+    if q.device.type != "cpu":
+        return None
+    beyond = {"sinks", "softcap", "sliding_window", "k_start"} & options.keys()
+    return "reference" if beyond or q.shape[-1] != v.shape[-1] else None
 
 
 def refuse_options(module: nn.Module, options: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters:
     if method not in PARAMETERS:
         raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
     changes = score_changes if method in SCORES else frequency_changes
-    return Extension(method, *changes(model, sites, method, parameters))
+    return Extension(method, *changes(model, sites, method, parameters, layers))
 
 
 def _refuse_second_score(sites: list[RotarySite], method: str) -> None:

@@ -16,7 +16,11 @@ from .softmax_scale import softmax_scales
 
 
 def frequency_changes(
-    model: nn.Module, sites: list[RotarySite], method: str, parameters: Mapping[str, Any]
+    model: nn.Module,
+    sites: list[RotarySite],
+    method: str,
+    parameters: Mapping[str, Any],
+    layers: str,
 ) -> tuple[list, list]:
     """Return the overrides and the hooks of an `Extension`; nothing is changed yet."""
     overrides, hooks = [], []

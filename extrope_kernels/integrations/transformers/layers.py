@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ... import RopeFreqs, apply_rope
 from ...ops.attention import attend
 from ...scores import rerope
-from .architecture import RotarySite, unsupported
-from .attending import Heads, refuse_options, rotated_first, softmax_options
+from .architecture import BOUNDED, RotarySite, unsupported
+from .attending import Heads, backend_for, refuse_options, rotated_first, softmax_options
 from .forwards import argument_names, by_name
 from .fused import forward_of, rotating_layers
 from .rotation import ATTENTION, register_attention
@@ -33,9 +33,9 @@ _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 # that is causal over all keys.
 _KNOWN = {
     *("scaling", "dropout", "is_causal", "use_cache", "softcap", "s_aux", "position_ids"),
+    "sliding_window",
     *("output_attentions", "output_hidden_states", "return_dict", "output_router_logits"),
 }
-_BOUNDED = ("sliding", "chunked", "local")
 _PLAIN = rerope(window=1 << 20)
 
 
@@ -53,62 +53,72 @@ class Layers:
     """The attention layers that an owner's rotary embeddings serve.
 
     far: those that see all keys, to be extended, and which of their dims are rotated.
-    near: those that attend as before: the ones with a sliding window or chunks, as no distance in
-        them is past what training has covered, and those without a rotation.
+    near: those that attend as before: the ones without a rotation, and those with chunks or, but
+        for layers="all", a sliding window: no distance in them is past what training has covered.
+    shapes: head_dim of queries and of values, and dtype, of the far layers.
 
     Raises ValueError where a layer does what the ops do not.
     """
 
-    def __init__(self, owner: nn.Module, sites: list[RotarySite]) -> None:
+    def __init__(self, owner: nn.Module, sites: list[RotarySite], layers: str) -> None:
         self.owner = owner
         self.sites = sites
         self.far: dict[nn.Module, Heads] = {}
         self.near: list[nn.Module] = []
+        self.shapes: set[tuple[int, int, torch.dtype]] = set()
         register_attention()
         still, moved = self._record(still=True), self._record(still=False)
         for layer in rotating_layers(owner):
+            name = type(layer).__name__
             if layer not in moved:
-                name = type(layer).__name__
                 raise unsupported(owner, f"{name} does not attend through transformers' interface")
         for layer, got in moved.items():
             heads = self._heads(layer, still[layer], got)
-            if heads is None or _is_bounded(layer, got.options):
+            if heads is None or _is_bounded(layer, got.options, layers):
                 self.near.append(layer)
             else:
                 _check_options(owner, layer, got.options)
                 self._check_attention(layer, heads, still[layer], got)
                 self.far[layer] = heads
+                self.shapes.add((got.q.shape[-1], got.v.shape[-1], got.v.dtype))
         if not self.far:
             raise unsupported(
-                owner, "all its layers have a sliding window, so none sees distances past it"
+                owner,
+                "all its layers that rotate have a sliding window or chunks, "
+                "so none sees distances past it",
             )
 
     @torch.no_grad()
     def _record(self, still: bool) -> dict[nn.Module, Recorded]:
         """Run the owner on four tokens; still: all of them at position 0."""
         recorder = _Recorder()
-        overrides = [
-            (site.rotary, "forward", _TrialTables(site, still)) for site in self.sites
-        ]
+        tokens = torch.arange(_TOKENS, device=self._device())[None]
+        overrides = [(site.rotary, "forward", _TrialTables(site, still)) for site in self.sites]
         layers = [layer for layer in self.owner.modules() if _attends(layer)]
         overrides += [(layer, "config", switched(layer.config)) for layer in layers]
         handles = [
             layer.register_forward_pre_hook(recorder.before_layer, with_kwargs=True)
             for layer in layers
         ]
-        embeddings = self.owner.get_input_embeddings().weight
-        tokens = torch.arange(_TOKENS, device=embeddings.device)[None]
         try:
             with replaced(overrides), _evaluating(self.owner):
                 self.owner(input_ids=tokens, use_cache=False)
         except Exception as error:  # whatever a foreign layer leads to
-            raise unsupported(
-                self.owner, f"its layers cannot be tried out ({_short(error)})"
-            ) from error
+            reason = f"its layers cannot be tried out ({_short(error)})"
+            if _Recorder.__name__ in str(error):
+                reason = (
+                    "its layers choose keys by a mask of their own, the ops see regions of keys"
+                )
+            raise unsupported(self.owner, reason) from error
         finally:
             for handle in handles:
                 handle.remove()
         return recorder.seen
+
+    def _device(self) -> torch.device:
+        embed = getattr(self.owner, "get_input_embeddings", None)
+        weights = embed() if embed is not None else self.owner
+        return next(weights.parameters()).device
 
     def _heads(self, layer: nn.Module, still: Recorded, moved: Recorded) -> Heads | None:
         """Return how a layer rotates, None where it does not."""
@@ -142,7 +152,14 @@ class Layers:
         v = moved.v
         with torch.no_grad():
             got = attend(
-                _PLAIN, q.to(v.dtype), k.to(v.dtype), v.transpose(1, 2), freqs, op="extend", **options
+                _PLAIN,
+                q.to(v.dtype),
+                k.to(v.dtype),
+                v.transpose(1, 2),
+                freqs,
+                op="extend",
+                backend=backend_for(q, v, options),
+                **options,
             )
             own = forward_of(layer).__globals__.get("eager_attention_forward")
             if own is None:
@@ -223,12 +240,14 @@ def _attends(module: nn.Module) -> bool:
     return _INTERFACE in forward.__code__.co_names and "attention_mask" in argument_names(module)
 
 
-def _is_bounded(layer: nn.Module, options: dict[str, Any]) -> bool:
+def _is_bounded(layer: nn.Module, options: dict[str, Any], layers: str) -> bool:
     """A window tells the attention; chunks are in the mask alone, but have a name."""
+    if options.get("sliding_window"):
+        return layers == "full"
     kinds = getattr(layer.config, "layer_types", None)
     index = getattr(layer, "layer_idx", None)
     kind = kinds[index] if kinds and index is not None and index < len(kinds) else ""
-    return bool(options.get("sliding_window")) or kind.startswith(_BOUNDED)
+    return kind.startswith(BOUNDED)
 
 
 def _check_options(owner: nn.Module, layer: nn.Module, options: dict[str, Any]) -> None:

@@ -43,6 +43,8 @@ class Rotation:
         """Stand in for `apply_rotary_pos_emb`; q and k have heads in dimension `unsqueeze_dim`."""
         if unsqueeze_dim not in (1, 2):
             raise ValueError(f"extend: unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
+        # The op takes any strides but this one, which some layers leave.
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
         if unsqueeze_dim == 2:
             return self._rotate(q, k)
         q, k = self._rotate(q.transpose(1, 2), k.transpose(1, 2))

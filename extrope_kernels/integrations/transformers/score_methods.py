@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs
+from ... import RopeFreqs, methods
+from ...ops.attention import attend
 from ...scores import UNROTATED, Score
-from .architecture import RotarySite, unsupported
-from .attending import Attending, exchange
+from .architecture import RotarySite
+from .attending import Attending, backend_for, exchange
 from .forwards import argument_names, by_name, cache_of, caches_in, tokens_of
 from .layers import Layers, switched
 from .parameters import bind_score, own_freqs
@@ -23,7 +24,11 @@ _ON_CACHE = "_extrope_stored"
 
 
 def score_changes(
-    model: nn.Module, sites: list[RotarySite], method: str, parameters: Mapping[str, Any]
+    model: nn.Module,
+    sites: list[RotarySite],
+    method: str,
+    parameters: Mapping[str, Any],
+    layers: str,
 ) -> tuple[list, list]:
     """Return the overrides and the hooks of an `Extension`; nothing is changed yet."""
     score, log_n = bind_score(method, parameters)
@@ -34,13 +39,14 @@ def score_changes(
             ScoreRotary(site, _freqs_in_force(site, method, score), method, score, log_n)
             for site in here
         ]
-        layers = Layers(owner, here)
+        found = Layers(owner, here, layers)
+        _check_heads(score, log_n, found)
         overrides += [(site.rotary, "forward", each) for site, each in zip(here, rotaries)]
-        overrides += [(layer, "config", switched(layer.config)) for layer in layers.far]
-        forward = ScoreForward(owner, rotaries, layers)
+        overrides += [(layer, "config", switched(layer.config)) for layer in found.far]
+        forward = ScoreForward(owner, rotaries, found)
         hooks.append((owner, forward.before_forward, forward.after_forward))
-        hooks += [(layer, forward.before_far_layer, None) for layer in layers.far]
-        hooks += [(layer, forward.before_near_layer, None) for layer in layers.near]
+        hooks += [(layer, forward.before_far_layer, None) for layer in found.far]
+        hooks += [(layer, forward.before_near_layer, None) for layer in found.near]
     if hasattr(model, "generate"):
         overrides.append((model, "create_masks_for_generate", keep_mask))
     return overrides, hooks
@@ -191,3 +197,12 @@ def _freqs_in_force(site: RotarySite, method: str, score: Score) -> dict:
     if decays and not score.stored.modulus:
         raise ValueError(f"extend: {method} must have frequencies without decay, got xpos")
     return before.freqs
+
+
+def _check_heads(score: Score, log_n: float | None, layers: Layers) -> None:
+    """One token on the CPU: the attention itself knows best what it takes."""
+    for head_dim, v_head_dim, dtype in layers.shapes:
+        token = torch.zeros(1, 1, 1, head_dim, dtype=dtype)
+        v = torch.zeros(1, 1, 1, v_head_dim, dtype=dtype)
+        options = {"log_n": log_n, "backend": backend_for(token, v, {})}
+        attend(score, token, token, v, methods.rope(2), op="extend", **options)

@@ -32,7 +32,9 @@ def softmax_scales(
         in_force = getattr(layer, _IN_FORCE, None) or site.parameters(None)
         parameters = {"rope_type": "default"}
         if method == "yarn":
-            own = {name: site.parameters(None)[name] for name in NAMES if name in site.parameters(None)}
+            own = {
+                name: site.parameters(None)[name] for name in NAMES if name in site.parameters(None)
+            }
             parameters = {"rope_type": "yarn", **own, **given}
         ratio = function(parameters, 1.0) / function(in_force, 1.0)
         overrides += [(layer, "scaling", layer.scaling * ratio), (layer, _IN_FORCE, parameters)]
