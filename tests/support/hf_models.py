@@ -79,7 +79,7 @@ def one_thread():
 
 def build(family: str, rope: dict[str, Any] | None = None, **sizes: Any) -> nn.Module:
     """Return an AutoModelForCausalLM whose weights depend on the family and the sizes alone."""
-    settings = SIZES | FAMILIES[family] | sizes
+    settings = SIZES | FAMILIES.get(family, {}) | sizes
     parameters = {"rope_theta": 10000.0} | (rope or PLAIN)
     if (partial := settings.pop("partial", None)) is not None:
         parameters["partial_rotary_factor"] = partial

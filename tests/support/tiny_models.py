@@ -82,11 +82,26 @@ PER_CLASS: dict[str, dict[str, Any]] = {
         "kv_source_layers": [0, 1],
         "indexer_types": ["full", "full"],
     },
+    "MiMoV2FlashConfig": {"head_dim": 32},
+    # Its unscaled frequencies are for the whole head, of which it rotates a part: YaRN by 1.
+    "Mistral4Config": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 1.0,
+            "original_max_position_embeddings": TRAINED,
+            "max_position_embeddings": TRAINED,
+            "llama_4_scaling_beta": 0.1,
+            "partial_rotary_factor": 0.5,
+        }
+    },
     "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},
     "MuseSparkAudioConfig": {"out_hidden_size": 64},
     "PaddleOCRTextConfig": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]}
     },
+    "Qwen2_5OmniThinkerConfig": {"vision_start_token_id": TOKEN, "audio_start_token_id": TOKEN},
+    "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": TOKEN, "audio_start_token_id": TOKEN},
     "Qwen2_5OmniAudioEncoderConfig": {"encoder_attention_heads": 4, "d_model": 64},
     "Qwen3OmniMoeAudioEncoderConfig": {"encoder_attention_heads": 4, "d_model": 64},
     "Qwen4ExpTextConfig": {
@@ -215,10 +230,9 @@ def _rope(
     """The rotary parameters unscaled, with sections that fill the smaller heads."""
 
     def fitted(parameters: dict[str, Any]) -> dict[str, Any]:
-        kept = ("rope_theta", "partial_rotary_factor")
-        if parameters.get("rope_type") in ("default", "proportional", "axial"):
-            kept = tuple(parameters)
-        fitted = {"rope_type": "default"} | {k: v for k, v in parameters.items() if k in kept}
+        fitted = {"rope_type": "default"} | parameters
+        if fitted["rope_type"] != "proportional":
+            fitted["rope_type"] = "default"
         if "mrope_section" in (cls.ignore_keys_at_rope_validation or ()):
             partial = parameters.get("partial_rotary_factor") or 1.0
             pairs = int(found.get("head_dim", HEAD_DIM) * partial) // 2

@@ -213,12 +213,13 @@ def test_rotations_follow_the_device_of_a_layer():
         layer = model.model.layers[1].self_attn
         with layer.register_forward_pre_hook(lambda *args: seen.append(args[2]), with_kwargs=True):
             logits(model, IDS, attention_mask=mask)
-    rotation, sin = seen[0]["position_embeddings"]
-    assert sin is None and any(rotation is value for value in seen[0].values())
-    moved = rotation.to("meta", non_blocking=True)
-    parts = (moved.positions, moved.freqs.inv_freq, moved.rows.leftpad)
-    assert {x.device.type for x in parts} == {"meta"}
-    assert rotation.positions.device.type == "cpu"
+    attending = seen[0]["attention_mask"]
+    assert seen[0]["position_embeddings"] == attending.stored
+    moved = attending.to("meta", non_blocking=True)
+    keys, sin = moved.stored
+    parts = (moved.positions, moved.freqs.inv_freq, moved.rows.leftpad, keys.positions)
+    assert {x.device.type for x in parts} == {"meta"} and sin is None
+    assert attending.positions.device.type == "cpu"
 
 
 def test_autocast_leaves_queries_wider_than_values():

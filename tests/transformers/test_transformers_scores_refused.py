@@ -15,13 +15,19 @@ from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.testing import attention_backends
 
 IDS = tokens(2, 40)
+LLAMA4 = {
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 2,
+}
 
 
 @pytest.mark.parametrize(
     ("family", "sizes", "message"),
     [
         ("mistral", {}, "^extend: MistralModel is not a supported architecture: all its layers"),
-        ("gemma2", {}, "Gemma2Attention caps its logits .softcap 50.0."),
+        ("llama4_text", LLAMA4, "Llama4TextModel .* all its layers that rotate have a .* chunks"),
         (
             "llama",
             {"rope": {"rope_type": "dynamic", "factor": 2.0}},

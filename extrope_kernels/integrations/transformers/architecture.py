@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ...methods import rope
 from .fused import Fused, find_fused
 from .tables import change_of_tables
 
@@ -25,12 +26,15 @@ class RotarySite:
     owner: the module whose forward takes the tokens, and in which the rotary embedding is called.
     layer_types: the kinds of layers to extend, where the model has a rotation per kind; else None.
     fused: how the op does what the layers do with tables; None where it is not the same thing.
+    orders: for each of them, where its frequencies are not in the order of the pairs, the pair that
+        each is for; else None.
     single: the rotary embedding yields one tensor, of complex numbers, not (cos, sin).
     """
 
     owner: nn.Module
     rotary: nn.Module
     layer_types: tuple[str | None, ...]
+    orders: tuple[Tensor | None, ...]
     fused: Fused | None
     single: bool
 
@@ -41,6 +45,10 @@ class RotarySite:
     def dim(self, layer_type: str | None) -> int:
         """Return how many dims of a head the frequencies of a kind of layers are for."""
         return 2 * getattr(self.rotary, f"{prefix_of(layer_type)}inv_freq").shape[-1]
+
+    def order(self, layer_type: str | None) -> Tensor | None:
+        """Return the order of the frequencies of a kind of layers, None where it is the usual."""
+        return self.orders[self.layer_types.index(layer_type)]
 
 
 def find_sites(model: nn.Module, layers: str = "full") -> list[RotarySite]:
@@ -88,16 +96,39 @@ def _site(owner: nn.Module, rotary: nn.Module, layers: str) -> RotarySite:
             kind for kind in kinds if layers == "all" or not kind.startswith(BOUNDED)
         )
         if not layer_types:
-            raise unsupported(owner, "it has no full_attention layers")
+            raise unsupported(owner, "all its layers that rotate have a sliding window or chunks")
     try:
         # Built anew, so that neither the buffers nor the history of the model's own are touched.
         with torch.device("cpu"):
             fresh = type(rotary)(rotary.config)
-        single = [change_of_tables(fresh, layer_type) for layer_type in layer_types][0]
+        singles = {change_of_tables(fresh, layer_type) for layer_type in layer_types}
     except Exception as error:  # whatever a foreign signature leads to
         raise unsupported(owner, f"its rotation cannot be tried out ({error})") from error
-    fused = None if single else find_fused(owner, fresh, layer_types)
-    return RotarySite(owner, rotary, layer_types, fused, single)
+    single = True in singles
+    orders = tuple(_order(owner, fresh, layer_type) for layer_type in layer_types)
+    fused = None
+    if not single and orders == (None,) * len(orders):
+        fused = find_fused(owner, fresh, layer_types)
+    return RotarySite(owner, rotary, layer_types, orders, fused, single)
+
+
+def _order(owner: nn.Module, rotary: nn.Module, layer_type: str | None) -> Tensor | None:
+    """Return the order in which the model holds its ladder; None where that is the usual one.
+
+    Raises ValueError where the frequencies are no ladder of the configuration's base at all.
+    """
+    parameters = parameters_of(rotary, layer_type)
+    if parameters.get("rope_type", "default") != "default" or "rope_theta" not in parameters:
+        return None
+    own = getattr(rotary, f"{prefix_of(layer_type)}inv_freq").float()
+    ladder = rope(2 * own.numel(), base=parameters["rope_theta"]).inv_freq
+    if torch.allclose(own, ladder, rtol=1e-4):
+        return None
+    if not torch.allclose(own.sort().values, ladder.sort().values, rtol=1e-4):
+        raise unsupported(owner, "its frequencies are not the powers of its rope_theta")
+    order = torch.empty_like(own, dtype=torch.int64)
+    order[own.argsort()] = ladder.argsort()
+    return order
 
 
 def parameters_of(rotary: nn.Module, layer_type: str | None) -> Mapping[str, Any]:

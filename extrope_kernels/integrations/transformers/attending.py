@@ -25,12 +25,15 @@ from .rows import Rows
 
 @dataclass(frozen=True)
 class Heads:
-    """Which dims of a layer's heads are rotated: dim of them from `start` on, and how paired."""
+    """Which dims of a layer's heads are rotated: dim of them from `start` on, and how paired.
 
-    layer_type: str | None
+    sign: -1 where a pair is rotated backwards.
+    """
+
     start: int
     dim: int
     interleaved: bool
+    sign: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +58,10 @@ class Attending:
 
     def of(self, heads: Heads) -> Attending:
         """Return the attention of one layer."""
-        return replace(self, heads=heads)
+        freqs = self.freqs
+        if heads.sign < 0:
+            freqs = replace(freqs, inv_freq=-freqs.inv_freq)
+        return replace(self, heads=heads, freqs=freqs)
 
     def to(self, device: torch.device | str | int, **_: Any) -> Attending:
         """Move to `device`: accelerate's hooks call this where a model spans several devices."""
@@ -110,7 +116,7 @@ class Attending:
         rows = self.rows
         if rows.new == 1 and not forgotten and not _records(q, k, v):
             options |= {"cache_seqlens": rows.total, "cache_leftpad": rows.leftpad}
-            options["backend"] = backend_for(q, v, options)
+            options["backend"] = decode_backend(q, v, options)
             return attend_with_kvcache(self.score, q, k, v, self.freqs, **options)
         outs = []
         for start, stop, pad in rows.runs:
@@ -120,7 +126,6 @@ class Attending:
                 options["q_start"] = rows.past + skip - pad
                 options["k_start"] = forgotten + first - pad
             run = (q[start:stop, skip:], k[start:stop, first:], v[start:stop, first:])
-            options["backend"] = backend_for(q, v, options)
             out = attend(self.score, *run, self.freqs, keys_stored=True, **options)
             # Nothing looks at the padding, but NaN there would spread.
             outs.append(nn.functional.pad(out, (0, 0, 0, 0, skip, 0)) if skip else out)
@@ -146,11 +151,11 @@ def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def backend_for(q: Tensor, v: Tensor, options: Mapping[str, Any]) -> str | None:
-    """Name the reference for what the C++ kernels do not take; else leave the choice to the op."""
+def decode_backend(q: Tensor, v: Tensor, options: Mapping[str, Any]) -> str | None:
+    """Name the reference for what the CPU's decode does not take; else leave it to the op."""
     if q.device.type != "cpu":
         return None
-    beyond = {"sinks", "softcap", "sliding_window", "k_start"} & options.keys()
+    beyond = {"sinks", "softcap", "sliding_window"} & options.keys()
     return "reference" if beyond or q.shape[-1] != v.shape[-1] else None
 
 

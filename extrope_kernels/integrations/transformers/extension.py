@@ -10,8 +10,9 @@ from torch import nn
 
 from ...scores import SCORES
 from .apply import unwrap_apply, wrap_apply
-from .architecture import RotarySite, find_sites
+from .architecture import RotarySite, find_sites, unsupported
 from .frequency_methods import frequency_changes
+from .layers import run_on_trial
 from .parameters import PARAMETERS
 from .rotary import Rotary
 from .score_methods import score_changes
@@ -63,7 +64,22 @@ def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters:
     if method not in PARAMETERS:
         raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
     changes = score_changes if method in SCORES else frequency_changes
-    return Extension(method, *changes(model, sites, method, parameters, layers))
+    extension = Extension(method, *changes(model, sites, method, parameters, layers))
+    if method in SCORES:
+        _rehearse(extension, sites)
+    return extension
+
+
+def _rehearse(extension: Extension, sites: list[RotarySite]) -> None:
+    """Run four tokens: what a model does between its rotary embedding and its layers shows then."""
+    for owner in {site.owner: None for site in sites}:
+        try:
+            run_on_trial(owner)
+        except (AttributeError, RuntimeError, TypeError) as error:
+            extension.restore()
+            raise unsupported(
+                owner, f"its layers make something else of their rotation ({error})"
+            ) from error
 
 
 def _refuse_second_score(sites: list[RotarySite], method: str) -> None:

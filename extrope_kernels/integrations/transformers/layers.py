@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ... import RopeFreqs, apply_rope
 from ...ops.attention import attend
 from ...scores import rerope
 from .architecture import BOUNDED, RotarySite, unsupported
-from .attending import Heads, backend_for, refuse_options, rotated_first, softmax_options
+from .attending import Heads, refuse_options, rotated_first, softmax_options
 from .forwards import argument_names, by_name
 from .fused import forward_of, rotating_layers
 from .rotation import ATTENTION, register_attention
@@ -36,6 +37,7 @@ _KNOWN = {
     "sliding_window",
     *("output_attentions", "output_hidden_states", "return_dict", "output_router_logits"),
 }
+Ladders = list[tuple[RotarySite, "str | None", Tensor]]
 _PLAIN = rerope(window=1 << 20)
 
 
@@ -67,18 +69,19 @@ class Layers:
         self.near: list[nn.Module] = []
         self.shapes: set[tuple[int, int, torch.dtype]] = set()
         register_attention()
+        self.ladders = _ladders(sites)
         still, moved = self._record(still=True), self._record(still=False)
-        for layer in rotating_layers(owner):
-            name = type(layer).__name__
-            if layer not in moved:
+        for layer in moved.called:
+            if layer not in moved.seen:
+                name = type(layer).__name__
                 raise unsupported(owner, f"{name} does not attend through transformers' interface")
-        for layer, got in moved.items():
-            heads = self._heads(layer, still[layer], got)
+        for layer, got in moved.seen.items():
+            heads, freqs = self._heads(layer, still.seen[layer], got)
             if heads is None or _is_bounded(layer, got.options, layers):
                 self.near.append(layer)
             else:
                 _check_options(owner, layer, got.options)
-                self._check_attention(layer, heads, still[layer], got)
+                self._check_attention(layer, heads, freqs, still.seen[layer], got)
                 self.far[layer] = heads
                 self.shapes.add((got.q.shape[-1], got.v.shape[-1], got.v.dtype))
         if not self.far:
@@ -88,21 +91,25 @@ class Layers:
                 "so none sees distances past it",
             )
 
-    @torch.no_grad()
-    def _record(self, still: bool) -> dict[nn.Module, Recorded]:
+    def _record(self, still: bool) -> _Recorder:
         """Run the owner on four tokens; still: all of them at position 0."""
         recorder = _Recorder()
-        tokens = torch.arange(_TOKENS, device=self._device())[None]
-        overrides = [(site.rotary, "forward", _TrialTables(site, still)) for site in self.sites]
+        overrides = [
+            (site.rotary, "forward", _TrialTables(site, self.ladders, still)) for site in self.sites
+        ]
         layers = [layer for layer in self.owner.modules() if _attends(layer)]
         overrides += [(layer, "config", switched(layer.config)) for layer in layers]
         handles = [
             layer.register_forward_pre_hook(recorder.before_layer, with_kwargs=True)
             for layer in layers
         ]
+        handles += [
+            layer.register_forward_pre_hook(recorder.note_layer)
+            for layer in rotating_layers(self.owner)
+        ]
         try:
-            with replaced(overrides), _evaluating(self.owner):
-                self.owner(input_ids=tokens, use_cache=False)
+            with replaced(overrides):
+                run_on_trial(self.owner)
         except Exception as error:  # whatever a foreign layer leads to
             reason = f"its layers cannot be tried out ({_short(error)})"
             if _Recorder.__name__ in str(error):
@@ -113,27 +120,26 @@ class Layers:
         finally:
             for handle in handles:
                 handle.remove()
-        return recorder.seen
+        return recorder
 
-    def _device(self) -> torch.device:
-        embed = getattr(self.owner, "get_input_embeddings", None)
-        weights = embed() if embed is not None else self.owner
-        return next(weights.parameters()).device
-
-    def _heads(self, layer: nn.Module, still: Recorded, moved: Recorded) -> Heads | None:
-        """Return how a layer rotates, None where it does not."""
+    def _heads(
+        self, layer: nn.Module, still: Recorded, moved: Recorded
+    ) -> tuple[Heads | None, RopeFreqs]:
+        """Return how a layer rotates, None where it does not, and the trial's frequencies."""
+        freqs = RopeFreqs(still.q.new_zeros(1).float())
         if _close(still.q, moved.q) and _close(still.k, moved.k):
-            return None
-        for number, (layer_type, pairs) in enumerate(_ladders(self.sites)):
-            freqs = RopeFreqs(_trial_frequencies(number, pairs).to(still.q.device))
-            for start in {0, still.q.shape[-1] - 2 * pairs}:
-                for interleaved in (False, True):
-                    heads = Heads(layer_type, start, 2 * pairs, interleaved)
-                    if start >= 0 and all(
-                        _close(_rotated(a, freqs, heads), rotated_first(b, start))
-                        for a, b in ((still.q, moved.q), (still.k, moved.k))
-                    ):
-                        return heads
+            return None, freqs
+        for _, _, inv_freq in self.ladders:
+            pairs = inv_freq.numel()
+            starts = {start for start in (0, still.q.shape[-1] - 2 * pairs) if start >= 0}
+            for start, interleaved, sign in product(starts, (False, True), (1, -1)):
+                heads = Heads(start, 2 * pairs, interleaved, sign)
+                freqs = RopeFreqs(sign * inv_freq.to(still.q.device))
+                if all(
+                    _close(_rotated(a, freqs, heads), rotated_first(b, start))
+                    for a, b in ((still.q, moved.q), (still.k, moved.k))
+                ):
+                    return heads, freqs
         name = type(layer).__name__
         raise unsupported(
             self.owner,
@@ -141,12 +147,14 @@ class Layers:
         )
 
     def _check_attention(
-        self, layer: nn.Module, heads: Heads, still: Recorded, moved: Recorded
+        self,
+        layer: nn.Module,
+        heads: Heads,
+        freqs: RopeFreqs,
+        still: Recorded,
+        moved: Recorded,
     ) -> None:
         """Compare the op with the layer's own attention, where positions are as they were."""
-        names = {layer_type: i for i, (layer_type, _) in enumerate(_ladders(self.sites))}
-        inv_freq = _trial_frequencies(names[heads.layer_type], heads.dim // 2)
-        freqs = RopeFreqs(inv_freq.to(moved.q.device))
         q, k = (rotated_first(x, heads.start).transpose(1, 2) for x in (still.q, still.k))
         options = softmax_options(layer, moved.options) | {"interleaved": heads.interleaved}
         v = moved.v
@@ -158,7 +166,6 @@ class Layers:
                 v.transpose(1, 2),
                 freqs,
                 op="extend",
-                backend=backend_for(q, v, options),
                 **options,
             )
             own = forward_of(layer).__globals__.get("eager_attention_forward")
@@ -173,10 +180,18 @@ class Layers:
 
 
 class _Recorder:
-    """Takes the mask's place, and so is asked to attend."""
+    """Takes the mask's place, and so is asked to attend.
+
+    called: layers that the owner has called; seen: what those with an attention gave to it.
+    """
 
     def __init__(self) -> None:
+        self.called: dict[nn.Module, None] = {}
         self.seen: dict[nn.Module, Recorded] = {}
+
+    def note_layer(self, layer: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of every layer that rotates."""
+        self.called[layer] = None
 
     def before_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -192,15 +207,16 @@ class _Recorder:
 
 
 class _TrialTables:
-    """Stands in for a rotary embedding: tables of the trial's frequencies, the model's for others."""
+    """Stands in for a rotary embedding: tables of the trial's frequencies for what is extended."""
 
-    def __init__(self, site: RotarySite, still: bool) -> None:
+    def __init__(self, site: RotarySite, ladders: Ladders, still: bool) -> None:
         self.rotary = site.rotary
         self.still = still
-        self.tables = {}
-        for number, (layer_type, pairs) in enumerate(_ladders([site])):
-            freqs = RopeFreqs(_trial_frequencies(number, pairs))
-            self.tables[layer_type] = Tables(site.rotary, layer_type, freqs)
+        self.tables = {
+            layer_type: Tables(site.rotary, layer_type, RopeFreqs(inv_freq), site.order(layer_type))
+            for other, layer_type, inv_freq in ladders
+            if other is site
+        }
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         if layer_type not in self.tables:
@@ -209,14 +225,16 @@ class _TrialTables:
         return self.tables[layer_type](x, positions.expand(position_ids.shape))
 
 
-def _ladders(sites: list[RotarySite]) -> list[tuple[str | None, int]]:
-    """Return the kinds of layers to extend, and how many pairs of dims each rotates."""
-    return [(kind, site.dim(kind) // 2) for site in sites for kind in site.layer_types]
+def _ladders(sites: list[RotarySite]) -> Ladders:
+    """Return the kinds of layers to extend, each with frequencies of its own for the trial.
 
-
-def _trial_frequencies(number: int, pairs: int) -> Tensor:
-    """Fast enough for four tokens to tell all pairs, and ladders, apart."""
-    return torch.linspace(0.2, 1.1, pairs) * (1 + 0.37 * number)
+    They are fast enough for four tokens to tell all pairs, and kinds, apart.
+    """
+    kinds = [(site, layer_type) for site in sites for layer_type in site.layer_types]
+    return [
+        (site, kind, torch.linspace(0.2, 1.1, site.dim(kind) // 2) * (1 + 0.37 * number))
+        for number, (site, kind) in enumerate(kinds)
+    ]
 
 
 def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
@@ -284,6 +302,16 @@ def replaced(overrides: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
                 del vars(module)[name]
             else:
                 vars(module)[name] = value
+
+
+@torch.no_grad()
+def run_on_trial(owner: nn.Module) -> None:
+    """Run an owner on four tokens, as it would run in evaluation."""
+    embed = getattr(owner, "get_input_embeddings", None)
+    weights = embed() if embed is not None else owner
+    tokens = torch.arange(_TOKENS, device=next(weights.parameters()).device)[None]
+    with _evaluating(owner):
+        owner(input_ids=tokens, use_cache=False)
 
 
 @contextmanager

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ... import RopeFreqs
 from ...methods import METHODS
@@ -48,8 +46,6 @@ def bind_method(
     _check_dim(method, bound(seq_len=1) if takes_length else bound(), dim)
     if (still := _unrotated(site, layer_type)) and method != "proportional":
         bound = partial(_without, bound, still)
-    if (order := _order(site, layer_type)) is not None:
-        bound = partial(_reordered, bound, order)
     return bound, takes_length
 
 
@@ -58,32 +54,6 @@ def _unrotated(site: RotarySite, layer_type: str | None) -> int:
     if site.parameters(layer_type).get("rope_type") != "proportional":
         return 0
     return int((getattr(site.rotary, f"{prefix_of(layer_type)}inv_freq") == 0).sum())
-
-
-def _order(site: RotarySite, layer_type: str | None) -> Tensor | None:
-    """Return the order in which the model holds its ladder; None where that is the usual one.
-
-    Raises ValueError where the frequencies are no ladder of the configuration's base at all.
-    """
-    parameters = site.parameters(layer_type)
-    if parameters.get("rope_type", "default") != "default" or "rope_theta" not in parameters:
-        return None
-    with torch.device("cpu"):
-        fresh = type(site.rotary)(site.rotary.config)
-    own = getattr(fresh, f"{prefix_of(layer_type)}inv_freq").float()
-    ladder = METHODS["rope"](site.dim(layer_type), base=parameters["rope_theta"]).inv_freq
-    if torch.allclose(own, ladder, rtol=1e-4):
-        return None
-    if not torch.allclose(own.sort().values, ladder.sort().values, rtol=1e-4):
-        raise unsupported(site.owner, "its frequencies are not the powers of its rope_theta")
-    order = torch.empty_like(own, dtype=torch.int64)
-    order[own.argsort()] = ladder.argsort()
-    return order
-
-
-def _reordered(method: Callable[..., RopeFreqs], order: Tensor, **parameters: Any) -> RopeFreqs:
-    freqs = method(**parameters)
-    return replace(freqs, inv_freq=freqs.inv_freq[..., order.to(freqs.inv_freq.device)])
 
 
 def _without(method: Callable[..., RopeFreqs], still: int, **parameters: Any) -> RopeFreqs:
@@ -121,6 +91,8 @@ def own_freqs(site: RotarySite, layer_type: str | None) -> RopeFreqs:
         # Rounded by a cast of the whole model; the config still says what they were.
         with torch.device("cpu"):
             inv_freq = getattr(type(rotary)(rotary.config), f"{prefix}inv_freq").to(inv_freq.device)
+    if (order := site.order(layer_type)) is not None:
+        inv_freq = inv_freq[order.argsort().to(inv_freq.device)]
     factor = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
     return RopeFreqs(inv_freq.detach().float().clone(), factor)
 

@@ -28,6 +28,7 @@ class Rotary:
         self.rotary = site.rotary
         self.fused = site.fused
         self.single = site.single
+        self.orders = dict(zip(site.layer_types, site.orders, strict=True))
         self.freqs = freqs
         self.method = method
         self._tables: dict[str | None, Tables] = {}
@@ -52,7 +53,9 @@ class Rotary:
             )
         made = self._tables.get(layer_type)
         if made is None or made.freqs is not freqs:
-            made = self._tables[layer_type] = Tables(self.rotary, layer_type, freqs)
+            made = self._tables[layer_type] = Tables(
+                self.rotary, layer_type, freqs, self.orders[layer_type]
+            )
         return made(x, position_ids)
 
     def freqs_on(self, layer_type: str | None, device: torch.device) -> RopeFreqs:

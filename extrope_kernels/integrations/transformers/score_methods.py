@@ -12,7 +12,7 @@ from ... import RopeFreqs, methods
 from ...ops.attention import attend
 from ...scores import UNROTATED, Score
 from .architecture import RotarySite
-from .attending import Attending, backend_for, exchange
+from .attending import Attending, exchange
 from .forwards import argument_names, by_name, cache_of, caches_in, tokens_of
 from .layers import Layers, switched
 from .parameters import bind_score, own_freqs
@@ -168,7 +168,7 @@ class ScoreForward:
 
         if not isinstance(cache, Cache):
             raise ValueError(f"extend: cache must be a Cache, got {type(cache).__name__}")
-        past = int(cache.get_seq_length())
+        past = self._length(cache)
         if past and getattr(cache, _ON_CACHE, None) != self.score.stored:
             raise ValueError(
                 f"extend: cache must have been filled under {self.rotaries[0].method}, whose keys "
@@ -176,6 +176,11 @@ class ScoreForward:
             )
         setattr(cache, _ON_CACHE, self.score.stored)
         return past
+
+    def _length(self, cache: Any) -> int:
+        """Ask an extended layer: those of a hybrid's other sort hold no tokens."""
+        index = getattr(next(iter(self.heads)), "layer_idx", None)
+        return int(cache.get_seq_length() if index is None else cache.get_seq_length(index))
 
 
 def _own(attending: Attending) -> Any:
@@ -204,5 +209,4 @@ def _check_heads(score: Score, log_n: float | None, layers: Layers) -> None:
     for head_dim, v_head_dim, dtype in layers.shapes:
         token = torch.zeros(1, 1, 1, head_dim, dtype=dtype)
         v = torch.zeros(1, 1, 1, v_head_dim, dtype=dtype)
-        options = {"log_n": log_n, "backend": backend_for(token, v, {})}
-        attend(score, token, token, v, methods.rope(2), op="extend", **options)
+        attend(score, token, token, v, methods.rope(2), log_n=log_n, op="extend")

@@ -16,32 +16,28 @@ from .architecture import RotarySite
 from .fused import forward_of
 
 _APPLY = "yarn_apply_mscale"
+_IN_FORCE = "_extrope_mscale"
 # What a method's parameters of these names mean is in the softmax scale.
 NAMES = ("mscale", "mscale_all_dim")
 
 
 def softmax_scales(
     site: RotarySite, method: str, given: Mapping[str, Any]
-) -> list[tuple[nn.Module, str, float]]:
+) -> list[tuple[nn.Module, str, Any]]:
     """Return the overrides of the layers' `scaling`; none where the model has no such layers."""
-    overrides = []
+    config = site.parameters(site.layer_types[0])
+    parameters: dict[str, Any] = {"rope_type": "default"}
+    if method == "yarn":
+        own = {name: config[name] for name in NAMES if name in config}
+        parameters = {"rope_type": "yarn", **own, **given}
+    overrides: list[tuple[nn.Module, str, Any]] = []
     for layer in site.owner.modules():
-        function = _function(layer)
-        if function is None:
-            continue
-        in_force = getattr(layer, _IN_FORCE, None) or site.parameters(None)
-        parameters = {"rope_type": "default"}
-        if method == "yarn":
-            own = {
-                name: site.parameters(None)[name] for name in NAMES if name in site.parameters(None)
-            }
-            parameters = {"rope_type": "yarn", **own, **given}
-        ratio = function(parameters, 1.0) / function(in_force, 1.0)
-        overrides += [(layer, "scaling", layer.scaling * ratio), (layer, _IN_FORCE, parameters)]
+        if (function := _function(layer)) is not None:
+            in_force = getattr(layer, _IN_FORCE, config)
+            ratio = function(parameters, 1.0) / function(in_force, 1.0)
+            overrides.append((layer, "scaling", layer.scaling * ratio))
+            overrides.append((layer, _IN_FORCE, parameters))
     return overrides
-
-
-_IN_FORCE = "_extrope_mscale"
 
 
 def scales_softmax(site: RotarySite) -> bool:

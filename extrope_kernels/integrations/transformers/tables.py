@@ -8,6 +8,7 @@ else is the model's own.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,22 @@ from ... import RopeFreqs
 
 
 class Tables:
-    """What a rotary embedding returns for other frequencies: call it as the model's own."""
+    """What a rotary embedding returns for other frequencies: call it as the model's own.
 
-    def __init__(self, rotary: nn.Module, layer_type: str | None, freqs: RopeFreqs) -> None:
+    order: where the model holds its frequencies in another order than that of the pairs, the
+        number of the pair that each is for.
+    """
+
+    def __init__(
+        self,
+        rotary: nn.Module,
+        layer_type: str | None,
+        freqs: RopeFreqs,
+        order: Tensor | None = None,
+    ) -> None:
         self.freqs = freqs
+        if order is not None:
+            freqs = replace(freqs, inv_freq=freqs.inv_freq[..., order.to(freqs.inv_freq.device)])
         self.options = {} if layer_type is None else {"layer_type": layer_type}
         self.twin = _twin(rotary, layer_type, freqs)
 
