@@ -59,6 +59,7 @@ OF_THE_CHECKOUT = (
     "package/test_permute_emulated.py",
     "package/test_recipes.py",
     "package/test_sources.py",
+    "transformers/test_models.py",
 )
 NATIVE = (
     "rope/test_rope.py",
@@ -116,6 +117,13 @@ def kernels(session: nox.Session, triton: str) -> None:
     install(session, BUILT_WITH[1])
     session.install("pip", "rich")
     session.run("python", "bench/triton_versions.py", "--all", triton)
+
+
+@nox.session(python=BUILT_WITH[0])
+def models(session: nox.Session) -> None:
+    """`extend` on every rotary class of the newest transformers, against the committed table."""
+    install(session, BUILT_WITH[1])
+    session.run("python", "bench/models_census.py", "--check")
 
 
 @nox.session(python=BUILT_WITH[0])

@@ -1,4 +1,4 @@
-"""Which models `extend` serves: python bench/models_census.py [--only NAME ...]
+"""Which models `extend` serves: python bench/models_census.py [--only NAME ... | --check]
 
 Builds every causal and image-text class of the installed transformers that has rotary parameters,
 tiny and random, extends it by a method of every sort, and compares:
@@ -10,7 +10,8 @@ tiny and random, extends it by a method of every sort, and compares:
 - after `restore`, its logits with those from before, bit by bit.
 
 Each class has a process of its own, 7 GiB and a time limit. Prints a line per class and writes
-bench/results/models.json, from which bench/readme.py makes docs/models.md.
+bench/results/models.json, from which bench/readme.py makes docs/models.md; with --check it writes
+nothing, and fails where a class is not served that was.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results" / "models.json"
 sys.path.append(str(ROOT / "tests" / "support"))
 
 import tiny_models  # noqa: E402
@@ -191,6 +193,7 @@ def _child(send: Connection, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", help="names of classes; nothing is written then")
+    parser.add_argument("--check", action="store_true", help="compare with the results")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -199,11 +202,20 @@ def main() -> None:
         rows.append(row)
         bad = {name: said for name, said in row.items() if name != "name" and said != "ok"}
         print(row["name"], bad or "ok", flush=True)
+    if args.check:
+        sys.exit(lost(rows, json.loads(RESULTS.read_text())["rows"]))
     if not args.only:
         rows.sort(key=lambda row: row["name"].lower())
         results = {"transformers": transformers.__version__, "rows": rows}
-        path = ROOT / "bench" / "results" / "models.json"
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def lost(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> str | None:
+    """Name what was served before and is not now."""
+    served = {(row["name"], key) for row in before for key in row if row[key].startswith("ok")}
+    now = {(row["name"], key) for row in rows for key in row if row[key].startswith("ok")}
+    gone = sorted(served - now)
+    return "; ".join(f"{name}: {key}" for name, key in gone) or None
 
 
 if __name__ == "__main__":

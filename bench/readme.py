@@ -9,8 +9,9 @@ and docs/demo.png. All of it goes to bench/results/README.md, and between the ma
 
 what bench/results/rope-cpu.json says; here only the cases with "bfloat16" in their name, dtype or
 shape; several words must all be there. FOLDER/rope-cpu is another machine's (--out FOLDER);
-`methods` is the table of methods, `gpu_audit` and `triton_versions` the audit's, `demo` the demo's,
-and `api: scores` what mkdocstrings is to show of that room.
+`methods` is the table of methods, `models` that of bench/models_census.py, `gpu_audit` and
+`triton_versions` the audit's, `demo` the demo's, and `api: scores` what mkdocstrings is to show of
+that room.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 import bench_overhead
 import length_report
 import method_table
+import models_table
 import triton_versions
 from audit.summary import table as audit_table
 from harness import COLUMNS, RESULTS, cell
@@ -171,6 +173,8 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
     if (audit := results / "gpu_audit.json").exists():
         made["gpu_audit"] = lambda only: audit_table(audit)
         made["triton_versions"] = lambda only: triton_versions.table()
+    if (models := results / "models.json").exists():
+        made["models"] = lambda only: models_table.table(models)
     if (demo := results / "demo.json").exists():
         made["demo"] = lambda only: demo_table(json.loads(demo.read_text()))
     return made

@@ -12,10 +12,10 @@ from ...scores import SCORES
 from .apply import unwrap_apply, wrap_apply
 from .architecture import RotarySite, find_sites, unsupported
 from .frequency_methods import frequency_changes
-from .layers import run_on_trial
 from .parameters import PARAMETERS
 from .rotary import Rotary
 from .score_methods import score_changes
+from .trial import run_on_trial
 
 
 def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters: Any) -> Extension:
@@ -24,32 +24,38 @@ def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters:
     Weights, buffers and configuration stay as they are.
 
     A frequency method (`methods.METHODS`) takes the place of whatever scaling the model's
-    configuration names: nothing is scaled twice. Every rotation goes through `apply_rope_qk`:
-    frequencies stay float32 and positions integers in a model of any dtype. Where a model rotates
-    its full attention and its sliding window layers differently (Gemma 3), the full attention
-    layers alone are extended. A method that depends on the length (`dynamic_ntk`, `dynamic_yarn`,
-    `longrope`) is frozen per request, so that cached keys stay valid: `generate` chooses for the
-    prompt and max_new_tokens (or max_length) together, a forward with an empty cache for its own
-    tokens, or for the largest of its position_ids where it is given them. A `seq_len` among the
-    parameters fixes it for good.
+    configuration names: nothing is scaled twice, not by the softmax scale of latent attention
+    either (DeepSeek), whose mscale and mscale_all_dim are those of the configuration unless given.
+    Where `apply_rope_qk` does what the model's layers do, every rotation goes through it:
+    frequencies stay float32 and positions integers in a model of any dtype. Elsewhere (complex
+    numbers, several axes of positions) the model's own rotary embedding makes its tables of the
+    other frequencies. Layers without a rotation stay without. A method that depends on the length
+    (`dynamic_ntk`, `dynamic_yarn`, `longrope`) is frozen per request, so that cached keys stay
+    valid: `generate` chooses for the prompt and max_new_tokens (or max_length) together, a forward
+    with an empty cache for its own tokens, or for the largest of its position_ids where it is
+    given them. A `seq_len` among the parameters fixes it for good.
 
     A score method (`scores.SCORES`) keeps the frequencies in force, the model's or those of an
     extension before it, and changes which relative position a pair sees; with `log_n` queries are
-    scaled as in the attention ops, too. The layers attend by these ops, and a cache holds each key
-    once. Layers with a sliding window are left alone: none of their distances is past it. Positions
-    count from a row's first token, so batches padded on either side, and on the left to generate,
-    give what their rows give alone. Every cache that returns all keys in order serves, static ones
-    too. Refused: soft-capped logits, attention sinks, dropout, packed rows, weights to be returned
-    (output_attentions), and xpos but for methods whose positions start anew (dual_chunk,
-    blockwise_causal).
+    scaled as in the attention ops, too. The layers attend by these ops, with their sinks, caps and
+    scales, and a cache holds each key once. Positions count from a row's first token, so batches
+    padded on either side, and on the left to generate, give what their rows give alone. Every cache
+    that returns all keys in order serves, static ones too. Refused: layers whose keys are not all
+    those before a query (indexers, prompts that see all of themselves), what makes logits depend
+    on more than distances (a norm with weights after the rotation), images (a token with several
+    positions), dropout, packed rows, weights to be returned (output_attentions), and xpos but for
+    methods whose positions start anew (dual_chunk, blockwise_causal).
 
     Nothing in a model clips at max_position_embeddings but the default length of `generate`: give
     it max_new_tokens for prompts beyond.
 
-    model: a decoder of the Llama, Mistral, Qwen2, Qwen3, Gemma, Phi or GPT-NeoX families, or any
-        other that rotates by `apply_rotary_pos_emb` in a way that is found to agree with the op;
-        with or without its head.
+    model: any language model of transformers that rotates, with or without its head or a vision
+        tower, which is left alone. docs/models.md has them all.
     method: a name of `PARAMETERS`.
+    layers: "full", for a frequency method, extends the rotation of the layers that see all keys,
+        where a model has one of its own for those with a sliding window (Gemma 3); for a score
+        method the layers that see all keys: none of the distances in the others is past their
+        window. "all" extends every layer that rotates, but for chunks (Llama 4).
     parameters: the method's parameters. For a frequency method, of the model's configuration come
         dim, base (its rope_theta; `abf` has its own), original_max_position_embeddings
         (max_position_embeddings where there is none) and max_position_embeddings, unless given.

@@ -8,10 +8,6 @@ changes nothing, and must give what the layer's own attention gives.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -23,12 +19,20 @@ from ...ops.attention import attend
 from ...scores import rerope
 from .architecture import BOUNDED, RotarySite, unsupported
 from .attending import Heads, refuse_options, rotated_first, softmax_options
-from .forwards import argument_names, by_name
+from .forwards import argument_names
 from .fused import forward_of, rotating_layers
-from .rotation import ATTENTION, register_attention
-from .tables import Tables
+from .rotation import register_attention
+from .trial import (
+    TOKENS,
+    Recorded,
+    Recorder,
+    TrialTables,
+    ladders_of,
+    replaced,
+    run_on_trial,
+    switched,
+)
 
-_TOKENS = 4
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 # What layers tell their attention and the ops are told too, or what changes nothing for a layer
 # that is causal over all keys.
@@ -37,18 +41,7 @@ _KNOWN = {
     "sliding_window",
     *("output_attentions", "output_hidden_states", "return_dict", "output_router_logits"),
 }
-Ladders = list[tuple[RotarySite, "str | None", Tensor]]
 _PLAIN = rerope(window=1 << 20)
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What a layer hands to its attention: q, k, v of (1, heads, 4, head_dim), and the rest."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    options: dict[str, Any]
 
 
 class Layers:
@@ -69,7 +62,7 @@ class Layers:
         self.near: list[nn.Module] = []
         self.shapes: set[tuple[int, int, torch.dtype]] = set()
         register_attention()
-        self.ladders = _ladders(sites)
+        self.ladders = ladders_of(sites)
         still, moved = self._record(still=True), self._record(still=False)
         for layer in moved.called:
             if layer not in moved.seen:
@@ -91,11 +84,11 @@ class Layers:
                 "so none sees distances past it",
             )
 
-    def _record(self, still: bool) -> _Recorder:
+    def _record(self, still: bool) -> Recorder:
         """Run the owner on four tokens; still: all of them at position 0."""
-        recorder = _Recorder()
+        recorder = Recorder()
         overrides = [
-            (site.rotary, "forward", _TrialTables(site, self.ladders, still)) for site in self.sites
+            (site.rotary, "forward", TrialTables(site, self.ladders, still)) for site in self.sites
         ]
         layers = [layer for layer in self.owner.modules() if _attends(layer)]
         overrides += [(layer, "config", switched(layer.config)) for layer in layers]
@@ -112,7 +105,7 @@ class Layers:
                 run_on_trial(self.owner)
         except Exception as error:  # whatever a foreign layer leads to
             reason = f"its layers cannot be tried out ({_short(error)})"
-            if _Recorder.__name__ in str(error):
+            if Recorder.__name__ in str(error):
                 reason = (
                     "its layers choose keys by a mask of their own, the ops see regions of keys"
                 )
@@ -171,70 +164,12 @@ class Layers:
             own = forward_of(layer).__globals__.get("eager_attention_forward")
             if own is None:
                 return
-            mask = torch.full((_TOKENS, _TOKENS), torch.finfo(v.dtype).min, device=v.device).triu(1)
+            mask = v.new_full((TOKENS, TOKENS), torch.finfo(v.dtype).min).triu(1)
             q, k = moved.q.to(v.dtype), moved.k.to(v.dtype)
-            want = own(layer, q, k, v, mask[None, None].to(v.dtype), **moved.options)[0]
+            want = own(layer, q, k, v, mask[None, None], **moved.options)[0]
         if not _close(got, want.view_as(got)):
             name = type(layer).__name__
             raise unsupported(self.owner, f"{name} attends in a way of its own")
-
-
-class _Recorder:
-    """Takes the mask's place, and so is asked to attend.
-
-    called: layers that the owner has called; seen: what those with an attention gave to it.
-    """
-
-    def __init__(self) -> None:
-        self.called: dict[nn.Module, None] = {}
-        self.seen: dict[nn.Module, Recorded] = {}
-
-    def note_layer(self, layer: nn.Module, args: tuple) -> None:
-        """Forward pre-hook of every layer that rotates."""
-        self.called[layer] = None
-
-    def before_layer(
-        self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
-        return (), by_name(argument_names(layer), args, kwargs) | {"attention_mask": self}
-
-    def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
-    ) -> Tensor:
-        self.seen[module] = Recorded(q, k, v, options)
-        # Of the values alone, so that what comes after is the same in both runs.
-        return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2).contiguous()
-
-
-class _TrialTables:
-    """Stands in for a rotary embedding: tables of the trial's frequencies for what is extended."""
-
-    def __init__(self, site: RotarySite, ladders: Ladders, still: bool) -> None:
-        self.rotary = site.rotary
-        self.still = still
-        self.tables = {
-            layer_type: Tables(site.rotary, layer_type, RopeFreqs(inv_freq), site.order(layer_type))
-            for other, layer_type, inv_freq in ladders
-            if other is site
-        }
-
-    def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        if layer_type not in self.tables:
-            return type(self.rotary).forward(self.rotary, x, position_ids, layer_type)
-        positions = torch.arange(position_ids.shape[-1], device=x.device) * (not self.still)
-        return self.tables[layer_type](x, positions.expand(position_ids.shape))
-
-
-def _ladders(sites: list[RotarySite]) -> Ladders:
-    """Return the kinds of layers to extend, each with frequencies of its own for the trial.
-
-    They are fast enough for four tokens to tell all pairs, and kinds, apart.
-    """
-    kinds = [(site, layer_type) for site in sites for layer_type in site.layer_types]
-    return [
-        (site, kind, torch.linspace(0.2, 1.1, site.dim(kind) // 2) * (1 + 0.37 * number))
-        for number, (site, kind) in enumerate(kinds)
-    ]
 
 
 def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
@@ -246,8 +181,9 @@ def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for a few roundings."""
-    tolerance = 16 * torch.finfo(a.dtype).eps * max(b.abs().max().item(), 1e-30)
+    """Equal but for a few roundings, of float32 at best: that is what tables are made in."""
+    eps = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)
+    tolerance = 16 * eps * max(b.abs().max().item(), 1e-30)
     return bool((a - b).abs().max() <= tolerance)
 
 
@@ -279,52 +215,6 @@ def _check_options(owner: nn.Module, layer: nn.Module, options: dict[str, Any]) 
         raise unsupported(owner, f"{name} is not causal")
     if others := [key for key in options if key not in _KNOWN]:
         raise unsupported(owner, f"{name} attends with {' and '.join(sorted(others))}")
-
-
-def switched(config: Any) -> Any:
-    """Return a layer's config with the attention replaced; everything in it is shared."""
-    config = copy.copy(config)
-    config._attn_implementation_internal = ATTENTION
-    return config
-
-
-@contextmanager
-def replaced(overrides: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Hide attributes of modules for a while."""
-    before = [(module, name, vars(module).get(name)) for module, name, _ in overrides]
-    for module, name, value in overrides:
-        vars(module)[name] = value
-    try:
-        yield
-    finally:
-        for module, name, value in before:
-            if value is None:
-                del vars(module)[name]
-            else:
-                vars(module)[name] = value
-
-
-@torch.no_grad()
-def run_on_trial(owner: nn.Module) -> None:
-    """Run an owner on four tokens, as it would run in evaluation."""
-    embed = getattr(owner, "get_input_embeddings", None)
-    weights = embed() if embed is not None else owner
-    tokens = torch.arange(_TOKENS, device=next(weights.parameters()).device)[None]
-    with _evaluating(owner):
-        owner(input_ids=tokens, use_cache=False)
-
-
-@contextmanager
-def _evaluating(owner: nn.Module) -> Iterator[None]:
-    """No dropout: both runs of a trial must be the same but for the positions."""
-    training = [module for module in owner.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _short(error: Exception) -> str:

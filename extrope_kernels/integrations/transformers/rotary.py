@@ -40,7 +40,11 @@ class Rotary:
         freqs = self.freqs_on(layer_type, x.device)
         if self.fused is not None and position_ids.dim() == 2:
             return Rotation(freqs, position_ids, self.fused.interleaved), None
-        return self.tables(layer_type, freqs, x, position_ids)
+        made = self.tables(layer_type, freqs, x, position_ids)
+        if self.fused is not None and made[0].dim() != 3:
+            shape = tuple(position_ids.shape)
+            raise ValueError(f"extend: position_ids must be (batch, seqlen), got {shape}")
+        return made
 
     def tables(
         self, layer_type: str | None, freqs: RopeFreqs, x: Tensor, position_ids: Tensor

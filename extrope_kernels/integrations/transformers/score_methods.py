@@ -14,11 +14,12 @@ from ...scores import UNROTATED, Score
 from .architecture import RotarySite
 from .attending import Attending, exchange
 from .forwards import argument_names, by_name, cache_of, caches_in, tokens_of
-from .layers import Layers, switched
+from .layers import Layers
 from .parameters import bind_score, own_freqs
 from .rotary import Rotary
 from .rotation import Rotation
 from .rows import Rows, read_rows
+from .trial import switched
 
 _ON_CACHE = "_extrope_stored"
 

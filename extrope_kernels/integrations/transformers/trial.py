@@ -1,0 +1,136 @@
+"""Four tokens through a model whose attention only records what it gets."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import RopeFreqs
+from .architecture import RotarySite
+from .forwards import argument_names, by_name
+from .rotation import ATTENTION
+from .tables import Tables
+
+TOKENS = 4
+# Rotary embeddings with the kinds of layers to extend, and the trial's frequencies for each.
+Ladders = list[tuple[RotarySite, "str | None", Tensor]]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a layer hands to its attention: q, k, v of (1, heads, 4, head_dim), and the rest."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: dict[str, Any]
+
+
+class Recorder:
+    """Takes the mask's place, and so is asked to attend.
+
+    called: layers that the owner has called; seen: what those with an attention gave to it.
+    """
+
+    def __init__(self) -> None:
+        self.called: dict[nn.Module, None] = {}
+        self.seen: dict[nn.Module, Recorded] = {}
+
+    def note_layer(self, layer: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of every layer that rotates."""
+        self.called[layer] = None
+
+    def before_layer(
+        self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        return (), by_name(argument_names(layer), args, kwargs) | {"attention_mask": self}
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        self.seen[module] = Recorded(q, k, v, options)
+        # Of the values alone, so that what comes after is the same in both runs.
+        return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2).contiguous()
+
+
+class TrialTables:
+    """Stands in for a rotary embedding: tables of the trial's frequencies for what is extended."""
+
+    def __init__(self, site: RotarySite, ladders: Ladders, still: bool) -> None:
+        self.rotary = site.rotary
+        self.still = still
+        self.tables = {
+            layer_type: Tables(site.rotary, layer_type, RopeFreqs(inv_freq), site.order(layer_type))
+            for other, layer_type, inv_freq in ladders
+            if other is site
+        }
+
+    def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        if layer_type not in self.tables:
+            return type(self.rotary).forward(self.rotary, x, position_ids, layer_type)
+        positions = torch.arange(position_ids.shape[-1], device=x.device) * (not self.still)
+        return self.tables[layer_type](x, positions.expand(position_ids.shape))
+
+
+def ladders_of(sites: list[RotarySite]) -> Ladders:
+    """Return the kinds of layers to extend, each with frequencies of its own for the trial.
+
+    They are fast enough for four tokens to tell all pairs, and kinds, apart.
+    """
+    kinds = [(site, layer_type) for site in sites for layer_type in site.layer_types]
+    return [
+        (site, kind, torch.linspace(0.2, 1.1, site.dim(kind) // 2) * (1 + 0.37 * number))
+        for number, (site, kind) in enumerate(kinds)
+    ]
+
+
+def switched(config: Any) -> Any:
+    """Return a layer's config with the attention replaced; everything in it is shared."""
+    config = copy.copy(config)
+    config._attn_implementation_internal = ATTENTION
+    return config
+
+
+@contextmanager
+def replaced(overrides: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Hide attributes of modules for a while."""
+    before = [(module, name, vars(module).get(name)) for module, name, _ in overrides]
+    for module, name, value in overrides:
+        vars(module)[name] = value
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            if value is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = value
+
+
+@torch.no_grad()
+def run_on_trial(owner: nn.Module) -> None:
+    """Run an owner on four tokens, as it would run in evaluation."""
+    embed = getattr(owner, "get_input_embeddings", None)
+    weights = embed() if embed is not None else owner
+    tokens = torch.arange(TOKENS, device=next(weights.parameters()).device)[None]
+    with _evaluating(owner):
+        owner(input_ids=tokens, use_cache=False)
+
+
+@contextmanager
+def _evaluating(owner: nn.Module) -> Iterator[None]:
+    """No dropout: both runs of a trial must be the same but for the positions."""
+    training = [module for module in owner.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
