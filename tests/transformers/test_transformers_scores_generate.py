@@ -176,7 +176,7 @@ def test_refuses_rows_that_have_no_beginning():
         for inputs, message in (
             ({"attention_mask": mask}, "got padding between tokens; pad on the left"),
             ({"attention_mask": mask[:, 1:]}, r"attention_mask must be \(2, 27\), cached tok"),
-            ({"attention_mask": four}, "attention_mask must be causal, got one in which tokens see"),
+            ({"attention_mask": four}, "attention_mask must be causal, got one in which"),
             ({"position_ids": positions}, "position_ids must count 0, 1, 2, ... from each row's"),
             ({"output_attentions": True}, "output_attentions must be False"),
         ):

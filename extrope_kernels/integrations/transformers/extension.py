@@ -84,7 +84,7 @@ def _rehearse(extension: Extension, sites: list[RotarySite]) -> None:
         except (AttributeError, RuntimeError, TypeError) as error:
             extension.restore()
             raise unsupported(
-                owner, f"its layers make something else of their rotation ({error})"
+                owner, "its layers do not take the rotation that their model makes once for all"
             ) from error
 
 
