@@ -116,7 +116,6 @@ class Attending:
         rows = self.rows
         if rows.new == 1 and not forgotten and not _records(q, k, v):
             options |= {"cache_seqlens": rows.total, "cache_leftpad": rows.leftpad}
-            options["backend"] = decode_backend(q, v, options)
             return attend_with_kvcache(self.score, q, k, v, self.freqs, **options)
         outs = []
         for start, stop, pad in rows.runs:
@@ -145,18 +144,11 @@ def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, 
     if options.get("softcap") is not None:
         found["softcap"] = float(options["softcap"])
     if options.get("s_aux") is not None:
-        found["sinks"] = options["s_aux"]
+        sinks = options["s_aux"]
+        found["sinks"] = sinks.to(torch.promote_types(sinks.dtype, torch.float32))
     if options.get("sliding_window"):
         found["sliding_window"] = options["sliding_window"]
     return found
-
-
-def decode_backend(q: Tensor, v: Tensor, options: Mapping[str, Any]) -> str | None:
-    """Name the reference for what the CPU's decode does not take; else leave it to the op."""
-    if q.device.type != "cpu":
-        return None
-    beyond = {"sinks", "softcap", "sliding_window"} & options.keys()
-    return "reference" if beyond or q.shape[-1] != v.shape[-1] else None
 
 
 def refuse_options(module: nn.Module, options: Mapping[str, Any]) -> None:
