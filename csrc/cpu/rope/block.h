@@ -1,0 +1,184 @@
+// What the kernels of the rotation share: the cosines and sines of a block of tokens, and rows as
+// pairs of dims in vectors.
+#pragma once
+
+#include <algorithm>
+#include <tuple>
+
+#include "common/rope_params.h"
+#include "cpu/runtime/scratch.h"
+#include "cpu/runtime/token.h"
+#include "cpu/simd/simd.h"
+#include "cpu/simd/sincos.h"
+
+namespace extrope {
+namespace {
+
+constexpr int64_t kBlock = 16;  // tokens
+constexpr int64_t kBytesReadAhead = 2048, kBytesWrittenAhead = 1024;
+
+template <typename T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <typename T>
+using WideVector = std::conditional_t<std::is_same_v<T, double>, doubles, floats>;
+
+// Half-split dims of 16 bits are read as 32-bit words of two neighbours, so that none has to
+// move: a word gives one vector of even dims and one of odd dims, and cos and sin follow.
+template <typename T, bool Interleaved>
+constexpr bool kInWords = std::is_same_v<T, bf16> && !Interleaved;
+
+// The two dims of Vectors vectors of pairs, two where they come in words; with 0 of one pair.
+template <typename T, bool Interleaved, int Vectors>
+struct Pairs {
+  using V = std::conditional_t<Vectors == 0, Wide<T>, WideVector<T>>;
+  static constexpr int kCount = Vectors == 0 ? 1 : Vectors;
+  static constexpr int64_t kLanes = sizeof(V) / sizeof(Wide<T>);
+  V a[kCount], b[kCount];
+
+  // Those from pair i on, of a row whose first `half` pairs of dims rotate.
+  void load(const T* row, int64_t half, int64_t i) {
+    if constexpr (Vectors == 0) {
+      a[0] = widen(row[Interleaved ? 2 * i : i]);
+      b[0] = widen(row[Interleaved ? 2 * i + 1 : half + i]);
+    } else if constexpr (Interleaved) {
+      std::tie(a[0], b[0]) = load_pairs(row + 2 * i);
+    } else if constexpr (Vectors == 2) {
+      std::tie(a[0], a[1]) = load_pairs(row + i);
+      std::tie(b[0], b[1]) = load_pairs(row + half + i);
+    } else {
+      a[0] = load_wide(row + i), b[0] = load_wide(row + half + i);
+    }
+  }
+
+  void store(T* row, int64_t half, int64_t i) const {
+    if constexpr (Vectors == 0) {
+      narrow(a[0], row[Interleaved ? 2 * i : i]);
+      narrow(b[0], row[Interleaved ? 2 * i + 1 : half + i]);
+    } else if constexpr (Interleaved) {
+      store_pairs(row + 2 * i, a[0], b[0]);
+    } else if constexpr (Vectors == 2) {
+      store_pairs(row + i, a[0], a[1]);
+      store_pairs(row + half + i, b[0], b[1]);
+    } else {
+      store_narrow(row + i, a[0]);
+      store_narrow(row + half + i, b[0]);
+    }
+  }
+
+  void rotate(const Wide<T>* cos, const Wide<T>* sin, int64_t i) {
+    for (int v = 0; v < kCount; ++v) {
+      const V c = extrope::load<V>(cos + i + v * kLanes), s = extrope::load<V>(sin + i + v * kLanes);
+      const V first = a[v] * c - b[v] * s, second = b[v] * c + a[v] * s;
+      a[v] = first, b[v] = second;
+    }
+  }
+};
+
+template <int Vectors>
+using Width = std::integral_constant<int, Vectors>;
+
+// Calls visit(Width<Vectors>, i) for all pairs of a row.
+template <typename T, bool Interleaved, typename Visit>
+inline void for_each_pairs(int64_t half, const Visit& visit) {
+  constexpr int64_t lanes = Lanes<WideVector<T>>::count;
+  int64_t i = 0;
+  if constexpr (kInWords<T, Interleaved>) {
+    for (; i + 2 * lanes <= half; i += 2 * lanes) visit(Width<2>(), i);
+  }
+  for (; i + lanes <= half; i += lanes) visit(Width<1>(), i);
+  for (; i < half; ++i) visit(Width<0>(), i);
+}
+
+// Brings cos or sin of `half` pairs to the order in which rotate_row reads words.
+inline void order_by_words(float* row, int64_t half) {
+  for (int64_t i = 0; i + 2 * kFloats <= half; i += 2 * kFloats) {
+    const auto [even, odd] = load_pairs(row + i);
+    store(row + i, even), store(row + i + kFloats, odd);
+  }
+}
+
+// Cosines and sines of one block of tokens, and the padded frequencies and decays that they are
+// made from.
+template <typename T>
+struct Scratch {
+  Scratch(const RopeParams& p, int64_t tokens)
+      : half(p.rotary_dim / 2), stride((half + kDoubles - 1) / kDoubles * kDoubles) {
+    freq.resize(stride);
+    decay.resize(p.log_decay ? stride : 0);
+    cos.resize(std::min(kBlock, tokens) * stride);
+    sin.resize(std::min(kBlock, tokens) * stride);
+    if (p.log_decay) std::copy_n(p.log_decay, half, decay.begin());
+    if (!p.axes) return;
+    positions.resize(p.num_axes);
+    moved_freq.resize(stride);
+    moved_decay.resize(decay.size());
+  }
+  int64_t half, stride;
+  Buffer<double> freq, decay;
+  Buffer<double> positions, moved_freq, moved_decay;  // of one token, by axis and by pair
+  Buffer<Wide<T>> cos, sin;
+};
+
+template <typename T>
+void load_freq(const RopeParams& p, int64_t row, Scratch<T>& scratch) {
+  if (p.inv_freq_is_f64) {
+    std::copy_n(static_cast<const double*>(p.inv_freq) + row, scratch.half, scratch.freq.begin());
+  } else {
+    std::copy_n(static_cast<const float*>(p.inv_freq) + row, scratch.half, scratch.freq.begin());
+  }
+}
+
+inline double position_on(const RopeParams& p, const Token<double>& token, int64_t axis) {
+  const int64_t index =
+      axis * p.position_axis + token.batch * p.position_batch + token.seq * p.position_seq;
+  return read_position<double>(p, index) + static_cast<double>(p.offset);
+}
+
+// Multiplies frequencies and decays by the position on each pair's axis.
+template <typename T>
+void move_by_axis(const RopeParams& p, const Token<double>& token, Scratch<T>& scratch) {
+  for (int64_t axis = 0; axis < p.num_axes; ++axis) {
+    scratch.positions[axis] = position_on(p, token, axis);
+  }
+  for (int64_t i = 0; i < scratch.half; ++i) {
+    const double position = scratch.positions[p.axes[i]];
+    scratch.moved_freq[i] = scratch.freq[i] * position;
+    if (p.log_decay) scratch.moved_decay[i] = scratch.decay[i] * (position - p.decay_origin);
+  }
+}
+
+template <typename T, bool Interleaved>
+void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
+                int64_t count, int64_t head, Scratch<T>& scratch) {
+  int64_t loaded = -1;
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t row = tokens[t].sequence * p.freq_batch + head * p.freq_head;
+    if (row != loaded) load_freq(p, row, scratch);
+    loaded = row;
+    if (p.axes) move_by_axis(p, tokens[t], scratch);
+    const double position = p.axes ? 1.0 : tokens[t].position;
+    const auto& freq = p.axes ? scratch.moved_freq : scratch.freq;
+    const auto& decay = p.axes ? scratch.moved_decay : scratch.decay;
+    const double from_origin = p.axes ? 1.0 : position - p.decay_origin;
+    const Angles angles{position, p.amplitude, tensor.decay_sign * from_origin,
+                        p.log_decay ? decay.data() : nullptr, p.conjugate};
+    Wide<T>*cos = &scratch.cos[t * scratch.stride], *sin = &scratch.sin[t * scratch.stride];
+    fill_sincos(freq.data(), scratch.half, angles, cos, sin);
+    if constexpr (kInWords<T, Interleaved>) {
+      order_by_words(cos, scratch.half), order_by_words(sin, scratch.half);
+    }
+  }
+}
+
+// Asks for the cache lines of the row that is some steps of the loop ahead: left to itself the
+// processor looks no further than a page, and for lines that are only written not at all.
+template <typename T>
+inline void fetch(const T* row, int64_t step, int64_t bytes_ahead, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  const int64_t steps = std::max<int64_t>(bytes_ahead / bytes, 1);
+  const char* first = reinterpret_cast<const char*>(row + steps * step);
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(first + i);
+}
+
+}  // namespace
+}  // namespace extrope
