@@ -12,6 +12,29 @@
 
 namespace extrope {
 
+inline void check_saved(const Tensor& x, const Tensor& grad, bool packed, const char* name) {
+  check_rows("rope", x, packed, name);
+  check_matching("rope", x, grad, name);
+  require(x.size(x.dim() - 2) == grad.size(x.dim() - 2), name, " must have its gradient's shape ",
+          shape_of(grad), ", got ", shape_of(x));
+}
+
+inline void save_inputs(RopeParams& p, const Tensor& grad_q, const OptionalTensor& grad_k,
+                        const Tensor& q, const OptionalTensor& k, bool packed) {
+  check_saved(q, grad_q, packed, "q");
+  set_saved(p.tensors[0], q, packed);
+  require(k.has_value() == grad_k.has_value(), "k must be given with grad_k and q, or not at all");
+  if (k.has_value()) {
+    check_saved(*k, *grad_k, packed, "k");
+    set_saved(p.tensors[1], *k, packed);
+  }
+}
+
+inline void refuse_overlap(const Tensor& q, const OptionalTensor& k) {
+  require(!overlaps_itself(q), "q must not be expanded to be rotated in place");
+  require(!k.has_value() || !overlaps_itself(*k), "k must not be expanded to be rotated in place");
+}
+
 // The three ops, for a device whose kernel is started by `launch`.
 template <void (*launch)(const RopeParams&, int device_index),
           Tensor (*make_like)(const Tensor&) = new_like>
@@ -72,25 +95,6 @@ struct RopeOps {
     return empty_strided(like, sizes, strides, 4, dtype);
   }
 
-  static void save_inputs(RopeParams& p, const Tensor& grad_q, const OptionalTensor& grad_k,
-                          const Tensor& q, const OptionalTensor& k, bool packed) {
-    check_saved(q, grad_q, packed, "q");
-    set_saved(p.tensors[0], q, packed);
-    require(k.has_value() == grad_k.has_value(),
-            "k must be given with grad_k and q, or not at all");
-    if (k.has_value()) {
-      check_saved(*k, *grad_k, packed, "k");
-      set_saved(p.tensors[1], *k, packed);
-    }
-  }
-
-  static void check_saved(const Tensor& x, const Tensor& grad, bool packed, const char* name) {
-    check_rows("rope", x, packed, name);
-    check_matching("rope", x, grad, name);
-    require(x.size(x.dim() - 2) == grad.size(x.dim() - 2), name, " must have its gradient's shape ",
-            shape_of(grad), ", got ", shape_of(x));
-  }
-
   static void inplace(Tensor q, OptionalTensor k, Tensor inv_freq, OptionalTensor positions,
                       OptionalTensor cu_seqlens, OptionalTensor log_decay, OptionalTensor axes,
                       double attention_factor, int64_t offset, bool interleaved, bool inverse,
@@ -100,9 +104,7 @@ struct RopeOps {
         q, k, inv_freq, positions,
         {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
         /*adjoint=*/false);
-    require(!overlaps_itself(q), "q must not be expanded to be rotated in place");
-    require(!k.has_value() || !overlaps_itself(*k),
-            "k must not be expanded to be rotated in place");
+    refuse_overlap(q, k);
     set_output(p.tensors[0], q, packed);
     if (k.has_value()) set_output(p.tensors[1], *k, packed);
     run(p, q);

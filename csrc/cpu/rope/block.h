@@ -67,9 +67,19 @@ struct Pairs {
 
   void rotate(const Wide<T>* cos, const Wide<T>* sin, int64_t i) {
     for (int v = 0; v < kCount; ++v) {
-      const V c = extrope::load<V>(cos + i + v * kLanes), s = extrope::load<V>(sin + i + v * kLanes);
+      const V c = extrope::load<V>(cos + i + v * kLanes),
+              s = extrope::load<V>(sin + i + v * kLanes);
       const V first = a[v] * c - b[v] * s, second = b[v] * c + a[v] * s;
       a[v] = first, b[v] = second;
+    }
+  }
+
+  // Times scale, and times the weights: those of the first dims of all pairs, then of the second.
+  void normalize(const Wide<T>* weight, int64_t half, Wide<T> scale, int64_t i) {
+    for (int v = 0; v < kCount; ++v) {
+      const Wide<T>* at = weight + i + v * kLanes;
+      a[v] = a[v] * scale * extrope::load<V>(at);
+      b[v] = b[v] * scale * extrope::load<V>(at + half);
     }
   }
 };
@@ -87,6 +97,39 @@ inline void for_each_pairs(int64_t half, const Visit& visit) {
   }
   for (; i + lanes <= half; i += lanes) visit(Width<1>(), i);
   for (; i < half; ++i) visit(Width<0>(), i);
+}
+
+template <typename T>
+struct Row {
+  const T* in;
+  T* out;
+  const T* saved;
+};
+
+// One row of one head: out = rotated in; with Grad also angle_grad += saved x out.
+template <typename T, bool Interleaved, bool Grad>
+void rotate_row(Row<T> row, int64_t half, const Wide<T>* cos, const Wide<T>* sin,
+                Wide<T>* angle_grad) {
+  for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
+    using Some = Pairs<T, Interleaved, decltype(width)::value>;
+    using V = typename Some::V;
+    Some x;
+    x.load(row.in, half, i);
+    x.rotate(cos, sin, i);
+    if constexpr (Grad) {
+      Some saved;
+      saved.load(row.saved, half, i);
+      V cross[Some::kCount];
+      for (int v = 0; v < Some::kCount; ++v) cross[v] = saved.a[v] * x.b[v] - saved.b[v] * x.a[v];
+      if constexpr (Some::kCount == 2) {
+        const auto [even, odd] = load_pairs(angle_grad + i);
+        store_pairs(angle_grad + i, even + cross[0], odd + cross[1]);
+      } else {
+        store(angle_grad + i, load<V>(angle_grad + i) + cross[0]);
+      }
+    }
+    x.store(row.out, half, i);
+  });
 }
 
 // Brings cos or sin of `half` pairs to the order in which rotate_row reads words.
@@ -178,6 +221,64 @@ inline void fetch(const T* row, int64_t step, int64_t bytes_ahead, int64_t bytes
   const int64_t steps = std::max<int64_t>(bytes_ahead / bytes, 1);
   const char* first = reinterpret_cast<const char*>(row + steps * step);
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(first + i);
+}
+
+template <typename T>
+inline const T* input_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
+  return static_cast<const T*>(x.in) + token.batch * x.in_batch + token.seq * x.in_seq +
+         head * x.in_head;
+}
+
+template <typename T>
+inline T* output_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
+  return static_cast<T*>(x.out) + token.batch * x.out_batch + token.seq * x.out_seq +
+         head * x.out_head;
+}
+
+template <typename T>
+inline const T* saved_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
+  return static_cast<const T*>(x.saved) + token.batch * x.saved_batch + token.seq * x.saved_seq +
+         head * x.saved_head;
+}
+
+// Calls one(t, head, cos, sin) for all rows of a block of one tensor. filled: what cosines and
+// sines there are in the scratch memory serve this tensor too, unless heads have their own.
+template <typename T, bool Interleaved, typename One>
+void for_each_row(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
+                  int64_t count, Scratch<T>& scratch, bool filled, const One& one) {
+  const auto row = [&](int64_t t, int64_t head) {
+    one(t, head, &scratch.cos[t * scratch.stride], &scratch.sin[t * scratch.stride]);
+  };
+  if (p.angle_heads > 1) {
+    for (int64_t head = 0; head < tensor.heads; ++head) {
+      fill_block<T, Interleaved>(p, tensor, tokens, count, head, scratch);
+      for (int64_t t = 0; t < count; ++t) row(t, head);
+    }
+    return;
+  }
+  if (!filled) fill_block<T, Interleaved>(p, tensor, tokens, count, 0, scratch);
+  if (tensor.in_head < tensor.in_seq) {
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t head = 0; head < tensor.heads; ++head) row(t, head);
+    }
+  } else {
+    for (int64_t head = 0; head < tensor.heads; ++head) {
+      for (int64_t t = 0; t < count; ++t) row(t, head);
+    }
+  }
+}
+
+// Calls block(tokens, count) for the tokens begin..end-1, some at a time.
+template <typename Block>
+void for_each_block(const RopeParams& p, int64_t begin, int64_t end, const Block& block) {
+  Token<double> tokens[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t count = std::min(kBlock, end - first);
+    for (int64_t t = 0; t < count; ++t) {
+      tokens[t] = locate<double>(p, (first + t) / p.seqlen, (first + t) % p.seqlen);
+    }
+    block(tokens, count);
+  }
 }
 
 }  // namespace

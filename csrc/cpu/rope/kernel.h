@@ -1,10 +1,10 @@
-// The CPU kernels of the rotation, one for each instruction set that rope_kernel.cpp is compiled
-// for.
+// The CPU kernels of the rotation, with and without a norm before it, one for each instruction set
+// that they are compiled for.
 #pragma once
 
 #include <cstdint>
 
-#include "common/rope_params.h"
+#include "common/rope_norm_params.h"
 
 namespace extrope {
 
@@ -15,5 +15,14 @@ void rope_tokens_baseline(const RopeParams&, int64_t begin, int64_t end);
 void rope_tokens_avx2(const RopeParams&, int64_t begin, int64_t end);
 void rope_tokens_avx512(const RopeParams&, int64_t begin, int64_t end);
 void rope_tokens_neon(const RopeParams&, int64_t begin, int64_t end);
+
+// Norms and rotates the tokens begin..end-1; with norm_part_tokens, the backward of the parts
+// begin..end-1 of so many tokens.
+using RopeNorms = void (*)(const RopeNormParams&, int64_t begin, int64_t end);
+
+void rope_norm_baseline(const RopeNormParams&, int64_t begin, int64_t end);
+void rope_norm_avx2(const RopeNormParams&, int64_t begin, int64_t end);
+void rope_norm_avx512(const RopeNormParams&, int64_t begin, int64_t end);
+void rope_norm_neon(const RopeNormParams&, int64_t begin, int64_t end);
 
 }  // namespace extrope

@@ -10,53 +10,16 @@
 namespace extrope {
 namespace {
 
-template <typename T>
-struct Row {
-  const T* in;
-  T* out;
-  const T* saved;
-};
-
-// One row of one head: out = rotated in; with Grad also angle_grad += saved x out.
-template <typename T, bool Interleaved, bool Grad>
-void rotate_row(Row<T> row, int64_t half, const Wide<T>* cos, const Wide<T>* sin,
-                Wide<T>* angle_grad) {
-  for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
-    using Some = Pairs<T, Interleaved, decltype(width)::value>;
-    using V = typename Some::V;
-    Some x;
-    x.load(row.in, half, i);
-    x.rotate(cos, sin, i);
-    if constexpr (Grad) {
-      Some saved;
-      saved.load(row.saved, half, i);
-      V cross[Some::kCount];
-      for (int v = 0; v < Some::kCount; ++v) cross[v] = saved.a[v] * x.b[v] - saved.b[v] * x.a[v];
-      if constexpr (Some::kCount == 2) {
-        const auto [even, odd] = load_pairs(angle_grad + i);
-        store_pairs(angle_grad + i, even + cross[0], odd + cross[1]);
-      } else {
-        store(angle_grad + i, load<V>(angle_grad + i) + cross[0]);
-      }
-    }
-    x.store(row.out, half, i);
-  });
-}
-
 template <typename T, bool Interleaved>
 void rotate_one(const RopeParams& p, const RopeTensor& tensor, const Token<double>& token,
                 int64_t head, const Wide<T>* cos, const Wide<T>* sin) {
-  const T* in = static_cast<const T*>(tensor.in) + token.batch * tensor.in_batch +
-                token.seq * tensor.in_seq + head * tensor.in_head;
-  T* out = static_cast<T*>(tensor.out) + token.batch * tensor.out_batch +
-           token.seq * tensor.out_seq + head * tensor.out_head;
+  const T* in = input_row<T>(tensor, token, head);
+  T* out = output_row<T>(tensor, token, head);
   const int64_t half = p.rotary_dim / 2;
   if (p.angle_grad) {
-    const T* saved = static_cast<const T*>(tensor.saved) + token.batch * tensor.saved_batch +
-                     token.seq * tensor.saved_seq + head * tensor.saved_head;
     const int64_t row =
         (token.batch * p.seqlen + token.seq) * p.angle_heads + (p.angle_heads > 1 ? head : 0);
-    rotate_row<T, Interleaved, true>({in, out, saved}, half, cos, sin,
+    rotate_row<T, Interleaved, true>({in, out, saved_row<T>(tensor, token, head)}, half, cos, sin,
                                      static_cast<Wide<T>*>(p.angle_grad) + row * half);
   } else {
     rotate_row<T, Interleaved, false>({in, out, nullptr}, half, cos, sin, nullptr);
@@ -71,49 +34,22 @@ void rotate_one(const RopeParams& p, const RopeTensor& tensor, const Token<doubl
 }
 
 template <typename T, bool Interleaved>
-void rotate_block(const RopeParams& p, const Token<double>* tokens, int64_t count,
-                  Scratch<T>& scratch) {
-  const auto one = [&](const RopeTensor& tensor, int64_t t, int64_t head) {
-    rotate_one<T, Interleaved>(p, tensor, tokens[t], head, &scratch.cos[t * scratch.stride],
-                               &scratch.sin[t * scratch.stride]);
-  };
-  for (int64_t n = 0; n < p.num_tensors; ++n) {
-    const RopeTensor& tensor = p.tensors[n];
-    if (p.angle_heads > 1) {
-      for (int64_t head = 0; head < tensor.heads; ++head) {
-        fill_block<T, Interleaved>(p, tensor, tokens, count, head, scratch);
-        for (int64_t t = 0; t < count; ++t) one(tensor, t, head);
-      }
-      continue;
-    }
-    if (n == 0 || p.log_decay) fill_block<T, Interleaved>(p, tensor, tokens, count, 0, scratch);
-    if (tensor.in_head < tensor.in_seq) {
-      for (int64_t t = 0; t < count; ++t) {
-        for (int64_t head = 0; head < tensor.heads; ++head) one(tensor, t, head);
-      }
-    } else {
-      for (int64_t head = 0; head < tensor.heads; ++head) {
-        for (int64_t t = 0; t < count; ++t) one(tensor, t, head);
-      }
-    }
-  }
-}
-
-template <typename T, bool Interleaved>
 void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
   Scratch<T> scratch(p, end - begin);
-  Token<double> tokens[kBlock];
   if (p.angle_grad) {
     const int64_t row = p.angle_heads * p.rotary_dim / 2;
     std::fill_n(static_cast<Wide<T>*>(p.angle_grad) + begin * row, (end - begin) * row, Wide<T>{0});
   }
-  for (int64_t first = begin; first < end; first += kBlock) {
-    const int64_t count = std::min(kBlock, end - first);
-    for (int64_t t = 0; t < count; ++t) {
-      tokens[t] = locate<double>(p, (first + t) / p.seqlen, (first + t) % p.seqlen);
+  for_each_block(p, begin, end, [&](const Token<double>* tokens, int64_t count) {
+    for (int64_t n = 0; n < p.num_tensors; ++n) {
+      const RopeTensor& tensor = p.tensors[n];
+      for_each_row<T, Interleaved>(
+          p, tensor, tokens, count, scratch, /*filled=*/n > 0 && !p.log_decay,
+          [&](int64_t t, int64_t head, const Wide<T>* cos, const Wide<T>* sin) {
+            rotate_one<T, Interleaved>(p, tensor, tokens[t], head, cos, sin);
+          });
     }
-    rotate_block<T, Interleaved>(p, tokens, count, scratch);
-  }
+  });
 }
 
 template <typename T>

@@ -1,6 +1,6 @@
 """Rotary position embedding with any frequencies, at memory speed, forward and backward."""
 
-from . import schema  # noqa: F401  (defines the ops)
+from . import norm_schema, schema  # noqa: F401  (define the ops)
 from .api import apply_rope, apply_rope_qk, backends
 
 __all__ = ["apply_rope", "apply_rope_qk", "backends"]

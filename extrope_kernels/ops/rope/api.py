@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,13 +11,15 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from .._shared.backends import missing, require
 from .._shared.checks import REFUSALS, refuse_flags, retell, split_offset
+from . import norm as norm_reference
 from . import reference
-from .checks import check
+from .checks import check, check_norm
 from .decay import check_decay
 
 _ops = torch.ops.extrope
 RopeArgs = tuple[Tensor | None, ...]  # of the ops, after q and k
 Options = dict[str, Any]  # of the ops, by keyword
+Norm = tuple[Tensor | None, Tensor | None, float]  # q_norm_weight, k_norm_weight, norm_eps
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
@@ -76,18 +79,35 @@ def apply_rope_qk(
     interleaved: bool = False,
     inverse: bool = False,
     inplace: bool = False,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys in one launch; XPOS's decay is applied upward to q and downward to k.
 
+    With weights, RMSNorm (https://arxiv.org/abs/1910.07467) comes first, in the same pass:
+    x / sqrt(mean(x**2) + norm_eps) * weight over all of head_dim, then the rotation of its first
+    dims. It is computed in float32 (float64 for float64 tensors) and rounded once, after the
+    rotation.
+
     q: (batch, seqlen, heads_q, head_dim), k: (batch, seqlen, heads_k, head_dim), or both
         (total, heads, head_dim) with cu_seqlens. Everything else as in `apply_rope`.
+    q_norm_weight, k_norm_weight: contiguous, float32, bfloat16, float16 or float64, whatever q's
+        dtype. (head_dim,) norms each head, as Qwen3; (heads * head_dim,), head after head, norms
+        all heads of a token together, as OLMo 2. None leaves that tensor without a norm. For
+        Gemma's (1 + w) pass 1 + w.float(), which stays in float32 here as it does there.
+    norm_eps: added to the mean square, >= 0.
 
-    Returns: (q, k), rotated.
+    Returns: (q, k), rotated. With weights q, k and the weights have first derivatives, inv_freq
+    none, and the backends are "cpu", "triton" and "reference".
     """
     if k is None:
         raise TypeError("rope: k must be a Tensor, got NoneType")
-    return _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend)
+    norm = None
+    if not (q_norm_weight is k_norm_weight is None):
+        norm = (q_norm_weight, k_norm_weight, norm_eps)
+    return _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend, norm)
 
 
 def backends() -> dict[str, str]:
@@ -105,6 +125,7 @@ def _rotate(
     inverse: bool,
     inplace: bool,
     backend: str | None,
+    norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor]:
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"rope: freqs must be a RopeFreqs, got {type(freqs).__name__}")
@@ -132,57 +153,78 @@ def _rotate(
     if freqs.log_decay is not None:
         options["decay_origin"] = freqs.decay_origin
         check_decay(freqs, q, positions, options.get("offset", 0), packed=cu_seqlens is not None)
+    name, op_args = "rope", rope_args
+    if norm is not None:
+        name, op_args = "rope_norm", (*norm[:2], *rope_args)
+        options["norm_eps"] = norm[2]
     run = _inplace if inplace else _out_of_place
     if torch.compiler.is_compiling():
-        return run(q, k, rope_args, options, backend)
+        return run(name, q, k, op_args, options, backend)
     try:
-        return run(q, k, rope_args, options, backend)
+        return run(name, q, k, op_args, options, backend)
     except REFUSALS as error:
         check(q, k, *rope_args, attention_factor=freqs.attention_factor)
+        if norm is not None:
+            check_norm(q, k, *norm)
         retell(error, "rope")
         raise
 
 
-def _wants_grad(q: Tensor, k: Tensor | None, inv_freq: Tensor) -> bool:
-    return torch.is_grad_enabled() and (
-        q.requires_grad or inv_freq.requires_grad or (k is not None and k.requires_grad)
-    )
+def _wants_grad(q: Tensor, k: Tensor | None, op_args: RopeArgs) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if q.requires_grad or (k is not None and k.requires_grad):
+        return True
+    # The weights of a norm and inv_freq, as far as they are there, come first.
+    return any([x.requires_grad for x in op_args[:3] if x is not None])
 
 
 def _out_of_place(
-    q: Tensor, k: Tensor | None, rope_args: RopeArgs, options: Options, backend: str | None
+    name: str,
+    q: Tensor,
+    k: Tensor | None,
+    op_args: RopeArgs,
+    options: Options,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    op = _ops.rope_fwd
-    if backend is not None:
-        suffix = _suffix(backend, q)
-        op = reference.rope_fwd if suffix == "_reference" else getattr(_ops, f"rope_fwd{suffix}")
-    if _wants_grad(q, k, rope_args[0]) or backend == "reference" or torch.compiler.is_compiling():
-        out_q, out_k = op(q, k, *rope_args, **options)
+    op = _op(f"{name}_fwd", backend, q)
+    if _wants_grad(q, k, op_args) or backend == "reference" or torch.compiler.is_compiling():
+        out_q, out_k = op(q, k, *op_args, **options)
     else:
         # Nothing to record: skip the Autograd kernel, which costs as much as a small rotation.
         with torch._C._AutoDispatchBelowAutograd():
-            out_q, out_k = op(q, k, *rope_args, **options)
+            out_q, out_k = op(q, k, *op_args, **options)
     return out_q, out_k if k is not None else None
 
 
 def _inplace(
-    q: Tensor, k: Tensor | None, rope_args: RopeArgs, options: Options, backend: str | None
+    name: str,
+    q: Tensor,
+    k: Tensor | None,
+    op_args: RopeArgs,
+    options: Options,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    suffix = "" if backend is None else _suffix(backend, q)
-    if _wants_grad(q, k, rope_args[0]):
+    op = _op(f"{name}_inplace", backend, q)
+    if _wants_grad(q, k, op_args):
         raise ValueError("rope: inplace=True is for inference, got tensors that require grad")
-    if suffix == "_reference":
-        op = reference.rope_inplace
-    else:
-        op = _ops.rope_inplace if suffix == "" else _ops.rope_inplace_triton
-    op(q, k, *rope_args, **options)
+    op(q, k, *op_args, **options)
     if not torch.compiler.is_compiling() and not q.is_inference():
         # Autograd then notices when a tensor that it saved has been overwritten.
         torch.autograd.graph.increment_version((q,) if k is None else (q, k))
     return q, k
 
 
-def _suffix(backend: str, q: Tensor) -> str:
-    """The family of ops that a named backend means, once it is known to run on q."""
+def _op(name: str, backend: str | None, q: Tensor) -> Callable[..., Any]:
+    """What a named backend means, once it is known to run on q."""
+    if backend is None:
+        return getattr(_ops, name)
     require("rope", backend, BACKENDS, q.device.type)
-    return {"reference": "_reference", "triton": "_triton"}.get(backend, "")
+    if backend == "reference":
+        return getattr(norm_reference if "norm" in name else reference, name)
+    if backend == "cuda" and "norm" in name:
+        raise NotImplementedError(
+            "rope: backend 'cuda' cannot run with norm weights, which Triton's kernels take: "
+            "backend=None or 'triton'"
+        )
+    return getattr(_ops, f"{name}_triton" if backend == "triton" else name)

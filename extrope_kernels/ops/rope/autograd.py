@@ -52,8 +52,8 @@ def register(library: torch.library.Library, suffix: str) -> None:
 
     register_backward(library, fwd, _save_fwd, fwd_backward)
     register_backward(library, bwd, _save_bwd, bwd_backward)
-    torch.library.register_vmap(fwd, batching_rule(fwd, 2, _is_shared), lib=library)
-    torch.library.register_vmap(bwd, batching_rule(bwd, 4, _is_shared), lib=library)
+    torch.library.register_vmap(fwd, batching_rule(fwd, 2, has_shared_angles), lib=library)
+    torch.library.register_vmap(bwd, batching_rule(bwd, 4, has_shared_angles), lib=library)
 
 
 def _save_fwd(ctx, args, options, outputs):
@@ -68,12 +68,18 @@ def _save_bwd(ctx, args, options, outputs):
 
 
 def _save(ctx, tensors, rope_args, options) -> None:
+    rope_args = kept_rope_args(rope_args)
+    ctx.options = options
+    ctx.save_for_backward(*tensors, *rope_args)
+
+
+def kept_rope_args(rope_args) -> tuple[Tensor | None, ...]:
+    """All of them, for a backward; raises ValueError for those that have no gradient but want it."""
     rope_args = _with_defaults(rope_args)
     for name, x in (("positions", rope_args[1]), ("log_decay", rope_args[3])):
         if x is not None and x.requires_grad:
             raise ValueError(f"rope: {name} is not differentiable, got a tensor that requires grad")
-    ctx.options = options
-    ctx.save_for_backward(*tensors, *rope_args)
+    return rope_args
 
 
 def _with_defaults(rope_args) -> tuple[Tensor | None, ...]:
@@ -117,7 +123,7 @@ def _frequency_grad(angle_grad, grad_q, grad_k, rope_args, options) -> Tensor:
     return total.to(inv_freq.dtype).view(inv_freq.shape)
 
 
-def _is_shared(rope_args) -> bool:
+def has_shared_angles(rope_args) -> bool:
     """Do all sequences rotate alike? Then any number of batch dimensions is one batch dimension."""
     inv_freq, positions, cu_seqlens = _with_defaults(rope_args)[:3]
     return (

@@ -7,7 +7,14 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .._shared.checks import check_cu_seqlens, check_matching, check_position_tensor, check_rows
+from .._shared.checks import (
+    DTYPES,
+    check_cu_seqlens,
+    check_matching,
+    check_position_tensor,
+    check_real,
+    check_rows,
+)
 from .._shared.positions import position_kind as position_kind_of_one_axis
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
@@ -47,6 +54,44 @@ def check(
         raise TypeError(f"rope: attention_factor must be a number, got {kind}")
     if not attention_factor > 0:
         raise ValueError(f"rope: attention_factor must be > 0, got {attention_factor}")
+
+
+def check_norm(
+    q: Tensor,
+    k: Tensor | None,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    norm_eps: float,
+) -> None:
+    """Likewise for a norm before the rotation, once q and k are checked."""
+    if k is None and k_norm_weight is not None:
+        raise ValueError("rope: k_norm_weight needs a k, got None")
+    for name, x, weight in (("q", q, q_norm_weight), ("k", k, k_norm_weight)):
+        if weight is not None:
+            _check_norm_weight(f"{name}_norm_weight", x, weight)
+    check_real("rope", "norm_eps", norm_eps)
+    if not norm_eps >= 0:
+        raise ValueError(f"rope: norm_eps must be >= 0, got {norm_eps}")
+
+
+def _check_norm_weight(name: str, x: Tensor, weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"rope: {name} must be a Tensor, got {type(weight).__name__}")
+    heads, head_dim = x.shape[-2:]
+    if tuple(weight.shape) not in ((head_dim,), (heads * head_dim,)):
+        raise ValueError(
+            f"rope: {name} must be ({head_dim},) to norm each head or ({heads * head_dim},) to norm "
+            f"all together, got shape {tuple(weight.shape)}"
+        )
+    if weight.dtype not in DTYPES:
+        raise ValueError(
+            f"rope: {name} must be float32, bfloat16, float16 or float64, got {weight.dtype}"
+        )
+    if weight.device != x.device or weight.layout != torch.strided or not weight.is_contiguous():
+        raise ValueError(
+            f"rope: {name} must be contiguous on q's device {x.device}, got {weight.layout} "
+            f"on {weight.device}"
+        )
 
 
 def position_kind(positions: Tensor | None, shape: torch.Size, sequences: int) -> str | None:

@@ -8,6 +8,8 @@ Triton kernels alone.
 from __future__ import annotations
 
 import functools
+import importlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,11 +21,15 @@ from .rotation import resolve
 
 # An Autograd kernel sees the positional tensors alone, hence all tensors before the *. axes matters
 # to positions of shape (axes, batch, seqlen) only: others are the same on every axis.
-_ROPE_ARGS = (
+ROPE_TENSORS = (
     "Tensor inv_freq, Tensor? positions=None, Tensor? cu_seqlens=None, Tensor? log_decay=None, "
-    "Tensor? axes=None, *, float attention_factor=1.0, SymInt offset=0, bool interleaved=False, "
-    "bool inverse=False, float decay_origin=0.0"
+    "Tensor? axes=None"
 )
+ROPE_OPTIONS = (
+    "float attention_factor=1.0, SymInt offset=0, bool interleaved=False, bool inverse=False, "
+    "float decay_origin=0.0"
+)
+_ROPE_ARGS = f"{ROPE_TENSORS}, *, {ROPE_OPTIONS}"
 _FWD = f"(Tensor q, Tensor? k, {_ROPE_ARGS}) -> (Tensor, Tensor)"
 _BWD = (
     f"(Tensor grad_q, Tensor? grad_k, Tensor? q, Tensor? k, {_ROPE_ARGS}) "
@@ -36,18 +42,18 @@ _INPLACE = f"(Tensor(a!) q, Tensor(b!)? k, {_ROPE_ARGS}) -> ()"
 # Outputs, eager and fake alike
 
 
-def _like(x: Tensor | None, q: Tensor) -> Tensor:
+def like(x: Tensor | None, q: Tensor) -> Tensor:
     return q.new_empty(0) if x is None else torch.empty_like(x)
 
 
 def _fwd_fake(q, k, *rope_args, **options):
     resolve(q, k, *rope_args, adjoint=False, **options)
-    return _like(q, q), _like(k, q)
+    return like(q, q), like(k, q)
 
 
 def _bwd_fake(grad_q, grad_k, q, k, *rope_args, **options):
     tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
-    return _like(grad_q, grad_q), _like(grad_k, grad_q), _angle_grad(q, tensors, rotation)
+    return like(grad_q, grad_q), like(grad_k, grad_q), _angle_grad(q, tensors, rotation)
 
 
 def _inplace_fake(q, k, *rope_args, **options):
@@ -63,19 +69,20 @@ def _angle_grad(saved: Tensor | None, tensors, rotation) -> Tensor:
     return tensors[0].new_empty(shape, dtype=dtype)
 
 
-def _triton(name: str):
-    """The op's kernel, imported with Triton when it is first called."""
+def triton_kernels(module: str, names: tuple[str, ...]) -> dict[str, Callable]:
+    """The ops' kernels in a module of triton/, which is imported when one is first called."""
 
-    @functools.cache
-    def load():
-        from .triton import ops
+    def kernel(name: str) -> Callable:
+        @functools.cache
+        def load():
+            return getattr(importlib.import_module(f"{__package__}.triton.{module}"), name)
 
-        return getattr(ops, name)
+        return lambda *args, **options: load()(*args, **options)
 
-    return lambda *args, **options: load()(*args, **options)
+    return {name: kernel(name) for name in names}
 
 
-_TRITON = {name: _triton(name) for name in ("rope_fwd", "rope_bwd", "rope_inplace")}
+_TRITON = triton_kernels("ops", ("rope_fwd", "rope_bwd", "rope_inplace"))
 _REFERENCE = {
     "rope_fwd": reference.rope_fwd,
     "rope_bwd": reference.rope_bwd,

@@ -1,0 +1,21 @@
+// What the launchers of the rotation check of values that the host can read, and count.
+#pragma once
+
+#include "common/rope_args.h"
+
+namespace extrope {
+
+inline void check_values(const RopeParams& p) {
+  if (p.cu_seqlens) check_boundaries("rope", p);
+  for (int64_t i = 0; p.axes && i < p.rotary_dim / 2; ++i) {
+    require(0 <= p.axes[i] && p.axes[i] < p.num_axes, "axes must be from 0 to ", p.num_axes - 1,
+            " for positions of ", p.num_axes, " axes, got ", p.axes[i]);
+  }
+}
+
+inline int64_t bytes_of_token(const RopeParams& p) {
+  const int64_t element = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
+  return (p.tensors[0].heads + p.tensors[1].heads) * p.head_dim * element;
+}
+
+}  // namespace extrope

@@ -1,0 +1,100 @@
+"""RMSNorm before the rotation in plain PyTorch: the oracle of the ops `rope_norm_*`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_norm, refuse_overlap
+from .pairs import accumulator
+from .reference import rotate
+from .rotation import resolve
+
+
+def rope_norm_fwd(
+    q: Tensor,
+    k: Tensor | None,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    *rope_args: Tensor | None,
+    norm_eps: float = 1e-6,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and results as `torch.ops.extrope.rope_norm_fwd`."""
+    tensors, rotation = resolve(q, k, *rope_args, adjoint=False, **options)
+    weights = (q_norm_weight, k_norm_weight)
+    check_norm(q, k, *weights, norm_eps)
+    normed = [rms_norm(x, weight, norm_eps) for x, weight in zip(tensors, weights)]
+    rotated = [out.to(q.dtype) for out in rotate(normed, rotation)]
+    return rotated[0].view_as(q), rotated[1].view_as(k) if k is not None else q.new_empty(0)
+
+
+def rope_norm_bwd(
+    grad_q: Tensor,
+    grad_k: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    *rope_args: Tensor | None,
+    norm_eps: float = 1e-6,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Same arguments and results as `torch.ops.extrope.rope_norm_bwd`."""
+    tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
+    weights = (q_norm_weight, k_norm_weight)
+    check_norm(grad_q, grad_k, *weights, norm_eps)
+    wide = accumulator(grad_q.dtype)
+    saved = [x.view_as(grad) for x, grad in zip((q, k), tensors)]
+    normed_grads = rotate([grad.to(wide) for grad in tensors], rotation)
+    found = [
+        _rms_norm_grads(grad, x, weight, norm_eps)
+        for grad, x, weight in zip(normed_grads, saved, weights)
+    ]
+    dx = [grad.to(q.dtype).view_as(x) for (grad, _), x in zip(found, (q, k))]
+    return (*(dx + [q.new_empty(0)])[:2], *([dw for _, dw in found] + [_none(q)])[:2])
+
+
+def rope_norm_inplace(q: Tensor, k: Tensor | None, *others: Tensor | None, **options) -> None:
+    """Same arguments as `torch.ops.extrope.rope_norm_inplace`."""
+    refuse_overlap(q, k)
+    for x, out in zip((q, k), rope_norm_fwd(q, k, *others, **options)):
+        if x is not None:
+            x.copy_(out)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """(batch, seqlen, heads, head_dim) over its root mean square times the weight, in float32 (64).
+
+    Of each head with a weight of (head_dim,), of all heads together with (heads * head_dim,).
+    """
+    wide = x.to(accumulator(x.dtype))
+    if weight is None:
+        return wide
+    rows = _rows(wide, weight)
+    return (rows * _inverse_rms(rows, eps) * weight.to(wide.dtype)).view(x.shape)
+
+
+def _rms_norm_grads(
+    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of rms_norm's x and weight, in float32 (64)."""
+    if weight is None:
+        return grad, _none(x)
+    rows, grad = _rows(x.to(grad.dtype), weight), _rows(grad, weight)
+    scale = _inverse_rms(rows, eps)
+    normal, weighted = rows * scale, grad * weight.to(grad.dtype)
+    dx = scale * (weighted - normal * (normal * weighted).mean(-1, keepdim=True))
+    return dx.view(x.shape), (grad * normal).flatten(0, -2).sum(0)
+
+
+def _rows(x: Tensor, weight: Tensor) -> Tensor:
+    return x if weight.shape[0] == x.shape[-1] else x.flatten(-2)
+
+
+def _inverse_rms(rows: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _none(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=accumulator(x.dtype))
