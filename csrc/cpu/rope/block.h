@@ -36,7 +36,7 @@ struct Pairs {
   V a[kCount], b[kCount];
 
   // Those from pair i on, of a row whose first `half` pairs of dims rotate.
-  void load(const T* row, int64_t half, int64_t i) {
+  EXTROPE_INLINE void load(const T* row, int64_t half, int64_t i) {
     if constexpr (Vectors == 0) {
       a[0] = widen(row[Interleaved ? 2 * i : i]);
       b[0] = widen(row[Interleaved ? 2 * i + 1 : half + i]);
@@ -50,7 +50,7 @@ struct Pairs {
     }
   }
 
-  void store(T* row, int64_t half, int64_t i) const {
+  EXTROPE_INLINE void store(T* row, int64_t half, int64_t i) const {
     if constexpr (Vectors == 0) {
       narrow(a[0], row[Interleaved ? 2 * i : i]);
       narrow(b[0], row[Interleaved ? 2 * i + 1 : half + i]);
@@ -65,7 +65,7 @@ struct Pairs {
     }
   }
 
-  void rotate(const Wide<T>* cos, const Wide<T>* sin, int64_t i) {
+  EXTROPE_INLINE void rotate(const Wide<T>* cos, const Wide<T>* sin, int64_t i) {
     for (int v = 0; v < kCount; ++v) {
       const V c = extrope::load<V>(cos + i + v * kLanes),
               s = extrope::load<V>(sin + i + v * kLanes);
@@ -75,7 +75,7 @@ struct Pairs {
   }
 
   // Times scale, and times the weights: those of the first dims of all pairs, then of the second.
-  void normalize(const Wide<T>* weight, int64_t half, Wide<T> scale, int64_t i) {
+  EXTROPE_INLINE void normalize(const Wide<T>* weight, int64_t half, Wide<T> scale, int64_t i) {
     for (int v = 0; v < kCount; ++v) {
       const Wide<T>* at = weight + i + v * kLanes;
       a[v] = a[v] * scale * extrope::load<V>(at);
@@ -162,6 +162,14 @@ struct Scratch {
   Buffer<Wide<T>> cos, sin;
 };
 
+// Cosines and sines of one token.
+template <typename T>
+struct Angle {
+  Angle(const Scratch<T>& scratch, int64_t token)
+      : cos(&scratch.cos[token * scratch.stride]), sin(&scratch.sin[token * scratch.stride]) {}
+  const Wide<T>*cos, *sin;
+};
+
 template <typename T>
 void load_freq(const RopeParams& p, int64_t row, Scratch<T>& scratch) {
   if (p.inv_freq_is_f64) {
@@ -241,31 +249,40 @@ inline const T* saved_row(const RopeTensor& x, const Token<double>& token, int64
          head * x.saved_head;
 }
 
-// Calls one(t, head, cos, sin) for all rows of a block of one tensor. filled: what cosines and
-// sines there are in the scratch memory serve this tensor too, unless heads have their own.
-template <typename T, bool Interleaved, typename One>
-void for_each_row(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
-                  int64_t count, Scratch<T>& scratch, bool filled, const One& one) {
-  const auto row = [&](int64_t t, int64_t head) {
-    one(t, head, &scratch.cos[t * scratch.stride], &scratch.sin[t * scratch.stride]);
-  };
+// Rows of some tokens of a block and some heads, in the order in which they lie in memory.
+struct Run {
+  int64_t tokens, first_head, heads;
+  bool of_heads;  // all heads of a token, then of the next; otherwise all tokens of a head
+
+  template <typename Visit>
+  void for_each_row(const Visit& visit) const {
+    const int64_t last = first_head + heads;
+    if (of_heads) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t head = first_head; head < last; ++head) visit(t, head);
+      }
+    } else {
+      for (int64_t head = first_head; head < last; ++head) {
+        for (int64_t t = 0; t < tokens; ++t) visit(t, head);
+      }
+    }
+  }
+};
+
+// Calls visit(Run) for all rows of a block of one tensor, whose cosines and sines are in the
+// scratch memory then. filled: they are already, unless heads have their own.
+template <typename T, bool Interleaved, typename Visit>
+void for_each_run(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
+                  int64_t count, Scratch<T>& scratch, bool filled, const Visit& visit) {
   if (p.angle_heads > 1) {
     for (int64_t head = 0; head < tensor.heads; ++head) {
       fill_block<T, Interleaved>(p, tensor, tokens, count, head, scratch);
-      for (int64_t t = 0; t < count; ++t) row(t, head);
+      visit(Run{count, head, 1, false});
     }
     return;
   }
   if (!filled) fill_block<T, Interleaved>(p, tensor, tokens, count, 0, scratch);
-  if (tensor.in_head < tensor.in_seq) {
-    for (int64_t t = 0; t < count; ++t) {
-      for (int64_t head = 0; head < tensor.heads; ++head) row(t, head);
-    }
-  } else {
-    for (int64_t head = 0; head < tensor.heads; ++head) {
-      for (int64_t t = 0; t < count; ++t) row(t, head);
-    }
-  }
+  visit(Run{count, 0, tensor.heads, tensor.in_head < tensor.in_seq});
 }
 
 // Calls block(tokens, count) for the tokens begin..end-1, some at a time.

@@ -77,8 +77,9 @@ inline std::pair<V, V> load_two(const T* from) {
   }
 }
 
+// Of one row, in lanes that are still to be summed.
 template <typename T>
-inline Wide<T> sum_of_squares(const T* row, int64_t dim) {
+EXTROPE_INLINE WideVector<T> squares_of(const T* row, int64_t dim) {
   using V = WideVector<T>;
   constexpr int64_t lanes = Lanes<V>::count;
   V first{}, second{};
@@ -87,9 +88,8 @@ inline Wide<T> sum_of_squares(const T* row, int64_t dim) {
     const auto [a, b] = load_two(row + i);
     first += a * a, second += b * b;
   }
-  Wide<T> sum = sum_of(first + second);
-  for (; i < dim; ++i) sum += widen(row[i]) * widen(row[i]);
-  return sum;
+  for (; i < dim; ++i) first[0] += widen(row[i]) * widen(row[i]);
+  return first + second;
 }
 
 // One element or a vector of them, widened.
@@ -120,9 +120,13 @@ inline void for_each_rest(int64_t begin, int64_t end, const Visit& visit) {
   for (; i < end; ++i) visit(Wide<T>(), i);
 }
 
-template <typename W>
-inline W inverse_rms(W sum_of_squares, int64_t count, double eps) {
-  return W{1} / std::sqrt(sum_of_squares / static_cast<W>(count) + static_cast<W>(eps));
+inline float root(float x) { return std::sqrt(x); }
+inline double root(double x) { return std::sqrt(x); }
+
+template <typename V>
+inline V root(V x) {
+  for (int i = 0; i < Lanes<V>::count; ++i) x[i] = std::sqrt(x[i]);
+  return x;
 }
 
 }  // namespace

@@ -10,11 +10,6 @@
 namespace extrope {
 namespace {
 
-template <typename T>
-struct Angle {
-  const Wide<T>*cos, *sin;
-};
-
 // out = rotated (in * scale * weight).
 template <typename T, bool Interleaved>
 void norm_rotate_row(const RopeParams& p, const T* in, T* out, Angle<T> angle,
@@ -33,25 +28,18 @@ void norm_rotate_row(const RopeParams& p, const T* in, T* out, Angle<T> angle,
   });
 }
 
-// Sums over rows that share a mean square: x * x, and x * weight * the gradient of what they are
-// multiplied to.
-template <typename T>
-struct Sums {
-  Wide<T> squares, product;
-};
-
+// Of one row, in lanes that are still to be summed: weight * x * the gradient of what that became.
 template <typename T, bool Interleaved>
-Sums<T> sums_of_row(const RopeParams& p, const T* grad, const T* saved, Angle<T> angle,
-                    const Wide<T>* weight) {
+WideVector<T> products_of(const RopeParams& p, const T* grad, const T* saved, Angle<T> angle,
+                          const Wide<T>* weight) {
   using V = WideVector<T>;
   const int64_t half = p.rotary_dim / 2;
   V products{};
-  Wide<T> product = 0;
   const auto add = [&](auto term) {
     if constexpr (std::is_same_v<decltype(term), V>) {
       products += term;
     } else {
-      product += term;
+      products[0] += term;
     }
   };
   for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
@@ -66,27 +54,19 @@ Sums<T> sums_of_row(const RopeParams& p, const T* grad, const T* saved, Angle<T>
     using U = decltype(lanes);
     add(read<U>(saved + i) * load<U>(weight + i) * read<U>(grad + i));
   });
-  return {sum_of_squares(saved, p.head_dim), product + sum_of(products)};
+  return products;
 }
 
-// What a row's backward takes of its sums: dx = scale * (weight * g - normal * mean), where g is
-// the gradient rotated back and normal = x * scale.
-template <typename T>
-struct Scales {
-  Scales(const Sums<T>& sums, int64_t count, double eps)
-      : scale(inverse_rms(sums.squares, count, eps)),
-        mean(sums.product * scale / static_cast<Wide<T>>(count)) {}
-  Wide<T> scale, mean;
-};
-
+// dx = scale * (weight * g - normal * mean), where g is the gradient rotated back and normal is
+// x * scale; mean is that of weight * g * normal.
 template <typename T, bool Interleaved>
 void norm_backward_row(const RopeParams& p, const T* grad, const T* saved, T* out, Angle<T> angle,
-                       const Wide<T>* weight, Scales<T> s, Wide<T>* weight_grad) {
+                       const Wide<T>* weight, Wide<T> scale, Wide<T> mean, Wide<T>* weight_grad) {
   const int64_t half = p.rotary_dim / 2;
   const auto one = [&](auto& g, auto normal, int64_t i) {
     using V = decltype(normal);
     store(weight_grad + i, load<V>(weight_grad + i) + g * normal);
-    g = s.scale * (g * load<V>(weight + i) - normal * s.mean);
+    g = scale * (g * load<V>(weight + i) - normal * mean);
   };
   for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
     Pairs<T, Interleaved, decltype(width)::value> g, x;
@@ -95,14 +75,14 @@ void norm_backward_row(const RopeParams& p, const T* grad, const T* saved, T* ou
     x.load(saved, half, i);
     for (int v = 0; v < g.kCount; ++v) {
       const int64_t at = i + v * g.kLanes;
-      one(g.a[v], x.a[v] * s.scale, at), one(g.b[v], x.b[v] * s.scale, half + at);
+      one(g.a[v], x.a[v] * scale, at), one(g.b[v], x.b[v] * scale, half + at);
     }
     g.store(out, half, i);
   });
   for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
     using V = decltype(lanes);
     V g = read<V>(grad + i);
-    one(g, read<V>(saved + i) * s.scale, i);
+    one(g, read<V>(saved + i) * scale, i);
     write(out + i, g);
   });
 }
@@ -116,121 +96,175 @@ void rotate_only(const RopeParams& p, const T* in, T* out, Angle<T> angle) {
   std::memcpy(out + p.rotary_dim, in + p.rotary_dim, (p.head_dim - p.rotary_dim) * sizeof(T));
 }
 
-// Asks for the rows that are some steps ahead.
 template <typename T>
-inline void fetch_rows(const RopeParams& p, const RopeTensor& x, const T* in, const T* out) {
-  const int64_t bytes = p.head_dim * sizeof(T);
-  fetch(in, std::min(x.in_head, x.in_seq), kBytesReadAhead, bytes);
-  if (in != out) fetch(out, std::min(x.out_head, x.out_seq), kBytesWrittenAhead, bytes);
-}
+constexpr int kGroup = Lanes<WideVector<T>>::count;
 
-template <typename T, bool Interleaved>
-void norm_rotate_tokens(const RopeNormParams& p, int64_t begin, int64_t end) {
-  Scratch<T> scratch(p, end - begin);
-  const auto place = places<T, Interleaved>(p.head_dim, p.rotary_dim / 2);
-  const Norm<T> norms[2] = {{p.norms[0], p.tensors[0], place}, {p.norms[1], p.tensors[1], place}};
+// The rows of a run, one after another.
+struct Cursor {
+  const Run& run;
+  int64_t token, head;
+
+  explicit Cursor(const Run& rows) : run(rows), token(0), head(rows.first_head) {}
+  void next() {
+    if (run.of_heads && ++head == run.first_head + run.heads) head = run.first_head, ++token;
+    if (!run.of_heads && ++token == run.tokens) token = 0, ++head;
+  }
+};
+
+// One tensor of one block of tokens. Rows are measured, then rotated, in groups whose sums over
+// lanes cost little together; or, where its heads share a mean square, by tokens.
+template <typename T, bool Interleaved, bool Backward>
+struct NormBlock {
+  using V = WideVector<T>;
+  struct Sums {
+    V squares, products;
+  };
+
+  const RopeNormParams& p;
+  const RopeTensor& x;
+  const Norm<T>& norm;
+  const Token<double>* tokens;
+  const Scratch<T>& scratch;
+  Wide<T>* weight_grad;
+  Sums of_tokens[kBlock];  // where all heads share a mean square
+
+  void add(int64_t t, int64_t head, Sums& sums) const {
+    const T* in = input_row<T>(x, tokens[t], head);
+    const int64_t bytes = p.head_dim * sizeof(T);
+    fetch(in, std::min(x.in_head, x.in_seq), kBytesReadAhead, bytes);
+    if constexpr (Backward) {
+      const T* saved = saved_row<T>(x, tokens[t], head);
+      fetch(saved, std::min(x.saved_head, x.saved_seq), kBytesReadAhead, bytes);
+      sums.squares += squares_of(saved, p.head_dim);
+      sums.products += products_of<T, Interleaved>(p, in, saved, {scratch, t},
+                                                   &norm.weight[head * norm.head_step]);
+    } else {
+      sums.squares += squares_of(in, p.head_dim);
+    }
+  }
+
+  // Of a row, or of a vector of rows: one over the root mean square, and the mean of products.
+  template <typename U>
+  std::pair<U, U> scales(U squares, U products) const {
+    const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(norm.together * p.head_dim);
+    const U scale = Wide<T>{1} / root(squares * share + static_cast<Wide<T>>(p.norm_eps));
+    return {scale, products * scale * share};
+  }
+
+  void one(int64_t t, int64_t head, Wide<T> scale, Wide<T> mean) const {
+    const T* in = input_row<T>(x, tokens[t], head);
+    T* out = output_row<T>(x, tokens[t], head);
+    const Wide<T>* weight = &norm.weight[head * norm.head_step];
+    if constexpr (Backward) {
+      norm_backward_row<T, Interleaved>(p, in, saved_row<T>(x, tokens[t], head), out, {scratch, t},
+                                        weight, scale, mean, weight_grad + head * norm.head_step);
+    } else {
+      norm_rotate_row<T, Interleaved>(p, in, out, {scratch, t}, weight, scale);
+    }
+    if (in == out) return;
+    fetch(out, std::min(x.out_head, x.out_seq), kBytesWrittenAhead, p.head_dim * sizeof(T));
+  }
+
+  void rotate(Run run) const {
+    run.for_each_row([&](int64_t t, int64_t head) {
+      rotate_only<T, Interleaved>(p, input_row<T>(x, tokens[t], head),
+                                  output_row<T>(x, tokens[t], head), {scratch, t});
+    });
+  }
+
+  void each_head(Run run) const {
+    Cursor ahead(run), at(run);
+    int64_t left = run.tokens * run.heads;
+    V squares[kGroup<T>] = {}, products[kGroup<T>] = {};
+    const auto measure = [&](int64_t i) {
+      Sums sums{};
+      add(ahead.token, ahead.head, sums);
+      ahead.next();
+      squares[i] = sums.squares, products[i] = sums.products;
+    };
+    for (; left > 0; left -= kGroup<T>) {
+      const int64_t count = std::min<int64_t>(kGroup<T>, left);
+      for (int64_t i = 0; i < count; ++i) measure(i);
+      const auto [scale, mean] = scales(sums_of(squares), Backward ? sums_of(products) : V{});
+      Wide<T> scale_of[kGroup<T>], mean_of[kGroup<T>];
+      store(scale_of, scale), store(mean_of, mean);
+      for (int64_t i = 0; i < count; ++i, at.next()) {
+        one(at.token, at.head, scale_of[i], mean_of[i]);
+      }
+    }
+  }
+
+  void all_heads(Run run) {
+    std::pair<Wide<T>, Wide<T>> found;
+    run.for_each_row([&](int64_t t, int64_t head) {
+      if (run.of_heads && head == 0) {
+        for (int64_t h = 0; h < run.heads; ++h) add(t, h, of_tokens[t]);
+      }
+      if (!run.of_heads || head == 0) {
+        found = scales(sum_of(of_tokens[t].squares), sum_of(of_tokens[t].products));
+      }
+      one(t, head, found.first, found.second);
+    });
+  }
+};
+
+template <typename T, bool Interleaved, bool Backward>
+void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm<T>* norms,
+                 Scratch<T>& scratch, Buffer<Wide<T>>* weight_grads) {
   for_each_block(p, begin, end, [&](const Token<double>* tokens, int64_t count) {
     for (int64_t n = 0; n < p.num_tensors; ++n) {
       const RopeTensor& x = p.tensors[n];
-      const Norm<T>& norm = norms[n];
-      const int64_t dims = norm.together * p.head_dim;
-      Wide<T> scales[kBlock];
-      for (int64_t t = 0; norm.head_step > 0 && t < count; ++t) {
-        Wide<T> squares = 0;
-        for (int64_t head = 0; head < x.heads; ++head) {
-          squares += sum_of_squares(input_row<T>(x, tokens[t], head), p.head_dim);
-        }
-        scales[t] = inverse_rms(squares, dims, p.norm_eps);
+      NormBlock<T, Interleaved, Backward> block{
+          p, x, norms[n], tokens, scratch, Backward ? weight_grads[n].data() : nullptr, {}};
+      bool filled = n > 0 && !p.log_decay;
+      const auto each_run = [&](const auto& visit) {
+        for_each_run<T, Interleaved>(p, x, tokens, count, scratch, filled, visit);
+        filled = true;
+      };
+      if (norms[n].weight.empty()) {
+        each_run([&](Run run) { block.rotate(run); });
+      } else if (norms[n].head_step == 0) {
+        each_run([&](Run run) { block.each_head(run); });
+      } else {
+        each_run([&](Run run) {  // all of them first, where a token's heads do not lie together
+          if (!run.of_heads) {
+            run.for_each_row([&](int64_t t, int64_t h) { block.add(t, h, block.of_tokens[t]); });
+          }
+        });
+        each_run([&](Run run) { block.all_heads(run); });
       }
-      for_each_row<T, Interleaved>(
-          p, x, tokens, count, scratch, /*filled=*/n > 0 && !p.log_decay,
-          [&](int64_t t, int64_t head, const Wide<T>* cos, const Wide<T>* sin) {
-            const T* in = input_row<T>(x, tokens[t], head);
-            T* out = output_row<T>(x, tokens[t], head);
-            if (norm.weight.empty()) return rotate_only<T, Interleaved>(p, in, out, {cos, sin});
-            const Wide<T> scale = norm.head_step > 0
-                                      ? scales[t]
-                                      : inverse_rms(sum_of_squares(in, dims), dims, p.norm_eps);
-            norm_rotate_row<T, Interleaved>(p, in, out, {cos, sin},
-                                            &norm.weight[head * norm.head_step], scale);
-            fetch_rows(p, x, in, out);
-          });
     }
   });
 }
 
-// One tensor of one block, its share of the weights' gradients added to weight_grad.
 template <typename T, bool Interleaved>
-void norm_backward_block(const RopeNormParams& p, int64_t n, const Norm<T>& norm,
-                         const Token<double>* tokens, int64_t count, Scratch<T>& scratch,
-                         Buffer<Wide<T>>& weight_grad) {
-  const RopeTensor& x = p.tensors[n];
-  bool filled = n > 0 && !p.log_decay;
-  const auto sums_of = [&](int64_t t, int64_t head, Angle<T> angle) {
-    return sums_of_row<T, Interleaved>(p, input_row<T>(x, tokens[t], head),
-                                       saved_row<T>(x, tokens[t], head), angle,
-                                       &norm.weight[head * norm.head_step]);
-  };
-  Sums<T> sums[kBlock] = {};
-  if (norm.head_step > 0) {
-    for_each_row<T, Interleaved>(
-        p, x, tokens, count, scratch, filled,
-        [&](int64_t t, int64_t head, const Wide<T>* cos, const Wide<T>* sin) {
-          const Sums<T> row = sums_of(t, head, {cos, sin});
-          sums[t].squares += row.squares, sums[t].product += row.product;
-        });
-    filled = true;
-  }
-  for_each_row<T, Interleaved>(
-      p, x, tokens, count, scratch, filled,
-      [&](int64_t t, int64_t head, const Wide<T>* cos, const Wide<T>* sin) {
-        const Angle<T> angle{cos, sin};
-        const T *grad = input_row<T>(x, tokens[t], head), *saved = nullptr;
-        T* out = output_row<T>(x, tokens[t], head);
-        if (norm.weight.empty()) return rotate_only<T, Interleaved>(p, grad, out, angle);
-        saved = saved_row<T>(x, tokens[t], head);
-        const Sums<T> of_row = norm.head_step > 0 ? sums[t] : sums_of(t, head, angle);
-        const int64_t at = head * norm.head_step;
-        norm_backward_row<T, Interleaved>(p, grad, saved, out, angle, &norm.weight[at],
-                                          Scales<T>(of_row, norm.together * p.head_dim, p.norm_eps),
-                                          &weight_grad[at]);
-        fetch_rows(p, x, grad, out);
-        fetch(saved, std::min(x.saved_head, x.saved_seq), kBytesReadAhead, p.head_dim * sizeof(T));
-      });
-}
-
-template <typename T, bool Interleaved>
-void norm_backward_parts(const RopeNormParams& p, int64_t begin, int64_t end) {
-  Scratch<T> scratch(p, kBlock);
+void run_layout(const RopeNormParams& p, int64_t begin, int64_t end) {
   const auto place = places<T, Interleaved>(p.head_dim, p.rotary_dim / 2);
   const Norm<T> norms[2] = {{p.norms[0], p.tensors[0], place}, {p.norms[1], p.tensors[1], place}};
+  if (p.norm_part_tokens == 0) {
+    Scratch<T> scratch(p, end - begin);
+    return norm_tokens<T, Interleaved, false>(p, begin, end, norms, scratch, nullptr);
+  }
+  Scratch<T> scratch(p, kBlock);
   Buffer<Wide<T>> grads[2];
   for (int64_t part = begin; part < end; ++part) {
     for (int n = 0; n < 2; ++n) grads[n].assign(norms[n].weight.size(), 0);
     const int64_t first = part * p.norm_part_tokens;
     const int64_t last = std::min(first + p.norm_part_tokens, p.batch * p.seqlen);
-    for_each_block(p, first, last, [&](const Token<double>* tokens, int64_t count) {
-      for (int64_t n = 0; n < p.num_tensors; ++n) {
-        norm_backward_block<T, Interleaved>(p, n, norms[n], tokens, count, scratch, grads[n]);
-      }
-    });
+    norm_tokens<T, Interleaved, true>(p, first, last, norms, scratch, grads);
     for (int n = 0; n < 2; ++n) {
       Wide<T>* to = static_cast<Wide<T>*>(p.norm_parts[n]) + part * p.norm_part_stride;
       const int64_t dims = grads[n].size();
-      for (int64_t i = 0; i < dims; ++i)
-        to[i - i % p.head_dim + place[i % p.head_dim]] = grads[n][i];
+      for (int64_t row = 0; row < dims; row += p.head_dim) {
+        for (int64_t i = 0; i < p.head_dim; ++i) to[row + place[i]] = grads[n][row + i];
+      }
     }
   }
 }
 
 template <typename T>
 void run(const RopeNormParams& p, int64_t begin, int64_t end) {
-  if (p.norm_part_tokens > 0) {
-    return p.interleaved ? norm_backward_parts<T, true>(p, begin, end)
-                         : norm_backward_parts<T, false>(p, begin, end);
-  }
-  p.interleaved ? norm_rotate_tokens<T, true>(p, begin, end)
-                : norm_rotate_tokens<T, false>(p, begin, end);
+  p.interleaved ? run_layout<T, true>(p, begin, end) : run_layout<T, false>(p, begin, end);
 }
 
 }  // namespace

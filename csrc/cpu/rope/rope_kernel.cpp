@@ -12,17 +12,17 @@ namespace {
 
 template <typename T, bool Interleaved>
 void rotate_one(const RopeParams& p, const RopeTensor& tensor, const Token<double>& token,
-                int64_t head, const Wide<T>* cos, const Wide<T>* sin) {
+                int64_t head, Angle<T> angle) {
   const T* in = input_row<T>(tensor, token, head);
   T* out = output_row<T>(tensor, token, head);
   const int64_t half = p.rotary_dim / 2;
   if (p.angle_grad) {
     const int64_t row =
         (token.batch * p.seqlen + token.seq) * p.angle_heads + (p.angle_heads > 1 ? head : 0);
-    rotate_row<T, Interleaved, true>({in, out, saved_row<T>(tensor, token, head)}, half, cos, sin,
-                                     static_cast<Wide<T>*>(p.angle_grad) + row * half);
+    rotate_row<T, Interleaved, true>({in, out, saved_row<T>(tensor, token, head)}, half, angle.cos,
+                                     angle.sin, static_cast<Wide<T>*>(p.angle_grad) + row * half);
   } else {
-    rotate_row<T, Interleaved, false>({in, out, nullptr}, half, cos, sin, nullptr);
+    rotate_row<T, Interleaved, false>({in, out, nullptr}, half, angle.cos, angle.sin, nullptr);
   }
   const int64_t bytes = p.head_dim * sizeof(T);
   fetch(in, std::min(tensor.in_head, tensor.in_seq), kBytesReadAhead, bytes);
@@ -43,10 +43,11 @@ void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
   for_each_block(p, begin, end, [&](const Token<double>* tokens, int64_t count) {
     for (int64_t n = 0; n < p.num_tensors; ++n) {
       const RopeTensor& tensor = p.tensors[n];
-      for_each_row<T, Interleaved>(
-          p, tensor, tokens, count, scratch, /*filled=*/n > 0 && !p.log_decay,
-          [&](int64_t t, int64_t head, const Wide<T>* cos, const Wide<T>* sin) {
-            rotate_one<T, Interleaved>(p, tensor, tokens[t], head, cos, sin);
+      for_each_run<T, Interleaved>(
+          p, tensor, tokens, count, scratch, /*filled=*/n > 0 && !p.log_decay, [&](Run run) {
+            run.for_each_row([&](int64_t t, int64_t head) {
+              rotate_one<T, Interleaved>(p, tensor, tokens[t], head, {scratch, t});
+            });
           });
     }
   });

@@ -32,8 +32,6 @@ struct Sums {
 // Subtracting zero changes no value, so compilers drop it; adding zero would change -0.
 inline floats broadcast(float x) { return x - floats{}; }
 
-#define EXTROPE_INLINE inline __attribute__((always_inline))
-
 // sums[i][j] += sum over k of a[i * row_step + k * depth_step] * b[k * b_step + j].
 template <int Rows, int Vectors>
 EXTROPE_INLINE void multiply_add(Sums<Rows, Vectors>& sums, const float* a, int64_t row_step,

@@ -19,6 +19,8 @@
 #define EXTROPE_JOIN(a, b) a##b
 #define EXTROPE_EXPAND(a, b) EXTROPE_JOIN(a, b)
 
+#define EXTROPE_INLINE inline __attribute__((always_inline))
+
 namespace extrope {
 namespace {
 

@@ -63,7 +63,7 @@ def plan(
         return None
     tile, grid, warps = _tile(inputs, outputs, saved, angle_grad is not None, rotation)
     operands = [
-        _operand(x, out, saved[i] if saved else x, rotation.decay_signs[i], tile.align)
+        operand_of(x, out, saved[i] if saved else x, rotation.decay_signs[i], tile.align)
         for i, (x, out) in enumerate(zip(inputs, outputs, strict=True))
     ]
     positions, cu_seqlens = rotation.positions, rotation.cu_seqlens
@@ -134,7 +134,7 @@ def _tile(
     return tile, (tiles, shares), warps
 
 
-def _operand(
+def operand_of(
     source: Tensor, target: Tensor, saved: Tensor, decay_sign: float, align: int
 ) -> Operand:
     strides = [stride // align for x in (source, target, saved) for stride in strides_of(x)[:3]]

@@ -25,7 +25,7 @@ def rope_fwd(
     q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `torch.ops.extrope.rope_fwd`."""
-    out_q, out_k = _like(q, q), _like(k, q)
+    out_q, out_k = like(q, q), like(k, q)
     tensors = (q, k, out_q, out_k if k is not None else None, None, None)
     _launch(False, tensors, None, *rope_args, **options)
     return out_q, out_k
@@ -45,7 +45,7 @@ def rope_bwd(
     **options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same arguments and results as `torch.ops.extrope.rope_bwd`."""
-    dq, dk = _like(grad_q, grad_q), _like(grad_k, grad_q)
+    dq, dk = like(grad_q, grad_q), like(grad_k, grad_q)
     tensors = (grad_q, grad_k, dq, dk if grad_k is not None else None, q, k)
     angle_grad = _launch(True, tensors, q, *rope_args, **options)
     if angle_grad is None:
@@ -53,7 +53,7 @@ def rope_bwd(
     return dq, dk, angle_grad
 
 
-def _like(x: Tensor | None, q: Tensor) -> Tensor:
+def like(x: Tensor | None, q: Tensor) -> Tensor:
     return q.new_empty(0) if x is None else torch.empty_like(x)
 
 

@@ -1,0 +1,91 @@
+"""Device functions of the kernels that norm and rotate: heads, their weights, their angles."""
+
+import triton
+import triton.language as tl
+
+from ..._shared.triton.pairs import load_parts
+from ..._shared.triton.tokens import sequence_of
+from .angles import scaled, sincos
+
+
+@triton.jit
+def load_head(row, valid, TILE: tl.constexpr):
+    """Parts of a head, widened: the pairs' dims, and the rest, which is 0 where there is none."""
+    WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
+    a, b, rest = load_parts(row, valid, TILE)
+    return a.to(WIDE), b.to(WIDE), rest.to(WIDE)
+
+
+@triton.jit
+def row_sum(a, b, rest, TILE: tl.constexpr):
+    """Over the dims of a head: (tokens, 1)."""
+    total = tl.sum(a + b, 1)
+    if TILE.rest > 0:
+        total += tl.sum(rest, 1)
+    return total[:, None]
+
+
+@triton.jit
+def load_weights(weight, head, TOGETHER: tl.constexpr, TILE: tl.constexpr):
+    """(1, dims) parts of the weights of a head."""
+    if TOGETHER:
+        weight += head * (2 * TILE.half + TILE.rest)
+    one = tl.arange(0, 1)
+    return load_head(weight + one, one == 0, TILE)
+
+
+@triton.jit
+def _add_rows(to, x, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """Store the sum over the rows of x in `COUNT` elements from `FIRST` on."""
+    DIMS: tl.constexpr = x.shape[1]
+    dim = tl.arange(0, DIMS)
+    tl.store(to + FIRST + STEP * dim, tl.sum(x, 0), mask=dim < COUNT)
+
+
+@triton.jit
+def store_sums(to, a, b, rest, TILE: tl.constexpr):
+    STEP: tl.constexpr = 2 if TILE.interleaved else 1
+    SECOND: tl.constexpr = 1 if TILE.interleaved else TILE.half
+    _add_rows(to, a, 0, STEP, TILE.half)
+    _add_rows(to, b, SECOND, STEP, TILE.half)
+    if TILE.rest > 0:
+        _add_rows(to, rest, 2 * TILE.half, 1, TILE.rest)
+
+
+@triton.jit
+def token_angles(
+    positions, axes, cu_seqlens, offset, position_axis, position_batch, position_seq, num_axes,
+    num_sequences, search_steps, batch, seq, valid, TILE: tl.constexpr,
+):  # fmt: skip
+    """Sequence and position of each token: (tokens,), and (tokens, 1 or pairs) float64."""
+    pair = tl.arange(0, TILE.pairs)
+    sequence = batch
+    position = seq.to(tl.float64)
+    if cu_seqlens is not None:
+        sequence = sequence_of(seq, cu_seqlens, num_sequences, search_steps)
+        position = (seq - tl.load(cu_seqlens + sequence)).to(tl.float64)
+    if TILE.positions_are_offsets:
+        start = tl.load(positions + sequence * position_batch, mask=valid, other=0)
+        position += start.to(tl.float64)
+    elif positions is not None and axes is None:
+        at = positions + batch * position_batch + seq * position_seq
+        position = tl.load(at, mask=valid, other=0).to(tl.float64)
+    position = position[:, None]
+    if axes is not None:
+        axis = tl.load(axes + pair, mask=pair < TILE.half, other=0)
+        axis = tl.minimum(tl.maximum(axis, 0), num_axes - 1).to(tl.int64)  # one that exists
+        at = positions + batch * position_batch + seq * position_seq
+        at = at[:, None] + (axis * position_axis)[None, :]
+        mask = valid[:, None] & (pair < TILE.half)[None, :]
+        position = tl.load(at, mask=mask, other=0).to(tl.float64)
+    return sequence, position + tl.cast(offset, tl.float64)
+
+
+@triton.jit
+def head_angles(freqs, head, freq_head, position, far, log_decay, sign, amplitude, direction, valid,
+            TILE: tl.constexpr):  # fmt: skip
+    """cos and sin of a head, or of all heads."""
+    mask = valid[:, None] & (tl.arange(0, TILE.pairs) < TILE.half)[None, :]
+    freq = tl.load(freqs + head * freq_head, mask=mask, other=0.0).to(tl.float64)
+    cos, sin = sincos(position * freq, TILE)
+    return scaled(cos, sin, far, log_decay, sign, amplitude, direction, TILE)

@@ -1,0 +1,314 @@
+"""RMSNorm before the rotation: against float64, and against what transformers' models do."""
+
+import importlib
+
+import pytest
+import torch
+
+from extrope_kernels import RopeFreqs, apply_rope_qk, methods
+from extrope_kernels.testing import DTYPES, assert_within_budget, device, make_qk
+
+EPS = 1e-6
+
+
+def norm_weights(heads_q, heads_k, head_dim, together=False, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(2)
+    sizes = [n * head_dim if together else head_dim for n in (heads_q, heads_k)]
+    return [(torch.rand(n, generator=generator) + 0.5).to(device(), dtype) for n in sizes]
+
+
+def call(tensors, freqs, backend, **options):
+    q, k, q_weight, k_weight = tensors
+    return apply_rope_qk(
+        q, k, freqs, q_norm_weight=q_weight, k_norm_weight=k_weight, backend=backend, **options
+    )
+
+
+def by_autograd(tensors, freqs, backend, douts, **options):
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    outs = call(leaves, freqs, backend, **options)
+    grads = torch.autograd.grad(outs, leaves, [g.to(x.dtype) for g, x in zip(douts, outs)])
+    return [*(x.detach() for x in outs), *grads]
+
+
+def interpreter_ulps(backend, dtype):
+    """Triton's interpreter truncates when it casts to bfloat16; a GPU rounds."""
+    return 1.0 if backend == "triton" and dtype == torch.bfloat16 and device() == "cpu" else 0.0
+
+
+def check(q, k, weights, freqs, backend, **options):
+    """Results and gradients against the reference in the same dtype and in float64."""
+    tensors = [q, k, *weights]
+    heads = q.shape[-2], k.shape[-2]
+    douts = [torch.randn_like(x) for x in (q, k)]
+    got = by_autograd(tensors, freqs, backend, douts, **options)
+    same = by_autograd(tensors, freqs, "reference", douts, **options)
+    exact = by_autograd([x.double() for x in tensors], freqs, "reference", douts, **options)
+    slack = interpreter_ulps(backend, q.dtype)
+    for name, *values in zip(("q", "k", "dq", "dk"), got, same, exact):
+        assert_within_budget(name, *values, slack)
+    for name, n, *values in zip(("dq_weight", "dk_weight"), heads, got[4:], same[4:], exact[4:]):
+        # A sum of so many terms of about one, each with the rounding of its own products.
+        terms = max(values[0].shape[0] and q.shape[:-2].numel() * n, 1)
+        ulp = min(torch.finfo(torch.float32).eps, torch.finfo(q.dtype).eps)
+        assert_within_budget(name, *values, slack, noise=8 * ulp * terms**0.5)
+    return got
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("together", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim, rotary_dim", ((128, 128), (72, 72), (80, 20), (34, 6), (9, 8)))
+def test_against_float64(backend, head_dim, rotary_dim, dtype, together, interleaved):
+    q, k = make_qk(2, 7, 3, 2, head_dim, dtype)
+    weights = norm_weights(3, 2, head_dim, together)
+    freqs = RopeFreqs(methods.rope(rotary_dim).inv_freq.to(device()), attention_factor=1.1)
+    check(q, k, weights, freqs, backend, positions=1003, interleaved=interleaved, norm_eps=EPS)
+
+
+@pytest.mark.parametrize("together", (False, True))
+@pytest.mark.parametrize("batch, seqlen", ((1, 1), (3, 1), (1, 131), (2, 0), (0, 5)))
+@pytest.mark.parametrize("heads", ((1, 1), (17, 1), (4, 4)))
+def test_shapes(backend, heads, batch, seqlen, together):
+    q, k = make_qk(batch, seqlen, *heads, head_dim=16)
+    freqs = methods.rope(16).to(device())
+    check(q, k, norm_weights(*heads, 16, together), freqs, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("of", DTYPES)
+def test_weights_have_their_own_dtype(backend, dtype, of):
+    q, k = make_qk(1, 5, 2, 1, 64, dtype)
+    got = check(q, k, norm_weights(2, 1, 64, dtype=of), methods.rope(64).to(device()), backend)
+    assert [x.dtype for x in got[4:]] == [of, of]
+
+
+@pytest.mark.parametrize("together", (False, True))
+def test_views_of_a_packed_projection(backend, together):
+    """q, k as slices of one tensor, and heads before tokens."""
+    qkv = torch.randn(2, 11, 3 + 2 + 2, 64, device=device())
+    freqs, weights = methods.rope(64).to(device()), norm_weights(3, 2, 64, together)
+    q, k = qkv[:, :, :3], qkv[:, :, 3:5]
+    with torch.no_grad():
+        packed = call([q, k, *weights], freqs, backend)
+        alone = call([q.contiguous(), k.contiguous(), *weights], freqs, backend)
+        transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+        heads_first = call([*transposed, *weights], freqs, backend)
+    for x, y, z in zip(packed, alone, heads_first):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+        torch.testing.assert_close(x, z, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("together", (False, True))
+def test_packed_equals_one_by_one(backend, together):
+    q, k = make_qk(1, 13, 4, 2)
+    freqs, weights = methods.rope(64).to(device()), norm_weights(4, 2, 64, together)
+    cu_seqlens = torch.tensor([0, 5, 5, 6, 13], device=device())
+    packed = call([q[0], k[0], *weights], freqs, backend, cu_seqlens=cu_seqlens)
+    for begin, end in ((0, 5), (5, 6), (6, 13)):
+        alone = call([q[:, begin:end], k[:, begin:end], *weights], freqs, backend)
+        for x, y in zip(packed, alone):
+            torch.testing.assert_close(x[begin:end], y[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("together", (False, True))
+@pytest.mark.parametrize("shape", ((2, 1, 32), (2, 4, 32)))
+def test_frequencies_per_sequence_and_head(backend, shape, together):
+    q, k = make_qk(2, 5, 4, 4)
+    freqs = RopeFreqs(torch.rand(shape, device=device()))
+    for tensors in ((q, k), [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]):
+        check(*tensors, norm_weights(4, 4, 64, together), freqs, backend, positions=9)
+
+
+@pytest.mark.parametrize("together", (False, True))
+@pytest.mark.parametrize("interleaved", (False, True))
+def test_in_place(backend, interleaved, together):
+    q, k = make_qk(2, 21, 3, 2, head_dim=80)
+    freqs, weights = methods.rope(48).to(device()), norm_weights(3, 2, 80, together)
+    expected = call([q, k, *weights], freqs, backend, interleaved=interleaved)
+    results = call([q, k, *weights], freqs, backend, interleaved=interleaved, inplace=True)
+    assert results[0] is q and results[1] is k
+    for x, y in zip(results, expected):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("which", (0, 1))
+def test_one_weight_leaves_the_other_tensor_alone(backend, which):
+    q, k = make_qk(2, 21, 3, 2)
+    freqs, weights = methods.xpos(64).to(device()), norm_weights(3, 2, 64)
+    both = call([q, k, *weights], freqs, backend)
+    plain = apply_rope_qk(q, k, freqs, backend=backend)
+    weights[1 - which] = None
+    mixed = call([q, k, *weights], freqs, backend)
+    assert torch.equal(mixed[which], both[which])
+    torch.testing.assert_close(mixed[1 - which], plain[1 - which], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("together", (False, True))
+def test_what_is_not_finite_is_as_in_pytorch(backend, together):
+    q, k = make_qk(1, 6, 2, 2, head_dim=16)
+    q[0, 1, 0, 3], q[0, 2, 1, 15], q[0, 3, 0, 0] = torch.nan, torch.inf, 1e30
+    q[0, 4] = 0
+    freqs, weights = methods.rope(8).to(device()), norm_weights(2, 2, 16, together)
+    got = call([q, k, *weights], freqs, backend)
+    expected = call([q, k, *weights], freqs, "reference")
+    for x, y in zip(got, expected):
+        torch.testing.assert_close(x, y, equal_nan=True)
+
+
+# -------------------------------------------------------------------------------------------------
+# transformers
+
+MODELS = {"qwen3": "Qwen3", "gemma3": "Gemma3", "olmo2": "Olmo2"}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("model", MODELS)
+def test_as_transformers_norm_and_rotate(backend, model, dtype):
+    pytest.importorskip("transformers")
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    q, k = make_qk(2, 9, 4, 2, 64, dtype)
+    sizes = [n * 64 if model == "olmo2" else 64 for n in (4, 2)]
+    norms = [getattr(module, f"{MODELS[model]}RMSNorm")(n, eps=EPS).to(device()) for n in sizes]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight, std=0.5)
+    freqs = methods.rope(64).to(device())
+
+    def theirs(dtype):
+        rows = [x.to(dtype) for x in (q, k)]
+        if model == "olmo2":
+            normed = [n.to(dtype)(x.flatten(-2)).view_as(x) for n, x in zip(norms, rows)]
+        else:
+            normed = [n.to(dtype)(x) for n, x in zip(norms, rows)]
+        angles = torch.arange(9, device=device())[:, None].double() * freqs.inv_freq.double()
+        cos, sin = (
+            f(torch.cat((angles, angles), -1))[None].to(dtype) for f in (torch.cos, torch.sin)
+        )
+        heads_first = [x.transpose(1, 2) for x in normed]
+        return [x.transpose(1, 2) for x in module.apply_rotary_pos_emb(*heads_first, cos, sin)]
+
+    with torch.no_grad():
+        same = theirs(dtype)
+        weights = [(1 + n.weight.float()) if model == "gemma3" else n.weight for n in norms]
+        got = call([q, k, *weights], freqs, backend, norm_eps=EPS)
+        exact = exactly(q, k, weights, freqs)
+    for name, *values in zip("qk", got, same, exact):
+        assert_within_budget(name, *values, interpreter_ulps(backend, dtype))
+
+
+def exactly(q, k, weights, freqs):
+    wide = [x.double() for x in (q, k, *weights)]
+    return call(wide, freqs, "reference", norm_eps=EPS)
+
+
+# -------------------------------------------------------------------------------------------------
+# Derivatives, transforms, graphs
+
+
+@pytest.mark.parametrize("together", (False, True))
+@pytest.mark.parametrize("inverse", (False, True))
+def test_finite_differences(backend, inverse, together):
+    q, k = make_qk(2, 3, 2, 2, head_dim=8, dtype=torch.float64)
+    weights = norm_weights(2, 2, 8, together, torch.float64)
+    leaves = [x.requires_grad_() for x in (q, k, *weights)]
+    freqs = RopeFreqs(methods.rope(6).inv_freq.to(device()), attention_factor=1.3)
+    assert torch.autograd.gradcheck(
+        lambda *x: call(x, freqs, backend, positions=7, inverse=inverse), leaves, fast_mode=True
+    )
+
+
+def test_other_derivatives_are_refused(backend):
+    q, k = make_qk(1, 3, 2, 2, head_dim=8)
+    weights, freqs = norm_weights(2, 2, 8), methods.rope(8).to(device())
+    learned = RopeFreqs(freqs.inv_freq.clone().requires_grad_())
+    with pytest.raises(NotImplementedError, match="inv_freq has no gradient"):
+        call([q, k, *weights], learned, backend)
+    q.requires_grad_()
+    out = call([q, k, *weights], freqs, backend)[0]
+    (grad,) = torch.autograd.grad(out.pow(3).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_func_grad_and_vmap(backend):
+    q, k = make_qk(3, 5, 2, 2, head_dim=8, dtype=torch.float64)
+    weights, freqs = norm_weights(2, 2, 8, dtype=torch.float64), methods.rope(8).to(device())
+
+    def loss(weight, q, backend):
+        outs = call([q[None], k[:1], weight, weights[1]], freqs, backend)
+        return outs[0].pow(3).sum()
+
+    for in_dims in ((None, 0), (0, 0)):
+        weight = (
+            weights[0] if in_dims[0] is None else torch.stack([weights[0] * n for n in (1, 2, 3)])
+        )
+        got = torch.vmap(torch.func.grad(lambda *x: loss(*x, backend)), in_dims)(weight, q)
+        want = torch.vmap(torch.func.grad(lambda *x: loss(*x, "reference")), in_dims)(weight, q)
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("together", (False, True))
+def test_opcheck(backend, together):
+    suffix = "_triton" if backend == "triton" else ""
+    q, k = make_qk(2, 5, 2, 2, head_dim=8)
+    weights, inv_freq = norm_weights(2, 2, 8, together), methods.rope(6).inv_freq.to(device())
+    ops = torch.ops.extrope
+    for name, args in {
+        "rope_norm_fwd": (q.requires_grad_(), k, *weights, inv_freq),
+        "rope_norm_bwd": (q.detach(), k, q.detach(), k, *weights, inv_freq),
+        "rope_norm_inplace": (q.detach().clone(), k.clone(), *weights, inv_freq),
+    }.items():
+        torch.library.opcheck(getattr(ops, name + suffix).default, args, {"offset": 3})
+
+
+def test_compile_fullgraph(backend):
+    q, k = make_qk(2, 5, 2, 2, head_dim=8)
+    freqs = methods.rope(8).to(device())
+    leaves = [x.requires_grad_() for x in (q, k, *norm_weights(2, 2, 8))]
+
+    def loss(*x):
+        return sum(out.pow(3).sum() for out in call(x, freqs, backend))
+
+    graph = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    for got, want in zip(graph, torch.autograd.grad(loss(*leaves), leaves)):
+        torch.testing.assert_close(got, want)
+
+
+# -------------------------------------------------------------------------------------------------
+# Errors
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    (
+        ({"q_norm_weight": torch.ones(7)}, ValueError, r"q_norm_weight must be \(8,\)"),
+        ({"k_norm_weight": torch.ones(2, 8)}, ValueError, r"k_norm_weight must be \(8,\)"),
+        ({"q_norm_weight": torch.ones(8).long()}, ValueError, "q_norm_weight must be float32"),
+        ({"q_norm_weight": torch.ones(16)[::2]}, ValueError, "q_norm_weight must be contiguous"),
+        ({"k_norm_weight": 1.0}, TypeError, "k_norm_weight must be a Tensor, got float"),
+        ({"norm_eps": -1.0}, ValueError, "norm_eps must be >= 0, got -1.0"),
+        ({"norm_eps": "small"}, TypeError, "norm_eps must be a number, got str"),
+    ),
+)
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_refusals(backend, changes, error, message):
+    q, k = make_qk(1, 3, 2, 2, head_dim=8)
+    weights = {"q_norm_weight": torch.ones(8), "k_norm_weight": torch.ones(8)} | changes
+    weights = {n: w.to(device()) if isinstance(w, torch.Tensor) else w for n, w in weights.items()}
+    with pytest.raises(error, match=f"rope: {message}"):
+        apply_rope_qk(q, k, methods.rope(8).to(device()), backend=backend, **weights)
+
+
+def test_same_bits_with_any_number_of_threads():
+    q, k = make_qk(1, 700, 3, 2)
+    weights, freqs = norm_weights(3, 2, 64), methods.rope(64).to(device())
+    douts = [torch.randn_like(x) for x in (q, k)]
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(by_autograd([q, k, *weights], freqs, None, douts))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other))
