@@ -290,13 +290,13 @@ def test_compile_fullgraph(backend):
         ({"norm_eps": "small"}, TypeError, "norm_eps must be a number, got str"),
     ),
 )
-@pytest.mark.parametrize("backend", (None, "reference"))
-def test_refusals(backend, changes, error, message):
+@pytest.mark.parametrize("named", (None, "reference"))
+def test_refusals(named, changes, error, message):
     q, k = make_qk(1, 3, 2, 2, head_dim=8)
     weights = {"q_norm_weight": torch.ones(8), "k_norm_weight": torch.ones(8)} | changes
     weights = {n: w.to(device()) if isinstance(w, torch.Tensor) else w for n, w in weights.items()}
     with pytest.raises(error, match=f"rope: {message}"):
-        apply_rope_qk(q, k, methods.rope(8).to(device()), backend=backend, **weights)
+        apply_rope_qk(q, k, methods.rope(8).to(device()), backend=named, **weights)
 
 
 def test_same_bits_with_any_number_of_threads():

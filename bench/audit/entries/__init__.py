@@ -1,7 +1,7 @@
 """What is compiled, and how. To add a kernel: a file beside these, and its list in ENTRIES."""
 
 from ..case import Case, Kernel
-from . import attention, decode, linear_attention, permute, plain, rope
+from . import attention, decode, linear_attention, permute, plain, rope, rope_norm
 
 ENTRIES = (
     *plain.KERNELS,
@@ -9,6 +9,7 @@ ENTRIES = (
     *decode.KERNELS,
     *linear_attention.KERNELS,
     *rope.KERNELS,
+    *rope_norm.KERNELS,
     *permute.KERNELS,
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ENTRIES}

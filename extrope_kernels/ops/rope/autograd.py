@@ -74,7 +74,7 @@ def _save(ctx, tensors, rope_args, options) -> None:
 
 
 def kept_rope_args(rope_args) -> tuple[Tensor | None, ...]:
-    """All of them, for a backward; raises ValueError for those that have no gradient but want it."""
+    """All of them, for a backward; ValueError for those that have no gradient but want it."""
     rope_args = _with_defaults(rope_args)
     for name, x in (("positions", rope_args[1]), ("log_decay", rope_args[3])):
         if x is not None and x.requires_grad:

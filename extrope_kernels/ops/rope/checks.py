@@ -80,8 +80,8 @@ def _check_norm_weight(name: str, x: Tensor, weight: Tensor) -> None:
     heads, head_dim = x.shape[-2:]
     if tuple(weight.shape) not in ((head_dim,), (heads * head_dim,)):
         raise ValueError(
-            f"rope: {name} must be ({head_dim},) to norm each head or ({heads * head_dim},) to norm "
-            f"all together, got shape {tuple(weight.shape)}"
+            f"rope: {name} must be ({head_dim},) to norm each head or ({heads * head_dim},) to "
+            f"norm all together, got shape {tuple(weight.shape)}"
         )
     if weight.dtype not in DTYPES:
         raise ValueError(

@@ -52,7 +52,9 @@ def rope_norm_bwd(
         for grad, x, weight in zip(normed_grads, saved, weights)
     ]
     dx = [grad.to(q.dtype).view_as(x) for (grad, _), x in zip(found, (q, k))]
-    return (*(dx + [q.new_empty(0)])[:2], *([dw for _, dw in found] + [_none(q)])[:2])
+    if k is None:
+        return dx[0], q.new_empty(0), found[0][1], _none(q)
+    return *dx, found[0][1], found[1][1]
 
 
 def rope_norm_inplace(q: Tensor, k: Tensor | None, *others: Tensor | None, **options) -> None:

@@ -76,7 +76,7 @@ def _save(ctx, args, options, outputs) -> None:
 
 def _backward_by(bwd):
     def backward(ctx, grad_q, grad_k):
-        q, k, *weights = ctx.saved_tensors[:4]
+        _, k, *weights = ctx.saved_tensors[:4]
         grad_k = contiguous_rows(grad_k) if k is not None else None
         dq, dk, *of_weights = bwd(
             contiguous_rows(grad_q), grad_k, *ctx.saved_tensors, **ctx.options
