@@ -107,6 +107,33 @@ def test_rows_without_keys_do_not_count(garbage):
         assert (grads[which][row] == 0).all() and (grads[2 + which][:, row] == 0).all()
 
 
+@pytest.mark.parametrize("sizes", [(4,), (1, 6), (3, 1, 7), (0, 5), (5, 0), (2, 0, 0, 1)])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 8), (7, 3, 8), (2, 0, 3, 8)])
+def test_in_place_equals_attention_over_all_keys(sizes, shape):
+    outs, lses, (out, lse) = parts_and_whole(sizes, shape)
+    merged, merged_lse = merge_attention(outs, lses, inplace=True)
+    assert merged is outs[0] and merged_lse is lses[0]
+    torch.testing.assert_close(merged, out)
+    torch.testing.assert_close(merged_lse, lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_place_rounds_nothing_on_the_way(dtype):
+    """Into views, as a ring does, one after the other, in float32."""
+    outs, lses, _ = parts_and_whole((3, 6, 2), (2, 17, 3, 16))
+    outs, lses = [out.to(dtype) for out in outs], [lse.float() for lse in lses]
+    exact, exact_lse = merge_attention([out.double() for out in outs], [x.double() for x in lses])
+    out, lse = torch.zeros(2, 30, 3, 16), torch.zeros(2, 3, 30)
+    so_far, lse_so_far = out[:, 4:21], lse[..., 4:21]
+    so_far.copy_(outs[0])
+    lse_so_far.copy_(lses[0])
+    for part in zip(outs[1:], lses[1:]):
+        merge_attention(*zip((so_far, lse_so_far), part), inplace=True)
+    torch.testing.assert_close(so_far.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse_so_far.double(), exact_lse, rtol=1e-6, atol=1e-6)
+    assert (out[:, :4] == 0).all() and (lse[..., 21:] == 0).all()
+
+
 @pytest.mark.parametrize("without_keys", [False, True])
 def test_derivatives(without_keys):
     outs, lses, _ = parts_and_whole((3, 4), (2, 2, 3))
@@ -159,3 +186,10 @@ OUT, LSE = torch.zeros(2, 5, 3, 8), torch.zeros(2, 3, 5)
 def test_refuses(outs, lses, error, message):
     with pytest.raises(error, match=f"merge_attention: {message}"):
         merge_attention(outs, lses)
+
+
+def test_refuses_in_place():
+    with pytest.raises(TypeError, match="merge_attention: inplace must be a bool, got int"):
+        merge_attention([OUT], [LSE], inplace=1)
+    with pytest.raises(ValueError, match=r"merge_attention: outs\[1\] must be torch.bfloat16"):
+        merge_attention([OUT.bfloat16(), OUT], [LSE, LSE], inplace=True)

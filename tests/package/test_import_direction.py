@@ -24,7 +24,8 @@ ROOMS = {
     "installation": r"_[a-z]\w*.py",
     "shared": r"ops/_shared/.*",
     "operation": r"ops/\w+/.*",
-    "client": r"(integrations/\w+|evaluation|distributed)/.*|(cli|__main__|testing).py",
+    "distributed": r"distributed/.*",
+    "client": r"(integrations/\w+|evaluation)/.*|(cli|__main__|testing).py",
 }
 AXES = ("methods", "positions", "scores")
 # What each room may import of the package. {own} is the module's own folder: methods/, ops/rope/.
@@ -35,7 +36,8 @@ MAY_IMPORT = {
     "installation": ("_build", "_ninja"),
     "shared": ("ops/_shared", *AXES, "_ext"),
     "operation": ("{own}", "ops/_shared", *AXES, "_ext"),
-    "client": ("_build", "_ext"),  # and public names, see below
+    "distributed": ("{own}", "ops/_shared"),  # and public names, see below
+    "client": ("_build", "_ext"),  # likewise
 }
 BACKENDS = {*rope.backends(), *attention.backends()}
 REQUIRED = {
@@ -126,8 +128,8 @@ def test_every_module_is_in_a_room_and_imports_what_the_room_may(path):
     allowed = [rule.format(own=own_folder(path)) for rule in MAY_IMPORT[kind]]
     for name in own_imports(path):
         fits = any(under(name, rule) for rule in allowed)
-        if kind == "client":
-            fits = fits or is_public(name) or room(file_of(name)) == "client"
+        if kind in ("distributed", "client"):
+            fits = fits or is_public(name) or room(file_of(name)) in ("distributed", "client")
         assert fits, f"{kind} {inside(path)} imports {name or PACKAGE}"
 
 

@@ -70,7 +70,7 @@ def attend(
     options |= rope_options(op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window)
     out, lse = explained(
         "attention",
-        lambda: _run(op, q, k, v, rope_args, options, backend),
+        lambda: run(op, q, k, v, rope_args, options, backend),
         lambda: check(op, q, k, v, AttentionCall(*rope_args, **options)),
         told_as=op,
     )
@@ -91,7 +91,7 @@ def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor 
     return torch.full((1,), start, dtype=torch.int32, device=q.device)
 
 
-def _run(
+def run(
     op: str,
     q: Tensor,
     k: Tensor,

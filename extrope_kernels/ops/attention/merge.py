@@ -8,9 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._shared.checks import refuse_flags
+
 
 def merge_attention(
-    outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor
+    outs: Sequence[Tensor] | Tensor,
+    lses: Sequence[Tensor] | Tensor,
+    *,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the union of disjoint sets of keys, from attention over each of them.
 
@@ -22,13 +27,20 @@ def merge_attention(
     lses: the n log-sum-exps of the logits, natural log, (batch, heads, seqlen) or packed
         (heads, total), float32 or float64. -inf marks a row without keys, whose out, whatever it
         holds, does not count. A sink belongs to one of the sets: give it to one call alone.
+    inplace: write out and lse over outs[0] and lses[0], for results that come one after the other:
+        no other memory of out's size is used. outs[0] may be float32 where the others are 16-bit,
+        so that nothing is rounded on the way. What a row without keys holds has to be finite
+        then, and there is no gradient.
 
     Returns: out like outs[0], and lse like lses[0]. A row without keys in any set gets out 0 and
         lse -inf. Differentiable to any order in outs and lses.
     Raises: ValueError or TypeError that names the argument.
     """
     outs, lses = _tensors("outs", outs), _tensors("lses", lses)
-    _check(outs, lses)
+    refuse_flags("merge_attention", inplace=inplace)
+    _check(outs, lses, inplace)
+    if inplace:
+        return _merged_in_place(outs, lses)
     wide = torch.promote_types(torch.promote_types(outs[0].dtype, torch.float32), lses[0].dtype)
     stacked = torch.stack([lse.to(wide) for lse in lses])
     absent = stacked == -torch.inf
@@ -42,6 +54,16 @@ def merge_attention(
     out = functools.reduce(torch.add, weighted).to(outs[0].dtype)
     lse = torch.logsumexp(stacked, dim=0)
     return out, lse.masked_fill(empty, -torch.inf).to(lses[0].dtype)
+
+
+@torch.no_grad()
+def _merged_in_place(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    for out, lse in zip(outs[1:], lses[1:]):
+        joint = torch.logaddexp(lses[0], lse)
+        share = torch.exp(lse - joint.masked_fill(joint == -torch.inf, 0.0))
+        outs[0].lerp_(out.to(outs[0].dtype), _per_row(share).to(outs[0].dtype))
+        lses[0].copy_(joint)
+    return outs[0], lses[0]
 
 
 def _per_row(x: Tensor) -> Tensor:
@@ -62,7 +84,7 @@ def _tensors(name: str, value: object) -> tuple[Tensor, ...]:
     return tuple(value)
 
 
-def _check(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> None:
+def _check(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], inplace: bool) -> None:
     if not outs:
         raise ValueError("merge_attention: outs must hold at least one tensor, got none")
     if len(lses) != len(outs):
@@ -83,7 +105,9 @@ def _check(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> None:
     rows = (*first.shape[:-3], first.shape[-2], first.shape[-3])
     for name, tensors, shape in (("outs", outs, first.shape), ("lses", lses, rows)):
         for i, x in enumerate(tensors):
-            _check_like(f"{name}[{i}]", x, tuple(shape), tensors[0].dtype, first.device)
+            narrower = inplace and name == "outs" and x.dtype in (torch.bfloat16, torch.float16)
+            dtype = x.dtype if narrower else tensors[0].dtype
+            _check_like(f"{name}[{i}]", x, tuple(shape), dtype, first.device)
 
 
 def _check_like(

@@ -1,0 +1,21 @@
+"""Context parallelism: attention of a sequence whose tokens are spread over the ranks of a mesh."""
+
+from .attend import attend
+from .attention import (
+    blockwise_causal_attention,
+    dual_chunk_attention,
+    rerope_attention,
+    string_attention,
+)
+from .layout import local_positions, shard, unshard
+
+__all__ = [
+    "attend",
+    "blockwise_causal_attention",
+    "dual_chunk_attention",
+    "local_positions",
+    "rerope_attention",
+    "shard",
+    "string_attention",
+    "unshard",
+]

@@ -1,0 +1,129 @@
+"""Blocks of a rank's queries with the keys that they see, for whole and for packed sequences."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .collectives import Group
+from .layout import Balance, chunks
+
+
+class Run(NamedTuple):
+    """Tokens that follow one another: their rows on a rank, and the position of the first."""
+
+    rows: slice
+    start: int
+
+
+class Block(NamedTuple):
+    """A run of queries, and the keys of all ranks that it sees, of which it is the last.
+
+    Tensors are (batch, seqlen, ...), or packed (total, ...). Packed, a block is either some queries
+    of one sequence, which a call takes as a batch of one, or sequences from their beginnings on.
+    """
+
+    rows: slice
+    key_rows: slice
+    packed: bool = False
+    cu_seqlens: Tensor | None = None  # of the sequences that begin in the block
+    sequences: slice = slice(None)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """The view of the block's queries, as a call takes them."""
+        return self._cut(x, self.rows)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The view of its keys, of all."""
+        return self._cut(x, self.key_rows)
+
+    def lse(self, x: Tensor) -> Tensor:
+        """The view of its queries' log-sum-exp (batch, heads, seqlen), packed (heads, total)."""
+        return x[..., self.rows].unsqueeze(0) if self._of_one else x[..., self.rows]
+
+    def _cut(self, x: Tensor, rows: slice) -> Tensor:
+        if not self.packed:
+            return x[:, rows]
+        return x[rows].unsqueeze(0) if self._of_one else x[rows]
+
+    @property
+    def _of_one(self) -> bool:
+        return self.packed and self.cu_seqlens is None
+
+
+class RopeTensors(NamedTuple):
+    """The tensors of a call beside q, k and v."""
+
+    inv_freq: Tensor
+    log_decay: Tensor | None = None
+    sinks: Tensor | None = None
+    query_scale: Tensor | None = None  # of this rank's tokens
+
+    def of_block(self, block: Block, heads: slice) -> tuple[Tensor | None, ...]:
+        """As an op takes them, after q, k and v: for the block's queries, and these heads."""
+        inv_freq, scale = self.inv_freq, self.query_scale
+        if inv_freq.dim() == 2 and inv_freq.shape[0] > 1:
+            inv_freq = inv_freq[block.sequences]
+        return (
+            inv_freq,
+            block.cu_seqlens,
+            self.log_decay,
+            None if self.sinks is None else self.sinks[heads],
+            None if scale is None else scale[..., block.rows].contiguous(),
+        )
+
+
+def runs(tokens: int, group: Group, balance: Balance) -> list[Run]:
+    """The runs of a rank that holds so many tokens."""
+    mine = chunks(group.rank, group.size, balance)
+    size = tokens // len(mine)
+    return [Run(slice(n * size, (n + 1) * size), c * size) for n, c in enumerate(mine)]
+
+
+def blocks_of(
+    tokens: int, group: Group, balance: Balance, boundaries: list[int] | None, device: torch.device
+) -> list[Block]:
+    """A rank's queries with the keys they see; boundaries: those of all packed sequences."""
+    found = []
+    for rows, start in runs(tokens, group, balance):
+        end = start + rows.stop - rows.start
+        if boundaries is None:
+            found.append(Block(rows, slice(0, end)))
+        elif start < end:
+            found += _packed(rows.start - start, start, end, boundaries, device)
+    return found
+
+
+def _packed(
+    shift: int, start: int, end: int, boundaries: list[int], device: torch.device
+) -> list[Block]:
+    """The queries start to end: those of the sequence that began before, and the others.
+
+    shift: what makes a position in the whole a row on this rank.
+    """
+    begun = sum(first < start for first in boundaries[:-1])
+    reached = sum(first < end for first in boundaries[:-1])
+    middle = min(boundaries[begun], end)
+    found = []
+    if start < middle:
+        keys = slice(boundaries[begun - 1], middle)
+        rows = slice(start + shift, middle + shift)
+        found.append(Block(rows, keys, True, None, slice(begun - 1, begun)))
+    if middle < end:
+        ends = [first - middle for first in boundaries[begun:reached]] + [end - middle]
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+        rows = slice(middle + shift, end + shift)
+        found.append(Block(rows, slice(middle, end), True, cu_seqlens, slice(begun, reached)))
+    return found
+
+
+def joined(k: Tensor, v: Tensor) -> Tensor:
+    """Keys and values as collectives take them: (seqlen, batch, heads_k, dims of both)."""
+    return torch.cat([k, v], -1).movedim(-3, 0).contiguous()
+
+
+def apart(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The views of `joined` rows that are keys and values, with the dimensions of k and v."""
+    return rows.movedim(0, -3).split([k.shape[-1], v.shape[-1]], -1)

@@ -1,0 +1,100 @@
+"""Processes that share a sequence, as the tests of `distributed` need them.
+
+Four of them start once and then run what they are told, so that a test costs what it computes and
+not the import of torch. One that does not answer in time is a failure: what waits for another rank
+for ever is ended.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+WORLD = 4
+SECONDS = 120  # for one case, on a busy machine; most take less than one
+PRELOADED = ["extrope_kernels.distributed", "torch.distributed.device_mesh"]
+
+
+class Ranks:
+    """Runs module-level functions on all ranks at once: function(mesh, **arguments)."""
+
+    def __init__(self) -> None:
+        self.processes: list = []
+        self.pipes: list = []
+
+    def run(self, function: Callable[..., None], size: int | tuple[int, int], **arguments: Any):
+        """Run on a mesh of so many ranks, 2, 4 or (2, 2); an error of any of them is this one's."""
+        if not self.processes:
+            self._start()
+        for pipe in self.pipes:
+            pipe.send((function, size, arguments))
+        errors = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(SECONDS):
+                self.stop()
+                raise TimeoutError(f"rank {rank} did not answer within {SECONDS} s")
+            if error := pipe.recv():
+                errors.append(f"rank {rank}: {error}")
+        if errors:
+            self.stop()  # others may wait for the one that failed
+            raise AssertionError("\n".join(errors))
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes, self.pipes = [], []
+
+    def _start(self) -> None:
+        # Forked from a process that has imported all this once, and has no threads.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        store = os.path.join(tempfile.mkdtemp(), "store")
+        threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        os.environ.update(dict.fromkeys(threads, "1"))
+        for rank in range(WORLD):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, there, store, sys.path), daemon=True
+            )
+            process.start()
+            there.close()
+            self.processes.append(process)
+            self.pipes.append(here)
+        for name, value in threads.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _serve(rank: int, pipe: Any, store: str, path: list[str]) -> None:
+    sys.path[:] = path
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=SECONDS),
+    )
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    meshes = {2: grid["inner"], 4: init_device_mesh("cpu", (4,)), (2, 2): grid}
+    while True:
+        try:
+            function, size, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            torch.manual_seed(0)
+            function(meshes[size], **arguments)
+            pipe.send(None)
+        except BaseException:
+            pipe.send(traceback.format_exc())
