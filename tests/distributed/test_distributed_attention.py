@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import attention_oracle as oracle
 import pytest
 import torch
 from attention_oracle import EXAMPLES
 
-from extrope_kernels import distributed
+import extrope_kernels
+from extrope_kernels import RopeFreqs, distributed
+from extrope_kernels.testing import assert_within_budget
 
 STRATEGIES = ("gather", "ring", "ulysses")
 BALANCES = ("zigzag", None)
@@ -135,3 +139,122 @@ def test_two_dimensions(ranks, balance, strategy):
         sinks=torch.randn(8, generator=generator).double(),
         query_scale=1 + torch.rand(SEQLEN, generator=generator),
     )
+
+
+BOUNDARIES = {
+    "in the middle": [0, 5, 7, 30, 48],
+    "at the ends of chunks": [0, 6, 24, 36, 48],
+    "one": [0, 48],
+    "single tokens and empty ones": [0, 0, 1, 2, 2, 3, 40, 41, 48, 48],
+}
+
+
+def packed_equals_one_process(mesh, score, strategy, balance, boundaries, **options):
+    """Against each sequence by itself."""
+    example = EXAMPLES[score]
+    sharded = getattr(distributed, example.attention.__name__)
+    (q, k, v), dout, dlse = leaves(torch.float64)
+    options |= {"freqs": oracle.frequencies(16), **example.parameters}
+    scale = 1 + torch.rand(SEQLEN)
+    per_sequence = []
+    for first, last in itertools.pairwise(boundaries):
+        one = slice(first, last)
+        grads = (dout[:, one], dlse[..., one])
+        parts = [x[:, one] for x in (q, k, v)]
+        per_sequence.append(
+            outcome(example.attention, parts, grads, **options, query_scale=scale[one])
+        )
+    *rest, dsinks = zip(*per_sequence)
+    expected = [torch.cat(x, 2 if n == 1 else 1) for n, x in enumerate(rest)]
+    grads = [distributed.shard(dout, mesh, balance=balance)[0]]
+    grads.append(distributed.shard(dlse, mesh, dim=2, balance=balance)[0])
+    found = outcome(
+        sharded,
+        [distributed.shard(x, mesh, balance=balance)[0] for x in (q, k, v)],
+        grads,
+        **options,
+        query_scale=distributed.shard(scale, mesh, dim=0, balance=balance),
+        cu_seqlens=torch.tensor(boundaries),
+        mesh=mesh,
+        strategy=strategy,
+        balance=balance,
+    )
+    assert_close(NAMES, found[:5], [x[0] for x in cut(expected, mesh, balance)], EXACT)
+    whole = found[5].clone()
+    for dim in range(mesh.ndim):
+        torch.distributed.all_reduce(whole, group=mesh.get_group(dim))
+    assert_close(("dsinks",), (whole,), (sum(dsinks),), EXACT)
+
+
+@pytest.mark.parametrize("score", ["self_extend", "dual_chunk"])
+@pytest.mark.parametrize("boundaries", BOUNDARIES)
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize(
+    ("strategy", "size"), [("gather", 2), ("gather", 4), ("gather", (2, 2)), ("ulysses", 4)]
+)
+def test_packed_equals_one_process(ranks, score, strategy, size, balance, boundaries):
+    ranks.run(
+        packed_equals_one_process,
+        size,
+        score=score,
+        strategy=strategy,
+        balance=balance,
+        boundaries=BOUNDARIES[boundaries],
+        log_n=4,
+        sinks=torch.randn(8, generator=torch.Generator().manual_seed(2)).double(),
+    )
+
+
+def frequencies_of_sequences(mesh):
+    """A row for each packed sequence."""
+    boundaries = [0, 5, 7, 30, 48]
+    (q, k, v), _, _ = leaves(torch.float64)
+    inv_freq = torch.rand(4, 8)
+    expected = [
+        extrope_kernels.rerope_attention(
+            *(x[:, first:last] for x in (q, k, v)), RopeFreqs(inv_freq[n]), window=6
+        )
+        for n, (first, last) in enumerate(itertools.pairwise(boundaries))
+    ]
+    mine = (distributed.shard(x, mesh)[0] for x in (q, k, v))
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
+    found = distributed.rerope_attention(
+        *mine, RopeFreqs(inv_freq), window=6, cu_seqlens=cu_seqlens, mesh=mesh
+    )
+    assert_close(("out",), (found,), (distributed.shard(torch.cat(expected, 1), mesh)[0],), EXACT)
+
+
+def test_frequencies_of_packed_sequences(ranks):
+    ranks.run(frequencies_of_sequences, 4)
+
+
+def within_the_budget(mesh, strategy, balance, dtype, backend):
+    """Forward and backward no further from float64 than twice the error of one process."""
+    example = EXAMPLES["leaky_rerope"]
+    tensors, dout, dlse = leaves(dtype, seqlen=128, heads_q=4)
+    options = {"freqs": oracle.frequencies(16), "backend": backend, **example.parameters}
+    one = outcome(example.attention, tensors, (dout, dlse), **options)
+    exactly = [x.double() for x in (*tensors, dout, dlse)]
+    options_of_exact = {**options, "backend": None}
+    exact = outcome(example.attention, exactly[:3], exactly[3:], **options_of_exact)
+    grads = [distributed.shard(dout, mesh, balance=balance)]
+    grads.append(distributed.shard(dlse, mesh, dim=2, balance=balance))
+    mine = [distributed.shard(x, mesh, balance=balance) for x in tensors]
+    how = {"mesh": mesh, "strategy": strategy, "balance": balance}
+    found = outcome(distributed.rerope_attention, mine, grads, **options, **how)
+    for name, got, same, want in zip(NAMES, found, one, exact):
+        dim = 2 if name == "lse" else 1
+        whole = distributed.unshard(got, mesh, dim=dim, balance=balance)
+        assert_within_budget(name, whole, same, want)
+        if strategy == "gather" and name in ("out", "dq"):
+            assert torch.equal(whole, same) or backend == "reference", f"{name}: other bits"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize(
+    ("strategy", "runs"),
+    [("gather", None), ("ulysses", None), ("ring", "reference"), ("gather", "reference")],
+)
+def test_low_precision(ranks, strategy, runs, balance, dtype):
+    ranks.run(within_the_budget, 4, strategy=strategy, balance=balance, dtype=dtype, backend=runs)

@@ -1,0 +1,130 @@
+"""What a training loop does with sharded attention: compile, checkpoint, run once more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from extrope_kernels import RopeFreqs, distributed, rerope_attention
+from extrope_kernels.testing import make_qk
+
+STRATEGIES = ("gather", "ring", "ulysses")
+FREQS = RopeFreqs(10000.0 ** -(torch.arange(8) / 8))
+
+
+def call(mesh, strategy, **options):
+    """A function of q, k and v with something of autograd's after it."""
+
+    def attention(q, k, v):
+        out, lse = distributed.rerope_attention(
+            q, k, v, FREQS, window=6, mesh=mesh, strategy=strategy, return_lse=True, **options
+        )
+        return out.square() + lse.transpose(1, 2).unsqueeze(-1)
+
+    return attention
+
+
+def inputs(mesh, dtype, requires_grad=True):
+    q, k = make_qk(1, 16, 4, 2, 16, dtype)
+    parts = [distributed.shard(x, mesh).clone() for x in (q, k, k + 1)]
+    return [x.requires_grad_(requires_grad) for x in parts]
+
+
+def gradients(function, tensors):
+    return torch.autograd.grad(function(*tensors).sum(), tensors)
+
+
+def compiles(mesh, strategy):
+    torch._dynamo.reset()
+    backend = "reference" if strategy == "ring" else None
+    attention, tensors = call(mesh, strategy, backend=backend), inputs(mesh, torch.float32)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=False)
+    torch.testing.assert_close(compiled(*tensors), attention(*tensors))
+    for got, want in zip(gradients(compiled, tensors), gradients(attention, tensors)):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_compiles_without_a_break(ranks, strategy):
+    ranks.run(compiles, 2, strategy=strategy)
+
+
+def checkpoints(mesh, strategy):
+    attention, tensors = call(mesh, strategy), inputs(mesh, torch.float64)
+
+    def recomputed(*tensors):
+        return checkpoint(attention, *tensors, use_reentrant=False)
+
+    for got, want in zip(gradients(recomputed, tensors), gradients(attention, tensors)):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_activation_checkpointing(ranks, strategy):
+    ranks.run(checkpoints, 4, strategy=strategy)
+
+
+def runs_alike_twice(mesh, strategy, backend):
+    attention, tensors = call(mesh, strategy, backend=backend), inputs(mesh, torch.float32)
+    first = (attention(*tensors), *gradients(attention, tensors))
+    for _ in range(3):
+        for got, want in zip((attention(*tensors), *gradients(attention, tensors)), first):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_same_bits_in_every_run(ranks, strategy):
+    ranks.run(runs_alike_twice, 4, strategy=strategy, backend="reference")
+
+
+def some_gradients(mesh, strategy):
+    """Of out alone, of lse alone, and of some tensors alone."""
+    q, k, v = inputs(mesh, torch.float64, requires_grad=False)
+    options = {"mesh": mesh, "strategy": strategy, "return_lse": True, "window": 6}
+
+    def run(*tensors):
+        return distributed.rerope_attention(*tensors, FREQS, **options)
+
+    tensors = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse = run(*tensors)
+    of_out = torch.autograd.grad(out.sum(), tensors, retain_graph=True)
+    of_lse = torch.autograd.grad(lse.sum(), tensors, retain_graph=True, allow_unused=True)
+    both = torch.autograd.grad(out.sum() + lse.sum(), tensors)
+    for a, b, c in zip(of_out, of_lse, both):
+        torch.testing.assert_close(a + (0 if b is None else b), c)
+    for n in range(3):
+        alone = [x.clone().requires_grad_(n == i) for i, x in enumerate((q, k, v))]
+        (grad,) = torch.autograd.grad(run(*alone)[0].sum(), alone[n])
+        torch.testing.assert_close(grad, of_out[n])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradients_of_some(ranks, strategy):
+    ranks.run(some_gradients, 4, strategy=strategy)
+
+
+def refuses_second_derivatives(mesh, strategy):
+    tensors = inputs(mesh, torch.float64)
+    (dq,) = torch.autograd.grad(call(mesh, strategy)(*tensors).sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|twice"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_second_derivatives_are_refused(ranks, strategy):
+    ranks.run(refuses_second_derivatives, 2, strategy=strategy)
+
+
+def one_rank_is_one_device(mesh):
+    alone = [torch.distributed.get_rank()]
+    group = torch.distributed.new_group(alone, use_local_synchronization=True)
+    q, k = make_qk(1, 6, 4, 2, 16, torch.float64)
+    for strategy in STRATEGIES:
+        options = {"window": 3, "mesh": group, "strategy": strategy}
+        found = distributed.rerope_attention(q, k, k, FREQS, **options)
+        assert torch.equal(found, rerope_attention(q, k, k, FREQS, window=3))
+
+
+def test_one_rank_is_one_device(ranks):
+    ranks.run(one_rank_is_one_device, 4)
