@@ -40,6 +40,7 @@ class Prepared(NamedTuple):
     rope: RopeTensors
     cu_seqlens: Tensor | None
     boundaries: list[int] | None
+    devices: Devices
 
 
 def attend(
@@ -71,9 +72,10 @@ def attend(
     op: the name that errors begin with.
     keys_stored: keys come as a cache keeps them, rotated to `score.stored`, not raw.
     """
-    devices = _grid(op, devices_of(op, mesh), strategy)
+    grid = devices_of(op, mesh)
 
     def prepare() -> Prepared:
+        devices = _by_strategy(op, grid, strategy)
         refuse_flags(op, return_lse=return_lse)
         method = score if isinstance(score, Score) else score()
         call = block_call(
@@ -96,13 +98,14 @@ def attend(
         return _settings(prepared, q, k, v, strategy, balance, return_lse)
 
     prepared = agreed(op, mesh, prepare, describe)
+    devices = prepared.devices
     if devices.inner.size == 1:
-        out, lse = _attend(prepared, q, k, v, devices, strategy, balance)
+        out, lse = _attend(prepared, q, k, v, strategy, balance)
         return (out, lse) if return_lse else out
     swap = (devices.inner, balance)
     prepared = prepared._replace(rope=_of_heads(prepared.rope, q, *swap))
     q, k, v = (to_heads(x, *swap) for x in (q, k, v))
-    out, lse = _attend(prepared, q, k, v, devices, strategy, balance)
+    out, lse = _attend(prepared, q, k, v, strategy, balance)
     out = to_tokens(out, *swap)
     return (out, lse_to_tokens(lse, *swap)) if return_lse else out
 
@@ -112,12 +115,11 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    devices: Devices,
     strategy: Strategy,
     balance: Balance,
 ) -> tuple[Tensor, Tensor]:
     """The heads of this rank, over the outer ranks."""
-    call, rope, cu_seqlens, boundaries = prepared
+    call, rope, cu_seqlens, boundaries, devices = prepared
     if devices.outer.size == 1:
         rope_args = (rope.inv_freq, cu_seqlens, rope.log_decay, rope.sinks, rope.query_scale)
         return block_forward(call, q, k, v, *rope_args)
@@ -127,7 +129,7 @@ def _attend(
     return gather.attend(gather.Plan(call, devices.outer, balance, blocks), q, k, v, rope)
 
 
-def _grid(op: str, devices: Devices, strategy: Strategy) -> Devices:
+def _by_strategy(op: str, devices: Devices, strategy: Strategy) -> Devices:
     """Who gathers or stands in a ring, and who exchanges heads."""
     if strategy not in _STRATEGIES:
         raise ValueError(f"{op}: strategy must be one of {list(_STRATEGIES)}, got {strategy!r}")
@@ -178,7 +180,7 @@ def _prepared(
                 f"{op}: cu_seqlens must rise from 0 to the {total} tokens of all ranks, "
                 f"got {boundaries}"
             )
-    return Prepared(call, rope, cu_seqlens, boundaries)
+    return Prepared(call, rope, cu_seqlens, boundaries, devices)
 
 
 def _settings(

@@ -24,7 +24,8 @@ PRELOADED = ["extrope_kernels.distributed", "torch.distributed.device_mesh"]
 class Ranks:
     """Runs module-level functions on all ranks at once: function(mesh, **arguments)."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self.seconds = seconds
         self.processes: list = []
         self.pipes: list = []
 
@@ -37,9 +38,9 @@ class Ranks:
             pipe.send((function, size, arguments))
         errors = []
         for rank, pipe in enumerate(pipes):
-            if not pipe.poll(SECONDS):
+            if not pipe.poll(self.seconds):
                 self.stop()
-                raise TimeoutError(f"rank {rank} did not answer within {SECONDS} s")
+                raise TimeoutError(f"rank {rank} did not answer within {self.seconds} s")
             if error := pipe.recv():
                 errors.append(f"rank {rank}: {error}")
         if errors:
