@@ -17,7 +17,7 @@ import readme
 import torch
 
 import extrope_kernels
-from extrope_kernels import methods, positions, scores
+from extrope_kernels import distributed, methods, positions, scores
 
 ROOT = Path(__file__).parents[2]
 PAGES = readme.pages(ROOT)
@@ -92,7 +92,8 @@ def test_every_public_name_has_its_place_in_the_api():
     api = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     placed = {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)$", api, re.MULTILINE)}
     rooms = {"methods", "positions", "scores"}
-    public = {*extrope_kernels.__all__, *positions.__all__, *scores.__all__, *methods.__all__}
+    packages = (extrope_kernels, distributed, positions, scores, methods)
+    public = {name for package in packages for name in package.__all__}
     assert public - rooms - {"METHODS", "SCORES", "WRAPPERS"} <= placed
 
 

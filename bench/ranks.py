@@ -1,4 +1,4 @@
-"""Processes that share a sequence, as the tests of `distributed` need them.
+"""Processes that share a sequence, for the benchmark and the tests of `distributed`.
 
 Four of them start once and then run what they are told, so that a test costs what it computes and
 not the import of torch. One that does not answer in time is a failure: what waits for another rank
@@ -29,23 +29,26 @@ class Ranks:
         self.processes: list = []
         self.pipes: list = []
 
-    def run(self, function: Callable[..., None], size: int | tuple[int, int], **arguments: Any):
-        """Run on a mesh of so many ranks, 2, 4 or (2, 2); an error of any of them is this one's."""
+    def run(
+        self, function: Callable[..., Any], size: int | tuple[int, int], **arguments: Any
+    ) -> list[Any]:
+        """What it returns on each rank of a mesh of so many: 1, 2, 4 or (2, 2)."""
         if not self.processes:
             self._start()
-        pipes = self.pipes[: 2 if size == 2 else WORLD]
+        pipes = self.pipes[: size if isinstance(size, int) else WORLD]
         for pipe in pipes:
             pipe.send((function, size, arguments))
-        errors = []
+        answers = []
         for rank, pipe in enumerate(pipes):
             if not pipe.poll(self.seconds):
                 self.stop()
                 raise TimeoutError(f"rank {rank} did not answer within {self.seconds} s")
-            if error := pipe.recv():
-                errors.append(f"rank {rank}: {error}")
+            answers.append(pipe.recv())
+        errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers) if error]
         if errors:
             self.stop()  # others may wait for the one that failed
             raise AssertionError("\n".join(errors))
+        return [result for _, result in answers]
 
     def stop(self) -> None:
         for process in self.processes:
@@ -88,7 +91,7 @@ def _serve(rank: int, pipe: Any, store: str, path: list[str]) -> None:
         timeout=timedelta(seconds=SECONDS),
     )
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-    meshes = {2: grid["inner"], 4: init_device_mesh("cpu", (4,)), (2, 2): grid}
+    meshes = {1: None, 2: grid["inner"], 4: init_device_mesh("cpu", (4,)), (2, 2): grid}
     while True:
         try:
             function, size, arguments = pipe.recv()
@@ -96,7 +99,6 @@ def _serve(rank: int, pipe: Any, store: str, path: list[str]) -> None:
             return
         try:
             torch.manual_seed(0)
-            function(meshes[size], **arguments)
-            pipe.send(None)
+            pipe.send((None, function(meshes[size], **arguments)))
         except BaseException:
-            pipe.send(traceback.format_exc())
+            pipe.send((traceback.format_exc(), None))

@@ -1,0 +1,168 @@
+"""Attention of a sequence over 2 and 4 processes: python bench/bench_distributed.py
+
+What each rank sends against the formula (they have to be equal), the CPU seconds of all ranks
+against one process with as many threads, and the peak memory of a rank against that of one process
+over the number of ranks. gloo on one machine, a thread each: times tell the work, not a network.
+Lengths past the first see 2,048 keys a query (a sliding window), which changes no tensor's size.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from harness import NAN, Report, arguments, peak_megabytes, verdict
+from ranks import Ranks
+from sent import Sent, by_formula
+from torch.distributed.device_mesh import DeviceMesh
+
+from extrope_kernels import RopeFreqs, distributed, methods, rerope_attention
+
+HEADS_Q, HEADS_K, HEAD_DIM, WINDOW, SEEN = 8, 2, 64, 1024, 2048
+STRATEGIES = ("gather", "ring", "ulysses")
+CPU_BAR, MEMORY_BAR = 1.10, 1.15
+
+
+@dataclass
+class Row:
+    """One strategy; what one process needs is a row of its own, with ranks as its threads."""
+
+    name: str
+    ranks: int
+    seqlen: int
+    milliseconds: float  # of CPU, of all ranks, best of the repeats; forward with backward
+    of_one: float = NAN  # over that of one process with as many threads
+    sent: float = NAN  # MB a rank sends, forward with backward
+    formula: float = NAN
+    written: float = NAN  # MB that the process wrote meanwhile, to sockets
+    megabytes: float = NAN  # peak of the rank that needs most, above its q, k and v
+    of_share: float = NAN  # over that of one process divided by ranks
+
+    @property
+    def verdict(self) -> str:
+        if self.sent != self.formula and self.name != "one process":
+            return "missed"
+        bars = [verdict(self.of_one, CPU_BAR)]
+        bars += [verdict(self.of_share, MEMORY_BAR)] * (self.name == "ring")
+        return "missed" if "missed" in bars else max(bars)
+
+
+COLUMNS = {
+    "name": ("", 14, ""),
+    "ranks": ("P", 3, ""),
+    "seqlen": ("tokens", 7, ""),
+    "milliseconds": ("CPU ms", 9, ".0f"),
+    "of_one": ("of one process's", 16, ".2f"),
+    "sent": ("MB sent", 9, ".3f"),
+    "formula": ("by formula", 10, ".3f"),
+    "written": ("to sockets", 10, ".3f"),
+    "megabytes": ("peak MB", 8, ".1f"),
+    "of_share": ("of one's / P", 12, ".2f"),
+    "verdict": ("", 6, ""),
+}
+
+
+@dataclass
+class Measured:
+    """Of one rank."""
+
+    seconds: float
+    megabytes: float
+    sent: int = 0
+    formula: int = 0
+    written: int = 0  # bytes that the process wrote, to sockets too
+
+
+def tensors(seqlen: int) -> list[torch.Tensor]:
+    return [torch.randn(1, seqlen, h, HEAD_DIM) for h in (HEADS_Q, HEADS_K, HEADS_K)]
+
+
+def measure(
+    mesh: DeviceMesh | None,
+    strategy: str,
+    seqlen: int,
+    seen: int | None,
+    repeats: int,
+    threads: int,
+) -> Measured:
+    """On every rank: forward with backward, of its tokens of a sequence of seqlen."""
+    torch.set_num_threads(threads)
+    ranks = 1 if mesh is None else mesh.size()
+    leaves = [x.requires_grad_() for x in tensors(seqlen // ranks)]
+    dout, freqs = torch.randn_like(leaves[0]), RopeFreqs(methods.rope(HEAD_DIM).inv_freq)
+    options = {"window": WINDOW, "sliding_window": seen}
+
+    def train() -> None:
+        if mesh is None:
+            out = rerope_attention(*leaves, freqs, **options)
+        else:
+            out = distributed.rerope_attention(
+                *leaves, freqs, mesh=mesh, strategy=strategy, **options
+            )
+        torch.autograd.grad(out, leaves, dout)
+
+    train()
+    found = Measured(min(seconds_of(train) for _ in range(repeats)), peak_megabytes(train))
+    if mesh is not None:
+        before = bytes_written()
+        with Sent(mesh.get_local_rank(), ranks) as sent:
+            train()
+        found.sent, found.written = sent.bytes, bytes_written() - before
+        found.formula = by_formula(strategy, *leaves, ranks, backward=True)
+    torch.set_num_threads(1)
+    return found
+
+
+def seconds_of(train) -> float:
+    start = time.process_time()
+    train()
+    return time.process_time() - start
+
+
+def bytes_written() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("wchar"))
+
+
+def bench(report: Report, ranks: Ranks, seqlen: int, size: int, seen: int | None) -> None:
+    given = {"seqlen": seqlen, "seen": seen, "repeats": report.args.repeats}
+    (one,) = ranks.run(measure, 1, strategy="", threads=size, **given)
+    report.add(Row("one process", size, seqlen, one.seconds * 1e3, megabytes=one.megabytes))
+    for strategy in STRATEGIES:
+        found = ranks.run(measure, size, strategy=strategy, threads=1, **given)
+        seconds, most = sum(x.seconds for x in found), max(x.megabytes for x in found)
+        report.add(
+            Row(
+                strategy,
+                size,
+                seqlen,
+                seconds * 1e3,
+                seconds / one.seconds,
+                max(x.sent for x in found) / 1e6,
+                max(x.formula for x in found) / 1e6,
+                max(x.written for x in found) / 1e6,
+                most,
+                most / (one.megabytes / size),
+            )
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, argv)
+    args.repeats = min(args.repeats, 3)
+    report = Report("distributed", args, COLUMNS, about="forward with backward, 8 heads and 2")
+    ranks = Ranks(seconds=3600)
+    lengths = {64: None} if args.quick else {16384: None, 32768: SEEN, 65536: SEEN}
+    try:
+        for seqlen, seen in lengths.items():
+            for size in (2, 4):
+                bench(report, ranks, seqlen, size, seen)
+    finally:
+        ranks.stop()
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
