@@ -159,9 +159,9 @@ def main(argv: list[str] | None = None) -> None:
         for seqlen, seen in lengths.items():
             for size in (2, 4):
                 bench(report, ranks, seqlen, size, seen)
+                report.save()  # the next takes minutes
     finally:
         ranks.stop()
-    report.save()
 
 
 if __name__ == "__main__":

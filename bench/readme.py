@@ -24,6 +24,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import bench_distributed
 import bench_overhead
 import length_report
 import method_table
@@ -112,8 +113,8 @@ def methods_table(results: Path) -> str:
     return table(head, method_table.table_lines(results))
 
 
-def overhead(results: dict) -> str:
-    columns = bench_overhead.COLUMNS
+def by_columns(columns: dict, results: dict) -> str:
+    """A line for each row, with the benchmark's own columns."""
     lines = [[cell(row.get(field), form) for field, (_, _, form) in columns.items()]
              for row in results["rows"]]  # fmt: skip
     return f"{machine(results)}.\n\n{table([head for head, _, _ in columns.values()], lines)}"
@@ -142,7 +143,8 @@ def text_of(path: Path, name: str, only: str = "") -> str:
     if path.stem.startswith("scaling-"):
         return f"![{name}](bench/results/{name}.svg)\n\n{growth(results)}"
     named = {
-        "overhead": overhead,
+        "overhead": functools.partial(by_columns, bench_overhead.COLUMNS),
+        "distributed": functools.partial(by_columns, bench_distributed.COLUMNS),
         "length_generalization": length_table,
         "launch": launches,
     }

@@ -8,12 +8,14 @@ from .attention import (
     string_attention,
 )
 from .layout import local_positions, shard, unshard
+from .linear import permuteformer_attention
 
 __all__ = [
     "attend",
     "blockwise_causal_attention",
     "dual_chunk_attention",
     "local_positions",
+    "permuteformer_attention",
     "rerope_attention",
     "shard",
     "string_attention",

@@ -78,7 +78,7 @@ def permuteformer_attention(
     check(name, q, k, v, decay, cu_seqlens, causal)
     _check_choices(name, q, decay, backend)
     if causal and decay is None:
-        decay = _default_decay(k)
+        decay = default_decay(k)
     if q.device.type == "cpu" and backend in (None, "cpu"):
         _check_permutations(name, permutations)
         rows, offset = split_offset("permute", positions)
@@ -128,7 +128,7 @@ def permuteformer_step(
     refuse_flags(name, normalize=normalize)
     check(name, q, k, v, decay, None)
     _check_choices(name, q, decay, backend)
-    decay = _default_decay(k) if decay is None else decay
+    decay = default_decay(k) if decay is None else decay
     if state is not None:
         if not isinstance(state, tuple) or len(state) != 2:
             raise TypeError(
@@ -188,7 +188,7 @@ def _check_permutations(name: str, permutations: Tensor) -> None:
         raise TypeError(f"{name}: permutations must be a Tensor, got {kind}")
 
 
-def _default_decay(k: Tensor) -> Tensor:
+def default_decay(k: Tensor) -> Tensor:
     """The authors' r_h = sigmoid(2 + 3 h / heads)."""
     heads = k.shape[-2]
     return torch.sigmoid(2 + 3 * torch.arange(heads, device=k.device) / heads)

@@ -1,0 +1,115 @@
+"""PermuteFormer's linear attention over a sequence that ranks share: they exchange states alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..ops import linear_attention
+from ..ops._shared.checks import check_rows, refuse_flags
+from ..ops.linear_attention import default_decay, feature
+from ..ops.permute import permute_qk
+from .agreement import Settings, agreed
+from .collectives import gathered
+from .layout import Devices, Mesh, devices_of
+
+
+def permuteformer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: Mesh,
+    permutations: Tensor,
+    decay: Tensor | None = None,
+    causal: bool = True,
+    normalize: bool = True,
+    positions: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """`extrope_kernels.permuteformer_attention` of a sequence whose tokens are spread over ranks.
+
+    Each rank gathers the states that the others' tokens leave, (heads, head_dim, head_dim_v) each,
+    whatever the length: no keys are sent. Arithmetic is in float32, and a rank's keys, queries and
+    values are copied to it.
+
+    q, k, v: (batch, seqlen / P, heads, head_dim), one run of tokens a rank, as `shard` gives with
+        balance=None; v of less than 256 dimensions.
+    mesh: DeviceMesh or ProcessGroup, the P ranks that share the sequence.
+    positions: of the sequence's first token.
+    permutations, decay, causal, normalize, backend: as on one device.
+
+    Returns: (batch, seqlen / P, heads_q, head_dim_v) in q's dtype. Differentiable in q, k and v.
+    Raises: as on one device; see `rerope_attention` here for what is wrong on one rank alone.
+    """
+    op = "permuteformer_attention"
+    devices = devices_of(op, mesh)
+
+    def own_part() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_rows(op, name, x, packed=False)
+        refuse_flags(op, causal=causal, normalize=normalize)
+        if isinstance(positions, bool) or not isinstance(positions, (int, torch.SymInt)):
+            raise TypeError(f"{op}: positions must be an int, got {type(positions).__name__}")
+        wide = torch.promote_types(q.dtype, torch.float32)
+        rows, keys, values = (x.to(wide) for x in (q, k, v))
+        if normalize:  # a dim of ones becomes the denominator
+            values = functional.pad(values, (0, 1), value=1.0)
+        decays = default_decay(k) if decay is None and causal else decay
+        at = {"positions": devices.rank * q.shape[1] + positions, "backend": backend}
+        out = linear_attention.permuteformer_attention(
+            rows, keys, values,
+            permutations=permutations, decay=decays, causal=causal, normalize=False, **at,
+        )  # fmt: skip
+        return out, *permute_qk(rows, keys, permutations, **at), values, decays
+
+    def settings(parts: tuple[Tensor, ...]) -> Settings:
+        asks = [x.requires_grad for x in (q, k, v)] * torch.is_grad_enabled()
+        told = {f"the shape of {n}": tuple(x.shape) for n, x in (("q", q), ("k", k), ("v", v))}
+        heads = None if decay is None else tuple(decay.shape)
+        return {**told, "what requires grad": asks, "decay's shape": heads, "causal": causal}
+
+    out, rows, keys, values, decays = agreed(op, mesh, own_part, settings)
+    others = _of_others(_state(keys, values, decays), q.shape[1], decays, devices, causal)
+    out = out + _seen(rows, others, decays)
+    if normalize:
+        out = out[..., :-1] / out[..., -1:]
+    return out.to(q.dtype)
+
+
+def _state(k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
+    """(batch, heads, head_dim, head_dim_v): what a rank's tokens leave behind their last one."""
+    heads = k.shape[2] if decay is None else decay.shape[0]
+    k, v = (x.repeat_interleave(heads // x.shape[2], 2) for x in (feature(k), v))
+    if decay is not None:
+        age = torch.arange(k.shape[1] - 1, -1, -1, device=k.device)
+        k = k * (decay.to(k.dtype) ** age[:, None])[..., None]
+    return torch.einsum("bjhd,bjhe->bhde", k, v)
+
+
+def _of_others(
+    state: Tensor, tokens: int, decay: Tensor | None, devices: Devices, causal: bool
+) -> Tensor:
+    """The state that the tokens of ranks before this one leave, or, not causal, of all others."""
+    states = state[None].contiguous()
+    for group in (devices.inner, devices.outer):
+        states = gathered(states, group)
+    ranks = torch.arange(devices.size, device=state.device)
+    weights = (ranks < devices.rank if causal else ranks != devices.rank).to(state.dtype)
+    weights = weights[:, None].expand(-1, state.shape[1])
+    if decay is not None:
+        between = (devices.rank - 1 - ranks).clamp(min=0) * tokens
+        weights = weights * decay.to(state.dtype) ** between[:, None]
+    return torch.einsum("pbhde,ph->bhde", states, weights)
+
+
+def _seen(q: Tensor, state: Tensor, decay: Tensor | None) -> Tensor:
+    """(batch, seqlen, heads, head_dim_v): what queries read of a state before the first of them."""
+    heads = max(q.shape[2], state.shape[1])
+    q = feature(q).repeat_interleave(heads // q.shape[2], 2)
+    if decay is not None:
+        after = torch.arange(1, q.shape[1] + 1, device=q.device)
+        decays = decay.to(q.dtype).repeat_interleave(heads // decay.shape[0])
+        q = q * (decays ** after[:, None])[..., None]
+    return torch.einsum("bihd,bhde->bihe", q, state.repeat_interleave(heads // state.shape[1], 1))
