@@ -1,8 +1,8 @@
 """RMSNorm and the rotation in one pass against the rotation alone: python bench/bench_rope_norm.py
 
 q (1, 8192, 32, 128) and k with 8 heads; weights of a head (Qwen3, Gemma 3) and of all heads
-together (OLMo 2), beside two passes: rms_norm of PyTorch, then our rotation. The norm may add 15% to the
-"rotation alone".
+together (OLMo 2), beside two passes: rms_norm of PyTorch, then our rotation. The norm may add 15%
+to the "rotation alone".
 """
 
 from __future__ import annotations
