@@ -47,9 +47,9 @@ class _Ring(torch.autograd.Function):
         coming = joined(k, v)
         for step in range(plan.group.size):
             rows = wait(coming) if step else coming
+            keys, values = apart(rows, k, v)  # lets go of those before, so that two are held
             if step + 1 < plan.group.size:
                 coming = start_shift(rows, plan.group)
-            keys, values = apart(rows, k, v)
             for here, there in _pairs(plan, step, q.shape[1]):
                 part, part_lse = block_forward(
                     plan.call,
@@ -80,15 +80,17 @@ class _Ring(torch.autograd.Function):
         given = (dout, dlse, q, out, lse)
         dq = torch.zeros_like(q, dtype=lse.dtype)
         coming = joined(k, v)
-        going = torch.zeros_like(coming, dtype=lse.dtype)
+        going = None
         for step in range(group.size):
             rows = wait(coming) if step else coming
             if step + 1 < group.size:
                 coming = start_shift(rows, group)
             dkv = _backward_of_step(plan, step, given, apart(rows, k, v), rope, dq)
-            if step:  # what the ranks before have found for the same keys
+            if going is not None:  # what the ranks before have found for the same keys
                 dkv += wait(going)
+            going = None  # added, so that two are held
             going = start_shift(dkv, group)
+            del dkv
         dk, dv = apart(wait(going), k, v)
         dsinks = None
         if ctx.needs_input_grad[6]:
