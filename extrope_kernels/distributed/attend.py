@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import Required
 
 from ..methods import RopeFreqs
 from ..ops._shared.checks import refuse_flags
@@ -19,6 +18,9 @@ from .agreement import Settings, agreed
 from .layout import ALONE, Balance, Devices, Mesh, check_balance, devices_of
 from .rows import RopeTensors, blocks_of
 from .ulysses import check_heads, lse_to_tokens, numbers_of_all, to_heads, to_tokens
+
+if TYPE_CHECKING:
+    from typing_extensions import Required
 
 Strategy = Literal["gather", "ring", "ulysses"]
 _STRATEGIES = ("gather", "ring", "ulysses")

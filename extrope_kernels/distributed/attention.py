@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from typing_extensions import Unpack
 
 from .. import scores
 from ..methods import RopeFreqs
 from ..ops._shared.attention_call import rerope_score, score_of
 from ..ops._shared.options import takes_options_of
 from .attend import ShardedOptions, attend
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _public = takes_options_of(attend, internal=("keys_stored", "op"))
 
