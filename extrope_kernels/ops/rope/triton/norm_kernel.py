@@ -57,13 +57,15 @@ def _forward(
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, of.heads)
     DIMS: tl.constexpr = 2 * TILE.half + TILE.rest
+    # As a tensor: the interpreter takes its scalars through float32.
+    eps = tl.full((1, 1), eps, WIDE)
     scale = tl.full((TOKENS, 1), 1.0, WIDE)
     if TOGETHER:
         squares = tl.zeros((TOKENS, 1), WIDE)
         for head in range(0, of.heads):
             a, b, rest = _head(x, of, batch, seq, tl.cast(head, tl.int64), valid, TILE)
             squares += row_sum(a * a, b * b, rest * rest, TILE)
-        scale = 1.0 / tl.sqrt(squares / tl.cast(of.heads * DIMS, WIDE) + tl.cast(eps, WIDE))
+        scale = 1.0 / tl.sqrt(squares / tl.cast(of.heads * DIMS, WIDE) + eps)
     sign = of.decay_sign
     zero = tl.cast(0, tl.int64)
     cos, sin = head_angles(
@@ -84,7 +86,7 @@ def _forward(
                 wa, wb, wrest = load_weights(weight, head, True, TILE)
             else:
                 mean = row_sum(a * a, b * b, rest * rest, TILE) / DIMS
-                scale = 1.0 / tl.sqrt(mean + tl.cast(eps, WIDE))
+                scale = 1.0 / tl.sqrt(mean + eps)
             a, b, rest = a * scale * wa, b * scale * wb, rest * scale * wrest
         target = rows(out, batch, seq, head, of.target_batch, of.target_seq, of.target_head, TILE)
         store_parts(target, (a * cos - b * sin, b * cos + a * sin, rest), valid, TILE)
@@ -112,6 +114,7 @@ def _backward(
     cos, sin = head_angles(
         freqs, zero, freq_head, position, far, log_decay, sign, amplitude, direction, valid, TILE
     )
+    eps = tl.full((1, 1), eps, WIDE)
     squares = tl.zeros((TOKENS, 1), WIDE)
     products = tl.zeros((TOKENS, 1), WIDE)
     count = tl.cast(of.heads * DIMS if TOGETHER else DIMS, WIDE)
@@ -150,7 +153,7 @@ def _backward(
         if not TOGETHER:
             squares = row_sum(a * a, b * b, rest * rest, TILE)
             products = row_sum(a * ua, b * ub, rest * urest, TILE)
-        scale = 1.0 / tl.sqrt(squares / count + tl.cast(eps, WIDE))
+        scale = 1.0 / tl.sqrt(squares / count + eps)
         mean = products * scale / count
         a, b, rest = a * scale, b * scale, rest * scale
         target = rows(out, batch, seq, head, of.target_batch, of.target_seq, of.target_head, TILE)
