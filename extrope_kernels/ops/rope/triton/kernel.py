@@ -5,8 +5,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..._shared.triton.tokens import rows, sequence_of
+from ..._shared.triton.tokens import rows
 from .angles import scaled, sincos
+from .positions import token_positions
 
 RUN_TIME_SCALARS = (
     *("angle_heads", "freq_sequence", "freq_head", "position_batch", "position_seq", "offset"),
@@ -156,25 +157,10 @@ def rotate_kernel(
 
     pair = tl.arange(0, PAIRS)
     mask = valid[:, None] & (pair < TILE.half)[None, :]
-    sequence = batch
-    position = seq.to(tl.float64)
-    if cu_seqlens is not None:
-        sequence = sequence_of(seq, cu_seqlens, num_sequences, search_steps)
-        position = (seq - tl.load(cu_seqlens + sequence)).to(tl.float64)
-    if TILE.positions_are_offsets:
-        start = tl.load(positions + sequence * position_batch, mask=valid, other=0)
-        position += start.to(tl.float64)
-    elif positions is not None and axes is None:
-        at = positions + batch * position_batch + seq * position_seq
-        position = tl.load(at, mask=valid, other=0).to(tl.float64)
-    position = position[:, None]
-    if axes is not None:
-        axis = tl.load(axes + pair, mask=pair < TILE.half, other=0)
-        axis = tl.minimum(tl.maximum(axis, 0), num_axes - 1).to(tl.int64)  # one that exists
-        at = positions + batch * position_batch + seq * position_seq
-        at = at[:, None] + (axis * position_axis)[None, :]
-        position = tl.load(at, mask=mask, other=0).to(tl.float64)
-    position += tl.cast(offset, tl.float64)
+    sequence, position = token_positions(
+        positions, axes, cu_seqlens, offset, position_axis, position_batch, position_seq, num_axes,
+        num_sequences, search_steps, batch, seq, valid, TILE,
+    )  # fmt: skip
     far = position - decay_origin
 
     freqs = inv_freq + (sequence * freq_sequence)[:, None] + pair[None, :]

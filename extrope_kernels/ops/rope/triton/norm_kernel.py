@@ -7,7 +7,8 @@ import triton.language as tl
 
 from ..._shared.triton.pairs import store_parts
 from ..._shared.triton.tokens import rows
-from .norm_rows import head_angles, load_head, load_weights, row_sum, store_sums, token_angles
+from .norm_rows import head_angles, load_head, load_weights, row_sum, store_sums
+from .positions import token_positions
 
 RUN_TIME_SCALARS = (
     *("freq_sequence", "freq_head", "position_batch", "position_seq", "offset", "num_axes"),
@@ -226,7 +227,7 @@ def norm_rotate_kernel(
     token = first + tl.arange(0, TILE.tokens)
     batch = (token // seqlen).to(tl.int64)
     seq = (token % seqlen).to(tl.int64)
-    sequence, position = token_angles(
+    sequence, position = token_positions(
         positions, axes, cu_seqlens, offset, position_axis, position_batch, position_seq, num_axes,
         num_sequences, search_steps, batch, seq, valid, TILE,
     )  # fmt: skip
