@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...methods import rope
+from ... import methods
 from .fused import Fused, find_fused
 from .tables import change_of_tables
 
@@ -121,7 +121,7 @@ def _order(owner: nn.Module, rotary: nn.Module, layer_type: str | None) -> Tenso
     if parameters.get("rope_type", "default") != "default" or "rope_theta" not in parameters:
         return None
     own = getattr(rotary, f"{prefix_of(layer_type)}inv_freq").float()
-    ladder = rope(2 * own.numel(), base=parameters["rope_theta"]).inv_freq
+    ladder = methods.rope(2 * own.numel(), base=parameters["rope_theta"]).inv_freq
     if torch.allclose(own, ladder, rtol=1e-4):
         return None
     if not torch.allclose(own.sort().values, ladder.sort().values, rtol=1e-4):

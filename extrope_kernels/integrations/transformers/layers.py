@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs, apply_rope
+from ... import RopeFreqs, apply_rope, scores
 from ...ops.attention import attend
-from ...scores import rerope
 from .architecture import BOUNDED, RotarySite, unsupported
 from .attending import Heads, refuse_options, rotated_first, softmax_options
 from .forwards import argument_names
@@ -41,7 +40,7 @@ _KNOWN = {
     "sliding_window",
     *("output_attentions", "output_hidden_states", "return_dict", "output_router_logits"),
 }
-_PLAIN = rerope(window=1 << 20)
+_PLAIN = scores.rerope(window=1 << 20)
 
 
 class Layers:

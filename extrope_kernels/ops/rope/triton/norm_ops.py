@@ -19,6 +19,8 @@ from .launch import FEW_TOKENS, TARGET_WARPS, operand_of
 from .norm_kernel import NormTile, norm_rotate_kernel
 from .ops import like
 
+# Of a backward: left to itself, ptxas spills to fit one more block.
+ALL_REGISTERS = 255
 Tensors = list[Tensor]
 
 
@@ -124,11 +126,15 @@ def _plan(tensors, weights, rope_args, options: dict[str, Hashable]) -> _Call:
         operand_of(x, out, kept, sign, tile.align)
         for x, out, kept, sign in zip(inputs, outputs, saved, rotation.decay_signs)
     ]
-    launch = _settled(inputs[0], [*operands, None][:2], weights, eps, rotation, tile, grid, warps)
+    launch = _settled(
+        inputs[0], [*operands, None][:2], weights, eps, rotation, tile, grid, warps, backward
+    )
     return _Call(launch, rotation.axes is not None, grid[0])
 
 
-def _settled(like, operands, weights, eps, rotation: Rotation, tile, grid, warps) -> Plan:
+def _settled(
+    like, operands, weights, eps, rotation: Rotation, tile, grid, warps, backward: bool
+) -> Plan:
     positions, cu_seqlens = rotation.positions, rotation.cu_seqlens
     position_strides = (0, 0, 0) if positions is None else strides_of(positions)
     if rotation.axes is None:
@@ -154,6 +160,7 @@ def _settled(like, operands, weights, eps, rotation: Rotation, tile, grid, warps
         seqlen,
         tile,
         num_warps=warps,
+        maxnreg=ALL_REGISTERS if backward and torch.version.hip is None else None,
     )
 
 
