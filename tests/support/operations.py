@@ -60,6 +60,14 @@ def permuteformer(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]
     return [permuteformer_attention(q, k, v, permutations=permutations, backend=backend)]
 
 
+def norm_rotate(
+    backend: str, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor
+) -> list[Tensor]:
+    norm = {"q_norm_weight": q_weight, "k_norm_weight": k_weight}
+    freqs = methods.rope(q.shape[-1]).to(device())
+    return list(apply_rope_qk(q, k, freqs, **norm, backend=backend))
+
+
 def step(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     permutations = head_permutations(k.shape[2], k.shape[3]).to(device())
     out, state = permuteformer_step(q, k, v, permutations=permutations, backend=backend)
@@ -119,6 +127,8 @@ def score(function: Callable, own: dict) -> Callable:
 
 OPERATIONS = {
     "rope": Operation(rotate, QK, ROPE),
+    # Of each head, and of all heads together.
+    "norm and rope": Operation(norm_rotate, {**QK, "q_weight": (64,), "k_weight": (128,)}, LINEAR),
     **{name: Operation(score(*method), QKV, ATTENTION) for name, method in SCORES.items()},
     "permute": Operation(permute, QK, ROPE),
     "permuteformer": Operation(permuteformer, QKV, LINEAR),

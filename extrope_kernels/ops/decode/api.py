@@ -117,7 +117,7 @@ def _refuse_gradients(op: str, tensors: Tensors) -> None:
             raise ValueError(f"{op} is for inference, got {name} that requires grad")
 
 
-def _lengths(op: str, cache_seqlens: int, q: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
+def _lengths(op: str, cache_seqlens: int, q: Tensor, cu_seqlens_q: Tensor | None = None) -> Tensor:
     """One length of all sequences as the tensor that ops take."""
     if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
         raise TypeError(

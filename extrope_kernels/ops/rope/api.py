@@ -13,7 +13,7 @@ from .._shared.backends import missing, require
 from .._shared.checks import REFUSALS, refuse_flags, retell, split_offset
 from . import norm as norm_reference
 from . import reference
-from .checks import check, check_norm
+from .checks import check, check_norm, check_norm_eps
 from .decay import check_decay
 
 _ops = torch.ops.extrope
@@ -104,6 +104,8 @@ def apply_rope_qk(
     """
     if k is None:
         raise TypeError("rope: k must be a Tensor, got NoneType")
+    if type(norm_eps) is not float or not norm_eps >= 0:
+        check_norm_eps(norm_eps)
     norm = None
     if not (q_norm_weight is k_norm_weight is None):
         norm = (q_norm_weight, k_norm_weight, norm_eps)

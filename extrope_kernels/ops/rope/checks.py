@@ -69,6 +69,10 @@ def check_norm(
     for name, x, weight in (("q", q, q_norm_weight), ("k", k, k_norm_weight)):
         if weight is not None:
             _check_norm_weight(f"{name}_norm_weight", x, weight)
+    check_norm_eps(norm_eps)
+
+
+def check_norm_eps(norm_eps: float) -> None:
     check_real("rope", "norm_eps", norm_eps)
     if not norm_eps >= 0:
         raise ValueError(f"rope: norm_eps must be >= 0, got {norm_eps}")
