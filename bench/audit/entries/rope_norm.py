@@ -29,7 +29,7 @@ def cases() -> list[Case]:
 
 
 def in_sample(case: Case) -> bool:
-    wanted = {80: "halves", 90: "halves", 100: "interleaved", 120: "interleaved"}
+    wanted = {90: "halves", 100: "interleaved"}
     layout = wanted.get(case.capability)
     return case.dtype == "bfloat16" and case.head_dim == 128 and layout in case.variant.split()
 
