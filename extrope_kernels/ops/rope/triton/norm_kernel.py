@@ -146,8 +146,9 @@ def _backward(
                 freqs, head, freq_head, position, far, log_decay, sign, amplitude, direction,
                 valid, TILE,
             )  # fmt: skip
-        if TOGETHER:
-            wa, wb, wrest = load_weights(weight, head, True, TILE)
+        # Beside dims that pass unrotated there are not registers enough to hold the weights.
+        if TOGETHER or TILE.rest > 0:
+            wa, wb, wrest = load_weights(weight, head, TOGETHER, TILE)
         grads = _head(grad, of, batch, seq, head, valid, TILE)
         a, b, rest = _saved_head(saved, of, batch, seq, head, valid, TILE)
         ga, gb, grest, ua, ub, urest = _weighted(grads, cos, sin, wa, wb, wrest)

@@ -179,7 +179,10 @@ def _tile(
     if batch * seqlen < FEW_TOKENS and not backward:
         tokens, warps = max(1, 64 // pairs), 1
     else:
-        tokens, warps = max(1, 128 * VECTOR_BYTES // itemsize // pairs), 4
+        # A backward of interleaved pairs would spill beside as many tokens of dims that pass.
+        width = triton.next_power_of_2(head_dim) // 2
+        width = width if backward and rotation.interleaved else pairs
+        tokens, warps = max(1, 128 * VECTOR_BYTES // itemsize // width), 4
     tiles = triton.cdiv(batch * seqlen, tokens)
     heads = 1 if backward else max(x.shape[2] for x in inputs)
     rest = head_dim - 2 * half
