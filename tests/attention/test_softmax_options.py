@@ -18,6 +18,7 @@ from attention_oracle import (
     worse,
 )
 
+from extrope_kernels import rerope_attention
 from extrope_kernels.testing import assert_within_budget, device
 
 INF = math.inf
@@ -255,6 +256,27 @@ def test_scales_of_any_sign(dtype, any_backend):
     """Keys that a row does not see stay hidden where its logits change their sign, or are all 0."""
     scale = (torch.arange(SEQLEN, device=device()) - SEQLEN // 2) / 20
     check(any_backend, "rerope", make_qkv(1, SEQLEN, dtype=dtype), {"query_scale": scale})
+
+
+@pytest.mark.parametrize("mixed", (False, True))
+def test_a_cap_is_as_exact_near_0_as_elsewhere(mixed, any_backend):
+    """A row with one key has its logit for lse: tanh from 1e-6 to where it has long been 1."""
+    if any_backend == "triton" and device() == "cpu":
+        pytest.skip("interpreted for minutes; test_triton_softmax.py asks its tanh itself")
+    x = torch.logspace(-6, 1.5, 32 * 64)
+    x = x[torch.randperm(len(x))] if mixed else x
+    x = (x * torch.tensor((1.0, -1.0)).repeat(len(x) // 2)).view(32, 1, 64)
+    q, k = torch.zeros(32, 1, 64, 8), torch.zeros(32, 1, 1, 8)
+    q[..., 0], k[..., 0] = x, 1.0
+    q, k = q.to(device()), k.to(device())
+    _, lse = rerope_attention(
+        q, k, k, frequencies(8), window=4, softmax_scale=1.0, softcap=1.0, return_lse=True,
+        backend=any_backend,
+    )  # fmt: skip
+    exact = x.double().tanh().transpose(1, 2)
+    # 6e-7 is the approximation's; the rest are roundings on the way to base 2 and back.
+    allowed = (6e-7 + 4 * torch.finfo(torch.float32).eps) * exact.abs()
+    assert ((lse.cpu() - exact).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("value", [math.nan, INF, -INF])

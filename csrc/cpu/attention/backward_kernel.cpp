@@ -106,9 +106,10 @@ SliceView slice_view(const BlockRows& block, const Backward& w, int64_t slice,
 EXTROPE_INLINE void cap_block(Sums<kRows, kSliceVectors>& sums, float softcap, float* slopes) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
+    cap(sums.at[i], 1.0f);
 #pragma GCC unroll 16
     for (int j = 0; j < kSliceVectors; ++j) {
-      const floats share = capped(sums.at[i][j], 1.0f);
+      const floats share = sums.at[i][j];
       store(slopes + i * kSlice + j * kFloats, 1.0f - share * share);
       sums.at[i][j] = share * softcap;
     }

@@ -70,12 +70,18 @@ EXTROPE_INLINE void multiply_block(const Visit& v, int64_t region, int64_t key, 
 
 // Scores, to base 2 thereafter, so that those of hidden keys need no cap.
 inline void cap_scores(const Visit& v, float* scores) {
+  const float softcap = v.softcap;  // the compiler keeps what no store can change
+  floats scale[kSliceVectors];
+  for (int j = 0; j < kSliceVectors; ++j) scale[j] = v.scale[j];
   for (int64_t i = 0; i < kRows * kSlice; i += kSlice) {
+    floats logits[kSliceVectors];
 #pragma GCC unroll 16
     for (int j = 0; j < kSliceVectors; ++j) {
-      float* at = scores + i + j * kFloats;
-      store(at, capped(load<floats>(at) * v.scale[j], v.softcap));
+      logits[j] = load<floats>(scores + i + j * kFloats) * scale[j];
     }
+    cap(logits, softcap);
+#pragma GCC unroll 16
+    for (int j = 0; j < kSliceVectors; ++j) store(scores + i + j * kFloats, logits[j]);
   }
 }
 

@@ -46,10 +46,7 @@ struct SliceView {
 
 EXTROPE_INLINE void cap_block(Sums<kRows, kSliceVectors>& sums, float softcap) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 16
-    for (int j = 0; j < kSliceVectors; ++j) sums.at[i][j] = capped(sums.at[i][j], softcap);
-  }
+  for (int i = 0; i < kRows; ++i) cap(sums.at[i], softcap);
 }
 
 // The scores of parts that every row of a slice sees, or of parts it shares with other regions.

@@ -93,7 +93,9 @@ void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int
 // Scores over the cap become capped ones.
 inline void cap_tile(float softcap, float* scores, int64_t count) {
   for (int64_t i = 0; i < count; i += kFloats) {
-    store(scores + i, capped(load<floats>(scores + i), softcap));
+    floats logits[1] = {load<floats>(scores + i)};
+    cap(logits, softcap);
+    store(scores + i, logits[0]);
   }
 }
 

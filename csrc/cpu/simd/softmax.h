@@ -8,7 +8,10 @@ namespace extrope {
 namespace {
 
 // softcap * tanh(logits / softcap), from logits / softcap; to base 2 with log2(e) in softcap.
-inline floats capped(floats logits, float softcap) { return scaled_tanh(logits, softcap); }
+template <int Count>
+EXTROPE_INLINE void cap(floats (&logits)[Count], float softcap) {
+  scaled_tanhs(logits, softcap);
+}
 
 // Lets a sink join a row: `scale` is what the sums over its keys are multiplied by, and lse the
 // log-sum-exp of its logits, -inf for a row without keys.
