@@ -22,7 +22,7 @@ help:
 
 demo: $(VENV)/extra-demo $(VENV)/smollm2
 	$(BIN)/python -m extrope_kernels eval --model smollm2 --text pydocs --lengths 16384 \
-		--methods rope,pi,ntk_aware,ntk_by_parts,yarn,rerope,leaky_rerope --out build/demo
+		--methods rope,pi,ntk_aware,ntk_by_parts,yarn,rerope,leaky_rerope --trials 1 --out build/demo
 
 test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m extrope_kernels info

@@ -13,11 +13,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
     add = parser.add_argument
     add("--model", required=True, help="transformers folder, .gguf file, or smollm2")
-    add("--task", choices=("loss", "passkey"), default="loss", help="default: loss")
+    add("--task", choices=("loss", "passkey", "recall"), default="loss", help="default: loss")
     add("--methods", required=True, help="comma-separated: rope,pi,yarn,...,rerope,leaky_rerope")
     add("--lengths", required=True, help="comma-separated numbers of tokens: 8192,16384")
     add("--out", required=True, help="folder for the JSON file and the plot")
-    add("--text", default="pydocs", help="UTF-8 file, or pydocs (default): the Python reference")
+    add(
+        "--text",
+        action="append",
+        help="UTF-8 file, or pydocs (default): the Python reference; repeatable",
+    )
     add(
         "--factor",
         type=float,
@@ -39,7 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="torch device; default: cuda where there is one, else cpu")
     add("--bucket", type=int, default=2048, help="loss: tokens per bucket (default 2048)")
     add("--depths", type=int, default=5, help="passkey: depths of the key (default 5)")
-    add("--trials", type=int, default=3, help="passkey: keys per length and depth (default 3)")
+    add(
+        "--trials",
+        type=int,
+        default=3,
+        help="pieces of each text; passkey: keys per length and depth (default 3)",
+    )
+    add("--seed", type=int, default=0, help="of where texts are cut, and of keys (default 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     options.check_packages()
+    args.text = args.text or ["pydocs"]
     plan = options.make_plan(args)
     for name in ("window", "bucket", "depths", "trials"):
         options.check_positive(f"--{name}", getattr(args, name))

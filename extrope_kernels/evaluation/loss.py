@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from extrope_kernels.evaluation import plots, texts
 from extrope_kernels.evaluation.forward import chunks, logits, run_body
+from extrope_kernels.evaluation.report import range_label
+from extrope_kernels.evaluation.spread import mean_and_error, with_error
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.inference_mode()
@@ -43,17 +48,78 @@ def bucket_edges(length: int, bucket: int) -> list[tuple[int, int]]:
 
 
 def bucket_means(losses: Tensor, bucket: int) -> list[dict[str, Any]]:
-    """Return the mean loss of each bucket of positions.
+    """Return the mean loss of each bucket of positions, and its standard error over pieces.
 
-    losses: (seqlen - 1,) of `token_losses`. The last position of the text predicts nothing known,
-        so the last bucket averages one prediction less than it has positions, and a bucket of
-        that position alone is left out.
+    losses: (pieces, seqlen - 1), rows of `token_losses`. The last position of a text predicts
+        nothing known, so the last bucket averages one prediction less than it has positions, and a
+        bucket of that position alone is left out.
     """
     means = []
-    for start, stop in bucket_edges(len(losses) + 1, bucket):
-        part = losses[start:stop].double()
-        if len(part):
+    for start, stop in bucket_edges(losses.shape[1] + 1, bucket):
+        part = losses[:, start:stop].double()
+        if part.shape[1]:
+            mean, error = mean_and_error(part.mean(1).tolist())
             means.append(
-                {"start": start, "stop": stop, "tokens": len(part), "loss": part.mean().item()}
+                {
+                    "start": start,
+                    "stop": stop,
+                    "tokens": part.shape[1],
+                    "loss": mean,
+                    "error": error,
+                }
             )
     return means
+
+
+class LossTask:
+    """The mean next-token loss of pieces of `length` tokens, by bucket of positions."""
+
+    name = "loss"
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        lengths: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self._longest, self._bucket = max(lengths), args.bucket
+        self._texts = texts.load_texts(tokenizer, args.text, self._longest)
+        self._trials, self._seed = args.trials, args.seed
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "bucket": self._bucket,
+            "texts": [text.about() for text in self._texts],
+            "trials": self._trials,
+            "seed": self._seed,
+        }
+
+    def heads(self) -> list[str]:
+        edges = bucket_edges(self._longest, self._bucket)
+        return [range_label(start, stop) for start, stop in edges]
+
+    def ticks(self, layers: int) -> int:
+        return (layers + 1) * self._trials * len(self._texts)
+
+    def measure(
+        self, model: PreTrainedModel, length: int, on_progress: Callable[[], None]
+    ) -> dict[str, Any]:
+        pieces = texts.pieces(self._texts, length, self._trials, self._seed)
+        losses = torch.stack(
+            [token_losses(model, piece.to(model.device), on_progress) for piece in pieces]
+        )
+        by_piece = losses.double().mean(1).tolist()
+        mean, error = mean_and_error(by_piece)
+        return {
+            "tokens": length * len(by_piece),
+            "loss": mean,
+            "error": error,
+            "buckets": bucket_means(losses, self._bucket),
+            "pieces": by_piece,
+        }
+
+    def cells(self, row: dict[str, Any]) -> list[str]:
+        return [with_error(bucket["loss"], bucket["error"], 3) for bucket in row["buckets"]]
+
+    def plot(self, results: dict[str, Any], path: Path) -> None:
+        plots.plot_loss(results, path)

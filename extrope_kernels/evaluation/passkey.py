@@ -5,24 +5,26 @@ Task: https://arxiv.org/abs/2305.16300
 
 from __future__ import annotations
 
+import argparse
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from extrope_kernels.evaluation import UsageError
+from extrope_kernels.evaluation import UsageError, plots, texts
 from extrope_kernels.evaluation.forward import logits, run_body
+from extrope_kernels.evaluation.spread import share_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_INTRODUCTION = "A pass key is hidden in the text below. Find it and remember it.\n\n"
-_FILLER = "The river runs past the mill. A cart rolls along the road. Rain falls on the roof. "
-_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
-_QUESTION = "\n\nWhat is the pass key? The pass key is"
+# A plain model of 135M parameters continues this one, where it is far from answering a question.
+_NEEDLE = "\n\nThe pass key is {key}. Remember it. The pass key is {key}.\n\n"
+_QUESTION = "\n\nThe pass key is"
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class Prompt:
     needle: int
 
 
-def key(trial: int) -> str:
-    """Return the five digits of a trial, the same in every run."""
-    return str(random.Random(trial).randint(10000, 99999))
+def key(trial: int, seed: int = 0) -> str:
+    """Return the five digits of a trial, the same in every run of a seed."""
+    return str(random.Random(f"{seed} {trial}").randint(10000, 99999))
 
 
 def depths(count: int) -> list[float]:
@@ -49,30 +51,36 @@ def depths(count: int) -> list[float]:
     return [0.5] if count == 1 else [index / (count - 1) for index in range(count)]
 
 
-def make_prompt(tokenizer: PreTrainedTokenizerBase, key: str, length: int, depth: float) -> Prompt:
-    """Return a prompt of exactly `length` tokens with the key at `depth` of the filler.
+def make_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    text: texts.Text,
+    length: int,
+    depth: float,
+    trial: int,
+    seed: int = 0,
+) -> Prompt:
+    """Return a prompt of exactly `length` tokens with a trial's key at `depth` of a piece of text.
 
-    depth: 0 puts the key right after the introduction, 1 right before the question.
+    depth: 0 puts the key at the start, 1 right before the question.
 
-    Raises UsageError when the length leaves no room for any filler.
+    Raises UsageError when the length leaves no room for any text.
     """
 
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    def encode(written: str) -> list[int]:
+        return tokenizer(written, add_special_tokens=False, verbose=False).input_ids
 
-    opening = tokenizer("", verbose=False).input_ids
-    opening = opening if opening == [tokenizer.bos_token_id] else []
-    introduction = opening + encode(_INTRODUCTION)
-    needle = encode(_NEEDLE.format(key=key))
-    question, answer = _question_and_answer(encode, key)
-    room = length - len(introduction) - len(needle) - len(question) - len(answer)
+    secret = key(trial, seed)
+    needle = encode(_NEEDLE.format(key=secret))
+    question, answer = _question_and_answer(encode, secret)
+    opening = text.opening.tolist()
+    room = length - len(opening) - len(needle) - len(question) - len(answer)
     if room < 0:
         raise UsageError(f"--lengths {length}: a passkey prompt needs {length - room} tokens")
-    sentence = encode(_FILLER)
-    filler = (sentence * (room // len(sentence) + 1))[:room]
+    start = text.start(room, trial, seed)
+    filler = text.ids[start : start + room].tolist()
     cut = round(depth * room)
-    ids = introduction + filler[:cut] + needle + filler[cut:] + question + answer
-    return Prompt(torch.tensor(ids), len(answer), len(introduction) + cut)
+    ids = opening + filler[:cut] + needle + filler[cut:] + question + answer
+    return Prompt(torch.tensor(ids), len(answer), len(opening) + cut)
 
 
 def _question_and_answer(
@@ -104,3 +112,63 @@ def recalls(
     start = len(ids) - prompt.answer
     guesses = logits(model, body, start - 1, len(ids) - 1).argmax(-1)
     return torch.equal(guesses, ids[start:])
+
+
+class PasskeyTask:
+    """How many of a few keys the model recalls, by how deep in the text they are hidden."""
+
+    name = "passkey"
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        lengths: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        if len(args.text) > 1:
+            raise UsageError(f"--text: passkey hides its keys in one text, got {len(args.text)}")
+        self._tokenizer = tokenizer
+        self._depths = depths(args.depths)
+        self._trials, self._seed = args.trials, args.seed
+        self._text = texts.load_texts(tokenizer, args.text, max(lengths))[0]
+        for length in lengths:
+            make_prompt(tokenizer, self._text, length, 0.0, 0)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "depths": self._depths,
+            "texts": [self._text.about()],
+            "trials": self._trials,
+            "seed": self._seed,
+        }
+
+    def heads(self) -> list[str]:
+        return [f"{depth:.0%}" for depth in self._depths]
+
+    def ticks(self, layers: int) -> int:
+        return layers * len(self._depths) * self._trials
+
+    def measure(
+        self, model: PreTrainedModel, length: int, on_progress: Callable[[], None]
+    ) -> dict[str, Any]:
+        recalled = [0] * len(self._depths)
+        for index, depth in enumerate(self._depths):
+            for trial in range(self._trials):
+                prompt = make_prompt(self._tokenizer, self._text, length, depth, trial, self._seed)
+                recalled[index] += recalls(model, prompt, on_progress)
+        return {
+            "tokens": length * len(self._depths) * self._trials,
+            "recalled": recalled,
+            "accuracy": [count / self._trials for count in recalled],
+            "intervals": [share_interval(count, self._trials) for count in recalled],
+        }
+
+    def cells(self, row: dict[str, Any]) -> list[str]:
+        """By Wilson's interval of 95%: 80% (49-94)."""
+        return [
+            f"{share:.0%} ({100 * low:.0f}-{100 * high:.0f})"
+            for share, (low, high) in zip(row["accuracy"], row["intervals"], strict=True)
+        ]
+
+    def plot(self, results: dict[str, Any], path: Path) -> None:
+        plots.plot_passkey(results, path)

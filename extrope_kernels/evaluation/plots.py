@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,50 @@ _STYLES = ("-", "--", ":")
 
 def plot_loss(results: dict[str, Any], path: Path) -> None:
     """Draw the loss of each bucket, a panel per length and a line per method, as PNG."""
+
+    def points(row: dict[str, Any]) -> list[tuple[float, float, float]]:
+        middles = [(bucket["start"] + bucket["stop"]) / 2 for bucket in row["buckets"]]
+        return [
+            (middle, bucket["loss"], bucket["error"] or 0.0)
+            for middle, bucket in zip(middles, row["buckets"], strict=True)
+        ]
+
+    figure, panels = _lines(results, points)
+    for length, axes in panels.items():
+        _finish_losses(axes, length, results)
+    axes.set_xlabel(f"position in the text (means over {results['bucket']:,} tokens)")
+    figure.suptitle(f"{results['model']} on {_names(results)}, {results['dtype']}")
+    _save(figure, path)
+
+
+def plot_recall(results: dict[str, Any], path: Path) -> None:
+    """Draw what each distance gains, a panel per length and a line per method, as PNG."""
+
+    def points(row: dict[str, Any]) -> list[tuple[float, float, float]]:
+        return [(gain["distance"], gain["gain"], gain["error"] or 0.0) for gain in row["gains"]]
+
+    figure, panels = _lines(results, points)
+    for length, axes in panels.items():
+        axes.axhline(0, color="0.35", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(results["distances"], [f"{x:,}" for x in results["distances"]])
+        axes.set_ylabel(f"gain in {length:,} tokens (nats a token)")
+        axes.grid(axis="y", color="0.88")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("tokens since the passage was first read")
+    trained = f"trained on {results['training_length']:,} positions"
+    figure.suptitle(f"{results['model']} on {_names(results)}: recall, {trained}")
+    _save(figure, path)
+
+
+def _names(results: dict[str, Any]) -> str:
+    return ", ".join(text["name"] for text in results["texts"])
+
+
+def _lines(
+    results: dict[str, Any], points: Callable[[dict[str, Any]], list[tuple[float, float, float]]]
+) -> tuple[Figure, dict[int, Axes]]:
+    """Draw (x, mean, standard error) of each row, and return the panel of each length."""
     lengths = sorted({row["length"] for row in results["rows"]})
     figure = _figure(8.5, 0.6 + 4.4 * len(lengths))
     panels = figure.subplots(len(lengths), 1, squeeze=False, sharey=True)[:, 0]
@@ -28,25 +72,26 @@ def plot_loss(results: dict[str, Any], path: Path) -> None:
     for axes, length in zip(panels, lengths, strict=True):
         for row in results["rows"]:
             if row["length"] == length:
-                _draw_losses(axes, row, methods.index(row["method"]))
-        _finish_losses(axes, length, results)
-    panels[-1].set_xlabel(f"position in the text (means over {results['bucket']:,} tokens)")
+                _draw_line(axes, points(row), row["method"], methods.index(row["method"]))
     figure.legend(*_handles(panels), frameon=False, loc="outside right center")
-    figure.suptitle(f"{results['model']} on {results['text']['name']}, {results['dtype']}")
-    _save(figure, path)
+    return figure, dict(zip(lengths, panels, strict=True))
 
 
-def _draw_losses(axes: Axes, row: dict[str, Any], index: int) -> None:
-    buckets = row["buckets"]
-    axes.plot(
-        [(bucket["start"] + bucket["stop"]) / 2 for bucket in buckets],
-        [bucket["loss"] for bucket in buckets],
-        label=row["method"],
+def _draw_line(
+    axes: Axes, points: list[tuple[float, float, float]], label: str, index: int
+) -> None:
+    x, means, errors = zip(*points, strict=True)
+    axes.errorbar(
+        x,
+        means,
+        errors if any(errors) else None,
+        label=label,
         color=_COLOURS[index % len(_COLOURS)],
         marker=_MARKERS[index % len(_MARKERS)],
         linestyle=_STYLES[index // len(_COLOURS) % len(_STYLES)],
         markersize=5,
         linewidth=1.8,
+        capsize=2,
     )
 
 

@@ -28,8 +28,8 @@ class Display:
     def begin(self, name: str, ticks: int) -> None:
         """Announce the next row and how many ticks it takes."""
 
-    def tick(self) -> None:
-        """Say that one tick of the current row is done."""
+    def tick(self, ticks: int = 1) -> None:
+        """Say that so many ticks of the current row are done."""
 
 
 class _BarDisplay(Display):
@@ -58,9 +58,9 @@ class _BarDisplay(Display):
         self._ticks = ticks
         self.progress.reset(self._row, total=ticks, description=name, visible=True)
 
-    def tick(self) -> None:
-        self.progress.advance(self._row)
-        self.progress.advance(self._all, 1 / self._ticks)
+    def tick(self, ticks: int = 1) -> None:
+        self.progress.advance(self._row, ticks)
+        self.progress.advance(self._all, ticks / self._ticks)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ from extrope_kernels.integrations.transformers import extend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_WIDTH = len("2.471±.012")
 
 
 def run_rows(
@@ -35,22 +38,51 @@ def run_rows(
     ]
     for method, _, params in rows:
         _check_method(model, method, params)
-    results = _header(task, model, args, trained)
+    path = out / f"{task.name}.json"
+    results = _resumed(path, _header(task, model, args, trained))
+    done = {_key(row): row for row in results["rows"]}
     heads = task.heads()
-    widths = [max(6, len(head)) for head in heads]
+    widths = [max(_WIDTH, len(head)) for head in heads]
     with report.open_display(sys.stdout, len(rows)) as display:
         display.line(report.format_line("method", "tokens", heads, widths))
         for method, length, params in rows:
-            display.begin(f"{method} {length}", task.ticks(len(decoder_layers(model))))
-            began = time.perf_counter()
-            with extend(model, method, **params):
-                row = task.measure(model, length, display.tick)
-            seconds = round(time.perf_counter() - began, 2)
-            row = {"method": method, "length": length, "params": params, "seconds": seconds} | row
-            results["rows"].append(row)
-            report.write_results(out / f"{task.name}.json", results)
-            task.plot(results, out / f"{task.name}.png")
+            row = {"method": method, "length": length, "params": params}
+            ticks = task.ticks(len(decoder_layers(model)))
+            display.begin(f"{method} {length}", ticks)
+            if (known := done.get(_key(row))) is not None:
+                row = known
+                display.tick(ticks)
+            else:
+                began = time.perf_counter()
+                with extend(model, method, **params):
+                    measured = task.measure(model, length, display.tick)
+                row |= {"seconds": round(time.perf_counter() - began, 2), **measured}
+                results["rows"].append(row)
+                report.write_results(path, results)
+            task.plot(results, path.with_suffix(".png"))
             display.line(report.format_line(method, str(length), task.cells(row), widths))
+
+
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps([row["method"], row["length"], row["params"]], sort_keys=True)
+
+
+def _resumed(path: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """Return the header with the rows that `path` holds already.
+
+    Raises UsageError when these are of other settings: they may have taken hours.
+    """
+    if not path.exists():
+        return header
+    found = json.loads(path.read_text())
+    rows = found.pop("rows", [])
+    plain = json.loads(json.dumps({name: x for name, x in header.items() if name != "rows"}))
+    changed = [name for name, x in plain.items() if found.get(name) != x]
+    if changed:
+        raise UsageError(
+            f"{path} is of other settings ({', '.join(changed)}); name another --out, or move it"
+        )
+    return header | {"rows": rows}
 
 
 def _check_method(model: PreTrainedModel, method: str, params: dict[str, Any]) -> None:

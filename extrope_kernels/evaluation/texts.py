@@ -1,9 +1,11 @@
-"""Texts to read, and their tokens."""
+"""Texts to read, their tokens, and the pieces that are cut from them."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +15,73 @@ from extrope_kernels.evaluation import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_BUILT_IN = "pydocs"
 
-def load_text(name: str) -> str:
-    """Return the text of a UTF-8 file, or for `pydocs` the Python reference; raises UsageError."""
-    if name == "pydocs":
+
+class Text(NamedTuple):
+    """The tokens of a text.
+
+    name: as tables call it.
+    opening: what opens every sequence of this model (BOS): (0 or 1,) int64
+    ids: (tokens,) int64, without it.
+    """
+
+    name: str
+    opening: Tensor
+    ids: Tensor
+
+    def about(self) -> dict[str, str | int]:
+        """Return what results say of it."""
+        return {"name": self.name, "tokens": len(self.opening) + len(self.ids)}
+
+    def start(self, length: int, index: int, seed: int) -> int:
+        """Return where the piece of so many tokens starts: the first with the text."""
+        if index == 0:
+            return 0
+        return random.Random(f"{seed} {index}").randrange(len(self.ids) - length + 1)
+
+    def piece(self, length: int, index: int, seed: int) -> Tensor:
+        """Return `length` tokens in a row, the opening among them: (length,) int64."""
+        length -= len(self.opening)
+        start = self.start(length, index, seed)
+        return torch.cat([self.opening, self.ids[start : start + length]])
+
+
+def load_texts(
+    tokenizer: PreTrainedTokenizerBase, names: Sequence[str], longest: int
+) -> list[Text]:
+    """Return the texts of these files, `pydocs` standing for the Python reference.
+
+    Raises UsageError when one cannot be read, or has less than `longest` tokens.
+    """
+    texts = []
+    for name in names:
+        text = _tokens(tokenizer, name)
+        if (found := text.about()["tokens"]) < longest:
+            raise UsageError(
+                f"--text {name}: {found:,} tokens, too short for --lengths {longest:,}"
+            )
+        texts.append(text)
+    return texts
+
+
+def pieces(texts: Sequence[Text], length: int, trials: int, seed: int) -> Iterator[Tensor]:
+    """Return `trials` pieces of each text, the same for every method."""
+    for text in texts:
+        for index in range(trials):
+            yield text.piece(length, index, seed)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> Text:
+    opening = tokenizer("", verbose=False).input_ids
+    opening = opening if opening == [tokenizer.bos_token_id] else []
+    ids = tokenizer(_read(name), verbose=False).input_ids
+    body = torch.tensor(ids[len(opening) :], dtype=torch.int64)
+    return Text(Path(name).name, torch.tensor(opening, dtype=torch.int64), body)
+
+
+def _read(name: str) -> str:
+    if name == _BUILT_IN:
         from pydoc_data.topics import topics
 
         return "\n\n".join(topics[topic] for topic in sorted(topics))
@@ -26,16 +91,3 @@ def load_text(name: str) -> str:
         raise UsageError(f"--text {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--text {name}: not UTF-8 at byte {error.start}") from error
-
-
-def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str) -> Tensor:
-    """Return the first `length` tokens of the text: (length,) int64.
-
-    A token that opens every sequence of this model (BOS) counts among them.
-
-    Raises UsageError, calling the text `name`, when it is shorter.
-    """
-    ids = tokenizer(text, verbose=False).input_ids
-    if len(ids) < length:
-        raise UsageError(f"--text {name}: {len(ids):,} tokens, too short for --lengths {length:,}")
-    return torch.tensor(ids[:length])

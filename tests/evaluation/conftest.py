@@ -44,7 +44,14 @@ def run(folder, text, tmp_path):
         defaults = {"model": folder, "text": text, "lengths": "64", "methods": "rope"}
         parser = argparse.ArgumentParser()
         cli.add_arguments(parser)
-        options = defaults | {"bucket": 16, "out": tmp_path / "out", "device": "cpu"} | given
-        return cli.run(parser.parse_args([f"--{name}={value}" for name, value in options.items()]))
+        more = {"bucket": 16, "trials": 1, "out": tmp_path / "out", "device": "cpu"}
+        options = defaults | more | given
+        return cli.run(
+            parser.parse_args(
+                f"--{name}={value}"
+                for name, values in options.items()
+                for value in (values if isinstance(values, list) else [values])
+            )
+        )
 
     return call

@@ -2,6 +2,7 @@
 
 import io
 import json
+import statistics
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("rich")
 from tiny_model import CONFIG, TRAINED, check_image, results
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from extrope_kernels.evaluation import loss, options, report
+from extrope_kernels.evaluation import loss, options, report, texts
 from extrope_kernels.evaluation.models import decoder_layers
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.scores import SCORES
@@ -57,6 +58,7 @@ def test_loss_agrees_with_transformers(run, folder, text, tokenizer, tmp_path, c
         assert [b["loss"] for b in row["buckets"]] == pytest.approx(wanted, rel=1e-5)
         total = sum(b["loss"] * b["tokens"] for b in row["buckets"])
         assert row["loss"] == pytest.approx(total / (row["length"] - 1))
+        assert row["pieces"] == [row["loss"]] and row["error"] is None
         assert row["tokens"] == row["length"] and row["seconds"] >= 0
     last = found["rows"][-1]
     assert last["params"] == {"factor": 70 / 32, "beta_fast": 16}
@@ -66,7 +68,7 @@ def test_loss_agrees_with_transformers(run, folder, text, tokenizer, tmp_path, c
     ]
     assert found["rows"][1]["buckets"] != last["buckets"]
     assert found["training_length"] == TRAINED and found["bucket"] == 16
-    assert found["text"] == {"name": "story.txt", "tokens": 70}
+    assert found["texts"] == [{"name": "story.txt", "tokens": 240}]
     assert set(found["versions"]) == {"python", "torch", "transformers", "extrope_kernels"}
     check_image(tmp_path / "out" / "loss.png")
     lines = capsys.readouterr().out.splitlines()
@@ -81,8 +83,8 @@ def test_logits_in_small_chunks(run, tmp_path, monkeypatch):
     run()
     whole = results(tmp_path)["rows"][0]["buckets"]
     monkeypatch.setattr("extrope_kernels.evaluation.forward._LOGITS_AT_ONCE", 7 * 101)
-    run()
-    parts = results(tmp_path)["rows"][0]["buckets"]
+    run(out=tmp_path / "parts" / "out")
+    parts = results(tmp_path / "parts")["rows"][0]["buckets"]
     assert [b["loss"] for b in parts] == pytest.approx([b["loss"] for b in whole], rel=1e-6)
 
 
@@ -100,8 +102,12 @@ def test_soft_capped_logits():
 
 def test_last_bucket_of_one_position_is_left_out():
     assert loss.bucket_edges(9, 4) == [(0, 4), (4, 8), (8, 9)]
-    means = loss.bucket_means(torch.arange(8.0), 4)
-    assert [(b["stop"], b["loss"]) for b in means] == [(4, 1.5), (8, 5.5)]
+    means = loss.bucket_means(torch.arange(8.0)[None], 4)
+    assert [(b["stop"], b["loss"], b["error"]) for b in means] == [(4, 1.5, None), (8, 5.5, None)]
+    # Of two pieces, whose losses differ by 2 and 6: half the difference is the standard error.
+    means = loss.bucket_means(torch.tensor([[1.0, 1, 1, 1, 2], [3.0, 3, 3, 3, 8]]), 4)
+    assert [b["loss"] for b in means] == [2.0, 5.0]
+    assert [b["error"] for b in means] == pytest.approx([1.0, 3.0])
 
 
 def test_progress_ticks_per_layer(folder):
@@ -165,9 +171,10 @@ def test_score_methods_in_the_table(run, folder, text, tokenizer, tmp_path, caps
         wanted = model(ids[None], labels=ids[None]).loss.item()
     assert rows["rerope"]["loss"] == pytest.approx(wanted, rel=1e-5)
     assert len({round(row["loss"], 6) for row in rows.values()}) == len(rows)
-    assert run(methods="rerope", lengths="70", window=64) == 0
+    other = tmp_path / "other"
+    assert run(methods="rerope", lengths="70", window=64, out=other / "out") == 0
     plain = [bucket["loss"] for bucket in rows["rope"]["buckets"]]
-    got = [bucket["loss"] for bucket in results(tmp_path)["rows"][0]["buckets"]]
+    got = [bucket["loss"] for bucket in results(other)["rows"][0]["buckets"]]
     assert got[:4] == pytest.approx(plain[:4], rel=1e-4) and got[4] != pytest.approx(plain[4])
     check_image(tmp_path / "out" / "loss.png")
 
@@ -188,6 +195,42 @@ def test_interrupted_run_keeps_finished_rows(run, tmp_path, monkeypatch, capsys)
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 3
     assert captured.err.splitlines()[-1].startswith("eval: interrupted")
+    # The same command goes on where it was, and shows what it had.
+    assert run(methods="rope,pi,yarn") == 0
+    assert len(calls) == 4
+    assert [row["method"] for row in results(tmp_path)["rows"]] == ["rope", "pi", "yarn"]
+    assert capsys.readouterr().out.splitlines()[:3] == captured.out.splitlines()
+
+
+def test_results_of_other_settings_are_not_lost(run, tmp_path, capsys):
+    assert run() == 0
+    kept = results(tmp_path)
+    assert run(seed=1) == 2
+    message = "loss.json is of other settings (seed); name another --out, or move it"
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert results(tmp_path) == kept
+
+
+def test_pieces_of_several_texts(run, folder, text, tokenizer, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("".join(chr(33 + n % 90) for n in range(0, 4000, 7)))
+    assert run(text=[text, other], trials=3, lengths="40,24") == 0
+    found = results(tmp_path)
+    assert [text["tokens"] for text in found["texts"]] == [240, 572]
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    loaded = texts.load_texts(tokenizer, [str(text), str(other)], 40)
+    for row in found["rows"]:
+        pieces = list(texts.pieces(loaded, row["length"], 3, 0))
+        assert len({tuple(piece.tolist()) for piece in pieces}) == 6
+        with torch.no_grad():
+            wanted = [model(x[None], labels=x[None]).loss.item() for x in pieces]
+        assert row["pieces"] == pytest.approx(wanted, rel=1e-5)
+        assert row["loss"] == pytest.approx(statistics.fmean(wanted), rel=1e-5)
+        assert row["error"] == pytest.approx(statistics.stdev(wanted) / 6**0.5, rel=1e-3)
+    cell = capsys.readouterr().out.splitlines()[1].split()[2]
+    first = found["rows"][0]["buckets"][0]
+    assert cell == f"{first['loss']:.3f}±{first['error']:.3f}".replace("±0", "±")
+    check_image(tmp_path / "out" / "loss.png")
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -218,10 +261,10 @@ def test_progress_bars_on_a_terminal(run, tmp_path, monkeypatch):
     shown = terminal.getvalue()
     assert "all rows" in shown and "100%" in shown
     for row in results(tmp_path)["rows"]:  # whole, though wider than the terminal
-        cells = " ".join(f"{b['loss']:6.3f}" for b in row["buckets"])
+        cells = " ".join(f"{b['loss']:10.3f}" for b in row["buckets"])
         assert f"{row['method']:<12}     64 {cells}" in shown
 
 
 def test_pydocs(run, tmp_path):
     assert run(text="pydocs", lengths="48") == 0
-    assert results(tmp_path)["text"] == {"name": "pydocs", "tokens": 48}
+    assert results(tmp_path)["texts"][0]["name"] == "pydocs"

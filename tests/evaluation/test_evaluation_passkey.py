@@ -1,5 +1,7 @@
 """Passkey retrieval: the prompts, the scoring, and the command."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -10,29 +12,39 @@ pytest.importorskip("rich")
 from tiny_model import check_image, results
 from transformers import LlamaForCausalLM
 
-from extrope_kernels.evaluation import UsageError, passkey, plots
+from extrope_kernels.evaluation import UsageError, passkey, plots, texts
+from extrope_kernels.evaluation.spread import share_interval
 
 
-def test_passkey_prompt(tokenizer):
+@pytest.fixture
+def story(tokenizer, text):
+    return texts.load_texts(tokenizer, [str(text)], 240)[0]
+
+
+def test_passkey_prompt(tokenizer, story):
+    def prompt_of(length, depth=0.5, trial=0):
+        return passkey.make_prompt(tokenizer, story, length, depth, trial)
+
     shortest = None
-    for length in range(150, 400):
+    for length in range(50, 200):
         try:
-            passkey.make_prompt(tokenizer, "54321", length, 0.5)
+            prompt_of(length)
         except UsageError as error:
             assert f"--lengths {length}" in str(error)
             continue
         shortest = shortest or length
     assert shortest is not None
-    for length in (shortest, shortest + 1, 511, 512, 1000):
-        for depth in passkey.depths(5):
-            prompt = passkey.make_prompt(tokenizer, "54321", length, depth)
+    for length in (shortest, shortest + 1, 151, 200):
+        for depth, trial in product(passkey.depths(5), range(2)):
+            prompt = prompt_of(length, depth, trial)
+            key = passkey.key(trial)
             assert len(prompt.ids) == length
             shown = "".join(tokenizer.convert_ids_to_tokens(prompt.ids.tolist()))
-            assert shown[prompt.needle :].startswith("The pass key is 54321. Remember it.")
-            assert shown.endswith("What is the pass key? The pass key is 54321")
-            assert shown[-prompt.answer :] == " 54321"
-            start = passkey.make_prompt(tokenizer, "54321", length, 0.0).needle
-            assert prompt.needle == start + round(depth * (length - shortest))
+            assert shown[prompt.needle :].startswith(f"\n\nThe pass key is {key}. Remember it.")
+            assert shown.endswith(f"\n\nThe pass key is {key}")
+            assert shown[-prompt.answer :] == f" {key}"
+            assert prompt.needle == round(depth * (length - shortest))
+            assert shown.startswith("The quick"[: prompt.needle]) or trial
 
 
 def test_passkey_depths_and_keys():
@@ -41,6 +53,14 @@ def test_passkey_depths_and_keys():
     keys = [passkey.key(trial) for trial in range(20)]
     assert keys == [passkey.key(trial) for trial in range(20)]
     assert len(set(keys)) == 20 and all(len(key) == 5 and key.isdigit() for key in keys)
+    assert passkey.key(0, 1) != keys[0]
+
+
+def test_intervals_of_shares_are_wilsons():
+    # Brown, Cai and DasGupta (2001): 0 of 10 up to 0.278, 5 of 10 from 0.237 to 0.763.
+    assert share_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert share_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert share_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
 def test_recall_is_what_greedy_decoding_gives(folder):
@@ -62,16 +82,16 @@ def test_passkey_end_to_end(run, tmp_path, monkeypatch, capsys):
         return len(asked) % 3 != 0
 
     monkeypatch.setattr(passkey, "recalls", recalls)
-    given = {"methods": "rope,pi", "lengths": "300,400", "depths": 3, "trials": 2}
+    given = {"methods": "rope,pi", "lengths": "150,240", "depths": 3, "trials": 2}
     assert run(task="passkey", **given) == 0
     found = results(tmp_path, "passkey")
     assert found["depths"] == [0.0, 0.5, 1.0] and found["trials"] == 2
     assert [row["recalled"] for row in found["rows"]] == [[2, 1, 1]] * 4
     assert [row["accuracy"] for row in found["rows"]] == [[1.0, 0.5, 0.5]] * 4
-    assert [length for length, _ in asked] == ([300] * 6 + [400] * 6) * 2
+    assert [length for length, _ in asked] == ([150] * 6 + [240] * 6) * 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["method", "tokens", "0%", "50%", "100%"]
-    assert lines[1].split() == ["rope", "300", "100%", "50%", "50%"]
+    assert lines[1].split() == ["rope", "150", "100%", "(34-100)"] + ["50%", "(9-91)"] * 2
     check_image(tmp_path / "out" / "passkey.png")
 
 
