@@ -1,7 +1,8 @@
 """Recall: what a passage costs that the text has had before, by how far back that was.
 
 A model that uses far tokens predicts a passage better the second time. Even a small one shows in
-this whether it does, long before it answers questions.
+this whether it does, long before it answers questions. Both times the passage stands where it does
+not belong, so that nothing else tells what comes next.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LONGEST_PASSAGE = 64
+_AT_EACH = 3  # passages a distance in one text
 _PARTS = (1, 2, 4, 8, 15)  # distances, in sixteenths of the longest text
 
 
@@ -39,29 +41,33 @@ def distances(longest: int) -> tuple[list[int], int]:
 
     Raises UsageError when there is no room.
     """
-    passage = min(_LONGEST_PASSAGE, longest // 16 // len(_PARTS))
+    count = _AT_EACH * len(_PARTS)
+    passage = min(_LONGEST_PASSAGE, longest // 16 // count)
     if passage < 2:
-        raise UsageError(f"--lengths {longest}: recall needs {2 * 16 * len(_PARTS)} tokens")
+        raise UsageError(f"--lengths {longest}: recall needs {2 * 16 * count} tokens")
     return [part * (longest // 16) for part in _PARTS], passage
 
 
 def repeats(length: int, wanted: Sequence[int], passage: int) -> list[Repeat]:
     """Return the passages that come again at the end of a text of so many tokens.
 
-    Of the distances `wanted`, rising, those that fit.
+    Of the distances `wanted`, rising, those that fit; several passages of each.
     """
-    fitting = [distance for distance in wanted if distance + passage < length]
-    end = length - passage * len(fitting)
-    starts = range(end, length, passage)
-    return [Repeat(d, again - d, again, passage) for d, again in zip(fitting, starts, strict=True)]
+    fitting = [distance for distance in wanted if distance + _AT_EACH * passage < length]
+    each = [distance for distance in fitting for _ in range(_AT_EACH)]
+    starts = range(length - passage * len(each), length, passage)
+    return [Repeat(d, again - d, again, passage) for d, again in zip(each, starts, strict=True)]
 
 
-def repeated(ids: Tensor, found: Sequence[Repeat]) -> Tensor:
-    """Return the text with its last tokens replaced by passages that it has had before."""
+def repeated(ids: Tensor, others: Tensor, found: Sequence[Repeat]) -> Tensor:
+    """Return the text with passages of other tokens in both places of each repeat.
+
+    others: (passages * tokens,)
+    """
     ids = ids.clone()
-    for repeat in found:
-        passage = ids[repeat.first : repeat.first + repeat.tokens]
-        ids[repeat.again : repeat.again + repeat.tokens] = passage
+    for repeat, passage in zip(found, others.split(found[0].tokens), strict=True):
+        for start in (repeat.first, repeat.again):
+            ids[start : start + repeat.tokens] = passage
     return ids
 
 
@@ -97,7 +103,8 @@ class RecallTask:
         for length in lengths:
             if not repeats(length, self._distances, self._passage):
                 raise UsageError(f"--lengths {length}: too short for --lengths {max(lengths)}")
-        self._texts = texts.load_texts(tokenizer, args.text, max(lengths))
+        more = self._passage * _AT_EACH * len(_PARTS)
+        self._texts = texts.load_texts(tokenizer, args.text, max(lengths) + more)
         self._trials, self._seed = args.trials, args.seed
 
     def settings(self) -> dict[str, Any]:
@@ -119,18 +126,24 @@ class RecallTask:
         self, model: PreTrainedModel, length: int, on_progress: Callable[[], None]
     ) -> dict[str, Any]:
         found = repeats(length, self._distances, self._passage)
-        by_piece = []
-        for piece in texts.pieces(self._texts, length, self._trials, self._seed):
-            ids = repeated(piece, found).to(model.device)
-            by_piece.append(gains(loss.token_losses(model, ids, on_progress), found))
-        columns = [list(column) for column in zip(*by_piece, strict=True)]
+        by_distance: dict[int, list[float]] = {repeat.distance: [] for repeat in found}
+        more, count = self._passage * len(found), 0
+        for text in self._texts:
+            for index in range(self._trials):
+                piece = text.piece(length, index, self._seed)
+                others = text.after(length, index, self._seed, more)
+                ids = repeated(piece, others, found).to(model.device)
+                costs = gains(loss.token_losses(model, ids, on_progress), found)
+                for repeat, gain in zip(found, costs, strict=True):
+                    by_distance[repeat.distance].append(gain)
+                count += 1
         return {
-            "tokens": length * len(by_piece),
+            "tokens": length * count,
             "gains": [
-                dict(zip(("gain", "error"), mean_and_error(column))) | {"distance": repeat.distance}
-                for repeat, column in zip(found, columns, strict=True)
+                {"distance": distance, "gain": mean, "error": error, "passages": costs}
+                for distance, costs in by_distance.items()
+                for mean, error in [mean_and_error(costs)]
             ],
-            "pieces": by_piece,
         }
 
     def cells(self, row: dict[str, Any]) -> list[str]:

@@ -46,6 +46,12 @@ class Text(NamedTuple):
         start = self.start(length, index, seed)
         return torch.cat([self.opening, self.ids[start : start + length]])
 
+    def after(self, length: int, index: int, seed: int, count: int) -> Tensor:
+        """Return the `count` tokens that follow that piece, the text's first behind its last."""
+        length -= len(self.opening)
+        start = self.start(length, index, seed) + length
+        return self.ids[torch.arange(start, start + count) % len(self.ids)]
+
 
 def load_texts(
     tokenizer: PreTrainedTokenizerBase, names: Sequence[str], longest: int

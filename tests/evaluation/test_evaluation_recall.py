@@ -12,21 +12,21 @@ from tiny_model import check_image, results
 from extrope_kernels.evaluation import UsageError, loss, recall
 
 
-@pytest.mark.parametrize("longest", (160, 333, 16_384, 32_768))
+@pytest.mark.parametrize("longest", (480, 997, 16_384, 32_768))
 def test_passages_come_again_at_their_distances(longest):
     wanted, passage = recall.distances(longest)
-    assert 2 <= passage <= 64 and max(wanted) + passage < longest
+    assert 2 <= passage <= 64 and max(wanted) + 3 * passage < longest
     for length in (longest, longest // 2, longest // 3):
         found = recall.repeats(length, wanted, passage)
-        assert [repeat.distance for repeat in found] == [d for d in wanted if d + passage < length]
-        ids = recall.repeated(torch.arange(length), found)
-        end = length - passage * len(found)
-        assert torch.equal(ids[:end], torch.arange(end))
-        for repeat in found:
+        fitting = [distance for distance in wanted if distance + 3 * passage < length]
+        assert [repeat.distance for repeat in found] == [d for d in fitting for _ in range(3)]
+        others = -1 - torch.arange(passage * len(found))
+        ids = recall.repeated(torch.arange(length), others, found)
+        for repeat, other in zip(found, others.split(passage)):
             assert repeat.again - repeat.first == repeat.distance and repeat.first >= 1
-            assert repeat.first + passage <= end
-            first, again = (ids[at : at + passage] for at in (repeat.first, repeat.again))
-            assert torch.equal(first, again)
+            for start in (repeat.first, repeat.again):
+                assert torch.equal(ids[start : start + passage], other)
+        assert (ids < 0).sum() == 2 * len(others)  # no two passages share a place
 
 
 def test_gains_are_differences_of_losses():
@@ -38,43 +38,51 @@ def test_gains_are_differences_of_losses():
     assert recall.gains(losses, [recall.Repeat(70, 10, 80, 8)]) == [2.0]
 
 
-def test_too_short():
-    with pytest.raises(UsageError, match="--lengths 100: recall needs 160 tokens"):
-        recall.distances(100)
+def test_too_short(run, capsys):
+    with pytest.raises(UsageError, match="--lengths 400: recall needs 480 tokens"):
+        recall.distances(400)
+    assert run(task="recall", lengths="480") == 2
+    assert "240 tokens, too short for --lengths 510" in capsys.readouterr().err
 
 
-def test_a_model_that_copies_gains(run, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def numbers(tmp_path):
+    text = tmp_path / "numbers.txt"
+    text.write_text("".join(chr(33 + (n * n // 7) % 90) for n in range(800)))
+    return text
+
+
+def test_a_model_that_copies_gains(run, numbers, tmp_path, monkeypatch, capsys):
     """A stand-in for the losses that knows every pair of tokens it has had before."""
 
     def copies(model, ids, on_progress):
-        seen, losses = set(), []
-        for pair in zip(ids[:-1].tolist(), ids[1:].tolist()):
-            losses.append(0.5 if pair in seen else 4.0)
-            seen.add(pair)
+        ids, seen, losses = ids.tolist(), set(), []
+        for end in range(1, len(ids)):
+            last = tuple(ids[end - 1 : end + 1])
+            losses.append(0.5 if last in seen else 4.0)
+            seen.add(last)
         return torch.tensor(losses)
 
-    text = tmp_path / "text.txt"
-    text.write_text("".join(chr(33 + (n * n // 7) % 90) for n in range(400)))
     monkeypatch.setattr(loss, "token_losses", copies)
-    assert run(task="recall", text=text, methods="rope,pi", lengths="80,160", trials=2) == 0
+    given = {"task": "recall", "text": numbers, "lengths": "300,600", "trials": 2}
+    assert run(methods="rope,pi", **given) == 0
     found = results(tmp_path, "recall")
-    assert found["distances"] == [10, 20, 40, 80, 150] and found["passage"] == 2
+    assert found["distances"] == [37, 74, 148, 296, 555] and found["passage"] == 2
     short, long = found["rows"][:2]
     assert [gain["distance"] for gain in long["gains"]] == found["distances"]
-    assert [gain["distance"] for gain in short["gains"]] == [10, 20, 40]
+    assert [gain["distance"] for gain in short["gains"]] == found["distances"][:3]
     for row in found["rows"]:
-        assert len(row["pieces"]) == 2
-        for gain, *of_pieces in zip(row["gains"], *row["pieces"]):
-            assert gain["gain"] == pytest.approx(sum(of_pieces) / 2)
-            assert set(of_pieces) <= {0.0, 3.5, 1.75} and gain["error"] is not None
-    assert max(gain["gain"] for gain in long["gains"]) > 0
+        for gain in row["gains"]:
+            assert len(gain["passages"]) == 3 * 2
+            assert gain["gain"] == pytest.approx(sum(gain["passages"]) / 6)
+            assert gain["error"] is not None and gain["gain"] > 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["method", "tokens", "10", "20", "40", "80", "150"]
+    assert lines[0].split() == ["method", "tokens", "37", "74", "148", "296", "555"]
     check_image(tmp_path / "out" / "recall.png")
 
 
-def test_of_a_model(run, text, tmp_path):
-    assert run(task="recall", methods="rope,rerope", lengths="160") == 0
+def test_of_a_model(run, numbers, tmp_path):
+    assert run(task="recall", text=numbers, methods="rope,rerope", lengths="480") == 0
     rows = results(tmp_path, "recall")["rows"]
     assert all(abs(gain["gain"]) < 20 for row in rows for gain in row["gains"])
     assert rows[0]["gains"] != rows[1]["gains"]
