@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ... import RopeFreqs, apply_rope
-from ...ops.attention import attend
-from ...ops.decode import attend_with_kvcache
 from ...scores import Score
+from .paged import PackedRows
 from .rows import Rows
+from .static_cache import StaticRows
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Attending:
     score: Score
     log_n: float | None
     freqs: RopeFreqs
-    rows: Rows
+    rows: Rows | StaticRows | PackedRows
     positions: Tensor | None
     raw_queries: bool
     stored: Any
@@ -83,19 +83,16 @@ class Attending:
         q, k, v: (batch, heads, seqlen, head_dim), the queries the last of the keys' tokens.
         Returns (batch, seqlen_q, heads, head_dim).
         """
-        refuse_options(module, options)
-        # Under autocast, norms leave q and k wider than v. A static cache is longer than what it
-        # holds.
-        total = self.rows.total
-        q, k = q.transpose(1, 2).to(v.dtype), k.transpose(1, 2).to(v.dtype)
-        k, v = k[:, :total], v.transpose(1, 2)[:, :total]
-        said = softmax_options(module, options)
-        forgotten = total - k.shape[1]
-        if q.shape[1] != self.rows.new or (forgotten and "sliding_window" not in said):
+        packed = isinstance(self.rows, PackedRows)
+        refuse_options(module, options, packed)
+        if packed and self.heads.start:
             raise ValueError(
-                f"extend: a cache must return all {total} keys of a layer in their order, "
-                f"got {k.shape[1]}"
+                f"extend: {type(module).__name__} must rotate the first dims of its heads for "
+                f"continuous batching, whose pages are read as they are, got {self.heads.start} "
+                "others before them"
             )
+        # Under autocast, norms leave q and k wider than v.
+        q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
         here = self if self.freqs.inv_freq.device == q.device else self.to(q.device)
         q, k = (rotated_first(x, self.heads.start) for x in (q, k))
         if not self.raw_queries and here.positions is not None:
@@ -106,29 +103,9 @@ class Attending:
                 interleaved=self.heads.interleaved,
                 inverse=True,
             )
+        said = softmax_options(module, options)
         said |= {"log_n": self.log_n, "interleaved": self.heads.interleaved, "op": "extend"}
-        return here._attend(q, k, v, forgotten, said)
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, forgotten: int, options: dict[str, Any]
-    ) -> Tensor:
-        """forgotten: how many of the first keys a cache of a sliding window has dropped."""
-        rows = self.rows
-        if rows.new == 1 and not forgotten and not _records(q, k, v):
-            options |= {"cache_seqlens": rows.total, "cache_leftpad": rows.leftpad}
-            return attend_with_kvcache(self.score, q, k, v, self.freqs, **options)
-        outs = []
-        for start, stop, pad in rows.runs:
-            skip = min(max(pad - rows.past, 0), rows.new)
-            first = max(pad - forgotten, 0)
-            if forgotten:
-                options["q_start"] = rows.past + skip - pad
-                options["k_start"] = forgotten + first - pad
-            run = (q[start:stop, skip:], k[start:stop, first:], v[start:stop, first:])
-            out = attend(self.score, *run, self.freqs, keys_stored=True, **options)
-            # Nothing looks at the padding, but NaN there would spread.
-            outs.append(nn.functional.pad(out, (0, 0, 0, 0, skip, 0)) if skip else out)
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return here.rows.attend(module, self.score, q, k, v, here.freqs, said)
 
 
 def rotated_first(x: Tensor, start: int) -> Tensor:
@@ -151,14 +128,17 @@ def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def refuse_options(module: nn.Module, options: Mapping[str, Any]) -> None:
-    """Raise ValueError for what would change the attention and can be switched on at any time."""
+def refuse_options(module: nn.Module, options: Mapping[str, Any], packed: bool = False) -> None:
+    """Raise ValueError for what would change the attention and can be switched on at any time.
+
+    packed: the rows are, and say where sequences begin.
+    """
     if options.get("dropout"):
         raise ValueError(
             "extend: a model in training must have attention_dropout 0, "
             f"got {options['dropout']} in {type(module).__name__}"
         )
-    if options.get("cu_seq_lens_q") is not None:
+    if options.get("cu_seq_lens_q") is not None and not packed:
         raise ValueError("extend: sequences must come as rows, got cu_seq_lens_q of packed ones")
 
 
@@ -180,7 +160,3 @@ def _mover(device: torch.device | str | int) -> Callable[[Any], Any]:
         return value.to(device) if hasattr(value, "to") else value
 
     return move
-
-
-def _records(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

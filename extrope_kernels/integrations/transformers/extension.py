@@ -12,6 +12,8 @@ from ...scores import SCORES
 from .apply import unwrap_apply, wrap_apply
 from .architecture import RotarySite, find_sites, unsupported
 from .frequency_methods import frequency_changes
+from .interface import register_interface
+from .paged import batching_changes, forget_pages
 from .parameters import PARAMETERS
 from .rotary import Rotary
 from .score_methods import score_changes
@@ -40,11 +42,12 @@ def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters:
     scaled as in the attention ops, too. The layers attend by these ops, with their sinks, caps and
     scales, and a cache holds each key once. Positions count from a row's first token, so batches
     padded on either side, and on the left to generate, give what their rows give alone. Every cache
-    that returns all keys in order serves, static ones too. Refused: layers whose keys are not all
-    those before a query (indexers, prompts that see all of themselves), what makes logits depend
-    on more than distances (a norm with weights after the rotation), images (a token with several
-    positions), dropout, packed rows, weights to be returned (output_attentions), and xpos but for
-    methods whose positions start anew (dual_chunk, blockwise_causal).
+    that returns all keys in order serves, static ones too, and the pages of `generate_batch`, but
+    for a method that depends on the length without a `seq_len`. Refused: layers whose keys are not
+    all those before a query (indexers, prompts that see all of themselves), what makes logits
+    depend on more than distances (a norm with weights after the rotation), images (a token with
+    several positions), dropout, packed rows, weights to be returned (output_attentions), and xpos
+    but for methods whose positions start anew (dual_chunk, blockwise_causal).
 
     Nothing in a model clips at max_position_embeddings but the default length of `generate`: give
     it max_new_tokens for prompts beyond.
@@ -67,10 +70,13 @@ def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters:
     """
     sites = find_sites(model, layers)
     _refuse_second_score(sites, method)
+    register_interface()
     if method not in PARAMETERS:
         raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
     changes = score_changes if method in SCORES else frequency_changes
-    extension = Extension(method, *changes(model, sites, method, parameters, layers))
+    overrides, hooks = changes(model, sites, method, parameters, layers)
+    overrides += batching_changes(model, method if method not in SCORES and hooks else None)
+    extension = Extension(model, method, overrides, hooks)
     if method in SCORES:
         _rehearse(extension, sites)
     return extension
@@ -107,11 +113,14 @@ class Extension:
 
     def __init__(
         self,
+        model: nn.Module,
         method: str,
         overrides: list[tuple[nn.Module, str, Any]],
         hooks: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any] | None]],
     ) -> None:
+        self.model = model
         self.method = method
+        forget_pages(model)
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
         self._undo: list[Callable[[], None]] = []
         for module, name, value in overrides:
@@ -135,6 +144,7 @@ class Extension:
                 f"extend: the extension by {self.method} must be the model's last, "
                 "got one after it; restore that one first"
             )
+        forget_pages(self.model)
         while self._overrides:
             module, name, value, previous = self._overrides.pop()
             if previous is None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 
 from ... import RopeFreqs
@@ -55,6 +56,8 @@ class LengthDependence:
             self._attach(cache, dict(self.rotary.freqs))
 
     def _freqs(self, arguments: Mapping[str, Any], cache: Any) -> Ladders:
+        if torch.compiler.is_compiling() and (freqs := getattr(cache, _ON_CACHE, {}).get(self.key)):
+            return freqs  # a graph of a step: the prompt has chosen
         limit, chosen = _current_call.get() or (None, {})
         if self.key in chosen:
             return chosen[self.key]

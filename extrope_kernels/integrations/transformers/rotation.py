@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ... import RopeFreqs, apply_rope, apply_rope_qk
 
-ATTENTION = "extrope"  # the name in a layer's config
+INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
+ATTENTION = "extrope_score"  # the one in the config of a layer that attends by a score method
 
 
 @dataclass(frozen=True, eq=False)

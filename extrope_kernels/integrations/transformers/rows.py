@@ -8,7 +8,12 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ... import RopeFreqs
+from ...ops.attention import attend
+from ...ops.decode import attend_with_kvcache
+from ...scores import Score
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +40,45 @@ class Rows:
     def to(self, device: torch.device | str | int) -> Rows:
         """Move what the attention needs to `device`."""
         return self if self.leftpad is None else replace(self, leftpad=self.leftpad.to(device))
+
+    def attend(
+        self,
+        layer: nn.Module,
+        score: Score,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        freqs: RopeFreqs,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Attend from (batch, new, heads, head_dim) to keys and values as a cache returns them."""
+        k, v = k[:, : self.total], v[:, : self.total]  # a static cache is longer than what it holds
+        forgotten = self.total - k.shape[1]  # by a cache of a sliding window
+        if q.shape[1] != self.new or (forgotten and "sliding_window" not in options):
+            raise ValueError(
+                f"extend: a cache must return all {self.total} keys of a layer in their order, "
+                f"got {k.shape[1]}"
+            )
+        if self.new == 1 and not forgotten and not records(q, k, v):
+            options |= {"cache_seqlens": self.total, "cache_leftpad": self.leftpad}
+            return attend_with_kvcache(score, q, k, v, freqs, **options)
+        outs = []
+        for start, stop, pad in self.runs:
+            skip = min(max(pad - self.past, 0), self.new)
+            first = max(pad - forgotten, 0)
+            if forgotten:
+                options["q_start"] = self.past + skip - pad
+                options["k_start"] = forgotten + first - pad
+            run = (q[start:stop, skip:], k[start:stop, first:], v[start:stop, first:])
+            out = attend(score, *run, freqs, keys_stored=True, **options)
+            # Nothing looks at the padding, but NaN there would spread.
+            outs.append(nn.functional.pad(out, (0, 0, 0, 0, skip, 0)) if skip else out)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def records(*tensors: Tensor) -> bool:
+    """Say whether a graph of gradients is made of what is done with the tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def read_rows(tokens: Tensor, past: int, mask: Tensor | None, position_ids: Tensor | None) -> Rows:

@@ -15,10 +15,12 @@ from .architecture import RotarySite
 from .attending import Attending, exchange
 from .forwards import argument_names, by_name, cache_of, caches_in, tokens_of
 from .layers import Layers
+from .paged import PackedRows, packed_rows
 from .parameters import bind_score, own_freqs
 from .rotary import Rotary
 from .rotation import Rotation
 from .rows import Rows, read_rows
+from .static_cache import StaticRows, keep_mask, static_rows
 from .trial import switched
 
 _ON_CACHE = "_extrope_stored"
@@ -70,7 +72,7 @@ class ScoreRotary(Rotary):
         super().__init__(site, freqs, method)
         self.score = score
         self.log_n = log_n
-        self.rows: Rows | None = None
+        self.rows: Rows | StaticRows | PackedRows | None = None
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         own = super().__call__(x, position_ids, layer_type)
@@ -116,9 +118,8 @@ class ScoreForward:
                 "extend: output_attentions must be False, as no weights exist to be returned, "
                 "got True"
             )
-        tokens, past = tokens_of(arguments), self._past(cache_of(arguments))
-        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-        rows = read_rows(tokens, past, mask, positions)
+        tokens, positions = tokens_of(arguments), arguments.get("position_ids")
+        rows = self._rows(tokens, arguments)
         for rotary in self.rotaries:
             rotary.rows = rows
         if positions is None and rows.leftpad is not None:
@@ -152,6 +153,8 @@ class ScoreForward:
                 f"extend: {type(layer).__name__} must be run by its model, got a call of its own"
             )
         arguments["attention_mask"] = seen[0].of(heads)
+        if isinstance(seen[0].rows, PackedRows):
+            arguments = seen[0].rows.for_layer(arguments)
         return (), arguments
 
     def before_near_layer(
@@ -161,16 +164,32 @@ class ScoreForward:
         arguments = by_name(self.layer_argument_names[type(layer)], args, kwargs)
         return (), {name: exchange(value, _own) for name, value in arguments.items()}
 
-    def _past(self, cache: Any) -> int:
-        """How many tokens the cache holds; marks it as one of keys at the method's positions."""
+    def _rows(self, tokens: Tensor, arguments: Mapping[str, Any]) -> Rows | StaticRows | PackedRows:
+        cache, mask = cache_of(arguments), arguments.get("attention_mask")
+        if (packed := packed_rows(cache, arguments)) is not None:
+            return packed
+        past = self._past(cache)
+        if isinstance(past, Tensor):
+            return static_rows(tokens, past, mask)
+        return read_rows(tokens, past, mask, arguments.get("position_ids"))
+
+    def _past(self, cache: Any) -> int | Tensor:
+        """How many tokens the cache holds; marks it as one of keys at the method's positions.
+
+        A tensor where it is one of the cache's and a graph is made.
+        """
         if cache is None:
             return 0
         from transformers import Cache
 
         if not isinstance(cache, Cache):
             raise ValueError(f"extend: cache must be a Cache, got {type(cache).__name__}")
-        past = self._length(cache)
-        if past and getattr(cache, _ON_CACHE, None) != self.score.stored:
+        past, mark = self._length(cache), getattr(cache, _ON_CACHE, None)
+        if isinstance(past, Tensor) and not torch.compiler.is_compiling():
+            past = int(past)
+        # In a graph nobody knows whether a cache without a mark is empty.
+        unmarked = mark is None if isinstance(past, Tensor) else not past
+        if not unmarked and mark != self.score.stored:
             raise ValueError(
                 f"extend: cache must have been filled under {self.rotaries[0].method}, whose keys "
                 "are rotated in another way, got one of other forwards"
@@ -178,19 +197,14 @@ class ScoreForward:
         setattr(cache, _ON_CACHE, self.score.stored)
         return past
 
-    def _length(self, cache: Any) -> int:
+    def _length(self, cache: Any) -> int | Tensor:
         """Ask an extended layer: those of a hybrid's other sort hold no tokens."""
         index = getattr(next(iter(self.heads)), "layer_idx", None)
-        return int(cache.get_seq_length() if index is None else cache.get_seq_length(index))
+        return cache.get_seq_length() if index is None else cache.get_seq_length(index)
 
 
 def _own(attending: Attending) -> Any:
     return attending.own
-
-
-def keep_mask(*, attention_mask: Any = None, **_: Any) -> Any:
-    """Stand in for a model's `create_masks_for_generate`: rows are read from the mask as it is."""
-    return attention_mask
 
 
 def _freqs_in_force(site: RotarySite, method: str, score: Score) -> dict:

@@ -1,0 +1,156 @@
+"""The attention that `model.set_attn_implementation("extrope")` asks for: ours, for any model.
+
+Queries and keys come rotated by the layer, or not at all, so the ops attend by frequencies of 0.
+Masks are those that transformers makes for `sdpa`. What they say but for causal rows, padded on the
+left or not (a vision tower, packed rows, tokens that see later ones), is left to `sdpa` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import RopeFreqs, scores
+from ...ops.attention import attend
+from ...ops.decode import attend_with_kvcache
+from .attending import softmax_options
+from .rotation import INTERFACE
+from .rows import records
+
+_PLAIN = scores.rerope(window=1 << 20)
+_ON_MASK = "_extrope_causal"
+# What layers tell their attention and causal rows need not know.
+_KNOWN = {
+    *("scaling", "dropout", "is_causal", "softcap", "s_aux", "sliding_window", "position_ids"),
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    *("output_router_logits", "cache", "past_key_values", "cache_position", "logits_to_keep"),
+}
+
+
+def register_interface() -> None:
+    """Make transformers know "extrope", as `attn_implementation` and for `set_attn_implementation`.
+
+    `extend` does it, too; a model that is not extended needs it.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(INTERFACE, attention)
+    AttentionMaskInterface.register(INTERFACE, sdpa_mask)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of transformers' interface.
+
+    query, key, value: (batch, heads, seqlen, head_dim). attention_mask: as `sdpa` takes it: None,
+    or (batch or 1, 1, seqlen_q, seqlen_k), True for what is seen.
+    Returns (batch, seqlen_q, heads, head_dim) and None, as there are no weights.
+    Raises ValueError for sinks or a cap of the logits where rows are not causal.
+    """
+    q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
+    out = None
+    if _may_be_causal(module, attention_mask, options):
+        said = softmax_options(module, options)
+        said |= {"op": INTERFACE}
+        freqs = RopeFreqs(q.new_zeros(1, dtype=torch.float32))
+        if attention_mask is None:
+            out = _all_causal(q, k, v, freqs, said)
+        elif not records(q, k, v):
+            out = _masked(q, k, v, freqs, attention_mask, said)
+    if out is not None:
+        return out, None
+    if options.get("s_aux") is not None or options.get("softcap") is not None:
+        raise ValueError(
+            f"{INTERFACE}: attention_mask of a layer with sinks or a soft cap must be causal, "
+            f"without dropout, and padded on the left, got others in {type(module).__name__}"
+        )
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def _may_be_causal(module: nn.Module, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
+    causal = options.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    given = {name for name, value in options.items() if value is not None}
+    if not causal or options.get("dropout") or not given <= _KNOWN:
+        return False
+    return mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
+
+
+def _all_causal(
+    q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, options: dict[str, Any]
+) -> Tensor:
+    """No mask: one query sees all keys; of several, the first sees the first key alone."""
+    if q.shape[1] > 1:
+        k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
+    elif not records(q, k, v):
+        options.pop("sliding_window", None)  # a cache of a window holds no more
+        return attend_with_kvcache(_PLAIN, q, k, v, freqs, cache_seqlens=k.shape[1], **options)
+    return attend(_PLAIN, q, k, v, freqs, **options)
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, mask: Tensor, options: dict[str, Any]
+) -> Tensor | None:
+    """None where the mask is not that of causal rows."""
+    if q.shape[1] == 1:
+        window = None  # what a query sees begins where its window does
+        options.pop("sliding_window", None)
+    else:
+        window = options.get("sliding_window")
+    rows = _rows(mask, window)
+    if rows is None:
+        return None
+    ends, pads = (x.expand(q.shape[0]) for x in rows)
+    options |= {"cache_seqlens": ends.contiguous(), "cache_leftpad": pads.contiguous()}
+    return attend_with_kvcache(_PLAIN, q, k, v, freqs, **options)
+
+
+def _rows(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor] | None:
+    """Return where each row's keys end and begin, int32; None where they are not causal.
+
+    Values are read on the host, once a forward. A graph cannot; there one query's keys are taken
+    to lie in one piece, and the graph asserts it.
+    """
+    if torch.compiler.is_compiling():
+        if mask.shape[2] > 1:
+            return None
+        ends, pads, right = _read(mask, window)
+        torch._assert_async(right, f"{INTERFACE}: a row's keys must lie in one piece")
+        return ends, pads
+    # Inference tensors do not say whether they have been written to since.
+    key = None if mask.is_inference() else (window, mask._version)
+    known = getattr(mask, _ON_MASK, {})
+    if key is None or key not in known:
+        ends, pads, right = _read(mask, window)
+        known = {key: (ends, pads) if right else None}
+        setattr(mask, _ON_MASK, known)
+    return known[key]
+
+
+def _read(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ends and beginnings of the rows of a mask, and whether it is theirs."""
+    seen = mask[:, 0]
+    new, keys = seen.shape[1:]
+    at = torch.arange(keys, device=mask.device)
+    last = seen[:, -1]
+    ends = torch.where(last, at + 1, 0).amax(-1)
+    pads = torch.where(seen.any(1), at, keys).amin(-1)
+    pads = torch.minimum(pads, ends)
+    query = (ends - new)[:, None, None] + torch.arange(new, device=mask.device)[:, None]
+    want = (at <= query) & (at >= pads[:, None, None])
+    if window is not None:
+        want = want & (query - at < window)
+    return ends.to(torch.int32), pads.to(torch.int32), (want == seen).all()

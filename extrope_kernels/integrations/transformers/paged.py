@@ -1,0 +1,176 @@
+"""The rows of continuous batching: tokens of many requests in one, their keys in a paged cache.
+
+transformers gathers a request's pages into one tensor a layer, for attentions that know no pages.
+The ops read pages where they lie, so extended layers are told that there is nothing to gather:
+then `PagedAttentionCache.update` only writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import RopeFreqs
+from ...ops.decode import attend_with_kvcache
+from ...scores import Score
+from .rotation import INTERFACE
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """The tokens of one forward of continuous batching.
+
+    positions: (1, total) int32 or int64, counted from each request's first token.
+    arguments: what transformers gives to the model beside the tokens: cu_seq_lens_q, and per kind
+        of layers cu_seq_lens_k, max_length_k, and by the cache's allocators read_index,
+        write_index, or block_table where the attention is to write.
+    tables: (requests, pages) int32 of the allocators asked for so far.
+    """
+
+    cache: Any
+    positions: Tensor
+    arguments: Mapping[str, Any]
+    tables: dict[int, Tensor] = field(default_factory=dict)
+    leftpad: None = None
+
+    def to(self, device: torch.device | str | int) -> PackedRows:
+        """Nothing moves: one device holds all of the cache."""
+        return self
+
+    def for_layer(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a layer's arguments so that its cache writes and does not gather."""
+        if "read_index" not in arguments:
+            return dict(arguments)
+        return {**arguments, "read_index": [x[:0] for x in arguments["read_index"]]}
+
+    def attend(
+        self,
+        layer: nn.Module,
+        score: Score,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        freqs: RopeFreqs,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Attend from (1, total, heads, head_dim) to all pages of each request."""
+        allocator = self.cache.layer_to_allocator[layer.layer_idx]
+        if allocator.layer_type != "full_attention":
+            raise ValueError(
+                "extend: layers with a sliding window must not be extended under continuous "
+                "batching, whose cache forgets their keys; extend with layers='full'"
+            )
+        k_pages, v_pages = allocator.get_cache_for_block_table(layer.layer_idx)
+        table = self._table(allocator)
+        if self.arguments.get("block_table") is not None:
+            self._write(allocator, table, (k_pages, v_pages), (k, v))
+        cu_seqlens_k = self.arguments["cu_seq_lens_k"][allocator.layer_type]
+        out = attend_with_kvcache(
+            score,
+            q[0],
+            k_pages,
+            v_pages,
+            freqs,
+            cache_seqlens=cu_seqlens_k.diff().to(torch.int32),
+            cu_seqlens_q=self.arguments["cu_seq_lens_q"].to(torch.int32),
+            block_table=table,
+            **options,
+        )
+        return out[None]
+
+    def _table(self, allocator: Any) -> Tensor:
+        """Return the pages of each request, from the slots of its tokens."""
+        if allocator.index in self.tables:
+            return self.tables[allocator.index]
+        table = self.arguments.get("block_table")
+        if table is not None:
+            table = table[allocator.index]
+        else:
+            slots = self.arguments["read_index"][allocator.index]
+            if not slots.numel():  # no request has a past, so all tokens are new
+                slots = self.arguments["write_index"][allocator.index]
+            size = allocator.tokens_per_page
+            longest = self.arguments["max_length_k"][allocator.layer_type]
+            firsts = torch.arange(0, max(longest, 1), size, device=slots.device)
+            begins = self.arguments["cu_seq_lens_k"][allocator.layer_type][:-1, None]
+            # What is past a request's last page is never looked at, but must be an index.
+            at = (begins + firsts).clamp(max=slots.numel() - 1)
+            table = (slots[at] // size).to(torch.int32)
+        self.tables[allocator.index] = table
+        return table
+
+    def _write(
+        self,
+        allocator: Any,
+        table: Tensor,
+        pages: tuple[Tensor, Tensor],
+        new: tuple[Tensor, Tensor],
+    ) -> None:
+        """Write one token a request, where transformers leaves that to the attention."""
+        requests, size = table.shape[0], allocator.tokens_per_page
+        position = self.positions[0, :requests].long()
+        page = table.gather(1, (position // size)[:, None])[:, 0].long()
+        slots = page * size + position % size
+        # Requests that pad the batch have no pages.
+        slots = torch.where(page < 0, allocator.write_trash_index, slots)
+        for cached, x in zip(pages, new):
+            cached.flatten(0, 1).index_copy_(0, slots, x[0, :requests].to(cached.dtype))
+
+
+def packed_rows(cache: Any, arguments: Mapping[str, Any]) -> PackedRows | None:
+    """Return the rows of a forward of continuous batching; None for any other."""
+    if not hasattr(cache, "layer_to_allocator"):
+        return None
+    return PackedRows(cache, arguments["position_ids"], arguments)
+
+
+def batching_changes(model: nn.Module, refused: str | None) -> list[tuple[nn.Module, str, Any]]:
+    """Return the overrides of an `Extension` that continuous batching needs.
+
+    refused: the extension's method, where its frequencies depend on the length.
+    """
+    name = "init_continuous_batching"
+    if not hasattr(model, name):
+        return []
+    return [(model, name, partial(start_batching, model, vars(model).get(name), refused))]
+
+
+def start_batching(
+    model: nn.Module,
+    previous: Callable[..., Any] | None,
+    refused: str | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Stand in for `model.init_continuous_batching`.
+
+    previous: what stood in for it before, if anything did.
+    refused: the extension's method, where its frequencies depend on the length.
+    """
+    if refused is not None:
+        raise ValueError(
+            f"extend: {refused} must be given a seq_len for continuous batching: it chooses its "
+            "frequencies by the length of a request, and one forward there has many requests"
+        )
+    implementation = model.config._attn_implementation
+    if implementation == INTERFACE:
+        # The manager takes names that it knows; layers that are extended keep theirs.
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    if previous is not None:
+        manager = previous(*args, **kwargs)
+    else:
+        manager = type(model).init_continuous_batching(model, *args, **kwargs)
+    if implementation == INTERFACE:
+        manager._original_attn_impl = implementation  # what its `stop` puts back
+    return manager
+
+
+def forget_pages(model: nn.Module) -> None:
+    """Drop a manager that the model keeps: its pages hold keys of the rotation until now."""
+    if hasattr(model, "destroy_cached_continuous_batching_manager"):
+        model.destroy_cached_continuous_batching_manager()

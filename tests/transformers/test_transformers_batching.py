@@ -1,0 +1,149 @@
+"""`generate_batch` of extended models: many requests in one forward, their keys in pages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hf_models import (
+    SCORE_PARAMETERS,
+    build,
+    generate,
+    one_thread,  # noqa: F401
+    tokens,
+    transformers,
+)
+
+from extrope_kernels.integrations.transformers import extend
+
+pytest.importorskip("transformers.generation.continuous_batching.cache_allocators")
+from transformers.generation.continuous_batching import initialization
+
+NEW = 6
+BATCH_TOKENS = 16  # of one forward: long prompts come in pieces, beside others' new tokens
+PAGE = 8
+BEGINNING = tokens(1, 20, seed=9)[0].tolist()  # more than two pages, shared by two requests
+PROMPTS = [
+    *(tokens(1, seqlen, seed=seqlen)[0].tolist() for seqlen in (40, 7, 23)),
+    *([*BEGINNING, *end] for end in ((5, 6, 7), (8, 9))),
+]
+CASES = [
+    ("llama", "yarn", {"factor": 4.0}),
+    ("llama", "dynamic_ntk", {"factor": 4.0, "seq_len": 64}),
+    ("qwen3", "rerope", {"window": 16, "log_n": 16}),
+    ("llama", "leaky_rerope", SCORE_PARAMETERS["leaky_rerope"]),
+    ("gemma3_text", "dual_chunk", SCORE_PARAMETERS["dual_chunk"]),
+    ("cohere", "string", SCORE_PARAMETERS["string"]),
+]
+
+
+def batch(model, **settings):
+    """The tokens of each request, and their log probabilities."""
+    settings = {
+        **{"max_batch_tokens": BATCH_TOKENS, "num_blocks": 40, "page_size": PAGE},
+        **{"default_compile_level": 0, "return_logprobs": True, **settings},
+    }
+    persistent = settings.pop("persistent_manager", False)
+    outputs = model.generate_batch(
+        PROMPTS,
+        transformers.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1),
+        transformers.ContinuousBatchingConfig(**settings),
+        warmup=False,
+        persistent_manager=persistent,
+    )
+    assert all(output.error is None for output in outputs.values())
+    return [(output.generated_tokens, torch.tensor(output.logprobs)) for output in outputs.values()]
+
+
+def one_by_one(model):
+    each = [generate(model, torch.tensor([ids]), max_new_tokens=NEW)[0] for ids in PROMPTS]
+    return [(row.argmax(-1).tolist(), row.log_softmax(-1).amax(-1)) for row in each]
+
+
+def assert_equal(got, want):
+    assert [ids for ids, _ in got] == [ids for ids, _ in want]
+    for (_, ours), (_, theirs) in zip(got, want):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("family", "method", "parameters"), CASES)
+def test_a_batch_gives_what_generate_gives(family, method, parameters):
+    model = build(family).double()
+    plain = one_by_one(model)
+    with extend(model, method, **parameters):
+        want = one_by_one(model)
+        assert_equal(batch(model), want)
+    assert max((a[1] - b[1]).abs().max().item() for a, b in zip(want, plain)) > 0.01
+
+
+def test_requests_start_while_others_decode():
+    model, lengths = build("llama"), []
+
+    def note(module, args, kwargs):
+        lengths.append(kwargs["cu_seq_lens_q"].diff().tolist())
+
+    with extend(model, "rerope", window=16):
+        handle = model.register_forward_pre_hook(note, with_kwargs=True)
+        batch(model)
+        handle.remove()
+    assert any(1 in each and max(each) > 1 for each in lengths)
+    assert all(sum(each) <= BATCH_TOKENS for each in lengths)
+
+
+def test_steps_through_a_block_table(monkeypatch):
+    """Where flash-attn is installed, transformers gives steps a table and writes nothing."""
+    monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", lambda *_: None)
+    model, tables = build("llama").double(), []
+
+    def note(module, args, kwargs):
+        tables.append(kwargs["block_table"])
+
+    with extend(model, "leaky_rerope", **SCORE_PARAMETERS["leaky_rerope"]):
+        want = one_by_one(model)
+        model.register_forward_pre_hook(note, with_kwargs=True)
+        assert_equal(batch(model, max_blocks_per_request=16), want)
+    assert any(table is not None for table in tables)
+
+
+def test_pages_kept_between_batches_are_those_of_one_extension():
+    """A manager that stays with the model keeps pages of prompts it has seen."""
+    model = build("llama").double()
+    plain = batch(model, persistent_manager=True)
+    with extend(model, "leaky_rerope", window=8, factor=4.0):
+        got = batch(model, persistent_manager=True)
+    assert_equal(batch(model), plain)
+    with extend(model, "leaky_rerope", window=8, factor=4.0):
+        assert_equal(got, one_by_one(model))
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+def test_a_batch_of_a_model_that_attends_by_name(method):
+    model = build("llama").double()
+    with extend(model, method, **({"window": 16} if method == "rerope" else {"factor": 4.0})):
+        want = one_by_one(model)
+        model.set_attn_implementation("extrope")
+        assert_equal(batch(model), want)
+        assert model.config._attn_implementation == "extrope"
+
+
+def test_a_length_of_each_request_is_refused():
+    model = build("llama")
+    with (
+        extend(model, "dynamic_ntk", factor=4.0),
+        extend(model, "rerope", window=16),
+        pytest.raises(ValueError, match="dynamic_ntk must be given a seq_len for continuous"),
+    ):
+        batch(model)
+    assert "init_continuous_batching" not in vars(model)
+
+
+def test_extended_layers_with_a_sliding_window_are_refused():
+    model = build("gemma3_text")
+    with extend(model, "rerope", window=16, layers="all"):
+        outputs = model.generate_batch(
+            PROMPTS[:1],
+            transformers.GenerationConfig(max_new_tokens=1, eos_token_id=-1),
+            transformers.ContinuousBatchingConfig(num_blocks=40, page_size=PAGE),
+            warmup=False,
+        )
+    (output,) = outputs.values()
+    assert "layers with a sliding window" in output.error

@@ -1,0 +1,131 @@
+"""`model.set_attn_implementation("extrope")`: our attention in any model, extended or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hf_models import (
+    SCORE_PARAMETERS,
+    assert_as_exact_as,
+    assert_same,
+    build,
+    generate,
+    gradients,
+    logits,
+    one_thread,  # noqa: F401
+    tokens,
+    transformers,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from extrope_kernels.integrations.transformers import extend, register_interface
+
+register_interface()
+NEW = 4
+PROMPT = tokens(2, 29)
+MASK = torch.ones_like(PROMPT)
+MASK[0, :5] = 0
+FAMILIES = ["llama", "gemma2", "gemma3_text"]  # gemma2: soft caps; both Gemmas: a sliding window
+EXTENSIONS = [
+    ("llama", "yarn", {"factor": 4.0}),
+    ("llama", "rerope", {"window": 16, "log_n": 16}),
+    ("gemma3_text", "leaky_rerope", SCORE_PARAMETERS["leaky_rerope"]),
+]
+
+
+class CountAttention(TorchDispatchMode):
+    """Counts calls of our attention and of torch's inside a `with` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.ours = self.theirs = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        self.ours += name.startswith(("extrope.attention_fwd", "extrope.decode"))
+        self.theirs += "scaled_dot_product" in name
+        return func(*args, **(kwargs or {}))
+
+
+def run(model, mask, **settings):
+    return generate(model, PROMPT, attention_mask=mask, max_new_tokens=NEW, **settings)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_model_gives_what_it_gave(family, cache, padded):
+    model, mask = build(family), MASK if padded else None
+    theirs = run(model, mask, **cache)
+    twin, ids = build(family).double(), torch.cat((PROMPT, theirs.argmax(-1)[:, :-1]), 1)
+    rows = (ids[0, 5:] if padded else ids[0], ids[1])
+    want = torch.cat([logits(twin, row[None])[:, -NEW:] for row in rows])
+    model.set_attn_implementation("extrope")
+    with CountAttention() as count:
+        ours = run(model, mask, **cache)
+    assert (count.ours, count.theirs) == (2 * NEW, 0)
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+    assert_as_exact_as(ours, theirs, want)
+
+
+@pytest.mark.parametrize(("family", "method", "parameters"), EXTENSIONS)
+def test_an_extended_model_gives_what_the_extension_gives(family, method, parameters):
+    model = build(family).double()
+    plain = run(model, MASK)
+    with extend(model, method, **parameters):
+        want = run(model, MASK)
+        model.set_attn_implementation("extrope")
+        assert_same(run(model, MASK), want)
+        assert_same(run(model, MASK, use_cache=False), want)
+    assert_same(run(model, MASK), plain)
+    with extend(model, method, **parameters):
+        assert_same(run(model, MASK), want)
+
+
+def test_gradients_are_those_of_torch():
+    model = build("llama").double()
+    want = gradients(model, PROMPT)
+    model.set_attn_implementation("extrope")
+    for name, got in gradients(model, PROMPT).items():
+        torch.testing.assert_close(got, want[name])
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded on the right", "dropout"])
+def test_what_is_not_causal_rows_is_left_to_torch(kind):
+    model = build("llama", attention_dropout=0.1 if kind == "dropout" else 0.0).double()
+    inputs = {}
+    if kind == "packed":
+        inputs["position_ids"] = torch.cat((torch.arange(12), torch.arange(17)))[None]
+    elif kind == "padded on the right":
+        inputs["attention_mask"] = MASK.flip(1)
+    want, got = [], []
+    for name, found in (("sdpa", want), ("extrope", got)):
+        model.set_attn_implementation(name)
+        torch.manual_seed(0)
+        model.train(kind == "dropout")
+        with CountAttention() as count:
+            found.append(logits(model, PROMPT, **inputs))
+    assert not count.ours
+    torch.testing.assert_close(got, want)
+
+
+def test_sinks_and_caps_are_never_dropped():
+    model = build("gemma2")
+    model.set_attn_implementation("extrope")
+    with pytest.raises(ValueError, match="extrope: attention_mask of a layer with sinks or a soft"):
+        logits(model, PROMPT, attention_mask=MASK.flip(1))
+
+
+def test_a_compiled_step_asserts_what_it_cannot_look_at():
+    torch._dynamo.reset()
+    model, hole = build("llama", num_hidden_layers=1), MASK.clone()
+    hole[1, 9] = 0
+    want = [run(model, mask).argmax(-1) for mask in (MASK, hole)]
+    model.set_attn_implementation("extrope")
+    config = transformers.CompileConfig(backend="eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    settings = {"cache_implementation": "static", "compile_config": config}
+    assert torch.equal(run(model, MASK, **settings).argmax(-1), want[0])
+    assert torch.equal(run(model, hole).argmax(-1), want[1])
+    with pytest.raises(RuntimeError, match="a row's keys must lie in one piece"):
+        run(model, hole, **settings)
