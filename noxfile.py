@@ -127,6 +127,14 @@ def models(session: nox.Session) -> None:
 
 
 @nox.session(python=BUILT_WITH[0])
+def serve(session: nox.Session) -> None:
+    """An extended model behind `transformers serve`, which needs packages of its own."""
+    install(session, BUILT_WITH[1])
+    session.install("transformers[serving]")
+    run(session, ("transformers/test_transformers_serve.py",))
+
+
+@nox.session(python=BUILT_WITH[0])
 def arm(session: nox.Session) -> None:
     """The CPU kernels for ARM, cross-compiled and run under qemu, against those for x86."""
     session.install("ninja", "numpy")
