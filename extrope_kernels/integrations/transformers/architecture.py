@@ -16,7 +16,7 @@ from .tables import change_of_tables
 
 LAYERS = ("full", "all")
 # Layers that see a bounded number of keys, by the names that transformers gives to their kinds.
-BOUNDED = ("sliding", "chunked", "local")
+_BOUNDED = ("sliding", "chunked", "local")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +92,7 @@ def _site(owner: nn.Module, rotary: nn.Module, layers: str) -> RotarySite:
     layer_types: tuple[str | None, ...] = (None,)
     if any(isinstance(value, Mapping) for value in rotary.config.rope_parameters.values()):
         kinds = [kind for kind in rotary.rope_type if hasattr(rotary, f"{kind}_inv_freq")]
-        layer_types = tuple(
-            kind for kind in kinds if layers == "all" or not kind.startswith(BOUNDED)
-        )
+        layer_types = tuple(kind for kind in kinds if layers == "all" or not is_bounded(kind))
         if not layer_types:
             raise unsupported(owner, "all its layers that rotate have a sliding window or chunks")
     try:
@@ -135,6 +133,11 @@ def parameters_of(rotary: nn.Module, layer_type: str | None) -> Mapping[str, Any
     """Return the entries of a rotary embedding's rope_parameters for a kind of layers."""
     parameters = rotary.config.rope_parameters
     return parameters if layer_type is None else parameters[layer_type]
+
+
+def is_bounded(kind: str) -> bool:
+    """Say whether layers of that name see a bounded number of keys."""
+    return any(word in kind for word in _BOUNDED)
 
 
 def prefix_of(layer_type: str | None) -> str:

@@ -16,23 +16,22 @@ from torch import Tensor, nn
 
 from ... import RopeFreqs, apply_rope, scores
 from ...ops.attention import attend
-from .architecture import BOUNDED, RotarySite, unsupported
+from .architecture import RotarySite, is_bounded, unsupported
 from .attending import Heads, refuse_options, rotated_first, softmax_options
-from .forwards import argument_names
-from .fused import forward_of, rotating_layers
+from .calls import Override, call_of, dropout_of
+from .fused import rotating_layers
 from .rotation import register_attention
 from .trial import (
     TOKENS,
     Recorded,
     Recorder,
     TrialTables,
+    UnfitLayer,
     ladders_of,
     replaced,
     run_on_trial,
-    switched,
 )
 
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 # What layers tell their attention and the ops are told too, or what changes nothing for a layer
 # that is causal over all keys.
 _KNOWN = {
@@ -49,6 +48,8 @@ class Layers:
     far: those that see all keys, to be extended, and which of their dims are rotated.
     near: those that attend as before: the ones without a rotation, and those with chunks or, but
         for layers="all", a sliding window: no distance in them is past what training has covered.
+    calls: how each of them calls its attention. mask_name: of its mask, where layers get several.
+    around: for rotary embeddings that are a layer's own, that layer.
     shapes: head_dim of queries and of values, and dtype, of the far layers.
 
     Raises ValueError where a layer does what the ops do not.
@@ -60,15 +61,28 @@ class Layers:
         self.far: dict[nn.Module, Heads] = {}
         self.near: list[nn.Module] = []
         self.shapes: set[tuple[int, int, torch.dtype]] = set()
+        self.mask_name: str | None = None
+        calls = ((module, call_of(module)) for module in owner.modules())
+        self.calls = {layer: call for layer, call in calls if call is not None}
+        self.around = {
+            site.rotary: layer
+            for layer in self.calls
+            for site in sites
+            if site.rotary in layer.modules()
+        }
         register_attention()
         self.ladders = ladders_of(sites)
-        still, moved = self._record(still=True), self._record(still=False)
+        still, moved = self._try_out()
         for layer in moved.called:
             if layer not in moved.seen:
                 name = type(layer).__name__
-                raise unsupported(owner, f"{name} does not attend through transformers' interface")
+                raise unsupported(
+                    owner, f"{name} has no attention that can be replaced, it computes its own"
+                )
+        rotates = False
         for layer, got in moved.seen.items():
             heads, freqs = self._heads(layer, still.seen[layer], got)
+            rotates = rotates or heads is not None
             if heads is None or _is_bounded(layer, got.options, layers):
                 self.near.append(layer)
             else:
@@ -80,20 +94,38 @@ class Layers:
             raise unsupported(
                 owner,
                 "all its layers that rotate have a sliding window or chunks, "
-                "so none sees distances past it",
+                "so none sees distances past it"
+                if rotates
+                else "none of its layers rotates",
             )
 
-    def _record(self, still: bool) -> Recorder:
+    def _try_out(self) -> tuple[Recorder, Recorder]:
+        """Run the owner twice; where layers get several masks, find the attention's among them."""
+        recorder = Recorder(self.calls)
+        try:
+            return self._record(recorder, still=True), self._record(Recorder(self.calls))
+        except ValueError:
+            for name in recorder.names:
+                try:
+                    found = [
+                        self._record(Recorder(self.calls, name), still) for still in (True, False)
+                    ]
+                except ValueError:
+                    continue
+                self.mask_name = name
+                return found[0], found[1]
+            raise
+
+    def _record(self, recorder: Recorder, still: bool = False) -> Recorder:
         """Run the owner on four tokens; still: all of them at position 0."""
-        recorder = Recorder()
-        overrides = [
+        overrides: list[Override] = [
             (site.rotary, "forward", TrialTables(site, self.ladders, still)) for site in self.sites
         ]
-        layers = [layer for layer in self.owner.modules() if _attends(layer)]
-        overrides += [(layer, "config", switched(layer.config)) for layer in layers]
+        for layer, call in self.calls.items():
+            overrides += call.overrides(layer)
         handles = [
             layer.register_forward_pre_hook(recorder.before_layer, with_kwargs=True)
-            for layer in layers
+            for layer in self.calls
         ]
         handles += [
             layer.register_forward_pre_hook(recorder.note_layer)
@@ -102,6 +134,8 @@ class Layers:
         try:
             with replaced(overrides):
                 run_on_trial(self.owner)
+        except UnfitLayer as unfit:
+            raise unsupported(self.owner, str(unfit)) from unfit
         except Exception as error:  # whatever a foreign layer leads to
             reason = f"its layers cannot be tried out ({_short(error)})"
             if Recorder.__name__ in str(error):
@@ -121,7 +155,14 @@ class Layers:
         freqs = RopeFreqs(still.q.new_zeros(1).float())
         if _close(still.q, moved.q) and _close(still.k, moved.k):
             return None, freqs
-        for _, _, inv_freq in self.ladders:
+        if not _close(still.v, moved.v):
+            name = type(layer).__name__
+            raise unsupported(
+                self.owner, f"{name} rotates its values too, so its output is not of distances"
+            )
+        for site, _, inv_freq in self.ladders:
+            if self.around.get(site.rotary, layer) is not layer:
+                continue
             pairs = inv_freq.numel()
             starts = {start for start in (0, still.q.shape[-1] - 2 * pairs) if start >= 0}
             for start, interleaved, sign in product(starts, (False, True), (1, -1)):
@@ -160,13 +201,10 @@ class Layers:
                 op="extend",
                 **options,
             )
-            own = forward_of(layer).__globals__.get("eager_attention_forward")
-            if own is None:
-                return
             mask = v.new_full((TOKENS, TOKENS), torch.finfo(v.dtype).min).triu(1)
             q, k = moved.q.to(v.dtype), moved.k.to(v.dtype)
-            want = own(layer, q, k, v, mask[None, None], **moved.options)[0]
-        if not _close(got, want.view_as(got)):
+            want = self.calls[layer].own(layer, q, k, v, mask[None, None], moved.options)
+        if want is None or not _close(got, want.view_as(got)):
             name = type(layer).__name__
             raise unsupported(self.owner, f"{name} attends in a way of its own")
 
@@ -186,21 +224,14 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= tolerance)
 
 
-def _attends(module: nn.Module) -> bool:
-    forward = forward_of(module)
-    if forward is None or "config" not in vars(module):
-        return False
-    return _INTERFACE in forward.__code__.co_names and "attention_mask" in argument_names(module)
-
-
 def _is_bounded(layer: nn.Module, options: dict[str, Any], layers: str) -> bool:
     """A window tells the attention; chunks are in the mask alone, but have a name."""
     if options.get("sliding_window"):
         return layers == "full"
-    kinds = getattr(layer.config, "layer_types", None)
+    kinds = getattr(getattr(layer, "config", None), "layer_types", None)
     index = getattr(layer, "layer_idx", None)
     kind = kinds[index] if kinds and index is not None and index < len(kinds) else ""
-    return kind.startswith(BOUNDED)
+    return is_bounded(kind)
 
 
 def _check_options(owner: nn.Module, layer: nn.Module, options: dict[str, Any]) -> None:
@@ -208,7 +239,7 @@ def _check_options(owner: nn.Module, layer: nn.Module, options: dict[str, Any]) 
     name = type(layer).__name__
     options = {key: value for key, value in options.items() if value is not None}
     if layer.training:
-        options["dropout"] = getattr(layer, "attention_dropout", 0.0)
+        options["dropout"] = dropout_of(layer)
     refuse_options(layer, options)
     if not getattr(layer, "is_causal", True) or options.get("is_causal") is False:
         raise unsupported(owner, f"{name} is not causal")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .parameters import bind_score, own_freqs
 from .rotary import Rotary
 from .rotation import Rotation
 from .rows import Rows, read_rows
-from .trial import switched
+from .trial import with_mask
 
 _ON_CACHE = "_extrope_stored"
 
@@ -36,14 +37,17 @@ def score_changes(
     overrides, hooks = [], []
     for owner in {site.owner: None for site in sites}:
         here = [site for site in sites if site.owner is owner]
-        rotaries = [
-            ScoreRotary(site, _freqs_in_force(site, method, score), method, score, log_n)
-            for site in here
-        ]
+        freqs = [_freqs_in_force(site, method, score) for site in here]
         found = Layers(owner, here, layers)
         _check_heads(score, log_n, found)
-        overrides += [(site.rotary, "forward", each) for site, each in zip(here, rotaries)]
-        overrides += [(layer, "config", switched(layer.config)) for layer in found.far]
+        rotaries = [
+            ScoreRotary(site, each, method, score, log_n, found.around.get(site.rotary))
+            for site, each in zip(here, freqs, strict=True)
+            if found.around.get(site.rotary) not in found.near
+        ]
+        overrides += [(each.rotary, "forward", each) for each in rotaries]
+        for layer in found.far:
+            overrides += found.calls[layer].overrides(layer)
         forward = ScoreForward(owner, rotaries, found)
         hooks.append((owner, forward.before_forward, forward.after_forward))
         hooks += [(layer, forward.before_far_layer, None) for layer in found.far]
@@ -56,6 +60,8 @@ def score_changes(
 class ScoreRotary(Rotary):
     """Stands in for the forward of a rotary embedding, and yields an `Attending`.
 
+    layer: the one that the rotary embedding is called in, if that is not their owner. It gets its
+        `Attending` at its door, and here the tables that it stands for.
     rows: of the forward in progress, as its owner's hook sets them.
     """
 
@@ -66,8 +72,10 @@ class ScoreRotary(Rotary):
         method: str,
         score: Score,
         log_n: float | None,
+        layer: nn.Module | None,
     ) -> None:
         super().__init__(site, freqs, method)
+        self.layer = layer
         self.score = score
         self.log_n = log_n
         self.rows: Rows | None = None
@@ -76,21 +84,30 @@ class ScoreRotary(Rotary):
         own = super().__call__(x, position_ids, layer_type)
         if layer_type not in self.freqs or self.rows is None:
             return own
-        freqs, rows = self.freqs_on(layer_type, x.device), self.rows
-        positions = None
-        if self.score.stored != UNROTATED:
-            positions = self.score.stored(rows.positions)
+        attending = self.attending(x.device, layer_type)
+        positions = attending.positions
         # The attention factor of both sides goes onto the queries, in the attention.
+        freqs = attending.freqs
         keys = RopeFreqs(freqs.inv_freq, log_decay=freqs.for_keys().log_decay)
         if self.fused is not None:
             stored = Rotation(keys, positions, self.fused.interleaved, keys_only=True), None
         else:
-            at = torch.zeros_like(rows.positions) if positions is None else positions
-            stored = self.tables(layer_type, keys, x, at)
-        attending = Attending(
-            self.score, self.log_n, freqs, rows, positions, self.fused is not None, stored, own
-        )
+            at = torch.zeros_like(self.rows.positions) if positions is None else positions
+            stored = self.tables(layer_type, keys, x, at.to(x.device))
+        if self.layer is not None:
+            return stored
+        attending = replace(attending, stored=stored, own=own)
         return attending if self.single else (attending, None)
+
+    def attending(self, device: torch.device, layer_type: str | None = None) -> Attending:
+        """Return the attention of the forward in progress, without tables yet."""
+        freqs, rows, positions = self.freqs_on(layer_type, device), self.rows.to(device), None
+        if self.score.stored != UNROTATED:
+            positions = self.score.stored(self.rows.positions).to(device)
+        raw_queries = self.fused is not None
+        return Attending(
+            self.score, self.log_n, freqs, rows, positions, raw_queries, stored=None, own=None
+        )
 
 
 class ScoreForward:
@@ -98,7 +115,10 @@ class ScoreForward:
 
     def __init__(self, owner: nn.Module, rotaries: list[ScoreRotary], layers: Layers) -> None:
         self.rotaries = rotaries
+        self.inner = {each.layer: each for each in rotaries if each.layer is not None}
         self.heads = layers.far
+        self.calls = layers.calls
+        self.mask_name = layers.mask_name
         self.score = rotaries[0].score
         self.needs_mask = len(layers.far) != getattr(owner.config, "num_hidden_layers", None)
         self.argument_names = argument_names(owner)
@@ -140,19 +160,22 @@ class ScoreForward:
     ) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook of an extended layer: keys where they are stored, and the attention."""
         arguments = by_name(self.layer_argument_names[type(layer)], args, kwargs)
-        heads, seen = self.heads[layer], []
+        seen: list[Attending] = []
 
         def stored(attending: Attending) -> Any:
             seen.append(attending)
             return attending.stored
 
         arguments = {name: exchange(value, stored) for name, value in arguments.items()}
+        if layer in self.inner and self.inner[layer].rows is not None:
+            tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
+            seen.append(self.inner[layer].attending(tensor.device))
         if not seen:
             raise RuntimeError(
                 f"extend: {type(layer).__name__} must be run by its model, got a call of its own"
             )
-        arguments["attention_mask"] = seen[0].of(heads)
-        return (), arguments
+        mask = self.calls[layer].mask(layer, seen[0].of(self.heads[layer]))
+        return (), with_mask(arguments, self.mask_name, mask)
 
     def before_near_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -181,7 +204,8 @@ class ScoreForward:
     def _length(self, cache: Any) -> int:
         """Ask an extended layer: those of a hybrid's other sort hold no tokens."""
         index = getattr(next(iter(self.heads)), "layer_idx", None)
-        return int(cache.get_seq_length() if index is None else cache.get_seq_length(index))
+        known = index is not None and index >= 0
+        return int(cache.get_seq_length(index) if known else cache.get_seq_length())
 
 
 def _own(attending: Attending) -> Any:
