@@ -68,14 +68,26 @@ def find_sites(model: nn.Module, layers: str = "full") -> list[RotarySite]:
 
 def _rotary_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yield those of the language model; a vision tower rotates by rows and columns of patches."""
-    config = getattr(model, "config", None)
-    text = type(config.get_text_config(decoder=True)) if config is not None else None
+    kinds = _language_configs(getattr(model, "config", None))
     for path, module in model.named_modules():
         parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
         if not hasattr(module, "rope_type") or not isinstance(parameters, Mapping):
             continue
-        if text is None or isinstance(module.config, text):
+        if isinstance(module.config, kinds):
             yield _owner(model, path), module
+
+
+def _language_configs(config: Any) -> tuple[type, ...]:
+    """Return the classes of the language model's config and of its parts' (Blt)."""
+    if config is None:
+        return (object,)
+    text = config.get_text_config(decoder=True)
+    parts = [
+        getattr(text, name, None)
+        for name in getattr(text, "sub_configs", ())
+        if not name.startswith(("vision", "audio"))
+    ]
+    return (type(text), *(type(part) for part in parts if part is not None))
 
 
 def _owner(model: nn.Module, path: str) -> nn.Module:
@@ -148,3 +160,8 @@ def prefix_of(layer_type: str | None) -> str:
 def unsupported(owner: nn.Module, reason: str) -> ValueError:
     """Return the error that says why a model cannot be extended."""
     return ValueError(f"extend: {type(owner).__name__} is not a supported architecture: {reason}")
+
+
+def shortened(error: Exception) -> str:
+    """Return the first line of an error of other code, to be quoted."""
+    return str(error).split("\n")[0][:200]

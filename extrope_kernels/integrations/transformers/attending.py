@@ -63,6 +63,23 @@ class Attending:
             freqs = replace(freqs, inv_freq=-freqs.inv_freq)
         return replace(self, heads=heads, freqs=freqs)
 
+    def __getitem__(self, index: Any) -> Attending:
+        """Return the attention of the last tokens alone, sliced as tables of (batch, seqlen, dim).
+
+        In layers that reuse the keys of others, a model computes the tokens it is asked for.
+        """
+        tokens = range(self.rows.new)[index[1]]
+        last = len(tokens)
+        if tokens != range(self.rows.new)[self.rows.new - last :]:
+            raise ValueError(f"extend: tables must be sliced to the last tokens, got {index[1]}")
+
+        def sliced(tables: Any) -> Any:
+            return None if tables is None else type(tables)(each[index] for each in tables)
+
+        positions = None if self.positions is None else self.positions[:, tokens.start :]
+        rows, stored, own = self.rows.last(last), sliced(self.stored), sliced(self.own)
+        return replace(self, rows=rows, positions=positions, stored=stored, own=own)
+
     def to(self, device: torch.device | str | int, **_: Any) -> Attending:
         """Move to `device`: accelerate's hooks call this where a model spans several devices."""
         move = _mover(device)
@@ -169,7 +186,10 @@ def exchange(value: Any, found: Callable[[Attending], Any]) -> Any:
     if isinstance(value, tuple) and value and isinstance(value[0], Attending):
         return found(value[0])
     if isinstance(value, Mapping):
-        return {key: exchange(each, found) for key, each in value.items()}
+        exchanged = {key: exchange(each, found) for key, each in value.items()}
+        # Layers leave keys to one another in mappings, which must stay the same objects.
+        if any(exchanged[key] is not each for key, each in value.items()):
+            return exchanged
     return value
 
 

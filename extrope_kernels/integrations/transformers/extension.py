@@ -10,7 +10,7 @@ from torch import nn
 
 from ...scores import SCORES
 from .apply import unwrap_apply, wrap_apply
-from .architecture import RotarySite, find_sites, unsupported
+from .architecture import RotarySite, find_sites, shortened, unsupported
 from .frequency_methods import frequency_changes
 from .parameters import PARAMETERS
 from .rotary import Rotary
@@ -81,10 +81,12 @@ def _rehearse(extension: Extension, sites: list[RotarySite]) -> None:
     for owner in {site.owner: None for site in sites}:
         try:
             run_on_trial(owner)
-        except (AttributeError, RuntimeError, TypeError) as error:
+        except Exception as error:  # whatever a foreign model leads to
             extension.restore()
             raise unsupported(
-                owner, "its layers do not take the rotation that their model makes once for all"
+                owner,
+                "what it does between its rotary embedding and its layers takes tables alone "
+                f"({shortened(error)})",
             ) from error
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ... import RopeFreqs, apply_rope, scores
 from ...ops.attention import attend
-from .architecture import RotarySite, is_bounded, unsupported
+from .architecture import RotarySite, is_bounded, shortened, unsupported
 from .attending import Heads, refuse_options, rotated_first, softmax_options
 from .calls import Override, call_of, dropout_of
 from .fused import rotating_layers
@@ -77,7 +77,7 @@ class Layers:
             if layer not in moved.seen:
                 name = type(layer).__name__
                 raise unsupported(
-                    owner, f"{name} has no attention that can be replaced, it computes its own"
+                    owner, f"{name} computes its attention itself, with nothing to replace"
                 )
         rotates = False
         for layer, got in moved.seen.items():
@@ -137,10 +137,11 @@ class Layers:
         except UnfitLayer as unfit:
             raise unsupported(self.owner, str(unfit)) from unfit
         except Exception as error:  # whatever a foreign layer leads to
-            reason = f"its layers cannot be tried out ({_short(error)})"
+            reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
             if Recorder.__name__ in str(error):
                 reason = (
-                    "its layers choose keys by a mask of their own, the ops see regions of keys"
+                    "its layers choose or weigh keys by a mask made of their contents, "
+                    "a score method by distances alone"
                 )
             raise unsupported(self.owner, reason) from error
         finally:
@@ -242,10 +243,6 @@ def _check_options(owner: nn.Module, layer: nn.Module, options: dict[str, Any]) 
         options["dropout"] = dropout_of(layer)
     refuse_options(layer, options)
     if not getattr(layer, "is_causal", True) or options.get("is_causal") is False:
-        raise unsupported(owner, f"{name} is not causal")
+        raise unsupported(owner, f"{name} is not causal, and later keys have no distance")
     if others := [key for key in options if key not in _KNOWN]:
         raise unsupported(owner, f"{name} attends with {' and '.join(sorted(others))}")
-
-
-def _short(error: Exception) -> str:
-    return str(error).split("\n")[0][:200]

@@ -32,6 +32,11 @@ class Rows:
         """Keys that a row has after this forward."""
         return self.past + self.new
 
+    def last(self, count: int) -> Rows:
+        """Return the last tokens alone, those before them among the past."""
+        past, positions = self.total - count, self.positions[:, self.new - count :]
+        return replace(self, past=past, new=count, positions=positions)
+
     def to(self, device: torch.device | str | int) -> Rows:
         """Move what the attention needs to `device`."""
         return self if self.leftpad is None else replace(self, leftpad=self.leftpad.to(device))

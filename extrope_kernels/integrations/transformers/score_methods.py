@@ -97,7 +97,7 @@ class ScoreRotary(Rotary):
         if self.layer is not None:
             return stored
         attending = replace(attending, stored=stored, own=own)
-        return attending if self.single else (attending, None)
+        return attending if self.single else (attending, attending)
 
     def attending(self, device: torch.device, layer_type: str | None = None) -> Attending:
         """Return the attention of the forward in progress, without tables yet."""
