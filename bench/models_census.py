@@ -6,7 +6,7 @@ tiny and random, extends it by a method of every sort, and compares:
 - by `rope` of the model's own base, and by a score method whose window nothing exceeds, with the
   plain model;
 - by `yarn`, `dynamic_ntk`, `rerope`, `self_extend` and `dual_chunk`: what it generates with a cache
-  with a forward without one;
+  with a forward without one; by a score method, what a padded row generates with itself alone;
 - after `restore`, its logits with those from before, bit by bit.
 
 Each class has a process of its own, 7 GiB and a time limit. Prints a line per class and writes
@@ -44,7 +44,7 @@ from extrope_kernels.integrations.transformers import extend  # noqa: E402
 MEMORY = 7 << 30  # bytes
 SECONDS = 120
 WINDOWED = "sliding window or chunks"
-PROMPT, NEW = 20, 4  # tokens
+PROMPT, NEW, PADS = 20, 4, 7  # tokens
 FREQUENCIES: dict[str, dict[str, Any]] = {"yarn": {"factor": 4.0}, "dynamic_ntk": {"factor": 4.0}}
 SCORES: dict[str, dict[str, Any]] = {
     "rerope": {"window": 6},
@@ -61,11 +61,13 @@ class Plain:
 
     own: how far what it generates with a cache is from a forward without one, which is much where
         a prompt sees all of itself; None where it cannot generate.
+    padded: how far a padded row is from itself alone; None likewise.
     """
 
     ids: Tensor
     logits: Tensor
-    own: float | None
+    own: float | None = None
+    padded: float | None = None
 
 
 def census(name: str) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def census(name: str) -> dict[str, Any]:
     try:
         model = tiny_models.build(name)
         ids = torch.randint(3, 99, (1, PROMPT), generator=torch.Generator().manual_seed(1))
-        plain = Plain(ids, logits(model, ids), None)
+        plain = Plain(ids, logits(model, ids))
         assert torch.equal(plain.logits, logits(model, ids)), "its output is drawn at random"
     except Exception as error:
         return row | {"built": short(error)}
@@ -82,6 +84,7 @@ def census(name: str) -> dict[str, Any]:
     try:
         output, got = generated(model, ids)
         plain.own = error_of(got, without_cache(model, output))
+        plain.padded = padded(model, ids)
     except Exception as error:
         row["generates"] = short(error)
     for method, parameters in NEUTRAL.items():
@@ -129,6 +132,9 @@ def generates(model: nn.Module, method: str, parameters: dict[str, Any], plain: 
         changed = logits(model, plain.ids)
         if plain.own is not None:
             output, got = generated(model, plain.ids)
+        if plain.padded is not None and method in SCORES:
+            error = padded(model, plain.ids)
+            assert error <= max(1e-4, 2 * plain.padded), f"a padded row differs by {error:.2g}"
     if plain.own is not None:
         with extend(model, method, **parameters, **length):
             error = error_of(got, without_cache(model, output))
@@ -138,11 +144,11 @@ def generates(model: nn.Module, method: str, parameters: dict[str, Any], plain: 
     assert torch.equal(logits(model, plain.ids), plain.logits), "restore is not exact"
 
 
-def generated(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+def generated(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return all tokens, and the logits of the new ones."""
     output = model.generate(
         ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
         max_new_tokens=NEW,
         min_new_tokens=NEW,
         do_sample=False,
@@ -155,6 +161,15 @@ def generated(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+
+def padded(model: nn.Module, ids: Tensor) -> float:
+    """Return how far a row that is padded on the left is from itself alone, as it generates."""
+    pads = torch.zeros_like(ids[:, :PADS])
+    rows, row = torch.cat((ids, torch.cat((pads, ids[:, PADS:]), 1))), ids[:, PADS:]
+    mask = torch.ones_like(rows)
+    mask[1:, :PADS] = 0
+    return error_of(generated(model, rows, mask)[1][1:], generated(model, row)[1])
 
 
 def without_cache(model: nn.Module, output: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .attending import Heads, refuse_options, rotated_first, softmax_options
 from .calls import Override, call_of, dropout_of
 from .fused import rotating_layers
 from .rotation import register_attention
+from .rows import no_mask
 from .trial import (
     TOKENS,
     Recorded,
@@ -49,6 +50,7 @@ class Layers:
     near: those that attend as before: the ones without a rotation, and those with chunks or, but
         for layers="all", a sliding window: no distance in them is past what training has covered.
     calls: how each of them calls its attention. mask_name: of its mask, where layers get several.
+    needs_mask: more than the attention of far layers looks at the mask.
     around: for rotary embeddings that are a layer's own, that layer.
     shapes: head_dim of queries and of values, and dtype, of the far layers.
 
@@ -98,6 +100,7 @@ class Layers:
                 if rotates
                 else "none of its layers rotates",
             )
+        self.needs_mask = self._needs_mask()
 
     def _try_out(self) -> tuple[Recorder, Recorder]:
         """Run the owner twice; where layers get several masks, find the attention's among them."""
@@ -108,7 +111,7 @@ class Layers:
             for name in recorder.names:
                 try:
                     found = [
-                        self._record(Recorder(self.calls, name), still) for still in (True, False)
+                        self._record(Recorder(self.calls, name), still=x) for x in (True, False)
                     ]
                 except ValueError:
                     continue
@@ -116,7 +119,22 @@ class Layers:
                 return found[0], found[1]
             raise
 
-    def _record(self, recorder: Recorder, still: bool = False) -> Recorder:
+    def _needs_mask(self) -> bool:
+        """Say whether more than the attention of extended layers looks at the mask.
+
+        A token of padding must not change the others: in convolutions and states, it would.
+        """
+        if len(self.far) != getattr(self.owner.config, "num_hidden_layers", None):
+            return True
+        padded = torch.ones(1, TOKENS, dtype=torch.int64)
+        padded[0, 0] = 0
+        masked, free = (
+            self._record(Recorder(self.calls, self.mask_name), still=True, attention_mask=mask)
+            for mask in (padded, no_mask())
+        )
+        return not torch.equal(masked.output[0][:, 1:], free.output[0][:, 1:])
+
+    def _record(self, recorder: Recorder, still: bool = False, **options: Tensor) -> Recorder:
         """Run the owner on four tokens; still: all of them at position 0."""
         overrides: list[Override] = [
             (site.rotary, "forward", TrialTables(site, self.ladders, still)) for site in self.sites
@@ -133,7 +151,7 @@ class Layers:
         ]
         try:
             with replaced(overrides):
-                run_on_trial(self.owner)
+                recorder.output = run_on_trial(self.owner, **options)
         except UnfitLayer as unfit:
             raise unsupported(self.owner, str(unfit)) from unfit
         except Exception as error:  # whatever a foreign layer leads to

@@ -66,6 +66,11 @@ def read_rows(tokens: Tensor, past: int, mask: Tensor | None, position_ids: Tens
     return Rows(past, new, runs, positions, leftpad)
 
 
+def no_mask(device: torch.device | None = None) -> Tensor:
+    """Return a mask that is made already: transformers makes none of (seqlen, seqlen) then."""
+    return torch.ones(1, 1, 1, 1, device=device)
+
+
 def full_mask(mask: Any) -> Any:
     """Return the mask of the layers that see all keys, where a model is given one per kind."""
     if not isinstance(mask, Mapping):

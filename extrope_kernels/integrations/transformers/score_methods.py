@@ -19,7 +19,7 @@ from .layers import Layers
 from .parameters import bind_score, own_freqs
 from .rotary import Rotary
 from .rotation import Rotation
-from .rows import Rows, read_rows
+from .rows import Rows, no_mask, read_rows
 from .trial import with_mask
 
 _ON_CACHE = "_extrope_stored"
@@ -120,7 +120,7 @@ class ScoreForward:
         self.calls = layers.calls
         self.mask_name = layers.mask_name
         self.score = rotaries[0].score
-        self.needs_mask = len(layers.far) != getattr(owner.config, "num_hidden_layers", None)
+        self.needs_mask = layers.needs_mask
         self.argument_names = argument_names(owner)
         self.layer_argument_names = {
             type(layer): argument_names(layer) for layer in [*layers.far, *layers.near]
@@ -144,8 +144,7 @@ class ScoreForward:
         if positions is None and rows.leftpad is not None:
             arguments["position_ids"] = rows.positions
         if not self.needs_mask:
-            # A mask that is made already: transformers makes none of (seqlen, seqlen) then.
-            arguments["attention_mask"] = torch.ones(1, 1, 1, 1, device=tokens.device)
+            arguments["attention_mask"] = no_mask(tokens.device)
         return (), arguments
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:

@@ -37,6 +37,7 @@ class Recorder:
     calls: how each layer calls its attention. name: of the mask among several, where layers get a
     mapping of them; None for the whole argument.
     called: layers that the owner has called; seen: what those with an attention gave to it.
+    names: of masks, where layers got several. output: of the owner.
     """
 
     def __init__(self, calls: Mapping[nn.Module, Call], name: str | None = None) -> None:
@@ -44,7 +45,8 @@ class Recorder:
         self.name = name
         self.called: dict[nn.Module, None] = {}
         self.seen: dict[nn.Module, Recorded] = {}
-        self.names: list[str] = []  # of masks in the mappings that layers got
+        self.names: list[str] = []
+        self.output: Any = None
 
     def note_layer(self, layer: nn.Module, args: tuple) -> None:
         """Forward pre-hook of every layer that rotates."""
@@ -130,13 +132,14 @@ def replaced(overrides: list[Override]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def run_on_trial(owner: nn.Module) -> None:
-    """Run an owner on four tokens, as it would run in evaluation."""
+def run_on_trial(owner: nn.Module, **options: Tensor) -> Any:
+    """Run an owner on four tokens, as it would run in evaluation, and return its output."""
     embed = getattr(owner, "get_input_embeddings", None)
     weights = embed() if embed is not None else owner
     tokens = torch.arange(TOKENS, device=next(weights.parameters()).device)[None]
+    options = {name: value.to(tokens.device) for name, value in options.items()}
     with _evaluating(owner):
-        owner(input_ids=tokens, use_cache=False)
+        return owner(input_ids=tokens, use_cache=False, **options)
 
 
 @contextmanager
