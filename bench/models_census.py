@@ -17,6 +17,7 @@ nothing, and fails where a class is not served that was.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -61,7 +62,7 @@ class Plain:
 
     own: how far what it generates with a cache is from a forward without one, which is much where
         a prompt sees all of itself; None where it cannot generate.
-    padded: how far a padded row is from itself alone; None likewise.
+    padded: how far a padded row is from itself alone; None where it takes no padding.
     """
 
     ids: Tensor
@@ -84,9 +85,10 @@ def census(name: str) -> dict[str, Any]:
     try:
         output, got = generated(model, ids)
         plain.own = error_of(got, without_cache(model, output))
-        plain.padded = padded(model, ids)
     except Exception as error:
         row["generates"] = short(error)
+    with contextlib.suppress(Exception):
+        plain.padded = padded(model, ids)
     for method, parameters in NEUTRAL.items():
         row[f"{method}, neutral"] = attempt(same_as_plain, model, method, parameters, plain)
     for method, parameters in (FREQUENCIES | SCORES).items():

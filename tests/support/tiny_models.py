@@ -171,10 +171,10 @@ def rotary_classes() -> dict[str, type[PreTrainedConfig]]:
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, **settings: Any) -> nn.Module:
     """Return the class `name` of transformers as a tiny model in float32, the same every time."""
     cls = getattr(transformers, name)
-    config = tiny_config(cls.config_class)
+    config = tiny_config(cls.config_class, **settings)
     torch.manual_seed(0)
     model = cls._from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -184,9 +184,9 @@ def build(name: str) -> nn.Module:
     return model
 
 
-def tiny_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """Return a config of the class with small sizes."""
-    return cls(**_settings(cls, _default(cls)))
+def tiny_config(cls: type[PreTrainedConfig], **settings: Any) -> PreTrainedConfig:
+    """Return a config of the class with small sizes, and with these settings."""
+    return cls(**_settings(cls, _default(cls)) | settings)
 
 
 def _default(cls: type[PreTrainedConfig]) -> PreTrainedConfig:

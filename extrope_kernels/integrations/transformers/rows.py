@@ -47,14 +47,15 @@ def read_rows(tokens: Tensor, past: int, mask: Tensor | None, position_ids: Tens
 
     tokens: (batch, new, ...), of which only shape and device count.
     mask: (batch, past + new) with 0 for padding, or None.
-    position_ids: (batch or 1, new) or one such per axis, or None; must be what the mask says.
+    position_ids: (batch or 1, new) or one such per axis, or None; must be what the mask says, or
+        the numbers of the slots, padding included, which are as far from one another.
     """
     batch, new = tokens.shape[:2]
     mask = full_mask(mask)
     if isinstance(mask, Tensor) and mask.dim() == 4:
         mask = _tokens_of_mask(mask, batch, past, new)
     pads = [] if mask is None else _pads(mask, batch, past + new)
-    positions = torch.arange(past, past + new, device=tokens.device)[None]
+    positions = slots = torch.arange(past, past + new, device=tokens.device)[None]
     runs, leftpad = ((0, batch, 0),), None
     if any(pads):
         runs = _runs(pads)
@@ -62,7 +63,12 @@ def read_rows(tokens: Tensor, past: int, mask: Tensor | None, position_ids: Tens
         positions = (positions - leftpad[:, None]).clamp(min=0)
     if position_ids is not None:
         real = None if mask is None else mask[:, past : past + new].bool()
-        _check_positions(position_ids, positions, real)
+        if not _counts(position_ids, positions, real) and not _counts(position_ids, slots):
+            raise ValueError(
+                "extend: position_ids must count 0, 1, 2, ... from each row's first token, "
+                "got others; attention_mask says where a row begins, and tokens with several "
+                "positions, as images have, have no one distance"
+            )
     return Rows(past, new, runs, positions, leftpad)
 
 
@@ -134,13 +140,7 @@ def _runs(pads: list[int]) -> tuple[tuple[int, int, int], ...]:
     return tuple(runs)
 
 
-def _check_positions(given: Tensor, positions: Tensor, real: Tensor | None) -> None:
+def _counts(given: Tensor, positions: Tensor, real: Tensor | None = None) -> bool:
+    """Say whether position_ids are these, padding aside; read on the host."""
     wrong = given != positions
-    if real is not None:
-        wrong = wrong & real
-    if wrong.any():
-        raise ValueError(
-            "extend: position_ids must count 0, 1, 2, ... from each row's first token, "
-            "got others; attention_mask says where a row begins, and tokens with several "
-            "positions, as images have, have no one distance"
-        )
+    return not (wrong if real is None else wrong & real).any()

@@ -166,12 +166,14 @@ class ScoreForward:
             return attending.stored
 
         arguments = {name: exchange(value, stored) for name, value in arguments.items()}
-        if layer in self.inner and self.inner[layer].rows is not None:
+        if (inner := self.inner.get(layer)) is not None and inner.rows is not None:
             tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
-            seen.append(self.inner[layer].attending(tensor.device))
+            seen.append(inner.attending(tensor.device))
         if not seen:
+            name = type(layer).__name__
             raise RuntimeError(
-                f"extend: {type(layer).__name__} must be run by its model, got a call of its own"
+                f"extend: {name} must be run by its model, got a call of its own"
+                + (f"; gradient checkpointing is one where {name} rotates by itself" * bool(inner))
             )
         mask = self.calls[layer].mask(layer, seen[0].of(self.heads[layer]))
         return (), with_mask(arguments, self.mask_name, mask)
