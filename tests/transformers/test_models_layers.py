@@ -131,6 +131,17 @@ def test_a_rehearsal_that_fails_changes_nothing(monkeypatch):
     extend(model, "rerope", window=6).restore()
 
 
+def test_masks_by_other_names_are_not_guessed_at():
+    model = _build("ZayaForCausalLM")
+    mask = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
+    with extend(model, "rerope", window=6):
+        want = logits(model, IDS)
+        masks = dict.fromkeys(("hybrid", "hybrid_sliding", "conv"))
+        assert torch.equal(logits(model, IDS, attention_mask=masks), want)
+        with pytest.raises(ValueError, match="by the name of full_attention, got hybrid and"):
+            logits(model, IDS, attention_mask={**masks, "hybrid": mask})
+
+
 def _attending(seqlen):
     rows = Rows(3, seqlen, ((0, 1, 0),), torch.arange(3, 3 + seqlen)[None], None)
     tables = torch.arange(2.0 * seqlen).view(1, seqlen, 2)

@@ -148,8 +148,11 @@ def parameters_of(rotary: nn.Module, layer_type: str | None) -> Mapping[str, Any
 
 
 def is_bounded(kind: str) -> bool:
-    """Say whether layers of that name see a bounded number of keys."""
-    return any(word in kind for word in _BOUNDED)
+    """Say whether layers of that name see a bounded number of keys.
+
+    A "reference_sliding_attention" does not: it sees the prompt from anywhere.
+    """
+    return kind.startswith(_BOUNDED) or kind.endswith(_BOUNDED)
 
 
 def prefix_of(layer_type: str | None) -> str:

@@ -81,7 +81,15 @@ def full_mask(mask: Any) -> Any:
     """Return the mask of the layers that see all keys, where a model is given one per kind."""
     if not isinstance(mask, Mapping):
         return mask
-    return next((each for kind, each in mask.items() if kind.startswith("full")), None)
+    if all(each is None for each in mask.values()):
+        return None
+    for kind, each in mask.items():
+        if kind.startswith("full"):
+            return each
+    raise ValueError(
+        "extend: attention_mask must be (batch, seqlen), or one by the name of full_attention, "
+        f"got {' and '.join(mask)}"
+    )
 
 
 def _tokens_of_mask(mask: Tensor, batch: int, past: int, new: int) -> Tensor | None:
