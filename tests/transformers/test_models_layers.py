@@ -77,15 +77,13 @@ def test_gradients_are_those_of_the_plain_layers(name):
             _assert_close(got, want[name])
 
 
-def test_layers_that_rotate_by_themselves_are_not_computed_anew():
-    model = _build("MoshiForCausalLM")
-    model.gradient_checkpointing_enable()
-    model.train()
-    with (
-        extend(model, "rerope", window=6),
-        pytest.raises(RuntimeError, match="gradient checkpointing is one where MoshiAttention"),
-    ):
-        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+def test_layers_that_rotate_by_themselves_are_computed_anew_for_their_gradients():
+    model = _build("MoshiForCausalLM").train()
+    with extend(model, "rerope", window=6):
+        want = gradients(model, IDS)
+        model.gradient_checkpointing_enable()
+        for name, got in gradients(model, IDS, use_cache=False).items():
+            _assert_close(got, want[name])
 
 
 def test_dropout_of_a_module_is_refused_as_that_of_a_number_is():
@@ -114,6 +112,13 @@ def test_kinds_of_layers_with_a_window_are_known_by_a_part_of_their_name():
     (full,), (all_layers,) = (find_sites(model, layers) for layers in ("full", "all"))
     assert "hybrid_sliding" not in full.layer_types
     assert set(full.layer_types) < set(all_layers.layer_types) or len(all_layers.layer_types) == 1
+
+
+def test_an_indexer_with_a_rotation_of_its_own_keeps_tables():
+    model = _build("Qwen4ExpForCausalLM")
+    plain = logits(model, IDS)
+    with extend(model, "rope"):
+        _assert_close(logits(model, IDS), plain)
 
 
 def test_a_rehearsal_that_fails_changes_nothing(monkeypatch):

@@ -23,6 +23,9 @@ from .rows import Rows, no_mask, read_rows
 from .trial import with_mask
 
 _ON_CACHE = "_extrope_stored"
+# What layers with rotary embeddings of their own get the rows by, among the arguments that a model
+# hands on to them. So they have them, too, when they are computed anew for their gradients.
+_ROWS = "extrope_rows"
 
 
 def score_changes(
@@ -62,7 +65,7 @@ class ScoreRotary(Rotary):
 
     layer: the one that the rotary embedding is called in, if that is not their owner. It gets its
         `Attending` at its door, and here the tables that it stands for.
-    rows: of the forward in progress, as its owner's hook sets them.
+    rows: of the forward in progress, as the hook of its owner or of that layer sets them.
     """
 
     def __init__(
@@ -81,9 +84,8 @@ class ScoreRotary(Rotary):
         self.rows: Rows | None = None
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        own = super().__call__(x, position_ids, layer_type)
         if layer_type not in self.freqs or self.rows is None:
-            return own
+            return super().__call__(x, position_ids, layer_type)
         attending = self.attending(x.device, layer_type)
         positions = attending.positions
         # The attention factor of both sides goes onto the queries, in the attention.
@@ -96,6 +98,7 @@ class ScoreRotary(Rotary):
             stored = self.tables(layer_type, keys, x, at.to(x.device))
         if self.layer is not None:
             return stored
+        own = super().__call__(x, position_ids, layer_type)
         attending = replace(attending, stored=stored, own=own)
         return attending if self.single else (attending, attending)
 
@@ -140,7 +143,9 @@ class ScoreForward:
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         rows = read_rows(tokens, past, mask, positions)
         for rotary in self.rotaries:
-            rotary.rows = rows
+            rotary.rows = None if rotary.layer else rows
+        if self.inner:
+            arguments[_ROWS] = rows
         if positions is None and rows.leftpad is not None:
             arguments["position_ids"] = rows.positions
         if not self.needs_mask:
@@ -165,15 +170,16 @@ class ScoreForward:
             seen.append(attending)
             return attending.stored
 
+        rows = arguments.pop(_ROWS, None)
         arguments = {name: exchange(value, stored) for name, value in arguments.items()}
-        if (inner := self.inner.get(layer)) is not None and inner.rows is not None:
+        if layer in self.inner and rows is not None:
+            inner = self.inner[layer]
+            inner.rows = rows
             tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
             seen.append(inner.attending(tensor.device))
         if not seen:
-            name = type(layer).__name__
             raise RuntimeError(
-                f"extend: {name} must be run by its model, got a call of its own"
-                + (f"; gradient checkpointing is one where {name} rotates by itself" * bool(inner))
+                f"extend: {type(layer).__name__} must be run by its model, got a call of its own"
             )
         mask = self.calls[layer].mask(layer, seen[0].of(self.heads[layer]))
         return (), with_mask(arguments, self.mask_name, mask)
@@ -183,6 +189,7 @@ class ScoreForward:
     ) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook of a layer that rotates and attends as ever."""
         arguments = by_name(self.layer_argument_names[type(layer)], args, kwargs)
+        arguments.pop(_ROWS, None)
         return (), {name: exchange(value, _own) for name, value in arguments.items()}
 
     def _past(self, cache: Any) -> int:
