@@ -6,7 +6,7 @@ tiny and random, extends it by a method of every sort, and compares:
 - by `rope` of the model's own base, and by a score method whose window nothing exceeds, with the
   plain model;
 - by `yarn`, `dynamic_ntk`, `rerope`, `self_extend` and `dual_chunk`: what it generates with a cache
-  with a forward without one; by a score method, what a padded row generates with itself alone;
+  with a forward without one; by `rerope` also what a padded row generates with the row alone;
 - after `restore`, its logits with those from before, bit by bit.
 
 Each class has a process of its own, 7 GiB and a time limit. Prints a line per class and writes
@@ -134,7 +134,7 @@ def generates(model: nn.Module, method: str, parameters: dict[str, Any], plain: 
         changed = logits(model, plain.ids)
         if plain.own is not None:
             output, got = generated(model, plain.ids)
-        if plain.padded is not None and method in SCORES:
+        if plain.padded is not None and method == "rerope":
             error = padded(model, plain.ids)
             assert error <= max(1e-4, 2 * plain.padded), f"a padded row differs by {error:.2g}"
     if plain.own is not None:

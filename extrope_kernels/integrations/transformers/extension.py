@@ -43,8 +43,8 @@ def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters:
     that returns all keys in order serves, static ones too. Refused: layers whose keys are not all
     those before a query (indexers, compressed keys, prompts that see all of themselves), what makes
     logits depend on more than distances (a norm with weights after the rotation), images (a token
-    with several positions), dropout, packed rows, weights to be returned (output_attentions), and xpos but for
-    methods whose positions start anew (dual_chunk, blockwise_causal).
+    with several positions), dropout, packed rows, weights to be returned (output_attentions), and
+    xpos but for methods whose positions start anew (dual_chunk, blockwise_causal).
 
     Nothing in a model clips at max_position_embeddings but the default length of `generate`: give
     it max_new_tokens for prompts beyond.
