@@ -254,7 +254,8 @@ def _layers(default: PreTrainedConfig, names: set[str]) -> dict[str, Any]:
     for name in names - found.keys():
         value = getattr(default, name, None)
         if isinstance(value, (list, tuple)) and len(value) == layers > 2:
-            found[name] = [*value[: found["num_hidden_layers"] - 1], value[-1]]
+            kept = [*value[: found["num_hidden_layers"] - 1], value[-1]]
+            found[name] = [SIZES.get(name, each) for each in kept]
     return found
 
 
