@@ -14,7 +14,7 @@ from hf_models import (
     transformers,
 )
 
-from extrope_kernels.integrations.transformers import extend, extension
+from extrope_kernels.integrations.transformers import extend, extension, layers
 from extrope_kernels.integrations.transformers.architecture import find_sites
 from extrope_kernels.integrations.transformers.attending import Attending
 from extrope_kernels.integrations.transformers.calls import Sdpa
@@ -66,6 +66,34 @@ def test_padded_rows_generate_what_they_do_alone(name):
             chosen = torch.cat((alone, want[:, :-1].argmax(-1)), 1)
             _assert_close(logits(model, chosen)[:, -3:], want)
     assert torch.equal(logits(model, IDS), plain)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}])
+def test_chunks_stay_chunks(settings):
+    model = _build("Llama4ForCausalLM", attention_chunk_size=6)
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    ids[1, :PADS] = mask[1, :PADS] = 0
+    inputs = {"attention_mask": mask, "max_new_tokens": 9, **settings}
+    want = generate(model, ids, **inputs)
+    prompts = logits(model, ids, attention_mask=mask)
+    with extend(model, "rerope", window=64, layers="all"):
+        _assert_close(generate(model, ids, **inputs), want)
+        got = logits(model, ids, attention_mask=mask)
+    for row, pads in enumerate((0, PADS)):
+        _assert_close(got[row, pads:], prompts[row, pads:])
+    with extend(model, "rerope", window=3, layers="all"):
+        got = generate(model, ids, **inputs)
+        _assert_close(got[1:], generate(model, ids[1:, PADS:], max_new_tokens=9, **settings))
+        chosen = torch.cat((ids[:1], got[:1, :-1].argmax(-1)), 1)
+        _assert_close(logits(model, chosen)[:, -9:], got[:1])
+    assert not torch.allclose(got, want, atol=1e-2)
+
+
+def test_a_model_without_the_chunks_it_names_keeps_its_layers_as_they_are(monkeypatch):
+    model = _build("Llama4ForCausalLM")
+    monkeypatch.setattr(layers, "sees_chunks", lambda mask, size: False)
+    with pytest.raises(ValueError, match="all its layers that rotate have a sliding window or ch"):
+        extend(model, "rerope", window=3, layers="all")
 
 
 @pytest.mark.parametrize("name", ["FalconForCausalLM", "GPTNeoXJapaneseForCausalLM"])

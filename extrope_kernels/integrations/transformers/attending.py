@@ -43,7 +43,7 @@ class Attending:
     positions: (batch or 1, seqlen), where keys are stored; None where they stay raw.
     raw_queries: the tables for extended layers rotate keys alone.
     stored, own: the position embeddings of extended layers, and those of the others.
-    heads: of the layer whose attention this is.
+    heads: of the layer whose attention this is. chunk_size: tokens, where it attends in chunks.
     """
 
     score: Score
@@ -55,13 +55,14 @@ class Attending:
     stored: Any
     own: Any
     heads: Heads | None = None
+    chunk_size: int | None = None
 
-    def of(self, heads: Heads) -> Attending:
+    def of(self, heads: Heads, chunk_size: int | None = None) -> Attending:
         """Return the attention of one layer."""
         freqs = self.freqs
         if heads.sign < 0:
             freqs = replace(freqs, inv_freq=-freqs.inv_freq)
-        return replace(self, heads=heads, freqs=freqs)
+        return replace(self, heads=heads, freqs=freqs, chunk_size=chunk_size)
 
     def __getitem__(self, index: Any) -> Attending:
         """Return the attention of the last tokens alone, sliced as tables of (batch, seqlen, dim).
@@ -108,7 +109,8 @@ class Attending:
         k, v = k[:, :total], v.transpose(1, 2)[:, :total]
         said = softmax_options(module, options)
         forgotten = total - k.shape[1]
-        if q.shape[1] != self.rows.new or (forgotten and "sliding_window" not in said):
+        bounded = "sliding_window" in said or self.chunk_size is not None
+        if q.shape[1] != self.rows.new or (forgotten and not bounded):
             raise ValueError(
                 f"extend: a cache must return all {total} keys of a layer in their order, "
                 f"got {k.shape[1]}"
@@ -130,22 +132,49 @@ class Attending:
         self, q: Tensor, k: Tensor, v: Tensor, forgotten: int, options: dict[str, Any]
     ) -> Tensor:
         """forgotten: how many of the first keys a cache of a sliding window has dropped."""
-        rows = self.rows
-        if rows.new == 1 and not forgotten and not _records(q, k, v):
+        rows, size = self.rows, self.chunk_size
+        if rows.new == 1 and not forgotten and size is None and not _records(q, k, v):
             options |= {"cache_seqlens": rows.total, "cache_leftpad": rows.leftpad}
             return attend_with_kvcache(self.score, q, k, v, self.freqs, **options)
         outs = []
         for start, stop, pad in rows.runs:
             skip = min(max(pad - rows.past, 0), rows.new)
             first = max(pad - forgotten, 0)
-            if forgotten:
+            run = (q[start:stop, skip:], k[start:stop, first:], v[start:stop, first:])
+            if forgotten or size is not None:
                 options["q_start"] = rows.past + skip - pad
                 options["k_start"] = forgotten + first - pad
-            run = (q[start:stop, skip:], k[start:stop, first:], v[start:stop, first:])
-            out = attend(self.score, *run, self.freqs, keys_stored=True, **options)
+            if size is None:
+                out = attend(self.score, *run, self.freqs, keys_stored=True, **options)
+            else:
+                out = self._attend_in_chunks(*run, size, **options)
             # Nothing looks at the padding, but NaN there would spread.
             outs.append(nn.functional.pad(out, (0, 0, 0, 0, skip, 0)) if skip else out)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _attend_in_chunks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        size: int,
+        *,
+        q_start: int,
+        k_start: int,
+        **options: Any,
+    ) -> Tensor:
+        """A query sees the keys of its own chunk; chunks count from a row's first token."""
+        outs: list[Tensor] = []
+        here, end = q_start, q_start + q.shape[1]
+        while here < end or not outs:
+            begin = here // size * size
+            stop = min(begin + size, end)
+            keys = slice(begin - k_start, stop - k_start)
+            run = (q[:, here - q_start : stop - q_start], k[:, keys], v[:, keys])
+            options |= {"q_start": here, "k_start": begin}
+            outs.append(attend(self.score, *run, self.freqs, keys_stored=True, **options))
+            here = stop
+        return torch.cat(outs, 1)
 
 
 def rotated_first(x: Tensor, start: int) -> Tensor:

@@ -55,7 +55,7 @@ def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters:
     layers: "full", for a frequency method, extends the rotation of the layers that see all keys,
         where a model has one of its own for those with a sliding window (Gemma 3); for a score
         method the layers that see all keys: none of the distances in the others is past their
-        window. "all" extends every layer that rotates, but for chunks (Llama 4).
+        window or chunk. "all" extends every layer that rotates.
     parameters: the method's parameters. For a frequency method, of the model's configuration come
         dim, base (its rope_theta; `abf` has its own), original_max_position_embeddings
         (max_position_embeddings where there is none) and max_position_embeddings, unless given.

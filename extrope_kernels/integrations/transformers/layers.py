@@ -8,6 +8,7 @@ changes nothing, and must give what the layer's own attention gives.
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 from typing import Any
 
@@ -31,6 +32,7 @@ from .trial import (
     ladders_of,
     replaced,
     run_on_trial,
+    sees_chunks,
 )
 
 # What layers tell their attention and the ops are told too, or what changes nothing for a layer
@@ -47,8 +49,9 @@ class Layers:
     """The attention layers that an owner's rotary embeddings serve.
 
     far: those that see all keys, to be extended, and which of their dims are rotated.
-    near: those that attend as before: the ones without a rotation, and those with chunks or, but
-        for layers="all", a sliding window: no distance in them is past what training has covered.
+    near: those that attend as before: the ones without a rotation and, but for layers="all", those
+        with a sliding window or chunks: no distance in them is past what training has covered.
+    chunks: the size of chunks of the far layers that have them.
     calls: how each of them calls its attention. mask_name: of its mask, where layers get several.
     needs_mask: more than the attention of far layers looks at the mask.
     around: for rotary embeddings that are a layer's own, that layer.
@@ -63,6 +66,7 @@ class Layers:
         self.far: dict[nn.Module, Heads] = {}
         self.near: list[nn.Module] = []
         self.shapes: set[tuple[int, int, torch.dtype]] = set()
+        self.chunks: dict[nn.Module, int] = {}
         self.mask_name: str | None = None
         calls = ((module, call_of(module)) for module in owner.modules())
         self.calls = {layer: call for layer, call in calls if call is not None}
@@ -85,7 +89,7 @@ class Layers:
         for layer, got in moved.seen.items():
             heads, freqs = self._heads(layer, still.seen[layer], got)
             rotates = rotates or heads is not None
-            if heads is None or _is_bounded(layer, got.options, layers):
+            if heads is None or self._is_near(layer, got.options, layers):
                 self.near.append(layer)
             else:
                 _check_options(owner, layer, got.options)
@@ -118,6 +122,31 @@ class Layers:
                 self.mask_name = name
                 return found[0], found[1]
             raise
+
+    def _is_near(self, layer: nn.Module, options: dict[str, Any], layers: str) -> bool:
+        """A window tells the attention; chunks are in the mask alone, but have a name."""
+        if options.get("sliding_window"):
+            return layers == "full"
+        config = getattr(layer, "config", None)
+        kinds = getattr(config, "layer_types", None)
+        index = getattr(layer, "layer_idx", None)
+        kind = kinds[index] if kinds and index is not None and index < len(kinds) else ""
+        if not is_bounded(kind):
+            return False
+        size = getattr(config, "attention_chunk_size", None)
+        if layers == "full" or not size or not self._has_chunks(layer):
+            return True
+        self.chunks[layer] = size
+        return False
+
+    def _has_chunks(self, layer: nn.Module) -> bool:
+        """Say whether the layer's mask is one of chunks of the size that the config names."""
+        config = copy.copy(self.owner.config)
+        config.attention_chunk_size = 2
+        recorder = Recorder(self.calls, self.mask_name)
+        with replaced([(self.owner, "config", config)]):
+            self._record(recorder)
+        return sees_chunks(recorder.masks[layer], 2)
 
     def _needs_mask(self) -> bool:
         """Say whether more than the attention of extended layers looks at the mask.
@@ -241,16 +270,6 @@ def _close(a: Tensor, b: Tensor) -> bool:
     eps = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)
     tolerance = 16 * eps * max(b.abs().max().item(), 1e-30)
     return bool((a - b).abs().max() <= tolerance)
-
-
-def _is_bounded(layer: nn.Module, options: dict[str, Any], layers: str) -> bool:
-    """A window tells the attention; chunks are in the mask alone, but have a name."""
-    if options.get("sliding_window"):
-        return layers == "full"
-    kinds = getattr(getattr(layer, "config", None), "layer_types", None)
-    index = getattr(layer, "layer_idx", None)
-    kind = kinds[index] if kinds and index is not None and index < len(kinds) else ""
-    return is_bounded(kind)
 
 
 def _check_options(owner: nn.Module, layer: nn.Module, options: dict[str, Any]) -> None:

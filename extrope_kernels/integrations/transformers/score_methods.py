@@ -120,6 +120,7 @@ class ScoreForward:
         self.rotaries = rotaries
         self.inner = {each.layer: each for each in rotaries if each.layer is not None}
         self.heads = layers.far
+        self.chunks = layers.chunks
         self.calls = layers.calls
         self.mask_name = layers.mask_name
         self.score = rotaries[0].score
@@ -181,7 +182,8 @@ class ScoreForward:
             raise RuntimeError(
                 f"extend: {type(layer).__name__} must be run by its model, got a call of its own"
             )
-        mask = self.calls[layer].mask(layer, seen[0].of(self.heads[layer]))
+        attending = seen[0].of(self.heads[layer], self.chunks.get(layer))
+        mask = self.calls[layer].mask(layer, attending)
         return (), with_mask(arguments, self.mask_name, mask)
 
     def before_near_layer(

@@ -37,7 +37,8 @@ class Recorder:
     calls: how each layer calls its attention. name: of the mask among several, where layers get a
     mapping of them; None for the whole argument.
     called: layers that the owner has called; seen: what those with an attention gave to it.
-    names: of masks, where layers got several. output: of the owner.
+    masks: as the owner gave them. names: of those, where layers got several.
+    output: of the owner.
     """
 
     def __init__(self, calls: Mapping[nn.Module, Call], name: str | None = None) -> None:
@@ -45,6 +46,7 @@ class Recorder:
         self.name = name
         self.called: dict[nn.Module, None] = {}
         self.seen: dict[nn.Module, Recorded] = {}
+        self.masks: dict[nn.Module, Any] = {}
         self.names: list[str] = []
         self.output: Any = None
 
@@ -56,7 +58,7 @@ class Recorder:
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         arguments = by_name(argument_names(layer), args, kwargs)
-        mask = arguments.get("attention_mask")
+        mask = self.masks[layer] = arguments.get("attention_mask")
         self.names = list(mask) if isinstance(mask, Mapping) else self.names
         return (), with_mask(arguments, self.name, self.calls[layer].mask(layer, self))
 
@@ -113,6 +115,16 @@ def ladders_of(sites: list[RotarySite]) -> Ladders:
         (site, kind, torch.linspace(0.2, 1.1, site.dim(kind) // 2) * (1 + 0.37 * number))
         for number, (site, kind) in enumerate(kinds)
     ]
+
+
+def sees_chunks(mask: Any, size: int) -> bool:
+    """Say whether a layer's mask of the trial lets tokens see their own chunks of that size."""
+    if not isinstance(mask, Tensor) or mask.shape[-2:] != (TOKENS, TOKENS):
+        return False
+    token = torch.arange(TOKENS, device=mask.device)
+    own = token[:, None] // size == token // size
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    return bool((seen == (own & (token <= token[:, None]))).all())
 
 
 @contextmanager
