@@ -16,7 +16,7 @@ from hf_models import (
 
 from extrope_kernels.integrations.transformers import extend, extension, layers
 from extrope_kernels.integrations.transformers.architecture import find_sites
-from extrope_kernels.integrations.transformers.attending import Attending
+from extrope_kernels.integrations.transformers.attending import Attending, Heads
 from extrope_kernels.integrations.transformers.calls import Sdpa
 from extrope_kernels.integrations.transformers.rows import Rows
 from extrope_kernels.methods import rope
@@ -135,6 +135,12 @@ def test_values_that_rotate_and_keys_without_a_place_are_refused(kinds, layers, 
         extend(model, "rerope", window=6, layers=layers)
 
 
+def test_layers_with_alibi_have_no_rotation_to_place():
+    model = _build("FalconForCausalLM", alibi=True)
+    with pytest.raises(ValueError, match=r"FalconModel is not .* none of its layers rotates"):
+        extend(model, "rerope", window=6)
+
+
 def test_kinds_of_layers_with_a_window_are_known_by_a_part_of_their_name():
     model = _build("ZayaForCausalLM")
     (full,), (all_layers,) = (find_sites(model, layers) for layers in ("full", "all"))
@@ -192,6 +198,15 @@ def test_the_attention_is_sliced_to_the_last_tokens_as_tables_are():
     for index in (slice(0, 2), slice(None, None, 2)):
         with pytest.raises(ValueError, match="tables must be sliced to the last tokens"):
             whole[:, index, :]
+
+
+def test_a_cache_must_hold_the_keys_of_a_chunk():
+    q, k = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 3, 8)  # tokens 3 and 4, keys from 2 on
+    layer, heads = torch.nn.Linear(1, 1), Heads(0, 4, False, 1)
+    out = _attending(2).of(heads, chunk_size=3).attend(layer, q, k, k, {})
+    assert out.shape == (1, 2, 1, 8)
+    with pytest.raises(ValueError, match="all keys of a chunk of 4, got those from 2 on"):
+        _attending(2).of(heads, chunk_size=4).attend(layer, q, k, k, {})
 
 
 def test_pytorchs_function_is_asked_for_nothing_else_beside_a_mask():

@@ -166,6 +166,11 @@ class Attending:
         """A query sees the keys of its own chunk; chunks count from a row's first token."""
         outs: list[Tensor] = []
         here, end = q_start, q_start + q.shape[1]
+        if here // size * size < k_start:
+            raise ValueError(
+                f"extend: a cache must return all keys of a chunk of {size}, got those from "
+                f"{k_start} on for token {here}"
+            )
         while here < end or not outs:
             begin = here // size * size
             stop = min(begin + size, end)
