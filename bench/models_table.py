@@ -30,14 +30,16 @@ def table(path: Path) -> str:
         share = len(names) / len(rotating)
         lines.append(f"- By {sort}: {len(names)} of the {len(rotating)} that rotate ({share:.0%}).")
     both = sorted(set.intersection(*map(set, served.values())), key=str.lower)
-    names = ", ".join(f"{name}*" if _needs_all(rotating, name) else name for name in both)
-    lines += ["", f"By both: {names}.", "", '\\* Score methods with `layers="all"`.', ""]
+    marked = {row["name"]: row["name"] + _mark(row) for row in built}
+    lines += ["", f"By both: {', '.join(marked[name] for name in both)}.", ""]
+    lines += ['\\* Score methods with `layers="all"`. † Forwards alone are compared: its own']
+    lines += ["`generate` fails.", ""]
     lines += ["| the others | frequencies | scores |", "| --- | --- | --- |"]
     for row in built:
         if row["name"] not in both:
             sorts = (("rope, neutral", *FREQUENCY), ("rerope, neutral", *SCORE))
             said = [_said(row, methods) for methods in sorts]
-            lines.append(f"| {row['name']} | {' | '.join(said)} |")
+            lines.append(f"| {marked[row['name']]} | {' | '.join(said)} |")
     lines += ["", "| not built | why |", "| --- | --- |"]
     lines += [
         f"| {row['name']} | {_plain(row['built'])} |"
@@ -51,8 +53,8 @@ def _served(rows: list[dict], methods: tuple[str, ...]) -> list[str]:
     return [row["name"] for row in rows if all(row[m].startswith("ok") for m in methods)]
 
 
-def _needs_all(rows: list[dict], name: str) -> bool:
-    return any(row["name"] == name and row["rerope"] == _ALL for row in rows)
+def _mark(row: dict) -> str:
+    return "*" * (row["rerope"] == _ALL) + "†" * (row["generates"] != "ok")
 
 
 def _said(row: dict, methods: tuple[str, ...]) -> str:

@@ -69,13 +69,31 @@ SIZES: dict[str, Any] = {
 TOKEN = 100  # every special token that a class has
 # By config class: settings beside those above.
 PER_CLASS: dict[str, dict[str, Any]] = {
+    "Apertus1p5TextConfig": {"vocab_size": 266440},  # with tokens of images and sounds
     "BambaConfig": {"attn_layer_indices": [1]},
-    "DbrxAttentionConfig": {"rope_theta": 10000.0},
+    "BltConfig": {"encoder_hash_byte_group_vocab": 100},
+    "BltLocalDecoderConfig": {"hidden_size_global": 64},
+    "BltLocalEncoderConfig": {"hidden_size_global": 64},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "DeepseekOcr2TextConfig": {
         "mlp_layer_types": ["dense", "sparse"],
         "num_experts_per_tok": 2,
         "n_group": 1,
         "topk_group": 1,
+    },
+    "DeepseekV4Config": {"partial_rotary_factor": 0.5},
+    "DiffusionGemmaTextConfig": {
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+        "global_head_dim": 2 * HEAD_DIM,
+    },
+    "Dots3NoteVisionConfig": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+    "Dots3NoteAudioConfig": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    "Granite4VisionConfig": {
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [0, 1],
+        "downsample_rate": "1/2",
     },
     "GraniteDoclingVisionConfig": {"out_hidden_size": 64},
     "MistralLarge4TextConfig": {
@@ -105,9 +123,11 @@ PER_CLASS: dict[str, dict[str, Any]] = {
     "Qwen2_5OmniAudioEncoderConfig": {"encoder_attention_heads": 4, "d_model": 64},
     "Qwen3OmniMoeAudioEncoderConfig": {"encoder_attention_heads": 4, "d_model": 64},
     "Qwen4ExpTextConfig": {
-        "index_n_heads": 2,
-        "index_head_dim": 32,
-        "index_topk": 64,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
         "ngram_vocab_size_base": 1000,
     },
     "ChameleonConfig": {"vocabulary_map": {"<image>": TOKEN}},
@@ -118,12 +138,20 @@ PER_CLASS: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "Step3p7TextConfig": {"sliding_window": 24},
+    "WavTokenizerEncoderConfig": {"codebook_dim": 64},
+    # time_step_min: its step with a cache has no lower limit, its chunks have.
+    "Zamba2Config": {
+        "time_step_min": 1e-6,
+        "use_mem_rope": True,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+        "mamba_d_state": 16,
+    },
     "ZayaConfig": {"num_experts_per_tok": 1},
     "FalconH1Config": {"mamba_d_ssm": 128},
-    "Gemma3nTextConfig": {"num_kv_shared_layers": 0},
-    "Gemma4TextConfig": {"global_head_dim": 2 * HEAD_DIM, "num_kv_shared_layers": 0},
+    "Gemma4TextConfig": {"global_head_dim": 2 * HEAD_DIM},
     "Gemma4AssistantConfig": {"hidden_size_per_layer_input": 0},
-    "Gemma4UnifiedTextConfig": {"global_head_dim": 2 * HEAD_DIM, "num_kv_shared_layers": 0},
+    "Gemma4UnifiedTextConfig": {"global_head_dim": 2 * HEAD_DIM},
 }
 
 
@@ -143,10 +171,10 @@ def rotary_classes() -> dict[str, type[PreTrainedConfig]]:
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, **settings: Any) -> nn.Module:
     """Return the class `name` of transformers as a tiny model in float32, the same every time."""
     cls = getattr(transformers, name)
-    config = tiny_config(cls.config_class)
+    config = tiny_config(cls.config_class, **settings)
     torch.manual_seed(0)
     model = cls._from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -156,9 +184,9 @@ def build(name: str) -> nn.Module:
     return model
 
 
-def tiny_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """Return a config of the class with small sizes."""
-    return cls(**_settings(cls, _default(cls)))
+def tiny_config(cls: type[PreTrainedConfig], **settings: Any) -> PreTrainedConfig:
+    """Return a config of the class with small sizes, and with these settings."""
+    return cls(**_settings(cls, _default(cls)) | settings)
 
 
 def _default(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
@@ -207,7 +235,10 @@ def _sizes(default: PreTrainedConfig, names: set[str]) -> Iterator[tuple[str, An
 
 
 def _layers(default: PreTrainedConfig, names: set[str]) -> dict[str, Any]:
-    """Two layers, or one of each kind, the full ones last; lists of one entry a layer follow."""
+    """Two layers, or one of each kind, the full ones last; lists of one entry a layer follow.
+
+    As many again that reuse keys and values, where a class has such.
+    """
     layers = getattr(default, "num_hidden_layers", None)
     if "num_hidden_layers" not in names or not isinstance(layers, int):
         return {}
@@ -216,11 +247,15 @@ def _layers(default: PreTrainedConfig, names: set[str]) -> dict[str, Any]:
     if "layer_types" in names and kinds:
         each = sorted(dict.fromkeys(kinds), key=lambda kind: kind == "full_attention")
         each = each if len(each) > 1 else 2 * each
-        found = {"num_hidden_layers": len(each), "layer_types": each}
+        if "num_kv_shared_layers" in names:
+            found["num_kv_shared_layers"] = len(each)
+            each = 2 * each
+        found |= {"num_hidden_layers": len(each), "layer_types": each}
     for name in names - found.keys():
         value = getattr(default, name, None)
         if isinstance(value, (list, tuple)) and len(value) == layers > 2:
-            found[name] = [*value[: found["num_hidden_layers"] - 1], value[-1]]
+            kept = [*value[: found["num_hidden_layers"] - 1], value[-1]]
+            found[name] = [SIZES.get(name, each) for each in kept]
     return found
 
 

@@ -31,6 +31,7 @@ SERVED = [
     "Glm4MoeLiteForCausalLM",
     "GlmForCausalLM",
     "GptOssForCausalLM",
+    "Llama4ForCausalLM",
     "LlavaForConditionalGeneration",
     "MiniMaxForCausalLM",
     "MistralForCausalLM",
@@ -44,7 +45,7 @@ SERVED = [
     "StableLmForCausalLM",
 ]
 REFUSED = {
-    "Llama4ForCausalLM": "all its layers that rotate have a sliding window or chunks",
+    "DeepseekV4ForCausalLM": "keys beside those of the tokens, which have no distance",
     "HunYuanDenseV1ForCausalLM": "makes its logits depend on more than distances",
 }
 

@@ -16,7 +16,7 @@ from .tables import change_of_tables
 
 LAYERS = ("full", "all")
 # Layers that see a bounded number of keys, by the names that transformers gives to their kinds.
-BOUNDED = ("sliding", "chunked", "local")
+_BOUNDED = ("sliding", "chunked", "local")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,14 +68,26 @@ def find_sites(model: nn.Module, layers: str = "full") -> list[RotarySite]:
 
 def _rotary_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yield those of the language model; a vision tower rotates by rows and columns of patches."""
-    config = getattr(model, "config", None)
-    text = type(config.get_text_config(decoder=True)) if config is not None else None
+    kinds = _language_configs(getattr(model, "config", None))
     for path, module in model.named_modules():
         parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
         if not hasattr(module, "rope_type") or not isinstance(parameters, Mapping):
             continue
-        if text is None or isinstance(module.config, text):
+        if isinstance(module.config, kinds):
             yield _owner(model, path), module
+
+
+def _language_configs(config: Any) -> tuple[type, ...]:
+    """Return the classes of the language model's config and of its parts' (Blt)."""
+    if config is None:
+        return (object,)
+    text = config.get_text_config(decoder=True)
+    parts = [
+        getattr(text, name, None)
+        for name in getattr(text, "sub_configs", ())
+        if not name.startswith(("vision", "audio"))
+    ]
+    return (type(text), *(type(part) for part in parts if part is not None))
 
 
 def _owner(model: nn.Module, path: str) -> nn.Module:
@@ -92,9 +104,7 @@ def _site(owner: nn.Module, rotary: nn.Module, layers: str) -> RotarySite:
     layer_types: tuple[str | None, ...] = (None,)
     if any(isinstance(value, Mapping) for value in rotary.config.rope_parameters.values()):
         kinds = [kind for kind in rotary.rope_type if hasattr(rotary, f"{kind}_inv_freq")]
-        layer_types = tuple(
-            kind for kind in kinds if layers == "all" or not kind.startswith(BOUNDED)
-        )
+        layer_types = tuple(kind for kind in kinds if layers == "all" or not is_bounded(kind))
         if not layer_types:
             raise unsupported(owner, "all its layers that rotate have a sliding window or chunks")
     try:
@@ -137,6 +147,14 @@ def parameters_of(rotary: nn.Module, layer_type: str | None) -> Mapping[str, Any
     return parameters if layer_type is None else parameters[layer_type]
 
 
+def is_bounded(kind: str) -> bool:
+    """Say whether layers of that name see a bounded number of keys.
+
+    A "reference_sliding_attention" does not: it sees the prompt from anywhere.
+    """
+    return kind.startswith(_BOUNDED) or kind.endswith(_BOUNDED)
+
+
 def prefix_of(layer_type: str | None) -> str:
     """Return what the names of a rotary embedding's buffers for a kind of layers begin with."""
     return "" if layer_type is None else f"{layer_type}_"
@@ -145,3 +163,8 @@ def prefix_of(layer_type: str | None) -> str:
 def unsupported(owner: nn.Module, reason: str) -> ValueError:
     """Return the error that says why a model cannot be extended."""
     return ValueError(f"extend: {type(owner).__name__} is not a supported architecture: {reason}")
+
+
+def shortened(error: Exception) -> str:
+    """Return the first line of an error of other code, to be quoted."""
+    return str(error).split("\n")[0][:200]

@@ -43,7 +43,7 @@ class Attending:
     positions: (batch or 1, seqlen), where keys are stored; None where they stay raw.
     raw_queries: the tables for extended layers rotate keys alone.
     stored, own: the position embeddings of extended layers, and those of the others.
-    heads: of the layer whose attention this is.
+    heads: of the layer whose attention this is. chunk_size: tokens, where it attends in chunks.
     """
 
     score: Score
@@ -55,13 +55,36 @@ class Attending:
     stored: Any
     own: Any
     heads: Heads | None = None
+    chunk_size: int | None = None
 
-    def of(self, heads: Heads) -> Attending:
+    def of(self, heads: Heads, chunk_size: int | None = None) -> Attending:
         """Return the attention of one layer."""
         freqs = self.freqs
         if heads.sign < 0:
             freqs = replace(freqs, inv_freq=-freqs.inv_freq)
-        return replace(self, heads=heads, freqs=freqs)
+        return replace(self, heads=heads, freqs=freqs, chunk_size=chunk_size)
+
+    def __getitem__(self, index: Any) -> Attending:
+        """Return the attention of the last tokens alone, sliced as tables of (batch, seqlen, dim).
+
+        In layers that reuse the keys of others, a model computes the tokens it is asked for.
+        """
+        if not isinstance(self.rows, Rows):
+            raise ValueError(
+                "extend: layers that compute the last tokens alone must not be in a graph over a "
+                "static cache or under continuous batching"
+            )
+        tokens = range(self.rows.new)[index[1]]
+        last = len(tokens)
+        if tokens != range(self.rows.new)[self.rows.new - last :]:
+            raise ValueError(f"extend: tables must be sliced to the last tokens, got {index[1]}")
+
+        def sliced(tables: Any) -> Any:
+            return None if tables is None else type(tables)(each[index] for each in tables)
+
+        positions = None if self.positions is None else self.positions[:, tokens.start :]
+        rows, stored, own = self.rows.last(last), sliced(self.stored), sliced(self.own)
+        return replace(self, rows=rows, positions=positions, stored=stored, own=own)
 
     def to(self, device: torch.device | str | int, **_: Any) -> Attending:
         """Move to `device`: accelerate's hooks call this where a model spans several devices."""
@@ -105,6 +128,8 @@ class Attending:
             )
         said = softmax_options(module, options)
         said |= {"log_n": self.log_n, "interleaved": self.heads.interleaved, "op": "extend"}
+        if self.chunk_size is not None:
+            said["chunk_size"] = self.chunk_size
         return here.rows.attend(module, self.score, q, k, v, here.freqs, said)
 
 
@@ -149,7 +174,10 @@ def exchange(value: Any, found: Callable[[Attending], Any]) -> Any:
     if isinstance(value, tuple) and value and isinstance(value[0], Attending):
         return found(value[0])
     if isinstance(value, Mapping):
-        return {key: exchange(each, found) for key, each in value.items()}
+        exchanged = {key: exchange(each, found) for key, each in value.items()}
+        # Layers leave keys to one another in mappings, which must stay the same objects.
+        if any(exchanged[key] is not each for key, each in value.items()):
+            return exchanged
     return value
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...scores import SCORES
 from .apply import unwrap_apply, wrap_apply
-from .architecture import RotarySite, find_sites, unsupported
+from .architecture import RotarySite, find_sites, shortened, unsupported
 from .frequency_methods import frequency_changes
 from .interface import register_interface
 from .paged import batching_changes, forget_pages
@@ -44,10 +44,10 @@ def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters:
     padded on either side, and on the left to generate, give what their rows give alone. Every cache
     that returns all keys in order serves, static ones too, and the pages of `generate_batch`, but
     for a method that depends on the length without a `seq_len`. Refused: layers whose keys are not
-    all those before a query (indexers, prompts that see all of themselves), what makes logits
-    depend on more than distances (a norm with weights after the rotation), images (a token with
-    several positions), dropout, packed rows, weights to be returned (output_attentions), and xpos
-    but for methods whose positions start anew (dual_chunk, blockwise_causal).
+    all those before a query (indexers, compressed keys, prompts that see all of themselves), what
+    makes logits depend on more than distances (a norm with weights after the rotation), images (a
+    token with several positions), dropout, packed rows, weights to be returned (output_attentions),
+    and xpos but for methods whose positions start anew (dual_chunk, blockwise_causal).
 
     Nothing in a model clips at max_position_embeddings but the default length of `generate`: give
     it max_new_tokens for prompts beyond.
@@ -58,7 +58,7 @@ def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters:
     layers: "full", for a frequency method, extends the rotation of the layers that see all keys,
         where a model has one of its own for those with a sliding window (Gemma 3); for a score
         method the layers that see all keys: none of the distances in the others is past their
-        window. "all" extends every layer that rotates, but for chunks (Llama 4).
+        window or chunk. "all" extends every layer that rotates.
     parameters: the method's parameters. For a frequency method, of the model's configuration come
         dim, base (its rope_theta; `abf` has its own), original_max_position_embeddings
         (max_position_embeddings where there is none) and max_position_embeddings, unless given.
@@ -87,10 +87,12 @@ def _rehearse(extension: Extension, sites: list[RotarySite]) -> None:
     for owner in {site.owner: None for site in sites}:
         try:
             run_on_trial(owner)
-        except (AttributeError, RuntimeError, TypeError) as error:
+        except Exception as error:  # whatever a foreign model leads to
             extension.restore()
             raise unsupported(
-                owner, "its layers do not take the rotation that their model makes once for all"
+                owner,
+                "what it does between its rotary embedding and its layers takes tables alone "
+                f"({shortened(error)})",
             ) from error
 
 

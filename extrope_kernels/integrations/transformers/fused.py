@@ -34,13 +34,17 @@ def find_fused(
 
     rotary: one like the model's own, on the CPU.
     """
-    modules = set()
-    for layer in rotating_layers(owner):
+    modules, layers = set(), set(rotating_layers(owner))
+    for layer in owner.modules():
         forward = forward_of(layer)
-        functions = {name for name in forward.__code__.co_names if _is_rotation(name)}
-        if functions != {APPLY}:
+        names = forward.__code__.co_names if forward else ()
+        functions = {name for name in names if _is_rotation(name)}
+        if layer in layers:
+            if functions != {APPLY}:
+                return None
+            modules.add(forward.__globals__["__name__"])
+        elif functions:  # an indexer, which may rotate in a way of its own
             return None
-        modules.add(forward.__globals__["__name__"])
     if len(modules) != 1:
         return None
     (modeling,) = modules

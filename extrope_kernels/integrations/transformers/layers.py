@@ -8,6 +8,7 @@ changes nothing, and must give what the layer's own attention gives.
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 from typing import Any
 
@@ -16,23 +17,24 @@ from torch import Tensor, nn
 
 from ... import RopeFreqs, apply_rope, scores
 from ...ops.attention import attend
-from .architecture import BOUNDED, RotarySite, unsupported
+from .architecture import RotarySite, is_bounded, shortened, unsupported
 from .attending import Heads, refuse_options, rotated_first, softmax_options
-from .forwards import argument_names
-from .fused import forward_of, rotating_layers
+from .calls import Override, call_of, dropout_of
+from .fused import rotating_layers
 from .rotation import register_attention
+from .rows import no_mask
 from .trial import (
     TOKENS,
     Recorded,
     Recorder,
     TrialTables,
+    UnfitLayer,
     ladders_of,
     replaced,
     run_on_trial,
-    switched,
+    sees_chunks,
 )
 
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 # What layers tell their attention and the ops are told too, or what changes nothing for a layer
 # that is causal over all keys.
 _KNOWN = {
@@ -47,8 +49,12 @@ class Layers:
     """The attention layers that an owner's rotary embeddings serve.
 
     far: those that see all keys, to be extended, and which of their dims are rotated.
-    near: those that attend as before: the ones without a rotation, and those with chunks or, but
-        for layers="all", a sliding window: no distance in them is past what training has covered.
+    near: those that attend as before: the ones without a rotation and, but for layers="all", those
+        with a sliding window or chunks: no distance in them is past what training has covered.
+    chunks: the size of chunks of the far layers that have them.
+    calls: how each of them calls its attention. mask_name: of its mask, where layers get several.
+    needs_mask: more than the attention of far layers looks at the mask.
+    around: for rotary embeddings that are a layer's own, that layer.
     shapes: head_dim of queries and of values, and dtype, of the far layers.
 
     Raises ValueError where a layer does what the ops do not.
@@ -60,16 +66,30 @@ class Layers:
         self.far: dict[nn.Module, Heads] = {}
         self.near: list[nn.Module] = []
         self.shapes: set[tuple[int, int, torch.dtype]] = set()
+        self.chunks: dict[nn.Module, int] = {}
+        self.mask_name: str | None = None
+        calls = ((module, call_of(module)) for module in owner.modules())
+        self.calls = {layer: call for layer, call in calls if call is not None}
+        self.around = {
+            site.rotary: layer
+            for layer in self.calls
+            for site in sites
+            if site.rotary in layer.modules()
+        }
         register_attention()
         self.ladders = ladders_of(sites)
-        still, moved = self._record(still=True), self._record(still=False)
+        still, moved = self._try_out()
         for layer in moved.called:
             if layer not in moved.seen:
                 name = type(layer).__name__
-                raise unsupported(owner, f"{name} does not attend through transformers' interface")
+                raise unsupported(
+                    owner, f"{name} computes its attention itself, with nothing to replace"
+                )
+        rotates = False
         for layer, got in moved.seen.items():
             heads, freqs = self._heads(layer, still.seen[layer], got)
-            if heads is None or _is_bounded(layer, got.options, layers):
+            rotates = rotates or heads is not None
+            if heads is None or self._is_near(layer, got.options, layers):
                 self.near.append(layer)
             else:
                 _check_options(owner, layer, got.options)
@@ -80,20 +100,79 @@ class Layers:
             raise unsupported(
                 owner,
                 "all its layers that rotate have a sliding window or chunks, "
-                "so none sees distances past it",
+                "so none sees distances past it"
+                if rotates
+                else "none of its layers rotates",
             )
+        self.needs_mask = self._needs_mask()
 
-    def _record(self, still: bool) -> Recorder:
+    def _try_out(self) -> tuple[Recorder, Recorder]:
+        """Run the owner twice; where layers get several masks, find the attention's among them."""
+        recorder = Recorder(self.calls)
+        try:
+            return self._record(recorder, still=True), self._record(Recorder(self.calls))
+        except ValueError:
+            for name in recorder.names:
+                try:
+                    found = [
+                        self._record(Recorder(self.calls, name), still=x) for x in (True, False)
+                    ]
+                except ValueError:
+                    continue
+                self.mask_name = name
+                return found[0], found[1]
+            raise
+
+    def _is_near(self, layer: nn.Module, options: dict[str, Any], layers: str) -> bool:
+        """A window tells the attention; chunks are in the mask alone, but have a name."""
+        if options.get("sliding_window"):
+            return layers == "full"
+        config = getattr(layer, "config", None)
+        kinds = getattr(config, "layer_types", None)
+        index = getattr(layer, "layer_idx", None)
+        kind = kinds[index] if kinds and index is not None and index < len(kinds) else ""
+        if not is_bounded(kind):
+            return False
+        size = getattr(config, "attention_chunk_size", None)
+        if layers == "full" or not size or not self._has_chunks(layer):
+            return True
+        self.chunks[layer] = size
+        return False
+
+    def _has_chunks(self, layer: nn.Module) -> bool:
+        """Say whether the layer's mask is one of chunks of the size that the config names."""
+        config = copy.copy(self.owner.config)
+        config.attention_chunk_size = 2
+        recorder = Recorder(self.calls, self.mask_name)
+        with replaced([(self.owner, "config", config)]):
+            self._record(recorder)
+        return sees_chunks(recorder.masks[layer], 2)
+
+    def _needs_mask(self) -> bool:
+        """Say whether more than the attention of extended layers looks at the mask.
+
+        A token of padding must not change the others: in convolutions and states, it would.
+        """
+        if len(self.far) != getattr(self.owner.config, "num_hidden_layers", None):
+            return True
+        padded = torch.ones(1, TOKENS, dtype=torch.int64)
+        padded[0, 0] = 0
+        masked, free = (
+            self._record(Recorder(self.calls, self.mask_name), still=True, attention_mask=mask)
+            for mask in (padded, no_mask())
+        )
+        return not torch.equal(masked.output[0][:, 1:], free.output[0][:, 1:])
+
+    def _record(self, recorder: Recorder, still: bool = False, **options: Tensor) -> Recorder:
         """Run the owner on four tokens; still: all of them at position 0."""
-        recorder = Recorder()
-        overrides = [
+        overrides: list[Override] = [
             (site.rotary, "forward", TrialTables(site, self.ladders, still)) for site in self.sites
         ]
-        layers = [layer for layer in self.owner.modules() if _attends(layer)]
-        overrides += [(layer, "config", switched(layer.config)) for layer in layers]
+        for layer, call in self.calls.items():
+            overrides += call.overrides(layer)
         handles = [
             layer.register_forward_pre_hook(recorder.before_layer, with_kwargs=True)
-            for layer in layers
+            for layer in self.calls
         ]
         handles += [
             layer.register_forward_pre_hook(recorder.note_layer)
@@ -101,12 +180,15 @@ class Layers:
         ]
         try:
             with replaced(overrides):
-                run_on_trial(self.owner)
+                recorder.output = run_on_trial(self.owner, **options)
+        except UnfitLayer as unfit:
+            raise unsupported(self.owner, str(unfit)) from unfit
         except Exception as error:  # whatever a foreign layer leads to
-            reason = f"its layers cannot be tried out ({_short(error)})"
+            reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
             if Recorder.__name__ in str(error):
                 reason = (
-                    "its layers choose keys by a mask of their own, the ops see regions of keys"
+                    "its layers choose or weigh keys by a mask made of their contents, "
+                    "a score method by distances alone"
                 )
             raise unsupported(self.owner, reason) from error
         finally:
@@ -121,7 +203,14 @@ class Layers:
         freqs = RopeFreqs(still.q.new_zeros(1).float())
         if _close(still.q, moved.q) and _close(still.k, moved.k):
             return None, freqs
-        for _, _, inv_freq in self.ladders:
+        if not _close(still.v, moved.v):
+            name = type(layer).__name__
+            raise unsupported(
+                self.owner, f"{name} rotates its values too, so its output is not of distances"
+            )
+        for site, _, inv_freq in self.ladders:
+            if self.around.get(site.rotary, layer) is not layer:
+                continue
             pairs = inv_freq.numel()
             starts = {start for start in (0, still.q.shape[-1] - 2 * pairs) if start >= 0}
             for start, interleaved, sign in product(starts, (False, True), (1, -1)):
@@ -160,13 +249,10 @@ class Layers:
                 op="extend",
                 **options,
             )
-            own = forward_of(layer).__globals__.get("eager_attention_forward")
-            if own is None:
-                return
             mask = v.new_full((TOKENS, TOKENS), torch.finfo(v.dtype).min).triu(1)
             q, k = moved.q.to(v.dtype), moved.k.to(v.dtype)
-            want = own(layer, q, k, v, mask[None, None], **moved.options)[0]
-        if not _close(got, want.view_as(got)):
+            want = self.calls[layer].own(layer, q, k, v, mask[None, None], moved.options)
+        if want is None or not _close(got, want.view_as(got)):
             name = type(layer).__name__
             raise unsupported(self.owner, f"{name} attends in a way of its own")
 
@@ -186,35 +272,14 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= tolerance)
 
 
-def _attends(module: nn.Module) -> bool:
-    forward = forward_of(module)
-    if forward is None or "config" not in vars(module):
-        return False
-    return _INTERFACE in forward.__code__.co_names and "attention_mask" in argument_names(module)
-
-
-def _is_bounded(layer: nn.Module, options: dict[str, Any], layers: str) -> bool:
-    """A window tells the attention; chunks are in the mask alone, but have a name."""
-    if options.get("sliding_window"):
-        return layers == "full"
-    kinds = getattr(layer.config, "layer_types", None)
-    index = getattr(layer, "layer_idx", None)
-    kind = kinds[index] if kinds and index is not None and index < len(kinds) else ""
-    return kind.startswith(BOUNDED)
-
-
 def _check_options(owner: nn.Module, layer: nn.Module, options: dict[str, Any]) -> None:
     """options: what the layer told its attention."""
     name = type(layer).__name__
     options = {key: value for key, value in options.items() if value is not None}
     if layer.training:
-        options["dropout"] = getattr(layer, "attention_dropout", 0.0)
+        options["dropout"] = dropout_of(layer)
     refuse_options(layer, options)
     if not getattr(layer, "is_causal", True) or options.get("is_causal") is False:
-        raise unsupported(owner, f"{name} is not causal")
+        raise unsupported(owner, f"{name} is not causal, and later keys have no distance")
     if others := [key for key in options if key not in _KNOWN]:
         raise unsupported(owner, f"{name} attends with {' and '.join(sorted(others))}")
-
-
-def _short(error: Exception) -> str:
-    return str(error).split("\n")[0][:200]

@@ -60,10 +60,10 @@ class PackedRows:
     ) -> Tensor:
         """Attend from (1, total, heads, head_dim) to all pages of each request."""
         allocator = self.cache.layer_to_allocator[layer.layer_idx]
-        if allocator.layer_type != "full_attention":
+        if allocator.layer_type != "full_attention" or "chunk_size" in options:
             raise ValueError(
-                "extend: layers with a sliding window must not be extended under continuous "
-                "batching, whose cache forgets their keys; extend with layers='full'"
+                "extend: layers with a sliding window or chunks must not be extended under "
+                "continuous batching, whose cache forgets their keys; extend with layers='full'"
             )
         k_pages, v_pages = allocator.get_cache_for_block_table(layer.layer_idx)
         table = self._table(allocator)

@@ -37,6 +37,11 @@ class Rows:
         """Keys that a row has after this forward."""
         return self.past + self.new
 
+    def last(self, count: int) -> Rows:
+        """Return the last tokens alone, those before them among the past."""
+        past, positions = self.total - count, self.positions[:, self.new - count :]
+        return replace(self, past=past, new=count, positions=positions)
+
     def to(self, device: torch.device | str | int) -> Rows:
         """Move what the attention needs to `device`."""
         return self if self.leftpad is None else replace(self, leftpad=self.leftpad.to(device))
@@ -52,28 +57,64 @@ class Rows:
         options: dict[str, Any],
     ) -> Tensor:
         """Attend from (batch, new, heads, head_dim) to keys and values as a cache returns them."""
+        size = options.pop("chunk_size", None)
         k, v = k[:, : self.total], v[:, : self.total]  # a static cache is longer than what it holds
         forgotten = self.total - k.shape[1]  # by a cache of a sliding window
-        if q.shape[1] != self.new or (forgotten and "sliding_window" not in options):
+        bounded = "sliding_window" in options or size is not None
+        if q.shape[1] != self.new or (forgotten and not bounded):
             raise ValueError(
                 f"extend: a cache must return all {self.total} keys of a layer in their order, "
                 f"got {k.shape[1]}"
             )
-        if self.new == 1 and not forgotten and not records(q, k, v):
+        if self.new == 1 and not forgotten and size is None and not records(q, k, v):
             options |= {"cache_seqlens": self.total, "cache_leftpad": self.leftpad}
             return attend_with_kvcache(score, q, k, v, freqs, **options)
         outs = []
         for start, stop, pad in self.runs:
             skip = min(max(pad - self.past, 0), self.new)
             first = max(pad - forgotten, 0)
-            if forgotten:
+            if forgotten or size is not None:
                 options["q_start"] = self.past + skip - pad
                 options["k_start"] = forgotten + first - pad
             run = (q[start:stop, skip:], k[start:stop, first:], v[start:stop, first:])
-            out = attend(score, *run, freqs, keys_stored=True, **options)
+            if size is None:
+                out = attend(score, *run, freqs, keys_stored=True, **options)
+            else:
+                out = _attend_in_chunks(score, *run, freqs, size, **options)
             # Nothing looks at the padding, but NaN there would spread.
             outs.append(nn.functional.pad(out, (0, 0, 0, 0, skip, 0)) if skip else out)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _attend_in_chunks(
+    score: Score,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    freqs: RopeFreqs,
+    size: int,
+    *,
+    q_start: int,
+    k_start: int,
+    **options: Any,
+) -> Tensor:
+    """A query sees the keys of its own chunk; chunks count from a row's first token."""
+    outs: list[Tensor] = []
+    here, end = q_start, q_start + q.shape[1]
+    if here // size * size < k_start:
+        raise ValueError(
+            f"extend: a cache must return all keys of a chunk of {size}, got those from "
+            f"{k_start} on for token {here}"
+        )
+    while here < end or not outs:
+        begin = here // size * size
+        stop = min(begin + size, end)
+        keys = slice(begin - k_start, stop - k_start)
+        run = (q[:, here - q_start : stop - q_start], k[:, keys], v[:, keys])
+        options |= {"q_start": here, "k_start": begin}
+        outs.append(attend(score, *run, freqs, keys_stored=True, **options))
+        here = stop
+    return torch.cat(outs, 1)
 
 
 def records(*tensors: Tensor) -> bool:
@@ -86,14 +127,15 @@ def read_rows(tokens: Tensor, past: int, mask: Tensor | None, position_ids: Tens
 
     tokens: (batch, new, ...), of which only shape and device count.
     mask: (batch, past + new) with 0 for padding, or None.
-    position_ids: (batch or 1, new) or one such per axis, or None; must be what the mask says.
+    position_ids: (batch or 1, new) or one such per axis, or None; must be what the mask says, or
+        the numbers of the slots, padding included, which are as far from one another.
     """
     batch, new = tokens.shape[:2]
     mask = full_mask(mask)
     if isinstance(mask, Tensor) and mask.dim() == 4:
         mask = _tokens_of_mask(mask, batch, past, new)
     pads = [] if mask is None else _pads(mask, batch, past + new)
-    positions = torch.arange(past, past + new, device=tokens.device)[None]
+    positions = slots = torch.arange(past, past + new, device=tokens.device)[None]
     runs, leftpad = ((0, batch, 0),), None
     if any(pads):
         runs = _runs(pads)
@@ -101,15 +143,33 @@ def read_rows(tokens: Tensor, past: int, mask: Tensor | None, position_ids: Tens
         positions = (positions - leftpad[:, None]).clamp(min=0)
     if position_ids is not None:
         real = None if mask is None else mask[:, past : past + new].bool()
-        _check_positions(position_ids, positions, real)
+        if not _counts(position_ids, positions, real) and not _counts(position_ids, slots):
+            raise ValueError(
+                "extend: position_ids must count 0, 1, 2, ... from each row's first token, "
+                "got others; attention_mask says where a row begins, and tokens with several "
+                "positions, as images have, have no one distance"
+            )
     return Rows(past, new, runs, positions, leftpad)
+
+
+def no_mask(device: torch.device | None = None) -> Tensor:
+    """Return a mask that is made already: transformers makes none of (seqlen, seqlen) then."""
+    return torch.ones(1, 1, 1, 1, device=device)
 
 
 def full_mask(mask: Any) -> Any:
     """Return the mask of the layers that see all keys, where a model is given one per kind."""
     if not isinstance(mask, Mapping):
         return mask
-    return next((each for kind, each in mask.items() if kind.startswith("full")), None)
+    if all(each is None for each in mask.values()):
+        return None
+    for kind, each in mask.items():
+        if kind.startswith("full"):
+            return each
+    raise ValueError(
+        "extend: attention_mask must be (batch, seqlen), or one by the name of full_attention, "
+        f"got {' and '.join(mask)}"
+    )
 
 
 def _tokens_of_mask(mask: Tensor, batch: int, past: int, new: int) -> Tensor | None:
@@ -168,13 +228,7 @@ def _runs(pads: list[int]) -> tuple[tuple[int, int, int], ...]:
     return tuple(runs)
 
 
-def _check_positions(given: Tensor, positions: Tensor, real: Tensor | None) -> None:
+def _counts(given: Tensor, positions: Tensor, real: Tensor | None = None) -> bool:
+    """Say whether position_ids are these, padding aside; read on the host."""
     wrong = given != positions
-    if real is not None:
-        wrong = wrong & real
-    if wrong.any():
-        raise ValueError(
-            "extend: position_ids must count 0, 1, 2, ... from each row's first token, "
-            "got others; attention_mask says where a row begins, and tokens with several "
-            "positions, as images have, have no one distance"
-        )
+    return not (wrong if real is None else wrong & real).any()

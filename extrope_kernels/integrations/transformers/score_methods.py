@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from .paged import PackedRows, packed_rows
 from .parameters import bind_score, own_freqs
 from .rotary import Rotary
 from .rotation import Rotation
-from .rows import Rows, read_rows
+from .rows import Rows, no_mask, read_rows
 from .static_cache import StaticRows, keep_mask, static_rows
-from .trial import switched
+from .trial import with_mask
 
 _ON_CACHE = "_extrope_stored"
+# What layers with rotary embeddings of their own get the rows by, among the arguments that a model
+# hands on to them. So they have them, too, when they are computed anew for their gradients.
+_ROWS = "extrope_rows"
 
 
 def score_changes(
@@ -38,14 +42,17 @@ def score_changes(
     overrides, hooks = [], []
     for owner in {site.owner: None for site in sites}:
         here = [site for site in sites if site.owner is owner]
-        rotaries = [
-            ScoreRotary(site, _freqs_in_force(site, method, score), method, score, log_n)
-            for site in here
-        ]
+        freqs = [_freqs_in_force(site, method, score) for site in here]
         found = Layers(owner, here, layers)
         _check_heads(score, log_n, found)
-        overrides += [(site.rotary, "forward", each) for site, each in zip(here, rotaries)]
-        overrides += [(layer, "config", switched(layer.config)) for layer in found.far]
+        rotaries = [
+            ScoreRotary(site, each, method, score, log_n, found.around.get(site.rotary))
+            for site, each in zip(here, freqs, strict=True)
+            if found.around.get(site.rotary) not in found.near
+        ]
+        overrides += [(each.rotary, "forward", each) for each in rotaries]
+        for layer in found.far:
+            overrides += found.calls[layer].overrides(layer)
         forward = ScoreForward(owner, rotaries, found)
         hooks.append((owner, forward.before_forward, forward.after_forward))
         hooks += [(layer, forward.before_far_layer, None) for layer in found.far]
@@ -58,7 +65,9 @@ def score_changes(
 class ScoreRotary(Rotary):
     """Stands in for the forward of a rotary embedding, and yields an `Attending`.
 
-    rows: of the forward in progress, as its owner's hook sets them.
+    layer: the one that the rotary embedding is called in, if that is not their owner. It gets its
+        `Attending` at its door, and here the tables that it stands for.
+    rows: of the forward in progress, as the hook of its owner or of that layer sets them.
     """
 
     def __init__(
@@ -68,31 +77,42 @@ class ScoreRotary(Rotary):
         method: str,
         score: Score,
         log_n: float | None,
+        layer: nn.Module | None,
     ) -> None:
         super().__init__(site, freqs, method)
+        self.layer = layer
         self.score = score
         self.log_n = log_n
         self.rows: Rows | StaticRows | PackedRows | None = None
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        own = super().__call__(x, position_ids, layer_type)
         if layer_type not in self.freqs or self.rows is None:
-            return own
-        freqs, rows = self.freqs_on(layer_type, x.device), self.rows
-        positions = None
-        if self.score.stored != UNROTATED:
-            positions = self.score.stored(rows.positions)
+            return super().__call__(x, position_ids, layer_type)
+        attending = self.attending(x.device, layer_type)
+        positions = attending.positions
         # The attention factor of both sides goes onto the queries, in the attention.
+        freqs = attending.freqs
         keys = RopeFreqs(freqs.inv_freq, log_decay=freqs.for_keys().log_decay)
         if self.fused is not None:
             stored = Rotation(keys, positions, self.fused.interleaved, keys_only=True), None
         else:
-            at = torch.zeros_like(rows.positions) if positions is None else positions
-            stored = self.tables(layer_type, keys, x, at)
-        attending = Attending(
-            self.score, self.log_n, freqs, rows, positions, self.fused is not None, stored, own
+            at = torch.zeros_like(self.rows.positions) if positions is None else positions
+            stored = self.tables(layer_type, keys, x, at.to(x.device))
+        if self.layer is not None:
+            return stored
+        own = super().__call__(x, position_ids, layer_type)
+        attending = replace(attending, stored=stored, own=own)
+        return attending if self.single else (attending, attending)
+
+    def attending(self, device: torch.device, layer_type: str | None = None) -> Attending:
+        """Return the attention of the forward in progress, without tables yet."""
+        freqs, rows, positions = self.freqs_on(layer_type, device), self.rows.to(device), None
+        if self.score.stored != UNROTATED:
+            positions = self.score.stored(self.rows.positions).to(device)
+        raw_queries = self.fused is not None
+        return Attending(
+            self.score, self.log_n, freqs, rows, positions, raw_queries, stored=None, own=None
         )
-        return attending if self.single else (attending, None)
 
 
 class ScoreForward:
@@ -100,9 +120,13 @@ class ScoreForward:
 
     def __init__(self, owner: nn.Module, rotaries: list[ScoreRotary], layers: Layers) -> None:
         self.rotaries = rotaries
+        self.inner = {each.layer: each for each in rotaries if each.layer is not None}
         self.heads = layers.far
+        self.chunks = layers.chunks
+        self.calls = layers.calls
+        self.mask_name = layers.mask_name
         self.score = rotaries[0].score
-        self.needs_mask = len(layers.far) != getattr(owner.config, "num_hidden_layers", None)
+        self.needs_mask = layers.needs_mask
         self.argument_names = argument_names(owner)
         self.layer_argument_names = {
             type(layer): argument_names(layer) for layer in [*layers.far, *layers.near]
@@ -121,12 +145,13 @@ class ScoreForward:
         tokens, positions = tokens_of(arguments), arguments.get("position_ids")
         rows = self._rows(tokens, arguments)
         for rotary in self.rotaries:
-            rotary.rows = rows
+            rotary.rows = None if rotary.layer else rows
+        if self.inner:
+            arguments[_ROWS] = rows
         if positions is None and rows.leftpad is not None:
             arguments["position_ids"] = rows.positions
         if not self.needs_mask:
-            # A mask that is made already: transformers makes none of (seqlen, seqlen) then.
-            arguments["attention_mask"] = torch.ones(1, 1, 1, 1, device=tokens.device)
+            arguments["attention_mask"] = no_mask(tokens.device)
         return (), arguments
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -141,27 +166,35 @@ class ScoreForward:
     ) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook of an extended layer: keys where they are stored, and the attention."""
         arguments = by_name(self.layer_argument_names[type(layer)], args, kwargs)
-        heads, seen = self.heads[layer], []
+        seen: list[Attending] = []
 
         def stored(attending: Attending) -> Any:
             seen.append(attending)
             return attending.stored
 
+        rows = arguments.pop(_ROWS, None)
         arguments = {name: exchange(value, stored) for name, value in arguments.items()}
+        if layer in self.inner and rows is not None:
+            inner = self.inner[layer]
+            inner.rows = rows
+            tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
+            seen.append(inner.attending(tensor.device))
         if not seen:
             raise RuntimeError(
                 f"extend: {type(layer).__name__} must be run by its model, got a call of its own"
             )
-        arguments["attention_mask"] = seen[0].of(heads)
         if isinstance(seen[0].rows, PackedRows):
             arguments = seen[0].rows.for_layer(arguments)
-        return (), arguments
+        attending = seen[0].of(self.heads[layer], self.chunks.get(layer))
+        mask = self.calls[layer].mask(layer, attending)
+        return (), with_mask(arguments, self.mask_name, mask)
 
     def before_near_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook of a layer that rotates and attends as ever."""
         arguments = by_name(self.layer_argument_names[type(layer)], args, kwargs)
+        arguments.pop(_ROWS, None)
         return (), {name: exchange(value, _own) for name, value in arguments.items()}
 
     def _rows(self, tokens: Tensor, arguments: Mapping[str, Any]) -> Rows | StaticRows | PackedRows:
@@ -200,7 +233,8 @@ class ScoreForward:
     def _length(self, cache: Any) -> int | Tensor:
         """Ask an extended layer: those of a hybrid's other sort hold no tokens."""
         index = getattr(next(iter(self.heads)), "layer_idx", None)
-        return cache.get_seq_length() if index is None else cache.get_seq_length(index)
+        known = index is not None and index >= 0
+        return cache.get_seq_length(index) if known else cache.get_seq_length()
 
 
 def _own(attending: Attending) -> Any:

@@ -48,10 +48,10 @@ class StaticRows:
         options: dict[str, Any],
     ) -> Tensor:
         """Attend from (batch, new, heads, head_dim) to the slots of (batch, slots, ...) in use."""
-        if "sliding_window" in options:
+        if "sliding_window" in options or "chunk_size" in options:
             raise ValueError(
-                "extend: layers with a sliding window must not be extended in a graph over a "
-                "static cache, which forgets their keys; extend with layers='full'"
+                "extend: layers with a sliding window or chunks must not be extended in a graph "
+                "over a static cache, which forgets their keys; extend with layers='full'"
             )
         options |= {"cache_seqlens": self.ends, "cache_leftpad": self.leftpad}
         return attend_with_kvcache(score, q, k, v, freqs, **options)

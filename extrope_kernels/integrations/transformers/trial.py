@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 
 from ... import RopeFreqs
 from .architecture import RotarySite
+from .calls import Call, Override
 from .forwards import argument_names, by_name
-from .rotation import ATTENTION
 from .tables import Tables
 
 TOKENS = 4
@@ -35,12 +34,21 @@ class Recorded:
 class Recorder:
     """Takes the mask's place, and so is asked to attend.
 
+    calls: how each layer calls its attention. name: of the mask among several, where layers get a
+    mapping of them; None for the whole argument.
     called: layers that the owner has called; seen: what those with an attention gave to it.
+    masks: as the owner gave them. names: of those, where layers got several.
+    output: of the owner.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Mapping[nn.Module, Call], name: str | None = None) -> None:
+        self.calls = calls
+        self.name = name
         self.called: dict[nn.Module, None] = {}
         self.seen: dict[nn.Module, Recorded] = {}
+        self.masks: dict[nn.Module, Any] = {}
+        self.names: list[str] = []
+        self.output: Any = None
 
     def note_layer(self, layer: nn.Module, args: tuple) -> None:
         """Forward pre-hook of every layer that rotates."""
@@ -49,14 +57,33 @@ class Recorder:
     def before_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        return (), by_name(argument_names(layer), args, kwargs) | {"attention_mask": self}
+        arguments = by_name(argument_names(layer), args, kwargs)
+        mask = self.masks[layer] = arguments.get("attention_mask")
+        self.names = list(mask) if isinstance(mask, Mapping) else self.names
+        return (), with_mask(arguments, self.name, self.calls[layer].mask(layer, self))
 
     def attend(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
     ) -> Tensor:
+        if k.shape[2] != q.shape[2]:
+            raise UnfitLayer(
+                f"{type(module).__name__} attends to keys beside those of the tokens, "
+                "which have no distance"
+            )
         self.seen[module] = Recorded(q, k, v, options)
         # Of the values alone, so that what comes after is the same in both runs.
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2).contiguous()
+
+
+class UnfitLayer(Exception):
+    """Says what of a layer a score method cannot do."""
+
+
+def with_mask(arguments: dict[str, Any], name: str | None, value: Any) -> dict[str, Any]:
+    """Return a layer's arguments with `value` as the mask of that name, or as the only one."""
+    if name is not None:
+        value = {**arguments["attention_mask"], name: value}
+    return arguments | {"attention_mask": value}
 
 
 class TrialTables:
@@ -90,15 +117,18 @@ def ladders_of(sites: list[RotarySite]) -> Ladders:
     ]
 
 
-def switched(config: Any) -> Any:
-    """Return a layer's config with the attention replaced; everything in it is shared."""
-    config = copy.copy(config)
-    config._attn_implementation_internal = ATTENTION
-    return config
+def sees_chunks(mask: Any, size: int) -> bool:
+    """Say whether a layer's mask of the trial lets tokens see their own chunks of that size."""
+    if not isinstance(mask, Tensor) or mask.shape[-2:] != (TOKENS, TOKENS):
+        return False
+    token = torch.arange(TOKENS, device=mask.device)
+    own = token[:, None] // size == token // size
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    return bool((seen == (own & (token <= token[:, None]))).all())
 
 
 @contextmanager
-def replaced(overrides: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+def replaced(overrides: list[Override]) -> Iterator[None]:
     """Hide attributes of modules for a while."""
     before = [(module, name, vars(module).get(name)) for module, name, _ in overrides]
     for module, name, value in overrides:
@@ -114,13 +144,14 @@ def replaced(overrides: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def run_on_trial(owner: nn.Module) -> None:
-    """Run an owner on four tokens, as it would run in evaluation."""
+def run_on_trial(owner: nn.Module, **options: Tensor) -> Any:
+    """Run an owner on four tokens, as it would run in evaluation, and return its output."""
     embed = getattr(owner, "get_input_embeddings", None)
     weights = embed() if embed is not None else owner
     tokens = torch.arange(TOKENS, device=next(weights.parameters()).device)[None]
+    options = {name: value.to(tokens.device) for name, value in options.items()}
     with _evaluating(owner):
-        owner(input_ids=tokens, use_cache=False)
+        return owner(input_ids=tokens, use_cache=False, **options)
 
 
 @contextmanager
