@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -24,8 +24,9 @@ PRELOADED = ["extrope_kernels.distributed", "torch.distributed.device_mesh"]
 class Ranks:
     """Runs module-level functions on all ranks at once: function(mesh, **arguments)."""
 
-    def __init__(self, seconds: float = SECONDS) -> None:
+    def __init__(self, seconds: float = SECONDS, preloaded: Sequence[str] = ()) -> None:
         self.seconds = seconds
+        self.preloaded = [*PRELOADED, *preloaded]
         self.processes: list = []
         self.pipes: list = []
 
@@ -59,7 +60,7 @@ class Ranks:
     def _start(self) -> None:
         # Forked from a process that has imported all this once, and has no threads.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context.set_forkserver_preload(self.preloaded)
         store = os.path.join(tempfile.mkdtemp(), "store")
         threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         os.environ.update(dict.fromkeys(threads, "1"))

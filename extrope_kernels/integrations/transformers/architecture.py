@@ -147,6 +147,13 @@ def parameters_of(rotary: nn.Module, layer_type: str | None) -> Mapping[str, Any
     return parameters if layer_type is None else parameters[layer_type]
 
 
+def kind_of(layer: nn.Module) -> str:
+    """Return what the config calls the layer's kind; nothing where it has no names for kinds."""
+    kinds = getattr(getattr(layer, "config", None), "layer_types", None)
+    index = getattr(layer, "layer_idx", None)
+    return kinds[index] if kinds and index is not None and index < len(kinds) else ""
+
+
 def is_bounded(kind: str) -> bool:
     """Say whether layers of that name see a bounded number of keys.
 

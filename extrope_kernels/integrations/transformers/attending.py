@@ -9,9 +9,10 @@ forwards, not even when a layer is computed anew for its gradients.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from ...scores import Score
 from .paged import PackedRows
 from .rows import Rows
 from .static_cache import StaticRows
+
+if TYPE_CHECKING:
+    from .context_parallel import SharedRows
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,10 @@ class Heads:
     sign: int
 
 
-@dataclass(frozen=True, eq=False)
 class Attending:
     """A score method, the frequencies, the rows of a batch, and the tables of both kinds of layers.
+
+    No dataclass: FSDP casts the tensors that those hold.
 
     positions: (batch or 1, seqlen), where keys are stored; None where they stay raw.
     raw_queries: the tables for extended layers rotate keys alone.
@@ -46,23 +51,38 @@ class Attending:
     heads: of the layer whose attention this is. chunk_size: tokens, where it attends in chunks.
     """
 
-    score: Score
-    log_n: float | None
-    freqs: RopeFreqs
-    rows: Rows | StaticRows | PackedRows
-    positions: Tensor | None
-    raw_queries: bool
-    stored: Any
-    own: Any
-    heads: Heads | None = None
-    chunk_size: int | None = None
+    def __init__(
+        self,
+        score: Score,
+        log_n: float | None,
+        freqs: RopeFreqs,
+        rows: Rows | StaticRows | PackedRows | SharedRows,
+        positions: Tensor | None,
+        raw_queries: bool,
+    ) -> None:
+        self.score = score
+        self.log_n = log_n
+        self.freqs = freqs
+        self.rows = rows
+        self.positions = positions
+        self.raw_queries = raw_queries
+        self.stored: Any = None
+        self.own: Any = None
+        self.heads: Heads  # as `of` sets them
+        self.chunk_size: int | None = None
+
+    def changed(self, **changes: Any) -> Attending:
+        """Return the same with other values of some attributes."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
 
     def of(self, heads: Heads, chunk_size: int | None = None) -> Attending:
         """Return the attention of one layer."""
         freqs = self.freqs
         if heads.sign < 0:
             freqs = replace(freqs, inv_freq=-freqs.inv_freq)
-        return replace(self, heads=heads, freqs=freqs, chunk_size=chunk_size)
+        return self.changed(heads=heads, freqs=freqs, chunk_size=chunk_size)
 
     def __getitem__(self, index: Any) -> Attending:
         """Return the attention of the last tokens alone, sliced as tables of (batch, seqlen, dim).
@@ -84,13 +104,12 @@ class Attending:
 
         positions = None if self.positions is None else self.positions[:, tokens.start :]
         rows, stored, own = self.rows.last(last), sliced(self.stored), sliced(self.own)
-        return replace(self, rows=rows, positions=positions, stored=stored, own=own)
+        return self.changed(rows=rows, positions=positions, stored=stored, own=own)
 
     def to(self, device: torch.device | str | int, **_: Any) -> Attending:
         """Move to `device`: accelerate's hooks call this where a model spans several devices."""
         move = _mover(device)
-        return replace(
-            self,
+        return self.changed(
             freqs=self.freqs.to(device),
             rows=self.rows.to(device),
             positions=move(self.positions),

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ...scores import SCORES
 from .apply import unwrap_apply, wrap_apply
 from .architecture import RotarySite, find_sites, shortened, unsupported
+from .context_changes import RegionGuard, refuse_second_mesh, share
+from .context_parallel import Shared
 from .frequency_methods import frequency_changes
 from .interface import register_interface
 from .paged import batching_changes, forget_pages
 from .parameters import PARAMETERS
 from .rotary import Rotary
 from .score_methods import score_changes
-from .trial import run_on_trial
+from .trial import entrance, run_on_trial
+
+if TYPE_CHECKING:
+    from ...distributed.attend import Strategy
+    from ...distributed.layout import Balance, Mesh
 
 
-def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters: Any) -> Extension:
+def extend(
+    model: nn.Module,
+    method: str,
+    *,
+    layers: str = "full",
+    mesh: Mesh | None = None,
+    strategy: Strategy = "gather",
+    balance: Balance = "zigzag",
+    **parameters: Any,
+) -> Extension:
     """Change the frequencies or the relative positions of a loaded model, in place.
 
     Weights, buffers and configuration stay as they are.
@@ -49,6 +64,16 @@ def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters:
     token with several positions), dropout, packed rows, weights to be returned (output_attentions),
     and xpos but for methods whose positions start anew (dual_chunk, blockwise_causal).
 
+    With a mesh every rank runs the model on its own tokens of a sequence, as `distributed.shard`
+    cuts it, and all layers attend round the group: logits, losses and gradients are those of one
+    device, to rounding. position_ids need not be given, where they are they must be those of
+    `distributed.local_positions`. Labels are shifted before they are cut: `shift_labels` beside
+    `labels`. "rope" is the model as it is. Refused are padding, caches (restore the model to
+    generate), chunks (Llama 4) and models that mix tokens in another way (state spaces). All ranks
+    call `extend` alike. FSDP's `fully_shard` comes before or after it, accelerate and Trainer after
+    it. A region of torch's `context_parallel` round a model that was extended without a mesh
+    raises ValueError where it would give something else.
+
     Nothing in a model clips at max_position_embeddings but the default length of `generate`: give
     it max_new_tokens for prompts beyond.
 
@@ -59,6 +84,9 @@ def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters:
         where a model has one of its own for those with a sliding window (Gemma 3); for a score
         method the layers that see all keys: none of the distances in the others is past their
         window or chunk. "all" extends every layer that rotates.
+    mesh: DeviceMesh or ProcessGroup, the ranks that share a sequence; of two dimensions as in
+        `distributed.rerope_attention`.
+    strategy, balance: as there; the tokens must have been cut with the same balance.
     parameters: the method's parameters. For a frequency method, of the model's configuration come
         dim, base (its rope_theta; `abf` has its own), original_max_position_embeddings
         (max_position_embeddings where there is none) and max_position_embeddings, unless given.
@@ -74,21 +102,30 @@ def extend(model: nn.Module, method: str, *, layers: str = "full", **parameters:
     if method not in PARAMETERS:
         raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
     changes = score_changes if method in SCORES else frequency_changes
+    refuse_second_mesh(sites, method)
+    shared = None if mesh is None else Shared(mesh, strategy, balance)
     overrides, hooks = changes(model, sites, method, parameters, layers)
     overrides += batching_changes(model, method if method not in SCORES and hooks else None)
+    if shared is None:
+        guard = RegionGuard(method)
+        hooks = [*((site.owner, guard.before_forward, None) for site in sites), *hooks]
+    else:
+        overrides, hooks = share(model, sites, shared, overrides, hooks)
     extension = Extension(model, method, overrides, hooks)
-    if method in SCORES:
-        _rehearse(extension, sites)
+    if method in SCORES or shared is not None:
+        _rehearse(extension, sites, shared)
     return extension
 
 
-def _rehearse(extension: Extension, sites: list[RotarySite]) -> None:
+def _rehearse(extension: Extension, sites: list[RotarySite], shared: Shared | None) -> None:
     """Run four tokens: what a model does between its rotary embedding and its layers shows then."""
     for owner in {site.owner: None for site in sites}:
         try:
-            run_on_trial(owner)
+            run_on_trial(entrance(extension.model, owner))
         except Exception as error:  # whatever a foreign model leads to
             extension.restore()
+            if shared is not None and isinstance(error, ValueError):
+                raise  # by the attention over the mesh
             raise unsupported(
                 owner,
                 "what it does between its rotary embedding and its layers takes tables alone "

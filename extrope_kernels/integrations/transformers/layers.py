@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ... import RopeFreqs, apply_rope, scores
 from ...ops.attention import attend
-from .architecture import RotarySite, is_bounded, shortened, unsupported
+from .architecture import RotarySite, is_bounded, kind_of, shortened, unsupported
 from .attending import Heads, refuse_options, rotated_first, softmax_options
-from .calls import Override, call_of, dropout_of
+from .calls import Call, Override, call_of, dropout_of
 from .fused import rotating_layers
 from .rotation import register_attention
 from .rows import no_mask
@@ -29,6 +29,7 @@ from .trial import (
     Recorder,
     TrialTables,
     UnfitLayer,
+    entrance,
     ladders_of,
     replaced,
     run_on_trial,
@@ -60,8 +61,11 @@ class Layers:
     Raises ValueError where a layer does what the ops do not.
     """
 
-    def __init__(self, owner: nn.Module, sites: list[RotarySite], layers: str) -> None:
+    def __init__(
+        self, owner: nn.Module, sites: list[RotarySite], layers: str, model: nn.Module
+    ) -> None:
         self.owner = owner
+        self.entrance = entrance(model, owner)
         self.sites = sites
         self.far: dict[nn.Module, Heads] = {}
         self.near: list[nn.Module] = []
@@ -92,7 +96,7 @@ class Layers:
             if heads is None or self._is_near(layer, got.options, layers):
                 self.near.append(layer)
             else:
-                _check_options(owner, layer, got.options)
+                check_options(owner, layer, got.options)
                 self._check_attention(layer, heads, freqs, still.seen[layer], got)
                 self.far[layer] = heads
                 self.shapes.add((got.q.shape[-1], got.v.shape[-1], got.v.dtype))
@@ -127,13 +131,9 @@ class Layers:
         """A window tells the attention; chunks are in the mask alone, but have a name."""
         if options.get("sliding_window"):
             return layers == "full"
-        config = getattr(layer, "config", None)
-        kinds = getattr(config, "layer_types", None)
-        index = getattr(layer, "layer_idx", None)
-        kind = kinds[index] if kinds and index is not None and index < len(kinds) else ""
-        if not is_bounded(kind):
+        if not is_bounded(kind_of(layer)):
             return False
-        size = getattr(config, "attention_chunk_size", None)
+        size = getattr(getattr(layer, "config", None), "attention_chunk_size", None)
         if layers == "full" or not size or not self._has_chunks(layer):
             return True
         self.chunks[layer] = size
@@ -180,7 +180,7 @@ class Layers:
         ]
         try:
             with replaced(overrides):
-                recorder.output = run_on_trial(self.owner, **options)
+                recorder.output = run_on_trial(self.entrance, **options)
         except UnfitLayer as unfit:
             raise unsupported(self.owner, str(unfit)) from unfit
         except Exception as error:  # whatever a foreign layer leads to
@@ -201,9 +201,9 @@ class Layers:
     ) -> tuple[Heads | None, RopeFreqs]:
         """Return how a layer rotates, None where it does not, and the trial's frequencies."""
         freqs = RopeFreqs(still.q.new_zeros(1).float())
-        if _close(still.q, moved.q) and _close(still.k, moved.k):
+        if close(still.q, moved.q) and close(still.k, moved.k):
             return None, freqs
-        if not _close(still.v, moved.v):
+        if not close(still.v, moved.v):
             name = type(layer).__name__
             raise unsupported(
                 self.owner, f"{name} rotates its values too, so its output is not of distances"
@@ -217,7 +217,7 @@ class Layers:
                 heads = Heads(start, 2 * pairs, interleaved, sign)
                 freqs = RopeFreqs(sign * inv_freq.to(still.q.device))
                 if all(
-                    _close(_rotated(a, freqs, heads), rotated_first(b, start))
+                    close(_rotated(a, freqs, heads), rotated_first(b, start))
                     for a, b in ((still.q, moved.q), (still.k, moved.k))
                 ):
                     return heads, freqs
@@ -249,12 +249,20 @@ class Layers:
                 op="extend",
                 **options,
             )
-            mask = v.new_full((TOKENS, TOKENS), torch.finfo(v.dtype).min).triu(1)
-            q, k = moved.q.to(v.dtype), moved.k.to(v.dtype)
-            want = self.calls[layer].own(layer, q, k, v, mask[None, None], moved.options)
-        if want is None or not _close(got, want.view_as(got)):
-            name = type(layer).__name__
-            raise unsupported(self.owner, f"{name} attends in a way of its own")
+        compare_with_own(self.owner, layer, self.calls[layer], got, moved)
+
+
+@torch.no_grad()
+def compare_with_own(
+    owner: nn.Module, layer: nn.Module, call: Call, got: Tensor, given: Recorded
+) -> None:
+    """Raise ValueError unless a layer's own attention gives what the op has given."""
+    v = given.v
+    mask = v.new_full((TOKENS, TOKENS), torch.finfo(v.dtype).min).triu(1)
+    q, k = given.q.to(v.dtype), given.k.to(v.dtype)
+    want = call.own(layer, q, k, v, mask[None, None], given.options)
+    if want is None or not close(got, want.view_as(got)):
+        raise unsupported(owner, f"{type(layer).__name__} attends in a way of its own")
 
 
 def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
@@ -265,14 +273,14 @@ def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
     return apply_rope(x, freqs, **options).transpose(1, 2)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
     """Equal but for a few roundings, of float32 at best: that is what tables are made in."""
     eps = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)
     tolerance = 16 * eps * max(b.abs().max().item(), 1e-30)
     return bool((a - b).abs().max() <= tolerance)
 
 
-def _check_options(owner: nn.Module, layer: nn.Module, options: dict[str, Any]) -> None:
+def check_options(owner: nn.Module, layer: nn.Module, options: dict[str, Any]) -> None:
     """options: what the layer told its attention."""
     name = type(layer).__name__
     options = {key: value for key, value in options.items() if value is not None}

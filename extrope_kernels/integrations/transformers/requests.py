@@ -64,10 +64,12 @@ class LengthDependence:
         past = 0 if cache is None else int(cache.get_seq_length())
         freqs = getattr(cache, _ON_CACHE, {}).get(self.key) if past else None
         if freqs is None:
-            tokens = tokens_of(arguments)
+            tokens, shared = tokens_of(arguments), self.rotary.shared
             length = past + tokens.shape[1]
             positions = arguments.get("position_ids")
-            if limit is not None:
+            if shared is not None:
+                length *= shared.size
+            elif limit is not None:
                 length = max(length, limit)
             elif positions is not None:
                 length = int(positions.max()) + 1  # read on the host, once a request

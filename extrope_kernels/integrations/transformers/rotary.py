@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from .architecture import RotarySite
 from .rotation import Rotation, register_attention
 from .tables import Tables
 
+if TYPE_CHECKING:
+    from .context_parallel import Shared
+
 
 class Rotary:
     """Stands in for the forward of a rotary embedding.
@@ -22,6 +25,7 @@ class Rotary:
         sets them at the start of every forward; an extension by a score method shares them with
         the one before it.
     method: the extension's.
+    shared: with whom, where the extension is over a mesh.
     """
 
     def __init__(self, site: RotarySite, freqs: dict[str | None, RopeFreqs], method: str) -> None:
@@ -31,6 +35,7 @@ class Rotary:
         self.orders = dict(zip(site.layer_types, site.orders, strict=True))
         self.freqs = freqs
         self.method = method
+        self.shared: Shared | None = None
         self._tables: dict[str | None, Tables] = {}
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:

@@ -7,7 +7,6 @@ place of sin.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,29 +15,37 @@ from torch import Tensor
 from ... import RopeFreqs, apply_rope, apply_rope_qk
 
 INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
+# What takes the mask's place comes by this name, too, where others take masks away (accelerate).
+ARGUMENT = "extrope_attending"
 ATTENTION = "extrope_score"  # the one in the config of a layer that attends by a score method
 
 
-@dataclass(frozen=True, eq=False)
 class Rotation:
     """Frequencies and positions of one forward.
 
     Opaque to whatever casts or checkpoints tensors on the way, so the frequencies stay float32 and
-    the positions integers in a model of any dtype.
+    the positions integers in a model of any dtype. No dataclass: FSDP casts what those hold.
 
     positions: (batch or 1, seqlen); None leaves queries and keys as they are.
     keys_only: queries stay raw, as the attention of a score method takes them.
     """
 
-    freqs: RopeFreqs
-    positions: Tensor | None
-    interleaved: bool
-    keys_only: bool = False
+    def __init__(
+        self,
+        freqs: RopeFreqs,
+        positions: Tensor | None,
+        interleaved: bool,
+        keys_only: bool = False,
+    ) -> None:
+        self.freqs = freqs
+        self.positions = positions
+        self.interleaved = interleaved
+        self.keys_only = keys_only
 
     def to(self, device: torch.device | str | int, **_: Any) -> Rotation:
         """Move to `device`: accelerate's hooks call this where a model spans several devices."""
         positions = None if self.positions is None else self.positions.to(device)
-        return replace(self, freqs=self.freqs.to(device), positions=positions)
+        return Rotation(self.freqs.to(device), positions, self.interleaved, self.keys_only)
 
     def rotate(self, q: Tensor, k: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
         """Stand in for `apply_rotary_pos_emb`; q and k have heads in dimension `unsqueeze_dim`."""
@@ -69,6 +76,7 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
     """Attention function of transformers' interface; what takes the mask's place attends."""
+    attention_mask = options.pop(ARGUMENT, attention_mask)
     if attention_mask is None or isinstance(attention_mask, Tensor):
         raise RuntimeError(
             f"extend: {type(module).__name__} must be run by its model, got a call of its own"

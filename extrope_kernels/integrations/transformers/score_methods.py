@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from ...ops.attention import attend
 from ...scores import UNROTATED, Score
 from .architecture import RotarySite
 from .attending import Attending, exchange
+from .context_parallel import SharedRows, by_its_name
 from .forwards import argument_names, by_name, cache_of, caches_in, tokens_of
 from .layers import Layers
 from .paged import PackedRows, packed_rows
@@ -43,7 +43,7 @@ def score_changes(
     for owner in {site.owner: None for site in sites}:
         here = [site for site in sites if site.owner is owner]
         freqs = [_freqs_in_force(site, method, score) for site in here]
-        found = Layers(owner, here, layers)
+        found = Layers(owner, here, layers, model)
         _check_heads(score, log_n, found)
         rotaries = [
             ScoreRotary(site, each, method, score, log_n, found.around.get(site.rotary))
@@ -83,7 +83,7 @@ class ScoreRotary(Rotary):
         self.layer = layer
         self.score = score
         self.log_n = log_n
-        self.rows: Rows | StaticRows | PackedRows | None = None
+        self.rows: Rows | StaticRows | PackedRows | SharedRows | None = None
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         if layer_type not in self.freqs or self.rows is None:
@@ -101,7 +101,7 @@ class ScoreRotary(Rotary):
         if self.layer is not None:
             return stored
         own = super().__call__(x, position_ids, layer_type)
-        attending = replace(attending, stored=stored, own=own)
+        attending = attending.changed(stored=stored, own=own)
         return attending if self.single else (attending, attending)
 
     def attending(self, device: torch.device, layer_type: str | None = None) -> Attending:
@@ -110,9 +110,7 @@ class ScoreRotary(Rotary):
         if self.score.stored != UNROTATED:
             positions = self.score.stored(self.rows.positions).to(device)
         raw_queries = self.fused is not None
-        return Attending(
-            self.score, self.log_n, freqs, rows, positions, raw_queries, stored=None, own=None
-        )
+        return Attending(self.score, self.log_n, freqs, rows, positions, raw_queries)
 
 
 class ScoreForward:
@@ -129,7 +127,7 @@ class ScoreForward:
         self.needs_mask = layers.needs_mask
         self.argument_names = argument_names(owner)
         self.layer_argument_names = {
-            type(layer): argument_names(layer) for layer in [*layers.far, *layers.near]
+            layer: argument_names(layer) for layer in [*layers.far, *layers.near]
         }
 
     def before_forward(
@@ -165,7 +163,7 @@ class ScoreForward:
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook of an extended layer: keys where they are stored, and the attention."""
-        arguments = by_name(self.layer_argument_names[type(layer)], args, kwargs)
+        arguments = by_name(self.layer_argument_names[layer], args, kwargs)
         seen: list[Attending] = []
 
         def stored(attending: Attending) -> Any:
@@ -187,17 +185,23 @@ class ScoreForward:
             arguments = seen[0].rows.for_layer(arguments)
         attending = seen[0].of(self.heads[layer], self.chunks.get(layer))
         mask = self.calls[layer].mask(layer, attending)
+        if isinstance(attending.rows, SharedRows):
+            arguments = by_its_name(layer, arguments, attending)
         return (), with_mask(arguments, self.mask_name, mask)
 
     def before_near_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook of a layer that rotates and attends as ever."""
-        arguments = by_name(self.layer_argument_names[type(layer)], args, kwargs)
+        arguments = by_name(self.layer_argument_names[layer], args, kwargs)
         arguments.pop(_ROWS, None)
         return (), {name: exchange(value, _own) for name, value in arguments.items()}
 
-    def _rows(self, tokens: Tensor, arguments: Mapping[str, Any]) -> Rows | StaticRows | PackedRows:
+    def _rows(
+        self, tokens: Tensor, arguments: Mapping[str, Any]
+    ) -> Rows | StaticRows | PackedRows | SharedRows:
+        if (shared := self.rotaries[0].shared) is not None:
+            return shared.rows(tokens)
         cache, mask = cache_of(arguments), arguments.get("attention_mask")
         if (packed := packed_rows(cache, arguments)) is not None:
             return packed

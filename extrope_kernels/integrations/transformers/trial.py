@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,15 +144,32 @@ def replaced(overrides: list[Override]) -> Iterator[None]:
                 vars(module)[name] = value
 
 
+def entrance(model: nn.Module, owner: nn.Module) -> nn.Module:
+    """Return what a trial of an owner calls: FSDP wants its root called first."""
+    return model if _fsdp_modules(model) else owner
+
+
+def _fsdp_modules(module: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [each for each in module.modules() if fsdp and isinstance(each, fsdp.FSDPModule)]
+
+
 @torch.no_grad()
-def run_on_trial(owner: nn.Module, **options: Tensor) -> Any:
-    """Run an owner on four tokens, as it would run in evaluation, and return its output."""
+def run_on_trial(owner: nn.Module, backwards: bool = False, **options: Tensor) -> Any:
+    """Run an owner, or its `entrance`, on four tokens as in evaluation; return its output.
+
+    backwards: the last token first.
+    """
     embed = getattr(owner, "get_input_embeddings", None)
     weights = embed() if embed is not None else owner
     tokens = torch.arange(TOKENS, device=next(weights.parameters()).device)[None]
     options = {name: value.to(tokens.device) for name, value in options.items()}
+    tokens = tokens.flip(1) if backwards else tokens
     with _evaluating(owner):
-        return owner(input_ids=tokens, use_cache=False, **options)
+        output = owner(input_ids=tokens, use_cache=False, **options)
+    for module in _fsdp_modules(owner):
+        module.reshard()  # the root keeps its parameters whole, for a backward
+    return output
 
 
 @contextmanager

@@ -1,0 +1,242 @@
+"""Extended models over 2 and 4 processes against one process: logits and all gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from extrope_kernels import distributed
+
+SEQLEN, VOCABULARY = 48, 128
+SCORES = {
+    "rerope": {"window": 16},
+    "self_extend": {"window": 16, "factor": 4},
+    "dual_chunk": {"chunk_size": 16, "local_window": 4},
+    "blockwise_causal": {"block_size": 8},
+}
+METHODS = SCORES | {"rope": {}, "yarn": {"factor": 4.0}, "dynamic_ntk": {"factor": 2.0}}
+# The same sums in another order, and a few roundings of float32, in which models compute their
+# norms whatever their weights are.
+TOLERANCE = 2.0**-19
+
+
+def built(name):
+    from tiny_models import build
+
+    return build(name).double()
+
+
+def extended(*args, **options):
+    from extrope_kernels.integrations.transformers import extend
+
+    return extend(*args, **options)
+
+
+def inputs():
+    """ids, and what logits are multiplied by, the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 100, (2, SEQLEN), generator=generator)
+    return ids, torch.randn(2, SEQLEN, VOCABULARY, generator=generator).double()
+
+
+def trained(model, ids, weights, **given):
+    """logits of a model, whose parameters get gradients."""
+    logits = model(input_ids=ids, **given).logits
+    (logits * weights).sum().backward()
+    return logits.detach()
+
+
+def gradients(model):
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def on_one_process(name, method):
+    model = built(name)
+    with extended(model, method, **METHODS[method]):
+        return trained(model, *inputs(), use_cache=False), gradients(model)
+
+
+def assert_close(name, got, want):
+    error = (got - want).abs().max() / want.abs().max().clamp(min=1)
+    assert error <= TOLERANCE, f"{name}: {error:.3g}"
+
+
+def equals_one_process(mesh, name, method, strategy, balance, checkpoint=False):
+    logits, expected = on_one_process(name, method)
+    model, cut = built(name), {"mesh": mesh, "balance": balance}
+    ids, weights = (distributed.shard(x, **cut) for x in inputs())
+    if checkpoint:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    with extended(model, method, strategy=strategy, **cut, **METHODS[method]):
+        copied = copy.deepcopy(model)  # goes round the same group
+        found = trained(copied, ids, weights)
+        given = distributed.local_positions(SEQLEN, **cut)[None]
+        again = model(input_ids=ids, position_ids=given, attention_mask=torch.ones_like(ids))
+    assert torch.equal(again.logits, found)
+    assert_close("logits", found, distributed.shard(logits, **cut))
+    assert gradients(copied).keys() == expected.keys()
+    for n, got in gradients(copied).items():
+        dist.all_reduce(got, group=mesh.get_group())
+        assert_close(n, got, expected[n])
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "strategy", "balance"),
+    [
+        ("Llama", "rope", "ring", "zigzag"),
+        ("Llama", "yarn", "gather", "zigzag"),
+        ("Llama", "dynamic_ntk", "ulysses", None),
+        ("Llama", "rerope", "gather", None),
+        ("Llama", "self_extend", "ring", "zigzag"),
+        ("Llama", "dual_chunk", "gather", "zigzag"),
+        ("Llama", "blockwise_causal", "ulysses", "zigzag"),
+        ("Qwen3", "yarn", "ring", None),
+        ("Qwen3", "rerope", "gather", "zigzag"),
+        ("Gemma2", "self_extend", "gather", "zigzag"),
+        ("Gemma3", "yarn", "ulysses", "zigzag"),
+        ("Gemma3", "dual_chunk", "ring", "zigzag"),
+    ],
+)
+def test_equals_one_process(ranks, name, method, strategy, balance):
+    case = {"method": method, "strategy": strategy, "balance": balance}
+    ranks.run(equals_one_process, 2, name=f"{name}ForCausalLM", **case)
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+def test_activation_checkpointing(ranks, method):
+    case = {"strategy": "ring", "balance": "zigzag", "checkpoint": True}
+    ranks.run(equals_one_process, 2, name="LlamaForCausalLM", method=method, **case)
+
+
+def tensor_parallel_too(mesh, method, first):
+    """Heads over the ranks of one dimension, tokens over those of the other."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    logits, expected = on_one_process("LlamaForCausalLM", method)
+    model, plan = built("LlamaForCausalLM"), {}
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        plan[f"model.layers.*.{name}"] = ColwiseParallel()
+    plan["model.layers.*.self_attn.o_proj"] = RowwiseParallel()
+    if first == "parallelize":
+        parallelize_module(model, mesh["inner"], plan)
+    cp = mesh["outer"]
+    with extended(model, method, mesh=cp, **METHODS[method]):
+        if first == "extend":
+            parallelize_module(model, mesh["inner"], plan)
+        found = trained(model, *(distributed.shard(x, cp) for x in inputs()))
+    assert_close("logits", found, distributed.shard(logits, cp))
+    for n, got in gradients(model).items():
+        got = got.full_tensor() if hasattr(got, "full_tensor") else got
+        dist.all_reduce(got, group=cp.get_group())
+        assert_close(n, got, expected[n])
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@pytest.mark.parametrize("first", ["parallelize", "extend"])
+def test_tensor_parallel_too(ranks, first, method):
+    ranks.run(tensor_parallel_too, (2, 2), method=method, first=first)
+
+
+def fully_sharded(mesh, method, first):
+    """FSDP2 over the ranks that share the sequence: gradients are their mean."""
+    from torch.distributed.fsdp import fully_shard
+
+    logits, expected = on_one_process("LlamaForCausalLM", method)
+    model = built("LlamaForCausalLM")
+
+    def shard_parameters(**options):
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, **options)
+        fully_shard(model, mesh=mesh, **options)
+
+    if first == "fully_shard":
+        shard_parameters()
+    with extended(model, method, mesh=mesh, **METHODS[method]):
+        if first == "extend":
+            shard_parameters()
+        found = trained(model, *(distributed.shard(x, mesh) for x in inputs()))
+    assert_close("logits", found, distributed.shard(logits, mesh))
+    for n, got in gradients(model).items():
+        assert_close(n, mesh.size() * got.full_tensor(), expected[n])
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@pytest.mark.parametrize("first", ["fully_shard", "extend"])
+def test_fully_sharded(ranks, first, method):
+    ranks.run(fully_sharded, 2, method=method, first=first)
+
+
+def mixed_precision(mesh, method, first, over_mesh):
+    """No further from float64 than twice what one process is with weights of bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    exact, _ = on_one_process("LlamaForCausalLM", method)
+    ids, weights = inputs()
+    same, model = built("LlamaForCausalLM").bfloat16(), built("LlamaForCausalLM").float()
+    with extended(same, method, **METHODS[method]):
+        plain = trained(same, ids, weights.bfloat16(), use_cache=False)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    cp = mesh if over_mesh else None
+
+    def shard_parameters():
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    if first == "fully_shard":
+        shard_parameters()
+    with extended(model, method, mesh=cp, **METHODS[method]):
+        if first == "extend":
+            shard_parameters()
+        mine = [distributed.shard(x, mesh) if over_mesh else x for x in (ids, weights.bfloat16())]
+        found = trained(model, *mine, use_cache=False)
+    if over_mesh:
+        found = distributed.unshard(found, mesh)
+    assert found.dtype == torch.bfloat16
+    budget = 2 * (plain.double() - exact).square().mean().sqrt()
+    assert (found.double() - exact).square().mean().sqrt() <= budget
+    assert all(grad.dtype == torch.float32 for grad in gradients(model).values())
+
+
+@pytest.mark.parametrize("over_mesh", [True, False], ids=["over a mesh", "alone"])
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@pytest.mark.parametrize("first", ["fully_shard", "extend"])
+def test_fully_sharded_in_mixed_precision(ranks, first, method, over_mesh):
+    ranks.run(mixed_precision, 2, method=method, first=first, over_mesh=over_mesh)
+
+
+def in_accelerates_region(mesh, method):
+    """As accelerate and Trainer do it: their hooks take masks away, torch's region shards."""
+    from accelerate.big_modeling import _attach_context_parallel_hooks
+    from torch.distributed.tensor.experimental import context_parallel
+
+    ids, _ = inputs()
+    labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    model, one = built("LlamaForCausalLM"), built("LlamaForCausalLM")
+    with extended(one, method, **METHODS[method]):
+        one(input_ids=ids, labels=ids, shift_labels=labels, use_cache=False).loss.backward()
+    given = {"input_ids": ids, "labels": ids.clone(), "shift_labels": labels}
+    given["position_ids"] = torch.arange(SEQLEN).repeat(2, 1)
+    buffers, count = list(given.values()), (labels != -100).sum()
+    with extended(model, method, mesh=mesh, **METHODS[method]):
+        assert model.config._attn_implementation == "sdpa"  # which they insist on
+        _attach_context_parallel_hooks(model)
+        with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[1] * len(buffers)):
+            assert given["input_ids"].shape[1] == SEQLEN // mesh.size()
+            model(**given, num_items_in_batch=count).loss.backward()
+    for n, got in gradients(model).items():
+        dist.all_reduce(got, group=mesh.get_group())
+        assert_close(n, got, gradients(one)[n])
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+def test_in_accelerates_region(ranks, method):
+    pytest.importorskip("accelerate")
+    ranks.run(in_accelerates_region, 2, method=method)
