@@ -57,10 +57,14 @@ class Ranks:
             process.join()
         self.processes, self.pipes = [], []
 
-    def _start(self) -> None:
-        # Forked from a process that has imported all this once, and has no threads.
+    def context(self) -> Any:
+        """Processes are forked from one that has imported all this once, and has no threads."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(self.preloaded)
+        return context
+
+    def _start(self) -> None:
+        context = self.context()
         store = os.path.join(tempfile.mkdtemp(), "store")
         threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         os.environ.update(dict.fromkeys(threads, "1"))

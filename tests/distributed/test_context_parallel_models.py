@@ -161,6 +161,7 @@ def fully_sharded(mesh, method, first):
     with extended(model, method, mesh=mesh, **METHODS[method]):
         if first == "extend":
             shard_parameters()
+        assert all(hasattr(p, "full_tensor") for p in model.parameters())  # those to optimize
         found = trained(model, *(distributed.shard(x, mesh) for x in inputs()))
     assert_close("logits", found, distributed.shard(logits, mesh))
     for n, got in gradients(model).items():
