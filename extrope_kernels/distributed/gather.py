@@ -15,10 +15,7 @@ from torch import Tensor
 from ..ops.attention import BlockCall, block_backward, block_forward, grad_of_sinks
 from .collectives import Group, start_gather, start_scatter_sum, wait
 from .layout import Balance, by_rank, in_order
-from .rows import Block, RopeTensors, apart, joined
-
-# Gathered keys take a PARTSth of what all of them would; more and smaller messages take longer.
-PARTS = 8
+from .rows import Block, RopeTensors, apart, joined, parts_of
 
 
 class Plan(NamedTuple):
@@ -84,18 +81,13 @@ class _Gather(torch.autograd.Function):
 
 def _parts(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Some heads of queries, and the `joined` keys and values of all ranks that these heads see."""
-    heads, group = k.shape[-2], q.shape[-2] // k.shape[-2]
-    size = -(-heads // PARTS)
-    parts = [slice(n, min(n + size, heads)) for n in range(0, heads, size)]
-    coming = _start(plan, parts[0], k, v)
+    parts = parts_of(q, k)
+    coming = _start(plan, parts[0].k, k, v)
     for n, part in enumerate(parts):
         rows = wait(coming)
         if n + 1 < len(parts):
-            coming = _start(plan, parts[n + 1], k, v)
-        yield (
-            slice(part.start * group, part.stop * group),
-            in_order(rows, plan.group.size, plan.balance),
-        )
+            coming = _start(plan, parts[n + 1].k, k, v)
+        yield part.q, in_order(rows, plan.group.size, plan.balance)
 
 
 def _start(plan: Plan, heads: slice, k: Tensor, v: Tensor) -> Tensor:

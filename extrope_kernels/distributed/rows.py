@@ -10,6 +10,16 @@ from torch import Tensor
 from .collectives import Group
 from .layout import Balance, chunks
 
+# What is sent of keys at once takes a PARTSth of all; more and smaller messages take longer.
+PARTS = 8
+
+
+class Part(NamedTuple):
+    """Some heads: those of keys, and those of the queries that see them."""
+
+    q: slice
+    k: slice
+
 
 class Run(NamedTuple):
     """Tokens that follow one another: their rows on a rank, and the position of the first."""
@@ -61,6 +71,10 @@ class RopeTensors(NamedTuple):
     sinks: Tensor | None = None
     query_scale: Tensor | None = None  # of this rank's tokens
 
+    def of_heads(self, heads: slice) -> RopeTensors:
+        """Those of some heads of queries."""
+        return self if self.sinks is None else self._replace(sinks=self.sinks[heads])
+
     def of_block(self, block: Block, heads: slice) -> tuple[Tensor | None, ...]:
         """As an op takes them, after q, k and v: for the block's queries, and these heads."""
         inv_freq, scale = self.inv_freq, self.query_scale
@@ -73,6 +87,14 @@ class RopeTensors(NamedTuple):
             None if self.sinks is None else self.sinks[heads],
             None if scale is None else scale[..., block.rows].contiguous(),
         )
+
+
+def parts_of(q: Tensor, k: Tensor) -> list[Part]:
+    """All heads, PARTS times some, or one after the other where there are fewer."""
+    heads, group = k.shape[-2], q.shape[-2] // k.shape[-2]
+    size = -(-heads // PARTS)
+    parts = [slice(n, min(n + size, heads)) for n in range(0, heads, size)]
+    return [Part(slice(part.start * group, part.stop * group), part) for part in parts]
 
 
 def runs(tokens: int, group: Group, balance: Balance) -> list[Run]:

@@ -1,0 +1,65 @@
+"""What a call holds at its peak: tensors that it has made and that are alive, by their bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of tensors made under it, by the ops that made them; not what kernels use.
+
+    peak: the most at any time. at_peak: of what: (op, bytes) each, largest first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, str, int]] = {}
+        self.peak = 0
+        self.at_peak: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        made = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if _is(x)}
+        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
+        for x in tree_leaves(made):
+            if _is(x) and (key := x.untyped_storage()._cdata) not in given | self.alive.keys():
+                size = x.untyped_storage().nbytes()
+                self.alive[key] = (StorageWeakRef(x.untyped_storage()), str(func), size)
+        held = sum(size for _, _, size in self.alive.values())
+        if held > self.peak:
+            self.peak = held
+            found = ((name, size) for _, name, size in self.alive.values())
+            self.at_peak = sorted(found, key=lambda kept: -kept[1])
+        return made
+
+
+def share(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Bytes that attention with its backward makes and needs: out and the gradients; out like q."""
+    return 2 * _bytes(q) + _bytes(k) + _bytes(v)
+
+
+def of_ring(q: Tensor, k: Tensor, v: Tensor, parts: int) -> int:
+    """Bytes of a ring at its peak, of this rank's q, k and v; all but log-sum-exps.
+
+    On top of the share, a part of the heads at a time: keys and values that are here and those that
+    come, their gradients in float32 that go and those that come, the sum of dq in float32 where q
+    is narrower, and what half of the queries (a run of zigzag's) and half of the keys have found.
+    """
+    wide = max(4 // q.element_size(), 1)
+    keys = _bytes(k) + _bytes(v)
+    sums = _bytes(q) * wide if wide > 1 else 0
+    under_way = 2 * keys + 2 * wide * keys + sums + (_bytes(q) + keys) // 2
+    return share(q, k, v) + under_way // parts
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _is(x: Any) -> bool:
+    return isinstance(x, Tensor)
