@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ..ops import linear_attention
 from ..ops._shared.checks import check_rows, refuse_flags
-from ..ops.linear_attention import default_decay, feature
+from ..ops.linear_attention import default_decay, seen, state_of
 from ..ops.permute import permute_qk
 from .agreement import Settings, agreed
 from .collectives import gathered
@@ -71,21 +71,11 @@ def permuteformer_attention(
         return {**told, "what requires grad": asks, "decay's shape": heads, "causal": causal}
 
     out, rows, keys, values, decays = agreed(op, mesh, own_part, settings)
-    others = _of_others(_state(keys, values, decays), q.shape[1], decays, devices, causal)
-    out = out + _seen(rows, others, decays)
+    others = _of_others(state_of(keys, values, decays), q.shape[1], decays, devices, causal)
+    out = out + seen(rows, others, decays)
     if normalize:
         out = out[..., :-1] / out[..., -1:]
     return out.to(q.dtype)
-
-
-def _state(k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
-    """(batch, heads, head_dim, head_dim_v): what a rank's tokens leave behind their last one."""
-    heads = k.shape[2] if decay is None else decay.shape[0]
-    k, v = (x.repeat_interleave(heads // x.shape[2], 2) for x in (feature(k), v))
-    if decay is not None:
-        age = torch.arange(k.shape[1] - 1, -1, -1, device=k.device)
-        k = k * (decay.to(k.dtype) ** age[:, None])[..., None]
-    return torch.einsum("bjhd,bjhe->bhde", k, v)
 
 
 def _of_others(
@@ -102,14 +92,3 @@ def _of_others(
         between = (devices.rank - 1 - ranks).clamp(min=0) * tokens
         weights = weights * decay.to(state.dtype) ** between[:, None]
     return torch.einsum("pbhde,ph->bhde", states, weights)
-
-
-def _seen(q: Tensor, state: Tensor, decay: Tensor | None) -> Tensor:
-    """(batch, seqlen, heads, head_dim_v): what queries read of a state before the first of them."""
-    heads = max(q.shape[2], state.shape[1])
-    q = feature(q).repeat_interleave(heads // q.shape[2], 2)
-    if decay is not None:
-        after = torch.arange(1, q.shape[1] + 1, device=q.device)
-        decays = decay.to(q.dtype).repeat_interleave(heads // decay.shape[0])
-        q = q * (decays ** after[:, None])[..., None]
-    return torch.einsum("bihd,bhde->bihe", q, state.repeat_interleave(heads // state.shape[1], 1))

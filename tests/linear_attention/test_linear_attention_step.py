@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from test_linear_attention import make
@@ -93,3 +95,37 @@ def test_states_that_are_not_finite(name, tokens, dtype):
     wide = PermuteFormerState(state.kv.double(), state.k.double())
     exact, _ = permuteformer_step(*(x.double() for x in (q, k, v)), wide, **arguments)
     assert torch.equal(out.isnan(), exact.isnan()) and torch.equal(out.isinf(), exact.isinf())
+
+
+def gradients_of_steps(q, k, v, start, douts, backend, cuts, **arguments):
+    """Of q, k, v and the first state, through all states between; douts: of out and of the last."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, *start)]
+    state, outs = PermuteFormerState(*leaves[3:]), []
+    for first, end in itertools.pairwise(cuts):
+        rows = [x[:, first:end] for x in leaves[:3]]
+        out, state = permuteformer_step(
+            *rows, state, positions=7 + first, backend=backend, **arguments
+        )
+        outs.append(out)
+    return torch.autograd.grad((torch.cat(outs, 1), *state), leaves, douts)
+
+
+@pytest.mark.parametrize(
+    ("heads", "normalize", "named"), [(1, True, None), (4, False, None), (4, True, "triton")]
+)
+def test_gradients_through_states(heads, normalize, named):
+    (q, k, v), permutations = make(2, 50, 4, 1, dim=24, value_dim=17)
+    decay = torch.linspace(0.8, 1, heads).to(q.device)
+    arguments = {"permutations": permutations, "normalize": normalize, "decay": decay}
+    prompt = [x[:, :7] for x in (q, k, v)]
+    _, start = permuteformer_step(*prompt, **arguments)
+    rest = [x[:, 7:] for x in (q, k, v)]
+    douts = [torch.randn(2, 43, 4, 17), *(torch.randn(x.shape) for x in start)]
+    douts = [x.to(q.device) for x in douts]
+    exactly = [x.double() for x in (*rest, *start, *douts)]
+    whole = ("reference", (0, 43))
+    exact = gradients_of_steps(*exactly[:3], exactly[3:5], exactly[5:], *whole, **arguments)
+    same = gradients_of_steps(*rest, start, douts, *whole, **arguments)
+    found = gradients_of_steps(*rest, start, douts, named, (0, 1, 20, 43), **arguments)
+    for name, *values in zip(("q", "k", "v", "kv", "key_sum"), found, same, exact):
+        assert_within_budget(name, *values)

@@ -8,13 +8,14 @@ from .api import (
     permuteformer_attention,
     permuteformer_step,
 )
-from .scan import feature
+from .state import seen, state_of
 
 __all__ = [
     "PermuteFormerState",
     "backends",
     "default_decay",
-    "feature",
     "permuteformer_attention",
     "permuteformer_step",
+    "seen",
+    "state_of",
 ]

@@ -13,6 +13,7 @@ from .._shared.checks import explained, refuse_flags, split_offset
 from . import reference
 from .arguments import check, check_decay_values, check_state
 from .scan import Scan
+from .state import step_with_gradients
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -121,7 +122,8 @@ def permuteformer_step(
         each; 0 without a state, and to be given with one.
 
     Returns: (batch, seqlen, heads_q, head_dim_v) in q's dtype, and the state after the last token.
-        For inference: they have no gradient.
+        Differentiable in q, k, v and the state, to first order, with v of less than 256
+        dimensions; to any order with backend="reference".
     Raises: as `permuteformer_attention`.
     """
     name = "permuteformer_step"
@@ -150,8 +152,17 @@ def permuteformer_step(
         )
         scanned = reference.scan(q, k, v, how)
         return scanned.out, PermuteFormerState(scanned.state, scanned.sum)
-    op = _op("linear_attn_step", backend)
-    out, kv, key_sum = op(q, k, v, kv, key_sum, decay, normalize=normalize)
+    given = [x for x in (q, k, v, kv, key_sum) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        op = _op("linear_attn_fwd", backend)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+            return op(q, k, v, decay, normalize=False)[0]
+
+        out, kv, key_sum = step_with_gradients(attention, q, k, v, kv, key_sum, decay, normalize)
+    else:
+        op = _op("linear_attn_step", backend)
+        out, kv, key_sum = op(q, k, v, kv, key_sum, decay, normalize=normalize)
     return out, PermuteFormerState(kv, key_sum)
 
 
