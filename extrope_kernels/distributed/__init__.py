@@ -1,5 +1,6 @@
 """Context parallelism: attention of a sequence whose tokens are spread over the ranks of a mesh."""
 
+from . import dtensor  # noqa: F401  (registers sharding rules)
 from .attend import attend
 from .attention import (
     blockwise_causal_attention,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs, distributed, methods
+from ... import RopeFreqs, methods
 from ...scores import FIRST_KEY, UNROTATED, Region, Score
 from .attending import refuse_options, softmax_options
 from .calls import Call
@@ -29,11 +29,15 @@ class Shared:
     """The ranks that share a sequence with this one, and how they attend."""
 
     def __init__(self, mesh: Mesh, strategy: Strategy, balance: Balance) -> None:
+        # Imported where there is a mesh: it takes half a second, and not every torch has it.
+        from ... import distributed
+
         try:  # refuses a wrong mesh or balance; a strategy is, as it is used
             distributed.local_positions(0, mesh, balance=balance)
         except (TypeError, ValueError) as error:
             _, _, refusal = str(error).partition(": ")
             raise type(error)(f"extend: {refusal}") from None
+        self.distributed = distributed
         self.mesh = mesh
         self.strategy = strategy
         self.balance = balance
@@ -48,7 +52,7 @@ class Shared:
 
     def positions(self, tokens: Tensor) -> Tensor:
         """(1, seqlen / P) int64, of this rank's tokens."""
-        return distributed.local_positions(
+        return self.distributed.local_positions(
             tokens.shape[1] * self.size, self.mesh, balance=self.balance, device=tokens.device
         )[None]
 
@@ -61,7 +65,7 @@ class Shared:
     ) -> Tensor:
         """Attend from this rank's queries to the keys of all; tensors as the ops take them."""
         options = {"op": "extend", **options}
-        return distributed.attend(
+        return self.distributed.attend(
             score,
             q,
             k,

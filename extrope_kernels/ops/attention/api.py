@@ -18,6 +18,7 @@ from .._shared.attention_call import (
     score_options,
 )
 from .._shared.checks import explained, refuse_flags
+from .._shared.dtensor import replicated
 from .._shared.options import refuse_unknown, takes_options_of
 from . import flash_attn, reference
 from .arguments import check, check_boundaries
@@ -66,6 +67,8 @@ def attend(
     if sinks is not None or query_scale is not None or q_start is not None or k_start is not None:
         starts = (_start(op, "q_start", q_start, q), _start(op, "k_start", k_start, q))
         rope_args += given_up_to_last(sinks, query_scale, *starts)
+    if type(q) is not Tensor:
+        rope_args = replicated(q, rope_args)
     options = score_options(score, stored=keys_stored)
     options |= rope_options(op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window)
     out, lse = explained(

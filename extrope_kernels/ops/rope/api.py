@@ -11,6 +11,7 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from .._shared.backends import missing, require
 from .._shared.checks import REFUSALS, refuse_flags, retell, split_offset
+from .._shared.dtensor import replicated
 from . import norm as norm_reference
 from . import reference
 from .checks import check, check_norm, check_norm_eps
@@ -155,6 +156,8 @@ def _rotate(
     if freqs.log_decay is not None:
         options["decay_origin"] = freqs.decay_origin
         check_decay(freqs, q, positions, options.get("offset", 0), packed=cu_seqlens is not None)
+    if type(q) is not Tensor:
+        rope_args = replicated(q, rope_args)
     name, op_args = "rope", rope_args
     if norm is not None:
         name, op_args = "rope_norm", (*norm[:2], *rope_args)

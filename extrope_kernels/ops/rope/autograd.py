@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._shared.autograd import batching_rule, contiguous_rows, register_backward
+from .._shared.dtensor import replicated
 from .._shared.positions import sequence_of_token
 from .pairs import cross, join_pairs, split_pairs
 from .rotation import resolve, token_positions
@@ -25,7 +26,12 @@ def register(library: torch.library.Library, suffix: str) -> None:
 
     def fwd_backward(ctx, grad_q, grad_k):
         q, k, *rope_args = ctx.saved_tensors
-        grad_q, grad_k = contiguous_rows(grad_q), contiguous_rows(grad_k) if ctx.has_k else None
+        if grad_q is None and grad_k is None:
+            return None, None, None
+        # Zeros that are made from the other one are a DTensor where that is.
+        grad_q = grad_k.new_zeros(ctx.shapes[0]) if grad_q is None else contiguous_rows(grad_q)
+        if ctx.has_k:
+            grad_k = grad_q.new_zeros(ctx.shapes[1]) if grad_k is None else contiguous_rows(grad_k)
         dq, dk, angle_grad = bwd(grad_q, grad_k, q, k, *rope_args, **ctx.options)
         d_freq = None
         if q is not None:
@@ -59,6 +65,8 @@ def register(library: torch.library.Library, suffix: str) -> None:
 def _save_fwd(ctx, args, options, outputs):
     q, k, inv_freq = args[:3]
     ctx.has_k = k is not None
+    ctx.shapes = (q.shape, k.shape if ctx.has_k else None)
+    ctx.set_materialize_grads(False)
     _save(ctx, (q, k) if inv_freq.requires_grad else (None, None), args[2:], options)
 
 
@@ -111,7 +119,8 @@ def _frequency_grad(angle_grad, grad_q, grad_k, rope_args, options) -> Tensor:
         angle_grad = -angle_grad
     tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
     batch, seqlen = tensors[0].shape[:2]
-    by_token = angle_grad.double() * token_positions(rotation, batch, seqlen)[:, :, None]
+    (positions,) = replicated(angle_grad, (token_positions(rotation, batch, seqlen),))
+    by_token = angle_grad.double() * positions[:, :, None]
     if rotation.inv_freq.shape[0] == 1:
         total = by_token.sum((0, 1)).unsqueeze(0)
     elif rotation.cu_seqlens is None:

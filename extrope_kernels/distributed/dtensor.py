@@ -1,0 +1,144 @@
+"""Sharding rules, by which DTensors go into the ops of the rotation and of attention.
+
+A rule lists, for one dimension of a mesh, what an op's arguments may be sharded by so that every
+rank computes its own part; DTensor takes the cheapest. Batch and heads, and for the rotation the
+sequence, where every token's own position is given. Attention over a sharded sequence is what the
+functions of this package are for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+# Of the first arguments of an op: which are rows of tokens, and of their log-sum-exps.
+_ROWS = {"rope_fwd": 2, "rope_bwd": 4, "attention_fwd": 3, "attention_bwd": 7}
+_NUMBERS = {"attention_bwd": (1, 6)}
+_OUTPUTS = {"rope_fwd": 2, "rope_bwd": 3, "attention_fwd": 2, "attention_bwd": 3}
+Placements = list[Any]
+
+
+def register() -> None:
+    """Tell DTensor the rules of all ops, whatever runs them."""
+    ops = torch.ops.extrope
+    for name in _ROWS:
+        suffixes = ("", "_triton", "_flash_attn") if "attention" in name else ("", "_triton")
+        overloads = [getattr(ops, name + suffix).default for suffix in suffixes]
+        register_sharding(overloads)(_rule(name))
+
+
+def _rule(name: str) -> Callable[..., list[tuple[Placements, Placements]]]:
+    count = _ROWS[name]
+
+    def acceptable(*args: Any, **options: Any) -> list[tuple[Placements, Placements]]:
+        args = (*args, *[None] * (count - len(args)))
+        rows, others = args[:count], args[count:]
+        whole: Placements = [None if x is None else Replicate() for x in args]
+        found = [([Replicate()] * _OUTPUTS[name], whole)]
+        of_others = _rope_args if name.startswith("rope") else _attention_args
+        for what in ("batch", "heads", "sequence"):
+            rest = of_others(what, rows, others)
+            if rest is None or not _divides(what, rows, _NUMBERS.get(name, ())):
+                continue
+            dim = _dim(what, rows[0])
+            given = [None if x is None else Shard(dim) for x in rows]
+            for n in _NUMBERS.get(name, ()):
+                given[n] = rows[n] and Shard(_of_numbers(what, rows[0]))
+            found.append((_outputs(name, what, rows, others), [*given, *rest]))
+        return found
+
+    return acceptable
+
+
+def _dim(what: str, rows: Any) -> int:
+    """Of (batch, seqlen, heads, head_dim) or, packed, (total, heads, head_dim)."""
+    return rows.ndim - 2 if what == "heads" else {"batch": 0, "sequence": 1}[what]
+
+
+def _of_numbers(what: str, rows: Any) -> int:
+    """Of (batch, heads, seqlen) or, packed, (heads, total)."""
+    return rows.ndim - 3 if what == "heads" else 0
+
+
+def _divides(what: str, rows: tuple[Any, ...], numbers: tuple[int, ...]) -> bool:
+    """Whether heads can be cut so that those of queries stay with those of their keys."""
+    if what != "heads":
+        return True
+    heads = [x.shape[-2] for n, x in enumerate(rows) if x is not None and n not in numbers]
+    sizes = list(rows[0].mesh.shape)
+    for count in range(1, len(sizes) + 1):
+        for some in itertools.combinations(sizes, count):
+            ranks = math.prod(some)
+            # DTensor itself does not cut fewer heads than there are ranks.
+            if any(n % ranks and n >= ranks for n in heads):
+                return False
+    return True
+
+
+def _rope_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Placements | None:
+    """inv_freq, positions, cu_seqlens, log_decay and axes, as far as they are given."""
+    inv_freq, positions, cu_seqlens, *_ = (*args, None, None)
+    q, packed = rows[0], rows[0].ndim == 3
+    if what != "heads" and (packed or cu_seqlens is not None):
+        return None
+    found: Placements = [None if x is None else Replicate() for x in args]
+    if what == "heads":
+        if _per_head(inv_freq):
+            found[0] = Shard(1)
+        return found
+    if what == "batch":
+        if inv_freq.ndim > 1 and inv_freq.shape[0] > 1:
+            found[0] = Shard(0)
+        if positions is not None:
+            by_token = positions.ndim == 1 and positions.shape[0] == q.shape[1]
+            dim = 1 if positions.ndim == 3 else 0
+            if not by_token and positions.shape[dim] > 1:
+                found[1] = Shard(dim)
+        return found
+    if positions is None or positions.shape[-1] != q.shape[1]:
+        return None
+    found[1] = Shard(positions.ndim - 1)
+    return found
+
+
+def _attention_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Placements | None:
+    """inv_freq, cu_seqlens, log_decay, sinks, query_scale and the starts, as far as given."""
+    if what == "sequence" or (what == "batch" and rows[0].ndim == 3):
+        return None
+    found: Placements = [None if x is None else Replicate() for x in args]
+    for n, x in enumerate(args):
+        if x is None:
+            continue
+        if what == "heads":
+            found[n] = Shard(0) if n == 3 else Replicate()  # the sinks
+        elif (n in (0, 4) and x.ndim == 2 and x.shape[0] > 1) or (n > 4 and x.shape[0] > 1):
+            found[n] = Shard(0)
+    return found
+
+
+def _outputs(name: str, what: str, rows: tuple[Any, ...], others: tuple[Any, ...]) -> Placements:
+    dim = Shard(_dim(what, rows[0]))
+    if name == "attention_fwd":
+        return [dim, Shard(_of_numbers(what, rows[0]))]
+    if name == "attention_bwd":
+        return [dim] * 3
+    of_k = Replicate() if rows[1] is None else dim
+    if name == "rope_fwd":
+        return [dim, of_k]
+    angles = {"batch": Shard(0), "sequence": Shard(1), "heads": Partial()}[what]
+    if what == "heads" and _per_head(others[0]):
+        angles = Shard(2)
+    return [dim, of_k, Replicate() if rows[2] is None else angles]
+
+
+def _per_head(inv_freq: Any) -> bool:
+    return inv_freq.ndim == 3 and inv_freq.shape[1] > 1
+
+
+register()

@@ -1,0 +1,25 @@
+"""What ops do where their tensors are DTensors; whose sharding rules are in `distributed`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor
+
+
+def replicated(like: Tensor, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tensors that go with `like`: beside a DTensor all are, plain ones whole on every rank."""
+    if type(like) is Tensor:
+        return tensors
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(like, module.DTensor):
+        return tensors
+    mesh = like.device_mesh
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, Tensor) or isinstance(x, module.DTensor):
+            return x
+        return module.DTensor.from_local(x, mesh, [module.Replicate()] * mesh.ndim, run_check=False)
+
+    return tuple(whole(x) for x in tensors)

@@ -1,0 +1,99 @@
+"""DTensors go into the ops: batch and heads, and for the rotation the sequence, by their rules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, rerope_attention
+from extrope_kernels.testing import make_qk
+
+FREQS = RopeFreqs(10000.0 ** -(torch.arange(8) / 8))
+
+
+def outcome(function, leaves, douts):
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    outs = function(*leaves)
+    used = [(out, dout) for out, dout in zip(outs, douts) if dout is not None]
+    grads = torch.autograd.grad([x for x, _ in used], leaves, [x for _, x in used])
+    return *(x.detach() for x in outs), *grads
+
+
+def equals_plain(mesh, function, leaves, douts, placements, kept):
+    """kept: q, which comes first, and out are sharded as q was given: nothing was gathered."""
+    want = outcome(function, leaves, douts)
+    given = [distribute_tensor(x, mesh, p) for x, p in zip(leaves, placements)]
+    of_outs = [None if x is None else distribute_tensor(x, mesh, placements[0]) for x in douts]
+    found = outcome(function, given, of_outs)
+    for got, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(got.full_tensor(), expected, rtol=2e-6, atol=2e-6)
+    if kept:
+        assert found[0].placements == given[0].placements == found[len(douts)].placements
+
+
+def rotates(mesh, placement, case):
+    q, k = make_qk(4, 8, 8, 4, 16, torch.float32)
+    options = {"batch": {}, "positions": {"positions": torch.arange(8) * 3}}.get(case, {})
+    leaves, douts = [q, k], [q + 1, k + 1]
+    if case == "unused output":
+        douts[0] = None
+    placements = [placement, placement]
+    if case == "inv_freq":
+        leaves.append(FREQS.inv_freq)
+        placements.append([Replicate()] * mesh.ndim)
+
+    def function(q, k, *inv_freq):
+        freqs = RopeFreqs(*inv_freq) if inv_freq else FREQS
+        return apply_rope_qk(q, k, freqs, **options)
+
+    kept = case == "positions" or all(p != Shard(1) for p in placement)
+    equals_plain(mesh, function, leaves, douts, placements, kept and douts[0] is not None)
+
+
+BY_DIM = [[Shard(0)], [Shard(2)], [Shard(1)], [Replicate()]]
+
+
+@pytest.mark.parametrize("placement", BY_DIM, ids=str)
+@pytest.mark.parametrize("case", ["plain", "positions", "unused output", "inv_freq"])
+def test_rotates(ranks, case, placement):
+    ranks.run(rotates, 4, placement=placement, case=case)
+
+
+def attends(mesh, placement):
+    q, k = make_qk(4, 8, 8, 4, 16, torch.float32)
+    sinks = torch.linspace(-1, 1, 8)
+
+    def function(q, k, v):
+        return rerope_attention(q, k, v, FREQS, window=3, sinks=sinks, return_lse=True)
+
+    kept = Shard(1) not in placement
+    douts = [q + 1, None]
+    equals_plain(mesh, function, [q, k, k + 1], douts, [placement] * 3, kept)
+
+
+@pytest.mark.parametrize("placement", BY_DIM, ids=str)
+def test_attends(ranks, placement):
+    ranks.run(attends, 4, placement=placement)
+
+
+@pytest.mark.parametrize("placement", [[Shard(0), Shard(2)], [Shard(2), Replicate()]], ids=str)
+def test_two_dimensions(ranks, placement):
+    ranks.run(rotates, (2, 2), placement=placement, case="inv_freq")
+    ranks.run(attends, (2, 2), placement=placement)
+
+
+def heads_that_do_not_divide(mesh):
+    """Queries would part from their keys: they are gathered."""
+    q, k = make_qk(4, 8, 10, 5, 16, torch.float32)
+
+    def function(q, k, v):
+        return (rerope_attention(q, k, v, FREQS, window=3),)
+
+    equals_plain(mesh, function, [q, k, k + 1], [q + 1], [[Shard(2)]] * 3, kept=False)
+    x = distribute_tensor(q, mesh, [Shard(0)])
+    assert apply_rope(x, FREQS, positions=5).placements == (Shard(0),)
+
+
+def test_heads_that_do_not_divide(ranks):
+    ranks.run(heads_that_do_not_divide, 4)
