@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 
-from . import build, sanitizer, smoke, suite, tune
+from . import build, sanitizer, smoke, suite, tune, two
 from .step import KILLED, ROOT, Deadline, Step, Verdict, folder, save
 
 RUN = ROOT / "bench" / "gpu" / "run.py"
@@ -28,6 +28,7 @@ STEPS = {
     "memcheck": Step(sanitizer.memcheck, "the same under compute-sanitizer: accesses"),
     "racecheck": Step(sanitizer.racecheck, "the same under compute-sanitizer: shared memory"),
     **{f"suite {room}": Step(suite.of(room), f"tests/{room}") for room in suite.rooms()},
+    "two": Step(two.run, "attention over two GPUs under NCCL against one"),
     "bench": Step(bench, "a dozen timings beside bounds and peers"),
     **{f"tune {kernel}": Step(tune.of(kernel), f"tiles of {kernel}") for kernel in tune.KERNELS},
 }

@@ -1,0 +1,159 @@
+"""What sharding a sequence costs on many GPUs, computed on paper: python bench/distributed_model.py
+
+A layer's attention over 8 to 256 GPUs and 128k to 10M tokens by each strategy: its time, from what
+is computed and what is sent, and the memory that is under way. Nothing of it is measured. Prints
+the table and writes docs/context_parallel.svg: for each case the simplest strategy within 2 % of
+the fastest, of those that fit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+FLOPS = 400e12  # of a GPU's attention, in 16 bits
+NVLINK, FABRIC = 450e9, 50e9  # bytes a second that a GPU sends: in a node, and 400 Gb/s out of it
+NODE = 8  # GPUs
+HEADS_Q, HEADS_K, HEAD_DIM, WIDTH, WIDE = 32, 8, 128, 2, 4  # bfloat16, and sums in float32
+PARTS = 8  # of the heads, that go one after the other
+BACKWARD = 2.5  # of the forward's arithmetic
+FITS = 10e9  # bytes that may be under way
+CLOSE = 1.02
+GPUS = (8, 16, 32, 64, 128, 256)
+TOKENS = (*(1 << n for n in range(17, 23)), 10 << 20)
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a layer on every GPU: seconds, and bytes beside q, k, v, out and their gradients."""
+
+    forward: float
+    backward: float
+    under_way: float
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.backward
+
+
+def alone(gpus: int, tokens: int) -> Cost:
+    """Attention, if nothing had to be sent: causal, so half of all pairs."""
+    forward = 2 * tokens**2 * HEADS_Q * HEAD_DIM / gpus / FLOPS
+    return Cost(forward, BACKWARD * forward, 0.0)
+
+
+def keys(tokens: int, width: int = WIDTH) -> float:
+    """Bytes of all keys and values."""
+    return 2 * tokens * HEADS_K * HEAD_DIM * width
+
+
+def gather(gpus: int, tokens: int) -> Cost:
+    """The first part's keys are waited for, and the last part's gradients."""
+    work, speed = alone(gpus, tokens), _speed(gpus)
+    others = (gpus - 1) / gpus
+    ours, sums = others * keys(tokens) / speed, others * keys(tokens, WIDE) / speed
+    forward = max(work.forward + ours / PARTS, ours)
+    backward = max(work.backward + (ours + sums) / PARTS, ours + sums)
+    return Cost(forward, backward, (2 * keys(tokens) + 2 * keys(tokens, WIDE)) / PARTS)
+
+
+def ring(gpus: int, tokens: int, heads: int = 1, speed: float = 0.0) -> Cost:
+    """The next keys hide behind what is computed; the gradients' last way home does not.
+
+    heads: among how many GPUs they are spread besides.
+    """
+    work, speed = alone(gpus * heads, tokens), speed or _speed(gpus)
+    all_keys, all_sums = keys(tokens) / heads, keys(tokens, WIDE) / heads
+    ours = (gpus - 1) / gpus * all_keys / speed
+    home = all_sums / gpus / speed
+    forward = max(work.forward, ours)
+    backward = max(work.backward + home, ours + all_sums / speed)
+    return Cost(forward, backward, 2 * (all_keys + all_sums) / gpus / PARTS)
+
+
+def ulysses_and_ring(gpus: int, tokens: int) -> Cost:
+    """Tokens for heads in a node, before and after a ring of nodes, each of which has its heads."""
+    between = ring(gpus // NODE, tokens, NODE, FABRIC)
+    rows = tokens * (2 * HEADS_Q + 2 * HEADS_K) * HEAD_DIM * WIDTH / gpus
+    exchange = (NODE - 1) / NODE * rows / NVLINK
+    return Cost(between.forward + exchange, between.backward + 2 * exchange, rows)
+
+
+STRATEGIES = {"gather": gather, "ring": ring, "Ulysses in 8, ring between": ulysses_and_ring}
+
+
+def choice(gpus: int, tokens: int) -> tuple[str, Cost]:
+    """The simplest of the strategies that fit and are close to the fastest of those."""
+    costs = {name: cost(gpus, tokens) for name, cost in STRATEGIES.items()}
+    fit = {name: cost for name, cost in costs.items() if cost.under_way <= FITS}
+    fastest = min((cost.seconds for cost in fit.values()), default=math.inf)
+    return next((n, cost) for n, cost in fit.items() if cost.seconds <= CLOSE * fastest)
+
+
+def _speed(gpus: int) -> float:
+    return NVLINK if gpus <= NODE else FABRIC
+
+
+def named(tokens: int) -> str:
+    return f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens >> 10}k"
+
+
+def table() -> str:
+    """Forward / backward of a layer, in ms, and what is under way, in GB."""
+    head = ["tokens", "GPUs", "attention alone", *STRATEGIES, "choose"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for tokens in TOKENS:
+        for gpus in GPUS:
+            costs = [alone(gpus, tokens), *(cost(gpus, tokens) for cost in STRATEGIES.values())]
+            cells = [f"{c.forward * 1e3:.1f} / {c.backward * 1e3:.1f}" for c in costs]
+            cells[1:] = [f"{text}, {c.under_way / 1e9:.1f} GB" for text, c in zip(cells, costs)][1:]
+            cells = [named(tokens), str(gpus), *cells, choice(gpus, tokens)[0]]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(path: Path) -> None:
+    """A cell for each case: the strategy's color, and how much longer it takes than attention."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "context parallel"  # the same file every time
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    colors = dict(zip(STRATEGIES, ("#9ecae1", "#fdae6b", "#a1d99b"), strict=True))
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for row, tokens in enumerate(TOKENS):
+        for column, gpus in enumerate(GPUS):
+            name, cost = choice(gpus, tokens)
+            more = cost.seconds / alone(gpus, tokens).seconds - 1
+            axes.add_patch(
+                matplotlib.patches.Rectangle(
+                    (column - 0.5, row - 0.5), 1, 1, facecolor=colors[name], edgecolor="white"
+                )
+            )
+            axes.text(column, row, f"+{more:.0%}", ha="center", va="center", fontsize=9)
+    axes.set(xlim=(-0.5, len(GPUS) - 0.5), ylim=(-0.5, len(TOKENS) - 0.5))
+    axes.set_xticks(range(len(GPUS)), GPUS)
+    axes.set_yticks(range(len(TOKENS)), [named(tokens) for tokens in TOKENS])
+    axes.set(
+        xlabel="GPUs",
+        ylabel="tokens",
+        title="Computed: what to choose, and its cost over attention alone",
+    )
+    axes.title.set_fontsize(10)
+    patches = [Patch(color=color, label=name) for name, color in colors.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    print(table())
+    plot(DOCS / "context_parallel.svg")
+
+
+if __name__ == "__main__":
+    main()

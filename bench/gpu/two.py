@@ -1,0 +1,145 @@
+"""Attention of a sequence over two GPUs under NCCL, against one of them: results and times.
+
+Two processes, each with a GPU of its own. A machine with one has nothing to run here.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from extrope_kernels import RopeFreqs, distributed, methods, rerope_attention
+from extrope_kernels.testing import assert_within_budget
+
+from .step import Deadline, Verdict
+
+STRATEGIES = ("gather", "ring", "ulysses")
+GPUS, SECONDS = 2, 120  # of one collective
+NAMES = ("out", "dq", "dk", "dv")
+CHECKED = {"seqlen": 2048, "heads_q": 8, "heads_k": 2, "head_dim": 64}
+TIMED = {"seqlen": 65536, "heads_q": 32, "heads_k": 8, "head_dim": 128}
+
+
+def inputs(
+    seqlen: int, heads_q: int, heads_k: int, head_dim: int, dtype: torch.dtype, device: str
+) -> tuple[list[Tensor], Tensor, RopeFreqs]:
+    """q, k, v and the gradient of out, the same on every rank, and frequencies."""
+    generator = torch.Generator().manual_seed(0)
+    heads = (heads_q, heads_k, heads_k, heads_q)
+    made = [torch.randn(1, seqlen, h, head_dim, generator=generator) for h in heads]
+    *leaves, dout = (x.to(dtype).to(device) for x in made)
+    return leaves, dout, methods.rope(head_dim).to(device)
+
+
+def outcome(attention: Any, leaves: list[Tensor], dout: Tensor, *args: Any, **options: Any):
+    """out, and the gradients of q, k and v."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    out = attention(*leaves, *args, **options)
+    return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+
+def problems(mesh: DeviceMesh, strategy: str, dtype: torch.dtype, device: str, **shape: int) -> str:
+    """What a strategy gets wrong by more than one device does, in a line; nothing if it is right."""
+    leaves, dout, freqs = inputs(**shape, dtype=dtype, device=device)
+    options: dict[str, Any] = {"window": shape["seqlen"] // 4}
+    same = outcome(rerope_attention, leaves, dout, freqs, **options)
+    exactly = [x.double() for x in (*leaves, dout)]
+    exact = outcome(
+        rerope_attention, exactly[:3], exactly[3], freqs, backend="reference", **options
+    )
+    mine = [distributed.shard(x, mesh) for x in (*leaves, dout)]
+    options |= {"mesh": mesh, "strategy": strategy}
+    found = outcome(distributed.rerope_attention, mine[:3], mine[3], freqs, **options)
+    for name, *values in zip(NAMES, found, same, exact):
+        try:
+            assert_within_budget(name, distributed.unshard(values[0], mesh), *values[1:])
+        except AssertionError as error:
+            return f"{strategy} {dtype}: {error}".splitlines()[0]
+    return ""
+
+
+def seconds(
+    attention: Any, leaves: list[Tensor], dout: Tensor, *args: Any, **options: Any
+) -> float:
+    """Of forward with backward, the best of three."""
+    best = float("inf")
+    for _ in range(4):  # the first compiles
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        outcome(attention, leaves, dout, *args, **options)
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def timings(mesh: DeviceMesh) -> dict[str, float]:
+    """Forward with backward in ms: on one GPU, and by each strategy on all."""
+    leaves, dout, freqs = inputs(**TIMED, dtype=torch.bfloat16, device="cuda")
+    window = TIMED["seqlen"] // 4
+    found = {"one GPU": seconds(rerope_attention, leaves, dout, freqs, window=window)}
+    *mine, dout = (distributed.shard(x, mesh) for x in (*leaves, dout))
+    for strategy in STRATEGIES:
+        options = {"window": window, "mesh": mesh, "strategy": strategy}
+        found[strategy] = seconds(distributed.rerope_attention, mine, dout, freqs, **options)
+    return {name: 1e3 * value for name, value in found.items()}
+
+
+def rank(number: int, store: str, pipe: Any) -> None:
+    """One of the processes: what is wrong, and the times."""
+    try:
+        torch.cuda.set_device(number)
+        dist.init_process_group(
+            "nccl",
+            init_method=f"file://{store}",
+            rank=number,
+            world_size=GPUS,
+            timeout=timedelta(seconds=SECONDS),
+        )
+        mesh = init_device_mesh("cuda", (GPUS,))
+        found = [
+            problems(mesh, strategy, dtype, "cuda", **CHECKED)
+            for strategy in STRATEGIES
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+        pipe.send(([line for line in found if line], timings(mesh)))
+        dist.destroy_process_group()
+    except Exception as error:  # whatever a first run under NCCL can raise
+        traceback.print_exc()
+        pipe.send(([f"rank {number}: {type(error).__name__}: {error}".splitlines()[0]], {}))
+
+
+def run(deadline: Deadline) -> Verdict:
+    count = torch.cuda.device_count()
+    if count < GPUS:
+        return Verdict(True, f"nothing was run: it takes {GPUS} GPUs, here is {count}")
+    context = multiprocessing.get_context("spawn")
+    store, pipes, processes = str(Path(tempfile.mkdtemp()) / "store"), [], []
+    for number in range(GPUS):
+        here, there = context.Pipe()
+        processes.append(context.Process(target=rank, args=(number, store, there), daemon=True))
+        processes[-1].start()
+        there.close()
+        pipes.append(here)
+    wrong, times = [], {}
+    for number, pipe in enumerate(pipes):
+        try:
+            found, times = pipe.recv() if pipe.poll(deadline.left) else (["no answer"], {})
+        except EOFError:
+            found = ["ended without an answer"]
+        wrong += [f"GPU {number}: {line}" for line in found]
+    for process in processes:
+        process.kill()
+    rows = [[name, f"{value:.1f}"] for name, value in times.items()]
+    table = {"head": ["65,536 tokens, 32 heads and 8 of 128", "ms"], "rows": rows}
+    line = "; ".join(wrong) or f"{len(STRATEGIES)} strategies agree with one GPU"
+    return Verdict(not wrong, line, {"table": table} if rows else {})

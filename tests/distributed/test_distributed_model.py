@@ -1,0 +1,43 @@
+"""bench/distributed_model.py: what is computed on paper, against sums by hand."""
+
+from __future__ import annotations
+
+import distributed_model as model
+import pytest
+
+MILLION = 1 << 20
+
+
+def test_attention_alone():
+    """Four operations for each of 32 x 128 dims and each of 2**40 / 2 pairs, at 400 TFLOP/s."""
+    cost = model.alone(8, MILLION)
+    assert cost.forward == pytest.approx(4 * 4096 * 2**39 / 8 / 400e12)
+    assert cost.backward == pytest.approx(2.5 * cost.forward)
+
+
+def test_what_is_sent_where_nothing_hides_it():
+    """4.3 GB of keys at 50 GB/s, and there and back in float32 with them: 86 and 258 ms."""
+    for strategy in (model.gather, model.ring):
+        cost = strategy(256, MILLION // 16)
+        seconds = 16 * cost.forward, 16 * cost.backward
+        assert seconds == pytest.approx((0.0859, 0.2577), rel=0.01)
+
+
+@pytest.mark.parametrize("gpus", model.GPUS)
+@pytest.mark.parametrize("tokens", model.TOKENS)
+def test_the_choice_fits_and_is_close_to_the_fastest(tokens, gpus):
+    _, cost = model.choice(gpus, tokens)
+    others = [strategy(gpus, tokens) for strategy in model.STRATEGIES.values()]
+    fit = [other.seconds for other in others if other.under_way <= model.FITS]
+    assert cost.under_way <= model.FITS and cost.seconds <= 1.02 * min(fit)
+    assert cost.seconds >= model.alone(gpus, tokens).seconds
+    assert f"| {model.named(tokens)} | {gpus} |" in model.table()
+
+
+def test_the_plot_is_that_of_the_docs(tmp_path):
+    """Or run python bench/distributed_model.py."""
+    pytest.importorskip("matplotlib")
+    model.plot(tmp_path / "plot.svg")
+    cells = (tmp_path / "plot.svg").read_text().count("<!-- +")
+    assert cells == len(model.GPUS) * len(model.TOKENS)
+    assert (model.DOCS / "context_parallel.svg").read_text().count("<!-- +") == cells
