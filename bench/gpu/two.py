@@ -49,7 +49,7 @@ def outcome(attention: Any, leaves: list[Tensor], dout: Tensor, *args: Any, **op
 
 
 def problems(mesh: DeviceMesh, strategy: str, dtype: torch.dtype, device: str, **shape: int) -> str:
-    """What a strategy gets wrong by more than one device does, in a line; nothing if it is right."""
+    """What a strategy gets wrong by more than one device does, in a line; else nothing."""
     leaves, dout, freqs = inputs(**shape, dtype=dtype, device=device)
     options: dict[str, Any] = {"window": shape["seqlen"] // 4}
     same = outcome(rerope_attention, leaves, dout, freqs, **options)
