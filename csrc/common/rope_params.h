@@ -15,6 +15,9 @@ struct RopeTensor {
   const void* saved;  // the forward's input, read for angle_grad only, else nullptr
   int64_t in_batch, in_seq, in_head;
   int64_t out_batch, out_seq, out_head;
+  // Where out is a cache: the element that each token's row starts at, -1 for one that is written
+  // nowhere. Instead of out_batch and out_seq, by the CPU alone.
+  const int64_t* out_rows;
   int64_t saved_batch, saved_seq, saved_head;
   int64_t heads;
   double decay_sign;  // times exp(decay_sign * (position - decay_origin) * log_decay)

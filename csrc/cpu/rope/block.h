@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "common/rope_params.h"
+#include "cpu/rope/rows.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/token.h"
 #include "cpu/simd/simd.h"
@@ -15,7 +16,6 @@ namespace extrope {
 namespace {
 
 constexpr int64_t kBlock = 16;  // tokens
-constexpr int64_t kBytesReadAhead = 2048, kBytesWrittenAhead = 1024;
 
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -55,13 +55,13 @@ struct Pairs {
       narrow(a[0], row[Interleaved ? 2 * i : i]);
       narrow(b[0], row[Interleaved ? 2 * i + 1 : half + i]);
     } else if constexpr (Interleaved) {
-      store_pairs(row + 2 * i, a[0], b[0]);
+      store_plain_pairs(row + 2 * i, a[0], b[0]);
     } else if constexpr (Vectors == 2) {
-      store_pairs(row + i, a[0], a[1]);
-      store_pairs(row + half + i, b[0], b[1]);
+      store_plain_pairs(row + i, a[0], a[1]);
+      store_plain_pairs(row + half + i, b[0], b[1]);
     } else {
-      store_narrow(row + i, a[0]);
-      store_narrow(row + half + i, b[0]);
+      store_plain(row + i, a[0]);
+      store_plain(row + half + i, b[0]);
     }
   }
 
@@ -166,7 +166,8 @@ struct Scratch {
 template <typename T>
 struct Angle {
   Angle(const Scratch<T>& scratch, int64_t token)
-      : cos(&scratch.cos[token * scratch.stride]), sin(&scratch.sin[token * scratch.stride]) {}
+      : cos(scratch.cos.data() + token * scratch.stride),
+        sin(scratch.sin.data() + token * scratch.stride) {}
   const Wide<T>*cos, *sin;
 };
 
@@ -213,61 +214,20 @@ void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<doubl
     const double from_origin = p.axes ? 1.0 : position - p.decay_origin;
     const Angles angles{position, p.amplitude, tensor.decay_sign * from_origin,
                         p.log_decay ? decay.data() : nullptr, p.conjugate};
-    Wide<T>*cos = &scratch.cos[t * scratch.stride], *sin = &scratch.sin[t * scratch.stride];
+    Wide<T>* cos = scratch.cos.data() + t * scratch.stride;
+    Wide<T>* sin = scratch.sin.data() + t * scratch.stride;
     fill_sincos(freq.data(), scratch.half, angles, cos, sin);
+    if constexpr (std::is_same_v<T, bf16>) {
+      for (int64_t i = 0; i < scratch.stride; i += kDoubles) {
+        store(cos + i, plain(load<few_floats>(cos + i)));
+        store(sin + i, plain(load<few_floats>(sin + i)));
+      }
+    }
     if constexpr (kInWords<T, Interleaved>) {
       order_by_words(cos, scratch.half), order_by_words(sin, scratch.half);
     }
   }
 }
-
-// Asks for the cache lines of the row that is some steps of the loop ahead: left to itself the
-// processor looks no further than a page, and for lines that are only written not at all.
-template <typename T>
-inline void fetch(const T* row, int64_t step, int64_t bytes_ahead, int64_t bytes) {
-  constexpr int64_t kLine = 64;
-  const int64_t steps = std::max<int64_t>(bytes_ahead / bytes, 1);
-  const char* first = reinterpret_cast<const char*>(row + steps * step);
-  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(first + i);
-}
-
-template <typename T>
-inline const T* input_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
-  return static_cast<const T*>(x.in) + token.batch * x.in_batch + token.seq * x.in_seq +
-         head * x.in_head;
-}
-
-template <typename T>
-inline T* output_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
-  return static_cast<T*>(x.out) + token.batch * x.out_batch + token.seq * x.out_seq +
-         head * x.out_head;
-}
-
-template <typename T>
-inline const T* saved_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
-  return static_cast<const T*>(x.saved) + token.batch * x.saved_batch + token.seq * x.saved_seq +
-         head * x.saved_head;
-}
-
-// Rows of some tokens of a block and some heads, in the order in which they lie in memory.
-struct Run {
-  int64_t tokens, first_head, heads;
-  bool of_heads;  // all heads of a token, then of the next; otherwise all tokens of a head
-
-  template <typename Visit>
-  void for_each_row(const Visit& visit) const {
-    const int64_t last = first_head + heads;
-    if (of_heads) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t head = first_head; head < last; ++head) visit(t, head);
-      }
-    } else {
-      for (int64_t head = first_head; head < last; ++head) {
-        for (int64_t t = 0; t < tokens; ++t) visit(t, head);
-      }
-    }
-  }
-};
 
 // Calls visit(Run) for all rows of a block of one tensor, whose cosines and sines are in the
 // scratch memory then. filled: they are already, unless heads have their own.

@@ -57,7 +57,7 @@ struct Norm {
     const int64_t dim = place.size();
     for (int64_t row = 0; row < together * dim; row += dim) {
       for (int64_t i = 0; i < dim; ++i) {
-        weight[row + i] = static_cast<Wide<T>>(widen(from[row + place[i]]));
+        weight[row + i] = plain(static_cast<Wide<T>>(widen(from[row + place[i]])));
       }
     }
   }

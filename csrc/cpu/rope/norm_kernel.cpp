@@ -6,6 +6,7 @@
 
 #include "cpu/rope/kernel.h"
 #include "cpu/rope/norm.h"
+#include "cpu/rope/norm_forward.h"
 
 namespace extrope {
 namespace {
@@ -90,6 +91,7 @@ void norm_backward_row(const RopeParams& p, const T* grad, const T* saved, T* ou
 // A tensor without weights: rotated, the dims past the pairs copied.
 template <typename T, bool Interleaved>
 void rotate_only(const RopeParams& p, const T* in, T* out, Angle<T> angle) {
+  if (!out) return;
   rotate_row<T, Interleaved, false>({in, out, nullptr}, p.rotary_dim / 2, angle.cos, angle.sin,
                                     nullptr);
   if (in == out) return;
@@ -98,18 +100,6 @@ void rotate_only(const RopeParams& p, const T* in, T* out, Angle<T> angle) {
 
 template <typename T>
 constexpr int kGroup = Lanes<WideVector<T>>::count;
-
-// The rows of a run, one after another.
-struct Cursor {
-  const Run& run;
-  int64_t token, head;
-
-  explicit Cursor(const Run& rows) : run(rows), token(0), head(rows.first_head) {}
-  void next() {
-    if (run.of_heads && ++head == run.first_head + run.heads) head = run.first_head, ++token;
-    if (!run.of_heads && ++token == run.tokens) token = 0, ++head;
-  }
-};
 
 // One tensor of one block of tokens. Rows are measured, then rotated, in groups whose sums over
 // lanes cost little together; or, where its heads share a mean square, by tokens.
@@ -125,16 +115,16 @@ struct NormBlock {
   const Norm<T>& norm;
   const Token<double>* tokens;
   const Scratch<T>& scratch;
+  Ahead ahead;
   Wide<T>* weight_grad;
   Sums of_tokens[kBlock];  // where all heads share a mean square
 
   void add(int64_t t, int64_t head, Sums& sums) const {
     const T* in = input_row<T>(x, tokens[t], head);
-    const int64_t bytes = p.head_dim * sizeof(T);
-    fetch(in, std::min(x.in_head, x.in_seq), kBytesReadAhead, bytes);
+    fetch(in, ahead.in, ahead.bytes);
     if constexpr (Backward) {
       const T* saved = saved_row<T>(x, tokens[t], head);
-      fetch(saved, std::min(x.saved_head, x.saved_seq), kBytesReadAhead, bytes);
+      fetch(saved, ahead.saved, ahead.bytes);
       sums.squares += squares_of(saved, p.head_dim);
       sums.products += products_of<T, Interleaved>(p, in, saved, {scratch, t},
                                                    &norm.weight[head * norm.head_step]);
@@ -154,6 +144,7 @@ struct NormBlock {
   void one(int64_t t, int64_t head, Wide<T> scale, Wide<T> mean) const {
     const T* in = input_row<T>(x, tokens[t], head);
     T* out = output_row<T>(x, tokens[t], head);
+    if (!out) return;
     const Wide<T>* weight = &norm.weight[head * norm.head_step];
     if constexpr (Backward) {
       norm_backward_row<T, Interleaved>(p, in, saved_row<T>(x, tokens[t], head), out, {scratch, t},
@@ -162,7 +153,7 @@ struct NormBlock {
       norm_rotate_row<T, Interleaved>(p, in, out, {scratch, t}, weight, scale);
     }
     if (in == out) return;
-    fetch(out, std::min(x.out_head, x.out_seq), kBytesWrittenAhead, p.head_dim * sizeof(T));
+    fetch(out, ahead.out, ahead.bytes);
   }
 
   void rotate(Run run) const {
@@ -211,11 +202,18 @@ struct NormBlock {
 template <typename T, bool Interleaved, bool Backward>
 void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm<T>* norms,
                  Scratch<T>& scratch, Buffer<Wide<T>>* weight_grads) {
+  WeightedAngles<T> angles(Backward ? 0 : std::min(kBlock, end - begin), scratch.stride);
   for_each_block(p, begin, end, [&](const Token<double>* tokens, int64_t count) {
     for (int64_t n = 0; n < p.num_tensors; ++n) {
       const RopeTensor& x = p.tensors[n];
-      NormBlock<T, Interleaved, Backward> block{
-          p, x, norms[n], tokens, scratch, Backward ? weight_grads[n].data() : nullptr, {}};
+      NormBlock<T, Interleaved, Backward> block{p,
+                                                x,
+                                                norms[n],
+                                                tokens,
+                                                scratch,
+                                                {p, x, sizeof(T)},
+                                                Backward ? weight_grads[n].data() : nullptr,
+                                                {}};
       bool filled = n > 0 && !p.log_decay;
       const auto each_run = [&](const auto& visit) {
         for_each_run<T, Interleaved>(p, x, tokens, count, scratch, filled, visit);
@@ -223,8 +221,14 @@ void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm
       };
       if (norms[n].weight.empty()) {
         each_run([&](Run run) { block.rotate(run); });
-      } else if (norms[n].head_step == 0) {
+      } else if (norms[n].head_step == 0 && Backward) {
         each_run([&](Run run) { block.each_head(run); });
+      } else if (norms[n].head_step == 0) {
+        each_run([&](Run run) {
+          angles.fill(scratch, count, norms[n].weight.data());
+          NormForward<T, Interleaved>{p, x, norms[n].weight.data(), tokens, angles, block.ahead}
+              .rows(run);
+        });
       } else {
         each_run([&](Run run) {  // all of them first, where a token's heads do not lie together
           if (!run.of_heads) {

@@ -12,9 +12,10 @@ namespace {
 
 template <typename T, bool Interleaved>
 void rotate_one(const RopeParams& p, const RopeTensor& tensor, const Token<double>& token,
-                int64_t head, Angle<T> angle) {
+                int64_t head, Angle<T> angle, const Ahead& ahead) {
   const T* in = input_row<T>(tensor, token, head);
   T* out = output_row<T>(tensor, token, head);
+  if (!out) return;
   const int64_t half = p.rotary_dim / 2;
   if (p.angle_grad) {
     const int64_t row =
@@ -24,10 +25,9 @@ void rotate_one(const RopeParams& p, const RopeTensor& tensor, const Token<doubl
   } else {
     rotate_row<T, Interleaved, false>({in, out, nullptr}, half, angle.cos, angle.sin, nullptr);
   }
-  const int64_t bytes = p.head_dim * sizeof(T);
-  fetch(in, std::min(tensor.in_head, tensor.in_seq), kBytesReadAhead, bytes);
+  fetch(in, ahead.in, ahead.bytes);
   if (in == out) return;
-  fetch(out, std::min(tensor.out_head, tensor.out_seq), kBytesWrittenAhead, bytes);
+  fetch(out, ahead.out, ahead.bytes);
   if (p.head_dim > p.rotary_dim) {
     std::memcpy(out + p.rotary_dim, in + p.rotary_dim, (p.head_dim - p.rotary_dim) * sizeof(T));
   }
@@ -40,13 +40,14 @@ void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
     const int64_t row = p.angle_heads * p.rotary_dim / 2;
     std::fill_n(static_cast<Wide<T>*>(p.angle_grad) + begin * row, (end - begin) * row, Wide<T>{0});
   }
+  const Ahead ahead[] = {{p, p.tensors[0], sizeof(T)}, {p, p.tensors[1], sizeof(T)}};
   for_each_block(p, begin, end, [&](const Token<double>* tokens, int64_t count) {
     for (int64_t n = 0; n < p.num_tensors; ++n) {
       const RopeTensor& tensor = p.tensors[n];
       for_each_run<T, Interleaved>(
           p, tensor, tokens, count, scratch, /*filled=*/n > 0 && !p.log_decay, [&](Run run) {
             run.for_each_row([&](int64_t t, int64_t head) {
-              rotate_one<T, Interleaved>(p, tensor, tokens[t], head, {scratch, t});
+              rotate_one<T, Interleaved>(p, tensor, tokens[t], head, {scratch, t}, ahead[n]);
             });
           });
     }

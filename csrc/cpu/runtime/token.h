@@ -26,16 +26,18 @@ inline Number read_position(const TokenParams& p, int64_t index) {
 template <typename Number>
 struct Token {
   int64_t batch, seq;
-  int64_t sequence;  // the packed sequence, else the batch index
-  Number position;   // on the first axis
+  int64_t index;  // counted through batch and seq
+  int64_t
+      sequence;  // the packed sequence (for what follows the last one, that), else the batch index
+  Number position;  // on the first axis
 };
 
 template <typename Number>
 inline Token<Number> locate(const TokenParams& p, int64_t batch, int64_t seq) {
-  Token<Number> token{batch, seq, batch, 0};
+  Token<Number> token{batch, seq, batch * p.seqlen + seq, batch, 0};
   int64_t index = seq;
   if (p.cu_seqlens) {
-    const int32_t* end = p.cu_seqlens + p.num_sequences + 1;
+    const int32_t* end = p.cu_seqlens + p.num_sequences;
     token.sequence =
         std::upper_bound(p.cu_seqlens, end, static_cast<int32_t>(seq)) - p.cu_seqlens - 1;
     index = seq - p.cu_seqlens[token.sequence];

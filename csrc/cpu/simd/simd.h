@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__F16C__)
@@ -161,15 +162,20 @@ inline void order_stores() { _mm_sfence(); }
 inline void order_stores() {}
 #endif
 
-// The bits of v rounded to bf16, in the high halves; what is in the low halves is left over.
+// The bits of v rounded to bf16, in the high halves; what is in the low halves is left over. Of a
+// plain v NaNs have nothing in their low halves that could be carried into the high ones: they came
+// from bf16, or from arithmetic.
+template <bool Plain = false>
 inline words round_bf16(floats v) {
   const words bits = bits_as<words>(v);
   const words rounded = bits + 0x7fff + (bits >> 16 & 1);
+  if constexpr (Plain) return rounded;
   return v != v ? (words{} + 0x7fc00000) : rounded;
 }
 
+template <bool Plain = false>
 inline void store_narrow(bf16* to, floats v) {
-  store(to, __builtin_convertvector(round_bf16(v) >> 16, halves));
+  store(to, __builtin_convertvector(round_bf16<Plain>(v) >> 16, halves));
 }
 
 inline void store_narrow(f16* to, floats v) {
@@ -233,12 +239,41 @@ inline void store_pairs(T* to, V a, V b) {
 
 // A pair of bf16 is one 32-bit word, so no lane has to move.
 inline std::pair<floats, floats> load_pairs(const bf16* from) {
-  const words both = load<words>(from);
+  words both = load<words>(from);
+#if defined(__AVX512F__)
+  asm("" : "+v"(both));  // or it is loaded twice, and loads are what a rotation has most of
+#endif
   return {bits_as<floats>(both << 16), bits_as<floats>(both & 0xffff0000)};
 }
 
+template <bool Plain = false>
 inline void store_pairs(bf16* to, floats a, floats b) {
-  store(to, round_bf16(a) >> 16 | (round_bf16(b) & 0xffff0000));
+  store(to, round_bf16<Plain>(a) >> 16 | (round_bf16<Plain>(b) & 0xffff0000));
+}
+
+// As store_narrow and store_pairs, of plain values; see round_bf16.
+template <typename T, typename V>
+inline void store_plain(T* to, V v) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    store_narrow<true>(to, v);
+  } else {
+    store_narrow(to, v);
+  }
+}
+
+template <typename T, typename V>
+inline void store_plain_pairs(T* to, V a, V b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    store_pairs<true>(to, a, b);
+  } else {
+    store_pairs(to, a, b);
+  }
+}
+
+// NaNs of v without a payload, which makes whatever comes of v plain.
+template <typename V>
+inline V plain(V v) {
+  return v == v ? v : V{} + __builtin_nanf("");
 }
 
 }  // namespace

@@ -1,0 +1,101 @@
+// Where the rows of a call lie, in which order they are gone through, and which are asked for
+// ahead.
+#pragma once
+
+#include <algorithm>
+
+#include "common/rope_params.h"
+#include "cpu/runtime/token.h"
+#include "cpu/simd/simd.h"
+
+namespace extrope {
+namespace {
+
+constexpr int64_t kBytesReadAhead = 2048, kBytesWrittenAhead = 1024;
+
+// Elements from a row to one that comes about so many rows later.
+inline int64_t distance(int64_t seq, int64_t head, int64_t heads, int64_t rows) {
+  heads = std::max<int64_t>(heads, 1);
+  const bool apart = head < seq && seq != heads * head;  // other rows lie between two tokens
+  return apart ? (rows + heads - 1) / heads * seq : rows * std::min(head, seq);
+}
+
+// How many elements ahead of its rows a tensor's are asked for.
+struct Ahead {
+  int64_t in, out, saved;
+  int64_t bytes;  // of a row
+
+  Ahead(const RopeParams& p, const RopeTensor& x, int64_t element) : bytes(p.head_dim * element) {
+    const int64_t read = std::max<int64_t>(kBytesReadAhead / bytes, 1);
+    const int64_t written = std::max<int64_t>(kBytesWrittenAhead / bytes, 1);
+    in = distance(x.in_seq, x.in_head, x.heads, read);
+    saved = distance(x.saved_seq, x.saved_head, x.heads, read);
+    // Slots of a cache follow each other, but for the last of a page.
+    out = x.out_rows ? written * x.out_head : distance(x.out_seq, x.out_head, x.heads, written);
+  }
+};
+
+// Asks for the cache lines of a row that is to come: left to itself the processor looks no further
+// than a page, and for lines that are only written not at all.
+template <typename T>
+inline void fetch(const T* row, int64_t ahead, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  const char* first = reinterpret_cast<const char*>(row + ahead);
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(first + i);
+}
+
+template <typename T>
+inline const T* input_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
+  return static_cast<const T*>(x.in) + token.batch * x.in_batch + token.seq * x.in_seq +
+         head * x.in_head;
+}
+
+// nullptr: nowhere.
+template <typename T>
+inline T* output_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
+  T* out = static_cast<T*>(x.out) + head * x.out_head;
+  if (!x.out_rows) return out + token.batch * x.out_batch + token.seq * x.out_seq;
+  const int64_t row = x.out_rows[token.index];
+  return row < 0 ? nullptr : out + row;
+}
+
+template <typename T>
+inline const T* saved_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
+  return static_cast<const T*>(x.saved) + token.batch * x.saved_batch + token.seq * x.saved_seq +
+         head * x.saved_head;
+}
+
+// Rows of some tokens of a block and some heads, in the order in which they lie in memory.
+struct Run {
+  int64_t tokens, first_head, heads;
+  bool of_heads;  // all heads of a token, then of the next; otherwise all tokens of a head
+
+  template <typename Visit>
+  void for_each_row(const Visit& visit) const {
+    const int64_t last = first_head + heads;
+    if (of_heads) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t head = first_head; head < last; ++head) visit(t, head);
+      }
+    } else {
+      for (int64_t head = first_head; head < last; ++head) {
+        for (int64_t t = 0; t < tokens; ++t) visit(t, head);
+      }
+    }
+  }
+};
+
+// The rows of a run, one after another.
+struct Cursor {
+  const Run& run;
+  int64_t token, head;
+
+  explicit Cursor(const Run& rows) : run(rows), token(0), head(rows.first_head) {}
+  EXTROPE_INLINE void next() {
+    if (run.of_heads && ++head == run.first_head + run.heads) head = run.first_head, ++token;
+    if (!run.of_heads && ++token == run.tokens) token = 0, ++head;
+  }
+};
+
+}  // namespace
+}  // namespace extrope
