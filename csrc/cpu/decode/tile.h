@@ -7,6 +7,7 @@
 #include "cpu/simd/exp2.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/softmax.h"
+#include "cpu/simd/sum.h"
 
 namespace extrope {
 namespace {
@@ -27,28 +28,6 @@ inline floats across(floats v, std::integer_sequence<int, I...>) {
 template <int distance>
 inline floats across(floats v) {
   return across<distance>(v, std::make_integer_sequence<int, kFloats>{});
-}
-
-template <int distance, int... I>
-inline floats add_pairs(floats a, floats b, std::integer_sequence<int, I...>) {
-  return __builtin_shuffle(a, b, ints{(I & distance ? kFloats + I - distance : I)...}) +
-         __builtin_shuffle(a, b, ints{(I & distance ? kFloats + I : I + distance)...});
-}
-
-// out[i] = the sum of the lanes of v[i]; count is a multiple of kFloats.
-template <int count, int distance = 1>
-inline void sum_lanes(const floats* v, float* out) {
-  if constexpr (distance == kFloats) {
-    for (int i = 0; i < count; ++i) store(out + i * kFloats, v[i]);
-  } else {
-    floats half[count / 2];
-#pragma GCC unroll 16
-    for (int i = 0; i < count / 2; ++i) {
-      half[i] =
-          add_pairs<distance>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, kFloats>{});
-    }
-    sum_lanes<count / 2, 2 * distance>(half, out);
-  }
 }
 
 // Row n of one head starts at at[n] + offset.

@@ -30,6 +30,18 @@ inline V sums_of(const V (&v)[Count]) {
   }
 }
 
+// out[i] = the sum of the lanes of v[i]; Count is a multiple of the lanes.
+template <int Count>
+inline void sum_lanes(const floats* v, float* out) {
+  static_assert(Count % kFloats == 0);
+  for (int first = 0; first < Count; first += kFloats) {
+    floats some[kFloats];
+#pragma GCC unroll 16
+    for (int i = 0; i < kFloats; ++i) some[i] = v[first + i];
+    store(out + first, sums_of(some));
+  }
+}
+
 template <int Distance = 1, typename V>
 inline auto sum_of(V v) {
   if constexpr (Distance == Lanes<V>::count) {
