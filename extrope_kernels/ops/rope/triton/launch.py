@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
-from ..._shared.triton.launch import VECTOR_BYTES, Plan, strides_of
+from ..._shared.triton.launch import Plan, strides_of
 from ..rotation import Rotation
 from .kernel import Operand, Tile, rotate_kernel
+from .programs import alignment_of, programs_of, rotation_arguments
 
-# Below this many tokens a program takes as few as it can: latency counts, not bandwidth.
-FEW_TOKENS = 512
 # Where every head has its own frequencies, a limit that no kernel reaches: left to itself, ptxas
 # spills to fit one more block.
 MOST_REGISTERS = 128
-# Heads are spread over programs until about this many warps run: 32 bytes per thread then keep
-# 30 KB of loads in flight on each multiprocessor of an H100. More would only repeat the sincos.
-TARGET_WARPS = 4096
 
 
 def rotate(
@@ -66,11 +61,6 @@ def plan(
         operand_of(x, out, saved[i] if saved else x, rotation.decay_signs[i], tile.align)
         for i, (x, out) in enumerate(zip(inputs, outputs, strict=True))
     ]
-    positions, cu_seqlens = rotation.positions, rotation.cu_seqlens
-    position_strides = (0, 0, 0) if positions is None else strides_of(positions)
-    if rotation.axes is None:
-        position_strides = (0, *position_strides, 0)[:3]
-    sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return Plan(
         rotate_kernel,
         grid,
@@ -78,11 +68,7 @@ def plan(
         operands[0],
         operands[1] if len(operands) == 2 else None,
         angle_grad.shape[2] if angle_grad is not None else 0,
-        *strides_of(rotation.inv_freq)[:2],
-        *position_strides,
-        0 if rotation.axes is None else positions.shape[0],
-        sequences,
-        sequences.bit_length(),
+        *rotation_arguments(rotation),
         rotation.decay_origin,
         rotation.amplitude,
         -1.0 if rotation.conjugate else 1.0,
@@ -102,36 +88,28 @@ def _tile(
     rotation: Rotation,
 ) -> tuple[Tile, tuple[int, int], int]:
     """Tile, grid and warps per program: few different ones, so that little is compiled."""
-    batch, seqlen, _, head_dim = inputs[0].shape
-    itemsize = inputs[0].itemsize
-    half = rotation.inv_freq.shape[-1]
+    half, head_dim = rotation.inv_freq.shape[-1], inputs[0].shape[3]
     pairs = triton.next_power_of_2(half)
     # Sums over the heads stay in one program: no atomics, the same bits in every run.
     sum_heads = with_angle_grad and not rotation.per_head
-    if batch * seqlen < FEW_TOKENS and not sum_heads:
-        tokens, warps = max(1, 64 // pairs), 1
-    else:  # 128 threads, each with one vector of first dims and one of second dims
-        tokens, warps = max(1, 128 * VECTOR_BYTES // itemsize // pairs), 4
-    tiles = triton.cdiv(batch * seqlen, tokens)
     heads = 1 if sum_heads else max(x.shape[2] for x in inputs)
-    shares = min(heads, max(1, TARGET_WARPS // (warps * tiles)))
+    programs = programs_of(inputs[0], pairs, heads, may_be_few=not sum_heads)
     moved = any(x.data_ptr() != out.data_ptr() for x, out in zip(inputs, outputs, strict=True))
     tail = head_dim - 2 * half if moved else 0
-    strides = (n for x in (*inputs, *outputs, *(saved or ())) for n in strides_of(x)[:3])
     tile = Tile(
         two_operands=len(inputs) == 2,
-        tokens=tokens,
+        tokens=programs.tokens,
         half=half,
         pairs=pairs,
         tail=tail,
         padded_tail=triton.next_power_of_2(max(tail, 1)),
-        align=math.gcd(VECTOR_BYTES // itemsize, *strides),
+        align=alignment_of((*inputs, *outputs, *(saved or ())), inputs[0].itemsize),
         interleaved=rotation.interleaved,
         wide=inputs[0].dtype == torch.float64,
         per_head=rotation.per_head,
         positions_are_offsets=rotation.positions_are_offsets,
     )
-    return tile, (tiles, shares), warps
+    return tile, (programs.tiles, programs.shares), programs.warps
 
 
 def operand_of(

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from ..._shared.triton.pairs import store_parts
 from ..._shared.triton.tokens import rows
+from .norm_forward import norm_rotate_heads
 from .norm_rows import head_angles, load_head, load_weights, row_sum, store_sums
 from .positions import token_positions
 
@@ -47,53 +48,6 @@ def _saved_head(x, of, batch, seq, head, valid, TILE: tl.constexpr):
 
 
 @triton.jit
-def _forward(
-    x, out, weight, of, freqs, freq_head, position, far, log_decay, amplitude, direction, eps,
-    batch, seq, valid, TOGETHER: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Norm and rotate this program's heads of one tensor."""
-    WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
-    TOKENS: tl.constexpr = TILE.tokens
-    share = tl.cdiv(of.heads, tl.num_programs(1))
-    first = tl.program_id(1) * share
-    last = tl.minimum(first + share, of.heads)
-    DIMS: tl.constexpr = 2 * TILE.half + TILE.rest
-    # As a tensor: the interpreter takes its scalars through float32.
-    eps = tl.full((1, 1), eps, WIDE)
-    scale = tl.full((TOKENS, 1), 1.0, WIDE)
-    if TOGETHER:
-        squares = tl.zeros((TOKENS, 1), WIDE)
-        for head in range(0, of.heads):
-            a, b, rest = _head(x, of, batch, seq, tl.cast(head, tl.int64), valid, TILE)
-            squares += row_sum(a * a, b * b, rest * rest, TILE)
-        scale = 1.0 / tl.sqrt(squares / tl.cast(of.heads * DIMS, WIDE) + eps)
-    sign = of.decay_sign
-    zero = tl.cast(0, tl.int64)
-    cos, sin = head_angles(
-        freqs, zero, freq_head, position, far, log_decay, sign, amplitude, direction, valid, TILE
-    )
-    if weight is not None:
-        wa, wb, wrest = load_weights(weight, zero, False, TILE)
-    for head in range(first, last):
-        head = tl.cast(head, tl.int64)
-        if TILE.per_head:
-            cos, sin = head_angles(
-                freqs, head, freq_head, position, far, log_decay, sign, amplitude, direction,
-                valid, TILE,
-            )  # fmt: skip
-        a, b, rest = _head(x, of, batch, seq, head, valid, TILE)
-        if weight is not None:
-            if TOGETHER:
-                wa, wb, wrest = load_weights(weight, head, True, TILE)
-            else:
-                mean = row_sum(a * a, b * b, rest * rest, TILE) / DIMS
-                scale = 1.0 / tl.sqrt(mean + eps)
-            a, b, rest = a * scale * wa, b * scale * wb, rest * scale * wrest
-        target = rows(out, batch, seq, head, of.target_batch, of.target_seq, of.target_head, TILE)
-        store_parts(target, (a * cos - b * sin, b * cos + a * sin, rest), valid, TILE)
-
-
-@triton.jit
 def _weighted(grads, cos, sin, wa, wb, wrest):
     """The gradients rotated back, and these times the weights."""
     a = grads[0] * cos - grads[1] * sin
@@ -103,18 +57,16 @@ def _weighted(grads, cos, sin, wa, wb, wrest):
 
 @triton.jit
 def _backward(
-    grad, out, saved, weight, parts, of, freqs, freq_head, position, far, log_decay, amplitude,
-    direction, eps, batch, seq, valid, TOGETHER: tl.constexpr, TILE: tl.constexpr,
+    grad, out, saved, weight, parts, of, tokens, by, eps,
+    TOGETHER: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one tensor, and this program's part of those of its weights."""
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
     TOKENS: tl.constexpr = TILE.tokens
     DIMS: tl.constexpr = 2 * TILE.half + TILE.rest
-    sign = of.decay_sign
+    batch, seq, valid = tokens
     zero = tl.cast(0, tl.int64)
-    cos, sin = head_angles(
-        freqs, zero, freq_head, position, far, log_decay, sign, amplitude, direction, valid, TILE
-    )
+    cos, sin = head_angles(by, zero, of.decay_sign, valid, TILE)
     eps = tl.full((1, 1), eps, WIDE)
     squares = tl.zeros((TOKENS, 1), WIDE)
     products = tl.zeros((TOKENS, 1), WIDE)
@@ -124,10 +76,7 @@ def _backward(
         for head in range(0, of.heads):
             head = tl.cast(head, tl.int64)
             if TILE.per_head:
-                cos, sin = head_angles(
-                    freqs, head, freq_head, position, far, log_decay, sign, amplitude, direction,
-                    valid, TILE,
-                )  # fmt: skip
+                cos, sin = head_angles(by, head, of.decay_sign, valid, TILE)
             wa, wb, wrest = load_weights(weight, head, True, TILE)
             grads = _head(grad, of, batch, seq, head, valid, TILE)
             a, b, rest = _saved_head(saved, of, batch, seq, head, valid, TILE)
@@ -142,10 +91,7 @@ def _backward(
     for head in range(0, of.heads):
         head = tl.cast(head, tl.int64)
         if TILE.per_head:
-            cos, sin = head_angles(
-                freqs, head, freq_head, position, far, log_decay, sign, amplitude, direction,
-                valid, TILE,
-            )  # fmt: skip
+            cos, sin = head_angles(by, head, of.decay_sign, valid, TILE)
         # Beside dims that pass unrotated there are not registers enough to hold the weights.
         if TOGETHER or TILE.rest > 0:
             wa, wb, wrest = load_weights(weight, head, TOGETHER, TILE)
@@ -178,6 +124,21 @@ def _backward(
                 sum_rest += tl.where(valid[:, None], grest * rest, 0.0)
     if not TOGETHER:
         store_sums(parts, sum_a, sum_b, sum_rest, TILE)
+
+
+@triton.jit
+def _one_tensor(
+    x, out, saved, weight, parts, dims, of, tokens, by, eps,
+    TOGETHER: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """q, or k: backward where there are parts."""
+    if parts is not None:
+        parts += tl.program_id(0).to(tl.int64) * dims
+        _backward(x, out, saved, weight, parts, of, tokens, by, eps, TOGETHER, TILE)
+    else:
+        batch, seq, valid = tokens
+        target = rows(out, batch, seq, 0, of.target_batch, of.target_seq, 0, TILE)
+        norm_rotate_heads(x, weight, of, tokens, target, valid, by, eps, TOGETHER, True, TILE)
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
@@ -234,27 +195,13 @@ def norm_rotate_kernel(
     )  # fmt: skip
     far = position - decay_origin
     freqs = inv_freq + (sequence * freq_sequence)[:, None] + tl.arange(0, TILE.pairs)[None, :]
-    program = tl.program_id(0).to(tl.int64)
-    if q_parts is not None:
-        _backward(
-            q, q_out, q_saved, q_weight, q_parts + program * q_dims, of_q, freqs, freq_head,
-            position, far, log_decay, amplitude, direction, eps, batch, seq, valid,
-            TILE.q_together, TILE,
-        )  # fmt: skip
-    else:
-        _forward(
-            q, q_out, q_weight, of_q, freqs, freq_head, position, far, log_decay, amplitude,
-            direction, eps, batch, seq, valid, TILE.q_together, TILE,
-        )  # fmt: skip
+    by = (freqs, freq_head, position, far, log_decay, amplitude, direction)
+    where = (batch, seq, valid)
+    _one_tensor(
+        q, q_out, q_saved, q_weight, q_parts, q_dims, of_q, where, by, eps, TILE.q_together, TILE
+    )
     if TILE.two_operands:
-        if k_parts is not None:
-            _backward(
-                k, k_out, k_saved, k_weight, k_parts + program * k_dims, of_k, freqs, freq_head,
-                position, far, log_decay, amplitude, direction, eps, batch, seq, valid,
-                TILE.k_together, TILE,
-            )  # fmt: skip
-        else:
-            _forward(
-                k, k_out, k_weight, of_k, freqs, freq_head, position, far, log_decay, amplitude,
-                direction, eps, batch, seq, valid, TILE.k_together, TILE,
-            )  # fmt: skip
+        _one_tensor(
+            k, k_out, k_saved, k_weight, k_parts, k_dims, of_k, where, by, eps, TILE.k_together,
+            TILE,
+        )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from typing import NamedTuple
 
@@ -10,14 +9,15 @@ import torch
 import triton
 from torch import Tensor
 
-from ..._shared.triton.launch import VECTOR_BYTES, Plan, chip_of, layouts_of, planned, strides_of
+from ..._shared.triton.launch import Plan, chip_of, layouts_of, planned
 from ..checks import check_norm, refuse_overlap
 from ..pairs import accumulator
 from ..rotation import Rotation, resolve
 from .kernel import Operand
-from .launch import FEW_TOKENS, TARGET_WARPS, operand_of
+from .launch import operand_of
 from .norm_kernel import NormTile, norm_rotate_kernel
 from .ops import like
+from .programs import alignment_of, programs_of, rotation_arguments
 
 # Of a backward: left to itself, ptxas spills to fit one more block.
 ALL_REGISTERS = 255
@@ -135,11 +135,6 @@ def _plan(tensors, weights, rope_args, options: dict[str, Hashable]) -> _Call:
 def _settled(
     like, operands, weights, eps, rotation: Rotation, tile, grid, warps, backward: bool
 ) -> Plan:
-    positions, cu_seqlens = rotation.positions, rotation.cu_seqlens
-    position_strides = (0, 0, 0) if positions is None else strides_of(positions)
-    if rotation.axes is None:
-        position_strides = (0, *position_strides, 0)[:3]
-    sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     batch, seqlen = like.shape[:2]
     return Plan(
         norm_rotate_kernel,
@@ -147,11 +142,7 @@ def _settled(
         like,
         *operands,
         *(0 if w is None else w.shape[0] for w in weights),
-        *strides_of(rotation.inv_freq)[:2],
-        *position_strides,
-        0 if rotation.axes is None else positions.shape[0],
-        sequences,
-        sequences.bit_length(),
+        *rotation_arguments(rotation),
         rotation.decay_origin,
         rotation.amplitude,
         eps,
@@ -173,28 +164,22 @@ def _tile(
     rotation: Rotation,
 ) -> tuple[NormTile, tuple[int, int], int]:
     """Tile, grid and warps of a program, as for the rotation alone."""
-    batch, seqlen, _, head_dim = inputs[0].shape
-    itemsize, half = inputs[0].element_size(), rotation.inv_freq.shape[-1]
+    half, head_dim = rotation.inv_freq.shape[-1], inputs[0].shape[3]
     pairs = triton.next_power_of_2(half)
-    if batch * seqlen < FEW_TOKENS and not backward:
-        tokens, warps = max(1, 64 // pairs), 1
-    else:
-        # A backward of interleaved pairs would spill beside as many tokens of dims that pass.
-        width = triton.next_power_of_2(head_dim) // 2
-        width = width if backward and rotation.interleaved else pairs
-        tokens, warps = max(1, 128 * VECTOR_BYTES // itemsize // width), 4
-    tiles = triton.cdiv(batch * seqlen, tokens)
     heads = 1 if backward else max(x.shape[2] for x in inputs)
+    # A backward of interleaved pairs would spill beside as many tokens of dims that pass.
+    widest = triton.next_power_of_2(head_dim) // 2
+    width = widest if backward and rotation.interleaved else pairs
+    programs = programs_of(inputs[0], pairs, heads, may_be_few=not backward, width=width)
     rest = head_dim - 2 * half
-    strides = (n for x in (*inputs, *outputs, *saved) for n in strides_of(x)[:3])
     tile = NormTile(
         two_operands=len(inputs) == 2,
-        tokens=tokens,
+        tokens=programs.tokens,
         half=half,
         pairs=pairs,
         rest=rest,
         rest_dims=triton.next_power_of_2(max(rest, 1)),
-        align=math.gcd(VECTOR_BYTES // itemsize, *strides),
+        align=alignment_of((*inputs, *outputs, *saved), inputs[0].itemsize),
         interleaved=rotation.interleaved,
         wide=inputs[0].dtype == torch.float64,
         per_head=rotation.per_head,
@@ -202,4 +187,4 @@ def _tile(
         q_together=together[0],
         k_together=together[1],
     )
-    return tile, (tiles, min(heads, max(1, TARGET_WARPS // (warps * tiles)))), warps
+    return tile, (programs.tiles, programs.shares), programs.warps

@@ -52,9 +52,12 @@ def store_sums(to, a, b, rest, TILE: tl.constexpr):
 
 
 @triton.jit
-def head_angles(freqs, head, freq_head, position, far, log_decay, sign, amplitude, direction, valid,
-            TILE: tl.constexpr):  # fmt: skip
-    """cos and sin of a head, or of all heads."""
+def head_angles(by, head, sign, valid, TILE: tl.constexpr):
+    """cos and sin of a head, or of all heads.
+
+    by: (frequencies, their stride of heads, position, far, log_decay, amplitude, direction).
+    """
+    freqs, freq_head, position, far, log_decay, amplitude, direction = by
     mask = valid[:, None] & (tl.arange(0, TILE.pairs) < TILE.half)[None, :]
     freq = tl.load(freqs + head * freq_head, mask=mask, other=0.0).to(tl.float64)
     cos, sin = sincos(position * freq, TILE)

@@ -1,0 +1,63 @@
+"""How many programs a rotation is, on what each works, and what tells them where tokens are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import triton
+from torch import Tensor
+
+from ..._shared.triton.launch import VECTOR_BYTES, strides_of
+from ..rotation import Rotation
+
+# Below this many tokens a program takes as few as it can: latency counts, not bandwidth.
+FEW_TOKENS = 512
+# Heads are spread over programs until about this many warps run: 32 bytes per thread then keep
+# 30 KB of loads in flight on each multiprocessor of an H100. More would only repeat the sincos.
+TARGET_WARPS = 4096
+
+
+class Programs(NamedTuple):
+    """Of one launch."""
+
+    tokens: int  # per program
+    warps: int
+    tiles: int  # of tokens
+    shares: int  # of heads
+
+
+def programs_of(
+    x: Tensor, pairs: int, heads: int, *, may_be_few: bool = True, width: int | None = None
+) -> Programs:
+    """Few different ones, so that little is compiled.
+
+    x: (batch, seqlen, heads, head_dim); pairs: of a head, a power of two; heads: to be spread over
+    programs; width: pairs for which there are registers, pairs by default.
+    """
+    count = x.shape[0] * x.shape[1]
+    if count < FEW_TOKENS and may_be_few:
+        tokens, warps = max(1, 64 // pairs), 1
+    else:  # 128 threads, each with one vector of first dims and one of second dims
+        tokens, warps = max(1, 128 * VECTOR_BYTES // x.itemsize // (width or pairs)), 4
+    tiles = triton.cdiv(count, tokens)
+    return Programs(tokens, warps, tiles, min(heads, max(1, TARGET_WARPS // (warps * tiles))))
+
+
+def alignment_of(tensors: Iterable[Tensor], itemsize: int) -> int:
+    """Elements of a vector at most, by which all strides can be divided."""
+    strides = (n for x in tensors for n in strides_of(x)[:3])
+    return math.gcd(VECTOR_BYTES // itemsize, *strides)
+
+
+def rotation_arguments(rotation: Rotation) -> tuple[int, ...]:
+    """The kernels' parameters from freq_sequence to search_steps."""
+    positions, cu_seqlens = rotation.positions, rotation.cu_seqlens
+    position_strides = (0, 0, 0) if positions is None else strides_of(positions)
+    if rotation.axes is None:
+        position_strides = (0, *position_strides, 0)[:3]
+    sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    axes = 0 if rotation.axes is None else positions.shape[0]
+    freq_strides = strides_of(rotation.inv_freq)[:2]
+    return *freq_strides, *position_strides, axes, sequences, sequences.bit_length()
