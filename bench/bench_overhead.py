@@ -73,12 +73,20 @@ def random(*shape: int) -> Tensor:
 
 def rotations() -> dict[str, Case]:
     q, k, freqs = random(1, 1, 32, 128), random(1, 1, 8, 128), methods.rope(128).to(device())
-    by = freqs.inv_freq
+    by, w = freqs.inv_freq, torch.ones(128, device=device())
+    filled = torch.tensor([8], dtype=torch.int32, device=device())
     return {
         "apply_rope": Case(lambda q: ek.apply_rope(q, freqs), (q,)),
         "apply_rope_qk": Case(lambda q, k: ek.apply_rope_qk(q, k, freqs, positions=4096), (q, k)),
         "apply_rope_qk in place": Case(
             lambda q, k: ek.apply_rope_qk(q, k, freqs, positions=4096, inplace=True), (q, k), False
+        ),
+        "rope_append_kvcache": Case(
+            lambda q, k, *caches: ek.rope_append_kvcache(
+                q, k, k, *caches, freqs, cache_seqlens=filled, q_norm_weight=w, k_norm_weight=w
+            ),
+            (q, k, random(1, 16, 8, 128), random(1, 16, 8, 128)),
+            False,
         ),
         "op rope_fwd": Case(lambda q, k: ops.rope_fwd(q, k, by), (q, k)),
         "op rope_bwd": Case(lambda q, k: ops.rope_bwd(q, k, None, None, by), (q, k)),

@@ -21,7 +21,7 @@ from .ops.linear_attention import (
     permuteformer_step,
 )
 from .ops.permute import head_permutations, permute, permute_qk
-from .ops.rope import apply_rope, apply_rope_qk
+from .ops.rope import apply_rope, apply_rope_qk, rope_append_kvcache
 
 __version__ = "0.2.0"
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "positions",
     "rerope_attention",
     "rerope_attention_with_kvcache",
+    "rope_append_kvcache",
     "scores",
     "string_attention",
     "string_attention_with_kvcache",

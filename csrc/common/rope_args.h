@@ -21,6 +21,7 @@ struct RopeOptions {
   int64_t offset;
   bool interleaved, inverse;
   double decay_origin;
+  bool packed = false;  // (total, heads, head_dim) without cu_seqlens too
 };
 
 inline DType rotated_dtype(const Tensor& x, const char* name) {
@@ -133,7 +134,7 @@ inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Te
                               const OptionalTensor& positions, const RopeOptions& options,
                               bool adjoint) {
   RopeParams p{};
-  const bool packed = options.cu_seqlens.has_value();
+  const bool packed = options.packed || options.cu_seqlens.has_value();
   p.dtype = rotated_dtype(q, "q");
   check_rows("rope", q, packed, "q");
   set_input(p.tensors[p.num_tensors++], q, packed);
@@ -145,7 +146,8 @@ inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Te
   p.batch = packed ? 1 : q.size(0);
   p.seqlen = q.size(packed ? 0 : 1);
   p.head_dim = q.size(q.dim() - 1);
-  const int64_t sequences = packed ? set_cu_seqlens("rope", p, *options.cu_seqlens, q) : p.batch;
+  const int64_t sequences =
+      options.cu_seqlens.has_value() ? set_cu_seqlens("rope", p, *options.cu_seqlens, q) : p.batch;
   set_frequencies(p, inv_freq, q, sequences);
   if (options.axes.has_value()) check_axes(p, *options.axes, q);
   if (positions.has_value()) set_positions(p, *positions, options.axes, q, sequences);

@@ -16,8 +16,9 @@ from decode_oracle import Case, check, make  # noqa: E402
 
 from extrope_kernels import methods, rerope_attention_with_kvcache, scores  # noqa: E402
 from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options  # noqa: E402
+from extrope_kernels.ops._shared.lengths import cache_lengths  # noqa: E402
 from extrope_kernels.ops._shared.triton.angles import cos_sin, fixed_angle  # noqa: E402
-from extrope_kernels.ops.decode import api, reference  # noqa: E402
+from extrope_kernels.ops.decode import reference  # noqa: E402
 from extrope_kernels.ops.decode.arguments import KVCache  # noqa: E402
 from extrope_kernels.ops.decode.triton import configs, grid, launch  # noqa: E402
 from extrope_kernels.ops.decode.triton.schedule import share_of  # noqa: E402
@@ -323,10 +324,10 @@ def test_nothing_of_a_growing_cache_compiles_again(run_python):
 def test_what_a_cache_grows_by_changes_no_length_of_another_call():
     """An int becomes a tensor once for all layers of a step, and another one for the next step."""
     inputs = make(Case((9, 9), heads_q=1, heads_k=1))
-    found = [api._lengths("op", n, inputs.q) for n in (8, 8, 9, 8)]
+    found = [cache_lengths("op", n, inputs.q) for n in (8, 8, 9, 8)]
     assert found[0] is found[1] and found[0] is not found[2]
     assert [x.tolist() for x in found] == [[n, n] for n in (8, 8, 9, 8)]
-    assert api._lengths("op", 8, inputs.q[:1]).tolist() == [8]
+    assert cache_lengths("op", 8, inputs.q[:1]).tolist() == [8]
 
 
 def test_a_chip_without_tiles_is_refused_before_anything_is_written(run_python):

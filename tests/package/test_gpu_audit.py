@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 TRITON = {
     "rope triton": "rotate_kernel",
     "rope norm triton": "norm_rotate_kernel",
+    "rope append triton": "rope_append_kernel",
     "permute rows triton": "permute_kernel",
     "permute cycles triton": "cycles_kernel",
     **{f"attention {name}": f"{name}_kernel" for name in ("rotate", "forward", "dq", "dkv")},

@@ -52,6 +52,24 @@ def test_rotation_is_one_launch(run_python):
     run_on_chip(run_python, source)
 
 
+def test_the_step_into_a_cache_is_one_launch(run_python):
+    source = """
+    q, k, v = (random(2, 1, heads, 64) for heads in (4, 2, 2))
+    caches = [random(8, 16, 2, 64) for _ in "kv"]
+    table = torch.arange(8, dtype=torch.int32).view(2, 4)
+    weight = random(64)
+    norm = {"q_norm_weight": weight, "k_norm_weight": weight, "backend": "triton"}
+    for where in (
+        {"cache_seqlens": 3, "block_table": table},
+        {"slot_mapping": torch.tensor([[3], [-1]]), "cache_seqlens": 3},
+    ):
+        for _ in range(2):
+            call = lambda: ek.rope_append_kvcache(q, k, v, *caches, freqs, **where, **norm)
+            assert launched(call) == 1
+    """
+    run_on_chip(run_python, source)
+
+
 def test_attention_is_two_launches_and_four_back(run_python):
     source = """
     q, k, v = (random(2, 40, heads, 64, requires_grad=True) for heads in (4, 2, 2))

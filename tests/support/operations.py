@@ -20,6 +20,7 @@ from extrope_kernels import (
     permuteformer_step,
     rerope_attention,
     rerope_attention_with_kvcache,
+    rope_append_kvcache,
 )
 from extrope_kernels.testing import attention_backends, available_backends, device
 
@@ -102,6 +103,16 @@ def append(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     return [*caches, *out]
 
 
+def rope_append(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor
+) -> list[Tensor]:
+    caches = [x.new_zeros(x.shape[0], x.shape[1] + 9, *x.shape[2:]) for x in (k, v)]
+    norm = {"q_norm_weight": q_weight, "k_norm_weight": k_weight}
+    freqs = methods.rope(q.shape[-1]).to(device())
+    call = {"cache_seqlens": 5, **norm, "backend": backend}
+    return [rope_append_kvcache(q, k, v, *caches, freqs, **call), *caches]
+
+
 def merge(backend: str, outs: Tensor, lses: Tensor) -> list[Tensor]:
     return list(merge_attention(outs, lses.float()))
 
@@ -135,9 +146,14 @@ OPERATIONS = {
     "permuteformer step": Operation(step, QKV, LINEAR),
     "cache": Operation(decode, CACHED, ATTENTION),
     "cache, appended to": Operation(append, QKV, ATTENTION),
+    "norm, rope and append": Operation(
+        rope_append, {**QKV, "q_weight": (64,), "k_weight": (128,)}, LINEAR
+    ),
     "merge": Operation(merge, {"outs": (3, 2, 200, 6, 64), "lses": (3, 2, 6, 200)}, ("reference",)),
 }
-WITHOUT_GRADIENT = ("cache", "cache, appended to", "permuteformer step")
+WITHOUT_GRADIENT = (
+    "cache", "cache, appended to", "norm, rope and append", "permuteformer step"
+)  # fmt: skip
 OPERATIONS |= {
     f"{name}, backward": Operation(with_gradients(one.run), one.shapes, one.backends)
     for name, one in OPERATIONS.items()

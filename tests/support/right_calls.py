@@ -64,6 +64,21 @@ CACHE = {
     "cache_leftpad": None,
     "cu_seqlens_q": None,
 }
+APPEND = {
+    **{name: CACHE[name] for name in ("q", "k", "v", "k_cache", "v_cache", "freqs")},
+    "cache_seqlens": 3,
+    "block_table": None,
+    "slot_mapping": None,
+    "cu_seqlens": None,
+    "cache_leftpad": None,
+    "positions": None,
+    "score": None,
+    "q_norm_weight": randn(DIM),
+    "k_norm_weight": randn(DIM),
+    "norm_eps": 1e-6,
+    "interleaved": False,
+    "backend": None,
+}
 REROPE = {"window": 4, "factor": 2.0, "grouped": False}
 
 
@@ -116,6 +131,7 @@ CALLS = {
         "cu_seqlens_q": PACKED["cu_seqlens"],
         **REROPE,
     },
+    "rope_append_kvcache": APPEND,
     "apply_rope_qk of packed sequences": {**ROPE, **PACKED},
     "permute": {"x": ATTENTION["q"], **PERMUTE, "permutations": permutations(4)},
     "permute_qk": {"q": ATTENTION["q"], "k": ATTENTION["k"], **PERMUTE},

@@ -8,7 +8,7 @@ import torch
 from right_calls import ATTENTION, CACHE, DEVICE, LSE, ints, permutations
 from wrong_tensors import NOT_A_NUMBER, not_factors, not_freqs, not_ints, not_like, not_rows
 
-from extrope_kernels import RopeFreqs, head_permutations, methods
+from extrope_kernels import RopeFreqs, head_permutations, methods, scores
 
 NOT_AN_INT = {**NOT_A_NUMBER, "half": 2.5, "nan": math.nan, "inf": math.inf, "True": True}
 NOT_POSITIVE = {"-1": -1, "-2**63": -(2**63), "-2**80": -(2**80)}
@@ -17,6 +17,11 @@ NOT_A_BOOL = {"text": "yes", "two": 2, "None": None, "tensor": torch.ones(2), "f
 NOT_A_NAME = {"number": 3, "bytes": b"cpu", "unknown": "metal", "list": ["cpu"], "empty": ""}
 FACTOR = {**NOT_A_NUMBER, "None": None, "0": 0.0, "-1": -1.0, "nan": math.nan}
 SCALE = {**NOT_A_NUMBER, "0": 0.0, "-1": -1.0, "nan": math.nan, "inf": math.inf}
+NOT_A_WEIGHT = {
+    k: v
+    for k, v in not_factors(ATTENTION["q"][0, 0, 0]).items()
+    if k not in ("None", "half", "double", "longer")
+} | {"of three heads": ATTENTION["q"][0, 0, :3].flatten()}
 COUNT = {**NOT_AN_INT, **NOT_POSITIVE, **HUGE, "None": None, "0": 0}
 PLACE = {"number": 3.5, "text": "moon", "list": []}
 NOT_POSITIONS = not_ints(ints(*range(6))) | {**HUGE, "complex number": 1j}
@@ -84,6 +89,14 @@ WRONG = {
                                              "-1": -1, "9": 9, **HUGE, **NOT_POSITIVE},
     "block_table": not_ints(ints(0, 1).view(2, 1)) | {"long": ints(0, 1).view(2, 1).long()},
     "cache_leftpad": not_ints(ints(1, 1)) | {"long": ints(1, 1).long(), "-1": ints(-1, 0)},
+    "slot_mapping": not_ints(ints(3, 12).view(2, 1))
+    | {"past the end": ints(3, 16).view(2, 1), "-2": ints(-2, 3).view(2, 1)},
+    "score": {"text": "rerope", "number": 4.0, "function": scores.rerope},
+    "rope_append_kvcache.freqs": {k: v for k, v in not_freqs().items() if k != "None"},
+    "q_norm_weight": NOT_A_WEIGHT,
+    "k_norm_weight": NOT_A_WEIGHT,
+    "norm_eps": {k: v for k, v in SCALE.items() if k not in ("0", "inf")}
+    | {"None": None, "True": True},
     "backend": NOT_A_NAME,
     "window": COUNT,
     "chunk_size": COUNT,

@@ -1,7 +1,7 @@
 """What is compiled, and how. To add a kernel: a file beside these, and its list in ENTRIES."""
 
 from ..case import Case, Kernel
-from . import attention, decode, linear_attention, permute, plain, rope, rope_norm
+from . import attention, decode, linear_attention, permute, plain, rope, rope_append, rope_norm
 
 ENTRIES = (
     *plain.KERNELS,
@@ -10,6 +10,7 @@ ENTRIES = (
     *linear_attention.KERNELS,
     *rope.KERNELS,
     *rope_norm.KERNELS,
+    *rope_append.KERNELS,
     *permute.KERNELS,
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ENTRIES}

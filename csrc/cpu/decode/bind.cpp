@@ -16,7 +16,7 @@ namespace decode {
 namespace {
 
 #define EXTROPE_KERNELS(isa) \
-  Kernels { append_tokens_##isa, decode_splits_##isa, merge_splits_##isa }
+  Kernels { decode_splits_##isa, merge_splits_##isa }
 
 // A head_dim is a multiple of 8, and the kernels read rows in whole vectors.
 Kernels kernels(const KVCache& cache) {
@@ -25,6 +25,10 @@ Kernels kernels(const KVCache& cache) {
   if (capability() >= kAvx512 && halves) return EXTROPE_KERNELS(avx2);
 #endif
   return EXTROPE_WIDEST(EXTROPE_KERNELS);
+}
+
+const float* decay_of(const CacheArgs& a) {
+  return a.log_decay.has_value() ? static_cast<const float*>(a.log_decay->data_ptr()) : nullptr;
 }
 
 std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor k,
@@ -77,7 +81,9 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Opti
   p.amplitude = attention_factor * attention_factor;
 
   const Kernels run = kernels(p.cache);
-  if (k.has_value()) run_append({p.cache, p.freqs, p.regions.stored, plane(*k), plane(*v)}, run);
+  if (k.has_value()) {
+    run_append(p.cache, p.freqs, decay_of(args), p.regions.stored, plane(*k), plane(*v));
+  }
   std::vector<int64_t> of_out{p.cache.batch, p.seqlen_q, p.heads_q, p.cache.head_dim_v};
   std::vector<int64_t> of_lse{p.cache.batch, p.heads_q, p.seqlen_q};
   if (packed) of_out.erase(of_out.begin()), of_lse.erase(of_lse.begin());
@@ -100,7 +106,7 @@ void append(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor inv_freq,
   require_of(op, stored.size() == kMapNumbers, "stored must be ", kMapNumbers, " numbers, got ",
              stored.size());
   const FrequencyRows freqs = frequencies_of(args, cache);
-  run_append({cache, freqs.params, map_of(stored.data()), plane(k), plane(v)}, kernels(cache));
+  run_append(cache, freqs.params, decay_of(args), map_of(stored.data()), plane(k), plane(v));
 }
 
 }  // namespace

@@ -6,46 +6,15 @@
 #include "common/regions.h"
 #include "common/rope_params.h"
 #include "common/softmax_params.h"
+#include "cpu/append/cache.h"
 
 namespace extrope {
-
-// Rows of dims, by sequence (or page of a paged cache), token and head. Strides in elements; the
-// last dimension is contiguous. The tokens of packed sequences are counted through: block is 0.
-struct Plane {
-  void* data;
-  int64_t block, slot, head;
-};
-
-struct KVCache {
-  DType dtype;  // all but f64
-  Plane k, v;
-  int64_t batch, heads, head_dim, head_dim_v;
-  int64_t capacity;            // slots of a sequence
-  const int32_t* block_table;  // nullptr: one block a sequence
-  int64_t table_batch, page_size;
-  const int32_t* seqlens;  // slots in use, those of left padding among them
-  const int32_t* leftpad;  // nullptr: none
-  int64_t appended;        // tokens that the call writes to each, to be added to seqlens
-  const int32_t* cu_new;   // (batch + 1,) boundaries of tokens that it writes packed, or nullptr
-
-  int64_t first_slot(int64_t b) const { return leftpad ? leftpad[b] : 0; }
-  int64_t new_tokens(int64_t b) const { return cu_new ? cu_new[b + 1] - cu_new[b] : appended; }
-  int64_t all_new_tokens() const { return cu_new ? cu_new[batch] : batch * appended; }
-  int64_t end(int64_t b) const { return seqlens[b] + new_tokens(b); }
-};
 
 struct Frequencies {
   const double* inv_freq;   // rows of `half` frequencies, each padded to whole vectors
   const double* log_decay;  // one such row, or nullptr
   int64_t half, batch;      // batch: from one sequence's row to the next; 0 where all share one
   bool interleaved;
-};
-
-struct AppendParams {
-  KVCache cache;
-  Frequencies freqs;
-  PositionMap stored;  // by which keys are rotated
-  Plane k, v;          // new keys, raw, and values
 };
 
 struct DecodeParams {

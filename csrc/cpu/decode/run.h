@@ -1,5 +1,4 @@
-// Cuts attention over a cache into splits, and shares these and appended tokens out over torch's
-// threads.
+// Cuts attention over a cache into splits, and shares these out over torch's threads.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/append/rotations.h"
 #include "cpu/decode/kernels.h"
 #include "cpu/runtime/threads.h"
 
@@ -22,7 +22,6 @@ constexpr int64_t kReading = 6;
 constexpr int64_t kParts = 8;
 
 struct Kernels {
-  void (*append)(const AppendParams&, int64_t, int64_t);
   void (*decode)(const DecodeParams&, const Split*, int64_t);
   void (*merge)(const DecodeParams&, const QueryBlock*, int64_t);
 };
@@ -91,12 +90,27 @@ inline void fill_padding(const DecodeParams& p) {
   }
 }
 
-inline void run_append(const AppendParams& p, const Kernels& run) {
-  const KVCache& cache = p.cache;
-  const int64_t bytes =
-      cache.heads * (cache.head_dim + cache.head_dim_v) * (cache.dtype == DType::f32 ? 4 : 2);
-  share_out(cache.all_new_tokens(), bytes,
-            [&](int64_t begin, int64_t end) { run.append(p, begin, end); });
+// New keys, raw, and values. log_decay: as in RopeParams.
+inline void run_append(const KVCache& cache, const Frequencies& freqs, const float* log_decay,
+                       const PositionMap& stored, const Plane& k, const Plane& v) {
+  const int64_t tokens = cache.all_new_tokens(), batch = cache.cu_new ? 1 : cache.batch;
+  const int64_t seqlen = cache.cu_new ? tokens : cache.appended;
+  const CacheRows rows = rows_behind(cache, tokens);
+  std::vector<double> positions;
+  RopeParams p = unrotated(cache.dtype, k, batch, seqlen, cache.heads, cache.head_dim);
+  if (!is_raw(stored)) {
+    p.rotary_dim = 2 * freqs.half, p.interleaved = freqs.interleaved;
+    p.inv_freq = freqs.inv_freq, p.inv_freq_is_f64 = true, p.freq_batch = freqs.batch;
+    p.log_decay = log_decay;
+    p.cu_seqlens = cache.cu_new, p.num_sequences = cache.batch;
+    positions = mapped(stored, positions_behind(cache, tokens));
+    set_token_positions(p, positions);
+  }
+  write_into(p.tensors[0], cache.k, rows.k);
+  Rotations all;
+  all.add(p);
+  all.add(values_into(cache, rows, v, batch, seqlen));
+  all.run();
 }
 
 inline void run_decode(DecodeParams& p, const Kernels& run) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,8 +80,13 @@ class AttentionCall:
         return self.softmax_scale or head_dim**-0.5
 
     def _map(self, n: int) -> PositionMap:
-        modulus, divisor, floor, offset, cap = self.maps[n * _MAP : (n + 1) * _MAP]
-        return PositionMap(int(modulus), divisor, bool(floor), offset, cap)
+        return position_map(self.maps[n * _MAP : (n + 1) * _MAP])
+
+
+def position_map(numbers: Sequence[float]) -> PositionMap:
+    """The map that an op is told of by its numbers."""
+    modulus, divisor, floor, offset, cap = numbers
+    return PositionMap(int(modulus), divisor, bool(floor), offset, cap)
 
 
 def row_scale(i: Tensor, call: AttentionCall) -> Tensor | None:

@@ -17,7 +17,8 @@ from .._shared.attention_call import (
     rope_options,
     score_options,
 )
-from .._shared.checks import check_cu_seqlens, explained, refuse_flags
+from .._shared.checks import explained, refuse_flags
+from .._shared.lengths import cache_lengths
 from .._shared.options import refuse_unknown, takes_options_of
 from . import reference
 from .arguments import KVCache, check_decode, check_values, parse
@@ -68,7 +69,7 @@ def attend_with_kvcache(
             "got one"
         )
     if not isinstance(cache_seqlens, Tensor):
-        cache_seqlens = _lengths(op, cache_seqlens, q, cu_seqlens_q)
+        cache_seqlens = cache_lengths(op, cache_seqlens, q, cu_seqlens_q, "cu_seqlens_q")
     rope_args = (freqs.inv_freq, cache_seqlens, block_table, cache_leftpad)
     more = (freqs.log_decay, sinks, query_scale, cu_seqlens_q)
     tensors: Tensors = (q, k_cache, v_cache, k, v, *rope_args, *given_up_to_last(*more))
@@ -115,45 +116,6 @@ def _refuse_gradients(op: str, tensors: Tensors) -> None:
     for name, x in zip(("q", "k_cache", "v_cache", "k", "v"), tensors):
         if x is not None and x.requires_grad:
             raise ValueError(f"{op} is for inference, got {name} that requires grad")
-
-
-def _lengths(op: str, cache_seqlens: int, q: Tensor, cu_seqlens_q: Tensor | None = None) -> Tensor:
-    """One length of all sequences as the tensor that ops take."""
-    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
-        raise TypeError(
-            f"{op}: cache_seqlens must be an int or a Tensor, got {type(cache_seqlens).__name__}"
-        )
-    if not 0 <= cache_seqlens < 2**31:
-        raise ValueError(
-            f"{op}: cache_seqlens must be between 0 and the cache's slots, got {cache_seqlens}"
-        )
-    if not isinstance(q, Tensor):
-        raise TypeError(f"{op}: q must be a Tensor, got {type(q).__name__}")
-    batch = q.shape[:1]
-    if cu_seqlens_q is not None:
-        check_cu_seqlens(op, cu_seqlens_q, q, "cu_seqlens_q")
-        batch = (cu_seqlens_q.shape[0] - 1,)
-    if not _keeps_lengths(q):
-        return torch.full(batch, cache_seqlens, dtype=torch.int32, device=q.device)
-    global _last_lengths
-    stream = torch._C._cuda_getCurrentRawStream(q.device.index) if q.is_cuda else None
-    key = (cache_seqlens, batch, q.device, stream)
-    known, lengths = _last_lengths
-    if known != key:
-        lengths = torch.full(key[1], cache_seqlens, dtype=torch.int32, device=q.device)
-        _last_lengths = key, lengths
-    return lengths
-
-
-# Of the last call, for the other layers of its step; nobody writes to it.
-_last_lengths: tuple[tuple[Any, ...], Any] = ((), None)
-
-
-def _keeps_lengths(q: Tensor) -> bool:
-    """A graph's tensors are its own: no other call may have one that is made during a capture."""
-    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
-        return False
-    return not (q.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def backends() -> dict[str, str]:

@@ -2,5 +2,6 @@
 
 from . import norm_schema, schema  # noqa: F401  (define the ops)
 from .api import apply_rope, apply_rope_qk, backends
+from .append import rope_append_kvcache
 
-__all__ = ["apply_rope", "apply_rope_qk", "backends"]
+__all__ = ["apply_rope", "apply_rope_qk", "backends", "rope_append_kvcache"]

@@ -74,3 +74,11 @@ def of_pairs(values, TILE: tl.constexpr):
     """(1, pairs) of one number for each pair."""
     pair = tl.arange(0, TILE.pairs)
     return tl.load(values + pair, mask=pair < TILE.half, other=0.0)[None, :]
+
+
+@triton.jit
+def copy_rows(rows, to, valid, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr):
+    """DIMS: HEAD_DIM, rounded up to a power of two."""
+    dim = tl.arange(0, DIMS)[None, :]
+    mask = valid[:, None] & (dim < HEAD_DIM)
+    tl.store(to[:, None] + dim, tl.load(rows[:, None] + dim, mask=mask), mask=mask)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..._shared.triton.pairs import load_parts, of_pairs, rotate, store_parts, widened
+from ..._shared.triton.pairs import copy_rows, load_parts, of_pairs, rotate, store_parts, widened
 from ..._shared.triton.position_maps import map_cos_sin
 from ..._shared.triton.tokens import sequence_of
 from .cache import slot_rows
@@ -62,7 +62,7 @@ def append_kernel(
     plane = (k_cache, k_block, k_slot, k_row)
     out = slot_rows(plane, table, sequence, head, slot, valid, TILE)
     if STORED == RAW:
-        _copy(rows, out, valid, TILE.head_dim, TILE.dims)
+        copy_rows(rows, out, valid, TILE.head_dim, TILE.dims)
     else:
         if TILE.freq_of_token:
             pair = tl.arange(0, TILE.pairs)[None, :]
@@ -81,11 +81,4 @@ def append_kernel(
     rows = v + (offset + tl.cast(head, tl.int64) * v_head) * TILE.align
     plane = (v_cache, v_block, v_slot, v_row)
     out = slot_rows(plane, table, sequence, head, slot, valid, TILE)
-    _copy(rows, out, valid, TILE.head_dim_v, TILE.dims_v)
-
-
-@triton.jit
-def _copy(rows, out, valid, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr):
-    dim = tl.arange(0, DIMS)[None, :]
-    mask = valid[:, None] & (dim < HEAD_DIM)
-    tl.store(out[:, None] + dim, tl.load(rows[:, None] + dim, mask=mask), mask=mask)
+    copy_rows(rows, out, valid, TILE.head_dim_v, TILE.dims_v)

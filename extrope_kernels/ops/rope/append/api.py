@@ -1,0 +1,167 @@
+"""The public function of the fused step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....methods import RopeFreqs
+from ....scores import UNROTATED, Score
+from ..._shared import backends as _backends
+from ..._shared.attention_call import check_freqs, given_up_to_last
+from ..._shared.checks import check_real, explained, refuse_flags
+from ..._shared.lengths import cache_lengths
+from . import reference
+from .arguments import Append
+from .checks import check, check_values
+
+_ops = torch.ops.extrope
+_OP = "rope_append_kvcache"
+BACKENDS = ("reference", "cpu", "triton")
+
+
+def rope_append_kvcache(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    freqs: RopeFreqs | None,
+    *,
+    cache_seqlens: Tensor | int | None = None,
+    block_table: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    positions: Tensor | None = None,
+    score: Score | None = None,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    interleaved: bool = False,
+    backend: str | None = None,
+) -> Tensor | None:
+    """Norm and rotate new queries and keys, and write keys and values into a cache: one launch.
+
+    What lies between the projections and the attention of a decode step or a prefill chunk. The
+    norm is RMSNorm (https://arxiv.org/abs/1910.07467), the rotation RoPE
+    (https://arxiv.org/abs/2104.09864), each where its arguments are given. For inference.
+
+    q, k, v: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens or
+        slot_mapping; float32, bfloat16, float16 or float64; any strides with a contiguous last
+        dimension, so views of one packed projection are taken as they are. q and k have one
+        head_dim, v may have another; k and v have the cache's heads. q may be None.
+    k_cache, v_cache: (batch, max_len, heads_k, head_dim), or with block_table or slot_mapping
+        (num_blocks, block_size, heads_k, head_dim); any strides with a contiguous last dimension.
+        What no token goes to stays as it is.
+    freqs: from `extrope_kernels.methods`, on k's device, as for `apply_rope`; None rotates nothing.
+    cache_seqlens: (batch,) int32, or one int for all: the slots in use. The new tokens go behind
+        them, and have the positions that follow.
+    block_table: (batch, max_blocks) int32: the blocks of each sequence in their order.
+    slot_mapping: instead of both: (batch, seqlen) or (total,), int32 or int64, the slot of each
+        token, block * block_size + place in the block. -1 is written nowhere.
+    cu_seqlens: (batch + 1,) int32, the boundaries of packed sequences. What is past the last one is
+        padding and written nowhere, unless slot_mapping says so.
+    cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
+    positions: (seqlen,), (batch, seqlen) or (total,), or by axes as for `apply_rope`: where each
+        token is, whatever its slot. Needed where slot_mapping comes without cache_seqlens.
+    score: of a score method, `scores.rerope(window)` or another: keys are rotated to where the
+        attention with a cache of that name has them, and queries, which it rotates itself, come
+        back normed alone. XPOS's log_decay is then taken by methods that store keys by blocks.
+    q_norm_weight, k_norm_weight, norm_eps: as for `apply_rope_qk`; None leaves that tensor without
+        a norm.
+    interleaved: as for `apply_rope`.
+    backend: "cpu", "triton", "reference"; None for the best on k's device. A named backend never
+        falls back.
+
+    Returns: q, normed and rotated; None without q.
+    Raises: ValueError or TypeError that names the argument, before anything is written;
+        NotImplementedError when the named backend cannot run here. On a GPU the values of integer
+        tensors are not looked at, and what does not fit the cache is not written.
+    """
+    if not isinstance(k, Tensor):
+        raise TypeError(f"{_OP}: k must be a Tensor, got {type(k).__name__}")
+    if type(interleaved) is not bool:
+        refuse_flags(_OP, interleaved=interleaved)
+    if isinstance(freqs, RopeFreqs) and freqs.inv_freq is None:
+        raise TypeError(f"{_OP}: inv_freq must be a Tensor, got NoneType")
+    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+        cache_seqlens = cache_lengths(_OP, cache_seqlens, k, cu_seqlens)
+    options: dict[str, Any] = {"interleaved": True} if interleaved else {}
+    if type(norm_eps) is not float or norm_eps != 1e-6:
+        check_real(_OP, "norm_eps", norm_eps)
+        options["norm_eps"] = norm_eps
+    rope_args = (None, None, None)
+    if freqs is not None or score is not None:
+        rope_args = _rope_args(freqs, score, options)
+    inv_freq, log_decay, axes = rope_args
+    where = (cache_seqlens, block_table, slot_mapping, cu_seqlens, cache_leftpad, positions)
+    tensors = (q, k, v, k_cache, v_cache, q_norm_weight, k_norm_weight, inv_freq)
+    tensors += given_up_to_last(*where, log_decay, axes)
+    out = explained(
+        "rope_append",
+        lambda: _run(tensors, options, backend),
+        lambda: _check(tensors, options),
+        told_as=_OP,
+    )
+    return None if q is None else out
+
+
+def _rope_args(
+    freqs: RopeFreqs | None, score: Score | None, options: dict[str, Any]
+) -> tuple[Tensor | None, ...]:
+    """inv_freq, log_decay and axes of the op; the rest goes into its options."""
+    if score is None:
+        if not isinstance(freqs, RopeFreqs):
+            raise TypeError(f"{_OP}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+        factor = freqs.attention_factor
+        if type(factor) is not float or factor != 1.0:
+            options["attention_factor"] = factor
+        if freqs.log_decay is not None and freqs.decay_origin:
+            options["decay_origin"] = freqs.decay_origin
+        return freqs.inv_freq, freqs.log_decay, freqs.axes
+    if not isinstance(score, Score):
+        raise TypeError(f"{_OP}: score must be a Score or None, got {type(score).__name__}")
+    check_freqs(_OP, freqs)
+    if freqs.log_decay is not None and not score.stored.modulus:
+        raise ValueError(
+            f"{_OP}: freqs must have no log_decay (XPOS) with {score.name}, whose amplitudes grow "
+            "with the position, got one"
+        )
+    if score.stored == UNROTATED:
+        return None, None, None
+    options["stored"] = [float(n) for n in score.stored]
+    return freqs.inv_freq, freqs.log_decay, None
+
+
+def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Tensor:
+    k = tensors[1]
+    if backend is not None:
+        _backends.require(_OP, backend, BACKENDS, k.device.type)
+    if torch.is_grad_enabled():
+        _refuse_gradients(tensors)
+    if backend == "reference":
+        return reference.rope_append(*tensors, **options)
+    op = _ops.rope_append_triton if backend == "triton" else _ops.rope_append
+    if torch.compiler.is_compiling():
+        return op(*tensors, **options)
+    # No gradient exists: skip the Autograd kernel, which costs as much as a token's rotation.
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*tensors, **options)
+
+
+def _check(tensors: tuple[Any, ...], options: dict[str, Any]) -> None:
+    call = Append(*tensors, **options)
+    check(_OP, call)
+    check_values(_OP, call)
+
+
+def _refuse_gradients(tensors: tuple[Any, ...]) -> None:
+    """Of what a caller may have forgotten to detach; a model's norm weights require grad as they
+    are.
+    """
+    for name, x in zip(("q", "k", "v", "k_cache", "v_cache"), tensors):
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{_OP} is for inference, got {name} that requires grad")

@@ -1,0 +1,209 @@
+"""What a fused step may be given: every refusal, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ....scores import PositionMap
+from ..._shared.checks import check_cu_seqlens, check_matching, check_rows, refuse_flags
+from .. import checks as rope_checks
+from .arguments import Append
+
+
+def check(op: str, call: Append) -> None:
+    """Raise ValueError or TypeError that names the argument, for what has no meaning."""
+    if not isinstance(call.k, Tensor):
+        raise TypeError(f"{op}: k must be a Tensor, got {type(call.k).__name__}")
+    packed = call.cu_seqlens is not None or call.packed
+    check_rows(op, "k", call.k, packed)
+    if packed and call.cu_seqlens is None and call.slot_mapping is None:
+        raise ValueError(f"{op}: packed k needs cu_seqlens or slot_mapping, got neither")
+    _check_values_tensor(op, call)
+    if call.cu_seqlens is not None:
+        check_cu_seqlens(op, call.cu_seqlens, call.k)
+    if call.q is not None:
+        check_rows(op, "q", call.q, packed)
+        check_matching(op, call.q, call.k)
+    for name, cache, x in (("k_cache", call.k_cache, call.k), ("v_cache", call.v_cache, call.v)):
+        _check_cache(op, name, cache, x)
+    if call.v_cache.shape[:2] != call.k_cache.shape[:2]:
+        raise ValueError(
+            f"{op}: v_cache must have k_cache's blocks and slots {tuple(call.k_cache.shape[:2])}, "
+            f"got {tuple(call.v_cache.shape[:2])}"
+        )
+    _check_places(op, call)
+    refuse_flags(op, interleaved=call.interleaved)
+    _check_rotation(op, call)
+
+
+def check_values(op: str, call: Append) -> None:
+    """What only the values of the integer tensors show: on a CPU, where looking costs nothing."""
+    if call.k.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    cu = call.cu_seqlens
+    if cu is not None and (cu[0] != 0 or (cu.diff() < 0).any() or cu[-1] > call.seqlen):
+        raise ValueError(
+            f"{op}: cu_seqlens must rise from 0 to the {call.seqlen} tokens at most, "
+            f"got {cu.tolist()}"
+        )
+    leftpad = call.cache_leftpad
+    if leftpad is not None and leftpad.numel() and leftpad.min() < 0:
+        raise ValueError(f"{op}: cache_leftpad must be >= 0, got {leftpad.tolist()}")
+    if call.slot_mapping is not None:
+        slots, count = call.slot_mapping, call.k_cache.shape[:2].numel()
+        if slots.numel() and not (slots.min() >= -1 and slots.max() < count):
+            raise ValueError(
+                f"{op}: slot_mapping must be -1 or one of the cache's {count} slots, "
+                f"got {slots.tolist()}"
+            )
+        return
+    new = call.seqlen if cu is None else cu.diff()
+    ends = call.cache_seqlens.long() + new
+    if ends.numel() and not (call.cache_seqlens.min() >= 0 and ends.max() <= call.capacity):
+        raise ValueError(
+            f"{op}: cache_seqlens must be between 0 and the cache's {call.capacity} slots, the new "
+            f"tokens included, got {call.cache_seqlens.tolist()}"
+        )
+    if call.block_table is not None:
+        written, block, _ = call.rows()
+        used = block[written]
+        if used.numel() and not (used.min() >= 0 and used.max() < call.k_cache.shape[0]):
+            raise ValueError(
+                f"{op}: block_table must name pages between 0 and {call.k_cache.shape[0] - 1}, "
+                f"got {used.tolist()}"
+            )
+
+
+def _check_values_tensor(op: str, call: Append) -> None:
+    """v, which may have another head_dim than k."""
+    k, v = call.k, call.v
+    check_rows(op, "v", v, k.dim() == 3)
+    if v.dtype != k.dtype or v.device != k.device:
+        raise ValueError(
+            f"{op}: v must be {k.dtype} on {k.device} like k, got {v.dtype} on {v.device}"
+        )
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"{op}: v must have k's tokens and heads {tuple(k.shape[:-1])}, "
+            f"got {tuple(v.shape[:-1])}"
+        )
+
+
+def _check_cache(op: str, name: str, cache: Tensor, x: Tensor) -> None:
+    check_rows(op, name, cache, False)
+    if cache.dtype != x.dtype or cache.device != x.device:
+        raise ValueError(
+            f"{op}: {name} must be {x.dtype} on {x.device} like k, got {cache.dtype} on "
+            f"{cache.device}"
+        )
+    if cache.shape[2:] != x.shape[-2:]:
+        raise ValueError(
+            f"{op}: {name} must have the heads and head_dim that are written, "
+            f"{tuple(x.shape[-2:])}, got {tuple(cache.shape[2:])}"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape)):
+        raise ValueError(
+            f"{op}: {name} must not be expanded to be written to, got strides {cache.stride()}"
+        )
+
+
+def _check_places(op: str, call: Append) -> None:
+    """Which slots are written, of which sequences."""
+    _check_ints(op, "cache_seqlens", call.cache_seqlens, (call.sequences,), call.k)
+    _check_ints(op, "cache_leftpad", call.cache_leftpad, (call.sequences,), call.k)
+    _check_ints(op, "block_table", call.block_table, (call.sequences, None), call.k)
+    if call.slot_mapping is not None:
+        tokens = tuple(call.k.shape[:-2])
+        _check_ints(op, "slot_mapping", call.slot_mapping, tokens, call.k, (torch.int64,))
+        if call.block_table is not None:
+            raise ValueError(
+                f"{op}: block_table and slot_mapping both say where to write, give one"
+            )
+        return
+    if call.cache_seqlens is None:
+        raise ValueError(f"{op}: cache_seqlens or slot_mapping must say where to write, got none")
+    if call.block_table is None:
+        if call.k_cache.shape[0] != call.sequences:
+            raise ValueError(
+                f"{op}: k_cache must be (batch, max_len, heads_k, head_dim) of batch "
+                f"{call.sequences} without block_table, got {tuple(call.k_cache.shape)}"
+            )
+    elif call.k_cache.shape[1] == 0:
+        raise ValueError(f"{op}: k_cache must have a block_size >= 1, got 0")
+
+
+def _check_ints(
+    op: str,
+    name: str,
+    x: Tensor | None,
+    shape: tuple[int | None, ...],
+    like: Tensor,
+    more: tuple[torch.dtype, ...] = (),
+) -> None:
+    """more: dtypes that are taken beside int32."""
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    fits = x.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape))
+    if x.dtype not in (torch.int32, *more) or not fits or x.device != like.device:
+        wanted = ", ".join("max_blocks" if n is None else str(n) for n in shape)
+        kinds = " or ".join(["int32", *(str(n).removeprefix("torch.") for n in more)])
+        raise ValueError(
+            f"{op}: {name} must be {kinds} ({wanted}{',' * (len(shape) == 1)}) on {like.device}, "
+            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+        )
+    if not more and x.numel() and x.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: {name} must be contiguous in its last dimension, got strides {x.stride()}"
+        )
+
+
+def _check_rotation(op: str, call: Append) -> None:
+    q, k = call.q, call.k
+    if q is None and call.q_norm_weight is not None:
+        raise ValueError(f"{op}: q_norm_weight needs a q, got None")
+    first, second = (k, None) if q is None else (q, k)
+    weights = (call.q_norm_weight, call.k_norm_weight)
+    weights = weights if q is not None else weights[::-1]
+    _told_as(op, lambda: rope_checks.check_norm(first, second, *weights, call.norm_eps))
+    if len(call.stored) not in (0, len(PositionMap._fields)):
+        raise ValueError(
+            f"{op}: stored must be {len(PositionMap._fields)} numbers, got {len(call.stored)}"
+        )
+    if call.inv_freq is None:
+        if call.stored:
+            raise ValueError(f"{op}: a score method needs frequencies, got None")
+        return
+    if call.packed and call.cu_seqlens is None:
+        first, second = (x if x is None else x[None] for x in (first, second))
+    rope_args = (call.inv_freq, call.positions, call.cu_seqlens, call.log_decay, call.axes)
+    factor = call.attention_factor
+    _told_as(op, lambda: rope_checks.check(first, second, *rope_args, attention_factor=factor))
+    if call.positions is None and call.cache_seqlens is None:
+        raise ValueError(f"{op}: positions or cache_seqlens must say where the tokens are")
+    if call.positions is None:
+        return
+    shape = torch.Size((call.batch, call.seqlen))
+    if rope_checks.position_kind(call.positions, shape, call.sequences) == "offsets":
+        raise ValueError(
+            f"{op}: positions must have an entry a token, got shape {tuple(call.positions.shape)}"
+        )
+    if call.stored:
+        whole = call.positions.dtype in (torch.int32, torch.int64)
+        if call.positions.dim() > 2 or not whole:
+            raise ValueError(
+                f"{op}: positions must be whole numbers of one axis for a score method, "
+                f"got {call.positions.dtype} {tuple(call.positions.shape)}"
+            )
+
+
+def _told_as(op: str, run: Callable[[], None]) -> None:
+    """What the rotation refuses, in the name of this op."""
+    try:
+        run()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{op}{str(error).removeprefix('rope')}") from None

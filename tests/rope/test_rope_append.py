@@ -1,0 +1,383 @@
+"""The fused step into a cache, against norm, rotation and an indexed write, each by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from extrope_kernels import RopeFreqs, apply_rope_qk, methods, rope_append_kvcache, scores
+from extrope_kernels.testing import DTYPES, assert_within_budget, device
+
+HEADS_Q, HEADS_K = 4, 2
+FILLER = -7.0  # of slots that nothing may be written to
+
+
+def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device())
+
+
+@dataclass
+class Step:
+    """New tokens of two sequences, a cache, and what the call is given beside them."""
+
+    head_dim: int = 32
+    head_dim_v: int = 32
+    rotary_dim: int = 32
+    dtype: torch.dtype = torch.float32
+    blocks: tuple[int, int] = (2, 23)  # of the cache: how many, of how many slots
+    tokens: tuple[int, ...] = (2, 5)
+    call: dict = field(default_factory=dict)
+    norms: str = ""  # "", "head" or "all"
+
+    def __post_init__(self):
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device(), self.dtype)
+
+        # Views of one packed projection.
+        sizes = [HEADS_Q * self.head_dim, HEADS_K * self.head_dim, HEADS_K * self.head_dim_v]
+        packed = randn(*self.tokens, sum(sizes)).split(sizes, -1)
+        shapes = [(HEADS_Q, -1), (HEADS_K, -1), (HEADS_K, -1)]
+        self.q, self.k, self.v = (x.unflatten(-1, n) for x, n in zip(packed, shapes))
+        self.freqs = RopeFreqs(methods.rope(self.rotary_dim).inv_freq.to(device()), 1.1)
+        self.weights = dict.fromkeys(("q_norm_weight", "k_norm_weight"))
+        if self.norms:
+            heads = (HEADS_Q, HEADS_K) if self.norms == "all" else (1, 1)
+            drawn = [torch.rand(n * self.head_dim, generator=generator) + 0.5 for n in heads]
+            self.weights = dict(zip(self.weights, (x.to(device()) for x in drawn)))
+
+    def caches(self, dtype: torch.dtype) -> list[Tensor]:
+        shapes = [(*self.blocks, HEADS_K, n) for n in (self.head_dim, self.head_dim_v)]
+        return [torch.full(shape, FILLER, dtype=dtype, device=device()) for shape in shapes]
+
+    def run(self, backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """q, k_cache and v_cache."""
+        dtype = dtype or self.dtype
+        caches = self.caches(dtype)
+        qkv = [x if dtype == self.dtype else x.to(dtype) for x in (self.q, self.k, self.v)]
+        call = {"freqs": self.freqs, **self.weights, **self.call}
+        return [rope_append_kvcache(*qkv, *caches, backend=backend, **call), *caches]
+
+    def expected(self, slots: list[tuple[int, int, int, int]], positions: Tensor) -> list[Tensor]:
+        """In float64. slots: (batch, token, block, place) of all that are written."""
+        q, k, v = (x.double() for x in (self.q, self.k, self.v))
+        if k.dim() == 3:
+            q, k, v = q[None], k[None], v[None]
+        call = {**self.weights, "positions": positions, "backend": "reference"}
+        rotated_q, rotated_k = apply_rope_qk(q, k, self.freqs, **call)
+        k_cache, v_cache = self.caches(torch.float64)
+        for batch, token, block, place in slots:
+            k_cache[block, place] = rotated_k[batch, token]
+            v_cache[block, place] = v[batch, token]
+        return [rotated_q.view(self.q.shape), k_cache, v_cache]
+
+    def check(self, backend: str, expected: list[Tensor]) -> None:
+        got, same = self.run(backend), self.run("reference")
+        ulp = min(torch.finfo(torch.float32).eps, torch.finfo(self.dtype).eps)
+        # Triton's interpreter truncates when it casts to bfloat16; a GPU rounds.
+        truncates = backend == "triton" and self.dtype == torch.bfloat16 and device() == "cpu"
+        for name, *values in zip(("q", "k_cache"), got, same, expected):
+            # Mean squares, products and means: five roundings that a rotation has not.
+            noise = 2.5 * ulp * values[2].abs().max().item() if self.norms else 0.0
+            assert_within_budget(name, *values, float(truncates), noise)
+        assert torch.equal(got[2], expected[2].to(self.dtype))
+        # What nothing goes to is left alone, bit for bit.
+        assert torch.equal(got[1] == FILLER, (expected[1] == FILLER))
+
+
+def behind(lengths: tuple[int, ...], seqlen: int) -> list[tuple[int, int, int, int]]:
+    return [(b, t, b, n + t) for b, n in enumerate(lengths) for t in range(seqlen)]
+
+
+CONTIGUOUS = {"cache_seqlens": ints(3, 9)}
+
+
+@pytest.mark.parametrize("norms", ("", "head", "all"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_contiguous(backend, dtype, norms):
+    step = Step(dtype=dtype, norms=norms, call=CONTIGUOUS)
+    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
+    step.check(backend, step.expected(behind((3, 9), 5), positions))
+
+
+@pytest.mark.parametrize(
+    "dims", ((9, 5, 8), (34, 64, 6), (72, 40, 72), (128, 128, 64)), ids=lambda d: str(d[0])
+)
+@pytest.mark.parametrize("interleaved", (False, True))
+def test_dims(backend, dims, interleaved):
+    """head_dim, that of v, rotary_dim: odd and partial ones."""
+    head_dim, head_dim_v, rotary_dim = dims
+    sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "rotary_dim": rotary_dim}
+    step = Step(**sizes, norms="head", call={**CONTIGUOUS, "interleaved": interleaved})
+    same = Step(**sizes, norms="head", call=CONTIGUOUS)
+    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
+    if interleaved:  # the same pairs, in another order
+        expected = step.run("reference", torch.float64)
+    else:
+        expected = same.expected(behind((3, 9), 5), positions)
+    step.check(backend, expected)
+
+
+@pytest.mark.parametrize("page_size", (1, 4))
+def test_paged(backend, page_size):
+    blocks = 48 // page_size
+    table = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).int()
+    table = table.view(2, -1).to(device())
+    call = {"cache_seqlens": ints(3, 9), "block_table": table}
+    step = Step(blocks=(blocks, page_size), norms="head", call=call)
+    slots = [
+        (b, t, int(table[b, slot // page_size]), slot % page_size)
+        for b, t, _, slot in behind((3, 9), 5)
+    ]
+    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
+    step.check(backend, step.expected(slots, positions))
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+def test_slot_mapping(backend, dtype):
+    """As serving engines: packed tokens, their positions, and padding that is written nowhere."""
+    slots = ints(17, -1, 4, 40, -1, 2, 11, dtype=dtype)
+    positions = ints(5, 0, 900, 3, 0, 2**24 - 1, 7, dtype=torch.int64)
+    call = {"slot_mapping": slots, "positions": positions}
+    step = Step(blocks=(6, 7), tokens=(7,), norms="head", call=call)
+    written = [(0, t, n // 7, n % 7) for t, n in enumerate(slots.tolist()) if n >= 0]
+    step.check(backend, step.expected(written, positions))
+
+
+def test_slots_with_lengths(backend):
+    """The lengths then say where tokens are, and the slots where they go."""
+    slots = ints(*range(20, 10, -1), dtype=torch.int64).view(2, 5)
+    step = Step(call={"slot_mapping": slots, "cache_seqlens": ints(3, 9)})
+    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
+    written = [(b, t, n // 23, n % 23) for b in (0, 1) for t, n in enumerate(slots[b].tolist())]
+    step.check(backend, step.expected(written, positions))
+
+
+def test_packed_sequences_and_padding(backend):
+    """Of no token, of four and of one; two tokens belong to none."""
+    call = {"cache_seqlens": ints(2, 3, 8), "cu_seqlens": ints(0, 0, 4, 5)}
+    step = Step(blocks=(3, 9), tokens=(7,), norms="head", call=call)
+    written = [(0, t, 1, 3 + t) for t in range(4)] + [(0, 4, 2, 8)]
+    positions = ints(3, 4, 5, 6, 8, 9, 10)  # padding counts on: it comes back as something finite
+    step.check(backend, step.expected(written, positions))
+
+
+def test_left_padding_and_positions(backend):
+    leftpad = Step(call={**CONTIGUOUS, "cache_leftpad": ints(2, 5)})
+    positions = torch.stack([torch.arange(1, 6), torch.arange(4, 9)]).to(device())
+    expected = leftpad.expected(behind((3, 9), 5), positions)
+    leftpad.check(backend, expected)
+    Step(call={**CONTIGUOUS, "positions": positions}).check(backend, expected)
+
+
+def test_one_number_of_slots_for_all(backend):
+    one, each = Step(call={"cache_seqlens": 4}), Step(call={"cache_seqlens": ints(4, 4)})
+    for x, y in zip(one.run(backend), each.run(backend)):
+        assert torch.equal(x, y)
+
+
+SCORES = (
+    scores.rerope(4),
+    scores.rerope(4, 2.5),
+    scores.self_extend(4, 2),
+    scores.dual_chunk(9, 2),
+)
+
+
+@pytest.mark.parametrize("score", SCORES, ids=lambda score: score.name)
+@pytest.mark.parametrize("given", (False, True))
+def test_score_methods_store_keys_in_their_frame(backend, score, given):
+    """As the attention with a cache writes them; q is normed and not rotated."""
+    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
+    call = {**CONTIGUOUS, "score": score, **({"positions": positions} if given else {})}
+    step = Step(norms="head", call=call)
+    expected = step.expected(behind((3, 9), 5), score.stored(positions))
+    k = expected[1] != FILLER
+    expected[1][k] /= 1.1  # the attention factor is the attention's
+    weights = {**step.weights, "k_norm_weight": None}
+    qk = step.q.double(), step.k.double()
+    still = RopeFreqs(torch.zeros_like(step.freqs.inv_freq))
+    expected[0] = apply_rope_qk(*qk, still, backend="reference", **weights)[0]
+    step.check(backend, expected)
+
+
+def test_xpos_in_blocks(backend):
+    freqs = methods.xpos(32).to(device())
+    step = Step(call={**CONTIGUOUS, "score": scores.blockwise_causal(16), "freqs": freqs})
+    got, exact = step.run(backend), step.run("reference", torch.float64)
+    same = step.run("reference")
+    assert_within_budget("k_cache", got[1], same[1], exact[1])
+    assert torch.equal(got[0], step.q)
+
+
+@pytest.mark.parametrize("norms", ("", "head"))
+def test_without_a_rotation(backend, norms):
+    step = Step(norms=norms, call={**CONTIGUOUS, "freqs": None})
+    step.freqs = RopeFreqs(torch.zeros(16, device=device()))
+    step.check(backend, step.expected(behind((3, 9), 5), ints(*range(5))))
+
+
+def test_without_queries(backend):
+    step = Step(norms="head", call=CONTIGUOUS)
+    expected = step.run(backend)
+    step.q, step.weights["q_norm_weight"] = None, None
+    caches = step.caches(torch.float32)
+    call = {"freqs": step.freqs, **step.weights, **step.call, "backend": backend}
+    assert rope_append_kvcache(None, step.k, step.v, *caches, **call) is None
+    assert torch.equal(caches[0], expected[1]) and torch.equal(caches[1], expected[2])
+
+
+def test_frequencies_of_each_sequence_and_xpos(backend):
+    inv_freq = torch.rand(2, 16, generator=torch.Generator().manual_seed(3)).to(device())
+    freqs = RopeFreqs(inv_freq, log_decay=methods.xpos(32).log_decay.to(device()))
+    step = Step(call={**CONTIGUOUS, "freqs": freqs})
+    step.freqs = freqs
+    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
+    step.check(backend, step.expected(behind((3, 9), 5), positions))
+
+
+def test_positions_by_axis(backend):
+    """mRoPE: text alone, which has one position on all axes, and an image."""
+    freqs = methods.with_sections(methods.rope(32), [4, 6, 6]).to(device())
+    behind_lengths = Step(call={**CONTIGUOUS, "freqs": freqs})
+    behind_lengths.freqs = freqs
+    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
+    slots = behind((3, 9), 5)
+    behind_lengths.check(backend, behind_lengths.expected(slots, positions))
+    by_axis = torch.stack([positions, positions + 2, positions * 3])
+    image = Step(call={**CONTIGUOUS, "freqs": freqs, "positions": by_axis})
+    image.freqs = freqs
+    image.check(backend, image.expected(slots, by_axis))
+
+
+@pytest.mark.parametrize("tokens", ((2, 0), (0, 5)))
+def test_nothing_to_write(backend, tokens):
+    lengths = ints(3, 9)[: tokens[0]]
+    step = Step(tokens=tokens, blocks=(tokens[0], 23), call={"cache_seqlens": lengths})
+    q, k_cache, v_cache = step.run(backend)
+    assert q.shape == step.q.shape and (k_cache == FILLER).all() and (v_cache == FILLER).all()
+
+
+def test_more_tokens_than_one_program_and_thread(backend):
+    """Across pages, from a cache whose heads lie before its slots."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randperm(80, generator=generator).int().view(2, 40).to(device())
+    call = {"cache_seqlens": ints(1, 30), "block_table": table}
+    tokens = (2, 260 if backend == "triton" and device() == "cpu" else 600)
+    step = Step(blocks=(80, 16), tokens=tokens, norms="head", dtype=torch.float16, call=call)
+    got, expected = step.run(backend), step.run("reference")
+    for x, y in zip(got, expected):
+        torch.testing.assert_close(x, y, rtol=2**-10, atol=2**-10)
+    caches = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in step.caches(step.dtype)]
+    qkv = step.q, step.k, step.v
+    rope_append_kvcache(*qkv, *caches, step.freqs, backend=backend, **step.weights, **call)
+    assert torch.equal(caches[0], got[1]) and torch.equal(caches[1], got[2])
+
+
+def op_of(backend: str):
+    return getattr(torch.ops.extrope, f"rope_append{'_triton' if backend == 'triton' else ''}")
+
+
+def op_arguments(case: str) -> tuple[list, dict]:
+    """The op's positional arguments, and its options."""
+    step = Step(norms="head")
+    tensors = [step.q, step.k, step.v, *step.caches(torch.float32), *step.weights.values()]
+    if case == "lengths":
+        return [*tensors, step.freqs.inv_freq, ints(3, 9)], {"attention_factor": 1.1}
+    if case == "slots":
+        slots, positions = ints(*range(10)).view(2, 5), ints(*range(5))
+        return [*tensors, step.freqs.inv_freq, None, None, slots, None, None, positions], {}
+    tensors[0], tensors[5] = None, None
+    stored = {"stored": [float(n) for n in scores.rerope(4, 2.0).stored], "interleaved": True}
+    return [*tensors, step.freqs.inv_freq, ints(3, 9), None, None, None, ints(1, 2)], stored
+
+
+@pytest.mark.parametrize("case", ("lengths", "slots", "stored"))
+def test_opcheck(backend, case):
+    tensors, options = op_arguments(case)
+    torch.library.opcheck(op_of(backend), tuple(tensors), options)
+
+
+def test_compile_in_one_graph(backend):
+    step = Step(norms="head", call=CONTIGUOUS)
+
+    def run(q, k, v, k_cache, v_cache, lengths):
+        call = {"cache_seqlens": lengths, **step.weights, "backend": backend}
+        return rope_append_kvcache(q * 2, k, v, k_cache, v_cache, step.freqs, **call)
+
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        caches = step.caches(torch.float32)
+        out = function(step.q, step.k, step.v, *caches, CONTIGUOUS["cache_seqlens"])
+        results.append([out, *caches])
+    for x, y in zip(*results):
+        assert torch.equal(x, y)
+
+
+def test_gradients_are_refused(backend):
+    tensors, options = op_arguments("lengths")
+    tensors[0].requires_grad_()
+    with pytest.raises(NotImplementedError, match="inference"):
+        op_of(backend)(*tensors, **options).sum().backward()
+    with pytest.raises(ValueError, match="q that requires grad"):
+        rope_append_kvcache(*tensors[:5], None, cache_seqlens=3, backend=backend)
+    weight = tensors[6].requires_grad_()  # a model's own
+    call = {"cache_seqlens": 3, "k_norm_weight": weight, "backend": backend}
+    assert not rope_append_kvcache(tensors[0].detach(), *tensors[1:5], None, **call).requires_grad
+
+
+PAGED, TABLE = Step(blocks=(12, 4)), ints(1, 12, 3, 4).view(2, 2)
+REFUSED = {
+    "past the end": (Step(), {"cache_seqlens": ints(3, 19)}, "cache_seqlens"),
+    "negative": (Step(), {"cache_seqlens": ints(3, -1)}, "cache_seqlens"),
+    "no slots": (Step(), {"positions": ints(*range(5))}, "cache_seqlens or slot_mapping"),
+    "slot": (
+        Step(),
+        {**CONTIGUOUS, "slot_mapping": ints(*range(37, 47)).view(2, 5)},
+        "slot_mapping",
+    ),
+    "slot below -1": (
+        Step(),
+        {**CONTIGUOUS, "slot_mapping": ints(*range(-2, 8)).view(2, 5)},
+        "slot_mapping",
+    ),
+    "no positions": (Step(), {"slot_mapping": ints(*range(10)).view(2, 5)}, "positions"),
+    "page": (
+        PAGED,
+        {"cache_seqlens": 3, "block_table": ints(1, 12, 3, 4).view(2, 2)},
+        "block_table",
+    ),
+    "two places": (
+        PAGED,
+        {"slot_mapping": ints(*range(10)).view(2, 5), "block_table": ints(1, 2).view(2, 1)},
+        "block_table and slot_mapping",
+    ),
+    "offsets": (Step(), {**CONTIGUOUS, "positions": ints(3, 4)}, "positions"),
+    "fractions": (
+        Step(),
+        {**CONTIGUOUS, "positions": torch.rand(5, device=device()), "score": scores.rerope(4, 2.0)},
+        "positions",
+    ),
+    "padding": (Step(), {**CONTIGUOUS, "cache_leftpad": ints(-1, 0)}, "cache_leftpad"),
+    "packed": (Step(tokens=(5,)), {"cache_seqlens": 3}, "cu_seqlens or slot_mapping"),
+    "boundaries": (
+        Step(tokens=(5,)),
+        {"cache_seqlens": 3, "cu_seqlens": ints(0, 4, 6)},
+        "cu_seqlens",
+    ),
+}
+
+
+@pytest.mark.skipif(device() == "cuda", reason="on a GPU values are not looked at")
+@pytest.mark.parametrize("name", REFUSED)
+def test_is_refused_before_anything_is_written(name, backend):
+    step, call, named = REFUSED[name]
+    caches = step.caches(torch.float32)
+    given = {"freqs": step.freqs, **call, "backend": backend}
+    with pytest.raises(ValueError, match=rf"^rope_append_kvcache: .*{named}"):
+        rope_append_kvcache(step.q, step.k, step.v, *caches, **given)
+    assert all((x == FILLER).all() for x in caches)
