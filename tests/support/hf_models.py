@@ -180,7 +180,9 @@ def assert_same(got: Tensor, want: Tensor) -> None:
 
 
 class CountRotations(TorchDispatchMode):
-    """Counts the calls of the rotary op, and of cos and sin, inside a `with` block."""
+    """Counts the calls of the rotary op, with or without a norm, and of cos and sin, inside a
+    `with` block.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,6 +190,7 @@ class CountRotations(TorchDispatchMode):
         self.tables = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.rotations += func is torch.ops.extrope.rope_fwd.default
+        ops = torch.ops.extrope
+        self.rotations += func in (ops.rope_fwd.default, ops.rope_norm_fwd.default)
         self.tables += func in (torch.ops.aten.cos.default, torch.ops.aten.sin.default)
         return func(*args, **(kwargs or {}))

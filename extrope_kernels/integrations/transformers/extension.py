@@ -15,6 +15,7 @@ from .context_changes import RegionGuard, refuse_second_mesh, share
 from .context_parallel import Shared
 from .frequency_methods import frequency_changes
 from .interface import register_interface
+from .norms import norm_changes
 from .paged import batching_changes, forget_pages
 from .parameters import PARAMETERS
 from .rotary import Rotary
@@ -44,9 +45,12 @@ def extend(
     configuration names: nothing is scaled twice, not by the softmax scale of latent attention
     either (DeepSeek), whose mscale and mscale_all_dim are those of the configuration unless given.
     Where `apply_rope_qk` does what the model's layers do, every rotation goes through it:
-    frequencies stay float32 and positions integers in a model of any dtype. Elsewhere (complex
-    numbers, several axes of positions) the model's own rotary embedding makes its tables of the
-    other frequencies. Layers without a rotation stay without. A method that depends on the length
+    frequencies stay float32 and positions integers in a model of any dtype. So does a norm of
+    queries and keys right before it (Qwen3, Gemma 3, OLMo 2), if four tokens give the same: in 16
+    bits but for the roundings that the op has not. A norm with hooks, or with weights that are
+    sharded, stays the model's own. Elsewhere (complex numbers, several axes of positions) the
+    model's own rotary embedding makes its tables of the other frequencies. Layers without a
+    rotation stay without. A method that depends on the length
     (`dynamic_ntk`, `dynamic_yarn`, `longrope`) is frozen per request, so that cached keys stay
     valid: `generate` chooses for the prompt and max_new_tokens (or max_length) together, a forward
     with an empty cache for its own tokens, or for the largest of its position_ids where it is
@@ -114,6 +118,8 @@ def extend(
     extension = Extension(model, method, overrides, hooks)
     if method in SCORES or shared is not None:
         _rehearse(extension, sites, shared)
+    else:
+        extension.add(*norm_changes(sites))
     return extension
 
 
@@ -162,6 +168,14 @@ class Extension:
         forget_pages(model)
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
         self._undo: list[Callable[[], None]] = []
+        self.add(overrides, hooks)
+
+    def add(
+        self,
+        overrides: list[tuple[nn.Module, str, Any]],
+        hooks: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any] | None]],
+    ) -> None:
+        """Change more, as far as the first changes allow."""
         for module, name, value in overrides:
             self._overrides.append((module, name, value, vars(module).get(name)))
             vars(module)[name] = value

@@ -7,7 +7,7 @@ place of sin.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ ARGUMENT = "extrope_attending"
 ATTENTION = "extrope_score"  # the one in the config of a layer that attends by a score method
 
 
+class Norm(NamedTuple):
+    """What `apply_rope_qk` takes of the norm before a rotation."""
+
+    q_norm_weight: Tensor
+    k_norm_weight: Tensor
+    norm_eps: float
+
+
 class Rotation:
     """Frequencies and positions of one forward.
 
@@ -28,6 +36,7 @@ class Rotation:
 
     positions: (batch or 1, seqlen); None leaves queries and keys as they are.
     keys_only: queries stay raw, as the attention of a score method takes them.
+    norm: that of the layer, where it comes right before and is left to the rotation.
     """
 
     def __init__(
@@ -36,11 +45,17 @@ class Rotation:
         positions: Tensor | None,
         interleaved: bool,
         keys_only: bool = False,
+        norm: Norm | None = None,
     ) -> None:
         self.freqs = freqs
         self.positions = positions
         self.interleaved = interleaved
         self.keys_only = keys_only
+        self.norm = norm
+
+    def after(self, norm: Norm) -> Rotation:
+        """Return this rotation with a norm before it."""
+        return Rotation(self.freqs, self.positions, self.interleaved, self.keys_only, norm)
 
     def to(self, device: torch.device | str | int, **_: Any) -> Rotation:
         """Move to `device`: accelerate's hooks call this where a model spans several devices."""
@@ -61,7 +76,8 @@ class Rotation:
     def _rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         options = {"positions": self.positions, "interleaved": self.interleaved}
         if not self.keys_only:
-            return apply_rope_qk(q, k, self.freqs, **options)
+            norm = {} if self.norm is None else self.norm._asdict()
+            return apply_rope_qk(q, k, self.freqs, **options, **norm)
         return q, (k if self.positions is None else apply_rope(k, self.freqs, **options))
 
 

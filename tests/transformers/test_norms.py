@@ -1,0 +1,165 @@
+"""Norms before the rotation, left to the op: which models', what it changes, when it must not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hf_models import (
+    build,
+    generate,
+    logits,
+    one_thread,  # noqa: F401
+    tokens,
+)
+from torch import nn
+from transformers.models.qwen3.modeling_qwen3 import (
+    ALL_ATTENTION_FUNCTIONS,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from extrope_kernels.integrations.transformers import extend
+from extrope_kernels.integrations.transformers.norms import DeferredNorm
+
+MODELS = {
+    "qwen3": {},  # weights after a rounding
+    "gemma3_text": {},  # 1 + weight, and a rotation of its own for sliding layers
+    "olmo2": {"num_key_value_heads": 2},  # all heads of a token together
+}
+
+
+def normed(family: str, **sizes) -> nn.Module:
+    """A model whose norms have learned something."""
+    model = build(family, **MODELS.get(family, {}), **sizes)
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            weight.data += torch.rand(weight.shape, generator=generator)
+    return model
+
+
+def deferred(model: nn.Module) -> list[str]:
+    """The norms that have been taken over."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(vars(module).get("forward"), DeferredNorm)
+    ]
+
+
+def calls(model: nn.Module, ids: torch.Tensor) -> int:
+    """How often the model's norms of queries and keys compute in a forward."""
+    count, norms = 0, [m for n, m in model.named_modules() if n.endswith(("q_norm", "k_norm"))]
+    own = type(norms[0]).forward
+
+    def counted(self, x):
+        nonlocal count
+        count += any(self is norm for norm in norms)
+        return own(self, x)
+
+    type(norms[0]).forward = counted
+    try:
+        logits(model, ids)
+    finally:
+        type(norms[0]).forward = own
+    return count
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_op_norms(family):
+    model, ids = normed(family), tokens(2, 40)
+    own, norms = logits(model, ids), calls(model, ids)
+    with extend(model, "rope", base=10000.0) as extension:
+        assert len(deferred(model)) == 2 * model.config.num_hidden_layers
+        near = 2 * (family == "gemma3_text")  # a sliding layer, whose tables are the model's own
+        assert (norms, calls(model, ids)) == (2 * model.config.num_hidden_layers, near)
+        torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
+        extension.restore()
+    assert not deferred(model) and torch.equal(logits(model, ids), own)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_16_bits_lose_no_more_than_the_models_own(family):
+    """The op rounds once where the model rounds up to three times."""
+    model, ids = normed(family).bfloat16(), tokens(2, 40)
+    exact = logits(copy.deepcopy(model).float(), ids)
+    own = (logits(model, ids) - exact).pow(2).mean().sqrt().item()
+    with extend(model, "rope", base=10000.0):
+        assert deferred(model)
+        ours = (logits(model, ids) - exact).pow(2).mean().sqrt().item()
+    assert ours <= 1.1 * own  # of 5,000 logits, whose errors spread by more than the norms' share
+
+
+def test_generation_and_training():
+    model, ids = normed("qwen3"), tokens(1, 20)
+    want = generate(model, ids, max_new_tokens=6)
+    model(input_ids=ids, labels=ids).loss.backward()
+    expected = {name: x.grad.clone() for name, x in model.named_parameters()}
+    model.zero_grad()
+    with extend(model, "rope", base=10000.0):
+        torch.testing.assert_close(
+            generate(model, ids, max_new_tokens=6), want, rtol=1e-4, atol=1e-4
+        )
+        model(input_ids=ids, labels=ids).loss.backward()
+    for name, x in model.named_parameters():
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(x.grad, expected[name], rtol=1e-3, atol=1e-4 * max(scale, 1e-3))
+
+
+def test_a_copy_has_norms_of_its_own():
+    model, ids = normed("qwen3"), tokens(1, 20)
+    with extend(model, "rope", base=10000.0):
+        twin = copy.deepcopy(model)
+        for name, weight in twin.named_parameters():
+            weight.data *= 1 + name.endswith("q_norm.weight")
+        changed, kept = logits(twin, ids), logits(model, ids)
+    assert not torch.allclose(changed, kept, atol=1e-2)
+    torch.testing.assert_close(kept, logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_what_acts_on_a_norm_is_left_to():
+    """A hook sees what it saw before, whether it comes before the extension or after."""
+    model, ids, seen = normed("qwen3"), tokens(1, 20), []
+    norm = model.model.layers[0].self_attn.q_norm
+    own = logits(model, ids)
+    with extend(model, "rope", base=10000.0):
+        handle = norm.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+        logits(model, ids)
+        loudness = seen[0].pow(2).mean(-1).sqrt()  # that of its weights, as it was normed
+        torch.testing.assert_close(loudness.mean(), norm.weight.mean(), rtol=0.1, atol=0)
+        handle.remove()
+    handle = norm.register_forward_hook(lambda module, args, out: 2 * out)
+    doubled = logits(model, ids)
+    with extend(model, "rope", base=10000.0):
+        assert len(deferred(model)) == 2 * (model.config.num_hidden_layers - 1)
+        torch.testing.assert_close(logits(model, ids), doubled, rtol=1e-4, atol=1e-4)
+    handle.remove()
+    assert torch.equal(logits(model, ids), own)
+
+
+def louder_after_its_norm(
+    self, hidden_states, position_embeddings, attention_mask=None, cache=None, **options
+):
+    """Qwen3's attention, but for a factor that a norm after it would take away."""
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    q = 1.5 * self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+    k = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+    v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+    cos, sin = position_embeddings
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        self.config._attn_implementation, eager_attention_forward
+    )
+    out, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling)
+    return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def test_a_norm_that_is_not_right_before_the_rotation_stays(monkeypatch):
+    model, ids = build("qwen3", attn_implementation="eager"), tokens(1, 20)
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", louder_after_its_norm)
+    own = logits(model, ids)
+    with extend(model, "rope", base=10000.0):
+        assert not deferred(model)
+        torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
