@@ -108,6 +108,18 @@ def test_generation_and_training():
         torch.testing.assert_close(x.grad, expected[name], rtol=1e-3, atol=1e-4 * max(scale, 1e-3))
 
 
+def test_norms_follow_what_moves_a_layers_arguments():
+    """As accelerate's hooks do, where a model spans several devices."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, ids = normed("qwen3"), tokens(1, 20)
+    own = logits(model, ids)
+    with extend(model, "rope", base=10000.0):
+        for layer in model.model.layers:
+            hooks.add_hook_to_module(layer.self_attn, hooks.AlignDevicesHook("cpu"))
+        assert deferred(model)
+        torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
+
+
 def test_a_copy_has_norms_of_its_own():
     model, ids = normed("qwen3"), tokens(1, 20)
     with extend(model, "rope", base=10000.0):

@@ -27,6 +27,9 @@ class Norm(NamedTuple):
     k_norm_weight: Tensor
     norm_eps: float
 
+    def to(self, device: torch.device | str | int) -> Norm:
+        return Norm(self.q_norm_weight.to(device), self.k_norm_weight.to(device), self.norm_eps)
+
 
 class Rotation:
     """Frequencies and positions of one forward.
@@ -60,7 +63,8 @@ class Rotation:
     def to(self, device: torch.device | str | int, **_: Any) -> Rotation:
         """Move to `device`: accelerate's hooks call this where a model spans several devices."""
         positions = None if self.positions is None else self.positions.to(device)
-        return Rotation(self.freqs.to(device), positions, self.interleaved, self.keys_only)
+        norm = None if self.norm is None else self.norm.to(device)
+        return Rotation(self.freqs.to(device), positions, self.interleaved, self.keys_only, norm)
 
     def rotate(self, q: Tensor, k: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
         """Stand in for `apply_rotary_pos_emb`; q and k have heads in dimension `unsqueeze_dim`."""
