@@ -34,6 +34,8 @@ BARS = {
     "rerope_attention": (12.0, 2),
     "rerope_attention, backward": (20.0, 4),
     "rerope_attention_with_kvcache, with k and v": (8.0, 2),
+    "rerope_attention_with_kvcache, packed": (8.0, 2),
+    "rope_append_kvcache": (NAN, 1),
 }
 
 
@@ -80,6 +82,10 @@ def calls() -> dict[str, Callable[[], object]]:
     pages = random(2, 64, 16, 8, 128).unbind()
     table = torch.arange(64, dtype=torch.int32)[None]
     lengths = torch.tensor([500], dtype=torch.int32)
+    # A chunk of four tokens of one sequence beside one token of another.
+    packed_q, packed_k = random(5, 32, 128), random(5, 8, 128)
+    boundaries = torch.tensor([0, 4, 5], dtype=torch.int32)
+    two_lengths, two_tables = lengths.repeat(2), table.view(2, 32)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = ek.rerope_attention(*leaves, freqs, window=WINDOW, backend="triton")
     dout = random(*out.shape)
@@ -101,6 +107,14 @@ def calls() -> dict[str, Callable[[], object]]:
         "rerope_attention_with_kvcache, with k and v": lambda: ek.rerope_attention_with_kvcache(
             token_q, *pages, freqs, cache_seqlens=lengths, k=token_k, v=token_k,
             block_table=table, window=WINDOW, backend="triton",
+        ),
+        "rerope_attention_with_kvcache, packed": lambda: ek.rerope_attention_with_kvcache(
+            packed_q, *pages, freqs, cache_seqlens=two_lengths, k=packed_k, v=packed_k,
+            block_table=two_tables, cu_seqlens_q=boundaries, window=WINDOW, backend="triton",
+        ),
+        "rope_append_kvcache": lambda: ek.rope_append_kvcache(
+            token_q, token_k, token_k, *pages, freqs, cache_seqlens=lengths, block_table=table,
+            backend="triton",
         ),
     }  # fmt: skip
 
