@@ -132,11 +132,15 @@ void rotate_row(Row<T> row, int64_t half, const Wide<T>* cos, const Wide<T>* sin
   });
 }
 
-// Brings cos or sin of `half` pairs to the order in which rotate_row reads words.
-inline void order_by_words(float* row, int64_t half) {
+// Brings numbers of `half` pairs to the order in which rotate_row reads words.
+template <typename Number>
+void order_by_words(Number* row, int64_t half) {
   for (int64_t i = 0; i + 2 * kFloats <= half; i += 2 * kFloats) {
-    const auto [even, odd] = load_pairs(row + i);
-    store(row + i, even), store(row + i + kFloats, odd);
+    Number both[2 * kFloats];
+    std::copy_n(row + i, 2 * kFloats, both);
+    for (int64_t n = 0; n < kFloats; ++n) {
+      row[i + n] = both[2 * n], row[i + kFloats + n] = both[2 * n + 1];
+    }
   }
 }
 
@@ -145,18 +149,33 @@ inline void order_by_words(float* row, int64_t half) {
 template <typename T>
 struct Scratch {
   Scratch(const RopeParams& p, int64_t tokens)
-      : half(p.rotary_dim / 2), stride((half + kDoubles - 1) / kDoubles * kDoubles) {
+      : half(p.rotary_dim / 2),
+        stride((half + kDoubles - 1) / kDoubles * kDoubles),
+        in_words(std::is_same_v<T, bf16> && !p.interleaved) {
     freq.resize(stride);
     decay.resize(p.log_decay ? stride : 0);
     cos.resize(std::min(kBlock, tokens) * stride);
     sin.resize(std::min(kBlock, tokens) * stride);
     if (p.log_decay) std::copy_n(p.log_decay, half, decay.begin());
-    if (!p.axes) return;
-    positions.resize(p.num_axes);
-    moved_freq.resize(stride);
-    moved_decay.resize(decay.size());
+    if (p.axes) {
+      positions.resize(p.num_axes);
+      moved_freq.resize(stride);
+      moved_decay.resize(decay.size());
+    } else {
+      settle(decay);
+    }
   }
+
+  // Numbers of pairs as fill_sincos takes them: in the order of cos and sin, and without payloads
+  // of NaNs, which makes those plain.
+  void settle(Buffer<double>& of_pairs) const {
+    if (of_pairs.empty()) return;
+    for (int64_t i = 0; i < half; ++i) of_pairs[i] = plain(of_pairs[i]);
+    if (in_words) order_by_words(of_pairs.data(), half);
+  }
+
   int64_t half, stride;
+  bool in_words;
   Buffer<double> freq, decay;
   Buffer<double> positions, moved_freq, moved_decay;  // of one token, by axis and by pair
   Buffer<Wide<T>> cos, sin;
@@ -178,6 +197,7 @@ void load_freq(const RopeParams& p, int64_t row, Scratch<T>& scratch) {
   } else {
     std::copy_n(static_cast<const float*>(p.inv_freq) + row, scratch.half, scratch.freq.begin());
   }
+  if (!p.axes) scratch.settle(scratch.freq);
 }
 
 inline double position_on(const RopeParams& p, const Token<double>& token, int64_t axis) {
@@ -197,9 +217,11 @@ void move_by_axis(const RopeParams& p, const Token<double>& token, Scratch<T>& s
     scratch.moved_freq[i] = scratch.freq[i] * position;
     if (p.log_decay) scratch.moved_decay[i] = scratch.decay[i] * (position - p.decay_origin);
   }
+  scratch.settle(scratch.moved_freq);
+  scratch.settle(scratch.moved_decay);
 }
 
-template <typename T, bool Interleaved>
+template <typename T>
 void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
                 int64_t count, int64_t head, Scratch<T>& scratch) {
   int64_t loaded = -1;
@@ -208,7 +230,7 @@ void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<doubl
     if (row != loaded) load_freq(p, row, scratch);
     loaded = row;
     if (p.axes) move_by_axis(p, tokens[t], scratch);
-    const double position = p.axes ? 1.0 : tokens[t].position;
+    const double position = p.axes ? 1.0 : plain(tokens[t].position);
     const auto& freq = p.axes ? scratch.moved_freq : scratch.freq;
     const auto& decay = p.axes ? scratch.moved_decay : scratch.decay;
     const double from_origin = p.axes ? 1.0 : position - p.decay_origin;
@@ -217,31 +239,22 @@ void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<doubl
     Wide<T>* cos = scratch.cos.data() + t * scratch.stride;
     Wide<T>* sin = scratch.sin.data() + t * scratch.stride;
     fill_sincos(freq.data(), scratch.half, angles, cos, sin);
-    if constexpr (std::is_same_v<T, bf16>) {
-      for (int64_t i = 0; i < scratch.stride; i += kDoubles) {
-        store(cos + i, plain(load<few_floats>(cos + i)));
-        store(sin + i, plain(load<few_floats>(sin + i)));
-      }
-    }
-    if constexpr (kInWords<T, Interleaved>) {
-      order_by_words(cos, scratch.half), order_by_words(sin, scratch.half);
-    }
   }
 }
 
 // Calls visit(Run) for all rows of a block of one tensor, whose cosines and sines are in the
 // scratch memory then. filled: they are already, unless heads have their own.
-template <typename T, bool Interleaved, typename Visit>
+template <typename T, typename Visit>
 void for_each_run(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
                   int64_t count, Scratch<T>& scratch, bool filled, const Visit& visit) {
   if (p.angle_heads > 1) {
     for (int64_t head = 0; head < tensor.heads; ++head) {
-      fill_block<T, Interleaved>(p, tensor, tokens, count, head, scratch);
+      fill_block<T>(p, tensor, tokens, count, head, scratch);
       visit(Run{count, head, 1, false});
     }
     return;
   }
-  if (!filled) fill_block<T, Interleaved>(p, tensor, tokens, count, 0, scratch);
+  if (!filled) fill_block<T>(p, tensor, tokens, count, 0, scratch);
   visit(Run{count, 0, tensor.heads, tensor.in_head < tensor.in_seq});
 }
 

@@ -216,7 +216,7 @@ void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm
                                                 {}};
       bool filled = n > 0 && !p.log_decay;
       const auto each_run = [&](const auto& visit) {
-        for_each_run<T, Interleaved>(p, x, tokens, count, scratch, filled, visit);
+        for_each_run<T>(p, x, tokens, count, scratch, filled, visit);
         filled = true;
       };
       if (norms[n].weight.empty()) {

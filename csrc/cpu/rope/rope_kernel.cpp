@@ -44,7 +44,7 @@ void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
   for_each_block(p, begin, end, [&](const Token<double>* tokens, int64_t count) {
     for (int64_t n = 0; n < p.num_tensors; ++n) {
       const RopeTensor& tensor = p.tensors[n];
-      for_each_run<T, Interleaved>(
+      for_each_run<T>(
           p, tensor, tokens, count, scratch, /*filled=*/n > 0 && !p.log_decay, [&](Run run) {
             run.for_each_row([&](int64_t t, int64_t head) {
               rotate_one<T, Interleaved>(p, tensor, tokens[t], head, {scratch, t}, ahead[n]);
