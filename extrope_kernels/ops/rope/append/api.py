@@ -17,6 +17,8 @@ from . import reference
 from .arguments import Append
 from .checks import check, check_values
 
+RopeArgs = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 _ops = torch.ops.extrope
 _OP = "rope_append_kvcache"
 BACKENDS = ("reference", "cpu", "triton")
@@ -93,13 +95,15 @@ def rope_append_kvcache(
     if type(norm_eps) is not float or norm_eps != 1e-6:
         check_real(_OP, "norm_eps", norm_eps)
         options["norm_eps"] = norm_eps
-    rope_args = (None, None, None)
+    rope_args: RopeArgs = (None, None, None)
     if freqs is not None or score is not None:
         rope_args = _rope_args(freqs, score, options)
     inv_freq, log_decay, axes = rope_args
     where = (cache_seqlens, block_table, slot_mapping, cu_seqlens, cache_leftpad, positions)
-    tensors = (q, k, v, k_cache, v_cache, q_norm_weight, k_norm_weight, inv_freq)
-    tensors += given_up_to_last(*where, log_decay, axes)
+    tensors = (
+        *(q, k, v, k_cache, v_cache, q_norm_weight, k_norm_weight, inv_freq),
+        *given_up_to_last(*where, log_decay, axes),
+    )
     out = explained(
         "rope_append",
         lambda: _run(tensors, options, backend),
@@ -111,11 +115,11 @@ def rope_append_kvcache(
 
 def _rope_args(
     freqs: RopeFreqs | None, score: Score | None, options: dict[str, Any]
-) -> tuple[Tensor | None, ...]:
+) -> RopeArgs:
     """inv_freq, log_decay and axes of the op; the rest goes into its options."""
+    if not isinstance(freqs, RopeFreqs):
+        raise TypeError(f"{_OP}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
     if score is None:
-        if not isinstance(freqs, RopeFreqs):
-            raise TypeError(f"{_OP}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
         factor = freqs.attention_factor
         if type(factor) is not float or factor != 1.0:
             options["attention_factor"] = factor
