@@ -11,7 +11,7 @@ LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-confi
 .PHONY: help demo test bench gpu docs lint sanitize clean
 
 help:
-	@echo "make demo   a real language model past its training length, per method: table and plot"
+	@echo "make demo   a real language model past its training length, per method: tables and plots of its loss and recall"
 	@echo "make test   the test suite"
 	@echo "make bench  the benchmarks"
 	@echo "make gpu    on a machine with a GPU: kernels checked, tested, timed and tuned, with PYTHON as it is"
@@ -23,6 +23,8 @@ help:
 demo: $(VENV)/extra-demo $(VENV)/smollm2
 	$(BIN)/python -m extrope_kernels eval --model smollm2 --text pydocs --lengths 16384 \
 		--methods rope,pi,ntk_aware,ntk_by_parts,yarn,rerope,leaky_rerope --trials 1 --out build/demo
+	$(BIN)/python -m extrope_kernels eval --model smollm2 --text pydocs --lengths 16384 --task recall \
+		--methods rope,yarn,rerope --trials 2 --out build/demo
 
 test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m extrope_kernels info

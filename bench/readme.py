@@ -1,7 +1,7 @@
 """Write the figures of README.md and docs/ from measured files: python bench/readme.py
 
 Reads bench/results/*.json (of `make bench`, bench/gpu_audit.py and bench/length_generalization.py)
-and build/demo/loss.json with its plot (of `make demo`), which it keeps as bench/results/demo.json
+and build/demo/ with its plots (of `make demo`), which it keeps as bench/results/{demo,recall}.json
 and docs/demo.png. All of it goes to bench/results/README.md, and between the markers of a page,
 
     <!-- rope-cpu: bfloat16 -->
@@ -49,6 +49,16 @@ def demo_table(results: dict) -> str:
     seconds = sum(row["seconds"] for row in rows)
     took = f"The {len(rows)} runs took {seconds / 60:.1f} minutes on 2 cores."
     return f"{table(head, lines)}\n\n{took}"
+
+
+def recall_table(results: dict) -> str:
+    """A line a method: what a passage gains by distance, with its standard error."""
+    head = ["method", *(f"{distance:,}" for distance in results["distances"])]
+    lines = [
+        [f"`{row['method']}`", *(f"{g['gain']:.2f} ± {g['error']:.2f}" for g in row["gains"])]
+        for row in results["rows"]
+    ]
+    return table(head, lines)
 
 
 def machine(results: dict) -> str:
@@ -179,6 +189,8 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
         made["models"] = lambda only: models_table.table(models)
     if (demo := results / "demo.json").exists():
         made["demo"] = lambda only: demo_table(json.loads(demo.read_text()))
+    if (recall := results / "recall.json").exists():
+        made["recall"] = lambda only: recall_table(json.loads(recall.read_text()))
     return made
 
 
@@ -208,9 +220,10 @@ def filled(page: Path, root: Path, made: dict[str, Callable[[str], str]]) -> str
 
 
 def main(root: Path = ROOT, results: Path = RESULTS) -> None:
-    if (made := root / "build" / "demo" / "loss.json").exists():
-        shutil.copyfile(made, results / "demo.json")
-        shutil.copyfile(made.with_suffix(".png"), root / "docs" / "demo.png")
+    for task, name in (("loss", "demo"), ("recall", "recall")):
+        if (made := root / "build" / "demo" / f"{task}.json").exists():
+            shutil.copyfile(made, results / f"{name}.json")
+            shutil.copyfile(made.with_suffix(".png"), root / "docs" / f"{name}.png")
     for page in pages(root):
         page.write_text(filled(page, root, figures(results)))
     (results / "README.md").write_text(everything(results))
