@@ -113,9 +113,7 @@ def rope_append_kvcache(
     return None if q is None else out
 
 
-def _rope_args(
-    freqs: RopeFreqs | None, score: Score | None, options: dict[str, Any]
-) -> RopeArgs:
+def _rope_args(freqs: RopeFreqs | None, score: Score | None, options: dict[str, Any]) -> RopeArgs:
     """inv_freq, log_decay and axes of the op; the rest goes into its options."""
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"{_OP}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
