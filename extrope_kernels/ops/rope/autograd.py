@@ -26,6 +26,7 @@ def register(library: torch.library.Library, suffix: str) -> None:
 
     def fwd_backward(ctx, grad_q, grad_k):
         q, k, *rope_args = ctx.saved_tensors
+        grad_k = grad_k if ctx.has_k else None  # without k there is an empty result in its place
         if grad_q is None and grad_k is None:
             return None, None, None
         # Zeros that are made from the other one are a DTensor where that is.
