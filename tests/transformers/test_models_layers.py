@@ -184,9 +184,8 @@ def test_masks_by_other_names_are_not_guessed_at():
 def _attending(seqlen):
     rows = Rows(3, seqlen, ((0, 1, 0),), torch.arange(3, 3 + seqlen)[None], None)
     tables = torch.arange(2.0 * seqlen).view(1, seqlen, 2)
-    return Attending(
-        rerope(window=4), None, rope(4), rows, rows.positions, False, (tables, tables), None
-    )
+    attending = Attending(rerope(window=4), None, rope(4), rows, rows.positions, False)
+    return attending.changed(stored=(tables, tables))
 
 
 def test_the_attention_is_sliced_to_the_last_tokens_as_tables_are():
