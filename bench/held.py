@@ -1,4 +1,4 @@
-"""What a call holds at its peak: tensors that it has made and that are alive, by their bytes."""
+"""What a call holds at most: tensors that it has made and that are alive, by their bytes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_leaves
 class Held(TorchDispatchMode):
     """Counts the bytes of tensors made under it, by the ops that made them; not what kernels use.
 
-    peak: the most at any time. at_peak: of what: (op, bytes) each, largest first.
+    most: at any time. then: of what it was made up: (op, bytes) each, largest first.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, tuple[StorageWeakRef, str, int]] = {}
-        self.peak = 0
-        self.at_peak: list[tuple[str, int]] = []
+        self.most = 0
+        self.then: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         made = func(*args, **(kwargs or {}))
@@ -31,10 +31,10 @@ class Held(TorchDispatchMode):
                 size = x.untyped_storage().nbytes()
                 self.alive[key] = (StorageWeakRef(x.untyped_storage()), str(func), size)
         held = sum(size for _, _, size in self.alive.values())
-        if held > self.peak:
-            self.peak = held
+        if held > self.most:
+            self.most = held
             found = ((name, size) for _, name, size in self.alive.values())
-            self.at_peak = sorted(found, key=lambda kept: -kept[1])
+            self.then = sorted(found, key=lambda kept: -kept[1])
         return made
 
 
@@ -44,7 +44,7 @@ def share(q: Tensor, k: Tensor, v: Tensor) -> int:
 
 
 def of_ring(q: Tensor, k: Tensor, v: Tensor, parts: int) -> int:
-    """Bytes of a ring at its peak, of this rank's q, k and v; all but log-sum-exps.
+    """Bytes that a ring holds at most, of this rank's q, k and v; all but log-sum-exps.
 
     On top of the share, a part of the heads at a time: keys and values that are here and those that
     come, their gradients in float32 that go and those that come, the sum of dq in float32 where q

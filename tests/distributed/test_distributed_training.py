@@ -164,7 +164,7 @@ def holds_what_the_formula_says(mesh, dtype, heads_k):
     of_lse = 2 * lse.numel() * lse.element_size()  # of this rank's rows, and of those of a part
     # gloo's threads let go of what was sent when they come to it: of keys and of gradients.
     late = 2 * leaves[1].numel() // heads_k * (leaves[1].element_size() + 4)
-    assert held.peak <= formula + of_lse + late, held.at_peak
+    assert held.most <= formula + of_lse + late, held.then
     if dtype == torch.float32 and heads_k == 8:
         assert formula <= 1.15 * share(*leaves)  # the smaller of a rank's share of one process
 

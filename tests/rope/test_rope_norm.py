@@ -250,6 +250,17 @@ def test_func_grad_and_vmap(backend):
         torch.testing.assert_close(got, want)
 
 
+def test_in_place_no_head_is_overwritten_before_its_token_is_read(backend):
+    """Where few tokens spread their heads over programs, each of which needs all of them."""
+    q, k = make_qk(1, 3, 8, 4, head_dim=8)
+    weights = norm_weights(8, 4, 8, True)
+    names = dict(zip(("q_norm_weight", "k_norm_weight"), weights))
+    freqs = methods.rope(8).to(device())
+    want = apply_rope_qk(q, k, freqs, backend=backend, **names)
+    got = apply_rope_qk(q.clone(), k.clone(), freqs, inplace=True, backend=backend, **names)
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
+
+
 @pytest.mark.parametrize("together", (False, True))
 def test_opcheck(backend, together):
     suffix = "_triton" if backend == "triton" else ""

@@ -14,7 +14,7 @@ namespace extrope {
 namespace append {
 namespace {
 
-// What turns and scales q and k.
+// What rotates and scales q and k.
 struct Rotation {
   const OptionalTensor &inv_freq, &positions, &q_norm_weight, &k_norm_weight;
   RopeOptions options;

@@ -137,9 +137,10 @@ def rope_append_kernel(
     if TILE.maps:
         position = _mapped(position, modulus, divisor, floor, map_offset, cap)
     far = position - decay_origin
-    freqs = inv_freq
     if TILE.rotates_k:
-        freqs += (sequence * freq_sequence)[:, None] + tl.arange(0, TILE.pairs)[None, :]
+        freqs = inv_freq + (sequence * freq_sequence)[:, None] + tl.arange(0, TILE.pairs)[None, :]
+    else:
+        freqs = seq  # which nothing reads: the compiler takes no None in a tuple
     by = (freqs, freq_head, position, far, log_decay, amplitude, 1.0)
     where = (batch, seq, valid)
     if TILE.by_slots:

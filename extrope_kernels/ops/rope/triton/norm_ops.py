@@ -166,7 +166,10 @@ def _tile(
     """Tile, grid and warps of a program, as for the rotation alone."""
     half, head_dim = rotation.inv_freq.shape[-1], inputs[0].shape[3]
     pairs = triton.next_power_of_2(half)
-    heads = 1 if backward else max(x.shape[2] for x in inputs)
+    # The mean square of all heads is read before any of them is overwritten: by one program.
+    in_place = any(x is out for x, out in zip(inputs, outputs))
+    one_program = backward or (in_place and any(together))
+    heads = 1 if one_program else max(x.shape[2] for x in inputs)
     # A backward of interleaved pairs would spill beside as many tokens of dims that pass.
     widest = triton.next_power_of_2(head_dim) // 2
     width = widest if backward and rotation.interleaved else pairs
