@@ -67,7 +67,7 @@ inline std::vector<double> mapped(const PositionMap& map, const std::vector<int6
 // What keys that stay at position 0 need not be rotated by.
 inline bool is_raw(const PositionMap& stored) { return stored.is_constant() && stored(0) == 0; }
 
-// q and k together or each alone, and v: of the same tokens, a share of each thread after the other.
+// q and k together or each alone, and v: of the same tokens, thread after thread.
 class Rotations {
  public:
   void add(const RopeParams& p) {
