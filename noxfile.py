@@ -123,6 +123,7 @@ def kernels(session: nox.Session, triton: str) -> None:
 def models(session: nox.Session) -> None:
     """`extend` on every rotary class of the newest transformers, against the committed table."""
     install(session, BUILT_WITH[1])
+    session.install("timm")  # the vision towers of Gemma 3n, FastVLM and Perception LM
     session.run("python", "bench/models_census.py", "--check")
 
 

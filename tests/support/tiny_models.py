@@ -115,6 +115,13 @@ PER_CLASS: dict[str, dict[str, Any]] = {
     },
     "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},
     "MuseSparkAudioConfig": {"out_hidden_size": 64},
+    "PerceptionLMConfig": {
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "vit_tiny_patch16_224",
+            "model_args": {"embed_dim": 192},
+        }
+    },
     "PaddleOCRTextConfig": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]}
     },
@@ -149,6 +156,13 @@ PER_CLASS: dict[str, dict[str, Any]] = {
     },
     "ZayaConfig": {"num_experts_per_tok": 1},
     "FalconH1Config": {"mamba_d_ssm": 128},
+    "FastVlmConfig": {
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "resnet10t",
+            "hidden_size": 512,
+        }
+    },
     "Gemma4TextConfig": {"global_head_dim": 2 * HEAD_DIM},
     "Gemma4AssistantConfig": {"hidden_size_per_layer_input": 0},
     "Gemma4UnifiedTextConfig": {"global_head_dim": 2 * HEAD_DIM},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_models
 import torch
 from hf_models import (
     build,
@@ -44,6 +45,12 @@ def test_score_methods_refuse_models_before_anything_is_changed(family, sizes, m
     for module, attributes in zip(model.modules(), before):
         assert vars(module).keys() == attributes.keys()
         assert all(vars(module)[name] is attributes[name] for name in attributes)
+
+
+def test_score_methods_refuse_parts_that_count_bytes_and_patches():
+    model = tiny_models.build("BltForCausalLM")
+    with pytest.raises(ValueError, match="BltForCausalLM .* BltLocalEncoder, BltPatcher counts pos"):
+        extend(model, "rerope", window=8)
 
 
 @pytest.mark.skipif("cpu" not in attention_backends(), reason="the reference takes any head_dim")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ... import RopeFreqs, methods
 from ...ops.attention import attend
 from ...scores import UNROTATED, Score
-from .architecture import RotarySite
+from .architecture import RotarySite, unsupported
 from .attending import Attending, exchange
 from .context_parallel import SharedRows, by_its_name
 from .forwards import argument_names, by_name, cache_of, caches_in, tokens_of
@@ -39,24 +39,22 @@ def score_changes(
 ) -> tuple[list, list]:
     """Return the overrides and the hooks of an `Extension`; nothing is changed yet."""
     score, log_n = bind_score(method, parameters)
-    overrides, hooks = [], []
-    for owner in {site.owner: None for site in sites}:
-        here = [site for site in sites if site.owner is owner]
-        freqs = [_freqs_in_force(site, method, score) for site in here]
-        found = Layers(owner, here, layers, model)
-        _check_heads(score, log_n, found)
-        rotaries = [
-            ScoreRotary(site, each, method, score, log_n, found.around.get(site.rotary))
-            for site, each in zip(here, freqs, strict=True)
-            if found.around.get(site.rotary) not in found.near
-        ]
-        overrides += [(each.rotary, "forward", each) for each in rotaries]
-        for layer in found.far:
-            overrides += found.calls[layer].overrides(layer)
-        forward = ScoreForward(owner, rotaries, found)
-        hooks.append((owner, forward.before_forward, forward.after_forward))
-        hooks += [(layer, forward.before_far_layer, None) for layer in found.far]
-        hooks += [(layer, forward.before_near_layer, None) for layer in found.near]
+    owner = _owner(model, sites)
+    freqs = [_freqs_in_force(site, method, score) for site in sites]
+    found = Layers(owner, sites, layers, model)
+    _check_heads(score, log_n, found)
+    rotaries = [
+        ScoreRotary(site, each, method, score, log_n, found.around.get(site.rotary))
+        for site, each in zip(sites, freqs, strict=True)
+        if found.around.get(site.rotary) not in found.near
+    ]
+    forward = ScoreForward(owner, rotaries, found)
+    overrides = [(each.rotary, "forward", each) for each in rotaries]
+    hooks = [(owner, forward.before_forward, forward.after_forward)]
+    for layer in found.far:
+        overrides += found.calls[layer].overrides(layer)
+    hooks += [(layer, forward.before_far_layer, None) for layer in found.far]
+    hooks += [(layer, forward.before_near_layer, None) for layer in found.near]
     if hasattr(model, "generate"):
         overrides.append((model, "create_masks_for_generate", keep_mask))
     return overrides, hooks
@@ -243,6 +241,20 @@ class ScoreForward:
 
 def _own(attending: Attending) -> Any:
     return attending.own
+
+
+def _owner(model: nn.Module, sites: list[RotarySite]) -> nn.Module:
+    """Return the module whose tokens all rotary embeddings count.
+
+    Raises ValueError where parts of a model count different things, such as bytes and patches.
+    """
+    owners = list({site.owner: None for site in sites})
+    if len(owners) > 1:
+        names = ", ".join(sorted(type(owner).__name__ for owner in owners))
+        raise unsupported(
+            model, f"each of {names} counts positions of its own, and a window has one unit"
+        )
+    return owners[0]
 
 
 def _freqs_in_force(site: RotarySite, method: str, score: Score) -> dict:
