@@ -18,9 +18,15 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 # Of the first arguments of an op: which are rows of tokens, and of their log-sum-exps.
-_ROWS = {"rope_fwd": 2, "rope_bwd": 4, "attention_fwd": 3, "attention_bwd": 7}
+_ROWS = {
+    **{"rope_fwd": 2, "rope_bwd": 4, "attention_fwd": 3, "attention_bwd": 7},
+    **{"rope_norm_fwd": 2, "rope_norm_bwd": 4},
+}
 _NUMBERS = {"attention_bwd": (1, 6)}
-_OUTPUTS = {"rope_fwd": 2, "rope_bwd": 3, "attention_fwd": 2, "attention_bwd": 3}
+_OUTPUTS = {
+    **{"rope_fwd": 2, "rope_bwd": 3, "attention_fwd": 2, "attention_bwd": 3},
+    **{"rope_norm_fwd": 2, "rope_norm_bwd": 4},
+}
 Placements = list[Any]
 
 
@@ -41,7 +47,9 @@ def _rule(name: str) -> Callable[..., list[tuple[Placements, Placements]]]:
         rows, others = args[:count], args[count:]
         whole: Placements = [None if x is None else Replicate() for x in args]
         found = [([Replicate()] * _OUTPUTS[name], whole)]
-        of_others = _rope_args if name.startswith("rope") else _attention_args
+        of_others = _attention_args
+        if name.startswith("rope"):
+            of_others = _norm_args if "norm" in name else _rope_args
         for what in ("batch", "heads", "sequence"):
             rest = of_others(what, rows, others)
             if rest is None or not _divides(what, rows, _NUMBERS.get(name, ())):
@@ -107,6 +115,15 @@ def _rope_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Place
     return found
 
 
+def _norm_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Placements | None:
+    """The weights of q and k, which a norm over all heads keeps together, then `_rope_args`."""
+    weights, rest = args[:2], _rope_args(what, rows, args[2:])
+    over_heads = any(x is not None and x.shape[0] != rows[0].shape[-1] for x in weights)
+    if rest is None or (what == "heads" and over_heads):
+        return None
+    return [*(None if x is None else Replicate() for x in weights), *rest]
+
+
 def _attention_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Placements | None:
     """inv_freq, cu_seqlens, log_decay, sinks, query_scale and the starts, as far as given."""
     if what == "sequence" or (what == "batch" and rows[0].ndim == 3):
@@ -129,8 +146,10 @@ def _outputs(name: str, what: str, rows: tuple[Any, ...], others: tuple[Any, ...
     if name == "attention_bwd":
         return [dim] * 3
     of_k = Replicate() if rows[1] is None else dim
-    if name == "rope_fwd":
+    if name in ("rope_fwd", "rope_norm_fwd"):
         return [dim, of_k]
+    if name == "rope_norm_bwd":
+        return [dim, of_k, *(Replicate() if x is None else Partial() for x in others[:2])]
     angles = {"batch": Shard(0), "sequence": Shard(1), "heads": Partial()}[what]
     if what == "heads" and _per_head(others[0]):
         angles = Shard(2)

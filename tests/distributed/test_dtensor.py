@@ -60,6 +60,28 @@ def test_rotates(ranks, case, placement):
     ranks.run(rotates, 4, placement=placement, case=case)
 
 
+def norms_and_rotates(mesh, placement, case):
+    q, k = make_qk(4, 8, 8, 4, 16, torch.float32)
+    leaves, placements = [q, k], [placement, placement]
+    sizes = (128, 64) if case == "over heads" else (16, 16)
+    leaves += [torch.linspace(0.5, 1.5, size) for size in sizes]
+    placements += [[Replicate()] * mesh.ndim] * 2
+    positions = torch.arange(8) * 3
+
+    def function(q, k, *weights):
+        weights = {"q_norm_weight": weights[0], "k_norm_weight": weights[1]}
+        return apply_rope_qk(q, k, FREQS, positions=positions, **weights)
+
+    kept = case == "each head" or placement != [Shard(2)]
+    equals_plain(mesh, function, leaves, [q + 1, k + 1], placements, kept)
+
+
+@pytest.mark.parametrize("case", ["each head", "over heads"])
+def test_norms_and_rotates(ranks, case):
+    for placement in BY_DIM:
+        ranks.run(norms_and_rotates, 4, placement=placement, case=case)
+
+
 def attends(mesh, placement):
     q, k = make_qk(4, 8, 8, 4, 16, torch.float32)
     sinks = torch.linspace(-1, 1, 8)
