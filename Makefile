@@ -8,13 +8,14 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 OLDEST_TRITON := 3.6.0
 LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-config.yaml | sort -u)
 
-.PHONY: help demo test bench gpu docs lint sanitize clean
+.PHONY: help demo test bench gpu hub docs lint sanitize clean
 
 help:
 	@echo "make demo   a real language model past its training length, per method: tables and plots of its loss and recall"
 	@echo "make test   the test suite"
 	@echo "make bench  the benchmarks"
 	@echo "make gpu    on a machine with a GPU: kernels checked, tested, timed and tuned, with PYTHON as it is"
+	@echo "make hub    the folder that Hugging Face's kernels loads, into build/hub"
 	@echo "make docs   the documentation, into build/docs"
 	@echo "make lint   ruff, clang-format and mypy"
 	@echo "make sanitize  the CPU kernels under the address, undefined-behaviour and thread sanitizers"
@@ -32,6 +33,9 @@ test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 
 bench: $(VENV)/extra-bench
 	$(BIN)/python -m extrope_kernels bench
+
+hub: $(VENV)/extra-test
+	$(BIN)/python -m extrope_kernels.integrations.kernels build/hub
 
 # No environment of its own: such a machine may have no network, and its torch is the one to test.
 # make gpu STEP=smoke runs one step; bench/gpu/run.py --list names them.

@@ -17,6 +17,8 @@ from filelock import FileLock
 
 from . import _build
 
+# Of torch.ops. A copy of the package in the same process needs another: see integrations/kernels.
+NAMESPACE = "extrope"
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
 _reasons: dict[str, str | None] = {}
@@ -42,6 +44,11 @@ def load(name: str) -> str | None:
             for settled in _watchers.pop(name, []):
                 settled(_reasons[name])
         return _reasons[name]
+
+
+def path(name: str) -> Path:
+    """The file that a loaded library came from."""
+    return _paths[name]
 
 
 def watch(name: str, settled: Callable[[str | None], None]) -> None:
@@ -161,18 +168,11 @@ def _intact(library: Path) -> bool:
 
 
 def _dlopen(library: Path) -> str | None:
+    """Load a library and let it register its ops, if its kernels can run here."""
     try:
-        if library.name == _build.LIBRARIES["cuda"]:
-            return _register_cuda(library)
-        torch.ops.load_library(str(library))
+        register = ctypes.CDLL(str(library)).extrope_register
     except OSError as error:
         return f"{library.name} did not load: {' '.join(str(error).split())[:300]}"
-    return None
-
-
-def _register_cuda(library: Path) -> str | None:
-    """Load the CUDA library and let it register its ops, if its kernels can run here."""
-    register = ctypes.CDLL(str(library)).extrope_cuda_register
     register.restype = ctypes.c_char_p
-    why = register(int(torch.cuda.is_available()))
+    why = register(NAMESPACE.encode(), int(torch.cuda.is_available()))
     return None if why is None else f"{library.name} cannot run here: {why.decode()}"

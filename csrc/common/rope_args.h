@@ -130,11 +130,7 @@ inline void set_saved(RopeTensor& t, const Tensor& saved, bool packed) {
   t.saved_head = saved.stride(d - 2);
 }
 
-inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Tensor& inv_freq,
-                              const OptionalTensor& positions, const RopeOptions& options,
-                              bool adjoint) {
-  RopeParams p{};
-  const bool packed = options.packed || options.cu_seqlens.has_value();
+inline void set_tensors(RopeParams& p, const Tensor& q, const OptionalTensor& k, bool packed) {
   p.dtype = rotated_dtype(q, "q");
   check_rows("rope", q, packed, "q");
   set_input(p.tensors[p.num_tensors++], q, packed);
@@ -146,6 +142,14 @@ inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Te
   p.batch = packed ? 1 : q.size(0);
   p.seqlen = q.size(packed ? 0 : 1);
   p.head_dim = q.size(q.dim() - 1);
+}
+
+inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Tensor& inv_freq,
+                              const OptionalTensor& positions, const RopeOptions& options,
+                              bool adjoint) {
+  RopeParams p{};
+  const bool packed = options.packed || options.cu_seqlens.has_value();
+  set_tensors(p, q, k, packed);
   const int64_t sequences =
       options.cu_seqlens.has_value() ? set_cu_seqlens("rope", p, *options.cu_seqlens, q) : p.batch;
   set_frequencies(p, inv_freq, q, sequences);

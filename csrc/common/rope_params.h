@@ -42,6 +42,12 @@ struct RopeParams : TokenParams {
   const int32_t* axes;
   int64_t num_axes, position_axis;
 
+  // (batch or 1, seqlen, rotary_dim / 2) cosines and sines that are given, in place of inv_freq and
+  // positions, contiguous in the last dimension. By the CPU alone; else nullptr.
+  const void *cos, *sin;
+  DType cos_sin_dtype;
+  int64_t cos_batch, cos_seq, sin_batch, sin_seq;
+
   const float* log_decay;  // (rotary_dim / 2,), nullptr for amplitude alone
   double decay_origin;     // the position at which decay changes nothing
   double amplitude;

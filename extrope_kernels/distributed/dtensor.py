@@ -13,9 +13,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
+
+from ..ops._shared.library import ops
 
 # Of the first arguments of an op: which are rows of tokens, and of their log-sum-exps.
 _ROWS = {
@@ -32,7 +33,6 @@ Placements = list[Any]
 
 def register() -> None:
     """Tell DTensor the rules of all ops, whatever runs them."""
-    ops = torch.ops.extrope
     for name in _ROWS:
         suffixes = ("", "_triton", "_flash_attn") if "attention" in name else ("", "_triton")
         overloads = [getattr(ops, name + suffix).default for suffix in suffixes]

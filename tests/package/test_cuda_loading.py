@@ -70,7 +70,8 @@ def test_only_devices_in_use_are_asked(machine):
 
 STAND_IN = """
 #include <cstdlib>
-extern "C" __attribute__((visibility("default"))) const char* extrope_cuda_register(int has_gpu) {{
+extern "C" __attribute__((visibility("default")))
+const char* extrope_register(const char*, int has_gpu) {{
   return has_gpu ? {answer} : nullptr;
 }}
 """

@@ -1,7 +1,17 @@
 """What is compiled, and how. To add a kernel: a file beside these, and its list in ENTRIES."""
 
 from ..case import Case, Kernel
-from . import attention, decode, linear_attention, permute, plain, rope, rope_append, rope_norm
+from . import (
+    attention,
+    decode,
+    linear_attention,
+    permute,
+    plain,
+    rope,
+    rope_append,
+    rope_cos_sin,
+    rope_norm,
+)
 
 ENTRIES = (
     *plain.KERNELS,
@@ -11,6 +21,7 @@ ENTRIES = (
     *rope.KERNELS,
     *rope_norm.KERNELS,
     *rope_append.KERNELS,
+    *rope_cos_sin.KERNELS,
     *permute.KERNELS,
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ENTRIES}

@@ -11,7 +11,7 @@ from shapes import SEQLEN as TOKENS
 from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 
 # Many tokens, or one of each sequence; where they go; a norm of each head, or of all together; half
-# of the dims pass unrotated; keys where Leaky ReRoPE has them.
+# of the dims pass unrotated, or all; keys where Leaky ReRoPE has them.
 PLACES = ("paged", "slots")
 KINDS = [
     *(
@@ -20,7 +20,7 @@ KINDS = [
         for place in ("paged", "slots")
     ),
     *("chunk", "chunk together", "chunk interleaved norm", "chunk partial norm"),
-    *("chunk paged slow norm", "chunk packed paged norm"),
+    *("chunk paged slow norm", "chunk packed paged norm", "chunk paged unrotated"),
 ]
 
 
@@ -94,7 +94,7 @@ def _launch(case: Case) -> None:
     options: dict = {"interleaved": True} if case.has("interleaved") else {}
     if case.has("slow"):
         options["stored"] = [float(n) for n in rerope(4096, 4.0).stored]
-    inv_freq = empty(dim // (4 if case.has("partial") else 2))
+    inv_freq = None if case.has("unrotated") else empty(dim // (4 if case.has("partial") else 2))
     append_ops.rope_append(*qkv, *caches, *weights, inv_freq, *where, **options)
 
 

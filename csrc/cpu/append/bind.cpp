@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "common/ops.h"
 #include "common/rope_norm_args.h"
 #include "cpu/append/args.h"
 #include "cpu/append/rotations.h"
@@ -137,8 +138,8 @@ Tensor rope_append(OptionalTensor q, Tensor k, Tensor v, Tensor k_cache, Tensor 
 }  // namespace
 }  // namespace append
 
-STABLE_TORCH_LIBRARY_IMPL(extrope, CPU, m) {
-  m.impl("rope_append", TORCH_BOX(&append::rope_append));
-}
+const Ops ops{
+    {"rope_append", TORCH_BOX(&append::rope_append)},
+};
 
 }  // namespace extrope

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "common/ops.h"
 #include "cpu/attention/rotation.h"
 #include "cpu/attention/run.h"
 #include "cpu/runtime/capability.h"
@@ -116,9 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 }  // namespace
 }  // namespace attention
 
-STABLE_TORCH_LIBRARY_IMPL(extrope, CPU, m) {
-  m.impl("attention_fwd", TORCH_BOX(&attention::forward));
-  m.impl("attention_bwd", TORCH_BOX(&attention::backward));
-}
+const Ops ops{
+    {"attention_fwd", TORCH_BOX(&attention::forward)},
+    {"attention_bwd", TORCH_BOX(&attention::backward)},
+};
 
 }  // namespace extrope

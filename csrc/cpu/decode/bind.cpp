@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/ops.h"
 #include "cpu/decode/args.h"
 #include "cpu/decode/run.h"
 #include "cpu/runtime/capability.h"
@@ -112,9 +113,9 @@ void append(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor inv_freq,
 }  // namespace
 }  // namespace decode
 
-STABLE_TORCH_LIBRARY_IMPL(extrope, CPU, m) {
-  m.impl("decode", TORCH_BOX(&decode::decode));
-  m.impl("append", TORCH_BOX(&decode::append));
-}
+const Ops ops{
+    {"decode", TORCH_BOX(&decode::decode)},
+    {"append", TORCH_BOX(&decode::append)},
+};
 
 }  // namespace extrope

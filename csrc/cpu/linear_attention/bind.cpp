@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/ops.h"
 #include "cpu/linear_attention/args.h"
 #include "cpu/linear_attention/run.h"
 #include "cpu/permute/cycles.h"
@@ -109,9 +110,9 @@ Tensor row_dots(Tensor q, Tensor k, bool packed) {
 }  // namespace
 }  // namespace linear_attention
 
-STABLE_TORCH_LIBRARY_IMPL(extrope, CPU, m) {
-  m.impl("linear_scan", TORCH_BOX(&linear_attention::linear_scan));
-  m.impl("row_dots", TORCH_BOX(&linear_attention::row_dots));
-}
+const Ops ops{
+    {"linear_scan", TORCH_BOX(&linear_attention::linear_scan)},
+    {"row_dots", TORCH_BOX(&linear_attention::row_dots)},
+};
 
 }  // namespace extrope

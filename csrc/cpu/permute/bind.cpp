@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "common/ops.h"
 #include "common/permute_bind.h"
 #include "cpu/permute/cycles.h"
 #include "cpu/permute/kernel.h"
@@ -23,10 +24,12 @@ void launch(const PermuteParams& p, int /*device_index*/) {
             [&](int64_t begin, int64_t end) { tokens(p, decomposition.cycles(), begin, end); });
 }
 
-using Ops = PermuteOps<launch, fresh_like>;
+using Permute = PermuteOps<launch, fresh_like>;
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(extrope, CPU, m) { m.impl("permute_fwd", TORCH_BOX(&Ops::forward)); }
+const Ops ops{
+    {"permute_fwd", TORCH_BOX(&Permute::forward)},
+};
 
 }  // namespace extrope::permute

@@ -2,6 +2,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <tuple>
+
+#include "common/ops.h"
 #include "common/rope_bind.h"
 #include "cpu/rope/kernel.h"
 #include "cpu/rope/values.h"
@@ -21,21 +24,52 @@ void launch(const RopeParams& p, int /*device_index*/) {
             [&](int64_t begin, int64_t end) { tokens(p, begin, end); });
 }
 
-using Ops = RopeOps<launch, fresh_like>;
+using Rope = RopeOps<launch, fresh_like>;
 
-int64_t cpu_capability() { return capability(); }
+void set_given(RopeParams& p, const Tensor& cos, const Tensor& sin, const Tensor& q) {
+  const int64_t half = cos.dim() == 3 ? cos.size(2) : -1;
+  require(half >= 1 && half <= p.head_dim / 2 && cos.size(1) == p.seqlen &&
+              (cos.size(0) == p.batch || cos.size(0) == 1),
+          "cos must be (", p.batch, " or 1, ", p.seqlen, ", rotary_dim/2), got ", shape_of(cos));
+  bool alike = sin.dim() == 3 && sin.scalar_type() == cos.scalar_type();
+  for (int64_t i = 0; alike && i < 3; ++i) alike = sin.size(i) == cos.size(i);
+  require(alike, "sin must have cos's dtype and shape ", shape_of(cos), ", got ", shape_of(sin));
+  require(cos.get_device() == q.get_device() && sin.get_device() == q.get_device(),
+          "cos and sin must be on q's device");
+  for (const Tensor& x : {cos, sin}) {
+    require(half == 1 || x.stride(2) == 1,
+            "cos and sin must be contiguous in their last dimension");
+  }
+  p.cos = cos.data_ptr(), p.sin = sin.data_ptr();
+  p.cos_sin_dtype = rotated_dtype(cos, "cos");
+  p.cos_batch = cos.size(0) > 1 ? cos.stride(0) : 0, p.cos_seq = cos.stride(1);
+  p.sin_batch = sin.size(0) > 1 ? sin.stride(0) : 0, p.sin_seq = sin.stride(1);
+  p.rotary_dim = 2 * half;
+  p.angle_heads = 1;
+}
+
+std::tuple<Tensor, Tensor> rope_cos_sin(Tensor q, OptionalTensor k, Tensor cos, Tensor sin,
+                                        bool interleaved, bool conjugate) {
+  RopeParams p{};
+  set_tensors(p, q, k, /*packed=*/false);
+  p.interleaved = interleaved;
+  p.conjugate = conjugate;
+  set_given(p, cos, sin, q);
+  Tensor out_q = fresh_like(q);
+  Tensor out_k = k.has_value() ? fresh_like(*k) : no_tensor(q, dtype_code(q));
+  set_output(p.tensors[0], out_q, false);
+  if (k.has_value()) set_output(p.tensors[1], out_k, false);
+  Rope::run(p, q);
+  return {out_q, out_k};
+}
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(extrope, CPU, m) {
-  m.impl("rope_fwd", TORCH_BOX(&Ops::fwd));
-  m.impl("rope_bwd", TORCH_BOX(&Ops::bwd));
-  m.impl("rope_inplace", TORCH_BOX(&Ops::inplace));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(extrope, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
-  m.impl("cpu_release_memory", TORCH_BOX(&release_kept_pages));
-}
+const Ops ops{
+    {"rope_fwd", TORCH_BOX(&Rope::fwd)},
+    {"rope_bwd", TORCH_BOX(&Rope::bwd)},
+    {"rope_inplace", TORCH_BOX(&Rope::inplace)},
+    {"rope_cos_sin", TORCH_BOX(&rope_cos_sin)},
+};
 
 }  // namespace extrope

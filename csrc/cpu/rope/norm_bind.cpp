@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/ops.h"
 #include "common/rope_bind.h"
 #include "common/rope_norm_args.h"
 #include "cpu/rope/kernel.h"
@@ -127,10 +128,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(extrope, CPU, m) {
-  m.impl("rope_norm_fwd", TORCH_BOX(&fwd));
-  m.impl("rope_norm_bwd", TORCH_BOX(&bwd));
-  m.impl("rope_norm_inplace", TORCH_BOX(&inplace));
-}
+const Ops ops{
+    {"rope_norm_fwd", TORCH_BOX(&fwd)},
+    {"rope_norm_bwd", TORCH_BOX(&bwd)},
+    {"rope_norm_inplace", TORCH_BOX(&inplace)},
+};
 
 }  // namespace extrope

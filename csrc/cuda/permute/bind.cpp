@@ -3,9 +3,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include "common/ops.h"
 #include "common/permute_bind.h"
 #include "cuda/permute/kernel.h"
-#include "cuda/runtime/ops.h"
 #include "cuda/stream.h"
 
 namespace extrope::permute {

@@ -3,9 +3,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include "common/ops.h"
 #include "common/rope_bind.h"
 #include "cuda/rope/kernel.h"
-#include "cuda/runtime/ops.h"
 #include "cuda/stream.h"
 
 namespace extrope {

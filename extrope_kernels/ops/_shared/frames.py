@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...scores import UNROTATED, PositionMap
 from .attention_call import AttentionCall
+from .library import ops
 
 
 def rotate_queries(x: Tensor, i: Tensor, call: AttentionCall, adjoint: bool = False) -> Tensor:
@@ -38,5 +38,5 @@ def _rotate(x, position, call, log_decay, amplitude, adjoint) -> Tensor:
     rope_args = (call.inv_freq, position, call.cu_seqlens, log_decay)
     options = {"attention_factor": amplitude, "interleaved": call.interleaved}
     if adjoint:
-        return torch.ops.extrope.rope_bwd(x, None, None, None, *rope_args, **options)[0]
-    return torch.ops.extrope.rope_fwd(x, None, *rope_args, **options)[0]
+        return ops.rope_bwd(x, None, None, None, *rope_args, **options)[0]
+    return ops.rope_fwd(x, None, *rope_args, **options)[0]

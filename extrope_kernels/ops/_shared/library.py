@@ -1,4 +1,4 @@
-"""The library of operations, and how kernels of the compiled libraries come into it."""
+"""The ops, `torch.ops.extrope`, and how kernels of the compiled libraries come into them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ... import _ext
 
-library = torch.library.Library("extrope", "FRAGMENT")
+library = torch.library.Library(_ext.NAMESPACE, "FRAGMENT")
+ops = getattr(torch.ops, _ext.NAMESPACE)
 _again = threading.local()
 
 
@@ -42,7 +43,7 @@ def load_on_first_use(fallbacks: dict[str, dict]) -> None:
             _ext.load(device)
             _again.calling = op_name
             try:
-                return getattr(torch.ops.extrope, op_name)(*args, **options)
+                return getattr(ops, op_name)(*args, **options)
             finally:
                 _again.calling = None
 

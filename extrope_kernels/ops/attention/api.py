@@ -19,11 +19,11 @@ from .._shared.attention_call import (
 )
 from .._shared.checks import explained, refuse_flags
 from .._shared.dtensor import replicated
+from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of
 from . import flash_attn, reference
 from .arguments import check, check_boundaries
 
-_ops = torch.ops.extrope
 BACKENDS = ("reference", "cpu", "triton", "flash_attn")
 
 
@@ -112,7 +112,7 @@ def run(
             check_boundaries(op, call.cu_seqlens, q)
         return reference.forward(q, k, v, call)
     suffix = f"_{backend}" if backend in ("triton", "flash_attn") else ""
-    attention_fwd = getattr(_ops, f"attention_fwd{suffix}")
+    attention_fwd = getattr(ops, f"attention_fwd{suffix}")
     if torch.compiler.is_compiling() or _records(q, k, v, rope_args):
         return attention_fwd(q, k, v, *rope_args, **options)
     # Nothing to record: skip the Autograd kernel, which costs as much as a small attention.

@@ -17,6 +17,7 @@ from ...scores import Score
 from .._shared import backends as _backends
 from .._shared.attention_call import AttentionCall, check_freqs, rope_options, score_options
 from .._shared.checks import refuse_flags
+from .._shared.library import ops
 from .._shared.options import refuse_unknown
 from .._shared.softmax import grad_of_sinks as grad_of_sinks
 from . import reference
@@ -104,5 +105,5 @@ def block_backward(
     if call.backend == "reference" or (call.backend in (None, "cpu") and q.dtype == torch.float64):
         return reference.backward(*given, AttentionCall(*rope_args, **call.options))  # type: ignore[arg-type]
     suffix = f"_{call.backend}" if call.backend in ("triton", "flash_attn") else ""
-    backward = getattr(torch.ops.extrope, f"attention_bwd{suffix}")
+    backward = getattr(ops, f"attention_bwd{suffix}")
     return backward(*given, *rope_args, **call.options)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._shared.attention_call import SCHEMA, AttentionCall
 from .._shared.attention_checks import check_head_dim
 from .._shared.autograd import contiguous_rows, refuse_backward, register_backward
-from .._shared.library import library, load_on_first_use
+from .._shared.library import library, load_on_first_use, ops
 from .._shared.softmax import grad_of_sinks
 from . import choice, flash_attn, reference
 from .arguments import check, check_boundaries
@@ -79,8 +79,8 @@ def _bwd(implementation, dout, dlse, q, k, v, out, lse, *rope_args, **options):
 
 def _register_gradient(suffix: str) -> None:
     """The derivative in q, k, v and sinks; raw tensors alone are saved."""
-    fwd = getattr(torch.ops.extrope, f"attention_fwd{suffix}").default
-    bwd = getattr(torch.ops.extrope, f"attention_bwd{suffix}").default
+    fwd = getattr(ops, f"attention_fwd{suffix}").default
+    bwd = getattr(ops, f"attention_bwd{suffix}").default
 
     def save(ctx, args, options, outputs):
         for n, x in enumerate(args[3:], start=3):
@@ -120,17 +120,17 @@ def _run_backward(bwd, given, options):
 
 
 def _define() -> None:
-    ops = {"attention_fwd": (_FWD, _fwd_fake, _fwd), "attention_bwd": (_BWD, _bwd_fake, _bwd)}
+    kernels = {"attention_fwd": (_FWD, _fwd_fake, _fwd), "attention_bwd": (_BWD, _bwd_fake, _bwd)}
     named = {"": (), "_triton": ("CPU", "CUDA"), "_flash_attn": ("CPU", "CUDA")}
     for suffix, keys in named.items():
-        for op, (schema, fake, kernel) in ops.items():
+        for op, (schema, fake, kernel) in kernels.items():
             library.define(op + suffix + schema, tags=(torch.Tag.needs_fixed_stride_order,))
-            torch.library.register_fake(f"extrope::{op}{suffix}", fake, lib=library)
+            torch.library.register_fake(f"{library.ns}::{op}{suffix}", fake, lib=library)
             for key in keys:  # on a CPU: the interpreter, and stand-ins for an engine
                 library.impl(op + suffix, functools.partial(kernel, suffix[1:]), key)
         _register_gradient(suffix)
     fallbacks = {
-        device: {op: functools.partial(ops[op][2], implementation) for op in ops}
+        device: {op: functools.partial(kernels[op][2], implementation) for op in kernels}
         for device, implementation in (("cpu", "reference"), ("cuda", "best"))
     }
     load_on_first_use(fallbacks)

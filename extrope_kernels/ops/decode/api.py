@@ -19,11 +19,11 @@ from .._shared.attention_call import (
 )
 from .._shared.checks import explained, refuse_flags
 from .._shared.lengths import cache_lengths
+from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of
 from . import reference
 from .arguments import KVCache, check_decode, check_values, parse
 
-_ops = torch.ops.extrope
 Tensors = tuple[Any, ...]  # of the ops, in their order
 Options = dict[str, Any]
 BACKENDS = ("reference", "cpu", "triton")
@@ -97,7 +97,7 @@ def _run(op: str, tensors: Tensors, options: Options, backend: str | None) -> tu
     if backend == "reference" or (backend in (None, "cpu") and q.dtype == torch.float64):
         cache, call = _check(op, tensors, options)
         return reference.decode(q, tensors[3], tensors[4], cache, call)
-    decode = _ops.decode_triton if backend == "triton" else _ops.decode
+    decode = ops.decode_triton if backend == "triton" else ops.decode
     if compiling:
         return decode(*tensors, **options)
     # No gradient exists: skip the Autograd kernel, which costs as much as a step.

@@ -14,7 +14,7 @@ import torch
 from .._shared.attention_call import SCHEMA
 from .._shared.attention_checks import check_head_dim
 from .._shared.autograd import refuse_backward
-from .._shared.library import library, load_on_first_use
+from .._shared.library import library, load_on_first_use, ops
 from . import reference
 from .arguments import check_append, check_decode, check_values, parse, parse_append
 
@@ -104,21 +104,21 @@ def _triton():
 
 
 def _define() -> None:
-    ops = {
+    kernels = {
         "decode": (_DECODE, _decode_fake, _decode),
         "append": (_APPEND, _append_fake, _append),
     }
     for suffix, keys in {"": (), "_triton": ("CPU", "CUDA")}.items():
-        for op, (schema, fake, kernel) in ops.items():
+        for op, (schema, fake, kernel) in kernels.items():
             library.define(op + suffix + schema, tags=(torch.Tag.needs_fixed_stride_order,))
-            torch.library.register_fake(f"extrope::{op}{suffix}", fake, lib=library)
+            torch.library.register_fake(f"{library.ns}::{op}{suffix}", fake, lib=library)
             for key in keys:  # on a CPU: the interpreter
                 library.impl(op + suffix, functools.partial(kernel, "triton"), key)
-        decode = getattr(torch.ops.extrope, f"decode{suffix}").default
+        decode = getattr(ops, f"decode{suffix}").default
         refuse_backward(library, decode, "decode: is for inference and has no gradient")
     load_on_first_use(
         {
-            device: {op: functools.partial(ops[op][2], implementation) for op in ops}
+            device: {op: functools.partial(kernels[op][2], implementation) for op in kernels}
             for device, implementation in (("cpu", "reference"), ("cuda", "triton"))
         }
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._shared import backends as _backends
 from .._shared.checks import explained, refuse_flags, split_offset
+from .._shared.library import ops
 from . import reference
 from .arguments import check, check_decay_values, check_state
 from .scan import Scan
@@ -84,7 +85,7 @@ def permuteformer_attention(
         _check_permutations(name, permutations)
         rows, offset = split_offset("permute", positions)
         options = {"offset": offset, "causal": causal, "normalize": normalize}
-        op = torch.ops.extrope.permuteformer_fwd
+        op = ops.permuteformer_fwd
         return explained(
             "permute",
             lambda: op(q, k, v, permutations, rows, decay, cu_seqlens, **options)[0],
@@ -172,7 +173,7 @@ def backends() -> dict[str, str]:
 
 
 def _op(name: str, backend: str | None) -> Callable[..., Any]:
-    return getattr(torch.ops.extrope, f"{name}_triton" if backend == "triton" else name)
+    return getattr(ops, f"{name}_triton" if backend == "triton" else name)
 
 
 def _permute(

@@ -5,21 +5,20 @@ The two core ops have no fake and no gradient of their own: the public ops wrap 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ... import _ext
+from .._shared.library import library, ops
 from .scan import Scan, Scanned
 
-_library = torch.library.Library("extrope", "FRAGMENT")
-_library.define(
+library.define(
     "linear_scan(Tensor q, Tensor k, Tensor v, Tensor? q_scale, Tensor? q_extra, Tensor? k_scale, "
     "Tensor? k_extra, Tensor? gate, Tensor? decay, Tensor? cu_seqlens, Tensor? first_state, "
     "Tensor? first_sum, Tensor? permutations, Tensor? positions, int offset, int heads, "
     "bool phi_scores, bool causal, bool reverse, bool normalize, bool out_is_float, "
     "bool keep_state) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define("row_dots(Tensor q, Tensor k, bool packed) -> Tensor")
+library.define("row_dots(Tensor q, Tensor k, bool packed) -> Tensor")
 
 
 def scan(
@@ -37,7 +36,7 @@ def scan(
     """
     _load()
     return Scanned(
-        *torch.ops.extrope.linear_scan(
+        *ops.linear_scan(
             q, k, v, how.q_scale, how.q_extra, how.k_scale, how.k_extra, how.gate,
             None if how.decay is None else how.decay.float().contiguous(), how.cu_seqlens,
             how.first_state, how.first_sum, permutations, positions, offset, how.heads,
@@ -50,7 +49,7 @@ def scan(
 def row_dots(x: Tensor, y: Tensor, packed: bool) -> Tensor:
     """<x, y> over the last dimension, (batch, heads, seqlen) or (heads, total), float32."""
     _load()
-    return torch.ops.extrope.row_dots(x, y, packed)
+    return ops.row_dots(x, y, packed)
 
 
 def _load() -> None:

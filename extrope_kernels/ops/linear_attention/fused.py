@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._shared.autograd import contiguous_rows, register_backward
-from .._shared.library import library
+from .._shared.library import library, ops
 from . import cpu, schema
 
 _SCHEMA = (
@@ -21,12 +21,12 @@ _SCHEMA = (
 
 
 def _permute(q, k, permutations, positions, cu_seqlens, **how) -> tuple[Tensor, Tensor]:
-    return torch.ops.extrope.permute_fwd(q, k, permutations, positions, cu_seqlens, **how)
+    return ops.permute_fwd(q, k, permutations, positions, cu_seqlens, **how)
 
 
 def _fwd_fake(q, k, v, permutations, positions, decay, cu_seqlens, *, offset=0, **options):
     q, k = _permute(q, k, permutations, positions, cu_seqlens, offset=offset)
-    return torch.ops.extrope.linear_attn_fwd(q, k, v, decay, cu_seqlens, **options)
+    return ops.linear_attn_fwd(q, k, v, decay, cu_seqlens, **options)
 
 
 def _fwd(q, k, v, permutations, positions, decay, cu_seqlens, *, offset=0, **options):
@@ -49,13 +49,13 @@ def _backward(ctx, dout, _):
     q, k, v, out, den, decay, cu_seqlens, permutations, positions = ctx.saved_tensors
     positioned = (permutations, positions, cu_seqlens)
     q, k = _permute(q, k, *positioned, offset=ctx.offset)
-    dq, dk, dv = torch.ops.extrope.linear_attn_bwd(
+    dq, dk, dv = ops.linear_attn_bwd(
         contiguous_rows(dout), q, k, v, out, den, decay, cu_seqlens, **ctx.options
     )
     return *_permute(dq, dk, *positioned, offset=ctx.offset, inverse=True), dv
 
 
 library.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
-torch.library.register_fake("extrope::permuteformer_fwd", _fwd_fake, lib=library)
+torch.library.register_fake(f"{library.ns}::permuteformer_fwd", _fwd_fake, lib=library)
 library.impl("permuteformer_fwd", _fwd, "CPU")
-register_backward(library, torch.ops.extrope.permuteformer_fwd.default, _save, _backward)
+register_backward(library, ops.permuteformer_fwd.default, _save, _backward)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._shared import backends as _backends
 from .._shared.autograd import contiguous_rows, register_backward
-from .._shared.library import library
+from .._shared.library import library, ops
 from . import cpu, reference
 from .arguments import check, check_decay_values, check_dims, check_state
 from .scan import Scan, gradients
@@ -132,9 +132,7 @@ def save(ctx, args, options, outputs, *more):
 
 def _register_backward(suffix: str) -> None:
     """Derivatives of first order in q, k and v; the reference backend has the higher ones."""
-    fwd, bwd, step = (
-        getattr(torch.ops.extrope, f"{NAME}_{kind}{suffix}").default for kind in _SCHEMAS
-    )
+    fwd, bwd, step = (getattr(ops, f"{NAME}_{kind}{suffix}").default for kind in _SCHEMAS)
 
     def backward(ctx, dout, _):
         if dout is None:
@@ -164,7 +162,7 @@ def _define() -> None:
             op = f"{NAME}_{kind}{suffix}"
             fake, kernel = kernels[kind]
             library.define(op + schema, tags=(torch.Tag.needs_fixed_stride_order,))
-            torch.library.register_fake(f"extrope::{op}", fake, lib=library)
+            torch.library.register_fake(f"{library.ns}::{op}", fake, lib=library)
             for key, implementation in implementations.items():
                 library.impl(op, functools.partial(kernel, implementation), key)
         _register_backward(suffix)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .._shared.backends import missing, require
 from .._shared.checks import explained, refuse_flags, split_offset
+from .._shared.library import ops
 from . import reference
 from .power import check
 
-_ops = torch.ops.extrope
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
@@ -116,6 +116,6 @@ def _run(
     if backend == "reference":
         out_q, out_k = reference.permute_fwd(q, k, *tensors, **options)
     else:
-        op = _ops.permute_fwd_triton if backend == "triton" else _ops.permute_fwd
+        op = ops.permute_fwd_triton if backend == "triton" else ops.permute_fwd
         out_q, out_k = op(q, k, *tensors, **options)
     return out_q, out_k if k is not None else None

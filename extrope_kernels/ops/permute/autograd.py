@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from .._shared.autograd import batching_rule, contiguous_rows, register_backward
+from .._shared.library import ops
 
 
 def register(library: torch.library.Library, suffix: str) -> None:
     """Give `permute_fwd{suffix}` its derivative, of any order, and its batching rule."""
-    fwd = getattr(torch.ops.extrope, f"permute_fwd{suffix}").default
+    fwd = getattr(ops, f"permute_fwd{suffix}").default
 
     def save(ctx, args, options, outputs):
         ctx.has_k = args[1] is not None

@@ -41,7 +41,7 @@ def _define() -> None:
     for suffix in ("", "_triton"):
         tags = (torch.Tag.needs_fixed_stride_order,)
         library.define(f"permute_fwd{suffix}{_FWD}", tags=tags)
-        torch.library.register_fake(f"extrope::permute_fwd{suffix}", _fwd_fake, lib=library)
+        torch.library.register_fake(f"{library.ns}::permute_fwd{suffix}", _fwd_fake, lib=library)
         autograd.register(library, suffix)
     library.impl("permute_fwd_triton", _fwd_triton, "CUDA")
     library.impl("permute_fwd_triton", _fwd_triton, "CPU")  # the interpreter

@@ -12,12 +12,12 @@ from ...methods import RopeFreqs
 from .._shared.backends import missing, require
 from .._shared.checks import REFUSALS, refuse_flags, retell, split_offset
 from .._shared.dtensor import replicated
+from .._shared.library import ops
 from . import norm as norm_reference
 from . import reference
 from .checks import check, check_norm, check_norm_eps
 from .decay import check_decay
 
-_ops = torch.ops.extrope
 RopeArgs = tuple[Tensor | None, ...]  # of the ops, after q and k
 Options = dict[str, Any]  # of the ops, by keyword
 Norm = tuple[Tensor | None, Tensor | None, float]  # q_norm_weight, k_norm_weight, norm_eps
@@ -223,7 +223,7 @@ def _inplace(
 def _op(name: str, backend: str | None, q: Tensor) -> Callable[..., Any]:
     """What a named backend means, once it is known to run on q."""
     if backend is None:
-        return getattr(_ops, name)
+        return getattr(ops, name)
     require("rope", backend, BACKENDS, q.device.type)
     if backend == "reference":
         return getattr(norm_reference if "norm" in name else reference, name)
@@ -232,4 +232,4 @@ def _op(name: str, backend: str | None, q: Tensor) -> Callable[..., Any]:
             "rope: backend 'cuda' cannot run with norm weights, which Triton's kernels take: "
             "backend=None or 'triton'"
         )
-    return getattr(_ops, f"{name}_triton" if backend == "triton" else name)
+    return getattr(ops, f"{name}_triton" if backend == "triton" else name)

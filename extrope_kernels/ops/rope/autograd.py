@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._shared.autograd import batching_rule, contiguous_rows, register_backward
 from .._shared.dtensor import replicated
+from .._shared.library import ops
 from .._shared.positions import sequence_of_token
 from .pairs import cross, join_pairs, split_pairs
 from .rotation import resolve, token_positions
@@ -21,8 +22,8 @@ from .rotation import resolve, token_positions
 
 def register(library: torch.library.Library, suffix: str) -> None:
     """Give `rope_fwd{suffix}` and `rope_bwd{suffix}` their derivatives and batching rules."""
-    fwd = getattr(torch.ops.extrope, f"rope_fwd{suffix}").default
-    bwd = getattr(torch.ops.extrope, f"rope_bwd{suffix}").default
+    fwd = getattr(ops, f"rope_fwd{suffix}").default
+    bwd = getattr(ops, f"rope_bwd{suffix}").default
 
     def fwd_backward(ctx, grad_q, grad_k):
         q, k, *rope_args = ctx.saved_tensors

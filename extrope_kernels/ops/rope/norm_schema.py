@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._shared.autograd import batching_rule, contiguous_rows, refuse_backward, register_backward
-from .._shared.library import library, load_on_first_use
+from .._shared.library import library, load_on_first_use, ops
 from . import norm
 from .autograd import has_shared_angles, kept_rope_args
 from .checks import check_norm
@@ -99,9 +99,9 @@ def _define() -> None:
             ("rope_norm_inplace", _INPLACE, _inplace_fake),
         ):
             library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
-            torch.library.register_fake(f"extrope::{name}{suffix}", fake, lib=library)
-        fwd = getattr(torch.ops.extrope, f"rope_norm_fwd{suffix}").default
-        bwd = getattr(torch.ops.extrope, f"rope_norm_bwd{suffix}").default
+            torch.library.register_fake(f"{library.ns}::{name}{suffix}", fake, lib=library)
+        fwd = getattr(ops, f"rope_norm_fwd{suffix}").default
+        bwd = getattr(ops, f"rope_norm_bwd{suffix}").default
         register_backward(library, fwd, _save, _backward_by(bwd))
         refuse_backward(
             library, bwd, "rope: with norm weights there is no second derivative; norm first"

@@ -98,7 +98,7 @@ def _define() -> None:
             ("rope_inplace", _INPLACE, _inplace_fake),
         ):
             library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
-            torch.library.register_fake(f"extrope::{name}{suffix}", fake, lib=library)
+            torch.library.register_fake(f"{library.ns}::{name}{suffix}", fake, lib=library)
         autograd.register(library, suffix)
     library.define("cpu_capability() -> int")  # see cli.CPU_CAPABILITIES
     library.define("cpu_release_memory() -> int")  # bytes that freed results had left for others

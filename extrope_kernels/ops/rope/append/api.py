@@ -13,13 +13,13 @@ from ..._shared import backends as _backends
 from ..._shared.attention_call import check_freqs, given_up_to_last
 from ..._shared.checks import check_real, explained, refuse_flags
 from ..._shared.lengths import cache_lengths
+from ..._shared.library import ops
 from . import reference
 from .arguments import Append
 from .checks import check, check_values
 
 RopeArgs = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-_ops = torch.ops.extrope
 _OP = "rope_append_kvcache"
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -146,7 +146,7 @@ def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None)
         _refuse_gradients(tensors)
     if backend == "reference":
         return reference.rope_append(*tensors, **options)
-    op = _ops.rope_append_triton if backend == "triton" else _ops.rope_append
+    op = ops.rope_append_triton if backend == "triton" else ops.rope_append
     if torch.compiler.is_compiling():
         return op(*tensors, **options)
     # No gradient exists: skip the Autograd kernel, which costs as much as a token's rotation.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..._shared.autograd import refuse_backward
-from ..._shared.library import library, load_on_first_use
+from ..._shared.library import library, load_on_first_use, ops
 from ..schema import triton_kernels
 from . import reference
 from .arguments import Append
@@ -37,8 +37,8 @@ def _define() -> None:
     for suffix in ("", "_triton"):
         name = f"rope_append{suffix}"
         library.define(name + _SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
-        torch.library.register_fake(f"extrope::{name}", _fake, lib=library)
-        op = getattr(torch.ops.extrope, name).default
+        torch.library.register_fake(f"{library.ns}::{name}", _fake, lib=library)
+        op = getattr(ops, name).default
         refuse_backward(library, op, "rope_append: is for inference and has no gradient")
     for key in ("CUDA", "CPU"):  # on a CPU: the interpreter
         library.impl("rope_append_triton", _TRITON["rope_append"], key)

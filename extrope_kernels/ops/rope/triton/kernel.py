@@ -86,7 +86,7 @@ def _store_pairs(rows, a, b, valid, TILE: tl.constexpr):
 
 
 @triton.jit
-def _rotate_head(
+def rotate_head(
     source, target, saved, x, head, batch, seq, valid, cos, sin, angle_grad, TILE: tl.constexpr
 ):
     """Rotate one head of a tile of tokens; return angle_grad plus that head's share of it."""
@@ -178,12 +178,12 @@ def rotate_kernel(
             freq = tl.load(freqs + head * freq_head, mask=mask, other=0.0).to(tl.float64)
             cos, sin = sincos(position * freq, TILE)
             c, s = scaled(cos, sin, far, log_decay, of_q.decay_sign, amplitude, direction, TILE)
-            grad = _rotate_head(
+            grad = rotate_head(
                 q, q_out, q_saved, of_q, head, batch, seq, valid, c, s, nothing, TILE
             )
             if TILE.two_operands:
                 c, s = scaled(cos, sin, far, log_decay, of_k.decay_sign, amplitude, direction, TILE)
-                grad = _rotate_head(
+                grad = rotate_head(
                     k, k_out, k_saved, of_k, head, batch, seq, valid, c, s, grad, TILE
                 )
             if angle_grad is not None:
@@ -194,14 +194,14 @@ def rotate_kernel(
         c, s = scaled(cos, sin, far, log_decay, of_q.decay_sign, amplitude, direction, TILE)
         grad = nothing
         for head in range(q_first, q_last):
-            grad = _rotate_head(q, q_out, q_saved, of_q, head, batch, seq, valid, c, s, grad, TILE)
+            grad = rotate_head(q, q_out, q_saved, of_q, head, batch, seq, valid, c, s, grad, TILE)
         if TILE.two_operands:
             k_share = tl.cdiv(of_k.heads, tl.num_programs(1))
             k_first = tl.program_id(1) * k_share
             k_last = tl.minimum(k_first + k_share, of_k.heads)
             c, s = scaled(cos, sin, far, log_decay, of_k.decay_sign, amplitude, direction, TILE)
             for head in range(k_first, k_last):
-                grad = _rotate_head(
+                grad = rotate_head(
                     k, k_out, k_saved, of_k, head, batch, seq, valid, c, s, grad, TILE
                 )
         if angle_grad is not None:

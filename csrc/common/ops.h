@@ -1,0 +1,41 @@
+// How a binding names its ops. They are registered not when a library is loaded but when
+// extrope_register is called: in a namespace that the caller chooses, since two copies of the
+// package may be in one process, and only where their kernels can run, since a registered op goes
+// before what would serve there otherwise.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <initializer_list>
+#include <vector>
+
+namespace extrope {
+
+struct Op {
+  const char* name;
+  void (*run)(StableIValue* stack, uint64_t num_args, uint64_t num_outputs);  // of TORCH_BOX
+  const char* key = nullptr;  // of the dispatcher; nullptr: the library's device
+};
+
+inline std::vector<Op>& all_ops() {
+  static std::vector<Op> all;
+  return all;
+}
+
+struct Ops {
+  Ops(std::initializer_list<Op> these) {
+    all_ops().insert(all_ops().end(), these.begin(), these.end());
+  }
+};
+
+// A handle is never deleted: that would take its op back.
+inline void register_ops(const char* name_space, const char* device) {
+  for (const Op& op : all_ops()) {
+    TorchLibraryHandle library = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_impl(name_space, op.key ? op.key : device,
+                                                        __FILE__, __LINE__, &library));
+    TORCH_ERROR_CODE_CHECK(torch_library_impl(library, op.name, op.run, TORCH_ABI_VERSION));
+  }
+}
+
+}  // namespace extrope

@@ -1,0 +1,35 @@
+// The entry point of the CPU library, and the ops that ask about it.
+
+#include <exception>
+#include <string>
+
+#include "common/ops.h"
+#include "cpu/runtime/capability.h"
+#include "cpu/runtime/output_pages.h"
+
+namespace extrope {
+namespace {
+
+int64_t cpu_capability() { return capability(); }
+
+constexpr const char* kAnywhere = "CompositeExplicitAutograd";
+const Ops ops{
+    {"cpu_capability", TORCH_BOX(&cpu_capability), kAnywhere},
+    {"cpu_release_memory", TORCH_BOX(&release_kept_pages), kAnywhere},
+};
+
+}  // namespace
+}  // namespace extrope
+
+// Registers the ops; else returns why not, in one line.
+extern "C" __attribute__((visibility("default"))) const char* extrope_register(
+    const char* name_space, int /*has_gpu*/) {
+  static std::string why;
+  try {
+    extrope::register_ops(name_space, "CPU");
+    return nullptr;
+  } catch (const std::exception& error) {
+    why = error.what();
+    return why.c_str();
+  }
+}
