@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+import smollm2_table
+
 import extrope_kernels
 from extrope_kernels import methods, positions, scores
 
@@ -33,7 +35,7 @@ class MethodRow(NamedTuple):
     what: str  # one line
     paper: str  # a link
     trained: float | None  # loss of a small model at 8 times its training length
-    demo: float | None  # loss of SmolLM2 in the last bucket of `make demo`
+    real: smollm2_table.Measured | None  # on SmolLM2
 
 
 def method_rows(results: Path = RESULTS) -> list[MethodRow]:
@@ -41,12 +43,12 @@ def method_rows(results: Path = RESULTS) -> list[MethodRow]:
     trained = _losses(
         results / "length_generalization-cpu.json", "name", lambda row: row["lengths"][-1]["last"]
     )
-    demo = _losses(results / "demo.json", "method", lambda row: row["buckets"][-1]["loss"])
+    real = smollm2_table.measured(results / "smollm2")
     rows = []
     for axis, name, method in _methods():
         measured = MEASURED_AS.get(method.__name__, method.__name__)
         rows.append(
-            MethodRow(axis, name, *described(method), trained.get(measured), demo.get(measured))
+            MethodRow(axis, name, *described(method), trained.get(measured), real.get(name))
         )
     return rows
 
@@ -69,10 +71,13 @@ def link(paper: str) -> str:
 
 def table_lines(results: Path) -> list[list[str]]:
     """The cells of `method_rows`, in Markdown."""
-    return [
-        [f"`{row.name}`", row.what, link(row.paper), *map(_number, (row.trained, row.demo))]
-        for row in method_rows(results)
-    ]
+    lines = []
+    for row in method_rows(results):
+        of_real = ["", ""]
+        if row.real is not None:
+            of_real = [_number(row.real.loss), smollm2_table.between(row.real.recall)]
+        lines.append([f"`{row.name}`", row.what, link(row.paper), _number(row.trained), *of_real])
+    return lines
 
 
 def api(room: str) -> str:

@@ -29,6 +29,7 @@ import bench_overhead
 import length_report
 import method_table
 import models_table
+import smollm2_table
 import triton_versions
 from audit.summary import table as audit_table
 from harness import COLUMNS, RESULTS, cell
@@ -119,8 +120,13 @@ def length_table(results: dict) -> str:
 
 
 def methods_table(results: Path) -> str:
-    head = ["method", "what it does", "paper", "small model, 8x", "SmolLM2, 14-16k"]
+    head = ["method", "what it does", "paper", "small model, 8x", "SmolLM2, loss", "recall"]
     return table(head, method_table.table_lines(results))
+
+
+def smollm2(results: Path) -> str:
+    head = ["method", "parameters", "loss, 14-16k", "over YaRN", "recall, 15,360 back"]
+    return table(head, smollm2_table.table_lines(results))
 
 
 def by_columns(columns: dict, results: dict) -> str:
@@ -181,6 +187,7 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
     """What can stand between markers, by their name: a function of the words after it."""
     made = {name: functools.partial(text_of, path, name) for name, path in names(results).items()}
     made["methods"] = lambda only: methods_table(results)
+    made["smollm2"] = lambda only: smollm2(results / "smollm2")
     made["api"] = method_table.api
     if (audit := results / "gpu_audit.json").exists():
         made["gpu_audit"] = lambda only: audit_table(audit)

@@ -58,7 +58,8 @@ def bucket_means(losses: Tensor, bucket: int) -> list[dict[str, Any]]:
     for start, stop in bucket_edges(losses.shape[1] + 1, bucket):
         part = losses[:, start:stop].double()
         if part.shape[1]:
-            mean, error = mean_and_error(part.mean(1).tolist())
+            by_piece = part.mean(1).tolist()
+            mean, error = mean_and_error(by_piece)
             means.append(
                 {
                     "start": start,
@@ -66,6 +67,7 @@ def bucket_means(losses: Tensor, bucket: int) -> list[dict[str, Any]]:
                     "tokens": part.shape[1],
                     "loss": mean,
                     "error": error,
+                    "pieces": by_piece,
                 }
             )
     return means

@@ -2,98 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
-from torch import Tensor
+from append_cases import CONTIGUOUS, FILLER, Step, ints
 
 from extrope_kernels import RopeFreqs, apply_rope_qk, methods, rope_append_kvcache, scores
 from extrope_kernels.testing import DTYPES, assert_within_budget, device
 
-HEADS_Q, HEADS_K = 4, 2
-FILLER = -7.0  # of slots that nothing may be written to
-
-
-def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device())
-
-
-@dataclass
-class Step:
-    """New tokens of two sequences, a cache, and what the call is given beside them."""
-
-    head_dim: int = 32
-    head_dim_v: int = 32
-    rotary_dim: int = 32
-    dtype: torch.dtype = torch.float32
-    blocks: tuple[int, int] = (2, 23)  # of the cache: how many, of how many slots
-    tokens: tuple[int, ...] = (2, 5)
-    call: dict = field(default_factory=dict)
-    norms: str = ""  # "", "head" or "all"
-
-    def __post_init__(self):
-        generator = torch.Generator().manual_seed(0)
-
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device(), self.dtype)
-
-        # Views of one packed projection.
-        sizes = [HEADS_Q * self.head_dim, HEADS_K * self.head_dim, HEADS_K * self.head_dim_v]
-        packed = randn(*self.tokens, sum(sizes)).split(sizes, -1)
-        shapes = [(HEADS_Q, -1), (HEADS_K, -1), (HEADS_K, -1)]
-        self.q, self.k, self.v = (x.unflatten(-1, n) for x, n in zip(packed, shapes))
-        self.freqs = RopeFreqs(methods.rope(self.rotary_dim).inv_freq.to(device()), 1.1)
-        self.weights = dict.fromkeys(("q_norm_weight", "k_norm_weight"))
-        if self.norms:
-            heads = (HEADS_Q, HEADS_K) if self.norms == "all" else (1, 1)
-            drawn = [torch.rand(n * self.head_dim, generator=generator) + 0.5 for n in heads]
-            self.weights = dict(zip(self.weights, (x.to(device()) for x in drawn)))
-
-    def caches(self, dtype: torch.dtype) -> list[Tensor]:
-        shapes = [(*self.blocks, HEADS_K, n) for n in (self.head_dim, self.head_dim_v)]
-        return [torch.full(shape, FILLER, dtype=dtype, device=device()) for shape in shapes]
-
-    def run(self, backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """q, k_cache and v_cache."""
-        dtype = dtype or self.dtype
-        caches = self.caches(dtype)
-        qkv = [x if dtype == self.dtype else x.to(dtype) for x in (self.q, self.k, self.v)]
-        call = {"freqs": self.freqs, **self.weights, **self.call}
-        return [rope_append_kvcache(*qkv, *caches, backend=backend, **call), *caches]
-
-    def expected(self, slots: list[tuple[int, int, int, int]], positions: Tensor) -> list[Tensor]:
-        """In float64. slots: (batch, token, block, place) of all that are written."""
-        q, k, v = (x.double() for x in (self.q, self.k, self.v))
-        if k.dim() == 3:
-            q, k, v = q[None], k[None], v[None]
-        call = {**self.weights, "positions": positions, "backend": "reference"}
-        rotated_q, rotated_k = apply_rope_qk(q, k, self.freqs, **call)
-        k_cache, v_cache = self.caches(torch.float64)
-        for batch, token, block, place in slots:
-            k_cache[block, place] = rotated_k[batch, token]
-            v_cache[block, place] = v[batch, token]
-        return [rotated_q.view(self.q.shape), k_cache, v_cache]
-
-    def check(self, backend: str, expected: list[Tensor]) -> None:
-        got, same = self.run(backend), self.run("reference")
-        ulp = min(torch.finfo(torch.float32).eps, torch.finfo(self.dtype).eps)
-        # Triton's interpreter truncates when it casts to bfloat16; a GPU rounds.
-        truncates = backend == "triton" and self.dtype == torch.bfloat16 and device() == "cpu"
-        for name, *values in zip(("q", "k_cache"), got, same, expected):
-            # Mean squares, products and means: five roundings that a rotation has not.
-            noise = 2.5 * ulp * values[2].abs().max().item() if self.norms else 0.0
-            assert_within_budget(name, *values, float(truncates), noise)
-        assert torch.equal(got[2], expected[2].to(self.dtype))
-        # What nothing goes to is left alone, bit for bit.
-        assert torch.equal(got[1] == FILLER, (expected[1] == FILLER))
-
 
 def behind(lengths: tuple[int, ...], seqlen: int) -> list[tuple[int, int, int, int]]:
     return [(b, t, b, n + t) for b, n in enumerate(lengths) for t in range(seqlen)]
-
-
-CONTIGUOUS = {"cache_seqlens": ints(3, 9)}
 
 
 @pytest.mark.parametrize("norms", ("", "head", "all"))
@@ -276,108 +194,3 @@ def test_more_tokens_than_one_program_and_thread(backend):
     qkv = step.q, step.k, step.v
     rope_append_kvcache(*qkv, *caches, step.freqs, backend=backend, **step.weights, **call)
     assert torch.equal(caches[0], got[1]) and torch.equal(caches[1], got[2])
-
-
-def op_of(backend: str):
-    return getattr(torch.ops.extrope, f"rope_append{'_triton' if backend == 'triton' else ''}")
-
-
-def op_arguments(case: str) -> tuple[list, dict]:
-    """The op's positional arguments, and its options."""
-    step = Step(norms="head")
-    tensors = [step.q, step.k, step.v, *step.caches(torch.float32), *step.weights.values()]
-    if case == "lengths":
-        return [*tensors, step.freqs.inv_freq, ints(3, 9)], {"attention_factor": 1.1}
-    if case == "slots":
-        slots, positions = ints(*range(10)).view(2, 5), ints(*range(5))
-        return [*tensors, step.freqs.inv_freq, None, None, slots, None, None, positions], {}
-    tensors[0], tensors[5] = None, None
-    stored = {"stored": [float(n) for n in scores.rerope(4, 2.0).stored], "interleaved": True}
-    return [*tensors, step.freqs.inv_freq, ints(3, 9), None, None, None, ints(1, 2)], stored
-
-
-@pytest.mark.parametrize("case", ("lengths", "slots", "stored"))
-def test_opcheck(backend, case):
-    tensors, options = op_arguments(case)
-    torch.library.opcheck(op_of(backend), tuple(tensors), options)
-
-
-def test_compile_in_one_graph(backend):
-    step = Step(norms="head", call=CONTIGUOUS)
-
-    def run(q, k, v, k_cache, v_cache, lengths):
-        call = {"cache_seqlens": lengths, **step.weights, "backend": backend}
-        return rope_append_kvcache(q * 2, k, v, k_cache, v_cache, step.freqs, **call)
-
-    results = []
-    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
-        caches = step.caches(torch.float32)
-        out = function(step.q, step.k, step.v, *caches, CONTIGUOUS["cache_seqlens"])
-        results.append([out, *caches])
-    for x, y in zip(*results):
-        assert torch.equal(x, y)
-
-
-def test_gradients_are_refused(backend):
-    tensors, options = op_arguments("lengths")
-    tensors[0].requires_grad_()
-    with pytest.raises(NotImplementedError, match="inference"):
-        op_of(backend)(*tensors, **options).sum().backward()
-    with pytest.raises(ValueError, match="q that requires grad"):
-        rope_append_kvcache(*tensors[:5], None, cache_seqlens=3, backend=backend)
-    weight = tensors[6].requires_grad_()  # a model's own
-    call = {"cache_seqlens": 3, "k_norm_weight": weight, "backend": backend}
-    assert not rope_append_kvcache(tensors[0].detach(), *tensors[1:5], None, **call).requires_grad
-
-
-PAGED, TABLE = Step(blocks=(12, 4)), ints(1, 12, 3, 4).view(2, 2)
-REFUSED = {
-    "past the end": (Step(), {"cache_seqlens": ints(3, 19)}, "cache_seqlens"),
-    "negative": (Step(), {"cache_seqlens": ints(3, -1)}, "cache_seqlens"),
-    "no slots": (Step(), {"positions": ints(*range(5))}, "cache_seqlens or slot_mapping"),
-    "slot": (
-        Step(),
-        {**CONTIGUOUS, "slot_mapping": ints(*range(37, 47)).view(2, 5)},
-        "slot_mapping",
-    ),
-    "slot below -1": (
-        Step(),
-        {**CONTIGUOUS, "slot_mapping": ints(*range(-2, 8)).view(2, 5)},
-        "slot_mapping",
-    ),
-    "no positions": (Step(), {"slot_mapping": ints(*range(10)).view(2, 5)}, "positions"),
-    "page": (
-        PAGED,
-        {"cache_seqlens": 3, "block_table": ints(1, 12, 3, 4).view(2, 2)},
-        "block_table",
-    ),
-    "two places": (
-        PAGED,
-        {"slot_mapping": ints(*range(10)).view(2, 5), "block_table": ints(1, 2).view(2, 1)},
-        "block_table and slot_mapping",
-    ),
-    "offsets": (Step(), {**CONTIGUOUS, "positions": ints(3, 4)}, "positions"),
-    "fractions": (
-        Step(),
-        {**CONTIGUOUS, "positions": torch.rand(5, device=device()), "score": scores.rerope(4, 2.0)},
-        "positions",
-    ),
-    "padding": (Step(), {**CONTIGUOUS, "cache_leftpad": ints(-1, 0)}, "cache_leftpad"),
-    "packed": (Step(tokens=(5,)), {"cache_seqlens": 3}, "cu_seqlens or slot_mapping"),
-    "boundaries": (
-        Step(tokens=(5,)),
-        {"cache_seqlens": 3, "cu_seqlens": ints(0, 4, 6)},
-        "cu_seqlens",
-    ),
-}
-
-
-@pytest.mark.skipif(device() == "cuda", reason="on a GPU values are not looked at")
-@pytest.mark.parametrize("name", REFUSED)
-def test_is_refused_before_anything_is_written(name, backend):
-    step, call, named = REFUSED[name]
-    caches = step.caches(torch.float32)
-    given = {"freqs": step.freqs, **call, "backend": backend}
-    with pytest.raises(ValueError, match=rf"^rope_append_kvcache: .*{named}"):
-        rope_append_kvcache(step.q, step.k, step.v, *caches, **given)
-    assert all((x == FILLER).all() for x in caches)
