@@ -6,6 +6,7 @@ import re
 
 import method_table as table
 import pytest
+import smollm2_table
 
 from extrope_kernels import methods, permuteformer_attention, positions, scores
 
@@ -41,7 +42,31 @@ def test_measured_losses_stand_beside_their_method(tmp_path):
         "rows": [{"name": "pi", "lengths": lengths}, {"name": "abf, tuned", "lengths": lengths}]
     }
     (tmp_path / "length_generalization-cpu.json").write_text(json.dumps(trained))
-    losses = {row.name: (row.trained, row.demo) for row in table.method_rows(tmp_path)}
+    losses = {row.name: (row.trained, row.real) for row in table.method_rows(tmp_path)}
     assert losses["pi"] == losses["abf"] == (1.5, None) and losses["rope"] == (None, None)
     (cells,) = (line for line in table.table_lines(tmp_path) if line[0] == "`pi`")
-    assert cells[2:] == ["[2306.15595](https://arxiv.org/abs/2306.15595)", "1.50", ""]
+    assert cells[2:] == ["[2306.15595](https://arxiv.org/abs/2306.15595)", "1.50", "", ""]
+
+
+def test_a_real_models_losses_are_compared_piece_by_piece(tmp_path):
+    folder = tmp_path / "smollm2"
+    folder.mkdir()
+    pieces = {"yarn": [2.0, 3.0], "pi": [2.5, 3.7]}
+    losses = [
+        {"method": name, "params": {"factor": 2.0}, "buckets": [{}, {"loss": 2.5, "pieces": each}]}
+        for name, each in pieces.items()
+    ]
+    recalls = [
+        {"method": "rerope", "params": {"window": 9}, "gains": [{"gain": 1.7, "error": 0.25}]}
+    ]
+    (folder / "loss.json").write_text(json.dumps({"rows": losses}))
+    (folder / "recall.json").write_text(json.dumps({"rows": recalls}))
+    found = smollm2_table.measured(folder)
+    assert found["yarn"].over_yarn == (0.0, 0.0)
+    assert found["pi"].over_yarn == pytest.approx((0.6, 0.1))
+    assert found["rerope"] == ({"window": 9}, None, None, (1.7, 0.25))
+    assert smollm2_table.table_lines(folder)[1] == [
+        "`pi`", "factor=2", "2.50", "0.60 ± 0.10", ""
+    ]  # fmt: skip
+    (cells,) = (line for line in table.table_lines(tmp_path) if line[0] == "`rerope`")
+    assert cells[-2:] == ["", "1.70 ± 0.25"]
