@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...ops.attention import attend
 from ...scores import SCORES
+from .._shared.parameters import PARAMETERS
 from .architecture import RotarySite, is_bounded, kind_of, shortened, unsupported
 from .attending import softmax_options
 from .calls import Call, call_of
@@ -23,7 +24,6 @@ from .context_parallel import (
 )
 from .forwards import argument_names, by_name
 from .layers import check_options, close, compare_with_own
-from .parameters import PARAMETERS
 from .rotary import Rotary
 from .rotation import register_attention
 from .score_methods import ScoreForward

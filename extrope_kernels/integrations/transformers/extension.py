@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ...scores import SCORES
+from .._shared.parameters import PARAMETERS
 from .apply import unwrap_apply, wrap_apply
 from .architecture import RotarySite, find_sites, shortened, unsupported
 from .context_changes import RegionGuard, refuse_second_mesh, share
@@ -17,7 +18,6 @@ from .frequency_methods import frequency_changes
 from .interface import register_interface
 from .norms import norm_changes
 from .paged import batching_changes, forget_pages
-from .parameters import PARAMETERS
 from .rotary import Rotary
 from .score_methods import score_changes
 from .trial import entrance, run_on_trial

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from .._shared.parameters import bind_method
 from .architecture import RotarySite, unsupported
-from .parameters import bind_method
+from .parameters import values_of
 from .requests import LengthDependence, generate_one_request
 from .rotary import Rotary
 from .softmax_scale import softmax_scales
@@ -27,7 +28,9 @@ def frequency_changes(
     for site in sites:
         functions, freqs, takes_length = {}, {}, False
         for layer_type in site.layer_types:
-            function, takes_length = bind_method(method, site, layer_type, parameters)
+            function, takes_length = bind_method(
+                "extend", method, parameters, values_of(site, layer_type)
+            )
             functions[layer_type] = function
             freqs[layer_type] = function(seq_len=1) if takes_length else function()
         if site.fused is None and any(each.log_decay is not None for each in freqs.values()):

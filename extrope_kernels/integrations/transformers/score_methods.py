@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from ... import RopeFreqs, methods
 from ...ops.attention import attend
 from ...scores import UNROTATED, Score
+from .._shared.parameters import bind_score
 from .architecture import RotarySite, unsupported
 from .attending import Attending, exchange
 from .context_parallel import SharedRows, by_its_name
 from .forwards import argument_names, by_name, cache_of, caches_in, tokens_of
 from .layers import Layers
 from .paged import PackedRows, packed_rows
-from .parameters import bind_score, own_freqs
+from .parameters import own_freqs
 from .rotary import Rotary
 from .rotation import Rotation
 from .rows import Rows, no_mask, read_rows
@@ -38,7 +39,7 @@ def score_changes(
     layers: str,
 ) -> tuple[list, list]:
     """Return the overrides and the hooks of an `Extension`; nothing is changed yet."""
-    score, log_n = bind_score(method, parameters)
+    score, log_n = bind_score("extend", method, parameters)
     owner = _owner(model, sites)
     freqs = [_freqs_in_force(site, method, score) for site in sites]
     found = Layers(owner, sites, layers, model)

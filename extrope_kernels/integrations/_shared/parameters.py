@@ -1,0 +1,125 @@
+"""A method's parameters: those the user gives, and the model's own for the rest."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ... import RopeFreqs
+from ...methods import METHODS
+from ...scores import SCORES, Score
+
+_FUNCTIONS = METHODS | SCORES
+# Every method that an integration takes, and the names of its parameters.
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    name: (*inspect.signature(function).parameters, *(("log_n",) if name in SCORES else ()))
+    for name, function in _FUNCTIONS.items()
+}
+# Parameters that a method exists to choose, so the model's value is not what is meant.
+_OWN_DEFAULTS = {"abf": {"base"}, "dynamic_yarn": {"max_position_embeddings"}}
+
+
+@dataclass(frozen=True)
+class ModelValues:
+    """What a model says of one of its rotations.
+
+    values: parameters of methods by their names, dim among them.
+    unrotated: how many of its last frequencies are 0: dims that the model has never rotated.
+    """
+
+    values: Mapping[str, Any]
+    unrotated: int = 0
+
+    @property
+    def dim(self) -> int:
+        """The rotary dimension."""
+        return self.values["dim"]
+
+
+def values_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str, Any]:
+    """Return the parameters of methods that a transformers configuration has values for.
+
+    parameters: its rope_parameters, those of one kind of layers.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    trained = getattr(config, "original_max_position_embeddings", None)
+    values = {
+        "dim": dim,
+        "base": parameters.get("rope_theta"),
+        "max_position_embeddings": longest,
+        "original_max_position_embeddings": trained
+        or parameters.get("original_max_position_embeddings")
+        or longest,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def bind_method(
+    op: str, method: str, given: Mapping[str, Any], model: ModelValues
+) -> tuple[Callable[..., RopeFreqs], bool]:
+    """Return a frequency method with all its parameters, and whether it still takes seq_len.
+
+    op: what errors begin with.
+    Raises ValueError or TypeError, from here or from the method, for parameters that do not fit.
+    """
+    if given.get("dim", model.dim) != model.dim:
+        raise ValueError(
+            f"{op}: dim must be {model.dim}, the rotary dimension of the model, got {given['dim']}"
+        )
+    accepted, own = PARAMETERS[method], _OWN_DEFAULTS.get(method, ())
+    values = {k: v for k, v in model.values.items() if k in accepted and k not in own}
+    check_names(op, method, given, values)
+    takes_length = "seq_len" in accepted and "seq_len" not in given
+    bound = partial(METHODS[method], **values | given)
+    _check_dim(op, method, bound(seq_len=1) if takes_length else bound(), model.dim)
+    if model.unrotated and method != "proportional":
+        bound = partial(_without, bound, model.unrotated)
+    return bound, takes_length
+
+
+def _without(method: Callable[..., RopeFreqs], unrotated: int, **parameters: Any) -> RopeFreqs:
+    freqs = method(**parameters)
+    freqs.inv_freq[..., -unrotated:] = 0.0
+    return freqs
+
+
+def bind_score(op: str, method: str, given: Mapping[str, Any]) -> tuple[Score, float | None]:
+    """Return a score method with its parameters, and log_n.
+
+    Raises ValueError or TypeError, from here or from the method, for parameters that do not fit.
+    """
+    check_names(op, method, given)
+    parameters = {name: value for name, value in given.items() if name != "log_n"}
+    return SCORES[method](**parameters), given.get("log_n")
+
+
+def check_names(
+    op: str, method: str, given: Mapping[str, Any], others: Iterable[str] | None = ()
+) -> None:
+    """Raise TypeError for a parameter that the method does not have, ValueError for a missing one.
+
+    given: by the user; others: by the model, None where it is not known yet; seq_len comes later.
+    """
+    accepted = PARAMETERS[method]
+    if unknown := [name for name in given if name not in accepted]:
+        names = ", ".join(name for name in accepted if name != "dim")
+        raise TypeError(f"{op}: parameters of {method} must be among {names}, got {unknown[0]}")
+    if others is None:
+        return
+    missing = [
+        name
+        for name, parameter in inspect.signature(_FUNCTIONS[method]).parameters.items()
+        if parameter.default is parameter.empty and name not in {"seq_len", *given, *others}
+    ]
+    if missing:
+        raise ValueError(f"{op}: {method} needs {' and '.join(missing)}, which is missing")
+
+
+def _check_dim(op: str, method: str, freqs: RopeFreqs, dim: int) -> None:
+    if freqs.inv_freq.shape[-1] * 2 != dim:
+        raise ValueError(
+            f"{op}: {method} must yield {dim // 2} frequencies, got {freqs.inv_freq.shape[-1]}"
+        )
