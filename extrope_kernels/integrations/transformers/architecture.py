@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ... import methods
+from .._shared.kinds import is_bounded
 from .fused import Fused, find_fused
 from .tables import change_of_tables
 
 LAYERS = ("full", "all")
-# Layers that see a bounded number of keys, by the names that transformers gives to their kinds.
-_BOUNDED = ("sliding", "chunked", "local")
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,14 +151,6 @@ def kind_of(layer: nn.Module) -> str:
     kinds = getattr(getattr(layer, "config", None), "layer_types", None)
     index = getattr(layer, "layer_idx", None)
     return kinds[index] if kinds and index is not None and index < len(kinds) else ""
-
-
-def is_bounded(kind: str) -> bool:
-    """Say whether layers of that name see a bounded number of keys.
-
-    A "reference_sliding_attention" does not: it sees the prompt from anywhere.
-    """
-    return kind.startswith(_BOUNDED) or kind.endswith(_BOUNDED)
 
 
 def prefix_of(layer_type: str | None) -> str:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ...ops.attention import attend
 from ...scores import SCORES
+from .._shared.kinds import is_bounded
 from .._shared.parameters import PARAMETERS
-from .architecture import RotarySite, is_bounded, kind_of, shortened, unsupported
+from .architecture import RotarySite, kind_of, shortened, unsupported
 from .attending import softmax_options
 from .calls import Call, call_of
 from .context_parallel import (

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ... import RopeFreqs, apply_rope, scores
 from ...ops.attention import attend
-from .architecture import RotarySite, is_bounded, kind_of, shortened, unsupported
+from .._shared.kinds import is_bounded
+from .architecture import RotarySite, kind_of, shortened, unsupported
 from .attending import Heads, refuse_options, rotated_first, softmax_options
 from .calls import Call, Override, call_of, dropout_of
 from .fused import rotating_layers

@@ -1,0 +1,5 @@
+"""vLLM: models served by any method, chosen by `additional_config={"extrope": {...}}`."""
+
+from .plugin import register
+
+__all__ = ["register"]

@@ -1,0 +1,196 @@
+"""Attention layers of vLLM by a score method: what the backends of all platforms share.
+
+A layer's keys and values are written and attended to in one call, for all requests of a batch:
+prefill chunks, decode steps and padding. Keys lie in vLLM's pages as the method stores them, so a
+cached prefix serves every request that begins with it. Layers with a sliding window rotate as ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import (
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+
+from ... import RopeFreqs, scores
+from ...ops.decode import attend_with_kvcache
+from .engine import Engine, engine_of
+from .settings import NAME
+
+_PLAIN = scores.rerope(window=1, factor=1.0)
+
+
+def score_engine(config: VllmConfig | None) -> Engine | None:
+    """Return the engine of a VllmConfig if it attends by a score method."""
+    engine = engine_of(config)
+    return None if engine is None or engine.settings.score is None else engine
+
+
+@dataclass
+class ScoreMetadata:
+    """The batch of one forward.
+
+    num_actual_tokens: without padding.
+    cu_seqlens: (requests + 1,) int32, the boundaries of each request's new tokens.
+    past: (requests,) int32, how many tokens of each are in the cache already.
+    block_table: (requests, blocks) int32.
+    """
+
+    num_actual_tokens: int
+    cu_seqlens: Tensor
+    past: Tensor
+    block_table: Tensor
+
+
+class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
+    """Works out what all layers of a group need, once a forward, without a look at the device."""
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # One buffer for good: a graph reads it anew at every replay.
+        requests = vllm_config.scheduler_config.max_num_seqs
+        graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        self._past = torch.zeros(max(requests, graphs), dtype=torch.int32, device=device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> ScoreMetadata:
+        """Return the metadata of one forward."""
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise ValueError(f"{NAME}: attention must be causal for a score method")
+        cu_seqlens = common.query_start_loc
+        requests = cu_seqlens.shape[0] - 1
+        if requests > self._past.shape[0]:
+            self._past = self._past.new_zeros(requests)
+        past = torch.sub(common.seq_lens, cu_seqlens.diff(), out=self._past[:requests])
+        return ScoreMetadata(common.num_actual_tokens, cu_seqlens, past, common.block_table_tensor)
+
+
+class ScoreImpl(AttentionImpl):
+    """One layer's attention."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        _refuse(
+            head_size=head_size % 8 or head_size > 256,
+            alibi_slopes=alibi_slopes is not None,
+            attn_type=attn_type != AttentionType.DECODER,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name is not None,
+        )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.sliding_window = sliding_window
+        self.sinks = sinks
+        self.engine = score_engine(get_current_vllm_config())
+        self.score = self.engine.settings.score if sliding_window is None else _PLAIN
+        self.freqs: RopeFreqs | None = None
+        self.options: dict[str, Any] = {
+            "softmax_scale": self.scale,
+            "softcap": float(logits_soft_cap or 0.0),
+            "sliding_window": sliding_window,
+            "log_n": self.engine.settings.log_n if sliding_window is None else None,
+            "op": NAME,
+        }
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take over the sinks, which are loaded by now."""
+        if self.sinks is not None:
+            self.options["sinks"] = self.sinks.detach().float()
+
+    def do_kv_cache_update(self, layer: Any, *_: Any) -> None:
+        """Nothing: `forward` writes as well."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: ScoreMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Write key and value, attend from query into output.
+
+        query: (tokens, heads, head_size); key, value: (tokens, kv_heads, head_size).
+        kv_cache: (blocks, kv_heads, block_size, 2 * head_size), keys and then values in each row.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError(f"{NAME}: outputs must not be quantized in the attention")
+        if self.freqs is None:
+            self._prepare(layer, query.device)
+        if attn_metadata is None:  # a run to measure memory
+            return output.fill_(0)
+        k_cache, v_cache = kv_cache.transpose(1, 2).chunk(2, -1)
+        out = attend_with_kvcache(
+            self.score,
+            query,
+            k_cache,
+            v_cache,
+            self.freqs,
+            cache_seqlens=attn_metadata.past,
+            k=key,
+            v=value,
+            block_table=attn_metadata.block_table,
+            cu_seqlens_q=attn_metadata.cu_seqlens,
+            **self.options,
+        )
+        return output.copy_(out)
+
+    def _prepare(self, layer: Any, device: torch.device) -> None:
+        """Find the layer's frequencies; by now all of vLLM's rotary layers are made."""
+        heads = self.engine.heads
+        sizes = {size for size, _ in heads}
+        pairings = {interleaved for _, interleaved in heads}
+        if self.head_size not in sizes or len(pairings) != 1:
+            raise ValueError(
+                f"{NAME}: the model must rotate heads of {self.head_size} by vLLM's rotary layer, "
+                f"got layers for (head_dim, interleaved) {sorted(heads)}"
+            )
+        rotated = self.engine.of_layer(extract_layer_index(layer.layer_name))
+        if rotated.extended != (self.sliding_window is None) and None not in self.engine.kinds:
+            raise ValueError(
+                f"{NAME}: layer_types must say which layers have a sliding window, "
+                f"got others for {layer.layer_name}"
+            )
+        self.options["interleaved"] = pairings.pop()
+        self.freqs = rotated.freqs.to(device)
+
+
+def _refuse(**wrong: Any) -> None:
+    """Raise ValueError for the first argument of an attention layer that is out of reach."""
+    for name, found in wrong.items():
+        if found:
+            raise ValueError(f"{NAME}: a score method does not support this layer's {name}")

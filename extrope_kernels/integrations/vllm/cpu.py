@@ -1,0 +1,57 @@
+"""vLLM's attention backend for CPUs, with ours in engines that attend by a score method.
+
+vLLM knows one backend there, whatever is asked for, so ours is registered in its place and hands
+every other engine on to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionMetadataBuilder,
+)
+
+from .attention import ScoreImpl, ScoreMetadataBuilder, score_engine
+from .engine import engine_of
+from .settings import NAME
+
+
+class ScoreBackend(CPUAttentionBackend):
+    """In place of CPU_ATTN."""
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Say what the engine's attention takes."""
+        if score_engine(get_current_vllm_config_or_none()) is None:
+            return super().supports_head_size(head_size)
+        return head_size % 8 == 0 and head_size <= 256
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        """Return the class of the layers that are being made."""
+        if score_engine(get_current_vllm_config_or_none()) is None:
+            return CPUAttentionBackend.get_impl_cls()
+        return ScoreImpl
+
+    @staticmethod
+    def get_builder_cls() -> type:
+        """Return what makes the builder of an engine."""
+        return _Builder
+
+
+class _Builder(CPUAttentionMetadataBuilder):
+    """vLLM's builder, or where the engine attends by a score method ours."""
+
+    def __new__(
+        cls, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
+    ) -> Any:
+        engine = engine_of(vllm_config)
+        if engine is not None and not engine.heads:
+            raise ValueError(f"{NAME}: the model must rotate by vLLM's rotary layer, got none")
+        builder = CPUAttentionMetadataBuilder
+        if score_engine(vllm_config) is not None:
+            builder = ScoreMetadataBuilder
+        return builder(kv_cache_spec, layer_names, vllm_config, device)

@@ -1,0 +1,75 @@
+"""vLLM's attention backend CUSTOM on NVIDIA GPUs: Triton's kernels. Never run on a GPU so far."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    MultipleOf,
+)
+
+from .attention import ScoreImpl, ScoreMetadataBuilder
+
+
+class ScoreBackend(AttentionBackend):
+    """Score methods; chosen by the plugin."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the backend's name in vLLM's table."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        """Return the class of the layers."""
+        return ScoreImpl
+
+    @staticmethod
+    def get_builder_cls() -> type:
+        """Return the class of the metadata's builder."""
+        return GraphBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        """Return the sizes of pages that the kernels take."""
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Say whether the kernels take the heads."""
+        return head_size % 8 == 0 and head_size <= 256
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Sinks join the softmax."""
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """Layers with a sliding window rotate as ever."""
+        return True
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        """Ampere and later."""
+        return capability.major >= 8
+
+
+class GraphBuilder(ScoreMetadataBuilder):
+    """Decode steps of one token a request may be captured in a CUDA graph.
+
+    A launch depends on the shapes of its tensors alone; lengths stay on the device, in tensors that
+    a replay reads anew.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+    reorder_batch_threshold = 1

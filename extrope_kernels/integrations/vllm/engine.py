@@ -1,0 +1,195 @@
+"""What one engine computes by: the frequencies of each kind of layers, and the score method.
+
+Nothing here imports vLLM: an engine's configuration, a VllmConfig, is looked at by the names of its
+values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ... import RopeFreqs
+from ...methods import from_hf_config
+from .._shared.kinds import is_bounded
+from .._shared.parameters import ModelValues, bind_method, values_in
+from .checks import check_config
+from .settings import NAME, Settings, read_settings
+
+_ATTRIBUTE = "_extrope_engine"
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """How the layers of one kind rotate.
+
+    base: RoPE's, by which vLLM's rotary layers are told apart.
+    extended: by the engine's methods; else as the model does.
+    """
+
+    freqs: RopeFreqs
+    base: float
+    extended: bool
+
+
+@dataclass
+class Engine:
+    """The methods of one engine, worked out for its model.
+
+    kinds: by the name of a kind of layers, None where the model makes no difference.
+    heads: (head_dim, interleaved) of vLLM's rotary layers that were made for this model.
+    """
+
+    settings: Settings
+    kinds: Mapping[str | None, Rotated]
+    layer_types: tuple[str, ...]
+    text_only: bool
+    heads: set[tuple[int, bool]] = field(default_factory=set)
+
+    def of_rotary(self, base: float, rotary_dim: int) -> Rotated | None:
+        """Return what one of vLLM's rotary layers rotates by; None where it is another part's.
+
+        Raises ValueError for layers of several kinds that share it and must not, and for one of a
+        language model that its configuration says nothing of.
+        """
+        found = [
+            kind
+            for kind in self.kinds.values()
+            if kind.base == base and 2 * len(kind.freqs.inv_freq) == rotary_dim
+        ]
+        if not found and self.text_only:
+            raise ValueError(
+                f"{NAME}: rotary layers must be those of the model's rope_parameters, got one of "
+                f"base {base:g} and {rotary_dim} dims"
+            )
+        return found[0] if found else None
+
+    def of_layer(self, index: int) -> Rotated:
+        """Return how the attention layer of that number rotates."""
+        return self.kinds[None] if None in self.kinds else self.kinds[self.layer_types[index]]
+
+
+def engine_of(config: Any) -> Engine | None:
+    """Return the engine of a VllmConfig, made once; None where nothing of ours is asked for.
+
+    Raises ValueError or TypeError for what cannot be served, before weights are loaded.
+    """
+    if config is None or config.model_config is None:
+        return None
+    if _ATTRIBUTE not in vars(config):
+        vars(config)[_ATTRIBUTE] = make_engine(config)
+    return vars(config)[_ATTRIBUTE]
+
+
+def make_engine(config: Any) -> Engine | None:
+    """Work out an engine from its VllmConfig."""
+    settings = read_settings(config.additional_config)
+    if settings is None:
+        return None
+    check_config(settings, config)
+    model = config.model_config
+    text = model.hf_text_config
+    with _on_the_cpu():
+        kinds = _kinds(settings, text, model.max_model_len, model.dtype)
+    layer_types = tuple(getattr(text, "layer_types", None) or ())
+    engine = Engine(settings, kinds, layer_types, not model.is_multimodal_model)
+    _check_kinds(engine, len(layer_types))
+    return engine
+
+
+@contextmanager
+def _on_the_cpu():
+    """vLLM makes models with another default dtype and device, which frequencies must not have."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _kinds(
+    settings: Settings, text: Any, length: int, dtype: torch.dtype
+) -> dict[str | None, Rotated]:
+    nested = {
+        name: value for name, value in text.rope_parameters.items() if isinstance(value, Mapping)
+    }
+    kinds: dict[str | None, Rotated] = {}
+    for kind, parameters in (nested or {None: text.rope_parameters}).items():
+        extended = kind is None or not is_bounded(kind)
+        _check_type(parameters)
+        freqs = from_hf_config(text, length, layer_type=kind)
+        base = float(parameters.get("rope_theta", 10000.0))
+        if extended and settings.method is not None:
+            freqs = _by_method(settings, text, parameters, freqs, length)
+        kinds[kind] = Rotated(_fitting(settings, freqs, length, dtype), base, extended)
+    return kinds
+
+
+def _by_method(
+    settings: Settings, text: Any, parameters: Mapping[str, Any], own: RopeFreqs, length: int
+) -> RopeFreqs:
+    still = int((own.inv_freq == 0).sum())
+    dim = 2 * own.inv_freq.shape[-1]
+    model = ModelValues(values_in(text, parameters, dim), still)
+    function, takes_length = bind_method(NAME, settings.method, settings.parameters, model)
+    return function(seq_len=length) if takes_length else function()
+
+
+def _fitting(settings: Settings, freqs: RopeFreqs, length: int, dtype: torch.dtype) -> RopeFreqs:
+    """Refuse a decay that leaves the range of a dtype within the engine's length.
+
+    Its origin is the middle, where both ends are nearest.
+    """
+    if freqs.log_decay is None:
+        return freqs
+    if settings.score is not None:
+        if not settings.score.stored.modulus:
+            raise ValueError(
+                f"{NAME}: frequencies must have no decay (xpos) with {settings.score.name}, "
+                "got some"
+            )
+        return freqs
+    given = "decay_origin" in settings.parameters
+    origin = freqs.decay_origin if given else length / 2
+    reach = math.log(torch.finfo(dtype).max) / freqs.steepest_decay
+    if max(origin, length - origin) > reach:
+        raise ValueError(
+            f"{NAME}: max_model_len must be at most {int(reach if given else 2 * reach)} for "
+            f"{dtype} and the decay of {settings.method}, got {length}"
+        )
+    return replace(freqs, decay_origin=origin)
+
+
+def _check_type(parameters: Mapping[str, Any]) -> None:
+    kind = parameters.get("rope_type", "default")
+    if kind == "longrope" or parameters.get("use_fope"):
+        raise ValueError(
+            f"{NAME}: the model must rotate by a layer of vLLM's that a plugin can replace, "
+            f"got {'fope' if parameters.get('use_fope') else kind}"
+        )
+
+
+def _check_kinds(engine: Engine, layers: int) -> None:
+    """Kinds that differ must be told apart by what vLLM's rotary layers are made from."""
+    if None not in engine.kinds and not layers:
+        raise ValueError(
+            f"{NAME}: layer_types must name the kind of each layer, where rope_parameters differ "
+            "by kind, got none"
+        )
+    seen: dict[tuple[float, int], bool] = {}
+    for kind in engine.kinds.values():
+        key = (kind.base, len(kind.freqs.inv_freq))
+        if engine.settings.method is not None and seen.setdefault(key, kind.extended) != (
+            kind.extended
+        ):
+            raise ValueError(
+                f"{NAME}: layers of all kinds share vLLM's rotary layer of base {kind.base:g}, "
+                f"so {engine.settings.method} cannot be for some of them alone"
+            )
