@@ -52,7 +52,8 @@ def build(name: str, folder: Any, dtype: torch.dtype = torch.float32, **changes:
     """A model of transformers' class of that name, saved for vLLM."""
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**SIZES | changes)
+    kind = f"{name}TextConfig" if name == "Gemma3" else f"{name}Config"
+    config = getattr(transformers, kind)(**SIZES | changes)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype).eval()
     model.generation_config.eos_token_id = None

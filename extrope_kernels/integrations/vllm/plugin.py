@@ -33,6 +33,8 @@ def _check_configurations() -> None:
     """Have every VllmConfig checked where it is made: in the user's process, before any other."""
     from vllm.config import VllmConfig
 
+    from .rotary import forget_shared_layers
+
     complete = VllmConfig.__post_init__
     if getattr(complete, "__module__", None) == __name__:
         return
@@ -41,6 +43,7 @@ def _check_configurations() -> None:
     def __post_init__(self: Any) -> None:
         if getattr(self.model_config, "is_submodel_config", False):
             return complete(self)
+        forget_shared_layers()
         _choose_backend(self)
         complete(self)
         if self.model_config is not None:

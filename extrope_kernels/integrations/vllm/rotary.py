@@ -107,3 +107,12 @@ def register_rotary_layers() -> None:
             continue
         base = _Replacing if name in _REPLACED else _Refusing
         layer.register_oot(type(name, (base, layer), {"replaced": layer, "__module__": __name__}))
+
+
+def forget_shared_layers() -> None:
+    """Have the next model make its rotary layers.
+
+    vLLM shares those of equal arguments among all models of a process, whatever their engines ask
+    for.
+    """
+    rotary_layers._ROPE_DICT.clear()

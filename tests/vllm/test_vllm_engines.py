@@ -1,0 +1,168 @@
+"""Engines of vLLM under `extrope`: all sorts of models, caches, processes, refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_engines import (
+    PROMPTS,
+    TRAINED,
+    build,
+    difference,
+    engine,
+    expected,
+    generated,
+    tokens_of,
+)
+
+RERO = {"method": "rerope", "window": 64}
+YARN = {"method": "yarn", "factor": 4.0}
+LEAKY = {"method": "leaky_rerope", "window": 64, "factor": 4.0}
+TWO_KINDS = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 24,
+}
+GEMMA = {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+TWO_BASES = {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+    }
+}
+MODELS = {
+    "Gemma3": TWO_KINDS | GEMMA | TWO_BASES,
+    "Gemma2": TWO_KINDS | GEMMA | {"attn_logit_softcapping": 5.0},
+    "Qwen3": {},  # norms of queries and keys
+    "Cohere": {"tie_word_embeddings": True},  # pairs side by side
+    "StableLm": {"partial_rotary_factor": 0.5, "hidden_size": 128},  # half of a head
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return build("Llama", folder), folder
+
+
+@pytest.mark.parametrize("methods", [[YARN], [LEAKY], [YARN, RERO]], ids=["yarn", "leaky", "both"])
+@pytest.mark.parametrize("name", MODELS)
+def test_model(tmp_path, name, methods):
+    model = build(name, tmp_path, **MODELS[name])
+    model.set_attn_implementation("eager")  # which knows caps
+    plain, want = expected(model, []), expected(model, methods)
+    ref = expected(copy.deepcopy(model).double(), methods)
+    *frequencies, last = methods
+    extrope = frequencies[0] if frequencies else {}
+    extrope = last if last is YARN else {**extrope, "score": last}
+    with engine(tmp_path, extrope) as llm:
+        got = generated(llm)
+    assert tokens_of(got) == tokens_of(want)
+    assert difference(got, ref) <= 2 * difference(want, ref)
+    assert difference(got, plain) > 0.01
+
+
+def modules(llm):
+    """The rotary layer and the attention of a model's first layer."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    attention = runner.get_model().model.layers[0].self_attn
+    return attention.rotary_emb, attention.attn
+
+
+def test_engines_without_configuration_are_vllms(llama):
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    model, folder = llama
+    within = [prompt for prompt in PROMPTS if len(prompt) < TRAINED - 16]
+    want = expected(model, [], within)
+    with engine(folder, None) as llm:
+        rotary, attention = modules(llm)
+        assert type(rotary) is RotaryEmbedding and hasattr(rotary, "cos_sin_cache")
+        assert type(attention.impl) is CPUAttentionBackendImpl
+        assert tokens_of(generated(llm, within)) == tokens_of(want)
+        # A control: vLLM's own table ends where ours has no end.
+        assert not difference(generated(llm), expected(model, [])) < 1
+
+
+def test_engines_in_turn_have_their_own_methods(llama):
+    model, folder = llama
+    for methods, extrope in (
+        ([YARN], YARN),
+        ([RERO], {"score": RERO}),
+        ([YARN], YARN),
+        ([LEAKY], {"score": LEAKY}),
+    ):
+        with engine(folder, extrope) as llm:
+            assert tokens_of(generated(llm)) == tokens_of(expected(model, methods))
+
+
+def test_spawned_processes(llama, monkeypatch):
+    model, folder = llama
+    want = expected(model, [YARN, RERO])
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with engine(folder, {**YARN, "score": RERO}) as llm:
+        assert tokens_of(generated(llm)) == tokens_of(want)
+
+
+@pytest.mark.parametrize("score", [RERO, LEAKY], ids=["rerope", "leaky"])
+def test_cached_prefixes(llama, score):
+    model, folder = llama
+    longer = [PROMPTS[0] + PROMPTS[1], PROMPTS[0] + PROMPTS[3]]
+    with engine(folder, {"score": score}, enable_prefix_caching=True) as llm:
+        generated(llm, PROMPTS, logprobs=False)
+        got = generated(llm, longer, logprobs=False)
+        params = llm.get_default_sampling_params()
+        params.max_tokens = 1
+        params.detokenize = False
+        out = llm.generate([{"prompt_token_ids": longer[0]}], params, use_tqdm=False)[0]
+    assert out.num_cached_tokens >= len(PROMPTS[0]) // 32 * 32
+    assert tokens_of(got) == tokens_of(expected(model, [score], longer))
+
+
+def test_preemption(llama, monkeypatch):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    model, folder = llama
+    prompts = [PROMPTS[0][: 90 + n] for n in range(4)]
+    want = expected(model, [LEAKY], prompts)
+    preempted, preempt = [], Scheduler._preempt_request
+
+    def noted(self, request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", noted)
+    # One block is vLLM's own; the others hold four prompts of 3 blocks, not what comes behind.
+    with engine(
+        folder,
+        {"score": LEAKY},
+        num_gpu_blocks_override=14,
+        max_num_batched_tokens=512,
+        max_model_len=TRAINED,
+    ) as llm:
+        got = generated(llm, prompts, logprobs=False)
+    assert preempted
+    assert tokens_of(got) == tokens_of(want)
+
+
+@pytest.mark.parametrize(
+    ("extrope", "options", "message"),
+    [
+        ({"method": "yearn"}, {}, "method must be one of rope, abf, .* got 'yearn'"),
+        (YARN | {"beta": 1}, {}, "parameters of yarn must be among .* got beta"),
+        ({"method": "yarn"}, {}, "yarn needs factor, which is missing"),
+        (YARN, {"model_impl": "transformers"}, "one of vLLM's own"),
+        ({"score": RERO}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be auto"),
+        ({"method": "xpos"}, {"max_model_len": 1 << 20}, "max_model_len must be at most 72521"),
+    ],
+)
+def test_refused_before_weights_are_loaded(llama, extrope, options, message):
+    with (
+        pytest.raises(Exception, match=f"extrope: .*{message}"),
+        engine(llama[1], extrope, **options),
+    ):
+        pass

@@ -1,0 +1,146 @@
+"""Every method in an engine of vLLM gives what transformers gives under `extend`.
+
+Four prompts at once, in chunks beside decode steps. Log-probabilities are held against the same
+model in float64: the engine's error is at most twice that of transformers in the engine's dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm_engines import (
+    LENGTH,
+    SIZES,
+    build,
+    difference,
+    engine,
+    expected,
+    generated,
+    tokens_of,
+)
+
+from extrope_kernels.methods import METHODS
+from extrope_kernels.scores import SCORES
+
+PAIRS = SIZES["head_dim"] // 2
+FREQUENCIES = {
+    "rope": {},
+    "abf": {},
+    "pi": {"factor": 4.0},
+    "ntk_aware": {"factor": 4.0},
+    "dynamic_ntk": {"factor": 2.0},
+    "ntk_by_parts": {"factor": 4.0},
+    "ntk_mixed": {"factor": 4.0},
+    "yarn": {"factor": 4.0},
+    "dynamic_yarn": {},
+    "giraffe_power": {"power": 0.5},
+    "giraffe_truncation": {"truncate_pos": 256},
+    "xpos": {},
+    "llama3": {"factor": 8.0},
+    "longrope": {
+        "short_factor": [1 + 0.01 * i for i in range(PAIRS)],
+        "long_factor": [2.0 + i for i in range(PAIRS)],
+        "factor": 4.0,
+    },
+    "proportional": {"partial_rotary_factor": 0.25},
+    "cope": {},
+}
+# Of the prompts 300 and 181 tokens are past every window, 37 and 33 past none.
+SCORE_METHODS = {
+    "rerope": {"window": 64},
+    "leaky_rerope": {"window": 64, "factor": 4.0},
+    "self_extend": {"window": 64, "factor": 4},
+    "dual_chunk": {"chunk_size": 96, "local_window": 32},
+    "blockwise_causal": {"block_size": 48},
+    "string": {"window": 16, "shift": 48},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A Llama, its folder, and the same in float64."""
+    folder = tmp_path_factory.mktemp("llama")
+    model = build("Llama", folder)
+    return model, folder, copy.deepcopy(model).double()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    return expected(tiny[0], [])
+
+
+def for_extend(name, parameters):
+    """What an engine takes from max_model_len, `extend` is told."""
+    length = "seq_len" in METHODS[name].__code__.co_varnames if name in METHODS else False
+    return {"method": name, **parameters, **({"seq_len": LENGTH} if length else {})}
+
+
+def check(tiny, methods, extrope, plain, **options):
+    model, folder, exact = tiny
+    want = expected(model, methods)
+    ref = expected(exact, methods)
+    with engine(folder, extrope, **options) as llm:
+        got = generated(llm)
+    assert tokens_of(got) == tokens_of(want)
+    error, theirs = difference(got, ref), difference(want, ref)
+    print(f"{extrope}: {error:.1e}, transformers {theirs:.1e}")
+    assert error <= 2 * theirs
+    return difference(got, plain)
+
+
+@pytest.mark.parametrize("method", METHODS.keys() - {"axial"})
+def test_frequencies(tiny, plain, method):
+    parameters = FREQUENCIES[method]
+    changed = check(tiny, [for_extend(method, parameters)], {"method": method, **parameters}, plain)
+    assert method == "rope" or changed > 0.1
+
+
+@pytest.mark.parametrize("method", SCORES)
+def test_scores(tiny, plain, method):
+    parameters = SCORE_METHODS[method]
+    score = {"method": method, **parameters}
+    assert check(tiny, [score], {"score": score}, plain) > 0.1
+
+
+def test_frequencies_and_score(tiny, plain):
+    yarn = {"method": "yarn", "factor": 4.0}
+    score = {"method": "rerope", "window": 64, "log_n": 128.0}
+    assert check(tiny, [yarn, score], {**yarn, "score": score}, plain) > 0.1
+
+
+def test_xpos_with_positions_that_start_anew(tiny, plain):
+    xpos = {"method": "xpos"}
+    score = {"method": "blockwise_causal", "block_size": 48}
+    assert check(tiny, [xpos, score], {**xpos, "score": score}, plain) > 0.1
+
+
+def test_another_window_differs(tiny):
+    model, folder, _ = tiny
+    want = expected(model, [{"method": "rerope", "window": 64}])
+    with engine(folder, {"score": {"method": "rerope", "window": 65}}) as llm:
+        assert difference(generated(llm), want) > 0.1
+
+
+def test_compiled(tiny, plain):
+    yarn = {"method": "yarn", "factor": 4.0}
+    assert check(tiny, [yarn], yarn, plain, enforce_eager=False) > 0.1
+    score = {"method": "rerope", "window": 64}
+    assert check(tiny, [score], {"score": score}, plain, enforce_eager=False) > 0.1
+
+
+@pytest.mark.parametrize("name", ["yarn", "rerope"])
+def test_bf16(tmp_path, name):
+    model = build("Llama", tmp_path, torch.bfloat16)
+    method = {"method": name, **(FREQUENCIES | SCORE_METHODS)[name]}
+    want, ref = (expected(m, [method]) for m in (model, copy.deepcopy(model).double()))
+    extrope = method if name in METHODS else {"score": method}
+    with engine(tmp_path, extrope, dtype="bfloat16") as llm:
+        got = generated(llm)
+    error, theirs = difference(got, ref), difference(want, ref)
+    print(f"{extrope}: {error:.1e}, transformers {theirs:.1e}")
+    assert error <= 2 * theirs
