@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
 from vllm_engines import (
     PROMPTS,

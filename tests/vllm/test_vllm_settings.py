@@ -1,0 +1,216 @@
+"""From `additional_config` to methods, and what is refused: without vLLM."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from extrope_kernels import methods, scores
+from extrope_kernels.integrations.vllm.engine import engine_of, make_engine
+from extrope_kernels.integrations.vllm.settings import read_settings
+
+YARN = {"method": "yarn", "factor": 4.0}
+RERO = {"method": "rerope", "window": 64}
+TWO_BASES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+}
+
+
+def config(extrope, text=(), model=(), **changes):
+    """As much of a VllmConfig as is looked at."""
+    text = {
+        "model_type": "llama",
+        "head_dim": 32,
+        "max_position_embeddings": 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    } | dict(text)
+    model = {
+        "hf_text_config": SimpleNamespace(**text),
+        "architecture": "LlamaForCausalLM",
+        "using_transformers_backend": lambda: False,
+        "runner_type": "generate",
+        "max_model_len": 512,
+        "dtype": torch.bfloat16,
+        **dict.fromkeys(("use_mla", "uses_mrope", "is_encoder_decoder"), False),
+        **dict.fromkeys(("is_multimodal_model", "is_mm_prefix_lm"), False),
+    } | dict(model)
+    parts = {
+        "additional_config": {} if extrope is None else {"extrope": extrope},
+        "model_config": SimpleNamespace(**model),
+        "speculative_config": None,
+        "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "parallel_config": SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
+    }
+    return SimpleNamespace(**parts | changes)
+
+
+def test_nothing_asked_for():
+    assert read_settings({}) is None
+    assert read_settings({"other": 1}) is None
+    assert read_settings(object()) is None
+    assert engine_of(None) is None
+    assert engine_of(config(None)) is None
+
+
+def test_method_and_score():
+    read = read_settings({"extrope": json.loads(json.dumps({**YARN, "score": RERO}))})
+    assert (read.method, read.parameters) == ("yarn", {"factor": 4.0})
+    assert read.score == scores.rerope(64) and read.log_n is None
+    read = read_settings({"extrope": {"score": RERO | {"log_n": 128}}})
+    assert read.method is None and read.log_n == 128
+
+
+@pytest.mark.parametrize(
+    ("extrope", "error", "message"),
+    [
+        (4, ValueError, "must have a method, a score or both under 'extrope', got 4"),
+        ({}, ValueError, "must have a method"),
+        ({"factor": 4.0}, ValueError, "must have a method"),
+        ({"factor": 4.0, "score": RERO}, ValueError, "factor must come with a method"),
+        ({"method": "yearn"}, ValueError, "method must be one of rope, .* got 'yearn'"),
+        ({"method": "axial"}, ValueError, "method must be one of"),
+        ({"method": "rerope", "window": 64}, ValueError, "method must be one of"),
+        (YARN | {"window": 4}, TypeError, "parameters of yarn must be among .* got window"),
+        ({"score": "rerope"}, ValueError, "score must have a method, one of rerope, .* 'rerope'"),
+        ({"score": {"method": "yarn"}}, ValueError, "score must have .* got 'yarn'"),
+        ({"score": {"method": "rerope"}}, ValueError, "rerope needs window"),
+        ({"score": RERO | {"windows": 1}}, TypeError, "parameters of rerope must be among"),
+    ],
+)
+def test_wrong_settings(extrope, error, message):
+    with pytest.raises(error, match=f"^extrope: .*{message}"):
+        read_settings({"extrope": extrope})
+
+
+def test_frequencies_are_the_models_where_the_method_has_none():
+    (kind,) = make_engine(config(YARN)).kinds.values()
+    want = methods.yarn(32, factor=4.0, original_max_position_embeddings=128, base=1e4)
+    assert torch.equal(kind.freqs.inv_freq, want.inv_freq)
+    assert kind.freqs.attention_factor == want.attention_factor
+    (kind,) = make_engine(config({"score": RERO})).kinds.values()
+    assert torch.equal(kind.freqs.inv_freq, methods.rope(32, base=1e4).inv_freq)
+
+
+def test_length_is_that_of_the_engine():
+    (kind,) = make_engine(config({"method": "dynamic_ntk", "factor": 2.0})).kinds.values()
+    want = methods.dynamic_ntk(32, factor=2.0, seq_len=512, max_position_embeddings=128, base=1e4)
+    assert torch.equal(kind.freqs.inv_freq, want.inv_freq)
+
+
+def test_made_in_whatever_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        (kind,) = make_engine(config(YARN)).kinds.values()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (want,) = make_engine(config(YARN)).kinds.values()
+    assert torch.equal(kind.freqs.inv_freq, want.freqs.inv_freq)
+
+
+def test_kinds_of_layers():
+    types = ["sliding_attention", "full_attention"]
+    engine = make_engine(config(YARN, {"rope_parameters": TWO_BASES, "layer_types": types}))
+    sliding, full = engine.of_layer(0), engine.of_layer(1)
+    assert not sliding.extended and full.extended
+    assert torch.equal(sliding.freqs.inv_freq, methods.rope(32, base=1e4).inv_freq)
+    assert engine.of_rotary(1e4, 32) is sliding and engine.of_rotary(1e6, 32) is full
+    with pytest.raises(ValueError, match=r"^extrope: rotary layers .* base 500 and 32 dims"):
+        engine.of_rotary(500.0, 32)
+
+
+def test_rotary_layers_of_other_parts_are_left_alone():
+    engine = make_engine(config(YARN, model={"is_multimodal_model": True}))
+    assert engine.of_rotary(500.0, 32) is None
+
+
+def test_decay_is_centred():
+    (kind,) = make_engine(config({"method": "xpos"})).kinds.values()
+    assert kind.freqs.decay_origin == 256
+    (kind,) = make_engine(config({"method": "xpos", "decay_origin": 5.0})).kinds.values()
+    assert kind.freqs.decay_origin == 5
+
+
+BOTH = (YARN, {"score": RERO})
+OTHER_BACKEND = {"using_transformers_backend": lambda: True}
+SAME_BASE = {kind: TWO_BASES["full_attention"] for kind in TWO_BASES}
+
+
+@pytest.mark.parametrize(
+    ("extrope", "text", "model", "changes", "message"),
+    [
+        *((each, {}, OTHER_BACKEND, {}, "one of vLLM's own") for each in BOTH),
+        *((each, {}, {"use_mla": True}, {}, "latent attention") for each in BOTH),
+        *((each, {}, {"uses_mrope": True}, {}, "tokens must have one position") for each in BOTH),
+        *((each, {}, {"is_encoder_decoder": True}, {}, "must be a decoder") for each in BOTH),
+        (YARN, {}, {"runner_type": "pooling"}, {}, "must be a decoder that generates"),
+        (YARN, {"rope_parameters": None}, {}, {}, "must rotate, got LlamaForCausalLM"),
+        (
+            YARN,
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+            {},
+            {},
+            "a plugin can replace, got longrope",
+        ),
+        (YARN, {"dual_chunk_attention_config": {"a": 1}}, {}, {}, "vLLM's dual chunk attention"),
+        (
+            YARN,
+            {},
+            {},
+            {"speculative_config": SimpleNamespace(method="eagle")},
+            "drafts must come without a model .* got eagle",
+        ),
+        (
+            BOTH[1],
+            {},
+            {},
+            {"cache_config": SimpleNamespace(cache_dtype="fp8")},
+            "kv_cache_dtype must be auto .* got fp8",
+        ),
+        (
+            BOTH[1],
+            {},
+            {},
+            {
+                "parallel_config": SimpleNamespace(
+                    decode_context_parallel_size=2, prefill_context_parallel_size=1
+                )
+            },
+            "context parallelism",
+        ),
+        (BOTH[1], {"num_kv_shared_layers": 2}, {}, {}, "KV sharing"),
+        (BOTH[1], {"is_causal": False}, {}, {}, "must be causal"),
+        (BOTH[1], {"no_rope_layers": [1, 0]}, {}, {}, "all layers must rotate .* no_rope_layers"),
+        (BOTH[1], {"model_type": "cohere2"}, {}, {}, r"all layers must rotate .*\(cohere2\)"),
+        (BOTH[1], {"model_type": "hunyuan_v1_dense"}, {}, {}, "normed after the rotation"),
+        ({"method": "xpos", "score": RERO}, {}, {}, {}, "must have no decay"),
+        ({"method": "xpos"}, {}, {"dtype": torch.float16, "max_model_len": 9999}, {}, "at most"),
+        ({"method": "yarn"}, {}, {}, {}, "yarn needs factor"),
+        (YARN | {"dim": 16}, {}, {}, {}, "dim must be 32"),
+        (YARN, {"rope_parameters": TWO_BASES}, {}, {}, "layer_types must name"),
+        (
+            YARN,
+            {"rope_parameters": SAME_BASE, "layer_types": ["full_attention"]},
+            {},
+            {},
+            "share vLLM's rotary layer",
+        ),
+    ],
+)
+def test_refused(extrope, text, model, changes, message):
+    with pytest.raises(ValueError, match=f"^extrope: .*{message}"):
+        make_engine(config(extrope, text, model, **changes))
+
+
+def test_frequencies_alone_need_less():
+    for text in (
+        {"num_kv_shared_layers": 2},
+        {"no_rope_layers": [1, 0]},
+        {"model_type": "cohere2"},
+    ):
+        assert make_engine(config(YARN, text)).settings.score is None
