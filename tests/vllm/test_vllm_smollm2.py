@@ -13,10 +13,10 @@ from vllm_engines import difference, engine, expected, generated, tokens_of
 
 from extrope_kernels.evaluation import UsageError, models
 
-PROMPT_TOKENS = 1500
+PROMPT_TOKENS = 1000
 METHODS = {
     "yarn": {"method": "yarn", "factor": 2.0},
-    "rerope": {"method": "rerope", "window": 512},
+    "rerope": {"method": "rerope", "window": 256},
 }
 
 
@@ -32,7 +32,7 @@ def smollm2():
     model.generation_config.eos_token_id = None
     text = Path(textwrap.__file__).read_text()
     ids = tokenizer(text)["input_ids"][:PROMPT_TOKENS]
-    return model, models.find_model(models.SMOLLM2).folder, [ids, ids[:700]]
+    return model, models.find_model(models.SMOLLM2).folder, [ids, ids[:400]]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,0 +1,152 @@
+"""What of the backend for GPUs shows on a CPU: what it says it takes, one call, no host reads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+pytest.importorskip("vllm.version")  # this folder is a "vllm", too
+
+from vllm_engines import build, engine, expected, generated, tokens_of
+
+import extrope_kernels.integrations.vllm as integration
+
+LEAKY = {"method": "leaky_rerope", "window": 64, "factor": 4.0}
+TAKEN = {
+    "head_size": 128,
+    "dtype": torch.bfloat16,
+    "kv_cache_dtype": "auto",
+    "block_size": 16,
+    "use_mla": False,
+    "has_sink": True,
+    "use_sparse": False,
+    "use_mm_prefix": False,
+    "use_per_head_quant_scales": False,
+    "device_capability": SimpleNamespace(major=9, minor=0),
+    "attn_type": "decoder",
+    "has_sliding_window": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    integration.register()
+
+
+def test_registered_as_custom():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from extrope_kernels.integrations.vllm.cuda import ScoreBackend
+
+    assert AttentionBackendEnum.CUSTOM.get_class() is ScoreBackend
+    assert AttentionBackendEnum[ScoreBackend.get_name()] is AttentionBackendEnum.CUSTOM
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"head_size": 260}, "head_size"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"block_size": 8}, "block_size"),
+        ({"use_mla": True}, "MLA"),
+        ({"attn_type": "encoder"}, "attention type"),
+        ({"device_capability": SimpleNamespace(major=7, minor=5)}, "compute capability"),
+        ({"use_dcp": True}, "DCP"),
+        ({"use_non_causal": True}, "non-causal"),
+    ],
+)
+def test_what_it_takes(changed, reason):
+    from extrope_kernels.integrations.vllm.cuda import ScoreBackend
+
+    said = ScoreBackend.validate_configuration(**TAKEN | changed)
+    assert [reason in each for each in said] == ([] if reason is None else [True])
+
+
+def test_one_call_for_chunks_and_steps(tmp_path, monkeypatch):
+    from extrope_kernels.integrations.vllm import attention, cpu
+
+    monkeypatch.setattr(cpu, "ChunkedImpl", attention.ScoreImpl)
+    monkeypatch.setattr(cpu, "ChunkedBuilder", attention.ScoreMetadataBuilder)
+    model = build("Llama", tmp_path)
+    with engine(tmp_path, {"score": LEAKY}) as llm:
+        assert tokens_of(generated(llm)) == tokens_of(expected(model, [LEAKY]))
+
+
+@pytest.fixture
+def impl(monkeypatch):
+    """A layer's attention outside of an engine."""
+    from test_vllm_settings import config
+
+    from extrope_kernels.integrations.vllm import attention
+
+    monkeypatch.setattr(
+        attention, "get_current_vllm_config", lambda: config({"score": LEAKY, **{}})
+    )
+    made = attention.ScoreImpl(4, 32, 32**-0.5, 2, None, None, "auto")
+    made.engine.heads.add((32, False))
+    return made
+
+
+def builder():
+    from extrope_kernels.integrations.vllm.cuda import GraphBuilder
+
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=16),
+    )
+    return GraphBuilder(None, [], config, "cpu")
+
+
+def common(lengths, queries):
+    starts = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0).int()
+    return SimpleNamespace(
+        causal=True,
+        query_start_loc=starts,
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        num_actual_tokens=sum(queries),
+        block_table_tensor=torch.arange(32, dtype=torch.int32).view(8, 4)[: len(lengths)],
+    )
+
+
+def test_a_graph_reads_the_same_tensor_in_every_forward():
+    made = builder()
+    first = made.build(0, common([5, 9, 0], [1, 1, 0]))
+    assert first.past.tolist() == [4, 8, 0]
+    second = made.build(0, common([6, 10, 0], [1, 1, 0]))
+    assert first.past.data_ptr() == second.past.data_ptr() and first.past.tolist() == [5, 9, 0]
+
+
+def test_nothing_is_read_on_the_host(impl):
+    """Tensors without values go through: whoever looked at one would raise."""
+    layer = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batch = builder().build(0, common([5, 9, 40, 0], [1, 1, 40, 0]))
+        q, k, v = (torch.empty(48, heads, 32) for heads in (4, 2, 2))  # 6 of them padding
+        out = torch.empty(48, 4, 32)
+        cache = torch.empty(32, 2, 16, 64)
+        assert impl.forward(layer, q, k, v, cache, batch, out) is out
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_pages_as_vllm_lays_them_out(impl, name):
+    """Heads before slots, keys beside values, padded rows and tokens; Triton interpreted."""
+    layer = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
+    if name == "triton":
+        pytest.importorskip("triton")
+    torch.manual_seed(0)
+    batch = builder().build(0, common([5, 60, 40, 0], [1, 1, 40, 0]))
+    packed = torch.randn(48, 8, 32)  # a projection of q, k and v together
+    q, k, v = packed.split([4, 2, 2], 1)
+    cache = torch.randn(32, 2, 16, 64)
+    results = []
+    for each in (None, name):
+        impl.options["backend"] = each
+        mine, out = cache.clone(), torch.zeros(48, 4, 32)
+        impl.forward(layer, q, k, v, mine, batch, out)
+        results.append((mine, out[: batch.num_actual_tokens]))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
