@@ -124,11 +124,6 @@ def test_kinds_of_layers():
         engine.of_rotary(500.0, 32)
 
 
-def test_rotary_layers_of_other_parts_are_left_alone():
-    engine = make_engine(config(YARN, model={"is_multimodal_model": True}))
-    assert engine.of_rotary(500.0, 32) is None
-
-
 def test_decay_is_centred():
     (kind,) = make_engine(config({"method": "xpos"})).kinds.values()
     assert kind.freqs.decay_origin == 256
@@ -148,6 +143,7 @@ SAME_BASE = {kind: TWO_BASES["full_attention"] for kind in TWO_BASES}
         *((each, {}, {"use_mla": True}, {}, "latent attention") for each in BOTH),
         *((each, {}, {"uses_mrope": True}, {}, "tokens must have one position") for each in BOTH),
         *((each, {}, {"is_encoder_decoder": True}, {}, "must be a decoder") for each in BOTH),
+        *((each, {}, {"is_multimodal_model": True}, {}, "one of text alone") for each in BOTH),
         (YARN, {}, {"runner_type": "pooling"}, {}, "must be a decoder that generates"),
         (YARN, {"rope_parameters": None}, {}, {}, "must rotate, got LlamaForCausalLM"),
         (

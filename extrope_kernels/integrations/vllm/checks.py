@@ -61,6 +61,11 @@ def _for_all(config: Any) -> list[tuple[Any, str]]:
             "tokens must have one position, got a model with several each (mRoPE)",
         ),
         (
+            model.is_multimodal_model,
+            "the model must be one of text alone: rotary layers do not say whether they are those "
+            f"of images, got {model.architecture}",
+        ),
+        (
             model.is_encoder_decoder or model.runner_type != "generate",
             "the model must be a decoder that generates, got one with an encoder, or for pooling",
         ),

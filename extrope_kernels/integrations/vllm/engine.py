@@ -48,26 +48,20 @@ class Engine:
     settings: Settings
     kinds: Mapping[str | None, Rotated]
     layer_types: tuple[str, ...]
-    text_only: bool
     heads: set[tuple[int, bool]] = field(default_factory=set)
 
-    def of_rotary(self, base: float, rotary_dim: int) -> Rotated | None:
-        """Return what one of vLLM's rotary layers rotates by; None where it is another part's.
+    def of_rotary(self, base: float, rotary_dim: int) -> Rotated:
+        """Return what one of vLLM's rotary layers rotates by.
 
-        Raises ValueError for layers of several kinds that share it and must not, and for one of a
-        language model that its configuration says nothing of.
+        Raises ValueError for one that the model's configuration says nothing of.
         """
-        found = [
-            kind
-            for kind in self.kinds.values()
-            if kind.base == base and 2 * len(kind.freqs.inv_freq) == rotary_dim
-        ]
-        if not found and self.text_only:
-            raise ValueError(
-                f"{NAME}: rotary layers must be those of the model's rope_parameters, got one of "
-                f"base {base:g} and {rotary_dim} dims"
-            )
-        return found[0] if found else None
+        for kind in self.kinds.values():
+            if kind.base == base and 2 * len(kind.freqs.inv_freq) == rotary_dim:
+                return kind
+        raise ValueError(
+            f"{NAME}: rotary layers must be those of the model's rope_parameters, got one of "
+            f"base {base:g} and {rotary_dim} dims"
+        )
 
     def of_layer(self, index: int) -> Rotated:
         """Return how the attention layer of that number rotates."""
@@ -97,7 +91,7 @@ def make_engine(config: Any) -> Engine | None:
     with _on_the_cpu():
         kinds = _kinds(settings, text, model.max_model_len, model.dtype)
     layer_types = tuple(getattr(text, "layer_types", None) or ())
-    engine = Engine(settings, kinds, layer_types, not model.is_multimodal_model)
+    engine = Engine(settings, kinds, layer_types)
     _check_kinds(engine, len(layer_types))
     return engine
 

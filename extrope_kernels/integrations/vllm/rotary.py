@@ -38,17 +38,15 @@ class _Replacing:
     replaced: type
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        engine = engine_of(get_current_vllm_config_or_none())
-        replaced, rotated, said = self.replaced, None, {}
-        if engine is not None:
-            said = inspect.signature(replaced.__init__).bind(self, *args, **kwargs).arguments
-            full = "Gemma4" in replaced.__name__  # rotates dims of frequency 0 as well
-            rotated = engine.of_rotary(said["base"], said["head_size" if full else "rotary_dim"])
-        if rotated is None:
+        engine, replaced = engine_of(get_current_vllm_config_or_none()), self.replaced
+        if engine is None:
             self.__class__ = replaced
         replaced.__init__(self, *args, **kwargs)
-        if rotated is None:
+        if engine is None:
             return
+        said = inspect.signature(replaced.__init__).bind(self, *args, **kwargs).arguments
+        full = "Gemma4" in replaced.__name__  # rotates dims of frequency 0 as well
+        rotated = engine.of_rotary(said["base"], said["head_size" if full else "rotary_dim"])
         # Whoever reads the table in place of calling the layer fails, and is not served wrongly.
         table = getattr(self, _TABLE)
         delattr(self, _TABLE)
@@ -89,7 +87,7 @@ class _Refusing:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         engine, replaced = engine_of(get_current_vllm_config_or_none()), self.replaced
-        if engine is not None and engine.text_only:
+        if engine is not None:
             raise ValueError(
                 f"{NAME}: the model must rotate by a layer of vLLM's that a plugin can replace, "
                 f"got {replaced.__name__}"
