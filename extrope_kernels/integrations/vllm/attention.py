@@ -146,7 +146,7 @@ class ScoreImpl(AttentionImpl):
         """Write key and value, attend from query into output.
 
         query: (tokens, heads, head_size); key, value: (tokens, kv_heads, head_size).
-        kv_cache: (blocks, kv_heads, block_size, 2 * head_size), keys and then values in each row.
+        kv_cache: (blocks, kv_heads, block_size, 2 * head_size).
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError(f"{NAME}: outputs must not be quantized in the attention")
@@ -161,7 +161,7 @@ class ScoreImpl(AttentionImpl):
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: ScoreMetadata
     ) -> Tensor:
         """One call for the whole batch."""
-        k_cache, v_cache = pages_of(kv_cache)
+        k_cache, v_cache = self._pages(kv_cache)
         return attend_with_kvcache(
             self.score,
             query,
@@ -175,6 +175,11 @@ class ScoreImpl(AttentionImpl):
             cu_seqlens_q=batch.cu_seqlens,
             **self.options,
         )
+
+    def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """(blocks, block_size, kv_heads, head_size) of keys and of values, views of vLLM's."""
+        k_cache, v_cache = kv_cache.transpose(1, 2).chunk(2, -1)
+        return k_cache, v_cache
 
     def _prepare(self, layer: Any, device: torch.device) -> None:
         """Find the layer's frequencies; by now all of vLLM's rotary layers are made."""
@@ -194,12 +199,6 @@ class ScoreImpl(AttentionImpl):
             )
         self.options["interleaved"] = pairings.pop()
         self.freqs = rotated.freqs.to(device)
-
-
-def pages_of(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """(blocks, block_size, kv_heads, head_size) of keys and of values, views of vLLM's."""
-    k_cache, v_cache = kv_cache.transpose(1, 2).chunk(2, -1)
-    return k_cache, v_cache
 
 
 def _refuse(**wrong: Any) -> None:

@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from ...ops.attention import attend
 from ...ops.decode import attend_with_kvcache
 from ...ops.rope import rope_append_kvcache
-from .attention import ScoreImpl, ScoreMetadata, ScoreMetadataBuilder, pages_of, score_engine
+from .attention import ScoreImpl, ScoreMetadata, ScoreMetadataBuilder, score_engine
 from .engine import engine_of
 from .settings import NAME
 
@@ -84,7 +84,7 @@ class ChunkedImpl(ScoreImpl):
     ) -> Tensor:
         if not batch.chunks:
             return super()._write_and_attend(query, key, value, kv_cache, batch)
-        k_cache, v_cache = pages_of(kv_cache)
+        k_cache, v_cache = self._pages(kv_cache)
         rope_append_kvcache(
             None,
             key,
@@ -118,6 +118,10 @@ class ChunkedImpl(ScoreImpl):
             out[rows] = self._attend_to_gathered(query[None, rows], kv_cache, batch, chunk)[0]
         return out
 
+    def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        k_cache, v_cache = (half.transpose(1, 2) for half in _halves(kv_cache))
+        return k_cache, v_cache
+
     def _attend_to_gathered(
         self, query: Tensor, kv_cache: Tensor, batch: ScoreMetadata, chunk: Chunk
     ) -> Tensor:
@@ -129,11 +133,23 @@ class ChunkedImpl(ScoreImpl):
             first = max(chunk.past + 1 - self.sliding_window, 0) // block_size
         blocks = batch.block_table[chunk.request, first : -(-total // block_size)]
         start = first * block_size
-        # Row by row, so that a gathered head is contiguous.
-        gathered = kv_cache.transpose(0, 1)[:, blocks].flatten(1, 2)[:, : total - start]
-        k, v = gathered.transpose(0, 1)[None].chunk(2, -1)
+        k, v = (
+            # Head by head, so that a gathered one is contiguous.
+            half.transpose(0, 1)[:, blocks].flatten(1, 2)[None, :, : total - start].transpose(1, 2)
+            for half in _halves(kv_cache)
+        )
         options = self.options | {"q_start": chunk.past, "k_start": start}
         return attend(self.score, query, k, v, self.freqs, keys_stored=True, **options)
+
+
+def _halves(kv_cache: Tensor) -> tuple[Tensor, ...]:
+    """(blocks, kv_heads, block_size, head_size) of keys and of values.
+
+    As vLLM's own kernels lay them out on a CPU: a head's keys in a block are contiguous, and so are
+    its values. Keys beside values in each row made a decode step on 8,000 tokens 1.4 times as long.
+    """
+    blocks, heads, block_size, _ = kv_cache.shape
+    return kv_cache.view(blocks, heads, 2 * block_size, -1).chunk(2, 2)
 
 
 class ScoreBackend(CPUAttentionBackend):
