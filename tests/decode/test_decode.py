@@ -274,6 +274,8 @@ def test_narrower_instruction_sets(capability, run_python):
                     check(case, "cpu")
             case = Case((70,), head_dim=40, rotary_dim=12, **SCORES["leaky_rerope"])
             check(case, "cpu")
+            chunk = Case((170, 60), 132, page_size=16, dtype=dtype, **SCORES["leaky_rerope"])
+            check(chunk, "cpu")
         """,
         EXTROPE_CPU_CAPABILITY=capability,
     )

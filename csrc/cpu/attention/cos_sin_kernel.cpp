@@ -23,7 +23,7 @@ void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSi
     const int64_t at = batch * by.batch + token * by.seq;
     for (int64_t head = 0; head < p.heads_k; ++head) {
       const auto row_of = [&](const AttentionTensor& x) {
-        return static_cast<T*>(x.data) + batch * x.batch + token * x.seq + head * x.head;
+        return static_cast<T*>(x.data) + batch * x.batch + x.at(token) + head * x.head;
       };
       rotate_row(rotation, row_of(k), by.cos + at, by.sin + at, 1.0f, row);
       narrow_row(row, p.head_dim, row_of(out));

@@ -53,7 +53,7 @@ struct BlockRows {
     return tile.batch * x.batch + (tile.first_q + token) * x.seq + head * x.head;
   }
   int64_t lse_index(int64_t row) const {
-    return (tile.batch * p.heads_q + head(row)) * p.seqlen_q + tile.first_q + token(row);
+    return (tile.batch * p.heads_q + head(row)) * p.lse_head + tile.first_q + token(row);
   }
   float scale(int64_t row) const {
     const int64_t at = tile.first_q + token(row);
@@ -179,7 +179,7 @@ struct KeyBlock {
 template <typename T>
 inline const T* key_row(const BlockRows& block, const AttentionTensor& x, int64_t key) {
   return static_cast<const T*>(x.data) + block.tile.batch * x.batch +
-         (block.tile.first_k + key) * x.seq + block.tile.head * x.head;
+         x.at(block.tile.first_k + key) + block.tile.head * x.head;
 }
 
 // (padded, head_dim)

@@ -171,8 +171,11 @@ inline FrequencyRows frequencies_of(const CacheArgs& a, const KVCache& cache) {
   FrequencyRows out{padded_rows(a.inv_freq), {}, {}};
   if (a.log_decay.has_value()) out.log_decay = padded_rows(*a.log_decay);
   out.params = {out.inv_freq.values.data(),
-                a.log_decay.has_value() ? out.log_decay.values.data() : nullptr, out.inv_freq.half,
-                out.inv_freq.rows > 1 ? out.inv_freq.padded : 0, a.interleaved};
+                a.log_decay.has_value() ? out.log_decay.values.data() : nullptr,
+                out.inv_freq.half,
+                out.inv_freq.padded,
+                out.inv_freq.rows > 1 ? out.inv_freq.padded : 0,
+                a.interleaved};
   return out;
 }
 

@@ -43,7 +43,6 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Opti
                                   bool interleaved, double softcap,
                                   std::optional<int64_t> sliding_window) {
   constexpr const char* op = "decode";
-  constexpr double kLog2E = 1.4426950408889634;
   const CacheArgs args{op,
                        k_cache,
                        v_cache,
@@ -72,9 +71,8 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Opti
     require_of(op, !log_decay.has_value() || p.regions.at[r].k_map == p.regions.stored,
                "log_decay (XPOS) needs keys that are stored as every region sees them");
   }
-  const double cap = softcap_of(op, softcap);
-  p.scale = softmax_scale_of(op, softmax_scale, p.cache.head_dim) * (cap > 0 ? 1 / cap : kLog2E);
-  p.softcap = static_cast<float>(cap * kLog2E);
+  p.softcap = softcap_of(op, softcap);
+  p.softmax_scale = softmax_scale_of(op, softmax_scale, p.cache.head_dim);
   p.query_scale = query_scale_of(op, query_scale, p.cache.batch, p.seqlen_q, packed);
   p.sinks = sinks_of(op, sinks, p.heads_q);
   check_scales(op, log_n, attention_factor);

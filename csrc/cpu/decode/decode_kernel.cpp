@@ -18,6 +18,7 @@ namespace extrope {
 namespace {
 
 constexpr int kMaxRows = 4;  // of one pass over a block of keys
+constexpr double kLog2E = 1.4426950408889634;
 
 // The work on a block of queries and some keys: scratch memory of a thread.
 template <typename T>
@@ -29,6 +30,8 @@ class Worker {
         dim_(p.cache.head_dim),
         dim_v_(p.cache.head_dim_v),
         group_(p.heads_q / p.cache.heads),
+        scale_(p.softmax_scale * (p.softcap > 0 ? 1 / p.softcap : kLog2E)),
+        softcap_(static_cast<float>(p.softcap * kLog2E)),
         stride_(round_up(dim_, kFloats)),
         stride_v_(round_up(dim_v_, kFloats)),
         cos_(round_up(p.freqs.half, kFloats)),
@@ -103,7 +106,7 @@ class Worker {
   // Of all logits of a row.
   float scale_of(int64_t token) const {
     const int64_t i = position(token);
-    double scale = p_.scale;
+    double scale = scale_;
     if (p_.log_n > 0 && i > 0) scale *= std::max(1.0, std::log(i + 1.0) / std::log(p_.log_n));
     if (p_.query_scale.data) {
       scale *= p_.query_scale.of(queries_->batch, queries_->first_token + token);
@@ -210,7 +213,7 @@ class Worker {
         }
         if (r > seen.first_region) take<rows>(r, m, j, count);
       }
-      if (p_.softcap > 0) cap_tile(p_.softcap, scores_, whole * rows);
+      if (softcap_ > 0) cap_tile(softcap_, scores_, whole * rows);
       if (seen.masked) mask<rows>(m, j, count);
       std::fill(scores_ + count * rows, scores_ + whole * rows, -INFINITY);
       const floats rescale = softmax_tile<rows>(scores_, whole * rows, softmax_[row / rows]);
@@ -258,6 +261,8 @@ class Worker {
   const DecodeParams& p_;
   const RowRotation rotation_;
   const int64_t dim_, dim_v_, group_;  // dims of queries and keys, of values
+  const double scale_;                 // of all logits: over softcap, or log2(e) included
+  const float softcap_;                // log2(e) included; 0: none
   const int64_t stride_, stride_v_;    // and of their rows here
   const QueryBlock* queries_ = nullptr;
   int64_t tokens_ = 0;              // of these queries
