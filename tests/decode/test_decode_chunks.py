@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_chunks_and_single_tokens_have_the_bits_that_each_has_alone():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        for b, (begin, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:])):
+        for b, (begin, end) in enumerate(pairwise(cu_seqlens)):
             tokens = slice(begin, end)
             alone = torch.tensor([0, end - begin], dtype=torch.int32)
             want, want_lse = run(q, alone, slice(b, b + 1), tokens)
