@@ -44,10 +44,10 @@ class Chunk {
  private:
   AttentionParams params_of(const DecodeParams& p, const ChunkTokens& t) {
     const KVCache& cache = p.cache;
-    const int64_t bytes = cache.dtype == DType::f32 ? 4 : 2;
+    const int64_t bytes = cache.dtype == DType::f32 ? 4 : 2, cached = cache.is_e4m3() ? 1 : bytes;
     const int64_t first_slot = cache.first_slot(t.sequence);
-    const auto at = [&](const void* data, int64_t element) {
-      return const_cast<char*>(static_cast<const char*>(data)) + element * bytes;
+    const auto at = [](const void* data, int64_t bytes) {
+      return const_cast<char*>(static_cast<const char*>(data)) + bytes;
     };
     AttentionParams a{};
     a.dtype = cache.dtype;
@@ -64,16 +64,20 @@ class Chunk {
     if (a.row_scale.data)
       a.row_scale.data += t.batch * a.row_scale.batch + t.begin * a.row_scale.seq;
     a.interleaved = p.freqs.interleaved;
-    a.q = {at(p.q, t.batch * p.q_batch + t.begin * p.q_seq), 0, p.q_seq, p.q_head, a.head_dim};
+    a.q = {at(p.q, (t.batch * p.q_batch + t.begin * p.q_seq) * bytes), 0, p.q_seq, p.q_head,
+           a.head_dim};
     const int64_t token = t.batch * p.seqlen_q + t.begin, row = cache.head_dim_v;
-    a.out = {at(p.out, token * a.heads_q * row), 0, a.heads_q * row, row, row};
+    a.out = {at(p.out, token * a.heads_q * row * bytes), 0, a.heads_q * row, row, row};
+    a.k_scale = cache.k_scale, a.v_scale = cache.v_scale;
     a.lse = p.lse + t.batch * a.heads_q * p.seqlen_q + t.begin, a.lse_head = p.seqlen_q;
     const auto in_cache = [&](const Plane& plane, int64_t head_dim, std::vector<int64_t>& rows) {
       rows = rows_of(cache, plane, t.sequence, a.seqlen_k);
       const int64_t first = t.sequence * plane.block + first_slot * plane.slot;
-      return AttentionTensor{
-          at(plane.data, rows.empty() ? first : 0), 0, plane.slot, plane.head, head_dim,
-          rows.empty() ? nullptr : rows.data()};
+      AttentionTensor x{at(plane.data, rows.empty() ? first * cached : 0), 0, plane.slot,
+                        plane.head, head_dim};
+      if (!rows.empty()) x.rows = rows.data();
+      x.is_e4m3 = cache.is_e4m3();
+      return x;
     };
     std::fill_n(a.k, kMaxRegions, in_cache(cache.k, cache.head_dim, k_rows_));
     a.v = in_cache(cache.v, cache.head_dim_v, v_rows_);

@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/append/rotations.h"
+#include "cpu/append/writes.h"
 #include "cpu/decode/chunks.h"
 #include "cpu/decode/kernels.h"
 #include "cpu/runtime/threads.h"
@@ -117,11 +117,11 @@ inline void run_append(const KVCache& cache, const Frequencies& freqs, const flo
     positions = mapped(stored, positions_behind(cache, tokens));
     set_token_positions(p, positions);
   }
-  write_into(p.tensors[0], cache.k, rows.k);
+  CacheWrites writes(cache, rows, batch, seqlen);
+  writes.take_keys(p.tensors[0]);
   Rotations all;
   all.add(p);
-  all.add(values_into(cache, rows, v, batch, seqlen));
-  all.run();
+  writes.run(all, v);
 }
 
 // Calls run(first, last) for the splits of each part, after all tiles of chunks: what takes longest

@@ -22,16 +22,17 @@ _CACHE = (
     "Tensor inv_freq, Tensor cache_seqlens, Tensor? block_table=None, "
     "Tensor? cache_leftpad=None, Tensor? log_decay=None"
 )
+_SCALES = "Tensor? k_scale=None, Tensor? v_scale=None"  # of a cache in float8_e4m3fn
 # With k and v, these are written into the cache first.
 _DECODE = (
     "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
-    f"{_CACHE}, Tensor? sinks=None, Tensor? query_scale=None, Tensor? cu_seqlens_q=None, *, "
-    f"{SCHEMA}) -> (Tensor out, Tensor lse)"
+    f"{_CACHE}, Tensor? sinks=None, Tensor? query_scale=None, Tensor? cu_seqlens_q=None, "
+    f"{_SCALES}, *, {SCHEMA}) -> (Tensor out, Tensor lse)"
 )
 # stored: the map that keys are rotated by.
 _APPEND = (
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
-    f"{_CACHE}, *, float[] stored, bool interleaved=False) -> ()"
+    f"{_CACHE}, {_SCALES}, *, float[] stored, bool interleaved=False) -> ()"
 )
 
 
