@@ -137,14 +137,12 @@ def test_the_fused_step(score, dtype, fp8_backend):
 
 
 def decode_call(cache, **scales):
-    q = torch.zeros(1, 1, 4, 32)
-    rerope_attention_with_kvcache(
-        q, cache, cache, methods.rope(32), cache_seqlens=3, window=4, **scales
-    )
+    q, freqs = torch.zeros(1, 1, 4, 32, device=cache.device), methods.rope(32).to(cache.device)
+    rerope_attention_with_kvcache(q, cache, cache, freqs, cache_seqlens=3, window=4, **scales)
 
 
 def append_call(cache, **scales):
-    x = torch.zeros(1, 1, 2, 32)
+    x = torch.zeros(1, 1, 2, 32, device=cache.device)
     rope_append_kvcache(None, x, x, cache, cache.clone(), None, cache_seqlens=3, **scales)
 
 
@@ -169,3 +167,16 @@ def test_refusals(call):
         assert message in str(refused.value)
     with pytest.raises(TypeError, match="k_scale must be a Tensor, got float"):
         call(cache.to(FP8), k_scale=1.0, v_scale=scale)
+
+
+@pytest.mark.parametrize("call", (decode_call, append_call))
+def test_triton_refuses_in_a_line(call, backend):
+    """And so does a GPU, whose kernels are Triton's."""
+    if backend != "triton":
+        pytest.skip("takes such caches")
+    scales = {"k_scale": torch.ones(2, device=device()), "v_scale": torch.ones(2, device=device())}
+    cache = torch.zeros(1, 8, 2, 32, device=device()).to(FP8)
+    with pytest.raises(
+        NotImplementedError, match=r"Triton's kernels take no cache in torch.float8"
+    ):
+        call(cache, **scales, backend=backend)

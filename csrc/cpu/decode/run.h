@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <deque>
 #include <memory>
 #include <vector>
 
@@ -50,7 +49,7 @@ inline void cut_sequence(const DecodeParams& p, const ChunkTokens& queries, int6
 // Chunks, and the blocks of all other queries. Both depend on the lengths alone, not on the
 // threads: neither does the result.
 struct Work {
-  std::deque<Chunk> chunks;
+  std::vector<std::unique_ptr<Chunk>> chunks;
   std::vector<QueryBlock> blocks;
   int64_t partials = 0;  // rows of partial results
 };
@@ -62,7 +61,7 @@ inline Work cut(const DecodeParams& p) {
     const ChunkTokens queries =
         cu ? ChunkTokens{b, 0, cu[b], cu[b + 1]} : ChunkTokens{b, b, 0, p.seqlen_q};
     if (is_chunk(p, queries.end - queries.begin)) {
-      all.chunks.emplace_back(p, queries);
+      all.chunks.push_back(std::make_unique<Chunk>(p, queries));
     } else {
       cut_sequence(p, queries, all.partials, all.blocks);
     }
@@ -134,9 +133,9 @@ inline void run_parts(const DecodeParams& p, const Kernels& run, const Work& wor
   };
   std::vector<Tile> tiles;
   int64_t workspace = 0;
-  for (const Chunk& chunk : work.chunks) {
-    for (int64_t n = 0; n < chunk.tiles(); ++n) tiles.push_back({&chunk, n});
-    workspace = std::max(workspace, chunk.workspace());
+  for (const auto& chunk : work.chunks) {
+    for (int64_t n = 0; n < chunk->tiles(); ++n) tiles.push_back({chunk.get(), n});
+    workspace = std::max(workspace, chunk->workspace());
   }
   const int64_t all = splits.all.size(), before = tiles.size();
   const DynamicThreads threads(std::min<int64_t>(torch::stable::get_num_threads(), before + all),

@@ -50,6 +50,14 @@ def check_cache_dtype(op: str, name: str, cache: Tensor, like: Tensor, scales: S
         )
 
 
+def refuse_in_triton(op: str, cache: Tensor) -> None:
+    """Its kernels have no form for such a cache."""
+    if cache.dtype == FP8:
+        raise NotImplementedError(
+            f"{op}: Triton's kernels take no cache in {FP8}, the backends cpu and reference do"
+        )
+
+
 def check_scales(op: str, scales: Scales, heads: int, like: Tensor) -> None:
     """Scales that are given: one a head."""
     for name, x in zip(("k_scale", "v_scale"), scales):

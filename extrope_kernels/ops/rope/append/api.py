@@ -105,10 +105,10 @@ def rope_append_kvcache(
         rope_args = _rope_args(freqs, score, options)
     inv_freq, log_decay, axes = rope_args
     where = (cache_seqlens, block_table, slot_mapping, cu_seqlens, cache_leftpad, positions)
-    by = (log_decay, axes, k_scale, v_scale)
+    scales = () if k_scale is v_scale is None else (k_scale, v_scale)
     tensors = (
         *(q, k, v, k_cache, v_cache, q_norm_weight, k_norm_weight, inv_freq),
-        *given_up_to_last(*where, *by),
+        *given_up_to_last(*where, log_decay, axes, *scales),
     )
     out = explained(
         "rope_append",
