@@ -2,7 +2,8 @@
 
 32768 cached tokens, 8 query heads on 2, window 1024. The floor is a copy of the cache's bytes,
 halved: they are read once. "no window" is our own plain attention over rotated keys; SDPA gets its
-best cache, heads first, and is measured with its groups as rows too.
+best cache, heads first, and is measured with its groups as rows too. Then the step over a cache in
+float8_e4m3fn beside that over one in bfloat16.
 
 On a GPU: 32 heads on 8 of 128 in bf16, two sequences over a paged cache, window 4096, 32k and 128k
 tokens; flash-attn's and FlashInfer's attentions over a cache are there too. The target is 1.05 of
@@ -71,6 +72,33 @@ def bench(report: Report, head_dim: int, dtype: torch.dtype) -> None:
             floor=reading_of(k, v),
             own=OWN,
         )
+
+
+@torch.no_grad()
+def bench_fp8(report: Report, head_dim: int) -> None:
+    """Half the bytes, for the time that widening them takes."""
+    case, dtype = f"decode 8/2 x {head_dim}, fp8 cache", torch.bfloat16
+    if not report.wants(f"{case} {str(dtype)[6:]}"):
+        return
+    cached = 64 if report.args.quick else KEYS
+    q, k, v = make_inputs(cached, 2, head_dim, dtype)
+    q, scale = q[:, -1:], torch.full((2,), 0.01)
+    k8, v8 = ((x / 0.01).to(torch.float8_e4m3fn) for x in (k, v))
+    step = functools.partial(
+        decode, q, freqs=frequencies(head_dim), cache_seqlens=cached, window=WINDOW
+    )
+    compare(
+        report,
+        case,
+        {"extrope": lambda: step(k_cache=k8, v_cache=v8, k_scale=scale, v_scale=scale)},
+        yardsticks={"bfloat16 cache": lambda: step(k_cache=k, v_cache=v)},
+        bars={"bfloat16 cache": 1.0},
+        dtype=dtype,
+        shape=f"1 on {cached} x 8/2 x {head_dim}",
+        backend="cpu",
+        floor=reading_of(k8, v8),
+        own=("bfloat16 cache",),
+    )
 
 
 @torch.no_grad()
@@ -149,6 +177,8 @@ def main(argv: list[str] | None = None) -> None:
         for head_dim in (64, 128):
             for dtype in (torch.float32, torch.bfloat16):
                 bench(report, head_dim, dtype)
+            if device() == "cpu":
+                bench_fp8(report, head_dim)
     report.save()
     scaling("decode", by_length, args, about=f"one token, {SCALED}, window {WINDOW}")
 

@@ -265,6 +265,7 @@ def test_narrower_instruction_sets(capability, run_python):
         """
         import sys
         sys.path.insert(0, "tests/support")
+        from dataclasses import replace
         import torch
         from decode_oracle import SCORES, Case, check
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -274,6 +275,10 @@ def test_narrower_instruction_sets(capability, run_python):
                     check(case, "cpu")
             case = Case((70,), head_dim=40, rotary_dim=12, **SCORES["leaky_rerope"])
             check(case, "cpu")
+            chunk = Case((170, 60), 132, page_size=16, dtype=dtype, **SCORES["leaky_rerope"])
+            check(chunk, "cpu")
+            for case in (chunk, replace(chunk, seqlen_q=2)):
+                check(replace(case, fp8=True), "cpu")
         """,
         EXTROPE_CPU_CAPABILITY=capability,
     )

@@ -68,6 +68,7 @@ class Case:
     sinks: bool = False
     query_scale: bool = False
     head_dim_v: int | None = None  # that of q and k
+    fp8: bool = False  # the cache is float8_e4m3fn
     seed: int = 0
 
     def options(self, generator: torch.Generator) -> dict:
@@ -150,11 +151,26 @@ def make(case: Case) -> Inputs:
     used = torch.zeros(shape[:2], dtype=torch.bool, device=device())
     for b, (pad, end) in enumerate(zip(leftpad, ends)):
         used[index(inputs, b, range(pad, end))] = True
-    return replace(
-        inputs,
-        k_cache=k.masked_fill(~used[..., None, None], torch.nan),
-        v_cache=v.masked_fill(~used[..., None, None], torch.nan),
-    )
+    k, v = (x.masked_fill(~used[..., None, None], torch.nan) for x in (k, v))
+    if case.fp8:
+        scales = (0.003 + 0.01 * torch.rand(2, case.heads_k, generator=generator)).to(device())
+        call |= dict(zip(("k_scale", "v_scale"), scales))
+        k, v = (quantized(x, scale) for x, scale in zip((k, v), scales))
+    return replace(inputs, k_cache=k, v_cache=v)
+
+
+def quantized(x: Tensor, scale: Tensor) -> Tensor:
+    """Rows (..., heads, head_dim) over the scales of their heads, as float8_e4m3fn."""
+    return (x.float() / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def dequantized(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The caches in float64."""
+    caches = inputs.k_cache.double(), inputs.v_cache.double()
+    if "k_scale" not in inputs.call:
+        return caches
+    scales = inputs.call["k_scale"].double(), inputs.call["v_scale"].double()
+    return caches[0] * scales[0][:, None], caches[1] * scales[1][:, None]
 
 
 def index(inputs: Inputs, sequence: int, slots) -> tuple[Tensor, Tensor]:
@@ -187,14 +203,12 @@ def sequences(inputs: Inputs):
     """For each: float64 q (seqlen_q, heads_q, d), cached k and v (keys, heads_q, d), frequencies,
     and what the queries see of the keys.
     """
-    pads = inputs.call.get("cache_leftpad")
+    pads, caches = inputs.call.get("cache_leftpad"), dequantized(inputs)
     group = inputs.q.shape[2] // inputs.k_cache.shape[2]
     for b, end in enumerate(inputs.call["cache_seqlens"].tolist()):
         pad = 0 if pads is None else pads[b].item()
         rows = index(inputs, b, range(pad, end))
-        k, v = (
-            x[rows].double().repeat_interleave(group, 1) for x in (inputs.k_cache, inputs.v_cache)
-        )
+        k, v = (x[rows].repeat_interleave(group, 1) for x in caches)
         relative = RELATIVE[inputs.attention](inputs.q.shape[1], len(k), **inputs.parameters)
         relative = relative.within(inputs.call["sliding_window"])
         freq = inputs.freqs.inv_freq

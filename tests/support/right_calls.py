@@ -63,6 +63,8 @@ CACHE = {
     "block_table": None,
     "cache_leftpad": None,
     "cu_seqlens_q": None,
+    "k_scale": None,
+    "v_scale": None,
 }
 APPEND = {
     **{name: CACHE[name] for name in ("q", "k", "v", "k_cache", "v_cache", "freqs")},
@@ -73,6 +75,8 @@ APPEND = {
     "cache_leftpad": None,
     "positions": None,
     "score": None,
+    "k_scale": None,
+    "v_scale": None,
     "q_norm_weight": randn(DIM),
     "k_norm_weight": randn(DIM),
     "norm_eps": 1e-6,

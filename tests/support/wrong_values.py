@@ -93,6 +93,8 @@ WRONG = {
     | {"past the end": ints(3, 16).view(2, 1), "-2": ints(-2, 3).view(2, 1)},
     "score": {"text": "rerope", "number": 4.0, "function": scores.rerope},
     "rope_append_kvcache.freqs": {k: v for k, v in not_freqs().items() if k != "None"},
+    "k_scale": not_factors(torch.ones(2, device=DEVICE)),
+    "v_scale": not_factors(torch.ones(2, device=DEVICE)),
     "q_norm_weight": NOT_A_WEIGHT,
     "k_norm_weight": NOT_A_WEIGHT,
     "norm_eps": {k: v for k, v in SCALE.items() if k not in ("0", "inf")}

@@ -6,6 +6,7 @@
 
 #include "common/rope_args.h"
 #include "cpu/append/cache.h"
+#include "cpu/append/scales.h"
 
 namespace extrope::append {
 
@@ -15,6 +16,7 @@ struct Args {
   const OptionalTensor& q;
   const Tensor &k, &v, &k_cache, &v_cache;
   const OptionalTensor &cache_seqlens, &block_table, &slot_mapping, &cu_seqlens, &cache_leftpad;
+  const OptionalTensor &k_scale, &v_scale;
 
   bool packed() const { return k.dim() == 3; }
   int64_t batch() const { return packed() ? 1 : k.size(0); }
@@ -34,8 +36,7 @@ inline Plane plane(const Tensor& x) {
 
 inline void check_cache(const Args& a, const char* name, const Tensor& cache, const Tensor& x) {
   check_rows(kOp, cache, false, name);
-  check(cache.is_cpu() && cache.scalar_type() == a.k.scalar_type(), name,
-        " must be of k's dtype, on the CPU");
+  check_cache_dtype(kOp, name, cache, a.k, a.k_scale.has_value());
   check(cache.size(2) == x.size(x.dim() - 2) && cache.size(3) == x.size(x.dim() - 1), name,
         " must have the heads and the head_dim of what is written, ", shape_of(x), ", got ",
         shape_of(cache));
@@ -105,6 +106,7 @@ inline KVCache cache_of(const Args& a) {
   const bool by_slots = a.slot_mapping.has_value();
   KVCache cache{};
   cache.dtype = rotated_dtype(a.k, "k");
+  set_scales(kOp, a.k_scale, a.v_scale, a.k_cache.size(2), cache);
   cache.k = plane(a.k_cache), cache.v = plane(a.v_cache);
   cache.heads = a.k_cache.size(2);
   cache.head_dim = a.k_cache.size(3), cache.head_dim_v = a.v_cache.size(3);

@@ -7,7 +7,7 @@
 #include "common/ops.h"
 #include "common/rope_norm_args.h"
 #include "cpu/append/args.h"
-#include "cpu/append/rotations.h"
+#include "cpu/append/writes.h"
 #include "cpu/runtime/output_pages.h"
 #include "cpu/runtime/token.h"
 
@@ -61,7 +61,7 @@ RopeParams part_of(const Tensor& x, const Args& a, const KVCache& cache) {
 const OptionalTensor kNone;
 
 // q, where it comes back changed or not, and k by itself.
-void add_apart(const Args& a, const KVCache& cache, const CacheRows& rows, const Rotation& r,
+void add_apart(const Args& a, const KVCache& cache, CacheWrites& writes, const Rotation& r,
                const Tensor* out_q, const PositionMap* stored, TokenPositions& own,
                Rotations& all) {
   if (out_q) {
@@ -76,11 +76,11 @@ void add_apart(const Args& a, const KVCache& cache, const CacheRows& rows, const
     set_positions(a, cache, r, k, own);
     move_to_stored(*stored, k, own);
   }
-  write_into(k.tensors[0], cache.k, rows.k);
+  writes.take_keys(k.tensors[0]);
   all.add(make_norm_params(k, a.k, kNone, r.k_norm_weight, kNone, r.norm_eps));
 }
 
-void add_together(const Args& a, const KVCache& cache, const CacheRows& rows, const Rotation& r,
+void add_together(const Args& a, const KVCache& cache, CacheWrites& writes, const Rotation& r,
                   const Tensor* out_q, TokenPositions& own, Rotations& all) {
   const OptionalTensor k = a.q.has_value() ? OptionalTensor(a.k) : kNone;
   const Tensor& first = a.q.has_value() ? *a.q : a.k;
@@ -89,7 +89,7 @@ void add_together(const Args& a, const KVCache& cache, const CacheRows& rows, co
   p.tensors[out_q ? 1 : 0].decay_sign = -1.0;
   set_positions(a, cache, r, p, own);
   check_axes_of_pairs(p);
-  write_into(p.tensors[out_q ? 1 : 0], cache.k, rows.k);
+  writes.take_keys(p.tensors[out_q ? 1 : 0]);
   all.add(make_norm_params(p, first, k, out_q ? r.q_norm_weight : r.k_norm_weight,
                            out_q ? r.k_norm_weight : kNone, r.norm_eps));
 }
@@ -100,13 +100,15 @@ Tensor rope_append(OptionalTensor q, Tensor k, Tensor v, Tensor k_cache, Tensor 
                    OptionalTensor block_table, OptionalTensor slot_mapping,
                    OptionalTensor cu_seqlens, OptionalTensor cache_leftpad,
                    OptionalTensor positions, OptionalTensor log_decay, OptionalTensor axes,
-                   std::vector<double> stored, double norm_eps, double attention_factor,
-                   bool interleaved, double decay_origin) {
+                   OptionalTensor k_scale, OptionalTensor v_scale, std::vector<double> stored,
+                   double norm_eps, double attention_factor, bool interleaved,
+                   double decay_origin) {
   const Args a{q,           k,
                v,           k_cache,
                v_cache,     cache_seqlens,
                block_table, slot_mapping,
-               cu_seqlens,  cache_leftpad};
+               cu_seqlens,  cache_leftpad,
+               k_scale,     v_scale};
   const KVCache cache = cache_of(a);
   const CacheRows rows = rows_of(a, cache);
   check(q.has_value() || !q_norm_weight.has_value(), "q_norm_weight needs a q");
@@ -123,15 +125,15 @@ Tensor rope_append(OptionalTensor q, Tensor k, Tensor v, Tensor k_cache, Tensor 
   const Tensor* out_q = q.has_value() ? &out : nullptr;
   TokenPositions own;
   Rotations all;
+  CacheWrites writes(cache, rows, a.batch(), a.seqlen());
   if (inv_freq.has_value() && stored.empty()) {
-    add_together(a, cache, rows, r, out_q, own, all);
+    add_together(a, cache, writes, r, out_q, own, all);
   } else {
     const bool moved = inv_freq.has_value();
     const PositionMap map = moved ? map_of(stored.data()) : PositionMap{};
-    add_apart(a, cache, rows, r, out_q, moved ? &map : nullptr, own, all);
+    add_apart(a, cache, writes, r, out_q, moved ? &map : nullptr, own, all);
   }
-  all.add(values_into(cache, rows, plane(v), a.batch(), a.seqlen()));
-  all.run();
+  writes.run(all, plane(v));
   return out;
 }
 

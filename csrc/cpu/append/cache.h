@@ -16,7 +16,8 @@ struct Plane {
 };
 
 struct KVCache {
-  DType dtype;
+  DType dtype;  // of queries and new tokens; and of what is cached, unless that is e4m3
+  const float *k_scale, *v_scale;  // of each head, where the cache is e4m3: else nullptr
   Plane k, v;
   int64_t batch, heads, head_dim, head_dim_v;
   int64_t capacity;            // slots of a sequence
@@ -27,6 +28,7 @@ struct KVCache {
   int64_t appended;        // tokens that the call writes to each, to be added to seqlens
   const int32_t* cu_new;   // (batch + 1,) boundaries of tokens that it writes packed, or nullptr
 
+  bool is_e4m3() const { return k_scale != nullptr; }
   int64_t first_slot(int64_t b) const { return leftpad ? leftpad[b] : 0; }
   int64_t first_new(int64_t b) const { return cu_new ? cu_new[b] : b * appended; }
   int64_t new_tokens(int64_t b) const { return cu_new ? cu_new[b + 1] - cu_new[b] : appended; }

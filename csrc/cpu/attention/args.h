@@ -60,7 +60,7 @@ inline void check_head_dim(const char* name, int64_t head_dim) {
 inline void set_sizes(AttentionParams& p, const Tensor& q, const Tensor& k, bool packed) {
   const int64_t d = q.dim();
   p.batch = packed ? 1 : q.size(0);
-  p.seqlen_q = q.size(d - 3), p.seqlen_k = k.size(d - 3);
+  p.seqlen_q = p.lse_head = q.size(d - 3), p.seqlen_k = k.size(d - 3);
   p.heads_q = q.size(d - 2), p.heads_k = k.size(d - 2);
   p.head_dim = q.size(d - 1);
   require(k.scalar_type() == q.scalar_type(), "k must have q's dtype");

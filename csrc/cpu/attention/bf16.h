@@ -107,12 +107,13 @@ inline void pack_query_pairs(const BlockRows& block, const AttentionTensor& x,
 }
 
 // (keys / 16, dim / 32) left tiles; rows past the last key are zero.
+template <typename T>
 inline void pack_key_rows(const BlockRows& block, const AttentionTensor& x,
                           const KeyBlock& key_block, bf16* to) {
   const int64_t dim = x.head_dim, dim_tiles = dim_tiles_of(x);
   for (int64_t key = 0; key < key_block.padded; ++key) {
     bf16* tiles = to + key / kSide * dim_tiles * kTileValues + key % kSide * kDepth;
-    const bf16* from = key_row<bf16>(block, x, key_block.first + key);
+    const T* from = key_row<T>(block, x, key_block.first + key);
     for (int64_t d = 0; d < dim_tiles; ++d) {
       store(tiles + d * kTileValues,
             key < key_block.count ? load_values(from + d * kDepth, dim - d * kDepth) : words{});
@@ -121,6 +122,7 @@ inline void pack_key_rows(const BlockRows& block, const AttentionTensor& x,
 }
 
 // (dim / 16, keys / 32) left tiles: x transposed.
+template <typename T>
 inline void pack_key_columns(const BlockRows& block, const AttentionTensor& x,
                              const KeyBlock& key_block, bf16* to) {
   const int64_t dim = x.head_dim, key_tiles = key_block.padded / kDepth;
@@ -134,7 +136,7 @@ inline void pack_key_columns(const BlockRows& block, const AttentionTensor& x,
         const int64_t at = key * kDepth + 2 * i;
         const auto load_row = [&](int64_t k) {
           return k < key_block.count
-                     ? load_values(key_row<bf16>(block, x, key_block.first + k) + d, dim - d)
+                     ? load_values(key_row<T>(block, x, key_block.first + k) + d, dim - d)
                      : words{};
         };
         const __m512i a = bits_as<__m512i>(load_row(at)), b = bits_as<__m512i>(load_row(at + 1));

@@ -7,9 +7,9 @@
 #include <tuple>
 
 #include "common/ops.h"
+#include "cpu/attention/args.h"
+#include "cpu/attention/choice.h"
 #include "cpu/attention/rotation.h"
-#include "cpu/attention/run.h"
-#include "cpu/runtime/capability.h"
 #include "cpu/runtime/output_pages.h"
 
 namespace extrope {
@@ -19,26 +19,6 @@ namespace {
 using torch::stable::new_empty;
 
 constexpr int64_t kZeroGrain = 1 << 18;  // floats
-
-#define EXTROPE_KERNELS(isa)                                                   \
-  Kernels {                                                                    \
-    attention_plan_##isa, attention_backward_plan_##isa, attention_tile_##isa, \
-        attention_backward_tile_##isa                                          \
-  }
-
-Kernels kernels(DType dtype) {
-#if defined(EXTROPE_HAS_BF16)
-#define EXTROPE_BF16_KERNELS(isa)                                               \
-  Kernels {                                                                     \
-    attention_plan_##isa, attention_backward_plan_avx512, attention_tile_##isa, \
-        attention_backward_tile_avx512                                          \
-  }
-  if (dtype == DType::bf16 && capability() >= kAvx512Bf16) {
-    return EXTROPE_WIDEST_BF16(EXTROPE_BF16_KERNELS);
-  }
-#endif
-  return EXTROPE_WIDEST(EXTROPE_KERNELS);
-}
 
 Tensor zeros_of(const std::vector<int64_t>& shape) {
   Tensor zeros = fresh(shape, ScalarType::Float);
@@ -56,6 +36,13 @@ std::vector<int64_t> shape(const Tensor& x, int64_t head_dim) {
   return sizes;
 }
 
+RotationArgs rotation_args(const Options& options) {
+  const OptionalTensor& decay = options.log_decay;
+  return {padded_rows(options.inv_freq),
+          decay.has_value() ? padded_rows(*decay).values : std::vector<double>(),
+          options.log_n.value_or(0.0), options.attention_factor * options.attention_factor};
+}
+
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor inv_freq,
                                    OptionalTensor cu_seqlens, OptionalTensor log_decay,
                                    OptionalTensor sinks, OptionalTensor query_scale,
@@ -70,9 +57,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor inv_freq
                         granularity,      maps,        softmax_scale, log_n,
                         attention_factor, interleaved, softcap,       sliding_window};
   AttentionParams p = make_params(q, k, v, options);
-  // Every row of q is read once. Those of k are read by many tiles: in 16 bits, where products are
-  // fast and rotated keys small, they are rotated beforehand.
-  const Rotation rotation(p, options, /*keys_ahead=*/p.dtype != DType::f32);
+  const Rotation rotation(p, rotation_args(options), rotates_ahead(p.dtype));
   const bool packed = cu_seqlens.has_value();
   const Tensor out = fresh(shape(q, p.v.head_dim), q.scalar_type());
   const Tensor lse = packed ? new_empty(q, {p.heads_q, p.seqlen_q}, ScalarType::Float)
@@ -102,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   p.out = view(out, packed, "out");
   p.lse = check_lse(p, lse, "lse");
   if (dlse.has_value()) p.dlse = check_lse(p, *dlse, "dlse");
-  const Rotation rotation(p, options, /*keys_ahead=*/false);
+  const Rotation rotation(p, rotation_args(options), /*keys_ahead=*/false);
   const Tensor dq = fresh(shape(q, p.head_dim), ScalarType::Float);
   const Tensor dk = zeros_of(shape(k, p.head_dim)), dv = zeros_of(shape(v, p.v.head_dim));
   p.dq = view(dq, packed, "dq");

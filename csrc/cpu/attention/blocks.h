@@ -103,6 +103,7 @@ inline void finish_sums(const BlockRows& block, const float* row_max, const floa
     lse = none ? -__builtin_inff() : row_max[row] * kLn2 + __builtin_logf(row_sum[row]);
     const Sinks& sinks = block.p.sinks;
     if (sinks.data) join_sink(sinks.of(block.head(row)), scale[row], lse);
+    if (block.p.v_scale) scale[row] *= block.p.v_scale[block.tile.head];
   }
 }
 

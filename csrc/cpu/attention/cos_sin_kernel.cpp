@@ -5,6 +5,7 @@
 
 #include "cpu/attention/cos_sin.h"
 #include "cpu/runtime/workspace.h"
+#include "cpu/simd/e4m3.h"
 #include "cpu/simd/rotate_row.h"
 #include "cpu/simd/sincos.h"
 
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 512;
 
-template <typename T>
+template <typename T, typename Out>
 void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSin& by,
                  const AttentionTensor& out, int64_t begin, int64_t end) {
   const RowRotation rotation{p.head_dim, p.half, p.interleaved};
@@ -22,11 +23,12 @@ void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSi
     const int64_t batch = i / p.seqlen_k, token = i % p.seqlen_k;
     const int64_t at = batch * by.batch + token * by.seq;
     for (int64_t head = 0; head < p.heads_k; ++head) {
-      const auto row_of = [&](const AttentionTensor& x) {
-        return static_cast<T*>(x.data) + batch * x.batch + token * x.seq + head * x.head;
+      const auto first_of = [&](const AttentionTensor& x) {
+        return batch * x.batch + x.at(token) + head * x.head;
       };
-      rotate_row(rotation, row_of(k), by.cos + at, by.sin + at, 1.0f, row);
-      narrow_row(row, p.head_dim, row_of(out));
+      const T* in = static_cast<const T*>(k.data) + first_of(k);
+      rotate_row(rotation, in, by.cos + at, by.sin + at, 1.0f, row);
+      narrow_row(row, p.head_dim, static_cast<Out*>(out.data) + first_of(out));
     }
   }
 }
@@ -53,8 +55,13 @@ void EXTROPE_EXPAND(fill_cos_sin_, EXTROPE_ISA)(const CosSinTable& t, int64_t be
 void EXTROPE_EXPAND(rotate_keys_, EXTROPE_ISA)(const AttentionParams& p, const AttentionTensor& k,
                                                const CosSin& by, const AttentionTensor& out,
                                                int64_t begin, int64_t end) {
-  if (p.dtype == DType::bf16) return rotate_keys<bf16>(p, k, by, out, begin, end);
-  rotate_keys<f16>(p, k, by, out, begin, end);
+  const bool as_bf16 = p.dtype == DType::bf16;
+  if (k.is_e4m3) {
+    return as_bf16 ? rotate_keys<e4m3, bf16>(p, k, by, out, begin, end)
+                   : rotate_keys<e4m3, f16>(p, k, by, out, begin, end);
+  }
+  as_bf16 ? rotate_keys<bf16, bf16>(p, k, by, out, begin, end)
+          : rotate_keys<f16, f16>(p, k, by, out, begin, end);
 }
 
 }  // namespace extrope

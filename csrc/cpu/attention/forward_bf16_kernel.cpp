@@ -247,10 +247,14 @@ void forward(const BlockRows& block, const TilePlan& plan, const Forward& w) {
   }
   for (int64_t first = seen.first; first < seen.last; first += plan.block_n) {
     const KeyBlock key_block = seen.key_block(first, plan.block_n);
-    pack_key_columns(block, p.v, key_block, w.values);
+    with_rows<bf16>(
+        p.v, [&](auto type) { pack_key_columns<decltype(type)>(block, p.v, key_block, w.values); });
     for (int64_t r = 0; r < p.regions.count; ++r) {
       pack_part(seen, r, key_block, [&](const KeyBlock& part, int64_t offset) {
-        pack_key_rows(block, p.k[r], part, w.keys + (r * plan.block_n + offset) * dim);
+        with_rows<bf16>(p.k[r], [&](auto type) {
+          pack_key_rows<decltype(type)>(block, p.k[r], part,
+                                        w.keys + (r * plan.block_n + offset) * dim);
+        });
       });
     }
     for (int64_t slice = 0; slice < block.slices; ++slice) {

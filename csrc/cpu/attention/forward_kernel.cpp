@@ -174,12 +174,15 @@ void forward(const BlockRows& block, const TilePlan& plan, const Forward& w) {
   }
   for (int64_t first = seen.first; first < seen.last; first += plan.block_n) {
     const KeyBlock key_block = seen.key_block(first, plan.block_n);
-    pack_rows<T>(block, p.v, {}, key_block, w.keys);
+    with_rows<T>(p.v,
+                 [&](auto type) { pack_rows<decltype(type)>(block, p.v, {}, key_block, w.keys); });
     pack_columns(w.keys, p.v.head_dim, key_block.padded, w.values);
     for (int64_t r = 0; r < p.regions.count; ++r) {
       pack_part(seen, r, key_block, [&](const KeyBlock& part, int64_t offset) {
-        pack_rows<T>(block, p.k[r], p.k_cos_sin[r], part,
-                     w.keys + (r * plan.block_n + offset) * p.head_dim);
+        with_rows<T>(p.k[r], [&](auto type) {
+          pack_rows<decltype(type)>(block, p.k[r], p.k_cos_sin[r], part,
+                                    w.keys + (r * plan.block_n + offset) * p.head_dim);
+        });
       });
     }
     for (int64_t slice = 0; slice < block.slices; ++slice) {

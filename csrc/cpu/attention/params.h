@@ -15,6 +15,12 @@ struct AttentionTensor {
   void* data;
   int64_t batch, seq, head;
   int64_t head_dim;
+  const int64_t* rows = nullptr;  // the element that each token starts at, in place of `seq`
+  bool is_e4m3 = false;           // keys or values of a cache, whatever AttentionParams::dtype
+
+  [[gnu::always_inline]] int64_t at(int64_t token) const {
+    return rows ? rows[token] : token * seq;
+  }
 };
 
 // Absolute positions of the first token of each sequence.
@@ -52,7 +58,9 @@ struct AttentionParams {
   CosSin q_cos_sin[kMaxRegions], k_cos_sin[kMaxRegions];
   int64_t half;  // pairs of dims that rotate
   bool interleaved;
-  float* lse;  // (batch, heads_q, seqlen_q), contiguous
+  const float *k_scale, *v_scale;  // of each head of k, or nullptr
+  float* lse;                      // (batch, heads_q, seqlen_q)
+  int64_t lse_head;                // its stride of heads; one batch follows another
 
   // Backward alone. dlse is shaped like lse, or nullptr; dq, dk and dv are float.
   AttentionTensor dout, dq, dk, dv;

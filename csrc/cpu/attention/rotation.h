@@ -1,9 +1,11 @@
 // The cosines and sines that an attention call needs, and its keys where they are rotated ahead.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <utility>
 #include <vector>
 
-#include "cpu/attention/args.h"
 #include "cpu/attention/cos_sin.h"
 #include "cpu/runtime/capability.h"
 #include "cpu/runtime/frequencies.h"
@@ -12,20 +14,27 @@
 
 namespace extrope::attention {
 
+// By what queries and keys rotate, and rows are scaled.
+struct RotationArgs {
+  PaddedRows inv_freq;
+  std::vector<double> log_decay;  // of queries, padded as inv_freq is; empty: none
+  double log_n;                   // 0: not
+  double amplitude;               // of rotated dims, once for q and k together
+};
+
 // Owns what AttentionParams then points to.
 class Rotation {
  public:
   // keys_ahead: rotate the keys of each region now. Otherwise blocks of keys rotate them as they
   // are read, again for each block of queries: cheap where products are slow.
-  Rotation(AttentionParams& p, const Options& options, bool keys_ahead)
-      : p_(p), inv_freq_(padded_rows(options.inv_freq)) {
+  Rotation(AttentionParams& p, RotationArgs args, bool keys_ahead)
+      : p_(p), inv_freq_(std::move(args.inv_freq)), q_decay_(std::move(args.log_decay)) {
     p.half = inv_freq_.half;
-    if (options.log_decay.has_value()) set_decay(*options.log_decay);
-    if (options.log_n.has_value()) set_row_scale(*options.log_n);
+    for (double x : q_decay_) k_decay_.push_back(-x);
+    if (args.log_n > 0) set_row_scale(args.log_n);
     std::vector<CosSinTable> tables;
-    const double amplitude = options.attention_factor * options.attention_factor;
     for (int64_t r = 0; r < p.regions.count; ++r) {
-      tables.push_back(query_table(p.regions.at[r].q_map, amplitude));
+      tables.push_back(query_table(p.regions.at[r].q_map, args.amplitude));
     }
     int64_t key_table[kMaxRegions];
     for (int64_t r = 0; r < p.regions.count; ++r) {
@@ -92,13 +101,6 @@ class Rotation {
       const int64_t at = b * t.tokens + t.first;
       share_out(count, bytes, [&](int64_t begin, int64_t end) { run(at + begin, at + end); });
     }
-  }
-
-  void set_decay(const Tensor& log_decay) {
-    const float* decay = static_cast<const float*>(log_decay.data_ptr());
-    q_decay_.assign(inv_freq_.padded, 0.0);
-    std::copy_n(decay, p_.half, q_decay_.begin());
-    for (double x : q_decay_) k_decay_.push_back(-x);
   }
 
   // log_n's factor, times query_scale.

@@ -45,13 +45,18 @@ void run(const AttentionParams& p, int64_t count, int64_t workspace, const Work&
   DynamicThreads(num_threads(count, products), workspace).run(count, work);
 }
 
+// Late rows see most keys: the longest tiles come first within a head, so that none is left over
+// for one thread at the end.
+inline std::vector<QueryTile> forward_tiles(const AttentionParams& p, const TilePlan& plan) {
+  std::vector<QueryTile> tiles = cut(p, plan.tokens);
+  std::reverse(tiles.begin(), tiles.end());
+  return tiles;
+}
+
 inline void run_forward(const AttentionParams& p, const Kernels& kernel) {
   const TilePlan plan = kernel.plan(p);
-  std::vector<QueryTile> tiles = cut(p, plan.tokens);
+  const std::vector<QueryTile> tiles = forward_tiles(p, plan);
   if (tiles.empty()) return;
-  // Late rows see most keys: the longest tiles come first within a head, so that none is left over
-  // for one thread at the end.
-  std::reverse(tiles.begin(), tiles.end());
   run(p, static_cast<int64_t>(tiles.size()), plan.workspace,
       [&](int64_t i, float* workspace) { kernel.tile(p, tiles[i], plan, workspace); });
 }

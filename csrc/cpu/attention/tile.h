@@ -9,6 +9,7 @@
 
 #include "cpu/attention/params.h"
 #include "cpu/runtime/workspace.h"
+#include "cpu/simd/e4m3.h"
 #include "cpu/simd/rotate_row.h"
 #include "cpu/simd/transpose.h"
 
@@ -53,11 +54,12 @@ struct BlockRows {
     return tile.batch * x.batch + (tile.first_q + token) * x.seq + head * x.head;
   }
   int64_t lse_index(int64_t row) const {
-    return (tile.batch * p.heads_q + head(row)) * p.seqlen_q + tile.first_q + token(row);
+    return (tile.batch * p.heads_q + head(row)) * p.lse_head + tile.first_q + token(row);
   }
   float scale(int64_t row) const {
     const int64_t at = tile.first_q + token(row);
-    return p.softmax_scale * (p.row_scale.data ? p.row_scale.of(tile.batch, at) : 1.0f);
+    const float scale = p.k_scale ? p.softmax_scale * p.k_scale[tile.head] : p.softmax_scale;
+    return scale * (p.row_scale.data ? p.row_scale.of(tile.batch, at) : 1.0f);
   }
   // Calls visit(i, row, head) for row first + i of as many as a vector has, without the divisions
   // above: two for every row take longer than to copy it.
@@ -153,13 +155,21 @@ inline RowCosSin cos_sin_at(const CosSin& x, int64_t batch, int64_t token) {
   return {x.cos + at, x.sin + at};
 }
 
-// A row that is rotated is rounded to its type thereafter, as a rotated tensor would be.
+// Calls run(x) with a value of the element type of keys or values, T but for those in e4m3.
+template <typename T, typename Run>
+inline void with_rows(const AttentionTensor& x, const Run& run) {
+  if (x.is_e4m3) return run(e4m3{});
+  run(T{});
+}
+
+// A row that is rotated is rounded to its type thereafter, as a rotated tensor would be; one in
+// e4m3 is rotated in float alone.
 template <typename T>
 inline void read_row(const AttentionParams& p, const T* from, int64_t dim, RowCosSin by,
                      float* to) {
   if (!by.cos) return widen_row(from, dim, to);
   rotate_row({dim, p.half, p.interleaved}, from, by.cos, by.sin, 1.0f, to);
-  if constexpr (sizeof(T) < sizeof(float)) {
+  if constexpr (sizeof(T) == 2) {
     T rounded[kMaxHeadDim];
     narrow_row(to, dim, rounded);
     widen_row(rounded, dim, to);
@@ -176,10 +186,13 @@ struct KeyBlock {
   int64_t first, count, padded;
 };
 
+inline int64_t key_offset(const BlockRows& block, const AttentionTensor& x, int64_t key) {
+  return block.tile.batch * x.batch + x.at(block.tile.first_k + key) + block.tile.head * x.head;
+}
+
 template <typename T>
 inline const T* key_row(const BlockRows& block, const AttentionTensor& x, int64_t key) {
-  return static_cast<const T*>(x.data) + block.tile.batch * x.batch +
-         (block.tile.first_k + key) * x.seq + block.tile.head * x.head;
+  return static_cast<const T*>(x.data) + key_offset(block, x, key);
 }
 
 // (padded, head_dim)
@@ -202,10 +215,11 @@ inline void pack_rows(const BlockRows& block, const AttentionTensor& x, const Co
 template <typename T>
 inline void prefetch_share(const BlockRows& block, const AttentionTensor& x, int64_t first,
                            int64_t count, int64_t slice) {
+  const int64_t element = x.is_e4m3 ? 1 : sizeof(T);
   const int64_t begin = count * slice / block.slices, end = count * (slice + 1) / block.slices;
   for (int64_t i = begin; i < end; ++i) {
-    const char* from = reinterpret_cast<const char*>(key_row<T>(block, x, first + i));
-    const int64_t bytes = x.head_dim * static_cast<int64_t>(sizeof(T));
+    const char* from = static_cast<const char*>(x.data) + key_offset(block, x, first + i) * element;
+    const int64_t bytes = x.head_dim * element;
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
   }
 }

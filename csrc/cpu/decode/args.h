@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common/attention_args.h"
+#include "cpu/append/scales.h"
 #include "cpu/decode/params.h"
 #include "cpu/runtime/frequencies.h"
 
@@ -20,6 +21,7 @@ struct CacheArgs {
   const Tensor &inv_freq, &cache_seqlens;
   const OptionalTensor &block_table, &cache_leftpad, &log_decay, &cu_seqlens_q;
   bool interleaved;
+  const OptionalTensor &k_scale, &v_scale;
 
   bool packed() const { return cu_seqlens_q.has_value(); }
   template <typename... Message>
@@ -33,14 +35,13 @@ inline Plane plane(const Tensor& x) {
   return {x.data_ptr(), d == 4 ? x.stride(0) : 0, x.stride(d - 3), x.stride(d - 2)};
 }
 
-// packed: of the tokens of packed sequences.
+// packed: of the tokens of packed sequences; scaled: in e4m3.
 inline void check_tensor(const CacheArgs& a, const char* name, const Tensor& x, const Tensor& like,
-                         bool packed = false) {
+                         bool packed = false, bool scaled = false) {
   const int64_t d = packed ? 3 : 4;
   a.require(x.dim() == d, name, " must have ", d, " dimensions", packed ? " with cu_seqlens_q" : "",
             ", got shape ", shape_of(x));
-  a.require(x.is_cpu() && x.scalar_type() == like.scalar_type(), name,
-            " must be of the other tensors' dtype, on the CPU");
+  check_cache_dtype(a.op, name, x, like, scaled);
   a.require(x.stride(d - 1) == 1 || x.size(d - 1) <= 1 || x.numel() == 0, name,
             " must be contiguous in its last dimension, got stride ", x.stride(d - 1));
 }
@@ -76,8 +77,8 @@ inline const int32_t* boundaries_of(const CacheArgs& a, int64_t tokens) {
 }
 
 inline void check_new_rows(const CacheArgs& a, const char* name, const Tensor& x,
-                           const char* cache_name, const Tensor& cache) {
-  check_tensor(a, name, x, cache, a.packed());
+                           const char* cache_name, const Tensor& cache, const Tensor& like) {
+  check_tensor(a, name, x, like, a.packed());
   const int64_t d = x.dim();
   a.require(x.size(d - 2) == cache.size(2) && x.size(d - 1) == cache.size(3), name, " must have ",
             cache_name, "'s heads and head_dim (", cache.size(2), ", ", cache.size(3),
@@ -89,8 +90,8 @@ inline void check_new(const CacheArgs& a, const Tensor& like) {
   a.require(a.k.has_value() == a.v.has_value(), "k and v must be given together, got ",
             a.k.has_value() ? "k" : "v", " alone");
   if (!a.k.has_value()) return;
-  check_new_rows(a, "k", *a.k, "k_cache", a.k_cache);
-  check_new_rows(a, "v", *a.v, "v_cache", a.v_cache);
+  check_new_rows(a, "k", *a.k, "k_cache", a.k_cache, like);
+  check_new_rows(a, "v", *a.v, "v_cache", a.v_cache, like);
   const int64_t dims = like.dim() - 2;
   a.require(same_sizes(*a.v, *a.k, dims), "v must have k's tokens: k ", shape_of(*a.k), ", got ",
             shape_of(*a.v));
@@ -128,8 +129,10 @@ inline KVCache cache_of(const CacheArgs& a, const Tensor& like) {
   KVCache cache{};
   cache.dtype = dtype_of(a.op, like);
   check_tensor(a, a.op[0] == 'd' ? "q" : "k", like, like, a.packed());
-  check_tensor(a, "k_cache", k, like);
-  check_tensor(a, "v_cache", v, like);
+  const bool scaled = a.k_scale.has_value();
+  check_tensor(a, "k_cache", k, like, /*packed=*/false, scaled);
+  check_tensor(a, "v_cache", v, like, /*packed=*/false, scaled);
+  set_scales(a.op, a.k_scale, a.v_scale, k.size(2), cache);
   const int32_t* cu = a.packed() ? boundaries_of(a, like.size(0)) : nullptr;
   cache.batch = cu ? a.cu_seqlens_q->size(0) - 1 : like.size(0);
   cache.heads = k.size(2), cache.head_dim = like.size(like.dim() - 1), cache.head_dim_v = v.size(3);
@@ -171,8 +174,11 @@ inline FrequencyRows frequencies_of(const CacheArgs& a, const KVCache& cache) {
   FrequencyRows out{padded_rows(a.inv_freq), {}, {}};
   if (a.log_decay.has_value()) out.log_decay = padded_rows(*a.log_decay);
   out.params = {out.inv_freq.values.data(),
-                a.log_decay.has_value() ? out.log_decay.values.data() : nullptr, out.inv_freq.half,
-                out.inv_freq.rows > 1 ? out.inv_freq.padded : 0, a.interleaved};
+                a.log_decay.has_value() ? out.log_decay.values.data() : nullptr,
+                out.inv_freq.half,
+                out.inv_freq.padded,
+                out.inv_freq.rows > 1 ? out.inv_freq.padded : 0,
+                a.interleaved};
   return out;
 }
 

@@ -32,18 +32,15 @@ const float* decay_of(const CacheArgs& a) {
   return a.log_decay.has_value() ? static_cast<const float*>(a.log_decay->data_ptr()) : nullptr;
 }
 
-std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor k,
-                                  OptionalTensor v, Tensor inv_freq, Tensor cache_seqlens,
-                                  OptionalTensor block_table, OptionalTensor cache_leftpad,
-                                  OptionalTensor log_decay, OptionalTensor sinks,
-                                  OptionalTensor query_scale, OptionalTensor cu_seqlens_q,
-                                  std::vector<int64_t> starts, int64_t granularity,
-                                  std::vector<double> maps, std::optional<double> softmax_scale,
-                                  std::optional<double> log_n, double attention_factor,
-                                  bool interleaved, double softcap,
-                                  std::optional<int64_t> sliding_window) {
+std::tuple<Tensor, Tensor> decode(
+    Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor k, OptionalTensor v, Tensor inv_freq,
+    Tensor cache_seqlens, OptionalTensor block_table, OptionalTensor cache_leftpad,
+    OptionalTensor log_decay, OptionalTensor sinks, OptionalTensor query_scale,
+    OptionalTensor cu_seqlens_q, OptionalTensor k_scale, OptionalTensor v_scale,
+    std::vector<int64_t> starts, int64_t granularity, std::vector<double> maps,
+    std::optional<double> softmax_scale, std::optional<double> log_n, double attention_factor,
+    bool interleaved, double softcap, std::optional<int64_t> sliding_window) {
   constexpr const char* op = "decode";
-  constexpr double kLog2E = 1.4426950408889634;
   const CacheArgs args{op,
                        k_cache,
                        v_cache,
@@ -55,7 +52,9 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Opti
                        cache_leftpad,
                        log_decay,
                        cu_seqlens_q,
-                       interleaved};
+                       interleaved,
+                       k_scale,
+                       v_scale};
   const bool packed = args.packed();
   DecodeParams p{};
   p.cache = cache_of(args, q);
@@ -72,9 +71,8 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Opti
     require_of(op, !log_decay.has_value() || p.regions.at[r].k_map == p.regions.stored,
                "log_decay (XPOS) needs keys that are stored as every region sees them");
   }
-  const double cap = softcap_of(op, softcap);
-  p.scale = softmax_scale_of(op, softmax_scale, p.cache.head_dim) * (cap > 0 ? 1 / cap : kLog2E);
-  p.softcap = static_cast<float>(cap * kLog2E);
+  p.softcap = softcap_of(op, softcap);
+  p.softmax_scale = softmax_scale_of(op, softmax_scale, p.cache.head_dim);
   p.query_scale = query_scale_of(op, query_scale, p.cache.batch, p.seqlen_q, packed);
   p.sinks = sinks_of(op, sinks, p.heads_q);
   check_scales(op, log_n, attention_factor);
@@ -97,12 +95,13 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Opti
 
 void append(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor inv_freq,
             Tensor cache_seqlens, OptionalTensor block_table, OptionalTensor cache_leftpad,
-            OptionalTensor log_decay, std::vector<double> stored, bool interleaved) {
+            OptionalTensor log_decay, OptionalTensor k_scale, OptionalTensor v_scale,
+            std::vector<double> stored, bool interleaved) {
   constexpr const char* op = "append";
   const OptionalTensor new_k = k, new_v = v, not_packed;
   const CacheArgs args{op,         k_cache,       v_cache,     new_k,         new_v,
                        inv_freq,   cache_seqlens, block_table, cache_leftpad, log_decay,
-                       not_packed, interleaved};
+                       not_packed, interleaved,   k_scale,     v_scale};
   const KVCache cache = cache_of(args, k);
   require_of(op, stored.size() == kMapNumbers, "stored must be ", kMapNumbers, " numbers, got ",
              stored.size());

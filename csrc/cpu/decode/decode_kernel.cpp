@@ -18,9 +18,10 @@ namespace extrope {
 namespace {
 
 constexpr int kMaxRows = 4;  // of one pass over a block of keys
+constexpr double kLog2E = 1.4426950408889634;
 
 // The work on a block of queries and some keys: scratch memory of a thread.
-template <typename T>
+template <typename T, typename Cached>
 class Worker {
  public:
   explicit Worker(const DecodeParams& p)
@@ -29,6 +30,8 @@ class Worker {
         dim_(p.cache.head_dim),
         dim_v_(p.cache.head_dim_v),
         group_(p.heads_q / p.cache.heads),
+        scale_(p.softmax_scale * (p.softcap > 0 ? 1 / p.softcap : kLog2E)),
+        softcap_(static_cast<float>(p.softcap * kLog2E)),
         stride_(round_up(dim_, kFloats)),
         stride_v_(round_up(dim_v_, kFloats)),
         cos_(round_up(p.freqs.half, kFloats)),
@@ -89,7 +92,8 @@ class Worker {
         const T* q = static_cast<const T*>(p_.q) + queries_->batch * p_.q_batch +
                      (queries_->first_token + token) * p_.q_seq + head * p_.q_head;
         float* raw = &raw_[query(token, head)];
-        for (int64_t d = 0; d < dim_; ++d) raw[d] = widen(q[d]) * scale;
+        const float own = p_.cache.is_e4m3() ? scale * p_.cache.k_scale[head / group_] : scale;
+        for (int64_t d = 0; d < dim_; ++d) raw[d] = widen(q[d]) * own;
       }
     }
     for (int64_t r = 0; r < p_.regions.count; ++r) {
@@ -103,7 +107,7 @@ class Worker {
   // Of all logits of a row.
   float scale_of(int64_t token) const {
     const int64_t i = position(token);
-    double scale = p_.scale;
+    double scale = scale_;
     if (p_.log_n > 0 && i > 0) scale *= std::max(1.0, std::log(i + 1.0) / std::log(p_.log_n));
     if (p_.query_scale.data) {
       scale *= p_.query_scale.of(queries_->batch, queries_->first_token + token);
@@ -130,9 +134,9 @@ class Worker {
   }
 
   // Where the keys or values from..end-1 lie; the last one again to the end of the block.
-  void point(const Plane& plane, int64_t from, int64_t end, const T** rows) const {
+  void point(const Plane& plane, int64_t from, int64_t end, const Cached** rows) const {
     const int64_t count = std::min<int64_t>(kBlockN, end - from);
-    const T* base = static_cast<const T*>(plane.data);
+    const Cached* base = static_cast<const Cached*>(plane.data);
     int64_t slot = queries_->first_slot + from, in_page = slot, size = slot + count;
     const int32_t* page = nullptr;
     if (p_.cache.block_table) {
@@ -188,18 +192,18 @@ class Worker {
   template <int rows>
   void attend_head(int64_t j, int64_t count, const Visible& seen) {
     const int64_t whole = round_up(count, kKeysAtOnce<rows>);
-    const Rows<T> keys{key_rows_, head_ * p_.cache.k.head};
-    const Rows<T> values{value_rows_, head_ * p_.cache.v.head}, none{nullptr, 0};
+    const Rows<Cached> keys{key_rows_, head_ * p_.cache.k.head};
+    const Rows<Cached> values{value_rows_, head_ * p_.cache.v.head}, none{nullptr, 0};
     const bool last_head = head_ + 1 == p_.cache.heads;
-    const Rows<T> next{last_head ? next_rows_ : key_rows_,
-                       last_head ? 0 : (head_ + 1) * p_.cache.k.head};
+    const Rows<Cached> next{last_head ? next_rows_ : key_rows_,
+                            last_head ? 0 : (head_ + 1) * p_.cache.k.head};
     Rows<float> rotated[kMaxRegions];
     for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
       if (frames_[r].keys) rotated[r] = frames_[r].keys->rotate(keys);
     }
     for (int64_t m = 0; m < padded_; m += rows) {
       const int64_t row = head_ * padded_ + m;
-      Rows<T> ahead = m == 0 ? values : none;
+      Rows<Cached> ahead = m == 0 ? values : none;
       for (int64_t r = seen.first_region; r <= seen.last_region; ++r, ahead = none) {
         const float* q = &frames_[r].q[row * stride_];
         float* scores = r == seen.first_region ? scores_ : other_;
@@ -210,7 +214,7 @@ class Worker {
         }
         if (r > seen.first_region) take<rows>(r, m, j, count);
       }
-      if (p_.softcap > 0) cap_tile(p_.softcap, scores_, whole * rows);
+      if (softcap_ > 0) cap_tile(softcap_, scores_, whole * rows);
       if (seen.masked) mask<rows>(m, j, count);
       std::fill(scores_ + count * rows, scores_ + whole * rows, -INFINITY);
       const floats rescale = softmax_tile<rows>(scores_, whole * rows, softmax_[row / rows]);
@@ -258,6 +262,8 @@ class Worker {
   const DecodeParams& p_;
   const RowRotation rotation_;
   const int64_t dim_, dim_v_, group_;  // dims of queries and keys, of values
+  const double scale_;                 // of all logits: over softcap, or log2(e) included
+  const float softcap_;                // log2(e) included; 0: none
   const int64_t stride_, stride_v_;    // and of their rows here
   const QueryBlock* queries_ = nullptr;
   int64_t tokens_ = 0;              // of these queries
@@ -270,20 +276,17 @@ class Worker {
   Buffer<float> cos_, sin_, raw_, sums_;
   Buffer<Softmax> softmax_;
   alignas(64) float scores_[kBlockN * kMaxRows], other_[kBlockN * kMaxRows];
-  const T *key_rows_[kBlockN], *value_rows_[kBlockN], *next_rows_[kBlockN];
+  const Cached *key_rows_[kBlockN], *value_rows_[kBlockN], *next_rows_[kBlockN];
 };
-
-template <typename T>
-void decode_splits(const DecodeParams& p, const Split* splits, int64_t count) {
-  Worker<T> worker(p);
-  for (int64_t n = 0; n < count; ++n) worker.run(splits[n]);
-}
 
 }  // namespace
 
 void EXTROPE_EXPAND(decode_splits_, EXTROPE_ISA)(const DecodeParams& p, const Split* splits,
                                                  int64_t count) {
-  with_type(p.cache.dtype, [&](auto type) { decode_splits<decltype(type)>(p, splits, count); });
+  with_types(p.cache, [&](auto type, auto cached) {
+    Worker<decltype(type), decltype(cached)> worker(p);
+    for (int64_t n = 0; n < count; ++n) worker.run(splits[n]);
+  });
 }
 
 void EXTROPE_EXPAND(merge_splits_, EXTROPE_ISA)(const DecodeParams& p, const QueryBlock* queries,

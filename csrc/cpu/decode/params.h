@@ -13,7 +13,8 @@ namespace extrope {
 struct Frequencies {
   const double* inv_freq;   // rows of `half` frequencies, each padded to whole vectors
   const double* log_decay;  // one such row, or nullptr
-  int64_t half, batch;      // batch: from one sequence's row to the next; 0 where all share one
+  int64_t half, padded;
+  int64_t batch;  // from one sequence's row to the next; 0 where all share one
   bool interleaved;
 };
 
@@ -26,8 +27,8 @@ struct DecodeParams {
   int64_t seqlen_q, heads_q;
   const int32_t* cu_seqlens_q;  // boundaries of packed queries, seqlen_q in all, or nullptr
 
-  double scale;      // of all logits: over softcap, or log2(e) included
-  float softcap;     // log2(e) included; 0: none
+  double softmax_scale;
+  double softcap;    // 0: none
   double log_n;      // rows times max(1, ln(position + 1) / ln(log_n)); 0: not
   double amplitude;  // of rotated dims, once for q and k together
   QueryScale query_scale;

@@ -7,7 +7,8 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/append/rotations.h"
+#include "cpu/append/writes.h"
+#include "cpu/decode/chunks.h"
 #include "cpu/decode/kernels.h"
 #include "cpu/runtime/threads.h"
 
@@ -27,8 +28,9 @@ struct Kernels {
 };
 
 // The blocks of one sequence's queries, the tokens begin..end-1 of q's entry `batch`.
-inline void cut_sequence(const DecodeParams& p, int64_t sequence, int64_t batch, int64_t begin,
-                         int64_t end, int64_t& partial, std::vector<QueryBlock>& all) {
+inline void cut_sequence(const DecodeParams& p, const ChunkTokens& queries, int64_t& partial,
+                         std::vector<QueryBlock>& all) {
+  const auto [sequence, batch, begin, end] = queries;
   const int64_t tokens = std::max<int64_t>(1, kBlockM / (p.heads_q / p.cache.heads));
   const int64_t split_size = kSplitSize * ((end - begin + tokens - 1) / tokens);
   const int64_t first_slot = p.cache.first_slot(sequence);
@@ -44,16 +46,24 @@ inline void cut_sequence(const DecodeParams& p, int64_t sequence, int64_t batch,
   }
 }
 
-// The splits depend on the lengths alone, not on the threads: neither does the result. Sets the
-// number of rows of partial results.
-inline std::vector<QueryBlock> cut(const DecodeParams& p, int64_t& partial) {
-  std::vector<QueryBlock> all;
-  partial = 0;
+// Chunks, and the blocks of all other queries. Both depend on the lengths alone, not on the
+// threads: neither does the result.
+struct Work {
+  std::vector<std::unique_ptr<Chunk>> chunks;
+  std::vector<QueryBlock> blocks;
+  int64_t partials = 0;  // rows of partial results
+};
+
+inline Work cut(const DecodeParams& p) {
+  Work all;
   for (int64_t b = 0; b < p.cache.batch; ++b) {
-    if (const int32_t* cu = p.cu_seqlens_q) {
-      cut_sequence(p, b, 0, cu[b], cu[b + 1], partial, all);
+    const int32_t* cu = p.cu_seqlens_q;
+    const ChunkTokens queries =
+        cu ? ChunkTokens{b, 0, cu[b], cu[b + 1]} : ChunkTokens{b, b, 0, p.seqlen_q};
+    if (is_chunk(p, queries.end - queries.begin)) {
+      all.chunks.push_back(std::make_unique<Chunk>(p, queries));
     } else {
-      cut_sequence(p, b, b, 0, p.seqlen_q, partial, all);
+      cut_sequence(p, queries, all.partials, all.blocks);
     }
   }
   return all;
@@ -106,39 +116,58 @@ inline void run_append(const KVCache& cache, const Frequencies& freqs, const flo
     positions = mapped(stored, positions_behind(cache, tokens));
     set_token_positions(p, positions);
   }
-  write_into(p.tensors[0], cache.k, rows.k);
+  CacheWrites writes(cache, rows, batch, seqlen);
+  writes.take_keys(p.tensors[0]);
   Rotations all;
   all.add(p);
-  all.add(values_into(cache, rows, v, batch, seqlen));
-  all.run();
+  writes.run(all, v);
+}
+
+// Calls run(first, last) for the splits of each part, after all tiles of chunks: what takes longest
+// starts first.
+inline void run_parts(const DecodeParams& p, const Kernels& run, const Work& work,
+                      const Splits& splits) {
+  struct Tile {
+    const Chunk* chunk;
+    int64_t index;
+  };
+  std::vector<Tile> tiles;
+  int64_t workspace = 0;
+  for (const auto& chunk : work.chunks) {
+    for (int64_t n = 0; n < chunk->tiles(); ++n) tiles.push_back({chunk.get(), n});
+    workspace = std::max(workspace, chunk->workspace());
+  }
+  const int64_t all = splits.all.size(), before = tiles.size();
+  const DynamicThreads threads(std::min<int64_t>(torch::stable::get_num_threads(), before + all),
+                               workspace);
+  const int64_t parts = all > 0 ? threads.threads() * (p.cu_seqlens_q ? kParts : 1) : 0;
+  const auto first_of = [&](int64_t part) {
+    const int64_t least = splits.work * part / parts;
+    return std::partition_point(splits.all.data(), splits.all.data() + all,
+                                [&](const Split& split) { return split.middle < least; });
+  };
+  threads.run(before + parts, [&](int64_t n, float* space) {
+    if (n < before) return tiles[n].chunk->run(tiles[n].index, space);
+    const Split* first = first_of(n - before);
+    run.decode(p, first, first_of(n - before + 1) - first);
+  });
 }
 
 inline void run_decode(DecodeParams& p, const Kernels& run) {
-  int64_t partials;
-  const std::vector<QueryBlock> blocks = cut(p, partials);
-  const Splits splits = splits_of(p, blocks);
-  const std::unique_ptr<float[]> partial(new float[partials * (p.cache.head_dim_v + 2)]);
+  const Work work = cut(p);
+  const Splits splits = splits_of(p, work.blocks);
+  const std::unique_ptr<float[]> partial(new float[work.partials * (p.cache.head_dim_v + 2)]);
   p.partial = partial.get();
   if (p.cu_seqlens_q) fill_padding(p);
-  const int64_t all = splits.all.size(), merges = blocks.size();
-  if (splits.scores <= kFewScores) {
-    run.decode(p, splits.all.data(), all);
-    run.merge(p, blocks.data(), merges);
+  const int64_t merges = work.blocks.size();
+  if (work.chunks.empty() && splits.scores <= kFewScores) {
+    run.decode(p, splits.all.data(), splits.all.size());
+    run.merge(p, work.blocks.data(), merges);
     return;
   }
-  const DynamicThreads threads(std::min<int64_t>(torch::stable::get_num_threads(), all), 0);
-  const int64_t parts = threads.threads() * (p.cu_seqlens_q ? kParts : 1);
-  const auto first_of = [&](int64_t part) {
-    const int64_t before = splits.work * part / parts;
-    return std::partition_point(splits.all.data(), splits.all.data() + all,
-                                [&](const Split& split) { return split.middle < before; });
-  };
-  threads.run(parts, [&](int64_t part, float*) {
-    const Split* first = first_of(part);
-    run.decode(p, first, first_of(part + 1) - first);
-  });
+  run_parts(p, run, work, splits);
   torch::stable::parallel_for(0, merges, 1, [&](int64_t begin, int64_t end) {
-    run.merge(p, blocks.data() + begin, end - begin);
+    run.merge(p, work.blocks.data() + begin, end - begin);
   });
 }
 

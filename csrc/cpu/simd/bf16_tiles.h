@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 
+#include "cpu/simd/e4m3.h"
 #include "cpu/simd/transpose.h"
 
 namespace extrope {
@@ -39,6 +40,12 @@ struct SumsAt {
 EXTROPE_INLINE words load_values(const bf16* from, int64_t count) {
   const __mmask32 there = count >= kDepth ? ~0u : (1u << count) - 1;
   return bits_as<words>(_mm512_maskz_loadu_epi16(there, from));
+}
+
+// As bf16, which has them all.
+EXTROPE_INLINE words load_values(const e4m3* from, int64_t count) {
+  const __mmask32 there = count >= kDepth ? ~0u : (1u << count) - 1;
+  return bits_as<words>(widen_to_bf16(_mm256_maskz_loadu_epi8(there, from)));
 }
 
 // Pairs of floats rounded to bf16, a in the low halves.

@@ -16,7 +16,9 @@ REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_rows(op: str, name: str, x: Tensor, packed: bool) -> None:
+def check_rows(
+    op: str, name: str, x: Tensor, packed: bool, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> None:
     """A tensor (batch, seqlen, heads, head_dim), packed (total, heads, head_dim)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
@@ -27,7 +29,7 @@ def check_rows(op: str, name: str, x: Tensor, packed: bool) -> None:
             else "(batch, seqlen, heads, head_dim)"
         )
         raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
+    if x.dtype not in dtypes:
         raise ValueError(
             f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}"
         )

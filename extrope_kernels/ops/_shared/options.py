@@ -45,6 +45,8 @@ class CacheOptions(SoftmaxOptions, total=False):
     block_table: Tensor | None
     cache_leftpad: Tensor | None
     cu_seqlens_q: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
 
 def takes_options_of(attend: Callable, internal: tuple[str, ...]) -> Callable[[Function], Function]:

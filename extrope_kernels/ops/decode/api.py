@@ -42,6 +42,8 @@ def attend_with_kvcache(
     block_table: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     softmax_scale: float | None = None,
     log_n: float | None = None,
     query_scale: Tensor | None = None,
@@ -71,7 +73,9 @@ def attend_with_kvcache(
     if not isinstance(cache_seqlens, Tensor):
         cache_seqlens = cache_lengths(op, cache_seqlens, q, cu_seqlens_q, "cu_seqlens_q")
     rope_args = (freqs.inv_freq, cache_seqlens, block_table, cache_leftpad)
-    more = (freqs.log_decay, sinks, query_scale, cu_seqlens_q)
+    more: Tensors = (freqs.log_decay, sinks, query_scale, cu_seqlens_q)
+    if k_scale is not None or v_scale is not None:
+        more += (k_scale, v_scale)
     tensors: Tensors = (q, k_cache, v_cache, k, v, *rope_args, *given_up_to_last(*more))
     options = score_options(score, stored=True)
     options |= rope_options(op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window)

@@ -11,6 +11,7 @@ from ...scores import UNROTATED
 from .._shared.attention_call import AttentionCall
 from .._shared.attention_checks import check_call, check_query_scale, check_rope
 from .._shared.checks import DTYPES, check_cu_seqlens
+from .._shared.fp8 import FP8, NO_SCALES, Scales, check_cache_dtype, check_scales
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class KVCache:
     leftpad: Tensor | None = None  # (batch,) int32: the slot of position 0
     appended: int = 0  # tokens that this call writes, to be added to seqlens
     cu_seqlens_new: Tensor | None = None  # of tokens that it writes packed
+    scales: Scales = NO_SCALES
 
     @property
     def capacity(self) -> int:
@@ -64,22 +66,25 @@ def parse(
     sinks=None,
     query_scale=None,
     cu_seqlens_q=None,
+    k_scale=None,
+    v_scale=None,
     **options,
 ) -> tuple[KVCache, AttentionCall]:
     """The classes that implementations take, from the arguments of `decode`."""
     appended = k.shape[1] if isinstance(k, Tensor) and k.dim() == 4 else 0
     cu_seqlens_new = None if k is None else cu_seqlens_q
     of_cache = (cache_seqlens, block_table, cache_leftpad, appended, cu_seqlens_new)
-    cache = KVCache(k_cache, v_cache, *of_cache)
+    cache = KVCache(k_cache, v_cache, *of_cache, Scales(k_scale, v_scale))
     return cache, AttentionCall(inv_freq, cu_seqlens_q, log_decay, sinks, query_scale, **options)
 
 
 def parse_append(
-    k_cache, v_cache, k, v, *rope_args, stored, **options
+    k_cache, v_cache, k, v, *others, stored, **options
 ) -> tuple[KVCache, AttentionCall]:
     """The same from the arguments of `append`: a call without a region."""
     regions = {"starts": (), "granularity": 1, "maps": stored}
-    return parse(None, k_cache, v_cache, k, v, *rope_args, **regions, **options)
+    scales = dict(zip(("k_scale", "v_scale"), others[5:]))
+    return parse(None, k_cache, v_cache, k, v, *others[:5], **scales, **regions, **options)
 
 
 def check_decode(
@@ -95,7 +100,7 @@ def check_decode(
         given = "v" if k is None else "k"
         raise ValueError(f"{op}: k and v must be given together, got {given} alone")
     packed = call.cu_seqlens is not None
-    _check_rows(op, "q", q, None, packed)
+    _check_rows(op, "q", q, packed)
     batch = q.shape[0]
     if packed:
         check_cu_seqlens(op, call.cu_seqlens, q, "cu_seqlens_q")
@@ -105,7 +110,7 @@ def check_decode(
     if heads_k == 0 or heads_q % heads_k:
         raise ValueError(f"{op}: k_cache's heads must divide q's {heads_q} heads, got {heads_k}")
     if k is not None:
-        _check_new(op, k, v, cache, packed)
+        _check_new(op, k, v, cache, q, packed)
         if k.shape[:-2] != q.shape[:-2]:
             raise ValueError(
                 f"{op}: k must have q's {'total' if packed else 'batch and seqlen'} "
@@ -117,17 +122,24 @@ def check_decode(
 
 def check_append(op: str, k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:
     """The same for keys and values that are to be written into the cache."""
-    _check_rows(op, "k", k, None)
+    _check_rows(op, "k", k)
     _check_cache(op, cache, k, k.shape[0])
-    _check_new(op, k, v, cache)
+    _check_new(op, k, v, cache, k)
     check_rope(op, call, k, k.shape[0])
     if len(call.maps) != len(UNROTATED):
         raise ValueError(f"{op}: stored must be {len(UNROTATED)} numbers, got {len(call.maps)}")
 
 
-def _check_new(op: str, k: Tensor, v: Tensor, cache: KVCache, packed: bool = False) -> None:
+def _check_new(
+    op: str, k: Tensor, v: Tensor, cache: KVCache, like: Tensor, packed: bool = False
+) -> None:
     for label, x, of in (("k", k, cache.k), ("v", v, cache.v)):
-        _check_rows(op, label, x, cache.k, packed)
+        _check_rows(op, label, x, packed)
+        if x.dtype != like.dtype or x.device != like.device:
+            raise ValueError(
+                f"{op}: {label} must be {like.dtype} on {like.device} like the other tensors, "
+                f"got {x.dtype} on {x.device}"
+            )
         if x.shape[-2:] != of.shape[-2:]:
             raise ValueError(
                 f"{op}: {label} must have {label}_cache's heads and head_dim "
@@ -185,8 +197,9 @@ def check_values(
 def _check_cache(op: str, cache: KVCache, x: Tensor, batch: int) -> None:
     """x: (batch, tokens, heads, head_dim), queries or new keys; or packed queries."""
     paged = cache.block_table is not None
-    _check_rows(op, "k_cache", cache.k, x)
-    _check_rows(op, "v_cache", cache.v, x)
+    for label, plane in (("k_cache", cache.k), ("v_cache", cache.v)):
+        _check_rows(op, label, plane, dtypes=(*DTYPES, FP8))
+        check_cache_dtype(op, label, plane, x, cache.scales)
     if cache.v.shape[:-1] != cache.k.shape[:-1]:
         raise ValueError(
             f"{op}: v_cache must have k_cache's shape {tuple(cache.k.shape)} but for head_dim, "
@@ -197,6 +210,7 @@ def _check_cache(op: str, cache: KVCache, x: Tensor, batch: int) -> None:
         raise ValueError(
             f"{op}: k_cache must be ({expected}, {x.shape[-1]}), got {tuple(cache.k.shape)}"
         )
+    check_scales(op, cache.scales, cache.k.shape[2], x)
     _check_ints(op, "cache_seqlens", cache.seqlens, (batch,), x)
     if cache.leftpad is not None:
         _check_ints(op, "cache_leftpad", cache.leftpad, (batch,), x)
@@ -206,7 +220,13 @@ def _check_cache(op: str, cache: KVCache, x: Tensor, batch: int) -> None:
             raise ValueError(f"{op}: k_cache must have a block_size >= 1, got 0")
 
 
-def _check_rows(op: str, label: str, x: Tensor, like: Tensor | None, packed: bool = False) -> None:
+def _check_rows(
+    op: str,
+    label: str,
+    x: Tensor,
+    packed: bool = False,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {label} must be a Tensor, got {type(x).__name__}")
     dims = 3 if packed else 4
@@ -215,14 +235,9 @@ def _check_rows(op: str, label: str, x: Tensor, like: Tensor | None, packed: boo
             f"{op}: {label} must have {dims} dimensions{' with cu_seqlens_q' if packed else ''}, "
             f"got shape {tuple(x.shape)}"
         )
-    if x.dtype not in DTYPES:
+    if x.dtype not in dtypes:
         raise ValueError(
             f"{op}: {label} must be float32, bfloat16, float16 or float64, got {x.dtype}"
-        )
-    if like is not None and (x.dtype != like.dtype or x.device != like.device):
-        raise ValueError(
-            f"{op}: {label} must be {like.dtype} on {like.device} like the other tensors, "
-            f"got {x.dtype} on {x.device}"
         )
     if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel() > 0:
         raise ValueError(

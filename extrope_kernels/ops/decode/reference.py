@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._shared.attention_call import AttentionCall, row_scale
+from .._shared.fp8 import dequantize, quantize
 from .._shared.frames import rotate_keys, rotate_queries, store_keys
 from .._shared.softmax import capped, softmax_of
 from .arguments import KVCache
@@ -33,7 +34,8 @@ def decode(
     lengths = cache.lengths()[:, None]
     i = lengths - q.shape[1] + torch.arange(q.shape[1], device=q.device)  # (batch, seqlen_q)
     j = torch.arange(cache.capacity, device=q.device).expand(q.shape[0], -1)
-    stored, values = (x.to(wide).repeat_interleave(group, 2) for x in _gather(cache, j, lengths))
+    gathered = _gather(cache, j, lengths, wide)
+    stored, values = (x.repeat_interleave(group, 2) for x in gathered)
     scale, rows = call.scale(q.shape[-1]), row_scale(i, call)
     if rows is not None:
         scale = rows.to(wide).expand(i.shape)[:, None, :, None] * scale
@@ -76,7 +78,8 @@ def _one_sequence(
     rows = (None if x is None else x[b : b + 1] for x in (cache.block_table, cache.leftpad))
     appended = 0 if cache.cu_seqlens_new is None else tokens.stop - tokens.start
     inv_freq, scale = call.inv_freq, call.query_scale
-    return KVCache(*planes, cache.seqlens[b : b + 1], *rows, appended), replace(
+    own = (cache.seqlens[b : b + 1], *rows, appended, None, cache.scales)
+    return KVCache(*planes, *own), replace(
         call,
         cu_seqlens=None,
         inv_freq=inv_freq[b % inv_freq.shape[0]] if inv_freq.dim() == 2 else inv_freq,
@@ -89,11 +92,11 @@ def append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:
     slots = cache.seqlens.long()[:, None] + torch.arange(k.shape[1], device=k.device)
     j = slots if cache.leftpad is None else slots - cache.leftpad[:, None]
     rows = cache.rows(slots)
-    cache.k.index_put_(rows, store_keys(k, j, call))
-    cache.v.index_put_(rows, v)
+    for plane, x, scale in zip((cache.k, cache.v), (store_keys(k, j, call), v), cache.scales):
+        plane.index_put_(rows, x if scale is None else quantize(x, scale))
 
 
-def _gather(cache: KVCache, j: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def _gather(cache: KVCache, j: Tensor, lengths: Tensor, wide: torch.dtype) -> tuple[Tensor, ...]:
     """Keys and values by position, (batch, capacity, heads_k, head_dim); zero past the last."""
     valid = j < lengths
     slots = j if cache.leftpad is None else j + cache.leftpad[:, None]
@@ -101,5 +104,6 @@ def _gather(cache: KVCache, j: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]
     if cache.block_table is not None:
         block = torch.where(valid, block, 0)
     return tuple(
-        torch.where(valid[..., None, None], x[block, slot], 0.0) for x in (cache.k, cache.v)
+        torch.where(valid[..., None, None], dequantize(x[block, slot], scale, wide), 0.0)
+        for x, scale in zip((cache.k, cache.v), cache.scales)
     )

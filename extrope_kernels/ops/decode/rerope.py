@@ -42,7 +42,7 @@ def rerope_attention_with_kvcache(
         With cu_seqlens_q (total, heads_q, head_dim).
     k_cache, v_cache: (batch, max_len, heads_k, head_dim), any strides with a contiguous last
         dimension; with block_table (num_blocks, block_size, heads_k, head_dim). The head_dim of
-        v_cache may be another.
+        v_cache may be another. Both in q's dtype, or float8_e4m3fn with k_scale and v_scale.
     cache_seqlens: (batch,) int32, or one int for all (a CUDA graph would replay it unchanged). With
         k and v: how many slots were in use before them. Else: how many are, the queries' own tokens
         included.
@@ -52,6 +52,9 @@ def rerope_attention_with_kvcache(
         tokens of many sequences in one call. A sequence may have none; what is past the last
         boundary is padding, gets 0 and -inf, and is not written.
     block_table: (batch, max_blocks) int32: the blocks of each sequence in their order.
+    k_scale, v_scale: (heads_k,) float32, of a cache in float8_e4m3fn: a key or value is what is
+        stored times its head's scale. It is written over the scale, rounded to nearest even, and
+        at most 448 either way.
     cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
     freqs, window, factor, grouped, softmax_scale, log_n, query_scale, softcap, sinks,
         sliding_window, interleaved: as for `rerope_attention`; freqs, factor and grouped the same

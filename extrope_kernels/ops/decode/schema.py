@@ -14,6 +14,7 @@ import torch
 from .._shared.attention_call import SCHEMA
 from .._shared.attention_checks import check_head_dim
 from .._shared.autograd import refuse_backward
+from .._shared.fp8 import refuse_in_triton
 from .._shared.library import library, load_on_first_use, ops
 from . import reference
 from .arguments import check_append, check_decode, check_values, parse, parse_append
@@ -22,16 +23,17 @@ _CACHE = (
     "Tensor inv_freq, Tensor cache_seqlens, Tensor? block_table=None, "
     "Tensor? cache_leftpad=None, Tensor? log_decay=None"
 )
+_SCALES = "Tensor? k_scale=None, Tensor? v_scale=None"  # of a cache in float8_e4m3fn
 # With k and v, these are written into the cache first.
 _DECODE = (
     "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
-    f"{_CACHE}, Tensor? sinks=None, Tensor? query_scale=None, Tensor? cu_seqlens_q=None, *, "
-    f"{SCHEMA}) -> (Tensor out, Tensor lse)"
+    f"{_CACHE}, Tensor? sinks=None, Tensor? query_scale=None, Tensor? cu_seqlens_q=None, "
+    f"{_SCALES}, *, {SCHEMA}) -> (Tensor out, Tensor lse)"
 )
 # stored: the map that keys are rotated by.
 _APPEND = (
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
-    f"{_CACHE}, *, float[] stored, bool interleaved=False) -> ()"
+    f"{_CACHE}, {_SCALES}, *, float[] stored, bool interleaved=False) -> ()"
 )
 
 
@@ -63,6 +65,7 @@ def _checked_decode(implementation, tensors, options):
     q, k, v = tensors[0], tensors[3], tensors[4]
     check_decode("decode", q, k, v, cache, call)
     if implementation == "triton":
+        refuse_in_triton("decode", cache.k)
         check_head_dim("decode", q)
         check_head_dim("decode", cache.v)
     return q, k, v, cache, call
@@ -85,6 +88,7 @@ def _checked_append(implementation, tensors, options):
     k, v = tensors[2:4]
     check_append("append", k, v, cache, call)
     if implementation == "triton":
+        refuse_in_triton("append", cache.k)
         check_head_dim("append", k)
         check_head_dim("append", v)
     return k, v, cache, call

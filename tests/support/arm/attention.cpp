@@ -42,7 +42,7 @@ class Call {
  public:
   explicit Call(const Case& c) : c_(c), batch_(c.packed ? 1 : 2) {
     p_.dtype = dtype<T>();
-    p_.batch = batch_, p_.seqlen_q = c.seqlen_q, p_.seqlen_k = c.seqlen_k;
+    p_.batch = batch_, p_.seqlen_q = p_.lse_head = c.seqlen_q, p_.seqlen_k = c.seqlen_k;
     p_.heads_q = 4, p_.heads_k = 2, p_.head_dim = c.head_dim;
     p_.regions = c.regions, p_.softmax_scale = 0.125f;
     p_.half = c.half, p_.interleaved = c.interleaved;

@@ -39,6 +39,8 @@ def rope_append_kvcache(
     cache_leftpad: Tensor | None = None,
     positions: Tensor | None = None,
     score: Score | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
@@ -57,7 +59,8 @@ def rope_append_kvcache(
         head_dim, v may have another; k and v have the cache's heads. q may be None.
     k_cache, v_cache: (batch, max_len, heads_k, head_dim), or with block_table or slot_mapping
         (num_blocks, block_size, heads_k, head_dim); any strides with a contiguous last dimension.
-        What no token goes to stays as it is.
+        What no token goes to stays as it is. In k's dtype, or float8_e4m3fn with k_scale and
+        v_scale.
     freqs: from `extrope_kernels.methods`, on k's device, as for `apply_rope`; None rotates nothing.
     cache_seqlens: (batch,) int32, or one int for all: the slots in use. The new tokens go behind
         them, and have the positions that follow.
@@ -72,6 +75,8 @@ def rope_append_kvcache(
     score: of a score method, `scores.rerope(window)` or another: keys are rotated to where the
         attention with a cache of that name has them, and queries, which it rotates itself, come
         back normed alone. XPOS's log_decay is then taken by methods that store keys by blocks.
+    k_scale, v_scale: (heads_k,) float32, of a cache in float8_e4m3fn: keys and values are written
+        over their head's scale, rounded to nearest even, at most 448 either way.
     q_norm_weight, k_norm_weight, norm_eps: as for `apply_rope_qk`; None leaves that tensor without
         a norm.
     interleaved: as for `apply_rope`.
@@ -100,9 +105,10 @@ def rope_append_kvcache(
         rope_args = _rope_args(freqs, score, options)
     inv_freq, log_decay, axes = rope_args
     where = (cache_seqlens, block_table, slot_mapping, cu_seqlens, cache_leftpad, positions)
+    scales = () if k_scale is v_scale is None else (k_scale, v_scale)
     tensors = (
         *(q, k, v, k_cache, v_cache, q_norm_weight, k_norm_weight, inv_freq),
-        *given_up_to_last(*where, log_decay, axes),
+        *given_up_to_last(*where, log_decay, axes, *scales),
     )
     out = explained(
         "rope_append",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ....scores import PositionMap
 from ..._shared.attention_call import position_map
+from ..._shared.fp8 import Scales
 from ..._shared.positions import sequence_of_token
 
 
@@ -32,11 +33,17 @@ class Append:
     positions: Tensor | None = None  # None: behind those in use
     log_decay: Tensor | None = None
     axes: Tensor | None = None
+    k_scale: Tensor | None = None  # of a cache in float8_e4m3fn
+    v_scale: Tensor | None = None
     stored: tuple[float, ...] | list[float] = ()  # a map: k rotates to there, and q not at all
     norm_eps: float = 1e-6
     attention_factor: float = 1.0
     interleaved: bool = False
     decay_origin: float = 0.0
+
+    @property
+    def scales(self) -> Scales:
+        return Scales(self.k_scale, self.v_scale)
 
     @property
     def packed(self) -> bool:

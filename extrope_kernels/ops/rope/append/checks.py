@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ....scores import PositionMap
-from ..._shared.checks import check_cu_seqlens, check_matching, check_rows, refuse_flags
+from ..._shared.checks import DTYPES, check_cu_seqlens, check_matching, check_rows, refuse_flags
+from ..._shared.fp8 import FP8, Scales, check_cache_dtype, check_scales
 from .. import checks as rope_checks
 from .arguments import Append
 
@@ -28,7 +29,8 @@ def check(op: str, call: Append) -> None:
         check_rows(op, "q", call.q, packed)
         check_matching(op, call.q, call.k)
     for name, cache, x in (("k_cache", call.k_cache, call.k), ("v_cache", call.v_cache, call.v)):
-        _check_cache(op, name, cache, x)
+        _check_cache(op, name, cache, x, call.scales)
+    check_scales(op, call.scales, call.k_cache.shape[2], call.k)
     if call.v_cache.shape[:2] != call.k_cache.shape[:2]:
         raise ValueError(
             f"{op}: v_cache must have k_cache's blocks and slots {tuple(call.k_cache.shape[:2])}, "
@@ -92,13 +94,9 @@ def _check_values_tensor(op: str, call: Append) -> None:
         )
 
 
-def _check_cache(op: str, name: str, cache: Tensor, x: Tensor) -> None:
-    check_rows(op, name, cache, False)
-    if cache.dtype != x.dtype or cache.device != x.device:
-        raise ValueError(
-            f"{op}: {name} must be {x.dtype} on {x.device} like k, got {cache.dtype} on "
-            f"{cache.device}"
-        )
+def _check_cache(op: str, name: str, cache: Tensor, x: Tensor, scales: Scales) -> None:
+    check_rows(op, name, cache, False, (*DTYPES, FP8))
+    check_cache_dtype(op, name, cache, x, scales)
     if cache.shape[2:] != x.shape[-2:]:
         raise ValueError(
             f"{op}: {name} must have the heads and head_dim that are written, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ....scores import UNROTATED
+from ..._shared.fp8 import quantize
 from ..norm import rms_norm, rope_norm_fwd
 from .arguments import Append
 from .checks import check, check_values
@@ -19,8 +20,9 @@ def rope_append(*tensors: Tensor | None, **options) -> Tensor:
     written, block, slot = call.rows()
     at = block[written], slot[written]
     shape = (call.batch, call.seqlen)
-    call.k_cache.index_put_(at, k.reshape(*shape, *k.shape[-2:])[written])
-    call.v_cache.index_put_(at, call.v.reshape(*shape, *call.v.shape[-2:])[written])
+    for cache, x, scale in zip((call.k_cache, call.v_cache), (k, call.v), call.scales):
+        rows = x.reshape(*shape, *x.shape[-2:])[written]
+        cache.index_put_(at, rows if scale is None else quantize(rows, scale))
     return call.k.new_empty(0) if q is None else q
 
 

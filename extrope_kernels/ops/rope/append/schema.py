@@ -22,7 +22,8 @@ _SCHEMA = (
     "Tensor? q_norm_weight, Tensor? k_norm_weight, Tensor? inv_freq, Tensor? cache_seqlens=None, "
     "Tensor? block_table=None, Tensor? slot_mapping=None, Tensor? cu_seqlens=None, "
     "Tensor? cache_leftpad=None, Tensor? positions=None, Tensor? log_decay=None, "
-    "Tensor? axes=None, *, float[] stored=[], float norm_eps=1e-6, float attention_factor=1.0, "
+    "Tensor? axes=None, Tensor? k_scale=None, Tensor? v_scale=None, *, "
+    "float[] stored=[], float norm_eps=1e-6, float attention_factor=1.0, "
     "bool interleaved=False, float decay_origin=0.0) -> Tensor"
 )
 

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from ....scores import PositionMap
+from ..._shared.fp8 import refuse_in_triton
 from ..._shared.triton.launch import INTERPRETED, Plan, chip_of, layouts_of, planned, strides_of
 from ..append.arguments import Append
 from ..append.checks import check, check_values
@@ -37,6 +38,7 @@ def _plan(tensors: tuple[Tensor | None, ...], options: dict) -> tuple[Plan | Non
     """The launch, where there is one, and whether every pair reads the position of its axis."""
     call = Append(*tensors, **options)
     check("rope_append", call)
+    refuse_in_triton("rope_append", call.k_cache)
     if call.batch * call.seqlen == 0:
         return None, False
     q, k, v = (x[None] if call.packed and x is not None else x for x in (call.q, call.k, call.v))

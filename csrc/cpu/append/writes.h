@@ -1,0 +1,77 @@
+// Where the rotations of an append write: into the cache itself, or, where that is e4m3, into rows
+// of the tokens' own type first.
+#pragma once
+
+#include <vector>
+
+#include "cpu/append/quantize.h"
+#include "cpu/append/rotations.h"
+#include "cpu/runtime/output_pages.h"
+
+namespace extrope {
+
+class CacheWrites {
+ public:
+  CacheWrites(const KVCache& cache, const CacheRows& rows, int64_t batch, int64_t seqlen)
+      : cache_(cache), rows_(rows), batch_(batch), seqlen_(seqlen) {}
+  CacheWrites(const CacheWrites&) = delete;
+
+  // Where the rotated keys go.
+  void take_keys(RopeTensor& x) {
+    if (!cache_.is_e4m3()) return write_into(x, cache_.k, rows_.k);
+    const int64_t row = cache_.heads * cache_.head_dim;
+    staged_.push_back(fresh({batch_ * seqlen_ * row}, type_of(cache_.dtype)));
+    k_ = {staged_.back().data_ptr(), seqlen_ * row, row, cache_.head_dim};
+    x.out = k_.data, x.out_batch = k_.block, x.out_seq = k_.slot, x.out_head = k_.head;
+  }
+
+  // Runs the rotations, which take_keys() has been asked for the keys of, and writes the values.
+  void run(Rotations& all, const Plane& v) const {
+    if (!cache_.is_e4m3()) {
+      all.add(values_into(cache_, rows_, v, batch_, seqlen_));
+      return all.run();
+    }
+    all.run();
+    quantize(k_, cache_.k, cache_.k_scale, cache_.head_dim, rows_.k);
+    quantize(v, cache_.v, cache_.v_scale, cache_.head_dim_v, rows_.v);
+  }
+
+ private:
+  static ScalarType type_of(DType dtype) {
+    switch (dtype) {
+      case DType::f32:
+        return ScalarType::Float;
+      case DType::f64:
+        return ScalarType::Double;
+      case DType::bf16:
+        return ScalarType::BFloat16;
+      default:
+        return ScalarType::Half;
+    }
+  }
+
+  void quantize(const Plane& in, const Plane& out, const float* scale, int64_t head_dim,
+                const std::vector<int64_t>& rows) const {
+    const QuantizeParams p{cache_.dtype,
+                           in,
+                           seqlen_,
+                           cache_.heads,
+                           head_dim,
+                           scale,
+                           static_cast<uint8_t*>(out.data),
+                           out.head,
+                           rows.data()};
+#define EXTROPE_QUANTIZE(isa) quantize_rows_##isa
+    share_out(batch_ * seqlen_, cache_.heads * head_dim * 4,
+              [&](int64_t begin, int64_t end) { EXTROPE_WIDEST(EXTROPE_QUANTIZE)(p, begin, end); });
+#undef EXTROPE_QUANTIZE
+  }
+
+  const KVCache& cache_;
+  const CacheRows& rows_;
+  const int64_t batch_, seqlen_;
+  Plane k_{};
+  std::vector<Tensor> staged_;
+};
+
+}  // namespace extrope

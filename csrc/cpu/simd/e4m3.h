@@ -1,0 +1,104 @@
+// float8_e4m3fn: a sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, and NaN where
+// all bits but the sign are set. Read exactly; written rounded to nearest even, within its range.
+#pragma once
+
+#include "cpu/simd/simd.h"
+
+namespace extrope {
+namespace {
+
+struct e4m3 {
+  uint8_t bits;
+};
+
+typedef uint8_t quarters __attribute__((vector_size(kFloats)));
+
+constexpr float kLargestE4m3 = 448.0f, kLeastNormalE4m3 = 0x1p-6f, kStepE4m3 = 0x1p-9f;
+
+#if defined(__F16C__)
+typedef int16_t shorts __attribute__((vector_size(kFloats * 2)));
+
+// Their signs in all bits from 7 up. A conversion of vectors is two of halves to GCC.
+inline shorts load_codes(const e4m3* from) {
+#if defined(__AVX512F__)
+  return bits_as<shorts>(_mm256_cvtepi8_epi16(load<__m128i>(from)));
+#else
+  return bits_as<shorts>(
+      _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#endif
+}
+
+// Through float16, whose bits lie alike but for the exponent's bias: conversions take its subnormal
+// numbers as fast as others.
+inline floats load_wide(const e4m3* from) {
+  shorts half = load_codes(from) << 7 & int16_t(0xbfff);
+  half |= ((half & 0x3f80) == 0x3f80) & 0x7e00;
+  return load_wide(reinterpret_cast<const f16*>(&half)) * 0x1p8f;
+}
+#else
+// Subnormal numbers are counted in steps: as subnormal floats, processors would take them slowly.
+inline floats load_wide(const e4m3* from) {
+  const words codes = __builtin_convertvector(load<quarters>(from), words);
+  const words sign = (codes & 0x80) << 24, magnitude = codes & 0x7f;
+  const words normal = (magnitude << 20) + (120u << 23);
+  const floats steps = __builtin_convertvector(bits_as<ints>(magnitude), floats) * kStepE4m3;
+  words found = magnitude < 8 ? bits_as<words>(steps) : normal;
+  found = magnitude == 0x7f ? (words{} + 0x7fc00000) : found;
+  return bits_as<floats>(found | sign);
+}
+#endif
+
+inline float widen(e4m3 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x80) << 24, magnitude = x.bits & 0x7f;
+  if (magnitude == 0x7f) return bits_as<float>(sign | 0x7fc00000);
+  const float found = magnitude < 8 ? static_cast<float>(magnitude) * kStepE4m3
+                                    : bits_as<float>((magnitude << 20) + (120u << 23));
+  return bits_as<float>(bits_as<uint32_t>(found) | sign);
+}
+
+inline void store_narrow(e4m3* to, floats v) {
+  const words bits = bits_as<words>(v), sign = bits >> 24 & 0x80;
+  const floats size = bits_as<floats>(bits & 0x7fffffff);
+  const floats inside = size < kLargestE4m3 ? size : (floats{} + kLargestE4m3);
+  const words of = bits_as<words>(inside);
+  const words normal = ((of + 0x7ffff + (of >> 20 & 1)) >> 20) - (120u << 3);
+  // Rounds to a multiple of the step, which is the last place of the sum.
+  constexpr float kRounder = 0x1p14f;
+  const words few = bits_as<words>(inside + kRounder) - (words{} + bits_as<uint32_t>(kRounder));
+  words code = inside < kLeastNormalE4m3 ? few : normal;
+  code = v == v ? code : (words{} + 0x7f);
+  store(to, __builtin_convertvector(code | sign, quarters));
+}
+
+inline void narrow(float x, e4m3& out) {
+  const uint32_t bits = bits_as<uint32_t>(x), sign = bits >> 24 & 0x80;
+  const float size = bits_as<float>(bits & 0x7fffffff);
+  if (x != x) {
+    out.bits = uint8_t(sign | 0x7f);
+  } else if (size < kLeastNormalE4m3) {
+    out.bits = uint8_t(sign | (bits_as<uint32_t>(size + 0x1p14f) - bits_as<uint32_t>(0x1p14f)));
+  } else {
+    const uint32_t of = bits_as<uint32_t>(size < kLargestE4m3 ? size : kLargestE4m3);
+    out.bits = uint8_t(sign | (((of + 0x7ffff + (of >> 20 & 1)) >> 20) - (120u << 3)));
+  }
+}
+
+#if defined(__AVX512BW__)
+// 32 numbers as bf16, which has them all.
+inline __m512i widen_to_bf16(__m256i codes) {
+  const __m512i wide = _mm512_cvtepi8_epi16(codes);  // the sign in all bits from 7 up
+  const __m512i magnitude = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
+  const __m512i sign = _mm512_and_si512(wide, _mm512_set1_epi16(int16_t(0x8000)));
+  __m512i found = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+  const __m512i few = _mm512_castsi128_si512(
+      _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));  // n steps
+  const __mmask32 small = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
+  found = _mm512_mask_permutexvar_epi16(found, small, magnitude, few);
+  const __mmask32 none = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
+  found = _mm512_mask_mov_epi16(found, none, _mm512_set1_epi16(0x7fc0));
+  return _mm512_or_si512(found, sign);
+}
+#endif
+
+}  // namespace
+}  // namespace extrope
