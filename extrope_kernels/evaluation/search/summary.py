@@ -32,6 +32,7 @@ def summarise(
         }
         if pieces:
             against = [loss - yarn for loss, yarn in zip(own, losses[1], strict=True)]
+            row["first_piece"] = rows[0]["eighths"]
             for name, values in (
                 ("loss", own),
                 ("to_yarn", against),
