@@ -45,7 +45,8 @@ class Candidate:
             yield
 
     def _short(self) -> list[tuple[str, Any]]:
-        return [(k, v) for k, v in self.params.items() if self.method != "longrope"]
+        shown = {"attention_factor"} if self.method == "longrope" else self.params.keys()
+        return [(name, value) for name, value in self.params.items() if name in shown]
 
 
 def published(length: int, trained: int, pairs: int) -> list[Candidate]:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from extrope_kernels.evaluation import report
@@ -34,12 +35,12 @@ class Ledger:
     ) -> dict[str, Any] | None:
         """Return what was measured, or measure it; None if that would pass a share of the budget.
 
-        How long it takes is told by the last of its kind. of: what it is, `kind` among it.
+        How long it takes is told by the others of its kind. of: what it is, `kind` among it.
         """
         if (known := self._known.get(_key(of))) is not None:
             return known
         took = [r["seconds"] for r in self.results["rows"] if r["of"]["kind"] == of["kind"]]
-        if self.spent + (took[-1] if took else 0.0) > share * self.budget:
+        if self.spent + (median(took) if took else 0.0) > share * self.budget:
             return None
         began = time.perf_counter()
         found = measure()

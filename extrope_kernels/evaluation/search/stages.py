@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Shares of the budget by whose end a stage is over.
-_GRID, _FACTORS, _FULL_LENGTH, _HELD_OUT = 0.12, 0.3, 0.4, 1.0
+_GRID, _FACTORS, _FULL_LENGTH, _HELD_OUT = 0.12, 0.3, 0.45, 1.0
 _FIRST_PIECES, _PIECES, _HELD_OUT_PIECES = 2, 6, 8
 _STEPS = 24
 # Of a text's tokens, those whose loss counts: of short pieces all behind the gap.
@@ -84,8 +84,12 @@ class Search:
         found = {i: self.mean_short(c, pieces, _GRID) for i, c in enumerate(candidates)}
         return {index: mean for index, mean in found.items() if mean is not None}
 
-    def factors(self, start: Candidate) -> Candidate | None:
-        """Return LongRoPE's factors for this model, found from those of another method."""
+    def factors(self, start: Candidate) -> list[Candidate]:
+        """Return LongRoPE's factors for this model, found from those of another method.
+
+        With YaRN's amplitude, and with that of the start where it has another: short pieces do not
+        tell how far attention is thinned out over the keys of a long text.
+        """
         freqs = self.ladder.freqs(start)
         logs = self.ladder.log_factors(freqs)
         self.display.line(f"factors per pair, from those of {start.name}")
@@ -95,10 +99,14 @@ class Search:
             self.display.line("no gradient reaches this model's frequencies: factors by mutation")
             found = self._mutate(logs, freqs.attention_factor)
         if found is None:
-            return None
-        searched = self.ladder.longrope(found, freqs.attention_factor)
-        self.mean_short(searched, _PIECES, _FACTORS)
-        return searched
+            return []
+        self.mean_short(self.ladder.longrope(found, freqs.attention_factor), _PIECES, _FACTORS)
+        amplitudes = self.ladder.freqs(self.yarn()).attention_factor, freqs.attention_factor
+        return [self.ladder.longrope(found, each) for each in dict.fromkeys(amplitudes)]
+
+    def yarn(self) -> Candidate:
+        """Return YaRN by its paper, which everything is compared with."""
+        return Candidate("yarn", {"factor": max(1.0, self.length / self.ladder.trained)})
 
     def _descend(self, logs: Tensor, attention_factor: float) -> Tensor | None:
         tokens = len(short_piece(self.texts[0], self.length, 0, self.seed)[0])
@@ -138,14 +146,15 @@ class Search:
         return None if evolution.log_factors is start else evolution.log_factors
 
     def full_length(
-        self, ranked: Sequence[Candidate], searched: Candidate | None
+        self, ranked: Sequence[Candidate], searched: Sequence[Candidate]
     ) -> list[Candidate]:
         """Return the finalists: plain, YaRN by its paper, and the best of each kind by one piece.
 
         Kinds are published frequencies, factors that were searched, and score methods.
         """
         scores = score_methods(self.length, self.ladder.trained)
-        kinds = [ranked[:3], [] if searched is None else [searched], scores]
+        yarn = self.yarn()
+        kinds = [[yarn, *(c for c in ranked[:3] if c != yarn)], searched, scores]
         # In turn, so that each kind has had its likeliest when time is up.
         for turn in range(max(map(len, kinds))):
             for kind in kinds:
@@ -155,9 +164,8 @@ class Search:
             scaled = with_log_n(best, self.ladder.trained)
             self._on_search_text(scaled)
             kinds[2] = [best, scaled]
-        yarn = published(self.length, self.ladder.trained, len(self.ladder.plain))[0]
-        finalists = [Candidate(), yarn, self._best_at_full_length(kinds[0]) or ranked[0]]
-        finalists += [c for c in (searched, self._best_at_full_length(kinds[2])) if c is not None]
+        found = [self._best_at_full_length(kind) for kind in kinds]
+        finalists = [Candidate(), yarn, *(c for c in found if c is not None)]
         return [c for index, c in enumerate(finalists) if c not in finalists[:index]]
 
     def decide(self, finalists: Sequence[Candidate]) -> None:
