@@ -66,6 +66,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         )
     left.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
     left.axvline(0, color="0.35", linewidth=0.8)
+    # A model as it is may be nats behind, where the others differ by hundredths.
+    left.set_xscale("symlog", linthresh=0.1)
     left.set_xlabel("loss of the last quarter, to YaRN's (nats a token; 0 is YaRN)")
     for name, factors in results["factors"].items():
         right.plot(factors, marker=".", label=name)
