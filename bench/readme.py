@@ -2,7 +2,8 @@
 
 Reads bench/results/*.json (of `make bench`, bench/gpu_audit.py and bench/length_generalization.py)
 and build/demo/ with its plots (of `make demo`), which it keeps as bench/results/{demo,recall}.json
-and docs/demo.png. All of it goes to bench/results/README.md, and between the markers of a page,
+and docs/{demo,recall}.png, and likewise build/search/ (--out of `search`). All of it goes to
+bench/results/README.md, and between the markers of a page,
 
     <!-- rope-cpu: bfloat16 -->
     <!-- end of rope-cpu -->
@@ -10,8 +11,8 @@ and docs/demo.png. All of it goes to bench/results/README.md, and between the ma
 what bench/results/rope-cpu.json says; here only the cases with "bfloat16" in their name, dtype or
 shape; several words must all be there. FOLDER/rope-cpu is another machine's (--out FOLDER);
 `methods` is the table of methods, `models` that of bench/models_census.py, `gpu_audit` and
-`triton_versions` the audit's, `demo` the demo's, and `api: scores` what mkdocstrings is to show of
-that room.
+`triton_versions` the audit's, `demo` and `recall` the demo's, `search` the search's, and
+`api: scores` what mkdocstrings is to show of that room.
 """
 
 from __future__ import annotations
@@ -60,6 +61,26 @@ def recall_table(results: dict) -> str:
         for row in results["rows"]
     ]
     return table(head, lines)
+
+
+def search_table(results: dict) -> str:
+    """A line a finalist of a search, the best first, on text that was not searched on."""
+    rows = results["finalists"]
+
+    def measured(row: dict, name: str) -> str:
+        mean, error = row[name], row[f"{name}_error"]
+        return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+
+    names = ("loss", "to_yarn", "whole")
+    lines = [[f"`{row['name']}`", *(measured(row, name) for name in names)] for row in rows]
+    head = ["", "last quarter", "to YaRN", "whole text"]
+    read, searched = (", ".join(t["name"] for t in results[key]) for key in ("held_out", "texts"))
+    count = len(rows[0]["pieces"])
+    said = (
+        f"{results['length']:,} tokens, {count} {'piece' if count == 1 else 'pieces'} of {read}; "
+        f"searched on {searched} in {results['dtype']}."
+    )
+    return f"{table(head, lines)}\n\n{said}"
 
 
 def machine(results: dict) -> str:
@@ -198,6 +219,8 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
         made["demo"] = lambda only: demo_table(json.loads(demo.read_text()))
     if (recall := results / "recall.json").exists():
         made["recall"] = lambda only: recall_table(json.loads(recall.read_text()))
+    if (search := results / "search.json").exists():
+        made["search"] = lambda only: search_table(json.loads(search.read_text()))
     return made
 
 
@@ -226,11 +249,21 @@ def filled(page: Path, root: Path, made: dict[str, Callable[[str], str]]) -> str
     return re.sub(pattern, marked, page.read_text(), flags=re.DOTALL)
 
 
+def keep_search(made: Path, root: Path, results: Path) -> None:
+    """Keep what a search found, and its plot, without each of its measurements."""
+    found = json.loads(made.read_text())
+    del found["rows"]
+    (results / "search.json").write_text(json.dumps(found, indent=1) + "\n")
+    shutil.copyfile(made.with_suffix(".png"), root / "docs" / "search.png")
+
+
 def main(root: Path = ROOT, results: Path = RESULTS) -> None:
     for task, name in (("loss", "demo"), ("recall", "recall")):
         if (made := root / "build" / "demo" / f"{task}.json").exists():
             shutil.copyfile(made, results / f"{name}.json")
             shutil.copyfile(made.with_suffix(".png"), root / "docs" / f"{name}.png")
+    if (made := root / "build" / "search" / "search.json").exists():
+        keep_search(made, root, results)
     for page in pages(root):
         page.write_text(filled(page, root, figures(results)))
     (results / "README.md").write_text(everything(results))

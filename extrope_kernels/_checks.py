@@ -141,14 +141,20 @@ def check_falling(function: str, high_name: str, high: float, low_name: str, low
 
 
 def check_pair_factors(
-    function: str, name: str, factors: Sequence[float], pairs: int
-) -> list[float]:
-    """Return one positive factor per pair as a list of floats."""
-    if isinstance(factors, str | bytes) or not isinstance(factors, Sequence):
+    function: str, name: str, factors: Sequence[float] | Tensor, pairs: int
+) -> Tensor:
+    """Return one positive factor per pair, (pairs,) float32 on the CPU, with a tensor's graph."""
+    if isinstance(factors, str | bytes) or not isinstance(factors, Sequence | Tensor):
         raise TypeError(f"{function}: {name} must be a list of numbers, got {factors!r}")
-    if len(factors) != pairs:
-        raise ValueError(f"{function}: {name} must have {pairs} entries, got {len(factors)}")
-    return [check_real(function, f"{name}[{i}]", value, above=0) for i, value in enumerate(factors)]
+    values = factors.tolist() if isinstance(factors, Tensor) else factors
+    if isinstance(factors, Tensor) and factors.dim() != 1:
+        raise ValueError(f"{function}: {name} must have one dimension, got {factors.dim()}")
+    if len(values) != pairs:
+        raise ValueError(f"{function}: {name} must have {pairs} entries, got {len(values)}")
+    reals = [check_real(function, f"{name}[{i}]", value, above=0) for i, value in enumerate(values)]
+    if isinstance(factors, Tensor):
+        return factors.to("cpu", torch.float32)
+    return torch.tensor(reals, dtype=torch.float32, device="cpu")
 
 
 def check_generator(function: str, generator: torch.Generator | None) -> torch.Generator | None:

@@ -1,4 +1,4 @@
-"""The command line: what runs where, the evaluation of a model, the benchmarks."""
+"""The command line: what runs where, a model's evaluation, its search, the benchmarks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from . import __version__, _build, _ext
 from .evaluation import cli as evaluation
+from .evaluation.search import cli as search
 from .ops import attention, linear_attention, permute, rope
 
 CPU_CAPABILITIES = (
@@ -32,13 +33,17 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("info", help="what is installed and which kernel runs where")
     evaluate = commands.add_parser("eval", help="a model past its training length, per method")
     evaluation.add_arguments(evaluate)
+    searching = commands.add_parser("search", help="what lets a model read a length best")
+    search.add_arguments(searching)
     bench = commands.add_parser("bench", help="the benchmarks of a checkout")
     bench.add_argument("names", nargs="*", metavar="NAME", help="such as rope; default: all")
     args = parser.parse_args(argv)
     if args.command == "info":
         print(info())
         return 0
-    return evaluation.run(args) if args.command == "eval" else run_benchmarks(args.names)
+    if args.command == "bench":
+        return run_benchmarks(args.names)
+    return (evaluation if args.command == "eval" else search).run(args)
 
 
 def info() -> str:

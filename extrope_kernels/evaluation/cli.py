@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from extrope_kernels.evaluation import UsageError, models, options
 from extrope_kernels.evaluation.memory import keep_freed_memory
@@ -54,13 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    return reported("eval", _run, args)
+
+
+def reported(
+    name: str, command: Callable[[argparse.Namespace], None], args: argparse.Namespace
+) -> int:
+    """Run a command of that name, say in one line what went wrong, and return its exit code."""
     try:
-        _run(args)
+        command(args)
     except UsageError as error:
-        print(f"eval: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"eval: interrupted; finished rows are in {args.out}", file=sys.stderr)
+        print(f"{name}: interrupted; finished rows are in {args.out}", file=sys.stderr)
         return 130
     return 0
 

@@ -20,15 +20,23 @@ _LOGITS_AT_ONCE = 2**25
 
 
 def run_body(
-    model: PreTrainedModel, ids: Tensor, on_layer: Callable[[], None] = lambda: None
+    model: PreTrainedModel,
+    ids: Tensor,
+    on_layer: Callable[[], None] = lambda: None,
+    positions: Tensor | None = None,
 ) -> Any:
     """Run all but the head once over the whole sequence and return the body's output.
 
     ids: (seqlen,) int64
     on_layer: called after each decoder layer.
+    positions: (seqlen,) int64, rising; 0, 1, 2, ... if None.
     """
+    options = {}
+    if positions is not None:
+        # Without a mask transformers takes a gap for the end of one of several packed sequences.
+        options = {"position_ids": positions[None], "attention_mask": torch.ones_like(ids)[None]}
     with _after_each_layer(model, on_layer):
-        return model.base_model(input_ids=ids[None], use_cache=False, return_dict=True)
+        return model.base_model(input_ids=ids[None], use_cache=False, return_dict=True, **options)
 
 
 def logits(model: PreTrainedModel, body: Any, start: int, stop: int) -> Tensor:

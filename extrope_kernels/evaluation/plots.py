@@ -34,7 +34,7 @@ def plot_loss(results: dict[str, Any], path: Path) -> None:
         _finish_losses(axes, length, results)
     axes.set_xlabel(f"position in the text (means over {results['bucket']:,} tokens)")
     figure.suptitle(f"{results['model']} on {_names(results)}, {results['dtype']}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_recall(results: dict[str, Any], path: Path) -> None:
@@ -54,7 +54,7 @@ def plot_recall(results: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("tokens since the passage was first read")
     trained = f"trained on {results['training_length']:,} positions"
     figure.suptitle(f"{results['model']} on {_names(results)}: recall, {trained}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _names(results: dict[str, Any]) -> str:
@@ -66,7 +66,7 @@ def _lines(
 ) -> tuple[Figure, dict[int, Axes]]:
     """Draw (x, mean, standard error) of each row, and return the panel of each length."""
     lengths = sorted({row["length"] for row in results["rows"]})
-    figure = _figure(8.5, 0.6 + 4.4 * len(lengths))
+    figure = new_figure(8.5, 0.6 + 4.4 * len(lengths))
     panels = figure.subplots(len(lengths), 1, squeeze=False, sharey=True)[:, 0]
     methods = list(dict.fromkeys(row["method"] for row in results["rows"]))
     for axes, length in zip(panels, lengths, strict=True):
@@ -138,7 +138,7 @@ def plot_passkey(results: dict[str, Any], path: Path) -> None:
     columns = min(3, len(methods))
     lines = -(-len(methods) // columns)
     width = max(2.6, 0.85 * len(lengths) + 1.2)
-    figure = _figure(columns * width + 1.4, lines * 3.4 + 0.5)
+    figure = new_figure(columns * width + 1.4, lines * 3.4 + 0.5)
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes, method in zip(panels, methods, strict=False):
         rows = {row["length"]: row for row in results["rows"] if row["method"] == method}
@@ -151,7 +151,7 @@ def plot_passkey(results: dict[str, Any], path: Path) -> None:
     figure.supylabel("depth of the key in the text")
     trained = f"trained on {results['training_length']:,} positions"
     figure.suptitle(f"{results['model']}: passkey recall, {trained}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_heat_map(
@@ -178,13 +178,15 @@ def _draw_heat_map(
     return image
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure, sizes in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, as `write_atomic` does."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_atomic(path, buffer.getvalue())

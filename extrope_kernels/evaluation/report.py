@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import extrope_kernels
+from extrope_kernels.evaluation import UsageError
 
 
 class Display:
@@ -91,6 +92,24 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write the results as JSON; a number that is not finite becomes null."""
     text = json.dumps(_finite(results), indent=2, allow_nan=False)
     write_atomic(path, text.encode() + b"\n")
+
+
+def resumed(path: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """Return the header with the rows that a file of results holds already.
+
+    Raises UsageError when these are of other settings: they may have taken hours.
+    """
+    if not path.exists():
+        return header
+    found = json.loads(path.read_text())
+    rows = found.pop("rows", [])
+    plain = json.loads(json.dumps({name: x for name, x in header.items() if name != "rows"}))
+    changed = [name for name, x in plain.items() if found.get(name) != x]
+    if changed:
+        raise UsageError(
+            f"{path} is of other settings ({', '.join(changed)}); name another --out, or move it"
+        )
+    return header | {"rows": rows}
 
 
 def versions() -> dict[str, str]:

@@ -39,7 +39,7 @@ def run_rows(
     for method, _, params in rows:
         _check_method(model, method, params)
     path = out / f"{task.name}.json"
-    results = _resumed(path, _header(task, model, args, trained))
+    results = report.resumed(path, _header(task, model, args, trained))
     done = {_key(row): row for row in results["rows"]}
     heads = task.heads()
     widths = [max(_WIDTH, len(head)) for head in heads]
@@ -65,24 +65,6 @@ def run_rows(
 
 def _key(row: dict[str, Any]) -> str:
     return json.dumps([row["method"], row["length"], row["params"]], sort_keys=True)
-
-
-def _resumed(path: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """Return the header with the rows that `path` holds already.
-
-    Raises UsageError when these are of other settings: they may have taken hours.
-    """
-    if not path.exists():
-        return header
-    found = json.loads(path.read_text())
-    rows = found.pop("rows", [])
-    plain = json.loads(json.dumps({name: x for name, x in header.items() if name != "rows"}))
-    changed = [name for name, x in plain.items() if found.get(name) != x]
-    if changed:
-        raise UsageError(
-            f"{path} is of other settings ({', '.join(changed)}); name another --out, or move it"
-        )
-    return header | {"rows": rows}
 
 
 def _check_method(model: PreTrainedModel, method: str, params: dict[str, Any]) -> None:

@@ -34,6 +34,15 @@ class Text(NamedTuple):
         """Return what results say of it."""
         return {"name": self.name, "tokens": len(self.opening) + len(self.ids)}
 
+    def halves(self) -> tuple[Text, Text]:
+        """Return the first half of the text and the second."""
+        half = len(self.ids) // 2
+        first, second = self.ids[:half], self.ids[half:]
+        return (
+            Text(f"{self.name}, first half", self.opening, first),
+            Text(f"{self.name}, second half", self.opening, second),
+        )
+
     def start(self, length: int, index: int, seed: int) -> int:
         """Return where the piece of so many tokens starts: the first with the text."""
         if index == 0:
@@ -62,7 +71,7 @@ def load_texts(
     """
     texts = []
     for name in names:
-        text = _tokens(tokenizer, name)
+        text = read_text(tokenizer, name)
         if (found := text.about()["tokens"]) < longest:
             raise UsageError(
                 f"--text {name}: {found:,} tokens, too short for --lengths {longest:,}"
@@ -78,15 +87,16 @@ def pieces(texts: Sequence[Text], length: int, trials: int, seed: int) -> Iterat
             yield text.piece(length, index, seed)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> Text:
+def read_text(tokenizer: PreTrainedTokenizerBase, name: str, option: str = "--text") -> Text:
+    """Return the text of a file, or `pydocs`; raises UsageError, naming the option it came by."""
     opening = tokenizer("", verbose=False).input_ids
     opening = opening if opening == [tokenizer.bos_token_id] else []
-    ids = tokenizer(_read(name), verbose=False).input_ids
+    ids = tokenizer(_read(name, option), verbose=False).input_ids
     body = torch.tensor(ids[len(opening) :], dtype=torch.int64)
     return Text(Path(name).name, torch.tensor(opening, dtype=torch.int64), body)
 
 
-def _read(name: str) -> str:
+def _read(name: str, option: str) -> str:
     if name == _BUILT_IN:
         from pydoc_data.topics import topics
 
@@ -94,6 +104,6 @@ def _read(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--text {name}: {error.strerror}") from error
+        raise UsageError(f"{option} {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"--text {name}: not UTF-8 at byte {error.start}") from error
+        raise UsageError(f"{option} {name}: not UTF-8 at byte {error.start}") from error

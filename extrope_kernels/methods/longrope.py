@@ -23,8 +23,8 @@ from .base import RopeFreqs, base_powers, copy_to
 def longrope(
     dim: int,
     *,
-    short_factor: Sequence[float],
-    long_factor: Sequence[float],
+    short_factor: Sequence[float] | Tensor,
+    long_factor: Sequence[float] | Tensor,
     original_max_position_embeddings: int,
     seq_len: int | Tensor,
     factor: float | None = None,
@@ -42,7 +42,8 @@ def longrope(
     unchanged first positions and the dynamic blend of Microsoft's code.
 
     dim: rotary dimension of one head, even.
-    short_factor, long_factor: dim/2 positive numbers each, the factor of every pair.
+    short_factor, long_factor: dim/2 positive numbers each, the factor of every pair. A tensor is
+        read on the host, and gradients of inv_freq reach it: factors can be trained.
     original_max_position_embeddings: L, the trained length in tokens.
     seq_len: tokens in the sequence, > 0; or an integer tensor of shape () or (batch,), whose values
         are not read on the host. inv_freq is then (dim/2,) or (batch, dim/2) on its device.
@@ -64,8 +65,7 @@ def longrope(
     seq_len = check_seq_len("longrope", seq_len)
     amplitude = _amplitude(trained, factor, max_position_embeddings, attention_factor)
     powers = base_powers(dim, check_base("longrope", base))
-    short_inv_freq = 1.0 / (torch.tensor(short, dtype=torch.float32, device="cpu") * powers)
-    long_inv_freq = 1.0 / (torch.tensor(long, dtype=torch.float32, device="cpu") * powers)
+    short_inv_freq, long_inv_freq = 1.0 / (short * powers), 1.0 / (long * powers)
     if isinstance(seq_len, Tensor):
         inv_freq = torch.where(
             (seq_len > trained).unsqueeze(-1),

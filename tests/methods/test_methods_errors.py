@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+import torch
 from method_examples import DIM, EXAMPLES
 from method_examples import LENGTH as L
 
@@ -126,6 +127,8 @@ OTHERS = [
     ("longrope", {"long_factor": [1.0] * 9}, "long_factor must have 8 entries, got 9"),
     ("longrope", {"long_factor": [1.0] * 7 + [0]}, "long_factor[7] must be > 0, got 0"),
     ("longrope", {"short_factor": [math.nan] * 8}, "short_factor[0] must be finite, got nan"),
+    ("longrope", {"long_factor": torch.ones(2, 4)}, "long_factor must have one dimension, got 2"),
+    ("longrope", {"long_factor": torch.zeros(8)}, "long_factor[0] must be > 0, got 0"),
     ("longrope", {L: 1}, f"{L} must be > 1, got 1"),
     (
         "longrope",

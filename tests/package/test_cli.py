@@ -54,6 +54,12 @@ def test_eval_forwards_to_the_evaluation(capsys, tmp_path):
     assert capsys.readouterr().err.startswith("eval: ")
 
 
+def test_search_forwards_to_the_search(capsys, tmp_path):
+    arguments = ["--model", str(tmp_path / "none"), "--text", "pydocs", "--length", "64"]
+    assert cli.main(["search", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("search: ")
+
+
 def test_bench_runs_the_scripts_of_a_checkout(capfd, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "extrope_kernels" / "cli.py"))
     assert cli.main(["bench"]) == 2
@@ -72,4 +78,4 @@ def test_unknown_command_prints_usage(capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["fly"])
     assert exit_.value.code == 2
-    assert "info,eval,bench" in capsys.readouterr().err
+    assert "info,eval,search,bench" in capsys.readouterr().err

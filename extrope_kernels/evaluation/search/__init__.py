@@ -1,0 +1,1 @@
+"""The search for what lets one model read one length: published methods, factors, windows."""

@@ -1,0 +1,94 @@
+"""What is tried: a model as it is, or extended by a method with its parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from extrope_kernels.evaluation.options import Plan
+from extrope_kernels.integrations.transformers import extend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method and the parameters that `extend` is given; `plain` is the model as it is."""
+
+    method: str = "plain"
+    params: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As tables call it: without factors per pair, which would fill them."""
+        shown = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self._short()]
+        return " ".join([self.method, *shown])
+
+    @property
+    def call(self) -> str:
+        """The line of Python that extends a model so."""
+        if self.method == "plain":
+            return "model"
+        given = "".join(f", {name}={value!r}" for name, value in self.params.items())
+        return f'extend(model, "{self.method}"{given})'
+
+    @contextlib.contextmanager
+    def extending(self, model: PreTrainedModel) -> Iterator[None]:
+        """Extend a model for a while."""
+        if self.method == "plain":
+            yield
+            return
+        with extend(model, self.method, **self.params):
+            yield
+
+    def _short(self) -> list[tuple[str, Any]]:
+        shown = {"attention_factor"} if self.method == "longrope" else self.params.keys()
+        return [(name, value) for name, value in self.params.items() if name in shown]
+
+
+def published(length: int, trained: int, pairs: int) -> list[Candidate]:
+    """Return the frequency methods over a small grid of their parameters, the likeliest first.
+
+    Factors are length / trained, with which a method reaches the length by its paper, and more, as
+    some reach less than theirs. pairs: of a head.
+    """
+    factor = max(1.0, length / trained)
+    factors = (factor, 1.5 * factor, 2 * factor)
+    by_factor = ("yarn", "ntk_aware", "ntk_by_parts", "llama3", "ntk_mixed")
+    found = [Candidate(method, {"factor": each}) for each in factors[:2] for method in by_factor]
+    found += [
+        Candidate("yarn", {"factor": factors[2]}),
+        Candidate("ntk_aware", {"factor": factors[2]}),
+        Candidate("yarn", {"factor": factor, "beta_fast": 16.0}),
+        Candidate("ntk_by_parts", {"factor": factor, "variant": "paper"}),
+        Candidate("pi", {"factor": factor}),
+        Candidate("giraffe_truncation", {"truncate_pos": trained}),
+        Candidate("giraffe_power", {"power": 0.1}),
+        Candidate("cope", {"clip": 20 * pairs // 64}),
+        Candidate("proportional", {"partial_rotary_factor": 0.75}),
+    ]
+    return found
+
+
+def score_methods(length: int, trained: int) -> list[Candidate]:
+    """Return the score methods over a small grid of windows and factors, the likeliest first.
+
+    Their other parameters are those of `eval`. log_n is tried on the best, see `with_log_n`.
+    """
+    windows = [max(1, share * trained // 8) for share in (4, 2, 6, 1)]
+    others = [
+        Candidate(method, Plan([method], [length]).method_params(method, length, trained))
+        for method in ("leaky_rerope", "self_extend", "dual_chunk")
+    ]
+    rerope = [Candidate("rerope", {"window": window}) for window in windows]
+    leaky = [Candidate("leaky_rerope", {"window": windows[0], "factor": 16.0})]
+    leaky += [Candidate("leaky_rerope", {"window": windows[1], "factor": 4.0})]
+    return rerope[:2] + others[:2] + leaky + rerope[2:] + others[2:]
+
+
+def with_log_n(candidate: Candidate, trained: int) -> Candidate:
+    """Return a score method whose queries are scaled by the logarithm of their position, too."""
+    return Candidate(candidate.method, candidate.params | {"log_n": trained})

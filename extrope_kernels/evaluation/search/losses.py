@@ -1,0 +1,117 @@
+"""The loss of the last part of a text, and its gradient, in memory that stays small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from extrope_kernels import positions
+from extrope_kernels.evaluation.forward import chunks, logits, run_body
+from extrope_kernels.evaluation.models import decoder_layers
+from extrope_kernels.evaluation.texts import Text
+from extrope_kernels.integrations.transformers import extend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Tokens of a short piece: enough for a model to use what it has read, few enough for many pieces.
+_SHORT = 1024
+
+
+class NoGradient(Exception):
+    """The loss of this model says nothing of how it depends on the frequencies."""
+
+
+def short_piece(text: Text, length: int, index: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return few tokens whose positions reach up to `length`: ids and positions, (tokens,) int64.
+
+    They have a gap between two of them, as PoSE trains with (https://arxiv.org/abs/2309.10400), in
+    the first half. So what comes in the second half has to be read at far distances, for a
+    hundredth of what the whole length costs.
+    """
+    tokens = min(_SHORT, length)
+    drawn = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    at, _ = positions.pose(1, tokens, tokens, length, generator=drawn)
+    return text.piece(tokens, index, seed), at[0]
+
+
+def last_loss(
+    model: PreTrainedModel,
+    ids: Tensor,
+    at: Tensor | None = None,
+    *,
+    share: float,
+    on_layer: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Return the mean loss, in nats, of the last `share` of a text's predictions: a scalar.
+
+    ids, at: (seqlen,) int64, tokens and positions; 0, 1, 2, ... if None.
+    on_layer: called after each decoder layer.
+
+    Gradients, where they are recorded, find the logits of one chunk at a time computed again.
+    """
+    body = run_body(model, ids, on_layer, at)
+    start, stop = int(len(ids) * (1 - share)), len(ids) - 1
+    vocab_size = model.config.get_text_config().vocab_size
+
+    def total(begin: int, end: int) -> Tensor:
+        predicted = logits(model, body, begin, end)
+        return torch.nn.functional.cross_entropy(
+            predicted, ids[begin + 1 : end + 1], reduction="sum"
+        )
+
+    parts = [
+        checkpoint(total, begin, end, use_reentrant=False)
+        for begin, end in chunks(start, stop, vocab_size)
+    ]
+    return torch.stack(parts).sum() / (stop - start)
+
+
+def gradient(
+    model: PreTrainedModel, log_factors: Tensor, params: dict[str, Any], loss: Callable[[], Tensor]
+) -> tuple[float, Tensor]:
+    """Return the loss under LongRoPE's factors, and its gradient to their logarithms.
+
+    log_factors: (pairs,)
+    params: the rest that `longrope` is given.
+    loss: of the model as it is when called.
+
+    Raises NoGradient where none reaches them: a model's own rotary embedding may record none.
+    """
+    logs = log_factors.detach().clone().requires_grad_()
+    factors = logs.exp()
+    with (
+        extend(model, "longrope", short_factor=factors, long_factor=factors, **params),
+        _checkpointed(model),
+    ):
+        value = loss()
+        if not value.requires_grad:
+            raise NoGradient
+        (found,) = torch.autograd.grad(value, logs)
+    return value.item(), found
+
+
+@contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Keep only what goes from layer to layer until the backward, which computes the rest again."""
+    layers = decoder_layers(model)
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = _recomputed(layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)

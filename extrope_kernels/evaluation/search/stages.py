@@ -1,0 +1,269 @@
+"""The search itself: from many candidates on few tokens to few on held-out pieces of full length.
+
+Each stage may go on until a share of the budget is spent; what one leaves is the next one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from extrope_kernels.evaluation.loss import token_losses
+from extrope_kernels.evaluation.models import decoder_layers
+from extrope_kernels.evaluation.report import Display
+from extrope_kernels.evaluation.search.candidates import (
+    Candidate,
+    published,
+    score_methods,
+    with_log_n,
+)
+from extrope_kernels.evaluation.search.factors import Descent, Evolution, Ladder, rising
+from extrope_kernels.evaluation.search.ledger import Ledger
+from extrope_kernels.evaluation.search.losses import NoGradient, gradient, last_loss, short_piece
+from extrope_kernels.evaluation.texts import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Shares of the budget by whose end a stage is over.
+_GRID, _FACTORS, _FULL_LENGTH, _HELD_OUT = 0.12, 0.3, 0.45, 1.0
+_FIRST_PIECES, _PIECES, _HELD_OUT_PIECES = 2, 6, 8
+_STEPS = 24
+# Of a text's tokens, those whose loss counts: of short pieces all behind the gap.
+_LAST, _LAST_OF_SHORT = 0.25, 0.5
+
+
+class Search:
+    """A model, texts and a length, and what has been measured of them.
+
+    texts, held_out: to search on, and to decide on.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ladder: Ladder,
+        texts: Sequence[Text],
+        held_out: Sequence[Text],
+        length: int,
+        seed: int,
+        ledger: Ledger,
+        display: Display,
+    ) -> None:
+        self.model, self.ladder = model, ladder
+        self.texts, self.held_out = texts, held_out
+        self.length, self.seed = length, seed
+        self.ledger, self.display = ledger, display
+        self._best = float("inf"), ""
+
+    def run(self) -> tuple[list[Candidate], list[Candidate]]:
+        """Return the published frequency methods by rank, and the finalists by rank if decided."""
+        ranked = self.grid()
+        searched = self.factors(ranked[0])
+        finalists = self.full_length(ranked, searched)
+        self.decide(finalists)
+        return ranked, finalists
+
+    def grid(self) -> list[Candidate]:
+        """Return the frequency methods by their loss on short pieces, the best third by more."""
+        pairs = len(self.ladder.plain)
+        tried = [Candidate(), *published(self.length, self.ladder.trained, pairs)]
+        few = self._means(tried, _FIRST_PIECES)
+        first = sorted(few, key=lambda index: few[index])
+        more = self._means([tried[index] for index in first[: max(2, len(first) // 3)]], _PIECES)
+        best = [tried[first[place]] for place in sorted(more, key=lambda place: more[place])]
+        ranked = best + [tried[index] for index in first if tried[index] not in best]
+        return [c for c in ranked if c.method != "plain"] or tried[1:2]
+
+    def _means(self, candidates: Sequence[Candidate], pieces: int) -> dict[int, float]:
+        """Return the mean loss of each candidate, by its index, that there was time for."""
+        found = {i: self.mean_short(c, pieces, _GRID) for i, c in enumerate(candidates)}
+        return {index: mean for index, mean in found.items() if mean is not None}
+
+    def factors(self, start: Candidate) -> list[Candidate]:
+        """Return LongRoPE's factors for this model, found from those of another method.
+
+        With YaRN's amplitude, and with that of the start where it has another: short pieces do not
+        tell how far attention is thinned out over the keys of a long text.
+        """
+        freqs = self.ladder.freqs(start)
+        logs = self.ladder.log_factors(freqs)
+        self.display.line(f"factors per pair, from those of {start.name}")
+        try:
+            found = self._descend(logs, freqs.attention_factor)
+        except NoGradient:
+            self.display.line("no gradient reaches this model's frequencies: factors by mutation")
+            found = self._mutate(logs, freqs.attention_factor)
+        if found is None:
+            return []
+        self.mean_short(self.ladder.longrope(found, freqs.attention_factor), _PIECES, _FACTORS)
+        amplitudes = self.ladder.freqs(self.yarn()).attention_factor, freqs.attention_factor
+        return [self.ladder.longrope(found, each) for each in dict.fromkeys(amplitudes)]
+
+    def yarn(self) -> Candidate:
+        """Return YaRN by its paper, which everything is compared with."""
+        return Candidate("yarn", {"factor": max(1.0, self.length / self.ladder.trained)})
+
+    def _descend(self, logs: Tensor, attention_factor: float) -> Tensor | None:
+        tokens = len(short_piece(self.texts[0], self.length, 0, self.seed)[0])
+        descent = Descent(logs, int(tokens * _LAST_OF_SHORT))
+        for index in range(_STEPS):
+            at = descent.log_factors
+            of = {"kind": "gradient", "log_factors": at.tolist(), "piece": _PIECES + index}
+
+            def measure(at: Tensor = at, index: int = index) -> dict[str, Any]:
+                params = {"attention_factor": attention_factor, "seq_len": self.ladder.trained}
+                value, found = gradient(
+                    self.model, at, params, lambda: self._short_loss(_PIECES + index)
+                )
+                return {"loss": value, "gradient": found.tolist()}
+
+            self._begin(f"gradient {index + 1}")
+            if (row := self.ledger.measured(of, _FACTORS, measure)) is None:
+                break
+            self.display.line(f"gradient {row['loss']:.4f}  step {index + 1}")
+            descent.step(torch.tensor(row["gradient"], dtype=logs.dtype))
+        return None if descent.log_factors is logs else descent.log_factors
+
+    def _mutate(self, logs: Tensor, attention_factor: float) -> Tensor | None:
+        start = rising(logs)
+        evolution = Evolution(start, self.seed)
+        best = self.mean_short(
+            self.ladder.longrope(start, attention_factor), _FIRST_PIECES, _FACTORS
+        )
+        for _ in range(_STEPS):
+            tried = evolution.mutation()
+            candidate = self.ladder.longrope(tried, attention_factor)
+            found = self.mean_short(candidate, _FIRST_PIECES, _FACTORS)
+            if best is None or found is None:
+                break
+            evolution.tell(tried, found < best)
+            best = min(best, found)
+        return None if evolution.log_factors is start else evolution.log_factors
+
+    def full_length(
+        self, ranked: Sequence[Candidate], searched: Sequence[Candidate]
+    ) -> list[Candidate]:
+        """Return the finalists: plain, YaRN by its paper, and the best of each kind by one piece.
+
+        Kinds are published frequencies, factors that were searched, and score methods.
+        """
+        scores = score_methods(self.length, self.ladder.trained)
+        yarn = self.yarn()
+        kinds = [[yarn, *(c for c in ranked[:3] if c != yarn)], searched, scores]
+        # In turn, so that each kind has had its likeliest when time is up.
+        for turn in range(max(map(len, kinds))):
+            for kind in kinds:
+                for candidate in kind[turn : turn + 1]:
+                    self._on_search_text(candidate)
+        if best := self._best_at_full_length(scores):
+            scaled = with_log_n(best, self.ladder.trained)
+            self._on_search_text(scaled)
+            kinds[2] = [best, scaled]
+        found = [self._best_at_full_length(kind) for kind in kinds]
+        finalists = [Candidate(), yarn, *(c for c in found if c is not None)]
+        return [c for index, c in enumerate(finalists) if c not in finalists[:index]]
+
+    def decide(self, finalists: Sequence[Candidate]) -> None:
+        """Measure all finalists on held-out pieces, piece by piece, while there is time."""
+        for piece in range(_HELD_OUT_PIECES):
+            for candidate in finalists:
+                if self._full(candidate, piece, "held-out", _HELD_OUT) is None:
+                    return
+
+    def on_held_out(self, candidate: Candidate) -> list[dict[str, Any]]:
+        """Return what was measured of a finalist, in the order of pieces."""
+        rows = self.ledger.results["rows"]
+        of = [_of(candidate, "held-out", piece) for piece in range(_HELD_OUT_PIECES)]
+        by_piece = [next((row for row in rows if row["of"] == each), None) for each in of]
+        return [row for row in by_piece if row is not None]
+
+    def mean_short(self, candidate: Candidate, pieces: int, share: float) -> float | None:
+        """Return the mean loss on so many short pieces, None if there was no time for all."""
+        found = []
+        for piece in range(pieces):
+
+            def measure(piece: int = piece) -> dict[str, Any]:
+                with torch.inference_mode(), candidate.extending(self.model):
+                    return {"loss": self._short_loss(piece).item()}
+
+            self._begin(candidate.name)
+            of = _of(candidate, "short", piece)
+            if (row := self.ledger.measured(of, share, measure)) is None:
+                return None
+            found.append(row["loss"])
+        self._show("short", candidate, fmean(found), pieces)
+        return fmean(found)
+
+    def _short_loss(self, piece: int) -> Tensor:
+        text, index = self._text(self.texts, piece)
+        ids, at = short_piece(text, self.length, index, self.seed)
+        return last_loss(
+            self.model,
+            ids.to(self.model.device),
+            at.to(self.model.device),
+            share=_LAST_OF_SHORT,
+            on_layer=self.display.tick,
+        )
+
+    def _on_search_text(self, candidate: Candidate) -> float | None:
+        row = self._full(candidate, 0, "full", _FULL_LENGTH)
+        return None if row is None else row["loss"]
+
+    def _full(
+        self, candidate: Candidate, piece: int, kind: str, share: float
+    ) -> dict[str, Any] | None:
+        """Return the losses of a piece of full length: of its last part, the whole, its eighths."""
+        text, index = self._text(self.held_out if kind == "held-out" else self.texts, piece)
+
+        def measure() -> dict[str, Any]:
+            ids = text.piece(self.length, index, self.seed).to(self.model.device)
+            with candidate.extending(self.model):
+                losses = token_losses(self.model, ids, self.display.tick).double()
+            start = int(self.length * (1 - _LAST))
+            return {
+                "loss": losses[start:].mean().item(),
+                "whole": losses.mean().item(),
+                "eighths": [part.mean().item() for part in losses.tensor_split(8)],
+            }
+
+        self._begin(candidate.name)
+        row = self.ledger.measured(_of(candidate, kind, piece), share, measure)
+        if row is not None:
+            self._show(kind, candidate, row["loss"], piece + 1)
+        return row
+
+    def _best_at_full_length(self, candidates: Sequence[Candidate]) -> Candidate | None:
+        found = {}
+        for row in self.ledger.results["rows"]:
+            for index, candidate in enumerate(candidates):
+                if row["of"] == _of(candidate, "full", 0):
+                    found[index] = row["loss"]
+        return candidates[min(found, key=found.__getitem__)] if found else None
+
+    def _text(self, texts: Sequence[Text], piece: int) -> tuple[Text, int]:
+        return texts[piece % len(texts)], piece // len(texts)
+
+    def _begin(self, name: str) -> None:
+        self.display.begin(name, len(decoder_layers(self.model)))
+
+    def _show(self, kind: str, candidate: Candidate, loss: float, piece: int) -> None:
+        """Show a loss, and the best of its kind so far."""
+        key = f"{kind} {piece}"
+        if key != self._best[1] or loss < self._best[0]:
+            self._best = loss, key
+        best = "  best so far" if loss == self._best[0] else ""
+        self.display.line(f"{kind:<8} {loss:.4f}  {candidate.name}{best}")
+
+
+def _of(candidate: Candidate, kind: str, piece: int) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "method": candidate.method,
+        "params": candidate.params,
+        "piece": piece,
+    }
