@@ -15,8 +15,9 @@ from torch import Tensor
 from extrope_kernels import RopeFreqs
 from extrope_kernels.evaluation import UsageError
 from extrope_kernels.evaluation.search.candidates import Candidate
+from extrope_kernels.integrations._shared.parameters import bind_method
 from extrope_kernels.integrations.transformers.architecture import RotarySite, find_sites
-from extrope_kernels.integrations.transformers.parameters import bind_method
+from extrope_kernels.integrations.transformers.parameters import values_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +44,8 @@ class Ladder:
     def freqs(self, candidate: Candidate) -> RopeFreqs:
         """Return a frequency method's frequencies in this model."""
         method = "rope" if candidate.method == "plain" else candidate.method
-        return bind_method(method, self.site, self.layer_type, candidate.params)[0]()
+        values = values_of(self.site, self.layer_type)
+        return bind_method("search", method, candidate.params, values)[0]()
 
     def log_factors(self, freqs: RopeFreqs) -> Tensor:
         """Return the logarithm of what each frequency of RoPE is divided by: (pairs,) float64."""
@@ -76,7 +78,7 @@ def find_ladder(model: PreTrainedModel, trained: int) -> Ladder:
     site, kind = kinds[0]
     parameters = site.parameters(kind)
     trained = int(parameters.get("original_max_position_embeddings") or trained)
-    plain = bind_method("rope", site, kind, {})[0]().inv_freq
+    plain = bind_method("search", "rope", {}, values_of(site, kind))[0]().inv_freq
     return Ladder(site, kind, float(parameters["rope_theta"]), trained, plain)
 
 
