@@ -30,6 +30,7 @@ TRITON = {
     "rope triton": "rotate_kernel",
     "rope norm triton": "norm_rotate_kernel",
     "rope append triton": "rope_append_kernel",
+    "rope cos sin triton": "cos_sin_kernel",
     "permute rows triton": "permute_kernel",
     "permute cycles triton": "cycles_kernel",
     **{f"attention {name}": f"{name}_kernel" for name in ("rotate", "forward", "dq", "dkv")},
