@@ -48,23 +48,23 @@ def measured(folder: Path) -> dict[str, Measured]:
 
 def table_lines(folder: Path) -> list[list[str]]:
     """Cells in Markdown, the lowest loss first."""
-    rows = measured(folder)
-    return [
-        [f"`{name}`", parameters(row), _loss(row.loss), between(row.over_yarn), between(row.recall)]
-        for name, row in sorted(rows.items(), key=lambda item: item[1].loss or 99)
-    ]
+    lines = []
+    for name, row in sorted(measured(folder).items(), key=lambda item: item[1].loss or 99):
+        losses = _loss(row.loss), between(row.over_yarn, digits=3)
+        lines.append([f"`{name}`", parameters(row), *losses, between(row.recall)])
+    return lines
 
 
 def parameters(row: Measured) -> str:
     return ", ".join(f"{name}={value:g}" for name, value in row.parameters.items())
 
 
-def between(value: tuple[float, float | None] | None) -> str:
+def between(value: tuple[float, float | None] | None, digits: int = 2) -> str:
     """A mean with its standard error."""
     if value is None:
         return ""
     mean, error = value
-    return f"{mean:.2f}" if error is None else f"{mean:.2f} ± {error:.2f}"
+    return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def _loss(value: float | None) -> str:

@@ -66,7 +66,7 @@ def test_a_real_models_losses_are_compared_piece_by_piece(tmp_path):
     assert found["pi"].over_yarn == pytest.approx((0.6, 0.1))
     assert found["rerope"] == ({"window": 9}, None, None, (1.7, 0.25))
     assert smollm2_table.table_lines(folder)[1] == [
-        "`pi`", "factor=2", "2.50", "0.60 ± 0.10", ""
+        "`pi`", "factor=2", "2.50", "0.600 ± 0.100", ""
     ]  # fmt: skip
     (cells,) = (line for line in table.table_lines(tmp_path) if line[0] == "`rerope`")
     assert cells[-2:] == ["", "1.70 ± 0.25"]
