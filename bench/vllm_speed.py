@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import entry_points
 from pathlib import Path
 
 METHODS = {
@@ -38,6 +39,9 @@ def run_engine(args: argparse.Namespace) -> None:
     """Time one engine; print the wall and CPU seconds of its prefill, and of a decode step."""
     from vllm import LLM, SamplingParams
 
+    # vLLM takes no notice of an additional_config that nobody reads.
+    if "extrope" not in {entry.name for entry in entry_points(group="vllm.general_plugins")}:
+        sys.exit("extrope_kernels must be installed, not on PYTHONPATH alone: vLLM finds its entry")
     extrope = METHODS[args.engine]
     llm = LLM(
         args.model,
