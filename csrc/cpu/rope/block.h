@@ -1,11 +1,10 @@
-// What the kernels of the rotation share: the cosines and sines of a block of tokens, and rows as
-// pairs of dims in vectors.
+// What the kernels of the rotation share: the cosines and sines of a block of tokens.
 #pragma once
 
 #include <algorithm>
-#include <tuple>
 
 #include "common/rope_params.h"
+#include "cpu/rope/pairs.h"
 #include "cpu/rope/rows.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/token.h"
@@ -16,121 +15,6 @@ namespace extrope {
 namespace {
 
 constexpr int64_t kBlock = 16;  // tokens
-
-template <typename T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-template <typename T>
-using WideVector = std::conditional_t<std::is_same_v<T, double>, doubles, floats>;
-
-// Half-split dims of 16 bits are read as 32-bit words of two neighbours, so that none has to
-// move: a word gives one vector of even dims and one of odd dims, and cos and sin follow.
-template <typename T, bool Interleaved>
-constexpr bool kInWords = std::is_same_v<T, bf16> && !Interleaved;
-
-// The two dims of Vectors vectors of pairs, two where they come in words; with 0 of one pair.
-template <typename T, bool Interleaved, int Vectors>
-struct Pairs {
-  using V = std::conditional_t<Vectors == 0, Wide<T>, WideVector<T>>;
-  static constexpr int kCount = Vectors == 0 ? 1 : Vectors;
-  static constexpr int64_t kLanes = sizeof(V) / sizeof(Wide<T>);
-  V a[kCount], b[kCount];
-
-  // Those from pair i on, of a row whose first `half` pairs of dims rotate.
-  EXTROPE_INLINE void load(const T* row, int64_t half, int64_t i) {
-    if constexpr (Vectors == 0) {
-      a[0] = widen(row[Interleaved ? 2 * i : i]);
-      b[0] = widen(row[Interleaved ? 2 * i + 1 : half + i]);
-    } else if constexpr (Interleaved) {
-      std::tie(a[0], b[0]) = load_pairs(row + 2 * i);
-    } else if constexpr (Vectors == 2) {
-      std::tie(a[0], a[1]) = load_pairs(row + i);
-      std::tie(b[0], b[1]) = load_pairs(row + half + i);
-    } else {
-      a[0] = load_wide(row + i), b[0] = load_wide(row + half + i);
-    }
-  }
-
-  EXTROPE_INLINE void store(T* row, int64_t half, int64_t i) const {
-    if constexpr (Vectors == 0) {
-      narrow(a[0], row[Interleaved ? 2 * i : i]);
-      narrow(b[0], row[Interleaved ? 2 * i + 1 : half + i]);
-    } else if constexpr (Interleaved) {
-      store_plain_pairs(row + 2 * i, a[0], b[0]);
-    } else if constexpr (Vectors == 2) {
-      store_plain_pairs(row + i, a[0], a[1]);
-      store_plain_pairs(row + half + i, b[0], b[1]);
-    } else {
-      store_plain(row + i, a[0]);
-      store_plain(row + half + i, b[0]);
-    }
-  }
-
-  EXTROPE_INLINE void rotate(const Wide<T>* cos, const Wide<T>* sin, int64_t i) {
-    for (int v = 0; v < kCount; ++v) {
-      const V c = extrope::load<V>(cos + i + v * kLanes),
-              s = extrope::load<V>(sin + i + v * kLanes);
-      const V first = a[v] * c - b[v] * s, second = b[v] * c + a[v] * s;
-      a[v] = first, b[v] = second;
-    }
-  }
-
-  // Times scale, and times the weights: those of the first dims of all pairs, then of the second.
-  EXTROPE_INLINE void normalize(const Wide<T>* weight, int64_t half, Wide<T> scale, int64_t i) {
-    for (int v = 0; v < kCount; ++v) {
-      const Wide<T>* at = weight + i + v * kLanes;
-      a[v] = a[v] * scale * extrope::load<V>(at);
-      b[v] = b[v] * scale * extrope::load<V>(at + half);
-    }
-  }
-};
-
-template <int Vectors>
-using Width = std::integral_constant<int, Vectors>;
-
-// Calls visit(Width<Vectors>, i) for all pairs of a row.
-template <typename T, bool Interleaved, typename Visit>
-inline void for_each_pairs(int64_t half, const Visit& visit) {
-  constexpr int64_t lanes = Lanes<WideVector<T>>::count;
-  int64_t i = 0;
-  if constexpr (kInWords<T, Interleaved>) {
-    for (; i + 2 * lanes <= half; i += 2 * lanes) visit(Width<2>(), i);
-  }
-  for (; i + lanes <= half; i += lanes) visit(Width<1>(), i);
-  for (; i < half; ++i) visit(Width<0>(), i);
-}
-
-template <typename T>
-struct Row {
-  const T* in;
-  T* out;
-  const T* saved;
-};
-
-// One row of one head: out = rotated in; with Grad also angle_grad += saved x out.
-template <typename T, bool Interleaved, bool Grad>
-void rotate_row(Row<T> row, int64_t half, const Wide<T>* cos, const Wide<T>* sin,
-                Wide<T>* angle_grad) {
-  for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
-    using Some = Pairs<T, Interleaved, decltype(width)::value>;
-    using V = typename Some::V;
-    Some x;
-    x.load(row.in, half, i);
-    x.rotate(cos, sin, i);
-    if constexpr (Grad) {
-      Some saved;
-      saved.load(row.saved, half, i);
-      V cross[Some::kCount];
-      for (int v = 0; v < Some::kCount; ++v) cross[v] = saved.a[v] * x.b[v] - saved.b[v] * x.a[v];
-      if constexpr (Some::kCount == 2) {
-        const auto [even, odd] = load_pairs(angle_grad + i);
-        store_pairs(angle_grad + i, even + cross[0], odd + cross[1]);
-      } else {
-        store(angle_grad + i, load<V>(angle_grad + i) + cross[0]);
-      }
-    }
-    x.store(row.out, half, i);
-  });
-}
 
 // Brings numbers of `half` pairs to the order in which rotate_row reads words.
 template <typename Number>

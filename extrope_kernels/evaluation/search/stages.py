@@ -155,10 +155,10 @@ class Search:
         scores = score_methods(self.length, self.ladder.trained)
         yarn = self.yarn()
         kinds = [[yarn, *(c for c in ranked[:3] if c != yarn)], searched, scores]
-        # In turn, so that each kind has had its likeliest when time is up.
-        for turn in range(max(map(len, kinds))):
+        # One of each kind after the other, so that each has had its likeliest when time is up.
+        for rank in range(max(map(len, kinds))):
             for kind in kinds:
-                for candidate in kind[turn : turn + 1]:
+                for candidate in kind[rank : rank + 1]:
                     self._on_search_text(candidate)
         if best := self._best_at_full_length(scores):
             scaled = with_log_n(best, self.ladder.trained)

@@ -1,7 +1,7 @@
 """vLLM's rotary layers with the frequencies of an engine's method, or with no rotation at all.
 
 vLLM makes a layer of another class where one is registered under the name of the class that a
-model asks for. Ours turn into those again, before they are initialized, in engines that ask for
+model asks for. Ours become those again, before they are initialized, in engines that ask for
 nothing.
 """
 
@@ -20,7 +20,7 @@ from .engine import engine_of
 from .settings import NAME
 
 _TABLE = "cos_sin_cache"
-# What turns (tokens, heads * head_dim) by one position a token.
+# What rotates (tokens, heads * head_dim) by one position a token.
 _REPLACED = (
     "RotaryEmbedding",
     "DynamicNTKAlphaRotaryEmbedding",
