@@ -47,13 +47,13 @@ def of_ring(q: Tensor, k: Tensor, v: Tensor, parts: int) -> int:
     """Bytes that a ring holds at most, of this rank's q, k and v; all but log-sum-exps.
 
     On top of the share, a part of the heads at a time: keys and values that are here and those that
-    come, their gradients in float32 that go and those that come, the sum of dq in float32 where q
-    is narrower, and what half of the queries (a run of zigzag's) and half of the keys have found.
+    come, and in float32 their gradients that go and those that come, the sum of dq where q is
+    narrower, and what half of the queries (a run of zigzag's) and half of the keys have found.
     """
     wide = max(4 // q.element_size(), 1)
     keys = _bytes(k) + _bytes(v)
     sums = _bytes(q) * wide if wide > 1 else 0
-    under_way = 2 * keys + 2 * wide * keys + sums + (_bytes(q) + keys) // 2
+    under_way = 2 * keys + 2 * wide * keys + sums + wide * (_bytes(q) + keys) // 2
     return share(q, k, v) + under_way // parts
 
 

@@ -250,6 +250,10 @@ def within_the_budget(mesh, strategy, balance, dtype, backend, **options):
         assert_within_budget(name, whole, same, want)
         if strategy == "gather" and name in ("out", "dq") and "sliding_window" not in options:
             assert torch.equal(whole, same), f"{name}: other bits"
+        if strategy == "ring" and dtype.itemsize == 2 and name != "lse":
+            # Both round once: over n elements RMS errors spread by 1 / sqrt(2 n), taken six times.
+            ours, theirs = ((x.double() - want).square().mean().sqrt() for x in (whole, same))
+            assert ours <= theirs * (1 + 6 / (2 * want.numel()) ** 0.5), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -25,7 +25,8 @@ def cases(name: str) -> list[Case]:
     """Regions: R1 plain, R2 ReRoPE, R3 dual chunk. Every tile of both tables; at the
     common head_dim also float16, which differs by the conversions, packed sequences, and the
     regions of blockwise causal attention, which have no first key; and what models add to the
-    softmax, one by one and all together, with values of another head_dim beside.
+    softmax, one by one and all together, with values of another head_dim beside. wide: results in
+    float32, which dq's frames are anyway.
     """
     kernel = f"attention {name}"
     every = [*product(("bfloat16",), ("R1", "R2", "R3"), HEAD_DIMS)]
@@ -39,6 +40,7 @@ def cases(name: str) -> list[Case]:
     every += [(dtype, variant, 128) for dtype, variant in more]
     every += [("bfloat16", words, 128) for words in (*(f"R2 {word}" for word in SOFTMAX), ALL)]
     every += [("bfloat16", MLA[1], MLA[0])]
+    every += [("bfloat16", "R2 wide", 128)] if name != "dq" else []
     return [
         Case(kernel, chip, dim, dtype, variant)
         for dtype, variant, dim in every
@@ -61,7 +63,11 @@ def rotate_cases() -> list[Case]:
         for dtype, variant, dim in every
         for direction in ("", " inverse")
         for chip in CAPABILITIES
-    ] + [Case("attention rotate", chip, 128, "bfloat16", "R2 keys") for chip in CAPABILITIES]
+    ] + [
+        Case("attention rotate", chip, 128, "bfloat16", variant)
+        for variant in ("R2 keys", "R2 wide inverse")
+        for chip in CAPABILITIES
+    ]
 
 
 def in_sample(case: Case) -> bool:
@@ -79,6 +85,7 @@ def in_sample(case: Case) -> bool:
         ("float32", "R2", 64): (89,),
         ("float32", "R2", 256): (90,) if name == "dq" else (),
         ("bfloat16", "R2 packed", 128): (80,),
+        ("bfloat16", "R2 wide", 128): (80, 90),
         ("bfloat16", ALL, 128): {"forward": (90,), "dq": (80,), "dkv": (100,)}[name],
         ("bfloat16", MLA[1], MLA[0]): {"forward": (80, 90), "dq": (100,), "dkv": (90,)}[name],
     }
@@ -154,6 +161,7 @@ def _launch(case: Case) -> None:
         **score_options(score_of(case)),
         log_n=4096.0 if packed else None,
         interleaved=case.has("interleaved"),
+        float32_results=case.has("wide"),
     )
     batch = () if packed else (1,)
     rows = partial(empty, *batch, SEQLEN, dtype=case.dtype)
@@ -163,6 +171,11 @@ def _launch(case: Case) -> None:
         forward(q, k, v, call)
     else:
         backward(out, None, q, k, v, out, empty(*batch, HEADS_Q, SEQLEN), call)
+
+
+def results_size(case: Case) -> int:
+    """Bytes of an element of out or of a gradient."""
+    return 4 if case.has("wide") else itemsize(case.dtype)
 
 
 def dim_v(case: Case) -> int:
@@ -179,6 +192,7 @@ def _record(case: Case):
 def traffic(case: Case, block_m: int, block_n: int) -> Traffic:
     """What a launch with tiles of so many rows does, plain or not."""
     name, size = case.kernel.split()[-1], itemsize(case.dtype)
+    of_results = results_size(case)
     dim, of_v = case.head_dim, dim_v(case)
     starts, granularity = layout(case)
     window = SLIDING if case.has("sliding") else SEQLEN
@@ -190,14 +204,15 @@ def traffic(case: Case, block_m: int, block_n: int) -> Traffic:
     by_key = name == "dkv"
     own, other = (block_n, block_m) if by_key else (block_m, block_n)
     moved = {
-        "forward": size * (k_frames + v_rows + q_rows + out_rows) + per_row,
+        "forward": size * (k_frames + v_rows + q_rows) + of_results * out_rows + per_row,
         "dq": size * (frames + v_rows + 2 * out_rows) + 2 * per_row + 4 * len(starts) * q_rows,
-        "dkv": size * (frames + 2 * v_rows + out_rows) + 2 * per_row + 4 * len(starts) * k_rows,
+        "dkv": size * (frames + v_rows + out_rows)
+        + (of_results * v_rows + 4 * len(starts) * k_rows + 2 * per_row),
     }
     stored = {
-        "forward": own * of_v * size,
+        "forward": own * of_v * of_results,
         "dq": len(starts) * own * dim * 4,
-        "dkv": own * (of_v * size + len(starts) * dim * 4),
+        "dkv": own * (of_v * of_results + len(starts) * dim * 4),
     }
     depth = {"forward": dim + of_v, "dq": 2 * dim + of_v, "dkv": 2 * (dim + of_v)}
     return Traffic(
@@ -216,7 +231,8 @@ def _rotate_traffic(case: Case, launch) -> Traffic:
     inverse = case.has("inverse")
     heads = HEADS_Q * len(tile.q_maps) + HEADS_K * len(tile.k_maps)
     sources = (HEADS_Q if tile.q_maps else 0) + (HEADS_K if tile.k_maps else 0)
-    moved = SEQLEN * case.head_dim * (size * sources + (4 if inverse else size) * heads)
+    raw = results_size(case) if inverse else size
+    moved = SEQLEN * case.head_dim * (raw * sources + (4 if inverse else size) * heads)
     row = tile.tokens * case.head_dim
     blocks = math.prod(launch.grid)
     each = -(-SEQLEN // tile.tokens)
@@ -227,7 +243,7 @@ def _rotate_traffic(case: Case, launch) -> Traffic:
             each * heads for heads, maps in ((HEADS_K, tile.k_maps), (HEADS_Q, tile.q_maps)) if maps
         ),
         loaded=row * (4 if inverse else size),
-        stored=row * size,
+        stored=row * raw,
     )
 
 

@@ -155,16 +155,17 @@ inline void pack_key_columns(const BlockRows& block, const AttentionTensor& x,
 }
 
 // The inverse of a transposed product: from (slices, dim / 16, kSliceTiles) tiles of sums to rows
-// of x.
-inline void unpack_sums(const BlockRows& block, const float* from, const float* scale,
-                        const AttentionTensor& x) {
+// of x, of T.
+template <typename T>
+void unpack_sums(const BlockRows& block, const float* from, const float* scale,
+                 const AttentionTensor& x) {
   const int64_t dim = x.head_dim, dim_tiles = 2 * dim_tiles_of(x);
   for (int64_t first = 0; first < block.count; first += kSide) {
     const float* slice =
         from + first / kSlice * dim_tiles * kSlice * kSide + first % kSlice * kSide;
-    bf16* to[kSide];
+    T* to[kSide];
     block.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
-      to[i] = static_cast<bf16*>(x.data) + block.offset(x, token, head);
+      to[i] = static_cast<T*>(x.data) + block.offset(x, token, head);
     });
     for (int64_t d = 0; d < dim; d += kSide) {
       words rows[kSide];

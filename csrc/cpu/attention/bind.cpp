@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor inv_freq
                                    std::vector<double> maps, std::optional<double> softmax_scale,
                                    std::optional<double> log_n, double attention_factor,
                                    bool interleaved, double softcap,
-                                   std::optional<int64_t> sliding_window) {
+                                   std::optional<int64_t> sliding_window, bool float32_results) {
   const Options options{inv_freq,         cu_seqlens,  log_decay,     sinks,
                         query_scale,      q_start,     k_start,       starts,
                         granularity,      maps,        softmax_scale, log_n,
@@ -59,7 +59,9 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor inv_freq
   AttentionParams p = make_params(q, k, v, options);
   const Rotation rotation(p, rotation_args(options), rotates_ahead(p.dtype));
   const bool packed = cu_seqlens.has_value();
-  const Tensor out = fresh(shape(q, p.v.head_dim), q.scalar_type());
+  p.float32_out = float32_results;
+  const Tensor out =
+      fresh(shape(q, p.v.head_dim), float32_results ? ScalarType::Float : q.scalar_type());
   const Tensor lse = packed ? new_empty(q, {p.heads_q, p.seqlen_q}, ScalarType::Float)
                             : new_empty(q, {p.batch, p.heads_q, p.seqlen_q}, ScalarType::Float);
   p.out = view(out, packed, "out");
@@ -74,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     OptionalTensor query_scale, OptionalTensor q_start, OptionalTensor k_start,
     std::vector<int64_t> starts, int64_t granularity, std::vector<double> maps,
     std::optional<double> softmax_scale, std::optional<double> log_n, double attention_factor,
-    bool interleaved, double softcap, std::optional<int64_t> sliding_window) {
+    bool interleaved, double softcap, std::optional<int64_t> sliding_window, bool float32_results) {
   const Options options{inv_freq,         cu_seqlens,  log_decay,     sinks,
                         query_scale,      q_start,     k_start,       starts,
                         granularity,      maps,        softmax_scale, log_n,
@@ -94,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   p.dk = view(dk, packed, "dk");
   p.dv = view(dv, packed, "dv");
   run_backward(p, kernels(p.dtype));
-  if (p.dtype == DType::f32) return {dq, dk, dv};
+  if (float32_results || p.dtype == DType::f32) return {dq, dk, dv};
   const auto narrow = [&](const Tensor& x) { return torch::stable::to(x, q.scalar_type()); };
   return {narrow(dq), narrow(dk), narrow(dv)};
 }

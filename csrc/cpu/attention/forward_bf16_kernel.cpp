@@ -219,7 +219,8 @@ void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w,
 // Divides by the sums of probabilities and writes out and lse.
 void finish(const BlockRows& block, const Forward& w) {
   finish_sums(block, w.row_max, w.row_sum, w.scale);
-  unpack_sums(block, w.out, w.scale, block.p.out);
+  with_out<bf16>(
+      block.p, [&](auto type) { unpack_sums<decltype(type)>(block, w.out, w.scale, block.p.out); });
 }
 
 // Of a row: to base 2, or where a cap is, in units of it. Never 0, which would make NaN of hidden

@@ -142,7 +142,7 @@ void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w,
   }
 }
 
-// Divides by the sums of probabilities and writes out and lse.
+// Divides by the sums of probabilities and writes out, of T, and lse.
 template <typename T>
 void finish(const BlockRows& block, const Forward& w) {
   finish_sums(block, w.row_max, w.row_sum, w.scale);
@@ -190,7 +190,7 @@ void forward(const BlockRows& block, const TilePlan& plan, const Forward& w) {
       visit_slice<Capped>(block, plan, w, slice, key_block);
     }
   }
-  finish<T>(block, w);
+  with_out<T>(p, [&](auto type) { finish<decltype(type)>(block, w); });
 }
 
 template <typename T>

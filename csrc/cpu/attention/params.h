@@ -54,6 +54,7 @@ struct AttentionParams {
   int64_t num_sequences;
 
   AttentionTensor q, v, out;
+  bool float32_out;                // out is float whatever dtype is; elsewhere it is of dtype
   AttentionTensor k[kMaxRegions];  // raw where k_cos_sin rotates it
   CosSin q_cos_sin[kMaxRegions], k_cos_sin[kMaxRegions];
   int64_t half;  // pairs of dims that rotate

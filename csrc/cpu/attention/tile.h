@@ -162,6 +162,13 @@ inline void with_rows(const AttentionTensor& x, const Run& run) {
   run(T{});
 }
 
+// Calls run(x) with a value of out's element type, T or float.
+template <typename T, typename Run>
+inline void with_out(const AttentionParams& p, const Run& run) {
+  if (p.float32_out) return run(float{});
+  run(T{});
+}
+
 // A row that is rotated is rounded to its type thereafter, as a rotated tensor would be; one in
 // e4m3 is rotated in float alone.
 template <typename T>

@@ -45,6 +45,7 @@ class AttentionCall:
     interleaved: bool = False
     softcap: float = 0.0  # 0: none
     sliding_window: int | None = None
+    float32_results: bool = False  # without a cache: see `results_dtype`
 
     @property
     def regions(self) -> list[Region]:
@@ -74,6 +75,10 @@ class AttentionCall:
         if self.sliding_window is not None:
             firsts = [first.maximum(i + 1 - self.sliding_window) for first in firsts]
         return [first.minimum(i + 1) for first in firsts] + [i + 1]
+
+    def results_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of out, or of the gradients, where q, k and v are of `dtype`."""
+        return torch.promote_types(dtype, torch.float32) if self.float32_results else dtype
 
     def scale(self, head_dim: int) -> float:
         """The factor of all logits."""

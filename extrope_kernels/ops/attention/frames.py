@@ -53,9 +53,9 @@ def rotate(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[list[Tensor], lis
 def unrotate(
     dq: list[Tensor], dk: list[Tensor], q: Tensor, k: Tensor, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of raw q and k, in their dtypes, from those of the frames."""
+    """The gradients of raw q and k, of the call's dtype for results, from those of the frames."""
     i, j = positions(q, k, call)
     regions = call.regions
     raw_q = [rotate_queries(g, r.q_map(i), call, adjoint=True) for g, r in zip(dq, regions)]
     raw_k = [rotate_keys(g, r.k_map, j, call, adjoint=True) for g, r in zip(dk, regions)]
-    return sum(raw_q).to(q.dtype), sum(raw_k).to(k.dtype)
+    return sum(raw_q).to(call.results_dtype(q.dtype)), sum(raw_k).to(call.results_dtype(k.dtype))

@@ -24,7 +24,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     (values,) = _batched([v], packed)
     weights, lse = softmax_of(_logits(q_frames, k_frames, call), call)
     values = _per_query_head(values, q_frames[0])
-    out = torch.einsum("bhij,bjhd->bihd", weights, values).to(q.dtype).contiguous()
+    out = torch.einsum("bhij,bjhd->bihd", weights, values).to(call.results_dtype(q.dtype))
+    out = out.contiguous()
     return (out[0], lse[0]) if packed else (out, lse)
 
 
@@ -38,7 +39,7 @@ def backward(
     lse: Tensor,
     call: AttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, each in its dtype."""
+    """The gradients of q, k and v, each in its dtype or with call.float32_results in float32."""
     packed = call.cu_seqlens is not None
     q_frames, k_frames = rotate(q, k, call)
     q_r, k_r = _batched(q_frames, packed), _batched(k_frames, packed)
@@ -63,7 +64,7 @@ def backward(
         dk.append(_per_key_head(torch.einsum("bhij,bihd->bjhd", here, queries), k_r[region]))
     if packed:
         dq, dk, dv = [x[0] for x in dq], [x[0] for x in dk], dv[0]
-    return *unrotate(dq, dk, q, k, call), dv.to(v.dtype)
+    return *unrotate(dq, dk, q, k, call), dv.to(call.results_dtype(v.dtype))
 
 
 def _logits(q: list[Tensor], k: list[Tensor], call: AttentionCall) -> Tensor:

@@ -24,7 +24,8 @@ NAME = "attention"
 # An Autograd kernel sees the positional tensors alone, hence all of them before the *.
 _ROPE_ARGS = (
     "Tensor inv_freq, Tensor? cu_seqlens=None, Tensor? log_decay=None, Tensor? sinks=None, "
-    f"Tensor? query_scale=None, Tensor? q_start=None, Tensor? k_start=None, *, {SCHEMA}"
+    f"Tensor? query_scale=None, Tensor? q_start=None, Tensor? k_start=None, *, {SCHEMA}, "
+    "bool float32_results=False"
 )
 _SINKS = 6  # its index among an op's arguments
 _FWD = f"(Tensor q, Tensor k, Tensor v, {_ROPE_ARGS}) -> (Tensor out, Tensor lse)"
@@ -56,15 +57,18 @@ def _checked(implementation: str, q: Tensor, k: Tensor, v: Tensor, rope_args, op
 
 
 def _fwd_fake(q, k, v, *rope_args, **options):
-    check(NAME, q, k, v, AttentionCall(*rope_args, **options))
+    call = AttentionCall(*rope_args, **options)
+    check(NAME, q, k, v, call)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(rows, dtype=wide)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=call.results_dtype(q.dtype))
+    return out, q.new_empty(rows, dtype=wide)
 
 
 def _bwd_fake(dout, dlse, q, k, v, out, lse, *rope_args, **options):
-    check(NAME, q, k, v, AttentionCall(*rope_args, **options))
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    call = AttentionCall(*rope_args, **options)
+    check(NAME, q, k, v, call)
+    return tuple(x.new_empty(x.shape, dtype=call.results_dtype(x.dtype)) for x in (q, k, v))
 
 
 def _fwd(implementation, q, k, v, *rope_args, **options):
@@ -97,7 +101,9 @@ def _register_gradient(suffix: str) -> None:
         q, k, v, out, lse, *rope_args = ctx.saved_tensors
         if dout is None and dlse is None:
             return None, None, None
-        dout = torch.zeros_like(out) if dout is None else contiguous_rows(dout)
+        # Those of float32_results are rounded, as they are on their way to the 16-bit op.
+        out = out.to(q.dtype)
+        dout = torch.zeros_like(out) if dout is None else contiguous_rows(dout.to(q.dtype))
         dlse = None if dlse is None else dlse.contiguous()
         given = (dout, dlse, q, k, v, out, lse, *rope_args)
         grads = _run_backward(bwd, given, ctx.options)

@@ -50,6 +50,8 @@ def forward(
         out, lse = _without_keys(q, call.sinks)
         outs.append(out)
         lses.append(lse)
+    # The engine has rounded each of them to 16 bits, also for float32_results.
+    outs = [out.to(call.results_dtype(q.dtype)) for out in outs]
     if len(outs) == 1:
         return outs[0].contiguous(), lses[0].contiguous()
     return merge_attention(outs, lses)
@@ -67,7 +69,7 @@ def backward(
     call: AttentionCall,
     engine: Engine | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, each in its dtype."""
+    """The gradients of q, k and v, as those of reference.backward."""
     engine, unit, pieces = _prepare(q, v, call, engine)
     frames, scale = rotate(q, k, call), _row_scale(q, k, call)
     wide = torch.promote_types(v.dtype, torch.float32)
@@ -100,7 +102,7 @@ def backward(
         dk[r] = piece.put_keys(dk_r)
         dv = dv + piece.put_keys(dv_r)
     dq, dk = ([x.contiguous() for x in grads] for grads in (dq, dk))
-    return *unrotate(dq, dk, q, k, call), dv.to(v.dtype).contiguous()
+    return *unrotate(dq, dk, q, k, call), dv.to(call.results_dtype(v.dtype)).contiguous()
 
 
 def _prepare(

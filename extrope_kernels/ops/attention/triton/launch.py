@@ -28,7 +28,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     k_frames = empty(plan.k_frames, k.dtype, k.device) if plan.k_frames[0] else None
     if plan.rotate is not None:
         plan.rotate(None, k, None, k_frames, *rope_args, None, call.k_start, None)
-    out = empty(plan.out, q.dtype, q.device)
+    out = empty(plan.out, call.results_dtype(q.dtype), q.device)
     lse = empty(plan.lse, torch.float32, q.device)
     if plan.attend is not None:
         q_frame = None if plan.q_frame is None else empty(plan.q_frame, q.dtype, q.device)
@@ -47,7 +47,7 @@ def backward(
     lse: Tensor,
     call: AttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of raw q and k, and of v, in their dtypes, in four launches.
+    """The gradients of raw q and k, and of v, in their dtypes or float32, in four launches.
 
     dout: like out, contiguous in the last dimension; dlse: like lse, or None; the rest as in
     `forward`.
@@ -66,7 +66,7 @@ def backward(
     delta = empty(lse.shape, torch.float32, device)
     dq_frames = empty(plan.q_frames, torch.float32, device)
     dk_frames = empty(plan.dk_frames, torch.float32, device)
-    dq, dk, dv = (empty(x.shape, x.dtype, device) for x in (q, k, v))
+    dq, dk, dv = (empty(x.shape, call.results_dtype(x.dtype), device) for x in (q, k, v))
     keys = k, k_frames, v
     if plan.rotate is not None:
         plan.rotate(q, k, q_frames, k_frames, *rope_args)
@@ -98,6 +98,7 @@ def _key(tensors: tuple[Tensor | None, ...], call: AttentionCall) -> Hashable:
         call.interleaved,
         call.softcap,
         call.sliding_window,
+        call.float32_results,
     )
 
 

@@ -79,7 +79,8 @@ def forward_plans(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Forwa
     attend = layout.plan(forward_kernel, "forward", strides, numbers)
     lse = (*q.shape[:-3], q.shape[-2], q.shape[-3])
     rotate = rotation(q, k, (), k_maps, call, unseen=unseen_keys(q, k, call))
-    q_frame = None if v.shape[-1] == q.shape[-1] else (*q.shape,)
+    like_q = v.shape[-1] == q.shape[-1] and call.results_dtype(q.dtype) == q.dtype
+    q_frame = None if like_q else (*q.shape,)
     out = (*q.shape[:-1], v.shape[-1])
     return ForwardPlans(rotate, attend, (len(k_maps), *k.shape), q_frame, out, lse)
 

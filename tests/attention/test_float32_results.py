@@ -1,0 +1,83 @@
+"""16-bit q, k and v with results in float32, as a sum over blocks of keys takes them."""
+
+import itertools
+
+import pytest
+import torch
+from attention_oracle import frequencies, make_qkv
+
+from extrope_kernels import scores
+from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options
+from extrope_kernels.ops.attention import reference
+
+OPS = torch.ops.extrope
+DTYPES = [torch.bfloat16, torch.float16]
+SCORES = {
+    "one region": scores.rerope(64),
+    "two regions": scores.leaky_rerope(6, 4.0),
+    "three regions": scores.dual_chunk(8, 3),
+}
+
+
+def make_call(dtype, score, dims=(32, 32), packed=False):
+    """q, k and v with a head_dim of v's own, what follows them, and the op's options."""
+    q, k, v = make_qkv(2, 19, None, 4, 2, dims[0], dtype, head_dim_v=dims[1])
+    rope_args = [frequencies(dims[0]).inv_freq]
+    if packed:
+        q, k, v = (x[0] for x in (q, k, v))
+        rope_args.append(torch.tensor([0, 0, 11, 19], dtype=torch.int32, device=q.device))
+    return (q, k, v), rope_args, score_options(SCORES[score])
+
+
+BEST = list(itertools.product([""], SCORES, [(32, 32), (32, 48)], [False, True], DTYPES))
+# The interpreter takes its time, and does not round to bfloat16.
+TRITON = [
+    ("_triton", "one region", (16, 16), False, torch.float16),
+    ("_triton", "two regions", (16, 16), True, torch.float16),
+    ("_triton", "three regions", (16, 32), False, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("suffix", "score", "dims", "packed", "dtype"), BEST + TRITON)
+def test_rounded_they_are_the_16_bit_results(suffix, score, dims, packed, dtype):
+    """The same arithmetic to its last step: so they are as near as float32 is."""
+    qkv, rope_args, options = make_call(dtype, score, dims, packed)
+    forward, backward = (getattr(OPS, f"attention_{op}{suffix}") for op in ("fwd", "bwd"))
+    out, lse = forward(*qkv, *rope_args, **options)
+    wide, same_lse = forward(*qkv, *rope_args, **options, float32_results=True)
+    assert wide.dtype == torch.float32 and not torch.equal(wide, out.float())
+    assert torch.equal(wide.to(dtype), out) and torch.equal(same_lse, lse)
+    given = (torch.randn_like(out), torch.randn_like(lse), *qkv, out, lse, *rope_args)
+    narrow, grads = backward(*given, **options), backward(*given, **options, float32_results=True)
+    for name, found, want in zip("qkv", grads, narrow, strict=True):
+        assert found.dtype == torch.float32 and found.shape == want.shape, name
+        assert torch.equal(found.to(dtype), want), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wider_dtypes_keep_theirs(dtype):
+    qkv, rope_args, options = make_call(dtype, "two regions")
+    call = AttentionCall(*rope_args, **options, float32_results=True)
+    out, lse = reference.forward(*qkv, call)
+    grads = reference.backward(torch.ones_like(out), None, *qkv, out, lse, call)
+    assert all(x.dtype == dtype for x in (out, *grads))
+
+
+def test_opcheck():
+    qkv, rope_args, options = make_call(torch.bfloat16, "two regions")
+    qkv = [x.requires_grad_() for x in qkv]
+    args, options = (*qkv, *rope_args), options | {"float32_results": True}
+    torch.library.opcheck(OPS.attention_fwd.default, args, options)
+
+
+def test_their_gradients_are_of_q_k_and_v():
+    """In the dtypes of these, and those of the op with 16-bit results."""
+    qkv, rope_args, options = make_call(torch.bfloat16, "two regions")
+    qkv = [x.requires_grad_() for x in qkv]
+    dout = torch.randn_like(qkv[0])
+    found = []
+    for wide in (False, True):
+        out, _ = OPS.attention_fwd(*qkv, *rope_args, **options, float32_results=wide)
+        found.append(torch.autograd.grad(out, qkv, dout.to(out.dtype)))
+    for got, want in zip(*found, strict=True):
+        assert got.dtype == torch.bfloat16 and torch.equal(got, want)
