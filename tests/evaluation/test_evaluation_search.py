@@ -33,7 +33,8 @@ def search(folder, tmp_path, monkeypatch):
     text = tmp_path / "story.txt"
     text.write_text("".join(chr(33 + (n * n // 7) % 90) for n in range(400)))
     monkeypatch.setattr(losses, "_SHORT", 16)
-    monkeypatch.setattr(stages, "_STEPS", 6)
+    monkeypatch.setattr(stages, "_STEPS", 3)
+    monkeypatch.setattr(stages, "_GRADIENTS", 2)
     monkeypatch.setattr(stages, "_PIECES", 3)
     monkeypatch.setattr(stages, "_HELD_OUT_PIECES", 2)
     few = [Candidate("yarn", {"factor": 2.25}), Candidate("ntk_by_parts", {"factor": 2.25})]
@@ -100,7 +101,8 @@ def test_goes_on_where_it_was_interrupted(search, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(stages, "last_loss", interrupted)
     out = tmp_path / "again" / "out"
     assert search(out=out) == 130
-    assert len(results(tmp_path / "again", "search")["rows"]) == 11
+    kept = [row["of"]["kind"] for row in results(tmp_path / "again", "search")["rows"]]
+    assert len(kept) - kept.count("full") == 11
     assert search(out=out) == 0
     again = results(tmp_path / "again", "search")
     assert [row["of"] for row in again["rows"]] == [row["of"] for row in whole["rows"]]
@@ -165,14 +167,14 @@ def test_held_out_text_is_another(tokenizer, text, tmp_path):
 def test_short_pieces_reach_far(tokenizer, text, monkeypatch):
     monkeypatch.setattr(losses, "_SHORT", 16)
     (whole,), _ = cli.split_texts(tokenizer, [str(text)], None, 8)
-    furthest = 0
+    gaps = []
     for index in range(20):
         ids, at = losses.short_piece(whole, LENGTH, index, 0)
         steps = at.diff()
         assert len(ids) == 16 and (steps == 1).sum() >= 14 and at.max() < LENGTH
         assert (steps[8:] == 1).all()  # the gap is in the first half
-        furthest = max(furthest, int(at.max()))
-    assert furthest > LENGTH * 3 // 4
+        gaps.append(int(steps.max()))
+    assert LENGTH * 3 // 8 < min(gaps) < LENGTH // 2 and max(gaps) > LENGTH * 2 // 3
 
 
 def test_a_gap_of_positions_is_no_end_of_a_sequence(model):
@@ -243,6 +245,7 @@ def test_tables_that_record_no_gradient(monkeypatch):
 
 def test_written_configurations_give_the_logits_of_extend(model, folder, tmp_path):
     """Transformers' own angles are float32 products, wrong by 2^-24 of the angle, ours are not."""
+    model.set_attn_implementation("sdpa")  # as in plain transformers
     ladder = find_ladder(model, TRAINED)
     ids = torch.randint(0, 100, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     searched = ladder.longrope(torch.tensor([0.0, 0.1, 0.5, 1.2]), 1.05)

@@ -25,28 +25,43 @@ def test_rising_is_isotonic_regression():
 
 
 def test_descent_finds_the_least_of_a_bowl_that_is_steep_in_one_pair():
-    """Curvatures of 100 and 0.01, gradients of texts that spread by their roots, as Fisher's."""
-    curvature = torch.tensor([100.0, 0.01], dtype=torch.float64)
-    least = torch.tensor([0.01, 0.4], dtype=torch.float64)
+    """As of angles: the curvature of a pair's loss is that of a cosine at the farthest distance."""
+    angles = torch.tensor([30.0, 1.0], dtype=torch.float64)
+    least = torch.tensor([0.02, 0.4], dtype=torch.float64)
     drawn = torch.Generator().manual_seed(0)
-    descent = Descent(torch.zeros(2, dtype=torch.float64), tokens=1000)
-    for _ in range(200):
-        noise = torch.randn(2, generator=drawn, dtype=torch.float64) * (curvature / 1000).sqrt()
-        descent.step(curvature * (descent.log_factors - least) + noise)
-        assert (descent.log_factors.diff() >= 0).all()
-    # A step takes in four texts: their mean spreads by half of that, over the curvature.
-    spread = 0.5 / (1000 * curvature).sqrt()
-    assert ((descent.log_factors - least).abs() < 4 * spread).all()
+    descent = Descent(torch.zeros(2, dtype=torch.float64), angles)
+
+    def loss(at):
+        return ((at - least) * angles).square().sum().item()
+
+    for _ in range(60):
+        noise = torch.randn(4, 2, generator=drawn, dtype=torch.float64) * angles / 10
+        tried = descent.step(angles**2 * (descent.log_factors - least) + noise)
+        assert (tried.diff() >= 0).all()
+        descent.tell(tried, loss(tried) < loss(descent.log_factors))
+    assert ((descent.log_factors - least).abs() * angles < 0.1).all()
 
 
-def test_first_gradients_only_tell_the_spread():
+def test_steps_are_short_and_what_is_not_better_is_taken_back():
     start = torch.zeros(3, dtype=torch.float64)
-    descent = Descent(start, tokens=1)
-    for _ in range(3):
-        descent.step(torch.ones(3, dtype=torch.float64))
-        assert descent.log_factors is start
-    descent.step(torch.ones(3, dtype=torch.float64))
-    assert (descent.log_factors == -0.1).all()  # the largest step
+    descent = Descent(start, torch.tensor([1000.0, 20.0, 1.0]))
+    downhill = -torch.ones(4, 3, dtype=torch.float64)
+    first = descent.step(downhill)
+    largest = torch.tensor([0.001, 0.05, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(first, largest)
+    descent.tell(first, better=False)
+    assert descent.log_factors is start
+    torch.testing.assert_close(descent.step(downhill), largest / 4)
+    descent.tell(first, better=True)
+    assert descent.log_factors is first
+
+
+def test_one_text_does_not_decide_a_step():
+    """One gradient of a thousand times the others is as one of four that say nothing."""
+    descent = Descent(torch.zeros(2, dtype=torch.float64), torch.ones(2))
+    gradients = torch.tensor([[-1000.0, -1.0], [1.0, -1.0], [1.0, -1.0], [1.0, -1.0]])
+    tried = descent.step(gradients.double())
+    assert 0 < tried[0] < 0.51 * tried[1] and tried[1] == pytest.approx(0.1)
 
 
 def test_evolution_keeps_what_is_better():

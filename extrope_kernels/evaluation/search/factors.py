@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _STILL = 1e30  # factor of a pair that does not rotate: no float32 tells it from that
-_FIRST, _MOST = 4, 0.1  # gradients before the first step; largest step of a logarithm
+_MOST = 0.1  # largest step of a logarithm
 
 
 @dataclass(frozen=True)
@@ -97,29 +97,29 @@ def rising(values: Tensor) -> Tensor:
 class Descent:
     """Steps down the gradient of the loss to the logarithms of the factors.
 
-    A fast pair bears a hundredth of the step that a slow one needs. How much is told by how far
-    the gradients of single texts spread: that is Fisher's information, the curvature of a
-    likelihood. So a step is the mean gradient over it, a tenth at most.
+    In a step a factor moves by a tenth at most, and no pair turns by more than a radian at the
+    farthest distance: fast pairs bear a thousandth of what slow ones need. Within that, a pair
+    goes as far as the gradients of single texts agree. After a step that is not better the next
+    is a quarter as far.
 
-    tokens: predictions that one gradient is the mean of.
+    angles: (pairs,) by which each pair turns over the whole length, in radians.
     """
 
-    def __init__(self, start: Tensor, tokens: int) -> None:
+    def __init__(self, start: Tensor, angles: Tensor) -> None:
         self.log_factors = start
-        self._tokens = tokens
-        self._count = 0
-        self._mean = torch.zeros_like(start)
-        self._square = torch.zeros_like(start)
+        self._farthest = (1 / angles.to(start.dtype)).clamp(max=_MOST)
+        self._size = 1.0
 
-    def step(self, found: Tensor) -> None:
-        """Take one text's gradient in, and go a step once there are enough to tell the spread."""
-        self._count += 1
-        weight = max(1 / self._count, 1 / _FIRST)
-        self._mean += weight * (found - self._mean)
-        self._square += max(1 / self._count, 0.1) * (found**2 - self._square)
-        if self._count >= _FIRST:
-            newton = self._mean / (self._tokens * self._square).clamp(min=1e-30)
-            self.log_factors = rising(self.log_factors - newton.clamp(-_MOST, _MOST))
+    def step(self, gradients: Tensor) -> Tensor:
+        """Return the factors to try: (pairs,). gradients: (texts, pairs)"""
+        agreement = gradients.mean(0) / gradients.square().mean(0).sqrt().clamp(min=1e-30)
+        return rising(self.log_factors - self._size * self._farthest * agreement)
+
+    def tell(self, tried: Tensor, better: bool) -> None:
+        """Say whether a step was better than where it started."""
+        self._size = min(1.0, 2 * self._size) if better else self._size / 4
+        if better:
+            self.log_factors = tried
 
 
 class Evolution:

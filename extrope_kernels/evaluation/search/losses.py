@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from extrope_kernels import positions
 from extrope_kernels.evaluation.forward import chunks, logits, run_body
 from extrope_kernels.evaluation.models import decoder_layers
 from extrope_kernels.evaluation.texts import Text
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Tokens of a short piece: enough for a model to use what it has read, few enough for many pieces.
 _SHORT = 1024
+_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, without their whole parts, are spread evenly
 
 
 class NoGradient(Exception):
@@ -28,16 +29,20 @@ class NoGradient(Exception):
 
 
 def short_piece(text: Text, length: int, index: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return few tokens whose positions reach up to `length`: ids and positions, (tokens,) int64.
+    """Return few tokens whose positions reach far: ids and positions, (tokens,) int64.
 
     They have a gap between two of them, as PoSE trains with (https://arxiv.org/abs/2309.10400), in
     the first half. So what comes in the second half has to be read at far distances, for a
-    hundredth of what the whole length costs.
+    hundredth of what the whole length costs. Gaps take half to all of the length: what a model
+    bears at a few thousand positions more tells nothing of what it does at the end.
     """
     tokens = min(_SHORT, length)
-    drawn = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    at, _ = positions.pose(1, tokens, tokens, length, generator=drawn)
-    return text.piece(tokens, index, seed), at[0]
+    drawn = random.Random(f"{seed} {index}")
+    cut = drawn.randrange(tokens // 4, tokens // 2)
+    share = 0.5 + 0.5 * (index * _GOLDEN % 1)
+    at = torch.arange(tokens)
+    at[cut:] += round(share * (length - tokens))
+    return text.piece(tokens, index, seed), at
 
 
 def last_loss(

@@ -16,7 +16,6 @@ from extrope_kernels.evaluation.search.factors import find_ladder
 from extrope_kernels.evaluation.search.ledger import Ledger
 from extrope_kernels.evaluation.search.stages import Search
 from extrope_kernels.evaluation.texts import Text
-from extrope_kernels.integrations.transformers import register_interface
 from extrope_kernels.methods import METHODS
 
 if TYPE_CHECKING:
@@ -46,8 +45,6 @@ def search_model(
     }
     ledger = Ledger(out / "search.json", header, budget)
     model.requires_grad_(False)
-    if model.device.type == "cpu":
-        _attend_by_ops(model)
     with report.open_display(sys.stdout, _ROWS) as display:
         length = settings["length"]
         search = Search(model, ladder, texts, held_out, length, settings["seed"], ledger, display)
@@ -68,15 +65,6 @@ def search_model(
     chosen = _best_frequencies(rows, frequencies)
     path = write_config(model, ladder, chosen, length, out / "extended")
     print(f"{path}: {chosen.name}")
-
-
-def _attend_by_ops(model: PreTrainedModel) -> None:
-    """Let layers attend by our op, which is faster on a CPU than torch's, where they can."""
-    register_interface()
-    try:
-        model.set_attn_implementation("extrope")
-    except ValueError:
-        return
 
 
 def _tell(rows: list[dict[str, Any]], frequencies: list[Candidate]) -> None:

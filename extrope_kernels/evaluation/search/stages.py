@@ -5,7 +5,8 @@ Each stage may go on until a share of the budget is spent; what one leaves is th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Shares of the budget by whose end a stage is over.
-_GRID, _FACTORS, _FULL_LENGTH, _HELD_OUT = 0.12, 0.3, 0.45, 1.0
-_FIRST_PIECES, _PIECES, _HELD_OUT_PIECES = 2, 6, 8
-_STEPS = 24
+_GRID, _PUBLISHED, _FACTORS, _FULL_LENGTH, _HELD_OUT = 0.12, 0.2, 0.4, 0.55, 1.0
+_FIRST_PIECES, _PIECES, _HELD_OUT_PIECES = 3, 8, 8
+_STEPS, _GRADIENTS = 12, 4  # at most so many steps, each down so many gradients
 # Of a text's tokens, those whose loss counts: of short pieces all behind the gap.
 _LAST, _LAST_OF_SHORT = 0.25, 0.5
 
@@ -63,7 +64,7 @@ class Search:
     def run(self) -> tuple[list[Candidate], list[Candidate]]:
         """Return the published frequency methods by rank, and the finalists by rank if decided."""
         ranked = self.grid()
-        searched = self.factors(ranked[0])
+        searched = self.factors(self.best_published(ranked))
         finalists = self.full_length(ranked, searched)
         self.decide(finalists)
         return ranked, finalists
@@ -84,6 +85,17 @@ class Search:
         found = {i: self.mean_short(c, pieces, _GRID) for i, c in enumerate(candidates)}
         return {index: mean for index, mean in found.items() if mean is not None}
 
+    def best_published(self, ranked: Sequence[Candidate]) -> Candidate:
+        """Return the best by a piece of full length, of the best by short ones and YaRN."""
+        tried = self._published(ranked)
+        for candidate in tried:
+            self._on_search_text(candidate, _PUBLISHED)
+        return self._best_at_full_length(tried) or ranked[0]
+
+    def _published(self, ranked: Sequence[Candidate]) -> list[Candidate]:
+        yarn = self.yarn()
+        return [yarn, *(c for c in ranked[:3] if c != yarn)]
+
     def factors(self, start: Candidate) -> list[Candidate]:
         """Return LongRoPE's factors for this model, found from those of another method.
 
@@ -91,59 +103,65 @@ class Search:
         tell how far attention is thinned out over the keys of a long text.
         """
         freqs = self.ladder.freqs(start)
-        logs = self.ladder.log_factors(freqs)
+        logs, amplitude = rising(self.ladder.log_factors(freqs)), freqs.attention_factor
         self.display.line(f"factors per pair, from those of {start.name}")
+        descent = Descent(logs, self.ladder.plain * self.length)
         try:
-            found = self._descend(logs, freqs.attention_factor)
+            found = self._improved(descent, partial(self._downhill, descent, amplitude), amplitude)
         except NoGradient:
             self.display.line("no gradient reaches this model's frequencies: factors by mutation")
-            found = self._mutate(logs, freqs.attention_factor)
+            evolution = Evolution(logs, self.seed)
+            found = self._improved(evolution, lambda step: evolution.mutation(), amplitude)
         if found is None:
             return []
-        self.mean_short(self.ladder.longrope(found, freqs.attention_factor), _PIECES, _FACTORS)
-        amplitudes = self.ladder.freqs(self.yarn()).attention_factor, freqs.attention_factor
+        amplitudes = self.ladder.freqs(self.yarn()).attention_factor, amplitude
         return [self.ladder.longrope(found, each) for each in dict.fromkeys(amplitudes)]
 
     def yarn(self) -> Candidate:
         """Return YaRN by its paper, which everything is compared with."""
         return Candidate("yarn", {"factor": max(1.0, self.length / self.ladder.trained)})
 
-    def _descend(self, logs: Tensor, attention_factor: float) -> Tensor | None:
-        tokens = len(short_piece(self.texts[0], self.length, 0, self.seed)[0])
-        descent = Descent(logs, int(tokens * _LAST_OF_SHORT))
-        for index in range(_STEPS):
-            at = descent.log_factors
-            of = {"kind": "gradient", "log_factors": at.tolist(), "piece": _PIECES + index}
+    def _improved(
+        self,
+        mover: Descent | Evolution,
+        propose: Callable[[int], Tensor | None],
+        amplitude: float,
+    ) -> Tensor | None:
+        """Return the factors of the lowest loss on the same short pieces, None if none were found.
 
-            def measure(at: Tensor = at, index: int = index) -> dict[str, Any]:
-                params = {"attention_factor": attention_factor, "seq_len": self.ladder.trained}
-                value, found = gradient(
-                    self.model, at, params, lambda: self._short_loss(_PIECES + index)
-                )
-                return {"loss": value, "gradient": found.tolist()}
-
-            self._begin(f"gradient {index + 1}")
-            if (row := self.ledger.measured(of, _FACTORS, measure)) is None:
+        propose: what to try in a step, None when time is up.
+        """
+        start = mover.log_factors
+        best = self.mean_short(self.ladder.longrope(start, amplitude), _PIECES, _FACTORS)
+        for step in range(_STEPS):
+            if best is None or (tried := propose(step)) is None:
                 break
-            self.display.line(f"gradient {row['loss']:.4f}  step {index + 1}")
-            descent.step(torch.tensor(row["gradient"], dtype=logs.dtype))
-        return None if descent.log_factors is logs else descent.log_factors
-
-    def _mutate(self, logs: Tensor, attention_factor: float) -> Tensor | None:
-        start = rising(logs)
-        evolution = Evolution(start, self.seed)
-        best = self.mean_short(
-            self.ladder.longrope(start, attention_factor), _FIRST_PIECES, _FACTORS
-        )
-        for _ in range(_STEPS):
-            tried = evolution.mutation()
-            candidate = self.ladder.longrope(tried, attention_factor)
-            found = self.mean_short(candidate, _FIRST_PIECES, _FACTORS)
-            if best is None or found is None:
+            loss = self.mean_short(self.ladder.longrope(tried, amplitude), _PIECES, _FACTORS)
+            if loss is None:
                 break
-            evolution.tell(tried, found < best)
-            best = min(best, found)
-        return None if evolution.log_factors is start else evolution.log_factors
+            mover.tell(tried, loss < best)
+            best = min(best, loss)
+        return None if mover.log_factors is start else mover.log_factors
+
+    def _downhill(self, descent: Descent, amplitude: float, step: int) -> Tensor | None:
+        """Return where the gradients of other pieces than those that decide point."""
+        first = _PIECES + step * _GRADIENTS
+        found = [self._gradient(descent, amplitude, first + n) for n in range(_GRADIENTS)]
+        known = [each for each in found if each is not None]
+        return descent.step(torch.stack(known)) if len(known) == _GRADIENTS else None
+
+    def _gradient(self, descent: Descent, amplitude: float, piece: int) -> Tensor | None:
+        at = descent.log_factors
+        of = {"kind": "gradient", "log_factors": at.tolist(), "piece": piece}
+        params = {"attention_factor": amplitude, "seq_len": self.ladder.trained}
+
+        def measure() -> dict[str, Any]:
+            value, found = gradient(self.model, at, params, lambda: self._short_loss(piece))
+            return {"loss": value, "gradient": found.tolist()}
+
+        self._begin(f"gradient {piece}")
+        row = self.ledger.measured(of, _FACTORS, measure)
+        return None if row is None else torch.tensor(row["gradient"], dtype=at.dtype)
 
     def full_length(
         self, ranked: Sequence[Candidate], searched: Sequence[Candidate]
@@ -153,8 +171,7 @@ class Search:
         Kinds are published frequencies, factors that were searched, and score methods.
         """
         scores = score_methods(self.length, self.ladder.trained)
-        yarn = self.yarn()
-        kinds = [[yarn, *(c for c in ranked[:3] if c != yarn)], searched, scores]
+        kinds = [self._published(ranked), searched, scores]
         # One of each kind after the other, so that each has had its likeliest when time is up.
         for rank in range(max(map(len, kinds))):
             for kind in kinds:
@@ -165,7 +182,7 @@ class Search:
             self._on_search_text(scaled)
             kinds[2] = [best, scaled]
         found = [self._best_at_full_length(kind) for kind in kinds]
-        finalists = [Candidate(), yarn, *(c for c in found if c is not None)]
+        finalists = [Candidate(), self.yarn(), *(c for c in found if c is not None)]
         return [c for index, c in enumerate(finalists) if c not in finalists[:index]]
 
     def decide(self, finalists: Sequence[Candidate]) -> None:
@@ -210,8 +227,8 @@ class Search:
             on_layer=self.display.tick,
         )
 
-    def _on_search_text(self, candidate: Candidate) -> float | None:
-        row = self._full(candidate, 0, "full", _FULL_LENGTH)
+    def _on_search_text(self, candidate: Candidate, share: float = _FULL_LENGTH) -> float | None:
+        row = self._full(candidate, 0, "full", share)
         return None if row is None else row["loss"]
 
     def _full(
