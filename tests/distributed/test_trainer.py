@@ -1,0 +1,100 @@
+"""transformers' Trainer on sequences that ranks share, by accelerate's ParallelismConfig."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchrun import answers
+
+pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("accelerate")
+
+STEPS, SEQLEN, VOCABULARY = 10, 64, 101
+METHODS = {"yarn": {"factor": 2.0}, "rerope": {"window": 16}}
+
+
+def on_cpus_as_on_gpus(size):
+    """accelerate has context parallelism on GPUs alone: let it take these processes for such."""
+    import os
+
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    chosen = ("gloo", DistributedType.MULTI_GPU)
+    state.PartialState._prepare_backend = lambda *args, **kwargs: chosen
+    state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+
+def trained(size, folder):
+    """By method what `ten_steps` returns."""
+    if size > 1:
+        on_cpus_as_on_gpus(size)
+    return {method: ten_steps(size, method, folder) for method in METHODS}
+
+
+def ten_steps(size, method, folder):
+    """Losses and norms of gradients, and the weights thereafter."""
+    from accelerate.parallelism_config import ParallelismConfig
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    from extrope_kernels.integrations.transformers import extend
+
+    shared = {}
+    if size > 1:
+        shared = {"parallelism_config": ParallelismConfig(cp_size=size), "fsdp": True}
+        shared["fsdp_config"] = {"version": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=SEQLEN // 2,
+    )
+    ids = torch.randint(0, VOCABULARY, (2 * STEPS, SEQLEN))
+    trainer = Trainer(
+        model=LlamaForCausalLM(config),
+        train_dataset=[{"input_ids": x, "labels": x} for x in ids],
+        args=TrainingArguments(
+            output_dir=folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            **shared,
+        ),
+    )
+    mesh = trainer.accelerator.torch_device_mesh["cp"] if size > 1 else None
+    with extend(trainer.model, method, mesh=mesh, **METHODS[method]):
+        trainer.train()
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    whole = StateDictOptions(full_state_dict=True)
+    weights = get_model_state_dict(trainer.model, options=whole)
+    return (
+        [row["loss"] for row in steps],
+        [float(row["grad_norm"]) for row in steps],
+        {name.removeprefix("module."): x.tolist() for name, x in weights.items()},
+    )
+
+
+def test_ten_steps_are_those_of_one_process(ranks, tmp_path):
+    (one,) = answers(ranks.context(), trained, 1, 1, str(tmp_path))
+    for found in answers(ranks.context(), trained, 2, 2, str(tmp_path)):
+        for method, (losses, norms, weights) in one.items():
+            assert len(losses) == STEPS
+            assert found[method][0] == pytest.approx(losses, rel=1e-6)
+            assert found[method][1] == pytest.approx(norms, rel=1e-5)
+            # Adam divides by a gradient's size: weights whose gradient is rounding go astray.
+            for name, want in weights.items():
+                got, want = torch.tensor(found[method][2][name]), torch.tensor(want)
+                assert (got - want).abs().median() <= 1e-6 * want.abs().max(), name
