@@ -97,7 +97,7 @@ def rotations() -> dict[str, Case]:
 
 def attentions() -> dict[str, Case]:
     """Every score method, as the tests call it, with and without a cache; the ops by ReRoPE's."""
-    from attention_oracle import EXAMPLES
+    from score_examples import EXAMPLES
 
     q, k, v, freqs = random(1, 1, 8, 64), random(1, 1, 2, 64), random(1, 1, 2, 64), methods.rope(64)
     freqs, score = freqs.to(device()), scores.rerope(4)

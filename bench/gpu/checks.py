@@ -12,6 +12,7 @@ from functools import partial
 import attention_oracle as oracle
 import decode_oracle
 import operations
+import score_examples
 import torch
 from torch import Tensor
 
@@ -76,7 +77,7 @@ def copies(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def attention(score: str, backend: str, dtype: torch.dtype, **sizes: int) -> None:
     """Output, log-sum-exp and gradients."""
-    example, sizes = oracle.EXAMPLES[score], {**SIZES, **sizes}
+    example, sizes = score_examples.EXAMPLES[score], {**SIZES, **sizes}
     tensors, freqs = oracle.make_qkv(**sizes, dtype=dtype), oracle.frequencies(sizes["head_dim"])
     seqlen = sizes["seqlen_q"]
     relative = example.relative(seqlen, seqlen, **example.parameters)

@@ -4,7 +4,8 @@ narrower ones beside them. Where it has neither, the same cases check what runs 
 
 import pytest
 import torch
-from attention_oracle import both_orders, closed_form, frequencies, make_qkv, rerope
+from attention_oracle import both_orders, closed_form, frequencies, make_qkv
+from score_examples import rerope
 
 from extrope_kernels import rerope_attention
 from extrope_kernels.testing import assert_within_budget, attention_backends, device

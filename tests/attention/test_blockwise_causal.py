@@ -3,7 +3,6 @@
 import pytest
 import torch
 from attention_oracle import (
-    blockwise_causal,
     both_orders,
     check_outputs,
     closed_form,
@@ -12,6 +11,7 @@ from attention_oracle import (
     plain_formula,
     worse,
 )
+from score_examples import blockwise_causal
 
 from extrope_kernels import blockwise_causal_attention, rerope_attention, scores
 from extrope_kernels.methods import RopeFreqs, xpos

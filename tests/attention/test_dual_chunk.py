@@ -4,14 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from attention_oracle import (
-    both_orders,
-    check_outputs,
-    closed_form,
-    dual_chunk,
-    frequencies,
-    make_qkv,
-)
+from attention_oracle import both_orders, check_outputs, closed_form, frequencies, make_qkv
+from score_examples import dual_chunk
 from vectors import load
 
 from extrope_kernels import dual_chunk_attention

@@ -4,14 +4,8 @@ import math
 
 import pytest
 import torch
-from attention_oracle import (
-    both_orders,
-    check_outputs,
-    closed_form,
-    frequencies,
-    make_qkv,
-    rerope,
-)
+from attention_oracle import both_orders, check_outputs, closed_form, frequencies, make_qkv
+from score_examples import rerope
 from vectors import load
 
 from extrope_kernels import apply_rope_qk, rerope_attention

@@ -6,16 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 from attention_oracle import (
-    EXAMPLES,
     closed_form,
-    dual_chunk,
     frequencies,
     make_qkv,
     plain_formula,
-    rerope,
     rounding_noise,
     worse,
 )
+from score_examples import EXAMPLES, dual_chunk, rerope
 from torch.autograd import gradcheck, gradgradcheck
 
 from extrope_kernels import dual_chunk_attention, rerope_attention

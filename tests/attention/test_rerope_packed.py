@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from attention_oracle import both_orders, closed_form, frequencies, make_qkv, rerope
+from attention_oracle import both_orders, closed_form, frequencies, make_qkv
+from score_examples import rerope
 from test_rerope import INF, call
 
 from extrope_kernels.methods import RopeFreqs

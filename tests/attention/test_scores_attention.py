@@ -2,14 +2,8 @@
 
 import pytest
 import torch
-from attention_oracle import (
-    EXAMPLES,
-    both_orders,
-    check_outputs,
-    closed_form,
-    frequencies,
-    make_qkv,
-)
+from attention_oracle import both_orders, check_outputs, closed_form, frequencies, make_qkv
+from score_examples import EXAMPLES
 
 SHAPES = [
     {},

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from attention_oracle import (
-    EXAMPLES,
     check_outputs,
     closed_form,
     frequencies,
@@ -17,6 +16,7 @@ from attention_oracle import (
     rounding_noise,
     worse,
 )
+from score_examples import EXAMPLES
 
 from extrope_kernels import rerope_attention
 from extrope_kernels.testing import assert_within_budget, device

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from attention_oracle import EXAMPLES, frequencies, make_qkv
+from attention_oracle import frequencies, make_qkv
+from score_examples import EXAMPLES
 from test_softmax_options import INF, run
 
 from extrope_kernels.testing import device

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_oracle import EXAMPLES
 from decode_oracle import SCORES, Case, check, make
+from score_examples import EXAMPLES
 
 from extrope_kernels import rerope_attention_with_kvcache
 from extrope_kernels.testing import device

@@ -7,7 +7,7 @@ import itertools
 import attention_oracle as oracle
 import pytest
 import torch
-from attention_oracle import EXAMPLES
+from score_examples import EXAMPLES
 
 import extrope_kernels
 from extrope_kernels import RopeFreqs, distributed

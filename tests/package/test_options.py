@@ -3,7 +3,7 @@
 import inspect
 
 import pytest
-from attention_oracle import EXAMPLES
+from score_examples import EXAMPLES
 
 from extrope_kernels.ops._shared.options import AttentionOptions, CacheOptions
 

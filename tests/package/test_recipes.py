@@ -114,7 +114,7 @@ def test_a_score_method_is_one_file_its_public_functions_and_a_row(checkout):
         "extrope_kernels/ops/attention/__init__.py",
         "extrope_kernels/ops/decode/__init__.py",
         "extrope_kernels/scores/__init__.py",
-        "tests/support/attention_oracle.py",
+        "tests/support/score_examples.py",
     ]
     tests = (
         "tests/scores",

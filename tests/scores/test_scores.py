@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from attention_oracle import EXAMPLES
+from score_examples import EXAMPLES
 
 from extrope_kernels.scores import SCORES, PositionMap
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import attention_oracle as oracle
+import score_examples
 import torch
 from generated import LAYOUTS, LOW, cumulative, frequencies, laid_out, lengths, randn, seeds
 from hypothesis import strategies as st
@@ -55,7 +55,7 @@ class Case:
             known["query_scale"] = scale[part] if self.bounds or scale.dim() == 2 else scale
         return known
 
-    def seen(self, seqlen_q: int, seqlen_k: int) -> oracle.Relative:
+    def seen(self, seqlen_q: int, seqlen_k: int) -> score_examples.Relative:
         return self.relative(seqlen_q, seqlen_k).within(self.options["sliding_window"])
 
     def sequences(self, *others: Tensor):
@@ -77,21 +77,21 @@ def methods(draw) -> tuple[Callable, Callable, dict]:
     if kind == "string":
         shift = draw(st.integers(1, 50))
         own = {"shift": shift, "window": draw(st.integers(0, shift))}
-        return string_attention, oracle.string, own
+        return string_attention, score_examples.string, own
     if kind == "dual_chunk":
         chunk = draw(st.integers(1, 20))
         own = {"chunk_size": chunk, "local_window": draw(st.integers(0, chunk - 1))}
-        return dual_chunk_attention, oracle.dual_chunk, own
+        return dual_chunk_attention, score_examples.dual_chunk, own
     if kind == "blockwise_causal":
         own = {"block_size": 2 * draw(st.integers(1, 16))}
-        return blockwise_causal_attention, oracle.blockwise_causal, own
+        return blockwise_causal_attention, score_examples.blockwise_causal, own
     own = {"window": draw(st.integers(1, 50)), "factor": INF, "grouped": False}
     if kind == "leaky":
         own["factor"] = draw(st.sampled_from((1 / 16, 0.5, 1.0, 1.7, 4.0, 16.0)))
     if kind == "grouped":
         group = draw(st.integers(1, 8))
         own = {"window": group * draw(st.integers(1, 6)), "factor": float(group), "grouped": True}
-    return rerope_attention, oracle.rerope, own
+    return rerope_attention, score_examples.rerope, own
 
 
 @st.composite

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field, replace
 
 import torch
-from attention_oracle import EXAMPLES, indices, split
+from attention_oracle import split
+from score_examples import EXAMPLES, indices
 from torch import Tensor
 
 import extrope_kernels

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from attention_oracle import EXAMPLES, Example
+from score_examples import EXAMPLES, Example
 from torch import Tensor
 
 from extrope_kernels import (

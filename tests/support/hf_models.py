@@ -7,8 +7,8 @@ import inspect
 import math
 from typing import Any
 
-import attention_oracle as oracle
 import pytest
+import score_examples
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,7 +59,7 @@ ATTENDING: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES} | {
 # For each score method the parameters that `extend` takes; relative positions are the oracle's.
 SCORE_PARAMETERS: dict[str, dict[str, Any]] = {
     name: {key: value for key, value in example.parameters.items() if key != "grouped"}
-    for name, example in oracle.EXAMPLES.items()
+    for name, example in score_examples.EXAMPLES.items()
 }
 PLAIN = {"rope_type": "default"}
 # What a model's cache is called, as an argument and in its output: it was renamed within version 5.

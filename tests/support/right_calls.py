@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from attention_oracle import EXAMPLES as SCORES
 from method_examples import DIM, EXAMPLES
+from score_examples import EXAMPLES as SCORES
 
 from extrope_kernels import RopeFreqs, head_permutations, methods
 from extrope_kernels.testing import device

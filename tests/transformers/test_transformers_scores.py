@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import attention_oracle as oracle
 import pytest
+import score_examples
 import torch
 from hf_models import (
     ATTENDING,
@@ -39,7 +40,7 @@ def test_every_score_method_is_tried():
 @contextmanager
 def dense(model, method, formula, log_n=None, freqs=None):
     """Let the model attend by `formula` of the oracle; layers with a sliding window as ever."""
-    example = oracle.EXAMPLES[method]
+    example = score_examples.EXAMPLES[method]
     modeling = sys.modules[type(model).__module__]
     interleaved = "Cohere" in type(model).__name__
     freqs, rotary = freqs or freqs_of(model), rotary_of(model)
@@ -50,10 +51,10 @@ def dense(model, method, formula, log_n=None, freqs=None):
         options = {"scale": scaling, "interleaved": interleaved, "log_n": log_n}
         layer_freqs = freqs
         if sliding_window is not None:
-            relative = oracle.rerope(q.shape[2], q.shape[2], window=1000)
+            relative = score_examples.rerope(q.shape[2], q.shape[2], window=1000)
             relative.seen[relative.seen >= sliding_window] = torch.nan
             near = [(mask & ~relative.seen.isnan(), *at) for mask, *at in relative.branches]
-            relative = oracle.Relative(relative.seen, near)
+            relative = score_examples.Relative(relative.seen, near)
             layer_freqs = local
             del options["log_n"]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
