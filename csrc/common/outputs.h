@@ -5,23 +5,38 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+
 namespace extrope {
 
 using torch::stable::Tensor;
 
-// Do the elements fill one stretch of memory, in whatever order of dimensions?
-inline bool is_dense(const Tensor& x) {
-  bool counted[4] = {};
-  int64_t expected = 1;
-  for (int64_t round = 0; round < x.dim(); ++round) {
-    int64_t next = -1;
-    for (int64_t i = 0; i < x.dim() && next < 0; ++i) {
-      if (!counted[i] && (x.size(i) == 1 || x.stride(i) == expected)) next = i;
-    }
-    if (next < 0) return false;
-    counted[next] = true;
-    expected *= x.size(next);
+struct Layout {
+  int64_t sizes[4], strides[4];
+};
+
+// That of torch.empty_like(x): x's own where it is dense, else dense in the order of its strides.
+// false where an order is torch's to say: x is expanded.
+inline bool layout_like(const Tensor& x, Layout& like) {
+  const int64_t dim = x.dim();
+  int64_t order[4], strides[4];
+  for (int64_t i = 0; i < dim; ++i) {
+    order[i] = i, like.sizes[i] = x.size(i), strides[i] = x.stride(i);
+    if (like.sizes[i] > 1 && strides[i] == 0) return false;
   }
+  std::sort(order, order + dim, [&](int64_t a, int64_t b) {
+    if (strides[a] != strides[b]) return strides[a] < strides[b];
+    return like.sizes[a] != like.sizes[b] ? like.sizes[a] < like.sizes[b] : a > b;
+  });
+  bool dense = true;
+  int64_t stride = 1;
+  for (int64_t n = 0; n < dim; ++n) {
+    const int64_t i = order[n];
+    dense = dense && (like.sizes[i] == 1 || strides[i] == stride);
+    like.strides[i] = stride;
+    stride *= like.sizes[i];
+  }
+  if (dense) std::copy_n(strides, dim, like.strides);
   return true;
 }
 
@@ -43,10 +58,9 @@ inline int32_t dtype_code(const Tensor& x) {
 
 // empty_like by the shortest way: through the dispatcher it takes longer than rotating one token.
 inline Tensor new_like(const Tensor& x) {
-  if (x.numel() == 0 || !is_dense(x)) return torch::stable::empty_like(x);
-  int64_t sizes[4], strides[4];
-  for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i), strides[i] = x.stride(i);
-  return empty_strided(x, sizes, strides, x.dim(), dtype_code(x));
+  Layout like;
+  if (x.numel() == 0 || !layout_like(x, like)) return torch::stable::empty_like(x);
+  return empty_strided(x, like.sizes, like.strides, x.dim(), dtype_code(x));
 }
 
 inline Tensor no_tensor(const Tensor& like, int32_t dtype) {

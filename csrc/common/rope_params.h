@@ -23,6 +23,8 @@ struct RopeTensor {
   double decay_sign;  // times exp(decay_sign * (position - decay_origin) * log_decay)
 };
 
+struct CopiedRows;
+
 struct RopeParams : TokenParams {
   RopeTensor tensors[2];
   int32_t num_tensors;
@@ -57,6 +59,10 @@ struct RopeParams : TokenParams {
   // wanted. angle_heads is 1, or the number of heads when the frequencies differ by head.
   void* angle_grad;
   int64_t angle_heads;
+
+  // Of the same tokens, num_copied of them: by the CPU alone.
+  const CopiedRows* copied;
+  int32_t num_copied;
 };
 
 }  // namespace extrope

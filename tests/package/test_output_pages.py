@@ -127,6 +127,32 @@ def test_every_operation_takes_part():
         assert torch.ops.extrope.cpu_release_memory() >= q.nbytes, name
 
 
+VIEWS = {  # of x (2, 4096, 12, 64)
+    "part of a projection": lambda x: x[:, :, 2:10],
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)[:, :, :8],
+    "sequence first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)[..., :32],
+    "one sequence": lambda x: x[1:, :, 2:10],
+    "one head": lambda x: x[:, :, 3:4],
+    "one token": lambda x: x[:, 5:6, 2:10],
+    "one sequence in all": lambda x: x.flatten(0, 1).as_strided((1, 8192, 12, 64), (7, 768, 64, 1)),
+    "expanded": lambda x: x[:, :1].expand(2, 4096, 12, 64),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_results_lie_like_empty_like_and_the_large_ones_in_kept_memory(view):
+    x = VIEWS[view](torch.randn(2, 4096, 12, 64))
+    out = apply_rope(x, methods.rope(x.shape[-1]), backend="cpu")
+    assert out.stride() == torch.empty_like(x).stride()
+    expected = apply_rope(x.contiguous(), methods.rope(x.shape[-1]), backend="cpu")
+    assert torch.equal(out, expected)
+    del expected
+    torch.ops.extrope.cpu_release_memory()
+    large = out.nbytes >= LARGE and view != "expanded"
+    del out
+    assert (torch.ops.extrope.cpu_release_memory() > 0) == large
+
+
 def test_results_are_tensors_like_others():
     out = rotated()
     expected = out.clone()

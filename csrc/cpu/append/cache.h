@@ -52,14 +52,12 @@ inline CacheRows rows_behind(const KVCache& cache, int64_t tokens) {
   CacheRows rows(tokens);
   for (int64_t b = 0; b < cache.batch; ++b) {
     const int64_t first = cache.first_new(b), count = cache.new_tokens(b);
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t slot = cache.seqlens[b] + t;
-      if (cache.block_table) {
-        const int32_t* pages = cache.block_table + b * cache.table_batch;
-        rows.set(cache, first + t, pages[slot / cache.page_size], slot % cache.page_size);
-      } else {
-        rows.set(cache, first + t, b, slot);
-      }
+    const int32_t* pages = cache.block_table ? cache.block_table + b * cache.table_batch : nullptr;
+    const int64_t start = cache.seqlens[b];
+    int64_t page = pages ? start / cache.page_size : 0, slot = start - page * cache.page_size;
+    for (int64_t t = 0; t < count; ++t, ++slot) {
+      if (pages && slot == cache.page_size) slot = 0, ++page;
+      rows.set(cache, first + t, pages ? pages[page] : b, slot);
     }
   }
   return rows;

@@ -6,6 +6,7 @@
 
 #include "common/regions.h"
 #include "cpu/append/cache.h"
+#include "cpu/rope/copied_rows.h"
 #include "cpu/rope/kernel.h"
 #include "cpu/rope/values.h"
 #include "cpu/runtime/capability.h"
@@ -67,24 +68,29 @@ inline std::vector<double> mapped(const PositionMap& map, const std::vector<int6
 // What keys that stay at position 0 need not be rotated by.
 inline bool is_raw(const PositionMap& stored) { return stored.is_constant() && stored(0) == 0; }
 
-// q and k together or each alone, and v: of the same tokens, thread after thread.
+// q and k together or each alone, and v: of the same tokens, thread after thread. What is neither
+// rotated nor normed is copied, beside the first part that is.
 class Rotations {
  public:
   void add(const RopeParams& p) {
-    RopeNormParams& part = parts_[count_++];
-    part = {};
+    RopeNormParams part{};
     static_cast<RopeParams&>(part) = p;
+    add(part);
   }
-  void add(const RopeNormParams& p) { parts_[count_++] = p; }
-
-  void run() const {
-    const int64_t tokens = parts_[0].batch * parts_[0].seqlen;
-    if (tokens == 0) return;
-    int64_t bytes = 0;
-    for (int n = 0; n < count_; ++n) {
-      bytes += bytes_of_token(parts_[n]);
+  void add(const RopeNormParams& p) {
+    seqlen_ = p.seqlen, tokens_ = p.batch * p.seqlen, bytes_ += bytes_of_token(p);
+    if (p.rotary_dim > 0 || p.num_tensors > 1 || p.norms[0].weight) {
+      parts_[count_++] = p;
+    } else {
+      copies_[num_copies_++] = {p.tensors[0], p.head_dim, element_bytes(p)};
     }
-    share_out(tokens, bytes, [&](int64_t begin, int64_t end) {
+  }
+
+  void run() {
+    if (tokens_ == 0) return;
+    parts_[0].copied = copies_, parts_[0].num_copied = num_copies_;
+    share_out(tokens_, bytes_, [&](int64_t begin, int64_t end) {
+      if (count_ == 0) copy(begin, end);
       for (int n = 0; n < count_; ++n) run_part(parts_[n], begin, end);
     });
   }
@@ -102,8 +108,16 @@ class Rotations {
 #undef EXTROPE_ROPE
 #undef EXTROPE_ROPE_NORM
 
-  RopeNormParams parts_[3];
-  int count_ = 0;
+  void copy(int64_t begin, int64_t end) const {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int n = 0; n < num_copies_; ++n) copy_token(copies_[n], t / seqlen_, t % seqlen_, t);
+    }
+  }
+
+  RopeNormParams parts_[3]{};
+  CopiedRows copies_[3];
+  int count_ = 0, num_copies_ = 0;
+  int64_t seqlen_ = 0, tokens_ = 0, bytes_ = 0;
 };
 
 }  // namespace extrope

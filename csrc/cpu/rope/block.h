@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common/rope_params.h"
+#include "cpu/rope/copied_rows.h"
 #include "cpu/rope/pairs.h"
 #include "cpu/rope/rows.h"
 #include "cpu/runtime/scratch.h"
@@ -141,12 +142,18 @@ void fill_given(const RopeParams& p, const Token<double>* tokens, int64_t count,
   }
 }
 
+// Copies wait for memory while angles are computed; therefore the ones go between the others, once
+// a block.
 template <typename T>
 void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
                 int64_t count, int64_t head, Scratch<T>& scratch) {
   if (p.cos) return fill_given(p, tokens, count, scratch);
+  const int num_copied = &tensor == p.tensors && head == 0 ? p.num_copied : 0;
   int64_t loaded = -1;
   for (int64_t t = 0; t < count; ++t) {
+    for (int n = 0; n < num_copied; ++n) {
+      copy_token(p.copied[n], tokens[t].batch, tokens[t].seq, tokens[t].index);
+    }
     const int64_t row = tokens[t].sequence * p.freq_batch + head * p.freq_head;
     if (row != loaded) load_freq(p, row, scratch);
     loaded = row;

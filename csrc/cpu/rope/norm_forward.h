@@ -1,8 +1,9 @@
-// The norm and the rotation of rows that each have a mean square of their own, forward.
+// The norm and the rotation, forward.
 //
-// Rows go in groups: the sums over lanes of as many rows as a vector has lanes cost little
-// together, and a group is still in the first-level cache when it is read again. The weights are
-// part of the cosines and sines that a token's rows share.
+// While some rows are rotated the squares of those that come next are summed: memory is read all
+// the time, and rows are still in the first-level cache when they are read again. Rows that each
+// have a mean square of their own go in groups: the sums over lanes of as many rows as a vector has
+// lanes cost little together. Heads that share a mean square go by tokens.
 #pragma once
 
 #include "cpu/rope/norm.h"
@@ -10,7 +11,8 @@
 namespace extrope {
 namespace {
 
-// cos and sin of each token of a block times the weights of the dims that they multiply.
+// cos and sin of each token of a block times the weights of the dims that they multiply, where all
+// heads have the same.
 template <typename T>
 struct WeightedAngles {
   struct Factors {
@@ -20,7 +22,6 @@ struct WeightedAngles {
   WeightedAngles(int64_t tokens, int64_t stride) : stride(stride), values(4 * tokens * stride) {}
 
   void fill(const Scratch<T>& scratch, int64_t tokens, const Wide<T>* weight) {
-    using V = WideVector<T>;
     const int64_t half = scratch.half;
     for (int64_t t = 0; t < tokens; ++t) {
       const Angle<T> angle(scratch, t);
@@ -45,8 +46,9 @@ struct WeightedAngles {
   Buffer<Wide<T>> values;
 };
 
+// One tensor of one block of tokens whose rows each have a mean square of their own.
 template <typename T, bool Interleaved>
-struct NormForward {
+struct NormOfEach {
   using V = WideVector<T>;
   static constexpr int kGroup = Lanes<V>::count;
 
@@ -79,30 +81,105 @@ struct NormForward {
     });
   }
 
+  EXTROPE_INLINE V measure(Cursor& at) const {
+    const T* row = input_row<T>(x, tokens[at.token], at.head);
+    at.next();
+    return squares_of(row, p.head_dim);
+  }
+
   void rows(const Run& run) const {
     const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(p.head_dim);
     const Wide<T> eps = static_cast<Wide<T>>(p.norm_eps);
-    const int64_t next_group = distance(x.in_seq, x.in_head, x.heads, kGroup);
-    Cursor at(run);
-    for (int64_t left = run.tokens * run.heads; left > 0; left -= kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, left);
-      const T* in[kGroup];
-      T* out[kGroup];
-      int64_t token[kGroup];
-      V squares[kGroup] = {};
-      for (int64_t i = 0; i < count; ++i, at.next()) {
-        in[i] = input_row<T>(x, tokens[at.token], at.head);
-        out[i] = output_row<T>(x, tokens[at.token], at.head);
-        token[i] = at.token;
-        squares[i] = squares_of(in[i], p.head_dim);
-      }
+    const int64_t far = ahead.in_behind(x, kGroup);
+    Cursor measured(run), at(run);
+    V squares[kGroup] = {};
+    int64_t left = run.tokens * run.heads;
+    for (int64_t i = 0; i < std::min<int64_t>(kGroup, left); ++i) squares[i] = measure(measured);
+    for (; left > 0; left -= kGroup) {
       Wide<T> scale[kGroup];
       store(scale, Wide<T>{1} / root(sums_of(squares) * share + eps));
-      for (int64_t i = 0; i < count; ++i) {
-        fetch(in[i], next_group, ahead.bytes);
-        if (!out[i]) continue;
-        rotate(in[i], out[i], angles.of(token[i]), scale[i]);
-        if (in[i] != out[i]) fetch(out[i], ahead.out, ahead.bytes);
+      for (int64_t i = 0; i < std::min<int64_t>(kGroup, left); ++i, at.next()) {
+        const T* in = input_row<T>(x, tokens[at.token], at.head);
+        T* out = output_row<T>(x, tokens[at.token], at.head);
+        if (i < left - kGroup) squares[i] = measure(measured);
+        fetch(in, far, ahead.bytes);
+        if (!out) continue;
+        rotate(in, out, angles.of(at.token), scale[i]);
+        if (in != out) fetch(out, ahead.out, ahead.bytes);
+      }
+    }
+  }
+};
+
+// The same where all heads of a token share a mean square, each with its own weights.
+template <typename T, bool Interleaved>
+struct NormOfAll {
+  using V = WideVector<T>;
+
+  const RopeNormParams& p;
+  const RopeTensor& x;
+  const Norm<T>& norm;
+  const Token<double>* tokens;
+  const Scratch<T>& scratch;
+  const Ahead& ahead;
+  V measured[kBlock];  // squares of each token, in lanes that are still to be summed
+
+  // Whether rows() sums up squares as it goes; otherwise measure() has to go before.
+  bool by_tokens() const { return x.in_head < x.in_seq && p.angle_heads == 1; }
+
+  EXTROPE_INLINE V squares_at(int64_t t, int64_t head) const {
+    return squares_of(input_row<T>(x, tokens[t], head), p.head_dim);
+  }
+
+  void measure(int64_t count) {
+    const Run all{count, 0, x.heads, false};
+    all.for_each_row([&](int64_t t, int64_t head) {
+      fetch(input_row<T>(x, tokens[t], head), ahead.in, ahead.bytes);
+      measured[t] += squares_at(t, head);
+    });
+  }
+
+  Wide<T> scale_of(V squares) const {
+    const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(norm.together * p.head_dim);
+    return Wide<T>{1} / root(sum_of(squares) * share + static_cast<Wide<T>>(p.norm_eps));
+  }
+
+  EXTROPE_INLINE void rotate(int64_t t, int64_t head, Wide<T> scale) const {
+    const T* in = input_row<T>(x, tokens[t], head);
+    T* out = output_row<T>(x, tokens[t], head);
+    if (!out) return;
+    const Wide<T>* weight = &norm.weight[head * norm.head_step];
+    const Angle<T> angle(scratch, t);
+    const int64_t half = p.rotary_dim / 2;
+    for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
+      Pairs<T, Interleaved, decltype(width)::value> row;
+      row.load(in, half, i);
+      row.normalize(weight, half, scale, i);
+      row.rotate(angle.cos, angle.sin, i);
+      row.store(out, half, i);
+    });
+    for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
+      using U = decltype(lanes);
+      write(out + i, read<U>(in + i) * scale * load<U>(weight + i));
+    });
+    if (in != out) fetch(out, ahead.out, ahead.bytes);
+  }
+
+  void rows(const Run& run) {
+    if (!by_tokens()) {
+      return run.for_each_row(
+          [&](int64_t t, int64_t head) { rotate(t, head, scale_of(measured[t])); });
+    }
+    const int64_t far = ahead.in_behind(x, run.heads);
+    V squares{};
+    for (int64_t head = 0; head < run.heads; ++head) squares += squares_at(0, head);
+    for (int64_t t = 0; t < run.tokens; ++t) {
+      const Wide<T> scale = scale_of(squares);
+      squares = V{};
+      for (int64_t head = 0; head < run.heads; ++head) {
+        if (t + 1 < run.tokens) squares += squares_at(t + 1, head);
+        fetch(input_row<T>(x, tokens[t], head), far, ahead.bytes);
+        rotate(t, head, scale);
       }
     }
   }

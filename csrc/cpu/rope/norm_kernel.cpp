@@ -2,7 +2,7 @@
 // set, with EXTROPE_ISA as its name.
 //
 // A row is read for its mean square, and once more from the first-level cache to be rotated; where
-// all heads of a token share one, a block of tokens is, from the second.
+// all heads of a token share one, and do not lie together, a block of tokens is, from the second.
 
 #include "cpu/rope/kernel.h"
 #include "cpu/rope/norm.h"
@@ -10,24 +10,6 @@
 
 namespace extrope {
 namespace {
-
-// out = rotated (in * scale * weight).
-template <typename T, bool Interleaved>
-void norm_rotate_row(const RopeParams& p, const T* in, T* out, Angle<T> angle,
-                     const Wide<T>* weight, Wide<T> scale) {
-  const int64_t half = p.rotary_dim / 2;
-  for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
-    Pairs<T, Interleaved, decltype(width)::value> x;
-    x.load(in, half, i);
-    x.normalize(weight, half, scale, i);
-    x.rotate(angle.cos, angle.sin, i);
-    x.store(out, half, i);
-  });
-  for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
-    using V = decltype(lanes);
-    write(out + i, read<V>(in + i) * scale * load<V>(weight + i));
-  });
-}
 
 // Of one row, in lanes that are still to be summed: weight * x * the gradient of what that became.
 template <typename T, bool Interleaved>
@@ -101,10 +83,11 @@ void rotate_only(const RopeParams& p, const T* in, T* out, Angle<T> angle) {
 template <typename T>
 constexpr int kGroup = Lanes<WideVector<T>>::count;
 
-// One tensor of one block of tokens. Rows are measured, then rotated, in groups whose sums over
-// lanes cost little together; or, where its heads share a mean square, by tokens.
-template <typename T, bool Interleaved, bool Backward>
-struct NormBlock {
+// The backward of one tensor of one block of tokens. Rows are measured, then rotated back, in
+// groups whose sums over lanes cost little together; or, where its heads share a mean square, by
+// tokens.
+template <typename T, bool Interleaved>
+struct NormBackward {
   using V = WideVector<T>;
   struct Sums {
     V squares, products;
@@ -115,22 +98,18 @@ struct NormBlock {
   const Norm<T>& norm;
   const Token<double>* tokens;
   const Scratch<T>& scratch;
-  Ahead ahead;
+  const Ahead& ahead;
   Wide<T>* weight_grad;
   Sums of_tokens[kBlock];  // where all heads share a mean square
 
   void add(int64_t t, int64_t head, Sums& sums) const {
     const T* in = input_row<T>(x, tokens[t], head);
+    const T* saved = saved_row<T>(x, tokens[t], head);
     fetch(in, ahead.in, ahead.bytes);
-    if constexpr (Backward) {
-      const T* saved = saved_row<T>(x, tokens[t], head);
-      fetch(saved, ahead.saved, ahead.bytes);
-      sums.squares += squares_of(saved, p.head_dim);
-      sums.products += products_of<T, Interleaved>(p, in, saved, {scratch, t},
-                                                   &norm.weight[head * norm.head_step]);
-    } else {
-      sums.squares += squares_of(in, p.head_dim);
-    }
+    fetch(saved, ahead.saved, ahead.bytes);
+    sums.squares += squares_of(saved, p.head_dim);
+    sums.products += products_of<T, Interleaved>(p, in, saved, {scratch, t},
+                                                 &norm.weight[head * norm.head_step]);
   }
 
   // Of a row, or of a vector of rows: one over the root mean square, and the mean of products.
@@ -144,39 +123,23 @@ struct NormBlock {
   void one(int64_t t, int64_t head, Wide<T> scale, Wide<T> mean) const {
     const T* in = input_row<T>(x, tokens[t], head);
     T* out = output_row<T>(x, tokens[t], head);
-    if (!out) return;
-    const Wide<T>* weight = &norm.weight[head * norm.head_step];
-    if constexpr (Backward) {
-      norm_backward_row<T, Interleaved>(p, in, saved_row<T>(x, tokens[t], head), out, {scratch, t},
-                                        weight, scale, mean, weight_grad + head * norm.head_step);
-    } else {
-      norm_rotate_row<T, Interleaved>(p, in, out, {scratch, t}, weight, scale);
-    }
-    if (in == out) return;
-    fetch(out, ahead.out, ahead.bytes);
-  }
-
-  void rotate(Run run) const {
-    run.for_each_row([&](int64_t t, int64_t head) {
-      rotate_only<T, Interleaved>(p, input_row<T>(x, tokens[t], head),
-                                  output_row<T>(x, tokens[t], head), {scratch, t});
-    });
+    norm_backward_row<T, Interleaved>(p, in, saved_row<T>(x, tokens[t], head), out, {scratch, t},
+                                      &norm.weight[head * norm.head_step], scale, mean,
+                                      weight_grad + head * norm.head_step);
+    if (in != out) fetch(out, ahead.out, ahead.bytes);
   }
 
   void each_head(Run run) const {
-    Cursor ahead(run), at(run);
-    int64_t left = run.tokens * run.heads;
+    Cursor measured(run), at(run);
     V squares[kGroup<T>] = {}, products[kGroup<T>] = {};
-    const auto measure = [&](int64_t i) {
-      Sums sums{};
-      add(ahead.token, ahead.head, sums);
-      ahead.next();
-      squares[i] = sums.squares, products[i] = sums.products;
-    };
-    for (; left > 0; left -= kGroup<T>) {
+    for (int64_t left = run.tokens * run.heads; left > 0; left -= kGroup<T>) {
       const int64_t count = std::min<int64_t>(kGroup<T>, left);
-      for (int64_t i = 0; i < count; ++i) measure(i);
-      const auto [scale, mean] = scales(sums_of(squares), Backward ? sums_of(products) : V{});
+      for (int64_t i = 0; i < count; ++i, measured.next()) {
+        Sums sums{};
+        add(measured.token, measured.head, sums);
+        squares[i] = sums.squares, products[i] = sums.products;
+      }
+      const auto [scale, mean] = scales(sums_of(squares), sums_of(products));
       Wide<T> scale_of[kGroup<T>], mean_of[kGroup<T>];
       store(scale_of, scale), store(mean_of, mean);
       for (int64_t i = 0; i < count; ++i, at.next()) {
@@ -197,48 +160,83 @@ struct NormBlock {
       one(t, head, found.first, found.second);
     });
   }
+
+  template <typename EachRun>
+  void rows(const EachRun& each_run) {
+    if (norm.head_step == 0) return each_run([&](Run run) { each_head(run); });
+    each_run([&](Run run) {  // all of them first, where a token's heads do not lie together
+      if (!run.of_heads) {
+        run.for_each_row([&](int64_t t, int64_t h) { add(t, h, of_tokens[t]); });
+      }
+    });
+    each_run([&](Run run) { all_heads(run); });
+  }
 };
 
-template <typename T, bool Interleaved, bool Backward>
-void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm<T>* norms,
-                 Scratch<T>& scratch, Buffer<Wide<T>>* weight_grads) {
-  WeightedAngles<T> angles(Backward ? 0 : std::min(kBlock, end - begin), scratch.stride);
+// Calls block(n, tokens, count, each_run) for each tensor of each block of tokens, where
+// each_run(visit) calls visit(Run) for its rows.
+template <typename T, typename Block>
+void for_each_tensor(const RopeParams& p, int64_t begin, int64_t end, Scratch<T>& scratch,
+                     const Block& block) {
   for_each_block(p, begin, end, [&](const Token<double>* tokens, int64_t count) {
-    for (int64_t n = 0; n < p.num_tensors; ++n) {
-      const RopeTensor& x = p.tensors[n];
-      NormBlock<T, Interleaved, Backward> block{p,
-                                                x,
-                                                norms[n],
-                                                tokens,
-                                                scratch,
-                                                {p, x, sizeof(T)},
-                                                Backward ? weight_grads[n].data() : nullptr,
-                                                {}};
+    for (int n = 0; n < p.num_tensors; ++n) {
       bool filled = n > 0 && !p.log_decay;
-      const auto each_run = [&](const auto& visit) {
-        for_each_run<T>(p, x, tokens, count, scratch, filled, visit);
+      block(n, tokens, count, [&](const auto& visit) {
+        for_each_run<T>(p, p.tensors[n], tokens, count, scratch, filled, visit);
         filled = true;
-      };
-      if (norms[n].weight.empty()) {
-        each_run([&](Run run) { block.rotate(run); });
-      } else if (norms[n].head_step == 0 && Backward) {
-        each_run([&](Run run) { block.each_head(run); });
-      } else if (norms[n].head_step == 0) {
-        each_run([&](Run run) {
-          angles.fill(scratch, count, norms[n].weight.data());
-          NormForward<T, Interleaved>{p, x, norms[n].weight.data(), tokens, angles, block.ahead}
-              .rows(run);
-        });
-      } else {
-        each_run([&](Run run) {  // all of them first, where a token's heads do not lie together
-          if (!run.of_heads) {
-            run.for_each_row([&](int64_t t, int64_t h) { block.add(t, h, block.of_tokens[t]); });
-          }
-        });
-        each_run([&](Run run) { block.all_heads(run); });
-      }
+      });
     }
   });
+}
+
+template <typename T, bool Interleaved>
+void rotate_rows(const RopeParams& p, const RopeTensor& x, const Token<double>* tokens,
+                 const Scratch<T>& scratch, Run run) {
+  run.for_each_row([&](int64_t t, int64_t head) {
+    rotate_only<T, Interleaved>(p, input_row<T>(x, tokens[t], head),
+                                output_row<T>(x, tokens[t], head), {scratch, t});
+  });
+}
+
+template <typename T, bool Interleaved>
+void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm<T>* norms,
+                 Scratch<T>& scratch) {
+  WeightedAngles<T> angles(std::min(kBlock, end - begin), scratch.stride);
+  const auto block = [&](int n, const Token<double>* tokens, int64_t count, const auto& each_run) {
+    const RopeTensor& x = p.tensors[n];
+    const Norm<T>& norm = norms[n];
+    const Ahead ahead(p, x, sizeof(T));
+    if (norm.weight.empty()) {
+      each_run([&](Run run) { rotate_rows<T, Interleaved>(p, x, tokens, scratch, run); });
+    } else if (norm.head_step == 0) {
+      each_run([&](Run run) {
+        angles.fill(scratch, count, norm.weight.data());
+        NormOfEach<T, Interleaved>{p, x, norm.weight.data(), tokens, angles, ahead}.rows(run);
+      });
+    } else {
+      NormOfAll<T, Interleaved> all{p, x, norm, tokens, scratch, ahead, {}};
+      if (!all.by_tokens()) all.measure(count);
+      each_run([&](Run run) { all.rows(run); });
+    }
+  };
+  for_each_tensor(p, begin, end, scratch, block);
+}
+
+template <typename T, bool Interleaved>
+void norm_tokens_backward(const RopeNormParams& p, int64_t begin, int64_t end, const Norm<T>* norms,
+                          Scratch<T>& scratch, Buffer<Wide<T>>* weight_grads) {
+  const auto block = [&](int n, const Token<double>* tokens, int64_t, const auto& each_run) {
+    const RopeTensor& x = p.tensors[n];
+    if (norms[n].weight.empty()) {
+      each_run([&](Run run) { rotate_rows<T, Interleaved>(p, x, tokens, scratch, run); });
+    } else {
+      const Ahead ahead(p, x, sizeof(T));
+      Wide<T>* grads = weight_grads[n].data();
+      NormBackward<T, Interleaved>{p, x, norms[n], tokens, scratch, ahead, grads, {}}.rows(
+          each_run);
+    }
+  };
+  for_each_tensor(p, begin, end, scratch, block);
 }
 
 template <typename T, bool Interleaved>
@@ -247,7 +245,7 @@ void run_layout(const RopeNormParams& p, int64_t begin, int64_t end) {
   const Norm<T> norms[2] = {{p.norms[0], p.tensors[0], place}, {p.norms[1], p.tensors[1], place}};
   if (p.norm_part_tokens == 0) {
     Scratch<T> scratch(p, end - begin);
-    return norm_tokens<T, Interleaved, false>(p, begin, end, norms, scratch, nullptr);
+    return norm_tokens<T, Interleaved>(p, begin, end, norms, scratch);
   }
   Scratch<T> scratch(p, kBlock);
   Buffer<Wide<T>> grads[2];
@@ -255,7 +253,7 @@ void run_layout(const RopeNormParams& p, int64_t begin, int64_t end) {
     for (int n = 0; n < 2; ++n) grads[n].assign(norms[n].weight.size(), 0);
     const int64_t first = part * p.norm_part_tokens;
     const int64_t last = std::min(first + p.norm_part_tokens, p.batch * p.seqlen);
-    norm_tokens<T, Interleaved, true>(p, first, last, norms, scratch, grads);
+    norm_tokens_backward<T, Interleaved>(p, first, last, norms, scratch, grads);
     for (int n = 0; n < 2; ++n) {
       Wide<T>* to = static_cast<Wide<T>*>(p.norm_parts[n]) + part * p.norm_part_stride;
       const int64_t dims = grads[n].size();

@@ -24,14 +24,20 @@ inline int64_t distance(int64_t seq, int64_t head, int64_t heads, int64_t rows) 
 struct Ahead {
   int64_t in, out, saved;
   int64_t bytes;  // of a row
+  int64_t read;   // rows
 
-  Ahead(const RopeParams& p, const RopeTensor& x, int64_t element) : bytes(p.head_dim * element) {
-    const int64_t read = std::max<int64_t>(kBytesReadAhead / bytes, 1);
+  Ahead(const RopeParams& p, const RopeTensor& x, int64_t element)
+      : bytes(p.head_dim * element), read(std::max<int64_t>(kBytesReadAhead / bytes, 1)) {
     const int64_t written = std::max<int64_t>(kBytesWrittenAhead / bytes, 1);
     in = distance(x.in_seq, x.in_head, x.heads, read);
     saved = distance(x.saved_seq, x.saved_head, x.heads, read);
     // Slots of a cache follow each other, but for the last of a page.
     out = x.out_rows ? written * x.out_head : distance(x.out_seq, x.out_head, x.heads, written);
+  }
+
+  // From a row on, where so many rows behind it are asked for already.
+  int64_t in_behind(const RopeTensor& x, int64_t rows) const {
+    return distance(x.in_seq, x.in_head, x.heads, rows + read);
   }
 };
 
@@ -45,14 +51,14 @@ inline void fetch(const T* row, int64_t ahead, int64_t bytes) {
 }
 
 template <typename T>
-inline const T* input_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
+EXTROPE_INLINE const T* input_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
   return static_cast<const T*>(x.in) + token.batch * x.in_batch + token.seq * x.in_seq +
          head * x.in_head;
 }
 
 // nullptr: nowhere.
 template <typename T>
-inline T* output_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
+EXTROPE_INLINE T* output_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
   T* out = static_cast<T*>(x.out) + head * x.out_head;
   if (!x.out_rows) return out + token.batch * x.out_batch + token.seq * x.out_seq;
   const int64_t row = x.out_rows[token.index];
@@ -60,7 +66,7 @@ inline T* output_row(const RopeTensor& x, const Token<double>& token, int64_t he
 }
 
 template <typename T>
-inline const T* saved_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
+EXTROPE_INLINE const T* saved_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
   return static_cast<const T*>(x.saved) + token.batch * x.saved_batch + token.seq * x.saved_seq +
          head * x.saved_head;
 }

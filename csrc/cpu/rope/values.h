@@ -17,9 +17,12 @@ inline void check_values(const RopeParams& p) {
   check_axes_of_pairs(p);
 }
 
+inline int64_t element_bytes(const RopeParams& p) {
+  return p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
+}
+
 inline int64_t bytes_of_token(const RopeParams& p) {
-  const int64_t element = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
-  return (p.tensors[0].heads + p.tensors[1].heads) * p.head_dim * element;
+  return (p.tensors[0].heads + p.tensors[1].heads) * p.head_dim * element_bytes(p);
 }
 
 }  // namespace extrope

@@ -134,14 +134,11 @@ bool large(const int64_t* sizes, const int64_t* strides, int64_t dim, int64_t by
 }  // namespace
 
 Tensor fresh_like(const Tensor& x) {
-  if (x.numel() * element_size(x.scalar_type()) < kLarge || !is_dense(x)) {
-    return new_like(x);
-  }
-  int64_t sizes[4], strides[4];
-  for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i), strides[i] = x.stride(i);
-  AtenTensorHandle tensor;
   const int64_t bytes = x.numel() * element_size(x.scalar_type());
-  const bool made = large(sizes, strides, x.dim(), bytes, dtype_code(x), &tensor);
+  Layout like;
+  if (bytes < kLarge || !layout_like(x, like)) return new_like(x);
+  AtenTensorHandle tensor;
+  const bool made = large(like.sizes, like.strides, x.dim(), bytes, dtype_code(x), &tensor);
   return made ? Tensor(tensor) : new_like(x);
 }
 

@@ -14,7 +14,7 @@ namespace extrope {
 
 using torch::headeronly::ScalarType;
 
-// An empty tensor like x, of its strides where they are dense.
+// torch.empty_like(x), of large memory as above.
 Tensor fresh_like(const Tensor& x);
 
 // An empty contiguous tensor on the CPU.

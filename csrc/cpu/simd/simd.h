@@ -246,8 +246,24 @@ inline std::pair<floats, floats> load_pairs(const bf16* from) {
   return {bits_as<floats>(both << 16), bits_as<floats>(both & 0xffff0000)};
 }
 
+#if defined(__AVX512BW__)
+// Plain values rounded to bf16, those of a in the low halves. In lanes of 16 bits: the high halves
+// of both are one vector, the low halves another, which says of each whether it is rounded up: past
+// the middle, or in the middle of two where the first is odd.
+inline words round_plain_pairs(floats a, floats b) {
+  const words x = bits_as<words>(a), y = bits_as<words>(b);
+  const words high = x >> 16 | (y & 0xffff0000), low = (x & 0xffff) | y << 16;
+  const __m512i kept = bits_as<__m512i>(high), rest = bits_as<__m512i>(low | (high & 0x00010001));
+  const __mmask32 up = _mm512_cmpgt_epu16_mask(rest, _mm512_set1_epi16(INT16_MIN));
+  return bits_as<words>(_mm512_mask_sub_epi16(kept, up, kept, _mm512_set1_epi16(-1)));
+}
+#endif
+
 template <bool Plain = false>
 inline void store_pairs(bf16* to, floats a, floats b) {
+#if defined(__AVX512BW__)
+  if constexpr (Plain) return store(to, round_plain_pairs(a, b));
+#endif
   store(to, round_bf16<Plain>(a) >> 16 | (round_bf16<Plain>(b) & 0xffff0000));
 }
 
