@@ -51,6 +51,7 @@ LINES = (
     Line("decode, RoPE", "cache decode", "plain paged one-token"),
     Line("decode, ReRoPE", "cache decode", "raw paged one-token"),
     Line("decode, Leaky ReRoPE", "cache decode", "slow paged one-token"),
+    Line("decode, ReRoPE, cache in fp8", "cache decode", "raw paged fp8 one-token"),
     Line("linear attention, forward", "linear scan", "forward"),
     Line("linear attention, dQ", "linear scan", "dq"),
     Line("linear attention, dK", "linear scan", "dk"),

@@ -32,17 +32,28 @@ DECODE_OPTIONS = (
     ("bfloat16", 128, "raw paged packed sinks capped sliding scaled one-token"),
     ("bfloat16", 128, "raw paged packed sinks capped sliding scaled chunk"),
 )
+DECODE_FP8 = (
+    *product(("bfloat16",), HEAD_DIMS, ("raw paged fp8 one-token", "raw paged fp8 chunk")),
+    ("bfloat16", 128, "slow paged fp8 one-token"),
+    ("float16", 128, "raw paged fp8 one-token"),
+    ("float32", 128, "raw paged fp8 one-token"),
+    ("bfloat16", 128, "raw paged packed sinks capped sliding scaled fp8 one-token"),
+)
 APPEND_OPTIONS = (
     ("bfloat16", 128, "raw paged packed chunk"),
     ("bfloat16", 128, "slow paged packed chunk"),
     ("bfloat16", 192, "plain paged values chunk"),
+    ("bfloat16", 128, "raw paged fp8 one-token"),
+    ("bfloat16", 128, "slow paged fp8 chunk"),
+    ("bfloat16", 128, "plain paged fp8 chunk"),
 )
 
 
 def cases(name: str) -> list[Case]:
     """One token or a chunk; raw: ReRoPE, slow: Leaky ReRoPE, grouped: SelfExtend, plain: RoPE,
     chunks: dual chunk, blocks: blockwise causal with XPOS. Options of the softmax by their words;
-    values: of two thirds of head_dim; packed: queries of all sequences one behind the other.
+    values: of two thirds of head_dim; packed: queries of all sequences one behind the other; fp8:
+    the cache.
 
     Every tile; methods, layouts and float16 at the common head_dim.
     """
@@ -61,6 +72,7 @@ def cases(name: str) -> list[Case]:
             ("bfloat16", 256, "grouped paged one-token"),
             ("float16", 128, "raw paged one-token"),
             *DECODE_OPTIONS,
+            *DECODE_FP8,
         ]
     if name == "append":
         every += [("bfloat16", 128, "raw paged one-token"), ("float32", 128, "slow paged chunk")]
@@ -76,11 +88,13 @@ def in_sample(case: Case) -> bool:
     """Where registers were found to be tightest, and every chip."""
     chip, key = case.capability, (case.dtype, case.head_dim, case.variant)
     if case.kernel == "cache append":
-        slow_or_packed = ("grouped paged chunk", "slow paged packed chunk")
-        return chip == 80 and key in {("bfloat16", 128, variant) for variant in slow_or_packed}
+        few = ("grouped paged chunk", "slow paged packed chunk", "slow paged fp8 chunk")
+        return chip == 80 and key in {("bfloat16", 128, variant) for variant in few}
     picked = {
         ("bfloat16", 128, "raw paged one-token"): CAPABILITIES,
         ("bfloat16", 256, "raw paged one-token"): (80, 86, 120),
+        ("bfloat16", 128, "raw paged fp8 one-token"): (80, 90, 120),
+        ("bfloat16", 256, "raw paged fp8 one-token"): (86,),
         ("float16", 128, "raw paged one-token"): (90,),
         ("bfloat16", 64, "raw paged one-token"): (100,),
         ("float32", 256, "raw paged one-token"): (90,),
@@ -116,6 +130,10 @@ def _head_dim_v(case: Case) -> int:
     return case.head_dim * 2 // 3 if case.has("values") else case.head_dim
 
 
+def _cache_dtype(case: Case) -> str:
+    return "float8_e4m3fn" if case.has("fp8") else case.dtype
+
+
 def _score(case: Case):
     from extrope_kernels import scores
 
@@ -133,17 +151,19 @@ def _score(case: Case):
 def _launch(case: Case) -> None:
     """32 heads of q, 8 of k, room for 32k keys in each of two sequences."""
     from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options
+    from extrope_kernels.ops._shared.fp8 import Scales
     from extrope_kernels.ops.decode.arguments import KVCache
     from extrope_kernels.ops.decode.triton import launch
 
     paged, pages = case.has("paged"), KEYS // PAGE_SIZE
     shape = (BATCH * pages, PAGE_SIZE) if paged else (BATCH, KEYS)
     dims = case.head_dim, _head_dim_v(case)
-    caches = [empty(*shape, HEADS_K, n, dtype=case.dtype) for n in dims]
+    caches = [empty(*shape, HEADS_K, n, dtype=_cache_dtype(case)) for n in dims]
     table = empty(BATCH, pages, dtype="int32") if paged else None
     seqlens = empty(BATCH, dtype="int32")
     boundaries = empty(BATCH + 1, dtype="int32") if case.has("packed") else None
-    cache = KVCache(*caches, seqlens, table, seqlens, cu_seqlens_new=boundaries)
+    scales = Scales(empty(HEADS_K), empty(HEADS_K)) if case.has("fp8") else Scales()
+    cache = KVCache(*caches, seqlens, table, seqlens, 0, boundaries, scales)
     tokens = (BATCH * _tokens(case),) if case.has("packed") else (BATCH, _tokens(case))
     half = case.head_dim // (4 if case.has("partial") else 2)
     call = AttentionCall(
@@ -180,15 +200,18 @@ def _keys_by_region(case: Case) -> list[int]:
 def _traffic(case: Case, launch) -> Traffic:
     name, tokens = case.kernel.split()[1], _tokens(case)
     tile, blocks = launch.argument("TILE"), math.prod(launch.grid)
-    row, row_v = (n * itemsize(case.dtype) for n in (case.head_dim, _head_dim_v(case)))
+    row, row_v = (n * itemsize(_cache_dtype(case)) for n in (case.head_dim, _head_dim_v(case)))
+    row_q, row_out = (n * itemsize(case.dtype) for n in (case.head_dim, _head_dim_v(case)))
     wide_row, rows = _head_dim_v(case) * 4, BATCH * tokens * HEADS_Q
     if name == "append":
-        moved = 2 * BATCH * tokens * HEADS_K * (row + row_v)
+        moved = BATCH * tokens * HEADS_K * (row + row_v + row_q + row_out)
         # k and v go one after the other, and a row of one token has no 16 bytes for every thread.
         wide = WIDE * WARP * launch.kwargs["num_warps"]
-        rows = sum(tile.block_n * n // wide * wide for n in (row, row_v))
+        rows = sum(tile.block_n * n // wide * wide for n in (row_q, row_out))
+        # What a thread loads by 16 bytes it stores by 8 in fp8.
+        stored = 0 if case.has("fp8") else rows
         # The loop of packed tokens looks for their sequences.
-        return Traffic(moved, blocks, (), loaded=0 if tile.packed else rows, stored=rows)
+        return Traffic(moved, blocks, (), loaded=0 if tile.packed else rows, stored=stored)
     keys = _keys_by_region(case)
     cached = BATCH * sum(keys) * HEADS_K * (row + row_v)
     row_blocks = -(-tokens * HEADS_Q // HEADS_K // tile.block_m)
@@ -203,7 +226,7 @@ def _traffic(case: Case, launch) -> Traffic:
         passes.insert(0, -(-splits // tile.merge_splits) * BATCH * HEADS_K * row_blocks)
         loaded = min(loaded, tile.merge_splits * tile.merge_rows * wide_row)
     return Traffic(
-        bytes=cached + rows * (row + row_v) + partial,
+        bytes=cached + rows * (row_q + row_out) + partial,
         blocks=blocks,
         passes=tuple(passes),
         loaded=loaded,

@@ -11,7 +11,7 @@ from shapes import SEQLEN as TOKENS
 from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 
 # Many tokens, or one of each sequence; where they go; a norm of each head, or of all together; half
-# of the dims pass unrotated, or all; keys where Leaky ReRoPE has them.
+# of the dims pass unrotated, or all; keys where Leaky ReRoPE has them; a cache in fp8.
 PLACES = ("paged", "slots")
 KINDS = [
     *(
@@ -20,6 +20,7 @@ KINDS = [
         for place in ("paged", "slots")
     ),
     *("chunk", "chunk together", "chunk interleaved norm", "chunk partial norm"),
+    *("chunk slots fp8 norm", "one-token paged fp8 norm", "chunk paged fp8 unrotated"),
     *("chunk paged slow norm", "chunk packed paged norm", "chunk paged unrotated"),
 ]
 
@@ -49,15 +50,20 @@ def prepare(case: Case) -> tuple[Source, Traffic]:
     tile = launch.argument("TILE")
     tiles, shares = launch.grid[:2]
     row = case.head_dim * itemsize(case.dtype)
+    cached = case.head_dim * itemsize(_cache_dtype(case))
     tokens = BATCH if case.has("one-token") else TOKENS
     passes = (tiles * HEADS_Q, tiles * HEADS_K) * (2 if case.has("together") else 1)
     return launch, Traffic(
-        bytes=2 * tokens * (HEADS_Q + 2 * HEADS_K) * row,
+        bytes=tokens * (2 * HEADS_Q * row + 2 * HEADS_K * (row + cached)),
         blocks=tiles * shares,
         passes=(*passes, tiles * HEADS_K),
         loaded=tile.tokens * row,
         stored=tile.tokens * row,
     )
+
+
+def _cache_dtype(case: Case) -> str:
+    return "float8_e4m3fn" if case.has("fp8") else case.dtype
 
 
 def _launch(case: Case) -> None:
@@ -74,7 +80,8 @@ def _launch(case: Case) -> None:
     pages = 4 * TOKENS // PAGE_SIZE
     paged = slots or case.has("paged")
     cache = (pages, PAGE_SIZE) if paged else (batch, 2 * TOKENS)
-    caches = [empty(*cache, HEADS_K, dim, dtype=case.dtype) for _ in "kv"]
+    caches = [empty(*cache, HEADS_K, dim, dtype=_cache_dtype(case)) for _ in "kv"]
+    scales = [empty(HEADS_K), empty(HEADS_K)] if case.has("fp8") else []
     weights: list[torch.Tensor | None] = [None, None]
     if case.has("norm") or case.has("together"):
         heads = (HEADS_Q, HEADS_K) if case.has("together") else (1, 1)
@@ -95,6 +102,8 @@ def _launch(case: Case) -> None:
     if case.has("slow"):
         options["stored"] = [float(n) for n in rerope(4096, 4.0).stored]
     inv_freq = None if case.has("unrotated") else empty(dim // (4 if case.has("partial") else 2))
+    if scales:
+        where += [None, None, *scales]
     append_ops.rope_append(*qkv, *caches, *weights, inv_freq, *where, **options)
 
 

@@ -50,12 +50,9 @@ def check_cache_dtype(op: str, name: str, cache: Tensor, like: Tensor, scales: S
         )
 
 
-def refuse_in_triton(op: str, cache: Tensor) -> None:
-    """Its kernels have no form for such a cache."""
-    if cache.dtype == FP8:
-        raise NotImplementedError(
-            f"{op}: Triton's kernels take no cache in {FP8}, the backends cpu and reference do"
-        )
+def as_bits(cache: Tensor) -> Tensor:
+    """As Triton's kernels see it: not every chip that they run on has the type."""
+    return cache.view(torch.int8)
 
 
 def check_scales(op: str, scales: Scales, heads: int, like: Tensor) -> None:

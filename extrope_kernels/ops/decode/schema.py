@@ -14,7 +14,6 @@ import torch
 from .._shared.attention_call import SCHEMA
 from .._shared.attention_checks import check_head_dim
 from .._shared.autograd import refuse_backward
-from .._shared.fp8 import refuse_in_triton
 from .._shared.library import library, load_on_first_use, ops
 from . import reference
 from .arguments import check_append, check_decode, check_values, parse, parse_append
@@ -65,7 +64,6 @@ def _checked_decode(implementation, tensors, options):
     q, k, v = tensors[0], tensors[3], tensors[4]
     check_decode("decode", q, k, v, cache, call)
     if implementation == "triton":
-        refuse_in_triton("decode", cache.k)
         check_head_dim("decode", q)
         check_head_dim("decode", cache.v)
     return q, k, v, cache, call
@@ -88,7 +86,6 @@ def _checked_append(implementation, tensors, options):
     k, v = tensors[2:4]
     check_append("append", k, v, cache, call)
     if implementation == "triton":
-        refuse_in_triton("append", cache.k)
         check_head_dim("append", k)
         check_head_dim("append", v)
     return k, v, cache, call

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..._shared.triton.fp8 import parts_of_codes, quantize_rows
 from ..._shared.triton.pairs import copy_rows, load_parts, of_pairs, rotate, store_parts, widened
 from ..._shared.triton.position_maps import map_cos_sin
 from ..._shared.triton.tokens import sequence_of
@@ -20,7 +21,7 @@ RUN_TIME_SCALARS = (
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
 def append_kernel(
     k, v, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, cu_seqlens,
-    scratch,
+    k_scale, v_scale, scratch,
     k_batch, k_token, k_head, v_batch, v_token, v_head,
     k_block, k_slot, k_row, v_block, v_slot, v_row,
     table_batch, page_size, capacity, freq_batch, new, row_blocks, sequences, search_steps,
@@ -62,7 +63,11 @@ def append_kernel(
     plane = (k_cache, k_block, k_slot, k_row)
     out = slot_rows(plane, table, sequence, head, slot, valid, TILE)
     if STORED == RAW:
-        copy_rows(rows, out, valid, TILE.head_dim, TILE.dims)
+        if TILE.codes:
+            scale = tl.load(k_scale + head)
+            quantize_rows(rows, out, scale, valid, TILE.head_dim, TILE.dims)
+        else:
+            copy_rows(rows, out, valid, TILE.head_dim, TILE.dims)
     else:
         if TILE.freq_of_token:
             pair = tl.arange(0, TILE.pairs)[None, :]
@@ -76,9 +81,14 @@ def append_kernel(
         stored = (stored_modulus, stored_factor, stored_offset, stored_cap)
         cos, sin = map_cos_sin(position, freq, decay, stored, stored, STORED, RAW)
         parts = rotate(widened(load_parts(rows, valid, TILE)), cos, sin, 1.0)
+        if TILE.codes:
+            parts = parts_of_codes(parts, tl.load(k_scale + head), k.dtype.element_ty, TILE)
         store_parts(out, parts, valid, TILE)
     offset = tl.cast(batch, tl.int64) * v_batch + token.to(tl.int64) * v_token
     rows = v + (offset + tl.cast(head, tl.int64) * v_head) * TILE.align
     plane = (v_cache, v_block, v_slot, v_row)
     out = slot_rows(plane, table, sequence, head, slot, valid, TILE)
-    copy_rows(rows, out, valid, TILE.head_dim_v, TILE.dims_v)
+    if TILE.codes:
+        quantize_rows(rows, out, tl.load(v_scale + head), valid, TILE.head_dim_v, TILE.dims_v)
+    else:
+        copy_rows(rows, out, valid, TILE.head_dim_v, TILE.dims_v)

@@ -26,6 +26,7 @@ class CacheTile(NamedTuple):
     paged: bool
     padded: bool
     packed: bool  # tokens of all sequences one behind the other
+    codes: int = 0  # how a cache in fp8 is read: see _shared/triton/fp8.py
     freq_of_token: bool = False  # packed tokens have the frequencies of their sequences
     q_maps: tuple[int, ...] = ()  # of each region
     k_maps: tuple[int, ...] = ()

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..._shared.triton.fp8 import widened_codes
 from ..._shared.triton.pairs import load_parts, of_pairs, rotate, widened
 from ..._shared.triton.position_maps import log_n_scale, map_cos_sin
 from ..._shared.triton.softmax import capped
@@ -29,6 +30,17 @@ def _as_operand(parts, like):
 
 
 @triton.jit
+def _widened_codes(parts, like, TILE: tl.constexpr):
+    """Parts of keys in fp8, short of their scale."""
+    first = widened_codes(parts[0], like, TILE.codes)
+    second = widened_codes(parts[1], like, TILE.codes)
+    rest = first
+    if TILE.rest > 0:
+        rest = widened_codes(parts[2], like, TILE.codes)
+    return first, second, rest
+
+
+@triton.jit
 def _dots(q, k, TILE: tl.constexpr):
     result = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
     result = tl.dot(q[1], tl.trans(k[1]), result, input_precision="ieee")
@@ -40,7 +52,7 @@ def _dots(q, k, TILE: tl.constexpr):
 @triton.jit
 def _attend(
     state, q, k_plane, v_plane, table, sequence, head, pad, begin, end, low, high,
-    freq, decay, k_map, stored, softcap,
+    freq, decay, k_map, stored, k_scale, softcap,
     MAP: tl.constexpr, ROTATES: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [begin, end) of one region to (row_max, row_sum, weighted values).
@@ -58,10 +70,14 @@ def _attend(
         slot = pad + j
         rows = slot_rows(k_plane, table, sequence, head, slot, valid, TILE)
         k = load_parts(rows, valid, TILE)
+        if TILE.codes:
+            k = _widened_codes(k, tl.float32 if ROTATES else OPERAND, TILE)
         if ROTATES:
             cos, sin = map_cos_sin(j, freq, decay, k_map, stored, MAP, STORED)
             k = rotate(widened(k), cos, sin, 1.0)
         logits = _dots(q, _as_operand(k, OPERAND), TILE)
+        if TILE.codes:  # not of q: float16 has no small numbers
+            logits *= k_scale
         if TILE.softcap:
             logits = capped(logits, softcap)
         seen = valid[None, :]
@@ -77,7 +93,10 @@ def _attend(
         dim = tl.arange(0, DIMS)
         rows = slot_rows(v_plane, table, sequence, head, slot, valid, TILE)
         mask = valid[:, None] & (dim < TILE.head_dim_v)[None, :]
-        v = tl.load(rows[:, None] + dim[None, :], mask=mask, other=0.0).to(OPERAND)
+        v = tl.load(rows[:, None] + dim[None, :], mask=mask, other=0.0)
+        if TILE.codes:
+            v = widened_codes(v, OPERAND, TILE.codes)
+        v = v.to(OPERAND)
         acc = tl.dot(weights.to(OPERAND), v, acc * rescale[:, None], input_precision="ieee")
         row_max = new_max
     return row_max, row_sum, acc
@@ -86,7 +105,7 @@ def _attend(
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
 def decode_kernel(
     q, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, sinks, query_scale,
-    cu_seqlens, out, lse, scratch,
+    cu_seqlens, k_scale, v_scale, out, lse, scratch,
     q_batch, q_token, q_head, k_block, k_slot, k_row, v_block, v_slot, v_row,
     table_batch, page_size, capacity, freq_batch, batch, slots, least_blocks,
     counters, heads_q, seqlen_q, group, appended, start_0, start_1, start_2, granularity,
@@ -177,6 +196,9 @@ def decode_kernel(
     k_plane = (k_cache, k_block, k_slot, k_row)
     v_plane = (v_cache, v_block, v_slot, v_row)
     table = (block_table, table_batch, page_size)
+    of_k = None
+    if TILE.codes:
+        of_k = tl.load(k_scale + head)
     state = (
         tl.full((BLOCK_M,), NONE, tl.float32),
         tl.zeros((BLOCK_M,), tl.float32),
@@ -198,9 +220,11 @@ def decode_kernel(
         state = _attend(
             state, _as_operand(of_region, OPERAND), k_plane, v_plane, table, sequence, head, pad,
             from_key, to_key, low, high,
-            freq, minus_decay, k_maps[r], stored, softcap, K_MAPS[r], ROTATES[r],
+            freq, minus_decay, k_maps[r], stored, of_k, softcap, K_MAPS[r], ROTATES[r],
             r > 0 or not TILE.from_first_key, TILE,
         )  # fmt: skip
+    if TILE.codes:
+        state = (state[0], state[1], state[2] * tl.load(v_scale + head))
     packed = (batch, first_token, total)
     result = (out, lse, sinks, sequence, head, seqlen_q, heads_q, group, packed)
     finish(state, result, (slot, split, splits, slots, block), scratch, counters, valid, TILE)

@@ -12,6 +12,8 @@ from torch import Tensor
 from ....scores import UNROTATED
 from ....scores.base import FIRST_KEY
 from ..._shared.attention_call import AttentionCall
+from ..._shared.fp8 import FP8
+from ..._shared.triton.fp8 import kind_of_cache
 from ..._shared.triton.launch import (
     INTERPRETED,
     VECTOR_BYTES,
@@ -51,12 +53,14 @@ def decode(
     """Same arguments and results as in `reference`; float32, bfloat16 and float16."""
     launches = launches_of_decode(q, k, v, cache, call)
     of_queries = (call.sinks, call.query_scale, call.cu_seqlens)
-    return launches(q, cache.k, cache.v, k, v, *_others(cache, call), *of_queries)
+    others = (*_others(cache, call), *of_queries, *cache.scales)
+    return launches(q, cache.k, cache.v, k, v, *others)
 
 
 def append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:
     """Same arguments as in `reference`; what does not fit the cache is not written."""
-    launches_of_append(k, v, cache, call)(cache.k, cache.v, k, v, *_others(cache, call))
+    launch = launches_of_append(k, v, cache, call)
+    launch(cache.k, cache.v, k, v, *_others(cache, call), *cache.scales)
 
 
 def launches_of_decode(
@@ -146,8 +150,9 @@ def _append_plan(
 def _config(q: Tensor, cache: KVCache, rows: int) -> Config:
     """rows: of queries that share a head of k."""
     head_dim = max(q.shape[3], cache.v.shape[3])
+    suffix = "_fp8" if cache.k.dtype == FP8 else ""
     for kernel in ("one_token", "chunk"):
-        chosen = config(kernel, head_dim, q.itemsize, chip_of(q))
+        chosen = config(kernel + suffix, head_dim, q.itemsize, chip_of(q))
         if rows <= chosen.block_m:
             break
     return chosen
@@ -176,13 +181,14 @@ def _tile(
         pairs=_power_of_two(half),
         rest=rest,
         rest_dims=_power_of_two(rest) if rest else 1,
-        align=math.gcd(VECTOR_BYTES // x.itemsize, *strides),
+        align=math.gcd(VECTOR_BYTES // min(x.itemsize, cache.k.itemsize), *strides),
         interleaved=call.interleaved,
         stored=kind_of(call.stored),
         raw=kind_of(UNROTATED),
         paged=cache.block_table is not None,
         padded=cache.leftpad is not None,
         packed=call.cu_seqlens is not None,
+        codes=kind_of_cache(cache.k.dtype == FP8, chip_of(x)),
         **fields,
     )
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._shared.fp8 import as_bits
 from ..._shared.triton.launch import Plan
 
 
@@ -35,18 +36,24 @@ class DecodeLaunches(NamedTuple):
         sinks: Tensor | None = None,
         query_scale: Tensor | None = None,
         cu_seqlens_q: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """With tensors of the layout that it was made for, in the order of the op."""
         out = q.new_empty(self.out)
         lse = q.new_empty(self.lse, dtype=torch.float32)
+        if k_scale is not None:
+            k_cache, v_cache = as_bits(k_cache), as_bits(v_cache)
         cached = (k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay)
+        scales = (k_scale, v_scale)
         scratch = q.new_empty(self.scratch, dtype=torch.float32) if self.scratch else None
         if self.append is not None:
-            self.append(k, v, *cached, cu_seqlens_q, scratch)
+            self.append(k, v, *cached, cu_seqlens_q, *scales, scratch)
         elif scratch is not None:
             scratch.narrow(0, 0, self.counters).zero_()
         if self.decode is not None:
-            self.decode(q, *cached, sinks, query_scale, cu_seqlens_q, out, lse, scratch)
+            of_queries = (sinks, query_scale, cu_seqlens_q)
+            self.decode(q, *cached, *of_queries, *scales, out, lse, scratch)
         return out, lse
 
 
@@ -66,7 +73,11 @@ class AppendLaunches(NamedTuple):
         block_table: Tensor | None = None,
         leftpad: Tensor | None = None,
         log_decay: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> None:
+        if k_scale is not None:
+            k_cache, v_cache = as_bits(k_cache), as_bits(v_cache)
         cached = (k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay)
         if self.append is not None:
-            self.append(k, v, *cached, None, None)
+            self.append(k, v, *cached, None, k_scale, v_scale, None)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ..._shared.triton.fp8 import quantize_rows
 from ..._shared.triton.pairs import copy_rows
 from ..._shared.triton.tokens import rows
 from .norm_forward import norm_rotate_heads
@@ -39,6 +40,7 @@ class AppendTile(NamedTuple):
     k_together: bool
     by_slots: bool
     paged: bool
+    fp8: bool  # the cache, whose heads have scales
 
 
 @triton.jit
@@ -94,20 +96,24 @@ def _slots_given(
 
 
 @triton.jit
-def _copy_values(v, v_cache, of, batch, seq, written, block, place, TILE: tl.constexpr):
+def _copy_values(v, v_cache, v_scale, of, batch, seq, written, block, place, TILE: tl.constexpr):
     share = tl.cdiv(of.heads, tl.num_programs(1))
     first = tl.program_id(1) * share
     to = rows(v_cache, block, place, 0, of.target_batch, of.target_seq, 0, TILE)
     for head in range(first, tl.minimum(first + share, of.heads)):
         row = rows(v, batch, seq, head, of.source_batch, of.source_seq, of.source_head, TILE)
         target = to + tl.cast(head, tl.int64) * of.target_head * TILE.align
-        copy_rows(row, target, written, TILE.head_dim_v, TILE.dims_v)
+        if TILE.fp8:
+            scale = tl.load(v_scale + head)
+            quantize_rows(row, target, scale, written, TILE.head_dim_v, TILE.dims_v)
+        else:
+            copy_rows(row, target, written, TILE.head_dim_v, TILE.dims_v)
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
 def rope_append_kernel(
     q, k, v, q_out, k_cache, v_cache, q_weight, k_weight, inv_freq, seqlens, block_table,
-    slot_mapping, cu_seqlens, leftpad, positions, log_decay, axes,
+    slot_mapping, cu_seqlens, leftpad, positions, log_decay, axes, k_scale, v_scale,
     of_q, of_k, of_v, slot_batch, slot_seq, table_batch, pages, page_size, capacity,
     freq_sequence, freq_head, position_axis, position_batch, position_seq, num_axes, num_sequences,
     search_steps, decay_origin: tl.float64, amplitude: tl.float64, eps: tl.float64,
@@ -155,10 +161,12 @@ def rope_append_kernel(
     if q is not None:
         target = rows(q_out, batch, seq, 0, of_q.target_batch, of_q.target_seq, 0, TILE)
         norm_rotate_heads(
-            q, q_weight, of_q, where, target, valid, by, eps, TILE.q_together, TILE.rotates_q, TILE
-        )
+            q, q_weight, of_q, where, target, valid, by, eps, None, TILE.q_together,
+            TILE.rotates_q, TILE,
+        )  # fmt: skip
     target = rows(k_cache, block, place, 0, of_k.target_batch, of_k.target_seq, 0, TILE)
     norm_rotate_heads(
-        k, k_weight, of_k, where, target, written, by, eps, TILE.k_together, TILE.rotates_k, TILE
-    )
-    _copy_values(v, v_cache, of_v, batch, seq, written, block, place, TILE)
+        k, k_weight, of_k, where, target, written, by, eps, k_scale, TILE.k_together,
+        TILE.rotates_k, TILE,
+    )  # fmt: skip
+    _copy_values(v, v_cache, v_scale, of_v, batch, seq, written, block, place, TILE)

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ....scores import PositionMap
-from ..._shared.fp8 import refuse_in_triton
+from ..._shared.fp8 import FP8, as_bits
 from ..._shared.triton.launch import INTERPRETED, Plan, chip_of, layouts_of, planned, strides_of
 from ..append.arguments import Append
 from ..append.checks import check, check_values
@@ -26,11 +26,14 @@ def rope_append(*tensors: Tensor | None, **options) -> Tensor:
     launch, by_axis = planned(_plan, key, tensors, options)
     if INTERPRETED:  # where looking costs nothing
         check_values("rope_append", Append(*tensors, **options))
-    q, k, v, k_cache, v_cache, *others, axes = (*tensors, *[None] * 8)[:16]
+    q, k, v, k_cache, v_cache, *others, axes, k_scale, v_scale = (*tensors, *[None] * 10)[:18]
     axes = axes if by_axis else None
+    if k_scale is not None:
+        k_cache, v_cache = as_bits(k_cache), as_bits(v_cache)
     out = k.new_empty(0) if q is None else torch.empty_like(q)
     if launch is not None:
-        launch(q, k, v, None if q is None else out, k_cache, v_cache, *others, axes)
+        to = (None if q is None else out, k_cache, v_cache)
+        launch(q, k, v, *to, *others, axes, k_scale, v_scale)
     return out
 
 
@@ -38,7 +41,6 @@ def _plan(tensors: tuple[Tensor | None, ...], options: dict) -> tuple[Plan | Non
     """The launch, where there is one, and whether every pair reads the position of its axis."""
     call = Append(*tensors, **options)
     check("rope_append", call)
-    refuse_in_triton("rope_append", call.k_cache)
     if call.batch * call.seqlen == 0:
         return None, False
     q, k, v = (x[None] if call.packed and x is not None else x for x in (call.q, call.k, call.v))
@@ -131,5 +133,6 @@ def _tile(
         k_together=together[1],
         by_slots=call.slot_mapping is not None,
         paged=call.block_table is not None,
+        fp8=call.k_cache.dtype == FP8,
     )
     return tile, (programs.tiles, programs.shares), programs.warps

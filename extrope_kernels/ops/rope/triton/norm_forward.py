@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..._shared.triton.fp8 import parts_of_codes
 from ..._shared.triton.pairs import store_parts
 from ..._shared.triton.tokens import rows
 from .norm_rows import head_angles, load_head, load_weights, row_sum
@@ -10,13 +11,14 @@ from .norm_rows import head_angles, load_head, load_weights, row_sum
 
 @triton.jit
 def norm_rotate_heads(
-    x, weight, of, tokens, target, written, by, eps,
+    x, weight, of, tokens, target, written, by, eps, scales,
     TOGETHER: tl.constexpr, ROTATES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """This program's heads of one tensor, as its place on axis 1 of the grid says.
 
     tokens: (batch, seq, valid); target: pointers to head 0 of each token, stored to where written;
-    by: (frequencies, their stride of heads, position, far, log_decay, amplitude, direction).
+    by: (frequencies, their stride of heads, position, far, log_decay, amplitude, direction);
+    scales: of the heads where the target is in fp8, else None.
     """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
     TOKENS: tl.constexpr = TILE.tokens
@@ -55,4 +57,7 @@ def norm_rotate_heads(
             a, b, rest = a * scale * wa, b * scale * wb, rest * scale * wrest
         if ROTATES:
             a, b = a * cos - b * sin, b * cos + a * sin
-        store_parts(target + head * of.target_head * TILE.align, (a, b, rest), written, TILE)
+        parts = (a, b, rest)
+        if scales is not None:
+            parts = parts_of_codes(parts, tl.load(scales + head), x.dtype.element_ty, TILE)
+        store_parts(target + head * of.target_head * TILE.align, parts, written, TILE)

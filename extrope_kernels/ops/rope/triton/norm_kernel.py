@@ -138,7 +138,7 @@ def _one_tensor(
     else:
         batch, seq, valid = tokens
         target = rows(out, batch, seq, 0, of.target_batch, of.target_seq, 0, TILE)
-        norm_rotate_heads(x, weight, of, tokens, target, valid, by, eps, TOGETHER, True, TILE)
+        norm_rotate_heads(x, weight, of, tokens, target, valid, by, eps, None, TOGETHER, True, TILE)
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)

@@ -1,0 +1,142 @@
+"""Device functions on caches of float8_e4m3fn, which kernels see as int8: the bits of each number.
+
+A sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, and NaN where all bits but the
+sign are set. float16, bfloat16 and float32 have all of these numbers.
+"""
+
+import triton
+import triton.language as tl
+
+# How a kernel reads a cache.
+NONE = 0  # not in fp8
+BY_INTEGERS = 1  # everywhere
+BY_PAIRS = 2  # two numbers at a time, on NVIDIA's chips
+BY_CHIP = 3  # by an instruction of its own
+CHIPS_WITH_FP8 = 89
+
+_LARGEST = tl.constexpr(448.0)
+_LEAST_NORMAL = tl.constexpr(2.0**-6)
+_ROUNDER = tl.constexpr(2.0**14)  # whose last place is the step of the subnormal numbers
+_BY_PAIRS = tl.constexpr(BY_PAIRS)
+_BY_CHIP = tl.constexpr(BY_CHIP)
+
+
+def _moved(by: int, mask: str) -> tl.constexpr:
+    """Four codes to where two registers of 16-bit numbers have sign, exponent and mantissa."""
+    lines = []
+    for out, bytes_and_signs in (("$0", "0x9180"), ("$1", "0xb3a2")):
+        lines.append(f"prmt.b32 {out}, $2, 0, {bytes_and_signs};")
+        lines.append(f"shl.b32 {out}, {out}, {by};")
+        lines.append(f"and.b32 {out}, {out}, {mask};")
+    return tl.constexpr("\n".join(lines))
+
+
+_TO_FLOAT16 = _moved(7, "0xbf80bf80")
+_TO_BFLOAT16 = _moved(4, "0x87f087f0")
+_BY_INSTRUCTION = tl.constexpr("""{
+.reg .b16 low, high;
+mov.b32 {low, high}, $2;
+cvt.rn.f16x2.e4m3x2 $0, low;
+cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
+
+
+def kind_of_cache(is_fp8: bool, chip: int | str | None) -> int:
+    """chip: as from `chip_of`."""
+    if not is_fp8:
+        return NONE
+    if not isinstance(chip, int):
+        return BY_INTEGERS
+    return BY_CHIP if chip >= CHIPS_WITH_FP8 else BY_PAIRS
+
+
+@triton.jit
+def _four(bits, ASM: tl.constexpr):
+    """What ASM makes of four codes, the bits of four numbers of 16."""
+    # Not called pure: what is, Triton moves behind the copy into shared memory, which is then read
+    # byte by byte.
+    return tl.inline_asm_elementwise(ASM, "=&r,=r,r", [bits], dtype=tl.int16, is_pure=False, pack=4)
+
+
+@triton.jit
+def _unbiased(moved, like: tl.constexpr):
+    """Bits whose exponent has the bias of e4m3, as numbers of the type `like`: NaN is one more."""
+    power: tl.constexpr = 2.0**8 if like == tl.float16 else 2.0**120
+    return moved.to(like, bitcast=True) * power
+
+
+@triton.jit
+def _by_integers(bits, like: tl.constexpr):
+    if like == tl.float16:
+        moved = (bits.to(tl.int16) << 7) & -0x4080
+    elif like == tl.bfloat16:
+        moved = (bits.to(tl.int16) << 4) & -0x7810
+    else:
+        moved = (bits.to(tl.int32) << 20) & -0x78100000
+    return tl.where((bits | -0x80) == -1, float("nan"), _unbiased(moved, like)).to(like)
+
+
+@triton.jit
+def _by_pairs(bits, like: tl.constexpr):
+    # Times 141 in float16, or 7.3e35 in bfloat16, the largest number is finite and NaN's is not.
+    if like == tl.bfloat16:
+        x = _unbiased(_four(bits, _TO_BFLOAT16), tl.bfloat16)
+        zero_or_nan = x * 7.3e35 * 0.0
+    else:
+        x = _unbiased(_four(bits, _TO_FLOAT16), tl.float16)
+        zero_or_nan = x * 141.0 * 0.0
+    return (x + zero_or_nan).to(like)
+
+
+@triton.jit
+def _by_chip(bits, like: tl.constexpr):
+    x = _four(bits, _BY_INSTRUCTION).to(tl.float16, bitcast=True)
+    if like == tl.bfloat16:  # from one type of 16 bits to another conversions are slow
+        x = x.to(tl.float32)
+    return x.to(like)
+
+
+@triton.jit
+def widened_codes(bits, like: tl.constexpr, KIND: tl.constexpr):
+    """The numbers in the type `like`: float16, bfloat16 or float32."""
+    if KIND == _BY_CHIP:
+        x = _by_chip(bits, like)
+    elif KIND == _BY_PAIRS:
+        x = _by_pairs(bits, like)
+    else:
+        x = _by_integers(bits, like)
+    return x
+
+
+@triton.jit
+def codes_of(x, scale):
+    """Float32 numbers over their scale, rounded to nearest even, within 448 either way."""
+    x = tl.div_rn(x, scale)
+    bits = x.to(tl.int32, bitcast=True)
+    size = tl.minimum(tl.abs(x), _LARGEST)
+    of = size.to(tl.int32, bitcast=True)
+    normal = ((of + 0x7FFFF + ((of >> 20) & 1)) >> 20) - (120 << 3)
+    few = (size + _ROUNDER).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(size < _LEAST_NORMAL, few, normal)
+    code = tl.where(x == x, code, 0x7F)
+    return (code | ((bits >> 24) & 0x80)).to(tl.int8)
+
+
+@triton.jit
+def parts_of_codes(parts, scale, LIKE: tl.constexpr, TILE: tl.constexpr):
+    """What load_parts loads, rounded to LIKE first, as into a cache of that type."""
+    first = codes_of(parts[0].to(LIKE).to(tl.float32), scale)
+    second = codes_of(parts[1].to(LIKE).to(tl.float32), scale)
+    rest = first
+    if TILE.rest > 0:
+        rest = codes_of(parts[2].to(LIKE).to(tl.float32), scale)
+    return first, second, rest
+
+
+@triton.jit
+def quantize_rows(rows, to, scale, valid, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr):
+    """As copy_rows, into a cache in fp8."""
+    dim = tl.arange(0, DIMS)[None, :]
+    mask = valid[:, None] & (dim < HEAD_DIM)
+    x = tl.load(rows[:, None] + dim, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to[:, None] + dim, codes_of(x, scale), mask=mask)
