@@ -35,7 +35,7 @@ class MethodRow(NamedTuple):
     what: str  # one line
     paper: str  # a link
     trained: float | None  # loss of a small model at 8 times its training length
-    real: smollm2_table.Measured | None  # on SmolLM2
+    real: smollm2_table.Measured | None  # on SmolLM2, with the best parameters that were tried
 
 
 def method_rows(results: Path = RESULTS) -> list[MethodRow]:
@@ -43,7 +43,9 @@ def method_rows(results: Path = RESULTS) -> list[MethodRow]:
     trained = _losses(
         results / "length_generalization-cpu.json", "name", lambda row: row["lengths"][-1]["last"]
     )
-    real = smollm2_table.measured(results / "smollm2")
+    real = {
+        name: smollm2_table.best(rows) for name, rows in smollm2_table.measured(results).items()
+    }
     rows = []
     for axis, name, method in _methods():
         measured = MEASURED_AS.get(method.__name__, method.__name__)
@@ -73,9 +75,14 @@ def table_lines(results: Path) -> list[list[str]]:
     """The cells of `method_rows`, in Markdown."""
     lines = []
     for row in method_rows(results):
-        of_real = ["", ""]
+        of_real = ["", "", ""]
         if row.real is not None:
-            of_real = [_number(row.real.loss), smollm2_table.between(row.real.recall)]
+            between, real = smollm2_table.between, row.real
+            of_real = [
+                smollm2_table.parameters(real),
+                between(real.over_yarn, 3),
+                between(real.recall),
+            ]
         lines.append([f"`{row.name}`", row.what, link(row.paper), _number(row.trained), *of_real])
     return lines
 

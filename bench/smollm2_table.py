@@ -1,10 +1,4 @@
-"""What every method does to SmolLM2 at twice its length, from bench/results/smollm2/:
-
-    apt-get download jargon-text && dpkg-deb -x jargon-text_*.deb . \\
-        && zcat usr/share/doc/jargon-text/jargon.txt.gz > jargon.txt
-    python -m extrope_kernels eval --model smollm2 --text pydocs --text jargon.txt --trials 1 \\
-        --dtype bfloat16 --lengths 16384 --out bench/results/smollm2 --methods rope,yarn,...
-    python -m extrope_kernels eval --task recall ... (the same)
+"""What every method does to SmolLM2 past its length, from what bench/smollm2_runs.py measured.
 
 Texts differ more than methods do, so losses are compared piece by piece with those of YaRN.
 """
@@ -12,54 +6,75 @@ Texts differ more than methods do, so losses are compared piece by piece with th
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from extrope_kernels.evaluation.spread import mean_and_error
 
 BASELINE = "yarn"
+TWICE, FOUR_TIMES = "smollm2", "smollm2-32k"  # folders, by length
+Interval = tuple[float, float | None]  # mean and its standard error
 
 
 class Measured(NamedTuple):
-    """Of one method; None where it was not measured."""
+    """Of a method with some parameters; None where it was not measured."""
 
     parameters: dict[str, Any]
-    loss: float | None = None  # nats a token, in the last bucket of positions
-    over_yarn: tuple[float, float | None] | None = None  # mean and standard error over pieces
-    recall: tuple[float, float | None] | None = None  # at the longest distance
+    loss: float | None = None  # nats a token, behind the training length
+    over_yarn: Interval | None = None
+    recall: Interval | None = None  # at the longest distance
+    over_yarn_at_four: Interval | None = None  # at four times the training length
 
 
-def measured(folder: Path) -> dict[str, Measured]:
-    """By method, in the order of the files."""
-    losses, recalls = _rows(folder / "loss.json"), _rows(folder / "recall.json")
-    found = {}
-    for method in [*losses, *(name for name in recalls if name not in losses)]:
-        row = losses.get(method) or recalls[method]
-        loss = over = recall = None
-        if method in losses:
-            loss = losses[method]["buckets"][-1]["loss"]
-            over = _over(losses[method], losses[BASELINE])
-        if method in recalls:
-            farthest = recalls[method]["gains"][-1]
-            recall = farthest["gain"], farthest["error"]
-        found[method] = Measured(row["params"], loss, over, recall)
+def measured(results: Path) -> dict[str, list[Measured]]:
+    """By method, what `eval` gives it first, and other parameters as they were tried."""
+    losses, long = (_losses(results / folder / "loss.json") for folder in (TWICE, FOUR_TIMES))
+    recalls = dict(_rows(results / TWICE / "recall.json"))
+    found: dict[str, list[Measured]] = {}
+    for key in dict.fromkeys([*losses, *recalls]):
+        method, params = json.loads(key)
+        pieces = losses.get(key)
+        farthest = recalls[key]["gains"][-1] if key in recalls else None
+        row = Measured(
+            params,
+            None if pieces is None else fmean(pieces),
+            _over(pieces, _baseline(losses)),
+            None if farthest is None else (farthest["gain"], farthest["error"]),
+            _at_four(long, method) if method not in found else None,
+        )
+        found.setdefault(method, []).append(row)
     return found
 
 
-def table_lines(folder: Path) -> list[list[str]]:
+def best(rows: list[Measured]) -> Measured:
+    """The row of the lowest loss."""
+    return min(rows, key=lambda row: float("inf") if row.loss is None else row.loss)
+
+
+def table_lines(results: Path) -> list[list[str]]:
     """Cells in Markdown, the lowest loss first."""
-    lines = []
-    for name, row in sorted(measured(folder).items(), key=lambda item: item[1].loss or 99):
-        losses = _loss(row.loss), between(row.over_yarn, digits=3)
-        lines.append([f"`{name}`", parameters(row), *losses, between(row.recall)])
-    return lines
+    rows = [(name, row) for name, several in measured(results).items() for row in several]
+    rows.sort(key=lambda item: item[1].loss or 99)
+    return [
+        [
+            f"`{name}`",
+            parameters(row),
+            "" if row.loss is None else f"{row.loss:.3f}",
+            between(row.over_yarn, digits=3),
+            between(row.recall),
+            between(row.over_yarn_at_four, digits=3),
+        ]
+        for name, row in rows
+    ]
 
 
 def parameters(row: Measured) -> str:
     return ", ".join(f"{name}={value:g}" for name, value in row.parameters.items())
 
 
-def between(value: tuple[float, float | None] | None, digits: int = 2) -> str:
+def between(value: Interval | None, digits: int = 2) -> str:
     """A mean with its standard error."""
     if value is None:
         return ""
@@ -67,16 +82,34 @@ def between(value: tuple[float, float | None] | None, digits: int = 2) -> str:
     return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def _loss(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if path.exists():
+        for row in json.loads(path.read_text())["rows"]:
+            yield json.dumps([row["method"], row["params"]]), row
 
 
-def _rows(path: Path) -> dict[str, dict[str, Any]]:
+def _losses(path: Path) -> dict[str, list[float]]:
+    """Of each piece, over all buckets behind the training length."""
     if not path.exists():
         return {}
-    return {row["method"]: row for row in json.loads(path.read_text())["rows"]}
+    trained = json.loads(path.read_text())["training_length"]
+    found = {}
+    for key, row in _rows(path):
+        behind = [bucket for bucket in row["buckets"] if bucket["start"] >= trained]
+        found[key] = [fmean(pieces) for pieces in zip(*(each["pieces"] for each in behind))]
+    return found
 
 
-def _over(row: dict[str, Any], baseline: dict[str, Any]) -> tuple[float, float | None]:
-    pairs = zip(row["buckets"][-1]["pieces"], baseline["buckets"][-1]["pieces"], strict=True)
-    return mean_and_error([ours - theirs for ours, theirs in pairs])
+def _baseline(losses: dict[str, list[float]]) -> list[float] | None:
+    return next((x for key, x in losses.items() if json.loads(key)[0] == BASELINE), None)
+
+
+def _at_four(long: dict[str, list[float]], method: str) -> Interval | None:
+    pieces = next((x for key, x in long.items() if json.loads(key)[0] == method), None)
+    return _over(pieces, _baseline(long))
+
+
+def _over(pieces: list[float] | None, baseline: list[float] | None) -> Interval | None:
+    if pieces is None or baseline is None:
+        return None
+    return mean_and_error([a - b for a, b in zip(pieces, baseline, strict=True)])

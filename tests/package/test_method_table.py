@@ -45,28 +45,39 @@ def test_measured_losses_stand_beside_their_method(tmp_path):
     losses = {row.name: (row.trained, row.real) for row in table.method_rows(tmp_path)}
     assert losses["pi"] == losses["abf"] == (1.5, None) and losses["rope"] == (None, None)
     (cells,) = (line for line in table.table_lines(tmp_path) if line[0] == "`pi`")
-    assert cells[2:] == ["[2306.15595](https://arxiv.org/abs/2306.15595)", "1.50", "", ""]
+    assert cells[2:] == ["[2306.15595](https://arxiv.org/abs/2306.15595)", "1.50", "", "", ""]
 
 
 def test_a_real_models_losses_are_compared_piece_by_piece(tmp_path):
-    folder = tmp_path / "smollm2"
-    folder.mkdir()
-    pieces = {"yarn": [2.0, 3.0], "pi": [2.5, 3.7]}
-    losses = [
-        {"method": name, "params": {"factor": 2.0}, "buckets": [{}, {"loss": 2.5, "pieces": each}]}
-        for name, each in pieces.items()
+    """Behind the training length alone; the best of several parameters goes into the README."""
+
+    def save(name, **results):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(results))
+
+    def row(method, far, **params):
+        buckets = [{"start": 0, "pieces": [9.0, 9.0]}, {"start": 4, "pieces": far}]
+        return {"method": method, "params": params, "buckets": buckets}
+
+    yarn = row("yarn", [2.0, 3.0], factor=2.0)
+    rows = [yarn, row("pi", [2.5, 3.7], factor=2.0), row("pi", [2.4, 3.4], factor=3.0)]
+    save("smollm2/loss.json", training_length=4, rows=rows)
+    long = [yarn, row("pi", [2.0, 3.5], factor=4.0)]
+    save("smollm2-32k/loss.json", training_length=4, rows=long)
+    gains = [{"gain": 0.0, "error": 1.0}, {"gain": 1.7, "error": 0.25}]
+    save(
+        "smollm2/recall.json", rows=[{"method": "rerope", "params": {"window": 9}, "gains": gains}]
+    )
+    found = smollm2_table.measured(tmp_path)
+    assert found["yarn"][0].over_yarn == (0.0, 0.0)
+    assert found["pi"][0].over_yarn == pytest.approx((0.6, 0.1))
+    assert found["pi"][0].over_yarn_at_four == pytest.approx((0.25, 0.25))
+    assert found["rerope"] == [({"window": 9}, None, None, (1.7, 0.25), None)]
+    assert smollm2_table.table_lines(tmp_path)[1:] == [
+        ["`pi`", "factor=3", "2.900", "0.400 ± 0.000", "", ""],
+        ["`pi`", "factor=2", "3.100", "0.600 ± 0.100", "", "0.250 ± 0.250"],
+        ["`rerope`", "window=9", "", "", "1.70 ± 0.25", ""],
     ]
-    recalls = [
-        {"method": "rerope", "params": {"window": 9}, "gains": [{"gain": 1.7, "error": 0.25}]}
-    ]
-    (folder / "loss.json").write_text(json.dumps({"rows": losses}))
-    (folder / "recall.json").write_text(json.dumps({"rows": recalls}))
-    found = smollm2_table.measured(folder)
-    assert found["yarn"].over_yarn == (0.0, 0.0)
-    assert found["pi"].over_yarn == pytest.approx((0.6, 0.1))
-    assert found["rerope"] == ({"window": 9}, None, None, (1.7, 0.25))
-    assert smollm2_table.table_lines(folder)[1] == [
-        "`pi`", "factor=2", "2.50", "0.600 ± 0.100", ""
-    ]  # fmt: skip
-    (cells,) = (line for line in table.table_lines(tmp_path) if line[0] == "`rerope`")
-    assert cells[-2:] == ["", "1.70 ± 0.25"]
+    lines = {cells[0]: cells[4:] for cells in table.table_lines(tmp_path)}
+    assert lines["`pi`"] == ["factor=3", "0.400 ± 0.000", ""]
+    assert lines["`rerope`"] == ["window=9", "", "1.70 ± 0.25"]

@@ -1,0 +1,117 @@
+"""Every method on SmolLM2 past its length, for bench/smollm2_table.py. Goes on where it was cut.
+
+apt-get download jargon-text && dpkg-deb -x jargon-text_*.deb . \\
+    && zcat usr/share/doc/jargon-text/jargon.txt.gz > jargon.txt
+OMP_NUM_THREADS=1 python bench/smollm2_runs.py {loss,recall,long,passkey} jargon.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from extrope_kernels.evaluation import cli
+
+RESULTS = Path(__file__).parent / "results"
+TRAINED = 8192
+
+# Of each method first what `eval` gives it, or what it cannot do without; then what may suit it
+# better.
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "yarn": [{}, {"factor": 3.0}],
+    "rope": [{}],
+    "rerope": [{}, *({"window": w} for w in (1024, 3072, 4096, 6144))]
+    + [{"window": w, "log_n": TRAINED} for w in (2048, 4096)],
+    "self_extend": [{}, {"window": 4096}],
+    "dual_chunk": [{}, {"chunk_size": 4096}],
+    "leaky_rerope": [{}, {"window": 4096}, {"factor": 4.0}, {"log_n": TRAINED}],
+    "ntk_by_parts": [{}, {"factor": 3.0}],
+    "llama3": [{}, {"factor": 3.0}],
+    "ntk_aware": [{}, {"factor": 3.0}, {"factor": 4.0}],
+    "ntk_mixed": [{}, {"factor": 3.0}],
+    "abf": [{}, {"base": 300_000.0}],
+    "dynamic_yarn": [{}],
+    "dynamic_ntk": [{}, {"factor": 3.0}],
+    "pi": [{}],
+    "cope": [{}, {"clip": 10}],
+    "giraffe_power": [{"power": 0.1}, {"power": 0.5}],
+    "giraffe_truncation": [{"truncate_pos": TRAINED}],
+    "proportional": [{"partial_rotary_factor": 0.75}],
+    "xpos": [{}],
+    "string": [{}, {"shift": TRAINED}],
+    "blockwise_causal": [{}],
+}
+
+
+class Run(NamedTuple):
+    """An evaluation: its task, texts, lengths and folder below bench/results."""
+
+    task: str
+    folder: str
+    lengths: str
+    trials: int
+    rounds: int | None = None  # of METHODS' parameters; None for all
+    methods: tuple[str, ...] = tuple(METHODS)
+    more: tuple[str, ...] = ()
+
+
+RUNS = {
+    "loss": Run("loss", "smollm2", "16384", trials=2),
+    "recall": Run("recall", "smollm2", "16384", trials=1),
+    "long": Run("loss", "smollm2-32k", "32768", trials=1, rounds=1),
+    "passkey": Run(
+        "passkey",
+        "smollm2",
+        "2048,4096,8192,16384",
+        trials=10,
+        rounds=1,
+        methods=("rope", "yarn", "rerope"),
+        more=("--depths", "3", "--window", str(TRAINED // 2)),
+    ),
+}
+
+
+def rounds(run: Run) -> Iterator[dict[str, dict[str, Any]]]:
+    """Parameters by method, one set of each at a time: `eval` takes no more."""
+    for index in count():
+        given = {m: METHODS[m][index] for m in run.methods if index < len(METHODS[m])}
+        if not given or index == run.rounds:
+            return
+        yield given
+
+
+def arguments(run: Run, texts: list[str], given: dict[str, dict[str, Any]]) -> list[str]:
+    """The command line of `eval`."""
+    found = ["--model", "smollm2", "--dtype", "bfloat16", "--task", run.task, *run.more]
+    found += ["--lengths", run.lengths, "--trials", str(run.trials)]
+    found += ["--methods", ",".join(given), "--out", str(RESULTS / run.folder)]
+    for text in texts:
+        found += ["--text", text]
+    for method, params in given.items():
+        for name, value in params.items():
+            found += ["--param", f"{method}.{name}={value!r}"]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", choices=RUNS)
+    parser.add_argument("text", help="of the Jargon File")
+    given = parser.parse_args()
+    run = RUNS[given.run]
+    texts = ["pydocs"] if run.task == "passkey" else ["pydocs", given.text]
+    evaluation = argparse.ArgumentParser()
+    cli.add_arguments(evaluation)
+    for params in rounds(run):
+        code = cli.run(evaluation.parse_args(arguments(run, texts, params)))
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
