@@ -14,7 +14,7 @@ def rerope(window: int, factor: float = math.inf) -> Score:
 
     With x = i - j: x where x < window, else window + (x - window) / factor.
 
-    window: in tokens, >= 1. A quarter to a half of the training length is best.
+    window: in tokens, >= 1. Half of the training length is a good start.
     factor: > 0; inf for ReRoPE, above 1 for Leaky, below 1 for InvLeaky, 1 for plain RoPE.
 
     Source: https://kexue.fm/archives/9708

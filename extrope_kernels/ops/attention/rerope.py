@@ -44,8 +44,8 @@ def rerope_attention(
         queries are the last of the sequence. With cu_seqlens all are (total, heads, head_dim).
     freqs: from `extrope_kernels.methods`, on q's device; inv_freq (rotary_dim/2,), or one row a
         sequence. attention_factor multiplies the rotated dims of q and of k, near and far.
-    window: in tokens, >= 1; at seqlen_k or more this is plain attention. A quarter to a half of the
-        training length is best.
+    window: in tokens, >= 1; at seqlen_k or more this is plain attention. Half of the training
+        length is a good start.
     factor: inf for ReRoPE, above 1 for Leaky, below 1 for InvLeaky, 1 for plain RoPE. With
         `grouped` an integer that divides window.
     softmax_scale: of the logits; head_dim**-0.5 by default.
