@@ -31,15 +31,9 @@ def cases(name: str) -> list[Case]:
     kernel = f"attention {name}"
     every = [*product(("bfloat16",), ("R1", "R2", "R3"), HEAD_DIMS)]
     every += product(("float32",), ("R2",), HEAD_DIMS)
-    more = [
-        ("float32", "R3"),
-        ("float16", "R2"),
-        ("bfloat16", "R2 packed"),
-        ("bfloat16", "R2 blocks"),
-    ]
-    every += [(dtype, variant, 128) for dtype, variant in more]
-    every += [("bfloat16", words, 128) for words in (*(f"R2 {word}" for word in SOFTMAX), ALL)]
-    every += [("bfloat16", MLA[1], MLA[0])]
+    every += [("float32", "R3", 128), ("float16", "R2", 128)]
+    variants = "R2 packed", "R2 blocks", *(f"R2 {word}" for word in SOFTMAX), ALL
+    every += [*(("bfloat16", variant, 128) for variant in variants), ("bfloat16", MLA[1], MLA[0])]
     every += [("bfloat16", "R2 wide", 128)] if name != "dq" else []
     return [
         Case(kernel, chip, dim, dtype, variant)

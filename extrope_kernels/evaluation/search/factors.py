@@ -97,12 +97,12 @@ def rising(values: Tensor) -> Tensor:
 class Descent:
     """Steps down the gradient of the loss to the logarithms of the factors.
 
-    In a step a factor moves by a tenth at most, and no pair turns by more than a radian at the
+    In a step a factor moves by a tenth at most, and no pair rotates by more than a radian at the
     farthest distance: fast pairs bear a thousandth of what slow ones need. Within that, a pair
     goes as far as the gradients of single texts agree. After a step that is not better the next
     is a quarter as far.
 
-    angles: (pairs,) by which each pair turns over the whole length, in radians.
+    angles: (pairs,) by which each pair rotates over the whole length, in radians.
     """
 
     def __init__(self, start: Tensor, angles: Tensor) -> None:
