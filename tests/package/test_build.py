@@ -26,8 +26,10 @@ from builds import (
     nm,
     start,
 )
+from setuptools import Distribution
+from setuptools.command.build import build
 
-from extrope_kernels import _build, _ninja
+from extrope_kernels import _build, _ext, _ninja
 
 # What a CUDA library says of this machine, were it one with a GPU, and then as it is.
 CUDA_OPS = """
@@ -65,6 +67,12 @@ def build_wheel(checkout: Path, *python: str, **env: str) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(checkout) -> Path:
+    """Made in a work folder of the build on first use: the commands are the same ones."""
+    steps = build(Distribution())
+    steps.finalize_options()
+    compiled = _ext.cache_dirs()[0] / f"build-cpu-{_build.work_key('cpu')}"
+    if compiled.exists():
+        shutil.copytree(compiled, checkout / steps.build_temp / "cpu")
     return build_wheel(checkout)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,15 @@ from extrope_kernels import _build
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = _build.LIBRARIES["cpu"]
+# Takes a third of the time: for tests of how libraries are built, whose speed is nobody's.
+UNOPTIMISED = """#!/bin/sh
+for word; do
+  shift
+  case $word in -O[13]) word=-O0 ;; esac
+  set -- "$@" "$word"
+done
+exec {compiler} "$@"
+"""
 LOAD = "from extrope_kernels import _ext; print(_ext.load('cpu')); print(_ext._paths.get('cpu'))"
 # Torch's C shim, the versioned symbols of libc, libstdc++ and libgcc, and weak ones.
 ALLOWED = re.compile(r"U (aoti_torch_|torch_)\w+$|U \S+@(GLIBC|GLIBCXX|CXXABI|GCC)_|[wv] ")
@@ -31,6 +41,14 @@ def has(find: Callable[[], object]) -> bool:
 
 needs_compiler = pytest.mark.skipif(not has(_build.find_compiler), reason="no C++ compiler")
 needs_nvcc = pytest.mark.skipif(not has(_build.find_nvcc), reason="no nvcc")
+
+
+def unoptimised(folder: Path) -> str:
+    """The path of a compiler, written into the folder, that leaves -O3 and -O1 out."""
+    path = folder / "c++"
+    path.write_text(UNOPTIMISED.format(compiler=shlex.join(_build.find_compiler())))
+    path.chmod(0o755)
+    return str(path)
 
 
 def start(code: str, **env: str) -> subprocess.Popen:
