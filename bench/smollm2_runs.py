@@ -26,7 +26,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "rope": [{}],
     "rerope": [{}, *({"window": w} for w in (1024, 3072, 4096, 6144))]
     + [{"window": w, "log_n": TRAINED} for w in (2048, 4096)],
-    "self_extend": [{}, {"window": 4096}],
+    "self_extend": [{}, {"window": 4096, "factor": 4}],
     "dual_chunk": [{}, {"chunk_size": 4096}],
     "leaky_rerope": [{}, {"window": 4096}, {"factor": 4.0}, {"log_n": TRAINED}],
     "ntk_by_parts": [{}, {"factor": 3.0}],

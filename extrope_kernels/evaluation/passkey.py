@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # A plain model of 135M parameters continues this one, where it is far from answering a question.
 _NEEDLE = "\n\nThe pass key is {key}. Remember it. The pass key is {key}.\n\n"
 _QUESTION = "\n\nThe pass key is"
+# Models without an opening token look at a text's first ones whatever these say, and recall a key
+# there less often: SmolLM2 six of ten in 4,096 tokens, nine behind so many.
+_LEAD = 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def key(trial: int, seed: int = 0) -> str:
 
 
 def depths(count: int) -> list[float]:
-    """Return `count` depths from 0, the start of the text, to 1, its end."""
+    """Return `count` depths from 0, near the start of the text, to 1, its end."""
     return [0.5] if count == 1 else [index / (count - 1) for index in range(count)]
 
 
@@ -61,7 +64,7 @@ def make_prompt(
 ) -> Prompt:
     """Return a prompt of exactly `length` tokens with a trial's key at `depth` of a piece of text.
 
-    depth: 0 puts the key at the start, 1 right before the question.
+    depth: 0 puts the key behind the first 64 tokens, 1 right before the question.
 
     Raises UsageError when the length leaves no room for any text.
     """
@@ -78,7 +81,8 @@ def make_prompt(
         raise UsageError(f"--lengths {length}: a passkey prompt needs {length - room} tokens")
     start = text.start(room, trial, seed)
     filler = text.ids[start : start + room].tolist()
-    cut = round(depth * room)
+    lead = min(_LEAD, room)
+    cut = lead + round(depth * (room - lead))
     ids = opening + filler[:cut] + needle + filler[cut:] + question + answer
     return Prompt(torch.tensor(ids), len(answer), len(opening) + cut)
 
@@ -137,6 +141,7 @@ class PasskeyTask:
     def settings(self) -> dict[str, Any]:
         return {
             "depths": self._depths,
+            "lead": _LEAD,
             "texts": [self._text.about()],
             "trials": self._trials,
             "seed": self._seed,
