@@ -1,9 +1,9 @@
-"""One pass of a causal model over a long sequence, in memory that stays small."""
+"""One pass of a causal model over long sequences, in memory that stays small."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Logits of so many elements are computed at a time: 128 MiB in float32.
 _LOGITS_AT_ONCE = 2**25
+# Short sequences go through the model together, so that they fill a GPU.
+_TOKENS_AT_ONCE = 2**14
 
 
 def run_body(
@@ -25,22 +27,22 @@ def run_body(
     on_layer: Callable[[], None] = lambda: None,
     positions: Tensor | None = None,
 ) -> Any:
-    """Run all but the head once over the whole sequence and return the body's output.
+    """Run all but the head once over whole sequences and return the body's output.
 
-    ids: (seqlen,) int64
+    ids: (batch, seqlen) int64
     on_layer: called after each decoder layer.
     positions: (seqlen,) int64, rising; 0, 1, 2, ... if None.
     """
     options = {}
     if positions is not None:
         # Without a mask transformers takes a gap for the end of one of several packed sequences.
-        options = {"position_ids": positions[None], "attention_mask": torch.ones_like(ids)[None]}
+        options = {"position_ids": positions[None], "attention_mask": torch.ones_like(ids)}
     with _after_each_layer(model, on_layer):
-        return model.base_model(input_ids=ids[None], use_cache=False, return_dict=True, **options)
+        return model.base_model(input_ids=ids, use_cache=False, return_dict=True, **options)
 
 
 def logits(model: PreTrainedModel, body: Any, start: int, stop: int) -> Tensor:
-    """Return the logits at positions start .. stop - 1: (stop - start, vocab) float32.
+    """Return the logits at positions start .. stop - 1: (batch, stop - start, vocab) float32.
 
     They come from the model's own forward with its body replaced by what `run_body` returned, so
     that soft-capping or scaling of the logits, where a model has it, is applied.
@@ -49,12 +51,24 @@ def logits(model: PreTrainedModel, body: Any, start: int, stop: int) -> Tensor:
     part = dataclasses.replace(body, last_hidden_state=hidden)
     ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     with _body_returns(model, part):
-        return model(input_ids=ids, use_cache=False).logits[0].float()
+        return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def chunks(start: int, stop: int, vocab_size: int) -> Iterator[tuple[int, int]]:
+def batches(sequences: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Stack sequences of one length, (seqlen,), as many at a time as fit: (batch, seqlen)."""
+    rows: list[Tensor] = []
+    for sequence in sequences:
+        rows.append(sequence)
+        if (len(rows) + 1) * len(sequence) > _TOKENS_AT_ONCE:
+            yield torch.stack(rows)
+            rows = []
+    if rows:
+        yield torch.stack(rows)
+
+
+def chunks(start: int, stop: int, vocab_size: int, batch: int = 1) -> Iterator[tuple[int, int]]:
     """Cut start .. stop - 1 into ranges whose logits fit in memory."""
-    step = max(1, _LOGITS_AT_ONCE // vocab_size)
+    step = max(1, _LOGITS_AT_ONCE // (vocab_size * batch))
     for begin in range(start, stop, step):
         yield begin, min(begin + step, stop)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from extrope_kernels.evaluation import plots, texts
-from extrope_kernels.evaluation.forward import chunks, logits, run_body
+from extrope_kernels.evaluation.forward import batches, chunks, logits, run_body
 from extrope_kernels.evaluation.report import range_label
 from extrope_kernels.evaluation.spread import mean_and_error, with_error
 
@@ -21,25 +21,28 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def token_losses(
-    model: PreTrainedModel, ids: Tensor, on_progress: Callable[[], None] = lambda: None
+    model: PreTrainedModel, ids: Tensor, on_progress: Callable[[int], None] = lambda rows: None
 ) -> Tensor:
     """Return the loss, in nats, of the prediction made at each position but the last.
 
-    ids: (seqlen,) int64
-    on_progress: called after each decoder layer, and once after the head.
+    ids: (batch, seqlen) int64
+    on_progress: called with batch after each decoder layer, and once after the head.
 
-    Returns: (seqlen - 1,) float32 on the CPU; entry t is -log p(ids[t + 1] | ids[: t + 1]).
+    Returns: (batch, seqlen - 1) float32 on the CPU; [:, t] is -log p(ids[t + 1] | ids[: t + 1]).
     """
-    body = run_body(model, ids, on_progress)
+    rows, seqlen = ids.shape
+    body = run_body(model, ids, lambda: on_progress(rows))
     vocab_size = model.config.get_text_config().vocab_size
     parts = [
         torch.nn.functional.cross_entropy(
-            logits(model, body, start, stop), ids[start + 1 : stop + 1], reduction="none"
+            logits(model, body, start, stop).transpose(1, 2),
+            ids[:, start + 1 : stop + 1],
+            reduction="none",
         )
-        for start, stop in chunks(0, len(ids) - 1, vocab_size)
+        for start, stop in chunks(0, seqlen - 1, vocab_size, rows)
     ]
-    on_progress()
-    return torch.cat(parts).cpu()
+    on_progress(rows)
+    return torch.cat(parts, 1).cpu()
 
 
 def bucket_edges(length: int, bucket: int) -> list[tuple[int, int]]:
@@ -104,11 +107,11 @@ class LossTask:
         return (layers + 1) * self._trials * len(self._texts)
 
     def measure(
-        self, model: PreTrainedModel, length: int, on_progress: Callable[[], None]
+        self, model: PreTrainedModel, length: int, on_progress: Callable[[int], None]
     ) -> dict[str, Any]:
         pieces = texts.pieces(self._texts, length, self._trials, self._seed)
-        losses = torch.stack(
-            [token_losses(model, piece.to(model.device), on_progress) for piece in pieces]
+        losses = torch.cat(
+            [token_losses(model, ids.to(model.device), on_progress) for ids in batches(pieces)]
         )
         by_piece = losses.double().mean(1).tolist()
         mean, error = mean_and_error(by_piece)

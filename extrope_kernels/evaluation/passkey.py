@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from extrope_kernels.evaluation import UsageError, plots, texts
-from extrope_kernels.evaluation.forward import logits, run_body
+from extrope_kernels.evaluation.forward import batches, logits, run_body
 from extrope_kernels.evaluation.spread import share_interval
 
 if TYPE_CHECKING:
@@ -102,20 +102,28 @@ def _question_and_answer(
 
 @torch.inference_mode()
 def recalls(
-    model: PreTrainedModel, prompt: Prompt, on_layer: Callable[[], None] = lambda: None
-) -> bool:
-    """Return whether greedy decoding after the question would give the answer.
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    on_layer: Callable[[int], None] = lambda rows: None,
+) -> list[bool]:
+    """Return of each prompt whether greedy decoding after the question would give the answer.
 
     One pass over question and answer decides it: decoding follows the answer exactly as long as
     each of its tokens is the likeliest after those before it.
 
-    on_layer: called after each decoder layer.
+    prompts: all of one length.
+    on_layer: called after each decoder layer with the number of prompts that went through it.
     """
-    ids = prompt.ids.to(model.device)
-    body = run_body(model, ids, on_layer)
-    start = len(ids) - prompt.answer
-    guesses = logits(model, body, start - 1, len(ids) - 1).argmax(-1)
-    return torch.equal(guesses, ids[start:])
+    found: list[bool] = []
+    for ids in batches(prompt.ids for prompt in prompts):
+        rows, seqlen = ids.shape
+        body = run_body(model, ids.to(model.device), lambda rows=rows: on_layer(rows))
+        answers = [prompt.answer for prompt in prompts[len(found) : len(found) + rows]]
+        start = seqlen - max(answers)
+        guesses = logits(model, body, start - 1, seqlen - 1).argmax(-1).cpu()
+        right = guesses == ids[:, start:]
+        found += [bool(row[-count:].all()) for row, count in zip(right, answers, strict=True)]
+    return found
 
 
 class PasskeyTask:
@@ -154,13 +162,15 @@ class PasskeyTask:
         return layers * len(self._depths) * self._trials
 
     def measure(
-        self, model: PreTrainedModel, length: int, on_progress: Callable[[], None]
+        self, model: PreTrainedModel, length: int, on_progress: Callable[[int], None]
     ) -> dict[str, Any]:
-        recalled = [0] * len(self._depths)
-        for index, depth in enumerate(self._depths):
-            for trial in range(self._trials):
-                prompt = make_prompt(self._tokenizer, self._text, length, depth, trial, self._seed)
-                recalled[index] += recalls(model, prompt, on_progress)
+        recalled = []
+        for depth in self._depths:
+            prompts = [
+                make_prompt(self._tokenizer, self._text, length, depth, trial, self._seed)
+                for trial in range(self._trials)
+            ]
+            recalled.append(sum(recalls(model, prompts, on_progress)))
         return {
             "tokens": length * len(self._depths) * self._trials,
             "recalled": recalled,

@@ -8,13 +8,14 @@ not belong, so that nothing else tells what comes next.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from extrope_kernels.evaluation import UsageError, loss, plots, texts
+from extrope_kernels.evaluation.forward import batches
 from extrope_kernels.evaluation.spread import mean_and_error, with_error
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ def repeated(ids: Tensor, others: Tensor, found: Sequence[Repeat]) -> Tensor:
 def gains(losses: Tensor, found: Sequence[Repeat]) -> list[float]:
     """Return by how many nats a token each passage costs less than when first seen.
 
-    losses: (seqlen - 1,) of `loss.token_losses`. The first quarter of a passage, by which a model
-        finds out that there is something to recall, does not count.
+    losses: (seqlen - 1,), a row of `loss.token_losses`. The first quarter of a passage, by which a
+        model finds out that there is something to recall, does not count.
     """
     costs = []
     for repeat in found:
@@ -123,28 +124,29 @@ class RecallTask:
         return (layers + 1) * self._trials * len(self._texts)
 
     def measure(
-        self, model: PreTrainedModel, length: int, on_progress: Callable[[], None]
+        self, model: PreTrainedModel, length: int, on_progress: Callable[[int], None]
     ) -> dict[str, Any]:
         found = repeats(length, self._distances, self._passage)
         by_distance: dict[int, list[float]] = {repeat.distance: [] for repeat in found}
-        more, count = self._passage * len(found), 0
-        for text in self._texts:
-            for index in range(self._trials):
-                piece = text.piece(length, index, self._seed)
-                others = text.after(length, index, self._seed, more)
-                ids = repeated(piece, others, found).to(model.device)
-                costs = gains(loss.token_losses(model, ids, on_progress), found)
-                for repeat, gain in zip(found, costs, strict=True):
+        for ids in batches(self._pieces(length, found)):
+            for losses in loss.token_losses(model, ids.to(model.device), on_progress):
+                for repeat, gain in zip(found, gains(losses, found), strict=True):
                     by_distance[repeat.distance].append(gain)
-                count += 1
         return {
-            "tokens": length * count,
+            "tokens": length * self._trials * len(self._texts),
             "gains": [
                 {"distance": distance, "gain": mean, "error": error, "passages": costs}
                 for distance, costs in by_distance.items()
                 for mean, error in [mean_and_error(costs)]
             ],
         }
+
+    def _pieces(self, length: int, found: Sequence[Repeat]) -> Iterator[Tensor]:
+        more = self._passage * len(found)
+        for text in self._texts:
+            for index in range(self._trials):
+                others = text.after(length, index, self._seed, more)
+                yield repeated(text.piece(length, index, self._seed), others, found)
 
     def cells(self, row: dict[str, Any]) -> list[str]:
         return [with_error(gain["gain"], gain["error"], 2) for gain in row["gains"]]

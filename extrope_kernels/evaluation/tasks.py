@@ -26,10 +26,10 @@ class Task(Protocol):
         """Return the heads of the table's columns."""
 
     def ticks(self, layers: int) -> int:
-        """Return how often `measure` reports progress with a model of so many layers."""
+        """Return how much progress `measure` reports with a model of so many layers."""
 
     def measure(
-        self, model: PreTrainedModel, length: int, on_progress: Callable[[], None]
+        self, model: PreTrainedModel, length: int, on_progress: Callable[[int], None]
     ) -> dict[str, Any]:
         """Return the numbers of a row."""
 

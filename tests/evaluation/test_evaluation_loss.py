@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 from tiny_model import CONFIG, TRAINED, check_image, results
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from extrope_kernels.evaluation import loss, options, report, texts
+from extrope_kernels.evaluation import forward, loss, options, report, texts
 from extrope_kernels.evaluation.models import decoder_layers
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.scores import SCORES
@@ -88,6 +88,17 @@ def test_logits_in_small_chunks(run, tmp_path, monkeypatch):
     assert [b["loss"] for b in parts] == pytest.approx([b["loss"] for b in whole], rel=1e-6)
 
 
+def test_short_sequences_go_together(folder, monkeypatch):
+    ids = torch.randint(0, 100, (5, 20), generator=torch.Generator().manual_seed(0))
+    assert [len(rows) for rows in forward.batches(ids)] == [5]
+    monkeypatch.setattr(forward, "_TOKENS_AT_ONCE", 50)
+    assert [len(rows) for rows in forward.batches(ids)] == [2, 2, 1]
+    assert [len(rows) for rows in forward.batches(torch.zeros(2, 60))] == [1, 1]
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    alone = torch.cat([loss.token_losses(model, row[None]) for row in ids])
+    torch.testing.assert_close(loss.token_losses(model, ids), alone, rtol=1e-5, atol=1e-5)
+
+
 def test_soft_capped_logits():
     torch.manual_seed(0)
     config = Gemma2Config(
@@ -97,7 +108,9 @@ def test_soft_capped_logits():
     ids = torch.randint(0, 100, (40,))
     with torch.no_grad():
         wanted = model(ids[None], labels=ids[None]).loss
-    assert loss.token_losses(model, ids).mean().item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss.token_losses(model, ids[None]).mean().item() == pytest.approx(
+        wanted.item(), rel=1e-5
+    )
 
 
 def test_last_bucket_of_one_position_is_left_out():
@@ -113,8 +126,8 @@ def test_last_bucket_of_one_position_is_left_out():
 def test_progress_ticks_per_layer(folder):
     model = LlamaForCausalLM.from_pretrained(folder)
     ticks = []
-    loss.token_losses(model, torch.arange(20), lambda: ticks.append(1))
-    assert len(ticks) == len(decoder_layers(model)) + 1 == 3
+    loss.token_losses(model, torch.arange(20).repeat(2, 1), ticks.append)
+    assert ticks == [2] * (len(decoder_layers(model)) + 1) == [2] * 3
     assert not any(layer._forward_hooks for layer in decoder_layers(model))
     assert "forward" not in vars(model.base_model)
 

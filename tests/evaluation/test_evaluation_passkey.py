@@ -68,19 +68,21 @@ def test_recall_is_what_greedy_decoding_gives(folder):
     model = LlamaForCausalLM.from_pretrained(folder).eval()
     question = torch.randint(0, 100, (1, 24), generator=torch.Generator().manual_seed(1))
     decoded = model.generate(question, max_new_tokens=5, do_sample=False, pad_token_id=0)[0]
-    assert passkey.recalls(model, passkey.Prompt(decoded, 5, 0))
+    assert passkey.recalls(model, [passkey.Prompt(decoded, 5, 0)]) == [True]
+    prompts = [passkey.Prompt(decoded, 3, 0)]
     for position in range(24, 29):
         wrong = decoded.clone()
         wrong[position] = (wrong[position] + 1) % 100
-        assert not passkey.recalls(model, passkey.Prompt(wrong, 5, 0))
+        prompts.append(passkey.Prompt(wrong, 5, 0))
+    assert passkey.recalls(model, prompts) == [True] + [False] * 5  # answers of 3 and 5 tokens
 
 
 def test_passkey_end_to_end(run, tmp_path, monkeypatch, capsys):
     asked = []
 
-    def recalls(model, prompt, on_layer):
-        asked.append((len(prompt.ids), prompt.needle))
-        return len(asked) % 3 != 0
+    def recalls(model, prompts, on_layer):
+        asked.extend((len(prompt.ids), prompt.needle) for prompt in prompts)
+        return [index % 3 != 0 for index in range(len(asked) - len(prompts) + 1, len(asked) + 1)]
 
     monkeypatch.setattr(passkey, "recalls", recalls)
     given = {"methods": "rope,pi", "lengths": "150,240", "depths": 3, "trials": 2}

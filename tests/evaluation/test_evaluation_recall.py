@@ -1,5 +1,7 @@
 """What a passage gains by having been read before, by how far back that was."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -55,15 +57,16 @@ def numbers(tmp_path):
 def test_a_model_that_copies_gains(run, numbers, tmp_path, monkeypatch, capsys):
     """A stand-in for the losses that knows every pair of tokens it has had before."""
 
-    def copies(model, ids, on_progress):
-        ids, seen, losses = ids.tolist(), set(), []
-        for end in range(1, len(ids)):
-            last = tuple(ids[end - 1 : end + 1])
+    def copies(ids):
+        seen, losses = set(), []
+        for last in pairwise(ids):
             losses.append(0.5 if last in seen else 4.0)
             seen.add(last)
-        return torch.tensor(losses)
+        return losses
 
-    monkeypatch.setattr(loss, "token_losses", copies)
+    monkeypatch.setattr(
+        loss, "token_losses", lambda model, ids, _: torch.tensor([*map(copies, ids.tolist())])
+    )
     given = {"task": "recall", "text": numbers, "lengths": "300,600", "trials": 2}
     assert run(methods="rope,pi", **given) == 0
     found = results(tmp_path, "recall")

@@ -60,12 +60,12 @@ def last_loss(
 
     Gradients, where they are recorded, find the logits of one chunk at a time computed again.
     """
-    body = run_body(model, ids, on_layer, at)
+    body = run_body(model, ids[None], on_layer, at)
     start, stop = int(len(ids) * (1 - share)), len(ids) - 1
     vocab_size = model.config.get_text_config().vocab_size
 
     def total(begin: int, end: int) -> Tensor:
-        predicted = logits(model, body, begin, end)
+        predicted = logits(model, body, begin, end)[0]
         return torch.nn.functional.cross_entropy(
             predicted, ids[begin + 1 : end + 1], reduction="sum"
         )

@@ -240,7 +240,7 @@ class Search:
         def measure() -> dict[str, Any]:
             ids = text.piece(self.length, index, self.seed).to(self.model.device)
             with candidate.extending(self.model):
-                losses = token_losses(self.model, ids, self.display.tick).double()
+                losses = token_losses(self.model, ids[None], self.display.tick)[0].double()
             start = int(self.length * (1 - _LAST))
             return {
                 "loss": losses[start:].mean().item(),
