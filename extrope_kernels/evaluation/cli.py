@@ -13,7 +13,7 @@ from extrope_kernels.evaluation.memory import keep_freed_memory
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
     add = parser.add_argument
-    add("--model", required=True, help="transformers folder, .gguf file, or smollm2")
+    add("--model", required=True, help="transformers folder, .gguf file, smollm2 or gemma3-270m")
     add("--task", choices=("loss", "passkey", "recall"), default="loss", help="default: loss")
     add("--methods", required=True, help="comma-separated: rope,pi,yarn,...,rerope,leaky_rerope")
     add("--lengths", required=True, help="comma-separated numbers of tokens: 8192,16384")

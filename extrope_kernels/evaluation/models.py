@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extrope_kernels.evaluation import UsageError, smollm2
+from extrope_kernels.evaluation import UsageError, packaged
 from extrope_kernels.evaluation.options import require
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SMOLLM2 = "smollm2"
+SMOLLM2 = "smollm2"  # of packaged.PACKAGES
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class ModelFiles:
 
 
 def find_model(name: str) -> ModelFiles:
-    """Return the files of a model: `smollm2`, a transformers folder or a GGUF file.
+    """Return the files of a model: one of PACKAGES, a transformers folder or a GGUF file.
 
     Raises UsageError when there is no such model, or a package to read it with is missing.
     """
-    files = _smollm2_files() if name == SMOLLM2 else _files_at(Path(name))
+    files = _packaged(name) if name in packaged.PACKAGES else _files_at(Path(name))
     if files.gguf_file is not None:
         require("gguf", "accelerate")
     return files
 
 
-def _smollm2_files() -> ModelFiles:
-    gguf = smollm2.find_gguf()
-    converted = smollm2.converted_folder()
+def _packaged(name: str) -> ModelFiles:
+    gguf = packaged.find_gguf(name)
+    converted = packaged.converted_folder(name)
     if (converted / "config.json").is_file():
         return ModelFiles(converted)
     return ModelFiles(gguf.parent, gguf.name)
@@ -105,11 +105,12 @@ def _attend_by_ops(model: PreTrainedModel) -> None:
 def keep_converted(
     name: str, files: ModelFiles, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Keep a copy of smollm2 that loads faster next time."""
+    """Keep a copy of a packaged model that loads faster next time."""
     import torch
 
-    if name == SMOLLM2 and files.gguf_file is not None and model.dtype == torch.float32:
-        smollm2.save_converted(model, tokenizer)
+    of_package = name in packaged.PACKAGES and files.gguf_file is not None
+    if of_package and model.dtype == torch.float32:
+        packaged.save_converted(name, model, tokenizer)
 
 
 def pick_device(name: str | None) -> str:

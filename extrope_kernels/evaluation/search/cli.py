@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
     add = parser.add_argument
-    add("--model", required=True, help="transformers folder, .gguf file, or smollm2")
+    add("--model", required=True, help="transformers folder, .gguf file, smollm2 or gemma3-270m")
     add("--text", action="append", required=True, help="UTF-8 file, or pydocs; repeatable")
     add("--length", type=int, required=True, help="tokens that the model is to read")
     add("--out", required=True, help="folder for search.json, search.png and extended/config.json")

