@@ -1,4 +1,4 @@
-"""What every method does to SmolLM2 past its length, from what bench/smollm2_runs.py measured.
+"""What every method does to SmolLM2 past its length, from what bench/model_runs.py measured.
 
 Texts differ more than methods do, so losses are compared piece by piece with those of YaRN.
 """

@@ -1,6 +1,6 @@
 """What ReRoPE's window does to SmolLM2's loss and recall: python bench/smollm2_windows.py
 
-Draws docs/windows.svg from what bench/smollm2_runs.py measured at twice the training length.
+Draws docs/windows.svg from what bench/model_runs.py measured at twice the training length.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Every method on SmolLM2 past its length, for bench/smollm2_table.py. Goes on where it was cut.
+"""Methods on SmolLM2 and Gemma 3 past their lengths. Goes on where it was cut.
 
 apt-get download jargon-text && dpkg-deb -x jargon-text_*.deb . \\
     && zcat usr/share/doc/jargon-text/jargon.txt.gz > jargon.txt
-OMP_NUM_THREADS=1 python bench/smollm2_runs.py {loss,recall,long,passkey} jargon.txt
+OMP_NUM_THREADS=1 python bench/model_runs.py {loss,recall,long,passkey,gemma} jargon.txt
+
+bench/smollm2_table.py compares what it writes, bench/readme.py shows it.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Run(NamedTuple):
     rounds: int | None = None  # of METHODS' parameters; None for all
     methods: tuple[str, ...] = tuple(METHODS)
     more: tuple[str, ...] = ()
+    model: str = "smollm2"
 
 
 RUNS = {
@@ -72,6 +75,17 @@ RUNS = {
         methods=("rope", "yarn", "rerope"),
         more=("--depths", "3", "--window", str(TRAINED // 2)),
     ),
+    # Trained to 32,768, of which 16,384 is half.
+    "gemma": Run(
+        "loss",
+        "gemma3-270m",
+        "49152",
+        trials=1,
+        rounds=1,
+        methods=("yarn", "rope", "rerope", "self_extend", "dual_chunk", "ntk_by_parts"),
+        more=("--window", "16384"),
+        model="gemma3-270m",
+    ),
 }
 
 
@@ -86,7 +100,7 @@ def rounds(run: Run) -> Iterator[dict[str, dict[str, Any]]]:
 
 def arguments(run: Run, texts: list[str], given: dict[str, dict[str, Any]]) -> list[str]:
     """The command line of `eval`."""
-    found = ["--model", "smollm2", "--dtype", "bfloat16", "--task", run.task, *run.more]
+    found = ["--model", run.model, "--dtype", "bfloat16", "--task", run.task, *run.more]
     found += ["--lengths", run.lengths, "--trials", str(run.trials)]
     found += ["--methods", ",".join(given), "--out", str(RESULTS / run.folder)]
     for text in texts:
