@@ -4,6 +4,7 @@ narrower ones beside them. Where it has neither, the same cases check what runs 
 
 import pytest
 import torch
+from attention_gradients import check_rerope
 from attention_oracle import both_orders, closed_form, frequencies, make_qkv
 from score_examples import rerope
 
@@ -69,9 +70,47 @@ def test_same_bits_for_any_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
+@pytest.mark.parametrize("window", [31, 129, 513])
+@pytest.mark.parametrize("heads_q, seqlen", [(4, 261), (1, 515)])
+def test_gradients_around_tiles_of_512_rows_and_heads_and_128_keys(heads_q, seqlen, window):
+    check_rerope("cpu", make_qkv(1, seqlen, None, heads_q, 1, 16, BF16), frequencies(16), window)
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", [(8, 40), (72, 8), (160, 64)])
+def test_gradients_of_head_dims_that_fill_no_tile(head_dim, head_dim_v):
+    tensors = make_qkv(2, 75, None, 3, 1, head_dim, BF16, head_dim_v)
+    check_rerope("cpu", tensors, frequencies(head_dim), 20, 4.0, with_lse=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"interleaved": True}, {"log_n": 8, "softmax_scale": 0.3}, {"grouped": True}],
+    ids=str,
+)
+def test_gradients_with_options(changes):
+    freqs = frequencies(64, rotary_dim=48, attention_factor=1.3)
+    check_rerope("cpu", make_qkv(1, 140, None, 2, 2, 64, BF16), freqs, 33, 3.0, **changes)
+
+
+def test_gradients_are_the_same_bits_for_any_number_of_threads():
+    q, k, v = (x.requires_grad_() for x in make_qkv(2, 700, None, 4, 2, 64, BF16))
+
+    def found():
+        out = rerope_attention(q, k, v, frequencies(64), window=100, backend="cpu")
+        return torch.autograd.grad(out.sum(), (q, k, v))
+
+    first, threads = found(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        again = found()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
 @pytest.mark.parametrize("narrower", ["avx512", "avx512_bf16"])
 def test_narrower_instructions_on_a_wider_processor(narrower, run_narrower):
-    chosen = "around_tiles or moves or (strided and cpu and bfloat16)"
+    chosen = "around_tiles or moves or of_head_dims or (strided and cpu and bfloat16)"
     run_narrower(
         narrower,
         "tests/attention/test_attention_bf16.py",

@@ -1,90 +1,19 @@
 """Gradients of ReRoPE and dual chunk attention, on every backend, against float64."""
 
-import math
 from itertools import pairwise
 
 import pytest
 import torch
-from attention_oracle import (
-    closed_form,
-    frequencies,
-    make_qkv,
-    plain_formula,
-    rounding_noise,
-    worse,
-)
+from attention_gradients import FLOAT, INF, check, check_rerope, compare, gradients
+from attention_oracle import frequencies, make_qkv
 from score_examples import EXAMPLES, dual_chunk, rerope
 from torch.autograd import gradcheck, gradgradcheck
 
 from extrope_kernels import dual_chunk_attention, rerope_attention
 from extrope_kernels.methods import RopeFreqs
-from extrope_kernels.testing import assert_within_budget, device
+from extrope_kernels.testing import device
 
-INF = math.inf
-FLOAT = torch.float32
 LOW = (FLOAT, torch.bfloat16, torch.float16)
-
-
-def gradients(function, tensors, dout, dlse=None):
-    leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    out, lse = function(*leaves)
-    loss = (out * dout.to(out.dtype)).sum()
-    if dlse is not None:
-        loss = loss + (lse * dlse).masked_fill(lse == -INF, 0.0).sum()
-    return torch.autograd.grad(loss, leaves)
-
-
-def check(fused, relative, tensors, freqs, with_lse=False, **known):
-    """Compare dq, dk and dv with those of the closed form, within the error budget."""
-    dout = torch.randn_like(tensors[0])
-    dlse = torch.randn(closed_form(*tensors, relative, freqs, **known)[1].shape)
-    dlse = dlse.to(dout.device) if with_lse else None
-    found = gradients(fused, tensors, dout, dlse)
-    compare(found, tensors, relative, freqs, dout, dlse, **known)
-
-
-def compare(found, tensors, relative, freqs, dout, dlse=None, **known):
-    exact, plain = budget(tensors, relative, freqs, dout, dlse, **known)
-    _, lse = closed_form(*tensors, relative, freqs, **known)
-    gain = 1.0
-    if known.get("log_n"):
-        gain = max(1.0, math.log(tensors[1].shape[1]) / math.log(known["log_n"]))
-    scale = (known.get("scale") or tensors[0].shape[-1] ** -0.5) * freqs.attention_factor**2 * gain
-    for name, got, same_dtype, want in zip(("dq", "dk", "dv"), found, plain, exact):
-        noise = rounding_noise(name, want, lse, dout, *tensors, scale)
-        assert_within_budget(
-            name, got, same_dtype, want, noise=noise if got.dtype == FLOAT else 0.0
-        )
-
-
-def budget(tensors, relative, freqs, dout, dlse=None, **known):
-    """The gradients in float64, and those of the plain formula in the tensors' own dtype."""
-    exact = gradients(
-        lambda *x: closed_form(*x, relative, freqs, **known),
-        [x.double() for x in tensors], dout.double(), dlse,
-    )  # fmt: skip
-
-    def plain(scale_first):
-        return gradients(
-            lambda *x: plain_formula(*x, relative, freqs, **known, scale_first=scale_first),
-            tensors, dout, dlse,
-        )  # fmt: skip
-
-    return exact, worse(exact, plain(False), plain(True))
-
-
-def check_rerope(backend, tensors, freqs, window, factor=INF, grouped=False, with_lse=False, **o):
-    known = {"scale": o.get("softmax_scale"), "log_n": o.get("log_n")}
-    known["interleaved"] = o.get("interleaved", False)
-
-    def fused(*x):
-        return rerope_attention(
-            *x, freqs, window=window, factor=factor, grouped=grouped, backend=backend,
-            return_lse=True, **o,
-        )  # fmt: skip
-
-    seqlens = tensors[0].shape[1], tensors[1].shape[1]
-    check(fused, rerope(*seqlens, window, factor, grouped), tensors, freqs, with_lse, **known)
 
 
 @pytest.mark.parametrize("factor", [1 / 16, 1.0, 4.0, INF])

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from builds import unoptimised
 
-from extrope_kernels import _build, _ext, cli
+from extrope_kernels import _ext, cli
 
 AMX = cli.CPU_CAPABILITIES.index("AMX")
 HEADER = Path(__file__).parents[1] / "support" / "emulation" / "amx.h"
@@ -35,7 +36,7 @@ def test_kernels_for_amx(run_python, tmp_path):
         sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k",
             "not narrower and not triton", *(f"tests/{{name}}.py" for name in chosen)]))
         """,
-        CXX=shlex.join([*_build.find_compiler(), "-include", str(HEADER)]),
+        CXX=shlex.join([unoptimised(tmp_path), "-include", str(HEADER)]),
         EXTROPE_CACHE_DIR=str(tmp_path),
         EXTROPE_CPU_CAPABILITY="amx",
     )

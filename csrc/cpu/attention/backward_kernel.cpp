@@ -5,11 +5,10 @@
 // made once, and serve dq (kept by the tile) as well as dk and dv (in memory, where tiles add in
 // the order of their rows).
 
+#include <algorithm>
 #include <numeric>
 
-#include "cpu/attention/kernels.h"
-#include "cpu/attention/key_sums.h"
-#include "cpu/attention/tile.h"
+#include "cpu/attention/backward_rows.h"
 #include "cpu/simd/softmax.h"
 
 namespace extrope {
@@ -20,8 +19,9 @@ constexpr int64_t kMaxBlockM = 384, kBlockN = 96;
 constexpr int64_t kKeyBlock = std::lcm(kRows, kTallRows);
 
 struct Backward {
-  Backward(const AttentionParams& p, const TilePlan& plan, float* begin) : space(begin) {
-    const int64_t block = round_up(plan.tokens * (p.heads_q / p.heads_k), kSlice);
+  Backward(const AttentionParams& p, const TilePlan& plan, float* begin)
+      : space(begin), rows(space, rows_of(p, plan)) {
+    const int64_t block = rows_of(p, plan);
     const int64_t wide = round_up(p.head_dim, kWide), value_wide = round_up(p.v.head_dim, kWide);
     q = space.take(block * p.head_dim);
     dout = space.take(block * p.v.head_dim);
@@ -35,56 +35,20 @@ struct Backward {
     scores = space.take(plan.block_n * block);
     dscores = space.take(plan.block_n * block);
     seen = reinterpret_cast<int32_t*>(space.take(2 * block / kSlice));
-    lse = space.take(block);
-    delta = space.take(block);
-    scale = space.take(block);
-    logit_scale = space.take(block);
     one = space.take(block);
   }
   Workspace space;
+  RowValues rows;
   // With head_dim that of each tensor.
-  float *q, *dout, *dq;              // (slices, head_dim, kSlice)
-  float *q_rows, *dout_rows;         // (head_dim / kWide, rows, kWide)
-  float *keys, *values;              // (keys, head_dim)
-  float* key_sums;                   // (keys, head_dim rounded up to kWide)
-  float* key_columns;                // (head_dim / kRows, keys, kRows)
-  float *scores, *dscores;           // (slices, keys, kSlice)
-  int32_t* seen;                     // (slices, 2): the keys of a block that a slice sees
-  float *lse, *delta;                // (block,); lse to base 2
-  float *scale, *logit_scale, *one;  // (block,); of logits to base 2, or in units of the cap
+  float *q, *dout, *dq;       // (slices, head_dim, kSlice)
+  float *q_rows, *dout_rows;  // (head_dim / kWide, rows, kWide)
+  float *keys, *values;       // (keys, head_dim)
+  float* key_sums;            // (keys, head_dim rounded up to kWide)
+  float* key_columns;         // (head_dim / kRows, keys, kRows)
+  float *scores, *dscores;    // (slices, keys, kSlice)
+  int32_t* seen;              // (slices, 2): the keys of a block that a slice sees
+  float* one;                 // (block,)
 };
-
-// In eight sums, since delta is later taken from numbers that nearly equal it.
-float dot(const float* a, const float* b, int64_t count) {
-  float sums[8] = {};
-  for (int64_t i = 0; i < count; i += 8) {
-    for (int64_t j = 0; j < 8; ++j) sums[j] += a[i + j] * b[i + j];
-  }
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-}
-
-// delta = <dout, out> - dlse, and lse to base 2.
-template <typename T>
-void load_row_values(const BlockRows& block, const Backward& w) {
-  const AttentionParams& p = block.p;
-  const int64_t dim = p.v.head_dim;
-  float out[kMaxHeadDim], dout[kMaxHeadDim];
-  for (int64_t row = 0; row < block.slices * kSlice; ++row) {
-    const bool real = row < block.count;
-    w.lse[row] = w.delta[row] = 0.0f;
-    w.scale[row] = real ? block.scale(row) : 0.0f;
-    w.logit_scale[row] = p.softcap > 0 ? w.scale[row] / p.softcap : w.scale[row] * kLog2E;
-    w.one[row] = 1.0f;
-    if (!real) continue;
-    const int64_t at = block.lse_index(row);
-    const float lse = p.lse[at] * kLog2E;
-    w.lse[row] = lse == -__builtin_inff() ? 0.0f : lse;
-    widen_row(static_cast<const T*>(p.out.data) + block.offset(p.out, row), dim, out);
-    widen_row(static_cast<const T*>(p.dout.data) + block.offset(p.dout, row), dim, dout);
-    const float product = dot(out, dout, dim);
-    w.delta[row] = p.dlse ? product - p.dlse[at] : product;
-  }
-}
 
 struct SliceView {
   const float *q, *dout, *lse, *delta;
@@ -96,10 +60,14 @@ SliceView slice_view(const BlockRows& block, const Backward& w, int64_t slice,
                      int64_t padded_keys) {
   const AttentionParams& p = block.p;
   const int64_t square = slice * p.head_dim * kSlice, at = slice * padded_keys * kSlice;
-  return {w.q + square,           w.dout + slice * p.v.head_dim * kSlice,
-          w.lse + slice * kSlice, w.delta + slice * kSlice,
-          w.dq + square,          w.scores + at,
-          w.dscores + at,         p.softcap * kLog2E};
+  return {w.q + square,
+          w.dout + slice * p.v.head_dim * kSlice,
+          w.rows.lse + slice * kSlice,
+          w.rows.delta + slice * kSlice,
+          w.dq + square,
+          w.scores + at,
+          w.dscores + at,
+          p.softcap * kLog2E};
 }
 
 // Caps logits, and writes by what their gradients are multiplied.
@@ -196,29 +164,12 @@ void visit_slice(const BlockRows& block, const Backward& w, int64_t slice, int64
   }
 }
 
-// Rotates a region's dq back and adds it to that of earlier regions.
 void write_dq(const BlockRows& block, const Backward& w, int64_t region) {
-  const AttentionParams& p = block.p;
-  const AttentionTensor& x = p.dq;
   RowBuffer rows;
-  float back[kMaxHeadDim];
   for (int64_t row = 0; row < block.count; ++row) {
-    if (row % kFloats == 0) unpack_rows(w.dq, row, p.head_dim, w.scale, rows);
-    const float* grad = rows[row % kFloats];
-    float* to = static_cast<float*>(x.data) + block.offset(x, row);
-    const int64_t token = block.tile.first_q + block.token(row);
-    unrotate_row(p, grad, cos_sin_at(p.q_cos_sin[region], block.tile.batch, token), back);
-    if (region > 0) {
-      add_row(back, p.head_dim, to);
-    } else {
-      std::memcpy(to, back, p.head_dim * sizeof(float));
-    }
+    if (row % kFloats == 0) unpack_rows(w.dq, row, block.p.head_dim, w.rows.scale, rows);
+    write_dq_row(block, region, row, rows[row % kFloats]);
   }
-}
-
-// The first key that the regions from `region` on can still touch.
-int64_t next_key(const BlockRows& block, int64_t region) {
-  return region < block.p.regions.count ? tile_keys(block, region).first : kAllKeys;
 }
 
 template <typename T>
@@ -229,8 +180,8 @@ void backward_region(const BlockRows& block, const TilePlan& plan, const Backwar
   std::memset(w.dq, 0, block.slices * kSlice * p.head_dim * sizeof(float));
   const SliceKeys keys = tile_keys(block, region);
   if (keys.first < keys.last) {
-    pack_slices<T>(block, p.q, p.q_cos_sin[region], w.logit_scale, w.q);
-    pack_wide<T>(block, p.q, p.q_cos_sin[region], w.scale, w.q_rows);
+    pack_slices<T>(block, p.q, p.q_cos_sin[region], w.rows.logit_scale, w.q);
+    pack_wide<T>(block, p.q, p.q_cos_sin[region], w.rows.scale, w.q_rows);
   }
   for (int64_t first = keys.first; first < keys.last; first += plan.block_n) {
     const int64_t count = smaller(plan.block_n, keys.last - first);
@@ -259,7 +210,8 @@ void backward_region(const BlockRows& block, const TilePlan& plan, const Backwar
 template <typename T>
 void backward(const BlockRows& block, const TilePlan& plan, const Backward& w, KeysDone* previous,
               KeysDone* done) {
-  load_row_values<T>(block, w);
+  load_row_values<T>(block, w.rows);
+  std::fill_n(w.one, block.slices * kSlice, 1.0f);
   pack_slices<T>(block, block.p.dout, {}, w.one, w.dout);
   pack_wide<T>(block, block.p.dout, {}, w.one, w.dout_rows);
   for (int64_t region = 0; region < block.p.regions.count; ++region) {

@@ -106,42 +106,68 @@ inline void pack_query_pairs(const BlockRows& block, const AttentionTensor& x,
   }
 }
 
-// (keys / 16, dim / 32) left tiles; rows past the last key are zero.
-template <typename T>
-inline void pack_key_rows(const BlockRows& block, const AttentionTensor& x,
-                          const KeyBlock& key_block, bf16* to) {
+// Two rows of 32 values each: as pairs of their first 16 dims, and of the others.
+inline void pair_rows(const words a, const words b, words& low, words& high) {
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i others = _mm512_add_epi16(order, _mm512_set1_epi16(16));
+  const __m512i x = bits_as<__m512i>(a), y = bits_as<__m512i>(b);
+  low = bits_as<words>(_mm512_permutex2var_epi16(x, order, y));
+  high = bits_as<words>(_mm512_permutex2var_epi16(x, others, y));
+}
+
+// (rows / 32, dim / 16) right tiles of x as it is; rows past the last one are zero.
+inline void pack_row_pairs(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
+                           bf16* to) {
   const int64_t dim = x.head_dim, dim_tiles = dim_tiles_of(x);
-  for (int64_t key = 0; key < key_block.padded; ++key) {
-    bf16* tiles = to + key / kSide * dim_tiles * kTileValues + key % kSide * kDepth;
-    const T* from = key_row<T>(block, x, key_block.first + key);
-    for (int64_t d = 0; d < dim_tiles; ++d) {
-      store(tiles + d * kTileValues,
-            key < key_block.count ? load_values(from + d * kDepth, dim - d * kDepth) : words{});
+  QueryRows rows;
+  for (int64_t first = 0; first < block.slices * kSlice; first += kSide) {
+    read_queries(block, x, cos_sin, first, rows);
+    bf16* tiles = to + first / kDepth * 2 * dim_tiles * kTileValues + first % kDepth * kSide;
+    for (int64_t i = 0; i < kSide; i += 2) {
+      for (int64_t d = 0; d < dim_tiles; ++d) {
+        const auto values = [&](int64_t row) {
+          return first + row < block.count
+                     ? load_values(rows.at[row] + d * kDepth, dim - d * kDepth)
+                     : words{};
+        };
+        words low, high;
+        pair_rows(values(i), values(i + 1), low, high);
+        bf16* tile = tiles + 2 * d * kTileValues + i * kSide;
+        store(tile, low);
+        store(tile + kTileValues, high);
+      }
     }
   }
 }
 
-// (dim / 16, keys / 32) left tiles: x transposed.
-template <typename T>
-inline void pack_key_columns(const BlockRows& block, const AttentionTensor& x,
-                             const KeyBlock& key_block, bf16* to) {
-  const int64_t dim = x.head_dim, key_tiles = key_block.padded / kDepth;
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
-                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+// (keys / 16, dim / 32) left tiles of the rows that `row(i)` points to; those past the last key are
+// zero.
+template <typename Row>
+inline void pack_key_rows(const KeyBlock& key_block, int64_t dim, const Row& row, bf16* to) {
+  const int64_t dim_tiles = (dim + kDepth - 1) / kDepth;
+  for (int64_t key = 0; key < key_block.padded; ++key) {
+    bf16* tiles = to + key / kSide * dim_tiles * kTileValues + key % kSide * kDepth;
+    for (int64_t d = 0; d < dim_tiles; ++d) {
+      store(tiles + d * kTileValues,
+            key < key_block.count ? load_values(row(key) + d * kDepth, dim - d * kDepth) : words{});
+    }
+  }
+}
+
+// (dim / 16, keys / 32) left tiles: those rows transposed.
+template <typename Row>
+inline void pack_key_columns(const KeyBlock& key_block, int64_t dim, const Row& row, bf16* to) {
+  const int64_t key_tiles = key_block.padded / kDepth;
   for (int64_t key = 0; key < key_tiles; ++key) {
     for (int64_t d = 0; d < dim; d += kDepth) {
       words upper[kSide], lower[kSide];  // 16 dims each, pairs of keys
       for (int64_t i = 0; i < kSide; ++i) {
         const int64_t at = key * kDepth + 2 * i;
-        const auto load_row = [&](int64_t k) {
-          return k < key_block.count
-                     ? load_values(key_row<T>(block, x, key_block.first + k) + d, dim - d)
-                     : words{};
+        const auto values = [&](int64_t k) {
+          return k < key_block.count ? load_values(row(k) + d, dim - d) : words{};
         };
-        const __m512i a = bits_as<__m512i>(load_row(at)), b = bits_as<__m512i>(load_row(at + 1));
-        upper[i] = bits_as<words>(_mm512_permutex2var_epi16(a, low, b));
-        lower[i] = bits_as<words>(_mm512_permutex2var_epi16(a, high, b));
+        pair_rows(values(at), values(at + 1), upper[i], lower[i]);
       }
       transpose(upper);
       transpose(lower);
@@ -154,30 +180,39 @@ inline void pack_key_columns(const BlockRows& block, const AttentionTensor& x,
   }
 }
 
-// The inverse of a transposed product: from (slices, dim / 16, kSliceTiles) tiles of sums to rows
-// of x, of T.
+// The inverse of a transposed product: calls visit(i, d, sums) for 16 dims from d on of row first +
+// i, out of (slices, dim / 16, kSliceTiles) tiles of sums.
+template <typename Visit>
+inline void each_sum(const BlockRows& block, const float* from, int64_t first, int64_t dim,
+                     const Visit& visit) {
+  const float* slice =
+      from + first / kSlice * round_up(dim, kDepth) * kSlice + first % kSlice * kSide;
+  for (int64_t d = 0; d < dim; d += kSide) {
+    words rows[kSide];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kSide; ++i) rows[i] = load<words>(slice + d * kSlice + i * kSide);
+    transpose(rows);
+    for (int64_t i = 0; i < smaller(kSide, block.count - first); ++i) {
+      visit(i, d, bits_as<floats>(rows[i]));
+    }
+  }
+}
+
+// To rows of x, of T.
 template <typename T>
 void unpack_sums(const BlockRows& block, const float* from, const float* scale,
                  const AttentionTensor& x) {
-  const int64_t dim = x.head_dim, dim_tiles = 2 * dim_tiles_of(x);
+  const int64_t dim = x.head_dim;
   for (int64_t first = 0; first < block.count; first += kSide) {
-    const float* slice =
-        from + first / kSlice * dim_tiles * kSlice * kSide + first % kSlice * kSide;
     T* to[kSide];
     block.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
       to[i] = static_cast<T*>(x.data) + block.offset(x, token, head);
     });
-    for (int64_t d = 0; d < dim; d += kSide) {
-      words rows[kSide];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kSide; ++i) rows[i] = load<words>(slice + d * kSlice + i * kSide);
-      transpose(rows);
-      for (int64_t i = 0; i < smaller(kSide, block.count - first); ++i) {
-        float values[kSide];
-        store(values, bits_as<floats>(rows[i]) * scale[first + i]);
-        narrow_row(values, smaller(kSide, dim - d), to[i] + d);
-      }
-    }
+    each_sum(block, from, first, dim, [&](int64_t i, int64_t d, floats sums) {
+      float values[kSide];
+      store(values, sums * scale[first + i]);
+      narrow_row(values, smaller(kSide, dim - d), to[i] + d);
+    });
   }
 }
 

@@ -14,20 +14,14 @@ namespace extrope::attention {
 
 inline Kernels kernels(DType dtype) {
 #if defined(EXTROPE_HAS_BF16)
-#define EXTROPE_BF16_KERNELS(isa)                                               \
-  Kernels {                                                                     \
-    attention_plan_##isa, attention_backward_plan_avx512, attention_tile_##isa, \
-        attention_backward_tile_avx512                                          \
-  }
   if (dtype == DType::bf16 && capability() >= kAvx512Bf16) {
-    return EXTROPE_WIDEST_BF16(EXTROPE_BF16_KERNELS);
+    return EXTROPE_WIDEST_BF16(EXTROPE_KERNELS);
   }
 #endif
   return EXTROPE_WIDEST(EXTROPE_KERNELS);
 }
 
 #undef EXTROPE_KERNELS
-#undef EXTROPE_BF16_KERNELS
 
 // Every row of q is read once. Those of k are read by many tiles: in 16 bits, where products are
 // fast and rotated keys small, the forward has them rotated beforehand.

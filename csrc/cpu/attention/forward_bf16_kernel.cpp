@@ -23,7 +23,7 @@ static_assert(kHeadroom > kRows);
 
 struct Forward {
   Forward(const AttentionParams& p, const TilePlan& plan, float* begin) : space(begin) {
-    const int64_t block = round_up(plan.tokens * (p.heads_q / p.heads_k), kSlice);
+    const int64_t block = rows_of(p, plan);
     const int64_t dim = round_up(p.head_dim, kDepth), value_dim = round_up(p.v.head_dim, kDepth);
     q = take_values(space, p.regions.count * block * dim);
     keys = take_values(space, p.regions.count * plan.block_n * dim);
@@ -248,13 +248,19 @@ void forward(const BlockRows& block, const TilePlan& plan, const Forward& w) {
   }
   for (int64_t first = seen.first; first < seen.last; first += plan.block_n) {
     const KeyBlock key_block = seen.key_block(first, plan.block_n);
-    with_rows<bf16>(
-        p.v, [&](auto type) { pack_key_columns<decltype(type)>(block, p.v, key_block, w.values); });
+    with_rows<bf16>(p.v, [&](auto type) {
+      const auto row = [&](int64_t i) {
+        return key_row<decltype(type)>(block, p.v, key_block.first + i);
+      };
+      pack_key_columns(key_block, p.v.head_dim, row, w.values);
+    });
     for (int64_t r = 0; r < p.regions.count; ++r) {
       pack_part(seen, r, key_block, [&](const KeyBlock& part, int64_t offset) {
         with_rows<bf16>(p.k[r], [&](auto type) {
-          pack_key_rows<decltype(type)>(block, p.k[r], part,
-                                        w.keys + (r * plan.block_n + offset) * dim);
+          const auto row = [&](int64_t i) {
+            return key_row<decltype(type)>(block, p.k[r], part.first + i);
+          };
+          pack_key_rows(part, p.head_dim, row, w.keys + (r * plan.block_n + offset) * dim);
         });
       });
     }

@@ -18,7 +18,7 @@ constexpr float kLowest = -1e30f;
 
 struct Forward {
   Forward(const AttentionParams& p, const TilePlan& plan, float* begin) : space(begin) {
-    const int64_t block = round_up(plan.tokens * (p.heads_q / p.heads_k), kSlice);
+    const int64_t block = rows_of(p, plan);
     q = space.take(p.regions.count * block * p.head_dim);
     out = space.take(block * p.v.head_dim);
     keys = space.take(plan.block_n * greater(p.regions.count * p.head_dim, p.v.head_dim));

@@ -1,5 +1,5 @@
 // The CPU kernels of the attention over regions, one for each instruction set that
-// forward_kernel.cpp and backward_kernel.cpp are compiled for.
+// forward_kernel.cpp and backward_kernel.cpp are compiled for, or in bf16 those in their names.
 #pragma once
 
 #include <atomic>
@@ -43,15 +43,6 @@ EXTROPE_DECLARE(baseline)
 EXTROPE_DECLARE(avx2)
 EXTROPE_DECLARE(avx512)
 EXTROPE_DECLARE(neon)
-
-#undef EXTROPE_DECLARE
-
-// In bf16 (forward_bf16_kernel.cpp).
-#define EXTROPE_DECLARE(isa)                                                           \
-  TilePlan attention_plan_##isa(const AttentionParams&);                               \
-  void attention_tile_##isa(const AttentionParams&, const QueryTile&, const TilePlan&, \
-                            float* workspace);
-
 EXTROPE_DECLARE(avx512_bf16)
 EXTROPE_DECLARE(amx)
 

@@ -25,8 +25,8 @@ void pack_wide(const BlockRows& block, const AttentionTensor& x, const CosSin& c
 
 // sums[key] = sum over rows of weights[key][row] * rows[row]: (key_block.padded, wide), of rows of
 // head_dim rounded up to kWide.
-void sum_rows(const BlockRows& block, const KeyBlock& key_block, const int32_t* seen,
-              const float* weights, const float* rows, int64_t head_dim, float* sums) {
+inline void sum_rows(const BlockRows& block, const KeyBlock& key_block, const int32_t* seen,
+                     const float* weights, const float* rows, int64_t head_dim, float* sums) {
   const int64_t wide = round_up(head_dim, kWide), padded = block.slices * kSlice;
   for (int64_t d = 0; d < wide; d += kWide) {
     for (int64_t key = 0; key < key_block.padded; key += kTallRows) {
@@ -50,8 +50,8 @@ inline void add_row(const float* from, int64_t count, float* to) {
 }
 
 // Adds what sum_rows found to the rows of dk or dv, rotated back where the keys were rotated.
-void add_keys(const BlockRows& block, const KeyBlock& key_block, const CosSin& cos_sin,
-              const float* sums, const AttentionTensor& x) {
+inline void add_keys(const BlockRows& block, const KeyBlock& key_block, const CosSin& cos_sin,
+                     const float* sums, const AttentionTensor& x) {
   const AttentionParams& p = block.p;
   const int64_t wide = round_up(x.head_dim, kWide);
   float back[kMaxHeadDim];

@@ -7,7 +7,7 @@
 // the rows of k and v can be read as they lie.
 #pragma once
 
-#include "cpu/attention/params.h"
+#include "cpu/attention/kernels.h"
 #include "cpu/runtime/workspace.h"
 #include "cpu/simd/e4m3.h"
 #include "cpu/simd/rotate_row.h"
@@ -29,6 +29,11 @@ inline int64_t tile_rows(const AttentionParams& p, int64_t block) {
   const int64_t group = p.heads_q / p.heads_k, least = smaller(kLeastLanes, block);
   block = smaller(round_up(greater(p.seqlen_q * group / kTiles, least), kSlice), block);
   return smaller(greater(block / group, 1), greater(p.seqlen_q, 1));
+}
+
+// Of a tile, with those that fill up its last slice.
+inline int64_t rows_of(const AttentionParams& p, const TilePlan& plan) {
+  return round_up(plan.tokens * (p.heads_q / p.heads_k), kSlice);
 }
 
 // The rows of one tile, in slices of kSlice; the last slice is padded.

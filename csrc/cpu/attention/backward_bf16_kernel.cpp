@@ -1,0 +1,317 @@
+// Backward of the attention over regions in bf16, on processors with AMX or AVX512_BF16. Compiled
+// once for each, with EXTROPE_ISA as its name.
+//
+// As backward_kernel.cpp, by products of tiles as in forward_bf16_kernel.cpp. Probabilities and the
+// gradients of logits are rounded to bf16 as factors of dq, dk and dv, sums are not.
+
+#include "cpu/attention/backward_rows.h"
+#include "cpu/attention/bf16.h"
+
+namespace extrope {
+namespace {
+
+constexpr int64_t kTileElements = 65536;  // of rows times head_dim
+constexpr int64_t kMaxBlockM = 512, kBlockN = 128;
+constexpr int64_t kRowTiles = kSlice / kDepth;  // of a slice
+
+struct Backward {
+  Backward(const AttentionParams& p, const TilePlan& plan, float* begin)
+      : space(begin), rows(space, rows_of(p, plan)) {
+    const int64_t block = rows_of(p, plan);
+    const int64_t dim = round_up(p.head_dim, kDepth), value_dim = round_up(p.v.head_dim, kDepth);
+    q = take_values(space, block * dim);
+    dout = take_values(space, block * value_dim);
+    q_rows = take_values(space, block * dim);
+    dout_rows = take_values(space, block * value_dim);
+    keys = take_values(space, plan.block_n * dim);
+    key_columns = take_values(space, plan.block_n * dim);
+    values = take_values(space, plan.block_n * value_dim);
+    rotated = take_values(space, plan.block_n * dim);
+    probabilities = take_values(space, plan.block_n * block);
+    gradients = take_values(space, plan.block_n * block);
+    gradient_pairs = take_values(space, plan.block_n * kSlice);
+    scores = space.take(kRows * kSlice);
+    products = space.take(kRows * kSlice);
+    dq = space.take(block * dim);
+    key_sums = space.take(plan.block_n * greater(dim, value_dim));
+    seen = reinterpret_cast<int32_t*>(space.take(2 * block / kSlice));
+  }
+  Workspace space;
+  RowValues rows;
+  bf16 *q, *dout;            // (slices, dim / 32, kSliceTiles) right tiles of 16 rows, transposed
+  bf16 *q_rows, *dout_rows;  // (rows / 32, dim / 16) right tiles
+  bf16 *keys, *values;       // (keys / 16, dim / 32) left tiles
+  bf16* key_columns;         // (dim / 16, keys / 32) left tiles, transposed
+  bf16* rotated;             // (keys, dim)
+  bf16 *probabilities, *gradients;  // (keys / 16, rows / 32) left tiles
+  bf16* gradient_pairs;             // (keys / 32, kSliceTiles) right tiles, of a slice
+  float *scores, *products;         // (kRows, kSlice)
+  float* dq;                        // (slices, dim / 16, kSliceTiles) tiles of sums, transposed
+  float* key_sums;                  // (keys, dim rounded up to kDepth)
+  int32_t* seen;                    // (slices, 2): the keys of a block that a slice sees
+};
+
+// A slice at work on a block of keys.
+struct Visit {
+  const Backward& w;
+  int64_t slice, slices, dim_tiles, value_tiles, key_tiles;
+  float softcap;  // to base 2
+  floats lse[kSliceVectors], delta[kSliceVectors];
+  floats scale[kSliceVectors], logit_scale[kSliceVectors];
+};
+
+// (kRows, kSlice): the keys from `left` on by the slice's columns.
+EXTROPE_INLINE void multiply(const bf16* left, const bf16* right, int64_t depth, float* to) {
+  for (int64_t tile = 0; tile < kSliceTiles; tile += 2) {
+    product_of_tiles({left, depth * kTileValues, kTileValues, right + tile * kTileValues,
+                      kSliceTiles * kTileValues, depth},
+                     {to + tile * kSide, kSide * kSlice, kSide, kSlice});
+  }
+}
+
+// Of one key: the probability and the gradient of the logit of each row.
+template <bool Masked, bool Capped>
+EXTROPE_INLINE void differentiate(const Visit& v, int i, const RowKeys& visible, int64_t key,
+                                  floats (&probability)[kSliceVectors],
+                                  floats (&gradient)[kSliceVectors]) {
+  floats logits[kSliceVectors], slopes[kSliceVectors];
+#pragma GCC unroll 16
+  for (int j = 0; j < kSliceVectors; ++j) {
+    logits[j] = load<floats>(v.w.scores + i * kSlice + j * kFloats) * v.logit_scale[j];
+    slopes[j] = v.scale[j];
+  }
+  if constexpr (Capped) {
+    cap(logits, 1.0f);
+#pragma GCC unroll 16
+    for (int j = 0; j < kSliceVectors; ++j) {
+      slopes[j] *= 1.0f - logits[j] * logits[j];
+      logits[j] *= v.softcap;
+    }
+  }
+  if constexpr (Masked) {
+    const ints here = ints{} + static_cast<int32_t>(key);
+#pragma GCC unroll 16
+    for (int j = 0; j < kSliceVectors; ++j) {
+      const ints sees = (here >= visible.first[j]) & (here < visible.last[j]);
+      logits[j] = sees ? logits[j] : floats{} - __builtin_inff();
+    }
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < kSliceVectors; ++j) {
+    const floats product = load<floats>(v.w.products + i * kSlice + j * kFloats);
+    probability[j] = exp2_reduced(logits[j] - v.lse[j]);
+    gradient[j] = probability[j] * (product - v.delta[j]) * slopes[j];
+  }
+}
+
+// A key's row of a left factor.
+EXTROPE_INLINE void store_row(const floats (&x)[kSliceVectors], bf16* to) {
+#pragma GCC unroll 16
+  for (int j = 0; j < kSliceVectors; j += 2) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(bits_as<__m512>(x[j + 1]), bits_as<__m512>(x[j]));
+    store(to + j / 2 * kTileValues, bits_as<words>(both));
+  }
+}
+
+// kRows keys, from key `part` of the block.
+template <bool Masked, bool Capped>
+EXTROPE_INLINE void visit_part(const Visit& v, const RowKeys& visible, int64_t part,
+                               int64_t first) {
+  const Backward& w = v.w;
+  multiply(w.keys + part * v.dim_tiles * kDepth, w.q + v.slice * v.dim_tiles * kDepth * kSlice,
+           v.dim_tiles, w.scores);
+  multiply(w.values + part * v.value_tiles * kDepth,
+           w.dout + v.slice * v.value_tiles * kDepth * kSlice, v.value_tiles, w.products);
+  bf16* pairs = w.gradient_pairs + part * kSlice;
+  for (int i = 0; i < kRows; i += 2) {
+    floats probability[2][kSliceVectors], gradient[2][kSliceVectors];
+#pragma GCC unroll 2
+    for (int n = 0; n < 2; ++n) {
+      differentiate<Masked, Capped>(v, i + n, visible, first + part + i + n, probability[n],
+                                    gradient[n]);
+      const int64_t key = part + i + n, row_tiles = v.slices * kRowTiles;
+      const int64_t at =
+          (key / kSide * row_tiles + v.slice * kRowTiles) * kTileValues + key % kSide * kDepth;
+      store_row(probability[n], w.probabilities + at);
+      store_row(gradient[n], w.gradients + at);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < kSliceVectors; ++j) {
+      store(pairs + j * kTileValues + i * kSide, pair_values(gradient[0][j], gradient[1][j]));
+    }
+  }
+}
+
+// dq += keys * gradients, for the keys from `begin` to `end` of the key block.
+void add_to_dq(const Visit& v, int64_t begin, int64_t end) {
+  const Backward& w = v.w;
+  const int64_t first = begin / kDepth, tiles = (end - begin) / kDepth;
+  float* dq = w.dq + v.slice * v.dim_tiles * kDepth * kSlice;
+  for (int64_t d = 0; d < v.dim_tiles; ++d) {
+    for (int64_t tile = 0; tile < kSliceTiles; tile += 2) {
+      add_product_of_tiles(
+          {w.key_columns + (2 * d * v.key_tiles + first) * kTileValues, v.key_tiles * kTileValues,
+           kTileValues, w.gradient_pairs + (first * kSliceTiles + tile) * kTileValues,
+           kSliceTiles * kTileValues, tiles},
+          {dq + (2 * d * kSliceTiles + tile) * kTileSums, kSliceTiles * kTileSums, kTileSums,
+           kSide});
+    }
+  }
+}
+
+template <bool Capped>
+void visit_slice(const BlockRows& block, const Backward& w, int64_t slice, int64_t region,
+                 const KeyBlock& key_block) {
+  SliceBlocks b = slice_blocks(slice_keys(block, slice, region), key_block.first, key_block.count);
+  if (b.begin >= b.end) b = {0, 0, 0, 0};
+  w.seen[2 * slice] = static_cast<int32_t>(b.begin);
+  w.seen[2 * slice + 1] = static_cast<int32_t>(b.end);
+  if (b.begin == b.end) return;
+  Visit v{w,
+          slice,
+          block.slices,
+          dim_tiles_of(block.p.q),
+          dim_tiles_of(block.p.v),
+          key_block.padded / kDepth,
+          block.p.softcap * kLog2E};
+  for (int j = 0; j < kSliceVectors; ++j) {
+    const int64_t at = slice * kSlice + j * kFloats;
+    v.lse[j] = load<floats>(w.rows.lse + at);
+    v.delta[j] = load<floats>(w.rows.delta + at);
+    v.scale[j] = load<floats>(w.rows.scale + at);
+    v.logit_scale[j] = load<floats>(w.rows.logit_scale + at);
+  }
+  RowKeys visible;
+  if (b.has_shared()) visible = row_keys(block, slice, region);
+  for (int64_t part = b.begin; part < b.end; part += kRows) {
+    if (part >= b.full_begin && part < b.full_end) {
+      visit_part<false, Capped>(v, visible, part, key_block.first);
+    } else {
+      visit_part<true, Capped>(v, visible, part, key_block.first);
+    }
+  }
+  add_to_dq(v, b.begin, b.end);
+}
+
+// sums[key] = sum over the rows that see it of weights[key][row] * rows[row]: (keys, dim).
+void sum_over_rows(const BlockRows& block, const KeyBlock& key_block, const Backward& w,
+                   const bf16* weights, const bf16* rows, int64_t dim_tiles) {
+  const int64_t row_tiles = block.slices * kRowTiles, dim = dim_tiles * kDepth;
+  for (int64_t key = 0; key < key_block.padded; key += kRows) {
+    // Ranges of keys rise with the rows: slices that see these keys follow each other.
+    int64_t first = 0, last = block.slices;
+    const auto sees = [&](int64_t slice) {
+      return w.seen[2 * slice] <= key && key < w.seen[2 * slice + 1];
+    };
+    while (first < last && !sees(first)) ++first;
+    while (first < last && !sees(last - 1)) --last;
+    if (first == last) {
+      std::memset(w.key_sums + key * dim, 0, kRows * dim * sizeof(float));
+      continue;
+    }
+    const bf16* left = weights + (key / kSide * row_tiles + first * kRowTiles) * kTileValues;
+    for (int64_t d = 0; d < dim; d += kDepth) {
+      product_of_tiles({left, row_tiles * kTileValues, kTileValues,
+                        rows + (first * kRowTiles * 2 * dim_tiles + d / kSide) * kTileValues,
+                        2 * dim_tiles * kTileValues, (last - first) * kRowTiles},
+                       {w.key_sums + key * dim + d, kSide * dim, kSide, dim});
+    }
+  }
+}
+
+void write_dq(const BlockRows& block, const Backward& w, int64_t region) {
+  RowBuffer rows;
+  for (int64_t first = 0; first < block.count; first += kSide) {
+    each_sum(block, w.dq, first, block.p.head_dim,
+             [&](int64_t i, int64_t d, floats sums) { store(rows[i] + d, sums); });
+    for (int64_t i = 0; i < smaller(kSide, block.count - first); ++i) {
+      write_dq_row(block, region, first + i, rows[i]);
+    }
+  }
+}
+
+// The keys of a region's block, and values, as factors.
+void pack_key_block(const BlockRows& block, const Backward& w, int64_t region,
+                    const KeyBlock& key_block) {
+  const AttentionParams& p = block.p;
+  const auto rows_of_tensor = [&](const AttentionTensor& x) {
+    return [&](int64_t i) { return key_row<bf16>(block, x, key_block.first + i); };
+  };
+  pack_key_rows(key_block, p.v.head_dim, rows_of_tensor(p.v), w.values);
+  const auto pack = [&](const auto& row) {
+    pack_key_rows(key_block, p.head_dim, row, w.keys);
+    pack_key_columns(key_block, p.head_dim, row, w.key_columns);
+  };
+  if (!p.k_cos_sin[region].cos) return pack(rows_of_tensor(p.k[region]));
+  const RowRotation rotation{p.head_dim, p.half, p.interleaved};
+  const int64_t dim = round_up(p.head_dim, kDepth);
+  for (int64_t i = 0; i < key_block.count; ++i) {
+    const int64_t token = block.tile.first_k + key_block.first + i;
+    rotate_values(rotation, key_row<bf16>(block, p.k[region], key_block.first + i),
+                  cos_sin_at(p.k_cos_sin[region], block.tile.batch, token), w.rotated + i * dim);
+  }
+  pack([&](int64_t i) { return w.rotated + i * dim; });
+}
+
+void backward_region(const BlockRows& block, const TilePlan& plan, const Backward& w,
+                     int64_t region, KeysDone* previous, KeysDone* done) {
+  const AttentionParams& p = block.p;
+  const auto visit = p.softcap > 0 ? visit_slice<true> : visit_slice<false>;
+  const int64_t dim_tiles = dim_tiles_of(p.q), value_tiles = dim_tiles_of(p.v);
+  std::memset(w.dq, 0, block.slices * kSlice * dim_tiles * kDepth * sizeof(float));
+  const SliceKeys keys = tile_keys(block, region);
+  if (keys.first < keys.last) {
+    pack_query_pairs(block, p.q, p.q_cos_sin[region], w.q);
+    pack_row_pairs(block, p.q, p.q_cos_sin[region], w.q_rows);
+  }
+  for (int64_t first = keys.first; first < keys.last; first += plan.block_n) {
+    const int64_t count = smaller(plan.block_n, keys.last - first);
+    const KeyBlock key_block{first, count, round_up(count, kRows)};
+    pack_key_block(block, w, region, key_block);
+    const int64_t next = first + count, next_count = smaller(plan.block_n, keys.last - next);
+    for (int64_t slice = 0; slice < block.slices; ++slice) {
+      prefetch_share<bf16>(block, p.k[region], next, next_count, slice);
+      prefetch_share<bf16>(block, p.v, next, next_count, slice);
+      prefetch_share<float>(block, p.dk, first, count, slice);
+      prefetch_share<float>(block, p.dv, first, count, slice);
+      visit(block, w, slice, region, key_block);
+    }
+    sum_over_rows(block, key_block, w, w.probabilities, w.dout_rows, value_tiles);
+    wait_for_keys(previous, first + count);
+    add_keys(block, key_block, {}, w.key_sums, p.dv);
+    sum_over_rows(block, key_block, w, w.gradients, w.q_rows, dim_tiles);
+    add_keys(block, key_block, p.k_cos_sin[region], w.key_sums, p.dk);
+    done->store(smaller(first + count, next_key(block, region + 1)), std::memory_order_release);
+  }
+  write_dq(block, w, region);
+}
+
+}  // namespace
+
+TilePlan EXTROPE_EXPAND(attention_backward_plan_, EXTROPE_ISA)(const AttentionParams& p) {
+  TilePlan plan{};
+  const int64_t rows = kTileElements / greater(p.head_dim, p.v.head_dim);
+  plan.tokens = tile_rows(p, greater(smaller(rows, kMaxBlockM) / kSlice, 1) * kSlice);
+  plan.block_n = smaller(kBlockN, round_up(greater(p.seqlen_k, 1), kRows));
+  plan.workspace = Backward(p, plan, nullptr).space.used();
+  return plan;
+}
+
+void EXTROPE_EXPAND(attention_backward_tile_, EXTROPE_ISA)(const AttentionParams& p,
+                                                           const QueryTile& tile,
+                                                           const TilePlan& plan, float* workspace,
+                                                           KeysDone* previous, KeysDone* done) {
+  const ProductUnit unit;
+  const BlockRows block{p, tile};
+  const Backward w(p, plan, workspace);
+  load_row_values<bf16>(block, w.rows);
+  pack_query_pairs(block, p.dout, {}, w.dout);
+  pack_row_pairs(block, p.dout, {}, w.dout_rows);
+  for (int64_t region = 0; region < p.regions.count; ++region) {
+    backward_region(block, plan, w, region, previous, done);
+  }
+  wait_for_keys(previous, kAllKeys);
+  done->store(kAllKeys, std::memory_order_release);
+}
+
+}  // namespace extrope

@@ -1,0 +1,73 @@
+// What the backward knows of each row of a tile, and where the gradients of rows go.
+
+#pragma once
+
+#include "cpu/attention/kernels.h"
+#include "cpu/attention/key_sums.h"
+
+namespace extrope {
+namespace {
+
+struct RowValues {
+  RowValues(Workspace& space, int64_t rows)
+      : lse(space.take(rows)),
+        delta(space.take(rows)),
+        scale(space.take(rows)),
+        logit_scale(space.take(rows)) {}
+  float *lse, *delta;          // lse to base 2
+  float *scale, *logit_scale;  // of logits to base 2, or in units of the cap
+};
+
+// In eight sums, since delta is later taken from numbers that nearly equal it.
+inline float dot(const float* a, const float* b, int64_t count) {
+  float sums[8] = {};
+  for (int64_t i = 0; i < count; i += 8) {
+    for (int64_t j = 0; j < 8; ++j) sums[j] += a[i + j] * b[i + j];
+  }
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+// delta = <dout, out> - dlse, and lse to base 2. Rows past the last one have a probability of 1 for
+// every key, and no gradient.
+template <typename T>
+void load_row_values(const BlockRows& block, const RowValues& w) {
+  const AttentionParams& p = block.p;
+  const int64_t dim = p.v.head_dim;
+  float out[kMaxHeadDim], dout[kMaxHeadDim];
+  for (int64_t row = 0; row < block.slices * kSlice; ++row) {
+    const bool real = row < block.count;
+    w.lse[row] = w.delta[row] = 0.0f;
+    w.scale[row] = real ? block.scale(row) : 0.0f;
+    w.logit_scale[row] = p.softcap > 0 ? w.scale[row] / p.softcap : w.scale[row] * kLog2E;
+    if (!real) continue;
+    const int64_t at = block.lse_index(row);
+    const float lse = p.lse[at] * kLog2E;
+    w.lse[row] = lse == -__builtin_inff() ? 0.0f : lse;
+    widen_row(static_cast<const T*>(p.out.data) + block.offset(p.out, row), dim, out);
+    widen_row(static_cast<const T*>(p.dout.data) + block.offset(p.dout, row), dim, dout);
+    const float product = dot(out, dout, dim);
+    w.delta[row] = p.dlse ? product - p.dlse[at] : product;
+  }
+}
+
+// Rotates a row of a region's dq back and adds it to that of earlier regions.
+inline void write_dq_row(const BlockRows& block, int64_t region, int64_t row, const float* grad) {
+  const AttentionParams& p = block.p;
+  float back[kMaxHeadDim];
+  float* to = static_cast<float*>(p.dq.data) + block.offset(p.dq, row);
+  const int64_t token = block.tile.first_q + block.token(row);
+  unrotate_row(p, grad, cos_sin_at(p.q_cos_sin[region], block.tile.batch, token), back);
+  if (region > 0) {
+    add_row(back, p.head_dim, to);
+  } else {
+    std::memcpy(to, back, p.head_dim * sizeof(float));
+  }
+}
+
+// The first key that the regions from `region` on can still touch.
+inline int64_t next_key(const BlockRows& block, int64_t region) {
+  return region < block.p.regions.count ? tile_keys(block, region).first : kAllKeys;
+}
+
+}  // namespace
+}  // namespace extrope
