@@ -1,5 +1,5 @@
-"""CUDA ops that no GPU runs here, compiled for the host with their bindings: the norm before the
-rotation, against float64 and under the sanitizers.
+"""CUDA ops, compiled for the host with their bindings: the norm before the rotation and the append
+into a cache, against float64 and under the sanitizers.
 """
 
 from __future__ import annotations

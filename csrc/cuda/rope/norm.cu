@@ -1,6 +1,6 @@
 // RMSNorm and the rotation in one pass, forward.
-#include "cuda/rope/kernel.h"
 #include "cuda/rope/norm_call.h"
+#include "cuda/rope/norm_kernel.h"
 
 namespace extrope {
 

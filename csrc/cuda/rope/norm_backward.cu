@@ -1,6 +1,6 @@
 // RMSNorm and the rotation, backward, and the sums of the weights' gradients.
-#include "cuda/rope/kernel.h"
 #include "cuda/rope/norm_backward.h"
+#include "cuda/rope/norm_kernel.h"
 
 namespace extrope {
 namespace {

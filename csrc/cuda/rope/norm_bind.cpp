@@ -5,6 +5,7 @@
 #include "common/ops.h"
 #include "common/rope_norm_bind.h"
 #include "cuda/rope/kernel.h"
+#include "cuda/rope/norm_kernel.h"
 #include "cuda/stream.h"
 
 namespace extrope {

@@ -13,7 +13,7 @@
 #include <climits>
 
 #include "cuda/launch.h"
-#include "cuda/rope/kernel.h"
+#include "cuda/rope/norm_kernel.h"
 #include "cuda/rope/norm_rows.h"
 
 namespace extrope {

@@ -19,6 +19,8 @@ from ..harness import ADDRESS, THREAD, MissingTool, Sanitizer, SanitizerError, f
 HERE = Path(__file__).parent
 SUPPORT = HERE.parents[1]
 SOURCES = (
+    "append/append.cu",
+    "append/bind.cpp",
     "rope/norm.cu",
     "rope/norm_backward.cu",
     "rope/norm_bind.cpp",
@@ -41,7 +43,8 @@ def build(folder: Path) -> None:
     jobs = {}  # of an object file
     for source in [_build.source_dir() / "cuda" / name for name in SOURCES]:
         for s in (ADDRESS, THREAD) if source.suffix == ".cu" else (None,):
-            name = source.name if s is None else f"{source.name}.{s.name}"
+            stem = f"{source.parent.name}.{source.name}"
+            name = stem if s is None else f"{stem}.{s.name}"
             # What takes longest under a sanitizer is the compiler; bindings go without one.
             flags = ["-O0"] if s is None else [*s.flags, OPTIMIZATION[s.name], "-xc++"]
             jobs[folder / f"{name}.o"] = [*compile_it, *flags, str(source)]

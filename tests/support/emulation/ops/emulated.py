@@ -7,12 +7,14 @@ import ctypes
 import torch
 
 from extrope_kernels.ops.rope import norm_schema
+from extrope_kernels.ops.rope.append import schema as append_schema
 
 NAMESPACE = "extrope_emulated"
 _SCHEMAS = {
     "rope_norm_fwd": norm_schema._FWD,
     "rope_norm_bwd": norm_schema._BWD,
     "rope_norm_inplace": norm_schema._INPLACE,
+    "rope_append": append_schema._SCHEMA,
 }
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _SCHEMAS.items():

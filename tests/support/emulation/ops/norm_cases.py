@@ -95,12 +95,14 @@ def shapes() -> Iterator[Case]:
     for layout, interleaved in LAYOUTS.items():
         for dtype in DTYPES:
             # By vectors, vectors beside idle lanes, elements; dims that pass.
-            for dim, rotary_dim in ((128, 128), (80, 48), (72, 36), (9, 8)):
-                for norms in ("hh", "aa"):
-                    name = f"{short(dtype)}-{layout}-{rotary_dim}-of-{dim}-{norms}"
-                    tensors = qk(dim=dim, seqlen=3, dtype=dtype)
-                    by = {"interleaved": interleaved, "attention_factor": 1.1, "offset": 1003}
-                    yield case(name, tensors, norms, rotary_dim, **by)
+            for dim, rotary_dim, norms in (
+                *((128, 128, "hh"), (128, 128, "aa"), (80, 48, "ha"), (9, 8, "ah")),
+                *(((72, 36, "hh"),) if interleaved else ()),
+            ):
+                name = f"{short(dtype)}-{layout}-{rotary_dim}-of-{dim}-{norms}"
+                tensors = qk(dim=dim, seqlen=3, dtype=dtype)
+                by = {"interleaved": interleaved, "attention_factor": 1.1, "offset": 1003}
+                yield case(name, tensors, norms, rotary_dim, **by)
     for heads in ((1,), (17, 1), (5, 5), (0, 3)):
         for seqlen in (0, 1, 7):
             for norms in ("hh", "aa"):
@@ -132,12 +134,18 @@ def memory() -> Iterator[Case]:
             yield case(f"{name}-{norms}", x, norms)
             if make is not expanded:
                 yield f"{name}-{norms}-inplace", lambda x=x, norms=norms: in_place(x, norms)
+    yield "odd-weight", odd_weight
     packed = contiguous(2, 3, 7, 64, dtype=torch.float16)
     yield case("packed-projection", [packed[:, :, :3], packed[:, :, 3:5]], "ha")
     for of in DTYPES:
         yield case(f"weights-{short(of)}", qk(seqlen=2, dtype=torch.bfloat16), "ha", of=of)
         yield case(f"weights-{short(of)}-f32", qk(seqlen=2), "ah", of=of)
-    yield case("odd-weight", qk(seqlen=2), of=torch.float32)
+
+
+def odd_weight() -> None:
+    """A weight that no vector can be read from."""
+    weight = torch.rand(65)[1:]
+    check(qk(seqlen=2, heads=(2, 1)), [weight, weight], (methods.rope(64).inv_freq,))
 
 
 def in_place(tensors: list[Tensor], norms: str) -> None:
@@ -158,8 +166,8 @@ def angles() -> Iterator[Case]:
     starts = torch.tensor((0, 0, 3, 3, 7, 11, 11), dtype=torch.int32)
     total = {"batch": 1, "seqlen": 11}
     half = methods.rope(64).inv_freq
-    for dtype in (torch.bfloat16, torch.float32):
-        for norms in ("hh", "aa"):
+    for dtype, kinds in ((torch.bfloat16, ("hh", "aa")), (torch.float32, ("ha",))):
+        for norms in kinds:
             name = f"{short(dtype)}-{norms}"
             x = {"dtype": dtype, "seqlen": 3}
             given = torch.randint(0, 10**6, (2, 3))
