@@ -24,7 +24,7 @@ def kernels() -> set[str]:
     found = {name for text in python for name in re.findall(r"^def (\w+_kernel)\(", text, re.M)}
     if _ext.load("cuda") is not None:  # `gpu build` says why
         return found
-    cuda = (path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*.cu"))
+    cuda = (path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*.*") if path.is_file())
     return found | {
         name for text in cuda for name in re.findall(r"__global__[^;{]*?(\w+_kernel)\(", text)
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include <cstdint>
 
@@ -31,5 +32,14 @@ inline void* current_stream(const char* op, int device_index) {
              device_index);
   return stream;
 }
+
+// While it lives the device is the current one; the stream is torch's there.
+struct OnDevice {
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream;
+
+  OnDevice(const char* op, int device_index)
+      : guard(device_index), stream(current_stream(op, device_index)) {}
+};
 
 }  // namespace extrope

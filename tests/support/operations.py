@@ -149,7 +149,7 @@ OPERATIONS = {
     "rope": Operation(rotate, QK, ROPE),
     "rope by cos and sin": Operation(rotate_by_given, QK, LINEAR),
     # Of each head, and of all heads together.
-    "norm and rope": Operation(norm_rotate, {**QK, "q_weight": (64,), "k_weight": (128,)}, LINEAR),
+    "norm and rope": Operation(norm_rotate, {**QK, "q_weight": (64,), "k_weight": (128,)}, ROPE),
     **{name: Operation(score(*method), QKV, ATTENTION) for name, method in SCORES.items()},
     "permute": Operation(permute, QK, ROPE),
     "permuteformer": Operation(permuteformer, QKV, LINEAR),
@@ -157,7 +157,7 @@ OPERATIONS = {
     "cache": Operation(decode, CACHED, ATTENTION),
     "cache, appended to": Operation(append, QKV, ATTENTION),
     "norm, rope and append": Operation(
-        rope_append, {**QKV, "q_weight": (64,), "k_weight": (128,)}, LINEAR
+        rope_append, {**QKV, "q_weight": (64,), "k_weight": (128,)}, ROPE
     ),
     "merge": Operation(merge, {"outs": (3, 2, 200, 6, 64), "lses": (3, 2, 6, 200)}, ("reference",)),
 }

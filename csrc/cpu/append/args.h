@@ -1,89 +1,13 @@
-// From the arguments of `rope_append` to a cache and the rows of new tokens in it, with every
-// check, before anything is written.
+// What the values of the arguments of `rope_append` have to be, before anything is written, and the
+// rows of new tokens in the cache.
 #pragma once
 
 #include <algorithm>
 
-#include "common/rope_args.h"
+#include "common/append_args.h"
 #include "cpu/append/cache.h"
-#include "cpu/append/scales.h"
 
 namespace extrope::append {
-
-constexpr const char* kOp = "rope_append";
-
-struct Args {
-  const OptionalTensor& q;
-  const Tensor &k, &v, &k_cache, &v_cache;
-  const OptionalTensor &cache_seqlens, &block_table, &slot_mapping, &cu_seqlens, &cache_leftpad;
-  const OptionalTensor &k_scale, &v_scale;
-
-  bool packed() const { return k.dim() == 3; }
-  int64_t batch() const { return packed() ? 1 : k.size(0); }
-  int64_t seqlen() const { return k.size(packed() ? 0 : 1); }
-  int64_t sequences() const { return cu_seqlens.has_value() ? cu_seqlens->size(0) - 1 : batch(); }
-};
-
-template <typename... Message>
-void check(bool condition, const Message&... message) {
-  require_of(kOp, condition, message...);
-}
-
-inline Plane plane(const Tensor& x) {
-  const int64_t d = x.dim();
-  return {x.data_ptr(), d == 4 ? x.stride(0) : 0, x.stride(d - 3), x.stride(d - 2)};
-}
-
-inline void check_cache(const Args& a, const char* name, const Tensor& cache, const Tensor& x) {
-  check_rows(kOp, cache, false, name);
-  check_cache_dtype(kOp, name, cache, a.k, a.k_scale.has_value());
-  check(cache.size(2) == x.size(x.dim() - 2) && cache.size(3) == x.size(x.dim() - 1), name,
-        " must have the heads and the head_dim of what is written, ", shape_of(x), ", got ",
-        shape_of(cache));
-  check(!overlaps_itself(cache), name, " must not be expanded to be written to");
-}
-
-inline void check_tensors(const Args& a) {
-  const bool packed = a.k.dim() == 3;
-  check_rows(kOp, a.k, packed, "k");
-  check_rows(kOp, a.v, packed, "v");
-  check(!packed || a.cu_seqlens.has_value() || a.slot_mapping.has_value(),
-        "packed k needs cu_seqlens or slot_mapping");
-  check(packed || !a.cu_seqlens.has_value(), "k must be (total, heads, head_dim) with cu_seqlens");
-  check(a.v.scalar_type() == a.k.scalar_type() && a.v.is_cpu(), "v must be of k's dtype");
-  for (int64_t i = 0; i + 1 < a.k.dim(); ++i) {
-    check(a.v.size(i) == a.k.size(i), "v must have k's tokens and heads ", shape_of(a.k), ", got ",
-          shape_of(a.v));
-  }
-  if (a.q.has_value()) {
-    check_rows(kOp, *a.q, packed, "q");
-    check_matching(kOp, *a.q, a.k, "q");
-  }
-  check_cache(a, "k_cache", a.k_cache, a.k);
-  check_cache(a, "v_cache", a.v_cache, a.v);
-  check(a.v_cache.size(0) == a.k_cache.size(0) && a.v_cache.size(1) == a.k_cache.size(1),
-        "v_cache must have k_cache's blocks and slots ", shape_of(a.k_cache), ", got ",
-        shape_of(a.v_cache));
-}
-
-inline const int32_t* ints(const char* name, const OptionalTensor& x, int64_t dim, int64_t rows) {
-  if (!x.has_value()) return nullptr;
-  check(x->is_cpu() && x->scalar_type() == ScalarType::Int && x->dim() == dim &&
-            x->size(0) == rows && (x->numel() == 0 || x->stride(dim - 1) == 1),
-        name, " must be int32 (", rows, dim == 1 ? ",)" : ", max_blocks)",
-        ", contiguous in its last dimension, on the CPU, got shape ", shape_of(*x));
-  return static_cast<const int32_t*>(x->data_ptr());
-}
-
-inline const int32_t* boundaries_of(const Args& a) {
-  if (!a.cu_seqlens.has_value()) return nullptr;
-  check(a.cu_seqlens->dim() == 1 && a.cu_seqlens->size(0) >= 2,
-        "cu_seqlens must be int32 (sequences + 1,), got shape ", shape_of(*a.cu_seqlens));
-  const int32_t* cu = ints("cu_seqlens", a.cu_seqlens, 1, a.cu_seqlens->size(0));
-  check(cu[0] == 0 && std::is_sorted(cu, cu + a.sequences() + 1) && cu[a.sequences()] <= a.seqlen(),
-        "cu_seqlens must rise from 0 to the ", a.seqlen(), " tokens at most");
-  return cu;
-}
 
 // No slot outside the cache is written.
 inline void check_slots(const KVCache& cache, int64_t pages) {
@@ -101,38 +25,16 @@ inline void check_slots(const KVCache& cache, int64_t pages) {
   }
 }
 
-inline KVCache cache_of(const Args& a) {
-  check_tensors(a);
-  const bool by_slots = a.slot_mapping.has_value();
-  KVCache cache{};
-  cache.dtype = rotated_dtype(a.k, "k");
-  set_scales(kOp, a.k_scale, a.v_scale, a.k_cache.size(2), cache);
-  cache.k = plane(a.k_cache), cache.v = plane(a.v_cache);
-  cache.heads = a.k_cache.size(2);
-  cache.head_dim = a.k_cache.size(3), cache.head_dim_v = a.v_cache.size(3);
-  cache.cu_new = boundaries_of(a);
-  cache.batch = a.sequences();
-  cache.appended = cache.cu_new ? 0 : a.seqlen();
-  cache.seqlens = ints("cache_seqlens", a.cache_seqlens, 1, cache.batch);
-  cache.leftpad = ints("cache_leftpad", a.cache_leftpad, 1, cache.batch);
+inline KVCache checked_cache_of(const Args& a) {
+  const KVCache cache = cache_of(a);
+  const int32_t* cu = cache.cu_new;
+  check(!cu || (cu[0] == 0 && std::is_sorted(cu, cu + a.sequences() + 1) &&
+                cu[a.sequences()] <= a.seqlen()),
+        "cu_seqlens must rise from 0 to the ", a.seqlen(), " tokens at most");
   for (int64_t b = 0; b < cache.batch; ++b) {
     check(cache.first_slot(b) >= 0, "cache_leftpad must be >= 0, got ", cache.first_slot(b));
   }
-  cache.page_size = cache.capacity = a.k_cache.size(1);
-  check(!by_slots || !a.block_table.has_value(),
-        "block_table and slot_mapping both say where to write");
-  if (by_slots) return cache;
-  check(a.cache_seqlens.has_value(), "cache_seqlens or slot_mapping must say where to write");
-  cache.block_table = ints("block_table", a.block_table, 2, cache.batch);
-  if (a.block_table.has_value()) {
-    cache.table_batch = a.block_table->stride(0);
-    cache.capacity *= a.block_table->size(1);
-    check(cache.page_size > 0, "k_cache must have a block_size >= 1, got 0");
-  } else {
-    check(a.k_cache.size(0) == cache.batch, "k_cache must be (batch, max_len, heads, head_dim) ",
-          "without block_table, of batch ", cache.batch, ", got ", shape_of(a.k_cache));
-  }
-  check_slots(cache, a.k_cache.size(0));
+  if (!a.slot_mapping.has_value()) check_slots(cache, a.k_cache.size(0));
   return cache;
 }
 
@@ -154,15 +56,10 @@ CacheRows rows_at(const Args& a, const KVCache& cache, const Int* slots) {
 
 inline CacheRows rows_of(const Args& a, const KVCache& cache) {
   if (!a.slot_mapping.has_value()) return rows_behind(cache, a.batch() * a.seqlen());
-  const Tensor& x = *a.slot_mapping;
-  bool fits = x.is_cpu() && x.dim() == a.k.dim() - 2;
-  for (int64_t i = 0; fits && i < x.dim(); ++i) fits = x.size(i) == a.k.size(i);
-  check(fits, "slot_mapping must have k's tokens ", shape_of(a.k), ", on the CPU, got shape ",
-        shape_of(x));
+  const Tensor& x = slots_of(a);
   if (x.scalar_type() == ScalarType::Int) {
     return rows_at(a, cache, static_cast<const int32_t*>(x.data_ptr()));
   }
-  check(x.scalar_type() == ScalarType::Long, "slot_mapping must be int32 or int64");
   return rows_at(a, cache, static_cast<const int64_t*>(x.data_ptr()));
 }
 

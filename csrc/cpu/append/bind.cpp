@@ -109,7 +109,7 @@ Tensor rope_append(OptionalTensor q, Tensor k, Tensor v, Tensor k_cache, Tensor 
                block_table, slot_mapping,
                cu_seqlens,  cache_leftpad,
                k_scale,     v_scale};
-  const KVCache cache = cache_of(a);
+  const KVCache cache = checked_cache_of(a);
   const CacheRows rows = rows_of(a, cache);
   check(q.has_value() || !q_norm_weight.has_value(), "q_norm_weight needs a q");
   check(stored.empty() || stored.size() == kMapNumbers, "stored must be ", kMapNumbers,

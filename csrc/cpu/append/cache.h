@@ -1,40 +1,12 @@
-// A key/value cache and the tokens that a call writes into it, in plain data.
+// The tokens that a call writes into a key/value cache.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "common/token_params.h"
+#include "common/kv_cache.h"
 
 namespace extrope {
-
-// Rows of dims, by sequence (or page of a paged cache), token and head. Strides in elements; the
-// last dimension is contiguous. The tokens of packed sequences are counted through: block is 0.
-struct Plane {
-  void* data;
-  int64_t block, slot, head;
-};
-
-struct KVCache {
-  DType dtype;  // of queries and new tokens; and of what is cached, unless that is e4m3
-  const float *k_scale, *v_scale;  // of each head, where the cache is e4m3: else nullptr
-  Plane k, v;
-  int64_t batch, heads, head_dim, head_dim_v;
-  int64_t capacity;            // slots of a sequence
-  const int32_t* block_table;  // nullptr: one block a sequence
-  int64_t table_batch, page_size;
-  const int32_t* seqlens;  // slots in use, those of left padding among them
-  const int32_t* leftpad;  // nullptr: none
-  int64_t appended;        // tokens that the call writes to each, to be added to seqlens
-  const int32_t* cu_new;   // (batch + 1,) boundaries of tokens that it writes packed, or nullptr
-
-  bool is_e4m3() const { return k_scale != nullptr; }
-  int64_t first_slot(int64_t b) const { return leftpad ? leftpad[b] : 0; }
-  int64_t first_new(int64_t b) const { return cu_new ? cu_new[b] : b * appended; }
-  int64_t new_tokens(int64_t b) const { return cu_new ? cu_new[b + 1] - cu_new[b] : appended; }
-  int64_t all_new_tokens() const { return cu_new ? cu_new[batch] : batch * appended; }
-  int64_t end(int64_t b) const { return seqlens[b] + new_tokens(b); }
-};
 
 // The element that the row of each new token starts at in k and v; -1: written nowhere.
 struct CacheRows {

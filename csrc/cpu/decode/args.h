@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "common/attention_args.h"
-#include "cpu/append/scales.h"
+#include "common/cache_scales.h"
 #include "cpu/decode/params.h"
 #include "cpu/runtime/frequencies.h"
 
@@ -132,7 +132,7 @@ inline KVCache cache_of(const CacheArgs& a, const Tensor& like) {
   const bool scaled = a.k_scale.has_value();
   check_tensor(a, "k_cache", k, like, /*packed=*/false, scaled);
   check_tensor(a, "v_cache", v, like, /*packed=*/false, scaled);
-  set_scales(a.op, a.k_scale, a.v_scale, k.size(2), cache);
+  set_scales(a.op, a.k_scale, a.v_scale, k.size(2), k, cache);
   const int32_t* cu = a.packed() ? boundaries_of(a, like.size(0)) : nullptr;
   cache.batch = cu ? a.cu_seqlens_q->size(0) - 1 : like.size(0);
   cache.heads = k.size(2), cache.head_dim = like.size(like.dim() - 1), cache.head_dim_v = v.size(3);

@@ -101,7 +101,7 @@ def apply_rope_qk(
     norm_eps: added to the mean square, >= 0.
 
     Returns: (q, k), rotated. With weights q, k and the weights have first derivatives, inv_freq
-    none, and the backends are "cpu", "triton" and "reference".
+    none.
     """
     if k is None:
         raise TypeError("rope: k must be a Tensor, got NoneType")
@@ -227,9 +227,4 @@ def _op(name: str, backend: str | None, q: Tensor) -> Callable[..., Any]:
     require("rope", backend, BACKENDS, q.device.type)
     if backend == "reference":
         return getattr(norm_reference if "norm" in name else reference, name)
-    if backend == "cuda" and "norm" in name:
-        raise NotImplementedError(
-            "rope: backend 'cuda' cannot run with norm weights, which Triton's kernels take: "
-            "backend=None or 'triton'"
-        )
     return getattr(ops, f"{name}_triton" if backend == "triton" else name)

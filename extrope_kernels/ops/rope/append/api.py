@@ -21,7 +21,7 @@ from .checks import check, check_values
 RopeArgs = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 _OP = "rope_append_kvcache"
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 def rope_append_kvcache(
@@ -80,8 +80,8 @@ def rope_append_kvcache(
     q_norm_weight, k_norm_weight, norm_eps: as for `apply_rope_qk`; None leaves that tensor without
         a norm.
     interleaved: as for `apply_rope`.
-    backend: "cpu", "triton", "reference"; None for the best on k's device. A named backend never
-        falls back.
+    backend: "cpu", "cuda", "triton", "reference"; None for the best on k's device. A named backend
+        never falls back.
 
     Returns: q, normed and rotated; None without q.
     Raises: ValueError or TypeError that names the argument, before anything is written;

@@ -1,7 +1,7 @@
 """The op `rope_append`: schema, fake, and who runs it.
 
-The CPU library registers its kernel for the same schema (csrc/cpu/append/bind.cpp); on a GPU
-Triton's serves. `rope_append_triton` runs Triton's alone.
+The compiled libraries register their kernels for the same schema (csrc/cpu/append/bind.cpp,
+csrc/cuda/append/bind.cpp). `rope_append_triton` runs Triton's alone.
 """
 
 from __future__ import annotations
