@@ -4,7 +4,8 @@ A causal transformer over bytes (length_model.py) is trained on the sources of P
 library with the attentions of length_trainings.py; the methods of length_methods.py then read
 texts of 1, 2, 4 and 8 times the training length L that no model saw. All lengths are scored on the
 same bytes, the last L of each 8 L: a longer text only adds what comes before them, so that a method
-that can use it has a loss that falls from left to right.
+that can use it has a loss that falls from left to right. All of it is done with several seeds
+(--seeds), of weights, batches and drawn positions.
 
 Trainings run two at a time, each on one thread: a sixth faster than one after the other on two, and
 several times faster where something else runs. What is done is kept in build/length_generalization,
@@ -25,14 +26,16 @@ import hashlib
 import json
 import math
 import re
+import statistics
 import sysconfig
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from harness import RESULTS, machine
@@ -51,6 +54,7 @@ NAME = "length_generalization"
 # The text
 
 
+@cache
 def read_text() -> tuple[Tensor, Tensor]:
     """The bytes of the standard library's modules, and those of every tenth, kept from training."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -59,6 +63,12 @@ def read_text() -> tuple[Tensor, Tensor]:
     texts = (b"".join(path.read_bytes() for path in part) for part in parts)
     train, test = (torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts)
     return train, test
+
+
+@cache
+def digest() -> str:
+    """Of both texts: what was trained and read on others is not taken for these."""
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in read_text())).hexdigest()
 
 
 def sample(text: Tensor, batch: int, length: int, generator: torch.Generator) -> Tensor:
@@ -91,7 +101,7 @@ def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, lin
     batch, length, steps, peak = setup.batch, setup.length, setup.steps, setup.learning_rate
     if training.starts_from:
         batch, length = max(1, batch // FACTOR), FACTOR * length
-        steps, peak = setup.tune_steps, peak / 3
+        steps, peak = training.tunings * setup.tune_steps, peak / 3
     torch.manual_seed(setup.seed)
     model = Transformer(setup.d_model, setup.layers, setup.heads)
     if weights:
@@ -151,34 +161,26 @@ def read_lengths(
 
 @dataclass(frozen=True)
 class Run:
-    """Trainings and readings, each kept in a file under a hash of all that it depends on."""
+    """A seed's trainings and readings, each kept in a file under a hash of all it depends on."""
 
     setup: Setup
     folder: Path
-
-    @cached_property
-    def text(self) -> tuple[Tensor, Tensor]:
-        return read_text()
-
-    @cached_property
-    def digest(self) -> str:
-        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.text)).hexdigest()
 
     def trained(self, name: str, line: int = 0) -> dict:
         before = TRAININGS[name].starts_from
 
         def make() -> dict:
             weights = self.trained(before)["weights"] if before else None
-            return train_model(name, self.setup, self.text[0], weights, line)
+            return train_model(name, self.setup, read_text()[0], weights, line)
 
         return kept(self.path("trained", name), make)
 
-    def read(self, name: str, line: int = 0) -> dict:
+    def read(self, name: str, line: int = 0) -> list[dict]:
         method = METHODS[name]
 
-        def make() -> dict:
+        def make() -> list[dict]:
             weights = self.trained(method.trained)["weights"]
-            return {"lengths": read_lengths(method, self.setup, self.text[1], weights, line)}
+            return read_lengths(method, self.setup, read_text()[1], weights, line)
 
         return kept(self.path("read", name), make)
 
@@ -187,8 +189,8 @@ class Run:
         about = lineage(name) if kind == "trained" else None
         if kind == "read":
             about = (METHODS[name].run, *lineage(METHODS[name].trained))
-        depends = repr((asdict(self.setup), self.digest, kind, name, about))
-        stem = re.sub(r"\W+", "_", f"{kind} {name}")
+        depends = repr((asdict(self.setup), digest(), kind, name, about))
+        stem = re.sub(r"\W+", "_", f"{kind} {name} {self.setup.seed}")
         return self.folder / f"{stem}-{hashlib.sha256(depends.encode()).hexdigest()[:12]}.pt"
 
 
@@ -207,48 +209,85 @@ def lineage(name: str) -> tuple[str, ...]:
     return (*(lineage(training.starts_from) if training.starts_from else ()), training.about)
 
 
-def do(run: Run, kind: str, name: str, line: int) -> str:
-    """A job of a worker, whose bar is on `line`; what it came to."""
-    if kind == "read":
-        losses = " ".join(f"{read['last']:.3f}" for read in run.read(name, line)["lengths"])
-        return f"read {name}: {losses}"
-    record = run.trained(name, line)["record"]
-    seconds = ", ".join(f"{x:.0f} s {clock}" for clock, x in record["seconds"].items())
-    return f"trained {name}: loss {record['curve'][-1]:.3f}, {seconds}"
+class Job(NamedTuple):
+    run: Run
+    kind: str  # "trained" or "read"
+    name: str
+
+    def open(self) -> bool:
+        return not self.run.path(self.kind, self.name).exists()
+
+    def do(self, line: int) -> str:
+        """Do it in a worker whose bar is on `line`; return what it came to."""
+        told = f"{self.kind} {self.name}, seed {self.run.setup.seed}"
+        if self.kind == "read":
+            losses = (f"{read['last']:.3f}" for read in self.run.read(self.name, line))
+            return f"{told}: {' '.join(losses)}"
+        record = self.run.trained(self.name, line)["record"]
+        seconds = ", ".join(f"{x:.0f} s {clock}" for clock, x in record["seconds"].items())
+        return f"{told}: loss {record['curve'][-1]:.3f}, {seconds}"
 
 
-def work(run: Run, workers: int) -> None:
+def work(runs: list[Run], workers: int) -> None:
     """Do what is not done: trainings, then those that tune their weights, then the readings."""
     anew = [("trained", name) for name in TRAININGS if not TRAININGS[name].starts_from]
     tuned = [("trained", name) for name in TRAININGS if TRAININGS[name].starts_from]
-    waves = [anew, tuned, [("read", name) for name in METHODS]]
-    waves = [[job for job in wave if not run.path(*job).exists()] for wave in waves]
+    waves = [
+        [job for run in runs for about in wave if (job := Job(run, *about)).open()]
+        for wave in (anew, tuned, [("read", name) for name in METHODS])
+    ]
     # A fork finds torch imported. No thread of torch's has started here by then.
     pool = ProcessPoolExecutor(workers, get_context("fork"), torch.set_num_threads, (1,))
     with pool, tqdm(total=sum(map(len, waves)), unit="job") as progress:
         for wave in waves:
-            jobs = [pool.submit(do, run, *job, 1 + i % workers) for i, job in enumerate(wave)]
+            jobs = [pool.submit(job.do, 1 + i % workers) for i, job in enumerate(wave)]
             for done in as_completed(jobs):
                 progress.write(done.result())
                 progress.update()
 
 
-def collect(run: Run) -> dict:
+# -------------------------------------------------------------------------------------------------
+# The results
+
+
+def over_seeds(runs: list[Run], name: str) -> list[dict]:
+    """A method's losses at each length: one a seed; by L bytes on the way there, their mean."""
+    lengths = []
+    for reads in zip(*(run.read(name) for run in runs)):
+        seeds = {key: [read[key] for read in reads] for key in ("last", "mean")}
+        buckets = [statistics.fmean(x) for x in zip(*(read["buckets"] for read in reads))]
+        lengths.append({"length": reads[0]["length"], **seeds, "buckets": buckets})
+    return lengths
+
+
+def trained(runs: list[Run], name: str) -> dict:
+    """The loss as it fell, a mean over the seeds, and the seconds of all."""
+    records = [run.trained(name)["record"] for run in runs]
+    return {
+        "about": TRAININGS[name].about,
+        **{key: records[0][key] for key in ("steps", "every")},
+        "curve": [statistics.fmean(x) for x in zip(*(record["curve"] for record in records))],
+        "seconds": {
+            clock: sum(record["seconds"][clock] for record in records) for clock in ("wall", "cpu")
+        },
+    }
+
+
+def collect(runs: list[Run]) -> dict:
     """The content of the JSON file."""
-    train, test = run.text
+    train, test = read_text()
+    setup = asdict(runs[0].setup)
+    del setup["seed"]
     rows = []
     for name, method in METHODS.items():
         about = {key: getattr(method, key) for key in ("family", "paper", "run")}
-        trained = TRAININGS[method.trained].about
-        rows.append({"name": name, **about, "trained": trained, **run.read(name)})
+        about["trained"] = TRAININGS[method.trained].about
+        rows.append({"name": name, **about, "lengths": over_seeds(runs, name)})
     return {
         "machine": machine(),
-        "text": {"train_bytes": len(train), "test_bytes": len(test), "sha256": run.digest},
-        "setup": asdict(run.setup),
-        "trainings": {
-            name: {"about": training.about, **run.trained(name)["record"]}
-            for name, training in TRAININGS.items()
-        },
+        "text": {"train_bytes": len(train), "test_bytes": len(test), "sha256": digest()},
+        "setup": {**setup, "seeds": len(runs)},
+        "trainings": {name: trained(runs, name) for name in TRAININGS},
         "rows": rows,
     }
 
@@ -256,6 +295,7 @@ def collect(run: Run) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models, a few steps")
+    parser.add_argument("--seeds", type=int, default=3, help="of each training")
     parser.add_argument("--workers", type=int, default=2, help="processes, each on one thread")
     parser.add_argument(
         "--build", type=Path, default=ROOT / "build" / NAME, help="keeps what is done"
@@ -263,9 +303,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.build.mkdir(parents=True, exist_ok=True)
-    run = Run(QUICK if args.quick else FULL, args.build)
-    work(run, args.workers)
-    results = collect(run)
+    setup = QUICK if args.quick else FULL
+    runs = [Run(replace(setup, seed=seed), args.build) for seed in range(args.seeds)]
+    work(runs, args.workers)
+    results = collect(runs)
     table, figure = (args.build, args.build) if args.quick else (RESULTS, ROOT / "docs")
     (table / f"{NAME}-cpu.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results, figure / f"{NAME}.svg")

@@ -16,6 +16,7 @@ from extrope_kernels import (
     dual_chunk_attention,
     methods,
     rerope_attention,
+    string_attention,
 )
 
 AT_TEST = "frequencies, changed at the test"
@@ -72,6 +73,12 @@ def dual_chunk(s: Setup, length: int, _: torch.Generator) -> Attend:
     return scored(dual_chunk_attention, rope(s), **options)
 
 
+def string(s: Setup, length: int, _: torch.Generator) -> Attend:
+    """No shift brings texts past twice L into what was trained; this is the best for up to that."""
+    options = {"shift": s.length, "window": s.length // 8}
+    return scored(string_attention, rope(s), **options)
+
+
 def blockwise(freqs: Callable[[Setup], RopeFreqs]) -> Callable[..., Attend]:
     return lambda s, length, generator: scored(
         blockwise_causal_attention, freqs(s), block_size=s.length
@@ -100,6 +107,8 @@ PAPERS = {
     "shape": f"{ARXIV}2109.05644",
     "random_padding": f"{ARXIV}2305.04859",
     "abf": f"{ARXIV}2309.16039",
+    "cope": f"{ARXIV}2602.05258",
+    "string": f"{ARXIV}2410.18745",
 }
 
 
@@ -126,6 +135,7 @@ _LIST = [
         ("dynamic_yarn", "yarn", "rope", "factor length / L", dynamic_yarn),
         ("giraffe_power", "giraffe", "rope", "power 0.5", turned(training.giraffe_power)),
         ("giraffe_truncation", "giraffe", "rope", "cut at L", turned(training.giraffe_truncation)),
+        ("cope", "cope", "rope", "5 of 16 pairs", turned(training.cope)),
     ),
     *_rows(
         SCORES,
@@ -134,6 +144,7 @@ _LIST = [
         ("leaky_rerope", "rerope", "rope", "window L/2, factor 16", leaky_rerope),
         ("self_extend", "self_extend", "rope", "window L/2, groups of L/4", self_extend),
         ("dual_chunk", "dual_chunk", "rope", "chunk 3L/4, local window L/8", dual_chunk),
+        ("string", "string", "rope", "shift L, window L/8", string),
         ("rope, blockwise", "lex", "rope", "block L", blockwise(rope)),
     ),
     *_rows(
@@ -141,6 +152,7 @@ _LIST = [
         ("xpos", "lex", "xpos", "same", turned(xpos)),
         ("xpos, blockwise (LEX)", "lex", "xpos", "block L", blockwise(xpos)),
         ("inverse_leaky", "inverse_leaky", "inverse_leaky", "plain RoPE", turned(rope)),
+        ("inverse_leaky, wide", "inverse_leaky", "inverse_leaky_wide", "plain RoPE", turned(rope)),
         ("permuteformer", "permuteformer", "permuteformer", "same",
          lambda s, length, generator: training.permuteformer(s)),
         ("randomized", "randomized", "randomized", "drawn of 16 L", training.randomized),
@@ -152,6 +164,7 @@ _LIST = [
         TUNED,
         _tuned("rope", "rope"),
         _tuned("pi", "pi"),
+        ("pi, tuned longer", "pi", "pi_tuned_longer", "same", turned(training.pi)),
         _tuned("yarn", "yarn"),
         _tuned("abf", "abf"),
         _tuned("giraffe_power", "giraffe"),

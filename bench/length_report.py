@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from extrope_kernels.evaluation.spread import with_error
 
 HIGHEST, CLOSEST = 1.5, 0.06  # nats: shown above plain RoPE at 1x; between two labels
 
@@ -18,8 +21,22 @@ def head(results: dict) -> list[str]:
     return ["method", "trained", "at the test", *columns, f"all of {columns[-1]}"]
 
 
-def losses(row: dict) -> list[float]:
+def losses(row: dict) -> list[list[float]]:
+    """Of each column, a loss for each seed."""
     return [*(read["last"] for read in row["lengths"]), row["lengths"][-1]["mean"]]
+
+
+def with_spread(values: list[float]) -> str:
+    """Mean and standard deviation over the seeds."""
+    mean = statistics.fmean(values)
+    return with_error(mean, statistics.stdev(values) if len(values) > 1 else None, 3)
+
+
+def as_good(values: list[float], best: list[float]) -> bool:
+    """True if the seeds don't tell a loss from the best one: all start from the same weights."""
+    over = [loss - least for loss, least in zip(values, best)]
+    spread = statistics.stdev(over) if len(over) > 1 else 0.0
+    return statistics.fmean(over) <= max(0.01, 2 * spread)
 
 
 def summary(results: dict) -> str:
@@ -31,16 +48,16 @@ def summary(results: dict) -> str:
         f"{setup['layers']} layers of {setup['d_model']}, {setup['heads']} heads; L = "
         f"{setup['length']}; {setup['steps']:,} steps of {setup['batch']} x {setup['length']} "
         f"bytes out of {text['train_bytes'] / 1e6:.1f} MB, tuned for {setup['tune_steps']}; "
-        f"{setup['windows']} x {setup['length']} bytes scored; one seed. {machine['device']}, "
-        f"torch {machine['torch']}: the {len(trainings)} trainings took {minutes:.0f} minutes of a "
-        "core."
+        f"{setup['windows']} x {setup['length']} bytes scored; {setup['seeds']} seeds, mean and "
+        f"standard deviation. {machine['device']}, torch {machine['torch']}: the "
+        f"{len(trainings)} trainings took {minutes:.0f} minutes of a core, with all seeds."
     )
 
 
 def printed(results: dict) -> str:
     lines = [head(results)]
     for row in results["rows"]:
-        numbers = (f"{loss:.2f}" for loss in losses(row))
+        numbers = map(with_spread, losses(row))
         lines.append([row["name"], row["trained"], row["run"], *numbers])
     widths = [max(map(len, column)) for column in zip(*lines)]
     rows = ["  ".join(x.ljust(width) for x, width in zip(line, widths)) for line in lines]
@@ -48,12 +65,12 @@ def printed(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Loss of the last L bytes against the length: a panel a family, plain RoPE in each."""
+    """Loss of the last L bytes by length, bands of the seeds: a panel a family, each with RoPE."""
     figure = Figure(figsize=(11, 9), layout="constrained")
     panels = figure.subplots(2, 2, sharey=True)
     plain = results["rows"][0]
-    lowest = min(read["last"] for row in results["rows"] for read in row["lengths"])
-    top = plain["lengths"][0]["last"] + HIGHEST
+    lowest = min(min(read["last"]) for row in results["rows"] for read in row["lengths"])
+    top = statistics.fmean(plain["lengths"][0]["last"]) + HIGHEST
     families = dict.fromkeys(row["family"] for row in results["rows"])
     for axes, family in zip(panels.flat, families):
         _line(axes, plain, color="0.6", linestyle="--")
@@ -79,8 +96,11 @@ def plot(results: dict, path: Path) -> None:
 
 def _line(axes: Axes, row: dict, **style: object) -> None:
     reads = row["lengths"]
-    x, y = [read["length"] for read in reads], [read["last"] for read in reads]
+    x = [read["length"] for read in reads]
+    y = [statistics.fmean(read["last"]) for read in reads]
     axes.plot(x, y, label=row["name"], markersize=4, linewidth=1.6, **style)
+    lowest, highest = zip(*((min(read["last"]), max(read["last"])) for read in reads))
+    axes.fill_between(x, lowest, highest, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _label(axes: Axes, top: float) -> None:

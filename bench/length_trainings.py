@@ -126,6 +126,7 @@ llama3 = fixed("llama3", factor=FACTOR, original_max_position_embeddings="L", ba
 giraffe_power = fixed("giraffe_power", power=0.5)
 giraffe_truncation = fixed("giraffe_truncation", truncate_pos="L")
 abf = fixed("abf")
+cope = fixed("cope", clip=5)  # of 16 pairs: the authors' 20 of 64
 
 
 # -------------------------------------------------------------------------------------------------
@@ -144,6 +145,7 @@ class Training:
     about: str
     step: Callable[[Setup, torch.Generator], Step]
     starts_from: str | None = None  # weights to tune, at 8 L, instead of training anew at L
+    tunings: int = 1  # times the steps of a tuning
 
 
 def plain(freqs: Callable[[Setup], RopeFreqs]) -> Callable[[Setup, torch.Generator], Step]:
@@ -164,20 +166,27 @@ def random_padding_step(setup: Setup, generator: torch.Generator) -> Step:
     return Step(rotated(rope(setup), at[:, :length]), counted)
 
 
-def inverse_leaky_step(setup: Setup, generator: torch.Generator) -> Step:
-    """Su's rule of thumb: window L / 4, factor 1 / (2 * expansion)."""
-    window, factor = setup.length // 4, 1 / (2 * FACTOR)
-    return Step(scored(rerope_attention, rope(setup), window=window, factor=factor))
+def inverse_leaky(quarters: int) -> Callable[[Setup, torch.Generator], Step]:
+    """Su's rule of thumb for the factor, 1 / (2 * expansion); for the window it is L / 4."""
+
+    def step(setup: Setup, _: torch.Generator) -> Step:
+        window, factor = quarters * setup.length // 4, 1 / (2 * FACTOR)
+        return Step(scored(rerope_attention, rope(setup), window=window, factor=factor))
+
+    return step
 
 
-def tuned(name: str, freqs: Callable[[Setup], RopeFreqs]) -> Training:
-    return Training(f"rope, then tuned at 8x with {name}", plain(freqs), starts_from="rope")
+def tuned(name: str, freqs: Callable[[Setup], RopeFreqs], tunings: int = 1) -> Training:
+    longer = f" for {tunings} times the steps" if tunings > 1 else ""
+    about = f"rope, then tuned at 8x with {name}{longer}"
+    return Training(about, plain(freqs), "rope", tunings)
 
 
 TRAININGS = {
     "rope": Training("rope", plain(rope)),
     "xpos": Training("own: scale_base L/2", plain(xpos)),
-    "inverse_leaky": Training("own: leaky, window L/4, factor 1/16", inverse_leaky_step),
+    "inverse_leaky": Training("own: leaky, window L/4, factor 1/16", inverse_leaky(1)),
+    "inverse_leaky_wide": Training("own: leaky, window 3L/4, factor 1/16", inverse_leaky(3)),
     "randomized": Training(
         "own: drawn of 16 L",
         lambda setup, generator: Step(randomized(setup, setup.length, generator)),
@@ -188,6 +197,7 @@ TRAININGS = {
     "abf": Training("own: base 500,000", plain(abf)),
     "rope_tuned": tuned("rope", rope),
     "pi_tuned": tuned("pi", pi),
+    "pi_tuned_longer": tuned("pi", pi, tunings=10),
     "yarn_tuned": tuned("yarn", yarn),
     "abf_tuned": tuned("abf", abf),
     "giraffe_power_tuned": tuned("giraffe_power", giraffe_power),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -36,22 +37,23 @@ class MethodRow(NamedTuple):
     paper: str  # a link
     trained: float | None  # loss of a small model at 8 times its training length
     real: smollm2_table.Measured | None  # on SmolLM2, with the best parameters that were tried
+    at_four: smollm2_table.Interval | None = None  # at four times the length, as `eval` has it
 
 
 def method_rows(results: Path = RESULTS) -> list[MethodRow]:
     """Every method of every axis, in the order of its registry."""
     trained = _losses(
-        results / "length_generalization-cpu.json", "name", lambda row: row["lengths"][-1]["last"]
+        results / "length_generalization-cpu.json",
+        "name",
+        lambda row: statistics.fmean(row["lengths"][-1]["last"]),
     )
-    real = {
-        name: smollm2_table.best(rows) for name, rows in smollm2_table.measured(results).items()
-    }
+    real = smollm2_table.measured(results)
     rows = []
     for axis, name, method in _methods():
         measured = MEASURED_AS.get(method.__name__, method.__name__)
-        rows.append(
-            MethodRow(axis, name, *described(method), trained.get(measured), real.get(name))
-        )
+        own = real.get(name)
+        best = (smollm2_table.best(own), own[0].over_yarn_at_four) if own else (None, None)
+        rows.append(MethodRow(axis, name, *described(method), trained.get(measured), *best))
     return rows
 
 
@@ -75,13 +77,14 @@ def table_lines(results: Path) -> list[list[str]]:
     """The cells of `method_rows`, in Markdown."""
     lines = []
     for row in method_rows(results):
-        of_real = ["", "", ""]
+        of_real = ["", "", "", ""]
         if row.real is not None:
             between, real = smollm2_table.between, row.real
             of_real = [
                 smollm2_table.parameters(real),
                 between(real.over_yarn, 3),
                 between(real.recall),
+                between(row.at_four, 3),
             ]
         lines.append([f"`{row.name}`", row.what, link(row.paper), _number(row.trained), *of_real])
     return lines

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,24 +126,27 @@ def against(row: dict) -> str:
 
 
 def length_table(results: dict) -> str:
-    """Names link to papers; bold is what no method beats by much."""
+    """Names link to papers; bold is what the seeds don't tell from the best."""
     rows = results["rows"]
-    best = [min(column) for column in zip(*map(length_report.losses, rows))]
+    best = [min(column, key=statistics.fmean) for column in zip(*map(length_report.losses, rows))]
     lines = []
     for row in rows:
-        numbers = [
-            f"**{loss:.2f}**" if loss < least + 0.05 else f"{loss:.2f}"
-            for loss, least in zip(length_report.losses(row), best)
-        ]
+        numbers = []
+        for loss, least in zip(length_report.losses(row), best):
+            text = length_report.with_spread(loss)
+            numbers.append(f"**{text}**" if length_report.as_good(loss, least) else text)
         name = f"[{row['name']}]({row['paper']})"
         lines.append([name, row["trained"], row["run"], *numbers])
-    bold = "Nats per byte; bold: within 0.05 of the best of its column."
+    bold = (
+        "Nats per byte; bold: at most 0.01, or twice the standard deviation of the difference seed "
+        "by seed, over the best of its column."
+    )
     return f"{table(length_report.head(results), lines)}\n\n{bold} {length_report.summary(results)}"
 
 
 def methods_table(results: Path) -> str:
     head = ["method", "what it does", "paper", "small model, 8x"]
-    head += ["SmolLM2 with", "loss over YaRN", "recall"]
+    head += ["SmolLM2 with", "loss over YaRN", "recall", "over YaRN, 4x"]
     return table(head, method_table.table_lines(results))
 
 

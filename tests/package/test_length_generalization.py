@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "length_generalization.py"
+SEEDS = 2
 # The methods that the comparison is about, by what stands in the table's first column.
 EXPECTED = {
     "rope", "pi", "ntk_aware", "ntk_mixed", "ntk_by_parts", "yarn", "dynamic_ntk", "giraffe_power",
@@ -24,7 +26,9 @@ EXPECTED = {
 
 def run_quick(build: Path) -> str:
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--quick", "--build", build], capture_output=True, text=True
+        [sys.executable, SCRIPT, "--quick", "--seeds", str(SEEDS), "--build", build],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -52,10 +56,11 @@ def test_every_method_is_trained_and_read(results):
     for name, row in rows.items():
         assert [read["length"] for read in row["lengths"]] == [length * n for n in (1, 2, 4, 8)]
         for read in row["lengths"]:
-            losses = [read["last"], read["mean"], *read["buckets"]]
+            losses = [*read["last"], *read["mean"], *read["buckets"]]
             assert all(1 < loss < 2 * math.log(256) for loss in losses), name
+            assert len(read["last"]) == len(read["mean"]) == SEEDS
             assert len(read["buckets"]) == read["length"] // length
-            assert read["mean"] == pytest.approx(sum(read["buckets"]) / len(read["buckets"]))
+            assert fmean(read["mean"]) == pytest.approx(fmean(read["buckets"]))
     for name, training in results["trainings"].items():
         assert all(map(math.isfinite, training["curve"])), name
         assert training["seconds"]["cpu"] > 0, name
@@ -64,6 +69,7 @@ def test_every_method_is_trained_and_read(results):
 def test_methods_differ_where_they_should(results):
     """At the training length what leaves it alone is plain RoPE; past it nothing else is."""
     losses = {row["name"]: [x["last"] for x in row["lengths"]] for row in results["rows"]}
+    assert losses["rope"][0][0] != losses["rope"][0][1], "seeds make other models"
     for name in ("dynamic_ntk", "dynamic_yarn", "rope, blockwise", "rerope, log-n"):
         assert losses[name][1:] != losses["rope"][1:], name
     assert losses["dynamic_ntk"][0] == losses["rope"][0] != losses["ntk_aware"][0]
@@ -80,7 +86,7 @@ def test_shifted_positions_leave_rotary_training_as_it_is(results):
 
 def test_table_and_plot(build, output, results):
     for row in results["rows"]:
-        numbers = [f"{read['last']:.2f}" for read in row["lengths"]]
+        numbers = [f"{fmean(read['last']):.3f}±\\S+" for read in row["lengths"]]
         assert re.search(rf"^{re.escape(row['name'])}  .*{' +'.join(numbers)} ", output, re.M)
     svg = (build / "length_generalization.svg").read_text()
     assert svg.count("<!-- rope -->") == 4, "plain RoPE is labelled in each of the four panels"
@@ -88,10 +94,10 @@ def test_table_and_plot(build, output, results):
 
 def test_second_run_does_nothing_again(build, output, results):
     kept = {path: path.stat().st_mtime_ns for path in build.glob("*.pt")}
-    assert len(kept) == len(results["trainings"]) + len(results["rows"])
-    lost = next(path for path in kept if path.name.startswith("read_pi-"))
+    assert len(kept) == SEEDS * (len(results["trainings"]) + len(results["rows"]))
+    lost = next(path for path in kept if path.name.startswith("read_pi_1-"))
     lost.unlink()
     again = run_quick(build)
-    assert re.findall(r"^(trained|read) ([^:]+):", again, re.M) == [("read", "pi")]
+    assert re.findall(r"^(trained|read) ([^:]+):", again, re.M) == [("read", "pi, seed 1")]
     assert {path for path in kept if path.stat().st_mtime_ns != kept[path]} == {lost}
     assert json.loads((build / "length_generalization-cpu.json").read_text()) == results

@@ -37,7 +37,7 @@ def test_the_table_has_every_method_once():
 
 
 def test_measured_losses_stand_beside_their_method(tmp_path):
-    lengths = [{"last": 3.0}, {"last": 1.5}]
+    lengths = [{"last": [3.0]}, {"last": [1.0, 2.0]}]  # a loss for each seed
     trained = {
         "rows": [{"name": "pi", "lengths": lengths}, {"name": "abf, tuned", "lengths": lengths}]
     }
@@ -45,7 +45,7 @@ def test_measured_losses_stand_beside_their_method(tmp_path):
     losses = {row.name: (row.trained, row.real) for row in table.method_rows(tmp_path)}
     assert losses["pi"] == losses["abf"] == (1.5, None) and losses["rope"] == (None, None)
     (cells,) = (line for line in table.table_lines(tmp_path) if line[0] == "`pi`")
-    assert cells[2:] == ["[2306.15595](https://arxiv.org/abs/2306.15595)", "1.50", "", "", ""]
+    assert cells[2:] == ["[2306.15595](https://arxiv.org/abs/2306.15595)", "1.50", "", "", "", ""]
 
 
 def test_a_real_models_losses_are_compared_piece_by_piece(tmp_path):
@@ -79,5 +79,5 @@ def test_a_real_models_losses_are_compared_piece_by_piece(tmp_path):
         ["`rerope`", "window=9", "", "", "1.70 ± 0.25", ""],
     ]
     lines = {cells[0]: cells[4:] for cells in table.table_lines(tmp_path)}
-    assert lines["`pi`"] == ["factor=3", "0.400 ± 0.000", ""]
-    assert lines["`rerope`"] == ["window=9", "", "1.70 ± 0.25"]
+    assert lines["`pi`"] == ["factor=3", "0.400 ± 0.000", "", "0.250 ± 0.250"]
+    assert lines["`rerope`"] == ["window=9", "", "1.70 ± 0.25", ""]
