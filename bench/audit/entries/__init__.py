@@ -11,6 +11,7 @@ from . import (
     rope_append,
     rope_cos_sin,
     rope_norm,
+    rope_norm_cuda,
 )
 
 ENTRIES = (
@@ -22,6 +23,7 @@ ENTRIES = (
     *rope_norm.KERNELS,
     *rope_append.KERNELS,
     *rope_cos_sin.KERNELS,
+    *rope_norm_cuda.KERNELS,
     *permute.KERNELS,
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ENTRIES}

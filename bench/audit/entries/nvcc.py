@@ -6,14 +6,14 @@ import hashlib
 import re
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from extrope_kernels import _build
 
-from ..case import CAPABILITIES, Binary, Case
+from ..case import Binary, Case
 from .triton_compiler import TOOLS
 
 STRICT = ("-Werror=all-warnings", "-Xptxas=-warn-spills")
@@ -21,7 +21,7 @@ STRICT = ("-Werror=all-warnings", "-Xptxas=-warn-spills")
 
 @dataclass(frozen=True)
 class Function:
-    """One kernel of csrc/cuda/`source` on one chip."""
+    """One kernel of csrc/cuda/`source`, such as rope/rope.cu, on one chip."""
 
     source: str
     warps: int
@@ -29,31 +29,34 @@ class Function:
     case_of: Callable[[int, str], Case]  # from chip and mangled name
     every: Callable[[], Sequence[Case]]  # of the source
 
+    @property
+    def chips(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(case.capability for case in self.every()))
+
     def made_from(self, capability: int) -> str:
-        return _hash(self.source)
+        return _hash(self.source, self.chips)
 
     def compile(self, capability: int) -> Binary:
         """BuildError where there is no nvcc."""
-        found = _compile(self.source, self.warps, self.case_of)
+        found = _compile(self.source, self.case_of, self.chips)
         if wrong := set(self.every()) ^ set(found):
             names = ", ".join(map(str, wrong))
             raise LookupError(f"cases and kernels of {self.source} differ: {names}")
-        return found[self.case]
+        return replace(found[self.case], warps=self.warps)
 
 
 def _path(source: str) -> Path:
-    return _build.source_dir() / "cuda" / Path(source).stem / source
+    return _build.source_dir() / "cuda" / source
 
 
-def _flags() -> list[str]:
-    chips = [str(chip) for chip in CAPABILITIES]
-    return [*_build.NVCC_FLAGS, *STRICT, _build.gencode(chips)]
+def _flags(chips: Sequence[int]) -> list[str]:
+    return [*_build.NVCC_FLAGS, *STRICT, _build.gencode([str(chip) for chip in chips])]
 
 
 @lru_cache
-def _hash(source: str) -> str:
+def _hash(source: str, chips: tuple[int, ...]) -> str:
     """Of the source with all that it includes of ours, the flags and the compiler."""
-    digest = hashlib.sha256(" ".join(_flags()).encode())
+    digest = hashlib.sha256(" ".join(_flags(chips)).encode())
     digest.update(_run([_build.find_nvcc(), "--version"]).encode())
     for path in sorted(included(_path(source).resolve(), set())):
         digest.update(path.name.encode() + path.read_bytes())
@@ -69,14 +72,16 @@ def included(path: Path, found: set[Path]) -> set[Path]:
 
 
 @lru_cache
-def _compile(source: str, warps: int, case_of: Callable[[int, str], Case]) -> dict[Case, Binary]:
+def _compile(
+    source: str, case_of: Callable[[int, str], Case], chips: tuple[int, ...]
+) -> dict[Case, Binary]:
     """All kernels of the source, with no warning and no spill."""
     with TemporaryDirectory() as folder:
         target = Path(folder) / "kernels.o"
         _run(
             [
                 _build.find_nvcc(),
-                *_flags(),
+                *_flags(chips),
                 *_build.include(),
                 "-c",
                 str(_path(source)),
@@ -90,7 +95,7 @@ def _compile(source: str, warps: int, case_of: Callable[[int, str], Case]) -> di
     for (chip, symbol), text in usage.items():
         used = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
         numbers = (used[name] for name in ("REG", "STACK", "LOCAL", "SHARED"))
-        found[case_of(chip, symbol)] = Binary(*numbers, warps, sass[chip, symbol])
+        found[case_of(chip, symbol)] = Binary(*numbers, 0, sass[chip, symbol])
     return found
 
 

@@ -67,7 +67,7 @@ def prepare_cuda(case: Case) -> tuple[Source, Traffic]:
     tiles = TOKENS * row // (BLOCK * 16)
     moved, loaded = 2 * TOKENS * heads * row, UNROLLED * wide
     traffic = Traffic(moved, tiles, (tiles * heads / UNROLLED,), loaded, loaded)
-    return nvcc.Function("permute.cu", BLOCK // 32, case, _case_of, cuda_cases), traffic
+    return nvcc.Function("permute/permute.cu", BLOCK // 32, case, _case_of, cuda_cases), traffic
 
 
 def _case_of(chip: int, symbol: str) -> Case:

@@ -136,7 +136,7 @@ def _cuda_case(chip: int, dtype: str, elements: int, layout: str, direction: str
 def prepare_cuda(case: Case) -> tuple[Source, Traffic]:
     from . import nvcc
 
-    source = nvcc.Function("rope.cu", BLOCK // 32, case, _case_of, cuda_cases)
+    source = nvcc.Function("rope/rope.cu", BLOCK // 32, case, _case_of, cuda_cases)
     return source, _cuda_traffic(case)
 
 
