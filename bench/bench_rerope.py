@@ -30,7 +30,7 @@ from peers import dense_rerope, flex_rerope
 from scaling import scaling
 from shapes import HEAD_DIM, HEADS_K, HEADS_Q, LONGER, SEQLEN, WINDOW
 
-from extrope_kernels import cli, rerope_attention
+from extrope_kernels import rerope_attention
 
 BARS = (  # head_dim, key heads, dtype, forward and training: our time over SDPA's, at most
     (64, 2, torch.float32, 0.85, 0.85),
@@ -57,7 +57,7 @@ def cases(quick: bool) -> Iterator[dict]:
                 "training_bars": {"no window": 1.04} if seqlen <= MOST_TRAINED else None,
             }
         return
-    amx = cli.CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()] == "AMX"
+    amx = torch.cpu._is_amx_tile_supported()
     for head_dim, heads_k, dtype, forward, training in BARS:
         yield {
             **{"seqlen": 64 if quick else SEQLEN, "window": 16 if quick else WINDOW},

@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sample", action="store_true", help="only what the tests compile")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one")
     parser.add_argument("--afresh", action="store_true", help="compile what has not changed too")
+    parser.add_argument("--known", type=Path, default=RESULT, help="rows that may be known again")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help=f"default: {RESULT.name}, if nothing is left out")
     return parser.parse_args()
@@ -56,7 +57,7 @@ def main() -> int:
         rows, failed = run(
             cases,
             asked.jobs,
-            report.load_known(RESULT),
+            report.load_known(asked.known),
             lambda case: progress.update(bar, advance=1, description=str(case)),
             asked.afresh,
         )

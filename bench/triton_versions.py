@@ -3,7 +3,9 @@
 Each is installed aside, into build/triton-VERSION, and compiles the audit's sample for every chip,
 or with --all every configuration (an hour and a half of one processor each). No GPU is needed, and
 none is asked. bench/results/triton_versions.json tells what holds stack; ends with status 1 where a
-kernel does not compile, or holds more than 16 bytes.
+kernel does not compile, or holds more than 16 bytes. As in gpu_audit.py, rows hold a hash of all
+that decides the machine code (bench/results/triton/VERSION.json), and what has not changed since is
+not compiled again.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,8 +37,16 @@ def folder_of(version: str) -> Path:
     return folder
 
 
-def compile_with(version: str, every: bool) -> dict:
-    """What became of the cases: how many there are, what failed, and who holds how much stack."""
+def rows_of(version: str) -> Path:
+    """The rows of the sample, as they were compiled with this Triton."""
+    return RESULT.parent / "triton" / f"{version}.json"
+
+
+def compile_with(version: str, every: bool, keep: bool = False) -> dict:
+    """What became of the cases: how many there are, what failed, and who holds how much stack.
+
+    keep: write the rows of the sample, to be known again.
+    """
     kernels = [name for name in KERNELS if not name.endswith("cuda")]
     path = os.pathsep.join([str(folder_of(version)), str(ROOT), os.environ.get("PYTHONPATH", "")])
     with TemporaryDirectory() as temporary:
@@ -43,6 +54,7 @@ def compile_with(version: str, every: bool) -> dict:
         command = [sys.executable, str(ROOT / "bench" / "gpu_audit.py"), "--out", str(out)]
         command += [word for name in kernels for word in ("--kernel", name)]
         command += [] if every else ["--sample"]
+        command += ["--known", str(rows_of(version))]
         done = subprocess.run(
             command,
             env={**os.environ, "PYTHONPATH": path},
@@ -52,6 +64,9 @@ def compile_with(version: str, every: bool) -> dict:
         if not out.exists():
             raise RuntimeError(f"Triton {version}: {done.stdout[-2000:]}")
         content, rows = json.loads(out.read_text()), report.load(out)
+        if keep and not every:
+            rows_of(version).parent.mkdir(exist_ok=True)
+            shutil.copy(out, rows_of(version))
     if content["triton"] != version:
         raise RuntimeError(f"asked for Triton {version}, compiled with {content['triton']}")
     stack = {str(case): row.stack for case, row in sorted(rows.items(), key=lambda x: str(x[0]))}
@@ -79,7 +94,7 @@ def main() -> int:
     asked = parser.parse_args()
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for version in asked.versions:
-        known[version] = compile_with(version, asked.all)
+        known[version] = compile_with(version, asked.all, keep=True)
         RESULT.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
     print(table())
     found = [known[version] for version in asked.versions]

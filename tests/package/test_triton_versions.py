@@ -1,4 +1,6 @@
-"""The oldest Triton that is claimed compiles the audit's sample of every kernel: no GPU."""
+"""The oldest Triton that is claimed compiles the audit's sample of every kernel, but for what it
+has compiled already from the same sources: no GPU.
+"""
 
 from __future__ import annotations
 
