@@ -26,7 +26,6 @@ import hashlib
 import json
 import math
 import re
-import statistics
 import sysconfig
 import time
 from collections.abc import Callable
@@ -38,10 +37,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import RESULTS, machine
+from harness import RESULTS
 from length_methods import METHODS, Method
 from length_model import Transformer, loss_of, optimizer_of
 from length_report import plot, printed
+from length_results import collect
 from length_trainings import FACTOR, FULL, QUICK, TRAININGS, Setup
 from torch import Tensor
 from tqdm import tqdm
@@ -98,21 +98,21 @@ def rate(step: int, steps: int) -> float:
 def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, line: int = 0) -> dict:
     """Weights, the loss as it fell, and what it took. All trainings see the same batches."""
     training = TRAININGS[name]
-    batch, length, steps, peak = setup.batch, setup.length, setup.steps, setup.learning_rate
+    batch, length, steps, lr = setup.batch, setup.length, setup.steps, setup.learning_rate
     if training.starts_from:
         batch, length = max(1, batch // FACTOR), FACTOR * length
-        steps, peak = training.tunings * setup.tune_steps, peak / 3
+        steps, lr = training.tunings * setup.tune_steps, lr / 3
     torch.manual_seed(setup.seed)
     model = Transformer(setup.d_model, setup.layers, setup.heads)
     if weights:
         model.load_state_dict(weights)
-    optimizer = optimizer_of(model, peak)
+    optimizer = optimizer_of(model, lr)
     batches, draws = (torch.Generator().manual_seed(setup.seed + i) for i in (1, 2))
     losses, wall, cpu = [], time.perf_counter(), time.process_time()
     progress = tqdm(range(steps), desc=name, unit="step", position=line, leave=False)
     for step in progress:
         for group in optimizer.param_groups:
-            group["lr"] = peak * rate(step, steps)
+            group["lr"] = lr * rate(step, steps)
         attend, counted = training.step(setup, draws)
         loss = loss_of(model, sample(text, batch, length, batches), attend)
         loss = loss.mean() if counted is None else loss[counted].mean()
@@ -246,52 +246,6 @@ def work(runs: list[Run], workers: int) -> None:
                 progress.update()
 
 
-# -------------------------------------------------------------------------------------------------
-# The results
-
-
-def over_seeds(runs: list[Run], name: str) -> list[dict]:
-    """A method's losses at each length: one a seed; by L bytes on the way there, their mean."""
-    lengths = []
-    for reads in zip(*(run.read(name) for run in runs)):
-        seeds = {key: [read[key] for read in reads] for key in ("last", "mean")}
-        buckets = [statistics.fmean(x) for x in zip(*(read["buckets"] for read in reads))]
-        lengths.append({"length": reads[0]["length"], **seeds, "buckets": buckets})
-    return lengths
-
-
-def trained(runs: list[Run], name: str) -> dict:
-    """The loss as it fell, a mean over the seeds, and the seconds of all."""
-    records = [run.trained(name)["record"] for run in runs]
-    return {
-        "about": TRAININGS[name].about,
-        **{key: records[0][key] for key in ("steps", "every")},
-        "curve": [statistics.fmean(x) for x in zip(*(record["curve"] for record in records))],
-        "seconds": {
-            clock: sum(record["seconds"][clock] for record in records) for clock in ("wall", "cpu")
-        },
-    }
-
-
-def collect(runs: list[Run]) -> dict:
-    """The content of the JSON file."""
-    train, test = read_text()
-    setup = asdict(runs[0].setup)
-    del setup["seed"]
-    rows = []
-    for name, method in METHODS.items():
-        about = {key: getattr(method, key) for key in ("family", "paper", "run")}
-        about["trained"] = TRAININGS[method.trained].about
-        rows.append({"name": name, **about, "lengths": over_seeds(runs, name)})
-    return {
-        "machine": machine(),
-        "text": {"train_bytes": len(train), "test_bytes": len(test), "sha256": digest()},
-        "setup": {**setup, "seeds": len(runs)},
-        "trainings": {name: trained(runs, name) for name in TRAININGS},
-        "rows": rows,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models, a few steps")
@@ -306,7 +260,9 @@ def main() -> None:
     setup = QUICK if args.quick else FULL
     runs = [Run(replace(setup, seed=seed), args.build) for seed in range(args.seeds)]
     work(runs, args.workers)
-    results = collect(runs)
+    train, test = map(len, read_text())
+    text = {"train_bytes": train, "test_bytes": test, "sha256": digest()}
+    results = collect(runs, text)
     table, figure = (args.build, args.build) if args.quick else (RESULTS, ROOT / "docs")
     (table / f"{NAME}-cpu.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results, figure / f"{NAME}.svg")

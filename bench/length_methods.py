@@ -37,7 +37,7 @@ class Method:
     attention: Callable[[Setup, int, torch.Generator], Attend]
 
 
-def turned(freqs: Callable[[Setup], RopeFreqs]) -> Callable[..., Attend]:
+def using(freqs: Callable[[Setup], RopeFreqs]) -> Callable[..., Attend]:
     return lambda setup, length, generator: rotated(freqs(setup))
 
 
@@ -118,24 +118,24 @@ def _rows(family: str, *rows: tuple[str, str, str, str, Callable[..., Attend]]) 
 
 
 def _tuned(name: str, paper: str) -> tuple[str, str, str, str, Callable[..., Attend]]:
-    return (f"{name}, tuned", paper, f"{name}_tuned", "same", turned(getattr(training, name)))
+    return (f"{name}, tuned", paper, f"{name}_tuned", "same", using(getattr(training, name)))
 
 
 _LIST = [
     *_rows(
         AT_TEST,
-        ("rope", "rope", "rope", "same", turned(rope)),
-        ("pi", "pi", "rope", "factor 8", turned(training.pi)),
-        ("ntk_aware", "ntk_aware", "rope", "factor 8", turned(training.ntk_aware)),
-        ("ntk_mixed", "ntk_mixed", "rope", "factor 8", turned(training.ntk_mixed)),
-        ("ntk_by_parts", "ntk_by_parts", "rope", "factor 8", turned(training.ntk_by_parts)),
-        ("yarn", "yarn", "rope", "factor 8", turned(training.yarn)),
-        ("llama3", "llama3", "rope", "factor 8", turned(training.llama3)),
+        ("rope", "rope", "rope", "same", using(rope)),
+        ("pi", "pi", "rope", "factor 8", using(training.pi)),
+        ("ntk_aware", "ntk_aware", "rope", "factor 8", using(training.ntk_aware)),
+        ("ntk_mixed", "ntk_mixed", "rope", "factor 8", using(training.ntk_mixed)),
+        ("ntk_by_parts", "ntk_by_parts", "rope", "factor 8", using(training.ntk_by_parts)),
+        ("yarn", "yarn", "rope", "factor 8", using(training.yarn)),
+        ("llama3", "llama3", "rope", "factor 8", using(training.llama3)),
         ("dynamic_ntk", "dynamic_ntk", "rope", "factor length / L", dynamic_ntk),
         ("dynamic_yarn", "yarn", "rope", "factor length / L", dynamic_yarn),
-        ("giraffe_power", "giraffe", "rope", "power 0.5", turned(training.giraffe_power)),
-        ("giraffe_truncation", "giraffe", "rope", "cut at L", turned(training.giraffe_truncation)),
-        ("cope", "cope", "rope", "5 of 16 pairs", turned(training.cope)),
+        ("giraffe_power", "giraffe", "rope", "power 0.5", using(training.giraffe_power)),
+        ("giraffe_truncation", "giraffe", "rope", "cut at L", using(training.giraffe_truncation)),
+        ("cope", "cope", "rope", "5 of 16 pairs", using(training.cope)),
     ),
     *_rows(
         SCORES,
@@ -149,22 +149,22 @@ _LIST = [
     ),
     *_rows(
         OWN,
-        ("xpos", "lex", "xpos", "same", turned(xpos)),
+        ("xpos", "lex", "xpos", "same", using(xpos)),
         ("xpos, blockwise (LEX)", "lex", "xpos", "block L", blockwise(xpos)),
-        ("inverse_leaky", "inverse_leaky", "inverse_leaky", "plain RoPE", turned(rope)),
-        ("inverse_leaky, wide", "inverse_leaky", "inverse_leaky_wide", "plain RoPE", turned(rope)),
+        ("inverse_leaky", "inverse_leaky", "inverse_leaky", "plain RoPE", using(rope)),
+        ("inverse_leaky, wide", "inverse_leaky", "inverse_leaky_wide", "plain RoPE", using(rope)),
         ("permuteformer", "permuteformer", "permuteformer", "same",
          lambda s, length, generator: training.permuteformer(s)),
         ("randomized", "randomized", "randomized", "drawn of 16 L", training.randomized),
-        ("shape", "shape", "shape", "plain RoPE", turned(rope)),
-        ("random_padding", "random_padding", "random_padding", "plain RoPE", turned(rope)),
-        ("abf", "abf", "abf", "same", turned(training.abf)),
+        ("shape", "shape", "shape", "plain RoPE", using(rope)),
+        ("random_padding", "random_padding", "random_padding", "plain RoPE", using(rope)),
+        ("abf", "abf", "abf", "same", using(training.abf)),
     ),
     *_rows(
         TUNED,
         _tuned("rope", "rope"),
         _tuned("pi", "pi"),
-        ("pi, tuned longer", "pi", "pi_tuned_longer", "same", turned(training.pi)),
+        ("pi, tuned longer", "pi", "pi_tuned_longer", "same", using(training.pi)),
         _tuned("yarn", "yarn"),
         _tuned("abf", "abf"),
         _tuned("giraffe_power", "giraffe"),
