@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "cpu/attention/tile.h"
+#include "cpu/attention/packing.h"
 #include "cpu/simd/softmax.h"
 
 namespace extrope {

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "cpu/attention/tile.h"
+#include "cpu/attention/packing.h"
 
 namespace extrope {
 namespace {

@@ -1,5 +1,5 @@
 // What the forward and the backward of the attention share: how the rows of a tile lie in vectors,
-// which keys they see, and the packing of operands.
+// and which keys they see.
 //
 // A row is one token of one q head. All q heads that share a head of k sit side by side in a tile,
 // head fastest, so keys and values are packed once for all of them. Scores are kept transposed, a
@@ -9,9 +9,7 @@
 
 #include "cpu/attention/kernels.h"
 #include "cpu/runtime/workspace.h"
-#include "cpu/simd/e4m3.h"
-#include "cpu/simd/rotate_row.h"
-#include "cpu/simd/transpose.h"
+#include "cpu/simd/gemm.h"
 
 namespace extrope {
 namespace {
@@ -143,161 +141,6 @@ EXTROPE_INLINE void mask_block(Sums<kRows, kSliceVectors>& sums, const RowKeys& 
       const ints visible = (here >= keys.first[j]) & (here < keys.last[j]);
       sums.at[i][j] = visible ? sums.at[i][j] : floats{} - __builtin_inff();
     }
-  }
-}
-
-// ----------------------------------------------------------------------------------------------
-// Packing
-
-// Of one token; nullptr where rows are not rotated.
-struct RowCosSin {
-  const float *cos, *sin;
-};
-
-inline RowCosSin cos_sin_at(const CosSin& x, int64_t batch, int64_t token) {
-  if (!x.cos) return {nullptr, nullptr};
-  const int64_t at = batch * x.batch + token * x.seq;
-  return {x.cos + at, x.sin + at};
-}
-
-// Calls run(x) with a value of the element type of keys or values, T but for those in e4m3.
-template <typename T, typename Run>
-inline void with_rows(const AttentionTensor& x, const Run& run) {
-  if (x.is_e4m3) return run(e4m3{});
-  run(T{});
-}
-
-// Calls run(x) with a value of out's element type, T or float.
-template <typename T, typename Run>
-inline void with_out(const AttentionParams& p, const Run& run) {
-  if (p.float32_out) return run(float{});
-  run(T{});
-}
-
-// A row that is rotated is rounded to its type thereafter, as a rotated tensor would be; one in
-// e4m3 is rotated in float alone.
-template <typename T>
-inline void read_row(const AttentionParams& p, const T* from, int64_t dim, RowCosSin by,
-                     float* to) {
-  if (!by.cos) return widen_row(from, dim, to);
-  rotate_row({dim, p.half, p.interleaved}, from, by.cos, by.sin, 1.0f, to);
-  if constexpr (sizeof(T) == 2) {
-    T rounded[kMaxHeadDim];
-    narrow_row(to, dim, rounded);
-    widen_row(rounded, dim, to);
-  }
-}
-
-// Rotates a row of gradients back.
-inline void unrotate_row(const AttentionParams& p, const float* from, RowCosSin by, float* to) {
-  rotate_row({p.head_dim, p.half, p.interleaved}, from, by.cos, by.sin, -1.0f, to);
-}
-
-// Some keys in a head of k or v; rows past the last one count as zero.
-struct KeyBlock {
-  int64_t first, count, padded;
-};
-
-inline int64_t key_offset(const BlockRows& block, const AttentionTensor& x, int64_t key) {
-  return block.tile.batch * x.batch + x.at(block.tile.first_k + key) + block.tile.head * x.head;
-}
-
-template <typename T>
-inline const T* key_row(const BlockRows& block, const AttentionTensor& x, int64_t key) {
-  return static_cast<const T*>(x.data) + key_offset(block, x, key);
-}
-
-// (padded, head_dim)
-template <typename T>
-inline void pack_rows(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
-                      const KeyBlock& key_block, float* to) {
-  const int64_t dim = x.head_dim;
-  for (int64_t i = 0; i < key_block.count; ++i) {
-    const int64_t key = key_block.first + i;
-    read_row(block.p, key_row<T>(block, x, key), dim,
-             cos_sin_at(cos_sin, block.tile.batch, block.tile.first_k + key), to + i * dim);
-  }
-  std::memset(to + key_block.count * dim, 0,
-              (key_block.padded - key_block.count) * dim * sizeof(float));
-}
-
-// Fetches the share of one slice out of `slices` of the keys first..first+count-1, while the slice
-// is at work on those before: rows of one head are too short and too far apart for the processor
-// to see where they lead.
-template <typename T>
-inline void prefetch_share(const BlockRows& block, const AttentionTensor& x, int64_t first,
-                           int64_t count, int64_t slice) {
-  const int64_t element = x.is_e4m3 ? 1 : sizeof(T);
-  const int64_t begin = count * slice / block.slices, end = count * (slice + 1) / block.slices;
-  for (int64_t i = begin; i < end; ++i) {
-    const char* from = static_cast<const char*>(x.data) + key_offset(block, x, first + i) * element;
-    const int64_t bytes = x.head_dim * element;
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
-  }
-}
-
-// (head_dim / kRows, padded, kRows): the transposed matrix as the left factor of a product. Written
-// a cache line at a time: the lines of different d fall into the same set of the cache.
-inline void pack_columns(const float* rows, int64_t dim, int64_t padded, float* to) {
-  constexpr int64_t kLine = 16 / kRows;  // keys
-  for (int64_t i = 0; i < padded; i += kLine) {
-    for (int64_t d = 0; d < dim; d += kRows) {
-      float* line = to + d * padded + i * kRows;
-#pragma GCC unroll 16
-      for (int64_t key = 0; key < kLine; ++key) {
-        std::memcpy(line + key * kRows, rows + (i + key) * dim + d, kRows * sizeof(float));
-      }
-    }
-  }
-}
-
-template <typename T>
-inline void read_query(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
-                       int64_t token, int64_t head, float* to) {
-  const T* from = static_cast<const T*>(x.data) + block.offset(x, token, head);
-  const RowCosSin by = cos_sin_at(cos_sin, block.tile.batch, block.tile.first_q + token);
-  read_row(block.p, from, x.head_dim, by, to);
-}
-
-// As many rows as a vector has elements.
-using RowBuffer = float[kFloats][kMaxHeadDim + kFloats];
-
-// (slices, head_dim, kSlice), the rows past the last one zero.
-template <typename T>
-inline void pack_slices(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
-                        const float* scale, float* to) {
-  const int64_t dim = x.head_dim;
-  RowBuffer rows = {};
-  for (int64_t first = 0; first < block.slices * kSlice; first += kFloats) {
-    if (first + kFloats > block.count) std::memset(rows, 0, sizeof(rows));
-    block.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
-      read_query<T>(block, x, cos_sin, token, head, rows[i]);
-    });
-    float* columns = to + first / kSlice * dim * kSlice + first % kSlice;
-    const floats factor = load<floats>(scale + first);
-    for (int64_t d = 0; d < dim; d += kFloats) {
-      words square[kFloats];
-      for (int64_t i = 0; i < kFloats; ++i) square[i] = load<words>(rows[i] + d);
-      transpose(square);
-      for (int64_t i = 0; i < smaller(kFloats, dim - d); ++i) {
-        store(columns + (d + i) * kSlice, bits_as<floats>(square[i]) * factor);
-      }
-    }
-  }
-}
-
-// The rows from `first` on out of what pack_slices makes.
-inline void unpack_rows(const float* from, int64_t first, int64_t dim, const float* scale,
-                        RowBuffer& rows) {
-  const float* columns = from + first / kSlice * dim * kSlice + first % kSlice;
-  const floats factor = load<floats>(scale + first);
-  for (int64_t d = 0; d < dim; d += kFloats) {
-    words square[kFloats] = {};
-    for (int64_t i = 0; i < smaller(kFloats, dim - d); ++i) {
-      square[i] = bits_as<words>(load<floats>(columns + (d + i) * kSlice) * factor);
-    }
-    transpose(square);
-    for (int64_t i = 0; i < kFloats; ++i) store(rows[i] + d, square[i]);
   }
 }
 
