@@ -128,12 +128,7 @@ struct NormBackward {
   }
 
   __device__ void fill_row(int round) const {
-    if (!angles.per_head || of.rotary_dim == 0) return;
-    __syncwarp();
-    if (exists(round)) {
-      angles.fill(call.rope, token, head_of(round), of.x.decay_sign, seat.lane, of.lanes);
-    }
-    __syncwarp();
+    angles.fill_head(call.rope, token, exists(round) ? head_of(round) : -1, of, seat.lane);
   }
 
   __device__ void add_to_weights(int round, int dim, const Acc* terms) const {

@@ -123,6 +123,15 @@ struct CosSin {
     }
   }
 
+  // Where heads have their own frequencies, of a head, -1 for none; its warp alone waits.
+  __device__ void fill_head(const RopeParams& p, const Token<double>& token, int head,
+                            const NormOperand& of, int lane) const {
+    if (!per_head || half == 0) return;
+    __syncwarp();
+    if (head >= 0) fill(p, token, head, of.x.decay_sign, lane, of.lanes);
+    __syncwarp();
+  }
+
   // Of the pairs of a slot, in the order of its dims.
   template <int VEC>
   __device__ void read(int slot, bool interleaved, Acc* cosine, Acc* sine) const {
