@@ -69,8 +69,7 @@ def test_what_it_takes(changed, reason):
 def test_one_call_for_chunks_and_steps(tmp_path, monkeypatch):
     from extrope_kernels.integrations.vllm import attention, cpu
 
-    monkeypatch.setattr(cpu, "ChunkedImpl", attention.ScoreImpl)
-    monkeypatch.setattr(cpu, "ChunkedBuilder", attention.ScoreMetadataBuilder)
+    monkeypatch.setattr(cpu, "HeadwiseImpl", attention.ScoreImpl)
     model = build("Llama", tmp_path)
     with engine(tmp_path, {"score": LEAKY}) as llm:
         assert tokens_of(generated(llm)) == tokens_of(expected(model, [LEAKY]))

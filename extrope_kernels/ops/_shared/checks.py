@@ -87,6 +87,8 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor, name: str = "cu_seq
 
 def split_offset(op: str, positions: Tensor | int | None) -> tuple[Tensor | None, int]:
     """The `positions` of a public function as the op's (positions, offset)."""
+    if type(positions) is int and -(2**63) <= positions < 2**63:
+        return None, positions  # first, as every step of a decode comes here
     if positions is None or isinstance(positions, Tensor):
         return positions, 0
     if isinstance(positions, bool) or not isinstance(positions, (int, torch.SymInt)):

@@ -22,6 +22,9 @@ RopeArgs = tuple[Tensor | None, ...]  # of the ops, after q and k
 Options = dict[str, Any]  # of the ops, by keyword
 Norm = tuple[Tensor | None, Tensor | None, float]  # q_norm_weight, k_norm_weight, norm_eps
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+# The ops, out of place and in place.
+_ROPE = ("rope_fwd", "rope_inplace")
+_ROPE_NORM = ("rope_norm_fwd", "rope_norm_inplace")
 
 
 def apply_rope(
@@ -137,7 +140,7 @@ def _rotate(
     # What follows is kept flat, and every argument that is not needed left out: on a short sequence
     # the call costs more than the rotation.
     options: Options = {}
-    if positions is not None and not isinstance(positions, Tensor):
+    if positions is not None and type(positions) is not Tensor:
         positions, options["offset"] = split_offset("rope", positions)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
@@ -158,15 +161,16 @@ def _rotate(
         check_decay(freqs, q, positions, options.get("offset", 0), packed=cu_seqlens is not None)
     if type(q) is not Tensor:
         rope_args = replicated(q, rope_args)
-    name, op_args = "rope", rope_args
+    names, op_args = _ROPE, rope_args
     if norm is not None:
-        name, op_args = "rope_norm", (*norm[:2], *rope_args)
+        names, op_args = _ROPE_NORM, (*norm[:2], *rope_args)
         options["norm_eps"] = norm[2]
     run = _inplace if inplace else _out_of_place
-    if torch.compiler.is_compiling():
-        return run(name, q, k, op_args, options, backend)
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        return run(names, q, k, op_args, options, backend, compiling)
     try:
-        return run(name, q, k, op_args, options, backend)
+        return run(names, q, k, op_args, options, backend, compiling)
     except REFUSALS as error:
         check(q, k, *rope_args, attention_factor=freqs.attention_factor)
         if norm is not None:
@@ -180,20 +184,25 @@ def _wants_grad(q: Tensor, k: Tensor | None, op_args: RopeArgs) -> bool:
         return False
     if q.requires_grad or (k is not None and k.requires_grad):
         return True
-    # The weights of a norm and inv_freq, as far as they are there, come first.
-    return any([x.requires_grad for x in op_args[:3] if x is not None])
+    # The weights of a norm and inv_freq, as far as they are there, come first. A generator would
+    # take a twentieth of the whole call.
+    for x in op_args[:3]:  # noqa: SIM110
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def _out_of_place(
-    name: str,
+    names: tuple[str, str],
     q: Tensor,
     k: Tensor | None,
     op_args: RopeArgs,
     options: Options,
     backend: str | None,
+    compiling: bool,
 ) -> tuple[Tensor, Tensor]:
-    op = _op(f"{name}_fwd", backend, q)
-    if _wants_grad(q, k, op_args) or backend == "reference" or torch.compiler.is_compiling():
+    op = _op(names[0], backend, q)
+    if compiling or _wants_grad(q, k, op_args) or backend == "reference":
         out_q, out_k = op(q, k, *op_args, **options)
     else:
         # Nothing to record: skip the Autograd kernel, which costs as much as a small rotation.
@@ -203,18 +212,19 @@ def _out_of_place(
 
 
 def _inplace(
-    name: str,
+    names: tuple[str, str],
     q: Tensor,
     k: Tensor | None,
     op_args: RopeArgs,
     options: Options,
     backend: str | None,
+    compiling: bool,
 ) -> tuple[Tensor, Tensor]:
-    op = _op(f"{name}_inplace", backend, q)
+    op = _op(names[1], backend, q)
     if _wants_grad(q, k, op_args):
         raise ValueError("rope: inplace=True is for inference, got tensors that require grad")
     op(q, k, *op_args, **options)
-    if not torch.compiler.is_compiling() and not q.is_inference():
+    if not compiling and not q.is_inference():
         # Autograd then notices when a tensor that it saved has been overwritten.
         torch.autograd.graph.increment_version((q,) if k is None else (q, k))
     return q, k
