@@ -81,7 +81,7 @@ def table_lines(results: Path) -> list[list[str]]:
         if row.real is not None:
             between, real = smollm2_table.between, row.real
             of_real = [
-                smollm2_table.parameters(real),
+                smollm2_table.named(real.parameters),
                 between(real.over_yarn, 3),
                 between(real.recall),
                 between(row.at_four, 3),

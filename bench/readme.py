@@ -10,9 +10,10 @@ bench/results/README.md, and between the markers of a page,
 
 what bench/results/rope-cpu.json says; here only the cases with "bfloat16" in their name, dtype or
 shape; several words must all be there. FOLDER/rope-cpu is another machine's (--out FOLDER);
-`methods` is the table of methods, `models` that of bench/models_census.py, `gpu_audit` and
-`triton_versions` the audit's, `demo` and `recall` the demo's, `search` the search's, and
-`api: scores` what mkdocstrings is to show of that room.
+`methods` is the table of methods, `smollm2` that of a real model, `tuned` that of its fine-tunes,
+`models` that of bench/models_census.py, `gpu_audit` and `triton_versions` the audit's, `demo` and
+`recall` the demo's, `search` the search's, and `api: scores` what mkdocstrings is to show of that
+room.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import length_report
 import method_table
 import models_table
 import smollm2_table
+import smollm2_tuned
 import triton_versions
 from audit.summary import table as audit_table
 from harness import COLUMNS, RESULTS, cell
@@ -158,6 +160,14 @@ def smollm2(results: Path) -> str:
     return table(head, [line[:-1] for line in lines])
 
 
+def tuned(results: Path) -> str:
+    head = ["method", "parameters"]
+    for tokens in ("0-8k", "8-16k"):
+        head += [f"loss, {tokens}", "tuned", "change"]
+    head += ["recall, 15,360 back", "tuned"]
+    return table(head, smollm2_tuned.table_lines(results))
+
+
 def by_columns(columns: dict, results: dict) -> str:
     """A line for each row, with the benchmark's own columns."""
     lines = [[cell(row.get(field), form) for field, (_, _, form) in columns.items()]
@@ -217,6 +227,7 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
     made = {name: functools.partial(text_of, path, name) for name, path in names(results).items()}
     made["methods"] = lambda only: methods_table(results)
     made["smollm2"] = lambda only: smollm2(results)
+    made["tuned"] = lambda only: tuned(results)
     made["api"] = method_table.api
     if (audit := results / "gpu_audit.json").exists():
         made["gpu_audit"] = lambda only: audit_table(audit)

@@ -60,7 +60,7 @@ def table_lines(results: Path) -> list[list[str]]:
     return [
         [
             f"`{name}`",
-            parameters(row),
+            named(row.parameters),
             "" if row.loss is None else f"{row.loss:.3f}",
             between(row.over_yarn, digits=3),
             between(row.recall),
@@ -70,8 +70,8 @@ def table_lines(results: Path) -> list[list[str]]:
     ]
 
 
-def parameters(row: Measured) -> str:
-    return ", ".join(f"{name}={value:g}" for name, value in row.parameters.items())
+def named(parameters: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value:g}" for name, value in parameters.items())
 
 
 def between(value: Interval | None, digits: int = 2) -> str:

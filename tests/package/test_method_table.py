@@ -7,6 +7,7 @@ import re
 import method_table as table
 import pytest
 import smollm2_table
+import smollm2_tuned
 
 from extrope_kernels import methods, permuteformer_attention, positions, scores
 
@@ -81,3 +82,26 @@ def test_a_real_models_losses_are_compared_piece_by_piece(tmp_path):
     lines = {cells[0]: cells[4:] for cells in table.table_lines(tmp_path)}
     assert lines["`pi`"] == ["factor=3", "0.400 ± 0.000", "", "0.250 ± 0.250"]
     assert lines["`rerope`"] == ["window=9", "", "1.70 ± 0.25", ""]
+
+
+def test_a_fine_tune_is_compared_with_the_model_before(tmp_path):
+    """With the same parameters, piece by piece, up to the training length and behind it."""
+
+    def save(folder, *rows):
+        (tmp_path / folder).mkdir(parents=True)
+        for task in ("loss", "recall"):
+            results = {"training_length": 4, "rows": rows}
+            (tmp_path / folder / f"{task}.json").write_text(json.dumps(results))
+
+    def row(near, far, gain, **params):
+        buckets = [{"start": 0, "pieces": near}, {"start": 4, "pieces": far}]
+        gains = [{"gain": 9.0, "error": 0.0}, {"gain": gain, "error": 0.5}]
+        return {"method": "yarn", "params": params, "buckets": buckets, "gains": gains}
+
+    assert smollm2_tuned.table_lines(tmp_path) == []
+    others = row([0.0, 0.0], [0.0, 0.0], 0.0, factor=3.0)
+    save("smollm2", others, row([3.0, 5.0], [2.0, 3.0], 1.0, factor=2.0))
+    save("smollm2-tuned/yarn", row([2.5, 4.5], [1.0, 2.4], 1.5, factor=2))
+    (cells,) = smollm2_tuned.table_lines(tmp_path)
+    assert cells[:5] == ["`yarn`", "factor=2", "4.000", "3.500", "-0.500 ± 0.000"]
+    assert cells[5:] == ["2.500", "1.700", "-0.800 ± 0.200", "1.00 ± 0.50", "1.50 ± 0.50"]
