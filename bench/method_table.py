@@ -37,7 +37,7 @@ class MethodRow(NamedTuple):
     paper: str  # a link
     trained: float | None  # loss of a small model at 8 times its training length
     real: smollm2_table.Measured | None  # on SmolLM2, with the best parameters that were tried
-    at_four: smollm2_table.Interval | None = None  # at four times the length, as `eval` has it
+    at_four: smollm2_table.Measured | None = None  # likewise, at four times the length
 
 
 def method_rows(results: Path = RESULTS) -> list[MethodRow]:
@@ -47,12 +47,12 @@ def method_rows(results: Path = RESULTS) -> list[MethodRow]:
         "name",
         lambda row: statistics.fmean(row["lengths"][-1]["last"]),
     )
-    real = smollm2_table.measured(results)
+    folders = (smollm2_table.TWICE, smollm2_table.FOUR_TIMES)
+    real = [smollm2_table.measured(results, folder) for folder in folders]
     rows = []
     for axis, name, method in _methods():
         measured = MEASURED_AS.get(method.__name__, method.__name__)
-        own = real.get(name)
-        best = (smollm2_table.best(own), own[0].over_yarn_at_four) if own else (None, None)
+        best = [smollm2_table.best(found[name]) if name in found else None for found in real]
         rows.append(MethodRow(axis, name, *described(method), trained.get(measured), *best))
     return rows
 
@@ -78,14 +78,12 @@ def table_lines(results: Path) -> list[list[str]]:
     lines = []
     for row in method_rows(results):
         of_real = ["", "", "", ""]
+        between = smollm2_table.between
         if row.real is not None:
-            between, real = smollm2_table.between, row.real
-            of_real = [
-                smollm2_table.named(real.parameters),
-                between(real.over_yarn, 3),
-                between(real.recall),
-                between(row.at_four, 3),
-            ]
+            of_real[0] = smollm2_table.named(row.real.parameters)
+            of_real[1:3] = between(row.real.over_yarn, 3), between(row.real.recall)
+        if row.at_four is not None:
+            of_real[3] = between(row.at_four.over_yarn, 3)
         lines.append([f"`{row.name}`", row.what, link(row.paper), _number(row.trained), *of_real])
     return lines
 

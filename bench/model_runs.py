@@ -26,11 +26,11 @@ TRAINED = 8192
 METHODS: dict[str, list[dict[str, Any]]] = {
     "yarn": [{}, {"factor": 3.0}],
     "rope": [{}],
-    "rerope": [{}, *({"window": w} for w in (1024, 3072, 4096, 6144))]
+    "rerope": [{}, *({"window": w} for w in (2048, 1024, 3072, 6144))]
     + [{"window": w, "log_n": TRAINED} for w in (2048, 4096)],
     "self_extend": [{}, {"window": 4096, "factor": 4}],
     "dual_chunk": [{}, {"chunk_size": 4096}],
-    "leaky_rerope": [{}, {"window": 4096}, {"factor": 4.0}, {"log_n": TRAINED}],
+    "leaky_rerope": [{}, {"window": 2048}, {"window": 2048, "factor": 4.0}],
     "ntk_by_parts": [{}, {"factor": 3.0}],
     "llama3": [{}, {"factor": 3.0}],
     "ntk_aware": [{}, {"factor": 3.0}, {"factor": 4.0}],
@@ -73,7 +73,7 @@ RUNS = {
         trials=10,
         rounds=1,
         methods=("rope", "yarn", "rerope"),
-        more=("--depths", "3", "--window", str(TRAINED // 2)),
+        more=("--depths", "3"),
     ),
     # Trained to 32,768, of which 16,384 is half.
     "gemma": Run(

@@ -10,10 +10,10 @@ bench/results/README.md, and between the markers of a page,
 
 what bench/results/rope-cpu.json says; here only the cases with "bfloat16" in their name, dtype or
 shape; several words must all be there. FOLDER/rope-cpu is another machine's (--out FOLDER);
-`methods` is the table of methods, `smollm2` that of a real model, `tuned` that of its fine-tunes,
-`models` that of bench/models_census.py, `gpu_audit` and `triton_versions` the audit's, `demo` and
-`recall` the demo's, `search` the search's, and `api: scores` what mkdocstrings is to show of that
-room.
+`methods` is the table of methods, `smollm2` and `smollm2-32k` those of a real model, `tuned` that
+of its fine-tunes, `models` that of bench/models_census.py, `gpu_audit` and `triton_versions` the
+audit's, `demo` and `recall` the demo's, `search` the search's, and `api: scores` what mkdocstrings
+is to show of that room.
 """
 
 from __future__ import annotations
@@ -152,12 +152,11 @@ def methods_table(results: Path) -> str:
     return table(head, method_table.table_lines(results))
 
 
-def smollm2(results: Path) -> str:
-    head = ["method", "parameters", "loss, 8-16k", "over YaRN", "recall, 15,360 back"]
-    lines = smollm2_table.table_lines(results)
-    if any(line[-1] for line in lines):
-        return table([*head, "over YaRN, 8-32k"], lines)
-    return table(head, [line[:-1] for line in lines])
+def smollm2(results: Path, folder: str) -> str:
+    head = ["method", "parameters", "loss", "over YaRN", "recall, 15,360 back"]
+    lines = smollm2_table.table_lines(results, folder)
+    columns = len(head) if any(line[-1] for line in lines) else len(head) - 1
+    return table(head[:columns], [line[:columns] for line in lines])
 
 
 def tuned(results: Path) -> str:
@@ -226,7 +225,8 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
     """What can stand between markers, by their name: a function of the words after it."""
     made = {name: functools.partial(text_of, path, name) for name, path in names(results).items()}
     made["methods"] = lambda only: methods_table(results)
-    made["smollm2"] = lambda only: smollm2(results)
+    for folder in (smollm2_table.TWICE, smollm2_table.FOUR_TIMES):
+        made[folder] = lambda only, folder=folder: smollm2(results, folder)
     made["tuned"] = lambda only: tuned(results)
     made["api"] = method_table.api
     if (audit := results / "gpu_audit.json").exists():

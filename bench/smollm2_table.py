@@ -25,13 +25,12 @@ class Measured(NamedTuple):
     loss: float | None = None  # nats a token, behind the training length
     over_yarn: Interval | None = None
     recall: Interval | None = None  # at the longest distance
-    over_yarn_at_four: Interval | None = None  # at four times the training length
 
 
-def measured(results: Path) -> dict[str, list[Measured]]:
+def measured(results: Path, folder: str = TWICE) -> dict[str, list[Measured]]:
     """By method, what `eval` gives it first, and other parameters as they were tried."""
-    losses, long = (_losses(results / folder / "loss.json") for folder in (TWICE, FOUR_TIMES))
-    recalls = dict(_rows(results / TWICE / "recall.json"))
+    losses = _losses(results / folder / "loss.json")
+    recalls = dict(_rows(results / folder / "recall.json"))
     found: dict[str, list[Measured]] = {}
     for key in dict.fromkeys([*losses, *recalls]):
         method, params = json.loads(key)
@@ -42,7 +41,6 @@ def measured(results: Path) -> dict[str, list[Measured]]:
             None if pieces is None else fmean(pieces),
             _over(pieces, _baseline(losses)),
             None if farthest is None else (farthest["gain"], farthest["error"]),
-            _at_four(long, method) if method not in found else None,
         )
         found.setdefault(method, []).append(row)
     return found
@@ -53,9 +51,9 @@ def best(rows: list[Measured]) -> Measured:
     return min(rows, key=lambda row: float("inf") if row.loss is None else row.loss)
 
 
-def table_lines(results: Path) -> list[list[str]]:
+def table_lines(results: Path, folder: str = TWICE) -> list[list[str]]:
     """Cells in Markdown, the lowest loss first."""
-    rows = [(name, row) for name, several in measured(results).items() for row in several]
+    rows = [(name, row) for name, several in measured(results, folder).items() for row in several]
     rows.sort(key=lambda item: item[1].loss or 99)
     return [
         [
@@ -64,7 +62,6 @@ def table_lines(results: Path) -> list[list[str]]:
             "" if row.loss is None else f"{row.loss:.3f}",
             between(row.over_yarn, digits=3),
             between(row.recall),
-            between(row.over_yarn_at_four, digits=3),
         ]
         for name, row in rows
     ]
@@ -102,11 +99,6 @@ def _losses(path: Path) -> dict[str, list[float]]:
 
 def _baseline(losses: dict[str, list[float]]) -> list[float] | None:
     return next((x for key, x in losses.items() if json.loads(key)[0] == BASELINE), None)
-
-
-def _at_four(long: dict[str, list[float]], method: str) -> Interval | None:
-    pieces = next((x for key, x in long.items() if json.loads(key)[0] == method), None)
-    return _over(pieces, _baseline(long))
 
 
 def _over(pieces: list[float] | None, baseline: list[float] | None) -> Interval | None:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--window",
         type=int,
-        help="of rerope, leaky_rerope and self_extend; default: training length / 4",
+        help="of rerope and leaky_rerope (default: training length / 2), and of self_extend (/ 4)",
     )
     add(
         "--param",

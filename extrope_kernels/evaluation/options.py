@@ -27,7 +27,7 @@ class Plan:
     lengths: tokens of each run, rising.
     params: for each method what the user gave for it.
     factor: the user's factor for all frequency methods, or None for length / training length.
-    window: the user's window for the score methods, or None for training length / 4.
+    window: the user's window for the score methods, or None for each one's own.
     """
 
     methods: list[str]
@@ -45,7 +45,7 @@ class Plan:
         """
         given = self.params.get(method, {})
         if method not in METHODS:
-            window = given.get("window", self.window or max(1, training_length // 4))
+            window = given.get("window", self.window)
             return _score_defaults(method, length, training_length, window, given) | given
         parameter = inspect.signature(METHODS[method]).parameters.get("factor")
         chosen: dict[str, Any] = {}
@@ -57,13 +57,16 @@ class Plan:
 
 
 def _score_defaults(
-    method: str, length: int, trained: int, window: int, given: dict[str, Any]
+    method: str, length: int, trained: int, window: int | None, given: dict[str, Any]
 ) -> dict[str, Any]:
     """Return a score method's parameters for a text of so many tokens.
 
-    leaky_rerope: factor 16, as in its author's code (https://github.com/bojone/rerope).
-    self_extend: the smallest group with which the largest relative position stays below two thirds
-        of the training length, its authors' rule; the window is rounded down to its multiple.
+    rerope, leaky_rerope: a window of half the training length, which cost least on SmolLM2 beside
+        three quarters (docs/guide/choose.md); factor 16, as in its author's code
+        (https://github.com/bojone/rerope).
+    self_extend: a window of a quarter, and the smallest group with which the largest relative
+        position stays below two thirds of the training length, its authors' rule; the window is
+        rounded down to its multiple.
     dual_chunk: chunks of 3/4, local window 1/8 of the training length, as in ChunkLlama.
     blockwise_causal: blocks of the training length, as in LEX.
     string: shift a third of the training length, window 128, as its authors have it, or 1/16 of a
@@ -75,15 +78,15 @@ def _score_defaults(
         return {"shift": max(1, trained // 3), "window": min(128, trained // 16)}
     if method == "dual_chunk":
         return {"chunk_size": max(1, 3 * trained // 4), "local_window": trained // 8}
-    if method == "leaky_rerope":
-        return {"window": window, "factor": 16.0}
     if method == "self_extend":
+        window = window or max(1, trained // 4)
         room = max(1, 2 * trained // 3 - window)
         group = 1 if length <= trained else min(window, math.ceil((length - window) / room))
         group = given.get("factor", group)
         fits = isinstance(group, int) and 0 < group <= window
         return {"window": window // group * group if fits else window, "factor": group}
-    return {"window": window}
+    window = window or max(1, trained // 2)
+    return {"window": window} | ({"factor": 16.0} if method == "leaky_rerope" else {})
 
 
 def make_plan(args: argparse.Namespace) -> Plan:

@@ -153,8 +153,8 @@ def test_defaults_of_score_methods_follow_the_training_length():
     def params(method, length, trained, **plan):
         return options.Plan([method], [length], **plan).method_params(method, length, trained)
 
-    assert params("rerope", 16384, 8192) == {"window": 2048}
-    assert params("leaky_rerope", 16384, 8192) == {"window": 2048, "factor": 16.0}
+    assert params("rerope", 16384, 8192) == {"window": 4096}
+    assert params("leaky_rerope", 16384, 8192) == {"window": 4096, "factor": 16.0}
     assert params("dual_chunk", 16384, 8192) == {"chunk_size": 6144, "local_window": 1024}
     assert params("string", 16384, 8192) == {"shift": 2730, "window": 128}
     assert params("blockwise_causal", 16384, 8192) == {"block_size": 8192}
@@ -177,10 +177,10 @@ def test_score_methods_in_the_table(run, folder, text, tokenizer, tmp_path, caps
     assert run(methods=methods, lengths="70", param="leaky_rerope.factor=4") == 0
     rows = {row["method"]: row for row in results(tmp_path)["rows"]}
     assert list(rows) == methods.split(",")
-    assert rows["leaky_rerope"]["params"] == {"window": 8, "factor": 4}
+    assert rows["leaky_rerope"]["params"] == {"window": 16, "factor": 4}
     model = LlamaForCausalLM.from_pretrained(folder).eval()
     ids = torch.tensor(tokenizer(text.read_text()).input_ids)[:70]
-    with extend(model, "rerope", window=8), torch.no_grad():
+    with extend(model, "rerope", window=16), torch.no_grad():
         wanted = model(ids[None], labels=ids[None]).loss.item()
     assert rows["rerope"]["loss"] == pytest.approx(wanted, rel=1e-5)
     assert len({round(row["loss"], 6) for row in rows.values()}) == len(rows)
