@@ -52,7 +52,9 @@ def demo_table(results: dict) -> str:
     head = ["method", *(f"{b['start'] // 1024}-{b['stop'] // 1024}k" for b in rows[0]["buckets"])]
     lines = [[f"`{row['method']}`", *(f"{b['loss']:.2f}" for b in row["buckets"])] for row in rows]
     seconds = sum(row["seconds"] for row in rows)
-    took = f"The {len(rows)} runs took {seconds / 60:.1f} minutes on 2 cores."
+    threads = results["threads"]
+    on = "a thread" if threads == 1 else f"{threads} threads"
+    took = f"The {len(rows)} runs took {seconds / 60:.1f} minutes of {on}."
     return f"{table(head, lines)}\n\n{took}"
 
 
