@@ -25,7 +25,7 @@ demo: $(VENV)/extra-demo $(VENV)/smollm2
 	$(BIN)/python -m extrope_kernels eval --model smollm2 --text pydocs --lengths 16384 \
 		--methods rope,pi,ntk_aware,ntk_by_parts,yarn,rerope,leaky_rerope --trials 1 --out build/demo
 	$(BIN)/python -m extrope_kernels eval --model smollm2 --text pydocs --lengths 16384 --task recall \
-		--methods rope,yarn,rerope --trials 2 --out build/demo
+		--methods rope,yarn,rerope --trials 1 --out build/demo
 
 test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m extrope_kernels info
