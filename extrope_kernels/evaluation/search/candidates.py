@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ def published(length: int, trained: int, pairs: int) -> list[Candidate]:
         Candidate("ntk_by_parts", {"factor": factor, "variant": "paper"}),
         Candidate("pi", {"factor": factor}),
         Candidate("giraffe_truncation", {"truncate_pos": trained}),
-        Candidate("giraffe_power", {"power": 0.1}),
+        Candidate("giraffe_power", {"power": 0.5}),
         Candidate("cope", {"clip": 20 * pairs // 64}),
         Candidate("proportional", {"partial_rotary_factor": 0.75}),
     ]
@@ -78,15 +79,18 @@ def score_methods(length: int, trained: int) -> list[Candidate]:
 
     Their other parameters are those of `eval`. log_n is tried on the best, see `with_log_n`.
     """
-    windows = [max(1, share * trained // 8) for share in (4, 2, 6, 1)]
-    others = [
+    own, leaky, groups, chunks = (
         Candidate(method, Plan([method], [length]).method_params(method, length, trained))
-        for method in ("leaky_rerope", "self_extend", "dual_chunk")
-    ]
-    rerope = [Candidate("rerope", {"window": window}) for window in windows]
-    leaky = [Candidate("leaky_rerope", {"window": windows[0], "factor": 16.0})]
-    leaky += [Candidate("leaky_rerope", {"window": windows[1], "factor": 4.0})]
-    return rerope[:2] + others[:2] + leaky + rerope[2:] + others[2:]
+        for method in ("rerope", "leaky_rerope", "self_extend", "dual_chunk")
+    )
+    quarter, half = max(1, trained // 4), max(1, trained // 2)
+    # So that far tokens in groups fill three quarters of the distances behind the window.
+    factor = max(2, math.ceil(4 * (length - half) / (3 * (trained - half))))
+    wide = Candidate("self_extend", {"window": factor * max(1, half // factor), "factor": factor})
+    steep = Candidate("leaky_rerope", {"window": quarter, "factor": 4.0})
+    rerope = [Candidate("rerope", {"window": max(1, each * trained // 8)}) for each in (6, 2, 1)]
+    string = Candidate("string", {"shift": trained, "window": min(128, trained)})
+    return [own, groups, chunks, steep, wide, leaky, *rerope, string]
 
 
 def with_log_n(candidate: Candidate, trained: int) -> Candidate:
