@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +39,27 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "dynamic_ntk": [{}, {"factor": 3.0}],
     "pi": [{}],
     "cope": [{}, {"clip": 10}],
-    "giraffe_power": [{"power": 0.1}, {"power": 0.5}],
+    "giraffe_power": [{"power": 0.1}, {"power": 0.5}, {"power": 1.0}],
     "giraffe_truncation": [{"truncate_pos": TRAINED}],
     "proportional": [{"partial_rotary_factor": 0.75}],
     "xpos": [{}],
     "string": [{}, {"shift": TRAINED}],
     "blockwise_causal": [{}],
 }
+
+# At four times the length a factor of 4 is what `eval` gives.
+LONG = {method: sets[:1] for method, sets in METHODS.items()} | {
+    "rerope": [{}, {"window": 2048}],
+    "self_extend": [{}, {"window": 4096, "factor": 8}],
+    "leaky_rerope": [{}, {"window": 2048}, {"window": 2048, "factor": 8.0}],
+    "abf": [{}, {"base": 1_000_000.0}],
+    "giraffe_power": [{"power": 0.1}, {"power": 0.5}, {"power": 1.0}],
+}
+
+
+def first(*methods: str) -> dict[str, list[dict[str, Any]]]:
+    """What `eval` gives these methods."""
+    return {method: METHODS[method][:1] for method in methods}
 
 
 class Run(NamedTuple):
@@ -56,8 +69,7 @@ class Run(NamedTuple):
     folder: str
     lengths: str
     trials: int
-    rounds: int | None = None  # of METHODS' parameters; None for all
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: dict[str, list[dict[str, Any]]] = METHODS
     more: tuple[str, ...] = ()
     model: str = "smollm2"
 
@@ -65,14 +77,13 @@ class Run(NamedTuple):
 RUNS = {
     "loss": Run("loss", "smollm2", "16384", trials=2),
     "recall": Run("recall", "smollm2", "16384", trials=1),
-    "long": Run("loss", "smollm2-32k", "32768", trials=1, rounds=1),
+    "long": Run("loss", "smollm2-32k", "32768", trials=1, methods=LONG),
     "passkey": Run(
         "passkey",
         "smollm2",
         "2048,4096,8192,16384",
         trials=10,
-        rounds=1,
-        methods=("rope", "yarn", "rerope"),
+        methods=first("rope", "yarn", "rerope"),
         more=("--depths", "3"),
     ),
     # Trained to 32,768, of which 16,384 is half.
@@ -81,8 +92,7 @@ RUNS = {
         "gemma3-270m",
         "49152",
         trials=1,
-        rounds=1,
-        methods=("yarn", "rope", "rerope", "self_extend", "dual_chunk", "ntk_by_parts"),
+        methods=first("yarn", "rope", "rerope", "self_extend", "dual_chunk", "ntk_by_parts"),
         more=("--window", "16384"),
         model="gemma3-270m",
     ),
@@ -91,11 +101,8 @@ RUNS = {
 
 def rounds(run: Run) -> Iterator[dict[str, dict[str, Any]]]:
     """Parameters by method, one set of each at a time: `eval` takes no more."""
-    for index in count():
-        given = {m: METHODS[m][index] for m in run.methods if index < len(METHODS[m])}
-        if not given or index == run.rounds:
-            return
-        yield given
+    for index in range(max(map(len, run.methods.values()))):
+        yield {method: sets[index] for method, sets in run.methods.items() if index < len(sets)}
 
 
 def arguments(run: Run, texts: list[str], given: dict[str, dict[str, Any]]) -> list[str]:
