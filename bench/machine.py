@@ -80,3 +80,12 @@ def kept_memory():
     finally:
         mallopt(trim_threshold, 128 * 1024)
         mallopt(mmap_max, 65536)
+
+
+def return_what_is_freed() -> None:
+    """Let malloc give every freed tensor back at once, so that a peak is of what is in use.
+
+    By default it keeps those below 32 MiB, in pieces that larger ones do not fit into.
+    """
+    mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(mmap_threshold, 128 * 1024)

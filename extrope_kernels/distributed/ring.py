@@ -116,17 +116,20 @@ def _round(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor, Tens
 
 
 def _pairs(plan: Plan, step: int, tokens: int) -> Iterator[tuple[Run, Run]]:
-    """This rank's runs of queries with the runs of keys that are here in a step.
+    """This rank's queries with the keys that are here in a step, run by run: those that meet.
 
     A run with itself comes first: that has a key for every query, and the sinks.
     """
-    group = plan.group
+    group, call = plan.group, plan.call
     source = group._replace(rank=(group.rank - step) % group.size)
     for here in runs(tokens, group, plan.balance):
         for there in reversed(runs(tokens, source, plan.balance)):
-            size = there.rows.stop - there.rows.start
-            if there.start <= here.start and plan.call.sees(here.start, there.start + size):
-                yield here, there
+            if there.start > here.start:
+                continue
+            queries = here.within(there.start, call.queries_end(there.stop))
+            keys = there.within(call.first_key(queries.start), here.stop)
+            if queries.stop > queries.start and keys.stop > keys.start:
+                yield queries, keys
 
 
 def _rope_args(

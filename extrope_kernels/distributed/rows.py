@@ -27,6 +27,18 @@ class Run(NamedTuple):
     rows: slice
     start: int
 
+    @property
+    def stop(self) -> int:
+        """The position behind the last."""
+        return self.start + self.rows.stop - self.rows.start
+
+    def within(self, start: int, stop: int) -> Run:
+        """Those of its tokens at the positions start to stop; there may be none."""
+        start = min(max(start, self.start), self.stop)
+        stop = max(min(stop, self.stop), start)
+        shift = self.rows.start - self.start
+        return Run(slice(start + shift, stop + shift), start)
+
 
 class Block(NamedTuple):
     """A run of queries, and the keys of all ranks that it sees, of which it is the last.

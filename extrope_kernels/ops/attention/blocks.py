@@ -33,11 +33,17 @@ class BlockCall:
     options: dict[str, Any]  # of the op
     backend: str | None
 
-    def sees(self, query: int, end: int) -> bool:
-        """Whether a query at this position, or a later one, can see keys before position `end`."""
+    def first_key(self, query: int) -> int:
+        """The position of the first key that a query at this position can see; may be negative."""
         granularity, window = self.options["granularity"], self.options.get("sliding_window")
         first = query // granularity * granularity + self.options["starts"][0]
-        return max(first, -1 if window is None else query + 1 - window) < end
+        return first if window is None else max(first, query + 1 - window)
+
+    def queries_end(self, end: int) -> int:
+        """The position behind the last query that can see a key before position `end`."""
+        granularity, window = self.options["granularity"], self.options.get("sliding_window")
+        last = -((self.options["starts"][0] - end) // granularity) * granularity
+        return last if window is None else min(last, end + window - 1)
 
 
 def block_call(
