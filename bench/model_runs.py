@@ -89,7 +89,7 @@ RUNS = {
     # Trained to 32,768, of which 16,384 is half.
     "gemma": Run(
         "loss",
-        "gemma3-270m",
+        "gemma3-270m-48k",
         "49152",
         trials=1,
         methods=first("yarn", "rope", "rerope", "self_extend", "dual_chunk", "ntk_by_parts"),

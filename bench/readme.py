@@ -2,18 +2,18 @@
 
 Reads bench/results/*.json (of `make bench`, bench/gpu_audit.py and bench/length_generalization.py)
 and build/demo/ with its plots (of `make demo`), which it keeps as bench/results/{demo,recall}.json
-and docs/{demo,recall}.png, and likewise build/search/ (--out of `search`). All of it goes to
-bench/results/README.md, and between the markers of a page,
+and docs/{demo,recall}.png; likewise build/search*/ (--out of `search`), by length. All of it goes
+to bench/results/README.md, and between the markers of a page,
 
     <!-- rope-cpu: bfloat16 -->
     <!-- end of rope-cpu -->
 
 what bench/results/rope-cpu.json says; here only the cases with "bfloat16" in their name, dtype or
 shape; several words must all be there. FOLDER/rope-cpu is another machine's (--out FOLDER);
-`methods` is the table of methods, `smollm2` and `smollm2-32k` those of a real model, `tuned` that
-of its fine-tunes, `models` that of bench/models_census.py, `gpu_audit` and `triton_versions` the
-audit's, `demo` and `recall` the demo's, `search` the search's, and `api: scores` what mkdocstrings
-is to show of that room.
+`methods` is the table of methods, `smollm2`, `smollm2-32k` and `gemma3-270m-48k` those of real
+models, `tuned` that of fine-tunes, `models` that of bench/models_census.py, `gpu_audit` and
+`triton_versions` the audit's, `demo` and `recall` the demo's, `search-16k` a search's, `searched`
+the best of all searches, and `api: scores` what mkdocstrings is to show of that room.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import bench_overhead
 import length_report
 import method_table
 import models_table
+import search_table
 import smollm2_table
 import smollm2_tuned
 import triton_versions
@@ -68,24 +69,18 @@ def recall_table(results: dict) -> str:
     return table(head, lines)
 
 
-def search_table(results: dict) -> str:
-    """A line a finalist of a search, the best first, on text that was not searched on."""
-    rows = results["finalists"]
-
-    def measured(row: dict, name: str) -> str:
-        mean, error = row[name], row[f"{name}_error"]
-        return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
-
-    names = ("loss", "to_yarn", "whole")
-    lines = [[f"`{row['name']}`", *(measured(row, name) for name in names)] for row in rows]
+def search_figures(results: Path) -> dict[str, Callable[[str], str]]:
+    """The finalists of each search, and the best of all of them by length."""
     head = ["", "last quarter", "to YaRN", "whole text"]
-    read, searched = (", ".join(t["name"] for t in results[key]) for key in ("held_out", "texts"))
-    count = len(rows[0]["pieces"])
-    said = (
-        f"{results['length']:,} tokens, {count} {'piece' if count == 1 else 'pieces'} of {read}; "
-        f"searched on {searched} in {results['dtype']}."
-    )
-    return f"{table(head, lines)}\n\n{said}"
+
+    def one(search: dict) -> str:
+        return f"{table(head, search_table.table_lines(search))}\n\n{search_table.about(search)}"
+
+    made = {
+        name: lambda only, search=search: one(search)
+        for name, search in search_table.found(results).items()
+    }
+    return made | ({"searched": lambda only: table(*search_table.by_kind(results))} if made else {})
 
 
 def machine(results: dict) -> str:
@@ -227,7 +222,7 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
     """What can stand between markers, by their name: a function of the words after it."""
     made = {name: functools.partial(text_of, path, name) for name, path in names(results).items()}
     made["methods"] = lambda only: methods_table(results)
-    for folder in (smollm2_table.TWICE, smollm2_table.FOUR_TIMES):
+    for folder in smollm2_table.FOLDERS:
         made[folder] = lambda only, folder=folder: smollm2(results, folder)
     made["tuned"] = lambda only: tuned(results)
     made["api"] = method_table.api
@@ -240,9 +235,7 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
         made["demo"] = lambda only: demo_table(json.loads(demo.read_text()))
     if (recall := results / "recall.json").exists():
         made["recall"] = lambda only: recall_table(json.loads(recall.read_text()))
-    if (search := results / "search.json").exists():
-        made["search"] = lambda only: search_table(json.loads(search.read_text()))
-    return made
+    return made | search_figures(results)
 
 
 def pages(root: Path) -> list[Path]:
@@ -274,8 +267,9 @@ def keep_search(made: Path, root: Path, results: Path) -> None:
     """Keep what a search found, and its plot, without each of its measurements."""
     found = json.loads(made.read_text())
     del found["rows"]
-    (results / "search.json").write_text(json.dumps(found, indent=1) + "\n")
-    shutil.copyfile(made.with_suffix(".png"), root / "docs" / "search.png")
+    name = f"search-{found['length'] // 1024}k"
+    (results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    shutil.copyfile(made.with_suffix(".png"), root / "docs" / f"{name}.png")
 
 
 def main(root: Path = ROOT, results: Path = RESULTS) -> None:
@@ -283,7 +277,7 @@ def main(root: Path = ROOT, results: Path = RESULTS) -> None:
         if (made := root / "build" / "demo" / f"{task}.json").exists():
             shutil.copyfile(made, results / f"{name}.json")
             shutil.copyfile(made.with_suffix(".png"), root / "docs" / f"{name}.png")
-    if (made := root / "build" / "search" / "search.json").exists():
+    for made in (root / "build").glob("search*/search.json"):
         keep_search(made, root, results)
     for page in pages(root):
         page.write_text(filled(page, root, figures(results)))

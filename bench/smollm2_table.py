@@ -15,6 +15,7 @@ from extrope_kernels.evaluation.spread import mean_and_error
 
 BASELINE = "yarn"
 TWICE, FOUR_TIMES = "smollm2", "smollm2-32k"  # folders, by length
+FOLDERS = (TWICE, FOUR_TIMES, "gemma3-270m-48k")
 Interval = tuple[float, float | None]  # mean and its standard error
 
 

@@ -6,6 +6,7 @@ import re
 
 import method_table as table
 import pytest
+import search_table
 import smollm2_table
 import smollm2_tuned
 
@@ -107,3 +108,33 @@ def test_a_fine_tune_is_compared_with_the_model_before(tmp_path):
     (cells,) = smollm2_tuned.table_lines(tmp_path)
     assert cells[:5] == ["`yarn`", "factor=2", "4.000", "3.500", "-0.500 ± 0.000"]
     assert cells[5:] == ["2.500", "1.700", "-0.800 ± 0.200", "1.00 ± 0.50", "1.50 ± 0.50"]
+
+
+def test_searches_stand_side_by_side_by_the_kind_of_what_they_found(tmp_path):
+    def finalist(method, to_yarn, **params):
+        named = " ".join([method, *(f"{name}={value:g}" for name, value in params.items())])
+        row = {"name": named, "method": method, "params": params, "pieces": [2.0 + to_yarn] * 2}
+        return row | {"loss": 2.0 + to_yarn, "to_yarn": to_yarn} | dict.fromkeys(ERRORS, 0.01)
+
+    def save(name, length, *rows):
+        results = {"length": length, "training_length": 8192, "finalists": rows}
+        (tmp_path / name).write_text(json.dumps(results))
+
+    ERRORS = ("loss_error", "to_yarn_error")
+    assert search_table.by_kind(tmp_path)[0] == [""] and search_table.longrope(tmp_path) is None
+    yarn, score = finalist("yarn", 0.0, factor=2.0), finalist("rerope", -0.5, window=9)
+    searched, plain = finalist("longrope", 0.25), finalist("plain", 3.0)
+    # The best published method at one length is YaRN itself, at the other with another factor.
+    save("search-128k.json", 131072, finalist("yarn", -0.1, factor=24.0), plain)
+    save("search-16k.json", 16384, score, yarn, searched, plain)
+    head, lines = search_table.by_kind(tmp_path)
+    assert head == ["", "16,384 tokens", "131,072 tokens"]
+    assert [line[1:] for line in lines] == [
+        ["3.000 ± 0.010", "3.000 ± 0.010"],
+        ["a loss of 2.000 ± 0.010", ""],
+        ["YaRN", "`yarn factor=24` -0.100 ± 0.010"],
+        ["0.250 ± 0.010", ""],
+        ["`rerope window=9` -0.500 ± 0.010", ""],
+    ]
+    (longrope,) = (line for line in table.table_lines(tmp_path) if line[0] == "`longrope`")
+    assert longrope[4:] == ["", "0.250 ± 0.010", "", ""]
