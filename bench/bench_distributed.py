@@ -1,8 +1,9 @@
 """Attention of a sequence over 2 and 4 processes: python bench/bench_distributed.py
 
 What each rank sends against the formula (they have to be equal), the CPU seconds of all ranks
-against one process with as many threads, and the peak memory of a rank against that of one process
-over the number of ranks. gloo on one machine, a thread each: times tell the work, not a network.
+against one process with as many threads, and the most that a rank's tensors take against those of
+one process over the number of ranks; the peak of its memory beside it has what gloo's threads let
+go of late, too. gloo on one machine, a thread each: times tell the work, not a network.
 Lengths past the first see 2,048 keys a query (a sliding window), which changes no tensor's size.
 """
 
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import torch
 from harness import NAN, Report, arguments, peak_megabytes, verdict
-from machine import return_what_is_freed
+from held import Held
+from machine import returned_memory
 from ranks import Ranks
 from sent import Sent, by_formula
 from torch.distributed.device_mesh import DeviceMesh
@@ -38,8 +40,9 @@ class Row:
     sent: float = NAN  # MB a rank sends, forward with backward
     formula: float = NAN
     written: float = NAN  # MB that the process wrote meanwhile, to sockets
-    megabytes: float = NAN  # peak of the rank that needs most, above its q, k and v
+    held: float = NAN  # MB of tensors, of the rank that holds most, beside its q, k and v
     of_share: float = NAN  # over that of one process divided by ranks
+    megabytes: float = NAN  # peak of the process
 
     @property
     def verdict(self) -> str:
@@ -59,8 +62,9 @@ COLUMNS = {
     "sent": ("MB sent", 9, ".3f"),
     "formula": ("by formula", 10, ".3f"),
     "written": ("to sockets", 10, ".3f"),
-    "megabytes": ("peak MB", 8, ".1f"),
+    "held": ("MB held", 8, ".1f"),
     "of_share": ("of one's / P", 12, ".2f"),
+    "megabytes": ("peak MB", 8, ".1f"),
     "verdict": ("", 6, ""),
 }
 
@@ -71,6 +75,7 @@ class Measured:
 
     seconds: float = NAN
     megabytes: float = NAN
+    held: int = 0
     sent: int = 0
     formula: int = 0
     written: int = 0  # bytes that the process wrote, to sockets too
@@ -105,17 +110,14 @@ def measure(
         torch.autograd.grad(out, leaves, dout)
 
     found = Measured()
-    if mesh is None:
+    rank, before = 0 if mesh is None else mesh.get_local_rank(), bytes_written()
+    with Held() as held, Sent(rank, ranks) as sent:
         train()
-    else:
-        before = bytes_written()
-        with Sent(mesh.get_local_rank(), ranks) as sent:
-            train()
-        found.sent, found.written = sent.bytes, bytes_written() - before
-        found.formula = by_formula(strategy, *leaves, ranks, backward=True)
+    found.held, found.sent, found.written = held.most, sent.bytes, bytes_written() - before
+    found.formula = by_formula(strategy, *leaves, ranks, backward=True)
     found.seconds = min(seconds_of(train) for _ in range(repeats))
-    return_what_is_freed()  # from here on: it costs page faults
-    found.megabytes = peak_megabytes(train)
+    with returned_memory():
+        found.megabytes = peak_megabytes(train)
     torch.set_num_threads(1)
     return found
 
@@ -134,10 +136,13 @@ def bytes_written() -> int:
 def bench(report: Report, ranks: Ranks, seqlen: int, size: int, seen: int | None) -> None:
     given = {"seqlen": seqlen, "seen": seen, "repeats": report.args.repeats}
     (one,) = ranks.run(measure, 1, strategy="", threads=size, **given)
-    report.add(Row("one process", size, seqlen, one.seconds * 1e3, megabytes=one.megabytes))
+    times = one.seconds * 1e3
+    report.add(
+        Row("one process", size, seqlen, times, held=one.held / 1e6, megabytes=one.megabytes)
+    )
     for strategy in STRATEGIES:
         found = ranks.run(measure, size, strategy=strategy, threads=1, **given)
-        seconds, most = sum(x.seconds for x in found), max(x.megabytes for x in found)
+        seconds, most = sum(x.seconds for x in found), max(x.held for x in found)
         report.add(
             Row(
                 strategy,
@@ -148,8 +153,9 @@ def bench(report: Report, ranks: Ranks, seqlen: int, size: int, seen: int | None
                 max(x.sent for x in found) / 1e6,
                 max(x.formula for x in found) / 1e6,
                 max(x.written for x in found) / 1e6,
-                most,
-                most / (one.megabytes / size),
+                most / 1e6,
+                most / (one.held / size),
+                max(x.megabytes for x in found),
             )
         )
 

@@ -82,10 +82,16 @@ def kept_memory():
         mallopt(mmap_max, 65536)
 
 
-def return_what_is_freed() -> None:
+@contextlib.contextmanager
+def returned_memory():
     """Let malloc give every freed tensor back at once, so that a peak is of what is in use.
 
     By default it keeps those below 32 MiB, in pieces that larger ones do not fit into.
     """
     mmap_threshold = -3
-    ctypes.CDLL(None).mallopt(mmap_threshold, 128 * 1024)
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(mmap_threshold, 128 * 1024)
+    try:
+        yield
+    finally:
+        mallopt(mmap_threshold, 32 * 2**20)
