@@ -59,19 +59,19 @@ def published(length: int, trained: int, pairs: int) -> list[Candidate]:
     factor = max(1.0, length / trained)
     factors = (factor, 1.5 * factor, 2 * factor)
     by_factor = ("yarn", "ntk_aware", "ntk_by_parts", "llama3", "ntk_mixed")
-    found = [Candidate(method, {"factor": each}) for each in factors[:2] for method in by_factor]
-    found += [
-        Candidate("yarn", {"factor": factors[2]}),
-        Candidate("ntk_aware", {"factor": factors[2]}),
+    return [
+        *(Candidate(method, {"factor": factor}) for method in by_factor),
+        Candidate("giraffe_power", {"power": 0.5}),
         Candidate("yarn", {"factor": factor, "beta_fast": 16.0}),
         Candidate("ntk_by_parts", {"factor": factor, "variant": "paper"}),
+        *(Candidate(method, {"factor": factors[1]}) for method in by_factor),
+        Candidate("yarn", {"factor": factors[2]}),
+        Candidate("ntk_aware", {"factor": factors[2]}),
         Candidate("pi", {"factor": factor}),
         Candidate("giraffe_truncation", {"truncate_pos": trained}),
-        Candidate("giraffe_power", {"power": 0.5}),
         Candidate("cope", {"clip": 20 * pairs // 64}),
         Candidate("proportional", {"partial_rotary_factor": 0.75}),
     ]
-    return found
 
 
 def score_methods(length: int, trained: int) -> list[Candidate]:

@@ -48,7 +48,7 @@ def search_model(
     with report.open_display(sys.stdout, _ROWS) as display:
         length = settings["length"]
         search = Search(model, ladder, texts, held_out, length, settings["seed"], ledger, display)
-        ranked, finalists = search.run()
+        likely, finalists = search.run()
     rows = summary.summarise(finalists, [search.on_held_out(each) for each in finalists])
     frequencies = [each for each in finalists if each.method in (*METHODS, "plain")]
     found = {
@@ -56,7 +56,7 @@ def search_model(
         "factors": {
             each.name: ladder.log_factors(ladder.freqs(each)).exp().tolist() for each in frequencies
         },
-        "tried": [each.name for each in ranked],
+        "likely": [each.name for each in likely],
         "seconds": round(ledger.spent, 1),
     }
     ledger.conclude(found)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import compress
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Shares of the budget by whose end a stage is over.
-_GRID, _PUBLISHED, _FACTORS, _FULL_LENGTH, _HELD_OUT = 0.12, 0.2, 0.4, 0.55, 1.0
+_GRID, _PUBLISHED, _FACTORS, _FULL_LENGTH, _HELD_OUT = 0.1, 0.27, 0.42, 0.57, 1.0
 _FIRST_PIECES, _PIECES, _HELD_OUT_PIECES = 3, 8, 8
+# Nats by which short pieces have to set a method back before its full length is not looked at: they
+# have too few keys to tell good ones apart.
+_FAR_BEHIND = 0.2
+_TRIED_WHOLE = 6  # published methods at full length, at most
 _STEPS, _GRADIENTS = 12, 4  # at most so many steps, each down so many gradients
 # Of a text's tokens, those whose loss counts: of short pieces all behind the gap.
 _LAST, _LAST_OF_SHORT = 0.25, 0.5
@@ -62,39 +67,31 @@ class Search:
         self._best = float("inf"), ""
 
     def run(self) -> tuple[list[Candidate], list[Candidate]]:
-        """Return the published frequency methods by rank, and the finalists by rank if decided."""
-        ranked = self.grid()
-        searched = self.factors(self.best_published(ranked))
-        finalists = self.full_length(ranked, searched)
+        """Return the published frequency methods that may do, and the finalists."""
+        likely = self.grid()
+        searched = self.factors(self.best_published(likely))
+        finalists = self.full_length(likely, searched)
         self.decide(finalists)
-        return ranked, finalists
+        return likely, finalists
 
     def grid(self) -> list[Candidate]:
-        """Return the frequency methods by their loss on short pieces, the best third by more."""
-        pairs = len(self.ladder.plain)
-        tried = [Candidate(), *published(self.length, self.ladder.trained, pairs)]
-        few = self._means(tried, _FIRST_PIECES)
-        first = sorted(few, key=lambda index: few[index])
-        more = self._means([tried[index] for index in first[: max(2, len(first) // 3)]], _PIECES)
-        best = [tried[first[place]] for place in sorted(more, key=lambda place: more[place])]
-        ranked = best + [tried[index] for index in first if tried[index] not in best]
-        return [c for c in ranked if c.method != "plain"] or tried[1:2]
+        """Return YaRN, and the frequency methods that are not far behind on short pieces.
 
-    def _means(self, candidates: Sequence[Candidate], pieces: int) -> dict[int, float]:
-        """Return the mean loss of each candidate, by its index, that there was time for."""
-        found = {i: self.mean_short(c, pieces, _GRID) for i, c in enumerate(candidates)}
-        return {index: mean for index, mean in found.items() if mean is not None}
+        The likeliest first, as `published` has them.
+        """
+        yarn, pairs = self.yarn(), len(self.ladder.plain)
+        others = published(self.length, self.ladder.trained, pairs)
+        tried = [yarn, *(each for each in others if each != yarn)]
+        means = [self.mean_short(each, _FIRST_PIECES, _GRID) for each in tried]
+        far = min((mean for mean in means if mean is not None), default=0.0) + _FAR_BEHIND
+        near = [mean is not None and mean <= far for mean in means[1:]]
+        return [yarn, *compress(tried[1:], near)]
 
-    def best_published(self, ranked: Sequence[Candidate]) -> Candidate:
-        """Return the best by a piece of full length, of the best by short ones and YaRN."""
-        tried = self._published(ranked)
-        for candidate in tried:
+    def best_published(self, likely: Sequence[Candidate]) -> Candidate:
+        """Return the best by a piece of full length."""
+        for candidate in likely[:_TRIED_WHOLE]:
             self._on_search_text(candidate, _PUBLISHED)
-        return self._best_at_full_length(tried) or ranked[0]
-
-    def _published(self, ranked: Sequence[Candidate]) -> list[Candidate]:
-        yarn = self.yarn()
-        return [yarn, *(c for c in ranked[:3] if c != yarn)]
+        return self._best_at_full_length(likely) or likely[0]
 
     def factors(self, start: Candidate) -> list[Candidate]:
         """Return LongRoPE's factors for this model, found from those of another method.
@@ -164,14 +161,14 @@ class Search:
         return None if row is None else torch.tensor(row["gradient"], dtype=at.dtype)
 
     def full_length(
-        self, ranked: Sequence[Candidate], searched: Sequence[Candidate]
+        self, likely: Sequence[Candidate], searched: Sequence[Candidate]
     ) -> list[Candidate]:
         """Return the finalists: plain, YaRN by its paper, and the best of each kind by one piece.
 
         Kinds are published frequencies, factors that were searched, and score methods.
         """
         scores = score_methods(self.length, self.ladder.trained)
-        kinds = [self._published(ranked), searched, scores]
+        kinds = [likely[:_TRIED_WHOLE], searched, scores]
         # One of each kind after the other, so that each has had its likeliest when time is up.
         for rank in range(max(map(len, kinds))):
             for kind in kinds:
