@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,15 @@ def test_bindings_include_the_stable_headers_only():
 def test_what_ships_holds_no_emulation():
     for source in (ROOT / "csrc").rglob("*.*"):
         assert not re.search(r"emulat", source.read_text(), re.IGNORECASE), source.name
+
+
+@pytest.mark.parametrize(
+    "source", sorted((ROOT / "tests/support/arm").glob("*.cpp")), ids=lambda path: path.name
+)
+def test_the_driver_for_arm_compiles_without_torch(source):
+    """As `nox -s arm` compiles it, which few run: for this processor, no further than its types."""
+    flags = ["-fsyntax-only", "-DEXTROPE_ISA=baseline", _build.STANDARD]
+    where = ["-I", str(ROOT / "csrc"), "-I", str(source.parent)]
+    command = [*_build.find_compiler(), *flags, *where, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

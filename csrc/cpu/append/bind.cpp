@@ -8,6 +8,7 @@
 #include "common/rope_norm_args.h"
 #include "cpu/append/args.h"
 #include "cpu/append/writes.h"
+#include "cpu/rope/values.h"
 #include "cpu/runtime/output_pages.h"
 #include "cpu/runtime/token.h"
 

@@ -8,7 +8,6 @@
 #include "cpu/append/cache.h"
 #include "cpu/rope/copied_rows.h"
 #include "cpu/rope/kernel.h"
-#include "cpu/rope/values.h"
 #include "cpu/runtime/capability.h"
 #include "cpu/runtime/threads.h"
 
@@ -82,7 +81,7 @@ class Rotations {
     if (p.rotary_dim > 0 || p.num_tensors > 1 || p.norms[0].weight) {
       parts_[count_++] = p;
     } else {
-      copies_[num_copies_++] = {p.tensors[0], p.head_dim, element_bytes(p)};
+      copies_[num_copies_++] = {p.tensors[0], p.head_dim, element_bytes(p.dtype)};
     }
   }
 

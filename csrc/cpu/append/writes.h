@@ -2,11 +2,12 @@
 // of the tokens' own type first.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "cpu/append/quantize.h"
 #include "cpu/append/rotations.h"
-#include "cpu/runtime/output_pages.h"
+#include "cpu/runtime/kept_pages.h"
 
 namespace extrope {
 
@@ -20,8 +21,8 @@ class CacheWrites {
   void take_keys(RopeTensor& x) {
     if (!cache_.is_e4m3()) return write_into(x, cache_.k, rows_.k);
     const int64_t row = cache_.heads * cache_.head_dim;
-    staged_.push_back(fresh({batch_ * seqlen_ * row}, type_of(cache_.dtype)));
-    k_ = {staged_.back().data_ptr(), seqlen_ * row, row, cache_.head_dim};
+    staged_.emplace(batch_ * seqlen_ * row * element_bytes(cache_.dtype));
+    k_ = {staged_->data(), seqlen_ * row, row, cache_.head_dim};
     x.out = k_.data, x.out_batch = k_.block, x.out_seq = k_.slot, x.out_head = k_.head;
   }
 
@@ -37,19 +38,6 @@ class CacheWrites {
   }
 
  private:
-  static ScalarType type_of(DType dtype) {
-    switch (dtype) {
-      case DType::f32:
-        return ScalarType::Float;
-      case DType::f64:
-        return ScalarType::Double;
-      case DType::bf16:
-        return ScalarType::BFloat16;
-      default:
-        return ScalarType::Half;
-    }
-  }
-
   void quantize(const Plane& in, const Plane& out, const float* scale, int64_t head_dim,
                 const std::vector<int64_t>& rows) const {
     const QuantizeParams p{cache_.dtype,
@@ -71,7 +59,7 @@ class CacheWrites {
   const CacheRows& rows_;
   const int64_t batch_, seqlen_;
   Plane k_{};
-  std::vector<Tensor> staged_;
+  std::optional<Memory> staged_;
 };
 
 }  // namespace extrope

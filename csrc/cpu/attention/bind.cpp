@@ -10,6 +10,7 @@
 #include "cpu/attention/args.h"
 #include "cpu/attention/choice.h"
 #include "cpu/attention/rotation.h"
+#include "cpu/runtime/frequencies.h"
 #include "cpu/runtime/output_pages.h"
 
 namespace extrope {

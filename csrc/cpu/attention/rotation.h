@@ -8,8 +8,8 @@
 
 #include "cpu/attention/cos_sin.h"
 #include "cpu/runtime/capability.h"
-#include "cpu/runtime/frequencies.h"
-#include "cpu/runtime/output_pages.h"
+#include "cpu/runtime/kept_pages.h"
+#include "cpu/runtime/padded_rows.h"
 #include "cpu/runtime/threads.h"
 
 namespace extrope::attention {
@@ -159,8 +159,7 @@ class Rotation {
   void fill(std::vector<CosSinTable>& tables) {
     int64_t floats = 0;
     for (const CosSinTable& t : tables) floats += batch_rows() * t.tokens * t.stride();
-    memory_.push_back(fresh({floats}, ScalarType::Float));
-    float* out = static_cast<float*>(memory_.back().data_ptr());
+    float* out = static_cast<float*>(memory_.emplace_back(floats * sizeof(float)).data());
 #define EXTROPE_KERNEL(isa) fill_cos_sin_##isa
     const FillCosSin kernel = EXTROPE_WIDEST(EXTROPE_KERNEL);
 #undef EXTROPE_KERNEL
@@ -176,10 +175,9 @@ class Rotation {
   AttentionTensor rotated_keys(const CosSin& by, const CosSinTable& t) {
     const bool packed = p_.cu_seqlens != nullptr;
     const int64_t heads = p_.heads_k * p_.head_dim;
-    memory_.push_back(fresh({p_.batch * p_.seqlen_k * heads},
-                            p_.dtype == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Half));
-    const AttentionTensor out{memory_.back().data_ptr(), packed ? 0 : p_.seqlen_k * heads, heads,
-                              p_.head_dim, p_.head_dim};
+    void* keys = memory_.emplace_back(p_.batch * p_.seqlen_k * heads * 2).data();  // of 16 bits
+    const AttentionTensor out{keys, packed ? 0 : p_.seqlen_k * heads, heads, p_.head_dim,
+                              p_.head_dim};
 #define EXTROPE_KERNEL(isa) rotate_keys_##isa
     const RotateKeys kernel = EXTROPE_WIDEST(EXTROPE_KERNEL);
 #undef EXTROPE_KERNEL
@@ -193,7 +191,7 @@ class Rotation {
   const PaddedRows inv_freq_;
   std::vector<double> q_decay_, k_decay_;
   std::vector<float> row_scale_;
-  std::vector<Tensor> memory_;
+  std::vector<Memory> memory_;
 };
 
 }  // namespace extrope::attention

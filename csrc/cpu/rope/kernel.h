@@ -8,6 +8,14 @@
 
 namespace extrope {
 
+inline int64_t element_bytes(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+inline int64_t bytes_of_token(const RopeParams& p) {
+  return (p.tensors[0].heads + p.tensors[1].heads) * p.head_dim * element_bytes(p.dtype);
+}
+
 // Rotates the tokens begin..end-1 of the batch * seqlen tokens in row-major order.
 using RopeTokens = void (*)(const RopeParams&, int64_t begin, int64_t end);
 

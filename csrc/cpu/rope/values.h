@@ -1,4 +1,4 @@
-// What the launchers of the rotation check of values that the host can read, and count.
+// What the launchers of the rotation check of values that the host can read.
 #pragma once
 
 #include "common/rope_args.h"
@@ -15,14 +15,6 @@ inline void check_axes_of_pairs(const RopeParams& p) {
 inline void check_values(const RopeParams& p) {
   if (p.cu_seqlens) check_boundaries("rope", p);
   check_axes_of_pairs(p);
-}
-
-inline int64_t element_bytes(const RopeParams& p) {
-  return p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
-}
-
-inline int64_t bytes_of_token(const RopeParams& p) {
-  return (p.tensors[0].heads + p.tensors[1].heads) * p.head_dim * element_bytes(p);
 }
 
 }  // namespace extrope

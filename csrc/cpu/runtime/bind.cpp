@@ -5,7 +5,7 @@
 
 #include "common/ops.h"
 #include "cpu/runtime/capability.h"
-#include "cpu/runtime/output_pages.h"
+#include "cpu/runtime/kept_pages.h"
 
 namespace extrope {
 namespace {

@@ -15,8 +15,9 @@ enum Capability : int64_t { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNeon 
 Capability capability();
 
 // name(isa) of the widest instruction set that this processor has: of the general ones, and of
-// those for bf16 where it has one.
-#if defined(__x86_64__)
+// those for bf16 where it has one. A build of one instruction set alone defines the first itself.
+#if defined(EXTROPE_WIDEST)
+#elif defined(__x86_64__)
 #define EXTROPE_WIDEST(name) \
   (capability() >= kAvx512 ? name(avx512) : capability() == kAvx2 ? name(avx2) : name(baseline))
 #elif defined(__aarch64__)

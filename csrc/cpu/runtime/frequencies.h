@@ -1,17 +1,12 @@
-// Rows of frequencies in float64, padded to whole vectors: what fill_sincos reads.
+// Tensors of frequencies as padded rows.
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "common/tensor_args.h"
+#include "cpu/runtime/padded_rows.h"
 
 namespace extrope {
-
-struct PaddedRows {
-  int64_t rows, half, padded;
-  std::vector<double> values;  // (rows, padded)
-};
 
 // inv_freq: float32 or float64, (half,) or (rows, half).
 inline PaddedRows padded_rows(const Tensor& inv_freq) {

@@ -1,4 +1,6 @@
 // Tokens appended to a cache, and attention of a few queries over it.
+#include "one_isa.h"
+// Behind it.
 #include "cpu/decode/run.h"
 #include "driver.h"
 #include "regions.h"
@@ -9,8 +11,7 @@ namespace {
 constexpr int64_t kPad = 16;  // frequencies, of whole vectors
 constexpr int64_t kBatch = 2, kHeadsQ = 6, kHeadsK = 2, kCapacity = 640, kPage = 16;
 constexpr int32_t kSeqlens[kBatch] = {601, 37}, kLeftpad[kBatch] = {3, 0};
-constexpr decode::Kernels kKernels{EXTROPE_EXPAND(append_tokens_, EXTROPE_ISA),
-                                   EXTROPE_EXPAND(decode_splits_, EXTROPE_ISA),
+constexpr decode::Kernels kKernels{EXTROPE_EXPAND(decode_splits_, EXTROPE_ISA),
                                    EXTROPE_EXPAND(merge_splits_, EXTROPE_ISA)};
 
 struct Case {
@@ -72,11 +73,12 @@ void run(const Case& c, const std::string& name) {
 
   DecodeParams p{};
   p.cache = cache_of(c, dtype<T>(), k_cache.data(), v_cache.data(), pages.data());
-  p.freqs = {inv_freq.data(), nullptr, c.half, 0, c.interleaved};
+  p.freqs = {inv_freq.data(), nullptr, c.half, static_cast<int64_t>(inv_freq.size()), 0,
+             c.interleaved};
   p.regions = c.regions;
   p.q = q.data(), p.q_batch = c.seqlen_q * row, p.q_seq = row, p.q_head = c.head_dim;
   p.seqlen_q = c.seqlen_q, p.heads_q = kHeadsQ;
-  p.scale = 0.25, p.log_n = c.log_n ? 64.0 : 0.0, p.amplitude = 1.0625;
+  p.softmax_scale = 0.25, p.log_n = c.log_n ? 64.0 : 0.0, p.amplitude = 1.0625;
   const std::vector<float> factors = random_values<float>(kBatch * c.seqlen_q + kHeadsQ, 46);
   if (c.softmax_options) {
     p.regions.sliding_window = 150, p.softcap = 12.0f;
@@ -92,7 +94,7 @@ void run(const Case& c, const std::string& name) {
     return Plane{x.data(), c.seqlen_q * slot, slot, head_dim};
   };
   const Plane of_k = plane(k, c.head_dim), of_v = plane(v, c.head_dim_v);
-  decode::run_append({p.cache, p.freqs, p.regions.stored, of_k, of_v}, kKernels);
+  decode::run_append(p.cache, p.freqs, nullptr, p.regions.stored, of_k, of_v);
   decode::run_decode(p, kKernels);
   write(name + "/k_cache", k_cache);
   write(name + "/v_cache", Moved<T>{v_cache});

@@ -56,20 +56,13 @@ void run(const Case& c, const std::string& type) {
     in[i] = random_values<T>(kBatch * batch, 10 + i);
     saved[i] = random_values<T>(kBatch * batch, 20 + i);
     out[i].resize(in[i].size());
-    p.tensors[i] = {in[i].data(),
-                    out[i].data(),
-                    c.backward ? saved[i].data() : nullptr,
-                    batch,
-                    seq,
-                    head,
-                    batch,
-                    seq,
-                    head,
-                    batch,
-                    seq,
-                    head,
-                    kHeads[i],
-                    i == 0 ? 1.0 : -1.0};
+    RopeTensor& x = p.tensors[i];
+    x.in = in[i].data(), x.out = out[i].data();
+    x.saved = c.backward ? saved[i].data() : nullptr;
+    x.in_batch = x.out_batch = x.saved_batch = batch;
+    x.in_seq = x.out_seq = x.saved_seq = seq;
+    x.in_head = x.out_head = x.saved_head = head;
+    x.heads = kHeads[i], x.decay_sign = i == 0 ? 1.0 : -1.0;
   }
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
   std::vector<Wide> angle_grad(c.backward ? kBatch * kSeqlen * half : 0);

@@ -34,7 +34,11 @@ QEMU = ("qemu-aarch64", "-cpu", "cortex-a57")
 # processors is faster.
 FUSED = ("-mfma", "-mtune=haswell")
 # What kernels call, and what chooses them; the rest of the library is made of torch's tensors.
-BESIDE_KERNELS = ("cpu.attention.wait_for_keys.o", "cpu.runtime.capability.o")
+BESIDE_KERNELS = (
+    "cpu.attention.wait_for_keys.o",
+    "cpu.runtime.capability.o",
+    "cpu.runtime.kept_pages.o",
+)
 NEON = 5  # in extrope_kernels.cli.CPU_CAPABILITIES
 # Of each type: bits behind the leading one, and the smallest value, to base 2.
 ROUNDING = {

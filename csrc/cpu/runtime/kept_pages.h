@@ -1,0 +1,49 @@
+// Large memory, which outlives its use.
+//
+// Fresh pages cost more than the kernels that fill them: the operating system clears and maps
+// them. Large results and tables therefore lie in mappings of huge pages of their own, and a
+// mapping that is done with serves the next one of about its size. The operating system is told
+// that it may take kept pages back (MADV_FREE), which it does before memory runs short.
+#pragma once
+
+#include <cstdint>
+#include <new>
+#include <utility>
+
+namespace extrope {
+
+constexpr int64_t kLarge = int64_t{4} << 20;  // bytes; malloc keeps what is smaller
+
+struct Pages {
+  void* begin;
+  int64_t bytes;
+};
+
+// At least so many bytes; begin is null below kLarge, and where there is no memory.
+Pages take_pages(int64_t bytes);
+void keep_pages(Pages pages);
+
+// Unmaps what is kept; returns how many bytes that was.
+int64_t release_kept_pages();
+
+// Memory of a call.
+class Memory {
+ public:
+  explicit Memory(int64_t bytes)
+      : pages_(take_pages(bytes)),
+        data_(pages_.begin ? pages_.begin : ::operator new(bytes, kAlign)) {}
+  Memory(Memory&& from) noexcept : pages_(from.pages_), data_(std::exchange(from.data_, nullptr)) {}
+  Memory(const Memory&) = delete;
+  ~Memory() {
+    if (!data_) return;
+    pages_.begin ? keep_pages(pages_) : ::operator delete(data_, kAlign);
+  }
+  void* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  Pages pages_;
+  void* data_;
+};
+
+}  // namespace extrope

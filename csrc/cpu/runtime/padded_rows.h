@@ -1,0 +1,14 @@
+// Rows of frequencies in float64, padded to whole vectors: what fill_sincos reads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace extrope {
+
+struct PaddedRows {
+  int64_t rows, half, padded;
+  std::vector<double> values;  // (rows, padded)
+};
+
+}  // namespace extrope
