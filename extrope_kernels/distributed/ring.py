@@ -126,8 +126,8 @@ def _pairs(plan: Plan, step: int, tokens: int) -> Iterator[tuple[Run, Run]]:
         for there in reversed(runs(tokens, source, plan.balance)):
             if there.start > here.start:
                 continue
-            queries = here.within(there.start, call.queries_end(there.stop))
-            keys = there.within(call.first_key(queries.start), here.stop)
+            queries = here.within(here.start, call.queries_end(there.stop))
+            keys = there.within(call.first_key(here.start), there.stop)
             if queries.stop > queries.start and keys.stop > keys.start:
                 yield queries, keys
 

@@ -77,8 +77,8 @@ class KeptPages {
 
 // Never destroyed: the last tensors of a process are freed after its static objects.
 KeptPages& kept_pages() {
-  static KeptPages& blocks = *new KeptPages;
-  return blocks;
+  static KeptPages& all = *new KeptPages;
+  return all;
 }
 
 // A mapping that begins at a huge page; its last, partial one is of small pages.
