@@ -23,7 +23,7 @@ TRAINED = 8192
 # Of each method first what `eval` gives it, or what it cannot do without; then what may suit it
 # better.
 METHODS: dict[str, list[dict[str, Any]]] = {
-    "yarn": [{}, {"factor": 3.0}],
+    "yarn": [{}, {"factor": 3.0}, {"resonance": True}],
     "rope": [{}],
     "rerope": [{}, *({"window": w} for w in (2048, 1024, 3072, 6144))]
     + [{"window": w, "log_n": TRAINED} for w in (2048, 4096)],
@@ -49,6 +49,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 
 # At four times the length a factor of 4 is what `eval` gives.
 LONG = {method: sets[:1] for method, sets in METHODS.items()} | {
+    "yarn": [{}, {"resonance": True}],
     "rerope": [{}, {"window": 2048}],
     "self_extend": [{}, {"window": 4096, "factor": 8}],
     "leaky_rerope": [{}, {"window": 2048}, {"window": 2048, "factor": 8.0}],

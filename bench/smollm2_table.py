@@ -29,12 +29,17 @@ class Measured(NamedTuple):
 
 
 def measured(results: Path, folder: str = TWICE) -> dict[str, list[Measured]]:
-    """By method, what `eval` gives it first, and other parameters as they were tried."""
+    """By method, what `eval` gives it first, and other parameters as they were tried.
+
+    A method with rounded wavelengths is a row of `resonance`.
+    """
     losses = _losses(results / folder / "loss.json")
     recalls = dict(_rows(results / folder / "recall.json"))
     found: dict[str, list[Measured]] = {}
     for key in dict.fromkeys([*losses, *recalls]):
         method, params = json.loads(key)
+        if params.pop("resonance", False):
+            method, params = "resonance", {"method": method, **params}
         pieces = losses.get(key)
         farthest = recalls[key]["gains"][-1] if key in recalls else None
         row = Measured(
@@ -69,7 +74,11 @@ def table_lines(results: Path, folder: str = TWICE) -> list[list[str]]:
 
 
 def named(parameters: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value:g}" for name, value in parameters.items())
+    numbers = {
+        name: value if isinstance(value, str) else f"{value:g}"
+        for name, value in parameters.items()
+    }
+    return ", ".join(f"{name}={value}" for name, value in numbers.items())
 
 
 def between(value: Interval | None, digits: int = 2) -> str:

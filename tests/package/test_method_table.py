@@ -65,6 +65,7 @@ def test_a_real_models_losses_are_compared_piece_by_piece(tmp_path):
     rows = [yarn, row("pi", [2.5, 3.7], factor=2.0), row("pi", [2.4, 3.4], factor=3.0)]
     save("smollm2/loss.json", training_length=4, rows=rows)
     long = [yarn, row("pi", [2.0, 3.5], factor=4.0)]
+    long.append(row("yarn", [2.0, 3.7], factor=4.0, resonance=True))
     save("smollm2-32k/loss.json", training_length=4, rows=long)
     gains = [{"gain": 0.0, "error": 1.0}, {"gain": 1.7, "error": 0.25}]
     save(
@@ -80,11 +81,13 @@ def test_a_real_models_losses_are_compared_piece_by_piece(tmp_path):
         ["`rerope`", "window=9", "", "", "1.70 ± 0.25"],
     ]
     assert smollm2_table.table_lines(tmp_path, smollm2_table.FOUR_TIMES)[1:] == [
-        ["`pi`", "factor=4", "2.750", "0.250 ± 0.250", ""]
+        ["`pi`", "factor=4", "2.750", "0.250 ± 0.250", ""],
+        ["`resonance`", "method=yarn, factor=4", "2.850", "0.350 ± 0.350", ""],
     ]
     lines = {cells[0]: cells[4:] for cells in table.table_lines(tmp_path)}
     assert lines["`pi`"] == ["factor=3", "0.400 ± 0.000", "", "0.250 ± 0.250"]
     assert lines["`rerope`"] == ["window=9", "", "1.70 ± 0.25", ""]
+    assert lines["`resonance`"] == ["", "", "", "0.350 ± 0.350"]
 
 
 def test_a_fine_tune_is_compared_with_the_model_before(tmp_path):

@@ -120,6 +120,31 @@ def test_agrees_with_float64(family, method):
     assert error(got, plain) > 100 * error(got, want)
 
 
+@pytest.mark.parametrize("method", ["yarn", "dynamic_yarn", "longrope"])
+def test_resonance_goes_round_any_method(method):
+    model, ids = build("llama"), tokens(2, SEQLEN)
+    given = example(method, rotary_dim("llama"))
+    given |= {name: x for name, x in FROM_THE_MODEL.items() if name in given}
+    freqs = methods.METHODS[method](rotary_dim("llama"), **given)
+    want = logits(exact(model, methods.resonance(freqs)), ids)
+    parameters = {name: x for name, x in given.items() if name not in FROM_THE_MODEL}
+    with extend(model, method, resonance=False, **parameters):
+        plain = logits(model, ids)
+    with extend(model, method, resonance=True, **parameters):
+        got = logits(model, ids)
+    theirs = _with_tables_of(model, methods.resonance(freqs))
+    assert_as_exact_as(got, logits(theirs, ids), want)
+    assert error(got, plain) > 100 * error(got, want)
+
+
+def test_resonance_is_of_frequencies_and_true_or_false():
+    model = build("llama")
+    with pytest.raises(TypeError, match=r"^extend: resonance must be True or False, got 2$"):
+        extend(model, "yarn", factor=4.0, resonance=2)
+    with pytest.raises(TypeError, match="among window, factor, log_n, got resonance"):
+        extend(model, "rerope", window=8, resonance=True)
+
+
 def _with_tables_of(model, freqs):
     rotary = rotary_of(model)
     rotary.inv_freq.copy_(freqs.inv_freq)

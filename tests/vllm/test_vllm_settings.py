@@ -76,6 +76,11 @@ def test_method_and_score():
         ({"method": "yearn"}, ValueError, "method must be one of rope, .* got 'yearn'"),
         ({"method": "axial"}, ValueError, "method must be one of"),
         ({"method": "rerope", "window": 64}, ValueError, "method must be one of"),
+        (
+            YARN | {"score": RERO | {"resonance": True}},
+            TypeError,
+            "parameters of rerope .* resonance",
+        ),
         (YARN | {"window": 4}, TypeError, "parameters of yarn must be among .* got window"),
         ({"score": "rerope"}, ValueError, "score must have a method, one of rerope, .* 'rerope'"),
         ({"score": {"method": "yarn"}}, ValueError, "score must have .* got 'yarn'"),
@@ -93,6 +98,8 @@ def test_frequencies_are_the_models_where_the_method_has_none():
     want = methods.yarn(32, factor=4.0, original_max_position_embeddings=128, base=1e4)
     assert torch.equal(kind.freqs.inv_freq, want.inv_freq)
     assert kind.freqs.attention_factor == want.attention_factor
+    (kind,) = make_engine(config(YARN | {"resonance": True})).kinds.values()
+    assert torch.equal(kind.freqs.inv_freq, methods.resonance(want).inv_freq)
     (kind,) = make_engine(config({"score": RERO})).kinds.values()
     assert torch.equal(kind.freqs.inv_freq, methods.rope(32, base=1e4).inv_freq)
 

@@ -9,13 +9,17 @@ from functools import partial
 from typing import Any
 
 from ... import RopeFreqs
-from ...methods import METHODS
+from ...methods import METHODS, resonance
 from ...scores import SCORES, Score
 
 _FUNCTIONS = METHODS | SCORES
-# Every method that an integration takes, and the names of its parameters.
+# Every method that an integration takes, and the names of its parameters: its own, and what goes
+# with all of its kind.
 PARAMETERS: dict[str, tuple[str, ...]] = {
-    name: (*inspect.signature(function).parameters, *(("log_n",) if name in SCORES else ()))
+    name: (
+        *inspect.signature(function).parameters,
+        "log_n" if name in SCORES else resonance.__name__,
+    )
     for name, function in _FUNCTIONS.items()
 }
 # Parameters that a method exists to choose, so the model's value is not what is meant.
@@ -73,17 +77,25 @@ def bind_method(
     values = {k: v for k, v in model.values.items() if k in accepted and k not in own}
     check_names(op, method, given, values)
     takes_length = "seq_len" in accepted and "seq_len" not in given
-    bound = partial(METHODS[method], **values | given)
+    parameters = values | given
+    rounded = parameters.pop(resonance.__name__, False)
+    if not isinstance(rounded, bool):
+        raise TypeError(f"{op}: resonance must be True or False, got {rounded!r}")
+    bound = partial(METHODS[method], **parameters)
     _check_dim(op, method, bound(seq_len=1) if takes_length else bound(), model.dim)
     if model.unrotated and method != "proportional":
         bound = partial(_without, bound, model.unrotated)
-    return bound, takes_length
+    return partial(_rounded, bound) if rounded else bound, takes_length
 
 
 def _without(method: Callable[..., RopeFreqs], unrotated: int, **parameters: Any) -> RopeFreqs:
     freqs = method(**parameters)
     freqs.inv_freq[..., -unrotated:] = 0.0
     return freqs
+
+
+def _rounded(method: Callable[..., RopeFreqs], **parameters: Any) -> RopeFreqs:
+    return resonance(method(**parameters))
 
 
 def bind_score(op: str, method: str, given: Mapping[str, Any]) -> tuple[Score, float | None]:

@@ -91,8 +91,9 @@ def extend(
     mesh: DeviceMesh or ProcessGroup, the ranks that share a sequence; of two dimensions as in
         `distributed.rerope_attention`.
     strategy, balance: as there; the tokens must have been cut with the same balance.
-    parameters: the method's parameters. For a frequency method, of the model's configuration come
-        dim, base (its rope_theta; `abf` has its own), original_max_position_embeddings
+    parameters: the method's parameters; with resonance=True the wavelengths of a frequency method
+        are rounded to whole tokens (`methods.resonance`). Of the model's configuration come dim,
+        base (its rope_theta; `abf` has its own), original_max_position_embeddings
         (max_position_embeddings where there is none) and max_position_embeddings, unless given.
 
     Returns a handle whose `restore()` undoes everything; it is a context manager, too.
