@@ -81,6 +81,10 @@ def test_finds_tells_and_writes(search, tmp_path, capsys):
     searched = next(row for row in found["finalists"] if row["method"] == "longrope")
     factors = searched["params"]["long_factor"]
     assert factors == sorted(factors) and factors != found["factors"]["yarn factor=2.25"]
+    tried = [row["of"] for row in found["rows"] if row["of"]["kind"] == "full"]
+    tried = [of["params"]["long_factor"] for of in tried if of["method"] == "longrope"]
+    half, whole, quarter = torch.tensor(list(dict.fromkeys(map(tuple, tried)))).log()
+    torch.testing.assert_close(whole - half, 2 * (half - quarter))
     check_image(tmp_path / "out" / "search.png")
     out = capsys.readouterr().out
     assert "the first half of each text is searched on, the second decides" in out

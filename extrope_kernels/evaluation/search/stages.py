@@ -39,6 +39,8 @@ _FIRST_PIECES, _PIECES, _HELD_OUT_PIECES = 3, 8, 8
 _FAR_BEHIND = 0.2
 _TRIED_WHOLE = 6  # published methods at full length, at most
 _STEPS, _GRADIENTS = 12, 4  # at most so many steps, each down so many gradients
+# Short pieces tell in which direction factors get better, full lengths how far to go.
+_OF_THE_WAY = (0.5, 1.0, 0.25)
 # Of a text's tokens, those whose loss counts: of short pieces all behind the gap.
 _LAST, _LAST_OF_SHORT = 0.25, 0.5
 
@@ -97,7 +99,8 @@ class Search:
         """Return LongRoPE's factors for this model, found from those of another method.
 
         With YaRN's amplitude, and with that of the start where it has another: short pieces do not
-        tell how far attention is thinned out over the keys of a long text.
+        tell how far attention is thinned out over the keys of a long text. Nor do they how far to
+        go: factors on half and a quarter of the way come with those that cost least.
         """
         freqs = self.ladder.freqs(start)
         logs, amplitude = rising(self.ladder.log_factors(freqs)), freqs.attention_factor
@@ -112,7 +115,11 @@ class Search:
         if found is None:
             return []
         amplitudes = self.ladder.freqs(self.yarn()).attention_factor, amplitude
-        return [self.ladder.longrope(found, each) for each in dict.fromkeys(amplitudes)]
+        return [
+            self.ladder.longrope(logs + share * (found - logs), each)
+            for share in _OF_THE_WAY
+            for each in dict.fromkeys(amplitudes)
+        ]
 
     def yarn(self) -> Candidate:
         """Return YaRN by its paper, which everything is compared with."""
