@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ... import RopeFreqs, apply_rope
 from ...scores import Score
+from .layer_options import refuse_options, softmax_options
 from .paged import PackedRows
 from .rows import Rows
 from .static_cache import StaticRows
@@ -155,35 +156,6 @@ class Attending:
 def rotated_first(x: Tensor, start: int) -> Tensor:
     """Put the rotated dims first, where the ops expect them: scores are sums over dims."""
     return x if start == 0 else torch.cat((x[..., start:], x[..., :start]), -1)
-
-
-def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the layer tells its attention, in the words of the ops."""
-    found = {"softmax_scale": options.get("scaling")}
-    if found["softmax_scale"] is None:
-        found["softmax_scale"] = getattr(module, "scaling", None)
-    if options.get("softcap") is not None:
-        found["softcap"] = float(options["softcap"])
-    if options.get("s_aux") is not None:
-        sinks = options["s_aux"]
-        found["sinks"] = sinks.to(torch.promote_types(sinks.dtype, torch.float32))
-    if options.get("sliding_window"):
-        found["sliding_window"] = options["sliding_window"]
-    return found
-
-
-def refuse_options(module: nn.Module, options: Mapping[str, Any], packed: bool = False) -> None:
-    """Raise ValueError for what would change the attention and can be switched on at any time.
-
-    packed: the rows are, and say where sequences begin.
-    """
-    if options.get("dropout"):
-        raise ValueError(
-            "extend: a model in training must have attention_dropout 0, "
-            f"got {options['dropout']} in {type(module).__name__}"
-        )
-    if options.get("cu_seq_lens_q") is not None and not packed:
-        raise ValueError("extend: sequences must come as rows, got cu_seq_lens_q of packed ones")
 
 
 def exchange(value: Any, found: Callable[[Attending], Any]) -> Any:

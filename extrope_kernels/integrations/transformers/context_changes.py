@@ -13,7 +13,6 @@ from ...scores import SCORES
 from .._shared.kinds import is_bounded
 from .._shared.parameters import PARAMETERS
 from .architecture import RotarySite, kind_of, shortened, unsupported
-from .attending import softmax_options
 from .calls import Call, call_of
 from .context_parallel import (
     PLAIN,
@@ -24,6 +23,7 @@ from .context_parallel import (
     refuse_labels,
 )
 from .forwards import argument_names, by_name
+from .layer_options import softmax_options
 from .layers import check_options, close, compare_with_own
 from .rotary import Rotary
 from .rotation import register_attention

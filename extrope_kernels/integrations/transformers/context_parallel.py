@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ... import RopeFreqs, methods
 from ...scores import FIRST_KEY, UNROTATED, Region, Score
-from .attending import refuse_options, softmax_options
 from .calls import Call
 from .forwards import argument_names, by_name, cache_of, tokens_of
+from .layer_options import refuse_options, softmax_options
 from .rotation import ARGUMENT
 from .rows import full_mask, no_mask
 

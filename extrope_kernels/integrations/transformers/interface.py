@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ... import RopeFreqs, scores
 from ...ops.attention import attend
 from ...ops.decode import attend_with_kvcache
-from .attending import softmax_options
+from .layer_options import softmax_options
 from .rotation import INTERFACE
 from .rows import records
 

@@ -19,9 +19,10 @@ from ... import RopeFreqs, apply_rope, scores
 from ...ops.attention import attend
 from .._shared.kinds import is_bounded
 from .architecture import RotarySite, kind_of, shortened, unsupported
-from .attending import Heads, refuse_options, rotated_first, softmax_options
+from .attending import Heads, rotated_first
 from .calls import Call, Override, call_of, dropout_of
 from .fused import rotating_layers
+from .layer_options import refuse_options, softmax_options
 from .rotation import register_attention
 from .rows import no_mask
 from .trial import (
