@@ -277,8 +277,8 @@ def main(root: Path = ROOT, results: Path = RESULTS) -> None:
         if (made := root / "build" / "demo" / f"{task}.json").exists():
             shutil.copyfile(made, results / f"{name}.json")
             shutil.copyfile(made.with_suffix(".png"), root / "docs" / f"{name}.png")
-    for made in (root / "build").glob("search*/search.json"):
-        keep_search(made, root, results)
+    for plot in (root / "build").glob("search*/search.png"):  # others have not ended
+        keep_search(plot.with_suffix(".json"), root, results)
     for page in pages(root):
         page.write_text(filled(page, root, figures(results)))
     (results / "README.md").write_text(everything(results))

@@ -36,6 +36,7 @@ def plot(results: Path, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8.6, 4.6), layout="constrained")
+    labels: dict[tuple[float, float], list[str]] = {}  # by place: some methods are one there
     for name, rows in shown(results).items():
         (costs, cost_errors), (gains, errors) = (
             zip(*(getattr(row, measure) for row in rows), strict=True)
@@ -44,11 +45,12 @@ def plot(results: Path, path: Path) -> None:
         style = {"color": "tab:red", "marker": MARKERS.get(name), "label": name}
         if name not in SCORES:
             style = {"color": "tab:blue", "marker": "."}
-            axes.annotate(
-                f"{name} {named(rows[-1].parameters)}", (costs[-1], gains[-1]), (5, 4),
-                textcoords="offset points", fontsize=7, color="tab:blue",
-            )  # fmt: skip
+            place = round(costs[-1], 3), round(gains[-1], 2)
+            labels.setdefault(place, []).append(f"{name} {named(rows[-1].parameters)}")
         axes.errorbar(costs, gains, errors, cost_errors, linewidth=0.8, elinewidth=0.4, **style)
+    for place, names in labels.items():
+        text = {"textcoords": "offset points", "fontsize": 7, "color": "tab:blue"}
+        axes.annotate(", ".join(names), place, (5, 4), **text)
     axes.set_xlabel("loss over YaRN's behind 8,192 tokens (nats a token)")
     axes.set_ylabel("recall 15,360 tokens back (nats a token)")
     axes.spines[["top", "right"]].set_visible(False)
