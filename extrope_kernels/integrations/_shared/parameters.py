@@ -9,16 +9,17 @@ from functools import partial
 from typing import Any
 
 from ... import RopeFreqs
-from ...methods import METHODS, resonance
+from ...methods import METHODS, WRAPPERS
 from ...scores import SCORES, Score
 
 _FUNCTIONS = METHODS | SCORES
+_RESONANCE = "resonance"
 # Every method that an integration takes, and the names of its parameters: its own, and what goes
 # with all of its kind.
 PARAMETERS: dict[str, tuple[str, ...]] = {
     name: (
         *inspect.signature(function).parameters,
-        "log_n" if name in SCORES else resonance.__name__,
+        "log_n" if name in SCORES else _RESONANCE,
     )
     for name, function in _FUNCTIONS.items()
 }
@@ -78,9 +79,9 @@ def bind_method(
     check_names(op, method, given, values)
     takes_length = "seq_len" in accepted and "seq_len" not in given
     parameters = values | given
-    rounded = parameters.pop(resonance.__name__, False)
+    rounded = parameters.pop(_RESONANCE, False)
     if not isinstance(rounded, bool):
-        raise TypeError(f"{op}: resonance must be True or False, got {rounded!r}")
+        raise TypeError(f"{op}: {_RESONANCE} must be True or False, got {rounded!r}")
     bound = partial(METHODS[method], **parameters)
     _check_dim(op, method, bound(seq_len=1) if takes_length else bound(), model.dim)
     if model.unrotated and method != "proportional":
@@ -95,7 +96,7 @@ def _without(method: Callable[..., RopeFreqs], unrotated: int, **parameters: Any
 
 
 def _rounded(method: Callable[..., RopeFreqs], **parameters: Any) -> RopeFreqs:
-    return resonance(method(**parameters))
+    return WRAPPERS[_RESONANCE](method(**parameters))
 
 
 def bind_score(op: str, method: str, given: Mapping[str, Any]) -> tuple[Score, float | None]:
