@@ -27,7 +27,7 @@ from extrope_kernels.evaluation.tasks import TASKS
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.integrations.transformers.rotation import Rotation
 
-# As in the paper, and at twice the length as far as every head has to be slowed down.
+# The paper's; and 2 at least, so that no head sees distances past 8,192 in 16,384 tokens.
 RATIOS = ({"min_ratio": 1.2, "max_ratio": 1.8}, {"min_ratio": 2.0, "max_ratio": 3.0})
 
 

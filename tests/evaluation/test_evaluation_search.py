@@ -1,7 +1,6 @@
 """The search for what lets a model read a length, end to end on a tiny random model."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,22 +279,3 @@ def test_grids_are_what_extend_takes(model):
     for candidate in [*published(128, TRAINED, 4), *score_methods(128, TRAINED)]:
         with candidate.extending(model):
             assert candidate.call.startswith(f'extend(model, "{candidate.method}", ')
-
-
-def test_short_pieces_only_drop_what_is_far_behind():
-    """The order is that of `published`, not theirs; what there was no time for is dropped, too."""
-    yarn, *others = published(128, TRAINED, 4)
-    losses = {others[0].name: 2.1, others[1].name: 1.9, others[2].name: 2.2, others[3].name: None}
-
-    def mean_short(candidate, pieces, share):
-        return 2.0 if candidate == yarn else losses.get(candidate.name, 9.0)
-
-    search = SimpleNamespace(
-        yarn=lambda: yarn,
-        length=128,
-        ladder=SimpleNamespace(trained=TRAINED, plain=[0.0] * 4),
-        mean_short=mean_short,
-    )
-    assert stages.Search.grid(search) == [yarn, others[0], others[1]]
-    losses.clear()
-    assert stages.Search.grid(search) == [yarn]
