@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-import search_table
 import smollm2_table
 
 import extrope_kernels
@@ -50,8 +49,6 @@ def method_rows(results: Path = RESULTS) -> list[MethodRow]:
     )
     folders = (smollm2_table.TWICE, smollm2_table.FOUR_TIMES)
     real = [smollm2_table.measured(results, folder) for folder in folders]
-    if (searched := search_table.longrope(results)) is not None:
-        real[0]["longrope"] = [searched]
     rows = []
     for axis, name, method in _methods():
         measured = MEASURED_AS.get(method.__name__, method.__name__)

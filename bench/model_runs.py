@@ -10,6 +10,7 @@ bench/smollm2_table.py compares what it writes, bench/readme.py shows it.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,13 @@ from extrope_kernels.evaluation import cli
 
 RESULTS = Path(__file__).parent / "results"
 TRAINED = 8192
+
+
+def searched(name: str) -> dict[str, Any]:
+    """Parameters of LongRoPE as `search` found them on a third text, for the length of its name."""
+    finalists = json.loads((RESULTS / f"{name}.json").read_text())["finalists"]
+    return next(row["params"] for row in finalists if row["method"] == "longrope")
+
 
 # Of each method first what `eval` gives it, or what it cannot do without; then what may suit it
 # better.
@@ -45,6 +53,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "xpos": [{}],
     "string": [{}, {"shift": TRAINED}],
     "blockwise_causal": [{}],
+    "longrope": [searched("search-16k")],
 }
 
 # At four times the length a factor of 4 is what `eval` gives.
@@ -55,6 +64,7 @@ LONG = {method: sets[:1] for method, sets in METHODS.items()} | {
     "leaky_rerope": [{}, {"window": 2048}, {"window": 2048, "factor": 8.0}],
     "abf": [{}, {"base": 1_000_000.0}],
     "giraffe_power": [{"power": 0.1}, {"power": 0.5}, {"power": 1.0}],
+    "longrope": [searched("search-32k")],
 }
 
 

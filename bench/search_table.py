@@ -62,15 +62,6 @@ def by_kind(results: Path) -> tuple[list[str], list[list[str]]]:
     return head, lines
 
 
-def longrope(results: Path) -> smollm2_table.Measured | None:
-    """The factors that were searched for the shortest length."""
-    for search in found(results).values():
-        if (row := _of_kind(search, "searched")) is not None:
-            over = row["to_yarn"], row["to_yarn_error"]
-            return smollm2_table.Measured({}, row["loss"], over)
-    return None
-
-
 def _cell(search: dict[str, Any], kind: str) -> str:
     row = _of_kind(search, kind)
     if row is None:

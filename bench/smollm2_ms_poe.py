@@ -1,4 +1,4 @@
-"""Ms-PoE on SmolLM2 past its length: python bench/smollm2_ms_poe.py {loss,recall} jargon.txt
+"""Ms-PoE on SmolLM2 past its length: python bench/smollm2_ms_poe.py {loss,recall,long} jargon.txt
 
 `extend` has no Ms-PoE, which orders the heads of every layer by their attention in a request. Here
 they are ordered as its authors do: by the share of the keys that the last token, by plain RoPE,
@@ -27,8 +27,9 @@ from extrope_kernels.evaluation.tasks import TASKS
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.integrations.transformers.rotation import Rotation
 
-# The paper's; and 2 at least, so that no head sees distances past 8,192 in 16,384 tokens.
-RATIOS = ({"min_ratio": 1.2, "max_ratio": 1.8}, {"min_ratio": 2.0, "max_ratio": 3.0})
+# The paper's; and with which no head sees a distance past the training length.
+PAPER = {"min_ratio": 1.2, "max_ratio": 1.8}
+RATIOS = {16384: {"min_ratio": 2.0, "max_ratio": 3.0}, 32768: {"min_ratio": 4.0, "max_ratio": 6.0}}
 
 
 def awareness(q: Tensor, k: Tensor, freqs: RopeFreqs, positions: Tensor) -> Tensor:
@@ -89,12 +90,12 @@ class Given(Plan):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=("loss", "recall"))
+    parser.add_argument("run", choices=("loss", "recall", "long"))
     parser.add_argument("text", help="of the Jargon File")
     asked = parser.parse_args()
     evaluation = argparse.ArgumentParser()
     cli.add_arguments(evaluation)
-    run = model_runs.RUNS[asked.task]
+    run = model_runs.RUNS[asked.run]
     args = evaluation.parse_args(model_runs.arguments(run, ["pydocs", asked.text], {}))
     models.quiet()
     keep_freed_memory()
@@ -102,7 +103,7 @@ def main() -> None:
     task = TASKS[args.task](args, lengths, models.load_tokenizer(files))
     model = models.load_model(files, args.dtype, "cpu")
     runner.extend = by_head
-    for ratios in RATIOS:
+    for ratios in (PAPER, RATIOS[lengths[0]]):
         plan = Given(["ms_poe"], lengths, {"ms_poe": ratios})
         runner.run_rows(task, model, plan, args, Path(args.out))
 

@@ -31,7 +31,8 @@ class Measured(NamedTuple):
 def measured(results: Path, folder: str = TWICE) -> dict[str, list[Measured]]:
     """By method, what `eval` gives it first, and other parameters as they were tried.
 
-    A method with rounded wavelengths is a row of `resonance`.
+    A method with rounded wavelengths is a row of `resonance`. Of LongRoPE's factors it is told that
+    they were searched.
     """
     losses = _losses(results / folder / "loss.json")
     recalls = dict(_rows(results / folder / "recall.json"))
@@ -40,6 +41,8 @@ def measured(results: Path, folder: str = TWICE) -> dict[str, list[Measured]]:
         method, params = json.loads(key)
         if params.pop("resonance", False):
             method, params = "resonance", {"method": method, **params}
+        if method == "longrope":
+            params = {"factors": "searched"}
         pieces = losses.get(key)
         farthest = recalls[key]["gains"][-1] if key in recalls else None
         row = Measured(

@@ -9,6 +9,7 @@ from hf_models import (
     assert_as_exact_as,
     assert_same,
     build,
+    error,
     generate,
     gradients,
     logits,
@@ -17,6 +18,7 @@ from hf_models import (
     transformers,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from extrope_kernels.integrations.transformers import extend, register_interface
 
@@ -33,6 +35,12 @@ EXTENSIONS = [
 ]
 
 
+EXPERTS = {
+    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    **{"shared_expert_intermediate_size": 32, "num_key_value_heads": 2, "use_sliding_window": True},
+}
+
+
 class CountAttention(TorchDispatchMode):
     """Counts calls of our attention and of torch's inside a `with` block."""
 
@@ -45,6 +53,18 @@ class CountAttention(TorchDispatchMode):
         self.ours += name.startswith(("extrope.attention_fwd", "extrope.decode"))
         self.theirs += "scaled_dot_product" in name
         return func(*args, **(kwargs or {}))
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made inside a `with` block."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *(x.numel() for x in made)])
+        return out
 
 
 def run(model, mask, **settings):
@@ -82,6 +102,23 @@ def test_an_extended_model_gives_what_the_extension_gives(family, method, parame
         assert_same(run(model, MASK), want)
 
 
+@pytest.mark.parametrize(("family", "sizes"), [("gemma3_text", {}), ("qwen2_moe", EXPERTS)])
+def test_a_prompt_has_no_mask_of_all_pairs(family, sizes):
+    """Qwen2 MoE's layers leave their window to the mask that is not made here."""
+    ids = tokens(1, 400)
+    model, wide, twin = (
+        build(family, sliding_window=window, **sizes) for window in (24, ids.numel(), 24)
+    )
+    if family == "qwen2_moe":
+        twin.set_experts_implementation("eager")  # others have no float64
+    theirs, want = logits(model, ids), logits(twin.double(), ids)
+    assert error(logits(wide, ids), want) > 0.1
+    model.set_attn_implementation("extrope")
+    with LargestTensor() as largest:
+        assert_as_exact_as(logits(model, ids), theirs, want)
+    assert largest.elements < ids.numel() ** 2
+
+
 def test_gradients_are_those_of_torch():
     model = build("llama").double()
     want = gradients(model, PROMPT)
@@ -90,9 +127,10 @@ def test_gradients_are_those_of_torch():
         torch.testing.assert_close(got, want[name])
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("kind", ["packed", "padded on the right", "dropout"])
-def test_what_is_not_causal_rows_is_left_to_torch(kind):
-    model = build("llama", attention_dropout=0.1 if kind == "dropout" else 0.0).double()
+def test_what_is_not_causal_rows_is_left_to_torch(kind, family):
+    model = build(family, attention_dropout=0.1 if kind == "dropout" else 0.0).double()
     inputs = {}
     if kind == "packed":
         inputs["position_ids"] = torch.cat((torch.arange(12), torch.arange(17)))[None]

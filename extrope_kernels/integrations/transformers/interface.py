@@ -1,8 +1,9 @@
 """The attention that `model.set_attn_implementation("extrope")` asks for: ours, for any model.
 
 Queries and keys come rotated by the layer, or not at all, so the ops attend by frequencies of 0.
-Masks are those that transformers makes for `sdpa`. What they say but for causal rows, padded on the
-left or not (a vision tower, packed rows, tokens that see later ones), is left to `sdpa` itself.
+Masks are those that transformers makes for `sdpa`, but none for a window that the layer tells as
+well. What they say but for causal rows, padded on the left or not (a vision tower, packed rows,
+tokens that see later ones), is left to `sdpa` itself.
 """
 
 from __future__ import annotations
@@ -36,10 +37,24 @@ def register_interface() -> None:
     `extend` does it, too; a model that is not extended needs it.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(INTERFACE, attention)
-    AttentionMaskInterface.register(INTERFACE, sdpa_mask)
+    AttentionMaskInterface.register(INTERFACE, make_mask)
+
+
+def make_mask(**given: Any) -> Tensor | None:
+    """Mask function of transformers' interface, with the arguments of its `sdpa_mask`.
+
+    A prompt's mask has an entry a pair of tokens, 2.4 GB at 49,152. Where nothing is padded, causal
+    rows need none, and those of a sliding window neither; chunks, of which layers tell nothing, do.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    chunk = getattr(given.get("config"), "attention_chunk_size", None)
+    prompt = given.get("allow_is_causal_skip") and given["q_length"] == given["kv_length"]
+    if prompt and given.get("local_size") != chunk:
+        given["local_size"] = None
+    return sdpa_mask(**given)
 
 
 def attention(
@@ -59,9 +74,8 @@ def attention(
     """
     q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
     out = None
+    said = softmax_options(module, options) | {"op": INTERFACE}
     if _may_be_causal(module, attention_mask, options):
-        said = softmax_options(module, options)
-        said |= {"op": INTERFACE}
         freqs = RopeFreqs(q.new_zeros(1, dtype=torch.float32))
         if attention_mask is None:
             out = _all_causal(q, k, v, freqs, said)
@@ -76,15 +90,20 @@ def attention(
         )
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    window, tokens = said.get("sliding_window"), q.shape[1]
+    if attention_mask is None and window and tokens == k.shape[1] and _causal(module, options):
+        attention_mask = _window_mask(tokens, window, q.device)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
-def _may_be_causal(module: nn.Module, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
+def _causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
     causal = options.get("is_causal")
-    if causal is None:
-        causal = getattr(module, "is_causal", True)
+    return getattr(module, "is_causal", True) if causal is None else causal
+
+
+def _may_be_causal(module: nn.Module, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
     given = {name for name, value in options.items() if value is not None}
-    if not causal or options.get("dropout") or not given <= _KNOWN:
+    if not _causal(module, options) or options.get("dropout") or not given <= _KNOWN:
         return False
     return mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
 
@@ -116,6 +135,12 @@ def _masked(
     ends, pads = (x.expand(q.shape[0]) for x in rows)
     options |= {"cache_seqlens": ends.contiguous(), "cache_leftpad": pads.contiguous()}
     return attend_with_kvcache(_PLAIN, q, k, v, freqs, **options)
+
+
+def _window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
+    """What `make_mask` has left out: (1, 1, tokens, tokens) bool."""
+    at = torch.arange(tokens, device=device)
+    return ((at <= at[:, None]) & (at > at[:, None] - window))[None, None]
 
 
 def _rows(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor] | None:
@@ -152,5 +177,5 @@ def _read(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
     query = (ends - new)[:, None, None] + torch.arange(new, device=mask.device)[:, None]
     want = (at <= query) & (at >= pads[:, None, None])
     if window is not None:
-        want = want & (query - at < window)
+        want &= at > query - window
     return ends.to(torch.int32), pads.to(torch.int32), (want == seen).all()

@@ -19,8 +19,9 @@ def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, 
     if options.get("s_aux") is not None:
         sinks = options["s_aux"]
         found["sinks"] = sinks.to(torch.promote_types(sinks.dtype, torch.float32))
-    if options.get("sliding_window"):
-        found["sliding_window"] = options["sliding_window"]
+    # Qwen2 MoE's layers leave their window to the mask.
+    if window := options.get("sliding_window", getattr(module, "sliding_window", None)):
+        found["sliding_window"] = window
     return found
 
 
