@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from harness import machine
 from length_methods import METHODS
-from length_trainings import TRAININGS
+from length_trainings import TRAININGS, Setup
 
-if TYPE_CHECKING:
-    from length_generalization import Run
+
+class Run(Protocol):
+    """A seed's trainings and readings."""
+
+    @property
+    def setup(self) -> Setup: ...
+    def read(self, name: str) -> list[dict]: ...
+    def trained(self, name: str) -> dict: ...
 
 
 def over_seeds(runs: list[Run], name: str) -> list[dict]:

@@ -206,6 +206,9 @@ def decode_kernel(
     )
     # Near keys first: what rotates them is then no longer in registers while far ones are added.
     for r in tl.static_range(REGIONS - 1, -1, -1):
+        if r + 1 < REGIONS:
+            # Or q would be loaded once, and stay in registers while the regions before are added.
+            tl.debug_barrier()
         cos, sin = map_cos_sin(position, freq, decay, q_maps[r], stored, Q_MAPS[r], RAW)
         raw = widened(load_parts(q_rows, valid, TILE))
         of_region = rotate(raw, cos * (amplitude * scale), sin * (amplitude * scale), scale)
