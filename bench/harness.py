@@ -82,6 +82,12 @@ def cell(value: object, form: str = "") -> str:
     return "" if missing else format(value, form)
 
 
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 # -------------------------------------------------------------------------------------------------
 # Timing
 

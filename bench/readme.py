@@ -12,8 +12,9 @@ what bench/results/rope-cpu.json says; here only the cases with "bfloat16" in th
 shape; several words must all be there. FOLDER/rope-cpu is another machine's (--out FOLDER);
 `methods` is the table of methods, `smollm2`, `smollm2-32k` and `gemma3-270m-48k` those of real
 models, `tuned` that of fine-tunes, `models` that of bench/models_census.py, `gpu_audit` and
-`triton_versions` the audit's, `demo` and `recall` the demo's, `search-16k` a search's, `searched`
-the best of all searches, and `api: scores` what mkdocstrings is to show of that room.
+`triton_versions` the audit's, `demo` and `recall` the demo's, `passkey` that of
+bench/model_runs.py, whose plot is copied as well, `search-16k` a search's, `searched` the best of
+all searches, and `api: scores` what mkdocstrings is to show of that room.
 """
 
 from __future__ import annotations
@@ -37,36 +38,11 @@ import smollm2_table
 import smollm2_tuned
 import triton_versions
 from audit.summary import table as audit_table
-from harness import COLUMNS, RESULTS, cell
+from eval_tables import demo_table, passkey_table, recall_table
+from harness import COLUMNS, RESULTS, cell, table
 from scaling import summary
 
 ROOT = Path(__file__).parent.parent
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def demo_table(results: dict) -> str:
-    rows = results["rows"]
-    head = ["method", *(f"{b['start'] // 1024}-{b['stop'] // 1024}k" for b in rows[0]["buckets"])]
-    lines = [[f"`{row['method']}`", *(f"{b['loss']:.2f}" for b in row["buckets"])] for row in rows]
-    seconds = sum(row["seconds"] for row in rows)
-    threads = results["threads"]
-    on = "a thread" if threads == 1 else f"{threads} threads"
-    took = f"The {len(rows)} runs took {seconds / 60:.1f} minutes of {on}."
-    return f"{table(head, lines)}\n\n{took}"
-
-
-def recall_table(results: dict) -> str:
-    """A line a method: what a passage gains by distance, with its standard error."""
-    head = ["method", *(f"{distance:,}" for distance in results["distances"])]
-    lines = [
-        [f"`{row['method']}`", *(f"{g['gain']:.2f} ± {g['error']:.2f}" for g in row["gains"])]
-        for row in results["rows"]
-    ]
-    return table(head, lines)
 
 
 def search_figures(results: Path) -> dict[str, Callable[[str], str]]:
@@ -235,6 +211,8 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
         made["demo"] = lambda only: demo_table(json.loads(demo.read_text()))
     if (recall := results / "recall.json").exists():
         made["recall"] = lambda only: recall_table(json.loads(recall.read_text()))
+    if (passkey := results / smollm2_table.TWICE / "passkey.json").exists():
+        made["passkey"] = lambda only: passkey_table(json.loads(passkey.read_text()))
     return made | search_figures(results)
 
 
@@ -277,6 +255,8 @@ def main(root: Path = ROOT, results: Path = RESULTS) -> None:
         if (made := root / "build" / "demo" / f"{task}.json").exists():
             shutil.copyfile(made, results / f"{name}.json")
             shutil.copyfile(made.with_suffix(".png"), root / "docs" / f"{name}.png")
+    if (drawn := results / smollm2_table.TWICE / "passkey.png").exists():
+        shutil.copyfile(drawn, root / "docs" / drawn.name)
     for plot in (root / "build").glob("search*/search.png"):  # others have not ended
         keep_search(plot.with_suffix(".json"), root, results)
     for page in pages(root):

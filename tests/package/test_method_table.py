@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 
+import eval_tables
 import method_table as table
 import pytest
 import search_table
@@ -140,4 +141,19 @@ def test_searches_stand_side_by_side_by_the_kind_of_what_they_found(tmp_path):
         ["YaRN", "`yarn factor=24` -0.100 ± 0.010"],
         ["0.250 ± 0.010", ""],
         ["`rerope window=9` -0.500 ± 0.010", ""],
+    ]
+
+
+def test_passkeys_stand_by_length_below_their_method():
+    def row(method, length, *shares):
+        intervals = [[share - 0.1, share + 0.1] for share in shares]
+        return {"method": method, "length": length, "accuracy": shares, "intervals": intervals}
+
+    rows = [row("rope", 16, 0.5, 0.9), row("yarn", 8, 0.4, 0.3), row("rope", 8, 0.2, 0.1)]
+    lines = eval_tables.passkey_table({"depths": [0.0, 1.0], "rows": rows}).splitlines()
+    assert lines[0] == "| method | tokens | 0% deep | 100% deep |"
+    assert lines[2:] == [
+        "| `rope` | 8 | 20% (10-30) | 10% (0-20) |",
+        "| `rope` | 16 | 50% (40-60) | 90% (80-100) |",
+        "| `yarn` | 8 | 40% (30-50) | 30% (20-40) |",
     ]
