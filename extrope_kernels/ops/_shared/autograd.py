@@ -6,7 +6,8 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,18 @@ def _autograd_kernel(op, save, backward):
         return below(keyset, args, options)
 
     return kernel
+
+
+def call_unrecorded(
+    op: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
+) -> Any:
+    """Call an op of which no gradient is wanted, or exists, outside of torch.compile.
+
+    Its Autograd kernel, which is left out, costs as much as rotating a token; Python's frame around
+    every op, a tenth of that.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(op, "_op", op)(*args, **options)
 
 
 def refuse_backward(library, op, message: str) -> None:

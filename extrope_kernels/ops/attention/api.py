@@ -17,6 +17,7 @@ from .._shared.attention_call import (
     rope_options,
     score_options,
 )
+from .._shared.autograd import call_unrecorded
 from .._shared.checks import explained, refuse_flags
 from .._shared.dtensor import replicated
 from .._shared.library import ops
@@ -115,9 +116,7 @@ def run(
     attention_fwd = getattr(ops, f"attention_fwd{suffix}")
     if torch.compiler.is_compiling() or _records(q, k, v, rope_args):
         return attention_fwd(q, k, v, *rope_args, **options)
-    # Nothing to record: skip the Autograd kernel, which costs as much as a small attention.
-    with torch._C._AutoDispatchBelowAutograd():
-        return attention_fwd(q, k, v, *rope_args, **options)
+    return call_unrecorded(attention_fwd, (q, k, v, *rope_args), options)
 
 
 def _records(q: Tensor, k: Tensor, v: Tensor, rope_args: tuple[Any, ...]) -> bool:

@@ -17,6 +17,7 @@ from .._shared.attention_call import (
     rope_options,
     score_options,
 )
+from .._shared.autograd import call_unrecorded
 from .._shared.checks import explained, refuse_flags
 from .._shared.lengths import cache_lengths
 from .._shared.library import ops
@@ -104,9 +105,7 @@ def _run(op: str, tensors: Tensors, options: Options, backend: str | None) -> tu
     decode = ops.decode_triton if backend == "triton" else ops.decode
     if compiling:
         return decode(*tensors, **options)
-    # No gradient exists: skip the Autograd kernel, which costs as much as a step.
-    with torch._C._AutoDispatchBelowAutograd():
-        return decode(*tensors, **options)
+    return call_unrecorded(decode, tensors, options)
 
 
 def _check(op: str, tensors: Tensors, options: Options) -> tuple[KVCache, AttentionCall]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
+from .._shared.autograd import call_unrecorded
 from .._shared.backends import missing, require
 from .._shared.checks import REFUSALS, refuse_flags, retell, split_offset
 from .._shared.dtensor import replicated
@@ -205,9 +206,7 @@ def _out_of_place(
     if compiling or _wants_grad(q, k, op_args) or backend == "reference":
         out_q, out_k = op(q, k, *op_args, **options)
     else:
-        # Nothing to record: skip the Autograd kernel, which costs as much as a small rotation.
-        with torch._C._AutoDispatchBelowAutograd():
-            out_q, out_k = op(q, k, *op_args, **options)
+        out_q, out_k = call_unrecorded(op, (q, k, *op_args), options)
     return out_q, out_k if k is not None else None
 
 

@@ -11,6 +11,7 @@ from ....methods import RopeFreqs
 from ....scores import UNROTATED, Score
 from ..._shared import backends as _backends
 from ..._shared.attention_call import check_freqs, given_up_to_last
+from ..._shared.autograd import call_unrecorded
 from ..._shared.checks import check_real, explained, refuse_flags
 from ..._shared.lengths import cache_lengths
 from ..._shared.library import ops
@@ -155,9 +156,7 @@ def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None)
     op = ops.rope_append_triton if backend == "triton" else ops.rope_append
     if torch.compiler.is_compiling():
         return op(*tensors, **options)
-    # No gradient exists: skip the Autograd kernel, which costs as much as a token's rotation.
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*tensors, **options)
+    return call_unrecorded(op, tensors, options)
 
 
 def _check(tensors: tuple[Any, ...], options: dict[str, Any]) -> None:
