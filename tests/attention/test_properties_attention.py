@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import attention_oracle as oracle
 import torch
-from attention_cases import INF, Case, cases, norm, rounding
+from attention_cases import INF, Case, cases, rounding
 from generated import LOW, backends, generated, randn, seeds
 from hypothesis import strategies as st
+from rounding import norm
 from test_merge_attention import parts_and_whole
 
 from extrope_kernels import merge_attention

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
-from attention_cases import Rounding, methods, norm
+import rounding
+from attention_cases import methods
 from decode_oracle import Case, check, make
 from generated import LOW, backends, generated, seeds
 from hypothesis import strategies as st
@@ -48,11 +47,5 @@ def caches(draw) -> Case:
 @generated(case=caches(), backend=backends(available_backends()))
 def test_cache(case, backend):
     inputs = make(case)
-    k, v = inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num()
-    gain = max(1.0, math.log(max(case.lengths) + 1) / math.log(case.log_n)) if case.log_n else 1.0
-    if case.query_scale and case.seqlen_q:
-        gain *= inputs.call["query_scale"].max().item()
-    scale = (case.softmax_scale or case.head_dim**-0.5) * gain * max(case.attention_factor, 1) ** 2
-    error = Rounding(inputs.q, k, scale)
-    noise = (error.weight(max(case.lengths)) * norm(v), error.logit)
+    noise = rounding.of_cache(case, inputs, inputs.k_cache, inputs.v_cache)
     check(case, backend, inputs, noise)

@@ -14,6 +14,7 @@ import score_examples
 import torch
 from generated import LAYOUTS, LOW, cumulative, frequencies, laid_out, lengths, randn, seeds
 from hypothesis import strategies as st
+from rounding import Rounding
 from torch import Tensor
 
 from extrope_kernels import (
@@ -153,33 +154,6 @@ def cases(draw, dtypes=LOW) -> Case:
     )
     relative = functools.partial(relative, **own)
     return Case(function, relative, tensors, freqs, options, bounds)
-
-
-def norm(x: Tensor) -> float:
-    return x.double().norm(dim=-1).max().item() if x.numel() else 0.0
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How far logits and weights may be off when every operand is rounded once.
-
-    A rounding of q and of k moves a logit by eps / 2 of |q| |k| each, a sum in float32 by half an
-    eps of that for every term; a weight's relative error is twice that of the logits.
-    """
-
-    q: Tensor
-    k: Tensor
-    logit_scale: float
-
-    @property
-    def logit(self) -> float:
-        eps, inside = torch.finfo(self.q.dtype).eps, torch.finfo(torch.float32).eps
-        largest = norm(self.q) * norm(self.k) * self.logit_scale
-        return (eps + (1 + self.q.shape[-1] / 2) * inside) * largest
-
-    def weight(self, keys: int) -> float:
-        eps, inside = torch.finfo(self.q.dtype).eps, torch.finfo(torch.float32).eps
-        return 2 * self.logit + eps + keys / 2 * inside
 
 
 def rounding(case: Case, q: Tensor, k: Tensor, freqs: RopeFreqs) -> Rounding:

@@ -1,0 +1,49 @@
+"""How far attention may be off when every operand is rounded once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def norm(x: Tensor) -> float:
+    return x.double().norm(dim=-1).max().item() if x.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far logits and weights may be off when every operand is rounded once.
+
+    A rounding of q and of k moves a logit by eps / 2 of |q| |k| each, a sum in float32 by half an
+    eps of that for every term; a weight's relative error is twice that of the logits.
+    """
+
+    q: Tensor
+    k: Tensor
+    logit_scale: float
+
+    @property
+    def logit(self) -> float:
+        eps, inside = torch.finfo(self.q.dtype).eps, torch.finfo(torch.float32).eps
+        largest = norm(self.q) * norm(self.k) * self.logit_scale
+        return (eps + (1 + self.q.shape[-1] / 2) * inside) * largest
+
+    def weight(self, keys: int) -> float:
+        eps, inside = torch.finfo(self.q.dtype).eps, torch.finfo(torch.float32).eps
+        return 2 * self.logit + eps + keys / 2 * inside
+
+
+def of_cache(case, inputs, k: Tensor, v: Tensor) -> tuple[float, float]:
+    """Of out and lse of a case of decode_oracle; k, v: the cache in float64."""
+    gain = max(1.0, math.log(max(case.lengths) + 1) / math.log(case.log_n)) if case.log_n else 1.0
+    if case.query_scale and case.seqlen_q:
+        gain *= inputs.call["query_scale"].max().item()
+    if case.xpos:  # within a block and its predecessor
+        decay = inputs.freqs.log_decay.abs().max()
+        gain *= torch.exp(2 * case.parameters["block_size"] * decay).item()
+    scale = (case.softmax_scale or case.head_dim**-0.5) * gain * max(case.attention_factor, 1) ** 2
+    error = Rounding(inputs.q, k.nan_to_num(), scale)
+    return error.weight(max(case.lengths)) * norm(v.nan_to_num()), error.logit
