@@ -103,7 +103,7 @@ RUNS = {
         "gemma3-270m-48k",
         "49152",
         trials=1,
-        methods=first("yarn", "rope", "rerope", "self_extend", "dual_chunk", "ntk_by_parts"),
+        methods=first("yarn", "rope", "rerope", "self_extend", "dual_chunk"),
         more=("--window", "16384"),
         model="gemma3-270m",
     ),

@@ -28,6 +28,10 @@ def shown(results: Path) -> dict[str, list[Measured]]:
     return found
 
 
+def close(place: tuple[float, float], other: tuple[float, float]) -> bool:
+    return abs(place[0] - other[0]) < 0.01 and abs(place[1] - other[1]) < 0.1
+
+
 def plot(results: Path, path: Path) -> None:
     import matplotlib
 
@@ -36,7 +40,7 @@ def plot(results: Path, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8.6, 4.6), layout="constrained")
-    labels: dict[tuple[float, float], list[str]] = {}  # by place: some methods are one there
+    labels: dict[tuple[float, float], list[tuple[str, str]]] = {}  # by place
     for name, rows in shown(results).items():
         (costs, cost_errors), (gains, errors) = (
             zip(*(getattr(row, measure) for row in rows), strict=True)
@@ -45,10 +49,13 @@ def plot(results: Path, path: Path) -> None:
         style = {"color": "tab:red", "marker": MARKERS.get(name), "label": name}
         if name not in SCORES:
             style = {"color": "tab:blue", "marker": "."}
-            place = round(costs[-1], 3), round(gains[-1], 2)
-            labels.setdefault(place, []).append(f"{name} {named(rows[-1].parameters)}")
+            place = costs[-1], gains[-1]
+            taken = next((other for other in labels if close(place, other)), place)
+            labels.setdefault(taken, []).append((name, named(rows[-1].parameters)))
         axes.errorbar(costs, gains, errors, cost_errors, linewidth=0.8, elinewidth=0.4, **style)
-    for place, names in labels.items():
+    for place, here in labels.items():
+        # Of several that are one there, only the first has room for its parameters.
+        names = [" ".join(filter(None, here[0])), *(name for name, _ in here[1:])]
         text = {"textcoords": "offset points", "fontsize": 7, "color": "tab:blue"}
         axes.annotate(", ".join(names), place, (5, 4), **text)
     axes.set_xlabel("loss over YaRN's behind 8,192 tokens (nats a token)")
