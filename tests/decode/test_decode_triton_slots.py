@@ -105,3 +105,18 @@ def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more):
         expected += [[sequence, part, splits] for part in range(rows * splits)]
     assert found[: len(expected)].tolist() == expected
     assert (found[len(expected) :, 0] > len(lengths)).all()
+
+
+@pytest.mark.parametrize("page", (-1, 3))
+def test_a_page_that_is_not_there_is_not_written(page):
+    """On a GPU nobody looks at the values of block_table before the kernel starts."""
+    room = torch.zeros(2, 5, 4, 2, 32, device=device())
+    k_pool, v_pool = room[0, 1:4], room[1, 1:4]  # what lies on either side is another's
+    new = torch.randn(2, 1, 2, 32, device=device())
+    table = torch.tensor([[1], [page]], dtype=torch.int32, device=device())
+    seqlens = torch.tensor([2, 3], dtype=torch.int32, device=device())
+    kv = KVCache(k_pool, v_pool, seqlens, table, appended=1)
+    launch.append(new, new, kv, call_of_rerope())
+    assert room[:, 2, 2].eq(new[0, 0]).all()
+    room[:, 2, 2] = 0
+    assert room.eq(0).all()

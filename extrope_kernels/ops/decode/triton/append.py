@@ -7,14 +7,14 @@ from ..._shared.triton.fp8 import parts_of_codes, quantize_rows
 from ..._shared.triton.pairs import copy_rows, load_parts, of_pairs, rotate, store_parts, widened
 from ..._shared.triton.position_maps import map_cos_sin
 from ..._shared.triton.tokens import sequence_of
-from .cache import slot_rows
+from .cache import page_of, slot_rows
 from .results import counters_of
 
 RUN_TIME_SCALARS = (
     *("k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head"),
     *("k_block", "k_slot", "k_row", "v_block", "v_slot", "v_row"),
     *("table_batch", "page_size", "capacity", "freq_batch", "new", "row_blocks"),
-    *("sequences", "search_steps"),
+    *("sequences", "search_steps", "pages"),
 )
 
 
@@ -24,7 +24,7 @@ def append_kernel(
     k_scale, v_scale, scratch,
     k_batch, k_token, k_head, v_batch, v_token, v_head,
     k_block, k_slot, k_row, v_block, v_slot, v_row,
-    table_batch, page_size, capacity, freq_batch, new, row_blocks, sequences, search_steps,
+    table_batch, page_size, capacity, freq_batch, new, row_blocks, sequences, search_steps, pages,
     stored_modulus: tl.float64, stored_factor: tl.float64, stored_offset: tl.float64,
     stored_cap: tl.float64,
     TILE: tl.constexpr,
@@ -58,6 +58,9 @@ def append_kernel(
         position -= tl.load(leftpad + sequence)
 
     table = (block_table, table_batch, page_size)
+    if TILE.paged:
+        page = page_of(table, sequence, slot, valid)
+        valid = valid & (page >= 0) & (page < pages)
     offset = tl.cast(batch, tl.int64) * k_batch + token.to(tl.int64) * k_token
     rows = k + (offset + tl.cast(head, tl.int64) * k_head) * TILE.align
     plane = (k_cache, k_block, k_slot, k_row)

@@ -44,6 +44,14 @@ class CacheTile(NamedTuple):
 
 
 @triton.jit
+def page_of(table, sequence, slot, valid):
+    """The pages that hold these slots, whatever the table holds; as `table` in slot_rows."""
+    block_table, table_batch, page_size = table
+    pages = block_table + tl.cast(sequence, tl.int64) * table_batch
+    return tl.load(pages + slot // page_size, mask=valid, other=0)
+
+
+@triton.jit
 def slot_rows(plane, table, sequence, head, slot, valid, TILE: tl.constexpr):
     """Pointers to dim 0 of these int32 slots of a sequence; in 64 bits, a GPU calls a function for
     every division.
@@ -53,10 +61,8 @@ def slot_rows(plane, table, sequence, head, slot, valid, TILE: tl.constexpr):
     """
     pointer, block_stride, slot_stride, head_stride = plane
     if TILE.paged:
-        block_table, table_batch, page_size = table
-        page = block_table + tl.cast(sequence, tl.int64) * table_batch
-        block = tl.load(page + slot // page_size, mask=valid, other=0).to(tl.int64)
-        offset = (slot % page_size).to(tl.int64) * slot_stride
+        block = page_of(table, sequence, slot, valid).to(tl.int64)
+        offset = (slot % table[2]).to(tl.int64) * slot_stride
     else:
         block = tl.cast(sequence, tl.int64)
         offset = slot.to(tl.int64) * slot_stride

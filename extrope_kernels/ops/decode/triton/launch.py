@@ -140,7 +140,7 @@ def _append_plan(
         k,
         *_planes(tile, k, v, cache.k, cache.v),
         *_sizes(cache, call),
-        *(new, counters, sequences, search_steps),
+        *(new, counters, sequences, search_steps, cache.k.shape[0]),
         *(number for name, number in numbers.items() if name.startswith("stored")),
         tile,
         num_warps=1 if new == 1 else 4 if vectors >= 128 else 2,
