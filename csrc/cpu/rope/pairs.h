@@ -4,7 +4,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "cpu/simd/simd.h"
+#include "cpu/simd/pairs.h"
 
 namespace extrope {
 namespace {

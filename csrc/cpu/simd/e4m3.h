@@ -11,14 +11,12 @@ struct e4m3 {
   uint8_t bits;
 };
 
-typedef uint8_t quarters __attribute__((vector_size(kFloats)));
-
 constexpr float kLargestE4m3 = 448.0f, kLeastNormalE4m3 = 0x1p-6f, kStepE4m3 = 0x1p-9f;
 
 #if defined(__F16C__)
 typedef int16_t shorts __attribute__((vector_size(kFloats * 2)));
 
-// Their signs in all bits from 7 up. A conversion of vectors is two of halves to GCC.
+// Their signs in all bits from 7 up.
 inline shorts load_codes(const e4m3* from) {
 #if defined(__AVX512F__)
   return bits_as<shorts>(_mm256_cvtepi8_epi16(load<__m128i>(from)));
@@ -36,6 +34,8 @@ inline floats load_wide(const e4m3* from) {
   return load_wide(reinterpret_cast<const f16*>(&half)) * 0x1p8f;
 }
 #else
+typedef uint8_t quarters __attribute__((vector_size(kFloats)));
+
 // Subnormal numbers are counted in steps: as subnormal floats, processors would take them slowly.
 inline floats load_wide(const e4m3* from) {
   const words codes = __builtin_convertvector(load<quarters>(from), words);
@@ -56,6 +56,22 @@ inline float widen(e4m3 x) {
   return bits_as<float>(bits_as<uint32_t>(found) | sign);
 }
 
+// Of words below 2**8.
+inline void store_bytes(uint8_t* to, words v) {
+#if defined(__AVX512F__)
+  store(to, _mm512_cvtepi32_epi8(bits_as<__m512i>(v)));
+#else
+  uint16_t few[kFloats];
+  store_halves(few, v);
+#if defined(__AVX2__)
+  const __m128i x = load<__m128i>(few);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(x, x));
+#else
+  for (int i = 0; i < kFloats; ++i) to[i] = static_cast<uint8_t>(few[i]);
+#endif
+#endif
+}
+
 inline void store_narrow(e4m3* to, floats v) {
   const words bits = bits_as<words>(v), sign = bits >> 24 & 0x80;
   const floats size = bits_as<floats>(bits & 0x7fffffff);
@@ -67,7 +83,7 @@ inline void store_narrow(e4m3* to, floats v) {
   const words few = bits_as<words>(inside + kRounder) - (words{} + bits_as<uint32_t>(kRounder));
   words code = inside < kLeastNormalE4m3 ? few : normal;
   code = v == v ? code : (words{} + 0x7f);
-  store(to, __builtin_convertvector(code | sign, quarters));
+  store_bytes(&to->bits, code | sign);
 }
 
 inline void narrow(float x, e4m3& out) {

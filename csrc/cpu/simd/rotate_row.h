@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "cpu/simd/simd.h"
+#include "cpu/simd/pairs.h"
 
 namespace extrope {
 namespace {

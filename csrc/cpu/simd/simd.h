@@ -45,6 +45,19 @@ typedef int64_t longs __attribute__((vector_size(kDoubles * 8)));
 typedef float few_floats __attribute__((vector_size(kDoubles * 4)));
 typedef int32_t few_ints __attribute__((vector_size(kDoubles * 4)));
 
+template <typename V>
+struct Lanes;
+template <>
+struct Lanes<floats> {
+  using Index = ints;
+  static constexpr int count = kFloats;
+};
+template <>
+struct Lanes<doubles> {
+  using Index = longs;
+  static constexpr int count = kDoubles;
+};
+
 struct bf16 {
   uint16_t bits;
 };
@@ -128,8 +141,31 @@ inline void narrow(float x, f16& out) {
 inline floats load_wide(const float* from) { return load<floats>(from); }
 inline doubles load_wide(const double* from) { return load<doubles>(from); }
 
+// GCC 12 converts vectors of integers piece by piece, where a processor has one instruction.
+inline words widen_halves(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return bits_as<words>(_mm512_cvtepu16_epi32(load<__m256i>(from)));
+#elif defined(__AVX2__)
+  return bits_as<words>(_mm256_cvtepu16_epi32(load<__m128i>(from)));
+#else
+  return __builtin_convertvector(load<halves>(from), words);
+#endif
+}
+
+// Of words below 2**16.
+inline void store_halves(uint16_t* to, words v) {
+#if defined(__AVX512F__)
+  store(to, _mm512_cvtepi32_epi16(bits_as<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i x = bits_as<__m256i>(v), packed = _mm256_packus_epi32(x, x);
+  store(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000)));
+#else
+  store(to, __builtin_convertvector(v, halves));
+#endif
+}
+
 inline floats load_wide(const bf16* from) {
-  return bits_as<floats>(__builtin_convertvector(load<halves>(from), words) << 16);
+  return bits_as<floats>(widen_halves(&from->bits) << 16);
 }
 
 inline floats load_wide(const f16* from) {
@@ -175,7 +211,7 @@ inline words round_bf16(floats v) {
 
 template <bool Plain = false>
 inline void store_narrow(bf16* to, floats v) {
-  store(to, __builtin_convertvector(round_bf16<Plain>(v) >> 16, halves));
+  store_halves(&to->bits, round_bf16<Plain>(v) >> 16);
 }
 
 inline void store_narrow(f16* to, floats v) {
@@ -190,99 +226,13 @@ inline void store_narrow(f16* to, floats v) {
 #endif
 }
 
-// ----------------------------------------------------------------------------------------------
-// Two vectors of interleaved pairs
-
-template <typename V>
-struct Lanes;
-template <>
-struct Lanes<floats> {
-  using Index = ints;
-  static constexpr int count = kFloats;
-};
-template <>
-struct Lanes<doubles> {
-  using Index = longs;
-  static constexpr int count = kDoubles;
-};
-
-template <typename V, int... I>
-inline std::pair<V, V> unzip(V low, V high, std::integer_sequence<int, I...>) {
-  using Index = typename Lanes<V>::Index;
-  return {__builtin_shuffle(low, high, Index{2 * I...}),
-          __builtin_shuffle(low, high, Index{2 * I + 1 ...})};
-}
-
-template <typename V, int... I>
-inline std::pair<V, V> zip(V a, V b, std::integer_sequence<int, I...>) {
-  using Index = typename Lanes<V>::Index;
-  constexpr int n = Lanes<V>::count;
-  return {__builtin_shuffle(a, b, Index{(I / 2 + I % 2 * n)...}),
-          __builtin_shuffle(a, b, Index{(n / 2 + I / 2 + I % 2 * n)...})};
-}
-
-template <typename T>
-inline auto load_pairs(const T* from) {
-  const auto low = load_wide(from);
-  using V = std::remove_const_t<decltype(low)>;
-  constexpr int n = Lanes<V>::count;
-  return unzip(low, load_wide(from + n), std::make_integer_sequence<int, n>{});
-}
-
-template <typename T, typename V>
-inline void store_pairs(T* to, V a, V b) {
-  constexpr int n = Lanes<V>::count;
-  const auto [low, high] = zip(a, b, std::make_integer_sequence<int, n>{});
-  store_narrow(to, low);
-  store_narrow(to + n, high);
-}
-
-// A pair of bf16 is one 32-bit word, so no lane has to move.
-inline std::pair<floats, floats> load_pairs(const bf16* from) {
-  words both = load<words>(from);
-#if defined(__AVX512F__)
-  asm("" : "+v"(both));  // or it is loaded twice, and loads are what a rotation has most of
-#endif
-  return {bits_as<floats>(both << 16), bits_as<floats>(both & 0xffff0000)};
-}
-
-#if defined(__AVX512BW__)
-// Plain values rounded to bf16, those of a in the low halves. In lanes of 16 bits: the high halves
-// of both are one vector, the low halves another, which says of each whether it is rounded up: past
-// the middle, or in the middle of two where the first is odd.
-inline words round_plain_pairs(floats a, floats b) {
-  const words x = bits_as<words>(a), y = bits_as<words>(b);
-  const words high = x >> 16 | (y & 0xffff0000), low = (x & 0xffff) | y << 16;
-  const __m512i kept = bits_as<__m512i>(high), rest = bits_as<__m512i>(low | (high & 0x00010001));
-  const __mmask32 up = _mm512_cmpgt_epu16_mask(rest, _mm512_set1_epi16(INT16_MIN));
-  return bits_as<words>(_mm512_mask_sub_epi16(kept, up, kept, _mm512_set1_epi16(-1)));
-}
-#endif
-
-template <bool Plain = false>
-inline void store_pairs(bf16* to, floats a, floats b) {
-#if defined(__AVX512BW__)
-  if constexpr (Plain) return store(to, round_plain_pairs(a, b));
-#endif
-  store(to, round_bf16<Plain>(a) >> 16 | (round_bf16<Plain>(b) & 0xffff0000));
-}
-
-// As store_narrow and store_pairs, of plain values; see round_bf16.
+// As store_narrow, of plain values; see round_bf16.
 template <typename T, typename V>
 inline void store_plain(T* to, V v) {
   if constexpr (std::is_same_v<T, bf16>) {
     store_narrow<true>(to, v);
   } else {
     store_narrow(to, v);
-  }
-}
-
-template <typename T, typename V>
-inline void store_plain_pairs(T* to, V a, V b) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    store_pairs<true>(to, a, b);
-  } else {
-    store_pairs(to, a, b);
   }
 }
 
