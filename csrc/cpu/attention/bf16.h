@@ -21,10 +21,10 @@ struct SliceValues {
   floats at[kSliceVectors];
 };
 
-// The scores of kRows keys: of `found` what a row sees, else those of earlier regions, or `hidden`.
-inline void merge_rows(const float* found, const RowKeys visible, int64_t key, bool first,
-                       const SliceValues hidden, float* scores) {
-  for (int i = 0; i < kRows; ++i) {
+// The scores of `rows` keys: of `found` what a row sees, else those of earlier regions, or `hidden`.
+inline void merge_rows(const float* found, int64_t rows, const RowKeys visible, int64_t key,
+                       bool first, const SliceValues hidden, float* scores) {
+  for (int i = 0; i < rows; ++i) {
     const ints here = ints{} + static_cast<int32_t>(key + i);
 #pragma GCC unroll 16
     for (int j = 0; j < kSliceVectors; ++j) {
@@ -56,7 +56,9 @@ inline void rotate_values(const RowRotation& row, const bf16* in, RowCosSin cos_
       store(out + half + i, _mm512_cvtneps_pbh(bits_as<__m512>(b * c + a * s)));
     }
   }
-  std::memcpy(out + 2 * half, in + 2 * half, (row.dim - 2 * half) * sizeof(bf16));
+  if (row.dim > 2 * half) {
+    std::memcpy(out + 2 * half, in + 2 * half, (row.dim - 2 * half) * sizeof(bf16));
+  }
 }
 
 // kSide rows: in their tensor, or as they are once rotated.
@@ -209,9 +211,11 @@ void unpack_sums(const BlockRows& block, const float* from, const float* scale,
       to[i] = static_cast<T*>(x.data) + block.offset(x, token, head);
     });
     each_sum(block, from, first, dim, [&](int64_t i, int64_t d, floats sums) {
+      sums *= scale[first + i];
+      if (d + kSide <= dim) return store_narrow(to[i] + d, sums);
       float values[kSide];
-      store(values, sums * scale[first + i]);
-      narrow_row(values, smaller(kSide, dim - d), to[i] + d);
+      store(values, sums);
+      narrow_row(values, dim - d, to[i] + d);
     });
   }
 }

@@ -17,8 +17,6 @@ namespace extrope {
 namespace attention {
 namespace {
 
-using torch::stable::new_empty;
-
 constexpr int64_t kZeroGrain = 1 << 18;  // floats
 
 Tensor zeros_of(const std::vector<int64_t>& shape) {
@@ -63,8 +61,9 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor inv_freq
   p.float32_out = float32_results;
   const Tensor out =
       fresh(shape(q, p.v.head_dim), float32_results ? ScalarType::Float : q.scalar_type());
-  const Tensor lse = packed ? new_empty(q, {p.heads_q, p.seqlen_q}, ScalarType::Float)
-                            : new_empty(q, {p.batch, p.heads_q, p.seqlen_q}, ScalarType::Float);
+  std::vector<int64_t> of_lse{p.heads_q, p.seqlen_q};
+  if (!packed) of_lse.insert(of_lse.begin(), p.batch);
+  const Tensor lse = fresh(of_lse, ScalarType::Float);
   p.out = view(out, packed, "out");
   p.lse = static_cast<float*>(lse.data_ptr());
   run_forward(p, kernels(p.dtype));

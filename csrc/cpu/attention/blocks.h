@@ -41,16 +41,27 @@ inline SliceBlocks region_blocks(const SliceKeys& keys, const KeyBlock& key_bloc
 struct RegionBlocks {
   SliceBlocks of[kMaxRegions];
   int64_t begin = 0, end = 0;
+  bool earlier = false;  // whether it sees a key before the block
 
   RegionBlocks(const BlockRows& block, int64_t slice, const KeyBlock& key_block) {
     for (int64_t r = 0; r < block.p.regions.count; ++r) {
-      of[r] = region_blocks(slice_keys(block, slice, r), key_block);
+      const SliceKeys keys = slice_keys(block, slice, r);
+      earlier = earlier || (keys.first < keys.last && keys.first < key_block.first);
+      of[r] = region_blocks(keys, key_block);
       if (of[r].begin >= of[r].end) continue;
       if (begin == end) begin = of[r].begin;
       end = of[r].end;
     }
   }
 };
+
+inline bool sees_keys(const BlockRows& block, int64_t slice) {
+  for (int64_t r = 0; r < block.p.regions.count; ++r) {
+    const SliceKeys keys = slice_keys(block, slice, r);
+    if (keys.first < keys.last) return true;
+  }
+  return false;
+}
 
 // Packs what the tile sees of a region by pack(part, offset): the keys from offset on in the
 // key_block.
@@ -96,14 +107,19 @@ EXTROPE_INLINE void merge_block(Sums<kRows, kSliceVectors>& sums, const RowKeys&
 // and its lse; a sink has its part in both.
 inline void finish_sums(const BlockRows& block, const float* row_max, const float* row_sum,
                         float* scale) {
-  for (int64_t row = 0; row < block.count; ++row) {
+  const Sinks& sinks = block.p.sinks;
+  const auto finish = [&](int64_t row, int64_t token, int64_t head) {
     const bool none = row_sum[row] == 0.0f;
     scale[row] = none ? 0.0f : 1.0f / row_sum[row];
-    float& lse = block.p.lse[block.lse_index(row)];
+    float& lse = block.p.lse[block.lse_index(token, head)];
     lse = none ? -__builtin_inff() : row_max[row] * kLn2 + __builtin_logf(row_sum[row]);
-    const Sinks& sinks = block.p.sinks;
-    if (sinks.data) join_sink(sinks.of(block.head(row)), scale[row], lse);
+    if (sinks.data) join_sink(sinks.of(head), scale[row], lse);
     if (block.p.v_scale) scale[row] *= block.p.v_scale[block.tile.head];
+  };
+  for (int64_t first = 0; first < block.count; first += kFloats) {
+    block.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
+      finish(first + i, token, head);
+    });
   }
 }
 

@@ -52,18 +52,25 @@ struct Visit {
   const bf16* q;
   float* out;
   int64_t next_q, next_keys;                  // from one region to the next
-  int64_t dim_tiles, value_tiles, key_tiles;  // of a key block
+  int64_t dim_tiles, value_tiles, key_tiles;  // of a key block,
+  int64_t keys;                               // of which there are so many
   float softcap;                              // to base 2
+  bool fresh;                                 // out, row_max and row_sum hold nothing yet
   floats row_max[kSliceVectors], row_sum[kSliceVectors], scale[kSliceVectors];
   SliceValues hidden;  // the scores of keys that a row does not see
 };
+
+// How many of the block of keys from `key` on are more than padding, in pairs.
+EXTROPE_INLINE int64_t rows_from(const Visit& v, int64_t key) {
+  return kSpares ? smaller(round_up(v.keys - key, 2), kRows) : kRows;
+}
 
 EXTROPE_INLINE void multiply_block(const Visit& v, int64_t region, int64_t key, float* to) {
   const bf16 *keys = v.w.keys + region * v.next_keys + key * v.dim_tiles * kDepth,
              *q = v.q + region * v.next_q;
   for (int64_t tile = 0; tile < kSliceTiles; tile += 2) {
     product_of_tiles({keys, v.dim_tiles * kTileValues, kTileValues, q + tile * kTileValues,
-                      kSliceTiles * kTileValues, v.dim_tiles},
+                      kSliceTiles * kTileValues, v.dim_tiles, rows_from(v, key)},
                      {to + tile * kSide, kSide * kSlice, kSide, kSlice});
   }
 }
@@ -103,32 +110,42 @@ EXTROPE_INLINE void score(const Visit& v, const RegionBlocks& blocks, int64_t re
     float* found = full ? v.w.scores : v.w.product;
     multiply_block(v, r, key, found);
     if constexpr (Capped) cap_scores(v, found);
-    if (!full) merge_rows(found, visible[r], first, !written, v.hidden, v.w.scores);
+    if (!full) {
+      merge_rows(found, rows_from(v, key), visible[r], first, !written, v.hidden, v.w.scores);
+    }
     written = true;
   }
 }
 
 // out += values * weights, for the keys from `begin` to `end` of the key block.
-void add_values(const Visit& v, int64_t begin, int64_t end) {
+void add_values(Visit& v, int64_t begin, int64_t end) {
+  if (begin == end) return;
   const int64_t first = begin / kDepth, tiles = (end - begin) / kDepth;
-  for (int64_t d = 0; d < v.value_tiles && tiles > 0; ++d) {
+  const int64_t last_keys = smaller(v.keys, end) - (end - kDepth);
+  for (int64_t d = 0; d < v.value_tiles; ++d) {
     for (int64_t tile = 0; tile < kSliceTiles; tile += 2) {
-      add_product_of_tiles(
-          {v.w.values + (2 * d * v.key_tiles + first) * kTileValues, v.key_tiles * kTileValues,
-           kTileValues, v.w.weights + (first * kSliceTiles + tile) * kTileValues,
-           kSliceTiles * kTileValues, tiles},
-          {v.out + (2 * d * kSliceTiles + tile) * kTileSums, kSliceTiles * kTileSums, kTileSums,
-           kSide});
+      const Factors factors{v.w.values + (2 * d * v.key_tiles + first) * kTileValues,
+                            v.key_tiles * kTileValues,
+                            kTileValues,
+                            v.w.weights + (first * kSliceTiles + tile) * kTileValues,
+                            kSliceTiles * kTileValues,
+                            tiles,
+                            kRows,
+                            (last_keys + 1) / 2};
+      const SumsAt sums{v.out + (2 * d * kSliceTiles + tile) * kTileSums, kSliceTiles * kTileSums,
+                        kTileSums, kSide};
+      v.fresh ? product_of_tiles(factors, sums) : add_product_of_tiles(factors, sums);
     }
   }
+  v.fresh = false;
 }
 
 // Scores of a block to probabilities, in pairs of keys; false if the row_max they are taken from is
 // too far below them.
 template <bool Capped>
-EXTROPE_INLINE bool softmax_block(Visit& v, bf16* weights) {
+EXTROPE_INLINE bool softmax_block(Visit& v, int64_t rows, bf16* weights) {
   floats sum[kSliceVectors] = {};
-  for (int64_t i = 0; i < kRows; i += 2) {
+  for (int64_t i = 0; i < rows; i += 2) {
 #pragma GCC unroll 16
     for (int j = 0; j < kSliceVectors; ++j) {
       const float* at = v.w.scores + i * kSlice + j * kFloats;
@@ -151,14 +168,15 @@ EXTROPE_INLINE bool softmax_block(Visit& v, bf16* weights) {
 
 // Takes the largest score of the block as the row_max, and scales earlier sums down to it.
 template <bool Capped>
-void raise_row_max(Visit& v) {
+void raise_row_max(Visit& v, int64_t rows) {
   for (int j = 0; j < kSliceVectors; ++j) {
     floats found = v.row_max[j];
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < rows; ++i) {
       found = larger(found, logits<Capped>(v, v.w.scores + i * kSlice + j * kFloats, j));
     }
     const floats rescale = exp2_reduced(v.row_max[j] - found);
     v.row_max[j] = found;
+    if (v.fresh) continue;
     v.row_sum[j] *= rescale;
     for (int64_t d = 0; d < 2 * v.value_tiles; ++d) {
       float* sums = v.out + (d * kSliceTiles + j) * kTileSums;
@@ -184,7 +202,9 @@ void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w,
           dim_tiles,
           value_tiles,
           key_block.padded / kDepth,
-          block.p.softcap * kLog2E};
+          key_block.count,
+          block.p.softcap * kLog2E,
+          !blocks.earlier};
   for (int j = 0; j < kSliceVectors; ++j) {
     const int64_t at = slice * kSlice + j * kFloats;
     v.row_max[j] = load<floats>(w.row_max + at);
@@ -201,11 +221,13 @@ void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w,
   for (int64_t key = blocks.begin; key < blocks.end; key += kRows) {
     score<Capped>(v, blocks, block.p.regions.count, visible, key, key_block.first + key);
     bf16* weights = w.weights + key * kSlice;
-    if (!softmax_block<Capped>(v, weights)) {
+    const int64_t rows = rows_from(v, key);
+    const bool first = v.fresh && key == blocks.begin;  // no row_max is near any score
+    if (first || !softmax_block<Capped>(v, rows, weights)) {
       add_values(v, added, key);
       added = key;
-      raise_row_max<Capped>(v);
-      softmax_block<Capped>(v, weights);
+      raise_row_max<Capped>(v, rows);
+      softmax_block<Capped>(v, rows, weights);
     }
   }
   add_values(v, added, blocks.end);
@@ -218,6 +240,10 @@ void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w,
 
 // Divides by the sums of probabilities and writes out and lse.
 void finish(const BlockRows& block, const Forward& w) {
+  const int64_t sums = round_up(block.p.v.head_dim, kDepth) * kSlice;
+  for (int64_t slice = 0; slice < block.slices; ++slice) {
+    if (!sees_keys(block, slice)) std::memset(w.out + slice * sums, 0, sums * sizeof(float));
+  }
   finish_sums(block, w.row_max, w.row_sum, w.scale);
   with_out<bf16>(
       block.p, [&](auto type) { unpack_sums<decltype(type)>(block, w.out, w.scale, block.p.out); });
@@ -235,7 +261,6 @@ void forward(const BlockRows& block, const TilePlan& plan, const Forward& w) {
   const AttentionParams& p = block.p;
   const auto visit = p.softcap > 0 ? visit_slice<true> : visit_slice<false>;
   const int64_t padded = block.slices * kSlice;
-  std::memset(w.out, 0, padded * round_up(p.v.head_dim, kDepth) * sizeof(float));
   std::memset(w.row_sum, 0, padded * sizeof(float));
   for (int64_t row = 0; row < padded; ++row) {
     w.row_max[row] = kLowest;

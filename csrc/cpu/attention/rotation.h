@@ -41,8 +41,12 @@ class Rotation {
       const PositionMap& map = p.regions.at[r].k_map;
       key_table[r] = -1;
       if (map == p.regions.stored) continue;
+      if (rotates_alike(r, args.amplitude)) {
+        key_table[r] = r;
+        continue;
+      }
       const Tokens seen = seen_keys(r);
-      const bool again = r > 0 && map == p.regions.at[r - 1].k_map;
+      const bool again = r > 0 && map == p.regions.at[r - 1].k_map && key_table[r - 1] != r - 1;
       if (!again) tables.push_back(key_table_of(map, seen.first));
       tables.back().last = std::max(tables.back().last, seen.last);
       key_table[r] = static_cast<int64_t>(tables.size()) - 1;
@@ -69,6 +73,16 @@ class Rotation {
   int64_t batch_rows() const {
     const bool alike = inv_freq_.rows == 1 && p_.q_start.stride == 0 && p_.k_start.stride == 0;
     return p_.cu_seqlens || alike ? 1 : p_.batch;
+  }
+
+  // Whether region r rotates token n among the keys as it does among the queries.
+  bool rotates_alike(int64_t r, double amplitude) const {
+    const Region& region = p_.regions.at[r];
+    const Starts &q = p_.q_start, &k = p_.k_start;
+    const bool aligned = p_.seqlen_q == p_.seqlen_k && q.data == k.data && q.offset == k.offset;
+    return aligned && region.q_map == region.k_map && !region.q_map.is_constant() &&
+           p_.regions.stored.is_constant() && p_.regions.stored.offset == 0 && amplitude == 1.0 &&
+           q_decay_.empty();
   }
 
   // The keys that queries see in region r, from the first one of all sequences to the last, and

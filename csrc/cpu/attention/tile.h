@@ -56,13 +56,14 @@ struct BlockRows {
   int64_t offset(const AttentionTensor& x, int64_t token, int64_t head) const {
     return tile.batch * x.batch + (tile.first_q + token) * x.seq + head * x.head;
   }
-  int64_t lse_index(int64_t row) const {
-    return (tile.batch * p.heads_q + head(row)) * p.lse_head + tile.first_q + token(row);
+  int64_t lse_index(int64_t row) const { return lse_index(token(row), head(row)); }
+  int64_t lse_index(int64_t token, int64_t head) const {
+    return (tile.batch * p.heads_q + head) * p.lse_head + tile.first_q + token;
   }
   float scale(int64_t row) const {
-    const int64_t at = tile.first_q + token(row);
     const float scale = p.k_scale ? p.softmax_scale * p.k_scale[tile.head] : p.softmax_scale;
-    return scale * (p.row_scale.data ? p.row_scale.of(tile.batch, at) : 1.0f);
+    if (!p.row_scale.data) return scale;
+    return scale * p.row_scale.of(tile.batch, tile.first_q + token(row));
   }
   // Calls visit(i, row, head) for row first + i of as many as a vector has, without the divisions
   // above: two for every row take longer than to copy it.

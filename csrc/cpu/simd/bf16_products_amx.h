@@ -1,10 +1,13 @@
-// Products of bf16 tiles by AMX, whose registers hold a tile each.
+// Products of bf16 tiles by AMX, whose registers hold a tile each: nothing is spared of one.
 #pragma once
 
 #include "cpu/simd/bf16_tiles.h"
 
 namespace extrope {
 namespace {
+
+// Whether Factors::rows and last_pairs spare anything.
+constexpr bool kSpares = false;
 
 // All eight tile registers of this thread, in their full size, until the end of the scope.
 class ProductUnit {

@@ -12,12 +12,15 @@ struct ProductUnit {
   ProductUnit() {}
 };
 
+// Whether Factors::rows and last_pairs spare anything.
+constexpr bool kSpares = true;
+
 // In registers; sixteen vectors of sums cover the latency of an addition.
 constexpr int kSumRows = 8;
 using FewSums = Sums<kSumRows, 2>;
 
-EXTROPE_INLINE void multiply_tile(FewSums& sums, const bf16* a, const bf16* b) {
-  for (int64_t pair = 0; pair < kSide; ++pair) {
+EXTROPE_INLINE void multiply_tile(FewSums& sums, const bf16* a, const bf16* b, int64_t pairs) {
+  for (int64_t pair = 0; pair < pairs; ++pair) {
     const __m512bh left = load<__m512bh>(b + pair * kDepth),
                    right = load<__m512bh>(b + kTileValues + pair * kDepth);
 #pragma GCC unroll 16
@@ -33,7 +36,7 @@ EXTROPE_INLINE void multiply_tile(FewSums& sums, const bf16* a, const bf16* b) {
 
 template <bool Add>
 EXTROPE_INLINE void multiply_tiles(const Factors& f, const SumsAt& to) {
-  for (int part = 0; part < 4; ++part) {
+  for (int part = 0; part * kSumRows < f.rows; ++part) {
     const int64_t below = part / 2, first = part % 2 * kSumRows;
     const bf16* a = f.a + below * f.a_next + first * kDepth;
     float* rows = to.at + below * to.below + first * to.row;
@@ -44,7 +47,8 @@ EXTROPE_INLINE void multiply_tiles(const Factors& f, const SumsAt& to) {
       sums.at[i][1] = load<floats>(rows + i * to.row + to.beside);
     }
     for (int64_t k = 0; k < f.depth; ++k) {
-      multiply_tile(sums, a + k * f.a_step, f.b + k * f.b_step);
+      const int64_t pairs = k + 1 < f.depth ? kSide : f.last_pairs;
+      multiply_tile(sums, a + k * f.a_step, f.b + k * f.b_step, pairs);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kSumRows; ++i) {

@@ -25,6 +25,9 @@ struct Factors {
   const bf16* b;
   int64_t b_step;
   int64_t depth;  // in tiles
+  // What a product may spare: rows of the left factor behind these, whose sums nobody reads, and
+  // pairs of the last tiles behind these, which are zero.
+  int64_t rows = 2 * kSide, last_pairs = kSide;
 };
 
 // Where 32 x 32 sums lie: the tile below and the tile beside, and a row's length, in floats.

@@ -114,15 +114,11 @@ def run(
         return reference.forward(q, k, v, call)
     suffix = f"_{backend}" if backend in ("triton", "flash_attn") else ""
     attention_fwd = getattr(ops, f"attention_fwd{suffix}")
-    if torch.compiler.is_compiling() or _records(q, k, v, rope_args):
-        return attention_fwd(q, k, v, *rope_args, **options)
-    return call_unrecorded(attention_fwd, (q, k, v, *rope_args), options)
-
-
-def _records(q: Tensor, k: Tensor, v: Tensor, rope_args: tuple[Any, ...]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(x is not None and x.requires_grad for x in (q, k, v, *rope_args))
+    tensors = (q, k, v, *rope_args)
+    compiling = torch.compiler.is_compiling()
+    if compiling or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
+        return attention_fwd(*tensors, **options)
+    return call_unrecorded(attention_fwd, tensors, options)
 
 
 def missing(backend: str, device: str | None = None) -> str | None:
