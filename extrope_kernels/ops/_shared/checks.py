@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -122,19 +122,24 @@ def refuse_flags(op: str, **flags: bool) -> None:
 
 
 def explained(
-    op: str, run: Callable[[], Result], check: Callable[[], object], told_as: str | None = None
+    op: str,
+    run: Callable[..., Result],
+    check: Callable[..., object] | None,
+    args: tuple[Any, ...],
+    told_as: str | None = None,
 ) -> Result:
-    """`run()`, its refusals told in Python's error types, and in the name of `told_as`.
+    """`run(*args)`, its refusals told in Python's error types, and in the name of `told_as`.
 
     The compiled kernels check everything before they start, so that the common case pays for one
-    check only.
+    check only; `check(*args)` finds the words. Closures would cost more than passing args on.
     """
     if torch.compiler.is_compiling():
-        return run()
+        return run(*args)
     try:
-        return run()
+        return run(*args)
     except REFUSALS as error:
-        check()
+        if check is not None:
+            check(*args)
         retell(error, op, told_as)
         raise
 

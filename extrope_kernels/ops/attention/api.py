@@ -72,12 +72,8 @@ def attend(
         rope_args = replicated(q, rope_args)
     options = score_options(score, stored=keys_stored)
     options |= rope_options(op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window)
-    out, lse = explained(
-        "attention",
-        lambda: run(op, q, k, v, rope_args, options, backend),
-        lambda: check(op, q, k, v, AttentionCall(*rope_args, **options)),
-        told_as=op,
-    )
+    args = (op, q, k, v, rope_args, options, backend)
+    out, lse = explained("attention", run, _check, args, told_as=op)
     return (out, lse) if return_lse else out
 
 
@@ -119,6 +115,18 @@ def run(
     if compiling or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
         return attention_fwd(*tensors, **options)
     return call_unrecorded(attention_fwd, tensors, options)
+
+
+def _check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope_args: tuple[Any, ...],
+    options: dict[str, Any],
+    *_: object,
+) -> None:
+    check(op, q, k, v, AttentionCall(*rope_args, **options))
 
 
 def missing(backend: str, device: str | None = None) -> str | None:

@@ -80,12 +80,8 @@ def attend_with_kvcache(
     tensors: Tensors = (q, k_cache, v_cache, k, v, *rope_args, *given_up_to_last(*more))
     options = score_options(score, stored=True)
     options |= rope_options(op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window)
-    out, lse = explained(
-        "decode",
-        lambda: _run(op, tensors, options, backend),
-        lambda: _check(op, tensors, options),
-        told_as=op,
-    )
+    args = (op, tensors, options, backend)
+    out, lse = explained("decode", _run, _check, args, told_as=op)
     return (out, lse) if return_lse else out
 
 
@@ -108,7 +104,9 @@ def _run(op: str, tensors: Tensors, options: Options, backend: str | None) -> tu
     return call_unrecorded(decode, tensors, options)
 
 
-def _check(op: str, tensors: Tensors, options: Options) -> tuple[KVCache, AttentionCall]:
+def _check(
+    op: str, tensors: Tensors, options: Options, *_: object
+) -> tuple[KVCache, AttentionCall]:
     cache, call = parse(*tensors, **options)
     check_decode(op, tensors[0], tensors[3], tensors[4], cache, call)
     check_values(op, cache, call.cu_seqlens, len(tensors[0]))

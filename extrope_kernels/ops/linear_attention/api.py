@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,12 +86,9 @@ def permuteformer_attention(
         _check_permutations(name, permutations)
         rows, offset = split_offset("permute", positions)
         options = {"offset": offset, "causal": causal, "normalize": normalize}
-        op = ops.permuteformer_fwd
-        return explained(
-            "permute",
-            lambda: op(q, k, v, permutations, rows, decay, cu_seqlens, **options)[0],
-            lambda: None,
-        )
+        forward = functools.partial(ops.permuteformer_fwd, **options)
+        tensors = (q, k, v, permutations, rows, decay, cu_seqlens)
+        return explained("permute", forward, None, tensors)[0]
     q, k = _permute(name, q, k, permutations, positions, cu_seqlens, backend)
     if backend == "reference":
         heads = k.shape[-2] if decay is None else decay.shape[0]
@@ -189,9 +187,8 @@ def _permute(
     positions, offset = split_offset("permute", positions)
     op = _op("permute_fwd", backend)
     options = {"offset": offset} if offset else {}
-    return explained(
-        "permute", lambda: op(q, k, permutations, positions, cu_seqlens, **options), lambda: None
-    )
+    run = functools.partial(op, **options)
+    return explained("permute", run, None, (q, k, permutations, positions, cu_seqlens))
 
 
 def _check_permutations(name: str, permutations: Tensor) -> None:

@@ -99,9 +99,7 @@ def _permute(
     options: dict[str, Any] = {"offset": offset} if offset else {}
     if inverse:
         options["inverse"] = True
-    return explained(
-        "permute", lambda: _run(q, k, tensors, options, backend), lambda: check(q, k, *tensors)
-    )
+    return explained("permute", _run, _check, (q, k, tensors, options, backend))
 
 
 def _run(
@@ -119,3 +117,7 @@ def _run(
         op = ops.permute_fwd_triton if backend == "triton" else ops.permute_fwd
         out_q, out_k = op(q, k, *tensors, **options)
     return out_q, out_k if k is not None else None
+
+
+def _check(q: Tensor, k: Tensor | None, tensors: tuple[Tensor | None, ...], *_: object) -> None:
+    check(q, k, *tensors)

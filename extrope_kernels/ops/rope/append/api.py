@@ -111,12 +111,7 @@ def rope_append_kvcache(
         *(q, k, v, k_cache, v_cache, q_norm_weight, k_norm_weight, inv_freq),
         *given_up_to_last(*where, log_decay, axes, *scales),
     )
-    out = explained(
-        "rope_append",
-        lambda: _run(tensors, options, backend),
-        lambda: _check(tensors, options),
-        told_as=_OP,
-    )
+    out = explained("rope_append", _run, _check, (tensors, options, backend), told_as=_OP)
     return None if q is None else out
 
 
@@ -159,7 +154,7 @@ def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None)
     return call_unrecorded(op, tensors, options)
 
 
-def _check(tensors: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _check(tensors: tuple[Any, ...], options: dict[str, Any], *_: object) -> None:
     call = Append(*tensors, **options)
     check(_OP, call)
     check_values(_OP, call)
