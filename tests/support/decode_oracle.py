@@ -285,8 +285,7 @@ def check(case: Case, backend: str, inputs: Inputs | None = None, noise=(0.0, 0.
     out, lse = inputs.run(backend)
     want_out, want_lse = exact(inputs)
     near_out, near_lse = same_dtype(inputs)
-    # Compiled, q is scaled before it is rounded; the interpreter's operands are float32.
-    if backend == "triton" and not INTERPRETED and noise == (0.0, 0.0):
+    if rounding.is_counted(backend) and noise == (0.0, 0.0):
         of_out, of_lse = rounding.of_cache(case, inputs, *dequantized(inputs))
         noise = (of_out if case.dtype == torch.float32 else 0.0, of_lse)
     empty = want_lse == -torch.inf

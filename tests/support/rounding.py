@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
+from rope_oracle import INTERPRETED
 from torch import Tensor
+
+
+def is_counted(backend: str) -> bool:
+    """Whether a backend rounds more than the references do.
+
+    Compiled by Triton, q is scaled before it is rounded (the interpreter's operands are float32);
+    without fused multiply-adds, a product is rounded before it is added.
+    """
+    if backend == "triton":
+        return not INTERPRETED
+    return backend == "cpu" and os.environ.get("EXTROPE_CPU_CAPABILITY") == "baseline"
 
 
 def norm(x: Tensor) -> float:

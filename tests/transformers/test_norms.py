@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -20,7 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     eager_attention_forward,
 )
 
-from extrope_kernels.integrations.transformers import extend
+from extrope_kernels.integrations.transformers import extend, extension
 from extrope_kernels.integrations.transformers.norms import DeferredNorm
 
 MODELS = {
@@ -78,6 +79,47 @@ def test_the_op_norms(family):
         torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
         extension.restore()
     assert not deferred(model) and torch.equal(logits(model, ids), own)
+
+
+SCORES = {
+    "rerope": {"window": 8},  # keys are stored as they come
+    "self_extend": {"window": 8, "factor": 2},  # and here as the method places them
+}
+
+
+@pytest.mark.parametrize("method", SCORES)
+@pytest.mark.parametrize("family", MODELS)
+def test_the_op_norms_for_a_score_method(family, method, monkeypatch):
+    model, ids = normed(family), tokens(2, 40)
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "norm_changes", lambda sites: ([], []))
+        with extend(model, method, **SCORES[method]):
+            assert not deferred(model)
+            own, text = logits(model, ids), generate(model, ids[:1, :20], max_new_tokens=6)
+    with extend(model, method, **SCORES[method]):
+        near = 2 * (family == "gemma3_text")
+        assert calls(model, ids) == near and len(deferred(model)) == 2 * len(model.model.layers)
+        torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
+        ours = generate(model, ids[:1, :20], max_new_tokens=6)
+        torch.testing.assert_close(ours, text, rtol=1e-4, atol=1e-4)
+
+
+def test_training_under_a_score_method():
+    model, ids = normed("qwen3"), tokens(1, 20)
+    grads = {}
+    for name in ("own", "ours"):
+        with extend(model, "rerope", window=8) as handle, contextlib.ExitStack() as stack:
+            if name == "own":  # a norm with a hook is left to the model
+                for module in deferred(model):
+                    hook = model.get_submodule(module).register_forward_hook(lambda *_: None)
+                    stack.callback(hook.remove)
+            model(input_ids=ids, labels=ids).loss.backward()
+            handle.restore()
+        grads[name] = {n: x.grad.clone() for n, x in model.named_parameters()}
+        model.zero_grad()
+    for name, x in grads["ours"].items():
+        scale = max(grads["own"][name].abs().max().item(), 1e-3)
+        torch.testing.assert_close(x, grads["own"][name], rtol=1e-3, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("family", MODELS)

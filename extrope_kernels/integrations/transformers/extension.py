@@ -46,8 +46,8 @@ def extend(
     either (DeepSeek), whose mscale and mscale_all_dim are those of the configuration unless given.
     Where `apply_rope_qk` does what the model's layers do, every rotation goes through it:
     frequencies stay float32 and positions integers in a model of any dtype. So does a norm of
-    queries and keys right before it (Qwen3, Gemma 3, OLMo 2), if four tokens give the same: in 16
-    bits but for the roundings that the op has not. A norm with hooks, or with weights that are
+    queries and keys right before it (Qwen3, Gemma 3, OLMo 2), whatever the method, if four tokens
+    give the same: in 16 bits but for the roundings that the op has not. A norm with hooks, or with weights that are
     sharded, stays the model's own. Elsewhere (complex numbers, several axes of positions) the
     model's own rotary embedding makes its tables of the other frequencies. Layers without a
     rotation stay without. A method that depends on the length
@@ -119,7 +119,7 @@ def extend(
     extension = Extension(model, method, overrides, hooks)
     if method in SCORES or shared is not None:
         _rehearse(extension, sites, shared)
-    else:
+    if shared is None:
         extension.add(*norm_changes(sites))
     return extension
 

@@ -50,7 +50,6 @@ class FusedNorm:
         rotation = given[0] if isinstance(given, tuple) and given else None
         self.rotation_norms = (
             isinstance(rotation, Rotation)
-            and not rotation.keys_only
             and all(is_own(norm) for norm in self.norms)
             and not torch.is_autocast_enabled(self.norms[0].weight.device.type)
         )

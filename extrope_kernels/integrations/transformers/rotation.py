@@ -79,9 +79,11 @@ class Rotation:
 
     def _rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         options = {"positions": self.positions, "interleaved": self.interleaved}
+        norm = {} if self.norm is None else self.norm._asdict()
         if not self.keys_only:
-            norm = {} if self.norm is None else self.norm._asdict()
             return apply_rope_qk(q, k, self.freqs, **options, **norm)
+        if norm:  # by angles of 0, which leave the rest to the attention
+            q, k = apply_rope_qk(q, k, RopeFreqs(torch.zeros_like(self.freqs.inv_freq)), **norm)
         return q, (k if self.positions is None else apply_rope(k, self.freqs, **options))
 
 
