@@ -68,7 +68,8 @@ def rerope_attention_with_kvcache(
         first key have 0 and -inf.
     Raises: ValueError or TypeError that names the argument, before anything is written;
         NotImplementedError when the named backend cannot run here. On a GPU the values of integer
-        tensors are not looked at, and what does not fit the cache is neither written nor read.
+        tensors are not looked at: what does not fit the cache is neither written nor read, and
+        nothing is written to a page that is not there; reading one is undefined.
     """
     return attend_with_kvcache(
         rerope_score(_NAME, window, factor, grouped),
