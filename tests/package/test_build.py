@@ -91,7 +91,10 @@ def test_wheel_without_torch_is_pure_and_holds_the_sources(checkout, tmp_path):
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     assert packaged == {path.relative_to(ROOT / "csrc").as_posix() for path in sources}
     assert not [name for name in names if name.endswith(".so")]
-    assert "extrope_kernels/py.typed" in names
+    package = ROOT / "extrope_kernels"
+    modules = [*package.rglob("*.py"), *package.rglob("*.json"), package / "py.typed"]
+    missing = {path.relative_to(ROOT).as_posix() for path in modules} - set(names)
+    assert not missing  # as of a folder without an __init__.py
 
 
 @needs_compiler
