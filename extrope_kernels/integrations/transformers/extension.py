@@ -47,10 +47,10 @@ def extend(
     Where `apply_rope_qk` does what the model's layers do, every rotation goes through it:
     frequencies stay float32 and positions integers in a model of any dtype. So does a norm of
     queries and keys right before it (Qwen3, Gemma 3, OLMo 2), whatever the method, if four tokens
-    give the same: in 16 bits but for the roundings that the op has not. A norm with hooks, or with weights that are
-    sharded, stays the model's own. Elsewhere (complex numbers, several axes of positions) the
-    model's own rotary embedding makes its tables of the other frequencies. Layers without a
-    rotation stay without. A method that depends on the length
+    give the same: in 16 bits but for the roundings that the op has not. A norm with hooks, or with
+    weights that are sharded, stays the model's own. Elsewhere (complex numbers, several axes of
+    positions) the model's own rotary embedding makes its tables of the other frequencies. Layers
+    without a rotation stay without. A method that depends on the length
     (`dynamic_ntk`, `dynamic_yarn`, `longrope`) is frozen per request, so that cached keys stay
     valid: `generate` chooses for the prompt and max_new_tokens (or max_length) together, a forward
     with an empty cache for its own tokens, or for the largest of its position_ids where it is
