@@ -21,7 +21,8 @@ struct SliceValues {
   floats at[kSliceVectors];
 };
 
-// The scores of `rows` keys: of `found` what a row sees, else those of earlier regions, or `hidden`.
+// The scores of `rows` keys: of `found` what a row sees, else those of earlier regions, or
+// `hidden`.
 inline void merge_rows(const float* found, int64_t rows, const RowKeys visible, int64_t key,
                        bool first, const SliceValues hidden, float* scores) {
   for (int i = 0; i < rows; ++i) {

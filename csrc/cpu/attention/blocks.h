@@ -117,9 +117,8 @@ inline void finish_sums(const BlockRows& block, const float* row_max, const floa
     if (block.p.v_scale) scale[row] *= block.p.v_scale[block.tile.head];
   };
   for (int64_t first = 0; first < block.count; first += kFloats) {
-    block.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
-      finish(first + i, token, head);
-    });
+    block.each_of_vector(
+        first, [&](int64_t i, int64_t token, int64_t head) { finish(first + i, token, head); });
   }
 }
 
