@@ -163,7 +163,9 @@ def install(session: nox.Session, torch: str) -> None:
     wheels = list(WHEELS.glob("*.whl"))
     if len(wheels) != 1:
         session.error(f"one wheel is needed in {WHEELS}: nox -s wheel")
-    session.install(f"torch=={torch}", str(wheels[0]), *EXTRAS)
+    # Triton 3.6, which torch 2.11 brings, interprets with arrays of one element as numbers.
+    held = ["numpy<2.4"] if torch.startswith("2.11.") else []
+    session.install(f"torch=={torch}", str(wheels[0]), *EXTRAS, *held)
 
 
 def run(session: nox.Session, arguments: tuple[str, ...] | list[str], **env: str) -> None:
