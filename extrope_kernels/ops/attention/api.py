@@ -72,7 +72,7 @@ def attend(
         rope_args = replicated(q, rope_args)
     options = score_options(score, stored=keys_stored)
     options |= rope_options(op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window)
-    args = (op, q, k, v, rope_args, options, backend)
+    args = (op, (q, k, v, *rope_args), options, backend)
     out, lse = explained("attention", run, _check, args, told_as=op)
     return (out, lse) if return_lse else out
 
@@ -92,41 +92,30 @@ def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor 
 
 
 def run(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rope_args: tuple[Any, ...],
-    options: dict[str, Any],
-    backend: str | None,
+    op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None
 ) -> tuple[Tensor, Tensor]:
+    """tensors: of the ops, in their order."""
+    q, k, v, *_ = tensors
     if backend is not None:
         _backends.require(op, backend, BACKENDS, q.device.type, missing)
     if backend == "reference" or (backend in (None, "cpu") and q.dtype == torch.float64):
-        call = AttentionCall(*rope_args, **options)
-        check(op, q, k, v, call)
+        call = _check(op, tensors, options)
         if not torch.compiler.is_compiling():
             check_boundaries(op, call.cu_seqlens, q)
         return reference.forward(q, k, v, call)
     suffix = f"_{backend}" if backend in ("triton", "flash_attn") else ""
     attention_fwd = getattr(ops, f"attention_fwd{suffix}")
-    tensors = (q, k, v, *rope_args)
     compiling = torch.compiler.is_compiling()
     if compiling or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
         return attention_fwd(*tensors, **options)
     return call_unrecorded(attention_fwd, tensors, options)
 
 
-def _check(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rope_args: tuple[Any, ...],
-    options: dict[str, Any],
-    *_: object,
-) -> None:
-    check(op, q, k, v, AttentionCall(*rope_args, **options))
+def _check(op: str, tensors: tuple[Any, ...], options: dict[str, Any], *_: object) -> AttentionCall:
+    q, k, v, *rope_args = tensors
+    call = AttentionCall(*rope_args, **options)
+    check(op, q, k, v, call)
+    return call
 
 
 def missing(backend: str, device: str | None = None) -> str | None:

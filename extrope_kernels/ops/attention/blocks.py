@@ -89,7 +89,7 @@ def block_forward(
     rope_args: inv_freq, cu_seqlens, log_decay, sinks, query_scale, q_start and k_start as
         `torch.ops.extrope.attention_fwd` takes them.
     """
-    return run(call.op, q, k, v, rope_args, call.options, call.backend)
+    return run(call.op, (q, k, v, *rope_args), call.options, call.backend)
 
 
 def block_backward(
