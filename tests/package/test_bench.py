@@ -127,6 +127,16 @@ def test_verdicts_and_slopes(bench):
     assert scaling.summary(rows)[1].endswith("2.00 times one thread at 4096 tokens")
 
 
+def test_the_speed_plot_is_of_the_measured_files(bench):
+    """Or run python bench/speed_plot.py."""
+    speed = bench("speed_plot")
+    drawn = (BENCH.parent / "docs" / "speed.svg").read_text()
+    for shown in speed.SHOWN:
+        times, best = speed.against_the_best(shown, BENCH / "results")
+        assert times > 1 and best != speed.OURS
+        assert speed.bar_text(shown, BENCH / "results") in drawn, shown.label
+
+
 def test_figures_replace_what_is_between_the_markers(bench, tmp_path):
     readme, harness = bench("readme"), bench("harness")
     rows = [
