@@ -85,12 +85,13 @@ def table(path: Path) -> str:
 def _summary(rows: Mapping[Case, Row]) -> str:
     own = [row for case, row in rows.items() if not report.is_yardstick(case)]
     shipped = [case for case in all_cases() if not report.is_yardstick(case)]
-    holding = [row for row in own if row.stack]
+    holding = {str(case): row.stack for case, row in rows.items()
+               if row.stack and not report.is_yardstick(case)}  # fmt: skip
     faults = sum(map(bool, report.judge(rows).values()))
     stack = "None holds stack (a spill)"
     if holding:
-        kernels = sorted({f"{row.kernel}, {row.dtype}" for row in holding})
-        stack = f"{len(holding)} hold stack ({'; '.join(kernels)})"
+        each = "; ".join(f"{case}: {size} B" for case, size in sorted(holding.items()))
+        stack = f"{len(holding)} hold stack ({each})"
     chips = ", ".join(map(str, CAPABILITIES))
     cards = [f"{card.name} (sm_{card.capability})" for card in CARDS.values()]
     return (

@@ -19,10 +19,12 @@ from extrope_kernels import (
     permute_qk,
     permuteformer_attention,
     permuteformer_step,
+    rope_append_kvcache,
 )
 from extrope_kernels.testing import attention_backends, available_backends, device
 
-DIM, SEQLEN, MAX_LEN, PAGE = 32, 40, 64, 16
+DIM, SEQLEN, MAX_LEN, PAGE = 32, 40, 80, 16
+NEW = 12  # tokens behind those in the caches
 # Made before any capture, which takes no copy from the host.
 FREQS = methods.yarn(DIM, factor=4.0, original_max_position_embeddings=64).to(device())
 PERMUTATIONS = head_permutations(2, DIM).to(device())
@@ -85,11 +87,37 @@ def filled(number: int) -> Tensors:
     return {"cache_seqlens": ints(*lengths), "block_table": pages.view(2, -1)}
 
 
+def packed_filled(number: int) -> Tensors:
+    """As a serving engine has it: new tokens of both sequences one behind the other."""
+    return filled(number) | {"cu_seqlens_q": ints(0, (3, 9, 1)[number], NEW)}
+
+
+def packed_append(number: int) -> Tensors:
+    where = packed_filled(number)
+    return where | {"cu_seqlens": where.pop("cu_seqlens_q")}
+
+
+def slots(number: int) -> Tensors:
+    """-1 is written nowhere."""
+    picked = torch.tensor(((17, 99), (-1, 40), (100, -1))[number])
+    return {"slot_mapping": picked[:, None], "cache_seqlens": filled(number)["cache_seqlens"]}
+
+
 def rotate(backend, q, k, positions, cu_seqlens=None, inplace=False):
     more = {"positions": positions, "cu_seqlens": cu_seqlens, "backend": backend}
     if inplace:
         return list(apply_rope_qk(q, k, FREQS, inplace=True, **more))
     return [*apply_rope_qk(q, k, FREQS, **more), apply_rope(q, FREQS, **more)]
+
+
+def normed(backend, q, k, q_norm_weight, k_norm_weight, positions):
+    norm = {"q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight}
+    return list(apply_rope_qk(q, k, FREQS, positions=positions, **norm, backend=backend))
+
+
+def append(backend, q, k, v, k_cache, v_cache, **where):
+    out = rope_append_kvcache(q, k, v, k_cache, v_cache, FREQS, **where, backend=backend)
+    return [out, k_cache, v_cache]
 
 
 def permuted(backend, q, k, positions, cu_seqlens=None):
@@ -108,9 +136,8 @@ def attending(example: Example) -> Callable:
 def decoding(example: Example) -> Callable:
     """With k and v these are written into the cache, which is then a result too."""
 
-    def decode(backend, q, k_cache, v_cache, cache_seqlens, block_table, k=None, v=None):
-        more = {"cache_seqlens": cache_seqlens, "block_table": block_table, "k": k, "v": v}
-        caches = (k_cache, v_cache)
+    def decode(backend, q, k_cache, v_cache, k=None, v=None, **more):
+        caches, more = (k_cache, v_cache), more | {"k": k, "v": v}
         out, lse = example.with_kvcache(
             q, *caches, FREQS, **example.parameters, **more, return_lse=True, backend=backend
         )
@@ -146,6 +173,8 @@ PACKED_QK = {name: PACKED[name] for name in QK}
 PAGES = (2 * MAX_LEN // PAGE, PAGE, 2, DIM)
 CACHED = {"q": (2, 1, 4, DIM), "k_cache": PAGES, "v_cache": PAGES}
 APPENDED = CACHED | {"k": (2, 1, 2, DIM), "v": (2, 1, 2, DIM)}
+APPENDED_PACKED = APPENDED | {n: (NEW, *APPENDED[n][2:]) for n in "qkv"}
+NORM = {"q_norm_weight": (DIM,), "k_norm_weight": (DIM,)}
 STATE = {"kv": (2, 2, DIM, DIM), "key_sum": (2, 2, DIM)}
 STEP = {name: (2, 1, *shape[2:]) for name, shape in QKV.items()}
 
@@ -166,6 +195,7 @@ def of_score(name: str, example: Example) -> dict[str, Case]:
         f"{name}, packed": Case(attend, PACKED, starts, takes, gradients=True),
         f"{name}, decode": Case(decode, CACHED, filled, DECODE),
         f"{name}, append and decode": Case(decode, APPENDED, filled, DECODE),
+        f"{name}, packed decode": Case(decode, APPENDED_PACKED, packed_filled, DECODE),
     }
 
 
@@ -173,6 +203,10 @@ CASES = {
     "rope": Case(rotate, QK, places, ROPE, gradients=True),
     "rope, packed": Case(rotate, PACKED_QK, packed_places, ROPE, gradients=True),
     "rope, in place": Case(in_place, QK, places, ROPE),
+    "rope after a norm": Case(normed, QK | NORM, places, ROPE, gradients=True),
+    "append": Case(append, APPENDED | NORM, filled, ROPE),
+    "append by slots": Case(append, APPENDED | NORM, slots, ROPE),
+    "append, packed": Case(append, APPENDED_PACKED | NORM, packed_append, ROPE),
     "permute": Case(permuted, QK, places, ROPE, gradients=True),
     "permute, packed": Case(permuted, PACKED_QK, packed_places, ROPE, gradients=True),
     **{key: case for score in EXAMPLES.items() for key, case in of_score(*score).items()},

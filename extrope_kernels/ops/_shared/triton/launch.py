@@ -9,8 +9,9 @@ must be settled in the plan, and of these `layouts_of` tells.
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import triton
 from torch import Tensor
 
 VECTOR_BYTES = 16
+DIVISOR = 16  # Triton compiles anew where a number turns from a multiple of it into another
 INTERPRETED = triton.knobs.runtime.interpret
 # Multiprocessors, where there is no device to ask: A100, H100, B200 and what is like them.
 _PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
@@ -28,6 +30,18 @@ _plans: dict[Hashable, Any] = {}
 def strides_of(x: Tensor) -> tuple[int, ...]:
     """Strides of x, 0 along dimensions of size 1: torch leaves those open."""
     return tuple(0 if size == 1 else n for size, n in zip(x.shape, x.stride(), strict=True))
+
+
+def alignment(itemsize: int, strides: Iterable[int], of_tokens: Iterable[int]) -> int:
+    """Elements, 16 bytes at most, that divide these strides; kernels count in groups of so many.
+
+    of_tokens: strides from one token to the next. Where there is a choice they are multiples of
+    DIVISOR groups, and so are those of sequences, whatever their length.
+    """
+    most, of_tokens = math.gcd(VECTOR_BYTES // itemsize, *strides), tuple(of_tokens)
+    steady = (n for n in (most, most // 2, most // 4, most // 8)
+              if n and all(stride % (n * DIVISOR) == 0 for stride in of_tokens))  # fmt: skip
+    return next(steady, most)
 
 
 def layouts_of(*tensors: Tensor | None) -> Hashable:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ....scores import PositionMap, Region
 from ..._shared.attention_call import AttentionCall
-from ..._shared.triton.launch import VECTOR_BYTES, Plan, strides_of
+from ..._shared.triton.launch import VECTOR_BYTES, Plan, alignment, strides_of
 from ..._shared.triton.position_maps import kind_of, map_arguments
 from .rotate import RotateTile, rotate_kernel
 
@@ -33,10 +33,11 @@ def frame_strides(x: Tensor, align: int) -> tuple[int, ...]:
     return tuple(n // align for n in (x.numel(), seq * heads * dim, heads * dim, dim))
 
 
-def alignment(itemsize: int, *tensors: Tensor) -> int:
+def alignment_of(*tensors: Tensor) -> int:
     """Elements, up to 16 bytes, that divide the strides of these and of frames of such rows."""
-    strides = [n for x in tensors for n in (*strides_of(x)[:-1], x.shape[-1])]
-    return math.gcd(VECTOR_BYTES // itemsize, *strides)
+    strides = (n for x in tensors for n in (*strides_of(x)[:-1], x.shape[-1]))
+    of_tokens = (n for x in tensors for n in (strides_of(x)[-3], x.shape[-2] * x.shape[-1]))
+    return alignment(tensors[0].itemsize, strides, of_tokens)
 
 
 def placed(call: AttentionCall) -> bool:
@@ -156,7 +157,7 @@ def _tile(
         pairs=pairs,
         rest=rest,
         rest_dims=triton.next_power_of_2(max(rest, 1)),
-        align=alignment(q.itemsize, q, k),
+        align=alignment_of(q, k),
         interleaved=call.interleaved,
         freq_per_token=call.cu_seqlens is not None and call.inv_freq.shape[:-1].numel() > 1,
         q_maps=tuple(map(kind_of, q_maps)),

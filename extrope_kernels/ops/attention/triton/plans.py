@@ -19,7 +19,7 @@ from .configs import MOST_ROWS, Config, config
 from .forward import forward_kernel
 from .frames import (
     FARTHEST,
-    alignment,
+    alignment_of,
     frame_strides,
     frequency_stride,
     key_maps,
@@ -129,7 +129,7 @@ class _Layout:
         self.seqlen_k, self.heads_k, self.head_dim_v = v.shape[-3:]
         self.regions, self.placed = regions_of(k, call), placed(call)
         self.k_maps = key_maps(k, call)
-        self.align = alignment(q.itemsize, q, k, v, *others)
+        self.align = alignment_of(q, k, v, *others)
         given = (q, k, v, *others)
         self.contiguous = all(x.stride()[-3:] == _contiguous(x) for x in given)
         for x in given:

@@ -1,13 +1,12 @@
 """From PyTorch tensors to the launches of the kernels."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
-from ..._shared.triton.launch import VECTOR_BYTES, strides_of
+from ..._shared.triton.launch import VECTOR_BYTES, alignment, strides_of
 from ..power import Power
 from .kernel import Operand, Tile, cycles_kernel, permute_kernel
 
@@ -63,14 +62,15 @@ def permute(inputs: Sequence[Tensor], outputs: Sequence[Tensor], power: Power) -
 def _tile(inputs: Sequence[Tensor], outputs: Sequence[Tensor], power: Power) -> Tile:
     head_dim, itemsize = inputs[0].shape[3], inputs[0].itemsize
     block_d = triton.next_power_of_2(head_dim)
-    strides = (n for x in (*inputs, *outputs) for n in strides_of(x)[:3])
+    strides = [strides_of(x) for x in (*inputs, *outputs)]
+    several = (n for each in strides for n in each[:3])
     return Tile(
         two_operands=len(inputs) == 2,
         # Two vectors of stores a thread keep its loads, which are single dims, in flight.
         block_m=max(1, 2 * WARPS * 32 * VECTOR_BYTES // itemsize // block_d),
         head_dim=head_dim,
         block_d=block_d,
-        align=math.gcd(VECTOR_BYTES // itemsize, *strides),
+        align=alignment(itemsize, several, (each[1] for each in strides)),
         positions_are_offsets=power.positions_are_offsets,
         inverse=power.inverse,
     )

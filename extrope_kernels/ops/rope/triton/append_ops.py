@@ -121,7 +121,7 @@ def _tile(
         rest_dims=triton.next_power_of_2(max(rest, 1)),
         head_dim_v=head_dim_v,
         dims_v=triton.next_power_of_2(head_dim_v),
-        align=alignment_of(tensors, k.itemsize),
+        align=alignment_of(tensors),
         interleaved=rotation.interleaved,
         wide=k.dtype == torch.float64,
         per_head=rotation.per_head,

@@ -101,7 +101,7 @@ def _plan(
         pairs=pairs,
         tail=tail,
         padded_tail=triton.next_power_of_2(max(tail, 1)),
-        align=alignment_of((*inputs, *outputs[: len(inputs)]), inputs[0].itemsize),
+        align=alignment_of((*inputs, *outputs[: len(inputs)])),
         interleaved=options.get("interleaved", False),
         wide=inputs[0].dtype == torch.float64,
         per_head=False,

@@ -103,7 +103,7 @@ def _tile(
         pairs=pairs,
         tail=tail,
         padded_tail=triton.next_power_of_2(max(tail, 1)),
-        align=alignment_of((*inputs, *outputs, *(saved or ())), inputs[0].itemsize),
+        align=alignment_of((*inputs, *outputs, *(saved or ()))),
         interleaved=rotation.interleaved,
         wide=inputs[0].dtype == torch.float64,
         per_head=rotation.per_head,

@@ -182,7 +182,7 @@ def _tile(
         pairs=pairs,
         rest=rest,
         rest_dims=triton.next_power_of_2(max(rest, 1)),
-        align=alignment_of((*inputs, *outputs, *saved), inputs[0].itemsize),
+        align=alignment_of((*inputs, *outputs, *saved)),
         interleaved=rotation.interleaved,
         wide=inputs[0].dtype == torch.float64,
         per_head=rotation.per_head,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import triton
 from torch import Tensor
 
-from ..._shared.triton.launch import VECTOR_BYTES, strides_of
+from ..._shared.triton.launch import VECTOR_BYTES, alignment, strides_of
 from ..rotation import Rotation
 
 # Below this many tokens a program takes as few as it can: latency counts, not bandwidth.
@@ -45,10 +44,14 @@ def programs_of(
     return Programs(tokens, warps, tiles, min(heads, max(1, TARGET_WARPS // (warps * tiles))))
 
 
-def alignment_of(tensors: Iterable[Tensor], itemsize: int) -> int:
-    """Elements of a vector at most, by which all strides can be divided."""
-    strides = (n for x in tensors for n in strides_of(x)[:3])
-    return math.gcd(VECTOR_BYTES // itemsize, *strides)
+def alignment_of(tensors: Iterable[Tensor]) -> int:
+    """Elements of a vector at most, by which all strides of (batch, seqlen, heads, head_dim) can
+    be divided.
+    """
+    tensors = tuple(tensors)
+    strides = [strides_of(x) for x in tensors]
+    several = (n for each in strides for n in each[:3])
+    return alignment(tensors[0].itemsize, several, (each[1] for each in strides))
 
 
 def rotation_arguments(rotation: Rotation) -> tuple[int, ...]:
