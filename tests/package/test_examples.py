@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -54,15 +55,28 @@ def test_own_score():
 
 
 def test_serve_vllm(tmp_path):
+    """Every token that is served is the best one under `extend`, as far as bfloat16 can tell."""
     pytest.importorskip("vllm.version")
-    from vllm_engines import TRAINED, build, save_tokenizer
+    from transformers import AutoTokenizer
+    from vllm_engines import TRAINED, build, logits_behind, regret, save_tokenizer
 
-    build("Llama", tmp_path)
+    model = build("Llama", tmp_path)
     save_tokenizer(tmp_path)
     lengths, written = run("serve_vllm.py", "--model", str(tmp_path)).splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    example = runpy.run_path(str(EXAMPLES / "serve_vllm.py"))
+    prompt = example["long_prompt"](tokenizer, TRAINED)
     trained, read = map(int, re.findall(r"\d+", lengths))
-    assert trained == TRAINED < read
-    assert written.partition("->")[2].strip()
+    assert trained == TRAINED < read == len(prompt)
+    served = tokenizer(written.partition("->")[2])["input_ids"]
+    assert len(served) == example["NEW"]
+    rerope = {"method": "rerope", "window": TRAINED // 4}
+    plain = logits_behind(model, [], prompt, served)
+    exact = logits_behind(model, [rerope], prompt, served)
+    in_bf16 = logits_behind(model.bfloat16(), [rerope], prompt, served)
+    # The best of logits that are each off by an error may be worse than the best by two.
+    bound = 2 * 2 * (in_bf16 - exact).abs().max()
+    assert regret(exact, served) <= bound < regret(plain, served)
 
 
 def test_all_are_tested():

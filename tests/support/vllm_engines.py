@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,6 +48,20 @@ PROMPTS = [
 NEW = 8
 
 
+class Written(NamedTuple):
+    """What comes behind one prompt.
+
+    tokens: greedy ones.
+    of_prompt, of_new: the log-probabilities of the prompt's tokens but its first, and of `tokens`.
+    cached: how many of the prompt's tokens an engine had in its cache.
+    """
+
+    tokens: list[int]
+    of_prompt: torch.Tensor | None
+    of_new: torch.Tensor
+    cached: int = 0
+
+
 def build(name: str, folder: Any, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A model of transformers' class of that name, saved for vLLM."""
     import transformers
@@ -75,25 +89,45 @@ def save_tokenizer(folder: Any) -> None:
 
 
 @torch.no_grad()
-def expected(model: Any, methods: list[dict[str, Any]], prompts: list[list[int]] = PROMPTS) -> Any:
-    """Greedy tokens behind each prompt, and the log-probabilities of the prompts' tokens.
+def expected(
+    model: Any, methods: list[dict[str, Any]], prompts: list[list[int]] = PROMPTS
+) -> list[Written]:
+    """What transformers makes of prompts, one after another.
 
     methods: the arguments of `extend`, one after another.
     """
-    handles = [extend(model, **method) for method in methods]
-    try:
+    with ExitStack() as stack:
+        for method in methods:
+            stack.callback(extend(model, **method).restore)
         return [_one(model, prompt) for prompt in prompts]
-    finally:
-        for handle in handles[::-1]:
-            handle.restore()
 
 
-def _one(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+def _one(model: Any, prompt: list[int]) -> Written:
     ids = torch.tensor([prompt])
     logprobs = model(ids).logits[0].float().log_softmax(-1)
     of_prompt = logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
-    new = model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
-    return new[0, len(prompt) :].tolist(), of_prompt
+    options = {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    out = model.generate(ids, max_new_tokens=NEW, do_sample=False, **options)
+    of_new = torch.cat(out.logits).float().log_softmax(-1).amax(-1)
+    return Written(out.sequences[0, len(prompt) :].tolist(), of_prompt, of_new)
+
+
+@torch.no_grad()
+def logits_behind(
+    model: Any, methods: list[dict[str, Any]], prompt: list[int], tokens: list[int]
+) -> torch.Tensor:
+    """(tokens, words): from what transformers under `extend` would choose each of the tokens."""
+    with ExitStack() as stack:
+        for method in methods:
+            stack.callback(extend(model, **method).restore)
+        logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0]
+    return logits[len(prompt) - 1 :].float()
+
+
+def regret(logits: torch.Tensor, tokens: list[int]) -> float:
+    """How much less than the best logit that of a token is, at most."""
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return (logits.amax(-1) - chosen).max().item()
 
 
 @contextmanager
@@ -121,8 +155,11 @@ def engine(folder: Any, extrope: dict[str, Any] | None, **options: Any):
         llm.llm_engine.engine_core.shutdown()
 
 
-def generated(llm: Any, prompts: list[list[int]] = PROMPTS, logprobs: bool = True) -> Any:
-    """What an engine makes of prompts, all at once, as `expected` gives it."""
+def generated(llm: Any, prompts: list[list[int]] = PROMPTS, logprobs: bool = True) -> list[Written]:
+    """What an engine makes of prompts, all at once.
+
+    logprobs: those of the prompts, too, for which vLLM computes all of a prompt anew.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(
@@ -130,24 +167,30 @@ def generated(llm: Any, prompts: list[list[int]] = PROMPTS, logprobs: bool = Tru
         max_tokens=NEW,
         ignore_eos=True,
         detokenize=False,
+        logprobs=0,
         prompt_logprobs=0 if logprobs else None,
     )
     outs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     found = []
     for prompt, out in zip(prompts, outs, strict=True):
-        of_prompt = None
-        if logprobs:
-            pairs = zip(prompt[1:], out.prompt_logprobs[1:], strict=True)
-            of_prompt = torch.tensor([given[token].logprob for token, given in pairs])
-        found.append((list(out.outputs[0].token_ids), of_prompt))
+        new = out.outputs[0]
+        of_prompt = _of_tokens(prompt[1:], out.prompt_logprobs[1:]) if logprobs else None
+        of_new = _of_tokens(new.token_ids, new.logprobs)
+        found.append(Written(list(new.token_ids), of_prompt, of_new, out.num_cached_tokens))
     return found
 
 
-def difference(one: Any, other: Any) -> float:
+def _of_tokens(tokens: Any, logprobs: Any) -> torch.Tensor:
+    pairs = zip(tokens, logprobs, strict=True)
+    return torch.tensor([given[token].logprob for token, given in pairs])
+
+
+def difference(one: list[Written], other: list[Written], of: str = "of_prompt") -> float:
     """The largest difference of log-probabilities."""
-    return max((a[1] - b[1]).abs().max().item() for a, b in zip(one, other, strict=True))
+    pairs = [(getattr(a, of), getattr(b, of)) for a, b in zip(one, other, strict=True)]
+    return max((a - b).abs().max().item() for a, b in pairs)
 
 
-def tokens_of(results: Any) -> list[list[int]]:
+def tokens_of(results: list[Written]) -> list[list[int]]:
     """The greedy tokens alone."""
-    return [tokens for tokens, _ in results]
+    return [each.tokens for each in results]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
@@ -18,6 +19,8 @@ from vllm_engines import (
     generated,
     tokens_of,
 )
+
+from extrope_kernels.integrations.vllm.hooks import LOGGER
 
 RERO = {"method": "rerope", "window": 64}
 YARN = {"method": "yarn", "factor": 4.0}
@@ -48,6 +51,14 @@ def llama(tmp_path_factory):
     return build("Llama", folder), folder
 
 
+@pytest.fixture
+def said(monkeypatch):
+    """The lines that engines log."""
+    lines = []
+    monkeypatch.setattr(LOGGER, "info", lambda line, *values: lines.append(line % values))
+    return lines
+
+
 @pytest.mark.parametrize("methods", [[YARN], [LEAKY], [YARN, RERO]], ids=["yarn", "leaky", "both"])
 @pytest.mark.parametrize("name", MODELS)
 def test_model(tmp_path, name, methods):
@@ -65,10 +76,13 @@ def test_model(tmp_path, name, methods):
     assert difference(got, plain) > 0.01
 
 
+def runner_of(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
 def modules(llm):
     """The rotary layer and the attention of a model's first layer."""
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    attention = runner.get_model().model.layers[0].self_attn
+    attention = runner_of(llm).get_model().model.layers[0].self_attn
     return attention.rotary_emb, attention.attn
 
 
@@ -88,16 +102,34 @@ def test_engines_without_configuration_are_vllms(llama):
         assert not difference(generated(llm), expected(model, [])) < 1
 
 
-def test_engines_in_turn_have_their_own_methods(llama):
+def test_engines_in_turn_have_their_own_methods_and_say_so(llama, said):
     model, folder = llama
     for methods, extrope in (
         ([YARN], YARN),
         ([RERO], {"score": RERO}),
         ([YARN], YARN),
-        ([LEAKY], {"score": LEAKY}),
+        ([YARN, LEAKY], {**YARN, "score": LEAKY}),
     ):
         with engine(folder, extrope) as llm:
             assert tokens_of(generated(llm)) == tokens_of(expected(model, methods))
+    assert said == [
+        "extrope: yarn factor=4.0",
+        "extrope: rerope window=64",
+        "extrope: yarn factor=4.0",
+        "extrope: leaky_rerope window=64 factor=4.0 over yarn factor=4.0",
+    ]
+
+
+@pytest.mark.parametrize("extrope", [YARN, {"score": RERO}], ids=["yarn", "rerope"])
+def test_rotary_layers_of_another_plugin_are_refused(llama, extrope, monkeypatch):
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    theirs = type("Theirs", (RotaryEmbedding,), {})
+    monkeypatch.setitem(op_registry_oot, "RotaryEmbedding", theirs)
+    message = "extrope: the model must rotate by vLLM's rotary layer, got Theirs"
+    with pytest.raises(ValueError, match=message), engine(llama[1], extrope):
+        pass
 
 
 def test_spawned_processes(llama, monkeypatch):
@@ -108,19 +140,46 @@ def test_spawned_processes(llama, monkeypatch):
         assert tokens_of(generated(llm)) == tokens_of(want)
 
 
-@pytest.mark.parametrize("score", [RERO, LEAKY], ids=["rerope", "leaky"])
-def test_cached_prefixes(llama, score):
-    model, folder = llama
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [
+        ("Llama", RERO),
+        ("Llama", LEAKY),
+        ("Llama", {"method": "self_extend", "window": 64, "factor": 4}),
+        ("Llama", {"method": "dual_chunk", "chunk_size": 96, "local_window": 32}),
+        ("Gemma2", LEAKY),  # every other layer with a sliding window
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["method"],
+)
+def test_cached_prefixes(tmp_path, name, score):
+    model = build(name, tmp_path, **MODELS.get(name, {}))
+    model.set_attn_implementation("eager")
     longer = [PROMPTS[0] + PROMPTS[1], PROMPTS[0] + PROMPTS[3]]
-    with engine(folder, {"score": score}, enable_prefix_caching=True) as llm:
+    plain, want = (expected(model, methods, longer) for methods in ([], [score]))
+    ref = expected(copy.deepcopy(model).double(), [score], longer)
+    with engine(tmp_path, {"score": score}, enable_prefix_caching=True) as llm:
         generated(llm, PROMPTS, logprobs=False)
         got = generated(llm, longer, logprobs=False)
-        params = llm.get_default_sampling_params()
-        params.max_tokens = 1
-        params.detokenize = False
-        out = llm.generate([{"prompt_token_ids": longer[0]}], params, use_tqdm=False)[0]
-    assert out.num_cached_tokens >= len(PROMPTS[0]) // 32 * 32
-    assert tokens_of(got) == tokens_of(expected(model, [score], longer))
+    assert all(each.cached >= len(PROMPTS[0]) // 32 * 32 for each in got)
+    assert tokens_of(got) == tokens_of(want)
+    # The new tokens are few, so their largest error is held against that over the prompts as well.
+    theirs = max(difference(want, ref, of) for of in ("of_prompt", "of_new"))
+    assert difference(got, ref, "of_new") <= 2 * theirs
+    assert difference(got, plain, "of_new") > 0.01
+
+
+def test_dummy_runs_write_nothing(llama):
+    """As an idle rank makes them, among blocks that hold prefixes of requests to come."""
+    with engine(llama[1], {"score": LEAKY}, enable_prefix_caching=True) as llm:
+        generated(llm, PROMPTS)
+        runner = runner_of(llm)
+        caches = [cache.clone() for cache in runner.kv_caches]
+        assert all(cache.any() for cache in caches)
+        for table in runner.input_batch.block_table.block_tables:
+            table.block_table.np[:] = 1  # of a request that has left
+        runner._dummy_run(4, force_attention=True)
+        for before, after in zip(caches, runner.kv_caches, strict=True):
+            assert torch.equal(before, after)
 
 
 def test_preemption(llama, monkeypatch):

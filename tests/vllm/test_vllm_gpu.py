@@ -15,6 +15,7 @@ from vllm_engines import build, engine, expected, generated, tokens_of
 import extrope_kernels.integrations.vllm as integration
 
 LEAKY = {"method": "leaky_rerope", "window": 64, "factor": 4.0}
+LAYER = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
 TAKEN = {
     "head_size": 128,
     "dtype": torch.bfloat16,
@@ -82,9 +83,7 @@ def impl(monkeypatch):
 
     from extrope_kernels.integrations.vllm import attention
 
-    monkeypatch.setattr(
-        attention, "get_current_vllm_config", lambda: config({"score": LEAKY, **{}})
-    )
+    monkeypatch.setattr(attention, "get_current_vllm_config", lambda: config({"score": LEAKY}))
     made = attention.ScoreImpl(4, 32, 32**-0.5, 2, None, None, "auto")
     made.engine.heads.add((32, False))
     return made
@@ -100,9 +99,11 @@ def builder():
     return GraphBuilder(None, [], config, "cpu")
 
 
-def common(lengths, queries):
+def common(lengths, queries, slots=0):
+    """slots: of all tokens; what they are does not matter, unless -1."""
     starts = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0).int()
     return SimpleNamespace(
+        slot_mapping=torch.full((sum(queries),), slots),
         causal=True,
         query_start_loc=starts,
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
@@ -113,27 +114,27 @@ def common(lengths, queries):
 
 def test_a_graph_reads_the_same_tensor_in_every_forward():
     made = builder()
-    first = made.build(0, common([5, 9, 0], [1, 1, 0]))
-    assert first.past.tolist() == [4, 8, 0]
+    first = made.build(0, common([5, 9, 0], [1, 1, 0], slots=-1))
+    assert first.past.tolist() == [4, 8, 0] and first.cu_seqlens.tolist() == [0, 0, 0, 0]
     second = made.build(0, common([6, 10, 0], [1, 1, 0]))
-    assert first.past.data_ptr() == second.past.data_ptr() and first.past.tolist() == [5, 9, 0]
+    assert first.past.data_ptr() == second.past.data_ptr()
+    assert first.cu_seqlens.data_ptr() == second.cu_seqlens.data_ptr()
+    assert first.past.tolist() == [5, 9, 0] and first.cu_seqlens.tolist() == [0, 1, 2, 2]
 
 
 def test_nothing_is_read_on_the_host(impl):
     """Tensors without values go through: whoever looked at one would raise."""
-    layer = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
     with FakeTensorMode(allow_non_fake_inputs=True):
         batch = builder().build(0, common([5, 9, 40, 0], [1, 1, 40, 0]))
         q, k, v = (torch.empty(48, heads, 32) for heads in (4, 2, 2))  # 6 of them padding
         out = torch.empty(48, 4, 32)
         cache = torch.empty(32, 2, 16, 64)
-        assert impl.forward(layer, q, k, v, cache, batch, out) is out
+        assert impl.forward(LAYER, q, k, v, cache, batch, out) is out
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_pages_as_vllm_lays_them_out(impl, name):
     """Heads before slots, keys beside values, padded rows and tokens; Triton interpreted."""
-    layer = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
     if name == "triton":
         pytest.importorskip("triton")
     torch.manual_seed(0)
@@ -145,7 +146,61 @@ def test_pages_as_vllm_lays_them_out(impl, name):
     for each in (None, name):
         impl.options["backend"] = each
         mine, out = cache.clone(), torch.zeros(48, 4, 32)
-        impl.forward(layer, q, k, v, mine, batch, out)
+        impl.forward(LAYER, q, k, v, mine, batch, out)
         results.append((mine, out[: batch.num_actual_tokens]))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", [None, "reference", "triton"])
+@pytest.mark.parametrize("kind", ["ScoreImpl", "HeadwiseImpl"])
+def test_without_slots_nothing_is_written(impl, kind, name):
+    """vLLM's dummy runs: pages that may be a request's, and slots of -1."""
+    from extrope_kernels.integrations.vllm.cpu import HeadwiseImpl
+
+    if name == "triton":
+        pytest.importorskip("triton")
+    if kind == "HeadwiseImpl":
+        impl.__class__ = HeadwiseImpl
+    impl.options["backend"] = name
+    q, k, v = (torch.randn(44, heads, 32) for heads in (4, 2, 2))
+    cache, out = torch.randn(32, 2, 16, 64), torch.ones(44, 4, 32)
+    before = cache.clone()
+    lengths, queries = [5, 60, 40], [1, 3, 40]
+    impl.forward(LAYER, q, k, v, cache, builder().build(0, common(lengths, queries, -1)), out)
+    assert torch.equal(cache, before) and not out.any()
+    impl.forward(LAYER, q, k, v, cache, builder().build(0, common(lengths, queries)), out)
+    assert not torch.equal(cache, before) and out.any(-1).all()
+
+
+def forward(impl, **options):
+    q, k, v = (torch.empty(1, heads, 32) for heads in (4, 2, 2))
+    impl.forward(LAYER, q, k, v, torch.empty(32, 2, 16, 64), None, torch.empty(1, 4, 32), **options)
+
+
+@pytest.mark.parametrize("name", ["output_scale", "output_block_scale"])
+def test_quantized_outputs_are_refused(impl, name):
+    with pytest.raises(NotImplementedError, match=r"^extrope: outputs must not be quantized"):
+        forward(impl, **{name: torch.ones(1)})
+
+
+@pytest.mark.parametrize("heads", [{(64, False)}, {(32, False), (32, True)}, set()], ids=str)
+def test_heads_that_nothing_rotates_are_refused(impl, heads):
+    impl.engine.heads.clear()
+    impl.engine.heads.update(heads)
+    message = r"^extrope: the model must rotate heads of 32 by vLLM's rotary layer, got layers for"
+    with pytest.raises(ValueError, match=message):
+        forward(impl)
+
+
+def test_layer_types_that_are_not_the_layers_are_refused(impl):
+    """The first layer has no sliding window here, but has one by layer_types."""
+    from test_vllm_settings import TWO_BASES, config
+
+    from extrope_kernels.integrations.vllm.engine import make_engine
+
+    text = {"rope_parameters": TWO_BASES, "layer_types": ["sliding_attention", "full_attention"]}
+    impl.engine = make_engine(config({"score": LEAKY}, text))
+    impl.engine.heads.add((32, False))
+    with pytest.raises(ValueError, match=r"^extrope: layer_types must say .* got others for model"):
+        forward(impl)

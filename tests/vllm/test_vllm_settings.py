@@ -10,7 +10,7 @@ import torch
 
 from extrope_kernels import methods, scores
 from extrope_kernels.integrations.vllm.engine import engine_of, make_engine
-from extrope_kernels.integrations.vllm.settings import read_settings
+from extrope_kernels.integrations.vllm.settings import describe, read_settings
 
 YARN = {"method": "yarn", "factor": 4.0}
 RERO = {"method": "rerope", "window": 64}
@@ -64,6 +64,22 @@ def test_method_and_score():
     assert read.score == scores.rerope(64) and read.log_n is None
     read = read_settings({"extrope": {"score": RERO | {"log_n": 128}}})
     assert read.method is None and read.log_n == 128
+
+
+@pytest.mark.parametrize(
+    ("extrope", "words"),
+    [
+        (YARN, "yarn factor=4.0"),
+        ({"score": RERO}, "rerope window=64"),
+        (
+            {**YARN, "resonance": True, "score": RERO | {"log_n": 128}},
+            "rerope window=64 log_n=128 over yarn factor=4.0 resonance=True",
+        ),
+        ({"method": "rope", "score": None}, "rope"),
+    ],
+)
+def test_in_words(extrope, words):
+    assert describe({"extrope": extrope}) == words
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ class ScoreMetadata:
     """The batch of one forward.
 
     num_actual_tokens: without padding.
-    cu_seqlens: (requests + 1,) int32, the boundaries of each request's new tokens.
+    cu_seqlens: (requests + 1,) int32, the boundaries of each request's new tokens; all 0 in a run
+        that must not write.
     past: (requests,) int32, how many tokens of each are in the cache already.
     block_table: (requests, blocks) int32.
     """
@@ -59,10 +60,11 @@ class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # One buffer for good: a graph reads it anew at every replay.
+        # Buffers for good: a graph reads them anew at every replay.
         requests = vllm_config.scheduler_config.max_num_seqs
         graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self._past = torch.zeros(max(requests, graphs), dtype=torch.int32, device=device)
+        self._cu_seqlens = torch.zeros(len(self._past) + 1, dtype=torch.int32, device=device)
 
     def build(
         self,
@@ -74,11 +76,16 @@ class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
         common = common_attn_metadata
         if common.causal is not True:
             raise ValueError(f"{NAME}: attention must be causal for a score method")
-        cu_seqlens = common.query_start_loc
-        requests = cu_seqlens.shape[0] - 1
+        starts = common.query_start_loc
+        requests = starts.shape[0] - 1
         if requests > self._past.shape[0]:
             self._past = self._past.new_zeros(requests)
-        past = torch.sub(common.seq_lens, cu_seqlens.diff(), out=self._past[:requests])
+            self._cu_seqlens = self._past.new_zeros(requests + 1)
+        past = torch.sub(common.seq_lens, starts.diff(), out=self._past[:requests])
+        # vLLM's dummy runs, which capture graphs or keep an idle rank in step, have pages that may
+        # be a request's, but no slot: without new tokens nothing is written.
+        any_slot = (common.slot_mapping >= 0).any()
+        cu_seqlens = torch.mul(starts, any_slot, out=self._cu_seqlens[: requests + 1])
         return ScoreMetadata(common.num_actual_tokens, cu_seqlens, past, common.block_table_tensor)
 
 

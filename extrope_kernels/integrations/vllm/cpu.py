@@ -16,8 +16,6 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from .attention import ScoreImpl, ScoreMetadataBuilder, score_engine
-from .engine import engine_of
-from .settings import NAME
 
 
 class HeadwiseImpl(ScoreImpl):
@@ -63,9 +61,6 @@ class _Builder(CPUAttentionMetadataBuilder):
     def __new__(
         cls, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
     ) -> Any:
-        engine = engine_of(vllm_config)
-        if engine is not None and not engine.heads:
-            raise ValueError(f"{NAME}: the model must rotate by vLLM's rotary layer, got none")
         builder = CPUAttentionMetadataBuilder
         if score_engine(vllm_config) is not None:
             builder = ScoreMetadataBuilder

@@ -30,6 +30,14 @@ _REPLACED = (
     "Llama3RotaryEmbedding",
     "YaRNScalingRotaryEmbedding",
 )
+# All of vLLM's by their names; not those of images.
+_LAYERS = {
+    name: layer
+    for name, layer in vars(rotary_layers).items()
+    if isinstance(layer, type)
+    and issubclass(layer, CustomOp)
+    and not name.startswith("Llama4Vision")
+}
 
 
 class _Replacing:
@@ -98,13 +106,18 @@ class _Refusing:
 
 def register_rotary_layers() -> None:
     """Register a class of ours for each of vLLM's; where another plugin was first, its stays."""
-    for name, layer in vars(rotary_layers).items():
-        if not (isinstance(layer, type) and issubclass(layer, CustomOp)):
-            continue
-        if name in op_registry_oot or name.startswith("Llama4Vision"):
+    for name, layer in _LAYERS.items():
+        if name in op_registry_oot:
             continue
         base = _Replacing if name in _REPLACED else _Refusing
         layer.register_oot(type(name, (base, layer), {"replaced": layer, "__module__": __name__}))
+
+
+def others_layers(model: Any) -> list[str]:
+    """Return the classes of a model's rotary layers that are not ours, but of other plugins."""
+    rotary = [layer for layer in model.modules() if isinstance(layer, tuple(_LAYERS.values()))]
+    others = {type(layer).__qualname__ for layer in rotary if not isinstance(layer, _Replacing)}
+    return sorted(others)
 
 
 def forget_shared_layers() -> None:

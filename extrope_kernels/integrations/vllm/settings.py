@@ -52,6 +52,17 @@ def read_settings(additional_config: Any) -> Settings | None:
     return Settings(method, parameters, *_read_score(score))
 
 
+def describe(additional_config: Mapping[str, Any]) -> str:
+    """Return an engine's methods in words: `rerope window=2048 over yarn factor=4.0`."""
+    entry = dict(additional_config[NAME])
+    said = [dict(each) for each in (entry.pop("score", None), entry) if each]
+    return " over ".join(
+        " ".join([each.pop("method"), *(f"{name}={value}" for name, value in each.items())])
+        for each in said
+        if each.get("method")
+    )
+
+
 def _read_score(entry: Any) -> tuple[Score | None, float | None]:
     if entry is None:
         return None, None
