@@ -38,7 +38,8 @@ hub: $(VENV)/extra-test
 	$(BIN)/python -m extrope_kernels.integrations.kernels build/hub
 
 # No environment of its own: such a machine may have no network, and its torch is the one to test.
-# make gpu STEP=smoke runs one step; bench/gpu/run.py --list names them.
+# make gpu STEP=smoke runs one step; bench/gpu/run.py --list names them. A suite that time was up for
+# goes on when its step is run again.
 gpu:
 	$(PYTHON) bench/gpu/run.py $(STEP)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from bench_rope import backends
 from compare import Floor, compare, error_of_tail
 from harness import Call, Report, arguments, device
 from scaling import scaling
@@ -58,7 +59,7 @@ def indexed(x: Tensor, dims: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def bench(report: Report, dtype: torch.dtype) -> None:
+def bench(report: Report, dtype: torch.dtype, backend: str) -> None:
     seqlen = 128 if report.args.quick else SEQLEN
     q, k = make_inputs(dtype, seqlen)
     few = make_inputs(dtype, 1)
@@ -71,9 +72,10 @@ def bench(report: Report, dtype: torch.dtype) -> None:
     ):
         if not report.wants(f"{case} {str(dtype)[6:]}"):
             continue
-        ours = functools.partial(permute_qk, permutations=permutations(), **how)
+        permute = functools.partial(permute_qk, permutations=permutations(), **how)
+        ours = functools.partial(permute, backend=backends()[backend])
         small = functools.partial(ours, *few, **({"positions": 4096} if "positions" in how else {}))
-        exact = ours(q.double(), k.double(), backend="reference")
+        exact = permute(q.double(), k.double(), backend="reference")
         compare(
             report,
             case,
@@ -83,7 +85,7 @@ def bench(report: Report, dtype: torch.dtype) -> None:
             error=error_of_tail([x[:, -64:] for x in exact]),
             dtype=dtype,
             shape=f"{seqlen} x {HEADS}/{HEADS_K} x {HEAD_DIM}",
-            backend=device(),
+            backend=backend,
             floor=Floor(lambda: (into[0].copy_(q), into[1].copy_(k))),
         )
 
@@ -97,8 +99,9 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
     torch.manual_seed(0)
     report = Report("permute", args)
-    for dtype in (torch.float32, torch.bfloat16):
-        bench(report, dtype)
+    for backend in backends():
+        for dtype in (torch.float32, torch.bfloat16):
+            bench(report, dtype, backend)
     report.save()
     scaling("permute", by_length, args, about="bfloat16, 32 heads on 8, head_dim 128")
 

@@ -82,8 +82,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     report = Report("rope_append", args)
     for name in backends():
-        if name == "cuda":
-            continue  # Triton's kernel serves
         for dtype in (torch.bfloat16, torch.float32):
             bench(report, dtype, name)
     report.save()

@@ -62,8 +62,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     report = Report("rope_norm", args)
     for name in backends():
-        if name == "cuda":
-            continue  # Triton's kernels serve
         for dtype in (torch.bfloat16, torch.float32):
             for together in (False, True):
                 with kept_memory():

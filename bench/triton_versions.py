@@ -3,9 +3,9 @@
 Each is installed aside, into build/triton-VERSION, and compiles the audit's sample for every chip,
 or with --all every configuration (an hour and a half of one processor each). No GPU is needed, and
 none is asked. bench/results/triton_versions.json tells what holds stack; ends with status 1 where a
-kernel does not compile, or holds more than 16 bytes. As in gpu_audit.py, rows hold a hash of all
-that decides the machine code (bench/results/triton/VERSION.json), and what has not changed since is
-not compiled again.
+kernel does not compile, or holds more than 16 bytes, or than a tile that was measured may. As in
+gpu_audit.py, rows hold a hash of all that decides the machine code
+(bench/results/triton/VERSION.json), and what has not changed since is not compiled again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from audit import report
-from audit.entries import KERNELS
+from audit.entries import KERNELS, all_cases
+from audit.measured import allowed_stack
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "triton_versions.json"
@@ -77,6 +78,12 @@ def compile_with(version: str, every: bool, keep: bool = False) -> dict:
     }
 
 
+def too_much(stack: dict[str, int]) -> list[str]:
+    """The cases that hold more than they may."""
+    most = {str(case): max(MOST_STACK, allowed_stack(case)) for case in all_cases()}
+    return [case for case, size in stack.items() if size > most[case]]
+
+
 def table(path: Path = RESULT) -> str:
     """Markdown: a line for each Triton, and every configuration that holds stack."""
     lines = ["| Triton | configurations | compile | hold stack |", "| --- | --- | --- | --- |"]
@@ -98,8 +105,7 @@ def main() -> int:
         RESULT.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
     print(table())
     found = [known[version] for version in asked.versions]
-    held = [size for one in found for size in one["stack"].values()]
-    return int(any(one["failed"] for one in found) or max(held, default=0) > MOST_STACK)
+    return int(any(one["failed"] or too_much(one["stack"]) for one in found))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from .case import Case
 from .chips import CARDS
 from .entries import KERNELS, all_cases
+from .measured import allowed_stack
 from .reading import Stretch, reader
 from .row import Row, faults
 
@@ -25,7 +26,8 @@ def judge(rows: Mapping[Case, Row]) -> dict[Case, list[str]]:
     for case, row in rows.items():
         kernel = KERNELS[case.kernel]
         plain = rows.get(kernel.plain(case)) if kernel.plain else None
-        found[case] = [] if is_yardstick(case) else faults(row, plain, kernel.holds_stack)
+        told = row, plain, kernel.holds_stack, allowed_stack(case)
+        found[case] = [] if is_yardstick(case) else faults(*told)
     return found
 
 

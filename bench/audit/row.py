@@ -40,9 +40,11 @@ def row(code: Code, traffic: Traffic) -> Row:
     )
 
 
-def faults(row: Row, plain: Row | None, holds_stack: bool) -> list[str]:
-    """What must not be. With `holds_stack`, the stack of the plain kernel of the tile may."""
-    allowed = plain.stack if plain is not None and holds_stack else 0
+def faults(row: Row, plain: Row | None, holds_stack: bool, allowed: int = 0) -> list[str]:
+    """What must not be. `allowed` bytes of stack may, with `holds_stack` those of the plain kernel
+    of the tile.
+    """
+    allowed = max(allowed, plain.stack if plain is not None and holds_stack else 0)
     limit = CHIPS[row.capability].block_shared
     found = []
     if row.stack > allowed:

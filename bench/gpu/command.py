@@ -10,16 +10,22 @@ import threading
 import time
 
 from . import build, sanitizer, smoke, suite, tune, two
-from .step import KILLED, ROOT, Deadline, Step, Verdict, folder, save
+from .step import KILLED, ROOT, Deadline, Step, Verdict, folder, save, save_ended
 
 RUN = ROOT / "bench" / "gpu" / "run.py"
-PATH = [str(ROOT / folder) for folder in (".", "bench", "tests/support")]
+FOLDERS = [str(ROOT / folder) for folder in (".", "bench", "tests/support")]
 
 
 def bench(deadline: Deadline) -> Verdict:
     from . import rows  # with all that benchmarks import
 
     return rows.run(deadline)
+
+
+def bench_composition(deadline: Deadline) -> Verdict:
+    from . import compositions
+
+    return compositions.run(deadline)
 
 
 STEPS = {
@@ -30,6 +36,7 @@ STEPS = {
     **{f"suite {room}": Step(suite.of(room), f"tests/{room}") for room in suite.rooms()},
     "two": Step(two.run, "attention over two GPUs under NCCL against one"),
     "bench": Step(bench, "a dozen timings beside bounds and peers"),
+    "bench composition": Step(bench_composition, "attention over flash-attn beside Triton's"),
     **{f"tune {kernel}": Step(tune.of(kernel), f"tiles of {kernel}") for kernel in tune.KERNELS},
 }
 INSIDE = "--inside"
@@ -71,8 +78,12 @@ def card_name() -> tuple[str, str]:
 def here(name: str) -> int:
     """Run one step in this process and keep what it found."""
     about = build.about()  # before a bad access can make the card deaf
-    verdict = STEPS[name].run(Deadline())
-    save(name, verdict, about, folder(about["card"]))
+
+    def keep(verdict: Verdict) -> None:
+        save(name, verdict, about, folder(about["card"]))
+
+    verdict = STEPS[name].run(Deadline(keep=keep))
+    keep(verdict)
     print(f"{name}: {verdict.line}", flush=True)
     return int(not verdict.ok)
 
@@ -82,7 +93,7 @@ def apart(name: str, card: str) -> Verdict:
     print(f"\n{name}: {STEPS[name].about}", flush=True)
     process = subprocess.Popen(
         [sys.executable, str(RUN), *name.split(), INSIDE],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATH)},
+        env={**os.environ, "PYTHONPATH": python_path()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -99,11 +110,17 @@ def apart(name: str, card: str) -> Verdict:
     killer.cancel()
     if said and code in (0, 1):
         return Verdict(code == 0, said.removeprefix(f"{name}: "))
-    seconds = time.time() - started
-    verdict = Verdict(False, f"ended with status {code} after {seconds:.0f} s, at: {last[:200]}")
-    save(name, verdict, {"card": card, "when": time.time()}, folder(card))
+    now = time.time()
+    why = f"ended with status {code} after {now - started:.0f} s, at: {last[:200]}"
+    verdict = save_ended(name, why, {"card": card, "when": now}, folder(card), started)
     print(f"{name}: {verdict.line}", flush=True)
     return verdict
+
+
+def python_path() -> str:
+    """Ours before what is there: on a cluster torch may come through it."""
+    there = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([*FOLDERS, there] if there else FOLDERS)
 
 
 def _killer(process: subprocess.Popen) -> threading.Timer:

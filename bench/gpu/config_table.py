@@ -2,7 +2,8 @@
 
 {"forward": {"90": {"128": {"block_m": 128, ...}}}}: kernel, chip (also for those after it, up to
 the next one), head_dim up to. A leaf that was timed on a card has "measured" and "card" beside its
-fields. candidates.json is the same with a list of configurations for each leaf.
+fields, and stands for no other chip that is audited. candidates.json is the same with a list of
+configurations for each leaf.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from audit.case import CAPABILITIES
 
 from .step import ROOT
 
@@ -43,10 +46,17 @@ class ConfigTable:
         return found
 
     def replace(self, kernel: str, capability: int, head_dim: int, leaf: dict, card: str) -> None:
-        """Write the leaf that won; a chip without rows of its own gets those that it shared."""
+        """Write the leaf that won for this chip, and keep what other audited chips have: one
+        without a row of its own gets one, and so does the next after it that shared its row.
+        """
         table = self._read(CONFIGS)
         rows = table[kernel]
-        row = rows.setdefault(str(capability), dict(rows_for(rows, capability)))
+        own = rows_for(rows, capability)
+        shared = {dim: fields_of(old) for dim, old in own.items()}
+        after = next((chip for chip in CAPABILITIES if chip > capability), capability)
+        if rows_for(rows, after) is own:
+            rows.setdefault(str(after), dict(shared))
+        row = rows.setdefault(str(capability), shared)
         row[str(head_dim)] = {**fields_of(leaf), "measured": True, "card": card}
         (self.folder / CONFIGS).write_text(dumped(table))
 

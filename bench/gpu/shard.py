@@ -1,7 +1,8 @@
 """A pytest plugin: every n-th test, each told to a file as it starts and ends, until time is up.
 
 pytest -p gpu.shard, told by the environment: EXTROPE_SHARD "0/4 LOG" is the first of four parts.
-Tests that the log has already are left out, so a part can be started again after a crash.
+Tests that the log has already are left out, so a part can be started again after a crash; what it
+was cut at goes last.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from .shard_log import END, SHARD, read
+from .shard_log import END, SHARD, read, tried_again
 
 LOST = "CUDA error"  # after it every later call in the process fails
 
@@ -41,7 +42,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     own = items[index::count]
     _, done = read(log)
     _tell(tests=len(own))
+    again = tried_again(log)
     left = [item for item in own if item.nodeid not in done]
+    left.sort(key=lambda item: item.nodeid in again)
     kept = set(left)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = left

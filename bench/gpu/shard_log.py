@@ -1,23 +1,61 @@
-"""What the parts of a suite tell, in lines of JSON: how many tests, and what became of each."""
+"""What the parts of a suite tell, in lines of JSON: how many tests, and what became of each.
+
+A part that was cut goes on from its log. The test that it was cut at is tried once more.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 SHARD, END = "EXTROPE_SHARD", "EXTROPE_SHARD_END"  # of the environment of a part
 WORST = {"started": 0, "passed": 1, "skipped": 2, "failed": 3}
+AGAIN = "again"  # the state of a test that started, did not end, and is to be tried once more
 
 
 def read(log: Path) -> tuple[int | None, dict[str, dict]]:
     """How many tests the part has, None before they are known, and what became of each so far."""
     total, found = None, {}
-    for line in log.read_text().splitlines() if log.exists() else []:
-        entry = json.loads(line)
+    for entry in _entries(log):
         if "tests" in entry:
             total = entry["tests"] if total is None else total
+        elif entry["state"] == AGAIN:
+            del found[entry["test"]]
         else:
             before = found.get(entry["test"], {"state": "started"})
             if WORST[entry["state"]] >= WORST[before["state"]]:
                 found[entry["test"]] = entry
     return total, found
+
+
+def tried_again(log: Path) -> set[str]:
+    return {entry["test"] for entry in _entries(log) if entry.get("state") == AGAIN}
+
+
+def to_try(log: Path) -> list[str]:
+    """The tests that started and did not end, but those that did so twice."""
+    twice = tried_again(log)
+    found = read(log)[1].items()
+    return [test for test, entry in found if entry["state"] == "started" and test not in twice]
+
+
+def left(log: Path) -> int | None:
+    """How many tests another run would bring to their end; None before they are known."""
+    total, found = read(log)
+    return None if total is None else total - len(found) + len(to_try(log))
+
+
+def reopen(log: Path) -> None:
+    """Before a part goes on in another run."""
+    lines = [json.dumps({"test": test, "state": AGAIN}) for test in to_try(log)]
+    with log.open("a") as file:  # behind a line that may have been cut
+        file.writelines(f"{line}\n" for line in ("", *lines))
+
+
+def _entries(log: Path) -> Iterator[dict]:
+    """But for a line that was cut as its process was ended."""
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with suppress(ValueError):
+            yield json.loads(line)

@@ -1,33 +1,21 @@
 """One launch of every kernel, against the reference: python -m gpu.smoke SECONDS runs them alone.
 
-Forward, backward and with a cache, by every backend that runs here: see checks.py. Which kernels
-that launched is read from the profiler: one that was not fails the step.
+Forward, backward and with a cache, by every backend that runs here: see checks.py. What each check
+launched is read from the profiler: a kernel that its check did not launch fails the step.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from extrope_kernels import _ext
+from extrope_kernels.testing import available_backends
 
-from .step import ROOT, Deadline, Verdict
-
-
-def kernels() -> set[str]:
-    """The names of all GPU kernels that are there, from their sources."""
-    python = (path.read_text() for path in (ROOT / "extrope_kernels").rglob("triton/*.py"))
-    found = {name for text in python for name in re.findall(r"^def (\w+_kernel)\(", text, re.M)}
-    if _ext.load("cuda") is not None:  # `gpu build` says why
-        return found
-    cuda = (path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*.*") if path.is_file())
-    return found | {
-        name for text in cuda for name in re.findall(r"__global__[^;{]*?(\w+_kernel)\(", text)
-    }
+from . import launches
+from .step import Deadline, Verdict
 
 
 def error_of(check: Callable[[], None]) -> str:
@@ -47,18 +35,25 @@ def run(deadline: Deadline) -> Verdict:
     from .checks import checks
 
     every, errors, ran = list(checks()), [], 0
+    seen: dict[launches.Source, set[str]] = {}
+    for name, check in every:
+        if not deadline:
+            break
+        error, lost, launched = watched(check)
+        seen.setdefault(launches.source_of(name), set()).update(launched)
+        ran += 1
+        print(f"{name}: {error or 'ok'}", flush=True)
+        errors += [f"{name}: {error}"] if error else []
+        if lost:
+            break
+    return verdict(len(every), ran, errors, launches.never_launched(seen, available_backends()))
+
+
+def watched(check: Callable[[], None]) -> tuple[str, bool, set[str]]:
+    """What a check finds wrong, whether the context is lost, and the names of its launches."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for name, check in every:
-            if not deadline:
-                break
-            error = error_of(check)
-            ran += 1
-            print(f"{name}: {error or 'ok'}", flush=True)
-            errors += [f"{name}: {error}"] if error else []
-            if is_lost():
-                break
-    launched = {event.key for event in seen.key_averages()}
-    return verdict(len(every), ran, errors, never_launched(launched))
+        error, lost = error_of(check), is_lost()
+    return error, lost, {event.key for event in seen.key_averages()}
 
 
 def is_lost() -> bool:
@@ -71,26 +66,21 @@ def is_lost() -> bool:
     return False
 
 
-def never_launched(launched: set[str]) -> list[str] | None:
-    """The kernels whose name is in no launch; None where the profiler saw nothing at all."""
-    if not any("kernel" in name for name in launched):
-        return None
-    words = {word for name in launched for word in re.findall(r"\w+_kernel", name)}
-    return sorted(kernels() - words)
-
-
-def verdict(cases: int, ran: int, errors: list[str], missed: list[str] | None) -> Verdict:
+def verdict(
+    cases: int, ran: int, errors: list[str], missed: list[launches.Kernel] | None
+) -> Verdict:
     line = f"{ran - len(errors)} of {cases} checks passed, {len(errors)} failed"
     if ran < cases:
         line += f", {cases - ran} not run"
     if missed is None:
         line += "; the profiler saw no kernels, so which were launched is not known"
     elif missed:
-        line += f"; never launched: {', '.join(missed)}"
+        line += f"; never launched: {', '.join(map(str, missed))}"
     else:
         line += "; every kernel was launched"
-    content = {"errors": errors, "never_launched": missed}
-    return Verdict(ran == cases and not errors and not missed, line, content)
+    names = None if missed is None else [str(kernel) for kernel in missed]
+    content = {"errors": errors, "never_launched": names}
+    return Verdict(ran == cases > 0 and not errors and not missed, line, content)
 
 
 def alone() -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -32,8 +33,13 @@ class Step:
 
 
 class Deadline:
-    def __init__(self, seconds: float = LIMIT) -> None:
-        self.end = time.time() + seconds
+    """Until when a step may go on, and where it leaves what it has come to meanwhile."""
+
+    def __init__(
+        self, seconds: float = LIMIT, keep: Callable[[Verdict], None] = lambda _: None
+    ) -> None:
+        """keep: saves a verdict. A step that is ended from outside has nothing but what it kept."""
+        self.end, self.keep = time.time() + seconds, keep
 
     @property
     def left(self) -> float:
@@ -60,9 +66,28 @@ def save(name: str, verdict: Verdict, about: dict, where: Path) -> None:
     """Keep a step's JSON, and make the table of all steps anew. about: card, torch, Triton, ..."""
     where.mkdir(parents=True, exist_ok=True)
     content = {"step": name, "ok": verdict.ok, "verdict": verdict.line, **about, **verdict.content}
-    path = where / f"{name.replace(' ', '-')}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path = _path(name, where)
+    whole = path.with_suffix(".new")  # whoever is ended while writing leaves the last one
+    whole.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(whole, path)
     (where / "README.md").write_text(markdown(where))
+
+
+def save_ended(name: str, why: str, about: dict, where: Path, started: float) -> Verdict:
+    """Keep how a step was ended from outside, and with it what the step itself kept since then."""
+    path = _path(name, where)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("when", 0.0) < started:
+        kept = {}
+    line = f"{why}; before: {kept['verdict']}" if kept else why
+    content = {key: x for key, x in kept.items() if key not in ("step", "ok", "verdict")}
+    verdict = Verdict(False, line, content)
+    save(name, verdict, about, where)
+    return verdict
+
+
+def _path(name: str, where: Path) -> Path:
+    return where / f"{name.replace(' ', '-')}.json"
 
 
 def markdown(where: Path) -> str:

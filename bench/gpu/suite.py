@@ -1,11 +1,13 @@
 """The test suite on the GPU, a folder of tests/ a step, spread over processes by test.
 
 Without what compiles for minutes or is about the host: the audit, the evaluation, the builds. Each
-process may hold MEMORY of the card; what needs more runs alone, afterwards, if the card has it.
+process may hold MEMORY of the card; what needs more runs alone, before, if the card has it. A step
+that time is up for goes on where it was when it is run again with the same sources.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,7 +19,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from .shard_log import END, SHARD, read
+from .build import about
+from .shard_log import END, SHARD, left, read, reopen
 from .step import BUILD, ROOT, Deadline, Verdict
 
 TESTS = ROOT / "tests"
@@ -25,10 +28,13 @@ MEMORY = 2.0  # GiB of a process, but for the context of each
 CONTEXT, SPARE = 1.0, 2.0  # GiB: of a process; of the card
 LARGE = "gpu_memory"  # the marker of tests that need more
 REST = 20.0  # seconds that are kept for the last tests to end
+OF = "of.txt"  # beside the logs of a run that is not through: what it is of
+KINDS = (".py", ".json", ".h", ".cpp", ".cu")  # of sources
 OF_THE_HOST = (
     *("amx_emulated", "bench", "build", "cuda_emulated", "docs", "examples", "first_use"),
-    *("gpu_audit", "gpu_steps", "gpu_tune", "import_direction", "length_generalization"),
-    *("method_table", "permute_emulated", "recipes", "sources"),
+    *("gpu_audit", "gpu_smoke", "gpu_steps", "gpu_suite", "gpu_tune", "import_direction"),
+    *("length_generalization", "method_table", "permute_emulated", "recipes", "sources"),
+    "triton_versions",
 )
 LEFT_OUT = ("evaluation", *(f"package/test_{name}.py" for name in OF_THE_HOST))
 
@@ -49,12 +55,10 @@ def run(room: str, deadline: Deadline) -> Verdict:
 
     if missing := [name for name in ("pytest", "hypothesis") if find_spec(name) is None]:
         return Verdict(False, f"{' and '.join(missing)} not installed")
-    logs = BUILD / f"suite-{room}"
-    shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir(parents=True)
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     count = workers(total, os.cpu_count() or 1)
-    printed = []
+    logs, printed = BUILD / f"suite-{room}", []
+    open_logs(logs, f"{made_with()}, {count} processes")
     if needs_more(room):  # first: they are few, and would else be what time is short for
         printed.append(part(room, 0, 1, logs, deadline, total - SPARE))
     with ThreadPoolExecutor(count) as pool:
@@ -62,7 +66,38 @@ def run(room: str, deadline: Deadline) -> Verdict:
         printed += [one.result() for one in parts]
     (logs / "printed.txt").write_text("\n".join(printed))
     names = [*range(count), *(["large"] if needs_more(room) else [])]
-    return verdict([logs / f"{name}.jsonl" for name in names], count, logs)
+    parts = [logs / f"{name}.jsonl" for name in names]
+    if all(left(log) == 0 for log in parts):
+        (logs / OF).unlink()
+    return verdict(parts, count, logs)
+
+
+def open_logs(logs: Path, of: str) -> None:
+    """Those of a run that was cut, if it was of the same; else none."""
+    if (logs / OF).exists() and (logs / OF).read_text() == of:
+        for log in logs.glob("*.jsonl"):
+            reopen(log)
+        return
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    (logs / OF).write_text(of)
+
+
+def made_with() -> str:
+    """What decides which tests there are and how they end: sources, packages, what runs here."""
+    from extrope_kernels.testing import attention_backends, available_backends
+
+    found = {key: x for key, x in about().items() if key not in ("commit", "when")}
+    return f"{sources()} {found} {available_backends()} {attention_backends()}"
+
+
+def sources() -> str:
+    digest = hashlib.sha256()
+    for folder in ("extrope_kernels", "csrc", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.*")):
+            if path.suffix in KINDS:
+                digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def needs_more(room: str) -> bool:
@@ -83,7 +118,7 @@ def part(
     """
     log = logs / f"{'large' if large else index}.jsonl"
     printed, before = [], -1
-    while deadline.left > REST:
+    while deadline.left > REST and left(log) != 0:
         printed.append(pytest(room, f"{index}/{count} {log}", deadline, large))
         total, done = read(log)
         if total is None or len(done) >= total or len(done) == before:
@@ -120,15 +155,20 @@ def verdict(logs: list[Path], count: int, printed: Path | None = None) -> Verdic
         total, done = read(log)
         totals.append(total)
         found |= done
-    if not logs or None in totals:
+    unknown = totals.count(None)
+    if unknown == len(totals):
         return Verdict(False, f"no tests were collected: see {printed}")
-    states, total = Counter(entry["state"] for entry in found.values()), sum(totals)
+    states = Counter(entry["state"] for entry in found.values())
+    total = sum(number or 0 for number in totals)
     ran = sum(states.values()) - states["started"]
     line = f"{ran} of {total} ran, {states['passed']} passed, {states['failed']} failed, "
     line += f"{states['skipped']} skipped"
     if states["started"]:
         line += f", {states['started']} started and never ended"
     line += f"; {count} processes"
+    more = sum(left(log) or 0 for log in logs)
+    line += f"; {more} left: run the step again, it goes on there" if more else ""
+    line += f"; {unknown} processes collected no tests: see {printed}" if unknown else ""
     bad = [
         {"test": name, "state": entry["state"], "why": entry.get("why", "")}
         for name, entry in sorted(found.items())
@@ -136,5 +176,5 @@ def verdict(logs: list[Path], count: int, printed: Path | None = None) -> Verdic
     ]
     for entry in bad[:40]:
         print(f"{entry['state']}: {entry['test']}: {entry['why']}", flush=True)
-    ok = ran == total > 0 and not bad
-    return Verdict(ok, line, {"ran": ran, "tests": total, "bad": bad, **states})
+    ok = ran == total > 0 and not bad and not unknown
+    return Verdict(ok, line, {"ran": ran, "tests": total, "left": more, "bad": bad, **states})

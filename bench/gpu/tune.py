@@ -2,7 +2,8 @@
 
 A candidate is forced by patching the look-up `config(kernel, head_dim, itemsize, capability)` of
 the room, wherever a module has imported it. It counts only where its results are as right as the
-tests ask for; one that does not compile, or not fit, is listed with the reason.
+tests ask for; one that does not compile, does not fit, or spills more than a tile that was measured
+may, is listed with the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from unittest import mock
 
+from audit.measured import MOST_STACK
+
 from .config_table import ConfigTable
+from .stack import stack_of_binaries
 from .step import Deadline, Verdict
 
 # Its room, and the kernel's name in the room's table.
@@ -27,16 +31,22 @@ KERNELS = {
 }
 HEAD = ["head_dim", "configuration", "ms", "over the shipped one", ""]
 GAIN = 0.99  # of the shipped one's time: what a winner has to stay under to take its place
+# The tests hold the committed tables to the tiles.
+AFTERWARDS = ("gpu_audit.py", "triton_versions.py", "readme.py")
 
 
 @dataclass
 class Timed:
-    """A candidate and its milliseconds, or why it has none."""
+    """A candidate and its milliseconds."""
 
     head_dim: int
     fields: dict
     milliseconds: float | None = None
-    reason: str = ""
+    reason: str = ""  # why it has none, or does not count
+
+    @property
+    def counts(self) -> bool:
+        return self.milliseconds is not None and not self.reason
 
 
 def of(name: str) -> Callable[[Deadline], Verdict]:
@@ -54,40 +64,50 @@ def run(name: str, deadline: Deadline) -> Verdict:
     if missing := table.missing():
         return Verdict(False, f"nothing to choose from: {missing}")
     every = table.candidates(kernel, chip)
-    found, written, left = [], [], 0
+    total = sum(map(len, every.values()))
+    found: list[Timed] = []
+    written: list[str] = []
     for dim in sorted(every, key=lambda dim: (dim != 128, dim)):
-        timed = time_all(room, kernel, dim, every[dim], deadline)
-        found += timed
-        left += len(every[dim]) - len(timed)
+        timed = []
+        for one in each_timed(room, kernel, dim, every[dim], deadline):
+            timed.append(one)
+            found.append(one)
+            deadline.keep(verdict(found, total - len(found), written))
         if len(timed) == len(every[dim]) and (best := winner(timed)):
             table.replace(kernel, chip, dim, best.fields, card)
             written.append(f"{dim}: {words(best.fields)}")
-    return verdict(found, left, written)
+    return verdict(found, total - len(found), written)
 
 
-def time_all(
+def each_timed(
     room: str, kernel: str, dim: int, candidates: list[dict], deadline: Deadline
-) -> list[Timed]:
+) -> Iterator[Timed]:
     """Each candidate's time; the shipped one's first, and that has to run."""
     from .tune_problems import problems
 
-    timed: list[Timed] = []
     small, large = problems(room, kernel, dim)
-    for fields in candidates:
+    for number, fields in enumerate(candidates):
         if not deadline:
             break
-        one = Timed(dim, fields)
+        one, before = Timed(dim, fields), stack_of_binaries(room, kernel)
         try:
             with forced(room, kernel, dim, fields):
                 small()
                 one.milliseconds = large()
+            if number > 0:
+                one.reason = too_much(stack_of_binaries(room, kernel), before)
         except Exception as error:  # of a compiler, a launch, or of the comparison
             one.reason = f"{type(error).__name__}: {str(error).strip()[:160]}"
-            if not timed:
+            if number == 0:
                 raise
-        timed.append(one)
-        print(f"{dim} {words(fields)}: {one.milliseconds or one.reason}", flush=True)
-    return timed
+        print(f"{dim} {words(fields)}: {one.reason or one.milliseconds}", flush=True)
+        yield one
+
+
+def too_much(stack: dict[str, int], before: dict[str, int]) -> str:
+    """Whether what was compiled since spills more than a tile that was measured may, in words."""
+    most = max((size for binary, size in stack.items() if binary not in before), default=0)
+    return f"{most} bytes of stack, allowed are {MOST_STACK}" if most > MOST_STACK else ""
 
 
 @contextmanager
@@ -125,10 +145,9 @@ def forget() -> None:
 def winner(timed: list[Timed]) -> Timed | None:
     """The fastest; the shipped one, which is the first, unless another gains enough."""
     shipped = timed[0]
-    ran = [one for one in timed if one.milliseconds is not None]
-    if shipped.milliseconds is None or not ran:
+    if not shipped.counts:
         return None
-    best = min(ran, key=lambda one: one.milliseconds)
+    best = min((one for one in timed if one.counts), key=lambda one: one.milliseconds)
     return best if best.milliseconds < GAIN * shipped.milliseconds else shipped
 
 
@@ -137,10 +156,12 @@ def words(fields: dict) -> str:
 
 
 def verdict(found: list[Timed], left: int, written: list[str]) -> Verdict:
-    ran = [one for one in found if one.milliseconds is not None]
+    ran = [one for one in found if one.counts]
     line = f"{len(ran)} of {len(found) + left} configurations timed, "
     line += f"{len(found) - len(ran)} refused"
     line += f"; written: {'; '.join(written)}" if written else "; nothing written"
+    if written:
+        line += f". Now: {', '.join(f'python bench/{name}' for name in AFTERWARDS)}"
     shipped: dict[int, float | None] = {}
     rows = []
     for one in found:

@@ -218,7 +218,7 @@ def test_a_source_is_what_it_includes():
     assert not {"permute.cu", "cycles.h"} & rope and not {"rope.cu", "rotation.h"} & permute
 
 
-def test_faults_are_found(rows):
+def test_faults_are_found(rows, monkeypatch):
     case = COMPARED[0]
     row = rows[case]
     for change, word in (
@@ -228,6 +228,9 @@ def test_faults_are_found(rows):
     ):
         (fault,) = report.judge({case: replace(row, **change)})[case]
         assert word in fault
+    monkeypatch.setattr(report, "allowed_stack", lambda case: 48)  # as if its tile were measured
+    assert not report.judge({case: replace(row, stack=48)})[case]
+    assert report.judge({case: replace(row, stack=52)})[case]
 
 
 @pytest.mark.parametrize(("products", "rate"), [(16, 1.0), (128, CARDS[90].of_a_warp)])

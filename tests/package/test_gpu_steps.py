@@ -13,10 +13,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from gpu import bounds, command, sanitizer, smoke, step, suite
+from gpu import bounds, build, command, step
 from gpu.step import Deadline, Verdict
-
-from extrope_kernels.testing import available_backends
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "bench" / "gpu" / "run.py"
@@ -59,6 +57,66 @@ def test_a_step_that_dies_or_hangs_has_a_verdict(monkeypatch, tmp_path, capsys):
     assert kept["verdict"] == verdict.line and not kept["ok"]
 
 
+def test_what_a_step_kept_outlives_it(monkeypatch, tmp_path):
+    """Once it is ended from outside; what an earlier run of it left does not."""
+    folder = tmp_path / "gpu-some-card"
+    program = tmp_path / "run.py"
+    program.write_text(
+        textwrap.dedent(f"""
+        import os, pathlib, sys, time
+        sys.path.insert(0, {str(ROOT / "bench")!r})
+        from gpu import build, command, step
+        card = {{"card": "some card", "torch": "2.15", "when": time.time()}}
+        build.about = lambda: card
+        command.folder = lambda card: pathlib.Path({str(folder)!r})
+
+        def rows(deadline):
+            deadline.keep(step.Verdict(False, "1 of 2 rows measured", {{"rows": [1.5]}}))
+            os.abort()
+
+        command.STEPS = {{"bench": step.Step(rows, "")}}
+        command.here("bench")
+        """)
+    )
+    monkeypatch.setattr(command, "RUN", program)
+    monkeypatch.setattr(command, "folder", lambda card: folder)
+    for before in ("; before: 1 of 2 rows measured", ""):
+        verdict = command.apart("bench", "some card")
+        kept = json.loads((folder / "bench.json").read_text())
+        assert not verdict.ok and kept["verdict"] == verdict.line
+        assert verdict.line.startswith("ended with status -6 after")
+        assert verdict.line.endswith(before or "at: ")
+        assert kept.get("rows") == ([1.5] if before else None)
+        assert kept.get("torch") == ("2.15" if before else None)
+        program.write_text("import os; os.abort()")
+
+
+def test_torch_may_come_through_the_path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/cluster/torch")
+    assert command.python_path().split(":") == [*command.FOLDERS, "/cluster/torch"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert command.python_path().split(":") == command.FOLDERS
+
+
+@pytest.mark.parametrize(
+    ("cuda", "nvcc", "triton", "ok"),
+    [
+        (None, True, "3.9", True),
+        ("ninja not found: pip install ninja", True, "3.9", False),
+        ("nvcc not found", False, "3.9", True),
+        ("nvcc not found", False, "", False),
+    ],
+)
+def test_a_library_that_nvcc_could_have_built_is_missed(monkeypatch, cuda, nvcc, triton, ok):
+    monkeypatch.setattr(build._ext, "load", lambda name: cuda if name == "cuda" else None)
+    monkeypatch.setattr(build, "nvcc_is_there", lambda: nvcc)
+    monkeypatch.setattr(build, "installed", lambda name: triton if name == "triton" else "")
+    monkeypatch.setattr(build.cli, "info", lambda: "")
+    verdict = build.run(Deadline())
+    assert verdict.ok == ok and f"cuda library: {cuda or 'built'}" in verdict.line
+    assert ("though nvcc is there" in verdict.line) == (nvcc and not ok)
+
+
 def test_results_are_filed_under_the_card_and_make_one_table(tmp_path):
     assert step.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
     assert step.slug("NVIDIA GeForce RTX 4090") == "rtx-4090"
@@ -71,150 +129,6 @@ def test_results_are_filed_under_the_card_and_make_one_table(tmp_path):
     assert where.name == "gpu-h200" and text.startswith("# NVIDIA H200\n")
     assert text.index("| bench | yes | all measured |") < text.index("| suite rope | **no** | 3 of")
     assert "torch 2.15, triton 3.9, commit abc+" in text and "| x/y | 1 |" in text
-
-
-# -------------------------------------------------------------------------------------------------
-# smoke and the sanitizer
-
-
-def test_every_kernel_has_an_operation_that_launches_it(run_python):
-    """The interpreter's launches are counted, and none is made."""
-    run_python(
-        """
-        import sys; sys.path[:0] = ["bench", "tests/support"]
-        from triton.runtime.interpreter import InterpretedFunction
-
-        launched = set()
-        InterpretedFunction.run = lambda self, *args, **kwargs: launched.add(self.fn.__name__)
-        from extrope_kernels import _ext
-        from gpu import smoke
-        from operations import OPERATIONS
-
-        import torch, operations
-
-        every = [(name, "triton") for name, one in OPERATIONS.items() if "triton" in one.backends]
-        operations.everywhere = lambda: every
-        for name, backend in smoke.alone():
-            OPERATIONS[name].run(backend, **OPERATIONS[name].inputs(torch.bfloat16))
-        _ext._reasons["cuda"] = None
-        # Which are CUDA C++.
-        norms = {f"norm_{name}_kernel" for name in ("forward", "backward", "sum")}
-        assert smoke.kernels() - launched == {"rope_kernel", *norms}
-        """,
-        TRITON_INTERPRET="1",
-    )
-
-
-@pytest.mark.skipif("cpu" not in available_backends(), reason="of the CPU's kernels")
-def test_checks_pass_and_tell_what_is_wrong(monkeypatch):
-    import operations
-    from gpu import checks
-
-    names = [name for name, _ in checks.checks()]
-    assert len(names) == len(set(names)) and "rope, backward, cpu, bfloat16" in names
-    assert smoke.error_of(lambda: checks.same("rope", "cpu", torch.bfloat16)) == ""
-    sizes = {"seqlen_q": 33, "head_dim": 32}
-    assert smoke.error_of(lambda: checks.attention("rerope", "cpu", torch.float32, **sizes)) == ""
-    assert smoke.error_of(lambda: checks.append("cpu", torch.bfloat16)) == ""
-    one = operations.OPERATIONS["rope"]
-
-    def wrong(backend, **tensors):
-        return [x + (backend == "cpu") for x in one.run(backend, **tensors)]
-
-    table = {"rope": operations.Operation(wrong, one.shapes, one.backends)}
-    monkeypatch.setattr(operations, "OPERATIONS", table)
-    error = smoke.error_of(lambda: checks.same("rope", "cpu", torch.bfloat16))
-    assert error.startswith("AssertionError: result 0: error")
-
-
-def test_smoke_fails_by_what_is_wrong_not_run_or_never_launched():
-    seen = {"void at::vectorized_kernel<4>(int)", "void rope::rope_kernel<float>(RopeParams)"}
-    assert smoke.never_launched({"Memcpy HtoD"}) is None
-    assert "forward_kernel" in smoke.never_launched(seen)
-    assert smoke.never_launched(seen | smoke.kernels()) == []
-    assert smoke.verdict(4, 4, [], []).ok
-    assert smoke.verdict(4, 4, [], None).line.endswith("is not known")
-    for case in ((4, 3, [], []), (4, 4, ["rope"], []), (4, 4, [], ["dq_kernel"])):
-        assert not smoke.verdict(*case).ok
-    assert smoke.verdict(4, 3, ["rope"], []).line.startswith(
-        "2 of 4 checks passed, 1 failed, 1 not"
-    )
-
-
-def test_the_sanitizer_says_how_far_it_came():
-    summary = "========= ERROR SUMMARY: 0 errors"
-    passed = sanitizer.verdict("memcheck", ["ran 1 of 2: a", "ran 2 of 2: b", summary], 0)
-    assert passed.ok and passed.line == "2 of 2 operations ran; ERROR SUMMARY: 0 errors"
-    late = sanitizer.verdict("memcheck", ["ran 1 of 2: a", summary], 0)
-    assert not late.ok and late.line.startswith("1 of 2 operations ran")
-    read = "========= Invalid __global__ read"
-    wrong = sanitizer.verdict("memcheck", ["ran 2 of 2: b", read, summary], 9)
-    assert not wrong.ok and "Invalid __global__ read" in wrong.content["said"]
-
-
-def test_a_missing_sanitizer_is_told(monkeypatch):
-    monkeypatch.setattr(sanitizer, "find", lambda: None)
-    verdict = sanitizer.memcheck(Deadline())
-    assert verdict.line == "compute-sanitizer is not installed: nothing was checked"
-
-
-# -------------------------------------------------------------------------------------------------
-# suite
-
-
-@pytest.fixture
-def some_tests(tmp_path, monkeypatch):
-    """Six tests: one fails, one is skipped, one kills its process, one has no CUDA any more."""
-    room = tmp_path / "tests" / "room"
-    room.mkdir(parents=True)
-    (room / "test_some.py").write_text(
-        textwrap.dedent("""
-        import os, pytest
-        def test_passes(): pass
-        def test_fails(): assert 1 == 2
-        def test_kills(): os._exit(3)
-        def test_loses(): raise RuntimeError("CUDA error: an illegal memory access")
-        @pytest.mark.skip(reason="no")
-        def test_skipped(): pass
-        def test_last(): pass
-        """)
-    )
-    monkeypatch.setattr(suite, "TESTS", tmp_path / "tests")
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'bench'}")
-    logs = tmp_path / "logs"
-    logs.mkdir()
-    return logs
-
-
-def test_a_suite_goes_on_behind_a_crash(some_tests):
-    for index in range(2):
-        suite.part("room", index, 2, some_tests, Deadline(100))
-    verdict = suite.verdict([some_tests / f"{index}.jsonl" for index in range(2)], 2)
-    assert verdict.line == (
-        "5 of 6 ran, 2 passed, 2 failed, 1 skipped, 1 started and never ended; 2 processes"
-    )
-    assert not verdict.ok
-    bad = {entry["test"].split("::")[1]: entry for entry in verdict.content["bad"]}
-    assert set(bad) == {"test_fails", "test_kills", "test_loses"}
-    assert bad["test_fails"]["why"] == "assert 1 == 2"
-
-
-def test_a_suite_out_of_time_says_how_far_it_came(some_tests):
-    suite.part("room", 0, 1, some_tests, Deadline(suite.REST + 0.001))
-    verdict = suite.verdict(sorted(some_tests.glob("*.jsonl")), 1)
-    assert not verdict.ok and verdict.line.startswith("1 of 6 ran, 1 passed, 0 failed")
-
-
-def test_tests_that_never_were_collected_are_no_success(tmp_path):
-    assert not suite.verdict([], 1).ok
-    assert suite.verdict([tmp_path / "none.jsonl"], 1).line.startswith("no tests were collected")
-
-
-def test_rooms_and_processes():
-    assert suite.rooms()[0] == "rope" and not {"evaluation", "support"} & set(suite.rooms())
-    for name in suite.LEFT_OUT:
-        assert (ROOT / "tests" / name).exists(), name
-    assert suite.workers(24, 16) == 7 and suite.workers(80, 16) == 16 and suite.workers(4, 16) == 1
 
 
 # -------------------------------------------------------------------------------------------------
@@ -243,6 +157,70 @@ def test_bounds_are_those_of_the_card():
     for unknown in ("NVIDIA H100 PCIe", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB", "NVIDIA L4"):
         assert bounds.card_of(unknown) is None
     assert bounds.bound([("plain copy", "")], None) is None
+
+
+def test_rows_are_kept_one_by_one(monkeypatch):
+    from gpu import rows
+
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    kept: list[Verdict] = []
+    every = [rows.Timing(name, "1", (), lambda: "needs nvcc") for name in "abc"]
+    verdict = rows.run_all(every, Deadline(keep=kept.append))
+    assert [len(one.content["rows"]) for one in kept] == [1, 2, 3]
+    assert [one.ok for one in kept] == [False, False, True] and kept[-1] == verdict
+
+
+def test_compositions_are_timed_on_both_sides_of_every_estimate(monkeypatch):
+    from gpu import compositions
+    from gpu.rows import Timed
+
+    from extrope_kernels.ops.attention.choice import TABLE
+
+    missing = {"flash-attn 4": "flash-attn 4 is not there"}.get
+    for major in {row.major for row in TABLE}:
+        rows = [row for row in TABLE if row.major == major]
+        found = list(compositions.timings(major, lambda engine, dim: missing(engine)))
+        assert len(found) == 4 * len(rows)
+        for row, timings in zip(rows, zip(*[iter(found)] * 4)):
+            lengths = [int(timing.shape.split()[0]) for timing in timings]
+            assert lengths[0] < row.seqlen < lengths[2] and lengths[::2] == lengths[1::2]
+            assert ["with backward" in timing.name for timing in timings] == [False, True] * 2
+            if row.engines == ("flash-attn 4",):
+                assert timings[0].make() == "flash-attn 4 is not there"
+            else:
+                assert timings[0].name == "over flash-attn 3"
+    measured = [row._replace(estimate=False) for row in TABLE]
+    monkeypatch.setattr(compositions, "TABLE", measured)
+    assert not list(compositions.timings(9, lambda *_: None))
+
+    asked = []
+
+    def attention(q, k, v, freqs, *, window, backend):
+        asked.append(backend)
+        return q.sum() + k.sum() + v.sum()
+
+    monkeypatch.setattr(compositions, "rerope_attention", attention)
+    timed = compositions.composed(16, 40, True)
+    assert isinstance(timed, Timed) and list(timed.peers) == ["triton"]
+    assert len(timed.ours()) == len(timed.peers["triton"]()) == 3
+    assert asked == ["flash_attn", "triton"]
+
+
+def test_a_machine_without_flash_attn_says_so(monkeypatch):
+    from gpu import compositions
+
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(compositions, "missing", lambda engine, dim: f"{engine} is not there")
+    verdict = compositions.run(Deadline())
+    assert verdict.ok and verdict.line.startswith(
+        "0 of 12 rows measured, 0 failed; left out: flash"
+    )
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    verdict = compositions.run(Deadline())
+    assert verdict.ok and verdict.line.startswith(
+        "nothing was run: no choice on compute capability 8"
+    )
 
 
 def test_a_row_that_fails_fails_the_step():

@@ -38,4 +38,12 @@ def test_what_holds_stack_is_told(found):
     assert not any(one["failed"] for one in known.values())
     told = {case: size for case, size in known[OLDEST]["stack"].items() if case in SAMPLE}
     assert found["stack"] == told
-    assert max(found["stack"].values(), default=0) <= triton_versions.MOST_STACK
+    assert not triton_versions.too_much(found["stack"])
+
+
+def test_a_tile_that_was_measured_may_hold_more(monkeypatch):
+    most = triton_versions.MOST_STACK
+    held = dict(zip(SAMPLE, (most, most + 1, 48, 49)))
+    assert triton_versions.too_much(held) == SAMPLE[1:4]
+    monkeypatch.setattr(triton_versions, "allowed_stack", lambda case: 48)
+    assert triton_versions.too_much(held) == SAMPLE[3:4]

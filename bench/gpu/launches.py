@@ -1,0 +1,81 @@
+"""Which check of smoke.py has to launch which kernel.
+
+A name alone does not tell: rope and attention have a rotate_kernel each, Triton and CUDA C++ a
+permute_kernel each, and CUDA's append is norm's kernel with other types.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+
+class Kernel(NamedTuple):
+    backend: str
+    room: str  # of ops/, or of csrc/cuda/
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.room}'s {self.name} ({self.backend})"
+
+    def is_seen_as(self, launch: str) -> bool:
+        """The profiler has the plain names of Triton's kernels, and those of C++ with types."""
+        if self.backend == "triton":
+            return launch == self.name
+        return launch != self.name and bool(re.search(rf"(?<![A-Za-z_]){self.name}", launch))
+
+
+class Source(NamedTuple):
+    """Who launches: a check of checks.py, over all dtypes."""
+
+    operation: str
+    backend: str
+
+
+def source_of(name: str) -> Source:
+    """From a check's name: OPERATION, BACKEND, DTYPE."""
+    operation, backend, _ = name.rsplit(", ", 2)
+    return Source(operation, backend)
+
+
+# The operation that has to launch each. tests/package/test_gpu_smoke.py holds this to the sources.
+OPERATIONS = {
+    Kernel("triton", "rope", "rotate_kernel"): "rope",
+    Kernel("triton", "rope", "cos_sin_kernel"): "rope by cos and sin",
+    Kernel("triton", "rope", "norm_rotate_kernel"): "norm and rope",
+    Kernel("triton", "rope", "rope_append_kernel"): "norm, rope and append",
+    Kernel("triton", "attention", "rotate_kernel"): "rerope",
+    Kernel("triton", "attention", "forward_kernel"): "rerope",
+    Kernel("triton", "attention", "dq_kernel"): "rerope",
+    Kernel("triton", "attention", "dkv_kernel"): "rerope",
+    Kernel("triton", "decode", "decode_kernel"): "rerope with a cache",
+    Kernel("triton", "decode", "append_kernel"): "append",
+    Kernel("triton", "linear_attention", "state_kernel"): "permuteformer step",
+    Kernel("triton", "linear_attention", "state_passing_kernel"): "permuteformer",
+    Kernel("triton", "linear_attention", "scan_kernel"): "permuteformer",
+    Kernel("triton", "permute", "permute_kernel"): "permute",
+    Kernel("triton", "permute", "cycles_kernel"): "permute",
+    Kernel("cuda", "rope", "rope_kernel"): "rope",
+    Kernel("cuda", "rope", "norm_forward_kernel"): "norm and rope",
+    Kernel("cuda", "rope", "norm_backward_kernel"): "norm and rope, backward",
+    Kernel("cuda", "rope", "norm_sum_kernel"): "norm and rope, backward",
+    Kernel("cuda", "append", "norm_forward_kernel"): "norm, rope and append",
+    Kernel("cuda", "permute", "permute_kernel"): "permute",
+}
+
+
+def never_launched(seen: Mapping[Source, set[str]], backends: Iterable[str]) -> list[Kernel] | None:
+    """The kernels of these backends that the checks did not launch; None where the profiler saw no
+    kernel at all.
+
+    seen: what each launched, by the names that the profiler has.
+    """
+    if not any("kernel" in launch for launches in seen.values() for launch in launches):
+        return None
+    every = [(kernel, name) for kernel, name in OPERATIONS.items() if kernel.backend in backends]
+    return [
+        kernel
+        for kernel, name in every
+        if not any(map(kernel.is_seen_as, seen.get(Source(name, kernel.backend), ())))
+    ]
