@@ -1,6 +1,8 @@
 // The scales of a cache of e4m3, with every check.
 #pragma once
 
+#include <cmath>
+
 #include "common/kv_cache.h"
 #include "common/tensor_args.h"
 
@@ -32,6 +34,17 @@ inline void set_scales(const char* op, const OptionalTensor& k_scale, const Opti
              "k_scale and v_scale must be given together");
   cache.k_scale = scale_of(op, "k_scale", k_scale, heads, like);
   cache.v_scale = scale_of(op, "v_scale", v_scale, heads, like);
+}
+
+// Where the host can read them.
+inline void check_scale_values(const char* op, const KVCache& cache) {
+  const auto check = [&](const char* name, const float* scale) {
+    for (int64_t head = 0; scale && head < cache.heads; ++head) {
+      require_of(op, scale[head] > 0 && std::isfinite(scale[head]), name,
+                 " must be positive numbers, got ", scale[head]);
+    }
+  };
+  check("k_scale", cache.k_scale), check("v_scale", cache.v_scale);
 }
 
 }  // namespace extrope

@@ -188,3 +188,15 @@ def test_refusals(call):
         assert message in str(refused.value)
     with pytest.raises(TypeError, match="k_scale must be a Tensor, got float"):
         call(cache.to(FP8), k_scale=1.0, v_scale=scale)
+
+
+@pytest.mark.parametrize("call", (decode_call, append_call))
+@pytest.mark.parametrize("value", (0.0, -1.0, torch.inf, torch.nan))
+def test_a_scale_that_loses_the_head_is_refused(call, value, fp8_backend):
+    """On a CPU, where the host can look."""
+    cache, scale = torch.zeros(1, 8, 2, 32).to(FP8), torch.tensor([1.0, value])
+    for name, other in (("k_scale", "v_scale"), ("v_scale", "k_scale")):
+        scales = {name: scale, other: torch.ones(2), "backend": fp8_backend}
+        with pytest.raises(ValueError, match=f"{name} must be positive numbers, got"):
+            call(cache, **scales)
+    assert (cache.view(torch.int8) == 0).all()

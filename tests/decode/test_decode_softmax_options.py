@@ -11,8 +11,8 @@ from decode_oracle import SCORES, Case, check, make
 from rope_oracle import INTERPRETED
 from score_examples import EXAMPLES
 
-from extrope_kernels import rerope_attention_with_kvcache
-from extrope_kernels.testing import device
+from extrope_kernels import methods, rerope_attention_with_kvcache
+from extrope_kernels.testing import attention_backends, device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SWITCHES = {
@@ -45,6 +45,22 @@ def test_every_score_method(score, switch, seqlen_q, any_backend):
 def test_dtypes_pages_and_padding(switch, dtype, any_backend):
     case = Case((70, 9), 4, heads_q=6, head_dim=64, page_size=21, leftpad=(3, 25), dtype=dtype)
     check(replace(case, **SWITCHES[switch], **SCORES["leaky_rerope"]), any_backend)
+
+
+@pytest.mark.parametrize("name", [x for x in attention_backends() if x != "flash_attn"])
+def test_pages_that_a_window_has_left_are_not_looked_at(name):
+    """An engine gives them to others, who may write anything into them."""
+    q, k, cache = (
+        torch.randn(shape, device=device())
+        for shape in ((1, 2, 4, 32), (1, 2, 2, 32), (2, 6, 8, 2, 32))
+    )
+    where = {"cache_seqlens": 40, "k": k, "v": k, "window": 4, "sliding_window": 9}
+    where |= {"block_table": torch.arange(6, dtype=torch.int32, device=device())[None]}
+    freqs = methods.rope(32).to(device())
+    want = rerope_attention_with_kvcache(q, *cache.clone(), freqs, **where, backend="reference")
+    cache[:, :4] = torch.nan
+    got = rerope_attention_with_kvcache(q, *cache, freqs, **where, backend=name)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(

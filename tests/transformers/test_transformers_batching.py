@@ -17,6 +17,7 @@ from extrope_kernels.integrations.transformers import extend
 
 pytest.importorskip("transformers.generation.continuous_batching.cache_allocators")
 from transformers.generation.continuous_batching import initialization
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 NEW = 6
 BATCH_TOKENS = 16  # of one forward: long prompts come in pieces, beside others' new tokens
@@ -87,6 +88,21 @@ def test_requests_start_while_others_decode():
         handle.remove()
     assert any(1 in each and max(each) > 1 for each in lengths)
     assert all(sum(each) <= BATCH_TOKENS for each in lengths)
+
+
+@pytest.mark.parametrize("compile_level", [0, 1])
+def test_requests_share_the_pages_of_a_beginning(monkeypatch, compile_level):
+    model, matched = build("llama").double(), []
+    search = PagedAttentionCache.search_prefix_match
+
+    def note(*args):
+        matched.append(search(*args))
+        return matched[-1]
+
+    monkeypatch.setattr(PagedAttentionCache, "search_prefix_match", note)
+    with extend(model, "leaky_rerope", **SCORE_PARAMETERS["leaky_rerope"]):
+        assert_equal(batch(model, default_compile_level=compile_level), one_by_one(model))
+    assert max(matched) >= 2 * PAGE
 
 
 def test_steps_through_a_block_table(monkeypatch):

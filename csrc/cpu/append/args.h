@@ -27,6 +27,7 @@ inline void check_slots(const KVCache& cache, int64_t pages) {
 
 inline KVCache checked_cache_of(const Args& a) {
   const KVCache cache = cache_of(a);
+  check_scale_values(kOp, cache);
   const int32_t* cu = cache.cu_new;
   check(!cu || (cu[0] == 0 && std::is_sorted(cu, cu + a.sequences() + 1) &&
                 cu[a.sequences()] <= a.seqlen()),

@@ -67,7 +67,8 @@ inline const int32_t* boundaries_of(const CacheArgs& a, int64_t tokens) {
   const Tensor& x = *a.cu_seqlens_q;
   a.require(x.scalar_type() == ScalarType::Int && x.dim() == 1 && x.size(0) >= 2 &&
                 x.is_contiguous() && x.is_cpu(),
-            "cu_seqlens_q must be contiguous int32 (sequences + 1,) on the CPU, got shape ",
+            "cu_seqlens_q must be contiguous int32 (sequences + 1,), sequences >= 1, on the CPU, "
+            "got shape ",
             shape_of(x));
   const int32_t* cu = static_cast<const int32_t*>(x.data_ptr());
   const int64_t last = x.size(0) - 1;
@@ -136,6 +137,7 @@ inline KVCache cache_of(const CacheArgs& a, const Tensor& like) {
   const int32_t* cu = a.packed() ? boundaries_of(a, like.size(0)) : nullptr;
   cache.batch = cu ? a.cu_seqlens_q->size(0) - 1 : like.size(0);
   cache.heads = k.size(2), cache.head_dim = like.size(like.dim() - 1), cache.head_dim_v = v.size(3);
+  check_scale_values(a.op, cache);
   const bool paged = a.block_table.has_value();
   a.require(k.size(3) == cache.head_dim && (paged || k.size(0) == cache.batch), "k_cache must be (",
             paged ? "num_blocks, block_size" : "batch, max_len", ", heads_k, ", cache.head_dim,

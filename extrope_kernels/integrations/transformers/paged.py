@@ -48,6 +48,8 @@ class PackedRows:
             return dict(arguments)
         return {**arguments, "read_index": [x[:0] for x in arguments["read_index"]]}
 
+    # As transformers' own: of a view of pages, all sizes unknown, PyTorch 2.13 compiles no product.
+    @torch.compiler.disable
     def attend(
         self,
         layer: nn.Module,

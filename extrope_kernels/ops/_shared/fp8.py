@@ -68,3 +68,10 @@ def check_scales(op: str, scales: Scales, heads: int, like: Tensor) -> None:
                 f"{op}: {name} must be contiguous float32 ({heads},) on {like.device}, "
                 f"got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
+
+
+def check_scale_values(op: str, scales: Scales) -> None:
+    """On a CPU, where looking costs nothing."""
+    for name, x in zip(("k_scale", "v_scale"), scales):
+        if x is not None and not ((x > 0) & x.isfinite()).all():
+            raise ValueError(f"{op}: {name} must be positive numbers, got {x.tolist()}")

@@ -11,7 +11,14 @@ from ...scores import UNROTATED
 from .._shared.attention_call import AttentionCall
 from .._shared.attention_checks import check_call, check_query_scale, check_rope
 from .._shared.checks import DTYPES, check_cu_seqlens
-from .._shared.fp8 import FP8, NO_SCALES, Scales, check_cache_dtype, check_scales
+from .._shared.fp8 import (
+    FP8,
+    NO_SCALES,
+    Scales,
+    check_cache_dtype,
+    check_scale_values,
+    check_scales,
+)
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,7 @@ def check_values(
         )
     if cache.leftpad is not None and cache.leftpad.numel() and cache.leftpad.min() < 0:
         raise ValueError(f"{op}: cache_leftpad must be >= 0, got {cache.leftpad.tolist()}")
+    check_scale_values(op, cache.scales)
     if cache.block_table is None:
         return
     pages = torch.arange(cache.block_table.shape[1])

@@ -34,12 +34,12 @@ def decode(
     lengths = cache.lengths()[:, None]
     i = lengths - q.shape[1] + torch.arange(q.shape[1], device=q.device)  # (batch, seqlen_q)
     j = torch.arange(cache.capacity, device=q.device).expand(q.shape[0], -1)
-    gathered = _gather(cache, j, lengths, wide)
-    stored, values = (x.repeat_interleave(group, 2) for x in gathered)
+    firsts = call.first_keys(i)
+    seen = (j < lengths) & (j >= firsts[0][:, :1]) if q.shape[1] else j < 0
+    stored, values = (x.repeat_interleave(group, 2) for x in _gather(cache, j, seen, wide))
     scale, rows = call.scale(q.shape[-1]), row_scale(i, call)
     if rows is not None:
         scale = rows.to(wide).expand(i.shape)[:, None, :, None] * scale
-    firsts = call.first_keys(i)
     logits = q.new_full((), -torch.inf, dtype=wide)
     for region, first, last in zip(call.regions, firsts, firsts[1:]):
         q_r = rotate_queries(q.to(wide), region.q_map(i), call)
@@ -96,14 +96,13 @@ def append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:
         plane.index_put_(rows, x if scale is None else quantize(x, scale))
 
 
-def _gather(cache: KVCache, j: Tensor, lengths: Tensor, wide: torch.dtype) -> tuple[Tensor, ...]:
-    """Keys and values by position, (batch, capacity, heads_k, head_dim); zero past the last."""
-    valid = j < lengths
+def _gather(cache: KVCache, j: Tensor, seen: Tensor, wide: torch.dtype) -> tuple[Tensor, ...]:
+    """Keys and values by position, (batch, capacity, heads_k, head_dim); zero where not seen."""
     slots = j if cache.leftpad is None else j + cache.leftpad[:, None]
-    block, slot = cache.rows(torch.where(valid, slots, 0))
+    block, slot = cache.rows(torch.where(seen, slots, 0))
     if cache.block_table is not None:
-        block = torch.where(valid, block, 0)
+        block = torch.where(seen, block, 0)
     return tuple(
-        torch.where(valid[..., None, None], dequantize(x[block, slot], scale, wide), 0.0)
+        torch.where(seen[..., None, None], dequantize(x[block, slot], scale, wide), 0.0)
         for x, scale in zip((cache.k, cache.v), cache.scales)
     )

@@ -52,9 +52,9 @@ def rerope_attention_with_kvcache(
         tokens of many sequences in one call. A sequence may have none; what is past the last
         boundary is padding, gets 0 and -inf, and is not written.
     block_table: (batch, max_blocks) int32: the blocks of each sequence in their order.
-    k_scale, v_scale: (heads_k,) float32, of a cache in float8_e4m3fn: a key or value is what is
-        stored times its head's scale. It is written over the scale, rounded to nearest even, and
-        at most 448 either way.
+    k_scale, v_scale: (heads_k,) float32, positive, of a cache in float8_e4m3fn: a key or value is
+        what is stored times its head's scale. It is written over the scale, rounded to nearest
+        even, and at most 448 either way.
     cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
     freqs, window, factor, grouped, softmax_scale, log_n, query_scale, softcap, sinks,
         sliding_window, interleaved: as for `rerope_attention`; freqs, factor and grouped the same

@@ -42,4 +42,4 @@ def config(dim: int, value_dim: int, itemsize: int, capability: int | str | None
         return Config(16, 64, 32, 8, 2)
     if dim <= 128:
         return Config(16, 64, 32, 4, 1, q_twice)
-    return Config(16, 64, 16 if capability < 90 else 32, 8, 1, q_twice)
+    return Config(16, 64, 16 if q_twice else 32, 8, 1, q_twice)

@@ -76,8 +76,8 @@ def rope_append_kvcache(
     score: of a score method, `scores.rerope(window)` or another: keys are rotated to where the
         attention with a cache of that name has them, and queries, which it rotates itself, come
         back normed alone. XPOS's log_decay is then taken by methods that store keys by blocks.
-    k_scale, v_scale: (heads_k,) float32, of a cache in float8_e4m3fn: keys and values are written
-        over their head's scale, rounded to nearest even, at most 448 either way.
+    k_scale, v_scale: (heads_k,) float32, positive, of a cache in float8_e4m3fn: keys and values are
+        written over their head's scale, rounded to nearest even, at most 448 either way.
     q_norm_weight, k_norm_weight, norm_eps: as for `apply_rope_qk`; None leaves that tensor without
         a norm.
     interleaved: as for `apply_rope`.

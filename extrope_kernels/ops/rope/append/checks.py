@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ....scores import PositionMap
 from ..._shared.checks import DTYPES, check_cu_seqlens, check_matching, check_rows, refuse_flags
-from ..._shared.fp8 import FP8, Scales, check_cache_dtype, check_scales
+from ..._shared.fp8 import FP8, Scales, check_cache_dtype, check_scale_values, check_scales
 from .. import checks as rope_checks
 from .arguments import Append
 
@@ -51,6 +51,7 @@ def check_values(op: str, call: Append) -> None:
             f"{op}: cu_seqlens must rise from 0 to the {call.seqlen} tokens at most, "
             f"got {cu.tolist()}"
         )
+    check_scale_values(op, call.scales)
     leftpad = call.cache_leftpad
     if leftpad is not None and leftpad.numel() and leftpad.min() < 0:
         raise ValueError(f"{op}: cache_leftpad must be >= 0, got {leftpad.tolist()}")

@@ -170,9 +170,9 @@ def _tile(
     in_place = any(x is out for x, out in zip(inputs, outputs))
     one_program = backward or (in_place and any(together))
     heads = 1 if one_program else max(x.shape[2] for x in inputs)
-    # A backward of interleaved pairs would spill beside as many tokens of dims that pass.
-    widest = triton.next_power_of_2(head_dim) // 2
-    width = widest if backward and rotation.interleaved else pairs
+    # A backward would spill beside as many tokens of dims that pass, but of float32 in halves.
+    spilling = backward and (rotation.interleaved or inputs[0].itemsize == 2)
+    width = triton.next_power_of_2(head_dim) // 2 if spilling else pairs
     programs = programs_of(inputs[0], pairs, heads, may_be_few=not backward, width=width)
     rest = head_dim - 2 * half
     tile = NormTile(
