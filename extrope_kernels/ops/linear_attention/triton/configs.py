@@ -21,8 +21,8 @@ INTERPRETED = Config(16, 3, 32, 1, 1, q_twice=True)
 def config(dim: int, value_dim: int, itemsize: int, capability: int | str | None) -> Config:
     """The setting for heads of `dim` and `value_dim`; capability as of `chip_of`.
 
-    All compile without spills, but in float32 above 128 dims on sm_80: 24 bytes in the forward
-    from a given state, 8 in dk's states.
+    The newest Triton compiles all without spills, older ones some with up to 24 bytes of stack
+    (bench/results/triton_versions.json).
     """
     if capability is None:
         return INTERPRETED
