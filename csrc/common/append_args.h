@@ -78,8 +78,7 @@ inline const int32_t* ints(const Args& a, const char* name, const OptionalTensor
 inline const int32_t* boundaries_of(const Args& a) {
   if (!a.cu_seqlens.has_value()) return nullptr;
   check(a.cu_seqlens->dim() == 1 && a.cu_seqlens->size(0) >= 2,
-        "cu_seqlens must be int32 (sequences + 1,), sequences >= 1, got shape ",
-        shape_of(*a.cu_seqlens));
+        "cu_seqlens must be int32 (sequences + 1,), got shape ", shape_of(*a.cu_seqlens));
   return ints(a, "cu_seqlens", a.cu_seqlens, 1, a.cu_seqlens->size(0));
 }
 

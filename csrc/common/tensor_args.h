@@ -71,8 +71,7 @@ inline int64_t set_cu_seqlens(const char* op, TokenParams& p, const Tensor& cu_s
   require_of(op,
              cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
                  cu_seqlens.size(0) >= 2,
-             "cu_seqlens must be int32 (sequences + 1,), sequences >= 1, got shape ",
-             shape_of(cu_seqlens));
+             "cu_seqlens must be int32 (sequences + 1,), got shape ", shape_of(cu_seqlens));
   require_of(op, cu_seqlens.get_device() == q.get_device() && cu_seqlens.is_contiguous(),
              "cu_seqlens must be contiguous on q's device");
   p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.data_ptr());

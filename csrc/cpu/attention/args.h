@@ -77,8 +77,7 @@ inline void set_sizes(AttentionParams& p, const Tensor& q, const Tensor& k, bool
 inline void set_cu_seqlens(AttentionParams& p, const Tensor& cu_seqlens) {
   require(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
               cu_seqlens.size(0) >= 2 && cu_seqlens.is_contiguous() && cu_seqlens.is_cpu(),
-          "cu_seqlens must be contiguous int32 (sequences + 1,), sequences >= 1, got shape ",
-          shape_of(cu_seqlens));
+          "cu_seqlens must be contiguous int32 (sequences + 1,), got shape ", shape_of(cu_seqlens));
   p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.data_ptr());
   p.num_sequences = cu_seqlens.size(0) - 1;
   const int32_t* cu = p.cu_seqlens;

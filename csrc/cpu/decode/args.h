@@ -67,8 +67,7 @@ inline const int32_t* boundaries_of(const CacheArgs& a, int64_t tokens) {
   const Tensor& x = *a.cu_seqlens_q;
   a.require(x.scalar_type() == ScalarType::Int && x.dim() == 1 && x.size(0) >= 2 &&
                 x.is_contiguous() && x.is_cpu(),
-            "cu_seqlens_q must be contiguous int32 (sequences + 1,), sequences >= 1, on the CPU, "
-            "got shape ",
+            "cu_seqlens_q must be contiguous int32 (sequences + 1,) on the CPU, got shape ",
             shape_of(x));
   const int32_t* cu = static_cast<const int32_t*>(x.data_ptr());
   const int64_t last = x.size(0) - 1;

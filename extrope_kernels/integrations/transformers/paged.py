@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -48,8 +48,6 @@ class PackedRows:
             return dict(arguments)
         return {**arguments, "read_index": [x[:0] for x in arguments["read_index"]]}
 
-    # As transformers' own: of a view of pages, all sizes unknown, PyTorch 2.13 compiles no product.
-    @torch.compiler.disable
     def attend(
         self,
         layer: nn.Module,
@@ -131,6 +129,16 @@ def packed_rows(cache: Any, arguments: Mapping[str, Any]) -> PackedRows | None:
     return PackedRows(cache, arguments["position_ids"], arguments)
 
 
+@cache
+def _stay_out_of_graphs() -> None:
+    """Have compiled steps call the attention over pages, as they call transformers' own.
+
+    Of views of pages, all of whose sizes are unknown, PyTorch 2.13 compiles no product of sizes.
+    Not done before: it imports what compiles.
+    """
+    PackedRows.attend = torch.compiler.disable(PackedRows.attend)  # type: ignore[method-assign]
+
+
 def batching_changes(model: nn.Module, refused: str | None) -> list[tuple[nn.Module, str, Any]]:
     """Return the overrides of an `Extension` that continuous batching needs.
 
@@ -159,6 +167,7 @@ def start_batching(
             f"extend: {refused} must be given a seq_len for continuous batching: it chooses its "
             "frequencies by the length of a request, and one forward there has many requests"
         )
+    _stay_out_of_graphs()
     implementation = model.config._attn_implementation
     if implementation == INTERFACE:
         # The manager takes names that it knows; layers that are extended keep theirs.

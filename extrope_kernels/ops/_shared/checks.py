@@ -75,7 +75,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor, name: str = "cu_seq
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"{op}: {name} must be int32 (sequences + 1,), sequences >= 1, "
+            f"{op}: {name} must be int32 (sequences + 1,), "
             f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
     if cu_seqlens.device != q.device or not cu_seqlens.is_contiguous():
