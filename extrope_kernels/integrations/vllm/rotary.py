@@ -28,7 +28,6 @@ _REPLACED = (
     "Gemma4RotaryEmbedding",
     "LinearScalingRotaryEmbedding",
     "Llama3RotaryEmbedding",
-    "NTKScalingRotaryEmbedding",
     "YaRNScalingRotaryEmbedding",
 )
 # All of vLLM's by their names; not those of images.
