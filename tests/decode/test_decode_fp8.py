@@ -194,6 +194,8 @@ def test_refusals(call):
 @pytest.mark.parametrize("value", (0.0, -1.0, torch.inf, torch.nan))
 def test_a_scale_that_loses_the_head_is_refused(call, value, fp8_backend):
     """On a CPU, where the host can look."""
+    if device() != "cpu":
+        pytest.skip("the values of a GPU's tensors are not looked at")
     cache, scale = torch.zeros(1, 8, 2, 32).to(FP8), torch.tensor([1.0, value])
     for name, other in (("k_scale", "v_scale"), ("v_scale", "k_scale")):
         scales = {name: scale, other: torch.ones(2), "backend": fp8_backend}

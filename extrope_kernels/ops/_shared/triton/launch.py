@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 VECTOR_BYTES = 16
-DIVISOR = 16  # Triton compiles anew where a number turns from a multiple of it into another
+DIVISOR = 16  # Triton compiles a kernel for numbers that it divides, and one for others
 INTERPRETED = triton.knobs.runtime.interpret
 # Multiprocessors, where there is no device to ask: A100, H100, B200 and what is like them.
 _PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
@@ -35,8 +35,8 @@ def strides_of(x: Tensor) -> tuple[int, ...]:
 def alignment(itemsize: int, strides: Iterable[int], of_tokens: Iterable[int]) -> int:
     """Elements, 16 bytes at most, that divide these strides; kernels count in groups of so many.
 
-    of_tokens: strides from one token to the next. Where there is a choice they are multiples of
-    DIVISOR groups, and so are those of sequences, whatever their length.
+    of_tokens: strides from one token to the next. Where there is a choice, DIVISOR divides these,
+    in groups, and with them the strides of sequences, whatever their length.
     """
     most, of_tokens = math.gcd(VECTOR_BYTES // itemsize, *strides), tuple(of_tokens)
     steady = (n for n in (most, most // 2, most // 4, most // 8)
