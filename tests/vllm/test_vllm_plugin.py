@@ -185,3 +185,17 @@ def test_models_that_rotate_by_themselves_are_refused(bare, extrope):
     check_model(config(None), lambda: model, first=True)
     with pytest.raises(ValueError, match=r"^extrope: .* by vLLM's rotary layer, got none"):
         check_model(config(extrope), lambda: model, first=True)
+
+
+def test_a_layer_that_an_encoder_rotates_by_as_well_is_refused(bare):
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    from extrope_kernels.integrations.vllm.hooks import check_model
+
+    model, rotary = torch.nn.ModuleDict(), RotaryEmbedding.__new__(RotaryEmbedding)
+    torch.nn.Module.__init__(rotary)
+    for name in "tower", "text":
+        model[name] = torch.nn.ModuleDict({"rotary": rotary})
+    model.get_language_model = lambda: model["text"]
+    with pytest.raises(ValueError, match=r"^extrope: .* one that ModuleDict rotates by as well"):
+        check_model(config(YARN, {}, {"is_multimodal_model": True}), lambda: model, first=True)

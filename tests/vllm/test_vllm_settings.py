@@ -20,6 +20,10 @@ TWO_BASES = {
 }
 
 
+class Values(SimpleNamespace):
+    """May be referred to weakly, as a VllmConfig may."""
+
+
 def config(extrope, text=(), model=(), **changes):
     """As much of a VllmConfig as is looked at."""
     text = {
@@ -47,7 +51,7 @@ def config(extrope, text=(), model=(), **changes):
             decode_context_parallel_size=1, prefill_context_parallel_size=1
         ),
     }
-    return SimpleNamespace(**parts | changes)
+    return Values(**parts | changes)
 
 
 def test_nothing_asked_for():
@@ -164,9 +168,8 @@ SAME_BASE = {kind: TWO_BASES["full_attention"] for kind in TWO_BASES}
     [
         *((each, {}, OTHER_BACKEND, {}, "one of vLLM's own") for each in BOTH),
         *((each, {}, {"use_mla": True}, {}, "latent attention") for each in BOTH),
-        *((each, {}, {"uses_mrope": True}, {}, "tokens must have one position") for each in BOTH),
+        (BOTH[1], {}, {"uses_mrope": True}, {}, "tokens must have one position"),
         *((each, {}, {"is_encoder_decoder": True}, {}, "must be a decoder") for each in BOTH),
-        *((each, {}, {"is_multimodal_model": True}, {}, "one of text alone") for each in BOTH),
         (YARN, {}, {"runner_type": "pooling"}, {}, "must be a decoder that generates"),
         (YARN, {"rope_parameters": None}, {}, {}, "must rotate, got LlamaForCausalLM"),
         (
@@ -227,9 +230,16 @@ def test_refused(extrope, text, model, changes, message):
 
 
 def test_frequencies_alone_need_less():
-    for text in (
-        {"num_kv_shared_layers": 2},
-        {"no_rope_layers": [1, 0]},
-        {"model_type": "cohere2"},
+    for text, model in (
+        ({"num_kv_shared_layers": 2}, {}),
+        ({"no_rope_layers": [1, 0]}, {}),
+        ({"model_type": "cohere2"}, {}),
+        ({}, {"uses_mrope": True}),
     ):
-        assert make_engine(config(YARN, text)).settings.score is None
+        assert make_engine(config(YARN, text, model)).settings.score is None
+
+
+@pytest.mark.parametrize("extrope", BOTH)
+def test_models_that_see_have_towers(extrope):
+    assert make_engine(config(extrope, {}, {"is_multimodal_model": True})).has_towers
+    assert not make_engine(config(extrope)).has_towers

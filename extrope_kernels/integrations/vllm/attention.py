@@ -36,6 +36,17 @@ def score_engine(config: VllmConfig | None) -> Engine | None:
     return None if engine is None or engine.settings.score is None else engine
 
 
+def attend_for(model: Any, engine: Engine) -> None:
+    """Have a model's layers know the engine whose rotary layers they are to agree with.
+
+    vLLM makes the language model of a larger one by a copy of the configuration, with an engine of
+    its own.
+    """
+    for module in model.modules():
+        if isinstance(impl := getattr(module, "impl", None), ScoreImpl):
+            impl.engine = engine
+
+
 @dataclass
 class ScoreMetadata:
     """The batch of one forward.

@@ -57,15 +57,6 @@ def _for_all(config: Any) -> list[tuple[Any, str]]:
         ),
         (model.use_mla, "latent attention (MLA) is not supported; `extend` serves it"),
         (
-            model.uses_mrope,
-            "tokens must have one position, got a model with several each (mRoPE)",
-        ),
-        (
-            model.is_multimodal_model,
-            "the model must be one of text alone: rotary layers do not say whether they are those "
-            f"of images, got {model.architecture}",
-        ),
-        (
             model.is_encoder_decoder or model.runner_type != "generate",
             "the model must be a decoder that generates, got one with an encoder, or for pooling",
         ),
@@ -95,6 +86,11 @@ def _for_scores(settings: Settings, config: Any) -> list[tuple[Any, str]]:
     bidirectional = getattr(text, "is_causal", True) is False or model.is_mm_prefix_lm
     partly = [name for name in _NOT_ALL_ROTATE if getattr(text, name, None)]
     return [
+        (
+            model.uses_mrope,
+            "tokens must have one position for a score method, got a model with several each "
+            "(mRoPE)",
+        ),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "context parallelism must be off for a score method, whose ranks would hold parts "

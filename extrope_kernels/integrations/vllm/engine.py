@@ -7,6 +7,7 @@ values.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,8 @@ from .._shared.parameters import ModelValues, bind_method, values_in
 from .checks import check_config
 from .settings import NAME, Settings, read_settings
 
-_ATTRIBUTE = "_extrope_engine"
+# By the id of a VllmConfig: vLLM copies one field by field, and an attribute more would end that.
+_engines: dict[int, Engine | None] = {}
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,15 @@ class Engine:
     """The methods of one engine, worked out for its model.
 
     kinds: by the name of a kind of layers, None where the model makes no difference.
+    has_towers: the model has encoders, of images for one, whose rotary layers are of the same
+        classes as those of its language model.
     heads: (head_dim, interleaved) of vLLM's rotary layers that were made for this model.
     """
 
     settings: Settings
     kinds: Mapping[str | None, Rotated]
     layer_types: tuple[str, ...]
+    has_towers: bool
     heads: set[tuple[int, bool]] = field(default_factory=set)
 
     def of_rotary(self, base: float, rotary_dim: int) -> Rotated:
@@ -75,9 +80,11 @@ def engine_of(config: Any) -> Engine | None:
     """
     if config is None or config.model_config is None:
         return None
-    if _ATTRIBUTE not in vars(config):
-        vars(config)[_ATTRIBUTE] = make_engine(config)
-    return vars(config)[_ATTRIBUTE]
+    key = id(config)
+    if key not in _engines:
+        _engines[key] = make_engine(config)
+        weakref.finalize(config, _engines.pop, key)
+    return _engines[key]
 
 
 def make_engine(config: Any) -> Engine | None:
@@ -91,7 +98,7 @@ def make_engine(config: Any) -> Engine | None:
     with _on_the_cpu():
         kinds = _kinds(settings, text, model.max_model_len, model.dtype)
     layer_types = tuple(getattr(text, "layer_types", None) or ())
-    engine = Engine(settings, kinds, layer_types)
+    engine = Engine(settings, kinds, layer_types, model.is_multimodal_model)
     _check_kinds(engine, len(layer_types))
     return engine
 

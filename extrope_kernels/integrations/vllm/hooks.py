@@ -78,20 +78,18 @@ def _load_by_worker(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def check_model(config: Any, get_model: Callable[[], Any], *, first: bool) -> None:
-    """Raise ValueError for a loaded model that does not rotate by our layers; else say what by.
+    """Have a loaded model rotate by our layers, or raise ValueError; say what by.
 
     first: of an engine's workers, which is the one that says it.
     """
-    from .rotary import others_layers
+    from .attention import attend_for
+    from .rotary import extend_model
 
     engine = engine_of(config)
     if engine is None:
         return
-    others = others_layers(get_model())
-    if others or not engine.heads:
-        raise ValueError(
-            f"{NAME}: the model must rotate by vLLM's rotary layer, got "
-            f"{', '.join(others) or 'none'}"
-        )
+    model = get_model()
+    extend_model(model, engine)
+    attend_for(model, engine)
     if first:
         LOGGER.info("%s: %s", NAME, describe(config.additional_config))

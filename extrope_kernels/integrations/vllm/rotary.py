@@ -7,7 +7,7 @@ nothing.
 
 from __future__ import annotations
 
-import inspect
+from dataclasses import replace
 from typing import Any
 
 import vllm.model_executor.layers.rotary_embedding as rotary_layers
@@ -16,11 +16,12 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
 
 from ... import RopeFreqs, apply_rope, apply_rope_qk
-from .engine import engine_of
+from ...methods import with_sections
+from .engine import Engine, engine_of
 from .settings import NAME
 
 _TABLE = "cos_sin_cache"
-# What rotates (tokens, heads * head_dim) by one position a token.
+# What rotates (tokens, heads * head_dim) by positions, of one axis or several, times frequencies.
 _REPLACED = (
     "RotaryEmbedding",
     "DynamicNTKAlphaRotaryEmbedding",
@@ -28,6 +29,7 @@ _REPLACED = (
     "Gemma4RotaryEmbedding",
     "LinearScalingRotaryEmbedding",
     "Llama3RotaryEmbedding",
+    "MRotaryEmbedding",
     "YaRNScalingRotaryEmbedding",
 )
 # All of vLLM's by their names; not those of images.
@@ -38,6 +40,7 @@ _LAYERS = {
     and issubclass(layer, CustomOp)
     and not name.startswith("Llama4Vision")
 }
+_OURS: dict[type, type] = {}  # by what they replace
 
 
 class _Replacing:
@@ -47,30 +50,38 @@ class _Replacing:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         engine, replaced = engine_of(get_current_vllm_config_or_none()), self.replaced
-        if engine is None:
+        stays = engine is None or engine.has_towers  # until the whole model is there
+        if stays:
             self.__class__ = replaced
         replaced.__init__(self, *args, **kwargs)
-        if engine is None:
-            return
-        said = inspect.signature(replaced.__init__).bind(self, *args, **kwargs).arguments
-        full = "Gemma4" in replaced.__name__  # rotates dims of frequency 0 as well
-        rotated = engine.of_rotary(said["base"], said["head_size" if full else "rotary_dim"])
+        if not stays:
+            self.rotate_for(engine)
+
+    def rotate_for(self, engine: Engine) -> None:
+        """Rotate by the engine's frequencies from now on.
+
+        Raises ValueError for a layer that the model's configuration says nothing of.
+        """
+        freqs = engine.of_rotary(self.base, self.rotary_dim).freqs
+        freqs = replace(freqs, axes=None)
+        if sections := getattr(self, "mrope_section", None):
+            freqs = with_sections(freqs, list(sections), interleaved=self.mrope_interleaved)
         # Whoever reads the table in place of calling the layer fails, and is not served wrongly.
         table = getattr(self, _TABLE)
         delattr(self, _TABLE)
-        engine.heads.add((said["head_size"], not said["is_neox_style"]))
+        engine.heads.add((self.head_size, not self.is_neox_style))
         # A score method rotates queries and keys itself, when it knows where they are kept.
         rotates = engine.settings.score is None
-        self.freqs: RopeFreqs | None = rotated.freqs.to(table.device) if rotates else None
+        self.freqs: RopeFreqs | None = freqs.to(table.device) if rotates else None
 
     def forward_native(
         self, positions: Tensor, query: Tensor, key: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Rotate (tokens, heads * head_dim) in place; positions: (tokens,)."""
+        """Rotate (tokens, heads * head_dim) in place; positions: (tokens,) or (axes, tokens)."""
         if self.freqs is None:
             return query, key
         options: dict[str, Any] = {
-            "positions": positions,
+            "positions": positions if positions.dim() == 1 else positions[:, None],
             "interleaved": not self.is_neox_style,
             "inplace": True,
         }
@@ -89,13 +100,13 @@ class _Replacing:
 
 
 class _Refusing:
-    """In place of vLLM's other classes: rotations that are not one position times frequencies."""
+    """In place of vLLM's other classes: rotations that are not positions times frequencies."""
 
     replaced: type
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         engine, replaced = engine_of(get_current_vllm_config_or_none()), self.replaced
-        if engine is not None:
+        if engine is not None and not engine.has_towers:
             raise ValueError(
                 f"{NAME}: the model must rotate by a layer of vLLM's that a plugin can replace, "
                 f"got {replaced.__name__}"
@@ -110,14 +121,48 @@ def register_rotary_layers() -> None:
         if name in op_registry_oot:
             continue
         base = _Replacing if name in _REPLACED else _Refusing
-        layer.register_oot(type(name, (base, layer), {"replaced": layer, "__module__": __name__}))
+        ours = type(name, (base, layer), {"replaced": layer, "__module__": __name__})
+        layer.register_oot(ours)
+        if base is _Replacing:
+            _OURS[layer] = ours
 
 
-def others_layers(model: Any) -> list[str]:
-    """Return the classes of a model's rotary layers that are not ours, but of other plugins."""
-    rotary = [layer for layer in model.modules() if isinstance(layer, tuple(_LAYERS.values()))]
-    others = {type(layer).__qualname__ for layer in rotary if not isinstance(layer, _Replacing)}
-    return sorted(others)
+def extend_model(model: Any, engine: Engine) -> None:
+    """Have a whole model rotate by the engine's methods; of one with encoders the language model.
+
+    Raises ValueError where it has rotary layers that cannot, or none.
+    """
+    text = model.get_language_model() if engine.has_towers else model
+    layers = _rotary_layers(text)
+    if engine.has_towers:
+        _refuse_shared(model, text, layers)
+    for layer in layers:
+        ours = _OURS.get(type(layer))
+        if engine.has_towers and ours is not None:
+            layer.__class__ = ours
+            layer._forward_method = layer.forward_native
+            layer.rotate_for(engine)
+    others = {type(layer).__qualname__ for layer in layers if not isinstance(layer, _Replacing)}
+    if others or not layers:
+        raise ValueError(
+            f"{NAME}: the model must rotate by vLLM's rotary layer, got "
+            f"{', '.join(sorted(others)) or 'none'}"
+        )
+
+
+def _rotary_layers(model: Any) -> list[Any]:
+    return [layer for layer in model.modules() if isinstance(layer, tuple(_LAYERS.values()))]
+
+
+def _refuse_shared(model: Any, text: Any, layers: list[Any]) -> None:
+    """vLLM makes one layer of equal arguments, whoever asks for it."""
+    of_text = set(text.modules())
+    for module in model.modules():
+        if module not in of_text and any(child in layers for child in module.children()):
+            raise ValueError(
+                f"{NAME}: the language model must rotate by layers of its own, got one that "
+                f"{type(module).__qualname__} rotates by as well"
+            )
 
 
 def forget_shared_layers() -> None:
