@@ -215,7 +215,7 @@ def test_preemption(llama, monkeypatch):
         (YARN | {"beta": 1}, {}, "parameters of yarn must be among .* got beta"),
         ({"method": "yarn"}, {}, "yarn needs factor, which is missing"),
         (YARN, {"model_impl": "transformers"}, "one of vLLM's own"),
-        ({"score": RERO}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be auto"),
+        ({"score": RERO}, {"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype must be auto or"),
         ({"method": "xpos"}, {"max_model_len": 1 << 20}, "max_model_len must be at most 72521"),
     ],
 )

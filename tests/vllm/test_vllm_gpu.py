@@ -15,7 +15,11 @@ from vllm_engines import build, engine, expected, generated, tokens_of
 import extrope_kernels.integrations.vllm as integration
 
 LEAKY = {"method": "leaky_rerope", "window": 64, "factor": 4.0}
-LAYER = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
+LAYER = SimpleNamespace(
+    layer_name="model.layers.0.self_attn.attn",
+    _k_scale=torch.tensor(0.5),  # of a cache in fp8
+    _v_scale=torch.tensor(0.25),
+)
 TAKEN = {
     "head_size": 128,
     "dtype": torch.bfloat16,
@@ -51,7 +55,8 @@ def test_registered_as_custom():
     [
         ({}, None),
         ({"head_size": 260}, "head_size"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "fp8"}, None),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype"),
         ({"block_size": 8}, "block_size"),
         ({"use_mla": True}, "MLA"),
         ({"attn_type": "encoder"}, "attention type"),
@@ -78,13 +83,17 @@ def test_one_call_for_chunks_and_steps(tmp_path, monkeypatch):
 
 @pytest.fixture
 def impl(monkeypatch):
+    return make_impl(monkeypatch, "auto")
+
+
+def make_impl(monkeypatch, kv_cache_dtype):
     """A layer's attention outside of an engine."""
     from test_vllm_settings import config
 
     from extrope_kernels.integrations.vllm import attention
 
     monkeypatch.setattr(attention, "get_current_vllm_config", lambda: config({"score": LEAKY}))
-    made = attention.ScoreImpl(4, 32, 32**-0.5, 2, None, None, "auto")
+    made = attention.ScoreImpl(4, 32, 32**-0.5, 2, None, None, kv_cache_dtype)
     made.engine.heads.add((32, False))
     return made
 
@@ -150,6 +159,35 @@ def test_pages_as_vllm_lays_them_out(impl, name):
         results.append((mine, out[: batch.num_actual_tokens]))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", [None, "reference", "triton"])
+def test_pages_in_fp8(monkeypatch, name):
+    """Bytes, as vLLM allocates them, by the layer's scales; untouched where nothing comes."""
+    if name == "triton":
+        pytest.importorskip("triton")
+    torch.manual_seed(0)
+    queries = [1, 1, 40]
+    batch = builder().build(0, common([5, 60, 40], queries))
+    q, k, v = (torch.randn(sum(queries), heads, 32) for heads in (4, 2, 2))
+    wide, narrow = (make_impl(monkeypatch, dtype) for dtype in ("auto", "fp8"))
+    narrow.options["backend"] = name
+    scales = torch.tensor([0.5, 0.25]).repeat_interleave(32)  # of keys, of values
+    cache = (torch.randn(32, 2, 16, 64) / scales).to(torch.float8_e4m3fn)
+    exact, mine = cache.float() * scales, cache.view(torch.uint8)
+    results = []
+    for each, pages in ((wide, exact), (narrow, mine)):
+        results.append(torch.zeros(len(q), 4, 32))
+        each.forward(LAYER, q, k, v, pages, batch, results[-1])
+    read = mine.view(torch.float8_e4m3fn).float() * scales
+    # Half a unit of the last of 4 bits, or of the smallest number.
+    assert ((read - exact).abs() <= exact.abs() / 16 + scales * 2**-10).all()
+    assert not torch.equal(read, exact)
+    # One token sees rows that were in the cache, and itself; the keys of all others are rounded.
+    errors = (results[0] - results[1]).norm(dim=-1) / results[0].norm(dim=-1)
+    assert 0 < errors.mean() < 1 / 16
+    with pytest.raises(ValueError, match="does not support this layer's kv_cache_dtype"):
+        make_impl(monkeypatch, "fp8_e5m2")
 
 
 @pytest.mark.parametrize("name", [None, "reference", "triton"])

@@ -100,6 +100,11 @@ def test_frequencies(tiny, plain, method):
     assert method == "rope" or changed > 0.1
 
 
+def test_resonance(tiny, plain):
+    yarn = {"method": "yarn", "factor": 4.0, "resonance": True}
+    assert check(tiny, [yarn], yarn, plain) > 0.1
+
+
 @pytest.mark.parametrize("method", SCORES)
 def test_scores(tiny, plain, method):
     parameters = SCORE_METHODS[method]
@@ -117,6 +122,22 @@ def test_xpos_with_positions_that_start_anew(tiny, plain):
     xpos = {"method": "xpos"}
     score = {"method": "blockwise_causal", "block_size": 48}
     assert check(tiny, [xpos, score], {**xpos, "score": score}, plain) > 0.1
+
+
+@pytest.mark.parametrize("method", ["rerope", "leaky_rerope", "dual_chunk"])
+def test_fp8_caches(tiny, method):
+    """As far off as vLLM's own kernels are with plain RoPE, which the rounding alone makes."""
+    _, folder, exact = tiny
+    score = {"method": method, **SCORE_METHODS[method]}
+    errors = []
+    for extrope, methods in (({"method": "rope"}, []), ({"score": score}, [score])):
+        ref = torch.cat([each.of_prompt for each in expected(exact, methods)])
+        with engine(folder, extrope, kv_cache_dtype="fp8") as llm:
+            got = torch.cat([each.of_prompt for each in generated(llm)])
+        errors.append((got - ref).square().mean().sqrt().item())
+    theirs, ours = errors
+    print(f"{extrope} in fp8: {ours:.2f}, vLLM's own {theirs:.2f}")
+    assert 0.01 < ours <= 1.25 * theirs
 
 
 def test_another_window_differs(tiny):

@@ -191,8 +191,8 @@ SAME_BASE = {kind: TWO_BASES["full_attention"] for kind in TWO_BASES}
             BOTH[1],
             {},
             {},
-            {"cache_config": SimpleNamespace(cache_dtype="fp8")},
-            "kv_cache_dtype must be auto .* got fp8",
+            {"cache_config": SimpleNamespace(cache_dtype="fp8_e5m2")},
+            "kv_cache_dtype must be auto or fp8 .* got fp8_e5m2",
         ),
         (
             BOTH[1],

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionImpl,
     AttentionMetadataBuilder,
@@ -24,6 +25,7 @@ from vllm.v1.attention.backend import (
 
 from ... import RopeFreqs, scores
 from ...ops.decode import attend_with_kvcache
+from .checks import FP8
 from .engine import Engine, engine_of
 from .settings import NAME
 
@@ -122,6 +124,7 @@ class ScoreImpl(AttentionImpl):
             alibi_slopes=alibi_slopes is not None,
             attn_type=attn_type != AttentionType.DECODER,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name is not None,
+            kv_cache_dtype=is_quantized_kv_cache(kv_cache_dtype) and kv_cache_dtype not in FP8,
         )
         self.num_heads = num_heads
         self.head_size = head_size
@@ -164,7 +167,7 @@ class ScoreImpl(AttentionImpl):
         """Write key and value, attend from query into output.
 
         query: (tokens, heads, head_size); key, value: (tokens, kv_heads, head_size).
-        kv_cache: (blocks, kv_heads, block_size, 2 * head_size).
+        kv_cache: (blocks, kv_heads, block_size, 2 * head_size), in fp8 with the layer's scales.
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError(f"{NAME}: outputs must not be quantized in the attention")
@@ -179,6 +182,8 @@ class ScoreImpl(AttentionImpl):
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: ScoreMetadata
     ) -> Tensor:
         """One call for the whole batch."""
+        if self.kv_cache_dtype in FP8:
+            kv_cache = kv_cache.view(torch.float8_e4m3fn)  # bytes, as vLLM allocates them
         k_cache, v_cache = self._pages(kv_cache)
         return attend_with_kvcache(
             self.score,
@@ -216,6 +221,10 @@ class ScoreImpl(AttentionImpl):
                 f"got others for {layer.layer_name}"
             )
         self.options["interleaved"] = pairings.pop()
+        if self.kv_cache_dtype in FP8:
+            for name in "k_scale", "v_scale":
+                scale = getattr(layer, f"_{name}").to(device, torch.float32)
+                self.options[name] = scale.expand(self.num_kv_heads).contiguous()
         self.freqs = rotated.freqs.to(device)
 
 

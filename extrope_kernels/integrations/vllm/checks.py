@@ -34,6 +34,7 @@ _UNFIT = {
         "that does",
     ),
 }
+FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn caches
 # Drafters without a model of their own.
 _DRAFTERS = ("ngram", "ngram_gpu", "suffix")
 
@@ -97,8 +98,8 @@ def _for_scores(settings: Settings, config: Any) -> list[tuple[Any, str]]:
             "of a sequence's keys",
         ),
         (
-            cache.cache_dtype not in ("auto", _name_of(model.dtype)),
-            f"kv_cache_dtype must be auto for a score method, got {cache.cache_dtype}",
+            cache.cache_dtype not in ("auto", _name_of(model.dtype), *FP8),
+            f"kv_cache_dtype must be auto or fp8 for a score method, got {cache.cache_dtype}",
         ),
         (shared, "layers that reuse other layers' keys (KV sharing) are not supported"),
         (bidirectional, "a score method must be causal, got a model whose tokens see later ones"),

@@ -12,13 +12,14 @@ from vllm.v1.attention.backend import (
 )
 
 from .attention import ScoreImpl, ScoreMetadataBuilder
+from .checks import FP8
 
 
 class ScoreBackend(AttentionBackend):
     """Score methods; chosen by the plugin."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *FP8]
     forward_includes_kv_cache_update = True
 
     @staticmethod
