@@ -169,6 +169,13 @@ SAME_BASE = {kind: TWO_BASES["full_attention"] for kind in TWO_BASES}
         *((each, {}, OTHER_BACKEND, {}, "one of vLLM's own") for each in BOTH),
         *((each, {}, {"use_mla": True}, {}, "latent attention") for each in BOTH),
         (BOTH[1], {}, {"uses_mrope": True}, {}, "tokens must have one position"),
+        (
+            YARN,
+            {},
+            {"is_multimodal_model": True},
+            {"parallel_config": SimpleNamespace(enable_elastic_ep=True)},
+            "elastic expert parallelism must be off",
+        ),
         *((each, {}, {"is_encoder_decoder": True}, {}, "must be a decoder") for each in BOTH),
         (YARN, {}, {"runner_type": "pooling"}, {}, "must be a decoder that generates"),
         (YARN, {"rope_parameters": None}, {}, {}, "must rotate, got LlamaForCausalLM"),

@@ -48,6 +48,7 @@ def check_config(settings: Settings, config: Any) -> None:
 
 def _for_all(config: Any) -> list[tuple[Any, str]]:
     model, speculative = config.model_config, config.speculative_config
+    parallel = config.parallel_config
     text = model.hf_text_config
     drafter = None if speculative is None else speculative.method
     return [
@@ -60,6 +61,11 @@ def _for_all(config: Any) -> list[tuple[Any, str]]:
         (
             model.is_encoder_decoder or model.runner_type != "generate",
             "the model must be a decoder that generates, got one with an encoder, or for pooling",
+        ),
+        (
+            model.is_multimodal_model and getattr(parallel, "enable_elastic_ep", False),
+            "elastic expert parallelism must be off for a model with encoders, which launches "
+            "workers whose loaded model nobody hands on to plugins",
         ),
         (
             not _has_rotation(text),
