@@ -3,8 +3,10 @@
 Tensors of the CPU go through the public functions as on an H100, compiled kernels included, down to
 a driver whose launch does nothing. In units of a bare launch of three arguments in the same run,
 since processors differ. bfloat16, 32 heads of q and 8 of k, head_dim 128; keys and values in pages
-of 16. "op rope_fwd, C++" is the path that the CUDA library shares with that of the CPU, here with
-the rotation of one token in place of the launch. Ends with status 1 where a bar is missed.
+of 16. Linear attention in parts is of 1,040 tokens, one head and head_dim 16: on a CPU, memory for
+more would cost what it does not cost on a GPU. "op rope_fwd, C++" is the path that the CUDA library
+shares with that of the CPU, here with the rotation of one token in place of the launch. Ends with
+status 1 where a bar is missed.
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ BARS = {
     "rerope_attention_with_kvcache, with k and v": (8.0, 2),
     "rerope_attention_with_kvcache, packed": (8.0, 2),
     "rope_append_kvcache": (NAN, 1),
+    "permute_qk": (NAN, 2),
+    "op linear_attn_fwd_triton": (NAN, 2),
+    "op linear_attn_fwd_triton, in parts": (NAN, 5),
+    "op linear_attn_fwd_triton, packed": (NAN, 5),
 }
 
 
@@ -89,6 +95,9 @@ def calls() -> dict[str, Callable[[], object]]:
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = ek.rerope_attention(*leaves, freqs, window=WINDOW, backend="triton")
     dout = random(*out.shape)
+    linear_attention = torch.ops.extrope.linear_attn_fwd_triton
+    permutations, decay = ek.head_permutations(8, 128), torch.linspace(0.9, 0.99, 8)
+    long = random(1, 1040, 1, 16)
     return {
         "bare launch": lambda: bare_kernel[(1,)](x, y, 3),
         "apply_rope_qk, Triton": lambda: ek.apply_rope_qk(
@@ -115,6 +124,14 @@ def calls() -> dict[str, Callable[[], object]]:
         "rope_append_kvcache": lambda: ek.rope_append_kvcache(
             token_q, token_k, token_k, *pages, freqs, cache_seqlens=lengths, block_table=table,
             backend="triton",
+        ),
+        "permute_qk": lambda: ek.permute_qk(q, k, permutations, positions=4096, backend="triton"),
+        "op linear_attn_fwd_triton": lambda: linear_attention(q, k, v, decay),
+        "op linear_attn_fwd_triton, in parts": lambda: linear_attention(
+            long, long, long, decay[:1]
+        ),
+        "op linear_attn_fwd_triton, packed": lambda: linear_attention(
+            packed_q, packed_k, packed_k, decay, boundaries
         ),
     }  # fmt: skip
 

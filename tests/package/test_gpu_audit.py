@@ -35,7 +35,8 @@ TRITON = {
     "permute cycles triton": "cycles_kernel",
     **{f"attention {name}": f"{name}_kernel" for name in ("rotate", "forward", "dq", "dkv")},
     **{f"cache {name}": f"{name}_kernel" for name in ("decode", "append")},
-    **{f"linear {name}": f"{name}_kernel" for name in ("state", "state_passing", "scan")},
+    **{f"linear {name}": f"{name}_kernel" for name in ("scan", "state", "state_passing")},
+    **{f"linear {name}": f"{name}_kernel" for name in ("prepare", "row_dots")},
 }
 COMPARED = [
     Case(f"attention {name}", chip, 128, "bfloat16", "R2")

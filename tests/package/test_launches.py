@@ -27,16 +27,16 @@ SETUP = """
     # What PyTorch does to a tensor without a kernel of its own.
     FREE = "empty empty_like empty_strided new_empty view reshape as_strided unflatten flatten"
     FREE += " _unsafe_view _reshape_alias slice select unbind unsqueeze narrow expand transpose"
-    FREE += " detach to alias"
+    FREE += " detach to alias resolve_conj resolve_neg"
     FREE = {f"aten::{name}" for name in FREE.split()}
 
-    def launched(call):
-        # Kernels of Triton's; none may be PyTorch's.
+    def launched(call, but=()):
+        # Kernels of Triton's; none may be PyTorch's, but those.
         driver.launches.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             call()
         other = {event.name for event in profile.events() if event.name.startswith("aten::")}
-        assert other <= FREE, other - FREE
+        assert other <= FREE | set(but), other - FREE
         return len(driver.launches)
 
     def random(*shape, **options):
@@ -171,6 +171,78 @@ def test_requests_of_a_batch_are_two_launches(run_python):
         assert launched(call) == 2
         found.add(compiled())
     assert len(found) == 1, found
+    """
+    run_on_chip(run_python, source)
+
+
+def test_a_permutation_is_two_launches(run_python):
+    """The cycles, and q and k; whatever the length and the offset are."""
+    source = """
+    permutations, found = ek.head_permutations(2, 64), set()
+    boundaries = torch.tensor([0, 3, 40], dtype=torch.int32)
+    for seqlen, positions in ((40, 0), (41, 16), (1000, 17), (40, 2**31 - 1), (40, 0)):
+        q, k = (random(2, seqlen, heads, 64) for heads in (4, 2))
+        call = lambda: ek.permute_qk(q, k, permutations, positions=positions, backend="triton")
+        assert launched(call) == 2
+        found.add(compiled())
+        packed = lambda: ek.permute_qk(
+            q[0], k[0], permutations, cu_seqlens=boundaries, inverse=True, backend="triton"
+        )
+        assert launched(packed) == 2
+    assert len(found) == 2, found  # packed and inverse, after the first
+    leaves = [x.requires_grad_() for x in (q, k)]
+    out = ek.permute_qk(*leaves, permutations, backend="triton")
+    douts = [torch.ones_like(x) for x in out]
+    assert launched(lambda: torch.autograd.grad(out, leaves, douts)) == 2
+    """
+    run_on_chip(run_python, source)
+
+
+def test_launches_of_linear_attention(run_python):
+    """Of one part of tokens the logarithm of the decay and the rows; of several, their states and
+    the passing of states and key sums besides. No length compiles again.
+    """
+    source = """
+    forward, decay = torch.ops.extrope.linear_attn_fwd_triton, torch.full((2,), 0.9)
+    def call(seqlen, *more, **options):
+        q, k = (random(1, seqlen, heads, 64) for heads in (4, 2))
+        return lambda: forward(q, k, k, *more, **options)
+
+    found = set()
+    for lengths in ((40, 1, 1024), (1025, 5000, 3001)):
+        found.clear()
+        several = 3 if lengths[0] > 1024 else 0
+        for seqlen in lengths:
+            for _ in range(2):
+                assert launched(call(seqlen, decay)) == 2 + several
+                assert launched(call(seqlen)) == 1 + several
+                assert launched(call(seqlen, normalize=False)) == 1 + several - several // 3
+                found.add(compiled())
+        assert len(found) == 1, found
+    assert launched(call(5000, causal=False)) == 4
+
+    found.clear()
+    for *ends, total in ((0, 30, 64), (0, 0, 3, 100), (0, 2000, 3000)):
+        q, k = random(total, 4, 64), random(total, 2, 64)
+        boundaries = torch.tensor([*ends, total], dtype=torch.int32)
+        assert launched(lambda: forward(q, k, k, decay, boundaries)) == 5
+        found.add(compiled())
+    assert len(found) == 1, found
+    """
+    run_on_chip(run_python, source)
+
+
+def test_launches_of_linear_attention_backward(run_python):
+    """The products of rows, and three scans, each with its logarithms; of PyTorch's, the sign of
+    the products and the reciprocals of the normaliser.
+    """
+    source = """
+    for seqlen, expected in ((40, 7), (1500, 15)):
+        q, k, v = (random(1, seqlen, n, 64, requires_grad=True) for n in (4, 2, 2))
+        out = torch.ops.extrope.linear_attn_fwd_triton(q, k, v, torch.full((2,), 0.9))[0]
+        dout = torch.ones_like(out)
+        backward = lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        assert launched(backward, but=("aten::neg", "aten::reciprocal")) == expected
     """
     run_on_chip(run_python, source)
 

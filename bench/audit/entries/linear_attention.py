@@ -1,4 +1,6 @@
-"""The entries of linear attention in Triton: its scans, and the states that they start from."""
+"""The entries of linear attention in Triton: its scans, what they ask of decay and sequences, the
+states that they start from, and what their gradients need of rows.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,17 @@ from shapes import HEADS_K, HEADS_Q, SEQLEN
 from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 
 SCANS = ("forward", "dq", "dk", "dv")
-PARTS = ("scan", "state", "state_passing")
+PARTS = ("scan", "state", "state_passing", "prepare", "row_dots")
 DIMS = (64, 128, 256)
 
 
 def cases(part: str) -> list[Case]:
     """States of one key/value head each; step: one token, from a state to the next."""
-    if part == "state_passing":
+    if part == "prepare":
+        every = [("bfloat16", 128, kind) for kind in ("forward", "forward packed")]
+    elif part == "row_dots":
+        every = [(dtype, dim, "") for dtype in ("bfloat16", "float32") for dim in DIMS]
+    elif part == "state_passing":
         every = [("bfloat16", dim, kind) for dim in DIMS for kind in ("forward", "forward state")]
         every += [("bfloat16", 64, "forward bidirectional"), ("bfloat16", 64, "dk packed")]
     else:
@@ -43,6 +49,8 @@ def in_sample(case: Case) -> bool:
         "forward state": {128: (80, 100)},
         "forward step": {64: (80,)},
     }
+    if case.kernel == "linear prepare":
+        return case.has("packed")
     if case.kernel != "linear scan" or case.dtype != "bfloat16":
         return case.head_dim == 128 and case.capability == 90
     return case.capability in chips.get(case.variant, {}).get(case.head_dim, ())
@@ -53,7 +61,12 @@ def prepare(case: Case) -> tuple[Source, Traffic]:
 
     part = case.kernel.split()[1]
     launch = record(f"{part}_kernel", case.capability, lambda: _launch(case))
-    return launch, _passing_traffic(launch) if part == "state_passing" else _traffic(case, launch)
+    traffic = {
+        "state_passing": _passing_traffic,
+        "prepare": _prepared_traffic,
+        "row_dots": _dots_traffic,
+    }
+    return launch, traffic.get(part, _traffic)(case, launch)
 
 
 def _traffic(case: Case, launch) -> Traffic:
@@ -72,14 +85,26 @@ def _traffic(case: Case, launch) -> Traffic:
     )
 
 
-def _passing_traffic(launch) -> Traffic:
+def _passing_traffic(_: Case, launch) -> Traffic:
     """Reads each part's state and writes the one before it."""
-    parts, _, size = launch.args[4:]
-    states, blocks = launch.grid
+    parts, size = launch.argument("parts"), launch.argument("size")
+    states, blocks, _ = launch.grid
     row = launch.argument("BLOCK") * 4
     return Traffic(
         2 * 4 * states * parts * size, states * blocks, (states * blocks * parts,), row, row
     )
+
+
+def _prepared_traffic(_: Case, launch) -> Traffic:
+    """One program, of a few numbers: at most a pass of each loop."""
+    heads, sequences = launch.argument("heads"), launch.argument("num_sequences")
+    return Traffic(4 * (2 * heads + 2 * sequences + 2), 1, (1, 1), 0, 0)
+
+
+def _dots_traffic(case: Case, launch) -> Traffic:
+    row = case.head_dim * itemsize(case.dtype)
+    loaded = 2 * launch.argument("BLOCK_M") * row
+    return Traffic(SEQLEN * HEADS_Q * (2 * row + 4), math.prod(launch.grid), (), loaded, 0)
 
 
 def _tokens(case: Case) -> int:
@@ -88,7 +113,7 @@ def _tokens(case: Case) -> int:
 
 def _launch(case: Case) -> None:
     from extrope_kernels.ops.linear_attention.scan import Scan
-    from extrope_kernels.ops.linear_attention.triton import scan
+    from extrope_kernels.ops.linear_attention.triton import row_dots, scan
 
     packed, tokens, dim = case.has("packed"), _tokens(case), case.head_dim
     batch = () if packed else (1,)
@@ -100,7 +125,9 @@ def _launch(case: Case) -> None:
     if case.has("state") or case.has("step"):
         shape = (1, HEADS_K, dim)
         given = {"first_state": empty(*shape, dim), "first_sum": empty(*shape), "keep_state": True}
-    if case.has("forward"):
+    if case.kernel == "linear row_dots":
+        row_dots(q, q, packed)
+    elif case.has("forward"):
         scan(q, k, k, options(normalize=True, **given))
     elif case.has("dq"):
         scan(q, k, k, options(phi_scores=False, gate=q, q_scale=numbers, q_extra=numbers))

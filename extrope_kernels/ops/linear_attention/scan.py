@@ -4,7 +4,8 @@
 
 over j <= i (causal), j >= i (causal, reverse), or all j. The forward is that of (q, k, v); dq, dk
 and dv are scans of (dout, v, k), (v, dout, q) and (k, q, dout). Implementations know scans only,
-and a new one brings its `scan` and its `row_dots`.
+and a new one brings its `scan` and its `row_dots`; where a call's checks may be made once for each
+layout of its tensors, also `scan_resolved`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,34 @@ class Scan:
     first_state: Tensor | None = None  # (batch, heads, dim, value_dim): sum of decayed k v^T
     first_sum: Tensor | None = None  # (batch, heads, dim): sum of decayed k
     keep_state: bool = False
+
+    @property
+    def others(self) -> Others:
+        return Others(
+            self.decay,
+            self.cu_seqlens,
+            self.gate,
+            self.q_scale,
+            self.q_extra,
+            self.k_scale,
+            self.k_extra,
+            self.first_state,
+            self.first_sum,
+        )
+
+
+class Others(NamedTuple):
+    """The tensors of a scan beside q, k and v."""
+
+    decay: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    gate: Tensor | None = None
+    q_scale: Tensor | None = None
+    q_extra: Tensor | None = None
+    k_scale: Tensor | None = None
+    k_extra: Tensor | None = None
+    first_state: Tensor | None = None
+    first_sum: Tensor | None = None
 
 
 class Scanned(NamedTuple):

@@ -16,7 +16,7 @@ from .._shared.autograd import contiguous_rows, register_backward
 from .._shared.library import library, ops
 from . import cpu, reference
 from .arguments import check, check_decay_values, check_dims, check_state
-from .scan import Scan, gradients
+from .scan import Others, Scan, Scanned, gradients
 
 NAME = "linear_attn"
 # An Autograd kernel sees the positional tensors alone, hence all tensors before the *.
@@ -77,6 +77,14 @@ def _step_scan(q, k, v, kv, key_sum, decay, normalize) -> Scan:
     return Scan(heads, decay, normalize=normalize, **given)
 
 
+def _resolve(q, k, v, others: Others, **options) -> Scan:
+    return _scan(q, k, v, others.decay, others.cu_seqlens, **options)
+
+
+def _resolve_step(q, k, v, others: Others, *, normalize=True) -> Scan:
+    return _step_scan(q, k, v, others.first_state, others.first_sum, others.decay, normalize)
+
+
 def plan(implementation, q, k, v, decay=None, cu_seqlens=None, **options):
     """Who runs a forward, and the scan that it is; what is wrong with it raises."""
     how = _scan(q, k, v, decay, cu_seqlens, **options)
@@ -84,9 +92,20 @@ def plan(implementation, q, k, v, decay=None, cu_seqlens=None, **options):
     return _pick(implementation, q, v), how
 
 
+def _run(implementation, resolve, q, k, v, others: Others, options) -> Scanned:
+    """The scan that resolve(q, k, v, others, **options) makes of an op's arguments."""
+    if implementation == "cpu" or q.dtype == torch.float64:
+        how = resolve(q, k, v, others, **options)
+        check_decay_values(NAME, others.decay)
+        return _pick(implementation, q, v).scan(q, k, v, how)
+    check_decay_values(NAME, others.decay)
+    from . import triton
+
+    return triton.scan_resolved(resolve, q, k, v, others, options)
+
+
 def _fwd(implementation, q, k, v, decay=None, cu_seqlens=None, **options):
-    run, how = plan(implementation, q, k, v, decay, cu_seqlens, **options)
-    return run.scan(q, k, v, how)[:2]
+    return _run(implementation, _resolve, q, k, v, Others(decay, cu_seqlens), options)[:2]
 
 
 def _bwd(implementation, dout, q, k, v, out, den, decay=None, cu_seqlens=None, **options):
@@ -96,9 +115,9 @@ def _bwd(implementation, dout, q, k, v, out, den, decay=None, cu_seqlens=None, *
 
 
 def _step(implementation, q, k, v, kv=None, key_sum=None, decay=None, *, normalize=True):
-    how = _step_scan(q, k, v, kv, key_sum, decay, normalize)
-    check_decay_values(NAME, decay)
-    scanned = _pick(implementation, q, v).scan(q, k, v, how)
+    others = Others(decay, first_state=kv, first_sum=key_sum)
+    options = {"normalize": normalize}
+    scanned = _run(implementation, _resolve_step, q, k, v, others, options)
     return scanned.out, scanned.state, scanned.sum
 
 

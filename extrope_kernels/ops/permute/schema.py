@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .._shared.library import library, load_on_first_use
 from . import autograd, reference
-from .permutations import check_bijective
 from .power import resolve
 
 # An Autograd kernel sees the positional tensors alone, hence all tensors before the *.
@@ -28,13 +27,9 @@ def _fwd_fake(q, k, *more, **options) -> tuple[Tensor, Tensor]:
 
 
 def _fwd_triton(q, k, *more, **options) -> tuple[Tensor, Tensor]:
-    from .triton import permute
+    from .triton import permute_fwd
 
-    tensors, power = resolve(q, k, *more, **options)
-    check_bijective(power.permutations)
-    outs = [torch.empty_like(x) for x in tensors]
-    permute(tensors, outs, power)
-    return outs[0].view_as(q), outs[1].view_as(k) if k is not None else q.new_empty(0)
+    return permute_fwd(q, k, *more, **options)
 
 
 def _define() -> None:
