@@ -18,11 +18,14 @@ MAX_CHUNK = 64  # tokens
 INTERPRETED = Config(16, 3, 32, 1, 1, q_twice=True)
 
 
-def config(dim: int, value_dim: int, itemsize: int, capability: int | str | None) -> Config:
-    """The setting for heads of `dim` and `value_dim`; capability as of `chip_of`.
+def config(
+    dim: int, value_dim: int, itemsize: int, capability: int | str | None, phi_scores: bool
+) -> Config:
+    """The setting for heads of `dim` and `value_dim`; capability as of `chip_of`, phi_scores as of
+    `Scan`: not in the gradients of q and k.
 
-    The newest Triton compiles all without spills, older ones some with up to 24 bytes of stack
-    (bench/results/triton_versions.json).
+    The newest Triton compiles all without spills; bench/results/triton_versions.json tells what
+    older ones spill.
     """
     if capability is None:
         return INTERPRETED
@@ -37,8 +40,8 @@ def config(dim: int, value_dim: int, itemsize: int, capability: int | str | None
         return Config(64, 16, 64, 8, 1)
     # Where a warp alone makes products, each holds all of q; warp groups share it.
     q_twice = not 90 <= capability < 120
-    if 64 < dim <= 128 and capability >= 120:
-        # Four warps spill here.
+    if phi_scores and 64 < dim <= 128 and capability >= 120:
+        # Four warps spill here. Without phi_scores they do not, but eight do with Triton 3.8.
         return Config(16, 64, 32, 8, 2)
     if dim <= 128:
         return Config(16, 64, 32, 4, 1, q_twice)

@@ -76,8 +76,9 @@ class _Layout:
         self.packed = how.cu_seqlens is not None
         self.batch = 1 if self.packed else q.shape[0]
         self.seqlen, _, self.dim = q.shape[-3:]
+        self.heads_k = k.shape[-2]
         self.value_dim = v.shape[-1]
-        self.setting = config(self.dim, self.value_dim, q.itemsize, chip_of(q))
+        self.setting = config(self.dim, self.value_dim, q.itemsize, chip_of(q), how.phi_scores)
         self.part = self.setting.chunk * self.setting.chunks
         parts, self.sequences = triton.cdiv(self.seqlen, self.part), 0
         if self.packed:
@@ -116,8 +117,10 @@ class _Layout:
     def state(self) -> Plan:
         options = {}
         if self.q.dtype == torch.float32:
-            # Eight warps spill on sm_90, and one stage on sm_100.
-            options = {"num_warps": 4, "num_stages": 2}
+            # Eight warps spill on sm_90, and one stage on sm_100. If a state has one head of keys,
+            # a second stage has nothing to load ahead, and spills for wide rows with Triton 3.8.
+            alone = self.heads_k <= self.how.heads
+            options = {"num_warps": 4, "num_stages": 1 if alone and self.dim > 128 else 2}
         return self._plan(state_kernel, self.batch * self.parts * self.how.heads, **options)
 
     def passing(self, states: Shape) -> Plan:
