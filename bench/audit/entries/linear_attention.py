@@ -51,6 +51,9 @@ def in_sample(case: Case) -> bool:
     }
     if case.kernel == "linear prepare":
         return case.has("packed")
+    if case.kernel == "linear state" and case.head_dim == 256:
+        # Triton 3.6 and 3.7 refuse products of float32 that are less than 16 deep.
+        return str(case) == "linear-state-sm_80-D256-float32-forward"
     if case.kernel != "linear scan" or case.dtype != "bfloat16":
         return case.head_dim == 128 and case.capability == 90
     return case.capability in chips.get(case.variant, {}).get(case.head_dim, ())

@@ -24,16 +24,14 @@ def config(
     """The setting for heads of `dim` and `value_dim`; capability as of `chip_of`, phi_scores as of
     `Scan`: not in the gradients of q and k.
 
-    The newest Triton compiles all without spills; bench/results/triton_versions.json tells what
-    older ones spill.
+    bench/results/triton_versions.json tells what each Triton spills.
     """
     if capability is None:
         return INTERPRETED
     if isinstance(capability, str):
         raise NotImplementedError(f"linear_attn: Triton's kernels have no tiles for {capability}")
-    if itemsize == 4 and dim > 128 and capability == 80:
-        return Config(8, 128, 16, 8, 1, True)  # 16 tokens spill here
     if itemsize == 4:
+        # Products are at least 16 deep with Triton 3.6 and 3.7, so chunks of 16 tokens.
         return Config(16, 64, 16, 8, 1, q_twice=dim > 128)
     if dim <= 64 and 100 <= capability < 120:
         # Tensor cores with a memory for their sums leave registers for more tokens.
