@@ -63,10 +63,10 @@ def backward(
     rope_args = call.inv_freq, call.log_decay, cu_seqlens, *starts, call.query_scale
     q_frames = empty(plan.q_frames, q.dtype, device)
     k_frames = empty(plan.k_frames, k.dtype, device)
-    delta = empty(lse.shape, torch.float32, device)
+    delta = torch.empty_like(lse)
     dq_frames = empty(plan.q_frames, torch.float32, device)
     dk_frames = empty(plan.dk_frames, torch.float32, device)
-    dq, dk, dv = (empty(x.shape, call.results_dtype(x.dtype), device) for x in (q, k, v))
+    dq, dk, dv = (_contiguous_like(x, call) for x in (q, k, v))
     keys = k, k_frames, v
     if plan.rotate is not None:
         plan.rotate(q, k, q_frames, k_frames, *rope_args)
@@ -81,6 +81,11 @@ def backward(
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _contiguous_like(x: Tensor, call: AttentionCall) -> Tensor:
+    dtype = call.results_dtype(x.dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _key(tensors: tuple[Tensor | None, ...], call: AttentionCall) -> Hashable:
