@@ -193,6 +193,7 @@ def test_strides_and_nothing_around(packed, monkeypatch):
         return outputs[-1].tensor
 
     monkeypatch.setattr(launch, "empty", guarded)
+    monkeypatch.setattr(launch, "empty_like", lambda x, dtype: guarded(x.shape, dtype, x.device))
     q, k, v = map(strided, inputs(19, 19, 2, 1, head_dim=24))
     dout = strided(torch.randn(1, 19, 2, 24, device=DEVICE))
     dlse = torch.randn(1, device=DEVICE).expand(*dout.shape[:-3], 2, 19)
