@@ -2,7 +2,7 @@
 
 vLLM makes a layer of another class where one is registered under the name of the class that a
 model asks for. Ours become those again, before they are initialized, in engines that ask for
-nothing.
+nothing, and in models with encoders, whose language model gets ours when it is loaded.
 """
 
 from __future__ import annotations
