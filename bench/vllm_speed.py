@@ -17,11 +17,18 @@ import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
+RERO = {"score": {"method": "rerope", "window": 1024}}
+# What is asked for, and the type of the cache.
 METHODS = {
-    "plain": None,
-    "yarn": {"method": "yarn", "factor": 4.0},
-    "rerope": {"score": {"method": "rerope", "window": 1024}},
-    "leaky_rerope": {"score": {"method": "leaky_rerope", "window": 1024, "factor": 4.0}},
+    "plain": (None, "auto"),
+    "yarn": ({"method": "yarn", "factor": 4.0}, "auto"),
+    "rerope": (RERO, "auto"),
+    "leaky_rerope": (
+        {"score": {"method": "leaky_rerope", "window": 1024, "factor": 4.0}},
+        "auto",
+    ),
+    "plain fp8": (None, "fp8"),
+    "rerope fp8": (RERO, "fp8"),
 }
 NEW = 65
 RESULTS = Path(__file__).parent / "results" / "vllm.json"
@@ -42,10 +49,11 @@ def run_engine(args: argparse.Namespace) -> None:
     # vLLM takes no notice of an additional_config that nobody reads.
     if "extrope" not in {entry.name for entry in entry_points(group="vllm.general_plugins")}:
         sys.exit("extrope_kernels must be installed, not on PYTHONPATH alone: vLLM finds its entry")
-    extrope = METHODS[args.engine]
+    extrope, cache_dtype = METHODS[args.engine]
     llm = LLM(
         args.model,
         dtype=args.dtype,
+        kv_cache_dtype=cache_dtype,
         enforce_eager=True,
         max_model_len=args.tokens + NEW,
         max_num_batched_tokens=2048,
