@@ -32,7 +32,7 @@ def config(
         raise NotImplementedError(f"linear_attn: Triton's kernels have no tiles for {capability}")
     if itemsize == 4:
         # Products are at least 16 deep with Triton 3.6 and 3.7, so chunks of 16 tokens.
-        return Config(16, 64, 16, 8, 1, q_twice=dim > 128)
+        return Config(16, 64, 64 if dim <= 64 else 32, 8, 1, q_twice=dim > 64)
     if dim <= 64 and 100 <= capability < 120:
         # Tensor cores with a memory for their sums leave registers for more tokens.
         return Config(64, 16, 64, 8, 1)
@@ -43,4 +43,4 @@ def config(
         return Config(16, 64, 32, 8, 2)
     if dim <= 128:
         return Config(16, 64, 32, 4, 1, q_twice)
-    return Config(16, 64, 16 if q_twice else 32, 8, 1, q_twice)
+    return Config(16, 64, 32, 8, 1, q_twice)

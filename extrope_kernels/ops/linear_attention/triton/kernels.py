@@ -164,7 +164,8 @@ def scan_kernel(
     row = tl.arange(0, CHUNK)
     distance = row[:, None] - row[None, :]
     decays = tl.where(distance >= 0, tl.exp2(tl.maximum(distance, 0) * rate), 0.0)
-    for chunk in tl.range(start, end, CHUNK):
+    # What does not change from chunk to chunk would be held in registers, and spill.
+    for chunk in tl.range(start, end, CHUNK, disable_licm=True):
         position = chunk + row
         token = first_token(begin, length, chunk, TILE)
         valid = position < end

@@ -127,27 +127,25 @@ def load_numbers(x, batch, head, token, valid, seqlen_all, TILE: tl.constexpr):
 
 @triton.jit
 def product(a, b):
-    # No tensor core multiplies float32, and other units hold all of both operands in registers.
-    if a.dtype == tl.float32 and a.shape[1] > 128:
-        sums = _product_of_slices(a, b)
-    else:
-        sums = tl.dot(a, b, input_precision="ieee")
-    return sums
+    return _add_product(tl.zeros((a.shape[0], b.shape[1]), tl.float32), a, b)
 
 
 @triton.jit
-def _product_of_slices(a, b):
+def _add_product(sums, a, b):
     DEPTH: tl.constexpr = a.shape[1]
-    if DEPTH > 64:
+    # No tensor core multiplies float32, and other units hold all of both operands in registers.
+    if a.dtype == tl.float32 and DEPTH > 64:
         a = tl.permute(tl.reshape(a, (a.shape[0], 2, DEPTH // 2)), (0, 2, 1))
         b = tl.permute(tl.reshape(b, (2, DEPTH // 2, b.shape[1])), (1, 2, 0))
         first_a, last_a = tl.split(a)
         first_b, last_b = tl.split(b)
-        sums = _product_of_slices(first_a, first_b)
-        tl.debug_barrier()  # or the compiler would load the next slice at once
-        sums += _product_of_slices(last_a, last_b)
+        # Each slice adds to the one before it, and waits: the compiler would load both at once,
+        # and on sm_100 add both in pairs.
+        sums = _add_product(sums, first_a, first_b)
+        tl.debug_barrier()
+        sums = _add_product(sums, last_a, last_b)
     else:
-        sums = tl.dot(a, b, input_precision="ieee")
+        sums = tl.dot(a, b, acc=sums, input_precision="ieee")
     return sums
 
 
