@@ -100,8 +100,8 @@ struct Row {
 
 // One row of one head: out = rotated in; with Grad also angle_grad += saved x out.
 template <typename T, bool Interleaved, bool Grad>
-void rotate_row(Row<T> row, int64_t half, const Wide<T>* cos, const Wide<T>* sin,
-                Wide<T>* angle_grad) {
+EXTROPE_INLINE void rotate_row(Row<T> row, int64_t half, const Wide<T>* cos, const Wide<T>* sin,
+                               Wide<T>* angle_grad) {
   for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
     using Some = Pairs<T, Interleaved, decltype(width)::value>;
     using V = typename Some::V;
