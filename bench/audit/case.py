@@ -54,6 +54,7 @@ class Traffic:
     # much must go by 16 bytes a thread. Positions and row sums come on top, in any width.
     loaded: float
     stored: float
+    around: float = 0.0  # how often all blocks together go round a loop that holds main loops
     operations: float = 0.0  # on tensor cores, in one pass of one block
 
 

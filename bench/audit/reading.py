@@ -37,7 +37,8 @@ class Code:
     tensor_memory: int
     loads: Mapping[int, int]  # instructions by bytes of a thread's access, global memory
     stores: Mapping[int, int]
-    outside: Stretch  # all that is in no innermost loop
+    outside: Stretch  # all that is in no loop
+    around: Stretch  # loops that hold others, without these
     loops: tuple[Stretch, ...]  # the main ones, the shortest first
     digest: str  # of the machine code
     made_from: str  # a hash of what the compiler was given, and of its version
@@ -48,8 +49,8 @@ class Code:
 
 
 def read(case: Case, binary: Binary, made_from: str) -> Code:
-    whole, loops = sass.whole(binary.sass), sass.loops(binary.sass)
-    inside = [sum(column) for column in zip(*map(_fields, loops))] or [0] * 4
+    whole, (loops, around) = sass.whole(binary.sass), sass.loops(binary.sass)
+    inside = [sum(column) for column in zip(*map(_fields, [*loops, around]))]
     return Code(
         kernel=case.kernel,
         capability=case.capability,
@@ -64,6 +65,7 @@ def read(case: Case, binary: Binary, made_from: str) -> Code:
         loads=dict(sorted(whole.loads.items())),
         stores=dict(sorted(whole.stores.items())),
         outside=Stretch(*(all_ - some for all_, some in zip(_fields(whole), inside))),
+        around=Stretch(*_fields(around)),
         loops=tuple(Stretch(*_fields(loop)) for loop in _main(loops)),
         digest=hashlib.sha256(binary.sass.encode()).hexdigest()[:10],
         made_from=made_from,

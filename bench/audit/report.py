@@ -88,7 +88,7 @@ def save(rows: Mapping[Case, Row], path: Path, failed: Mapping[Case, str]) -> No
         "failed": {str(case): reason.splitlines()[-1] for case, reason in failed.items()},
         "read_by": reader(),
         "seconds": RESOURCES,
-        "stretch": STRETCH,  # of loops and outside
+        "stretch": STRETCH,  # of loops, around and outside them
         "columns": COLUMNS,
     }
     lines = ",\n".join(json.dumps(_fields(row), separators=(",", ":")) for row in rows.values())
@@ -114,7 +114,7 @@ def _load(content: dict) -> dict[Case, Row]:
 
 def _fields(row: Row) -> list:
     values = {name: getattr(row, name) for name in COLUMNS}
-    values["outside"] = list(astuple(row.outside))
+    values["outside"], values["around"] = list(astuple(row.outside)), list(astuple(row.around))
     values["loops"] = [astuple(loop) for loop in row.loops]
     values["seconds"] = [float(f"{row.seconds[name]:.3g}") for name in RESOURCES if row.seconds]
     values["narrow"] = int(row.narrow)
@@ -124,7 +124,7 @@ def _fields(row: Row) -> list:
 def _row(values: dict) -> Row:
     for name in ("loads", "stores"):
         values[name] = {int(size): n for size, n in values[name].items()}
-    values["outside"] = Stretch(*values["outside"])
+    values["outside"], values["around"] = (Stretch(*values[x]) for x in ("outside", "around"))
     values["loops"] = tuple(Stretch(*loop) for loop in values["loops"])
     values["seconds"] = dict(zip(RESOURCES, values["seconds"]))
     return Row(**{**values, "narrow": bool(values["narrow"])})

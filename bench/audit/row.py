@@ -59,11 +59,13 @@ def faults(row: Row, plain: Row | None, holds_stack: bool, allowed: int = 0) -> 
 
 
 def _work(code: Code, traffic: Traffic) -> Work:
-    """Instructions of all warps: those outside loops once, those of main loops as often as said."""
+    """Instructions of all warps: those outside loops once, those of main loops, and around them, as
+    often as said."""
 
     def total(field: str) -> float:
         inside = sum(n * getattr(x, field) for n, x in zip(traffic.passes, code.loops))
-        return code.warps * (traffic.blocks * getattr(code.outside, field) + inside)
+        around = max(traffic.around, traffic.blocks) * getattr(code.around, field)
+        return code.warps * (traffic.blocks * getattr(code.outside, field) + around + inside)
 
     multiplies = any(loop.products for loop in code.loops)
     operations = sum(traffic.passes) * traffic.operations if multiplies else 0.0

@@ -58,9 +58,22 @@ def count(opcodes: list[str]) -> Count:
     return Count(total, products, special, loads, stores)
 
 
-def loops(sass: str) -> list[Count]:
-    """Every loop that holds no other, in order: what a branch back encloses."""
+def loops(sass: str) -> tuple[list[Count], Count]:
+    """Every loop that holds no other, in order: what a branch back encloses. And what lies around
+    them, in loops that hold others."""
     code = instructions(sass)
+    opcodes = [opcode for _, opcode, _ in code]
+    spans = _spans(sass, code)
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    inside, within = (
+        {i for start, end in some for i in range(start, end + 1)} for some in (inner, spans)
+    )
+    around = [opcodes[i] for i in sorted(within - inside)]
+    return [count(opcodes[start : end + 1]) for start, end in inner], count(around)
+
+
+def _spans(sass: str, code: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
+    """The first and last instruction of every loop."""
     targets = _targets(sass, code)
     spans = []
     for end, (_, opcode, line) in enumerate(code):
@@ -69,8 +82,7 @@ def loops(sass: str) -> list[Count]:
         # One instruction that jumps to itself ends every kernel.
         if start is not None and start < end:
             spans.append((start, end))
-    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return [count([opcode for _, opcode, _ in code[start : end + 1]]) for start, end in inner]
+    return spans
 
 
 def whole(sass: str) -> Count:

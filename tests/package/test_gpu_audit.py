@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton.backends.nvidia")
 
-from audit import report
+from audit import report, sass
 from audit.case import Binary, Case, Traffic
 from audit.chips import CARDS, CHIPS
 from audit.entries import KERNELS, all_cases, attention, nvcc, plain_kernels, sample
@@ -242,12 +242,21 @@ def test_products_of_single_warps_have_a_rate_of_their_own(products, rate):
     code = Code(
         *("attention forward", 90, 128, "bfloat16", "R2"),
         **{"registers": 1, "stack": 0, "shared": 0, "warps": 8, "tensor_memory": 0},
-        **{"loads": {}, "stores": {}, "outside": stretch, "loops": (stretch,)},
+        **{"loads": {}, "stores": {}, "outside": stretch, "around": stretch, "loops": (stretch,)},
         **{"digest": "", "made_from": ""},
     )
     traffic = Traffic(0, 1, (passes,), loaded=0, stored=0, operations=operations)
     seconds = derive(code, traffic).seconds["tensor"]
     assert seconds == pytest.approx(passes * operations / (CARDS[90].tensor * rate))
+
+
+def test_what_lies_around_a_loop_is_counted():
+    code = ["MOV", "HMMA", "MUFU", "LDG.E.128", "BRA 0x20", "MUFU", "BRA 0x10", "EXIT", "BRA 0x80"]
+    listing = "\n".join(f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate(code))
+    (inner,), around = sass.loops(listing)
+    assert (inner.instructions, inner.special, inner.loads) == (3, 1, {16: 1})
+    assert (around.instructions, around.products, around.special) == (3, 1, 1)
+    assert sass.whole(listing).instructions == 9
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def prepare(case: Case) -> tuple[Source, Traffic]:
 def _traffic(case: Case, launch) -> Traffic:
     tile, size = launch.argument("TILE"), itemsize(case.dtype)
     tokens, blocks = _tokens(case), launch.grid[1]
+    programs = launch.grid[0] // launch.argument("parts")
     rows, values = tile.chunk * case.head_dim * size, tile.chunk * tile.block_v * size
     of_states = case.kernel == "linear state"
     heads = HEADS_K if of_states and case.has("forward") else HEADS_Q
@@ -83,6 +84,7 @@ def _traffic(case: Case, launch) -> Traffic:
         bytes=tokens * moved * case.head_dim * size,
         blocks=math.prod(launch.grid),
         passes=(heads * -(-tokens // tile.chunk) * blocks,),
+        around=programs * -(-tokens // tile.chunk) * blocks,
         loaded=rows + values if of_states else min(rows, values),
         stored=0 if of_states else values,
     )

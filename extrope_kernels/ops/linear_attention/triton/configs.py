@@ -38,9 +38,11 @@ def config(
         return Config(64, 16, 64, 8, 1)
     # Where a warp alone makes products, each holds all of q; warp groups share it.
     q_twice = not 90 <= capability < 120
-    if phi_scores and 64 < dim <= 128 and capability >= 120:
+    if dim > 128:
+        return Config(16, 64, 32, 8, 1, q_twice)
+    if phi_scores and dim > 64 and capability >= 120:
         # Four warps spill here. Without phi_scores they do not, but eight do with Triton 3.8.
         return Config(16, 64, 32, 8, 2)
-    if dim <= 128:
-        return Config(16, 64, 32, 4, 1, q_twice)
-    return Config(16, 64, 32, 8, 1, q_twice)
+    # The wider the fewer: all blocks of a head load its q and k, and weigh them.
+    wide = not q_twice or (phi_scores and capability > 80) or (dim <= 64 and capability < 120)
+    return Config(16, 64, 64 if wide else 32, 4, 1, q_twice)
