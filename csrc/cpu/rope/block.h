@@ -66,6 +66,18 @@ struct Scratch {
   Buffer<Wide<T>> cos, sin;
 };
 
+// visit(integral_constant of Half): how many pairs the most common rows have, all of whose dims
+// rotate; 0 of other rows, and where registers do not suffice to hold the numbers of so many.
+template <typename T, typename Visit>
+auto with_half(const RopeParams& p, const Visit& visit) {
+  if constexpr (kFloats == 16 && sizeof(T) <= sizeof(float)) {
+    const int64_t dims = p.rotary_dim == p.head_dim ? p.head_dim : 0;
+    if (dims == 64) return visit(std::integral_constant<int64_t, 32>());
+    if (dims == 128) return visit(std::integral_constant<int64_t, 64>());
+  }
+  return visit(std::integral_constant<int64_t, 0>());
+}
+
 // Cosines and sines of one token.
 template <typename T>
 struct Angle {

@@ -15,8 +15,9 @@ namespace {
 // heads have the same.
 template <typename T>
 struct WeightedAngles {
+  template <typename Some>
   struct Factors {
-    const Wide<T>*a_cos, *b_sin, *b_cos, *a_sin;
+    Some a_cos, b_sin, b_cos, a_sin;
   };
 
   WeightedAngles(int64_t tokens, int64_t stride) : stride(stride), values(4 * tokens * stride) {}
@@ -37,9 +38,11 @@ struct WeightedAngles {
     }
   }
 
-  Factors of(int64_t token) const {
+  template <int64_t Half>
+  EXTROPE_INLINE auto of(int64_t token) const {
+    using Some = Numbers<T, Half>;
     const Wide<T>* at = values.data() + 4 * token * stride;
-    return {at, at + stride, at + 2 * stride, at + 3 * stride};
+    return Factors<Some>{Some(at), Some(at + stride), Some(at + 2 * stride), Some(at + 3 * stride)};
   }
 
   int64_t stride;
@@ -47,7 +50,7 @@ struct WeightedAngles {
 };
 
 // One tensor of one block of tokens whose rows each have a mean square of their own.
-template <typename T, bool Interleaved>
+template <typename T, bool Interleaved, int64_t Half>
 struct NormOfEach {
   using V = WideVector<T>;
   static constexpr int kGroup = Lanes<V>::count;
@@ -59,10 +62,10 @@ struct NormOfEach {
   const WeightedAngles<T>& angles;
   const Ahead& ahead;
 
-  EXTROPE_INLINE void rotate(const T* in, T* out, typename WeightedAngles<T>::Factors by,
-                             Wide<T> scale) const {
-    const int64_t half = p.rotary_dim / 2;
-    for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
+  template <typename Factors>
+  EXTROPE_INLINE void rotate(const T* in, T* out, const Factors& by, Wide<T> scale) const {
+    const int64_t half = Half > 0 ? Half : p.rotary_dim / 2;
+    for_each_pairs<T, Interleaved, Half>(half, [&](auto width, int64_t i) {
       using Some = Pairs<T, Interleaved, decltype(width)::value>;
       using U = typename Some::V;
       Some row;
@@ -70,11 +73,12 @@ struct NormOfEach {
       for (int v = 0; v < Some::kCount; ++v) {
         const int64_t at = i + v * Some::kLanes;
         const U a = row.a[v] * scale, b = row.b[v] * scale;
-        row.a[v] = a * load<U>(by.a_cos + at) - b * load<U>(by.b_sin + at);
-        row.b[v] = b * load<U>(by.b_cos + at) + a * load<U>(by.a_sin + at);
+        row.a[v] = a * numbers_at<U>(by.a_cos, at) - b * numbers_at<U>(by.b_sin, at);
+        row.b[v] = b * numbers_at<U>(by.b_cos, at) + a * numbers_at<U>(by.a_sin, at);
       }
       row.store(out, half, i);
     });
+    if constexpr (Half > 0) return;
     for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
       using U = decltype(lanes);
       write(out + i, read<U>(in + i) * scale * load<U>(weight + i));
@@ -84,13 +88,14 @@ struct NormOfEach {
   EXTROPE_INLINE V measure(Cursor& at) const {
     const T* row = input_row<T>(x, tokens[at.token], at.head);
     at.next();
-    return squares_of(row, p.head_dim);
+    return squares_of(row, Half > 0 ? 2 * Half : p.head_dim);
   }
 
   void rows(const Run& run) const {
     const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(p.head_dim);
     const Wide<T> eps = static_cast<Wide<T>>(p.norm_eps);
     const int64_t far = ahead.in_behind(x, kGroup);
+    const int64_t bytes = Half > 0 ? 2 * Half * sizeof(T) : ahead.bytes;
     Cursor measured(run), at(run);
     V squares[kGroup] = {};
     int64_t left = run.tokens * run.heads;
@@ -98,14 +103,19 @@ struct NormOfEach {
     for (; left > 0; left -= kGroup) {
       Wide<T> scale[kGroup];
       store(scale, Wide<T>{1} / root(sums_of(squares) * share + eps));
-      for (int64_t i = 0; i < std::min<int64_t>(kGroup, left); ++i, at.next()) {
-        const T* in = input_row<T>(x, tokens[at.token], at.head);
-        T* out = output_row<T>(x, tokens[at.token], at.head);
-        if (i < left - kGroup) squares[i] = measure(measured);
-        fetch(in, far, ahead.bytes);
-        if (!out) continue;
-        rotate(in, out, angles.of(at.token), scale[i]);
-        if (in != out) fetch(out, ahead.out, ahead.bytes);
+      const int64_t count = std::min<int64_t>(kGroup, left);
+      for (int64_t i = 0; i < count;) {
+        const auto by = angles.template of<Half>(at.token);
+        const int64_t end = std::min(count, i + at.left_of_token());
+        for (; i < end; ++i, at.next()) {
+          const T* in = input_row<T>(x, tokens[at.token], at.head);
+          T* out = output_row<T>(x, tokens[at.token], at.head);
+          if (i < left - kGroup) squares[i] = measure(measured);
+          fetch(in, far, bytes);
+          if (!out) continue;
+          rotate(in, out, by, scale[i]);
+          if (in != out) fetch(out, ahead.out, bytes);
+        }
       }
     }
   }

@@ -211,7 +211,10 @@ void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm
     } else if (norm.head_step == 0) {
       each_run([&](Run run) {
         angles.fill(scratch, count, norm.weight.data());
-        NormOfEach<T, Interleaved>{p, x, norm.weight.data(), tokens, angles, ahead}.rows(run);
+        with_half<T>(p, [&](auto half) {
+          using Norms = NormOfEach<T, Interleaved, decltype(half)::value>;
+          Norms{p, x, norm.weight.data(), tokens, angles, ahead}.rows(run);
+        });
       });
     } else {
       NormOfAll<T, Interleaved> all{p, x, norm, tokens, scratch, ahead, {}};

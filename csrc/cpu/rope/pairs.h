@@ -14,6 +14,34 @@ using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 using WideVector = std::conditional_t<std::is_same_v<T, double>, doubles, floats>;
 
+// Numbers of Half pairs, held in registers from row to row.
+template <typename T, int64_t Half>
+struct Held {
+  static constexpr int64_t kLanes = Lanes<WideVector<T>>::count;
+  WideVector<T> vectors[Half / kLanes];
+
+  explicit Held(const Wide<T>* from) {
+    for (int64_t i = 0; i < Half; i += kLanes) {
+      vectors[i / kLanes] = load<WideVector<T>>(from + i);
+    }
+  }
+};
+
+// Half is 0 where a row may have any number of pairs.
+template <typename T, int64_t Half>
+using Numbers = std::conditional_t<(Half > 0), Held<T, Half>, const Wide<T>*>;
+
+// The numbers of one vector of pairs, or of one pair, from pair i on.
+template <typename V, typename T>
+EXTROPE_INLINE V numbers_at(const T* from, int64_t i) {
+  return load<V>(from + i);
+}
+template <typename V, typename T, int64_t Half>
+EXTROPE_INLINE V numbers_at(const Held<T, Half>& held, int64_t i) {
+  static_assert(sizeof(V) == sizeof(held.vectors[0]));
+  return held.vectors[i / held.kLanes];
+}
+
 // Half-split dims of 16 bits are read as 32-bit words of two neighbours, so that none has to
 // move: a word gives one vector of even dims and one of odd dims, and cos and sin follow.
 template <typename T, bool Interleaved>
@@ -57,10 +85,10 @@ struct Pairs {
     }
   }
 
-  EXTROPE_INLINE void rotate(const Wide<T>* cos, const Wide<T>* sin, int64_t i) {
+  template <typename Some>
+  EXTROPE_INLINE void rotate(const Some& cos, const Some& sin, int64_t i) {
     for (int v = 0; v < kCount; ++v) {
-      const V c = extrope::load<V>(cos + i + v * kLanes),
-              s = extrope::load<V>(sin + i + v * kLanes);
+      const V c = numbers_at<V>(cos, i + v * kLanes), s = numbers_at<V>(sin, i + v * kLanes);
       const V first = a[v] * c - b[v] * s, second = b[v] * c + a[v] * s;
       a[v] = first, b[v] = second;
     }
@@ -79,16 +107,22 @@ struct Pairs {
 template <int Vectors>
 using Width = std::integral_constant<int, Vectors>;
 
-// Calls visit(Width<Vectors>, i) for all pairs of a row.
-template <typename T, bool Interleaved, typename Visit>
-inline void for_each_pairs(int64_t half, const Visit& visit) {
+// Calls visit(Width<Vectors>, i) for all pairs of a row: Half of them, or if that is 0, `half`.
+template <typename T, bool Interleaved, int64_t Half = 0, typename Visit>
+EXTROPE_INLINE void for_each_pairs(int64_t half, const Visit& visit) {
   constexpr int64_t lanes = Lanes<WideVector<T>>::count;
   int64_t i = 0;
-  if constexpr (kInWords<T, Interleaved>) {
-    for (; i + 2 * lanes <= half; i += 2 * lanes) visit(Width<2>(), i);
+  if constexpr (Half > 0) {
+    constexpr int kWidth = kInWords<T, Interleaved> ? 2 : 1;
+    static_assert(Half % (kWidth * lanes) == 0);
+    for (; i < Half; i += kWidth * lanes) visit(Width<kWidth>(), i);
+  } else {
+    if constexpr (kInWords<T, Interleaved>) {
+      for (; i + 2 * lanes <= half; i += 2 * lanes) visit(Width<2>(), i);
+    }
+    for (; i + lanes <= half; i += lanes) visit(Width<1>(), i);
+    for (; i < half; ++i) visit(Width<0>(), i);
   }
-  for (; i + lanes <= half; i += lanes) visit(Width<1>(), i);
-  for (; i < half; ++i) visit(Width<0>(), i);
 }
 
 template <typename T>
@@ -99,10 +133,10 @@ struct Row {
 };
 
 // One row of one head: out = rotated in; with Grad also angle_grad += saved x out.
-template <typename T, bool Interleaved, bool Grad>
-EXTROPE_INLINE void rotate_row(Row<T> row, int64_t half, const Wide<T>* cos, const Wide<T>* sin,
-                               Wide<T>* angle_grad) {
-  for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
+template <typename T, bool Interleaved, bool Grad, int64_t Half = 0>
+EXTROPE_INLINE void rotate_row(Row<T> row, int64_t half, const Numbers<T, Half>& cos,
+                               const Numbers<T, Half>& sin, Wide<T>* angle_grad) {
+  for_each_pairs<T, Interleaved, Half>(half, [&](auto width, int64_t i) {
     using Some = Pairs<T, Interleaved, decltype(width)::value>;
     using V = typename Some::V;
     Some x;

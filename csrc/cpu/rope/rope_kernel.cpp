@@ -12,7 +12,7 @@ namespace {
 
 // Heads of one token, by the same cosines and sines: what a row needs beside its elements is worth
 // a third of its time, and settled once.
-template <typename T, bool Interleaved, bool Grad>
+template <typename T, bool Interleaved, bool Grad, int64_t Half>
 void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<double>& token,
                   int64_t head, int64_t count, Angle<T> angle, const Ahead& ahead) {
   Row<T> row{input_row<T>(tensor, token, head), output_row<T>(tensor, token, head), nullptr};
@@ -26,19 +26,28 @@ void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<dou
   }
   // Copies: what lies behind a reference might be changed by any row's stores.
   const Ahead far = ahead;
+  const Numbers<T, Half> cos(angle.cos), sin(angle.sin);
   const int64_t in_step = tensor.in_head, out_step = tensor.out_head;
   const int64_t saved_step = tensor.saved_head;
   const int64_t rotary_dim = p.rotary_dim;
   const bool in_place = row.in == row.out;
-  const int64_t rest = in_place ? 0 : p.head_dim - rotary_dim;
+  const int64_t rest = Half > 0 || in_place ? 0 : p.head_dim - rotary_dim;
+  const int64_t bytes = Half > 0 ? 2 * Half * sizeof(T) : far.bytes;
   for (; count > 0; --count) {
-    rotate_row<T, Interleaved, Grad>(row, half, angle.cos, angle.sin, angle_grad);
-    fetch(row.in, far.in, far.bytes);
-    if (!in_place) fetch(row.out, far.out, far.bytes);
+    rotate_row<T, Interleaved, Grad, Half>(row, half, cos, sin, angle_grad);
+    fetch(row.in, far.in, bytes);
+    if (!in_place) fetch(row.out, far.out, bytes);
     if (rest > 0) std::memcpy(row.out + rotary_dim, row.in + rotary_dim, rest * sizeof(T));
     row.in += in_step, row.out += out_step;
     if constexpr (Grad) row.saved += saved_step;
   }
+}
+
+template <typename T, bool Interleaved>
+auto heads_of(const RopeParams& p) {
+  if (p.angle_grad) return rotate_heads<T, Interleaved, true, 0>;
+  return with_half<T>(
+      p, [](auto half) { return rotate_heads<T, Interleaved, false, decltype(half)::value>; });
 }
 
 template <typename T, bool Interleaved>
@@ -48,12 +57,11 @@ void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
     const int64_t row = p.angle_heads * p.rotary_dim / 2;
     std::fill_n(static_cast<Wide<T>*>(p.angle_grad) + begin * row, (end - begin) * row, Wide<T>{0});
   }
+  const auto rotate = heads_of<T, Interleaved>(p);
   const Ahead ahead[] = {{p, p.tensors[0], sizeof(T)}, {p, p.tensors[1], sizeof(T)}};
   for_each_block(p, begin, end, [&](const Token<double>* tokens, int64_t count) {
     for (int64_t n = 0; n < p.num_tensors; ++n) {
       const RopeTensor& tensor = p.tensors[n];
-      const auto rotate =
-          p.angle_grad ? rotate_heads<T, Interleaved, true> : rotate_heads<T, Interleaved, false>;
       for_each_run<T>(p, tensor, tokens, count, scratch, /*filled=*/n > 0 && !p.log_decay,
                       [&](Run run) {
                         const int64_t together = run.of_heads ? run.heads : 1;

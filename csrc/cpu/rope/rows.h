@@ -101,6 +101,11 @@ struct Cursor {
     if (run.of_heads && ++head == run.first_head + run.heads) head = run.first_head, ++token;
     if (!run.of_heads && ++token == run.tokens) token = 0, ++head;
   }
+
+  // How many rows of the same token come one after another, from this one on.
+  EXTROPE_INLINE int64_t left_of_token() const {
+    return run.of_heads ? run.first_head + run.heads - head : 1;
+  }
 };
 
 }  // namespace
