@@ -7,6 +7,7 @@
 
 #include "cpu/linear_attention/pack.h"
 #include "cpu/linear_attention/sums.h"
+#include "cpu/runtime/caches.h"
 
 namespace extrope {
 namespace {
@@ -146,10 +147,9 @@ void add_to_state(const Chunk& c, bool first) {
 // Whether rows of out should leave past the caches: they are too many for one to keep, and are
 // whole lines of 64 bytes, so that none has to be read before it is written.
 bool past_caches(const ScanParams& p) {
-  constexpr int64_t kPastCaches = int64_t{16} << 20;  // bytes
   const int64_t row = p.value_dim * sizeof(float);
   return kFloats == 16 && p.out_is_float && row % 64 == 0 &&
-         p.batch * p.seqlen * greater(p.q.heads, p.heads) * row >= kPastCaches;
+         p.batch * p.seqlen * greater(p.q.heads, p.heads) * row > kMostKept;
 }
 
 template <typename Out>

@@ -66,16 +66,28 @@ struct Scratch {
   Buffer<Wide<T>> cos, sin;
 };
 
-// visit(integral_constant of Half): how many pairs the most common rows have, all of whose dims
-// rotate; 0 of other rows, and where registers do not suffice to hold the numbers of so many.
+// What the rows of one tensor are: of pairs, all of whose dims rotate; written past the caches.
+template <int64_t Half, bool Past>
+struct FormOf {
+  static constexpr int64_t kHalf = Half;
+  static constexpr bool kPast = Past;
+};
+
+// visit(FormOf): of the most common rows. Of others, and where registers do not suffice to hold the
+// numbers of so many pairs, Half is 0.
 template <typename T, typename Visit>
-auto with_half(const RopeParams& p, const Visit& visit) {
+auto with_form(const RopeParams& p, const RopeTensor& x, const Visit& visit) {
   if constexpr (kFloats == 16 && sizeof(T) <= sizeof(float)) {
     const int64_t dims = p.rotary_dim == p.head_dim ? p.head_dim : 0;
-    if (dims == 64) return visit(std::integral_constant<int64_t, 32>());
-    if (dims == 128) return visit(std::integral_constant<int64_t, 64>());
+    if constexpr (kStoresLines<T>) {
+      const bool past = past_caches<T>(p, x);
+      if (past && dims == 64) return visit(FormOf<32, true>());
+      if (past && dims == 128) return visit(FormOf<64, true>());
+    }
+    if (dims == 64) return visit(FormOf<32, false>());
+    if (dims == 128) return visit(FormOf<64, false>());
   }
-  return visit(std::integral_constant<int64_t, 0>());
+  return visit(FormOf<0, false>());
 }
 
 // Cosines and sines of one token.

@@ -50,10 +50,11 @@ struct WeightedAngles {
 };
 
 // One tensor of one block of tokens whose rows each have a mean square of their own.
-template <typename T, bool Interleaved, int64_t Half>
+template <typename T, bool Interleaved, typename Form>
 struct NormOfEach {
   using V = WideVector<T>;
   static constexpr int kGroup = Lanes<V>::count;
+  static constexpr int64_t kHalf = Form::kHalf;
 
   const RopeNormParams& p;
   const RopeTensor& x;
@@ -64,8 +65,8 @@ struct NormOfEach {
 
   template <typename Factors>
   EXTROPE_INLINE void rotate(const T* in, T* out, const Factors& by, Wide<T> scale) const {
-    const int64_t half = Half > 0 ? Half : p.rotary_dim / 2;
-    for_each_pairs<T, Interleaved, Half>(half, [&](auto width, int64_t i) {
+    const int64_t half = kHalf > 0 ? kHalf : p.rotary_dim / 2;
+    for_each_pairs<T, Interleaved, kHalf>(half, [&](auto width, int64_t i) {
       using Some = Pairs<T, Interleaved, decltype(width)::value>;
       using U = typename Some::V;
       Some row;
@@ -76,9 +77,9 @@ struct NormOfEach {
         row.a[v] = a * numbers_at<U>(by.a_cos, at) - b * numbers_at<U>(by.b_sin, at);
         row.b[v] = b * numbers_at<U>(by.b_cos, at) + a * numbers_at<U>(by.a_sin, at);
       }
-      row.store(out, half, i);
+      row.template store<Form::kPast>(out, half, i);
     });
-    if constexpr (Half > 0) return;
+    if constexpr (kHalf > 0) return;
     for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
       using U = decltype(lanes);
       write(out + i, read<U>(in + i) * scale * load<U>(weight + i));
@@ -88,14 +89,15 @@ struct NormOfEach {
   EXTROPE_INLINE V measure(Cursor& at) const {
     const T* row = input_row<T>(x, tokens[at.token], at.head);
     at.next();
-    return squares_of(row, Half > 0 ? 2 * Half : p.head_dim);
+    return squares_of(row, kHalf > 0 ? 2 * kHalf : p.head_dim);
   }
 
   void rows(const Run& run) const {
     const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(p.head_dim);
     const Wide<T> eps = static_cast<Wide<T>>(p.norm_eps);
     const int64_t far = ahead.in_behind(x, kGroup);
-    const int64_t bytes = Half > 0 ? 2 * Half * sizeof(T) : ahead.bytes;
+    const int64_t in_step = x.in_head, out_step = x.out_head;
+    const int64_t bytes = kHalf > 0 ? 2 * kHalf * sizeof(T) : ahead.bytes;
     Cursor measured(run), at(run);
     V squares[kGroup] = {};
     int64_t left = run.tokens * run.heads;
@@ -105,16 +107,20 @@ struct NormOfEach {
       store(scale, Wide<T>{1} / root(sums_of(squares) * share + eps));
       const int64_t count = std::min<int64_t>(kGroup, left);
       for (int64_t i = 0; i < count;) {
-        const auto by = angles.template of<Half>(at.token);
+        const auto by = angles.template of<kHalf>(at.token);
         const int64_t end = std::min(count, i + at.left_of_token());
-        for (; i < end; ++i, at.next()) {
-          const T* in = input_row<T>(x, tokens[at.token], at.head);
-          T* out = output_row<T>(x, tokens[at.token], at.head);
+        const T* in = input_row<T>(x, tokens[at.token], at.head);
+        T* out = output_row<T>(x, tokens[at.token], at.head);
+        at.skip_of_token(end - i);
+        for (; i < end; ++i) {
           if (i < left - kGroup) squares[i] = measure(measured);
           fetch(in, far, bytes);
-          if (!out) continue;
-          rotate(in, out, by, scale[i]);
-          if (in != out) fetch(out, ahead.out, bytes);
+          if (out) {
+            rotate(in, out, by, scale[i]);
+            if (in != out && !Form::kPast) fetch(out, ahead.out, bytes);
+            out += out_step;
+          }
+          in += in_step;
         }
       }
     }

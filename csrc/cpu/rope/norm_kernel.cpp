@@ -211,8 +211,8 @@ void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm
     } else if (norm.head_step == 0) {
       each_run([&](Run run) {
         angles.fill(scratch, count, norm.weight.data());
-        with_half<T>(p, [&](auto half) {
-          using Norms = NormOfEach<T, Interleaved, decltype(half)::value>;
+        with_form<T>(p, x, [&](auto form) {
+          using Norms = NormOfEach<T, Interleaved, decltype(form)>;
           Norms{p, x, norm.weight.data(), tokens, angles, ahead}.rows(run);
         });
       });
@@ -223,6 +223,7 @@ void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm
     }
   };
   for_each_tensor(p, begin, end, scratch, block);
+  if (any_past_caches<T>(p)) order_stores();
 }
 
 template <typename T, bool Interleaved>

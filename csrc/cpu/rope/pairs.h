@@ -70,18 +70,19 @@ struct Pairs {
     }
   }
 
+  template <bool Past = false>
   EXTROPE_INLINE void store(T* row, int64_t half, int64_t i) const {
     if constexpr (Vectors == 0) {
       narrow(a[0], row[Interleaved ? 2 * i : i]);
       narrow(b[0], row[Interleaved ? 2 * i + 1 : half + i]);
     } else if constexpr (Interleaved) {
-      store_plain_pairs(row + 2 * i, a[0], b[0]);
+      store_plain_pairs<Past>(row + 2 * i, a[0], b[0]);
     } else if constexpr (Vectors == 2) {
-      store_plain_pairs(row + i, a[0], a[1]);
-      store_plain_pairs(row + half + i, b[0], b[1]);
+      store_plain_pairs<Past>(row + i, a[0], a[1]);
+      store_plain_pairs<Past>(row + half + i, b[0], b[1]);
     } else {
-      store_plain(row + i, a[0]);
-      store_plain(row + half + i, b[0]);
+      store_plain<Past>(row + i, a[0]);
+      store_plain<Past>(row + half + i, b[0]);
     }
   }
 
@@ -133,7 +134,7 @@ struct Row {
 };
 
 // One row of one head: out = rotated in; with Grad also angle_grad += saved x out.
-template <typename T, bool Interleaved, bool Grad, int64_t Half = 0>
+template <typename T, bool Interleaved, bool Grad, int64_t Half = 0, bool Past = false>
 EXTROPE_INLINE void rotate_row(Row<T> row, int64_t half, const Numbers<T, Half>& cos,
                                const Numbers<T, Half>& sin, Wide<T>* angle_grad) {
   for_each_pairs<T, Interleaved, Half>(half, [&](auto width, int64_t i) {
@@ -154,7 +155,7 @@ EXTROPE_INLINE void rotate_row(Row<T> row, int64_t half, const Numbers<T, Half>&
         store(angle_grad + i, load<V>(angle_grad + i) + cross[0]);
       }
     }
-    x.store(row.out, half, i);
+    x.template store<Past>(row.out, half, i);
   });
 }
 

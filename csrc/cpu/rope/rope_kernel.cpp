@@ -12,11 +12,12 @@ namespace {
 
 // Heads of one token, by the same cosines and sines: what a row needs beside its elements is worth
 // a third of its time, and settled once.
-template <typename T, bool Interleaved, bool Grad, int64_t Half>
+template <typename T, bool Interleaved, bool Grad, typename Form>
 void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<double>& token,
                   int64_t head, int64_t count, Angle<T> angle, const Ahead& ahead) {
   Row<T> row{input_row<T>(tensor, token, head), output_row<T>(tensor, token, head), nullptr};
   if (!row.out) return;
+  constexpr int64_t kHalf = Form::kHalf;
   const int64_t half = p.rotary_dim / 2;
   Wide<T>* angle_grad = nullptr;
   if constexpr (Grad) {
@@ -26,17 +27,17 @@ void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<dou
   }
   // Copies: what lies behind a reference might be changed by any row's stores.
   const Ahead far = ahead;
-  const Numbers<T, Half> cos(angle.cos), sin(angle.sin);
+  const Numbers<T, kHalf> cos(angle.cos), sin(angle.sin);
   const int64_t in_step = tensor.in_head, out_step = tensor.out_head;
   const int64_t saved_step = tensor.saved_head;
   const int64_t rotary_dim = p.rotary_dim;
   const bool in_place = row.in == row.out;
-  const int64_t rest = Half > 0 || in_place ? 0 : p.head_dim - rotary_dim;
-  const int64_t bytes = Half > 0 ? 2 * Half * sizeof(T) : far.bytes;
+  const int64_t rest = kHalf > 0 || in_place ? 0 : p.head_dim - rotary_dim;
+  const int64_t bytes = kHalf > 0 ? 2 * kHalf * sizeof(T) : far.bytes;
   for (; count > 0; --count) {
-    rotate_row<T, Interleaved, Grad, Half>(row, half, cos, sin, angle_grad);
+    rotate_row<T, Interleaved, Grad, kHalf, Form::kPast>(row, half, cos, sin, angle_grad);
     fetch(row.in, far.in, bytes);
-    if (!in_place) fetch(row.out, far.out, bytes);
+    if (!in_place && !Form::kPast) fetch(row.out, far.out, bytes);
     if (rest > 0) std::memcpy(row.out + rotary_dim, row.in + rotary_dim, rest * sizeof(T));
     row.in += in_step, row.out += out_step;
     if constexpr (Grad) row.saved += saved_step;
@@ -44,10 +45,10 @@ void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<dou
 }
 
 template <typename T, bool Interleaved>
-auto heads_of(const RopeParams& p) {
-  if (p.angle_grad) return rotate_heads<T, Interleaved, true, 0>;
-  return with_half<T>(
-      p, [](auto half) { return rotate_heads<T, Interleaved, false, decltype(half)::value>; });
+auto heads_of(const RopeParams& p, const RopeTensor& tensor) {
+  if (p.angle_grad) return rotate_heads<T, Interleaved, true, FormOf<0, false>>;
+  return with_form<T>(
+      p, tensor, [](auto form) { return rotate_heads<T, Interleaved, false, decltype(form)>; });
 }
 
 template <typename T, bool Interleaved>
@@ -57,8 +58,9 @@ void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
     const int64_t row = p.angle_heads * p.rotary_dim / 2;
     std::fill_n(static_cast<Wide<T>*>(p.angle_grad) + begin * row, (end - begin) * row, Wide<T>{0});
   }
-  const auto rotate = heads_of<T, Interleaved>(p);
   const Ahead ahead[] = {{p, p.tensors[0], sizeof(T)}, {p, p.tensors[1], sizeof(T)}};
+  const decltype(heads_of<T, Interleaved>(p, p.tensors[0])) rotate[] = {
+      heads_of<T, Interleaved>(p, p.tensors[0]), heads_of<T, Interleaved>(p, p.tensors[1])};
   for_each_block(p, begin, end, [&](const Token<double>* tokens, int64_t count) {
     for (int64_t n = 0; n < p.num_tensors; ++n) {
       const RopeTensor& tensor = p.tensors[n];
@@ -67,13 +69,14 @@ void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
                         const int64_t together = run.of_heads ? run.heads : 1;
                         for (int64_t head = 0; head < run.heads; head += together) {
                           for (int64_t t = 0; t < run.tokens; ++t) {
-                            rotate(p, tensor, tokens[t], run.first_head + head, together,
-                                   {scratch, t}, ahead[n]);
+                            rotate[n](p, tensor, tokens[t], run.first_head + head, together,
+                                      {scratch, t}, ahead[n]);
                           }
                         }
                       });
     }
   });
+  if (any_past_caches<T>(p)) order_stores();
 }
 
 template <typename T>

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common/rope_params.h"
+#include "cpu/runtime/caches.h"
 #include "cpu/runtime/token.h"
 #include "cpu/simd/simd.h"
 
@@ -71,6 +72,28 @@ EXTROPE_INLINE const T* saved_row(const RopeTensor& x, const Token<double>& toke
          head * x.saved_head;
 }
 
+// Whether a vector of results is a whole line of the caches.
+template <typename T>
+constexpr bool kStoresLines =
+    kFloats == 16 && (std::is_same_v<T, float> || std::is_same_v<T, bf16>);
+
+// Whether the rows of a result go past the caches: few would be in one when they are read, and
+// whole lines need not be read before they are written.
+template <typename T>
+bool past_caches(const RopeParams& p, const RopeTensor& x) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t heads = p.tensors[0].heads + p.tensors[1].heads;
+  return kStoresLines<T> && x.out != x.in && !x.out_rows &&
+         reinterpret_cast<uintptr_t>(x.out) % 64 == 0 &&
+         (x.out_batch | x.out_seq | x.out_head) % kLine == 0 &&
+         p.batch * p.seqlen * heads * p.head_dim * int64_t{sizeof(T)} > kMostKept;
+}
+
+template <typename T>
+bool any_past_caches(const RopeParams& p) {
+  return past_caches<T>(p, p.tensors[0]) || past_caches<T>(p, p.tensors[1]);
+}
+
 // Rows of some tokens of a block and some heads, in the order in which they lie in memory.
 struct Run {
   int64_t tokens, first_head, heads;
@@ -97,14 +120,19 @@ struct Cursor {
   int64_t token, head;
 
   explicit Cursor(const Run& rows) : run(rows), token(0), head(rows.first_head) {}
-  EXTROPE_INLINE void next() {
-    if (run.of_heads && ++head == run.first_head + run.heads) head = run.first_head, ++token;
-    if (!run.of_heads && ++token == run.tokens) token = 0, ++head;
-  }
+  EXTROPE_INLINE void next() { skip_of_token(1); }
 
   // How many rows of the same token come one after another, from this one on.
   EXTROPE_INLINE int64_t left_of_token() const {
     return run.of_heads ? run.first_head + run.heads - head : 1;
+  }
+
+  EXTROPE_INLINE void skip_of_token(int64_t rows) {
+    if (!run.of_heads) {
+      if (++token == run.tokens) token = 0, ++head;
+    } else if ((head += rows) == run.first_head + run.heads) {
+      head = run.first_head, ++token;
+    }
   }
 };
 

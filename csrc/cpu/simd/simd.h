@@ -192,7 +192,11 @@ inline void store_past_caches(T* to, floats v) {
   store_narrow(to, v);
 }
 #if defined(__AVX512F__)
-inline void store_past_caches(float* to, floats v) { _mm512_stream_ps(to, v); }
+template <typename V>
+inline void store_line_past_caches(void* to, const V& line) {
+  _mm512_stream_si512(static_cast<__m512i*>(to), bits_as<__m512i>(line));
+}
+inline void store_past_caches(float* to, floats v) { store_line_past_caches(to, v); }
 inline void order_stores() { _mm_sfence(); }
 #else
 inline void order_stores() {}
@@ -226,11 +230,13 @@ inline void store_narrow(f16* to, floats v) {
 #endif
 }
 
-// As store_narrow, of plain values; see round_bf16.
-template <typename T, typename V>
+// As store_narrow, of plain values; see round_bf16. Past: past the caches.
+template <bool Past = false, typename T, typename V>
 inline void store_plain(T* to, V v) {
   if constexpr (std::is_same_v<T, bf16>) {
     store_narrow<true>(to, v);
+  } else if constexpr (Past) {
+    store_past_caches(to, v);
   } else {
     store_narrow(to, v);
   }
