@@ -19,12 +19,13 @@ from .rows import (
     add_weighted,
     dots,
     frame_of,
+    inside_of,
     keys_of,
     load_rows,
     load_values,
+    pointers_to,
     row_base,
     rows_of,
-    store_rows,
     times,
     zero_rows,
 )
@@ -91,6 +92,19 @@ def _find_delta(
     return deltas
 
 
+@triton.jit
+def _store_dq(x, base, rows, count, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Store the first `count` rows, both parts of one by the same registers with addresses: those
+    of all rows are held while sums still are."""
+    MORE: tl.constexpr = TILE.more_dims
+    inside = inside_of(count, 0, TILE.dims, ROWS, True, TILE)
+    tl.store(pointers_to(x, base, 0, TILE.dims, ROWS, TILE), rows[0], mask=inside)
+    if MORE > 0:
+        inside = inside_of(count, TILE.dims, MORE, ROWS, True, TILE)
+        to = pointers_to(x, base + TILE.dims, 0, MORE, ROWS, TILE)
+        tl.store(to, rows[1], mask=inside)
+
+
 @triton.jit(do_not_specialize=RUN_TIME_SCALARS)
 def dq_kernel(
     q_frames, k, k_frames, v, out, dout, dlse, lse, delta, dq_frames, cu_seqlens, q_start, k_start,
@@ -143,4 +157,4 @@ def dq_kernel(
             )  # fmt: skip
         dq_of = frame_of(dq_frames, q_frame_strides, r, HEADS, TILE)
         dq_base = row_base(dq_of, batch, row, head, TILE)
-        store_rows(dq_of, dq_base, times(grad, scale), left, BLOCK_M, TILE)
+        _store_dq(dq_of, dq_base, times(grad, scale), left, BLOCK_M, TILE)

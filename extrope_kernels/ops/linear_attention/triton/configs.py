@@ -11,11 +11,10 @@ class Config(NamedTuple):
     block_v: int  # of the value dim, at most, in one program
     warps: int
     stages: int
-    q_twice: bool = False  # see rows.py
 
 
 MAX_CHUNK = 64  # tokens
-INTERPRETED = Config(16, 3, 32, 1, 1, q_twice=True)
+INTERPRETED = Config(16, 3, 32, 1, 1)
 
 
 def config(
@@ -32,17 +31,15 @@ def config(
         raise NotImplementedError(f"linear_attn: Triton's kernels have no tiles for {capability}")
     if itemsize == 4:
         # Products are at least 16 deep with Triton 3.6 and 3.7, so chunks of 16 tokens.
-        return Config(16, 64, 64 if dim <= 64 else 32, 8, 1, q_twice=dim > 64)
+        return Config(16, 64, 64 if dim <= 64 else 32, 8, 1)
     if dim <= 64 and 100 <= capability < 120:
         # Tensor cores with a memory for their sums leave registers for more tokens.
         return Config(64, 16, 64, 8, 1)
-    # Where a warp alone makes products, each holds all of q; warp groups share it.
-    q_twice = not 90 <= capability < 120
+    # The wider the fewer: all blocks of a head load its q and k, and weigh them. Where a warp alone
+    # makes products it holds all of q, which a group of warps shares.
+    groups = 90 <= capability < 120
     if dim > 128:
-        return Config(16, 64, 32, 8, 1, q_twice)
-    if phi_scores and dim > 64 and capability >= 120:
-        # Four warps spill here. Without phi_scores they do not, but eight do with Triton 3.8.
-        return Config(16, 64, 32, 8, 2)
-    # The wider the fewer: all blocks of a head load its q and k, and weigh them.
-    wide = not q_twice or (phi_scores and capability > 80) or (dim <= 64 and capability < 120)
-    return Config(16, 64, 64 if wide else 32, 4, 1, q_twice)
+        return Config(16, 64, 32, 4 if groups and not phi_scores else 8, 1)
+    if groups or dim <= 64:
+        return Config(16, 64, 64, 4, 1)
+    return Config(16, 64, 64, 8, 1) if phi_scores else Config(16, 64, 32, 4, 1)

@@ -78,24 +78,25 @@ def state_kernel(
     first_v = tl.program_id(1) * BLOCK_V
     rate = _log2_decay(log2_decay, head)
     first_k = _first_head(head, k.heads, heads)
-    state, key_sum, extra_sum = no_state(TILE)
+    state, key_sum, value_sum, extra_sum = no_state(TILE)
     for chunk in tl.range(start, end, CHUNK):
         position = chunk + tl.arange(0, CHUNK)
         token = first_token(begin, length, chunk, TILE)
         valid = position < end
         count = tl.minimum(end - chunk, CHUNK)
         decay = tl.exp2(count * rate)
-        state, key_sum, extra_sum = state * decay, key_sum * decay, extra_sum * decay
+        state, key_sum = state * decay, key_sum * decay
+        value_sum, extra_sum = value_sum * decay, extra_sum * decay
         for head_k in tl.range(first_k, first_k + tl.maximum(k.heads // heads, 1)):
             k_rows, v_rows, scale, extra = _load_keys(
                 k, v, k_scale, k_extra, batch, head_k, token, valid, first_v, seqlen, TILE
             )
             weights = _weights(position, end, count, rate, scale)
-            state, key_sum, extra_sum = add_keys(
-                state, key_sum, extra_sum, k_rows, v_rows, weights, extra, TILE
+            state, key_sum, value_sum, extra_sum = add_keys(
+                state, key_sum, value_sum, extra_sum, k_rows, v_rows, weights, extra, TILE
             )
     at = (batch * parts + slot) * heads + head
-    store_states(states, at, first_v, state, key_sum, extra_sum, TILE)
+    store_states(states, at, first_v, state, key_sum, value_sum, extra_sum, TILE)
 
 
 # Whether 16 divides the size decides how wide the accesses are.
@@ -157,15 +158,18 @@ def scan_kernel(
     first_k = _first_head(head, k.heads, heads)
     first_v = tl.program_id(1) * BLOCK_V
     rate = _log2_decay(log2_decay, head)
-    state, key_sum, extra_sum = no_state(TILE)
+    state, key_sum, value_sum, extra_sum = no_state(TILE)
     if TILE.first_state:
         at = (batch * parts + slot) * heads + head
-        state, key_sum, extra_sum = load_states(states, at, first_v, TILE)
+        state, key_sum, value_sum, extra_sum = load_states(states, at, first_v, TILE)
+    # Sums over the score dims: of the state as it is, and of key_sum.
+    state_total, key_total = tl.sum(state, 0), tl.sum(key_sum, 0)
     row = tl.arange(0, CHUNK)
     distance = row[:, None] - row[None, :]
     decays = tl.where(distance >= 0, tl.exp2(tl.maximum(distance, 0) * rate), 0.0)
-    # What does not change from chunk to chunk would be held in registers, and spill.
-    for chunk in tl.range(start, end, CHUNK, disable_licm=True):
+    FLOAT32: tl.constexpr = q.pointer.dtype.element_ty == tl.float32
+    # Its products leave no registers for what does not change from chunk to chunk.
+    for chunk in tl.range(start, end, CHUNK, disable_licm=FLOAT32):
         position = chunk + row
         token = first_token(begin, length, chunk, TILE)
         valid = position < end
@@ -175,36 +179,37 @@ def scan_kernel(
         )  # fmt: skip
         extra_q = load_numbers(q_extra, batch, head_q, token, valid, seqlen, TILE)
         sums = product(q_rows, state.to(q_rows.dtype))
-        q_sum = tl.sum(q_rows.to(tl.float32), 1)
+        q_sum = tl.sum(q_rows.to(tl.float32), 1) + TILE.eps * TILE.score_dim
         if TILE.phi_scores:
-            sums += TILE.eps * tl.sum(state, 0)[None, :]
+            sums += TILE.eps * (state_total[None, :] + q_sum[:, None] * value_sum[None, :])
         if TILE.extra:
             sums += extra_q[:, None] * extra_sum[None, :]
         total = tl.zeros((CHUNK,), tl.float32)
         if TILE.normalize:
             total = tl.sum(q_rows.to(tl.float32) * key_sum[None, :], 1)
-            total += TILE.eps * tl.sum(key_sum, 0)
+            total += TILE.eps * key_total
         if TILE.causal:
             count = tl.minimum(end - chunk, CHUNK)
             aged = tl.exp2((row + 1) * rate)
             sums *= aged[:, None]
             total *= aged
             decay = tl.exp2(count * rate)
-            state, key_sum, extra_sum = state * decay, key_sum * decay, extra_sum * decay
+            state, key_sum = state * decay, key_sum * decay
+            value_sum, extra_sum = value_sum * decay, extra_sum * decay
+            state_total, key_total = state_total * decay, key_total * decay
             for head_k in tl.range(first_k, first_k + tl.maximum(k.heads // heads, 1)):
                 k_rows, v_rows, scale, extra_k = _load_keys(
                     k, v, k_scale, k_extra, batch, head_k, token, valid, first_v, seqlen, TILE
                 )
-                if TILE.q_twice:
-                    q_rows = load_rows(
-                        q, batch, head_q, token, valid, 0, TILE.score_dim, BLOCK_D,
-                        PHI_SCORES, TILE,
-                    )  # fmt: skip
-                scores = product(q_rows, tl.trans(k_rows))
+                # Not the rows from above: those would have to stay in registers.
+                q_again = load_rows(
+                    q, batch, head_q, token, valid, 0, TILE.score_dim, BLOCK_D,
+                    PHI_SCORES, TILE,
+                )  # fmt: skip
+                scores = product(q_again, tl.trans(k_rows))
                 if TILE.phi_scores:
                     k_sum = tl.sum(k_rows.to(tl.float32), 1)
-                    more = q_sum[:, None] + k_sum[None, :] + TILE.eps * TILE.score_dim
-                    scores += TILE.eps * more
+                    scores += TILE.eps * (q_sum[:, None] + k_sum[None, :])
                 if TILE.extra:
                     scores += extra_q[:, None] * extra_k[None, :]
                 # A select instead would keep NaN out of rows that do not see it, and spill.
@@ -215,8 +220,12 @@ def scan_kernel(
                 if not TILE.phi_scores:
                     sums += TILE.eps * tl.sum(scores, 1)[:, None]
                 weights = _weights(position, end, count, rate, scale)
-                state, key_sum, extra_sum = add_keys(
-                    state, key_sum, extra_sum, k_rows, v_rows, weights, extra_k, TILE
+                if TILE.phi_scores:
+                    of_keys = weights * k_sum
+                    state_total += tl.sum(v_rows.to(tl.float32) * of_keys[:, None], 0)
+                    key_total += tl.sum(of_keys + weights * (TILE.eps * TILE.score_dim), 0)
+                state, key_sum, value_sum, extra_sum = add_keys(
+                    state, key_sum, value_sum, extra_sum, k_rows, v_rows, weights, extra_k, TILE
                 )
         if TILE.normalize:
             sums /= total[:, None]
@@ -237,6 +246,5 @@ def scan_kernel(
         tl.store(to, sums.to(out.pointer.dtype.element_ty), mask=inside)
     if TILE.keep_state:  # noqa: SIM102  (as above)
         if (end == length) & (head_out == head * (out.heads // heads)):
-            store_states(
-                last_states, batch * heads + head, first_v, state, key_sum, extra_sum, TILE
-            )
+            at = batch * heads + head
+            store_states(last_states, at, first_v, state, key_sum, value_sum, extra_sum, TILE)

@@ -116,11 +116,9 @@ class _Layout:
 
     def state(self) -> Plan:
         options = {}
-        if self.q.dtype == torch.float32:
-            # Eight warps spill on sm_90, and one stage on sm_100. If a state has one head of keys,
-            # a second stage has nothing to load ahead, and spills for wide rows with Triton 3.8.
-            alone = self.heads_k <= self.how.heads
-            options = {"num_warps": 4, "num_stages": 1 if alone and self.dim > 128 else 2}
+        if self.q.dtype == torch.float32 and self.dim <= 128:
+            # Eight warps spill in the gradient of k, four in wider rows.
+            options = {"num_warps": 4, "num_stages": 2}
         return self._plan(state_kernel, self.batch * self.parts * self.how.heads, **options)
 
     def passing(self, states: Shape) -> Plan:
@@ -167,8 +165,7 @@ class _Layout:
             first_state=not self.one_part or how.first_state is not None,
             keep_state=how.keep_state,
             key_sum=how.normalize or how.keep_state,
-            q_twice=setting.q_twice,
-            widen=INTERPRETED and self.q.dtype == torch.bfloat16,
+            interpreted=INTERPRETED,
         )
 
 

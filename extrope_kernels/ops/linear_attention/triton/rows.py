@@ -51,8 +51,7 @@ class Tile(NamedTuple):
     first_state: bool  # parts start from states
     keep_state: bool
     key_sum: bool  # is part of a state
-    q_twice: bool  # load q for scores again, rather than keep it in registers
-    widen: bool  # operands to float32 before a product: the interpreter has no bfloat16
+    interpreted: bool
 
 
 @triton.jit
@@ -106,11 +105,23 @@ def load_rows(
     """(chunk, BLOCK) dims from `first` on, relu if RELU; 0 past dim and where not valid."""
     inside = valid[:, None] & (first + tl.arange(0, BLOCK) < dim)[None, :]
     rows = tl.load(row_pointers(x, batch, head, token, first, BLOCK, TILE), mask=inside, other=0.0)
-    if TILE.widen:
-        rows = rows.to(tl.float32)
-    if RELU:
-        # Not tl.maximum: that would make 0 of NaN.
+    if TILE.interpreted and rows.dtype == tl.bfloat16:
+        rows = rows.to(tl.float32)  # the interpreter has no bfloat16
+    return _relu(rows, TILE) if RELU else rows
+
+
+@triton.jit
+def _relu(rows, TILE: tl.constexpr):
+    """max(rows, 0), NaN where rows are. The compiler does it on operands of products, which several
+    warps hold: two numbers of 16 bits at a time, or it would take more than the products."""
+    if TILE.interpreted or rows.dtype == tl.float32:
         rows = tl.where(rows < 0, 0.0, rows).to(rows.dtype)
+    else:
+        PAIR: tl.constexpr = "bf16x2" if rows.dtype == tl.bfloat16 else "f16x2"
+        rows = tl.inline_asm_elementwise(
+            f"max.NaN.{PAIR} $0, $1, $2;", "=r,r,r", [rows, tl.zeros_like(rows)],
+            dtype=rows.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
     return rows
 
 
@@ -134,7 +145,7 @@ def product(a, b):
 def _add_product(sums, a, b):
     DEPTH: tl.constexpr = a.shape[1]
     # No tensor core multiplies float32, and other units hold all of both operands in registers.
-    if a.dtype == tl.float32 and DEPTH > 64:
+    if a.dtype == tl.float32 and DEPTH > 32:
         a = tl.permute(tl.reshape(a, (a.shape[0], 2, DEPTH // 2)), (0, 2, 1))
         b = tl.permute(tl.reshape(b, (2, DEPTH // 2, b.shape[1])), (1, 2, 0))
         first_a, last_a = tl.split(a)
@@ -150,17 +161,18 @@ def _add_product(sums, a, b):
 
 
 @triton.jit
-def add_keys(state, key_sum, extra_sum, k, v, weights, k_extra, TILE: tl.constexpr):
-    """Add a chunk's sum of weights_j f(k_j) g(v_j)^T to a state, and what goes with it."""
-    BLOCK_D: tl.constexpr = TILE.block_d
+def add_keys(state, key_sum, value_sum, extra_sum, k, v, weights, k_extra, TILE: tl.constexpr):
+    """Add a chunk's sum of weights_j f(k_j) g(v_j)^T to a state, and what goes with it.
+
+    If phi_scores, f(k_j) is only relu(k_j): what eps adds is in value_sum, of weights_j v_j.
+    """
     weighted = k.to(tl.float32) * weights[:, None]
     state += product(tl.trans(weighted.to(k.dtype)), v)
     values = v.to(tl.float32)
     if TILE.phi_scores:
-        eps = tl.where(tl.arange(0, BLOCK_D) < TILE.score_dim, TILE.eps, 0.0)
-        state += eps[:, None] * tl.sum(values * weights[:, None], 0)[None, :]
+        value_sum += tl.sum(values * weights[:, None], 0)
         if TILE.key_sum:
-            key_sum += tl.sum(weighted, 0) + eps * tl.sum(weights, 0)
+            key_sum += tl.sum(weighted, 0) + TILE.eps * tl.sum(weights, 0)
     else:
         state += TILE.eps * tl.sum(weighted, 0)[:, None]
     if TILE.extra:
@@ -168,4 +180,4 @@ def add_keys(state, key_sum, extra_sum, k, v, weights, k_extra, TILE: tl.constex
         extra_sum += tl.sum(values * factors[:, None], 0)
         if not TILE.phi_scores:
             extra_sum += TILE.eps * tl.sum(factors, 0)
-    return state, key_sum, extra_sum
+    return state, key_sum, value_sum, extra_sum

@@ -1,4 +1,5 @@
-"""Device functions on states: a sum of k v^T, of keys, and of what their extra numbers weigh."""
+"""Device functions on states: a sum of k v^T, of keys, of values, and of what their extra numbers
+weigh."""
 
 import triton
 import triton.language as tl
@@ -27,34 +28,38 @@ def no_state(TILE: tl.constexpr):
     BLOCK_D: tl.constexpr = TILE.block_d
     BLOCK_V: tl.constexpr = TILE.block_v
     state = tl.zeros((BLOCK_D, BLOCK_V), tl.float32)
-    return state, tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_V,), tl.float32)
+    value_sum = tl.zeros((BLOCK_V,), tl.float32)
+    return state, tl.zeros((BLOCK_D,), tl.float32), value_sum, value_sum
 
 
 @triton.jit
 def load_states(states, slot, first, TILE: tl.constexpr):
+    """As store_states left them: what eps adds is in the state, and value_sum is 0."""
     BLOCK_D: tl.constexpr = TILE.block_d
     BLOCK_V: tl.constexpr = TILE.block_v
     SCORE_DIM: tl.constexpr = TILE.score_dim
     VALUE_DIM: tl.constexpr = TILE.value_dim
     pointers, inside = _state_pointers(states[0], slot, first, TILE)
     state = tl.load(pointers, mask=inside, other=0.0)
-    _, key_sum, extra_sum = no_state(TILE)
+    _, key_sum, value_sum, extra_sum = no_state(TILE)
     if TILE.key_sum:
         pointers, inside = _sum_pointers(states[1], slot, 0, SCORE_DIM, BLOCK_D)
         key_sum = tl.load(pointers, mask=inside, other=0.0)
     if TILE.extra:
         pointers, inside = _sum_pointers(states[2], slot, first, VALUE_DIM, BLOCK_V)
         extra_sum = tl.load(pointers, mask=inside, other=0.0)
-    return state, key_sum, extra_sum
+    return state, key_sum, value_sum, extra_sum
 
 
 @triton.jit
-def store_states(states, slot, first, state, key_sum, extra_sum, TILE: tl.constexpr):
+def store_states(states, slot, first, state, key_sum, value_sum, extra_sum, TILE: tl.constexpr):
     BLOCK_D: tl.constexpr = TILE.block_d
     BLOCK_V: tl.constexpr = TILE.block_v
     SCORE_DIM: tl.constexpr = TILE.score_dim
     VALUE_DIM: tl.constexpr = TILE.value_dim
     pointers, inside = _state_pointers(states[0], slot, first, TILE)
+    if TILE.phi_scores:
+        state += TILE.eps * value_sum[None, :]
     tl.store(pointers, state, mask=inside)
     if TILE.key_sum:  # noqa: SIM102  (known when compiled; the other, when it runs)
         if first == 0:  # the other programs of this state have the same
