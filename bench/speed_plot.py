@@ -30,8 +30,8 @@ ROPE, LONG, SHORT = "8192 x 32/8 x 128", "8192 x 8/2 x 128", "2048 x 8/2 x 64"
 CACHE = "1 on 32768 x 8/2 x 128"
 PLAIN = "plain attention, unrotated"
 SHOWN = (
-    Shown("rotate q and k", "rope", "forward, half-split", "bfloat16", ROPE),
-    Shown("into memory that is kept", "rope", "forward, kept memory, half-split", "bfloat16", ROPE),
+    Shown("rotate q and k", "rope", "forward, default malloc, half-split", "bfloat16", ROPE),
+    Shown("into memory that is kept", "rope", "forward, half-split", "bfloat16", ROPE),
     Shown("rotate, and back", "rope", "forward + backward, half-split", "bfloat16", ROPE),
     Shown("ReRoPE", "rerope", "forward 8/2 x 64", "float32", SHORT),
     Shown("ReRoPE", "rerope", "forward 8/2 x 128", "bfloat16", LONG, PLAIN),

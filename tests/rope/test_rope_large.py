@@ -8,7 +8,7 @@ from extrope_kernels import apply_rope_qk, methods
 MOST_KEPT = 24 << 20  # bytes: csrc/cpu/runtime/caches.h
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", ["none", "each head", "all heads"])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -17,9 +17,9 @@ def test_as_its_parts(dtype, head_dim, interleaved, norm):
     tokens = MOST_KEPT // (sum(heads) * head_dim * dtype.itemsize) + part + 7
     q, k = (torch.randn(1, tokens, n, head_dim).to(dtype) for n in heads)
     options = {"interleaved": interleaved, "backend": "cpu"}
-    if norm:
-        weight = torch.rand(head_dim) + 0.5
-        options |= {"q_norm_weight": weight, "k_norm_weight": weight}
+    if norm != "none":
+        weights = (torch.rand(n * head_dim if norm == "all heads" else head_dim) for n in heads)
+        options |= dict(zip(("q_norm_weight", "k_norm_weight"), weights))
     freqs = methods.rope(head_dim)
     whole = apply_rope_qk(q, k, freqs, **options)
     for first in range(0, tokens, part):

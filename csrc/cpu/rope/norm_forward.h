@@ -128,9 +128,10 @@ struct NormOfEach {
 };
 
 // The same where all heads of a token share a mean square, each with its own weights.
-template <typename T, bool Interleaved>
+template <typename T, bool Interleaved, typename Form>
 struct NormOfAll {
   using V = WideVector<T>;
+  static constexpr int64_t kHalf = Form::kHalf;
 
   const RopeNormParams& p;
   const RopeTensor& x;
@@ -167,18 +168,18 @@ struct NormOfAll {
     const Wide<T>* weight = &norm.weight[head * norm.head_step];
     const Angle<T> angle(scratch, t);
     const int64_t half = p.rotary_dim / 2;
-    for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
+    for_each_pairs<T, Interleaved, kHalf>(half, [&](auto width, int64_t i) {
       Pairs<T, Interleaved, decltype(width)::value> row;
       row.load(in, half, i);
       row.normalize(weight, half, scale, i);
       row.rotate(angle.cos, angle.sin, i);
-      row.store(out, half, i);
+      row.template store<Form::kPast>(out, half, i);
     });
     for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
       using U = decltype(lanes);
       write(out + i, read<U>(in + i) * scale * load<U>(weight + i));
     });
-    if (in != out) fetch(out, ahead.out, ahead.bytes);
+    if (in != out && !Form::kPast) fetch(out, ahead.out, ahead.bytes);
   }
 
   void rows(const Run& run) {

@@ -217,9 +217,11 @@ void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm
         });
       });
     } else {
-      NormOfAll<T, Interleaved> all{p, x, norm, tokens, scratch, ahead, {}};
-      if (!all.by_tokens()) all.measure(count);
-      each_run([&](Run run) { all.rows(run); });
+      with_form<T>(p, x, [&](auto form) {
+        NormOfAll<T, Interleaved, decltype(form)> all{p, x, norm, tokens, scratch, ahead, {}};
+        if (!all.by_tokens()) all.measure(count);
+        each_run([&](Run run) { all.rows(run); });
+      });
     }
   };
   for_each_tensor(p, begin, end, scratch, block);
