@@ -66,15 +66,16 @@ struct Scratch {
   Buffer<Wide<T>> cos, sin;
 };
 
-// What the rows of one tensor are: of pairs, all of whose dims rotate; written past the caches.
+// How the rows of one tensor are rotated: Half pairs each, which are all of their dims, or if that
+// is 0 any number of pairs. Past: they are written past the caches.
 template <int64_t Half, bool Past>
 struct FormOf {
   static constexpr int64_t kHalf = Half;
   static constexpr bool kPast = Past;
 };
 
-// visit(FormOf): of the most common rows. Of others, and where registers do not suffice to hold the
-// numbers of so many pairs, Half is 0.
+// visit(FormOf), where Half is of the most common rows alone, and of those only where registers
+// hold the numbers of so many pairs.
 template <typename T, typename Visit>
 auto with_form(const RopeParams& p, const RopeTensor& x, const Visit& visit) {
   if constexpr (kFloats == 16 && sizeof(T) <= sizeof(float)) {

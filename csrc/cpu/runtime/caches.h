@@ -5,9 +5,9 @@
 
 namespace extrope {
 
-// Bytes of a result of which, if it is larger, hardly any are in a cache when they are read. Where
-// cores share 32 MiB, a rotation and a read of what it wrote took as long either way from 16 to 21
-// MiB on.
+// Bytes: of a larger result hardly any is in a cache when it is read. Where cores share 32 MiB, a
+// rotation and a read of what it wrote took as long past the caches as through them between 16 and
+// 21 MiB, more below and less above.
 constexpr int64_t kMostKept = int64_t{24} << 20;
 
 }  // namespace extrope
