@@ -39,7 +39,7 @@ struct Scratch {
     const int64_t permuted_dim = p.permute ? p.score_dim : 0;
     den = space.take(kChunk);
     masked_powers = space.take(2 * kChunk);
-    powers = space.take(kChunk + kDoubles);
+    powers = space.take(kChunk + kFloats);
     step = space.take(permuted_dim);
     permuted = space.take(permuted_dim);
     sources = space.take(kChunk * permuted_dim);
@@ -86,8 +86,10 @@ struct Chunk {
     doubles power{1.0};
     for (int i = 1; i < kDoubles; ++i) power[i] = power[i - 1] * decay;
     const double step = power[kDoubles - 1] * decay;
-    for (int64_t d = 0; d <= kChunk; d += kDoubles, power *= step) {
-      store(s.powers + d, __builtin_convertvector(power, few_floats));
+    for (int64_t d = 0; d <= kChunk; d += kFloats) {
+      const doubles next = power * step;
+      store(s.powers + d, narrow(power, next));
+      power = next * step;
     }
     for (int64_t d = 0; d < kChunk; ++d) s.masked_powers[kChunk - 1 - d] = s.powers[d];
     std::memset(s.masked_powers + kChunk, 0, kChunk * sizeof(float));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <tuple>
 
 #include "common/rope_params.h"
 #include "cpu/rope/copied_rows.h"
@@ -20,11 +21,17 @@ constexpr int64_t kBlock = 16;  // tokens
 // Brings numbers of `half` pairs to the order in which rotate_row reads words.
 template <typename Number>
 void order_by_words(Number* row, int64_t half) {
-  for (int64_t i = 0; i + 2 * kFloats <= half; i += 2 * kFloats) {
-    Number both[2 * kFloats];
-    std::copy_n(row + i, 2 * kFloats, both);
-    for (int64_t n = 0; n < kFloats; ++n) {
-      row[i + n] = both[2 * n], row[i + kFloats + n] = both[2 * n + 1];
+  using V = std::conditional_t<sizeof(Number) == sizeof(double), doubles, floats>;
+  constexpr int kLanes = Lanes<V>::count, kVectors = kFloats / kLanes;
+  for (int64_t first = 0; first + 2 * kFloats <= half; first += 2 * kFloats, row += 2 * kFloats) {
+    V even[kVectors], odd[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+      const V low = load<V>(row + 2 * i * kLanes), high = load<V>(row + (2 * i + 1) * kLanes);
+      std::tie(even[i], odd[i]) = unzip(low, high, std::make_integer_sequence<int, kLanes>{});
+    }
+    for (int i = 0; i < kVectors; ++i) {
+      store(row + i * kLanes, even[i]);
+      store(row + kFloats + i * kLanes, odd[i]);
     }
   }
 }
@@ -35,7 +42,7 @@ template <typename T>
 struct Scratch {
   Scratch(const RopeParams& p, int64_t tokens)
       : half(p.rotary_dim / 2),
-        stride((half + kDoubles - 1) / kDoubles * kDoubles),
+        stride((half + kFloats - 1) / kFloats * kFloats),
         in_words(std::is_same_v<T, bf16> && !p.interleaved) {
     freq.resize(stride);
     decay.resize(p.log_decay ? stride : 0);
@@ -55,7 +62,9 @@ struct Scratch {
   // of NaNs, which makes those plain.
   void settle(Buffer<double>& of_pairs) const {
     if (of_pairs.empty()) return;
-    for (int64_t i = 0; i < half; ++i) of_pairs[i] = plain(of_pairs[i]);
+    for (int64_t i = 0; i < stride; i += kDoubles) {
+      store(&of_pairs[i], plain(load<doubles>(&of_pairs[i])));
+    }
     if (in_words) order_by_words(of_pairs.data(), half);
   }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <numeric>
 
 #include "common/rope_norm_params.h"
 #include "cpu/rope/block.h"
@@ -11,55 +12,59 @@
 namespace extrope {
 namespace {
 
-// A row's dims as the kernels keep them between its reading and its writing: the first dims of all
-// pairs, the second dims, those past the pairs; pairs in the order in which vectors hold them.
-// place[i] is the dim that stands at i.
+// Brings numbers of a row's dims to the order in which the kernels keep them between its reading
+// and its writing: the first dims of all pairs, the second dims, those past the pairs; pairs as
+// vectors hold them.
+template <typename T, bool Interleaved, typename Number>
+void order_dims(Number* row, int64_t half) {
+  if constexpr (Interleaved) {
+    Buffer<Number> second(half);
+    for (int64_t i = 0; i < half; ++i) second[i] = row[2 * i + 1], row[i] = row[2 * i];
+    std::copy_n(second.data(), half, row + half);
+  } else if constexpr (kInWords<T, Interleaved>) {
+    order_by_words(row, half);
+    order_by_words(row + half, half);
+  }
+}
+
+// [i]: the dim that stands at i in that order.
 template <typename T, bool Interleaved>
 Buffer<int32_t> places(int64_t head_dim, int64_t half) {
-  Buffer<float> pair(half);
-  for (int64_t i = 0; i < half; ++i) pair[i] = static_cast<float>(i);
-  if constexpr (kInWords<T, Interleaved>) order_by_words(pair.data(), half);
   Buffer<int32_t> place(head_dim);
-  for (int64_t i = 0; i < half; ++i) {
-    const auto first = static_cast<int32_t>(pair[i]);
-    place[i] = Interleaved ? 2 * first : first;
-    place[half + i] = Interleaved ? 2 * first + 1 : static_cast<int32_t>(half) + first;
-  }
-  for (int64_t i = 2 * half; i < head_dim; ++i) place[i] = static_cast<int32_t>(i);
+  std::iota(place.begin(), place.end(), 0);
+  order_dims<T, Interleaved>(place.data(), half);
   return place;
 }
 
 // One tensor's norm in the form that rows take.
 template <typename T>
 struct Norm {
-  Norm(const RopeNorm& norm, const RopeTensor& tensor, const Buffer<int32_t>& place)
+  template <typename Order>
+  Norm(const RopeNorm& norm, const RopeTensor& tensor, int64_t dim, const Order& order)
       : together(norm.all_heads ? tensor.heads : 1),
-        head_step(norm.all_heads ? place.size() : 0),
-        weight(norm.weight ? together * place.size() : 0) {
+        head_step(norm.all_heads ? dim : 0),
+        weight(norm.weight ? together * dim : 0) {
     if (weight.empty()) return;
     switch (norm.weight_dtype) {
       case DType::f32:
-        fill(static_cast<const float*>(norm.weight), place);
+        widen_weights(static_cast<const float*>(norm.weight));
         break;
       case DType::f64:
-        fill(static_cast<const double*>(norm.weight), place);
+        widen_weights(static_cast<const double*>(norm.weight));
         break;
       case DType::bf16:
-        fill(static_cast<const bf16*>(norm.weight), place);
+        widen_weights(static_cast<const bf16*>(norm.weight));
         break;
       case DType::f16:
-        fill(static_cast<const f16*>(norm.weight), place);
+        widen_weights(static_cast<const f16*>(norm.weight));
     }
+    for (int64_t row = 0; row < together * dim; row += dim) order(&weight[row]);
   }
 
   template <typename Weight>
-  void fill(const Weight* from, const Buffer<int32_t>& place) {
-    const int64_t dim = place.size();
-    for (int64_t row = 0; row < together * dim; row += dim) {
-      for (int64_t i = 0; i < dim; ++i) {
-        weight[row + i] = plain(static_cast<Wide<T>>(widen(from[row + place[i]])));
-      }
-    }
+  void widen_weights(const Weight* from) {
+    const int64_t count = weight.size();
+    for (int64_t i = 0; i < count; ++i) weight[i] = plain(static_cast<Wide<T>>(widen(from[i])));
   }
 
   int64_t together;   // heads that share a mean square
@@ -77,18 +82,24 @@ inline std::pair<V, V> load_two(const T* from) {
   }
 }
 
-// Of one row, in lanes that are still to be summed.
-template <typename T>
+// Of one row, in lanes that are still to be summed: of Dim elements, or if that is 0, of `dim`.
+template <int64_t Dim, typename T>
 EXTROPE_INLINE WideVector<T> squares_of(const T* row, int64_t dim) {
   using V = WideVector<T>;
-  constexpr int64_t lanes = Lanes<V>::count;
+  constexpr int64_t kTwo = 2 * Lanes<V>::count;
+  static_assert(Dim % kTwo == 0);
   V first{}, second{};
-  int64_t i = 0;
-  for (; i + 2 * lanes <= dim; i += 2 * lanes) {
+  const auto add_two = [&](int64_t i) {
     const auto [a, b] = load_two(row + i);
     first += a * a, second += b * b;
+  };
+  if constexpr (Dim > 0) {
+    for (int64_t i = 0; i < Dim; i += kTwo) add_two(i);
+  } else {
+    int64_t i = 0;
+    for (; i + kTwo <= dim; i += kTwo) add_two(i);
+    for (; i < dim; ++i) first[0] += widen(row[i]) * widen(row[i]);
   }
-  for (; i < dim; ++i) first[0] += widen(row[i]) * widen(row[i]);
   return first + second;
 }
 

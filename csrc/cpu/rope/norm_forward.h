@@ -86,10 +86,8 @@ struct NormOfEach {
     });
   }
 
-  EXTROPE_INLINE V measure(Cursor& at) const {
-    const T* row = input_row<T>(x, tokens[at.token], at.head);
-    at.next();
-    return squares_of(row, kHalf > 0 ? 2 * kHalf : p.head_dim);
+  EXTROPE_INLINE V measure(Inputs<T>& rows) const {
+    return squares_of<2 * kHalf>(rows.next(), p.head_dim);
   }
 
   void rows(const Run& run) const {
@@ -98,7 +96,8 @@ struct NormOfEach {
     const int64_t far = ahead.in_behind(x, kGroup);
     const int64_t in_step = x.in_head, out_step = x.out_head;
     const int64_t bytes = kHalf > 0 ? 2 * kHalf * sizeof(T) : ahead.bytes;
-    Cursor measured(run), at(run);
+    Inputs<T> measured(x, tokens, run);
+    Cursor at(run);
     V squares[kGroup] = {};
     int64_t left = run.tokens * run.heads;
     for (int64_t i = 0; i < std::min<int64_t>(kGroup, left); ++i) squares[i] = measure(measured);
@@ -132,6 +131,9 @@ template <typename T, bool Interleaved, typename Form>
 struct NormOfAll {
   using V = WideVector<T>;
   static constexpr int64_t kHalf = Form::kHalf;
+  // Rows that are rotated between the last that a scale comes from and the first that takes it: a
+  // root and a division take long.
+  static constexpr int64_t kBetween = 4;
 
   const RopeNormParams& p;
   const RopeTensor& x;
@@ -139,66 +141,87 @@ struct NormOfAll {
   const Token<double>* tokens;
   const Scratch<T>& scratch;
   const Ahead& ahead;
-  V measured[kBlock];  // squares of each token, in lanes that are still to be summed
+  Wide<T> scales[kBlock];  // of the tokens of a block
 
   // Whether rows() sums up squares as it goes; otherwise measure() has to go before.
   bool by_tokens() const { return x.in_head < x.in_seq && p.angle_heads == 1; }
-
-  EXTROPE_INLINE V squares_at(int64_t t, int64_t head) const {
-    return squares_of(input_row<T>(x, tokens[t], head), p.head_dim);
-  }
-
-  void measure(int64_t count) {
-    const Run all{count, 0, x.heads, false};
-    all.for_each_row([&](int64_t t, int64_t head) {
-      fetch(input_row<T>(x, tokens[t], head), ahead.in, ahead.bytes);
-      measured[t] += squares_at(t, head);
-    });
-  }
 
   Wide<T> scale_of(V squares) const {
     const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(norm.together * p.head_dim);
     return Wide<T>{1} / root(sum_of(squares) * share + static_cast<Wide<T>>(p.norm_eps));
   }
 
-  EXTROPE_INLINE void rotate(int64_t t, int64_t head, Wide<T> scale) const {
-    const T* in = input_row<T>(x, tokens[t], head);
-    T* out = output_row<T>(x, tokens[t], head);
-    if (!out) return;
-    const Wide<T>* weight = &norm.weight[head * norm.head_step];
-    const Angle<T> angle(scratch, t);
-    const int64_t half = p.rotary_dim / 2;
+  void measure(int64_t count) {
+    V measured[kBlock] = {};
+    const Run all{count, 0, x.heads, false};
+    all.for_each_row([&](int64_t t, int64_t head) {
+      const T* row = input_row<T>(x, tokens[t], head);
+      fetch(row, ahead.in, ahead.bytes);
+      measured[t] += squares_of<2 * kHalf>(row, p.head_dim);
+    });
+    for (int64_t t = 0; t < count; ++t) scales[t] = scale_of(measured[t]);
+  }
+
+  template <typename Angles>
+  EXTROPE_INLINE void rotate(const T* in, T* out, const Angles& cos, const Angles& sin,
+                             const Wide<T>* weight, Wide<T> scale) const {
+    const int64_t half = kHalf > 0 ? kHalf : p.rotary_dim / 2;
     for_each_pairs<T, Interleaved, kHalf>(half, [&](auto width, int64_t i) {
       Pairs<T, Interleaved, decltype(width)::value> row;
       row.load(in, half, i);
       row.normalize(weight, half, scale, i);
-      row.rotate(angle.cos, angle.sin, i);
+      row.rotate(cos, sin, i);
       row.template store<Form::kPast>(out, half, i);
     });
+    if constexpr (kHalf > 0) return;
     for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
       using U = decltype(lanes);
       write(out + i, read<U>(in + i) * scale * load<U>(weight + i));
     });
-    if (in != out && !Form::kPast) fetch(out, ahead.out, ahead.bytes);
+  }
+
+  // `count` heads of a token; before each of them, visit().
+  template <typename Visit>
+  EXTROPE_INLINE void heads(int64_t t, int64_t head, int64_t count, int64_t far,
+                            const Visit& visit) const {
+    const Angle<T> angle(scratch, t);
+    const Numbers<T, kHalf> cos(angle.cos), sin(angle.sin);
+    const T* in = input_row<T>(x, tokens[t], head);
+    T* out = output_row<T>(x, tokens[t], head);
+    const Wide<T>* weight = &norm.weight[head * norm.head_step];
+    const Wide<T> scale = scales[t];
+    const int64_t in_step = x.in_head, out_step = x.out_head, weight_step = norm.head_step;
+    const int64_t bytes = kHalf > 0 ? 2 * kHalf * sizeof(T) : ahead.bytes;
+    const int64_t written = ahead.out;
+    for (; count > 0; --count) {
+      visit();
+      fetch(in, far, bytes);
+      if (out) {
+        rotate(in, out, cos, sin, weight, scale);
+        if (in != out && !Form::kPast) fetch(out, written, bytes);
+        out += out_step;
+      }
+      in += in_step, weight += weight_step;
+    }
   }
 
   void rows(const Run& run) {
     if (!by_tokens()) {
-      return run.for_each_row(
-          [&](int64_t t, int64_t head) { rotate(t, head, scale_of(measured[t])); });
+      return run.for_each_row([&](int64_t t, int64_t head) { heads(t, head, 1, 0, [] {}); });
     }
-    const int64_t far = ahead.in_behind(x, run.heads);
-    V squares{};
-    for (int64_t head = 0; head < run.heads; ++head) squares += squares_at(0, head);
-    for (int64_t t = 0; t < run.tokens; ++t) {
-      const Wide<T> scale = scale_of(squares);
-      squares = V{};
-      for (int64_t head = 0; head < run.heads; ++head) {
-        if (t + 1 < run.tokens) squares += squares_at(t + 1, head);
-        fetch(input_row<T>(x, tokens[t], head), far, ahead.bytes);
-        rotate(t, head, scale);
-      }
-    }
+    Inputs<T> measured(x, tokens, run);
+    V sum{};
+    int64_t token = 0, head = 0;
+    const auto measure_row = [&]() __attribute__((always_inline)) {
+      if (token == run.tokens) return;
+      sum += squares_of<2 * kHalf>(measured.next(), p.head_dim);
+      if (++head < run.heads) return;
+      scales[token] = scale_of(sum);
+      ++token, head = 0, sum = V{};
+    };
+    for (int64_t i = 0; i < run.heads + kBetween; ++i) measure_row();
+    const int64_t far = ahead.in_behind(x, run.heads + kBetween);
+    for (int64_t t = 0; t < run.tokens; ++t) heads(t, 0, run.heads, far, measure_row);
   }
 };
 

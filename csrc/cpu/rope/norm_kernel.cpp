@@ -107,7 +107,7 @@ struct NormBackward {
     const T* saved = saved_row<T>(x, tokens[t], head);
     fetch(in, ahead.in, ahead.bytes);
     fetch(saved, ahead.saved, ahead.bytes);
-    sums.squares += squares_of(saved, p.head_dim);
+    sums.squares += squares_of<0>(saved, p.head_dim);
     sums.products += products_of<T, Interleaved>(p, in, saved, {scratch, t},
                                                  &norm.weight[head * norm.head_step]);
   }
@@ -247,13 +247,15 @@ void norm_tokens_backward(const RopeNormParams& p, int64_t begin, int64_t end, c
 
 template <typename T, bool Interleaved>
 void run_layout(const RopeNormParams& p, int64_t begin, int64_t end) {
-  const auto place = places<T, Interleaved>(p.head_dim, p.rotary_dim / 2);
-  const Norm<T> norms[2] = {{p.norms[0], p.tensors[0], place}, {p.norms[1], p.tensors[1], place}};
+  const auto order = [&](Wide<T>* row) { order_dims<T, Interleaved>(row, p.rotary_dim / 2); };
+  const Norm<T> norms[2] = {{p.norms[0], p.tensors[0], p.head_dim, order},
+                            {p.norms[1], p.tensors[1], p.head_dim, order}};
   if (p.norm_part_tokens == 0) {
     Scratch<T> scratch(p, end - begin);
     return norm_tokens<T, Interleaved>(p, begin, end, norms, scratch);
   }
   Scratch<T> scratch(p, kBlock);
+  const auto place = places<T, Interleaved>(p.head_dim, p.rotary_dim / 2);
   Buffer<Wide<T>> grads[2];
   for (int64_t part = begin; part < end; ++part) {
     for (int n = 0; n < 2; ++n) grads[n].assign(norms[n].weight.size(), 0);

@@ -136,5 +136,33 @@ struct Cursor {
   }
 };
 
+// The inputs of a run's rows, one after another: an address is found once for a token's rows.
+template <typename T>
+class Inputs {
+ public:
+  Inputs(const RopeTensor& x, const Token<double>* tokens, const Run& run)
+      : x_(x), tokens_(tokens), step_(x.in_head), at_(run) {}
+
+  EXTROPE_INLINE const T* next() {
+    if (left_ == 0) {
+      row_ = input_row<T>(x_, tokens_[at_.token], at_.head);
+      left_ = at_.left_of_token();
+      at_.skip_of_token(left_);
+    }
+    --left_;
+    const T* row = row_;
+    row_ += step_;
+    return row;
+  }
+
+ private:
+  const RopeTensor& x_;
+  const Token<double>* tokens_;
+  const int64_t step_;
+  Cursor at_;
+  const T* row_ = nullptr;
+  int64_t left_ = 0;
+};
+
 }  // namespace
 }  // namespace extrope

@@ -40,10 +40,6 @@ typedef uint32_t words __attribute__((vector_size(kFloats * 4)));
 typedef uint16_t halves __attribute__((vector_size(kFloats * 2)));
 typedef double doubles __attribute__((vector_size(kDoubles * 8)));
 typedef int64_t longs __attribute__((vector_size(kDoubles * 8)));
-// As many lanes as a vector of doubles has: the angles are reduced in double, their sines taken in
-// float.
-typedef float few_floats __attribute__((vector_size(kDoubles * 4)));
-typedef int32_t few_ints __attribute__((vector_size(kDoubles * 4)));
 
 template <typename V>
 struct Lanes;
@@ -240,6 +236,28 @@ inline void store_plain(T* to, V v) {
   } else {
     store_narrow(to, v);
   }
+}
+
+// Two vectors as one of half the width.
+inline floats narrow(doubles low, doubles high) {
+#if defined(__AVX512F__)
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
+#else
+  typedef float half __attribute__((vector_size(sizeof(floats) / 2)));
+  const half both[] = {__builtin_convertvector(low, half), __builtin_convertvector(high, half)};
+  return load<floats>(both);
+#endif
+}
+
+template <int... I>
+inline ints even_lanes(ints low, ints high, std::integer_sequence<int, I...>) {
+  return __builtin_shuffle(low, high, ints{2 * I...});
+}
+
+// The low halves of their lanes.
+inline ints low_halves(longs low, longs high) {
+  return even_lanes(bits_as<ints>(low), bits_as<ints>(high),
+                    std::make_integer_sequence<int, kFloats>{});
 }
 
 // NaNs of v without a payload, which makes whatever comes of v plain.

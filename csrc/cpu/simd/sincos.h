@@ -48,14 +48,13 @@ inline Reduced reduce(doubles angle) {
   return {((angle - n * kHalfPi1) - n * kHalfPi2) - n * kHalfPi3, bits_as<longs>(shifted)};
 }
 
-inline few_floats sine(few_floats r, few_floats z) {
-  const few_floats p = (-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f;
+inline floats sine(floats r, floats z) {
+  const floats p = (-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f;
   return r + r * (z * p);
 }
 
-inline few_floats cosine(few_floats z) {
-  const few_floats p =
-      (2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f;
+inline floats cosine(floats z) {
+  const floats p = (2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f;
   return 1.0f - 0.5f * z + z * z * p;
 }
 
@@ -67,25 +66,26 @@ struct Angles {
   bool conjugate;
 };
 
-// One vector of pairs, for tensors that are rotated in float.
-inline void sincos(doubles freq, doubles amplitude, const Angles& angles, few_floats& cos,
-                   few_floats& sin) {
-  const Reduced reduced = reduce(freq * angles.position);
-  const few_floats r = __builtin_convertvector(reduced.remainder, few_floats);
-  const few_ints quadrant = __builtin_convertvector(reduced.quadrant, few_ints);
-  const few_floats z = r * r, s = sine(r, z), c = cosine(z);
-  const few_ints odd = (quadrant & 1) != 0;
-  const few_ints flip_cos = (quadrant + 1) << 30 & INT32_MIN;
-  const few_ints flip_sin = (quadrant + (angles.conjugate ? 2 : 0)) << 30 & INT32_MIN;
-  const few_floats loud = __builtin_convertvector(amplitude, few_floats);
-  cos = loud * bits_as<few_floats>(bits_as<few_ints>(odd ? s : c) ^ flip_cos);
-  sin = loud * bits_as<few_floats>(bits_as<few_ints>(odd ? c : s) ^ flip_sin);
+// One vector of pairs, for tensors that are rotated in float: reduced in double, and from there on
+// in float, which has twice the lanes.
+inline void sincos(const double* freq, floats amplitude, const Angles& angles, floats& cos,
+                   floats& sin) {
+  const Reduced low = reduce(load<doubles>(freq) * angles.position);
+  const Reduced high = reduce(load<doubles>(freq + kDoubles) * angles.position);
+  const floats r = narrow(low.remainder, high.remainder);
+  const ints quadrant = low_halves(low.quadrant, high.quadrant);
+  const floats z = r * r, s = sine(r, z), c = cosine(z);
+  const ints odd = (quadrant & 1) != 0;
+  const ints flip_cos = (quadrant + 1) << 30 & INT32_MIN;
+  const ints flip_sin = (quadrant + (angles.conjugate ? 2 : 0)) << 30 & INT32_MIN;
+  cos = amplitude * bits_as<floats>(bits_as<ints>(odd ? s : c) ^ flip_cos);
+  sin = amplitude * bits_as<floats>(bits_as<ints>(odd ? c : s) ^ flip_sin);
 }
 
 // The same in full double precision; libm is exact enough once the angle is small.
-inline void sincos(doubles freq, doubles amplitude, const Angles& angles, doubles& cos,
+inline void sincos(const double* freq, doubles amplitude, const Angles& angles, doubles& cos,
                    doubles& sin) {
-  const Reduced reduced = reduce(freq * angles.position);
+  const Reduced reduced = reduce(load<doubles>(freq) * angles.position);
   for (int i = 0; i < kDoubles; ++i) {
     const double s = std::sin(reduced.remainder[i]), c = std::cos(reduced.remainder[i]);
     const int64_t quadrant = reduced.quadrant[i];
@@ -95,27 +95,29 @@ inline void sincos(doubles freq, doubles amplitude, const Angles& angles, double
   }
 }
 
-inline doubles amplitude_at(const Angles& angles, int64_t i, float) {
-  doubles exponent = load<doubles>(angles.log_decay + i) * angles.decay;
-  return angles.amplitude * exp_wide(exponent);
+// The amplitudes of one vector of pairs that decay.
+inline floats decayed(const Angles& angles, int64_t i, floats) {
+  const auto some = [&](int64_t at) {
+    return angles.amplitude * exp_wide(load<doubles>(angles.log_decay + at) * angles.decay);
+  };
+  return narrow(some(i), some(i + kDoubles));
 }
 
-inline doubles amplitude_at(const Angles& angles, int64_t i, double) {
+inline doubles decayed(const Angles& angles, int64_t i, doubles) {
   doubles exponent = load<doubles>(angles.log_decay + i) * angles.decay;
   for (int lane = 0; lane < kDoubles; ++lane) exponent[lane] = std::exp(exponent[lane]);
   return angles.amplitude * exponent;
 }
 
 // cos[i], sin[i] for the `half` pairs of one token. Results and frequencies may be read and
-// written up to a whole vector: callers pad them.
+// written up to a whole vector of floats: callers pad them.
 template <typename Wide>
 void fill_sincos(const double* inv_freq, int64_t half, const Angles& angles, Wide* cos, Wide* sin) {
-  using V = std::conditional_t<std::is_same_v<Wide, float>, few_floats, doubles>;
-  for (int64_t i = 0; i < half; i += kDoubles) {
-    const doubles amplitude =
-        angles.log_decay ? amplitude_at(angles, i, Wide{}) : doubles{} + angles.amplitude;
+  using V = std::conditional_t<std::is_same_v<Wide, float>, floats, doubles>;
+  const V plain = V{} + static_cast<Wide>(angles.amplitude);
+  for (int64_t i = 0; i < half; i += Lanes<V>::count) {
     V c{}, s{};
-    sincos(load<doubles>(inv_freq + i), amplitude, angles, c, s);
+    sincos(inv_freq + i, angles.log_decay ? decayed(angles, i, V{}) : plain, angles, c, s);
     store(cos + i, c);
     store(sin + i, s);
   }

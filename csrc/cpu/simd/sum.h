@@ -14,19 +14,28 @@ inline V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
          __builtin_shuffle(a, b, Index{(I & Distance ? n + I : I + Distance)...});
 }
 
-// Lane i of the result is the sum of the lanes of v[i], of as many vectors as one has lanes.
+template <int Distance, typename V, int... I>
+inline V across(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shuffle(v, typename Lanes<V>::Index{(I ^ Distance)...});
+}
+
+// Lane i of the result is the sum of the lanes of v[i % Count]; Count is a power of two, and at
+// most the number of lanes.
 template <int Distance = 1, typename V, int Count>
 inline V sums_of(const V (&v)[Count]) {
-  if constexpr (Count == 1) {
-    return v[0];
-  } else {
+  constexpr auto kAll = std::make_integer_sequence<int, Lanes<V>::count>{};
+  if constexpr (Count > 1) {
     V half[Count / 2];
 #pragma GCC unroll 16
     for (int i = 0; i < Count / 2; ++i) {
-      half[i] = add_pairs<Distance>(v[2 * i], v[2 * i + 1],
-                                    std::make_integer_sequence<int, Lanes<V>::count>{});
+      half[i] = add_pairs<Distance>(v[2 * i], v[2 * i + 1], kAll);
     }
     return sums_of<2 * Distance>(half);
+  } else if constexpr (Distance < Lanes<V>::count) {
+    const V both[1] = {v[0] + across<Distance>(v[0], kAll)};
+    return sums_of<2 * Distance>(both);
+  } else {
+    return v[0];
   }
 }
 
@@ -42,14 +51,10 @@ inline void sum_lanes(const floats* v, float* out) {
   }
 }
 
-template <int Distance = 1, typename V>
+template <typename V>
 inline auto sum_of(V v) {
-  if constexpr (Distance == Lanes<V>::count) {
-    return v[0];
-  } else {
-    return sum_of<2 * Distance>(
-        add_pairs<Distance>(v, v, std::make_integer_sequence<int, Lanes<V>::count>{}));
-  }
+  const V one[1] = {v};
+  return sums_of(one)[0];
 }
 
 }  // namespace
