@@ -88,9 +88,11 @@ inline PermuteParams make_params(const Tensor& q, const OptionalTensor& k,
 template <void (*launch)(const PermuteParams&, int device_index),
           Tensor (*make_like)(const Tensor&) = new_like>
 struct PermuteOps {
-  static std::tuple<Tensor, Tensor> forward(Tensor q, OptionalTensor k, Tensor permutations,
-                                            OptionalTensor positions, OptionalTensor cu_seqlens,
-                                            int64_t offset, bool inverse) {
+  static std::tuple<Tensor, Tensor> forward(const Tensor& q, const OptionalTensor& k,
+                                            const Tensor& permutations,
+                                            const OptionalTensor& positions,
+                                            const OptionalTensor& cu_seqlens, int64_t offset,
+                                            bool inverse) {
     const bool packed = cu_seqlens.has_value();
     PermuteParams p = make_params(q, k, permutations, positions, cu_seqlens);
     p.offset = offset;

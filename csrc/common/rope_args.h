@@ -16,7 +16,7 @@ void require(bool condition, const Message&... message) {
 }
 
 struct RopeOptions {
-  OptionalTensor cu_seqlens, log_decay, axes;
+  const OptionalTensor &cu_seqlens, &log_decay, &axes;  // the call's own
   double attention_factor;
   int64_t offset;
   bool interleaved, inverse;

@@ -43,9 +43,10 @@ struct RopeOps {
     if (p.batch * p.seqlen > 0) launch(p, q.get_device());
   }
 
-  static std::tuple<Tensor, Tensor> fwd(Tensor q, OptionalTensor k, Tensor inv_freq,
-                                        OptionalTensor positions, OptionalTensor cu_seqlens,
-                                        OptionalTensor log_decay, OptionalTensor axes,
+  static std::tuple<Tensor, Tensor> fwd(const Tensor& q, const OptionalTensor& k,
+                                        const Tensor& inv_freq, const OptionalTensor& positions,
+                                        const OptionalTensor& cu_seqlens,
+                                        const OptionalTensor& log_decay, const OptionalTensor& axes,
                                         double attention_factor, int64_t offset, bool interleaved,
                                         bool inverse, double decay_origin) {
     const bool packed = cu_seqlens.has_value();
@@ -61,13 +62,12 @@ struct RopeOps {
     return {out_q, out_k};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> bwd(Tensor grad_q, OptionalTensor grad_k,
-                                                OptionalTensor q, OptionalTensor k, Tensor inv_freq,
-                                                OptionalTensor positions, OptionalTensor cu_seqlens,
-                                                OptionalTensor log_decay, OptionalTensor axes,
-                                                double attention_factor, int64_t offset,
-                                                bool interleaved, bool inverse,
-                                                double decay_origin) {
+  static std::tuple<Tensor, Tensor, Tensor> bwd(
+      const Tensor& grad_q, const OptionalTensor& grad_k, const OptionalTensor& q,
+      const OptionalTensor& k, const Tensor& inv_freq, const OptionalTensor& positions,
+      const OptionalTensor& cu_seqlens, const OptionalTensor& log_decay, const OptionalTensor& axes,
+      double attention_factor, int64_t offset, bool interleaved, bool inverse,
+      double decay_origin) {
     const bool packed = cu_seqlens.has_value();
     RopeParams p = make_params(
         grad_q, grad_k, inv_freq, positions,
@@ -95,8 +95,9 @@ struct RopeOps {
     return empty_strided(like, sizes, strides, 4, dtype);
   }
 
-  static void inplace(Tensor q, OptionalTensor k, Tensor inv_freq, OptionalTensor positions,
-                      OptionalTensor cu_seqlens, OptionalTensor log_decay, OptionalTensor axes,
+  static void inplace(const Tensor& q, const OptionalTensor& k, const Tensor& inv_freq,
+                      const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
+                      const OptionalTensor& log_decay, const OptionalTensor& axes,
                       double attention_factor, int64_t offset, bool interleaved, bool inverse,
                       double decay_origin) {
     const bool packed = cu_seqlens.has_value();

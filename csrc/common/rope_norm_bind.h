@@ -46,10 +46,12 @@ struct RopeNormOps {
     if (p.batch * p.seqlen > 0) launch(p, q.get_device());
   }
 
-  static std::tuple<Tensor, Tensor> fwd(Tensor q, OptionalTensor k, OptionalTensor q_norm_weight,
-                                        OptionalTensor k_norm_weight, Tensor inv_freq,
-                                        OptionalTensor positions, OptionalTensor cu_seqlens,
-                                        OptionalTensor log_decay, OptionalTensor axes,
+  static std::tuple<Tensor, Tensor> fwd(const Tensor& q, const OptionalTensor& k,
+                                        const OptionalTensor& q_norm_weight,
+                                        const OptionalTensor& k_norm_weight, const Tensor& inv_freq,
+                                        const OptionalTensor& positions,
+                                        const OptionalTensor& cu_seqlens,
+                                        const OptionalTensor& log_decay, const OptionalTensor& axes,
                                         double norm_eps, double attention_factor, int64_t offset,
                                         bool interleaved, bool inverse, double decay_origin) {
     const bool packed = cu_seqlens.has_value();
@@ -66,11 +68,12 @@ struct RopeNormOps {
     return {out_q, out_k};
   }
 
-  static void inplace(Tensor q, OptionalTensor k, OptionalTensor q_norm_weight,
-                      OptionalTensor k_norm_weight, Tensor inv_freq, OptionalTensor positions,
-                      OptionalTensor cu_seqlens, OptionalTensor log_decay, OptionalTensor axes,
-                      double norm_eps, double attention_factor, int64_t offset, bool interleaved,
-                      bool inverse, double decay_origin) {
+  static void inplace(const Tensor& q, const OptionalTensor& k, const OptionalTensor& q_norm_weight,
+                      const OptionalTensor& k_norm_weight, const Tensor& inv_freq,
+                      const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
+                      const OptionalTensor& log_decay, const OptionalTensor& axes, double norm_eps,
+                      double attention_factor, int64_t offset, bool interleaved, bool inverse,
+                      double decay_origin) {
     const bool packed = cu_seqlens.has_value();
     const RopeParams rope = make_params(
         q, k, inv_freq, positions,
@@ -84,11 +87,12 @@ struct RopeNormOps {
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(
-      Tensor grad_q, OptionalTensor grad_k, Tensor q, OptionalTensor k,
-      OptionalTensor q_norm_weight, OptionalTensor k_norm_weight, Tensor inv_freq,
-      OptionalTensor positions, OptionalTensor cu_seqlens, OptionalTensor log_decay,
-      OptionalTensor axes, double norm_eps, double attention_factor, int64_t offset,
-      bool interleaved, bool inverse, double decay_origin) {
+      const Tensor& grad_q, const OptionalTensor& grad_k, const Tensor& q, const OptionalTensor& k,
+      const OptionalTensor& q_norm_weight, const OptionalTensor& k_norm_weight,
+      const Tensor& inv_freq, const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
+      const OptionalTensor& log_decay, const OptionalTensor& axes, double norm_eps,
+      double attention_factor, int64_t offset, bool interleaved, bool inverse,
+      double decay_origin) {
     const bool packed = cu_seqlens.has_value();
     const RopeParams rope = make_params(
         grad_q, grad_k, inv_freq, positions,

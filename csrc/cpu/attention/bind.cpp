@@ -42,14 +42,14 @@ RotationArgs rotation_args(const Options& options) {
           options.log_n.value_or(0.0), options.attention_factor * options.attention_factor};
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor inv_freq,
-                                   OptionalTensor cu_seqlens, OptionalTensor log_decay,
-                                   OptionalTensor sinks, OptionalTensor query_scale,
-                                   OptionalTensor q_start, OptionalTensor k_start,
-                                   std::vector<int64_t> starts, int64_t granularity,
-                                   std::vector<double> maps, std::optional<double> softmax_scale,
-                                   std::optional<double> log_n, double attention_factor,
-                                   bool interleaved, double softcap,
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const Tensor& inv_freq, const OptionalTensor& cu_seqlens,
+                                   const OptionalTensor& log_decay, const OptionalTensor& sinks,
+                                   const OptionalTensor& query_scale, const OptionalTensor& q_start,
+                                   const OptionalTensor& k_start, std::vector<int64_t> starts,
+                                   int64_t granularity, std::vector<double> maps,
+                                   std::optional<double> softmax_scale, std::optional<double> log_n,
+                                   double attention_factor, bool interleaved, double softcap,
                                    std::optional<int64_t> sliding_window, bool float32_results) {
   const Options options{inv_freq,         cu_seqlens,  log_decay,     sinks,
                         query_scale,      q_start,     k_start,       starts,
@@ -71,9 +71,10 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor inv_freq
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(
-    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-    Tensor inv_freq, OptionalTensor cu_seqlens, OptionalTensor log_decay, OptionalTensor sinks,
-    OptionalTensor query_scale, OptionalTensor q_start, OptionalTensor k_start,
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& inv_freq,
+    const OptionalTensor& cu_seqlens, const OptionalTensor& log_decay, const OptionalTensor& sinks,
+    const OptionalTensor& query_scale, const OptionalTensor& q_start, const OptionalTensor& k_start,
     std::vector<int64_t> starts, int64_t granularity, std::vector<double> maps,
     std::optional<double> softmax_scale, std::optional<double> log_n, double attention_factor,
     bool interleaved, double softcap, std::optional<int64_t> sliding_window, bool float32_results) {

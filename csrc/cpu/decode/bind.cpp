@@ -33,13 +33,15 @@ const float* decay_of(const CacheArgs& a) {
 }
 
 std::tuple<Tensor, Tensor> decode(
-    Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor k, OptionalTensor v, Tensor inv_freq,
-    Tensor cache_seqlens, OptionalTensor block_table, OptionalTensor cache_leftpad,
-    OptionalTensor log_decay, OptionalTensor sinks, OptionalTensor query_scale,
-    OptionalTensor cu_seqlens_q, OptionalTensor k_scale, OptionalTensor v_scale,
-    std::vector<int64_t> starts, int64_t granularity, std::vector<double> maps,
-    std::optional<double> softmax_scale, std::optional<double> log_n, double attention_factor,
-    bool interleaved, double softcap, std::optional<int64_t> sliding_window) {
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k,
+    const OptionalTensor& v, const Tensor& inv_freq, const Tensor& cache_seqlens,
+    const OptionalTensor& block_table, const OptionalTensor& cache_leftpad,
+    const OptionalTensor& log_decay, const OptionalTensor& sinks, const OptionalTensor& query_scale,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& k_scale,
+    const OptionalTensor& v_scale, std::vector<int64_t> starts, int64_t granularity,
+    std::vector<double> maps, std::optional<double> softmax_scale, std::optional<double> log_n,
+    double attention_factor, bool interleaved, double softcap,
+    std::optional<int64_t> sliding_window) {
   constexpr const char* op = "decode";
   const CacheArgs args{op,
                        k_cache,
@@ -93,10 +95,11 @@ std::tuple<Tensor, Tensor> decode(
   return {out, lse};
 }
 
-void append(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor inv_freq,
-            Tensor cache_seqlens, OptionalTensor block_table, OptionalTensor cache_leftpad,
-            OptionalTensor log_decay, OptionalTensor k_scale, OptionalTensor v_scale,
-            std::vector<double> stored, bool interleaved) {
+void append(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+            const Tensor& inv_freq, const Tensor& cache_seqlens, const OptionalTensor& block_table,
+            const OptionalTensor& cache_leftpad, const OptionalTensor& log_decay,
+            const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+            const std::vector<double>& stored, bool interleaved) {
   constexpr const char* op = "append";
   const OptionalTensor new_k = k, new_v = v, not_packed;
   const CacheArgs args{op,         k_cache,       v_cache,     new_k,         new_v,

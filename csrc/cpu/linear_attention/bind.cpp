@@ -48,11 +48,12 @@ void run_permuted(ScanParams& p, PermuteParams permute, int64_t offset) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_scan(
-    Tensor q, Tensor k, Tensor v, OptionalTensor q_scale, OptionalTensor q_extra,
-    OptionalTensor k_scale, OptionalTensor k_extra, OptionalTensor gate, OptionalTensor decay,
-    OptionalTensor cu_seqlens, OptionalTensor first_state, OptionalTensor first_sum,
-    OptionalTensor permutations, OptionalTensor positions, int64_t offset, int64_t heads,
-    bool phi_scores, bool causal, bool reverse, bool normalize, bool out_is_float,
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& q_scale,
+    const OptionalTensor& q_extra, const OptionalTensor& k_scale, const OptionalTensor& k_extra,
+    const OptionalTensor& gate, const OptionalTensor& decay, const OptionalTensor& cu_seqlens,
+    const OptionalTensor& first_state, const OptionalTensor& first_sum,
+    const OptionalTensor& permutations, const OptionalTensor& positions, int64_t offset,
+    int64_t heads, bool phi_scores, bool causal, bool reverse, bool normalize, bool out_is_float,
     bool keep_state) {
   ScanParams p = make_params(q, k, v, heads, cu_seqlens);
   p.phi_scores = phi_scores, p.causal = causal, p.reverse = reverse;
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_scan(
   return {out, den, state, sum};
 }
 
-Tensor row_dots(Tensor q, Tensor k, bool packed) {
+Tensor row_dots(const Tensor& q, const Tensor& k, bool packed) {
   ScanParams p{};
   p.dtype = dtype_of("linear_attn", q);
   p.q = view(q, packed, "q"), p.k = view(k, packed, "k");

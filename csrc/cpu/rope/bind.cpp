@@ -48,8 +48,8 @@ void set_given(RopeParams& p, const Tensor& cos, const Tensor& sin, const Tensor
   p.angle_heads = 1;
 }
 
-std::tuple<Tensor, Tensor> rope_cos_sin(Tensor q, OptionalTensor k, Tensor cos, Tensor sin,
-                                        bool interleaved, bool conjugate) {
+std::tuple<Tensor, Tensor> rope_cos_sin(const Tensor& q, const OptionalTensor& k, const Tensor& cos,
+                                        const Tensor& sin, bool interleaved, bool conjugate) {
   RopeParams p{};
   set_tensors(p, q, k, /*packed=*/false);
   p.interleaved = interleaved;

@@ -106,15 +106,16 @@ AppendParams make_append_params(const Args& a, const Rotation& r) {
   return p;
 }
 
-Tensor rope_append(OptionalTensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache,
-                   OptionalTensor q_norm_weight, OptionalTensor k_norm_weight,
-                   OptionalTensor inv_freq, OptionalTensor cache_seqlens,
-                   OptionalTensor block_table, OptionalTensor slot_mapping,
-                   OptionalTensor cu_seqlens, OptionalTensor cache_leftpad,
-                   OptionalTensor positions, OptionalTensor log_decay, OptionalTensor axes,
-                   OptionalTensor k_scale, OptionalTensor v_scale, std::vector<double> stored,
-                   double norm_eps, double attention_factor, bool interleaved,
-                   double decay_origin) {
+Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                   const Tensor& v_cache, const OptionalTensor& q_norm_weight,
+                   const OptionalTensor& k_norm_weight, const OptionalTensor& inv_freq,
+                   const OptionalTensor& cache_seqlens, const OptionalTensor& block_table,
+                   const OptionalTensor& slot_mapping, const OptionalTensor& cu_seqlens,
+                   const OptionalTensor& cache_leftpad, const OptionalTensor& positions,
+                   const OptionalTensor& log_decay, const OptionalTensor& axes,
+                   const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                   const std::vector<double>& stored, double norm_eps, double attention_factor,
+                   bool interleaved, double decay_origin) {
   const Args a{q,           k,
                v,           k_cache,
                v_cache,     cache_seqlens,
