@@ -238,7 +238,7 @@ inline void store_plain(T* to, V v) {
   }
 }
 
-// Two vectors as one of half the width.
+// Two vectors of doubles as one of floats.
 inline floats narrow(doubles low, doubles high) {
 #if defined(__AVX512F__)
   return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);

@@ -114,10 +114,10 @@ inline doubles decayed(const Angles& angles, int64_t i, doubles) {
 template <typename Wide>
 void fill_sincos(const double* inv_freq, int64_t half, const Angles& angles, Wide* cos, Wide* sin) {
   using V = std::conditional_t<std::is_same_v<Wide, float>, floats, doubles>;
-  const V plain = V{} + static_cast<Wide>(angles.amplitude);
+  const V steady = V{} + static_cast<Wide>(angles.amplitude);
   for (int64_t i = 0; i < half; i += Lanes<V>::count) {
     V c{}, s{};
-    sincos(inv_freq + i, angles.log_decay ? decayed(angles, i, V{}) : plain, angles, c, s);
+    sincos(inv_freq + i, angles.log_decay ? decayed(angles, i, V{}) : steady, angles, c, s);
     store(cos + i, c);
     store(sin + i, s);
   }
