@@ -4,6 +4,7 @@
 // that the softmax takes no transposition and the sums over values read them in order.
 #pragma once
 
+#include "cpu/simd/e4m3.h"
 #include "cpu/simd/exp2.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/softmax.h"
@@ -19,6 +20,10 @@ constexpr int64_t kLineBytes = 64;  // of the cache
 // As many keys as keep kFloats sums or more in flight.
 template <int rows>
 constexpr int kKeysAtOnce = kFloats / rows > 2 ? kFloats / rows : 2;
+
+// How many vectors of a row are loaded together.
+template <typename T>
+constexpr int kTogether = kFloats == 16 && std::is_same_v<T, e4m3> ? 2 : 1;
 
 template <int distance, int... I>
 inline floats across(floats v, std::integer_sequence<int, I...>) {
@@ -43,6 +48,26 @@ struct Rows {
   }
 };
 
+// sums[key][row] += q[row] * the key, of `vectors` vectors of dims from d on and at_once keys from
+// j on.
+template <int rows, int at_once, int vectors, typename T>
+EXTROPE_INLINE void add_products(const float* q, int64_t stride, Rows<T> keys, int64_t j, int64_t d,
+                                 floats (&sums)[at_once * rows]) {
+  floats y[rows][vectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) load_wide(q + r * stride, y[r]);
+#pragma GCC unroll 16
+  for (int k = 0; k < at_once; ++k) {
+    floats x[vectors];
+    load_wide(keys.at[j + k] + keys.offset + d, x);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) sums[k * rows + r] += y[r][v] * x[v];
+    }
+  }
+}
+
 // scores[key][row] = <q[row], keys[key]> for `count` keys, a multiple of kKeysAtOnce. q is padded
 // with zeros to whole vectors. The rows `ahead` of ahead_dim dims, if any, are fetched meanwhile.
 template <int rows, typename T, typename Ahead>
@@ -51,16 +76,12 @@ void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int
   constexpr int at_once = kKeysAtOnce<rows>;
   for (int64_t j = 0; j < count; j += at_once) {
     floats sums[at_once * rows] = {};
-    for (int64_t d = 0; d < dim; d += kFloats) {
-      floats x[at_once];
-#pragma GCC unroll 16
-      for (int k = 0; k < at_once; ++k) x[k] = load_wide(keys.at[j + k] + keys.offset + d);
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) {
-        const floats y = load<floats>(q + r * stride + d);
-#pragma GCC unroll 16
-        for (int k = 0; k < at_once; ++k) sums[k * rows + r] += y * x[k];
-      }
+    int64_t d = 0;
+    for (; d + kTogether<T> * kFloats <= dim; d += kTogether<T> * kFloats) {
+      add_products<rows, at_once, kTogether<T>>(q + d, stride, keys, j, d, sums);
+    }
+    for (; d < dim; d += kFloats) {
+      add_products<rows, at_once, 1>(q + d, stride, keys, j, d, sums);
     }
     sum_lanes<at_once * rows>(sums, scores + j * rows);
     if (ahead.at) {
@@ -121,10 +142,7 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
   }
   for (int64_t j = 0; j < count; ++j) {
     floats x[columns];
-#pragma GCC unroll 8
-    for (int c = 0; c < columns; ++c) {
-      x[c] = load_wide(values.at[j] + values.offset + d + c * kFloats);
-    }
+    load_wide(values.at[j] + values.offset + d, x);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
       const floats weight = floats{} + weights[j * rows + r];

@@ -178,6 +178,12 @@ inline floats load_wide(const f16* from) {
 #endif
 }
 
+template <int Count, typename T>
+inline void load_wide(const T* from, floats (&x)[Count]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) x[i] = load_wide(from + i * kFloats);
+}
+
 inline void store_narrow(float* to, floats v) { store(to, v); }
 inline void store_narrow(double* to, doubles v) { store(to, v); }
 
