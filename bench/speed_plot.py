@@ -61,15 +61,15 @@ def bar_text(shown: Shown, results: Path) -> str:
 
 
 def machines(results: Path) -> str:
-    """Where the bars were measured."""
-    found = {
-        json.dumps(json.loads((results / f"{shown.file}-cpu.json").read_text())["machine"])
-        for shown in SHOWN
-    }
-    return "; ".join(
-        f"{one['device']}, {one['threads']} threads, torch {one['torch']}"
-        for one in map(json.loads, sorted(found))
-    )
+    """Where the bars were measured, a line each; of several machines, which bars where."""
+    files: dict[str, list[str]] = {}
+    for file in dict.fromkeys(shown.file for shown in SHOWN):
+        one = json.loads((results / f"{file}-cpu.json").read_text())["machine"]
+        name = f"{one['device']}, {one['threads']} threads, torch {one['torch']}"
+        files.setdefault(name, []).append(file)
+    if len(files) == 1:
+        return next(iter(files))
+    return "\n".join(f"{', '.join(of)}: {name}" for name, of in files.items())
 
 
 def plot(results: Path, path: Path) -> None:
@@ -91,7 +91,7 @@ def plot(results: Path, path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.45)  # room for the words
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel(f"their time over ours ({machines(results)})", fontsize=8)
+    axes.set_xlabel(f"their time over ours\n{machines(results)}", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
 
