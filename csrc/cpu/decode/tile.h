@@ -25,16 +25,6 @@ constexpr int kKeysAtOnce = kFloats / rows > 2 ? kFloats / rows : 2;
 template <typename T>
 constexpr int kTogether = kFloats == 16 && std::is_same_v<T, e4m3> ? 2 : 1;
 
-template <int distance, int... I>
-inline floats across(floats v, std::integer_sequence<int, I...>) {
-  return __builtin_shuffle(v, ints{(I ^ distance)...});
-}
-
-template <int distance>
-inline floats across(floats v) {
-  return across<distance>(v, std::make_integer_sequence<int, kFloats>{});
-}
-
 // Row n of one head starts at at[n] + offset.
 template <typename T>
 struct Rows {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/simd/gemm.h"
+#include "cpu/simd/sum.h"
 
 namespace extrope {
 namespace {
@@ -11,17 +12,11 @@ namespace {
 // eps, do not average out.
 constexpr int64_t kTerms = 32, kTokens = 16;
 
-template <int Distance, int... I>
-inline floats add_across(floats v, std::integer_sequence<int, I...>) {
-  return v + __builtin_shuffle(v, ints{(I ^ Distance)...});
-}
-
 inline float total(floats v) {
-  constexpr auto kAll = std::make_integer_sequence<int, kFloats>{};
-  if constexpr (kFloats == 16) v = add_across<8>(v, kAll);
-  if constexpr (kFloats >= 8) v = add_across<4>(v, kAll);
-  v = add_across<2>(v, kAll);
-  return add_across<1>(v, kAll)[0];
+  if constexpr (kFloats == 16) v += across<8>(v);
+  if constexpr (kFloats >= 8) v += across<4>(v);
+  v += across<2>(v);
+  return (v + across<1>(v))[0];
 }
 
 template <int... I>

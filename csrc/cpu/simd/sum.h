@@ -19,12 +19,18 @@ inline V across(V v, std::integer_sequence<int, I...>) {
   return __builtin_shuffle(v, typename Lanes<V>::Index{(I ^ Distance)...});
 }
 
+// In each lane what is in the one that many away, by pairs.
+template <int Distance, typename V>
+inline V across(V v) {
+  return across<Distance>(v, std::make_integer_sequence<int, Lanes<V>::count>{});
+}
+
 // Lane i of the result is the sum of the lanes of v[i % Count]; Count is a power of two, and at
 // most the number of lanes.
 template <int Distance = 1, typename V, int Count>
 inline V sums_of(const V (&v)[Count]) {
-  constexpr auto kAll = std::make_integer_sequence<int, Lanes<V>::count>{};
   if constexpr (Count > 1) {
+    constexpr auto kAll = std::make_integer_sequence<int, Lanes<V>::count>{};
     V half[Count / 2];
 #pragma GCC unroll 16
     for (int i = 0; i < Count / 2; ++i) {
@@ -32,7 +38,7 @@ inline V sums_of(const V (&v)[Count]) {
     }
     return sums_of<2 * Distance>(half);
   } else if constexpr (Distance < Lanes<V>::count) {
-    const V both[1] = {v[0] + across<Distance>(v[0], kAll)};
+    const V both[1] = {v[0] + across<Distance>(v[0])};
     return sums_of<2 * Distance>(both);
   } else {
     return v[0];
