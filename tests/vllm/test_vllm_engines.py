@@ -124,7 +124,9 @@ def test_engines_in_turn_have_their_own_methods_and_say_so(llama, said):
 def test_rotary_layers_of_another_plugin_are_refused(llama, extrope, monkeypatch):
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+    from vllm.plugins import load_general_plugins
 
+    load_general_plugins()  # once a process: ours has to be there when theirs is gone
     theirs = type("Theirs", (RotaryEmbedding,), {})
     monkeypatch.setitem(op_registry_oot, "RotaryEmbedding", theirs)
     message = "extrope: the model must rotate by vLLM's rotary layer, got Theirs"
