@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "common/append_bind.h"
 #include "common/ops.h"
 #include "common/rope_norm_args.h"
 #include "cpu/append/args.h"
@@ -15,13 +16,6 @@
 namespace extrope {
 namespace append {
 namespace {
-
-// What rotates and scales q and k.
-struct Rotation {
-  const OptionalTensor &inv_freq, &positions, &q_norm_weight, &k_norm_weight;
-  RopeOptions options;
-  double norm_eps;
-};
 
 // Positions that the kernels read; empty where they read the tensor `positions`.
 struct TokenPositions {
@@ -95,47 +89,25 @@ void add_together(const Args& a, const KVCache& cache, CacheWrites& writes, cons
                            out_q ? r.k_norm_weight : kNone, r.norm_eps));
 }
 
-Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                   const Tensor& v_cache, const OptionalTensor& q_norm_weight,
-                   const OptionalTensor& k_norm_weight, const OptionalTensor& inv_freq,
-                   const OptionalTensor& cache_seqlens, const OptionalTensor& block_table,
-                   const OptionalTensor& slot_mapping, const OptionalTensor& cu_seqlens,
-                   const OptionalTensor& cache_leftpad, const OptionalTensor& positions,
-                   const OptionalTensor& log_decay, const OptionalTensor& axes,
-                   const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                   const std::vector<double>& stored, double norm_eps, double attention_factor,
-                   bool interleaved, double decay_origin) {
-  const Args a{q,           k,
-               v,           k_cache,
-               v_cache,     cache_seqlens,
-               block_table, slot_mapping,
-               cu_seqlens,  cache_leftpad,
-               k_scale,     v_scale};
+Tensor run(const Args& a, const Rotation& r) {
   const KVCache cache = checked_cache_of(a);
   const CacheRows rows = rows_of(a, cache);
-  check(q.has_value() || !q_norm_weight.has_value(), "q_norm_weight needs a q");
-  check(stored.empty() || stored.size() == kMapNumbers, "stored must be ", kMapNumbers,
-        " numbers, got ", stored.size());
-  const Rotation r{inv_freq,
-                   positions,
-                   q_norm_weight,
-                   k_norm_weight,
-                   {cu_seqlens, log_decay, axes, attention_factor, 0, interleaved, false,
-                    decay_origin, a.packed()},
-                   norm_eps};
-  Tensor out = q.has_value() ? fresh_like(*q) : no_tensor(k, dtype_code(k));
-  const Tensor* out_q = q.has_value() ? &out : nullptr;
+  check(a.q.has_value() || !r.q_norm_weight.has_value(), "q_norm_weight needs a q");
+  check(r.stored.empty() || r.stored.size() == kMapNumbers, "stored must be ", kMapNumbers,
+        " numbers, got ", r.stored.size());
+  Tensor out = a.q.has_value() ? fresh_like(*a.q) : no_tensor(a.k, dtype_code(a.k));
+  const Tensor* out_q = a.q.has_value() ? &out : nullptr;
   TokenPositions own;
   Rotations all;
   CacheWrites writes(cache, rows, a.batch(), a.seqlen());
-  if (inv_freq.has_value() && stored.empty()) {
+  if (r.inv_freq.has_value() && r.stored.empty()) {
     add_together(a, cache, writes, r, out_q, own, all);
   } else {
-    const bool moved = inv_freq.has_value();
-    const PositionMap map = moved ? map_of(stored.data()) : PositionMap{};
+    const bool moved = r.inv_freq.has_value();
+    const PositionMap map = moved ? map_of(r.stored.data()) : PositionMap{};
     add_apart(a, cache, writes, r, out_q, moved ? &map : nullptr, own, all);
   }
-  writes.run(all, plane(v));
+  writes.run(all, plane(a.v));
   return out;
 }
 
@@ -143,7 +115,7 @@ Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, co
 }  // namespace append
 
 const Ops ops{
-    {"rope_append", TORCH_BOX(&append::rope_append)},
+    {"rope_append", TORCH_BOX(&append::AppendOp<append::run>::rope_append)},
 };
 
 }  // namespace extrope

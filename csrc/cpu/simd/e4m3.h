@@ -31,7 +31,7 @@ inline shorts load_codes(const e4m3* from) {
 template <typename V>
 inline V halves_of(V codes) {
   const V shifted = codes << 7;
-  return shifted ^ (shifted + 0x80 & 0x4000);
+  return shifted ^ ((shifted + 0x80) & 0x4000);
 }
 
 // Through float16, whose bits lie alike but for the exponent's bias: conversions take its subnormal
@@ -44,7 +44,7 @@ inline floats load_wide(const e4m3* from) {
 #if defined(__AVX512BW__)
 typedef int16_t all_shorts __attribute__((vector_size(64)));
 
-// Two vectors at a time: three of the instructions for both together.
+// Two vectors at a time share all instructions before the conversions to float.
 template <int Count>
 inline void load_wide(const e4m3* from, floats (&x)[Count]) {
   for (int i = 0; i + 1 < Count; i += 2) {

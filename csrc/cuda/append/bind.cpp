@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "common/append_args.h"
+#include "common/append_bind.h"
 #include "common/ops.h"
 #include "common/outputs.h"
 #include "common/rope_norm_args.h"
@@ -16,14 +16,6 @@
 namespace extrope {
 namespace append {
 namespace {
-
-// What rotates and scales q and k.
-struct Rotation {
-  const OptionalTensor &inv_freq, &positions, &q_norm_weight, &k_norm_weight;
-  RopeOptions options;
-  const std::vector<double>& stored;
-  double norm_eps;
-};
 
 const OptionalTensor kNone;
 
@@ -106,34 +98,11 @@ AppendParams make_append_params(const Args& a, const Rotation& r) {
   return p;
 }
 
-Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                   const Tensor& v_cache, const OptionalTensor& q_norm_weight,
-                   const OptionalTensor& k_norm_weight, const OptionalTensor& inv_freq,
-                   const OptionalTensor& cache_seqlens, const OptionalTensor& block_table,
-                   const OptionalTensor& slot_mapping, const OptionalTensor& cu_seqlens,
-                   const OptionalTensor& cache_leftpad, const OptionalTensor& positions,
-                   const OptionalTensor& log_decay, const OptionalTensor& axes,
-                   const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                   const std::vector<double>& stored, double norm_eps, double attention_factor,
-                   bool interleaved, double decay_origin) {
-  const Args a{q,           k,
-               v,           k_cache,
-               v_cache,     cache_seqlens,
-               block_table, slot_mapping,
-               cu_seqlens,  cache_leftpad,
-               k_scale,     v_scale};
-  const Rotation r{inv_freq,
-                   positions,
-                   q_norm_weight,
-                   k_norm_weight,
-                   {cu_seqlens, log_decay, axes, attention_factor, 0, interleaved, false,
-                    decay_origin, a.packed()},
-                   stored,
-                   norm_eps};
+Tensor run(const Args& a, const Rotation& r) {
   AppendParams p = make_append_params(a, r);
-  const OnDevice device(kOp, k.get_device());
-  Tensor out = q.has_value() ? new_like(*q) : no_tensor(k, dtype_code(k));
-  set_rows(a, q.has_value() ? &out : nullptr, p);
+  const OnDevice device(kOp, a.k.get_device());
+  Tensor out = a.q.has_value() ? new_like(*a.q) : no_tensor(a.k, dtype_code(a.k));
+  set_rows(a, a.q.has_value() ? &out : nullptr, p);
   if (p.rope.batch * p.rope.seqlen == 0) return out;
   const int error = rope_append_launch(p, device.stream);
   check(error == 0, "CUDA error ", error, ": ", rope_error(error));
@@ -144,7 +113,7 @@ Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, co
 }  // namespace append
 
 const Ops append_ops{
-    {"rope_append", TORCH_BOX(&append::rope_append)},
+    {"rope_append", TORCH_BOX(&append::AppendOp<append::run>::rope_append)},
 };
 
 }  // namespace extrope
