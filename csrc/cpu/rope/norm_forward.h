@@ -11,42 +11,17 @@
 namespace extrope {
 namespace {
 
-// cos and sin of each token of a block times the weights of the dims that they multiply, where all
-// heads have the same.
-template <typename T>
-struct WeightedAngles {
-  template <typename Some>
-  struct Factors {
-    Some a_cos, b_sin, b_cos, a_sin;
-  };
+// cos and sin of a token times the weights of the dims that they multiply, where all heads have the
+// same.
+template <typename T, int64_t Half>
+struct WeightedAngle {
+  Products<T, Half> a_cos, b_sin, b_cos, a_sin;
 
-  WeightedAngles(int64_t tokens, int64_t stride) : stride(stride), values(4 * tokens * stride) {}
-
-  void fill(const Scratch<T>& scratch, int64_t tokens, const Wide<T>* weight) {
-    const int64_t half = scratch.half;
-    for (int64_t t = 0; t < tokens; ++t) {
-      const Angle<T> angle(scratch, t);
-      Wide<T>* to = values.data() + 4 * t * stride;
-      const auto some = [&](auto lanes, int64_t i) {
-        using Some = decltype(lanes);
-        const Some a = load<Some>(weight + i), b = load<Some>(weight + half + i);
-        const Some c = load<Some>(angle.cos + i), s = load<Some>(angle.sin + i);
-        store(to + i, a * c), store(to + stride + i, b * s);
-        store(to + 2 * stride + i, b * c), store(to + 3 * stride + i, a * s);
-      };
-      for_each_rest<T>(0, half, some);
-    }
-  }
-
-  template <int64_t Half>
-  EXTROPE_INLINE auto of(int64_t token) const {
-    using Some = Numbers<T, Half>;
-    const Wide<T>* at = values.data() + 4 * token * stride;
-    return Factors<Some>{Some(at), Some(at + stride), Some(at + 2 * stride), Some(at + 3 * stride)};
-  }
-
-  int64_t stride;
-  Buffer<Wide<T>> values;
+  WeightedAngle(const Wide<T>* weight, int64_t half, const Angle<T>& angle)
+      : a_cos{weight, angle.cos},
+        b_sin{weight + half, angle.sin},
+        b_cos{weight + half, angle.cos},
+        a_sin{weight, angle.sin} {}
 };
 
 // One tensor of one block of tokens whose rows each have a mean square of their own.
@@ -60,11 +35,11 @@ struct NormOfEach {
   const RopeTensor& x;
   const Wide<T>* weight;
   const Token<double>* tokens;
-  const WeightedAngles<T>& angles;
+  const Scratch<T>& scratch;
   const Ahead& ahead;
 
-  template <typename Factors>
-  EXTROPE_INLINE void rotate(const T* in, T* out, const Factors& by, Wide<T> scale) const {
+  EXTROPE_INLINE void rotate(const T* in, T* out, const WeightedAngle<T, kHalf>& by,
+                             Wide<T> scale) const {
     const int64_t half = kHalf > 0 ? kHalf : p.rotary_dim / 2;
     for_each_pairs<T, Interleaved, kHalf>(half, [&](auto width, int64_t i) {
       using Some = Pairs<T, Interleaved, decltype(width)::value>;
@@ -106,7 +81,7 @@ struct NormOfEach {
       store(scale, Wide<T>{1} / root(sums_of(squares) * share + eps));
       const int64_t count = std::min<int64_t>(kGroup, left);
       for (int64_t i = 0; i < count;) {
-        const auto by = angles.template of<kHalf>(at.token);
+        const WeightedAngle<T, kHalf> by(weight, p.rotary_dim / 2, {scratch, at.token});
         const int64_t end = std::min(count, i + at.left_of_token());
         const T* in = input_row<T>(x, tokens[at.token], at.head);
         T* out = output_row<T>(x, tokens[at.token], at.head);
@@ -162,14 +137,15 @@ struct NormOfAll {
     for (int64_t t = 0; t < count; ++t) scales[t] = scale_of(measured[t]);
   }
 
-  template <typename Angles>
-  EXTROPE_INLINE void rotate(const T* in, T* out, const Angles& cos, const Angles& sin,
-                             const Wide<T>* weight, Wide<T> scale) const {
+  // Held cosines and sines have the scale in them.
+  EXTROPE_INLINE void rotate(const T* in, T* out, const Numbers<T, kHalf>& cos,
+                             const Numbers<T, kHalf>& sin, const Wide<T>* weight,
+                             Wide<T> scale) const {
     const int64_t half = kHalf > 0 ? kHalf : p.rotary_dim / 2;
     for_each_pairs<T, Interleaved, kHalf>(half, [&](auto width, int64_t i) {
       Pairs<T, Interleaved, decltype(width)::value> row;
       row.load(in, half, i);
-      row.normalize(weight, half, scale, i);
+      row.normalize(weight, half, kHalf > 0 ? Wide<T>{1} : scale, i);
       row.rotate(cos, sin, i);
       row.template store<Form::kPast>(out, half, i);
     });
@@ -185,11 +161,12 @@ struct NormOfAll {
   EXTROPE_INLINE void heads(int64_t t, int64_t head, int64_t count, int64_t far,
                             const Visit& visit) const {
     const Angle<T> angle(scratch, t);
-    const Numbers<T, kHalf> cos(angle.cos), sin(angle.sin);
+    const Wide<T> scale = scales[t];
+    Numbers<T, kHalf> cos(angle.cos), sin(angle.sin);
+    if constexpr (kHalf > 0) cos *= scale, sin *= scale;
     const T* in = input_row<T>(x, tokens[t], head);
     T* out = output_row<T>(x, tokens[t], head);
     const Wide<T>* weight = &norm.weight[head * norm.head_step];
-    const Wide<T> scale = scales[t];
     const int64_t in_step = x.in_head, out_step = x.out_head, weight_step = norm.head_step;
     const int64_t bytes = kHalf > 0 ? 2 * kHalf * sizeof(T) : ahead.bytes;
     const int64_t written = ahead.out;

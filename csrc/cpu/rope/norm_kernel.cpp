@@ -201,7 +201,6 @@ void rotate_rows(const RopeParams& p, const RopeTensor& x, const Token<double>* 
 template <typename T, bool Interleaved>
 void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm<T>* norms,
                  Scratch<T>& scratch) {
-  WeightedAngles<T> angles(std::min(kBlock, end - begin), scratch.stride);
   const auto block = [&](int n, const Token<double>* tokens, int64_t count, const auto& each_run) {
     const RopeTensor& x = p.tensors[n];
     const Norm<T>& norm = norms[n];
@@ -210,10 +209,9 @@ void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm
       each_run([&](Run run) { rotate_rows<T, Interleaved>(p, x, tokens, scratch, run); });
     } else if (norm.head_step == 0) {
       each_run([&](Run run) {
-        angles.fill(scratch, count, norm.weight.data());
         with_form<T>(p, x, [&](auto form) {
           using Norms = NormOfEach<T, Interleaved, decltype(form)>;
-          Norms{p, x, norm.weight.data(), tokens, angles, ahead}.rows(run);
+          Norms{p, x, norm.weight.data(), tokens, scratch, ahead}.rows(run);
         });
       });
     } else {

@@ -25,16 +25,38 @@ struct Held {
       vectors[i / kLanes] = load<WideVector<T>>(from + i);
     }
   }
+  Held(const Wide<T>* a, const Wide<T>* b) : Held(a) { *this *= Held(b); }
+
+  Held& operator*=(const Held& by) {
+    for (int64_t i = 0; i < Half / kLanes; ++i) vectors[i] *= by.vectors[i];
+    return *this;
+  }
+  Held& operator*=(Wide<T> by) {
+    for (auto& numbers : vectors) numbers *= by;
+    return *this;
+  }
+};
+
+// Numbers times others, multiplied as they are asked for.
+template <typename T>
+struct Multiplied {
+  const Wide<T>*a, *b;
 };
 
 // Half is 0 where a row may have any number of pairs.
 template <typename T, int64_t Half>
 using Numbers = std::conditional_t<(Half > 0), Held<T, Half>, const Wide<T>*>;
+template <typename T, int64_t Half>
+using Products = std::conditional_t<(Half > 0), Held<T, Half>, Multiplied<T>>;
 
 // The numbers of one vector of pairs, or of one pair, from pair i on.
 template <typename V, typename T>
 EXTROPE_INLINE V numbers_at(const T* from, int64_t i) {
   return load<V>(from + i);
+}
+template <typename V, typename T>
+EXTROPE_INLINE V numbers_at(const Multiplied<T>& numbers, int64_t i) {
+  return load<V>(numbers.a + i) * load<V>(numbers.b + i);
 }
 template <typename V, typename T, int64_t Half>
 EXTROPE_INLINE V numbers_at(const Held<T, Half>& held, int64_t i) {
