@@ -190,11 +190,14 @@ def test_strided_views_are_not_copied(dtype, any_backend):
 # Packed sequences
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (2, 5, 0)])
 def test_empty(shape, any_backend):
-    q, k, v = (torch.empty(*shape, heads, 32, device=device()) for heads in (4, 2, 2))
+    q = torch.empty(*shape, 32, device=device(), requires_grad=True)
+    k, v = (torch.ones(*shape[:2], 2, 32, device=device(), requires_grad=True) for _ in "kv")
     out, lse = call(q, k, v, frequencies(32), any_backend, window=4, return_lse=True)
-    assert out.shape == q.shape and lse.shape == (shape[0], 4, shape[1])
+    assert out.shape == q.shape and lse.shape == (shape[0], shape[2], shape[1])
+    for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v))):
+        assert torch.equal(grad, torch.zeros_like(x))
 
 
 # -------------------------------------------------------------------------------------------------

@@ -48,6 +48,22 @@ def check_packed(backend, tensors, lengths, freqs, window, factor=INF, grouped=F
             assert_within_budget(name, got, same_dtype, exact)
 
 
+def test_one_token_behind_an_empty_sequence(any_backend):
+    """Has frequencies and starts of its own sequence, not those of the first."""
+    q, k, v = (x[0] for x in make_qkv(1, 1, None, 2, 1))
+    inv_freq = frequencies(32).inv_freq * torch.tensor([[1.0], [0.5]], device=q.device)
+    cu_seqlens = torch.tensor([0, 0, 1], device=q.device)
+    starts = [torch.tensor(at, dtype=torch.int32, device=q.device) for at in ((3, 40), (3, 37))]
+    options = {"window": 8, "return_lse": True}
+    lse = [
+        call(q, k, v, RopeFreqs(inv_freq), any_backend, cu_seqlens=cu_seqlens, q_start=starts[0],
+             k_start=starts[1], **options)[1],
+        call(q, k, v, RopeFreqs(inv_freq[1]), any_backend, q_start=40, k_start=37,
+             cu_seqlens=torch.tensor([0, 1], device=q.device), **options)[1],
+    ]  # fmt: skip
+    torch.testing.assert_close(*lse)
+
+
 def test_frequencies_of_each_batch_row(any_backend):
     q, k, v = make_qkv(2, 20, None, 2, 1)
     inv_freq = frequencies(32).inv_freq * torch.tensor([[1.0], [0.5]], device=q.device)

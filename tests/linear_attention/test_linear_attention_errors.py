@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_linear_attention import make
 
-from extrope_kernels import permuteformer_attention, permuteformer_step
+from extrope_kernels import _ext, permuteformer_attention, permuteformer_step
 from extrope_kernels.testing import device
 
 OPS = torch.ops.extrope
@@ -132,3 +132,28 @@ def test_compile_is_one_graph():
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def scan(gate=None, state=None):
+    """The op below, whose arguments decide what a kernel reads: called by itself it must hold."""
+    _ext.load("cpu")
+    numbers, decay = (None,) * 4, torch.full((2,), 0.9)
+    flags = (0, 2, True, True, False, True, False, True)
+    return OPS.linear_scan(Q, K, V, *numbers, gate, decay, None, state, None, None, None, *flags)
+
+
+@pytest.mark.skipif(device() != "cpu", reason="an op of the CPU library")
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"state": torch.zeros(2, 2, 8, 8)}, "state and sum come together"),
+        (
+            {"gate": torch.zeros(1, 1, 4, 8)},
+            r"gate must have .* \(2, 6, 4, 8\), but v's dim 8, got \(1, 1, 4, 8\)",
+        ),
+        ({"gate": torch.zeros(2, 6, 4, 8).half()}, "gate must have q's dtype"),
+    ],
+)
+def test_a_scan_by_itself(changes, message):
+    with pytest.raises(RuntimeError, match=f"^linear_attn: {message}"):
+        scan(**changes)

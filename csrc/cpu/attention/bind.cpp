@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   const Tensor lse = fresh(of_lse, ScalarType::Float);
   p.out = view(out, packed, "out");
   p.lse = static_cast<float*>(lse.data_ptr());
-  run_forward(p, kernels(p.dtype));
+  if (p.heads_q > 0) run_forward(p, kernels(p.dtype));
   return {out, lse};
 }
 
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   p.dq = view(dq, packed, "dq");
   p.dk = view(dk, packed, "dk");
   p.dv = view(dv, packed, "dv");
-  run_backward(p, kernels(p.dtype));
+  if (p.heads_q > 0) run_backward(p, kernels(p.dtype));
   if (float32_results || p.dtype == DType::f32) return {dq, dk, dv};
   const auto narrow = [&](const Tensor& x) { return torch::stable::to(x, q.scalar_type()); };
   return {narrow(dq), narrow(dk), narrow(dv)};

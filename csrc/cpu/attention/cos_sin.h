@@ -15,9 +15,9 @@ struct CosSinTable {
   double amplitude;
 
   PositionMap map;
-  const PositionMap* from;  // by which rows come rotated already, or nullptr
-  Starts start;             // positions of the sequences' first tokens
-  const int32_t* cu_seqlens;
+  const PositionMap* from;    // by which rows come rotated already, or nullptr
+  Starts start;               // positions of the sequences' first tokens
+  const int32_t* cu_seqlens;  // nullptr: none, or all positions are the same
   int64_t num_sequences;
 
   float* out;

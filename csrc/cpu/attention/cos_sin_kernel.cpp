@@ -38,7 +38,7 @@ void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSi
 void EXTROPE_EXPAND(fill_cos_sin_, EXTROPE_ISA)(const CosSinTable& t, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     int64_t sequence = i / t.tokens, position = i % t.tokens;
-    if (t.cu_seqlens && t.tokens > 1) {
+    if (t.cu_seqlens) {
       const int32_t* last = t.cu_seqlens + t.num_sequences + 1;
       sequence =
           std::upper_bound(t.cu_seqlens, last, static_cast<int32_t>(position)) - t.cu_seqlens - 1;

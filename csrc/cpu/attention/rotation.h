@@ -45,10 +45,9 @@ class Rotation {
         key_table[r] = r;
         continue;
       }
-      const Tokens seen = seen_keys(r);
       const bool again = r > 0 && map == p.regions.at[r - 1].k_map && key_table[r - 1] != r - 1;
-      if (!again) tables.push_back(key_table_of(map, seen.first));
-      tables.back().last = std::max(tables.back().last, seen.last);
+      if (!again) tables.push_back(key_table_of(map));
+      widen(tables.back(), seen_keys(r));
       key_table[r] = static_cast<int64_t>(tables.size()) - 1;
     }
     fill(tables);
@@ -106,6 +105,13 @@ class Rotation {
     return {std::max<int64_t>(seen.first - kBeside, 0), std::min(seen.last + kBeside, p_.seqlen_k)};
   }
 
+  // Regions whose keys rotate alike share a table, and of a sequence any of them may have no key.
+  static void widen(CosSinTable& t, Tokens seen) {
+    if (seen.first >= seen.last) return;
+    t.first = t.first < t.last ? std::min(t.first, seen.first) : seen.first;
+    t.last = std::max(t.last, seen.last);
+  }
+
   // Calls run(begin, end) for the tokens of t that are to be filled in each of `batch` rows.
   template <typename Run>
   void each_token(const CosSinTable& t, int64_t batch, int64_t bytes, const Run& run) const {
@@ -157,16 +163,17 @@ class Rotation {
     t.amplitude = amplitude;
     t.start = p_.q_start;
     t.tokens = t.last = alike ? 1 : p_.seqlen_q;
+    if (alike) t.cu_seqlens = nullptr;
     return t;
   }
 
-  CosSinTable key_table_of(const PositionMap& map, int64_t first) const {
+  CosSinTable key_table_of(const PositionMap& map) const {
     CosSinTable t = table(map);
     t.log_decay = k_decay_.empty() ? nullptr : k_decay_.data();
     t.amplitude = 1.0;
     t.from = &p_.regions.stored;
     t.start = p_.k_start;
-    t.tokens = p_.seqlen_k, t.first = first;
+    t.tokens = p_.seqlen_k;
     return t;
   }
 

@@ -21,10 +21,18 @@ inline ScanTensor view(const Tensor& x, bool packed, const char* name) {
   return {x.data_ptr(), packed ? 0 : x.stride(0), x.stride(d - 3), x.stride(d - 2), x.size(d - 2)};
 }
 
+// Of all dimensions but the last.
+inline bool same_rows(const Tensor& x, const Tensor& like) {
+  bool same = x.dim() == like.dim();
+  for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = x.size(i) == like.size(i);
+  return same;
+}
+
 inline void check_like(const Tensor& x, const Tensor& like, const char* name) {
-  bool same = x.dim() == like.dim() && x.scalar_type() == like.scalar_type();
-  for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == like.size(i);
-  require(same, name, " must have the other's shape and dtype");
+  const int64_t last = like.dim() - 1;
+  require(x.scalar_type() == like.scalar_type() && same_rows(x, like) &&
+              x.size(last) == like.size(last),
+          name, " must have the other's shape and dtype");
 }
 
 inline void set_sizes(ScanParams& p, const Tensor& q, bool packed) {

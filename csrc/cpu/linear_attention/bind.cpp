@@ -65,13 +65,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_scan(
   p.k_extra = numbers(p, k_extra, p.k.heads, "k_extra");
   if (decay.has_value()) p.decay = floats(*decay, {heads}, "decay");
   const int64_t sequences = p.cu_seqlens ? p.num_sequences : p.batch;
+  require(first_state.has_value() == first_sum.has_value(), "state and sum come together");
   if (first_state.has_value()) {
     p.first_state = floats(*first_state, {sequences, heads, p.score_dim, p.value_dim}, "state");
     p.first_sum = floats(*first_sum, {sequences, heads, p.score_dim}, "sum");
   }
   const Tensor out = empty_rows(p, q, std::max(p.q.heads, heads), p.value_dim, out_is_float);
   p.out = view(out, p.cu_seqlens, "out");
-  if (gate.has_value()) p.gate = view(*gate, p.cu_seqlens, "gate");
+  if (gate.has_value()) {
+    p.gate = view(*gate, p.cu_seqlens, "gate");
+    require(gate->scalar_type() == q.scalar_type() && same_rows(*gate, q) &&
+                gate->size(gate->dim() - 1) == p.value_dim,
+            "gate must have q's dtype and shape ", shape_of(q), ", but v's dim ", p.value_dim,
+            ", got ", shape_of(*gate));
+  }
   const Tensor den = normalize ? empty_numbers(p, q, p.q.heads)
                                : torch::stable::new_empty(q, {0}, ScalarType::Float);
   if (normalize) p.den = static_cast<float*>(den.data_ptr());
