@@ -32,8 +32,8 @@ def table(path: Path) -> str:
     both = sorted(set.intersection(*map(set, served.values())), key=str.lower)
     marked = {row["name"]: row["name"] + _mark(row) for row in built}
     lines += ["", f"By both: {', '.join(marked[name] for name in both)}.", ""]
-    lines += ['\\* Score methods with `layers="all"`. † Forwards alone are compared: its own']
-    lines += ["`generate` fails.", ""]
+    lines += ['\\* Score methods with `layers="all"`, \\*\\* frequency methods too. † Forwards']
+    lines += ["alone are compared: its own `generate` fails.", ""]
     lines += ["| the others | frequencies | scores |", "| --- | --- | --- |"]
     for row in built:
         if row["name"] not in both:
@@ -54,7 +54,8 @@ def _served(rows: list[dict], methods: tuple[str, ...]) -> list[str]:
 
 
 def _mark(row: dict) -> str:
-    return "*" * (row["rerope"] == _ALL) + "†" * (row["generates"] != "ok")
+    needs_all = [row["rerope"] == _ALL, any(row[method] == _ALL for method in FREQUENCY)]
+    return "*" * sum(needs_all) + "†" * (row["generates"] != "ok")
 
 
 def _said(row: dict, methods: tuple[str, ...]) -> str:

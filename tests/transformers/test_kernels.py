@@ -82,9 +82,9 @@ def test_kernelize_gives_a_llama_our_rotation(folder, monkeypatch):
         # What transformers does by itself, where it knows this version of `kernels`.
         marked = kernels.use_kernel_forward_from_hub("rotary_pos_emb")(llama.apply_rotary_pos_emb)
         monkeypatch.setattr(llama, "apply_rotary_pos_emb", marked)
-        monkeypatch.setattr(
-            llama, "LlamaAttention", kernels.use_kernelized_func(marked)(llama.LlamaAttention)
-        )
+        own = llama.LlamaAttention.__init__
+        monkeypatch.setattr(llama.LlamaAttention, "__init__", own)  # put back, as it is wrapped
+        kernels.use_kernelized_func(marked)(llama.LlamaAttention)
     model = tiny_models.build("LlamaForCausalLM", num_key_value_heads=2).double()
     ids = torch.randint(3, 99, (2, 20), generator=torch.Generator().manual_seed(0))
     want = logits_and_gradients(model, ids)

@@ -68,6 +68,27 @@ def test_padded_rows_generate_what_they_do_alone(name):
     assert torch.equal(logits(model, IDS), plain)
 
 
+@pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "FalconH1ForCausalLM"])
+def test_padding_of_a_hybrid_with_a_static_cache(name):
+    """What is padding is read from the mask's last columns by layers without keys."""
+    model, ids, mask = _build(name), IDS.clone(), torch.ones_like(IDS)
+    ids[1, :PADS] = mask[1, :PADS] = 0
+    with extend(model, "rerope", window=6):
+        want, got = (
+            generate(model, ids, attention_mask=mask, max_new_tokens=4, cache_implementation=cache)
+            for cache in ("dynamic", "static")
+        )
+    _assert_close(got, want)
+
+
+def test_heads_of_two_sizes():
+    """Those of full layers are wider than those of layers with a window."""
+    model = _build("Gemma4ForCausalLM")
+    plain = logits(model, IDS)
+    with extend(model, "rerope", window=64, layers="all"):
+        _assert_close(logits(model, IDS), plain)
+
+
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}])
 def test_chunks_stay_chunks(settings):
     model = _build("Llama4ForCausalLM", attention_chunk_size=6)
@@ -139,6 +160,8 @@ def test_layers_with_alibi_have_no_rotation_to_place():
     model = _build("FalconForCausalLM", alibi=True)
     with pytest.raises(ValueError, match=r"FalconModel is not .* none of its layers rotates"):
         extend(model, "rerope", window=6)
+    with pytest.raises(ValueError, match=r"FalconModel is not .* ALiBi in place of a rotation"):
+        extend(model, "pi", factor=4.0)
 
 
 def test_kinds_of_layers_with_a_window_are_known_by_a_part_of_their_name():

@@ -10,6 +10,7 @@ import torch
 from hf_models import (
     build,
     generate,
+    gradients,
     logits,
     one_thread,  # noqa: F401
     tokens,
@@ -148,6 +149,52 @@ def test_generation_and_training():
     for name, x in model.named_parameters():
         scale = expected[name].abs().max().item()
         torch.testing.assert_close(x.grad, expected[name], rtol=1e-3, atol=1e-4 * max(scale, 1e-3))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize(
+    "method, parameters", [("yarn", {"factor": 4.0}), ("rerope", {"window": 6})]
+)
+def test_gradient_checkpointing(method, parameters, use_reentrant):
+    model, ids = normed("qwen3").train(), tokens(1, 20)
+    with extend(model, method, **parameters):
+        want = gradients(model, ids, use_cache=False)
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        got = gradients(model, ids, use_cache=False)
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+def test_a_norm_that_something_else_takes_over_norms():
+    """As kernelize and Liger do to a model's modules."""
+    model, ids = normed("qwen3"), tokens(1, 20)
+    own = logits(model, ids)
+    extend(model, "rope", base=10000.0)
+    norm = model.model.layers[0].self_attn.q_norm
+    norm.forward = lambda x: type(norm).forward(norm, x)
+    torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_with_weights_for_each_head_stay():
+    """Of Command R+: a mean is subtracted, and heads have weights of their own."""
+    model, ids = build("cohere", num_key_value_heads=2, use_qk_norm=True), tokens(1, 20)
+    own = logits(model, ids)
+    with extend(model, "rope", base=10000.0):
+        assert not deferred(model)
+        torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trial_of_norms_that_fails_changes_nothing(monkeypatch):
+    model, ids = normed("qwen3"), tokens(1, 20)
+    own = logits(model, ids)
+
+    def fail(sites):
+        raise MemoryError
+
+    monkeypatch.setattr(extension, "norm_changes", fail)
+    with pytest.raises(MemoryError):
+        extend(model, "yarn", factor=4.0)
+    assert torch.equal(logits(model, ids), own)
 
 
 def test_norms_follow_what_moves_a_layers_arguments():

@@ -62,6 +62,17 @@ def test_score_methods_refuse_heads_that_the_kernels_do_not_take():
         extend(model, "rerope", window=8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_score_methods_refuse_packed_rows_in_a_mask(dtype):
+    model = build("llama")
+    mask = torch.block_diag(torch.ones(15, 15), torch.ones(25, 25)).tril().bool()[None, None]
+    if dtype != torch.bool:
+        mask = torch.where(mask, 0.0, torch.finfo(dtype).min)
+    refused = pytest.raises(ValueError, match=r"^extend: attention_mask must be of one sequence")
+    with extend(model, "rerope", window=6), refused:
+        logits(model, IDS, attention_mask=mask)
+
+
 def test_score_methods_refuse_dropout():
     model = build("llama", attention_dropout=0.1)
     with extend(model, "rerope", window=8):

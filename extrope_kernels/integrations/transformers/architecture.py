@@ -65,6 +65,15 @@ def find_sites(model: nn.Module, layers: str = "full") -> list[RotarySite]:
     return sites
 
 
+def generator_of(model: nn.Module) -> nn.Module:
+    """Return the model of transformers in a wrapper (PEFT's, torch.compile's), which generates
+    however the wrapper is called, or taken off.
+    """
+    from transformers import PreTrainedModel
+
+    return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)
+
+
 def _rotary_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yield those of the language model; a vision tower rotates by rows and columns of patches."""
     kinds = _language_configs(getattr(model, "config", None))

@@ -120,7 +120,11 @@ def extend(
     if method in SCORES or shared is not None:
         _rehearse(extension, sites, shared)
     if shared is None:
-        extension.add(*norm_changes(sites))
+        try:
+            extension.add(*norm_changes(sites))
+        except BaseException:
+            extension.restore()
+            raise
     return extension
 
 

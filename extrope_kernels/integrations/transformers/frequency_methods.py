@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .._shared.parameters import bind_method
-from .architecture import RotarySite, unsupported
+from .architecture import RotarySite, generator_of, unsupported
 from .parameters import values_of
 from .requests import LengthDependence, generate_one_request
 from .rotary import Rotary
@@ -26,6 +26,8 @@ def frequency_changes(
     """Return the overrides and the hooks of an `Extension`; nothing is changed yet."""
     overrides, hooks = [], []
     for site in sites:
+        if getattr(site.rotary.config, "alibi", False):
+            raise unsupported(site.owner, "its layers have ALiBi in place of a rotation")
         functions, freqs, takes_length = {}, {}, False
         for layer_type in site.layer_types:
             function, takes_length = bind_method(
@@ -43,7 +45,8 @@ def frequency_changes(
         if takes_length:
             length = LengthDependence(site, rotary, functions)
             hooks.append((site.owner, length.before_forward, length.after_forward))
-    if hooks and hasattr(model, "generate"):
-        generate = partial(generate_one_request, model, vars(model).get("generate"))
-        overrides.append((model, "generate", generate))
+    generator = generator_of(model)
+    if hooks and hasattr(generator, "generate"):
+        generate = partial(generate_one_request, generator, vars(generator).get("generate"))
+        overrides.append((generator, "generate", generate))
     return overrides, hooks

@@ -214,7 +214,8 @@ class Layers:
             if self.around.get(site.rotary, layer) is not layer:
                 continue
             pairs = inv_freq.numel()
-            starts = {start for start in (0, still.q.shape[-1] - 2 * pairs) if start >= 0}
+            last = still.q.shape[-1] - 2 * pairs
+            starts = {0, last} if last >= 0 else set()
             for start, interleaved, sign in product(starts, (False, True), (1, -1)):
                 heads = Heads(start, 2 * pairs, interleaved, sign)
                 freqs = RopeFreqs(sign * inv_freq.to(still.q.device))

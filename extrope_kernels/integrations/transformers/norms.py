@@ -20,6 +20,7 @@ from .calls import call_of
 from .forwards import argument_names, by_name
 from .fused import rotating_layers
 from .rotation import Norm, Rotation, register_attention
+from .tables import trial_numbers
 from .trial import Recorded, Recorder, replaced, run_on_trial
 
 NAMES = ("q_norm", "k_norm")
@@ -34,12 +35,13 @@ class FusedNorm:
 
     def __init__(self, layer: nn.Module, from_one: bool) -> None:
         self.norms: list[nn.Module] = [getattr(layer, name) for name in NAMES]
+        self.deferred = [DeferredNorm(self, norm) for norm in self.norms]
         self.from_one = from_one
         self.argument_names = argument_names(layer)
         self.rotation_norms = False  # in the forward of the layer that is in progress
 
     def overrides(self) -> list[tuple[nn.Module, str, Any]]:
-        return [(norm, "forward", DeferredNorm(self, norm)) for norm in self.norms]
+        return [(each.norm, "forward", each) for each in self.deferred]
 
     def before_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -50,7 +52,7 @@ class FusedNorm:
         rotation = given[0] if isinstance(given, tuple) and given else None
         self.rotation_norms = (
             isinstance(rotation, Rotation)
-            and all(is_own(norm) for norm in self.norms)
+            and all(each.is_in_place() for each in self.deferred)
             and not torch.is_autocast_enabled(self.norms[0].weight.device.type)
         )
         if self.rotation_norms:
@@ -72,6 +74,10 @@ class DeferredNorm:
     def __init__(self, fused: FusedNorm, norm: nn.Module) -> None:
         self.fused = fused
         self.norm = norm
+
+    def is_in_place(self) -> bool:
+        """Not after something else has taken over what it took over."""
+        return vars(self.norm).get("forward") is self and is_own(self.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
         return x if self.fused.rotation_norms else type(self.norm).forward(self.norm, x)
@@ -134,11 +140,13 @@ def _kind(norm: nn.Module | None) -> str | None:
         return None
     if set(norm._parameters) != {"weight"} or norm._buffers or norm._modules:
         return None
-    weight = torch.linspace(0.5, 2.0, norm.weight.numel())
+    if norm.weight.dim() != 1:  # of each head its own (Cohere)
+        return None
+    weight = trial_numbers(0.5, 2.0, norm.weight.numel())
     trial = copy.deepcopy(norm).to("cpu", torch.float32)
     trial.weight.data.copy_(weight)
     # Of small rows, eps is most of the mean square.
-    x = torch.linspace(-1, 2, 2 * weight.numel()).view(2, -1) * torch.tensor([[1.0], [1e-3]])
+    x = trial_numbers(-1, 2, 2 * weight.numel()).view(2, -1) * weight.new_tensor([[1.0], [1e-3]])
     normal = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps_of(norm))
     with torch.no_grad():
         try:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ... import RopeFreqs
 from ...ops.decode import attend_with_kvcache
 from ...scores import Score
+from .architecture import generator_of
 from .rotation import INTERFACE
 
 
@@ -144,10 +145,11 @@ def batching_changes(model: nn.Module, refused: str | None) -> list[tuple[nn.Mod
 
     refused: the extension's method, where its frequencies depend on the length.
     """
-    name = "init_continuous_batching"
-    if not hasattr(model, name):
+    name, generator = "init_continuous_batching", generator_of(model)
+    if not hasattr(generator, name):
         return []
-    return [(model, name, partial(start_batching, model, vars(model).get(name), refused))]
+    batching = partial(start_batching, generator, vars(generator).get(name), refused)
+    return [(generator, name, batching)]
 
 
 def start_batching(

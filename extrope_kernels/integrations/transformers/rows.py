@@ -185,6 +185,13 @@ def _tokens_of_mask(mask: Tensor, batch: int, past: int, new: int) -> Tensor | N
     real = seen[:, -1]
     index = torch.arange(total, device=mask.device)
     causal = real[:, None, :] & (index[None, :] <= index[past:, None])
+    # A token of padding sees nothing or, where a softmax of nothing would be NaN, everything.
+    own = seen.diagonal(past, 1, 2) & ~seen.all(2)
+    if (own & ~real[:, past:]).any():
+        raise ValueError(
+            "extend: attention_mask must be of one sequence a row, got one in which the last token "
+            "does not see tokens that see themselves; packed rows have no place in it"
+        )
     wrong = (seen != causal) & real[:, past:, None]
     if wrong.any():
         raise ValueError(

@@ -12,7 +12,7 @@ from ... import RopeFreqs, methods
 from ...ops.attention import attend
 from ...scores import UNROTATED, Score
 from .._shared.parameters import bind_score
-from .architecture import RotarySite, unsupported
+from .architecture import RotarySite, generator_of, unsupported
 from .attending import Attending, exchange
 from .context_parallel import SharedRows, by_its_name
 from .forwards import argument_names, by_name, cache_of, caches_in, tokens_of
@@ -56,8 +56,9 @@ def score_changes(
         overrides += found.calls[layer].overrides(layer)
     hooks += [(layer, forward.before_far_layer, None) for layer in found.far]
     hooks += [(layer, forward.before_near_layer, None) for layer in found.near]
-    if hasattr(model, "generate"):
-        overrides.append((model, "create_masks_for_generate", keep_mask))
+    generator = generator_of(model)
+    if hasattr(generator, "generate"):
+        overrides.append((generator, "create_masks_for_generate", keep_mask))
     return overrides, hooks
 
 
@@ -145,6 +146,10 @@ class ScoreForward:
             rotary.rows = None if rotary.layer else rows
         if self.inner:
             arguments[_ROWS] = rows
+        mask = arguments.get("attention_mask")
+        if isinstance(rows, Rows) and isinstance(mask, Tensor) and mask.dim() == 2:
+            # Convolutions and states take its last columns for those of the new tokens.
+            arguments["attention_mask"] = mask[:, : rows.total]
         if positions is None and rows.leftpad is not None:
             arguments["position_ids"] = rows.positions
         if not self.needs_mask:

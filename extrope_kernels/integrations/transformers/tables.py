@@ -68,6 +68,11 @@ def _given(freqs: RopeFreqs, *_: Any, **__: Any) -> tuple[Tensor, float]:
     return freqs.inv_freq, freqs.attention_factor
 
 
+def trial_numbers(first: float, last: float, count: int) -> Tensor:
+    """Evenly spaced, whatever torch's default dtype and device are."""
+    return torch.linspace(first, last, count, dtype=torch.float32, device="cpu")
+
+
 def change_of_tables(rotary: nn.Module, layer_type: str | None) -> bool:
     """Try other frequencies out; return whether the tables are one tensor, not (cos, sin).
 
@@ -76,9 +81,9 @@ def change_of_tables(rotary: nn.Module, layer_type: str | None) -> bool:
     """
     prefix = "" if layer_type is None else f"{layer_type}_"
     pairs = getattr(rotary, f"{prefix}inv_freq").shape[-1]
-    inv_freq = torch.linspace(0.2, 1.1, pairs)
-    positions = torch.tensor([[0, 1, 5, 11]])
-    x = torch.zeros(1, 4, 2 * pairs)
+    inv_freq = trial_numbers(0.2, 1.1, pairs)
+    positions = torch.tensor([[0, 1, 5, 11]], device="cpu")
+    x = inv_freq.new_zeros(1, 4, 2 * pairs)
 
     def tables(inv_freq: Tensor, positions: Tensor, factor: float = 1.0) -> list[Tensor]:
         made = Tables(rotary, layer_type, RopeFreqs(inv_freq, factor))(x, positions)

@@ -15,7 +15,7 @@ from ... import RopeFreqs
 from .architecture import RotarySite
 from .calls import Call, Override
 from .forwards import argument_names, by_name
-from .tables import Tables
+from .tables import Tables, trial_numbers
 
 TOKENS = 4
 # Rotary embeddings with the kinds of layers to extend, and the trial's frequencies for each.
@@ -113,7 +113,7 @@ def ladders_of(sites: list[RotarySite]) -> Ladders:
     """
     kinds = [(site, layer_type) for site in sites for layer_type in site.layer_types]
     return [
-        (site, kind, torch.linspace(0.2, 1.1, site.dim(kind) // 2) * (1 + 0.37 * number))
+        (site, kind, trial_numbers(0.2, 1.1, site.dim(kind) // 2) * (1 + 0.37 * number))
         for number, (site, kind) in enumerate(kinds)
     ]
 
@@ -162,7 +162,7 @@ def run_on_trial(owner: nn.Module, backwards: bool = False, **options: Tensor) -
     """
     embed = getattr(owner, "get_input_embeddings", None)
     weights = embed() if embed is not None else owner
-    tokens = torch.arange(TOKENS, device=next(weights.parameters()).device)[None]
+    tokens = torch.arange(TOKENS, device=_device_of(weights))[None]
     options = {name: value.to(tokens.device) for name, value in options.items()}
     tokens = tokens.flip(1) if backwards else tokens
     with _evaluating(owner):
@@ -170,6 +170,13 @@ def run_on_trial(owner: nn.Module, backwards: bool = False, **options: Tensor) -
     for module in _fsdp_modules(owner):
         module.reshard()  # the root keeps its parameters whole, for a backward
     return output
+
+
+def _device_of(weights: nn.Module) -> Any:
+    """Return where a module computes; accelerate keeps weights that it has offloaded on meta."""
+    device = next(weights.parameters()).device
+    hook = getattr(weights, "_hf_hook", None)
+    return getattr(hook, "execution_device", device) if device.type == "meta" else device
 
 
 @contextmanager

@@ -76,11 +76,10 @@ def _save(ctx, args, options, outputs) -> None:
 
 def _backward_by(bwd):
     def backward(ctx, grad_q, grad_k):
-        _, k, *weights = ctx.saved_tensors[:4]
+        q, k, *saved = ctx.saved_tensors  # read once: a checkpoint unpacks a tensor only once
+        weights = saved[:2]
         grad_k = contiguous_rows(grad_k) if k is not None else None
-        dq, dk, *of_weights = bwd(
-            contiguous_rows(grad_q), grad_k, *ctx.saved_tensors, **ctx.options
-        )
+        dq, dk, *of_weights = bwd(contiguous_rows(grad_q), grad_k, q, k, *saved, **ctx.options)
         found = [None if w is None else dw.to(w.dtype) for w, dw in zip(weights, of_weights)]
         return dq, dk if k is not None else None, *found
 
