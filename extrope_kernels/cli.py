@@ -29,6 +29,7 @@ CPU_CAPABILITIES = (
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m extrope_kernels", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"extrope_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed and which kernel runs where")
     evaluate = commands.add_parser("eval", help="a model past its training length, per method")

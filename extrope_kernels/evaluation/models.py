@@ -66,7 +66,7 @@ def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(files.folder, **_loading(files))
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of a damaged file each reader raises what it likes
         raise UsageError(f"cannot load the tokenizer: {_first_line(error)}") from error
 
 
@@ -82,7 +82,7 @@ def load_model(files: ModelFiles, dtype: str, device: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             files.folder, dtype=getattr(torch, dtype), **_loading(files)
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of a damaged file each reader raises what it likes
         raise UsageError(f"cannot load the model: {_first_line(error)}") from error
     if model.base_model is model:
         raise UsageError(f"{type(model).__name__} has no body apart from its head")
@@ -166,4 +166,4 @@ def _loading(files: ModelFiles) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__

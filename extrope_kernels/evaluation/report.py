@@ -97,11 +97,12 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 def resumed(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     """Return the header with the rows that a file of results holds already.
 
-    Raises UsageError when these are of other settings: they may have taken hours.
+    Raises UsageError when these are of other settings, since they may have taken hours, and when
+    the file is damaged.
     """
     if not path.exists():
         return header
-    found = json.loads(path.read_text())
+    found = _read_results(path)
     rows = found.pop("rows", [])
     plain = json.loads(json.dumps({name: x for name, x in header.items() if name != "rows"}))
     changed = [name for name, x in plain.items() if found.get(name) != x]
@@ -110,6 +111,18 @@ def resumed(path: Path, header: dict[str, Any]) -> dict[str, Any]:
             f"{path} is of other settings ({', '.join(changed)}); name another --out, or move it"
         )
     return header | {"rows": rows}
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if not (isinstance(found, dict) and isinstance(found.get("rows", []), list)):
+            raise ValueError("no results")
+    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON, either
+        raise UsageError(
+            f"{path} cannot be read ({error}); name another --out, or move it"
+        ) from error
+    return found
 
 
 def versions() -> dict[str, str]:
