@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from extrope_kernels.evaluation import UsageError, report
+from extrope_kernels.evaluation.digests import model_digest
 from extrope_kernels.evaluation.models import decoder_layers, training_length
 from extrope_kernels.evaluation.options import Plan
 from extrope_kernels.evaluation.tasks import Task
@@ -81,6 +82,7 @@ def _header(
     return {
         "task": task.name,
         "model": Path(args.model).name,
+        "model_digest": model_digest(model),
         "training_length": trained,
         "dtype": args.dtype,
         "device": str(model.device),

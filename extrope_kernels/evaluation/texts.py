@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from extrope_kernels.evaluation import UsageError
+from extrope_kernels.evaluation.digests import tokens_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,9 +32,19 @@ class Text(NamedTuple):
     opening: Tensor
     ids: Tensor
 
+    @property
+    def tokens(self) -> int:
+        """How many there are, the opening among them."""
+        return len(self.opening) + len(self.ids)
+
+    @property
+    def digest(self) -> str:
+        """What tells it from another text of this name."""
+        return tokens_digest(torch.cat([self.opening, self.ids]))
+
     def about(self) -> dict[str, str | int]:
         """Return what results say of it."""
-        return {"name": self.name, "tokens": len(self.opening) + len(self.ids)}
+        return {"name": self.name, "tokens": self.tokens, "digest": self.digest}
 
     def halves(self) -> tuple[Text, Text]:
         """Return the first half of the text and the second."""
@@ -72,9 +84,9 @@ def load_texts(
     texts = []
     for name in names:
         text = read_text(tokenizer, name)
-        if (found := text.about()["tokens"]) < longest:
+        if text.tokens < longest:
             raise UsageError(
-                f"--text {name}: {found:,} tokens, too short for --lengths {longest:,}"
+                f"--text {name}: {text.tokens:,} tokens, too short for --lengths {longest:,}"
             )
         texts.append(text)
     return texts
@@ -94,6 +106,11 @@ def read_text(tokenizer: PreTrainedTokenizerBase, name: str, option: str = "--te
     ids = tokenizer(_read(name, option), verbose=False).input_ids
     body = torch.tensor(ids[len(opening) :], dtype=torch.int64)
     return Text(Path(name).name, torch.tensor(opening, dtype=torch.int64), body)
+
+
+def source(name: str) -> str | None:
+    """Return the path of a text's file, however it was spelled; None for `pydocs`."""
+    return None if name == _BUILT_IN else os.path.realpath(name)
 
 
 def _read(name: str, option: str) -> str:

@@ -15,6 +15,7 @@ from tiny_model import CONFIG, TRAINED, check_image, results
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from extrope_kernels.evaluation import forward, loss, options, report, texts
+from extrope_kernels.evaluation.digests import tokens_digest
 from extrope_kernels.evaluation.models import decoder_layers
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.scores import SCORES
@@ -68,7 +69,9 @@ def test_loss_agrees_with_transformers(run, folder, text, tokenizer, tmp_path, c
     ]
     assert found["rows"][1]["buckets"] != last["buckets"]
     assert found["training_length"] == TRAINED and found["bucket"] == 16
-    assert found["texts"] == [{"name": "story.txt", "tokens": 240}]
+    digest = tokens_digest(ids)
+    assert found["texts"] == [{"name": "story.txt", "tokens": 240, "digest": digest}]
+    assert len(found["model_digest"]) == len(digest) == 12
     assert set(found["versions"]) == {"python", "torch", "transformers", "extrope_kernels"}
     check_image(tmp_path / "out" / "loss.png")
     lines = capsys.readouterr().out.splitlines()

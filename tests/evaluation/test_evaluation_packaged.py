@@ -11,6 +11,7 @@ pytest.importorskip("transformers", minversion="5")
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from extrope_kernels.evaluation import UsageError, models, packaged
+from extrope_kernels.evaluation.digests import model_digest
 
 ASSEMBLE = """
 from pathlib import Path
@@ -112,6 +113,7 @@ def test_reads_gguf_once_and_the_copy_from_then_on(package, cache, model):
     wanted = model.state_dict()
     assert copy.state_dict().keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in copy.state_dict().items())
+    assert model_digest(copy) == model_digest(model)  # a run from one goes on with the other
     assert copy.lm_head.weight is copy.model.embed_tokens.weight
 
 

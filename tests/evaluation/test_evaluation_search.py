@@ -9,7 +9,7 @@ pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from tiny_model import CONFIG, TRAINED, check_image, results
+from tiny_model import CONFIG, TRAINED, check_image, results, retrained
 from transformers import LlamaForCausalLM
 
 from extrope_kernels import methods
@@ -156,9 +156,27 @@ def test_mistakes_are_told_before_the_model_is_loaded(search, monkeypatch, capsy
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_held_out_text_is_another(tokenizer, text, tmp_path):
-    with pytest.raises(UsageError, match="is searched on, too"):
-        cli.split_texts(tokenizer, [str(text)], str(text), 8)
+def test_search_of_another_model_of_this_name_is_no_part_of_it(search, folder, tmp_path, capsys):
+    assert search() == 0
+    kept = results(tmp_path, "search")
+    assert len(kept["model_digest"]) == 12
+    assert search(model=retrained(folder, tmp_path)) == 2
+    assert "search.json is of other settings (model_digest)" in capsys.readouterr().err
+    story = tmp_path / "story.txt"
+    story.write_text(story.read_text()[::-1])
+    assert search() == 2
+    assert "search.json is of other settings (texts, held_out)" in capsys.readouterr().err
+    assert results(tmp_path, "search") == kept
+
+
+def test_held_out_text_is_another(tokenizer, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(text.parent)
+    link, copy = tmp_path / "link.txt", tmp_path / "copy.txt"
+    link.symlink_to(text)
+    copy.write_text(text.read_text())
+    for same in (text, "story.txt", "./story.txt", f"../{text.parent.name}/story.txt", link, copy):
+        with pytest.raises(UsageError, match=f"--held-out {same}: is searched on, too"):
+            cli.split_texts(tokenizer, ["pydocs", str(text)], str(same), 8)
     other = tmp_path / "other.txt"
     other.write_text("another text, of its own")
     first, second = cli.split_texts(tokenizer, [str(text)], str(other), 8)

@@ -1,12 +1,14 @@
 """The tiny model's configuration and tokenizer, and checks of what the command leaves behind."""
 
 import json
+import shutil
 import string
 
+import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 TRAINED = 32
 CONFIG = {
@@ -29,6 +31,17 @@ def save_tokenizer(folder):
     characters = Tokenizer(WordLevel(vocab | {"<unk>": len(vocab)}, unk_token="<unk>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     PreTrainedTokenizerFast(tokenizer_object=characters).save_pretrained(folder)
+
+
+def retrained(folder, tmp_path):
+    """A folder of the same name, with a model of the same shape and other weights."""
+    other = tmp_path / "other" / folder.name
+    shutil.copytree(folder, other)
+    model = LlamaForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] += 1
+    model.save_pretrained(other)
+    return other
 
 
 def results(tmp_path, task="loss"):

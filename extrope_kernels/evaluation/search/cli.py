@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from extrope_kernels.evaluation import UsageError, models, options
 from extrope_kernels.evaluation.cli import reported
+from extrope_kernels.evaluation.digests import model_digest
 from extrope_kernels.evaluation.memory import keep_freed_memory
-from extrope_kernels.evaluation.texts import Text, read_text
+from extrope_kernels.evaluation.texts import Text, read_text, source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,19 +41,23 @@ def split_texts(
 ) -> tuple[list[Text], list[Text]]:
     """Return what to search on and what decides, which have no token in common.
 
-    Raises UsageError where a part has less than `length` tokens.
+    Raises UsageError where a part has less than `length` tokens, or is searched on and decides.
     """
-    if held_out in names:
+    if held_out is not None and source(held_out) in map(source, names):
         raise UsageError(f"--held-out {held_out}: is searched on, too")
     whole = [read_text(tokenizer, name) for name in names]
     if held_out is not None:
         texts, decides = whole, [read_text(tokenizer, held_out, "--held-out")]
+        if decides[0].digest in [text.digest for text in texts]:
+            raise UsageError(f"--held-out {held_out}: is searched on, too")
     else:
         halves = [text.halves() for text in whole]
         texts, decides = [first for first, _ in halves], [second for _, second in halves]
     for text in (*texts, *decides):
-        if (found := text.about()["tokens"]) < length:
-            raise UsageError(f"{text.name}: {found:,} tokens, too short for --length {length:,}")
+        if text.tokens < length:
+            raise UsageError(
+                f"{text.name}: {text.tokens:,} tokens, too short for --length {length:,}"
+            )
     return texts, decides
 
 
@@ -80,6 +85,7 @@ def _run(args: argparse.Namespace) -> None:
     settings: dict[str, Any] = {
         "task": "search",
         "model": Path(args.model).name,
+        "model_digest": model_digest(model),
         "dtype": args.dtype,
         "length": args.length,
         "texts": [text.about() for text in texts],

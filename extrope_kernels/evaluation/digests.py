@@ -1,0 +1,59 @@
+"""Short digests that tell models and texts of the same name apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+    from transformers import PreTrainedModel
+
+_DIGITS = 12  # of SHA-256 in hex: enough to tell what one user has apart
+# What a configuration says of where the weights came from, and by which dtype: weights as they are
+# say it themselves, and a GGUF file and the copy of it that loads faster are one model.
+_ORIGIN = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """Return the digest of a loaded model: of its configuration, and all its weights."""
+    config = json.dumps(_without_origin(model.config.to_dict()), sort_keys=True, default=str)
+    found = hashlib.sha256(config.encode())
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            _add(found, name, tensor)
+    return found.hexdigest()[:_DIGITS]
+
+
+def tokens_digest(ids: Tensor) -> str:
+    """Return the digest of tokens: (tokens,) int64."""
+    found = hashlib.sha256()
+    _add(found, "tokens", ids)
+    return found.hexdigest()[:_DIGITS]
+
+
+def _add(found: _Hash, name: str, tensor: Tensor) -> None:
+    if hasattr(tensor, "__tensor_flatten__"):  # such as quantized weights with their scales
+        for part in tensor.__tensor_flatten__()[0]:
+            _add(found, f"{name}.{part}", getattr(tensor, part))
+        return
+    found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _without_origin(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {str(k): _without_origin(x) for k, x in config.items() if k not in _ORIGIN}
