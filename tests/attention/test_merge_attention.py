@@ -189,6 +189,8 @@ def test_refuses(outs, lses, error, message):
 
 
 def test_refuses_in_place():
+    with pytest.raises(ValueError, match="merge_attention: inplace=True is for inference, got te"):
+        merge_attention([OUT.clone().requires_grad_(), OUT], [LSE, LSE], inplace=True)
     with pytest.raises(TypeError, match="merge_attention: inplace must be a bool, got int"):
         merge_attention([OUT], [LSE], inplace=1)
     with pytest.raises(ValueError, match=r"merge_attention: outs\[1\] must be torch.bfloat16"):

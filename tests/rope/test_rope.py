@@ -250,3 +250,13 @@ def test_every_instruction_set_of_the_cpu_kernels(capability, run_python):
         """,
         EXTROPE_CPU_CAPABILITY=capability,
     )
+
+
+def test_offsets_past_what_float32_counts(backend):
+    """A float32 offset is exact, its sum with an index is not one of float32."""
+    q, k = make_qk(2, 9, 2, 1, dtype=torch.float32)
+    offsets = torch.tensor([[2.0**24], [2.0**25]], device=device())
+    freqs = methods.rope(q.shape[-1]).to(device())
+    got = apply_rope_qk(q, k, freqs, positions=offsets, backend=backend)
+    want = apply_rope_qk(q, k, freqs, positions=offsets.long(), backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))

@@ -142,3 +142,10 @@ def test_origin_follows_to_another_device_and_other_sections():
     steepest = freqs.log_decay.double().abs().max().item()
     assert freqs.steepest_decay == pytest.approx(steepest, rel=1e-6)
     assert replace(freqs, steepest_decay=0.0).steepest_decay == 0
+
+
+def test_decay_has_no_gradient():
+    freqs = xpos(8)
+    freqs = replace(freqs, log_decay=freqs.log_decay.clone().requires_grad_())
+    with pytest.raises(ValueError, match="rope: log_decay is not differentiable"):
+        apply_rope(torch.randn(1, 3, 2, 8), freqs.for_keys())

@@ -260,3 +260,25 @@ def test_raw_bwd_wants_inputs_that_fit():
     for saved in ((q[:, :4], k), (q, None), (q.half(), k)):
         with pytest.raises((RuntimeError, ValueError), match=r"rope: (q|k) must"):
             torch.ops.extrope.rope_bwd(q, k, *saved, inv_freq)
+
+
+@pytest.mark.parametrize("name", ["rope_inplace", "rope_norm_inplace"])
+def test_raw_inplace_and_autograd(name):
+    """It refuses what a graph needs, and what autograd has saved may not be used after it."""
+    weights = (torch.ones(64, device=device()), None) if "norm" in name else ()
+    op = getattr(torch.ops.extrope, name)
+    leaf = torch.randn(1, 5, 3, 64, device=device(), requires_grad=True)
+    for x in (leaf, leaf * 1):
+        with pytest.raises(RuntimeError, match="rope: inplace=True is for inference"):
+            op(x, None, *weights, FREQS.inv_freq.to(device()))
+    saved = torch.randn(1, 5, 3, 64, device=device())
+    out = leaf * saved
+    op(saved, None, *weights, FREQS.inv_freq.to(device()))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_inplace_refuses_one_tensor_for_both(backend):
+    q = torch.randn(1, 5, 3, 64, device=device())
+    with pytest.raises(ValueError, match="rope: inplace=True needs q and k of their own"):
+        apply_rope_qk(q, q, FREQS.to(device()), inplace=True, backend=backend)

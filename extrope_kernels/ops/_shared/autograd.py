@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 
 def register_backward(library, op, save, backward) -> None:
@@ -39,7 +40,7 @@ def _autograd_kernel(op, save, backward):
         def forward(ctx, keyset, options, *args):
             if torch._C._are_functorch_transforms_active():
                 # Recorded.apply has switched gradients off, for torch.func's outer levels too.
-                with torch.enable_grad():
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                     outputs = below(keyset, args, options)
             else:
                 outputs = below(keyset, args, options)
@@ -52,6 +53,7 @@ def _autograd_kernel(op, save, backward):
             return (*found, *[None] * (len(ctx.needs_input_grad) - len(found)))
 
     def kernel(keyset, *args, **options):
+        _refuse_tangents(op, args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             if not torch._C._are_functorch_transforms_active():
                 return Recorded.apply(keyset, options, *args)
@@ -62,16 +64,58 @@ def _autograd_kernel(op, save, backward):
     return kernel
 
 
+def _refuse_tangents(op, args) -> None:
+    """Of forward-mode derivatives, which the kernels do not have: they would be lost in silence."""
+    if not _in_forward_mode():
+        return
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{op.name().partition('::')[2]}: has no forward-mode derivatives (jvp, jacfwd, "
+                "hessian); use reverse mode (vjp, jacrev, jacrev of jacrev)"
+            )
+
+
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def refuse_recording(library, op, message: str, written: int) -> None:
+    """Let `op`, which writes over its first tensors, refuse those of a graph; and let autograd
+    notice when one that it has saved has been overwritten.
+
+    written: how many it may write over.
+    """
+
+    def kernel(keyset, *args, **options):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            raise RuntimeError(message)
+        _refuse_tangents(op, args)
+        with torch._C._AutoDispatchBelowAutograd():
+            out = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+        note_writes(*args[:written])
+        return out
+
+    library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+
+
+def note_writes(*tensors: Tensor | None) -> None:
+    """Tell autograd that kernels have written over these."""
+    written = tuple(x for x in tensors if x is not None and not x.is_inference())
+    torch.autograd.graph.increment_version(written)
+
+
 def call_unrecorded(
     op: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
 ) -> Any:
     """Call an op of which no gradient is wanted, or exists, outside of torch.compile.
 
     Its Autograd kernel, which is left out, costs as much as rotating a token; Python's frame around
-    every op, a tenth of that. Inference mode leaves it out by itself.
+    every op, a tenth of that. Inference mode leaves it out by itself; of forward-mode derivatives
+    it knows that there are none.
     """
     run = getattr(op, "_op", op)
-    if torch.is_inference_mode_enabled():
+    if torch.is_inference_mode_enabled() or _in_forward_mode():
         return run(*args, **options)
     with torch._C._AutoDispatchBelowAutograd():
         return run(*args, **options)

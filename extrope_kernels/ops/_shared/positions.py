@@ -26,9 +26,11 @@ def token_positions(
     seqlen: int,
     device: torch.device,
 ) -> Tensor:
-    """(batch or 1, seqlen): the position of every token, in positions' dtype or int64."""
+    """(batch or 1, seqlen): the position of every token; offsets in float become float64."""
     if positions is not None and not are_offsets:
         return positions
+    if positions is not None and positions.is_floating_point():
+        positions = positions.double()  # sums past 2**24 are no float32
     index = torch.arange(seqlen, device=device)
     if cu_seqlens is None:
         return index[None] if positions is None else positions[:, None] + index

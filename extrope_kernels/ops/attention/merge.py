@@ -33,13 +33,17 @@ def merge_attention(
         then, and there is no gradient.
 
     Returns: out like outs[0], and lse like lses[0]. A row without keys in any set gets out 0 and
-        lse -inf. Differentiable to any order in outs and lses.
+        lse -inf, in place what outs[0] held. Differentiable to any order in outs and lses.
     Raises: ValueError or TypeError that names the argument.
     """
     outs, lses = _tensors("outs", outs), _tensors("lses", lses)
     refuse_flags("merge_attention", inplace=inplace)
     _check(outs, lses, inplace)
     if inplace:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *lses)):
+            raise ValueError(
+                "merge_attention: inplace=True is for inference, got tensors that require grad"
+            )
         return _merged_in_place(outs, lses)
     wide = torch.promote_types(torch.promote_types(outs[0].dtype, torch.float32), lses[0].dtype)
     stacked = torch.stack([lse.to(wide) for lse in lses])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._shared import backends as _backends
-from .._shared.autograd import contiguous_rows, register_backward
+from .._shared.autograd import contiguous_rows, refuse_backward, register_backward
 from .._shared.library import library, ops
 from . import cpu, reference
 from .arguments import check, check_decay_values, check_dims, check_state
@@ -160,18 +160,8 @@ def _register_backward(suffix: str) -> None:
 
     register_backward(library, fwd, save, backward)
     only_first = f"{NAME}: the kernels have first derivatives only; use backend='reference'"
-    _refuse_backward(bwd, only_first)
-    _refuse_backward(step, f"{NAME}: a step is for inference and has no gradient")
-
-
-def _refuse_backward(op, message: str) -> None:
-    def save_nothing(ctx, args, options, outputs):
-        pass
-
-    def refuse(ctx, *grads):
-        raise NotImplementedError(message)
-
-    register_backward(library, op, save_nothing, refuse)
+    refuse_backward(library, bwd, only_first)
+    refuse_backward(library, step, f"{NAME}: a step is for inference and has no gradient")
 
 
 def _define() -> None:

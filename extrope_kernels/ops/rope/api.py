@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from .._shared.autograd import call_unrecorded
+from .._shared.autograd import call_unrecorded, note_writes
 from .._shared.backends import missing, require
 from .._shared.checks import REFUSALS, refuse_flags, retell, split_offset
 from .._shared.dtensor import replicated
 from .._shared.library import ops
 from . import norm as norm_reference
 from . import reference
-from .checks import check, check_norm, check_norm_eps
+from .checks import INPLACE, check, check_norm, check_norm_eps, not_differentiable
 from .decay import check_decay
 
 RopeArgs = tuple[Tensor | None, ...]  # of the ops, after q and k
@@ -159,6 +159,8 @@ def _rotate(
         options["inverse"] = True
     if freqs.log_decay is not None:
         options["decay_origin"] = freqs.decay_origin
+        if freqs.log_decay.requires_grad and backend != "reference" and torch.is_grad_enabled():
+            raise ValueError(not_differentiable("log_decay"))
         check_decay(freqs, q, positions, options.get("offset", 0), packed=cu_seqlens is not None)
     if type(q) is not Tensor:
         rope_args = replicated(q, rope_args)
@@ -221,11 +223,14 @@ def _inplace(
 ) -> tuple[Tensor, Tensor]:
     op = _op(names[1], backend, q)
     if _wants_grad(q, k, op_args):
-        raise ValueError("rope: inplace=True is for inference, got tensors that require grad")
-    op(q, k, *op_args, **options)
-    if not compiling and not q.is_inference():
-        # Autograd then notices when a tensor that it saved has been overwritten.
-        torch.autograd.graph.increment_version((q,) if k is None else (q, k))
+        raise ValueError(INPLACE)
+    if k is q:
+        raise ValueError("rope: inplace=True needs q and k of their own, got one tensor for both")
+    if compiling or backend == "reference":
+        op(q, k, *op_args, **options)
+    else:
+        call_unrecorded(op, (q, k, *op_args), options)
+        note_writes(q, k)
     return q, k
 
 

@@ -16,6 +16,7 @@ from .._shared.autograd import batching_rule, contiguous_rows, register_backward
 from .._shared.dtensor import replicated
 from .._shared.library import ops
 from .._shared.positions import sequence_of_token
+from .checks import not_differentiable
 from .pairs import cross, join_pairs, split_pairs
 from .rotation import resolve, token_positions
 
@@ -88,7 +89,7 @@ def kept_rope_args(rope_args) -> tuple[Tensor | None, ...]:
     rope_args = _with_defaults(rope_args)
     for name, x in (("positions", rope_args[1]), ("log_decay", rope_args[3])):
         if x is not None and x.requires_grad:
-            raise ValueError(f"rope: {name} is not differentiable, got a tensor that requires grad")
+            raise ValueError(not_differentiable(name))
     return rope_args
 
 

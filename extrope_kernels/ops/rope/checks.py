@@ -19,6 +19,11 @@ from .._shared.positions import position_kind as position_kind_of_one_axis
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
+INPLACE = "rope: inplace=True is for inference, got tensors that require grad"
+
+
+def not_differentiable(name: str) -> str:
+    return f"rope: {name} is not differentiable, got a tensor that requires grad"
 
 
 def check(

@@ -14,8 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._shared.library import library, load_on_first_use
+from .._shared.autograd import refuse_recording
+from .._shared.library import library, load_on_first_use, ops
 from . import autograd, reference
+from .checks import INPLACE
 from .pairs import accumulator
 from .rotation import resolve
 
@@ -100,6 +102,7 @@ def _define() -> None:
             library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
             torch.library.register_fake(f"{library.ns}::{name}{suffix}", fake, lib=library)
         autograd.register(library, suffix)
+        refuse_recording(library, getattr(ops, f"rope_inplace{suffix}").default, INPLACE, 2)
     library.define("cpu_capability() -> int")  # see cli.CPU_CAPABILITIES
     library.define("cpu_release_memory() -> int")  # bytes that freed results had left for others
     for name, function in _TRITON.items():

@@ -1,0 +1,52 @@
+"""Forward-mode derivatives, which no kernel has, are refused: none is lost in silence."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import hessian, jacfwd, jvp
+
+from extrope_kernels import (
+    apply_rope,
+    apply_rope_qk,
+    head_permutations,
+    methods,
+    permute,
+    permuteformer_attention,
+    rerope_attention,
+)
+
+FREQS = methods.rope(8)
+PERMUTATIONS = head_permutations(2, 8)
+CALLS = {
+    "apply_rope": lambda x: apply_rope(x, FREQS),
+    "apply_rope_qk": lambda x: apply_rope_qk(x, x, FREQS, q_norm_weight=torch.ones(8))[0],
+    "rerope_attention": lambda x: rerope_attention(x, x, x, FREQS, window=2),
+    "its reference": lambda x: rerope_attention(x, x, x, FREQS, window=2, backend="reference"),
+    "permute": lambda x: permute(x, PERMUTATIONS),
+    "permuteformer_attention": lambda x: permuteformer_attention(
+        x, x, x, permutations=PERMUTATIONS
+    ),
+}
+REFUSED = r"^\w+: has no forward-mode derivatives .*; use reverse mode"
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "hessian", "dual"])
+def test_forward_mode_is_refused(name, transform):
+    call, (x, tangent) = CALLS[name], torch.randn(2, 1, 3, 2, 8)
+    with pytest.raises(NotImplementedError, match=REFUSED):
+        if transform == "jvp":
+            jvp(call, (x,), (tangent,))
+        elif transform == "jacfwd":
+            jacfwd(call)(x)
+        elif transform == "hessian":
+            hessian(lambda x: (call(x) ** 3).sum())(x)
+        else:
+            with forward_ad.dual_level():
+                call(forward_ad.make_dual(x, tangent))
+
+
+def test_what_has_no_tangent_goes_on():
+    x = torch.randn(1, 3, 2, 8, requires_grad=True)
+    with forward_ad.dual_level():
+        assert torch.equal(apply_rope(x, FREQS), apply_rope(x.detach(), FREQS))
