@@ -53,6 +53,7 @@ OF_THE_CHECKOUT = (
     "package/test_cuda_emulated.py",
     "package/test_docs.py",
     "package/test_examples.py",
+    "package/test_failed_builds.py",
     "package/test_first_use.py",
     "package/test_gpu_audit.py",
     "package/test_gpu_smoke.py",

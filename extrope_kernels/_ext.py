@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
 import os
+import shlex
+import shutil
 import stat
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
-from . import _build
+from . import _build, _ninja
 
 # Of torch.ops. A copy of the package in the same process needs another: see integrations/kernels.
 NAMESPACE = "extrope"
@@ -25,10 +29,20 @@ _reasons: dict[str, str | None] = {}
 _paths: dict[str, Path] = {}
 _watchers: dict[str, list[Callable[[str | None], None]]] = {}
 _BUILD_TIMEOUT = 600.0  # seconds to wait for another process that builds the same library
+_INSTEAD = {
+    "cpu": "its ops run as the reference, which is slow",
+    "cuda": "its ops run as Triton's kernels",
+}
 
 
-def load(name: str) -> str | None:
+class _NotExpected(_build.BuildError):
+    """No library, and none that the user could have counted on: no reason to warn."""
+
+
+def load(name: str, *, quiet: bool = False) -> str | None:
     """Load the library `name` ("cpu" or "cuda"), building it if need be.
+
+    quiet: do not warn of a failure, as the caller shows the reason.
 
     Returns: None when it is loaded, else the reason in one line. Later calls repeat the answer.
     """
@@ -36,13 +50,19 @@ def load(name: str) -> str | None:
         raise ValueError(f"load: name must be one of {list(_build.LIBRARIES)}, got {name!r}")
     with _lock:
         if name not in _reasons:
+            expected = True
             try:
                 _paths[name] = _load(name)
                 _reasons[name] = None
             except (_build.BuildError, OSError) as error:
                 _reasons[name] = str(error)
+                expected = not isinstance(error, _NotExpected)
+            why = _reasons[name]
             for settled in _watchers.pop(name, []):
-                settled(_reasons[name])
+                settled(why)
+            if why is not None and expected and not quiet:
+                told = f"extrope_kernels has no {name} library here, {_INSTEAD[name]}: {why}"
+                warnings.warn(told, RuntimeWarning, stacklevel=2)
         return _reasons[name]
 
 
@@ -58,7 +78,7 @@ def watch(name: str, settled: Callable[[str | None], None]) -> None:
 
 def status() -> dict[str, str]:
     """One line per library: the path it is loaded from, or why it is not."""
-    reasons = {name: load(name) for name in _build.LIBRARIES}
+    reasons = {name: load(name, quiet=True) for name in _build.LIBRARIES}
     return {
         name: f"loaded from {_paths[name]}" if why is None else why for name, why in reasons.items()
     }
@@ -81,7 +101,7 @@ def _temporary_dir() -> Path:
 
 def _load(name: str) -> Path:
     if name == "cuda" and torch.version.cuda is None:
-        raise _build.BuildError("this torch is built without CUDA")
+        raise _NotExpected("this torch is built without CUDA")
     failures = []
     packaged = Path(__file__).resolve().parent / _build.LIBRARIES[name]
     if packaged.exists():
@@ -91,14 +111,16 @@ def _load(name: str) -> Path:
     try:
         return _load_cached(name)
     except _build.BuildError as error:
+        if not failures:
+            raise
         raise _build.BuildError("; ".join([*failures, str(error)])) from error
 
 
 def _load_cached(name: str) -> Path:
     if os.environ.get("EXTROPE_JIT") == "0":
-        raise _build.BuildError("not in the package, and EXTROPE_JIT=0 forbids to build it")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise _build.BuildError("not in the package, and not built here: no CUDA device")
+        raise _NotExpected("not in the package, and EXTROPE_JIT=0 forbids to build it")
+    if name == "cuda":
+        _check_cuda()
     entry = f"{name}-{_build.key(name)}"
     failures: list[str] = []
     for folder in _usable(cache_dirs(), failures):
@@ -113,6 +135,16 @@ def _load_cached(name: str) -> Path:
             raise _build.BuildError(why)
         return library
     raise _build.BuildError("no cache folder can be used: " + "; ".join(failures))
+
+
+def _check_cuda() -> None:
+    """Raise where nobody would build the CUDA library: Triton, which torch brings, does as well."""
+    if not torch.cuda.is_available():
+        raise _NotExpected("not in the package, and not built here: no CUDA device")
+    try:
+        _build.find_nvcc()
+    except _build.BuildError as error:
+        raise _NotExpected(str(error)) from error
 
 
 def _usable(folders: list[Path], failures: list[str]) -> Iterator[Path]:
@@ -140,15 +172,48 @@ def _build_locked(name: str, library: Path) -> None:
     with FileLock(entry / "lock", timeout=_BUILD_TIMEOUT):
         if _intact(library):  # another process built it meanwhile
             return
+        if why := _remembered(name, entry):
+            again = f"in an earlier process; not tried again until {entry} is removed"
+            raise _build.BuildError(f"{why}, {again}")
         _log.warning("building the %s library, once, into %s", name, entry)
-        built = entry / f"{library.name}.new"
+        built, log = entry / f"{library.name}.new", entry / "build.log"
+        log.unlink(missing_ok=True)
         try:
             with FileLock(work_dir / "lock", timeout=_BUILD_TIMEOUT):
-                _build.build(name, built, work_dir, entry / "build.log")
+                _build.build(name, built, work_dir, log)
             _digest_path(library).write_text(_digest(built))
             os.replace(built, library)
+        except _build.BuildError as error:
+            if log.exists() and not _ninja.was_stopped(log):
+                _remember(name, entry, str(error))
+            raise
         finally:
             built.unlink(missing_ok=True)
+
+
+def _remember(name: str, entry: Path, why: str) -> None:
+    """Let no later process wait for the same failure."""
+    with contextlib.suppress(OSError):
+        (entry / "failed").write_text(f"{_circumstances(name)}\n{why}")
+
+
+def _remembered(name: str, entry: Path) -> str:
+    """Why this very build failed before, "" when it did not."""
+    try:
+        circumstances, _, why = (entry / "failed").read_text().partition("\n")
+    except FileNotFoundError:
+        return ""
+    return why if circumstances == _circumstances(name) else ""
+
+
+def _circumstances(name: str) -> str:
+    """What a build may fail of and its key leaves out: which compilers, by their paths, and torch.
+
+    By the key alone a compiler that works would pay for another of the same version that does not.
+    """
+    commands = [_build.find_compiler(), _build.plan(name).link]
+    paths = [shutil.which(command[0]) for command in commands]
+    return f"{paths} {[shlex.join(command) for command in commands]} torch {torch.__version__}"
 
 
 def _digest_path(library: Path) -> Path:

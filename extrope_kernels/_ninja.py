@@ -10,6 +10,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+# What is written where a build fails for what goes on beside it: another may well succeed.
+_STOPPED = (
+    r"interrupted by user|ninja was killed|\bKilled\b|Kill signal|(Terminated|Hangup) signal|"
+    r"No space left on device|Disk quota exceeded|Cannot allocate memory|out of memory|"
+    r"memory exhausted"
+)
+
 
 def run(
     ninja: str,
@@ -28,6 +35,11 @@ def run(
     # -v: the log holds whole commands.
     printed, failed = _run([ninja, "-v"], folder, log)
     return _first_error(printed) if failed else None
+
+
+def was_stopped(log: Path) -> bool:
+    """Whether a failed build was cut short, as by Ctrl-C or a full disk: the next may succeed."""
+    return re.search(_STOPPED, log.read_text(errors="replace")) is not None
 
 
 def copy_sources(copies: Mapping[Path, Path], folder: Path) -> None:
@@ -85,6 +97,9 @@ def _run(command: list[str], folder: Path, log: Path) -> tuple[list[str], bool]:
             printed.append(line.strip())
             if terminal and (count := re.match(r"\[\d+/\d+\]", line)):
                 print(f"\r{count[0]}", end="", file=sys.stderr, flush=True)
+        if process.wait() < 0:
+            printed.append("ninja was killed")
+            file.write(f"{printed[-1]}\n")
     if terminal:
         print(file=sys.stderr)
     return printed, process.returncode != 0

@@ -152,25 +152,6 @@ def test_full_disk_is_one_line(monkeypatch, tmp_path):
     assert not list(tmp_path.glob("**/*.new"))
 
 
-def test_no_compiler_is_one_line(tmp_path):
-    reason, _ = load(EXTROPE_CACHE_DIR=str(tmp_path), PATH="/nonexistent", CXX="")
-    assert reason == "no C++ compiler found (c++, g++, clang++)"
-
-
-def test_failing_compiler_is_one_line_with_a_log(tmp_path):
-    compiler = tmp_path / "broken"
-    compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit 0\n'
-        '[ "$1" = -dumpmachine ] && echo x86_64-linux-gnu && exit 0\n'
-        "echo x.cpp:1: error: out of luck\nexit 1\n"
-    )
-    compiler.chmod(0o755)
-    reason, _ = load(EXTROPE_CACHE_DIR=str(tmp_path / "cache"), CXX=str(compiler))
-    log = entry(tmp_path / "cache") / "build.log"
-    assert reason == f"broken failed: x.cpp:1: error: out of luck (log: {log})"
-    assert "-std=" in log.read_text()
-
-
 def test_jit_turned_off(tmp_path):
     reason, _ = load(EXTROPE_CACHE_DIR=str(tmp_path), EXTROPE_JIT="0")
     assert reason == "not in the package, and EXTROPE_JIT=0 forbids to build it"

@@ -26,6 +26,13 @@ for word; do
 done
 exec {compiler} "$@"
 """
+# Whatever it is asked to compile, it writes one line and fails.
+BROKEN = """#!/bin/sh
+case "$*" in --version) echo broken 1.0; exit 0 ;; *" -E "*) exit 0 ;; esac
+[ "$1" = -dumpmachine ] && echo x86_64-linux-gnu && exit 0
+echo '{line}'
+exit 1
+"""
 LOAD = "from extrope_kernels import _ext; print(_ext.load('cpu')); print(_ext._paths.get('cpu'))"
 # Torch's C shim, the versioned symbols of libc, libstdc++ and libgcc, and weak ones.
 ALLOWED = re.compile(r"U (aoti_torch_|torch_)\w+$|U \S+@(GLIBC|GLIBCXX|CXXABI|GCC)_|[wv] ")
@@ -47,6 +54,14 @@ def unoptimised(folder: Path) -> str:
     """The path of a compiler, written into the folder, that leaves -O3 and -O1 out."""
     path = folder / "c++"
     path.write_text(UNOPTIMISED.format(compiler=shlex.join(_build.find_compiler())))
+    path.chmod(0o755)
+    return str(path)
+
+
+def broken(folder: Path, line: str) -> str:
+    """The path of a compiler, written into the folder, that fails with a line of its own."""
+    path = folder / "broken"
+    path.write_text(BROKEN.format(line=line))
     path.chmod(0o755)
     return str(path)
 
