@@ -80,6 +80,8 @@ class LibraryDistribution(Distribution):
 setup(
     packages=[*find_packages(include=["extrope_kernels*"]), "extrope_kernels.csrc"],
     package_dir={"extrope_kernels.csrc": "csrc"},
+    # By its name alone: else setuptools would take the folders below csrc for packages too.
+    include_package_data=False,
     package_data={
         "extrope_kernels": ["py.typed", "ops/*/triton/*.json"],
         "extrope_kernels.csrc": ["**/*.h", "**/*.cpp", "**/*.cu"],

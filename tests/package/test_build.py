@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -55,13 +56,15 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
-def build_wheel(checkout: Path, *python: str, **env: str) -> Path:
-    code = "from setuptools.build_meta import build_wheel; print(build_wheel('dist'))"
+def run_backend(checkout: Path, *python: str, build: str = "build_wheel", **env: str) -> Path:
+    """What setuptools builds from a checkout, of which it has nothing to warn."""
+    code = f"from setuptools.build_meta import {build}; print({build}('dist'))"
     env = {**os.environ, "EXTROPE_CUDA": "0", **env}
     done = subprocess.run(
         [sys.executable, *python, "-c", code], cwd=checkout, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert "Warning:" not in done.stderr, done.stderr
     return checkout / "dist" / done.stdout.splitlines()[-1]
 
 
@@ -73,7 +76,7 @@ def wheel(checkout) -> Path:
     compiled = _ext.cache_dirs()[0] / f"build-cpu-{_build.work_key('cpu')}"
     if compiled.exists():
         shutil.copytree(compiled, checkout / steps.build_temp / "cpu")
-    return build_wheel(checkout)
+    return run_backend(checkout)
 
 
 def test_wheel_without_torch_is_pure_and_holds_the_sources(checkout, tmp_path):
@@ -84,7 +87,7 @@ def test_wheel_without_torch_is_pure_and_holds_the_sources(checkout, tmp_path):
     stale = checkout / "build" / "lib" / "extrope_kernels" / CPU
     stale.parent.mkdir(parents=True, exist_ok=True)
     stale.touch()
-    wheel = build_wheel(checkout, "-S", PYTHONPATH=str(tmp_path))
+    wheel = run_backend(checkout, "-S", PYTHONPATH=str(tmp_path))
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     packaged = {name.split("/", 2)[2] for name in names if name.startswith("extrope_kernels/csrc")}
@@ -95,6 +98,26 @@ def test_wheel_without_torch_is_pure_and_holds_the_sources(checkout, tmp_path):
     modules = [*package.rglob("*.py"), *package.rglob("*.json"), package / "py.typed"]
     missing = {path.relative_to(ROOT).as_posix() for path in modules} - set(names)
     assert not missing  # as of a folder without an __init__.py
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_an_unpacked_sdist_is_a_checkout(tmp_path):
+    """It can be tested and linted as one."""
+    unwanted = (".git", ".venv", ".nox", "build", "dist", "results", "*.egg-info", "__pycache__")
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*unwanted))
+    sdist = run_backend(copy, build="build_sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.glob("extrope_kernels-*")
+    folders = ("bench", "csrc", "docs", "examples", "extrope_kernels", "tests")
+    files = [path for folder in folders for path in (copy / folder).rglob("*") if path.is_file()]
+    files += [copy / name for name in (".ci/run", ".clang-format", ".gitignore", "noxfile.py")]
+    names = [path.relative_to(copy) for path in files]
+    assert not [name for name in names if not (unpacked / name).exists()]
+    for target in ("lint", "test", "docs", "sanitize"):
+        done = subprocess.run(["make", "-n", target], cwd=unpacked, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 @needs_compiler
