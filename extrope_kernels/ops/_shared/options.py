@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Function = TypeVar("Function", bound=Callable)
+Parameters = ParamSpec("Parameters")
 
 
 class SoftmaxOptions(TypedDict, total=False):
@@ -49,10 +49,20 @@ class CacheOptions(SoftmaxOptions, total=False):
     v_scale: Tensor | None
 
 
-def takes_options_of(attend: Callable, internal: tuple[str, ...]) -> Callable[[Function], Function]:
-    """Show the keyword arguments of `attend`, but for the internal ones, as the function's own."""
+def takes_options_of(
+    attend: Callable, internal: tuple[str, ...]
+) -> Callable[
+    [Callable[Parameters, Tensor | tuple[Tensor, Tensor]]], Callable[Parameters, Tensor | Any]
+]:
+    """Show the keyword arguments of `attend`, but for the internal ones, as the function's own.
 
-    def show(function: Function) -> Function:
+    To type checkers the result is a Tensor that may be unpacked too: only two overloads of every
+    function, with all of its parameters, could tell by return_lse which of the two it is.
+    """
+
+    def show(
+        function: Callable[Parameters, Tensor | tuple[Tensor, Tensor]],
+    ) -> Callable[Parameters, Tensor | Any]:
         shown = inspect.signature(function)
         own = {n: p for n, p in shown.parameters.items() if p.kind is not p.VAR_KEYWORD}
         options = {
