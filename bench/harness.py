@@ -22,7 +22,6 @@ import torch
 import torch._dynamo
 from machine import back_memory, device, machine, return_memory
 from replay import replayed
-from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 NAN = float("nan")
@@ -39,7 +38,7 @@ class Row:
     shape: str
     backend: str = ""
     milliseconds: float = NAN
-    of_floor: float = NAN  # the floor's time over this one's: 1 is as fast as can be
+    of_floor: float = NAN  # the floor's time over this one's
     ratio: float = NAN  # our time over this one's: below 1 we are faster
     bar: float = NAN  # what the ratio has to stay under
     error: float = NAN  # the largest difference to float64
@@ -160,14 +159,6 @@ def _status(field: str) -> int:
     """Kilobytes, from the kernel's account of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def largest_error(out: Tensor, exact: Tensor) -> float:
-    return (out.double() - exact).abs().max().item()
-
-
-# -------------------------------------------------------------------------------------------------
-# Results
 
 
 def arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:

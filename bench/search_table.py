@@ -67,9 +67,10 @@ def _cell(search: dict[str, Any], kind: str) -> str:
     if row is None:
         return "YaRN" if kind == "published" else ""
     if kind == "yarn":
-        return f"a loss of {interval(row, 'loss')}"
+        return f"0 (a loss of {interval(row, 'loss')})"
     named = "" if kind in ("plain", "searched") else f"`{row['name']}` "
-    return f"{named}{interval(row, 'to_yarn')}"
+    sign = "+" if row["to_yarn"] > 0 else ""
+    return f"{named}{sign}{interval(row, 'to_yarn')}"
 
 
 def _of_kind(search: dict[str, Any], kind: str) -> dict[str, Any] | None:

@@ -12,7 +12,6 @@ from ..case import CAPABILITIES, Case, Kernel, Source, Traffic, empty, itemsize
 
 # Many tokens, or one of each sequence; where they go; a norm of each head, or of all together; half
 # of the dims pass unrotated, or all; keys where Leaky ReRoPE has them; a cache in fp8.
-PLACES = ("paged", "slots")
 KINDS = [
     *(
         f"{tokens} {place} norm"

@@ -65,8 +65,8 @@ def rerope_attention(
         backend never falls back.
 
     Returns: out like q, of v's head_dim, and with return_lse the log-sum-exp of the logits and the
-        sink, (batch, heads_q, seqlen_q) or (heads_q, total), float32, -inf where a query sees no
-        key. Differentiable in q, k, v and sinks; to any order, and in inv_freq, with
+        sink, (batch, heads_q, seqlen_q) or (heads_q, total), float32, -inf where there is
+        neither. Differentiable in q, k, v and sinks; to any order, and in inv_freq, with
         backend="reference".
     Raises: ValueError or TypeError that names the argument; NotImplementedError when the named
         backend cannot run here.
