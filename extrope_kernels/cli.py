@@ -100,14 +100,14 @@ def _version(package: str) -> str:
 
 def _compiler_version() -> str:
     try:
-        return _build.output([*_build.find_compiler(), "--version"]).splitlines()[0]
+        return _build.output([*_build.find_compiler(), "--version"]).partition("\n")[0]
     except _build.BuildError as error:
         return str(error)
 
 
 def _nvcc_version() -> str:
     try:
-        return _build.output([_build.find_nvcc(), "--version"]).splitlines()[-1]
+        return _build.output([_build.find_nvcc(), "--version"]).rstrip().rpartition("\n")[2]
     except _build.BuildError as error:
         return str(error)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -217,3 +219,21 @@ def test_cached_logits_are_those_of_the_exact_model():
     ids = torch.cat((PROMPT, got.argmax(-1)[:, :-1]), 1)
     want = logits(exact(model, freqs), ids)[:, -NEW:]
     torch.testing.assert_close(got, want.float())  # generate returns float32
+
+
+@pytest.mark.parametrize(
+    "method, parameters", [("yarn", {"factor": 4.0}), ("rerope", {"window": 8})]
+)
+def test_threads_on_one_model(method, parameters):
+    """Each has its own forward in progress; Qwen3's norms, too."""
+    model = build("qwen3", hidden_size=256, num_hidden_layers=4)
+    prompts = [[tokens(1, length, seed) for seed in range(60)] for length in (40, 66)]
+    with extend(model, method, **parameters), ThreadPoolExecutor(2) as pool:
+        want = [[logits(model, ids) for ids in part] for part in prompts]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            got = list(pool.map(lambda part: [logits(model, ids) for ids in part], prompts))
+        finally:
+            sys.setswitchinterval(interval)
+    torch.testing.assert_close(got, want)

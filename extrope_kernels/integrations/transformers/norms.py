@@ -8,6 +8,7 @@ those roundings.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ from .trial import Recorded, Recorder, replaced, run_on_trial
 
 NAMES = ("q_norm", "k_norm")
 _ARGUMENT = "position_embeddings"
+# Of each thread: `norm`, that of the layer in progress if the rotation norms in it.
+_in_progress = threading.local()
 
 
 class FusedNorm:
@@ -38,7 +41,6 @@ class FusedNorm:
         self.deferred = [DeferredNorm(self, norm) for norm in self.norms]
         self.from_one = from_one
         self.argument_names = argument_names(layer)
-        self.rotation_norms = False  # in the forward of the layer that is in progress
 
     def overrides(self) -> list[tuple[nn.Module, str, Any]]:
         return [(each.norm, "forward", each) for each in self.deferred]
@@ -50,19 +52,20 @@ class FusedNorm:
         arguments = by_name(self.argument_names, args, kwargs)
         given = arguments.get(_ARGUMENT)
         rotation = given[0] if isinstance(given, tuple) and given else None
-        self.rotation_norms = (
+        rotation_norms = (
             isinstance(rotation, Rotation)
             and all(each.is_in_place() for each in self.deferred)
             and not torch.is_autocast_enabled(self.norms[0].weight.device.type)
         )
-        if self.rotation_norms:
+        _in_progress.norm = self if rotation_norms else None
+        if rotation_norms:
             norm = Norm(*(self._weight(norm) for norm in self.norms), eps_of(self.norms[0]))
             arguments[_ARGUMENT] = (rotation.after(norm), *given[1:])
         return (), arguments
 
     def after_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of the layer: a norm that is called by itself norms."""
-        self.rotation_norms = False
+        _in_progress.norm = None
 
     def _weight(self, norm: nn.Module) -> Tensor:
         return 1.0 + norm.weight.float() if self.from_one else norm.weight
@@ -80,7 +83,9 @@ class DeferredNorm:
         return vars(self.norm).get("forward") is self and is_own(self.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x if self.fused.rotation_norms else type(self.norm).forward(self.norm, x)
+        if getattr(_in_progress, "norm", None) is self.fused:
+            return x
+        return type(self.norm).forward(self.norm, x)
 
 
 def norm_changes(sites: list[RotarySite]) -> tuple[list, list]:

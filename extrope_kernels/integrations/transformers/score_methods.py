@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +31,8 @@ _ON_CACHE = "_extrope_stored"
 # What layers with rotary embeddings of their own get the rows by, among the arguments that a model
 # hands on to them. So they have them, too, when they are computed anew for their gradients.
 _ROWS = "extrope_rows"
+# Of each thread: the rows of the forward in progress, by the key of a rotary embedding.
+_in_progress = threading.local()
 
 
 def score_changes(
@@ -67,7 +71,6 @@ class ScoreRotary(Rotary):
 
     layer: the one that the rotary embedding is called in, if that is not their owner. It gets its
         `Attending` at its door, and here the tables that it stands for.
-    rows: of the forward in progress, as the hook of its owner or of that layer sets them.
     """
 
     def __init__(
@@ -83,7 +86,16 @@ class ScoreRotary(Rotary):
         self.layer = layer
         self.score = score
         self.log_n = log_n
-        self.rows: Rows | StaticRows | PackedRows | SharedRows | None = None
+        self.key = uuid.uuid4().hex
+
+    @property
+    def rows(self) -> Rows | StaticRows | PackedRows | SharedRows | None:
+        """Of the forward in progress, as the hook of its owner or of that layer sets them."""
+        return getattr(_in_progress, self.key, None)
+
+    @rows.setter
+    def rows(self, rows: Rows | StaticRows | PackedRows | SharedRows | None) -> None:
+        setattr(_in_progress, self.key, rows)
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         if layer_type not in self.freqs or self.rows is None:
