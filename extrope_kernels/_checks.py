@@ -92,7 +92,7 @@ def check_seq_len(function: str, seq_len: int | Tensor) -> int | Tensor:
     if seq_len.dim() > 1:
         shape = tuple(seq_len.shape)
         raise ValueError(f"{function}: seq_len must have shape () or (batch,), got {shape}")
-    return seq_len
+    return seq_len.to(torch.int64)  # a trained length may be past a narrower one
 
 
 def check_counts(

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .layout import Mesh, groups_of
 
@@ -30,7 +31,7 @@ def agreed(
     try:
         prepared = prepare()
         mine = describe(prepared)
-    except (TypeError, ValueError, NotImplementedError) as refusal:
+    except Exception as refusal:  # of whatever kind: the others wait for this rank
         error, mine = refusal, str(refusal)
     told = _of_all_ranks(op, mesh, mine)
     if error is not None:
@@ -44,6 +45,11 @@ def agreed(
         if any(value != values[0] for value in values):
             raise ValueError(f"{op}: {name} must be alike on all ranks of the mesh, got {values}")
     return prepared  # type: ignore[return-value]
+
+
+def contents(*tensors: Tensor | None) -> list[int | None]:
+    """Numbers that differ where the tensors' shapes or values do; read on the host."""
+    return [None if x is None else hash((*x.shape, *x.flatten().tolist())) for x in tensors]
 
 
 def _of_all_ranks(op: str, mesh: Mesh, mine: Settings | str) -> list[Settings | str]:

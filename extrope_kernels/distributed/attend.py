@@ -14,7 +14,7 @@ from ..ops._shared.options import SoftmaxOptions
 from ..ops.attention import BlockCall, block_call, block_forward, check_block
 from ..scores import Score
 from . import gather, ring
-from .agreement import Settings, agreed
+from .agreement import Settings, agreed, contents
 from .layout import ALONE, Balance, Devices, Mesh, check_balance, devices_of
 from .rows import RopeTensors, blocks_of
 from .ulysses import check_heads, lse_to_tokens, numbers_of_all, to_heads, to_tokens
@@ -195,7 +195,8 @@ def _settings(
     return_lse: bool,
 ) -> Settings:
     """What has to be the same on all ranks, so that they send one another what they expect."""
-    tensors = {"q": q, "k": k, "v": v, "sinks": prepared.rope.sinks}
+    rope = prepared.rope
+    tensors = {"q": q, "k": k, "v": v, "sinks": rope.sinks, "query_scale": rope.query_scale}
     shapes = {name: None if x is None else (tuple(x.shape), x.dtype) for name, x in tensors.items()}
     differentiable = [
         name for name, x in tensors.items() if x is not None and x.requires_grad
@@ -203,6 +204,7 @@ def _settings(
     return {
         **{f"the shape and dtype of {name}": shape for name, shape in shapes.items()},
         "what requires grad": differentiable,
+        "the contents of inv_freq and log_decay": contents(rope.inv_freq, rope.log_decay),
         "strategy": strategy,
         "balance": balance,
         "return_lse": return_lse,

@@ -10,7 +10,7 @@ from ..ops import linear_attention
 from ..ops._shared.checks import check_rows, refuse_flags
 from ..ops.linear_attention import default_decay, seen, state_of
 from ..ops.permute import permute_qk
-from .agreement import Settings, agreed
+from .agreement import Settings, agreed, contents
 from .collectives import gathered
 from .layout import Devices, Mesh, devices_of
 
@@ -67,8 +67,15 @@ def permuteformer_attention(
     def settings(parts: tuple[Tensor, ...]) -> Settings:
         asks = [x.requires_grad for x in (q, k, v)] * torch.is_grad_enabled()
         told = {f"the shape of {n}": tuple(x.shape) for n, x in (("q", q), ("k", k), ("v", v))}
-        heads = None if decay is None else tuple(decay.shape)
-        return {**told, "what requires grad": asks, "decay's shape": heads, "causal": causal}
+        return {
+            **told,
+            "what requires grad": asks,
+            "the contents of permutations and decay": contents(permutations, decay),
+            "causal": causal,
+            "normalize": normalize,
+            "positions": positions,
+            "backend": backend,
+        }
 
     out, rows, keys, values, decays = agreed(op, mesh, own_part, settings)
     others = _of_others(state_of(keys, values, decays), q.shape[1], decays, devices, causal)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .._checks import check_device
+
 
 @dataclass(frozen=True, eq=False)
 class RopeFreqs:
@@ -40,6 +42,7 @@ class RopeFreqs:
 
     def to(self, device: torch.device | str | int) -> RopeFreqs:
         """Return the same frequencies with their tensors on `device`, to the bit."""
+        device = check_device("RopeFreqs.to", device)
         log_decay = None if self.log_decay is None else self.log_decay.to(device)
         axes = None if self.axes is None else self.axes.to(device)
         return replace(self, inv_freq=self.inv_freq.to(device), log_decay=log_decay, axes=axes)

@@ -87,7 +87,7 @@ def _yarn(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
         beta_fast=source.get("beta_fast") or 32.0,
         beta_slow=source.get("beta_slow") or 1.0,
         # transformers heeds it only where one set of parameters serves all layers.
-        truncate=True if source.nested else source.get("truncate", True),
+        truncate=source.nested or bool(source.parameters.get("truncate", True)),
         attention_factor=source.get("attention_factor"),
         mscale=source.get("mscale"),
         mscale_all_dim=source.get("mscale_all_dim"),

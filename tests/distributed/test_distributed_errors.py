@@ -124,6 +124,14 @@ SAID = "rerope_attention: rank 2 of the mesh was refused: rerope_attention: "
         ({"tokens": 6}, ValueError, "the shape and dtype of q must be alike on all ranks", None),
         ({"dtype": torch.float32}, ValueError, "the shape and dtype of q must be alike", None),
         ({"balance": None}, ValueError, "balance must be alike", None),
+        ({"query_scale": torch.ones(4)}, ValueError, "dtype of query_scale must be alike", None),
+        (
+            {"freqs": RopeFreqs(FREQS.inv_freq / 2)},
+            ValueError,
+            "the contents of inv_freq and log_decay must be alike on all ranks",
+            None,
+        ),
+        ({"factor": 10**400}, OverflowError, "too large", SAID[:-18] + "int too large"),
         ({"strategy": "ring"}, ValueError, "strategy must be alike", None),
         ({"strategy": "tree"}, ValueError, "strategy must be one of", SAID + "strategy must be"),
         (

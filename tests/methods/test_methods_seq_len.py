@@ -8,6 +8,7 @@ from method_examples import example
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from extrope_kernels import methods
 from extrope_kernels.methods import METHODS
 
 LENGTHS = [1, 63, 64, 65, 255, 256, 257, 1000, 4097]  # about the trained lengths of the examples
@@ -141,3 +142,19 @@ def test_dynamic_yarn_cannot_vary_its_amplitude_by_sequence():
 def test_nonsense_seq_len(name, seq_len, error, message):
     with pytest.raises(error, match=message):
         freqs_at(name, 16, seq_len)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_lengths_in_few_bits(dtype):
+    """The trained length is past what they count to."""
+    short, long = [1.0] * 4, [2.0] * 4
+    options = {"original_max_position_embeddings": 2048, "short_factor": short}
+    for method, given in (
+        (methods.longrope, {**options, "long_factor": long, "factor": 2.0}),
+        (methods.dynamic_ntk, {"factor": 2.0, "max_position_embeddings": 2048}),
+    ):
+        got, want = (
+            method(8, **given, seq_len=torch.tensor([5], dtype=each)).inv_freq
+            for each in (dtype, torch.int64)
+        )
+        assert torch.equal(got, want), method.__name__

@@ -118,7 +118,8 @@ def permuteformer_step(
     q, k, v, permutations, decay, normalize, backend: as in `permuteformer_attention`, not packed.
     state: None at the start, then what the last call returned.
     positions: of the first token, an int or (batch,) tensor, or (seqlen,) or (batch, seqlen) for
-        each; 0 without a state, and to be given with one.
+        each; 0 without a state, and to be given with one. Where batch and seqlen are equal, write
+        (batch, 1) for those of the first tokens.
 
     Returns: (batch, seqlen, heads_q, head_dim_v) in q's dtype, and the state after the last token.
         Differentiable in q, k, v and the state, to first order, with v of less than 256
