@@ -47,7 +47,7 @@ CASES = [
     (
         {"freqs": RopeFreqs(THETA, log_decay=THETA[:3])},
         ValueError,
-        r"log_decay must be float32 \(16,\)",
+        r"log_decay must be float32 \(16,\), contiguous on",
     ),
     (
         {"freqs": RopeFreqs(THETA, attention_factor=0.0)},

@@ -186,3 +186,15 @@ def test_a_cap_bounds_infinite_logits_and_keeps_nan(where, value, any_backend):
     want, want_lse = inputs.run("reference")
     torch.testing.assert_close(lse, want_lse, equal_nan=True)
     assert torch.equal(out.isfinite(), want.isfinite())
+
+
+@pytest.mark.parametrize("sinks", [torch.randn(4, 2)[:, 0], torch.tensor([1.5]).expand(4)])
+def test_sinks_of_any_strides(sinks, any_backend):
+    q, (k, v) = torch.randn(2, 1, 4, 32), torch.randn(2, 2, 9, 2, 32)
+    q, k, v, sinks = (x.to(device()) for x in (q, k, v, sinks))
+    freqs, options = methods.rope(32).to(device()), {"cache_seqlens": 9, "window": 4}
+    got, want = (
+        rerope_attention_with_kvcache(q, k, v, freqs, sinks=s, backend=any_backend, **options)
+        for s in (sinks, sinks.contiguous())
+    )
+    assert torch.equal(got, want)

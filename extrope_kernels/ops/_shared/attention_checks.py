@@ -90,10 +90,11 @@ def check_rope(op: str, call: AttentionCall, x: Tensor, sequences: int) -> None:
         or decay.dtype != torch.float32
         or decay.shape != call.inv_freq.shape[-1:]
         or decay.device != x.device
+        or not decay.is_contiguous()
     ):
         raise ValueError(
-            f"{op}: log_decay must be float32 ({call.inv_freq.shape[-1]},) on {x.device}, "
-            f"got {decay!r}"
+            f"{op}: log_decay must be float32 ({call.inv_freq.shape[-1]},), contiguous on "
+            f"{x.device}, got {decay!r}"
         )
     refuse_flags(op, interleaved=call.interleaved)
 

@@ -26,7 +26,9 @@ def softmax_of(logits: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
         return weights, lse.masked_fill(empty, -torch.inf)
     sinks = call.sinks.to(logits.dtype)[:, None].expand(lse.shape)
     lse = torch.where(empty, sinks, torch.logaddexp(lse, sinks))
-    return torch.exp(logits - lse[..., None]), lse
+    # A sink that is switched off by -inf is nothing that a row without keys could see.
+    finite = lse.masked_fill(lse == -torch.inf, 0.0)
+    return torch.exp(logits - finite[..., None]), lse
 
 
 def grad_of_sinks(
@@ -40,5 +42,7 @@ def grad_of_sinks(
     delta = torch.linalg.vecdot(dout.to(lse.dtype), out.to(lse.dtype)).transpose(-1, -2)
     if dlse is not None:
         delta = delta - dlse
-    found = -torch.exp(sinks[:, None] - lse) * delta
+    # A row without keys whose sink is switched off by -inf has neither.
+    share = torch.exp((sinks[:, None] - lse).masked_fill(lse == -torch.inf, -torch.inf))
+    found = -share * delta
     return found.movedim(-2, 0).flatten(1).sum(1).to(sinks.dtype)

@@ -107,7 +107,7 @@ def rotation(
     q_tiles = triton.cdiv(seqlen_q, tile.tokens) if q_maps else 0
     left_out = unseen // tile.tokens
     tiles = q_tiles + (triton.cdiv(seqlen_k, tile.tokens) - left_out if k_maps else 0)
-    heads = heads_q if q_maps else heads_k
+    heads = max(heads_q if q_maps else 0, heads_k if k_maps else 0)
     if tiles * batch * heads == 0:
         return None
     sequences = 0 if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1

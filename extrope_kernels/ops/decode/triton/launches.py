@@ -52,6 +52,7 @@ class DecodeLaunches(NamedTuple):
         elif scratch is not None:
             scratch.narrow(0, 0, self.counters).zero_()
         if self.decode is not None:
+            sinks = None if sinks is None else sinks.contiguous()  # kernels take it without strides
             of_queries = (sinks, query_scale, cu_seqlens_q)
             self.decode(q, *cached, *of_queries, *scales, out, lse, scratch)
         return out, lse
