@@ -136,10 +136,10 @@ def test_searches_stand_side_by_side_by_the_kind_of_what_they_found(tmp_path):
     head, lines = search_table.by_kind(tmp_path)
     assert head == ["", "16,384 tokens", "131,072 tokens"]
     assert [line[1:] for line in lines] == [
-        ["3.000 ± 0.010", "3.000 ± 0.010"],
-        ["a loss of 2.000 ± 0.010", ""],
+        ["+3.000 ± 0.010", "+3.000 ± 0.010"],
+        ["0 (a loss of 2.000 ± 0.010)", ""],
         ["YaRN", "`yarn factor=24` -0.100 ± 0.010"],
-        ["0.250 ± 0.010", ""],
+        ["+0.250 ± 0.010", ""],
         ["`rerope window=9` -0.500 ± 0.010", ""],
     ]
 

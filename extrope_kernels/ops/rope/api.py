@@ -159,7 +159,8 @@ def _rotate(
         options["inverse"] = True
     if freqs.log_decay is not None:
         options["decay_origin"] = freqs.decay_origin
-        if freqs.log_decay.requires_grad and backend != "reference" and torch.is_grad_enabled():
+        wants_grad = torch.is_grad_enabled() and getattr(freqs.log_decay, "requires_grad", False)
+        if wants_grad and backend != "reference":
             raise ValueError(not_differentiable("log_decay"))
         check_decay(freqs, q, positions, options.get("offset", 0), packed=cu_seqlens is not None)
     if type(q) is not Tensor:
