@@ -157,3 +157,24 @@ def test_every_score_method(name, dtype, fast_backend):
         return example.attention(q, k, v, freqs, **options)
 
     check(fused, example.relative(45, 45, **example.parameters), tensors, freqs, with_lse=True)
+
+
+def test_a_row_without_keys_or_a_sink(any_backend):
+    """-inf switches a sink off: it has no part in a row, and no gradient of it."""
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 4, 2))
+    sinks = torch.tensor([-INF, 0.3], device=device(), requires_grad=True)
+    out, lse = rerope_attention(
+        q, k, v, frequencies(32), window=3, sinks=sinks, return_lse=True, backend=any_backend
+    )
+    assert torch.equal(lse[0, 0, :2], lse.new_full((2,), -INF)) and not out[0, :2].any()
+    grads = torch.autograd.grad(out.sum(), (q, k, v, sinks))
+    assert all(x.isfinite().all() for x in grads) and grads[3][0] == 0
+
+
+def test_keys_of_no_query_heads(any_backend):
+    q = torch.empty(1, 20, 0, 16, device=device(), requires_grad=True)
+    k, v = torch.randn(2, 1, 20, 2, 16, device=device()).unbind()
+    k, v = k.requires_grad_(), v.requires_grad_()
+    out = rerope_attention(q, k, v, frequencies(16), window=4, backend=any_backend)
+    for grad in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert torch.equal(grad, torch.zeros_like(grad))

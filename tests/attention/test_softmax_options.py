@@ -251,16 +251,6 @@ def test_a_row_without_keys_has_its_sink_alone(any_backend):
     torch.testing.assert_close(grads[3], torch.full((2,), 5.0, device=device()))
 
 
-def test_a_row_without_keys_or_a_sink(any_backend):
-    """-inf switches a sink off: it has no part in a row, and no gradient of it."""
-    q, k, v = (x.requires_grad_() for x in make_qkv(1, 4, 2))
-    sinks = torch.tensor([-INF, 0.3], device=device(), requires_grad=True)
-    out, lse = run(EXAMPLES["rerope"], q, k, v, frequencies(32), {"sinks": sinks}, any_backend)
-    assert torch.equal(lse[0, 0, :2], lse.new_full((2,), -INF)) and not out[0, :2].any()
-    grads = torch.autograd.grad(out.sum(), (q, k, v, sinks))
-    assert all(x.isfinite().all() for x in grads) and grads[3][0] == 0
-
-
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_scales_of_any_sign(dtype, any_backend):
     """Keys that a row does not see stay hidden where its logits change their sign, or are all 0."""

@@ -101,10 +101,6 @@ def test_rope_types(name, form, kind):
             methods.yarn(16, factor=2.0, original_max_position_embeddings=4096, truncate=False),
         ),
         (
-            {**SIZES, "rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": None}},
-            methods.yarn(16, factor=2.0, original_max_position_embeddings=4096, truncate=False),
-        ),
-        (
             {
                 **SIZES,
                 "original_max_position_embeddings": 2048,

@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dynamic, alpha": {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0},
     "yarn": YARN,
     "yarn, mscale": {**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.707},
+    "yarn, to the pair by null": {**YARN, "truncate": None},
     "yarn, to the pair": {**YARN, "truncate": False, "beta_fast": 16.0, "beta_slow": 2.0},
     "yarn, attention_factor": {**YARN, "attention_factor": 1.25},
     "longrope": {"rope_type": "longrope", **LENGTH, "factor": 8.0},

@@ -169,10 +169,11 @@ def test_a_norm_that_something_else_takes_over_norms():
     """As kernelize and Liger do to a model's modules."""
     model, ids = normed("qwen3"), tokens(1, 20)
     own = logits(model, ids)
-    extend(model, "rope", base=10000.0)
     norm = model.model.layers[0].self_attn.q_norm
-    norm.forward = lambda x: type(norm).forward(norm, x)
-    torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
+    with extend(model, "rope", base=10000.0):
+        ours, norm.forward = norm.forward, lambda x: type(norm).forward(norm, x)
+        torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
+        norm.forward = ours
 
 
 def test_norms_with_weights_for_each_head_stay():
