@@ -29,7 +29,7 @@ demo: $(VENV)/extra-demo $(VENV)/smollm2
 
 test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m extrope_kernels info
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: $(VENV)/extra-bench
 	$(BIN)/python -m extrope_kernels bench

@@ -40,10 +40,11 @@ EXTRAS = (
     "numpy",
     "pybind11",
     "pytest>=8",
-    "pytest-xdist",
+    "pytest-xdist>=3.8",
     "transformers>=5",
     "triton>=3.6",
 )
+IN_PARALLEL = ("--numprocesses=auto", "--dist=loadfile", "--no-loadscope-reorder")
 # Tests of the checkout: of its sources and benchmarks, and of the libraries built from it.
 OF_THE_CHECKOUT = (
     "distributed/test_distributed_model.py",
@@ -100,7 +101,7 @@ def tests(session: nox.Session, torch: str) -> None:
     """The tests on one Python and torch, or the files and options after --."""
     install(session, torch)
     left_out = [f"--ignore={name}" for name in OF_THE_CHECKOUT]
-    run(session, session.posargs or (".", *left_out, "--numprocesses=auto", "--dist=loadfile"))
+    run(session, session.posargs or (".", *left_out, *IN_PARALLEL))
 
 
 @nox.session(python=BUILT_WITH[0])

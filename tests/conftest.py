@@ -99,6 +99,12 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
+    """Files of tests/package first: at the end one worker would be left with these slow few."""
+    leave_out_triton_cases(config, items)
+    items.sort(key=lambda item: item.path.parent.name != "package")
+
+
+def leave_out_triton_cases(config, items):
     """Interpret an eleventh of the rotation's Triton cases, a thirteenth of the permutation's, a
     23rd of attention's, and a third of those of files about Triton alone.
 
