@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -81,8 +82,8 @@ import torch
 from extrope_kernels import _ext
 from extrope_kernels.ops._shared.backends import missing
 
-def registered(op):
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"extrope::{{op}}", "CUDA")
+def registered(op, key="CUDA"):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"extrope::{{op}}", key)
 
 _ext.__file__ = {file!r}
 torch.version.cuda = "13.0"
@@ -90,6 +91,10 @@ torch.cuda.is_available = lambda: {has_gpu}
 print(_ext.load("cuda"))
 print(missing("cuda") == _ext.load("cuda"), registered("rope_fwd"), registered("permute_fwd"))
 print(_ext._paths.get("cuda"))
+names = [name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names()
+         if name.startswith("extrope::")]
+loading = [name for name in names if registered(name, "CompositeExplicitAutograd")]
+print(*sorted(name for name in loading if not registered(name)))
 """
 
 
@@ -107,18 +112,22 @@ def load(folder: Path, answer: str, has_gpu: bool) -> list[str]:
 
 
 def test_a_library_that_cannot_run_gives_way(tmp_path):
-    reason, fallbacks, path = load(tmp_path, '"the driver is old"', has_gpu=True)
+    reason, fallbacks, path, without = load(tmp_path, '"the driver is old"', has_gpu=True)
     assert reason.startswith("_C_cuda.abi3.so cannot run here: the driver is old; ")
-    assert fallbacks == "True True True" and path == "None"
+    assert fallbacks == "True True True" and path == "None" and without == ""
 
 
 @pytest.mark.parametrize(
     ("answer", "has_gpu"), [("nullptr", True), ('"asked without a GPU"', False)]
 )
 def test_a_library_that_can_run_serves(tmp_path, answer, has_gpu):
-    reason, fallbacks, path = load(tmp_path, answer, has_gpu)
+    """Ops that it does not have, attention's, do not wait for it."""
+    reason, fallbacks, path, without = load(tmp_path, answer, has_gpu)
     assert reason == "None" and fallbacks == "True False False"
     assert path == str(tmp_path / _build.LIBRARIES["cuda"])
+    bindings = (_build.source_dir() / "cuda").rglob("*bind.cpp")
+    text = "".join(binding.read_text() for binding in bindings)
+    assert without.split() == sorted(re.findall(r'\{"(\w+)", TORCH_BOX', text))
 
 
 def test_a_binding_leaves_the_device_to_torch():

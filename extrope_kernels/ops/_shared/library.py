@@ -17,8 +17,8 @@ _again = threading.local()
 def load_on_first_use(fallbacks: dict[str, dict]) -> None:
     """Register kernels that load (or build) the compiled library, then call the op again.
 
-    fallbacks: for each device ("cpu", "cuda") a function for every op, to be registered where the
-        device's library cannot be had.
+    fallbacks: for each device ("cpu", "cuda") whose library has these ops a function for every op,
+        to be registered where that library cannot be had.
 
     A device's own kernels go before these, whenever they come: no call of another thread finds the
     op without one while the library is being loaded.

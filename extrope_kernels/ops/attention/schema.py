@@ -135,11 +135,10 @@ def _define() -> None:
             for key in keys:  # on a CPU: the interpreter, and stand-ins for an engine
                 library.impl(op + suffix, functools.partial(kernel, suffix[1:]), key)
         _register_gradient(suffix)
-    fallbacks = {
-        device: {op: functools.partial(kernels[op][2], implementation) for op in kernels}
-        for device, implementation in (("cpu", "reference"), ("cuda", "best"))
-    }
-    load_on_first_use(fallbacks)
+    for op, (_, _, kernel) in kernels.items():  # the CUDA library has none
+        library.impl(op, functools.partial(kernel, "best"), "CUDA")
+    reference_of = {op: functools.partial(kernels[op][2], "reference") for op in kernels}
+    load_on_first_use({"cpu": reference_of})
 
 
 _define()

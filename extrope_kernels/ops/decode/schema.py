@@ -117,12 +117,10 @@ def _define() -> None:
                 library.impl(op + suffix, functools.partial(kernel, "triton"), key)
         decode = getattr(ops, f"decode{suffix}").default
         refuse_backward(library, decode, "decode: is for inference and has no gradient")
-    load_on_first_use(
-        {
-            device: {op: functools.partial(kernels[op][2], implementation) for op in kernels}
-            for device, implementation in (("cpu", "reference"), ("cuda", "triton"))
-        }
-    )
+    for op, (_, _, kernel) in kernels.items():  # the CUDA library has none
+        library.impl(op, functools.partial(kernel, "triton"), "CUDA")
+    reference_of = {op: functools.partial(kernels[op][2], "reference") for op in kernels}
+    load_on_first_use({"cpu": reference_of})
 
 
 _define()
