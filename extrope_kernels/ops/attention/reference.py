@@ -7,10 +7,12 @@ from torch import Tensor
 
 from .._shared.attention_call import AttentionCall, row_scale
 from .._shared.positions import sequence_of_token
+from .._shared.precision import without_autocast
 from .._shared.softmax import capped, softmax_of
 from .frames import positions, rotate, unrotate
 
 
+@without_autocast
 def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """One softmax over every region's scores; differentiable to any order.
 
@@ -29,6 +31,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     return (out[0], lse[0]) if packed else (out, lse)
 
 
+@without_autocast
 def backward(
     dout: Tensor,
     dlse: Tensor | None,

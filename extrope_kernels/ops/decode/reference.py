@@ -11,10 +11,12 @@ from torch import Tensor
 from .._shared.attention_call import AttentionCall, row_scale
 from .._shared.fp8 import dequantize, quantize
 from .._shared.frames import rotate_keys, rotate_queries, store_keys
+from .._shared.precision import without_autocast
 from .._shared.softmax import capped, softmax_of
 from .arguments import KVCache
 
 
+@without_autocast
 def decode(
     q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._shared.precision import without_autocast
 from .scan import Scan, Scanned, feature
 
 
+@without_autocast
 def scan(q: Tensor, k: Tensor, v: Tensor, how: Scan) -> Scanned:
     """See scan.py; differentiable to any order in q, k and v."""
     packed, wide = how.cu_seqlens is not None, _wide(q)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .._shared.precision import without_autocast
 from .scan import feature
 
 
+@without_autocast
 def state_of(k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
     """(batch, heads, head_dim, head_dim_v): what these tokens leave behind their last one.
 
@@ -27,6 +29,7 @@ def state_of(k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
     return torch.einsum("bjhd,bjhe->bhde", k, v)
 
 
+@without_autocast
 def seen(q: Tensor, state: Tensor, decay: Tensor | None) -> Tensor:
     """(batch, seqlen, heads, head_dim_v): what queries read of a state before the first of them."""
     heads = max(q.shape[2], state.shape[1])
