@@ -46,6 +46,8 @@ def plot_recall(results: dict[str, Any], path: Path) -> None:
     figure, panels = _lines(results, points)
     for length, axes in panels.items():
         axes.axhline(0, color="0.35", linewidth=0.8)
+        # Said, not found from the points: where no gain is a number, there are none.
+        axes.set_xlim(results["distances"][0] / 1.15, results["distances"][-1] * 1.15)
         axes.set_xscale("log", base=2)
         axes.set_xticks(results["distances"], [f"{x:,}" for x in results["distances"]])
         axes.set_ylabel(f"gain in {length:,} tokens (nats a token)")

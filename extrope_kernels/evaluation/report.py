@@ -97,6 +97,8 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 def resumed(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     """Return the header with the rows that a file of results holds already.
 
+    A number that was not finite is NaN in them.
+
     Raises UsageError when these are of other settings, since they may have taken hours, and when
     the file is damaged.
     """
@@ -110,7 +112,7 @@ def resumed(path: Path, header: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(
             f"{path} is of other settings ({', '.join(changed)}); name another --out, or move it"
         )
-    return header | {"rows": rows}
+    return header | {"rows": _with_nan(rows)}
 
 
 def _read_results(path: Path) -> dict[str, Any]:
@@ -156,3 +158,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and value - value != 0:
         return None
     return value
+
+
+def _with_nan(value: Any) -> Any:
+    """Undo `_finite`: what was measured is a number. What else is None stays so."""
+    if isinstance(value, dict):
+        kept = ("error", "of", "params")
+        return {key: item if key in kept else _with_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return float("nan") if value is None else value

@@ -44,8 +44,9 @@ def run_rows(
     done = {_key(row): row for row in results["rows"]}
     heads = task.heads()
     widths = [max(_WIDTH, len(head)) for head in heads]
+    wide = max(map(len, plan.methods))
     with report.open_display(sys.stdout, len(rows)) as display:
-        display.line(report.format_line("method", "tokens", heads, widths))
+        display.line(report.format_line("method".ljust(wide), "tokens", heads, widths))
         for method, length, params in rows:
             row = {"method": method, "length": length, "params": params}
             ticks = task.ticks(len(decoder_layers(model)))
@@ -61,7 +62,8 @@ def run_rows(
                 results["rows"].append(row)
                 report.write_results(path, results)
             task.plot(results, path.with_suffix(".png"))
-            display.line(report.format_line(method, str(length), task.cells(row), widths))
+            cells = task.cells(row)
+            display.line(report.format_line(method.ljust(wide), str(length), cells, widths))
 
 
 def _key(row: dict[str, Any]) -> str:

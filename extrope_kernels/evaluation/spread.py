@@ -10,7 +10,9 @@ _NORMAL = statistics.NormalDist()
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and its standard error, None for a single value."""
+    """Return the mean and its standard error, None for one value or where one is not finite."""
+    if not all(map(math.isfinite, values)):
+        return sum(values) / len(values), None  # statistics raises errors of its own for these
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None

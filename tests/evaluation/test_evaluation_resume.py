@@ -101,3 +101,25 @@ def test_digest_of_tensors():
     different = [ids, ids.flip(0), ids[:0], ids[:5], ids.int(), ids.reshape(2, 3)]
     different += [TwoTensor(ids, ids), TwoTensor(ids, ids + 1)]  # a tensor of tensors
     assert len({tokens_digest(each) for each in different}) == len(different)
+
+
+@pytest.mark.parametrize(("task", "length"), [("loss", 64), ("recall", 480)])
+@pytest.mark.parametrize("trials", [1, 2])
+def test_losses_that_are_no_numbers_are_shown_and_resumed(
+    run, folder, tmp_path, capsys, task, length, trials
+):
+    broken = retrained(folder, tmp_path)
+    model = LlamaForCausalLM.from_pretrained(broken)
+    model.model.norm.weight.data[0] = torch.nan
+    model.save_pretrained(broken)
+    text = tmp_path / "story.txt"
+    text.write_text("".join(chr(33 + n % 90) for n in range(0, 8000, 7)))
+    tables = []
+    for _ in range(2):
+        given = {"task": task, "text": text, "lengths": length, "trials": trials}
+        assert run(model=broken, bucket=64, **given) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    assert set(tables[0].splitlines()[1].split()[2:]) == {"nan"}
+    (row,) = results(tmp_path, task)["rows"]
+    assert row.get("loss") is None

@@ -143,7 +143,7 @@ def test_no_time_left_is_told(search, tmp_path, capsys):
     ("given", "message"),
     [
         ({"length": 300}, "200 tokens, too short for --length 300"),
-        ({"length": 0}, "--length must be >= 1, got 0"),
+        ({"length": 8}, "--length must be >= 9, got 8"),
         ({"budget": 0}, "--budget must be > 0, got 0"),
         ({"held_out": "/nowhere/text"}, "--held-out /nowhere/text: No such file or directory"),
         ({"text": "/nowhere/text"}, "--text /nowhere/text: No such file or directory"),

@@ -1,15 +1,18 @@
-"""What the search leaves out after a look at short pieces."""
+"""What the search leaves out after a look at short pieces, and what it cannot rank."""
 
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from tiny_model import TRAINED
+from tiny_model import TRAINED, retrained
+from transformers import LlamaForCausalLM
 
+from extrope_kernels.cli import main
 from extrope_kernels.evaluation.search import stages
 from extrope_kernels.evaluation.search.candidates import published
 
@@ -31,3 +34,14 @@ def test_short_pieces_only_drop_what_is_far_behind():
     assert stages.Search.grid(search) == [yarn, others[0], others[1]]
     losses.clear()
     assert stages.Search.grid(search) == [yarn]
+
+
+def test_a_loss_that_is_no_number_is_told(folder, text, tmp_path, capsys):
+    broken = retrained(folder, tmp_path)
+    model = LlamaForCausalLM.from_pretrained(broken)
+    model.model.norm.weight.data[0] = torch.nan
+    model.save_pretrained(broken)
+    command = f"search --model {broken} --text {text} --length 64 --device cpu --out {tmp_path}"
+    assert main(command.split()) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "search: the loss under yarn factor=2 is nan, which ranks with no other"

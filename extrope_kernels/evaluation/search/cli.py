@@ -16,6 +16,8 @@ from extrope_kernels.evaluation.texts import Text, read_text, source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SHORTEST = 9  # tokens: each eighth of their predictions has one
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
@@ -63,7 +65,8 @@ def split_texts(
 
 def _run(args: argparse.Namespace) -> None:
     options.check_packages()
-    options.check_positive("--length", args.length)
+    if args.length < _SHORTEST:
+        raise UsageError(f"--length must be >= {_SHORTEST}, got {args.length}")
     if not args.budget > 0:
         raise UsageError(f"--budget must be > 0, got {args.budget:g}")
     out = options.check_out(args.out)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from extrope_kernels.evaluation import UsageError
 from extrope_kernels.evaluation.forward import chunks, logits, run_body
 from extrope_kernels.evaluation.models import decoder_layers
 from extrope_kernels.evaluation.texts import Text
@@ -75,6 +76,13 @@ def last_loss(
         for begin, end in chunks(start, stop, vocab_size)
     ]
     return torch.stack(parts).sum() / (stop - start)
+
+
+def known(loss: Tensor, name: str) -> float:
+    """Return a loss as a number; raises UsageError, naming what it was measured under, if none."""
+    if not loss.isfinite():
+        raise UsageError(f"the loss under {name} is {loss.item()}, which ranks with no other")
+    return loss.item()
 
 
 def gradient(

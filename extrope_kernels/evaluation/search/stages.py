@@ -25,7 +25,13 @@ from extrope_kernels.evaluation.search.candidates import (
 )
 from extrope_kernels.evaluation.search.factors import Descent, Evolution, Ladder, rising
 from extrope_kernels.evaluation.search.ledger import Ledger
-from extrope_kernels.evaluation.search.losses import NoGradient, gradient, last_loss, short_piece
+from extrope_kernels.evaluation.search.losses import (
+    NoGradient,
+    gradient,
+    known,
+    last_loss,
+    short_piece,
+)
 from extrope_kernels.evaluation.texts import Text
 
 if TYPE_CHECKING:
@@ -210,7 +216,7 @@ class Search:
 
             def measure(piece: int = piece) -> dict[str, Any]:
                 with torch.inference_mode(), candidate.extending(self.model):
-                    return {"loss": self._short_loss(piece).item()}
+                    return {"loss": known(self._short_loss(piece), candidate.name)}
 
             self._begin(candidate.name)
             of = _of(candidate, "short", piece)
@@ -247,7 +253,7 @@ class Search:
                 losses = token_losses(self.model, ids[None], self.display.tick)[0].double()
             start = int(self.length * (1 - _LAST))
             return {
-                "loss": losses[start:].mean().item(),
+                "loss": known(losses[start:].mean(), candidate.name),
                 "whole": losses.mean().item(),
                 "eighths": [part.mean().item() for part in losses.tensor_split(8)],
             }
