@@ -37,7 +37,9 @@ def __getattr__(name: str) -> Any: ...
 CALLS = """
 from torch import Tensor
 from extrope_kernels import RopeFreqs, distributed
-from extrope_kernels import dual_chunk_attention, string_attention_with_kvcache
+from extrope_kernels import dual_chunk_attention, scores, string_attention_with_kvcache
+from extrope_kernels.ops.attention import attend
+from extrope_kernels.ops.decode import attend_with_kvcache
 
 def right(q: Tensor, freqs: RopeFreqs, ranks: object) -> Tensor:
     out: Tensor = dual_chunk_attention(q, q, q, freqs, chunk_size=4, local_window=2, softcap=5.0)
@@ -46,6 +48,8 @@ def right(q: Tensor, freqs: RopeFreqs, ranks: object) -> Tensor:
     )
     out = distributed.rerope_attention(q, q, q, freqs, window=4, mesh=ranks)
     print(out.shape, lse.shape)
+    out = attend(scores.string(9, 2), q, q, q, freqs)
+    out = attend_with_kvcache(scores.string(9, 2), q, q, q, freqs, cache_seqlens=3)
     return dual_chunk_attention(q, q, q, freqs, chunk_size=4, local_window=2)
 
 def wrong(q: Tensor, freqs: RopeFreqs) -> None:

@@ -49,6 +49,13 @@ class CacheOptions(SoftmaxOptions, total=False):
     v_scale: Tensor | None
 
 
+def tensor_or_pair(
+    function: Callable[Parameters, Tensor | tuple[Tensor, Tensor]],
+) -> Callable[Parameters, Tensor | Any]:
+    """To type checkers the result is a Tensor that may be unpacked, as of `takes_options_of`."""
+    return function
+
+
 def takes_options_of(
     attend: Callable, internal: tuple[str, ...]
 ) -> Callable[

@@ -21,13 +21,14 @@ from .._shared.autograd import call_unrecorded
 from .._shared.checks import explained, refuse_flags
 from .._shared.dtensor import replicated
 from .._shared.library import ops
-from .._shared.options import refuse_unknown, takes_options_of
+from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
 from . import flash_attn, reference
 from .arguments import check, check_boundaries
 
 BACKENDS = ("reference", "cpu", "triton", "flash_attn")
 
 
+@tensor_or_pair
 def attend(
     score: Score,
     q: Tensor,

@@ -21,7 +21,7 @@ from .._shared.autograd import call_unrecorded
 from .._shared.checks import explained, refuse_flags
 from .._shared.lengths import cache_lengths
 from .._shared.library import ops
-from .._shared.options import refuse_unknown, takes_options_of
+from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
 from . import reference
 from .arguments import KVCache, check_decode, check_values, parse
 
@@ -30,6 +30,7 @@ Options = dict[str, Any]
 BACKENDS = ("reference", "cpu", "triton")
 
 
+@tensor_or_pair
 def attend_with_kvcache(
     score: Score,
     q: Tensor,
