@@ -24,7 +24,7 @@ class Text(NamedTuple):
     """The tokens of a text.
 
     name: as tables call it.
-    opening: what opens every sequence of this model (BOS): (0 or 1,) int64
+    opening: what opens every sequence of this model, BOS as a rule: (opening tokens,) int64
     ids: (tokens,) int64, without it.
     """
 
@@ -101,11 +101,17 @@ def pieces(texts: Sequence[Text], length: int, trials: int, seed: int) -> Iterat
 
 def read_text(tokenizer: PreTrainedTokenizerBase, name: str, option: str = "--text") -> Text:
     """Return the text of a file, or `pydocs`; raises UsageError, naming the option it came by."""
-    opening = tokenizer("", verbose=False).input_ids
-    opening = opening if opening == [tokenizer.bos_token_id] else []
-    ids = tokenizer(_read(name, option), verbose=False).input_ids
-    body = torch.tensor(ids[len(opening) :], dtype=torch.int64)
-    return Text(Path(name).name, torch.tensor(opening, dtype=torch.int64), body)
+    ids = tokenizer(_read(name, option), add_special_tokens=False, verbose=False).input_ids
+    opening, body = (torch.tensor(part, dtype=torch.int64) for part in (_opening(tokenizer), ids))
+    return Text(Path(name).name, opening, body)
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # Found by a word, as what a tokenizer gives of an empty text may as well be put behind it.
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    fits = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return whole[: next(fits, 0)]
 
 
 def source(name: str) -> str | None:

@@ -1,0 +1,41 @@
+"""What opens a text for a model, which every piece of it has in front."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("matplotlib")
+
+from tokenizers.processors import TemplateProcessing
+
+from extrope_kernels.evaluation import passkey, texts
+
+BOS, EOS = 98, 99
+
+
+@pytest.mark.parametrize(
+    ("template", "opening"),
+    [
+        ("$A", []),
+        ("<s> $A", [BOS]),
+        ("<s> $A </s>", [BOS]),  # add_eos_token=True, as some save it after fine-tuning
+        ("$A <s>", []),  # one token for both ends, put behind
+        ("</s> <s> $A", [EOS, BOS]),
+    ],
+)
+def test_pieces_begin_as_the_tokenizer_begins(tokenizer, text, template, opening):
+    special = [("<s>", BOS), ("</s>", EOS)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=special
+    )
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(BOS)
+    characters = tokenizer(text.read_text(), add_special_tokens=False).input_ids
+    read = texts.read_text(tokenizer, str(text))
+    assert read.opening.tolist() == opening and read.ids.tolist() == characters
+    piece = read.piece(20, 1, 0).tolist()
+    start = read.start(20 - len(opening), 1, 0)
+    assert start and piece == opening + characters[start : start + 20 - len(opening)]
+    prompt = passkey.make_prompt(tokenizer, read, 200, 0.5, 0).ids.tolist()
+    assert prompt[: len(opening)] == opening and len(prompt) == 200
+    assert not {BOS, EOS} & {*prompt[len(opening) :], *read.ids.tolist()}
+    assert torch.equal(torch.cat([half.ids for half in read.halves()]), read.ids)
