@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "cpu/decode/tile.h"
-#include "cpu/runtime/scratch.h"
+#include "cpu/runtime/buffer.h"
 #include "cpu/runtime/workspace.h"
 #include "cpu/simd/rotate_row.h"
 #include "cpu/simd/sincos.h"

@@ -6,7 +6,7 @@
 
 #include "cpu/decode/params.h"
 #include "cpu/decode/tile.h"
-#include "cpu/runtime/scratch.h"
+#include "cpu/runtime/buffer.h"
 
 namespace extrope {
 namespace {

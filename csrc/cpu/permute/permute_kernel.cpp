@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "cpu/permute/dims.h"
-#include "cpu/runtime/scratch.h"
+#include "cpu/runtime/buffer.h"
 #include "cpu/runtime/token.h"
 
 namespace extrope {

@@ -8,7 +8,7 @@
 #include "cpu/rope/copied_rows.h"
 #include "cpu/rope/pairs.h"
 #include "cpu/rope/rows.h"
-#include "cpu/runtime/scratch.h"
+#include "cpu/runtime/buffer.h"
 #include "cpu/runtime/token.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/sincos.h"

@@ -1,10 +1,10 @@
-// Vectors for kernels that are compiled once for each instruction set.
+// Buffer, a std::vector for kernels that are compiled once for each instruction set.
 //
 // The functions of std::vector<float> are weak, and the linker keeps one copy of them, whichever
 // instruction set it was compiled for. An allocator of this translation unit alone makes every
 // function that the vector needs its own.
 //
-// They begin at cache lines: a vector of 64 bytes that lies across two is loaded twice.
+// Buffers begin at cache lines: a vector register's 64 bytes that lie across two are loaded twice.
 #pragma once
 
 #include <cstddef>
