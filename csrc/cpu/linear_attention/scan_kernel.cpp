@@ -144,20 +144,20 @@ void add_to_state(const Chunk& c, bool first) {
 // ----------------------------------------------------------------------------------------------
 // Chunks
 
-// Whether rows of out should leave past the caches: they are too many for one to keep, and are
-// whole lines of 64 bytes, so that none has to be read before it is written.
-bool past_caches(const ScanParams& p) {
+// Whether rows of out are written by streaming stores: they are too many for a cache to keep, and
+// are whole lines of 64 bytes, so that none has to be read before it is written.
+bool streams_output(const ScanParams& p) {
   const int64_t row = p.value_dim * sizeof(float);
   return kFloats == 16 && p.out_is_float && row % 64 == 0 &&
-         p.batch * p.seqlen * greater(p.q.heads, p.heads) * row > kMostKept;
+         p.batch * p.seqlen * greater(p.q.heads, p.heads) * row > kMostCached;
 }
 
 template <typename Out>
-void store_row(const float* row, int64_t count, float factor, bool past_caches, Out* to) {
+void store_row(const float* row, int64_t count, float factor, bool streaming, Out* to) {
   int64_t d = 0;
   for (; d + kFloats <= count; d += kFloats) {
     const floats v = load<floats>(row + d) * broadcast(factor);
-    past_caches ? store_past_caches(to + d, v) : store_narrow(to + d, v);
+    streaming ? store_streaming(to + d, v) : store_narrow(to + d, v);
   }
   for (; d < count; ++d) narrow(row[d] * factor, to[d]);
 }
@@ -166,7 +166,7 @@ template <typename T, typename Out>
 void finish(const Chunk& c, int64_t head) {
   const ScanParams& p = c.p;
   const Rows<Out> out = c.rows_of<Out>(p.out, head);
-  const bool past = past_caches(p);
+  const bool streaming = streams_output(p);
   for (int64_t i = 0; i < c.count; ++i) {
     float* row = c.s.out + i * c.n.value_stride;
     float factor = 1.0f;
@@ -184,7 +184,7 @@ void finish(const Chunk& c, int64_t head) {
       }
       factor = 1.0f;
     }
-    store_row(row, p.value_dim, factor, past, out[i]);
+    store_row(row, p.value_dim, factor, streaming, out[i]);
   }
 }
 
@@ -207,7 +207,7 @@ void scan(const Chunk& c) {
     }
     p.out_is_float ? finish<T, float>(c, q) : finish<T, T>(c, q);
   }
-  if (past_caches(p)) order_stores();
+  if (streams_output(p)) fence_streaming_stores();
 }
 
 template <typename T>

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kBlock = 16;  // tokens
 
-// Brings numbers of `half` pairs to the order in which rotate_row reads words.
+// Brings a value for each of `half` pairs to the order in which rotate_row reads words (kInWords).
 template <typename Number>
 void order_by_words(Number* row, int64_t half) {
   using V = std::conditional_t<sizeof(Number) == sizeof(double), doubles, floats>;
@@ -37,7 +37,8 @@ void order_by_words(Number* row, int64_t half) {
 }
 
 // Cosines and sines of one block of tokens, and the padded frequencies and decays that they are
-// made from.
+// made from. With positions by axis (mRoPE) these are multiplied by the positions first, since each
+// pair has its own: `angles` and `exponents`.
 template <typename T>
 struct Scratch {
   Scratch(const RopeParams& p, int64_t tokens)
@@ -51,59 +52,59 @@ struct Scratch {
     if (p.log_decay) std::copy_n(p.log_decay, half, decay.begin());
     if (p.axes) {
       positions.resize(p.num_axes);
-      moved_freq.resize(stride);
-      moved_decay.resize(decay.size());
+      angles.resize(stride);
+      exponents.resize(decay.size());
     } else {
-      settle(decay);
+      prepare(decay);
     }
   }
 
-  // Numbers of pairs as fill_sincos takes them: in the order of cos and sin, and without payloads
-  // of NaNs, which makes those plain.
-  void settle(Buffer<double>& of_pairs) const {
-    if (of_pairs.empty()) return;
+  // Brings a row of values of pairs to the form that fill_sincos takes: in the order of cos and
+  // sin, and NaNs without payloads, so that cos and sin are plain.
+  void prepare(Buffer<double>& row) const {
+    if (row.empty()) return;
     for (int64_t i = 0; i < stride; i += kDoubles) {
-      store(&of_pairs[i], plain(load<doubles>(&of_pairs[i])));
+      store(&row[i], plain(load<doubles>(&row[i])));
     }
-    if (in_words) order_by_words(of_pairs.data(), half);
+    if (in_words) order_by_words(row.data(), half);
   }
 
   int64_t half, stride;
   bool in_words;
   Buffer<double> freq, decay;
-  Buffer<double> positions, moved_freq, moved_decay;  // of one token, by axis and by pair
+  Buffer<double> positions, angles, exponents;  // of one token: by axis, by pair, by pair
   Buffer<Wide<T>> cos, sin;
 };
 
-// How the rows of one tensor are rotated: Half pairs each, which are all of their dims, or if that
-// is 0 any number of pairs. Past: they are written past the caches.
-template <int64_t Half, bool Past>
-struct FormOf {
+// How the rows of one tensor are rotated: Half pairs each, which are all of their dims; or if that
+// is 0 any number of pairs. Streaming: they are written by streaming stores.
+template <int64_t Half, bool Streaming>
+struct RowForm {
   static constexpr int64_t kHalf = Half;
-  static constexpr bool kPast = Past;
+  static constexpr bool kStreams = Streaming;
 };
 
-// visit(FormOf), where Half is of the most common rows alone, and of those only where registers
-// hold the numbers of so many pairs.
+// visit(RowForm()) for a tensor. Half is set for the most common rows alone, and only where
+// registers can hold a value for each of their pairs.
 template <typename T, typename Visit>
-auto with_form(const RopeParams& p, const RopeTensor& x, const Visit& visit) {
+auto with_row_form(const RopeParams& p, const RopeTensor& x, const Visit& visit) {
   if constexpr (kFloats == 16 && sizeof(T) <= sizeof(float)) {
     const int64_t dims = p.rotary_dim == p.head_dim ? p.head_dim : 0;
-    if constexpr (kStoresLines<T>) {
-      const bool past = past_caches<T>(p, x);
-      if (past && dims == 64) return visit(FormOf<32, true>());
-      if (past && dims == 128) return visit(FormOf<64, true>());
+    if constexpr (kCanStream<T>) {
+      const bool streams = streams_output<T>(p, x);
+      if (streams && dims == 64) return visit(RowForm<32, true>());
+      if (streams && dims == 128) return visit(RowForm<64, true>());
     }
-    if (dims == 64) return visit(FormOf<32, false>());
-    if (dims == 128) return visit(FormOf<64, false>());
+    if (dims == 64) return visit(RowForm<32, false>());
+    if (dims == 128) return visit(RowForm<64, false>());
   }
-  return visit(FormOf<0, false>());
+  return visit(RowForm<0, false>());
 }
 
 // Cosines and sines of one token.
 template <typename T>
-struct Angle {
-  Angle(const Scratch<T>& scratch, int64_t token)
+struct CosSin {
+  CosSin(const Scratch<T>& scratch, int64_t token)
       : cos(scratch.cos.data() + token * scratch.stride),
         sin(scratch.sin.data() + token * scratch.stride) {}
   const Wide<T>*cos, *sin;
@@ -116,7 +117,7 @@ void load_freq(const RopeParams& p, int64_t row, Scratch<T>& scratch) {
   } else {
     std::copy_n(static_cast<const float*>(p.inv_freq) + row, scratch.half, scratch.freq.begin());
   }
-  if (!p.axes) scratch.settle(scratch.freq);
+  if (!p.axes) scratch.prepare(scratch.freq);
 }
 
 inline double position_on(const RopeParams& p, const Token<double>& token, int64_t axis) {
@@ -125,22 +126,22 @@ inline double position_on(const RopeParams& p, const Token<double>& token, int64
   return read_position<double>(p, index) + static_cast<double>(p.offset);
 }
 
-// Multiplies frequencies and decays by the position on each pair's axis.
+// The angles of one token, and the exponents of its decay, by the position on each pair's axis.
 template <typename T>
-void move_by_axis(const RopeParams& p, const Token<double>& token, Scratch<T>& scratch) {
+void fill_angles_by_axis(const RopeParams& p, const Token<double>& token, Scratch<T>& scratch) {
   for (int64_t axis = 0; axis < p.num_axes; ++axis) {
     scratch.positions[axis] = position_on(p, token, axis);
   }
   for (int64_t i = 0; i < scratch.half; ++i) {
     const double position = scratch.positions[p.axes[i]];
-    scratch.moved_freq[i] = scratch.freq[i] * position;
-    if (p.log_decay) scratch.moved_decay[i] = scratch.decay[i] * (position - p.decay_origin);
+    scratch.angles[i] = scratch.freq[i] * position;
+    if (p.log_decay) scratch.exponents[i] = scratch.decay[i] * (position - p.decay_origin);
   }
-  scratch.settle(scratch.moved_freq);
-  scratch.settle(scratch.moved_decay);
+  scratch.prepare(scratch.angles);
+  scratch.prepare(scratch.exponents);
 }
 
-// Numbers that are given, widened, in the order of cos and sin.
+// Cosines or sines that the caller gives, widened, in the order of the block's own.
 template <typename From, typename To>
 void widen_given(const void* given, int64_t at, const Scratch<To>& scratch, Wide<To> sign,
                  Wide<To>* out) {
@@ -176,8 +177,8 @@ void fill_given(const RopeParams& p, const Token<double>* tokens, int64_t count,
   }
 }
 
-// Copies wait for memory while angles are computed; therefore the ones go between the others, once
-// a block.
+// Cosines and sines of a block for one tensor. Rows that are only copied wait for memory while
+// angles are computed, so each token's copies go between two tokens' angles, once a block.
 template <typename T>
 void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
                 int64_t count, int64_t head, Scratch<T>& scratch) {
@@ -191,13 +192,17 @@ void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<doubl
     const int64_t row = tokens[t].sequence * p.freq_batch + head * p.freq_head;
     if (row != loaded) load_freq(p, row, scratch);
     loaded = row;
-    if (p.axes) move_by_axis(p, tokens[t], scratch);
+    if (p.axes) fill_angles_by_axis(p, tokens[t], scratch);
+    // Angles by axis are multiplied by their positions already.
     const double position = p.axes ? 1.0 : plain(tokens[t].position);
-    const auto& freq = p.axes ? scratch.moved_freq : scratch.freq;
-    const auto& decay = p.axes ? scratch.moved_decay : scratch.decay;
+    const auto& freq = p.axes ? scratch.angles : scratch.freq;
+    const auto& decay = p.axes ? scratch.exponents : scratch.decay;
     const double from_origin = p.axes ? 1.0 : position - p.decay_origin;
-    const Angles angles{position, p.amplitude, tensor.decay_sign * from_origin,
-                        p.log_decay ? decay.data() : nullptr, p.conjugate};
+    const Angles angles{.position = position,
+                        .amplitude = p.amplitude,
+                        .decay = tensor.decay_sign * from_origin,
+                        .log_decay = p.log_decay ? decay.data() : nullptr,
+                        .conjugate = p.conjugate};
     Wide<T>* cos = scratch.cos.data() + t * scratch.stride;
     Wide<T>* sin = scratch.sin.data() + t * scratch.stride;
     fill_sincos(freq.data(), scratch.half, angles, cos, sin);

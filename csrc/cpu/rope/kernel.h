@@ -24,8 +24,8 @@ void rope_tokens_avx2(const RopeParams&, int64_t begin, int64_t end);
 void rope_tokens_avx512(const RopeParams&, int64_t begin, int64_t end);
 void rope_tokens_neon(const RopeParams&, int64_t begin, int64_t end);
 
-// Norms and rotates the tokens begin..end-1; with norm_part_tokens, the backward of the parts
-// begin..end-1 of so many tokens.
+// Norms and rotates the tokens begin..end-1. Where norm_part_tokens is set, runs the backward, of
+// the parts begin..end-1 of that many tokens each.
 using RopeNorms = void (*)(const RopeNormParams&, int64_t begin, int64_t end);
 
 void rope_norm_baseline(const RopeNormParams&, int64_t begin, int64_t end);

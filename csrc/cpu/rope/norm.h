@@ -12,9 +12,8 @@
 namespace extrope {
 namespace {
 
-// Brings numbers of a row's dims to the order in which the kernels keep them between its reading
-// and its writing: the first dims of all pairs, the second dims, those past the pairs; pairs as
-// vectors hold them.
+// Brings the values of a row's dims (weights, say) to the order in which the kernels hold them: the
+// first dims of all pairs, the second dims, those past the pairs; pairs as vectors hold them.
 template <typename T, bool Interleaved, typename Number>
 void order_dims(Number* row, int64_t half) {
   if constexpr (Interleaved) {
@@ -27,23 +26,23 @@ void order_dims(Number* row, int64_t half) {
   }
 }
 
-// [i]: the dim that stands at i in that order.
+// [i]: the dim that is i-th in that order.
 template <typename T, bool Interleaved>
-Buffer<int32_t> places(int64_t head_dim, int64_t half) {
-  Buffer<int32_t> place(head_dim);
-  std::iota(place.begin(), place.end(), 0);
-  order_dims<T, Interleaved>(place.data(), half);
-  return place;
+Buffer<int32_t> ordered_dims(int64_t head_dim, int64_t half) {
+  Buffer<int32_t> dims(head_dim);
+  std::iota(dims.begin(), dims.end(), 0);
+  order_dims<T, Interleaved>(dims.data(), half);
+  return dims;
 }
 
-// One tensor's norm in the form that rows take.
+// One tensor's norm: its weights widened, in the order of order_dims.
 template <typename T>
 struct Norm {
   template <typename Order>
   Norm(const RopeNorm& norm, const RopeTensor& tensor, int64_t dim, const Order& order)
-      : together(norm.all_heads ? tensor.heads : 1),
+      : heads_per_mean(norm.all_heads ? tensor.heads : 1),
         head_step(norm.all_heads ? dim : 0),
-        weight(norm.weight ? together * dim : 0) {
+        weight(norm.weight ? heads_per_mean * dim : 0) {
     if (weight.empty()) return;
     switch (norm.weight_dtype) {
       case DType::f32:
@@ -58,7 +57,7 @@ struct Norm {
       case DType::f16:
         widen_weights(static_cast<const f16*>(norm.weight));
     }
-    for (int64_t row = 0; row < together * dim; row += dim) order(&weight[row]);
+    for (int64_t row = 0; row < heads_per_mean * dim; row += dim) order(&weight[row]);
   }
 
   template <typename Weight>
@@ -67,8 +66,8 @@ struct Norm {
     for (int64_t i = 0; i < count; ++i) weight[i] = plain(static_cast<Wide<T>>(widen(from[i])));
   }
 
-  int64_t together;   // heads that share a mean square
-  int64_t head_step;  // from the weights of one head to those of the next
+  int64_t heads_per_mean;  // that share a mean square
+  int64_t head_step;       // from the weights of one head to those of the next
   Buffer<Wide<T>> weight;
 };
 
@@ -82,7 +81,7 @@ inline std::pair<V, V> load_two(const T* from) {
   }
 }
 
-// Of one row, in lanes that are still to be summed: of Dim elements, or if that is 0, of `dim`.
+// The squares of a row of Dim elements, or if that is 0, of `dim`; summed but for the lanes.
 template <int64_t Dim, typename T>
 EXTROPE_INLINE WideVector<T> squares_of(const T* row, int64_t dim) {
   using V = WideVector<T>;

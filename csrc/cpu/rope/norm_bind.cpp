@@ -18,8 +18,8 @@ namespace {
 
 #define EXTROPE_NORM_KERNEL(isa) rope_norm_##isa
 
-// The gradients of the weights are summed over so many tokens by one thread, whatever the number of
-// threads: the bits of a sum are the same with any.
+// The gradients of the weights are summed over this many tokens by one thread, whatever the number
+// of threads, so that every number of threads gives the same bits.
 constexpr int64_t kPartTokens = 64;
 
 void launch(const RopeNormParams& p, int /*device_index*/) {

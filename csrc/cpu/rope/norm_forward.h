@@ -11,22 +11,22 @@
 namespace extrope {
 namespace {
 
-// cos and sin of a token times the weights of the dims that they multiply, where all heads have the
-// same.
+// cos and sin of a token, each times the norm's weight of the dim that it multiplies: a and b are
+// the first and the second dim of a pair. For heads that all have the same weights.
 template <typename T, int64_t Half>
-struct WeightedAngle {
-  Products<T, Half> a_cos, b_sin, b_cos, a_sin;
+struct WeightedCosSin {
+  PairProducts<T, Half> a_cos, b_sin, b_cos, a_sin;
 
-  WeightedAngle(const Wide<T>* weight, int64_t half, const Angle<T>& angle)
-      : a_cos{weight, angle.cos},
-        b_sin{weight + half, angle.sin},
-        b_cos{weight + half, angle.cos},
-        a_sin{weight, angle.sin} {}
+  WeightedCosSin(const Wide<T>* weight, int64_t half, const CosSin<T>& cos_sin)
+      : a_cos{weight, cos_sin.cos},
+        b_sin{weight + half, cos_sin.sin},
+        b_cos{weight + half, cos_sin.cos},
+        a_sin{weight, cos_sin.sin} {}
 };
 
-// One tensor of one block of tokens whose rows each have a mean square of their own.
+// One tensor of one block of tokens, each head of which has a mean square of its own.
 template <typename T, bool Interleaved, typename Form>
-struct NormOfEach {
+struct PerHeadNorm {
   using V = WideVector<T>;
   static constexpr int kGroup = Lanes<V>::count;
   static constexpr int64_t kHalf = Form::kHalf;
@@ -36,23 +36,23 @@ struct NormOfEach {
   const Wide<T>* weight;
   const Token<double>* tokens;
   const Scratch<T>& scratch;
-  const Ahead& ahead;
+  const PrefetchDistances& ahead;
 
-  EXTROPE_INLINE void rotate(const T* in, T* out, const WeightedAngle<T, kHalf>& by,
+  EXTROPE_INLINE void rotate(const T* in, T* out, const WeightedCosSin<T, kHalf>& weighted,
                              Wide<T> scale) const {
     const int64_t half = kHalf > 0 ? kHalf : p.rotary_dim / 2;
     for_each_pairs<T, Interleaved, kHalf>(half, [&](auto width, int64_t i) {
-      using Some = Pairs<T, Interleaved, decltype(width)::value>;
-      using U = typename Some::V;
-      Some row;
+      using PairVectors = Pairs<T, Interleaved, decltype(width)::value>;
+      using U = typename PairVectors::V;
+      PairVectors row;
       row.load(in, half, i);
-      for (int v = 0; v < Some::kCount; ++v) {
-        const int64_t at = i + v * Some::kLanes;
+      for (int v = 0; v < PairVectors::kCount; ++v) {
+        const int64_t at = i + v * PairVectors::kLanes;
         const U a = row.a[v] * scale, b = row.b[v] * scale;
-        row.a[v] = a * numbers_at<U>(by.a_cos, at) - b * numbers_at<U>(by.b_sin, at);
-        row.b[v] = b * numbers_at<U>(by.b_cos, at) + a * numbers_at<U>(by.a_sin, at);
+        row.a[v] = a * values_at<U>(weighted.a_cos, at) - b * values_at<U>(weighted.b_sin, at);
+        row.b[v] = b * values_at<U>(weighted.b_cos, at) + a * values_at<U>(weighted.a_sin, at);
       }
-      row.template store<Form::kPast>(out, half, i);
+      row.template store<Form::kStreams>(out, half, i);
     });
     if constexpr (kHalf > 0) return;
     for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
@@ -61,37 +61,38 @@ struct NormOfEach {
     });
   }
 
-  EXTROPE_INLINE V measure(Inputs<T>& rows) const {
-    return squares_of<2 * kHalf>(rows.next(), p.head_dim);
+  EXTROPE_INLINE V squares_of_next(Inputs<T>& inputs) const {
+    return squares_of<2 * kHalf>(inputs.next(), p.head_dim);
   }
 
-  void rows(const Run& run) const {
+  void norm_and_rotate(const Run& run) const {
     const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(p.head_dim);
     const Wide<T> eps = static_cast<Wide<T>>(p.norm_eps);
     const int64_t far = ahead.in_behind(x, kGroup);
     const int64_t in_step = x.in_head, out_step = x.out_head;
     const int64_t bytes = kHalf > 0 ? 2 * kHalf * sizeof(T) : ahead.bytes;
-    Inputs<T> measured(x, tokens, run);
+    Inputs<T> inputs(x, tokens, run);
     Cursor at(run);
     V squares[kGroup] = {};
     int64_t left = run.tokens * run.heads;
-    for (int64_t i = 0; i < std::min<int64_t>(kGroup, left); ++i) squares[i] = measure(measured);
+    for (int64_t i = 0; i < std::min<int64_t>(kGroup, left); ++i)
+      squares[i] = squares_of_next(inputs);
     for (; left > 0; left -= kGroup) {
       Wide<T> scale[kGroup];
       store(scale, Wide<T>{1} / root(sums_of(squares) * share + eps));
       const int64_t count = std::min<int64_t>(kGroup, left);
       for (int64_t i = 0; i < count;) {
-        const WeightedAngle<T, kHalf> by(weight, p.rotary_dim / 2, {scratch, at.token});
+        const WeightedCosSin<T, kHalf> weighted(weight, p.rotary_dim / 2, {scratch, at.token});
         const int64_t end = std::min(count, i + at.left_of_token());
         const T* in = input_row<T>(x, tokens[at.token], at.head);
         T* out = output_row<T>(x, tokens[at.token], at.head);
         at.skip_of_token(end - i);
         for (; i < end; ++i) {
-          if (i < left - kGroup) squares[i] = measure(measured);
-          fetch(in, far, bytes);
+          if (i < left - kGroup) squares[i] = squares_of_next(inputs);
+          prefetch(in, far, bytes);
           if (out) {
-            rotate(in, out, by, scale[i]);
-            if (in != out && !Form::kPast) fetch(out, ahead.out, bytes);
+            rotate(in, out, weighted, scale[i]);
+            if (in != out && !Form::kStreams) prefetch(out, ahead.out, bytes);
             out += out_step;
           }
           in += in_step;
@@ -101,9 +102,9 @@ struct NormOfEach {
   }
 };
 
-// The same where all heads of a token share a mean square, each with its own weights.
+// The same where all heads of a token share a mean square, each head with its own weights.
 template <typename T, bool Interleaved, typename Form>
-struct NormOfAll {
+struct AllHeadsNorm {
   using V = WideVector<T>;
   static constexpr int64_t kHalf = Form::kHalf;
   // Rows that are rotated between the last that a scale comes from and the first that takes it: a
@@ -115,31 +116,32 @@ struct NormOfAll {
   const Norm<T>& norm;
   const Token<double>* tokens;
   const Scratch<T>& scratch;
-  const Ahead& ahead;
+  const PrefetchDistances& ahead;
   Wide<T> scales[kBlock];  // of the tokens of a block
 
-  // Whether rows() sums up squares as it goes; otherwise measure() has to go before.
+  // Whether norm_and_rotate() sums squares as it goes; otherwise measure() has to come before.
   bool by_tokens() const { return x.in_head < x.in_seq && p.angle_heads == 1; }
 
   Wide<T> scale_of(V squares) const {
-    const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(norm.together * p.head_dim);
+    const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(norm.heads_per_mean * p.head_dim);
     return Wide<T>{1} / root(sum_of(squares) * share + static_cast<Wide<T>>(p.norm_eps));
   }
 
+  // The scales of `count` tokens, in a pass of its own.
   void measure(int64_t count) {
-    V measured[kBlock] = {};
+    V squares[kBlock] = {};
     const Run all{count, 0, x.heads, false};
     all.for_each_row([&](int64_t t, int64_t head) {
       const T* row = input_row<T>(x, tokens[t], head);
-      fetch(row, ahead.in, ahead.bytes);
-      measured[t] += squares_of<2 * kHalf>(row, p.head_dim);
+      prefetch(row, ahead.in, ahead.bytes);
+      squares[t] += squares_of<2 * kHalf>(row, p.head_dim);
     });
-    for (int64_t t = 0; t < count; ++t) scales[t] = scale_of(measured[t]);
+    for (int64_t t = 0; t < count; ++t) scales[t] = scale_of(squares[t]);
   }
 
-  // Held cosines and sines have the scale in them.
-  EXTROPE_INLINE void rotate(const T* in, T* out, const Numbers<T, kHalf>& cos,
-                             const Numbers<T, kHalf>& sin, const Wide<T>* weight,
+  // Cosines and sines in registers have the scale in them.
+  EXTROPE_INLINE void rotate(const T* in, T* out, const PairValues<T, kHalf>& cos,
+                             const PairValues<T, kHalf>& sin, const Wide<T>* weight,
                              Wide<T> scale) const {
     const int64_t half = kHalf > 0 ? kHalf : p.rotary_dim / 2;
     for_each_pairs<T, Interleaved, kHalf>(half, [&](auto width, int64_t i) {
@@ -147,7 +149,7 @@ struct NormOfAll {
       row.load(in, half, i);
       row.normalize(weight, half, kHalf > 0 ? Wide<T>{1} : scale, i);
       row.rotate(cos, sin, i);
-      row.template store<Form::kPast>(out, half, i);
+      row.template store<Form::kStreams>(out, half, i);
     });
     if constexpr (kHalf > 0) return;
     for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
@@ -158,11 +160,11 @@ struct NormOfAll {
 
   // `count` heads of a token; before each of them, visit().
   template <typename Visit>
-  EXTROPE_INLINE void heads(int64_t t, int64_t head, int64_t count, int64_t far,
-                            const Visit& visit) const {
-    const Angle<T> angle(scratch, t);
+  EXTROPE_INLINE void norm_and_rotate_heads(int64_t t, int64_t head, int64_t count, int64_t far,
+                                            const Visit& visit) const {
+    const CosSin<T> cos_sin(scratch, t);
     const Wide<T> scale = scales[t];
-    Numbers<T, kHalf> cos(angle.cos), sin(angle.sin);
+    PairValues<T, kHalf> cos(cos_sin.cos), sin(cos_sin.sin);
     if constexpr (kHalf > 0) cos *= scale, sin *= scale;
     const T* in = input_row<T>(x, tokens[t], head);
     T* out = output_row<T>(x, tokens[t], head);
@@ -172,33 +174,36 @@ struct NormOfAll {
     const int64_t written = ahead.out;
     for (; count > 0; --count) {
       visit();
-      fetch(in, far, bytes);
+      prefetch(in, far, bytes);
       if (out) {
         rotate(in, out, cos, sin, weight, scale);
-        if (in != out && !Form::kPast) fetch(out, written, bytes);
+        if (in != out && !Form::kStreams) prefetch(out, written, bytes);
         out += out_step;
       }
       in += in_step, weight += weight_step;
     }
   }
 
-  void rows(const Run& run) {
+  void norm_and_rotate(const Run& run) {
     if (!by_tokens()) {
-      return run.for_each_row([&](int64_t t, int64_t head) { heads(t, head, 1, 0, [] {}); });
+      return run.for_each_row(
+          [&](int64_t t, int64_t head) { norm_and_rotate_heads(t, head, 1, 0, [] {}); });
     }
-    Inputs<T> measured(x, tokens, run);
+    Inputs<T> inputs(x, tokens, run);
     V sum{};
     int64_t token = 0, head = 0;
     const auto measure_row = [&]() __attribute__((always_inline)) {
       if (token == run.tokens) return;
-      sum += squares_of<2 * kHalf>(measured.next(), p.head_dim);
+      sum += squares_of<2 * kHalf>(inputs.next(), p.head_dim);
       if (++head < run.heads) return;
       scales[token] = scale_of(sum);
       ++token, head = 0, sum = V{};
     };
     for (int64_t i = 0; i < run.heads + kBetween; ++i) measure_row();
     const int64_t far = ahead.in_behind(x, run.heads + kBetween);
-    for (int64_t t = 0; t < run.tokens; ++t) heads(t, 0, run.heads, far, measure_row);
+    for (int64_t t = 0; t < run.tokens; ++t) {
+      norm_and_rotate_heads(t, 0, run.heads, far, measure_row);
+    }
   }
 };
 

@@ -1,8 +1,9 @@
 // RMSNorm and the rotation in one pass, forward and backward. Compiled once for each instruction
 // set, with EXTROPE_ISA as its name.
 //
-// A row is read for its mean square, and once more from the first-level cache to be rotated; where
-// all heads of a token share one, and do not lie together, a block of tokens is, from the second.
+// A row is read for its mean square, and once more, from the first-level cache, to be rotated.
+// Where all heads of a token share a mean square and do not lie together, a whole block of tokens
+// is read before it is rotated, the second time from the second-level cache.
 
 #include "cpu/rope/kernel.h"
 #include "cpu/rope/norm.h"
@@ -11,9 +12,9 @@
 namespace extrope {
 namespace {
 
-// Of one row, in lanes that are still to be summed: weight * x * the gradient of what that became.
+// The products weight * x * gradient rotated back of a row, summed but for the lanes.
 template <typename T, bool Interleaved>
-WideVector<T> products_of(const RopeParams& p, const T* grad, const T* saved, Angle<T> angle,
+WideVector<T> products_of(const RopeParams& p, const T* grad, const T* saved, CosSin<T> cos_sin,
                           const Wide<T>* weight) {
   using V = WideVector<T>;
   const int64_t half = p.rotary_dim / 2;
@@ -28,7 +29,7 @@ WideVector<T> products_of(const RopeParams& p, const T* grad, const T* saved, An
   for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
     Pairs<T, Interleaved, decltype(width)::value> g, x;
     g.load(grad, half, i);
-    g.rotate(angle.cos, angle.sin, i);
+    g.rotate(cos_sin.cos, cos_sin.sin, i);
     x.load(saved, half, i);
     x.normalize(weight, half, Wide<T>{1}, i);
     for (int v = 0; v < g.kCount; ++v) add(x.a[v] * g.a[v] + x.b[v] * g.b[v]);
@@ -43,10 +44,11 @@ WideVector<T> products_of(const RopeParams& p, const T* grad, const T* saved, An
 // dx = scale * (weight * g - normal * mean), where g is the gradient rotated back and normal is
 // x * scale; mean is that of weight * g * normal.
 template <typename T, bool Interleaved>
-void norm_backward_row(const RopeParams& p, const T* grad, const T* saved, T* out, Angle<T> angle,
-                       const Wide<T>* weight, Wide<T> scale, Wide<T> mean, Wide<T>* weight_grad) {
+void norm_backward_row(const RopeParams& p, const T* grad, const T* saved, T* out,
+                       CosSin<T> cos_sin, const Wide<T>* weight, Wide<T> scale, Wide<T> mean,
+                       Wide<T>* weight_grad) {
   const int64_t half = p.rotary_dim / 2;
-  const auto one = [&](auto& g, auto normal, int64_t i) {
+  const auto differentiate = [&](auto& g, auto normal, int64_t i) {
     using V = decltype(normal);
     store(weight_grad + i, load<V>(weight_grad + i) + g * normal);
     g = scale * (g * load<V>(weight + i) - normal * mean);
@@ -54,27 +56,28 @@ void norm_backward_row(const RopeParams& p, const T* grad, const T* saved, T* ou
   for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
     Pairs<T, Interleaved, decltype(width)::value> g, x;
     g.load(grad, half, i);
-    g.rotate(angle.cos, angle.sin, i);
+    g.rotate(cos_sin.cos, cos_sin.sin, i);
     x.load(saved, half, i);
     for (int v = 0; v < g.kCount; ++v) {
       const int64_t at = i + v * g.kLanes;
-      one(g.a[v], x.a[v] * scale, at), one(g.b[v], x.b[v] * scale, half + at);
+      differentiate(g.a[v], x.a[v] * scale, at);
+      differentiate(g.b[v], x.b[v] * scale, half + at);
     }
     g.store(out, half, i);
   });
   for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
     using V = decltype(lanes);
     V g = read<V>(grad + i);
-    one(g, read<V>(saved + i) * scale, i);
+    differentiate(g, read<V>(saved + i) * scale, i);
     write(out + i, g);
   });
 }
 
 // A tensor without weights: rotated, the dims past the pairs copied.
 template <typename T, bool Interleaved>
-void rotate_only(const RopeParams& p, const T* in, T* out, Angle<T> angle) {
+void rotate_only(const RopeParams& p, const T* in, T* out, CosSin<T> cos_sin) {
   if (!out) return;
-  rotate_row<T, Interleaved, false>({in, out, nullptr}, p.rotary_dim / 2, angle.cos, angle.sin,
+  rotate_row<T, Interleaved, false>({in, out, nullptr}, p.rotary_dim / 2, cos_sin.cos, cos_sin.sin,
                                     nullptr);
   if (in == out) return;
   std::memcpy(out + p.rotary_dim, in + p.rotary_dim, (p.head_dim - p.rotary_dim) * sizeof(T));
@@ -83,9 +86,9 @@ void rotate_only(const RopeParams& p, const T* in, T* out, Angle<T> angle) {
 template <typename T>
 constexpr int kGroup = Lanes<WideVector<T>>::count;
 
-// The backward of one tensor of one block of tokens. Rows are measured, then rotated back, in
-// groups whose sums over lanes cost little together; or, where its heads share a mean square, by
-// tokens.
+// The backward of one tensor of one block of tokens. Rows are read for their sums, then once more
+// for their gradients: in groups whose sums over lanes cost little together, or, where all heads
+// share a mean square, token by token.
 template <typename T, bool Interleaved>
 struct NormBackward {
   using V = WideVector<T>;
@@ -98,15 +101,15 @@ struct NormBackward {
   const Norm<T>& norm;
   const Token<double>* tokens;
   const Scratch<T>& scratch;
-  const Ahead& ahead;
+  const PrefetchDistances& ahead;
   Wide<T>* weight_grad;
   Sums of_tokens[kBlock];  // where all heads share a mean square
 
-  void add(int64_t t, int64_t head, Sums& sums) const {
+  void add_row(int64_t t, int64_t head, Sums& sums) const {
     const T* in = input_row<T>(x, tokens[t], head);
     const T* saved = saved_row<T>(x, tokens[t], head);
-    fetch(in, ahead.in, ahead.bytes);
-    fetch(saved, ahead.saved, ahead.bytes);
+    prefetch(in, ahead.in, ahead.bytes);
+    prefetch(saved, ahead.saved, ahead.bytes);
     sums.squares += squares_of<0>(saved, p.head_dim);
     sums.products += products_of<T, Interleaved>(p, in, saved, {scratch, t},
                                                  &norm.weight[head * norm.head_step]);
@@ -114,62 +117,67 @@ struct NormBackward {
 
   // Of a row, or of a vector of rows: one over the root mean square, and the mean of products.
   template <typename U>
-  std::pair<U, U> scales(U squares, U products) const {
-    const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(norm.together * p.head_dim);
+  struct ScaleAndMean {
+    U scale, mean;
+  };
+
+  template <typename U>
+  ScaleAndMean<U> scale_and_mean(U squares, U products) const {
+    const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(norm.heads_per_mean * p.head_dim);
     const U scale = Wide<T>{1} / root(squares * share + static_cast<Wide<T>>(p.norm_eps));
     return {scale, products * scale * share};
   }
 
-  void one(int64_t t, int64_t head, Wide<T> scale, Wide<T> mean) const {
+  void write_row(int64_t t, int64_t head, Wide<T> scale, Wide<T> mean) const {
     const T* in = input_row<T>(x, tokens[t], head);
     T* out = output_row<T>(x, tokens[t], head);
     norm_backward_row<T, Interleaved>(p, in, saved_row<T>(x, tokens[t], head), out, {scratch, t},
                                       &norm.weight[head * norm.head_step], scale, mean,
                                       weight_grad + head * norm.head_step);
-    if (in != out) fetch(out, ahead.out, ahead.bytes);
+    if (in != out) prefetch(out, ahead.out, ahead.bytes);
   }
 
-  void each_head(Run run) const {
-    Cursor measured(run), at(run);
+  void run_per_head(Run run) const {
+    Cursor read(run), written(run);
     V squares[kGroup<T>] = {}, products[kGroup<T>] = {};
     for (int64_t left = run.tokens * run.heads; left > 0; left -= kGroup<T>) {
       const int64_t count = std::min<int64_t>(kGroup<T>, left);
-      for (int64_t i = 0; i < count; ++i, measured.next()) {
+      for (int64_t i = 0; i < count; ++i, read.next()) {
         Sums sums{};
-        add(measured.token, measured.head, sums);
+        add_row(read.token, read.head, sums);
         squares[i] = sums.squares, products[i] = sums.products;
       }
-      const auto [scale, mean] = scales(sums_of(squares), sums_of(products));
-      Wide<T> scale_of[kGroup<T>], mean_of[kGroup<T>];
-      store(scale_of, scale), store(mean_of, mean);
-      for (int64_t i = 0; i < count; ++i, at.next()) {
-        one(at.token, at.head, scale_of[i], mean_of[i]);
+      const auto [scale, mean] = scale_and_mean(sums_of(squares), sums_of(products));
+      Wide<T> scales[kGroup<T>], means[kGroup<T>];
+      store(scales, scale), store(means, mean);
+      for (int64_t i = 0; i < count; ++i, written.next()) {
+        write_row(written.token, written.head, scales[i], means[i]);
       }
     }
   }
 
-  void all_heads(Run run) {
-    std::pair<Wide<T>, Wide<T>> found;
+  void run_all_heads(Run run) {
+    ScaleAndMean<Wide<T>> shared;
     run.for_each_row([&](int64_t t, int64_t head) {
       if (run.of_heads && head == 0) {
-        for (int64_t h = 0; h < run.heads; ++h) add(t, h, of_tokens[t]);
+        for (int64_t h = 0; h < run.heads; ++h) add_row(t, h, of_tokens[t]);
       }
       if (!run.of_heads || head == 0) {
-        found = scales(sum_of(of_tokens[t].squares), sum_of(of_tokens[t].products));
+        shared = scale_and_mean(sum_of(of_tokens[t].squares), sum_of(of_tokens[t].products));
       }
-      one(t, head, found.first, found.second);
+      write_row(t, head, shared.scale, shared.mean);
     });
   }
 
   template <typename EachRun>
-  void rows(const EachRun& each_run) {
-    if (norm.head_step == 0) return each_run([&](Run run) { each_head(run); });
-    each_run([&](Run run) {  // all of them first, where a token's heads do not lie together
+  void run(const EachRun& each_run) {
+    if (norm.head_step == 0) return each_run([&](Run run) { run_per_head(run); });
+    each_run([&](Run run) {  // all sums first, where a token's heads do not lie together
       if (!run.of_heads) {
-        run.for_each_row([&](int64_t t, int64_t h) { add(t, h, of_tokens[t]); });
+        run.for_each_row([&](int64_t t, int64_t h) { add_row(t, h, of_tokens[t]); });
       }
     });
-    each_run([&](Run run) { all_heads(run); });
+    each_run([&](Run run) { run_all_heads(run); });
   }
 };
 
@@ -204,26 +212,26 @@ void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm
   const auto block = [&](int n, const Token<double>* tokens, int64_t count, const auto& each_run) {
     const RopeTensor& x = p.tensors[n];
     const Norm<T>& norm = norms[n];
-    const Ahead ahead(p, x, sizeof(T));
+    const PrefetchDistances ahead(p, x, sizeof(T));
     if (norm.weight.empty()) {
       each_run([&](Run run) { rotate_rows<T, Interleaved>(p, x, tokens, scratch, run); });
     } else if (norm.head_step == 0) {
       each_run([&](Run run) {
-        with_form<T>(p, x, [&](auto form) {
-          using Norms = NormOfEach<T, Interleaved, decltype(form)>;
-          Norms{p, x, norm.weight.data(), tokens, scratch, ahead}.rows(run);
+        with_row_form<T>(p, x, [&](auto form) {
+          using Norms = PerHeadNorm<T, Interleaved, decltype(form)>;
+          Norms{p, x, norm.weight.data(), tokens, scratch, ahead}.norm_and_rotate(run);
         });
       });
     } else {
-      with_form<T>(p, x, [&](auto form) {
-        NormOfAll<T, Interleaved, decltype(form)> all{p, x, norm, tokens, scratch, ahead, {}};
+      with_row_form<T>(p, x, [&](auto form) {
+        AllHeadsNorm<T, Interleaved, decltype(form)> all{p, x, norm, tokens, scratch, ahead, {}};
         if (!all.by_tokens()) all.measure(count);
-        each_run([&](Run run) { all.rows(run); });
+        each_run([&](Run run) { all.norm_and_rotate(run); });
       });
     }
   };
   for_each_tensor(p, begin, end, scratch, block);
-  if (any_past_caches<T>(p)) order_stores();
+  if (streams_any_output<T>(p)) fence_streaming_stores();
 }
 
 template <typename T, bool Interleaved>
@@ -234,10 +242,9 @@ void norm_tokens_backward(const RopeNormParams& p, int64_t begin, int64_t end, c
     if (norms[n].weight.empty()) {
       each_run([&](Run run) { rotate_rows<T, Interleaved>(p, x, tokens, scratch, run); });
     } else {
-      const Ahead ahead(p, x, sizeof(T));
+      const PrefetchDistances ahead(p, x, sizeof(T));
       Wide<T>* grads = weight_grads[n].data();
-      NormBackward<T, Interleaved>{p, x, norms[n], tokens, scratch, ahead, grads, {}}.rows(
-          each_run);
+      NormBackward<T, Interleaved>{p, x, norms[n], tokens, scratch, ahead, grads, {}}.run(each_run);
     }
   };
   for_each_tensor(p, begin, end, scratch, block);
@@ -253,7 +260,7 @@ void run_layout(const RopeNormParams& p, int64_t begin, int64_t end) {
     return norm_tokens<T, Interleaved>(p, begin, end, norms, scratch);
   }
   Scratch<T> scratch(p, kBlock);
-  const auto place = places<T, Interleaved>(p.head_dim, p.rotary_dim / 2);
+  const auto dims = ordered_dims<T, Interleaved>(p.head_dim, p.rotary_dim / 2);
   Buffer<Wide<T>> grads[2];
   for (int64_t part = begin; part < end; ++part) {
     for (int n = 0; n < 2; ++n) grads[n].assign(norms[n].weight.size(), 0);
@@ -262,9 +269,9 @@ void run_layout(const RopeNormParams& p, int64_t begin, int64_t end) {
     norm_tokens_backward<T, Interleaved>(p, first, last, norms, scratch, grads);
     for (int n = 0; n < 2; ++n) {
       Wide<T>* to = static_cast<Wide<T>*>(p.norm_parts[n]) + part * p.norm_part_stride;
-      const int64_t dims = grads[n].size();
-      for (int64_t row = 0; row < dims; row += p.head_dim) {
-        for (int64_t i = 0; i < p.head_dim; ++i) to[row + place[i]] = grads[n][row + i];
+      const int64_t weights = grads[n].size();
+      for (int64_t row = 0; row < weights; row += p.head_dim) {
+        for (int64_t i = 0; i < p.head_dim; ++i) to[row + dims[i]] = grads[n][row + i];
       }
     }
   }

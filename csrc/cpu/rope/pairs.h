@@ -14,62 +14,65 @@ using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 using WideVector = std::conditional_t<std::is_same_v<T, double>, doubles, floats>;
 
-// Numbers of Half pairs, held in registers from row to row.
+// One value for each of Half pairs (their cosines, say), kept in registers from row to row.
 template <typename T, int64_t Half>
-struct Held {
+struct InRegisters {
   static constexpr int64_t kLanes = Lanes<WideVector<T>>::count;
   WideVector<T> vectors[Half / kLanes];
 
-  explicit Held(const Wide<T>* from) {
+  explicit InRegisters(const Wide<T>* from) {
     for (int64_t i = 0; i < Half; i += kLanes) {
       vectors[i / kLanes] = load<WideVector<T>>(from + i);
     }
   }
-  Held(const Wide<T>* a, const Wide<T>* b) : Held(a) { *this *= Held(b); }
+  InRegisters(const Wide<T>* a, const Wide<T>* b) : InRegisters(a) { *this *= InRegisters(b); }
 
-  Held& operator*=(const Held& by) {
-    for (int64_t i = 0; i < Half / kLanes; ++i) vectors[i] *= by.vectors[i];
+  InRegisters& operator*=(const InRegisters& factors) {
+    for (int64_t i = 0; i < Half / kLanes; ++i) vectors[i] *= factors.vectors[i];
     return *this;
   }
-  Held& operator*=(Wide<T> by) {
-    for (auto& numbers : vectors) numbers *= by;
+  InRegisters& operator*=(Wide<T> factor) {
+    for (auto& vector : vectors) vector *= factor;
     return *this;
   }
 };
 
-// Numbers times others, multiplied as they are asked for.
+// Products of values in memory, each computed where it is used.
 template <typename T>
-struct Multiplied {
+struct LazyProduct {
   const Wide<T>*a, *b;
 };
 
-// Half is 0 where a row may have any number of pairs.
+// One value for each pair, and products of two such. Half is 0 where a row may have any number of
+// pairs: those values stay in memory.
 template <typename T, int64_t Half>
-using Numbers = std::conditional_t<(Half > 0), Held<T, Half>, const Wide<T>*>;
+using PairValues = std::conditional_t<(Half > 0), InRegisters<T, Half>, const Wide<T>*>;
 template <typename T, int64_t Half>
-using Products = std::conditional_t<(Half > 0), Held<T, Half>, Multiplied<T>>;
+using PairProducts = std::conditional_t<(Half > 0), InRegisters<T, Half>, LazyProduct<T>>;
 
-// The numbers of one vector of pairs, or of one pair, from pair i on.
+// The values of one vector of pairs, or of one pair, from pair i on.
 template <typename V, typename T>
-EXTROPE_INLINE V numbers_at(const T* from, int64_t i) {
+EXTROPE_INLINE V values_at(const T* from, int64_t i) {
   return load<V>(from + i);
 }
 template <typename V, typename T>
-EXTROPE_INLINE V numbers_at(const Multiplied<T>& numbers, int64_t i) {
-  return load<V>(numbers.a + i) * load<V>(numbers.b + i);
+EXTROPE_INLINE V values_at(const LazyProduct<T>& product, int64_t i) {
+  return load<V>(product.a + i) * load<V>(product.b + i);
 }
 template <typename V, typename T, int64_t Half>
-EXTROPE_INLINE V numbers_at(const Held<T, Half>& held, int64_t i) {
+EXTROPE_INLINE V values_at(const InRegisters<T, Half>& held, int64_t i) {
   static_assert(sizeof(V) == sizeof(held.vectors[0]));
   return held.vectors[i / held.kLanes];
 }
 
-// Half-split dims of 16 bits are read as 32-bit words of two neighbours, so that none has to
-// move: a word gives one vector of even dims and one of odd dims, and cos and sin follow.
+// Half-split dims of 16 bits are read as 32-bit words of two neighbours, so that none has to move:
+// a vector of words gives one vector of even dims and one of odd dims, and cos and sin are kept in
+// that order too.
 template <typename T, bool Interleaved>
 constexpr bool kInWords = std::is_same_v<T, bf16> && !Interleaved;
 
-// The two dims of Vectors vectors of pairs, two where they come in words; with 0 of one pair.
+// Both dims, a and b, of some pairs: of Vectors vectors of pairs (two where kInWords), or with 0 of
+// a single pair.
 template <typename T, bool Interleaved, int Vectors>
 struct Pairs {
   using V = std::conditional_t<Vectors == 0, Wide<T>, WideVector<T>>;
@@ -92,32 +95,32 @@ struct Pairs {
     }
   }
 
-  template <bool Past = false>
+  template <bool Streaming = false>
   EXTROPE_INLINE void store(T* row, int64_t half, int64_t i) const {
     if constexpr (Vectors == 0) {
       narrow(a[0], row[Interleaved ? 2 * i : i]);
       narrow(b[0], row[Interleaved ? 2 * i + 1 : half + i]);
     } else if constexpr (Interleaved) {
-      store_plain_pairs<Past>(row + 2 * i, a[0], b[0]);
+      store_plain_pairs<Streaming>(row + 2 * i, a[0], b[0]);
     } else if constexpr (Vectors == 2) {
-      store_plain_pairs<Past>(row + i, a[0], a[1]);
-      store_plain_pairs<Past>(row + half + i, b[0], b[1]);
+      store_plain_pairs<Streaming>(row + i, a[0], a[1]);
+      store_plain_pairs<Streaming>(row + half + i, b[0], b[1]);
     } else {
-      store_plain<Past>(row + i, a[0]);
-      store_plain<Past>(row + half + i, b[0]);
+      store_plain<Streaming>(row + i, a[0]);
+      store_plain<Streaming>(row + half + i, b[0]);
     }
   }
 
-  template <typename Some>
-  EXTROPE_INLINE void rotate(const Some& cos, const Some& sin, int64_t i) {
+  template <typename Values>
+  EXTROPE_INLINE void rotate(const Values& cos, const Values& sin, int64_t i) {
     for (int v = 0; v < kCount; ++v) {
-      const V c = numbers_at<V>(cos, i + v * kLanes), s = numbers_at<V>(sin, i + v * kLanes);
+      const V c = values_at<V>(cos, i + v * kLanes), s = values_at<V>(sin, i + v * kLanes);
       const V first = a[v] * c - b[v] * s, second = b[v] * c + a[v] * s;
       a[v] = first, b[v] = second;
     }
   }
 
-  // Times scale, and times the weights: those of the first dims of all pairs, then of the second.
+  // Times scale, and times the weights, which hold the first dims of all pairs, then the second.
   EXTROPE_INLINE void normalize(const Wide<T>* weight, int64_t half, Wide<T> scale, int64_t i) {
     for (int v = 0; v < kCount; ++v) {
       const Wide<T>* at = weight + i + v * kLanes;
@@ -156,28 +159,29 @@ struct Row {
 };
 
 // One row of one head: out = rotated in; with Grad also angle_grad += saved x out.
-template <typename T, bool Interleaved, bool Grad, int64_t Half = 0, bool Past = false>
-EXTROPE_INLINE void rotate_row(Row<T> row, int64_t half, const Numbers<T, Half>& cos,
-                               const Numbers<T, Half>& sin, Wide<T>* angle_grad) {
+template <typename T, bool Interleaved, bool Grad, int64_t Half = 0, bool Streaming = false>
+EXTROPE_INLINE void rotate_row(Row<T> row, int64_t half, const PairValues<T, Half>& cos,
+                               const PairValues<T, Half>& sin, Wide<T>* angle_grad) {
   for_each_pairs<T, Interleaved, Half>(half, [&](auto width, int64_t i) {
-    using Some = Pairs<T, Interleaved, decltype(width)::value>;
-    using V = typename Some::V;
-    Some x;
+    using PairVectors = Pairs<T, Interleaved, decltype(width)::value>;
+    using V = typename PairVectors::V;
+    PairVectors x;
     x.load(row.in, half, i);
     x.rotate(cos, sin, i);
     if constexpr (Grad) {
-      Some saved;
+      PairVectors saved;
       saved.load(row.saved, half, i);
-      V cross[Some::kCount];
-      for (int v = 0; v < Some::kCount; ++v) cross[v] = saved.a[v] * x.b[v] - saved.b[v] * x.a[v];
-      if constexpr (Some::kCount == 2) {
+      V cross[PairVectors::kCount];
+      for (int v = 0; v < PairVectors::kCount; ++v)
+        cross[v] = saved.a[v] * x.b[v] - saved.b[v] * x.a[v];
+      if constexpr (PairVectors::kCount == 2) {
         const auto [even, odd] = load_pairs(angle_grad + i);
         store_pairs(angle_grad + i, even + cross[0], odd + cross[1]);
       } else {
         store(angle_grad + i, load<V>(angle_grad + i) + cross[0]);
       }
     }
-    x.template store<Past>(row.out, half, i);
+    x.template store<Streaming>(row.out, half, i);
   });
 }
 

@@ -14,7 +14,7 @@ namespace {
 // a third of its time, and settled once.
 template <typename T, bool Interleaved, bool Grad, typename Form>
 void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<double>& token,
-                  int64_t head, int64_t count, Angle<T> angle, const Ahead& ahead) {
+                  int64_t head, int64_t count, CosSin<T> cos_sin, const PrefetchDistances& ahead) {
   Row<T> row{input_row<T>(tensor, token, head), output_row<T>(tensor, token, head), nullptr};
   if (!row.out) return;
   constexpr int64_t kHalf = Form::kHalf;
@@ -26,8 +26,8 @@ void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<dou
     row.saved = saved_row<T>(tensor, token, head);
   }
   // Copies: what lies behind a reference might be changed by any row's stores.
-  const Ahead far = ahead;
-  const Numbers<T, kHalf> cos(angle.cos), sin(angle.sin);
+  const PrefetchDistances far = ahead;
+  const PairValues<T, kHalf> cos(cos_sin.cos), sin(cos_sin.sin);
   const int64_t in_step = tensor.in_head, out_step = tensor.out_head;
   const int64_t saved_step = tensor.saved_head;
   const int64_t rotary_dim = p.rotary_dim;
@@ -35,9 +35,9 @@ void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<dou
   const int64_t rest = kHalf > 0 || in_place ? 0 : p.head_dim - rotary_dim;
   const int64_t bytes = kHalf > 0 ? 2 * kHalf * sizeof(T) : far.bytes;
   for (; count > 0; --count) {
-    rotate_row<T, Interleaved, Grad, kHalf, Form::kPast>(row, half, cos, sin, angle_grad);
-    fetch(row.in, far.in, bytes);
-    if (!in_place && !Form::kPast) fetch(row.out, far.out, bytes);
+    rotate_row<T, Interleaved, Grad, kHalf, Form::kStreams>(row, half, cos, sin, angle_grad);
+    prefetch(row.in, far.in, bytes);
+    if (!in_place && !Form::kStreams) prefetch(row.out, far.out, bytes);
     if (rest > 0) std::memcpy(row.out + rotary_dim, row.in + rotary_dim, rest * sizeof(T));
     row.in += in_step, row.out += out_step;
     if constexpr (Grad) row.saved += saved_step;
@@ -46,8 +46,8 @@ void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<dou
 
 template <typename T, bool Interleaved>
 auto heads_of(const RopeParams& p, const RopeTensor& tensor) {
-  if (p.angle_grad) return rotate_heads<T, Interleaved, true, FormOf<0, false>>;
-  return with_form<T>(
+  if (p.angle_grad) return rotate_heads<T, Interleaved, true, RowForm<0, false>>;
+  return with_row_form<T>(
       p, tensor, [](auto form) { return rotate_heads<T, Interleaved, false, decltype(form)>; });
 }
 
@@ -58,7 +58,7 @@ void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
     const int64_t row = p.angle_heads * p.rotary_dim / 2;
     std::fill_n(static_cast<Wide<T>*>(p.angle_grad) + begin * row, (end - begin) * row, Wide<T>{0});
   }
-  const Ahead ahead[] = {{p, p.tensors[0], sizeof(T)}, {p, p.tensors[1], sizeof(T)}};
+  const PrefetchDistances ahead[] = {{p, p.tensors[0], sizeof(T)}, {p, p.tensors[1], sizeof(T)}};
   const decltype(heads_of<T, Interleaved>(p, p.tensors[0])) rotate[] = {
       heads_of<T, Interleaved>(p, p.tensors[0]), heads_of<T, Interleaved>(p, p.tensors[1])};
   for_each_block(p, begin, end, [&](const Token<double>* tokens, int64_t count) {
@@ -76,7 +76,7 @@ void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
                       });
     }
   });
-  if (any_past_caches<T>(p)) order_stores();
+  if (streams_any_output<T>(p)) fence_streaming_stores();
 }
 
 template <typename T>

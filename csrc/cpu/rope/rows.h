@@ -1,5 +1,5 @@
-// Where the rows of a call lie, in which order they are gone through, and which are asked for
-// ahead.
+// Where the rows of a call lie, in which order they are visited, and how far ahead they are
+// prefetched.
 #pragma once
 
 #include <algorithm>
@@ -14,38 +14,39 @@ namespace {
 
 constexpr int64_t kBytesReadAhead = 2048, kBytesWrittenAhead = 1024;
 
-// Elements from a row to one that comes about so many rows later.
+// Elements from a row to one that comes about `rows` rows later.
 inline int64_t distance(int64_t seq, int64_t head, int64_t heads, int64_t rows) {
   heads = std::max<int64_t>(heads, 1);
   const bool apart = head < seq && seq != heads * head;  // other rows lie between two tokens
   return apart ? (rows + heads - 1) / heads * seq : rows * std::min(head, seq);
 }
 
-// How many elements ahead of its rows a tensor's are asked for.
-struct Ahead {
+// How many elements ahead of the row at work the rows of a tensor are prefetched.
+struct PrefetchDistances {
   int64_t in, out, saved;
-  int64_t bytes;  // of a row
-  int64_t read;   // rows
+  int64_t bytes;      // of a row
+  int64_t rows_read;  // as many rows as `in` stands for
 
-  Ahead(const RopeParams& p, const RopeTensor& x, int64_t element)
-      : bytes(p.head_dim * element), read(std::max<int64_t>(kBytesReadAhead / bytes, 1)) {
-    const int64_t written = std::max<int64_t>(kBytesWrittenAhead / bytes, 1);
-    in = distance(x.in_seq, x.in_head, x.heads, read);
-    saved = distance(x.saved_seq, x.saved_head, x.heads, read);
+  PrefetchDistances(const RopeParams& p, const RopeTensor& x, int64_t element)
+      : bytes(p.head_dim * element), rows_read(std::max<int64_t>(kBytesReadAhead / bytes, 1)) {
+    const int64_t rows_written = std::max<int64_t>(kBytesWrittenAhead / bytes, 1);
+    in = distance(x.in_seq, x.in_head, x.heads, rows_read);
+    saved = distance(x.saved_seq, x.saved_head, x.heads, rows_read);
     // Slots of a cache follow each other, but for the last of a page.
-    out = x.out_rows ? written * x.out_head : distance(x.out_seq, x.out_head, x.heads, written);
+    out = x.out_rows ? rows_written * x.out_head
+                     : distance(x.out_seq, x.out_head, x.heads, rows_written);
   }
 
-  // From a row on, where so many rows behind it are asked for already.
+  // `in`, where the next `rows` rows have been read already.
   int64_t in_behind(const RopeTensor& x, int64_t rows) const {
-    return distance(x.in_seq, x.in_head, x.heads, rows + read);
+    return distance(x.in_seq, x.in_head, x.heads, rows + rows_read);
   }
 };
 
-// Asks for the cache lines of a row that is to come: left to itself the processor looks no further
-// than a page, and for lines that are only written not at all.
+// Prefetches the cache lines of a row to come: left to itself the processor looks no further than a
+// page, and for lines that are only written not at all.
 template <typename T>
-inline void fetch(const T* row, int64_t ahead, int64_t bytes) {
+inline void prefetch(const T* row, int64_t ahead, int64_t bytes) {
   constexpr int64_t kLine = 64;
   const char* first = reinterpret_cast<const char*>(row + ahead);
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(first + i);
@@ -74,24 +75,23 @@ EXTROPE_INLINE const T* saved_row(const RopeTensor& x, const Token<double>& toke
 
 // Whether a vector of results is a whole line of the caches.
 template <typename T>
-constexpr bool kStoresLines =
-    kFloats == 16 && (std::is_same_v<T, float> || std::is_same_v<T, bf16>);
+constexpr bool kCanStream = kFloats == 16 && (std::is_same_v<T, float> || std::is_same_v<T, bf16>);
 
-// Whether the rows of a result go past the caches: few would be in one when they are read, and
-// whole lines need not be read before they are written.
+// Whether the rows of a result are written by streaming stores: few would be in a cache when they
+// are read, and whole lines need not be read before they are written.
 template <typename T>
-bool past_caches(const RopeParams& p, const RopeTensor& x) {
+bool streams_output(const RopeParams& p, const RopeTensor& x) {
   constexpr int64_t kLine = 64 / sizeof(T);
   const int64_t heads = p.tensors[0].heads + p.tensors[1].heads;
-  return kStoresLines<T> && x.out != x.in && !x.out_rows &&
+  return kCanStream<T> && x.out != x.in && !x.out_rows &&
          reinterpret_cast<uintptr_t>(x.out) % 64 == 0 &&
          (x.out_batch | x.out_seq | x.out_head) % kLine == 0 &&
-         p.batch * p.seqlen * heads * p.head_dim * int64_t{sizeof(T)} > kMostKept;
+         p.batch * p.seqlen * heads * p.head_dim * int64_t{sizeof(T)} > kMostCached;
 }
 
 template <typename T>
-bool any_past_caches(const RopeParams& p) {
-  return past_caches<T>(p, p.tensors[0]) || past_caches<T>(p, p.tensors[1]);
+bool streams_any_output(const RopeParams& p) {
+  return streams_output<T>(p, p.tensors[0]) || streams_output<T>(p, p.tensors[1]);
 }
 
 // Rows of some tokens of a block and some heads, in the order in which they lie in memory.

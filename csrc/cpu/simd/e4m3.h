@@ -79,7 +79,7 @@ inline float widen(e4m3 x) {
   return bits_as<float>(bits_as<uint32_t>(found) | sign);
 }
 
-// Of words below 2**8.
+// Stores words below 2**8 as bytes.
 inline void store_bytes(uint8_t* to, words v) {
 #if defined(__AVX512F__)
   store(to, _mm512_cvtepi32_epi8(bits_as<__m512i>(v)));

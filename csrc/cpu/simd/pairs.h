@@ -29,12 +29,12 @@ inline auto load_pairs(const T* from) {
   return unzip(low, load_wide(from + n), std::make_integer_sequence<int, n>{});
 }
 
-template <bool Past = false, typename T, typename V>
+template <bool Streaming = false, typename T, typename V>
 inline void store_pairs(T* to, V a, V b) {
   constexpr int n = Lanes<V>::count;
   const auto [low, high] = zip(a, b, std::make_integer_sequence<int, n>{});
-  store_plain<Past>(to, low);
-  store_plain<Past>(to + n, high);
+  store_plain<Streaming>(to, low);
+  store_plain<Streaming>(to + n, high);
 }
 
 // A pair of bf16 is one 32-bit word, so no lane has to move.
@@ -67,14 +67,14 @@ inline void store_pairs(bf16* to, floats a, floats b) {
   store(to, round_bf16<Plain>(a) >> 16 | (round_bf16<Plain>(b) & 0xffff0000));
 }
 
-// As store_pairs, of plain values; see round_bf16. Past: past the caches.
-template <bool Past = false, typename T, typename V>
+// As store_pairs, of plain values; see round_bf16. Streaming: past the caches.
+template <bool Streaming = false, typename T, typename V>
 inline void store_plain_pairs(T* to, V a, V b) {
   if constexpr (!std::is_same_v<T, bf16>) {
-    store_pairs<Past>(to, a, b);
+    store_pairs<Streaming>(to, a, b);
 #if defined(__AVX512BW__)
-  } else if constexpr (Past) {
-    store_line_past_caches(to, round_plain_pairs(a, b));
+  } else if constexpr (Streaming) {
+    stream_line(to, round_plain_pairs(a, b));
 #endif
   } else {
     store_pairs<true>(to, a, b);

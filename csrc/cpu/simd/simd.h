@@ -148,7 +148,7 @@ inline words widen_halves(const uint16_t* from) {
 #endif
 }
 
-// Of words below 2**16.
+// Stores words below 2**16 as 16 bits each.
 inline void store_halves(uint16_t* to, words v) {
 #if defined(__AVX512F__)
   store(to, _mm512_cvtepi32_epi16(bits_as<__m512i>(v)));
@@ -187,21 +187,21 @@ inline void load_wide(const T* from, floats (&x)[Count]) {
 inline void store_narrow(float* to, floats v) { store(to, v); }
 inline void store_narrow(double* to, doubles v) { store(to, v); }
 
-// As store_narrow, past the caches where a vector is a whole line of theirs: before another thread
-// may look, order_stores().
+// As store_narrow, past the caches where a vector is a whole cache line (non-temporal): before
+// another thread may look, fence_streaming_stores().
 template <typename T>
-inline void store_past_caches(T* to, floats v) {
+inline void store_streaming(T* to, floats v) {
   store_narrow(to, v);
 }
 #if defined(__AVX512F__)
 template <typename V>
-inline void store_line_past_caches(void* to, const V& line) {
+inline void stream_line(void* to, const V& line) {
   _mm512_stream_si512(static_cast<__m512i*>(to), bits_as<__m512i>(line));
 }
-inline void store_past_caches(float* to, floats v) { store_line_past_caches(to, v); }
-inline void order_stores() { _mm_sfence(); }
+inline void store_streaming(float* to, floats v) { stream_line(to, v); }
+inline void fence_streaming_stores() { _mm_sfence(); }
 #else
-inline void order_stores() {}
+inline void fence_streaming_stores() {}
 #endif
 
 // The bits of v rounded to bf16, in the high halves; what is in the low halves is left over. Of a
@@ -232,13 +232,13 @@ inline void store_narrow(f16* to, floats v) {
 #endif
 }
 
-// As store_narrow, of plain values; see round_bf16. Past: past the caches.
-template <bool Past = false, typename T, typename V>
+// As store_narrow, of plain values; see round_bf16. Streaming: past the caches.
+template <bool Streaming = false, typename T, typename V>
 inline void store_plain(T* to, V v) {
   if constexpr (std::is_same_v<T, bf16>) {
     store_narrow<true>(to, v);
-  } else if constexpr (Past) {
-    store_past_caches(to, v);
+  } else if constexpr (Streaming) {
+    store_streaming(to, v);
   } else {
     store_narrow(to, v);
   }

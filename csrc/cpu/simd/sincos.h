@@ -58,12 +58,14 @@ inline floats cosine(floats z) {
   return 1.0f - 0.5f * z + z * z * p;
 }
 
+// The angles of one token, position * inv_freq[i], and what their cosines and sines are multiplied
+// by: amplitude * exp(decay * log_decay[i]).
 struct Angles {
   double position;
-  double amplitude;
-  double decay;             // multiplies log_decay[i]
-  const double* log_decay;  // or nullptr
-  bool conjugate;
+  double amplitude = 1.0;
+  double decay = 0.0;
+  const double* log_decay = nullptr;  // nullptr: amplitude alone
+  bool conjugate = false;             // minus the angle
 };
 
 // One vector of pairs, for tensors that are rotated in float: reduced in double, and from there on
