@@ -1,6 +1,6 @@
 // Long chunks of queries over a cache: each is an attention in tiles (cpu/attention), whose keys
-// and values lie where the cache has them. Tiles take rows by hundreds where splits take them by
-// fours, and read the cache as often less.
+// and values lie where the cache has them. A tile takes hundreds of rows where a split takes four
+// at a time, and so reads the cache that much less often.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,8 @@
 
 namespace extrope::decode {
 
-// Of a head of k. Fewer make too few tiles for many threads, while splits cut the keys as well.
+// The fewest rows of a head of k that make a chunk. Fewer would make too few tiles for many
+// threads, while splits cut the keys as well.
 constexpr int64_t kChunkRows = 256;
 
 inline bool is_chunk(const DecodeParams& p, int64_t tokens) {

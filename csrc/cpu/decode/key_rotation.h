@@ -31,7 +31,7 @@ class KeyRotation {
   // u(j)
   double angle(int64_t j) const { return k_map_(j) - stored_(j); }
 
-  // Of the `count` keys from j0 on; returns u(j0).
+  // Makes the cosines and sines of the `count` keys from j0 on; returns u(j0).
   double start_block(const double* inv_freq, int64_t j0, int64_t count) {
     if (inv_freq_ != inv_freq) start_table(inv_freq);
     const double origin = angle(j0);
@@ -63,10 +63,11 @@ class KeyRotation {
   }
 
  private:
-  // Of a step, far below what float32 shows.
+  // How far from a whole number of steps an angle may be, in steps: far below what float32 shows.
   static constexpr double kSame = 1e-8;
 
-  // Row n of the first kBlockN is n steps, where it is filled; those behind are single keys' own.
+  // Of the first kBlockN rows, row n is n steps, once it is filled; the others are single keys'
+  // own.
   void start_table(const double* inv_freq) {
     inv_freq_ = inv_freq;
     filled_ = 0;
@@ -76,8 +77,8 @@ class KeyRotation {
   }
 
   void fill(int64_t row, double position) {
-    const Angles angles{position, 1.0, 0.0, nullptr, false};
-    fill_sincos(inv_freq_, rotation_.half, angles, &cos_[row * padded_], &sin_[row * padded_]);
+    fill_sincos(inv_freq_, rotation_.half, Angles{.position = position}, &cos_[row * padded_],
+                &sin_[row * padded_]);
   }
 
   RowRotation rotation_;

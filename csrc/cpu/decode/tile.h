@@ -4,6 +4,9 @@
 // that the softmax takes no transposition and the sums over values read them in order.
 #pragma once
 
+#include <algorithm>
+
+#include "cpu/decode/params.h"
 #include "cpu/simd/e4m3.h"
 #include "cpu/simd/exp2.h"
 #include "cpu/simd/simd.h"
@@ -37,6 +40,28 @@ struct Rows {
     for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(row + i);
   }
 };
+
+// Where the block of keys or values that begins at key `from` lies in the cache: rows[0] to
+// rows[kBlockN - 1], those past key end - 1 the last one again.
+template <typename T>
+void find_rows(const KVCache& cache, const Plane& plane, const QueryBlock& queries, int64_t from,
+               int64_t end, const T** rows) {
+  const int64_t count = std::min<int64_t>(kBlockN, end - from);
+  const T* base = static_cast<const T*>(plane.data);
+  int64_t slot = queries.first_slot + from, in_page = slot, size = slot + count;
+  const int32_t* page = nullptr;
+  if (cache.block_table) {
+    size = cache.page_size;
+    page = cache.block_table + queries.sequence * cache.table_batch + slot / size;
+    in_page = slot % size;
+  }
+  int64_t block = page ? *page : queries.sequence;
+  for (int64_t n = 0; n < count; ++n, ++in_page) {
+    if (in_page == size) block = *++page, in_page = 0;
+    rows[n] = base + block * plane.block + in_page * plane.slot;
+  }
+  std::fill(rows + count, rows + kBlockN, rows[count - 1]);
+}
 
 // sums[key][row] += q[row] * the key, of `vectors` vectors of dims from d on and at_once keys from
 // j on.
@@ -89,13 +114,13 @@ inline void cap_tile(float softcap, float* scores, int64_t count) {
   }
 }
 
-// Of the online softmax; lane i belongs to row i % rows.
+// The state of the online softmax; lane i belongs to row i % rows.
 struct Softmax {
   floats row_max, row_sum;
 };
 
-// Scores (base-2 logits) become weights; returns by what earlier sums are to be rescaled. `count`
-// scores, a multiple of kFloats.
+// Turns `count` scores (base-2 logits), a multiple of kFloats, into weights; returns the factor by
+// which earlier sums are to be rescaled.
 template <int rows>
 floats softmax_tile(float* scores, int64_t count, Softmax& softmax) {
   floats row_max = softmax.row_max;
