@@ -1,9 +1,12 @@
-// What a call asks of the softmax beside its logits, in plain data.
+// What attention takes beside q, k and v, in plain data: sinks, factors of the logits, and the
+// limit of its heads.
 #pragma once
 
 #include <cstdint>
 
 namespace extrope {
+
+constexpr int64_t kMaxHeadDim = 512;  // of queries, keys and values
 
 // Logits without a value, one for each query head.
 struct Sinks {

@@ -37,13 +37,13 @@ void visit_slice(const BlockRows& block, const Backward& w, int64_t slice, int64
   w.seen[2 * slice] = static_cast<int32_t>(b.begin);
   w.seen[2 * slice + 1] = static_cast<int32_t>(b.end);
   if (b.begin == b.end) return;
-  Visit v{w,
-          slice,
-          block.slices,
-          dim_tiles_of(block.p.q),
-          dim_tiles_of(block.p.v),
-          key_block.padded / kDepth,
-          block.p.softcap * kLog2E};
+  Visit v{.w = w,
+          .slice = slice,
+          .slices = block.slices,
+          .dim_tiles = dim_tiles_of(block.p.q),
+          .value_tiles = dim_tiles_of(block.p.v),
+          .key_tiles = key_block.padded / kDepth,
+          .softcap = block.p.softcap * kLog2E};
   for (int j = 0; j < kSliceVectors; ++j) {
     const int64_t at = slice * kSlice + j * kFloats;
     v.lse[j] = load<floats>(w.rows.lse + at);

@@ -65,7 +65,7 @@ EXTROPE_INLINE void multiply(const bf16* left, const bf16* right, int64_t depth,
   }
 }
 
-// Of one key: the probability and the gradient of the logit of each row.
+// The probability of one key in each row, and the gradient of its logit.
 template <bool Masked, bool Capped>
 EXTROPE_INLINE void differentiate(const Visit& v, int i, const RowKeys& visible, int64_t key,
                                   floats (&probability)[kSliceVectors],

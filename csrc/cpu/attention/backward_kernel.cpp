@@ -35,7 +35,7 @@ struct Backward {
     scores = space.take(plan.block_n * block);
     dscores = space.take(plan.block_n * block);
     seen = reinterpret_cast<int32_t*>(space.take(2 * block / kSlice));
-    one = space.take(block);
+    unit_scale = space.take(block);
   }
   Workspace space;
   RowValues rows;
@@ -47,7 +47,7 @@ struct Backward {
   float* key_columns;         // (head_dim / kRows, keys, kRows)
   float *scores, *dscores;    // (slices, keys, kSlice)
   int32_t* seen;              // (slices, 2): the keys of a block that a slice sees
-  float* one;                 // (block,)
+  float* unit_scale;          // (block,), all 1: dout is packed as it is
 };
 
 struct SliceView {
@@ -60,17 +60,17 @@ SliceView slice_view(const BlockRows& block, const Backward& w, int64_t slice,
                      int64_t padded_keys) {
   const AttentionParams& p = block.p;
   const int64_t square = slice * p.head_dim * kSlice, at = slice * padded_keys * kSlice;
-  return {w.q + square,
-          w.dout + slice * p.v.head_dim * kSlice,
-          w.rows.lse + slice * kSlice,
-          w.rows.delta + slice * kSlice,
-          w.dq + square,
-          w.scores + at,
-          w.dscores + at,
-          p.softcap * kLog2E};
+  return {.q = w.q + square,
+          .dout = w.dout + slice * p.v.head_dim * kSlice,
+          .lse = w.rows.lse + slice * kSlice,
+          .delta = w.rows.delta + slice * kSlice,
+          .dq = w.dq + square,
+          .scores = w.scores + at,
+          .dscores = w.dscores + at,
+          .softcap = p.softcap * kLog2E};
 }
 
-// Caps logits, and writes by what their gradients are multiplied.
+// Caps logits, and writes the slopes of the cap, by which their gradients are multiplied.
 EXTROPE_INLINE void cap_block(Sums<kRows, kSliceVectors>& sums, float softcap, float* slopes) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -84,8 +84,8 @@ EXTROPE_INLINE void cap_block(Sums<kRows, kSliceVectors>& sums, float softcap, f
   }
 }
 
-// Probabilities of the blocks of one slice, from scores and lse; of capped scores also, in place of
-// their gradients, by what these are to be multiplied.
+// Probabilities of the blocks of one slice, from scores and lse. With a cap its slopes are left
+// where the gradients of the scores go.
 template <bool Masked, bool Capped>
 EXTROPE_INLINE void probability_blocks(const SliceView& v, const float* keys, int64_t dim,
                                        int64_t begin, int64_t end, const RowKeys& visible,
@@ -144,8 +144,8 @@ void visit_slice(const BlockRows& block, const Backward& w, int64_t slice, int64
   const SliceView v = slice_view(block, w, slice, key_block.padded);
   SliceBlocks b = slice_blocks(slice_keys(block, slice, region), key_block.first, key_block.count);
   if (b.begin >= b.end) b = {0, 0, 0, 0};
-  w.seen[2 * slice] = static_cast<int32_t>(b.begin),
-             w.seen[2 * slice + 1] = static_cast<int32_t>(b.end);
+  w.seen[2 * slice] = static_cast<int32_t>(b.begin);
+  w.seen[2 * slice + 1] = static_cast<int32_t>(b.end);
   if (b.begin == b.end) return;
   clear_unseen(v, b);
   RowKeys visible;
@@ -211,9 +211,9 @@ template <typename T>
 void backward(const BlockRows& block, const TilePlan& plan, const Backward& w, KeysDone* previous,
               KeysDone* done) {
   load_row_values<T>(block, w.rows);
-  std::fill_n(w.one, block.slices * kSlice, 1.0f);
-  pack_slices<T>(block, block.p.dout, {}, w.one, w.dout);
-  pack_wide<T>(block, block.p.dout, {}, w.one, w.dout_rows);
+  std::fill_n(w.unit_scale, block.slices * kSlice, 1.0f);
+  pack_slices<T>(block, block.p.dout, {}, w.unit_scale, w.dout);
+  pack_wide<T>(block, block.p.dout, {}, w.unit_scale, w.dout_rows);
   for (int64_t region = 0; region < block.p.regions.count; ++region) {
     backward_region<T>(block, plan, w, region, previous, done);
   }

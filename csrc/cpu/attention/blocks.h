@@ -86,8 +86,8 @@ inline void prefetch_block(const BlockRows& block, const BlockKeys& seen, int64_
   }
 }
 
-// Of sums, what a row sees in the region; of the rest, what earlier regions left in `scores`, or
-// -inf where they had no part in this block.
+// Keeps of `sums` what a row sees in the region. In place of the rest comes what earlier regions
+// left in `scores`, or -inf where this is the first one with a part in the block.
 EXTROPE_INLINE void merge_block(Sums<kRows, kSliceVectors>& sums, const RowKeys& keys, int64_t key,
                                 bool first, const float* scores) {
 #pragma GCC unroll 16
@@ -103,8 +103,8 @@ EXTROPE_INLINE void merge_block(Sums<kRows, kSliceVectors>& sums, const RowKeys&
   }
 }
 
-// Of each row, whose probabilities from `row_max` on sum to `row_sum`: what its row is scaled by,
-// and its lse; a sink has its part in both.
+// For each row, whose probabilities relative to `row_max` sum to `row_sum`: the scale of its output
+// row, and its lse; a sink has its part in both.
 inline void finish_sums(const BlockRows& block, const float* row_max, const float* row_sum,
                         float* scale) {
   const Sinks& sinks = block.p.sinks;

@@ -12,22 +12,20 @@
 namespace extrope {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 512;
-
 template <typename T, typename Out>
-void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSin& by,
+void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSin& cos_sin,
                  const AttentionTensor& out, int64_t begin, int64_t end) {
   const RowRotation rotation{p.head_dim, p.half, p.interleaved};
   float row[kMaxHeadDim];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t batch = i / p.seqlen_k, token = i % p.seqlen_k;
-    const int64_t at = batch * by.batch + token * by.seq;
+    const int64_t at = batch * cos_sin.batch + token * cos_sin.seq;
     for (int64_t head = 0; head < p.heads_k; ++head) {
       const auto first_of = [&](const AttentionTensor& x) {
         return batch * x.batch + x.at(token) + head * x.head;
       };
       const T* in = static_cast<const T*>(k.data) + first_of(k);
-      rotate_row(rotation, in, by.cos + at, by.sin + at, 1.0f, row);
+      rotate_row(rotation, in, cos_sin.cos + at, cos_sin.sin + at, 1.0f, row);
       narrow_row(row, p.head_dim, static_cast<Out*>(out.data) + first_of(out));
     }
   }
@@ -46,22 +44,23 @@ void EXTROPE_EXPAND(fill_cos_sin_, EXTROPE_ISA)(const CosSinTable& t, int64_t be
     }
     position += t.start.of(sequence);
     const double at = t.map(position) - (t.from ? (*t.from)(position) : 0.0);
-    const Angles angles{at, t.amplitude, at, t.log_decay, false};
+    const Angles angles{
+        .position = at, .amplitude = t.amplitude, .decay = at, .log_decay = t.log_decay};
     float* row = t.out + i * t.stride();
     fill_sincos(t.inv_freq + sequence * t.freq_row, t.half, angles, row, row + t.padded);
   }
 }
 
 void EXTROPE_EXPAND(rotate_keys_, EXTROPE_ISA)(const AttentionParams& p, const AttentionTensor& k,
-                                               const CosSin& by, const AttentionTensor& out,
+                                               const CosSin& cos_sin, const AttentionTensor& out,
                                                int64_t begin, int64_t end) {
   const bool as_bf16 = p.dtype == DType::bf16;
   if (k.is_e4m3) {
-    return as_bf16 ? rotate_keys<e4m3, bf16>(p, k, by, out, begin, end)
-                   : rotate_keys<e4m3, f16>(p, k, by, out, begin, end);
+    return as_bf16 ? rotate_keys<e4m3, bf16>(p, k, cos_sin, out, begin, end)
+                   : rotate_keys<e4m3, f16>(p, k, cos_sin, out, begin, end);
   }
-  as_bf16 ? rotate_keys<bf16, bf16>(p, k, by, out, begin, end)
-          : rotate_keys<f16, f16>(p, k, by, out, begin, end);
+  as_bf16 ? rotate_keys<bf16, bf16>(p, k, cos_sin, out, begin, end)
+          : rotate_keys<f16, f16>(p, k, cos_sin, out, begin, end);
 }
 
 }  // namespace extrope

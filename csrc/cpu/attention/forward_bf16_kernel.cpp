@@ -21,17 +21,17 @@ void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w,
   if (blocks.begin >= blocks.end) return;
   const int64_t dim_tiles = dim_tiles_of(block.p.q), value_tiles = dim_tiles_of(block.p.v);
   const int64_t size = dim_tiles * kDepth * kSlice;
-  Visit v{w,
-          w.q + slice * size,
-          w.out + slice * value_tiles * kDepth * kSlice,
-          block.slices * size,
-          plan.block_n * dim_tiles * kDepth,
-          dim_tiles,
-          value_tiles,
-          key_block.padded / kDepth,
-          key_block.count,
-          block.p.softcap * kLog2E,
-          !blocks.earlier};
+  Visit v{.w = w,
+          .q = w.q + slice * size,
+          .out = w.out + slice * value_tiles * kDepth * kSlice,
+          .next_q = block.slices * size,
+          .next_keys = plan.block_n * dim_tiles * kDepth,
+          .dim_tiles = dim_tiles,
+          .value_tiles = value_tiles,
+          .key_tiles = key_block.padded / kDepth,
+          .keys = key_block.count,
+          .softcap = block.p.softcap * kLog2E,
+          .fresh = !blocks.earlier};
   for (int j = 0; j < kSliceVectors; ++j) {
     const int64_t at = slice * kSlice + j * kFloats;
     v.row_max[j] = load<floats>(w.row_max + at);
@@ -76,8 +76,8 @@ void finish(const BlockRows& block, const Forward& w) {
       block.p, [&](auto type) { unpack_sums<decltype(type)>(block, w.out, w.scale, block.p.out); });
 }
 
-// Of a row: to base 2, or where a cap is, in units of it. Never 0, which would make NaN of hidden
-// keys.
+// The scale of a row's logits: to base 2, or with a softcap in units of it. Never 0, by which
+// hidden keys would become NaN.
 inline float scale_of(const BlockRows& block, int64_t row) {
   const float scale = block.scale(row), softcap = block.p.softcap;
   if (scale == 0.0f) return __FLT_MIN__;

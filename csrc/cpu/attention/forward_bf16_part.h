@@ -45,16 +45,16 @@ struct Visit {
   const Forward& w;
   const bf16* q;
   float* out;
-  int64_t next_q, next_keys;                  // from one region to the next
-  int64_t dim_tiles, value_tiles, key_tiles;  // of a key block,
-  int64_t keys;                               // of which there are so many
-  float softcap;                              // to base 2
-  bool fresh;                                 // out, row_max and row_sum hold nothing yet
+  int64_t next_q, next_keys;       // from one region to the next
+  int64_t dim_tiles, value_tiles;  // of head_dim, of v's
+  int64_t key_tiles, keys;         // of the key block
+  float softcap;                   // to base 2
+  bool fresh;                      // out, row_max and row_sum hold nothing yet
   floats row_max[kSliceVectors], row_sum[kSliceVectors], scale[kSliceVectors];
   SliceValues hidden;  // the scores of keys that a row does not see
 };
 
-// How many of the block of keys from `key` on are more than padding, in pairs.
+// How many keys of the block from `key` on are more than padding, rounded up to pairs.
 EXTROPE_INLINE int64_t rows_from(const Visit& v, int64_t key) {
   return kSpares ? smaller(round_up(v.keys - key, 2), kRows) : kRows;
 }
@@ -63,13 +63,19 @@ EXTROPE_INLINE void multiply_block(const Visit& v, int64_t region, int64_t key, 
   const bf16 *keys = v.w.keys + region * v.next_keys + key * v.dim_tiles * kDepth,
              *q = v.q + region * v.next_q;
   for (int64_t tile = 0; tile < kSliceTiles; tile += 2) {
-    product_of_tiles({keys, v.dim_tiles * kTileValues, kTileValues, q + tile * kTileValues,
-                      kSliceTiles * kTileValues, v.dim_tiles, rows_from(v, key)},
+    product_of_tiles({.a = keys,
+                      .a_next = v.dim_tiles * kTileValues,
+                      .a_step = kTileValues,
+                      .b = q + tile * kTileValues,
+                      .b_step = kSliceTiles * kTileValues,
+                      .depth = v.dim_tiles,
+                      .rows = rows_from(v, key)},
                      {to + tile * kSide, kSide * kSlice, kSide, kSlice});
   }
 }
 
-// Scores, to base 2 thereafter, so that those of hidden keys need no cap.
+// Caps scores and brings them to base 2, so that those of hidden keys, filled in later, need no
+// cap.
 inline void cap_scores(const Visit& v, float* scores) {
   const float softcap = v.softcap;  // the compiler keeps what no store can change
   floats scale[kSliceVectors];
@@ -86,7 +92,7 @@ inline void cap_scores(const Visit& v, float* scores) {
   }
 }
 
-// To base 2.
+// Scores as logits to base 2: those that are capped are so already.
 template <bool Capped>
 EXTROPE_INLINE floats logits(const Visit& v, const float* at, int j) {
   return Capped ? load<floats>(at) : load<floats>(at) * v.scale[j];
@@ -118,14 +124,14 @@ void add_values(Visit& v, int64_t begin, int64_t end) {
   const int64_t last_keys = smaller(v.keys, end) - (end - kDepth);
   for (int64_t d = 0; d < v.value_tiles; ++d) {
     for (int64_t tile = 0; tile < kSliceTiles; tile += 2) {
-      const Factors factors{v.w.values + (2 * d * v.key_tiles + first) * kTileValues,
-                            v.key_tiles * kTileValues,
-                            kTileValues,
-                            v.w.weights + (first * kSliceTiles + tile) * kTileValues,
-                            kSliceTiles * kTileValues,
-                            tiles,
-                            kRows,
-                            (last_keys + 1) / 2};
+      const Factors factors{.a = v.w.values + (2 * d * v.key_tiles + first) * kTileValues,
+                            .a_next = v.key_tiles * kTileValues,
+                            .a_step = kTileValues,
+                            .b = v.w.weights + (first * kSliceTiles + tile) * kTileValues,
+                            .b_step = kSliceTiles * kTileValues,
+                            .depth = tiles,
+                            .rows = kRows,
+                            .last_pairs = (last_keys + 1) / 2};
       const SumsAt sums{v.out + (2 * d * kSliceTiles + tile) * kTileSums, kSliceTiles * kTileSums,
                         kTileSums, kSide};
       v.fresh ? product_of_tiles(factors, sums) : add_product_of_tiles(factors, sums);

@@ -10,7 +10,7 @@
 namespace extrope {
 namespace {
 
-// Of one token; nullptr where rows are not rotated.
+// The cosines and sines of one token; nullptr where rows are not rotated.
 struct RowCosSin {
   const float *cos, *sin;
 };
@@ -38,10 +38,10 @@ inline void with_out(const AttentionParams& p, const Run& run) {
 // A row that is rotated is rounded to its type thereafter, as a rotated tensor would be; one in
 // e4m3 is rotated in float alone.
 template <typename T>
-inline void read_row(const AttentionParams& p, const T* from, int64_t dim, RowCosSin by,
+inline void read_row(const AttentionParams& p, const T* from, int64_t dim, RowCosSin cos_sin,
                      float* to) {
-  if (!by.cos) return widen_row(from, dim, to);
-  rotate_row({dim, p.half, p.interleaved}, from, by.cos, by.sin, 1.0f, to);
+  if (!cos_sin.cos) return widen_row(from, dim, to);
+  rotate_row({dim, p.half, p.interleaved}, from, cos_sin.cos, cos_sin.sin, 1.0f, to);
   if constexpr (sizeof(T) == 2) {
     T rounded[kMaxHeadDim];
     narrow_row(to, dim, rounded);
@@ -50,8 +50,9 @@ inline void read_row(const AttentionParams& p, const T* from, int64_t dim, RowCo
 }
 
 // Rotates a row of gradients back.
-inline void unrotate_row(const AttentionParams& p, const float* from, RowCosSin by, float* to) {
-  rotate_row({p.head_dim, p.half, p.interleaved}, from, by.cos, by.sin, -1.0f, to);
+inline void unrotate_row(const AttentionParams& p, const float* from, RowCosSin cos_sin,
+                         float* to) {
+  rotate_row({p.head_dim, p.half, p.interleaved}, from, cos_sin.cos, cos_sin.sin, -1.0f, to);
 }
 
 // Some keys in a head of k or v; rows past the last one count as zero.
@@ -116,8 +117,8 @@ template <typename T>
 inline void read_query(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
                        int64_t token, int64_t head, float* to) {
   const T* from = static_cast<const T*>(x.data) + block.offset(x, token, head);
-  const RowCosSin by = cos_sin_at(cos_sin, block.tile.batch, block.tile.first_q + token);
-  read_row(block.p, from, x.head_dim, by, to);
+  read_row(block.p, from, x.head_dim,
+           cos_sin_at(cos_sin, block.tile.batch, block.tile.first_q + token), to);
 }
 
 // As many rows as a vector has elements.

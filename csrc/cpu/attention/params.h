@@ -33,7 +33,7 @@ struct Starts {
   }
 };
 
-// By what rows rotate as they are read: cosines and sines of each token's pairs.
+// What rows are rotated by as they are read: the cosines and sines of each token's pairs.
 struct CosSin {
   const float *cos, *sin;  // nullptr: rows are used as they come
   int64_t batch, seq;      // strides

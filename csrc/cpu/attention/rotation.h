@@ -14,11 +14,11 @@
 
 namespace extrope::attention {
 
-// By what queries and keys rotate, and rows are scaled.
+// What queries and keys are rotated by, and the rows of logits scaled by.
 struct RotationArgs {
   PaddedRows inv_freq;
   std::vector<double> log_decay;  // of queries, padded as inv_freq is; empty: none
-  double log_n;                   // 0: not
+  double log_n;                   // 0: none
   double amplitude;               // of rotated dims, once for q and k together
 };
 
@@ -28,36 +28,29 @@ class Rotation {
   // keys_ahead: rotate the keys of each region now. Otherwise blocks of keys rotate them as they
   // are read, again for each block of queries: cheap where products are slow.
   Rotation(AttentionParams& p, RotationArgs args, bool keys_ahead)
-      : p_(p), inv_freq_(std::move(args.inv_freq)), q_decay_(std::move(args.log_decay)) {
+      : p_(p),
+        amplitude_(args.amplitude),
+        inv_freq_(std::move(args.inv_freq)),
+        q_decay_(std::move(args.log_decay)) {
     p.half = inv_freq_.half;
     for (double x : q_decay_) k_decay_.push_back(-x);
     if (args.log_n > 0) set_row_scale(args.log_n);
     std::vector<CosSinTable> tables;
     for (int64_t r = 0; r < p.regions.count; ++r) {
-      tables.push_back(query_table(p.regions.at[r].q_map, args.amplitude));
+      tables.push_back(query_table(p.regions.at[r].q_map));
     }
-    int64_t key_table[kMaxRegions];
+    int64_t key_tables[kMaxRegions];
     for (int64_t r = 0; r < p.regions.count; ++r) {
-      const PositionMap& map = p.regions.at[r].k_map;
-      key_table[r] = -1;
-      if (map == p.regions.stored) continue;
-      if (rotates_alike(r, args.amplitude)) {
-        key_table[r] = r;
-        continue;
-      }
-      const bool again = r > 0 && map == p.regions.at[r - 1].k_map && key_table[r - 1] != r - 1;
-      if (!again) tables.push_back(key_table_of(map));
-      widen(tables.back(), seen_keys(r));
-      key_table[r] = static_cast<int64_t>(tables.size()) - 1;
+      key_tables[r] = find_key_table(r, r > 0 ? key_tables[r - 1] : -1, tables);
     }
     fill(tables);
     for (int64_t r = 0; r < p.regions.count; ++r) {
       p.q_cos_sin[r] = tables[r].rows(batch_rows());
-      if (key_table[r] < 0) continue;
-      p.k_cos_sin[r] = tables[key_table[r]].rows(batch_rows());
+      if (key_tables[r] < 0) continue;
+      p.k_cos_sin[r] = tables[key_tables[r]].rows(batch_rows());
       if (!keys_ahead) continue;
-      const bool again = r > 0 && key_table[r] == key_table[r - 1];
-      p.k[r] = again ? p.k[r - 1] : rotated_keys(p.k_cos_sin[r], tables[key_table[r]]);
+      const bool shared = r > 0 && key_tables[r] == key_tables[r - 1];
+      p.k[r] = shared ? p.k[r - 1] : rotated_keys(p.k_cos_sin[r], tables[key_tables[r]]);
       p.k_cos_sin[r] = {};
     }
   }
@@ -74,13 +67,26 @@ class Rotation {
     return p_.cu_seqlens || alike ? 1 : p_.batch;
   }
 
+  // The number of the table that region r's keys are rotated by: -1 where they come as it wants
+  // them, the queries' own where both rotate alike, else a table of keys, which is that of the
+  // region before, `previous`, where its keys go to the same positions.
+  int64_t find_key_table(int64_t r, int64_t previous, std::vector<CosSinTable>& tables) const {
+    const PositionMap& map = p_.regions.at[r].k_map;
+    if (map == p_.regions.stored) return -1;
+    if (rotates_alike(r)) return r;
+    const bool shared = r > 0 && map == p_.regions.at[r - 1].k_map && previous != r - 1;
+    if (!shared) tables.push_back(key_table(map));
+    widen(tables.back(), seen_keys(r));
+    return static_cast<int64_t>(tables.size()) - 1;
+  }
+
   // Whether region r rotates token n among the keys as it does among the queries.
-  bool rotates_alike(int64_t r, double amplitude) const {
+  bool rotates_alike(int64_t r) const {
     const Region& region = p_.regions.at[r];
     const Starts &q = p_.q_start, &k = p_.k_start;
     const bool aligned = p_.seqlen_q == p_.seqlen_k && q.data == k.data && q.offset == k.offset;
     return aligned && region.q_map == region.k_map && !region.q_map.is_constant() &&
-           p_.regions.stored.is_constant() && p_.regions.stored.offset == 0 && amplitude == 1.0 &&
+           p_.regions.stored.is_constant() && p_.regions.stored.offset == 0 && amplitude_ == 1.0 &&
            q_decay_.empty();
   }
 
@@ -105,7 +111,8 @@ class Rotation {
     return {std::max<int64_t>(seen.first - kBeside, 0), std::min(seen.last + kBeside, p_.seqlen_k)};
   }
 
-  // Regions whose keys rotate alike share a table, and of a sequence any of them may have no key.
+  // Has a table filled for these keys too. Regions whose keys rotate alike share a table, and any
+  // of them may have no key.
   static void widen(CosSinTable& t, Tokens seen) {
     if (seen.first >= seen.last) return;
     t.first = t.first < t.last ? std::min(t.first, seen.first) : seen.first;
@@ -156,18 +163,18 @@ class Rotation {
     return t;
   }
 
-  CosSinTable query_table(const PositionMap& map, double amplitude) const {
+  CosSinTable query_table(const PositionMap& map) const {
     CosSinTable t = table(map);
     const bool alike = map.is_constant() && !(p_.cu_seqlens && inv_freq_.rows > 1);
     t.log_decay = q_decay_.empty() ? nullptr : q_decay_.data();
-    t.amplitude = amplitude;
+    t.amplitude = amplitude_;
     t.start = p_.q_start;
     t.tokens = t.last = alike ? 1 : p_.seqlen_q;
     if (alike) t.cu_seqlens = nullptr;
     return t;
   }
 
-  CosSinTable key_table_of(const PositionMap& map) const {
+  CosSinTable key_table(const PositionMap& map) const {
     CosSinTable t = table(map);
     t.log_decay = k_decay_.empty() ? nullptr : k_decay_.data();
     t.amplitude = 1.0;
@@ -187,13 +194,13 @@ class Rotation {
     for (CosSinTable& t : tables) {
       t.out = out;
       out += batch_rows() * t.tokens * t.stride();
-      constexpr int64_t kBytes = 32;  // as many as a cosine and a sine take time to compute
+      constexpr int64_t kBytes = 32;  // that take as long to copy as a pair's cosine and sine
       each_token(t, batch_rows(), t.half * kBytes,
                  [&](int64_t begin, int64_t end) { kernel(t, begin, end); });
     }
   }
 
-  AttentionTensor rotated_keys(const CosSin& by, const CosSinTable& t) {
+  AttentionTensor rotated_keys(const CosSin& cos_sin, const CosSinTable& t) {
     const bool packed = p_.cu_seqlens != nullptr;
     const int64_t heads = p_.heads_k * p_.head_dim;
     void* keys = memory_.emplace_back(p_.batch * p_.seqlen_k * heads * 2).data();  // of 16 bits
@@ -203,11 +210,12 @@ class Rotation {
     const RotateKeys kernel = EXTROPE_WIDEST(EXTROPE_KERNEL);
 #undef EXTROPE_KERNEL
     each_token(t, p_.batch, heads * 2,
-               [&](int64_t begin, int64_t end) { kernel(p_, raw_k_, by, out, begin, end); });
+               [&](int64_t begin, int64_t end) { kernel(p_, raw_k_, cos_sin, out, begin, end); });
     return out;
   }
 
   AttentionParams& p_;
+  const double amplitude_;
   const AttentionTensor raw_k_ = p_.k[0];
   const PaddedRows inv_freq_;
   std::vector<double> q_decay_, k_decay_;

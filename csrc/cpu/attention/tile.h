@@ -15,7 +15,6 @@ namespace extrope {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
-constexpr int64_t kMaxHeadDim = 512;
 // A slice is as many rows as a panel of a product has columns.
 constexpr int64_t kSlice = kPanel;
 constexpr int kSliceVectors = kPanelVectors;
@@ -29,7 +28,7 @@ inline int64_t tile_rows(const AttentionParams& p, int64_t block) {
   return smaller(greater(block / group, 1), greater(p.seqlen_q, 1));
 }
 
-// Of a tile, with those that fill up its last slice.
+// The rows of a tile, with those that fill up its last slice.
 inline int64_t rows_of(const AttentionParams& p, const TilePlan& plan) {
   return round_up(plan.tokens * (p.heads_q / p.heads_k), kSlice);
 }

@@ -19,7 +19,7 @@ struct Pages {
   int64_t bytes;
 };
 
-// At least so many bytes; begin is null below kLarge, and where there is no memory.
+// At least `bytes` bytes; begin is null below kLarge, and where there is no memory.
 Pages take_pages(int64_t bytes);
 void keep_pages(Pages pages);
 

@@ -12,9 +12,9 @@
 
 namespace extrope {
 
-// A thread that gets less than this many bytes costs more to wake than it saves.
+// A thread that gets fewer bytes than this costs more to wake than it saves.
 constexpr int64_t kBytesPerThread = 128 * 1024;
-// Likewise of multiplications and additions, for all threads together.
+// Work of fewer multiplications and additions than this is done by one thread, for the same reason.
 constexpr int64_t kSmallWork = 1 << 20;
 
 // Calls run(begin, end) for parts of `count` tokens of `bytes` bytes each.

@@ -1,5 +1,4 @@
-// What a call asks of the softmax beside its logits: the kernels of both attentions take it from
-// here.
+// Soft caps of logits, and sinks, for the kernels of attention with and without a cache.
 #pragma once
 
 #include "cpu/simd/tanh.h"
