@@ -2,7 +2,7 @@
 // that looks at no value: for the CPU and the CUDA library alike.
 #pragma once
 
-#include "common/cache_scales.h"
+#include "common/cache_args.h"
 #include "common/kv_cache.h"
 #include "common/rope_args.h"
 
@@ -25,11 +25,6 @@ struct Args {
 template <typename... Message>
 void check(bool condition, const Message&... message) {
   require_of(kOp, condition, message...);
-}
-
-inline Plane plane(const Tensor& x) {
-  const int64_t d = x.dim();
-  return {x.data_ptr(), d == 4 ? x.stride(0) : 0, x.stride(d - 3), x.stride(d - 2)};
 }
 
 inline void check_cache(const Args& a, const char* name, const Tensor& cache, const Tensor& x) {
@@ -87,7 +82,7 @@ inline KVCache cache_of(const Args& a) {
   const bool by_slots = a.slot_mapping.has_value();
   KVCache cache{};
   cache.dtype = rotated_dtype(a.k, "k");
-  set_scales(kOp, a.k_scale, a.v_scale, a.k_cache.size(2), a.k, cache);
+  set_cache_scales(kOp, a.k_scale, a.v_scale, a.k_cache.size(2), a.k, cache);
   cache.k = plane(a.k_cache), cache.v = plane(a.v_cache);
   cache.heads = a.k_cache.size(2);
   cache.head_dim = a.k_cache.size(3), cache.head_dim_v = a.v_cache.size(3);

@@ -1,4 +1,4 @@
-// What ops of attention, with and without a cache, check alike of their frequencies and numbers.
+// What ops of attention, with and without a cache, check alike: head_dims, frequencies, numbers.
 #pragma once
 
 #include <cmath>
@@ -8,6 +8,12 @@
 #include "common/softmax_params.h"
 
 namespace extrope {
+
+inline void check_head_dim(const char* op, const char* name, int64_t head_dim) {
+  require_of(op, head_dim % 8 == 0 && 8 <= head_dim && head_dim <= kMaxHeadDim, name,
+             " must be a multiple of 8 up to ", kMaxHeadDim,
+             " (backend='reference' takes any), got ", head_dim);
+}
 
 inline void check_frequencies(const char* op, int64_t head_dim, int64_t sequences,
                               const Tensor& inv_freq, const OptionalTensor& log_decay) {
@@ -37,7 +43,7 @@ inline double softmax_scale_of(const char* op, std::optional<double> softmax_sca
   return scale;
 }
 
-inline void check_scales(const char* op, std::optional<double> log_n, double attention_factor) {
+inline void check_factors(const char* op, std::optional<double> log_n, double attention_factor) {
   const double length = log_n.value_or(2.0);
   require_of(op, length > 1 && std::isfinite(length), "log_n must be None or a length > 1, got ",
              length);

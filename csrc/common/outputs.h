@@ -6,10 +6,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <tuple>
+
+#include "common/tensor_args.h"
 
 namespace extrope {
-
-using torch::stable::Tensor;
 
 struct Layout {
   int64_t sizes[4], strides[4];
@@ -66,6 +67,17 @@ inline Tensor new_like(const Tensor& x) {
 inline Tensor no_tensor(const Tensor& like, int32_t dtype) {
   const int64_t zero = 0, one = 1;
   return empty_strided(like, &zero, &one, 1, dtype);
+}
+
+// The results of q and k, which the kernel of `p` is to write; empty in place of a k that is none.
+template <Tensor (*make_like)(const Tensor&), typename Params>
+std::tuple<Tensor, Tensor> make_outputs(Params& p, const Tensor& q, const OptionalTensor& k,
+                                        bool packed) {
+  Tensor out_q = make_like(q);
+  Tensor out_k = k.has_value() ? make_like(*k) : no_tensor(q, dtype_code(q));
+  set_output(p.tensors[0], out_q, packed);
+  if (k.has_value()) set_output(p.tensors[1], out_k, packed);
+  return {out_q, out_k};
 }
 
 }  // namespace extrope

@@ -97,12 +97,9 @@ struct PermuteOps {
     PermuteParams p = make_params(q, k, permutations, positions, cu_seqlens);
     p.offset = offset;
     p.inverse = inverse;
-    Tensor out_q = make_like(q);
-    Tensor out_k = k.has_value() ? make_like(*k) : no_tensor(q, dtype_code(q));
-    set_output(p.tensors[0], out_q, packed);
-    if (k.has_value()) set_output(p.tensors[1], out_k, packed);
+    const std::tuple<Tensor, Tensor> outs = make_outputs<make_like>(p, q, k, packed);
     if (p.batch * p.seqlen > 0) launch(p, q.get_device());
-    return {out_q, out_k};
+    return outs;
   }
 };
 

@@ -54,12 +54,9 @@ struct RopeOps {
         q, k, inv_freq, positions,
         {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
         /*adjoint=*/false);
-    Tensor out_q = make_like(q);
-    Tensor out_k = k.has_value() ? make_like(*k) : no_tensor(q, dtype_code(q));
-    set_output(p.tensors[0], out_q, packed);
-    if (k.has_value()) set_output(p.tensors[1], out_k, packed);
+    const std::tuple<Tensor, Tensor> outs = make_outputs<make_like>(p, q, k, packed);
     run(p, q);
-    return {out_q, out_k};
+    return outs;
   }
 
   static std::tuple<Tensor, Tensor, Tensor> bwd(
@@ -73,10 +70,7 @@ struct RopeOps {
         grad_q, grad_k, inv_freq, positions,
         {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
         /*adjoint=*/true);
-    Tensor dq = make_like(grad_q);
-    Tensor dk = grad_k.has_value() ? make_like(*grad_k) : no_tensor(grad_q, dtype_code(grad_q));
-    set_output(p.tensors[0], dq, packed);
-    if (grad_k.has_value()) set_output(p.tensors[1], dk, packed);
+    const auto [dq, dk] = make_outputs<make_like>(p, grad_q, grad_k, packed);
     const int32_t wide =
         p.dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
     Tensor angle_grad = q.has_value() ? new_angle_grad(p, grad_q, wide) : no_tensor(grad_q, wide);

@@ -60,12 +60,9 @@ struct RopeNormOps {
         {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
         /*adjoint=*/false);
     RopeNormParams p = make_norm_params(rope, q, k, q_norm_weight, k_norm_weight, norm_eps);
-    Tensor out_q = make_like(q);
-    Tensor out_k = k.has_value() ? make_like(*k) : no_tensor(q, dtype_code(q));
-    set_output(p.tensors[0], out_q, packed);
-    if (k.has_value()) set_output(p.tensors[1], out_k, packed);
+    const std::tuple<Tensor, Tensor> outs = make_outputs<make_like>(p, q, k, packed);
     run(p, q);
-    return {out_q, out_k};
+    return outs;
   }
 
   static void inplace(const Tensor& q, const OptionalTensor& k, const OptionalTensor& q_norm_weight,
@@ -101,10 +98,7 @@ struct RopeNormOps {
     RopeNormParams p =
         make_norm_params(rope, grad_q, grad_k, q_norm_weight, k_norm_weight, norm_eps);
     save_inputs(p, grad_q, grad_k, q, k, packed);
-    Tensor dq = make_like(grad_q);
-    Tensor dk = grad_k.has_value() ? make_like(*grad_k) : no_tensor(grad_q, dtype_code(grad_q));
-    set_output(p.tensors[0], dq, packed);
-    if (grad_k.has_value()) set_output(p.tensors[1], dk, packed);
+    const auto [dq, dk] = make_outputs<make_like>(p, grad_q, grad_k, packed);
     const WeightGrads grads = backward(p, grad_q);
     return {dq, dk, grads.of_q, grads.of_k};
   }

@@ -6,7 +6,7 @@
 
 namespace extrope {
 
-// Of one of q and k.
+// The norm of q, or that of k.
 struct RopeNorm {
   const void* weight;  // (head_dim,), or (heads * head_dim,) with all_heads; nullptr: not normed
   DType weight_dtype;

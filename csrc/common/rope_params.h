@@ -60,7 +60,7 @@ struct RopeParams : TokenParams {
   void* angle_grad;
   int64_t angle_heads;
 
-  // Of the same tokens, num_copied of them: by the CPU alone.
+  // What is copied for the same tokens beside them, num_copied tensors: by the CPU alone.
   const CopiedRows* copied;
   int32_t num_copied;
 };

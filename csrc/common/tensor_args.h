@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -79,7 +80,7 @@ inline int64_t set_cu_seqlens(const char* op, TokenParams& p, const Tensor& cu_s
   return p.num_sequences;
 }
 
-// Of operations that compute in float32.
+// q's dtype, for operations that compute in float32.
 inline DType dtype_of(const char* op, const Tensor& q) {
   switch (q.scalar_type()) {
     case ScalarType::Float:
@@ -94,8 +95,8 @@ inline DType dtype_of(const char* op, const Tensor& q) {
   return DType::f32;
 }
 
-// Whether the positions fit the tokens; precedence as in ops/_positions.py: what has one entry a
-// token is positions, one a sequence offsets.
+// Whether the positions fit the tokens. As in ops/_shared/positions.py, what has one entry a token
+// is read as positions first, one entry a sequence as offsets.
 inline bool set_positions(TokenParams& p, const Tensor& positions, int64_t sequences) {
   const int64_t dim = positions.dim(), rows = dim >= 1 ? positions.size(0) : -1;
   const int64_t columns = dim == 2 ? positions.size(1) : -1;
@@ -134,12 +135,16 @@ void set_output(Place& to, const Tensor& out, bool packed) {
   to.out_head = out.stride(d - 2);
 }
 
-// For boundaries that the host can read.
+// Whether boundaries that the host can read rise from 0.
+inline bool rise_from_zero(const int32_t* cu_seqlens, int64_t sequences) {
+  return cu_seqlens[0] == 0 && std::is_sorted(cu_seqlens, cu_seqlens + sequences + 1);
+}
+
 inline void check_boundaries(const char* op, const TokenParams& p) {
-  const int32_t* cu = p.cu_seqlens;
-  bool ordered = cu[0] == 0 && cu[p.num_sequences] == p.seqlen;
-  for (int64_t i = 0; ordered && i < p.num_sequences; ++i) ordered = cu[i] <= cu[i + 1];
-  require_of(op, ordered, "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen);
+  require_of(
+      op,
+      rise_from_zero(p.cu_seqlens, p.num_sequences) && p.cu_seqlens[p.num_sequences] == p.seqlen,
+      "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen);
 }
 
 }  // namespace extrope

@@ -2,8 +2,6 @@
 // rows of new tokens in the cache.
 #pragma once
 
-#include <algorithm>
-
 #include "common/append_args.h"
 #include "cpu/append/cache.h"
 
@@ -27,10 +25,9 @@ inline void check_slots(const KVCache& cache, int64_t pages) {
 
 inline KVCache checked_cache_of(const Args& a) {
   const KVCache cache = cache_of(a);
-  check_scale_values(kOp, cache);
+  check_cache_scales(kOp, cache);
   const int32_t* cu = cache.cu_new;
-  check(!cu || (cu[0] == 0 && std::is_sorted(cu, cu + a.sequences() + 1) &&
-                cu[a.sequences()] <= a.seqlen()),
+  check(!cu || (rise_from_zero(cu, a.sequences()) && cu[a.sequences()] <= a.seqlen()),
         "cu_seqlens must rise from 0 to the ", a.seqlen(), " tokens at most");
   for (int64_t b = 0; b < cache.batch; ++b) {
     check(cache.first_slot(b) >= 0, "cache_leftpad must be >= 0, got ", cache.first_slot(b));

@@ -17,99 +17,113 @@ namespace extrope {
 namespace append {
 namespace {
 
-// Positions that the kernels read; empty where they read the tensor `positions`.
-struct TokenPositions {
-  std::vector<int64_t> behind;
-  std::vector<double> stored;
-};
-
-void set_positions(const Args& a, const KVCache& cache, const Rotation& r, RopeParams& p,
-                   TokenPositions& own) {
-  if (r.positions.has_value()) {
-    return check(!p.positions_are_offsets, "positions must have an entry a token, got shape ",
-                 shape_of(*r.positions));
-  }
-  check(a.cache_seqlens.has_value(), "positions or cache_seqlens must say where the tokens are");
-  own.behind = positions_behind(cache, a.batch() * a.seqlen());
-  set_token_positions(p, own.behind);
-}
-
-// Where score methods store keys.
-void move_to_stored(const PositionMap& stored, RopeParams& p, TokenPositions& own) {
-  check(!p.axes, "positions by axis have no place in a score method");
-  if (own.behind.empty()) {
-    check(p.position_type == PositionType::i32 || p.position_type == PositionType::i64,
-          "positions must be whole numbers for a score method");
-    for (int64_t n = 0; n < p.batch * p.seqlen; ++n) {
-      own.behind.push_back(locate<int64_t>(p, n / p.seqlen, n % p.seqlen).position);
-    }
-  }
-  own.stored = mapped(stored, own.behind);
-  set_token_positions(p, own.stored);
-}
-
-RopeParams part_of(const Tensor& x, const Args& a, const KVCache& cache) {
-  const int64_t d = x.dim();
-  return unrotated(cache.dtype, plane(x), a.batch(), a.seqlen(), x.size(d - 2), x.size(d - 1));
-}
-
 const OptionalTensor kNone;
 
-// q, where it comes back changed or not, and k by itself.
-void add_apart(const Args& a, const KVCache& cache, CacheWrites& writes, const Rotation& r,
-               const Tensor* out_q, const PositionMap* stored, TokenPositions& own,
-               Rotations& all) {
-  if (out_q) {
-    RopeParams q = part_of(*a.q, a, cache);
-    set_output(q.tensors[0], *out_q, a.packed());
-    all.add(make_norm_params(q, *a.q, kNone, r.q_norm_weight, kNone, r.norm_eps));
+// One call: the rotations of q and k, and the writes of k and v.
+class Append {
+ public:
+  Append(const Args& a, const Rotation& r)
+      : a_(a),
+        r_(r),
+        cache_(checked_cache_of(a)),
+        rows_(rows_of(a, cache_)),
+        writes_(cache_, rows_, a.batch(), a.seqlen()) {
+    check(a.q.has_value() || !r.q_norm_weight.has_value(), "q_norm_weight needs a q");
+    check(r.stored.empty() || r.stored.size() == kMapNumbers, "stored must be ", kMapNumbers,
+          " numbers, got ", r.stored.size());
   }
-  RopeParams k = part_of(a.k, a, cache);
-  if (stored && !is_raw(*stored)) {
-    k = make_params(a.k, kNone, *r.inv_freq, r.positions, r.options, /*adjoint=*/false);
-    k.tensors[0].decay_sign = -1.0;
-    set_positions(a, cache, r, k, own);
-    move_to_stored(*stored, k, own);
-  }
-  writes.take_keys(k.tensors[0]);
-  all.add(make_norm_params(k, a.k, kNone, r.k_norm_weight, kNone, r.norm_eps));
-}
+  Append(const Append&) = delete;
 
-void add_together(const Args& a, const KVCache& cache, CacheWrites& writes, const Rotation& r,
-                  const Tensor* out_q, TokenPositions& own, Rotations& all) {
-  const OptionalTensor k = a.q.has_value() ? OptionalTensor(a.k) : kNone;
-  const Tensor& first = a.q.has_value() ? *a.q : a.k;
-  RopeParams p = make_params(first, k, *r.inv_freq, r.positions, r.options, /*adjoint=*/false);
-  if (out_q) set_output(p.tensors[0], *out_q, a.packed());
-  p.tensors[out_q ? 1 : 0].decay_sign = -1.0;
-  set_positions(a, cache, r, p, own);
-  check_axes_of_pairs(p);
-  writes.take_keys(p.tensors[out_q ? 1 : 0]);
-  all.add(make_norm_params(p, first, k, out_q ? r.q_norm_weight : r.k_norm_weight,
-                           out_q ? r.k_norm_weight : kNone, r.norm_eps));
-}
-
-Tensor run(const Args& a, const Rotation& r) {
-  const KVCache cache = checked_cache_of(a);
-  const CacheRows rows = rows_of(a, cache);
-  check(a.q.has_value() || !r.q_norm_weight.has_value(), "q_norm_weight needs a q");
-  check(r.stored.empty() || r.stored.size() == kMapNumbers, "stored must be ", kMapNumbers,
-        " numbers, got ", r.stored.size());
-  Tensor out = a.q.has_value() ? fresh_like(*a.q) : no_tensor(a.k, dtype_code(a.k));
-  const Tensor* out_q = a.q.has_value() ? &out : nullptr;
-  TokenPositions own;
-  Rotations all;
-  CacheWrites writes(cache, rows, a.batch(), a.seqlen());
-  if (r.inv_freq.has_value() && r.stored.empty()) {
-    add_together(a, cache, writes, r, out_q, own, all);
-  } else {
-    const bool moved = r.inv_freq.has_value();
-    const PositionMap map = moved ? map_of(r.stored.data()) : PositionMap{};
-    add_apart(a, cache, writes, r, out_q, moved ? &map : nullptr, own, all);
+  Tensor run() {
+    Tensor out = a_.q.has_value() ? fresh_like(*a_.q) : no_tensor(a_.k, dtype_code(a_.k));
+    const Tensor* out_q = a_.q.has_value() ? &out : nullptr;
+    if (r_.inv_freq.has_value() && r_.stored.empty()) {
+      add_together(out_q);
+    } else {
+      add_apart(out_q);
+    }
+    writes_.run(rotations_, plane(a_.v));
+    return out;
   }
-  writes.run(all, plane(a.v));
-  return out;
-}
+
+ private:
+  // q, if there is one, and k by the same angles: one rotation.
+  void add_together(const Tensor* out_q) {
+    const OptionalTensor k = out_q ? OptionalTensor(a_.k) : kNone;
+    const Tensor& first = out_q ? *a_.q : a_.k;
+    RopeParams p = make_params(first, k, *r_.inv_freq, r_.positions, r_.options, /*adjoint=*/false);
+    if (out_q) set_output(p.tensors[0], *out_q, a_.packed());
+    RopeTensor& keys = p.tensors[out_q ? 1 : 0];
+    keys.decay_sign = -1.0;
+    set_positions(p);
+    check_axes_of_pairs(p);
+    writes_.take_keys(keys);
+    rotations_.add(make_norm_params(p, first, k, out_q ? r_.q_norm_weight : r_.k_norm_weight,
+                                    out_q ? r_.k_norm_weight : kNone, r_.norm_eps));
+  }
+
+  // q, if there is one, normed alone; k rotated to where a score method stores it, or normed alone.
+  void add_apart(const Tensor* out_q) {
+    if (out_q) {
+      RopeParams q = unrotated_part(*a_.q);
+      set_output(q.tensors[0], *out_q, a_.packed());
+      rotations_.add(make_norm_params(q, *a_.q, kNone, r_.q_norm_weight, kNone, r_.norm_eps));
+    }
+    RopeParams k = unrotated_part(a_.k);
+    if (r_.inv_freq.has_value()) {
+      const PositionMap stored = map_of(r_.stored.data());
+      if (!is_raw(stored)) k = stored_keys(stored);
+    }
+    writes_.take_keys(k.tensors[0]);
+    rotations_.add(make_norm_params(k, a_.k, kNone, r_.k_norm_weight, kNone, r_.norm_eps));
+  }
+
+  RopeParams unrotated_part(const Tensor& x) const {
+    const int64_t d = x.dim();
+    return unrotated(cache_.dtype, plane(x), a_.batch(), a_.seqlen(), x.size(d - 2), x.size(d - 1));
+  }
+
+  RopeParams stored_keys(const PositionMap& stored) {
+    RopeParams p = make_params(a_.k, kNone, *r_.inv_freq, r_.positions, r_.options,
+                               /*adjoint=*/false);
+    p.tensors[0].decay_sign = -1.0;
+    set_positions(p);
+    check(!p.axes, "positions by axis have no place in a score method");
+    if (token_positions_.empty()) {
+      check(p.position_type == PositionType::i32 || p.position_type == PositionType::i64,
+            "positions must be whole numbers for a score method");
+      for (int64_t n = 0; n < p.batch * p.seqlen; ++n) {
+        token_positions_.push_back(locate<int64_t>(p, n / p.seqlen, n % p.seqlen).position);
+      }
+    }
+    stored_positions_ = mapped(stored, token_positions_);
+    set_token_positions(p, stored_positions_);
+    return p;
+  }
+
+  // Those behind the slots in use, unless the call gives its own.
+  void set_positions(RopeParams& p) {
+    if (r_.positions.has_value()) {
+      return check(!p.positions_are_offsets, "positions must have an entry a token, got shape ",
+                   shape_of(*r_.positions));
+    }
+    check(a_.cache_seqlens.has_value(), "positions or cache_seqlens must say where the tokens are");
+    token_positions_ = positions_behind(cache_, a_.batch() * a_.seqlen());
+    set_token_positions(p, token_positions_);
+  }
+
+  const Args& a_;
+  const Rotation& r_;
+  const KVCache cache_;
+  const CacheRows rows_;
+  // What the kernels read instead of the tensor `positions`; empty where they read that.
+  std::vector<int64_t> token_positions_;
+  std::vector<double> stored_positions_;
+  Rotations rotations_;
+  CacheWrites writes_;
+};
+
+Tensor run(const Args& a, const Rotation& r) { return Append(a, r).run(); }
 
 }  // namespace
 }  // namespace append

@@ -40,15 +40,15 @@ class CacheWrites {
  private:
   void quantize(const Plane& in, const Plane& out, const float* scale, int64_t head_dim,
                 const std::vector<int64_t>& rows) const {
-    const QuantizeParams p{cache_.dtype,
-                           in,
-                           seqlen_,
-                           cache_.heads,
-                           head_dim,
-                           scale,
-                           static_cast<uint8_t*>(out.data),
-                           out.head,
-                           rows.data()};
+    const QuantizeParams p{.dtype = cache_.dtype,
+                           .in = in,
+                           .seqlen = seqlen_,
+                           .heads = cache_.heads,
+                           .head_dim = head_dim,
+                           .scale = scale,
+                           .out = static_cast<uint8_t*>(out.data),
+                           .out_head = out.head,
+                           .out_rows = rows.data()};
 #define EXTROPE_QUANTIZE(isa) quantize_rows_##isa
     share_out(batch_ * seqlen_, cache_.heads * head_dim * 4,
               [&](int64_t begin, int64_t end) { EXTROPE_WIDEST(EXTROPE_QUANTIZE)(p, begin, end); });

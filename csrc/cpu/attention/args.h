@@ -12,7 +12,7 @@
 
 namespace extrope::attention {
 
-constexpr int64_t kMaxHeadDim = 512, kMaxSeqlen = INT32_MAX - 1024;
+constexpr int64_t kMaxSeqlen = INT32_MAX - 1024;
 
 template <typename... Message>
 void require(bool condition, const Message&... message) {
@@ -51,12 +51,6 @@ inline void check_like(const Tensor& x, const Tensor& like, int64_t head_dim_v, 
           " but for the last dimension, got ", shape_of(x));
 }
 
-inline void check_head_dim(const char* name, int64_t head_dim) {
-  require(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= kMaxHeadDim, name,
-          " must be a multiple of 8 up to ", kMaxHeadDim, " (backend='reference' takes any), got ",
-          head_dim);
-}
-
 inline void set_sizes(AttentionParams& p, const Tensor& q, const Tensor& k, bool packed) {
   const int64_t d = q.dim();
   p.batch = packed ? 1 : q.size(0);
@@ -67,7 +61,7 @@ inline void set_sizes(AttentionParams& p, const Tensor& q, const Tensor& k, bool
   require(k.size(d - 1) == p.head_dim && (packed ? p.seqlen_k == p.seqlen_q : k.size(0) == p.batch),
           "k must have q's batch and head_dim, and with cu_seqlens its tokens: q ", shape_of(q),
           ", got ", shape_of(k));
-  check_head_dim("head_dim", p.head_dim);
+  check_head_dim("attention", "head_dim", p.head_dim);
   require(p.heads_k > 0 && p.heads_q % p.heads_k == 0, "k's heads must divide q's ", p.heads_q,
           " heads, got ", p.heads_k);
   require(p.seqlen_q <= kMaxSeqlen && p.seqlen_k <= kMaxSeqlen, "sequences must be shorter than ",
@@ -80,10 +74,9 @@ inline void set_cu_seqlens(AttentionParams& p, const Tensor& cu_seqlens) {
           "cu_seqlens must be contiguous int32 (sequences + 1,), got shape ", shape_of(cu_seqlens));
   p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.data_ptr());
   p.num_sequences = cu_seqlens.size(0) - 1;
-  const int32_t* cu = p.cu_seqlens;
-  bool ordered = cu[0] == 0 && cu[p.num_sequences] == p.seqlen_q;
-  for (int64_t i = 0; ordered && i < p.num_sequences; ++i) ordered = cu[i] <= cu[i + 1];
-  require(ordered, "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen_q);
+  require(
+      rise_from_zero(p.cu_seqlens, p.num_sequences) && p.cu_seqlens[p.num_sequences] == p.seqlen_q,
+      "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen_q);
 }
 
 inline Starts starts_of(const char* name, const OptionalTensor& start, int64_t sequences) {
@@ -132,12 +125,12 @@ inline AttentionParams make_params(const Tensor& q, const Tensor& k, const Tenso
   set_sizes(p, q, k, packed);
   p.v = view(v, packed, "v");
   check_like(v, k, p.v.head_dim, "v", "k");
-  check_head_dim("v's head_dim", p.v.head_dim);
+  check_head_dim("attention", "v's head_dim", p.v.head_dim);
   if (packed) set_cu_seqlens(p, *options.cu_seqlens);
   set_starts(p, options);
   check_frequencies("attention", p.head_dim, packed ? p.num_sequences : p.batch, options.inv_freq,
                     options.log_decay);
-  check_scales("attention", options.log_n, options.attention_factor);
+  check_factors("attention", options.log_n, options.attention_factor);
   p.softmax_scale =
       static_cast<float>(softmax_scale_of("attention", options.softmax_scale, p.head_dim));
   p.regions = regions_of("attention", options.starts, options.granularity, options.maps,

@@ -61,9 +61,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   p.float32_out = float32_results;
   const Tensor out =
       fresh(shape(q, p.v.head_dim), float32_results ? ScalarType::Float : q.scalar_type());
-  std::vector<int64_t> of_lse{p.heads_q, p.seqlen_q};
-  if (!packed) of_lse.insert(of_lse.begin(), p.batch);
-  const Tensor lse = fresh(of_lse, ScalarType::Float);
+  std::vector<int64_t> lse_shape{p.heads_q, p.seqlen_q};
+  if (!packed) lse_shape.insert(lse_shape.begin(), p.batch);
+  const Tensor lse = fresh(lse_shape, ScalarType::Float);
   p.out = view(out, packed, "out");
   p.lse = static_cast<float*>(lse.data_ptr());
   if (p.heads_q > 0) run_forward(p, kernels(p.dtype));

@@ -2,16 +2,12 @@
 // is written.
 #pragma once
 
-#include <algorithm>
-
 #include "common/attention_args.h"
-#include "common/cache_scales.h"
+#include "common/cache_args.h"
 #include "cpu/decode/params.h"
 #include "cpu/runtime/frequencies.h"
 
 namespace extrope::decode {
-
-constexpr int64_t kMaxHeadDim = 512;
 
 // What both ops take; `op` goes in front of every error.
 struct CacheArgs {
@@ -29,11 +25,6 @@ struct CacheArgs {
     require_of(op, condition, message...);
   }
 };
-
-inline Plane plane(const Tensor& x) {
-  const int64_t d = x.dim();
-  return {x.data_ptr(), d == 4 ? x.stride(0) : 0, x.stride(d - 3), x.stride(d - 2)};
-}
 
 // packed: of the tokens of packed sequences; scaled: in e4m3.
 inline void check_tensor(const CacheArgs& a, const char* name, const Tensor& x, const Tensor& like,
@@ -70,8 +61,8 @@ inline const int32_t* boundaries_of(const CacheArgs& a, int64_t tokens) {
             "cu_seqlens_q must be contiguous int32 (sequences + 1,) on the CPU, got shape ",
             shape_of(x));
   const int32_t* cu = static_cast<const int32_t*>(x.data_ptr());
-  const int64_t last = x.size(0) - 1;
-  a.require(cu[0] == 0 && std::is_sorted(cu, cu + last + 1) && cu[last] <= tokens,
+  const int64_t sequences = x.size(0) - 1;
+  a.require(rise_from_zero(cu, sequences) && cu[sequences] <= tokens,
             "cu_seqlens_q must rise from 0 to q's ", tokens, " tokens at most");
   return cu;
 }
@@ -117,13 +108,7 @@ inline void check_slots(const CacheArgs& a, const KVCache& cache) {
   }
 }
 
-inline void check_head_dim(const CacheArgs& a, const char* name, int64_t head_dim) {
-  a.require(head_dim % 8 == 0 && 8 <= head_dim && head_dim <= kMaxHeadDim, name,
-            " must be a multiple of 8 up to ", kMaxHeadDim,
-            " (backend='reference' takes any), got ", head_dim);
-}
-
-// like: q, or the new keys of an append.
+// The cache of a call, with every check. like: q, or the new keys of an append.
 inline KVCache cache_of(const CacheArgs& a, const Tensor& like) {
   const Tensor &k = a.k_cache, &v = a.v_cache;
   KVCache cache{};
@@ -132,19 +117,19 @@ inline KVCache cache_of(const CacheArgs& a, const Tensor& like) {
   const bool scaled = a.k_scale.has_value();
   check_tensor(a, "k_cache", k, like, /*packed=*/false, scaled);
   check_tensor(a, "v_cache", v, like, /*packed=*/false, scaled);
-  set_scales(a.op, a.k_scale, a.v_scale, k.size(2), k, cache);
+  set_cache_scales(a.op, a.k_scale, a.v_scale, k.size(2), k, cache);
   const int32_t* cu = a.packed() ? boundaries_of(a, like.size(0)) : nullptr;
   cache.batch = cu ? a.cu_seqlens_q->size(0) - 1 : like.size(0);
   cache.heads = k.size(2), cache.head_dim = like.size(like.dim() - 1), cache.head_dim_v = v.size(3);
-  check_scale_values(a.op, cache);
+  check_cache_scales(a.op, cache);
   const bool paged = a.block_table.has_value();
   a.require(k.size(3) == cache.head_dim && (paged || k.size(0) == cache.batch), "k_cache must be (",
             paged ? "num_blocks, block_size" : "batch, max_len", ", heads_k, ", cache.head_dim,
             "), got ", shape_of(k));
   a.require(same_sizes(v, k, 3), "v_cache must have k_cache's shape ", shape_of(k),
             " but for the last dimension, got ", shape_of(v));
-  check_head_dim(a, "head_dim", cache.head_dim);
-  check_head_dim(a, "v_cache's head_dim", cache.head_dim_v);
+  check_head_dim(a.op, "head_dim", cache.head_dim);
+  check_head_dim(a.op, "v_cache's head_dim", cache.head_dim_v);
   check_new(a, like);
   if (a.k.has_value()) {
     cache.appended = cu ? 0 : a.k->size(1);
@@ -162,6 +147,22 @@ inline KVCache cache_of(const CacheArgs& a, const Tensor& like) {
   }
   check_slots(a, cache);
   return cache;
+}
+
+inline void set_queries(DecodeParams& p, const CacheArgs& a, const Tensor& q) {
+  const Plane rows = plane(q);
+  p.q = rows.data, p.q_batch = rows.block, p.q_seq = rows.slot, p.q_head = rows.head;
+  p.seqlen_q = q.size(a.packed() ? 0 : 1), p.heads_q = q.size(a.packed() ? 1 : 2);
+  if (a.packed()) p.cu_seqlens_q = static_cast<const int32_t*>(a.cu_seqlens_q->data_ptr());
+  a.require(p.cache.heads > 0 && p.heads_q % p.cache.heads == 0, "k_cache's heads must divide q's ",
+            p.heads_q, " heads, got ", p.cache.heads);
+}
+
+inline void check_decay(const CacheArgs& a, const Regions& regions) {
+  for (int64_t r = 0; r < regions.count; ++r) {
+    a.require(!a.log_decay.has_value() || regions.at[r].k_map == regions.stored,
+              "log_decay (XPOS) needs keys that are stored as every region sees them");
+  }
 }
 
 // Holds the padded rows that `params` points to.

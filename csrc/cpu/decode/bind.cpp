@@ -43,41 +43,33 @@ std::tuple<Tensor, Tensor> decode(
     double attention_factor, bool interleaved, double softcap,
     std::optional<int64_t> sliding_window) {
   constexpr const char* op = "decode";
-  const CacheArgs args{op,
-                       k_cache,
-                       v_cache,
-                       k,
-                       v,
-                       inv_freq,
-                       cache_seqlens,
-                       block_table,
-                       cache_leftpad,
-                       log_decay,
-                       cu_seqlens_q,
-                       interleaved,
-                       k_scale,
-                       v_scale};
+  const CacheArgs args{.op = op,
+                       .k_cache = k_cache,
+                       .v_cache = v_cache,
+                       .k = k,
+                       .v = v,
+                       .inv_freq = inv_freq,
+                       .cache_seqlens = cache_seqlens,
+                       .block_table = block_table,
+                       .cache_leftpad = cache_leftpad,
+                       .log_decay = log_decay,
+                       .cu_seqlens_q = cu_seqlens_q,
+                       .interleaved = interleaved,
+                       .k_scale = k_scale,
+                       .v_scale = v_scale};
   const bool packed = args.packed();
   DecodeParams p{};
   p.cache = cache_of(args, q);
-  const Plane rows = plane(q);
-  p.q = rows.data, p.q_batch = rows.block, p.q_seq = rows.slot, p.q_head = rows.head;
-  p.seqlen_q = q.size(packed ? 0 : 1), p.heads_q = q.size(packed ? 1 : 2);
-  if (packed) p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q->data_ptr());
-  require_of(op, p.cache.heads > 0 && p.heads_q % p.cache.heads == 0,
-             "k_cache's heads must divide q's ", p.heads_q, " heads, got ", p.cache.heads);
+  set_queries(p, args, q);
   const FrequencyRows freqs = frequencies_of(args, p.cache);
   p.freqs = freqs.params;
   p.regions = regions_of(op, starts, granularity, maps, sliding_window);
-  for (int64_t r = 0; r < p.regions.count; ++r) {
-    require_of(op, !log_decay.has_value() || p.regions.at[r].k_map == p.regions.stored,
-               "log_decay (XPOS) needs keys that are stored as every region sees them");
-  }
+  check_decay(args, p.regions);
   p.softcap = softcap_of(op, softcap);
   p.softmax_scale = softmax_scale_of(op, softmax_scale, p.cache.head_dim);
   p.query_scale = query_scale_of(op, query_scale, p.cache.batch, p.seqlen_q, packed);
   p.sinks = sinks_of(op, sinks, p.heads_q);
-  check_scales(op, log_n, attention_factor);
+  check_factors(op, log_n, attention_factor);
   p.log_n = log_n.value_or(0.0);
   p.amplitude = attention_factor * attention_factor;
 
@@ -85,10 +77,10 @@ std::tuple<Tensor, Tensor> decode(
   if (k.has_value()) {
     run_append(p.cache, p.freqs, decay_of(args), p.regions.stored, plane(*k), plane(*v));
   }
-  std::vector<int64_t> of_out{p.cache.batch, p.seqlen_q, p.heads_q, p.cache.head_dim_v};
-  std::vector<int64_t> of_lse{p.cache.batch, p.heads_q, p.seqlen_q};
-  if (packed) of_out.erase(of_out.begin()), of_lse.erase(of_lse.begin());
-  const Tensor out = fresh(of_out, q.scalar_type()), lse = fresh(of_lse, ScalarType::Float);
+  std::vector<int64_t> out_shape{p.cache.batch, p.seqlen_q, p.heads_q, p.cache.head_dim_v};
+  std::vector<int64_t> lse_shape{p.cache.batch, p.heads_q, p.seqlen_q};
+  if (packed) out_shape.erase(out_shape.begin()), lse_shape.erase(lse_shape.begin());
+  const Tensor out = fresh(out_shape, q.scalar_type()), lse = fresh(lse_shape, ScalarType::Float);
   p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
   if (lse.numel() > 0) run_decode(p, run);
@@ -102,9 +94,20 @@ void append(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const
             const std::vector<double>& stored, bool interleaved) {
   constexpr const char* op = "append";
   const OptionalTensor new_k = k, new_v = v, not_packed;
-  const CacheArgs args{op,         k_cache,       v_cache,     new_k,         new_v,
-                       inv_freq,   cache_seqlens, block_table, cache_leftpad, log_decay,
-                       not_packed, interleaved,   k_scale,     v_scale};
+  const CacheArgs args{.op = op,
+                       .k_cache = k_cache,
+                       .v_cache = v_cache,
+                       .k = new_k,
+                       .v = new_v,
+                       .inv_freq = inv_freq,
+                       .cache_seqlens = cache_seqlens,
+                       .block_table = block_table,
+                       .cache_leftpad = cache_leftpad,
+                       .log_decay = log_decay,
+                       .cu_seqlens_q = not_packed,
+                       .interleaved = interleaved,
+                       .k_scale = k_scale,
+                       .v_scale = v_scale};
   const KVCache cache = cache_of(args, k);
   require_of(op, stored.size() == kMapNumbers, "stored must be ", kMapNumbers, " numbers, got ",
              stored.size());

@@ -1,5 +1,5 @@
 // From torch tensors to ScanParams, with what could make a kernel read or write out of bounds
-// checked; the rest is checked in Python (extrope_kernels/ops/linear_attention/arguments.py).
+// checked; the rest is checked in Python (extrope_kernels/ops/linear_attention/checks.py).
 #pragma once
 
 #include <vector>
@@ -21,7 +21,7 @@ inline ScanTensor view(const Tensor& x, bool packed, const char* name) {
   return {x.data_ptr(), packed ? 0 : x.stride(0), x.stride(d - 3), x.stride(d - 2), x.size(d - 2)};
 }
 
-// Of all dimensions but the last.
+// Whether all dimensions but the last are the same.
 inline bool same_rows(const Tensor& x, const Tensor& like) {
   bool same = x.dim() == like.dim();
   for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = x.size(i) == like.size(i);
@@ -48,11 +48,9 @@ inline void set_cu_seqlens(ScanParams& p, const Tensor& cu_seqlens) {
           "cu_seqlens must be contiguous int32 (sequences + 1,)");
   p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.data_ptr());
   p.num_sequences = cu_seqlens.size(0) - 1;
-  bool ordered = p.cu_seqlens[0] == 0 && p.cu_seqlens[p.num_sequences] == p.seqlen;
-  for (int64_t i = 0; ordered && i < p.num_sequences; ++i) {
-    ordered = p.cu_seqlens[i] <= p.cu_seqlens[i + 1];
-  }
-  require(ordered, "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen);
+  require(
+      rise_from_zero(p.cu_seqlens, p.num_sequences) && p.cu_seqlens[p.num_sequences] == p.seqlen,
+      "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen);
 }
 
 inline ScanParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,

@@ -55,12 +55,9 @@ std::tuple<Tensor, Tensor> rope_cos_sin(const Tensor& q, const OptionalTensor& k
   p.interleaved = interleaved;
   p.conjugate = conjugate;
   set_given(p, cos, sin, q);
-  Tensor out_q = fresh_like(q);
-  Tensor out_k = k.has_value() ? fresh_like(*k) : no_tensor(q, dtype_code(q));
-  set_output(p.tensors[0], out_q, false);
-  if (k.has_value()) set_output(p.tensors[1], out_k, false);
+  const std::tuple<Tensor, Tensor> outs = make_outputs<fresh_like>(p, q, k, /*packed=*/false);
   Rope::run(p, q);
-  return {out_q, out_k};
+  return outs;
 }
 
 }  // namespace

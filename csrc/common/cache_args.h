@@ -1,4 +1,5 @@
-// The scales of a cache of e4m3, with every check.
+// What ops over a key/value cache check alike, and read from its tensors: where rows lie, the
+// cache's dtype, the scales of one in e4m3.
 #pragma once
 
 #include <cmath>
@@ -7,6 +8,12 @@
 #include "common/tensor_args.h"
 
 namespace extrope {
+
+// Where the rows of a cache lie, or of q, k and v, packed or not.
+inline Plane plane(const Tensor& x) {
+  const int64_t d = x.dim();
+  return {x.data_ptr(), d == 4 ? x.stride(0) : 0, x.stride(d - 3), x.stride(d - 2)};
+}
 
 inline void check_cache_dtype(const char* op, const char* name, const Tensor& cache,
                               const Tensor& like, bool scaled) {
@@ -17,8 +24,8 @@ inline void check_cache_dtype(const char* op, const char* name, const Tensor& ca
              ", on their device");
 }
 
-inline const float* scale_of(const char* op, const char* name, const OptionalTensor& x,
-                             int64_t heads, const Tensor& like) {
+inline const float* cache_scale(const char* op, const char* name, const OptionalTensor& x,
+                                int64_t heads, const Tensor& like) {
   if (!x.has_value()) return nullptr;
   require_of(op,
              x->get_device() == like.get_device() && x->scalar_type() == ScalarType::Float &&
@@ -28,16 +35,17 @@ inline const float* scale_of(const char* op, const char* name, const OptionalTen
   return static_cast<const float*>(x->data_ptr());
 }
 
-inline void set_scales(const char* op, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                       int64_t heads, const Tensor& like, KVCache& cache) {
+inline void set_cache_scales(const char* op, const OptionalTensor& k_scale,
+                             const OptionalTensor& v_scale, int64_t heads, const Tensor& like,
+                             KVCache& cache) {
   require_of(op, k_scale.has_value() == v_scale.has_value(),
              "k_scale and v_scale must be given together");
-  cache.k_scale = scale_of(op, "k_scale", k_scale, heads, like);
-  cache.v_scale = scale_of(op, "v_scale", v_scale, heads, like);
+  cache.k_scale = cache_scale(op, "k_scale", k_scale, heads, like);
+  cache.v_scale = cache_scale(op, "v_scale", v_scale, heads, like);
 }
 
 // Where the host can read them.
-inline void check_scale_values(const char* op, const KVCache& cache) {
+inline void check_cache_scales(const char* op, const KVCache& cache) {
   const auto check = [&](const char* name, const float* scale) {
     for (int64_t head = 0; scale && head < cache.heads; ++head) {
       require_of(op, scale[head] > 0 && std::isfinite(scale[head]), name,
