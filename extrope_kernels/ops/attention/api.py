@@ -23,7 +23,7 @@ from .._shared.dtensor import replicated
 from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
 from . import flash_attn, reference
-from .arguments import check, check_boundaries
+from .checks import check, check_boundaries
 
 BACKENDS = ("reference", "cpu", "triton", "flash_attn")
 

@@ -22,7 +22,7 @@ from .._shared.options import refuse_unknown
 from .._shared.softmax import grad_of_sinks as grad_of_sinks
 from . import reference
 from .api import BACKENDS, missing, run
-from .arguments import check
+from .checks import check
 
 
 @dataclass(frozen=True)

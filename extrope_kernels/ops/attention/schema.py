@@ -18,7 +18,7 @@ from .._shared.autograd import contiguous_rows, refuse_backward, register_backwa
 from .._shared.library import library, load_on_first_use, ops
 from .._shared.softmax import grad_of_sinks
 from . import choice, flash_attn, reference
-from .arguments import check, check_boundaries
+from .checks import check, check_boundaries
 
 NAME = "attention"
 # An Autograd kernel sees the positional tensors alone, hence all of them before the *.

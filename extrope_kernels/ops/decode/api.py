@@ -23,7 +23,8 @@ from .._shared.lengths import cache_lengths
 from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
 from . import reference
-from .arguments import KVCache, check_decode, check_values, parse
+from .arguments import KVCache, parse
+from .checks import check_decode, check_values
 
 Tensors = tuple[Any, ...]  # of the ops, in their order
 Options = dict[str, Any]

@@ -16,7 +16,8 @@ from .._shared.attention_checks import check_head_dim
 from .._shared.autograd import refuse_backward
 from .._shared.library import library, load_on_first_use, ops
 from . import reference
-from .arguments import check_append, check_decode, check_values, parse, parse_append
+from .arguments import parse, parse_append
+from .checks import check_append, check_decode, check_values
 
 _CACHE = (
     "Tensor inv_freq, Tensor cache_seqlens, Tensor? block_table=None, "

@@ -13,7 +13,7 @@ from .._shared import backends as _backends
 from .._shared.checks import explained, refuse_flags, split_offset
 from .._shared.library import ops
 from . import reference
-from .arguments import check, check_decay_values, check_state
+from .checks import check, check_decay_values, check_state
 from .scan import Scan
 from .state import step_with_gradients
 

@@ -15,7 +15,7 @@ from .._shared import backends as _backends
 from .._shared.autograd import contiguous_rows, refuse_backward, register_backward
 from .._shared.library import library, ops
 from . import cpu, reference
-from .arguments import check, check_decay_values, check_dims, check_state
+from .checks import check, check_decay_values, check_dims, check_state
 from .scan import Others, Scan, Scanned, gradients
 
 NAME = "linear_attn"

@@ -12,7 +12,7 @@ from ..._shared.attention_call import AttentionCall
 from ..._shared.attention_checks import check_head_dim
 from ..._shared.triton.launch import INTERPRETED, Plan, chip_of
 from ..._shared.triton.position_maps import kind_of, map_arguments
-from ..arguments import check
+from ..checks import check
 from .backward_keys import dkv_kernel
 from .backward_queries import dq_kernel
 from .configs import MOST_ROWS, Config, config

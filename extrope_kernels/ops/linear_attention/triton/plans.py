@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..._shared.triton.launch import INTERPRETED, Plan, chip_of, strides_of
-from ..arguments import check_dims
+from ..checks import check_dims
 from ..scan import FEATURE_EPS, Scan
 from .configs import MAX_CHUNK, config
 from .kernels import scan_kernel, state_kernel, state_passing_kernel
