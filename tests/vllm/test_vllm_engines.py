@@ -10,13 +10,16 @@ import torch
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
 from vllm_engines import (
+    LENGTH,
     PROMPTS,
+    SIZES,
     TRAINED,
     build,
     difference,
     engine,
     expected,
     generated,
+    save_tokenizer,
     tokens_of,
 )
 
@@ -100,6 +103,30 @@ def test_engines_without_configuration_are_vllms(llama):
         assert tokens_of(generated(llm, within)) == tokens_of(want)
         # A control: vLLM's own table ends where ours has no end.
         assert not difference(generated(llm), expected(model, [])) < 1
+
+
+def test_encoders_without_configuration_are_vllms(tmp_path):
+    """Each token of BERT sees all others, by a builder that vLLM derives from its backend's."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_attention_heads": 2, "max_position_embeddings": LENGTH}
+    model = BertModel(BertConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    options = {"runner": "pooling", "skip_tokenizer_init": False, "max_num_batched_tokens": LENGTH}
+    with engine(tmp_path, None, **options) as llm:
+        outs = llm.embed([{"prompt_token_ids": p} for p in PROMPTS], use_tqdm=False)
+    got = torch.tensor([out.outputs.embedding for out in outs])
+    want, ref = (embeddings(each) for each in (model, copy.deepcopy(model).double()))
+    assert (got - ref).abs().max() <= 4 * (want - ref).abs().max()  # its products are its own
+
+
+@torch.no_grad()
+def embeddings(model):
+    """(prompts, hidden_size): what BERT's first token is in the end, to length 1."""
+    firsts = [model(torch.tensor([prompt])).last_hidden_state[0, 0] for prompt in PROMPTS]
+    return torch.nn.functional.normalize(torch.stack(firsts), dim=-1)
 
 
 def test_engines_in_turn_have_their_own_methods_and_say_so(llama, said):

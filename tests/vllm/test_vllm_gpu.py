@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -214,6 +215,18 @@ def test_without_slots_nothing_is_written(impl, kind, name):
 def forward(impl, **options):
     q, k, v = (torch.empty(1, heads, 32) for heads in (4, 2, 2))
     impl.forward(LAYER, q, k, v, torch.empty(32, 2, 16, 64), None, torch.empty(1, 4, 32), **options)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_layers_whose_batch_is_another_are_refused(platform):
+    """As vLLM makes those that see later tokens, or tokens of nobody's."""
+    from test_vllm_settings import config
+    from vllm.model_executor.layers.attention import encoder_only_attention
+
+    backend = importlib.import_module(f"{integration.__name__}.{platform}").ScoreBackend
+    derived = encoder_only_attention.create_encoder_only_attention_backend(backend)
+    with pytest.raises(ValueError, match=r"^extrope: .* made by EncoderOnlyAttentionBuilder"):
+        derived.get_builder_cls()(None, [], config({"score": LEAKY}), "cpu")
 
 
 @pytest.mark.parametrize("name", ["output_scale", "output_block_scale"])

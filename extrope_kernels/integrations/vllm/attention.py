@@ -102,6 +102,15 @@ class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
         return ScoreMetadata(common.num_actual_tokens, cu_seqlens, past, common.block_table_tensor)
 
 
+def refuse_derived(builder: type, ours: type) -> None:
+    """Refuse what vLLM derives from our builder for layers that see another batch than the rest."""
+    if builder is not ours:
+        raise ValueError(
+            f"{NAME}: attention layers must see a request's own tokens for a score method, "
+            f"got some whose batch is made by {builder.__name__}"
+        )
+
+
 class ScoreImpl(AttentionImpl):
     """One layer's attention."""
 

@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from .attention import ScoreImpl, ScoreMetadataBuilder, score_engine
+from .attention import ScoreImpl, ScoreMetadataBuilder, refuse_derived, score_engine
 
 
 class HeadwiseImpl(ScoreImpl):
@@ -56,12 +56,15 @@ class ScoreBackend(CPUAttentionBackend):
 
 
 class _Builder(CPUAttentionMetadataBuilder):
-    """vLLM's builder, or where the engine attends by a score method ours."""
+    """vLLM's builder, or where the engine attends by a score method ours.
+
+    vLLM derives others from it, for layers that are not causal for one, which are to stay theirs.
+    """
 
     def __new__(
         cls, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
     ) -> Any:
-        builder = CPUAttentionMetadataBuilder
-        if score_engine(vllm_config) is not None:
-            builder = ScoreMetadataBuilder
-        return builder(kv_cache_spec, layer_names, vllm_config, device)
+        if score_engine(vllm_config) is None:
+            return super().__new__(cls)
+        refuse_derived(cls, _Builder)
+        return ScoreMetadataBuilder(kv_cache_spec, layer_names, vllm_config, device)

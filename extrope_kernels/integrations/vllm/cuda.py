@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 
-from .attention import ScoreImpl, ScoreMetadataBuilder
+from .attention import ScoreImpl, ScoreMetadataBuilder, refuse_derived
 from .checks import FP8
 
 
@@ -74,3 +74,7 @@ class GraphBuilder(ScoreMetadataBuilder):
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     )
     reorder_batch_threshold = 1
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        refuse_derived(type(self), GraphBuilder)
+        super().__init__(*args, **kwargs)
