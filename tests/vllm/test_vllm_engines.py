@@ -147,6 +147,19 @@ def test_engines_in_turn_have_their_own_methods_and_say_so(llama, said):
     ]
 
 
+def test_frequencies_outlast_a_sleep(llama):
+    """Of level 2, by which vLLM drops all of a model and restores its buffers alone."""
+    model, folder = llama
+    with engine(folder, YARN) as llm:
+        rotary, _ = modules(llm)
+        buffers = dict(runner_of(llm).get_model().named_buffers())
+        kept = {name: buffer.clone() for name, buffer in buffers.items()}
+        rotary.freqs.inv_freq.zero_()
+        for name, buffer in buffers.items():
+            buffer.copy_(kept[name])
+        assert tokens_of(generated(llm)) == tokens_of(expected(model, [YARN]))
+
+
 @pytest.mark.parametrize("extrope", [YARN, {"score": RERO}], ids=["yarn", "rerope"])
 def test_rotary_layers_of_another_plugin_are_refused(llama, extrope, monkeypatch):
     from vllm.model_executor.custom_op import op_registry_oot

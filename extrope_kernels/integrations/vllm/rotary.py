@@ -73,6 +73,10 @@ class _Replacing:
         # A score method rotates queries and keys itself, when it knows where they are kept.
         rotates = engine.settings.score is None
         self.freqs: RopeFreqs | None = freqs.to(table.device) if rotates else None
+        if self.freqs is not None:
+            # vLLM's sleep of level 2 keeps nothing of a model but its buffers.
+            for name in ("inv_freq", "log_decay", "axes"):
+                self.register_buffer(name, getattr(self.freqs, name), persistent=False)
 
     def forward_native(
         self, positions: Tensor, query: Tensor, key: Tensor | None = None
