@@ -91,6 +91,7 @@ def test_in_words(extrope, words):
     [
         (4, ValueError, "must have a method, a score or both under 'extrope', got 4"),
         ({}, ValueError, "must have a method"),
+        ({"method": None, "score": None}, ValueError, "must have a method"),
         ({"factor": 4.0}, ValueError, "must have a method"),
         ({"factor": 4.0, "score": RERO}, ValueError, "factor must come with a method"),
         ({"method": "yearn"}, ValueError, "method must be one of rope, .* got 'yearn'"),
@@ -104,6 +105,9 @@ def test_in_words(extrope, words):
         (YARN | {"window": 4}, TypeError, "parameters of yarn must be among .* got window"),
         ({"score": "rerope"}, ValueError, "score must have a method, one of rerope, .* 'rerope'"),
         ({"score": {"method": "yarn"}}, ValueError, "score must have .* got 'yarn'"),
+        ({"score": {"method": ["rerope"]}}, ValueError, r"score must have .* got \['rerope'\]"),
+        ({"score": RERO | {"log_n": 1}}, ValueError, "log_n must be None or a length > 1, got 1"),
+        ({"score": RERO | {"log_n": "128"}}, TypeError, "log_n must be a number, got str"),
         ({"score": {"method": "rerope"}}, ValueError, "rerope needs window"),
         ({"score": RERO | {"windows": 1}}, TypeError, "parameters of rerope must be among"),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 
 from ... import RopeFreqs
 from ...methods import METHODS, WRAPPERS
+from ...ops._shared.attention_checks import check_log_n
 from ...scores import SCORES, Score
 
 _FUNCTIONS = METHODS | SCORES
@@ -105,8 +106,9 @@ def bind_score(op: str, method: str, given: Mapping[str, Any]) -> tuple[Score, f
     Raises ValueError or TypeError, from here or from the method, for parameters that do not fit.
     """
     check_names(op, method, given)
-    parameters = {name: value for name, value in given.items() if name != "log_n"}
-    return SCORES[method](**parameters), given.get("log_n")
+    parameters = dict(given)
+    check_log_n(op, log_n := parameters.pop("log_n", None))
+    return SCORES[method](**parameters), log_n
 
 
 def check_names(

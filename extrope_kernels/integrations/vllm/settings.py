@@ -36,7 +36,8 @@ def read_settings(additional_config: Any) -> Settings | None:
     entry = additional_config.get(NAME) if isinstance(additional_config, Mapping) else None
     if entry is None:
         return None
-    if not isinstance(entry, Mapping) or not entry.keys() & {"method", "score"}:
+    asked = isinstance(entry, Mapping) and (entry.get("method"), entry.get("score"))
+    if not asked or asked == (None, None):
         raise ValueError(
             f"{NAME}: additional_config must have a method, a score or both under {NAME!r}, "
             f"got {entry!r}"
@@ -66,7 +67,7 @@ def describe(additional_config: Mapping[str, Any]) -> str:
 def _read_score(entry: Any) -> tuple[Score | None, float | None]:
     if entry is None:
         return None, None
-    if not isinstance(entry, Mapping) or entry.get("method") not in SCORES:
+    if not isinstance(entry, Mapping) or entry.get("method") not in tuple(SCORES):
         got = entry.get("method") if isinstance(entry, Mapping) else entry
         raise ValueError(
             f"{NAME}: score must have a method, one of {', '.join(SCORES)}, got {got!r}"

@@ -17,15 +17,12 @@ _NUMBERS_OF_MAP = len(PositionMap._fields)
 def check_call(op: str, call: AttentionCall, q: Tensor, sequences: int) -> None:
     """The part of the checks that concerns neither keys nor values."""
     check_rope(op, call, q, sequences)
-    scale, log_n = call.softmax_scale, call.log_n
+    scale = call.softmax_scale
     if scale is not None:
         check_real(op, "softmax_scale", scale)
         if not 0 < scale < math.inf:
             raise ValueError(f"{op}: softmax_scale must be None or a number > 0, got {scale}")
-    if log_n is not None:
-        check_real(op, "log_n", log_n)
-        if not 1 < log_n < math.inf:
-            raise ValueError(f"{op}: log_n must be None or a length > 1, got {log_n}")
+    check_log_n(op, call.log_n)
     check_real(op, "attention_factor", call.attention_factor)
     if not 0 < call.attention_factor < math.inf:
         raise ValueError(f"{op}: attention_factor must be > 0, got {call.attention_factor}")
@@ -36,6 +33,15 @@ def check_call(op: str, call: AttentionCall, q: Tensor, sequences: int) -> None:
         raise ValueError(f"{op}: sliding_window must be None or >= 1, got {call.sliding_window}")
     _check_sinks(op, call.sinks, q)
     _check_regions(op, call)
+
+
+def check_log_n(op: str, log_n: float | None) -> None:
+    """The training length, or None."""
+    if log_n is None:
+        return
+    check_real(op, "log_n", log_n)
+    if not 1 < log_n < math.inf:
+        raise ValueError(f"{op}: log_n must be None or a length > 1, got {log_n}")
 
 
 def check_query_scale(op: str, query_scale: Tensor | None, q: Tensor) -> None:
