@@ -22,48 +22,52 @@ class Part(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Tokens that follow one another: their rows on a rank, and the position of the first."""
+    """Tokens that follow one another: the row of the first on a rank, and their positions.
 
-    rows: slice
+    No slice: torch.compile takes the bounds of one that an object holds for constants.
+    """
+
+    row: int
     start: int
+    stop: int  # behind the last
 
     @property
-    def stop(self) -> int:
-        """The position behind the last."""
-        return self.start + self.rows.stop - self.rows.start
+    def rows(self) -> slice:
+        """Where a rank has them."""
+        return slice(self.row, self.row + self.stop - self.start)
 
     def within(self, start: int, stop: int) -> Run:
         """Those of its tokens at the positions start to stop; there may be none."""
         start = min(max(start, self.start), self.stop)
         stop = max(min(stop, self.stop), start)
-        shift = self.rows.start - self.start
-        return Run(slice(start + shift, stop + shift), start)
+        return Run(self.row + start - self.start, start, stop)
 
 
 class Block(NamedTuple):
-    """A run of queries, and the keys of all ranks that it sees, of which it is the last.
+    """A run of queries, and the keys of all ranks that it sees, from one on to its own last.
 
     Tensors are (batch, seqlen, ...), or packed (total, ...). Packed, a block is either some queries
     of one sequence, which a call takes as a batch of one, or sequences from their beginnings on.
     """
 
-    rows: slice
-    key_rows: slice
+    run: Run
+    first_key: int = 0
     packed: bool = False
     cu_seqlens: Tensor | None = None  # of the sequences that begin in the block
     sequences: slice = slice(None)
 
     def queries(self, x: Tensor) -> Tensor:
         """The view of the block's queries, as a call takes them."""
-        return self._cut(x, self.rows)
+        return self._cut(x, self.run.rows)
 
     def keys(self, x: Tensor) -> Tensor:
         """The view of its keys, of all."""
-        return self._cut(x, self.key_rows)
+        return self._cut(x, slice(self.first_key, self.run.stop))
 
     def lse(self, x: Tensor) -> Tensor:
         """The view of its queries' log-sum-exp (batch, heads, seqlen), packed (heads, total)."""
-        return x[..., self.rows].unsqueeze(0) if self._of_one else x[..., self.rows]
+        rows = x[..., self.run.rows]
+        return rows.unsqueeze(0) if self._of_one else rows
 
     def _cut(self, x: Tensor, rows: slice) -> Tensor:
         if not self.packed:
@@ -97,7 +101,7 @@ class RopeTensors(NamedTuple):
             block.cu_seqlens,
             self.log_decay,
             None if self.sinks is None else self.sinks[heads],
-            None if scale is None else scale[..., block.rows].contiguous(),
+            None if scale is None else scale[..., block.run.rows].contiguous(),
         )
 
 
@@ -113,7 +117,7 @@ def runs(tokens: int, group: Group, balance: Balance) -> list[Run]:
     """The runs of a rank that holds so many tokens."""
     mine = chunks(group.rank, group.size, balance)
     size = tokens // len(mine)
-    return [Run(slice(n * size, (n + 1) * size), c * size) for n, c in enumerate(mine)]
+    return [Run(n * size, c * size, (c + 1) * size) for n, c in enumerate(mine)]
 
 
 def blocks_of(
@@ -121,35 +125,28 @@ def blocks_of(
 ) -> list[Block]:
     """A rank's queries with the keys they see; boundaries: those of all packed sequences."""
     found = []
-    for rows, start in runs(tokens, group, balance):
-        end = start + rows.stop - rows.start
+    for run in runs(tokens, group, balance):
         if boundaries is None:
-            found.append(Block(rows, slice(0, end)))
-        elif start < end:
-            found += _packed(rows.start - start, start, end, boundaries, device)
+            found.append(Block(run))
+        elif run.start < run.stop:
+            found += _packed(run, boundaries, device)
     return found
 
 
-def _packed(
-    shift: int, start: int, end: int, boundaries: list[int], device: torch.device
-) -> list[Block]:
-    """The queries start to end: those of the sequence that began before, and the others.
-
-    shift: what makes a position in the whole a row on this rank.
-    """
-    begun = sum(first < start for first in boundaries[:-1])
-    reached = sum(first < end for first in boundaries[:-1])
-    middle = min(boundaries[begun], end)
+def _packed(run: Run, boundaries: list[int], device: torch.device) -> list[Block]:
+    """The queries of a run: those of the sequence that began before, and the others."""
+    begun = sum(first < run.start for first in boundaries[:-1])
+    reached = sum(first < run.stop for first in boundaries[:-1])
+    middle = min(boundaries[begun], run.stop)
     found = []
-    if start < middle:
-        keys = slice(boundaries[begun - 1], middle)
-        rows = slice(start + shift, middle + shift)
-        found.append(Block(rows, keys, True, None, slice(begun - 1, begun)))
-    if middle < end:
-        ends = [first - middle for first in boundaries[begun:reached]] + [end - middle]
+    if run.start < middle:
+        before = run.within(run.start, middle)
+        found.append(Block(before, boundaries[begun - 1], True, None, slice(begun - 1, begun)))
+    if middle < run.stop:
+        rest = run.within(middle, run.stop)
+        ends = [first - middle for first in boundaries[begun:reached]] + [run.stop - middle]
         cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
-        rows = slice(middle + shift, end + shift)
-        found.append(Block(rows, slice(middle, end), True, cu_seqlens, slice(begun, reached)))
+        found.append(Block(rest, middle, True, cu_seqlens, slice(begun, reached)))
     return found
 
 

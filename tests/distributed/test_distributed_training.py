@@ -51,6 +51,24 @@ def test_compiles_without_a_break(ranks, strategy):
     ranks.run(compiles, 2, strategy=strategy)
 
 
+def one_graph_for_all_lengths(mesh, strategy):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    attention = call(mesh, strategy)
+    compiled = torch.compile(attention, fullgraph=True, backend=counter, dynamic=True)
+    for seqlen in (24, 40):
+        tensors = [torch.randn(1, seqlen // mesh.size(), 1, 16) for _ in range(3)]
+        torch.testing.assert_close(compiled(*tensors), attention(*tensors))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_another_length_compiles_nothing_anew(ranks, strategy):
+    ranks.run(one_graph_for_all_lengths, 2, strategy=strategy)
+
+
 def checkpoints(mesh, strategy):
     attention, tensors = call(mesh, strategy), inputs(mesh, torch.float64)
 
