@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..methods import RopeFreqs
 from ..ops._shared.checks import refuse_flags
-from ..ops._shared.options import SoftmaxOptions
+from ..ops._shared.options import SoftmaxOptions, tensor_or_pair
 from ..ops.attention import BlockCall, block_call, block_forward, check_block
 from ..scores import Score
 from . import gather, ring
@@ -45,6 +45,7 @@ class Prepared(NamedTuple):
     devices: Devices
 
 
+@tensor_or_pair
 def attend(
     score: Score | Callable[[], Score],
     q: Tensor,

@@ -65,9 +65,9 @@ def rerope_attention(
         backend never falls back.
 
     Returns: out like q, of v's head_dim, and with return_lse the log-sum-exp of the logits and the
-        sink, (batch, heads_q, seqlen_q) or (heads_q, total), float32, -inf where there is
-        neither. Differentiable in q, k, v and sinks; to any order, and in inv_freq, with
-        backend="reference".
+        sink, (batch, heads_q, seqlen_q) or (heads_q, total), float32 (float64 with float64
+        tensors), -inf where there is neither. Differentiable in q, k, v and sinks; to any order,
+        and in inv_freq, with backend="reference".
     Raises: ValueError or TypeError that names the argument; NotImplementedError when the named
         backend cannot run here.
     """

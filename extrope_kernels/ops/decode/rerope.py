@@ -64,8 +64,8 @@ def rerope_attention_with_kvcache(
         falls back.
 
     Returns: out like q, of v's head_dim, and with return_lse the log-sum-exp of the logits and the
-        sink (batch, heads_q, seqlen_q), or (heads_q, total), float32. Queries before a sequence's
-        first key have 0, and -inf or the sink.
+        sink (batch, heads_q, seqlen_q), or (heads_q, total), float32 (float64 with float64
+        tensors). Queries before a sequence's first key have 0, and -inf or the sink.
     Raises: ValueError or TypeError that names the argument, before anything is written;
         NotImplementedError when the named backend cannot run here. On a GPU the values of integer
         tensors are not looked at: what does not fit the cache is neither written nor read, and
