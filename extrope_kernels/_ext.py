@@ -92,7 +92,8 @@ def cache_dirs() -> list[Path]:
         user = Path(xdg) / "extrope_kernels"
     else:
         user = Path(os.path.expanduser("~/.cache")) / "extrope_kernels"
-    return [user, _temporary_dir()]
+    # Where users have no numbers, on Windows, nothing is built.
+    return [user, _temporary_dir()] if hasattr(os, "getuid") else [user]
 
 
 def _temporary_dir() -> Path:

@@ -1,6 +1,7 @@
 """Models from PyPI: finding them, joining parts, and the copy that loads faster."""
 
 import importlib.util
+import os
 import sys
 
 import pytest
@@ -94,6 +95,12 @@ def test_parts_that_do_not_fit_leave_nothing(parts, cache):
     ):
         models.find_model("gemma3-270m")
     assert not any(cache.iterdir())
+
+
+def test_there_is_a_cache_where_users_have_no_numbers(monkeypatch, tmp_path):
+    monkeypatch.setenv("EXTROPE_CACHE_DIR", str(tmp_path))
+    monkeypatch.delattr(os, "getuid")  # Windows
+    assert packaged.converted_folder("smollm2").parent == tmp_path
 
 
 def test_missing_package_names_the_command(monkeypatch):
