@@ -80,7 +80,7 @@ class Score:
     stored_maps: list[float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # What every call hands to an op, as the dispatcher takes it: see ops/_shared/attention.py.
+        # What every call hands to an op, as the dispatcher takes it: see AttentionCall.
         maps = [float(n) for _, *both in self.regions for side in both for n in side]
         object.__setattr__(self, "starts", [region.start for region in self.regions])
         object.__setattr__(self, "maps", [*maps, *map(float, UNROTATED)])

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from extrope_kernels.distributed import local_positions, shard, unshard
 
 SIZES = (2, 4, (2, 2))
-RANKS = {2: 2, 4: 4, (2, 2): 4}
 
 
 def rank_in(mesh):

@@ -12,7 +12,7 @@ from extrope_kernels import _ext, apply_rope, apply_rope_qk, methods, permute, r
 pytestmark = pytest.mark.skipif(_ext.load("cpu") is not None, reason="about the CPU library")
 
 FREQS = methods.rope(64)
-LARGE = 4 << 20  # bytes: csrc/cpu/output_pages.cpp
+LARGE = 4 << 20  # bytes: csrc/cpu/runtime/kept_pages.h
 
 
 def rotated(seqlen=8192, dtype=torch.float32, fill=1.0):

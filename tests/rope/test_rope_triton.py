@@ -21,8 +21,9 @@ from rope_oracle import (
     rope_rotation,
 )
 
+from extrope_kernels.ops._shared.dtypes import accumulator
 from extrope_kernels.ops.rope import reference
-from extrope_kernels.ops.rope.pairs import accumulator, cross
+from extrope_kernels.ops.rope.pairs import cross
 from extrope_kernels.ops.rope.rotation import Rotation
 from extrope_kernels.ops.rope.triton import launch, rotate
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from ...scores import PositionMap, Region, Score, query_scale, rerope, self_extend
 from .checks import check_count, check_real, refuse_flags
+from .dtypes import accumulator
 
-_MAP = len(PositionMap._fields)
+MAP_NUMBERS = len(PositionMap._fields)  # as kMapNumbers in csrc/common/regions.h
 
 # Of both families of ops, after their tensors. Regions and maps are those of a `Score`: the first
 # key of each region, then for each region the numbers of q_map and k_map, and last those of the map
@@ -78,20 +79,25 @@ class AttentionCall:
 
     def results_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of out, or of the gradients, where q, k and v are of `dtype`."""
-        return torch.promote_types(dtype, torch.float32) if self.float32_results else dtype
+        return accumulator(dtype) if self.float32_results else dtype
 
     def scale(self, head_dim: int) -> float:
         """The factor of all logits."""
         return self.softmax_scale or head_dim**-0.5
 
     def _map(self, n: int) -> PositionMap:
-        return position_map(self.maps[n * _MAP : (n + 1) * _MAP])
+        return position_map(self.maps[n * MAP_NUMBERS : (n + 1) * MAP_NUMBERS])
 
 
 def position_map(numbers: Sequence[float]) -> PositionMap:
     """The map that an op is told of by its numbers."""
     modulus, divisor, floor, offset, cap = numbers
     return PositionMap(int(modulus), divisor, bool(floor), offset, cap)
+
+
+def lse_shape(q: Tensor) -> tuple[int, ...]:
+    """(batch, heads_q, seqlen_q), or packed (heads_q, total)."""
+    return (*q.shape[:-3], q.shape[-2], q.shape[-3])
 
 
 def row_scale(i: Tensor, call: AttentionCall) -> Tensor | None:

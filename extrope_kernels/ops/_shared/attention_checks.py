@@ -7,11 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ...scores import PositionMap
-from .attention_call import AttentionCall
+from .attention_call import MAP_NUMBERS, AttentionCall
 from .checks import check_real, refuse_flags
-
-_NUMBERS_OF_MAP = len(PositionMap._fields)
+from .dtypes import accumulator
 
 
 def check_call(op: str, call: AttentionCall, q: Tensor, sequences: int) -> None:
@@ -79,7 +77,7 @@ def _check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> None:
     if not isinstance(sinks, Tensor):
         raise TypeError(f"{op}: sinks must be a Tensor, got {type(sinks).__name__}")
     heads = q.shape[-2]
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = accumulator(q.dtype)
     if sinks.shape != (heads,) or sinks.dtype != wide or sinks.device != q.device:
         raise ValueError(
             f"{op}: sinks must be {wide} ({heads},) on {q.device}, "
@@ -128,10 +126,10 @@ def _check_regions(op: str, call: AttentionCall) -> None:
         raise ValueError(f"{op}: starts must be 1 to 3 rising numbers, got {list(call.starts)}")
     if call.granularity < 1:
         raise ValueError(f"{op}: granularity must be >= 1, got {call.granularity}")
-    if len(call.maps) != (2 * count + 1) * _NUMBERS_OF_MAP:
+    numbers = (2 * count + 1) * MAP_NUMBERS
+    if len(call.maps) != numbers:
         raise ValueError(
-            f"{op}: maps must be {(2 * count + 1) * _NUMBERS_OF_MAP} numbers for {count} regions, "
-            f"got {len(call.maps)}"
+            f"{op}: maps must be {numbers} numbers for {count} regions, got {len(call.maps)}"
         )
 
 

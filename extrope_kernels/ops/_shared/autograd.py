@@ -80,11 +80,9 @@ def _in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def refuse_recording(library, op, message: str, written: int) -> None:
-    """Let `op`, which writes over its first tensors, refuse those of a graph; and let autograd
-    notice when one that it has saved has been overwritten.
-
-    written: how many it may write over.
+def refuse_recording(library, op, message: str) -> None:
+    """Let `op`, which writes over q and k, its first arguments, refuse tensors of a graph; and let
+    autograd notice when one that it has saved has been overwritten.
     """
 
     def kernel(keyset, *args, **options):
@@ -93,7 +91,7 @@ def refuse_recording(library, op, message: str, written: int) -> None:
         _refuse_tangents(op, args)
         with torch._C._AutoDispatchBelowAutograd():
             out = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
-        note_writes(*args[:written])
+        note_writes(*args[:2])
         return out
 
     library.impl(op.name(), kernel, "Autograd", with_keyset=True)

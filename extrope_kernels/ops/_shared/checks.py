@@ -85,6 +85,39 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor, name: str = "cu_seq
         )
 
 
+def check_ints(
+    op: str,
+    name: str,
+    x: Tensor,
+    shape: tuple[int | None, ...],
+    like: Tensor,
+    more: tuple[torch.dtype, ...] = (),
+) -> None:
+    """An integer tensor on like's device; shape: None for any number of blocks.
+
+    more: dtypes that are taken beside int32; with some, so is any stride.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    fits = x.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape))
+    if x.dtype not in (torch.int32, *more) or not fits or x.device != like.device:
+        wanted = ", ".join("max_blocks" if n is None else str(n) for n in shape)
+        kinds = " or ".join(["int32", *(str(n).removeprefix("torch.") for n in more)])
+        raise ValueError(
+            f"{op}: {name} must be {kinds} ({wanted}{',' * (len(shape) == 1)}) on {like.device}, "
+            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+        )
+    if not more and x.numel() and x.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: {name} must be contiguous in its last dimension, got strides {x.stride()}"
+        )
+
+
+def overlaps_itself(x: Tensor) -> bool:
+    """Say whether elements of x share memory, as in one that is expanded: it cannot be written."""
+    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape))
+
+
 def split_offset(op: str, positions: Tensor | int | None) -> tuple[Tensor | None, int]:
     """The `positions` of a public function as the op's (positions, offset)."""
     if type(positions) is int and -(2**63) <= positions < 2**63:
@@ -121,16 +154,17 @@ def refuse_flags(op: str, **flags: bool) -> None:
             raise TypeError(f"{op}: {name} must be a bool, got {type(flag).__name__}")
 
 
-def explained(
+def run_explained(
     op: str,
     run: Callable[..., Result],
     check: Callable[..., object] | None,
     args: tuple[Any, ...],
-    told_as: str | None = None,
+    function: str | None = None,
 ) -> Result:
-    """`run(*args)`, its refusals told in Python's error types, and in the name of `told_as`.
+    """`run(*args)`; what it refuses raises a TypeError or ValueError that names the argument.
 
-    The compiled kernels check everything before they start, so that the common case pays for one
+    op: what the compiled kernels' errors begin with; function: what they begin with here, `op` by
+    default. The kernels check everything before they start, so that the common case pays for one
     check only; `check(*args)` finds the words. Closures would cost more than passing args on.
     """
     if torch.compiler.is_compiling():
@@ -140,13 +174,13 @@ def explained(
     except REFUSALS as error:
         if check is not None:
             check(*args)
-        retell(error, op, told_as)
+        raise_as_value_error(error, op, function)
         raise
 
 
-def retell(error: Exception, op: str, told_as: str | None = None) -> None:
-    """Raise what a kernel of `op` refused as the ValueError of `told_as`."""
+def raise_as_value_error(error: Exception, op: str, function: str | None = None) -> None:
+    """Raise what a kernel of `op` refused as the ValueError of a public function."""
     ours = isinstance(error, RuntimeError) and str(error).startswith(f"{op}: ")
     if ours and not isinstance(error, NotImplementedError):
         refusal = str(error).splitlines()[0].removeprefix(op)
-        raise ValueError((told_as or op) + refusal) from None
+        raise ValueError((function or op) + refusal) from None

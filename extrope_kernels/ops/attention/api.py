@@ -18,7 +18,7 @@ from .._shared.attention_call import (
     score_options,
 )
 from .._shared.autograd import call_unrecorded
-from .._shared.checks import explained, refuse_flags
+from .._shared.checks import refuse_flags, run_explained
 from .._shared.dtensor import replicated
 from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
@@ -74,7 +74,7 @@ def attend(
     options = score_options(score, stored=keys_stored)
     options |= rope_options(op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window)
     args = (op, (q, k, v, *rope_args), options, backend)
-    out, lse = explained("attention", run, _check, args, told_as=op)
+    out, lse = run_explained("attention", run, _check, args, function=op)
     return (out, lse) if return_lse else out
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._shared.attention_call import lse_shape
 from .._shared.checks import refuse_flags
 
 
@@ -106,8 +107,7 @@ def _check(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], inplace: bool) ->
         raise ValueError(f"merge_attention: outs must be floating point, got {first.dtype}")
     if lses[0].dtype not in (torch.float32, torch.float64):
         raise ValueError(f"merge_attention: lses must be float32 or float64, got {lses[0].dtype}")
-    rows = (*first.shape[:-3], first.shape[-2], first.shape[-3])
-    for name, tensors, shape in (("outs", outs, first.shape), ("lses", lses, rows)):
+    for name, tensors, shape in (("outs", outs, first.shape), ("lses", lses, lse_shape(first))):
         for i, x in enumerate(tensors):
             narrower = inplace and name == "outs" and x.dtype in (torch.bfloat16, torch.float16)
             dtype = x.dtype if narrower else tensors[0].dtype

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._shared.attention_call import AttentionCall, row_scale
+from .._shared.dtypes import accumulator
 from .._shared.positions import sequence_of_token
 from .._shared.precision import without_autocast
 from .._shared.softmax import capped, softmax_of
@@ -47,7 +48,7 @@ def backward(
     q_frames, k_frames = rotate(q, k, call)
     q_r, k_r = _batched(q_frames, packed), _batched(k_frames, packed)
     values, dout, out, lse = _batched([v, dout, out, lse], packed)
-    wide = _wide(v)
+    wide = accumulator(v.dtype)
     logits = _logits(q_r, k_r, call)
     weights = torch.exp(logits - _finite(lse)[..., None])
     dv = _per_key_head(torch.einsum("bhij,bihd->bjhd", weights, dout.to(wide)), values)
@@ -72,7 +73,7 @@ def backward(
 
 def _logits(q: list[Tensor], k: list[Tensor], call: AttentionCall) -> Tensor:
     """(batch, heads_q, seqlen_q, seqlen_k): every pair's score in its region, -inf outside."""
-    wide, scale = _wide(q[0]), _scale(q[0], k[0], call)
+    wide, scale = accumulator(q[0].dtype), _scale(q[0], k[0], call)
     logits = torch.tensor(-torch.inf, dtype=wide, device=q[0].device)
     for region, (q_r, k_r) in enumerate(zip(q, k)):
         scores = torch.einsum("bihd,bjhd->bhij", q_r.to(wide), _per_query_head(k_r, q_r)) * scale
@@ -82,7 +83,7 @@ def _logits(q: list[Tensor], k: list[Tensor], call: AttentionCall) -> Tensor:
 
 def _scale(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | float:
     scale, rows = call.scale(q.shape[-1]), row_scale(positions(q, k, call)[0], call)
-    return scale if rows is None else _per_pair(rows.to(_wide(q)), q)[..., None] * scale
+    return scale if rows is None else _per_pair(rows.to(accumulator(q.dtype)), q)[..., None] * scale
 
 
 def _visible(region: int, q: Tensor, k: Tensor, call: AttentionCall) -> Tensor:
@@ -102,10 +103,6 @@ def _per_pair(x: Tensor, rows: Tensor) -> Tensor:
     return x.expand(-1 if x.dim() > 1 else 1, rows.shape[1])[:, None]
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _batched(tensors: list[Tensor], packed: bool) -> list[Tensor]:
     return [x.unsqueeze(0) for x in tensors] if packed else list(tensors)
 
@@ -116,7 +113,7 @@ def _finite(lse: Tensor) -> Tensor:
 
 
 def _per_query_head(x: Tensor, q: Tensor) -> Tensor:
-    return x.to(_wide(x)).repeat_interleave(q.shape[2] // x.shape[2], dim=2)
+    return x.to(accumulator(x.dtype)).repeat_interleave(q.shape[2] // x.shape[2], dim=2)
 
 
 def _per_key_head(x: Tensor, k: Tensor) -> Tensor:

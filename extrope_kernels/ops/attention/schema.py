@@ -12,9 +12,10 @@ import functools
 import torch
 from torch import Tensor
 
-from .._shared.attention_call import SCHEMA, AttentionCall
+from .._shared.attention_call import SCHEMA, AttentionCall, lse_shape
 from .._shared.attention_checks import check_head_dim
 from .._shared.autograd import contiguous_rows, refuse_backward, register_backward
+from .._shared.dtypes import accumulator
 from .._shared.library import library, load_on_first_use, ops
 from .._shared.softmax import grad_of_sinks
 from . import choice, flash_attn, reference
@@ -59,10 +60,8 @@ def _checked(implementation: str, q: Tensor, k: Tensor, v: Tensor, rope_args, op
 def _fwd_fake(q, k, v, *rope_args, **options):
     call = AttentionCall(*rope_args, **options)
     check(NAME, q, k, v, call)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rows = (*q.shape[:-3], q.shape[-2], q.shape[-3])
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=call.results_dtype(q.dtype))
-    return out, q.new_empty(rows, dtype=wide)
+    return out, q.new_empty(lse_shape(q), dtype=accumulator(q.dtype))
 
 
 def _bwd_fake(dout, dlse, q, k, v, out, lse, *rope_args, **options):

@@ -18,7 +18,7 @@ from .._shared.attention_call import (
     score_options,
 )
 from .._shared.autograd import call_unrecorded
-from .._shared.checks import explained, refuse_flags
+from .._shared.checks import refuse_flags, run_explained
 from .._shared.lengths import cache_lengths
 from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
@@ -83,7 +83,7 @@ def attend_with_kvcache(
     options = score_options(score, stored=True)
     options |= rope_options(op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window)
     args = (op, tensors, options, backend)
-    out, lse = explained("decode", _run, _check, args, told_as=op)
+    out, lse = run_explained("decode", _run, _check, args, function=op)
     return (out, lse) if return_lse else out
 
 

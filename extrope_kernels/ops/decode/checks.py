@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...scores import UNROTATED
-from .._shared.attention_call import AttentionCall
+from .._shared.attention_call import MAP_NUMBERS, AttentionCall
 from .._shared.attention_checks import check_call, check_query_scale, check_rope
-from .._shared.checks import DTYPES, check_cu_seqlens
+from .._shared.checks import DTYPES, check_cu_seqlens, check_ints, overlaps_itself
 from .._shared.fp8 import FP8, check_cache_dtype, check_scale_values, check_scales
 from .arguments import KVCache
 
@@ -52,8 +51,8 @@ def check_append(op: str, k: Tensor, v: Tensor, cache: KVCache, call: AttentionC
     _check_cache(op, cache, k, k.shape[0])
     _check_new(op, k, v, cache, k)
     check_rope(op, call, k, k.shape[0])
-    if len(call.maps) != len(UNROTATED):
-        raise ValueError(f"{op}: stored must be {len(UNROTATED)} numbers, got {len(call.maps)}")
+    if len(call.maps) != MAP_NUMBERS:
+        raise ValueError(f"{op}: stored must be {MAP_NUMBERS} numbers, got {len(call.maps)}")
 
 
 def _check_new(
@@ -76,7 +75,7 @@ def _check_new(
             f"{op}: v must have k's tokens {tuple(k.shape[:-2])}, got {tuple(v.shape[:-2])}"
         )
     for label, x in (("k_cache", cache.k), ("v_cache", cache.v)):
-        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
+        if overlaps_itself(x):
             raise ValueError(
                 f"{op}: {label} must not be expanded to be written to, got strides {x.stride()}"
             )
@@ -138,11 +137,11 @@ def _check_cache(op: str, cache: KVCache, x: Tensor, batch: int) -> None:
             f"{op}: k_cache must be ({expected}, {x.shape[-1]}), got {tuple(cache.k.shape)}"
         )
     check_scales(op, cache.scales, cache.k.shape[2], x)
-    _check_ints(op, "cache_seqlens", cache.seqlens, (batch,), x)
+    check_ints(op, "cache_seqlens", cache.seqlens, (batch,), x)
     if cache.leftpad is not None:
-        _check_ints(op, "cache_leftpad", cache.leftpad, (batch,), x)
+        check_ints(op, "cache_leftpad", cache.leftpad, (batch,), x)
     if paged:
-        _check_ints(op, "block_table", cache.block_table, (batch, None), x)
+        check_ints(op, "block_table", cache.block_table, (batch, None), x)
         if cache.k.shape[1] == 0:
             raise ValueError(f"{op}: k_cache must have a block_size >= 1, got 0")
 
@@ -167,24 +166,6 @@ def _check_rows(
             f"{op}: {label} must be float32, bfloat16, float16 or float64, got {x.dtype}"
         )
     if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel() > 0:
-        raise ValueError(
-            f"{op}: {label} must be contiguous in its last dimension, got strides {x.stride()}"
-        )
-
-
-def _check_ints(
-    op: str, label: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor
-) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {label} must be a Tensor, got {type(x).__name__}")
-    fits = x.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape))
-    if x.dtype != torch.int32 or not fits or x.device != like.device:
-        wanted = ", ".join("max_blocks" if n is None else str(n) for n in shape)
-        raise ValueError(
-            f"{op}: {label} must be int32 ({wanted}{',' * (len(shape) == 1)}) on {like.device}, "
-            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
-        )
-    if x.numel() and x.stride(-1) != 1:
         raise ValueError(
             f"{op}: {label} must be contiguous in its last dimension, got strides {x.stride()}"
         )

@@ -8,7 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .._shared.attention_call import AttentionCall, row_scale
+from .._shared.attention_call import AttentionCall, lse_shape, row_scale
+from .._shared.dtypes import accumulator
 from .._shared.fp8 import dequantize, quantize
 from .._shared.frames import rotate_keys, rotate_queries, store_keys
 from .._shared.precision import without_autocast
@@ -31,7 +32,7 @@ def decode(
         return _decode_packed(q, k, v, cache, call)
     if k is not None:
         append(k, v, cache, call)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = accumulator(q.dtype)
     group = q.shape[2] // cache.k.shape[2]
     lengths = cache.lengths()[:, None]
     i = lengths - q.shape[1] + torch.arange(q.shape[1], device=q.device)  # (batch, seqlen_q)
@@ -59,13 +60,12 @@ def _decode_packed(
     """Sequence by sequence; tokens past the last boundary get 0, and -inf as lse."""
     ends = call.cu_seqlens.tolist()
     out = q.new_zeros(*q.shape[:-1], cache.v.shape[-1])
-    wide = torch.promote_types(q.dtype, torch.float32)
-    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=wide)
+    lse = q.new_full(lse_shape(q), -torch.inf, dtype=accumulator(q.dtype))
     for b, (begin, end) in enumerate(pairwise(ends)):
         tokens = slice(begin, end)
         new = (None, None) if k is None else (k[None, tokens], v[None, tokens])
-        one, its_call = _one_sequence(b, tokens, cache, call)
-        out_b, lse_b = decode(q[None, tokens], *new, one, its_call)
+        its_cache, its_call = _one_sequence(b, tokens, cache, call)
+        out_b, lse_b = decode(q[None, tokens], *new, its_cache, its_call)
         out[tokens], lse[:, tokens] = out_b[0], lse_b[0]
     return out, lse
 

@@ -11,9 +11,10 @@ import functools
 
 import torch
 
-from .._shared.attention_call import SCHEMA
+from .._shared.attention_call import SCHEMA, lse_shape
 from .._shared.attention_checks import check_head_dim
 from .._shared.autograd import refuse_backward
+from .._shared.dtypes import accumulator
 from .._shared.library import library, load_on_first_use, ops
 from . import reference
 from .arguments import parse, parse_append
@@ -39,9 +40,8 @@ _APPEND = (
 
 def _decode_fake(q, k_cache, v_cache, k, v, *rope_args, **options):
     check_decode("decode", q, k, v, *parse(q, k_cache, v_cache, k, v, *rope_args, **options))
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rows = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    return q.new_empty((*q.shape[:-1], v_cache.shape[-1])), q.new_empty(rows, dtype=wide)
+    lse = q.new_empty(lse_shape(q), dtype=accumulator(q.dtype))
+    return q.new_empty((*q.shape[:-1], v_cache.shape[-1])), lse
 
 
 def _append_fake(k_cache, v_cache, k, v, *rope_args, **options):

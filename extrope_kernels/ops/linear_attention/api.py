@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._shared import backends as _backends
-from .._shared.checks import explained, refuse_flags, split_offset
+from .._shared.checks import refuse_flags, run_explained, split_offset
 from .._shared.library import ops
 from . import reference
 from .checks import check, check_decay_values, check_state
@@ -88,7 +88,7 @@ def permuteformer_attention(
         options = {"offset": offset, "causal": causal, "normalize": normalize}
         forward = functools.partial(ops.permuteformer_fwd, **options)
         tensors = (q, k, v, permutations, rows, decay, cu_seqlens)
-        return explained("permute", forward, None, tensors)[0]
+        return run_explained("permute", forward, None, tensors)[0]
     q, k = _permute(name, q, k, permutations, positions, cu_seqlens, backend)
     if backend == "reference":
         heads = k.shape[-2] if decay is None else decay.shape[0]
@@ -189,7 +189,7 @@ def _permute(
     op = _op("permute_fwd", backend)
     options = {"offset": offset} if offset else {}
     run = functools.partial(op, **options)
-    return explained("permute", run, None, (q, k, permutations, positions, cu_seqlens))
+    return run_explained("permute", run, None, (q, k, permutations, positions, cu_seqlens))
 
 
 def _check_permutations(name: str, permutations: Tensor) -> None:

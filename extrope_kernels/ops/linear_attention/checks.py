@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._shared.checks import check_cu_seqlens, check_rows
+from .._shared.dtypes import accumulator
 
 MAX_DIM = 256  # of the fused kernels: a state and its operands have to fit on chip
 
@@ -60,7 +61,7 @@ def check_dims(name: str, q: Tensor, v: Tensor) -> None:
 
 def check_state(name: str, state: Tensor, key_sum: Tensor, k: Tensor, v: Tensor, heads: int):
     """A state of `heads` heads that fits k and v."""
-    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    wide = accumulator(k.dtype)
     shape = (k.shape[0], heads, k.shape[-1])
     for label, x, expected in (("kv", state, (*shape, v.shape[-1])), ("k", key_sum, shape)):
         if not isinstance(x, Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._shared.dtypes import accumulator
 from .._shared.precision import without_autocast
 from .scan import Scan, Scanned, feature
 
@@ -12,7 +13,7 @@ from .scan import Scan, Scanned, feature
 @without_autocast
 def scan(q: Tensor, k: Tensor, v: Tensor, how: Scan) -> Scanned:
     """See scan.py; differentiable to any order in q, k and v."""
-    packed, wide = how.cu_seqlens is not None, _wide(q)
+    packed, wide = how.cu_seqlens is not None, accumulator(q.dtype)
     rows = max(q.shape[-2], how.heads)  # heads of out
     most = max(rows, k.shape[-2])
     dtype = wide if how.out_is_float else q.dtype
@@ -55,11 +56,8 @@ def scan(q: Tensor, k: Tensor, v: Tensor, how: Scan) -> Scanned:
 
 def row_dots(x: Tensor, y: Tensor, packed: bool) -> Tensor:
     """<x, y> over the last dimension, (batch, heads, seqlen) or (heads, total)."""
-    return (x.to(_wide(x)) * y.to(_wide(x))).sum(-1).transpose(-1, -2).contiguous()
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulator(x.dtype)
+    return (x.to(wide) * y.to(wide)).sum(-1).transpose(-1, -2).contiguous()
 
 
 def _heads_first(x: Tensor, wide: torch.dtype) -> Tensor:

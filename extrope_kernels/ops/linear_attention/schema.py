@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._shared import backends as _backends
 from .._shared.autograd import contiguous_rows, refuse_backward, register_backward
+from .._shared.dtypes import accumulator
 from .._shared.library import library, ops
 from . import cpu, reference
 from .checks import check, check_decay_values, check_dims, check_state
@@ -44,15 +45,11 @@ def _scan(q, k, v, decay=None, cu_seqlens=None, *, causal=True, normalize=True) 
     return Scan(heads, decay, cu_seqlens, causal, normalize=normalize)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _fwd_fake(q, k, v, decay=None, cu_seqlens=None, **options):
     how = _scan(q, k, v, decay, cu_seqlens, **options)
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    return out, q.new_empty(rows if how.normalize else 0, dtype=_wide(q))
+    return out, q.new_empty(rows if how.normalize else 0, dtype=accumulator(q.dtype))
 
 
 def _bwd_fake(dout, q, k, v, out, den, decay=None, cu_seqlens=None, **options):
@@ -64,8 +61,8 @@ def _step_fake(q, k, v, kv=None, key_sum=None, decay=None, *, normalize=True):
     heads = _step_scan(q, k, v, kv, key_sum, decay, normalize).heads
     shape = (k.shape[0], heads, k.shape[-1])
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    state = q.new_empty((*shape, v.shape[-1]), dtype=_wide(q))
-    return out, state, q.new_empty(shape, dtype=_wide(q))
+    state = q.new_empty((*shape, v.shape[-1]), dtype=accumulator(q.dtype))
+    return out, state, q.new_empty(shape, dtype=accumulator(q.dtype))
 
 
 def _step_scan(q, k, v, kv, key_sum, decay, normalize) -> Scan:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .._shared.dtypes import accumulator
 from .._shared.precision import without_autocast
 from .scan import feature
 
@@ -55,7 +56,7 @@ def step_with_gradients(
 
     attention: of q, k, v and decay, of these tokens alone and without a denominator.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = accumulator(q.dtype)
     rows, keys, values = (x.to(wide) for x in (q, k, v))
     values = functional.pad(values, (0, 1), value=1.0)  # its sums are those of the keys
     out, state = attention(rows, keys, values, decay), state_of(keys, values, decay)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._shared.backends import missing, require
-from .._shared.checks import explained, refuse_flags, split_offset
+from .._shared.checks import refuse_flags, run_explained, split_offset
 from .._shared.library import ops
 from . import reference
 from .power import check
@@ -99,7 +99,7 @@ def _permute(
     options: dict[str, Any] = {"offset": offset} if offset else {}
     if inverse:
         options["inverse"] = True
-    return explained("permute", _run, _check, (q, k, tensors, options, backend))
+    return run_explained("permute", _run, _check, (q, k, tensors, options, backend))
 
 
 def _run(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from .._shared.autograd import call_unrecorded, note_writes
 from .._shared.backends import missing, require
-from .._shared.checks import REFUSALS, refuse_flags, retell, split_offset
+from .._shared.checks import REFUSALS, raise_as_value_error, refuse_flags, split_offset
 from .._shared.dtensor import replicated
 from .._shared.library import ops
 from . import norm as norm_reference
@@ -179,7 +179,7 @@ def _rotate(
         check(q, k, *rope_args, attention_factor=freqs.attention_factor)
         if norm is not None:
             check_norm(q, k, *norm)
-        retell(error, "rope")
+        raise_as_value_error(error, "rope")
         raise
 
 

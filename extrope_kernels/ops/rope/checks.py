@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Real
-
 import torch
 from torch import Tensor
 
@@ -14,10 +12,10 @@ from .._shared.checks import (
     check_position_tensor,
     check_real,
     check_rows,
+    overlaps_itself,
 )
 from .._shared.positions import position_kind as position_kind_of_one_axis
 
-_NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 INPLACE = "rope: inplace=True is for inference, got tensors that require grad"
 
@@ -54,9 +52,7 @@ def check(
         _check_positions(positions, q, shape, sequences, axes is not None)
     if log_decay is not None:
         _check_per_frequency("log_decay", log_decay, torch.float32, inv_freq)
-    if isinstance(attention_factor, bool) or not isinstance(attention_factor, _NUMBERS):
-        kind = type(attention_factor).__name__
-        raise TypeError(f"rope: attention_factor must be a number, got {kind}")
+    check_real("rope", "attention_factor", attention_factor)
     if not attention_factor > 0:
         raise ValueError(f"rope: attention_factor must be > 0, got {attention_factor}")
 
@@ -115,7 +111,7 @@ def position_kind(positions: Tensor | None, shape: torch.Size, sequences: int) -
 def refuse_overlap(q: Tensor, k: Tensor | None) -> None:
     """Raise ValueError for a tensor that cannot be overwritten: its elements share memory."""
     for name, x in (("q", q), ("k", k)):
-        if x is not None and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape)):
+        if x is not None and overlaps_itself(x):
             raise ValueError(
                 f"rope: {name} must not be expanded to be rotated in place, "
                 f"got strides {x.stride()}"

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .._shared.autograd import contiguous_rows, register_backward
 from .._shared.checks import DTYPES, check_matching, check_rows
+from .._shared.dtypes import accumulator
 from .._shared.library import library, load_on_first_use, ops
-from .pairs import accumulator, join_pairs, split_pairs
+from .pairs import join_pairs, split_pairs
 from .schema import like, triton_kernels
 
 NAME = "rope_cos_sin"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._shared.dtypes import accumulator
 from .checks import check_norm, refuse_overlap
-from .pairs import accumulator
 from .reference import rotate
 from .rotation import resolve
 

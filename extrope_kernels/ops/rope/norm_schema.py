@@ -16,11 +16,11 @@ from .._shared.autograd import (
     refuse_recording,
     register_backward,
 )
+from .._shared.dtypes import accumulator
 from .._shared.library import library, load_on_first_use, ops
 from . import norm
 from .autograd import has_shared_angles, kept_rope_args
 from .checks import INPLACE, check_norm
-from .pairs import accumulator
 from .rotation import resolve
 from .schema import ROPE_OPTIONS, ROPE_TENSORS, like, triton_kernels
 
@@ -112,7 +112,7 @@ def _define() -> None:
             library, bwd, "rope: with norm weights there is no second derivative; norm first"
         )
         inplace = getattr(ops, f"rope_norm_inplace{suffix}").default
-        refuse_recording(library, inplace, INPLACE, 2)
+        refuse_recording(library, inplace, INPLACE)
         rule = batching_rule(fwd, 2, _have_shared_angles)
         torch.library.register_vmap(fwd, rule, lib=library)
         # Folded, batches would share one gradient of the weights.

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type that a rotation of `dtype` computes in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from .._shared.dtypes import accumulator
 
 
 def split_pairs(x: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._shared.dtypes import accumulator
 from .._shared.positions import sequence_of_token
 from .checks import refuse_overlap
-from .pairs import accumulator, cross, join_pairs, split_pairs
+from .pairs import cross, join_pairs, split_pairs
 from .rotation import Rotation, resolve, token_positions
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .._shared.autograd import refuse_recording
+from .._shared.dtypes import accumulator
 from .._shared.library import library, load_on_first_use, ops
 from . import autograd, reference
 from .checks import INPLACE
-from .pairs import accumulator
 from .rotation import resolve
 
 # An Autograd kernel sees the positional tensors alone, hence all tensors before the *. axes matters
@@ -102,7 +102,7 @@ def _define() -> None:
             library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
             torch.library.register_fake(f"{library.ns}::{name}{suffix}", fake, lib=library)
         autograd.register(library, suffix)
-        refuse_recording(library, getattr(ops, f"rope_inplace{suffix}").default, INPLACE, 2)
+        refuse_recording(library, getattr(ops, f"rope_inplace{suffix}").default, INPLACE)
     library.define("cpu_capability() -> int")  # see cli.CPU_CAPABILITIES
     library.define("cpu_release_memory() -> int")  # bytes that freed results had left for others
     for name, function in _TRITON.items():

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..._shared.attention_call import AttentionCall, row_scale
+from ..._shared.attention_call import AttentionCall, lse_shape, row_scale
 from ..._shared.attention_checks import refuse_softmax_options
+from ..._shared.dtypes import accumulator
 from ..frames import positions, rotate, unrotate
 from ..merge import merge_attention
 from .bands import Band, Dense, bands, cut
 from .engine_check import best_engine, examine
 from .engines import Engine
 
-TAKEN = ("query_scale", "sinks", "sliding_window", "softcap")
+_TAKEN = ("query_scale", "sinks", "sliding_window", "softcap")  # options of the softmax
 _DIMS = 8  # every engine takes multiples of 8 as head_dim
 
 
@@ -72,7 +73,7 @@ def backward(
     """The gradients of q, k and v, as those of reference.backward."""
     engine, unit, pieces = _prepare(q, v, call, engine)
     frames, scale = rotate(q, k, call), _row_scale(q, k, call)
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = accumulator(v.dtype)
     dq, dk = (
         [torch.zeros((), dtype=wide, device=x.device).expand(x.shape) for x in side]
         for side in frames
@@ -109,9 +110,7 @@ def _prepare(
     q: Tensor, v: Tensor, call: AttentionCall, engine: Engine | None
 ) -> tuple[Engine, float, list[tuple[Band, Dense]]]:
     """The engine, what makes its lse a natural logarithm, and the calls to make."""
-    refuse_softmax_options(
-        "flash_attn", call, but=("query_scale", "sinks", "sliding_window", "softcap")
-    )
+    refuse_softmax_options("flash_attn", call, but=_TAKEN)
     if v.shape[-1] != q.shape[-1]:
         raise NotImplementedError(
             f"flash_attn: v must have q's head_dim {q.shape[-1]}, got {v.shape[-1]}"
@@ -165,7 +164,6 @@ def _with_dlse(dout: Tensor, dlse: Tensor, out: Tensor, engine: Engine) -> tuple
 
 def _without_keys(q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention to no key, or to the sinks alone: a set of its own for the merge."""
-    rows = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    wide = torch.promote_types(q.dtype, torch.float32)
-    lse = q.new_full((q.shape[-2],), -torch.inf, dtype=wide) if sinks is None else sinks
-    return q.new_zeros(()).expand(q.shape), lse[:, None].expand(rows)
+    if sinks is None:
+        sinks = q.new_full((q.shape[-2],), -torch.inf, dtype=accumulator(q.dtype))
+    return q.new_zeros(()).expand(q.shape), sinks[:, None].expand(lse_shape(q))

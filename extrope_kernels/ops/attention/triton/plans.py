@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..._shared.attention_call import AttentionCall
+from ..._shared.attention_call import AttentionCall, lse_shape
 from ..._shared.attention_checks import check_head_dim
 from ..._shared.triton.launch import INTERPRETED, Plan, chip_of
 from ..._shared.triton.position_maps import kind_of, map_arguments
@@ -77,7 +77,7 @@ def forward_plans(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Forwa
     )
     numbers = (call.attention_factor**2, per_log_n(call), *layout.map_numbers()[: 4 * MOST_REGIONS])
     attend = layout.plan(forward_kernel, "forward", strides, numbers)
-    lse = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    lse = lse_shape(q)
     rotate = rotation(q, k, (), k_maps, call, unseen=unseen_keys(q, k, call))
     like_q = v.shape[-1] == q.shape[-1] and call.results_dtype(q.dtype) == q.dtype
     q_frame = None if like_q else (*q.shape,)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....scores import UNROTATED
 from ....scores.base import FIRST_KEY
-from ..._shared.attention_call import AttentionCall
+from ..._shared.attention_call import AttentionCall, lse_shape
 from ..._shared.fp8 import FP8
 from ..._shared.triton.fp8 import kind_of_cache
 from ..._shared.triton.launch import (
@@ -67,7 +67,7 @@ def launches_of_decode(
     q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
 ) -> DecodeLaunches:
     """The launches of `decode`, for these layouts and options."""
-    results = (*q.shape[:-1], cache.v.shape[3]), (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    results = (*q.shape[:-1], cache.v.shape[3]), lse_shape(q)  # the shapes of out and lse
     if call.cu_seqlens is not None:  # as one sequence; whose tokens they are, the device knows
         q, k, v = (None if x is None else x[None] for x in (q, k, v))
     if q.numel() == 0:

@@ -12,7 +12,7 @@ from ....scores import UNROTATED, Score
 from ..._shared import backends as _backends
 from ..._shared.attention_call import check_freqs, given_up_to_last
 from ..._shared.autograd import call_unrecorded
-from ..._shared.checks import check_real, explained, refuse_flags
+from ..._shared.checks import check_real, refuse_flags, run_explained
 from ..._shared.lengths import cache_lengths
 from ..._shared.library import ops
 from . import reference
@@ -111,7 +111,7 @@ def rope_append_kvcache(
         *(q, k, v, k_cache, v_cache, q_norm_weight, k_norm_weight, inv_freq),
         *given_up_to_last(*where, log_decay, axes, *scales),
     )
-    out = explained("rope_append", _run, _check, (tensors, options, backend), told_as=_OP)
+    out = run_explained("rope_append", _run, _check, (tensors, options, backend), function=_OP)
     return None if q is None else out
 
 

@@ -7,8 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ....scores import PositionMap
-from ..._shared.checks import DTYPES, check_cu_seqlens, check_matching, check_rows, refuse_flags
+from ..._shared.attention_call import MAP_NUMBERS
+from ..._shared.checks import (
+    DTYPES,
+    check_cu_seqlens,
+    check_ints,
+    check_matching,
+    check_rows,
+    overlaps_itself,
+    refuse_flags,
+)
 from ..._shared.fp8 import FP8, Scales, check_cache_dtype, check_scale_values, check_scales
 from .. import checks as rope_checks
 from .arguments import Append
@@ -103,7 +111,7 @@ def _check_cache(op: str, name: str, cache: Tensor, x: Tensor, scales: Scales) -
             f"{op}: {name} must have the heads and head_dim that are written, "
             f"{tuple(x.shape[-2:])}, got {tuple(cache.shape[2:])}"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape)):
+    if overlaps_itself(cache):
         raise ValueError(
             f"{op}: {name} must not be expanded to be written to, got strides {cache.stride()}"
         )
@@ -111,12 +119,16 @@ def _check_cache(op: str, name: str, cache: Tensor, x: Tensor, scales: Scales) -
 
 def _check_places(op: str, call: Append) -> None:
     """Which slots are written, of which sequences."""
-    _check_ints(op, "cache_seqlens", call.cache_seqlens, (call.sequences,), call.k)
-    _check_ints(op, "cache_leftpad", call.cache_leftpad, (call.sequences,), call.k)
-    _check_ints(op, "block_table", call.block_table, (call.sequences, None), call.k)
+    for name, x, shape in (
+        ("cache_seqlens", call.cache_seqlens, (call.sequences,)),
+        ("cache_leftpad", call.cache_leftpad, (call.sequences,)),
+        ("block_table", call.block_table, (call.sequences, None)),
+    ):
+        if x is not None:
+            check_ints(op, name, x, shape, call.k)
     if call.slot_mapping is not None:
         tokens = tuple(call.k.shape[:-2])
-        _check_ints(op, "slot_mapping", call.slot_mapping, tokens, call.k, (torch.int64,))
+        check_ints(op, "slot_mapping", call.slot_mapping, tokens, call.k, (torch.int64,))
         if call.block_table is not None:
             raise ValueError(
                 f"{op}: block_table and slot_mapping both say where to write, give one"
@@ -134,33 +146,6 @@ def _check_places(op: str, call: Append) -> None:
         raise ValueError(f"{op}: k_cache must have a block_size >= 1, got 0")
 
 
-def _check_ints(
-    op: str,
-    name: str,
-    x: Tensor | None,
-    shape: tuple[int | None, ...],
-    like: Tensor,
-    more: tuple[torch.dtype, ...] = (),
-) -> None:
-    """more: dtypes that are taken beside int32."""
-    if x is None:
-        return
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
-    fits = x.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape))
-    if x.dtype not in (torch.int32, *more) or not fits or x.device != like.device:
-        wanted = ", ".join("max_blocks" if n is None else str(n) for n in shape)
-        kinds = " or ".join(["int32", *(str(n).removeprefix("torch.") for n in more)])
-        raise ValueError(
-            f"{op}: {name} must be {kinds} ({wanted}{',' * (len(shape) == 1)}) on {like.device}, "
-            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
-        )
-    if not more and x.numel() and x.stride(-1) != 1:
-        raise ValueError(
-            f"{op}: {name} must be contiguous in its last dimension, got strides {x.stride()}"
-        )
-
-
 def _check_rotation(op: str, call: Append) -> None:
     q, k = call.q, call.k
     if q is None and call.q_norm_weight is not None:
@@ -169,10 +154,8 @@ def _check_rotation(op: str, call: Append) -> None:
     weights = (call.q_norm_weight, call.k_norm_weight)
     weights = weights if q is not None else weights[::-1]
     _told_as(op, lambda: rope_checks.check_norm(first, second, *weights, call.norm_eps))
-    if len(call.stored) not in (0, len(PositionMap._fields)):
-        raise ValueError(
-            f"{op}: stored must be {len(PositionMap._fields)} numbers, got {len(call.stored)}"
-        )
+    if len(call.stored) not in (0, MAP_NUMBERS):
+        raise ValueError(f"{op}: stored must be {MAP_NUMBERS} numbers, got {len(call.stored)}")
     if call.inv_freq is None:
         if call.stored:
             raise ValueError(f"{op}: a score method needs frequencies, got None")

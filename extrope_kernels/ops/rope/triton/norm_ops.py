@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ..._shared.dtypes import accumulator
 from ..._shared.triton.launch import Plan, chip_of, layouts_of, planned
 from ..checks import check_norm, refuse_overlap
-from ..pairs import accumulator
 from ..rotation import Rotation, resolve
 from .kernel import Operand
 from .launch import operand_of

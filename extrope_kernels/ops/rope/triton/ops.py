@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._shared.dtypes import accumulator
 from ..._shared.triton.launch import Plan, chip_of, layouts_of, planned
 from ..checks import refuse_overlap
-from ..pairs import accumulator
 from ..rotation import resolve
 from .launch import plan
 
