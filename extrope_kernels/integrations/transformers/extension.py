@@ -39,47 +39,56 @@ def extend(
 ) -> Extension:
     """Change the frequencies or the relative positions of a loaded model, in place.
 
-    Weights, buffers and configuration stay as they are.
+    Weights, buffers and configuration stay as they are. Nothing in a model clips at
+    max_position_embeddings but the default length of `generate`: give it max_new_tokens for prompts
+    beyond.
 
     A frequency method (`methods.METHODS`) takes the place of whatever scaling the model's
-    configuration names: nothing is scaled twice, not by the softmax scale of latent attention
-    either (DeepSeek), whose mscale and mscale_all_dim are those of the configuration unless given.
+    configuration names, so that nothing is scaled twice: also in the softmax scale of latent
+    attention (DeepSeek), whose mscale and mscale_all_dim are those of the configuration unless
+    given. Layers without a rotation stay without.
+
     Where `apply_rope_qk` does what the model's layers do, every rotation goes through it:
-    frequencies stay float32 and positions integers in a model of any dtype. So does a norm of
-    queries and keys right before it (Qwen3, Gemma 3, OLMo 2), whatever the method, if four tokens
-    give the same: in 16 bits but for the roundings that the op has not. A norm with hooks, or with
-    weights that are sharded, stays the model's own. Elsewhere (complex numbers, several axes of
-    positions) the model's own rotary embedding makes its tables of the other frequencies. Layers
-    without a rotation stay without. A method that depends on the length
-    (`dynamic_ntk`, `dynamic_yarn`, `longrope`) is frozen per request, so that cached keys stay
-    valid: `generate` chooses for the prompt and max_new_tokens (or max_length) together, a forward
-    with an empty cache for its own tokens, or for the largest of its position_ids where it is
-    given them. A `seq_len` among the parameters fixes it for good.
+    frequencies stay float32 and positions integers in a model of any dtype. Elsewhere (complex
+    numbers, several axes of positions) the model's own rotary embedding makes its tables of the
+    other frequencies.
+
+    Whatever the method, a norm of queries and keys right before such a rotation (Qwen3, Gemma 3,
+    OLMo 2) goes through the op too, if four tokens give the same; in 16 bits the op leaves out
+    roundings that the model makes. A norm with hooks, or with weights that are sharded, stays the
+    model's own.
+
+    A method that depends on the length (`dynamic_ntk`, `dynamic_yarn`, `longrope`) is frozen per
+    request, so that cached keys stay valid. `generate` chooses for the prompt and max_new_tokens
+    (or max_length) together; a forward with an empty cache for its own tokens, or for the largest
+    of its position_ids where it is given them. A `seq_len` among the parameters fixes it for good.
 
     A score method (`scores.SCORES`) keeps the frequencies in force, the model's or those of an
     extension before it, and changes which relative position a pair sees; with `log_n` queries are
     scaled as in the attention ops, too. The layers attend by these ops, with their sinks, caps and
     scales, and a cache holds each key once. Positions count from a row's first token, so batches
-    padded on either side, and on the left to generate, give what their rows give alone. Every cache
-    that returns all keys in order serves, static ones too, and the pages of `generate_batch`, but
-    for a method that depends on the length without a `seq_len`. Refused: layers whose keys are not
-    all those before a query (indexers, compressed keys, prompts that see all of themselves), what
-    makes logits depend on more than distances (a norm with weights after the rotation), images (a
-    token with several positions), dropout, packed rows, weights to be returned (output_attentions),
-    and xpos but for methods whose positions start anew (dual_chunk, blockwise_causal).
+    padded on either side, and on the left to generate, give what their rows give alone.
+
+    Every cache that returns all keys in order serves a score method, static ones too, and so do the
+    pages of `generate_batch`, which serve every method but those that depend on the length and have
+    no `seq_len`.
+
+    A score method is refused for layers whose keys are not all those before a query (indexers,
+    compressed keys, prompts that see all of themselves), and for what makes logits depend on more
+    than distances (a norm with weights after the rotation). Images (a token with several
+    positions), dropout, packed rows and weights to be returned (output_attentions) are refused as
+    well, and xpos but for methods whose positions start anew (dual_chunk, blockwise_causal).
 
     With a mesh every rank runs the model on its own tokens of a sequence, as `distributed.shard`
     cuts it, and all layers attend round the group: logits, losses and gradients are those of one
-    device, to rounding. position_ids need not be given, where they are they must be those of
-    `distributed.local_positions`. Labels are shifted before they are cut: `shift_labels` beside
-    `labels`. "rope" is the model as it is. Refused are padding, caches (restore the model to
-    generate), chunks (Llama 4) and models that mix tokens in another way (state spaces). All ranks
-    call `extend` alike. FSDP's `fully_shard` comes before or after it, accelerate and Trainer after
-    it. A region of torch's `context_parallel` round a model that was extended without a mesh
-    raises ValueError where it would give something else.
+    device, to rounding. All ranks call `extend` alike. position_ids need not be given; where they
+    are they must be those of `distributed.local_positions`. Labels are shifted before they are cut:
+    `shift_labels` beside `labels`. "rope" is the model as it is.
 
-    Nothing in a model clips at max_position_embeddings but the default length of `generate`: give
-    it max_new_tokens for prompts beyond.
+    Refused over a mesh are padding, caches (restore the model to generate), chunks (Llama 4) and
+    models that mix tokens in another way (state spaces). FSDP's `fully_shard` comes before or after
+    `extend`, accelerate and Trainer after it. A region of torch's `context_parallel` round a model
+    that was extended without a mesh raises ValueError where it would give something else.
 
     model: any language model of transformers that rotates, with or without its head or a vision
         tower, which is left alone. docs/models.md has them all.

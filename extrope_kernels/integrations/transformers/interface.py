@@ -21,7 +21,7 @@ from .layer_options import softmax_options
 from .rotation import INTERFACE
 from .rows import records
 
-_PLAIN = scores.rerope(window=1 << 20)
+_PLAIN = scores.rerope(window=1 << 20)  # causal attention: there is no rotation to change
 _ON_MASK = "_extrope_causal"
 # What layers tell their attention and causal rows need not know.
 _KNOWN = {

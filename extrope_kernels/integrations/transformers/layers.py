@@ -45,7 +45,7 @@ _KNOWN = {
     "sliding_window",
     *("output_attentions", "output_hidden_states", "return_dict", "output_router_logits"),
 }
-_PLAIN = scores.rerope(window=1 << 20)
+_PLAIN = scores.rerope(window=1 << 20)  # plain RoPE, for four tokens
 
 
 class Layers:
