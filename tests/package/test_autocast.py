@@ -1,4 +1,4 @@
-"""Under torch.autocast operations give what they give without: its dtypes are PyTorch's ops' own."""
+"""Under torch.autocast operations give what they give without: its dtypes are not theirs."""
 
 from __future__ import annotations
 
