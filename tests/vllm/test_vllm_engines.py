@@ -210,6 +210,26 @@ def test_cached_prefixes(tmp_path, name, score):
     assert difference(got, plain, "of_new") > 0.01
 
 
+def test_keys_on_a_disk(llama, tmp_path, monkeypatch):
+    """The second time they are read; that they are of one method only the user can know."""
+    model, folder = llama
+    warned = []
+    monkeypatch.setattr(LOGGER, "warning", lambda line, *values: warned.append(line % values))
+    store = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+    }
+    options = {"max_num_batched_tokens": LENGTH, "kv_transfer_config": store}
+    want = tokens_of(expected(model, [LEAKY]))
+    with engine(folder, {"score": LEAKY}, **options) as llm:
+        assert tokens_of(generated(llm, logprobs=False)) == want
+        assert any(tmp_path.iterdir())
+        again = generated(llm, logprobs=False)
+    assert tokens_of(again) == want and again[0].cached >= 288
+    assert len(warned) == 1 and "kv_transfer_config stores or sends must stay" in warned[0]
+
+
 def test_dummy_runs_write_nothing(llama):
     """As an idle rank makes them, among blocks that hold prefixes of requests to come."""
     with engine(llama[1], {"score": LEAKY}, enable_prefix_caching=True) as llm:

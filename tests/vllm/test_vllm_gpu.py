@@ -255,3 +255,16 @@ def test_layer_types_that_are_not_the_layers_are_refused(impl):
     impl.engine.heads.add((32, False))
     with pytest.raises(ValueError, match=r"^extrope: layer_types must say .* got others for model"):
         forward(impl)
+
+
+def test_models_all_of_whose_layers_have_a_window_are_refused(impl):
+    from extrope_kernels.integrations.vllm.attention import attend_for
+
+    model = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
+    for layer in model:
+        layer.impl = impl
+    attend_for(model, impl.engine, whole=True)
+    impl.sliding_window = 16
+    attend_for(model, impl.engine, whole=False)  # other layers may be on other ranks
+    with pytest.raises(ValueError, match=r"^extrope: some layers must have no sliding window"):
+        attend_for(model, impl.engine, whole=True)

@@ -38,15 +38,24 @@ def score_engine(config: VllmConfig | None) -> Engine | None:
     return None if engine is None or engine.settings.score is None else engine
 
 
-def attend_for(model: Any, engine: Engine) -> None:
+def attend_for(model: Any, engine: Engine, *, whole: bool) -> None:
     """Have a model's layers know the engine whose rotary layers they are to agree with.
 
     vLLM makes the language model of a larger one by a copy of the configuration, with an engine of
-    its own.
+    its own. whole: not a stage of a pipeline.
+    Raises ValueError where a score method would change nothing.
     """
-    for module in model.modules():
-        if isinstance(impl := getattr(module, "impl", None), ScoreImpl):
-            impl.engine = engine
+    if engine.settings.score is None:
+        return
+    impls = [
+        impl for m in model.modules() if isinstance(impl := getattr(m, "impl", None), ScoreImpl)
+    ]
+    for impl in impls:
+        impl.engine = engine
+    if whole and all(impl.sliding_window is not None for impl in impls):
+        raise ValueError(
+            f"{NAME}: some layers must have no sliding window for a score method, got none such"
+        )
 
 
 @dataclass

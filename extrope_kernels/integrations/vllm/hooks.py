@@ -13,6 +13,11 @@ from .settings import NAME, describe, read_settings
 
 LOGGER = logging.getLogger(f"vllm.{NAME}")  # below vLLM's own, for its level and its handler
 
+_SHARED_KEYS = (
+    "what kv_transfer_config stores or sends must stay among engines of this same entry: vLLM "
+    "tells keys apart by the model and the tokens alone"
+)
+
 
 def check_configurations() -> None:
     """Have every VllmConfig checked where it is made: in the user's process, before any other."""
@@ -90,6 +95,8 @@ def check_model(config: Any, get_model: Callable[[], Any], *, first: bool) -> No
         return
     model = get_model()
     extend_model(model, engine)
-    attend_for(model, engine)
+    attend_for(model, engine, whole=config.parallel_config.pipeline_parallel_size == 1)
     if first:
         LOGGER.info("%s: %s", NAME, describe(config.additional_config))
+        if config.kv_transfer_config is not None:
+            LOGGER.warning("%s: %s", NAME, _SHARED_KEYS)
