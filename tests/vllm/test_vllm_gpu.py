@@ -257,14 +257,37 @@ def test_layer_types_that_are_not_the_layers_are_refused(impl):
         forward(impl)
 
 
+def model_of(*impls):
+    model = torch.nn.ModuleList(torch.nn.Module() for _ in impls)
+    for layer, impl in zip(model, impls, strict=True):
+        layer.impl = impl
+    return model
+
+
 def test_models_all_of_whose_layers_have_a_window_are_refused(impl):
     from extrope_kernels.integrations.vllm.attention import attend_for
 
-    model = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
-    for layer in model:
-        layer.impl = impl
+    model = model_of(impl, impl)
     attend_for(model, impl.engine, whole=True)
     impl.sliding_window = 16
     attend_for(model, impl.engine, whole=False)  # other layers may be on other ranks
     with pytest.raises(ValueError, match=r"^extrope: some layers must have no sliding window"):
         attend_for(model, impl.engine, whole=True)
+
+
+def test_models_that_attend_by_another_backend_as_well_are_refused(impl):
+    """A model may name the backend of some of its layers; without ours nobody rotates for them."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    from extrope_kernels.integrations.vllm.attention import attend_for
+
+    other = CPUAttentionBackendImpl.__new__(CPUAttentionBackendImpl)
+    with pytest.raises(ValueError, match=r"^extrope: .* got CPUAttentionBackendImpl"):
+        attend_for(model_of(impl, other), impl.engine, whole=True)
+
+
+def test_layers_without_keys_of_their_own_are_refused(impl):
+    """As loops over one layer's cache call it; in the run that measures memory already."""
+    q, cache = torch.empty(1, 4, 32), torch.empty(32, 2, 16, 64)
+    with pytest.raises(ValueError, match=r"^extrope: a layer must have keys .* for model.layers.0"):
+        impl.forward(LAYER, q, None, None, cache, None, torch.empty(1, 4, 32))

@@ -18,6 +18,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionImpl,
+    AttentionImplBase,
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
@@ -43,13 +44,19 @@ def attend_for(model: Any, engine: Engine, *, whole: bool) -> None:
 
     vLLM makes the language model of a larger one by a copy of the configuration, with an engine of
     its own. whole: not a stage of a pipeline.
-    Raises ValueError where a score method would change nothing.
+    Raises ValueError for attention layers of another backend, whose queries and keys nobody would
+    rotate, and where a score method would change nothing.
     """
     if engine.settings.score is None:
         return
-    impls = [
-        impl for m in model.modules() if isinstance(impl := getattr(m, "impl", None), ScoreImpl)
-    ]
+    impls = [getattr(module, "impl", None) for module in model.modules()]
+    impls = [impl for impl in impls if isinstance(impl, AttentionImplBase)]
+    others = {type(impl).__qualname__ for impl in impls if not isinstance(impl, ScoreImpl)}
+    if others:
+        raise ValueError(
+            f"{NAME}: attention layers must be of the plugin's backend for a score method, "
+            f"got {', '.join(sorted(others))}"
+        )
     for impl in impls:
         impl.engine = engine
     if whole and all(impl.sliding_window is not None for impl in impls):
@@ -174,7 +181,7 @@ class ScoreImpl(AttentionImpl):
         self,
         layer: Any,
         query: Tensor,
-        key: Tensor,
+        key: Tensor | None,
         value: Tensor,
         kv_cache: Tensor,
         attn_metadata: ScoreMetadata | None,
@@ -189,6 +196,11 @@ class ScoreImpl(AttentionImpl):
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError(f"{NAME}: outputs must not be quantized in the attention")
+        if key is None:
+            raise ValueError(
+                f"{NAME}: a layer must have keys of its own for a score method, got none for "
+                f"{layer.layer_name}"
+            )
         if self.freqs is None:
             self._prepare(layer, query.device)
         if attn_metadata is None:  # a run to measure memory
