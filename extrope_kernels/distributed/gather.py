@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ops.attention import BlockCall, block_backward, block_forward, grad_of_sinks
 from .collectives import Group, start_gather, start_scatter_sum, wait
+from .derivatives import first_only
 from .layout import Balance, by_rank, in_order
 from .rows import Block, RopeTensors, apart, joined, parts_of
 
@@ -59,10 +60,10 @@ class _Gather(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None):
+    @first_only
+    def backward(ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None):
         plan = ctx.plan
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        q, k, v, out, lse, *tensors = saved
         rope = RopeTensors(*tensors)
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         given = (dout, dlse, q, k, v, out, lse)

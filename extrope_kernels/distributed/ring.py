@@ -23,6 +23,7 @@ from ..ops.attention import (
     merge_attention,
 )
 from .collectives import Group, start_shift, wait
+from .derivatives import first_only
 from .layout import Balance
 from .rows import RopeTensors, Run, apart, joined, parts_of, runs
 
@@ -57,9 +58,9 @@ class _Ring(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None):
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
+    @first_only
+    def backward(ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None):
+        q, k, v, out, lse, *tensors = saved
         rope = RopeTensors(*tensors)
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))

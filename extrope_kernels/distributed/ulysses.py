@@ -62,9 +62,8 @@ class _Exchange(torch.autograd.Function):
         return _exchange(x, group, balance, heads)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        return _exchange(grad, ctx.group, ctx.balance, not ctx.heads), None, None, None
+        return _Exchange.apply(grad, ctx.group, ctx.balance, not ctx.heads), None, None, None
 
 
 def _exchange(x: Tensor, group: Group, balance: Balance, heads: bool) -> Tensor:

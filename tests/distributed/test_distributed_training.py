@@ -130,9 +130,24 @@ def refuses_second_derivatives(mesh, strategy):
         dq.sum().backward()
 
 
+def refuses_those_of_a_linear_loss(mesh, strategy):
+    """Whose gradient depends on q, k and v alone, beside a loss that has gradients."""
+    tensors = inputs(mesh, torch.float32)
+    out = distributed.rerope_attention(*tensors, FREQS, window=6, mesh=mesh, strategy=strategy)
+    found = torch.autograd.grad(out.sum(), tensors, create_graph=True)
+    loss = out.sum() + sum(x.square().sum() for x in found)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        torch.autograd.grad(loss, tensors)
+
+
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 def test_second_derivatives_are_refused(ranks, strategy):
     ranks.run(refuses_second_derivatives, 2, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_second_derivatives_of_a_linear_loss_are_refused(ranks, strategy):
+    ranks.run(refuses_those_of_a_linear_loss, 2, strategy=strategy)
 
 
 def one_rank_is_one_device(mesh):

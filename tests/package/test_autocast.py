@@ -1,4 +1,4 @@
-"""Under torch.autocast operations give what they give without: its dtypes are not theirs."""
+"""Under torch.autocast operations give what they give without: it is for PyTorch's own."""
 
 from __future__ import annotations
 
