@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..ops import linear_attention
-from ..ops._shared.checks import check_rows, refuse_flags
+from ..ops._shared.checks import refuse_flags
 from ..ops.linear_attention import default_decay, seen, state_of
+from ..ops.linear_attention.arguments import MAX_DIM, check
 from ..ops.permute import permute_qk
 from .agreement import Settings, agreed, contents
 from .collectives import gathered
@@ -47,14 +48,14 @@ def permuteformer_attention(
     devices = devices_of(op, mesh)
 
     def own_part() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            check_rows(op, name, x, packed=False)
         refuse_flags(op, causal=causal, normalize=normalize)
+        check(op, q, k, v, decay, None, causal)
         if isinstance(positions, bool) or not isinstance(positions, (int, torch.SymInt)):
             raise TypeError(f"{op}: positions must be an int, got {type(positions).__name__}")
         wide = torch.promote_types(q.dtype, torch.float32)
         rows, keys, values = (x.to(wide) for x in (q, k, v))
         if normalize:  # a dim of ones becomes the denominator
+            _check_room(op, v, backend)
             values = functional.pad(values, (0, 1), value=1.0)
         decays = default_decay(k) if decay is None and causal else decay
         at = {"positions": devices.rank * q.shape[1] + positions, "backend": backend}
@@ -66,9 +67,9 @@ def permuteformer_attention(
 
     def settings(parts: tuple[Tensor, ...]) -> Settings:
         asks = [x.requires_grad for x in (q, k, v)] * torch.is_grad_enabled()
-        told = {f"the shape of {n}": tuple(x.shape) for n, x in (("q", q), ("k", k), ("v", v))}
+        rows = (("q", q), ("k", k), ("v", v))
         return {
-            **told,
+            **{f"the shape and dtype of {n}": (tuple(x.shape), x.dtype) for n, x in rows},
             "what requires grad": asks,
             "the contents of permutations and decay": contents(permutations, decay),
             "causal": causal,
@@ -92,10 +93,19 @@ def _of_others(
     states = state[None].contiguous()
     for group in (devices.inner, devices.outer):
         states = gathered(states, group)
-    ranks = torch.arange(devices.size, device=state.device)
-    weights = (ranks < devices.rank if causal else ranks != devices.rank).to(state.dtype)
-    weights = weights[:, None].expand(-1, state.shape[1])
-    if decay is not None:
-        between = (devices.rank - 1 - ranks).clamp(min=0) * tokens
-        weights = weights * decay.to(state.dtype) ** between[:, None]
-    return torch.einsum("pbhde,ph->bhde", states, weights)
+    # The others are left out, not multiplied by 0: what they hold may not be finite.
+    earlier, later = states[: devices.rank], states[devices.rank + 1 :]
+    if decay is None:
+        return earlier.sum(0) if causal else earlier.sum(0) + later.sum(0)
+    between = torch.arange(devices.rank - 1, -1, -1, device=state.device) * tokens
+    weights = decay.to(state.dtype) ** between[:, None]
+    return (earlier * weights[:, None, :, None, None]).sum(0)
+
+
+def _check_room(op: str, v: Tensor, backend: str | None) -> None:
+    """For the denominator's dim."""
+    if v.shape[-1] >= MAX_DIM and backend != "reference":
+        raise ValueError(
+            f"{op}: v's head_dim must be less than {MAX_DIM} with normalize=True "
+            f"(backend='reference' takes any), got {v.shape[-1]}"
+        )

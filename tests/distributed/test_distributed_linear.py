@@ -62,6 +62,24 @@ def test_not_causal(ranks, normalize):
     ranks.run(equals_one_process, 4, causal=False, normalize=normalize)
 
 
+def what_is_not_finite_stays_behind(mesh):
+    """Rows see the same infinities and NaN as in one process: none before them."""
+    q, k, v, _ = inputs(torch.float64)
+    v[:, TOKENS // 2 + 1 :, :, 0] = torch.nan
+    v[:, TOKENS // 2 + 1 :, :, 1] = torch.inf
+    found = distributed.permuteformer_attention(
+        *(distributed.shard(x, mesh, balance=None) for x in (q, k, v)),
+        mesh=mesh,
+        permutations=permutations(),
+    )
+    # The reference, which a rank runs in float64, spoils rows of its own tokens.
+    assert distributed.unshard(found, mesh, balance=None)[:, : TOKENS // 2].isfinite().all()
+
+
+def test_what_is_not_finite_stays_behind(ranks):
+    ranks.run(what_is_not_finite_stays_behind, 2)
+
+
 def within_the_budget(mesh, dtype):
     tensors, options = inputs(dtype), {"permutations": permutations()}
     one = extrope_kernels.permuteformer_attention
@@ -85,8 +103,12 @@ def refuses(mesh):
         distributed.permuteformer_attention(q, k, v, positions=torch.zeros(2), **given)
     with pytest.raises(TypeError, match="permuteformer_attention: q must be a Tensor, got int"):
         distributed.permuteformer_attention(1, k, v, **given)
-    with pytest.raises(ValueError, match="permuteformer_attention: v must have k's shape"):
+    with pytest.raises(ValueError, match=r"v must have k's shape .*, got \(2, 51, 2, 24\)"):
         distributed.permuteformer_attention(q, k, v[:, 1:], **given)
+    with pytest.raises(ValueError, match=r"permuteformer_attention: k must be torch\.float32 on"):
+        distributed.permuteformer_attention(q, k.double(), v, **given)
+    with pytest.raises(ValueError, match=r"v's head_dim must be less than 256 .*, got 256"):
+        distributed.permuteformer_attention(q, k, torch.zeros(2, TOKENS, HEADS_K, 256), **given)
     with pytest.raises(TypeError, match="permuteformer_attention: causal must be a bool, got int"):
         distributed.permuteformer_attention(q, k, v, causal=1, **given)
     with pytest.raises(TypeError, match="permuteformer_attention: normalize must be a bool"):
@@ -105,8 +127,9 @@ def all_raise(mesh, mine, message):
     try:
         right = {"permutations": permutations(), "decay": DECAYS["strong"]}
         given = {**right, **(mine if torch.distributed.get_rank() == 1 else {})}
+        dtype = given.pop("dtype", torch.float64)
         with pytest.raises(ValueError, match=f"{message} must be alike on all ranks"):
-            sharded(mesh, inputs(torch.float64), **given)
+            sharded(mesh, inputs(dtype), **given)
         sharded(mesh, inputs(torch.float64), **right)  # all are in step still
     finally:
         del os.environ["EXTROPE_CHECK"]
@@ -116,6 +139,7 @@ def all_raise(mesh, mine, message):
     ("mine", "message"),
     [
         ({"normalize": False}, "normalize"),
+        ({"dtype": torch.float32}, "the shape and dtype of q"),
         ({"positions": 3}, "positions"),
         ({"decay": DECAYS["none"]}, "the contents of permutations and decay"),
         ({"permutations": permutations().flip(1)}, "the contents of permutations and decay"),
