@@ -11,7 +11,7 @@ from extrope_kernels.evaluation.search.candidates import Candidate
 from extrope_kernels.evaluation.search.factors import Ladder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def write_config(
@@ -19,6 +19,15 @@ def write_config(
 ) -> Path:
     """Write config.json of the model as a frequency method extends it, and return its path."""
     config = copy.deepcopy(model.config)
+    if candidate.method != "plain":  # whose own scaling may depend on max_position_embeddings
+        _extend(config, ladder, candidate, length)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # of the GGUF file, not of what its weights are now
+    config.save_pretrained(folder)
+    return folder / "config.json"
+
+
+def _extend(config: PretrainedConfig, ladder: Ladder, candidate: Candidate, length: int) -> None:
     text = config.get_text_config()
     changed = rope_parameters(ladder, candidate, length)
     kept = {
@@ -31,10 +40,6 @@ def write_config(
     else:
         text.rope_parameters = {**text.rope_parameters, ladder.layer_type: kept | changed}
     text.max_position_embeddings = max(length, ladder.trained)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # of the GGUF file, not of what its weights are now
-    config.save_pretrained(folder)
-    return folder / "config.json"
 
 
 def rope_parameters(ladder: Ladder, candidate: Candidate, length: int) -> dict[str, Any]:
@@ -42,12 +47,12 @@ def rope_parameters(ladder: Ladder, candidate: Candidate, length: int) -> dict[s
 
     By their own type where every loader has it; else as longrope, whose factors per pair can be any
     method's. They are the same for short texts and long ones, as keys that were cached at one
-    length have to fit at another.
+    length have to fit at another. A model that comes with LongRoPE may take no other type (Phi-3).
     """
     method, given = candidate.method, candidate.params
     kept = {"rope_theta": ladder.base}
-    if method == "plain":
-        return {**ladder.site.parameters(ladder.layer_type)}
+    if ladder.site.parameters(ladder.layer_type).get("rope_type") == "longrope":
+        method = "longrope"
     if method == "pi":
         return {"rope_type": "linear", **kept, "factor": given["factor"]}
     if method == "ntk_aware":
