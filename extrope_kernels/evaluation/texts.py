@@ -79,17 +79,28 @@ def load_texts(
 ) -> list[Text]:
     """Return the texts of these files, `pydocs` standing for the Python reference.
 
-    Raises UsageError when one cannot be read, or has less than `longest` tokens.
+    Raises UsageError when one cannot be read, is given twice, or has less than `longest` tokens.
     """
-    texts = []
-    for name in names:
-        text = read_text(tokenizer, name)
+    texts = read_texts(tokenizer, names)
+    for name, text in zip(names, texts, strict=True):
         if text.tokens < longest:
             raise UsageError(
                 f"--text {name}: {text.tokens:,} tokens, too short for --lengths {longest:,}"
             )
-        texts.append(text)
     return texts
+
+
+def read_texts(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[Text]:
+    """Return texts as `read_text` does; raises UsageError where two are the same.
+
+    Their pieces would be the same ones, too, and count for more than they tell.
+    """
+    found: dict[str, Text] = {}
+    for name in names:
+        text = read_text(tokenizer, name)
+        if found.setdefault(text.digest, text) is not text:
+            raise UsageError(f"--text {name}: is given twice")
+    return list(found.values())
 
 
 def pieces(texts: Sequence[Text], length: int, trials: int, seed: int) -> Iterator[Tensor]:

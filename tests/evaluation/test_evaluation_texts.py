@@ -8,7 +8,8 @@ pytest.importorskip("matplotlib")
 
 from tokenizers.processors import TemplateProcessing
 
-from extrope_kernels.evaluation import passkey, texts
+from extrope_kernels.evaluation import UsageError, passkey, texts
+from extrope_kernels.evaluation.search import cli as search
 
 BOS, EOS = 98, 99
 
@@ -39,3 +40,13 @@ def test_pieces_begin_as_the_tokenizer_begins(tokenizer, text, template, opening
     assert prompt[: len(opening)] == opening and len(prompt) == 200
     assert not {BOS, EOS} & {*prompt[len(opening) :], *read.ids.tolist()}
     assert torch.equal(torch.cat([half.ids for half in read.halves()]), read.ids)
+
+
+def test_a_text_counts_once(tokenizer, text, tmp_path):
+    copy = tmp_path / "copy.txt"
+    copy.write_text(text.read_text())
+    names = [str(text), str(copy)]
+    with pytest.raises(UsageError, match=f"--text {copy}: is given twice"):
+        texts.load_texts(tokenizer, names, 64)
+    with pytest.raises(UsageError, match=f"--text {copy}: is given twice"):
+        search.split_texts(tokenizer, names, None, 64)

@@ -11,7 +11,7 @@ from extrope_kernels.evaluation import UsageError, models, options
 from extrope_kernels.evaluation.cli import reported
 from extrope_kernels.evaluation.digests import model_digest
 from extrope_kernels.evaluation.memory import keep_freed_memory
-from extrope_kernels.evaluation.texts import Text, read_text, source
+from extrope_kernels.evaluation.texts import Text, read_text, read_texts, source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,11 +43,12 @@ def split_texts(
 ) -> tuple[list[Text], list[Text]]:
     """Return what to search on and what decides, which have no token in common.
 
-    Raises UsageError where a part has less than `length` tokens, or is searched on and decides.
+    Raises UsageError where a part has less than `length` tokens, or is searched on and decides,
+    and where a text is given twice.
     """
     if held_out is not None and source(held_out) in map(source, names):
         raise UsageError(f"--held-out {held_out}: is searched on, too")
-    whole = [read_text(tokenizer, name) for name in names]
+    whole = read_texts(tokenizer, names)
     if held_out is not None:
         texts, decides = whole, [read_text(tokenizer, held_out, "--held-out")]
         if decides[0].digest in [text.digest for text in texts]:
