@@ -33,12 +33,14 @@ def token_losses(
     rows, seqlen = ids.shape
     body = run_body(model, ids, lambda: on_progress(rows))
     vocab_size = model.config.get_text_config().vocab_size
+    # Tokens as rows: over any dim but the last PyTorch sums the vocabulary one by one, and a term
+    # far below the sum so far is lost.
     parts = [
         torch.nn.functional.cross_entropy(
-            logits(model, body, start, stop).transpose(1, 2),
-            ids[:, start + 1 : stop + 1],
+            logits(model, body, start, stop).flatten(0, 1),
+            ids[:, start + 1 : stop + 1].flatten(),
             reduction="none",
-        )
+        ).unflatten(0, (rows, stop - start))
         for start, stop in chunks(0, seqlen - 1, vocab_size, rows)
     ]
     on_progress(rows)
