@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--factor",
         type=float,
-        help="of every frequency method; default: length / training length",
+        help="of every frequency method; default, of those that need one: length / training length",
     )
     add(
         "--window",

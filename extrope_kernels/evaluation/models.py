@@ -147,6 +147,16 @@ def training_length(model: PreTrainedModel) -> int:
     return int(length)
 
 
+def unscaled_length(model: PreTrainedModel) -> int:
+    """Return the length that a frequency method extends, in place of the model's own scaling."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    by_type = [each for each in parameters.values() if isinstance(each, dict)]
+    for each in (parameters, *by_type):
+        if each.get("original_max_position_embeddings"):
+            return int(each["original_max_position_embeddings"])
+    return training_length(model)
+
+
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     """Return the decoder layers in order."""
     from torch import nn

@@ -36,23 +36,31 @@ class Plan:
     factor: float | None = None
     window: int | None = None
 
-    def method_params(self, method: str, length: int, training_length: int) -> dict[str, Any]:
+    def method_params(
+        self, method: str, length: int, training_length: int, unscaled: int | None = None
+    ) -> dict[str, Any]:
         """Return the parameters of a run; the rest, `base` for one, comes from the model.
 
-        A method that cannot do without a factor gets length / training_length, at least 1; one
-        with a factor of its own by default keeps it unless the user names one. What the score
-        methods get is in `_score_defaults`.
+        A method that cannot do without a factor gets length / training_length, at least 1, or
+        length / unscaled, where the model's configuration scales and the method takes the place of
+        that; one with a factor of its own by default keeps it unless the user names one. What the
+        score methods get is in `_score_defaults`.
+
+        unscaled: as `models.unscaled_length`; training_length if None.
         """
         given = self.params.get(method, {})
         if method not in METHODS:
             window = given.get("window", self.window)
             return _score_defaults(method, length, training_length, window, given) | given
-        parameter = inspect.signature(METHODS[method]).parameters.get("factor")
+        parameters = inspect.signature(METHODS[method]).parameters
+        parameter = parameters.get("factor")
         chosen: dict[str, Any] = {}
         if parameter is not None and self.factor is not None:
             chosen["factor"] = self.factor
         elif parameter is not None and parameter.default is inspect.Parameter.empty:
-            chosen["factor"] = max(1.0, length / training_length)
+            # dynamic_ntk counts from max_position_embeddings, whatever scaling there was.
+            of_config = unscaled is None or "max_position_embeddings" in parameters
+            chosen["factor"] = max(1.0, length / (training_length if of_config else unscaled))
         return chosen | given
 
 

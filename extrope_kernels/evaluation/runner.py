@@ -13,7 +13,7 @@ import torch
 
 from extrope_kernels.evaluation import UsageError, report
 from extrope_kernels.evaluation.digests import model_digest
-from extrope_kernels.evaluation.models import decoder_layers, training_length
+from extrope_kernels.evaluation.models import decoder_layers, training_length, unscaled_length
 from extrope_kernels.evaluation.options import Plan
 from extrope_kernels.evaluation.tasks import Task
 from extrope_kernels.integrations.transformers import extend
@@ -33,7 +33,7 @@ def run_rows(
     """
     trained = training_length(model)
     rows = [
-        (method, length, plan.method_params(method, length, trained))
+        (method, length, plan.method_params(method, length, trained, unscaled_length(model)))
         for method in plan.methods
         for length in plan.lengths
     ]
