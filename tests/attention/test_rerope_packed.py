@@ -64,6 +64,18 @@ def test_one_token_behind_an_empty_sequence(any_backend):
     torch.testing.assert_close(*lse)
 
 
+def test_starts_that_share_memory(any_backend):
+    """Of queries and keys, views of one tensor: what they hold counts, not where it lies."""
+    q, k, v = make_qkv(2, 20, None, 2, 1)
+    starts = torch.tensor([9, 5], dtype=torch.int32, device=q.device)
+    for given in ((starts[:1], starts), (starts, starts[:1])):
+        shared, own = (
+            call(q, k, v, frequencies(32), any_backend, window=4, q_start=of_q, k_start=of_k)
+            for of_q, of_k in (given, [x.clone() for x in given])
+        )
+        assert torch.equal(shared, own)
+
+
 def test_frequencies_of_each_batch_row(any_backend):
     q, k, v = make_qkv(2, 20, None, 2, 1)
     inv_freq = frequencies(32).inv_freq * torch.tensor([[1.0], [0.5]], device=q.device)

@@ -84,7 +84,8 @@ class Rotation {
   bool rotates_alike(int64_t r) const {
     const Region& region = p_.regions.at[r];
     const Starts &q = p_.q_start, &k = p_.k_start;
-    const bool aligned = p_.seqlen_q == p_.seqlen_k && q.data == k.data && q.offset == k.offset;
+    const bool aligned = p_.seqlen_q == p_.seqlen_k && q.data == k.data && q.stride == k.stride &&
+                         q.offset == k.offset;
     return aligned && region.q_map == region.k_map && !region.q_map.is_constant() &&
            p_.regions.stored.is_constant() && p_.regions.stored.offset == 0 && amplitude_ == 1.0 &&
            q_decay_.empty();
