@@ -24,6 +24,7 @@ from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
 from . import flash_attn, reference
 from .checks import check, check_boundaries
+from .decay import check_decay
 
 BACKENDS = ("reference", "cpu", "triton", "flash_attn")
 
@@ -62,6 +63,8 @@ def attend(
     if type(interleaved) is not bool or type(return_lse) is not bool:
         refuse_flags(op, interleaved=interleaved, return_lse=return_lse)
     check_freqs(op, freqs)
+    if freqs.log_decay is not None and freqs.steepest_decay:
+        check_decay(op, score, freqs, (q, k), (q_start, k_start), cu_seqlens)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
     rope_args: tuple[Any, ...] = (freqs.inv_freq, cu_seqlens, freqs.log_decay)

@@ -1,13 +1,12 @@
-"""The range of XPOS's amplitude: it grows without bound with the distance from its origin."""
+"""Positions at which XPOS's amplitude leaves the range of the tensors' dtype."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
+from .._shared.decay import reach
 from .checks import position_kind
 
 
@@ -23,18 +22,18 @@ def check_decay(
     ends = _ends(q, positions, offset, packed)
     if ends is None:
         return
-    reach = math.floor(math.log(torch.finfo(q.dtype).max) / freqs.steepest_decay)
+    most = reach(freqs, q.dtype)
     low, high = ends
-    if max(high - freqs.decay_origin, freqs.decay_origin - low) <= reach:
+    if max(high - freqs.decay_origin, freqs.decay_origin - low) <= most:
         return
     middle = (low + high) // 2
     cure = (
         f"decay_origin={middle:.0f} covers them"
-        if high - middle <= reach
+        if high - middle <= most
         else "no origin covers them: use blockwise_causal_attention, or a dtype with more range"
     )
     raise ValueError(
-        f"rope: XPOS's amplitude leaves {q.dtype} {reach} positions from "
+        f"rope: XPOS's amplitude leaves {q.dtype} {most} positions from "
         f"decay_origin={freqs.decay_origin:.0f}, got positions {low:.0f} to {high:.0f}; {cure}"
     )
 
