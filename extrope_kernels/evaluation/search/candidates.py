@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,20 @@ def score_methods(length: int, trained: int) -> list[Candidate]:
     rerope = [Candidate("rerope", {"window": max(1, each * trained // 8)}) for each in (6, 2, 1)]
     string = Candidate("string", {"shift": trained, "window": min(128, trained)})
     return [own, groups, chunks, steep, wide, leaky, *rerope, string]
+
+
+def supported(
+    model: PreTrainedModel, candidates: Sequence[Candidate]
+) -> tuple[list[Candidate], list[str]]:
+    """Return the candidates that this model can be extended by, and why not by the others."""
+    found, refusals = [], []
+    for candidate in candidates:
+        try:
+            with candidate.extending(model):
+                found.append(candidate)
+        except (ValueError, NotImplementedError) as error:
+            refusals.append(str(error))
+    return found, refusals
 
 
 def with_log_n(candidate: Candidate, trained: int) -> Candidate:

@@ -31,7 +31,8 @@ class Ladder:
     """The frequencies of the layers that are extended.
 
     layer_type: their key in config.rope_parameters, None where all layers share one entry.
-    base: rope_theta. trained: positions the model was trained on.
+    base: rope_theta. trained: positions the model was trained on, before any scaling of its own.
+    scaled: those that it reads with that, where score methods begin, which keep it.
     plain: (pairs,) float32, those of RoPE at this base.
     """
 
@@ -39,6 +40,7 @@ class Ladder:
     layer_type: str | None
     base: float
     trained: int
+    scaled: int
     plain: Tensor
 
     def freqs(self, candidate: Candidate) -> RopeFreqs:
@@ -77,9 +79,9 @@ def find_ladder(model: PreTrainedModel, trained: int) -> Ladder:
         raise UsageError(f"{type(model).__name__} has {len(kinds)} sets of frequencies to extend")
     site, kind = kinds[0]
     parameters = site.parameters(kind)
-    trained = int(parameters.get("original_max_position_embeddings") or trained)
+    before = int(parameters.get("original_max_position_embeddings") or trained)
     plain = bind_method("search", "rope", {}, values_of(site, kind))[0]().inv_freq
-    return Ladder(site, kind, float(parameters["rope_theta"]), trained, plain)
+    return Ladder(site, kind, float(parameters["rope_theta"]), before, trained, plain)
 
 
 def rising(values: Tensor) -> Tensor:

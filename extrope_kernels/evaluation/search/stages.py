@@ -21,6 +21,7 @@ from extrope_kernels.evaluation.search.candidates import (
     Candidate,
     published,
     score_methods,
+    supported,
     with_log_n,
 )
 from extrope_kernels.evaluation.search.factors import Descent, Evolution, Ladder, rising
@@ -180,7 +181,9 @@ class Search:
 
         Kinds are published frequencies, factors that were searched, and score methods.
         """
-        scores = score_methods(self.length, self.ladder.trained)
+        scores, refusals = supported(self.model, score_methods(self.length, self.ladder.scaled))
+        for refusal in refusals[:1]:  # as a rule the same for all
+            self.display.line(f"score methods are left out: {refusal}")
         kinds = [likely[:_TRIED_WHOLE], searched, scores]
         # One of each kind after the other, so that each has had its likeliest when time is up.
         for rank in range(max(map(len, kinds))):
@@ -188,7 +191,7 @@ class Search:
                 for candidate in kind[rank : rank + 1]:
                     self._on_search_text(candidate)
         if best := self._best_at_full_length(scores):
-            scaled = with_log_n(best, self.ladder.trained)
+            scaled = with_log_n(best, self.ladder.scaled)
             self._on_search_text(scaled)
             kinds[2] = [best, scaled]
         found = [self._best_at_full_length(kind) for kind in kinds]
