@@ -107,3 +107,35 @@ def test_a_gradient_through_the_raw_op_fails_rather_than_vanish(backend):
     out, _ = decode(q, *caches, None, None, *rope_args, **options)
     with pytest.raises(NotImplementedError, match="decode: is for inference"):
         out.sum().backward()
+
+
+def test_autograd_notices_what_is_appended(backend):
+    """To a cache that it has saved; a step that appends nothing writes nothing."""
+    inputs = make(Case((12, 3)))
+    k, v = (torch.randn(2, 1, 2, 32, device=device()) for _ in range(2))
+
+    def reads(**appended):
+        caches = inputs.k_cache.clone(), inputs.v_cache.clone()
+        weight = torch.ones((), device=device(), requires_grad=True)
+        loss = sum((weight * x).sum() for x in caches)
+        call = {**inputs.call, **appended}
+        replace(inputs, k_cache=caches[0], v_cache=caches[1], call=call).run(backend)
+        loss.backward()
+
+    reads()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        reads(k=k, v=v)
+
+
+def test_autograd_notices_what_the_raw_ops_append(backend):
+    q, caches, rope_args, options = arguments(Case((12, 3)), "rerope")
+    k, v = (torch.randn(2, 2, 2, 32, device=device()) for _ in range(2))
+    ops, suffix = torch.ops.extrope, SUFFIX[backend]
+    getattr(ops, f"decode{suffix}")(q, *caches, None, None, *rope_args, **options)
+    assert [x._version for x in caches] == [0, 0]
+    getattr(ops, f"append{suffix}")(*caches, k, v, *rope_args, stored=options["maps"][-5:])
+    assert [x._version for x in caches] == [1, 1]
+    with pytest.raises(RuntimeError, match="append: is for inference and has no gradient"):
+        getattr(ops, f"append{suffix}")(
+            *caches, k.requires_grad_(), v, *rope_args, stored=options["maps"][-5:]
+        )

@@ -194,3 +194,14 @@ def test_more_tokens_than_one_program_and_thread(backend):
     qkv = step.q, step.k, step.v
     rope_append_kvcache(*qkv, *caches, step.freqs, backend=backend, **step.weights, **call)
     assert torch.equal(caches[0], got[1]) and torch.equal(caches[1], got[2])
+
+
+def test_autograd_notices_what_is_appended(backend):
+    """To a cache that it has saved."""
+    step = Step()
+    caches = step.caches(step.dtype)
+    weight = torch.ones((), device=device(), requires_grad=True)
+    loss = sum((weight * x).sum() for x in caches)
+    rope_append_kvcache(step.q, step.k, step.v, *caches, step.freqs, backend=backend, **CONTIGUOUS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

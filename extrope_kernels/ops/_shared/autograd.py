@@ -81,7 +81,7 @@ def _in_forward_mode() -> bool:
 
 
 def refuse_recording(library, op, message: str) -> None:
-    """Let `op`, which writes over q and k, its first arguments, refuse tensors of a graph; and let
+    """Let `op`, which writes over its first two arguments, refuse tensors of a graph; and let
     autograd notice when one that it has saved has been overwritten.
     """
 
@@ -91,16 +91,15 @@ def refuse_recording(library, op, message: str) -> None:
         _refuse_tangents(op, args)
         with torch._C._AutoDispatchBelowAutograd():
             out = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
-        note_writes(*args[:2])
+        note_writes(*(x for x in args[:2] if x is not None))
         return out
 
     library.impl(op.name(), kernel, "Autograd", with_keyset=True)
 
 
-def note_writes(*tensors: Tensor | None) -> None:
+def note_writes(*tensors: Tensor) -> None:
     """Tell autograd that kernels have written over these."""
-    written = tuple(x for x in tensors if x is not None and not x.is_inference())
-    torch.autograd.graph.increment_version(written)
+    torch.autograd.graph.increment_version(tensors)
 
 
 def call_unrecorded(
@@ -119,8 +118,13 @@ def call_unrecorded(
         return run(*args, **options)
 
 
-def refuse_backward(library, op, message: str) -> None:
-    """Let a gradient that flows into `op` fail with the message, rather than vanish."""
+def refuse_backward(
+    library, op, message: str, written: Callable[[tuple], tuple] | None = None
+) -> None:
+    """Let a gradient that flows into `op` fail with the message, rather than vanish.
+
+    written: of its arguments those that it writes over, of which autograd is told.
+    """
 
     def save_nothing(ctx, args, options, outputs):
         pass
@@ -128,7 +132,16 @@ def refuse_backward(library, op, message: str) -> None:
     def refuse(ctx, *grads):
         raise NotImplementedError(message)
 
-    register_backward(library, op, save_nothing, refuse)
+    if written is None:
+        return register_backward(library, op, save_nothing, refuse)
+    recorded = _autograd_kernel(op, save_nothing, refuse)
+
+    def kernel(keyset, *args, **options):
+        out = recorded(keyset, *args, **options)
+        note_writes(*written(args))
+        return out
+
+    library.impl(op.name(), kernel, "Autograd", with_keyset=True)
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

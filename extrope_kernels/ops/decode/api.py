@@ -17,7 +17,7 @@ from .._shared.attention_call import (
     rope_options,
     score_options,
 )
-from .._shared.autograd import call_unrecorded
+from .._shared.autograd import call_unrecorded, note_writes
 from .._shared.checks import refuse_flags, run_explained
 from .._shared.lengths import cache_lengths
 from .._shared.library import ops
@@ -103,7 +103,10 @@ def _run(op: str, tensors: Tensors, options: Options, backend: str | None) -> tu
     decode = ops.decode_triton if backend == "triton" else ops.decode
     if compiling:
         return decode(*tensors, **options)
-    return call_unrecorded(decode, tensors, options)
+    found = call_unrecorded(decode, tensors, options)
+    if tensors[3] is not None:
+        note_writes(*tensors[1:3])
+    return found
 
 
 def _check(

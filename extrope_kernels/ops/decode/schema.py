@@ -13,7 +13,7 @@ import torch
 
 from .._shared.attention_call import SCHEMA, lse_shape
 from .._shared.attention_checks import check_head_dim
-from .._shared.autograd import refuse_backward
+from .._shared.autograd import refuse_backward, refuse_recording
 from .._shared.dtypes import accumulator
 from .._shared.library import library, load_on_first_use, ops
 from . import reference
@@ -36,6 +36,11 @@ _APPEND = (
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
     f"{_CACHE}, {_SCALES}, *, float[] stored, bool interleaved=False) -> ()"
 )
+
+
+def _written(tensors):
+    """Of those of `decode`: the caches, where tokens are appended."""
+    return () if tensors[3] is None else tensors[1:3]
 
 
 def _decode_fake(q, k_cache, v_cache, k, v, *rope_args, **options):
@@ -117,7 +122,9 @@ def _define() -> None:
             for key in keys:  # on a CPU: the interpreter
                 library.impl(op + suffix, functools.partial(kernel, "triton"), key)
         decode = getattr(ops, f"decode{suffix}").default
-        refuse_backward(library, decode, "decode: is for inference and has no gradient")
+        refuse_backward(library, decode, "decode: is for inference and has no gradient", _written)
+        append = getattr(ops, f"append{suffix}").default
+        refuse_recording(library, append, "append: is for inference and has no gradient")
     for op, (_, _, kernel) in kernels.items():  # the CUDA library has none
         library.impl(op, functools.partial(kernel, "triton"), "CUDA")
     reference_of = {op: functools.partial(kernels[op][2], "reference") for op in kernels}

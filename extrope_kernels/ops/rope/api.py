@@ -231,7 +231,7 @@ def _inplace(
         op(q, k, *op_args, **options)
     else:
         call_unrecorded(op, (q, k, *op_args), options)
-        note_writes(q, k)
+        note_writes(q) if k is None else note_writes(q, k)
     return q, k
 
 

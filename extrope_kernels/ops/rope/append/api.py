@@ -11,7 +11,7 @@ from ....methods import RopeFreqs
 from ....scores import UNROTATED, Score
 from ..._shared import backends as _backends
 from ..._shared.attention_call import check_freqs, given_up_to_last
-from ..._shared.autograd import call_unrecorded
+from ..._shared.autograd import call_unrecorded, note_writes
 from ..._shared.checks import check_real, refuse_flags, run_explained
 from ..._shared.lengths import cache_lengths
 from ..._shared.library import ops
@@ -151,7 +151,9 @@ def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None)
     op = ops.rope_append_triton if backend == "triton" else ops.rope_append
     if torch.compiler.is_compiling():
         return op(*tensors, **options)
-    return call_unrecorded(op, tensors, options)
+    out = call_unrecorded(op, tensors, options)
+    note_writes(*tensors[3:5])
+    return out
 
 
 def _check(tensors: tuple[Any, ...], options: dict[str, Any], *_: object) -> None:

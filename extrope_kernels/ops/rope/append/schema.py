@@ -40,7 +40,8 @@ def _define() -> None:
         library.define(name + _SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
         torch.library.register_fake(f"{library.ns}::{name}", _fake, lib=library)
         op = getattr(ops, name).default
-        refuse_backward(library, op, "rope_append: is for inference and has no gradient")
+        message = "rope_append: is for inference and has no gradient"
+        refuse_backward(library, op, message, lambda tensors: tensors[3:5])
     for key in ("CUDA", "CPU"):  # on a CPU: the interpreter
         library.impl("rope_append_triton", _TRITON["rope_append"], key)
     fallbacks = {"cpu": reference.rope_append, "cuda": _TRITON["rope_append"]}
