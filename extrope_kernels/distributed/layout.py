@@ -84,7 +84,8 @@ def shard(x: Tensor, mesh: Mesh, *, dim: int = 1, balance: Balance = "zigzag") -
     Raises: ValueError or TypeError that names the argument.
     """
     devices = _checked("shard", mesh, balance)
-    _per_rank("shard", f"x's dimension {dim}", x.shape[dim], devices, balance)
+    seqlen = _length("shard", x, dim)
+    _per_rank("shard", f"x's dimension {dim}", seqlen, devices, balance)
     mine = chunks(devices.rank, devices.size, balance)
     parts = x.chunk(len(mine) * devices.size, dim)
     return parts[mine[0]] if len(mine) == 1 else torch.cat([parts[n] for n in mine], dim)
@@ -101,9 +102,10 @@ def unshard(x: Tensor, mesh: Mesh, *, dim: int = 1, balance: Balance = "zigzag")
     Raises: ValueError or TypeError that names the argument.
     """
     devices = _checked("unshard", mesh, balance)
-    if balance is not None and x.shape[dim] % 2:
+    tokens = _length("unshard", x, dim)
+    if balance is not None and tokens % 2:
         raise ValueError(
-            f"unshard: x's dimension {dim} must be even with balance='zigzag', got {x.shape[dim]}"
+            f"unshard: x's dimension {dim} must be even with balance='zigzag', got {tokens}"
         )
     rows = x.movedim(dim, 0).contiguous()
     for group in (devices.inner, devices.outer):
@@ -140,6 +142,17 @@ def check_balance(op: str, balance: Balance) -> None:
 def _checked(op: str, mesh: Mesh, balance: Balance) -> Devices:
     check_balance(op, balance)
     return devices_of(op, mesh)
+
+
+def _length(op: str, x: Tensor, dim: int) -> int:
+    """Of the sequence in x."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}")
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{op}: dim must be an int, got {type(dim).__name__}")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{op}: dim must be one of x's {x.dim()} dimensions, got {dim}")
+    return x.shape[dim]
 
 
 def _per_rank(op: str, name: str, seqlen: int, devices: Devices, balance: Balance) -> int:

@@ -78,6 +78,13 @@ def refuses(mesh):
         shard(x, mesh)
     with pytest.raises(ValueError, match="unshard: x's dimension 1 must be even with balance"):
         unshard(x[:, :3], mesh)
+    for name, function in (("shard", shard), ("unshard", unshard)):
+        with pytest.raises(ValueError, match=f"{name}: dim must be one of x's 2 dimensions, got 2"):
+            function(x, mesh, dim=2)
+        with pytest.raises(TypeError, match=f"{name}: dim must be an int, got NoneType"):
+            function(x, mesh, dim=None)
+        with pytest.raises(TypeError, match=f"{name}: x must be a Tensor, got list"):
+            function([x], mesh)
     with pytest.raises(TypeError, match="local_positions: seqlen must be an int, got float"):
         local_positions(12.0, mesh)
     with pytest.raises(
