@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from held import Held, of_ring, share
@@ -67,6 +69,21 @@ def one_graph_for_all_lengths(mesh, strategy):
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 def test_another_length_compiles_nothing_anew(ranks, strategy):
     ranks.run(one_graph_for_all_lengths, 2, strategy=strategy)
+
+
+def is_exported(mesh, strategy):
+    attention = torch.nn.Module()
+    attention.forward = call(mesh, strategy)
+    tensors = [torch.randn(1, 8, 1, 16) for _ in range(3)]
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(attention, tuple(tensors)), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    torch.testing.assert_close(loaded(*tensors), attention(*tensors))
+
+
+def test_an_exported_program_is_saved_and_loaded(ranks):
+    ranks.run(is_exported, 2, strategy="ring")
 
 
 def checkpoints(mesh, strategy):

@@ -61,7 +61,6 @@ def merge_attention(
     return out, lse.masked_fill(empty, -torch.inf).to(lses[0].dtype)
 
 
-@torch.no_grad()
 def _merged_in_place(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     for out, lse in zip(outs[1:], lses[1:]):
         joint = torch.logaddexp(lses[0], lse)
