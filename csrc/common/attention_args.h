@@ -63,6 +63,9 @@ inline Sinks sinks_of(const char* op, const OptionalTensor& sinks, int64_t heads
 inline float softcap_of(const char* op, double softcap) {
   require_of(op, softcap >= 0 && std::isfinite(softcap), "softcap must be >= 0 (0: none), got ",
              softcap);
+  // Kernels divide logits by it, in float.
+  require_of(op, softcap == 0 || (1e-30 <= softcap && softcap <= 1e30),
+             "softcap must be 0 (none) or from 1e-30 to 1e30, got ", softcap);
   return static_cast<float>(softcap);
 }
 

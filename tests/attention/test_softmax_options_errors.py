@@ -11,8 +11,11 @@ from extrope_kernels.testing import device
 WRONG = [
     ({"softcap": -1.0}, ValueError, "softcap must be >= 0 (0: none), got -1.0"),
     ({"softcap": INF}, ValueError, "softcap must be >= 0 (0: none), got inf"),
+    ({"softcap": 1e-46}, ValueError, "softcap must be 0 (none) or from 1e-30 to 1e30, got 1e-46"),
+    ({"softcap": 1e39}, ValueError, "softcap must be 0 (none) or from 1e-30 to 1e30, got 1e+39"),
     ({"softcap": "a"}, TypeError, "softcap must be a number, got str"),
     ({"sliding_window": 0}, ValueError, "sliding_window must be >= 1, got 0"),
+    ({"sliding_window": 2**62}, ValueError, f"sliding_window must be < 2**62, got {2**62}"),
     ({"sinks": torch.zeros(3)}, ValueError, "sinks must be torch.float32 (2,)"),
     ({"sinks": [1.0, 2.0]}, TypeError, "sinks must be a Tensor, got list"),
     ({"query_scale": torch.ones(3)}, ValueError, "query_scale must be float32 (9,) or (1, 9)"),

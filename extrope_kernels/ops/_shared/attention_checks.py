@@ -27,6 +27,10 @@ def check_call(op: str, call: AttentionCall, q: Tensor, sequences: int) -> None:
     check_real(op, "softcap", call.softcap)
     if not 0 <= call.softcap < math.inf:
         raise ValueError(f"{op}: softcap must be >= 0 (0: none), got {call.softcap}")
+    if call.softcap and not 1e-30 <= call.softcap <= 1e30:  # kernels divide by it in float32
+        raise ValueError(
+            f"{op}: softcap must be 0 (none) or from 1e-30 to 1e30, got {call.softcap}"
+        )
     if call.sliding_window is not None and call.sliding_window < 1:
         raise ValueError(f"{op}: sliding_window must be None or >= 1, got {call.sliding_window}")
     _check_sinks(op, call.sinks, q)

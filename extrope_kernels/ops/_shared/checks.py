@@ -142,8 +142,10 @@ def check_count(op: str, name: str, value: int) -> int:
     """A number of tokens, >= 1."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-    if not 1 <= value < 2**62:
+    if value < 1:
         raise ValueError(f"{op}: {name} must be >= 1, got {value}")
+    if value >= 2**62:
+        raise ValueError(f"{op}: {name} must be < 2**62, got {value}")
     return value
 
 
