@@ -19,6 +19,7 @@ from .._shared.attention_call import (
 )
 from .._shared.autograd import call_unrecorded, note_writes
 from .._shared.checks import refuse_flags, run_explained
+from .._shared.decay import check_new_keys
 from .._shared.lengths import cache_lengths
 from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
@@ -75,6 +76,8 @@ def attend_with_kvcache(
         )
     if not isinstance(cache_seqlens, Tensor):
         cache_seqlens = cache_lengths(op, cache_seqlens, q, cu_seqlens_q, "cu_seqlens_q")
+    if freqs.log_decay is not None:
+        check_new_keys(op, freqs, score, k, cache_seqlens, cache_leftpad, cu_seqlens_q)
     rope_args = (freqs.inv_freq, cache_seqlens, block_table, cache_leftpad)
     more: Tensors = (freqs.log_decay, sinks, query_scale, cu_seqlens_q)
     if k_scale is not None or v_scale is not None:

@@ -13,6 +13,7 @@ from ..._shared import backends as _backends
 from ..._shared.attention_call import check_freqs, given_up_to_last
 from ..._shared.autograd import call_unrecorded, note_writes
 from ..._shared.checks import check_real, refuse_flags, run_explained
+from ..._shared.decay import check_new_keys
 from ..._shared.lengths import cache_lengths
 from ..._shared.library import ops
 from . import reference
@@ -104,6 +105,9 @@ def rope_append_kvcache(
     rope_args: RopeArgs = (None, None, None)
     if freqs is not None or score is not None:
         rope_args = _rope_args(freqs, score, options)
+        if freqs is not None and freqs.log_decay is not None:
+            at = (cache_seqlens, cache_leftpad, cu_seqlens, positions)
+            check_new_keys(_OP, freqs, score, k, *at)
     inv_freq, log_decay, axes = rope_args
     where = (cache_seqlens, block_table, slot_mapping, cu_seqlens, cache_leftpad, positions)
     scales = () if k_scale is v_scale is None else (k_scale, v_scale)
