@@ -8,8 +8,7 @@ from torch.nn import functional
 
 from ..ops import linear_attention
 from ..ops._shared.checks import refuse_flags
-from ..ops.linear_attention import default_decay, seen, state_of
-from ..ops.linear_attention.arguments import MAX_DIM, check
+from ..ops.linear_attention import MAX_DIM, check, default_decay, seen, state_of
 from ..ops.permute import permute_qk
 from .agreement import Settings, agreed, contents
 from .collectives import gathered

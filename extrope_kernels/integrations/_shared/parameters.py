@@ -10,7 +10,7 @@ from typing import Any
 
 from ... import RopeFreqs
 from ...methods import METHODS, WRAPPERS
-from ...ops._shared.attention_checks import check_log_n
+from ...ops.attention import check_log_n
 from ...scores import SCORES, Score
 
 _FUNCTIONS = METHODS | SCORES

@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
 import torch
+from torch import Tensor
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+Function = Callable[Concatenate[Tensor, Parameters], Result]
+
+
+def without_autocast(function: Function[Parameters, Result]) -> Function[Parameters, Result]:
+    """The function in the dtypes that it asks for: as kernels, it knows nothing of autocast."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        device = x.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(x, *args, **options)
+        with torch.autocast(device, enabled=False):
+            return function(x, *args, **options)
+
+    return run
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Attention that changes which relative position a query and a key see."""
 
+from .._shared.attention_checks import check_log_n
 from . import schema  # noqa: F401  (defines the ops)
 from .api import attend, backends
 from .blocks import BlockCall, block_backward, block_call, block_forward, check_block, grad_of_sinks
@@ -19,6 +20,7 @@ __all__ = [
     "block_forward",
     "blockwise_causal_attention",
     "check_block",
+    "check_log_n",
     "choices",
     "dual_chunk_attention",
     "grad_of_sinks",

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from .._shared.attention_call import AttentionCall, row_scale
-from .._shared.dtypes import accumulator
+from .._shared.dtypes import accumulator, without_autocast
 from .._shared.positions import sequence_of_token
-from .._shared.precision import without_autocast
 from .._shared.softmax import capped, softmax_of
 from .frames import positions, rotate, unrotate
 

@@ -8,11 +8,14 @@ from .api import (
     permuteformer_attention,
     permuteformer_step,
 )
+from .checks import MAX_DIM, check
 from .state import seen, state_of
 
 __all__ = [
+    "MAX_DIM",
     "PermuteFormerState",
     "backends",
+    "check",
     "default_decay",
     "permuteformer_attention",
     "permuteformer_step",

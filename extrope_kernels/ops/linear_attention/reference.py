@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._shared.dtypes import accumulator
-from .._shared.precision import without_autocast
+from .._shared.dtypes import accumulator, without_autocast
 from .scan import Scan, Scanned, feature
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._shared.dtypes import accumulator
-from .._shared.precision import without_autocast
+from .._shared.dtypes import accumulator, without_autocast
 from .scan import feature
 
 
