@@ -90,4 +90,4 @@ def test_serve_vllm(tmp_path):
 def test_all_are_tested():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     tested |= {"train_context_parallel"}  # by tests/distributed, in several processes
-    assert {script.stem for script in EXAMPLES.glob("*.py")} == tested - {"all_are_tested"}
+    assert {script.stem for script in EXAMPLES.glob("*.py")} <= tested
