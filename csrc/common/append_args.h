@@ -11,10 +11,10 @@ namespace extrope::append {
 constexpr const char* kOp = "rope_append";
 
 struct Args {
-  const OptionalTensor& q;
-  const Tensor &k, &v, &k_cache, &v_cache;
-  const OptionalTensor &cache_seqlens, &block_table, &slot_mapping, &cu_seqlens, &cache_leftpad;
-  const OptionalTensor &k_scale, &v_scale;
+  OptionalView q;
+  TensorView k, v, k_cache, v_cache;
+  OptionalView cache_seqlens, block_table, slot_mapping, cu_seqlens, cache_leftpad;
+  OptionalView k_scale, v_scale;
 
   bool packed() const { return k.dim() == 3; }
   int64_t batch() const { return packed() ? 1 : k.size(0); }
@@ -27,7 +27,8 @@ void check(bool condition, const Message&... message) {
   require_of(kOp, condition, message...);
 }
 
-inline void check_cache(const Args& a, const char* name, const Tensor& cache, const Tensor& x) {
+inline void check_cache(const Args& a, const char* name, const TensorView& cache,
+                        const TensorView& x) {
   check_rows(kOp, cache, false, name);
   check_cache_dtype(kOp, name, cache, a.k, a.k_scale.has_value());
   check(cache.size(2) == x.size(x.dim() - 2) && cache.size(3) == x.size(x.dim() - 1), name,
@@ -60,7 +61,7 @@ inline void check_tensors(const Args& a) {
         shape_of(a.v_cache));
 }
 
-inline const int32_t* ints(const Args& a, const char* name, const OptionalTensor& x, int64_t dim,
+inline const int32_t* ints(const Args& a, const char* name, const OptionalView& x, int64_t dim,
                            int64_t rows) {
   if (!x.has_value()) return nullptr;
   check(x->get_device() == a.k.get_device() && x->scalar_type() == ScalarType::Int &&
@@ -109,8 +110,8 @@ inline KVCache cache_of(const Args& a) {
 }
 
 // slot_mapping, as a tensor that says where k's tokens go.
-inline const Tensor& slots_of(const Args& a) {
-  const Tensor& x = *a.slot_mapping;
+inline const TensorView& slots_of(const Args& a) {
+  const TensorView& x = *a.slot_mapping;
   bool fits = x.get_device() == a.k.get_device() && x.dim() == a.k.dim() - 2;
   for (int64_t i = 0; fits && i < x.dim(); ++i) fits = x.size(i) == a.k.size(i);
   check(fits, "slot_mapping must have k's tokens ", shape_of(a.k), ", on its device, got shape ",

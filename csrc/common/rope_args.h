@@ -16,7 +16,7 @@ void require(bool condition, const Message&... message) {
 }
 
 struct RopeOptions {
-  const OptionalTensor &cu_seqlens, &log_decay, &axes;  // the call's own
+  OptionalView cu_seqlens, log_decay, axes;
   double attention_factor;
   int64_t offset;
   bool interleaved, inverse;
@@ -24,7 +24,7 @@ struct RopeOptions {
   bool packed = false;  // (total, heads, head_dim) without cu_seqlens too
 };
 
-inline DType rotated_dtype(const Tensor& x, const char* name) {
+inline DType rotated_dtype(const TensorView& x, const char* name) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return DType::f32;
@@ -40,7 +40,7 @@ inline DType rotated_dtype(const Tensor& x, const char* name) {
   return DType::f32;
 }
 
-inline void set_frequencies(RopeParams& p, const Tensor& inv_freq, const Tensor& q,
+inline void set_frequencies(RopeParams& p, const TensorView& inv_freq, const TensorView& q,
                             int64_t sequences) {
   const ScalarType type = inv_freq.scalar_type();
   require(type == ScalarType::Float || type == ScalarType::Double,
@@ -69,7 +69,7 @@ inline void set_frequencies(RopeParams& p, const Tensor& inv_freq, const Tensor&
   p.angle_heads = columns;
 }
 
-inline PositionType position_type(const Tensor& positions) {
+inline PositionType position_type(const TensorView& positions) {
   switch (positions.scalar_type()) {
     case ScalarType::Int:
       return PositionType::i32;
@@ -85,7 +85,7 @@ inline PositionType position_type(const Tensor& positions) {
   return PositionType::i64;
 }
 
-inline void check_axes(const RopeParams& p, const Tensor& axes, const Tensor& q) {
+inline void check_axes(const RopeParams& p, const TensorView& axes, const TensorView& q) {
   require(axes.scalar_type() == ScalarType::Int && axes.dim() == 1 &&
               axes.size(0) == p.rotary_dim / 2 && axes.is_contiguous() &&
               axes.get_device() == q.get_device(),
@@ -94,8 +94,8 @@ inline void check_axes(const RopeParams& p, const Tensor& axes, const Tensor& q)
 }
 
 // Without a table of positions for each axis, the axes are all alike.
-inline void set_positions(RopeParams& p, const Tensor& positions, const OptionalTensor& axes,
-                          const Tensor& q, int64_t sequences) {
+inline void set_positions(RopeParams& p, const TensorView& positions, const OptionalView& axes,
+                          const TensorView& q, int64_t sequences) {
   p.position_type = position_type(positions);
   require(positions.get_device() == q.get_device(), "positions must be on q's device");
   if (set_positions(p, positions, sequences)) return;
@@ -113,7 +113,7 @@ inline void set_positions(RopeParams& p, const Tensor& positions, const Optional
   p.position_seq = positions.stride(2);
 }
 
-inline void set_log_decay(RopeParams& p, const Tensor& log_decay, const Tensor& q) {
+inline void set_log_decay(RopeParams& p, const TensorView& log_decay, const TensorView& q) {
   require(log_decay.scalar_type() == ScalarType::Float && log_decay.dim() == 1 &&
               log_decay.size(0) == p.rotary_dim / 2 && log_decay.is_contiguous() &&
               log_decay.get_device() == q.get_device(),
@@ -122,7 +122,7 @@ inline void set_log_decay(RopeParams& p, const Tensor& log_decay, const Tensor& 
   p.log_decay = static_cast<const float*>(log_decay.data_ptr());
 }
 
-inline void set_saved(RopeTensor& t, const Tensor& saved, bool packed) {
+inline void set_saved(RopeTensor& t, const TensorView& saved, bool packed) {
   const int64_t d = saved.dim();
   t.saved = saved.data_ptr();
   t.saved_batch = packed ? 0 : saved.stride(0);
@@ -130,7 +130,7 @@ inline void set_saved(RopeTensor& t, const Tensor& saved, bool packed) {
   t.saved_head = saved.stride(d - 2);
 }
 
-inline void set_tensors(RopeParams& p, const Tensor& q, const OptionalTensor& k, bool packed) {
+inline void set_tensors(RopeParams& p, const TensorView& q, const OptionalView& k, bool packed) {
   p.dtype = rotated_dtype(q, "q");
   check_rows("rope", q, packed, "q");
   set_input(p.tensors[p.num_tensors++], q, packed);
@@ -144,9 +144,9 @@ inline void set_tensors(RopeParams& p, const Tensor& q, const OptionalTensor& k,
   p.head_dim = q.size(q.dim() - 1);
 }
 
-inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Tensor& inv_freq,
-                              const OptionalTensor& positions, const RopeOptions& options,
-                              bool adjoint) {
+inline RopeParams make_params(const TensorView& q, const OptionalView& k,
+                              const TensorView& inv_freq, const OptionalView& positions,
+                              const RopeOptions& options, bool adjoint) {
   RopeParams p{};
   const bool packed = options.packed || options.cu_seqlens.has_value();
   set_tensors(p, q, k, packed);

@@ -6,7 +6,7 @@
 
 namespace extrope {
 
-inline RopeNorm norm_of(const OptionalTensor& weight, const Tensor& x, const char* name) {
+inline RopeNorm norm_of(const OptionalView& weight, const TensorView& x, const char* name) {
   RopeNorm norm{};
   if (!weight.has_value()) return norm;
   const int64_t dim = x.size(x.dim() - 1), heads = x.size(x.dim() - 2);
@@ -22,9 +22,9 @@ inline RopeNorm norm_of(const OptionalTensor& weight, const Tensor& x, const cha
   return norm;
 }
 
-inline RopeNormParams make_norm_params(const RopeParams& rope, const Tensor& q,
-                                       const OptionalTensor& k, const OptionalTensor& q_norm_weight,
-                                       const OptionalTensor& k_norm_weight, double norm_eps) {
+inline RopeNormParams make_norm_params(const RopeParams& rope, const TensorView& q,
+                                       const OptionalView& k, const OptionalView& q_norm_weight,
+                                       const OptionalView& k_norm_weight, double norm_eps) {
   RopeNormParams p{};
   static_cast<RopeParams&>(p) = rope;
   p.norms[0] = norm_of(q_norm_weight, q, "q_norm_weight");

@@ -2,21 +2,15 @@
 // front of every error.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
+#include "common/tensor_view.h"
 #include "common/token_params.h"
 
 namespace extrope {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 template <typename... Message>
 void require_of(const char* op, bool condition, const Message&... message) {
@@ -30,10 +24,10 @@ void require_of(const char* op, bool condition, const Message&... message) {
 
 // Written out only where a check fails: text takes longer to make than a small rotation.
 struct Shape {
-  const Tensor& x;
+  const TensorView& x;
 };
 
-inline Shape shape_of(const Tensor& x) { return {x}; }
+inline Shape shape_of(const TensorView& x) { return {x}; }
 
 inline std::ostream& operator<<(std::ostream& text, const Shape& shape) {
   text << "(";
@@ -41,14 +35,14 @@ inline std::ostream& operator<<(std::ostream& text, const Shape& shape) {
   return text << ")";
 }
 
-inline bool overlaps_itself(const Tensor& x) {
+inline bool overlaps_itself(const TensorView& x) {
   for (int64_t i = 0; i < x.dim(); ++i) {
     if (x.stride(i) == 0 && x.size(i) > 1) return true;
   }
   return false;
 }
 
-inline void check_rows(const char* op, const Tensor& x, bool packed, const char* name) {
+inline void check_rows(const char* op, const TensorView& x, bool packed, const char* name) {
   require_of(
       op, x.dim() == (packed ? 3 : 4), name, " must be ",
       packed ? "(total, heads, head_dim) with cu_seqlens" : "(batch, seqlen, heads, head_dim)",
@@ -58,7 +52,8 @@ inline void check_rows(const char* op, const Tensor& x, bool packed, const char*
              " must be contiguous in its last dimension, got stride ", x.stride(last));
 }
 
-inline void check_matching(const char* op, const Tensor& x, const Tensor& q, const char* name) {
+inline void check_matching(const char* op, const TensorView& x, const TensorView& q,
+                           const char* name) {
   require_of(op, x.scalar_type() == q.scalar_type(), name, " must have q's dtype");
   require_of(op, x.get_device() == q.get_device(), name, " must be on q's device");
   bool same = x.dim() == q.dim();
@@ -67,8 +62,8 @@ inline void check_matching(const char* op, const Tensor& x, const Tensor& q, con
              shape_of(x));
 }
 
-inline int64_t set_cu_seqlens(const char* op, TokenParams& p, const Tensor& cu_seqlens,
-                              const Tensor& q) {
+inline int64_t set_cu_seqlens(const char* op, TokenParams& p, const TensorView& cu_seqlens,
+                              const TensorView& q) {
   require_of(op,
              cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
                  cu_seqlens.size(0) >= 2,
@@ -81,7 +76,7 @@ inline int64_t set_cu_seqlens(const char* op, TokenParams& p, const Tensor& cu_s
 }
 
 // q's dtype, for operations that compute in float32.
-inline DType dtype_of(const char* op, const Tensor& q) {
+inline DType dtype_of(const char* op, const TensorView& q) {
   switch (q.scalar_type()) {
     case ScalarType::Float:
       return DType::f32;
@@ -97,7 +92,7 @@ inline DType dtype_of(const char* op, const Tensor& q) {
 
 // Whether the positions fit the tokens. As in ops/_shared/positions.py, what has one entry a token
 // is read as positions first, one entry a sequence as offsets.
-inline bool set_positions(TokenParams& p, const Tensor& positions, int64_t sequences) {
+inline bool set_positions(TokenParams& p, const TensorView& positions, int64_t sequences) {
   const int64_t dim = positions.dim(), rows = dim >= 1 ? positions.size(0) : -1;
   const int64_t columns = dim == 2 ? positions.size(1) : -1;
   p.positions = positions.data_ptr();
@@ -117,7 +112,7 @@ inline bool set_positions(TokenParams& p, const Tensor& positions, int64_t seque
 
 // `to` is a RopeTensor or one like it.
 template <typename Place>
-void set_input(Place& to, const Tensor& in, bool packed) {
+void set_input(Place& to, const TensorView& in, bool packed) {
   const int64_t d = in.dim();
   to.in = in.data_ptr();
   to.in_batch = packed ? 0 : in.stride(0);
@@ -127,7 +122,7 @@ void set_input(Place& to, const Tensor& in, bool packed) {
 }
 
 template <typename Place>
-void set_output(Place& to, const Tensor& out, bool packed) {
+void set_output(Place& to, const TensorView& out, bool packed) {
   const int64_t d = out.dim();
   to.out = out.data_ptr();
   to.out_batch = packed ? 0 : out.stride(0);

@@ -38,7 +38,7 @@ inline KVCache checked_cache_of(const Args& a) {
 
 template <typename Int>
 CacheRows rows_at(const Args& a, const KVCache& cache, const Int* slots) {
-  const Tensor& x = *a.slot_mapping;
+  const TensorView& x = *a.slot_mapping;
   const int64_t last = x.dim() - 1, all = a.k_cache.size(0) * cache.page_size;
   CacheRows rows(a.batch() * a.seqlen());
   for (int64_t b = 0, n = 0; b < a.batch(); ++b) {
@@ -54,7 +54,7 @@ CacheRows rows_at(const Args& a, const KVCache& cache, const Int* slots) {
 
 inline CacheRows rows_of(const Args& a, const KVCache& cache) {
   if (!a.slot_mapping.has_value()) return rows_behind(cache, a.batch() * a.seqlen());
-  const Tensor& x = slots_of(a);
+  const TensorView& x = slots_of(a);
   if (x.scalar_type() == ScalarType::Int) {
     return rows_at(a, cache, static_cast<const int32_t*>(x.data_ptr()));
   }

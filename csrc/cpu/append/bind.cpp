@@ -10,6 +10,7 @@
 #include "cpu/append/args.h"
 #include "cpu/append/writes.h"
 #include "cpu/rope/values.h"
+#include "cpu/runtime/direct.h"
 #include "cpu/runtime/output_pages.h"
 #include "cpu/runtime/token.h"
 
@@ -17,7 +18,7 @@ namespace extrope {
 namespace append {
 namespace {
 
-const OptionalTensor kNone;
+const OptionalView kNone;
 
 // One call: the rotations of q and k, and the writes of k and v.
 class Append {
@@ -34,23 +35,20 @@ class Append {
   }
   Append(const Append&) = delete;
 
-  Tensor run() {
-    Tensor out = a_.q.has_value() ? fresh_like(*a_.q) : no_tensor(a_.k, dtype_code(a_.k));
-    const Tensor* out_q = a_.q.has_value() ? &out : nullptr;
+  void run(const OptionalView& out_q) {
     if (r_.inv_freq.has_value() && r_.stored.empty()) {
       add_together(out_q);
     } else {
       add_apart(out_q);
     }
     writes_.run(rotations_, plane(a_.v));
-    return out;
   }
 
  private:
   // q, if there is one, and k by the same angles: one rotation.
-  void add_together(const Tensor* out_q) {
-    const OptionalTensor k = out_q ? OptionalTensor(a_.k) : kNone;
-    const Tensor& first = out_q ? *a_.q : a_.k;
+  void add_together(const OptionalView& out_q) {
+    const OptionalView k = out_q ? OptionalView(a_.k) : kNone;
+    const TensorView& first = out_q ? *a_.q : a_.k;
     RopeParams p = make_params(first, k, *r_.inv_freq, r_.positions, r_.options, /*adjoint=*/false);
     if (out_q) set_output(p.tensors[0], *out_q, a_.packed());
     RopeTensor& keys = p.tensors[out_q ? 1 : 0];
@@ -63,7 +61,7 @@ class Append {
   }
 
   // q, if there is one, normed alone; k rotated to where a score method stores it, or normed alone.
-  void add_apart(const Tensor* out_q) {
+  void add_apart(const OptionalView& out_q) {
     if (out_q) {
       RopeParams q = unrotated_part(*a_.q);
       set_output(q.tensors[0], *out_q, a_.packed());
@@ -78,7 +76,7 @@ class Append {
     rotations_.add(make_norm_params(k, a_.k, kNone, r_.k_norm_weight, kNone, r_.norm_eps));
   }
 
-  RopeParams unrotated_part(const Tensor& x) const {
+  RopeParams unrotated_part(const TensorView& x) const {
     const int64_t d = x.dim();
     return unrotated(cache_.dtype, plane(x), a_.batch(), a_.seqlen(), x.size(d - 2), x.size(d - 1));
   }
@@ -123,13 +121,29 @@ class Append {
   CacheWrites writes_;
 };
 
-Tensor run(const Args& a, const Rotation& r) { return Append(a, r).run(); }
-
 }  // namespace
-}  // namespace append
 
 const Ops ops{
-    {"rope_append", TORCH_BOX(&append::AppendOp<append::run>::rope_append)},
+    {"rope_append", TORCH_BOX(&(rope_append<Append, fresh_like>))},
 };
 
+// (out_q, norm_eps, attention_factor, interleaved, decay_origin, how many numbers stored has,
+// these, tensors of the schema)
+EXTROPE_DIRECT(rope_append) {
+  return run_directly(args, count, [](DirectArgs& in) {
+    const OptionalView out_q = in.optional_tensor();
+    const double norm_eps = in.number(), attention_factor = in.number();
+    const bool interleaved = in.flag();
+    const double decay_origin = in.number();
+    std::vector<double> stored(static_cast<size_t>(in.number()));
+    for (double& x : stored) x = in.number();
+    OptionalView tensors[kTensors];
+    for (OptionalView& x : tensors) x = in.optional_tensor();
+    const Call call(tensors, std::move(stored), norm_eps, attention_factor, interleaved,
+                    decay_origin);
+    Append(call.args, call.rotation).run(out_q);
+  });
+}
+
+}  // namespace append
 }  // namespace extrope

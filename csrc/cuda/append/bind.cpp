@@ -17,7 +17,7 @@ namespace extrope {
 namespace append {
 namespace {
 
-const OptionalTensor kNone;
+const OptionalView kNone;
 
 // The tokens alone, where nothing is rotated.
 RopeParams unrotated(const Args& a, const KVCache& cache) {
@@ -57,7 +57,7 @@ void set_rotation(const Args& a, const Rotation& r, AppendParams& p) {
   p.rope.position_batch = 1;
 }
 
-void set_rows(const Args& a, const Tensor* out_q, AppendParams& p) {
+void set_rows(const Args& a, const OptionalView& out_q, AppendParams& p) {
   const KVCache& cache = p.cache;
   const auto into = [](RopeTensor& x, const Plane& to) {
     x.out = to.data, x.out_batch = to.block, x.out_seq = to.slot, x.out_head = to.head;
@@ -73,7 +73,7 @@ void set_rows(const Args& a, const Tensor* out_q, AppendParams& p) {
   p.k.decay_sign = -1.0;
   p.blocks = a.k_cache.size(0);
   if (!a.slot_mapping.has_value()) return;
-  const Tensor& slots = slots_of(a);
+  const TensorView& slots = slots_of(a);
   p.slots = slots.data_ptr();
   p.slots_are_i64 = slots.scalar_type() == ScalarType::Long;
   p.slot_batch = a.packed() ? 0 : slots.stride(0);
@@ -98,22 +98,30 @@ AppendParams make_append_params(const Args& a, const Rotation& r) {
   return p;
 }
 
-Tensor run(const Args& a, const Rotation& r) {
-  AppendParams p = make_append_params(a, r);
-  const OnDevice device(kOp, a.k.get_device());
-  Tensor out = a.q.has_value() ? new_like(*a.q) : no_tensor(a.k, dtype_code(a.k));
-  set_rows(a, a.q.has_value() ? &out : nullptr, p);
-  if (p.rope.batch * p.rope.seqlen == 0) return out;
-  const int error = rope_append_launch(p, device.stream);
-  check(error == 0, "CUDA error ", error, ": ", rope_error(error));
-  return out;
-}
+// One call.
+class Append {
+ public:
+  Append(const Args& a, const Rotation& r) : a_(a), p_(make_append_params(a, r)) {}
+
+  void run(const OptionalView& out_q) {
+    const OnDevice device(kOp, a_.k.get_device());
+    set_rows(a_, out_q, p_);
+    if (p_.rope.batch * p_.rope.seqlen == 0) return;
+    const int error = rope_append_launch(p_, device.stream);
+    check(error == 0, "CUDA error ", error, ": ", rope_error(error));
+  }
+
+ private:
+  const Args& a_;
+  AppendParams p_;
+};
 
 }  // namespace
-}  // namespace append
 
 const Ops append_ops{
-    {"rope_append", TORCH_BOX(&append::AppendOp<append::run>::rope_append)},
+    {"rope_append", TORCH_BOX(&(rope_append<Append, new_like>))},
 };
+
+}  // namespace append
 
 }  // namespace extrope

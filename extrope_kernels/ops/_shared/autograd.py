@@ -66,7 +66,7 @@ def _autograd_kernel(op, save, backward):
 
 def _refuse_tangents(op, args) -> None:
     """Of forward-mode derivatives, which the kernels do not have: they would be lost in silence."""
-    if not _in_forward_mode():
+    if not in_forward_mode():
         return
     for x in args:
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
@@ -76,7 +76,7 @@ def _refuse_tangents(op, args) -> None:
             )
 
 
-def _in_forward_mode() -> bool:
+def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
@@ -112,7 +112,7 @@ def call_unrecorded(
     it knows that there are none.
     """
     run = getattr(op, "_op", op)
-    if torch.is_inference_mode_enabled() or _in_forward_mode():
+    if torch.is_inference_mode_enabled() or in_forward_mode():
         return run(*args, **options)
     with torch._C._AutoDispatchBelowAutograd():
         return run(*args, **options)

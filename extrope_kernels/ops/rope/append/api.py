@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..._shared.attention_call import check_freqs, given_up_to_last
 from ..._shared.autograd import call_unrecorded, note_writes
 from ..._shared.checks import check_real, refuse_flags, run_explained
 from ..._shared.decay import check_new_keys
+from ..._shared.direct import find_direct
 from ..._shared.lengths import cache_lengths
 from ..._shared.library import ops
 from . import reference
@@ -109,14 +111,12 @@ def rope_append_kvcache(
             at = (cache_seqlens, cache_leftpad, cu_seqlens, positions)
             check_new_keys(_OP, freqs, score, k, *at)
     inv_freq, log_decay, axes = rope_args
-    where = (cache_seqlens, block_table, slot_mapping, cu_seqlens, cache_leftpad, positions)
-    scales = () if k_scale is v_scale is None else (k_scale, v_scale)
     tensors = (
         *(q, k, v, k_cache, v_cache, q_norm_weight, k_norm_weight, inv_freq),
-        *given_up_to_last(*where, log_decay, axes, *scales),
+        *(cache_seqlens, block_table, slot_mapping, cu_seqlens, cache_leftpad, positions),
+        *(log_decay, axes, k_scale, v_scale),
     )
-    out = run_explained("rope_append", _run, _check, (tensors, options, backend), function=_OP)
-    return None if q is None else out
+    return run_explained("rope_append", _run, _check, (tensors, options, backend), function=_OP)
 
 
 def _rope_args(freqs: RopeFreqs | None, score: Score | None, options: dict[str, Any]) -> RopeArgs:
@@ -144,20 +144,47 @@ def _rope_args(freqs: RopeFreqs | None, score: Score | None, options: dict[str, 
     return freqs.inv_freq, freqs.log_decay, None
 
 
-def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Tensor:
-    k = tensors[1]
+def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Tensor | None:
+    q, k = tensors[:2]
     if backend is not None:
         _backends.require(_OP, backend, BACKENDS, k.device.type)
     if torch.is_grad_enabled():
         _refuse_gradients(tensors)
+    out = _append(tensors, options, backend)
+    return None if q is None else out
+
+
+def _append(
+    tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None
+) -> Tensor | None:
+    """By the reference, by an op or, past the dispatcher, by that op's direct function."""
     if backend == "reference":
         return reference.rope_append(*tensors, **options)
     op = ops.rope_append_triton if backend == "triton" else ops.rope_append
     if torch.compiler.is_compiling():
-        return op(*tensors, **options)
-    out = call_unrecorded(op, tensors, options)
-    note_writes(*tensors[3:5])
+        return op(*given_up_to_last(*tensors), **options)
+    q, k, v, k_cache, v_cache = tensors[:5]
+    direct = None if backend == "triton" else find_direct("rope_append", k, q, v, k_cache, v_cache)
+    out = None if q is None or direct is None else torch.empty_like(q)
+    numbers = _numbers(**options) if options else _USUAL_NUMBERS
+    if direct is None or not direct(out, *numbers, *tensors):
+        out = call_unrecorded(op, given_up_to_last(*tensors), options)
+    note_writes(k_cache, v_cache)
     return out
+
+
+def _numbers(
+    stored: Sequence[float] = Append.stored,
+    norm_eps: float = Append.norm_eps,
+    attention_factor: float = Append.attention_factor,
+    interleaved: bool = Append.interleaved,
+    decay_origin: float = Append.decay_origin,
+) -> tuple[float, ...]:
+    """The op's options as its direct function takes them."""
+    return norm_eps, attention_factor, interleaved, decay_origin, len(stored), *stored
+
+
+_USUAL_NUMBERS = _numbers()
 
 
 def _check(tensors: tuple[Any, ...], options: dict[str, Any], *_: object) -> None:

@@ -1,0 +1,106 @@
+"""Small calls of an op past PyTorch's dispatcher, which takes longer than the work on one token.
+
+csrc/cpu/runtime/direct.h has the other side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ... import _ext
+from .autograd import in_forward_mode
+
+# Of keys. Larger calls are shared out to threads, and let other threads of Python run meanwhile.
+MOST_ELEMENTS = 2**15
+_OPS = ("rope_append",)
+_METH_FASTCALL = 0x80
+# What find_direct asks: PyTorch promises none of it.
+_PRIVATE = ("_is_tracing", "_len_torch_dispatch_stack", "_len_torch_function_stack")
+Direct = Callable[..., "bool | None"]
+_functions: dict[str, Direct] = {}
+_methods: list[_Method] = []  # which Python reads for as long as there are functions
+
+
+class _Python(ctypes.Structure):
+    """How the library reads Python's objects."""
+
+    _fields_ = [
+        ("tensors", ctypes.c_void_p),
+        ("none", ctypes.py_object),
+        ("done", ctypes.py_object),
+        ("as_double", ctypes.c_void_p),
+        ("increase_refcount", ctypes.c_void_p),
+        ("error", ctypes.c_void_p),
+        ("clear_error", ctypes.c_void_p),
+    ]
+
+
+class _Method(ctypes.Structure):
+    """Python's PyMethodDef."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    ]
+
+
+def find_direct(op: str, k: Tensor, *others: Tensor | None) -> Direct | None:
+    """The function for a call with these keys, queries, values and caches; None: call the op.
+
+    Modes, transforms, tracers, profilers and tensors of other classes learn of a call from the
+    dispatcher alone, and it alone negates those of which only a bit says that they are negated.
+
+    Its arguments are the binding's own: what is written first, then numbers, then the tensors of
+    the op. It returns True, or None where the op refuses the call and has to say why.
+    """
+    function, c = _functions.get(op), torch._C
+    if (
+        function is None
+        or not k.is_cpu
+        or c._is_tracing()
+        or k.numel() > MOST_ELEMENTS
+        or c._len_torch_dispatch_stack()
+        or c._len_torch_function_stack()
+        or c._are_functorch_transforms_active()
+        or c._autograd._profiler_enabled()
+        or in_forward_mode()
+    ):
+        return None
+    for x in (k, *others):
+        if x is not None and (type(x) is not Tensor or x.is_neg()):
+            return None
+    return function
+
+
+def _find_functions(reason: str | None) -> None:
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    can_ask = all(hasattr(torch._C, name) for name in _PRIVATE)
+    if reason is not None or exchange is None or not can_ask:
+        return
+    python, library = ctypes.pythonapi, ctypes.CDLL(str(_ext.path("cpu")))
+    pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    tensors = pointer(("PyCapsule_GetPointer", python))(exchange, b"dlpack_exchange_api")
+    errors = (python.PyErr_Occurred, python.PyErr_Clear)
+    used = (python.PyFloat_AsDouble, python.Py_IncRef, *errors)
+    how = _Python(tensors, None, True, *map(_address, used))
+    if not library.extrope_direct(ctypes.byref(how)):
+        return
+    make = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    for op in _OPS:
+        function = _address(getattr(library, f"extrope_direct_{op}"))
+        _methods.append(_Method(op.encode(), function, _METH_FASTCALL, None))
+        pointer = ctypes.addressof(_methods[-1])
+        _functions[op] = make(("PyCFunction_NewEx", python))(pointer, None, None)
+
+
+def _address(function: ctypes._CFuncPtr) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+_ext.watch("cpu", _find_functions)
