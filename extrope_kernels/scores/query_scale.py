@@ -74,4 +74,5 @@ def _checked(function: str, positions: Tensor) -> Tensor:
         raise TypeError(f"{function}: positions must be a Tensor, got {kind}")
     if positions.is_complex() or positions.dtype == torch.bool:
         raise TypeError(f"{function}: positions must hold numbers, got a {positions.dtype} tensor")
-    return positions
+    # Integers would become floats of torch's default dtype, which may be a 16-bit one.
+    return positions if positions.is_floating_point() else positions.float()

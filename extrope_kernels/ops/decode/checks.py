@@ -111,7 +111,7 @@ def check_values(
     check_scale_values(op, cache.scales)
     if cache.block_table is None:
         return
-    pages = torch.arange(cache.block_table.shape[1])
+    pages = torch.arange(cache.block_table.shape[1], device="cpu")
     used = cache.block_table[pages * cache.k.shape[1] < ends[:, None]]
     if used.numel() and not (used.min() >= 0 and used.max() < cache.k.shape[0]):
         raise ValueError(

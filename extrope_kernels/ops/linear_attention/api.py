@@ -201,7 +201,8 @@ def _check_permutations(name: str, permutations: Tensor) -> None:
 def default_decay(k: Tensor) -> Tensor:
     """The authors' r_h = sigmoid(2 + 3 h / heads)."""
     heads = k.shape[-2]
-    return torch.sigmoid(2 + 3 * torch.arange(heads, device=k.device) / heads)
+    head = torch.arange(heads, dtype=torch.float32, device=k.device)
+    return torch.sigmoid(2 + 3 * head / heads)
 
 
 def _int32(cu_seqlens: Tensor | None) -> Tensor | None:

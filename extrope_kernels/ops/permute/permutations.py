@@ -71,7 +71,7 @@ def check_bijective(permutations: Tensor) -> None:
     if traced or permutations.device.type != "cpu" or type(permutations) is not Tensor:
         return
     dim = permutations.shape[-1]
-    wrong = (permutations.sort(-1).values != torch.arange(dim)).any(-1)
+    wrong = (permutations.sort(-1).values != torch.arange(dim, device="cpu")).any(-1)
     if wrong.any():
         raise ValueError(
             f"permute: permutations must hold 0 to {dim - 1} once in every row, "

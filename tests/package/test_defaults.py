@@ -1,0 +1,68 @@
+"""torch's default dtype and device are for tensors of the user's own: no result depends on them."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from extrope_kernels import (
+    head_permutations,
+    methods,
+    permute,
+    permuteformer_attention,
+    rerope_attention,
+    rerope_attention_with_kvcache,
+)
+from extrope_kernels.scores import query_scale
+from extrope_kernels.testing import device
+
+Q, K, V = (torch.randn(2, 6, heads, 8, device=device()) for heads in (4, 2, 2))
+FREQS = methods.rope(8).to(device())
+PERMUTATIONS = head_permutations(2, 8).to(device())
+POSITIONS = torch.arange(300, device=device())
+TABLE = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32, device=device())
+PAGES = torch.randn(2, 3, 4, 2, 8, device=device())
+
+
+def paged(backend: str | None) -> Tensor:
+    cache = {"cache_seqlens": 6, "block_table": TABLE, "backend": backend}
+    return rerope_attention_with_kvcache(Q, *PAGES, FREQS, window=3, log_n=2.0, **cache)
+
+
+CALLS = {
+    "log_n": lambda backend: query_scale.log_n(POSITIONS, 7),
+    "ministral3": lambda backend: query_scale.ministral3(POSITIONS, 7),
+    "attention": lambda backend: rerope_attention(
+        Q, K, V, FREQS, window=3, log_n=2.0, backend=backend
+    ),
+    "a paged cache": paged,
+    "permute": lambda backend: permute(Q, PERMUTATIONS, backend=backend),
+    "PermuteFormer": lambda backend: permuteformer_attention(
+        Q, K, V, permutations=PERMUTATIONS, backend=backend
+    ),
+}
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("named", [None, "reference"])
+@pytest.mark.parametrize("name", CALLS)
+def test_results_are_the_same(name, named):
+    expected = CALLS[name](named)
+    for dtype in (torch.bfloat16, torch.float64):
+        with default_dtype(dtype):
+            found = CALLS[name](named)
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+    with torch.device("meta"):
+        found = CALLS[name](named)
+    assert torch.equal(found, expected)
