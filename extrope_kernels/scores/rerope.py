@@ -23,7 +23,7 @@ def rerope(window: int, factor: float = math.inf) -> Score:
     factor = check_factor("rerope", factor)
     if factor == 1:
         return Score("rerope", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
-    if math.isinf(factor):
+    if factor == math.inf:  # which a compiler reads, as it does not math.isinf
         far = Region(FIRST_KEY, constant(window), UNROTATED)
     else:
         far_query = PositionMap(divisor=factor, offset=window - window / factor)

@@ -1,10 +1,12 @@
 """The attention ops as PyTorch sees them: opcheck, torch.compile, torch.func, what is saved."""
 
+import math
+
 import pytest
 import torch
 from attention_oracle import frequencies, make_qkv
 
-from extrope_kernels import dual_chunk_attention, rerope_attention, scores
+from extrope_kernels import apply_rope_qk, dual_chunk_attention, rerope_attention, scores
 from extrope_kernels.methods import RopeFreqs
 from extrope_kernels.ops._shared.attention_call import score_options
 
@@ -69,6 +71,36 @@ def test_compile_is_one_graph(named):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
         leaves = [x[:, :29].clone().requires_grad_() for x in leaves]
         want = torch.autograd.grad(loss(*leaves), leaves)
+
+
+def test_compile_takes_a_factor_that_changes():
+    q, k, v = make_qkv(1, 11, None, 2, 1)
+    freqs = frequencies(32)
+
+    def attend(q, k, v, factor):
+        return rerope_attention(q, k, v, freqs, window=3, factor=factor)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    for factor in (2.0, 4.0, math.inf):
+        assert torch.equal(compiled(q, k, v, factor), attend(q, k, v, factor))
+
+
+def test_compiled_autograd():
+    """Which compiles a backward whose forward ran as it is."""
+    freqs = frequencies(32)
+    leaves = [x.requires_grad_() for x in make_qkv(1, 11, None, 2, 1)]
+
+    def loss(window):
+        q, k = apply_rope_qk(*leaves[:2], freqs, positions=window)
+        return rerope_attention(q, k, leaves[2], freqs, window=window).square().sum()
+
+    for window in (3, 5):  # of the op's options, which are no tensors
+        want = torch.autograd.grad(loss(window), leaves)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            loss(window).backward()
+        for leaf, expected in zip(leaves, want):
+            assert torch.equal(leaf.grad, expected)
+            leaf.grad = None
 
 
 def test_torch_func_grad():

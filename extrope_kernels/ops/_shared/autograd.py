@@ -36,6 +36,9 @@ def _autograd_kernel(op, save, backward):
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
 
     class Recorded(torch.autograd.function._SingleLevelFunction):
+        # Compiled autograd asks every node for one, and only Function has it.
+        _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
         @staticmethod
         def forward(ctx, keyset, options, *args):
             if torch._C._are_functorch_transforms_active():
