@@ -228,3 +228,40 @@ def test_dispatch_needs_no_library(run_python):
         EXTROPE_JIT="0",
         EXTROPE_CACHE_DIR="/nonexistent",
     )
+
+
+@pytest.mark.usefixtures("no_library")
+def test_without_a_library_results_have_the_strides_that_graphs_count_on(run_python):
+    run_python(
+        """
+        import torch, extrope_kernels as ek
+        from extrope_kernels import scores
+        ops, inv_freq = torch.ops.extrope, ek.methods.rope(8).inv_freq
+        q = torch.randn(2, 4, 5, 8).transpose(1, 2)
+        k = torch.randn(2, 2, 5, 8).transpose(1, 2)
+        score = scores.rerope(3)
+        regions = dict(starts=score.starts, granularity=1, maps=score.stored_maps)
+        used = torch.full((2,), 5, dtype=torch.int32)
+        empty, caches = used * 0, (torch.zeros(2, 5, 2, 8), torch.zeros(2, 5, 2, 8))
+        calls = [
+            (ops.rope_fwd, (q, k, inv_freq), {}),
+            (ops.rope_bwd, (q, k, q, k, inv_freq), {}),
+            (ops.rope_norm_fwd, (q, k, torch.ones(8), None, inv_freq), {}),
+            (ops.rope_norm_bwd, (q, k, q, k, torch.ones(8), None, inv_freq), {}),
+            (ops.rope_cos_sin, (q, k, torch.ones(1, 5, 4), torch.ones(1, 5, 4)), {}),
+            (ops.permute_fwd, (q, k, ek.head_permutations(2, 8)), {}),
+            (ops.attention_fwd, (q, k, k, inv_freq), regions),
+            (ops.decode, (q, *caches, None, None, inv_freq, used), regions),
+            (ops.rope_append, (q, k, k, *caches, None, None, inv_freq, empty), {}),
+        ]
+        for op, args, options in calls:
+            found = op(*args, **options)
+            fake = op(*(x if x is None else x.to("meta") for x in args), **options)
+            single = isinstance(found, torch.Tensor)
+            for x, like in zip(*([found], [fake]) if single else (found, fake)):
+                assert (x.shape, x.dtype) == (like.shape, like.dtype), op
+                assert x.stride() == like.stride(), (op, x.stride(), like.stride())
+        """,
+        EXTROPE_JIT="0",
+        EXTROPE_CACHE_DIR="/nonexistent",
+    )

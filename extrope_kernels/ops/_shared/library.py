@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ def load_on_first_use(fallbacks: dict[str, dict]) -> None:
         def settle(reason: str | None) -> None:
             if reason is not None:
                 for op_name, function in fallbacks[device].items():
+                    if device == "cpu":
+                        function = _with_strides_of_fake(op_name, function)
                     library.impl(op_name, function, device.upper())
 
         return settle
@@ -53,3 +57,30 @@ def load_on_first_use(fallbacks: dict[str, dict]) -> None:
         _ext.watch(device, settle_for(device))
     for op_name in next(iter(fallbacks.values())):
         library.impl(op_name, first_call(op_name), "CompositeExplicitAutograd")
+
+
+def _with_strides_of_fake(op_name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A reference as a kernel: compiled graphs count on the strides that the op's fake says."""
+
+    def kernel(*args, **options):
+        results = function(*args, **options)
+        if results is None:
+            return None
+        fake = getattr(ops, op_name)(*map(_meta, args), **options)
+        if isinstance(results, Tensor):
+            return _with_strides(results, fake.stride())
+        return tuple(_with_strides(x, like.stride()) for x, like in zip(results, fake))
+
+    return kernel
+
+
+def _meta(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
