@@ -12,6 +12,7 @@ from hf_models import (
     tokens,
     transformers,
 )
+from torch import nn
 
 from extrope_kernels.integrations.transformers import extend
 
@@ -121,10 +122,10 @@ def test_steps_through_a_block_table(monkeypatch):
 
 
 def test_pages_kept_between_batches_are_those_of_one_extension():
-    """A manager that stays with the model keeps pages of prompts it has seen."""
+    """A manager that stays with the model, in a wrapper or not, keeps pages of prompts."""
     model = build("llama").double()
     plain = batch(model, persistent_manager=True)
-    with extend(model, "leaky_rerope", window=8, factor=4.0):
+    with extend(nn.Sequential(model), "leaky_rerope", window=8, factor=4.0):
         got = batch(model, persistent_manager=True)
     assert_equal(batch(model), plain)
     with extend(model, "leaky_rerope", window=8, factor=4.0):

@@ -67,29 +67,42 @@ def find_sites(model: nn.Module, layers: str = "full") -> list[RotarySite]:
 
 def generator_of(model: nn.Module) -> nn.Module:
     """Return the model of transformers in a wrapper (PEFT's, torch.compile's), which generates
-    however the wrapper is called, or taken off.
+    however the wrapper is called, or taken off; an encoder beside it has no `generate`.
     """
     from transformers import PreTrainedModel
 
-    return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return next((part for part in parts if hasattr(part, "generate")), model)
 
 
 def _rotary_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yield those of the language model; a vision tower rotates by rows and columns of patches."""
-    kinds = _language_configs(getattr(model, "config", None))
     for path, module in model.named_modules():
         parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
         if not hasattr(module, "rope_type") or not isinstance(parameters, Mapping):
             continue
-        if isinstance(module.config, kinds):
-            yield _owner(model, path), module
+        around = _around(model, path)
+        if isinstance(module.config, _language_configs(around)):
+            yield _owner(around), module
 
 
-def _language_configs(config: Any) -> tuple[type, ...]:
-    """Return the classes of the language model's config and of its parts' (Blt)."""
-    if config is None:
+def _around(model: nn.Module, path: str) -> list[nn.Module]:
+    """Return the modules around the one at `path`, the innermost first."""
+    names = path.split(".")[:-1]
+    return [model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1)]
+
+
+def _language_configs(around: list[nn.Module]) -> tuple[type, ...]:
+    """Return the classes of the language model's config and of its parts' (Blt).
+
+    The config is the outermost one of transformers: a wrapper may have none, or another.
+    """
+    from transformers import PreTrainedModel
+
+    whole = next((each for each in reversed(around) if isinstance(each, PreTrainedModel)), None)
+    if whole is None:
         return (object,)
-    text = config.get_text_config(decoder=True)
+    text = whole.config.get_text_config(decoder=True)
     parts = [
         getattr(text, name, None)
         for name in getattr(text, "sub_configs", ())
@@ -98,10 +111,8 @@ def _language_configs(config: Any) -> tuple[type, ...]:
     return (type(text), *(type(part) for part in parts if part is not None))
 
 
-def _owner(model: nn.Module, path: str) -> nn.Module:
+def _owner(around: list[nn.Module]) -> nn.Module:
     """Return the innermost module around the rotary embedding that takes tokens."""
-    names = path.split(".")[:-1]
-    around = [model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1)]
     for module in around:
         if "inputs_embeds" in inspect.signature(type(module).forward).parameters:
             return module

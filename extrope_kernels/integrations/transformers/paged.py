@@ -185,5 +185,6 @@ def start_batching(
 
 def forget_pages(model: nn.Module) -> None:
     """Drop a manager that the model keeps: its pages hold keys of the rotation until now."""
-    if hasattr(model, "destroy_cached_continuous_batching_manager"):
-        model.destroy_cached_continuous_batching_manager()
+    generator = generator_of(model)
+    if hasattr(generator, "destroy_cached_continuous_batching_manager"):
+        generator.destroy_cached_continuous_batching_manager()
