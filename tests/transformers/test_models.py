@@ -31,6 +31,7 @@ SERVED = [
     "Glm4MoeLiteForCausalLM",
     "GlmForCausalLM",
     "GptOssForCausalLM",
+    "Lfm2MoeForCausalLM",
     "Llama4ForCausalLM",
     "LlavaForConditionalGeneration",
     "MiniMaxForCausalLM",
