@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +48,18 @@ def test_info_without_compiler_or_extras(tmp_path):
     assert "no C++ compiler found" in done.stdout
     assert "EXTROPE_JIT=0 forbids" in done.stdout
     assert done.stdout.rstrip().endswith("reference")
+
+
+def test_who_reads_may_stop_early(monkeypatch):
+    """As head does: no trace of a broken pipe, neither from print nor from Python's own flush."""
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(cli, "main", lambda: print("more than was wanted"))
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_module("extrope_kernels", run_name="__main__")
+    assert exit_.value.code == 1
 
 
 def test_eval_forwards_to_the_evaluation(capsys, tmp_path):
