@@ -86,18 +86,27 @@ def status() -> dict[str, str]:
 
 def cache_dirs() -> list[Path]:
     """Folders for built libraries, best first: the user's cache, a private temporary folder."""
-    if chosen := os.environ.get("EXTROPE_CACHE_DIR"):
-        user = Path(chosen)
-    elif xdg := os.environ.get("XDG_CACHE_HOME"):
-        user = Path(xdg) / "extrope_kernels"
-    else:
-        user = Path(os.path.expanduser("~/.cache")) / "extrope_kernels"
+    user = [folder] if (folder := _user_dir()) else []
     # Where users have no numbers, on Windows, nothing is built.
-    return [user, _temporary_dir()] if hasattr(os, "getuid") else [user]
+    return [*user, _temporary_dir()] if hasattr(os, "getuid") else user
+
+
+def _user_dir() -> Path | None:
+    if chosen := os.environ.get("EXTROPE_CACHE_DIR"):
+        return Path(chosen)
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    folder = xdg if os.path.isabs(xdg) else os.path.expanduser("~/.cache")
+    # "~" stays where the user has no home, as in a container that runs as a number without a name:
+    # a folder of that name here would be built into, and loaded from, by whoever works here.
+    return Path(folder) / "extrope_kernels" if os.path.isabs(folder) else None
 
 
 def _temporary_dir() -> Path:
-    return Path(tempfile.gettempdir()) / f"extrope_kernels-{os.getuid()}"
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError:  # there is none that can be written to: told where it is tried
+        folder = "/tmp"
+    return Path(folder) / f"extrope_kernels-{os.getuid()}"
 
 
 def _load(name: str) -> Path:
@@ -129,8 +138,8 @@ def _load_cached(name: str) -> Path:
         try:
             if not _intact(library):
                 _build_locked(name, library)
-        except OSError as error:  # filelock's time-out too
-            failures.append(f"{folder}: {error.strerror or error}")
+        except (OSError, NotImplementedError) as error:  # filelock's: time is up, no locks there
+            failures.append(f"{folder}: {getattr(error, 'strerror', None) or error}")
             continue
         if why := _dlopen(library):
             raise _build.BuildError(why)
@@ -195,15 +204,17 @@ def _build_locked(name: str, library: Path) -> None:
 def _remember(name: str, entry: Path, why: str) -> None:
     """Let no later process wait for the same failure."""
     with contextlib.suppress(OSError):
-        (entry / "failed").write_text(f"{_circumstances(name)}\n{why}")
+        text = f"{_circumstances(name)}\n{why}"
+        (entry / "failed").write_text(text, "utf-8", "surrogateescape")
 
 
 def _remembered(name: str, entry: Path) -> str:
     """Why this very build failed before, "" when it did not."""
     try:
-        circumstances, _, why = (entry / "failed").read_text().partition("\n")
+        text = (entry / "failed").read_text("utf-8", "surrogateescape")
     except FileNotFoundError:
         return ""
+    circumstances, _, why = text.partition("\n")
     return why if circumstances == _circumstances(name) else ""
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,6 +138,52 @@ def test_unwritable_cache_falls_back_to_temporary_folder(cache, tmp_path):
     private.chmod(0o777)  # anyone could have put the library there
     reason, _ = load(**env)
     assert reason.startswith("no cache folder can be used: ") and "others can write" in reason
+
+
+def test_no_home_is_no_folder_here(monkeypatch, tmp_path):
+    """As in a container that runs as a number without a name."""
+
+    def nobody(number):
+        raise KeyError(number)
+
+    for name in ("EXTROPE_CACHE_DIR", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    private = tmp_path / f"extrope_kernels-{os.getuid()}"
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert _ext.cache_dirs() == [private]
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert _ext.cache_dirs() == [tmp_path / "home/.cache/extrope_kernels", private]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert _ext.cache_dirs() == [tmp_path / "caches/extrope_kernels", private]
+
+
+@needs_compiler
+def test_a_cached_library_needs_no_temporary_folder(monkeypatch, tmp_path):
+    def nowhere():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setenv("EXTROPE_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("EXTROPE_JIT", raising=False)
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    monkeypatch.setattr(_ext, "_intact", lambda library: True)
+    monkeypatch.setattr(_ext, "_dlopen", lambda library: None)
+    assert _ext._load_cached("cpu").parents[1] == tmp_path
+
+
+@needs_compiler
+def test_a_file_system_without_locks_is_told(monkeypatch, tmp_path):
+    def no_locks(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setenv("EXTROPE_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("EXTROPE_JIT", raising=False)
+    monkeypatch.setattr(_ext, "_temporary_dir", lambda: tmp_path / "temporary")
+    monkeypatch.setattr(_ext, "FileLock", no_locks)
+    with pytest.raises(_build.BuildError, match=r"folder can be used: .* support flock; .* flock$"):
+        _ext._load_cached("cpu")
 
 
 @needs_compiler
