@@ -148,8 +148,7 @@ def cuda_archs(nvcc: str) -> list[str]:
 def gencode(archs: Sequence[str]) -> str:
     """nvcc's flag for machine code of every architecture and PTX of the first for later ones.
 
-    One pass of the front end serves them all: nothing in the kernels is special to one, and a pass
-    for each would take twice as long.
+    One pass of the front end serves them all: one for each would take twice as long.
     """
     codes = ",".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[0]}"])
     return f"-gencode=arch=compute_{archs[0]},code=[{codes}]"
@@ -266,11 +265,12 @@ def build(name: str, output: Path, work_dir: Path, log: Path) -> None:
 
 def output(command: list[str]) -> str:
     """What a command prints; BuildError when it fails."""
+    env = {**os.environ, **_ninja.IN_ENGLISH}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True)
+        done = subprocess.run(command, env=env, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"{shlex.join(command)} failed") from error
-    return done.stdout
+    return done.stdout.decode(errors="replace")
 
 
 def _sources(folder: str, pattern: str) -> list[Path]:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+# Else what compilers print, by which they and their errors are told apart, is the user's language.
+IN_ENGLISH = {"LC_ALL": "C"}
 # What is written where a build fails for what goes on beside it: another may well succeed.
 _STOPPED = (
     r"interrupted by user|ninja was killed|\bKilled\b|Kill signal|(Terminated|Hangup) signal|"
@@ -31,7 +33,7 @@ def run(
     All paths are relative to `folder`. The file `log` gets what ninja prints, and a terminal its
     count of steps. Returns: None, or the line that says why it failed.
     """
-    (folder / "build.ninja").write_text(_file(objects, library, link))
+    (folder / "build.ninja").write_bytes(os.fsencode(_file(objects, library, link)))
     # -v: the log holds whole commands.
     printed, failed = _run([ninja, "-v"], folder, log)
     return _first_error(printed) if failed else None
@@ -39,7 +41,7 @@ def run(
 
 def was_stopped(log: Path) -> bool:
     """Whether a failed build was cut short, as by Ctrl-C or a full disk: the next may succeed."""
-    return re.search(_STOPPED, log.read_text(errors="replace")) is not None
+    return re.search(_STOPPED, log.read_text("utf-8", errors="replace")) is not None
 
 
 def copy_sources(copies: Mapping[Path, Path], folder: Path) -> None:
@@ -81,22 +83,28 @@ def _run(command: list[str], folder: Path, log: Path) -> tuple[list[str], bool]:
     terminal = sys.stderr is not None and sys.stderr.isatty()
     printed = []
     with (
-        log.open("w") as file,
+        log.open("w", encoding="utf-8") as file,
         subprocess.Popen(
             command,
             cwd=folder,
-            env={**os.environ, "NINJA_STATUS": "[%f/%t] "},
+            env={**os.environ, **IN_ENGLISH, "NINJA_STATUS": "[%f/%t] "},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
         ) as process,
     ):
-        for line in process.stdout or ():
-            file.write(line)
-            printed.append(line.strip())
-            if terminal and (count := re.match(r"\[\d+/\d+\]", line)):
-                print(f"\r{count[0]}", end="", file=sys.stderr, flush=True)
+        try:
+            for line in process.stdout or ():
+                file.write(line)
+                printed.append(line.strip())
+                if terminal and (count := re.match(r"\[\d+/\d+\]", line)):
+                    print(f"\r{count[0]}", end="", file=sys.stderr, flush=True)
+        except BaseException:  # such as KeyboardInterrupt
+            # Else the compilers would go on, and write where the next build does.
+            process.terminate()
+            process.communicate()
+            raise
         if process.wait() < 0:
             printed.append("ninja was killed")
             file.write(f"{printed[-1]}\n")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import pytest
-from builds import LOAD, broken, load, start
+from builds import LOAD, broken, has, load, start
 
 from extrope_kernels import _build, _ext, _ninja
 
@@ -17,6 +19,7 @@ ROTATE = (
     "for _ in range(2): y = e.apply_rope(x, e.methods.rope(8))\n"
     "print(y.shape == x.shape)"
 )
+needs_ninja = pytest.mark.skipif(not has(_build.find_ninja), reason="no ninja")
 pytestmark = pytest.mark.usefixtures("no_library")
 
 
@@ -65,6 +68,34 @@ def test_a_failed_build_is_told_and_not_tried_again(tmp_path):
     again = f"in an earlier process; not tried again until {log.parent} is removed"
     assert warned.endswith(f"which is slow: {why}, {again}")
     assert "-std=" in log.read_text()
+
+
+def test_what_a_compiler_writes_need_not_fit_the_locale(tmp_path):
+    cache, line = tmp_path / "cache", "x.cpp:1: error: «x» was not declared"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env = {"EXTROPE_CACHE_DIR": str(cache), "CXX": broken(tmp_path, line), **ascii_only}
+    _, warned = rotate(**env)
+    assert r"broken failed: x.cpp:1: error: \xabx\xbb was not declared (log: " in warned
+    for name in ("build.log", "failed"):
+        assert line in (entry(cache) / name).read_text("utf-8")
+
+
+@needs_ninja
+def test_tools_write_english_whatever_the_language_is(monkeypatch, tmp_path):
+    """By it their versions are compared, and a full disk is told from an error in the sources."""
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    compiler = tmp_path / "polyglot"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$LC_ALL" = C ] && echo "No space left on device" || echo "Speicher voll"\n'
+        '[ "$1" = --version ]\n'
+    )
+    compiler.chmod(0o755)
+    assert _build.output([str(compiler), "--version"]) == "No space left on device\n"
+    (tmp_path / "a.cpp").touch()
+    objects, log = {"a.o": [str(compiler), "a.cpp"]}, tmp_path / "build.log"
+    build = (_build.find_ninja(), objects, "lib.so", ["c++"], tmp_path, log)
+    assert _ninja.run(*build) == "No space left on device"
+    assert _ninja.was_stopped(log)
 
 
 def test_no_compiler_is_told(tmp_path):
@@ -134,6 +165,37 @@ def test_ctrl_c_is_no_failure(failing, monkeypatch):
             _ext._load_cached("cpu")
     assert not (entry(cache) / "failed").exists()
     assert "not tried again" not in build(REFUSED)
+
+
+@needs_ninja
+def test_an_interrupted_build_leaves_no_compiler_running(monkeypatch, tmp_path):
+    """Even where Python alone was told: it would write where the next build does."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+        def write(self, text):  # the first of two files is compiled
+            raise KeyboardInterrupt
+
+    scripts = {
+        "fast": "until [ -s pid ]; do sleep 0.01; done",
+        "slow": "echo $$ > pid; sleep 60",
+    }
+    for name, does in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+        (tmp_path / f"{name}.cpp").touch()
+    objects = {f"{name}.o": [f"./{name}", f"{name}.cpp"] for name in scripts}
+    build = (_build.find_ninja(), objects, "lib.so", ["c++"], tmp_path, tmp_path / "build.log")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with pytest.raises(KeyboardInterrupt):
+        _ninja.run(*build)
+    command = Path("/proc", (tmp_path / "pid").read_text().strip(), "cmdline")
+    deadline = time.monotonic() + 5
+    while command.exists() and command.read_bytes():  # nothing is left there of a zombie
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_killed_ninja_is_told_from_one_that_fails(tmp_path):
