@@ -143,6 +143,17 @@ def test_a_backend_that_is_not_here_says_why(named, monkeypatch):
         call(rerope_attention, {"backend": named}, window=4)
 
 
+def test_triton_says_what_it_needs_on_a_cpu(monkeypatch):
+    from extrope_kernels.ops._shared import backends
+
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.delenv("EXTROPE_TRITON_CHIP", raising=False)
+    words = "^op: backend 'triton' cannot run here: Triton needs a GPU, or TRITON_INTERPRET=1"
+    with pytest.raises(NotImplementedError, match=words):
+        backends.require("op", "triton", ("reference", "triton"), "cpu")
+
+
 def test_the_raw_op_checks_too():
     with pytest.raises(RuntimeError, match=r"^attention: starts must be 1 to 3 rising numbers"):
         torch.ops.extrope.attention_fwd(Q, K, V, THETA, starts=[], granularity=1, maps=[])

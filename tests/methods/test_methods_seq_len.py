@@ -47,6 +47,17 @@ class NoHostSync(TorchDispatchMode):
 
 
 @each_method
+def test_rows_do_not_depend_on_the_surroundings(name):
+    expected = freqs_at(name, 16, torch.tensor(LENGTHS)).inv_freq
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = freqs_at(name, 16, torch.tensor(LENGTHS)).inv_freq
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(bits(found), bits(expected))
+
+
+@each_method
 @pytest.mark.parametrize("dim", [16, 128])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_a_row_for_every_sequence(name, dim, dtype):

@@ -162,6 +162,12 @@ def test_random_padding_places(prefix, kind):
         assert sorted(row[:n]) == [place for place, used in enumerate(places) if used]
 
 
+def test_random_padding_of_one_place_behind_a_prefix_of_all_tokens():
+    drawn, mask = positions.random_padding(50, 4, 5, num_fixed_prefix=4, generator=seeded())
+    assert torch.equal(drawn, torch.arange(5).expand(50, 5))
+    assert torch.equal(mask, (torch.arange(5) < 4).expand(50, 5))
+
+
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_random_padding_in_front_is_uniform(prefix):
     drawn, _ = positions.random_padding(8_000, 3, 6, num_fixed_prefix=prefix, generator=seeded())
