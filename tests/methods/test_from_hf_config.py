@@ -158,7 +158,8 @@ def test_axes():
 
 def test_hunyuan_has_an_alpha():
     config = {**SIZES, "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}}
-    assert_same(from_hf_config(config, 9000), methods.ntk_aware(16, factor=1000.0))
+    config = {**config, "rope_theta": 500.0}
+    assert_same(from_hf_config(config, 9000), methods.ntk_aware(16, factor=1000.0, base=500.0))
 
 
 def test_old_gemma_3_has_a_local_base():
@@ -221,6 +222,7 @@ ERRORS = [
     ({"rope_scaling": {"type": "linear", "factor": 0}}, None, "pi: factor must be > 0, got 0"),
     ({"rope_scaling": {"type": "longrope"}}, None, "short_factor must be given for 'longrope'"),
     ({"partial_rotary_factor": 2}, None, "partial_rotary_factor must be <= 1, got 2"),
+    ({"partial_rotary_factor": -1}, None, "partial_rotary_factor must be >= 0, got -1"),
     ({"head_dim": 15}, None, r"must be even, so that dims pair up, got 15 \* 1 = 15"),
     ({"rope_theta": 0}, None, "rope: base must be > 1, got 0"),
     ({"num_attention_heads": None}, None, "config must have head_dim, or hidden_size and"),

@@ -129,10 +129,11 @@ def test_a_symbolic_length_compiles(name):
 
 
 def test_dynamic_yarn_cannot_vary_its_amplitude_by_sequence():
+    given = {**example("dynamic_yarn"), "seq_len": torch.tensor([5, 100])}
     with pytest.raises(ValueError, match="dynamic_yarn: attention_factor must be given when"):
-        METHODS["dynamic_yarn"](
-            16, **{**example("dynamic_yarn"), "seq_len": torch.tensor([5, 100])}
-        )
+        METHODS["dynamic_yarn"](16, **given)
+    with pytest.raises(ValueError, match="dynamic_yarn: attention_factor must be > 0, got 0"):
+        METHODS["dynamic_yarn"](16, **given, attention_factor=0)
 
 
 @each_method
