@@ -19,6 +19,7 @@ VARIANTS = {
     "dynamic_yarn, later": {"max_position_embeddings": 512},
     "dynamic_yarn, finetuned": {"max_position_embeddings": 512, "finetuned": True},
     "dynamic_yarn, rotations": {"ramp": "rotations"},
+    "dynamic_yarn, thirds": {"ramp": "rotations", "original_max_position_embeddings": 48},
 }
 # By how many units in the last place a tensor's row may differ from the int's, if at all: the base
 # is rounded to float32 on the way in dynamic_ntk, as in transformers.

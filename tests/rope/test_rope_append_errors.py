@@ -114,3 +114,52 @@ def test_is_refused_before_anything_is_written(name, backend):
     with pytest.raises(ValueError, match=rf"^rope_append_kvcache: .*{named}"):
         rope_append_kvcache(step.q, step.k, step.v, *caches, **given)
     assert all((x == FILLER).all() for x in caches)
+
+
+STEP, CACHE = Step(), Step().caches(torch.float32)[0]
+SCALES = torch.ones(2, device=device())
+FP8 = CACHE.to(torch.float8_e4m3fn)
+WRONG = {
+    "v tokens": ({"v": STEP.v[:, :4]}, "v must have k's tokens and heads"),
+    "v dtype": ({"v": STEP.v.half()}, "v must be torch.float32 on"),
+    "q dtype": ({"q": STEP.q.half()}, "k must have q's dtype torch.float16"),
+    "q dims": ({"q": STEP.q[..., :16]}, "k must have q's shape"),
+    "k strides": (
+        {"k": STEP.k.transpose(2, 3).contiguous().transpose(2, 3)},
+        "k must be contiguous in its last dimension",
+    ),
+    "heads": ({"k_cache": CACHE[:, :, :1]}, "k_cache must have the heads and head_dim that are"),
+    "dtype": ({"v_cache": CACHE.half()}, "v_cache must be torch.float32"),
+    "expanded": ({"k_cache": CACHE[:1].expand(2, -1, -1, -1)}, "k_cache must not be expanded"),
+    "slots": ({"v_cache": CACHE[:, :22]}, "v_cache must have k_cache's blocks and slots"),
+    "batch": ({"k_cache": CACHE[:1], "v_cache": CACHE[:1]}, "k_cache must be .batch, max_len"),
+    "lengths": ({"cache_seqlens": ints(3, 9, dtype=torch.int64)}, "cache_seqlens must be int32"),
+    "some lengths": ({"cache_seqlens": ints(3)}, "cache_seqlens must be int32 .2,. on"),
+    "padding": ({"cache_leftpad": ints(3)}, "cache_leftpad must be int32 .2,. on"),
+    "table": ({"block_table": ints(0, 1)}, "block_table must be int32 .2, max_blocks. on"),
+    "page size": (
+        {"block_table": TABLE, "k_cache": CACHE[:, :0], "v_cache": CACHE[:, :0]},
+        "k_cache must have a block_size >= 1, got 0",
+    ),
+    "slot_mapping": (
+        {"slot_mapping": ints(*range(5))},
+        "slot_mapping must be int32 or int64 .2, 5",
+    ),
+    "no q": ({"q": None, "q_norm_weight": SCALES}, "q_norm_weight needs a q, got None"),
+    "scales": ({"k_scale": SCALES, "v_scale": SCALES}, "k_scale and v_scale are for caches in"),
+    "scale": (
+        {"k_cache": FP8, "v_cache": FP8, "k_scale": SCALES, "v_scale": -SCALES},
+        "v_scale must be positive numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("which", (None, "reference"))
+def test_what_has_no_meaning(name, which):
+    changes, message = WRONG[name]
+    given = {"q": STEP.q, "k": STEP.k, "v": STEP.v, "k_cache": CACHE, "v_cache": CACHE}
+    given |= {"freqs": STEP.freqs, **CONTIGUOUS, **changes, "backend": which}
+    with pytest.raises(ValueError, match=f"^rope_append_kvcache: {message}"):
+        rope_append_kvcache(**given)
+    assert (CACHE == FILLER).all()

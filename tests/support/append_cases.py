@@ -67,6 +67,7 @@ class Step:
         if k.dim() == 3:
             q, k, v = q[None], k[None], v[None]
         call = {**self.weights, "positions": positions, "backend": "reference"}
+        call |= {name: self.call[name] for name in ("norm_eps",) if name in self.call}
         rotated_q, rotated_k = apply_rope_qk(q, k, self.freqs, **call)
         k_cache, v_cache = self.caches(torch.float64)
         for batch, token, block, place in slots:
@@ -83,6 +84,9 @@ class Step:
             # Mean squares, products and means: five roundings that a rotation has not.
             noise = 2.5 * ulp * values[2].abs().max().item() if self.norms else 0.0
             assert_within_budget(name, *values, float(truncates), noise)
+            # Its error is all that others may have: that has to be a rounding, too.
+            mine, exact = values[1:]
+            assert_within_budget(f"reference's {name}", mine, exact.to(mine.dtype), exact, 0, noise)
         assert torch.equal(got[2], expected[2].to(self.dtype))
         # What nothing goes to is left alone, bit for bit.
         assert torch.equal(got[1] == FILLER, (expected[1] == FILLER))
