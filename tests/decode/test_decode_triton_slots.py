@@ -14,7 +14,7 @@ from decode_oracle import Case, make  # noqa: E402
 from extrope_kernels import methods, scores  # noqa: E402
 from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options  # noqa: E402
 from extrope_kernels.ops.decode.arguments import KVCache  # noqa: E402
-from extrope_kernels.ops.decode.triton import configs, launch  # noqa: E402
+from extrope_kernels.ops.decode.triton import configs, launch, plans  # noqa: E402
 from extrope_kernels.ops.decode.triton.schedule import share_of  # noqa: E402
 from extrope_kernels.testing import device  # noqa: E402
 
@@ -45,7 +45,7 @@ def test_slots_go_to_where_the_keys_are(lengths, more):
     slots = len(lengths) + more
     call = call_of_rerope()
     kv = KVCache(inputs.k_cache, inputs.v_cache, inputs.call["cache_seqlens"])
-    tile = launch._decode_tile(inputs.q, kv, call, configs.INTERPRETED, True)
+    tile = plans._decode_tile(inputs.q, kv, call, configs.INTERPRETED, True)
     found = torch.full((slots, 3), -1, dtype=torch.int32, device=device())
     seqlens = torch.tensor(lengths, dtype=torch.int32, device=device())
     _shares[(slots,)](seqlens, found, len(lengths), slots, TILE=tile)
@@ -91,7 +91,7 @@ def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more):
     ends = torch.tensor((0, *counts), device=device()).cumsum(0).int()
     call = replace(call, cu_seqlens=ends)
     kv = KVCache(inputs.k_cache, inputs.v_cache, inputs.call["cache_seqlens"])
-    tile = launch._decode_tile(inputs.q, kv, call, configs.INTERPRETED, True)
+    tile = plans._decode_tile(inputs.q, kv, call, configs.INTERPRETED, True)
     slots = min(-(-3 * total // tile.block_m) + len(counts) + 1, total) + more
     found = torch.full((slots, 3), -1, dtype=torch.int32, device=device())
     seqlens = torch.tensor(lengths, dtype=torch.int32, device=device())

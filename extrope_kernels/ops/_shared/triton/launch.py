@@ -113,14 +113,23 @@ class Plan:
     """One launch of `kernel` on a grid, settled but for its first parameters."""
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], like: Tensor, *settled: Any, **options: Any
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        like: Tensor,
+        *,
+        num_warps: int | None = None,
+        num_stages: int | None = None,
+        maxnreg: int | None = None,
+        **settled: Any,
     ) -> None:
-        """like: a tensor on the device; settled: the kernel's last parameters, constexprs too;
-        options: num_warps and so on, those that are None left out.
+        """like: a tensor on the device; settled: the kernel's last parameters, by name in any
+        order, constexprs too; the rest as Triton takes it, and chooses it where it is None.
         """
         self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
         self.device = like.device.index if like.is_cuda else None
-        self.settled = settled
+        self.settled = _in_order(kernel, settled)
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
         self.options = {name: value for name, value in options.items() if value is not None}
         self._start: Callable[..., Any] | None = None
 
@@ -142,3 +151,13 @@ class Plan:
         compiled = launch(*given, *self.settled, enable_fp_fusion=True, **self.options)
         if ordinary and compiled is not None:
             self._start = compiled[self.grid]
+
+
+def _in_order(kernel: Any, settled: dict[str, Any]) -> tuple[Any, ...]:
+    """What is settled, as the kernel's last parameters."""
+    names = kernel.arg_names
+    last = names[len(names) - len(settled) :]
+    if settled.keys() != set(last):
+        wrong = ", ".join(sorted(settled.keys() ^ set(last)))
+        raise TypeError(f"{kernel.fn.__name__}: its last {len(last)} parameters differ by {wrong}")
+    return tuple(settled[name] for name in last)

@@ -5,6 +5,7 @@ What a map does is known to the compiler, its numbers are not: another window co
 
 import functools
 import math
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -57,19 +58,18 @@ def numbers_of(position_map: PositionMap) -> tuple[float, float, float, float]:
     return float(min(modulus, _LARGEST)), float(factor), offset, cap
 
 
-def map_arguments(
-    q_maps: list[PositionMap], k_maps: list[PositionMap], stored: PositionMap
-) -> dict[str, float]:
-    """The numbers of up to three maps a side and of the stored one, by parameters of kernels."""
-    sides = {"q": q_maps, "k": k_maps}
-    maps = {f"{side}{n}": x for side, several in sides.items() for n, x in enumerate(several)}
-    maps["stored"] = stored
-    labels = [f"{side}{n}" for side in sides for n in range(3)] + ["stored"]
-    return {
-        f"{label}_{name}": number
-        for label in labels
-        for name, number in zip(_NUMBERS, numbers_of(maps.get(label, UNROTATED)))
-    }
+def map_arguments(label: str, position_map: PositionMap) -> dict[str, float]:
+    """The numbers of a map, by parameters of kernels."""
+    numbers = zip(_NUMBERS, numbers_of(position_map), strict=True)
+    return {f"{label}_{name}": number for name, number in numbers}
+
+
+def side_arguments(side: str, maps: Sequence[PositionMap]) -> dict[str, float]:
+    """Of up to three maps of a side, "q" or "k"; kernels do not look at those that are missing."""
+    numbers: dict[str, float] = {}
+    for n, position_map in enumerate((*maps, UNROTATED, UNROTATED, UNROTATED)[:3]):
+        numbers |= map_arguments(f"{side}{n}", position_map)
+    return numbers
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 from ....scores import PositionMap, Region
 from ..._shared.attention_call import AttentionCall
 from ..._shared.triton.launch import VECTOR_BYTES, Plan, alignment, strides_of
-from ..._shared.triton.position_maps import kind_of, map_arguments
+from ..._shared.triton.position_maps import kind_of, map_arguments, side_arguments
 from .rotate import RotateTile, rotate_kernel
 
 THREADS = 128  # each with 16 bytes of first dims, and of second dims
@@ -111,33 +111,34 @@ def rotation(
     if tiles * batch * heads == 0:
         return None
     sequences = 0 if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    frames_of_q, frames_of_k = (frame_strides(x, tile.align) for x in (q, k))
     return Plan(
         rotate_kernel,
         (tiles * batch, max(1, min(heads, PROGRAMS // (tiles * batch)))),
         q,
-        *(
-            frame_strides(x, tile.align)[1:] if inverse else row_strides(x, tile.align)
-            for x in (q, k)
-        ),
-        frame_strides(q, tile.align),
-        frame_strides(k, tile.align),
-        frequency_stride(call),
-        query_scale_stride(call) if q_maps else None,
-        start_strides(call),
-        sequences,
-        sequences.bit_length(),
-        q_tiles,
-        left_out or None,
-        tiles,
-        heads_q,
-        heads_k,
-        seqlen_q,
-        seqlen_k,
-        call.attention_factor**2,
-        per_log_n(call),
-        *map_arguments(list(q_maps), list(k_maps), call.stored).values(),
-        inverse,
-        tile,
+        q_strides=frames_of_q[1:] if inverse else row_strides(q, tile.align),
+        k_strides=frames_of_k[1:] if inverse else row_strides(k, tile.align),
+        q_frame_strides=frames_of_q,
+        k_frame_strides=frames_of_k,
+        freq_stride=frequency_stride(call),
+        query_scale_stride=query_scale_stride(call) if q_maps else None,
+        start_strides=start_strides(call),
+        num_sequences=sequences,
+        search_steps=sequences.bit_length(),
+        q_tiles=q_tiles,
+        first_k_tile=left_out or None,
+        tiles=tiles,
+        heads_q=heads_q,
+        heads_k=heads_k,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        amplitude=call.attention_factor**2,
+        per_log_n=per_log_n(call),
+        **side_arguments("q", q_maps),
+        **side_arguments("k", k_maps),
+        **map_arguments("stored", call.stored),
+        INVERSE=inverse,
+        TILE=tile,
         num_warps=THREADS // 32,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..._shared.attention_call import AttentionCall, lse_shape
 from ..._shared.attention_checks import check_head_dim
 from ..._shared.triton.launch import INTERPRETED, Plan, chip_of
-from ..._shared.triton.position_maps import kind_of, map_arguments
+from ..._shared.triton.position_maps import kind_of, side_arguments
 from ..checks import check
 from .backward_keys import dkv_kernel
 from .backward_queries import dq_kernel
@@ -64,19 +64,22 @@ class BackwardPlans(NamedTuple):
 def forward_plans(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> ForwardPlans:
     """Of a call that has not been checked."""
     layout = _Layout(q, k, v, call)
-    k_maps = key_maps(k, call)
-    strides = (
-        row_strides(q, layout.align),
-        row_strides(k, layout.align),
-        frame_strides(k, layout.align)[:2],
-        row_strides(v, layout.align),
-        layout.out_strides(),
-        frame_strides(q, layout.align)[:2],
-        frequency_stride(call),
-        query_scale_stride(call),
+    align, k_maps = layout.align, key_maps(k, call)
+    attend = layout.plan(
+        forward_kernel,
+        "forward",
+        q_strides=row_strides(q, align),
+        k_strides=row_strides(k, align),
+        k_frame_strides=frame_strides(k, align)[:2],
+        v_strides=row_strides(v, align),
+        out_strides=layout.out_strides(),
+        q_frame_strides=frame_strides(q, align)[:2],
+        freq_stride=frequency_stride(call),
+        query_scale_stride=query_scale_stride(call),
+        amplitude=call.attention_factor**2,
+        per_log_n=per_log_n(call),
+        **side_arguments("q", [region.q_map for region in layout.regions]),
     )
-    numbers = (call.attention_factor**2, per_log_n(call), *layout.map_numbers()[: 4 * MOST_REGIONS])
-    attend = layout.plan(forward_kernel, "forward", strides, numbers)
     lse = lse_shape(q)
     rotate = rotation(q, k, (), k_maps, call, unseen=unseen_keys(q, k, call))
     like_q = v.shape[-1] == q.shape[-1] and call.results_dtype(q.dtype) == q.dtype
@@ -99,14 +102,18 @@ def backward_plans(
     layout = _Layout(q, k, v, call, dout, out)
     regions, k_maps, align = layout.regions, key_maps(k, call), layout.align
     q_maps = [region.q_map for region in regions]
-    frames = frame_strides(q, align)[:2]
-    keys = row_strides(k, align), frame_strides(k, align)[:2], row_strides(v, align)
-    of_dout = row_strides(dout, align)
+    strides = {
+        "q_frame_strides": frame_strides(q, align)[:2],
+        "k_strides": row_strides(k, align),
+        "k_frame_strides": frame_strides(k, align)[:2],
+        "v_strides": row_strides(v, align),
+        "dout_strides": row_strides(dout, align),
+    }
     of_dv = None if v.shape == k.shape else frame_strides(v, align)[:2]
     return BackwardPlans(
         rotation(q, k, q_maps, k_maps, call),
-        layout.plan(dq_kernel, "dq", (frames, *keys, row_strides(out, align), of_dout)),
-        layout.plan(dkv_kernel, "dkv", (frames, *keys, of_dout, of_dv)),
+        layout.plan(dq_kernel, "dq", out_strides=row_strides(out, align), **strides),
+        layout.plan(dkv_kernel, "dkv", dv_strides=of_dv, **strides),
         rotation(q, k, q_maps, [region.k_map for region in regions], call, inverse=True),
         (len(regions), *q.shape),
         (len(k_maps), *k.shape),
@@ -135,10 +142,11 @@ class _Layout:
         for x in given:
             _check_offsets(x)
 
-    def plan(
-        self, kernel, name: str, strides: tuple[Shape | None, ...], numbers: tuple = ()
-    ) -> Plan | None:
-        """Of "forward" or "dq", a program for each block of queries, or of "dkv", of keys."""
+    def plan(self, kernel: Any, name: str, **of_kernel: Any) -> Plan | None:
+        """Of "forward" or "dq", a program for each block of queries, or of "dkv", of keys.
+
+        of_kernel: what is settled of this kernel alone, by its parameters.
+        """
         widest = max(self.head_dim, self.head_dim_v)
         setting = config(name, widest, self.q.itemsize, self.chip)
         size, seqlen, heads = setting.block_m, self.seqlen_q, self.heads_q
@@ -155,30 +163,23 @@ class _Layout:
             kernel,
             (programs,),
             self.q,
-            *strides,
-            start_strides(self.call),
-            sequences,
-            sequences.bit_length(),
-            blocks,
-            self.seqlen_q,  # rows
-            self.seqlen_q,
-            self.seqlen_k,
-            *self._starts(),
-            min(self.call.granularity, self._farthest()),
-            min(self.call.sliding_window, self._farthest()) if self._windowed() else None,
-            self.call.scale(self.head_dim),
-            self.call.softcap or None,
-            *numbers,
-            self._tile(setting, self.head_dim),
-            self._tile(setting, self.head_dim_v),
+            **of_kernel,
+            start_strides=start_strides(self.call),
+            num_sequences=sequences,
+            search_steps=sequences.bit_length(),
+            blocks=blocks,
+            rows=self.seqlen_q,
+            seqlen_q=self.seqlen_q,
+            seqlen_k=self.seqlen_k,
+            **self._bounds(),
+            softmax_scale=self.call.scale(self.head_dim),
+            softcap=self.call.softcap or None,
+            TILE=self._tile(setting, self.head_dim),
+            VALUES=self._tile(setting, self.head_dim_v),
             num_warps=setting.warps,
             num_stages=setting.stages,
             maxnreg=setting.maxnreg,
         )
-
-    def map_numbers(self) -> tuple[float, ...]:
-        maps = [region.q_map for region in self.regions]
-        return tuple(map_arguments(maps, [], self.call.stored).values())
 
     def out_strides(self) -> Shape:
         """Of contiguous out, as frame_strides."""
@@ -221,11 +222,16 @@ class _Layout:
         window = self.call.sliding_window
         return window is not None and window < self._farthest()
 
-    def _starts(self) -> list[int]:
+    def _bounds(self) -> dict[str, int | None]:
         """No larger than the sequence: int32 then never overflows."""
-        most = self._farthest()
+        most, window = self._farthest(), self.call.sliding_window
         starts = [max(-most, min(region.start, most)) for region in self.regions]
-        return starts + [0] * (MOST_REGIONS - len(starts))
+        starts += [0] * (MOST_REGIONS - len(starts))
+        return {
+            **{f"start_{n}": start for n, start in enumerate(starts)},
+            "granularity": min(self.call.granularity, most),
+            "window": min(window, most) if self._windowed() else None,
+        }
 
 
 def _contiguous(x: Tensor) -> Shape:

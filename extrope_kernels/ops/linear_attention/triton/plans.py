@@ -110,9 +110,17 @@ class _Layout:
 
     def prepare(self) -> Plan:
         decay = self.how.decay
-        stride = 0 if decay is None else decay.stride(0)
-        scalars = (stride, self.how.heads, self.sequences)
-        return Plan(prepare_kernel, (1,), self.q, *scalars, self.part, BLOCK, num_warps=1)
+        return Plan(
+            prepare_kernel,
+            (1,),
+            self.q,
+            decay_stride=0 if decay is None else decay.stride(0),
+            heads=self.how.heads,
+            num_sequences=self.sequences,
+            PART=self.part,
+            BLOCK=BLOCK,
+            num_warps=1,
+        )
 
     def state(self) -> Plan:
         options = {}
@@ -124,9 +132,16 @@ class _Layout:
     def passing(self, states: Shape) -> Plan:
         sequences, heads = self.sequences if self.packed else self.batch, self.how.heads
         size = math.prod(states[1:])
-        grid = (sequences * heads, triton.cdiv(size, PASSING_BLOCK))
-        settled = (self.parts, heads, size, PASSING_BLOCK, self.tile)
-        return Plan(state_passing_kernel, grid, self.q, *settled)
+        return Plan(
+            state_passing_kernel,
+            (sequences * heads, triton.cdiv(size, PASSING_BLOCK)),
+            self.q,
+            parts=self.parts,
+            heads=heads,
+            size=size,
+            BLOCK=PASSING_BLOCK,
+            TILE=self.tile,
+        )
 
     def scan(self) -> Plan:
         return self._plan(scan_kernel, self.programs)
@@ -138,12 +153,12 @@ class _Layout:
             kernel,
             (programs, triton.cdiv(self.value_dim, self.tile.block_v)),
             self.q,
-            self.sequences,
-            self.sequences.bit_length(),
-            self.parts,
-            self.how.heads,
-            self.seqlen,
-            self.tile,
+            num_sequences=self.sequences,
+            search_steps=self.sequences.bit_length(),
+            parts=self.parts,
+            heads=self.how.heads,
+            seqlen=self.seqlen,
+            TILE=self.tile,
             **(setting | options),
         )
 

@@ -68,6 +68,15 @@ def _launch(x: Tensor, y: Tensor) -> _Launch:
     blocks, batch = triton.cdiv(seqlen, block_m), x.shape[:-3].numel()
     plan = None
     if batch * blocks * heads > 0:
-        settled = (blocks, seqlen, dim, block_m, block_d)
-        plan = Plan(row_dots_kernel, (batch * blocks, heads), x, *settled, num_warps=WARPS)
+        plan = Plan(
+            row_dots_kernel,
+            (batch * blocks, heads),
+            x,
+            blocks=blocks,
+            seqlen=seqlen,
+            DIM=dim,
+            BLOCK_M=block_m,
+            BLOCK_D=block_d,
+            num_warps=WARPS,
+        )
     return _Launch(plan, rows_of(x), rows_of(y), (*x.shape[:-3], heads, seqlen))

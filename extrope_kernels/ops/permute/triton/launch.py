@@ -72,20 +72,34 @@ def launches_of(
     permutations, head_dim = table.shape
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tile = _tile(inputs, outputs, power)
-    rounds = (head_dim - 1).bit_length()
-    find_cycles = Plan(
-        cycles_kernel, (permutations,), table, head_dim, tile.block_d, rounds, num_warps=1
-    )
-    scalars = (sequences, sequences.bit_length(), batch * seqlen, seqlen)
-    grid = (triton.cdiv(batch * seqlen, tile.block_m), permutations)
     positions = power.positions
     return PermuteLaunches(
-        find_cycles,
-        Plan(permute_kernel, grid, inputs[0], *scalars, tile, num_warps=WARPS),
-        (permutations, 4, head_dim),
-        WORDS[inputs[0].itemsize],
-        tuple(_operand(x, out, permutations, tile.align) for x, out in zip(inputs, outputs)),
-        (0, 0) if positions is None else (*strides_of(positions), 0)[:2],
+        find_cycles=Plan(
+            cycles_kernel,
+            (permutations,),
+            table,
+            head_dim=head_dim,
+            BLOCK_D=tile.block_d,
+            ROUNDS=(head_dim - 1).bit_length(),
+            num_warps=1,
+        ),
+        permute=Plan(
+            permute_kernel,
+            (triton.cdiv(batch * seqlen, tile.block_m), permutations),
+            inputs[0],
+            num_sequences=sequences,
+            search_steps=sequences.bit_length(),
+            tokens=batch * seqlen,
+            seqlen=seqlen,
+            TILE=tile,
+            num_warps=WARPS,
+        ),
+        cycles=(permutations, 4, head_dim),
+        word=WORDS[inputs[0].itemsize],
+        operands=tuple(
+            _operand(x, out, permutations, tile.align) for x, out in zip(inputs, outputs)
+        ),
+        position_strides=(0, 0) if positions is None else (*strides_of(positions), 0)[:2],
     )
 
 

@@ -46,30 +46,32 @@ def _plan(tensors: tuple[Tensor | None, ...], options: dict) -> tuple[Plan | Non
     q, k, v = (x[None] if call.packed and x is not None else x for x in (call.q, call.k, call.v))
     rotation = _rotation(call, q, k)
     tile, grid, warps = _tile(call, q, k, v, rotation)
-    of = [
-        operand_of(x, out, x, sign, tile.align)
-        for x, out, sign in ((k, call.k_cache, -1.0), (v, call.v_cache, 1.0))
-    ]
     of_q = None if q is None else operand_of(q, torch.empty_like(q), q, 1.0, tile.align)
     slots, table, position_map = call.slot_mapping, call.block_table, call.map or PositionMap()
+    slot_strides = (0, 0) if slots is None else strides_of(slots.view(call.batch, call.seqlen))
     launch = Plan(
         rope_append_kernel,
         grid,
         k,
-        of_q,
-        *of,
-        *((0, 0) if slots is None else strides_of(slots.view(call.batch, call.seqlen))),
-        0 if table is None else table.stride(0),
-        *call.k_cache.shape[:2],
-        call.capacity,
-        *rotation_arguments(rotation),
-        rotation.decay_origin,
-        rotation.amplitude,
-        float(call.norm_eps),
-        *(float(n) for n in position_map),
-        call.batch * call.seqlen,
-        call.seqlen,
-        tile,
+        of_q=of_q,
+        of_k=operand_of(k, call.k_cache, k, -1.0, tile.align),
+        of_v=operand_of(v, call.v_cache, v, 1.0, tile.align),
+        slot_batch=slot_strides[0],
+        slot_seq=slot_strides[1],
+        table_batch=0 if table is None else table.stride(0),
+        pages=call.k_cache.shape[0],
+        page_size=call.k_cache.shape[1],
+        capacity=call.capacity,
+        **rotation_arguments(rotation),
+        eps=float(call.norm_eps),
+        modulus=float(position_map.modulus),
+        divisor=float(position_map.divisor),
+        floor=float(position_map.floor),
+        map_offset=float(position_map.offset),
+        cap=float(position_map.cap),
+        tokens=call.batch * call.seqlen,
+        seqlen=call.seqlen,
+        TILE=tile,
         num_warps=warps,
     )
     return launch, rotation.axes is not None

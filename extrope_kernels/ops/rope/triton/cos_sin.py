@@ -108,16 +108,20 @@ def _plan(
         positions_are_offsets=False,
     )
     operands = [operand_of(x, out, x, 1.0, tile.align) for x, out in zip(inputs, outputs)]
+    (cos_batch, cos_seq), (sin_batch, sin_seq) = strides_of(cos)[:2], strides_of(sin)[:2]
     return Plan(
         cos_sin_kernel,
         (programs.tiles, programs.shares),
         inputs[0],
-        *[*operands, None][:2],
-        *strides_of(cos)[:2],
-        *strides_of(sin)[:2],
-        -1.0 if options.get("conjugate", False) else 1.0,
-        batch * seqlen,
-        seqlen,
-        tile,
+        of_q=operands[0],
+        of_k=operands[1] if len(operands) == 2 else None,
+        cos_batch=cos_batch,
+        cos_seq=cos_seq,
+        sin_batch=sin_batch,
+        sin_seq=sin_seq,
+        direction=-1.0 if options.get("conjugate", False) else 1.0,
+        tokens=batch * seqlen,
+        seqlen=seqlen,
+        TILE=tile,
         num_warps=programs.warps,
     )

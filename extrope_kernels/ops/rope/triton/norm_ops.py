@@ -13,7 +13,6 @@ from ..._shared.dtypes import accumulator
 from ..._shared.triton.launch import Plan, chip_of, layouts_of, planned
 from ..checks import check_norm, refuse_overlap
 from ..rotation import Rotation, resolve
-from .kernel import Operand
 from .launch import operand_of
 from .norm_kernel import NormTile, norm_rotate_kernel
 from .ops import like
@@ -122,37 +121,29 @@ def _plan(tensors, weights, rope_args, options: dict[str, Hashable]) -> _Call:
         return _Call(None, rotation.axes is not None, 0)
     together = [w is not None and w.shape[0] != head_dim for w in (*weights, None)][:2]
     tile, grid, warps = _tile(inputs, outputs, saved, together, backward, rotation)
-    operands: list[Operand | None] = [
+    operands = [
         operand_of(x, out, kept, sign, tile.align)
         for x, out, kept, sign in zip(inputs, outputs, saved, rotation.decay_signs)
     ]
-    launch = _settled(
-        inputs[0], [*operands, None][:2], weights, eps, rotation, tile, grid, warps, backward
-    )
-    return _Call(launch, rotation.axes is not None, grid[0])
-
-
-def _settled(
-    like, operands, weights, eps, rotation: Rotation, tile, grid, warps, backward: bool
-) -> Plan:
-    batch, seqlen = like.shape[:2]
-    return Plan(
+    q_dims, k_dims = (0 if w is None else w.shape[0] for w in weights)
+    launch = Plan(
         norm_rotate_kernel,
         grid,
-        like,
-        *operands,
-        *(0 if w is None else w.shape[0] for w in weights),
-        *rotation_arguments(rotation),
-        rotation.decay_origin,
-        rotation.amplitude,
-        eps,
-        -1.0 if rotation.conjugate else 1.0,
-        batch * seqlen,
-        seqlen,
-        tile,
+        inputs[0],
+        of_q=operands[0],
+        of_k=operands[1] if len(operands) == 2 else None,
+        q_dims=q_dims,
+        k_dims=k_dims,
+        **rotation_arguments(rotation),
+        eps=eps,
+        direction=-1.0 if rotation.conjugate else 1.0,
+        tokens=batch * seqlen,
+        seqlen=seqlen,
+        TILE=tile,
         num_warps=warps,
         maxnreg=ALL_REGISTERS if backward and torch.version.hip is None else None,
     )
+    return _Call(launch, rotation.axes is not None, grid[0])
 
 
 def _tile(

@@ -54,13 +54,23 @@ def alignment_of(tensors: Iterable[Tensor]) -> int:
     return alignment(tensors[0].itemsize, several, (each[1] for each in strides))
 
 
-def rotation_arguments(rotation: Rotation) -> tuple[int, ...]:
-    """The kernels' parameters from freq_sequence to search_steps."""
+def rotation_arguments(rotation: Rotation) -> dict[str, int | float]:
+    """What every rotating kernel is told of a rotation, by its parameters."""
     positions, cu_seqlens = rotation.positions, rotation.cu_seqlens
     position_strides = (0, 0, 0) if positions is None else strides_of(positions)
     if rotation.axes is None:
         position_strides = (0, *position_strides, 0)[:3]
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    axes = 0 if rotation.axes is None else positions.shape[0]
-    freq_strides = strides_of(rotation.inv_freq)[:2]
-    return *freq_strides, *position_strides, axes, sequences, sequences.bit_length()
+    freq_sequence, freq_head = strides_of(rotation.inv_freq)[:2]
+    return {
+        "freq_sequence": freq_sequence,
+        "freq_head": freq_head,
+        "position_axis": position_strides[0],
+        "position_batch": position_strides[1],
+        "position_seq": position_strides[2],
+        "num_axes": 0 if rotation.axes is None else positions.shape[0],
+        "num_sequences": sequences,
+        "search_steps": sequences.bit_length(),
+        "decay_origin": rotation.decay_origin,
+        "amplitude": rotation.amplitude,
+    }
