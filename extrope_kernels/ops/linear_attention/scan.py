@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -49,17 +50,7 @@ class Scan:
 
     @property
     def others(self) -> Others:
-        return Others(
-            self.decay,
-            self.cu_seqlens,
-            self.gate,
-            self.q_scale,
-            self.q_extra,
-            self.k_scale,
-            self.k_extra,
-            self.first_state,
-            self.first_sum,
-        )
+        return Others._make(_others_of(self))
 
 
 class Others(NamedTuple):
@@ -74,6 +65,9 @@ class Others(NamedTuple):
     k_extra: Tensor | None = None
     first_state: Tensor | None = None
     first_sum: Tensor | None = None
+
+
+_others_of = attrgetter(*Others._fields)
 
 
 class Scanned(NamedTuple):
