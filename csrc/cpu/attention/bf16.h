@@ -43,7 +43,7 @@ inline void rotate_values(const RowRotation& row, const bf16* in, RowCosSin cos_
   const float *cos = cos_sin.cos, *sin = cos_sin.sin;
   if (half % kFloats != 0) {
     float wide[kMaxHeadDim];
-    rotate_row(row, in, cos, sin, 1.0f, wide);
+    rotate_to_float(row, in, cos, sin, 1.0f, wide);
     return narrow_row(wide, row.dim, out);
   }
   for (int64_t i = 0; i < half; i += kFloats) {

@@ -6,7 +6,7 @@
 #include "cpu/attention/cos_sin.h"
 #include "cpu/runtime/workspace.h"
 #include "cpu/simd/e4m3.h"
-#include "cpu/simd/rotate_row.h"
+#include "cpu/simd/rotate_to_float.h"
 #include "cpu/simd/sincos.h"
 
 namespace extrope {
@@ -25,7 +25,7 @@ void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSi
         return batch * x.batch + x.at(token) + head * x.head;
       };
       const T* in = static_cast<const T*>(k.data) + first_of(k);
-      rotate_row(rotation, in, cos_sin.cos + at, cos_sin.sin + at, 1.0f, row);
+      rotate_to_float(rotation, in, cos_sin.cos + at, cos_sin.sin + at, 1.0f, row);
       narrow_row(row, p.head_dim, static_cast<Out*>(out.data) + first_of(out));
     }
   }

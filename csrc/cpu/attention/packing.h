@@ -4,7 +4,7 @@
 
 #include "cpu/attention/tile.h"
 #include "cpu/simd/e4m3.h"
-#include "cpu/simd/rotate_row.h"
+#include "cpu/simd/rotate_to_float.h"
 #include "cpu/simd/transpose.h"
 
 namespace extrope {
@@ -41,7 +41,7 @@ template <typename T>
 inline void read_row(const AttentionParams& p, const T* from, int64_t dim, RowCosSin cos_sin,
                      float* to) {
   if (!cos_sin.cos) return widen_row(from, dim, to);
-  rotate_row({dim, p.half, p.interleaved}, from, cos_sin.cos, cos_sin.sin, 1.0f, to);
+  rotate_to_float({dim, p.half, p.interleaved}, from, cos_sin.cos, cos_sin.sin, 1.0f, to);
   if constexpr (sizeof(T) == 2) {
     T rounded[kMaxHeadDim];
     narrow_row(to, dim, rounded);
@@ -52,7 +52,7 @@ inline void read_row(const AttentionParams& p, const T* from, int64_t dim, RowCo
 // Rotates a row of gradients back.
 inline void unrotate_row(const AttentionParams& p, const float* from, RowCosSin cos_sin,
                          float* to) {
-  rotate_row({p.head_dim, p.half, p.interleaved}, from, cos_sin.cos, cos_sin.sin, -1.0f, to);
+  rotate_to_float({p.head_dim, p.half, p.interleaved}, from, cos_sin.cos, cos_sin.sin, -1.0f, to);
 }
 
 // Some keys in a head of k or v; rows past the last one count as zero.

@@ -133,7 +133,8 @@ class Worker {
       fill_sincos(inv_freq_, p_.freqs.half, angles, cos_.data(), sin_.data());
       for (int64_t head = 0; head < p_.heads_q; ++head) {
         const int64_t row = q_offset(token, head);
-        rotate_row(rotation_, &scaled_q_[row], cos_.data(), sin_.data(), 1.0f, &frames_[r].q[row]);
+        rotate_to_float(rotation_, &scaled_q_[row], cos_.data(), sin_.data(), 1.0f,
+                        &frames_[r].q[row]);
       }
     }
   }

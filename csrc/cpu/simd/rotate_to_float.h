@@ -15,8 +15,8 @@ struct RowRotation {
 
 // Rotates the pairs of dims of one row by `direction` (1, or -1: back), and copies the rest.
 template <typename T>
-inline void rotate_row(const RowRotation& row, const T* in, const float* cos, const float* sin,
-                       float direction, float* out) {
+inline void rotate_to_float(const RowRotation& row, const T* in, const float* cos, const float* sin,
+                            float direction, float* out) {
   const int64_t half = row.half, second = row.interleaved ? 1 : half;
   const int64_t step = row.interleaved ? 2 : 1;
   int64_t i = 0;
