@@ -34,6 +34,7 @@ def not_rows(x: torch.Tensor) -> dict:
         "complex": x.to(torch.complex64),
         "float8": x.to(torch.float8_e4m3fn),
         "sparse": x.to_sparse(),
+        "nested": torch.nested.nested_tensor(list(x.unbind())),
         "scalar": x.sum(),
         "row": x.flatten(),
         "no batch": x[0],

@@ -20,8 +20,7 @@ def check_rows(
     op: str, name: str, x: Tensor, packed: bool, dtypes: tuple[torch.dtype, ...] = DTYPES
 ) -> None:
     """A tensor (batch, seqlen, heads, head_dim), packed (total, heads, head_dim)."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    check_dense(op, name, x)
     if x.dim() != (3 if packed else 4):
         layout = (
             "(total, heads, head_dim) with cu_seqlens"
@@ -33,12 +32,19 @@ def check_rows(
         raise ValueError(
             f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}"
         )
-    if x.layout != torch.strided:
-        raise ValueError(f"{op}: {name} must be a dense tensor, got {x.layout}")
     if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
         raise ValueError(
             f"{op}: {name} must be contiguous in its last dimension, got strides {x.stride()}"
         )
+
+
+def check_dense(op: str, name: str, x: Tensor) -> None:
+    """Neither sparse nor nested: of a nested tensor with torch.strided one cannot ask a size."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        kind = x.layout if x.layout != torch.strided else "a nested one"
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {kind}")
 
 
 def check_matching(op: str, q: Tensor, k: Tensor) -> None:

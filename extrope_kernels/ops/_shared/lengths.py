@@ -31,7 +31,7 @@ def cache_lengths(
         )
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: q must be a Tensor, got {type(x).__name__}")
-    batch = x.shape[:1]
+    batch = (x.size(0),) if x.is_nested else x.shape[:1]  # the op refuses it, by its name
     if cu_seqlens is not None:
         check_cu_seqlens(op, cu_seqlens, x, name)
         batch = (cu_seqlens.shape[0] - 1,)

@@ -68,7 +68,8 @@ def parse(
     **options,
 ) -> tuple[KVCache, AttentionCall]:
     """The classes that implementations take, from the arguments of `decode`."""
-    appended = k.shape[1] if isinstance(k, Tensor) and k.dim() == 4 else 0
+    has_rows = isinstance(k, Tensor) and not k.is_nested and k.dim() == 4
+    appended = k.shape[1] if has_rows else 0
     cu_seqlens_new = None if k is None else cu_seqlens_q
     of_cache = (cache_seqlens, block_table, cache_leftpad, appended, cu_seqlens_new)
     cache = KVCache(k_cache, v_cache, *of_cache, Scales(k_scale, v_scale))

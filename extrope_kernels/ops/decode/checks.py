@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._shared.attention_call import MAP_NUMBERS, AttentionCall
 from .._shared.attention_checks import check_call, check_query_scale, check_rope
-from .._shared.checks import DTYPES, check_cu_seqlens, check_ints, overlaps_itself
+from .._shared.checks import DTYPES, check_cu_seqlens, check_dense, check_ints, overlaps_itself
 from .._shared.fp8 import FP8, check_cache_dtype, check_scale_values, check_scales
 from .arguments import KVCache
 
@@ -153,8 +153,7 @@ def _check_rows(
     packed: bool = False,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {label} must be a Tensor, got {type(x).__name__}")
+    check_dense(op, label, x)
     dims = 3 if packed else 4
     if x.dim() != dims:
         raise ValueError(
