@@ -31,13 +31,14 @@ def test_dims(backend, dims, interleaved):
     head_dim, head_dim_v, rotary_dim = dims
     sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "rotary_dim": rotary_dim}
     step = Step(**sizes, norms="head", call={**CONTIGUOUS, "interleaved": interleaved})
-    same = Step(**sizes, norms="head", call=CONTIGUOUS)
     positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
-    if interleaved:  # the same pairs, in another order
-        expected = step.run("reference", torch.float64)
-    else:
-        expected = same.expected(behind((3, 9), 5), positions)
-    step.check(backend, expected)
+    step.check(backend, step.expected(behind((3, 9), 5), positions))
+
+
+def test_an_empty_cache(backend):
+    step = Step(call={"cache_seqlens": ints(0, 9)})
+    positions = torch.stack([torch.arange(5), torch.arange(9, 14)]).to(device())
+    step.check(backend, step.expected(behind((0, 9), 5), positions))
 
 
 @pytest.mark.parametrize("page_size", (1, 4))

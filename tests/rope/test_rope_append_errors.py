@@ -102,6 +102,11 @@ REFUSED = {
         {"cache_seqlens": 3, "cu_seqlens": ints(0, 4, 6)},
         "cu_seqlens",
     ),
+    "boundaries from 1": (
+        Step(tokens=(5,)),
+        {"cache_seqlens": 3, "cu_seqlens": ints(1, 4, 5)},
+        "cu_seqlens",
+    ),
 }
 
 
@@ -110,9 +115,10 @@ REFUSED = {
 def test_is_refused_before_anything_is_written(name, backend):
     step, call, named = REFUSED[name]
     caches = step.caches(torch.float32)
-    given = {"freqs": step.freqs, **call, "backend": backend}
-    with pytest.raises(ValueError, match=rf"^rope_append_kvcache: .*{named}"):
-        rope_append_kvcache(step.q, step.k, step.v, *caches, **given)
+    for which in (backend, "reference"):
+        given = {"freqs": step.freqs, **call, "backend": which}
+        with pytest.raises(ValueError, match=rf"^rope_append_kvcache: .*{named}"):
+            rope_append_kvcache(step.q, step.k, step.v, *caches, **given)
     assert all((x == FILLER).all() for x in caches)
 
 
