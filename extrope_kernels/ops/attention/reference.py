@@ -57,7 +57,7 @@ def backward(
     d_weights = torch.einsum("bihd,bjhd->bhij", dout.to(wide), _per_query_head(values, q_r[0]))
     d_scores = weights * (d_weights - delta[..., None]) * _scale(q_r[0], k_r[0], call)
     if call.softcap:
-        d_scores = d_scores * (1 - (logits.masked_fill(weights == 0, 0.0) / call.softcap) ** 2)
+        d_scores = d_scores * (1 - (logits / call.softcap) ** 2)
     dq, dk = [], []
     for region in range(len(q_r)):
         here = torch.where(_visible(region, q_r[0], k_r[0], call), d_scores, 0.0)
