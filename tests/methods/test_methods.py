@@ -59,6 +59,7 @@ def test_rope_freqs_to_moves_every_tensor():
     freqs = methods.xpos(16).to("meta")
     assert freqs.inv_freq.device.type == freqs.log_decay.device.type == "meta"
     assert methods.yarn(16, **EXAMPLES["yarn"]).to("cpu").attention_factor > 1
+    assert methods.axial(16).to("meta").axes.device.type == "meta"
     assert methods.rope(16).to("meta").log_decay is None
 
 
