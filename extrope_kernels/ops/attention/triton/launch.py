@@ -26,7 +26,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     plan = planned(forward_plans, _key((q, k, v), call), q, k, v, call)
     rope_args = call.inv_freq, call.log_decay, call.cu_seqlens
     k_frames = empty(plan.k_frames, k.dtype, k.device) if plan.k_frames[0] else None
-    if plan.rotate is not None:
+    if plan.rotate is not None:  # keys alone: what belongs to queries is None
         plan.rotate(None, k, None, k_frames, *rope_args, None, call.k_start, None)
     out = empty(plan.out, call.results_dtype(q.dtype), q.device)
     lse = empty(plan.lse, torch.float32, q.device)

@@ -80,5 +80,6 @@ class AppendLaunches(NamedTuple):
         if k_scale is not None:
             k_cache, v_cache = as_bits(k_cache), as_bits(v_cache)
         cached = (k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay)
+        cu_seqlens = scratch = None
         if self.append is not None:
-            self.append(k, v, *cached, None, k_scale, v_scale, None)
+            self.append(k, v, *cached, cu_seqlens, k_scale, v_scale, scratch)
