@@ -76,10 +76,19 @@ struct Worker {
     }
   }
 
-  __device__ void rotate(int slot) const {
+  // Where this thread's two vectors start in a head.
+  struct Dims {
+    int a, b;
+  };
+
+  __device__ Dims dims_of(int slot) const {
     const bool neighbours = VEC == 1 && p.interleaved;
-    const int dim_a = neighbours ? 2 * slot : VEC * slot;
-    const int dim_b = neighbours ? dim_a + 1 : dim_a + static_cast<int>(p.rotary_dim / 2);
+    const int a = neighbours ? 2 * slot : VEC * slot;
+    return {a, neighbours ? a + 1 : a + static_cast<int>(p.rotary_dim / 2)};
+  }
+
+  __device__ void rotate(int slot) const {
+    const Dims dims = dims_of(slot);
     const bool wants_grad = GRAD && p.angle_grad != nullptr;
     Acc cosine[VEC], sine[VEC], angle_grad[VEC] = {}, partial[VEC] = {};
     bool ready = false;
@@ -87,7 +96,7 @@ struct Worker {
       const T* in = input(x);
       const T* kept_in = wants_grad ? saved(x) : nullptr;
       T* out = output(x);
-      if (p.log_decay != nullptr) ready = false;
+      if (p.log_decay != nullptr) ready = false;  // q and k decay in opposite directions
 #pragma unroll 1
       for (int head = begin; head < end; head += UNROLL) {
         if (wants_grad && head % SUMMED == 0) flush(partial, angle_grad);
@@ -95,53 +104,70 @@ struct Worker {
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
           if (head + u >= end) break;
-          const T* from = in + (head + u) * x.in_head;
-          own[u] = {load<T, VEC>(from + dim_a), load<T, VEC>(from + dim_b)};
-          if (wants_grad) {
-            const T* kept_from = kept_in + (head + u) * x.saved_head;
-            kept[u] = {load<T, VEC>(kept_from + dim_a), load<T, VEC>(kept_from + dim_b)};
-          }
+          own[u] = load_head(in + (head + u) * x.in_head, dims);
+          if (wants_grad) kept[u] = load_head(kept_in + (head + u) * x.saved_head, dims);
         }
         if (!ready) {  // after the loads, which then hide it
-#pragma unroll
-          for (int j = 0; j < VEC; ++j) {
-            pair_rotation<AXES>(p, token, head, pair_of(slot, j), x.decay_sign, &cosine[j],
-                                &sine[j]);
-          }
+          find_rotation(slot, head, x.decay_sign, cosine, sine);
           ready = true;
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
           if (head + u >= end) break;
-          Acc dim[2 * VEC], kept_dim[2 * VEC];
-          own[u].widen_to(dim);
-          if (wants_grad) kept[u].widen_to(kept_dim);
-#pragma unroll
-          for (int j = 0; j < VEC; ++j) {
-            const int first = INTERLEAVED ? 2 * j : j, second = INTERLEAVED ? 2 * j + 1 : j + VEC;
-            const Acc a = dim[first], b = dim[second];
-            dim[first] = fma(a, cosine[j], -(b * sine[j]));
-            dim[second] = fma(b, cosine[j], a * sine[j]);
-            if (wants_grad) {
-              const Acc cross = kept_dim[second] * dim[first];
-              partial[j] += fma(kept_dim[first], dim[second], -cross);
-            }
-          }
-          pack(dim, own[u].half[0]);
-          pack(dim + VEC, own[u].half[1]);
-          T* to = out + (head + u) * x.out_head;
-          store<T, VEC>(to + dim_a, own[u].half[0]);
-          store<T, VEC>(to + dim_b, own[u].half[1]);
+          rotate_head(&own[u], cosine, sine, wants_grad, kept[u], partial);
+          store_head(own[u], out + (head + u) * x.out_head, dims);
         }
       }
     });
-    if (wants_grad) {
-      const int64_t row = (token.batch * p.seqlen + token.seq) * p.angle_heads +
-                          (p.angle_heads > 1 ? blockIdx.y : 0);
-      Acc* to = static_cast<Acc*>(p.angle_grad) + row * (p.rotary_dim / 2);
+    if (wants_grad) store_angle_grad(slot, angle_grad, partial);
+  }
+
+  __device__ static Own load_head(const T* from, Dims dims) {
+    return {load<T, VEC>(from + dims.a), load<T, VEC>(from + dims.b)};
+  }
+
+  __device__ static void store_head(const Own& own, T* to, Dims dims) {
+    store<T, VEC>(to + dims.a, own.half[0]);
+    store<T, VEC>(to + dims.b, own.half[1]);
+  }
+
+  // Of this thread's pairs.
+  __device__ void find_rotation(int slot, int head, double decay_sign, Acc* cosine,
+                                Acc* sine) const {
 #pragma unroll
-      for (int j = 0; j < VEC; ++j) to[pair_of(slot, j)] = angle_grad[j] + partial[j];
+    for (int j = 0; j < VEC; ++j) {
+      pair_rotation<AXES>(p, token, head, pair_of(slot, j), decay_sign, &cosine[j], &sine[j]);
     }
+  }
+
+  // Rotates a head. With wants_grad it is one of gradients, and `kept` what the forward was given:
+  // then also adds to the gradient of the angles.
+  __device__ static void rotate_head(Own* own, const Acc* cosine, const Acc* sine, bool wants_grad,
+                                     const Own& kept, Acc* angle_grad) {
+    Acc dim[2 * VEC], kept_dim[2 * VEC];
+    own->widen_to(dim);
+    if (wants_grad) kept.widen_to(kept_dim);
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) {
+      const int first = INTERLEAVED ? 2 * j : j, second = INTERLEAVED ? 2 * j + 1 : j + VEC;
+      const Acc a = dim[first], b = dim[second];
+      dim[first] = fma(a, cosine[j], -(b * sine[j]));
+      dim[second] = fma(b, cosine[j], a * sine[j]);
+      if (wants_grad) {
+        const Acc cross = kept_dim[second] * dim[first];
+        angle_grad[j] += fma(kept_dim[first], dim[second], -cross);
+      }
+    }
+    pack(dim, own->half[0]);
+    pack(dim + VEC, own->half[1]);
+  }
+
+  __device__ void store_angle_grad(int slot, const Acc* sum, const Acc* partial) const {
+    const int64_t row =
+        (token.batch * p.seqlen + token.seq) * p.angle_heads + (p.angle_heads > 1 ? blockIdx.y : 0);
+    Acc* to = static_cast<Acc*>(p.angle_grad) + row * (p.rotary_dim / 2);
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) to[pair_of(slot, j)] = sum[j] + partial[j];
   }
 
   // Dims past rotary_dim pass through; in place they are already there.
