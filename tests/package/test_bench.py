@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,17 @@ def test_the_speed_plot_is_of_the_measured_files(bench):
         )
         assert times == 1 / ratio > 1  # what the tables say
         assert speed.bar_text(shown, BENCH / "results") in drawn, shown.label
+
+
+def test_the_readme_tells_speeds_and_numbers_of_models_as_measured(bench):
+    """Those of the plot's first, second and fourth bar and its last; those of docs/models.md."""
+    speed, root = bench("speed_plot"), BENCH.parent
+    text, models = ((root / page).read_text() for page in ("README.md", "docs/models.md"))
+    for shown in (*speed.SHOWN[:2], speed.SHOWN[3], speed.SHOWN[-1]):
+        times, _ = speed.against_the_best(shown, BENCH / "results")
+        assert f"{times:.1f} times" in text, shown.label
+    frequency, score = re.findall(r"^- By a \w+ method: (\d+) of the", models, re.MULTILINE)
+    assert f"all {frequency} by frequency methods, {score} by score methods" in text
 
 
 def test_figures_replace_what_is_between_the_markers(bench, tmp_path):
