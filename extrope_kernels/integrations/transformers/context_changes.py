@@ -12,16 +12,10 @@ from ...ops.attention import attend
 from ...scores import SCORES
 from .._shared.kinds import is_bounded
 from .._shared.parameters import PARAMETERS
+from .._shared.plain import PLAIN, no_freqs
 from .architecture import RotarySite, kind_of, shortened, unsupported
 from .calls import Call, call_of
-from .context_parallel import (
-    PLAIN,
-    Shared,
-    SharedForward,
-    in_region,
-    no_freqs,
-    refuse_labels,
-)
+from .context_parallel import Shared, SharedForward, in_region, refuse_labels
 from .forwards import argument_names, by_name
 from .layer_options import softmax_options
 from .layers import check_options, close, compare_with_own

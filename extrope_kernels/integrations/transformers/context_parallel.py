@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs, methods
-from ...scores import FIRST_KEY, UNROTATED, Region, Score
+from ... import RopeFreqs
+from ...scores import Score
+from .._shared.plain import PLAIN, no_freqs
 from .calls import Call
 from .forwards import argument_names, by_name, cache_of, tokens_of
 from .layer_options import refuse_options, softmax_options
@@ -20,9 +21,6 @@ from .rows import full_mask, no_mask
 if TYPE_CHECKING:
     from ...distributed.attend import Strategy
     from ...distributed.layout import Balance, Mesh
-
-# The attention of layers that rotate queries and keys by themselves.
-PLAIN = Score("plain", (Region(FIRST_KEY, UNROTATED, UNROTATED),))
 
 
 class Shared:
@@ -123,7 +121,8 @@ class SharedAttention:
         """q, k, v: (batch, heads, seqlen / P, head_dim), rotated."""
         refuse_options(module, options)
         q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
-        return self.shared.attend(PLAIN, q, k, v, no_freqs(q), **softmax_options(module, options))
+        options = softmax_options(module, options)
+        return self.shared.attend(PLAIN, q, k, v, no_freqs(q), keys_stored=True, **options)
 
 
 class SharedForward:
@@ -153,7 +152,7 @@ class SharedForward:
                 "extend: input_ids must have an even number of tokens on every rank in zigzag, "
                 f"got {tokens.shape[1]}"
             )
-        _refuse_padding(full_mask(arguments.get("attention_mask")), tokens.shape[1])
+        _refuse_padding(full_mask(arguments.get("attention_mask")))
         positions = self.shared.positions(tokens)
         given = arguments.get("position_ids")
         if given is not None and not _same(given, positions):
@@ -198,12 +197,7 @@ def in_region() -> bool:
     return (getattr(function, "__module__", None) or "").startswith("torch.distributed")
 
 
-def no_freqs(x: Tensor) -> RopeFreqs:
-    """Frequencies for tensors that are rotated already."""
-    return methods.rope(2).to(x.device)
-
-
-def _refuse_padding(mask: Any, tokens: int) -> None:
+def _refuse_padding(mask: Any) -> None:
     """mask: what a model takes, of all tokens or of this rank's."""
     if mask is None or (isinstance(mask, Tensor) and mask.shape[-2:] == (1, 1)):
         return

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs, scores
+from ... import RopeFreqs
 from ...ops.attention import attend
 from ...ops.decode import attend_with_kvcache
+from .._shared.plain import PLAIN, no_freqs
 from .layer_options import softmax_options
 from .rotation import INTERFACE
 from .rows import records
 
-_PLAIN = scores.rerope(window=1 << 20)  # causal attention: there is no rotation to change
 _ON_MASK = "_extrope_causal"
 # What layers tell their attention and causal rows need not know.
 _KNOWN = {
@@ -76,7 +76,7 @@ def attention(
     out = None
     said = softmax_options(module, options) | {"op": INTERFACE}
     if _may_be_causal(module, attention_mask, options):
-        freqs = RopeFreqs(q.new_zeros(1, dtype=torch.float32))
+        freqs = no_freqs(q)
         if attention_mask is None:
             out = _all_causal(q, k, v, freqs, said)
         elif not records(q, k, v):
@@ -116,8 +116,8 @@ def _all_causal(
         k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
     elif not records(q, k, v):
         options.pop("sliding_window", None)  # a cache of a window holds no more
-        return attend_with_kvcache(_PLAIN, q, k, v, freqs, cache_seqlens=k.shape[1], **options)
-    return attend(_PLAIN, q, k, v, freqs, **options)
+        return attend_with_kvcache(PLAIN, q, k, v, freqs, cache_seqlens=k.shape[1], **options)
+    return attend(PLAIN, q, k, v, freqs, keys_stored=True, **options)
 
 
 def _masked(
@@ -134,7 +134,7 @@ def _masked(
         return None
     ends, pads = (x.expand(q.shape[0]) for x in rows)
     options |= {"cache_seqlens": ends.contiguous(), "cache_leftpad": pads.contiguous()}
-    return attend_with_kvcache(_PLAIN, q, k, v, freqs, **options)
+    return attend_with_kvcache(PLAIN, q, k, v, freqs, **options)
 
 
 def _window_mask(tokens: int, window: int, device: torch.device) -> Tensor:

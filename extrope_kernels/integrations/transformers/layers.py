@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs, apply_rope, scores
+from ... import RopeFreqs, apply_rope
 from ...ops.attention import attend
 from .._shared.kinds import is_bounded
+from .._shared.plain import PLAIN
 from .architecture import RotarySite, kind_of, shortened, unsupported
 from .attending import Heads, rotated_first
 from .calls import Call, Override, call_of, dropout_of
@@ -45,7 +46,6 @@ _KNOWN = {
     "sliding_window",
     *("output_attentions", "output_hidden_states", "return_dict", "output_router_logits"),
 }
-_PLAIN = scores.rerope(window=1 << 20)  # plain RoPE, for four tokens
 
 
 class Layers:
@@ -244,7 +244,7 @@ class Layers:
         v = moved.v
         with torch.no_grad():
             got = attend(
-                _PLAIN,
+                PLAIN,
                 q.to(v.dtype),
                 k.to(v.dtype),
                 v.transpose(1, 2),

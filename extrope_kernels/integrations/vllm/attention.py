@@ -24,13 +24,12 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from ... import RopeFreqs, scores
+from ... import RopeFreqs
 from ...ops.decode import attend_with_kvcache
+from .._shared.plain import PLAIN
 from .checks import FP8
 from .engine import Engine, engine_of
 from .settings import NAME
-
-_PLAIN = scores.rerope(window=1, factor=1.0)
 
 
 def score_engine(config: VllmConfig | None) -> Engine | None:
@@ -159,7 +158,7 @@ class ScoreImpl(AttentionImpl):
         self.sliding_window = sliding_window
         self.sinks = sinks
         self.engine = score_engine(get_current_vllm_config())
-        self.score = self.engine.settings.score if sliding_window is None else _PLAIN
+        self.score = self.engine.settings.score if sliding_window is None else PLAIN
         self.freqs: RopeFreqs | None = None
         self.options: dict[str, Any] = {
             "softmax_scale": self.scale,
