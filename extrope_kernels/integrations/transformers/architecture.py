@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ... import methods
 from .._shared.kinds import is_bounded
 from .fused import Fused, find_fused
-from .tables import change_of_tables
+from .tables import change_of_tables, prefix_of
 
 LAYERS = ("full", "all")
 
@@ -171,11 +171,6 @@ def kind_of(layer: nn.Module) -> str:
     kinds = getattr(getattr(layer, "config", None), "layer_types", None)
     index = getattr(layer, "layer_idx", None)
     return kinds[index] if kinds and index is not None and index < len(kinds) else ""
-
-
-def prefix_of(layer_type: str | None) -> str:
-    """Return what the names of a rotary embedding's buffers for a kind of layers begin with."""
-    return "" if layer_type is None else f"{layer_type}_"
 
 
 def unsupported(owner: nn.Module, reason: str) -> ValueError:

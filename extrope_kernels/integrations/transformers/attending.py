@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,7 @@ from ... import RopeFreqs, apply_rope
 from ...scores import Score
 from .layer_options import refuse_options, softmax_options
 from .paged import PackedRows
-from .rows import Rows
-from .static_cache import StaticRows
-
-if TYPE_CHECKING:
-    from .context_parallel import SharedRows
+from .rows import ForwardRows, Rows
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Attending:
         score: Score,
         log_n: float | None,
         freqs: RopeFreqs,
-        rows: Rows | StaticRows | PackedRows | SharedRows,
+        rows: ForwardRows,
         positions: Tensor | None,
         raw_queries: bool,
     ) -> None:
@@ -146,11 +142,11 @@ class Attending:
                 interleaved=self.heads.interleaved,
                 inverse=True,
             )
-        said = softmax_options(module, options)
-        said |= {"log_n": self.log_n, "interleaved": self.heads.interleaved, "op": "extend"}
+        op_options = softmax_options(module, options)
+        op_options |= {"log_n": self.log_n, "interleaved": self.heads.interleaved, "op": "extend"}
         if self.chunk_size is not None:
-            said["chunk_size"] = self.chunk_size
-        return here.rows.attend(module, self.score, q, k, v, here.freqs, said)
+            op_options["chunk_size"] = self.chunk_size
+        return here.rows.attend(module, self.score, q, k, v, here.freqs, op_options)
 
 
 def rotated_first(x: Tensor, start: int) -> Tensor:

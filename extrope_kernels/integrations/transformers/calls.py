@@ -59,6 +59,12 @@ def call_of(module: nn.Module) -> Call | None:
     return None
 
 
+def calls_in(owner: nn.Module) -> dict[nn.Module, Call]:
+    """Return the modules of an owner whose attention an op can replace, and how each calls it."""
+    calls = ((module, call_of(module)) for module in owner.modules())
+    return {module: call for module, call in calls if call is not None}
+
+
 _METHOD = ["self", "query", "key", "value", "attention_mask"]
 
 

@@ -14,15 +14,14 @@ from .._shared.kinds import is_bounded
 from .._shared.parameters import PARAMETERS
 from .._shared.plain import PLAIN, no_freqs
 from .architecture import RotarySite, kind_of, shortened, unsupported
-from .calls import Call, call_of
+from .calls import Call, calls_in
 from .context_parallel import Shared, SharedForward, in_region, refuse_labels
 from .forwards import argument_names, by_name
 from .layer_options import softmax_options
 from .layers import check_options, close, compare_with_own
 from .rotary import Rotary
-from .rotation import register_attention
 from .score_methods import ScoreForward
-from .trial import Recorded, Recorder, entrance, replaced, run_on_trial
+from .trial import Recorded, Recorder, entrance, run_on_trial
 
 
 def share(
@@ -92,24 +91,15 @@ def _rotating_by_themselves(
     model, and the same backwards, with an attention that gives every token its own value: what
     comes out must be the same backwards.
     """
-    called = ((module, call_of(module)) for module in owner.modules())
-    calls = {layer: call for layer, call in called if call is not None}
-    register_attention()
+    calls = calls_in(owner)
     recorder = Recorder(calls)
-    handles = [
-        layer.register_forward_pre_hook(recorder.before_layer, with_kwargs=True) for layer in calls
-    ]
-    overrides = [each for layer, call in calls.items() for each in call.overrides(layer)]
     try:
-        with replaced(overrides):
+        with recorder.in_place():
             there = _hidden(run_on_trial(entrance(model, owner)))
             back = _hidden(run_on_trial(entrance(model, owner), backwards=True))
     except Exception as error:  # whatever a foreign model leads to
         reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
         raise unsupported(owner, reason) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     if not close(there, back.flip(1)):
         raise unsupported(
             owner,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ... import RopeFreqs, apply_rope_qk
 from .apply import APPLY, original_apply
-from .tables import trial_numbers
+from .tables import prefix_of, trial_numbers
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,8 @@ def _pairing(rotary: nn.Module, layer_type: str | None, modeling: str) -> bool |
     Catches what names cannot tell: other orders of the dims, signs, or axes of position.
     """
     positions = torch.tensor([[0, 1, 5, 11]], device="cpu")
-    prefix, kwargs = "", {}
-    if layer_type is not None:
-        prefix, kwargs = f"{layer_type}_", {"layer_type": layer_type}
+    prefix = prefix_of(layer_type)
+    kwargs = {} if layer_type is None else {"layer_type": layer_type}
     inv_freq = getattr(rotary, f"{prefix}inv_freq").float()
     freqs = RopeFreqs(inv_freq, float(getattr(rotary, f"{prefix}attention_scaling", 1.0)))
     q = trial_numbers(-1, 1, 4 * 2 * inv_freq.numel()).view(1, 1, 4, -1)

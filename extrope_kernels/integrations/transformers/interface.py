@@ -18,17 +18,13 @@ from ... import RopeFreqs
 from ...ops.attention import attend
 from ...ops.decode import attend_with_kvcache
 from .._shared.plain import PLAIN, no_freqs
-from .layer_options import softmax_options
+from .layer_options import KNOWN, softmax_options
 from .rotation import INTERFACE
 from .rows import records
 
 _ON_MASK = "_extrope_causal"
-# What layers tell their attention and causal rows need not know.
-_KNOWN = {
-    *("scaling", "dropout", "is_causal", "softcap", "s_aux", "sliding_window", "position_ids"),
-    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
-    *("output_router_logits", "cache", "past_key_values", "cache_position", "logits_to_keep"),
-}
+# What causal rows need not know.
+_KNOWN = KNOWN | {"cache", "past_key_values", "cache_position", "logits_to_keep"}
 
 
 def register_interface() -> None:
@@ -74,13 +70,13 @@ def attention(
     """
     q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
     out = None
-    said = softmax_options(module, options) | {"op": INTERFACE}
+    op_options = softmax_options(module, options) | {"op": INTERFACE}
     if _may_be_causal(module, attention_mask, options):
         freqs = no_freqs(q)
         if attention_mask is None:
-            out = _all_causal(q, k, v, freqs, said)
+            out = _all_causal(q, k, v, freqs, op_options)
         elif not records(q, k, v):
-            out = _masked(q, k, v, freqs, attention_mask, said)
+            out = _masked(q, k, v, freqs, attention_mask, op_options)
     if out is not None:
         return out, None
     if options.get("s_aux") is not None or options.get("softcap") is not None:
@@ -90,7 +86,7 @@ def attention(
         )
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    window, tokens = said.get("sliding_window"), q.shape[1]
+    window, tokens = op_options.get("sliding_window"), q.shape[1]
     if attention_mask is None and window and tokens == k.shape[1] and _causal(module, options):
         attention_mask = _window_mask(tokens, window, q.device)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -8,6 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+# What the ops are told too, or what changes nothing for a layer that is causal over all keys.
+KNOWN = {
+    *("scaling", "dropout", "is_causal", "softcap", "s_aux", "sliding_window", "position_ids"),
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    "output_router_logits",
+}
+
 
 def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the layer tells its attention, in the words of the ops."""

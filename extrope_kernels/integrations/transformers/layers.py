@@ -21,10 +21,9 @@ from .._shared.kinds import is_bounded
 from .._shared.plain import PLAIN
 from .architecture import RotarySite, kind_of, shortened, unsupported
 from .attending import Heads, rotated_first
-from .calls import Call, Override, call_of, dropout_of
+from .calls import Call, calls_in, dropout_of
 from .fused import rotating_layers
-from .layer_options import refuse_options, softmax_options
-from .rotation import register_attention
+from .layer_options import KNOWN, refuse_options, softmax_options
 from .rows import no_mask
 from .trial import (
     TOKENS,
@@ -38,14 +37,6 @@ from .trial import (
     run_on_trial,
     sees_chunks,
 )
-
-# What layers tell their attention and the ops are told too, or what changes nothing for a layer
-# that is causal over all keys.
-_KNOWN = {
-    *("scaling", "dropout", "is_causal", "use_cache", "softcap", "s_aux", "position_ids"),
-    "sliding_window",
-    *("output_attentions", "output_hidden_states", "return_dict", "output_router_logits"),
-}
 
 
 class Layers:
@@ -74,15 +65,13 @@ class Layers:
         self.shapes: set[tuple[int, int, torch.dtype]] = set()
         self.chunks: dict[nn.Module, int] = {}
         self.mask_name: str | None = None
-        calls = ((module, call_of(module)) for module in owner.modules())
-        self.calls = {layer: call for layer, call in calls if call is not None}
+        self.calls = calls_in(owner)
         self.around = {
             site.rotary: layer
             for layer in self.calls
             for site in sites
             if site.rotary in layer.modules()
         }
-        register_attention()
         self.ladders = ladders_of(sites)
         still, moved = self._try_out()
         for layer in moved.called:
@@ -167,21 +156,12 @@ class Layers:
 
     def _record(self, recorder: Recorder, still: bool = False, **options: Tensor) -> Recorder:
         """Run the owner on four tokens; still: all of them at position 0."""
-        overrides: list[Override] = [
+        overrides = [
             (site.rotary, "forward", TrialTables(site, self.ladders, still)) for site in self.sites
         ]
-        for layer, call in self.calls.items():
-            overrides += call.overrides(layer)
-        handles = [
-            layer.register_forward_pre_hook(recorder.before_layer, with_kwargs=True)
-            for layer in self.calls
-        ]
-        handles += [
-            layer.register_forward_pre_hook(recorder.note_layer)
-            for layer in rotating_layers(self.owner)
-        ]
+        hooks = [(layer, recorder.note_layer) for layer in rotating_layers(self.owner)]
         try:
-            with replaced(overrides):
+            with recorder.in_place(overrides, hooks):
                 recorder.output = run_on_trial(self.entrance, **options)
         except UnfitLayer as unfit:
             raise unsupported(self.owner, str(unfit)) from unfit
@@ -193,9 +173,6 @@ class Layers:
                     "a score method by distances alone"
                 )
             raise unsupported(self.owner, reason) from error
-        finally:
-            for handle in handles:
-                handle.remove()
         return recorder
 
     def _heads(
@@ -292,5 +269,5 @@ def check_options(owner: nn.Module, layer: nn.Module, options: dict[str, Any]) -
     refuse_options(layer, options)
     if not getattr(layer, "is_causal", True) or options.get("is_causal") is False:
         raise unsupported(owner, f"{name} is not causal, and later keys have no distance")
-    if others := [key for key in options if key not in _KNOWN]:
+    if others := [key for key in options if key not in KNOWN]:
         raise unsupported(owner, f"{name} attends with {' and '.join(sorted(others))}")

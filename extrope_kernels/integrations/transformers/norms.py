@@ -20,9 +20,9 @@ from .architecture import RotarySite
 from .calls import call_of
 from .forwards import argument_names, by_name
 from .fused import rotating_layers
-from .rotation import Norm, Rotation, register_attention
+from .rotation import Norm, Rotation
 from .tables import trial_numbers
-from .trial import Recorded, Recorder, replaced, run_on_trial
+from .trial import Recorded, Recorder, run_on_trial
 
 NAMES = ("q_norm", "k_norm")
 _ARGUMENT = "position_embeddings"
@@ -126,7 +126,6 @@ def _agreeing(owner: nn.Module) -> dict[nn.Module, FusedNorm]:
             found[layer] = FusedNorm(layer, kinds == {"from one"})
     if not found:
         return {}
-    register_attention()
     with _any_weights(found):
         try:
             own, ours = _record(owner, found, fused=False), _record(owner, found, fused=True)
@@ -168,21 +167,12 @@ def _record(
     owner: nn.Module, found: dict[nn.Module, FusedNorm], fused: bool
 ) -> dict[nn.Module, Recorded]:
     """What the layers hand to their attention, on four tokens."""
-    calls = {layer: call_of(layer) for layer in found}
-    recorder, overrides, handles = Recorder(calls), [], []
-    for layer, norm in found.items():
-        overrides += calls[layer].overrides(layer)
-        hooks = [recorder.before_layer]
-        if fused:
-            overrides += norm.overrides()
-            hooks.append(norm.before_layer)
-        handles += [layer.register_forward_pre_hook(hook, with_kwargs=True) for hook in hooks]
-    try:
-        with replaced(overrides):
-            run_on_trial(owner)
-    finally:
-        for handle in handles:
-            handle.remove()
+    recorder = Recorder({layer: call_of(layer) for layer in found})
+    norms = found if fused else {}
+    overrides = [each for norm in norms.values() for each in norm.overrides()]
+    hooks = [(layer, norm.before_layer) for layer, norm in norms.items()]
+    with recorder.in_place(overrides, hooks):
+        run_on_trial(owner)
     return recorder.seen
 
 

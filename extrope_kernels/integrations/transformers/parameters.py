@@ -6,8 +6,9 @@ import torch
 
 from ... import RopeFreqs
 from .._shared.parameters import ModelValues, values_in
-from .architecture import RotarySite, prefix_of, unsupported
+from .architecture import RotarySite, unsupported
 from .softmax_scale import NAMES, scales_softmax
+from .tables import prefix_of
 
 
 def values_of(site: RotarySite, layer_type: str | None) -> ModelValues:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,40 @@ from ... import RopeFreqs
 from ...ops.attention import attend
 from ...ops.decode import attend_with_kvcache
 from ...scores import Score
+
+
+class ForwardRows(Protocol):
+    """The tokens of one forward: `Rows`, or those of a static cache, of pages, or of a mesh."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(batch or 1, new), counted from each row's first token."""
+        ...
+
+    @property
+    def leftpad(self) -> Tensor | None:
+        """(batch,) int32, the padding of each row; None where no row has any."""
+        ...
+
+    def to(self, device: torch.device | str | int) -> ForwardRows:
+        """Move what the attention needs to `device`."""
+        ...
+
+    def attend(
+        self,
+        layer: nn.Module,
+        score: Score,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        freqs: RopeFreqs,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Attend from (batch, new, heads, head_dim) to keys and values as a cache returns them.
+
+        options: those of the ops, and chunk_size where the layer attends in chunks.
+        """
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,8 +23,8 @@ from .paged import PackedRows, packed_rows
 from .parameters import own_freqs
 from .rotary import Rotary
 from .rotation import Rotation
-from .rows import Rows, no_mask, read_rows
-from .static_cache import StaticRows, keep_mask, static_rows
+from .rows import ForwardRows, Rows, no_mask, read_rows
+from .static_cache import keep_mask, static_rows
 from .trial import with_mask
 
 _ON_CACHE = "_extrope_stored"
@@ -89,12 +89,12 @@ class ScoreRotary(Rotary):
         self.key = uuid.uuid4().hex
 
     @property
-    def rows(self) -> Rows | StaticRows | PackedRows | SharedRows | None:
+    def rows(self) -> ForwardRows | None:
         """Of the forward in progress, as the hook of its owner or of that layer sets them."""
         return getattr(_in_progress, self.key, None)
 
     @rows.setter
-    def rows(self, rows: Rows | StaticRows | PackedRows | SharedRows | None) -> None:
+    def rows(self, rows: ForwardRows | None) -> None:
         setattr(_in_progress, self.key, rows)
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
@@ -213,9 +213,7 @@ class ScoreForward:
         arguments.pop(_ROWS, None)
         return (), {name: exchange(value, _own) for name, value in arguments.items()}
 
-    def _rows(
-        self, tokens: Tensor, arguments: Mapping[str, Any]
-    ) -> Rows | StaticRows | PackedRows | SharedRows:
+    def _rows(self, tokens: Tensor, arguments: Mapping[str, Any]) -> ForwardRows:
         if (shared := self.rotaries[0].shared) is not None:
             return shared.rows(tokens)
         cache, mask = cache_of(arguments), arguments.get("attention_mask")

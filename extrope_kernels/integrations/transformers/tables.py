@@ -42,15 +42,19 @@ class Tables:
         return type(self.twin).forward(self.twin, x, position_ids, **self.options)
 
 
+def prefix_of(layer_type: str | None) -> str:
+    """Return what the names of a rotary embedding's buffers for a kind of layers begin with."""
+    return "" if layer_type is None else f"{layer_type}_"
+
+
 def _twin(rotary: nn.Module, layer_type: str | None, freqs: RopeFreqs) -> nn.Module:
     """Return the rotary embedding with other frequencies, which no length changes."""
     twin = copy.copy(rotary)
     attributes = vars(twin)
     attributes.pop("forward", None)
     attributes["_buffers"] = dict(rotary._buffers)
-    prefix, kind = "", "default"
-    if layer_type is not None:
-        prefix, kind = f"{layer_type}_", {**rotary.rope_type, layer_type: "default"}
+    prefix = prefix_of(layer_type)
+    kind = "default" if layer_type is None else {**rotary.rope_type, layer_type: "default"}
     name = f"{prefix}inv_freq"
     holder = attributes["_buffers"] if name in rotary._buffers else attributes
     holder[name] = freqs.inv_freq
@@ -79,8 +83,7 @@ def change_of_tables(rotary: nn.Module, layer_type: str | None) -> bool:
     Twice the frequencies at a position must be what the frequencies are at twice the position.
     Raises ValueError where they are not: then they are not all that the angle is made of.
     """
-    prefix = "" if layer_type is None else f"{layer_type}_"
-    pairs = getattr(rotary, f"{prefix}inv_freq").shape[-1]
+    pairs = getattr(rotary, f"{prefix_of(layer_type)}inv_freq").shape[-1]
     inv_freq = trial_numbers(0.2, 1.1, pairs)
     positions = torch.tensor([[0, 1, 5, 11]], device="cpu")
     x = inv_freq.new_zeros(1, 4, 2 * pairs)

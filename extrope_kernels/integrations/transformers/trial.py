@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from ... import RopeFreqs
 from .architecture import RotarySite
 from .calls import Call, Override
 from .forwards import argument_names, by_name
+from .rotation import register_attention
 from .tables import Tables, trial_numbers
 
 TOKENS = 4
@@ -51,7 +52,32 @@ class Recorder:
         self.names: list[str] = []
         self.output: Any = None
 
-    def note_layer(self, layer: nn.Module, args: tuple) -> None:
+    @contextmanager
+    def in_place(
+        self,
+        overrides: Iterable[Override] = (),
+        hooks: Iterable[tuple[nn.Module, Callable[..., Any]]] = (),
+    ) -> Iterator[None]:
+        """Have the layers ask this recorder for a while.
+
+        overrides: more attributes to hide. hooks: more forward pre-hooks, after the recorder's own.
+        """
+        register_attention()
+        overrides = list(overrides)
+        for layer, call in self.calls.items():
+            overrides += call.overrides(layer)
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module, hook in [*((layer, self.before_layer) for layer in self.calls), *hooks]
+        ]
+        try:
+            with replaced(overrides):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def note_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of every layer that rotates."""
         self.called[layer] = None
 
