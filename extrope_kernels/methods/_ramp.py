@@ -49,7 +49,7 @@ def index_ramp(
 def check_yarn_ramp(
     method: str, beta_fast: float, beta_slow: float, truncate: bool, ramp: str
 ) -> None:
-    """Check the arguments that `yarn_inv_freq` takes beside dim, scale, base and length."""
+    """Check the ends of the ramp that `yarn_inv_freq` takes; it does so itself."""
     check_falling(method, "beta_fast", beta_fast, "beta_slow", beta_slow)
     check_bool(method, "truncate", truncate)
     check_choice(method, "ramp", ramp, _RAMPS)
@@ -67,10 +67,11 @@ def yarn_inv_freq(
     truncate: bool,
     ramp: str,
 ) -> Tensor:
-    """Return RoPE's frequencies, divided by `scale` where the ramp is 0.
+    """Return RoPE's frequencies, divided by `scale` where the ramp is 0; the rest as for `yarn`.
 
     (dim/2,) float32; with a float64 tensor `scale` (..., 1), (..., dim/2) on its device.
     """
+    check_yarn_ramp(method, beta_fast, beta_slow, truncate, ramp)
     powers, keep = _RAMPS[ramp](method, dim, base, length, beta_fast, beta_slow, truncate)
     if isinstance(scale, Tensor):
         powers, keep = copy_to(powers, scale.device), copy_to(keep, scale.device)

@@ -17,7 +17,7 @@ from .._checks import (
     check_length,
     check_real,
 )
-from ._ramp import check_yarn_ramp, index_ramp, yarn_inv_freq
+from ._ramp import index_ramp, yarn_inv_freq
 from .base import RopeFreqs, base_powers, rope_inv_freq
 from .ntk_aware import ntk_base
 
@@ -117,7 +117,6 @@ def _pr1(
 
 
 def _paper(dim: int, factor: float, base: float, length: int, **ends: Any) -> Tensor:
-    check_yarn_ramp(_NAME, **ends)
     return yarn_inv_freq(_NAME, dim, factor, base=base, length=length, **ends)
 
 

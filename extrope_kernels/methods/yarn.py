@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .._checks import check_base, check_dim, check_factor, check_length
-from ._ramp import check_yarn_ramp, yarn_amplitude, yarn_inv_freq
+from ._ramp import yarn_amplitude, yarn_inv_freq
 from .base import RopeFreqs
 
 
@@ -53,13 +51,16 @@ def yarn(
     length = check_length(
         "yarn", "original_max_position_embeddings", original_max_position_embeddings
     )
-    ends: dict[str, Any] = {
-        "beta_fast": beta_fast,
-        "beta_slow": beta_slow,
-        "truncate": truncate,
-        "ramp": ramp,
-    }
-    check_yarn_ramp("yarn", **ends)
-    inv_freq = yarn_inv_freq("yarn", dim, factor, base=base, length=length, **ends)
+    inv_freq = yarn_inv_freq(
+        "yarn",
+        dim,
+        factor,
+        base=base,
+        length=length,
+        beta_fast=beta_fast,
+        beta_slow=beta_slow,
+        truncate=truncate,
+        ramp=ramp,
+    )
     amplitude = yarn_amplitude("yarn", factor, attention_factor, mscale, mscale_all_dim)
     return RopeFreqs(inv_freq, amplitude)
