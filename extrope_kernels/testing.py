@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import attention
-from .ops.rope import backends
+from .ops import attention, rope
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -16,16 +15,18 @@ def device() -> str:
 
 
 def available_backends() -> list[str]:
-    """The backends that run on `device()`."""
-    other = "cpu" if device() == "cuda" else "cuda"
-    return [name for name, state in backends().items() if state == "available" and name != other]
+    """The backends of the rotation that run on `device()`."""
+    return _running_here(rope.backends())
 
 
 def attention_backends() -> list[str]:
     """The backends of attention that run on `device()`."""
-    other = {"cuda": "cpu"}.get(device())
-    states = attention.backends()
-    return [name for name, state in states.items() if state == "available" and name != other]
+    return _running_here(attention.backends())
+
+
+def _running_here(reports: dict[str, str]) -> list[str]:
+    other = "cpu" if device() == "cuda" else "cuda"
+    return [name for name, report in reports.items() if report == "available" and name != other]
 
 
 def make_qk(
