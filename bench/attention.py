@@ -137,11 +137,11 @@ def causal_sizes(quick: bool) -> Iterator[dict]:
         yield {"heads_k": 2, "head_dim": head_dim, "dtype": dtype, "training_bars": training}
 
 
-def by_length(attend: Attend, dtype: torch.dtype = torch.float32) -> Callable[[int], Call]:
-    """For `scaling`: 2 heads on 1, head_dim 64."""
+def by_length(attend: Attend) -> Callable[[int], Call]:
+    """For `scaling`, as SCALED says."""
 
     def call_of_length(seqlen: int) -> Call:
-        inputs, freqs = make_inputs(seqlen, 1, 64, dtype, heads=2), frequencies(64)
+        inputs, freqs = make_inputs(seqlen, 1, 64, torch.float32, heads=2), frequencies(64)
         return lambda: attend(*inputs, freqs)
 
     return call_of_length

@@ -102,7 +102,7 @@ def bench_fp8(report: Report, head_dim: int) -> None:
 
 
 @torch.no_grad()
-def bench_paged(report: Report, keys: int, window: int = KEYS_WINDOW) -> None:
+def bench_paged(report: Report, keys: int) -> None:
     """Two sequences of so many tokens, as models have them."""
     sizes = f"{HEADS_Q}/{HEADS_K} x {HEAD_DIM}"
     case, dtype = f"decode {sizes}, paged", torch.bfloat16
@@ -111,11 +111,12 @@ def bench_paged(report: Report, keys: int, window: int = KEYS_WINDOW) -> None:
     freqs = frequencies(HEAD_DIM)
     raw, rotated = caches(keys, dtype)
     k, v = raw.contiguous()
-    exact = exact_tail(functools.partial(rerope_attention, window=window), raw.q, k, v, freqs)
+    attend = functools.partial(rerope_attention, window=KEYS_WINDOW)
+    exact = exact_tail(attend, raw.q, k, v, freqs)
     del k, v
     plain = {**sdpa_calls(rotated.q, *rotated.contiguous()), **decode_peers(rotated)}
     for name, backend in decode_backends().items():
-        ours = functools.partial(decode_paged, freqs=freqs, window=window, backend=backend)
+        ours = functools.partial(decode_paged, freqs=freqs, window=KEYS_WINDOW, backend=backend)
         compare(
             report,
             case,

@@ -47,14 +47,14 @@ def memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def back_memory(gibibytes: int = 3) -> None:
+def back_memory() -> None:
     """Touch memory before anything is timed.
 
     The host of a virtual machine backs a page when the guest first writes it: a fresh 80 MB output
     took 30 to 300 ms in a new machine, and 12 once its memory had been touched.
     """
     if device() == "cpu":
-        torch.empty(gibibytes << 30, dtype=torch.uint8).fill_(1)
+        torch.empty(3 << 30, dtype=torch.uint8).fill_(1)
 
 
 def return_memory() -> None:

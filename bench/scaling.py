@@ -47,15 +47,13 @@ def scaling(
     name: str,
     call_of_length: Callable[[int], Call | dict[str, Call]],
     args: argparse.Namespace,
-    lengths: tuple[int, ...] = LENGTHS,
     about: str = "",
 ) -> None:
     """Measure call_of_length(n), or each of several by name, at all lengths and threads; plot it.
 
     Selected by --only "scaling", or "scaling NAME 1" for one thread.
     """
-    if args.quick:
-        lengths = (16, 32, 64)
+    lengths = (16, 32, 64) if args.quick else LENGTHS
     threads = [t for t in thread_counts() if wanted(args, f"scaling {name} {t}")]
     if not threads:
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
-from pathlib import Path
 
 from audit import report
 from audit.case import Case
@@ -29,8 +28,8 @@ def card_of(name: str) -> Card | None:
 
 
 @cache
-def audited(path: Path = RESULTS / "gpu_audit.json") -> Mapping[Case, Row]:
-    return report.load(path)
+def audited() -> Mapping[Case, Row]:
+    return report.load(RESULTS / "gpu_audit.json")
 
 
 def seconds(row: Row, card: Card) -> dict[str, float]:

@@ -6,8 +6,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-_NORMAL = statistics.NormalDist()
-
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Return the mean and its standard error, None for one value or where one is not finite."""
@@ -19,12 +17,12 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, statistics.stdev(values) / math.sqrt(len(values))
 
 
-def share_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval of a share by Wilson's score, which holds for few trials, too.
+def share_interval(hits: int, trials: int) -> tuple[float, float]:
+    """Return the interval of 95% of a share by Wilson's score, which holds for few trials, too.
 
     Paper: https://doi.org/10.1080/01621459.1927.10502953
     """
-    z = _NORMAL.inv_cdf((1 + confidence) / 2)
+    z = statistics.NormalDist().inv_cdf(0.975)
     share, spread = hits / trials, z**2 / trials
     centre = share + spread / 2
     half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))

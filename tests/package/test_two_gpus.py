@@ -23,8 +23,8 @@ def test_every_operation_on_the_other_gpu():
 # The check can fail
 
 
-def found(current: int = 0, in_use: bool = False, backend: str | None = None) -> list[str]:
-    return list(two_gpus.problems("rope", "cpu", backend, lambda: current, lambda device: in_use))
+def found(current: int = 0, in_use: bool = False) -> list[str]:
+    return list(two_gpus.problems("rope", "cpu", None, lambda: current, lambda device: in_use))
 
 
 def test_nothing_is_wrong_with_the_cpu():

@@ -23,9 +23,9 @@ def draw(*shape, largest=100_000):
     return torch.randint(0, largest, shape, device=device())
 
 
-def frequencies(dim=64, sections=(16, 8, 8), interleaved=False, **changes):
-    freqs = methods.yarn(dim, factor=4.0, original_max_position_embeddings=4096)
-    freqs = methods.with_sections(freqs, sections, interleaved=interleaved)
+def frequencies(**changes):
+    freqs = methods.yarn(64, factor=4.0, original_max_position_embeddings=4096)
+    freqs = methods.with_sections(freqs, (16, 8, 8))
     return replace(freqs, **changes).to(device())
 
 

@@ -89,9 +89,9 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 @st.composite
-def lengths(draw, longest: int, most: int = 4) -> list[int]:
+def lengths(draw, longest: int) -> list[int]:
     """The lengths of packed sequences, some of them empty."""
-    return draw(st.lists(st.integers(0, longest), min_size=1, max_size=most))
+    return draw(st.lists(st.integers(0, longest), min_size=1, max_size=4))
 
 
 def cumulative(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
