@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from extrope_kernels.evaluation import UsageError, models, options
-from extrope_kernels.evaluation.memory import keep_freed_memory
+from . import UsageError, models, options
+from .memory import keep_freed_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
-    return reported("eval", _run, args)
+    return run_command("eval", _run, args)
 
 
-def reported(
+def run_command(
     name: str, command: Callable[[argparse.Namespace], None], args: argparse.Namespace
 ) -> int:
     """Run a command of that name, say in one line what went wrong, and return its exit code."""
@@ -86,8 +86,8 @@ def _run(args: argparse.Namespace) -> None:
     if device.startswith("cpu"):
         keep_freed_memory()
     # Only now, since they import transformers, which takes seconds.
-    from extrope_kernels.evaluation import runner
-    from extrope_kernels.evaluation.tasks import TASKS
+    from . import runner
+    from .tasks import TASKS
 
     slow = " (from GGUF, which takes half a minute)" if files.gguf_file is not None else ""
     print(f"loading {args.model}{slow}", file=sys.stderr, flush=True)

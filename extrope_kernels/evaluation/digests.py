@@ -30,27 +30,27 @@ _ORIGIN = {
 def model_digest(model: PreTrainedModel) -> str:
     """Return the digest of a loaded model: of its configuration, and all its weights."""
     config = json.dumps(_without_origin(model.config.to_dict()), sort_keys=True, default=str)
-    found = hashlib.sha256(config.encode())
+    digest = hashlib.sha256(config.encode())
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
-            _add(found, name, tensor)
-    return found.hexdigest()[:_DIGITS]
+            _add(digest, name, tensor)
+    return digest.hexdigest()[:_DIGITS]
 
 
 def tokens_digest(ids: Tensor) -> str:
     """Return the digest of tokens: (tokens,) int64."""
-    found = hashlib.sha256()
-    _add(found, "tokens", ids)
-    return found.hexdigest()[:_DIGITS]
+    digest = hashlib.sha256()
+    _add(digest, "tokens", ids)
+    return digest.hexdigest()[:_DIGITS]
 
 
-def _add(found: _Hash, name: str, tensor: Tensor) -> None:
+def _add(digest: _Hash, name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "__tensor_flatten__"):  # such as quantized weights with their scales
         for part in tensor.__tensor_flatten__()[0]:
-            _add(found, f"{name}.{part}", getattr(tensor, part))
+            _add(digest, f"{name}.{part}", getattr(tensor, part))
         return
-    found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-    found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _without_origin(config: Any) -> Any:

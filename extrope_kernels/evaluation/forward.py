@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from extrope_kernels.evaluation.models import decoder_layers
+from .models import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ def logits(model: PreTrainedModel, body: Any, start: int, stop: int) -> Tensor:
     hidden = body.last_hidden_state[:, start:stop]
     part = dataclasses.replace(body, last_hidden_state=hidden)
     ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    with _body_returns(model, part):
+    with forward_replaced(model.base_model, lambda *args, **kwargs: part):
         return model(input_ids=ids, use_cache=False).logits.float()
 
 
@@ -74,17 +74,17 @@ def chunks(start: int, stop: int, vocab_size: int, batch: int = 1) -> Iterator[t
 
 
 @contextmanager
-def _body_returns(model: PreTrainedModel, output: Any) -> Iterator[None]:
-    body = model.base_model
-    patched = body.__dict__.get("forward")
-    body.forward = lambda *args, **kwargs: output
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward for a while; one that it has had of its own comes back."""
+    own = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        if patched is None:
-            del body.forward
+        if own is None:
+            del module.forward
         else:
-            body.forward = patched
+            module.forward = own
 
 
 @contextmanager

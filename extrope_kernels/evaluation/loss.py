@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from extrope_kernels.evaluation import plots, texts
-from extrope_kernels.evaluation.forward import batches, chunks, logits, run_body
-from extrope_kernels.evaluation.report import range_label
-from extrope_kernels.evaluation.spread import mean_and_error, with_error
+from . import plots, texts
+from .forward import batches, chunks, logits, run_body
+from .report import range_label
+from .spread import mean_and_error, with_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extrope_kernels.evaluation import UsageError, packaged
-from extrope_kernels.evaluation.options import require
+import torch
+from torch import nn
+
+from . import UsageError, packaged
+from .options import require
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2"  # of packaged.PACKAGES
@@ -75,7 +77,6 @@ def load_model(files: ModelFiles, dtype: str, device: str) -> PreTrainedModel:
 
     dtype: name of a torch dtype, "float32" or "bfloat16".
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     try:
@@ -93,7 +94,7 @@ def load_model(files: ModelFiles, dtype: str, device: str) -> PreTrainedModel:
 
 def _attend_by_ops(model: PreTrainedModel) -> None:
     """Let layers attend by our op, which is faster on a CPU than torch's, where they can."""
-    from extrope_kernels.integrations.transformers import register_interface
+    from ..integrations.transformers import register_interface
 
     register_interface()
     try:
@@ -106,8 +107,6 @@ def keep_converted(
     name: str, files: ModelFiles, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Keep a copy of a packaged model that loads faster next time."""
-    import torch
-
     of_package = name in packaged.PACKAGES and files.gguf_file is not None
     if of_package and model.dtype == torch.float32:
         packaged.save_converted(name, model, tokenizer)
@@ -115,8 +114,6 @@ def keep_converted(
 
 def pick_device(name: str | None) -> str:
     """Return the name of the device to run on; raises UsageError when torch cannot use it."""
-    import torch
-
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -159,8 +156,6 @@ def unscaled_length(model: PreTrainedModel) -> int:
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     """Return the decoder layers in order."""
-    from torch import nn
-
     count = model.config.get_text_config().num_hidden_layers
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

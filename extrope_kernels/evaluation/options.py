@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from extrope_kernels.evaluation import UsageError
-from extrope_kernels.integrations.transformers import PARAMETERS
-from extrope_kernels.methods import METHODS
+from ..integrations.transformers import PARAMETERS
+from ..methods import METHODS
+from . import UsageError
 
 _PACKAGES = ("matplotlib", "rich", "transformers")
 

@@ -10,8 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from extrope_kernels._ext import cache_dirs
-from extrope_kernels.evaluation import UsageError
+import torch
+
+from .._ext import cache_dirs
+from . import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,8 +99,6 @@ def save_converted(name: str, model: PreTrainedModel, tokenizer: PreTrainedToken
 def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
     # The weights are plain float32 by now, yet transformers remembers that they came from a
     # quantized file and refuses to save such a model.
-    import torch
-
     config = copy.deepcopy(model.config)
     del config.quantization_config
     with torch.device("meta"):

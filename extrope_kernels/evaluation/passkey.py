@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from extrope_kernels.evaluation import UsageError, plots, texts
-from extrope_kernels.evaluation.forward import batches, logits, run_body
-from extrope_kernels.evaluation.spread import share_interval
+from . import UsageError, plots, texts
+from .forward import batches, logits, run_body
+from .spread import share_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extrope_kernels.evaluation.report import write_atomic
+from .report import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from extrope_kernels.evaluation import UsageError, loss, plots, texts
-from extrope_kernels.evaluation.forward import batches
-from extrope_kernels.evaluation.spread import mean_and_error, with_error
+from . import UsageError, loss, plots, texts
+from .forward import batches
+from .spread import mean_and_error, with_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

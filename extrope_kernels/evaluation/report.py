@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-import extrope_kernels
-from extrope_kernels.evaluation import UsageError
+from .. import __version__
+from . import UsageError
 
 
 class Display:
@@ -132,7 +132,7 @@ def versions() -> dict[str, str]:
     packages = {name: metadata.version(name) for name in ("torch", "transformers")}
     return {
         "python": platform.python_version(),
-        "extrope_kernels": extrope_kernels.__version__,
+        "extrope_kernels": __version__,
         **packages,
     }
 

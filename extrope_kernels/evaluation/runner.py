@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from extrope_kernels.evaluation import UsageError, report
-from extrope_kernels.evaluation.digests import model_digest
-from extrope_kernels.evaluation.models import decoder_layers, training_length, unscaled_length
-from extrope_kernels.evaluation.options import Plan
-from extrope_kernels.evaluation.tasks import Task
-from extrope_kernels.integrations.transformers import extend
+from ..integrations.transformers import extend
+from . import UsageError, report
+from .digests import model_digest
+from .models import decoder_layers, training_length, unscaled_length
+from .options import Plan
+from .tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from extrope_kernels.evaluation.loss import LossTask
-from extrope_kernels.evaluation.passkey import PasskeyTask
-from extrope_kernels.evaluation.recall import RecallTask
+from .loss import LossTask
+from .passkey import PasskeyTask
+from .recall import RecallTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from extrope_kernels.evaluation import UsageError
-from extrope_kernels.evaluation.digests import tokens_digest
+from . import UsageError
+from .digests import tokens_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

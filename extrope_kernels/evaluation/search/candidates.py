@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from extrope_kernels.evaluation.options import Plan
-from extrope_kernels.integrations.transformers import extend
+from ...integrations.transformers import extend
+from ..options import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extrope_kernels.evaluation import UsageError, models, options
-from extrope_kernels.evaluation.cli import reported
-from extrope_kernels.evaluation.digests import model_digest
-from extrope_kernels.evaluation.memory import keep_freed_memory
-from extrope_kernels.evaluation.texts import Text, read_text, read_texts, source
+from .. import UsageError, models, options
+from ..cli import run_command
+from ..digests import model_digest
+from ..memory import keep_freed_memory
+from ..texts import Text, read_text, read_texts, source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit code, as `eval` does."""
-    return reported("search", _run, args)
+    return run_command("search", _run, args)
 
 
 def split_texts(
@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace) -> None:
     if device.startswith("cpu"):
         keep_freed_memory()
     # Only now, since they import transformers, which takes seconds.
-    from extrope_kernels.evaluation.search.run import search_model
+    from .run import search_model
 
     tokenizer = models.load_tokenizer(files)
     texts, held_out = split_texts(tokenizer, args.text, args.held_out, args.length)

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extrope_kernels.evaluation.search.candidates import Candidate
-from extrope_kernels.evaluation.search.factors import Ladder
+from .candidates import Candidate
+from .factors import Ladder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from extrope_kernels import RopeFreqs
-from extrope_kernels.evaluation import UsageError
-from extrope_kernels.evaluation.search.candidates import Candidate
-from extrope_kernels.integrations._shared.parameters import bind_method
-from extrope_kernels.integrations.transformers.architecture import RotarySite, find_sites
-from extrope_kernels.integrations.transformers.parameters import values_of
+from ... import RopeFreqs
+from ...integrations._shared.parameters import bind_method
+from ...integrations.transformers.architecture import RotarySite, find_sites
+from ...integrations.transformers.parameters import values_of
+from .. import UsageError
+from .candidates import Candidate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,4 +1,4 @@
-"""Every measurement, kept as it is made: where a search goes on, and how its time is told."""
+"""Every measurement, kept as it is made: where a search goes on, and what its time goes by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from extrope_kernels.evaluation import report
+from .. import report
 
 
 class Ledger:
@@ -35,7 +35,7 @@ class Ledger:
     ) -> dict[str, Any] | None:
         """Return what was measured, or measure it; None if that would pass a share of the budget.
 
-        How long it takes is told by the others of its kind. of: what it is, `kind` among it.
+        It is expected to take as long as others of its kind. of: what it is, `kind` among it.
         """
         if (known := self._known.get(_key(of))) is not None:
             return known

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from extrope_kernels.evaluation import UsageError
-from extrope_kernels.evaluation.forward import chunks, logits, run_body
-from extrope_kernels.evaluation.models import decoder_layers
-from extrope_kernels.evaluation.texts import Text
-from extrope_kernels.integrations.transformers import extend
+from ...integrations.transformers import extend
+from .. import UsageError
+from ..forward import chunks, forward_replaced, logits, run_body
+from ..models import decoder_layers
+from ..texts import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +78,7 @@ def last_loss(
     return torch.stack(parts).sum() / (stop - start)
 
 
-def known(loss: Tensor, name: str) -> float:
+def finite(loss: Tensor, name: str) -> float:
     """Return a loss as a number; raises UsageError, naming what it was measured under, if none."""
     if not loss.isfinite():
         raise UsageError(f"the loss under {name} is {loss.item()}, which ranks with no other")
@@ -112,18 +112,10 @@ def gradient(
 @contextmanager
 def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """Keep only what goes from layer to layer until the backward, which computes the rest again."""
-    layers = decoder_layers(model)
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = _recomputed(layer.forward)
-    try:
+    with ExitStack() as stack:
+        for layer in decoder_layers(model):
+            stack.enter_context(forward_replaced(layer, _recomputed(layer.forward)))
         yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extrope_kernels.evaluation import report
-from extrope_kernels.evaluation.models import training_length
-from extrope_kernels.evaluation.search import summary
-from extrope_kernels.evaluation.search.candidates import Candidate
-from extrope_kernels.evaluation.search.config import write_config
-from extrope_kernels.evaluation.search.factors import find_ladder
-from extrope_kernels.evaluation.search.ledger import Ledger
-from extrope_kernels.evaluation.search.stages import Search
-from extrope_kernels.evaluation.texts import Text
-from extrope_kernels.methods import METHODS
+from ...methods import METHODS
+from .. import report
+from ..models import training_length
+from ..texts import Text
+from . import summary
+from .candidates import Candidate
+from .config import write_config
+from .factors import find_ladder
+from .ledger import Ledger
+from .stages import Search
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,13 +61,13 @@ def search_model(
     }
     ledger.conclude(found)
     summary.plot(header | found, out / "search.png")
-    _tell(rows, frequencies)
+    _print_best(rows)
     chosen = _best_frequencies(rows, frequencies)
     path = write_config(model, ladder, chosen, length, out / "extended")
     print(f"{path}: {chosen.name}")
 
 
-def _tell(rows: list[dict[str, Any]], frequencies: list[Candidate]) -> None:
+def _print_best(rows: list[dict[str, Any]]) -> None:
     if not rows[0]["pieces"]:
         print("search: no time was left for held-out text; a larger --budget goes on from here")
         return

@@ -14,26 +14,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from extrope_kernels.evaluation.loss import token_losses
-from extrope_kernels.evaluation.models import decoder_layers
-from extrope_kernels.evaluation.report import Display
-from extrope_kernels.evaluation.search.candidates import (
+from ..loss import token_losses
+from ..models import decoder_layers
+from ..report import Display
+from ..texts import Text
+from .candidates import (
     Candidate,
     published,
     score_methods,
     supported,
     with_log_n,
 )
-from extrope_kernels.evaluation.search.factors import Descent, Evolution, Ladder, rising
-from extrope_kernels.evaluation.search.ledger import Ledger
-from extrope_kernels.evaluation.search.losses import (
+from .factors import Descent, Evolution, Ladder, rising
+from .ledger import Ledger
+from .losses import (
     NoGradient,
+    finite,
     gradient,
-    known,
     last_loss,
     short_piece,
 )
-from extrope_kernels.evaluation.texts import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -219,7 +219,7 @@ class Search:
 
             def measure(piece: int = piece) -> dict[str, Any]:
                 with torch.inference_mode(), candidate.extending(self.model):
-                    return {"loss": known(self._short_loss(piece), candidate.name)}
+                    return {"loss": finite(self._short_loss(piece), candidate.name)}
 
             self._begin(candidate.name)
             of = _of(candidate, "short", piece)
@@ -256,7 +256,7 @@ class Search:
                 losses = token_losses(self.model, ids[None], self.display.tick)[0].double()
             start = int(self.length * (1 - _LAST))
             return {
-                "loss": known(losses[start:].mean(), candidate.name),
+                "loss": finite(losses[start:].mean(), candidate.name),
                 "whole": losses.mean().item(),
                 "eighths": [part.mean().item() for part in losses.tensor_split(8)],
             }

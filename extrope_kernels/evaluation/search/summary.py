@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from extrope_kernels.evaluation.plots import new_figure, save_figure
-from extrope_kernels.evaluation.search.candidates import Candidate
-from extrope_kernels.evaluation.spread import mean_and_error, with_error
+from ..plots import new_figure, save_figure
+from ..spread import mean_and_error, with_error
+from .candidates import Candidate
 
 
 def summarise(
