@@ -150,16 +150,16 @@ def attentions() -> dict[str, Case]:
 
 
 def permutes() -> dict[str, Case]:
-    q, k, lanes = random(1, 1, 32, 128), random(1, 1, 8, 128), ek.head_permutations(8, 128)
-    lanes = lanes.to(device())
+    q, k, dims = random(1, 1, 32, 128), random(1, 1, 8, 128), ek.head_permutations(8, 128)
+    dims = dims.to(device())
     heads = [random(1, 1, 8, 64) for _ in range(3)]
     by = {"permutations": ek.head_permutations(8, 64).to(device())}
     _, state = ek.permuteformer_step(*heads, **by)
     return {
         "head_permutations": Case(lambda: ek.head_permutations(8, 128), (), False),
-        "permute": Case(lambda q: ek.permute(q, lanes), (q,)),
-        "permute_qk": Case(lambda q, k: ek.permute_qk(q, k, lanes, positions=4096), (q, k)),
-        "op permute_fwd": Case(lambda q, k: ops.permute_fwd(q, k, lanes), (q, k)),
+        "permute": Case(lambda q: ek.permute(q, dims), (q,)),
+        "permute_qk": Case(lambda q, k: ek.permute_qk(q, k, dims, positions=4096), (q, k)),
+        "op permute_fwd": Case(lambda q, k: ops.permute_fwd(q, k, dims), (q, k)),
         "permuteformer_attention": Case(
             lambda *qkv: ek.permuteformer_attention(*qkv, **by), tuple(heads)
         ),

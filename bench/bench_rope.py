@@ -46,7 +46,7 @@ def backends() -> dict[str, str | None]:
 
 
 class Calls:
-    """Everything that is timed, for one dtype and pairing of lanes at one length."""
+    """Everything that is timed, for one dtype and pairing of dims at one length."""
 
     def __init__(self, dtype: torch.dtype, seqlen: int, interleaved: bool = False, backend=None):
         shapes = [(1, seqlen, heads, HEAD_DIM) for heads in (HEADS, HEADS_K)]

@@ -42,7 +42,7 @@ def missing(package: str) -> str:
 
 
 def rotary_peers(q: Tensor, k: Tensor, freqs: RopeFreqs, interleaved: bool) -> Calls:
-    """Rotations of q and k at positions 0, 1, 2, ... that pair lanes as asked."""
+    """Rotations of q and k at positions 0, 1, 2, ... that pair dims as asked."""
     peers = {}
     if interleaved:
         peers |= lucidrains(q, k)

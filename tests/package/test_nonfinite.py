@@ -36,7 +36,7 @@ def worst(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize(("name", "implementation"), CASES)
 def test_attention(name, implementation, dtype):
-    """Exactly the rows and lanes that PyTorch's formula spoils are spoilt.
+    """Exactly the rows and dims that PyTorch's formula spoils are spoilt.
 
     Values are the exception, and PyTorch's kernels make it too: times a weight of zero they spoil
     the rows that do not see them where those share a tile with rows that do, or do not.
@@ -84,7 +84,7 @@ def test_gradients(name, implementation):
 @pytest.mark.parametrize("implementation", available_backends())
 @pytest.mark.parametrize("name", ("q", "k"))
 def test_permute(name, implementation, dtype):
-    """One lane goes in and one comes out, in the same row of the same head; gradients likewise."""
+    """One dim goes in and one comes out, in the same row of the same head; gradients likewise."""
     operation = OPERATIONS["permute"]
     shapes = {key: (shape[0], ROW + 1, *shape[2:]) for key, shape in operation.shapes.items()}
     tensors = replace(operation, shapes=shapes).inputs(dtype)

@@ -170,7 +170,7 @@ def test_threads_free_what_others_made():
     def work(fill):
         for _ in range(20):
             out = rotated(fill=fill)
-            if not torch.equal(out[0, 0], torch.full((4, 64), fill)):  # position 0 does not turn
+            if not torch.equal(out[0, 0], torch.full((4, 64), fill)):  # position 0 does not rotate
                 wrong.append(fill)
             made.append(out)
             if len(made) > 3:

@@ -24,10 +24,10 @@ FREQS = methods.rope(64)
 def work(seed):
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, 300, h, 64, generator=generator) for h in (4, 2, 2))
-    turned = apply_rope(q.repeat(1, 9, 1, 1), FREQS)
+    rotated = apply_rope(q.repeat(1, 9, 1, 1), FREQS)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = rerope_attention(*leaves, FREQS, window=50)
-    return [turned, out.detach(), *torch.autograd.grad(out.sum(), leaves)]
+    return [rotated, out.detach(), *torch.autograd.grad(out.sum(), leaves)]
 
 def same(found, expected):
     return all(torch.equal(x, y) for x, y in zip(found, expected))

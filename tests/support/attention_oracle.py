@@ -17,10 +17,10 @@ from extrope_kernels.testing import assert_within_budget, device
 
 
 def split(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    turned = x[..., : 2 * half]
+    rotary = x[..., : 2 * half]
     if interleaved:
-        return turned[..., 0::2], turned[..., 1::2], x[..., 2 * half :]
-    return turned[..., :half], turned[..., half:], x[..., 2 * half :]
+        return rotary[..., 0::2], rotary[..., 1::2], x[..., 2 * half :]
+    return rotary[..., :half], rotary[..., half:], x[..., 2 * half :]
 
 
 def row_gain(q, k, log_n, query_scale, first) -> Tensor | None:
@@ -67,11 +67,11 @@ def closed_form(
     real = torch.einsum("bihp,bjhp->bhijp", qa, ka) + torch.einsum("bihp,bjhp->bhijp", qb, kb)
     imag = torch.einsum("bihp,bjhp->bhijp", qb, ka) - torch.einsum("bihp,bjhp->bhijp", qa, kb)
     angle = seen.nan_to_num()[..., None] * theta
-    turned = real * angle.cos() - imag * angle.sin()
+    rotated = real * angle.cos() - imag * angle.sin()
     if freqs.log_decay is not None:
         decay = freqs.log_decay.double().to(q.device)
-        turned = turned * torch.exp(seen.nan_to_num()[..., None] * decay)
-    scores = turned.sum(-1) * freqs.attention_factor**2
+        rotated = rotated * torch.exp(seen.nan_to_num()[..., None] * decay)
+    scores = rotated.sum(-1) * freqs.attention_factor**2
     scores = scores + torch.einsum("bihr,bjhr->bhij", q_rest, k_rest)
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     gain = row_gain(q, k, log_n, query_scale, first)
@@ -133,8 +133,8 @@ def _rotate(x, positions, freqs, interleaved, decay_sign):
     cos, sin = (angle.cos() * amplitude).to(x.dtype), (angle.sin() * amplitude).to(x.dtype)
     a, b, rest = split(x, freqs.inv_freq.shape[-1], interleaved)
     a, b = a * cos - b * sin, b * cos + a * sin
-    turned = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
-    return torch.cat((turned, rest), -1)
+    rotated = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+    return torch.cat((rotated, rest), -1)
 
 
 def _softmax(

@@ -108,14 +108,14 @@ class Inputs:
 
     def store(self, k: Tensor, j: Tensor, inv_freq: Tensor, sign: int = 1) -> Tensor:
         """Keys (keys, heads, d) in float64, rotated to where the cache has them; sign -1: back."""
-        return self.turn_keys(k, sign * self.stored(j), inv_freq)
+        return self.rotate_keys(k, sign * self.stored(j), inv_freq)
 
-    def turn_keys(self, k: Tensor, by: Tensor, inv_freq: Tensor, dtype=None) -> Tensor:
+    def rotate_keys(self, k: Tensor, by: Tensor, inv_freq: Tensor, dtype=None) -> Tensor:
         decay = self.freqs.log_decay
         decay = None if decay is None else -decay
         return rotate(k, by[:, None], inv_freq, self.call["interleaved"], dtype, decay)
 
-    def turn_queries(self, q: Tensor, to: Tensor, inv_freq: Tensor, dtype=None) -> Tensor:
+    def rotate_queries(self, q: Tensor, to: Tensor, inv_freq: Tensor, dtype=None) -> Tensor:
         dims = 2 * inv_freq.shape[-1]
         loud = q[..., :dims] * self.freqs.attention_factor**2
         q = torch.cat((loud, q[..., dims:]), -1)
@@ -253,7 +253,7 @@ def exact(inputs: Inputs) -> tuple[Tensor, Tensor]:
         j = torch.arange(len(k), dtype=torch.float64, device=k.device)
         raw = inputs.store(k, j, freq, sign=-1)
         seen = relative.seen.to(k.device)
-        rotated = inputs.turn_queries(q[:, None], seen.nan_to_num()[..., None], freq)
+        rotated = inputs.rotate_queries(q[:, None], seen.nan_to_num()[..., None], freq)
         out, lse = softmax(torch.einsum("ijhd,jhd->ihj", rotated, raw), seen, inputs, b, v)
         outs.append(out)
         lses.append(lse.T)
@@ -269,8 +269,8 @@ def same_dtype(inputs: Inputs) -> tuple[Tensor, Tensor]:
         logits = torch.zeros((), dtype=wide, device=k.device)
         for mask, at_i, at_j in relative.branches:
             on = (at_j.reshape(-1) - stored).to(k.device)
-            keys = inputs.turn_keys(k, on, freq, dtype).to(wide)
-            queries = inputs.turn_queries(q, at_i.to(k.device), freq, dtype).to(wide)
+            keys = inputs.rotate_keys(k, on, freq, dtype).to(wide)
+            queries = inputs.rotate_queries(q, at_i.to(k.device), freq, dtype).to(wide)
             scores = torch.einsum("ihd,jhd->ihj", queries, keys)
             logits = torch.where(mask[:, None].to(k.device), scores, logits)
         out, lse = softmax(logits.float(), relative.seen, inputs, b, v.float(), dtype)

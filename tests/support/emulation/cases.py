@@ -110,8 +110,8 @@ class Case:
     def _check_angle_grad(self, ideal: list[np.ndarray]) -> None:
         layout = (self.rotation.rotary_dim, self.rotation.interleaved, self.rotation.per_head)
         wide = accumulator(self.inputs[0].dtype)
-        turned = reference.rotate([x.to(wide) for x in self.originals], self.rotation)
-        ref = sum(cross(x, dx, *layout) for x, dx in zip(self.saved, turned, strict=True))
+        rotated = reference.rotate([x.to(wide) for x in self.originals], self.rotation)
+        ref = sum(cross(x, dx, *layout) for x, dx in zip(self.saved, rotated, strict=True))
         exactly = [torch.from_numpy(dx.astype(np.float64)) for dx in ideal]
         want = sum(
             cross(x.double(), dx, *layout) for x, dx in zip(self.saved, exactly, strict=True)
