@@ -88,13 +88,13 @@ def table_lines(results: Path) -> list[list[str]]:
     return lines
 
 
-def api(room: str) -> str:
-    """mkdocstrings' directive for every public function of a room, such as "methods"."""
+def api(folder: str) -> str:
+    """mkdocstrings' directive for every public function of a folder, such as "methods"."""
     paths = {}
     for package in (extrope_kernels, methods, positions, scores):
         for name in package.__all__:
             value = getattr(package, name)
-            if getattr(value, "__module__", "").startswith(f"extrope_kernels.{room}."):
+            if getattr(value, "__module__", "").startswith(f"extrope_kernels.{folder}."):
                 at = "extrope_kernels" if package is extrope_kernels else value.__module__
                 paths.setdefault(name, f"::: {at}.{name}")
     return "\n".join(paths.values())

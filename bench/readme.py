@@ -14,7 +14,7 @@ shape; several words must all be there. FOLDER/rope-cpu is another machine's (--
 models, `tuned` that of fine-tunes, `models` that of bench/models_census.py, `gpu_audit` and
 `triton_versions` the audit's, `demo` and `recall` the demo's, `passkey` that of
 bench/model_runs.py, whose plot is copied as well, `search-16k` a search's, `searched` the best of
-all searches, and `api: scores` what mkdocstrings is to show of that room.
+all searches, and `api: scores` what mkdocstrings is to show of that folder.
 """
 
 from __future__ import annotations

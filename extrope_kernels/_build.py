@@ -1,9 +1,9 @@
 """How the two compiled libraries are built: for setup.py and for the first-use build in `_ext.py`.
 
 This module imports no torch, so that setup.py can use it where there is none.
-`csrc/cpu/ROOM/*_kernel.cpp` knows nothing of torch and is compiled once per instruction set,
+`csrc/cpu/OP/*_kernel.cpp` knows nothing of torch and is compiled once per instruction set,
 `*_bf16_kernel.cpp` for those that multiply in bf16; the other `.cpp` files bind kernels to torch
-through its stable ABI; `csrc/cuda/ROOM/*.cu` includes no torch header either and is for nvcc.
+through its stable ABI; `csrc/cuda/OP/*.cu` includes no torch header either and is for nvcc.
 Headers are named from csrc on. ninja runs the compilers: in a work folder that is kept, it compiles
 what an edit touches and nothing else.
 """

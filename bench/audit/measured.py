@@ -19,11 +19,11 @@ def _leaf(case: Case) -> dict:
     """Of the table of tiles; nothing for kernels that are not tuned."""
     from extrope_kernels.ops._shared.triton.tiles import tile
 
-    room, name = case.kernel.split()[:2]
-    if (room, name) == ("cache", "decode"):
-        room, name = "decode", "chunk" if case.has("chunk") else "one_token"
+    op, name = case.kernel.split()[:2]
+    if (op, name) == ("cache", "decode"):
+        op, name = "decode", "chunk" if case.has("chunk") else "one_token"
         name += "_fp8" if case.has("fp8") else ""
-    elif room != "attention" or name == "rotate":
+    elif op != "attention" or name == "rotate":
         return {}
-    table = import_module(f"extrope_kernels.ops.{room}.triton.configs").TABLE
-    return tile(room, table, name, case.head_dim, itemsize(case.dtype), case.capability)
+    table = import_module(f"extrope_kernels.ops.{op}.triton.configs").TABLE
+    return tile(op, table, name, case.head_dim, itemsize(case.dtype), case.capability)

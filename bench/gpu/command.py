@@ -33,7 +33,7 @@ STEPS = {
     "smoke": Step(smoke.run, "one launch of every kernel against the reference"),
     "memcheck": Step(sanitizer.memcheck, "the same under compute-sanitizer: accesses"),
     "racecheck": Step(sanitizer.racecheck, "the same under compute-sanitizer: shared memory"),
-    **{f"suite {room}": Step(suite.of(room), f"tests/{room}") for room in suite.rooms()},
+    **{f"suite {name}": Step(suite.of(name), f"tests/{name}") for name in suite.folders()},
     "two": Step(two.run, "attention over two GPUs under NCCL against one"),
     "bench": Step(bench, "a dozen timings beside bounds and peers"),
     "bench composition": Step(bench_composition, "attention over flash-attn beside Triton's"),

@@ -22,13 +22,13 @@ ABOUT = ("measured", "card")  # what a leaf says beside its fields
 
 @dataclass
 class ConfigTable:
-    """One room's files."""
+    """One op's files."""
 
     folder: Path
 
     @classmethod
-    def of(cls, room: str) -> ConfigTable:
-        return cls(ROOT / "extrope_kernels" / "ops" / room / "triton")
+    def of(cls, op: str) -> ConfigTable:
+        return cls(ROOT / "extrope_kernels" / "ops" / op / "triton")
 
     def missing(self) -> str:
         names = [name for name in (CONFIGS, CANDIDATES) if not (self.folder / name).exists()]

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 class Kernel(NamedTuple):
     backend: str
-    room: str  # of ops/, or of csrc/cuda/
+    op: str  # of ops/, or of csrc/cuda/
     name: str
 
     def __str__(self) -> str:
-        return f"{self.room}'s {self.name} ({self.backend})"
+        return f"{self.op}'s {self.name} ({self.backend})"
 
     def is_seen_as(self, launch: str) -> bool:
         """The profiler has the plain names of Triton's kernels, and those of C++ with types."""

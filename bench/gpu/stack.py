@@ -8,9 +8,9 @@ NAMES = {"one_token": "decode_kernel"}  # where the table's name is not the kern
 WORD = 4  # Triton counts in words
 
 
-def stack_of_binaries(room: str, kernel: str) -> dict[str, int]:
+def stack_of_binaries(op: str, kernel: str) -> dict[str, int]:
     """Bytes of a thread, of all that this process has launched of a kernel of a table."""
-    name, prefix = NAMES.get(kernel, f"{kernel}_kernel"), f"extrope_kernels.ops.{room}.triton."
+    name, prefix = NAMES.get(kernel, f"{kernel}_kernel"), f"extrope_kernels.ops.{op}.triton."
     modules = [module for path, module in list(sys.modules.items()) if path.startswith(prefix)]
     found = {id(x): x for module in modules if (x := getattr(module, name, None)) is not None}
     # A kernel that is interpreted has none.

@@ -39,33 +39,33 @@ OF_THE_HOST = (
 LEFT_OUT = ("evaluation", *(f"package/test_{name}.py" for name in OF_THE_HOST))
 
 
-def rooms() -> list[str]:
+def folders() -> list[str]:
     """The folders that have tests, those of kernels first."""
     first = ("rope", "attention", "decode", "linear_attention", "permute")
     found = {path.parent.name for path in TESTS.glob("*/test_*.py")} - set(LEFT_OUT)
     return [*(name for name in first if name in found), *sorted(found - set(first))]
 
 
-def of(room: str) -> Callable[[Deadline], Verdict]:
-    return partial(run, room)
+def of(folder: str) -> Callable[[Deadline], Verdict]:
+    return partial(run, folder)
 
 
-def run(room: str, deadline: Deadline) -> Verdict:
+def run(folder: str, deadline: Deadline) -> Verdict:
     import torch
 
     if missing := [name for name in ("pytest", "hypothesis") if find_spec(name) is None]:
         return Verdict(False, f"{' and '.join(missing)} not installed")
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     count = workers(total, os.cpu_count() or 1)
-    logs, printed = BUILD / f"suite-{room}", []
+    logs, printed = BUILD / f"suite-{folder}", []
     open_logs(logs, f"{made_with()}, {count} processes")
-    if needs_more(room):  # first: they are few, and would else be what time is short for
-        printed.append(part(room, 0, 1, logs, deadline, total - SPARE))
+    if needs_more(folder):  # first: they are few, and would else be what time is short for
+        printed.append(part(folder, 0, 1, logs, deadline, total - SPARE))
     with ThreadPoolExecutor(count) as pool:
-        parts = [pool.submit(part, room, i, count, logs, deadline) for i in range(count)]
+        parts = [pool.submit(part, folder, i, count, logs, deadline) for i in range(count)]
         printed += [one.result() for one in parts]
     (logs / "printed.txt").write_text("\n".join(printed))
-    names = [*range(count), *(["large"] if needs_more(room) else [])]
+    names = [*range(count), *(["large"] if needs_more(folder) else [])]
     parts = [logs / f"{name}.jsonl" for name in names]
     if all(left(log) == 0 for log in parts):
         (logs / OF).unlink()
@@ -100,8 +100,8 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def needs_more(room: str) -> bool:
-    return any(LARGE in path.read_text() for path in (TESTS / room).glob("test_*.py"))
+def needs_more(folder: str) -> bool:
+    return any(LARGE in path.read_text() for path in (TESTS / folder).glob("test_*.py"))
 
 
 def workers(gibibytes: float, cores: int) -> int:
@@ -110,7 +110,7 @@ def workers(gibibytes: float, cores: int) -> int:
 
 
 def part(
-    room: str, index: int, count: int, logs: Path, deadline: Deadline, large: float = 0.0
+    folder: str, index: int, count: int, logs: Path, deadline: Deadline, large: float = 0.0
 ) -> str:
     """Run one part; again, behind the test that ended it, as long as that brings it further.
 
@@ -119,7 +119,7 @@ def part(
     log = logs / f"{'large' if large else index}.jsonl"
     printed, before = [], -1
     while deadline.left > REST and left(log) != 0:
-        printed.append(pytest(room, f"{index}/{count} {log}", deadline, large))
+        printed.append(pytest(folder, f"{index}/{count} {log}", deadline, large))
         total, done = read(log)
         if total is None or len(done) >= total or len(done) == before:
             break
@@ -127,10 +127,10 @@ def part(
     return "\n".join(printed)
 
 
-def pytest(room: str, shard: str, deadline: Deadline, large: float) -> str:
-    left_out = [f"--ignore={TESTS / name}" for name in LEFT_OUT if name.startswith(f"{room}/")]
+def pytest(folder: str, shard: str, deadline: Deadline, large: float) -> str:
+    left_out = [f"--ignore={TESTS / name}" for name in LEFT_OUT if name.startswith(f"{folder}/")]
     marked, count = LARGE if large else f"not {LARGE}", int(shard.split(" ")[0].split("/")[1])
-    command = [sys.executable, "-m", "pytest", str(TESTS / room), "-q", "-p", "gpu.shard"]
+    command = [sys.executable, "-m", "pytest", str(TESTS / folder), "-q", "-p", "gpu.shard"]
     env = {
         **os.environ,
         SHARD: shard,

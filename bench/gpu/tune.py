@@ -1,7 +1,7 @@
 """Candidate tiles of the kernels that matter, timed; the winner goes into the configuration table.
 
 A candidate is forced by patching the look-up `config(kernel, head_dim, itemsize, capability)` of
-the room, wherever a module has imported it. It counts only where its results are as right as the
+the op, wherever a module has imported it. It counts only where its results are as right as the
 tests ask for; one that does not compile, does not fit, or spills more than a tile that was measured
 may, is listed with the reason.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from unittest import mock
@@ -22,7 +22,7 @@ from .config_table import ConfigTable
 from .stack import stack_of_binaries
 from .step import Deadline, Verdict
 
-# Its room, and the kernel's name in the room's table.
+# Its op, and the kernel's name in the op's table.
 KERNELS = {
     "forward": ("attention", "forward"),
     "dq": ("attention", "dq"),
@@ -59,8 +59,8 @@ def run(name: str, deadline: Deadline) -> Verdict:
 
     from .build import capability
 
-    room, kernel = KERNELS[name]
-    table, chip, card = ConfigTable.of(room), capability(), torch.cuda.get_device_name()
+    op, kernel = KERNELS[name]
+    table, chip, card = ConfigTable.of(op), capability(), torch.cuda.get_device_name()
     if missing := table.missing():
         return Verdict(False, f"nothing to choose from: {missing}")
     every = table.candidates(kernel, chip)
@@ -69,7 +69,7 @@ def run(name: str, deadline: Deadline) -> Verdict:
     written: list[str] = []
     for dim in sorted(every, key=lambda dim: (dim != 128, dim)):
         timed = []
-        for one in each_timed(room, kernel, dim, every[dim], deadline):
+        for one in each_timed(op, kernel, dim, every[dim], deadline):
             timed.append(one)
             found.append(one)
             deadline.keep(verdict(found, total - len(found), written))
@@ -80,22 +80,22 @@ def run(name: str, deadline: Deadline) -> Verdict:
 
 
 def each_timed(
-    room: str, kernel: str, dim: int, candidates: list[dict], deadline: Deadline
+    op: str, kernel: str, dim: int, candidates: list[dict], deadline: Deadline
 ) -> Iterator[Timed]:
     """Each candidate's time; the shipped one's first, and that has to run."""
     from .tune_problems import problems
 
-    small, large = problems(room, kernel, dim)
+    small, large = problems(op, kernel, dim)
     for number, fields in enumerate(candidates):
         if not deadline:
             break
-        one, before = Timed(dim, fields), stack_of_binaries(room, kernel)
+        one, before = Timed(dim, fields), stack_of_binaries(op, kernel)
         try:
-            with forced(room, kernel, dim, fields):
+            with forced(op, kernel, dim, fields):
                 small()
                 one.milliseconds = large()
             if number > 0:
-                one.reason = too_much(stack_of_binaries(room, kernel), before)
+                one.reason = too_much(stack_of_binaries(op, kernel), before)
         except Exception as error:  # of a compiler, a launch, or of the comparison
             one.reason = f"{type(error).__name__}: {str(error).strip()[:160]}"
             if number == 0:
@@ -111,9 +111,11 @@ def too_much(stack: dict[str, int], before: dict[str, int]) -> str:
 
 
 @contextmanager
-def forced(room: str, kernel: str, dim: int, fields: dict) -> Iterator[None]:
+def forced(op: str, kernel: str, dim: int, fields: dict) -> Iterator[None]:
     """Have the look-up give this configuration for the kernel; plans that were kept are dropped."""
-    original = import_module(f"extrope_kernels.ops.{room}.triton.configs").config
+    from extrope_kernels.ops._shared.triton.launch import forget
+
+    original = import_module(f"extrope_kernels.ops.{op}.triton.configs").config
 
     def config(asked: str, head_dim: int, itemsize: int, capability: int | None):
         found = original(asked, head_dim, itemsize, capability)
@@ -121,25 +123,15 @@ def forced(room: str, kernel: str, dim: int, fields: dict) -> Iterator[None]:
             return type(found)(**fields)
         return found
 
-    prefix = f"extrope_kernels.ops.{room}.triton"
+    prefix = f"extrope_kernels.ops.{op}.triton"
     modules = [module for name, module in sys.modules.items() if name.startswith(prefix)]
     users = [module for module in modules if getattr(module, "config", None) is original]
-    patches = [mock.patch.object(module, "config", config) for module in users]
-    try:
-        for patch in patches:
-            patch.start()
+    with ExitStack() as stack:
+        stack.callback(forget)  # last, when the look-up is the original again
+        for module in users:
+            stack.enter_context(mock.patch.object(module, "config", config))
         forget()
         yield
-    finally:
-        for patch in patches:
-            patch.stop()
-        forget()
-
-
-def forget() -> None:
-    """Drop the plans of launches that launchers keep."""
-    launch = import_module("extrope_kernels.ops._shared.triton.launch")
-    getattr(launch, "forget", lambda: None)()
 
 
 def winner(timed: list[Timed]) -> Timed | None:

@@ -20,11 +20,11 @@ SHORT = {"seqlen_q": 256, "heads_q": 16, "heads_k": 4}  # what float64 can follo
 SECONDS = 2.0  # of timing
 
 
-def problems(room: str, kernel: str, dim: int) -> tuple[Callable[[], None], Callable[[], float]]:
+def problems(op: str, kernel: str, dim: int) -> tuple[Callable[[], None], Callable[[], float]]:
     """A gradient's kernel is timed within forward and backward together: all that is not forced
     stays as it is.
     """
-    if room == "decode":
+    if op == "decode":
         sizes = {"heads_q": HEADS_Q, "heads_k": HEADS_K}
         check = partial(checks.check_decode, "rerope", "triton", DTYPE, 1, dim, **sizes)
         return check, partial(time, decode(dim), training=False)

@@ -91,10 +91,10 @@ def test_the_readme_is_short():
 def test_every_public_name_has_its_place_in_the_api():
     api = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     placed = {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)$", api, re.MULTILINE)}
-    rooms = {"methods", "positions", "scores"}
+    axes = {"methods", "positions", "scores"}
     packages = (extrope_kernels, distributed, positions, scores, methods)
     public = {name for package in packages for name in package.__all__}
-    assert public - rooms - {"METHODS", "SCORES", "WRAPPERS"} <= placed
+    assert public - axes - {"METHODS", "SCORES", "WRAPPERS"} <= placed
 
 
 def test_every_op_that_is_named_exists():

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_kernel_is_asked_for():
-    """By its backend and room: names alone are not unique."""
+    """By its backend and op: names alone are not unique."""
     sources = (ROOT / "extrope_kernels" / "ops").rglob("triton/*.py")
     found = {
         Kernel("triton", path.parent.parent.name, name)
@@ -34,8 +34,8 @@ def test_every_kernel_is_asked_for():
     texts = [path.read_text() for path in cuda.rglob("*") if path.suffix in (".h", ".cu")]
     names = {name for x in texts for name in re.findall(r"__global__[^;{]*?(\w+_kernel)\(", x)}
     assert {kernel.name for kernel in asked} == names
-    rooms = {path.parent.name for path in cuda.rglob("bind.cpp")} - {"runtime"}
-    assert {kernel.room for kernel in asked} == rooms
+    ops = {path.parent.name for path in cuda.rglob("bind.cpp")} - {"runtime"}
+    assert {kernel.op for kernel in asked} == ops
 
 
 def test_every_kernel_has_an_operation_that_launches_it(run_python):

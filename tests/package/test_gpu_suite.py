@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def some_tests(tmp_path, monkeypatch):
     """Six tests: one fails, one is skipped, one kills its process, one has no CUDA any more."""
-    room = tmp_path / "tests" / "room"
-    room.mkdir(parents=True)
-    (room / "test_some.py").write_text(
+    folder = tmp_path / "tests" / "folder"
+    folder.mkdir(parents=True)
+    (folder / "test_some.py").write_text(
         textwrap.dedent("""
         import os, pytest
         def test_passes(): pass
@@ -42,7 +42,7 @@ def some_tests(tmp_path, monkeypatch):
 
 def test_a_suite_goes_on_behind_a_crash(some_tests):
     for index in range(2):
-        suite.part("room", index, 2, some_tests, Deadline(100))
+        suite.part("folder", index, 2, some_tests, Deadline(100))
     verdict = suite.verdict([some_tests / f"{index}.jsonl" for index in range(2)], 2)
     assert verdict.line == (
         "5 of 6 ran, 2 passed, 2 failed, 1 skipped, 1 started and never ended; 2 processes; "
@@ -55,7 +55,7 @@ def test_a_suite_goes_on_behind_a_crash(some_tests):
 
 
 def test_a_suite_out_of_time_says_how_far_it_came(some_tests):
-    suite.part("room", 0, 1, some_tests, Deadline(suite.REST + 0.001))
+    suite.part("folder", 0, 1, some_tests, Deadline(suite.REST + 0.001))
     verdict = suite.verdict(sorted(some_tests.glob("*.jsonl")), 1)
     assert not verdict.ok and verdict.line.startswith("1 of 6 ran, 1 passed, 0 failed")
 
@@ -78,16 +78,16 @@ def test_a_suite_goes_on_where_it_was_cut(some_tests, monkeypatch):
     monkeypatch.setattr(suite, "BUILD", some_tests)
     monkeypatch.setattr(suite, "made_with", lambda: "these sources")
     monkeypatch.setattr(suite, "workers", lambda *_: 1)
-    log = some_tests / "suite-room" / "0.jsonl"
-    verdict = suite.run("room", OneTest())
+    log = some_tests / "suite-folder" / "0.jsonl"
+    verdict = suite.run("folder", OneTest())
     assert verdict.line.startswith("1 of 6 ran") and "; 5 left: run the step" in verdict.line
     with log.open("a") as file:
         file.write('{"test": "test_some.py::test_')  # cut as it was written
-    verdict = suite.run("room", Deadline(100))
+    verdict = suite.run("folder", Deadline(100))
     assert verdict.line.startswith("5 of 6 ran") and "; 1 left: run the step" in verdict.line
     assert log.read_text().count('::test_passes", "state": "passed"') == 1
     # What killed its process is tried once more, and no third time.
-    verdict = suite.run("room", Deadline(100))
+    verdict = suite.run("folder", Deadline(100))
     assert verdict.line.startswith("5 of 6 ran") and "left" not in verdict.line and not verdict.ok
     assert log.read_text().count('::test_kills", "state": "started"') == 2
     assert log.read_text().count('::test_fails", "state": "failed"') == 1
@@ -121,8 +121,8 @@ def test_tests_that_never_were_collected_are_no_success(tmp_path):
     assert not verdict.ok and "; 1 processes collected no tests" in verdict.line
 
 
-def test_rooms_and_processes():
-    assert suite.rooms()[0] == "rope" and not {"evaluation", "support"} & set(suite.rooms())
+def test_folders_and_processes():
+    assert suite.folders()[0] == "rope" and not {"evaluation", "support"} & set(suite.folders())
     for name in suite.LEFT_OUT:
         assert (ROOT / "tests" / name).exists(), name
     assert suite.workers(24, 16) == 7 and suite.workers(80, 16) == 16 and suite.workers(4, 16) == 1

@@ -59,9 +59,9 @@ def test_a_winner_is_written_and_nothing_else_changes(table):
     assert configs["89"] == {"64": leaf(8, measured=True, card="NVIDIA L4"), "128": leaf(32)}
 
 
-@pytest.mark.parametrize(("room", "kernel"), tune.KERNELS.values(), ids=list(tune.KERNELS))
+@pytest.mark.parametrize(("op", "kernel"), tune.KERNELS.values(), ids=list(tune.KERNELS))
 @pytest.mark.parametrize("measured", [80, 86, 89, 90, 100, 103, 120, 121])
-def test_a_winner_changes_no_other_audited_chip(tmp_path, room, kernel, measured):
+def test_a_winner_changes_no_other_audited_chip(tmp_path, op, kernel, measured):
     """In the tables that ship; one token's has rows of sm_80 and sm_120 alone."""
     from extrope_kernels.ops._shared.triton.tiles import tile
 
@@ -77,7 +77,7 @@ def test_a_winner_changes_no_other_audited_chip(tmp_path, room, kernel, measured
             for size in (2, 4)
         }
 
-    shipped = json.loads((ConfigTable.of(room).folder / "configs.json").read_text())
+    shipped = json.loads((ConfigTable.of(op).folder / "configs.json").read_text())
     for by_dim in shipped[kernel].values():  # as if none had been measured yet
         by_dim.update({dim: fields_of(leaf) for dim, leaf in by_dim.items()})
     table.write_text(json.dumps(shipped))
@@ -110,10 +110,10 @@ def test_stages_take_no_more_shared_memory_than_was_compiled():
             assert loaded_at_once(name, case.head_dim, tile) <= row.shared, case
 
 
-@pytest.mark.parametrize("room", ["attention", "decode"])
-def test_candidates_are_tiles_of_audited_chips(room):
-    configs = importlib.import_module(f"extrope_kernels.ops.{room}.triton.configs")
-    listed = json.loads((ConfigTable.of(room).folder / "candidates.json").read_text())
+@pytest.mark.parametrize("op", ["attention", "decode"])
+def test_candidates_are_tiles_of_audited_chips(op):
+    configs = importlib.import_module(f"extrope_kernels.ops.{op}.triton.configs")
+    listed = json.loads((ConfigTable.of(op).folder / "candidates.json").read_text())
     every = [
         (kernel, int(chip), int(dim), leaves)
         for kernel, chips in listed.items()
@@ -135,9 +135,9 @@ def test_candidates_are_tiles_of_audited_chips(room):
 
 def test_the_candidates_are_for_the_tuner():
     """Every kernel that it tunes has some for every audited chip, beside the one that ships."""
-    for room, kernel in tune.KERNELS.values():
+    for op, kernel in tune.KERNELS.values():
         for chip in CAPABILITIES:
-            found = ConfigTable.of(room).candidates(kernel, chip)
+            found = ConfigTable.of(op).candidates(kernel, chip)
             assert len(found[128]) > 2, (kernel, chip)
 
 
@@ -173,7 +173,7 @@ def test_the_shipped_configuration_stays_unless_another_gains():
 
 
 def test_what_does_not_compile_is_told_and_the_shipped_one_has_to(monkeypatch):
-    def problems(room, kernel, dim):
+    def problems(op, kernel, dim):
         return (lambda: None), lambda: times.pop(0)()
 
     def fails():
@@ -201,19 +201,19 @@ def test_each_time_is_kept_and_a_winner_of_the_spills_is_none(table, monkeypatch
     """The fastest holds more stack than the tests allow a tile that was measured."""
     kept, stack = [], {"a": 0}
 
-    def problems(room, kernel, dim):
+    def problems(op, kernel, dim):
         return (lambda: None), lambda: times.pop(0)
 
-    def forced(room, kernel, dim, fields):
+    def forced(op, kernel, dim, fields):
         stack[str(fields)] = {32: 96, 64: MOST_STACK, 128: MOST_STACK + 4}[fields["block_m"]]
         return contextlib.nullcontext()
 
     monkeypatch.setattr(tune, "forced", forced)
-    monkeypatch.setattr(tune, "stack_of_binaries", lambda room, kernel: dict(stack))
+    monkeypatch.setattr(tune, "stack_of_binaries", lambda op, kernel: dict(stack))
     monkeypatch.setitem(sys.modules, "gpu.tune_problems", type("", (), {"problems": problems}))
     monkeypatch.setattr("gpu.build.capability", lambda: 80)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100")
-    monkeypatch.setattr(ConfigTable, "of", classmethod(lambda cls, room: table))
+    monkeypatch.setattr(ConfigTable, "of", classmethod(lambda cls, op: table))
     (table.folder / "candidates.json").write_text(
         json.dumps({"dq": {"80": {"128": [leaf(128), leaf(64)]}}})
     )
@@ -232,16 +232,16 @@ def test_each_time_is_kept_and_a_winner_of_the_spills_is_none(table, monkeypatch
 
 def test_a_tile_that_was_measured_may_spill(tmp_path, monkeypatch):
     """And no other: neither of another chip, head_dim, dtype nor kernel."""
-    for room, kernel, name, variant in (
+    for op, kernel, name, variant in (
         ("attention", "dkv", "attention dkv", "R2 wide"),
         ("decode", "one_token", "cache decode", "slow paged one-token"),
     ):
         table = tmp_path / "configs.json"
-        table.write_text((ConfigTable.of(room).folder / table.name).read_text())
+        table.write_text((ConfigTable.of(op).folder / table.name).read_text())
         before = {case for case in all_cases() if allowed_stack(case)}
         ConfigTable(tmp_path).replace(kernel, 89, 128, leaf(16), "NVIDIA L4")
-        table = table.rename(tmp_path / f"{room}.json")
-        module = importlib.import_module(f"extrope_kernels.ops.{room}.triton.configs")
+        table = table.rename(tmp_path / f"{op}.json")
+        module = importlib.import_module(f"extrope_kernels.ops.{op}.triton.configs")
         monkeypatch.setattr(module, "TABLE", table)
         now = {case for case in all_cases() if allowed_stack(case)} - before
         assert Case(name, 89, 128, "bfloat16", variant) in now
@@ -277,5 +277,5 @@ def test_the_driver_tells_what_a_kernel_spills(run_python):
 
 def test_without_tables_there_is_nothing_to_choose_from(tmp_path, monkeypatch):
     monkeypatch.setattr("gpu.config_table.ROOT", tmp_path)
-    missing = ConfigTable(tmp_path / "room").missing()
-    assert missing == "room has no configs.json and no candidates.json"
+    missing = ConfigTable(tmp_path / "op").missing()
+    assert missing == "op has no configs.json and no candidates.json"

@@ -15,9 +15,9 @@ from extrope_kernels.ops import attention, rope
 PACKAGE = "extrope_kernels"
 ROOT = Path(extrope_kernels.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-# Every module is in one room, that of the first pattern that fits its path. Operations, their
+# Every module is of one kind, that of the first pattern that fits its path. Operations, their
 # implementations and integrations are found by where they are, whatever their names.
-ROOMS = {
+KINDS = {
     "package": r"((ops|integrations)/)?__init__.py",
     "axis": r"(methods|positions|scores)/.*",
     "checks": r"_checks.py",
@@ -28,7 +28,7 @@ ROOMS = {
     "client": r"(integrations/\w+|evaluation)/.*|(cli|__main__|testing).py",
 }
 AXES = ("methods", "positions", "scores")
-# What each room may import of the package. {own} is the module's own folder: methods/, ops/rope/.
+# What each kind may import of the package. {own} is the module's own folder: methods/, ops/rope/.
 MAY_IMPORT = {
     "package": (*AXES, "ops"),
     "axis": ("{own}", "_checks"),
@@ -53,9 +53,9 @@ def inside(path):
     return "/".join(parts).removesuffix("__init__").rstrip("/")
 
 
-def room(path):
+def kind_of(path):
     found = path.relative_to(ROOT).as_posix()
-    return next((name for name, pattern in ROOMS.items() if re.fullmatch(pattern, found)), None)
+    return next((name for name, pattern in KINDS.items() if re.fullmatch(pattern, found)), None)
 
 
 def own_folder(path):
@@ -122,14 +122,14 @@ each_file = pytest.mark.parametrize(
 
 
 @each_file
-def test_every_module_is_in_a_room_and_imports_what_the_room_may(path):
-    kind = room(path)
-    assert kind, f"{path.name} is in no room: say in ROOMS what it is, and what that may import"
+def test_every_module_is_of_a_kind_and_imports_what_that_may(path):
+    kind = kind_of(path)
+    assert kind, f"{path.name} is of no kind: say in KINDS what it is, and what that may import"
     allowed = [rule.format(own=own_folder(path)) for rule in MAY_IMPORT[kind]]
     for name in own_imports(path):
         fits = any(under(name, rule) for rule in allowed)
         if kind in ("distributed", "client"):
-            fits = fits or is_public(name) or room(file_of(name)) in ("distributed", "client")
+            fits = fits or is_public(name) or kind_of(file_of(name)) in ("distributed", "client")
         assert fits, f"{kind} {inside(path)} imports {name or PACKAGE}"
 
 
@@ -144,7 +144,8 @@ def file_of(name):
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(p, id=inside(p)) for p in FILES if room(p) == "operation" and backend(p)]
+    "path",
+    [pytest.param(p, id=inside(p)) for p in FILES if kind_of(p) == "operation" and backend(p)],
 )
 def test_implementations_import_neither_one_another_nor_the_public_functions(path):
     here, folder = backend(path), own_folder(path)
@@ -158,8 +159,8 @@ def test_implementations_import_neither_one_another_nor_the_public_functions(pat
 def test_optional_packages_are_imported_inside_functions(path):
     for name in imports(path, at_import_time=True):
         top = name.split("/")[0]
-        in_its_room = top in ("triton", "vllm") and top in path.parent.parts
-        assert top in {PACKAGE, *REQUIRED, *sys.stdlib_module_names} or in_its_room, name
+        in_its_folder = top in ("triton", "vllm") and top in path.parent.parts
+        assert top in {PACKAGE, *REQUIRED, *sys.stdlib_module_names} or in_its_folder, name
 
 
 def test_importing_the_package_loads_no_optional_package():

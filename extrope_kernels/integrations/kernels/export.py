@@ -19,7 +19,7 @@ from pathlib import Path
 from ... import _build, _ext
 
 PACKAGE = Path(_ext.__file__).resolve().parent
-ROOMS = ("methods", "ops", "positions", "scores")
+FOLDERS = ("methods", "ops", "positions", "scores")
 FILES = ("_build.py", "_checks.py", "_ext.py", "_ninja.py", "py.typed")
 LAYERS = "integrations/kernels/layers.py"
 _DECLARED = f'NAMESPACE = "{_ext.NAMESPACE}"'
@@ -49,8 +49,8 @@ def _variant(folder: Path, backend: str, library: Path | None) -> Path:
         shutil.copyfile(source, at)
     if library is not None:
         shutil.copyfile(library, folder / _build.LIBRARIES["cpu"])
-    for room in Path(LAYERS).parents[:-1]:
-        (folder / room / "__init__.py").write_text("")
+    for parent in Path(LAYERS).parents[:-1]:
+        (folder / parent / "__init__.py").write_text("")
     with (folder / "__init__.py").open("a") as init:
         init.write("from .integrations.kernels import layers\n\n__all__.append('layers')\n")
     digest = _digest(folder)
@@ -68,8 +68,8 @@ def _sources() -> Iterator[tuple[Path, str]]:
     """The package's files that kernels need, and where they go."""
     for name in ("__init__.py", *FILES, LAYERS):
         yield PACKAGE / name, name
-    for room in ROOMS:
-        for source in sorted((PACKAGE / room).rglob("*")):
+    for name in FOLDERS:
+        for source in sorted((PACKAGE / name).rglob("*")):
             if source.is_file() and "__pycache__" not in source.parts:
                 yield source, str(source.relative_to(PACKAGE))
 
