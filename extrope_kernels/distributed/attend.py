@@ -15,6 +15,7 @@ from ..ops.attention import BlockCall, block_call, block_forward, check_block
 from ..scores import Score
 from . import gather, ring
 from .agreement import Settings, agreed, contents
+from .collectives import Group
 from .layout import ALONE, Balance, Devices, Mesh, check_balance, devices_of
 from .rows import RopeTensors, blocks_of
 from .ulysses import check_heads, lse_to_tokens, numbers_of_all, to_heads, to_tokens
@@ -43,6 +44,8 @@ class Prepared(NamedTuple):
     cu_seqlens: Tensor | None
     boundaries: list[int] | None
     devices: Devices
+    strategy: Strategy
+    balance: Balance
 
 
 @tensor_or_pair
@@ -98,31 +101,24 @@ def attend(
         return _prepared(call, q, k, v, rope, cu_seqlens, devices, strategy, balance)
 
     def describe(prepared: Prepared) -> Settings:
-        return _settings(prepared, q, k, v, strategy, balance, return_lse)
+        return _settings(prepared, q, k, v, return_lse)
 
     prepared = agreed(op, mesh, prepare, describe)
     devices = prepared.devices
     if devices.inner.size == 1:
-        out, lse = _attend(prepared, q, k, v, strategy, balance)
+        out, lse = _attend(prepared, q, k, v)
         return (out, lse) if return_lse else out
     swap = (devices.inner, balance)
-    prepared = prepared._replace(rope=_of_heads(prepared.rope, q, *swap))
+    prepared = prepared._replace(rope=_of_heads(prepared.rope, *swap))
     q, k, v = (to_heads(x, *swap) for x in (q, k, v))
-    out, lse = _attend(prepared, q, k, v, strategy, balance)
+    out, lse = _attend(prepared, q, k, v)
     out = to_tokens(out, *swap)
     return (out, lse_to_tokens(lse, *swap)) if return_lse else out
 
 
-def _attend(
-    prepared: Prepared,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    strategy: Strategy,
-    balance: Balance,
-) -> tuple[Tensor, Tensor]:
+def _attend(prepared: Prepared, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The heads of this rank, over the outer ranks."""
-    call, rope, cu_seqlens, boundaries, devices = prepared
+    call, rope, cu_seqlens, boundaries, devices, strategy, balance = prepared
     if devices.outer.size == 1:
         rope_args = (rope.inv_freq, cu_seqlens, rope.log_decay, rope.sinks, rope.query_scale)
         return block_forward(call, q, k, v, *rope_args)
@@ -183,7 +179,7 @@ def _prepared(
                 f"{op}: cu_seqlens must rise from 0 to the {total} tokens of all ranks, "
                 f"got {boundaries}"
             )
-    return Prepared(call, rope, cu_seqlens, boundaries, devices)
+    return Prepared(call, rope, cu_seqlens, boundaries, devices, strategy, balance)
 
 
 def _settings(
@@ -191,8 +187,6 @@ def _settings(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    strategy: Strategy,
-    balance: Balance,
     return_lse: bool,
 ) -> Settings:
     """What has to be the same on all ranks, so that they send one another what they expect."""
@@ -206,8 +200,8 @@ def _settings(
         **{f"the shape and dtype of {name}": shape for name, shape in shapes.items()},
         "what requires grad": differentiable,
         "the contents of inv_freq and log_decay": contents(rope.inv_freq, rope.log_decay),
-        "strategy": strategy,
-        "balance": balance,
+        "strategy": prepared.strategy,
+        "balance": prepared.balance,
         "return_lse": return_lse,
         "cu_seqlens": prepared.boundaries,
         "the score method and its options": prepared.call.options,
@@ -215,7 +209,7 @@ def _settings(
     }
 
 
-def _of_heads(rope: RopeTensors, q: Tensor, group: Any, balance: Balance) -> RopeTensors:
+def _of_heads(rope: RopeTensors, group: Group, balance: Balance) -> RopeTensors:
     """For all tokens of the group and this rank's heads."""
     sinks, scale = rope.sinks, rope.query_scale
     if sinks is not None:
