@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import RopeFreqs
 from ...integrations._shared.parameters import bind_method
 from ...integrations.transformers.architecture import RotarySite, find_sites
-from ...integrations.transformers.parameters import values_of
+from ...integrations.transformers.model_values import values_of
 from .. import UsageError
 from .candidates import Candidate
 

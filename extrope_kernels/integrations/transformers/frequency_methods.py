@@ -10,7 +10,7 @@ from torch import nn
 
 from .._shared.parameters import bind_method
 from .architecture import RotarySite, generator_of, unsupported
-from .parameters import values_of
+from .model_values import values_of
 from .requests import LengthDependence, generate_one_request
 from .rotary import Rotary
 from .softmax_scale import softmax_scales

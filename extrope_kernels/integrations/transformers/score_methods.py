@@ -19,8 +19,8 @@ from .attending import Attending, exchange
 from .context_parallel import SharedRows, by_its_name
 from .forwards import argument_names, by_name, cache_of, caches_in, tokens_of
 from .layers import Layers
+from .model_values import own_freqs
 from .paged import PackedRows, packed_rows
-from .parameters import own_freqs
 from .rotary import Rotary
 from .rotation import Rotation
 from .rows import ForwardRows, Rows, no_mask, read_rows
