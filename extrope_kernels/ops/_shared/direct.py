@@ -8,18 +8,28 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ... import _ext
 from .autograd import in_forward_mode
 
+try:
+    from torch._C import (
+        _are_functorch_transforms_active,
+        _is_tracing,
+        _len_torch_dispatch_stack,
+        _len_torch_function_stack,
+    )
+    from torch._C._autograd import _profiler_enabled
+except ImportError:  # PyTorch promises none of them, and without them ops are called as ever
+    _KNOWS_WHO_LOOKS_ON = False
+else:
+    _KNOWS_WHO_LOOKS_ON = True
+
 # Of keys. Larger calls are shared out to threads, and let other threads of Python run meanwhile.
 MOST_ELEMENTS = 2**15
 _OPS = ("rope_append",)
 _METH_FASTCALL = 0x80
-# What find_direct asks: PyTorch promises none of it.
-_PRIVATE = ("_is_tracing", "_len_torch_dispatch_stack", "_len_torch_function_stack")
 Direct = Callable[..., "bool | None"]
 _functions: dict[str, Direct] = {}
 _methods: list[_Method] = []  # which Python reads for as long as there are functions
@@ -50,8 +60,10 @@ class _Method(ctypes.Structure):
     ]
 
 
-def find_direct(op: str, k: Tensor, *others: Tensor | None) -> Direct | None:
-    """The function for a call with these keys, queries, values and caches; None: call the op.
+def find_direct(
+    op: str, k: Tensor, others: tuple[Tensor | None, ...], written: tuple[Tensor, ...]
+) -> Direct | None:
+    """The function for a call with these keys, queries and values; None: call the op.
 
     Modes, transforms, tracers, profilers and tensors of other classes learn of a call from the
     dispatcher alone, and it alone negates those of which only a bit says that they are negated.
@@ -59,29 +71,31 @@ def find_direct(op: str, k: Tensor, *others: Tensor | None) -> Direct | None:
     Its arguments are the binding's own: what is written first, then numbers, then the tensors of
     the op. It returns True, or None where the op refuses the call and has to say why.
     """
-    function, c = _functions.get(op), torch._C
+    function = _functions.get(op)
     if (
         function is None
         or not k.is_cpu
-        or c._is_tracing()
+        or _is_tracing()
         or k.numel() > MOST_ELEMENTS
-        or c._len_torch_dispatch_stack()
-        or c._len_torch_function_stack()
-        or c._are_functorch_transforms_active()
-        or c._autograd._profiler_enabled()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _profiler_enabled()
         or in_forward_mode()
     ):
         return None
-    for x in (k, *others):
+    for x in others:
         if x is not None and (type(x) is not Tensor or x.is_neg()):
+            return None
+    for x in written:
+        if type(x) is not Tensor:
             return None
     return function
 
 
 def _find_functions(reason: str | None) -> None:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    can_ask = all(hasattr(torch._C, name) for name in _PRIVATE)
-    if reason is not None or exchange is None or not can_ask:
+    if reason is not None or exchange is None or not _KNOWS_WHO_LOOKS_ON:
         return
     python, library = ctypes.pythonapi, ctypes.CDLL(str(_ext.path("cpu")))
     pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)

@@ -160,16 +160,21 @@ def _append(
     """By the reference, by an op or, past the dispatcher, by that op's direct function."""
     if backend == "reference":
         return reference.rope_append(*tensors, **options)
+    compiling, written = torch.compiler.is_compiling(), tensors[3:5]
+    elsewhere = compiling or backend == "triton"
+    direct = None if elsewhere else find_direct("rope_append", tensors[1], tensors[:3], written)
+    if direct is not None:
+        out = None if tensors[0] is None else torch.empty_like(tensors[0])
+        numbers = _numbers(**options) if options else _USUAL_NUMBERS
+        if direct(out, *numbers, *tensors):
+            note_writes(*written)
+            return out
     op = ops.rope_append_triton if backend == "triton" else ops.rope_append
-    if torch.compiler.is_compiling():
-        return op(*given_up_to_last(*tensors), **options)
-    q, k, v, k_cache, v_cache = tensors[:5]
-    direct = None if backend == "triton" else find_direct("rope_append", k, q, v, k_cache, v_cache)
-    out = None if q is None or direct is None else torch.empty_like(q)
-    numbers = _numbers(**options) if options else _USUAL_NUMBERS
-    if direct is None or not direct(out, *numbers, *tensors):
-        out = call_unrecorded(op, given_up_to_last(*tensors), options)
-    note_writes(k_cache, v_cache)
+    given = given_up_to_last(*tensors)
+    if compiling:
+        return op(*given, **options)
+    out = call_unrecorded(op, given, options)
+    note_writes(*written)
     return out
 
 
