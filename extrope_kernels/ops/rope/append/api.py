@@ -96,8 +96,6 @@ def rope_append_kvcache(
         raise TypeError(f"{_OP}: k must be a Tensor, got {type(k).__name__}")
     if type(interleaved) is not bool:
         refuse_flags(_OP, interleaved=interleaved)
-    if isinstance(freqs, RopeFreqs) and freqs.inv_freq is None:
-        raise TypeError(f"{_OP}: inv_freq must be a Tensor, got NoneType")
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         cache_seqlens = cache_lengths(_OP, cache_seqlens, k, cu_seqlens)
     options: dict[str, Any] = {"interleaved": True} if interleaved else {}
@@ -123,6 +121,8 @@ def _rope_args(freqs: RopeFreqs | None, score: Score | None, options: dict[str, 
     """inv_freq, log_decay and axes of the op; the rest goes into its options."""
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"{_OP}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    if freqs.inv_freq is None:
+        raise TypeError(f"{_OP}: inv_freq must be a Tensor, got NoneType")
     if score is None:
         factor = freqs.attention_factor
         if type(factor) is not float or factor != 1.0:
@@ -145,36 +145,32 @@ def _rope_args(freqs: RopeFreqs | None, score: Score | None, options: dict[str, 
 
 
 def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Tensor | None:
-    q, k = tensors[:2]
     if backend is not None:
-        _backends.require(_OP, backend, BACKENDS, k.device.type)
+        _backends.require(_OP, backend, BACKENDS, tensors[1].device.type)
     if torch.is_grad_enabled():
         _refuse_gradients(tensors)
-    out = _append(tensors, options, backend)
-    return None if q is None else out
-
-
-def _append(
-    tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None
-) -> Tensor | None:
-    """By the reference, by an op or, past the dispatcher, by that op's direct function."""
-    if backend == "reference":
-        return reference.rope_append(*tensors, **options)
-    compiling, written = torch.compiler.is_compiling(), tensors[3:5]
-    elsewhere = compiling or backend == "triton"
-    direct = None if elsewhere else find_direct("rope_append", tensors[1], tensors[:3], written)
+    written, direct = tensors[3:5], None
+    if backend in (None, "cpu") and not torch.compiler.is_compiling():
+        direct = find_direct("rope_append", tensors[1], tensors[:3], written)
     if direct is not None:
         out = None if tensors[0] is None else torch.empty_like(tensors[0])
         numbers = _numbers(**options) if options else _USUAL_NUMBERS
         if direct(out, *numbers, *tensors):
             note_writes(*written)
             return out
+    out = _call(tensors, options, backend)
+    return None if tensors[0] is None else out
+
+
+def _call(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Tensor:
+    if backend == "reference":
+        return reference.rope_append(*tensors, **options)
     op = ops.rope_append_triton if backend == "triton" else ops.rope_append
     given = given_up_to_last(*tensors)
-    if compiling:
+    if torch.compiler.is_compiling():
         return op(*given, **options)
     out = call_unrecorded(op, given, options)
-    note_writes(*written)
+    note_writes(*tensors[3:5])
     return out
 
 
