@@ -16,7 +16,7 @@ inline void check_head_dim(const char* op, const char* name, int64_t head_dim) {
 }
 
 inline void check_frequencies(const char* op, int64_t head_dim, int64_t sequences,
-                              const Tensor& inv_freq, const OptionalTensor& log_decay) {
+                              const TensorView& inv_freq, const OptionalView& log_decay) {
   const int64_t dim = inv_freq.dim(), half = dim >= 1 ? inv_freq.size(dim - 1) : 0;
   const ScalarType type = inv_freq.scalar_type();
   require_of(
@@ -51,7 +51,7 @@ inline void check_factors(const char* op, std::optional<double> log_n, double at
              "attention_factor must be > 0, got ", attention_factor);
 }
 
-inline Sinks sinks_of(const char* op, const OptionalTensor& sinks, int64_t heads_q) {
+inline Sinks sinks_of(const char* op, const OptionalView& sinks, int64_t heads_q) {
   if (!sinks.has_value()) return {};
   require_of(op,
              sinks->scalar_type() == ScalarType::Float && sinks->dim() == 1 &&
@@ -70,7 +70,7 @@ inline float softcap_of(const char* op, double softcap) {
 }
 
 // (seqlen_q,) or (batch, seqlen_q), of packed queries (total,).
-inline QueryScale query_scale_of(const char* op, const OptionalTensor& scale, int64_t batch,
+inline QueryScale query_scale_of(const char* op, const OptionalView& scale, int64_t batch,
                                  int64_t seqlen_q, bool packed) {
   if (!scale.has_value()) return {};
   const int64_t dim = scale->dim();

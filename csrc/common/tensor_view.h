@@ -18,15 +18,25 @@ class TensorView {
  public:
   // Of a tensor that outlives it.
   TensorView(const Tensor& x)
-      : data_(x.data_ptr()), dim_(x.dim()), type_(x.scalar_type()), device_(x.get_device()) {
+      : data_(x.data_ptr()),
+        dim_(x.dim()),
+        type_(x.scalar_type()),
+        device_(x.get_device()),
+        is_cpu_(x.is_cpu()) {
     int64_t *sizes, *strides;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(x.get(), &sizes));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(x.get(), &strides));
     sizes_ = sizes, strides_ = strides;
   }
   TensorView(void* data, int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType type,
-             int device)
-      : data_(data), sizes_(sizes), strides_(strides), dim_(dim), type_(type), device_(device) {}
+             int device, bool is_cpu)
+      : data_(data),
+        sizes_(sizes),
+        strides_(strides),
+        dim_(dim),
+        type_(type),
+        device_(device),
+        is_cpu_(is_cpu) {}
 
   void* data_ptr() const { return data_; }
   int64_t dim() const { return dim_; }
@@ -34,6 +44,7 @@ class TensorView {
   int64_t stride(int64_t i) const { return strides_[i]; }
   ScalarType scalar_type() const { return type_; }
   int get_device() const { return device_; }
+  bool is_cpu() const { return is_cpu_; }
 
   int64_t numel() const {
     int64_t count = 1;
@@ -55,6 +66,7 @@ class TensorView {
   int64_t dim_;
   ScalarType type_;
   int device_;
+  bool is_cpu_;
 };
 
 using OptionalView = std::optional<TensorView>;

@@ -243,7 +243,7 @@ def test_plain_attention_is_pytorchs(any_backend):
 @pytest.mark.parametrize("window", [1, 5, 16, 17, 31])
 @pytest.mark.parametrize("factor, grouped", [(INF, False), (4.0, False), (1 / 4, False), (1, True)])
 def test_position_probe(window, factor, grouped, any_backend):
-    """One pair of dims, a quarter turn between q and k, so that a logit is the sine of its angle.
+    """One pair of dims, k at a right angle to q, so that a logit is the sine of its angle.
 
     v is one-hot: the output is the weights, so their logarithms give every relative position.
     """

@@ -21,8 +21,8 @@ void require(bool condition, const Message&... message) {
 
 // The arguments of an op after its tensors.
 struct Options {
-  const Tensor& inv_freq;
-  const OptionalTensor &cu_seqlens, &log_decay, &sinks, &query_scale, &q_start, &k_start;
+  TensorView inv_freq;
+  OptionalView cu_seqlens, log_decay, sinks, query_scale, q_start, k_start;
   const std::vector<int64_t>& starts;
   int64_t granularity;
   const std::vector<double>& maps;
@@ -34,15 +34,15 @@ struct Options {
 };
 
 // A tensor (batch, seqlen, heads, head_dim) or (total, heads, head_dim); `name` goes into errors.
-inline AttentionTensor view(const Tensor& x, bool packed, const char* name) {
+inline AttentionTensor view(const TensorView& x, bool packed, const char* name) {
   check_rows("attention", x, packed, name);
   const int64_t d = x.dim();
   return {x.data_ptr(), packed ? 0 : x.stride(0), x.stride(d - 3), x.stride(d - 2), x.size(d - 1)};
 }
 
 // But for the last dimension, which is v's head_dim.
-inline void check_like(const Tensor& x, const Tensor& like, int64_t head_dim_v, const char* name,
-                       const char* of) {
+inline void check_like(const TensorView& x, const TensorView& like, int64_t head_dim_v,
+                       const char* name, const char* of) {
   require(x.scalar_type() == like.scalar_type(), name, " must have ", of, "'s dtype");
   const int64_t last = like.dim() - 1;
   bool same = x.dim() == like.dim() && x.is_cpu() && x.size(last) == head_dim_v;
@@ -51,7 +51,7 @@ inline void check_like(const Tensor& x, const Tensor& like, int64_t head_dim_v, 
           " but for the last dimension, got ", shape_of(x));
 }
 
-inline void set_sizes(AttentionParams& p, const Tensor& q, const Tensor& k, bool packed) {
+inline void set_sizes(AttentionParams& p, const TensorView& q, const TensorView& k, bool packed) {
   const int64_t d = q.dim();
   p.batch = packed ? 1 : q.size(0);
   p.seqlen_q = p.lse_head = q.size(d - 3), p.seqlen_k = k.size(d - 3);
@@ -68,7 +68,7 @@ inline void set_sizes(AttentionParams& p, const Tensor& q, const Tensor& k, bool
           kMaxSeqlen, ", got ", p.seqlen_q, " and ", p.seqlen_k);
 }
 
-inline void set_cu_seqlens(AttentionParams& p, const Tensor& cu_seqlens) {
+inline void set_cu_seqlens(AttentionParams& p, const TensorView& cu_seqlens) {
   require(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
               cu_seqlens.size(0) >= 2 && cu_seqlens.is_contiguous() && cu_seqlens.is_cpu(),
           "cu_seqlens must be contiguous int32 (sequences + 1,), got shape ", shape_of(cu_seqlens));
@@ -79,7 +79,7 @@ inline void set_cu_seqlens(AttentionParams& p, const Tensor& cu_seqlens) {
       "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen_q);
 }
 
-inline Starts starts_of(const char* name, const OptionalTensor& start, int64_t sequences) {
+inline Starts starts_of(const char* name, const OptionalView& start, int64_t sequences) {
   if (!start.has_value()) return {};
   require(start->scalar_type() == ScalarType::Int && start->is_cpu() && start->dim() == 1 &&
               (start->size(0) == 1 || start->size(0) == sequences),
@@ -113,7 +113,7 @@ inline int64_t end_of_queries(const AttentionParams& p) {
   return end;
 }
 
-inline AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v,
+inline AttentionParams make_params(const TensorView& q, const TensorView& k, const TensorView& v,
                                    const Options& options) {
   AttentionParams p{};
   const bool packed = options.cu_seqlens.has_value();
@@ -143,7 +143,7 @@ inline AttentionParams make_params(const Tensor& q, const Tensor& k, const Tenso
   return p;
 }
 
-inline float* check_lse(const AttentionParams& p, const Tensor& lse, const char* name) {
+inline float* check_lse(const AttentionParams& p, const TensorView& lse, const char* name) {
   const bool packed = p.cu_seqlens != nullptr;
   const int64_t d = lse.dim();
   require(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.is_cpu() &&

@@ -36,7 +36,7 @@ std::vector<int64_t> shape(const Tensor& x, int64_t head_dim) {
 }
 
 RotationArgs rotation_args(const Options& options) {
-  const OptionalTensor& decay = options.log_decay;
+  const OptionalView& decay = options.log_decay;
   return {padded_rows(options.inv_freq),
           decay.has_value() ? padded_rows(*decay).values : std::vector<double>(),
           options.log_n.value_or(0.0), options.attention_factor * options.attention_factor};

@@ -12,12 +12,12 @@ namespace extrope::decode {
 // What both ops take; `op` goes in front of every error.
 struct CacheArgs {
   const char* op;
-  const Tensor &k_cache, &v_cache;
-  const OptionalTensor &k, &v;
-  const Tensor &inv_freq, &cache_seqlens;
-  const OptionalTensor &block_table, &cache_leftpad, &log_decay, &cu_seqlens_q;
+  TensorView k_cache, v_cache;
+  OptionalView k, v;
+  TensorView inv_freq, cache_seqlens;
+  OptionalView block_table, cache_leftpad, log_decay, cu_seqlens_q;
   bool interleaved;
-  const OptionalTensor &k_scale, &v_scale;
+  OptionalView k_scale, v_scale;
 
   bool packed() const { return cu_seqlens_q.has_value(); }
   template <typename... Message>
@@ -27,8 +27,8 @@ struct CacheArgs {
 };
 
 // packed: of the tokens of packed sequences; scaled: in e4m3.
-inline void check_tensor(const CacheArgs& a, const char* name, const Tensor& x, const Tensor& like,
-                         bool packed = false, bool scaled = false) {
+inline void check_tensor(const CacheArgs& a, const char* name, const TensorView& x,
+                         const TensorView& like, bool packed = false, bool scaled = false) {
   const int64_t d = packed ? 3 : 4;
   a.require(x.dim() == d, name, " must have ", d, " dimensions", packed ? " with cu_seqlens_q" : "",
             ", got shape ", shape_of(x));
@@ -37,14 +37,14 @@ inline void check_tensor(const CacheArgs& a, const char* name, const Tensor& x, 
             " must be contiguous in its last dimension, got stride ", x.stride(d - 1));
 }
 
-inline bool same_sizes(const Tensor& x, const Tensor& y, int64_t dims) {
+inline bool same_sizes(const TensorView& x, const TensorView& y, int64_t dims) {
   for (int64_t i = 0; i < dims; ++i) {
     if (x.size(i) != y.size(i)) return false;
   }
   return true;
 }
 
-inline const int32_t* ints(const CacheArgs& a, const char* name, const Tensor& x, int64_t dim,
+inline const int32_t* ints(const CacheArgs& a, const char* name, const TensorView& x, int64_t dim,
                            int64_t batch) {
   a.require(x.is_cpu() && x.scalar_type() == ScalarType::Int && x.dim() == dim &&
                 x.size(0) == batch && (x.numel() == 0 || x.stride(dim - 1) == 1),
@@ -55,7 +55,7 @@ inline const int32_t* ints(const CacheArgs& a, const char* name, const Tensor& x
 
 // The values of cu_seqlens_q, for that many tokens: those past the last boundary are padding.
 inline const int32_t* boundaries_of(const CacheArgs& a, int64_t tokens) {
-  const Tensor& x = *a.cu_seqlens_q;
+  const TensorView& x = *a.cu_seqlens_q;
   a.require(x.scalar_type() == ScalarType::Int && x.dim() == 1 && x.size(0) >= 2 &&
                 x.is_contiguous() && x.is_cpu(),
             "cu_seqlens_q must be contiguous int32 (sequences + 1,) on the CPU, got shape ",
@@ -67,8 +67,9 @@ inline const int32_t* boundaries_of(const CacheArgs& a, int64_t tokens) {
   return cu;
 }
 
-inline void check_new_rows(const CacheArgs& a, const char* name, const Tensor& x,
-                           const char* cache_name, const Tensor& cache, const Tensor& like) {
+inline void check_new_rows(const CacheArgs& a, const char* name, const TensorView& x,
+                           const char* cache_name, const TensorView& cache,
+                           const TensorView& like) {
   check_tensor(a, name, x, like, a.packed());
   const int64_t d = x.dim();
   a.require(x.size(d - 2) == cache.size(2) && x.size(d - 1) == cache.size(3), name, " must have ",
@@ -77,7 +78,7 @@ inline void check_new_rows(const CacheArgs& a, const char* name, const Tensor& x
   a.require(!overlaps_itself(cache), cache_name, " must not be expanded to be written to");
 }
 
-inline void check_new(const CacheArgs& a, const Tensor& like) {
+inline void check_new(const CacheArgs& a, const TensorView& like) {
   a.require(a.k.has_value() == a.v.has_value(), "k and v must be given together, got ",
             a.k.has_value() ? "k" : "v", " alone");
   if (!a.k.has_value()) return;
@@ -109,8 +110,8 @@ inline void check_slots(const CacheArgs& a, const KVCache& cache) {
 }
 
 // The cache of a call, with every check. like: q, or the new keys of an append.
-inline KVCache cache_of(const CacheArgs& a, const Tensor& like) {
-  const Tensor &k = a.k_cache, &v = a.v_cache;
+inline KVCache cache_of(const CacheArgs& a, const TensorView& like) {
+  const TensorView &k = a.k_cache, &v = a.v_cache;
   KVCache cache{};
   cache.dtype = dtype_of(a.op, like);
   check_tensor(a, a.op[0] == 'd' ? "q" : "k", like, like, a.packed());
@@ -149,7 +150,7 @@ inline KVCache cache_of(const CacheArgs& a, const Tensor& like) {
   return cache;
 }
 
-inline void set_queries(DecodeParams& p, const CacheArgs& a, const Tensor& q) {
+inline void set_queries(DecodeParams& p, const CacheArgs& a, const TensorView& q) {
   const Plane rows = plane(q);
   p.q = rows.data, p.q_batch = rows.block, p.q_seq = rows.slot, p.q_head = rows.head;
   p.seqlen_q = q.size(a.packed() ? 0 : 1), p.heads_q = q.size(a.packed() ? 1 : 2);

@@ -59,8 +59,9 @@ std::tuple<Tensor, Tensor> decode(
                        .v_scale = v_scale};
   const bool packed = args.packed();
   DecodeParams p{};
-  p.cache = cache_of(args, q);
-  set_queries(p, args, q);
+  const TensorView queries = q;
+  p.cache = cache_of(args, queries);
+  set_queries(p, args, queries);
   const FrequencyRows freqs = frequencies_of(args, p.cache);
   p.freqs = freqs.params;
   p.regions = regions_of(op, starts, granularity, maps, sliding_window);
@@ -75,7 +76,7 @@ std::tuple<Tensor, Tensor> decode(
 
   const Kernels run = kernels(p.cache);
   if (k.has_value()) {
-    run_append(p.cache, p.freqs, decay_of(args), p.regions.stored, plane(*k), plane(*v));
+    run_append(p.cache, p.freqs, decay_of(args), p.regions.stored, plane(*args.k), plane(*args.v));
   }
   std::vector<int64_t> out_shape{p.cache.batch, p.seqlen_q, p.heads_q, p.cache.head_dim_v};
   std::vector<int64_t> lse_shape{p.cache.batch, p.heads_q, p.seqlen_q};
@@ -93,26 +94,26 @@ void append(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const
             const OptionalTensor& k_scale, const OptionalTensor& v_scale,
             const std::vector<double>& stored, bool interleaved) {
   constexpr const char* op = "append";
-  const OptionalTensor new_k = k, new_v = v, not_packed;
   const CacheArgs args{.op = op,
                        .k_cache = k_cache,
                        .v_cache = v_cache,
-                       .k = new_k,
-                       .v = new_v,
+                       .k = k,
+                       .v = v,
                        .inv_freq = inv_freq,
                        .cache_seqlens = cache_seqlens,
                        .block_table = block_table,
                        .cache_leftpad = cache_leftpad,
                        .log_decay = log_decay,
-                       .cu_seqlens_q = not_packed,
+                       .cu_seqlens_q = {},
                        .interleaved = interleaved,
                        .k_scale = k_scale,
                        .v_scale = v_scale};
-  const KVCache cache = cache_of(args, k);
+  const KVCache cache = cache_of(args, *args.k);
   require_of(op, stored.size() == kMapNumbers, "stored must be ", kMapNumbers, " numbers, got ",
              stored.size());
   const FrequencyRows freqs = frequencies_of(args, cache);
-  run_append(cache, freqs.params, decay_of(args), map_of(stored.data()), plane(k), plane(v));
+  run_append(cache, freqs.params, decay_of(args), map_of(stored.data()), plane(*args.k),
+             plane(*args.v));
 }
 
 }  // namespace

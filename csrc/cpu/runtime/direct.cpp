@@ -33,7 +33,7 @@ OptionalView DirectArgs::optional_tensor() {
   }
   constexpr int kNoIndex = -1;
   const TensorView view(static_cast<char*>(x.data) + x.byte_offset, x.dim, x.sizes, x.strides,
-                        scalar_type(x), kNoIndex);
+                        scalar_type(x), kNoIndex, /*is_cpu=*/true);
   // Of one that PyTorch knows to be zero nothing is in memory.
   if (!x.data && view.numel() > 0) throw std::runtime_error("a tensor without memory");
   return view;
