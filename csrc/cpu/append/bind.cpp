@@ -127,18 +127,16 @@ const Ops ops{
     {"rope_append", TORCH_BOX(&(rope_append<Append, fresh_like>))},
 };
 
-// (out_q, norm_eps, attention_factor, interleaved, decay_origin, how many numbers stored has,
-// these, tensors of the schema)
+// The numbers are norm_eps, attention_factor, interleaved, decay_origin and those of `stored`.
 EXTROPE_DIRECT(rope_append) {
-  return run_directly(args, count, [](DirectArgs& in) {
-    const OptionalView out_q = in.optional_tensor();
-    const double norm_eps = in.number(), attention_factor = in.number();
-    const bool interleaved = in.flag();
-    const double decay_origin = in.number();
-    std::vector<double> stored(static_cast<size_t>(in.number()));
-    for (double& x : stored) x = in.number();
+  return run_directly(args, [](const OptionalView& out_q, Items numbers, Items given) {
+    const double norm_eps = numbers.number(), attention_factor = numbers.number();
+    const bool interleaved = numbers.flag();
+    const double decay_origin = numbers.number();
+    std::vector<double> stored(numbers.left());
+    for (double& x : stored) x = numbers.number();
     OptionalView tensors[kTensors];
-    for (OptionalView& x : tensors) x = in.optional_tensor();
+    for (OptionalView& x : tensors) x = given.optional_tensor();
     const Call call(tensors, std::move(stored), norm_eps, attention_factor, interleaved,
                     decay_origin);
     Append(call.args, call.rotation).run(out_q);

@@ -24,8 +24,7 @@ ScalarType scalar_type(const dlpack::Tensor& x) {
 
 }  // namespace
 
-OptionalView DirectArgs::optional_tensor() {
-  void* object = next();
+OptionalView view_of(void* object) {
   if (object == python.none) return std::nullopt;
   dlpack::Tensor x;
   if (python.tensors->read(object, &x) != 0 || x.device_type != dlpack::kCPU) {
@@ -39,7 +38,9 @@ OptionalView DirectArgs::optional_tensor() {
   return view;
 }
 
-double DirectArgs::number() {
+OptionalView Items::optional_tensor() { return view_of(next()); }
+
+double Items::number() {
   const double x = python.as_double(next());
   if (x == -1.0 && python.error()) throw std::runtime_error("no number");
   return x;

@@ -14,6 +14,8 @@ namespace extrope {
 struct Python {
   const dlpack::ExchangeAPI* tensors;
   void *none, *done;  // None and True
+  int64_t (*tuple_size)(void* tuple);
+  void* (*tuple_item)(void* tuple, int64_t i);  // borrowed
   double (*as_double)(void* number);
   void (*increase_refcount)(void* object);
   void* (*error)();  // that is raised, or nullptr
@@ -22,30 +24,33 @@ struct Python {
 
 extern Python python;
 
-// The arguments of a call, from left to right; those not given are None.
-class DirectArgs {
+// A tensor of Python, if it is one.
+OptionalView view_of(void* object);
+
+// The items of a tuple, from left to right; past its end there are Nones.
+class Items {
  public:
-  DirectArgs(void* const* args, int64_t count) : next_(args), end_(args + count) {}
+  explicit Items(void* tuple) : tuple_(tuple), count_(python.tuple_size(tuple)) {}
 
   OptionalView optional_tensor();
   double number();
   bool flag() { return next() == python.done; }
+  int64_t left() const { return count_ - next_; }
 
  private:
-  void* next() { return next_ == end_ ? python.none : *next_++; }
+  void* next() { return next_ == count_ ? python.none : python.tuple_item(tuple_, next_++); }
 
-  void* const* next_;
-  void* const* end_;
+  void* tuple_;
+  int64_t count_, next_ = 0;
 };
 
-// What a function of Python returns: True, or None where the op itself has to be called, which says
-// what is wrong.
+// run(where the result goes, numbers, tensors); what a function of Python returns: True, or None
+// where the op itself has to be called, which says what is wrong.
 template <typename Run>
-void* run_directly(void* const* args, int64_t count, const Run& run) {
+void* run_directly(void* const* args, const Run& run) {
   void* result = python.done;
   try {
-    DirectArgs in(args, count);
-    run(in);
+    run(view_of(args[0]), Items(args[1]), Items(args[2]));
   } catch (...) {
     python.clear_error();
     result = python.none;
@@ -59,4 +64,4 @@ void* run_directly(void* const* args, int64_t count, const Run& run) {
 // A function's C name and its arguments, as Python's METH_FASTCALL has them.
 #define EXTROPE_DIRECT(name)                                                     \
   extern "C" __attribute__((visibility("default"))) void* extrope_direct_##name( \
-      void* /*self*/, void* const* args, int64_t count)
+      void* /*self*/, void* const* args, int64_t /*count*/)

@@ -42,6 +42,8 @@ class _Python(ctypes.Structure):
         ("tensors", ctypes.c_void_p),
         ("none", ctypes.py_object),
         ("done", ctypes.py_object),
+        ("tuple_size", ctypes.c_void_p),
+        ("tuple_item", ctypes.c_void_p),
         ("as_double", ctypes.c_void_p),
         ("increase_refcount", ctypes.c_void_p),
         ("error", ctypes.c_void_p),
@@ -61,22 +63,27 @@ class _Method(ctypes.Structure):
 
 
 def find_direct(
-    op: str, k: Tensor, others: tuple[Tensor | None, ...], written: tuple[Tensor, ...]
+    op: str, q: Tensor | None, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> Direct | None:
-    """The function for a call with these keys, queries and values; None: call the op.
+    """The function for a call with these tensors; None: call the op.
 
     Modes, transforms, tracers, profilers and tensors of other classes learn of a call from the
     dispatcher alone, and it alone negates those of which only a bit says that they are negated.
 
-    Its arguments are the binding's own: what is written first, then numbers, then the tensors of
-    the op. It returns True, or None where the op refuses the call and has to say why.
+    Its arguments are where the result goes, a tuple of numbers, of which the binding knows the
+    order, and the tuple of the op's tensors. It returns True, or None where the op refuses the
+    call and has to say why.
     """
     function = _functions.get(op)
     if (
         function is None
+        or not (Tensor is type(k) is type(v) is type(k_cache) is type(v_cache))
         or not k.is_cpu
-        or _is_tracing()
         or k.numel() > MOST_ELEMENTS
+        or k.is_neg()
+        or v.is_neg()
+        or (q is not None and (type(q) is not Tensor or q.is_neg()))
+        or _is_tracing()
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or _are_functorch_transforms_active()
@@ -84,12 +91,6 @@ def find_direct(
         or in_forward_mode()
     ):
         return None
-    for x in others:
-        if x is not None and (type(x) is not Tensor or x.is_neg()):
-            return None
-    for x in written:
-        if type(x) is not Tensor:
-            return None
     return function
 
 
@@ -100,8 +101,8 @@ def _find_functions(reason: str | None) -> None:
     python, library = ctypes.pythonapi, ctypes.CDLL(str(_ext.path("cpu")))
     pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     tensors = pointer(("PyCapsule_GetPointer", python))(exchange, b"dlpack_exchange_api")
-    errors = (python.PyErr_Occurred, python.PyErr_Clear)
-    used = (python.PyFloat_AsDouble, python.Py_IncRef, *errors)
+    items = (python.PyTuple_Size, python.PyTuple_GetItem, python.PyFloat_AsDouble)
+    used = (*items, python.Py_IncRef, python.PyErr_Occurred, python.PyErr_Clear)
     how = _Python(tensors, None, True, *map(_address, used))
     if not library.extrope_direct(ctypes.byref(how)):
         return

@@ -110,10 +110,10 @@ def rope_append_kvcache(
             check_new_keys(_OP, freqs, score, k, *at)
     inv_freq, log_decay, axes = rope_args
     tensors = (
-        *(q, k, v, k_cache, v_cache, q_norm_weight, k_norm_weight, inv_freq),
-        *(cache_seqlens, block_table, slot_mapping, cu_seqlens, cache_leftpad, positions),
-        *(log_decay, axes, k_scale, v_scale),
-    )
+        q, k, v, k_cache, v_cache, q_norm_weight, k_norm_weight, inv_freq, cache_seqlens,
+        block_table, slot_mapping, cu_seqlens, cache_leftpad, positions, log_decay, axes, k_scale,
+        v_scale,
+    )  # fmt: skip
     return run_explained("rope_append", _run, _check, (tensors, options, backend), function=_OP)
 
 
@@ -149,14 +149,14 @@ def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None)
         _backends.require(_OP, backend, BACKENDS, tensors[1].device.type)
     if torch.is_grad_enabled():
         _refuse_gradients(tensors)
-    written, direct = tensors[3:5], None
-    if backend in (None, "cpu") and not torch.compiler.is_compiling():
-        direct = find_direct("rope_append", tensors[1], tensors[:3], written)
+    direct = None
+    if (backend is None or backend == "cpu") and not torch.compiler.is_compiling():
+        direct = find_direct("rope_append", *tensors[:5])
     if direct is not None:
         out = None if tensors[0] is None else torch.empty_like(tensors[0])
         numbers = _numbers(**options) if options else _USUAL_NUMBERS
-        if direct(out, *numbers, *tensors):
-            note_writes(*written)
+        if direct(out, numbers, tensors):
+            note_writes(*tensors[3:5])
             return out
     out = _call(tensors, options, backend)
     return None if tensors[0] is None else out
@@ -182,7 +182,7 @@ def _numbers(
     decay_origin: float = Append.decay_origin,
 ) -> tuple[float, ...]:
     """The op's options as its direct function takes them."""
-    return norm_eps, attention_factor, interleaved, decay_origin, len(stored), *stored
+    return norm_eps, attention_factor, interleaved, decay_origin, *stored
 
 
 _USUAL_NUMBERS = _numbers()
