@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
-
 import pytest
 import torch
-from builds import unoptimised
+from builds import copy_compiled
 
-from extrope_kernels import _ext, cli
+from extrope_kernels import _build, _ext, cli
 
 AMX = cli.CPU_CAPABILITIES.index("AMX")
-HEADER = Path(__file__).parents[1] / "support" / "emulation" / "amx.h"
 
 
 def test_kernels_for_amx(run_python, tmp_path):
@@ -23,20 +19,20 @@ def test_kernels_for_amx(run_python, tmp_path):
         pytest.skip("the processor has AMX: all tests of bf16 run on it")
     if cli.CPU_CAPABILITIES[capability] != "AVX-512 BF16":
         pytest.skip("the kernels for AMX use AVX512_BF16 too")
+    copy_compiled(tmp_path / f"build-cpu-{_build.work_key('cpu')}")
     report = run_python(
         f"""
         import sys
         import pytest, torch
+        sys.path.append("tests/support")
+        from emulation import amx
         from extrope_kernels import _ext
+        amx.emulate()
         assert _ext.load("cpu") is None
         assert torch.ops.extrope.cpu_capability() == {AMX}
-        chosen = [
-            "attention/test_attention_bf16",
-        ]
         sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k",
-            "not narrower and not triton", *(f"tests/{{name}}.py" for name in chosen)]))
+            "not narrower and not triton", "tests/attention/test_attention_bf16.py"]))
         """,
-        CXX=shlex.join([unoptimised(tmp_path), "-include", str(HEADER)]),
         EXTROPE_CACHE_DIR=str(tmp_path),
         EXTROPE_CPU_CAPABILITY="amx",
     )

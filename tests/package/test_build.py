@@ -20,6 +20,7 @@ from builds import (
     ROOT,
     compile_times,
     copy_checkout,
+    copy_compiled,
     foreign_symbols,
     load,
     needs_compiler,
@@ -30,7 +31,7 @@ from builds import (
 from setuptools import Distribution
 from setuptools.command.build import build
 
-from extrope_kernels import _build, _ext, _ninja
+from extrope_kernels import _build, _ninja
 
 # What a CUDA library says of this machine, were it one with a GPU, and then as it is.
 CUDA_OPS = """
@@ -70,12 +71,9 @@ def run_backend(checkout: Path, *python: str, build: str = "build_wheel", **env:
 
 @pytest.fixture(scope="module")
 def wheel(checkout) -> Path:
-    """Made in a work folder of the build on first use: the commands are the same ones."""
     steps = build(Distribution())
     steps.finalize_options()
-    compiled = _ext.cache_dirs()[0] / f"build-cpu-{_build.work_key('cpu')}"
-    if compiled.exists():
-        shutil.copytree(compiled, checkout / steps.build_temp / "cpu")
+    copy_compiled(checkout / steps.build_temp / "cpu")
     return run_backend(checkout)
 
 

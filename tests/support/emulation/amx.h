@@ -1,4 +1,4 @@
-// AMX in software, put before every source of the CPU library with -include: its tile registers are
+// AMX in software, put before sources of the CPU library with -include: its tile registers are
 // memory, its products loops, and the processor says that it has it. So the kernels for AMX run on
 // any processor with AVX512_BF16, whose other instructions they use.
 #pragma once
@@ -8,7 +8,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -71,28 +70,27 @@ static inline void zero(int tile) {
   std::memset(tiles.rows[tile], 0, sizeof(tiles.rows[tile]));
 }
 
+static inline __m512 low(__m512i pairs) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+}
+static inline __m512 high(__m512i pairs) {
+  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
+}
+
 // sums += a b, a pair after a pair; both of a pair's products are added one by one.
 static inline void multiply(int sums, int a, int b) {
   expect(tiles.loaded && sums != a && sums != b && a != b);
-  const auto high = [](uint32_t pair) {
-    const uint32_t bits = pair & 0xffff0000;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-  };
   for (int i = 0; i < kRows; ++i) {
-    uint32_t left[16], right[16];
-    float row[16];
-    std::memcpy(left, tiles.rows[a][i], kRowBytes);
-    std::memcpy(row, tiles.rows[sums][i], kRowBytes);
+    int32_t pairs[16];
+    std::memcpy(pairs, tiles.rows[a][i], kRowBytes);
+    __m512 row = _mm512_load_ps(tiles.rows[sums][i]);
     for (int k = 0; k < 16; ++k) {
-      std::memcpy(right, tiles.rows[b][k], kRowBytes);
-      for (int j = 0; j < 16; ++j) {
-        row[j] = std::fma(high(left[k] << 16), high(right[j] << 16), row[j]);
-        row[j] = std::fma(high(left[k]), high(right[j]), row[j]);
-      }
+      const __m512i right = _mm512_load_si512(tiles.rows[b][k]);
+      const __m512i left = _mm512_set1_epi32(pairs[k]);
+      row = _mm512_fmadd_ps(low(left), low(right), row);
+      row = _mm512_fmadd_ps(high(left), high(right), row);
     }
-    std::memcpy(tiles.rows[sums][i], row, kRowBytes);
+    _mm512_store_ps(tiles.rows[sums][i], row);
   }
 }
 
