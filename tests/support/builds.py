@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,15 +16,6 @@ from extrope_kernels import _build, _ext
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = _build.LIBRARIES["cpu"]
-# Takes a third of the time: for tests of how libraries are built, whose speed is nobody's.
-UNOPTIMISED = """#!/bin/sh
-for word; do
-  shift
-  case $word in -O[13]) word=-O0 ;; esac
-  set -- "$@" "$word"
-done
-exec {compiler} "$@"
-"""
 # Whatever it is asked to compile, it writes one line and fails.
 BROKEN = """#!/bin/sh
 case "$*" in --version) echo broken 1.0; exit 0 ;; *" -E "*) exit 0 ;; esac
@@ -48,14 +38,6 @@ def has(find: Callable[[], object]) -> bool:
 
 needs_compiler = pytest.mark.skipif(not has(_build.find_compiler), reason="no C++ compiler")
 needs_nvcc = pytest.mark.skipif(not has(_build.find_nvcc), reason="no nvcc")
-
-
-def unoptimised(folder: Path) -> str:
-    """The path of a compiler, written into the folder, that leaves -O3 and -O1 out."""
-    path = folder / "c++"
-    path.write_text(UNOPTIMISED.format(compiler=shlex.join(_build.find_compiler())))
-    path.chmod(0o755)
-    return str(path)
 
 
 def broken(folder: Path, line: str) -> str:
