@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Empty: else, where it is set, each of the tests' many processes compiles the Python of torch anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 OLDEST_TRITON := 3.6.0
