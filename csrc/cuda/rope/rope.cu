@@ -1,6 +1,5 @@
-// The fused rotary embedding. A thread owns two vectors of VEC dims of one token, computes the
-// sines and cosines of their VEC pairs once, and applies them to its share of the heads of q and
-// then of k.
+// The fused rotary embedding: which threads a call gets, and of how wide accesses; worker.h has
+// what a thread does.
 #include <algorithm>
 #include <climits>
 #include <cstdint>
@@ -9,188 +8,13 @@
 #include "cuda/lanes.h"
 #include "cuda/launch.h"
 #include "cuda/rope/kernel.h"
-#include "cuda/rope/rotation.h"
+#include "cuda/rope/worker.h"
 
 namespace extrope {
 namespace {
 
 constexpr int BLOCK = 128;
 constexpr int INVALID_VALUE = 1;  // cudaErrorInvalidValue, also where no CUDA header is
-
-// How the heads are shared out along blockIdx.y. The heads of q and k form one list when they
-// rotate alike; when every head has its own frequencies a group is head blockIdx.y of both.
-struct HeadGroups {
-  int size;
-  bool per_head;
-};
-
-// GRAD: able to sum the angle gradient; the one-element kernel always is, to save instantiations.
-// AXES: able to take positions by axis, which would cost the others registers; the one-element
-// kernel is too.
-template <typename T, int VEC, bool INTERLEAVED, bool GRAD, bool AXES>
-struct Worker {
-  using Acc = Accumulator<T>;
-  using Own = Owned<T, VEC>;
-  static constexpr int UNROLL = GRAD ? 2 : 4;  // heads in flight
-  static constexpr int SUMMED = 8;             // heads of an angle gradient per partial sum
-
-  const RopeParams& p;
-  const Token<double>& token;
-  HeadGroups groups;
-
-  // Calls visit(tensor, begin, end) with this block's heads of q, then of k.
-  template <typename Visit>
-  __device__ void for_each_tensor(Visit visit) const {
-    int begin = groups.size * static_cast<int>(blockIdx.y);
-#pragma unroll 1
-    for (int t = 0; t < p.num_tensors; ++t) {
-      const RopeTensor& x = p.tensors[t];
-      const int heads = static_cast<int>(x.heads), end = begin + groups.size;
-      if (end > 0) visit(x, begin < 0 ? 0 : begin, end < heads ? end : heads);
-      if (!groups.per_head) begin -= heads;
-    }
-  }
-
-  __device__ const T* input(const RopeTensor& x) const {
-    return static_cast<const T*>(x.in) + token.batch * x.in_batch + token.seq * x.in_seq;
-  }
-  __device__ const T* saved(const RopeTensor& x) const {
-    return static_cast<const T*>(x.saved) + token.batch * x.saved_batch + token.seq * x.saved_seq;
-  }
-  __device__ T* output(const RopeTensor& x) const {
-    return static_cast<T*>(x.out) + token.batch * x.out_batch + token.seq * x.out_seq;
-  }
-
-  __device__ int pair_of(int slot, int j) const {
-    if constexpr (!INTERLEAVED) return slot * VEC + j;
-    constexpr int PAIRS = VEC > 1 ? VEC / 2 : 1;  // in one of the two vectors
-    return slot * PAIRS + j % PAIRS + j / PAIRS * static_cast<int>(p.rotary_dim / 4);
-  }
-
-  // Sums in blocks lose fewer digits over many heads than one running sum.
-  __device__ static void flush(Acc* partial, Acc* sum) {
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) {
-      sum[j] += partial[j];
-      partial[j] = 0;
-    }
-  }
-
-  // Where this thread's two vectors start in a head.
-  struct Dims {
-    int a, b;
-  };
-
-  __device__ Dims dims_of(int slot) const {
-    const bool neighbours = VEC == 1 && p.interleaved;
-    const int a = neighbours ? 2 * slot : VEC * slot;
-    return {a, neighbours ? a + 1 : a + static_cast<int>(p.rotary_dim / 2)};
-  }
-
-  __device__ void rotate(int slot) const {
-    const Dims dims = dims_of(slot);
-    const bool wants_grad = GRAD && p.angle_grad != nullptr;
-    Acc cosine[VEC], sine[VEC], angle_grad[VEC] = {}, partial[VEC] = {};
-    bool ready = false;
-    for_each_tensor([&](const RopeTensor& x, int begin, int end) {
-      const T* in = input(x);
-      const T* kept_in = wants_grad ? saved(x) : nullptr;
-      T* out = output(x);
-      if (p.log_decay != nullptr) ready = false;  // q and k decay in opposite directions
-#pragma unroll 1
-      for (int head = begin; head < end; head += UNROLL) {
-        if (wants_grad && head % SUMMED == 0) flush(partial, angle_grad);
-        Own own[UNROLL], kept[UNROLL];
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-          if (head + u >= end) break;
-          own[u] = load_head(in + (head + u) * x.in_head, dims);
-          if (wants_grad) kept[u] = load_head(kept_in + (head + u) * x.saved_head, dims);
-        }
-        if (!ready) {  // after the loads, which then hide it
-          find_rotation(slot, head, x.decay_sign, cosine, sine);
-          ready = true;
-        }
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-          if (head + u >= end) break;
-          rotate_head(&own[u], cosine, sine, wants_grad, kept[u], partial);
-          store_head(own[u], out + (head + u) * x.out_head, dims);
-        }
-      }
-    });
-    if (wants_grad) store_angle_grad(slot, angle_grad, partial);
-  }
-
-  __device__ static Own load_head(const T* from, Dims dims) {
-    return {load<T, VEC>(from + dims.a), load<T, VEC>(from + dims.b)};
-  }
-
-  __device__ static void store_head(const Own& own, T* to, Dims dims) {
-    store<T, VEC>(to + dims.a, own.half[0]);
-    store<T, VEC>(to + dims.b, own.half[1]);
-  }
-
-  // Of this thread's pairs.
-  __device__ void find_rotation(int slot, int head, double decay_sign, Acc* cosine,
-                                Acc* sine) const {
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) {
-      pair_rotation<AXES>(p, token, head, pair_of(slot, j), decay_sign, &cosine[j], &sine[j]);
-    }
-  }
-
-  // Rotates a head. With wants_grad it is one of gradients, and `kept` what the forward was given:
-  // then also adds to the gradient of the angles.
-  __device__ static void rotate_head(Own* own, const Acc* cosine, const Acc* sine, bool wants_grad,
-                                     const Own& kept, Acc* angle_grad) {
-    Acc dim[2 * VEC], kept_dim[2 * VEC];
-    own->widen_to(dim);
-    if (wants_grad) kept.widen_to(kept_dim);
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) {
-      const int first = INTERLEAVED ? 2 * j : j, second = INTERLEAVED ? 2 * j + 1 : j + VEC;
-      const Acc a = dim[first], b = dim[second];
-      dim[first] = fma(a, cosine[j], -(b * sine[j]));
-      dim[second] = fma(b, cosine[j], a * sine[j]);
-      if (wants_grad) {
-        const Acc cross = kept_dim[second] * dim[first];
-        angle_grad[j] += fma(kept_dim[first], dim[second], -cross);
-      }
-    }
-    pack(dim, own->half[0]);
-    pack(dim + VEC, own->half[1]);
-  }
-
-  __device__ void store_angle_grad(int slot, const Acc* sum, const Acc* partial) const {
-    const int64_t row =
-        (token.batch * p.seqlen + token.seq) * p.angle_heads + (p.angle_heads > 1 ? blockIdx.y : 0);
-    Acc* to = static_cast<Acc*>(p.angle_grad) + row * (p.rotary_dim / 2);
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) to[pair_of(slot, j)] = sum[j] + partial[j];
-  }
-
-  // Dims past rotary_dim pass through; in place they are already there.
-  __device__ void copy(int dim) const {
-    for_each_tensor([&](const RopeTensor& x, int begin, int end) {
-      if (x.in == x.out) return;
-      const T* in = input(x) + dim;
-      T* out = output(x) + dim;
-#pragma unroll 1
-      for (int head = begin; head < end; head += UNROLL) {
-        Lanes<T, VEC> dims[UNROLL];
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-          if (head + u < end) dims[u] = load<T, VEC>(in + (head + u) * x.in_head);
-        }
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-          if (head + u < end) store<T, VEC>(out + (head + u) * x.out_head, dims[u]);
-        }
-      }
-    });
-  }
-};
 
 // The blocks per processor are the registers' limit: left to itself, ptxas spills to fit one more.
 template <typename T, int VEC, bool INTERLEAVED, bool GRAD, bool AXES>
