@@ -9,6 +9,7 @@
 #include "cpu/decode/params.h"
 #include "cpu/simd/e4m3.h"
 #include "cpu/simd/exp2.h"
+#include "cpu/simd/pairs.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/softmax.h"
 #include "cpu/simd/sum.h"
@@ -24,9 +25,23 @@ constexpr int64_t kLineBytes = 64;  // of the cache
 template <int rows>
 constexpr int kKeysAtOnce = kFloats / rows > 2 ? kFloats / rows : 2;
 
+// Dims of 16 bits are read in pairs, as 32-bit words, so that none has to move; queries and sums
+// over values have the order of order_by_words then.
+template <typename T>
+constexpr bool kReadInPairs = std::is_same_v<T, bf16>;
+
 // How many vectors of a row are loaded together.
 template <typename T>
-constexpr int kTogether = kFloats == 16 && std::is_same_v<T, e4m3> ? 2 : 1;
+constexpr int kTogether = kReadInPairs<T> || (kFloats == 16 && std::is_same_v<T, e4m3>) ? 2 : 1;
+
+template <int Count, typename T>
+EXTROPE_INLINE void load_dims(const T* from, floats (&x)[Count]) {
+  if constexpr (kReadInPairs<T> && Count % 2 == 0) {
+    for (int i = 0; i < Count; i += 2) std::tie(x[i], x[i + 1]) = load_pairs(from + i * kFloats);
+  } else {
+    load_wide(from, x);
+  }
+}
 
 // Row n of one head starts at at[n] + offset.
 template <typename T>
@@ -74,7 +89,7 @@ EXTROPE_INLINE void add_products(const float* q, int64_t stride, Rows<T> keys, i
 #pragma GCC unroll 16
   for (int k = 0; k < at_once; ++k) {
     floats x[vectors];
-    load_wide(keys.at[j + k] + keys.offset + d, x);
+    load_dims(keys.at[j + k] + keys.offset + d, x);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
@@ -157,7 +172,7 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
   }
   for (int64_t j = 0; j < count; ++j) {
     floats x[columns];
-    load_wide(values.at[j] + values.offset + d, x);
+    load_dims(values.at[j] + values.offset + d, x);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
       const floats weight = floats{} + weights[j * rows + r];
@@ -184,6 +199,11 @@ void add_values(const float* weights, Rows<T> values, int64_t count, int64_t dim
   int64_t d = 0;
   for (; d + columns * kFloats <= dim; d += columns * kFloats) {
     add_columns<rows, columns>(weights, values, count, d, rescale, ahead, ahead_dim, sums, stride);
+    ahead.at = nullptr;
+  }
+  for (; d + kTogether<T> * kFloats <= dim; d += kTogether<T> * kFloats) {
+    add_columns<rows, kTogether<T>>(weights, values, count, d, rescale, ahead, ahead_dim, sums,
+                                    stride);
     ahead.at = nullptr;
   }
   for (; d < dim; d += kFloats) {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <tuple>
 
 #include "common/rope_params.h"
 #include "cpu/rope/copied_rows.h"
@@ -17,24 +16,6 @@ namespace extrope {
 namespace {
 
 constexpr int64_t kBlock = 16;  // tokens
-
-// Brings a value for each of `half` pairs to the order in which rotate_row reads words (kInWords).
-template <typename Number>
-void order_by_words(Number* row, int64_t half) {
-  using V = std::conditional_t<sizeof(Number) == sizeof(double), doubles, floats>;
-  constexpr int kLanes = Lanes<V>::count, kVectors = kFloats / kLanes;
-  for (int64_t first = 0; first + 2 * kFloats <= half; first += 2 * kFloats, row += 2 * kFloats) {
-    V even[kVectors], odd[kVectors];
-    for (int i = 0; i < kVectors; ++i) {
-      const V low = load<V>(row + 2 * i * kLanes), high = load<V>(row + (2 * i + 1) * kLanes);
-      std::tie(even[i], odd[i]) = unzip(low, high, std::make_integer_sequence<int, kLanes>{});
-    }
-    for (int i = 0; i < kVectors; ++i) {
-      store(row + i * kLanes, even[i]);
-      store(row + kFloats + i * kLanes, odd[i]);
-    }
-  }
-}
 
 // Cosines and sines of one block of tokens, and the padded frequencies and decays that they are
 // made from. With positions by axis (mRoPE) these are multiplied by the positions first, since each

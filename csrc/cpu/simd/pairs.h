@@ -1,6 +1,8 @@
 // Two vectors of interleaved pairs.
 #pragma once
 
+#include <tuple>
+
 #include "cpu/simd/simd.h"
 
 namespace extrope {
@@ -44,6 +46,32 @@ inline std::pair<floats, floats> load_pairs(const bf16* from) {
   asm("" : "+v"(both));  // or it is loaded twice, and loads are what a rotation has most of
 #endif
   return {bits_as<floats>(both << 16), bits_as<floats>(both & 0xffff0000)};
+}
+
+// Brings numbers that go with consecutive values of 16 bits to the order in which load_pairs gives
+// those: of two vectors the even ones, then the odd ones. What fills no two vectors stays.
+template <typename Number>
+void order_by_words(Number* row, int64_t count) {
+  using V = std::conditional_t<sizeof(Number) == sizeof(double), doubles, floats>;
+  constexpr int kLanes = Lanes<V>::count, kVectors = kFloats / kLanes;
+  for (int64_t first = 0; first + 2 * kFloats <= count; first += 2 * kFloats, row += 2 * kFloats) {
+    V even[kVectors], odd[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+      const V low = load<V>(row + 2 * i * kLanes), high = load<V>(row + (2 * i + 1) * kLanes);
+      std::tie(even[i], odd[i]) = unzip(low, high, std::make_integer_sequence<int, kLanes>{});
+    }
+    for (int i = 0; i < kVectors; ++i) {
+      store(row + i * kLanes, even[i]);
+      store(row + kFloats + i * kLanes, odd[i]);
+    }
+  }
+}
+
+// And back.
+inline void order_by_dims(float* row, int64_t count) {
+  for (int64_t first = 0; first + 2 * kFloats <= count; first += 2 * kFloats, row += 2 * kFloats) {
+    store_pairs(row, load<floats>(row), load<floats>(row + kFloats));
+  }
 }
 
 #if defined(__AVX512BW__)
