@@ -36,7 +36,7 @@ void merge_row(const DecodeParams& p, const QueryBlock& queries, int64_t row, fl
   lse =
       row_sum == 0 ? -INFINITY : static_cast<float>((row_max + std::log2(double{row_sum})) * kLn2);
   if (p.sinks.data) join_sink(p.sinks.of(head), scale, lse);
-  if (p.cache.is_e4m3()) scale *= p.cache.v_scale[head / group];
+  if (p.cache.is_e4m3()) scale *= p.cache.v_scale[head / group] * kUnitE4m3;
   T* out = static_cast<T*>(p.out) + ((queries.batch * p.seqlen_q + token) * p.heads_q + head) * dim;
   for (int64_t d = 0; d < dim; ++d) narrow(sums[d] * scale, out[d]);
 }

@@ -25,10 +25,13 @@ constexpr int64_t kLineBytes = 64;  // of the cache
 template <int rows>
 constexpr int kKeysAtOnce = kFloats / rows > 2 ? kFloats / rows : 2;
 
-// Dims of 16 bits are read in pairs, as 32-bit words, so that none has to move; queries and sums
-// over values have the order of order_by_words then.
+// Rows of the cache are read as is cheapest, and queries and sums over values follow. bfloat16
+// comes in pairs, as 32-bit words, so that no dim has to move: in the order of order_by_words; e4m3
+// over its unit.
 template <typename T>
 constexpr bool kReadInPairs = std::is_same_v<T, bf16>;
+template <typename T>
+constexpr float kUnit = std::is_same_v<T, e4m3> ? kUnitE4m3 : 1.0f;
 
 // How many vectors of a row are loaded together.
 template <typename T>
@@ -38,6 +41,8 @@ template <int Count, typename T>
 EXTROPE_INLINE void load_dims(const T* from, floats (&x)[Count]) {
   if constexpr (kReadInPairs<T> && Count % 2 == 0) {
     for (int i = 0; i < Count; i += 2) std::tie(x[i], x[i + 1]) = load_pairs(from + i * kFloats);
+  } else if constexpr (std::is_same_v<T, e4m3>) {
+    load_units(from, x);
   } else {
     load_wide(from, x);
   }

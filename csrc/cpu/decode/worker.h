@@ -132,9 +132,15 @@ class Worker {
         const int64_t row = q_offset(token, head);
         rotate_to_float(rotation_, &scaled_q_[row], cos_.data(), sin_.data(), 1.0f,
                         &frames_[r].q[row]);
-        if (kReadInPairs<Cached> && !frames_[r].keys) order_by_words(&frames_[r].q[row], head_dim_);
+        if (!frames_[r].keys) follow_cache(&frames_[r].q[row]);
       }
     }
+  }
+
+  // Brings a query to the order and the unit in which load_dims reads keys.
+  void follow_cache(float* q) const {
+    if constexpr (kReadInPairs<Cached>) order_by_words(q, head_dim_);
+    for (int64_t d = 0; kUnit<Cached> != 1 && d < head_dim_; ++d) q[d] *= kUnit<Cached>;
   }
 
   // What rows see of the keys between two edges.
@@ -243,7 +249,7 @@ class Worker {
       float sum = 0;
       for (int64_t n = lane; n < kFloats; n += rows_at_once_) sum += softmax.row_sum[n];
       std::copy_n(&sums_[row * stride_v_], head_dim_v_, out);
-      if (kReadInPairs<Cached>) order_by_dims(out, head_dim_v_);
+      if constexpr (kReadInPairs<Cached>) order_by_dims(out, head_dim_v_);
       out[head_dim_v_] = softmax.row_max[lane];
       out[head_dim_v_ + 1] = sum;
     }

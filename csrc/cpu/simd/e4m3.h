@@ -34,28 +34,32 @@ inline V halves_of(V codes) {
   return shifted ^ ((shifted + 0x80) & 0x4000);
 }
 
-// Through float16, whose bits lie alike but for the exponent's bias: conversions take its subnormal
-// numbers as fast as others.
-inline floats load_wide(const e4m3* from) {
+// Numbers over kUnitE4m3, a factor that is left to whoever reads many: through float16, whose bits
+// lie alike but for the exponent's bias. Conversions take its subnormal numbers as fast as others.
+constexpr float kUnitE4m3 = 0x1p8f;
+
+inline floats load_units(const e4m3* from) {
   const shorts half = halves_of(load_codes(from));
-  return load_wide(reinterpret_cast<const f16*>(&half)) * 0x1p8f;
+  return load_wide(reinterpret_cast<const f16*>(&half));
 }
 
-#if defined(__AVX512BW__)
-typedef int16_t all_shorts __attribute__((vector_size(64)));
-
-// Two vectors at a time share all instructions before the conversions to float.
 template <int Count>
-inline void load_wide(const e4m3* from, floats (&x)[Count]) {
-  for (int i = 0; i + 1 < Count; i += 2) {
+inline void load_units(const e4m3* from, floats (&x)[Count]) {
+  int i = 0;
+#if defined(__AVX512BW__)
+  typedef int16_t all_shorts __attribute__((vector_size(64)));
+  // Two vectors at a time share all instructions before the conversions to float.
+  for (; i + 1 < Count; i += 2) {
     const __m512i codes = _mm512_cvtepi8_epi16(load<__m256i>(from + i * kFloats));
     const auto half = bits_as<__m512i>(halves_of(bits_as<all_shorts>(codes)));
-    x[i] = _mm512_cvtph_ps(_mm512_castsi512_si256(half)) * 0x1p8f;
-    x[i + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)) * 0x1p8f;
+    x[i] = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+    x[i + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
   }
-  if constexpr (Count % 2 == 1) x[Count - 1] = load_wide(from + (Count - 1) * kFloats);
-}
 #endif
+  for (; i < Count; ++i) x[i] = load_units(from + i * kFloats);
+}
+
+inline floats load_wide(const e4m3* from) { return load_units(from) * kUnitE4m3; }
 #else
 typedef uint8_t quarters __attribute__((vector_size(kFloats)));
 
@@ -68,6 +72,13 @@ inline floats load_wide(const e4m3* from) {
   words found = magnitude < 8 ? bits_as<words>(steps) : normal;
   found = magnitude == 0x7f ? (words{} + 0x7fc00000) : found;
   return bits_as<floats>(found | sign);
+}
+
+constexpr float kUnitE4m3 = 1.0f;
+
+template <int Count>
+inline void load_units(const e4m3* from, floats (&x)[Count]) {
+  load_wide(from, x);
 }
 #endif
 
