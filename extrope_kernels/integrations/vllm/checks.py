@@ -35,6 +35,7 @@ _UNFIT = {
     ),
 }
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn caches
+CACHES = ("auto", "float16", "bfloat16", *FP8)  # of all that a layer may have
 # Drafters without a model of their own.
 _DRAFTERS = ("ngram", "ngram_gpu", "suffix")
 
