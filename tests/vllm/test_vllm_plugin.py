@@ -177,6 +177,18 @@ def test_backend_of_a_score_method(bare, platform):
     assert chosen(YARN) is None
 
 
+def test_caches_of_a_score_method_on_any_cpu(bare, monkeypatch):
+    """vLLM's own kernels take fp8 where a CPU has AVX-512 alone."""
+    from extrope_kernels.integrations.vllm import cpu
+
+    for name in "_is_amx_tile_supported", "_is_avx512_supported":
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr(cpu, "get_current_vllm_config_or_none", lambda: config(SCORE))
+    taken = [None, "auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
+    assert all(cpu.ScoreBackend.supports_kv_cache_dtype(name) for name in taken)
+    assert not cpu.ScoreBackend.supports_kv_cache_dtype("fp8_e5m2")
+
+
 @pytest.mark.parametrize("extrope", [YARN, SCORE], ids=["yarn", "rerope"])
 def test_models_that_rotate_by_themselves_are_refused(bare, extrope):
     from extrope_kernels.integrations.vllm.hooks import check_model
