@@ -211,3 +211,22 @@ def test_a_layer_that_an_encoder_rotates_by_as_well_is_refused(bare):
     model.get_language_model = lambda: model["text"]
     with pytest.raises(ValueError, match=r"^extrope: .* one that ModuleDict rotates by as well"):
         check_model(config(YARN, {}, {"is_multimodal_model": True}), lambda: model, first=True)
+
+
+def test_a_step_by_the_table_is_left_to_the_layer(bare, monkeypatch):
+    """As Qwen3-Next has one on a GPU: our layers have no table."""
+    integration.register()
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    from extrope_kernels.integrations.vllm import rotary
+
+    ours = config(YARN)
+    monkeypatch.setattr(rotary, "get_current_vllm_config_or_none", lambda: ours)
+    attention = torch.nn.Module()
+    with set_current_vllm_config(VllmConfig()):
+        attention.rotary_emb = RotaryEmbedding(32, 32, 128, 1e4, True, torch.float32)
+    attention.use_fused_qk_norm_rope_gate = True
+    rotary.extend_model(torch.nn.ModuleList([attention]), rotary.engine_of(ours))
+    assert not hasattr(attention.rotary_emb, "cos_sin_cache")
+    assert attention.use_fused_qk_norm_rope_gate is False
