@@ -187,8 +187,12 @@ def test_pages_in_fp8(monkeypatch, name):
     # One token sees rows that were in the cache, and itself; the keys of all others are rounded.
     errors = (results[0] - results[1]).norm(dim=-1) / results[0].norm(dim=-1)
     assert 0 < errors.mean() < 1 / 16
+
+
+@pytest.mark.parametrize("name", ["fp8_e5m2", "turboquant_k8v4", "octave_k3v3"])
+def test_other_caches_of_a_layer_are_refused(monkeypatch, name):
     with pytest.raises(ValueError, match="does not support this layer's kv_cache_dtype"):
-        make_impl(monkeypatch, "fp8_e5m2")
+        make_impl(monkeypatch, name)
 
 
 @pytest.mark.parametrize("name", [None, "reference", "triton"])

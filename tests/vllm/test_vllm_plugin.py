@@ -177,6 +177,18 @@ def test_backend_of_a_score_method(bare, platform):
     assert chosen(YARN) is None
 
 
+def test_caches_of_a_score_method_on_any_cpu(bare, monkeypatch):
+    """vLLM's own kernels take fp8 where a CPU has AVX-512 alone."""
+    from extrope_kernels.integrations.vllm import cpu
+
+    for name in "_is_amx_tile_supported", "_is_avx512_supported":
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr(cpu, "get_current_vllm_config_or_none", lambda: config(SCORE))
+    taken = [None, "auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
+    assert all(cpu.ScoreBackend.supports_kv_cache_dtype(name) for name in taken)
+    assert not cpu.ScoreBackend.supports_kv_cache_dtype("fp8_e5m2")
+
+
 @pytest.mark.parametrize("extrope", [YARN, SCORE], ids=["yarn", "rerope"])
 def test_models_that_rotate_by_themselves_are_refused(bare, extrope):
     from extrope_kernels.integrations.vllm.hooks import check_model
@@ -199,3 +211,22 @@ def test_a_layer_that_an_encoder_rotates_by_as_well_is_refused(bare):
     model.get_language_model = lambda: model["text"]
     with pytest.raises(ValueError, match=r"^extrope: .* one that ModuleDict rotates by as well"):
         check_model(config(YARN, {}, {"is_multimodal_model": True}), lambda: model, first=True)
+
+
+def test_a_step_by_the_table_is_left_to_the_layer(bare, monkeypatch):
+    """As Qwen3-Next has one on a GPU: our layers have no table."""
+    integration.register()
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    from extrope_kernels.integrations.vllm import rotary
+
+    ours = config(YARN)
+    monkeypatch.setattr(rotary, "get_current_vllm_config_or_none", lambda: ours)
+    attention = torch.nn.Module()
+    with set_current_vllm_config(VllmConfig()):
+        attention.rotary_emb = RotaryEmbedding(32, 32, 128, 1e4, True, torch.float32)
+    attention.use_fused_qk_norm_rope_gate = True
+    rotary.extend_model(torch.nn.ModuleList([attention]), rotary.engine_of(ours))
+    assert not hasattr(attention.rotary_emb, "cos_sin_cache")
+    assert attention.use_fused_qk_norm_rope_gate is False

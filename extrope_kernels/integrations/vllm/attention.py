@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionImpl,
     AttentionImplBase,
@@ -27,7 +26,7 @@ from vllm.v1.attention.backend import (
 from ... import RopeFreqs
 from ...ops.decode import attend_with_kvcache
 from .._shared.plain import PLAIN
-from .checks import FP8
+from .checks import CACHES, FP8
 from .engine import Engine, engine_of
 from .settings import NAME
 
@@ -148,7 +147,7 @@ class ScoreImpl(AttentionImpl):
             alibi_slopes=alibi_slopes is not None,
             attn_type=attn_type != AttentionType.DECODER,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name is not None,
-            kv_cache_dtype=is_quantized_kv_cache(kv_cache_dtype) and kv_cache_dtype not in FP8,
+            kv_cache_dtype=kv_cache_dtype not in CACHES,
         )
         self.num_heads = num_heads
         self.head_size = head_size

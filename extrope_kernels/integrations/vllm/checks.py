@@ -15,6 +15,7 @@ _NOT_ALL_ROTATE = (
     "layer_rope_theta",
     "no_rope_layer_interval",
     "no_rope_layers",
+    "position_layers",
     "use_rope_layers",
 )
 # By model_type: vLLM's rotary layer is not called by every layer, which its attention cannot see;
@@ -29,12 +30,13 @@ _UNFIT = {
         "all layers must rotate for a score method, got a model in which some may not",
     ),
     **dict.fromkeys(
-        ("hunyuan_v1_dense", "hunyuan_v1_moe"),
+        ("dory", "hunyuan_v1_dense", "hunyuan_v1_moe"),
         "queries and keys must not be normed after the rotation for a score method, got a model "
         "that does",
     ),
 }
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn caches
+CACHES = ("auto", "float16", "bfloat16", *FP8)  # of all that a layer may have
 # Drafters without a model of their own.
 _DRAFTERS = ("ngram", "ngram_gpu", "suffix")
 

@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from .attention import ScoreImpl, ScoreMetadataBuilder, refuse_derived, score_engine
+from .checks import CACHES
 
 
 class HeadwiseImpl(ScoreImpl):
@@ -41,6 +42,13 @@ class ScoreBackend(CPUAttentionBackend):
         if score_engine(get_current_vllm_config_or_none()) is None:
             return super().supports_head_size(head_size)
         return head_size % 8 == 0 and head_size <= 256
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
+        """Say what the engine's attention takes: vLLM's own wants AVX-512 for fp8."""
+        if score_engine(get_current_vllm_config_or_none()) is None:
+            return super().supports_kv_cache_dtype(kv_cache_dtype)
+        return kv_cache_dtype is None or kv_cache_dtype in CACHES
 
     @staticmethod
     def get_impl_cls() -> type:

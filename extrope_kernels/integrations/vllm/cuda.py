@@ -12,14 +12,14 @@ from vllm.v1.attention.backend import (
 )
 
 from .attention import ScoreImpl, ScoreMetadataBuilder, refuse_derived
-from .checks import FP8
+from .checks import CACHES
 
 
 class ScoreBackend(AttentionBackend):
     """Score methods; chosen by the plugin."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *FP8]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(CACHES)
     forward_includes_kv_cache_update = True
 
     @staticmethod

@@ -21,6 +21,9 @@ from .engine import Engine, engine_of
 from .settings import NAME
 
 _TABLE = "cos_sin_cache"
+# Of Qwen3-Next's attention and its heirs': on a GPU norms and rotation are one step by the table,
+# which stands for the steps they have elsewhere.
+_STEP_BY_TABLE = "use_fused_qk_norm_rope_gate"
 # What rotates (tokens, heads * head_dim) by positions, of one axis or several, times frequencies.
 _REPLACED = (
     "RotaryEmbedding",
@@ -152,6 +155,9 @@ def extend_model(model: Any, engine: Engine) -> None:
             f"{NAME}: the model must rotate by vLLM's rotary layer, got "
             f"{', '.join(sorted(others)) or 'none'}"
         )
+    for module in text.modules():
+        if hasattr(module, _STEP_BY_TABLE):
+            setattr(module, _STEP_BY_TABLE, False)
 
 
 def _rotary_layers(model: Any) -> list[Any]:
