@@ -77,13 +77,13 @@ def find_direct(
     function = _functions.get(op)
     if (
         function is None
+        or _is_tracing()  # before what a trace would warn of
         or not (Tensor is type(k) is type(v) is type(k_cache) is type(v_cache))
         or not k.is_cpu
         or k.numel() > MOST_ELEMENTS
         or k.is_neg()
         or v.is_neg()
         or (q is not None and (type(q) is not Tensor or q.is_neg()))
-        or _is_tracing()
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or _are_functorch_transforms_active()
