@@ -117,7 +117,8 @@ def _register_gradient(suffix: str) -> None:
 
 
 def _run_backward(bwd, given, options):
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or torch.is_grad_enabled():
         return bwd(*given, **options)
     # No second derivative to refuse: skip the Autograd kernel, which costs more than a launch.
     with torch._C._AutoDispatchBelowAutograd():
