@@ -135,6 +135,7 @@ def test_profilers_see_the_op(calls):
     assert "extrope::rope_append" in {event.key for event in profile.key_averages()}
 
 
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
 def test_traces_have_the_op(calls):
     step = CASES["contiguous"]
     caches = step.caches(step.dtype)

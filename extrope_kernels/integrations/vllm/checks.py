@@ -15,6 +15,8 @@ _NOT_ALL_ROTATE = (
     "layer_rope_theta",
     "no_rope_layer_interval",
     "no_rope_layers",
+    "every_n_layers_nope",
+    "no_rope_layer_indices",
     "position_layers",
     "use_rope_layers",
 )
@@ -23,7 +25,7 @@ _NOT_ALL_ROTATE = (
 _UNFIT = {
     **dict.fromkeys(
         (
-            *("afmoe", "cohere2", "cohere2_moe", "cohere_compass", "exaone4", "exaone_moe"),
+            *("afmoe", "beam", "cohere2", "cohere2_moe", "cohere_compass", "exaone4", "exaone_moe"),
             *("granitemoe", "granitemoehybrid", "llama4", "llama4_text", "muse_glimmer"),
             *("olmo_hybrid", "step3p5", "zamba2"),
         ),
