@@ -93,7 +93,7 @@ def _forward_of_part(
             rows = (q[:, here.rows], keys[:, there.rows], values[:, there.rows])
             found = block_forward(plan.call, *rows, *_rope_args(rope, here, there))
             outs, lses = [so_far[:, here.rows], found[0]], [lse[..., here.rows], found[1]]
-            if here == there:
+            if here.is_same(there):
                 outs[0].copy_(outs[1])
                 lses[0].copy_(lses[1])
             else:
@@ -143,7 +143,7 @@ def _rope_args(
         rope.inv_freq,
         None,
         rope.log_decay,
-        rope.sinks if here == there and not backward else None,
+        rope.sinks if here.is_same(there) and not backward else None,
         None if scale is None else scale[..., here.rows].contiguous(),
         *starts,
     )

@@ -36,6 +36,10 @@ class Run(NamedTuple):
         """Where a rank has them."""
         return slice(self.row, self.row + self.stop - self.start)
 
+    def is_same(self, other: Run) -> bool:
+        """Not by ==, for which torch.compile of PyTorch 2.11 takes lengths for constants."""
+        return self.start == other.start and self.stop == other.stop
+
     def within(self, start: int, stop: int) -> Run:
         """Those of its tokens at the positions start to stop; there may be none."""
         start = min(max(start, self.start), self.stop)
@@ -54,7 +58,7 @@ class Block(NamedTuple):
     first_key: int = 0
     packed: bool = False
     cu_seqlens: Tensor | None = None  # of the sequences that begin in the block
-    sequences: slice = slice(None)
+    sequences: slice | None = None  # of all, where only some
 
     def queries(self, x: Tensor) -> Tensor:
         """The view of the block's queries, as a call takes them."""
@@ -94,7 +98,7 @@ class RopeTensors(NamedTuple):
     def of_block(self, block: Block, heads: slice) -> tuple[Tensor | None, ...]:
         """As an op takes them, after q, k and v: for the block's queries, and these heads."""
         inv_freq, scale = self.inv_freq, self.query_scale
-        if inv_freq.dim() == 2 and inv_freq.shape[0] > 1:
+        if block.sequences is not None and inv_freq.dim() == 2 and inv_freq.shape[0] > 1:
             inv_freq = inv_freq[block.sequences]
         return (
             inv_freq,

@@ -9,7 +9,6 @@ forwards, not even when a layer is computed anew for its gradients.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +34,12 @@ class Heads:
     dim: int
     interleaved: bool
     sign: int
+
+
+_ATTRIBUTES = (
+    *("score", "log_n", "freqs", "rows", "positions", "raw_queries"),
+    *("stored", "own", "heads", "chunk_size"),
+)
 
 
 class Attending:
@@ -65,13 +70,17 @@ class Attending:
         self.raw_queries = raw_queries
         self.stored: Any = None
         self.own: Any = None
-        self.heads: Heads  # as `of` sets them
+        self.heads: Heads | None = None  # as `of` sets them
         self.chunk_size: int | None = None
 
     def changed(self, **changes: Any) -> Attending:
-        """Return the same with other values of some attributes."""
-        other = copy.copy(self)
-        vars(other).update(changes)
+        """Return the same with other values of some attributes.
+
+        Not by copy.copy: torch.compile of PyTorch 2.11 cannot look into it.
+        """
+        other = object.__new__(Attending)
+        for name in _ATTRIBUTES:
+            setattr(other, name, changes[name] if name in changes else getattr(self, name))
         return other
 
     def of(self, heads: Heads, chunk_size: int | None = None) -> Attending:

@@ -231,7 +231,7 @@ class ScoreForward:
         """
         if cache is None:
             return 0
-        from transformers import Cache
+        from transformers.cache_utils import Cache  # torch.compile of 2.11 imports nothing lazy
 
         if not isinstance(cache, Cache):
             raise ValueError(f"extend: cache must be a Cache, got {type(cache).__name__}")

@@ -20,12 +20,20 @@ def without_autocast(function: Function[Parameters, Result]) -> Function[Paramet
     @functools.wraps(function)
     def run(x: Tensor, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
         device = x.device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if not _may_autocast(device) or not torch.is_autocast_enabled(device):
             return function(x, *args, **options)
         with torch.autocast(device, enabled=False):
             return function(x, *args, **options)
 
     return run
+
+
+def _may_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+# torch.compile of PyTorch 2.11 cannot look into it.
+_may_autocast._dynamo_marked_constant = True
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
