@@ -11,6 +11,7 @@ from hf_models import (
     error,
     logits,
     one_thread,  # noqa: F401
+    since,
     tokens,
     transformers,
 )
@@ -52,6 +53,8 @@ REFUSED = {
 
 
 def _row(name):
+    if name == "Lfm2MoeForCausalLM":
+        since("5.5", "hybrid models have caches that are no Cache")
     if not hasattr(transformers, name):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     return models_census.census(name)
@@ -82,8 +85,12 @@ def _deepseek(parameters):
     return transformers.DeepseekV3ForCausalLM._from_config(config, dtype=torch.float32).eval()
 
 
-def test_latent_attention_takes_the_temperature_into_its_softmax_scale():
+@pytest.mark.parametrize("version", ["5.15", "before"])
+def test_latent_attention_takes_the_temperature_into_its_softmax_scale(monkeypatch, version):
     plain, theirs = _deepseek({"rope_type": "default", "rope_theta": 1e4}), _deepseek(YARN)
+    if version == "before":
+        modeling = transformers.models.deepseek_v3.modeling_deepseek_v3
+        monkeypatch.delattr(modeling, "yarn_apply_mscale", raising=False)
     ids = tokens(2, 40)
     want, without = logits(theirs, ids), logits(plain, ids)
     assert error(want, without) > 1e-2
@@ -145,3 +152,24 @@ def test_several_axes_of_positions():
         pytest.raises(ValueError, match="tokens with several positions, as images have"),
     ):
         logits(model, ids, **inputs)
+
+
+@pytest.mark.parametrize("method", [("yarn", {"factor": 4.0}), ("rerope", {"window": 8})])
+def test_a_rotary_embedding_that_insists_on_its_axes(monkeypatch, method):
+    """Qwen2-VL's takes no positions of one axis, before transformers 5.19."""
+    rotary = transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLRotaryEmbedding
+    forward = rotary.forward
+
+    def insist(self, x, position_ids):
+        position_ids[:, :, None, :]
+        return forward(self, x, position_ids.expand(3, -1, -1))
+
+    name, parameters = method
+    model, ids = tiny_models.build("Qwen2VLForConditionalGeneration"), tokens(1, 24).clamp(max=99)
+    plain = logits(model, ids)
+    with extend(model, name, **parameters):
+        want = logits(model, ids)
+    monkeypatch.setattr(rotary, "forward", insist)
+    with extend(model, name, **parameters):
+        got = logits(model, ids, position_ids=torch.arange(24).expand(3, 1, -1))
+    assert torch.equal(got, want) and error(got, plain) > 1e-3

@@ -10,6 +10,7 @@ from hf_models import (
     gradients,
     logits,
     one_thread,  # noqa: F401
+    since,
     tokens,
     transformers,
 )
@@ -36,6 +37,10 @@ PADS = 7
 
 
 def _build(name, **settings):
+    if name == "MoshiForCausalLM":
+        since("5.21", "Moshi's layers hand nothing to their attention")
+    if name in ("FalconH1ForCausalLM", "Qwen3NextForCausalLM"):
+        since("5.5", "hybrid models have caches that are no Cache")
     if not hasattr(transformers, name):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     return tiny_models.build(name, **settings)
@@ -240,3 +245,28 @@ def test_pytorchs_function_is_asked_for_nothing_else_beside_a_mask():
         Sdpa.function(q, q, q, attn_mask=mask, dropout_p=0.1)
     with pytest.raises(TypeError):
         q + mask
+
+
+def test_a_mask_for_pytorchs_function_may_be_cut():
+    """Falcon's layers cut it to the keys that there are, before transformers 5.2."""
+
+    class Values:
+        def attend(self, layer, q, k, v, options):
+            return v.transpose(1, 2)
+
+    mask = Sdpa().mask(torch.nn.Identity(), Values())[:, :, :, :3]
+    x = torch.randn(1, 2, 3, 4)
+    assert torch.equal(Sdpa.function(x, x, x, mask), x)
+
+
+def test_an_attention_that_fails_on_trial_is_refused(monkeypatch):
+    """Evolla's has no grouped heads, in transformers 5.0."""
+
+    def fails(*args, **options):
+        raise RuntimeError("sizes must match")
+
+    model = tiny_models.build("LlamaForCausalLM")
+    modeling = transformers.models.llama.modeling_llama
+    monkeypatch.setattr(modeling, "eager_attention_forward", fails)
+    with pytest.raises(ValueError, match=r"LlamaAttention: .* cannot be tried out \(sizes must m"):
+        extend(model, "rerope", window=6)

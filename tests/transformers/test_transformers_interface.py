@@ -20,7 +20,7 @@ from hf_models import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from extrope_kernels.integrations.transformers import extend, register_interface
+from extrope_kernels.integrations.transformers import extend, interface, register_interface
 
 register_interface()
 NEW = 4
@@ -167,3 +167,12 @@ def test_a_compiled_step_asserts_what_it_cannot_look_at():
     assert torch.equal(run(model, hole).argmax(-1), want[1])
     with pytest.raises(RuntimeError, match="a row's keys must lie in one piece"):
         run(model, hole, **settings)
+
+
+@pytest.mark.parametrize("queries", [{"q_length": 5}, {"cache_position": torch.arange(5)}])
+@pytest.mark.parametrize(("keys", "window"), [(5, None), (9, 3)])
+def test_a_mask_is_made_for_queries_or_their_positions(monkeypatch, queries, keys, window):
+    """Which transformers names from 5.4 on, and before."""
+    monkeypatch.setattr(transformers.masking_utils, "sdpa_mask", lambda **given: given)
+    made = interface.make_mask(kv_length=keys, allow_is_causal_skip=True, local_size=3, **queries)
+    assert made["local_size"] == window

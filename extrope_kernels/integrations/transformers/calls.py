@@ -111,6 +111,10 @@ class _SdpaMask:
     layer: nn.Module
     attending: Any
 
+    def __getitem__(self, index: Any) -> _SdpaMask:
+        """The layers of transformers before 5.2 cut their mask to the keys that there are."""
+        return self
+
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None

@@ -47,7 +47,9 @@ def make_mask(**given: Any) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
     chunk = getattr(given.get("config"), "attention_chunk_size", None)
-    prompt = given.get("allow_is_causal_skip") and given["q_length"] == given["kv_length"]
+    # Before transformers 5.4 positions tell how many queries there are.
+    queries = given["q_length"] if "q_length" in given else len(given["cache_position"])
+    prompt = given.get("allow_is_causal_skip") and queries == given["kv_length"]
     if prompt and given.get("local_size") != chunk:
         given["local_size"] = None
     return sdpa_mask(**given)

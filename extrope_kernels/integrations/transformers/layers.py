@@ -240,7 +240,11 @@ def compare_with_own(
     v = given.v
     mask = v.new_full((TOKENS, TOKENS), torch.finfo(v.dtype).min).triu(1)
     q, k = given.q.to(v.dtype), given.k.to(v.dtype)
-    want = call.own(layer, q, k, v, mask[None, None], given.options)
+    try:
+        want = call.own(layer, q, k, v, mask[None, None], given.options)
+    except Exception as error:  # whatever a foreign function leads to
+        reason = f"its own attention cannot be tried out ({shortened(error)})"
+        raise unsupported(owner, f"{type(layer).__name__}: {reason}") from error
     if want is None or not close(got, want.view_as(got)):
         raise unsupported(owner, f"{type(layer).__name__} attends in a way of its own")
 

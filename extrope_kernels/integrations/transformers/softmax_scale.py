@@ -15,7 +15,9 @@ from torch import nn
 from .architecture import RotarySite
 from .fused import forward_of
 
-_APPLY = "yarn_apply_mscale"
+# By what their modules call the factor on cosines and sines; what it does to the scale has a
+# function of its own since transformers 5.15 alone.
+_FACTOR = "yarn_get_mscale"
 _IN_FORCE = "_extrope_mscale"
 # What a method's parameters of these names mean is in the softmax scale.
 NAMES = ("mscale", "mscale_all_dim")
@@ -34,7 +36,7 @@ def softmax_scales(
     for layer in site.owner.modules():
         if (function := _function(layer)) is not None:
             in_force = getattr(layer, _IN_FORCE, config)
-            ratio = function(parameters, 1.0) / function(in_force, 1.0)
+            ratio = _scale(function, parameters) / _scale(function, in_force)
             overrides.append((layer, "scaling", layer.scaling * ratio))
             overrides.append((layer, _IN_FORCE, parameters))
     return overrides
@@ -47,4 +49,12 @@ def scales_softmax(site: RotarySite) -> bool:
 
 def _function(layer: nn.Module) -> Callable[..., float] | None:
     forward = forward_of(layer) if hasattr(layer, "scaling") else None
-    return None if forward is None else forward.__globals__.get(_APPLY)
+    return None if forward is None else forward.__globals__.get(_FACTOR)
+
+
+def _scale(function: Callable[..., float], parameters: Mapping[str, Any]) -> float:
+    """Return what a layer multiplies its softmax scale by."""
+    mscale = parameters.get("mscale_all_dim")
+    if parameters.get("rope_type", "default") == "default" or not mscale:
+        return 1.0
+    return function(parameters["factor"], mscale) ** 2

@@ -39,7 +39,13 @@ class Tables:
         self.twin = _twin(rotary, layer_type, freqs)
 
     def __call__(self, x: Tensor, position_ids: Tensor) -> Any:
-        return type(self.twin).forward(self.twin, x, position_ids, **self.options)
+        try:
+            return type(self.twin).forward(self.twin, x, position_ids, **self.options)
+        except IndexError:
+            # Before transformers 5.19, those of three axes take no positions of one.
+            if position_ids.dim() != 2:
+                raise
+            return self(x, position_ids.expand(3, -1, -1))
 
 
 def prefix_of(layer_type: str | None) -> str:
