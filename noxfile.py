@@ -176,6 +176,8 @@ def install(session: nox.Session, torch: str) -> None:
         session.error(f"one wheel is needed in {WHEELS}: nox -s wheel")
     # Triton 3.6, which torch 2.11 brings, interprets with arrays of one element as numbers.
     held = ["numpy<2.4"] if torch.startswith("2.11.") else []
+    if (session.python, torch) == MATRIX[0]:  # the oldest of everything
+        held += ["pytest==8.0.0", "transformers==5.0.0"]
     session.install(f"torch=={torch}", str(wheels[0]), *EXTRAS, *held)
 
 

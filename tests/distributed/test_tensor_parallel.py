@@ -14,9 +14,13 @@ def generates_as_whole(mesh, method, path):
 
     from extrope_kernels.integrations.transformers import extend
 
-    cut = DistributedConfig(tp_plan="auto", tp_size=mesh.size())
+    plan = {"tp_plan": "auto", "tp_size": mesh.size()}
+    try:
+        cut = {"distributed_config": DistributedConfig(**plan)}
+    except TypeError:  # old versions take the plan itself
+        cut = plan
     ids, found = torch.arange(40)[None], []
-    for options in ({}, {"distributed_config": cut}):
+    for options in ({}, cut):
         model = AutoModelForCausalLM.from_pretrained(path, **options)
         with extend(model, method, **METHODS[method]):
             found.append(

@@ -1,6 +1,5 @@
 """`from_hf_config` on configurations of both formats, as objects and as plain mappings."""
 
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -274,7 +273,6 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_models(name):
-    pytest.importorskip("transformers")
     config, embedding, layer_types = _transformers_model(name)
     for layer_type in layer_types:
         prefix = "" if layer_type is None else f"{layer_type}_"
@@ -287,7 +285,7 @@ def test_transformers_models(name):
 def _transformers_model(name):
     arguments, layer_types = MODELS[name]
     model = name.split(",")[0]
-    module = import_module(f"transformers.models.{model}.modeling_{model}")
+    module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
     embedding = next(
         value
         for key, value in vars(module).items()

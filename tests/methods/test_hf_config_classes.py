@@ -19,11 +19,13 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from extrope_kernels.methods import from_hf_config
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 rope_utils = import_module("transformers.modeling_rope_utils")
+KNOWN_TYPES = {"default", *rope_utils.ROPE_INIT_FUNCTIONS}
 MODELS = Path(find_spec("transformers").origin).parent / "models"
 ROTARY = re.compile(r"^class (\w*RotaryEmbedding)\(", re.MULTILINE)
 FILES = {
@@ -74,6 +76,12 @@ REFUSED = {
     "EomtDinov3RotaryEmbedding": "eomt_dinov3 cannot be read: it rotates by coordinates",
     "Gemma4VisionRotaryEmbedding": "gemma4_vision cannot be read: it pairs dims within the half",
 }
+# Faults of transformers itself, and the version without them.
+FAULTS = {
+    "bamba": ("5.18", "it rotates whole heads, whatever partial_rotary_factor says"),
+    "ernie4_5_vl_moe": ("5.3", "its classes have other names, and its rotary embedding no types"),
+    "qwen3_omni_moe": ("5.1", "its configuration cannot be built"),
+}
 # Classes whose configuration lacks what transformers' functions of the other types read.
 DEFAULT_ONLY = {"MusicFlamingoRotaryEmbedding"}
 # Its table is in the order of its sections, and of its default type alone.
@@ -105,11 +113,14 @@ class Site:
         for name, table in self.module.named_buffers():
             if name.endswith("inv_freq") and "original" not in name:
                 prefix = name.removesuffix("inv_freq")
-                factor = getattr(self.module, f"{prefix}attention_scaling")
+                factor = getattr(self.module, f"{prefix}attention_scaling", 1.0)
                 yield prefix.removesuffix("_") or None, table, factor
 
 
 def sites(model: str) -> Iterator[Site]:
+    mended, fault = FAULTS.get(model, ("5", ""))
+    if Version(transformers.__version__) < Version(mended):
+        pytest.skip(f"{model} before transformers {mended}: {fault}")
     module = import_module(f"transformers.models.{model}.{FILES[model]}")
     for name in ROTARY.findall(Path(module.__file__).read_text()):
         rotary = getattr(module, name)
@@ -133,7 +144,10 @@ def built(rotary: type, module: Any) -> Site:
 
 
 def fresh(config_class: type) -> Any:
-    return config_class(**deepcopy(ARGUMENTS.get(config_class.__name__, {})))
+    try:
+        return config_class(**deepcopy(ARGUMENTS.get(config_class.__name__, {})))
+    except ImportError as error:  # old versions want timm at once
+        pytest.skip(f"{config_class.__name__}: {error}")
 
 
 def configurations(config_class: type) -> Iterator[Any]:
@@ -218,9 +232,11 @@ def source_of(site: Site) -> str:
 def compare(site: Site, name: str, parameters: dict[str, Any]) -> None:
     if "alpha" in parameters and "ntk_alpha" not in source_of(site):
         return
+    if parameters["rope_type"] not in KNOWN_TYPES:
+        return
     config = fresh(type(site.config))
     # None, which some of transformers' functions take for a number.
-    if not config.is_heterogeneous and getattr(config, "head_dim", 0) is None:
+    if not getattr(config, "is_heterogeneous", False) and getattr(config, "head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
     config.rope_parameters = with_variant(site, parameters)
     module = type(site.module)(config)
@@ -257,7 +273,6 @@ def with_variant(site: Site, parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_patches_of_llama_4():
-    transformers = import_module("transformers")
     modeling = import_module("transformers.models.llama4.modeling_llama4")
     config = transformers.Llama4VisionConfig()
     table = modeling.Llama4VisionRotaryEmbedding(config).freqs_ci[:-1, 0]  # but for the class token
@@ -271,5 +286,5 @@ def test_patches_of_llama_4():
 
 def test_every_type_of_transformers_is_tried():
     tried = {parameters["rope_type"] for parameters in VARIANTS.values()}
-    assert tried == {"default", *rope_utils.ROPE_INIT_FUNCTIONS}
-    assert len(FILES) > 150
+    assert tried >= KNOWN_TYPES
+    assert len(FILES) > 90

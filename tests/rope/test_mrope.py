@@ -117,7 +117,12 @@ def test_transformers(backend, model):
     positions = torch.tensor(IMAGE, device=device())[:, None].expand(3, 2, -1)
     q, k = make_qk(2, len(IMAGE[0]), 2, 1, head_dim=128)
     cos, sin = rotary(q, positions)
-    theirs = modeling.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    # Before transformers 5.19 some take the tables of all axes, and the sections.
+    of_axes = getattr(modeling, "apply_multimodal_rotary_pos_emb", None)
+    if of_axes is None:
+        theirs = modeling.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    else:
+        theirs = of_axes(q, k, cos, sin, sections, unsqueeze_dim=2)
     freqs = methods.with_sections(
         methods.rope(128, base=1e6), sections, interleaved=model == "qwen3_vl"
     )

@@ -6,7 +6,7 @@ differently, `PER_CLASS` says so. Layers of every kind that a class has by defau
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,10 +96,7 @@ PER_CLASS: dict[str, dict[str, Any]] = {
         "downsample_rate": "1/2",
     },
     "GraniteDoclingVisionConfig": {"out_hidden_size": 64},
-    "MistralLarge4TextConfig": {
-        "kv_source_layers": [0, 1],
-        "indexer_types": ["full", "full"],
-    },
+    "MistralLarge4TextConfig": {"kv_source_layers": [0, 1], "indexer_types": ["full", "full"]},
     "MiMoV2FlashConfig": {"head_dim": 32},
     # Its unscaled frequencies are for the whole head, of which it rotates a part: YaRN by 1.
     "Mistral4Config": {
@@ -221,10 +218,11 @@ def _is_rotary(cls: type[PreTrainedConfig]) -> bool:
 
 
 def _settings(cls: type[PreTrainedConfig], default: PreTrainedConfig) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(cls)}
+    names = {*inspect.signature(cls).parameters}
     default.allow_global_per_layer_attribute_access = True
-    found = {name: value for name, value in _sizes(default, names)}
-    found |= _layers(default, names)
+    found = dict(_sizes(default, names)) | _layers(default, names)
+    if not hasattr(default, "pad_token_id"):  # which some models read, in transformers 5.0
+        found["pad_token_id"] = 0
     if "eos_token_id" in names:
         found["eos_token_id"] = None
     if "rope_parameters" in names and getattr(default, "rope_parameters", None):
@@ -281,12 +279,14 @@ def _rope(
     cls: type[PreTrainedConfig], default: PreTrainedConfig, found: dict[str, Any]
 ) -> dict[str, Any]:
     """The rotary parameters unscaled, with sections that fill the smaller heads."""
+    # Before transformers 5.4 they are named in the body of __init__ alone.
+    known = getattr(cls, "ignore_keys_at_rope_validation", inspect.getsource(cls)) or ()
 
     def fitted(parameters: dict[str, Any]) -> dict[str, Any]:
         fitted = {"rope_type": "default"} | parameters
         if fitted["rope_type"] != "proportional":
             fitted["rope_type"] = "default"
-        if "mrope_section" in (cls.ignore_keys_at_rope_validation or ()):
+        if "mrope_section" in known:
             partial = parameters.get("partial_rotary_factor") or 1.0
             pairs = int(found.get("head_dim", HEAD_DIM) * partial) // 2
             count = len(parameters.get("mrope_section") or (1, 1, 1))

@@ -251,9 +251,8 @@ def louder_after_its_norm(
     v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
     cos, sin = position_embeddings
     q, k = apply_rotary_pos_emb(q, k, cos, sin)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-        self.config._attn_implementation, eager_attention_forward
-    )
+    name = self.config._attn_implementation
+    attend = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     out, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling)
     return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 

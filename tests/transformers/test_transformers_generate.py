@@ -20,6 +20,7 @@ from hf_models import (
     logits,
     one_thread,  # noqa: F401
     rotary_dim,
+    since,
     tokens,
     transformers,
 )
@@ -147,6 +148,8 @@ def test_an_emptied_cache_starts_a_new_request(static):
             want = logits(model, torch.cat((long, long[:, :1]), 1))[:, -1:]
         torch.testing.assert_close(got, want)
         cache.reset()
+        if cache.get_seq_length():
+            pytest.skip("before transformers 5.18 an emptied DynamicCache keeps its length")
         torch.testing.assert_close(model(short, **{CACHE: cache}).logits, logits(model, short))
 
 
@@ -191,6 +194,7 @@ def test_left_padded_prompts_generate_as_alone(family, method):
     "settings", [{"num_beams": 3}, {"prefill_chunk_size": 8}, {"cache_implementation": "static"}]
 )
 def test_other_ways_to_generate(method, settings):
+    since("5.3", "chunks of a prompt are not generated from")
     model = build("llama").double()
     length = PROMPT.shape[1] + NEW
     with extend(model, method, factor=2.0):

@@ -17,6 +17,7 @@ from hf_models import (
     logits,
     one_thread,  # noqa: F401
     rotary_of,
+    since,
     tokens,
     transformers,
 )
@@ -115,6 +116,7 @@ def test_other_models_of_the_class_are_untouched():
 @pytest.mark.parametrize("method", PARAMETERS)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_copies_and_pickles_of_an_extended_model_stay_extended(family, method):
+    since("5.6", "layers hold the function that extend stands in for, which pickles by its name")
     model = build(family, **ATTENDING[family])
     with extend(model, method, **PARAMETERS[method]):
         expected = logits(model, IDS)
