@@ -30,6 +30,7 @@ MATRIX = [
     ("3.13", "2.11.0"),
     ("3.13", "2.13.0"),
     ("3.13", "2.15.0"),
+    ("3.14", "2.15.0"),
 ]
 VLLM, VLLM_TORCH = "0.32.0", "2.13.0+cpu"
 TORCH_FOR_CPUS = "https://download.pytorch.org/whl/cpu"
