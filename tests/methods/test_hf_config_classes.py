@@ -286,5 +286,6 @@ def test_patches_of_llama_4():
 
 def test_every_type_of_transformers_is_tried():
     tried = {parameters["rope_type"] for parameters in VARIANTS.values()}
-    assert tried >= KNOWN_TYPES
-    assert len(FILES) > 90
+    newest = Version(transformers.__version__) >= Version("5.24")
+    assert tried == KNOWN_TYPES if newest else tried >= KNOWN_TYPES
+    assert len(FILES) > (150 if newest else 90)

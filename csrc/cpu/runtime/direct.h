@@ -24,7 +24,7 @@ struct Python {
 
 extern Python python;
 
-// A tensor of Python, if it is one.
+// What a tensor of Python holds; nothing for None.
 OptionalView view_of(void* object);
 
 // The items of a tuple, from left to right; past its end there are Nones.

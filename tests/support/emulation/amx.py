@@ -11,8 +11,8 @@ HEADER = Path(__file__).with_name("amx.h")
 
 
 def emulate() -> None:
-    """Let this process build that library, of the usual one's objects but for those that AMX is in:
-    its kernels, with half of the optimisation, and what asks the processor.
+    """Let this process build that library: the usual one's objects, but for the kernels that use
+    AMX, compiled at -O1, and what asks the processor for it.
     """
     steps = _build.plan("cpu")
     objects = {target: _with_header(target, command) for target, command in steps.objects.items()}
