@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
+import direct_calls
 import pytest
 import torch
 from append_cases import CONTIGUOUS, FILLER, Step, ints
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from direct_calls import Called, Dispatched, Own, assert_keeps_no_references, assert_same
 
 from extrope_kernels import _ext, methods, rope_append_kvcache, scores
 from extrope_kernels.ops._shared import direct
@@ -48,16 +47,7 @@ CASES = {
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
-    """What direct functions return."""
-    returned: list = []
-    function = direct._functions["rope_append"]
-
-    def counted(*args):
-        returned.append(function(*args))
-        return returned[-1]
-
-    monkeypatch.setitem(direct._functions, "rope_append", counted)
-    return returned
+    return direct_calls.counted(monkeypatch, "rope_append")
 
 
 def written(step: Step, **call) -> list[torch.Tensor | None]:
@@ -67,15 +57,8 @@ def written(step: Step, **call) -> list[torch.Tensor | None]:
     return [rope_append_kvcache(step.q, step.k, step.v, *caches, **call), *caches]
 
 
-def by_the_op(monkeypatch, step: Step, **call) -> list[torch.Tensor | None]:
-    with monkeypatch.context() as patch:
-        patch.setattr(direct, "MOST_ELEMENTS", -1)
-        return written(step, **call)
-
-
-def assert_same(got, expected) -> None:
-    for x, same in zip(got, expected, strict=True):
-        assert torch.equal(x, same) and x.stride() == same.stride()
+def by_the_op(monkeypatch, step: Step) -> list[torch.Tensor | None]:
+    return direct_calls.by_the_op(monkeypatch, lambda: written(step))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,19 +91,7 @@ def test_e4m3(monkeypatch, calls):
     assert_same(*results)
 
 
-class _Dispatched(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen = [*getattr(self, "seen", []), str(function)]
-        return function(*args, **(kwargs or {}))
-
-
-class _Called(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.seen = [*getattr(self, "seen", []), str(function)]
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("mode", (_Dispatched, _Called))
+@pytest.mark.parametrize("mode", (Dispatched, Called))
 def test_modes_see_the_op(calls, mode):
     with mode() as looking_on:
         got = written(CASES["contiguous"])
@@ -168,17 +139,13 @@ def test_negated_views(calls, name):
     assert not calls
 
 
-class _Own(torch.Tensor):
-    pass
-
-
 def test_other_tensors_and_large_ones_take_the_op(monkeypatch, calls):
     step = Step(norms="head", call=CONTIGUOUS)
     expected = written(step)
     calls.clear()
-    step.q = step.q.as_subclass(_Own)
+    step.q = step.q.as_subclass(Own)
     got = written(step)
-    assert type(got[0]) is _Own
+    assert type(got[0]) is Own
     assert_same([x.as_subclass(torch.Tensor) for x in got], expected)
     monkeypatch.setattr(direct, "MOST_ELEMENTS", step.k.numel() - 1)
     step.q = step.q.as_subclass(torch.Tensor)
@@ -212,15 +179,15 @@ def test_refusals_are_the_ops(calls, change, words):
 def test_keeps_no_references(calls):
     step = Step(norms="head", call=CONTIGUOUS)
     wrong = Step(call={"cache_seqlens": ints(3, 99)})
-    watched = [step.q, step.k, step.v, step.freqs.inv_freq, step.call["cache_seqlens"], True, None]
-    written(step)
-    before = [sys.getrefcount(x) for x in watched]
-    for _ in range(200):
+
+    def both():
         written(step)
         with pytest.raises(ValueError, match="cache_seqlens must be between 0 and"):
             written(wrong)
-    calls.clear()
-    assert all(abs(sys.getrefcount(x) - n) < 100 for x, n in zip(watched, before))
+        calls.clear()
+
+    watched = [step.q, step.k, step.v, step.freqs.inv_freq, step.call["cache_seqlens"]]
+    assert_keeps_no_references(watched, both)
 
 
 def test_without_dlpack(monkeypatch):

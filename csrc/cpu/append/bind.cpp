@@ -129,7 +129,7 @@ const Ops ops{
 
 // The numbers are norm_eps, attention_factor, interleaved, decay_origin and those of `stored`.
 EXTROPE_DIRECT(rope_append) {
-  return run_directly(args, [](const OptionalView& out_q, Items numbers, Items given) {
+  return run_directly(args, [](Items outs, Items numbers, Items given) {
     const double norm_eps = numbers.number(), attention_factor = numbers.number();
     const bool interleaved = numbers.flag();
     const double decay_origin = numbers.number();
@@ -139,7 +139,7 @@ EXTROPE_DIRECT(rope_append) {
     for (OptionalView& x : tensors) x = given.optional_tensor();
     const Call call(tensors, std::move(stored), norm_eps, attention_factor, interleaved,
                     decay_origin);
-    Append(call.args, call.rotation).run(out_q);
+    Append(call.args, call.rotation).run(outs.optional_tensor());
   });
 }
 

@@ -6,6 +6,7 @@
 
 #include "common/ops.h"
 #include "common/rope_bind.h"
+#include "cpu/rope/direct.h"
 #include "cpu/rope/kernel.h"
 #include "cpu/rope/values.h"
 #include "cpu/runtime/capability.h"
@@ -68,5 +69,12 @@ const Ops ops{
     {"rope_inplace", TORCH_BOX(&Rope::inplace)},
     {"rope_cos_sin", TORCH_BOX(&rope_cos_sin)},
 };
+
+EXTROPE_DIRECT(rope) {
+  return run_directly(args, [](Items outs, Items numbers, Items given) {
+    const DirectRotation call(outs, numbers, given, /*with_norm=*/false);
+    if (call.tokens() > 0) launch(call.rope(), /*device_index=*/0);
+  });
+}
 
 }  // namespace extrope

@@ -7,6 +7,7 @@
 
 #include "common/ops.h"
 #include "common/rope_norm_bind.h"
+#include "cpu/rope/direct.h"
 #include "cpu/rope/kernel.h"
 #include "cpu/rope/values.h"
 #include "cpu/runtime/capability.h"
@@ -63,11 +64,20 @@ WeightGrads backward(RopeNormParams& p, const Tensor& like) {
 
 using RopeNormed = RopeNormOps<launch, backward, fresh_like>;
 
+}  // namespace
+
 const Ops ops{
     {"rope_norm_fwd", TORCH_BOX(&RopeNormed::fwd)},
     {"rope_norm_bwd", TORCH_BOX(&RopeNormed::bwd)},
     {"rope_norm_inplace", TORCH_BOX(&RopeNormed::inplace)},
 };
 
-}  // namespace
+EXTROPE_DIRECT(rope_norm) {
+  return run_directly(args, [](Items outs, Items numbers, Items given) {
+    DirectRotation call(outs, numbers, given, /*with_norm=*/true);
+    const RopeNormParams p = call.norm();
+    if (call.tokens() > 0) launch(p, /*device_index=*/0);
+  });
+}
+
 }  // namespace extrope

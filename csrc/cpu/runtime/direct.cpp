@@ -1,5 +1,6 @@
 #include "cpu/runtime/direct.h"
 
+#include <cmath>
 #include <stdexcept>
 
 namespace extrope {
@@ -38,12 +39,16 @@ OptionalView view_of(void* object) {
   return view;
 }
 
-OptionalView Items::optional_tensor() { return view_of(next()); }
-
 double Items::number() {
   const double x = python.as_double(next());
   if (x == -1.0 && python.error()) throw std::runtime_error("no number");
   return x;
+}
+
+int64_t Items::whole_number() {
+  const double x = number();
+  if (!(std::abs(x) < 0x1p53) || x != std::floor(x)) throw std::runtime_error("no whole number");
+  return static_cast<int64_t>(x);
 }
 
 }  // namespace extrope

@@ -32,8 +32,10 @@ class Items {
  public:
   explicit Items(void* tuple) : tuple_(tuple), count_(python.tuple_size(tuple)) {}
 
-  OptionalView optional_tensor();
+  OptionalView optional_tensor() { return view_of(next()); }
+  TensorView tensor() { return optional_tensor().value(); }
   double number();
+  int64_t whole_number();
   bool flag() { return next() == python.done; }
   int64_t left() const { return count_ - next_; }
 
@@ -44,13 +46,13 @@ class Items {
   int64_t count_, next_ = 0;
 };
 
-// run(where the result goes, numbers, tensors); what a function of Python returns: True, or None
+// run(where the results go, numbers, tensors); what a function of Python returns: True, or None
 // where the op itself has to be called, which says what is wrong.
 template <typename Run>
 void* run_directly(void* const* args, const Run& run) {
   void* result = python.done;
   try {
-    run(view_of(args[0]), Items(args[1]), Items(args[2]));
+    run(Items(args[0]), Items(args[1]), Items(args[2]));
   } catch (...) {
     python.clear_error();
     result = python.none;

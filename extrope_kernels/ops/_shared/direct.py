@@ -26,9 +26,10 @@ except ImportError:  # PyTorch promises none of them, and without them ops are c
 else:
     _KNOWS_WHO_LOOKS_ON = True
 
-# Of keys. Larger calls are shared out to threads, and let other threads of Python run meanwhile.
+# Of a call's first tensor. Larger calls are shared out to threads, and let other threads of Python
+# run meanwhile.
 MOST_ELEMENTS = 2**15
-_OPS = ("rope_append",)
+_NAMES = ("rope", "rope_norm", "rope_append")
 _METH_FASTCALL = 0x80
 Direct = Callable[..., "bool | None"]
 _functions: dict[str, Direct] = {}
@@ -62,28 +63,25 @@ class _Method(ctypes.Structure):
     ]
 
 
-def find_direct(
-    op: str, q: Tensor | None, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor
-) -> Direct | None:
-    """The function for a call with these tensors; None: call the op.
+def find_direct(name: str, first: Tensor) -> Direct | None:
+    """The function for a call with this tensor; None: call the op.
 
     Modes, transforms, tracers, profilers and tensors of other classes learn of a call from the
-    dispatcher alone, and it alone negates those of which only a bit says that they are negated.
+    dispatcher alone, and it alone negates those of which only a bit says that they are negated. Of
+    the call's other tensors the caller makes sure that they are plain in this sense.
 
-    Its arguments are where the result goes, a tuple of numbers, of which the binding knows the
-    order, and the tuple of the op's tensors. It returns True, or None where the op refuses the
+    Its arguments are the tuple of where results go, a tuple of numbers, of which the binding knows
+    the order, and the tuple of the op's tensors. It returns True, or None where the op refuses the
     call and has to say why.
     """
-    function = _functions.get(op)
+    function = _functions.get(name)
     if (
         function is None
         or _is_tracing()  # before what a trace would warn of
-        or not (Tensor is type(k) is type(v) is type(k_cache) is type(v_cache))
-        or not k.is_cpu
-        or k.numel() > MOST_ELEMENTS
-        or k.is_neg()
-        or v.is_neg()
-        or (q is not None and (type(q) is not Tensor or q.is_neg()))
+        or type(first) is not Tensor
+        or not first.is_cpu
+        or first.numel() > MOST_ELEMENTS
+        or first.is_neg()
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or _are_functorch_transforms_active()
@@ -107,11 +105,11 @@ def _find_functions(reason: str | None) -> None:
     if not library.extrope_direct(ctypes.byref(how)):
         return
     make = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-    for op in _OPS:
-        function = _address(getattr(library, f"extrope_direct_{op}"))
-        _methods.append(_Method(op.encode(), function, _METH_FASTCALL, None))
+    for name in _NAMES:
+        function = _address(getattr(library, f"extrope_direct_{name}"))
+        _methods.append(_Method(name.encode(), function, _METH_FASTCALL, None))
         pointer = ctypes.addressof(_methods[-1])
-        _functions[op] = make(("PyCFunction_NewEx", python))(pointer, None, None)
+        _functions[name] = make(("PyCFunction_NewEx", python))(pointer, None, None)
 
 
 def _address(function: ctypes._CFuncPtr) -> int | None:

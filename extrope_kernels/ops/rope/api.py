@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ...methods import RopeFreqs
 from .._shared.autograd import call_unrecorded, note_writes
 from .._shared.backends import missing, require
 from .._shared.checks import REFUSALS, raise_as_value_error, refuse_flags, split_offset
+from .._shared.direct import Direct, find_direct
 from .._shared.dtensor import replicated
 from .._shared.library import ops
 from . import norm as norm_reference
@@ -23,9 +24,16 @@ RopeArgs = tuple[Tensor | None, ...]  # of the ops, after q and k
 Options = dict[str, Any]  # of the ops, by keyword
 Norm = tuple[Tensor | None, Tensor | None, float]  # q_norm_weight, k_norm_weight, norm_eps
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-# The ops, out of place and in place.
-_ROPE = ("rope_fwd", "rope_inplace")
-_ROPE_NORM = ("rope_norm_fwd", "rope_norm_inplace")
+
+
+class _Ops(NamedTuple):
+    fwd: str
+    inplace: str
+    direct: str
+
+
+_ROPE = _Ops("rope_fwd", "rope_inplace", "rope")
+_ROPE_NORM = _Ops("rope_norm_fwd", "rope_norm_inplace", "rope_norm")
 
 
 def apply_rope(
@@ -197,7 +205,7 @@ def _wants_grad(q: Tensor, k: Tensor | None, op_args: RopeArgs) -> bool:
 
 
 def _out_of_place(
-    names: tuple[str, str],
+    names: _Ops,
     q: Tensor,
     k: Tensor | None,
     op_args: RopeArgs,
@@ -205,8 +213,14 @@ def _out_of_place(
     backend: str | None,
     compiling: bool,
 ) -> tuple[Tensor, Tensor]:
-    op = _op(names[0], backend, q)
-    if compiling or _wants_grad(q, k, op_args) or backend == "reference":
+    recorded = compiling or _wants_grad(q, k, op_args)
+    direct = None if recorded else _find_direct(names.direct, q, k, backend)
+    if direct is not None:
+        outs = (torch.empty_like(q), None if k is None else torch.empty_like(k))
+        if direct(outs, _numbers(**options), (q, k, *op_args)):
+            return outs
+    op = _op(names.fwd, backend, q)
+    if recorded or backend == "reference":
         out_q, out_k = op(q, k, *op_args, **options)
     else:
         out_q, out_k = call_unrecorded(op, (q, k, *op_args), options)
@@ -214,7 +228,7 @@ def _out_of_place(
 
 
 def _inplace(
-    names: tuple[str, str],
+    names: _Ops,
     q: Tensor,
     k: Tensor | None,
     op_args: RopeArgs,
@@ -222,17 +236,40 @@ def _inplace(
     backend: str | None,
     compiling: bool,
 ) -> tuple[Tensor, Tensor]:
-    op = _op(names[1], backend, q)
+    op = _op(names.inplace, backend, q)
     if _wants_grad(q, k, op_args):
         raise ValueError(INPLACE)
     if k is q:
         raise ValueError("rope: inplace=True needs q and k of their own, got one tensor for both")
     if compiling or backend == "reference":
         op(q, k, *op_args, **options)
-    else:
+        return q, k
+    direct = _find_direct(names.direct, q, k, backend)
+    if direct is None or not direct((q, k), _numbers(**options), (q, k, *op_args)):
         call_unrecorded(op, (q, k, *op_args), options)
-        note_writes(q) if k is None else note_writes(q, k)
+    note_writes(q) if k is None else note_writes(q, k)
     return q, k
+
+
+def _find_direct(name: str, q: Tensor, k: Tensor | None, backend: str | None) -> Direct | None:
+    if backend is not None and backend != "cpu":
+        return None
+    direct = find_direct(name, q)
+    if direct is not None and k is not None and (type(k) is not Tensor or k.is_neg()):
+        return None
+    return direct
+
+
+def _numbers(
+    attention_factor: float = 1.0,
+    offset: int = 0,
+    interleaved: bool = False,
+    inverse: bool = False,
+    decay_origin: float = 0.0,
+    norm_eps: float = 0.0,
+) -> tuple[float, ...]:
+    """The op's options as its direct function takes them."""
+    return attention_factor, offset, interleaved, inverse, decay_origin, norm_eps
 
 
 def _op(name: str, backend: str | None, q: Tensor) -> Callable[..., Any]:

@@ -34,6 +34,7 @@ TESTS = (
     "rope/test_rope_norm.py",
     "rope/test_rope_append.py",
     "rope/test_rope_append_direct.py",
+    "rope/test_rope_direct.py",
     "attention/test_rerope.py",
     "attention/test_rerope_gradients.py",
     "attention/test_attention_bf16.py",

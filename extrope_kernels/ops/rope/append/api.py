@@ -149,15 +149,20 @@ def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None)
         _backends.require(_OP, backend, BACKENDS, tensors[1].device.type)
     if torch.is_grad_enabled():
         _refuse_gradients(tensors)
-    direct = None
     if (backend is None or backend == "cpu") and not torch.compiler.is_compiling():
-        direct = find_direct("rope_append", *tensors[:5])
-    if direct is not None:
-        out = None if tensors[0] is None else torch.empty_like(tensors[0])
-        numbers = _numbers(**options) if options else _USUAL_NUMBERS
-        if direct(out, numbers, tensors):
-            note_writes(*tensors[3:5])
-            return out
+        q, k, v, k_cache, v_cache = tensors[:5]
+        direct = find_direct("rope_append", k)
+        if (
+            direct is not None
+            and Tensor is type(v) is type(k_cache) is type(v_cache)
+            and not v.is_neg()
+            and (q is None or (type(q) is Tensor and not q.is_neg()))
+        ):
+            out = None if q is None else torch.empty_like(q)
+            numbers = _numbers(**options) if options else _USUAL_NUMBERS
+            if direct((out,), numbers, tensors):
+                note_writes(k_cache, v_cache)
+                return out
     out = _call(tensors, options, backend)
     return None if tensors[0] is None else out
 
