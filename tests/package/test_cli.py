@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import extrope_kernels
-from extrope_kernels import cli
+from extrope_kernels import _ext, cli
 from extrope_kernels.ops import attention
 
 BACKENDS = attention.backends()
@@ -33,6 +33,16 @@ def test_info_says_what_runs_where(capsys):
     assert {"triton", "C++ compiler", "nvcc", "cpu library", "cuda library"} <= lines.keys()
     if lines["rope on cpu"] == "cpu":
         assert lines["CPU instructions"] in cli.CPU_CAPABILITIES
+
+
+@pytest.mark.skipif(_ext.load("cpu") is not None, reason="no CPU library")
+def test_products_of_pairs_are_chosen_where_they_are_fast():
+    """Intel's take longer than those of floats."""
+    processor = Path("/proc/cpuinfo").read_text()
+    chosen = cli.CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()]
+    if "avx512_bf16" not in processor or chosen == "AMX":
+        pytest.skip("no choice between these")
+    assert chosen == ("AVX-512" if "GenuineIntel" in processor else "AVX-512 BF16")
 
 
 @pytest.mark.usefixtures("no_library")

@@ -47,7 +47,12 @@ Capability supported(Capability limit) {
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
 #if defined(EXTROPE_HAS_BF16)
-    if (pairs_of_bf16()) return limit == kAmx && tiles() ? kAmx : kAvx512Bf16;
+    if (pairs_of_bf16()) {
+      if (limit == kAmx && tiles()) return kAmx;
+      // Intel's take four times as long for a product of pairs as for one of floats, and floats
+      // twice as fast through an attention; there, pairs are for those who ask for them.
+      if (limit == kAvx512Bf16 || !__builtin_cpu_is("intel")) return kAvx512Bf16;
+    }
 #endif
     return kAvx512;
   }

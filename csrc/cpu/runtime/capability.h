@@ -9,8 +9,9 @@ namespace extrope {
 enum Capability : int64_t { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNeon };
 
 // EXTROPE_CPU_CAPABILITY lowers the choice on x86, for tests of the narrower kernels on a wider
-// processor. kAvx512Bf16 stands for AVX-512's products of pairs of bf16, kAmx for the tiles of AMX
-// beside them: attention in bf16 has kernels for each.
+// processor, or asks for kAvx512Bf16 where it is there, but slow. That stands for AVX-512's
+// products of pairs of bf16, kAmx for the tiles of AMX beside them: attention in bf16 has kernels
+// for each.
 Capability capability();
 
 // name(isa) of the widest instruction set that this processor has: of the general ones, and of
