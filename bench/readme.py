@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench_distributed
+import bench_generate
 import bench_overhead
 import length_report
 import method_table
@@ -172,6 +173,7 @@ def text_of(path: Path, name: str, only: str = "") -> str:
     named = {
         "overhead": functools.partial(by_columns, bench_overhead.COLUMNS),
         "distributed": functools.partial(by_columns, bench_distributed.COLUMNS),
+        "generate": functools.partial(by_columns, bench_generate.COLUMNS),
         "length_generalization": length_table,
         "launch": launches,
     }

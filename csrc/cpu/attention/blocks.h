@@ -15,7 +15,7 @@ namespace {
 
 // The keys that a tile sees, of each region and in all.
 struct BlockKeys {
-  SliceKeys keys[kMaxRegions];
+  SliceKeys keys[kMaxRegions] = {};
   int64_t first, last;
 
   explicit BlockKeys(const BlockRows& block) {
