@@ -1,8 +1,8 @@
 """The exact merge of two attentions over disjoint keys: python bench/bench_merge_attention.py
 
 Two outputs (1, 8192, 32, 128) and their log-sum-exps. The floor is copy_ of three tensors of that
-size, halved: two are read, one is written. It is PyTorch operations on every device; "compiled" is
-torch.compile of the same.
+size, halved: two are read, one is written. The peers are the same in PyTorch operations, and what
+torch.compile makes of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from scaling import scaling
 from torch import Tensor
 
 from extrope_kernels import merge_attention
+from extrope_kernels.ops.attention.merge.reference import merge_fwd as formula
 
 HEADS, HEAD_DIM = 32, 128
 
@@ -33,16 +34,20 @@ def bench(report: Report, dtype: torch.dtype) -> None:
     into = torch.empty_like(outs[0])
     exact, _ = merge_attention([x[:, -64:].double() for x in outs], [x[..., -64:] for x in lses])
     error = error_of_tail([exact])
-    compiled = torch.compile(merge_attention, dynamic=False)
+    compiled = torch.compile(formula, dynamic=False)
     compare(
         report,
         "merge",
-        {"extrope": lambda: merge_attention(outs, lses), "compiled": lambda: compiled(outs, lses)},
+        {
+            "extrope": lambda: merge_attention(outs, lses),
+            "eager": lambda: formula(outs, lses),
+            "compiled": lambda: compiled(outs, lses),
+        },
         few={"extrope": lambda: merge_attention(*small)},
         error=lambda result: error(result[0]),
         dtype=dtype,
         shape=f"2 of {seqlen} x {HEADS} x {HEAD_DIM}",
-        backend="torch",
+        backend="cpu" if device() == "cpu" else "triton",
         floor=Floor(lambda: into.copy_(outs[0]), 1.5),
     )
 

@@ -46,6 +46,7 @@ LINES = (
     Line("same, with the angles' gradient", "rope cuda", "halves gradient"),
     Line("permutation, Triton", "permute rows triton", dtype="int16"),
     Line("permutation, CUDA C++", "permute cuda", "vectors", "int16"),
+    Line("merge of two sets, Triton", "merge triton", "two"),
     *_attention("forward", "forward"),
     *_attention("dq", "dQ"),
     *_attention("dkv", "dK and dV"),

@@ -26,7 +26,7 @@ SCORES, CACHED = ("rerope", "dual_chunk"), ("plain", "rerope", "leaky_rerope")
 # Attention's reference multiplies in float32 what kernels round to 16 bits: no measure of theirs.
 BY_REFERENCE = (
     *("rope", "rope by cos and sin", "norm and rope", "norm, rope and append"),
-    *("permute", "permuteformer", "permuteformer step"),
+    *("permute", "permuteformer", "permuteformer step", "merge"),
 )
 Check = Callable[[], None]
 

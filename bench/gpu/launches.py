@@ -49,6 +49,7 @@ OPERATIONS = {
     Kernel("triton", "attention", "forward_kernel"): "rerope",
     Kernel("triton", "attention", "dq_kernel"): "rerope",
     Kernel("triton", "attention", "dkv_kernel"): "rerope",
+    Kernel("triton", "attention", "merge_kernel"): "merge",
     Kernel("triton", "decode", "decode_kernel"): "rerope with a cache",
     Kernel("triton", "decode", "append_kernel"): "append",
     Kernel("triton", "linear_attention", "prepare_kernel"): "permuteformer",

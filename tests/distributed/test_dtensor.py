@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, rerope_attention
+from extrope_kernels import (
+    RopeFreqs,
+    apply_rope,
+    apply_rope_qk,
+    merge_attention,
+    rerope_attention,
+)
 from extrope_kernels.testing import make_qk
 
 FREQS = RopeFreqs(10000.0 ** -(torch.arange(8) / 8))
@@ -97,6 +103,26 @@ def attends(mesh, placement):
 @pytest.mark.parametrize("placement", BY_DIM, ids=str)
 def test_attends(ranks, placement):
     ranks.run(attends, 4, placement=placement)
+
+
+def merges(mesh):
+    """Of DTensors it is PyTorch's operations, whose rules are PyTorch's."""
+    first, second = make_qk(4, 8, 8, 8, 16, torch.float32)
+    lses = torch.linspace(-3, 3, 2 * 4 * 8 * 8).view(2, 4, 8, 8)
+    for of_out, of_lse in ((Shard(0), Shard(0)), (Shard(1), Shard(2)), (Shard(2), Shard(1))):
+        leaves, placements = [first, second, *lses], [[of_out]] * 2 + [[of_lse]] * 2
+
+        def function(*leaves):
+            return merge_attention(leaves[:2], leaves[2:])
+
+        equals_plain(mesh, function, leaves, [first + 1, None], placements, kept=True)
+        given = [distribute_tensor(x.clone(), mesh, p) for x, p in zip(leaves, placements)]
+        out, _ = merge_attention(given[:2], given[2:], inplace=True)
+        torch.testing.assert_close(out.full_tensor(), merge_attention([first, second], lses)[0])
+
+
+def test_merges(ranks):
+    ranks.run(merges, 4)
 
 
 @pytest.mark.parametrize("placement", [[Shard(0), Shard(2)], [Shard(2), Replicate()]], ids=str)

@@ -32,6 +32,7 @@ TRITON = {
     "permute rows triton": "permute_kernel",
     "permute cycles triton": "cycles_kernel",
     **{f"attention {name}": f"{name}_kernel" for name in ("rotate", "forward", "dq", "dkv")},
+    "merge triton": "merge_kernel",
     **{f"cache {name}": f"{name}_kernel" for name in ("decode", "append")},
     **{f"linear {name}": f"{name}_kernel" for name in ("scan", "state", "state_passing")},
     **{f"linear {name}": f"{name}_kernel" for name in ("prepare", "row_dots")},

@@ -7,7 +7,15 @@ import threading
 import pytest
 import torch
 
-from extrope_kernels import _ext, apply_rope, apply_rope_qk, methods, permute, rerope_attention
+from extrope_kernels import (
+    _ext,
+    apply_rope,
+    apply_rope_qk,
+    merge_attention,
+    methods,
+    permute,
+    rerope_attention,
+)
 
 pytestmark = pytest.mark.skipif(_ext.load("cpu") is not None, reason="about the CPU library")
 
@@ -119,6 +127,7 @@ def test_every_operation_takes_part():
     calls = {
         "rope": lambda: apply_rope_qk(q, q, FREQS, backend="cpu"),
         "permute": lambda: permute(q, torch.arange(64).repeat(8, 1), backend="cpu"),
+        "merge": lambda: merge_attention([q, q], [torch.zeros(1, 8, 4096)] * 2),
         "attention": lambda: rerope_attention(q, q, q, FREQS, window=8, backend="cpu"),
     }
     for name, call in calls.items():

@@ -22,6 +22,7 @@ from extrope_kernels import (
     rerope_attention_with_kvcache,
     rope_append_kvcache,
 )
+from extrope_kernels.ops.attention.merge.reference import merge_fwd as reference_of_merge
 from extrope_kernels.ops.rope.cos_sin import reference as reference_of_cos_sin
 from extrope_kernels.testing import attention_backends, available_backends, device
 
@@ -123,7 +124,11 @@ def rope_append(
 
 
 def merge(backend: str, outs: Tensor, lses: Tensor) -> list[Tensor]:
-    return list(merge_attention(outs, lses.float()))
+    sets = outs.unbind(), lses.float().unbind()
+    if backend == "reference":
+        return list(reference_of_merge(*sets))
+    merged = torch.ops.extrope.merge_fwd_triton if backend == "triton" else merge_attention
+    return list(merged(*sets))
 
 
 ROPE = tuple(available_backends())
@@ -159,7 +164,7 @@ OPERATIONS = {
     "norm, rope and append": Operation(
         rope_append, {**QKV, "q_weight": (64,), "k_weight": (128,)}, ROPE
     ),
-    "merge": Operation(merge, {"outs": (3, 2, 200, 6, 64), "lses": (3, 2, 6, 200)}, ("reference",)),
+    "merge": Operation(merge, {"outs": (3, 2, 200, 6, 64), "lses": (3, 2, 6, 200)}, LINEAR),
 }
 WITHOUT_GRADIENT = (
     "cache", "cache, appended to", "norm, rope and append", "permuteformer step"

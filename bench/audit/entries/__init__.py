@@ -5,6 +5,7 @@ from . import (
     attention,
     decode,
     linear_attention,
+    merge,
     permute,
     plain,
     rope,
@@ -17,6 +18,7 @@ from . import (
 ENTRIES = (
     *plain.KERNELS,
     *attention.KERNELS,
+    *merge.KERNELS,
     *decode.KERNELS,
     *linear_attention.KERNELS,
     *rope.KERNELS,

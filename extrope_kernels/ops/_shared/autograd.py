@@ -22,12 +22,14 @@ def register_backward(library, op, save, backward) -> None:
     that were given, trailing defaults left out. backward(ctx, *grads) returns gradients for as
     many of them as have one.
     """
-    kernel = _autograd_kernel(op, save, backward)
+    kernel = autograd_of(op, save, backward)
     library.impl(op.name(), kernel, "Autograd", with_keyset=True)
 
 
-def _autograd_kernel(op, save, backward):
-    """It derives from _SingleLevelFunction, which records on the one level of autograd that is
+def autograd_of(op, save, backward):
+    """Records what its operations are: see `register_backward`.
+
+    It derives from _SingleLevelFunction, which records on the one level of autograd that is
     being dispatched; torch.func's other levels come by themselves, as for PyTorch's own ops.
     """
 
@@ -137,7 +139,7 @@ def refuse_backward(
 
     if written is None:
         return register_backward(library, op, save_nothing, refuse)
-    recorded = _autograd_kernel(op, save_nothing, refuse)
+    recorded = autograd_of(op, save_nothing, refuse)
 
     def kernel(keyset, *args, **options):
         out = recorded(keyset, *args, **options)

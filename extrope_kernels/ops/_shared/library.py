@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def load_on_first_use(fallbacks: dict[str, dict]) -> None:
 
     def first_call(op_name: str):
         def kernel(*args, **options):
-            first = next(x for x in args if isinstance(x, Tensor))
+            first = next(_tensors(args))
             device = first.device.type
             if device not in fallbacks or getattr(_again, "calling", None) == op_name:
                 raise NotImplementedError(
@@ -66,7 +66,7 @@ def _with_strides_of_fake(op_name: str, function: Callable[..., Any]) -> Callabl
         results = function(*args, **options)
         if results is None:
             return None
-        fake = getattr(ops, op_name)(*map(_meta, args), **options)
+        fake = getattr(ops, op_name)(*_meta(args), **options)
         if isinstance(results, Tensor):
             return _with_strides(results, fake.stride())
         return tuple(_with_strides(x, like.stride()) for x, like in zip(results, fake))
@@ -74,7 +74,18 @@ def _with_strides_of_fake(op_name: str, function: Callable[..., Any]) -> Callabl
     return kernel
 
 
+def _tensors(args: Any) -> Iterator[Tensor]:
+    """Those among an op's arguments, and in lists there."""
+    for x in args:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _tensors(x)
+
+
 def _meta(x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return [_meta(one) for one in x]
     if not isinstance(x, Tensor):
         return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")

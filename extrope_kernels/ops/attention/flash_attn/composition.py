@@ -166,4 +166,4 @@ def _without_keys(q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention to no key, or to the sinks alone: a set of its own for the merge."""
     if sinks is None:
         sinks = q.new_full((q.shape[-2],), -torch.inf, dtype=accumulator(q.dtype))
-    return q.new_zeros(()).expand(q.shape), sinks[:, None].expand(lse_shape(q))
+    return q.new_zeros(q.shape[-1:]).expand(q.shape), sinks[:, None].expand(lse_shape(q))
