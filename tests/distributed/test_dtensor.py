@@ -103,6 +103,22 @@ def test_rotates_by_what_is_given(ranks, case):
     ranks.run(rotates_by_what_is_given, (2, 2), placement=[Shard(0), Shard(2)], case=case)
 
 
+def offsets_stay_offsets(mesh):
+    """Of 8 sequences of 2 tokens: a rank's own two offsets would be read as two positions."""
+    q, k = make_qk(8, 2, 8, 4, 16, torch.float32)
+    offsets = torch.arange(8) * 7 + 3
+
+    def function(q, k):
+        return apply_rope_qk(q, k, FREQS, positions=offsets)
+
+    for placement in BY_DIM:
+        equals_plain(mesh, function, [q, k], [q + 1, k + 1], [placement] * 2, kept=False)
+
+
+def test_offsets_stay_offsets(ranks):
+    ranks.run(offsets_stay_offsets, 4)
+
+
 def rotates_packed(mesh, of_each):
     """Sharded by heads, with the gradient of inv_freq."""
     q, k = (x[0] for x in make_qk(1, 16, 8, 4, 16, torch.float32))
