@@ -131,6 +131,7 @@ def test_progress_ticks_per_layer(folder):
     ticks = []
     loss.token_losses(model, torch.arange(20).repeat(2, 1), ticks.append)
     assert ticks == [2] * (len(decoder_layers(model)) + 1) == [2] * 3
+    assert forward.run_body(model, torch.arange(20)[None]).past_key_values is None  # memory
     assert not any(layer._forward_hooks for layer in decoder_layers(model))
     assert "forward" not in vars(model.base_model)
 
