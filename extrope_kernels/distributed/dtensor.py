@@ -105,6 +105,8 @@ def _rope_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Place
             found[0] = Shard(0)
         if positions is not None:
             by_token = positions.ndim == 1 and positions.shape[0] == q.shape[1]
+            if positions.ndim == 1 and 1 < q.shape[1] < positions.shape[0]:
+                return None  # of as many sequences as tokens a rank would read them token by token
             dim = 1 if positions.ndim == 3 else 0
             if not by_token and positions.shape[dim] > 1:
                 found[1] = Shard(dim)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+from unittest import mock
 
 import pytest
 import torch
 from held import Held, of_ring, share
 from sent import Sent, by_formula
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from extrope_kernels import RopeFreqs, distributed, rerope_attention
@@ -40,10 +44,12 @@ def gradients(function, tensors):
 
 
 def compiles(mesh, strategy):
+    """With EXTROPE_CHECK=1, too: a graph leaves out that ranks ask one another."""
     torch._dynamo.reset()
     attention, tensors = call(mesh, strategy), inputs(mesh, torch.float32)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=False)
-    torch.testing.assert_close(compiled(*tensors), attention(*tensors))
+    with mock.patch.dict(os.environ, EXTROPE_CHECK="1"):
+        torch.testing.assert_close(compiled(*tensors), attention(*tensors))
     for got, want in zip(gradients(compiled, tensors), gradients(attention, tensors)):
         torch.testing.assert_close(got, want)
 
@@ -199,6 +205,41 @@ def sends_what_the_formula_says(mesh, strategy, heads_k):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_sends_what_the_formula_says(ranks, strategy, size, heads_k):
     ranks.run(sends_what_the_formula_says, size, strategy=strategy, heads_k=heads_k)
+
+
+class Waiting(TorchDispatchMode):
+    """Results of collectives that were not waited for, which no op may read."""
+
+    def __init__(self):
+        super().__init__()
+        self.started, self.places = [], set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        places = {x.untyped_storage().data_ptr() for x in read}
+        if func.overloadpacket.__name__ == "wait_tensor":
+            self.places -= places
+        assert not places & self.places, f"{func} reads what may still come"
+        found = func(*args, **(kwargs or {}))
+        if func.namespace == "_c10d_functional" and func.overloadpacket.__name__ != "wait_tensor":
+            self.started.append(found)  # kept, so that no other is in its place
+            self.places.add(found.untyped_storage().data_ptr())
+        return found
+
+
+def reads_what_has_come(mesh, strategy):
+    q, k = make_qk(1, 16, 8, 4, 16, torch.float32)
+    leaves = [distributed.shard(x, mesh).requires_grad_() for x in (q, k, k + 1)]
+    scale = distributed.shard(torch.linspace(1, 2, 16), mesh, dim=0)
+    options = {"window": 6, "query_scale": scale, "mesh": mesh, "strategy": strategy}
+    with Waiting() as waiting:
+        distributed.rerope_attention(*leaves, FREQS, **options).sum().backward()
+    assert len(waiting.started) >= 6 and not waiting.places
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_reads_what_has_come(ranks, strategy):
+    ranks.run(reads_what_has_come, 4, strategy=strategy)
 
 
 def holds_what_the_formula_says(mesh, dtype, heads_k):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -64,6 +66,83 @@ BY_DIM = [[Shard(0)], [Shard(2)], [Shard(1)], [Replicate()]]
 @pytest.mark.parametrize("case", ["plain", "positions", "unused output", "inv_freq"])
 def test_rotates(ranks, case, placement):
     ranks.run(rotates, 4, placement=placement, case=case)
+
+
+def of_sequences(*shape):
+    return torch.linspace(0.5, 1.5, math.prod(shape)).view(*shape, 1) * FREQS.inv_freq
+
+
+# What a call of 4 sequences, 8 tokens and 8 heads may be given beside q and k.
+POSITIONS = torch.arange(32).view(4, 8) * 5 % 13
+AXES = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2], dtype=torch.int32)
+GIVEN = {
+    "positions": ({"positions": POSITIONS}, {}),
+    "offsets": ({"positions": POSITIONS[:, 0]}, {"inv_freq": of_sequences(4)}),
+    "axes": (
+        {"positions": POSITIONS.expand(3, 4, 8) + torch.arange(3).view(3, 1, 1)},
+        {"axes": AXES},
+    ),
+    "one row of axes": ({"positions": torch.arange(24).view(3, 1, 8)}, {"axes": AXES}),
+    "heads": ({}, {"inv_freq": of_sequences(4, 8)}),
+    "heads of one": ({"positions": POSITIONS}, {"inv_freq": of_sequences(1, 8)}),
+}
+
+
+def rotates_by_what_is_given(mesh, placement, case):
+    options, freqs = GIVEN[case]
+    q, k = make_qk(4, 8, 8, 8, 16, torch.float32)
+    freqs = {"inv_freq": FREQS.inv_freq, **freqs}
+
+    def function(q, k, inv_freq):
+        return apply_rope_qk(q, k, RopeFreqs(**freqs | {"inv_freq": inv_freq}), **options)
+
+    placements = [placement, placement, [Replicate()] * mesh.ndim]
+    leaves = [q, k, freqs["inv_freq"]]
+    kept = Shard(1) not in placement or options.get("positions", q).shape[-1] == 8
+    equals_plain(mesh, function, leaves, [q + 1, k + 1], placements, kept)
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_rotates_by_what_is_given(ranks, case):
+    for placement in BY_DIM[:3]:
+        ranks.run(rotates_by_what_is_given, 4, placement=placement, case=case)
+    ranks.run(rotates_by_what_is_given, (2, 2), placement=[Shard(0), Shard(2)], case=case)
+
+
+def offsets_stay_offsets(mesh):
+    """Of 8 sequences of 2 tokens: a rank's own two offsets would be read as two positions."""
+    q, k = make_qk(8, 2, 8, 4, 16, torch.float32)
+    offsets = torch.arange(8) * 7 + 3
+
+    def function(q, k):
+        return apply_rope_qk(q, k, FREQS, positions=offsets)
+
+    for placement in BY_DIM:
+        equals_plain(mesh, function, [q, k], [q + 1, k + 1], [placement] * 2, kept=False)
+
+
+def test_offsets_stay_offsets(ranks):
+    ranks.run(offsets_stay_offsets, 4)
+
+
+def rotates_packed(mesh, of_each):
+    """Sharded by heads, with the gradient of inv_freq."""
+    q, k = (x[0] for x in make_qk(1, 16, 8, 4, 16, torch.float32))
+    cu_seqlens = torch.tensor([0, 5, 9, 16])
+    offsets = torch.tensor([3, 7, 1])
+    inv_freq = of_sequences(3) if of_each else FREQS.inv_freq
+
+    def function(q, k, inv_freq):
+        freqs = RopeFreqs(inv_freq)
+        return apply_rope_qk(q, k, freqs, positions=offsets, cu_seqlens=cu_seqlens)
+
+    placements = [[Shard(1)], [Shard(1)], [Replicate()]]
+    equals_plain(mesh, function, [q, k, inv_freq], [q + 1, k + 1], placements, kept=True)
+
+
+@pytest.mark.parametrize("of_each", [False, True])
+def test_rotates_packed(ranks, of_each):
+    ranks.run(rotates_packed, 4, of_each=of_each)
 
 
 def norms_and_rotates(mesh, placement, case):
@@ -129,6 +208,32 @@ def test_merges(ranks):
 def test_two_dimensions(ranks, placement):
     ranks.run(rotates, (2, 2), placement=placement, case="inv_freq")
     ranks.run(attends, (2, 2), placement=placement)
+
+
+def attends_by_what_is_given(mesh, placement):
+    """Numbers of sequences, of their tokens and of heads, and a gradient of lse."""
+    q, k = make_qk(4, 8, 8, 4, 16, torch.float32)
+    lse_of = torch.linspace(-1, 1, 4 * 8 * 8).view(4, 8, 8)
+    starts = torch.tensor([4, 0, 9, 2], dtype=torch.int32)
+    options = {"query_scale": 1 + POSITIONS / 13, "q_start": starts + 3, "k_start": starts}
+
+    def function(q, k, v, weight):
+        out, lse = rerope_attention(
+            q, k, v, RopeFreqs(of_sequences(4)), window=3, return_lse=True,
+            sinks=torch.linspace(-1, 1, 8), **options,
+        )  # fmt: skip
+        return out + (lse * weight).transpose(1, 2).unsqueeze(-1), lse
+
+    of_lse = [Shard(1 if p == Shard(2) else 0) for p in placement]
+    placements = [*[placement] * 3, of_lse]
+    leaves = [q, k, k + 1, lse_of]
+    equals_plain(mesh, function, leaves, [q + 1, None], placements, kept=True)
+
+
+@pytest.mark.parametrize("placement", [[Shard(0)], [Shard(2)], [Shard(0), Shard(2)]], ids=str)
+def test_attends_by_what_is_given(ranks, placement):
+    size = 4 if len(placement) == 1 else (2, 2)
+    ranks.run(attends_by_what_is_given, size, placement=placement)
 
 
 def heads_that_do_not_divide(mesh):

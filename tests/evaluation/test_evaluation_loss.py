@@ -131,6 +131,7 @@ def test_progress_ticks_per_layer(folder):
     ticks = []
     loss.token_losses(model, torch.arange(20).repeat(2, 1), ticks.append)
     assert ticks == [2] * (len(decoder_layers(model)) + 1) == [2] * 3
+    assert forward.run_body(model, torch.arange(20)[None]).past_key_values is None  # memory
     assert not any(layer._forward_hooks for layer in decoder_layers(model))
     assert "forward" not in vars(model.base_model)
 
@@ -275,7 +276,7 @@ def test_progress_bars_on_a_terminal(run, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdout", terminal)
     assert run(methods="rope,pi", bucket=8) == 0
     shown = terminal.getvalue()
-    assert "all rows" in shown and "100%" in shown
+    assert "all rows" in shown and "pi 64" in shown and "100%" in shown
     for row in results(tmp_path)["rows"]:  # whole, though wider than the terminal
         cells = " ".join(f"{b['loss']:10.3f}" for b in row["buckets"])
         assert f"{row['method']:<12}     64 {cells}" in shown

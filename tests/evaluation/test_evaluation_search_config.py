@@ -1,5 +1,7 @@
 """The search of a model that comes with a scaling of its own, and the configuration it writes."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,11 +10,21 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from tiny_model import CONFIG, save_tokenizer
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    AutoConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from extrope_kernels.cli import main
+from extrope_kernels.evaluation import UsageError
+from extrope_kernels.evaluation.search import run
 from extrope_kernels.evaluation.search.candidates import Candidate, published
-from extrope_kernels.evaluation.search.config import write_config
+from extrope_kernels.evaluation.search.config import rope_parameters, write_config
 from extrope_kernels.evaluation.search.factors import find_ladder
 
 TRAINED, LENGTH = 32, 100
@@ -91,3 +103,33 @@ def test_score_methods_begin_where_the_own_scaling_ends():
     scaled = {"rope_parameters": LONGROPE, "max_position_embeddings": 4 * TRAINED}
     ladder = find_ladder(LlamaForCausalLM(LlamaConfig(**CONFIG | scaled)), 4 * TRAINED)
     assert (ladder.trained, ladder.scaled) == (TRAINED, 4 * TRAINED)
+
+
+@pytest.mark.parametrize("length", [TRAINED // 2, TRAINED * 3 // 2, LENGTH])
+def test_an_amplitude_other_than_the_usual_is_told_to_vllm(length):
+    """Which takes the usual one, of its own length over the trained, where it is told none."""
+    ladder = find_ladder(LlamaForCausalLM(LlamaConfig(**CONFIG)), TRAINED)
+    factor = max(1, length / TRAINED)
+    usual = math.sqrt(1 + math.log(factor) / math.log(TRAINED))
+    for amplitude in (usual, 1.01 * usual):
+        candidate = ladder.longrope(torch.zeros(4), amplitude)
+        found = rope_parameters(ladder, candidate, length)
+        assert found["factor"] == factor and found["attention_factor"] == amplitude
+        told = None if amplitude == usual else amplitude
+        assert found.get("short_mscale") == found.get("long_mscale") == told
+
+
+def test_the_best_that_a_configuration_can_express():
+    """By held-out text, else the last finalist by text that was searched on."""
+    plain, yarn = Candidate(), Candidate("yarn", {"factor": 2.0})
+    names = [Candidate("rerope", {"window": 8}).name, plain.name, yarn.name]
+    rows = [{"name": name, "pieces": [1.0]} for name in names]
+    assert run._best_frequencies(rows, [plain, yarn]) is plain
+    assert run._best_frequencies(rows[::-1], [plain, yarn]) is yarn
+    assert run._best_frequencies([row | {"pieces": []} for row in rows], [plain, yarn]) is yarn
+
+
+def test_a_model_without_rotary_embeddings_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(UsageError, match="GPT2"):
+        find_ladder(model, 8)

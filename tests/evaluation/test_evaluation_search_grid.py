@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from extrope_kernels.cli import main
 from extrope_kernels.evaluation.search import stages
-from extrope_kernels.evaluation.search.candidates import published
+from extrope_kernels.evaluation.search.candidates import published, score_methods
 
 
 def test_short_pieces_only_drop_what_is_far_behind():
@@ -45,3 +45,16 @@ def test_a_loss_that_is_no_number_is_told(folder, text, tmp_path, capsys):
     assert main(command.split()) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "search: the loss under yarn factor=2 is nan, which ranks with no other"
+
+
+@pytest.mark.parametrize("length", [6000, 16_384, 100_000])
+def test_wide_groups_fill_three_quarters_of_the_distances(length):
+    """Behind the window, half of those that the model knows; with a factor less they would not."""
+    trained = 4096
+    half = trained // 2
+    grids = [each.params for each in score_methods(length, trained) if each.method == "self_extend"]
+    wide = next(each for each in grids if each["window"] > trained // 4)
+    window, factor = wide["window"], wide["factor"]
+    assert window % factor == 0 and half - factor < window <= half
+    assert (length - half) / factor <= (trained - half) * 3 / 4
+    assert factor == 2 or (length - half) / (factor - 1) > (trained - half) * 3 / 4

@@ -50,3 +50,16 @@ def test_a_text_counts_once(tokenizer, text, tmp_path):
         texts.load_texts(tokenizer, names, 64)
     with pytest.raises(UsageError, match=f"--text {copy}: is given twice"):
         search.split_texts(tokenizer, names, None, 64)
+
+
+def test_pieces_start_wherever_they_fit():
+    ids = torch.arange(12)
+    for spare in range(3):
+        exact = texts.Text("t", ids[:1], ids[: 9 + spare])
+        starts = {exact.start(9, index, 0) for index in range(1, 60)}
+        assert starts == set(range(spare + 1)) and exact.start(9, 0, 0) == 0
+        for index in range(4):
+            piece, after = exact.piece(10, index, 0), exact.after(10, index, 0, 4)
+            first = exact.start(9, index, 0)
+            assert piece.tolist() == [0, *range(first, first + 9)]
+            assert after.tolist() == [n % (9 + spare) for n in range(first + 9, first + 13)]

@@ -118,6 +118,10 @@ def test_other_models_of_the_class_are_untouched():
 def test_copies_and_pickles_of_an_extended_model_stay_extended(family, method):
     since("5.6", "layers hold the function that extend stands in for, which pickles by its name")
     model = build(family, **ATTENDING[family])
+    try:
+        torch.save(model, io.BytesIO())
+    except AttributeError as error:  # of transformers 5.20, Python 3.10's last, beside `kernels`
+        pytest.skip(f"a plain model cannot be pickled either: {error}")
     with extend(model, method, **PARAMETERS[method]):
         expected = logits(model, IDS)
         twin, file = copy.deepcopy(model), io.BytesIO()

@@ -17,9 +17,17 @@ def replicated(like: Tensor, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         return tensors
     mesh = like.device_mesh
 
-    def whole(x: Any) -> Any:
+    def on_mesh(x: Any) -> Any:
         if not isinstance(x, Tensor) or isinstance(x, module.DTensor):
             return x
         return module.DTensor.from_local(x, mesh, [module.Replicate()] * mesh.ndim, run_check=False)
 
-    return tuple(whole(x) for x in tensors)
+    return tuple(on_mesh(x) for x in tensors)
+
+
+def whole(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The other way round: plain tensors, whole on every rank, of those that are DTensors."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:
+        return tensors
+    return tuple(x.full_tensor() if isinstance(x, module.DTensor) else x for x in tensors)

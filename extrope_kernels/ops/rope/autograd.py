@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._shared.autograd import batching_rule, contiguous_rows, register_backward
-from .._shared.dtensor import replicated
+from .._shared.dtensor import replicated, whole
 from .._shared.library import ops
 from .._shared.positions import sequence_of_token
 from .checks import not_differentiable
@@ -120,6 +120,8 @@ def _frequency_grad(angle_grad, grad_q, grad_k, rope_args, options) -> Tensor:
     inv_freq = rope_args[0]
     if options.get("inverse", False):
         angle_grad = -angle_grad
+    # Of positions and boundaries all is computed on every rank, by ops that DTensor may not know.
+    rope_args = (inv_freq, *whole(rope_args[1:]))
     tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
     batch, seqlen = tensors[0].shape[:2]
     (positions,) = replicated(angle_grad, (token_positions(rotation, batch, seqlen),))
@@ -130,6 +132,7 @@ def _frequency_grad(angle_grad, grad_q, grad_k, rope_args, options) -> Tensor:
         total = by_token.sum(1)
     else:
         sequence = sequence_of_token(rotation.cu_seqlens, seqlen)
+        (sequence,) = replicated(angle_grad, (sequence,))
         total = by_token.new_zeros(rotation.inv_freq.shape[0], *by_token.shape[2:])
         total = total.index_add(0, sequence, by_token[0])
     return total.to(inv_freq.dtype).view(inv_freq.shape)
