@@ -52,7 +52,7 @@ def _rule(name: str) -> Callable[..., list[tuple[Placements, Placements]]]:
             of_others = _norm_args if "norm" in name else _rope_args
         for what in ("batch", "heads", "sequence"):
             rest = of_others(what, rows, others)
-            if rest is None or not _divides(what, rows, _NUMBERS.get(name, ())):
+            if rest is None or not _divides(what, rows):
                 continue
             dim = _dim(what, rows[0])
             given = [None if x is None else Shard(dim) for x in rows]
@@ -74,11 +74,11 @@ def _of_numbers(what: str, rows: Any) -> int:
     return rows.ndim - 3 if what == "heads" else 0
 
 
-def _divides(what: str, rows: tuple[Any, ...], numbers: tuple[int, ...]) -> bool:
+def _divides(what: str, rows: tuple[Any, ...]) -> bool:
     """Whether heads can be cut so that those of queries stay with those of their keys."""
     if what != "heads":
         return True
-    heads = [x.shape[-2] for n, x in enumerate(rows) if x is not None and n not in numbers]
+    heads = [x.shape[-2] for x in rows if x is not None]  # of log-sum-exps, too
     sizes = list(rows[0].mesh.shape)
     for count in range(1, len(sizes) + 1):
         for some in itertools.combinations(sizes, count):

@@ -25,6 +25,8 @@ def has_the_tokens_of_torch(mesh, seqlen):
     assert torch.equal(local_positions(seqlen, mesh), expected.long())
     whole = torch.arange(seqlen).chunk(size)[rank_in(mesh)]
     assert torch.equal(local_positions(seqlen, mesh, balance=None), whole)
+    with torch.device("meta"):  # of the CPU, whatever the default is
+        assert torch.equal(local_positions(seqlen, mesh), expected.long())
 
 
 @pytest.mark.parametrize("size", SIZES)
