@@ -7,11 +7,11 @@ namespace extrope {
 namespace {
 
 template <int Distance, typename V, int... I>
-inline V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
+EXTROPE_INLINE V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
   using Index = typename Lanes<V>::Index;
   constexpr int n = Lanes<V>::count;
-  return __builtin_shuffle(a, b, Index{(I & Distance ? n + I : I)...}) +
-         __builtin_shuffle(a, b, Index{(I & Distance ? n + I - Distance : I + Distance)...});
+  return __builtin_shuffle(a, b, Index{(I & Distance ? n + I - Distance : I)...}) +
+         __builtin_shuffle(a, b, Index{(I & Distance ? n + I : I + Distance)...});
 }
 
 template <int Distance, typename V, int... I>
@@ -28,7 +28,7 @@ inline V across(V v) {
 // Lane i of the result is the sum of the lanes of v[i % Count]; Count is a power of two, and at
 // most the number of lanes.
 template <int Distance = 1, typename V, int Count>
-inline V sums_of(const V (&v)[Count]) {
+EXTROPE_INLINE V sums_of(const V (&v)[Count]) {
   if constexpr (Count > 1) {
     constexpr auto kAll = std::make_integer_sequence<int, Lanes<V>::count>{};
     V half[Count / 2];
@@ -47,7 +47,7 @@ inline V sums_of(const V (&v)[Count]) {
 
 // out[i] = the sum of the lanes of v[i]; Count is a multiple of the lanes.
 template <int Count>
-inline void sum_lanes(const floats* v, float* out) {
+EXTROPE_INLINE void sum_lanes(const floats* v, float* out) {
   static_assert(Count % kFloats == 0);
   for (int first = 0; first < Count; first += kFloats) {
     floats some[kFloats];
