@@ -23,7 +23,7 @@ from extrope_kernels.integrations.transformers import extend, register_interface
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROMPTS, NEW, ROUNDS = (2000, 8000), 32, 3
+PROMPTS, NEW, ROUNDS = (2000, 8000), 32, 2
 PLAIN = "plain"
 # Beside the attention that transformers calls, what extends the model.
 MODELS: dict[str, tuple[str, dict | None]] = {

@@ -152,6 +152,10 @@ def test_the_readme_tells_speeds_and_numbers_of_models_as_measured(bench):
     for shown in (*speed.SHOWN[:2], speed.SHOWN[3], speed.SHOWN[-1]):
         times, _ = speed.against_the_best(shown, BENCH / "results")
         assert f"{times:.1f} times" in text, shown.label
+    rows = json.loads((BENCH / "results" / "generate-cpu.json").read_text())["rows"]
+    row = next(row for row in rows if (row["name"], row["tokens"]) == ("rerope", 8000))
+    told = "reads 8,000 tokens in {:.2f} of the plain one's time, and takes {:.2f}"
+    assert told.format(row["prompt_of_plain"], row["steps_of_plain"]) in text
     frequency, score = re.findall(r"^- By a \w+ method: (\d+) of the", models, re.MULTILINE)
     assert f"all {frequency} by frequency methods, {score} by score methods" in text
 
