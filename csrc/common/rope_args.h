@@ -25,19 +25,7 @@ struct RopeOptions {
 };
 
 inline DType rotated_dtype(const TensorView& x, const char* name) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Double:
-      return DType::f64;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      require(false, name, " must be float32, bfloat16, float16 or float64");
-  }
-  return DType::f32;
+  return dtype_of_rows("rope", x, name);
 }
 
 inline void set_frequencies(RopeParams& p, const TensorView& inv_freq, const TensorView& q,

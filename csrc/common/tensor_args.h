@@ -75,6 +75,23 @@ inline int64_t set_cu_seqlens(const char* op, TokenParams& p, const TensorView& 
   return p.num_sequences;
 }
 
+// That of rows in whatever type is computed with.
+inline DType dtype_of_rows(const char* op, const TensorView& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      require_of(op, false, name, " must be float32, bfloat16, float16 or float64");
+  }
+  return DType::f32;
+}
+
 // q's dtype, for operations that compute in float32.
 inline DType dtype_of(const char* op, const TensorView& q) {
   switch (q.scalar_type()) {

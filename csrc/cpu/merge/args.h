@@ -9,25 +9,11 @@
 
 namespace extrope::merge {
 
+constexpr const char* kOp = "merge_attention";
+
 template <typename... Message>
 void require(bool condition, const Message&... message) {
-  require_of("merge_attention", condition, message...);
-}
-
-inline DType dtype_of(const TensorView& out) {
-  switch (out.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Double:
-      return DType::f64;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      require(false, "outs must be float32, bfloat16, float16 or float64");
-  }
-  return DType::f32;
+  require_of(kOp, condition, message...);
 }
 
 class Args {
@@ -98,7 +84,7 @@ class Args {
             d == 4 ? out.stride(0) : 0,
             out.stride(d - 3),
             out.stride(d - 2),
-            dtype_of(out),
+            dtype_of_rows(kOp, out, "outs"),
             lse.data_ptr(),
             d == 4 ? lse.stride(0) : 0,
             lse.stride(d - 3),
