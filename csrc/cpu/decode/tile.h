@@ -2,7 +2,7 @@
 //
 // Scores and weights stand key-major, [key][row]: a vector of them holds all rows of some keys, so
 // that the softmax takes no transposition and the sums over values read them in order. That takes a
-// power of two of rows, of which the first `live` ones are queries.
+// power of two of rows, of which the first `valid` ones are queries.
 #pragma once
 
 #include <algorithm>
@@ -86,18 +86,18 @@ void find_rows(const KVCache& cache, const Plane& plane, const QueryBlock& queri
 
 // sums[key][row] += q[row] * the key, of `vectors` vectors of dims from d on and at_once keys from
 // j on.
-template <int rows, int live, int at_once, int vectors, typename T>
+template <int rows, int valid, int at_once, int vectors, typename T>
 EXTROPE_INLINE void add_products(const float* q, int64_t stride, Rows<T> keys, int64_t j, int64_t d,
                                  floats (&sums)[at_once * rows]) {
-  floats y[live][vectors];
+  floats y[valid][vectors];
 #pragma GCC unroll 4
-  for (int r = 0; r < live; ++r) load_wide(q + r * stride, y[r]);
+  for (int r = 0; r < valid; ++r) load_wide(q + r * stride, y[r]);
 #pragma GCC unroll 16
   for (int k = 0; k < at_once; ++k) {
     floats x[vectors];
     load_dims(keys.at[j + k] + keys.offset + d, x);
 #pragma GCC unroll 4
-    for (int r = 0; r < live; ++r) {
+    for (int r = 0; r < valid; ++r) {
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sums[k * rows + r] += y[r][v] * x[v];
     }
@@ -106,7 +106,7 @@ EXTROPE_INLINE void add_products(const float* q, int64_t stride, Rows<T> keys, i
 
 // scores[key][row] = <q[row], keys[key]> for `count` keys, a multiple of kKeysAtOnce. q is padded
 // with zeros to whole vectors. The rows `ahead` of ahead_dim dims, if any, are fetched meanwhile.
-template <int rows, int live, typename T, typename Ahead>
+template <int rows, int valid, typename T, typename Ahead>
 void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int64_t dim,
                 Rows<Ahead> ahead, int64_t ahead_dim, float* scores) {
   constexpr int at_once = kKeysAtOnce<rows>;
@@ -114,10 +114,10 @@ void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int
     floats sums[at_once * rows] = {};
     int64_t d = 0;
     for (; d + kTogether<T> * kFloats <= dim; d += kTogether<T> * kFloats) {
-      add_products<rows, live, at_once, kTogether<T>>(q + d, stride, keys, j, d, sums);
+      add_products<rows, valid, at_once, kTogether<T>>(q + d, stride, keys, j, d, sums);
     }
     for (; d < dim; d += kFloats) {
-      add_products<rows, live, at_once, 1>(q + d, stride, keys, j, d, sums);
+      add_products<rows, valid, at_once, 1>(q + d, stride, keys, j, d, sums);
     }
     sum_lanes<at_once * rows>(sums, scores + j * rows);
     if (ahead.at) {
@@ -164,13 +164,13 @@ floats softmax_tile(float* scores, int64_t count, Softmax& softmax) {
 
 // sums[row][d] = sums[row][d] * rescale[row] + the weighted sum of `count` values, in `columns`
 // vectors of lanes from d on.
-template <int rows, int live, int columns, typename T, typename Ahead>
+template <int rows, int valid, int columns, typename T, typename Ahead>
 inline void add_columns(const float* weights, Rows<T> values, int64_t count, int64_t d,
                         const floats& rescale, Rows<Ahead> ahead, int64_t ahead_dim, float* sums,
                         int64_t stride) {
-  floats acc[live * columns];
+  floats acc[valid * columns];
 #pragma GCC unroll 4
-  for (int r = 0; r < live; ++r) {
+  for (int r = 0; r < valid; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < columns; ++c) {
       acc[r * columns + c] = load<floats>(sums + r * stride + d + c * kFloats) * rescale[r];
@@ -180,7 +180,7 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
     floats x[columns];
     load_dims(values.at[j] + values.offset + d, x);
 #pragma GCC unroll 4
-    for (int r = 0; r < live; ++r) {
+    for (int r = 0; r < valid; ++r) {
       const floats weight = floats{} + weights[j * rows + r];
 #pragma GCC unroll 8
       for (int c = 0; c < columns; ++c) acc[r * columns + c] += weight * x[c];
@@ -188,7 +188,7 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
     if (ahead.at) ahead.prefetch(j, ahead_dim);
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < live; ++r) {
+  for (int r = 0; r < valid; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < columns; ++c) {
       store(sums + r * stride + d + c * kFloats, acc[r * columns + c]);
@@ -196,7 +196,7 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
   }
 }
 
-template <int rows, int live, typename T, typename Ahead>
+template <int rows, int valid, typename T, typename Ahead>
 void add_values(const float* weights, Rows<T> values, int64_t count, int64_t dim,
                 const floats& rescale, Rows<Ahead> ahead, int64_t ahead_dim, float* sums,
                 int64_t stride) {
@@ -204,17 +204,17 @@ void add_values(const float* weights, Rows<T> values, int64_t count, int64_t dim
   constexpr int columns = kFloats == 16 ? (rows == 1 ? 8 : 4) : 8 / rows;
   int64_t d = 0;
   for (; d + columns * kFloats <= dim; d += columns * kFloats) {
-    add_columns<rows, live, columns>(weights, values, count, d, rescale, ahead, ahead_dim, sums,
-                                     stride);
+    add_columns<rows, valid, columns>(weights, values, count, d, rescale, ahead, ahead_dim, sums,
+                                      stride);
     ahead.at = nullptr;
   }
   for (; d + kTogether<T> * kFloats <= dim; d += kTogether<T> * kFloats) {
-    add_columns<rows, live, kTogether<T>>(weights, values, count, d, rescale, ahead, ahead_dim,
-                                          sums, stride);
+    add_columns<rows, valid, kTogether<T>>(weights, values, count, d, rescale, ahead, ahead_dim,
+                                           sums, stride);
     ahead.at = nullptr;
   }
   for (; d < dim; d += kFloats) {
-    add_columns<rows, live, 1>(weights, values, count, d, rescale, ahead, ahead_dim, sums, stride);
+    add_columns<rows, valid, 1>(weights, values, count, d, rescale, ahead, ahead_dim, sums, stride);
     ahead.at = nullptr;
   }
 }

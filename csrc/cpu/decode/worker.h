@@ -208,8 +208,8 @@ class Worker {
     int64_t first, count, padded;
   };
 
-  // The rows from m on: `live` of them are queries.
-  template <int rows, int live>
+  // The rows from m on: `valid` of them are queries.
+  template <int rows, int valid>
   void attend_rows(const BlockOfKeys& block, int64_t m, const Visible& seen) {
     const int64_t row = head_ * padded_rows_ + m, scores = block.padded * rows;
     const Rows<Cached> none{nullptr, 0};
@@ -218,11 +218,11 @@ class Worker {
       const float* q = &frames_[r].q[row * stride_];
       float* to = r == seen.first_region ? scores_ : region_scores_;
       if (frames_[r].keys) {
-        score_tile<rows, live>(q, stride_, block.rotated[r], block.padded, stride_, ahead,
-                               head_dim_v_, to);
+        score_tile<rows, valid>(q, stride_, block.rotated[r], block.padded, stride_, ahead,
+                                head_dim_v_, to);
       } else {
-        score_tile<rows, live>(q, stride_, block.keys, block.padded, head_dim_, ahead, head_dim_v_,
-                               to);
+        score_tile<rows, valid>(q, stride_, block.keys, block.padded, head_dim_, ahead, head_dim_v_,
+                                to);
       }
       if (r > seen.first_region) select_region<rows>(r, m, block.first, block.count);
     }
@@ -230,9 +230,9 @@ class Worker {
     if (seen.masked) mask<rows>(m, block.first, block.count);
     std::fill(scores_ + block.count * rows, scores_ + scores, -INFINITY);
     const floats rescale = softmax_tile<rows>(scores_, scores, softmax_[row / rows]);
-    add_values<rows, live>(scores_, block.values, block.count, head_dim_v_, rescale,
-                           m == 0 ? block.next : none, head_dim_, &sums_[row * stride_v_],
-                           stride_v_);
+    add_values<rows, valid>(scores_, block.values, block.count, head_dim_v_, rescale,
+                            m == 0 ? block.next : none, head_dim_, &sums_[row * stride_v_],
+                            stride_v_);
   }
 
   // From a row's start of region r on, the scores in that region in place of earlier regions'.

@@ -1,4 +1,4 @@
-// The share that each set of keys has in the joint softmax, and its log-sum-exp.
+// The share that each set of keys has in the joint softmax, and its log-row_sum-exp.
 #pragma once
 
 #include "cpu/merge/kernel.h"
@@ -29,7 +29,8 @@ inline doubles exp_of(doubles x) {
 inline float log_of(float x) { return __builtin_logf(x); }
 inline double log_of(double x) { return __builtin_log(x); }
 
-// Log-sum-exps of a block in the place of its shares, set after set; what is no token has no keys.
+// Log-row_sum-exps of a block in the place of its shares, set after set; what is no token has no
+// keys.
 template <typename Lse, typename Wide>
 void read_lses(const MergeParams& p, int64_t first, int64_t head, int64_t count, Wide* lses) {
   const int64_t batch = first / p.seqlen, seq = first % p.seqlen;
@@ -42,31 +43,31 @@ void read_lses(const MergeParams& p, int64_t first, int64_t head, int64_t count,
   }
 }
 
-// From log-sum-exps to shares, in place; `joint` gets the log-sum-exps over all sets.
+// From log-row_sum-exps to shares, in place; `joint` gets the log-row_sum-exps over all sets.
 template <typename Wide>
 void find_shares(Wide* shares, int64_t num_sets, Wide* joint) {
   using V = typename VectorOf<Wide>::type;
   const V none = V{} - static_cast<Wide>(__builtin_inf());
   for (int64_t t = 0; t < kTokens; t += Lanes<V>::count) {
     const auto at = [&](int64_t n) { return shares + n * kTokens + t; };
-    V largest = none, sum = V{};
+    V row_max = none, row_sum = V{};
     for (int64_t n = 0; n < num_sets; ++n) {
       const V lse = load<V>(at(n));
-      largest = (lse > largest) | (lse != lse) ? lse : largest;
+      row_max = (lse > row_max) | (lse != lse) ? lse : row_max;
     }
-    const V origin = largest == none ? V{} : largest;
+    const V origin = row_max == none ? V{} : row_max;
     for (int64_t n = 0; n < num_sets; ++n) {
       const V lse = load<V>(at(n)), weight = exp_of(plain(lse - origin));
-      sum += weight;
+      row_sum += weight;
       store(at(n), lse == none ? V{} + kNoKeys : weight);
     }
     for (int64_t n = 0; n < num_sets; ++n) {
       const V weight = load<V>(at(n));
-      store(at(n), weight < 0 ? weight : weight / sum);
+      store(at(n), weight < 0 ? weight : weight / row_sum);
     }
     for (int i = 0; i < Lanes<V>::count; ++i) {
-      const bool infinite = __builtin_isinf(largest[i]);
-      joint[t + i] = infinite ? largest[i] : largest[i] + log_of(sum[i]);
+      const bool infinite = __builtin_isinf(row_max[i]);
+      joint[t + i] = infinite ? row_max[i] : row_max[i] + log_of(row_sum[i]);
     }
   }
 }

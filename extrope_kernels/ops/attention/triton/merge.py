@@ -54,9 +54,9 @@ def _lse_of(n: tl.constexpr, lses, lse, row, merged, valid, TILE: tl.constexpr):
 
 
 @triton.jit
-def _share(weight, total):
+def _share(weight, row_sum):
     """Of the joint softmax: exactly 1 where there is one set alone."""
-    return tl.div_rn(weight, total) if weight.dtype == tl.float32 else weight / total
+    return tl.div_rn(weight, row_sum) if weight.dtype == tl.float32 else weight / row_sum
 
 
 @triton.jit
@@ -103,37 +103,37 @@ def merge_kernel(
     row = (batch * tl.num_programs(1) + head) * seqlen + seq
     merged = batch * lse_batch + head * lse_head + seq * lse_seq
 
-    largest = tl.full((BLOCK_M,), float("-inf"), WIDE)
+    row_max = tl.full((BLOCK_M,), float("-inf"), WIDE)
     for n in tl.static_range(SETS):
         found = _lse_of(n, lses, lse, row, merged, valid, TILE)
-        largest = tl.maximum(largest, found, propagate_nan=_ALL)
-    empty = largest == float("-inf")
-    origin = tl.where(empty, 0.0, largest)
-    total = tl.zeros((BLOCK_M,), WIDE)
+        row_max = tl.maximum(row_max, found, propagate_nan=_ALL)
+    empty = row_max == float("-inf")
+    origin = tl.where(empty, 0.0, row_max)
+    row_sum = tl.zeros((BLOCK_M,), WIDE)
     for n in tl.static_range(SETS):
-        total += tl.exp(_lse_of(n, lses, lse, row, merged, valid, TILE) - origin)
-    total = tl.where(empty, 1.0, total)
+        row_sum += tl.exp(_lse_of(n, lses, lse, row, merged, valid, TILE) - origin)
+    row_sum = tl.where(empty, 1.0, row_sum)
 
     dim = tl.arange(0, BLOCK_D)[None, :]
     inside = dim < TILE.head_dim
-    sum = tl.zeros((BLOCK_M, BLOCK_D), WIDE)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), WIDE)
     for n in tl.static_range(SETS):
         found = _lse_of(n, lses, lse, row, merged, valid, TILE)
-        share = _share(tl.exp(found - origin), total)
+        share = _share(tl.exp(found - origin), row_sum)
         keys = (found != float("-inf"))[:, None]
         from_ = rows(
             outs[n], batch, seq, head, strides[3 * n], strides[3 * n + 1], strides[3 * n + 2], TILE
         )
         x = tl.load(from_[:, None] + dim, mask=keys & inside, other=0.0)
-        sum += share[:, None] * _cast(x, WIDE)
+        acc += share[:, None] * _cast(x, WIDE)
 
     written = valid
     if TILE.in_place:
         written = valid & (empty == 0)
         tl.debug_barrier()  # other warps may still have to read what is written below
     to = rows(out, batch, seq, head, out_batch, out_seq, out_head, TILE)
-    tl.store(to[:, None] + dim, _cast(sum, out.dtype.element_ty), mask=written[:, None] & inside)
-    joint = tl.where(tl.abs(largest) == float("inf"), largest, largest + tl.log(total))
+    tl.store(to[:, None] + dim, _cast(acc, out.dtype.element_ty), mask=written[:, None] & inside)
+    joint = tl.where(tl.abs(row_max) == float("inf"), row_max, row_max + tl.log(row_sum))
     tl.store(lse + merged, joint.to(lse.dtype.element_ty), mask=valid)
 
 
