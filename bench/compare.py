@@ -83,11 +83,13 @@ def compare(
         is_own = call is ours or name in own
         row.absent = call if isinstance(call, str) else "" if is_own else why_not(call)
         if not row.absent:
-            others = (floor.call,) if call is ours else (floor.call, ours)
-            times = paired(call, *others, repeats=report.args.repeats, seconds=SECONDS)
-            row.milliseconds = times[0]
-            row.of_floor = floor.factor * times[1] / times[0]
-            row.ratio = NAN if call is ours else times[2] / times[0]
+            # The floor apart: what comes behind a copy waits until its lines are written back.
+            beside = functools.partial(paired, repeats=report.args.repeats, seconds=SECONDS)
+            row.milliseconds, its_floor = beside(call, floor.call)
+            row.of_floor = floor.factor * its_floor / row.milliseconds
+            if call is not ours:
+                row.milliseconds, our_time = beside(call, ours)
+                row.ratio = our_time / row.milliseconds
             row.bar = (bars or {}).get(name, NAN)
             if error and name in calls:
                 row.error = error((checked or {}).get(name, call)())

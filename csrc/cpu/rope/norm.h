@@ -88,7 +88,7 @@ EXTROPE_INLINE WideVector<T> squares_of(const T* row, int64_t dim) {
   constexpr int64_t kTwo = 2 * Lanes<V>::count;
   static_assert(Dim % kTwo == 0);
   V first{}, second{};
-  const auto add_two = [&](int64_t i) {
+  const auto add_two = [&](int64_t i) __attribute__((always_inline)) {
     const auto [a, b] = load_two(row + i);
     first += a * a, second += b * b;
   };

@@ -41,19 +41,20 @@ struct PerHeadNorm {
   EXTROPE_INLINE void rotate(const T* in, T* out, const WeightedCosSin<T, kHalf>& weighted,
                              Wide<T> scale) const {
     const int64_t half = kHalf > 0 ? kHalf : p.rotary_dim / 2;
-    for_each_pairs<T, Interleaved, kHalf>(half, [&](auto width, int64_t i) {
-      using PairVectors = Pairs<T, Interleaved, decltype(width)::value>;
-      using U = typename PairVectors::V;
-      PairVectors row;
-      row.load(in, half, i);
-      for (int v = 0; v < PairVectors::kCount; ++v) {
-        const int64_t at = i + v * PairVectors::kLanes;
-        const U a = row.a[v] * scale, b = row.b[v] * scale;
-        row.a[v] = a * values_at<U>(weighted.a_cos, at) - b * values_at<U>(weighted.b_sin, at);
-        row.b[v] = b * values_at<U>(weighted.b_cos, at) + a * values_at<U>(weighted.a_sin, at);
-      }
-      row.template store<Form::kStreams>(out, half, i);
-    });
+    for_each_pairs<T, Interleaved, kHalf>(
+        half, [&](auto width, int64_t i) __attribute__((always_inline)) {
+          using PairVectors = Pairs<T, Interleaved, decltype(width)::value>;
+          using U = typename PairVectors::V;
+          PairVectors row;
+          row.load(in, half, i);
+          for (int v = 0; v < PairVectors::kCount; ++v) {
+            const int64_t at = i + v * PairVectors::kLanes;
+            const U a = row.a[v] * scale, b = row.b[v] * scale;
+            row.a[v] = a * values_at<U>(weighted.a_cos, at) - b * values_at<U>(weighted.b_sin, at);
+            row.b[v] = b * values_at<U>(weighted.b_cos, at) + a * values_at<U>(weighted.a_sin, at);
+          }
+          row.template store<Form::kStreams>(out, half, i);
+        });
     if constexpr (kHalf > 0) return;
     for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
       using U = decltype(lanes);
@@ -139,18 +140,27 @@ struct AllHeadsNorm {
     for (int64_t t = 0; t < count; ++t) scales[t] = scale_of(squares[t]);
   }
 
-  // Cosines and sines in registers have the scale in them.
-  EXTROPE_INLINE void rotate(const T* in, T* out, const PairValues<T, kHalf>& cos,
-                             const PairValues<T, kHalf>& sin, const Wide<T>* weight,
-                             Wide<T> scale) const {
+  // Cosines or sines of Half pairs have the scale in them.
+  static EXTROPE_INLINE auto scaled(const Wide<T>* from, Wide<T> scale) {
+    if constexpr (kHalf > 0) {
+      return InMemory<T, kHalf>(from, scale);
+    } else {
+      return from;
+    }
+  }
+
+  template <typename Values>
+  EXTROPE_INLINE void rotate(const T* in, T* out, const Values& cos, const Values& sin,
+                             const Wide<T>* weight, Wide<T> scale) const {
     const int64_t half = kHalf > 0 ? kHalf : p.rotary_dim / 2;
-    for_each_pairs<T, Interleaved, kHalf>(half, [&](auto width, int64_t i) {
-      Pairs<T, Interleaved, decltype(width)::value> row;
-      row.load(in, half, i);
-      row.normalize(weight, half, kHalf > 0 ? Wide<T>{1} : scale, i);
-      row.rotate(cos, sin, i);
-      row.template store<Form::kStreams>(out, half, i);
-    });
+    for_each_pairs<T, Interleaved, kHalf>(
+        half, [&](auto width, int64_t i) __attribute__((always_inline)) {
+          Pairs<T, Interleaved, decltype(width)::value> row;
+          row.load(in, half, i);
+          row.normalize(weight, half, kHalf > 0 ? Wide<T>{1} : scale, i);
+          row.rotate(cos, sin, i);
+          row.template store<Form::kStreams>(out, half, i);
+        });
     if constexpr (kHalf > 0) return;
     for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
       using U = decltype(lanes);
@@ -162,24 +172,25 @@ struct AllHeadsNorm {
   template <typename Visit>
   EXTROPE_INLINE void norm_and_rotate_heads(int64_t t, int64_t head, int64_t count, int64_t far,
                                             const Visit& visit) const {
-    const CosSin<T> cos_sin(scratch, t);
     const Wide<T> scale = scales[t];
-    PairValues<T, kHalf> cos(cos_sin.cos), sin(cos_sin.sin);
-    if constexpr (kHalf > 0) cos *= scale, sin *= scale;
+    const CosSin<T> cos_sin(scratch, t);
+    const auto cos = scaled(cos_sin.cos, scale), sin = scaled(cos_sin.sin, scale);
     const T* in = input_row<T>(x, tokens[t], head);
     T* out = output_row<T>(x, tokens[t], head);
     const Wide<T>* weight = &norm.weight[head * norm.head_step];
     const int64_t in_step = x.in_head, out_step = x.out_head, weight_step = norm.head_step;
     const int64_t bytes = kHalf > 0 ? 2 * kHalf * sizeof(T) : ahead.bytes;
     const int64_t written = ahead.out;
+    if (!out) {
+      for (; count > 0; --count) visit();
+      return;
+    }
     for (; count > 0; --count) {
       visit();
       prefetch(in, far, bytes);
-      if (out) {
-        rotate(in, out, cos, sin, weight, scale);
-        if (in != out && !Form::kStreams) prefetch(out, written, bytes);
-        out += out_step;
-      }
+      rotate(in, out, cos, sin, weight, scale);
+      if (in != out && !Form::kStreams) prefetch(out, written, bytes);
+      out += out_step;
       in += in_step, weight += weight_step;
     }
   }
@@ -189,15 +200,17 @@ struct AllHeadsNorm {
       return run.for_each_row(
           [&](int64_t t, int64_t head) { norm_and_rotate_heads(t, head, 1, 0, [] {}); });
     }
-    Inputs<T> inputs(x, tokens, run);
+    const T* row = input_row<T>(x, tokens[0], 0);
     V sum{};
     int64_t token = 0, head = 0;
     const auto measure_row = [&]() __attribute__((always_inline)) {
       if (token == run.tokens) return;
-      sum += squares_of<2 * kHalf>(inputs.next(), p.head_dim);
+      sum += squares_of<2 * kHalf>(row, p.head_dim);
+      row += x.in_head;
       if (++head < run.heads) return;
       scales[token] = scale_of(sum);
-      ++token, head = 0, sum = V{};
+      head = 0, sum = V{};
+      if (++token < run.tokens) row = input_row<T>(x, tokens[token], 0);
     };
     for (int64_t i = 0; i < run.heads + kBetween; ++i) measure_row();
     const int64_t far = ahead.in_behind(x, run.heads + kBetween);

@@ -31,9 +31,18 @@ struct InRegisters {
     for (int64_t i = 0; i < Half / kLanes; ++i) vectors[i] *= factors.vectors[i];
     return *this;
   }
-  InRegisters& operator*=(Wide<T> factor) {
-    for (auto& vector : vectors) vector *= factor;
-    return *this;
+};
+
+// The same in memory, times a factor: for rows whose other values take the registers.
+template <typename T, int64_t Half>
+struct InMemory {
+  alignas(64) Wide<T> values[Half];
+
+  InMemory(const Wide<T>* from, Wide<T> factor) {
+    using V = WideVector<T>;
+    for (int64_t i = 0; i < Half; i += Lanes<V>::count) {
+      store(values + i, load<V>(from + i) * factor);
+    }
   }
 };
 
@@ -63,6 +72,10 @@ template <typename V, typename T, int64_t Half>
 EXTROPE_INLINE V values_at(const InRegisters<T, Half>& held, int64_t i) {
   static_assert(sizeof(V) == sizeof(held.vectors[0]));
   return held.vectors[i / held.kLanes];
+}
+template <typename V, typename T, int64_t Half>
+EXTROPE_INLINE V values_at(const InMemory<T, Half>& held, int64_t i) {
+  return load_once(load<V>(held.values + i));
 }
 
 // Half-split dims of 16 bits are read as 32-bit words of two neighbours, so that none has to move:

@@ -41,10 +41,7 @@ inline void store_pairs(T* to, V a, V b) {
 
 // A pair of bf16 is one 32-bit word, so no lane has to move.
 inline std::pair<floats, floats> load_pairs(const bf16* from) {
-  words both = load<words>(from);
-#if defined(__AVX512F__)
-  asm("" : "+v"(both));  // or it is loaded twice, and loads are what a rotation has most of
-#endif
+  const words both = load_once(load<words>(from));
   return {bits_as<floats>(both << 16), bits_as<floats>(both & 0xffff0000)};
 }
 

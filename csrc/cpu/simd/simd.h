@@ -73,6 +73,16 @@ inline void store(T* to, const V& v) {
   std::memcpy(to, &v, sizeof(V));
 }
 
+// v in a register: GCC otherwise loads it again for every use, and loads are what a rotation has
+// most of.
+template <typename V>
+inline V load_once(V v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 template <typename To, typename From>
 inline To bits_as(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
