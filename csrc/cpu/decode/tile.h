@@ -18,7 +18,7 @@
 namespace extrope {
 namespace {
 
-constexpr int kBlockN = 64;         // keys of a block
+constexpr int kBlockN = 32;         // keys of a block: few, so that its heads are read on soon
 constexpr float kNone = -1e30f;     // below any logit, and finite: differences of two are not NaN
 constexpr int64_t kLineBytes = 64;  // of the cache
 
@@ -168,14 +168,7 @@ template <int rows, int valid, int columns, typename T, typename Ahead>
 inline void add_columns(const float* weights, Rows<T> values, int64_t count, int64_t d,
                         const floats& rescale, Rows<Ahead> ahead, int64_t ahead_dim, float* sums,
                         int64_t stride) {
-  floats acc[valid * columns];
-#pragma GCC unroll 4
-  for (int r = 0; r < valid; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < columns; ++c) {
-      acc[r * columns + c] = load<floats>(sums + r * stride + d + c * kFloats) * rescale[r];
-    }
-  }
+  floats acc[valid * columns] = {};  // of this block: fewer roundings than along all keys
   for (int64_t j = 0; j < count; ++j) {
     floats x[columns];
     load_dims(values.at[j] + values.offset + d, x);
@@ -191,7 +184,8 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
   for (int r = 0; r < valid; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < columns; ++c) {
-      store(sums + r * stride + d + c * kFloats, acc[r * columns + c]);
+      float* sum = sums + r * stride + d + c * kFloats;
+      store(sum, load<floats>(sum) * rescale[r] + acc[r * columns + c]);
     }
   }
 }
