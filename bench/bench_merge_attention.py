@@ -7,6 +7,8 @@ torch.compile makes of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from compare import Floor, compare, error_of_tail
 from harness import Call, Report, arguments, device
@@ -24,6 +26,13 @@ def parts(seqlen: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     return outs, [torch.randn(1, HEADS, seqlen, device=device()) for _ in range(2)]
 
 
+def error_of(outs: list[Tensor], lses: list[Tensor]) -> Callable[[object], float]:
+    """The error of the merge of these parts."""
+    exact, _ = merge_attention([x[:, -64:].double() for x in outs], [x[..., -64:] for x in lses])
+    error = error_of_tail([exact])
+    return lambda result: error(result[0])
+
+
 @torch.no_grad()
 def bench(report: Report, dtype: torch.dtype) -> None:
     if not report.wants(f"merge {str(dtype)[6:]}"):
@@ -32,8 +41,6 @@ def bench(report: Report, dtype: torch.dtype) -> None:
     outs, lses = parts(seqlen, dtype)
     small = parts(1, dtype)
     into = torch.empty_like(outs[0])
-    exact, _ = merge_attention([x[:, -64:].double() for x in outs], [x[..., -64:] for x in lses])
-    error = error_of_tail([exact])
     compiled = torch.compile(formula, dynamic=False)
     compare(
         report,
@@ -44,7 +51,7 @@ def bench(report: Report, dtype: torch.dtype) -> None:
             "compiled": lambda: compiled(outs, lses),
         },
         few={"extrope": lambda: merge_attention(*small)},
-        error=lambda result: error(result[0]),
+        error=error_of(outs, lses),
         dtype=dtype,
         shape=f"2 of {seqlen} x {HEADS} x {HEAD_DIM}",
         backend="cpu" if device() == "cpu" else "triton",

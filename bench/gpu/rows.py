@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from attention import exact_tail, frequencies, make_inputs, plain_peers, trained
 from bench_decode import caches, decode_paged, sdpa_calls
+from bench_merge_attention import error_of, formula, parts
 from bench_permute import make_inputs as permute_inputs
 from bench_permute import permutations
 from bench_rope import Calls
@@ -36,6 +37,7 @@ from shapes import (
 from extrope_kernels import (
     blockwise_causal_attention,
     dual_chunk_attention,
+    merge_attention,
     permute_qk,
     permuteformer_attention,
     rerope_attention,
@@ -154,6 +156,13 @@ def decode(factor: float) -> Timed:
     return Timed(decode_paged(cache, **options), peers, error)
 
 
+def merge() -> Timed:
+    outs, lses = parts(SEQLEN, DTYPE)
+    compiled = torch.compile(formula, dynamic=False)
+    peers = {"compiled": functools.partial(compiled, outs, lses)}
+    return Timed(functools.partial(merge_attention, outs, lses), peers, error_of(outs, lses))
+
+
 def linear() -> Timed:
     qkv = make_inputs(SEQLEN, HEADS_K, HEAD_DIM, DTYPE, HEADS_Q)
     table = permutations()
@@ -197,6 +206,8 @@ def timings() -> Iterator[Timing]:
     for name, word, factor in (("RoPE", "plain", 1.0), ("ReRoPE", "raw", float("inf"))):
         launches = (("cache decode", f"{word} paged one-token"),)
         yield Timing(f"decode, {name}", CACHED, launches, part(decode, factor))
+    two = f"2 of {SEQLEN} x {HEADS_Q} x {HEAD_DIM}"
+    yield Timing("merge", two, (("merge triton", "two"),), merge)
     yield Timing("linear attention", SIZES, (), linear)
     for word, backend, launch in (
         ("Triton", "triton", ("permute rows triton", "")),
