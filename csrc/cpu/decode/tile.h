@@ -174,6 +174,7 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
     load_dims(values.at[j] + values.offset + d, x);
 #pragma GCC unroll 4
     for (int r = 0; r < valid; ++r) {
+      // Minus zero: plus zero would change -0, and cost an addition.
       const floats weight = weights[j * rows + r] - floats{};
 #pragma GCC unroll 8
       for (int c = 0; c < columns; ++c) acc[r * columns + c] += weight * x[c];

@@ -23,7 +23,8 @@ inline floats larger(floats a, floats b) {
 #endif
 }
 
-// 2**x for x up to 127: relative error below 8.4e-8, exactly 1 at 0, exactly 0 from -127 down.
+// 2**x for x up to 127: relative error below 8.5e-8, or 1.1e-7 where products are rounded; exactly
+// 1 at 0, exactly 0 from -127 down.
 inline floats exp2_vector(floats x) {
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the rounded integer in the low bits
   x = larger(floats{} - 127.0f, x);
