@@ -111,9 +111,9 @@ def _wall_time(function: Call) -> float:
 
 
 def paired(*functions: Call, repeats: int = 15, seconds: float = math.inf) -> list[float]:
-    """Median milliseconds of each, measured in turn; fewer repeats, but four, past `seconds`.
+    """Median milliseconds of each, round by round; fewer repeats, but four, past `seconds`.
 
-    Forward and backward in turn: whoever comes behind one that fills the caches would otherwise
+    Every other round goes backward: a function behind one that fills the caches would otherwise
     pay for it every time, 4% of a rotation. An untimed call goes before each timed one: what that
     allocates must not depend on what the function measured before has freed.
     """

@@ -1,4 +1,4 @@
-// The share that each set of keys has in the joint softmax, and its log-row_sum-exp.
+// The share that each set of keys has in the joint softmax, and its log-sum-exp.
 #pragma once
 
 #include "cpu/merge/kernel.h"
@@ -29,8 +29,7 @@ inline doubles exp_of(doubles x) {
 inline float log_of(float x) { return __builtin_logf(x); }
 inline double log_of(double x) { return __builtin_log(x); }
 
-// Log-row_sum-exps of a block in the place of its shares, set after set; what is no token has no
-// keys.
+// Log-sum-exps of a block in the place of its shares, set after set; what is no token has no keys.
 template <typename Lse, typename Wide>
 void read_lses(const MergeParams& p, int64_t first, int64_t head, int64_t count, Wide* lses) {
   const int64_t batch = first / p.seqlen, seq = first % p.seqlen;
@@ -43,7 +42,7 @@ void read_lses(const MergeParams& p, int64_t first, int64_t head, int64_t count,
   }
 }
 
-// From log-row_sum-exps to shares, in place; `joint` gets the log-row_sum-exps over all sets.
+// From log-sum-exps to shares, in place; `joint` gets the log-sum-exps over all sets.
 template <typename Wide>
 void find_shares(Wide* shares, int64_t num_sets, Wide* joint) {
   using V = typename VectorOf<Wide>::type;
