@@ -17,8 +17,9 @@ namespace extrope::decode {
 constexpr int64_t kBlockM = 64;  // query rows of a head of k that share one reading of the cache
 constexpr int64_t kSplitSize = 256;    // keys
 constexpr int64_t kFewScores = 4'096;  // below it a second thread costs more than it saves
-// What reading a key and its value takes beside the work on one row, in rows.
-constexpr int64_t kReading = 6;
+// What reading a key and its value takes beside the work on one row, in rows; and what it takes to
+// rotate a key on.
+constexpr int64_t kReading = 6, kRotation = 8;
 // Parts of a thread's share where splits differ, so that none waits long for another.
 constexpr int64_t kParts = 8;
 
@@ -69,6 +70,17 @@ inline Work cut(const DecodeParams& p) {
   return all;
 }
 
+// How many of the keys begin..end-1 rotate on for the query at `position`.
+inline int64_t rotated_keys(const Regions& regions, int64_t position, int64_t begin, int64_t end) {
+  int64_t count = 0;
+  for (int64_t r = 0; r < regions.count; ++r) {
+    if (regions.at[r].k_map == regions.stored) continue;
+    const int64_t first = std::max(begin, regions.start(r, position));
+    count += std::max<int64_t>(std::min(end, regions.start(r + 1, position)) - first, 0);
+  }
+  return count;
+}
+
 struct Splits {
   std::vector<Split> all;
   int64_t scores, work;  // of all together; work in the time of a score
@@ -78,10 +90,12 @@ inline Splits splits_of(const DecodeParams& p, const std::vector<QueryBlock>& bl
   Splits splits{};
   for (const QueryBlock& block : blocks) {
     const int64_t tokens = block.last_token - block.first_token, rows = tokens * p.heads_q;
-    int64_t keys = block.first_position + tokens - block.first_key;
-    for (int64_t n = 0; n < block.num_splits; ++n, keys -= block.split_size) {
-      const int64_t own = std::min(keys, block.split_size);
-      const int64_t work = own * (rows + kReading * p.cache.heads);
+    const int64_t last = block.first_position + tokens - 1;
+    for (int64_t n = 0; n < block.num_splits; ++n) {
+      const int64_t begin = block.first_key + n * block.split_size;
+      const int64_t end = std::min(begin + block.split_size, last + 1), own = end - begin;
+      const int64_t rotated = rotated_keys(p.regions, last, begin, end);
+      const int64_t work = own * rows + (own * kReading + rotated * kRotation) * p.cache.heads;
       splits.all.push_back({&block, n, splits.work + work / 2});
       splits.scores += own * rows;
       splits.work += work;

@@ -1,0 +1,162 @@
+// The queries of a block, scaled, and rotated as each region of keys wants them.
+//
+// Cached keys are rotated to their stored position. A region that wants them there uses them as
+// they lie, and rotates queries alone; for any other they rotate on, block by block.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "cpu/decode/key_rotation.h"
+#include "cpu/decode/tile.h"
+
+namespace extrope {
+namespace {
+
+constexpr int kMaxRows = 4;  // of one pass over a block of keys: the most of rows_at_once
+constexpr double kLog2E = 1.4426950408889634;
+
+// Rows of one head of k after another: token and q head of its group are counted row-major.
+template <typename T, typename Cached>
+class Queries {
+ public:
+  explicit Queries(const DecodeParams& p)
+      : p_(p),
+        rotation_{p.cache.head_dim, p.freqs.half, p.freqs.interleaved},
+        group_(p.heads_q / p.cache.heads),
+        logit_scale_(p.softmax_scale * (p.softcap > 0 ? 1 / p.softcap : kLog2E)),
+        stride_(round_up(p.cache.head_dim, kFloats)),
+        cos_(round_up(p.freqs.half, kFloats)),
+        sin_(cos_.size()) {
+    for (int64_t r = 0; r < p.regions.count; ++r) {
+      const PositionMap& k_map = p.regions.at[r].k_map;
+      if (!(k_map == p.regions.stored)) frames_[r].keys.emplace(p, k_map);
+    }
+  }
+
+  const QueryBlock* block() const { return block_; }
+  int64_t rows() const { return rows_; }                  // of each head of k: tokens times group
+  int64_t rows_at_once() const { return rows_at_once_; }  // of one pass over a block of keys
+  int64_t padded_rows() const { return padded_rows_; }    // a multiple of rows_at_once
+  int64_t stride() const { return stride_; }              // of a row
+  int64_t first_position() const { return position(0); }
+  int64_t last_position() const { return position(tokens_ - 1); }
+  int64_t position_of(int64_t row) const { return position(row / group_); }
+
+  // Row `row` of a head of k as region r wants it.
+  const float* row(int64_t r, int64_t head, int64_t row) const {
+    return &frames_[r].q[(head * padded_rows_ + row) * stride_];
+  }
+
+  // The rotation of region r's keys; nullptr where they are stored as it wants them.
+  KeyRotation* keys(int64_t r) { return frames_[r].keys ? &*frames_[r].keys : nullptr; }
+
+  // Turns to the queries of a block.
+  void start(const QueryBlock* block) {
+    block_ = block;
+    tokens_ = block->last_token - block->first_token;
+    rows_ = tokens_ * group_;
+    rows_at_once_ = rows_ <= 2 ? rows_ : kMaxRows;
+    padded_rows_ = round_up(rows_, rows_at_once_);
+    inv_freq_ = p_.freqs.inv_freq + block->sequence * p_.freqs.batch;
+    for (Frame& frame : frames_) frame.ready = false;
+    load();
+  }
+
+  // Rotates them for the regions that these keys are in, unless earlier keys were in them.
+  void rotate(int64_t begin, int64_t end) {
+    for (int64_t r = 0; r < p_.regions.count; ++r) {
+      Frame& frame = frames_[r];
+      const bool seen = p_.regions.start(r, first_position()) < end &&
+                        begin < p_.regions.start(r + 1, last_position());
+      if (!seen || frame.ready) continue;
+      frame.ready = true;
+      frame.q.assign(scaled_.size(), 0.0f);
+      if (!frame.keys) rotate_to(r, 0.0);
+    }
+  }
+
+  // And for a block of `count` keys from j on, where those of region r rotate on.
+  void rotate_with_keys(int64_t r, int64_t j, int64_t count) {
+    if (KeyRotation* rotation = keys(r)) rotate_to(r, rotation->start_block(inv_freq_, j, count));
+  }
+
+ private:
+  // The queries as a region rotates them, and the rotation of its keys where they are not stored as
+  // it wants them.
+  struct Frame {
+    Buffer<float> q;
+    std::optional<KeyRotation> keys;
+    bool ready = false;  // q is rotated, or has room to be with each block of keys
+  };
+
+  int64_t position(int64_t token) const { return block_->first_position + token; }
+
+  // Where the row of a token and a q head starts in scaled_ and the frames' q.
+  int64_t offset(int64_t token, int64_t head) const {
+    return (head / group_ * padded_rows_ + token * group_ + head % group_) * stride_;
+  }
+
+  void load() {
+    scaled_.assign(p_.cache.heads * padded_rows_ * stride_, 0.0f);
+    for (int64_t token = 0; token < tokens_; ++token) {
+      const float scale = logit_scale(token);
+      for (int64_t head = 0; head < p_.heads_q; ++head) {
+        const T* q = static_cast<const T*>(p_.q) + block_->batch * p_.q_batch +
+                     (block_->first_token + token) * p_.q_seq + head * p_.q_head;
+        float* scaled = &scaled_[offset(token, head)];
+        const float factor = p_.cache.is_e4m3() ? scale * p_.cache.k_scale[head / group_] : scale;
+        for (int64_t d = 0; d < p_.cache.head_dim; ++d) scaled[d] = widen(q[d]) * factor;
+      }
+    }
+  }
+
+  // The factor of all logits of a token, log2(e) included unless they are capped.
+  float logit_scale(int64_t token) const {
+    const int64_t i = position(token);
+    double scale = logit_scale_;
+    if (p_.log_n > 0 && i > 0) scale *= std::max(1.0, std::log(i + 1.0) / std::log(p_.log_n));
+    if (p_.query_scale.data) {
+      scale *= p_.query_scale.of(block_->batch, block_->first_token + token);
+    }
+    return static_cast<float>(scale);
+  }
+
+  // Rotates the queries of region r to q_map(i) - origin.
+  void rotate_to(int64_t r, double origin) {
+    for (int64_t token = 0; token < tokens_; ++token) {
+      const double to = p_.regions.at[r].q_map(position(token)) - origin;
+      const Angles angles{
+          .position = to, .amplitude = p_.amplitude, .decay = to, .log_decay = p_.freqs.log_decay};
+      fill_sincos(inv_freq_, p_.freqs.half, angles, cos_.data(), sin_.data());
+      for (int64_t head = 0; head < p_.heads_q; ++head) {
+        const int64_t row = offset(token, head);
+        rotate_to_float(rotation_, &scaled_[row], cos_.data(), sin_.data(), 1.0f,
+                        &frames_[r].q[row]);
+        if (!frames_[r].keys) follow_cache(&frames_[r].q[row]);
+      }
+    }
+  }
+
+  // Brings a query to the order and the unit in which load_dims reads keys.
+  void follow_cache(float* q) const {
+    const int64_t head_dim = p_.cache.head_dim;
+    if constexpr (kReadInPairs<Cached>) order_by_words(q, head_dim);
+    for (int64_t d = 0; kUnit<Cached> != 1 && d < head_dim; ++d) q[d] *= kUnit<Cached>;
+  }
+
+  const DecodeParams& p_;
+  const RowRotation rotation_;
+  const int64_t group_;       // q heads of a head of k
+  const double logit_scale_;  // of all logits: over softcap, or log2(e) included
+  const int64_t stride_;
+  const QueryBlock* block_ = nullptr;
+  int64_t tokens_ = 0, rows_ = 0, padded_rows_ = 0, rows_at_once_ = 1;
+  const double* inv_freq_ = nullptr;
+  Frame frames_[kMaxRegions];
+  Buffer<float> cos_, sin_, scaled_;  // scaled_: times the scale of their logits
+};
+
+}  // namespace
+}  // namespace extrope
