@@ -166,6 +166,10 @@ inline void check_decay(const CacheArgs& a, const Regions& regions) {
   }
 }
 
+inline const float* decay_of(const CacheArgs& a) {
+  return a.log_decay.has_value() ? static_cast<const float*>(a.log_decay->data_ptr()) : nullptr;
+}
+
 // Holds the padded rows that `params` points to.
 struct FrequencyRows {
   PaddedRows inv_freq, log_decay;

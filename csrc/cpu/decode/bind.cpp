@@ -4,33 +4,17 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/ops.h"
-#include "cpu/decode/args.h"
-#include "cpu/decode/run.h"
-#include "cpu/runtime/capability.h"
+#include "cpu/decode/call.h"
+#include "cpu/runtime/direct.h"
 #include "cpu/runtime/output_pages.h"
 
 namespace extrope {
 namespace decode {
 namespace {
-
-#define EXTROPE_KERNELS(isa) \
-  Kernels { decode_splits_##isa, merge_splits_##isa }
-
-// A head_dim is a multiple of 8, and the kernels read rows in whole vectors.
-Kernels kernels(const KVCache& cache) {
-#if defined(__x86_64__)
-  const bool halves = cache.head_dim % 16 != 0 || cache.head_dim_v % 16 != 0;
-  if (capability() >= kAvx512 && halves) return EXTROPE_KERNELS(avx2);
-#endif
-  return EXTROPE_WIDEST(EXTROPE_KERNELS);
-}
-
-const float* decay_of(const CacheArgs& a) {
-  return a.log_decay.has_value() ? static_cast<const float*>(a.log_decay->data_ptr()) : nullptr;
-}
 
 std::tuple<Tensor, Tensor> decode(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k,
@@ -42,49 +26,13 @@ std::tuple<Tensor, Tensor> decode(
     std::vector<double> maps, std::optional<double> softmax_scale, std::optional<double> log_n,
     double attention_factor, bool interleaved, double softcap,
     std::optional<int64_t> sliding_window) {
-  constexpr const char* op = "decode";
-  const CacheArgs args{.op = op,
-                       .k_cache = k_cache,
-                       .v_cache = v_cache,
-                       .k = k,
-                       .v = v,
-                       .inv_freq = inv_freq,
-                       .cache_seqlens = cache_seqlens,
-                       .block_table = block_table,
-                       .cache_leftpad = cache_leftpad,
-                       .log_decay = log_decay,
-                       .cu_seqlens_q = cu_seqlens_q,
-                       .interleaved = interleaved,
-                       .k_scale = k_scale,
-                       .v_scale = v_scale};
-  const bool packed = args.packed();
-  DecodeParams p{};
-  const TensorView queries = q;
-  p.cache = cache_of(args, queries);
-  set_queries(p, args, queries);
-  const FrequencyRows freqs = frequencies_of(args, p.cache);
-  p.freqs = freqs.params;
-  p.regions = regions_of(op, starts, granularity, maps, sliding_window);
-  check_decay(args, p.regions);
-  p.softcap = softcap_of(op, softcap);
-  p.softmax_scale = softmax_scale_of(op, softmax_scale, p.cache.head_dim);
-  p.query_scale = query_scale_of(op, query_scale, p.cache.batch, p.seqlen_q, packed);
-  p.sinks = sinks_of(op, sinks, p.heads_q);
-  check_factors(op, log_n, attention_factor);
-  p.log_n = log_n.value_or(0.0);
-  p.amplitude = attention_factor * attention_factor;
-
-  const Kernels run = kernels(p.cache);
-  if (k.has_value()) {
-    run_append(p.cache, p.freqs, decay_of(args), p.regions.stored, plane(*args.k), plane(*args.v));
-  }
-  std::vector<int64_t> out_shape{p.cache.batch, p.seqlen_q, p.heads_q, p.cache.head_dim_v};
-  std::vector<int64_t> lse_shape{p.cache.batch, p.heads_q, p.seqlen_q};
-  if (packed) out_shape.erase(out_shape.begin()), lse_shape.erase(lse_shape.begin());
-  const Tensor out = fresh(out_shape, q.scalar_type()), lse = fresh(lse_shape, ScalarType::Float);
-  p.out = out.data_ptr();
-  p.lse = static_cast<float*>(lse.data_ptr());
-  if (lse.numel() > 0) run_decode(p, run);
+  Decode call({q, k_cache, v_cache, k, v, inv_freq, cache_seqlens, block_table, cache_leftpad,
+               log_decay, sinks, query_scale, cu_seqlens_q, k_scale, v_scale},
+              {std::move(starts), granularity, std::move(maps), softmax_scale, log_n,
+               attention_factor, interleaved, softcap, sliding_window});
+  const Tensor out = fresh(call.out_shape(), q.scalar_type());
+  const Tensor lse = fresh(call.lse_shape(), ScalarType::Float);
+  call.run(out.data_ptr(), static_cast<float*>(lse.data_ptr()));
   return {out, lse};
 }
 
@@ -117,6 +65,35 @@ void append(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const
 }
 
 }  // namespace
+
+// The results are out, and lse unless it is not wanted. The numbers are those of the schema, with
+// both lists at their end.
+EXTROPE_DIRECT(decode) {
+  return run_directly(args, [](Items outs, Items numbers, Items given) {
+    Numbers n{.granularity = numbers.whole_number(),
+              .softmax_scale = numbers.optional_number(),
+              .log_n = numbers.optional_number(),
+              .attention_factor = numbers.number(),
+              .interleaved = numbers.flag(),
+              .softcap = numbers.number(),
+              .sliding_window = numbers.optional_whole_number()};
+    // Of each region a start and two maps, and the map that keys are stored by.
+    n.starts.resize((numbers.left() - kMapNumbers) / (1 + 2 * kMapNumbers));
+    for (int64_t& start : n.starts) start = numbers.whole_number();
+    n.maps.resize(numbers.left());
+    for (double& x : n.maps) x = numbers.number();
+    OptionalView tensors[kTensors];
+    for (OptionalView& x : tensors) x = given.optional_tensor();
+    Decode call(tensors, n);
+    const TensorView out = outs.tensor();
+    const OptionalView lse = outs.optional_tensor();
+    require_of("decode", call.fits(out), "the result must be contiguous");
+    const WithoutPython others_may_run;
+    std::vector<float> unwanted(lse ? 0 : call.rows());
+    call.run(out.data_ptr(), lse ? static_cast<float*>(lse->data_ptr()) : unwanted.data());
+  });
+}
+
 }  // namespace decode
 
 const Ops ops{

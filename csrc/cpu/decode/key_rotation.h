@@ -56,8 +56,7 @@ class KeyRotation {
   Rows<float> rotate(Rows<T> keys) {
     for (int64_t n = 0; n < count_; ++n) {
       const int64_t at = at_[n] * padded_;
-      rotate_to_float(rotation_, keys.at[n] + keys.offset, &cos_[at], &sin_[at], 1.0f,
-                      &rotated_[n * stride_]);
+      rotate_to_float(rotation_, keys.row(n), &cos_[at], &sin_[at], 1.0f, &rotated_[n * stride_]);
     }
     return {rows_, 0};
   }

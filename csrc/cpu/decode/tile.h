@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "cpu/decode/params.h"
+#include "cpu/decode/rows.h"
 #include "cpu/simd/e4m3.h"
 #include "cpu/simd/exp2.h"
 #include "cpu/simd/pairs.h"
@@ -18,9 +18,7 @@
 namespace extrope {
 namespace {
 
-constexpr int kBlockN = 32;         // keys of a block: few, so that its heads are read on soon
-constexpr float kNone = -1e30f;     // below any logit, and finite: differences of two are not NaN
-constexpr int64_t kLineBytes = 64;  // of the cache
+constexpr float kNone = -1e30f;  // below any logit, and finite: differences of two are not NaN
 
 // As many keys as keep kFloats sums or more in flight.
 template <int rows>
@@ -49,41 +47,6 @@ EXTROPE_INLINE void load_dims(const T* from, floats (&x)[Count]) {
   }
 }
 
-// Row n of one head starts at at[n] + offset.
-template <typename T>
-struct Rows {
-  const T* const* at;
-  int64_t offset;
-
-  void prefetch(int64_t n, int64_t dim) const {
-    const char* row = reinterpret_cast<const char*>(at[n] + offset);
-    const int64_t bytes = dim * sizeof(T);
-    for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(row + i);
-  }
-};
-
-// Where the block of keys or values that begins at key `from` lies in the cache: rows[0] to
-// rows[kBlockN - 1], those past key end - 1 the last one again.
-template <typename T>
-void find_rows(const KVCache& cache, const Plane& plane, const QueryBlock& queries, int64_t from,
-               int64_t end, const T** rows) {
-  const int64_t count = std::min<int64_t>(kBlockN, end - from);
-  const T* base = static_cast<const T*>(plane.data);
-  int64_t slot = queries.first_slot + from, in_page = slot, size = slot + count;
-  const int32_t* page = nullptr;
-  if (cache.block_table) {
-    size = cache.page_size;
-    page = cache.block_table + queries.sequence * cache.table_batch + slot / size;
-    in_page = slot % size;
-  }
-  int64_t block = page ? *page : queries.sequence;
-  for (int64_t n = 0; n < count; ++n, ++in_page) {
-    if (in_page == size) block = *++page, in_page = 0;
-    rows[n] = base + block * plane.block + in_page * plane.slot;
-  }
-  std::fill(rows + count, rows + kBlockN, rows[count - 1]);
-}
-
 // sums[key][row] += q[row] * the key, of `vectors` vectors of dims from d on and at_once keys from
 // j on.
 template <int rows, int valid, int at_once, int vectors, typename T>
@@ -95,7 +58,7 @@ EXTROPE_INLINE void add_products(const float* q, int64_t stride, Rows<T> keys, i
 #pragma GCC unroll 16
   for (int k = 0; k < at_once; ++k) {
     floats x[vectors];
-    load_dims(keys.at[j + k] + keys.offset + d, x);
+    load_dims(keys.row(j + k) + d, x);
 #pragma GCC unroll 4
     for (int r = 0; r < valid; ++r) {
 #pragma GCC unroll 2
@@ -105,10 +68,11 @@ EXTROPE_INLINE void add_products(const float* q, int64_t stride, Rows<T> keys, i
 }
 
 // scores[key][row] = <q[row], keys[key]> for `count` keys, a multiple of kKeysAtOnce. q is padded
-// with zeros to whole vectors. The rows `ahead` of ahead_dim dims, if any, are fetched meanwhile.
-template <int rows, int valid, typename T, typename Ahead>
+// with zeros to whole vectors.
+template <int rows, int valid, typename T, typename Cached>
 void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int64_t dim,
-                Rows<Ahead> ahead, int64_t ahead_dim, float* scores) {
+                Ahead<Cached>& ahead, float* scores) {
+  Ahead<Cached> meanwhile = ahead;  // in registers
   constexpr int at_once = kKeysAtOnce<rows>;
   for (int64_t j = 0; j < count; j += at_once) {
     floats sums[at_once * rows] = {};
@@ -120,10 +84,9 @@ void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int
       add_products<rows, valid, at_once, 1>(q + d, stride, keys, j, d, sums);
     }
     sum_lanes<at_once * rows>(sums, scores + j * rows);
-    if (ahead.at) {
-      for (int k = 0; k < at_once; ++k) ahead.prefetch(j + k, ahead_dim);
-    }
+    meanwhile.fetch_at_scores(j, at_once);
   }
+  ahead = meanwhile;
 }
 
 // Scores over the cap become capped ones.
@@ -164,14 +127,13 @@ floats softmax_tile(float* scores, int64_t count, Softmax& softmax) {
 
 // sums[row][d] = sums[row][d] * rescale[row] + the weighted sum of `count` values, in `columns`
 // vectors of lanes from d on.
-template <int rows, int valid, int columns, typename T, typename Ahead>
+template <int rows, int valid, int columns, typename T>
 inline void add_columns(const float* weights, Rows<T> values, int64_t count, int64_t d,
-                        const floats& rescale, Rows<Ahead> ahead, int64_t ahead_dim, float* sums,
-                        int64_t stride) {
+                        const floats& rescale, Ahead<T> ahead, float* sums, int64_t stride) {
   floats acc[valid * columns] = {};  // of this block: fewer roundings than along all keys
   for (int64_t j = 0; j < count; ++j) {
     floats x[columns];
-    load_dims(values.at[j] + values.offset + d, x);
+    load_dims(values.row(j) + d, x);
 #pragma GCC unroll 4
     for (int r = 0; r < valid; ++r) {
       // Minus zero: plus zero would change -0, and cost an addition.
@@ -179,7 +141,7 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
 #pragma GCC unroll 8
       for (int c = 0; c < columns; ++c) acc[r * columns + c] += weight * x[c];
     }
-    if (ahead.at) ahead.prefetch(j, ahead_dim);
+    ahead.fetch_at_value(j);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < valid; ++r) {
@@ -191,26 +153,23 @@ inline void add_columns(const float* weights, Rows<T> values, int64_t count, int
   }
 }
 
-template <int rows, int valid, typename T, typename Ahead>
+template <int rows, int valid, typename T>
 void add_values(const float* weights, Rows<T> values, int64_t count, int64_t dim,
-                const floats& rescale, Rows<Ahead> ahead, int64_t ahead_dim, float* sums,
-                int64_t stride) {
+                const floats& rescale, Ahead<T> ahead, float* sums, int64_t stride) {
   // Eight sums at once hide the latency of their additions.
   constexpr int columns = kFloats == 16 ? (rows == 1 ? 8 : 4) : 8 / rows;
   int64_t d = 0;
   for (; d + columns * kFloats <= dim; d += columns * kFloats) {
-    add_columns<rows, valid, columns>(weights, values, count, d, rescale, ahead, ahead_dim, sums,
-                                      stride);
-    ahead.at = nullptr;
+    add_columns<rows, valid, columns>(weights, values, count, d, rescale, ahead, sums, stride);
+    ahead = {};
   }
   for (; d + kTogether<T> * kFloats <= dim; d += kTogether<T> * kFloats) {
-    add_columns<rows, valid, kTogether<T>>(weights, values, count, d, rescale, ahead, ahead_dim,
-                                           sums, stride);
-    ahead.at = nullptr;
+    add_columns<rows, valid, kTogether<T>>(weights, values, count, d, rescale, ahead, sums, stride);
+    ahead = {};
   }
   for (; d < dim; d += kFloats) {
-    add_columns<rows, valid, 1>(weights, values, count, d, rescale, ahead, ahead_dim, sums, stride);
-    ahead.at = nullptr;
+    add_columns<rows, valid, 1>(weights, values, count, d, rescale, ahead, sums, stride);
+    ahead = {};
   }
 }
 

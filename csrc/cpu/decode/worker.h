@@ -72,16 +72,12 @@ class Worker {
 
   void attend(int64_t begin, int64_t end) {
     const Visible seen = visible(begin, end);
-    const QueryBlock& queries = *queries_.block();
-    find_rows(p_.cache, p_.cache.k, queries, begin, end, next_rows_);
+    find_next(begin);
     for (int64_t j = begin; j < end; j += kBlockN) {
       const int64_t count = std::min<int64_t>(kBlockN, end - j);
-      std::copy_n(next_rows_, kBlockN, key_rows_);
-      find_rows(p_.cache, p_.cache.v, queries, j, end, value_rows_);
-      // Past the end of these keys, too: the block that comes next is fetched meanwhile.
-      if (const int64_t next = j + count, all = queries_.last_position() + 1; next < all) {
-        find_rows(p_.cache, p_.cache.k, queries, next, all, next_rows_);
-      }
+      std::copy_n(next_keys_, kBlockN, key_rows_);
+      std::copy_n(next_values_, kBlockN, value_rows_);
+      find_next(j + count);  // past the end of these keys, too
       for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
         queries_.rotate_with_keys(r, j, count);
       }
@@ -94,19 +90,45 @@ class Worker {
     }
   }
 
+  // Finds the block from key j on, if there is one.
+  void find_next(int64_t j) {
+    const int64_t end = queries_.last_position() + 1;
+    if (j >= end) return;
+    find_rows(p_.cache, p_.cache.k, *queries_.block(), j, end, next_keys_);
+    find_rows(p_.cache, p_.cache.v, *queries_.block(), j, end, next_values_);
+  }
+
+  // Where this head's rows of the next block begin, each behind the one before it. Where heads of a
+  // key are neighbours, and so are keys, it is this head's share of all.
+  const char* share_of(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
+    const bool all_heads = plane.head == head_dim;
+    const Cached* first = rows[0] + head_ * (all_heads ? kBlockN * head_dim : plane.head);
+    return reinterpret_cast<const char*>(first);
+  }
+
+  Ahead<Cached> ahead(const Rows<Cached>& values) const {
+    constexpr int64_t kBytes = sizeof(Cached);
+    const bool last_head = head_ + 1 == p_.cache.heads;
+    const Rows<Cached> next_keys{last_head ? next_keys_ : key_rows_,
+                                 last_head ? 0 : (head_ + 1) * p_.cache.k.head};
+    return {values,
+            next_keys,
+            share_of(next_keys_, p_.cache.k, head_dim_),
+            share_of(next_values_, p_.cache.v, head_dim_v_),
+            head_dim_ * kBytes,
+            head_dim_v_ * kBytes};
+  }
+
   template <int rows>
   void attend_head(int64_t j, int64_t count, const Visible& seen) {
     const int64_t padded_keys = round_up(count, kKeysAtOnce<rows>);
     const Rows<Cached> keys{key_rows_, head_ * p_.cache.k.head};
     const Rows<Cached> values{value_rows_, head_ * p_.cache.v.head};
-    const bool last_head = head_ + 1 == p_.cache.heads;
-    const Rows<Cached> next{last_head ? next_rows_ : key_rows_,
-                            last_head ? 0 : (head_ + 1) * p_.cache.k.head};
     Rows<float> rotated[kMaxRegions];
     for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
       if (KeyRotation* rotation = queries_.keys(r)) rotated[r] = rotation->rotate(keys);
     }
-    const BlockOfKeys block{keys, values, next, rotated, j, count, padded_keys};
+    const BlockOfKeys block{keys, values, ahead(values), rotated, j, count, padded_keys};
     for (int64_t m = 0; m < queries_.padded_rows(); m += rows) {
       if (const int64_t left = queries_.rows() - m; left <= 2) {
         attend_rows<rows, std::min(rows, 2)>(block, m, seen);
@@ -118,10 +140,11 @@ class Worker {
     }
   }
 
-  // The keys and values of one head in a block, its keys as the regions rotate them, and the rows
-  // of the head or the block that comes next.
+  // The keys and values of one head in a block, what comes behind them, and its keys as the regions
+  // rotate them.
   struct BlockOfKeys {
-    Rows<Cached> keys, values, next;
+    Rows<Cached> keys, values;
+    Ahead<Cached> ahead;
     const Rows<float>* rotated;
     int64_t first, count, padded;
   };
@@ -131,17 +154,15 @@ class Worker {
   void attend_rows(const BlockOfKeys& block, int64_t m, const Visible& seen) {
     const int64_t row = head_ * queries_.padded_rows() + m, scores = block.padded * rows;
     const int64_t stride = queries_.stride();
-    const Rows<Cached> none{nullptr, 0};
-    Rows<Cached> ahead = m == 0 ? block.values : none;
-    for (int64_t r = seen.first_region; r <= seen.last_region; ++r, ahead = none) {
+    Ahead<Cached> none, ahead = m == 0 ? block.ahead : none;
+    for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
+      Ahead<Cached>& meanwhile = r == seen.first_region ? ahead : none;
       const float* q = queries_.row(r, head_, m);
       float* to = r == seen.first_region ? scores_ : region_scores_;
       if (queries_.keys(r)) {
-        score_tile<rows, valid>(q, stride, block.rotated[r], block.padded, stride, ahead,
-                                head_dim_v_, to);
+        score_tile<rows, valid>(q, stride, block.rotated[r], block.padded, stride, meanwhile, to);
       } else {
-        score_tile<rows, valid>(q, stride, block.keys, block.padded, head_dim_, ahead, head_dim_v_,
-                                to);
+        score_tile<rows, valid>(q, stride, block.keys, block.padded, head_dim_, meanwhile, to);
       }
       if (r > seen.first_region) select_region<rows>(r, m, block.first, block.count);
     }
@@ -149,9 +170,8 @@ class Worker {
     if (seen.masked) mask<rows>(m, block.first, block.count);
     std::fill(scores_ + block.count * rows, scores_ + scores, -INFINITY);
     const floats rescale = softmax_tile<rows>(scores_, scores, softmax_[row / rows]);
-    add_values<rows, valid>(scores_, block.values, block.count, head_dim_v_, rescale,
-                            m == 0 ? block.next : none, head_dim_, &sums_[row * stride_v_],
-                            stride_v_);
+    add_values<rows, valid>(scores_, block.values, block.count, head_dim_v_, rescale, ahead,
+                            &sums_[row * stride_v_], stride_v_);
   }
 
   // From a row's start of region r on, the scores in that region in place of earlier regions'.
@@ -202,7 +222,8 @@ class Worker {
   Buffer<Softmax> softmax_;
   // Of a block of keys: those of all regions in one, and those of the region at work.
   alignas(64) float scores_[kBlockN * kMaxRows], region_scores_[kBlockN * kMaxRows];
-  const Cached *key_rows_[kBlockN], *value_rows_[kBlockN], *next_rows_[kBlockN];
+  const Cached *key_rows_[kBlockN], *value_rows_[kBlockN], *next_keys_[kBlockN],
+      *next_values_[kBlockN];
 };
 
 }  // namespace

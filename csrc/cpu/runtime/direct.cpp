@@ -39,17 +39,25 @@ OptionalView view_of(void* object) {
   return view;
 }
 
-double Items::number() {
-  const double x = python.as_double(next());
+std::optional<double> Items::optional_number() {
+  void* object = next();
+  if (object == python.none) return std::nullopt;
+  const double x = python.as_double(object);
   if (x == -1.0 && python.error()) throw std::runtime_error("no number");
   return x;
 }
 
-int64_t Items::whole_number() {
-  const double x = number();
-  if (!(std::abs(x) < 0x1p53) || x != std::floor(x)) throw std::runtime_error("no whole number");
-  return static_cast<int64_t>(x);
+std::optional<int64_t> Items::optional_whole_number() {
+  const std::optional<double> x = optional_number();
+  if (!x) return std::nullopt;
+  // Python rounds larger ones, but for powers of 2.
+  const bool exact = std::abs(*x) < 0x1p53 || *x == -0x1p62;
+  if (!exact || *x != std::floor(*x)) throw std::runtime_error("no whole number");
+  return static_cast<int64_t>(*x);
 }
+
+double Items::number() { return optional_number().value(); }
+int64_t Items::whole_number() { return optional_whole_number().value(); }
 
 }  // namespace extrope
 

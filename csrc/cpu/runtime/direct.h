@@ -5,6 +5,8 @@
 // Python: one library serves them all, and C++ programs without one.
 #pragma once
 
+#include <optional>
+
 #include "common/tensor_view.h"
 #include "cpu/runtime/dlpack.h"
 
@@ -20,6 +22,8 @@ struct Python {
   void (*increase_refcount)(void* object);
   void* (*error)();  // that is raised, or nullptr
   void (*clear_error)();
+  void* (*release)();  // its lock, for other threads; returns what takes it back
+  void (*take_back)(void* state);
 };
 
 extern Python python;
@@ -35,7 +39,9 @@ class Items {
   OptionalView optional_tensor() { return view_of(next()); }
   TensorView tensor() { return optional_tensor().value(); }
   double number();
+  std::optional<double> optional_number();
   int64_t whole_number();
+  std::optional<int64_t> optional_whole_number();
   bool flag() { return next() == python.done; }
   int64_t left() const { return count_ - next_; }
 
@@ -44,6 +50,17 @@ class Items {
 
   void* tuple_;
   int64_t count_, next_ = 0;
+};
+
+// While it lives, other threads of Python run, and nothing of Python's may be read.
+class WithoutPython {
+ public:
+  WithoutPython() : state_(python.release()) {}
+  ~WithoutPython() { python.take_back(state_); }
+  WithoutPython(const WithoutPython&) = delete;
+
+ private:
+  void* const state_;
 };
 
 // run(where the results go, numbers, tensors); what a function of Python returns: True, or None

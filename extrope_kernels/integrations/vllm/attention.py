@@ -159,6 +159,9 @@ class ScoreImpl(AttentionImpl):
         self.engine = score_engine(get_current_vllm_config())
         self.score = self.engine.settings.score if sliding_window is None else PLAIN
         self.freqs: RopeFreqs | None = None
+        # One tensor for as long as an engine lives; its views take longer than a small layer.
+        self._kv_cache: Tensor | None = None
+        self._caches: tuple[Tensor, Tensor]
         self.options: dict[str, Any] = {
             "softmax_scale": self.scale,
             "softcap": float(logits_soft_cap or 0.0),
@@ -203,16 +206,21 @@ class ScoreImpl(AttentionImpl):
             self._prepare(layer, query.device)
         if attn_metadata is None:  # a run to measure memory
             return output.fill_(0)
-        out = self._write_and_attend(query, key, value, kv_cache, attn_metadata)
-        return output.copy_(out)
+        return self._write_and_attend(query, key, value, kv_cache, attn_metadata, output)
 
     def _write_and_attend(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: ScoreMetadata
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        batch: ScoreMetadata,
+        output: Tensor,
     ) -> Tensor:
         """One call for the whole batch."""
-        if self.kv_cache_dtype in FP8:
-            kv_cache = kv_cache.view(torch.float8_e4m3fn)  # bytes, as vLLM allocates them
-        k_cache, v_cache = self._pages(kv_cache)
+        if kv_cache is not self._kv_cache:
+            self._kv_cache, self._caches = kv_cache, self._pages(kv_cache)
+        k_cache, v_cache = self._caches
         return attend_with_kvcache(
             self.score,
             query,
@@ -224,13 +232,18 @@ class ScoreImpl(AttentionImpl):
             v=value,
             block_table=batch.block_table,
             cu_seqlens_q=batch.cu_seqlens,
+            out=output,
             **self.options,
         )
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """(blocks, block_size, kv_heads, head_size) of keys and of values, views of vLLM's."""
-        k_cache, v_cache = kv_cache.transpose(1, 2).chunk(2, -1)
+        k_cache, v_cache = self._typed(kv_cache).transpose(1, 2).chunk(2, -1)
         return k_cache, v_cache
+
+    def _typed(self, kv_cache: Tensor) -> Tensor:
+        # vLLM allocates fp8 as bytes.
+        return kv_cache.view(torch.float8_e4m3fn) if self.kv_cache_dtype in FP8 else kv_cache
 
     def _prepare(self, layer: Any, device: torch.device) -> None:
         """Find the layer's frequencies; by now all of vLLM's rotary layers are made."""

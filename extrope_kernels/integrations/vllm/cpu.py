@@ -28,7 +28,7 @@ class HeadwiseImpl(ScoreImpl):
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         blocks, heads, block_size, _ = kv_cache.shape
-        halves = kv_cache.view(blocks, heads, 2 * block_size, -1).chunk(2, 2)
+        halves = self._typed(kv_cache).view(blocks, heads, 2 * block_size, -1).chunk(2, 2)
         k_cache, v_cache = (half.transpose(1, 2) for half in halves)
         return k_cache, v_cache
 

@@ -29,7 +29,7 @@ else:
 # Of a call's first tensor. Larger calls are shared out to threads, and let other threads of Python
 # run meanwhile.
 MOST_ELEMENTS = 2**15
-_NAMES = ("rope", "rope_norm", "rope_append")
+_NAMES = ("rope", "rope_norm", "rope_append", "decode")
 _METH_FASTCALL = 0x80
 Direct = Callable[..., "bool | None"]
 _functions: dict[str, Direct] = {}
@@ -49,6 +49,8 @@ class _Python(ctypes.Structure):
         ("increase_refcount", ctypes.c_void_p),
         ("error", ctypes.c_void_p),
         ("clear_error", ctypes.c_void_p),
+        ("release", ctypes.c_void_p),
+        ("take_back", ctypes.c_void_p),
     ]
 
 
@@ -68,7 +70,7 @@ def find_direct(name: str, first: Tensor) -> Direct | None:
 
     Modes, transforms, tracers, profilers and tensors of other classes learn of a call from the
     dispatcher alone, and it alone negates those of which only a bit says that they are negated. Of
-    the call's other tensors the caller makes sure that they are plain in this sense.
+    the call's other tensors the caller makes sure that they are plain in this sense: `is_plain`.
 
     Its arguments are the tuple of where results go, a tuple of numbers, of which the binding knows
     the order, and the tuple of the op's tensors. It returns True, or None where the op refuses the
@@ -92,6 +94,11 @@ def find_direct(name: str, first: Tensor) -> Direct | None:
     return function
 
 
+def is_plain(x: Tensor | None) -> bool:
+    """Say whether another tensor of a call may go past the dispatcher."""
+    return x is None or (type(x) is Tensor and not x.is_neg())
+
+
 def _find_functions(reason: str | None) -> None:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if reason is not None or exchange is None or not _KNOWS_WHO_LOOKS_ON:
@@ -100,7 +107,8 @@ def _find_functions(reason: str | None) -> None:
     pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     tensors = pointer(("PyCapsule_GetPointer", python))(exchange, b"dlpack_exchange_api")
     items = (python.PyTuple_Size, python.PyTuple_GetItem, python.PyFloat_AsDouble)
-    used = (*items, python.Py_IncRef, python.PyErr_Occurred, python.PyErr_Clear)
+    lock = (python.PyEval_SaveThread, python.PyEval_RestoreThread)
+    used = (*items, python.Py_IncRef, python.PyErr_Occurred, python.PyErr_Clear, *lock)
     how = _Python(tensors, None, True, *map(_address, used))
     if not library.extrope_direct(ctypes.byref(how)):
         return

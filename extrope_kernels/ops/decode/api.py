@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from .._shared.attention_call import (
     AttentionCall,
     check_freqs,
     given_up_to_last,
+    lse_shape,
     rope_options,
     score_options,
 )
 from .._shared.autograd import call_unrecorded, note_writes
 from .._shared.checks import refuse_flags, run_explained
 from .._shared.decay import check_new_keys
+from .._shared.direct import find_direct, is_plain
 from .._shared.lengths import cache_lengths
 from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
@@ -58,11 +61,13 @@ def attend_with_kvcache(
     return_lse: bool = False,
     backend: str | None = None,
     op: str | None = None,
+    out: Tensor | None = None,
     **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run any score method over a cache; the rest is as for `rerope_attention_with_kvcache`.
 
     op: the name that errors begin with; that of the score by default.
+    out: takes the result, whatever its strides.
     """
     op = op or score.name
     refuse_unknown(op, unknown)
@@ -85,15 +90,24 @@ def attend_with_kvcache(
     tensors: Tensors = (q, k_cache, v_cache, k, v, *rope_args, *given_up_to_last(*more))
     options = score_options(score, stored=True)
     options |= rope_options(op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window)
-    args = (op, tensors, options, backend)
-    out, lse = run_explained("decode", _run, _check, args, function=op)
-    return (out, lse) if return_lse else out
+    args = (op, tensors, options, backend, out, return_lse)
+    found, lse = run_explained("decode", _run, _check, args, function=op)
+    if out is not None and found is not out:
+        found = out.copy_(found)
+    return (found, lse) if return_lse else found
 
 
-public = takes_options_of(attend_with_kvcache, internal=("op",))
+public = takes_options_of(attend_with_kvcache, internal=("op", "out"))
 
 
-def _run(op: str, tensors: Tensors, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
+def _run(
+    op: str,
+    tensors: Tensors,
+    options: Options,
+    backend: str | None,
+    out: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     q = tensors[0]
     compiling = torch.compiler.is_compiling()
     if backend is not None:
@@ -106,10 +120,44 @@ def _run(op: str, tensors: Tensors, options: Options, backend: str | None) -> tu
     decode = ops.decode_triton if backend == "triton" else ops.decode
     if compiling:
         return decode(*tensors, **options)
-    found = call_unrecorded(decode, tensors, options)
+    found: tuple[Tensor, Tensor | None] | None = None
+    if backend != "triton":
+        found = _call_directly(tensors, options, out, return_lse)
+    if found is None:
+        found = call_unrecorded(decode, tensors, options)
     if tensors[3] is not None:
         note_writes(*tensors[1:3])
     return found
+
+
+def _call_directly(
+    tensors: Tensors, options: Options, out: Tensor | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Past the dispatcher, or None for a call that it has to see."""
+    q, _, v_cache = tensors[:3]
+    direct = find_direct("decode", q)
+    if direct is None or not all(map(is_plain, tensors[1:5])) or q.dim() < 3:
+        return None
+    if out is None:
+        out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
+    lse = q.new_empty(lse_shape(q), dtype=torch.float32) if return_lse else None
+    return (out, lse) if direct((out, lse), _numbers(**options), tensors) else None
+
+
+def _numbers(
+    starts: Sequence[int],
+    granularity: int,
+    maps: Sequence[float],
+    softmax_scale: float | None = None,
+    log_n: float | None = None,
+    attention_factor: float = 1.0,
+    interleaved: bool = False,
+    softcap: float = 0.0,
+    sliding_window: int | None = None,
+) -> tuple[float | None, ...]:
+    """The op's options as its direct function takes them."""
+    single = (softmax_scale, log_n, attention_factor, interleaved, softcap, sliding_window)
+    return (granularity, *single, *starts, *maps)
 
 
 def _check(

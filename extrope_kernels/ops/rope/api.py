@@ -12,7 +12,7 @@ from ...methods import RopeFreqs
 from .._shared.autograd import call_unrecorded, note_writes
 from .._shared.backends import missing, require
 from .._shared.checks import REFUSALS, raise_as_value_error, refuse_flags, split_offset
-from .._shared.direct import Direct, find_direct
+from .._shared.direct import Direct, find_direct, is_plain
 from .._shared.dtensor import replicated
 from .._shared.library import ops
 from . import norm as norm_reference
@@ -255,9 +255,7 @@ def _find_direct(name: str, q: Tensor, k: Tensor | None, backend: str | None) ->
     if backend is not None and backend != "cpu":
         return None
     direct = find_direct(name, q)
-    if direct is not None and k is not None and (type(k) is not Tensor or k.is_neg()):
-        return None
-    return direct
+    return direct if is_plain(k) else None
 
 
 def _numbers(

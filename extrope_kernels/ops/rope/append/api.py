@@ -15,7 +15,7 @@ from ..._shared.attention_call import check_freqs, given_up_to_last
 from ..._shared.autograd import call_unrecorded, note_writes
 from ..._shared.checks import check_real, refuse_flags, run_explained
 from ..._shared.decay import check_new_keys
-from ..._shared.direct import find_direct
+from ..._shared.direct import find_direct, is_plain
 from ..._shared.lengths import cache_lengths
 from ..._shared.library import ops
 from . import reference
@@ -152,12 +152,7 @@ def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None)
     if (backend is None or backend == "cpu") and not torch.compiler.is_compiling():
         q, k, v, k_cache, v_cache = tensors[:5]
         direct = find_direct("rope_append", k)
-        if (
-            direct is not None
-            and Tensor is type(v) is type(k_cache) is type(v_cache)
-            and not v.is_neg()
-            and (q is None or (type(q) is Tensor and not q.is_neg()))
-        ):
+        if direct is not None and all(map(is_plain, (q, v, k_cache, v_cache))):
             out = None if q is None else torch.empty_like(q)
             numbers = _numbers(**options) if options else _USUAL_NUMBERS
             if direct((out,), numbers, tensors):
