@@ -1,9 +1,9 @@
 """One token over a long cache, ReRoPE, against plain attention: python bench/bench_decode.py
 
-32768 cached tokens, 8 query heads on 2, window 1024. The floor is a copy of the cache's bytes,
-halved: they are read once. "no window" is our own plain attention over rotated keys; SDPA gets its
-best cache, heads first, and is measured with its groups as rows too. Then the step over a cache in
-float8_e4m3fn beside that over one in bfloat16.
+32768 cached tokens, 8 query heads on 2, window 1024, over the caches of many layers in turn. The
+floor is a copy of the cache's bytes, halved: they are read once. "no window" is our own plain
+attention over rotated keys; SDPA gets its best cache, heads first, and is measured with its groups
+as rows too. Then the step over a cache in float8_e4m3fn beside that over one in bfloat16.
 
 On a GPU: 32 heads on 8 of 128 in bf16, two sequences over a paged cache, window 4096, 32k and 128k
 tokens; flash-attn's and FlashInfer's attentions over a cache are there too. The target is 1.05 of
@@ -13,6 +13,7 @@ plain split-KV attention at 32k to 128k tokens.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,7 @@ from attention import OWN, SCALED, backends, exact_tail, frequencies, make_input
 from compare import Floor, compare, error_of_tail
 from flash_peers import Paged, decode_peers
 from harness import Call, Report, arguments, device
+from layers import in_turn, layers_of
 from scaling import scaling
 from shapes import BATCH, HEAD_DIM, HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, PAGE_SIZE
 from torch import Tensor
@@ -35,9 +37,11 @@ LENGTHS = (KEYS, 131_072)  # on a GPU
 def sdpa_calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     packed = q.view(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[-1])
-    attend = F.scaled_dot_product_attention
-    return {"SDPA": lambda: attend(q, k, v, enable_gqa=True),
-            "SDPA, groups as rows": lambda: attend(packed, k, v)}  # fmt: skip
+    attend, layers = F.scaled_dot_product_attention, layers_of(k, v)
+    return {
+        "SDPA": in_turn(functools.partial(attend, q, enable_gqa=True), layers),
+        "SDPA, groups as rows": in_turn(functools.partial(attend, packed), layers),
+    }
 
 
 @torch.no_grad()
@@ -51,25 +55,28 @@ def bench(report: Report, head_dim: int, dtype: torch.dtype) -> None:
     exact = exact_tail(functools.partial(rerope_attention, window=WINDOW), q, k, v, freqs)
     few = [x[:, :64].clone() for x in (k, v)]
 
-    def ours(backend, k=k, v=v, factor=float("inf")):
+    def ours(backend, k, v, factor=float("inf")):
         return decode(q, k, v, freqs, cache_seqlens=k.shape[1], window=WINDOW, factor=factor,
                       backend=backend)  # fmt: skip
 
-    rotated = apply_rope(q, freqs, positions=cached - 1)
+    rotated, layers = apply_rope(q, freqs, positions=cached - 1), layers_of(k, v)
     for name, backend in decode_backends().items():
-        unwindowed = functools.partial(ours, backend, stored, factor=1.0)
+        unwindowed = functools.partial(ours, backend, factor=1.0)
         compare(
             report,
             case,
-            {"extrope": functools.partial(ours, backend)},
-            yardsticks={"no window": unwindowed, **sdpa_calls(rotated, stored, v)},
+            {"extrope": in_turn(functools.partial(ours, backend), layers)},
+            yardsticks={
+                "no window": in_turn(unwindowed, layers_of(stored, v)),
+                **sdpa_calls(rotated, stored, v),
+            },
             few={"extrope": functools.partial(ours, backend, *few)},
             bars={"no window": 1.15, "SDPA": 1.15, "SDPA, groups as rows": 1.15},
             error=error_of_tail([exact]),
             dtype=dtype,
             shape=f"1 on {cached} x 8/2 x {head_dim}",
             backend=name,
-            floor=reading_of(k, v),
+            floor=reading_of(layers),
             own=OWN,
         )
 
@@ -83,20 +90,27 @@ def bench_fp8(report: Report, head_dim: int) -> None:
     cached = 64 if report.args.quick else KEYS
     q, k, v = make_inputs(cached, 2, head_dim, dtype)
     q, scale = q[:, -1:], torch.full((2,), 0.01)
-    k8, v8 = ((x / 0.01).to(torch.float8_e4m3fn) for x in (k, v))
+    of_e4m3 = layers_of(*((x / 0.01).to(torch.float8_e4m3fn) for x in (k, v)))
+
     step = functools.partial(
         decode, q, freqs=frequencies(head_dim), cache_seqlens=cached, window=WINDOW
     )
+
+    def step_of_e4m3(k: Tensor, v: Tensor) -> Tensor:
+        return step(k_cache=k, v_cache=v, k_scale=scale, v_scale=scale)
+
     compare(
         report,
         case,
-        {"extrope": lambda: step(k_cache=k8, v_cache=v8, k_scale=scale, v_scale=scale)},
-        yardsticks={"bfloat16 cache": lambda: step(k_cache=k, v_cache=v)},
+        {"extrope": in_turn(step_of_e4m3, of_e4m3)},
+        yardsticks={
+            "bfloat16 cache": in_turn(lambda k, v: step(k_cache=k, v_cache=v), layers_of(k, v))
+        },
         bars={"bfloat16 cache": 1.0},
         dtype=dtype,
         shape=f"1 on {cached} x 8/2 x {head_dim}",
         backend="cpu",
-        floor=reading_of(k8, v8),
+        floor=reading_of(of_e4m3),
         own=("bfloat16 cache",),
     )
 
@@ -127,7 +141,7 @@ def bench_paged(report: Report, keys: int) -> None:
             dtype=dtype,
             shape=f"{BATCH} on {keys} x {sizes}",
             backend=name,
-            floor=reading_of(raw.k, raw.v),
+            floor=reading_of([(raw.k, raw.v)]),
             own=OWN,
         )
 
@@ -156,9 +170,13 @@ def decode_backends() -> dict[str, str | None]:
     return {name: backend for name, backend in backends().items() if name != "flash_attn"}
 
 
-def reading_of(k: Tensor, v: Tensor) -> Floor:
-    into = torch.empty_like(k), torch.empty_like(v)
-    return Floor(lambda: (into[0].copy_(k), into[1].copy_(v)), 0.5)
+def reading_of(layers: Sequence[Sequence[Tensor]]) -> Floor:
+    into = [torch.empty_like(x) for x in layers[0]]
+
+    def read(k: Tensor, v: Tensor) -> None:
+        into[0].copy_(k), into[1].copy_(v)
+
+    return Floor(in_turn(read, layers), 0.5)
 
 
 def by_length(seqlen: int) -> Call:

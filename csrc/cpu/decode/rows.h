@@ -60,27 +60,28 @@ EXTROPE_INLINE const char* fetch(const char* from, int64_t bytes) {
 //
 // The head's own values and the next head's keys are wanted at once, in the first-level cache. Of
 // the next block, this head's keys and values go to the second: one block is as far as memory
-// needs, and too far for the first. Half of those values are asked for with the scores, since sums
-// over values take too little time for more than a line a key.
+// needs, and too far for the first. Half of those values, or all where that is less than a line a
+// key, are asked for with the scores: sums over values take too little time.
 template <typename T>
 struct Ahead {
   Rows<T> values{}, next_keys{};  // none where `at` is nullptr
   const char *far_keys = nullptr, *far_values = nullptr;
   int64_t key_bytes = 0, value_bytes = 0;  // of a row
+  int64_t with_sum = 0;                    // of a far value's bytes
 
   // With the scores of `count` keys from j on.
   EXTROPE_INLINE void fetch_at_scores(int64_t j, int count) {
     if (!values.at) return;
     for (int k = 0; k < count; ++k) fetch<1>(values.bytes(j + k), value_bytes);
     far_keys = fetch<2>(far_keys, count * key_bytes);
-    far_values = fetch<2>(far_values, count * value_bytes / 2);
+    far_values = fetch<2>(far_values, count * (value_bytes - with_sum));
   }
 
   // With the sum over value j.
   EXTROPE_INLINE void fetch_at_value(int64_t j) {
     if (!values.at) return;
     fetch<1>(next_keys.bytes(j), key_bytes);
-    far_values = fetch<2>(far_values, value_bytes / 2);
+    far_values = fetch<2>(far_values, with_sum);
   }
 };
 

@@ -107,7 +107,8 @@ class Worker {
   }
 
   Ahead<Cached> ahead(const Rows<Cached>& values) const {
-    constexpr int64_t kBytes = sizeof(Cached);
+    const int64_t key_bytes = head_dim_ * sizeof(Cached);
+    const int64_t value_bytes = head_dim_v_ * sizeof(Cached);
     const bool last_head = head_ + 1 == p_.cache.heads;
     const Rows<Cached> next_keys{last_head ? next_keys_ : key_rows_,
                                  last_head ? 0 : (head_ + 1) * p_.cache.k.head};
@@ -115,8 +116,9 @@ class Worker {
             next_keys,
             share_of(next_keys_, p_.cache.k, head_dim_),
             share_of(next_values_, p_.cache.v, head_dim_v_),
-            head_dim_ * kBytes,
-            head_dim_v_ * kBytes};
+            key_bytes,
+            value_bytes,
+            value_bytes / 2 < kLineBytes ? 0 : value_bytes / 2};
   }
 
   template <int rows>

@@ -33,6 +33,7 @@ TESTS = (
     "rope/test_rope_cos_sin.py",
     "rope/test_rope_norm.py",
     "rope/test_rope_append.py",
+    "decode/test_decode_direct.py",
     "rope/test_rope_append_direct.py",
     "rope/test_rope_direct.py",
     "attention/test_rerope.py",
