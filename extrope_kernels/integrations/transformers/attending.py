@@ -165,6 +165,8 @@ def rotated_first(x: Tensor, start: int) -> Tensor:
 
 def exchange(value: Any, found: Callable[[Attending], Any]) -> Any:
     """Return a layer's argument with every `Attending` in it exchanged for what it stands for."""
+    if value is None or isinstance(value, Tensor):
+        return value  # first, as most are
     if isinstance(value, Attending):
         return found(value)
     if isinstance(value, tuple) and value and isinstance(value[0], Attending):

@@ -92,7 +92,8 @@ class Rows:
     ) -> Tensor:
         """Attend from (batch, new, heads, head_dim) to keys and values as a cache returns them."""
         size = options.pop("chunk_size", None)
-        k, v = k[:, : self.total], v[:, : self.total]  # a static cache is longer than what it holds
+        if k.shape[1] > self.total:  # a static cache is longer than what it holds
+            k, v = k[:, : self.total], v[:, : self.total]
         forgotten = self.total - k.shape[1]  # by a cache of a sliding window
         bounded = "sliding_window" in options or size is not None
         if q.shape[1] != self.new or (forgotten and not bounded):
