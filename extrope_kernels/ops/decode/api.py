@@ -136,7 +136,7 @@ def _call_directly(
     """Past the dispatcher, or None for a call that it has to see."""
     q, _, v_cache = tensors[:3]
     direct = find_direct("decode", q)
-    if direct is None or not all(map(is_plain, tensors[1:5])) or q.dim() < 3:
+    if direct is None or not all(map(is_plain, tensors[1:5])) or min(q.dim(), v_cache.dim()) < 3:
         return None
     if out is None:
         out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
