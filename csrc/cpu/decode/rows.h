@@ -61,20 +61,22 @@ EXTROPE_INLINE const char* fetch(const char* from, int64_t bytes) {
 // The head's own values and the next head's keys are wanted at once, in the first-level cache. Of
 // the next block, this head's keys and values go to the second: one block is as far as memory
 // needs, and too far for the first. Half of those values, or all where that is less than a line a
-// key, are asked for with the scores: sums over values take too little time.
+// key, are asked for with the scores: sums over values take too little time. Where the next block's
+// rows are not one behind the other, as in scattered pages of a few, nothing of it is.
 template <typename T>
 struct Ahead {
   Rows<T> values{}, next_keys{};  // none where `at` is nullptr
   const char *far_keys = nullptr, *far_values = nullptr;
   int64_t key_bytes = 0, value_bytes = 0;  // of a row
-  int64_t with_sum = 0;                    // of a far value's bytes
+  // Of a far row: of a key and a value with its score, of a value with its sum.
+  int64_t far_key_bytes = 0, far_value_bytes = 0, with_sum = 0;
 
   // With the scores of `count` keys from j on.
   EXTROPE_INLINE void fetch_at_scores(int64_t j, int count) {
     if (!values.at) return;
     for (int k = 0; k < count; ++k) fetch<1>(values.bytes(j + k), value_bytes);
-    far_keys = fetch<2>(far_keys, count * key_bytes);
-    far_values = fetch<2>(far_values, count * (value_bytes - with_sum));
+    far_keys = fetch<2>(far_keys, count * far_key_bytes);
+    far_values = fetch<2>(far_values, count * far_value_bytes);
   }
 
   // With the sum over value j.

@@ -93,13 +93,22 @@ class Worker {
   // Finds the block from key j on, if there is one.
   void find_next(int64_t j) {
     const int64_t end = queries_.last_position() + 1;
+    next_in_a_run_ = false;
     if (j >= end) return;
     find_rows(p_.cache, p_.cache.k, *queries_.block(), j, end, next_keys_);
     find_rows(p_.cache, p_.cache.v, *queries_.block(), j, end, next_values_);
+    next_in_a_run_ = in_a_run(next_keys_, p_.cache.k, head_dim_) &&
+                     in_a_run(next_values_, p_.cache.v, head_dim_v_);
   }
 
-  // Where this head's rows of the next block begin, each behind the one before it. Where heads of a
-  // key are neighbours, and so are keys, it is this head's share of all.
+  // Whether a block's rows follow each other, of each head or of all heads of a key together.
+  bool in_a_run(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
+    const bool all_heads = plane.head == head_dim;
+    const int64_t row = all_heads ? p_.cache.heads * head_dim : head_dim;
+    return plane.slot == row && rows[kBlockN - 1] - rows[0] == (kBlockN - 1) * row;
+  }
+
+  // Where this head's share of such a run begins.
   const char* share_of(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
     const bool all_heads = plane.head == head_dim;
     const Cached* first = rows[0] + head_ * (all_heads ? kBlockN * head_dim : plane.head);
@@ -107,18 +116,21 @@ class Worker {
   }
 
   Ahead<Cached> ahead(const Rows<Cached>& values) const {
-    const int64_t key_bytes = head_dim_ * sizeof(Cached);
-    const int64_t value_bytes = head_dim_v_ * sizeof(Cached);
-    const bool last_head = head_ + 1 == p_.cache.heads;
-    const Rows<Cached> next_keys{last_head ? next_keys_ : key_rows_,
-                                 last_head ? 0 : (head_ + 1) * p_.cache.k.head};
-    return {values,
-            next_keys,
-            share_of(next_keys_, p_.cache.k, head_dim_),
-            share_of(next_values_, p_.cache.v, head_dim_v_),
-            key_bytes,
-            value_bytes,
-            value_bytes / 2 < kLineBytes ? 0 : value_bytes / 2};
+    const KVCache& cache = p_.cache;
+    const bool last_head = head_ + 1 == cache.heads;
+    Ahead<Cached> ahead{.values = values,
+                        .next_keys = {last_head ? next_keys_ : key_rows_,
+                                      last_head ? 0 : (head_ + 1) * cache.k.head}};
+    ahead.key_bytes = head_dim_ * sizeof(Cached);
+    ahead.value_bytes = head_dim_v_ * sizeof(Cached);
+    if (next_in_a_run_) {
+      ahead.far_keys = share_of(next_keys_, cache.k, head_dim_);
+      ahead.far_values = share_of(next_values_, cache.v, head_dim_v_);
+      ahead.far_key_bytes = ahead.key_bytes;
+      ahead.with_sum = ahead.value_bytes / 2 < kLineBytes ? 0 : ahead.value_bytes / 2;
+      ahead.far_value_bytes = ahead.value_bytes - ahead.with_sum;
+    }
+    return ahead;
   }
 
   template <int rows>
@@ -224,8 +236,9 @@ class Worker {
   Buffer<Softmax> softmax_;
   // Of a block of keys: those of all regions in one, and those of the region at work.
   alignas(64) float scores_[kBlockN * kMaxRows], region_scores_[kBlockN * kMaxRows];
-  const Cached *key_rows_[kBlockN], *value_rows_[kBlockN], *next_keys_[kBlockN],
-      *next_values_[kBlockN];
+  const Cached *key_rows_[kBlockN], *value_rows_[kBlockN];
+  const Cached *next_keys_[kBlockN], *next_values_[kBlockN];
+  bool next_in_a_run_ = false;  // each row of both behind the one before it
 };
 
 }  // namespace
