@@ -1,9 +1,9 @@
 """One token over a long cache, ReRoPE, against plain attention: python bench/bench_decode.py
 
-32768 cached tokens, 8 query heads on 2, window 1024, over the caches of many layers in turn. The
-floor is a copy of the cache's bytes, halved: they are read once. "no window" is our own plain
-attention over rotated keys; SDPA gets its best cache, heads first, and is measured with its groups
-as rows too. Then the step over a cache in float8_e4m3fn beside that over one in bfloat16.
+32768 cached tokens, 8 query heads on 2, window 1024, over the caches of many layers one after
+another. The floor is a copy of the cache's bytes, halved: they are read once. "no window" is our
+own plain attention over rotated keys; SDPA gets its best cache, heads first, and is measured with
+its groups as rows too. Then the step over a cache in float8_e4m3fn beside one over bfloat16.
 
 On a GPU: 32 heads on 8 of 128 in bf16, two sequences over a paged cache, window 4096, 32k and 128k
 tokens; flash-attn's and FlashInfer's attentions over a cache are there too. The target is 1.05 of
@@ -22,7 +22,7 @@ from attention import OWN, SCALED, backends, exact_tail, frequencies, make_input
 from compare import Floor, compare, error_of_tail
 from flash_peers import Paged, decode_peers
 from harness import Call, Report, arguments, device
-from layers import in_turn, layers_of
+from layers import by_layer, layers_of
 from scaling import scaling
 from shapes import BATCH, HEAD_DIM, HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, PAGE_SIZE
 from torch import Tensor
@@ -39,8 +39,8 @@ def sdpa_calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     packed = q.view(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[-1])
     attend, layers = F.scaled_dot_product_attention, layers_of(k, v)
     return {
-        "SDPA": in_turn(functools.partial(attend, q, enable_gqa=True), layers),
-        "SDPA, groups as rows": in_turn(functools.partial(attend, packed), layers),
+        "SDPA": by_layer(functools.partial(attend, q, enable_gqa=True), layers),
+        "SDPA, groups as rows": by_layer(functools.partial(attend, packed), layers),
     }
 
 
@@ -65,9 +65,9 @@ def bench(report: Report, head_dim: int, dtype: torch.dtype) -> None:
         compare(
             report,
             case,
-            {"extrope": in_turn(functools.partial(ours, backend), layers)},
+            {"extrope": by_layer(functools.partial(ours, backend), layers)},
             yardsticks={
-                "no window": in_turn(unwindowed, layers_of(stored, v)),
+                "no window": by_layer(unwindowed, layers_of(stored, v)),
                 **sdpa_calls(rotated, stored, v),
             },
             few={"extrope": functools.partial(ours, backend, *few)},
@@ -102,9 +102,9 @@ def bench_fp8(report: Report, head_dim: int) -> None:
     compare(
         report,
         case,
-        {"extrope": in_turn(step_of_e4m3, of_e4m3)},
+        {"extrope": by_layer(step_of_e4m3, of_e4m3)},
         yardsticks={
-            "bfloat16 cache": in_turn(lambda k, v: step(k_cache=k, v_cache=v), layers_of(k, v))
+            "bfloat16 cache": by_layer(lambda k, v: step(k_cache=k, v_cache=v), layers_of(k, v))
         },
         bars={"bfloat16 cache": 1.0},
         dtype=dtype,
@@ -176,7 +176,7 @@ def reading_of(layers: Sequence[Sequence[Tensor]]) -> Floor:
     def read(k: Tensor, v: Tensor) -> None:
         into[0].copy_(k), into[1].copy_(v)
 
-    return Floor(in_turn(read, layers), 0.5)
+    return Floor(by_layer(read, layers), 0.5)
 
 
 def by_length(seqlen: int) -> Call:

@@ -23,7 +23,7 @@ def layers_of(*cache: Tensor) -> list[Sequence[Tensor]]:
     return [cache, *(tuple(x.clone() for x in cache) for _ in range(count - 1))]
 
 
-def in_turn(step: Callable[..., object], layers: Sequence[Sequence[Tensor]]) -> Call:
+def by_layer(step: Callable[..., object], layers: Sequence[Sequence[Tensor]]) -> Call:
     """A call of step(*cache) for one layer after another."""
     caches = itertools.cycle(layers)
     return lambda: step(*next(caches))

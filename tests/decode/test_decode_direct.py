@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from dataclasses import replace
 
 import direct_calls
@@ -196,7 +198,7 @@ def test_keeps_no_references(calls):
 
 
 def test_threads_of_python(calls):
-    """A call lets go of Python's lock while it works."""
+    """Their results are each thread's own."""
     long = make(Case((20_000,), parameters={"window": 10_000}))
     expected = long.run()
     found: list = [None] * 4
@@ -212,3 +214,36 @@ def test_threads_of_python(calls):
     for got in (got for each in found for got in each):
         assert_same(got, expected)
     assert calls == [True] * 81
+
+
+def test_lets_go_of_pythons_lock(monkeypatch):
+    """No thread takes it from another here: whoever runs during a call was let."""
+    long = make(Case((20_000,), parameters={"window": 10_000}))
+    long.run()
+    function, ticks, passed, done = direct._functions["decode"], 0, [], threading.Event()
+
+    def call(*args):
+        before = ticks
+        result = function(*args)
+        passed.append(ticks - before)
+        return result
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.is_set():
+            ticks += 1
+            time.sleep(0)
+
+    monkeypatch.setitem(direct._functions, "decode", call)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(100)
+    thread = threading.Thread(target=tick)
+    try:
+        thread.start()
+        for _ in range(50):
+            long.run()
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert any(passed)

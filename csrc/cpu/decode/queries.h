@@ -52,7 +52,7 @@ class Queries {
   // The rotation of region r's keys; nullptr where they are stored as it wants them.
   KeyRotation* keys(int64_t r) { return frames_[r].keys ? &*frames_[r].keys : nullptr; }
 
-  // Turns to the queries of a block.
+  // Takes up the queries of a block.
   void start(const QueryBlock* block) {
     block_ = block;
     tokens_ = block->last_token - block->first_token;

@@ -10,7 +10,7 @@ namespace extrope {
 namespace {
 
 constexpr int kBlockN = 32;         // keys of a block: few, so that its heads are read on soon
-constexpr int64_t kLineBytes = 64;  // of the cache
+constexpr int64_t kLineBytes = 64;  // of a processor's caches
 
 // Row n of one head starts at at[n] + offset.
 template <typename T>
@@ -60,8 +60,8 @@ EXTROPE_INLINE const char* fetch(const char* from, int64_t bytes) {
 //
 // The head's own values and the next head's keys are wanted at once, in the first-level cache. Of
 // the next block, this head's keys and values go to the second: one block is as far as memory
-// needs, and too far for the first. Half of those values, or all where that is less than a line a
-// key, are asked for with the scores: sums over values take too little time. Where the next block's
+// needs, and too far for the first. Half of those values in whole lines, at most, waits
+// for the sums over values, which take too little time for more. Where the next block's
 // rows are not one behind the other, as in scattered pages of a few, nothing of it is.
 template <typename T>
 struct Ahead {

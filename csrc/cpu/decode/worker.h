@@ -127,7 +127,7 @@ class Worker {
       ahead.far_keys = share_of(next_keys_, cache.k, head_dim_);
       ahead.far_values = share_of(next_values_, cache.v, head_dim_v_);
       ahead.far_key_bytes = ahead.key_bytes;
-      ahead.with_sum = ahead.value_bytes / 2 < kLineBytes ? 0 : ahead.value_bytes / 2;
+      ahead.with_sum = ahead.value_bytes / 2 / kLineBytes * kLineBytes;
       ahead.far_value_bytes = ahead.value_bytes - ahead.with_sum;
     }
     return ahead;

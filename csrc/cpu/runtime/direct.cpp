@@ -50,7 +50,7 @@ std::optional<double> Items::optional_number() {
 std::optional<int64_t> Items::optional_whole_number() {
   const std::optional<double> x = optional_number();
   if (!x) return std::nullopt;
-  // Python rounds larger ones, but for powers of 2.
+  // Larger ones may have been rounded; this one is where the keys of any query begin.
   const bool exact = std::abs(*x) < 0x1p53 || *x == -0x1p62;
   if (!exact || *x != std::floor(*x)) throw std::runtime_error("no whole number");
   return static_cast<int64_t>(*x);
