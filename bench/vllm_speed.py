@@ -120,9 +120,9 @@ def main() -> None:
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.model is None:
-        from extrope_kernels.evaluation.models import find_model
+        from extrope_kernels.evaluation import models
 
-        args.model = str(find_model("smollm2").folder)
+        args.model = str(models.unpacked(models.SMOLLM2))
     if args.engine:
         run_engine(args)
         return

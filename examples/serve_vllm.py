@@ -23,20 +23,10 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
+from extrope_kernels.evaluation import models
+
 NEW = 12
 SENTENCE = "The river runs past the mill, and the mill grinds corn for the village. "
-
-
-def smollm2() -> str:
-    """A folder with SmolLM2, unpacked from its GGUF file the first time."""
-    from extrope_kernels.evaluation import models
-
-    files = models.find_model(models.SMOLLM2)
-    if files.gguf_file is not None:
-        model = models.load_model(files, "float32", "cpu")
-        models.keep_converted(models.SMOLLM2, files, model, models.load_tokenizer(files))
-        files = models.find_model(models.SMOLLM2)
-    return str(files.folder)
 
 
 def long_prompt(tokenizer: Any, trained: int) -> list[int]:
@@ -100,7 +90,7 @@ def main() -> None:
     # vLLM takes no notice of an additional_config that nobody reads: it would serve plainly.
     if "extrope" not in {entry.name for entry in entry_points(group="vllm.general_plugins")}:
         sys.exit("extrope_kernels must be installed, not on PYTHONPATH alone: vLLM finds its entry")
-    model = chosen or smollm2()
+    model = chosen or str(models.unpacked(models.SMOLLM2))
     trained = AutoConfig.from_pretrained(model).max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompt = long_prompt(tokenizer, trained)

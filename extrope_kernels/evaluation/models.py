@@ -112,6 +112,20 @@ def keep_converted(
         packaged.save_converted(name, model, tokenizer)
 
 
+def unpacked(name: str) -> Path:
+    """Return the folder of a packaged model as transformers writes one, for who reads no other.
+
+    It is made from the GGUF file the first time. Raises UsageError.
+    """
+    files = find_model(name)
+    if files.gguf_file is not None:
+        keep_converted(name, files, load_model(files, "float32", "cpu"), load_tokenizer(files))
+        files = find_model(name)
+    if files.gguf_file is not None:
+        raise UsageError(f"--model {name}: cannot write {packaged.converted_folder(name)}")
+    return files.folder
+
+
 def pick_device(name: str | None) -> str:
     """Return the name of the device to run on; raises UsageError when torch cannot use it."""
     if name is None:

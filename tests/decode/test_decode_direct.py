@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-import time
 from dataclasses import replace
 
 import direct_calls
@@ -151,15 +149,17 @@ def test_negated_views(calls):
     assert not calls
 
 
-def test_other_tensors_and_large_ones_take_the_op(monkeypatch, calls):
+def test_other_tensors_and_large_results_take_the_op(monkeypatch, calls):
     inputs = make(Case((37, 9)))
     expected = inputs.run()
     calls.clear()
     got = replace(inputs, v_cache=inputs.v_cache.as_subclass(Own)).run()
     assert_same([x.as_subclass(torch.Tensor) for x in got], expected)
-    monkeypatch.setattr(direct, "MOST_ELEMENTS", inputs.q.numel() - 1)
+    monkeypatch.setattr(direct, "LARGE", inputs.q.nbytes)
     assert_same(inputs.run(), expected)
     assert not calls
+    out = torch.empty_like(expected[0])
+    assert attend(inputs, out=out) is out and calls == [True]
 
 
 @pytest.mark.parametrize(
@@ -217,35 +217,5 @@ def test_threads_of_python(calls):
 
 
 def test_lets_go_of_pythons_lock(monkeypatch):
-    """No thread takes it from another here: whoever runs during a call was let."""
     long = make(Case((20_000,), parameters={"window": 10_000}))
-    long.run()
-    function, ticks, passed, done = direct._functions["decode"], 0, [], threading.Event()
-
-    def call(*args):
-        before = ticks
-        result = function(*args)
-        passed.append(ticks - before)
-        return result
-
-    def tick() -> None:
-        nonlocal ticks
-        while not done.is_set():
-            ticks += 1
-            time.sleep(0)
-
-    monkeypatch.setitem(direct._functions, "decode", call)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(100)
-    thread = threading.Thread(target=tick)
-    try:
-        thread.start()
-        for _ in range(2000):  # where other processes have the cores, few of them see a thread run
-            long.run()
-            if passed[-1]:
-                break
-    finally:
-        done.set()
-        sys.setswitchinterval(interval)
-        thread.join()
-    assert any(passed)
+    assert direct_calls.lets_go_of_pythons_lock(monkeypatch, "decode", long.run)

@@ -124,6 +124,23 @@ def test_reads_gguf_once_and_the_copy_from_then_on(package, cache, model):
     assert copy.lm_head.weight is copy.model.embed_tokens.weight
 
 
+def test_unpacked_once(monkeypatch, package, cache, model):
+    loads = []
+    monkeypatch.setattr(models, "load_model", lambda *args: loads.append(args) or model)
+    monkeypatch.setattr(models, "load_tokenizer", lambda files: Tokenizer())
+    for _ in range(2):
+        assert models.unpacked("smollm2") == cache / "SmolLM2-135M-Instruct.Q4_1"
+    assert loads == [(models.ModelFiles(package, GGUF), "float32", "cpu")]
+
+
+def test_unpacked_where_nothing_can_be_written(monkeypatch, package, cache, model):
+    cache.write_text("a file where the folder would be")
+    monkeypatch.setattr(models, "load_model", lambda *args: model)
+    monkeypatch.setattr(models, "load_tokenizer", lambda files: Tokenizer())
+    with pytest.raises(UsageError, match="--model smollm2: cannot write "):
+        models.unpacked("smollm2")
+
+
 def test_no_copy_of_other_models_or_dtypes(package, cache, model):
     files = models.find_model("smollm2")
     models.keep_converted("elsewhere", files, model, Tokenizer())

@@ -35,6 +35,7 @@ CASES = {
         tokens=(7,),
         call={"slot_mapping": ints(3, -1, 9, 2, 23, 0, -1), "positions": ints(5, 6, 7, 0, 1, 2, 3)},
     ),
+    "over threads": Step(tokens=(2, 300), blocks=(2, 400), call=CONTIGUOUS),
     "packed": Step(tokens=(7,), call={**CONTIGUOUS, "cu_seqlens": ints(0, 3, 7)}),
     "XPOS": Step(call={**CONTIGUOUS, "freqs": replace(XPOS, decay_origin=7.0)}),
     "by axes": Step(
@@ -82,8 +83,8 @@ def test_e4m3(monkeypatch, calls):
     step = Step(call=CONTIGUOUS)
     scales = {"k_scale": torch.tensor([0.5, 2.0]), "v_scale": torch.tensor([1.0, 0.25])}
     results = []
-    for most in (direct.MOST_ELEMENTS, -1):
-        monkeypatch.setattr(direct, "MOST_ELEMENTS", most)
+    for functions in (direct._functions, {}):
+        monkeypatch.setattr(direct, "_functions", functions)
         caches = [x.to(torch.float8_e4m3fn) for x in step.caches(torch.float32)]
         q = rope_append_kvcache(step.q, step.k, step.v, *caches, step.freqs, **step.call, **scales)
         results.append([q, *(x.view(torch.uint8) for x in caches)])
@@ -139,7 +140,7 @@ def test_negated_views(calls, name):
     assert not calls
 
 
-def test_other_tensors_and_large_ones_take_the_op(monkeypatch, calls):
+def test_other_tensors_and_large_results_take_the_op(monkeypatch, calls):
     step = Step(norms="head", call=CONTIGUOUS)
     expected = written(step)
     calls.clear()
@@ -147,10 +148,13 @@ def test_other_tensors_and_large_ones_take_the_op(monkeypatch, calls):
     got = written(step)
     assert type(got[0]) is Own
     assert_same([x.as_subclass(torch.Tensor) for x in got], expected)
-    monkeypatch.setattr(direct, "MOST_ELEMENTS", step.k.numel() - 1)
+    monkeypatch.setattr(direct, "LARGE", step.q.nbytes)
     step.q = step.q.as_subclass(torch.Tensor)
     assert_same(written(step), expected)
     assert not calls
+    step.q = step.weights["q_norm_weight"] = None
+    assert_same(written(step)[1:], expected[1:])
+    assert calls == [True]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +192,16 @@ def test_keeps_no_references(calls):
 
     watched = [step.q, step.k, step.v, step.freqs.inv_freq, step.call["cache_seqlens"]]
     assert_keeps_no_references(watched, both)
+
+
+def test_lets_go_of_pythons_lock(monkeypatch):
+    step = Step(tokens=(2, 3000), blocks=(2, 3010), call=CONTIGUOUS)
+    step.q, caches = None, step.caches(step.dtype)
+
+    def append():
+        rope_append_kvcache(None, step.k, step.v, *caches, step.freqs, **step.call)
+
+    assert direct_calls.lets_go_of_pythons_lock(monkeypatch, "rope_append", append)
 
 
 def test_without_dlpack(monkeypatch):

@@ -60,6 +60,7 @@ CASES = {
         call={"q_norm_weight": torch.linspace(0, 1, 128), "norm_eps": 0.5, "positions": 3}
     ),
     "named backend": Rotation(call={"backend": "cpu"}),
+    "over threads": Rotation((2, 300)),
     "no tokens": Rotation((2, 0)),
 }
 
@@ -152,13 +153,17 @@ def test_other_tensors_take_the_op(calls, name):
     assert_same([x.as_subclass(Tensor) for x in got], USUAL.rotated())
 
 
-def test_large_ones_take_the_op(monkeypatch, calls):
-    monkeypatch.setattr(direct, "MOST_ELEMENTS", USUAL.q.numel() - 1)
-    USUAL.rotated()
+def test_large_results_take_the_op(monkeypatch, calls):
+    monkeypatch.setattr(direct, "LARGE", USUAL.q.nbytes)
+    expected = USUAL.rotated()
     assert not calls
-    monkeypatch.setattr(direct, "MOST_ELEMENTS", USUAL.q.numel())
-    USUAL.rotated()
-    assert calls == [True]
+    with torch.no_grad():
+        q, k = USUAL.q.clone(), USUAL.k.clone()
+        got = apply_rope_qk(q, k, FREQS, inplace=True, **USUAL.call)
+    assert calls == [True] and all(map(torch.equal, got, expected))
+    monkeypatch.setattr(direct, "LARGE", USUAL.q.nbytes + 1)
+    assert_same(USUAL.rotated(), expected)
+    assert calls == [True, True]
 
 
 def test_batched_by_vmap(calls):
@@ -216,6 +221,12 @@ def test_offsets_that_no_double_holds(calls):
     got = USUAL.rotated(positions=offset)
     assert calls == [None]
     assert_same(got, USUAL.rotated(positions=torch.full((2, 1), offset)))
+
+
+@pytest.mark.parametrize("name", ("rope", "rope_norm"))
+def test_lets_go_of_pythons_lock(monkeypatch, name):
+    long = Rotation((1, 6000), call=NORMS if name == "rope_norm" else {})
+    assert direct_calls.lets_go_of_pythons_lock(monkeypatch, name, long.rotated)
 
 
 def test_keeps_no_references(calls):

@@ -139,7 +139,9 @@ EXTROPE_DIRECT(rope_append) {
     for (OptionalView& x : tensors) x = given.optional_tensor();
     const Call call(tensors, std::move(stored), norm_eps, attention_factor, interleaved,
                     decay_origin);
-    Append(call.args, call.rotation).run(outs.optional_tensor());
+    const OptionalView out_q = outs.optional_tensor();
+    const WithoutPython others_may_run(call.args.k.numel());
+    Append(call.args, call.rotation).run(out_q);
   });
 }
 

@@ -88,7 +88,7 @@ EXTROPE_DIRECT(decode) {
     const TensorView out = outs.tensor();
     const OptionalView lse = outs.optional_tensor();
     require_of("decode", call.fits(out), "the result must be contiguous");
-    const WithoutPython others_may_run;
+    const WithoutPython others_may_run(tensors[1]->numel());
     std::vector<float> unwanted(lse ? 0 : call.rows());
     call.run(out.data_ptr(), lse ? static_cast<float*>(lse->data_ptr()) : unwanted.data());
   });

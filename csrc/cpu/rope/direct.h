@@ -19,6 +19,7 @@ class DirectRotation {
         rope_(params(outs, given)) {}
 
   int64_t tokens() const { return rope_.batch * rope_.seqlen; }
+  int64_t elements() const { return q_.numel(); }
   const RopeParams& rope() const { return rope_; }
   RopeNormParams norm() {
     return make_norm_params(rope_, q_, k_, weights_[0], weights_[1], numbers_.number());

@@ -1,4 +1,7 @@
-"""Small calls of an op past PyTorch's dispatcher, which takes longer than the work on one token.
+"""Calls of an op past PyTorch's dispatcher, which takes longer than the work on one token.
+
+Behind more tokens, which leave nothing of it in the caches, it takes 65 us: an eighth of what 2,048
+keys and values take into a cache.
 
 csrc/cpu/runtime/direct.h has the other side.
 """
@@ -26,9 +29,8 @@ except ImportError:  # PyTorch promises none of them, and without them ops are c
 else:
     _KNOWS_WHO_LOOKS_ON = True
 
-# Of a call's first tensor. Larger calls are shared out to threads, and let other threads of Python
-# run meanwhile.
-MOST_ELEMENTS = 2**15
+# A result of so many bytes lies in kept pages, which the op makes: csrc/cpu/runtime/kept_pages.h.
+LARGE = 4 * 2**20
 _NAMES = ("rope", "rope_norm", "rope_append", "decode")
 _METH_FASTCALL = 0x80
 Direct = Callable[..., "bool | None"]
@@ -65,8 +67,10 @@ class _Method(ctypes.Structure):
     ]
 
 
-def find_direct(name: str, first: Tensor) -> Direct | None:
-    """The function for a call with this tensor; None: call the op.
+def find_direct(name: str, first: Tensor, like: Tensor | None) -> Direct | None:
+    """The function for a call with this first tensor; None: call the op.
+
+    like: a result has to be made about as large as this one.
 
     Modes, transforms, tracers, profilers and tensors of other classes learn of a call from the
     dispatcher alone, and it alone negates those of which only a bit says that they are negated. Of
@@ -82,8 +86,8 @@ def find_direct(name: str, first: Tensor) -> Direct | None:
         or _is_tracing()  # before what a trace would warn of
         or type(first) is not Tensor
         or not first.is_cpu
-        or first.numel() > MOST_ELEMENTS
         or first.is_neg()
+        or (like is not None and like.nbytes >= LARGE)
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or _are_functorch_transforms_active()

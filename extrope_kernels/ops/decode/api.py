@@ -135,7 +135,7 @@ def _call_directly(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Past the dispatcher, or None for a call that it has to see."""
     q, _, v_cache = tensors[:3]
-    direct = find_direct("decode", q)
+    direct = find_direct("decode", q, q if out is None else None)
     if direct is None or not all(map(is_plain, tensors[1:5])) or min(q.dim(), v_cache.dim()) < 3:
         return None
     if out is None:

@@ -214,7 +214,7 @@ def _out_of_place(
     compiling: bool,
 ) -> tuple[Tensor, Tensor]:
     recorded = compiling or _wants_grad(q, k, op_args)
-    direct = None if recorded else _find_direct(names.direct, q, k, backend)
+    direct = None if recorded else _find_direct(names.direct, q, k, q, backend)
     if direct is not None:
         outs = (torch.empty_like(q), None if k is None else torch.empty_like(k))
         if direct(outs, _numbers(**options), (q, k, *op_args)):
@@ -244,17 +244,19 @@ def _inplace(
     if compiling or backend == "reference":
         op(q, k, *op_args, **options)
         return q, k
-    direct = _find_direct(names.direct, q, k, backend)
+    direct = _find_direct(names.direct, q, k, None, backend)
     if direct is None or not direct((q, k), _numbers(**options), (q, k, *op_args)):
         call_unrecorded(op, (q, k, *op_args), options)
     note_writes(q) if k is None else note_writes(q, k)
     return q, k
 
 
-def _find_direct(name: str, q: Tensor, k: Tensor | None, backend: str | None) -> Direct | None:
+def _find_direct(
+    name: str, q: Tensor, k: Tensor | None, like: Tensor | None, backend: str | None
+) -> Direct | None:
     if backend is not None and backend != "cpu":
         return None
-    direct = find_direct(name, q)
+    direct = find_direct(name, q, like)
     return direct if is_plain(k) else None
 
 

@@ -151,7 +151,7 @@ def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None)
         _refuse_gradients(tensors)
     if (backend is None or backend == "cpu") and not torch.compiler.is_compiling():
         q, k, v, k_cache, v_cache = tensors[:5]
-        direct = find_direct("rope_append", k)
+        direct = find_direct("rope_append", k, q)
         if direct is not None and all(map(is_plain, (q, v, k_cache, v_cache))):
             out = None if q is None else torch.empty_like(q)
             numbers = _numbers(**options) if options else _USUAL_NUMBERS
