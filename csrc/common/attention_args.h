@@ -3,11 +3,24 @@
 
 #include <cmath>
 #include <optional>
+#include <vector>
 
 #include "common/regions_args.h"
 #include "common/softmax_params.h"
 
 namespace extrope {
+
+// What their schemas have behind the tensors.
+struct AttentionNumbers {
+  std::vector<int64_t> starts;
+  int64_t granularity;
+  std::vector<double> maps;
+  std::optional<double> softmax_scale, log_n;
+  double attention_factor;
+  bool interleaved;
+  double softcap;
+  std::optional<int64_t> sliding_window;
+};
 
 inline void check_head_dim(const char* op, const char* name, int64_t head_dim) {
   require_of(op, head_dim % 8 == 0 && 8 <= head_dim && head_dim <= kMaxHeadDim, name,

@@ -140,7 +140,7 @@ EXTROPE_DIRECT(rope_append) {
     const Call call(tensors, std::move(stored), norm_eps, attention_factor, interleaved,
                     decay_origin);
     const OptionalView out_q = outs.optional_tensor();
-    const WithoutPython others_may_run(call.args.k.numel());
+    const WithoutPython others_may_run(call.args.k.numel() > kFewElements);
     Append(call.args, call.rotation).run(out_q);
   });
 }

@@ -4,8 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
-#include <optional>
-#include <vector>
 
 #include "common/attention_args.h"
 #include "cpu/attention/params.h"
@@ -19,18 +17,11 @@ void require(bool condition, const Message&... message) {
   require_of("attention", condition, message...);
 }
 
-// The arguments of an op after its tensors.
+// The arguments of an op behind q, k and v.
 struct Options {
   TensorView inv_freq;
   OptionalView cu_seqlens, log_decay, sinks, query_scale, q_start, k_start;
-  const std::vector<int64_t>& starts;
-  int64_t granularity;
-  const std::vector<double>& maps;
-  std::optional<double> softmax_scale, log_n;
-  double attention_factor;
-  bool interleaved;
-  double softcap;
-  std::optional<int64_t> sliding_window;
+  AttentionNumbers numbers;
 };
 
 // A tensor (batch, seqlen, heads, head_dim) or (total, heads, head_dim); `name` goes into errors.
@@ -130,16 +121,15 @@ inline AttentionParams make_params(const TensorView& q, const TensorView& k, con
   set_starts(p, options);
   check_frequencies("attention", p.head_dim, packed ? p.num_sequences : p.batch, options.inv_freq,
                     options.log_decay);
-  check_factors("attention", options.log_n, options.attention_factor);
-  p.softmax_scale =
-      static_cast<float>(softmax_scale_of("attention", options.softmax_scale, p.head_dim));
-  p.regions = regions_of("attention", options.starts, options.granularity, options.maps,
-                         options.sliding_window);
+  const AttentionNumbers& n = options.numbers;
+  check_factors("attention", n.log_n, n.attention_factor);
+  p.softmax_scale = static_cast<float>(softmax_scale_of("attention", n.softmax_scale, p.head_dim));
+  p.regions = regions_of("attention", n.starts, n.granularity, n.maps, n.sliding_window);
   p.regions.trim(end_of_queries(p));
   p.sinks = sinks_of("attention", options.sinks, p.heads_q);
-  p.softcap = softcap_of("attention", options.softcap);
+  p.softcap = softcap_of("attention", n.softcap);
   p.row_scale = query_scale_of("attention", options.query_scale, p.batch, p.seqlen_q, packed);
-  p.interleaved = options.interleaved;
+  p.interleaved = n.interleaved;
   return p;
 }
 

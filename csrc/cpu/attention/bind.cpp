@@ -5,12 +5,12 @@
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "common/ops.h"
-#include "cpu/attention/args.h"
-#include "cpu/attention/choice.h"
-#include "cpu/attention/rotation.h"
-#include "cpu/runtime/frequencies.h"
+#include "cpu/attention/call.h"
+#include "cpu/runtime/direct_attention.h"
 #include "cpu/runtime/output_pages.h"
 
 namespace extrope {
@@ -35,13 +35,6 @@ std::vector<int64_t> shape(const Tensor& x, int64_t head_dim) {
   return sizes;
 }
 
-RotationArgs rotation_args(const Options& options) {
-  const OptionalView& decay = options.log_decay;
-  return {padded_rows(options.inv_freq),
-          decay.has_value() ? padded_rows(*decay).values : std::vector<double>(),
-          options.log_n.value_or(0.0), options.attention_factor * options.attention_factor};
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& inv_freq, const OptionalTensor& cu_seqlens,
                                    const OptionalTensor& log_decay, const OptionalTensor& sinks,
@@ -51,22 +44,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    std::optional<double> softmax_scale, std::optional<double> log_n,
                                    double attention_factor, bool interleaved, double softcap,
                                    std::optional<int64_t> sliding_window, bool float32_results) {
-  const Options options{inv_freq,         cu_seqlens,  log_decay,     sinks,
-                        query_scale,      q_start,     k_start,       starts,
-                        granularity,      maps,        softmax_scale, log_n,
-                        attention_factor, interleaved, softcap,       sliding_window};
-  AttentionParams p = make_params(q, k, v, options);
-  const Rotation rotation(p, rotation_args(options), rotates_ahead(p.dtype));
-  const bool packed = cu_seqlens.has_value();
-  p.float32_out = float32_results;
-  const Tensor out =
-      fresh(shape(q, p.v.head_dim), float32_results ? ScalarType::Float : q.scalar_type());
-  std::vector<int64_t> lse_shape{p.heads_q, p.seqlen_q};
-  if (!packed) lse_shape.insert(lse_shape.begin(), p.batch);
-  const Tensor lse = fresh(lse_shape, ScalarType::Float);
-  p.out = view(out, packed, "out");
-  p.lse = static_cast<float*>(lse.data_ptr());
-  if (p.heads_q > 0) run_forward(p, kernels(p.dtype));
+  Forward call({q, k, v, inv_freq, cu_seqlens, log_decay, sinks, query_scale, q_start, k_start},
+               {std::move(starts), granularity, std::move(maps), softmax_scale, log_n,
+                attention_factor, interleaved, softcap, sliding_window});
+  const Tensor out = fresh(call.out_shape(), float32_results ? ScalarType::Float : q.scalar_type());
+  const Tensor lse = fresh(call.lse_shape(), ScalarType::Float);
+  call.run(out, static_cast<float*>(lse.data_ptr()), float32_results);
   return {out, lse};
 }
 
@@ -78,10 +61,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     std::vector<int64_t> starts, int64_t granularity, std::vector<double> maps,
     std::optional<double> softmax_scale, std::optional<double> log_n, double attention_factor,
     bool interleaved, double softcap, std::optional<int64_t> sliding_window, bool float32_results) {
-  const Options options{inv_freq,         cu_seqlens,  log_decay,     sinks,
-                        query_scale,      q_start,     k_start,       starts,
-                        granularity,      maps,        softmax_scale, log_n,
-                        attention_factor, interleaved, softcap,       sliding_window};
+  const Options options{inv_freq,
+                        cu_seqlens,
+                        log_decay,
+                        sinks,
+                        query_scale,
+                        q_start,
+                        k_start,
+                        {std::move(starts), granularity, std::move(maps), softmax_scale, log_n,
+                         attention_factor, interleaved, softcap, sliding_window}};
   AttentionParams p = make_params(q, k, v, options);
   const bool packed = cu_seqlens.has_value();
   check_like(dout, q, p.v.head_dim, "dout", "q");
@@ -103,6 +91,23 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 }
 
 }  // namespace
+
+// The results are out, and lse unless it is not wanted.
+EXTROPE_DIRECT(attention) {
+  return run_directly(args, [](Items outs, Items numbers, Items given) {
+    AttentionNumbers n = attention_numbers(numbers);
+    OptionalView tensors[kTensors];
+    for (OptionalView& x : tensors) x = given.optional_tensor();
+    Forward call(tensors, std::move(n));
+    const TensorView out = outs.tensor();
+    const OptionalView lse = outs.optional_tensor();
+    call.check_out(out);
+    const WithoutPython others_may_run(call.products() > kSmallWork);
+    std::vector<float> unwanted(lse ? 0 : call.rows());
+    call.run(out, lse ? static_cast<float*>(lse->data_ptr()) : unwanted.data());
+  });
+}
+
 }  // namespace attention
 
 const Ops ops{

@@ -9,7 +9,7 @@
 
 #include "common/ops.h"
 #include "cpu/decode/call.h"
-#include "cpu/runtime/direct.h"
+#include "cpu/runtime/direct_attention.h"
 #include "cpu/runtime/output_pages.h"
 
 namespace extrope {
@@ -66,29 +66,17 @@ void append(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const
 
 }  // namespace
 
-// The results are out, and lse unless it is not wanted. The numbers are those of the schema, with
-// both lists at their end.
+// The results are out, and lse unless it is not wanted.
 EXTROPE_DIRECT(decode) {
   return run_directly(args, [](Items outs, Items numbers, Items given) {
-    Numbers n{.granularity = numbers.whole_number(),
-              .softmax_scale = numbers.optional_number(),
-              .log_n = numbers.optional_number(),
-              .attention_factor = numbers.number(),
-              .interleaved = numbers.flag(),
-              .softcap = numbers.number(),
-              .sliding_window = numbers.optional_whole_number()};
-    // Of each region a start and two maps, and the map that keys are stored by.
-    n.starts.resize((numbers.left() - kMapNumbers) / (1 + 2 * kMapNumbers));
-    for (int64_t& start : n.starts) start = numbers.whole_number();
-    n.maps.resize(numbers.left());
-    for (double& x : n.maps) x = numbers.number();
+    const AttentionNumbers n = attention_numbers(numbers);
     OptionalView tensors[kTensors];
     for (OptionalView& x : tensors) x = given.optional_tensor();
     Decode call(tensors, n);
     const TensorView out = outs.tensor();
     const OptionalView lse = outs.optional_tensor();
     require_of("decode", call.fits(out), "the result must be contiguous");
-    const WithoutPython others_may_run(tensors[1]->numel());
+    const WithoutPython others_may_run(tensors[1]->numel() > kFewElements);
     std::vector<float> unwanted(lse ? 0 : call.rows());
     call.run(out.data_ptr(), lse ? static_cast<float*>(lse->data_ptr()) : unwanted.data());
   });

@@ -26,18 +26,6 @@ inline Kernels kernels(const KVCache& cache) {
 
 constexpr int kTensors = 15;  // of the op's schema
 
-// Of the op's schema, behind its tensors.
-struct Numbers {
-  std::vector<int64_t> starts;
-  int64_t granularity;
-  std::vector<double> maps;
-  std::optional<double> softmax_scale, log_n;
-  double attention_factor;
-  bool interleaved;
-  double softcap;
-  std::optional<int64_t> sliding_window;
-};
-
 // x: the tensors of the op's schema, in its order.
 inline CacheArgs cache_args_of(const OptionalView (&x)[kTensors], bool interleaved) {
   return {.op = "decode",
@@ -58,7 +46,7 @@ inline CacheArgs cache_args_of(const OptionalView (&x)[kTensors], bool interleav
 
 class Decode {
  public:
-  Decode(const OptionalView (&x)[kTensors], const Numbers& n)
+  Decode(const OptionalView (&x)[kTensors], const AttentionNumbers& n)
       : args_(cache_args_of(x, n.interleaved)) {
     const char* op = args_.op;
     const TensorView& q = x[0].value();

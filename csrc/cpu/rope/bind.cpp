@@ -73,7 +73,7 @@ const Ops ops{
 EXTROPE_DIRECT(rope) {
   return run_directly(args, [](Items outs, Items numbers, Items given) {
     const DirectRotation call(outs, numbers, given, /*with_norm=*/false);
-    const WithoutPython others_may_run(call.elements());
+    const WithoutPython others_may_run(call.elements() > kFewElements);
     if (call.tokens() > 0) launch(call.rope(), /*device_index=*/0);
   });
 }

@@ -76,7 +76,7 @@ EXTROPE_DIRECT(rope_norm) {
   return run_directly(args, [](Items outs, Items numbers, Items given) {
     DirectRotation call(outs, numbers, given, /*with_norm=*/true);
     const RopeNormParams p = call.norm();
-    const WithoutPython others_may_run(call.elements());
+    const WithoutPython others_may_run(call.elements() > kFewElements);
     if (call.tokens() > 0) launch(p, /*device_index=*/0);
   });
 }

@@ -52,20 +52,19 @@ class Items {
   int64_t count_, next_ = 0;
 };
 
-// While it lives, other threads of Python run, and nothing of Python's may be read. Work on few
-// elements holds on to Python's lock: another thread could keep it for longer than the work takes.
+// Work on them holds on to Python's lock: another thread could keep it for longer than that takes.
+constexpr int64_t kFewElements = 32 * 1024;
+
+// While it lives, and `wanted`, other threads of Python run, and nothing of Python's may be read.
 class WithoutPython {
  public:
-  explicit WithoutPython(int64_t elements)
-      : state_(elements > kFewElements ? python.release() : nullptr) {}
+  explicit WithoutPython(bool wanted) : state_(wanted ? python.release() : nullptr) {}
   ~WithoutPython() {
     if (state_) python.take_back(state_);
   }
   WithoutPython(const WithoutPython&) = delete;
 
  private:
-  static constexpr int64_t kFewElements = 32 * 1024;
-
   void* const state_;
 };
 

@@ -1,5 +1,7 @@
 #include "cpu/runtime/output_pages.h"
 
+#include <algorithm>
+
 #include "cpu/runtime/kept_pages.h"
 
 namespace extrope {
@@ -44,8 +46,11 @@ Tensor fresh_like(const Tensor& x) {
 
 Tensor fresh(const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
-  int64_t count = 1;
-  for (size_t i = sizes.size(); i-- > 0;) strides[i] = count, count *= sizes[i];
+  int64_t count = 1, stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; count *= sizes[i]) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);  // as torch has them in a tensor of none
+  }
   const int64_t dim = static_cast<int64_t>(sizes.size());
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle tensor;

@@ -19,6 +19,7 @@ from .._shared.attention_call import (
 )
 from .._shared.autograd import call_unrecorded
 from .._shared.checks import refuse_flags, run_explained
+from .._shared.direct_attention import attend_directly
 from .._shared.dtensor import replicated
 from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
@@ -76,7 +77,7 @@ def attend(
         rope_args = replicated(q, rope_args)
     options = score_options(score, stored=keys_stored)
     options |= rope_options(op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window)
-    args = (op, (q, k, v, *rope_args), options, backend)
+    args = (op, (q, k, v, *rope_args), options, backend, return_lse)
     out, lse = run_explained("attention", run, _check, args, function=op)
     return (out, lse) if return_lse else out
 
@@ -96,9 +97,16 @@ def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor 
 
 
 def run(
-    op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """tensors: of the ops, in their order."""
+    op: str,
+    tensors: tuple[Any, ...],
+    options: dict[str, Any],
+    backend: str | None,
+    return_lse: bool = True,
+) -> tuple[Tensor, Any]:
+    """out and lse, which may be None where it is not wanted.
+
+    tensors: of the ops, in their order.
+    """
     q, k, v, *_ = tensors
     if backend is not None:
         _backends.require(op, backend, BACKENDS, q.device.type, missing)
@@ -112,6 +120,10 @@ def run(
     compiling = torch.compiler.is_compiling()
     if compiling or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
         return attention_fwd(*tensors, **options)
+    if not suffix and "float32_results" not in options:
+        found = attend_directly("attention", tensors, options, None, return_lse)
+        if found is not None:
+            return found
     return call_unrecorded(attention_fwd, tensors, options)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,14 +14,13 @@ from .._shared.attention_call import (
     AttentionCall,
     check_freqs,
     given_up_to_last,
-    lse_shape,
     rope_options,
     score_options,
 )
 from .._shared.autograd import call_unrecorded, note_writes
 from .._shared.checks import refuse_flags, run_explained
 from .._shared.decay import check_new_keys
-from .._shared.direct import find_direct, is_plain
+from .._shared.direct_attention import attend_directly
 from .._shared.lengths import cache_lengths
 from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
@@ -122,42 +120,12 @@ def _run(
         return decode(*tensors, **options)
     found: tuple[Tensor, Tensor | None] | None = None
     if backend != "triton":
-        found = _call_directly(tensors, options, out, return_lse)
+        found = attend_directly("decode", tensors, options, out, return_lse)
     if found is None:
         found = call_unrecorded(decode, tensors, options)
     if tensors[3] is not None:
         note_writes(*tensors[1:3])
     return found
-
-
-def _call_directly(
-    tensors: Tensors, options: Options, out: Tensor | None, return_lse: bool
-) -> tuple[Tensor, Tensor | None] | None:
-    """Past the dispatcher, or None for a call that it has to see."""
-    q, _, v_cache = tensors[:3]
-    direct = find_direct("decode", q, q if out is None else None)
-    if direct is None or not all(map(is_plain, tensors[1:5])) or min(q.dim(), v_cache.dim()) < 3:
-        return None
-    if out is None:
-        out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
-    lse = q.new_empty(lse_shape(q), dtype=torch.float32) if return_lse else None
-    return (out, lse) if direct((out, lse), _numbers(**options), tensors) else None
-
-
-def _numbers(
-    starts: Sequence[int],
-    granularity: int,
-    maps: Sequence[float],
-    softmax_scale: float | None = None,
-    log_n: float | None = None,
-    attention_factor: float = 1.0,
-    interleaved: bool = False,
-    softcap: float = 0.0,
-    sliding_window: int | None = None,
-) -> tuple[float | None, ...]:
-    """The op's options as its direct function takes them."""
-    single = (softmax_scale, log_n, attention_factor, interleaved, softcap, sliding_window)
-    return (granularity, *single, *starts, *maps)
 
 
 def _check(
