@@ -115,15 +115,17 @@ def run(
         if not torch.compiler.is_compiling():
             check_boundaries(op, call.cu_seqlens, q)
         return reference.forward(q, k, v, call)
-    suffix = f"_{backend}" if backend in ("triton", "flash_attn") else ""
-    attention_fwd = getattr(ops, f"attention_fwd{suffix}")
-    compiling = torch.compiler.is_compiling()
-    if compiling or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
-        return attention_fwd(*tensors, **options)
-    if not suffix and "float32_results" not in options:
+    recorded = torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    )
+    if not recorded and backend in (None, "cpu") and "float32_results" not in options:
         found = attend_directly("attention", tensors, options, None, return_lse)
         if found is not None:
             return found
+    suffix = f"_{backend}" if backend in ("triton", "flash_attn") else ""
+    attention_fwd = getattr(ops, f"attention_fwd{suffix}")
+    if recorded:
+        return attention_fwd(*tensors, **options)
     return call_unrecorded(attention_fwd, tensors, options)
 
 
