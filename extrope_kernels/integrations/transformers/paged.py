@@ -70,6 +70,9 @@ class PackedRows:
         table = self._table(allocator)
         if self.arguments.get("block_table") is not None:
             self._write(allocator, table, (k_pages, v_pages), (k, v))
+        elif "past_key_values" in self.arguments:  # before 5.24 no layer writes, its attention does
+            slots = self.arguments["write_index"][allocator.index]
+            allocator.update(k[0], v[0], layer.layer_idx, slots[:0], slots)
         cu_seqlens_k = self.arguments["cu_seq_lens_k"][allocator.layer_type]
         out = attend_with_kvcache(
             score,
@@ -124,8 +127,15 @@ class PackedRows:
 
 
 def packed_rows(cache: Any, arguments: Mapping[str, Any]) -> PackedRows | None:
-    """Return the rows of a forward of continuous batching; None for any other."""
+    """Return the rows of a forward of continuous batching; None for any other.
+
+    Raises ValueError before transformers 5.19, whose caches do not say where pages lie.
+    """
     if not hasattr(cache, "layer_to_allocator"):
+        if "cu_seq_lens_k" in arguments and hasattr(cache, "layer_index_to_group_indices"):
+            raise ValueError(
+                "extend: continuous batching by a score method needs transformers >= 5.19"
+            )
         return None
     return PackedRows(cache, arguments["position_ids"], arguments)
 
