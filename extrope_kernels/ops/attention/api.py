@@ -118,6 +118,7 @@ def run(
     recorded = torch.compiler.is_compiling() or (
         torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
     )
+    # The direct function has results in q's dtype alone.
     if not recorded and backend in (None, "cpu") and "float32_results" not in options:
         found = attend_directly("attention", tensors, options, None, return_lse)
         if found is not None:
