@@ -8,7 +8,6 @@ import torch
 from attention_oracle import (
     attend,
     check,
-    check_outputs,
     closed_form,
     definition,
     frequencies,
