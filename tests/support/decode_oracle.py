@@ -23,7 +23,6 @@ from torch import Tensor
 from extrope_kernels import RopeFreqs, methods, rope_attention_with_kvcache, scores
 from extrope_kernels.testing import assert_within_budget, device
 
-
 # With the examples of score methods, other factors of ReRoPE, and amplitudes that decay.
 SCORES: dict[str, dict] = {
     **{name: {"example": one} for name, one in EXAMPLES.items()},
