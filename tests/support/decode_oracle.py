@@ -23,6 +23,7 @@ from torch import Tensor
 from extrope_kernels import RopeFreqs, methods, rope_attention_with_kvcache, scores
 from extrope_kernels.testing import assert_within_budget, device
 
+RAW = example(scores.rerope, rerope, window=8)
 # With the examples of score methods, other factors of ReRoPE, and amplitudes that decay.
 SCORES: dict[str, dict] = {
     **{name: {"example": one} for name, one in EXAMPLES.items()},
@@ -46,7 +47,7 @@ class Case:
     head_dim: int = 32
     rotary_dim: int = 32
     dtype: torch.dtype = torch.float32
-    example: Example = example(scores.rerope, rerope, window=8)
+    example: Example = RAW
     xpos: bool = False
     log_n: float | None = None
     softmax_scale: float | None = None
