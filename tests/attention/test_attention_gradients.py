@@ -82,8 +82,10 @@ def test_every_score_method_with(name, switch, any_backend):
     check_gradients(any_backend, EXAMPLES[name], make_qkv(2, 67), **switched(switch, 2, 67))
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize(
+    "switch, dtype",
+    [(x, LOW[0]) for x in SWITCHES] + [(x, y) for x in ("softcap", "all") for y in LOW[1:]],
+)
 def test_dtypes(switch, dtype, any_backend):
     tensors = make_qkv(2, 41, 53, head_dim=64, dtype=dtype)
     check_gradients(any_backend, EXAMPLES["leaky_rerope"], tensors, **switched(switch, 2, 41))
@@ -166,7 +168,9 @@ CALLS = {
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("score", (scores.rerope(3, 2.0), scores.dual_chunk(5, 1)), ids=str)
+@pytest.mark.parametrize(
+    "score", (scores.rerope(3, 2.0), scores.dual_chunk(5, 1)), ids=lambda score: score.name
+)
 def test_the_reference_s_own_backward(name, score, packed):
     if packed and name not in ("plain", *SOFTMAX, "sinks"):
         pytest.skip("of a batch")

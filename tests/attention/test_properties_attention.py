@@ -1,4 +1,4 @@
-"""Generated calls, without and with a cache, against definitions; parts merged against the whole."""
+"""Generated calls, without and with a cache, against definitions; parts merged to the whole."""
 
 from __future__ import annotations
 

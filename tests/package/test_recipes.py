@@ -102,23 +102,14 @@ def test_a_method_is_one_file_and_three_entries(checkout):
     assert passed(checkout, "slow_half or cover or every_method or public", *tests) > 40
 
 
-def test_a_score_method_is_one_file_its_public_functions_and_a_row(checkout):
+def test_a_score_method_is_one_file_an_entry_and_a_row(checkout):
     created, changed = follow("Add a score method", checkout)
-    assert created == [
-        "extrope_kernels/scores/apart.py",
-        "extrope_kernels/ops/attention/apart.py",
-        "extrope_kernels/ops/decode/apart.py",
-    ]
-    assert changed == [
-        "extrope_kernels/__init__.py",
-        "extrope_kernels/ops/attention/__init__.py",
-        "extrope_kernels/ops/decode/__init__.py",
-        "extrope_kernels/scores/__init__.py",
-        "tests/support/score_examples.py",
-    ]
+    assert created == ["extrope_kernels/scores/apart.py"]
+    assert changed == ["extrope_kernels/scores/__init__.py", "tests/support/score_examples.py"]
     tests = (
         "tests/scores",
-        "tests/attention/test_scores_attention.py",
+        "tests/attention/test_attention.py",
+        "tests/attention/test_attention_gradients.py",
         "tests/package/test_method_table.py",
         "tests/package/test_wrong_arguments.py",
     )
