@@ -82,11 +82,11 @@ def refused(error, message, q=Q, k=K, v=V, freqs=FREQS, score=None, **options):
     assert text.startswith(f"{name} {message}") or f"{name} {message}" in text, text
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("named", [None, "reference"])
 @pytest.mark.parametrize("changes, error, message", TENSORS + NUMBERS, ids=str)
-def test_arguments(changes, error, message, backend):
+def test_arguments(changes, error, message, named):
     changes = {n: x.to(device()) if hasattr(x, "to") else x for n, x in changes.items()}
-    refused(error, message, **{"backend": backend, **changes})
+    refused(error, message, **{"backend": named, **changes})
 
 
 @pytest.mark.parametrize("freqs, error, message", FREQUENCIES, ids=lambda x: str(x)[:40])

@@ -297,43 +297,6 @@ def test_every_tile_is_a_candidate_or_has_none():
 
 
 @triton.jit
-def _shares(seqlens, found, batch, slots, TILE: tl.constexpr):
-    lengths = (batch, seqlens, seqlens, 0, 1 << 30)
-    slot = tl.program_id(0)
-    queries, bounds = (None, 1, 1), ((0, 0, 0), 1, None)
-    sequence, split, splits = share_of(slot, slots, 2, lengths, queries, bounds, TILE)
-    tl.store(found + slot * 3, sequence)
-    tl.store(found + slot * 3 + 1, split)
-    tl.store(found + slot * 3 + 2, splits)
-
-
-@pytest.mark.parametrize("more", (0, 5, 33))
-@pytest.mark.parametrize(
-    "lengths", ((1000,), (0, 0), (100_000, *[100] * 63), (64, 65, 63, 1), (1 << 27,) * 130)
-)
-def test_slots_go_to_where_the_keys_are(lengths, more):
-    """Every split of every sequence once, and no sequence has more than its share."""
-    inputs = make(Case((1,)))
-    slots = len(lengths) + more
-    call = call_of(scores.rerope(7))
-    kv = KVCache(inputs.k_cache, inputs.v_cache, inputs.call["cache_seqlens"])
-    tile = plans._decode_tile(inputs.q, kv, call, configs.INTERPRETED, True)
-    found = torch.full((slots, 3), -1, dtype=torch.int32, device=device())
-    seqlens = torch.tensor(lengths, dtype=torch.int32, device=device())
-    _shares[(slots,)](seqlens, found, len(lengths), slots, TILE=tile)
-    blocks = [-(-n // tile.block_n) for n in lengths]
-    each = max(-(-sum(blocks) // max(more, 1)), 2)
-    expected = [
-        [sequence, split, splits]
-        for sequence, n in enumerate(blocks)
-        for splits in [max(-(-n // each), 1)]
-        for split in range(splits)
-    ]
-    assert found[: len(expected)].tolist() == expected
-    assert (found[len(expected) :, 0] == len(lengths)).all()
-
-
-@triton.jit
 def _packed_shares(seqlens, cu_seqlens, found, batch, slots, total, TILE: tl.constexpr):
     lengths = (batch, seqlens, seqlens, 1, 1 << 30)
     queries, bounds = (cu_seqlens, total, 3), ((0, 0, 0), 1, None)
