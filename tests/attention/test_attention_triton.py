@@ -6,7 +6,11 @@ Blocks are 16 x 16 here: small enough for every border to fall inside, on and be
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,3 +300,16 @@ def test_tokens_too_far_apart_for_offsets_of_a_block():
     far = torch.empty_strided((1, 2, 1, 16), (0, 2**24, 0, 1), dtype=q.dtype, device=DEVICE)
     with pytest.raises(ValueError, match="less than 16777216 elements apart, got strides"):
         forward(q, k, far, call_of(EXAMPLES["rerope"]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's addresses")
+@pytest.mark.parametrize("side", ("before", "behind", "itself"))
+def test_no_byte_outside_of_tensors_is_touched(side):
+    """Masked lanes included: pages that may not be touched lie around every tensor."""
+    script = Path(__file__).parents[1] / "support" / "guard_pages.py"
+    done = subprocess.run([sys.executable, script, side], capture_output=True, text=True)
+    if side == "itself":  # such a page does end the process
+        assert done.stdout == "alive\n" and done.returncode == -signal.SIGSEGV
+    else:
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert int(done.stdout.split()[0]) > 100

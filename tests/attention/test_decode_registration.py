@@ -45,7 +45,7 @@ def test_opcheck(score, name, fast_backend):
     torch.library.opcheck(op(fast_backend).default, tuple(args), numbers)
 
 
-@pytest.mark.parametrize("score", SOME)
+@pytest.mark.parametrize("score", ("leaky_rerope", "no score"))
 def test_compile_in_one_graph(score, fast_backend):
     inputs = make(Case((12, 3), **SCORES[score]))
     k, v = (torch.randn(2, 1, 2, 32, device=device()) for _ in range(2))
