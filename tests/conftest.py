@@ -87,13 +87,20 @@ def pytest_generate_tests(metafunc):
     """`backend` runs over every implementation of the rotation that can run here.
 
     `permute_backend` runs over those of the permutation, `any_backend` and `fast_backend` over
-    those of attention, with and without the reference.
+    those of attention, with and without the reference. Interpreted, Triton has files of its own,
+    test_*_triton.py; here it is thorough.
     """
-    attention = [name for name in attention_backends() if name != "flash_attn"]
+    slow = () if torch.cuda.is_available() else (pytest.mark.thorough,)
+    attention = {
+        name: pytest.param(name, marks=slow if name == "triton" else ())
+        for name in attention_backends()
+        if name != "flash_attn"
+    }
     if "any_backend" in metafunc.fixturenames:
-        metafunc.parametrize("any_backend", attention)
+        metafunc.parametrize("any_backend", list(attention.values()))
     if "fast_backend" in metafunc.fixturenames:
-        metafunc.parametrize("fast_backend", [name for name in attention if name != "reference"])
+        fast = [param for name, param in attention.items() if name != "reference"]
+        metafunc.parametrize("fast_backend", fast)
     for name in {"backend", "permute_backend"} & set(metafunc.fixturenames):
         metafunc.parametrize(name, [x for x in available_backends() if x != "reference"])
 

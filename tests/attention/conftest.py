@@ -11,10 +11,3 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=["shifts", "cuts", "base 2", "base 2, shifts", "aten"])
-def engine(request):
-    from flash_attn_cases import ENGINES
-
-    return ENGINES[request.param]

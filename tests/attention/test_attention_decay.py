@@ -3,12 +3,7 @@
 import pytest
 import torch
 
-from extrope_kernels import (
-    blockwise_causal_attention,
-    dual_chunk_attention,
-    rerope_attention,
-    string_attention,
-)
+from extrope_kernels import rope_attention, scores
 from extrope_kernels.methods import xpos
 from extrope_kernels.testing import device
 
@@ -16,52 +11,51 @@ TOKENS = 4
 F16, F32 = torch.float16, torch.float32
 
 
-def attend(attention, dtype, **options):
+def attend(score, dtype, **options):
     x = torch.full((1, TOKENS, 1, 8), 0.5, dtype=dtype, device=device())
     if "cu_seqlens" in options:
         x = x[0]
-    return attention(x, x, x, xpos(8).to(device()), **options)
+    return rope_attention(x, x, x, xpos(8).to(device()), score, **options)
 
 
 @pytest.mark.parametrize(
-    "dtype, last, attention, parameters",
+    "dtype, last, score",
     [
-        (F16, 4532, rerope_attention, {"window": 2}),
-        (F32, 36_260, rerope_attention, {"window": 9, "factor": 1.0}),
-        (F16, 4532, rerope_attention, {"window": 9, "factor": 3.0, "grouped": True}),
+        (F16, 4532, None),
+        (F16, 4532, scores.rerope(2)),
+        (F32, 36_260, scores.rerope(9, 1.0)),
+        (F16, 4532, scores.self_extend(9, 3)),
         # Keys past a window of one are at twice their position, at most 2 * 2266.
-        (F16, 2267, rerope_attention, {"window": 1, "factor": 0.5}),
-        (F16, 4532, string_attention, {"shift": 3, "window": 1}),
-        (F16, 4532, dual_chunk_attention, {"chunk_size": 9000, "local_window": 0}),
-        (F16, 4532, blockwise_causal_attention, {"block_size": 20_000}),
+        (F16, 2267, scores.rerope(1, 0.5)),
+        (F16, 4532, scores.string(3, 1)),
+        (F16, 4532, scores.dual_chunk(9000, 0)),
+        (F16, 4532, scores.blockwise_causal(20_000)),
     ],
+    ids=lambda x: getattr(x, "name", str(x)),
 )
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_last_position_within_the_range(dtype, last, attention, parameters, packed):
+def test_the_last_position_within_the_range(dtype, last, score, packed):
+    options = {}
     if packed:
-        parameters = {**parameters, "cu_seqlens": torch.tensor([0, TOKENS], device=device())}
+        options = {"cu_seqlens": torch.tensor([0, TOKENS], device=device())}
         if device() == "cuda":
             pytest.skip("boundaries on the device are not read back")
     start = last + 1 - TOKENS
-    assert attend(attention, dtype, k_start=start, **parameters).isfinite().all()
-    message = f"^{attention.__name__}: XPOS.* {dtype} .* 0, got keys at up to .*block_size of at m"
+    assert attend(score, dtype, k_start=start, **options).isfinite().all()
+    name = "rope_attention" if score is None else score.name
+    message = f"^{name}: XPOS.* {dtype} .* 0, got keys at up to .*block_size of at m"
     with pytest.raises(ValueError, match=message):
-        attend(attention, dtype, k_start=start + 1, **parameters)
+        attend(score, dtype, k_start=start + 1, **options)
 
 
-def test_positions_that_start_anew_are_never_far():
-    for attention, parameters in (
-        (blockwise_causal_attention, {"block_size": 8}),
-        (dual_chunk_attention, {"chunk_size": 5, "local_window": 2}),
-    ):
-        far = attend(attention, F16, k_start=1_200_000, **parameters)
-        torch.testing.assert_close(far, attend(attention, F16, **parameters))
+@pytest.mark.parametrize("score", [scores.blockwise_causal(8), scores.dual_chunk(5, 2)], ids=str)
+def test_positions_that_start_anew_are_never_far(score):
+    far = attend(score, F16, k_start=1_200_000)
+    torch.testing.assert_close(far, attend(score, F16))
 
 
 def test_a_region_without_keys_does_not_count():
     """Queries far behind their keys see them unrotated; queries before their keys see none."""
-    starts = {"q_start": 200_000, "k_start": 100_000}
-    out = attend(rerope_attention, F32, window=8, **starts)
+    out = attend(scores.rerope(8), F32, q_start=200_000, k_start=100_000)
     assert out.isfinite().all() and out.any()
-    out = attend(rerope_attention, F32, window=8, q_start=0, k_start=100_000)
-    assert not out.any()
+    assert not attend(scores.rerope(8), F32, q_start=0, k_start=100_000).any()

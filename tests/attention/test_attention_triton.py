@@ -1,13 +1,16 @@
-"""Region attention in Triton, on a GPU or interpreted, against dense masks in float64.
+"""Region attention in Triton, on a GPU or interpreted, against float64.
 
 Blocks are 16 x 16 here: small enough for every border to fall inside, on and beside a block.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +18,25 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from rope_oracle import DEVICE, Guarded
-from triton_attention_oracle import call_of, check, check_backward, inputs
+from attention_oracle import (
+    attend,
+    check,
+    check_gradients,
+    frequencies,
+    gradients,
+    make_qkv,
+    rounding_noise,
+)
+from rope_oracle import DEVICE, INTERPRETED, Guarded
+from score_examples import EXAMPLES, PLAIN, Example, example_of
 
 from extrope_kernels import methods, scores
-from extrope_kernels.ops._shared.triton.launch import Plan, forget
+from extrope_kernels.methods import RopeFreqs
+from extrope_kernels.ops._shared.triton.launch import forget
+from extrope_kernels.ops.attention import AttentionCall
 from extrope_kernels.ops.attention.triton import backward, configs, forward, launch, plans
 from extrope_kernels.scores.base import FIRST_KEY, SAME, UNROTATED, PositionMap, Region, Score
+from extrope_kernels.testing import assert_within_budget
 
 BLOCK = 16
 
@@ -40,138 +55,163 @@ def small_blocks(monkeypatch):
     forget()
 
 
-def plain(*starts: int) -> Score:
+def regions(*starts: int) -> Example:
     """Regions of which each has a map of its own."""
     maps = (UNROTATED, PositionMap(offset=2), PositionMap(divisor=3.0, floor=True))
-    return Score("test", tuple(Region(s, m, SAME) for s, m in zip(starts, maps)))
+    return example_of(Score("test", tuple(Region(s, m, SAME) for s, m in zip(starts, maps))))
 
 
-SCORES = {
-    "rope": scores.rerope(7, 1.0),
-    "rerope": scores.rerope(7),
-    "leaky": scores.rerope(7, 3.0),
-    "inv_leaky": scores.rerope(7, 0.4),
-    "self_extend": scores.self_extend(6, 3),
-    "dual_chunk": scores.dual_chunk(14, 4),
-    "blockwise_causal": scores.blockwise_causal(20),
-    "string": scores.string(9, 3),
-    "window": plain(-8),
-    "two_of_a_window": plain(-24, -6),
-    "three": plain(FIRST_KEY, -20, -7),
+MADE = {
+    "no score": PLAIN,
+    **EXAMPLES,
+    "inv_leaky": example_of(scores.rerope(7, 0.4)),
+    "window": regions(-8),
+    "two_of_a_window": regions(-24, -6),
+    "three": regions(FIRST_KEY, -20, -7),
 }
+# The interpreter does not round to bfloat16.
+LOW = (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", SCORES)
+def both(
+    made: Example, seqlens=(37, 37), heads=(1, 1), head_dim=16, dtype=torch.float32, **options
+):
+    """Outputs and gradients, against the closed form."""
+    tensors = make_qkv(1, *seqlens, *heads, head_dim, dtype)
+    check("triton", made, tensors, **options)
+    check_gradients("triton", made, tensors, **options)
+
+
+def against_reference(made: Example, qkv, freqs: RopeFreqs, **options) -> None:
+    """Outputs and gradients of a float32 call that no closed form here describes."""
+
+    def run(backend, *tensors):
+        out, lse = attend(made, *tensors, freqs, backend, **options)
+        return out, lse
+
+    dout, found = torch.randn_like(qkv[0]), []
+    for backend, dtype in (("triton", None), ("reference", None), ("reference", torch.float64)):
+        tensors = [x if dtype is None else x.to(dtype) for x in qkv]
+        results = [x.detach() for x in run(backend, *tensors)]
+        found.append((*results, *gradients(lambda *x: run(backend, *x), tensors, dout)))  # noqa: B023
+    scale = options.get("softmax_scale", 0.25) * freqs.attention_factor**2
+    for name, got, near, exact in zip(("dv", "lse", "dq", "dk", "dv"), *found):
+        seen = exact > -torch.inf
+        assert torch.equal(got > -torch.inf, seen)
+        noise = (
+            0.0 if name == "lse" else rounding_noise(name, exact, found[2][1], dout, *qkv, scale)
+        )
+        got, near, exact = (x.masked_fill(~seen, 0.0) for x in (got, near, exact))
+        assert_within_budget(name, got, near, exact, noise=noise)
+
+
+@pytest.mark.parametrize("name", MADE)
 def test_regions_and_maps(name):
-    check_backward(*inputs(37, 37), call_of(SCORES[name]))
+    both(MADE[name])
 
 
-@pytest.mark.parametrize(
-    "position_map",
-    (
-        PositionMap(modulus=5, divisor=2.0, floor=True, offset=3, cap=4),
-        PositionMap(modulus=2**40, offset=-3),
-        PositionMap(divisor=2.0, floor=True, offset=0.25),
-        PositionMap(divisor=2.0**40, floor=True, offset=7),
-        PositionMap(offset=0.75),
-        PositionMap(divisor=math.inf, offset=1.5),
-        PositionMap(modulus=6, divisor=0.7, offset=-2),
-    ),
-    ids=str,
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("name", MADE)
+def test_low_precision(name, dtype):
+    both(MADE[name], (35, 35), dtype=dtype)
+
+
+MAPS = (
+    PositionMap(modulus=5, divisor=2.0, floor=True, offset=3, cap=4),
+    PositionMap(modulus=2**40, offset=-3),
+    PositionMap(divisor=2.0, floor=True, offset=0.25),
+    PositionMap(divisor=2.0**40, floor=True, offset=7),
+    PositionMap(offset=0.75),
+    PositionMap(divisor=math.inf, offset=1.5),
+    PositionMap(modulus=6, divisor=0.7, offset=-2),
 )
+
+
+@pytest.mark.parametrize("position_map", MAPS, ids=str)
 def test_position_maps(position_map):
-    score = Score("test", (Region(FIRST_KEY, SAME, position_map), Region(-6, position_map, SAME)))
+    sides = (Region(FIRST_KEY, SAME, position_map), Region(-6, position_map, SAME))
     for stored in (UNROTATED, position_map):
-        call = replace(call_of(score), maps=(*score.maps[:-5], *map(float, stored)))
-        check(*inputs(21, 21), call)
+        made = example_of(Score("test", sides, stored=stored))
+        tensors = make_qkv(1, 21, None, 1, 1, 16)
+        against_reference(made, tensors, frequencies(16), keys_stored=True)
 
 
 def test_floors_of_fractions_are_refused():
     score = Score("test", (Region(FIRST_KEY, SAME, PositionMap(divisor=2.5, floor=True)),))
     with pytest.raises(ValueError, match=r"needs a whole divisor, got 2\.5"):
-        forward(*inputs(3, 3), call_of(score))
+        attend(example_of(score), *make_qkv(1, 3, head_dim=16), frequencies(16), "triton")
 
 
 @pytest.mark.parametrize("window", (1, BLOCK - 1, BLOCK, BLOCK + 1, 36, 37))
 def test_windows(window):
-    check_backward(*inputs(37, 37), call_of(scores.rerope(window)))
+    both(example_of(scores.rerope(window)))
 
 
-@pytest.mark.parametrize(
-    "seqlens", ((1, 1), (1, 37), (17, 41), (41, 17), (32, 32), (0, 5), (5, 0), (0, 0)), ids=str
-)
+@pytest.mark.parametrize("seqlens", ((1, 1), (1, 37), (17, 41), (41, 17), (32, 32)), ids=str)
 @pytest.mark.parametrize("name", ("rerope", "dual_chunk"))
 def test_lengths(name, seqlens):
-    out, lse, dq, _, _ = check_backward(*inputs(*seqlens), call_of(SCORES[name]))
-    empty = max(0, seqlens[0] - seqlens[1])
-    assert torch.all(out[:, :empty] == 0) and torch.all(lse[..., :empty] == -torch.inf)
-    assert torch.all(dq[:, :empty] == 0)
+    both(MADE[name], seqlens)
 
 
-@pytest.mark.parametrize("cu_seqlens", ([0, 0, 17, 17, 18, 37, 37], [0, 32], [0, 0]), ids=str)
+@pytest.mark.parametrize("shape", ((0, 5), (5, 0), (0, 0)), ids=str)
+def test_nothing_to_attend(shape):
+    q, k, v = (torch.randn(1, n, 1, 16, device=DEVICE) for n in (shape[0], shape[1], shape[1]))
+    against_reference(MADE["rerope"], (q, k, v), frequencies(16))
+
+
+@pytest.mark.parametrize("bounds", ([0, 0, 17, 17, 18, 37, 37], [0, 32], [0, 0]), ids=str)
 @pytest.mark.parametrize("name", ("rerope", "dual_chunk"))
-def test_packed_sequences(name, cu_seqlens):
-    total = cu_seqlens[-1]
-    call = call_of(SCORES[name], cu_seqlens=cu_seqlens, log_n=5.0)
-    check_backward(*inputs(total, total, batch=()), call)
-
-
-def test_packed_equals_each_sequence_alone():
-    bounds = [0, 0, 17, 18, 40]
-    q, k, v = inputs(40, 40, batch=())
-    packed, _ = forward(q, k, v, call_of(SCORES["rerope"], cu_seqlens=bounds))
-    for begin, end in itertools.pairwise(bounds):
-        alone = (x[None, begin:end] for x in (q, k, v))
-        assert torch.equal(forward(*alone, call_of(SCORES["rerope"]))[0][0], packed[begin:end])
+def test_packed_sequences(name, bounds):
+    tensors = [x[0, : bounds[-1]] for x in make_qkv(1, 40, None, 1, 1, 16)]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+    against_reference(MADE[name], tensors, frequencies(16), cu_seqlens=cu_seqlens, log_n=5.0)
 
 
 @pytest.mark.parametrize("heads", ((3, 1), (4, 2)), ids=str)
 def test_query_heads_share_keys(heads):
-    check_backward(*inputs(17, 17, *heads), call_of(SCORES["rerope"]))
+    both(MADE["rerope"], (17, 17), heads)
 
 
-@pytest.mark.parametrize("name", ("rerope", "leaky", "blockwise_causal"))
+@pytest.mark.parametrize("name", ("rerope", "leaky_rerope", "blockwise_causal"))
 @pytest.mark.parametrize("packed", (False, True), ids=("dense", "packed"))
 def test_everything_at_once(name, packed):
-    """Frequencies of each sequence, decay, log_n, factor, interleaved, partial, two heads of k."""
-    xpos = methods.xpos(12)
+    """Frequencies of each sequence, decay, log_n, factor, interleaved, partial, caps, sinks, ..."""
+    xpos = methods.xpos(12).to(DEVICE)
+    rows = xpos.inv_freq * torch.tensor([[1.0], [0.6]], device=DEVICE)
+    freqs = replace(xpos, inv_freq=rows, attention_factor=1.2)
     options = {
-        "inv_freq": xpos.inv_freq * torch.tensor([[1.0], [0.6]]),
-        "log_decay": xpos.log_decay.to(DEVICE),
-        "log_n": 5.0,
-        "attention_factor": 1.2,
-        "interleaved": True,
-    }
-    call = call_of(SCORES[name], cu_seqlens=[0, 8, 21] if packed else None, **options)
-    seqlens = (21, 21) if packed else (11, 19)
-    check_backward(*inputs(*seqlens, 4, 2, batch=() if packed else (2,)), call, with_dlse=False)
+        "log_n": 5.0, "interleaved": True, "softcap": 3.0, "sliding_window": 14,
+        "sinks": torch.linspace(-2, 2, 4, device=DEVICE),
+    }  # fmt: skip
+    q, k, v = make_qkv(2, *((21, 21) if packed else (11, 19)), 4, 2, 16)
+    options["query_scale"] = torch.linspace(0.5, 1.5, q.shape[1], device=DEVICE)
+    if packed:
+        q, k, v = (x[0] for x in (q, k, v))
+        options["cu_seqlens"] = torch.tensor([0, 8, 21], dtype=torch.int32, device=DEVICE)
+    else:
+        starts = torch.tensor([8, 11], dtype=torch.int32, device=DEVICE)
+        options |= {"q_start": starts, "k_start": starts - 8}
+    against_reference(MADE[name], (q, k, v), freqs, **options)
 
 
 @pytest.mark.parametrize("head_dim", (8, 24, 96, 256))
 def test_head_dims(head_dim):
-    check_backward(*inputs(19, 19, head_dim=head_dim), call_of(SCORES["rerope"], head_dim))
+    both(MADE["rerope"], (19, 19), head_dim=head_dim)
 
 
 @pytest.mark.parametrize("head_dim", (32, 72))
 def test_rows_in_two_parts(head_dim, monkeypatch):
     tiles(monkeypatch, halves=True)
-    check_backward(*inputs(21, 21, head_dim=head_dim), call_of(SCORES["rerope"], head_dim))
+    both(MADE["rerope"], (21, 21), head_dim=head_dim)
 
 
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("name", SCORES)
-def test_low_precision(name, dtype):
-    check_backward(*inputs(35, 35, dtype=dtype), call_of(SCORES[name]))
+# -------------------------------------------------------------------------------------------------
+# What they touch, and what they compile
 
 
-def test_the_same_bits_every_time():
-    q, k, v = inputs(19, 19, 2, 1, dtype=torch.float16)
-    call, dout = call_of(SCORES["rerope"]), torch.randn_like(q)
-    runs = []
-    for _ in range(2):
-        out, lse = forward(q, k, v, call)
-        runs.append((out, lse, *backward(dout, None, q, k, v, out, lse, call)))
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+def call_of(made: Example, head_dim: int = 16, cu_seqlens=None, **options) -> AttentionCall:
+    inv_freq = frequencies(head_dim).inv_freq
+    return AttentionCall(inv_freq, cu_seqlens, score=made.score, softmax_scale=0.2, **options)
 
 
 @pytest.mark.parametrize("packed", (False, True), ids=("dense", "packed"))
@@ -192,42 +232,42 @@ def test_strides_and_nothing_around(packed, monkeypatch):
         outputs.append(Guarded(tuple(shape), contiguous, dtype))
         return outputs[-1].tensor
 
+    qkv = make_qkv(1, 19, None, 2, 1, 24)
+    q, k, v = map(strided, qkv)
+    bounds = torch.tensor([0, 11, 19], dtype=torch.int32, device=DEVICE) if packed else None
+    call = call_of(MADE["rerope"], 24, bounds)
+    dout = torch.randn_like(qkv[0])
+    dlse = torch.randn(1, device=DEVICE).expand(*q.shape[:-3], 2, 19)
+    *plain, plain_dout = (x[0] if packed else x for x in (*qkv, dout))
+    want = forward(*plain, call)
+    want += backward(plain_dout, dlse, *plain, *want, call)
     monkeypatch.setattr(launch, "empty", guarded)
     monkeypatch.setattr(launch, "empty_like", lambda x, dtype: guarded(x.shape, dtype, x.device))
-    q, k, v = map(strided, inputs(19, 19, 2, 1, head_dim=24))
-    dout = strided(torch.randn(1, 19, 2, 24, device=DEVICE))
-    dlse = torch.randn(1, device=DEVICE).expand(*dout.shape[:-3], 2, 19)
-    check(q, k, v, call_of(SCORES["rerope"], 24, [0, 11, 19] if packed else None), dlse, dout)
+    out, lse = forward(q, k, v, call)
+    found = (out, lse, *backward(strided(dout), dlse, q, k, v, out, lse, call))
+    assert all(torch.equal(x, y) for x, y in zip(found, want))
     assert len(outputs) == 11  # k in frames, out, lse; frames, delta, gradients of frames and all
     for output in outputs:
         output.assert_untouched_around()
         assert not output.tensor.isnan().any()
 
 
-@pytest.mark.parametrize("name, launches", (("rope", 2), ("rerope", 2), ("dual_chunk", 2)))
-def test_launches(name, launches, monkeypatch):
-    """Two kernels forward, four backward."""
-    seen = []
-
-    def counted(plan, given):
-        seen.append(plan.kernel.__name__)
-        ordinary(plan, given)
-
-    ordinary = Plan._launch
-    monkeypatch.setattr(Plan, "_launch", counted)
-    q, k, v = inputs(17, 17)
-    out, lse = forward(q, k, v, call_of(SCORES[name]))
-    assert seen == ["rotate_kernel", "forward_kernel"][-launches:]
-    backward(out, None, q, k, v, out, lse, call_of(SCORES[name]))
-    assert seen[launches:] == ["rotate_kernel", "dq_kernel", "dkv_kernel", "rotate_kernel"]
+def test_the_same_bits_every_time():
+    q, k, v = make_qkv(1, 19, None, 2, 1, 16, torch.float16)
+    call, dout = call_of(MADE["rerope"]), torch.randn_like(q)
+    runs = []
+    for _ in range(2):
+        out, lse = forward(q, k, v, call)
+        runs.append((out, lse, *backward(dout, None, q, k, v, out, lse, call)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("window", (1, BLOCK, BLOCK + 3))
-@pytest.mark.parametrize("name", ("leaky", "dual_chunk", "blockwise_causal"))
+@pytest.mark.parametrize("name", ("leaky_rerope", "dual_chunk", "blockwise_causal"))
 def test_keys_before_every_window_are_not_read(name, window):
     """Nor rotated: whatever they hold, the outputs have the same bits."""
-    q, k, v = inputs(19, 83)
-    call = replace(call_of(SCORES[name]), sliding_window=window)
+    q, k, v = make_qkv(1, 19, 83, 1, 1, 16)
+    call = call_of(MADE[name], sliding_window=window)
     want = forward(q, k, v, call)
     unseen = 83 - 19 - window + 1
     k[:, :unseen] = v[:, :unseen] = torch.nan
@@ -237,8 +277,7 @@ def test_keys_before_every_window_are_not_read(name, window):
 
 def test_what_no_plain_call_pays_for():
     """None for what is absent: Triton then compiles no parameter, and no branch."""
-    q, k, v = inputs(17, 17)
-    plan = plans.forward_plans(q, k, v, call_of(SCORES["rerope"]))
+    plan = plans.forward_plans(*make_qkv(1, 17, None, 1, 1, 16), call_of(MADE["rerope"]))
     names = plan.attend.kernel.arg_names[-len(plan.attend.settled) :]
     settled = dict(zip(names, plan.attend.settled))
     for name in ("query_scale_stride", "start_strides", "window", "softcap"):
@@ -247,19 +286,30 @@ def test_what_no_plain_call_pays_for():
     assert settled["VALUES"] == settled["TILE"] and plan.q_frame is None
 
 
-def test_another_value_compiles_nothing(monkeypatch):
+def test_another_value_compiles_nothing():
     """Caps, windows and starts are numbers of a call: the tile does not know them."""
-    q, k, v = inputs(17, 17)
-    seen = set()
+    tensors, seen = make_qkv(1, 17, None, 1, 1, 16), set()
     for softcap, window in ((1.5, 12), (2.0, 16)):
-        call = replace(call_of(SCORES["rerope"]), softcap=softcap, sliding_window=window)
-        plan = plans.forward_plans(q, k, v, call)
-        seen.add(plan.attend.settled[-2:])
+        call = call_of(MADE["rerope"], softcap=softcap, sliding_window=window)
+        seen.add(plans.forward_plans(*tensors, call).attend.settled[-2:])
     assert len(seen) == 1
 
 
 def test_tokens_too_far_apart_for_offsets_of_a_block():
-    q, k, _ = inputs(2, 2, dtype=torch.float16)
+    q, k, _ = make_qkv(1, 2, None, 1, 1, 16, torch.float16)
     far = torch.empty_strided((1, 2, 1, 16), (0, 2**24, 0, 1), dtype=q.dtype, device=DEVICE)
     with pytest.raises(ValueError, match="less than 16777216 elements apart, got strides"):
-        forward(q, k, far, call_of(SCORES["rope"]))
+        forward(q, k, far, call_of(EXAMPLES["rerope"]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's addresses")
+@pytest.mark.parametrize("side", ("before", "behind", "itself"))
+def test_no_byte_outside_of_tensors_is_touched(side):
+    """Masked lanes included: pages that may not be touched lie around every tensor."""
+    script = Path(__file__).parents[1] / "support" / "guard_pages.py"
+    done = subprocess.run([sys.executable, script, side], capture_output=True, text=True)
+    if side == "itself":  # such a page does end the process
+        assert done.stdout == "alive\n" and done.returncode == -signal.SIGSEGV
+    else:
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert int(done.stdout.split()[0]) > 100

@@ -1,21 +1,41 @@
-"""The composition over flash-attention calls against the reference, on engines made of PyTorch."""
+"""The composition over flash-attention: against the reference, on engines made of PyTorch and on
+stand-ins for the packages; the self-test of engines, who runs where, and refusals.
+"""
 
+import inspect
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from attention_engines import TorchEngine
-from flash_attn_cases import CU_SEQLENS, ENGINES, N, assert_agrees, make, run
+from attention_engines import (
+    CU_SEQLENS,
+    ENGINES,
+    N,
+    TorchEngine,
+    assert_agrees,
+    call_of,
+    make,
+    run,
+)
+from flash_attn_stubs import stub_modules
 
-from extrope_kernels.ops.attention import flash_attn
-from extrope_kernels.ops.attention.flash_attn import engine_check
+from extrope_kernels.ops.attention import flash_attn, reference, rotation
+from extrope_kernels.ops.attention.flash_attn import engine_check, engines
 from extrope_kernels.scores import FIRST_KEY
+from extrope_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ONE_REGION = [(FIRST_KEY,), (-2,), (0,), (5,)]
-REROPE = [(FIRST_KEY, 1 - window) for window in (1, 2, 5, N - 1, N, N + 1)]
-OTHERS = [(-6, -2), (-3, -3), (FIRST_KEY, 1), (FIRST_KEY, 4), (-2, 1)]
-LAYOUTS = ONE_REGION + REROPE + OTHERS
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request):
+    return ENGINES[request.param]
+
+
+LAYOUTS = [(FIRST_KEY,), (-2,), (0,), (5,)]
+LAYOUTS += [(FIRST_KEY, 1 - window) for window in (1, 2, 5, N - 1, N, N + 1)]
+LAYOUTS += [(-6, -2), (-3, -3), (FIRST_KEY, 1), (FIRST_KEY, 4), (-2, 1)]
 
 
 @pytest.mark.parametrize("starts", LAYOUTS, ids=str)
@@ -24,9 +44,8 @@ LAYOUTS = ONE_REGION + REROPE + OTHERS
     [((N, N), False), ((N, N), True), ((4, N), True), ((N, 4), True), ((1, N), False)],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["cuts", "aten"])
-def test_agrees_with_the_reference(name, starts, seqlens, dlse):
-    assert_agrees(ENGINES[name], make(starts, *seqlens), dlse)
+def test_agrees_with_the_reference(starts, seqlens, dlse):
+    assert_agrees(ENGINES["cuts"], make(starts, *seqlens), dlse)
 
 
 @pytest.mark.parametrize("starts", LAYOUTS, ids=str)
@@ -49,21 +68,10 @@ SWITCHES = {
 def test_softmax_options(engine, switch, cu_seqlens):
     """Sinks join as a set of keys of their own, windows as bands, caps are the engine's."""
     options = SWITCHES[switch]
-    if engine is ENGINES["aten"] and "softcap" in options:
-        pytest.skip("PyTorch's attention has no cap")
     *tensors, call, dout, dlse = make((FIRST_KEY, -2), cu_seqlens=cu_seqlens)
     if "query_scale" in options:
         options = {"query_scale": torch.linspace(0.5, 1.5, tensors[0].shape[-3])}
     assert_agrees(engine, (*tensors, replace(call, **options), dout, dlse))
-
-
-def test_refuses_what_it_cannot_compose(engine):
-    q, k, v, call, *_ = make((FIRST_KEY, -2))
-    start = torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="does not take q_start, got one"):
-        flash_attn.forward(q, k, v, replace(call, q_start=start), engine)
-    with pytest.raises(NotImplementedError, match="v must have q's head_dim 16, got 8"):
-        flash_attn.forward(q, k, v[..., :8], call, engine)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (3, 3), (8, 2)], ids=str)
@@ -72,18 +80,13 @@ def test_heads(engine, heads, cu_seqlens):
     assert_agrees(engine, make((FIRST_KEY, -2), heads=heads, cu_seqlens=cu_seqlens))
 
 
-@pytest.mark.parametrize("sizes", [(0, N), (N, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("sizes", [(0, N), (N, 0), (0, 0), None], ids=str)
 def test_nothing_to_attend(engine, sizes):
-    inputs = make((FIRST_KEY, -2), *sizes)
+    inputs = make((FIRST_KEY, -2), *(sizes or ()), cu_seqlens=None if sizes else [0, 0])
     got = run(flash_attn, *inputs, engine=engine)
     assert (got.pop("lse") == -torch.inf).all()
     assert all((x == 0).all() for x in got.values())
     assert got["dv"].shape == inputs[2].shape and got["dq"].shape == inputs[0].shape
-
-
-def test_packed_without_tokens(engine):
-    got = run(flash_attn, *make((FIRST_KEY, -2), cu_seqlens=[0, 0]), engine=engine)
-    assert got["out"].shape == (0, 4, 16) and got["lse"].shape == (4, 0)
 
 
 def test_strided_inputs(engine):
@@ -102,12 +105,244 @@ def test_a_window_of_everything_is_one_plain_call():
     engine.calls.clear()
     out, lse = flash_attn.forward(q, k, v, call, engine)
     assert examined.lse_unit == 1.0 and engine.calls == [(None, 0)]
-    plain = replace(call, starts=(FIRST_KEY,), maps=call.maps[10:])
+    near = call.regions[1]._replace(start=FIRST_KEY)
+    plain = replace(call, score=replace(call.score, regions=(near,)))
     for got, want in zip((out, lse), flash_attn.forward(q, k, v, plain, engine)):
         assert torch.equal(got, want)
 
 
-def test_repeats_bit_for_bit(engine):
-    inputs = make((FIRST_KEY, -2), cu_seqlens=CU_SEQLENS)
-    first, second = (run(flash_attn, *inputs, engine=engine) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+# -------------------------------------------------------------------------------------------------
+# The self-test: engines that compute something else are not used
+
+
+def broken(**changes):
+    """A TorchEngine whose forward or backward functions are changed."""
+    engine = TorchEngine(f"broken {sorted(changes)}", lse_unit=changes.pop("lse_unit", 1.0))
+    for name, change in changes.items():
+        setattr(engine, f"_{name}", change(getattr(engine, f"_{name}")))
+    return engine
+
+
+def forgets(what):
+    """A backward that computes its own out or lse rather than take what it is given."""
+
+    def change(function):
+        def backward(dout, dlse, q, k, v, out, lse, scale, mask, softcap):
+            own = dict(zip(("out", "lse"), ENGINES["cuts"]._forward(q, k, v, scale, mask, softcap)))
+            given = {"out": out, "lse": lse, what: own[what]}
+            return function(dout, dlse, q, k, v, *given.values(), scale, mask, softcap)
+
+        return backward
+
+    return change
+
+
+def raises(error):
+    def change(function):
+        def call(*args):
+            raise error
+
+        return call
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lse_unit": 1.7}, "neither in base e nor in base 2"),
+        (
+            {"forward": lambda f: lambda q, k, v, x, *a: f(q, k, v, 2 * x, *a)},
+            "neither in base e nor in base 2",
+        ),
+        ({"backward": forgets("out")}, "wrong dq"),
+        ({"backward": forgets("lse")}, "wrong dq"),
+        ({"forward": lambda f: lambda *a: (f(*a)[0] * 1.1, f(*a)[1])}, "wrong out"),
+        ({"backward": lambda f: lambda *a: (*f(*a)[:2], f(*a)[2] * 2)}, "wrong dv"),
+        ({"forward": raises(TypeError("no argument 'left'"))}, "calls made here: no argument"),
+        ({"backward": raises(RuntimeError("not built"))}, "calls made here: not built"),
+        ({"forward": raises(Exception("no such tile"))}, "calls made here: no such tile"),
+    ],
+)
+def test_an_engine_that_computes_something_else_is_refused(changes, message):
+    q, k, v, call, *_ = make((FIRST_KEY, -2))
+    with pytest.raises(NotImplementedError, match=f"flash_attn: broken .*{message}"):
+        flash_attn.forward(q, k, v, call, broken(**changes))
+
+
+def test_a_negative_right_bound_that_is_not_taken_is_not_used():
+    """An engine that reads it as 0, as older packages would, gets its sequences cut instead."""
+
+    class Clamps(TorchEngine):
+        def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens, softcap):
+            return super().forward(q, k, v, softmax_scale, left, 0, cu_seqlens, softcap)
+
+    engine = Clamps("clamps", negative_right=True)
+    assert_agrees(engine, make((FIRST_KEY, -2), cu_seqlens=CU_SEQLENS), dlse=False)
+    assert not engine_check.examine(engine, torch.empty(1, 1, 16).double()).negative_right
+
+
+def test_the_self_test_runs_once():
+    engine = TorchEngine("once")
+    q, k, v, call, *_ = make((FIRST_KEY,))
+    flash_attn.forward(q, k, v, call, engine)
+    engine.calls.clear()
+    flash_attn.forward(q, k, v, call, engine)
+    assert engine.calls == [(None, 0)]
+
+
+# -------------------------------------------------------------------------------------------------
+# The packages: error budgets
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Stubs of all three, as installed; what was known of engines is forgotten before and after."""
+
+    def forget():
+        engines.why_not.cache_clear()
+        engine_check._findings.cache_clear()
+
+    modules = stub_modules()
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    forget()
+    yield modules
+    forget()
+
+
+def in_dtype(q, k, v, call, dout, dlse):
+    """The formula with every step rounded to the dtype: flash-attention's own yardstick."""
+    packed = call.cu_seqlens is not None
+    leaves = q, k, v = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    i, j = rotation.positions(q, k, call)
+    scale = rotation.row_scale(i, call, torch.float32)[:, None, None]
+    group, logits = q.shape[-2] // v.shape[-2], torch.tensor(-torch.inf, device=v.device)
+    own = torch.ones(len(q), len(q), dtype=torch.bool) if packed else torch.tensor(True)
+    if packed:  # only its own sequence's keys
+        sequence = (torch.arange(len(q))[:, None] >= call.cu_seqlens.cpu()[1:]).sum(1)
+        own = sequence[:, None] == sequence
+    firsts = [x[:, None] for x in call.first_keys(i)]
+    for first, end, q_r, k_r in zip(firsts, firsts[1:], *rotation.rotate(q, k, call)):
+        visible = (first <= j) & (j < end) & own.to(j.device)
+        q_r = (q_r * scale).to(v.dtype)
+        scores = torch.einsum("...ihd,...jhd->...hij", q_r, k_r.repeat_interleave(group, -2))
+        logits = torch.where(visible, scores * call.softmax_scale, logits.to(v.dtype))
+    weights = torch.softmax(logits, -1)
+    out = torch.einsum("...hij,...jhd->...ihd", weights, v.repeat_interleave(group, -2))
+    lse = torch.logsumexp(logits.float(), -1)
+    loss = (out * dout).sum() + (0.0 if dlse is None else (lse * dlse).sum())
+    grads = torch.autograd.grad(loss, leaves)
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), grads))}
+
+
+def assert_package_within_budget(q, k, v, call, dout, dlse, engine=None):
+    got = run(flash_attn, q, k, v, call, dout, dlse, engine=engine)
+    same_dtype = in_dtype(q, k, v, call, dout, dlse)
+    wide_dlse = None if dlse is None else dlse.double()
+    exact = run(reference, q.double(), k.double(), v.double(), call, dout.double(), wide_dlse)
+    for name, x in got.items():
+        assert x.dtype == (torch.float32 if name == "lse" else v.dtype), name
+        assert_within_budget(name, x, same_dtype[name], exact[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["dense", "packed"])
+@pytest.mark.parametrize("dlse", [False, True], ids=["", "dlse"])
+@pytest.mark.parametrize("package", engines.ENGINES, ids=lambda engine: engine.name)
+def test_packages_within_the_error_budget(packages, monkeypatch, package, dlse, cu_seqlens, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    *given, lse_grad = make((FIRST_KEY, -2), cu_seqlens=cu_seqlens, dtype=dtype)
+    lse_grad = lse_grad.float() if dlse else None
+    assert_package_within_budget(*given, lse_grad, engine=package)
+
+
+@pytest.mark.parametrize("package", engines.ENGINES, ids=lambda engine: engine.name)
+def test_installed_packages_have_the_recorded_parameters(package):
+    if package.missing():
+        pytest.skip(package.missing())
+    for name, stub in vars(stub_modules()[package.module]).items():
+        if name.startswith(("_flash_attn", "flash_attn")):
+            function = getattr(package._functions(), name)
+            theirs = inspect.signature(getattr(function, "_init_fn", function)).parameters
+            assert inspect.signature(stub).parameters.keys() <= theirs.keys()
+
+
+@pytest.mark.skipif(flash_attn.missing() is not None, reason=str(flash_attn.missing()))
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 100, 100, 613]], ids=["dense", "packed"])
+@pytest.mark.parametrize("window", [1, 100, 300])
+def test_the_installed_package_within_the_error_budget(window, cu_seqlens):
+    inputs = make((FIRST_KEY, 1 - window), 300, 613, cu_seqlens=cu_seqlens, dtype=torch.bfloat16)
+    q, k, v, call, dout, dlse = inputs
+    cu_seqlens = None if cu_seqlens is None else call.cu_seqlens.cuda()
+    call = replace(call, inv_freq=call.inv_freq.cuda(), cu_seqlens=cu_seqlens)
+    q, k, v, dout, dlse = (x.cuda() for x in (q, k, v, dout, dlse.float()))
+    assert_package_within_budget(q, k, v, call, dout, dlse)
+
+
+# -------------------------------------------------------------------------------------------------
+# Who runs where, and refusals
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "reasons"),
+    [
+        ((8, 0), 64, {"flash-attn 4": "compute capability", "flash-attn 3": "needs compute"}),
+        ((9, 0), 256, {"flash-attn 3": "head_dim up to 192, got 256"}),
+        ((10, 0), 160, {"flash-attn 4": "up to 128, or 256", "flash-attn 3": "capability 9.x"}),
+        ((12, 0), 64, {"flash-attn 4": "repeatable backward", "flash-attn 3": "capability 9.x"}),
+        ((7, 5), 64, {name: "capability" for name in ("flash-attn 2", "flash-attn 3")}),
+    ],
+)
+def test_who_runs_where(packages, capability, head_dim, reasons):
+    for engine in engines.ENGINES:
+        why = engines.why_not(engine, capability, head_dim)
+        if engine.name in reasons:
+            assert why.startswith(engine.name) and reasons[engine.name] in why
+        elif capability[0] >= 8:
+            assert why is None
+
+
+def test_missing_says_why_in_one_line(packages, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert flash_attn.missing() == "flash-attention needs a CUDA GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert flash_attn.missing() is None
+    engines.why_not.cache_clear()
+    for name in packages:
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    why = flash_attn.missing()
+    assert "\n" not in why and all(engine.name in why for engine in engines.ENGINES)
+
+    def broken(name):
+        raise KeyError("made for another CUDA")  # a package may fail as it likes
+
+    monkeypatch.setattr(engines.importlib, "import_module", broken)
+    for engine in engines.ENGINES:
+        assert engine.missing() == "cannot be imported: 'made for another CUDA'"
+
+
+@pytest.mark.parametrize(
+    ("starts", "granularity"), [((FIRST_KEY, -3), 3), ((FIRST_KEY, -4, -2), 1), ((-3,), 3)]
+)
+def test_refuses_other_regions(engine, starts, granularity):
+    q, k, v, *_ = make(starts)
+    with pytest.raises(NotImplementedError, match="one or two regions of granularity 1, got"):
+        flash_attn.forward(q, k, v, call_of(starts, granularity), engine)
+
+
+def test_refuses_what_it_cannot_compose():
+    q, k, v, call, *_ = make((FIRST_KEY, -2))
+    engine, start = TorchEngine("narrow"), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="does not take q_start, got one"):
+        flash_attn.forward(q, k, v, replace(call, q_start=start), engine)
+    with pytest.raises(NotImplementedError, match="v must have q's head_dim 16, got 8"):
+        flash_attn.forward(q, k, v[..., :8], call, engine)
+    with pytest.raises(NotImplementedError, match=r"v must be one of .*got torch.float32"):
+        flash_attn.forward(q.float(), k.float(), v.float(), call)
+    with pytest.raises(NotImplementedError, match="q must be on a CUDA GPU, got cpu"):
+        flash_attn.forward(q.half(), k.half(), v.half(), call)
+    engine.max_head_dim = 16  # without room for the gradient of lse
+    with pytest.raises(NotImplementedError, match="head_dim up to 8 with narrow, got 16"):
+        run(flash_attn, *make((FIRST_KEY,)), engine=engine)

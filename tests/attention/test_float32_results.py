@@ -1,14 +1,14 @@
 """16-bit q, k and v with results in float32, as a sum over blocks of keys takes them."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from attention_oracle import frequencies, make_qkv
 
 from extrope_kernels import scores
-from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options
-from extrope_kernels.ops.attention import reference
+from extrope_kernels.ops.attention import AttentionCall, reference
 
 OPS = torch.ops.extrope
 DTYPES = [torch.bfloat16, torch.float16]
@@ -19,14 +19,19 @@ SCORES = {
 }
 
 
-def make_call(dtype, score, dims=(32, 32), packed=False):
-    """q, k and v with a head_dim of v's own, what follows them, and the op's options."""
-    q, k, v = make_qkv(2, 19, None, 4, 2, dims[0], dtype, head_dim_v=dims[1])
-    rope_args = [frequencies(dims[0]).inv_freq]
+def make_call(dtype, score, dims=(32, 32), packed=False, wide=True):
+    """q, k and v with a head_dim of v's own, and the call."""
+    qkv = make_qkv(2, 19, None, 4, 2, dims[0], dtype, head_dim_v=dims[1])
+    cu_seqlens = None
     if packed:
-        q, k, v = (x[0] for x in (q, k, v))
-        rope_args.append(torch.tensor([0, 0, 11, 19], dtype=torch.int32, device=q.device))
-    return (q, k, v), rope_args, score_options(SCORES[score])
+        qkv = [x[0] for x in qkv]
+        cu_seqlens = torch.tensor([0, 0, 11, 19], dtype=torch.int32, device=qkv[0].device)
+    inv_freq = frequencies(dims[0]).inv_freq
+    return qkv, AttentionCall(inv_freq, cu_seqlens, score=SCORES[score], float32_results=wide)
+
+
+def arguments(call):
+    return call.tensors, {"numbers": call.numbers}
 
 
 BEST = list(itertools.product([""], SCORES, [(32, 32), (32, 48)], [False, True], DTYPES))
@@ -41,14 +46,16 @@ TRITON = [
 @pytest.mark.parametrize(("suffix", "score", "dims", "packed", "dtype"), BEST + TRITON)
 def test_rounded_they_are_the_16_bit_results(suffix, score, dims, packed, dtype):
     """The same arithmetic to its last step: so they are as near as float32 is."""
-    qkv, rope_args, options = make_call(dtype, score, dims, packed)
     forward, backward = (getattr(OPS, f"attention_{op}{suffix}") for op in ("fwd", "bwd"))
-    out, lse = forward(*qkv, *rope_args, **options)
-    wide, same_lse = forward(*qkv, *rope_args, **options, float32_results=True)
+    qkv, call = make_call(dtype, score, dims, packed)
+    tensors, of_wide = arguments(call)
+    of_narrow = {"numbers": replace(call, float32_results=False).numbers}
+    out, lse = forward(*qkv, *tensors, **of_narrow)
+    wide, same_lse = forward(*qkv, *tensors, **of_wide)
     assert wide.dtype == torch.float32 and not torch.equal(wide, out.float())
     assert torch.equal(wide.to(dtype), out) and torch.equal(same_lse, lse)
-    given = (torch.randn_like(out), torch.randn_like(lse), *qkv, out, lse, *rope_args)
-    narrow, grads = backward(*given, **options), backward(*given, **options, float32_results=True)
+    given = (torch.randn_like(out), torch.randn_like(lse), *qkv, out, lse, *tensors)
+    narrow, grads = backward(*given, **of_narrow), backward(*given, **of_wide)
     for name, found, want in zip("qkv", grads, narrow, strict=True):
         assert found.dtype == torch.float32 and found.shape == want.shape, name
         assert torch.equal(found.to(dtype), want), name
@@ -56,28 +63,22 @@ def test_rounded_they_are_the_16_bit_results(suffix, score, dims, packed, dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wider_dtypes_keep_theirs(dtype):
-    qkv, rope_args, options = make_call(dtype, "two regions")
-    call = AttentionCall(*rope_args, **options, float32_results=True)
+    qkv, call = make_call(dtype, "two regions")
     out, lse = reference.forward(*qkv, call)
     grads = reference.backward(torch.ones_like(out), None, *qkv, out, lse, call)
     assert all(x.dtype == dtype for x in (out, *grads))
 
 
-def test_opcheck():
-    qkv, rope_args, options = make_call(torch.bfloat16, "two regions")
-    qkv = [x.requires_grad_() for x in qkv]
-    args, options = (*qkv, *rope_args), options | {"float32_results": True}
-    torch.library.opcheck(OPS.attention_fwd.default, args, options)
-
-
 def test_their_gradients_are_of_q_k_and_v():
     """In the dtypes of these, and those of the op with 16-bit results."""
-    qkv, rope_args, options = make_call(torch.bfloat16, "two regions")
+    qkv, call = make_call(torch.bfloat16, "two regions")
     qkv = [x.requires_grad_() for x in qkv]
+    torch.library.opcheck(OPS.attention_fwd.default, (*qkv, *call.tensors), arguments(call)[1])
     dout = torch.randn_like(qkv[0])
     found = []
     for wide in (False, True):
-        out, _ = OPS.attention_fwd(*qkv, *rope_args, **options, float32_results=wide)
+        numbers = replace(call, float32_results=wide).numbers
+        out, _ = OPS.attention_fwd(*qkv, *call.tensors, numbers=numbers)
         found.append(torch.autograd.grad(out, qkv, dout.to(out.dtype)))
     for got, want in zip(*found, strict=True):
         assert got.dtype == torch.bfloat16 and torch.equal(got, want)

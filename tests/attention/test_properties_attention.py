@@ -1,10 +1,12 @@
-"""Generated attention against the closed form, and parts of it merged against the whole."""
+"""Generated calls, without and with a cache, against definitions; parts merged to the whole."""
 
 from __future__ import annotations
 
 import attention_oracle as oracle
+import decode_oracle
+import rounding as rounding_of
 import torch
-from attention_cases import INF, Case, cases, rounding
+from attention_cases import INF, Case, caches, cases, rounding
 from generated import LOW, backends, generated, randn, seeds
 from hypothesis import strategies as st
 from rounding import norm
@@ -59,6 +61,13 @@ def test_gradients(case, backend, seed):
                  weight * norm(own_dout) * rows)  # fmt: skip
         for name, got, want, own in zip(("dq", "dk", "dv"), (dq, dk, dv), exact, noise):
             assert_within_budget(name, got, want.to(got.dtype), want, noise=own)
+
+
+@generated(case=caches(), backend=BACKENDS)
+def test_cache(case, backend):
+    inputs = decode_oracle.make(case)
+    noise = rounding_of.of_cache(case, inputs, inputs.k_cache, inputs.v_cache)
+    decode_oracle.check(case, backend, inputs, noise)
 
 
 @generated(

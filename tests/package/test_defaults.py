@@ -13,10 +13,10 @@ from extrope_kernels import (
     methods,
     permute,
     permuteformer_attention,
-    rerope_attention,
-    rerope_attention_with_kvcache,
+    rope_attention,
+    rope_attention_with_kvcache,
 )
-from extrope_kernels.scores import query_scale
+from extrope_kernels.scores import query_scale, rerope
 from extrope_kernels.testing import device
 
 Q, K, V = (torch.randn(2, 6, heads, 8, device=device()) for heads in (4, 2, 2))
@@ -29,14 +29,14 @@ PAGES = torch.randn(2, 3, 4, 2, 8, device=device())
 
 def paged(backend: str | None) -> Tensor:
     cache = {"cache_seqlens": 6, "block_table": TABLE, "backend": backend}
-    return rerope_attention_with_kvcache(Q, *PAGES, FREQS, window=3, log_n=2.0, **cache)
+    return rope_attention_with_kvcache(Q, *PAGES, FREQS, rerope(3), log_n=2.0, **cache)
 
 
 CALLS = {
     "log_n": lambda backend: query_scale.log_n(POSITIONS, 7),
     "ministral3": lambda backend: query_scale.ministral3(POSITIONS, 7),
-    "attention": lambda backend: rerope_attention(
-        Q, K, V, FREQS, window=3, log_n=2.0, backend=backend
+    "attention": lambda backend: rope_attention(
+        Q, K, V, FREQS, rerope(3), log_n=2.0, backend=backend
     ),
     "a paged cache": paged,
     "permute": lambda backend: permute(Q, PERMUTATIONS, backend=backend),

@@ -12,7 +12,8 @@ from extrope_kernels import (
     methods,
     permute,
     permuteformer_attention,
-    rerope_attention,
+    rope_attention,
+    scores,
 )
 
 FREQS = methods.rope(8)
@@ -20,8 +21,8 @@ PERMUTATIONS = head_permutations(2, 8)
 CALLS = {
     "apply_rope": lambda x: apply_rope(x, FREQS),
     "apply_rope_qk": lambda x: apply_rope_qk(x, x, FREQS, q_norm_weight=torch.ones(8))[0],
-    "rerope_attention": lambda x: rerope_attention(x, x, x, FREQS, window=2),
-    "its reference": lambda x: rerope_attention(x, x, x, FREQS, window=2, backend="reference"),
+    "rope_attention": lambda x: rope_attention(x, x, x, FREQS, scores.rerope(2)),
+    "its reference": lambda x: rope_attention(x, x, x, FREQS, backend="reference"),
     "permute": lambda x: permute(x, PERMUTATIONS),
     "permuteformer_attention": lambda x: permuteformer_attention(
         x, x, x, permutations=PERMUTATIONS

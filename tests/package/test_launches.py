@@ -19,7 +19,7 @@ SETUP = """
     import null_driver
     import torch
     import extrope_kernels as ek
-    from extrope_kernels import methods
+    from extrope_kernels import methods, scores
 
     driver = null_driver.install()
     freqs = methods.rope(64)
@@ -91,13 +91,8 @@ def test_the_step_into_a_cache_is_one_launch(run_python):
 def test_attention_is_two_launches_and_four_back(run_python):
     source = """
     q, k, v = (random(2, 40, heads, 64, requires_grad=True) for heads in (4, 2, 2))
-    calls = {
-        "rerope": lambda: ek.rerope_attention(q, k, v, freqs, window=16, backend="triton"),
-        "dual": lambda: ek.dual_chunk_attention(
-            q, k, v, freqs, chunk_size=16, local_window=4, backend="triton"
-        ),
-    }
-    for call in calls.values():
+    for score in (None, scores.rerope(16), scores.dual_chunk(16, 4)):
+        call = lambda: ek.rope_attention(q, k, v, freqs, score, backend="triton")
         for _ in range(2):
             assert launched(call) == 2
             out = call()
@@ -116,7 +111,7 @@ def test_no_length_compiles_again(run_python):
             q, k, v = (random(2, seqlen, n, 64, requires_grad=True)
                        for n in (heads_q, heads_k, heads_k))
             ek.apply_rope_qk(q, k, freqs, backend="triton")
-            out = ek.rerope_attention(q, k, v, freqs, window=16, backend="triton")
+            out = ek.rope_attention(q, k, v, freqs, scores.rerope(16), backend="triton")
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
             found.add(compiled())
         assert len(found) == 1, (heads_k, found)
@@ -138,8 +133,8 @@ def test_a_decode_step_is_two_launches_and_compiles_once(run_python, paged):
             table = torch.arange(2 * pages, dtype=torch.int32).view(2, pages)
         cache = random(2, *shape, 2, 64)
         lengths = torch.full((2,), length, dtype=torch.int32)
-        return lambda: ek.rerope_attention_with_kvcache(
-            q, *cache, freqs, window=16, cache_seqlens=lengths, k=k, v=k, block_table=table,
+        return lambda: ek.rope_attention_with_kvcache(
+            q, *cache, freqs, scores.rerope(16), cache_seqlens=lengths, k=k, v=k, block_table=table,
             backend="triton",
         )
 
@@ -165,8 +160,8 @@ def test_requests_of_a_batch_are_two_launches(run_python):
         q, k = random(tokens, 4, 64), random(tokens, 2, 64)
         boundaries = torch.tensor([0, first, tokens], dtype=torch.int32)
         lengths = torch.tensor([first, 30], dtype=torch.int32)
-        call = lambda: ek.rerope_attention_with_kvcache(
-            q, *cache, freqs, window=16, cache_seqlens=lengths, k=k, v=k, block_table=table,
+        call = lambda: ek.rope_attention_with_kvcache(
+            q, *cache, freqs, scores.rerope(16), cache_seqlens=lengths, k=k, v=k, block_table=table,
             cu_seqlens_q=boundaries, backend="triton",
         )
         assert launched(call) == 2
@@ -259,7 +254,7 @@ def test_amd_tiles_fit_its_shared_memory(run_python, head_dim):
             for heads in (heads_q, 2, 2)
         )
         assert launched(lambda: ek.apply_rope_qk(q, k, freqs, backend="triton")) == 1
-        out = ek.rerope_attention(q, k, v, freqs, window=16, backend="triton")
+        out = ek.rope_attention(q, k, v, freqs, scores.rerope(16), backend="triton")
         dout = torch.ones_like(out)
         assert launched(lambda: torch.autograd.grad(out, (q, k, v), dout)) == 4
         lengths = torch.full((2,), 1000, dtype=torch.int32)
@@ -269,9 +264,9 @@ def test_amd_tiles_fit_its_shared_memory(run_python, head_dim):
                 scales = dict.fromkeys(("k_scale", "v_scale"), torch.ones(2)) if fp8 else {{}}
                 cache = cache.to(torch.float8_e4m3fn) if fp8 else cache
                 new = {{"k": k.detach()[:, :tokens], "v": v.detach()[:, :tokens]}}
-                step = lambda: ek.rerope_attention_with_kvcache(
-                    q.detach()[:, :tokens], *cache, freqs, window=16, cache_seqlens=lengths,
-                    backend="triton", **new, **scales,
+                step = lambda: ek.rope_attention_with_kvcache(
+                    q.detach()[:, :tokens], *cache, freqs, scores.rerope(16),
+                    cache_seqlens=lengths, backend="triton", **new, **scales,
                 )
                 assert launched(step) <= 3
     """
@@ -282,7 +277,7 @@ def test_another_amd_chip_is_refused(run_python):
     source = """
     q, k, v = (random(1, 8, heads, 64) for heads in (4, 2, 2))
     try:
-        ek.rerope_attention(q, k, v, freqs, window=4, backend="triton")
+        ek.rope_attention(q, k, v, freqs, scores.rerope(4), backend="triton")
     except NotImplementedError as error:
         assert "gfx90a" in str(error) and str(error).startswith(("attention: ", "rerope: "))
     else:

@@ -60,7 +60,19 @@ def follow(title, checkout):
 def passed(checkout, words, *files):
     """How many tests passed of those that are about `words`."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", words, *files],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-qx",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not thorough",
+            "-k",
+            words,
+            *files,
+        ],
         cwd=checkout,
         env={**os.environ, "PYTHONPATH": str(checkout)},
         capture_output=True,
@@ -102,24 +114,16 @@ def test_a_method_is_one_file_and_three_entries(checkout):
     assert passed(checkout, "slow_half or cover or every_method or public", *tests) > 40
 
 
-def test_a_score_method_is_one_file_its_public_functions_and_a_row(checkout):
+def test_a_score_method_is_one_file_an_entry_and_a_row(checkout):
     created, changed = follow("Add a score method", checkout)
-    assert created == [
-        "extrope_kernels/scores/apart.py",
-        "extrope_kernels/ops/attention/apart.py",
-        "extrope_kernels/ops/decode/apart.py",
-    ]
-    assert changed == [
-        "extrope_kernels/__init__.py",
-        "extrope_kernels/ops/attention/__init__.py",
-        "extrope_kernels/ops/decode/__init__.py",
-        "extrope_kernels/scores/__init__.py",
-        "tests/support/score_examples.py",
-    ]
+    assert created == ["extrope_kernels/scores/apart.py"]
+    assert changed == ["extrope_kernels/scores/__init__.py", "tests/support/score_examples.py"]
     tests = (
         "tests/scores",
-        "tests/attention/test_scores_attention.py",
+        "tests/attention/test_attention.py",
+        "tests/attention/test_attention_gradients.py",
+        "tests/attention/test_decode.py",
         "tests/package/test_method_table.py",
         "tests/package/test_wrong_arguments.py",
     )
-    assert passed(checkout, "apart or every or public", *tests) > 40
+    assert passed(checkout, "apart or public", *tests) > 30

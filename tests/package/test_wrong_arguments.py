@@ -17,6 +17,7 @@ from wrong_values import WRONG, of_the_kind
 import extrope_kernels
 from extrope_kernels import RopeFreqs, positions
 from extrope_kernels.methods import METHODS, WRAPPERS
+from extrope_kernels.scores import SCORES
 
 # Of two arguments that do not fit together, either may be named.
 MISMATCHES = ("meta", "half", "double", "batch", "batch 3", "no sequences", "head_dim", "no dims")
@@ -31,11 +32,14 @@ def function(name: str):
 
 
 def op(name: str) -> str:
-    """What messages call the function."""
+    """What messages call the function: attention by its score."""
+    score = CALLS[name].get("score")
+    if name.startswith("rope_attention") and score is not None:
+        return score.name
     name = name.split()[0]
     if name.startswith(("apply_rope", "permute")):  # permuteformer's permutation too
         return "rope" if name.startswith("apply_rope") else "permute"
-    return name.removeprefix("methods.")
+    return name.removeprefix("methods.").removeprefix("scores.")
 
 
 def arguments() -> list[tuple[str, str]]:
@@ -70,9 +74,8 @@ def leaves(value) -> list[torch.Tensor]:
 
 def test_every_public_function_is_here():
     public = {n for n in extrope_kernels.__all__ if inspect.isfunction(function(n))}
-    public |= {f"methods.{n}" for n in METHODS | WRAPPERS} | {
-        f"positions.{n}" for n in positions.__all__
-    }
+    public |= {f"methods.{n}" for n in METHODS | WRAPPERS}
+    public |= {f"positions.{n}" for n in positions.__all__} | {f"scores.{n}" for n in SCORES}
     assert public <= set(CALLS)
 
 
@@ -98,7 +101,8 @@ def test_is_refused_by_name(name, argument):
                 spoken = "|".join(("inv_freq", "head_dim", *parameters(name)))
             if argument == "freqs" and isinstance(value, RopeFreqs):
                 spoken = rf"freqs|{what.split()[0]}"
-            if not message.startswith(op(name)) or not re.search(rf"\b({spoken})\b", message):
+            called = name.split()[0] if argument == "score" else op(name)
+            if not message.startswith(called) or not re.search(rf"\b({spoken})\b", message):
                 failures.append(f"{what}: {type(error).__name__}: {message[:150]}")
         except Exception as error:
             failures.append(f"{what}: {type(error).__name__}: {str(error)[:150]}")

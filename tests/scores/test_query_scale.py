@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from extrope_kernels import methods, rerope_attention
-from extrope_kernels.scores import query_scale
+from extrope_kernels import methods, rope_attention
+from extrope_kernels.scores import query_scale, rerope
 
 LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 8191, 8192, 8193, 16383, 16384, 1_000_003)
 POSITIONS = torch.tensor([0, *LENGTHS])
@@ -75,9 +75,9 @@ def test_ministral3_has_the_bits_of_transformers(model, length, beta):
 def test_log_n_is_what_attention_means_by_it():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 40, 2, 16)
-    options = {"freqs": methods.rope(16), "window": 8, "backend": "reference"}
-    got = rerope_attention(q, k, v, **options, query_scale=query_scale.log_n(torch.arange(40), 8))
-    assert torch.equal(got, rerope_attention(q, k, v, **options, log_n=8))
+    options = {"freqs": methods.rope(16), "score": rerope(8), "backend": "reference"}
+    got = rope_attention(q, k, v, **options, query_scale=query_scale.log_n(torch.arange(40), 8))
+    assert torch.equal(got, rope_attention(q, k, v, **options, log_n=8))
 
 
 CALLS = {

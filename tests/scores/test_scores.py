@@ -1,28 +1,12 @@
 """Score methods as data: regions and maps give the relative positions of the definition."""
 
-import inspect
-
 import pytest
 import torch
-from score_examples import EXAMPLES
+from score_examples import EXAMPLES, by_regions
 
 from extrope_kernels.scores import SCORES, PositionMap
 
-
-def make(name):
-    known = inspect.signature(SCORES[name]).parameters
-    return SCORES[name](**{k: v for k, v in EXAMPLES[name].parameters.items() if k in known})
-
-
-def relative(score, seqlen):
-    """[i][j] of the formula in scores/base.py; NaN where no region holds the pair."""
-    i, j = torch.arange(seqlen)[:, None], torch.arange(seqlen)[None]
-    block = i // score.granularity * score.granularity
-    seen = torch.full((seqlen, seqlen), torch.nan, dtype=torch.float64)
-    for region in score.regions:
-        here = (j >= block + region.start) & (j <= i)
-        seen = torch.where(here, region.q_map(i) - region.k_map(j), seen)
-    return seen
+INF = float("inf")
 
 
 def test_every_score_has_an_example():
@@ -32,19 +16,16 @@ def test_every_score_has_an_example():
 @pytest.mark.parametrize("name", EXAMPLES)
 @pytest.mark.parametrize("seqlen", [1, 5, 64])
 def test_regions_give_the_definition(name, seqlen):
-    example = EXAMPLES[name]
-    want = example.relative(seqlen, seqlen, **example.parameters).seen
-    torch.testing.assert_close(
-        relative(make(name), seqlen), want, equal_nan=True, rtol=0, atol=1e-9
-    )
+    want = EXAMPLES[name].relative(seqlen, seqlen).seen
+    found = by_regions(seqlen, seqlen, EXAMPLES[name].score).seen
+    torch.testing.assert_close(found, want, equal_nan=True, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_far_keys_are_stored_as_they_are_seen(name):
-    score = make(name)
-    assert score.stored == score.regions[0].k_map
-    assert len(score.maps) == len(score.stored_maps) == 5 * (2 * len(score.regions) + 1)
-    assert score.starts == sorted(score.starts)
+    score = EXAMPLES[name].score
+    assert score.name == name and score.stored == score.regions[0].k_map
+    assert len(score.numbers) == 1 + 11 * len(score.regions)
 
 
 def test_plain_attention_has_one_region():
@@ -56,37 +37,30 @@ def test_position_map():
     assert PositionMap()(p).tolist() == p.tolist()
     assert PositionMap(modulus=4, offset=4, cap=6)(p).tolist() == [6, 4, 5, 5, 6]
     assert PositionMap(divisor=2, floor=True, offset=1)(p).tolist() == [0, 1, 1, 3, 4]
-    assert PositionMap(divisor=float("inf"), offset=3)(p).tolist() == [3] * 5
+    assert PositionMap(divisor=INF, offset=3)(p).tolist() == [3] * 5
+    for made in (PositionMap(), PositionMap(4, 2.5, True, -3.0, 6.0), PositionMap(divisor=INF)):
+        assert PositionMap.read(made.numbers()) == made and INF not in made.numbers()
 
 
 @pytest.mark.parametrize(
     "name, parameters, refusal",
     [
-        ("rerope", {"window": 0}, "rerope: window must be >= 1, got 0"),
-        ("rerope", {"window": True}, "rerope: window must be an int, got bool"),
-        ("rerope", {"window": 4, "factor": 0.0}, "rerope: factor must be > 0"),
-        (
-            "rerope",
-            {"window": 4, "factor": float("nan")},
-            r"rerope: factor must be > 0 .*, got nan",
-        ),
-        (
-            "self_extend",
-            {"window": 5, "factor": 2},
-            "self_extend: grouped needs a window that is a multiple",
-        ),
-        (
-            "self_extend",
-            {"window": 4, "factor": 1.5},
-            "self_extend: grouped needs an integer factor",
-        ),
-        ("dual_chunk", {"chunk_size": 4, "local_window": 4}, "local_window must be less than"),
-        ("dual_chunk", {"chunk_size": 4, "local_window": -1}, "local_window must be >= 0"),
-        ("blockwise_causal", {"block_size": 7}, "block_size must be even, got 7"),
-        ("string", {"shift": 4, "window": 5}, "string: window must be at most shift 4, got 5"),
-        ("string", {"shift": 2**62, "window": 5}, r"string: shift must be < 2\*\*62"),
+        ("rerope", (0,), "rerope: window must be >= 1, got 0"),
+        ("rerope", (True,), "rerope: window must be an int, got bool"),
+        ("rerope", (4, 0.0), "rerope: factor must be > 0"),
+        ("leaky_rerope", (4, float("nan")), r"leaky_rerope: factor must be > 0 .*, got nan"),
+        ("leaky_rerope", (4, "2"), "leaky_rerope: factor must be a number, got str"),
+        ("self_extend", (5, 2), "self_extend: window must be a multiple of factor 2, got 5"),
+        ("self_extend", (4, 1.5), "self_extend: factor must be a whole number, got 1.5"),
+        ("self_extend", (4, INF), "self_extend: factor must be a whole number, got inf"),
+        ("dual_chunk", (4, 4), "local_window must be less than chunk_size 4, got 4"),
+        ("dual_chunk", (4, -1), "local_window must be >= 0"),
+        ("dual_chunk", (8.0, 1), "dual_chunk: chunk_size must be an int, got float"),
+        ("blockwise_causal", (7,), "block_size must be even, got 7"),
+        ("string", (4, 5), "string: window must be at most shift 4, got 5"),
+        ("string", (2**62, 5), r"string: shift must be < 2\*\*62"),
     ],
 )
 def test_nonsense_is_refused(name, parameters, refusal):
     with pytest.raises((TypeError, ValueError), match=refusal):
-        SCORES[name](**parameters)
+        SCORES[name](*parameters)

@@ -5,33 +5,35 @@ And how far off what such a call returns may be.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import score_examples
+import decode_oracle
 import torch
 from generated import LAYOUTS, LOW, cumulative, frequencies, laid_out, lengths, randn, seeds
 from hypothesis import strategies as st
 from rounding import Rounding
+from score_examples import (
+    Example,
+    Relative,
+    blockwise_causal,
+    dual_chunk,
+    example,
+    rerope,
+    self_extend,
+    string,
+)
 from torch import Tensor
 
-from extrope_kernels import (
-    RopeFreqs,
-    blockwise_causal_attention,
-    dual_chunk_attention,
-    rerope_attention,
-    string_attention,
-)
+from extrope_kernels import RopeFreqs, rope_attention, scores
 
 INF = math.inf
+SCORES = ("self_extend", "dual_chunk", "blockwise_causal", "string")
 
 
 @dataclass(frozen=True)
 class Case:
-    function: Callable
-    relative: Callable  # (seqlen_q, seqlen_k) -> the relative positions
+    example: Example
     tensors: tuple[Tensor, Tensor, Tensor]
     freqs: RopeFreqs
     options: dict
@@ -41,7 +43,7 @@ class Case:
         options = {**self.options, **changes}
         if self.bounds is not None:
             options["cu_seqlens"] = cumulative([b - a for a, b in self.pairs()])
-        return self.function(*tensors, self.freqs, return_lse=True, **options)
+        return rope_attention(*tensors, self.freqs, self.example.score, return_lse=True, **options)
 
     def pairs(self) -> list[tuple[int, int]]:
         return list(zip(self.bounds, self.bounds[1:]))
@@ -56,8 +58,8 @@ class Case:
             known["query_scale"] = scale[part] if self.bounds or scale.dim() == 2 else scale
         return known
 
-    def seen(self, seqlen_q: int, seqlen_k: int) -> score_examples.Relative:
-        return self.relative(seqlen_q, seqlen_k).within(self.options["sliding_window"])
+    def seen(self, seqlen_q: int, seqlen_k: int) -> Relative:
+        return self.example.relative(seqlen_q, seqlen_k).within(self.options["sliding_window"])
 
     def sequences(self, *others: Tensor):
         """The tensors, and others shaped like out, of every sequence with a batch of one; its
@@ -71,28 +73,25 @@ class Case:
 
 
 @st.composite
-def methods(draw) -> tuple[Callable, Callable, dict]:
-    """A score method, its definition, and its own arguments."""
-    kinds = ("rerope", "leaky", "grouped", "dual_chunk", "blockwise_causal", "string")
-    kind = draw(st.sampled_from(kinds))
+def examples(draw) -> Example:
+    """A score method, with any parameters."""
+    kind = draw(st.sampled_from(("rerope", "leaky", *SCORES)))
     if kind == "string":
         shift = draw(st.integers(1, 50))
-        own = {"shift": shift, "window": draw(st.integers(0, shift))}
-        return string_attention, score_examples.string, own
+        return example(scores.string, string, shift=shift, window=draw(st.integers(0, shift)))
     if kind == "dual_chunk":
         chunk = draw(st.integers(1, 20))
-        own = {"chunk_size": chunk, "local_window": draw(st.integers(0, chunk - 1))}
-        return dual_chunk_attention, score_examples.dual_chunk, own
+        local = draw(st.integers(0, chunk - 1))
+        return example(scores.dual_chunk, dual_chunk, chunk_size=chunk, local_window=local)
     if kind == "blockwise_causal":
-        own = {"block_size": 2 * draw(st.integers(1, 16))}
-        return blockwise_causal_attention, score_examples.blockwise_causal, own
-    own = {"window": draw(st.integers(1, 50)), "factor": INF, "grouped": False}
-    if kind == "leaky":
-        own["factor"] = draw(st.sampled_from((1 / 16, 0.5, 1.0, 1.7, 4.0, 16.0)))
-    if kind == "grouped":
+        half = draw(st.integers(1, 16))
+        return example(scores.blockwise_causal, blockwise_causal, block_size=2 * half)
+    if kind == "self_extend":
         group = draw(st.integers(1, 8))
-        own = {"window": group * draw(st.integers(1, 6)), "factor": float(group), "grouped": True}
-    return rerope_attention, score_examples.rerope, own
+        window = group * draw(st.integers(1, 6))
+        return example(scores.self_extend, self_extend, window=window, factor=group)
+    factor = draw(st.sampled_from((1 / 16, 0.5, 1.0, 1.7, 4.0, 16.0))) if kind == "leaky" else INF
+    return example(scores.rerope, rerope, window=draw(st.integers(1, 50)), factor=factor)
 
 
 @st.composite
@@ -114,7 +113,7 @@ def softmax_options(draw, heads_q: int, rows: tuple[int, ...]) -> dict:
 
 @st.composite
 def cases(draw, dtypes=LOW) -> Case:
-    function, relative, own = draw(methods())
+    score = draw(examples())
     heads_k = draw(st.integers(1, 3))
     heads_q = heads_k * draw(st.integers(1, 4))
     head_dim = draw(st.sampled_from((8, 16, 24, 40, 64, 128)))
@@ -132,11 +131,10 @@ def cases(draw, dtypes=LOW) -> Case:
     if draw(st.booleans()) and batch > 0:
         rows = torch.linspace(0.5, 1.5, batch, device=freqs.inv_freq.device)[:, None]
         freqs = replace(freqs, inv_freq=freqs.inv_freq * rows)
-    if function is blockwise_causal_attention and draw(st.booleans()):
+    if score.score.name == "blockwise_causal" and draw(st.booleans()):
         decay = -torch.linspace(0.0, 0.02, freqs.inv_freq.shape[-1], device=freqs.inv_freq.device)
         freqs = replace(freqs, log_decay=decay)
     options = {
-        **own,
         "softmax_scale": draw(st.sampled_from((None, 0.05, 0.4))),
         "log_n": draw(st.sampled_from((None, 2, 16.5))),
         "interleaved": draw(st.booleans()),
@@ -152,8 +150,39 @@ def cases(draw, dtypes=LOW) -> Case:
         laid_out(randn(seed + n, *shape, dtype=dtype), draw(st.sampled_from(LAYOUTS)))
         for n, shape in enumerate(shapes)
     )
-    relative = functools.partial(relative, **own)
-    return Case(function, relative, tensors, freqs, options, bounds)
+    return Case(score, tensors, freqs, options, bounds)
+
+
+@st.composite
+def caches(draw) -> decode_oracle.Case:
+    """A cache, and the queries at its end."""
+    sizes = draw(st.lists(st.integers(0, 60), min_size=1, max_size=3))
+    heads_k = draw(st.integers(1, 3))
+    head_dim = draw(st.sampled_from((8, 24, 32, 64, 128)))
+    pads = st.lists(st.integers(0, 9), min_size=len(sizes), max_size=len(sizes))
+    return decode_oracle.Case(
+        lengths=tuple(sizes),
+        seqlen_q=draw(st.integers(0, 4)),
+        heads_q=heads_k * draw(st.integers(1, 8)),
+        heads_k=heads_k,
+        head_dim=head_dim,
+        rotary_dim=2 * draw(st.integers(1, head_dim // 2)),
+        dtype=draw(st.sampled_from(LOW)),
+        example=draw(examples()),
+        log_n=draw(st.sampled_from((None, 2, 16.5))),
+        softmax_scale=draw(st.sampled_from((None, 0.05, 0.4))),
+        interleaved=draw(st.booleans()),
+        attention_factor=draw(st.sampled_from((1.0, 0.7, 1.3))),
+        page_size=draw(st.sampled_from((None, 1, 5, 16))),
+        leftpad=tuple(draw(pads)) if draw(st.booleans()) else None,
+        freqs_per_sequence=draw(st.booleans()),
+        softcap=draw(st.sampled_from((0.0, 0.0, 0.8, 30.0))),
+        sliding_window=draw(st.one_of(st.none(), st.integers(1, 50))),
+        sinks=draw(st.booleans()),
+        query_scale=draw(st.booleans()),
+        head_dim_v=draw(st.sampled_from((None, None, 8, 64))),
+        seed=draw(seeds()),
+    )
 
 
 def rounding(case: Case, q: Tensor, k: Tensor, freqs: RopeFreqs) -> Rounding:
@@ -164,5 +193,7 @@ def rounding(case: Case, q: Tensor, k: Tensor, freqs: RopeFreqs) -> Rounding:
         gain *= case.options["query_scale"].max().item()
     scale = case.options["softmax_scale"] or q.shape[-1] ** -0.5
     if freqs.log_decay is not None:  # within a block and its predecessor
-        gain *= torch.exp(2 * case.options["block_size"] * freqs.log_decay.abs().max()).item()
+        gain *= torch.exp(
+            2 * case.example.parameters["block_size"] * freqs.log_decay.abs().max()
+        ).item()
     return Rounding(q, k, scale * gain * max(freqs.attention_factor**2, 1.0))

@@ -1,13 +1,17 @@
-"""Engines made of PyTorch, to compose attention from where no flash-attention runs."""
+"""Engines made of PyTorch, to compose attention from where no flash-attention runs; their calls."""
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from extrope_kernels.methods import rope
+from extrope_kernels.ops.attention import AttentionCall, flash_attn, reference
 from extrope_kernels.ops.attention.flash_attn.engines import Engine
+from extrope_kernels.scores import PositionMap, Region, Score
 
 
 def band_mask(seqlen_q: int, seqlen_k: int, left: int | None, right: int) -> Tensor:
@@ -55,44 +59,6 @@ def _softmax(q, k, scale, mask, softcap, lse):
         lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse.masked_fill(lse.isinf(), 0.0)[..., None])
     return weights, lse, slope
-
-
-def aten_forward(q, k, v, scale, mask, softcap) -> tuple[Tensor, Tensor]:
-    """PyTorch's flash attention for CPUs: an implementation that is not ours."""
-    assert softcap == 0
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_heads_first(q, k, v), 0.0, False, attn_mask=_additive(mask, q), scale=scale
-    )
-    return out[0].transpose(0, 1), lse[0]
-
-
-def aten_backward(
-    dout, dlse, q, k, v, out, lse, scale, mask, softcap
-) -> tuple[Tensor, Tensor, Tensor]:
-    assert dlse is None and softcap == 0
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *_heads_first(dout),
-        *_heads_first(q, k, v),
-        *_heads_first(out),
-        lse[None],
-        0.0,
-        False,
-        attn_mask=_additive(mask, q),
-        scale=scale,
-    )
-    dq, dk, dv = (x[0].transpose(0, 1) for x in grads)
-    group = q.shape[1] // k.shape[1]
-    return dq, *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
-
-
-def _heads_first(q: Tensor, *keys: Tensor) -> list[Tensor]:
-    """(1, heads_q, seqlen, head_dim) each."""
-    keys = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in keys]
-    return [x.transpose(0, 1)[None] for x in (q, *keys)]
-
-
-def _additive(mask: Tensor, q: Tensor) -> Tensor:
-    return torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)
 
 
 class TorchEngine(Engine):
@@ -157,3 +123,60 @@ def sequences(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple]:
     ends = cu_seqlens.tolist()
     spans = [slice(a, b) for a, b in pairwise(ends) if a < b]
     return [(span, (slice(None), span)) for span in spans]
+
+
+# -------------------------------------------------------------------------------------------------
+# Calls, and their comparison with the reference
+
+N = 11
+CU_SEQLENS = [0, 0, 3, 3, 14, 15, 20, 20]
+ENGINES = {
+    "shifts": TorchEngine("shifts", negative_right=True, dlse=True),
+    "cuts": TorchEngine("cuts"),
+    "base 2": TorchEngine("base 2", lse_unit=math.log(2.0)),
+    "base 2, shifts": TorchEngine("base 2, shifts", lse_unit=math.log(2.0), negative_right=True),
+}
+
+
+def make(starts, seqlen_q=N, seqlen_k=N, heads=(4, 2), cu_seqlens=None, dtype=torch.float64):
+    """q, k, v, call, dout, dlse; packed with cu_seqlens. Every region has frames of its own."""
+    generator = torch.Generator().manual_seed(len(starts) * 31 + seqlen_q)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    batch = () if cu_seqlens else (2,)
+    if cu_seqlens:
+        seqlen_q = seqlen_k = cu_seqlens[-1]
+    q = randn(*batch, seqlen_q, heads[0], 16)
+    k, v = (randn(*batch, seqlen_k, heads[1], 16) for _ in range(2))
+    packed = torch.tensor(cu_seqlens, dtype=torch.int32) if cu_seqlens else None
+    call = call_of(starts, cu_seqlens=packed)
+    return q, k, v, call, randn(*q.shape), randn(*batch, heads[0], seqlen_q).double()
+
+
+def call_of(starts, granularity=1, cu_seqlens=None):
+    maps = [(PositionMap(offset=2 * r), PositionMap(divisor=1 + r)) for r in range(len(starts))]
+    regions = tuple(Region(start, *sides) for start, sides in zip(starts, maps))
+    return AttentionCall(
+        inv_freq=rope(16).inv_freq,
+        cu_seqlens=cu_seqlens,
+        score=Score("test", regions, granularity),
+        softmax_scale=0.3,
+        log_n=3.0,
+    )
+
+
+def run(module, q, k, v, call, dout, dlse, **options):
+    out, lse = module.forward(q, k, v, call, **options)
+    dq, dk, dv = module.backward(dout, dlse, q, k, v, out, lse, call, **options)
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def assert_agrees(engine, inputs, dlse=True):
+    if not dlse:
+        inputs = (*inputs[:-1], None)
+    expected, got = run(reference, *inputs), run(flash_attn, *inputs, engine=engine)
+    for name, x in got.items():
+        assert x.is_contiguous(), name
+        torch.testing.assert_close(x, expected[name], msg=lambda text: f"{name}: {text}")  # noqa: B023

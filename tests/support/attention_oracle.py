@@ -1,7 +1,7 @@
-"""What the tests of attention share: a float64 closed form, and the plain two-score formula in low
-precision that sets the error budget.
+"""What the tests of attention share: a float64 closed form, the plain formula in low precision that
+sets the error budget, and the comparison of both with `rope_attention`.
 
-Nothing here knows of regions or frames.
+Nothing here knows of regions or position maps.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
-from score_examples import Relative
+from score_examples import Example, Relative
 from torch import Tensor, nn
 
+from extrope_kernels import rope_attention
 from extrope_kernels.methods import RopeFreqs, rope
 from extrope_kernels.testing import assert_within_budget, device
 
@@ -213,6 +214,110 @@ def _truncation(backend: str, q: Tensor, plain: Tensor, exact: Tensor) -> float:
     if backend != "triton" or q.dtype != torch.bfloat16 or torch.cuda.is_available():
         return 0.0
     return 2 * (plain.double() - exact).abs().max().item() if exact.numel() else 0.0
+
+
+# -------------------------------------------------------------------------------------------------
+# rope_attention against the formulas
+
+
+def attend(example: Example, q, k, v, freqs, backend=None, **options) -> tuple[Tensor, Tensor]:
+    """out and lse of the public function."""
+    return rope_attention(
+        q, k, v, freqs, example.score, return_lse=True, backend=backend, **options
+    )
+
+
+def definition(example: Example, q: Tensor, k: Tensor, options: dict) -> tuple[Relative, dict]:
+    """What a call with these options means: relative positions, and what the formulas are told."""
+    known = dict(options)
+    known["scale"] = known.pop("softmax_scale", None)
+    window, k_start = known.pop("sliding_window", None), known.pop("k_start", 0)
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    first = known.pop("q_start", k_start + seqlen_k - seqlen_q)
+    known["first"] = first
+    if k_start == 0 and first == seqlen_k - seqlen_q:
+        return example.relative(seqlen_q, seqlen_k).within(window), known
+    total = max(first + seqlen_q, k_start + seqlen_k)
+    rows, keys = slice(first, first + seqlen_q), slice(k_start, k_start + seqlen_k)
+    return example.relative(total, total).within(window).part(rows, keys), known
+
+
+def check(backend, example: Example, tensors, freqs: RopeFreqs | None = None, **options) -> None:
+    """Fail where out or lse is out of the error budget. options: of the call."""
+    q, k, v = tensors
+    freqs = freqs or frequencies(q.shape[-1])
+    relative, known = definition(example, q, k, options)
+    exact = closed_form(q, k, v, relative, freqs, **known)
+    plain = both_orders(q, k, v, relative, freqs, exact, **known)
+    noise = 0.0
+    if q.dtype == torch.float32 and {"sinks", "softcap", "query_scale"} & options.keys():
+        # Of weights that are exp2 of a logit less lse: both are rounded.
+        noise = rounding_noise("dv", v, exact[1], None, q, k, v, 1.0)
+    check_outputs(
+        backend, q, attend(example, q, k, v, freqs, backend, **options), plain, exact, noise
+    )
+
+
+def gradients(function, leaves, dout: Tensor, dlse: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Of function(*leaves), which gives out and lse."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    out, lse = function(*leaves)
+    loss = (out * dout.to(out.dtype)).sum()
+    if dlse is not None:
+        loss = loss + (lse * dlse.to(lse.dtype)).masked_fill(lse == -torch.inf, 0.0).sum()
+    return torch.autograd.grad(loss, leaves)
+
+
+def check_gradients(
+    backend, example: Example, tensors, freqs=None, with_lse=True, **options
+) -> None:
+    """Fail where dq, dk, dv or dsinks is out of the error budget. options: of the call."""
+    q, _, v = tensors
+    freqs = freqs or frequencies(q.shape[-1])
+    dout = q.new_empty(*q.shape[:-1], v.shape[-1]).normal_()
+    dlse = torch.randn(q.shape[0], q.shape[2], q.shape[1], device=q.device) if with_lse else None
+    inputs = [*tensors, *([options["sinks"]] if "sinks" in options else [])]
+
+    def fused(q, k, v, *sinks):
+        return attend(example, q, k, v, freqs, backend, **options, **_named(sinks))
+
+    options = {name: x for name, x in options.items() if name != "sinks"}
+    found = gradients(fused, inputs, dout, dlse)
+    compare_gradients(found, example, inputs, freqs, dout, dlse, **options)
+
+
+def compare_gradients(
+    found, example: Example, inputs, freqs: RopeFreqs, dout, dlse=None, **options
+) -> None:
+    """Against autograd through the formulas. inputs: q, k, v and maybe the sinks."""
+    q, k, v = inputs[:3]
+    relative, known = definition(example, q, k, options)
+
+    def of(formula, **order):
+        return lambda q, k, v, *sinks: formula(
+            q, k, v, relative, freqs, **known, **order, **_named(sinks)
+        )
+
+    exact = gradients(of(closed_form), [x.double() for x in inputs], dout.double(), dlse)
+    orders = (
+        gradients(of(plain_formula, scale_first=x), inputs, dout, dlse) for x in (False, True)
+    )
+    plain = worse(exact, *orders)
+    lse = of(closed_form)(*inputs)[1]
+    gain = row_gain(q, k, known.get("log_n"), known.get("query_scale"), known["first"])
+    scale = (known["scale"] or q.shape[-1] ** -0.5) * freqs.attention_factor**2
+    scale *= 1.0 if gain is None or not gain.numel() else gain.abs().max().item()
+    for name, got, low, want in zip(
+        ("dq", "dk", "dv", "dsinks"), found, plain, exact, strict=False
+    ):
+        noise = rounding_noise(name, want, lse, dout, q, k, v, scale)
+        noise *= q.shape[0] * q.shape[1] if name == "dsinks" else 1
+        noise = noise if got.dtype == torch.float32 == q.dtype else 0.0
+        assert_within_budget(name, got, low, want, noise=noise)
+
+
+def _named(sinks: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {"sinks": sinks[0]} if sinks else {}
 
 
 def make_qkv(

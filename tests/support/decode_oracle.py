@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import rounding
 import torch
 from attention_oracle import split
 from rope_oracle import INTERPRETED
-from score_examples import EXAMPLES, indices
+from score_examples import (
+    EXAMPLES,
+    PLAIN,
+    Example,
+    blockwise_causal,
+    example,
+    indices,
+    rerope,
+)
 from torch import Tensor
 
-import extrope_kernels
-from extrope_kernels import RopeFreqs, methods
+from extrope_kernels import RopeFreqs, methods, rope_attention_with_kvcache, scores
 from extrope_kernels.testing import assert_within_budget, device
 
-
-def _far_of_rerope(j: Tensor, window: int, factor: float = math.inf, grouped: bool = False):
-    return torch.floor(j / factor) if grouped else j / factor
-
-
-# By the name of the attention function: the position that a cached key comes rotated to.
-STORED = {
-    "rerope_attention": _far_of_rerope,
-    "dual_chunk_attention": lambda j, chunk_size, local_window: j % (chunk_size - local_window),
-    "blockwise_causal_attention": lambda j, block_size: j % (block_size // 2),
-    "string_attention": lambda j, shift, window: j,
-}
-RELATIVE = {example.attention.__name__: example.relative for example in EXAMPLES.values()}
-# What `Case` takes of every score method.
+RAW = example(scores.rerope, rerope, window=8)
+# With the examples of score methods, other factors of ReRoPE, and amplitudes that decay.
 SCORES: dict[str, dict] = {
-    **{
-        name: {"attention": example.attention.__name__, "parameters": example.parameters}
-        for name, example in EXAMPLES.items()
-    },
-    "plain": {"parameters": {"window": 9, "factor": 1.0}},
-    "far leaky": {"parameters": {"window": 3, "factor": 16.0}},
-    "inverse leaky": {"parameters": {"window": 9, "factor": 1 / 16}},
-    "self_extend of one": {"parameters": {"window": 3, "factor": 1.0, "grouped": True}},
+    **{name: {"example": one} for name, one in EXAMPLES.items()},
+    "no score": {"example": PLAIN},
+    "far leaky": {"example": example(scores.rerope, rerope, window=3, factor=16.0)},
+    "inverse leaky": {"example": example(scores.rerope, rerope, window=9, factor=1 / 16)},
     "xpos": {
-        "attention": "blockwise_causal_attention", "parameters": {"block_size": 16}, "xpos": True,
+        "example": example(scores.blockwise_causal, blockwise_causal, block_size=16), "xpos": True,
     },
 }  # fmt: skip
 
@@ -56,8 +47,7 @@ class Case:
     head_dim: int = 32
     rotary_dim: int = 32
     dtype: torch.dtype = torch.float32
-    attention: str = "rerope_attention"
-    parameters: dict = field(default_factory=lambda: {"window": 8})
+    example: Example = RAW
     xpos: bool = False
     log_n: float | None = None
     softmax_scale: float | None = None
@@ -93,18 +83,19 @@ class Inputs:
     k_cache: Tensor
     v_cache: Tensor
     freqs: RopeFreqs
-    attention: str  # the name of the function without a cache
-    parameters: dict
-    call: dict  # the other keyword arguments of the public function
+    example: Example
+    call: dict  # the keyword arguments of the public function
 
-    def run(self, backend: str | None = None) -> tuple[Tensor, Tensor]:
-        return getattr(extrope_kernels, f"{self.attention}_with_kvcache")(
-            self.q, self.k_cache, self.v_cache, self.freqs, **self.parameters, **self.call,
+    def run(self, backend: str | None = None, **changes) -> tuple[Tensor, Tensor]:
+        """changes: of tensors or keyword arguments."""
+        tensors = [changes.pop(n, getattr(self, n)) for n in ("q", "k_cache", "v_cache")]
+        return rope_attention_with_kvcache(
+            *tensors, self.freqs, self.example.score, **{**self.call, **changes},
             return_lse=True, backend=backend,
         )  # fmt: skip
 
     def stored(self, j: Tensor) -> Tensor:
-        return STORED[self.attention](j, **self.parameters)
+        return j if self.example.score is None else self.example.score.stored(j)
 
     def store(self, k: Tensor, j: Tensor, inv_freq: Tensor, sign: int = 1) -> Tensor:
         """Keys (keys, heads, d) in float64, rotated to where the cache has them; sign -1: back."""
@@ -150,7 +141,7 @@ def make(case: Case) -> Inputs:
         inv_freq = inv_freq * (0.5 + torch.rand(batch, 1, generator=generator))
     freqs = replace(freqs, inv_freq=inv_freq, attention_factor=case.attention_factor).to(device())
     call |= case.options(generator)
-    inputs = Inputs(q, k, v, freqs, case.attention, case.parameters, call)
+    inputs = Inputs(q, k, v, freqs, case.example, call)
     used = torch.zeros(shape[:2], dtype=torch.bool, device=device())
     for b, (pad, end) in enumerate(zip(leftpad, ends)):
         used[index(inputs, b, range(pad, end))] = True
@@ -212,7 +203,7 @@ def sequences(inputs: Inputs):
         pad = 0 if pads is None else pads[b].item()
         rows = index(inputs, b, range(pad, end))
         k, v = (x[rows].repeat_interleave(group, 1) for x in caches)
-        relative = RELATIVE[inputs.attention](inputs.q.shape[1], len(k), **inputs.parameters)
+        relative = inputs.example.relative(inputs.q.shape[1], len(k))
         relative = relative.within(inputs.call["sliding_window"])
         freq = inputs.freqs.inv_freq
         yield inputs.q[b].double(), k, v, freq[b] if freq.dim() == 2 else freq, relative

@@ -1,7 +1,7 @@
-"""Modules with the parameters of the real flash-attention packages, which run on PyTorch.
+"""Modules with parameters of the real flash-attention packages, which run on PyTorch.
 
-Parameter names as in flash-attn 2.8.3, hopper/ of its repository in 2026-10, and flash-attn-4
-4.0.0b36. A call with a name that the real function lacks fails here as it would there.
+Names, those that a call here may use, are as in flash-attn 2.8.3, hopper/ of its repository in
+2026-10, and flash-attn-4 4.0.0b36: a call with another one fails as it would there.
 """
 
 from __future__ import annotations
@@ -12,72 +12,39 @@ import torch
 from attention_engines import TorchEngine
 
 _FA2_MASK = "dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap"
-_FA2_SAVED = "dout, q, k, v, out, softmax_lse, dq, dk, dv"
-_CU_SEQLENS = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
-_CU_SEQLENS_OR_NOT = "cu_seqlens_q=None, cu_seqlens_k=None"
-_FA4_MODS = "score_mod=None, score_mod_bwd=None, mask_mod=None"
-_FA4_GATHER = "gather_bwd_recompute_p=False, gather_bwd_token_chunk=None"
+_SAVED = "dout, q, k, v, out, softmax_lse"
+_PACKED = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
+_PACKED_OR_NOT = (
+    "cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None"
+)
+_FA3_MASK = "window_size_left=-1, window_size_right=-1, softcap=0.0"
+_FA4_MASK = "causal=False, window_size=(None, None), softcap=0.0, return_lse=False"
 
 SIGNATURES = {
     "flash_attn.flash_attn_interface": {
         "_flash_attn_forward": f"q, k, v, {_FA2_MASK}, alibi_slopes, return_softmax",
         "_flash_attn_varlen_forward": (
-            f"q, k, v, {_CU_SEQLENS}, dropout_p, softmax_scale, causal, window_size_left=-1, "
-            "window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, "
-            "block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False"
+            f"q, k, v, {_PACKED}, dropout_p, softmax_scale, causal, window_size_left=-1, "
+            "window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False"
         ),
-        "_flash_attn_backward": (
-            f"{_FA2_SAVED}, {_FA2_MASK}, alibi_slopes, deterministic, rng_state=None"
-        ),
+        "_flash_attn_backward": f"{_SAVED}, dq, dk, dv, {_FA2_MASK}, alibi_slopes, deterministic",
         "_flash_attn_varlen_backward": (
-            f"{_FA2_SAVED}, {_CU_SEQLENS}, {_FA2_MASK}, alibi_slopes, deterministic, "
-            "rng_state=None, zero_tensors=False"
+            f"{_SAVED}, dq, dk, dv, {_PACKED}, {_FA2_MASK}, alibi_slopes, deterministic"
         ),
     },
     "flash_attn_interface": {
-        "_flash_attn_forward": (
-            f"q, k, v, k_new=None, v_new=None, qv=None, out_=None, {_CU_SEQLENS_OR_NOT}, "
-            "cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, "
-            "max_seqlen_k=None, page_table=None, kv_batch_idx=None, leftpad_k=None, "
-            "rotary_cos=None, rotary_sin=None, seqlens_rotary=None, q_descale=None, "
-            "k_descale=None, v_descale=None, softmax_scale=None, causal=False, "
-            "window_size_left=-1, window_size_right=-1, attention_chunk=0, softcap=0.0, "
-            "rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None, "
-            "sm_margin=0"
-        ),
+        "_flash_attn_forward": f"q, k, v, {_PACKED_OR_NOT}, causal=False, {_FA3_MASK}",
         "_flash_attn_backward": (
-            f"dout, q, k, v, out, softmax_lse, {_CU_SEQLENS_OR_NOT}, sequed_q=None, "
-            "sequed_k=None, max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, "
-            "softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1, "
-            "softcap=0.0, deterministic=False, sm_margin=0"
+            f"{_SAVED}, {_PACKED_OR_NOT}, dq=None, dk=None, dv=None, is_causal=False, {_FA3_MASK}, "
+            "deterministic=False"
         ),
     },
     "flash_attn.cute.interface": {
-        "flash_attn_func": (
-            "q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, "
-            "window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, "
-            f"pack_gqa=None, deterministic=False, {_FA4_MODS}, aux_tensors=None, "
-            "aux_scalars=None, block_sparse_tensors=None, block_sparse_tensors_bwd=None, "
-            f"return_lse=False, {_FA4_GATHER}"
-        ),
-        "flash_attn_varlen_func": (
-            f"q, k, v, qv=None, {_CU_SEQLENS_OR_NOT}, max_seqlen_q=None, max_seqlen_k=None, "
-            "min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, "
-            "page_table=None, softmax_scale=None, causal=False, window_size=(None, None), "
-            "learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, "
-            f"{_FA4_MODS}, block_sparse_tensors=None, aux_tensors=None, aux_scalars=None, "
-            "return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None, "
-            f"disable_scheduler_metadata=False, {_FA4_GATHER}"
-        ),
+        "flash_attn_func": f"q, k, v, softmax_scale=None, {_FA4_MASK}",
+        "flash_attn_varlen_func": f"q, k, v, {_PACKED_OR_NOT}, {_FA4_MASK}",
         "_flash_attn_bwd": (
-            "q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, "
-            "window_size_left=None, window_size_right=None, m_block_size=64, n_block_size=128, "
-            "num_threads=256, pack_gqa=False, num_stages_Q=2, num_stages_dO=2, SdP_swapAB=False, "
-            "dKV_swapAB=False, dQ_swapAB=False, AtomLayoutMSdP=2, AtomLayoutNdKV=2, "
-            f"AtomLayoutMdQ=2, V_in_regs=False, {_CU_SEQLENS_OR_NOT}, seqused_q=None, "
-            "seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, deterministic=False, dq=None, "
-            f"dk=None, dv=None, {_FA4_MODS}, aux_tensors=None, aux_scalars=None, "
-            "block_sparse_tensors=None, dlse=None, learnable_sink=None"
+            f"q, k, v, out, dout, lse, {_PACKED_OR_NOT}, causal=False, softcap=0.0, "
+            "window_size_left=None, window_size_right=None, deterministic=False, dlse=None"
         ),
     },
 }

@@ -20,6 +20,8 @@ from extrope_kernels import (
     permuteformer_attention,
     permuteformer_step,
     rope_append_kvcache,
+    rope_attention,
+    rope_attention_with_kvcache,
 )
 from extrope_kernels.testing import attention_backends, available_backends, device
 
@@ -128,7 +130,7 @@ def permuted(backend, q, k, positions, cu_seqlens=None):
 def attending(example: Example) -> Callable:
     def attend(backend, q, k, v, cu_seqlens=None):
         more = {"cu_seqlens": cu_seqlens, "return_lse": True, "backend": backend}
-        return list(example.attention(q, k, v, FREQS, **example.parameters, **more))
+        return list(rope_attention(q, k, v, FREQS, example.score, **more))
 
     return attend
 
@@ -138,8 +140,8 @@ def decoding(example: Example) -> Callable:
 
     def decode(backend, q, k_cache, v_cache, k=None, v=None, **more):
         caches, more = (k_cache, v_cache), more | {"k": k, "v": v}
-        out, lse = example.with_kvcache(
-            q, *caches, FREQS, **example.parameters, **more, return_lse=True, backend=backend
+        out, lse = rope_attention_with_kvcache(
+            q, *caches, FREQS, example.score, **more, return_lse=True, backend=backend
         )
         return [out, lse, *(caches if k is not None else ())]
 

@@ -65,8 +65,7 @@ class Guarded(TorchDispatchMode):
 def attention() -> None:
     """Forward and backward in two and three regions, with dims, rows and keys left over."""
     from extrope_kernels import methods, scores
-    from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options
-    from extrope_kernels.ops.attention import triton
+    from extrope_kernels.ops.attention import AttentionCall, triton
 
     ends = torch.tensor([0, 5, 5, 23], dtype=torch.int32)
     for score, cu_seqlens, decay, dtype in (
@@ -77,7 +76,7 @@ def attention() -> None:
         q = torch.randn(*leading_q, 3, 40).to(dtype)
         k, v = (torch.randn(*leading_k, 1, 40).to(dtype) for _ in range(2))
         inv_freq = methods.rope(24).inv_freq.clone()
-        call = AttentionCall(inv_freq, cu_seqlens, decay, log_n=5.0, **score_options(score))
+        call = AttentionCall(inv_freq, cu_seqlens, decay, log_n=5.0, score=score)
         out, lse = triton.forward(q, k, v, call)
         grads = triton.backward(torch.randn(q.shape).to(dtype), None, q, k, v, out, lse, call)
         assert all(x.isfinite().all() for x in (out, *grads))
@@ -86,9 +85,9 @@ def attention() -> None:
 def cache() -> None:
     """Appending to and reading from caches, in one piece and in pages."""
     from extrope_kernels import methods, scores
-    from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options
-    from extrope_kernels.ops.decode.arguments import KVCache
-    from extrope_kernels.ops.decode.triton import launch
+    from extrope_kernels.ops.attention import AttentionCall
+    from extrope_kernels.ops.attention.call import KVCache
+    from extrope_kernels.ops.attention.triton.decode import launch
 
     pages = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)
     for table, score, dtype in (
@@ -100,7 +99,7 @@ def cache() -> None:
         k_cache, v_cache = (torch.randn(shape).to(dtype) for _ in range(2))
         seqlens = torch.tensor([11, 3], dtype=torch.int32)
         kv = KVCache(k_cache, v_cache, seqlens, table, appended=2)
-        call = AttentionCall(methods.rope(24).inv_freq.clone(), **score_options(score, stored=True))
+        call = AttentionCall(methods.rope(24).inv_freq.clone(), score=score, keys_stored=True)
         new = [torch.randn(2, 2, 2, 40).to(dtype) for _ in range(2)]
         out, _ = launch.decode(torch.randn(2, 2, 6, 40).to(dtype), *new, kv, call)
         assert out.isfinite().all()

@@ -10,17 +10,16 @@ from torch import Tensor
 
 from extrope_kernels import (
     apply_rope_qk,
-    blockwise_causal_attention,
-    dual_chunk_attention,
     head_permutations,
     merge_attention,
     methods,
     permute_qk,
     permuteformer_attention,
     permuteformer_step,
-    rerope_attention,
-    rerope_attention_with_kvcache,
     rope_append_kvcache,
+    rope_attention,
+    rope_attention_with_kvcache,
+    scores,
 )
 from extrope_kernels.ops.attention.merge.reference import merge_fwd as reference_of_merge
 from extrope_kernels.ops.rope.cos_sin import reference as reference_of_cos_sin
@@ -56,9 +55,10 @@ def rotate_by_given(backend: str, q: Tensor, k: Tensor) -> list[Tensor]:
     return list(of.get(backend, ops.rope_cos_sin)(q, k, cos, sin))
 
 
-def attend(function: Callable, backend: str, *qkv: Tensor, **own) -> list[Tensor]:
+def attend(score: scores.Score, backend: str, *qkv: Tensor, cached=False, **own) -> list[Tensor]:
     freqs = methods.rope(qkv[0].shape[-1]).to(device())
-    return list(function(*qkv, freqs, return_lse=True, backend=backend, **own))
+    function = rope_attention_with_kvcache if cached else rope_attention
+    return list(function(*qkv, freqs, score, return_lse=True, backend=backend, **own))
 
 
 def permute(backend: str, q: Tensor, k: Tensor) -> list[Tensor]:
@@ -99,18 +99,15 @@ def with_gradients(run: Callable) -> Callable:
 
 
 def decode(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> list[Tensor]:
-    return attend(
-        rerope_attention_with_kvcache, backend, q, k_cache, v_cache,
-        cache_seqlens=k_cache.shape[1] - 3, window=40, factor=2.0,
-    )  # fmt: skip
+    caches, seqlens = (k_cache, v_cache), k_cache.shape[1] - 3
+    score = scores.leaky_rerope(40, 2.0)
+    return attend(score, backend, q, *caches, cached=True, cache_seqlens=seqlens)
 
 
 def append(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     caches = [x.new_zeros(x.shape[0], x.shape[1] + 9, *x.shape[2:]) for x in (k, v)]
-    out = attend(
-        rerope_attention_with_kvcache, backend, q, *caches, k=k, v=v, cache_seqlens=5, window=40
-    )
-    return [*caches, *out]
+    call = {"k": k, "v": v, "cache_seqlens": 5, "cached": True}
+    return [*caches, *attend(scores.rerope(40), backend, q, *caches, **call)]
 
 
 def rope_append(
@@ -138,16 +135,17 @@ QK = {"q": (2, 200, 6, 64), "k": (2, 200, 2, 64)}
 QKV = {**QK, "v": (2, 200, 2, 64)}
 CACHED = {"q": (2, 2, 6, 64), "k_cache": (2, 700, 2, 64), "v_cache": (2, 700, 2, 64)}
 SCORES = {
-    "rerope": (rerope_attention, {"window": 50}),
-    "leaky rerope": (rerope_attention, {"window": 50, "factor": 4.0, "log_n": 64}),
-    "self-extend": (rerope_attention, {"window": 48, "factor": 4.0, "grouped": True}),
-    "dual chunk": (dual_chunk_attention, {"chunk_size": 80, "local_window": 16}),
-    "blockwise causal": (blockwise_causal_attention, {"block_size": 90}),
+    "no score": (None, {}),
+    "rerope": (scores.rerope(50), {}),
+    "leaky rerope": (scores.leaky_rerope(50, 4.0), {"log_n": 64}),
+    "self-extend": (scores.self_extend(48, 4), {}),
+    "dual chunk": (scores.dual_chunk(80, 16), {}),
+    "blockwise causal": (scores.blockwise_causal(90), {}),
 }
 
 
-def score(function: Callable, own: dict) -> Callable:
-    return lambda backend, q, k, v: attend(function, backend, q, k, v, **own)
+def attending(score: scores.Score, own: dict) -> Callable:
+    return lambda backend, q, k, v: attend(score, backend, q, k, v, **own)
 
 
 OPERATIONS = {
@@ -155,7 +153,7 @@ OPERATIONS = {
     "rope by cos and sin": Operation(rotate_by_given, QK, LINEAR),
     # Of each head, and of all heads together.
     "norm and rope": Operation(norm_rotate, {**QK, "q_weight": (64,), "k_weight": (128,)}, ROPE),
-    **{name: Operation(score(*method), QKV, ATTENTION) for name, method in SCORES.items()},
+    **{name: Operation(attending(*method), QKV, ATTENTION) for name, method in SCORES.items()},
     "permute": Operation(permute, QK, ROPE),
     "permuteformer": Operation(permuteformer, QKV, LINEAR),
     "permuteformer step": Operation(step, QKV, LINEAR),

@@ -6,7 +6,7 @@ import torch
 from method_examples import DIM, EXAMPLES
 from score_examples import EXAMPLES as SCORES
 
-from extrope_kernels import RopeFreqs, head_permutations, methods
+from extrope_kernels import RopeFreqs, head_permutations, methods, scores
 from extrope_kernels.testing import device
 
 DEVICE = device()
@@ -26,6 +26,7 @@ ATTENTION = {
     "k": randn(2, 6, 2, DIM),
     "v": randn(2, 6, 2, DIM),
     "freqs": FREQS,
+    "score": scores.leaky_rerope(4, 2.0),
     "softmax_scale": None,
     "log_n": None,
     "query_scale": None,
@@ -38,6 +39,7 @@ ATTENTION = {
     "interleaved": False,
     "return_lse": False,
     "backend": None,
+    "keys_stored": False,
 }
 ROPE = {
     "freqs": FREQS,
@@ -52,7 +54,7 @@ CACHE = {
     **{
         name: value
         for name, value in ATTENTION.items()
-        if name not in ("cu_seqlens", "q_start", "k_start")
+        if name not in ("cu_seqlens", "q_start", "k_start", "keys_stored")
     },
     "q": randn(2, 1, 4, DIM),
     "k": randn(2, 1, 2, DIM),
@@ -83,7 +85,6 @@ APPEND = {
     "interleaved": False,
     "backend": None,
 }
-REROPE = {"window": 4, "factor": 2.0, "grouped": False}
 
 
 def permutations(heads: int) -> torch.Tensor:
@@ -117,24 +118,17 @@ CALLS = {
         **ROPE,
         "inplace": True,
     },
-    **{x.attention.__name__: {**ATTENTION, **x.parameters} for x in SCORES.values()},
-    **{x.with_kvcache.__name__: {**CACHE, **x.parameters} for x in SCORES.values()},
-    "rerope_attention": {**ATTENTION, **REROPE},
-    "rerope_attention of packed sequences": {
-        **ATTENTION,
-        **PACKED,
-        "v": PACKED["k"] + 1,
-        **REROPE,
-    },
-    "rerope_attention_with_kvcache": {**CACHE, **REROPE},
-    "rerope_attention_with_kvcache of packed queries": {
+    "rope_attention": {**ATTENTION, "score": None},
+    "rope_attention of packed sequences": {**ATTENTION, **PACKED, "v": PACKED["k"] + 1},
+    "rope_attention_with_kvcache": {**CACHE, "score": None},
+    "rope_attention_with_kvcache of packed queries": {
         **CACHE,
         "q": PACKED["q"],
         "k": PACKED["k"],
         "v": PACKED["k"] + 1,
         "cu_seqlens_q": PACKED["cu_seqlens"],
-        **REROPE,
     },
+    **{f"scores.{name}": example.parameters for name, example in SCORES.items()},
     "rope_append_kvcache": APPEND,
     "apply_rope_qk of packed sequences": {**ROPE, **PACKED},
     "permute": {"x": ATTENTION["q"], **PERMUTE, "permutations": permutations(4)},

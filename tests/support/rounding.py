@@ -56,7 +56,7 @@ def of_cache(case, inputs, k: Tensor, v: Tensor) -> tuple[float, float]:
         gain *= inputs.call["query_scale"].max().item()
     if case.xpos:  # within a block and its predecessor
         decay = inputs.freqs.log_decay.abs().max()
-        gain *= torch.exp(2 * case.parameters["block_size"] * decay).item()
+        gain *= torch.exp(2 * case.example.parameters["block_size"] * decay).item()
     scale = (case.softmax_scale or case.head_dim**-0.5) * gain * max(case.attention_factor, 1) ** 2
     error = Rounding(inputs.q, k.nan_to_num(), scale)
     return error.weight(max(case.lengths)) * norm(v.nan_to_num()), error.logit

@@ -1,21 +1,18 @@
-"""Score methods by definition: relative positions, and examples of the public functions."""
+"""Score methods by definition: an example of each, and its relative positions from the paper."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-import extrope_kernels
-from extrope_kernels import (
-    blockwise_causal_attention,
-    dual_chunk_attention,
-    rerope_attention,
-    string_attention,
-)
+from extrope_kernels import scores
+from extrope_kernels.scores import Score
 
 
 @dataclass(frozen=True)
@@ -45,19 +42,24 @@ def indices(seqlen_q: int, seqlen_k: int) -> tuple[Tensor, Tensor]:
     return i[:, None], torch.arange(seqlen_k).double()[None]
 
 
-def rerope(seqlen_q, seqlen_k, window, factor=math.inf, grouped=False) -> Relative:
+def rerope(seqlen_q, seqlen_k, window, factor=math.inf) -> Relative:
     i, j = indices(seqlen_q, seqlen_k)
     x = i - j
-    near = (i, j)
     far = (window + (i - window) / factor, j / factor)
-    if grouped:
-        far = ((i // factor) + window - window // factor, j // factor)
-    elif factor == math.inf:
+    if factor == math.inf:
         far = (torch.full_like(i, window), torch.zeros_like(j))
-    is_near = x < window
-    seen = torch.where(is_near, near[0] - near[1], far[0] - far[1])
-    seen = seen.masked_fill(x < 0, torch.nan)
-    return Relative(seen, [(is_near & (x >= 0), *near), (~is_near, *far)])
+    near = x < window
+    seen = torch.where(near, x, far[0] - far[1]).masked_fill(x < 0, torch.nan)
+    return Relative(seen, [(near & (x >= 0), i, j), (~near, *far)])
+
+
+def self_extend(seqlen_q, seqlen_k, window, factor) -> Relative:
+    i, j = indices(seqlen_q, seqlen_k)
+    x = i - j
+    far = (i // factor + window - window // factor, j // factor)
+    near = x < window
+    seen = torch.where(near, x, far[0] - far[1]).masked_fill(x < 0, torch.nan)
+    return Relative(seen, [(near & (x >= 0), i, j), (~near, *far)])
 
 
 def dual_chunk(seqlen_q, seqlen_k, chunk_size, local_window) -> Relative:
@@ -95,25 +97,43 @@ def string(seqlen_q, seqlen_k, shift, window) -> Relative:
     return Relative(seen, [(near & (x >= 0), i, j), (~near, i - shift + window, j)])
 
 
+def by_regions(seqlen_q: int, seqlen_k: int, score: Score) -> Relative:
+    """What the formula of scores/base.py makes of a score's regions and maps."""
+    i, j = indices(seqlen_q, seqlen_k)
+    block = torch.div(i, score.granularity, rounding_mode="floor") * score.granularity
+    firsts = [torch.minimum(block + region.start, i + 1) for region in score.regions]
+    branches, seen = [], torch.full((seqlen_q, seqlen_k), torch.nan, dtype=torch.float64)
+    for region, (first, end) in zip(score.regions, pairwise([*firsts, i + 1])):
+        here, at = (first <= j) & (j < end), (region.q_map(i), region.k_map(j))
+        branches.append((here, *at))
+        seen = torch.where(here, at[0] - at[1], seen)
+    return Relative(seen, branches)
+
+
 @dataclass(frozen=True)
 class Example:
-    """A score method: its public function, parameters for it, and what they mean by definition."""
+    """A score method with parameters, and what they mean by definition."""
 
-    attention: Callable[..., Tensor]
-    parameters: dict
-    relative: Callable[..., Relative]
+    score: Score
+    relative: Callable[[int, int], Relative]  # of seqlen_q queries at the end of seqlen_k keys
+    parameters: dict = field(default_factory=dict)
 
-    @property
-    def with_kvcache(self) -> Callable[..., Tensor]:
-        """The public function of the same name over a cache."""
-        return getattr(extrope_kernels, f"{self.attention.__name__}_with_kvcache")
+
+def example(score: Callable[..., Score], relative: Callable, **parameters) -> Example:
+    return Example(score(**parameters), functools.partial(relative, **parameters), parameters)
+
+
+def example_of(score: Score) -> Example:
+    """An example of a score that no paper defines."""
+    return Example(score, functools.partial(by_regions, score=score))
 
 
 EXAMPLES = {
-    "rerope": Example(rerope_attention, {"window": 6}, rerope),
-    "leaky_rerope": Example(rerope_attention, {"window": 6, "factor": 2.5}, rerope),
-    "self_extend": Example(rerope_attention, {"window": 6, "factor": 3, "grouped": True}, rerope),
-    "dual_chunk": Example(dual_chunk_attention, {"chunk_size": 9, "local_window": 2}, dual_chunk),
-    "blockwise_causal": Example(blockwise_causal_attention, {"block_size": 10}, blockwise_causal),
-    "string": Example(string_attention, {"shift": 9, "window": 2}, string),
+    "rerope": example(scores.rerope, rerope, window=6),
+    "leaky_rerope": example(scores.leaky_rerope, rerope, window=6, factor=2.5),
+    "self_extend": example(scores.self_extend, self_extend, window=6, factor=3),
+    "dual_chunk": example(scores.dual_chunk, dual_chunk, chunk_size=9, local_window=2),
+    "blockwise_causal": example(scores.blockwise_causal, blockwise_causal, block_size=10),
+    "string": example(scores.string, string, shift=9, window=2),
 }
+PLAIN = Example(None, functools.partial(rerope, window=1 << 40))  # rope_attention without a score

@@ -1,4 +1,4 @@
-"""What the Triton kernels over a cache rest on: angles at any position, splits, no lengths read."""
+"""Triton kernels over a cache: calls, angles at any position, splits and slots, no lengths read."""
 
 from __future__ import annotations
 
@@ -12,16 +12,47 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from decode_oracle import Case, check, make  # noqa: E402
+from decode_oracle import SCORES, Case, check, make  # noqa: E402
+from score_examples import EXAMPLES, PLAIN, example_of  # noqa: E402
 
-from extrope_kernels import methods, rerope_attention_with_kvcache, scores  # noqa: E402
-from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options  # noqa: E402
+from extrope_kernels import methods, scores  # noqa: E402
 from extrope_kernels.ops._shared.lengths import cache_lengths  # noqa: E402
 from extrope_kernels.ops._shared.triton.angles import cos_sin, fixed_angle  # noqa: E402
-from extrope_kernels.ops.decode import reference  # noqa: E402
-from extrope_kernels.ops.decode.arguments import KVCache  # noqa: E402
-from extrope_kernels.ops.decode.triton import configs, grid, launch  # noqa: E402
+from extrope_kernels.ops.attention import AttentionCall, reference  # noqa: E402
+from extrope_kernels.ops.attention.call import KVCache  # noqa: E402
+from extrope_kernels.ops.attention.triton.decode import (  # noqa: E402
+    configs,
+    grid,
+    launch,
+    plans,
+)
+from extrope_kernels.ops.attention.triton.decode.schedule import share_of  # noqa: E402
 from extrope_kernels.testing import assert_within_budget, device  # noqa: E402
+
+WIDE = example_of(scores.rerope(20))
+ALL = {"sinks": True, "softcap": 2.0, "sliding_window": 29, "query_scale": True, "log_n": 16}
+PAGED = {"heads_q": 6, "page_size": 21, "leftpad": (3, 25)}
+
+
+@pytest.mark.parametrize("seqlen_q, dtype", ((1, torch.float32), (4, torch.float16)))
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_method(score, seqlen_q, dtype):
+    check(Case((70, 9), seqlen_q, dtype=dtype, **PAGED, **SCORES[score]), "triton")
+
+
+@pytest.mark.parametrize("seqlen_q", (1, 4))
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {"head_dim": 24, "rotary_dim": 6, "interleaved": True, "attention_factor": 1.2},
+        {"freqs_per_sequence": True, "head_dim_v": 8, "softmax_scale": 0.3},
+        ALL,
+        {**ALL, "fp8": True, "dtype": torch.float16},
+    ),
+    ids=range(4),
+)
+def test_options(changes, seqlen_q):
+    check(Case((70, 9), seqlen_q, **PAGED, **SCORES["leaky_rerope"], **changes), "triton")
 
 
 @triton.jit
@@ -75,7 +106,7 @@ def many_splits(monkeypatch):
 @pytest.mark.parametrize("seqlen_q", (1, 5))
 def test_any_number_of_splits(most, seqlen_q, many_splits):
     many_splits(most)
-    check(Case((97, 3), seqlen_q, parameters={"window": 20}), "triton")
+    check(Case((97, 3), seqlen_q, example=WIDE), "triton")
 
 
 LENGTHS = {
@@ -97,15 +128,14 @@ def test_mixed_lengths(lengths, seqlen_q, many_splits):
 
 def test_keys_out_of_sight_are_nobody_s_share(many_splits):
     many_splits()
-    blocks = {"attention": "blockwise_causal_attention", "parameters": {"block_size": 40}}
-    check(Case((130, 5), 2, heads_q=1, heads_k=1, **blocks), "triton")
+    blocks = example_of(scores.blockwise_causal(40))
+    check(Case((130, 5), 2, heads_q=1, heads_k=1, example=blocks), "triton")
 
 
 def test_more_sequences_than_are_counted_at_once(many_splits):
     many_splits(3)
     sizes = {"heads_q": 1, "heads_k": 1, "head_dim": 8, "rotary_dim": 8}
-    parameters = {"window": 9, "factor": 1.0}
-    check(Case((50, *[1] * 128, 40), parameters=parameters, **sizes), "triton")
+    check(Case((50, *[1] * 128, 40), example=PLAIN, **sizes), "triton")
 
 
 def test_splits_merge_in_their_order_whoever_comes_last(many_splits):
@@ -120,15 +150,13 @@ def test_what_joins_a_row_joins_it_once(seqlen_q, many_splits):
     """A sink counts where splits are merged, not in each; values of another head_dim are merged."""
     many_splits()
     options = {"sinks": True, "softcap": 2.0, "query_scale": True, "head_dim_v": 40}
-    check(
-        Case((90, 3, 0, 17), seqlen_q, page_size=7, parameters={"window": 20}, **options), "triton"
-    )
+    check(Case((90, 3, 0, 17), seqlen_q, page_size=7, example=WIDE, **options), "triton")
 
 
 @pytest.mark.parametrize("window", (1, 16, 50))
 def test_keys_out_of_the_window_are_nobody_s_share(window, many_splits):
     many_splits()
-    check(Case((130, 5), 2, sliding_window=window, parameters={"window": 20}), "triton")
+    check(Case((130, 5), 2, sliding_window=window, example=WIDE), "triton")
 
 
 def test_packed_queries_are_split(many_splits):
@@ -139,19 +167,17 @@ def test_packed_queries_are_split(many_splits):
     inputs = make(replace(case, freqs_per_sequence=True, query_scale=False))
     ends = torch.tensor((0, *counts), device=device()).cumsum(0).int()
     q = torch.randn(sum(counts) + 3, 6, 32, device=device())
-    out, lse = (
-        rerope_attention_with_kvcache(
-            q, inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num(), inputs.freqs,
-            **inputs.parameters, **inputs.call, cu_seqlens_q=ends, return_lse=True, backend=backend,
-        )
-        for backend in ("triton", "reference")
-    )  # fmt: skip
-    torch.testing.assert_close(out, lse, rtol=1e-5, atol=1e-5)
+    caches = {n: getattr(inputs, n).nan_to_num() for n in ("k_cache", "v_cache")}
+    found, want = (
+        inputs.run(backend, q=q, cu_seqlens_q=ends, **caches) for backend in ("triton", "reference")
+    )
+    for x, y in zip(found, want):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
-def call_of(score: scores.Score, head_dim: int, **options) -> AttentionCall:
-    told = score_options(score, stored=True)
-    return AttentionCall(methods.rope(head_dim).inv_freq.to(device()), **told, **options)
+def call_of(score: scores.Score, head_dim: int = 32, **options) -> AttentionCall:
+    inv_freq = methods.rope(head_dim).inv_freq.to(device())
+    return AttentionCall(inv_freq, score=score, keys_stored=True, **options)
 
 
 def test_lengths_past_the_cache_are_cut():
@@ -164,32 +190,21 @@ def test_lengths_past_the_cache_are_cut():
     call = call_of(scores.rerope(8), 16)
     kv = KVCache(cache, cache.clone(), seqlens)
     new = torch.zeros(2, 4, 1, 16, device=device())
-    launch.append(new, new, kv, call)
+    launch.decode(new, new, new, replace(kv, appended=4), call)
     assert not cache[0, 18:].any() and torch.equal(cache[1], k[1])
     assert buffer[3].isnan().all()
     out, _ = launch.decode(k[:, :1], None, None, kv, call)
     assert out.isfinite().all()
 
 
-SCORES = {
-    "rope": scores.rerope(7, 1.0),
-    "rerope": scores.rerope(7),
-    "leaky": scores.rerope(7, 3.0),
-    "self_extend": scores.self_extend(6, 3),
-    "dual_chunk": scores.dual_chunk(14, 4),
-    "blockwise_causal": scores.blockwise_causal(20),
-    "string": scores.string(9, 3),
-}
-
-
 @pytest.mark.parametrize("decayed", (False, True), ids=("", "xpos"))
 @pytest.mark.parametrize("seqlen_q", (1, 13))
-@pytest.mark.parametrize("name", SCORES)
-def test_every_score_method(name, seqlen_q, decayed, many_splits):
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_score_method_with_new_keys(name, seqlen_q, decayed, many_splits):
     """With k and v written first, into padded sequences of several splits; one is not full."""
     many_splits()
     decay = methods.xpos(32).log_decay.to(device()) if decayed else None
-    call = call_of(SCORES[name], 32, log_decay=decay, log_n=5.0, interleaved=decayed)
+    call = call_of(EXAMPLES[name].score, log_decay=decay, log_n=5.0, interleaved=decayed)
     lengths = torch.tensor([133, 19, 8], dtype=torch.int32, device=device()) - seqlen_q
     lengths = lengths.clamp(min=2)
     pads = torch.tensor([0, 2, 1], dtype=torch.int32, device=device())
@@ -249,13 +264,13 @@ def test_what_a_cache_grows_by_changes_no_length_of_another_call():
 def test_a_chip_without_tiles_is_refused_before_anything_is_written(run_python):
     source = """
         import pytest, torch
-        from extrope_kernels import methods, rerope_attention_with_kvcache
+        from extrope_kernels import methods, rope_attention_with_kvcache
         cache = torch.zeros(1, 8, 1, 16)
         new = torch.ones(1, 1, 1, 16)
         with pytest.raises(NotImplementedError, match="no tile for 4-byte elements on gfx90a"):
-            rerope_attention_with_kvcache(
+            rope_attention_with_kvcache(
                 new, cache, cache.clone(), methods.rope(16), cache_seqlens=3, k=new, v=new,
-                window=4, backend="triton",
+                backend="triton",
             )
         assert not cache.any()
     """
@@ -275,3 +290,68 @@ def test_every_tile_is_a_candidate_or_has_none():
                 assert found in [configs.Config(**leaf) for leaf in several], (kernel, chip, dim)
                 assert 3 <= len(several) <= 6
     assert set(tiles) == set(candidates)
+
+
+# -------------------------------------------------------------------------------------------------
+# Who takes which keys: slots go to sequences, splits and blocks of rows
+
+
+@triton.jit
+def _packed_shares(seqlens, cu_seqlens, found, batch, slots, total, TILE: tl.constexpr):
+    lengths = (batch, seqlens, seqlens, 1, 1 << 30)
+    queries, bounds = (cu_seqlens, total, 3), ((0, 0, 0), 1, None)
+    slot = tl.program_id(0)
+    sequence, part, splits = share_of(slot, slots, 2, lengths, queries, bounds, TILE)
+    tl.store(found + slot * 3, sequence)
+    tl.store(found + slot * 3 + 1, part)
+    tl.store(found + slot * 3 + 2, splits)
+
+
+@pytest.mark.parametrize("more, tail", ((0, 20), (33, 0)))
+@pytest.mark.parametrize(
+    "counts, lengths",
+    [
+        ((1,), (1000,)),
+        ((0, 2, 0), (64, 0, 8)),
+        ((5, 1, 0, 200), (100_000, 70, 3, 500)),
+        ((1,) * 130, (1 << 27,) * 130),
+        ((300, 1), (1 << 27, 9)),
+    ],
+)
+def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more):
+    """Every split of every block of rows once, what follows the last boundary too, and all fit."""
+    inputs = make(Case((1,)))
+    total = sum(counts) + tail
+    call = call_of(scores.rerope(7))
+    ends = torch.tensor((0, *counts), device=device()).cumsum(0).int()
+    call = replace(call, cu_seqlens=ends)
+    kv = KVCache(inputs.k_cache, inputs.v_cache, inputs.call["cache_seqlens"])
+    tile = plans._decode_tile(inputs.q, kv, call, configs.INTERPRETED, True)
+    slots = min(-(-3 * total // tile.block_m) + len(counts) + 1, total) + more
+    found = torch.full((slots, 3), -1, dtype=torch.int32, device=device())
+    seqlens = torch.tensor(lengths, dtype=torch.int32, device=device())
+    _packed_shares[(slots,)](seqlens, ends, found, len(lengths), slots, total, TILE=tile)
+    expected = []
+    for sequence, (count, keys) in enumerate(zip((*counts, tail), (*lengths, 0))):
+        rows = -(-3 * count // tile.block_m)
+        mine = found[found[:, 0] == sequence].tolist()
+        splits = mine[0][2] if mine else 1
+        assert 1 <= splits <= max(-(-(keys + count) // tile.block_n), 1)
+        expected += [[sequence, part, splits] for part in range(rows * splits)]
+    assert found[: len(expected)].tolist() == expected
+    assert (found[len(expected) :, 0] > len(lengths)).all()
+
+
+@pytest.mark.parametrize("page", (-1, 3))
+def test_a_page_that_is_not_there_is_not_written(page):
+    """On a GPU nobody looks at the values of block_table before the kernel starts."""
+    room = torch.zeros(2, 5, 4, 2, 32, device=device())
+    k_pool, v_pool = room[0, 1:4], room[1, 1:4]  # what lies on either side is another's
+    new = torch.randn(2, 1, 2, 32, device=device())
+    table = torch.tensor([[1], [page]], dtype=torch.int32, device=device())
+    seqlens = torch.tensor([2, 3], dtype=torch.int32, device=device())
+    kv = KVCache(k_pool, v_pool, seqlens, table, appended=1)
+    launch.decode(new, new, new, kv, call_of(scores.rerope(7)))
+    assert room[:, 2, 2].eq(new[0, 0]).all()
+    room[:, 2, 2] = 0
+    assert room.eq(0).all()

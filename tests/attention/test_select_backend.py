@@ -6,15 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_engines import TorchEngine
-from flash_attn_cases import make
+from attention_engines import TorchEngine, make
 
-from extrope_kernels import methods, rerope_attention, scores
-from extrope_kernels.ops._shared.attention_call import AttentionCall
-from extrope_kernels.ops.attention import choice, flash_attn, reference, schema
-from extrope_kernels.ops.attention.choice import TABLE, Choice, Shape, choose
+from extrope_kernels import methods, rope_attention, scores
+from extrope_kernels.ops.attention import make_call, op, reference, select_backend
+from extrope_kernels.ops.attention.select_backend import TABLE, Selected, Shape, select
 
-BF16 = torch.bfloat16
+BF16, TWO = torch.bfloat16, (-(2**62), -2)
 
 
 def installed(*engines):
@@ -46,7 +44,7 @@ def not_asked(engine):
     ],
 )
 def test_table(major, shape, engines, chosen, reason):
-    found = choose(major, shape, not_asked if engines is None else installed(*engines))
+    found = select(major, shape, not_asked if engines is None else installed(*engines))
     assert found.backend == chosen and reason in found.reason
     assert found.engine == (engines[0] if chosen == "flash_attn" else None)
 
@@ -55,7 +53,7 @@ def test_table(major, shape, engines, chosen, reason):
 def test_engines_of_a_row_take_every_call_it_fits(row, monkeypatch):
     """The gradient of lse too, which needs dims of its own where the engine has none."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (row.major, 0))
-    for engine in (choice._ENGINES[name] for name in row.engines):
+    for engine in (select_backend._ENGINES[name] for name in row.engines):
         for head_dim in range(8, row.head_dim + 1, 8):
             assert engine.refuses((row.major, 0), head_dim) is None
             q = torch.empty(1, 1, 1, head_dim)
@@ -65,7 +63,7 @@ def test_engines_of_a_row_take_every_call_it_fits(row, monkeypatch):
 @pytest.mark.parametrize("override", ["triton", "flash_attn"])
 def test_override_goes_before_the_table(override):
     shape = Shape(torch.float32, 128, 1)
-    assert choose(8, shape, not_asked, override) == Choice(
+    assert select(8, shape, not_asked, override) == Selected(
         override, f"EXTROPE_ATTENTION={override}"
     )
 
@@ -78,26 +76,25 @@ def test_override_goes_before_the_table(override):
 def engine(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("the engine is for tensors on a CPU")
-    made = TorchEngine("chosen", negative_right=True, dlse=True)
+    made = TorchEngine("selected", negative_right=True, dlse=True)
     monkeypatch.delenv("EXTROPE_ATTENTION", raising=False)
-    monkeypatch.setattr(choice, "_major", lambda device: 9)
-    monkeypatch.setattr(choice, "_DTYPES", (torch.float32, torch.bfloat16))
-    monkeypatch.setattr(choice, "TABLE", (choice.Row(9, 256, 11, ("flash-attn 4",)),))
-    monkeypatch.setitem(choice._ENGINES, "flash-attn 4", made)
-    monkeypatch.setattr(choice, "unusable", lambda *_: None)
-    choice._implementation.cache_clear()
+    monkeypatch.setattr(select_backend, "_major", lambda device: 9)
+    monkeypatch.setattr(select_backend, "_DTYPES", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(
+        select_backend, "TABLE", (select_backend.Row(9, 256, 11, ("flash-attn 4",)),)
+    )
+    monkeypatch.setitem(select_backend._ENGINES, "flash-attn 4", made)
+    monkeypatch.setattr(select_backend, "unusable", lambda *_: None)
+    select_backend._select.cache_clear()
     yield made
-    choice._implementation.cache_clear()
+    select_backend._select.cache_clear()
 
 
 def both_passes(q, k, v, call, dout, dlse):
     """out, lse and gradients of the ops as they run on a GPU."""
-    rope_args = (call.inv_freq, call.cu_seqlens, call.log_decay)
-    options = {name: getattr(call, name) for name in ("starts", "granularity", "maps", "log_n")}
-    options["softmax_scale"] = call.softmax_scale
-    out, lse = schema._fwd("best", q, k, v, *rope_args, **options)
-    grads = schema._bwd("best", dout, dlse, q, k, v, out, lse, *rope_args, **options)
-    return out, lse, *grads
+    numbers = {"numbers": call.numbers}
+    out, lse = op._fwd_cuda(q, k, v, *call.tensors, **numbers)
+    return out, lse, *op._bwd_cuda(dout, dlse, q, k, v, out, lse, *call.tensors, **numbers)
 
 
 def expected(q, k, v, call, dout, dlse):
@@ -108,7 +105,7 @@ def expected(q, k, v, call, dout, dlse):
 @pytest.mark.parametrize("seqlen", [11, 10])
 def test_backward_runs_what_forward_ran(engine, seqlen):
     pytest.importorskip("triton")
-    inputs = make((-(2**62), -2), seqlen, seqlen, dtype=torch.float32)
+    inputs = make(TWO, seqlen, seqlen, dtype=torch.float32)
     inputs = (*inputs[:-1], inputs[-1].float())
     for got, want in zip(both_passes(*inputs), expected(*inputs)):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -116,37 +113,24 @@ def test_backward_runs_what_forward_ran(engine, seqlen):
     assert (len(calls) >= 4) == (seqlen == 11)
 
 
-def test_packed_sequences_count_by_their_mean(engine):
-    inputs = make((-(2**62), -2), cu_seqlens=[0, 11, 20], dtype=torch.float32)
-    both_passes(*inputs[:-1], None)
-    assert not engine.calls
-    inputs = make((-(2**62), -2), cu_seqlens=[0, 3, 22], dtype=torch.float32)
-    both_passes(*inputs[:-1], None)
-    assert engine.calls
+@pytest.mark.parametrize("ends, reached", [([0, 11, 20], False), ([0, 3, 22], True)])
+def test_packed_sequences_count_by_their_mean(engine, ends, reached):
+    *inputs, _ = make(TWO, cu_seqlens=ends, dtype=torch.float32)
+    both_passes(*inputs, None)
+    assert bool(engine.calls) == reached
 
 
-def test_either_backward_takes_what_either_forward_gives(engine):
-    """Should the variable change between the passes."""
-    triton = pytest.importorskip("extrope_kernels.ops.attention.triton")
-    q, k, v, call, dout, dlse = make((-(2**62), -2), dtype=torch.float32)
-    dlse = dlse.float()
-    want = expected(q, k, v, call, dout, dlse)
-    of_triton = triton.forward(q, k, v, call)
-    of_engine = flash_attn.forward(q, k, v, call, engine)
-    got = flash_attn.backward(dout, dlse, q, k, v, *of_triton, call, engine)
-    others = triton.backward(dout, dlse, q, k, v, *of_engine, call)
-    for x, other, w in zip(got, others, want[2:]):
-        torch.testing.assert_close(x, w, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(other, w, rtol=1e-4, atol=1e-4)
-
-
-def test_a_choice_is_made_once(engine, monkeypatch):
+def test_a_backend_is_selected_once(engine, monkeypatch):
     made = []
-    monkeypatch.setattr(choice, "choose", lambda *x: made.append(x) or choose(*x))
-    inputs = make((-(2**62), -2), dtype=torch.float32)
+    monkeypatch.setattr(select_backend, "select", lambda *x: made.append(x) or select(*x))
+    *inputs, _ = make(TWO, dtype=torch.float32)
     for _ in range(3):
-        both_passes(*inputs[:-1], None)
+        both_passes(*inputs, None)
     assert len(made) == 1
+    monkeypatch.setenv("EXTROPE_ATTENTION", "triton")  # which is read at every call
+    engine.calls.clear()
+    both_passes(*inputs, None)
+    assert not engine.calls
 
 
 @pytest.mark.parametrize(
@@ -158,20 +142,9 @@ def test_a_choice_is_made_once(engine, monkeypatch):
 )
 def test_override_that_cannot_be(engine, monkeypatch, value, error, message):
     monkeypatch.setenv("EXTROPE_ATTENTION", value)
-    inputs = make((-(2**62), -2), dtype=torch.float32)
+    inputs = make(TWO, dtype=torch.float32)
     with pytest.raises(error, match=message):
         both_passes(*inputs)
-
-
-def test_override_is_read_at_every_call(engine, monkeypatch):
-    pytest.importorskip("triton")
-    inputs = make((-(2**62), -2), dtype=torch.float32)
-    monkeypatch.setenv("EXTROPE_ATTENTION", "triton")
-    both_passes(*inputs[:-1], None)
-    assert not engine.calls
-    monkeypatch.setenv("EXTROPE_ATTENTION", "")
-    both_passes(*inputs[:-1], None)
-    assert engine.calls
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -182,40 +155,37 @@ def test_compiled_as_eager(monkeypatch, override):
     freqs = methods.rope(64).to("cuda")
 
     def attend(q, k, v):
-        return rerope_attention(q, k, v, freqs, window=100)
+        return rope_attention(q, k, v, freqs, scores.rerope(100))
 
     assert torch.equal(torch.compile(attend, fullgraph=True)(q, k, v), attend(q, k, v))
 
 
-def test_tracing_makes_no_choice(monkeypatch):
-    monkeypatch.setattr(choice, "choose", not_asked)
-    score = scores.rerope(100)
-    call = AttentionCall(methods.rope(64).inv_freq, starts=score.starts, maps=score.maps)
+def test_tracing_selects_nothing(monkeypatch):
+    monkeypatch.setattr(select_backend, "select", not_asked)
+    call = make_call(methods.rope(64).to("meta"), scores.rerope(100))
     q = torch.empty(1, 300, 4, 64, device="meta", dtype=BF16)
-    out, lse = schema._fwd_fake(
-        q, q, q, call.inv_freq.to("meta"), starts=call.starts, granularity=1, maps=call.maps
-    )
+    out, lse = op._fwd_fake(q, q, q, *call.tensors, numbers=call.numbers)
     assert out.shape == q.shape and lse.shape == (1, 4, 300)
 
 
 def test_report_names_rows_and_reasons(monkeypatch):
     monkeypatch.delenv("EXTROPE_ATTENTION", raising=False)
-    lines = choice.choices()
+    lines = select_backend.selections()
     assert lines.popitem() == ("attention on other GPUs", "triton")
     if not torch.cuda.is_available():
         assert len(lines) == len(TABLE)
-    monkeypatch.setattr(choice, "why_not", lambda *_: None)
+    monkeypatch.setattr(select_backend, "why_not", lambda *_: None)
     if not torch.cuda.is_available():
-        line = choice.choices()["attention on sm_9x, head_dim to 184"]
+        line = select_backend.selections()["attention on sm_9x, head_dim to 184"]
         assert line == "flash_attn: flash-attn 4 from 16384 tokens on (estimated), triton below"
     monkeypatch.setenv("EXTROPE_ATTENTION", "triton")
-    assert choice.choices() == {"attention on cuda": "EXTROPE_ATTENTION=triton"}
+    assert select_backend.selections() == {"attention on cuda": "EXTROPE_ATTENTION=triton"}
 
 
 OPTIONS = {
-    "softcap": (1.5, "engine"),
-    "sliding_window": (3, "engine"),
-    "sinks": (torch.zeros(4), "engine"),
+    "softcap": (1.5, "flash_attn"),
+    "sliding_window": (3, "flash_attn"),
+    "sinks": (torch.zeros(4), "flash_attn"),
     "q_start": (torch.zeros(1, dtype=torch.int32), "triton"),
     "k_start": (torch.zeros(1, dtype=torch.int32), "triton"),
 }
@@ -223,12 +193,11 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", [*OPTIONS, "head_dim of v"])
 def test_what_the_composition_does_not_take_goes_to_triton(engine, option):
-    triton = pytest.importorskip("extrope_kernels.ops.attention.triton")
-    q, k, v, call, *_ = make((-(2**62), -2), dtype=torch.float32)
+    q, k, v, call, *_ = make(TWO, dtype=torch.float32)
     value, who = OPTIONS.get(option, (None, "triton"))
     if option in OPTIONS:
         call = replace(call, **{option: value})
     else:
         v = v[..., :8]
-    chosen = choice.implementation(q, k, v, call).forward is triton.forward
-    assert chosen == (who == "triton")
+    selected = select_backend.select_backend(q, k, v, call)
+    assert selected.backend == who and (selected.engine == "flash-attn 4") == (who != "triton")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from decode_oracle import SCORES, Case, check, make
 from rope_oracle import INTERPRETED
 from score_examples import EXAMPLES
 
-from extrope_kernels import methods, rerope_attention_with_kvcache
+from extrope_kernels import methods, rope_attention_with_kvcache, scores
 from extrope_kernels.testing import attention_backends, device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,12 +55,12 @@ def test_pages_that_a_window_has_left_are_not_looked_at(name):
         torch.randn(shape, device=device())
         for shape in ((1, 2, 4, 32), (1, 2, 2, 32), (2, 6, 8, 2, 32))
     )
-    where = {"cache_seqlens": 40, "k": k, "v": k, "window": 4, "sliding_window": 9}
+    where = {"cache_seqlens": 40, "k": k, "v": k, "sliding_window": 9}
     where |= {"block_table": torch.arange(6, dtype=torch.int32, device=device())[None]}
-    freqs = methods.rope(32).to(device())
-    want = rerope_attention_with_kvcache(q, *cache.clone(), freqs, **where, backend="reference")
+    method = (methods.rope(32).to(device()), scores.rerope(4))
+    want = rope_attention_with_kvcache(q, *cache.clone(), *method, **where, backend="reference")
     cache[:, :4] = torch.nan
-    got = rerope_attention_with_kvcache(q, *cache, freqs, **where, backend=name)
+    got = rope_attention_with_kvcache(q, *cache, *method, **where, backend=name)
     torch.testing.assert_close(got, want)
 
 
@@ -106,64 +107,49 @@ def packed_call(counts, switch, dtype=torch.float32, page_size=16, tail=0):
 
 
 @pytest.mark.parametrize(
-    "switch, dtype",
-    [(None, DTYPES[0]), ("sliding_window", DTYPES[2]), ("all", DTYPES[0]), ("all", DTYPES[1])],
+    "switch, dtype, page_size",
+    [
+        ("sinks", DTYPES[0], 16),
+        ("sliding_window", DTYPES[2], 16),
+        ("all", DTYPES[0], 16),
+        ("all", DTYPES[1], 16),
+        ("all", DTYPES[0], None),
+    ],
 )
-def test_packed_queries(switch, dtype, any_backend):
-    SWITCHES.setdefault(None, {})
-    check_packed(any_backend, switch, dtype)
-
-
-def test_packed_queries_of_a_contiguous_cache(any_backend):
-    check_packed(any_backend, "all", torch.float32, page_size=None)
-
-
-def check_packed(any_backend, switch, dtype, page_size=16):
+def test_packed_queries(switch, dtype, page_size, any_backend):
     """Chunks and single tokens in one call, as each sequence by itself; one has no query."""
     counts = (5, 1, 0, 33, 1)
     inputs, q, k, v, call, cu_seqlens = packed_call(counts, switch, dtype, page_size, tail=2)
-    caches = [x.clone() for x in (inputs.k_cache, inputs.v_cache)]
-    options = {**inputs.parameters, "return_lse": True, "backend": any_backend}
-    out, lse = rerope_attention_with_kvcache(
-        q, *caches, inputs.freqs, k=k, v=v, cu_seqlens_q=cu_seqlens, **call, **options
-    )
+    caches = {name: getattr(inputs, name).clone() for name in ("k_cache", "v_cache")}
+    given = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens}
+    out, lse = inputs.run(any_backend, **caches, **call, **given)
     assert out.shape == (*q.shape[:-1], v.shape[-1]) and lse.shape == (q.shape[1], q.shape[0])
     assert not out[sum(counts) :].any() and (lse[:, sum(counts) :] == -torch.inf).all()
-    apart = [x.clone() for x in (inputs.k_cache, inputs.v_cache)]
-    for b, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:])):
+    apart = {name: getattr(inputs, name).clone() for name in caches}
+    for b, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
         own = {n: call[n][b : b + 1] for n in ("cache_seqlens", "block_table") if n in call}
-        its_caches = apart if page_size else [x[b : b + 1] for x in apart]
+        own |= {n: x if page_size else x[b : b + 1] for n, x in apart.items()}
         if "query_scale" in call:
             own["query_scale"] = call["query_scale"][None, begin:end]
-        mine = [x[None, begin:end] for x in (q, k, v)]
-        want, want_lse = rerope_attention_with_kvcache(
-            mine[0], *its_caches, inputs.freqs, k=mine[1], v=mine[2], **{**call, **own}, **options
-        )
+        own |= {n: given[n][None, begin:end] for n in "qkv"}
+        want, want_lse = inputs.run(any_backend, **{**call, **own})
         torch.testing.assert_close(out[begin:end], want[0])
         torch.testing.assert_close(lse[:, begin:end], want_lse[0])
-    for x, y in zip(caches, apart):
-        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+    for name, x in caches.items():
+        torch.testing.assert_close(x, apart[name], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "cu_seqlens, message",
-    [
-        ((1, 3, 6), "cu_seqlens_q must rise from 0, got [1, 3, 6]"),
-        ((0, 4, 3), "cu_seqlens_q must rise from 0, got [0, 4, 3]"),
-        ((0, 3, 7), "cu_seqlens_q must rise to q's 6 tokens at most, got [0, 3, 7]"),
-    ],
-)
-def test_wrong_boundaries(cu_seqlens, message, any_backend):
+@pytest.mark.parametrize("boundaries", [(1, 3, 6), (0, 4, 3), (0, 3, 7)], ids=str)
+@pytest.mark.parametrize("named", [None, "reference"])
+def test_wrong_boundaries(boundaries, named):
     if not INTERPRETED:
         pytest.skip("values on a GPU are not looked at")
     inputs, q, k, v, call, _ = packed_call((3, 3), "sinks")
-    cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=device())
+    ends = torch.tensor(boundaries, dtype=torch.int32, device=device())
     with pytest.raises(ValueError) as refused:
-        rerope_attention_with_kvcache(
-            q, inputs.k_cache, inputs.v_cache, inputs.freqs, k=k, v=v, cu_seqlens_q=cu_seqlens,
-            backend=any_backend, **inputs.parameters, **call,
-        )  # fmt: skip
-    assert str(refused.value) == f"rerope_attention_with_kvcache: {message}"
+        inputs.run(named, **call, q=q, k=k, v=v, cu_seqlens_q=ends)
+    message = f"cu_seqlens_q must rise from 0 to q's 6 tokens at most, got {list(boundaries)}"
+    assert str(refused.value) == f"rerope: {message}"
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
@@ -188,13 +174,18 @@ def test_a_cap_bounds_infinite_logits_and_keeps_nan(where, value, any_backend):
     assert torch.equal(out.isfinite(), want.isfinite())
 
 
-@pytest.mark.parametrize("sinks", [torch.randn(4, 2)[:, 0], torch.tensor([1.5]).expand(4)])
+NEGATED = torch.complex(torch.zeros(4), -torch.arange(4.0)).conj().imag  # lazily, by a bit
+
+
+@pytest.mark.parametrize(
+    "sinks", [torch.randn(4, 2)[:, 0], torch.tensor([1.5]).expand(4), NEGATED], ids=range(3)
+)
 def test_sinks_of_any_strides(sinks, any_backend):
     q, (k, v) = torch.randn(2, 1, 4, 32), torch.randn(2, 2, 9, 2, 32)
     q, k, v, sinks = (x.to(device()) for x in (q, k, v, sinks))
-    freqs, options = methods.rope(32).to(device()), {"cache_seqlens": 9, "window": 4}
+    options = {"freqs": methods.rope(32).to(device()), "cache_seqlens": 9, "backend": any_backend}
     got, want = (
-        rerope_attention_with_kvcache(q, k, v, freqs, sinks=s, backend=any_backend, **options)
-        for s in (sinks, sinks.contiguous())
+        rope_attention_with_kvcache(q, k, v, sinks=x, **options)
+        for x in (sinks, sinks.clone().resolve_neg().contiguous())
     )
     assert torch.equal(got, want)

@@ -8,12 +8,11 @@ import pytest
 import torch
 from decode_oracle import SCORES, Case, check, make, quantized
 
-from extrope_kernels import methods, rerope_attention_with_kvcache, rope_append_kvcache, scores
+from extrope_kernels import methods, rope_append_kvcache, rope_attention_with_kvcache, scores
 from extrope_kernels.testing import available_backends, device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP8 = torch.float8_e4m3fn
-BACKENDS = ("reference", "cpu", "triton")
 CODES = torch.arange(256, dtype=torch.uint8).view(FP8)
 ONE_TOKEN = Case((70, 9), heads_q=6, page_size=21, leftpad=(3, 25), fp8=True)
 FEW = Case((37, 5, 0), 4, heads_q=6, fp8=True)
@@ -22,7 +21,7 @@ SMALL_CHUNK = Case((75, 30), 20, page_size=16, fp8=True)  # more would take the 
 CASES = pytest.mark.parametrize("case", (ONE_TOKEN, FEW, CHUNK), ids=("one token", "few", "chunk"))
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["reference", "cpu", pytest.param("triton", marks=pytest.mark.thorough)])
 def fp8_backend(request):
     if request.param not in ("reference", *available_backends()):
         pytest.skip(f"{request.param} cannot run here")
@@ -57,9 +56,9 @@ def test_dtypes_and_softmax_options(case, dtype, fp8_backend):
 
 def one_key(q, code_rows, v_rows, k_scale, v_scale, backend):
     """Every sequence has one key, which its last token sees."""
-    out, lse = rerope_attention_with_kvcache(
+    out, lse = rope_attention_with_kvcache(
         q, code_rows[:, None, None], v_rows[:, None, None], methods.rope(256).to(device()),
-        cache_seqlens=1, window=4, softmax_scale=1.0, return_lse=True, backend=backend,
+        scores.rerope(4), cache_seqlens=1, softmax_scale=1.0, return_lse=True, backend=backend,
         k_scale=torch.tensor([k_scale], device=device()),
         v_scale=torch.tensor([v_scale], device=device()),
     )  # fmt: skip
@@ -114,7 +113,7 @@ def test_writing_rounds_to_nearest_even_and_saturates(dtype, fp8_backend):
         caches = [torch.zeros_like(want) for _ in "kvkv"]
         where = {"cache_seqlens": 0, "k_scale": scales, "v_scale": scales, "backend": fp8_backend}
         q, freqs = torch.ones_like(x), methods.rope(32)
-        rerope_attention_with_kvcache(q, *caches[:2], freqs, k=x, v=x, window=4, **where)
+        rope_attention_with_kvcache(q, *caches[:2], freqs, scores.rerope(4), k=x, v=x, **where)
         rope_append_kvcache(None, x, x, *caches[2:], None, **where)
         assert all(same_codes(cache, want) for cache in caches)
 
@@ -131,9 +130,8 @@ def test_append_as_into_a_wider_cache_that_is_rounded_then(score, dtype, fp8_bac
     q, k, v = (torch.randn(10, n, 32, generator=generator).to(dtype) for n in (6, 2, 2))
     new = {"k": k, "v": v, "cu_seqlens_q": counts}
     new["cache_seqlens"] = inputs.call["cache_seqlens"] - torch.tensor([5, 3], dtype=torch.int32)
-    for run in (wide, inputs):
-        run.call.update(new)
-        replace(run, q=q).run(fp8_backend)
+    for cached in (wide, inputs):
+        cached.run(fp8_backend, q=q, **new)
     for name, of in (("k_cache", "k_scale"), ("v_cache", "v_scale")):
         assert same_codes(getattr(inputs, name), quantized(getattr(wide, name), scale[of]))
 
@@ -159,7 +157,7 @@ def test_the_fused_step(score, dtype, fp8_backend):
 
 def decode_call(cache, **scales):
     q, freqs = torch.zeros(1, 1, 4, 32, device=cache.device), methods.rope(32).to(cache.device)
-    rerope_attention_with_kvcache(q, cache, cache, freqs, cache_seqlens=3, window=4, **scales)
+    rope_attention_with_kvcache(q, cache, cache.clone(), freqs, cache_seqlens=3, **scales)
 
 
 def append_call(cache, **scales):

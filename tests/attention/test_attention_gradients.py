@@ -1,0 +1,213 @@
+"""Gradients of every score method and option, on every backend, against float64."""
+
+import functools
+import math
+
+import pytest
+import torch
+from attention_oracle import attend, check_gradients, frequencies, make_qkv
+from score_examples import EXAMPLES, Example, blockwise_causal, dual_chunk, example, rerope
+from test_attention import LOW, STARTS, SWITCHES, switched
+
+from extrope_kernels import scores
+from extrope_kernels.methods import RopeFreqs, xpos
+from extrope_kernels.ops.attention import AttentionCall, reference
+from extrope_kernels.testing import device
+
+INF = math.inf
+of_rerope = functools.partial(example, scores.rerope, rerope)
+
+
+@pytest.mark.parametrize("factor", [1 / 16, 1.0, 4.0, INF])
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 66, 67])
+def test_windows_and_factors(window, factor, any_backend):
+    made = of_rerope(window=window, factor=factor)
+    check_gradients(any_backend, made, make_qkv(seqlen_q=67), with_lse=False)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_score_method(name, dtype, fast_backend):
+    check_gradients(fast_backend, EXAMPLES[name], make_qkv(2, 45, None, 4, 2, 32, dtype))
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 128, 256])
+def test_head_dims(head_dim, dtype, any_backend):
+    tensors = make_qkv(seqlen_q=37, head_dim=head_dim, dtype=dtype)
+    check_gradients(any_backend, of_rerope(window=11, factor=4.0), tensors, with_lse=False)
+
+
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v, dtype", [(24, 8, LOW[0]), (40, 64, LOW[2]), (192, 128, LOW[1])]
+)
+def test_another_head_dim_of_values(head_dim, head_dim_v, dtype, any_backend):
+    tensors = make_qkv(2, 35, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v)
+    check_gradients(any_backend, EXAMPLES["rerope"], tensors, **switched("sinks", 2, 35))
+
+
+@pytest.mark.parametrize("head_dim", [264, 512])
+def test_wide_heads(head_dim, any_backend):
+    if any_backend == "triton":
+        pytest.skip("its kernels take a head_dim up to 256")
+    check_gradients(any_backend, EXAMPLES["rerope"], make_qkv(1, 19, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("heads_q, heads_k", [(1, 1), (3, 1), (4, 2), (9, 3)])
+@pytest.mark.parametrize("seqlens", [(1, 1), (53, 53), (5, 40), (40, 7)], ids=str)
+def test_heads_and_lengths(seqlens, heads_q, heads_k, any_backend):
+    tensors = make_qkv(2, *seqlens, heads_q, heads_k)
+    check_gradients(any_backend, of_rerope(window=7, factor=4.0), tensors, with_lse=False)
+
+
+@pytest.mark.parametrize("options", [{"softmax_scale": 0.3, "log_n": 8}, {"interleaved": True}])
+@pytest.mark.parametrize("name", ["leaky_rerope", "self_extend"])
+def test_options(name, options, any_backend):
+    freqs = frequencies(32, rotary_dim=16, attention_factor=1.3)
+    check_gradients(any_backend, EXAMPLES[name], make_qkv(1, 29, None, 2, 1), freqs, **options)
+
+
+@pytest.mark.parametrize("size", [7, 12, 40])
+def test_chunks_and_half_blocks(size, any_backend):
+    tensors = make_qkv(1, 45, None, 4, 2)
+    chunks = example(scores.dual_chunk, dual_chunk, chunk_size=size, local_window=size // 6)
+    check_gradients(any_backend, chunks, tensors)
+    blocks = example(scores.blockwise_causal, blockwise_causal, block_size=2 * size)
+    check_gradients(any_backend, blocks, tensors, xpos(32).to(device()), with_lse=False)
+
+
+@pytest.mark.parametrize("switch", ["sinks", "sliding_window", "all"])
+@pytest.mark.parametrize("name", ["self_extend", "dual_chunk"])
+def test_every_score_method_with(name, switch, any_backend):
+    check_gradients(any_backend, EXAMPLES[name], make_qkv(2, 67), **switched(switch, 2, 67))
+
+
+@pytest.mark.parametrize(
+    "switch, dtype",
+    [(x, LOW[0]) for x in SWITCHES] + [(x, y) for x in ("softcap", "all") for y in LOW[1:]],
+)
+def test_dtypes(switch, dtype, any_backend):
+    tensors = make_qkv(2, 41, 53, head_dim=64, dtype=dtype)
+    check_gradients(any_backend, EXAMPLES["leaky_rerope"], tensors, **switched(switch, 2, 41))
+
+
+@pytest.mark.parametrize("starts", STARTS)
+@pytest.mark.parametrize("name", ["self_extend", "dual_chunk"])
+def test_starts(name, starts, any_backend):
+    check_gradients(any_backend, EXAMPLES[name], make_qkv(2, 23, 29), **STARTS[starts], log_n=16)
+
+
+def test_strided_gradient_and_views(any_backend):
+    q, k, v = (
+        x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        for x in make_qkv(2, 23, None, 4, 2)
+    )
+    out, _ = attend(EXAMPLES["rerope"], q, k, v, frequencies(32), any_backend)
+    summed = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)  # strides all zero
+    dense = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert all(torch.equal(a, b) for a, b in zip(summed, dense))
+
+
+def test_a_row_without_keys_or_a_sink(any_backend):
+    """-inf switches a sink off: it has no part in a row, and no gradient of it."""
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 4, 2))
+    sinks = torch.tensor([-INF, 0.3], device=device(), requires_grad=True)
+    out, lse = attend(EXAMPLES["rerope"], q, k, v, frequencies(32), any_backend, sinks=sinks)
+    assert torch.equal(lse[0, 0, :2], lse.new_full((2,), -INF)) and not out[0, :2].any()
+    grads = torch.autograd.grad(out.sum(), (q, k, v, sinks))
+    assert all(x.isfinite().all() for x in grads) and grads[3][0] == 0
+
+
+def test_keys_of_no_query_heads(any_backend):
+    q = torch.empty(1, 20, 0, 16, device=device(), requires_grad=True)
+    k, v = torch.randn(2, 1, 20, 2, 16, device=device()).unbind()
+    k, v = k.requires_grad_(), v.requires_grad_()
+    out, _ = attend(EXAMPLES["rerope"], q, k, v, frequencies(16), any_backend)
+    for grad in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+# -------------------------------------------------------------------------------------------------
+# The reference: finite differences, and its own backward against autograd
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_finite_differences(name):
+    tensors = [x.double().requires_grad_() for x in make_qkv(1, 11, None, 2, 1, 2)]
+    inv_freq = frequencies(2).inv_freq.double().requires_grad_()
+
+    def run(q, k, v, inv_freq):
+        freqs = RopeFreqs(inv_freq, attention_factor=1.2)
+        return attend(EXAMPLES[name], q, k, v, freqs, "reference", log_n=3)
+
+    assert torch.autograd.gradcheck(run, (*tensors, inv_freq))
+    if name in ("leaky_rerope", "self_extend"):
+        tensors = [x[:, :4].detach().requires_grad_() for x in tensors]
+        assert torch.autograd.gradgradcheck(run, (*tensors, inv_freq))
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def doubles(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+SOFTMAX = {"softcap": 0.5, "sliding_window": 5, "log_n": 3.0, "softmax_scale": 0.7}
+BEFORE = {"q_start": ints(0, 7), "k_start": ints(6, 0)}  # rows without keys
+CALLS = {
+    "plain": {},
+    **{name: {name: value} for name, value in SOFTMAX.items()},
+    "sinks": {"sinks": doubles(4)},
+    "query_scale": {"query_scale": torch.rand(2, 9) + 0.5},
+    "rows without keys": {**BEFORE, "softcap": 0.5},
+    "all": {**SOFTMAX, "sinks": doubles(4), **BEFORE},
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "score", (scores.rerope(3, 2.0), scores.dual_chunk(5, 1)), ids=lambda score: score.name
+)
+def test_the_reference_s_own_backward(name, score, packed):
+    if packed and name not in ("plain", *SOFTMAX, "sinks"):
+        pytest.skip("of a batch")
+    options = CALLS[name] | ({"cu_seqlens": ints(0, 4, 4, 11)} if packed else {})
+    call = AttentionCall(
+        frequencies(8).inv_freq.cpu(), score=score, attention_factor=1.2, **options
+    )
+    leading_q, leading_k = ((11,), (11,)) if packed else ((2, 9), (2, 11))
+    shapes = (*leading_q, 4, 8), (*leading_k, 2, 8), (*leading_k, 2, 6)
+    qkv = [doubles(*shape).requires_grad_() for shape in shapes]
+    out, lse = reference.forward(*qkv, call)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse).where(lse.isfinite(), 0.0)
+    expected = torch.autograd.grad((out, lse), qkv, (dout, dlse))
+    given = [x.detach() for x in (*qkv, out, lse)]
+    for got, want in zip(reference.backward(dout, dlse, *given, call), expected):
+        torch.testing.assert_close(got, want)
+    assert all(x.isfinite().all() for x in reference.backward(dout, None, *given, call))
+
+
+# An infinite amplitude, or angle, of keys that a region does not hold met a gradient of 0.
+FAR = {
+    "no far keys": (scores.string(40_000, 128), torch.float32, xpos(16)),
+    "a small factor": (scores.leaky_rerope(4, 1 / 2000), torch.float16, xpos(16)),
+    "a huge window": (scores.rerope(2**60), torch.float16, xpos(16)),
+    "a huge chunk": (scores.dual_chunk(2**60, 0), torch.float16, frequencies(16)),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_regions_without_keys_have_finite_gradients(name):
+    score, dtype, freqs = FAR[name]
+    tokens = 4 if dtype == torch.float16 else 16
+    tensors = [x.requires_grad_() for x in make_qkv(1, tokens, head_dim=16, dtype=dtype)]
+    found = []
+    for backend in ("reference", None):
+        out, _ = attend(Example(score, rerope), *tensors, freqs.to(device()), backend)
+        found.append((out, *torch.autograd.grad(out.sum(), tensors)))
+    for got, want in zip(*found):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, want, rtol=4e-3, atol=4e-3)

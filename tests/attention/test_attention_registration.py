@@ -1,0 +1,228 @@
+"""The attention ops as PyTorch sees them: opcheck, torch.compile, torch.func, what is saved."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+
+import pytest
+import torch
+from attention_oracle import frequencies, make_qkv
+from score_examples import EXAMPLES
+
+from extrope_kernels import (
+    apply_rope_qk,
+    methods,
+    rope_attention,
+    rope_attention_with_kvcache,
+    scores,
+)
+from extrope_kernels.methods import RopeFreqs
+from extrope_kernels.ops.attention import AttentionCall, make_call
+from extrope_kernels.ops.attention.call import read_call
+from extrope_kernels.scores import FIRST_KEY
+
+OPS = torch.ops.extrope
+THETA, FREQS = frequencies(32).inv_freq, frequencies(32)
+RULED = functools.partial(make_call, FREQS)
+
+
+def test_both_functions_share_options():
+    """Names, order and defaults of what both take."""
+    first, second = (
+        inspect.signature(x).parameters for x in (rope_attention, rope_attention_with_kvcache)
+    )
+    shared = [name for name in first if name in second and name not in "qkv"]
+    assert [name for name in second if name in shared] == shared
+    assert {name: first[name] for name in shared} == {name: second[name] for name in shared}
+    alone = {"q_start", "k_start", "cu_seqlens", "keys_stored"}
+    assert {*first} - {*second} == alone and len(shared) == 11
+    assert all(x.kind is x.KEYWORD_ONLY for n, x in first.items() if n in shared[2:])
+
+
+def calls() -> dict[str, AttentionCall]:
+    cu_seqlens = torch.tensor([0, 5, 13], dtype=torch.int32, device=THETA.device)
+    decaying = RopeFreqs(THETA, log_decay=-torch.rand_like(THETA) / 100)
+    return {
+        "rerope": RULED(scores.rerope(4)),
+        "shorter keys": make_call(decaying, scores.leaky_rerope(4, 4.0), log_n=3.0),
+        "packed": RULED(
+            scores.self_extend(4, 2), keys_stored=True, cu_seqlens=cu_seqlens, interleaved=True
+        ),
+        "dual_chunk": RULED(scores.dual_chunk(6, 1), softcap=2.0, sliding_window=7),
+    }
+
+
+def arguments(name: str):
+    q, k, v = make_qkv(2, 13, None, 4, 2)
+    if name == "packed":
+        q, k, v = (x[0] for x in (q, k, v))
+    if name == "shorter keys":
+        k, v = k[:, :9], v[:, :9]
+    call = calls()[name]
+    return (q, k, v, *call.tensors), {"numbers": call.numbers}
+
+
+@pytest.mark.parametrize("name", calls())
+def test_opcheck(name):
+    (q, k, v, *others), numbers = arguments(name)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(OPS.attention_fwd.default, (*leaves, *others), numbers)
+    q, k, v = (x.detach() for x in leaves)
+    out, lse = OPS.attention_fwd(q, k, v, *others, **numbers)
+    given = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *others)
+    torch.library.opcheck(OPS.attention_bwd.default, given, numbers)
+
+
+@pytest.mark.parametrize("name", calls())
+def test_a_call_survives_its_op(name):
+    """All that tensors and numbers tell of it; the score's own name is not an op's business."""
+    call = calls()[name]
+    found = read_call(call.tensors, call.numbers)
+    assert found.numbers == (made := call.numbers) and found.stored == call.stored
+    assert found.regions == call.regions and found.granularity == call.granularity
+    assert all(math.isfinite(x) for x in made), "serialised graphs have no infinity"
+
+
+def test_compile_is_one_graph():
+    leaves = [x.requires_grad_() for x in make_qkv(1, 37, None, 4, 2)]
+
+    def loss(q, k, v, named=None):
+        near = rope_attention(q, k, v, FREQS, scores.rerope(8, 4.0), log_n=16, backend=named)
+        chunks = rope_attention(q, k, v, FREQS, scores.dual_chunk(9, 2), backend=named)
+        return (near * chunks).sum()
+
+    # Of the reference inductor would compile PyTorch's own operations, for a minute.
+    for named, compiler in ((None, "inductor"), ("reference", "aot_eager")):
+        compiled = torch.compile(
+            functools.partial(loss, named=named), fullgraph=True, dynamic=True, backend=compiler
+        )
+        for tokens in (37, 29):
+            part = [x[:, :tokens].detach().clone().requires_grad_() for x in leaves]
+            want = torch.autograd.grad(loss(*part, named), part)
+            for a, b in zip(torch.autograd.grad(compiled(*part), part), want):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_compile_takes_a_factor_that_changes():
+    q, k, v = make_qkv(1, 11, None, 2, 1)
+
+    def attend(q, k, v, factor):
+        return rope_attention(q, k, v, FREQS, scores.rerope(3, factor))
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    for factor in (2.0, 4.0, math.inf):
+        assert torch.equal(compiled(q, k, v, factor), attend(q, k, v, factor))
+
+
+def test_compiled_autograd():
+    """Which compiles a backward whose forward ran as it is."""
+    leaves = [x.requires_grad_() for x in make_qkv(1, 11, None, 2, 1)]
+
+    def loss(window):
+        q, k = apply_rope_qk(*leaves[:2], FREQS, positions=window)
+        return rope_attention(q, k, leaves[2], FREQS, scores.rerope(window)).square().sum()
+
+    for window in (3, 5):  # of the op's options, which are no tensors
+        want = torch.autograd.grad(loss(window), leaves)
+        whole = torch.compile(backend="eager", fullgraph=True)
+        with torch._dynamo.compiled_autograd._enable(whole):
+            loss(window).backward()
+        for leaf, expected in zip(leaves, want):
+            assert torch.equal(leaf.grad, expected)
+            leaf.grad = None
+
+
+def test_torch_func():
+    q, k, v = make_qkv(3, 11, None, 2, 1)
+
+    def attend(q, k, v):
+        return rope_attention(q, k, v, FREQS, scores.rerope(3))
+
+    def loss(q, k, v):
+        return attend(q, k, v).square().sum()
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    for a, b in zip(torch.func.grad(loss, argnums=(0, 1, 2))(q, k, v), want):
+        assert torch.equal(a, b)
+    one = torch.func.vmap(lambda *x: attend(*(y[None] for y in x))[0])(q, k, v)
+    torch.testing.assert_close(one, attend(q, k, v), atol=1e-6, rtol=0)
+
+
+def test_only_raw_tensors_out_and_lse_are_saved():
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 64, None, 4, 2))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out, lse = rope_attention(q, k, v, FREQS, scores.rerope(8), return_lse=True)
+    floats = [x for x in saved if x.numel() > 16]
+    assert {x.data_ptr() for x in floats} == {x.data_ptr() for x in (q, k, v, out, lse)}
+
+
+def test_what_has_a_gradient_in_the_reference_only():
+    """Derivatives of derivatives, and of frequencies."""
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 9, None, 2, 1))
+    out = rope_attention(q, k, v, FREQS, scores.rerope(3))
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"attention: .*backend='reference'"):
+        torch.autograd.grad(dq.sum(), k)
+    freqs = RopeFreqs(THETA.clone().requires_grad_())
+    with pytest.raises(ValueError, match=r"inv_freq .*backend='reference'"):
+        rope_attention(q, k, v, freqs, scores.rerope(3))
+    out = rope_attention(q, k, v, freqs, scores.rerope(3), backend="reference")
+    assert torch.autograd.grad(out.sum(), freqs.inv_freq)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("named", [None, "reference"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_stored_keys_give_the_same(name, named):
+    """Keys as a cache holds them, rotated to where the score says."""
+    q, k, v = make_qkv(1, 21, None, 2, 1)
+    score = EXAMPLES[name].score
+    kept = OPS.rope_fwd(k, None, THETA, score.stored(torch.arange(21, device=q.device)))[0]
+    want = rope_attention(q, k, v, FREQS, score, backend=named)
+    got = rope_attention(q, kept, v, FREQS, score, keys_stored=True, backend=named)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_log_n_is_as_exact_as_float64(cached):
+    """Multiply q by max(1, ln(i + 1) / ln 16), or let log_n do it."""
+    q = torch.randn(1, 100, 2, 16, dtype=torch.float64)
+    freqs, positions = methods.rope(16), torch.arange(100).double()
+    scale = scores.query_scale.log_n(positions, 16, dtype=torch.float64)[:, None, None]
+
+    def run(queries, **options):
+        if not cached:
+            return rope_attention(queries, q, q, freqs, scores.rerope(30), **options)
+        cache = {"cache_seqlens": 100, **options}
+        return rope_attention_with_kvcache(queries, q, q, freqs, scores.rerope(30), **cache)
+
+    torch.testing.assert_close(run(q, log_n=16), run(q * scale), atol=1e-14, rtol=1e-14)
+
+
+# -------------------------------------------------------------------------------------------------
+# Which keys and queries of two blocks of a sequence meet
+
+
+@pytest.mark.parametrize("granularity, start", [(1, FIRST_KEY), (1, -7), (8, -8), (8, 0)])
+@pytest.mark.parametrize("window", [None, 1, 5, 13])
+def test_which_queries_and_keys_meet(granularity, start, window):
+    tokens, region = 40, scores.Region(start, scores.base.SAME, scores.base.SAME)
+    score = scores.Score("test", (region,), granularity)
+    call = AttentionCall(THETA, score=score, sliding_window=window)
+    seen = {
+        query: [
+            key
+            for key in range(query + 1)
+            if key >= query // granularity * granularity + start
+            and (window is None or query - key < window)
+        ]
+        for query in range(tokens)
+    }
+    for query, keys in seen.items():
+        assert max(call.first_key(query), 0) == keys[0]
+    for end in range(1, tokens):
+        last = max(query for query, keys in seen.items() if keys[0] < end)
+        assert min(call.queries_end(end), tokens) == last + 1
