@@ -9,9 +9,8 @@
 #include <vector>
 
 #include "common/ops.h"
+#include "common/outputs.h"
 #include "cpu/attention/call.h"
-#include "cpu/runtime/direct_attention.h"
-#include "cpu/runtime/output_pages.h"
 
 namespace extrope {
 namespace attention {
@@ -91,22 +90,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 }
 
 }  // namespace
-
-// The results are out, and lse unless it is not wanted.
-EXTROPE_DIRECT(attention) {
-  return run_directly(args, [](Items outs, Items numbers, Items given) {
-    AttentionNumbers n = attention_numbers(numbers);
-    OptionalView tensors[kTensors];
-    for (OptionalView& x : tensors) x = given.optional_tensor();
-    Forward call(tensors, std::move(n));
-    const TensorView out = outs.tensor();
-    const OptionalView lse = outs.optional_tensor();
-    call.check_out(out);
-    const WithoutPython others_may_run(call.products() > kSmallWork);
-    std::vector<float> unwanted(lse ? 0 : call.rows());
-    call.run(out, lse ? static_cast<float*>(lse->data_ptr()) : unwanted.data());
-  });
-}
 
 }  // namespace attention
 

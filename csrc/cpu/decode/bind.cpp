@@ -8,9 +8,8 @@
 #include <vector>
 
 #include "common/ops.h"
+#include "common/outputs.h"
 #include "cpu/decode/call.h"
-#include "cpu/runtime/direct_attention.h"
-#include "cpu/runtime/output_pages.h"
 
 namespace extrope {
 namespace decode {
@@ -65,22 +64,6 @@ void append(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const
 }
 
 }  // namespace
-
-// The results are out, and lse unless it is not wanted.
-EXTROPE_DIRECT(decode) {
-  return run_directly(args, [](Items outs, Items numbers, Items given) {
-    const AttentionNumbers n = attention_numbers(numbers);
-    OptionalView tensors[kTensors];
-    for (OptionalView& x : tensors) x = given.optional_tensor();
-    Decode call(tensors, n);
-    const TensorView out = outs.tensor();
-    const OptionalView lse = outs.optional_tensor();
-    require_of("decode", call.fits(out), "the result must be contiguous");
-    const WithoutPython others_may_run(tensors[1]->numel() > kFewElements);
-    std::vector<float> unwanted(lse ? 0 : call.rows());
-    call.run(out.data_ptr(), lse ? static_cast<float*>(lse->data_ptr()) : unwanted.data());
-  });
-}
 
 }  // namespace decode
 

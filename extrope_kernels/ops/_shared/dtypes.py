@@ -9,6 +9,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .autograd import constant_when_compiled
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 Function = Callable[Concatenate[Tensor, Parameters], Result]
@@ -28,12 +30,9 @@ def without_autocast(function: Function[Parameters, Result]) -> Function[Paramet
     return run
 
 
+@constant_when_compiled  # torch.compile of PyTorch 2.11 cannot look into it
 def _may_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
-
-
-# torch.compile of PyTorch 2.11 cannot look into it.
-_may_autocast._dynamo_marked_constant = True
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

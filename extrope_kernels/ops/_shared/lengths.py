@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -35,24 +33,4 @@ def cache_lengths(
     if cu_seqlens is not None:
         check_cu_seqlens(op, cu_seqlens, x, name)
         batch = (cu_seqlens.shape[0] - 1,)
-    if not _keeps_lengths(x):
-        return torch.full(batch, cache_seqlens, dtype=torch.int32, device=x.device)
-    global _last_lengths
-    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else None
-    key = (cache_seqlens, batch, x.device, stream)
-    known, lengths = _last_lengths
-    if known != key:
-        lengths = torch.full(key[1], cache_seqlens, dtype=torch.int32, device=x.device)
-        _last_lengths = key, lengths
-    return lengths
-
-
-# Of the last call, for the other layers of its step; nobody writes to it.
-_last_lengths: tuple[tuple[Any, ...], Any] = ((), None)
-
-
-def _keeps_lengths(x: Tensor) -> bool:
-    """A graph's tensors are its own: no other call may have one that is made during a capture."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return torch.full(batch, cache_seqlens, dtype=torch.int32, device=x.device)

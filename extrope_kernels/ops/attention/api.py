@@ -19,7 +19,6 @@ from .._shared.attention_call import (
 )
 from .._shared.autograd import call_unrecorded
 from .._shared.checks import refuse_flags, run_explained
-from .._shared.direct_attention import attend_directly
 from .._shared.dtensor import replicated
 from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
@@ -118,11 +117,6 @@ def run(
     recorded = torch.compiler.is_compiling() or (
         torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
     )
-    # The direct function has results in q's dtype alone.
-    if not recorded and backend in (None, "cpu") and "float32_results" not in options:
-        found = attend_directly("attention", tensors, options, None, return_lse)
-        if found is not None:
-            return found
     suffix = f"_{backend}" if backend in ("triton", "flash_attn") else ""
     attention_fwd = getattr(ops, f"attention_fwd{suffix}")
     if recorded:

@@ -20,7 +20,6 @@ from .._shared.attention_call import (
 from .._shared.autograd import call_unrecorded, note_writes
 from .._shared.checks import refuse_flags, run_explained
 from .._shared.decay import check_new_keys
-from .._shared.direct_attention import attend_directly
 from .._shared.lengths import cache_lengths
 from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
@@ -118,11 +117,7 @@ def _run(
     decode = ops.decode_triton if backend == "triton" else ops.decode
     if compiling:
         return decode(*tensors, **options)
-    found: tuple[Tensor, Tensor | None] | None = None
-    if backend != "triton":
-        found = attend_directly("decode", tensors, options, out, return_lse)
-    if found is None:
-        found = call_unrecorded(decode, tensors, options)
+    found = call_unrecorded(decode, tensors, options)
     if tensors[3] is not None:
         note_writes(*tensors[1:3])
     return found

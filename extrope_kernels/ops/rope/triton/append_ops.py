@@ -11,8 +11,7 @@ from torch import Tensor
 from ....scores import PositionMap
 from ..._shared.fp8 import FP8, as_bits
 from ..._shared.triton.launch import INTERPRETED, Plan, chip_of, layouts_of, planned, strides_of
-from ..append.arguments import Append
-from ..append.checks import check, check_values
+from ..append import Append, check, check_values
 from ..rotation import Rotation, resolve
 from .append_kernel import AppendTile, rope_append_kernel
 from .launch import operand_of
