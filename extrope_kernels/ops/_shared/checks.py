@@ -140,6 +140,8 @@ def split_offset(op: str, positions: Tensor | int | None) -> tuple[Tensor | None
 
 
 def check_real(op: str, name: str, value: float) -> None:
+    if type(value) is float:
+        return
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if isinstance(value, Real):
