@@ -1,4 +1,6 @@
-"""Where the rotation reads and writes: strides, in place, huge offsets; the same bits."""
+"""Where the rotation reads and writes: strides, in place, large results, denormals."""
+
+from __future__ import annotations
 
 import math
 
@@ -105,3 +107,67 @@ def test_nan_and_inf_stay_in_their_pair(backend):
     expected[0, 1, 0, [2, 6]] = True
     expected[0, 2, 0, [1, 5]] = True
     assert torch.equal(bad, expected)
+
+
+# -------------------------------------------------------------------------------------------------
+# Results too large for the caches, which the CPU kernels write past those
+
+
+MOST_KEPT = 24 << 20  # bytes: csrc/cpu/runtime/caches.h
+
+
+@pytest.mark.parametrize("norm", ["none", "each head", "all heads"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_its_parts(dtype, head_dim, interleaved, norm):
+    heads, part = (5, 2), 3000
+    tokens = MOST_KEPT // (sum(heads) * head_dim * dtype.itemsize) + part + 7
+    q, k = (torch.randn(1, tokens, n, head_dim).to(dtype) for n in heads)
+    options = {"interleaved": interleaved, "backend": "cpu"}
+    if norm != "none":
+        weights = (torch.rand(n * head_dim if norm == "all heads" else head_dim) for n in heads)
+        options |= dict(zip(("q_norm_weight", "k_norm_weight"), weights))
+    freqs = methods.rope(head_dim)
+    whole = apply_rope_qk(q, k, freqs, **options)
+    for first in range(0, tokens, part):
+        positions = torch.arange(first, min(first + part, tokens))
+        parts = (x[:, first : first + part] for x in (q, k))
+        rotated = apply_rope_qk(*parts, freqs, positions=positions, **options)
+        for x, y in zip(whole, rotated):
+            assert torch.equal(x[:, first : first + part], y)
+
+
+# -------------------------------------------------------------------------------------------------
+# Rounding to bf16: AVX512_BF16's conversions would make denormals 0
+
+
+# Every denormal, and normal numbers beside them in the same vector: sign and magnitude.
+CODES = torch.arange(-160, 160, dtype=torch.int16)
+CODES = torch.where(CODES < 0, -CODES - 2**15, CODES).to(torch.int16)
+
+
+def rows(head_dim):
+    """(1, 1, 5, head_dim): at position 0, where a rotation changes nothing."""
+    count = 5 * head_dim
+    return CODES.repeat(-(-count // CODES.numel()))[:count].view(torch.bfloat16).view(1, 1, 5, -1)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("head_dim", [32, 34, 64, 96, 128])
+def test_denormals_stay(head_dim, interleaved):
+    q = rows(head_dim)
+    freqs = methods.rope(head_dim)
+    for out in apply_rope_qk(q, q[:, :, :1], freqs, interleaved=interleaved, backend="cpu"):
+        assert torch.equal(out.view(torch.int16), q[:, :, : out.shape[2]].view(torch.int16))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("head_dim", [32, 34, 64, 96, 128])
+def test_denormals_stay_after_a_norm(head_dim, interleaved):
+    weights = rows(head_dim)[0, 0]
+    ones = torch.ones(1, 1, 1, head_dim, dtype=torch.bfloat16)
+    for weight in weights:
+        options = {"q_norm_weight": weight, "norm_eps": 1e-12, "interleaved": interleaved}
+        out, _ = apply_rope_qk(ones, ones, methods.rope(head_dim), backend="cpu", **options)
+        assert torch.equal(out.view(torch.int16).flatten(), weight.view(torch.int16))

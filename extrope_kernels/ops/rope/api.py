@@ -155,10 +155,12 @@ def _rotate(
         inverse=inverse,
         decay_origin=freqs.decay_origin,
     )
-    name, args = "rope", (q, k, *rope_args)
+    name: str = "rope"
+    weights: tuple[Tensor | None, ...] = ()
     if norm is not None:
-        name, args = "rope_norm", (q, k, *norm[:2], *rope_args)
+        name, weights = "rope_norm", norm[:2]
         options["norm_eps"] = norm[2]
+    args = (q, k, *weights, *rope_args)
     run = _in_place if inplace else _out_of_place
     if torch.compiler.is_compiling():
         return run(name, args, options, backend)

@@ -80,14 +80,14 @@ def _fwd_fake(q, k, *rope_args, **options):
 
 def _bwd_fake(grad_q, grad_k, q, k, *rope_args, **options):
     tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
-    return like(grad_q, grad_q), like(grad_k, grad_q), _angle_grad(q, tensors, rotation)
+    return like(grad_q, grad_q), like(grad_k, grad_q), _new_angle_grad(q, tensors, rotation)
 
 
 def _inplace_fake(q, k, *rope_args, **options):
     resolve(q, k, *rope_args, adjoint=False, **options)
 
 
-def _angle_grad(saved: Tensor | None, tensors, rotation) -> Tensor:
+def _new_angle_grad(saved: Tensor | None, tensors, rotation) -> Tensor:
     dtype = accumulator(tensors[0].dtype)
     if saved is None:
         return tensors[0].new_empty(0, dtype=dtype)
