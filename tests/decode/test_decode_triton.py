@@ -16,7 +16,7 @@ from decode_oracle import Case, check, make  # noqa: E402
 
 from extrope_kernels import methods, rerope_attention_with_kvcache, scores  # noqa: E402
 from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options  # noqa: E402
-from extrope_kernels.ops._shared.lengths import cache_lengths  # noqa: E402
+from extrope_kernels.ops._shared.positions import cache_lengths  # noqa: E402
 from extrope_kernels.ops._shared.triton.angles import cos_sin, fixed_angle  # noqa: E402
 from extrope_kernels.ops.decode import reference  # noqa: E402
 from extrope_kernels.ops.decode.arguments import KVCache  # noqa: E402

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
+from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods, rope_append_kvcache
 from extrope_kernels.testing import assert_within_budget, device, make_qk
 
 FREQS = RopeFreqs(methods.rope(64).inv_freq.to(device()), 1.1)
@@ -107,6 +107,41 @@ def test_nan_and_inf_stay_in_their_pair(backend):
     expected[0, 1, 0, [2, 6]] = True
     expected[0, 2, 0, [1, 5]] = True
     assert torch.equal(bad, expected)
+
+
+def negated(x):
+    """x, of whose elements a bit says that they are the opposite of what is in memory."""
+    return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+
+@pytest.mark.parametrize("which", ("positions", "log_decay", "inv_freq", "weight", "cache"))
+def test_a_negative_bit_is_a_minus(backend, which):
+    q, k = make_qk(2, 5, 2, 2)
+    freqs = methods.xpos(64).to(device())
+    positions = torch.arange(5.0, device=device(), dtype=torch.float64)
+    caches = [torch.zeros(2, 9, 2, 64, device=device()) for _ in range(2)]
+
+    def run(x):
+        def given(name, value):
+            return x if name == which else value
+
+        freq = RopeFreqs(
+            given("inv_freq", freqs.inv_freq), 1.0, given("log_decay", freqs.log_decay)
+        )
+        options = {"q_norm_weight": given("weight", weight)} if which == "weight" else {}
+        if which == "cache":
+            at = {"cache_seqlens": 1, "backend": backend}
+            out = rope_append_kvcache(q, k, k, *caches, RopeFreqs(x), **at)
+            return out, caches[0].clone()
+        at = given("positions", positions)
+        return apply_rope_qk(q, k, freq, positions=at, backend=backend, **options)
+
+    weight = torch.rand(64, device=device()) + 0.5
+    values = {"positions": positions, "log_decay": freqs.log_decay, "weight": weight}
+    x = negated(values.get(which, freqs.inv_freq))
+    assert x.is_neg()
+    for got, want in zip(run(x), run(x.resolve_neg().contiguous())):
+        assert torch.equal(got, want)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from .._shared.attention_call import (
 from .._shared.autograd import call_unrecorded, note_writes
 from .._shared.checks import refuse_flags, run_explained
 from .._shared.decay import check_new_keys
-from .._shared.lengths import cache_lengths
 from .._shared.library import ops
 from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
+from .._shared.positions import cache_lengths
 from . import reference
 from .arguments import KVCache, parse
 from .checks import check_decode, check_values

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._shared.attention_call import AttentionCall
-from .._shared.fp8 import NO_SCALES, Scales
+from .._shared.dtypes import NO_SCALES, Scales
 
 
 @dataclass(frozen=True)

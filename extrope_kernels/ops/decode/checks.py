@@ -8,7 +8,7 @@ from torch import Tensor
 from .._shared.attention_call import MAP_NUMBERS, AttentionCall
 from .._shared.attention_checks import check_call, check_query_scale, check_rope
 from .._shared.checks import DTYPES, check_cu_seqlens, check_dense, check_ints, overlaps_itself
-from .._shared.fp8 import FP8, check_cache_dtype, check_scale_values, check_scales
+from .._shared.dtypes import FP8, check_cache_dtype, check_scale_values, check_scales
 from .arguments import KVCache
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .._shared.attention_call import AttentionCall, lse_shape, row_scale
-from .._shared.dtypes import accumulator, without_autocast
-from .._shared.fp8 import dequantize, quantize
+from .._shared.dtypes import accumulator, dequantize, quantize, without_autocast
 from .._shared.frames import rotate_keys, rotate_queries, store_keys
 from .._shared.softmax import capped, softmax_of
 from .arguments import KVCache

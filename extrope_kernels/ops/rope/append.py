@@ -29,7 +29,7 @@ from .._shared.checks import (
     refuse_flags,
 )
 from .._shared.decay import check_new_keys
-from .._shared.fp8 import (
+from .._shared.dtypes import (
     FP8,
     Scales,
     check_cache_dtype,
@@ -37,9 +37,8 @@ from .._shared.fp8 import (
     check_scales,
     quantize,
 )
-from .._shared.lengths import cache_lengths
 from .._shared.library import library, load_on_first_use, ops
-from .._shared.positions import sequence_of_token
+from .._shared.positions import cache_lengths, sequence_of_token
 from . import checks as rope_checks
 from .norm import rms_norm, rope_norm_fwd
 from .op import triton_kernels

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ....scores import PositionMap
-from ..._shared.fp8 import FP8, as_bits
+from ..._shared.dtypes import FP8, as_bits
 from ..._shared.triton.launch import INTERPRETED, Plan, chip_of, layouts_of, planned, strides_of
 from ..append import Append, check, check_values
 from ..rotation import Rotation, resolve
