@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-from extrope_kernels import _ext
-
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,9 +56,7 @@ def back_memory() -> None:
 
 
 def return_memory() -> None:
-    """Give back to the system what this package and malloc keep of freed memory."""
-    if _ext.load("cpu") is None:
-        torch.ops.extrope.cpu_release_memory()
+    """Give back to the system what malloc keeps of freed memory."""
     ctypes.CDLL(None).malloc_trim(0)
 
 

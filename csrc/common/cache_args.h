@@ -10,13 +10,13 @@
 namespace extrope {
 
 // Where the rows of a cache lie, or of q, k and v, packed or not.
-inline Plane plane(const TensorView& x) {
+inline Plane plane(const Tensor& x) {
   const int64_t d = x.dim();
   return {x.data_ptr(), d == 4 ? x.stride(0) : 0, x.stride(d - 3), x.stride(d - 2)};
 }
 
-inline void check_cache_dtype(const char* op, const char* name, const TensorView& cache,
-                              const TensorView& like, bool scaled) {
+inline void check_cache_dtype(const char* op, const char* name, const Tensor& cache,
+                              const Tensor& like, bool scaled) {
   const ScalarType type = scaled ? ScalarType::Float8_e4m3fn : like.scalar_type();
   require_of(op, cache.get_device() == like.get_device() && cache.scalar_type() == type, name,
              " must be of ",
@@ -24,8 +24,8 @@ inline void check_cache_dtype(const char* op, const char* name, const TensorView
              ", on their device");
 }
 
-inline const float* cache_scale(const char* op, const char* name, const OptionalView& x,
-                                int64_t heads, const TensorView& like) {
+inline const float* cache_scale(const char* op, const char* name, const OptionalTensor& x,
+                                int64_t heads, const Tensor& like) {
   if (!x.has_value()) return nullptr;
   require_of(op,
              x->get_device() == like.get_device() && x->scalar_type() == ScalarType::Float &&
@@ -35,8 +35,8 @@ inline const float* cache_scale(const char* op, const char* name, const Optional
   return static_cast<const float*>(x->data_ptr());
 }
 
-inline void set_cache_scales(const char* op, const OptionalView& k_scale,
-                             const OptionalView& v_scale, int64_t heads, const TensorView& like,
+inline void set_cache_scales(const char* op, const OptionalTensor& k_scale,
+                             const OptionalTensor& v_scale, int64_t heads, const Tensor& like,
                              KVCache& cache) {
   require_of(op, k_scale.has_value() == v_scale.has_value(),
              "k_scale and v_scale must be given together");

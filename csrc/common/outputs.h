@@ -1,80 +1,71 @@
-// Fresh tensors for the results of an operation.
+// Fresh tensors for the results of an operation, from PyTorch's allocator.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
+#include <exception>
+#include <iomanip>
+#include <sstream>
 #include <tuple>
+#include <vector>
 
 #include "common/tensor_args.h"
 
 namespace extrope {
 
-struct Layout {
-  int64_t sizes[4], strides[4];
-};
+inline int64_t element_size(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
 
-// That of torch.empty_like(x): x's own where it is dense, else dense in the order of its strides.
-// false where an order is torch's to say: x is expanded.
-inline bool layout_like(const Tensor& x, Layout& like) {
-  const int64_t dim = x.dim();
-  int64_t order[4], strides[4];
-  for (int64_t i = 0; i < dim; ++i) {
-    order[i] = i, like.sizes[i] = x.size(i), strides[i] = x.stride(i);
-    if (like.sizes[i] > 1 && strides[i] == 0) return false;
+// make(), a tensor of these sizes. The stable ABI of PyTorch before 2.13 loses what PyTorch says
+// where there is no memory.
+template <typename Make>
+Tensor allocate(const char* op, const std::vector<int64_t>& sizes, ScalarType type,
+                const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    double bytes = static_cast<double>(element_size(type));
+    std::ostringstream shape;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      bytes *= static_cast<double>(sizes[i]);
+      shape << (i ? ", " : "") << sizes[i];
+    }
+    std::ostringstream count;
+    count << std::fixed << std::setprecision(0) << bytes;
+    require_of(op, false, "cannot allocate ", count.str(), " bytes for a result of shape (",
+               shape.str(), ")");
+    throw;
   }
-  std::sort(order, order + dim, [&](int64_t a, int64_t b) {
-    if (strides[a] != strides[b]) return strides[a] < strides[b];
-    return like.sizes[a] != like.sizes[b] ? like.sizes[a] < like.sizes[b] : a > b;
-  });
-  bool dense = true;
-  int64_t stride = 1;
-  for (int64_t n = 0; n < dim; ++n) {
-    const int64_t i = order[n];
-    dense = dense && (like.sizes[i] == 1 || strides[i] == stride);
-    like.strides[i] = stride;
-    stride *= like.sizes[i];
-  }
-  if (dense) std::copy_n(strides, dim, like.strides);
-  return true;
 }
 
-inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides,
-                            int64_t dim, int32_t dtype) {
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type,
-                                                  like.get_device(), &handle));
-  return Tensor(handle);
+// torch.empty_like(x).
+inline Tensor fresh_like(const Tensor& x, const char* op = "extrope") {
+  std::vector<int64_t> sizes(x.dim());
+  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = x.size(i);
+  return allocate(op, sizes, x.scalar_type(), [&] { return torch::stable::empty_like(x); });
 }
 
-inline int32_t dtype_code(const Tensor& x) {
-  int32_t code;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
-  return code;
+// A contiguous tensor on like's device.
+inline Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type,
+                    const char* op = "extrope") {
+  return allocate(op, sizes, type, [&] { return torch::stable::new_empty(like, sizes, type); });
 }
 
-// empty_like by the shortest way: through the dispatcher it takes longer than rotating one token.
-inline Tensor new_like(const Tensor& x) {
-  Layout like;
-  if (x.numel() == 0 || !layout_like(x, like)) return torch::stable::empty_like(x);
-  return empty_strided(x, like.sizes, like.strides, x.dim(), dtype_code(x));
-}
-
-inline Tensor no_tensor(const Tensor& like, int32_t dtype) {
-  const int64_t zero = 0, one = 1;
-  return empty_strided(like, &zero, &one, 1, dtype);
+// A contiguous tensor on the CPU.
+inline Tensor fresh(const std::vector<int64_t>& sizes, ScalarType type,
+                    const char* op = "extrope") {
+  return allocate(op, sizes, type, [&] { return torch::stable::empty(sizes, type); });
 }
 
 // The results of q and k, which the kernel of `p` is to write; empty in place of a k that is none.
-template <Tensor (*make_like)(const Tensor&), typename Params>
-std::tuple<Tensor, Tensor> make_outputs(Params& p, const Tensor& q, const OptionalTensor& k,
-                                        bool packed) {
-  Tensor out_q = make_like(q);
-  Tensor out_k = k.has_value() ? make_like(*k) : no_tensor(q, dtype_code(q));
+template <typename Params>
+std::tuple<Tensor, Tensor> make_outputs(const char* op, Params& p, const Tensor& q,
+                                        const OptionalTensor& k, bool packed) {
+  Tensor out_q = fresh_like(q, op);
+  Tensor out_k = k.has_value() ? fresh_like(*k, op) : fresh(q, {0}, q.scalar_type(), op);
   set_output(p.tensors[0], out_q, packed);
   if (k.has_value()) set_output(p.tensors[1], out_k, packed);
   return {out_q, out_k};

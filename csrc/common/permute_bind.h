@@ -85,8 +85,7 @@ inline PermuteParams make_params(const Tensor& q, const OptionalTensor& k,
 }
 
 // The op, for a device whose kernel is started by `launch`.
-template <void (*launch)(const PermuteParams&, int device_index),
-          Tensor (*make_like)(const Tensor&) = new_like>
+template <void (*launch)(const PermuteParams&, int device_index)>
 struct PermuteOps {
   static std::tuple<Tensor, Tensor> forward(const Tensor& q, const OptionalTensor& k,
                                             const Tensor& permutations,
@@ -97,7 +96,7 @@ struct PermuteOps {
     PermuteParams p = make_params(q, k, permutations, positions, cu_seqlens);
     p.offset = offset;
     p.inverse = inverse;
-    const std::tuple<Tensor, Tensor> outs = make_outputs<make_like>(p, q, k, packed);
+    const std::tuple<Tensor, Tensor> outs = make_outputs("permute", p, q, k, packed);
     if (p.batch * p.seqlen > 0) launch(p, q.get_device());
     return outs;
   }

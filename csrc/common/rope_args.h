@@ -1,9 +1,8 @@
-// From torch tensors to RopeParams, with every check: the torch side of the CPU and the CUDA
-// library.
-//
-// The schemas are defined in Python (extrope_kernels/ops/rope/schema.py); a library registers
-// RopeOps<launch> for its device, where launch(params, device_index) runs the kernel.
+// From torch tensors to RopeParams and RopeNormParams, with every check: for the CPU and the CUDA
+// library alike.
 #pragma once
+
+#include <cmath>
 
 #include "common/rope_params.h"
 #include "common/tensor_args.h"
@@ -16,7 +15,7 @@ void require(bool condition, const Message&... message) {
 }
 
 struct RopeOptions {
-  OptionalView cu_seqlens, log_decay, axes;
+  OptionalTensor cu_seqlens, log_decay, axes;
   double attention_factor;
   int64_t offset;
   bool interleaved, inverse;
@@ -24,11 +23,11 @@ struct RopeOptions {
   bool packed = false;  // (total, heads, head_dim) without cu_seqlens too
 };
 
-inline DType rotated_dtype(const TensorView& x, const char* name) {
+inline DType rotated_dtype(const Tensor& x, const char* name) {
   return dtype_of_rows("rope", x, name);
 }
 
-inline void set_frequencies(RopeParams& p, const TensorView& inv_freq, const TensorView& q,
+inline void set_frequencies(RopeParams& p, const Tensor& inv_freq, const Tensor& q,
                             int64_t sequences) {
   const ScalarType type = inv_freq.scalar_type();
   require(type == ScalarType::Float || type == ScalarType::Double,
@@ -57,7 +56,7 @@ inline void set_frequencies(RopeParams& p, const TensorView& inv_freq, const Ten
   p.angle_heads = columns;
 }
 
-inline PositionType position_type(const TensorView& positions) {
+inline PositionType position_type(const Tensor& positions) {
   switch (positions.scalar_type()) {
     case ScalarType::Int:
       return PositionType::i32;
@@ -73,7 +72,7 @@ inline PositionType position_type(const TensorView& positions) {
   return PositionType::i64;
 }
 
-inline void check_axes(const RopeParams& p, const TensorView& axes, const TensorView& q) {
+inline void check_axes(const RopeParams& p, const Tensor& axes, const Tensor& q) {
   require(axes.scalar_type() == ScalarType::Int && axes.dim() == 1 &&
               axes.size(0) == p.rotary_dim / 2 && axes.is_contiguous() &&
               axes.get_device() == q.get_device(),
@@ -82,8 +81,8 @@ inline void check_axes(const RopeParams& p, const TensorView& axes, const Tensor
 }
 
 // Without a table of positions for each axis, the axes are all alike.
-inline void set_positions(RopeParams& p, const TensorView& positions, const OptionalView& axes,
-                          const TensorView& q, int64_t sequences) {
+inline void set_positions(RopeParams& p, const Tensor& positions, const OptionalTensor& axes,
+                          const Tensor& q, int64_t sequences) {
   p.position_type = position_type(positions);
   require(positions.get_device() == q.get_device(), "positions must be on q's device");
   if (set_positions(p, positions, sequences)) return;
@@ -101,7 +100,7 @@ inline void set_positions(RopeParams& p, const TensorView& positions, const Opti
   p.position_seq = positions.stride(2);
 }
 
-inline void set_log_decay(RopeParams& p, const TensorView& log_decay, const TensorView& q) {
+inline void set_log_decay(RopeParams& p, const Tensor& log_decay, const Tensor& q) {
   require(log_decay.scalar_type() == ScalarType::Float && log_decay.dim() == 1 &&
               log_decay.size(0) == p.rotary_dim / 2 && log_decay.is_contiguous() &&
               log_decay.get_device() == q.get_device(),
@@ -110,7 +109,7 @@ inline void set_log_decay(RopeParams& p, const TensorView& log_decay, const Tens
   p.log_decay = static_cast<const float*>(log_decay.data_ptr());
 }
 
-inline void set_saved(RopeTensor& t, const TensorView& saved, bool packed) {
+inline void set_saved(RopeTensor& t, const Tensor& saved, bool packed) {
   const int64_t d = saved.dim();
   t.saved = saved.data_ptr();
   t.saved_batch = packed ? 0 : saved.stride(0);
@@ -118,7 +117,7 @@ inline void set_saved(RopeTensor& t, const TensorView& saved, bool packed) {
   t.saved_head = saved.stride(d - 2);
 }
 
-inline void set_tensors(RopeParams& p, const TensorView& q, const OptionalView& k, bool packed) {
+inline void set_tensors(RopeParams& p, const Tensor& q, const OptionalTensor& k, bool packed) {
   p.dtype = rotated_dtype(q, "q");
   check_rows("rope", q, packed, "q");
   set_input(p.tensors[p.num_tensors++], q, packed);
@@ -132,9 +131,9 @@ inline void set_tensors(RopeParams& p, const TensorView& q, const OptionalView& 
   p.head_dim = q.size(q.dim() - 1);
 }
 
-inline RopeParams make_params(const TensorView& q, const OptionalView& k,
-                              const TensorView& inv_freq, const OptionalView& positions,
-                              const RopeOptions& options, bool adjoint) {
+inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Tensor& inv_freq,
+                              const OptionalTensor& positions, const RopeOptions& options,
+                              bool adjoint) {
   RopeParams p{};
   const bool packed = options.packed || options.cu_seqlens.has_value();
   set_tensors(p, q, k, packed);
@@ -144,8 +143,8 @@ inline RopeParams make_params(const TensorView& q, const OptionalView& k,
   if (options.axes.has_value()) check_axes(p, *options.axes, q);
   if (positions.has_value()) set_positions(p, *positions, options.axes, q, sequences);
   if (options.log_decay.has_value()) set_log_decay(p, *options.log_decay, q);
-  require(options.attention_factor > 0, "attention_factor must be > 0, got ",
-          options.attention_factor);
+  require(options.attention_factor > 0 && std::isfinite(options.attention_factor),
+          "attention_factor must be > 0 and finite, got ", options.attention_factor);
   const double sign = options.inverse ? -1.0 : 1.0;
   p.tensors[0].decay_sign = sign;
   p.tensors[1].decay_sign = -sign;
@@ -155,6 +154,48 @@ inline RopeParams make_params(const TensorView& q, const OptionalView& k,
   p.offset = options.offset;
   p.decay_origin = options.decay_origin;
   return p;
+}
+
+inline RopeNorm norm_of(const OptionalTensor& weight, const Tensor& x, const char* name) {
+  RopeNorm norm{};
+  if (!weight.has_value()) return norm;
+  const int64_t dim = x.size(x.dim() - 1), heads = x.size(x.dim() - 2);
+  const bool one = weight->dim() == 1 && weight->size(0) == dim;
+  require(one || (weight->dim() == 1 && weight->size(0) == heads * dim), name, " must be (", dim,
+          ",) to norm each head or (", heads * dim, ",) to norm all together, got shape ",
+          shape_of(*weight));
+  require(weight->get_device() == x.get_device() && weight->is_contiguous(), name,
+          " must be contiguous on q's device");
+  norm.weight = weight->data_ptr();
+  norm.weight_dtype = rotated_dtype(*weight, name);
+  norm.all_heads = !one;
+  return norm;
+}
+
+inline RopeNormParams make_norm_params(const RopeParams& rope, const Tensor& q,
+                                       const OptionalTensor& k, const OptionalTensor& q_norm_weight,
+                                       const OptionalTensor& k_norm_weight, double norm_eps) {
+  RopeNormParams p{};
+  static_cast<RopeParams&>(p) = rope;
+  p.norms[0] = norm_of(q_norm_weight, q, "q_norm_weight");
+  require(!k_norm_weight.has_value() || k.has_value(), "k_norm_weight needs a k");
+  if (k.has_value()) p.norms[1] = norm_of(k_norm_weight, *k, "k_norm_weight");
+  require(norm_eps >= 0, "norm_eps must be >= 0, got ", norm_eps);
+  p.norm_eps = norm_eps;
+  return p;
+}
+
+// What only values show: for a library that can read them.
+inline void check_axes_of_pairs(const RopeParams& p) {
+  for (int64_t i = 0; p.axes && i < p.rotary_dim / 2; ++i) {
+    require(0 <= p.axes[i] && p.axes[i] < p.num_axes, "axes must be from 0 to ", p.num_axes - 1,
+            " for positions of ", p.num_axes, " axes, got ", p.axes[i]);
+  }
+}
+
+inline void check_values(const RopeParams& p) {
+  if (p.cu_seqlens) check_boundaries("rope", p);
+  check_axes_of_pairs(p);
 }
 
 }  // namespace extrope

@@ -1,11 +1,11 @@
 // The ops of the rotation on torch tensors, for the CPU and the CUDA library alike.
 //
-// The schemas are defined in Python (extrope_kernels/ops/rope/schema.py); a library registers
-// RopeOps<launch> for its device, where launch(params, device_index) runs the kernel; `make_like`
-// makes the tensors for large results.
+// The schemas are defined in Python (extrope_kernels/ops/rope/op.py); a library registers
+// RopeOps<launch> for its device, where launch(params, device_index) runs the kernel.
 #pragma once
 
 #include <tuple>
+#include <vector>
 
 #include "common/outputs.h"
 #include "common/rope_args.h"
@@ -35,14 +35,16 @@ inline void refuse_overlap(const Tensor& q, const OptionalTensor& k) {
   require(!k.has_value() || !overlaps_itself(*k), "k must not be expanded to be rotated in place");
 }
 
-// The three ops, for a device whose kernel is started by `launch`.
-template <void (*launch)(const RopeParams&, int device_index),
-          Tensor (*make_like)(const Tensor&) = new_like>
-struct RopeOps {
-  static void run(const RopeParams& p, const Tensor& q) {
-    if (p.batch * p.seqlen > 0) launch(p, q.get_device());
-  }
+inline void set_outputs_in_place(RopeParams& p, const Tensor& q, const OptionalTensor& k,
+                                 bool packed) {
+  refuse_overlap(q, k);
+  set_output(p.tensors[0], q, packed);
+  if (k.has_value()) set_output(p.tensors[1], *k, packed);
+}
 
+// The three ops, for a device whose kernel is started by `launch`.
+template <void (*launch)(const RopeParams&, int device_index)>
+struct RopeOps {
   static std::tuple<Tensor, Tensor> fwd(const Tensor& q, const OptionalTensor& k,
                                         const Tensor& inv_freq, const OptionalTensor& positions,
                                         const OptionalTensor& cu_seqlens,
@@ -54,8 +56,8 @@ struct RopeOps {
         q, k, inv_freq, positions,
         {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
         /*adjoint=*/false);
-    const std::tuple<Tensor, Tensor> outs = make_outputs<make_like>(p, q, k, packed);
-    run(p, q);
+    const std::tuple<Tensor, Tensor> outs = make_outputs("rope", p, q, k, packed);
+    launch(p, q.get_device());
     return outs;
   }
 
@@ -70,23 +72,17 @@ struct RopeOps {
         grad_q, grad_k, inv_freq, positions,
         {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
         /*adjoint=*/true);
-    const auto [dq, dk] = make_outputs<make_like>(p, grad_q, grad_k, packed);
-    const int32_t wide =
-        p.dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    Tensor angle_grad = q.has_value() ? new_angle_grad(p, grad_q, wide) : no_tensor(grad_q, wide);
+    const auto [dq, dk] = make_outputs("rope", p, grad_q, grad_k, packed);
+    const ScalarType wide = p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+    std::vector<int64_t> angles{0};
+    if (q.has_value()) angles = {p.batch, p.seqlen, p.angle_heads, p.rotary_dim / 2};
+    const Tensor angle_grad = fresh(grad_q, angles, wide, "rope");
     if (q.has_value()) {
       save_inputs(p, grad_q, grad_k, *q, k, packed);
       p.angle_grad = angle_grad.data_ptr();
     }
-    run(p, grad_q);
+    launch(p, grad_q.get_device());
     return {dq, dk, angle_grad};
-  }
-
-  static Tensor new_angle_grad(const RopeParams& p, const Tensor& like, int32_t dtype) {
-    const int64_t half = p.rotary_dim / 2, heads = p.angle_heads;
-    const int64_t sizes[] = {p.batch, p.seqlen, heads, half};
-    const int64_t strides[] = {p.seqlen * heads * half, heads * half, half, 1};
-    return empty_strided(like, sizes, strides, 4, dtype);
   }
 
   static void inplace(const Tensor& q, const OptionalTensor& k, const Tensor& inv_freq,
@@ -99,10 +95,8 @@ struct RopeOps {
         q, k, inv_freq, positions,
         {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
         /*adjoint=*/false);
-    refuse_overlap(q, k);
-    set_output(p.tensors[0], q, packed);
-    if (k.has_value()) set_output(p.tensors[1], *k, packed);
-    run(p, q);
+    set_outputs_in_place(p, q, k, packed);
+    launch(p, q.get_device());
   }
 };
 

@@ -2,15 +2,24 @@
 // front of every error.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
 #include <algorithm>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
-#include "common/tensor_view.h"
 #include "common/token_params.h"
 
 namespace extrope {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+// What attention and decode still call them.
+using TensorView = Tensor;
+using OptionalView = OptionalTensor;
 
 template <typename... Message>
 void require_of(const char* op, bool condition, const Message&... message) {
@@ -24,10 +33,10 @@ void require_of(const char* op, bool condition, const Message&... message) {
 
 // Written out only where a check fails: text takes longer to make than a small rotation.
 struct Shape {
-  const TensorView& x;
+  const Tensor& x;
 };
 
-inline Shape shape_of(const TensorView& x) { return {x}; }
+inline Shape shape_of(const Tensor& x) { return {x}; }
 
 inline std::ostream& operator<<(std::ostream& text, const Shape& shape) {
   text << "(";
@@ -35,14 +44,14 @@ inline std::ostream& operator<<(std::ostream& text, const Shape& shape) {
   return text << ")";
 }
 
-inline bool overlaps_itself(const TensorView& x) {
+inline bool overlaps_itself(const Tensor& x) {
   for (int64_t i = 0; i < x.dim(); ++i) {
     if (x.stride(i) == 0 && x.size(i) > 1) return true;
   }
   return false;
 }
 
-inline void check_rows(const char* op, const TensorView& x, bool packed, const char* name) {
+inline void check_rows(const char* op, const Tensor& x, bool packed, const char* name) {
   require_of(
       op, x.dim() == (packed ? 3 : 4), name, " must be ",
       packed ? "(total, heads, head_dim) with cu_seqlens" : "(batch, seqlen, heads, head_dim)",
@@ -52,8 +61,7 @@ inline void check_rows(const char* op, const TensorView& x, bool packed, const c
              " must be contiguous in its last dimension, got stride ", x.stride(last));
 }
 
-inline void check_matching(const char* op, const TensorView& x, const TensorView& q,
-                           const char* name) {
+inline void check_matching(const char* op, const Tensor& x, const Tensor& q, const char* name) {
   require_of(op, x.scalar_type() == q.scalar_type(), name, " must have q's dtype");
   require_of(op, x.get_device() == q.get_device(), name, " must be on q's device");
   bool same = x.dim() == q.dim();
@@ -62,8 +70,8 @@ inline void check_matching(const char* op, const TensorView& x, const TensorView
              shape_of(x));
 }
 
-inline int64_t set_cu_seqlens(const char* op, TokenParams& p, const TensorView& cu_seqlens,
-                              const TensorView& q) {
+inline int64_t set_cu_seqlens(const char* op, TokenParams& p, const Tensor& cu_seqlens,
+                              const Tensor& q) {
   require_of(op,
              cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
                  cu_seqlens.size(0) >= 2,
@@ -76,7 +84,7 @@ inline int64_t set_cu_seqlens(const char* op, TokenParams& p, const TensorView& 
 }
 
 // That of rows in whatever type is computed with.
-inline DType dtype_of_rows(const char* op, const TensorView& x, const char* name) {
+inline DType dtype_of_rows(const char* op, const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return DType::f32;
@@ -93,7 +101,7 @@ inline DType dtype_of_rows(const char* op, const TensorView& x, const char* name
 }
 
 // q's dtype, for operations that compute in float32.
-inline DType dtype_of(const char* op, const TensorView& q) {
+inline DType dtype_of(const char* op, const Tensor& q) {
   switch (q.scalar_type()) {
     case ScalarType::Float:
       return DType::f32;
@@ -109,7 +117,7 @@ inline DType dtype_of(const char* op, const TensorView& q) {
 
 // Whether the positions fit the tokens. As in ops/_shared/positions.py, what has one entry a token
 // is read as positions first, one entry a sequence as offsets.
-inline bool set_positions(TokenParams& p, const TensorView& positions, int64_t sequences) {
+inline bool set_positions(TokenParams& p, const Tensor& positions, int64_t sequences) {
   const int64_t dim = positions.dim(), rows = dim >= 1 ? positions.size(0) : -1;
   const int64_t columns = dim == 2 ? positions.size(1) : -1;
   p.positions = positions.data_ptr();
@@ -129,7 +137,7 @@ inline bool set_positions(TokenParams& p, const TensorView& positions, int64_t s
 
 // `to` is a RopeTensor or one like it.
 template <typename Place>
-void set_input(Place& to, const TensorView& in, bool packed) {
+void set_input(Place& to, const Tensor& in, bool packed) {
   const int64_t d = in.dim();
   to.in = in.data_ptr();
   to.in_batch = packed ? 0 : in.stride(0);
@@ -139,7 +147,7 @@ void set_input(Place& to, const TensorView& in, bool packed) {
 }
 
 template <typename Place>
-void set_output(Place& to, const TensorView& out, bool packed) {
+void set_output(Place& to, const Tensor& out, bool packed) {
   const int64_t d = out.dim();
   to.out = out.data_ptr();
   to.out_batch = packed ? 0 : out.stride(0);

@@ -16,7 +16,7 @@ from decode_oracle import SCORES, Case, check, make  # noqa: E402
 from score_examples import EXAMPLES, PLAIN, example_of  # noqa: E402
 
 from extrope_kernels import methods, scores  # noqa: E402
-from extrope_kernels.ops._shared.lengths import cache_lengths  # noqa: E402
+from extrope_kernels.ops._shared.positions import cache_lengths  # noqa: E402
 from extrope_kernels.ops._shared.triton.angles import cos_sin, fixed_angle  # noqa: E402
 from extrope_kernels.ops.attention import AttentionCall, reference  # noqa: E402
 from extrope_kernels.ops.attention.call import KVCache  # noqa: E402

@@ -1,14 +1,19 @@
 """Every backend against float64: dtypes, layouts, shapes, positions, frequencies."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
 import torch
+from truncation import truncation
 
 from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
 from extrope_kernels.testing import DTYPES, assert_within_budget, device, make_qk
 
 HEAD_DIMS = (2, 8, 64, 72, 80, 96, 128, 256)
+
+
 LONG_POSITIONS = (1_009, 100_003, 1_000_003, 15_999_989)
 
 
@@ -18,17 +23,12 @@ def frequencies(dim, **changes):
     return RopeFreqs(changes.get("inv_freq", inv_freq), changes.get("attention_factor", 1.1))
 
 
-def interpreter_ulps(backend, dtype):
-    """Triton's interpreter truncates when it casts to bfloat16; a GPU rounds."""
-    return 1.0 if backend == "triton" and dtype == torch.bfloat16 and device() == "cpu" else 0.0
-
-
 def check(q, k, freqs, backend, **options):
     """apply_rope_qk of `backend` against the reference in the same dtype and in float64."""
     outs = apply_rope_qk(q, k, freqs, backend=backend, **options)
     sames = apply_rope_qk(q, k, freqs, backend="reference", **options)
     exacts = apply_rope_qk(q.double(), k.double(), freqs, backend="reference", **options)
-    slack = interpreter_ulps(backend, q.dtype)
+    slack = truncation(backend, q.dtype)
     for name, out, same, exact in zip("qk", outs, sames, exacts):
         assert_within_budget(name, out, same, exact, slack)
     return outs
@@ -58,13 +58,6 @@ def test_shapes(backend, batch, seqlen, heads_q, heads_k):
     check(q, k, frequencies(16), backend)
 
 
-def test_no_heads(backend):
-    q, k = make_qk(1, 5, 2, 1, head_dim=8)
-    out_q, out_k = apply_rope_qk(q[:, :, :0], k, frequencies(8), backend=backend)
-    assert out_q.shape == (1, 5, 0, 8)
-    assert torch.equal(out_k, apply_rope(k, frequencies(8), backend=backend))
-
-
 def test_one_tensor_is_what_it_is_among_two(backend):
     q, k = make_qk()
     together = apply_rope_qk(q, k, frequencies(64), backend=backend)
@@ -74,8 +67,6 @@ def test_one_tensor_is_what_it_is_among_two(backend):
 
 # -------------------------------------------------------------------------------------------------
 # Positions
-
-
 @pytest.mark.parametrize("interleaved", (False, True))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("start", LONG_POSITIONS)
@@ -98,12 +89,6 @@ def test_position_tensors(backend, shape, dtype):
     positions = torch.randint(0, 1_000_000, sizes[shape], device=device()).to(dtype)
     if dtype.is_floating_point:
         positions = positions / 64
-    check(q, k, frequencies(64), backend, positions=positions)
-
-
-def test_strided_positions(backend):
-    q, k = make_qk(batch=2, seqlen=5)
-    positions = torch.randint(0, 1_000_000, (5, 4), device=device())[:, ::2].T
     check(q, k, frequencies(64), backend, positions=positions)
 
 
@@ -169,8 +154,6 @@ def test_packed_positions(backend):
 
 # -------------------------------------------------------------------------------------------------
 # Frequencies and amplitude
-
-
 @pytest.mark.parametrize(
     "shape", ((32,), (1, 32), (3, 32), (1, 1, 32), (3, 1, 32), (1, 4, 32), (3, 4, 32))
 )
@@ -179,12 +162,6 @@ def test_frequencies_per_sequence_and_head(backend, shape, dtype):
     q, k = make_qk(batch=3, seqlen=5, heads_q=4, heads_k=4)
     inv_freq = torch.rand(shape, device=device(), dtype=dtype)
     check(q, k, frequencies(64, inv_freq=inv_freq), backend, positions=1000)
-
-
-def test_expanded_frequencies(backend):
-    q, k = make_qk(batch=3, seqlen=5, heads_q=4, heads_k=4)
-    inv_freq = torch.rand(32, device=device()).expand(3, 4, 32)
-    check(q, k, frequencies(64, inv_freq=inv_freq), backend)
 
 
 def test_zero_and_large_frequencies(backend):

@@ -6,7 +6,16 @@ import pytest
 import torch
 from append_cases import CONTIGUOUS, FILLER, Step, ints
 
-from extrope_kernels import RopeFreqs, apply_rope_qk, methods, rope_append_kvcache, scores
+from extrope_kernels import (
+    RopeFreqs,
+    apply_rope,
+    apply_rope_qk,
+    blockwise_causal_attention_with_kvcache,
+    methods,
+    rope_append_kvcache,
+    scores,
+)
+from extrope_kernels.methods import xpos
 from extrope_kernels.testing import DTYPES, assert_within_budget, device
 
 
@@ -14,12 +23,16 @@ def behind(lengths: tuple[int, ...], seqlen: int) -> list[tuple[int, int, int, i
     return [(b, t, b, n + t) for b, n in enumerate(lengths) for t in range(seqlen)]
 
 
+# Where CONTIGUOUS writes, and which positions these are.
+SLOTS = behind((3, 9), 5)
+POSITIONS = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
+
+
 @pytest.mark.parametrize("norms", ("", "head", "all"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_contiguous(backend, dtype, norms):
     step = Step(dtype=dtype, norms=norms, call=CONTIGUOUS)
-    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
-    step.check(backend, step.expected(behind((3, 9), 5), positions))
+    step.check(backend, step.expected(SLOTS, POSITIONS))
 
 
 @pytest.mark.parametrize(
@@ -31,8 +44,7 @@ def test_dims(backend, dims, interleaved):
     head_dim, head_dim_v, rotary_dim = dims
     sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "rotary_dim": rotary_dim}
     step = Step(**sizes, norms="head", call={**CONTIGUOUS, "interleaved": interleaved})
-    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
-    step.check(backend, step.expected(behind((3, 9), 5), positions))
+    step.check(backend, step.expected(SLOTS, POSITIONS))
 
 
 def test_an_empty_cache(backend):
@@ -48,12 +60,8 @@ def test_paged(backend, page_size):
     table = table.view(2, -1).to(device())
     call = {"cache_seqlens": ints(3, 9), "block_table": table}
     step = Step(blocks=(blocks, page_size), norms="head", call=call)
-    slots = [
-        (b, t, int(table[b, slot // page_size]), slot % page_size)
-        for b, t, _, slot in behind((3, 9), 5)
-    ]
-    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
-    step.check(backend, step.expected(slots, positions))
+    slots = [(b, t, int(table[b, slot // page_size]), slot % page_size) for b, t, _, slot in SLOTS]
+    step.check(backend, step.expected(slots, POSITIONS))
 
 
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
@@ -71,9 +79,8 @@ def test_slots_with_lengths(backend):
     """The lengths then say where tokens are, and the slots where they go."""
     slots = ints(*range(20, 10, -1), dtype=torch.int64).view(2, 5)
     step = Step(call={"slot_mapping": slots, "cache_seqlens": ints(3, 9)})
-    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
     written = [(b, t, n // 23, n % 23) for b in (0, 1) for t, n in enumerate(slots[b].tolist())]
-    step.check(backend, step.expected(written, positions))
+    step.check(backend, step.expected(written, POSITIONS))
 
 
 def test_packed_sequences_and_padding(backend):
@@ -88,7 +95,7 @@ def test_packed_sequences_and_padding(backend):
 def test_left_padding_and_positions(backend):
     leftpad = Step(call={**CONTIGUOUS, "cache_leftpad": ints(2, 5)})
     positions = torch.stack([torch.arange(1, 6), torch.arange(4, 9)]).to(device())
-    expected = leftpad.expected(behind((3, 9), 5), positions)
+    expected = leftpad.expected(SLOTS, positions)
     leftpad.check(backend, expected)
     Step(call={**CONTIGUOUS, "positions": positions}).check(backend, expected)
 
@@ -111,10 +118,9 @@ SCORES = (
 @pytest.mark.parametrize("given", (False, True))
 def test_score_methods_store_keys_in_their_frame(backend, score, given):
     """As the attention with a cache writes them; q is normed and not rotated."""
-    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
-    call = {**CONTIGUOUS, "score": score, **({"positions": positions} if given else {})}
+    call = {**CONTIGUOUS, "score": score, **({"positions": POSITIONS} if given else {})}
     step = Step(norms="head", call=call)
-    expected = step.expected(behind((3, 9), 5), score.stored(positions))
+    expected = step.expected(SLOTS, score.stored(POSITIONS))
     k = expected[1] != FILLER
     expected[1][k] /= 1.1  # the attention factor is the attention's
     weights = {**step.weights, "k_norm_weight": None}
@@ -137,7 +143,7 @@ def test_xpos_in_blocks(backend):
 def test_without_a_rotation(backend, norms):
     step = Step(norms=norms, call={**CONTIGUOUS, "freqs": None})
     step.freqs = RopeFreqs(torch.zeros(16, device=device()))
-    step.check(backend, step.expected(behind((3, 9), 5), ints(*range(5))))
+    step.check(backend, step.expected(SLOTS, ints(*range(5))))
 
 
 def test_without_queries(backend):
@@ -155,8 +161,7 @@ def test_frequencies_of_each_sequence_and_xpos(backend):
     freqs = RopeFreqs(inv_freq, log_decay=methods.xpos(32).log_decay.to(device()))
     step = Step(call={**CONTIGUOUS, "freqs": freqs})
     step.freqs = freqs
-    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
-    step.check(backend, step.expected(behind((3, 9), 5), positions))
+    step.check(backend, step.expected(SLOTS, POSITIONS))
 
 
 def test_positions_by_axis(backend):
@@ -164,10 +169,9 @@ def test_positions_by_axis(backend):
     freqs = methods.with_sections(methods.rope(32), [4, 6, 6]).to(device())
     behind_lengths = Step(call={**CONTIGUOUS, "freqs": freqs})
     behind_lengths.freqs = freqs
-    positions = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
-    slots = behind((3, 9), 5)
-    behind_lengths.check(backend, behind_lengths.expected(slots, positions))
-    by_axis = torch.stack([positions, positions + 2, positions * 3])
+    slots = SLOTS
+    behind_lengths.check(backend, behind_lengths.expected(slots, POSITIONS))
+    by_axis = torch.stack([POSITIONS, POSITIONS + 2, POSITIONS * 3])
     image = Step(call={**CONTIGUOUS, "freqs": freqs, "positions": by_axis})
     image.freqs = freqs
     image.check(backend, image.expected(slots, by_axis))
@@ -206,3 +210,125 @@ def test_autograd_notices_what_is_appended(backend):
     rope_append_kvcache(step.q, step.k, step.v, *caches, step.freqs, backend=backend, **CONTIGUOUS)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# -------------------------------------------------------------------------------------------------
+# Options that change numbers, and places that come together
+
+
+@pytest.mark.parametrize("norms", ("head", "all"))
+def test_epsilon_of_the_norms(backend, norms):
+    step = Step(norms=norms, call={**CONTIGUOUS, "norm_eps": 0.5})
+    step.check(backend, step.expected(SLOTS, POSITIONS))
+
+
+@pytest.mark.parametrize("without", ("q_norm_weight", "k_norm_weight"))
+def test_one_norm(backend, without):
+    step = Step(norms="head", call=CONTIGUOUS)
+    step.weights[without] = None
+    step.check(backend, step.expected(SLOTS, POSITIONS))
+
+
+def test_an_origin_of_the_decay(backend):
+    log_decay = 20 * methods.xpos(32).log_decay.to(device())
+    step = Step(call=CONTIGUOUS)
+    step.freqs = RopeFreqs(step.freqs.inv_freq, log_decay=log_decay, decay_origin=7.5)
+    step.check(backend, step.expected(SLOTS, POSITIONS))
+
+
+def test_frequencies_of_each_head(backend):
+    step = Step(call=CONTIGUOUS)
+    freqs = methods.ms_poe(methods.rope(32), heads=2).to(device())
+    caches = step.caches(torch.float32)
+    rope_append_kvcache(None, step.k, step.v, *caches, freqs, backend=backend, **CONTIGUOUS)
+    call = {"positions": POSITIONS, "backend": "reference"}
+    expected = apply_rope(step.k.double(), freqs, **call).float()
+    for batch, token, block, place in SLOTS:
+        torch.testing.assert_close(caches[0][block, place], expected[batch, token])
+    assert (caches[0] == FILLER).all(-1).sum() == (2 * 23 - len(SLOTS)) * 2
+
+
+def test_slots_of_any_stride(backend):
+    slots = ints(*range(20, 10, -1), dtype=torch.int64).view(5, 2).T
+    step = Step(call={"slot_mapping": slots, "positions": POSITIONS})
+    written = [(b, t, n // 23, n % 23) for b in (0, 1) for t, n in enumerate(slots[b].tolist())]
+    step.check(backend, step.expected(written, POSITIONS))
+
+
+def test_packed_sequences_in_pages_behind_padding(backend):
+    """Each with frequencies of its own; one token belongs to none."""
+    table = ints(5, 2, 7, 1, 0, 6).view(2, 3)
+    call = {"cu_seqlens": ints(0, 2, 6), "cache_seqlens": ints(3, 6), "block_table": table}
+    call["cache_leftpad"] = ints(1, 4)
+    step = Step(blocks=(8, 4), tokens=(7,), call=call)
+    inv_freq = step.freqs.inv_freq
+    step.freqs = RopeFreqs(torch.stack([inv_freq, inv_freq / 3]))
+    slots = [(b, n) for b, ns in ((0, (3, 4)), (1, (6, 7, 8, 9))) for n in ns]
+    caches = step.caches(torch.float32)
+    q = rope_append_kvcache(step.q, step.k, step.v, *caches, step.freqs, backend=backend, **call)
+    kept = torch.ones(8, 4, dtype=torch.bool, device=device())
+    for token, (b, n) in enumerate(slots):
+        at = int(table[b, n // 4]), n % 4
+        kept[at] = False
+        freqs = RopeFreqs(step.freqs.inv_freq[b])
+        where = {"positions": n - (1, 4)[b], "backend": "reference"}
+        for got, x in ((caches[0][at], step.k[token]), (q[token], step.q[token])):
+            expected = apply_rope(x[None, None].double(), freqs, **where)
+            torch.testing.assert_close(got, expected[0, 0].float())
+        assert torch.equal(caches[1][at], step.v[token])
+    assert all((x[kept] == FILLER).all() for x in caches)
+
+
+# -------------------------------------------------------------------------------------------------
+# Keys that XPOS takes out of their dtype's range are not written
+
+
+REACH = 4532  # of float16
+
+
+TOKENS = 4
+
+
+def append(last: int, freqs=None, **options):
+    """Of tokens whose last one is at position `last`."""
+    x = torch.full((1, TOKENS, 1, 8), 0.5, dtype=torch.float16, device=device())
+    cache = torch.zeros(1, last + 3, 1, 8, dtype=x.dtype, device=x.device)
+    options.setdefault("cache_seqlens", last + 1 - TOKENS)
+    rope_append_kvcache(None, x, x, cache, cache.clone(), freqs or xpos(8).to(device()), **options)
+    return cache
+
+
+def attend(last: int, block_size: int):
+    x = torch.full((1, TOKENS, 1, 8), 0.5, dtype=torch.float16, device=device())
+    cache = torch.zeros(1, last + 3, 1, 8, dtype=x.dtype, device=x.device)
+    return blockwise_causal_attention_with_kvcache(
+        x, cache, cache.clone(), xpos(8).to(device()), cache_seqlens=last + 1 - TOKENS, k=x, v=x,
+        block_size=block_size,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        append,
+        lambda last: append(last, score=scores.blockwise_causal(20_000)),
+        lambda last: append(last, positions=torch.arange(last + 1 - TOKENS, last + 1)),
+        lambda last: append(
+            last + 2, cache_leftpad=torch.tensor([2], dtype=torch.int32), cache_seqlens=last - 1
+        ),
+        lambda last: attend(last, 20_000),
+    ],
+)
+def test_the_last_position_within_the_range(write):
+    if device() == "cuda":
+        pytest.skip("lengths on the device are not read back")
+    assert write(REACH).isfinite().all()
+    with pytest.raises(ValueError, match=rf"XPOS.*float16 {REACH} positions.* to {REACH + 1}$"):
+        write(REACH + 1)
+
+
+def test_an_origin_and_blocks_keep_them_near():
+    far = append(2 * REACH, xpos(8, decay_origin=REACH).to(device()))
+    assert far.isfinite().all() and far.any()
+    assert append(2 * REACH, score=scores.blockwise_causal(64)).isfinite().all()
+    assert attend(2 * REACH, 64).isfinite().all()

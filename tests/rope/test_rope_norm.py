@@ -1,9 +1,12 @@
 """RMSNorm before the rotation: against float64, and against what transformers' models do."""
 
+from __future__ import annotations
+
 import importlib
 
 import pytest
 import torch
+from truncation import truncation
 
 from extrope_kernels import RopeFreqs, apply_rope_qk, methods
 from extrope_kernels.testing import DTYPES, assert_within_budget, device, make_qk
@@ -31,11 +34,6 @@ def by_autograd(tensors, freqs, backend, douts, **options):
     return [*(x.detach() for x in outs), *grads]
 
 
-def interpreter_ulps(backend, dtype):
-    """Triton's interpreter truncates when it casts to bfloat16; a GPU rounds."""
-    return 1.0 if backend == "triton" and dtype == torch.bfloat16 and device() == "cpu" else 0.0
-
-
 def check(q, k, weights, freqs, backend, **options):
     """Results and gradients against the reference in the same dtype and in float64."""
     tensors = [q, k, *weights]
@@ -44,7 +42,7 @@ def check(q, k, weights, freqs, backend, **options):
     got = by_autograd(tensors, freqs, backend, douts, **options)
     same = by_autograd(tensors, freqs, "reference", douts, **options)
     exact = by_autograd([x.double() for x in tensors], freqs, "reference", douts, **options)
-    slack = interpreter_ulps(backend, q.dtype)
+    slack = truncation(backend, q.dtype)
     ulp = min(torch.finfo(torch.float32).eps, torch.finfo(q.dtype).eps)
     for name, *values in zip(("q", "k", "dq", "dk"), got, same, exact):
         # Mean squares, products, means and differences: ten roundings that a rotation has not.
@@ -161,7 +159,6 @@ def test_what_is_not_finite_is_as_in_pytorch(backend, together):
 
 # -------------------------------------------------------------------------------------------------
 # transformers
-
 MODELS = {"qwen3": "Qwen3", "gemma3": "Gemma3", "olmo2": "Olmo2"}
 
 
@@ -196,7 +193,7 @@ def test_as_transformers_norm_and_rotate(backend, model, dtype):
         got = call([q, k, *weights], freqs, backend, norm_eps=EPS)
         exact = exactly(q, k, weights, freqs)
     for name, *values in zip("qk", got, same, exact):
-        assert_within_budget(name, *values, interpreter_ulps(backend, dtype))
+        assert_within_budget(name, *values, truncation(backend, dtype))
 
 
 def exactly(q, k, weights, freqs):
@@ -206,8 +203,6 @@ def exactly(q, k, weights, freqs):
 
 # -------------------------------------------------------------------------------------------------
 # Derivatives, transforms, graphs
-
-
 @pytest.mark.parametrize("together", (False, True))
 @pytest.mark.parametrize("inverse", (False, True))
 def test_finite_differences(backend, inverse, together):

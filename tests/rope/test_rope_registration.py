@@ -1,9 +1,20 @@
 """The ops as PyTorch sees them: opcheck, torch.compile, schemas, CUDA graphs, raw calls."""
 
+from __future__ import annotations
+
 import pytest
 import torch
+from append_cases import CONTIGUOUS, Step, ints
+from test_rope_norm import by_autograd, call, norm_weights
 
-from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
+from extrope_kernels import (
+    RopeFreqs,
+    apply_rope,
+    apply_rope_qk,
+    methods,
+    rope_append_kvcache,
+    scores,
+)
 from extrope_kernels.testing import device, make_qk
 
 SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton"}
@@ -96,8 +107,6 @@ def test_raw_op_without_k_returns_an_empty_tensor(backend):
 
 # -------------------------------------------------------------------------------------------------
 # torch.compile
-
-
 def forward_and_backward(q, k, inv_freq, positions, backend):
     out_q, out_k = apply_rope_qk(
         q * 1.0, k * 1.0, RopeFreqs(inv_freq, 1.1), positions=positions, backend=backend
@@ -162,8 +171,6 @@ def test_compile_keeps_the_memory_layout_of_views(backend):
 
 # -------------------------------------------------------------------------------------------------
 # No host sync
-
-
 def test_lengths_on_the_device_never_reach_the_host(backend):
     """Under a fake mode a read of a value raises: methods and the op only pass tensors along."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -265,3 +272,87 @@ def test_without_a_library_results_have_the_strides_that_graphs_count_on(run_pyt
         EXTROPE_JIT="0",
         EXTROPE_CACHE_DIR="/nonexistent",
     )
+
+
+# -------------------------------------------------------------------------------------------------
+# With a norm
+
+
+@pytest.mark.parametrize("together", (False, True))
+def test_opcheck_norm(backend, together):
+    q, k = make_qk(2, 5, 2, 2, head_dim=8)
+    weights, inv_freq = norm_weights(2, 2, 8, together), methods.rope(6).inv_freq.to(device())
+    for name, args in {
+        "rope_norm_fwd": (q.requires_grad_(), k, *weights, inv_freq),
+        "rope_norm_bwd": (q.detach(), k, q.detach(), k, *weights, inv_freq),
+        "rope_norm_inplace": (q.detach().clone(), k.clone(), *weights, inv_freq),
+    }.items():
+        torch.library.opcheck(op(name, backend).default, args, {"offset": 3})
+
+
+def test_compile_norm(backend):
+    q, k = make_qk(2, 5, 2, 2, head_dim=8)
+    freqs = methods.rope(8).to(device())
+    leaves = [x.requires_grad_() for x in (q, k, *norm_weights(2, 2, 8))]
+
+    def loss(*x):
+        return sum(out.pow(3).sum() for out in call(x, freqs, backend))
+
+    graph = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    for got, want in zip(graph, torch.autograd.grad(loss(*leaves), leaves)):
+        torch.testing.assert_close(got, want)
+
+
+def test_same_bits_with_any_number_of_threads():
+    q, k = make_qk(1, 700, 3, 2)
+    weights, freqs = norm_weights(3, 2, 64), methods.rope(64).to(device())
+    douts = [torch.randn_like(x) for x in (q, k)]
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(by_autograd([q, k, *weights], freqs, None, douts))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other))
+
+
+# -------------------------------------------------------------------------------------------------
+# The fused step
+
+
+def op_arguments(case: str) -> tuple[list, dict]:
+    """The op's positional arguments, and its options."""
+    step = Step(norms="head")
+    tensors = [step.q, step.k, step.v, *step.caches(torch.float32), *step.weights.values()]
+    if case == "lengths":
+        return [*tensors, step.freqs.inv_freq, ints(3, 9)], {"attention_factor": 1.1}
+    if case == "slots":
+        slots, positions = ints(*range(10)).view(2, 5), ints(*range(5))
+        return [*tensors, step.freqs.inv_freq, None, None, slots, None, None, positions], {}
+    tensors[0], tensors[5] = None, None
+    stored = {"stored": [float(n) for n in scores.rerope(4, 2.0).stored], "interleaved": True}
+    return [*tensors, step.freqs.inv_freq, ints(3, 9), None, None, None, ints(1, 2)], stored
+
+
+@pytest.mark.parametrize("case", ("lengths", "slots", "stored"))
+def test_opcheck_append(backend, case):
+    tensors, options = op_arguments(case)
+    torch.library.opcheck(op("rope_append", backend), tuple(tensors), options)
+
+
+def test_compile_append(backend):
+    step = Step(norms="head", call=CONTIGUOUS)
+
+    def run(q, k, v, k_cache, v_cache, lengths):
+        call = {"cache_seqlens": lengths, **step.weights, "backend": backend}
+        return rope_append_kvcache(q * 2, k, v, k_cache, v_cache, step.freqs, **call)
+
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        caches = step.caches(torch.float32)
+        out = function(step.q, step.k, step.v, *caches, CONTIGUOUS["cache_seqlens"])
+        results.append([out, *caches])
+    for x, y in zip(*results):
+        assert torch.equal(x, y)

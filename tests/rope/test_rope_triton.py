@@ -1,4 +1,4 @@
-"""The Triton rotation and its angle gradient, on a GPU or interpreted."""
+"""What the Triton rotation reads and writes, and its angle gradient, on a GPU or interpreted."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-
 from rope_oracle import (
     DEVICE,
+    INTERPRETED,
     Guarded,
     assert_rotated,
     check,
@@ -23,29 +23,13 @@ from rope_oracle import (
 
 from extrope_kernels.ops._shared.dtypes import accumulator
 from extrope_kernels.ops.rope import reference
-from extrope_kernels.ops.rope.pairs import cross
-from extrope_kernels.ops.rope.rotation import Rotation
+from extrope_kernels.ops.rope.rotation import Rotation, cross
 from extrope_kernels.ops.rope.triton import launch, rotate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
 LAYOUTS = pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "interleaved"))
-
-
-@LAYOUTS
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_with_partial_rotary(dtype, interleaved):
-    q, k = randn(2, 3, 3, 64, dtype=dtype), randn(2, 3, 1, 64, dtype=dtype)
-    rotation = rope_rotation(48, interleaved=interleaved, amplitude=1.2079, offset=1003)
-    outputs = check([q, k], rotation)
-    for x, out in zip((q, k), outputs, strict=True):
-        assert torch.equal(out[..., 48:], x[..., 48:])
-
-
-@LAYOUTS
-@pytest.mark.parametrize("head_dim", (2, 8, 64, 72, 80, 96, 128, 256))
-def test_every_head_dim(head_dim, interleaved):
-    q, k = randn(1, 5, 2, head_dim), randn(1, 5, 1, head_dim)
-    check([q, k], rope_rotation(head_dim, interleaved=interleaved, offset=77))
 
 
 @LAYOUTS
@@ -68,20 +52,6 @@ def test_many_tokens_take_wide_tiles(dtype):
     check([q, k], rope_rotation(64))
 
 
-@pytest.mark.parametrize("seqlen", (1, 2, 13))
-def test_tokens_of_a_tile_may_lie_in_several_sequences(seqlen):
-    check([randn(3, seqlen, 1, 8)], rope_rotation(8, offset=5))
-
-
-@pytest.mark.parametrize("heads", (1, 73))
-def test_heads(heads):
-    check([randn(1, 1, heads, 16), randn(1, 1, 1, 16)], rope_rotation(16, offset=9))
-
-
-def test_more_heads_of_k_than_of_q():
-    check([randn(1, 2, 1, 16), randn(1, 2, 5, 16)], rope_rotation(16, offset=9))
-
-
 @pytest.mark.parametrize(
     "shape", ((0, 4, 2, 16), (2, 0, 2, 16), (2, 4, 0, 16)), ids=("batch", "seqlen", "heads")
 )
@@ -93,57 +63,9 @@ def test_nothing_to_do_launches_nothing(shape, monkeypatch):
     assert torch.equal(angle_grad, torch.zeros_like(angle_grad))
 
 
-# Positions
-
-
-@pytest.mark.parametrize("largest", (1e3, 1e5, 1e6, 1.6e7))
-@pytest.mark.parametrize("dtype", (torch.int32, torch.int64, torch.float32, torch.float64), ids=str)
-def test_explicit_positions(dtype, largest):
-    positions = torch.rand(2, 8, device=DEVICE, dtype=torch.float64) * 50 + (largest - 50)
-    q, k = randn(2, 8, 1, 64), randn(2, 8, 1, 64)
-    check([q, k], rope_rotation(64, positions=positions.to(dtype)))
-
-
-def test_positions_broadcast_over_the_batch_and_skip():
-    positions = torch.randint(0, 100_000, (1, 12), device=DEVICE)[:, ::3]
-    check([randn(2, 4, 1, 16)], rope_rotation(16, positions=positions, offset=-7))
-
-
 def test_offset_past_32_bits():
     rotation = rope_rotation(16, offset=2**33 + 1)
     check([randn(1, 3, 1, 16)], replace(rotation, inv_freq=rotation.inv_freq * 1e-4))
-
-
-@pytest.mark.parametrize("dtype", (torch.int64, torch.float32), ids=str)
-def test_offset_per_sequence(dtype):
-    offsets = torch.tensor([5, 100_000, 0], device=DEVICE, dtype=dtype)
-    rotation = rope_rotation(16, positions=offsets, positions_are_offsets=True, offset=3)
-    check([randn(3, 4, 1, 16), randn(3, 4, 2, 16)], rotation)
-
-
-# Frequencies and amplitudes
-
-
-@pytest.mark.parametrize("sequences, heads", ((3, 1), (1, 2), (3, 2)))
-def test_frequencies_per_sequence_and_head(sequences, heads):
-    rotation = rope_rotation(16, offset=1000)
-    inv_freq = rotation.inv_freq * torch.rand(sequences, heads, 1, device=DEVICE)
-    rotation = replace(rotation, inv_freq=inv_freq)
-    check([randn(3, 2, 2, 16), randn(3, 2, 2, 16)], rotation)
-
-
-def test_expanded_and_float64_frequencies():
-    rotation = rope_rotation(16, offset=1000)
-    rotation = replace(rotation, inv_freq=rotation.inv_freq.double().expand(2, 3, 8))
-    check([randn(2, 2, 3, 16)], rotation)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("signs", ((1.0, -1.0), (-1.0, 1.0)), ids=("forward", "inverse"))
-def test_log_decay(dtype, signs):
-    log_decay = -torch.rand(8, device=DEVICE) / 512
-    rotation = rope_rotation(16, log_decay=log_decay, decay_signs=signs, amplitude=0.77, offset=900)
-    check([randn(2, 3, 2, 16, dtype=dtype), randn(2, 3, 1, 16, dtype=dtype)], rotation)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
@@ -218,11 +140,89 @@ def test_angle_grad_is_the_derivative_of_the_frequencies():
     )
 
 
-def test_angle_grad_over_many_tokens_and_heads():
-    saved, grads = [randn(1, 37, 9, 16)], [randn(1, 37, 9, 16)]
-    rotation = rope_rotation(16, conjugate=True)
-    angle_grad = backward(saved, grads, rotation)[1]
-    same_dtype = cross(saved[0], reference.rotate(grads, rotation)[0], 16, False, False)
-    x, d = saved[0].double().cpu().numpy().astype(np.longdouble), exact(grads, rotation)[0]
-    want = (x[..., :8] * d[..., 8:] - x[..., 8:] * d[..., :8]).sum(axis=2, keepdims=True)
-    assert_rotated("angle_grad", angle_grad, same_dtype, want)
+def cumulative(*ends: int) -> torch.Tensor:
+    return torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("kind", ("index", "positions", "offsets"))
+def test_packed_sequences_some_empty(kind):
+    cu_seqlens = cumulative(0, 0, 3, 3, 7, 11, 11)
+    positions = {
+        "index": None,
+        "positions": torch.randint(0, 100_000, (1, 11), device=DEVICE),
+        "offsets": torch.randint(0, 100_000, (6,), device=DEVICE),
+    }[kind]
+    rotation = rope_rotation(
+        16,
+        cu_seqlens=cu_seqlens,
+        positions=positions,
+        positions_are_offsets=kind == "offsets",
+        offset=2,
+    )
+    per_sequence = rotation.inv_freq * torch.rand(6, 1, 1, device=DEVICE)
+    check([randn(1, 11, 2, 16), randn(1, 11, 1, 16)], replace(rotation, inv_freq=per_sequence))
+
+
+@pytest.mark.parametrize("ends", ((5, 9, 30, -4), (-3, -2, -1, 0), (7, 7, 7, 7), (90, 2, 60, 1)))
+def test_no_cu_seqlens_reads_out_of_bounds(ends):
+    rows = torch.full((7, 1, 8), torch.nan, device=DEVICE)
+    rows[2:5] = 0.1
+    rotation = rope_rotation(16, cu_seqlens=cumulative(*ends))
+    x = randn(1, 11, 1, 16)
+    out = guarded_like(x)
+    rotate([x], [out.tensor], None, None, replace(rotation, inv_freq=rows[2:5]))
+    assert out.tensor.isfinite().all()
+    out.assert_untouched_around()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("gap", (1, 2, 8), ids=lambda gap: f"gap {gap}")
+def test_transposed_memory_and_unaligned_rows(gap, interleaved):
+    q = randn(2, 3, 4, 16 + gap, dtype=torch.float16).transpose(1, 2)[..., gap:]
+    k = randn(2, 1, 4, 16, dtype=torch.float16).transpose(1, 2)
+    check([q, k], rope_rotation(16, interleaved=interleaved, offset=50), gap)
+
+
+def test_views_of_a_fused_projection_in_place():
+    fused = randn(2, 3, 5, 16)
+    before = fused.clone()
+    q, k = fused[:, :, :3], fused[:, :, 3:4]
+    rotation = rope_rotation(16, offset=50)
+    rotate([q, k], [q, k], None, None, rotation)
+    inputs = [before[:, :, :3], before[:, :, 3:4]]
+    want = exact(inputs, rotation)
+    for name, got, ref, ideal in zip(
+        "qk", (q, k), reference.rotate(inputs, rotation), want, strict=True
+    ):
+        assert_rotated(name, got, ref, ideal)
+    assert torch.equal(fused[:, :, 4], before[:, :, 4])
+
+
+@pytest.mark.parametrize("axis", (0, 1, 2), ids=("batch", "seqlen", "heads"))
+def test_strides_past_32_bits(axis, monkeypatch):
+    # Only the pages that are touched get memory, so none may be filled. An odd stride of just over
+    # 2**30 elements fits in 32 bits, its multiples do not.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    stride = 2**30 + 1
+    shape = [1, 1, 1, 8]
+    shape[axis] = 3
+    strides = [8, 8, 8, 1]
+    strides[axis] = stride
+    if INTERPRETED:
+        copy = torch.UntypedStorage.copy_
+
+        def copy_unless_same(self, source, *args):
+            return self if self.data_ptr() == source.data_ptr() else copy(self, source, *args)
+
+        # The interpreter copies every storage back, here onto itself.
+        monkeypatch.setattr(torch.UntypedStorage, "copy_", copy_unless_same)
+    x = torch.empty(2 * stride + 8, dtype=torch.float16, device=DEVICE).as_strided(shape, strides)
+    dense = randn(*shape, dtype=torch.float16)
+    x.copy_(dense)
+    rotation = rope_rotation(8, offset=11)
+    want, same_dtype = exact([dense], rotation)[0], reference.rotate([dense], rotation)[0]
+    out = torch.empty_like(dense)
+    rotate([x], [out], None, None, rotation)
+    assert_rotated("from far apart", out, same_dtype, want)
+    rotate([x], [x], None, None, rotation)
+    assert_rotated("in place", x, same_dtype, want)

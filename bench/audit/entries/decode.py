@@ -153,7 +153,7 @@ def _score(case: Case):
 def _launch(case: Case) -> None:
     """32 heads of q, 8 of k, room for 32k keys in each of two sequences."""
     from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options
-    from extrope_kernels.ops._shared.fp8 import Scales
+    from extrope_kernels.ops._shared.dtypes import Scales
     from extrope_kernels.ops.decode.arguments import KVCache
     from extrope_kernels.ops.decode.triton import launch
 

@@ -4,21 +4,17 @@
 
 #include <vector>
 
-#include "common/append_bind.h"
 #include "common/ops.h"
-#include "common/rope_norm_args.h"
+#include "common/outputs.h"
 #include "cpu/append/args.h"
 #include "cpu/append/writes.h"
-#include "cpu/rope/values.h"
-#include "cpu/runtime/direct.h"
-#include "cpu/runtime/output_pages.h"
 #include "cpu/runtime/token.h"
 
 namespace extrope {
 namespace append {
 namespace {
 
-const OptionalView kNone;
+const OptionalTensor kNone;
 
 // One call: the rotations of q and k, and the writes of k and v.
 class Append {
@@ -35,7 +31,7 @@ class Append {
   }
   Append(const Append&) = delete;
 
-  void run(const OptionalView& out_q) {
+  void run(const OptionalTensor& out_q) {
     if (r_.inv_freq.has_value() && r_.stored.empty()) {
       add_together(out_q);
     } else {
@@ -46,9 +42,9 @@ class Append {
 
  private:
   // q, if there is one, and k by the same angles: one rotation.
-  void add_together(const OptionalView& out_q) {
-    const OptionalView k = out_q ? OptionalView(a_.k) : kNone;
-    const TensorView& first = out_q ? *a_.q : a_.k;
+  void add_together(const OptionalTensor& out_q) {
+    const OptionalTensor k = out_q ? OptionalTensor(a_.k) : kNone;
+    const Tensor& first = out_q ? *a_.q : a_.k;
     RopeParams p = make_params(first, k, *r_.inv_freq, r_.positions, r_.options, /*adjoint=*/false);
     if (out_q) set_output(p.tensors[0], *out_q, a_.packed());
     RopeTensor& keys = p.tensors[out_q ? 1 : 0];
@@ -61,7 +57,7 @@ class Append {
   }
 
   // q, if there is one, normed alone; k rotated to where a score method stores it, or normed alone.
-  void add_apart(const OptionalView& out_q) {
+  void add_apart(const OptionalTensor& out_q) {
     if (out_q) {
       RopeParams q = unrotated_part(*a_.q);
       set_output(q.tensors[0], *out_q, a_.packed());
@@ -76,7 +72,7 @@ class Append {
     rotations_.add(make_norm_params(k, a_.k, kNone, r_.k_norm_weight, kNone, r_.norm_eps));
   }
 
-  RopeParams unrotated_part(const TensorView& x) const {
+  RopeParams unrotated_part(const Tensor& x) const {
     const int64_t d = x.dim();
     return unrotated(cache_.dtype, plane(x), a_.batch(), a_.seqlen(), x.size(d - 2), x.size(d - 1));
   }
@@ -121,29 +117,31 @@ class Append {
   CacheWrites writes_;
 };
 
+Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                   const Tensor& v_cache, const OptionalTensor& q_norm_weight,
+                   const OptionalTensor& k_norm_weight, const OptionalTensor& inv_freq,
+                   const OptionalTensor& cache_seqlens, const OptionalTensor& block_table,
+                   const OptionalTensor& slot_mapping, const OptionalTensor& cu_seqlens,
+                   const OptionalTensor& cache_leftpad, const OptionalTensor& positions,
+                   const OptionalTensor& log_decay, const OptionalTensor& axes,
+                   const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                   std::vector<double> stored, double norm_eps, double attention_factor,
+                   bool interleaved, double decay_origin) {
+  const Call call({q, k, v, k_cache, v_cache, q_norm_weight, k_norm_weight, inv_freq, cache_seqlens,
+                   block_table, slot_mapping, cu_seqlens, cache_leftpad, positions, log_decay, axes,
+                   k_scale, v_scale},
+                  std::move(stored), norm_eps, attention_factor, interleaved, decay_origin);
+  Append append(call.args, call.rotation);
+  Tensor out = q.has_value() ? fresh_like(*q, kOp) : fresh(k, {0}, k.scalar_type(), kOp);
+  append.run(q.has_value() ? OptionalTensor(out) : kNone);
+  return out;
+}
+
 }  // namespace
 
 const Ops ops{
-    {"rope_append", TORCH_BOX(&(rope_append<Append, fresh_like>))},
+    {"rope_append", TORCH_BOX(&rope_append)},
 };
-
-// The numbers are norm_eps, attention_factor, interleaved, decay_origin and those of `stored`.
-EXTROPE_DIRECT(rope_append) {
-  return run_directly(args, [](Items outs, Items numbers, Items given) {
-    const double norm_eps = numbers.number(), attention_factor = numbers.number();
-    const bool interleaved = numbers.flag();
-    const double decay_origin = numbers.number();
-    std::vector<double> stored(numbers.left());
-    for (double& x : stored) x = numbers.number();
-    OptionalView tensors[kTensors];
-    for (OptionalView& x : tensors) x = given.optional_tensor();
-    const Call call(tensors, std::move(stored), norm_eps, attention_factor, interleaved,
-                    decay_origin);
-    const OptionalView out_q = outs.optional_tensor();
-    const WithoutPython others_may_run(call.args.k.numel() > kFewElements);
-    Append(call.args, call.rotation).run(out_q);
-  });
-}
 
 }  // namespace append
 }  // namespace extrope

@@ -8,18 +8,19 @@
 #include <vector>
 
 #include "common/ops.h"
+#include "common/outputs.h"
 #include "cpu/attention/args.h"
 #include "cpu/attention/run.h"
-#include "cpu/runtime/output_pages.h"
 
 namespace extrope {
 namespace attention {
 namespace {
 
+constexpr const char* kOp = "attention";
 constexpr int64_t kZeroGrain = 1 << 18;  // floats
 
 Tensor zeros_of(const std::vector<int64_t>& shape) {
-  Tensor zeros = fresh(shape, ScalarType::Float);
+  Tensor zeros = fresh(shape, ScalarType::Float, kOp);
   float* data = static_cast<float*>(zeros.data_ptr());
   torch::stable::parallel_for(0, zeros.numel(), kZeroGrain, [&](int64_t begin, int64_t end) {
     std::fill(data + begin, data + end, 0.0f);
@@ -45,15 +46,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const OptionalTensor& query_scale, const OptionalTensor& q_start,
                                    const OptionalTensor& k_start,
                                    const std::vector<double>& numbers) {
-  const Options options{
-      inv_freq,    cu_seqlens, log_decay, sinks,
-      query_scale, q_start,    k_start,   attention_numbers("attention", numbers)};
+  const Options options{inv_freq,    cu_seqlens, log_decay, sinks,
+                        query_scale, q_start,    k_start,   attention_numbers(kOp, numbers)};
   AttentionParams p = make_params(q, k, v, options);
   const Rotation rotation(p, options.rotation(), rotates_ahead(p.dtype));
   p.float32_out = options.numbers.float32_results;
   const Tensor out =
-      fresh(shape(q, p.v.head_dim), p.float32_out ? ScalarType::Float : q.scalar_type());
-  const Tensor lse = fresh(lse_shape(p, options.packed()), ScalarType::Float);
+      fresh(shape(q, p.v.head_dim), p.float32_out ? ScalarType::Float : q.scalar_type(), kOp);
+  const Tensor lse = fresh(lse_shape(p, options.packed()), ScalarType::Float, kOp);
   p.out = view(out, options.packed(), "out");
   p.lse = static_cast<float*>(lse.data_ptr());
   if (p.heads_q > 0) run_forward(p, kernels(p.dtype));
@@ -66,9 +66,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const OptionalTensor& cu_seqlens, const OptionalTensor& log_decay, const OptionalTensor& sinks,
     const OptionalTensor& query_scale, const OptionalTensor& q_start, const OptionalTensor& k_start,
     const std::vector<double>& numbers) {
-  const Options options{
-      inv_freq,    cu_seqlens, log_decay, sinks,
-      query_scale, q_start,    k_start,   attention_numbers("attention", numbers)};
+  const Options options{inv_freq,    cu_seqlens, log_decay, sinks,
+                        query_scale, q_start,    k_start,   attention_numbers(kOp, numbers)};
   AttentionParams p = make_params(q, k, v, options);
   const bool packed = options.packed();
   check_like(dout, q, p.v.head_dim, "dout", "q");
@@ -78,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   p.lse = check_lse(p, lse, "lse");
   if (dlse.has_value()) p.dlse = check_lse(p, *dlse, "dlse");
   const Rotation rotation(p, options.rotation(), /*keys_ahead=*/false);
-  const Tensor dq = fresh(shape(q, p.head_dim), ScalarType::Float);
+  const Tensor dq = fresh(shape(q, p.head_dim), ScalarType::Float, kOp);
   const Tensor dk = zeros_of(shape(k, p.head_dim)), dv = zeros_of(shape(v, p.v.head_dim));
   p.dq = view(dq, packed, "dq");
   p.dk = view(dk, packed, "dk");

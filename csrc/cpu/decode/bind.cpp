@@ -6,10 +6,10 @@
 #include <vector>
 
 #include "common/ops.h"
+#include "common/outputs.h"
 #include "cpu/decode/args.h"
 #include "cpu/decode/run.h"
 #include "cpu/runtime/capability.h"
-#include "cpu/runtime/output_pages.h"
 
 namespace extrope {
 namespace decode {
@@ -32,7 +32,7 @@ Kernels kernels(const KVCache& cache) {
 // Results (batch, ...sizes); those of packed queries have no dimension of sequences.
 Tensor result(const CacheArgs& a, std::vector<int64_t> sizes, ScalarType dtype) {
   if (a.packed()) sizes.erase(sizes.begin());
-  return fresh(sizes, dtype);
+  return fresh(sizes, dtype, a.op);
 }
 
 DecodeParams make_params(const CacheArgs& a, const Tensor& q, const OptionalTensor& sinks,

@@ -8,11 +8,11 @@
 #include <vector>
 
 #include "common/ops.h"
+#include "common/outputs.h"
 #include "cpu/linear_attention/args.h"
 #include "cpu/linear_attention/run.h"
 #include "cpu/permute/cycles.h"
 #include "cpu/runtime/capability.h"
-#include "cpu/runtime/output_pages.h"
 
 namespace extrope {
 namespace linear_attention {

@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "common/ops.h"
+#include "common/outputs.h"
 #include "cpu/merge/args.h"
 #include "cpu/runtime/capability.h"
-#include "cpu/runtime/output_pages.h"
 #include "cpu/runtime/threads.h"
 
 namespace extrope::merge {

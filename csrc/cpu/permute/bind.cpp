@@ -7,7 +7,6 @@
 #include "cpu/permute/cycles.h"
 #include "cpu/permute/kernel.h"
 #include "cpu/runtime/capability.h"
-#include "cpu/runtime/output_pages.h"
 #include "cpu/runtime/threads.h"
 
 namespace extrope::permute {
@@ -24,7 +23,7 @@ void launch(const PermuteParams& p, int /*device_index*/) {
             [&](int64_t begin, int64_t end) { tokens(p, decomposition.cycles(), begin, end); });
 }
 
-using Permute = PermuteOps<launch, fresh_like>;
+using Permute = PermuteOps<launch>;
 
 }  // namespace
 

@@ -1,16 +1,16 @@
-// Registers the CPU kernels of the rotation and splits their work over torch's threads.
+// Registers the CPU kernels of the rotation, with and without a norm before it, and splits their
+// work over torch's threads.
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
+#include <vector>
 
 #include "common/ops.h"
 #include "common/rope_bind.h"
-#include "cpu/rope/direct.h"
 #include "cpu/rope/kernel.h"
-#include "cpu/rope/values.h"
 #include "cpu/runtime/capability.h"
-#include "cpu/runtime/output_pages.h"
 #include "cpu/runtime/threads.h"
 
 namespace extrope {
@@ -20,12 +20,13 @@ namespace {
 
 void launch(const RopeParams& p, int /*device_index*/) {
   check_values(p);
+  if (p.batch * p.seqlen == 0) return;
   const RopeTokens tokens = EXTROPE_WIDEST(EXTROPE_KERNEL);
   share_out(p.batch * p.seqlen, bytes_of_token(p),
             [&](int64_t begin, int64_t end) { tokens(p, begin, end); });
 }
 
-using Rope = RopeOps<launch, fresh_like>;
+using Rope = RopeOps<launch>;
 
 void set_given(RopeParams& p, const Tensor& cos, const Tensor& sin, const Tensor& q) {
   const int64_t half = cos.dim() == 3 ? cos.size(2) : -1;
@@ -56,9 +57,115 @@ std::tuple<Tensor, Tensor> rope_cos_sin(const Tensor& q, const OptionalTensor& k
   p.interleaved = interleaved;
   p.conjugate = conjugate;
   set_given(p, cos, sin, q);
-  const std::tuple<Tensor, Tensor> outs = make_outputs<fresh_like>(p, q, k, /*packed=*/false);
-  Rope::run(p, q);
+  const std::tuple<Tensor, Tensor> outs = make_outputs("rope", p, q, k, /*packed=*/false);
+  launch(p, /*device_index=*/0);
   return outs;
+}
+
+// -------------------------------------------------------------------------------------------------
+// With a norm
+
+#define EXTROPE_NORM_KERNEL(isa) rope_norm_##isa
+
+// The gradients of the weights are summed over this many tokens by one thread, whatever the number
+// of threads, so that every number of threads gives the same bits.
+constexpr int64_t kPartTokens = 64;
+
+void launch_norm(const RopeNormParams& p) {
+  check_values(p);
+  if (p.batch * p.seqlen == 0) return;
+  const RopeNorms norms = EXTROPE_WIDEST(EXTROPE_NORM_KERNEL);
+  const int64_t tokens = std::max<int64_t>(p.norm_part_tokens, 1);
+  share_out((p.batch * p.seqlen + tokens - 1) / tokens, tokens * bytes_of_token(p),
+            [&](int64_t begin, int64_t end) { norms(p, begin, end); });
+}
+
+std::tuple<Tensor, Tensor> norm_fwd(const Tensor& q, const OptionalTensor& k,
+                                    const OptionalTensor& q_norm_weight,
+                                    const OptionalTensor& k_norm_weight, const Tensor& inv_freq,
+                                    const OptionalTensor& positions,
+                                    const OptionalTensor& cu_seqlens,
+                                    const OptionalTensor& log_decay, const OptionalTensor& axes,
+                                    double norm_eps, double attention_factor, int64_t offset,
+                                    bool interleaved, bool inverse, double decay_origin) {
+  const RopeParams rope = make_params(
+      q, k, inv_freq, positions,
+      {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
+      /*adjoint=*/false);
+  RopeNormParams p = make_norm_params(rope, q, k, q_norm_weight, k_norm_weight, norm_eps);
+  const auto outs = make_outputs("rope", p, q, k, cu_seqlens.has_value());
+  launch_norm(p);
+  return outs;
+}
+
+void norm_inplace(const Tensor& q, const OptionalTensor& k, const OptionalTensor& q_norm_weight,
+                  const OptionalTensor& k_norm_weight, const Tensor& inv_freq,
+                  const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
+                  const OptionalTensor& log_decay, const OptionalTensor& axes, double norm_eps,
+                  double attention_factor, int64_t offset, bool interleaved, bool inverse,
+                  double decay_origin) {
+  const RopeParams rope = make_params(
+      q, k, inv_freq, positions,
+      {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
+      /*adjoint=*/false);
+  RopeNormParams p = make_norm_params(rope, q, k, q_norm_weight, k_norm_weight, norm_eps);
+  set_outputs_in_place(p, q, k, cu_seqlens.has_value());
+  launch_norm(p);
+}
+
+// In double: the parts are many where the tokens are.
+template <typename Wide>
+void sum_parts(const Wide* parts, int64_t count, int64_t stride, int64_t dims, Wide* out) {
+  std::vector<double> sums(dims);
+  for (int64_t part = 0; part < count; ++part) {
+    for (int64_t i = 0; i < dims; ++i) sums[i] += parts[part * stride + i];
+  }
+  for (int64_t i = 0; i < dims; ++i) out[i] = static_cast<Wide>(sums[i]);
+}
+
+int64_t weight_dims(const RopeNormParams& p, int n) {
+  const RopeNorm& norm = p.norms[n];
+  if (norm.weight == nullptr) return 0;
+  return p.head_dim * (norm.all_heads ? p.tensors[n].heads : 1);
+}
+
+// Writes dq and dk, and the gradients of both weights.
+template <typename Wide>
+void run_norm_backward(RopeNormParams& p, const Tensor (&weight_grads)[2]) {
+  const int64_t count = (p.batch * p.seqlen + kPartTokens - 1) / kPartTokens;
+  const int64_t dims[2] = {weight_dims(p, 0), weight_dims(p, 1)};
+  p.norm_part_tokens = kPartTokens;
+  p.norm_part_stride = dims[0] + dims[1];
+  std::vector<Wide> parts(count * p.norm_part_stride);
+  p.norm_parts[0] = parts.data(), p.norm_parts[1] = parts.data() + dims[0];
+  launch_norm(p);
+  for (int n = 0; n < 2; ++n) {
+    sum_parts(static_cast<const Wide*>(p.norm_parts[n]), count, p.norm_part_stride, dims[n],
+              static_cast<Wide*>(weight_grads[n].data_ptr()));
+  }
+}
+
+// The gradients of the weights are float or, with tensors in double, double; empty without weights.
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
+    const Tensor& grad_q, const OptionalTensor& grad_k, const Tensor& q, const OptionalTensor& k,
+    const OptionalTensor& q_norm_weight, const OptionalTensor& k_norm_weight,
+    const Tensor& inv_freq, const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
+    const OptionalTensor& log_decay, const OptionalTensor& axes, double norm_eps,
+    double attention_factor, int64_t offset, bool interleaved, bool inverse, double decay_origin) {
+  const bool packed = cu_seqlens.has_value();
+  const RopeParams rope = make_params(
+      grad_q, grad_k, inv_freq, positions,
+      {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
+      /*adjoint=*/true);
+  RopeNormParams p = make_norm_params(rope, grad_q, grad_k, q_norm_weight, k_norm_weight, norm_eps);
+  save_inputs(p, grad_q, grad_k, q, k, packed);
+  const auto [dq, dk] = make_outputs("rope", p, grad_q, grad_k, packed);
+  const bool wide = p.dtype == DType::f64;
+  const auto type = wide ? ScalarType::Double : ScalarType::Float;
+  const Tensor weight_grads[2] = {fresh(grad_q, {weight_dims(p, 0)}, type, "rope"),
+                                  fresh(grad_q, {weight_dims(p, 1)}, type, "rope")};
+  wide ? run_norm_backward<double>(p, weight_grads) : run_norm_backward<float>(p, weight_grads);
+  return {dq, dk, weight_grads[0], weight_grads[1]};
 }
 
 }  // namespace
@@ -68,14 +175,9 @@ const Ops ops{
     {"rope_bwd", TORCH_BOX(&Rope::bwd)},
     {"rope_inplace", TORCH_BOX(&Rope::inplace)},
     {"rope_cos_sin", TORCH_BOX(&rope_cos_sin)},
+    {"rope_norm_fwd", TORCH_BOX(&norm_fwd)},
+    {"rope_norm_bwd", TORCH_BOX(&norm_bwd)},
+    {"rope_norm_inplace", TORCH_BOX(&norm_inplace)},
 };
-
-EXTROPE_DIRECT(rope) {
-  return run_directly(args, [](Items outs, Items numbers, Items given) {
-    const DirectRotation call(outs, numbers, given, /*with_norm=*/false);
-    const WithoutPython others_may_run(call.elements() > kFewElements);
-    if (call.tokens() > 0) launch(call.rope(), /*device_index=*/0);
-  });
-}
 
 }  // namespace extrope

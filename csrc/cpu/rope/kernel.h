@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "common/rope_norm_params.h"
+#include "common/rope_params.h"
 
 namespace extrope {
 

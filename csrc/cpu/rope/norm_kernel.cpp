@@ -6,8 +6,7 @@
 // is read before it is rotated, the second time from the second-level cache.
 
 #include "cpu/rope/kernel.h"
-#include "cpu/rope/norm_backward.h"
-#include "cpu/rope/norm_forward.h"
+#include "cpu/rope/norm.h"
 
 namespace extrope {
 namespace {

@@ -1,21 +1,18 @@
-// The entry point of the CPU library, and the ops that ask about it.
+// The entry point of the CPU library, and the op that asks about it.
 
 #include <exception>
 #include <string>
 
 #include "common/ops.h"
 #include "cpu/runtime/capability.h"
-#include "cpu/runtime/kept_pages.h"
 
 namespace extrope {
 namespace {
 
 int64_t cpu_capability() { return capability(); }
 
-constexpr const char* kAnywhere = "CompositeExplicitAutograd";
 const Ops ops{
-    {"cpu_capability", TORCH_BOX(&cpu_capability), kAnywhere},
-    {"cpu_release_memory", TORCH_BOX(&release_kept_pages), kAnywhere},
+    {"cpu_capability", TORCH_BOX(&cpu_capability), "CompositeExplicitAutograd"},
 };
 
 }  // namespace

@@ -9,7 +9,7 @@
 namespace extrope {
 
 // inv_freq: float32 or float64, (half,) or (rows, half).
-inline PaddedRows padded_rows(const TensorView& inv_freq) {
+inline PaddedRows padded_rows(const Tensor& inv_freq) {
   constexpr int64_t kPad = 16;  // elements of the widest vector
   const bool several = inv_freq.dim() == 2;
   PaddedRows out{several ? inv_freq.size(0) : 1, inv_freq.size(inv_freq.dim() - 1), 0, {}};

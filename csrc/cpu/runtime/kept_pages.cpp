@@ -50,18 +50,6 @@ class KeptPages {
     for (const Pages& each : surplus) munmap(each.begin, each.bytes);
   }
 
-  int64_t release() {
-    std::vector<Pages> all;
-    {
-      const std::lock_guard lock(mutex_);
-      all.swap(all_);
-      kept_ = 0;
-    }
-    int64_t released = 0;
-    for (const Pages& each : all) munmap(each.begin, each.bytes), released += each.bytes;
-    return released;
-  }
-
  private:
   Pages oldest() {
     const Pages pages = all_.front();
@@ -75,7 +63,7 @@ class KeptPages {
   int64_t kept_ = 0;        // bytes
 };
 
-// Never destroyed: the last tensors of a process are freed after its static objects.
+// Never destroyed: another thread may still compute while a process ends.
 KeptPages& kept_pages() {
   static KeptPages& all = *new KeptPages;
   return all;
@@ -107,7 +95,5 @@ Pages take_pages(int64_t bytes) {
 }
 
 void keep_pages(Pages pages) { kept_pages().keep(pages); }
-
-int64_t release_kept_pages() { return kept_pages().release(); }
 
 }  // namespace extrope

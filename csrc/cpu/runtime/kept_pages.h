@@ -1,8 +1,8 @@
-// Large memory, which outlives its use.
+// Large scratch memory of kernels, which outlives its use.
 //
 // Fresh pages cost more than the kernels that fill them: the operating system clears and maps
-// them. Large results and tables therefore lie in mappings of huge pages of their own, and a
-// mapping that is done with serves the next one of about its size. The operating system is told
+// them. Large tables therefore lie in mappings of huge pages of their own, and a mapping that is
+// done with serves the next one of about its size. The operating system is told
 // that it may take kept pages back (MADV_FREE), which it does before memory runs short.
 #pragma once
 
@@ -22,9 +22,6 @@ struct Pages {
 // At least `bytes` bytes; begin is null below kLarge, and where there is no memory.
 Pages take_pages(int64_t bytes);
 void keep_pages(Pages pages);
-
-// Unmaps what is kept; returns how many bytes that was.
-int64_t release_kept_pages();
 
 // Memory of a call.
 class Memory {

@@ -12,6 +12,7 @@ namespace extrope {
 namespace {
 
 void launch(const RopeParams& p, int device_index) {
+  if (p.batch * p.seqlen == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(device_index);
   const int error = rope_launch(p, current_stream("rope", device_index), device_index);
   require(error == 0, "CUDA error ", error, ": ", rope_error(error));

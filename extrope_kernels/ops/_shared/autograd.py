@@ -1,18 +1,48 @@
-"""How ops get their derivatives and batching rules: Autograd kernels that are registered by hand.
+"""How ops get their derivatives, and all else that PyTorch has no public function for.
 
-What torch.library.register_autograd makes refuses torch.func.grad and takes three times as long a
-call.
+torch.library.register_autograd (of PyTorch 2.13) refuses torch.func.grad, and loses in silence the
+gradients of a torch.vmap under it and the tangents of forward mode. So Autograd kernels are
+registered by hand. No other module uses a private function of PyTorch, see
+tests/package/test_private_functions.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+
+Function = TypeVar("Function", bound=Callable)
+
+# -------------------------------------------------------------------------------------------------
+# What is active around a call
+
+
+def in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def in_func_transform() -> bool:
+    """Say whether a transform of torch.func runs, whose tensors may have no values to read."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """Let torch.compile call the function once, rather than look into it.
+
+    torch.compiler.assume_constant_result says the same, but imports torch._dynamo at once.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# -------------------------------------------------------------------------------------------------
+# Autograd kernels
 
 
 def register_backward(library, op, save, backward) -> None:
@@ -33,22 +63,18 @@ def autograd_of(op, save, backward):
     being dispatched; torch.func's other levels come by themselves, as for PyTorch's own ops.
     """
 
-    def below(keyset, args, options):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
-
     class Recorded(torch.autograd.function._SingleLevelFunction):
         # Compiled autograd asks every node for one, and only Function has it.
         _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
         @staticmethod
         def forward(ctx, keyset, options, *args):
-            if torch._C._are_functorch_transforms_active():
+            if in_func_transform():
                 # Recorded.apply has switched gradients off, for torch.func's outer levels too.
                 with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                    outputs = below(keyset, args, options)
+                    outputs = _below(op, keyset, args, options)
             else:
-                outputs = below(keyset, args, options)
+                outputs = _below(op, keyset, args, options)
             save(ctx, args, options, outputs)
             return outputs
 
@@ -59,14 +85,88 @@ def autograd_of(op, save, backward):
 
     def kernel(keyset, *args, **options):
         _refuse_tangents(op, args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            if not torch._C._are_functorch_transforms_active():
+        if wants_grad(args):
+            if not in_func_transform():
                 return Recorded.apply(keyset, options, *args)
             with enable_single_level_autograd_function():
                 return Recorded.apply(keyset, options, *args)
-        return below(keyset, args, options)
+        return _below(op, keyset, args, options)
 
     return kernel
+
+
+def refuse_recording(library, op, message: str) -> None:
+    """Let `op`, which writes over its first two arguments, refuse tensors of a graph; and let
+    autograd notice when one that it has saved has been overwritten.
+    """
+
+    def kernel(keyset, *args, **options):
+        if wants_grad(args):
+            raise RuntimeError(message)
+        _refuse_tangents(op, args)
+        out = _below(op, keyset, args, options)
+        note_writes(*(x for x in args[:2] if x is not None))
+        return out
+
+    library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+
+
+def refuse_backward(
+    library, op, message: str, written: Callable[[tuple], tuple] = lambda args: ()
+) -> None:
+    """Let a gradient that flows into `op` fail with the message, rather than vanish.
+
+    written: of its arguments those that it writes over, of which autograd is told.
+    """
+
+    def save_nothing(ctx, args, options, outputs):
+        pass
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(message)
+
+    recorded = autograd_of(op, save_nothing, refuse)
+
+    def kernel(keyset, *args, **options):
+        out = recorded(keyset, *args, **options)
+        note_writes(*written(args))
+        return out
+
+    library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+
+
+def call_unrecorded(
+    op: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
+) -> Any:
+    """Call an op of which no gradient is wanted, or exists, outside of torch.compile.
+
+    Its Autograd kernel, which is left out, costs as much as rotating a token. Forward-mode
+    derivatives are refused there.
+    """
+    if torch.is_inference_mode_enabled() or in_forward_mode():
+        return op(*args, **options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args, **options)
+
+
+def note_writes(*tensors: Tensor) -> None:
+    """Tell autograd that kernels have written over these."""
+    increment_version(tensors)
+
+
+def wants_grad(args: tuple[Any, ...]) -> bool:
+    """Say whether a call with these arguments is to be recorded."""
+    if not torch.is_grad_enabled():
+        return False
+    for x in args:  # noqa: SIM110 (a generator takes twice as long)
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
+
+
+def _below(op, keyset, args, options):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
 
 
 def _refuse_tangents(op, args) -> None:
@@ -81,72 +181,8 @@ def _refuse_tangents(op, args) -> None:
             )
 
 
-def in_forward_mode() -> bool:
-    return forward_ad._current_level >= 0
-
-
-def refuse_recording(library, op, message: str) -> None:
-    """Let `op`, which writes over its first two arguments, refuse tensors of a graph; and let
-    autograd notice when one that it has saved has been overwritten.
-    """
-
-    def kernel(keyset, *args, **options):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            raise RuntimeError(message)
-        _refuse_tangents(op, args)
-        with torch._C._AutoDispatchBelowAutograd():
-            out = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
-        note_writes(*(x for x in args[:2] if x is not None))
-        return out
-
-    library.impl(op.name(), kernel, "Autograd", with_keyset=True)
-
-
-def note_writes(*tensors: Tensor) -> None:
-    """Tell autograd that kernels have written over these."""
-    torch._C._increment_version(tensors)  # graph.increment_version takes twice as long
-
-
-def call_unrecorded(
-    op: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
-) -> Any:
-    """Call an op of which no gradient is wanted, or exists, outside of torch.compile.
-
-    Its Autograd kernel, which is left out, costs as much as rotating a token; Python's frame around
-    every op, a tenth of that. Inference mode leaves it out by itself; of forward-mode derivatives
-    it knows that there are none.
-    """
-    run = getattr(op, "_op", op)
-    if torch.is_inference_mode_enabled() or in_forward_mode():
-        return run(*args, **options)
-    with torch._C._AutoDispatchBelowAutograd():
-        return run(*args, **options)
-
-
-def refuse_backward(
-    library, op, message: str, written: Callable[[tuple], tuple] | None = None
-) -> None:
-    """Let a gradient that flows into `op` fail with the message, rather than vanish.
-
-    written: of its arguments those that it writes over, of which autograd is told.
-    """
-
-    def save_nothing(ctx, args, options, outputs):
-        pass
-
-    def refuse(ctx, *grads):
-        raise NotImplementedError(message)
-
-    if written is None:
-        return register_backward(library, op, save_nothing, refuse)
-    recorded = autograd_of(op, save_nothing, refuse)
-
-    def kernel(keyset, *args, **options):
-        out = recorded(keyset, *args, **options)
-        note_writes(*written(args))
-        return out
-
-    library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+# -------------------------------------------------------------------------------------------------
+# Layouts of gradients, and torch.vmap
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ import os
 import torch
 
 from ... import _ext
+from .autograd import constant_when_compiled
 
 
+@constant_when_compiled
 def missing(backend: str, device: str | None = None) -> str | None:
     """None when `backend` can run on `device` ("cpu", "cuda", or what is here), else the reason."""
     if backend in ("cpu", "cuda"):
@@ -16,10 +18,6 @@ def missing(backend: str, device: str | None = None) -> str | None:
     if backend == "triton":
         return _missing_triton(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return None
-
-
-# torch.compiler.assume_constant_result says the same, but imports torch._dynamo at once.
-missing._dynamo_marked_constant = True
 
 
 _found: set[tuple] = set()  # what require has let pass

@@ -140,8 +140,15 @@ def split_offset(op: str, positions: Tensor | int | None) -> tuple[Tensor | None
 
 
 def check_real(op: str, name: str, value: float) -> None:
+    if type(value) is float:
+        return
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if isinstance(value, Real):
+        try:
+            float(value)
+        except OverflowError:
+            raise ValueError(f"{op}: {name} must be finite, got one past float64") from None
 
 
 def check_count(op: str, name: str, value: int) -> int:
@@ -189,6 +196,8 @@ def run_explained(
 def raise_as_value_error(error: Exception, op: str, function: str | None = None) -> None:
     """Raise what a kernel of `op` refused as the ValueError of a public function."""
     ours = isinstance(error, RuntimeError) and str(error).startswith(f"{op}: ")
+    if ours and str(error).startswith(f"{op}: cannot allocate"):
+        raise RuntimeError(str(error).splitlines()[0].replace(op, function or op, 1)) from None
     if ours and not isinstance(error, NotImplementedError):
         refusal = str(error).splitlines()[0].removeprefix(op)
         raise ValueError((function or op) + refusal) from None

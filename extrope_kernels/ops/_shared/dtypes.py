@@ -1,13 +1,15 @@
-"""The dtypes that ops compute in."""
+"""The dtypes that ops compute in, and caches in float8_e4m3fn."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from .autograd import constant_when_compiled
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -28,14 +30,84 @@ def without_autocast(function: Function[Parameters, Result]) -> Function[Paramet
     return run
 
 
+@constant_when_compiled  # torch.compile of PyTorch 2.11 cannot look into it
 def _may_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
-
-
-# torch.compile of PyTorch 2.11 cannot look into it.
-_may_autocast._dynamo_marked_constant = True
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that what is of `dtype` is computed and summed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# -------------------------------------------------------------------------------------------------
+# Caches of float8_e4m3fn: value = stored * scale, one scale for each head of k
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0  # finite number of it
+MISSING = "needs k_scale and v_scale, (heads_k,) float32"
+
+
+class Scales(NamedTuple):
+    """Of the keys and the values of a cache, (heads_k,) float32 each; None where it is not fp8."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+
+NO_SCALES = Scales()
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """Rows (..., heads, head_dim) over their scale, rounded to nearest even, within ±448."""
+    return (x.float() / scale[:, None]).clamp(-LARGEST, LARGEST).to(FP8)
+
+
+def dequantize(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Cached rows in a wider type, times their scale if they have one."""
+    return x.to(dtype) if scale is None else x.to(dtype) * scale[:, None]
+
+
+def check_cache_dtype(op: str, name: str, cache: Tensor, like: Tensor, scales: Scales) -> None:
+    """A cache is of the other tensors' dtype, or fp8 where there are scales."""
+    if cache.dtype == FP8 and None not in scales and cache.device == like.device:
+        return
+    if cache.dtype == FP8 and None in scales:
+        given = [f"{n}_scale" for n, x in zip("kv", scales) if x is not None]
+        raise ValueError(f"{op}: {name} in {FP8} {MISSING}, got {given[0] if given else 'none'}")
+    if any(x is not None for x in scales):
+        raise ValueError(
+            f"{op}: k_scale and v_scale are for caches in {FP8}, got {name} in {cache.dtype}"
+        )
+    if cache.dtype != like.dtype or cache.device != like.device:
+        raise ValueError(
+            f"{op}: {name} must be {like.dtype} on {like.device} like the other tensors, or {FP8} "
+            f"with k_scale and v_scale, got {cache.dtype} on {cache.device}"
+        )
+
+
+def as_bits(cache: Tensor) -> Tensor:
+    """As Triton's kernels see it: not every chip that they run on has the type."""
+    return cache.view(torch.int8)
+
+
+def check_scales(op: str, scales: Scales, heads: int, like: Tensor) -> None:
+    """Scales that are given: one a head."""
+    for name, x in zip(("k_scale", "v_scale"), scales):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+        fits = x.shape == (heads,) and x.dtype == torch.float32 and x.is_contiguous()
+        if not fits or x.device != like.device:
+            raise ValueError(
+                f"{op}: {name} must be contiguous float32 ({heads},) on {like.device}, "
+                f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+            )
+
+
+def check_scale_values(op: str, scales: Scales) -> None:
+    """On a CPU, where looking costs nothing."""
+    for name, x in zip(("k_scale", "v_scale"), scales):
+        if x is not None and not ((x > 0) & x.isfinite()).all():
+            raise ValueError(f"{op}: {name} must be positive numbers, got {x.tolist()}")

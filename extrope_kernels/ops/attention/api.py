@@ -12,8 +12,8 @@ from ...scores import Score
 from .._shared import backends as _backends
 from .._shared.checks import REFUSALS, refuse_flags
 from .._shared.decay import check_new_keys
-from .._shared.fp8 import Scales
-from .._shared.lengths import cache_lengths
+from .._shared.dtypes import Scales
+from .._shared.positions import cache_lengths
 from . import flash_attn, op
 from .call import KVCache, make_call
 from .checks import check_attention, check_decode, check_method

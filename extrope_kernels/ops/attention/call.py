@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from ...scores.base import FIRST_KEY, MAP_NUMBERS, SAME, UNROTATED, PositionMap, Region, Score
-from .._shared.dtypes import accumulator
-from .._shared.fp8 import NO_SCALES, Scales
+from .._shared.dtypes import NO_SCALES, Scales, accumulator
 
 _SINGLE_NUMBERS = 8  # before the regions
 PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)

@@ -20,8 +20,7 @@ from .._shared.checks import (
     overlaps_itself,
     refuse_flags,
 )
-from .._shared.dtypes import accumulator
-from .._shared.fp8 import FP8, check_cache_dtype, check_scale_values, check_scales
+from .._shared.dtypes import FP8, accumulator, check_cache_dtype, check_scale_values, check_scales
 from .call import AttentionCall, KVCache
 
 

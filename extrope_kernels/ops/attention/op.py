@@ -15,8 +15,7 @@ from torch import Tensor
 
 from .._shared.autograd import contiguous_rows, refuse_backward, register_backward
 from .._shared.dtensor import replicated
-from .._shared.dtypes import accumulator
-from .._shared.fp8 import Scales
+from .._shared.dtypes import Scales, accumulator
 from .._shared.library import library, load_on_first_use, ops
 from . import flash_attn, reference
 from .call import AttentionCall, KVCache, lse_shape, read_call

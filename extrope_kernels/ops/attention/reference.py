@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._shared.dtypes import accumulator, without_autocast
-from .._shared.fp8 import dequantize, quantize
+from .._shared.dtypes import accumulator, dequantize, quantize, without_autocast
 from .call import AttentionCall, KVCache, lse_shape
 from .rotation import positions, rotate, row_scale, store_keys, unrotate
 

@@ -1,6 +1,5 @@
 """Rotary position embedding with any frequencies, at memory speed, forward and backward."""
 
-from . import norm_schema, schema  # noqa: F401  (define the ops)
 from .api import apply_rope, apply_rope_qk, backends
 from .append import rope_append_kvcache
 from .cos_sin import apply_cos_sin

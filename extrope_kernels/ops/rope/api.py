@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from .._shared.autograd import call_unrecorded, note_writes
+from .._shared.autograd import call_unrecorded, note_writes, wants_grad
 from .._shared.backends import missing, require
 from .._shared.checks import REFUSALS, raise_as_value_error, refuse_flags, split_offset
-from .._shared.direct import Direct, find_direct, is_plain
 from .._shared.dtensor import replicated
 from .._shared.library import ops
 from . import norm as norm_reference
+from . import op as _op  # noqa: F401  (defines the ops)
 from . import reference
-from .checks import INPLACE, check, check_norm, check_norm_eps, not_differentiable
-from .decay import check_decay
+from .checks import (
+    INPLACE,
+    check,
+    check_decay,
+    check_norm,
+    check_norm_eps,
+    not_differentiable,
+    share_memory,
+    without_defaults,
+)
 
-RopeArgs = tuple[Tensor | None, ...]  # of the ops, after q and k
-Options = dict[str, Any]  # of the ops, by keyword
 Norm = tuple[Tensor | None, Tensor | None, float]  # q_norm_weight, k_norm_weight, norm_eps
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-
-
-class _Ops(NamedTuple):
-    fwd: str
-    inplace: str
-    direct: str
-
-
-_ROPE = _Ops("rope_fwd", "rope_inplace", "rope")
-_ROPE_NORM = _Ops("rope_norm_fwd", "rope_norm_inplace", "rope_norm")
 
 
 def apply_rope(
@@ -117,11 +113,9 @@ def apply_rope_qk(
     """
     if k is None:
         raise TypeError("rope: k must be a Tensor, got NoneType")
-    if type(norm_eps) is not float or not norm_eps >= 0:
-        check_norm_eps(norm_eps)
-    norm = None
-    if not (q_norm_weight is k_norm_weight is None):
-        norm = (q_norm_weight, k_norm_weight, norm_eps)
+    check_norm_eps(norm_eps)
+    has_norm = q_norm_weight is not None or k_norm_weight is not None
+    norm = (q_norm_weight, k_norm_weight, norm_eps) if has_norm else None
     return _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend, norm)
 
 
@@ -144,46 +138,35 @@ def _rotate(
 ) -> tuple[Tensor, Tensor]:
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"rope: freqs must be a RopeFreqs, got {type(freqs).__name__}")
-    if not (type(interleaved) is type(inverse) is type(inplace) is bool):
-        refuse_flags("rope", interleaved=interleaved, inverse=inverse, inplace=inplace)
-    # What follows is kept flat, and every argument that is not needed left out: on a short sequence
-    # the call costs more than the rotation.
-    options: Options = {}
-    if positions is not None and type(positions) is not Tensor:
-        positions, options["offset"] = split_offset("rope", positions)
+    refuse_flags("rope", interleaved=interleaved, inverse=inverse, inplace=inplace)
+    positions, offset = split_offset("rope", positions)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
-    rope_args: RopeArgs = (freqs.inv_freq,)
-    if not (positions is cu_seqlens is freqs.log_decay is None):
-        rope_args = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay)
-        if freqs.axes is not None and positions is not None:
-            rope_args = (*rope_args, freqs.axes)
-    factor = freqs.attention_factor
-    if type(factor) is not float or factor != 1.0:
-        options["attention_factor"] = factor
-    if interleaved:
-        options["interleaved"] = True
-    if inverse:
-        options["inverse"] = True
     if freqs.log_decay is not None:
-        options["decay_origin"] = freqs.decay_origin
-        wants_grad = torch.is_grad_enabled() and getattr(freqs.log_decay, "requires_grad", False)
-        if wants_grad and backend != "reference":
+        if wants_grad((freqs.log_decay,)) and backend != "reference":
             raise ValueError(not_differentiable("log_decay"))
-        check_decay(freqs, q, positions, options.get("offset", 0), packed=cu_seqlens is not None)
-    if type(q) is not Tensor:
-        rope_args = replicated(q, rope_args)
-    names, op_args = _ROPE, rope_args
+        check_decay(freqs, q, positions, offset, packed=cu_seqlens is not None)
+    rope_args = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay, freqs.axes)
+    rope_args = replicated(q, rope_args)
+    options = without_defaults(
+        attention_factor=freqs.attention_factor,
+        offset=offset,
+        interleaved=interleaved,
+        inverse=inverse,
+        decay_origin=freqs.decay_origin,
+    )
+    name: str = "rope"
+    weights: tuple[Tensor | None, ...] = ()
     if norm is not None:
-        names, op_args = _ROPE_NORM, (*norm[:2], *rope_args)
+        name, weights = "rope_norm", norm[:2]
         options["norm_eps"] = norm[2]
-    run = _inplace if inplace else _out_of_place
-    compiling = torch.compiler.is_compiling()
-    if compiling:
-        return run(names, q, k, op_args, options, backend, compiling)
+    args = (q, k, *weights, *rope_args)
+    run = _in_place if inplace else _out_of_place
+    if torch.compiler.is_compiling():
+        return run(name, args, options, backend)
     try:
-        return run(names, q, k, op_args, options, backend, compiling)
-    except REFUSALS as error:
+        return run(name, args, options, backend)
+    except REFUSALS as error:  # kernels check what they are given; here it is told in full
         check(q, k, *rope_args, attention_factor=freqs.attention_factor)
         if norm is not None:
             check_norm(q, k, *norm)
@@ -191,92 +174,43 @@ def _rotate(
         raise
 
 
-def _wants_grad(q: Tensor, k: Tensor | None, op_args: RopeArgs) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    if q.requires_grad or (k is not None and k.requires_grad):
-        return True
-    # The weights of a norm and inv_freq, as far as they are there, come first. A generator would
-    # take a twentieth of the whole call.
-    for x in op_args[:3]:  # noqa: SIM110
-        if x is not None and x.requires_grad:
-            return True
-    return False
-
-
 def _out_of_place(
-    names: _Ops,
-    q: Tensor,
-    k: Tensor | None,
-    op_args: RopeArgs,
-    options: Options,
-    backend: str | None,
-    compiling: bool,
+    name: str, args: tuple[Any, ...], options: dict[str, Any], backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    recorded = compiling or _wants_grad(q, k, op_args)
-    direct = None if recorded else _find_direct(names.direct, q, k, q, backend)
-    if direct is not None:
-        outs = (torch.empty_like(q), None if k is None else torch.empty_like(k))
-        if direct(outs, _numbers(**options), (q, k, *op_args)):
-            return outs
-    op = _op(names.fwd, backend, q)
-    if recorded or backend == "reference":
-        out_q, out_k = op(q, k, *op_args, **options)
+    op = _find(f"{name}_fwd", backend, args[0])
+    if backend == "reference" or torch.compiler.is_compiling() or wants_grad(args):
+        out_q, out_k = op(*args, **options)
     else:
-        out_q, out_k = call_unrecorded(op, (q, k, *op_args), options)
-    return out_q, out_k if k is not None else None
+        out_q, out_k = call_unrecorded(op, args, options)
+    return out_q, out_k if args[1] is not None else None
 
 
-def _inplace(
-    names: _Ops,
-    q: Tensor,
-    k: Tensor | None,
-    op_args: RopeArgs,
-    options: Options,
-    backend: str | None,
-    compiling: bool,
+def _in_place(
+    name: str, args: tuple[Any, ...], options: dict[str, Any], backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    op = _op(names.inplace, backend, q)
-    if _wants_grad(q, k, op_args):
+    op = _find(f"{name}_inplace", backend, args[0])
+    if wants_grad(args):
         raise ValueError(INPLACE)
+    q, k = args[:2]
     if k is q:
         raise ValueError("rope: inplace=True needs q and k of their own, got one tensor for both")
-    if compiling or backend == "reference":
-        op(q, k, *op_args, **options)
+    if backend == "reference" or torch.compiler.is_compiling():
+        op(*args, **options)
         return q, k
-    direct = _find_direct(names.direct, q, k, None, backend)
-    if direct is None or not direct((q, k), _numbers(**options), (q, k, *op_args)):
-        call_unrecorded(op, (q, k, *op_args), options)
+    if k is not None and share_memory(q, k):
+        raise ValueError("rope: inplace=True needs q and k of their own, got two that share memory")
+    call_unrecorded(op, args, options)
     note_writes(q) if k is None else note_writes(q, k)
     return q, k
 
 
-def _find_direct(
-    name: str, q: Tensor, k: Tensor | None, like: Tensor | None, backend: str | None
-) -> Direct | None:
-    if backend is not None and backend != "cpu":
-        return None
-    direct = find_direct(name, q, like)
-    return direct if is_plain(k) else None
-
-
-def _numbers(
-    attention_factor: float = 1.0,
-    offset: int = 0,
-    interleaved: bool = False,
-    inverse: bool = False,
-    decay_origin: float = 0.0,
-    norm_eps: float = 0.0,
-) -> tuple[float, ...]:
-    """The op's options as its direct function takes them."""
-    return attention_factor, offset, interleaved, inverse, decay_origin, norm_eps
-
-
-def _op(name: str, backend: str | None, q: Tensor) -> Callable[..., Any]:
-    """What a named backend means, once it is known to run on q."""
+def _find(name: str, backend: str | None, q: Tensor) -> Callable[..., Any]:
+    """The op, or the function of a named backend once it is known to run on q."""
     if backend is None:
         return getattr(ops, name)
     require("rope", backend, BACKENDS, q.device.type)
     if backend == "reference":
         return getattr(norm_reference if "norm" in name else reference, name)
+    if backend == "cuda" and "norm" in name:
+        raise NotImplementedError("rope: backend 'cuda' has no norm: triton and cpu do")
     return getattr(ops, f"{name}_triton" if backend == "triton" else name)

@@ -1,10 +1,14 @@
-"""What a rotary call may be given: every refusal, in words."""
+"""Check the arguments of a rotary call: every refusal, in words."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...methods import RopeFreqs
 from .._shared.checks import (
     DTYPES,
     check_cu_seqlens,
@@ -14,6 +18,7 @@ from .._shared.checks import (
     check_rows,
     overlaps_itself,
 )
+from .._shared.decay import reach
 from .._shared.positions import position_kind as position_kind_of_one_axis
 
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
@@ -53,8 +58,8 @@ def check(
     if log_decay is not None:
         _check_per_frequency("log_decay", log_decay, torch.float32, inv_freq)
     check_real("rope", "attention_factor", attention_factor)
-    if not attention_factor > 0:
-        raise ValueError(f"rope: attention_factor must be > 0, got {attention_factor}")
+    if not 0 < attention_factor < math.inf:
+        raise ValueError(f"rope: attention_factor must be > 0 and finite, got {attention_factor}")
 
 
 def check_norm(
@@ -116,6 +121,59 @@ def refuse_overlap(q: Tensor, k: Tensor | None) -> None:
                 f"rope: {name} must not be expanded to be rotated in place, "
                 f"got strides {x.stride()}"
             )
+
+
+_DEFAULTS = {
+    "attention_factor": 1.0,
+    "offset": 0,
+    "interleaved": False,
+    "inverse": False,
+    "decay_origin": 0.0,
+}
+
+
+def without_defaults(**options: Any) -> dict[str, Any]:
+    """An op's options without those that are its defaults: each costs the dispatcher a µs."""
+    default = _DEFAULTS
+    return {name: x for name, x in options.items() if type(x) is torch.SymInt or x != default[name]}
+
+
+def share_memory(x: Tensor, y: Tensor) -> bool:
+    """Say whether two tensors of one storage have elements in common, as far as strides tell.
+
+    Exact for tensors of the same strides, such as slices of one projection; of others only dense
+    ones are known to.
+    """
+    try:
+        if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+            return False
+    except RuntimeError:  # tensors of torch.func, or of other classes, have no memory of their own
+        return False
+    if x.numel() == 0 or y.numel() == 0 or x.dtype != y.dtype:
+        return False
+    distance = y.storage_offset() - x.storage_offset()
+    if not -_span(y) < distance < _span(x):
+        return False
+    if x.stride() != y.stride():
+        return _span(x) == x.numel() and _span(y) == y.numel()
+    sizes = zip(x.stride(), x.shape, y.shape)
+    return _is_reached(distance, sorted(sizes, reverse=True))
+
+
+def _span(x: Tensor) -> int:
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+
+
+def _is_reached(distance: int, sizes: list[tuple[int, int, int]]) -> bool:
+    """Say whether two indices differ by so many elements; sizes: (stride, of x, of y), sorted."""
+    sizes = [one for one in sizes if one[0] > 0]
+    if not sizes:
+        return distance == 0
+    (stride, of_x, of_y), *rest = sizes
+    steps = distance // stride
+    return any(
+        -of_y < n < of_x and _is_reached(distance - n * stride, rest) for n in (steps, steps + 1)
+    )
 
 
 def _check_inv_freq(
@@ -180,3 +238,54 @@ def _check_per_frequency(name: str, x: Tensor, dtype: torch.dtype, inv_freq: Ten
             f"rope: {name} must be contiguous {str(dtype).removeprefix('torch.')} ({shape[0]},) "
             f"on {device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
         )
+
+
+# -------------------------------------------------------------------------------------------------
+# XPOS
+
+
+def check_decay(
+    freqs: RopeFreqs, q: Tensor, positions: Tensor | None, offset: int, *, packed: bool
+) -> None:
+    """Raise ValueError when a position is so far from decay_origin that its amplitude overflows.
+
+    Only what the host knows is looked at: positions on the CPU, or none given.
+    """
+    if not freqs.steepest_decay or not isinstance(q, Tensor) or torch.compiler.is_compiling():
+        return
+    ends = _ends_of(q, positions, offset, packed)
+    if ends is None:
+        return
+    most = reach(freqs, q.dtype)
+    low, high = ends
+    if max(high - freqs.decay_origin, freqs.decay_origin - low) <= most:
+        return
+    middle = (low + high) // 2
+    cure = (
+        f"decay_origin={middle:.0f} covers them"
+        if high - middle <= most
+        else "no origin covers them: use scores.blockwise_causal or a dtype with more range"
+    )
+    raise ValueError(
+        f"rope: XPOS's amplitude leaves {q.dtype} {most} positions from "
+        f"decay_origin={freqs.decay_origin:.0f}, got positions {low:.0f} to {high:.0f}; {cure}"
+    )
+
+
+def _ends_of(q: Tensor, positions: Tensor | None, offset: int, packed: bool):
+    """The lowest and the highest position, or None where the host does not know them."""
+    if packed or q.dim() != 4 or not q.is_floating_point() or q.numel() == 0:
+        return None
+    length = q.shape[1]
+    if positions is None:
+        return offset, offset + length - 1
+    if positions.device.type != "cpu":
+        return None
+    kind = position_kind(positions, q.shape, q.shape[0])
+    if kind is None or positions.numel() == 0:
+        return None
+    try:
+        low, high = (x.item() + offset for x in positions.aminmax())
+    except RuntimeError:  # under torch.vmap they have no value
+        return None
+    return low, high + (length - 1 if kind == "offsets" else 0)

@@ -1,12 +1,14 @@
-"""One rotary call, checked and brought to the form that the Python-launched kernels take."""
+"""One rotary call, checked and brought to one form, and the pairs of dims that rotate together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .._shared import positions as _positions
+from .._shared.dtypes import accumulator
 from .checks import check, position_kind
 
 
@@ -105,3 +107,31 @@ def token_positions(rotation: Rotation, batch: int, seqlen: int) -> Tensor:
         given = (rotation.positions, rotation.positions_are_offsets, rotation.cu_seqlens)
         positions = _positions.token_positions(*given, seqlen, rotation.inv_freq.device)[..., None]
     return positions.double() + rotation.offset
+
+
+def split_pairs(x: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The two dims of every pair of x: (..., rotary_dim / 2) each."""
+    dims = x[..., :rotary_dim]
+    if interleaved:
+        return dims[..., 0::2], dims[..., 1::2]
+    return dims[..., : rotary_dim // 2], dims[..., rotary_dim // 2 :]
+
+
+def join_pairs(a: Tensor, b: Tensor, interleaved: bool) -> Tensor:
+    """The inverse of `split_pairs`: (..., rotary_dim)."""
+    if interleaved:
+        return torch.stack((a, b), dim=-1).flatten(-2)
+    return torch.cat((a, b), dim=-1)
+
+
+def cross(x: Tensor, y: Tensor, rotary_dim: int, interleaved: bool, per_head: bool) -> Tensor:
+    """x_a y_b - x_b y_a of every pair: (batch, seqlen, heads or 1, rotary_dim / 2), float32 or 64.
+
+    The derivative along the angle: when y is the gradient of a rotation's input x, this is the
+    gradient of its angle. Heads that share their frequencies are summed.
+    """
+    wide = accumulator(x.dtype)
+    xa, xb = split_pairs(x.to(wide), rotary_dim, interleaved)
+    ya, yb = split_pairs(y.to(wide), rotary_dim, interleaved)
+    product = xa * yb - xb * ya
+    return product if per_head else product.sum(2, keepdim=True)

@@ -33,8 +33,6 @@ TESTS = (
     "rope/test_rope_cos_sin.py",
     "rope/test_rope_norm.py",
     "rope/test_rope_append.py",
-    "rope/test_rope_append_direct.py",
-    "rope/test_rope_direct.py",
     "attention/test_attention.py",
     "attention/test_attention_gradients.py",
     "attention/test_attention_packed.py",

@@ -9,10 +9,9 @@ import triton
 from torch import Tensor
 
 from ....scores import PositionMap
-from ..._shared.fp8 import FP8, as_bits
+from ..._shared.dtypes import FP8, as_bits
 from ..._shared.triton.launch import INTERPRETED, Plan, chip_of, layouts_of, planned, strides_of
-from ..append.arguments import Append
-from ..append.checks import check, check_values
+from ..append import Append, check, check_values
 from ..rotation import Rotation, resolve
 from .append_kernel import AppendTile, rope_append_kernel
 from .launch import operand_of

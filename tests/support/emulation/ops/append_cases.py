@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from extrope_kernels import methods, scores
-from extrope_kernels.ops._shared.fp8 import FP8, quantize
+from extrope_kernels.ops._shared.dtypes import FP8, quantize
 from extrope_kernels.ops.rope.append import reference
 from extrope_kernels.testing import DTYPES
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...._shared.fp8 import as_bits
+from ...._shared.dtypes import as_bits
 from ...._shared.triton.launch import Plan
 
 

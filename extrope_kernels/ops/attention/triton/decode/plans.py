@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .....scores import UNROTATED
 from .....scores.base import FIRST_KEY
-from ...._shared.fp8 import FP8
+from ...._shared.dtypes import FP8
 from ...._shared.triton.fp8 import kind_of_cache
 from ...._shared.triton.launch import VECTOR_BYTES, Plan, chip_of, strides_of
 from ...._shared.triton.position_maps import kind_of, map_arguments, side_arguments

@@ -1,0 +1,561 @@
+"""The fused step into a key/value cache: norm, rotation and the write of keys and values.
+
+The CPU library registers its kernel for the op `rope_append` (csrc/cpu/append/bind.cpp); on a GPU
+Triton's serves. `rope_append_triton` runs Triton's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...methods import RopeFreqs
+from ...scores.base import MAP_NUMBERS, UNROTATED, PositionMap, Score
+from .._shared import backends as _backends
+from .._shared.autograd import call_unrecorded, note_writes, refuse_backward
+from .._shared.checks import (
+    DTYPES,
+    REFUSALS,
+    check_cu_seqlens,
+    check_ints,
+    check_matching,
+    check_rows,
+    overlaps_itself,
+    raise_as_value_error,
+    refuse_flags,
+)
+from .._shared.decay import check_new_keys
+from .._shared.dtypes import (
+    FP8,
+    Scales,
+    check_cache_dtype,
+    check_scale_values,
+    check_scales,
+    quantize,
+)
+from .._shared.library import library, load_on_first_use, ops
+from .._shared.positions import cache_lengths, sequence_of_token
+from . import checks as rope_checks
+from .norm import rms_norm, rope_norm_fwd
+from .op import triton_kernels
+
+BACKENDS = ("reference", "cpu", "triton")
+_OP = "rope_append_kvcache"
+
+
+def rope_append_kvcache(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    freqs: RopeFreqs | None,
+    *,
+    cache_seqlens: Tensor | int | None = None,
+    block_table: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    positions: Tensor | None = None,
+    score: Score | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    interleaved: bool = False,
+    backend: str | None = None,
+) -> Tensor | None:
+    """Norm and rotate new queries and keys, and write keys and values into a cache: one launch.
+
+    What lies between the projections and the attention of a decode step or a prefill chunk. The
+    norm is RMSNorm (https://arxiv.org/abs/1910.07467), the rotation RoPE
+    (https://arxiv.org/abs/2104.09864), each where its arguments are given. For inference.
+
+    q, k, v: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens or
+        slot_mapping; float32, bfloat16, float16 or float64; any strides with a contiguous last
+        dimension, so views of one packed projection are taken as they are. q and k have one
+        head_dim, v may have another; k and v have the cache's heads. q may be None.
+    k_cache, v_cache: (batch, max_len, heads_k, head_dim), or with block_table or slot_mapping
+        (num_blocks, block_size, heads_k, head_dim); any strides with a contiguous last dimension.
+        What no token goes to stays as it is. In k's dtype, or float8_e4m3fn with k_scale and
+        v_scale.
+    freqs: from `extrope_kernels.methods`, on k's device, as for `apply_rope`; None rotates nothing.
+    cache_seqlens: (batch,) int32, or one int for all: the slots in use. The new tokens go behind
+        them, and have the positions that follow.
+    block_table: (batch, max_blocks) int32: the blocks of each sequence in their order.
+    slot_mapping: instead of both: (batch, seqlen) or (total,), int32 or int64, the slot of each
+        token, block * block_size + place in the block. -1 is written nowhere.
+    cu_seqlens: (batch + 1,) int32, the boundaries of packed sequences. What is past the last one is
+        padding and written nowhere, unless slot_mapping says so.
+    cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
+    positions: (seqlen,), (batch, seqlen) or (total,), or by axes as for `apply_rope`: where each
+        token is, whatever its slot. Needed where slot_mapping comes without cache_seqlens.
+    score: of a score method, `scores.rerope(window)` or another: keys are rotated to where the
+        attention with a cache of that name has them, and queries, which it rotates itself, come
+        back normed alone. XPOS's log_decay is then taken by methods that store keys by blocks.
+    k_scale, v_scale: (heads_k,) float32, positive, of a cache in float8_e4m3fn: keys and values are
+        written over their head's scale, rounded to nearest even, at most 448 either way.
+    q_norm_weight, k_norm_weight, norm_eps: as for `apply_rope_qk`; None leaves that tensor without
+        a norm.
+    interleaved: as for `apply_rope`.
+    backend: "cpu", "triton", "reference"; None for the best on k's device. A named backend
+        never falls back.
+
+    Returns: q, normed and rotated; None without q.
+    Raises: ValueError or TypeError that names the argument, before anything is written;
+        NotImplementedError when the named backend cannot run here. On a GPU the values of integer
+        tensors are not looked at, and what does not fit the cache is not written.
+    """
+    if not isinstance(k, Tensor):
+        raise TypeError(f"{_OP}: k must be a Tensor, got {type(k).__name__}")
+    refuse_flags(_OP, interleaved=interleaved)
+    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+        cache_seqlens = cache_lengths(_OP, cache_seqlens, k, cu_seqlens)
+    options: dict[str, Any] = {"interleaved": True} if interleaved else {}
+    if type(norm_eps) is not float or norm_eps != Append.norm_eps:
+        options["norm_eps"] = norm_eps
+    inv_freq = log_decay = axes = None
+    if freqs is not None or score is not None:
+        inv_freq, log_decay, axes = _rope_args(freqs, score, options)
+        if freqs is not None and freqs.log_decay is not None:
+            at = (cache_seqlens, cache_leftpad, cu_seqlens, positions)
+            check_new_keys(_OP, freqs, score, k, *at)
+    tensors = (
+        q, k, v, k_cache, v_cache, q_norm_weight, k_norm_weight, inv_freq, cache_seqlens,
+        block_table, slot_mapping, cu_seqlens, cache_leftpad, positions, log_decay, axes, k_scale,
+        v_scale,
+    )  # fmt: skip
+    if backend is not None:
+        _backends.require(_OP, backend, BACKENDS, k.device.type)
+    if torch.compiler.is_compiling():
+        out = _run(tensors, options, backend)
+    else:
+        try:
+            out = _run(tensors, options, backend)
+        except REFUSALS as error:
+            call = Append(*tensors, **options)
+            check(_OP, call)
+            check_values(_OP, call)
+            raise_as_value_error(error, "rope_append", _OP)
+            raise
+    return None if q is None else out
+
+
+def _rope_args(
+    freqs: RopeFreqs | None, score: Score | None, options: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """inv_freq, log_decay and axes of the op; the rest goes into its options."""
+    if not isinstance(freqs, RopeFreqs):
+        raise TypeError(f"{_OP}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    if freqs.inv_freq is None:
+        raise TypeError(f"{_OP}: inv_freq must be a Tensor, got NoneType")
+    if score is None:
+        factor, origin = freqs.attention_factor, freqs.decay_origin
+        options |= rope_checks.without_defaults(attention_factor=factor, decay_origin=origin)
+        return freqs.inv_freq, freqs.log_decay, freqs.axes
+    if not isinstance(score, Score):
+        raise TypeError(f"{_OP}: score must be a Score or None, got {type(score).__name__}")
+    if freqs.axes is not None:
+        raise ValueError(f"{_OP}: freqs must have no axes (mRoPE), got some")
+    if freqs.log_decay is not None and not score.stored.modulus:
+        raise ValueError(
+            f"{_OP}: freqs must have no log_decay (XPOS) with {score.name}, whose amplitudes grow "
+            "with the position, got one"
+        )
+    if score.stored == UNROTATED:
+        return None, None, None
+    options["stored"] = score.stored.numbers()
+    return freqs.inv_freq, freqs.log_decay, None
+
+
+def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Tensor:
+    _refuse_gradients(tensors)
+    if backend == "reference":
+        return reference(*tensors, **options)
+    op = ops.rope_append_triton if backend == "triton" else ops.rope_append
+    if torch.compiler.is_compiling():
+        return op(*tensors, **options)
+    k_cache, v_cache = tensors[3:5]
+    if rope_checks.share_memory(k_cache, v_cache):
+        raise ValueError(f"{_OP}: k_cache and v_cache must not share memory")
+    out = call_unrecorded(op, tensors, options)
+    note_writes(k_cache, v_cache)
+    return out
+
+
+def _refuse_gradients(tensors: tuple[Any, ...]) -> None:
+    """Refuse what a caller may have forgotten to detach, not the norm weights of a model."""
+    if not torch.is_grad_enabled():
+        return
+    for name, x in zip(("q", "k", "v", "k_cache", "v_cache"), tensors):
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{_OP} is for inference, got {name} that requires grad")
+
+
+# -------------------------------------------------------------------------------------------------
+# The call and its checks
+
+
+@dataclass(frozen=True)
+class Append:
+    """The arguments of `rope_append`."""
+
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    k_cache: Tensor  # (batch, max_len, heads_k, head_dim), or (pages, page_size, ...)
+    v_cache: Tensor
+    q_norm_weight: Tensor | None
+    k_norm_weight: Tensor | None
+    inv_freq: Tensor | None  # None: nothing is rotated
+    cache_seqlens: Tensor | None = None  # (sequences,) int32: slots in use, left padding included
+    block_table: Tensor | None = None  # (sequences, max_pages) int32
+    slot_mapping: Tensor | None = None  # of k's tokens: page * page_size + slot, -1 for nowhere
+    cu_seqlens: Tensor | None = None
+    cache_leftpad: Tensor | None = None  # (sequences,) int32: the slot of position 0
+    positions: Tensor | None = None  # None: behind those in use
+    log_decay: Tensor | None = None
+    axes: Tensor | None = None
+    k_scale: Tensor | None = None  # of a cache in float8_e4m3fn
+    v_scale: Tensor | None = None
+    stored: tuple[float, ...] | list[float] = ()  # a map: k rotates to there, and q not at all
+    norm_eps: float = 1e-6
+    attention_factor: float = 1.0
+    interleaved: bool = False
+    decay_origin: float = 0.0
+
+    @property
+    def scales(self) -> Scales:
+        return Scales(self.k_scale, self.v_scale)
+
+    @property
+    def packed(self) -> bool:
+        return self.k.dim() == 3
+
+    @property
+    def batch(self) -> int:
+        return 1 if self.packed else self.k.shape[0]
+
+    @property
+    def seqlen(self) -> int:
+        return self.k.shape[-3]
+
+    @property
+    def sequences(self) -> int:
+        return self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def capacity(self) -> int:
+        """How many slots a sequence has."""
+        pages = 1 if self.block_table is None else self.block_table.shape[1]
+        return pages * self.k_cache.shape[1]
+
+    @property
+    def rotates_q(self) -> bool:
+        return self.inv_freq is not None and not self.stored
+
+    @property
+    def map(self) -> PositionMap | None:
+        """Where a score method stores keys."""
+        return PositionMap.read(self.stored) if self.stored else None
+
+    def sequence_and_place(self) -> tuple[Tensor, Tensor]:
+        """(batch, seqlen): each token's sequence, and its number among the new ones of that."""
+        index = torch.arange(self.seqlen, device=self.k.device)
+        if self.cu_seqlens is None:
+            sequence = torch.arange(self.batch, device=self.k.device)[:, None]
+            return sequence.expand(-1, self.seqlen), index.expand(self.batch, -1)
+        sequence = sequence_of_token(self.cu_seqlens, self.seqlen)
+        return sequence[None], (index - self.cu_seqlens[sequence])[None]
+
+    def token_positions(self) -> Tensor:
+        """`positions`, or (batch, seqlen) int64 of the tokens behind those in use."""
+        if self.positions is not None:
+            return self.positions
+        sequence, place = self.sequence_and_place()
+        first = self.cache_seqlens.long()
+        if self.cache_leftpad is not None:
+            first = first - self.cache_leftpad
+        return first[sequence] + place
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch, seqlen): whether a token is written; the indices of its block and of its slot."""
+        page_size = self.k_cache.shape[1]
+        if self.slot_mapping is not None:
+            slot = self.slot_mapping.long().view(self.batch, self.seqlen)
+            return slot >= 0, slot // max(page_size, 1), slot % max(page_size, 1)
+        sequence, place = self.sequence_and_place()
+        slot = self.cache_seqlens.long()[sequence] + place
+        written = slot < self.capacity
+        if self.cu_seqlens is not None:
+            written = written & (place < self.cu_seqlens.diff()[sequence])
+        if self.block_table is None:
+            return written, sequence, slot
+        page = torch.where(written, slot // page_size, 0)
+        return written, self.block_table[sequence, page].long(), slot % page_size
+
+
+def check(op: str, call: Append) -> None:
+    """Raise ValueError or TypeError that names the argument, for what has no meaning."""
+    if not isinstance(call.k, Tensor):
+        raise TypeError(f"{op}: k must be a Tensor, got {type(call.k).__name__}")
+    packed = call.cu_seqlens is not None or call.packed
+    check_rows(op, "k", call.k, packed)
+    if packed and call.cu_seqlens is None and call.slot_mapping is None:
+        raise ValueError(f"{op}: packed k needs cu_seqlens or slot_mapping, got neither")
+    _check_values_tensor(op, call)
+    if call.cu_seqlens is not None:
+        check_cu_seqlens(op, call.cu_seqlens, call.k)
+    if call.q is not None:
+        check_rows(op, "q", call.q, packed)
+        check_matching(op, call.q, call.k)
+    for name, cache, x in (("k_cache", call.k_cache, call.k), ("v_cache", call.v_cache, call.v)):
+        _check_cache(op, name, cache, x, call.scales)
+    check_scales(op, call.scales, call.k_cache.shape[2], call.k)
+    if call.v_cache.shape[:2] != call.k_cache.shape[:2]:
+        raise ValueError(
+            f"{op}: v_cache must have k_cache's blocks and slots {tuple(call.k_cache.shape[:2])}, "
+            f"got {tuple(call.v_cache.shape[:2])}"
+        )
+    _check_places(op, call)
+    refuse_flags(op, interleaved=call.interleaved)
+    _check_rotation(op, call)
+
+
+def check_values(op: str, call: Append) -> None:
+    """What only the values of the integer tensors show: on a CPU, where looking costs nothing."""
+    if call.k.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    cu = call.cu_seqlens
+    if cu is not None and (cu[0] != 0 or (cu.diff() < 0).any() or cu[-1] > call.seqlen):
+        raise ValueError(
+            f"{op}: cu_seqlens must rise from 0 to the {call.seqlen} tokens at most, "
+            f"got {cu.tolist()}"
+        )
+    check_scale_values(op, call.scales)
+    leftpad = call.cache_leftpad
+    if leftpad is not None and leftpad.numel() and leftpad.min() < 0:
+        raise ValueError(f"{op}: cache_leftpad must be >= 0, got {leftpad.tolist()}")
+    if call.slot_mapping is not None:
+        slots, count = call.slot_mapping, call.k_cache.shape[:2].numel()
+        if slots.numel() and not (slots.min() >= -1 and slots.max() < count):
+            raise ValueError(
+                f"{op}: slot_mapping must be -1 or one of the cache's {count} slots, "
+                f"got {slots.tolist()}"
+            )
+        return
+    new = call.seqlen if cu is None else cu.diff()
+    ends = call.cache_seqlens.long() + new
+    if ends.numel() and not (call.cache_seqlens.min() >= 0 and ends.max() <= call.capacity):
+        raise ValueError(
+            f"{op}: cache_seqlens must be between 0 and the cache's {call.capacity} slots, the new "
+            f"tokens included, got {call.cache_seqlens.tolist()}"
+        )
+    if call.block_table is not None:
+        written, block, _ = call.rows()
+        used = block[written]
+        if used.numel() and not (used.min() >= 0 and used.max() < call.k_cache.shape[0]):
+            raise ValueError(
+                f"{op}: block_table must name pages between 0 and {call.k_cache.shape[0] - 1}, "
+                f"got {used.tolist()}"
+            )
+
+
+def _check_values_tensor(op: str, call: Append) -> None:
+    """v, which may have another head_dim than k."""
+    k, v = call.k, call.v
+    check_rows(op, "v", v, k.dim() == 3)
+    if v.dtype != k.dtype or v.device != k.device:
+        raise ValueError(
+            f"{op}: v must be {k.dtype} on {k.device} like k, got {v.dtype} on {v.device}"
+        )
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"{op}: v must have k's tokens and heads {tuple(k.shape[:-1])}, "
+            f"got {tuple(v.shape[:-1])}"
+        )
+
+
+def _check_cache(op: str, name: str, cache: Tensor, x: Tensor, scales: Scales) -> None:
+    check_rows(op, name, cache, False, (*DTYPES, FP8))
+    check_cache_dtype(op, name, cache, x, scales)
+    if cache.shape[2:] != x.shape[-2:]:
+        raise ValueError(
+            f"{op}: {name} must have the heads and head_dim that are written, "
+            f"{tuple(x.shape[-2:])}, got {tuple(cache.shape[2:])}"
+        )
+    if overlaps_itself(cache):
+        raise ValueError(
+            f"{op}: {name} must not be expanded to be written to, got strides {cache.stride()}"
+        )
+
+
+def _check_places(op: str, call: Append) -> None:
+    """Which slots are written, of which sequences."""
+    for name, x, shape in (
+        ("cache_seqlens", call.cache_seqlens, (call.sequences,)),
+        ("cache_leftpad", call.cache_leftpad, (call.sequences,)),
+        ("block_table", call.block_table, (call.sequences, None)),
+    ):
+        if x is not None:
+            check_ints(op, name, x, shape, call.k)
+    if call.slot_mapping is not None:
+        tokens = tuple(call.k.shape[:-2])
+        check_ints(op, "slot_mapping", call.slot_mapping, tokens, call.k, (torch.int64,))
+        if call.block_table is not None:
+            raise ValueError(
+                f"{op}: block_table and slot_mapping both say where to write, give one"
+            )
+        return
+    if call.cache_seqlens is None:
+        raise ValueError(f"{op}: cache_seqlens or slot_mapping must say where to write, got none")
+    if call.block_table is None:
+        if call.k_cache.shape[0] != call.sequences:
+            raise ValueError(
+                f"{op}: k_cache must be (batch, max_len, heads_k, head_dim) of batch "
+                f"{call.sequences} without block_table, got {tuple(call.k_cache.shape)}"
+            )
+    elif call.k_cache.shape[1] == 0:
+        raise ValueError(f"{op}: k_cache must have a block_size >= 1, got 0")
+
+
+def _check_rotation(op: str, call: Append) -> None:
+    q, k = call.q, call.k
+    if q is None and call.q_norm_weight is not None:
+        raise ValueError(f"{op}: q_norm_weight needs a q, got None")
+    first, second = (k, None) if q is None else (q, k)
+    weights = (call.q_norm_weight, call.k_norm_weight)
+    weights = weights if q is not None else weights[::-1]
+    _told_as(op, lambda: rope_checks.check_norm(first, second, *weights, call.norm_eps))
+    if len(call.stored) not in (0, MAP_NUMBERS):
+        raise ValueError(f"{op}: stored must be {MAP_NUMBERS} numbers, got {len(call.stored)}")
+    if call.inv_freq is None:
+        if call.stored:
+            raise ValueError(f"{op}: a score method needs frequencies, got None")
+        return
+    if call.packed and call.cu_seqlens is None:
+        first, second = (x if x is None else x[None] for x in (first, second))
+    rope_args = (call.inv_freq, call.positions, call.cu_seqlens, call.log_decay, call.axes)
+    factor = call.attention_factor
+    _told_as(op, lambda: rope_checks.check(first, second, *rope_args, attention_factor=factor))
+    if call.positions is None and call.cache_seqlens is None:
+        raise ValueError(f"{op}: positions or cache_seqlens must say where the tokens are")
+    if call.positions is None:
+        return
+    shape = torch.Size((call.batch, call.seqlen))
+    if rope_checks.position_kind(call.positions, shape, call.sequences) == "offsets":
+        raise ValueError(
+            f"{op}: positions must have an entry a token, got shape {tuple(call.positions.shape)}"
+        )
+    if call.stored:
+        whole = call.positions.dtype in (torch.int32, torch.int64)
+        if call.positions.dim() > 2 or not whole:
+            raise ValueError(
+                f"{op}: positions must be whole numbers of one axis for a score method, "
+                f"got {call.positions.dtype} {tuple(call.positions.shape)}"
+            )
+
+
+def _told_as(op: str, run: Callable[[], None]) -> None:
+    """What the rotation refuses, in the name of this op."""
+    try:
+        run()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{op}{str(error).removeprefix('rope')}") from None
+
+
+# -------------------------------------------------------------------------------------------------
+# In plain PyTorch
+
+
+def reference(*tensors: Tensor | None, **options) -> Tensor:
+    """Same arguments and results as `torch.ops.extrope.rope_append`."""
+    call = Append(*tensors, **options)
+    check("rope_append", call)
+    check_values("rope_append", call)
+    q, k = _rotated(call)
+    written, block, slot = call.rows()
+    at = block[written], slot[written]
+    shape = (call.batch, call.seqlen)
+    for cache, x, scale in zip((call.k_cache, call.v_cache), (k, call.v), call.scales):
+        rows = x.reshape(*shape, *x.shape[-2:])[written]
+        cache.index_put_(at, rows if scale is None else quantize(rows, scale))
+    return call.k.new_empty(0) if q is None else q
+
+
+def _rotated(call: Append) -> tuple[Tensor | None, Tensor]:
+    if call.rotates_q:
+        return _rotate(call, call.q, call.token_positions())
+    q = None if call.q is None else _norm(call.q, call.q_norm_weight, call)
+    if call.map is None or call.map == UNROTATED:
+        return q, _norm(call.k, call.k_norm_weight, call)
+    return q, _rotate(call, None, call.map(call.token_positions()))[1]
+
+
+def _norm(x: Tensor, weight: Tensor | None, call: Append) -> Tensor:
+    return rms_norm(x, weight, call.norm_eps).to(x.dtype) if weight is not None else x.clone()
+
+
+def _rotate(call: Append, q: Tensor | None, positions: Tensor) -> tuple[Tensor | None, Tensor]:
+    """q, if it is to be rotated, and k."""
+    options = {
+        "norm_eps": call.norm_eps,
+        "attention_factor": call.attention_factor,
+        "interleaved": call.interleaved,
+        "decay_origin": call.decay_origin,
+    }
+    decay, tensors = call.log_decay, (q, call.k, call.q_norm_weight, call.k_norm_weight)
+    if q is None:  # k in its place, which decays the other way
+        tensors = (call.k, None, call.k_norm_weight, None)
+        decay = None if decay is None else -decay
+    rope_args = (call.inv_freq, positions, call.cu_seqlens, decay, call.axes)
+    by_slots = call.packed and call.cu_seqlens is None
+    if by_slots:
+        tensors = (*(x if x is None else x[None] for x in tensors[:2]), *tensors[2:])
+    found = rope_norm_fwd(*tensors, *rope_args, **options)
+    found = tuple(x[0] for x in found if x.dim() == 4) if by_slots else found
+    return (None, found[0]) if q is None else found
+
+
+# -------------------------------------------------------------------------------------------------
+# The op
+
+# stored: the map of the positions that a score method stores keys at; q then stays unrotated.
+_SCHEMA = (
+    "(Tensor? q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor? q_norm_weight, Tensor? k_norm_weight, Tensor? inv_freq, Tensor? cache_seqlens=None, "
+    "Tensor? block_table=None, Tensor? slot_mapping=None, Tensor? cu_seqlens=None, "
+    "Tensor? cache_leftpad=None, Tensor? positions=None, Tensor? log_decay=None, "
+    "Tensor? axes=None, Tensor? k_scale=None, Tensor? v_scale=None, *, "
+    "float[] stored=[], float norm_eps=1e-6, float attention_factor=1.0, "
+    "bool interleaved=False, float decay_origin=0.0) -> Tensor"
+)
+
+
+def _fake(*tensors, **options):
+    call = Append(*tensors, **options)
+    check("rope_append", call)
+    return call.k.new_empty(0) if call.q is None else torch.empty_like(call.q)
+
+
+def _define() -> None:
+    for suffix in ("", "_triton"):
+        name = f"rope_append{suffix}"
+        library.define(name + _SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
+        torch.library.register_fake(f"{library.ns}::{name}", _fake, lib=library)
+        op = getattr(ops, name).default
+        message = "rope_append: is for inference and has no gradient"
+        refuse_backward(library, op, message, lambda tensors: tensors[3:5])
+    by_triton = triton_kernels("append_ops", ("rope_append",))["rope_append"]
+    library.impl("rope_append_triton", by_triton, "CUDA")
+    library.impl("rope_append_triton", by_triton, "CPU")  # the interpreter
+    library.impl("rope_append", by_triton, "CUDA")
+    load_on_first_use({"cpu": {"rope_append": reference}})
+
+
+_define()
