@@ -16,7 +16,7 @@ from .._shared.fp8 import Scales
 from .._shared.lengths import cache_lengths
 from . import flash_attn, op
 from .call import KVCache, make_call
-from .checks import check_attention, check_decode, check_method
+from .checks import check_attention, check_boundaries, check_decode, check_method, check_slots
 from .decay import check_decay
 
 BACKENDS = ("reference", "cpu", "triton", "flash_attn")
@@ -115,6 +115,7 @@ def rope_attention(
     except REFUSALS as error:
         # The op has refused the call before any kernel started; this says it in the score's name.
         check_attention(name, q, k, v, call)
+        check_boundaries(name, call.cu_seqlens, q)
         _raise_named(name, "attention", error)
         raise
     return (out, lse) if return_lse else out
@@ -225,6 +226,7 @@ def rope_attention_with_kvcache(
     except REFUSALS as error:
         # The op has refused the call before anything was written; this says it in the score's name.
         check_decode(name, q, k, v, cache, call)
+        check_slots(name, cache, call.cu_seqlens, len(q))
         _raise_named(name, "decode", error)
         raise
     return (out, lse) if return_lse else out
