@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,29 +65,23 @@ def _angles(inv_freq, positions, cos_out, sin_out, scale: tl.float64, N: tl.cons
 
 
 @pytest.mark.parametrize("scale", (1.0, 0.25, 1 / 3, 16.0))
-@pytest.mark.parametrize("largest", (10, 1_000, 1_000_000, 2**30))
-def test_angles_are_as_exact_far_out_as_near(largest, scale):
+@pytest.mark.parametrize(
+    "largest, frequency",
+    ((10, None), (1_000, None), (1_000_000, None), (2**30, None), (64, 3.2), (64, 100.0)),
+)
+def test_angles_are_as_exact_far_out_as_near(largest, frequency, scale):
+    """And of frequencies past half a turn."""
     n = 64
     inv_freq = methods.rope(2 * n).inv_freq.to(device())
+    inv_freq = inv_freq if frequency is None else torch.full_like(inv_freq, frequency)
     positions = torch.randint(0, largest, (n,), device=device())
     cos, sin = (torch.empty(n, n, device=device()) for _ in range(2))
     _angles[(1,)](inv_freq, positions, cos, sin, scale, N=n)
     angle = positions[:, None].double() * (inv_freq.double() * scale)
     # float64 itself is this far off at 2**30 radians.
-    bound = 1.5e-7 + 2.0**-52 * largest * scale
+    bound = 1.5e-7 + 2.0**-52 * largest * scale * (frequency or 1.0)
     assert (cos.double() - angle.cos()).abs().max() < bound
     assert (sin.double() - angle.sin()).abs().max() < bound
-
-
-@pytest.mark.parametrize("frequency", (math.pi, 3.2, 7.0, 100.0))
-def test_frequencies_past_half_a_turn(frequency):
-    inv_freq = torch.full((16,), frequency, device=device())
-    positions = torch.arange(16, device=device())
-    cos, sin = (torch.empty(16, 16, device=device()) for _ in range(2))
-    _angles[(1,)](inv_freq, positions, cos, sin, 1.0, N=16)
-    angle = positions[:, None].double() * inv_freq.double()
-    assert (cos.double() - angle.cos()).abs().max() < 2e-7
-    assert (sin.double() - angle.sin()).abs().max() < 2e-7
 
 
 @pytest.fixture
@@ -102,40 +95,37 @@ def many_splits(monkeypatch):
     return split
 
 
-@pytest.mark.parametrize("most", (1, 2, 7, 40))
-@pytest.mark.parametrize("seqlen_q", (1, 5))
-def test_any_number_of_splits(most, seqlen_q, many_splits):
-    many_splits(most)
-    check(Case((97, 3), seqlen_q, example=WIDE), "triton")
-
-
-LENGTHS = {
-    "one long": (90, 3, 0, 17),
-    "long last": (1, 0, 70),
-    "empty": (0, 0),
-    "alike": (35, 34),
+SMALL = {"heads_q": 1, "heads_k": 1}
+# A sink counts where splits are merged, not in each; values of another head_dim are merged.
+JOINING = {"sinks": True, "softcap": 2.0, "query_scale": True, "head_dim_v": 40}
+SPLIT = {
+    "one long": ((90, 3, 0, 17), {"leftpad": (0, 3, 0, 2), "page_size": 7}),
+    "long last": ((1, 0, 70), {"leftpad": (1, 0, 0), **SMALL}),
+    "empty": ((0, 0), {}),
+    "alike": ((35, 34), {"page_size": 7}),
+    "keys out of sight": ((130, 5), {"example": example_of(scores.blockwise_causal(40)), **SMALL}),
+    "keys out of the window": ((130, 5), {"sliding_window": 16}),
+    "a window of one": ((130, 5), {"sliding_window": 1}),
+    "what joins a row": ((90, 3, 0, 17), {"page_size": 7, **JOINING}),
 }
 
 
 @pytest.mark.parametrize("seqlen_q", (1, 3))
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_mixed_lengths(lengths, seqlen_q, many_splits):
+@pytest.mark.parametrize("name", SPLIT)
+def test_splits(name, seqlen_q, many_splits):
     many_splits()
-    pads = tuple(n % 5 for n in LENGTHS[lengths])
-    case = Case(LENGTHS[lengths], seqlen_q, heads_q=2, heads_k=1, leftpad=pads, page_size=7)
-    check(case, "triton")
+    lengths, changes = SPLIT[name]
+    check(Case(lengths, seqlen_q, **{"example": WIDE, **changes}), "triton")
 
 
-def test_keys_out_of_sight_are_nobody_s_share(many_splits):
-    many_splits()
-    blocks = example_of(scores.blockwise_causal(40))
-    check(Case((130, 5), 2, heads_q=1, heads_k=1, example=blocks), "triton")
-
-
-def test_more_sequences_than_are_counted_at_once(many_splits):
-    many_splits(3)
-    sizes = {"heads_q": 1, "heads_k": 1, "head_dim": 8, "rotary_dim": 8}
-    check(Case((50, *[1] * 128, 40), example=PLAIN, **sizes), "triton")
+@pytest.mark.parametrize("most", (1, 2, 7, 40))
+def test_any_number_of_splits(most, many_splits):
+    """And more sequences than are counted at once."""
+    many_splits(most)
+    check(Case((97, 3), 5, example=WIDE), "triton")
+    if most == 2:
+        sizes = {**SMALL, "head_dim": 8, "rotary_dim": 8}
+        check(Case((50, *[1] * 128, 40), example=PLAIN, **sizes), "triton")
 
 
 def test_splits_merge_in_their_order_whoever_comes_last(many_splits):
@@ -143,20 +133,6 @@ def test_splits_merge_in_their_order_whoever_comes_last(many_splits):
     inputs = make(Case((80, 3, 50), heads_q=2, heads_k=1))
     first, again = inputs.run("triton"), inputs.run("triton")
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-
-
-@pytest.mark.parametrize("seqlen_q", (1, 3))
-def test_what_joins_a_row_joins_it_once(seqlen_q, many_splits):
-    """A sink counts where splits are merged, not in each; values of another head_dim are merged."""
-    many_splits()
-    options = {"sinks": True, "softcap": 2.0, "query_scale": True, "head_dim_v": 40}
-    check(Case((90, 3, 0, 17), seqlen_q, page_size=7, example=WIDE, **options), "triton")
-
-
-@pytest.mark.parametrize("window", (1, 16, 50))
-def test_keys_out_of_the_window_are_nobody_s_share(window, many_splits):
-    many_splits()
-    check(Case((130, 5), 2, sliding_window=window, example=WIDE), "triton")
 
 
 def test_packed_queries_are_split(many_splits):
