@@ -16,7 +16,14 @@ from .._shared.fp8 import Scales
 from .._shared.lengths import cache_lengths
 from . import flash_attn, op
 from .call import KVCache, make_call
-from .checks import check_attention, check_boundaries, check_decode, check_method, check_slots
+from .checks import (
+    check_attention,
+    check_boundaries,
+    check_decode,
+    check_kinds,
+    check_method,
+    check_slots,
+)
 from .decay import check_decay
 
 BACKENDS = ("reference", "cpu", "triton", "flash_attn")
@@ -103,6 +110,7 @@ def rope_attention(
         softcap=softcap,
         sliding_window=sliding_window,
     )
+    check_kinds(name, call)
     if torch.compiler.is_compiling():
         out, lse = op.forward(q, k, v, call, backend)
         return (out, lse) if return_lse else out
@@ -205,6 +213,7 @@ def rope_attention_with_kvcache(
         softcap=softcap,
         sliding_window=sliding_window,
     )
+    check_kinds(name, call)
     appended = k.shape[1] if isinstance(k, Tensor) and not k.is_nested and k.dim() == 4 else 0
     cached = (cache_seqlens, block_table, cache_leftpad, Scales(k_scale, v_scale))
     new = (appended, None if k is None else cu_seqlens_q)
