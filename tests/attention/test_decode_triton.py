@@ -195,7 +195,7 @@ def test_every_score_method_with_new_keys(name, seqlen_q, decayed, many_splits):
     q = torch.randn(3, seqlen_q, 3, 32, device=device())
     new = [torch.randn(3, seqlen_q, 1, 32, device=device()) for _ in range(2)]
     ours, theirs, wide = (
-        KVCache(*(x.to(dtype, copy=True) for x in caches), lengths, None, pads, seqlen_q)
+        KVCache(*(x.to(dtype, copy=True) for x in caches), lengths, None, pads, appended=seqlen_q)
         for dtype in (torch.float32, torch.float32, torch.float64)
     )
     found = launch.decode(q, *new, ours, call)
