@@ -145,11 +145,13 @@ def test_splits_merge_in_their_order_whoever_comes_last(many_splits):
 def test_packed_queries_are_split(many_splits):
     """Chunks and single tokens in one call; a sequence has no query, another no key before it."""
     many_splits()
-    counts, lengths = (1, 40, 0, 7, 1), (90, 45, 3, 7, 0)
-    case = Case(lengths, 1, heads_q=6, leftpad=(2, 0, 1, 0, 0), head_dim_v=24, sinks=True)
+    counts, lengths = (1, 12, 0, 5, 1), (60, 17, 3, 5, 0)
+    case = Case(
+        lengths, 1, heads_q=2, heads_k=1, leftpad=(2, 0, 1, 0, 0), head_dim_v=24, sinks=True
+    )
     inputs = make(replace(case, freqs_per_sequence=True, query_scale=False))
     ends = torch.tensor((0, *counts), device=device()).cumsum(0).int()
-    q = torch.randn(sum(counts) + 3, 6, 32, device=device())
+    q = torch.randn(sum(counts) + 3, 2, 32, device=device())
     caches = {n: getattr(inputs, n).nan_to_num() for n in ("k_cache", "v_cache")}
     found, want = (
         inputs.run(backend, q=q, cu_seqlens_q=ends, **caches) for backend in ("triton", "reference")
@@ -181,17 +183,17 @@ def test_lengths_past_the_cache_are_cut():
 
 
 @pytest.mark.parametrize("decayed", (False, True), ids=("", "xpos"))
-@pytest.mark.parametrize("seqlen_q", (1, 13))
+@pytest.mark.parametrize("seqlen_q", (1, 5))
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_score_method_with_new_keys(name, seqlen_q, decayed, many_splits):
     """With k and v written first, into padded sequences of several splits; one is not full."""
     many_splits()
     decay = methods.xpos(32).log_decay.to(device()) if decayed else None
     call = call_of(EXAMPLES[name].score, log_decay=decay, log_n=5.0, interleaved=decayed)
-    lengths = torch.tensor([133, 19, 8], dtype=torch.int32, device=device()) - seqlen_q
+    lengths = torch.tensor([45, 19, 8], dtype=torch.int32, device=device()) - seqlen_q
     lengths = lengths.clamp(min=2)
     pads = torch.tensor([0, 2, 1], dtype=torch.int32, device=device())
-    caches = [torch.randn(3, 140, 1, 32, device=device()) for _ in range(2)]
+    caches = [torch.randn(3, 60, 1, 32, device=device()) for _ in range(2)]
     q = torch.randn(3, seqlen_q, 3, 32, device=device())
     new = [torch.randn(3, seqlen_q, 1, 32, device=device()) for _ in range(2)]
     ours, theirs, wide = (
@@ -297,8 +299,8 @@ def _packed_shares(seqlens, cu_seqlens, found, batch, slots, total, TILE: tl.con
         ((1,), (1000,)),
         ((0, 2, 0), (64, 0, 8)),
         ((5, 1, 0, 200), (100_000, 70, 3, 500)),
-        ((1,) * 130, (1 << 27,) * 130),
-        ((300, 1), (1 << 27, 9)),
+        pytest.param((1,) * 130, (1 << 27,) * 130, marks=pytest.mark.thorough),
+        pytest.param((300, 1), (1 << 27, 9), marks=pytest.mark.thorough),
     ],
 )
 def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more):
