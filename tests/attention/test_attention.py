@@ -131,25 +131,24 @@ def test_windows_and_factors(window, factor, any_backend):
     check(any_backend, of_rerope(window=window, factor=factor), make_qkv(seqlen_q=67))
 
 
-@pytest.mark.parametrize("group, window", [(1, 5), (3, 9), (4, 8), (16, 16)])
-def test_groups(group, window, any_backend):
-    check(any_backend, of_self_extend(window=window, factor=group), make_qkv(seqlen_q=59))
+BLOCKS = [
+    *(
+        of_chunks(chunk_size=c, local_window=w)
+        for c, w in ((12, 2), (1, 0), (10, 9), (40, 8), (99, 7))
+    ),
+    *(of_blocks(block_size=size) for size in (2, 8, 34, 106, 108)),
+    *(of_self_extend(window=w, factor=group) for group, w in ((1, 5), (3, 9), (4, 8), (16, 16))),
+]
 
 
 @pytest.mark.parametrize("seqlens", [(1, 1), (61, 61), (1, 50), (7, 50), (9, 4)], ids=str)
-@pytest.mark.parametrize("chunk, local", [(12, 2), (1, 0), (10, 9), (40, 8), (99, 7)])
-def test_chunks(chunk, local, seqlens, any_backend):
-    freqs = frequencies(32, attention_factor=1.2)
-    made = of_chunks(chunk_size=chunk, local_window=local)
-    check(any_backend, made, make_qkv(1, *seqlens, 4, 2), freqs)
-
-
-@pytest.mark.parametrize("decaying", [False, True])
-@pytest.mark.parametrize("seqlens", [(1, 1), (53, 53), (6, 53), (1, 40), (9, 4)], ids=str)
-@pytest.mark.parametrize("block_size", [2, 8, 34, 106, 108])
-def test_half_blocks(block_size, seqlens, decaying, any_backend):
-    freqs = xpos(32).to(device()) if decaying else frequencies(32)
-    check(any_backend, of_blocks(block_size=block_size), make_qkv(1, *seqlens, 4, 2), freqs)
+@pytest.mark.parametrize("made", BLOCKS, ids=lambda made: f"{made.score.name}-{made.parameters}")
+def test_blocks_of_positions(made, seqlens, any_backend):
+    """With XPOS, too, where scores keep it within blocks."""
+    tensors = make_qkv(1, *seqlens, 4, 2)
+    check(any_backend, made, tensors, frequencies(32, attention_factor=1.2))
+    if made.score.name == "blockwise_causal":
+        check(any_backend, made, tensors, xpos(32).to(device()))
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)

@@ -25,7 +25,7 @@ from extrope_kernels.scores import FIRST_KEY
 
 OPS = torch.ops.extrope
 THETA, FREQS = frequencies(32).inv_freq, frequencies(32)
-RULED = functools.partial(make_call, FREQS)
+call_of = functools.partial(make_call, FREQS)
 
 
 def test_both_functions_share_options():
@@ -45,12 +45,12 @@ def calls() -> dict[str, AttentionCall]:
     cu_seqlens = torch.tensor([0, 5, 13], dtype=torch.int32, device=THETA.device)
     decaying = RopeFreqs(THETA, log_decay=-torch.rand_like(THETA) / 100)
     return {
-        "rerope": RULED(scores.rerope(4)),
+        "rerope": call_of(scores.rerope(4)),
         "shorter keys": make_call(decaying, scores.leaky_rerope(4, 4.0), log_n=3.0),
-        "packed": RULED(
+        "packed": call_of(
             scores.self_extend(4, 2), keys_stored=True, cu_seqlens=cu_seqlens, interleaved=True
         ),
-        "dual_chunk": RULED(scores.dual_chunk(6, 1), softcap=2.0, sliding_window=7),
+        "dual_chunk": call_of(scores.dual_chunk(6, 1), softcap=2.0, sliding_window=7),
     }
 
 
@@ -85,24 +85,29 @@ def test_a_call_survives_its_op(name):
     assert all(math.isfinite(x) for x in made), "serialised graphs have no infinity"
 
 
-def test_compile_is_one_graph():
+@pytest.mark.parametrize(
+    "named, compiler",
+    [
+        (None, "aot_eager"),
+        pytest.param(None, "inductor", marks=pytest.mark.thorough),
+        # Of the reference inductor would compile PyTorch's own operations, for a minute.
+        pytest.param("reference", "aot_eager", marks=pytest.mark.thorough),
+    ],
+)
+def test_compile_is_one_graph(named, compiler):
     leaves = [x.requires_grad_() for x in make_qkv(1, 37, None, 4, 2)]
 
-    def loss(q, k, v, named=None):
+    def loss(q, k, v):
         near = rope_attention(q, k, v, FREQS, scores.rerope(8, 4.0), log_n=16, backend=named)
         chunks = rope_attention(q, k, v, FREQS, scores.dual_chunk(9, 2), backend=named)
         return (near * chunks).sum()
 
-    # Of the reference inductor would compile PyTorch's own operations, for a minute.
-    for named, compiler in ((None, "inductor"), ("reference", "aot_eager")):
-        compiled = torch.compile(
-            functools.partial(loss, named=named), fullgraph=True, dynamic=True, backend=compiler
-        )
-        for tokens in (37, 29):
-            part = [x[:, :tokens].detach().clone().requires_grad_() for x in leaves]
-            want = torch.autograd.grad(loss(*part, named), part)
-            for a, b in zip(torch.autograd.grad(compiled(*part), part), want):
-                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)
+    for tokens in (37, 29):
+        part = [x[:, :tokens].detach().clone().requires_grad_() for x in leaves]
+        want = torch.autograd.grad(loss(*part), part)
+        for a, b in zip(torch.autograd.grad(compiled(*part), part), want):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_compile_takes_a_factor_that_changes():

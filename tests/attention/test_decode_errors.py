@@ -116,7 +116,7 @@ WRONG = {
     "k seqlen": (dict(k=NEW[:, :1], v=NEW[:, :1]), "k must have q's batch and seqlen"),
     "k alone": (dict(v=None), "k and v must be given together, got k alone"),
     "inv_freq": (dict(inv_freq=randn(DIM)), "inv_freq must"),
-    "log_decay": (dict(log_decay=randn(3)), "log_decay must be"),
+    "log_decay": (dict(log_decay=randn(3)), "log_decay "),
     "no room": (dict(cache_seqlens=ints(1, 11)), "2 new tokens included, got"),
 }
 

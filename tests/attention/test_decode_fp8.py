@@ -160,43 +160,49 @@ def decode_call(cache, **scales):
     rope_attention_with_kvcache(q, cache, cache.clone(), freqs, cache_seqlens=3, **scales)
 
 
-def append_call(cache, **scales):
-    x = torch.zeros(1, 1, 2, 32, device=cache.device)
-    rope_append_kvcache(None, x, x, cache, cache.clone(), None, cache_seqlens=3, **scales)
+ONES = {name: torch.ones(2) for name in ("k_scale", "v_scale")}
 
 
-@pytest.mark.parametrize("call", (decode_call, append_call))
-def test_refusals(call):
-    cache, scale = torch.zeros(1, 8, 2, 32), torch.ones(2)
-    wrong = [
-        (cache.to(FP8), {}, "k_cache in torch.float8_e4m3fn needs k_scale and v_scale, (heads_k,) "
-         "float32, got none"),
-        (cache.to(FP8), {"k_scale": scale}, "needs k_scale and v_scale, (heads_k,) float32, got k"),
-        (cache, {"k_scale": scale, "v_scale": scale}, "k_scale and v_scale are for caches in "
-         "torch.float8_e4m3fn, got k_cache in torch.float32"),
-        (cache.to(FP8), {"k_scale": torch.ones(3), "v_scale": scale}, "k_scale must be contiguous "
-         "float32 (2,) on cpu, got torch.float32 (3,) on cpu"),
-        (cache.to(FP8), {"k_scale": scale, "v_scale": scale.double()}, "v_scale must be contiguous "
-         "float32 (2,) on cpu, got torch.float64 (2,) on cpu"),
-        (cache.to(torch.float8_e5m2), {"k_scale": scale, "v_scale": scale}, "k_cache must be "),
-    ]  # fmt: skip
-    for own, scales, message in wrong:
-        with pytest.raises(ValueError) as refused:
-            call(own, **scales)
-        assert message in str(refused.value)
-    with pytest.raises(TypeError, match="k_scale must be a Tensor, got float"):
-        call(cache.to(FP8), k_scale=1.0, v_scale=scale)
-
-
-@pytest.mark.parametrize("call", (decode_call, append_call))
-@pytest.mark.parametrize("value", (0.0, -1.0, torch.inf, torch.nan))
-def test_a_scale_that_loses_the_head_is_refused(call, value, fp8_backend):
-    """On a CPU, where the host can look."""
+@pytest.mark.parametrize(
+    "dtype, changes, message",
+    [
+        (
+            FP8,
+            {"k_scale": None, "v_scale": None},
+            "needs k_scale and v_scale, (heads_k,) float32, ",
+        ),
+        (FP8, {"v_scale": None}, "needs k_scale and v_scale, (heads_k,) float32, got k"),
+        (
+            torch.float32,
+            {},
+            "k_scale and v_scale are for caches in torch.float8_e4m3fn, got k_cach",
+        ),
+        (
+            FP8,
+            {"k_scale": torch.ones(3)},
+            "k_scale must be contiguous float32 (2,) on cpu, got tor",
+        ),
+        (
+            FP8,
+            {"v_scale": torch.ones(2).double()},
+            "v_scale must be contiguous float32 (2,) on cpu",
+        ),
+        (torch.float8_e5m2, {}, "k_cache must be "),
+        (FP8, {"k_scale": 1.0}, "k_scale must be a Tensor, got float"),
+        # On a CPU, where the host can look.
+        *(
+            (FP8, {name: torch.tensor([1.0, value])}, f"{name} must be positive numbers, got")
+            for name in ONES
+            for value in (0.0, -1.0, torch.inf, torch.nan)
+        ),
+    ],
+)
+@pytest.mark.parametrize("named", [None, "reference"])
+def test_refusals(dtype, changes, message, named):
     if device() != "cpu":
-        pytest.skip("the values of a GPU's tensors are not looked at")
-    cache, scale = torch.zeros(1, 8, 2, 32).to(FP8), torch.tensor([1.0, value])
-    for name, other in (("k_scale", "v_scale"), ("v_scale", "k_scale")):
-        scales = {name: scale, other: torch.ones(2), "backend": fp8_backend}
-        with pytest.raises(ValueError, match=f"{name} must be positive numbers, got"):
-            call(cache, **scales)
+        pytest.skip("of a CPU's tensors")
+    cache = torch.zeros(1, 8, 2, 32).to(dtype)
+    with pytest.raises((TypeError, ValueError)) as refused:
+        decode_call(cache, **{**ONES, **changes}, backend=named)
+    assert message in str(refused.value)
     assert (cache.view(torch.int8) == 0).all()

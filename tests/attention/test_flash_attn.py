@@ -335,7 +335,7 @@ def test_refuses_other_regions(engine, starts, granularity):
 def test_refuses_what_it_cannot_compose():
     q, k, v, call, *_ = make((FIRST_KEY, -2))
     engine, start = TorchEngine("narrow"), torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="does not take q_start, got one"):
+    with pytest.raises(NotImplementedError, match="q_start and k_start are not taken, got one"):
         flash_attn.forward(q, k, v, replace(call, q_start=start), engine)
     with pytest.raises(NotImplementedError, match="v must have q's head_dim 16, got 8"):
         flash_attn.forward(q, k, v[..., :8], call, engine)

@@ -37,9 +37,12 @@ def arguments(call):
 BEST = list(itertools.product([""], SCORES, [(32, 32), (32, 48)], [False, True], DTYPES))
 # The interpreter takes its time, and does not round to bfloat16.
 TRITON = [
-    ("_triton", "one region", (16, 16), False, torch.float16),
-    ("_triton", "two regions", (16, 16), True, torch.float16),
-    ("_triton", "three regions", (16, 32), False, torch.float16),
+    pytest.param("_triton", *case, torch.float16, marks=pytest.mark.thorough)
+    for case in (
+        ("one region", (16, 16), False),
+        ("two regions", (16, 16), True),
+        ("three regions", (16, 32), False),
+    )
 ]
 
 
@@ -73,7 +76,8 @@ def test_their_gradients_are_of_q_k_and_v():
     """In the dtypes of these, and those of the op with 16-bit results."""
     qkv, call = make_call(torch.bfloat16, "two regions")
     qkv = [x.requires_grad_() for x in qkv]
-    torch.library.opcheck(OPS.attention_fwd.default, (*qkv, *call.tensors), arguments(call)[1])
+    args, tests = (*qkv, *call.tensors), ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPS.attention_fwd.default, args, arguments(call)[1], test_utils=tests)
     dout = torch.randn_like(qkv[0])
     found = []
     for wide in (False, True):

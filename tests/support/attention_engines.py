@@ -1,4 +1,4 @@
-"""Engines made of PyTorch, to compose attention from where no flash-attention runs; their calls."""
+"""Engines made of PyTorch, to compose attention from where no flash-attention runs; and calls."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import rounding
 import torch
-from attention_oracle import split
+from attention_oracle import rounding_noise, split
 from rope_oracle import INTERPRETED
 from score_examples import (
     EXAMPLES,
@@ -279,6 +279,11 @@ def check(case: Case, backend: str, inputs: Inputs | None = None, noise=(0.0, 0.
     if rounding.is_counted(backend) and noise == (0.0, 0.0):
         of_out, of_lse = rounding.of_cache(case, inputs, *dequantized(inputs))
         noise = (of_out if case.dtype == torch.float32 else 0.0, of_lse)
+    if case.dtype == torch.float32 and (case.sinks or case.softcap or case.query_scale):
+        # Of weights that are exp2 of a logit less lse, as of attention without a cache.
+        v = dequantized(inputs)[1].nan_to_num()
+        more = rounding_noise("dv", v, want_lse, None, inputs.q, v, v, 1.0)
+        noise = noise[0] + more, noise[1]
     empty = want_lse == -torch.inf
     assert torch.equal(lse == -torch.inf, empty)
     assert not out.transpose(1, 2)[empty].any()

@@ -16,7 +16,14 @@ from .._shared.dtypes import Scales
 from .._shared.positions import cache_lengths
 from . import flash_attn, op
 from .call import KVCache, make_call
-from .checks import check_attention, check_decode, check_method
+from .checks import (
+    check_attention,
+    check_boundaries,
+    check_decode,
+    check_kinds,
+    check_method,
+    check_slots,
+)
 from .decay import check_decay
 
 BACKENDS = ("reference", "cpu", "triton", "flash_attn")
@@ -103,6 +110,7 @@ def rope_attention(
         softcap=softcap,
         sliding_window=sliding_window,
     )
+    check_kinds(name, call)
     if torch.compiler.is_compiling():
         out, lse = op.forward(q, k, v, call, backend)
         return (out, lse) if return_lse else out
@@ -115,6 +123,7 @@ def rope_attention(
     except REFUSALS as error:
         # The op has refused the call before any kernel started; this says it in the score's name.
         check_attention(name, q, k, v, call)
+        check_boundaries(name, call.cu_seqlens, q)
         _raise_named(name, "attention", error)
         raise
     return (out, lse) if return_lse else out
@@ -204,6 +213,7 @@ def rope_attention_with_kvcache(
         softcap=softcap,
         sliding_window=sliding_window,
     )
+    check_kinds(name, call)
     appended = k.shape[1] if isinstance(k, Tensor) and not k.is_nested and k.dim() == 4 else 0
     cached = (cache_seqlens, block_table, cache_leftpad, Scales(k_scale, v_scale))
     new = (appended, None if k is None else cu_seqlens_q)
@@ -225,6 +235,7 @@ def rope_attention_with_kvcache(
     except REFUSALS as error:
         # The op has refused the call before anything was written; this says it in the score's name.
         check_decode(name, q, k, v, cache, call)
+        check_slots(name, cache, call.cu_seqlens, len(q))
         _raise_named(name, "decode", error)
         raise
     return (out, lse) if return_lse else out

@@ -37,6 +37,17 @@ def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
         )
 
 
+def check_kinds(op: str, call: AttentionCall) -> None:
+    """Numbers are numbers, and counts are whole: an op takes them all as floats."""
+    for name in ("softmax_scale", "log_n"):
+        if getattr(call, name) is not None:
+            check_real(op, name, getattr(call, name))
+    for name in ("attention_factor", "softcap"):
+        check_real(op, name, getattr(call, name))
+    if call.sliding_window is not None:
+        check_count(op, "sliding_window", call.sliding_window)
+
+
 def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
     """A call without a cache."""
     packed = call.cu_seqlens is not None
@@ -151,25 +162,20 @@ def _check_options(op: str, call: AttentionCall, q: Tensor, sequences: int) -> N
     """Everything that concerns neither keys nor values."""
     _check_frequencies(op, call, q, sequences)
     refuse_flags(op, interleaved=call.interleaved)
-    if call.softmax_scale is not None:
-        check_real(op, "softmax_scale", call.softmax_scale)
-        if not 0 < call.softmax_scale < math.inf:
-            raise ValueError(
-                f"{op}: softmax_scale must be None or a number > 0, got {call.softmax_scale}"
-            )
+    check_kinds(op, call)
+    if call.softmax_scale is not None and not 0 < call.softmax_scale < math.inf:
+        raise ValueError(
+            f"{op}: softmax_scale must be None or a number > 0, got {call.softmax_scale}"
+        )
     check_log_n(op, call.log_n)
-    check_real(op, "attention_factor", call.attention_factor)
     if not 0 < call.attention_factor < math.inf:
         raise ValueError(f"{op}: attention_factor must be > 0, got {call.attention_factor}")
-    check_real(op, "softcap", call.softcap)
     if not 0 <= call.softcap < math.inf:
         raise ValueError(f"{op}: softcap must be >= 0 (0: none), got {call.softcap}")
     if call.softcap and not 1e-30 <= call.softcap <= 1e30:  # kernels divide by it in float32
         raise ValueError(
             f"{op}: softcap must be 0 (none) or from 1e-30 to 1e30, got {call.softcap}"
         )
-    if call.sliding_window is not None:
-        check_count(op, "sliding_window", call.sliding_window)
     _check_sinks(op, call.sinks, q)
     _check_query_scale(op, call.query_scale, q)
     if not 1 <= len(call.regions) <= 3 or list(call.starts) != sorted(call.starts):

@@ -134,7 +134,7 @@ def _prepare(
 
 
 def _row_scale(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | None:
-    return row_scale(positions(q, k, call)[0], call, torch.float32)
+    return row_scale(positions(q, k, call)[0], call, accumulator(q.dtype))
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
