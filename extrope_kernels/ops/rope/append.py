@@ -23,6 +23,7 @@ from .._shared.checks import (
     check_cu_seqlens,
     check_ints,
     check_matching,
+    check_real,
     check_rows,
     overlaps_itself,
     raise_as_value_error,
@@ -118,6 +119,7 @@ def rope_append_kvcache(
         cache_seqlens = cache_lengths(_OP, cache_seqlens, k, cu_seqlens)
     options: dict[str, Any] = {"interleaved": True} if interleaved else {}
     if type(norm_eps) is not float or norm_eps != Append.norm_eps:
+        check_real(_OP, "norm_eps", norm_eps)
         options["norm_eps"] = norm_eps
     inv_freq = log_decay = axes = None
     if freqs is not None or score is not None:

@@ -134,8 +134,12 @@ _DEFAULTS = {
 
 def without_defaults(**options: Any) -> dict[str, Any]:
     """An op's options without those that are its defaults: each costs the dispatcher a µs."""
-    default = _DEFAULTS
-    return {name: x for name, x in options.items() if type(x) is torch.SymInt or x != default[name]}
+    return {name: x for name, x in options.items() if not _is_default(name, x)}
+
+
+def _is_default(name: str, value: object) -> bool:
+    default = _DEFAULTS[name]
+    return type(value) is type(default) and value == default
 
 
 def share_memory(x: Tensor, y: Tensor) -> bool:
