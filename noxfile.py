@@ -64,7 +64,6 @@ OF_THE_CHECKOUT = (
     "package/test_gpu_tune.py",
     "package/test_length_generalization.py",
     "package/test_method_table.py",
-    "package/test_permute_emulated.py",
     "package/test_recipes.py",
     "package/test_sources.py",
     "transformers/test_models.py",

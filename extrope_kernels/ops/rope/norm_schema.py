@@ -1,7 +1,6 @@
 """The ops of the rotation with RMSNorm before it: schemas, fake kernels, gradients, kernels.
 
-The compiled libraries register their kernels for the same schemas (csrc/cpu/rope/norm_bind.cpp,
-csrc/cuda/rope/norm_bind.cpp).
+The CPU library registers its kernels for the same schemas (csrc/cpu/rope/norm_bind.cpp).
 """
 
 from __future__ import annotations
@@ -121,7 +120,8 @@ def _define() -> None:
     for name, function in _TRITON.items():
         library.impl(f"{name}_triton", function, "CUDA")
         library.impl(f"{name}_triton", function, "CPU")  # the interpreter
-    load_on_first_use({"cpu": _REFERENCE, "cuda": _TRITON})
+        library.impl(name, function, "CUDA")
+    load_on_first_use({"cpu": _REFERENCE})
 
 
 _define()

@@ -25,7 +25,7 @@ from .checks import check, check_values
 RopeArgs = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 _OP = "rope_append_kvcache"
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton")
 
 
 def rope_append_kvcache(
@@ -84,7 +84,7 @@ def rope_append_kvcache(
     q_norm_weight, k_norm_weight, norm_eps: as for `apply_rope_qk`; None leaves that tensor without
         a norm.
     interleaved: as for `apply_rope`.
-    backend: "cpu", "cuda", "triton", "reference"; None for the best on k's device. A named backend
+    backend: "cpu", "triton", "reference"; None for the best on k's device. A named backend
         never falls back.
 
     Returns: q, normed and rotated; None without q.

@@ -1,7 +1,7 @@
 """The op `rope_append`: schema, fake, and who runs it.
 
-The compiled libraries register their kernels for the same schema (csrc/cpu/append/bind.cpp,
-csrc/cuda/append/bind.cpp). `rope_append_triton` runs Triton's alone.
+The CPU library registers its kernel for the same schema (csrc/cpu/append/bind.cpp).
+`rope_append_triton` runs Triton's alone.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def _define() -> None:
         refuse_backward(library, op, message, lambda tensors: tensors[3:5])
     for key in ("CUDA", "CPU"):  # on a CPU: the interpreter
         library.impl("rope_append_triton", _TRITON["rope_append"], key)
-    fallbacks = {"cpu": reference.rope_append, "cuda": _TRITON["rope_append"]}
-    load_on_first_use({device: {"rope_append": run} for device, run in fallbacks.items()})
+    library.impl("rope_append", _TRITON["rope_append"], "CUDA")
+    load_on_first_use({"cpu": {"rope_append": reference.rope_append}})
 
 
 _define()
