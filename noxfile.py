@@ -76,7 +76,6 @@ NATIVE = (
     "attention/test_rerope_gradients.py",
     "attention/test_dual_chunk.py",
     "attention/test_blockwise_causal.py",
-    "attention/test_merge_kernels.py",
     "decode/test_decode.py",
     "permute/test_permute.py",
     "permute/test_permute_gradients.py",

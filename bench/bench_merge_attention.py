@@ -16,7 +16,7 @@ from scaling import scaling
 from torch import Tensor
 
 from extrope_kernels import merge_attention
-from extrope_kernels.ops.attention.merge.reference import merge_fwd as formula
+from extrope_kernels.ops.attention.merge import merge_fwd as formula
 
 HEADS, HEAD_DIM = 32, 128
 

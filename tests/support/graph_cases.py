@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from operations import merge
+from operations import MERGE, merge
 from score_examples import EXAMPLES, Example
 from torch import Tensor
 
@@ -212,7 +212,7 @@ CASES = {
         step, STEP | STATE, lambda number: {"positions": ints(9 * number, 4 + number)}, LINEAR
     ),
     "merge": Case(
-        merge, {"outs": (3, 2, SEQLEN, 4, DIM), "lses": (3, 2, 4, SEQLEN)}, nothing, LINEAR,
+        merge, {"outs": (3, 2, SEQLEN, 4, DIM), "lses": (3, 2, 4, SEQLEN)}, nothing, MERGE,
         gradients=True,
     ),
 }  # fmt: skip

@@ -22,7 +22,7 @@ from extrope_kernels import (
     rerope_attention_with_kvcache,
     rope_append_kvcache,
 )
-from extrope_kernels.ops.attention.merge.reference import merge_fwd as reference_of_merge
+from extrope_kernels.ops.attention.merge import merge_fwd as reference_of_merge
 from extrope_kernels.ops.rope.cos_sin import reference as reference_of_cos_sin
 from extrope_kernels.testing import attention_backends, available_backends, device
 
@@ -125,14 +125,12 @@ def rope_append(
 
 def merge(backend: str, outs: Tensor, lses: Tensor) -> list[Tensor]:
     sets = outs.unbind(), lses.float().unbind()
-    if backend == "reference":
-        return list(reference_of_merge(*sets))
-    merged = torch.ops.extrope.merge_fwd_triton if backend == "triton" else merge_attention
-    return list(merged(*sets))
+    return list((reference_of_merge if backend == "reference" else merge_attention)(*sets))
 
 
 ROPE = tuple(available_backends())
 LINEAR = tuple(name for name in ROPE if name != "cuda")
+MERGE = tuple(name for name in ROPE if name in ("reference", device()))
 ATTENTION = tuple(name for name in attention_backends() if name != "flash_attn")
 QK = {"q": (2, 200, 6, 64), "k": (2, 200, 2, 64)}
 QKV = {**QK, "v": (2, 200, 2, 64)}
@@ -164,7 +162,7 @@ OPERATIONS = {
     "norm, rope and append": Operation(
         rope_append, {**QKV, "q_weight": (64,), "k_weight": (128,)}, ROPE
     ),
-    "merge": Operation(merge, {"outs": (3, 2, 200, 6, 64), "lses": (3, 2, 6, 200)}, LINEAR),
+    "merge": Operation(merge, {"outs": (3, 2, 200, 6, 64), "lses": (3, 2, 6, 200)}, MERGE),
 }
 WITHOUT_GRADIENT = (
     "cache", "cache, appended to", "norm, rope and append", "permuteformer step"

@@ -85,6 +85,11 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def in_transform() -> bool:
+    """Whether one of torch.func's transforms is under way."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def refuse_recording(library, op, message: str) -> None:
     """Let `op`, which writes over its first two arguments, refuse tensors of a graph; and let
     autograd notice when one that it has saved has been overwritten.

@@ -41,8 +41,6 @@ TESTS = (
     "attention/test_attention_bf16.py",
     "attention/test_softmax_options.py",
     "attention/test_float32_results.py",
-    "attention/test_merge_cpu.py",
-    "attention/test_merge_kernels.py",
     "decode/test_decode.py",
     "decode/test_decode_chunks.py",
     "decode/test_decode_fp8.py",
