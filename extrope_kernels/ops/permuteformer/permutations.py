@@ -1,4 +1,4 @@
-"""Permutations of the dims of heads: the authors' draw, and their cycles."""
+"""Permutations of the dims of heads: the authors' draw, their cycles, the dims of a power."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .._shared import positions as _positions
 
 _MOST = 2**16  # heads of a model, and dims of one: more is a mistake that would fill the memory
 
@@ -28,6 +30,29 @@ def head_permutations(heads: int, head_dim: int, *, seed: int = 0xDEADBEEFDEADBE
             raise ValueError(f"head_permutations: {name} must be 1 to {_MOST}, got {value}")
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(head_dim, generator=generator) for _ in range(heads)])
+
+
+class Powers(NamedTuple):
+    """The power of a permutation that each token takes: its position."""
+
+    permutations: Tensor  # (rows, head_dim) int64: each serves heads / rows consecutive heads
+    positions: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    offset: int = 0
+
+    def of_tokens(self, shape: torch.Size) -> Tensor:
+        """(batch or 1, seqlen) int64, wrapped around at 2**63; shape: (batch, seqlen, ...)."""
+        positions, cu_seqlens = self.positions, self.cu_seqlens
+        sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        kind = _positions.position_kind(positions, shape, sequences)
+        if kind == "offsets":
+            positions = positions.reshape(-1)
+        elif kind == "positions" and positions.dim() == 1:
+            positions = positions.unsqueeze(0)
+        found = _positions.token_positions(
+            positions, kind == "offsets", cu_seqlens, shape[1], self.permutations.device
+        )
+        return found.long() + self.offset
 
 
 class Cycles(NamedTuple):
@@ -62,18 +87,9 @@ def cycles(permutations: Tensor) -> Cycles:
     return Cycles(start, length, index, torch.empty_like(dim).scatter(-1, start + index, dim))
 
 
-def check_bijective(permutations: Tensor) -> None:
-    """Raise ValueError when a row does not hold every dim once, where a look costs no sync.
-
-    That is: on the CPU, and not while a graph is traced.
-    """
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if traced or permutations.device.type != "cpu" or type(permutations) is not Tensor:
-        return
-    dim = permutations.shape[-1]
-    wrong = (permutations.sort(-1).values != torch.arange(dim, device="cpu")).any(-1)
-    if wrong.any():
-        raise ValueError(
-            f"permute: permutations must hold 0 to {dim - 1} once in every row, "
-            f"row {wrong.nonzero()[0].item()} does not"
-        )
+def source_dims(found: Cycles, positions: Tensor, inverse: bool) -> Tensor:
+    """(batch or 1, seqlen, rows, head_dim) int64: pi^p(c) for every token, row and dim."""
+    start, length, index, flat = found
+    steps = torch.remainder(positions[:, :, None, None], length)
+    at = start + torch.remainder(index - steps if inverse else index + steps, length)
+    return flat.expand(at.shape).gather(-1, at)

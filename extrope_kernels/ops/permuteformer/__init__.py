@@ -1,15 +1,17 @@
-"""PermuteFormer's linear attention: O(seqlen), with a decay for each head."""
+"""PermuteFormer: powers of per-head permutations as positions, and linear attention over them."""
 
-from . import fused, schema  # noqa: F401  (defines the ops)
+from . import op  # noqa: F401  (defines the ops)
 from .api import (
     PermuteFormerState,
     backends,
-    default_decay,
+    permute,
+    permute_qk,
     permuteformer_attention,
     permuteformer_step,
 )
 from .checks import MAX_DIM, check
-from .state import seen, state_of
+from .permutations import head_permutations
+from .reference import default_decay, seen, state_of
 
 __all__ = [
     "MAX_DIM",
@@ -17,6 +19,9 @@ __all__ = [
     "backends",
     "check",
     "default_decay",
+    "head_permutations",
+    "permute",
+    "permute_qk",
     "permuteformer_attention",
     "permuteformer_step",
     "seen",
