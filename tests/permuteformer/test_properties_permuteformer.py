@@ -1,4 +1,4 @@
-"""Generated linear attention: any shape, stride, dtype, decay and option, against float64."""
+"""Generated attention of PermuteFormer: any shape, stride, dtype, decay and option, against float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from generated import (
 )
 from hypothesis import assume
 from hypothesis import strategies as st
-from linear_attention_oracle import Mode, Sizes, dense, last_state
+from permuteformer_oracle import Mode, Sizes, dense, last_state
 from operations import LINEAR
 from torch import Tensor
 

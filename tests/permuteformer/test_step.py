@@ -6,16 +6,16 @@ import itertools
 
 import pytest
 import torch
-from test_linear_attention import make
+from test_attention import make
 
 from extrope_kernels import PermuteFormerState, permuteformer_attention, permuteformer_step
 from extrope_kernels.testing import assert_within_budget, device
 
 FEW = 8  # on a CPU, more make up a chunk
-ON_CPU = pytest.mark.skipif(device() != "cpu", reason="Triton rounds more, and at infinity")
+ON_CPU = pytest.mark.skipif(device() != "cpu", reason="a GPU rounds more, and at infinity")
 
 
-@pytest.mark.parametrize("named", [None, "triton", "reference"])
+@pytest.mark.parametrize("named", [None, "reference"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_steps_give_what_the_whole_does(named, normalize):
     (q, k, v), permutations = make(2, 40)
@@ -44,7 +44,7 @@ def test_a_step_leaves_the_state_that_it_is_given():
 
 @ON_CPU
 @pytest.mark.parametrize("tokens", [0, 1, FEW - 1, FEW, FEW + 1])
-@pytest.mark.parametrize("dim, value_dim", [(16, 16), (33, 17), (64, 72), (40, 128), (256, 96)])
+@pytest.mark.parametrize("dim, value_dim", [(33, 17), (64, 72), (256, 96)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_few_tokens(dtype, dim, value_dim, tokens):
     """Of two sequences whose four states, two for each head of k, come from a float64 prompt."""
@@ -111,7 +111,7 @@ def gradients_of_steps(q, k, v, start, douts, backend, cuts, **arguments):
 
 
 @pytest.mark.parametrize(
-    ("heads", "normalize", "named"), [(1, True, None), (4, False, None), (4, True, "triton")]
+    ("heads", "normalize", "named"), [(1, True, None), (4, False, None)]
 )
 def test_gradients_through_states(heads, normalize, named):
     (q, k, v), permutations = make(2, 50, 4, 1, dim=24, value_dim=17)

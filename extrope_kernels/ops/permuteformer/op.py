@@ -131,9 +131,8 @@ def _fwd_fake(
     powers = Powers(permutations, positions, cu_seqlens, offset)
     call = _call(q, k, v, powers, decay, **options)
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    has_den = call.normalize and not (q.is_cuda and _implementation(q, v) is fla)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    return out, q.new_empty(rows if has_den else 0, dtype=accumulator(q.dtype))
+    return out, q.new_empty(rows if call.normalize else 0, dtype=accumulator(q.dtype))
 
 
 def _bwd(
@@ -141,19 +140,8 @@ def _bwd(
     *, offset=0, **options,
 ):  # fmt: skip
     powers = Powers(permutations, positions, cu_seqlens, offset)
-    call, module = _call(q, k, v, powers, decay, **options), _implementation(q, v)
-    if module is cpu:
-        return cpu.backward(dout, q, k, v, out, den, powers, call)
-    return by_autograd(module.forward, dout, q, k, v, powers, call)
-
-
-def by_autograd(forward, dout, q, k, v, powers: Powers, call: Call) -> tuple[Tensor, ...]:
-    """dq, dk and dv of a forward that is run again: nothing of it had to be kept."""
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = forward(*leaves, powers, call).out
-    # Contiguous, as the fake says.
-    return tuple(x.contiguous() for x in torch.autograd.grad(out, leaves, dout))
+    call = _call(q, k, v, powers, decay, **options)
+    return _implementation(q, v).backward(dout, q, k, v, out, den, powers, call)
 
 
 def _bwd_fake(

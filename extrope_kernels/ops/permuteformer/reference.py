@@ -1,15 +1,18 @@
 """PermuteFormer in plain PyTorch, all scores at once: the oracle, O(seqlen**2), any derivatives.
 
-Implementations of attention have one function, `forward(q, k, v, powers, call) -> Result`.
+Implementations of attention have `forward(q, k, v, powers, call) -> Result` and
+`backward(dout, q, k, v, out, den, powers, call) -> (dq, dk, dv)`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .._shared.dtypes import accumulator, without_autocast
 from .permutations import Powers, cycles, source_dims
@@ -35,7 +38,7 @@ class Result(NamedTuple):
     """out (..., heads_q, value_dim) in q's dtype, and what was asked for besides, else empty."""
 
     out: Tensor
-    den: Tensor  # (batch, heads_q, seqlen): the sum of each row's scores; of fla always empty
+    den: Tensor  # (batch, heads_q, seqlen): the sum of each row's scores
     kv: Tensor  # the state after the last token
     key_sum: Tensor
 
@@ -81,6 +84,66 @@ def forward(q: Tensor, k: Tensor, v: Tensor, powers: Powers, call: Call) -> Resu
     if packed:
         out, den = out[0], den[0]
     return Result(out, den.contiguous() if call.normalize else none, kv, key_sum)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    den: Tensor | None,
+    powers: Powers,
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv as an op has them; `forward` has derivatives of its own."""
+    return backward_by_scans(dout, q, k, v, out, den, powers, call, _scan)
+
+
+@without_autocast
+def backward_by_scans(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    den: Tensor | None,
+    powers: Powers,
+    call: Call,
+    scan: Callable[..., Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv by the sums that the forward is made of, without the feature map.
+
+    scan(q, k, v, call, reverse): out_i = sum_j decay**|i - j| <q_i, k_j> v_j over j <= i, or j >= i
+    in reverse, or all j when not causal. The normaliser is the sum over one more dim of v, of ones.
+    """
+    q, k = permute(q, k, powers)
+    phi_q, phi_k, values = feature(q), feature(k), v
+    if call.normalize:
+        values = functional.pad(v, (0, 1), value=1.0)
+        wide = dout.to(den.dtype)
+        delta = (wide * out).sum(-1, keepdim=True)
+        dout = (torch.cat([wide, -delta], -1) / den.transpose(-1, -2).unsqueeze(-1)).to(q.dtype)
+    dq = scan(dout, values, phi_k, call, False)
+    dk = scan(values, dout, phi_q, call, True)
+    dv = scan(phi_k, phi_q, dout, call, True)[..., : v.shape[-1]]
+    dk, dv = (x.unflatten(-2, (k.shape[-2], -1)).sum(-2) for x in (dk, dv))
+    dq, dk = dq.masked_fill(q <= 0, 0.0), dk.masked_fill(k <= 0, 0.0)
+    dq, dk = permute(dq, dk, powers, inverse=True)
+    # Contiguous, as the fake says.
+    return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous()
+
+
+def _scan(q: Tensor, k: Tensor, v: Tensor, call: Call, reverse: bool) -> Tensor:
+    wide, packed = accumulator(q.dtype), call.cu_seqlens is not None
+    if packed:
+        q, k, v = q[None], k[None], v[None]
+    heads = max(x.shape[2] for x in (q, k, v))
+    q, k, v = (_expand(x.transpose(1, 2).to(wide), heads) for x in (q, k, v))
+    decays = _expand(_decays(call, q.shape[2], q), heads)
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * (decays.mT if reverse else decays)
+    out = torch.einsum("bhij,bhjf->bhif", scores, v).transpose(1, 2)
+    return out[0] if packed else out
 
 
 def default_decay(k: Tensor) -> Tensor:
