@@ -1,14 +1,10 @@
-// The permutation op on torch tensors, with every check, for the CPU and the CUDA library alike.
-//
-// The schema is defined in Python (extrope_kernels/ops/permute/schema.py); a library registers
-// PermuteOps<launch> for its device, where launch(params, device_index) runs the kernel.
+// From torch tensors to PermuteParams and the cycles of the permutations, with every check.
 #pragma once
 
-#include <tuple>
+#include <vector>
 
-#include "common/outputs.h"
-#include "common/permute_params.h"
 #include "common/tensor_args.h"
+#include "cpu/permute/kernel.h"
 
 namespace extrope::permute {
 
@@ -84,23 +80,51 @@ inline PermuteParams make_params(const Tensor& q, const OptionalTensor& k,
   return p;
 }
 
-// The op, for a device whose kernel is started by `launch`.
-template <void (*launch)(const PermuteParams&, int device_index),
-          Tensor (*make_like)(const Tensor&) = new_like>
-struct PermuteOps {
-  static std::tuple<Tensor, Tensor> forward(const Tensor& q, const OptionalTensor& k,
-                                            const Tensor& permutations,
-                                            const OptionalTensor& positions,
-                                            const OptionalTensor& cu_seqlens, int64_t offset,
-                                            bool inverse) {
-    const bool packed = cu_seqlens.has_value();
-    PermuteParams p = make_params(q, k, permutations, positions, cu_seqlens);
-    p.offset = offset;
-    p.inverse = inverse;
-    const std::tuple<Tensor, Tensor> outs = make_outputs<make_like>(p, q, k, packed);
-    if (p.batch * p.seqlen > 0) launch(p, q.get_device());
-    return outs;
+// Every dim is met once when, and only when, the row is a permutation.
+class Decomposition {
+ public:
+  explicit Decomposition(const PermuteParams& p)
+      : step_(p.rows * p.head_dim, -1), flat_(step_.size()), end_(step_.size()) {
+    for (int64_t row = 0; row < p.rows; ++row) {
+      read_row(p, row);
+      find_cycles(row * p.head_dim, p.head_dim);
+    }
   }
+
+  PermuteCycles cycles() const { return {step_.data(), flat_.data(), end_.data()}; }
+
+ private:
+  void read_row(const PermuteParams& p, int64_t row) {
+    const int64_t* from = p.permutations + row * p.permutation_row;
+    int32_t* step = &step_[row * p.head_dim];
+    int64_t met = 0;
+    for (int64_t c = 0; c < p.head_dim; ++c) {
+      const int64_t source = from[c];
+      if (source < 0 || source >= p.head_dim) break;
+      met += step[source] < 0;
+      step[source] = static_cast<int32_t>(c);  // the inverse, which shows a dim that comes twice
+    }
+    require(met == p.head_dim, "permutations must hold 0 to ", p.head_dim - 1,
+            " once in every row, row ", row, " does not");
+    if (p.inverse) return;
+    for (int64_t c = 0; c < p.head_dim; ++c) step[c] = static_cast<int32_t>(from[c]);
+  }
+
+  void find_cycles(int64_t row, int64_t dim) {
+    std::vector<bool> met(dim);
+    int64_t at = 0;
+    for (int64_t first = 0; first < dim; ++first) {
+      if (met[first]) continue;
+      const int64_t begin = at;
+      for (int64_t c = first; !met[c]; c = step_[row + c]) {
+        met[c] = true;
+        flat_[row + at++] = static_cast<int32_t>(c);
+      }
+      end_[row + begin] = static_cast<int32_t>(at);
+    }
+  }
+
+  std::vector<int32_t> step_, flat_, end_;
 };
 
 }  // namespace extrope::permute
