@@ -77,11 +77,9 @@ NATIVE = (
     "attention/test_dual_chunk.py",
     "attention/test_blockwise_causal.py",
     "decode/test_decode.py",
-    "permute/test_permute.py",
-    "permute/test_permute_gradients.py",
-    "linear_attention/test_linear_attention.py",
-    "linear_attention/test_linear_attention_gradients.py",
-    "linear_attention/test_linear_attention_step.py",
+    "permuteformer/test_permute.py",
+    "permuteformer/test_attention.py",
+    "permuteformer/test_step.py",
 )
 
 

@@ -38,10 +38,6 @@ BARS = {
     "rerope_attention_with_kvcache, with k and v": (8.0, 2),
     "rerope_attention_with_kvcache, packed": (8.0, 2),
     "rope_append_kvcache": (NAN, 1),
-    "permute_qk": (NAN, 2),
-    "op linear_attn_fwd_triton": (NAN, 2),
-    "op linear_attn_fwd_triton, in parts": (NAN, 5),
-    "op linear_attn_fwd_triton, packed": (NAN, 5),
 }
 
 

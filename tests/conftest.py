@@ -86,16 +86,15 @@ def nan_in_fresh_memory():
 def pytest_generate_tests(metafunc):
     """`backend` runs over every implementation of the rotation that can run here.
 
-    `permute_backend` runs over those of the permutation, `any_backend` and `fast_backend` over
-    those of attention, with and without the reference.
+    `any_backend` and `fast_backend` run over those of attention, with and without the reference.
     """
     attention = [name for name in attention_backends() if name != "flash_attn"]
     if "any_backend" in metafunc.fixturenames:
         metafunc.parametrize("any_backend", attention)
     if "fast_backend" in metafunc.fixturenames:
         metafunc.parametrize("fast_backend", [name for name in attention if name != "reference"])
-    for name in {"backend", "permute_backend"} & set(metafunc.fixturenames):
-        metafunc.parametrize(name, [x for x in available_backends() if x != "reference"])
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", [x for x in available_backends() if x != "reference"])
 
 
 def pytest_collection_modifyitems(config, items):
@@ -105,16 +104,16 @@ def pytest_collection_modifyitems(config, items):
 
 
 def leave_out_triton_cases(config, items):
-    """Interpret an eleventh of the rotation's Triton cases, a thirteenth of the permutation's, a
-    23rd of attention's, and a third of those of files about Triton alone.
+    """Interpret an eleventh of the rotation's Triton cases, a 23rd of attention's, and a third of
+    those of files about Triton alone.
 
-    Each takes seconds, and a GPU runs them all in a few. Eleven, thirteen and 23 have no factor in
-    common with the sizes of the grids, so every dtype, layout and shape stays in the sample.
+    Each takes seconds, and a GPU runs them all in a few. Eleven and 23 have no factor in common
+    with the sizes of the grids, so every dtype, layout and shape stays in the sample.
     EXTROPE_ALL_CASES=1 keeps all.
     """
     if torch.cuda.is_available() or os.environ.get("EXTROPE_ALL_CASES") == "1":
         return
-    steps = {"backend": 11, "permute_backend": 13, "any_backend": 23, "fast_backend": 23}
+    steps = {"backend": 11, "any_backend": 23, "fast_backend": 23}
     seen: dict[str, int] = {}
     kept, dropped = [], []
     for item in items:

@@ -11,9 +11,7 @@ from extrope_kernels import (
     _ext,
     apply_rope,
     apply_rope_qk,
-    merge_attention,
     methods,
-    permute,
     rerope_attention,
 )
 
@@ -126,8 +124,6 @@ def test_every_operation_takes_part():
     q = torch.randn(1, 4096, 8, 64)
     calls = {
         "rope": lambda: apply_rope_qk(q, q, FREQS, backend="cpu"),
-        "permute": lambda: permute(q, torch.arange(64).repeat(8, 1), backend="cpu"),
-        "merge": lambda: merge_attention([q, q], [torch.zeros(1, 8, 4096)] * 2),
         "attention": lambda: rerope_attention(q, q, q, FREQS, window=8, backend="cpu"),
     }
     for name, call in calls.items():
