@@ -196,5 +196,7 @@ def test_the_ops_refuse():
     with pytest.raises(RuntimeError, match="merge_attention: inplace=True is for inference"):
         torch.ops.extrope.merge_inplace(out.clone().requires_grad_(), lse, [], [])
     if "triton" in BACKENDS:
-        with pytest.raises(ValueError, match=r"merge_attention: outs\[1\] must be contiguous in its"):
+        with pytest.raises(
+            ValueError, match=r"merge_attention: outs\[1\] must be contiguous in its"
+        ):
             ops_of("triton")[0]([out, out.mT.contiguous().mT], [lse, lse])

@@ -13,8 +13,6 @@ import torch
 from operations import OPERATIONS, SCORES, everywhere
 from torch import Tensor
 
-from extrope_kernels.testing import available_backends
-
 ROW, HEAD, LANE = 100, 1, 5  # of the second batch entry
 VALUES = (math.nan, math.inf, -math.inf)
 CASES = [(n, i) for n, i in everywhere() if n in (*SCORES, "cache") and i != "reference"]

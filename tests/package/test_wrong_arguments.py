@@ -33,8 +33,9 @@ def function(name: str):
 def op(name: str) -> str:
     """What messages call the function."""
     name = name.split()[0]
-    if name.startswith(("apply_rope", "permute")):  # permuteformer's permutation too
-        return "rope" if name.startswith("apply_rope") else "permute"
+    for start in ("apply_rope", "permute_qk"):
+        if name.startswith(start):
+            return start.removeprefix("apply_").removesuffix("_qk")
     return name.removeprefix("methods.")
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from test_attention import make
 
 from extrope_kernels import (

@@ -3,12 +3,14 @@
 Without a GPU its kernels run as compiled PTX executed on the CPU, where both are there:
 
     PYTHONPATH=../shared TRITON_INTERPRET=0 EXTROPE_TRITON_CHIP=80 \
-        python -m pytest -p ptx.plugin -p no:xdist tests/permuteformer/test_fla.py
+        python -m pytest -p fla.ops.simple_gla -p ptx.plugin -p no:xdist \\
+        tests/permuteformer/test_fla.py
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import sys
 import types
@@ -46,14 +48,16 @@ def chunk_simple_gla(
 ):
     """fla.ops.simple_gla.chunk_simple_gla of 0.6.0, a token at a time: its signature, its states."""
     assert g is None and scale == 1.0 and not state_v_first and not kwargs
-    assert q.shape == k.shape and q.shape[:3] == v.shape[:3] and all(
-        x.is_contiguous() and x.shape[-1] % 2 == 0 for x in (q, k, v)
+    assert (
+        q.shape == k.shape
+        and q.shape[:3] == v.shape[:3]
+        and all(x.is_contiguous() and x.shape[-1] % 2 == 0 for x in (q, k, v))
     )
     decay = torch.ones(q.shape[2]) if g_gamma is None else g_gamma.exp()
     bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     assert cu_seqlens is None or (cu_seqlens.dtype == torch.int64 and initial_state is None)
     rows, states = [], []
-    for begin, end in zip(bounds, bounds[1:]):
+    for begin, end in itertools.pairwise(bounds):
         state = torch.zeros(q.shape[0], *q.shape[2:], v.shape[-1])
         state = state if initial_state is None else initial_state.float()
         for t in range(begin, end):
@@ -107,8 +111,10 @@ def sample(case, dtype):
     heads = 2 if options["decay"] is None else len(options["decay"])
     if "cu_seqlens" in options:
         qkv = [x[0] for x in qkv]
-    return qkv, Powers(permutations, None, options.get("cu_seqlens"), 5), reference.Call(
-        heads, **options
+    return (
+        qkv,
+        Powers(permutations, None, options.get("cu_seqlens"), 5),
+        reference.Call(heads, **options),
     )
 
 

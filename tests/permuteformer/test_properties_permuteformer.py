@@ -1,4 +1,4 @@
-"""Generated attention of PermuteFormer: any shape, stride, dtype, decay and option, against float64."""
+"""Generated attention of PermuteFormer: any shape, stride, dtype and option, against float64."""
 
 from __future__ import annotations
 

@@ -110,9 +110,7 @@ def gradients_of_steps(q, k, v, start, douts, backend, cuts, **arguments):
     return torch.autograd.grad((torch.cat(outs, 1), *state), leaves, douts)
 
 
-@pytest.mark.parametrize(
-    ("heads", "normalize", "named"), [(1, True, None), (4, False, None)]
-)
+@pytest.mark.parametrize(("heads", "normalize", "named"), [(1, True, None), (4, False, None)])
 def test_gradients_through_states(heads, normalize, named):
     (q, k, v), permutations = make(2, 50, 4, 1, dim=24, value_dim=17)
     decay = torch.linspace(0.8, 1, heads).to(q.device)

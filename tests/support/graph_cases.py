@@ -212,7 +212,8 @@ CASES = {
         gradients=True,
     ),
     "linear attention, step": Case(
-        step, STEP | STATE, lambda number: {"positions": ints(9 * number, 4 + number)}, PERMUTEFORMER
+        step, STEP | STATE, lambda number: {"positions": ints(9 * number, 4 + number)},
+        PERMUTEFORMER,
     ),
     "merge": Case(
         merge, {"outs": (3, 2, SEQLEN, 4, DIM), "lses": (3, 2, 4, SEQLEN)}, nothing, MERGE,

@@ -44,9 +44,7 @@ def check_powers(name: str, q: Tensor, k: Tensor | None, powers: Powers) -> None
 
 def _check_permutations(name: str, permutations: Tensor, q: Tensor, k: Tensor | None) -> None:
     if not isinstance(permutations, Tensor):
-        raise TypeError(
-            f"{name}: permutations must be a Tensor, got {type(permutations).__name__}"
-        )
+        raise TypeError(f"{name}: permutations must be a Tensor, got {type(permutations).__name__}")
     heads, head_dim = q.shape[-2:]
     if not 1 <= head_dim <= MAX_PERMUTED_DIM:
         raise ValueError(f"{name}: head_dim must be from 1 to {MAX_PERMUTED_DIM}, got {head_dim}")
