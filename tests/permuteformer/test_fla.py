@@ -46,7 +46,7 @@ def chunk_simple_gla(
     cu_seqlens_cpu=None,
     **kwargs,
 ):
-    """fla.ops.simple_gla.chunk_simple_gla of 0.6.0, a token at a time: its signature, its states."""
+    """The function of fla.ops.simple_gla 0.6.0, a token at a time: its signature, its states."""
     assert g is None and scale == 1.0 and not state_v_first and not kwargs
     assert (
         q.shape == k.shape

@@ -1,4 +1,4 @@
-"""The exact merge of attention over disjoint sets of keys: PyTorch's operations, Triton on a GPU."""
+"""The exact merge of attention over disjoint sets of keys: PyTorch, or Triton on a GPU."""
 
 from __future__ import annotations
 
