@@ -64,7 +64,6 @@ OF_THE_CHECKOUT = (
     "package/test_gpu_tune.py",
     "package/test_length_generalization.py",
     "package/test_method_table.py",
-    "package/test_permute_emulated.py",
     "package/test_recipes.py",
     "package/test_sources.py",
     "transformers/test_models.py",
@@ -75,13 +74,10 @@ NATIVE = (
     "rope/test_rope_memory.py",
     "attention/test_attention.py",
     "attention/test_attention_gradients.py",
-    "attention/test_merge_kernels.py",
     "attention/test_decode.py",
-    "permute/test_permute.py",
-    "permute/test_permute_gradients.py",
-    "linear_attention/test_linear_attention.py",
-    "linear_attention/test_linear_attention_gradients.py",
-    "linear_attention/test_linear_attention_step.py",
+    "permuteformer/test_permute.py",
+    "permuteformer/test_attention.py",
+    "permuteformer/test_step.py",
 )
 
 

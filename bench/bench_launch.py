@@ -38,10 +38,6 @@ BARS = {
     "rerope_attention_with_kvcache, with k and v": (8.0, 2),
     "rerope_attention_with_kvcache, packed": (8.0, 2),
     "rope_append_kvcache": (NAN, 1),
-    "permute_qk": (NAN, 2),
-    "op linear_attn_fwd_triton": (NAN, 2),
-    "op linear_attn_fwd_triton, in parts": (NAN, 5),
-    "op linear_attn_fwd_triton, packed": (NAN, 5),
 }
 
 
@@ -95,9 +91,6 @@ def calls() -> dict[str, Callable[[], object]]:
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = ek.rerope_attention(*leaves, freqs, window=WINDOW, backend="triton")
     dout = random(*out.shape)
-    linear_attention = torch.ops.extrope.linear_attn_fwd_triton
-    permutations, decay = ek.head_permutations(8, 128), torch.linspace(0.9, 0.99, 8)
-    long = random(1, 1040, 1, 16)
     return {
         "bare launch": lambda: bare_kernel[(1,)](x, y, 3),
         "apply_rope_qk, Triton": lambda: ek.apply_rope_qk(
@@ -124,14 +117,6 @@ def calls() -> dict[str, Callable[[], object]]:
         "rope_append_kvcache": lambda: ek.rope_append_kvcache(
             token_q, token_k, token_k, *pages, freqs, cache_seqlens=lengths, block_table=table,
             backend="triton",
-        ),
-        "permute_qk": lambda: ek.permute_qk(q, k, permutations, positions=4096, backend="triton"),
-        "op linear_attn_fwd_triton": lambda: linear_attention(q, k, v, decay),
-        "op linear_attn_fwd_triton, in parts": lambda: linear_attention(
-            long, long, long, decay[:1]
-        ),
-        "op linear_attn_fwd_triton, packed": lambda: linear_attention(
-            packed_q, packed_k, packed_k, decay, boundaries
         ),
     }  # fmt: skip
 

@@ -1,8 +1,8 @@
 """The exact merge of two attentions over disjoint keys: python bench/bench_merge_attention.py
 
 Two outputs (1, 8192, 32, 128) and their log-sum-exps. The floor is copy_ of three tensors of that
-size, halved: two are read, one is written. The peers are the same in PyTorch operations, and what
-torch.compile makes of them.
+size, halved: two are read, one is written. The peers are the formula in PyTorch operations, which
+is what a CPU runs, and what torch.compile makes of them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from collections.abc import Callable
 
 import torch
 from compare import Floor, compare, error_of_tail
-from harness import Call, Report, arguments, device
-from scaling import scaling
+from harness import Report, arguments, device
 from torch import Tensor
 
 from extrope_kernels import merge_attention
-from extrope_kernels.ops.attention.merge.reference import merge_fwd as formula
+from extrope_kernels.ops.attention.merge import merge_fwd as formula
 
 HEADS, HEAD_DIM = 32, 128
 
@@ -39,7 +38,6 @@ def bench(report: Report, dtype: torch.dtype) -> None:
         return
     seqlen = 32 if report.args.quick else 8192
     outs, lses = parts(seqlen, dtype)
-    small = parts(1, dtype)
     into = torch.empty_like(outs[0])
     compiled = torch.compile(formula, dynamic=False)
     compare(
@@ -50,18 +48,12 @@ def bench(report: Report, dtype: torch.dtype) -> None:
             "eager": lambda: formula(outs, lses),
             "compiled": lambda: compiled(outs, lses),
         },
-        few={"extrope": lambda: merge_attention(*small)},
         error=error_of(outs, lses),
         dtype=dtype,
         shape=f"2 of {seqlen} x {HEADS} x {HEAD_DIM}",
-        backend="cpu" if device() == "cpu" else "triton",
+        backend="torch" if device() == "cpu" else "triton",
         floor=Floor(lambda: into.copy_(outs[0]), 1.5),
     )
-
-
-def by_length(seqlen: int) -> Call:
-    outs, lses = parts(seqlen, torch.bfloat16)
-    return lambda: merge_attention(outs, lses)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,7 +63,6 @@ def main(argv: list[str] | None = None) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         bench(report, dtype)
     report.save()
-    scaling("merge_attention", by_length, args, about="two of bfloat16, 32 heads, head_dim 128")
 
 
 if __name__ == "__main__":

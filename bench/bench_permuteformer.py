@@ -32,8 +32,7 @@ from extrope_kernels import (
 HEADS = 8
 OWN = ("our softmax attention",)
 CHUNK = 48  # tokens of a chunk of the CPU kernel
-# What runs, and how it is asked for: on a GPU the default would take the best permutation there is.
-BACKEND, NAMED = ("cpu", None) if device() == "cpu" else ("triton", "triton")
+BACKEND = "cpu" if device() == "cpu" else "fla"
 
 
 def operations(seqlen: int, dim: int) -> float:
@@ -47,7 +46,7 @@ def calls(qkv: list[Tensor], permutations: Tensor) -> tuple[Call, dict[str, Call
     freqs = frequencies(q.shape[-1])
 
     def ours():
-        return permuteformer_attention(q, k, v, permutations=permutations, backend=NAMED)
+        return permuteformer_attention(q, k, v, permutations=permutations, backend=BACKEND)
 
     def softmax():
         return rerope_attention(q, k, v, freqs, window=q.shape[1])
@@ -80,7 +79,7 @@ def bench(report: Report, seqlen: int, dim: int, dtype: torch.dtype, training: b
         compare(report, case, trained({"extrope": ours}), yardsticks=beside, own=OWN, **about)
         return
     one = [x[:, :1] for x in qkv]
-    short = functools.partial(permuteformer_attention, permutations=permutations, backend=NAMED)
+    short = functools.partial(permuteformer_attention, permutations=permutations, backend=BACKEND)
     with torch.no_grad():
         compare(
             report,

@@ -3,12 +3,14 @@
 from . import methods, positions, scores
 from .methods import RopeFreqs
 from .ops.attention import merge_attention, rope_attention, rope_attention_with_kvcache
-from .ops.linear_attention import (
+from .ops.permuteformer import (
     PermuteFormerState,
+    head_permutations,
+    permute,
+    permute_qk,
     permuteformer_attention,
     permuteformer_step,
 )
-from .ops.permute import head_permutations, permute, permute_qk
 from .ops.rope import apply_rope, apply_rope_qk, rope_append_kvcache
 
 __version__ = "0.3.0"

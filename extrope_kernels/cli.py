@@ -14,7 +14,7 @@ import torch
 from . import __version__, _build, _ext
 from .evaluation import cli as evaluation
 from .evaluation.search import cli as search
-from .ops import attention, linear_attention, permute, rope
+from .ops import attention, permuteformer, rope
 
 CPU_CAPABILITIES = (
     "baseline",
@@ -57,12 +57,7 @@ def info() -> str:
     if _ext.load("cpu") is None:
         lines.append(("CPU instructions", CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()]))
     lines += [("device", device) for device in _devices()]
-    ops = {
-        "rope": rope,
-        "permute": permute,
-        "attention": attention,
-        "linear_attention": linear_attention,
-    }
+    ops = {"rope": rope, "attention": attention, "permuteformer": permuteformer}
     for op, module in ops.items():
         reports = module.backends()
         lines += [(f"{op} backend {name}", report) for name, report in reports.items()]
@@ -124,7 +119,7 @@ def _choices(reports: dict[str, str]) -> dict[str, str]:
     """What backend=None means on each type of device here."""
     preferences = {"cpu": ("cpu", "reference")}
     if torch.cuda.is_available():
-        preferences["cuda"] = ("cuda", "triton")
+        preferences["cuda"] = ("fla", "reference") if "fla" in reports else ("cuda", "triton")
     return {
         device: next((name for name in names if reports.get(name) == "available"), "none")
         for device, names in preferences.items()

@@ -86,9 +86,8 @@ def nan_in_fresh_memory():
 def pytest_generate_tests(metafunc):
     """`backend` runs over every implementation of the rotation that can run here.
 
-    `permute_backend` runs over those of the permutation, `any_backend` and `fast_backend` over
-    those of attention, with and without the reference. Interpreted, Triton has files of its own,
-    test_*_triton.py; here it is thorough.
+    `any_backend` and `fast_backend` run over those of attention, with and without the reference.
+    Interpreted, Triton has files of its own, test_*_triton.py; here it is thorough.
     """
     slow = () if torch.cuda.is_available() else (pytest.mark.thorough,)
     attention = {
@@ -101,8 +100,8 @@ def pytest_generate_tests(metafunc):
     if "fast_backend" in metafunc.fixturenames:
         fast = [param for name, param in attention.items() if name != "reference"]
         metafunc.parametrize("fast_backend", fast)
-    for name in {"backend", "permute_backend"} & set(metafunc.fixturenames):
-        metafunc.parametrize(name, [x for x in available_backends() if x != "reference"])
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", [x for x in available_backends() if x != "reference"])
 
 
 def pytest_collection_modifyitems(config, items):
@@ -112,16 +111,16 @@ def pytest_collection_modifyitems(config, items):
 
 
 def leave_out_triton_cases(config, items):
-    """Interpret an eleventh of the rotation's Triton cases, a thirteenth of the permutation's, a
-    23rd of attention's, and a third of those of files about Triton alone.
+    """Interpret an eleventh of the rotation's Triton cases, a 23rd of attention's, and a third of
+    those of files about Triton alone.
 
-    Each takes seconds, and a GPU runs them all in a few. Eleven, thirteen and 23 have no factor in
-    common with the sizes of the grids, so every dtype, layout and shape stays in the sample.
+    Each takes seconds, and a GPU runs them all in a few. Eleven and 23 have no factor in common
+    with the sizes of the grids, so every dtype, layout and shape stays in the sample.
     EXTROPE_ALL_CASES=1 keeps all.
     """
     if torch.cuda.is_available() or os.environ.get("EXTROPE_ALL_CASES") == "1":
         return
-    steps = {"backend": 11, "permute_backend": 13, "any_backend": 23, "fast_backend": 23}
+    steps = {"backend": 11, "any_backend": 23, "fast_backend": 23}
     seen: dict[str, int] = {}
     kept, dropped = [], []
     for item in items:

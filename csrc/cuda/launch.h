@@ -9,27 +9,20 @@
 #include <cstdint>
 
 #define EXTROPE_LAUNCH(kernel, grid, block, stream, ...) \
-  EXTROPE_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
-
-// For kernels with barriers and `shared` bytes of memory that EXTROPE_SHARED names.
-#define EXTROPE_LAUNCH_SHARED(kernel, grid, block, shared, stream, ...) \
-  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-
-#define EXTROPE_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
 namespace extrope {
 
-// How many threads of `kernel` the device holds at once, in blocks of `block` threads and `shared`
-// bytes. The runtime is asked once per kernel and device; a failure counts as one block and shows
-// at the launch.
+// How many threads of `kernel` the device holds at once, in blocks of `block` threads. The runtime
+// is asked once per kernel and device; a failure counts as one block and shows at the launch.
 template <auto kernel>
-int64_t resident_threads(int block, int device, int64_t shared = 0) {
+int64_t resident_threads(int block, int device) {
   static std::array<std::atomic<int64_t>, 64> known{};
   const bool cached = device >= 0 && device < static_cast<int>(known.size());
   if (cached && known[device] > 0) return known[device];
   int processors = 1, blocks = 1;
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, block, shared);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, block, 0);
   const int64_t threads = int64_t{1} * processors * blocks * block;
   if (cached && threads > 0) known[device] = threads;
   return threads;

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..ops import linear_attention
+from ..ops import permuteformer
 from ..ops._shared.checks import refuse_flags
-from ..ops.linear_attention import MAX_DIM, check, default_decay, seen, state_of
-from ..ops.permute import permute_qk
+from ..ops.permuteformer import MAX_DIM, check, default_decay, seen, state_of
 from .agreement import Settings, agreed, contents
 from .collectives import gathered
 from .layout import Devices, Mesh, devices_of
@@ -58,11 +57,12 @@ def permuteformer_attention(
             values = functional.pad(values, (0, 1), value=1.0)
         decays = default_decay(k) if decay is None and causal else decay
         at = {"positions": devices.rank * q.shape[1] + positions, "backend": backend}
-        out = linear_attention.permuteformer_attention(
+        out = permuteformer.permuteformer_attention(
             rows, keys, values,
             permutations=permutations, decay=decays, causal=causal, normalize=False, **at,
         )  # fmt: skip
-        return out, *permute_qk(rows, keys, permutations, **at), values, decays
+        rows, keys = permuteformer.permute_qk(rows, keys, permutations, positions=at["positions"])
+        return out, rows, keys, values, decays
 
     def settings(parts: tuple[Tensor, ...]) -> Settings:
         asks = [x.requires_grad for x in (q, k, v)] * torch.is_grad_enabled()

@@ -1,17 +1,12 @@
-"""The ops under merge_attention, on every backend, against float64."""
-
-from functools import partial
+"""The ops under merge_attention, PyTorch's operations and Triton's kernel, against float64."""
 
 import pytest
 import torch
-from torch.func import grad, jacfwd, jacrev, vmap
-from torch.utils.checkpoint import checkpoint
 
-from extrope_kernels import merge_attention
-from extrope_kernels.ops.attention.merge import reference
+from extrope_kernels.ops.attention import merge as formula
 from extrope_kernels.testing import attention_backends, device
 
-BACKENDS = [name for name in attention_backends() if name != "flash_attn"]
+BACKENDS = ["torch", *(["triton"] if "triton" in attention_backends() else [])]
 F16, B16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 CASES = [
     *((1, F32, F32), (2, B16, F32), (3, F16, F32), (5, F32, F32), (5, B16, F32)),
@@ -31,13 +26,12 @@ each_case = pytest.mark.parametrize(("count", "dtype", "lse_dtype"), CASES)
 
 
 def ops_of(backend):
-    """merge_fwd and merge_inplace."""
-    if backend == "reference":
-        return reference.merge_fwd, reference.merge_inplace
-    suffix = "_triton" if backend == "triton" else ""
-    return tuple(
-        getattr(torch.ops.extrope, f"merge_{n}{suffix}").default for n in ("fwd", "inplace")
-    )
+    """What merge_fwd and merge_inplace are on a CPU, or on a GPU."""
+    if backend == "torch":
+        return formula.merge_fwd, formula.merge_inplace
+    from extrope_kernels.ops.attention.triton import merge
+
+    return merge.merge_fwd, merge.merge_inplace
 
 
 def some_sets(count, shape, dtype=F32, lse_dtype=F32, garbage=torch.nan):
@@ -62,7 +56,7 @@ def exactly(outs, lses):
     return (shares * outs.where(shares > 0, 0.0)).sum(0), lse
 
 
-def assert_rounded_once(found, exact, wide, backend="cpu"):
+def assert_rounded_once(found, exact, wide, backend="torch"):
     """Float32 arithmetic, or that of `wide`, and one rounding to found's dtype.
 
     Of each element: as many roundings as float32 takes for shares, products and sums of values up
@@ -100,7 +94,7 @@ def test_out_of_place(implementation, count, dtype, lse_dtype):
 
 
 @each_case
-@pytest.mark.parametrize("implementation", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("implementation", BACKENDS[1:])
 def test_in_place(implementation, count, dtype, lse_dtype):
     """Into views, over float32 too; rows without keys in any set keep what they held."""
     for shape in SHAPES:
@@ -142,24 +136,7 @@ def test_any_strides(implementation):
     out, lse = ops_of(implementation)[0](outs, lses)
     for found, exact in zip((out, lse), exactly(outs, lses)):
         assert_rounded_once(found, exact, F32)
-    assert implementation == "reference" or out.stride() == torch.empty_like(outs[0]).stride()
-
-
-def test_rows_that_are_not_contiguous():
-    """The public function takes them, in place too."""
-    outs, lses = some_sets(3, (2, 5, 3, 8), garbage=1.0)
-    turned = [x.mT.contiguous().mT for x in outs]
-    for options in ({}, {"inplace": True}):
-        given = (
-            [x.clone(memory_format=torch.preserve_format) for x in turned],
-            [*map(torch.clone, lses)],
-        )
-        exact = exactly([x.nan_to_num(0.0) for x in outs], lses)
-        found = merge_attention(*given, **options)
-        seen = exact[1] > -torch.inf
-        assert_rounded_once(found[1], exact[1], F32)
-        rows = seen.transpose(-1, -2)
-        assert_rounded_once(found[0][rows], exact[0][rows], F32)
+    assert implementation == "torch" or out.stride() == torch.empty_like(outs[0]).stride()
 
 
 @each_backend
@@ -173,11 +150,10 @@ def test_log_sum_exps_that_are_no_numbers_spoil_their_rows_alone(implementation,
     assert torch.equal(lse[1, 2, 3].nan_to_num(7.0), torch.tensor(value).nan_to_num(7.0).to(lse))
 
 
-@pytest.mark.parametrize("implementation", [name for name in BACKENDS if name != "reference"])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(implementation, requires_grad):
+def test_opcheck(requires_grad):
     outs, lses = some_sets(2, (2, 5, 3, 8), garbage=1.0)
-    fwd, inplace = ops_of(implementation)
+    fwd, inplace = (getattr(torch.ops.extrope, f"merge_{n}").default for n in ("fwd", "inplace"))
     torch.library.opcheck(inplace, (outs[0].clone(), lses[0].clone(), outs[1:], lses[1:]))
     for x in (*outs, *lses):
         x.requires_grad_(requires_grad)
@@ -185,7 +161,7 @@ def test_opcheck(implementation, requires_grad):
 
 
 @pytest.mark.parametrize("which", ["both", "out", "lse"])
-def test_derivatives_of_three_sets(which):
+def test_derivatives_of_the_op(which):
     """Packed; by finite differences of a function without rows that have no keys."""
     outs = [torch.randn(3, 2, 2, dtype=F64, device=device()) for _ in range(3)]
     lses = [torch.randn(2, 3, dtype=F64, device=device()) for _ in range(3)]
@@ -193,68 +169,34 @@ def test_derivatives_of_three_sets(which):
     results = {"both": slice(None), "out": slice(1), "lse": slice(1, 2)}[which]
 
     def merged(*leaves):
-        return merge_attention(leaves[:3], leaves[3:])[results]
+        return torch.ops.extrope.merge_fwd(leaves[:3], leaves[3:])[results]
 
     assert torch.autograd.gradcheck(merged, leaves)
     assert torch.autograd.gradgradcheck(merged, leaves)
 
 
-def test_gradients_are_those_of_pytorchs_formula():
-    """In 16 bits too, of some tensors alone, checkpointed; 0 in rows without keys."""
-    for dtype in (F32, B16):
-        outs, lses = some_sets(3, (2, 5, 3, 8), dtype)
-        empty = (torch.stack(lses) == -torch.inf).all(0)
-        leaves = [outs[0].requires_grad_(), lses[2].requires_grad_()]
-        dout, dlse = torch.randn_like(outs[0]), torch.randn_like(lses[0])
-
-        def gradients(merge, outs=outs, lses=lses, empty=empty, leaves=leaves, douts=(dout, dlse)):
-            out, lse = merge(outs, lses)
-            return torch.autograd.grad((out, lse.masked_fill(empty, 0.0)), leaves, douts)
-
-        wanted = gradients(reference.merge_fwd)
-        again = partial(checkpoint, merge_attention, use_reentrant=False)
-        for merge in (merge_attention, again):
-            for found, want in zip(gradients(merge), wanted):
-                torch.testing.assert_close(found, want)
-                assert found.isfinite().all()
+@pytest.mark.parametrize("dtype", (F32, B16))
+def test_gradients_of_the_op_are_those_of_the_formula(dtype):
+    """Of some tensors alone; 0 in rows without keys."""
+    outs, lses = some_sets(3, (2, 5, 3, 8), dtype)
+    empty = (torch.stack(lses) == -torch.inf).all(0)
+    leaves = [outs[0].requires_grad_(), lses[2].requires_grad_()]
+    douts = torch.randn_like(outs[0]), torch.randn_like(lses[0])
+    found = []
+    for merge in (formula.merge_fwd, torch.ops.extrope.merge_fwd):
+        out, lse = merge(outs, lses)
+        found.append(torch.autograd.grad((out, lse.masked_fill(empty, 0.0)), leaves, douts))
+    for want, got in zip(*found):
+        torch.testing.assert_close(got, want)
+        assert got.isfinite().all()
 
 
-def test_transforms():
-    """As PyTorch's operations have them: vmap over any of the tensors, forward mode, and nested."""
-    outs, lses = some_sets(2, (2, 5, 3, 8), garbage=1.0)
-    lses = [x.nan_to_num(neginf=-1.0) for x in lses]
-    several = torch.stack([outs[0] * n for n in (1, 2, 3)])
-
-    def merged(x, merge=merge_attention):
-        return merge([x, outs[1]], lses)[0]
-
-    for got, x in zip(vmap(merged)(several), several):
-        torch.testing.assert_close(got, merged(x))
-    of_one = vmap(grad(lambda x: merged(x).pow(2).sum()))(several)
-    for got, x in zip(of_one, several):
-        leaf = x.clone().requires_grad_()
-        torch.testing.assert_close(got, torch.autograd.grad(merged(leaf).pow(2).sum(), leaf)[0])
-    small = outs[0][:1, :1]
-
-    def first(x):
-        return merge_attention([x, small], [y[:1, :, :1] for y in lses])[0]
-
-    torch.testing.assert_close(jacfwd(first)(small), jacrev(first)(small))
-
-
-def test_refuses_what_only_kernels_meet():
+def test_the_ops_refuse():
     out, lse = torch.zeros(2, 5, 3, 8), torch.zeros(2, 3, 5)
-    with pytest.raises(
-        ValueError, match=r"merge_attention: outs\[0\] and lses\[0\] must not be ex"
-    ):
-        merge_attention([out[:1].expand(2, 5, 3, 8), out], [lse, lse], inplace=True)
-    with pytest.raises(
-        ValueError, match="merge_attention: outs must be float32, bfloat16, float16"
-    ):
-        merge_attention([out.to(torch.float8_e4m3fn)], [lse])
-    with pytest.raises(
-        RuntimeError, match=r"merge_attention: outs\[1\] must be contiguous in its la"
-    ):
-        torch.ops.extrope.merge_fwd([out, out.mT.contiguous().mT], [lse, lse])
     with pytest.raises(RuntimeError, match="merge_attention: inplace=True is for inference"):
         torch.ops.extrope.merge_inplace(out.clone().requires_grad_(), lse, [], [])
+    if "triton" in BACKENDS:
+        with pytest.raises(
+            ValueError, match=r"merge_attention: outs\[1\] must be contiguous in its"
+        ):
+            ops_of("triton")[0]([out, out.mT.contiguous().mT], [lse, lse])

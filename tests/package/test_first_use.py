@@ -85,7 +85,7 @@ def test_an_edited_header_compiles_what_includes_it(checkout, cache, tmp_path):
     shutil.copytree(cache, tmp_path / "cache")
     (work_dir,) = (tmp_path / "cache").glob("build-cpu-*")
     before = compile_times(work_dir)
-    name = "common/permute_params.h"
+    name = "cpu/permute/kernel.h"
     header = checkout / "csrc" / name
     text = header.read_text()
     try:

@@ -8,8 +8,9 @@ from test_launches import run_on_chip
 def test_a_merge_is_one_launch(run_python):
     """Of any number of sets, in place too; no length compiles again."""
     source = """
-    merge, found = torch.ops.extrope.merge_fwd_triton, set()
-    inplace = torch.ops.extrope.merge_inplace_triton
+    from extrope_kernels.ops.attention.triton.merge import merge_fwd as merge
+    from extrope_kernels.ops.attention.triton.merge import merge_inplace as inplace
+    found = set()
     for batch, seqlen in ((2, 40), (2, 41), (1, 16), (3, 1), (2, 1000)):
         outs = [random(batch, seqlen, 4, 64) for _ in range(3)]
         lses = [torch.zeros(batch, 4, seqlen) for _ in range(3)]

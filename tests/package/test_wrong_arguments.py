@@ -37,8 +37,9 @@ def op(name: str) -> str:
     if name.startswith("rope_attention") and score is not None:
         return score.name
     name = name.split()[0]
-    if name.startswith(("apply_rope", "permute")):  # permuteformer's permutation too
-        return "rope" if name.startswith("apply_rope") else "permute"
+    for start in ("apply_rope", "permute_qk"):
+        if name.startswith(start):
+            return start.removeprefix("apply_").removesuffix("_qk")
     return name.removeprefix("methods.").removeprefix("scores.")
 
 

@@ -21,7 +21,8 @@ from extrope_kernels import (
     rope_attention_with_kvcache,
     scores,
 )
-from extrope_kernels.ops.attention.merge.reference import merge_fwd as reference_of_merge
+from extrope_kernels.ops.attention.merge import merge_fwd as reference_of_merge
+from extrope_kernels.ops.permuteformer import backends as permuteformer_backends
 from extrope_kernels.ops.rope.cos_sin import reference as reference_of_cos_sin
 from extrope_kernels.testing import attention_backends, available_backends, device
 
@@ -122,14 +123,17 @@ def rope_append(
 
 def merge(backend: str, outs: Tensor, lses: Tensor) -> list[Tensor]:
     sets = outs.unbind(), lses.float().unbind()
-    if backend == "reference":
-        return list(reference_of_merge(*sets))
-    merged = torch.ops.extrope.merge_fwd_triton if backend == "triton" else merge_attention
-    return list(merged(*sets))
+    return list((reference_of_merge if backend == "reference" else merge_attention)(*sets))
 
 
 ROPE = tuple(available_backends())
 LINEAR = tuple(name for name in ROPE if name != "cuda")
+MERGE = tuple(name for name in ROPE if name in ("reference", device()))
+PERMUTE = ("reference", "cpu") if device() == "cpu" else ("reference",)
+PERMUTEFORMER = tuple(
+    name for name, report in permuteformer_backends().items()
+    if report == "available" and (name != "cpu" or device() == "cpu")
+)  # fmt: skip
 ATTENTION = tuple(name for name in attention_backends() if name != "flash_attn")
 QK = {"q": (2, 200, 6, 64), "k": (2, 200, 2, 64)}
 QKV = {**QK, "v": (2, 200, 2, 64)}
@@ -152,17 +156,17 @@ OPERATIONS = {
     "rope": Operation(rotate, QK, ROPE),
     "rope by cos and sin": Operation(rotate_by_given, QK, LINEAR),
     # Of each head, and of all heads together.
-    "norm and rope": Operation(norm_rotate, {**QK, "q_weight": (64,), "k_weight": (128,)}, ROPE),
+    "norm and rope": Operation(norm_rotate, {**QK, "q_weight": (64,), "k_weight": (128,)}, LINEAR),
     **{name: Operation(attending(*method), QKV, ATTENTION) for name, method in SCORES.items()},
-    "permute": Operation(permute, QK, ROPE),
-    "permuteformer": Operation(permuteformer, QKV, LINEAR),
-    "permuteformer step": Operation(step, QKV, LINEAR),
+    "permute": Operation(permute, QK, PERMUTE),
+    "permuteformer": Operation(permuteformer, QKV, PERMUTEFORMER),
+    "permuteformer step": Operation(step, QKV, PERMUTEFORMER),
     "cache": Operation(decode, CACHED, ATTENTION),
     "cache, appended to": Operation(append, QKV, ATTENTION),
     "norm, rope and append": Operation(
-        rope_append, {**QKV, "q_weight": (64,), "k_weight": (128,)}, ROPE
+        rope_append, {**QKV, "q_weight": (64,), "k_weight": (128,)}, LINEAR
     ),
-    "merge": Operation(merge, {"outs": (3, 2, 200, 6, 64), "lses": (3, 2, 6, 200)}, LINEAR),
+    "merge": Operation(merge, {"outs": (3, 2, 200, 6, 64), "lses": (3, 2, 6, 200)}, MERGE),
 }
 WITHOUT_GRADIENT = (
     "cache", "cache, appended to", "norm, rope and append", "permuteformer step"

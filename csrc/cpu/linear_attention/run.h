@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/linear_attention/kernels.h"
+#include "cpu/linear_attention/kernel.h"
 #include "cpu/runtime/threads.h"
 
 namespace extrope::linear_attention {

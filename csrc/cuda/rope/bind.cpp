@@ -1,20 +1,45 @@
 // The ops of the CUDA kernel of the rotation, which start it on torch's current stream.
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+
+#include <cstdint>
 
 #include "common/ops.h"
 #include "common/rope_bind.h"
 #include "cuda/rope/kernel.h"
-#include "cuda/stream.h"
 
 namespace extrope {
 namespace {
 
+using GetStream = int32_t (*)(int32_t device_index, void** stream);
+
+// torch before 2.13 gives the stream only through libtorch_cuda. A torch for the CPU has no such
+// library, and the loader does not show it to ours where it does exist, so it is asked for by name.
+GetStream find_get_stream() {
+  static const GetStream found = [] {
+    constexpr const char* name = "aoti_torch_get_current_cuda_stream";
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = dlsym(library != nullptr ? library : RTLD_DEFAULT, name);
+    return reinterpret_cast<GetStream>(symbol);
+  }();
+  return found;
+}
+
+void* current_stream(int device_index) {
+  const GetStream get_stream = find_get_stream();
+  require(get_stream != nullptr, "this torch is built without CUDA");
+  void* stream = nullptr;
+  require(get_stream(device_index, &stream) == 0, "torch has no current stream on device ",
+          device_index);
+  return stream;
+}
+
 void launch(const RopeParams& p, int device_index) {
   if (p.batch * p.seqlen == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(device_index);
-  const int error = rope_launch(p, current_stream("rope", device_index), device_index);
+  const int error = rope_launch(p, current_stream(device_index), device_index);
   require(error == 0, "CUDA error ", error, ": ", rope_error(error));
 }
 

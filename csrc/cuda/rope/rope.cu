@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/lanes.h"
 #include "cuda/launch.h"
 #include "cuda/rope/kernel.h"
 #include "cuda/rope/worker.h"
@@ -22,7 +21,7 @@ __global__ void __launch_bounds__(BLOCK, GRAD ? 3 : 4)
     rope_kernel(const __grid_constant__ RopeParams p, const HeadGroups groups, const int slots) {
   const unsigned index = blockIdx.x * blockDim.y + threadIdx.y;
   if (index >= static_cast<unsigned>(p.batch * p.seqlen)) return;
-  const Token<double> token = find_token<double>(p, static_cast<int>(index));
+  const Token token = find_token(p, static_cast<int>(index));
   const Worker<T, VEC, INTERLEAVED, GRAD, AXES> worker{p, token, groups};
   const int rotated = static_cast<int>(p.rotary_dim / (2 * VEC));
   for (int slot = threadIdx.x; slot < slots; slot += blockDim.x) {

@@ -7,9 +7,72 @@
 #include <cstring>
 
 #include "common/rope_params.h"
-#include "cuda/tokens.h"
 
 namespace extrope {
+
+// -------------------------------------------------------------------------------------------------
+// Tokens: where their dims are, which sequence they belong to, their positions
+
+struct Token {
+  int batch, seq;   // where its dims are
+  int sequence;     // the packed sequence, else the batch index
+  double position;  // on the first axis
+};
+
+__device__ inline double load_position(const TokenParams& p, int64_t index) {
+  switch (p.position_type) {
+    case PositionType::i32:
+      return static_cast<double>(static_cast<const int32_t*>(p.positions)[index]);
+    case PositionType::i64:
+      return static_cast<double>(static_cast<const int64_t*>(p.positions)[index]);
+    case PositionType::f32:
+      return static_cast<double>(static_cast<const float*>(p.positions)[index]);
+    default:
+      return static_cast<double>(static_cast<const double*>(p.positions)[index]);
+  }
+}
+
+// The last sequence that starts at or before `token`; any contents of cu_seqlens give a sequence
+// that exists.
+__device__ inline int find_sequence(const TokenParams& p, int token) {
+  int low = 0, high = static_cast<int>(p.num_sequences);
+  while (high - low > 1) {
+    const int middle = low + (high - low) / 2;
+    if (p.cu_seqlens[middle] <= token) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Token `index` of batch * seqlen, which the launcher keeps within an int: a 64-bit division would
+// cost a call.
+__device__ inline Token find_token(const TokenParams& p, int index) {
+  Token token;
+  token.batch = p.batch == 1 ? 0 : index / static_cast<int>(p.seqlen);
+  token.seq = index - token.batch * static_cast<int>(p.seqlen);
+  token.sequence = token.batch;
+  int64_t place = token.seq;
+  if (p.cu_seqlens != nullptr) {
+    token.sequence = find_sequence(p, index);
+    place -= p.cu_seqlens[token.sequence];
+  }
+  token.position = static_cast<double>(p.offset);
+  if (p.positions == nullptr) {
+    token.position += static_cast<double>(place);
+  } else if (p.positions_are_offsets) {
+    token.position +=
+        static_cast<double>(place) + load_position(p, token.sequence * p.position_batch);
+  } else {
+    token.position += load_position(p, token.batch * p.position_batch + token.seq * p.position_seq);
+  }
+  return token;
+}
+
+// -------------------------------------------------------------------------------------------------
+// Angles
 
 constexpr double TWO_OVER_PI = 0.6366197723675814;
 constexpr double PI_OVER_TWO = 1.5707963267948966;
@@ -93,20 +156,19 @@ __device__ inline double exponential(double x, float) {
 __device__ inline double exponential(double x, double) { return exp(x); }
 
 // The position on the axis of pair `pair`; any contents of axes give an axis that exists.
-__device__ inline double position_on_axis(const RopeParams& p, const Token<double>& token,
-                                          int pair) {
+__device__ inline double position_on_axis(const RopeParams& p, const Token& token, int pair) {
   const int last = static_cast<int>(p.num_axes) - 1, asked = p.axes[pair];
   const int axis = asked < 0 ? 0 : asked > last ? last : asked;
   const int64_t at =
       axis * p.position_axis + token.batch * p.position_batch + token.seq * p.position_seq;
-  return static_cast<double>(p.offset) + load_position<double>(p, at);
+  return static_cast<double>(p.offset) + load_position(p, at);
 }
 
 // Cosine and sine of pair `pair`, times the amplitude, the sine negated when `conjugate` asks for
 // it.
 template <bool AXES, typename Acc>
-__device__ inline void pair_rotation(const RopeParams& p, const Token<double>& token, int head,
-                                     int pair, double decay_sign, Acc* cosine, Acc* sine) {
+__device__ inline void pair_rotation(const RopeParams& p, const Token& token, int head, int pair,
+                                     double decay_sign, Acc* cosine, Acc* sine) {
   const int64_t at = token.sequence * p.freq_batch + head * p.freq_head + pair;
   const double frequency = p.inv_freq_is_f64
                                ? static_cast<const double*>(p.inv_freq)[at]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -17,6 +18,8 @@ def missing(backend: str, device: str | None = None) -> str | None:
         return _ext.load(backend)
     if backend == "triton":
         return _missing_triton(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if backend == "fla":
+        return _missing_fla(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return None
 
 
@@ -38,6 +41,14 @@ def require(op: str, backend: str, known: tuple[str, ...], device: str, why=miss
     if reason := why(backend, device):
         raise NotImplementedError(f"{op}: backend {backend!r} cannot run here: {reason}")
     _found.add(asked)
+
+
+def _missing_fla(device: str) -> str | None:
+    if device == "cpu":
+        return "flash-linear-attention needs a GPU"
+    if importlib.util.find_spec("fla") is None:
+        return "flash-linear-attention is not installed (pip install flash-linear-attention)"
+    return None
 
 
 def _missing_triton(device: str) -> str | None:

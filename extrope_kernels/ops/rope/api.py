@@ -209,8 +209,10 @@ def _find(name: str, backend: str | None, q: Tensor) -> Callable[..., Any]:
     if backend is None:
         return getattr(ops, name)
     require("rope", backend, BACKENDS, q.device.type)
+    if backend == "cuda" and "norm" in name:
+        raise NotImplementedError(
+            "rope: backend 'cuda' has no norm before the rotation; backend='triton' has"
+        )
     if backend == "reference":
         return getattr(norm_reference if "norm" in name else reference, name)
-    if backend == "cuda" and "norm" in name:
-        raise NotImplementedError("rope: backend 'cuda' has no norm: triton and cpu do")
     return getattr(ops, f"{name}_triton" if backend == "triton" else name)

@@ -27,7 +27,6 @@ int main(int, char** arguments) {
   extrope::run_rope();
   extrope::run_permute();
   extrope::run_attention();
-  extrope::run_merge();
   extrope::run_decode();
   extrope::run_linear_attention();
   std::printf("%d\n", static_cast<int>(extrope::capability()));

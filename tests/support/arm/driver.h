@@ -25,7 +25,6 @@ void run_conversions();
 void run_rope();
 void run_permute();
 void run_attention();
-void run_merge();
 void run_decode();
 void run_linear_attention();
 

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda/*.cu for the host under a sanitizer and runs them on torch tensors."""
+"""Builds csrc/cuda/rope/rope.cu for the host under a sanitizer and runs it on torch tensors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from extrope_kernels import _build
-from extrope_kernels.ops.permute.power import Power
 from extrope_kernels.ops.rope.rotation import Rotation
 
 HERE = Path(__file__).parent
-OPS = ("rope", "permute")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as in rope_params.h
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
@@ -88,12 +86,10 @@ def build(folder: Path) -> None:
     # Our cuda/launch.h is found before that of the sources.
     headers = ["-I", str(HERE), *_build.include(), "-isystem", str(find_cuda_headers())]
     kernel = [*warnings, *headers, "-xc++"]
-    sources = {op: str(_build.source_dir() / "cuda" / op / f"{op}.cu") for op in OPS}
+    source = str(_build.source_dir() / "cuda" / "rope" / "rope.cu")
     python = ["-I", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
     objects = {
-        folder / f"{op}.{s.name}.o": [*common, *s.flags, *kernel, source]
-        for op, source in sources.items()
-        for s in SANITIZERS
+        folder / f"rope.{s.name}.o": [*common, *s.flags, *kernel, source] for s in SANITIZERS
     }
     objects[folder / "module.o"] = [*common, *_build.include(), *python, str(HERE / "module.cpp")]
     compiling = [
@@ -105,7 +101,7 @@ def build(folder: Path) -> None:
         assert process.returncode == 0, report
     for s in SANITIZERS:
         (folder / s.name).mkdir()
-        parts = [str(folder / f"{op}.{s.name}.o") for op in OPS] + [str(folder / "module.o")]
+        parts = [str(folder / f"rope.{s.name}.o"), str(folder / "module.o")]
         module = str(folder / s.name / "extrope_emulation.so")
         subprocess.run([*compiler, "-shared", *s.flags, *parts, "-o", module], check=True)
 
@@ -134,9 +130,9 @@ def run(jobs: Sequence[Job], sanitizer: Sanitizer, folder: Path) -> None:
 class Job:
     """One launch: parameters, with pointers into copies of the tensors."""
 
-    def __init__(self, name: str, op: str) -> None:
+    def __init__(self, name: str) -> None:
         self.storages: list[Tensor] = []
-        self.request = {"name": name, "op": op, "params": {}, "tensors": [], "buffers": []}
+        self.request = {"name": name, "params": {}, "tensors": [], "buffers": []}
 
     def close(self) -> None:
         """Copy what the launch is given."""
@@ -164,7 +160,7 @@ class Job:
         places = {**self.place("in", source, "in_"), **self.place("out", target, "out")}
         self.request["tensors"].append({**places, "heads": source.shape[2], **fields})
 
-    def set_tokens(self, inputs: Sequence[Tensor], by: Rotation | Power) -> None:
+    def set_tokens(self, inputs: Sequence[Tensor], by: Rotation) -> None:
         """Sizes and positions; with axes, those of the first."""
         batch, seqlen, _, head_dim = inputs[0].shape
         params = {
@@ -195,7 +191,7 @@ def rope_job(
     saved: Sequence[Tensor] = (),
     angle_grad: Tensor | None = None,
 ) -> Job:
-    job = Job(name, "rope")
+    job = Job(name)
     for i, (x, out) in enumerate(zip(inputs, outputs, strict=True)):
         kept = job.place("saved", saved[i], "saved") if saved else {}
         job.add_tensor(x, out, decay_sign=rotation.decay_signs[i], **kept)
@@ -223,23 +219,5 @@ def rope_job(
     if angle_grad is not None:
         params["angle_grad"] = job.pointer(angle_grad)
     job.request["params"].update(params)
-    job.close()
-    return job
-
-
-def permute_job(
-    name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], power: Power
-) -> Job:
-    job = Job(name, "permute")
-    for x, out in zip(inputs, outputs, strict=True):
-        job.add_tensor(x, out)
-    job.set_tokens(inputs, power)
-    job.request["params"].update(
-        element_size=inputs[0].itemsize,
-        permutations=job.pointer(power.permutations),
-        permutation_row=power.permutations.stride(0),
-        rows=len(power.permutations),
-        inverse=power.inverse,
-    )
     job.close()
     return job

@@ -1,5 +1,5 @@
-// The CUDA kernels, compiled for the host, as a Python module without torch: tests run it under the
-// sanitizers.
+// The CUDA rotation, compiled for the host, as a Python module without torch: tests run it under
+// the sanitizers.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -7,12 +7,9 @@
 #include <cstring>
 #include <string>
 
-#include "cuda/permute/kernel.h"
 #include "cuda/rope/kernel.h"
 
 namespace py = pybind11;
-using extrope::PermuteParams;
-using extrope::PermuteTensor;
 using extrope::RopeParams;
 using extrope::RopeTensor;
 
@@ -52,64 +49,42 @@ void def_field(py::class_<Struct>& cls, const char* name, Field Base::* field) {
   }
 }
 
-template <typename Tensor>
-py::class_<Tensor> def_tensor(py::module_& m, const char* name) {
-  py::class_<Tensor> tensor(m, name);
-  def_field(tensor, "in_", &Tensor::in);
-  def_field(tensor, "out", &Tensor::out);
-  def_field(tensor, "in_batch", &Tensor::in_batch);
-  def_field(tensor, "in_seq", &Tensor::in_seq);
-  def_field(tensor, "in_head", &Tensor::in_head);
-  def_field(tensor, "out_batch", &Tensor::out_batch);
-  def_field(tensor, "out_seq", &Tensor::out_seq);
-  def_field(tensor, "out_head", &Tensor::out_head);
-  def_field(tensor, "heads", &Tensor::heads);
-  return tensor;
-}
-
-template <typename Params>
-py::class_<Params> def_params(py::module_& m, const char* name) {
-  py::class_<Params> params(m, name);
-  params.def(py::init([] { return Params{}; }));
-  params.def(
-      "tensor", [](Params& p, int i) { return &p.tensors[i]; },
-      py::return_value_policy::reference_internal);
-  def_field(params, "num_tensors", &Params::num_tensors);
-  def_field(params, "batch", &Params::batch);
-  def_field(params, "seqlen", &Params::seqlen);
-  def_field(params, "head_dim", &Params::head_dim);
-  def_field(params, "positions", &Params::positions);
-  def_field(params, "position_type", &Params::position_type);
-  def_field(params, "positions_are_offsets", &Params::positions_are_offsets);
-  def_field(params, "position_batch", &Params::position_batch);
-  def_field(params, "position_seq", &Params::position_seq);
-  def_field(params, "offset", &Params::offset);
-  def_field(params, "cu_seqlens", &Params::cu_seqlens);
-  def_field(params, "num_sequences", &Params::num_sequences);
-  return params;
-}
-
-void def_permute(py::module_& m) {
-  def_tensor<PermuteTensor>(m, "PermuteTensor");
-  auto params = def_params<PermuteParams>(m, "PermuteParams");
-  def_field(params, "element_size", &PermuteParams::element_size);
-  def_field(params, "permutations", &PermuteParams::permutations);
-  def_field(params, "permutation_row", &PermuteParams::permutation_row);
-  def_field(params, "rows", &PermuteParams::rows);
-  def_field(params, "inverse", &PermuteParams::inverse);
-  m.def("permute_launch",
-        [](const PermuteParams& p) { return extrope::permute_launch(p, nullptr, 0); });
-}
-
-void def_rope(py::module_& m) {
-  auto tensor = def_tensor<RopeTensor>(m, "RopeTensor");
+void def_tensor(py::module_& m) {
+  py::class_<RopeTensor> tensor(m, "RopeTensor");
+  def_field(tensor, "in_", &RopeTensor::in);
+  def_field(tensor, "out", &RopeTensor::out);
+  def_field(tensor, "in_batch", &RopeTensor::in_batch);
+  def_field(tensor, "in_seq", &RopeTensor::in_seq);
+  def_field(tensor, "in_head", &RopeTensor::in_head);
+  def_field(tensor, "out_batch", &RopeTensor::out_batch);
+  def_field(tensor, "out_seq", &RopeTensor::out_seq);
+  def_field(tensor, "out_head", &RopeTensor::out_head);
+  def_field(tensor, "heads", &RopeTensor::heads);
   def_field(tensor, "saved", &RopeTensor::saved);
   def_field(tensor, "saved_batch", &RopeTensor::saved_batch);
   def_field(tensor, "saved_seq", &RopeTensor::saved_seq);
   def_field(tensor, "saved_head", &RopeTensor::saved_head);
   def_field(tensor, "decay_sign", &RopeTensor::decay_sign);
+}
 
-  auto params = def_params<RopeParams>(m, "RopeParams");
+void def_params(py::module_& m) {
+  py::class_<RopeParams> params(m, "RopeParams");
+  params.def(py::init([] { return RopeParams{}; }));
+  params.def(
+      "tensor", [](RopeParams& p, int i) { return &p.tensors[i]; },
+      py::return_value_policy::reference_internal);
+  def_field(params, "num_tensors", &RopeParams::num_tensors);
+  def_field(params, "batch", &RopeParams::batch);
+  def_field(params, "seqlen", &RopeParams::seqlen);
+  def_field(params, "head_dim", &RopeParams::head_dim);
+  def_field(params, "positions", &RopeParams::positions);
+  def_field(params, "position_type", &RopeParams::position_type);
+  def_field(params, "positions_are_offsets", &RopeParams::positions_are_offsets);
+  def_field(params, "position_batch", &RopeParams::position_batch);
+  def_field(params, "position_seq", &RopeParams::position_seq);
+  def_field(params, "offset", &RopeParams::offset);
+  def_field(params, "cu_seqlens", &RopeParams::cu_seqlens);
+  def_field(params, "num_sequences", &RopeParams::num_sequences);
   def_field(params, "dtype", &RopeParams::dtype);
   def_field(params, "interleaved", &RopeParams::interleaved);
   def_field(params, "conjugate", &RopeParams::conjugate);
@@ -126,14 +101,14 @@ void def_rope(py::module_& m) {
   def_field(params, "amplitude", &RopeParams::amplitude);
   def_field(params, "angle_grad", &RopeParams::angle_grad);
   def_field(params, "angle_heads", &RopeParams::angle_heads);
-  m.def("rope_launch", [](const RopeParams& p) { return extrope::rope_launch(p, nullptr, 0); });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(extrope_emulation, m) {
-  def_rope(m);
-  def_permute(m);
+  def_tensor(m);
+  def_params(m);
+  m.def("rope_launch", [](const RopeParams& p) { return extrope::rope_launch(p, nullptr, 0); });
   py::class_<Buffer>(m, "Buffer")
       .def(py::init<const std::string&>())
       .def_property_readonly("address", &Buffer::address)

@@ -23,11 +23,11 @@ def set_fields(target, fields: dict, buffers: list) -> None:
 
 def run(job: dict) -> list[bytes]:
     buffers = [extrope_emulation.Buffer(contents) for contents in job["buffers"]]
-    params = getattr(extrope_emulation, f"{job['op'].capitalize()}Params")()
+    params = extrope_emulation.RopeParams()
     set_fields(params, job["params"], buffers)
     for i, fields in enumerate(job["tensors"]):
         set_fields(params.tensor(i), fields, buffers)
-    error = getattr(extrope_emulation, f"{job['op']}_launch")(params)
+    error = extrope_emulation.rope_launch(params)
     if error != 0:
         raise RuntimeError(f"{job['name']}: the launch returned {error}")
     return [buffer.contents() for buffer in buffers]

@@ -1,4 +1,4 @@
-"""The ops `merge_fwd_triton` and `merge_inplace_triton`: one launch, planned once for each layout.
+"""The ops `merge_fwd` and `merge_inplace` on a GPU: one launch, planned once for each layout.
 
 Each input is read once and the result written once, but for log-sum-exps, which are small.
 """
@@ -23,7 +23,7 @@ from ..._shared.triton.launch import (
     strides_of,
 )
 from ..._shared.triton.tokens import rows
-from ..merge.checks import check, check_rows
+from ..merge import check
 
 WARPS = 4
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
@@ -164,7 +164,12 @@ def _plan(
     outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor, in_place: bool
 ) -> Plan | None:
     check(outs, lses, in_place)
-    check_rows(outs)
+    for i, x in enumerate(outs):
+        if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
+            raise ValueError(
+                f"merge_attention: outs[{i}] must be contiguous in its last dimension, "
+                f"got strides {x.stride()}"
+            )
     if lse.numel() == 0 or (in_place and len(outs) == 1):
         return None
     packed = out.dim() == 3

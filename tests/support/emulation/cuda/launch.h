@@ -4,9 +4,7 @@
 
 #include <vector_types.h>
 
-#include <barrier>
 #include <cstdint>
-#include <memory>
 #include <thread>
 #include <vector>
 
@@ -15,11 +13,6 @@
 
 #define EXTROPE_LAUNCH(kernel, grid, block, stream, ...) \
   ::extrope::emulate(kernel, grid, block, __VA_ARGS__)
-
-#define EXTROPE_LAUNCH_SHARED(kernel, grid, block, shared, stream, ...) \
-  ::extrope::emulate_blocks(kernel, grid, block, shared, __VA_ARGS__)
-
-#define EXTROPE_SHARED(name) unsigned char* const name = ::extrope::shared_memory
 
 // The worker threads that share a launch: more than one lets the thread sanitizer see two CUDA
 // threads meet.
@@ -43,8 +36,8 @@ inline int64_t worker_of(int64_t thread) {
   return (static_cast<uint64_t>(thread) * 0x9E3779B97F4A7C15u >> 32) % EXTROPE_EMULATED_WORKERS;
 }
 
-// Runs every CUDA thread to its end, one after another within a worker: right for kernels without
-// barriers, shuffles or shared memory.
+// Runs every CUDA thread to its end, one after another within a worker: the kernel has no barriers,
+// shuffles or shared memory.
 template <typename... Params, typename... Args>
 void emulate(void (*kernel)(Params...), dim3 grid, dim3 block, const Args&... args) {
   const int64_t threads = int64_t{1} * block.x * block.y * block.z;
@@ -66,39 +59,9 @@ void emulate(void (*kernel)(Params...), dim3 grid, dim3 block, const Args&... ar
   for (std::thread& other : others) other.join();
 }
 
-inline unsigned char* shared_memory;
-inline std::barrier<>* block_barrier;
-
-// For kernels with barriers and shared memory: one thread for each CUDA thread of a block, one
-// block after another.
-template <typename... Params, typename... Args>
-void emulate_blocks(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared,
-                    const Args&... args) {
-  const int64_t threads = int64_t{1} * block.x * block.y * block.z;
-  const int64_t blocks = int64_t{1} * grid.x * grid.y * grid.z;
-  const std::unique_ptr<unsigned char[]> memory(new unsigned char[shared]);
-  std::barrier<> barrier(threads);
-  shared_memory = memory.get();
-  block_barrier = &barrier;
-  const auto work = [&](int64_t thread) {
-    gridDim = grid;
-    blockDim = block;
-    threadIdx = unflatten(thread, block);
-    for (int64_t i = 0; i < blocks; ++i) {
-      blockIdx = unflatten(i, grid);
-      kernel(args...);
-      barrier.arrive_and_wait();
-    }
-  };
-  std::vector<std::thread> others;
-  for (int64_t thread = 1; thread < threads; ++thread) others.emplace_back(work, thread);
-  work(0);
-  for (std::thread& other : others) other.join();
-}
-
 // Small, so that tests reach grids with one group of heads and with several.
 template <auto kernel>
-int64_t resident_threads(int, int, int64_t = 0) {
+int64_t resident_threads(int, int) {
   return 512;
 }
 
@@ -107,7 +70,3 @@ inline int launch_error() { return 0; }
 inline const char* error_text(int) { return "emulated"; }
 
 }  // namespace extrope
-
-inline void __syncthreads() { extrope::block_barrier->arrive_and_wait(); }
-
-inline int atomicAdd(int* to, int value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }

@@ -1,0 +1,244 @@
+"""The exact merge of attention over disjoint sets of keys: PyTorch, or Triton on a GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._shared.autograd import contiguous_rows, in_forward_mode, in_func_transform, refuse_recording
+from .._shared.backends import missing
+from .._shared.checks import DTYPES, overlaps_itself, refuse_flags
+from .._shared.library import library, ops
+
+OP = "merge_attention"
+INPLACE = f"{OP}: inplace=True is for inference, got tensors that require grad"
+Tensors = tuple[Tensor, ...]
+
+
+def merge_attention(
+    outs: Sequence[Tensor] | Tensor,
+    lses: Sequence[Tensor] | Tensor,
+    *,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint sets of keys, from attention over each of them.
+
+    Each softmax is weighted by its share of the joint one, exp(lse - joint lse). Arithmetic is in
+    float32, or in float64 where any input is, and out is rounded once.
+
+    outs: n >= 1 tensors (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim), of
+        one dtype; or one tensor with the n of them stacked in front.
+    lses: the n log-sum-exps of the logits, natural log, (batch, heads, seqlen) or packed
+        (heads, total), float32 or float64. -inf marks a row without keys, whose out, whatever it
+        holds, does not count. A sink belongs to one of the sets: give it to one call alone.
+    inplace: write out and lse over outs[0] and lses[0], for results that come one after the other.
+        outs[0] may be float32 where the others are 16-bit, so that nothing is rounded on the way.
+        What a row without keys holds has to be finite then, and there is no gradient.
+
+    Returns: out like outs[0], and lse like lses[0]. A row without keys in any set gets out 0 and
+        lse -inf, in place what outs[0] held. Differentiable to any order in outs and lses.
+    Raises: ValueError or TypeError that names the argument.
+    """
+    outs, lses = _tensors("outs", outs), _tensors("lses", lses)
+    refuse_flags(OP, inplace=inplace)
+    check(outs, lses, inplace)
+    if not inplace:
+        return (ops.merge_fwd if _by_triton(outs, lses) else merge_fwd)(outs, lses)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *lses)):
+        raise ValueError(INPLACE)
+    # Inductor makes one kernel of PyTorch's operations, and may lose a clone that an op writes to.
+    if _by_triton(outs, lses) and not torch.compiler.is_compiling() and _has_rows(outs[0]):
+        ops.merge_inplace(outs[0], lses[0], outs[1:], lses[1:])
+    else:
+        merge_inplace(outs[0], lses[0], outs[1:], lses[1:])
+    return outs[0], lses[0]
+
+
+def _by_triton(outs: Tensors, lses: Tensors) -> bool:
+    """Not for DTensors; torch.func's transforms and tangents are those of PyTorch's operations."""
+    if not all(type(x) is Tensor and x.is_cuda for x in (*outs, *lses)):
+        return False
+    if missing("triton", "cuda"):
+        return False
+    return torch.compiler.is_compiling() or not (in_func_transform() or in_forward_mode())
+
+
+def _has_rows(x: Tensor) -> bool:
+    return x.stride(-1) == 1 or x.shape[-1] <= 1
+
+
+# -------------------------------------------------------------------------------------------------
+# Checks
+
+
+def check(outs: Sequence[Tensor], lses: Sequence[Tensor], inplace: bool) -> None:
+    """Raise ValueError or TypeError for anything that cannot be merged."""
+    for name, tensors in (("outs", outs), ("lses", lses)):
+        if not all(isinstance(x, Tensor) for x in tensors):
+            raise _not_tensors(name, tensors)
+    if not outs:
+        raise ValueError(f"{OP}: outs must hold at least one tensor, got none")
+    if len(lses) != len(outs):
+        raise ValueError(
+            f"{OP}: lses must hold one tensor for each of the {len(outs)} outs, got {len(lses)}"
+        )
+    first = outs[0]
+    if first.dim() not in (3, 4):
+        raise ValueError(
+            f"{OP}: outs must be (batch, seqlen, heads, head_dim), or packed "
+            f"(total, heads, head_dim), got shape {tuple(first.shape)}"
+        )
+    if first.dtype not in DTYPES:
+        raise ValueError(
+            f"{OP}: outs must be float32, bfloat16, float16 or float64, got {first.dtype}"
+        )
+    if lses[0].dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{OP}: lses must be float32 or float64, got {lses[0].dtype}")
+    *batch, seqlen, heads, _ = first.shape
+    for name, tensors, shape in (
+        ("outs", outs, tuple(first.shape)),
+        ("lses", lses, (*batch, heads, seqlen)),
+    ):
+        for i, x in enumerate(tensors):
+            narrower = inplace and name == "outs" and x.dtype in (torch.bfloat16, torch.float16)
+            dtype = x.dtype if narrower else tensors[0].dtype
+            if tuple(x.shape) != shape:
+                raise ValueError(f"{OP}: {name}[{i}] must have shape {shape}, got {tuple(x.shape)}")
+            if x.dtype != dtype:
+                raise ValueError(f"{OP}: {name}[{i}] must be {dtype}, got {x.dtype}")
+            if x.device != first.device:
+                raise ValueError(f"{OP}: {name}[{i}] must be on {first.device}, got {x.device}")
+    if inplace and (overlaps_itself(first) or overlaps_itself(lses[0])):
+        raise ValueError(f"{OP}: outs[0] and lses[0] must not be expanded to be written to")
+
+
+def _tensors(name: str, value: object) -> Tensors:
+    if isinstance(value, Tensor):
+        if value.dim() == 0:
+            raise ValueError(f"{OP}: {name} must be stacked tensors, got a scalar")
+        return value.unbind(0)
+    if isinstance(value, Sequence):
+        return tuple(value)
+    raise _not_tensors(name, value)
+
+
+def _not_tensors(name: str, value: object) -> TypeError:
+    return TypeError(
+        f"{OP}: {name} must be a sequence of Tensors or a stacked Tensor, "
+        f"got {type(value).__name__}"
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# PyTorch's operations
+
+
+def merge_fwd(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Same arguments and results as `torch.ops.extrope.merge_fwd`; any derivatives."""
+    stacked, absent, shares = _shares(outs, lses)
+    weighted = [
+        out.masked_fill(_per_row(no_key), 0.0) * _per_row(share)
+        for out, share, no_key in zip(outs, shares, absent)
+    ]
+    out = functools.reduce(torch.add, weighted).to(outs[0].dtype)
+    lse = torch.logsumexp(stacked, dim=0).masked_fill(absent.all(0), -torch.inf)
+    return out, lse.to(lses[0].dtype)
+
+
+def merge_inplace(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    """Same arguments as `torch.ops.extrope.merge_inplace`; rounds set by set."""
+    for other, its_lse in zip(outs, lses):
+        joint = torch.logaddexp(lse, its_lse)
+        share = torch.exp(its_lse - joint.masked_fill(joint == -torch.inf, 0.0))
+        out.lerp_(other.to(out.dtype), _per_row(share).to(out.dtype))
+        lse.copy_(joint)
+
+
+def _shares(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensors:
+    """The lses stacked (finite where no set has keys), rows without keys, shares of the softmax."""
+    wide = torch.promote_types(torch.promote_types(outs[0].dtype, torch.float32), lses[0].dtype)
+    stacked = torch.stack([lse.to(wide) for lse in lses])
+    absent = stacked == -torch.inf
+    stacked = stacked.masked_fill(absent.all(0), 0.0)
+    return stacked, absent, torch.softmax(stacked, dim=0)
+
+
+def _per_row(x: Tensor) -> Tensor:
+    """(..., heads, seqlen) as out's (..., seqlen, heads, 1)."""
+    return x.transpose(-1, -2).unsqueeze(-1)
+
+
+# -------------------------------------------------------------------------------------------------
+# The ops: Triton's kernel on a GPU, with derivatives by PyTorch
+
+
+def _fwd_gpu(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    from .triton import merge
+
+    return merge.merge_fwd([contiguous_rows(x) for x in outs], lses)
+
+
+def _inplace_gpu(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    from .triton import merge
+
+    merge.merge_inplace(out, lse, [contiguous_rows(x) for x in outs], lses)
+
+
+def _fwd_cpu(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    out, lse = merge_fwd(outs, lses)
+    return torch.empty_like(outs[0]).copy_(out), lse.contiguous()  # strides as the fake says
+
+
+def _fwd_fake(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    check(outs, lses, inplace=False)
+    return torch.empty_like(outs[0]), lses[0].new_empty(lses[0].shape)
+
+
+def _inplace_fake(out, lse, outs, lses) -> None:
+    check((out, *outs), (lse, *lses), inplace=True)
+
+
+def _save(ctx, inputs, output) -> None:
+    outs, lses = inputs
+    ctx.count = len(outs)
+    ctx.save_for_backward(*outs, *lses)
+
+
+def _backward(ctx, dout: Tensor, dlse: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of outs and of lses; 0 for rows without keys."""
+    outs, lses = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    _, absent, shares = _shares(outs, lses)
+    dout, dlse = dout.to(shares.dtype), dlse.to(shares.dtype)
+    kept = [out.masked_fill(_per_row(no_key), 0.0) for out, no_key in zip(outs, absent)]
+    dots = [torch.linalg.vecdot(out.to(dout.dtype), dout).transpose(-1, -2) for out in kept]
+    of_shares = torch.stack(dots)
+    dlses = shares * (dlse + of_shares - (shares * of_shares).sum(0))
+    dlses = dlses.masked_fill(absent, 0.0).to(lses[0].dtype)
+    douts = [
+        (dout * _per_row(share)).masked_fill(_per_row(no_key), 0.0).to(out.dtype)
+        for out, share, no_key in zip(outs, shares, absent)
+    ]
+    return douts, list(dlses)
+
+
+def _define() -> None:
+    tags = (torch.Tag.needs_fixed_stride_order,)
+    of_first = "Tensor(a!) out, Tensor(b!) lse, "  # the first set, which is written over
+    library.define("merge_fwd(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)", tags=tags)
+    library.define(f"merge_inplace({of_first}Tensor[] outs, Tensor[] lses) -> ()", tags=tags)
+    torch.library.register_fake(f"{library.ns}::merge_fwd", _fwd_fake, lib=library)
+    torch.library.register_fake(f"{library.ns}::merge_inplace", _inplace_fake, lib=library)
+    torch.library.register_autograd(
+        f"{library.ns}::merge_fwd", _backward, setup_context=_save, lib=library
+    )
+    refuse_recording(library, ops.merge_inplace.default, INPLACE)
+    library.impl("merge_fwd", _fwd_gpu, "CUDA")
+    library.impl("merge_inplace", _inplace_gpu, "CUDA")
+    library.impl("merge_fwd", _fwd_cpu, "CPU")
+    library.impl("merge_inplace", merge_inplace, "CPU")
+
+
+_define()

@@ -1,0 +1,284 @@
+"""The public functions of PermuteFormer: permutations, attention, and attention step by step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .._shared import backends as _backends
+from .._shared.checks import refuse_flags, split_offset
+from .._shared.dtypes import accumulator
+from .._shared.library import ops
+from . import reference
+from .checks import check, check_powers, check_state, check_values
+from .permutations import Powers
+from .reference import Call, default_decay, seen, state_of
+
+BACKENDS = ("reference", "cpu", "fla")
+
+
+# -------------------------------------------------------------------------------------------------
+# The permutation
+
+
+def permute(
+    x: Tensor,
+    permutations: Tensor,
+    *,
+    positions: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    inverse: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Permute the dims of every head p times at position p (PermuteFormer, arXiv 2109.02377).
+
+    x'_p[c] = x_p[pi^p(c)] with pi the head's permutation: a gather by the p-th power, exact at any
+    position an int64 holds. The inverse, and so the gradient, is the gather by the power -p.
+
+    x: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens; float32,
+        bfloat16, float16 or float64; any strides with a contiguous last dimension; head_dim up to
+        1024.
+    permutations: (heads or a divisor of it, head_dim) int64 on x's device, as from
+        `head_permutations`; each serves that many consecutive heads. Every row must hold 0 to
+        head_dim - 1 once, which is checked on the CPU: on a GPU a check would have to wait for the
+        device.
+    positions: None for 0, 1, 2, ... within each sequence; an int or a (batch,) tensor is added to
+        those; (seqlen,), (batch, seqlen) or (total,) gives every token's own. int32 or int64;
+        negative positions are powers of the inverse. A 1-D tensor whose length fits both is read
+        as (seqlen,); write offsets as (batch, 1) where the two could be confused.
+    cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
+    inverse: undo the permutation: the power -p.
+    backend: "cpu", "reference"; None for the best on x's device, on a GPU torch's gather. A named
+        backend never falls back.
+
+    Returns: the permuted x, with x's shape and dtype; differentiable to any order in x.
+    Raises: ValueError or TypeError that names the argument; NotImplementedError when the named
+        backend cannot run here.
+    """
+    return _permute(x, None, permutations, positions, cu_seqlens, inverse, backend)[0]
+
+
+def permute_qk(
+    q: Tensor,
+    k: Tensor,
+    permutations: Tensor,
+    *,
+    positions: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    inverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Permute queries and keys; the q heads of a group share their k head's powers.
+
+    q: (batch, seqlen, heads_q, head_dim), k: (batch, seqlen, heads_k, head_dim), or both
+        (total, heads, head_dim) with cu_seqlens; heads_q a multiple of heads_k.
+    permutations: (heads_k, head_dim) int64. Everything else as in `permute`.
+
+    Returns: (q, k), permuted.
+    """
+    if not isinstance(k, Tensor):
+        raise TypeError(f"permute: k must be a Tensor, got {type(k).__name__}")
+    return _permute(q, k, permutations, positions, cu_seqlens, inverse, backend)
+
+
+def _permute(q, k, permutations, positions, cu_seqlens, inverse, backend):
+    refuse_flags("permute", inverse=inverse)
+    powers = _powers("permute", q, k, permutations, positions, cu_seqlens)
+    if backend is not None:
+        _backends.require("permute", backend, BACKENDS[:2], q.device.type)
+    if backend == "reference":
+        return reference.permute(q, k, powers, inverse)
+    out_q, out_k = ops.permute_fwd(q, k, *powers[:3], offset=powers.offset, inverse=inverse)
+    return out_q, out_k if k is not None else None
+
+
+def _powers(name: str, q, k, permutations, positions, cu_seqlens=None) -> Powers:
+    """The checked powers of a call."""
+    positions, offset = split_offset(name, positions)
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
+        cu_seqlens = cu_seqlens.to(torch.int32)
+    powers = Powers(permutations, positions, cu_seqlens, offset)
+    check_powers(name, q, k, powers)
+    check_values(name, q.shape[0], powers)
+    return powers
+
+
+# -------------------------------------------------------------------------------------------------
+# Attention
+
+
+class PermuteFormerState(NamedTuple):
+    """All that earlier tokens leave behind; float32 (float64 for float64 inputs), contiguous.
+
+    heads are those of decay, or of k.
+    """
+
+    kv: Tensor  # (batch, heads, head_dim, head_dim_v): sum of decay**age phi(k) v^T
+    k: Tensor  # (batch, heads, head_dim): sum of decay**age phi(k)
+
+
+def permuteformer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    permutations: Tensor,
+    decay: Tensor | None = None,
+    causal: bool = True,
+    normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
+    positions: Tensor | int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """PermuteFormer: linear attention whose positions are powers of permutations.
+
+    out_i = sum_j s_ij v_j / sum_j s_ij over j <= i, with s_ij = r**(i - j) <phi(q_i)[pi^i],
+    phi(k_j)[pi^j]> and phi(x) = relu(x) + 1e-3. Only powers of r within a chunk of tokens are ever
+    formed, so no length overflows. Sums are float32, of chunks in order: the rounding of a row
+    that sees n tokens grows with n over the length of a chunk (48 on a CPU), not with n.
+
+    On a GPU flash-linear-attention runs (pip install flash-linear-attention), whose products of
+    float32 are TF32's, and which waits for the device to read cu_seqlens; without it, and in
+    float64, the PyTorch reference, whose time and memory grow with the square of seqlen. With
+    causal=False a GPU takes two products of PyTorch. This path is tested on a CPU alone.
+
+    What is NaN or infinite spoils the rows that see it: of v in its dim alone. On a GPU it may
+    spoil rows of its chunk that do not; in float64 and with backend="reference" any row.
+
+    q: (batch, seqlen, heads_q, head_dim), not permuted; float32, bfloat16, float16 or float64; any
+        strides with a contiguous last dimension. With cu_seqlens (total, heads, head_dim).
+    k: (batch, seqlen, heads_k, head_dim), heads_k a divisor of heads_q.
+    v: (batch, seqlen, heads_k, head_dim_v). Dimensions of heads up to 256.
+    permutations: (heads_k, head_dim) int64, as from `head_permutations`.
+    decay: r, (heads_k,) or (heads_q,) in (0, 1], float32 or float64; no gradient. None for the
+        authors' sigmoid(2 + 3 h / heads_k); ones for no decay. Counts tokens, whatever their
+        positions. It has no meaning with causal=False, where nothing decays.
+    causal: False lets every row see its whole sequence, as the authors' LRA code does.
+    normalize: False leaves the denominator out, as the authors' language model does.
+    cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
+    positions: as in `permute`: None for 0, 1, 2, ..., an int or (batch,) to add to those, or each
+        token's own.
+    backend: "cpu", "fla", "reference"; None for the best on q's device. A named backend never
+        falls back.
+
+    Returns: (batch, seqlen, heads_q, head_dim_v) in q's dtype, or (total, ...). Differentiable in
+        q, k and v; to any order with backend="reference".
+    Raises: ValueError or TypeError that names the argument; NotImplementedError when the named
+        backend cannot run here.
+    Paper: https://arxiv.org/abs/2109.02377
+    """
+    name = "permuteformer_attention"
+    refuse_flags(name, causal=causal, normalize=normalize)
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
+        cu_seqlens = cu_seqlens.to(torch.int32)
+    check(name, q, k, v, decay, cu_seqlens, causal)
+    powers = _powers(name, q, k, permutations, positions, cu_seqlens)
+    _check_choices(name, q, decay, backend)
+    if causal and decay is None:
+        decay = default_decay(k)
+    if backend == "reference":
+        heads = k.shape[-2] if decay is None else decay.shape[0]
+        call = Call(heads, decay, powers.cu_seqlens, causal, normalize)
+        return reference.forward(q, k, v, powers, call).out
+    at = permutations, powers.positions, decay, powers.cu_seqlens
+    options = {"offset": powers.offset, "causal": causal, "normalize": normalize}
+    return ops.permuteformer_fwd(q, k, v, *at, **options)[0]
+
+
+def permuteformer_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: PermuteFormerState | None = None,
+    *,
+    permutations: Tensor,
+    positions: Tensor | int | None = None,
+    decay: Tensor | None = None,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, PermuteFormerState]:
+    """Go on from a state by seqlen tokens: a prompt without one, then a token or more at a time.
+
+    What a sequence gives is the same, but for rounding, however it is cut. The state takes the
+    place of a key/value cache and does not grow; the one that is given is left as it is.
+
+    q, k, v, permutations, decay, normalize, backend: as in `permuteformer_attention`, not packed.
+    state: None at the start, then what the last call returned.
+    positions: of the first token, an int or (batch,) tensor, or (seqlen,) or (batch, seqlen) for
+        each; 0 without a state, and to be given with one. Where batch and seqlen are equal, write
+        (batch, 1) for those of the first tokens.
+
+    Returns: (batch, seqlen, heads_q, head_dim_v) in q's dtype, and the state after the last token.
+        Differentiable in q, k, v and the state, to first order, with v of less than 256
+        dimensions; to any order with backend="reference".
+    Raises: as `permuteformer_attention`.
+    """
+    name = "permuteformer_step"
+    refuse_flags(name, normalize=normalize)
+    check(name, q, k, v, decay, None)
+    powers = _powers(name, q, k, permutations, positions)
+    _check_choices(name, q, decay, backend)
+    decay = default_decay(k) if decay is None else decay
+    if state is not None:
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise TypeError(
+                f"{name}: state must be None or a PermuteFormerState, got {type(state).__name__}"
+            )
+        if positions is None:
+            raise ValueError(f"{name}: positions must be given with a state, got None")
+        check_state(name, *state, k, v, decay.shape[0])
+    kv, key_sum = (None, None) if state is None else state
+    if backend == "reference":
+        call = Call(decay.shape[0], decay, None, True, normalize, kv, key_sum, keep_state=True)
+        _, _, kv, key_sum = found = reference.forward(q, k, v, powers, call)
+        return found.out, PermuteFormerState(kv, key_sum)
+    given = [x for x in (q, k, v, kv, key_sum) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return _recorded_step(q, k, v, state, powers, decay, normalize)
+    at = permutations, powers.positions, kv, key_sum, decay
+    out, kv, key_sum = ops.permuteformer_step(
+        q, k, v, *at, offset=powers.offset, normalize=normalize
+    )
+    return out, PermuteFormerState(kv, key_sum)
+
+
+def _recorded_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: PermuteFormerState | None,
+    powers: Powers,
+    decay: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, PermuteFormerState]:
+    """A step whose states PyTorch's operations make: those have gradients, the kernels' not."""
+    at, offset = powers[:2], powers.offset
+    wide = accumulator(q.dtype)
+    rows, keys, values = (x.to(wide) for x in (q, k, v))
+    values = functional.pad(values, (0, 1), value=1.0)  # its sums are those of the keys
+    out, _ = ops.permuteformer_fwd(rows, keys, values, *at, decay, offset=offset, normalize=False)
+    rows, keys = ops.permute_fwd(rows, keys, *at, offset=offset)
+    after = state_of(keys, values, decay)
+    if state is not None:
+        first = torch.cat([state.kv, state.k.unsqueeze(-1)], -1)
+        out = out + seen(rows, first, decay)
+        after = after + (decay.to(wide) ** q.shape[1])[:, None, None] * first
+    out, total = out[..., :-1], out[..., -1:]
+    out = (out / total if normalize else out).to(q.dtype)
+    return out, PermuteFormerState(after[..., :-1].contiguous(), after[..., -1].contiguous())
+
+
+def backends() -> dict[str, str]:
+    """What each backend says of itself here: "available", or why it is not."""
+    return {name: _backends.missing(name) or "available" for name in BACKENDS}
+
+
+def _check_choices(name: str, q: Tensor, decay: Tensor | None, backend: str | None) -> None:
+    check_values(name, q.shape[0], decay=decay)
+    if backend is not None:
+        _backends.require(name, backend, BACKENDS, q.device.type)
+    if backend == "fla" and q.dtype == torch.float64:
+        raise ValueError(f"{name}: backend='fla' takes up to float32, got {q.dtype}")

@@ -1,0 +1,95 @@
+"""Permutations of the dims of heads: the authors' draw, their cycles, the dims of a power."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._shared import positions as _positions
+
+_MOST = 2**16  # heads of a model, and dims of one: more is a mistake that would fill the memory
+
+
+def head_permutations(heads: int, head_dim: int, *, seed: int = 0xDEADBEEFDEADBEEF) -> Tensor:
+    """Draw one random permutation a head, as PermuteFormer's authors do.
+
+    A torch CPU generator with `seed` gives one randperm(head_dim) a head, in order
+    (https://arxiv.org/abs/2109.02377, https://github.com/cpcp1998/PermuteFormer).
+
+    Returns: (heads, head_dim) int64 on the CPU.
+    """
+    for name, value in (("heads", heads), ("head_dim", head_dim), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"head_permutations: {name} must be an int, got {type(value).__name__}")
+        if name == "seed":
+            if not -(2**63) <= value < 2**64:
+                raise ValueError(f"head_permutations: seed must fit 64 bits, got {value}")
+        elif not 1 <= value <= _MOST:
+            raise ValueError(f"head_permutations: {name} must be 1 to {_MOST}, got {value}")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(head_dim, generator=generator) for _ in range(heads)])
+
+
+class Powers(NamedTuple):
+    """The power of a permutation that each token takes: its position."""
+
+    permutations: Tensor  # (rows, head_dim) int64: each serves heads / rows consecutive heads
+    positions: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    offset: int = 0
+
+    def of_tokens(self, shape: torch.Size) -> Tensor:
+        """(batch or 1, seqlen) int64, wrapped around at 2**63; shape: (batch, seqlen, ...)."""
+        positions, cu_seqlens = self.positions, self.cu_seqlens
+        sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        kind = _positions.position_kind(positions, shape, sequences)
+        if kind == "offsets":
+            positions = positions.reshape(-1)
+        elif kind == "positions" and positions.dim() == 1:
+            positions = positions.unsqueeze(0)
+        found = _positions.token_positions(
+            positions, kind == "offsets", cu_seqlens, shape[1], self.permutations.device
+        )
+        return found.long() + self.offset
+
+
+class Cycles(NamedTuple):
+    """The cycles of permutations, each (heads, head_dim) int64.
+
+    pi^p(c) = flat[start[c] + (index[c] + p) mod length[c]]: exact for any p.
+    """
+
+    start: Tensor  # where in flat the cycle of dim c starts
+    length: Tensor  # of that cycle
+    index: Tensor  # where in its cycle dim c is
+    flat: Tensor  # the dims, cycle after cycle, each in the order of its permutation
+
+
+def cycles(permutations: Tensor) -> Cycles:
+    """Decompose (heads, head_dim) permutations on their device, without a host sync.
+
+    A cycle starts at its least dim. Every dim looks for it ahead, twice as far each round.
+    """
+    head_dim = permutations.shape[-1]
+    dim = torch.arange(head_dim, device=permutations.device).expand_as(permutations)
+    # The least dim seen so far and the steps to it, in one number; steps stay below 2 * head_dim.
+    seen, ahead = dim * (2 * head_dim), permutations
+    for doubling in range((head_dim - 1).bit_length()):
+        seen = torch.minimum(seen, seen.gather(-1, ahead) + 2**doubling)
+        ahead = ahead.gather(-1, ahead)
+    least, steps = seen // (2 * head_dim), seen % (2 * head_dim)
+    length = 1 + steps.gather(-1, permutations.gather(-1, least))
+    index = (length - steps) % length
+    lengths = torch.where(least == dim, length, 0)
+    start = (lengths.cumsum(-1) - lengths).gather(-1, least)
+    return Cycles(start, length, index, torch.empty_like(dim).scatter(-1, start + index, dim))
+
+
+def source_dims(found: Cycles, positions: Tensor, inverse: bool) -> Tensor:
+    """(batch or 1, seqlen, rows, head_dim) int64: pi^p(c) for every token, row and dim."""
+    start, length, index, flat = found
+    steps = torch.remainder(positions[:, :, None, None], length)
+    at = start + torch.remainder(index - steps if inverse else index + steps, length)
+    return flat.expand(at.shape).gather(-1, at)

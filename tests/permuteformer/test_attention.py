@@ -1,0 +1,318 @@
+"""permuteformer_attention against the dense formula and the authors' values; its gradients."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from extrope_kernels import head_permutations, permuteformer_attention
+from extrope_kernels.testing import assert_within_budget, device
+
+VECTOR = json.loads(
+    (Path(__file__).parents[1] / "support/data/permuteformer_vectors.json").read_text()
+)["vectors"][0]
+CPU_CHUNK = 48
+
+
+def make(batch=2, seqlen=37, heads_q=4, heads_k=2, dim=16, value_dim=16, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seqlen + dim)
+    shapes = ((heads_q, dim), (heads_k, dim), (heads_k, value_dim))
+    qkv = [torch.randn(batch, seqlen, *shape, generator=generator) for shape in shapes]
+    return [x.to(device(), dtype) for x in qkv], head_permutations(heads_k, dim).to(device())
+
+
+def powers(permutations, positions):
+    """(tokens, heads, dim): the p-th power of each permutation, by composing it p times."""
+    orders = []
+    for p in positions:
+        index = torch.arange(permutations.shape[1]).expand_as(permutations)
+        for _ in range(int(p)):
+            index = index.gather(1, permutations.cpu())
+        orders.append(index)
+    return torch.stack(orders) if orders else permutations.cpu()[None][:0]
+
+
+def dense(q, k, v, permutations, decay, causal=True, normalize=True):
+    """The paper's formula, one sequence (tokens, heads, dim) in float64, from i - j alone."""
+    q, k, v = (x.double().cpu() for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    index = powers(permutations, range(q.shape[0])).repeat_interleave(group, 1)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    phi_q, phi_k = (torch.relu(x.gather(2, index)) + 1e-3 for x in (q, k))
+    i = torch.arange(q.shape[0])
+    distance = i[:, None] - i
+    scores = torch.einsum("ihc,jhc->hij", phi_q, phi_k)
+    if causal:
+        if decay is None:
+            decay = torch.sigmoid(2 + 3 * torch.arange(k.shape[1] // group) / (k.shape[1] // group))
+        rates = decay.double().cpu().repeat_interleave(q.shape[1] // decay.shape[0])
+        scores = scores * rates[:, None, None] ** distance.clamp(min=0)
+        scores = scores.masked_fill(distance < 0, 0.0)
+    out = torch.einsum("hij,jhf->ihf", scores, v)
+    return out / scores.sum(-1).T[..., None] if normalize else out
+
+
+def exact(q, k, v, permutations, decay=None, **options):
+    rows = [dense(*x, permutations, decay, **options) for x in zip(q, k, v)]
+    return torch.stack(rows).to(device())
+
+
+def check(name, qkv, permutations, **options):
+    out = permuteformer_attention(*qkv, permutations=permutations, **options)
+    same = permuteformer_attention(*qkv, permutations=permutations, backend="reference", **options)
+    assert_within_budget(name, out, same, exact(*qkv, permutations, **options))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("named", ["reference", None])
+def test_authors_values(named, normalize):
+    """The authors' dot product, without a denominator; and with one, by the same scores."""
+    sizes = VECTOR["params"]
+    shape = (1, sizes["H"], sizes["T"], sizes["d"])
+    q, k, v, want = (
+        torch.tensor(VECTOR[name]).view(shape).transpose(1, 2)
+        for name in (*"qkv", "out_normalised" if normalize else "out_unnormalised")
+    )
+    out = permuteformer_attention(
+        *(x.to(device()) for x in (q, k, v)),
+        permutations=torch.tensor(VECTOR["perm"]).to(device()),
+        normalize=normalize,
+        backend=named,
+    )
+    torch.testing.assert_close(out.cpu(), want, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("seqlen", [0, 1, 2, CPU_CHUNK - 1, CPU_CHUNK, CPU_CHUNK + 1, 97, 211])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lengths(seqlen, dtype):
+    check("lengths", *make(seqlen=seqlen, dtype=dtype))
+
+
+@pytest.mark.parametrize("dim, value_dim", [(8, 8), (24, 40), (64, 64), (33, 17), (256, 128)])
+@pytest.mark.parametrize("seqlen", [31, 97])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dims(dtype, seqlen, dim, value_dim):
+    """Around whole registers, blocks of rows and chunks of 48 tokens."""
+    check("dims", *make(1, seqlen, 2, 2, dim=dim, value_dim=value_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalize": False},
+        {"causal": False},
+        {"causal": False, "normalize": False},
+        {"decay": torch.tensor([0.5, 1.0])},
+        {"decay": torch.tensor([0.5, 0.9, 0.99, 1.0], dtype=torch.float64)},
+    ],
+    ids=str,
+)
+def test_options(dtype, options):
+    options = {name: x.to(device()) if name == "decay" else x for name, x in options.items()}
+    check("options", *make(1, 203, dtype=dtype), **options)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_small_and_large_scores(scale, normalize):
+    """eps rules the scores of small queries and keys, and vanishes in those of large ones."""
+    (q, k, v), permutations = make(1, 150, dim=64, value_dim=64)
+    qkv = [x.bfloat16() for x in (scale * q, scale * k, v)]
+    check("scale", qkv, permutations, normalize=normalize)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_few_heads_are_cut_along_the_sequence(threads):
+    """With three threads for two heads each part but the last is gathered first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check("parts", *make(1, 1500, heads_q=2, heads_k=1), decay=torch.tensor([0.999]))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("named", [None, "reference"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_sequences_are_a_loop(named, causal):
+    bounds = [0, 0, 5, 5, 22, 70, 70]
+    (q, k, v), permutations = make(1, 70)
+    cu_seqlens = torch.tensor(bounds, device=device())
+    options = {"permutations": permutations, "causal": causal, "backend": named}
+    out = permuteformer_attention(q[0], k[0], v[0], cu_seqlens=cu_seqlens, **options)
+    for a, b in pairwise(bounds):
+        one = permuteformer_attention(q[:, a:b], k[:, a:b], v[:, a:b], **options)[0]
+        torch.testing.assert_close(out[a:b], one, atol=1e-6, rtol=1e-5)
+
+
+def test_strided_views():
+    (q, k, v), permutations = make(2, 19)
+    wide = torch.cat((k, v), -1)
+    arguments = {"permutations": permutations}
+    out = permuteformer_attention(
+        q.transpose(1, 2).contiguous().transpose(1, 2), wide[..., :16], wide[..., 16:], **arguments
+    )
+    assert torch.equal(out, permuteformer_attention(q, k, v, **arguments))
+
+
+@pytest.mark.parametrize("rate", [0.5, 1.0])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_4096_tokens_do_not_overflow(rate, normalize):
+    """The authors' code does near 700 tokens. What a chunk adds to the sums rounds once more: half
+    an ulp of what they have grown to.
+    """
+    qkv, permutations = make(1, 4096, heads_q=1, heads_k=1)
+    arguments = {"decay": torch.tensor([rate]).to(device()), "normalize": normalize}
+    out = permuteformer_attention(*qkv, permutations=permutations, **arguments)
+    assert out.isfinite().all()
+    arguments |= {"permutations": permutations, "backend": "reference"}
+    same = permuteformer_attention(*qkv, **arguments)
+    exact = permuteformer_attention(*(x.double() for x in qkv), **arguments)
+    chunks = 4096 / 96
+    noise = chunks * torch.finfo(torch.float32).eps / 2 * exact.abs().max().item()
+    assert_within_budget("4096", out, same, exact, noise=noise)
+
+
+@pytest.mark.parametrize("tokens, dim", [(7, 256), (2500, 33)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_long_sums_are_made_of_short_ones(tokens, dim, normalize):
+    """Half of all features are eps. Added to a growing sum one by one they round alike each time:
+    the normaliser of 1000 tokens was 50 units off."""
+    qkv, permutations = make(1, tokens, heads_q=2, heads_k=1, dim=dim, value_dim=dim)
+    arguments = {"permutations": permutations, "causal": False, "normalize": normalize}
+    out = permuteformer_attention(*qkv, **arguments)
+    arguments["backend"] = "reference"
+    exact = permuteformer_attention(*(x.double() for x in qkv), **arguments)
+    assert_within_budget("sums", out, permuteformer_attention(*qkv, **arguments), exact)
+
+
+@pytest.mark.parametrize("shift", [7, 1_000_000])
+def test_shifted_positions_change_nothing(shift):
+    qkv, permutations = make()
+    out = permuteformer_attention(*qkv, permutations=permutations)
+    moved = permuteformer_attention(*qkv, permutations=permutations, positions=shift)
+    torch.testing.assert_close(moved, out, atol=1e-6, rtol=1e-5)
+
+
+def test_every_run_gives_the_same_bits():
+    (q, k, v), permutations = make(1, 150)
+
+    def run():
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = permuteformer_attention(*leaves, permutations=permutations)
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    for first, second in zip(run(), run()):
+        assert torch.equal(first, second)
+
+
+# -------------------------------------------------------------------------------------------------
+# Gradients, and the ops as PyTorch sees them
+
+GRADIENTS = [
+    {},
+    {"normalize": False},
+    {"causal": False},
+    {"decay": torch.tensor([0.5, 0.9, 0.99, 1.0])},  # a state a query head
+    {"cu_seqlens": torch.tensor([0, 0, 1, 50, 203], dtype=torch.int32)},
+]
+
+
+def gradients(qkv, dout, dtype, **arguments):
+    leaves = [x.to(dtype).requires_grad_() for x in qkv]
+    out = permuteformer_attention(*leaves, **arguments)
+    return torch.autograd.grad(out, leaves, dout.to(dtype))
+
+
+def saved_out_noise(name, exact, dtype, options):
+    """With a denominator, dq and dk take <dout, out> of the out that was saved, rounded to dtype.
+
+    That is half an ulp of one of the two terms of equal size that their difference is made of.
+    """
+    if dtype == torch.float32 or name == "dv" or not options.get("normalize", True):
+        return 0.0
+    return torch.finfo(dtype).eps / 2 * exact.abs().max().item()
+
+
+@pytest.mark.parametrize("options", GRADIENTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients(options, dtype):
+    qkv, permutations = make(1, 203, dim=24, value_dim=40, dtype=dtype)
+    if "cu_seqlens" in options:
+        qkv = [x[0] for x in qkv]
+    options = {n: x.to(device()) if torch.is_tensor(x) else x for n, x in options.items()}
+    options["permutations"] = permutations
+    dout = torch.randn_like(qkv[0][..., :1]).expand(*qkv[0].shape[:-1], qkv[2].shape[-1])
+    got = gradients(qkv, dout, dtype, **options)
+    same = gradients(qkv, dout, dtype, backend="reference", **options)
+    exact = gradients(qkv, dout, torch.float64, backend="reference", **options)
+    for name, *grads in zip(("dq", "dk", "dv"), got, same, exact):
+        noise = saved_out_noise(name, grads[-1], dtype, options)
+        assert_within_budget(name, *grads, noise=noise)
+
+
+@pytest.mark.parametrize("options", GRADIENTS[:3], ids=str)
+@pytest.mark.parametrize("named", [None, "reference"])
+def test_derivatives_of_float64(named, options):
+    """The reference has those of second order; without a name it runs as an op, with the first."""
+    qkv, permutations = make(1, 5, heads_q=2, heads_k=1, dim=4, value_dim=3, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in qkv]
+
+    def run(*leaves):
+        arguments = {"permutations": permutations, "backend": named, **options}
+        return permuteformer_attention(*leaves, **arguments)
+
+    assert torch.autograd.gradcheck(run, leaves)
+    if named == "reference":
+        assert torch.autograd.gradgradcheck(run, leaves)
+
+
+def test_double_backward_points_to_the_reference():
+    qkv, permutations = make(1, 5)
+    leaves = [x.requires_grad_() for x in qkv]
+    out = permuteformer_attention(*leaves, permutations=permutations)
+    (dq,) = torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"permuteformer: .*backend='reference'"):
+        torch.autograd.grad(dq.sum(), leaves[1])
+
+
+def test_opcheck():
+    (q, k, v), table = make(2, 6, dim=8, value_dim=8)
+    ops, decay = torch.ops.extrope, torch.tensor([0.5, 0.9], device=device())
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32, device=device())
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    for args, options in (
+        ((*leaves, table, None, decay), {"offset": 3}),
+        ((*leaves, table), {"causal": False, "normalize": False}),
+        ((q[0], k[0], v[0], table, None, decay, cu_seqlens), {}),
+    ):
+        torch.library.opcheck(ops.permuteformer_fwd.default, args, options)
+    out, den = ops.permuteformer_fwd(q, k, v, table, None, decay)
+    args = (out, q, k, v, out, den, table, None, decay)
+    torch.library.opcheck(ops.permuteformer_bwd.default, args)
+    _, *state = ops.permuteformer_step(q, k, v, table, None, None, None, decay)
+    torch.library.opcheck(ops.permuteformer_step.default, (q, k, v, table, None, *state, decay))
+
+
+def test_compile_is_one_graph():
+    qkv, permutations = make(2, 6, dim=8, value_dim=8)
+
+    def loss(q, k, v):
+        return permuteformer_attention(q, k, v, permutations=permutations).square().sum()
+
+    leaves = [x.requires_grad_() for x in qkv]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("narrower", ["baseline", "avx2"])
+def test_narrower_instructions_on_a_wider_processor(narrower, run_narrower):
+    run_narrower(narrower, __file__, "-k", "test_dims or test_options")

@@ -1,0 +1,272 @@
+"""Every refusal: which function and argument, what was expected, what came."""
+
+import pytest
+import torch
+from test_attention import make
+
+from extrope_kernels import (
+    _ext,
+    head_permutations,
+    permute,
+    permute_qk,
+    permuteformer_attention,
+    permuteformer_step,
+)
+from extrope_kernels.testing import device, make_qk
+
+TABLE = head_permutations(2, 64)
+
+
+def call(**changes):
+    q, k = make_qk(2, 5, 4, 2)
+    given = dict(q=q, k=k, permutations=TABLE.to(device()))
+    given.update({name: make(q, k) if callable(make) else make for name, make in changes.items()})
+    return permute_qk(given.pop("q"), given.pop("k"), given.pop("permutations"), **given)
+
+
+def table(make):
+    return lambda q, k: make(TABLE).to(q.device)
+
+
+def packed(boundaries, dtype=torch.int32):
+    return dict(
+        q=lambda q, k: q[0],
+        k=lambda q, k: k[0],
+        cu_seqlens=lambda q, k: torch.tensor(boundaries, dtype=dtype, device=q.device),
+    )
+
+
+BAD = {
+    # what is wrong: (arguments, exception, words of the message)
+    "q not a tensor": (dict(q=[1.0]), TypeError, "q must be a Tensor, got list"),
+    "q 3-D": (dict(q=lambda q, k: q[0]), ValueError, "q must be (batch, seqlen, heads, head_dim)"),
+    "q integer": (dict(q=lambda q, k: q.int()), ValueError, "q must be float32, bfloat16"),
+    "q last dim strided": (
+        dict(q=lambda q, k: q.transpose(2, 3).contiguous().transpose(2, 3)),
+        ValueError,
+        "q must be contiguous in its last dimension",
+    ),
+    "k None": (dict(k=None), TypeError, "k must be a Tensor, got NoneType"),
+    "k dtype": (dict(k=lambda q, k: k.half()), ValueError, "k must have q's dtype"),
+    "k seqlen": (dict(k=lambda q, k: k[:, :4]), ValueError, "k must have q's shape"),
+    "permutations a list": (dict(permutations=[[0]]), TypeError, "permutations must be a Tensor"),
+    "permutations int32": (
+        dict(permutations=table(lambda x: x.int())),
+        ValueError,
+        "permutations must be int64",
+    ),
+    "permutations 1-D": (dict(permutations=table(lambda x: x[0])), ValueError, "(heads, 64)"),
+    "permutations head_dim": (
+        dict(permutations=table(lambda x: x[:, :32])),
+        ValueError,
+        "permutations must be (heads, 64) with heads a divisor of 4, got (2, 32)",
+    ),
+    "permutations divisor": (
+        dict(permutations=table(lambda x: x.repeat(2, 1)[:3])),
+        ValueError,
+        "got (3, 64)",
+    ),
+    "permutations of q": (
+        dict(permutations=table(lambda x: x.repeat(2, 1))),
+        ValueError,
+        "permutations must have a row for each of the 2 k heads, got 4 rows",
+    ),
+    "permutations strided": (
+        dict(permutations=table(lambda x: x.T.contiguous().T)),
+        ValueError,
+        "permutations must be contiguous in its last dimension",
+    ),
+    "permutations device": (
+        dict(permutations=TABLE.to("meta")),
+        ValueError,
+        "permutations must be on q's device",
+    ),
+    "head_dim": (
+        dict(q=lambda q, k: q.repeat(1, 1, 1, 17), k=lambda q, k: k.repeat(1, 1, 1, 17)),
+        ValueError,
+        "head_dim must be from 1 to 1024, got 1088",
+    ),
+    "positions float": (dict(positions=1.5), TypeError, "an int or None, got float"),
+    "positions bool": (dict(positions=True), TypeError, "an int or None, got bool"),
+    "positions float tensor": (
+        dict(positions=lambda q, k: torch.ones(5, device=q.device)),
+        ValueError,
+        "positions must be int32 or int64, got torch.float32",
+    ),
+    "positions shape": (
+        dict(positions=lambda q, k: torch.ones(4, device=q.device).long()),
+        ValueError,
+        "positions must be (5,), (2, 5) or (2,) offsets, got shape (4,)",
+    ),
+    "positions device": (
+        dict(positions=torch.ones(5, device="meta").long()),
+        ValueError,
+        "positions must be on q's device",
+    ),
+    "positions past 64 bits": (dict(positions=2**63), ValueError, "positions must fit in int64"),
+    "cu_seqlens float": (packed([0, 5], torch.float32), ValueError, "cu_seqlens must be int32"),
+    "cu_seqlens short": (packed([0]), ValueError, "cu_seqlens must be int32 (sequences + 1,)"),
+    "backend unknown": (dict(backend="metal"), ValueError, "backend must be None or one of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_permute(case):
+    arguments, error, message = BAD[case]
+    with pytest.raises(error) as raised:
+        call(**arguments)
+    assert str(raised.value).startswith("permute: ") and message in str(raised.value)
+
+
+@pytest.mark.skipif(device() != "cpu", reason="device tensors are not read")
+@pytest.mark.parametrize(
+    "row", (torch.zeros(64), torch.arange(64) + 1, torch.arange(64) - 1), ids=("twice", "64", "-1")
+)
+def test_rows_that_are_no_permutations(row):
+    bad = torch.stack([TABLE[0], row.long()])
+    message = "permute: permutations must hold 0 to 63 once .*, row 1"
+    with pytest.raises(ValueError, match=message):
+        call(permutations=bad)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.extrope.permute_fwd(*make_qk(2, 5, 4, 2), bad)
+
+
+@pytest.mark.skipif(device() != "cpu", reason="device tensors are not read")
+@pytest.mark.parametrize("boundaries", ([0, 4], [1, 5], [0, 3, 2, 5], [-1, 5]))
+def test_cu_seqlens_values_are_checked_where_that_costs_no_sync(boundaries):
+    with pytest.raises(ValueError, match="permute: cu_seqlens must rise from 0 to"):
+        call(**packed(boundaries))
+    with pytest.raises(ValueError, match="permuteformer_attention: cu_seqlens must rise from 0 to"):
+        q, k, v = (x[0, :5] for x in (Q, K, V))
+        cu_seqlens = torch.tensor(boundaries)
+        permuteformer_attention(q, k, v, permutations=PERMUTATIONS, cu_seqlens=cu_seqlens)
+
+
+def test_a_backend_that_cannot_run():
+    named, why = ("fla", "cannot run here") if device() == "cpu" else ("cpu", "runs on cpu tensors")
+    with pytest.raises(NotImplementedError, match=f"permuteformer_step: backend '{named}' {why}"):
+        call_attention(permuteformer_step, {"backend": named})
+    with pytest.raises(ValueError, match="permute: backend must be None or one of"):
+        call(backend="fla")
+
+
+def test_raw_op_checks_too():
+    q, k = make_qk(2, 5, 4, 2)
+    for args in ((q[0], None, TABLE), (q, k[:1], TABLE), (q, k, TABLE.float())):
+        args = [x if x is None else x.to(device()) for x in args]
+        with pytest.raises((RuntimeError, ValueError), match="permute: "):
+            torch.ops.extrope.permute_fwd(*args)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    (
+        ((0, 8), ValueError, "heads must be 1 to 65536, got 0"),
+        ((2, -1), ValueError, "head_dim must be 1 to 65536, got -1"),
+        ((2.0, 8), TypeError, "heads must be an int, got float"),
+    ),
+)
+def test_head_permutations(arguments, error, message):
+    with pytest.raises(error, match=f"head_permutations: {message}"):
+        head_permutations(*arguments)
+
+
+def test_permute_names_its_argument():
+    with pytest.raises(TypeError, match="permute: q must be a Tensor, got NoneType"):
+        permute(None, TABLE)
+
+
+# -------------------------------------------------------------------------------------------------
+# Attention
+
+(Q, K, V), PERMUTATIONS = make(2, 6, dim=8, value_dim=8)
+DECAY = torch.tensor([0.5, 0.9], device=device())
+
+CASES = [
+    ({"q": "text"}, TypeError, "q must be a Tensor, got str"),
+    ({"q": Q[0]}, ValueError, r"q must be \(batch, seqlen, heads, head_dim\), got shape \(6, 4"),
+    ({"q": Q.int()}, ValueError, "q must be float32, .*, got torch.int32"),
+    ({"q": Q.transpose(1, 3)}, ValueError, "q must be contiguous in its last dimension"),
+    ({"k": K.double()}, ValueError, "k must be torch.float32 on .* like q, got torch.float64"),
+    ({"k": K[..., :4]}, ValueError, r"k must have q's shape .*heads, got \(2, 6, 2, 4"),
+    ({"v": V[:, :5]}, ValueError, r"v must have k's shape .* but for head_dim, got \(2, 5, 2, 8\)"),
+    ({"q": Q[:, :, :3]}, ValueError, "k's heads must divide q's 3 heads, got 2"),
+    ({"decay": 0.9}, TypeError, "decay must be a Tensor, got float"),
+    ({"decay": DECAY[:1]}, ValueError, r"decay must be \(2,\), .*, or \(4,\), of q, got \(1,\)"),
+    ({"decay": DECAY.half()}, ValueError, "decay must be float32 or float64 on"),
+    ({"decay": DECAY * 2}, ValueError, r"decay must lie in \(0, 1\], got \[1.0, 1.7"),
+    ({"permutations": PERMUTATIONS[:, :4]}, ValueError, "permutations must be"),
+    ({"positions": 1.5}, TypeError, "positions must be a Tensor, an int or None, got float"),
+    ({"backend": "cudnn"}, ValueError, "backend must be None or one of .*, got 'cudnn'"),
+]
+
+
+def call_attention(function, changes):
+    arguments = {"q": Q, "k": K, "v": V, "permutations": PERMUTATIONS, **changes}
+    qkv = [arguments.pop(name) for name in "qkv"]
+    return function(*qkv, **arguments)
+
+
+@pytest.mark.parametrize("function", [permuteformer_attention, permuteformer_step])
+@pytest.mark.parametrize("changes, error, message", CASES)
+def test_attention(function, changes, error, message):
+    with pytest.raises(error, match=f"^{function.__name__}: {message}"):
+        call_attention(function, changes)
+
+
+def test_attention_alone():
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32, device=device())
+    for changes, message in (
+        ({"decay": DECAY, "causal": False}, "decay must be None with causal=False"),
+        ({"cu_seqlens": cu_seqlens}, r"q must be \(total, heads, head_dim\) with cu_seqlens"),
+    ):
+        with pytest.raises(ValueError, match=f"^permuteformer_attention: {message}"):
+            call_attention(permuteformer_attention, changes)
+    leaf = DECAY.clone().requires_grad_()
+    with pytest.raises(ValueError, match="permuteformer: decay has no gradient"):
+        call_attention(permuteformer_attention, {"decay": leaf})
+
+
+def test_states():
+    _, state = call_attention(permuteformer_step, {})
+    for changes, error, message in (
+        ({"state": state}, ValueError, "positions must be given with a state, got None"),
+        ({"state": 3}, TypeError, "state must be None or a PermuteFormerState, got int"),
+        (
+            {"state": (state.kv[:1], state.k), "positions": 6},
+            ValueError,
+            r"state.kv must be torch.float32 \(2, 2, 8, 8\) on .*, got .* \(1, 2, 8, 8\)",
+        ),
+    ):
+        with pytest.raises(error, match=f"^permuteformer_step: {message}"):
+            call_attention(permuteformer_step, changes)
+
+
+def test_dims_of_the_fused_kernels():
+    qkv, permutations = make(1, 3, dim=264, value_dim=8)
+    with pytest.raises(ValueError, match=r"permuteformer: head_dim must be at most 256 .*got 264"):
+        permuteformer_attention(*qkv, permutations=permutations)
+    permuteformer_attention(*qkv, permutations=permutations, backend="reference")
+
+
+def scan(gate=None, state=None):
+    """The op below, whose arguments decide what a kernel reads: called by itself it must hold."""
+    _ext.load("cpu")
+    numbers, decay = (None,) * 4, torch.full((2,), 0.9)
+    flags = (0, 2, True, True, False, True, False, True)
+    more = (gate, decay, None, state, None, None, None)
+    return torch.ops.extrope.linear_scan(Q, K, V, *numbers, *more, *flags)
+
+
+@pytest.mark.skipif(device() != "cpu", reason="an op of the CPU library")
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"state": torch.zeros(2, 2, 8, 8)}, "state and sum come together"),
+        ({"gate": torch.zeros(1, 1, 4, 8)}, r"gate must have .* but v's dim 8, got \(1, 1, 4, 8\)"),
+        ({"gate": torch.zeros(2, 6, 4, 8).half()}, "gate must have q's dtype"),
+    ],
+)
+def test_a_scan_by_itself(changes, message):
+    with pytest.raises(RuntimeError, match=f"^linear_attn: {message}"):
+        scan(**changes)
