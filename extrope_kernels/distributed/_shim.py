@@ -53,9 +53,7 @@ def describe(
     options |= ac.rope_options(
         op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window
     )
-    return AttentionCall(
-        freqs.inv_freq, cu_seqlens, freqs.log_decay, sinks, query_scale, **options
-    )
+    return AttentionCall(freqs.inv_freq, cu_seqlens, freqs.log_decay, sinks, query_scale, **options)
 
 
 def check(op, q, k, v, call, backend):

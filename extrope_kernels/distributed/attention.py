@@ -99,7 +99,7 @@ def rope_attention(
     if group.size == 1:
         out, lse = attention.forward(q, k, v, call, backend)
     elif strategy == "ulysses":
-        out, lse = ulysses.attend(plan, q, k, v)
+        out, lse = ulysses.attend(plan, q, k, v, return_lse)
     else:
         plan = plan._replace(call=replace(call, sinks=None))
         out, lse = _OfKeys.apply(plan, strategy, q, k, v, sinks)

@@ -31,7 +31,9 @@ def check_heads(op: str, heads_q: int, heads_k: int, group: Group) -> None:
         )
 
 
-def attend(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def attend(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """out and lse of this rank's queries, from its own tokens of q, k and v. Differentiable."""
     call, group, balance = plan.call, plan.group, plan.balance
     sinks, scale = call.sinks, call.query_scale
@@ -41,11 +43,11 @@ def attend(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
         scale = gathered(scale.movedim(-1, 0).contiguous(), group)
         scale = in_order(scale, group, balance).movedim(0, -1).contiguous()
     rows = [_to_heads(x, group, balance) for x in (q, k, v)]
-    out, lse = attention.forward(
-        *rows, replace(call, sinks=sinks, query_scale=scale), plan.backend
-    )
-    lse = lse.transpose(-1, -2).unsqueeze(-1)
-    out, lse = (_Exchange.apply(x, group, balance, False) for x in (out, lse))
+    out, lse = attention.forward(*rows, replace(call, sinks=sinks, query_scale=scale), plan.backend)
+    out = _Exchange.apply(out, group, balance, False)
+    if not return_lse:
+        return out, None
+    lse = _Exchange.apply(lse.transpose(-1, -2).unsqueeze(-1), group, balance, False)
     return out, lse.squeeze(-1).transpose(-1, -2).contiguous()
 
 
