@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from extrope_kernels.evaluation import models, plots, report
-from extrope_kernels.evaluation.tasks import TASKS
+from extrope_kernels.evaluation.runner import TASKS
 
 ABOUT = {"model": "m", "texts": [{"name": "t"}], "dtype": "float32", "training_length": 8}
 ABOUT |= {"bucket": 4, "distances": [2, 14]}

@@ -17,10 +17,9 @@ from extrope_kernels.evaluation import UsageError
 from extrope_kernels.evaluation.models import find_model, load_model
 from extrope_kernels.evaluation.search import cli, losses, stages
 from extrope_kernels.evaluation.search.candidates import Candidate, published, score_methods
-from extrope_kernels.evaluation.search.config import write_config
-from extrope_kernels.evaluation.search.factors import find_ladder
-from extrope_kernels.evaluation.search.ledger import Ledger
+from extrope_kernels.evaluation.search.factors import find_ladder, write_config
 from extrope_kernels.evaluation.search.losses import NoGradient
+from extrope_kernels.evaluation.search.stages import Ledger
 
 LENGTH = 72
 

@@ -24,8 +24,7 @@ from extrope_kernels.cli import main
 from extrope_kernels.evaluation import UsageError
 from extrope_kernels.evaluation.search import run
 from extrope_kernels.evaluation.search.candidates import Candidate, published
-from extrope_kernels.evaluation.search.config import rope_parameters, write_config
-from extrope_kernels.evaluation.search.factors import find_ladder
+from extrope_kernels.evaluation.search.factors import find_ladder, rope_parameters, write_config
 
 TRAINED, LENGTH = 32, 100
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}

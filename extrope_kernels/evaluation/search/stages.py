@@ -5,35 +5,26 @@ Each stage may go on until a share of the budget is spent; what one leaves is th
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress
-from statistics import fmean
+from pathlib import Path
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .. import report
 from ..loss import token_losses
 from ..models import decoder_layers
 from ..report import Display
 from ..texts import Text
-from .candidates import (
-    Candidate,
-    published,
-    score_methods,
-    supported,
-    with_log_n,
-)
+from .candidates import Candidate, published, score_methods, supported, with_log_n
 from .factors import Descent, Evolution, Ladder, rising
-from .ledger import Ledger
-from .losses import (
-    NoGradient,
-    finite,
-    gradient,
-    last_loss,
-    short_piece,
-)
+from .losses import NoGradient, finite, gradient, last_loss, short_piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +41,54 @@ _STEPS, _GRADIENTS = 12, 4  # at most so many steps, each down so many gradients
 _OF_THE_WAY = (0.5, 1.0, 0.25)
 # Of a text's tokens, those whose loss counts: of short pieces all behind the gap.
 _LAST, _LAST_OF_SHORT = 0.25, 0.5
+
+
+class Ledger:
+    """Measurements in a JSON file, made once each and only while there is time for them.
+
+    path, header: as in `report.resumed`.
+    budget: seconds, those of the rows that the file holds already among them.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], budget: float) -> None:
+        self._path = path
+        self.results = report.resumed(path, header)
+        self.budget = budget
+        self._known = {_row_key(row["of"]): row for row in self.results["rows"]}
+
+    @property
+    def spent(self) -> float:
+        """The seconds that all measurements took."""
+        return sum(row["seconds"] for row in self.results["rows"])
+
+    def measured(
+        self, of: dict[str, Any], share: float, measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Return what was measured, or measure it; None if that would pass a share of the budget.
+
+        It is expected to take as long as others of its kind. of: what it is, `kind` among it.
+        """
+        if (known := self._known.get(_row_key(of))) is not None:
+            return known
+        took = [r["seconds"] for r in self.results["rows"] if r["of"]["kind"] == of["kind"]]
+        if self.spent + (median(took) if took else 0.0) > share * self.budget:
+            return None
+        began = time.perf_counter()
+        found = measure()
+        seconds = round(time.perf_counter() - began, 3)
+        row = json.loads(json.dumps({"of": of, **found, "seconds": seconds}))
+        self._known[_row_key(of)] = row
+        self.results["rows"].append(row)
+        report.write_results(self._path, self.results)
+        return row
+
+    def conclude(self, found: dict[str, Any]) -> None:
+        """Add what the measurements say to the file."""
+        report.write_results(self._path, self.results | found)
+
+
+def _row_key(of: dict[str, Any]) -> str:
+    return json.dumps(of, sort_keys=True)
 
 
 class Search:
