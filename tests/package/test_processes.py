@@ -34,17 +34,14 @@ def same(found, expected):
 """
 
 
-def test_fork_after_import(run_python):
-    run_python(SETUP + FORK.replace("BEFORE", "None"))
-
-
-def test_fork_after_a_parallel_region(run_python):
+@pytest.mark.parametrize("before", ["None", "work(1)"])
+def test_fork(run_python, before):
     """A forked child has none of its parent's threads: with one of its own nothing waits for them.
 
     With more, GNU's OpenMP, which PyTorch's wheels bring, hangs in the child's first parallel
     region, be it one of PyTorch's own operations.
     """
-    run_python(SETUP + FORK.replace("BEFORE", "work(1)"))
+    run_python(SETUP + FORK.replace("BEFORE", before))
 
 
 FORK = """
