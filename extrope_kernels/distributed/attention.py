@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..methods import RopeFreqs
-from ..ops.attention import grad_of_sinks
+from ..ops import attention
+from ..ops._shared.backends import require
+from ..ops._shared.checks import refuse_flags
 from ..scores import Score
-from . import _shim as attention
 from . import gather, ring, ulysses
 from .blocks import Plan
 from .layout import Balance, Mesh, check_balance, group_of
@@ -41,7 +42,7 @@ def rope_attention(
     return_lse: bool = False,
     backend: str | None = None,
     keys_stored: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:
     """`extrope_kernels.rope_attention` of a sequence whose tokens are spread over ranks.
 
     Every rank of the mesh calls it alike, with its own tokens; out and gradients are those of one
@@ -69,26 +70,31 @@ def rope_attention(
         timeout, or until torchrun ends them; TORCH_DISTRIBUTED_DEBUG=DETAIL names the collectives
         that differ between ranks.
     """
-    op = attention.name_of(score)
+    op = "rope_attention" if score is None else getattr(score, "name", "rope_attention")
     group = group_of(op, mesh)
     if strategy not in STRATEGIES:
         raise ValueError(f"{op}: strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
     check_balance(op, balance)
-    call = attention.describe(
+    refuse_flags(op, interleaved=interleaved, return_lse=return_lse, keys_stored=keys_stored)
+    attention.check_method(op, freqs, score)
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
+        cu_seqlens = cu_seqlens.to(torch.int32)
+    call = attention.make_call(
         freqs,
         score,
+        keys_stored=keys_stored,
+        cu_seqlens=cu_seqlens,
+        sinks=sinks,
+        query_scale=query_scale,
         softmax_scale=softmax_scale,
         log_n=log_n,
-        query_scale=query_scale,
-        softcap=softcap,
-        sinks=sinks,
-        sliding_window=sliding_window,
-        cu_seqlens=cu_seqlens,
         interleaved=interleaved,
-        return_lse=return_lse,
-        keys_stored=keys_stored,
+        softcap=softcap,
+        sliding_window=sliding_window,
     )
-    attention.check(op, q, k, v, call, backend)
+    attention.check_attention(op, q, k, v, call)
+    if backend is not None:
+        require(op, backend, attention.BACKENDS, q.device.type, attention.missing)
     _check(op, q, k, call, balance)
     boundaries = None
     if call.cu_seqlens is not None:
@@ -106,7 +112,7 @@ def rope_attention(
     return (out, lse) if return_lse else out
 
 
-def _check(op: str, q: Tensor, k: Tensor, call: Any, balance: Balance) -> None:
+def _check(op: str, q: Tensor, k: Tensor, call: attention.AttentionCall, balance: Balance) -> None:
     """Refuse what is right on one device only."""
     for name in ("inv_freq", "log_decay", "query_scale"):
         value = getattr(call, name)
@@ -164,7 +170,7 @@ class _OfKeys(torch.autograd.Function):
             of_strategy = (ring if ctx.strategy == "ring" else gather).backward
             found += of_strategy(plan, given, dlse, q, k, v, out, lse)
             asked = ctx.needs_input_grad[5]
-            found.append(grad_of_sinks(sinks, given, dlse, out, lse) if asked else None)
+            found.append(attention.grad_of_sinks(sinks, given, dlse, out, lse) if asked else None)
         if not torch.is_grad_enabled():
             return tuple(found)
         # PyTorch's `once_differentiable` would not see that gradients depend on saved tensors.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._shim import AttentionCall
+from ..ops.attention import AttentionCall
 from .collectives import Group
 from .layout import Balance, chunks
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import _shim as attention
+from ..ops import attention
 from .blocks import Plan, apart, blocks_of, joined, parts_of
 from .collectives import start_gather, start_scatter_sum, wait
 from .layout import by_rank, in_order

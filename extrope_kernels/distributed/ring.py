@@ -14,9 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..ops.attention import merge_attention
-from . import _shim as attention
-from ._shim import AttentionCall
+from ..ops import attention
+from ..ops.attention import AttentionCall, merge_attention
 from .blocks import Plan, Run, apart, joined, parts_of, runs
 from .collectives import start_shift, wait
 

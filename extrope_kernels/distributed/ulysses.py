@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _shim as attention
+from ..ops import attention
 from .blocks import Plan
 from .collectives import Group, gathered, start_exchange, wait
 from .layout import Balance, by_rank, in_order

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-import attention_oracle as oracle
 import pytest
 import torch
 
-from extrope_kernels import RopeFreqs, distributed, scores
-from extrope_kernels.distributed._shim import on_one_device as rope_attention
+from extrope_kernels import RopeFreqs, distributed, rope_attention, scores
 from extrope_kernels.testing import assert_within_budget
 
 STRATEGIES = ("gather", "ring", "ulysses")
@@ -24,6 +22,7 @@ SCORES = {
     "blockwise_causal": scores.blockwise_causal(10),
     "string": scores.string(9, 2),
 }
+FREQS = RopeFreqs(10000.0 ** -(torch.arange(8) / 8))
 NAMES = ("out", "lse", "dq", "dk", "dv")
 # Two calls add the same numbers in another order: a few roundings of float64.
 EXACT = 1e-13
@@ -31,12 +30,12 @@ EXACT = 1e-13
 
 def leaves(dtype, seqlen=SEQLEN, heads_q=8, heads_k=2, head_dim=16, batch=1, head_dim_v=None):
     """q, k, v and the gradients of out and of lse, the same on every rank."""
-    q, k, v = oracle.make_qkv(batch, seqlen, None, heads_q, heads_k, head_dim, dtype, head_dim_v)
-    wide = torch.promote_types(dtype, torch.float32)
     generator = torch.Generator().manual_seed(1)
-    dout = torch.randn((*q.shape[:-1], v.shape[-1]), generator=generator).to(dtype)
-    dlse = torch.randn((batch, heads_q, seqlen), generator=generator).to(wide)
-    return (q, k, v), (dout, dlse)
+    head_dim_v = head_dim_v or head_dim
+    heads = ((heads_q, head_dim), (heads_k, head_dim), (heads_k, head_dim_v), (heads_q, head_dim_v))
+    found = [torch.randn(batch, seqlen, *of, generator=generator).to(dtype) for of in heads]
+    dlse = torch.randn((batch, heads_q, seqlen), generator=generator)
+    return found[:3], (found[3], dlse.to(torch.promote_types(dtype, torch.float32)))
 
 
 def random(*shape):
@@ -75,7 +74,7 @@ def assert_sinks_close(mesh, dsinks, expected):
 def equals_one_process(mesh, score, cases, shape=None, scale=None, **options):
     """cases: strategies and balances."""
     tensors, grads = leaves(torch.float64, **shape or {})
-    options |= {"freqs": oracle.frequencies(16), "score": SCORES[score]}
+    options |= {"freqs": FREQS, "score": SCORES[score]}
     of_all = {} if scale is None else {"query_scale": scale}
     expected = outcome(rope_attention, tensors, grads, **options, **of_all)
     for strategy, balance in cases:
@@ -169,7 +168,7 @@ def within_the_budget(mesh, dtype, cases, sinks=None, **options):
     cases: strategies, backends and balances.
     """
     tensors, grads = leaves(dtype, seqlen=128, heads_q=4)
-    options |= {"freqs": oracle.frequencies(16), "score": SCORES["leaky_rerope"]}
+    options |= {"freqs": FREQS, "score": SCORES["leaky_rerope"]}
     exactly = [x.double() for x in (*tensors, *grads)]
     of_exact = None if sinks is None else sinks.double()
     exact = outcome(rope_attention, exactly[:3], exactly[3:], of_exact, **options)
@@ -210,7 +209,7 @@ def keys_come_stored(mesh):
     """As a cache keeps them, where `score.stored` says."""
     from extrope_kernels import apply_rope
 
-    score, freqs = SCORES["self_extend"], oracle.frequencies(16)
+    score, freqs = SCORES["self_extend"], FREQS
     (q, k, v), _ = leaves(torch.float64)
     expected = cut([rope_attention(q, k, v, freqs, score)], {"mesh": mesh, "balance": "zigzag"})
     stored = apply_rope(k, freqs, positions=score.stored(torch.arange(SEQLEN)))

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from extrope_kernels import RopeFreqs, distributed, scores
-from extrope_kernels.distributed._shim import on_one_device as rope_attention
+from extrope_kernels import RopeFreqs, distributed, rope_attention, scores
 from extrope_kernels.testing import make_qk
 
 STRATEGIES = ("gather", "ring", "ulysses")

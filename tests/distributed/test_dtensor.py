@@ -8,8 +8,14 @@ import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, merge_attention, scores
-from extrope_kernels.distributed._shim import on_one_device as rope_attention
+from extrope_kernels import (
+    RopeFreqs,
+    apply_rope,
+    apply_rope_qk,
+    merge_attention,
+    rope_attention,
+    scores,
+)
 from extrope_kernels.testing import make_qk
 
 FREQS = RopeFreqs(10000.0 ** -(torch.arange(8) / 8))

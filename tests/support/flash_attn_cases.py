@@ -6,9 +6,9 @@ import math
 
 import torch
 from attention_engines import TorchEngine, aten_backward, aten_forward
+from extrope_kernels.ops._shared.attention_call import AttentionCall
 
 from extrope_kernels.methods import rope
-from extrope_kernels.ops._shared.attention_call import AttentionCall
 from extrope_kernels.ops.attention import flash_attn, reference
 from extrope_kernels.scores import UNROTATED, PositionMap
 

@@ -64,8 +64,9 @@ class Guarded(TorchDispatchMode):
 
 def attention() -> None:
     """Forward and backward in two and three regions, with dims, rows and keys left over."""
-    from extrope_kernels import methods, scores
     from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options
+
+    from extrope_kernels import methods, scores
     from extrope_kernels.ops.attention import triton
 
     ends = torch.tensor([0, 5, 5, 23], dtype=torch.int32)
@@ -85,10 +86,11 @@ def attention() -> None:
 
 def cache() -> None:
     """Appending to and reading from caches, in one piece and in pages."""
-    from extrope_kernels import methods, scores
     from extrope_kernels.ops._shared.attention_call import AttentionCall, score_options
     from extrope_kernels.ops.decode.arguments import KVCache
     from extrope_kernels.ops.decode.triton import launch
+
+    from extrope_kernels import methods, scores
 
     pages = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)
     for table, score, dtype in (

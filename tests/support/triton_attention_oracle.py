@@ -6,13 +6,13 @@ import itertools
 
 import torch
 from attention_oracle import rounding_noise, worse
+from extrope_kernels.ops._shared.attention_call import AttentionCall
+from extrope_kernels.ops.attention.frames import rotate
 from rope_oracle import DEVICE, INTERPRETED
 from torch import Tensor
 
 from extrope_kernels import methods
-from extrope_kernels.ops._shared.attention_call import AttentionCall
 from extrope_kernels.ops.attention import reference
-from extrope_kernels.ops.attention.frames import rotate
 from extrope_kernels.ops.attention.triton import backward, forward
 from extrope_kernels.scores import Score, query_scale
 from extrope_kernels.testing import assert_within_budget
