@@ -11,7 +11,7 @@ from .ops.linear_attention import (
 from .ops.permute import head_permutations, permute, permute_qk
 from .ops.rope import apply_rope, apply_rope_qk, rope_append_kvcache
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "PermuteFormerState",
     "RopeFreqs",
