@@ -67,8 +67,7 @@ def rope_attention(
     Returns: out (batch, seqlen / P, heads_q, head_dim), and lse (batch, heads_q, seqlen / P).
         Differentiable once, in q, k, v and sinks.
     Raises: as on one device. A rank that raises alone leaves the others waiting until the group's
-        timeout, or until torchrun ends them; TORCH_DISTRIBUTED_DEBUG=DETAIL names the collectives
-        that differ between ranks.
+        timeout, or until torchrun ends them.
     """
     op = "rope_attention" if score is None else getattr(score, "name", "rope_attention")
     group = group_of(op, mesh)

@@ -27,7 +27,6 @@ from extrope_kernels.evaluation.search import run
 from extrope_kernels.evaluation.search.candidates import Candidate, published
 from extrope_kernels.evaluation.search.factors import (
     Descent,
-    Evolution,
     find_ladder,
     rising,
     rope_parameters,
@@ -195,20 +194,6 @@ def test_one_text_does_not_decide_a_step():
     gradients = torch.tensor([[-1000.0, -1.0], [1.0, -1.0], [1.0, -1.0], [1.0, -1.0]])
     tried = descent.step(gradients.double())
     assert 0 < tried[0] < 0.51 * tried[1] and tried[1] == pytest.approx(0.1)
-
-
-def test_evolution_keeps_what_is_better():
-    evolution = Evolution(torch.zeros(8, dtype=torch.float64), seed=0)
-    wanted = torch.linspace(0, 1, 8, dtype=torch.float64)
-
-    def loss(at):
-        return (at - wanted).square().sum().item()
-
-    for _ in range(300):
-        tried = evolution.mutation()
-        assert (tried.diff() >= 0).all()
-        evolution.tell(tried, loss(tried) < loss(evolution.log_factors))
-    assert loss(evolution.log_factors) < 0.1 * loss(torch.zeros(8))
 
 
 def test_longrope_hands_gradients_to_its_factors():

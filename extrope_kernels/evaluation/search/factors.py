@@ -1,4 +1,4 @@
-"""Frequencies of a model: factors, how a gradient or a mutation moves them, as a configuration.
+"""Frequencies of a model: factors, how a gradient moves them, a configuration that has them.
 
 LongRoPE's paper keeps them rising from fast pairs to slow ones: https://arxiv.org/abs/2402.13753
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,33 +122,6 @@ class Descent:
     def tell(self, tried: Tensor, better: bool) -> None:
         """Say whether a step was better than where it started."""
         self._size = min(1.0, 2 * self._size) if better else self._size / 4
-        if better:
-            self.log_factors = tried
-
-
-class Evolution:
-    """Mutations of the best factors so far, where there is no gradient.
-
-    A mutation moves three pairs of ten. How far adapts: twice as far after a mutation that was
-    better, a fifth less after one that was not.
-    """
-
-    def __init__(self, start: Tensor, seed: int) -> None:
-        self.log_factors = start
-        self._random = random.Random(seed)
-        self._size = 0.05
-
-    def mutation(self) -> Tensor:
-        """Return other factors to try."""
-        moved = [
-            self._random.gauss(0, self._size) if self._random.random() < 0.3 else 0.0
-            for _ in self.log_factors
-        ]
-        return rising(self.log_factors + torch.tensor(moved, dtype=self.log_factors.dtype))
-
-    def tell(self, tried: Tensor, better: bool) -> None:
-        """Say whether a mutation was better than the best before it."""
-        self._size *= 2.0 if better else 0.8
         if better:
             self.log_factors = tried
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import compress
 from pathlib import Path
 from statistics import fmean, median
@@ -23,7 +22,7 @@ from ..models import decoder_layers
 from ..report import Display
 from ..texts import Text
 from .candidates import Candidate, published, score_methods, supported, with_log_n
-from .factors import Descent, Evolution, Ladder, rising
+from .factors import Descent, Ladder, rising
 from .losses import NoGradient, finite, gradient, last_loss, short_piece
 
 if TYPE_CHECKING:
@@ -151,13 +150,11 @@ class Search:
         freqs = self.ladder.freqs(start)
         logs, amplitude = rising(self.ladder.log_factors(freqs)), freqs.attention_factor
         self.display.line(f"factors per pair, from those of {start.name}")
-        descent = Descent(logs, self.ladder.plain * self.length)
         try:
-            found = self._improved(descent, partial(self._downhill, descent, amplitude), amplitude)
+            found = self._improved(Descent(logs, self.ladder.plain * self.length), amplitude)
         except NoGradient:
-            self.display.line("no gradient reaches this model's frequencies: factors by mutation")
-            evolution = Evolution(logs, self.seed)
-            found = self._improved(evolution, lambda step: evolution.mutation(), amplitude)
+            self.display.line("no gradient reaches this model's frequencies: no factors are found")
+            return []
         if found is None:
             return []
         amplitudes = self.ladder.freqs(self.yarn()).attention_factor, amplitude
@@ -171,27 +168,19 @@ class Search:
         """Return YaRN by its paper, which everything is compared with."""
         return Candidate("yarn", {"factor": max(1.0, self.length / self.ladder.trained)})
 
-    def _improved(
-        self,
-        mover: Descent | Evolution,
-        propose: Callable[[int], Tensor | None],
-        amplitude: float,
-    ) -> Tensor | None:
-        """Return the factors of the lowest loss on the same short pieces, None if none were found.
-
-        propose: what to try in a step, None when time is up.
-        """
-        start = mover.log_factors
+    def _improved(self, descent: Descent, amplitude: float) -> Tensor | None:
+        """Return the factors of the lowest loss on the same short pieces, None without any."""
+        start = descent.log_factors
         best = self.mean_short(self.ladder.longrope(start, amplitude), _PIECES, _FACTORS)
         for step in range(_STEPS):
-            if best is None or (tried := propose(step)) is None:
+            if best is None or (tried := self._downhill(descent, amplitude, step)) is None:
                 break
             loss = self.mean_short(self.ladder.longrope(tried, amplitude), _PIECES, _FACTORS)
             if loss is None:
                 break
-            mover.tell(tried, loss < best)
+            descent.tell(tried, loss < best)
             best = min(best, loss)
-        return None if mover.log_factors is start else mover.log_factors
+        return None if descent.log_factors is start else descent.log_factors
 
     def _downhill(self, descent: Descent, amplitude: float, step: int) -> Tensor | None:
         """Return where the gradients of other pieces than those that decide point."""
