@@ -7,6 +7,7 @@ heads are under way while those before are attended to. The backward gathers the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,8 +49,9 @@ def backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of this rank's tokens."""
+    """dq, dk and dv of this rank's tokens; those of all blocks and ranks are rounded once."""
     dq, sums = torch.empty_like(q), []
+    call = replace(plan.call, float32_results=True)
     blocks = blocks_of(plan, q)
     for heads, rows in _of_all(plan, q, k, v):
         keys, values = apart(rows, k, v)
@@ -64,7 +66,7 @@ def backward(
                 block.keys(values),
                 block.queries(out[..., heads, :]),
                 block.lse(lse[..., heads, :]).contiguous(),
-                block.call(plan.call, heads),
+                block.call(call, heads),
                 plan.backend,
             )
             block.queries(dq[..., heads, :]).copy_(found[0])

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from extrope_kernels import RopeFreqs, distributed, rope_attention, scores
+from extrope_kernels import RopeFreqs, distributed, methods, rope_attention, scores
 from extrope_kernels.testing import assert_within_budget
 
 STRATEGIES = ("gather", "ring", "ulysses")
@@ -22,7 +22,7 @@ SCORES = {
     "blockwise_causal": scores.blockwise_causal(10),
     "string": scores.string(9, 2),
 }
-FREQS = RopeFreqs(10000.0 ** -(torch.arange(8) / 8))
+FREQS = methods.rope(16)
 NAMES = ("out", "lse", "dq", "dk", "dv")
 # Two calls add the same numbers in another order: a few roundings of float64.
 EXACT = 1e-13
@@ -30,12 +30,14 @@ EXACT = 1e-13
 
 def leaves(dtype, seqlen=SEQLEN, heads_q=8, heads_k=2, head_dim=16, batch=1, head_dim_v=None):
     """q, k, v and the gradients of out and of lse, the same on every rank."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seqlen * 1000 + head_dim)
     head_dim_v = head_dim_v or head_dim
-    heads = ((heads_q, head_dim), (heads_k, head_dim), (heads_k, head_dim_v), (heads_q, head_dim_v))
-    found = [torch.randn(batch, seqlen, *of, generator=generator).to(dtype) for of in heads]
-    dlse = torch.randn((batch, heads_q, seqlen), generator=generator)
-    return found[:3], (found[3], dlse.to(torch.promote_types(dtype, torch.float32)))
+    shapes = ((heads_q, head_dim), (heads_k, head_dim), (heads_k, head_dim_v))
+    tensors = [torch.randn(batch, seqlen, *x, generator=generator).to(dtype) for x in shapes]
+    generator.manual_seed(1)
+    dout = torch.randn(batch, seqlen, heads_q, head_dim_v, generator=generator).to(dtype)
+    dlse = torch.randn(batch, heads_q, seqlen, generator=generator)
+    return tensors, (dout, dlse.to(torch.promote_types(dtype, torch.float32)))
 
 
 def random(*shape):

@@ -213,7 +213,7 @@ def _logits(
 
 def _scale(q: Tensor, call: AttentionCall, i: Tensor) -> Tensor | float:
     scale, rows = call.scale(q.shape[-1]), row_scale(i, call, accumulator(q.dtype))
-    return scale if rows is None else rows.expand(i.shape)[:, None, :, None] * scale
+    return scale if rows is None else torch.atleast_2d(rows)[:, None, :, None] * scale
 
 
 def _softmax(logits: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
