@@ -150,7 +150,7 @@ class _OfKeys(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         sinks: Tensor | None,
-    ):
+    ) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.strategy = plan, strategy
         plan = plan._replace(call=replace(plan.call, sinks=sinks))
         out, lse = (ring if strategy == "ring" else gather).forward(plan, q, k, v)
@@ -159,7 +159,7 @@ class _OfKeys(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None):
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: a checkpoint unpacks a tensor only once
         q, k, v, out, lse, sinks = saved
         plan = ctx.plan._replace(call=replace(ctx.plan.call, sinks=sinks))
@@ -186,7 +186,7 @@ class _Refused(torch.autograd.Function):
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> None:
         raise NotImplementedError(
             f"{ctx.op}: over ranks there are first derivatives only, got one taken twice"
         )
