@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from extrope_kernels.evaluation.report import with_error
+from extrope_kernels.evaluation.spread import with_error
 
 HIGHEST, CLOSEST = 1.5, 0.06  # nats: shown above plain RoPE at 1x; between two labels
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from extrope_kernels import RopeFreqs, apply_rope, methods
 from extrope_kernels.evaluation import cli, models, runner
+from extrope_kernels.evaluation.memory import keep_freed_memory
 from extrope_kernels.evaluation.options import Plan
-from extrope_kernels.evaluation.runner import TASKS
+from extrope_kernels.evaluation.tasks import TASKS
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.integrations.transformers.rotation import Rotation
 
@@ -97,7 +98,7 @@ def main() -> None:
     run = model_runs.RUNS[asked.run]
     args = evaluation.parse_args(model_runs.arguments(run, ["pydocs", asked.text], {}))
     models.quiet()
-    models.keep_freed_memory()
+    keep_freed_memory()
     files, lengths = models.find_model(args.model), [int(run.lengths)]
     task = TASKS[args.task](args, lengths, models.load_tokenizer(files))
     model = models.load_model(files, args.dtype, "cpu")

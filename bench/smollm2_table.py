@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from extrope_kernels.evaluation.report import mean_and_error
+from extrope_kernels.evaluation.spread import mean_and_error
 
 BASELINE = "yarn"
 TWICE, FOUR_TIMES = "smollm2", "smollm2-32k"  # folders, by length

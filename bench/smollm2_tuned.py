@@ -13,7 +13,7 @@ from typing import Any
 
 from smollm2_table import TWICE, between, named
 
-from extrope_kernels.evaluation.report import mean_and_error
+from extrope_kernels.evaluation.spread import mean_and_error
 
 FOLDER = "smollm2-tuned"
 
