@@ -9,8 +9,7 @@ fused kernels take as they are, forward and backward; and that plain PyTorch giv
 import torch
 from torch import Tensor
 
-from extrope_kernels import methods
-from extrope_kernels.ops.attention import attend
+from extrope_kernels import methods, rope_attention
 from extrope_kernels.scores import FIRST_KEY, UNROTATED, PositionMap, Region, Score
 
 
@@ -48,7 +47,7 @@ def main() -> None:
     freqs = methods.rope(32)
     near, far, factor = 16, 48, 4.0
 
-    out = attend(two_slopes(near, far, factor), q, k, v, freqs)
+    out = rope_attention(q, k, v, freqs, two_slopes(near, far, factor))
     (grad,) = torch.autograd.grad(out.square().sum(), q)
 
     i = torch.arange(96.0)

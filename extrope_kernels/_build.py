@@ -15,16 +15,15 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from . import _ninja
 
 LIBRARIES = {"cpu": "_C_cpu.abi3.so", "cuda": "_C_cuda.abi3.so"}
 MIN_TORCH = (2, 11)
@@ -252,25 +251,119 @@ def build(name: str, output: Path, work_dir: Path, log: Path) -> None:
 
     `work_dir` may be an earlier build's: then only what has changed since is compiled.
     """
-    steps, ninja = plan(name), find_ninja()
+    steps = plan(name)
     if lacks := steps.left_out:
         warnings.warn(f"the {name} library lacks its fastest kernels: {lacks}", stacklevel=2)
     work_dir.mkdir(parents=True, exist_ok=True)
-    copies = {work_dir / _copied(source): source for source in _read_by(name)}
-    _ninja.copy_sources(copies, work_dir / "csrc")
-    if why := _ninja.run(ninja, steps.objects, LIBRARIES[name], steps.link, work_dir, log):
-        raise BuildError(f"{Path(steps.link[0]).name} failed: {why} (log: {log})")
+    _copy_sources({work_dir / _copied(x): x for x in _read_by(name)}, work_dir / "csrc")
+    run_ninja(steps.objects, LIBRARIES[name], steps.link, work_dir, log)
     shutil.copy(work_dir / LIBRARIES[name], output)
+
+
+def run_ninja(
+    objects: Mapping[str, Sequence[str]],
+    library: str,
+    link: Sequence[str],
+    folder: Path,
+    log: Path,
+) -> None:
+    """Compile `objects`, each by a command that ends in its source, and link `library` from them.
+
+    All paths are relative to `folder`. The file `log` gets what ninja prints, and a terminal its
+    count of steps. Raises BuildError with the line that says why it failed.
+    """
+    command = [find_ninja(), "-v"]  # -v: the log holds whole commands
+    (folder / "build.ninja").write_bytes(os.fsencode(_ninja_file(objects, library, link)))
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    printed = []
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**_in_english(), "NINJA_STATUS": "[%f/%t] "},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        ) as process,
+    ):
+        try:
+            for line in process.stdout or ():
+                file.write(line)
+                printed.append(line.strip())
+                if terminal and (count := re.match(r"\[\d+/\d+\]", line)):
+                    print(f"\r{count[0]}", end="", file=sys.stderr, flush=True)
+        except BaseException:  # such as KeyboardInterrupt
+            # Else the compilers would go on, and write where the next build does.
+            process.terminate()
+            process.communicate()
+            raise
+    if terminal:
+        print(file=sys.stderr)
+    if process.returncode:
+        why = _first_error(printed)
+        raise BuildError(f"{Path(link[0]).name} failed: {why} (log: {log})")
 
 
 def output(command: list[str]) -> str:
     """What a command prints; BuildError when it fails."""
-    env = {**os.environ, **_ninja.IN_ENGLISH}
     try:
-        done = subprocess.run(command, env=env, capture_output=True, check=True)
+        done = subprocess.run(command, env=_in_english(), capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"{shlex.join(command)} failed") from error
     return done.stdout.decode(errors="replace")
+
+
+def _in_english() -> dict[str, str]:
+    """The environment in which compilers print their versions and errors in one language."""
+    return {**os.environ, "LC_ALL": "C"}
+
+
+def _copy_sources(copies: Mapping[Path, Path], folder: Path) -> None:
+    """Bring a folder of copies up to date by content.
+
+    ninja goes by dates, and installers date files as they like.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in copies:
+            path.unlink()
+    for path, source in copies.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = source.read_bytes()
+        if not path.exists() or path.read_bytes() != content:
+            path.write_bytes(content)
+
+
+def _ninja_file(objects: Mapping[str, Sequence[str]], library: str, link: Sequence[str]) -> str:
+    lines = [
+        "rule compile",
+        "  command = $compile -MD -MF $out.d -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",  # the format that nvcc writes, too
+        "rule link",
+        # Objects come before the libraries: the linker looks only ahead for what they lack.
+        f"  command = {_escaped(link[:1])} $in {_escaped(link[1:])} -o $out",
+        f"build {library}: link {' '.join(objects)}",
+    ]
+    for target, command in objects.items():
+        lines += [f"build {target}: compile {command[-1]}", f"  compile = {_escaped(command)}"]
+    return "\n".join([*lines, ""])
+
+
+def _escaped(command: Sequence[str]) -> str:
+    return shlex.join(command).replace("$", "$$")
+
+
+def _first_error(printed: list[str]) -> str:
+    """The line that says why: behind FAILED with the target, and the command."""
+    failed = next((i for i, line in enumerate(printed) if line.startswith("FAILED:")), -1)
+    after = printed[failed + 2 :] if failed >= 0 else printed
+    wrote = [line for line in after if line and not line.startswith("ninja: build stopped")]
+    if not wrote:
+        return "it wrote nothing"
+    # "undefined": the linker's own word, before its caller's "error: ld returned 1".
+    return next((x for x in wrote if re.search("error|undefined", x, re.I)), wrote[-1])[:300]
 
 
 def _sources(folder: str, pattern: str) -> list[Path]:

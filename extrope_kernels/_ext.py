@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import logging
 import os
-import shlex
-import shutil
 import stat
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +15,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from . import _build, _ninja
+from . import _build
 
 # Of torch.ops. A copy of the package in the same process needs another: see integrations/kernels.
 NAMESPACE = "extrope"
@@ -102,11 +98,7 @@ def _user_dir() -> Path | None:
 
 
 def _temporary_dir() -> Path:
-    try:
-        folder = tempfile.gettempdir()
-    except FileNotFoundError:  # there is none that can be written to: told where it is tried
-        folder = "/tmp"
-    return Path(folder) / f"extrope_kernels-{os.getuid()}"
+    return Path(os.environ.get("TMPDIR") or "/tmp") / f"extrope_kernels-{os.getuid()}"
 
 
 def _load(name: str) -> Path:
@@ -175,57 +167,21 @@ def _usable(folders: list[Path], failures: list[str]) -> Iterator[Path]:
 
 def _build_locked(name: str, library: Path) -> None:
     entry = library.parent
-    # Objects outlive the build, for the next one after an edit of the sources.
+    # Objects outlive the build, for the next one after an edit of the sources or a failure.
     work_dir = entry.parent / f"build-{name}-{_build.work_key(name)}"
     for folder in (entry, work_dir):
         folder.mkdir(exist_ok=True)
-    with FileLock(entry / "lock", timeout=_BUILD_TIMEOUT):
+    with FileLock(work_dir / "lock", timeout=_BUILD_TIMEOUT):
         if _intact(library):  # another process built it meanwhile
             return
-        if why := _remembered(name, entry):
-            again = f"in an earlier process; not tried again until {entry} is removed"
-            raise _build.BuildError(f"{why}, {again}")
         _log.warning("building the %s library, once, into %s", name, entry)
-        built, log = entry / f"{library.name}.new", entry / "build.log"
-        log.unlink(missing_ok=True)
+        built = entry / f"{library.name}.new"
         try:
-            with FileLock(work_dir / "lock", timeout=_BUILD_TIMEOUT):
-                _build.build(name, built, work_dir, log)
+            _build.build(name, built, work_dir, entry / "build.log")
             _digest_path(library).write_text(_digest(built))
             os.replace(built, library)
-        except _build.BuildError as error:
-            if log.exists() and not _ninja.was_stopped(log):
-                _remember(name, entry, str(error))
-            raise
         finally:
             built.unlink(missing_ok=True)
-
-
-def _remember(name: str, entry: Path, why: str) -> None:
-    """Let no later process wait for the same failure."""
-    with contextlib.suppress(OSError):
-        text = f"{_circumstances(name)}\n{why}"
-        (entry / "failed").write_text(text, "utf-8", "surrogateescape")
-
-
-def _remembered(name: str, entry: Path) -> str:
-    """Why this very build failed before, "" when it did not."""
-    try:
-        text = (entry / "failed").read_text("utf-8", "surrogateescape")
-    except FileNotFoundError:
-        return ""
-    circumstances, _, why = text.partition("\n")
-    return why if circumstances == _circumstances(name) else ""
-
-
-def _circumstances(name: str) -> str:
-    """What a build may fail of and its key leaves out: which compilers, by their paths, and torch.
-
-    By the key alone a compiler that works would pay for another of the same version that does not.
-    """
-    commands = [_build.find_compiler(), _build.plan(name).link]
-    paths = [shutil.which(command[0]) for command in commands]
-    return f"{paths} {[shlex.join(command) for command in commands]} torch {torch.__version__}"
 
 
 def _digest_path(library: Path) -> Path:

@@ -1,24 +1,8 @@
 """Context parallelism: attention of a sequence whose tokens are spread over the ranks of a mesh."""
 
 from . import dtensor  # noqa: F401  (registers sharding rules)
-from .attend import attend
-from .attention import (
-    blockwise_causal_attention,
-    dual_chunk_attention,
-    rerope_attention,
-    string_attention,
-)
+from .attention import rope_attention
 from .layout import local_positions, shard, unshard
 from .linear import permuteformer_attention
 
-__all__ = [
-    "attend",
-    "blockwise_causal_attention",
-    "dual_chunk_attention",
-    "local_positions",
-    "permuteformer_attention",
-    "rerope_attention",
-    "shard",
-    "string_attention",
-    "unshard",
-]
+__all__ = ["local_positions", "permuteformer_attention", "rope_attention", "shard", "unshard"]

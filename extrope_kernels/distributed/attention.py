@@ -1,52 +1,63 @@
-"""The attention functions over a sequence that ranks share."""
+"""Attention over a sequence that ranks share: from the public function to a strategy."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from .. import scores
 from ..methods import RopeFreqs
-from ..ops._shared.attention_call import rerope_score, score_of
-from ..ops._shared.options import takes_options_of
-from .attend import ShardedOptions, attend
+from ..ops import attention
+from ..ops._shared.backends import require
+from ..ops._shared.checks import refuse_flags
+from ..scores import Score
+from . import gather, ring, ulysses
+from .blocks import Plan
+from .layout import Balance, Mesh, check_balance, group_of
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-_public = takes_options_of(attend, internal=("keys_stored", "op"))
+Strategy = Literal["gather", "ring", "ulysses"]
+STRATEGIES = ("gather", "ring", "ulysses")
 
 
-@_public
-def rerope_attention(
+def rope_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     freqs: RopeFreqs,
+    score: Score | None = None,
     *,
-    window: int,
-    factor: float = math.inf,
-    grouped: bool = False,
-    **options: Unpack[ShardedOptions],
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`extrope_kernels.rerope_attention` of a sequence whose tokens are spread over ranks.
+    mesh: Mesh,
+    strategy: Strategy = "gather",
+    balance: Balance = "zigzag",
+    softmax_scale: float | None = None,
+    log_n: float | None = None,
+    query_scale: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    sliding_window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+    keys_stored: bool = False,
+) -> Tensor | Any:
+    """`extrope_kernels.rope_attention` of a sequence whose tokens are spread over ranks.
 
     Every rank of the mesh calls it alike, with its own tokens; out and gradients are those of one
-    device, to rounding. With a window of the sequence's length or more it is plain attention.
+    device, to rounding.
 
     q, k, v: (batch, seqlen / P, heads, head_dim), the tokens that `shard` gives this rank. With
         cu_seqlens all are (total / P, heads, head_dim).
-    mesh: DeviceMesh or ProcessGroup, the P ranks that share the sequence. With two dimensions ranks
-        exchange heads in the second (as "ulysses"), and do as `strategy` says in the first.
+    mesh: DeviceMesh of one dimension or ProcessGroup, the P ranks that share the sequence.
     strategy: "gather": every rank gathers all keys and values, an eighth of their heads at a time.
         "ring": they go round in P steps, 1/P of them at a time, and results are merged.
         "ulysses": ranks exchange tokens for heads; P divides q's heads, and is a multiple or a
         divisor of k's.
     balance: "zigzag" or None, as the tokens were cut, see `local_positions`.
-    sinks: whole on every rank. Their gradient is that of this rank's rows (of its heads, where
-        they are exchanged): the ranks' sum is the gradient, as for any parameter.
+    sinks: whole on every rank. Their gradient is that of this rank's rows (with "ulysses" of its
+        heads): the ranks' sum is the gradient, as for any parameter.
     query_scale: of this rank's tokens.
     cu_seqlens: (sequences + 1,) int32 or int64, of the whole: its values are waited for. Not with
         "ring", nor with torch.compile.
@@ -55,87 +66,127 @@ def rerope_attention(
 
     Returns: out (batch, seqlen / P, heads_q, head_dim), and lse (batch, heads_q, seqlen / P).
         Differentiable once, in q, k, v and sinks.
-    Raises: as on one device. What is wrong on one rank alone, or differs between ranks, leaves the
-        others waiting: with EXTROPE_CHECK=1 in the environment all of them raise instead.
+    Raises: as on one device. A rank that raises alone leaves the others waiting until the group's
+        timeout, or until torchrun ends them.
     """
-    op = "rerope_attention"
-    return attend(
-        lambda: rerope_score(op, window, factor, grouped), q, k, v, freqs, op=op, **options
-    )
-
-
-@_public
-def dual_chunk_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    freqs: RopeFreqs,
-    *,
-    chunk_size: int,
-    local_window: int,
-    **options: Unpack[ShardedOptions],
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`extrope_kernels.dual_chunk_attention` of a sequence whose tokens are spread over ranks.
-
-    chunk_size, local_window: as on one device; a chunk need not end where a rank's tokens do.
-    Everything else as in `rerope_attention` here.
-    """
-    op = "dual_chunk_attention"
-    return attend(
-        lambda: score_of(op, scores.dual_chunk, chunk_size, local_window),
-        q,
-        k,
-        v,
+    op = "rope_attention" if score is None else getattr(score, "name", "rope_attention")
+    group = group_of(op, mesh)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"{op}: strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
+    check_balance(op, balance)
+    refuse_flags(op, interleaved=interleaved, return_lse=return_lse, keys_stored=keys_stored)
+    attention.check_method(op, freqs, score)
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
+        cu_seqlens = cu_seqlens.to(torch.int32)
+    call = attention.make_call(
         freqs,
-        op=op,
-        **options,
+        score,
+        keys_stored=keys_stored,
+        cu_seqlens=cu_seqlens,
+        sinks=sinks,
+        query_scale=query_scale,
+        softmax_scale=softmax_scale,
+        log_n=log_n,
+        interleaved=interleaved,
+        softcap=softcap,
+        sliding_window=sliding_window,
     )
+    attention.check_attention(op, q, k, v, call)
+    if backend is not None:
+        require(op, backend, attention.BACKENDS, q.device.type, attention.missing)
+    _check(op, q, k, call, balance)
+    boundaries = None
+    if call.cu_seqlens is not None:
+        boundaries = _boundaries(op, call.cu_seqlens, q.shape[0] * group.size, strategy)
+    plan = Plan(op, call, backend, group, balance, boundaries)
+    if strategy == "ulysses":
+        ulysses.check_heads(op, q.shape[-2], k.shape[-2], group)
+    if group.size == 1:
+        out, lse = attention.forward(q, k, v, call, backend)
+    elif strategy == "ulysses":
+        out, lse = ulysses.attend(plan, q, k, v, return_lse)
+    else:
+        plan = plan._replace(call=replace(call, sinks=None))
+        out, lse = _OfKeys.apply(plan, strategy, q, k, v, sinks)
+    return (out, lse) if return_lse else out
 
 
-@_public
-def blockwise_causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    freqs: RopeFreqs,
-    *,
-    block_size: int,
-    **options: Unpack[ShardedOptions],
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`extrope_kernels.blockwise_causal_attention` of a sequence spread over ranks.
-
-    block_size: as on one device; a block need not end where a rank's tokens do.
-    Everything else as in `rerope_attention` here.
-    """
-    op = "blockwise_causal_attention"
-    return attend(
-        lambda: score_of(op, scores.blockwise_causal, block_size),
-        q,
-        k,
-        v,
-        freqs,
-        op=op,
-        **options,
-    )
+def _check(op: str, q: Tensor, k: Tensor, call: attention.AttentionCall, balance: Balance) -> None:
+    """Refuse what is right on one device only."""
+    for name in ("inv_freq", "log_decay", "query_scale"):
+        value = getattr(call, name)
+        if value is not None and value.requires_grad:
+            raise ValueError(f"{op}: {name} has no gradient here, got one that requires grad")
+    tokens = q.shape[-3]
+    if k.shape[-3] != tokens:
+        raise ValueError(f"{op}: k must have q's {tokens} tokens, got {k.shape[-3]}")
+    if balance is not None and tokens % 2:
+        raise ValueError(f"{op}: q must have an even number of tokens in zigzag, got {tokens}")
 
 
-@_public
-def string_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    freqs: RopeFreqs,
-    *,
-    shift: int,
-    window: int,
-    **options: Unpack[ShardedOptions],
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`extrope_kernels.string_attention` of a sequence whose tokens are spread over ranks.
+def _boundaries(op: str, cu_seqlens: Tensor, total: int, strategy: Strategy) -> list[int]:
+    if strategy == "ring":
+        raise NotImplementedError(
+            f"{op}: a ring does not take cu_seqlens yet; strategy 'gather' and 'ulysses' do"
+        )
+    boundaries = cu_seqlens.tolist()
+    if boundaries[0] != 0 or boundaries[-1] != total or boundaries != sorted(boundaries):
+        raise ValueError(
+            f"{op}: cu_seqlens must rise from 0 to the {total} tokens of all ranks, "
+            f"got {boundaries}"
+        )
+    return boundaries
 
-    shift, window: as on one device.
-    Everything else as in `rerope_attention` here.
-    """
-    op = "string_attention"
-    return attend(
-        lambda: score_of(op, scores.string, shift, window), q, k, v, freqs, op=op, **options
-    )
+
+class _OfKeys(torch.autograd.Function):
+    """The strategies that send keys: `gather` and `ring`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        strategy: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.strategy = plan, strategy
+        plan = plan._replace(call=replace(plan.call, sinks=sinks))
+        out, lse = (ring if strategy == "ring" else gather).forward(plan, q, k, v)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: a checkpoint unpacks a tensor only once
+        q, k, v, out, lse, sinks = saved
+        plan = ctx.plan._replace(call=replace(ctx.plan.call, sinks=sinks))
+        found: list[Tensor | None] = [None, None]
+        with torch.no_grad():
+            given = torch.zeros_like(out) if dout is None else dout.contiguous()
+            of_strategy = (ring if ctx.strategy == "ring" else gather).backward
+            found += of_strategy(plan, given, dlse, q, k, v, out, lse)
+            asked = ctx.needs_input_grad[5]
+            found.append(attention.grad_of_sinks(sinks, given, dlse, out, lse) if asked else None)
+        if not torch.is_grad_enabled():
+            return tuple(found)
+        # PyTorch's `once_differentiable` would not see that gradients depend on saved tensors.
+        sources = [x for x in (dout, dlse, *saved) if x is not None and x.requires_grad]
+        return tuple(None if x is None else _Refused.apply(plan.op, x, *sources) for x in found)
+
+
+class _Refused(torch.autograd.Function):
+    """A gradient that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, gradient: Tensor, *sources: Tensor) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise NotImplementedError(
+            f"{ctx.op}: over ranks there are first derivatives only, got one taken twice"
+        )

@@ -45,8 +45,7 @@ def _rule(name: str) -> Callable[..., list[tuple[Placements, Placements]]]:
     def acceptable(*args: Any, **options: Any) -> list[tuple[Placements, Placements]]:
         args = (*args, *[None] * (count - len(args)))
         rows, others = args[:count], args[count:]
-        whole: Placements = [None if x is None else Replicate() for x in args]
-        found = [([Replicate()] * _OUTPUTS[name], whole)]
+        found = [([Replicate()] * _OUTPUTS[name], _whole(args))]
         of_others = _attention_args
         if name.startswith("rope"):
             of_others = _norm_args if "norm" in name else _rope_args
@@ -62,6 +61,11 @@ def _rule(name: str) -> Callable[..., list[tuple[Placements, Placements]]]:
         return found
 
     return acceptable
+
+
+def _whole(args: tuple[Any, ...]) -> Placements:
+    """Every tensor on every rank; numbers are None."""
+    return [Replicate() if hasattr(x, "ndim") else None for x in args]
 
 
 def _dim(what: str, rows: Any) -> int:
@@ -95,7 +99,7 @@ def _rope_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Place
     q, packed = rows[0], rows[0].ndim == 3
     if what != "heads" and (packed or cu_seqlens is not None):
         return None
-    found: Placements = [None if x is None else Replicate() for x in args]
+    found = _whole(args)
     if what == "heads":
         if _per_head(inv_freq):
             found[0] = Shard(1)
@@ -123,16 +127,16 @@ def _norm_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Place
     over_heads = any(x is not None and x.shape[0] != rows[0].shape[-1] for x in weights)
     if rest is None or (what == "heads" and over_heads):
         return None
-    return [*(None if x is None else Replicate() for x in weights), *rest]
+    return [*_whole(weights), *rest]
 
 
 def _attention_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Placements | None:
     """inv_freq, cu_seqlens, log_decay, sinks, query_scale and the starts, as far as given."""
     if what == "sequence" or (what == "batch" and rows[0].ndim == 3):
         return None
-    found: Placements = [None if x is None else Replicate() for x in args]
+    found = _whole(args)
     for n, x in enumerate(args):
-        if x is None:
+        if not hasattr(x, "ndim"):
             continue
         if what == "heads":
             found[n] = Shard(0) if n == 3 else Replicate()  # the sinks

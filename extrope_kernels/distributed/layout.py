@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -13,40 +13,24 @@ from .collectives import Group, gathered
 
 Mesh: TypeAlias = DeviceMesh | dist.ProcessGroup
 Balance: TypeAlias = Literal["zigzag"] | None
-ALONE = Group("", 1, 0)
 
 
-class Devices(NamedTuple):
-    """The ranks that share a sequence, as a grid: rank = outer.rank * inner.size + inner.rank."""
-
-    outer: Group
-    inner: Group = ALONE
-
-    @property
-    def size(self) -> int:
-        return self.outer.size * self.inner.size
-
-    @property
-    def rank(self) -> int:
-        return self.outer.rank * self.inner.size + self.inner.rank
-
-
-def groups_of(op: str, mesh: Mesh) -> list[dist.ProcessGroup]:
-    """One process group for each dimension of the mesh."""
-    if isinstance(mesh, dist.ProcessGroup):
-        return [mesh]
-    if not isinstance(mesh, DeviceMesh):
+def group_of(op: str, mesh: Mesh) -> Group:
+    """The ranks that share a sequence."""
+    if isinstance(mesh, DeviceMesh):
+        if mesh.ndim != 1:
+            raise ValueError(f"{op}: mesh must have 1 dimension, got {mesh.ndim}")
+        mesh = mesh.get_group()
+    if not isinstance(mesh, dist.ProcessGroup):
         raise TypeError(
             f"{op}: mesh must be a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}"
         )
-    if mesh.ndim not in (1, 2):
-        raise ValueError(f"{op}: mesh must have 1 or 2 dimensions, got {mesh.ndim}")
-    return [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    return Group(mesh.group_name, mesh.size(), mesh.rank())
 
 
-def devices_of(op: str, mesh: Mesh) -> Devices:
-    """The grid that a mesh is."""
-    return Devices(*(Group(g.group_name, g.size(), g.rank()) for g in groups_of(op, mesh)))
+def check_balance(op: str, balance: Balance) -> None:
+    if balance not in ("zigzag", None):
+        raise ValueError(f"{op}: balance must be 'zigzag' or None, got {balance!r}")
 
 
 def local_positions(
@@ -59,7 +43,7 @@ def local_positions(
     """The positions of this rank's tokens, (seqlen / P,) int64, P being the number of ranks.
 
     seqlen: of the whole sequence, a multiple of 2 P (of P without balance).
-    mesh: DeviceMesh of one or two dimensions, or a ProcessGroup: the ranks that share the sequence.
+    mesh: DeviceMesh of one dimension, or a ProcessGroup: the ranks that share the sequence.
     balance: "zigzag" cuts the sequence into 2 P chunks and gives rank r those numbered r and
         2 P - 1 - r, so that causal attention costs all ranks the same; it is the order of torch's
         head-tail load balancer. None gives every rank one run of tokens.
@@ -67,9 +51,10 @@ def local_positions(
 
     Raises: ValueError or TypeError that names the argument.
     """
-    devices = _checked("local_positions", mesh, balance)
-    mine = chunks(devices.rank, devices.size, balance)
-    size = _per_rank("local_positions", "seqlen", seqlen, devices, balance) // len(mine)
+    check_balance("local_positions", balance)
+    group = group_of("local_positions", mesh)
+    mine = chunks(group, balance)
+    size = _per_rank("local_positions", "seqlen", seqlen, group, balance) // len(mine)
     starts = torch.tensor(mine, device=device or "cpu") * size
     return (starts[:, None] + torch.arange(size, device=starts.device)).flatten()
 
@@ -83,11 +68,11 @@ def shard(x: Tensor, mesh: Mesh, *, dim: int = 1, balance: Balance = "zigzag") -
     Returns: x with seqlen / P tokens, a copy with balance, else a view. Differentiable.
     Raises: ValueError or TypeError that names the argument.
     """
-    devices = _checked("shard", mesh, balance)
-    seqlen = _length("shard", x, dim)
-    _per_rank("shard", f"x's dimension {dim}", seqlen, devices, balance)
-    mine = chunks(devices.rank, devices.size, balance)
-    parts = x.chunk(len(mine) * devices.size, dim)
+    check_balance("shard", balance)
+    group = group_of("shard", mesh)
+    _per_rank("shard", f"x's dimension {dim}", _length("shard", x, dim), group, balance)
+    mine = chunks(group, balance)
+    parts = x.chunk(len(mine) * group.size, dim)
     return parts[mine[0]] if len(mine) == 1 else torch.cat([parts[n] for n in mine], dim)
 
 
@@ -101,51 +86,40 @@ def unshard(x: Tensor, mesh: Mesh, *, dim: int = 1, balance: Balance = "zigzag")
         gradient of a token is summed.
     Raises: ValueError or TypeError that names the argument.
     """
-    devices = _checked("unshard", mesh, balance)
+    check_balance("unshard", balance)
+    group = group_of("unshard", mesh)
     tokens = _length("unshard", x, dim)
     if balance is not None and tokens % 2:
         raise ValueError(
             f"unshard: x's dimension {dim} must be even with balance='zigzag', got {tokens}"
         )
-    rows = x.movedim(dim, 0).contiguous()
-    for group in (devices.inner, devices.outer):
-        rows = gathered(rows, group)
-    return in_order(rows, devices.size, balance).movedim(0, dim)
+    rows = gathered(x.movedim(dim, 0).contiguous(), group)
+    return in_order(rows, group, balance).movedim(0, dim)
 
 
-def chunks(rank: int, size: int, balance: Balance) -> list[int]:
-    """The numbers of the chunks that a rank holds, of the P (balanced 2 P) of the sequence."""
-    return [rank] if balance is None else [rank, 2 * size - 1 - rank]
+def chunks(group: Group, balance: Balance) -> list[int]:
+    """The numbers of the chunks that the rank holds, of the P (balanced 2 P) of the sequence."""
+    return [group.rank] if balance is None else [group.rank, 2 * group.size - 1 - group.rank]
 
 
-def in_order(rows: Tensor, size: int, balance: Balance) -> Tensor:
-    """Rows (size * n, ...) of all ranks, one rank's after the other's, by their positions."""
-    if balance is None or size == 1:
+def in_order(rows: Tensor, group: Group, balance: Balance) -> Tensor:
+    """Sort rows (size * n, ...), one rank's after the other's, by their positions."""
+    if balance is None or group.size == 1:
         return rows
-    parts = rows.chunk(2 * size)
+    parts = rows.chunk(2 * group.size)
     return torch.cat([*parts[0::2], *reversed(parts[1::2])])
 
 
-def by_rank(rows: Tensor, size: int, balance: Balance) -> Tensor:
+def by_rank(rows: Tensor, group: Group, balance: Balance) -> Tensor:
     """The inverse of `in_order`."""
-    if balance is None or size == 1:
+    if balance is None or group.size == 1:
         return rows
-    parts = rows.chunk(2 * size)
-    return torch.cat([part for n in range(size) for part in (parts[n], parts[-1 - n])])
-
-
-def check_balance(op: str, balance: Balance) -> None:
-    if balance not in ("zigzag", None):
-        raise ValueError(f"{op}: balance must be 'zigzag' or None, got {balance!r}")
-
-
-def _checked(op: str, mesh: Mesh, balance: Balance) -> Devices:
-    check_balance(op, balance)
-    return devices_of(op, mesh)
+    parts = rows.chunk(2 * group.size)
+    return torch.cat([part for n in range(group.size) for part in (parts[n], parts[-1 - n])])
 
 
 def _length(op: str, x: Tensor, dim: int) -> int:
-    """Of the sequence in x."""
+    """The sequence's length in x."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}")
     if isinstance(dim, bool) or not isinstance(dim, int):
@@ -155,13 +129,13 @@ def _length(op: str, x: Tensor, dim: int) -> int:
     return x.shape[dim]
 
 
-def _per_rank(op: str, name: str, seqlen: int, devices: Devices, balance: Balance) -> int:
-    parts = devices.size * len(chunks(devices.rank, devices.size, balance))
+def _per_rank(op: str, name: str, seqlen: int, group: Group, balance: Balance) -> int:
+    parts = group.size * len(chunks(group, balance))
     if isinstance(seqlen, bool) or not isinstance(seqlen, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, got {type(seqlen).__name__}")
     if seqlen < 0 or seqlen % parts:
         raise ValueError(
-            f"{op}: {name} must be a multiple of {parts} for {devices.size} ranks"
+            f"{op}: {name} must be a multiple of {parts} for {group.size} ranks"
             f"{'' if balance is None else ' in zigzag'}, got {seqlen}"
         )
-    return seqlen // devices.size
+    return seqlen // group.size

@@ -9,9 +9,10 @@ from torch.nn import functional
 from ..ops import permuteformer
 from ..ops._shared.checks import refuse_flags
 from ..ops.permuteformer import MAX_DIM, check, default_decay, seen, state_of
-from .agreement import Settings, agreed, contents
-from .collectives import gathered
-from .layout import Devices, Mesh, devices_of
+from .collectives import Group, gathered
+from .layout import Mesh, group_of
+
+_OP = "permuteformer_attention"
 
 
 def permuteformer_attention(
@@ -35,50 +36,31 @@ def permuteformer_attention(
 
     q, k, v: (batch, seqlen / P, heads, head_dim), one run of tokens a rank, as `shard` gives with
         balance=None; v of less than 256 dimensions.
-    mesh: DeviceMesh or ProcessGroup, the P ranks that share the sequence.
+    mesh: DeviceMesh of one dimension or ProcessGroup, the P ranks that share the sequence.
     positions: of the sequence's first token.
     permutations, decay, causal, normalize, backend: as on one device.
 
     Returns: (batch, seqlen / P, heads_q, head_dim_v) in q's dtype. Differentiable in q, k and v.
-    Raises: as on one device; see `rerope_attention` here for what is wrong on one rank alone.
+    Raises: as on one device; see `rope_attention` here for a rank that raises alone.
     """
-    op = "permuteformer_attention"
-    devices = devices_of(op, mesh)
-
-    def own_part() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        refuse_flags(op, causal=causal, normalize=normalize)
-        check(op, q, k, v, decay, None, causal)
-        if isinstance(positions, bool) or not isinstance(positions, (int, torch.SymInt)):
-            raise TypeError(f"{op}: positions must be an int, got {type(positions).__name__}")
-        wide = torch.promote_types(q.dtype, torch.float32)
-        rows, keys, values = (x.to(wide) for x in (q, k, v))
-        if normalize:  # a dim of ones becomes the denominator
-            _check_room(op, v, backend)
-            values = functional.pad(values, (0, 1), value=1.0)
-        decays = default_decay(k) if decay is None and causal else decay
-        at = {"positions": devices.rank * q.shape[1] + positions, "backend": backend}
-        out = permuteformer.permuteformer_attention(
-            rows, keys, values,
-            permutations=permutations, decay=decays, causal=causal, normalize=False, **at,
-        )  # fmt: skip
-        rows, keys = permuteformer.permute_qk(rows, keys, permutations, positions=at["positions"])
-        return out, rows, keys, values, decays
-
-    def settings(parts: tuple[Tensor, ...]) -> Settings:
-        asks = [x.requires_grad for x in (q, k, v)] * torch.is_grad_enabled()
-        rows = (("q", q), ("k", k), ("v", v))
-        return {
-            **{f"the shape and dtype of {n}": (tuple(x.shape), x.dtype) for n, x in rows},
-            "what requires grad": asks,
-            "the contents of permutations and decay": contents(permutations, decay),
-            "causal": causal,
-            "normalize": normalize,
-            "positions": positions,
-            "backend": backend,
-        }
-
-    out, rows, keys, values, decays = agreed(op, mesh, own_part, settings)
-    others = _of_others(state_of(keys, values, decays), q.shape[1], decays, devices, causal)
+    group = group_of(_OP, mesh)
+    refuse_flags(_OP, causal=causal, normalize=normalize)
+    check(_OP, q, k, v, decay, None, causal)
+    if isinstance(positions, bool) or not isinstance(positions, (int, torch.SymInt)):
+        raise TypeError(f"{_OP}: positions must be an int, got {type(positions).__name__}")
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows, keys, values = (x.to(wide) for x in (q, k, v))
+    if normalize:  # a dim of ones becomes the denominator
+        _check_room(v, backend)
+        values = functional.pad(values, (0, 1), value=1.0)
+    decays = default_decay(k) if decay is None and causal else decay
+    at = {"positions": group.rank * q.shape[1] + positions, "backend": backend}
+    out = permuteformer.permuteformer_attention(
+        rows, keys, values,
+        permutations=permutations, decay=decays, causal=causal, normalize=False, **at,
+    )  # fmt: skip
+    rows, keys = permuteformer.permute_qk(rows, keys, permutations, positions=at["positions"])
+    others = _of_others(state_of(keys, values, decays), q.shape[1], decays, group, causal)
     out = out + seen(rows, others, decays)
     if normalize:
         out = out[..., :-1] / out[..., -1:]
@@ -86,25 +68,23 @@ def permuteformer_attention(
 
 
 def _of_others(
-    state: Tensor, tokens: int, decay: Tensor | None, devices: Devices, causal: bool
+    state: Tensor, tokens: int, decay: Tensor | None, group: Group, causal: bool
 ) -> Tensor:
     """The state that the tokens of ranks before this one leave, or, not causal, of all others."""
-    states = state[None].contiguous()
-    for group in (devices.inner, devices.outer):
-        states = gathered(states, group)
+    states = gathered(state[None].contiguous(), group)
     # The others are left out, not multiplied by 0: what they hold may not be finite.
-    earlier, later = states[: devices.rank], states[devices.rank + 1 :]
+    earlier, later = states[: group.rank], states[group.rank + 1 :]
     if decay is None:
         return earlier.sum(0) if causal else earlier.sum(0) + later.sum(0)
-    between = torch.arange(devices.rank - 1, -1, -1, device=state.device) * tokens
+    between = torch.arange(group.rank - 1, -1, -1, device=state.device) * tokens
     weights = decay.to(state.dtype) ** between[:, None]
     return (earlier * weights[:, None, :, None, None]).sum(0)
 
 
-def _check_room(op: str, v: Tensor, backend: str | None) -> None:
-    """For the denominator's dim."""
+def _check_room(v: Tensor, backend: str | None) -> None:
+    """Refuse values without room for the denominator's dim."""
     if v.shape[-1] >= MAX_DIM and backend != "reference":
         raise ValueError(
-            f"{op}: v's head_dim must be less than {MAX_DIM} with normalize=True "
+            f"{_OP}: v's head_dim must be less than {MAX_DIM} with normalize=True "
             f"(backend='reference' takes any), got {v.shape[-1]}"
         )

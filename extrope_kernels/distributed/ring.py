@@ -10,97 +10,126 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.attention import (
-    BlockCall,
-    block_backward,
-    block_forward,
-    grad_of_sinks,
-    merge_attention,
-)
-from .collectives import Group, start_shift, wait
-from .derivatives import first_only
-from .layout import Balance
-from .rows import RopeTensors, Run, apart, joined, parts_of, runs
+from ..ops import attention
+from ..ops.attention import AttentionCall, merge_attention
+from .blocks import Plan, Run, apart, joined, parts_of, runs
+from .collectives import start_shift, wait
 
 
-class Plan(NamedTuple):
-    """All of a call but its tensors."""
-
-    call: BlockCall
-    group: Group
-    balance: Balance
-
-
-def attend(plan: Plan, q: Tensor, k: Tensor, v: Tensor, rope: RopeTensors) -> tuple[Tensor, Tensor]:
+def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of this rank's queries, from its own tokens of q, k and v; not packed."""
-    call = replace(plan.call, options={**plan.call.options, "float32_results": True})
-    return _Ring.apply(plan._replace(call=call), q, k, v, *rope)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
+    for heads, of_keys in parts_of(q, k):
+        rows = (q[:, :, heads], k[:, :, of_keys], v[:, :, of_keys])
+        _forward_of_heads(_of_heads(plan, heads), *rows, out[:, :, heads], lse[:, heads])
+    return out, lse
 
 
-class _Ring(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor | None):
-        rope = RopeTensors(*tensors)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-        lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
-        for part in parts_of(q, k):
-            rows = (q[:, :, part.q], k[:, :, part.k], v[:, :, part.k])
-            _forward_of_part(plan, *rows, rope.of_heads(part.q), out[:, :, part.q], lse[:, part.q])
-        ctx.plan = plan
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, *tensors)
-        return out, lse
-
-    @staticmethod
-    @first_only
-    def backward(ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None):
-        q, k, v, out, lse, *tensors = saved
-        rope = RopeTensors(*tensors)
-        dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        for part in parts_of(q, k):
-            given = (
-                dout[:, :, part.q],
-                None if dlse is None else dlse[:, part.q],
-                *(x[:, :, heads] for x, heads in ((q, part.q), (k, part.k), (v, part.k))),
-                out[:, :, part.q],
-                lse[:, part.q],
-            )
-            dkv = _backward_of_part(ctx.plan, given, rope, dq[:, :, part.q])
-            dkeys, dvalues = apart(dkv, k, v)
-            dk[:, :, part.k].copy_(dkeys)
-            dv[:, :, part.k].copy_(dvalues)
-            del dkv, dkeys, dvalues
-        dsinks = None
-        if ctx.needs_input_grad[6]:
-            dsinks = grad_of_sinks(rope.sinks, dout, dlse, out, lse)
-        return None, dq, dk, dv, None, None, dsinks, None
+def backward(
+    plan: Plan,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of this rank's tokens."""
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    for heads, of_keys in parts_of(q, k):
+        keys, values = k[:, :, of_keys], v[:, :, of_keys]
+        dkv = _backward_of_heads(
+            plan,
+            dout[:, :, heads],
+            None if dlse is None else dlse[:, heads],
+            q[:, :, heads],
+            keys,
+            values,
+            out[:, :, heads],
+            lse[:, heads],
+            dq[:, :, heads],
+        )
+        dkeys, dvalues = apart(dkv, keys, values)
+        dk[:, :, of_keys].copy_(dkeys)
+        dv[:, :, of_keys].copy_(dvalues)
+        del dkv, dkeys, dvalues  # before the next ones are made
+    return dq, dk, dv
 
 
-def _forward_of_part(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, rope: RopeTensors, out: Tensor, lse: Tensor
+def _of_heads(plan: Plan, heads: slice) -> Plan:
+    sinks = plan.call.sinks
+    return plan if sinks is None else plan._replace(call=replace(plan.call, sinks=sinks[heads]))
+
+
+def _forward_of_heads(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> None:
-    """Write out and lse of some heads, merged in float32."""
+    """Write out and lse, merged in float32."""
     so_far = out if out.dtype == lse.dtype else torch.empty_like(out, dtype=lse.dtype)
     for step, keys, values in _round(plan, k, v):
         for here, there in _pairs(plan, step, q.shape[1]):
+            first = here.is_same(there)
             rows = (q[:, here.rows], keys[:, there.rows], values[:, there.rows])
-            found = block_forward(plan.call, *rows, *_rope_args(rope, here, there))
+            call = _call_of(plan, here, there, sinks=first)
+            found = attention.forward(*rows, call, plan.backend)
             outs, lses = [so_far[:, here.rows], found[0]], [lse[..., here.rows], found[1]]
-            if here.is_same(there):
+            if first:
                 outs[0].copy_(outs[1])
                 lses[0].copy_(lses[1])
             else:
                 merge_attention(outs, lses, inplace=True)
-            del found, outs, lses  # before the next one is made
+            del found, outs, lses  # before the next ones are made
     if so_far is not out:
         out.copy_(so_far)
+
+
+def _backward_of_heads(
+    plan: Plan,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+) -> Tensor:
+    """Write dq; return the gradient of these keys and values, `joined`."""
+    so_far = dq if dq.dtype == lse.dtype else torch.empty_like(dq, dtype=lse.dtype)
+    so_far.zero_()
+    # The sum of the ranks before, for the keys that are here, goes with them, a step behind.
+    shape = (k.shape[1], k.shape[0], k.shape[2], k.shape[3] + v.shape[3])
+    going = k.new_zeros(shape, dtype=lse.dtype)
+    for step, keys, values in _round(plan, k, v):
+        for here, there in _pairs(plan, step, q.shape[1]):
+            found = attention.backward(
+                dout[:, here.rows],
+                None if dlse is None else dlse[..., here.rows].contiguous(),
+                q[:, here.rows],
+                keys[:, there.rows],
+                values[:, there.rows],
+                out[:, here.rows],
+                lse[..., here.rows].contiguous(),
+                _call_of(plan, here, there, sinks=False),  # lse has them
+                plan.backend,
+            )
+            so_far[:, here.rows] += found[0]
+            going = wait(going)  # has come while the first pair was computed
+            dkeys, dvalues = apart(going, k, v)
+            dkeys[:, there.rows] += found[1]
+            dvalues[:, there.rows] += found[2]
+            del found  # before the next one is made
+        going = start_shift(wait(going), plan.group)
+    if so_far is not dq:
+        dq.copy_(so_far)
+    return wait(going)
 
 
 def _round(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -133,65 +162,18 @@ def _pairs(plan: Plan, step: int, tokens: int) -> Iterator[tuple[Run, Run]]:
                 yield queries, keys
 
 
-def _rope_args(
-    rope: RopeTensors, here: Run, there: Run, backward: bool = False
-) -> tuple[Tensor | None, ...]:
-    """As an op takes them, after q, k and v. Of a backward lse knows the sinks."""
-    scale, device = rope.query_scale, rope.inv_freq.device
-    starts = (torch.full((1,), x.start, dtype=torch.int32, device=device) for x in (here, there))
-    return (
-        rope.inv_freq,
-        None,
-        rope.log_decay,
-        rope.sinks if here.is_same(there) and not backward else None,
-        None if scale is None else scale[..., here.rows].contiguous(),
-        *starts,
+def _call_of(plan: Plan, here: Run, there: Run, sinks: bool) -> AttentionCall:
+    """The call of a run of queries over a run of keys."""
+    call, scale = plan.call, plan.call.query_scale
+    device = call.inv_freq.device
+    q_start, k_start = (
+        torch.full((1,), x.start, dtype=torch.int32, device=device) for x in (here, there)
     )
-
-
-def _backward_of_part(plan: Plan, given: tuple[Any, ...], rope: RopeTensors, dq: Tensor) -> Tensor:
-    """Write dq of some heads; return the gradient of their keys and values, `joined`.
-
-    given: dout, dlse, q, k, v, out and lse of these heads.
-    """
-    _, _, q, k, v, _, lse = given
-    so_far = dq if dq.dtype == lse.dtype else torch.empty_like(dq, dtype=lse.dtype)
-    so_far.zero_()
-    # What ranks have found so far for the keys that are here goes with them, a step behind.
-    shape = (k.shape[1], k.shape[0], k.shape[2], k.shape[3] + v.shape[3])
-    going = k.new_zeros(shape, dtype=lse.dtype)
-    for step, keys, values in _round(plan, k, v):
-        for here, there in _pairs(plan, step, q.shape[1]):
-            found = _backward_of_pair(plan, (here, there), given, (keys, values), rope)
-            so_far[:, here.rows] += found[0]
-            going = wait(going)  # has come while the first pair was computed
-            dkeys, dvalues = apart(going, k, v)
-            dkeys[:, there.rows] += found[1]
-            dvalues[:, there.rows] += found[2]
-            del found  # before the next one is made
-        going = start_shift(wait(going), plan.group)
-    if so_far is not dq:
-        dq.copy_(so_far)
-    return wait(going)
-
-
-def _backward_of_pair(
-    plan: Plan,
-    pair: tuple[Run, Run],
-    given: tuple[Any, ...],
-    keys_values: tuple[Tensor, Tensor],
-    rope: RopeTensors,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a run of keys adds to dq of a run of queries, and they to the gradients of the keys."""
-    here, there = pair
-    dout, dlse, q, _, _, out, lse = given
-    return block_backward(
-        plan.call,
-        dout[:, here.rows],
-        None if dlse is None else dlse[..., here.rows].contiguous(),
-        q[:, here.rows],
-        *(x[:, there.rows] for x in keys_values),
-        out[:, here.rows],
-        lse[..., here.rows].contiguous(),
-        *_rope_args(rope, here, there, backward=True),
+    return replace(
+        call,
+        sinks=call.sinks if sinks else None,
+        query_scale=None if scale is None else scale[..., here.rows].contiguous(),
+        q_start=q_start,
+        k_start=k_start,
+        float32_results=True,
     )

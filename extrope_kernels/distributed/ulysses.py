@@ -5,11 +5,14 @@ Paper: https://arxiv.org/abs/2309.14509
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops import attention
+from .blocks import Plan
 from .collectives import Group, gathered, start_exchange, wait
 from .layout import Balance, by_rank, in_order
 
@@ -28,49 +31,47 @@ def check_heads(op: str, heads_q: int, heads_k: int, group: Group) -> None:
         )
 
 
-def to_heads(x: Tensor, group: Group, balance: Balance) -> Tensor:
-    """From this rank's tokens (batch, seqlen, heads, head_dim) to those of all, with its heads.
+def attend(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """out and lse of this rank's queries, from its own tokens of q, k and v. Differentiable."""
+    call, group, balance = plan.call, plan.group, plan.balance
+    sinks, scale = call.sinks, call.query_scale
+    if sinks is not None:
+        sinks = sinks.chunk(group.size)[group.rank]
+    if scale is not None:
+        scale = gathered(scale.movedim(-1, 0).contiguous(), group)
+        scale = in_order(scale, group, balance).movedim(0, -1).contiguous()
+    rows = [_to_heads(x, group, balance) for x in (q, k, v)]
+    out, lse = attention.forward(*rows, replace(call, sinks=sinks, query_scale=scale), plan.backend)
+    out = _Exchange.apply(out, group, balance, False)
+    if not return_lse:
+        return out, None
+    lse = _Exchange.apply(lse.transpose(-1, -2).unsqueeze(-1), group, balance, False)
+    return out, lse.squeeze(-1).transpose(-1, -2).contiguous()
 
-    Packed without batch. Heads fewer than ranks are repeated.
-    """
+
+def _to_heads(x: Tensor, group: Group, balance: Balance) -> Tensor:
+    """This rank's heads of all tokens (batch, seqlen, heads, head_dim); packed without batch."""
     if x.shape[-2] < group.size:
         x = x.repeat_interleave(group.size // x.shape[-2], -2)
     return _Exchange.apply(x, group, balance, True)
 
 
-def to_tokens(x: Tensor, group: Group, balance: Balance) -> Tensor:
-    """The inverse of `to_heads`."""
-    return _Exchange.apply(x, group, balance, False)
-
-
-def lse_to_tokens(lse: Tensor, group: Group, balance: Balance) -> Tensor:
-    """`to_tokens` of (batch, heads, seqlen), packed (heads, total)."""
-    rows = lse.transpose(-1, -2).unsqueeze(-1)
-    return to_tokens(rows, group, balance).squeeze(-1).transpose(-1, -2).contiguous()
-
-
-def numbers_of_all(x: Tensor, group: Group, balance: Balance) -> Tensor:
-    """A number for each of this rank's tokens (..., seqlen), of all."""
-    rows = gathered(x.movedim(-1, 0).contiguous(), group)
-    return in_order(rows, group.size, balance).movedim(0, -1).contiguous()
-
-
 class _Exchange(torch.autograd.Function):
+    """Tokens for heads, or heads for tokens: each is the other's backward."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, balance: Balance, heads: bool) -> Tensor:
-        ctx.group, ctx.balance, ctx.heads = group, balance, heads
-        return _exchange(x, group, balance, heads)
+    def forward(ctx: Any, x: Tensor, group: Group, balance: Balance, to_heads: bool) -> Tensor:
+        ctx.group, ctx.balance, ctx.to_heads = group, balance, to_heads
+        if to_heads:  # rank by rank the heads that it will have
+            rows = x.unflatten(-2, (group.size, -1)).movedim((-3, -4), (0, 1)).flatten(0, 1)
+            rows = wait(start_exchange(rows.contiguous(), group))
+            return in_order(rows, group, balance).movedim(0, -3)
+        rows = by_rank(x.movedim(-3, 0), group, balance)
+        rows = wait(start_exchange(rows.contiguous(), group)).unflatten(0, (group.size, -1))
+        return rows.movedim((0, 1), (-3, -4)).flatten(-3, -2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        return _Exchange.apply(grad, ctx.group, ctx.balance, not ctx.heads), None, None, None
-
-
-def _exchange(x: Tensor, group: Group, balance: Balance, heads: bool) -> Tensor:
-    if heads:  # rank by rank the heads that it will have
-        rows = x.unflatten(-2, (group.size, -1)).movedim((-3, -4), (0, 1)).flatten(0, 1)
-        rows = wait(start_exchange(rows.contiguous(), group))
-        return in_order(rows, group.size, balance).movedim(0, -3)
-    rows = by_rank(x.movedim(-3, 0), group.size, balance)
-    rows = wait(start_exchange(rows.contiguous(), group)).unflatten(0, (group.size, -1))
-    return rows.movedim((0, 1), (-3, -4)).flatten(-3, -2)
+        return _Exchange.apply(grad, ctx.group, ctx.balance, not ctx.to_heads), None, None, None

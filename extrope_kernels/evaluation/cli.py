@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 
 from . import UsageError, models, options
-from .memory import keep_freed_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,25 +73,16 @@ def run_command(
 
 
 def _run(args: argparse.Namespace) -> None:
-    options.check_packages()
     args.text = args.text or ["pydocs"]
     plan = options.make_plan(args)
-    for name in ("window", "bucket", "depths", "trials"):
-        options.check_positive(f"--{name}", getattr(args, name))
     out = options.check_out(args.out)
-    files = models.find_model(args.model)
-    device = models.pick_device(args.device)
-    models.quiet()
-    if device.startswith("cpu"):
-        keep_freed_memory()
-    # Only now, since they import transformers, which takes seconds.
-    from . import runner
-    from .tasks import TASKS
+    files, device = models.prepared(args.model, args.device)
+    from . import runner  # only now: it imports transformers, which takes seconds
 
     slow = " (from GGUF, which takes half a minute)" if files.gguf_file is not None else ""
     print(f"loading {args.model}{slow}", file=sys.stderr, flush=True)
     tokenizer = models.load_tokenizer(files)
-    task = TASKS[args.task](args, plan.lengths, tokenizer)
+    task = runner.TASKS[args.task](args, plan.lengths, tokenizer)
     model = models.load_model(files, args.dtype, device)
     models.keep_converted(args.model, files, model, tokenizer)
     runner.run_rows(task, model, plan, args, out)

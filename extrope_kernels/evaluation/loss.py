@@ -12,8 +12,7 @@ from torch import Tensor
 
 from . import plots, texts
 from .forward import batches, chunks, logits, run_body
-from .report import range_label
-from .spread import mean_and_error, with_error
+from .report import mean_and_error, range_label, with_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

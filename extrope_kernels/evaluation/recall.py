@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import UsageError, loss, plots, texts
 from .forward import batches
-from .spread import mean_and_error, with_error
+from .report import mean_and_error, with_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

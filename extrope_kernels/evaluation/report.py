@@ -1,10 +1,12 @@
-"""Shows results as they come in and keeps them on disk."""
+"""Shows results as they come in, with how far they can be trusted, and keeps them on disk."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,29 +19,13 @@ from . import UsageError
 
 
 class Display:
-    """Lines of a table on a stream, without progress bars."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def line(self, text: str) -> None:
-        """Show a line of the table at once."""
-        print(text, file=self._stream, flush=True)
-
-    def begin(self, name: str, ticks: int) -> None:
-        """Announce the next row and how many ticks it takes."""
-
-    def tick(self, ticks: int = 1) -> None:
-        """Say that so many ticks of the current row are done."""
-
-
-class _BarDisplay(Display):
-    """Lines of a table above two progress bars: the current row and all rows."""
+    """Lines of a table; on a terminal above two progress bars: the current row and all rows."""
 
     def __init__(self, stream: TextIO, rows: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+        self._stream = stream
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -47,30 +33,34 @@ class _BarDisplay(Display):
             TimeRemainingColumn(),
             console=Console(file=stream),
             transient=True,
+            disable=not stream.isatty(),
         )
         self._all = self.progress.add_task("all rows", total=rows)
         self._row = self.progress.add_task("", total=1, visible=False)
         self._ticks = 1
 
     def line(self, text: str) -> None:
-        self.progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
+        """Show a line of the table at once."""
+        if self.progress.disable:
+            print(text, file=self._stream, flush=True)
+        else:
+            self.progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def begin(self, name: str, ticks: int) -> None:
+        """Announce the next row and how many ticks it has."""
         self._ticks = ticks
         self.progress.reset(self._row, total=ticks, description=name, visible=True)
 
     def tick(self, ticks: int = 1) -> None:
+        """Say that so many ticks of the current row are done."""
         self.progress.advance(self._row, ticks)
         self.progress.advance(self._all, ticks / self._ticks)
 
 
 @contextmanager
 def open_display(stream: TextIO, rows: int) -> Iterator[Display]:
-    """Show a table of so many rows: with progress bars on a terminal, as plain lines elsewhere."""
-    if not stream.isatty():
-        yield Display(stream)
-        return
-    display = _BarDisplay(stream, rows)
+    """Show a table of so many rows."""
+    display = Display(stream, rows)
     with display.progress:
         yield display
 
@@ -168,3 +158,32 @@ def _with_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_nan(item) for item in value]
     return float("nan") if value is None else value
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and its standard error, None for one value or where one is not finite."""
+    if not all(map(math.isfinite, values)):
+        return sum(values) / len(values), None  # statistics raises errors of its own for these
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, statistics.stdev(values) / math.sqrt(len(values))
+
+
+def share_interval(hits: int, trials: int) -> tuple[float, float]:
+    """Return the interval of 95% of a share by Wilson's score, which holds for few trials, too.
+
+    Paper: https://doi.org/10.1080/01621459.1927.10502953
+    """
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share, spread = hits / trials, z**2 / trials
+    centre = share + spread / 2
+    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    low, high = ((centre + side * half) / (1 + spread) for side in (-1, 1))
+    return max(0.0, low), min(1.0, high)
+
+
+def with_error(mean: float, error: float | None, digits: int) -> str:
+    """Return a cell of a table: 2.471, or 2.471±.012."""
+    text = f"{mean:.{digits}f}"
+    return text if error is None else f"{text}±{f'{error:.{digits}f}'.removeprefix('0')}"

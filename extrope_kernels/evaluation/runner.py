@@ -1,4 +1,4 @@
-"""Runs every method at every length and keeps each row as it finishes."""
+"""The tasks of `eval`, run for every method at every length; each row is kept as it finishes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,52 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ..integrations.transformers import extend
 from . import UsageError, report
 from .digests import model_digest
+from .loss import LossTask
 from .models import decoder_layers, training_length, unscaled_length
 from .options import Plan
-from .tasks import Task
+from .passkey import PasskeyTask
+from .recall import RecallTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Task(Protocol):
+    """A measurement that yields one row for a model as it is at one length."""
+
+    name: str
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the numbers depend on besides model and method."""
+
+    def heads(self) -> list[str]:
+        """Return the heads of the table's columns."""
+
+    def ticks(self, layers: int) -> int:
+        """Return how much progress `measure` reports with a model of so many layers."""
+
+    def measure(
+        self, model: PreTrainedModel, length: int, on_progress: Callable[[int], None]
+    ) -> dict[str, Any]:
+        """Return the numbers of a row."""
+
+    def cells(self, row: dict[str, Any]) -> list[str]:
+        """Return the row's cells, one for each head that the row reaches."""
+
+    def plot(self, results: dict[str, Any], path: Path) -> None:
+        """Draw all rows as PNG."""
+
+
+TASKS = {task.name: task for task in (LossTask, PasskeyTask, RecallTask)}
 
 _WIDTH = len("2.471±.012")
 

@@ -11,11 +11,14 @@ MODELS = (
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
 )
+COMPILER = ("torch._dynamo.testing", "torch._functorch.aot_autograd")
 
 
 @pytest.fixture(scope="session")
 def ranks(request):
-    of_models = any("context_parallel" in item.path.name for item in request.session.items)
-    found = Ranks(preloaded=MODELS * of_models)
+    names = {item.path.stem for item in request.session.items}
+    of_models = any("context_parallel" in name for name in names)
+    compiled = "test_distributed_training" in names
+    found = Ranks(preloaded=[*MODELS * of_models, *COMPILER * compiled])
     yield found
     found.stop()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-from unittest import mock
 
 import pytest
 import torch
@@ -14,19 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from extrope_kernels import RopeFreqs, distributed, rerope_attention
+from extrope_kernels import RopeFreqs, distributed, rope_attention, scores
 from extrope_kernels.testing import make_qk
 
 STRATEGIES = ("gather", "ring", "ulysses")
 FREQS = RopeFreqs(10000.0 ** -(torch.arange(8) / 8))
+SCORE = scores.rerope(6)
 
 
 def call(mesh, strategy, **options):
     """A function of q, k and v with something of autograd's after it."""
 
     def attention(q, k, v):
-        out, lse = distributed.rerope_attention(
-            q, k, v, FREQS, window=6, mesh=mesh, strategy=strategy, return_lse=True, **options
+        out, lse = distributed.rope_attention(
+            q, k, v, FREQS, SCORE, mesh=mesh, strategy=strategy, return_lse=True, **options
         )
         return out.square() + lse.transpose(1, 2).unsqueeze(-1)
 
@@ -44,12 +43,10 @@ def gradients(function, tensors):
 
 
 def compiles(mesh, strategy):
-    """With EXTROPE_CHECK=1, too: a graph leaves out that ranks ask one another."""
     torch._dynamo.reset()
     attention, tensors = call(mesh, strategy), inputs(mesh, torch.float32)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=False)
-    with mock.patch.dict(os.environ, EXTROPE_CHECK="1"):
-        torch.testing.assert_close(compiled(*tensors), attention(*tensors))
+    torch.testing.assert_close(compiled(*tensors), attention(*tensors))
     for got, want in zip(gradients(compiled, tensors), gradients(attention, tensors)):
         torch.testing.assert_close(got, want)
 
@@ -92,6 +89,11 @@ def test_an_exported_program_is_saved_and_loaded(ranks):
     ranks.run(is_exported, 2, strategy="ring")
 
 
+def each_strategy(mesh, check, **given):
+    for strategy in STRATEGIES:
+        check(mesh, strategy, **given)
+
+
 def checkpoints(mesh, strategy):
     attention, tensors = call(mesh, strategy), inputs(mesh, torch.float64)
 
@@ -102,9 +104,8 @@ def checkpoints(mesh, strategy):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_activation_checkpointing(ranks, strategy):
-    ranks.run(checkpoints, 4, strategy=strategy)
+def test_activation_checkpointing(ranks):
+    ranks.run(each_strategy, 4, check=checkpoints)
 
 
 def runs_alike_twice(mesh, strategy):
@@ -115,18 +116,17 @@ def runs_alike_twice(mesh, strategy):
             assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_same_bits_in_every_run(ranks, strategy):
-    ranks.run(runs_alike_twice, 4, strategy=strategy)
+def test_same_bits_in_every_run(ranks):
+    ranks.run(each_strategy, 4, check=runs_alike_twice)
 
 
 def some_gradients(mesh, strategy):
     """Of out alone, of lse alone, and of some tensors alone."""
     q, k, v = inputs(mesh, torch.float64, requires_grad=False)
-    options = {"mesh": mesh, "strategy": strategy, "return_lse": True, "window": 6}
+    options = {"mesh": mesh, "strategy": strategy, "return_lse": True}
 
     def run(*tensors):
-        return distributed.rerope_attention(*tensors, FREQS, **options)
+        return distributed.rope_attention(*tensors, FREQS, SCORE, **options)
 
     tensors = [x.clone().requires_grad_() for x in (q, k, v)]
     out, lse = run(*tensors)
@@ -141,9 +141,8 @@ def some_gradients(mesh, strategy):
         torch.testing.assert_close(grad, of_out[n])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_gradients_of_some(ranks, strategy):
-    ranks.run(some_gradients, 4, strategy=strategy)
+def test_gradients_of_some(ranks):
+    ranks.run(each_strategy, 4, check=some_gradients)
 
 
 def refuses_second_derivatives(mesh, strategy):
@@ -156,21 +155,17 @@ def refuses_second_derivatives(mesh, strategy):
 def refuses_those_of_a_linear_loss(mesh, strategy):
     """Whose gradient depends on q, k and v alone, beside a loss that has gradients."""
     tensors = inputs(mesh, torch.float32)
-    out = distributed.rerope_attention(*tensors, FREQS, window=6, mesh=mesh, strategy=strategy)
+    out = distributed.rope_attention(*tensors, FREQS, SCORE, mesh=mesh, strategy=strategy)
     found = torch.autograd.grad(out.sum(), tensors, create_graph=True)
     loss = out.sum() + sum(x.square().sum() for x in found)
     with pytest.raises(NotImplementedError, match="first derivatives only"):
         torch.autograd.grad(loss, tensors)
 
 
-@pytest.mark.parametrize("strategy", ["gather", "ring"])
-def test_second_derivatives_are_refused(ranks, strategy):
-    ranks.run(refuses_second_derivatives, 2, strategy=strategy)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_second_derivatives_of_a_linear_loss_are_refused(ranks, strategy):
-    ranks.run(refuses_those_of_a_linear_loss, 2, strategy=strategy)
+def test_second_derivatives_are_refused(ranks):
+    for strategy in ("gather", "ring"):
+        ranks.run(refuses_second_derivatives, 2, strategy=strategy)
+    ranks.run(each_strategy, 2, check=refuses_those_of_a_linear_loss)
 
 
 def one_rank_is_one_device(mesh):
@@ -178,9 +173,9 @@ def one_rank_is_one_device(mesh):
     group = torch.distributed.new_group(alone, use_local_synchronization=True)
     q, k = make_qk(1, 6, 4, 2, 16, torch.float64)
     for strategy in STRATEGIES:
-        options = {"window": 3, "mesh": group, "strategy": strategy}
-        found = distributed.rerope_attention(q, k, k, FREQS, **options)
-        assert torch.equal(found, rerope_attention(q, k, k, FREQS, window=3))
+        options = {"mesh": group, "strategy": strategy}
+        found = distributed.rope_attention(q, k, k, FREQS, SCORE, **options)
+        assert torch.equal(found, rope_attention(q, k, k, FREQS, SCORE))
 
 
 def test_one_rank_is_one_device(ranks):
@@ -192,9 +187,7 @@ def sends_what_the_formula_says(mesh, strategy, heads_k):
     leaves = [distributed.shard(x, mesh).clone().requires_grad_() for x in (q, k, k)]
     for backward in (False, True):
         with Sent(mesh.get_local_rank(), mesh.size()) as sent:
-            out = distributed.rerope_attention(
-                *leaves, FREQS, window=6, mesh=mesh, strategy=strategy
-            )
+            out = distributed.rope_attention(*leaves, FREQS, SCORE, mesh=mesh, strategy=strategy)
             if backward:
                 out.sum().backward()
         assert sent.bytes == by_formula(strategy, *leaves, mesh.size(), backward)
@@ -202,9 +195,8 @@ def sends_what_the_formula_says(mesh, strategy, heads_k):
 
 @pytest.mark.parametrize("heads_k", [1, 8])
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_sends_what_the_formula_says(ranks, strategy, size, heads_k):
-    ranks.run(sends_what_the_formula_says, size, strategy=strategy, heads_k=heads_k)
+def test_sends_what_the_formula_says(ranks, size, heads_k):
+    ranks.run(each_strategy, size, check=sends_what_the_formula_says, heads_k=heads_k)
 
 
 class Waiting(TorchDispatchMode):
@@ -231,15 +223,14 @@ def reads_what_has_come(mesh, strategy):
     q, k = make_qk(1, 16, 8, 4, 16, torch.float32)
     leaves = [distributed.shard(x, mesh).requires_grad_() for x in (q, k, k + 1)]
     scale = distributed.shard(torch.linspace(1, 2, 16), mesh, dim=0)
-    options = {"window": 6, "query_scale": scale, "mesh": mesh, "strategy": strategy}
+    options = {"query_scale": scale, "mesh": mesh, "strategy": strategy}
     with Waiting() as waiting:
-        distributed.rerope_attention(*leaves, FREQS, **options).sum().backward()
+        distributed.rope_attention(*leaves, FREQS, SCORE, **options).sum().backward()
     assert len(waiting.started) >= 6 and not waiting.places
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_reads_what_has_come(ranks, strategy):
-    ranks.run(reads_what_has_come, 4, strategy=strategy)
+def test_reads_what_has_come(ranks):
+    ranks.run(each_strategy, 4, check=reads_what_has_come)
 
 
 def holds_what_the_formula_says(mesh, dtype, heads_k):
@@ -247,8 +238,8 @@ def holds_what_the_formula_says(mesh, dtype, heads_k):
     leaves = [distributed.shard(x, mesh).clone().requires_grad_() for x in (q, k, k)]
     dout = torch.ones_like(leaves[0])
     with Held() as held:
-        out, lse = distributed.rerope_attention(
-            *leaves, FREQS, window=32, mesh=mesh, strategy="ring", return_lse=True
+        out, lse = distributed.rope_attention(
+            *leaves, FREQS, scores.rerope(32), mesh=mesh, strategy="ring", return_lse=True
         )
         torch.autograd.grad(out, leaves, dout)
     formula = of_ring(*leaves, parts=heads_k)

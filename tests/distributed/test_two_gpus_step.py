@@ -23,12 +23,12 @@ def test_nothing_is_wrong_with_the_cpu(ranks, strategy):
 
 
 def finds_what_is_wrong(mesh):
-    right = distributed.rerope_attention
-    distributed.rerope_attention = lambda *args, **options: right(*args, **options) * 1.01
+    right = distributed.rope_attention
+    distributed.rope_attention = lambda *args, **options: right(*args, **options) * 1.01
     try:
         line = two.problems(mesh, "ring", torch.float32, "cpu", **SHAPE)
     finally:
-        distributed.rerope_attention = right
+        distributed.rope_attention = right
     assert line.startswith("ring torch.float32: out")
 
 

@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,16 @@ pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from tiny_model import CONFIG, TRAINED, check_image, results
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny_model import CONFIG, TRAINED, check_image, results, save_tokenizer
+from torch.nn.functional import cross_entropy
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from extrope_kernels.evaluation import forward, loss, options, report, texts
 from extrope_kernels.evaluation.digests import tokens_digest
@@ -176,6 +186,14 @@ def test_defaults_of_score_methods_follow_the_training_length():
     assert params("self_extend", 16384, 8192, params=given) == {"window": 2040, "factor": 10}
 
 
+def test_a_new_score_method_goes_by_its_parameters(monkeypatch):
+    def newest(window: int, factor: float, slope: float, steps: int = 2): ...
+
+    monkeypatch.setitem(SCORES, "newest", newest)
+    plan = options.Plan(["newest"], [128])
+    assert plan.method_params("newest", 128, 64) == {"window": 32, "factor": 16.0}
+
+
 def test_score_methods_in_the_table(run, folder, text, tokenizer, tmp_path, capsys):
     methods = ",".join(("rope", *SCORES))
     assert run(methods=methods, lengths="70", param="leaky_rerope.factor=4") == 0
@@ -285,3 +303,48 @@ def test_progress_bars_on_a_terminal(run, tmp_path, monkeypatch):
 def test_pydocs(run, tmp_path):
     assert run(text="pydocs", lengths="48") == 0
     assert results(tmp_path)["texts"][0]["name"] == "pydocs"
+
+
+def test_what_is_unlikely_counts_in_large_vocabularies(monkeypatch):
+    """Of 2^17 tokens all but one are too unlikely to change a float32 sum one at a time."""
+    vocab_size, rows, seqlen = 2**17, 2, 3
+    config = SimpleNamespace(vocab_size=vocab_size)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    predicted = torch.full((rows, seqlen - 1, vocab_size), math.log(2**-25))
+    predicted[..., 7] = 0.0
+    monkeypatch.setattr(loss, "run_body", lambda *_: None)
+    monkeypatch.setattr(loss, "logits", lambda model, body, start, stop: predicted[:, start:stop])
+    ids = torch.tensor([[7, 7, 7], [0, 7, 0]])
+
+    def by_rows(logits):
+        losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        return losses.unflatten(0, (rows, seqlen - 1))
+
+    wanted, theirs = by_rows(predicted.double()), by_rows(predicted)
+    got = loss.token_losses(model, ids)
+    assert (got - wanted).abs().max() <= 2 * (theirs - wanted).abs().max()
+
+
+SCALED, LENGTH = 64, 128
+OWN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": SCALED / TRAINED,
+    "original_max_position_embeddings": TRAINED,
+}
+
+
+def test_methods_that_replace_the_scaling_extend_what_was_before(run, tmp_path):
+    model = tmp_path / "model"
+    config = Qwen2Config(**CONFIG | {"max_position_embeddings": SCALED, "rope_parameters": OWN})
+    Qwen2ForCausalLM(config).save_pretrained(model)
+    save_tokenizer(model)
+    methods = "yarn,pi,dynamic_ntk,rerope"
+    assert run(model=model, lengths=LENGTH, methods=methods, out=tmp_path / "out") == 0
+    rows = results(tmp_path)["rows"]
+    assert [row["params"] for row in rows] == [
+        {"factor": LENGTH / TRAINED},
+        {"factor": LENGTH / TRAINED},
+        {"factor": LENGTH / SCALED},  # of max_position_embeddings, from which it counts
+        {"window": SCALED // 2},  # on the model's own frequencies, trained to there
+    ]

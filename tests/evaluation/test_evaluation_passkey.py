@@ -13,7 +13,7 @@ from tiny_model import check_image, results
 from transformers import LlamaForCausalLM
 
 from extrope_kernels.evaluation import UsageError, passkey, plots, texts
-from extrope_kernels.evaluation.spread import share_interval
+from extrope_kernels.evaluation.report import share_interval
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The search for what lets a model read a length, end to end on a tiny random model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ from tiny_model import CONFIG, TRAINED, check_image, results, retrained
 from transformers import LlamaForCausalLM
 
 from extrope_kernels import methods
+from extrope_kernels.cli import main
 from extrope_kernels.evaluation import UsageError
 from extrope_kernels.evaluation.models import find_model, load_model
 from extrope_kernels.evaluation.search import cli, losses, stages
 from extrope_kernels.evaluation.search.candidates import Candidate, published, score_methods
-from extrope_kernels.evaluation.search.config import write_config
-from extrope_kernels.evaluation.search.factors import find_ladder
-from extrope_kernels.evaluation.search.ledger import Ledger
+from extrope_kernels.evaluation.search.factors import find_ladder, write_config
 from extrope_kernels.evaluation.search.losses import NoGradient
+from extrope_kernels.evaluation.search.stages import Ledger
 
 LENGTH = 72
 
@@ -235,17 +236,15 @@ def test_gradient_is_that_of_finite_differences(model, monkeypatch):
     assert not any("forward" in vars(layer) for layer in model.model.layers)
 
 
-def test_a_model_without_gradients_is_searched_by_mutation(search, tmp_path, monkeypatch, capsys):
+def test_without_gradients_there_are_no_factors(search, tmp_path, monkeypatch, capsys):
     def none(*_):
         raise NoGradient
 
     monkeypatch.setattr(stages, "gradient", none)
-    monkeypatch.setattr(stages, "_STEPS", 20)
     assert search() == 0
-    assert "factors by mutation" in capsys.readouterr().out
-    found = results(tmp_path, "search")
-    tried = [r["of"]["params"]["long_factor"] for r in found["rows"] if "long_factor" in str(r)]
-    assert len(tried) > 20 and all(each == sorted(each) for each in tried)
+    assert "no gradient reaches this model's frequencies" in capsys.readouterr().out
+    methods = {row["method"] for row in results(tmp_path, "search")["finalists"]}
+    assert {"plain", "yarn", "rerope"} <= methods and "longrope" not in methods
 
 
 def test_tables_that_record_no_gradient(monkeypatch):
@@ -298,3 +297,46 @@ def test_grids_are_what_extend_takes(model):
     for candidate in [*published(128, TRAINED, 4), *score_methods(128, TRAINED)]:
         with candidate.extending(model):
             assert candidate.call.startswith(f'extend(model, "{candidate.method}", ')
+
+
+def test_short_pieces_only_drop_what_is_far_behind():
+    """The order is that of `published`, not theirs; what there was no time for is dropped, too."""
+    yarn, *others = published(128, TRAINED, 4)
+    losses = {others[0].name: 2.1, others[1].name: 1.9, others[2].name: 2.2, others[3].name: None}
+
+    def mean_short(candidate, pieces, share):
+        return 2.0 if candidate == yarn else losses.get(candidate.name, 9.0)
+
+    search = SimpleNamespace(
+        yarn=lambda: yarn,
+        length=128,
+        ladder=SimpleNamespace(trained=TRAINED, plain=[0.0] * 4),
+        mean_short=mean_short,
+    )
+    assert stages.Search.grid(search) == [yarn, others[0], others[1]]
+    losses.clear()
+    assert stages.Search.grid(search) == [yarn]
+
+
+def test_a_loss_that_is_no_number_is_told(folder, text, tmp_path, capsys):
+    broken = retrained(folder, tmp_path)
+    model = LlamaForCausalLM.from_pretrained(broken)
+    model.model.norm.weight.data[0] = torch.nan
+    model.save_pretrained(broken)
+    command = f"search --model {broken} --text {text} --length 64 --device cpu --out {tmp_path}"
+    assert main(command.split()) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "search: the loss under yarn factor=2 is nan, which ranks with no other"
+
+
+@pytest.mark.parametrize("length", [6000, 16_384, 100_000])
+def test_wide_groups_fill_three_quarters_of_the_distances(length):
+    """Behind the window, half of those that the model knows; with a factor less they would not."""
+    trained = 4096
+    half = trained // 2
+    grids = [each.params for each in score_methods(length, trained) if each.method == "self_extend"]
+    wide = next(each for each in grids if each["window"] > trained // 4)
+    window, factor = wide["window"], wide["factor"]
+    assert window % factor == 0 and half - factor < window <= half
+    assert (length - half) / factor <= (trained - half) * 3 / 4
+    assert factor == 2 or (length - half) / (factor - 1) > (trained - half) * 3 / 4

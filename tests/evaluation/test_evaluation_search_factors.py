@@ -1,12 +1,144 @@
-"""Factors that rise, and what moves them."""
+"""Factors that rise and what moves them; models with a scaling of their own, as configurations."""
+
+import math
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from tiny_model import CONFIG, save_tokenizer
+from transformers import (
+    AutoConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from extrope_kernels import methods
-from extrope_kernels.evaluation.search.factors import Descent, Evolution, rising
+from extrope_kernels.cli import main
+from extrope_kernels.evaluation import UsageError
+from extrope_kernels.evaluation.search import run
+from extrope_kernels.evaluation.search.candidates import Candidate, published
+from extrope_kernels.evaluation.search.factors import (
+    Descent,
+    find_ladder,
+    rising,
+    rope_parameters,
+    write_config,
+)
+
+TRAINED, LENGTH = 32, 100
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.5] * 4,
+    "original_max_position_embeddings": TRAINED,
+}
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize(
+    ("make", "config_class", "changed"),
+    [
+        (LlamaForCausalLM, LlamaConfig, {"rope_parameters": DYNAMIC}),
+        (
+            LlamaForCausalLM,
+            LlamaConfig,
+            {"rope_parameters": LONGROPE, "max_position_embeddings": 4 * TRAINED},
+        ),
+        (  # which refuses any type but longrope
+            Phi3ForCausalLM,
+            Phi3Config,
+            {
+                "rope_parameters": LONGROPE,
+                "max_position_embeddings": 4 * TRAINED,
+                "original_max_position_embeddings": TRAINED,
+                "pad_token_id": None,
+            },
+        ),
+    ],
+    ids=["dynamic", "longrope", "phi3"],
+)
+def test_it_gives_what_the_candidate_gave(make, config_class, changed, tmp_path):
+    torch.manual_seed(0)
+    model = make(config_class(**CONFIG | changed)).eval()
+    ids = torch.randint(0, 100, (1, LENGTH))
+    ladder = find_ladder(model, model.config.max_position_embeddings)
+    assert ladder.trained == TRAINED
+    weights, plain = model.state_dict(), logits(model, ids)
+    with Candidate("rope").extending(model):
+        assert (logits(model, ids) - plain).abs().max() > 0.1  # its scaling matters
+    for candidate in (Candidate(), *published(LENGTH, TRAINED, 4)):
+        write_config(model, ladder, candidate, LENGTH, tmp_path)
+        written = make(AutoConfig.from_pretrained(tmp_path)).eval()
+        if candidate.method == "plain":
+            written.load_state_dict(weights)
+            assert torch.equal(logits(written, ids), plain)
+            continue
+        own, wanted = written.model.rotary_emb, ladder.freqs(candidate)
+        # Factors are rounded as they are written, multiplied and inverted: 3 roundings more.
+        torch.testing.assert_close(own.inv_freq, wanted.inv_freq, rtol=2**-22, atol=1e-20)
+        assert own.attention_scaling == pytest.approx(wanted.attention_factor), candidate.name
+
+
+def test_what_score_methods_cannot_extend_is_searched_for_frequencies(text, tmp_path, capsys):
+    """Its own frequencies change with the length, and score methods keep them."""
+    config = LlamaConfig(**CONFIG | {"rope_parameters": DYNAMIC})
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    command = f"search --model {tmp_path} --text {text} --length {LENGTH} --out {tmp_path}/found"
+    assert main([*command.split(), "--budget", "0.01", "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("score methods are left out: extend: LlamaModel is not a supported") == 1
+    assert (tmp_path / "found" / "extended" / "config.json").exists()
+
+
+def test_score_methods_begin_where_the_own_scaling_ends():
+    scaled = {"rope_parameters": LONGROPE, "max_position_embeddings": 4 * TRAINED}
+    ladder = find_ladder(LlamaForCausalLM(LlamaConfig(**CONFIG | scaled)), 4 * TRAINED)
+    assert (ladder.trained, ladder.scaled) == (TRAINED, 4 * TRAINED)
+
+
+@pytest.mark.parametrize("length", [TRAINED // 2, TRAINED * 3 // 2, LENGTH])
+def test_an_amplitude_other_than_the_usual_is_told_to_vllm(length):
+    """Which takes the usual one, of its own length over the trained, where it is told none."""
+    ladder = find_ladder(LlamaForCausalLM(LlamaConfig(**CONFIG)), TRAINED)
+    factor = max(1, length / TRAINED)
+    usual = math.sqrt(1 + math.log(factor) / math.log(TRAINED))
+    for amplitude in (usual, 1.01 * usual):
+        candidate = ladder.longrope(torch.zeros(4), amplitude)
+        found = rope_parameters(ladder, candidate, length)
+        assert found["factor"] == factor and found["attention_factor"] == amplitude
+        told = None if amplitude == usual else amplitude
+        assert found.get("short_mscale") == found.get("long_mscale") == told
+
+
+def test_the_best_that_a_configuration_can_express():
+    """By held-out text, else the last finalist by text that was searched on."""
+    plain, yarn = Candidate(), Candidate("yarn", {"factor": 2.0})
+    names = [Candidate("rerope", {"window": 8}).name, plain.name, yarn.name]
+    rows = [{"name": name, "pieces": [1.0]} for name in names]
+    assert run._best_frequencies(rows, [plain, yarn]) is plain
+    assert run._best_frequencies(rows[::-1], [plain, yarn]) is yarn
+    assert run._best_frequencies([row | {"pieces": []} for row in rows], [plain, yarn]) is yarn
+
+
+def test_a_model_without_rotary_embeddings_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(UsageError, match="GPT2"):
+        find_ladder(model, 8)
 
 
 def test_rising_is_isotonic_regression():
@@ -62,20 +194,6 @@ def test_one_text_does_not_decide_a_step():
     gradients = torch.tensor([[-1000.0, -1.0], [1.0, -1.0], [1.0, -1.0], [1.0, -1.0]])
     tried = descent.step(gradients.double())
     assert 0 < tried[0] < 0.51 * tried[1] and tried[1] == pytest.approx(0.1)
-
-
-def test_evolution_keeps_what_is_better():
-    evolution = Evolution(torch.zeros(8, dtype=torch.float64), seed=0)
-    wanted = torch.linspace(0, 1, 8, dtype=torch.float64)
-
-    def loss(at):
-        return (at - wanted).square().sum().item()
-
-    for _ in range(300):
-        tried = evolution.mutation()
-        assert (tried.diff() >= 0).all()
-        evolution.tell(tried, loss(tried) < loss(evolution.log_factors))
-    assert loss(evolution.log_factors) < 0.1 * loss(torch.zeros(8))
 
 
 def test_longrope_hands_gradients_to_its_factors():

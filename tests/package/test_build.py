@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from builds import (
     copy_checkout,
     copy_compiled,
     foreign_symbols,
+    has,
     load,
     needs_compiler,
     needs_nvcc,
@@ -31,7 +33,7 @@ from builds import (
 from setuptools import Distribution
 from setuptools.command.build import build
 
-from extrope_kernels import _build, _ninja
+from extrope_kernels import _build
 
 # What a CUDA library says of this machine, were it one with a GPU, and then as it is.
 CUDA_OPS = """
@@ -169,7 +171,7 @@ def test_a_terminal_sees_the_count_of_steps(monkeypatch, tmp_path):
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     build = (objects, "lib.so", [*compiler, "-shared"], tmp_path, tmp_path / "build.log")
-    assert _ninja.run(_build.find_ninja(), *build) is None
+    _build.run_ninja(*build)
     assert terminal.getvalue() == "\r[1/3]\r[2/3]\r[3/3]\n"
     assert (tmp_path / "build.log").read_text().count(" -c ") == 2
 
@@ -180,9 +182,39 @@ def test_what_does_not_link_is_one_line(tmp_path):
     (tmp_path / "a.cpp").write_text("void missing(); void a() { missing(); }")
     objects = {"a.o": [*compiler, "-fPIC", "-c", "a.cpp"]}
     link = [*compiler, "-shared", "-Wl,--no-undefined"]
-    log = tmp_path / "build.log"
-    why = _ninja.run(_build.find_ninja(), objects, "lib.so", link, tmp_path, log)
-    assert "missing" in why and "\n" not in why and why in log.read_text()
+    with pytest.raises(_build.BuildError, match="missing") as error:
+        _build.run_ninja(objects, "lib.so", link, tmp_path, tmp_path / "build.log")
+    assert "\n" not in str(error.value)
+
+
+class Interrupting(io.StringIO):
+    """A terminal on which the user presses Ctrl-C when the first file is compiled."""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_build_leaves_no_compiler_running(monkeypatch, tmp_path):
+    """Even where Python alone was told: it would write where the next build does."""
+    if not has(_build.find_ninja):
+        pytest.skip("no ninja")
+    scripts = {"fast": "until [ -s pid ]; do sleep 0.01; done", "slow": "echo $$ > pid; sleep 60"}
+    for name, does in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+        (tmp_path / f"{name}.cpp").touch()
+    objects = {f"{name}.o": [f"./{name}", f"{name}.cpp"] for name in scripts}
+    monkeypatch.setattr(sys, "stderr", Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        _build.run_ninja(objects, "lib.so", ["c++"], tmp_path, tmp_path / "build.log")
+    command = Path("/proc", (tmp_path / "pid").read_text().strip(), "cmdline")
+    deadline = time.monotonic() + 5
+    while command.exists() and command.read_bytes():  # nothing is left there of a zombie
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @needs_nvcc
@@ -217,35 +249,32 @@ def test_torch_that_is_too_old_is_refused(monkeypatch):
         _build.find_torch()
 
 
+def wrapped(folder: Path, case: str) -> str:
+    """The path of a compiler that does as this machine's, but for a case of a shell script."""
+    path, real = folder / "wrapped", " ".join(_build.find_compiler())
+    path.write_text(f'#!/bin/sh\ncase "$*" in {case};; esac\nexec {real} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
 @needs_compiler
 def test_compiler_without_amx(monkeypatch, tmp_path):
     if "avx512" not in _build.instruction_sets(_build.find_compiler()):
         pytest.skip("not an x86 processor")
-    real = " ".join(_build.find_compiler())
-    old = tmp_path / "old"
-    old.write_text(f'#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec {real} "$@"\n')
-    old.chmod(0o755)
-    monkeypatch.setenv("CXX", str(old))
+    monkeypatch.setenv("CXX", wrapped(tmp_path, "*-mamx*) exit 1"))
     steps = _build.plan("cpu")
-    assert steps.left_out.endswith("old does not know AMX")
-    words = [word for command in steps.objects.values() for word in command]
-    assert not [word for word in words if word != str(old) and "amx" in word.lower()]
+    assert steps.left_out.endswith("wrapped does not know AMX")
+    words = [Path(word).name for command in steps.objects.values() for word in command]
+    assert not [word for word in words if "amx" in word.lower()]
     assert "cpu.attention.forward_kernel.avx512.o" in steps.objects
 
 
 @needs_compiler
 def test_compiler_for_arm(monkeypatch, tmp_path):
-    real = " ".join(_build.find_compiler())
-    cross = tmp_path / "cross"
-    cross.write_text(
-        f'#!/bin/sh\n[ "$*" = -dumpmachine ] && echo aarch64-linux-gnu || {real} "$@"\n'
-    )
-    cross.chmod(0o755)
-    monkeypatch.setenv("CXX", str(cross))
+    monkeypatch.setenv("CXX", wrapped(tmp_path, "-dumpmachine) echo aarch64-linux-gnu; exit 0"))
     steps = _build.plan("cpu")
-    assert steps.left_out == ""
     kernels = {name: words for name, words in steps.objects.items() if "_kernel." in name}
-    assert {name.split(".")[-2] for name in kernels} == {"neon"}
+    assert steps.left_out == "" and {name.split(".")[-2] for name in kernels} == {"neon"}
     assert all("-O3" in words and "-O1" not in words for words in kernels.values())
     words = [word for command in steps.objects.values() for word in command]
     assert not [word for word in words if word.startswith("-m") or "BF16" in word]

@@ -8,7 +8,7 @@ import pwd
 import re
 import shutil
 import subprocess
-import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from builds import (
     CPU,
     LOAD,
+    broken,
     compile_times,
     copy_checkout,
     copy_compiled,
@@ -43,7 +44,7 @@ def cache(checkout, tmp_path_factory) -> Path:
         patch.setattr(_build, "source_dir", lambda: checkout / "csrc")
         work_dir = folder / f"build-cpu-{_build.work_key('cpu')}"
     copy_compiled(work_dir)
-    for path in work_dir.glob("*permute*.o"):
+    for path in work_dir.glob("*quantize*.o"):
         path.unlink()
     env = {"EXTROPE_CACHE_DIR": str(folder), "PYTHONPATH": str(checkout)}
     processes = [start(LOAD, **env) for _ in range(2)]
@@ -100,7 +101,7 @@ def test_an_edited_header_compiles_what_includes_it(checkout, cache, tmp_path):
         target: command[-1].removeprefix("csrc/")
         for target, command in _build.plan("cpu").objects.items()
     }
-    includers = {t for t, source in sources.items() if name in headers(header.parents[1], source)}
+    includers = {t for t, source in sources.items() if name in headers(checkout / "csrc", source)}
     assert 1 < len(includers) < len(before)
     after = compile_times(work_dir)
     assert {target for target in after if after[target] != before[target]} == includers
@@ -151,7 +152,6 @@ def test_no_home_is_no_folder_here(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
     private = tmp_path / f"extrope_kernels-{os.getuid()}"
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
     assert _ext.cache_dirs() == [private]
@@ -159,19 +159,6 @@ def test_no_home_is_no_folder_here(monkeypatch, tmp_path):
     assert _ext.cache_dirs() == [tmp_path / "home/.cache/extrope_kernels", private]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     assert _ext.cache_dirs() == [tmp_path / "caches/extrope_kernels", private]
-
-
-@needs_compiler
-def test_a_cached_library_needs_no_temporary_folder(monkeypatch, tmp_path):
-    def nowhere():
-        raise FileNotFoundError("No usable temporary directory found")
-
-    monkeypatch.setenv("EXTROPE_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("EXTROPE_JIT", raising=False)
-    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
-    monkeypatch.setattr(_ext, "_intact", lambda library: True)
-    monkeypatch.setattr(_ext, "_dlopen", lambda library: None)
-    assert _ext._load_cached("cpu").parents[1] == tmp_path
 
 
 @needs_compiler
@@ -201,22 +188,6 @@ def test_full_disk_is_one_line(monkeypatch, tmp_path):
     assert not list(tmp_path.glob("**/*.new"))
 
 
-def test_jit_turned_off(tmp_path):
-    reason, _ = load(EXTROPE_CACHE_DIR=str(tmp_path), EXTROPE_JIT="0")
-    assert reason == "not in the package, and EXTROPE_JIT=0 forbids to build it"
-    assert not list(tmp_path.iterdir())
-
-
-def test_rotation_works_without_a_library(tmp_path):
-    code = (
-        "import torch, extrope_kernels as e; x = torch.ones(1, 3, 2, 8)\n"
-        "y = e.apply_rope(x, e.methods.rope(8)); print(y.shape == x.shape)"
-    )
-    process = start(code, EXTROPE_CACHE_DIR=str(tmp_path), EXTROPE_JIT="0")
-    out, err = process.communicate(timeout=60)
-    assert out == "True\n", err
-
-
 def test_load_rejects_unknown_library():
     with pytest.raises(ValueError, match="load: name must be one of"):
         _ext.load("tpu")
@@ -225,3 +196,82 @@ def test_load_rejects_unknown_library():
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
 def test_cuda_library_says_why_not():
     assert _ext.load("cuda") == "this torch is built without CUDA"
+
+
+# -------------------------------------------------------------------------------------------------
+# Builds that fail
+
+REFUSED = "x.cpp:1: error: «x» is out of luck"
+ROTATE = (
+    "import torch, extrope_kernels as e; x = torch.ones(1, 3, 2, 8)\n"
+    "for _ in range(2): y = e.apply_rope(x, e.methods.rope(8))\n"
+    "print(y.shape == x.shape)"
+)
+
+
+def rotate(**env: str) -> list[str]:
+    """What a process that rotates prints to stderr, its warnings' code left out."""
+    out, err = (process := start(ROTATE, **env)).communicate(timeout=300)
+    assert out == "True\n" and process.returncode == 0, err
+    return [line for line in err.splitlines() if not line.startswith("  ")]
+
+
+def test_a_failed_build_is_told_and_ops_run(no_library, tmp_path):
+    """In a line, in whatever locale; `info` shows it and does not warn."""
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env = {"EXTROPE_CACHE_DIR": str(tmp_path / "cache"), "CXX": broken(tmp_path, REFUSED)}
+    building, warned = rotate(**env, **ascii_only)
+    assert building.startswith("building the cpu library, once, into ")
+    log = entry(tmp_path / "cache") / "build.log"
+    why = r"broken failed: x.cpp:1: error: \xabx\xbb is out of luck"
+    assert warned.endswith(
+        "RuntimeWarning: extrope_kernels has no cpu library here, its ops run as the reference, "
+        f"which is slow: {why} (log: {log})"
+    )
+    assert "-std=" in log.read_text("utf-8")
+    process = start("from extrope_kernels import cli; cli.main(['info'])", **env)
+    out, err = process.communicate(timeout=300)
+    assert f"broken failed: {REFUSED}" in out and "RuntimeWarning" not in err
+
+
+def test_what_is_missing_is_told(no_library, tmp_path):
+    env = {"EXTROPE_CACHE_DIR": str(tmp_path), "PATH": "/nonexistent", "CXX": ""}
+    (warned,) = rotate(**env)
+    assert warned.endswith("which is slow: no C++ compiler found (c++, g++, clang++)")
+    assert rotate(**env, EXTROPE_JIT="0") == []
+    reason, _ = load(EXTROPE_CACHE_DIR=str(tmp_path), EXTROPE_JIT="0")
+    assert reason == "not in the package, and EXTROPE_JIT=0 forbids to build it"
+    assert not list(tmp_path.iterdir())
+
+
+def test_warnings_are_for_what_was_to_be_expected(monkeypatch):
+    """One for each library, and none where nothing was asked for or the caller shows the reason."""
+
+    def warned(name: str, error: Exception, quiet: bool = False) -> list[str]:
+        def fail(name):
+            raise error
+
+        monkeypatch.setattr(_ext, "_load", fail)
+        monkeypatch.setattr(_ext, "_reasons", {})
+        monkeypatch.setattr(_ext, "_watchers", {})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert [_ext.load(name, quiet=quiet) for _ in range(2)] == [str(error)] * 2
+        return [str(warning.message) for warning in caught]
+
+    failure = _build.BuildError("nvcc failed: why (log: here)")
+    expected = "extrope_kernels has no cuda library here, its ops run as Triton's kernels: "
+    assert warned("cuda", failure) == [f"{expected}{failure}"]
+    assert warned("cuda", failure, quiet=True) == []
+    assert warned("cpu", _ext._NotExpected("EXTROPE_JIT=0")) == []
+
+
+def test_no_nvcc_is_nothing_to_warn_of(no_library, monkeypatch):
+    def missing():
+        raise _build.BuildError("nvcc not found")
+
+    monkeypatch.delenv("EXTROPE_JIT", raising=False)
+    monkeypatch.setattr(_ext.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_build, "find_nvcc", missing)
+    with pytest.raises(_ext._NotExpected, match=r"^nvcc not found$"):
+        _ext._load_cached("cuda")

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "package": (*AXES, "ops"),
     "axis": ("{own}", "_checks"),
     "checks": (),
-    "installation": ("_build", "_ninja"),
+    "installation": ("_build",),
     "shared": ("ops/_shared", *AXES, "_ext"),
     "operation": ("{own}", "ops/_shared", *AXES, "_ext"),
     "distributed": ("{own}", "ops/_shared"),  # and public names, see below

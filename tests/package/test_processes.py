@@ -16,7 +16,7 @@ SETUP = """
 import os, signal, sys, threading
 signal.alarm(240)  # a deadlock ends here
 import torch
-from extrope_kernels import apply_rope, methods, rerope_attention
+from extrope_kernels import apply_rope, methods, rope_attention, scores
 
 torch.set_num_threads(2)
 FREQS = methods.rope(64)
@@ -26,7 +26,7 @@ def work(seed):
     q, k, v = (torch.randn(1, 300, h, 64, generator=generator) for h in (4, 2, 2))
     rotated = apply_rope(q.repeat(1, 9, 1, 1), FREQS)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = rerope_attention(*leaves, FREQS, window=50)
+    out = rope_attention(*leaves, FREQS, scores.rerope(50))
     return [rotated, out.detach(), *torch.autograd.grad(out.sum(), leaves)]
 
 def same(found, expected):
@@ -34,17 +34,14 @@ def same(found, expected):
 """
 
 
-def test_fork_after_import(run_python):
-    run_python(SETUP + FORK.replace("BEFORE", "None"))
-
-
-def test_fork_after_a_parallel_region(run_python):
+@pytest.mark.parametrize("before", ["None", "work(1)"])
+def test_fork(run_python, before):
     """A forked child has none of its parent's threads: with one of its own nothing waits for them.
 
     With more, GNU's OpenMP, which PyTorch's wheels bring, hangs in the child's first parallel
     region, be it one of PyTorch's own operations.
     """
-    run_python(SETUP + FORK.replace("BEFORE", "work(1)"))
+    run_python(SETUP + FORK.replace("BEFORE", before))
 
 
 FORK = """

@@ -26,9 +26,9 @@ def main(folder: str, extrope: str) -> None:
 
     from vllm_engines import PROMPTS, engine, generated
 
-    from extrope_kernels.integrations.vllm import backends, cuda
+    from extrope_kernels.integrations.vllm import cuda, plugin
 
-    backends._OURS["CPU_ATTN"] = f"{cuda.__name__}.{cuda.ScoreBackend.__name__}"
+    plugin._BACKENDS["CPU_ATTN"] = f"{cuda.__name__}.{cuda.ScoreBackend.__name__}"
     longer = [PROMPTS[0] + PROMPTS[1], PROMPTS[0] + PROMPTS[3]]
     with engine(folder, json.loads(extrope), enable_prefix_caching=True) as llm:
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner

@@ -23,7 +23,7 @@ from vllm_engines import (
     tokens_of,
 )
 
-from extrope_kernels.integrations.vllm.hooks import LOGGER
+from extrope_kernels.integrations.vllm.plugin import LOGGER
 
 RERO = {"method": "rerope", "window": 64}
 YARN = {"method": "yarn", "factor": 4.0}

@@ -143,7 +143,7 @@ def platform(monkeypatch):
 
 def chosen(extrope, backend=None, per_kind=None):
     """The attention backend of an engine."""
-    from extrope_kernels.integrations.vllm.backends import choose_backend
+    from extrope_kernels.integrations.vllm.plugin import choose_backend
 
     attention = SimpleNamespace(backend=backend, backend_per_kind=per_kind or {})
     choose_backend(config(extrope, attention_config=attention))
@@ -191,7 +191,7 @@ def test_caches_of_a_score_method_on_any_cpu(bare, monkeypatch):
 
 @pytest.mark.parametrize("extrope", [YARN, SCORE], ids=["yarn", "rerope"])
 def test_models_that_rotate_by_themselves_are_refused(bare, extrope):
-    from extrope_kernels.integrations.vllm.hooks import check_model
+    from extrope_kernels.integrations.vllm.plugin import check_model
 
     model = torch.nn.Linear(2, 2)
     check_model(config(None), lambda: model, first=True)
@@ -202,7 +202,7 @@ def test_models_that_rotate_by_themselves_are_refused(bare, extrope):
 def test_a_layer_that_an_encoder_rotates_by_as_well_is_refused(bare):
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
-    from extrope_kernels.integrations.vllm.hooks import check_model
+    from extrope_kernels.integrations.vllm.plugin import check_model
 
     model, rotary = torch.nn.ModuleDict(), RotaryEmbedding.__new__(RotaryEmbedding)
     torch.nn.Module.__init__(rotary)

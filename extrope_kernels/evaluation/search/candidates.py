@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...integrations.transformers import extend
+from ...methods import METHODS
+from ...scores import SCORES
 from ..options import Plan
 
 if TYPE_CHECKING:
@@ -67,11 +70,22 @@ def published(length: int, trained: int, pairs: int) -> list[Candidate]:
         *(Candidate(method, {"factor": factors[1]}) for method in by_factor),
         Candidate("yarn", {"factor": factors[2]}),
         Candidate("ntk_aware", {"factor": factors[2]}),
-        Candidate("pi", {"factor": factor}),
+        *(Candidate(method, {"factor": factor}) for method in _that_need_a_factor(by_factor)),
         Candidate("giraffe_truncation", {"truncate_pos": trained}),
         Candidate("cope", {"clip": 20 * pairs // 64}),
         Candidate("proportional", {"partial_rotary_factor": 0.75}),
     ]
+
+
+def _that_need_a_factor(known: Sequence[str]) -> list[str]:
+    """Return the other methods that are told a factor alone, and no length."""
+
+    def needs(method: Callable[..., Any]) -> bool:
+        parameters = inspect.signature(method).parameters
+        factor = parameters.get("factor")
+        return factor is not None and factor.default is factor.empty and "seq_len" not in parameters
+
+    return [name for name, method in METHODS.items() if name not in known and needs(method)]
 
 
 def score_methods(length: int, trained: int) -> list[Candidate]:
@@ -79,10 +93,10 @@ def score_methods(length: int, trained: int) -> list[Candidate]:
 
     Their other parameters are those of `eval`. log_n is tried on the best, see `with_log_n`.
     """
-    own, leaky, groups, chunks = (
-        Candidate(method, Plan([method], [length]).method_params(method, length, trained))
-        for method in ("rerope", "leaky_rerope", "self_extend", "dual_chunk")
-    )
+    usual = {
+        method: Candidate(method, Plan([method], [length]).method_params(method, length, trained))
+        for method in SCORES
+    }
     quarter, half = max(1, trained // 4), max(1, trained // 2)
     # So that far tokens in groups fill three quarters of the distances behind the window.
     factor = max(2, math.ceil(4 * (length - half) / (3 * (trained - half))))
@@ -90,7 +104,10 @@ def score_methods(length: int, trained: int) -> list[Candidate]:
     steep = Candidate("leaky_rerope", {"window": quarter, "factor": 4.0})
     rerope = [Candidate("rerope", {"window": max(1, each * trained // 8)}) for each in (6, 2, 1)]
     string = Candidate("string", {"shift": trained, "window": min(128, trained)})
-    return [own, groups, chunks, steep, wide, leaky, *rerope, string]
+    first = [usual.pop(method) for method in ("rerope", "self_extend", "dual_chunk")]
+    leaky = usual.pop("leaky_rerope")
+    usual["string"] = string
+    return [*first, steep, wide, leaky, *rerope, *usual.values()]
 
 
 def supported(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from .. import UsageError, models, options
 from ..cli import run_command
 from ..digests import model_digest
-from ..memory import keep_freed_memory
 from ..texts import Text, read_text, read_texts, source
 
 if TYPE_CHECKING:
@@ -65,19 +64,13 @@ def split_texts(
 
 
 def _run(args: argparse.Namespace) -> None:
-    options.check_packages()
     if args.length < _SHORTEST:
         raise UsageError(f"--length must be >= {_SHORTEST}, got {args.length}")
     if not args.budget > 0:
         raise UsageError(f"--budget must be > 0, got {args.budget:g}")
     out = options.check_out(args.out)
-    files = models.find_model(args.model)
-    device = models.pick_device(args.device)
-    models.quiet()
-    if device.startswith("cpu"):
-        keep_freed_memory()
-    # Only now, since they import transformers, which takes seconds.
-    from .run import search_model
+    files, device = models.prepared(args.model, args.device)
+    from .run import search_model  # only now: it imports transformers, which takes seconds
 
     tokenizer = models.load_tokenizer(files)
     texts, held_out = split_texts(tokenizer, args.text, args.held_out, args.length)

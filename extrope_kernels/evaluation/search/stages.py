@@ -5,35 +5,25 @@ Each stage may go on until a share of the budget is spent; what one leaves is th
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import compress
-from statistics import fmean
+from pathlib import Path
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .. import report
 from ..loss import token_losses
 from ..models import decoder_layers
 from ..report import Display
 from ..texts import Text
-from .candidates import (
-    Candidate,
-    published,
-    score_methods,
-    supported,
-    with_log_n,
-)
-from .factors import Descent, Evolution, Ladder, rising
-from .ledger import Ledger
-from .losses import (
-    NoGradient,
-    finite,
-    gradient,
-    last_loss,
-    short_piece,
-)
+from .candidates import Candidate, published, score_methods, supported, with_log_n
+from .factors import Descent, Ladder, rising
+from .losses import NoGradient, finite, gradient, last_loss, short_piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +40,54 @@ _STEPS, _GRADIENTS = 12, 4  # at most so many steps, each down so many gradients
 _OF_THE_WAY = (0.5, 1.0, 0.25)
 # Of a text's tokens, those whose loss counts: of short pieces all behind the gap.
 _LAST, _LAST_OF_SHORT = 0.25, 0.5
+
+
+class Ledger:
+    """Measurements in a JSON file, made once each and only while there is time for them.
+
+    path, header: as in `report.resumed`.
+    budget: seconds, those of the rows that the file holds already among them.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], budget: float) -> None:
+        self._path = path
+        self.results = report.resumed(path, header)
+        self.budget = budget
+        self._known = {_row_key(row["of"]): row for row in self.results["rows"]}
+
+    @property
+    def spent(self) -> float:
+        """The seconds that all measurements took."""
+        return sum(row["seconds"] for row in self.results["rows"])
+
+    def measured(
+        self, of: dict[str, Any], share: float, measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Return what was measured, or measure it; None if that would pass a share of the budget.
+
+        It is expected to take as long as others of its kind. of: what it is, `kind` among it.
+        """
+        if (known := self._known.get(_row_key(of))) is not None:
+            return known
+        took = [r["seconds"] for r in self.results["rows"] if r["of"]["kind"] == of["kind"]]
+        if self.spent + (median(took) if took else 0.0) > share * self.budget:
+            return None
+        began = time.perf_counter()
+        found = measure()
+        seconds = round(time.perf_counter() - began, 3)
+        row = json.loads(json.dumps({"of": of, **found, "seconds": seconds}))
+        self._known[_row_key(of)] = row
+        self.results["rows"].append(row)
+        report.write_results(self._path, self.results)
+        return row
+
+    def conclude(self, found: dict[str, Any]) -> None:
+        """Add what the measurements say to the file."""
+        report.write_results(self._path, self.results | found)
+
+
+def _row_key(of: dict[str, Any]) -> str:
+    return json.dumps(of, sort_keys=True)
 
 
 class Search:
@@ -112,13 +150,11 @@ class Search:
         freqs = self.ladder.freqs(start)
         logs, amplitude = rising(self.ladder.log_factors(freqs)), freqs.attention_factor
         self.display.line(f"factors per pair, from those of {start.name}")
-        descent = Descent(logs, self.ladder.plain * self.length)
         try:
-            found = self._improved(descent, partial(self._downhill, descent, amplitude), amplitude)
+            found = self._improved(Descent(logs, self.ladder.plain * self.length), amplitude)
         except NoGradient:
-            self.display.line("no gradient reaches this model's frequencies: factors by mutation")
-            evolution = Evolution(logs, self.seed)
-            found = self._improved(evolution, lambda step: evolution.mutation(), amplitude)
+            self.display.line("no gradient reaches this model's frequencies: no factors are found")
+            return []
         if found is None:
             return []
         amplitudes = self.ladder.freqs(self.yarn()).attention_factor, amplitude
@@ -132,27 +168,19 @@ class Search:
         """Return YaRN by its paper, which everything is compared with."""
         return Candidate("yarn", {"factor": max(1.0, self.length / self.ladder.trained)})
 
-    def _improved(
-        self,
-        mover: Descent | Evolution,
-        propose: Callable[[int], Tensor | None],
-        amplitude: float,
-    ) -> Tensor | None:
-        """Return the factors of the lowest loss on the same short pieces, None if none were found.
-
-        propose: what to try in a step, None when time is up.
-        """
-        start = mover.log_factors
+    def _improved(self, descent: Descent, amplitude: float) -> Tensor | None:
+        """Return the factors of the lowest loss on the same short pieces, None without any."""
+        start = descent.log_factors
         best = self.mean_short(self.ladder.longrope(start, amplitude), _PIECES, _FACTORS)
         for step in range(_STEPS):
-            if best is None or (tried := propose(step)) is None:
+            if best is None or (tried := self._downhill(descent, amplitude, step)) is None:
                 break
             loss = self.mean_short(self.ladder.longrope(tried, amplitude), _PIECES, _FACTORS)
             if loss is None:
                 break
-            mover.tell(tried, loss < best)
+            descent.tell(tried, loss < best)
             best = min(best, loss)
-        return None if mover.log_factors is start else mover.log_factors
+        return None if descent.log_factors is start else descent.log_factors
 
     def _downhill(self, descent: Descent, amplitude: float, step: int) -> Tensor | None:
         """Return where the gradients of other pieces than those that decide point."""

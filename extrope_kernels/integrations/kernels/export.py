@@ -20,7 +20,7 @@ from ... import _build, _ext
 
 PACKAGE = Path(_ext.__file__).resolve().parent
 FOLDERS = ("methods", "ops", "positions", "scores")
-FILES = ("_build.py", "_checks.py", "_ext.py", "_ninja.py", "py.typed")
+FILES = ("_build.py", "_checks.py", "_ext.py", "py.typed")
 LAYERS = "integrations/kernels/layers.py"
 _DECLARED = f'NAMESPACE = "{_ext.NAMESPACE}"'
 

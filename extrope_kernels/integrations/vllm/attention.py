@@ -23,12 +23,9 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from ... import RopeFreqs
-from ...ops.decode import attend_with_kvcache
-from .._shared.plain import PLAIN
-from .checks import CACHES, FP8
+from ... import RopeFreqs, rope_attention_with_kvcache
 from .engine import Engine, engine_of
-from .settings import NAME
+from .settings import CACHES, FP8, NAME
 
 
 def score_engine(config: VllmConfig | None) -> Engine | None:
@@ -157,17 +154,13 @@ class ScoreImpl(AttentionImpl):
         self.sliding_window = sliding_window
         self.sinks = sinks
         self.engine = score_engine(get_current_vllm_config())
-        self.score = self.engine.settings.score if sliding_window is None else PLAIN
+        self.score = self.engine.settings.score if sliding_window is None else None
         self.freqs: RopeFreqs | None = None
-        # The same tensor in every forward: its views are kept, which take 20 us to make.
-        self._kv_cache: Tensor | None = None
-        self._caches: tuple[Tensor, Tensor]
         self.options: dict[str, Any] = {
             "softmax_scale": self.scale,
             "softcap": float(logits_soft_cap or 0.0),
             "sliding_window": sliding_window,
             "log_n": self.engine.settings.log_n if sliding_window is None else None,
-            "op": NAME,
         }
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -206,35 +199,21 @@ class ScoreImpl(AttentionImpl):
             self._prepare(layer, query.device)
         if attn_metadata is None:  # a run to measure memory
             return output.fill_(0)
-        return self._write_and_attend(query, key, value, kv_cache, attn_metadata, output)
-
-    def _write_and_attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        batch: ScoreMetadata,
-        output: Tensor,
-    ) -> Tensor:
-        """One call for the whole batch."""
-        if kv_cache is not self._kv_cache:
-            self._kv_cache, self._caches = kv_cache, self._pages(kv_cache)
-        k_cache, v_cache = self._caches
-        return attend_with_kvcache(
-            self.score,
+        k_cache, v_cache = self._pages(kv_cache)
+        found = rope_attention_with_kvcache(
             query,
             k_cache,
             v_cache,
             self.freqs,
-            cache_seqlens=batch.past,
+            self.score,
+            cache_seqlens=attn_metadata.past,
             k=key,
             v=value,
-            block_table=batch.block_table,
-            cu_seqlens_q=batch.cu_seqlens,
-            out=output,
+            block_table=attn_metadata.block_table,
+            cu_seqlens_q=attn_metadata.cu_seqlens,
             **self.options,
         )
+        return output.copy_(found)
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """(blocks, block_size, kv_heads, head_size) of keys and of values, views of vLLM's."""

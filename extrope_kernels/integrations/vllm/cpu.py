@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from .attention import ScoreImpl, ScoreMetadataBuilder, refuse_derived, score_engine
-from .checks import CACHES
+from .settings import CACHES
 
 
 class HeadwiseImpl(ScoreImpl):

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import (
 )
 
 from .attention import ScoreImpl, ScoreMetadataBuilder, refuse_derived
-from .checks import CACHES
+from .settings import CACHES
 
 
 class ScoreBackend(AttentionBackend):

@@ -1,10 +1,26 @@
-"""The entry point that vLLM calls in each of its processes."""
+"""How vLLM takes the plugin in: the entry point, the attention backends, a look at configurations
+as they are made and at models as they are loaded.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
+from collections.abc import Callable
+from typing import Any
 
-from .settings import NAME
+from .engine import engine_of, make_engine
+from .settings import NAME, describe, read_settings
+
+LOGGER = logging.getLogger(f"vllm.{NAME}")  # below vLLM's own, for its level and its handler
+_BACKENDS = {
+    "CPU_ATTN": f"{__package__}.cpu.ScoreBackend",
+    "CUSTOM": f"{__package__}.cuda.ScoreBackend",
+}
+_SHARED_KEYS = (
+    "what kv_transfer_config stores or sends must stay among engines of this same entry: vLLM "
+    "tells keys apart by the model and the tokens alone"
+)
 
 
 def register() -> None:
@@ -19,8 +35,6 @@ def register() -> None:
     except (ImportError, AttributeError) as error:
         _stay_away(str(error))
         return
-    from .backends import register_backends
-    from .hooks import check_configurations, check_models
     from .rotary import register_rotary_layers
 
     register_rotary_layers()
@@ -56,8 +70,6 @@ def _stay_away(missing: str) -> None:
     """Warn, and have engines refused that ask for a method."""
     import vllm
 
-    from .hooks import LOGGER, refuse_configurations
-
     version = getattr(vllm, "__version__", "of an unknown version")
     reason = f"{NAME}: vLLM must have what the plugin builds on, got {version}: {missing}"
     try:
@@ -65,3 +77,134 @@ def _stay_away(missing: str) -> None:
     except (ImportError, AttributeError):
         reason += '; additional_config={"extrope": ...} has no effect'
     LOGGER.warning("%s", reason)
+
+
+def register_backends() -> None:
+    """Register ours; where another plugin was first, its backend stays."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    for name, ours in _BACKENDS.items():
+        backend = AttentionBackendEnum[name]
+        if not backend.is_overridden():
+            register_backend(backend, ours)
+
+
+def choose_backend(config: Any) -> None:
+    """Name the attention of a score method where vLLM lets it be named.
+
+    Raises ValueError where that would not be ours: queries and keys would not be rotated at all.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    settings = read_settings(config.additional_config)
+    if settings is None or settings.score is None:
+        return
+    if current_platform.is_cpu():
+        _check_is_ours(AttentionBackendEnum.CPU_ATTN)  # the only one there
+        return
+    if not current_platform.is_cuda():
+        raise ValueError(
+            f"{NAME}: a score method must run on CPUs or NVIDIA GPUs, "
+            f"got {current_platform.device_name}"
+        )
+    attention = config.attention_config
+    if attention.backend not in (None, AttentionBackendEnum.CUSTOM) or attention.backend_per_kind:
+        raise ValueError(
+            f"{NAME}: the attention backend must be left to the plugin for a score method, "
+            f"got {attention.backend or attention.backend_per_kind}"
+        )
+    _check_is_ours(AttentionBackendEnum.CUSTOM)
+    attention.backend = AttentionBackendEnum.CUSTOM
+
+
+def _check_is_ours(backend: Any) -> None:
+    ours, found = _BACKENDS[backend.name], backend.get_path()
+    if found != ours:
+        raise ValueError(
+            f"{NAME}: vLLM's attention backend {backend.name} must be {ours} for a score method, "
+            f"got {found} of another plugin"
+        )
+
+
+def check_configurations() -> None:
+    """Have every VllmConfig checked where it is made: in the user's process, before any other."""
+    from .rotary import forget_shared_layers
+
+    def look(config: Any, complete: Callable[[], None]) -> None:
+        if getattr(config.model_config, "is_submodel_config", False):
+            return complete()
+        forget_shared_layers()
+        choose_backend(config)
+        complete()
+        if config.model_config is not None:
+            make_engine(config)
+        return None
+
+    _around_configurations(look)
+
+
+def refuse_configurations(reason: str) -> None:
+    """Have every VllmConfig that asks for a method refused, where the plugin could not go in."""
+
+    def look(config: Any, complete: Callable[[], None]) -> None:
+        if read_settings(getattr(config, "additional_config", None)) is not None:
+            raise RuntimeError(reason)
+        complete()
+
+    _around_configurations(look)
+
+
+def _around_configurations(look: Callable[[Any, Callable[[], None]], None]) -> None:
+    from vllm.config import VllmConfig
+
+    complete = VllmConfig.__post_init__
+    if getattr(complete, "__module__", None) == __name__:
+        return
+
+    @functools.wraps(complete, assigned=("__doc__",))
+    def __post_init__(self: Any) -> None:
+        look(self, functools.partial(complete, self))
+
+    VllmConfig.__post_init__ = __post_init__
+
+
+def check_models() -> None:
+    """Have every worker's model checked when it is loaded, on all platforms and by any loader."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    # vLLM hands the call on to its worker, whose classes are many.
+    load = getattr(WorkerWrapperBase, "load_model", None)
+    if getattr(load, "__module__", None) == __name__:
+        return
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = (load or _load_by_worker)(self, *args, **kwargs)
+        check_model(self.vllm_config, self.worker.get_model, first=self.rpc_rank == 0)
+        return loaded
+
+    WorkerWrapperBase.load_model = load_model
+
+
+def _load_by_worker(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    return wrapper.worker.load_model(*args, **kwargs)
+
+
+def check_model(config: Any, get_model: Callable[[], Any], *, first: bool) -> None:
+    """Have a loaded model rotate by our layers, or raise ValueError; say what by.
+
+    first: of an engine's workers, which is the one that says it.
+    """
+    from .attention import attend_for
+    from .rotary import extend_model
+
+    engine = engine_of(config)
+    if engine is None:
+        return
+    model = get_model()
+    extend_model(model, engine)
+    attend_for(model, engine, whole=config.parallel_config.pipeline_parallel_size == 1)
+    if first:
+        LOGGER.info("%s: %s", NAME, describe(config.additional_config))
+        if config.kv_transfer_config is not None:
+            LOGGER.warning("%s: %s", NAME, _SHARED_KEYS)

@@ -26,7 +26,7 @@ package = types.ModuleType("extrope_kernels")
 package.__path__ = [str(ROOT / "extrope_kernels")]
 sys.modules.setdefault(package.__name__, package)
 
-from extrope_kernels import _build, _ninja  # noqa: E402
+from extrope_kernels import _build  # noqa: E402
 
 CROSS = "aarch64-linux-gnu-g++"
 QEMU = ("qemu-aarch64", "-cpu", "cortex-a57")
@@ -84,8 +84,7 @@ def build(compiler: list[str], isa: str, folder: Path) -> Path:
     for source in sorted(HERE.glob("*.cpp")):
         objects[f"driver.{source.stem}.o"] = [*compiler, *flags, *where, "-c", str(source)]
     link, log = [*compiler, "-pthread"], folder / "build.log"
-    if why := _ninja.run(_build.find_ninja(), objects, "driver", link, folder, log):
-        raise _build.BuildError(f"{compiler[0]} failed: {why} (log: {log})")
+    _build.run_ninja(objects, "driver", link, folder, log)
     return folder / "driver"
 
 

@@ -1,24 +1,30 @@
-"""Blocks of a rank's queries with the keys that they see, for whole and for packed sequences."""
+"""How a call over ranks is cut: heads, runs of tokens, blocks of queries with the keys they see."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops.attention import AttentionCall
 from .collectives import Group
 from .layout import Balance, chunks
 
-# What is sent of keys at once takes a PARTSth of all; more and smaller messages take longer.
+# Keys are sent an eighth of the heads at a time; more and smaller messages take longer.
 PARTS = 8
 
 
-class Part(NamedTuple):
-    """Some heads: those of keys, and those of the queries that see them."""
+class Plan(NamedTuple):
+    """All of a call over ranks but q, k, v and sinks."""
 
-    q: slice
-    k: slice
+    op: str  # the name that errors begin with
+    call: AttentionCall
+    backend: str | None
+    group: Group
+    balance: Balance
+    boundaries: list[int] | None  # of all packed sequences
 
 
 class Run(NamedTuple):
@@ -41,37 +47,50 @@ class Run(NamedTuple):
         return self.start == other.start and self.stop == other.stop
 
     def within(self, start: int, stop: int) -> Run:
-        """Those of its tokens at the positions start to stop; there may be none."""
+        """Its tokens at the positions start to stop; there may be none."""
         start = min(max(start, self.start), self.stop)
         stop = max(min(stop, self.stop), start)
         return Run(self.row + start - self.start, start, stop)
 
 
 class Block(NamedTuple):
-    """A run of queries, and the keys of all ranks that it sees, from one on to its own last.
+    """A run of queries, and the keys of all ranks that it sees, up to its own last.
 
-    Tensors are (batch, seqlen, ...), or packed (total, ...). Packed, a block is either some queries
-    of one sequence, which a call takes as a batch of one, or sequences from their beginnings on.
+    Tensors are (batch, seqlen, ...), or packed (total, ...). A packed block is either queries of
+    one sequence, for a call with a batch of one, or sequences from their beginnings on.
     """
 
     run: Run
     first_key: int = 0
     packed: bool = False
     cu_seqlens: Tensor | None = None  # of the sequences that begin in the block
-    sequences: slice | None = None  # of all, where only some
+    sequences: slice | None = None  # of all packed ones
 
     def queries(self, x: Tensor) -> Tensor:
-        """The view of the block's queries, as a call takes them."""
+        """The view of the block's queries, for a call."""
         return self._cut(x, self.run.rows)
 
     def keys(self, x: Tensor) -> Tensor:
-        """The view of its keys, of all."""
+        """The view of its keys, of all ranks' keys."""
         return self._cut(x, slice(self.first_key, self.run.stop))
 
     def lse(self, x: Tensor) -> Tensor:
         """The view of its queries' log-sum-exp (batch, heads, seqlen), packed (heads, total)."""
         rows = x[..., self.run.rows]
         return rows.unsqueeze(0) if self._of_one else rows
+
+    def call(self, call: AttentionCall, heads: slice) -> AttentionCall:
+        """The call of the block's queries, of these heads."""
+        inv_freq, scale, sinks = call.inv_freq, call.query_scale, call.sinks
+        if self.sequences is not None and inv_freq.dim() == 2 and inv_freq.shape[0] > 1:
+            inv_freq = inv_freq[self.sequences]
+        return replace(
+            call,
+            inv_freq=inv_freq,
+            cu_seqlens=self.cu_seqlens,
+            sinks=None if sinks is None else sinks[heads],
+            query_scale=None if scale is None else scale[..., self.run.rows].contiguous(),
+        )
 
     def _cut(self, x: Tensor, rows: slice) -> Tensor:
         if not self.packed:
@@ -83,57 +102,29 @@ class Block(NamedTuple):
         return self.packed and self.cu_seqlens is None
 
 
-class RopeTensors(NamedTuple):
-    """The tensors of a call beside q, k and v."""
-
-    inv_freq: Tensor
-    log_decay: Tensor | None = None
-    sinks: Tensor | None = None
-    query_scale: Tensor | None = None  # of this rank's tokens
-
-    def of_heads(self, heads: slice) -> RopeTensors:
-        """Those of some heads of queries."""
-        return self if self.sinks is None else self._replace(sinks=self.sinks[heads])
-
-    def of_block(self, block: Block, heads: slice) -> tuple[Tensor | None, ...]:
-        """As an op takes them, after q, k and v: for the block's queries, and these heads."""
-        inv_freq, scale = self.inv_freq, self.query_scale
-        if block.sequences is not None and inv_freq.dim() == 2 and inv_freq.shape[0] > 1:
-            inv_freq = inv_freq[block.sequences]
-        return (
-            inv_freq,
-            block.cu_seqlens,
-            self.log_decay,
-            None if self.sinks is None else self.sinks[heads],
-            None if scale is None else scale[..., block.run.rows].contiguous(),
-        )
-
-
-def parts_of(q: Tensor, k: Tensor) -> list[Part]:
-    """All heads, PARTS times some, or one after the other where there are fewer."""
+def parts_of(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
+    """All heads in PARTS parts, or one by one: heads of queries and the heads of keys they see."""
     heads, group = k.shape[-2], q.shape[-2] // k.shape[-2]
     size = -(-heads // PARTS)
     parts = [slice(n, min(n + size, heads)) for n in range(0, heads, size)]
-    return [Part(slice(part.start * group, part.stop * group), part) for part in parts]
+    return [(slice(part.start * group, part.stop * group), part) for part in parts]
 
 
 def runs(tokens: int, group: Group, balance: Balance) -> list[Run]:
     """The runs of a rank that holds so many tokens."""
-    mine = chunks(group.rank, group.size, balance)
+    mine = chunks(group, balance)
     size = tokens // len(mine)
     return [Run(n * size, c * size, (c + 1) * size) for n, c in enumerate(mine)]
 
 
-def blocks_of(
-    tokens: int, group: Group, balance: Balance, boundaries: list[int] | None, device: torch.device
-) -> list[Block]:
-    """A rank's queries with the keys they see; boundaries: those of all packed sequences."""
+def blocks_of(plan: Plan, q: Tensor) -> list[Block]:
+    """A rank's queries with the keys they see."""
     found = []
-    for run in runs(tokens, group, balance):
-        if boundaries is None:
+    for run in runs(q.shape[-3], plan.group, plan.balance):
+        if plan.boundaries is None:
             found.append(Block(run))
         elif run.start < run.stop:
-            found += _packed(run, boundaries, device)
+            found += _packed(run, plan.boundaries, q.device)
     return found
 
 
@@ -155,7 +146,7 @@ def _packed(run: Run, boundaries: list[int], device: torch.device) -> list[Block
 
 
 def joined(k: Tensor, v: Tensor) -> Tensor:
-    """Keys and values as collectives take them: (seqlen, batch, heads_k, dims of both)."""
+    """Keys and values in one tensor for collectives: (seqlen, batch, heads_k, dims of both)."""
     return torch.cat([k, v], -1).movedim(-3, 0).contiguous()
 
 

