@@ -15,10 +15,9 @@ from hf_models import (
     transformers,
 )
 
-from extrope_kernels.integrations.transformers import extend, extension, layers
-from extrope_kernels.integrations.transformers.architecture import find_sites
-from extrope_kernels.integrations.transformers.attending import Attending, Heads
-from extrope_kernels.integrations.transformers.calls import Sdpa
+from extrope_kernels.integrations.transformers import extend, extension, trial
+from extrope_kernels.integrations.transformers.attend import Attending, Heads, SdpaCall
+from extrope_kernels.integrations.transformers.find import find_sites
 from extrope_kernels.integrations.transformers.rows import Rows
 from extrope_kernels.methods import rope
 from extrope_kernels.scores import rerope
@@ -34,6 +33,7 @@ NAMES = (
 )
 IDS = tokens(2, 20).clamp(max=99)
 PADS = 7
+SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
 def _build(name, **settings):
@@ -117,7 +117,7 @@ def test_chunks_stay_chunks(settings):
 
 def test_a_model_without_the_chunks_it_names_keeps_its_layers_as_they_are(monkeypatch):
     model = _build("Llama4ForCausalLM")
-    monkeypatch.setattr(layers, "sees_chunks", lambda mask, size: False)
+    monkeypatch.setattr(trial, "sees_chunks", lambda mask, size: False)
     with pytest.raises(ValueError, match="all its layers that rotate have a sliding window or ch"):
         extend(model, "rerope", window=3, layers="all")
 
@@ -229,20 +229,20 @@ def test_the_attention_is_sliced_to_the_last_tokens_as_tables_are():
 
 def test_a_cache_must_hold_the_keys_of_a_chunk():
     q, k = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 3, 8)  # tokens 3 and 4, keys from 2 on
-    layer, heads = torch.nn.Linear(1, 1), Heads(0, 4, False, 1)
-    out = _attending(2).of(heads, chunk_size=3).attend(layer, q, k, k, {})
+    layer = torch.nn.Linear(1, 1)
+    out = _attending(2).of(Heads(0, 4, False, 1, chunk_size=3)).attend(layer, q, k, k, {})
     assert out.shape == (1, 2, 1, 8)
     with pytest.raises(ValueError, match="all keys of a chunk of 4, got those from 2 on"):
-        _attending(2).of(heads, chunk_size=4).attend(layer, q, k, k, {})
+        _attending(2).of(Heads(0, 4, False, 1, chunk_size=4)).attend(layer, q, k, k, {})
 
 
 def test_pytorchs_function_is_asked_for_nothing_else_beside_a_mask():
     q = torch.zeros(1, 2, 3, 8)
-    mask = Sdpa().mask(torch.nn.Linear(1, 1), _attending(3))
+    mask = SdpaCall().mask(torch.nn.Linear(1, 1), _attending(3))
     with pytest.raises(ValueError, match="is_causal must be False beside a mask"):
-        Sdpa.function(q, q, q, attn_mask=mask, is_causal=True)
+        SDPA(q, q, q, attn_mask=mask, is_causal=True)
     with pytest.raises(ValueError, match=r"attention_dropout 0, got 0\.1 in Linear"):
-        Sdpa.function(q, q, q, attn_mask=mask, dropout_p=0.1)
+        SDPA(q, q, q, attn_mask=mask, dropout_p=0.1)
     with pytest.raises(TypeError):
         q + mask
 
@@ -254,9 +254,9 @@ def test_a_mask_for_pytorchs_function_may_be_cut():
         def attend(self, layer, q, k, v, options):
             return v.transpose(1, 2)
 
-    mask = Sdpa().mask(torch.nn.Identity(), Values())[:, :, :, :3]
+    mask = SdpaCall().mask(torch.nn.Identity(), Values())[:, :, :, :3]
     x = torch.randn(1, 2, 3, 4)
-    assert torch.equal(Sdpa.function(x, x, x, mask), x)
+    assert torch.equal(SDPA(x, x, x, mask), x)
 
 
 def test_an_attention_that_fails_on_trial_is_refused(monkeypatch):

@@ -23,6 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from extrope_kernels.integrations.transformers import extend, extension
+from extrope_kernels.integrations.transformers.find import Changes
 from extrope_kernels.integrations.transformers.norms import DeferredNorm
 
 MODELS = {
@@ -93,7 +94,7 @@ SCORES = {
 def test_the_op_norms_for_a_score_method(family, method, monkeypatch):
     model, ids = normed(family), tokens(2, 40)
     with monkeypatch.context() as patch:
-        patch.setattr(extension, "norm_changes", lambda sites: ([], []))
+        patch.setattr(extension, "norm_changes", lambda sites: Changes())
         with extend(model, method, **SCORES[method]):
             assert not deferred(model)
             own, text = logits(model, ids), generate(model, ids[:1, :20], max_new_tokens=6)

@@ -10,21 +10,18 @@ from torch import nn
 
 from ...scores import SCORES
 from .._shared.parameters import PARAMETERS
-from .apply import unwrap_apply, wrap_apply
-from .architecture import RotarySite, find_sites, shortened, unsupported
-from .context_changes import RegionGuard, refuse_second_mesh, share
-from .context_parallel import Shared
-from .frequency_methods import frequency_changes
+from .context_parallel import RegionGuard, Shared, share
+from .find import Changes, RotarySite, find_sites, owners_of, shortened, unsupported
+from .frequencies import Rotary, frequency_changes
 from .interface import register_interface
 from .norms import norm_changes
-from .paged import batching_changes, forget_pages
-from .rotary import Rotary
-from .score_methods import score_changes
+from .paged import batching_overrides, forget_pages
+from .rotation import unwrap_apply, wrap_apply
+from .scores import score_changes
 from .trial import entrance, run_on_trial
 
 if TYPE_CHECKING:
-    from ...distributed.attend import Strategy
-    from ...distributed.layout import Balance, Mesh
+    from ...distributed import Balance, Mesh, Strategy
 
 
 def extend(
@@ -111,39 +108,58 @@ def extend(
     was.
     """
     sites = find_sites(model, layers)
-    _refuse_second_score(sites, method)
-    register_interface()
     if method not in PARAMETERS:
         raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
-    changes = score_changes if method in SCORES else frequency_changes
-    refuse_second_mesh(sites, method)
+    _refuse_after(sites, method)
+    register_interface()
     shared = None if mesh is None else Shared(mesh, strategy, balance)
-    overrides, hooks = changes(model, sites, method, parameters, layers)
-    overrides += batching_changes(model, method if method not in SCORES and hooks else None)
+    if method in SCORES:
+        changes = score_changes(model, sites, method, parameters, layers)
+    else:
+        changes = frequency_changes(model, sites, method, parameters)
+    by_length = method if method not in SCORES and changes.hooks else None
+    changes.overrides += batching_overrides(model, by_length)
     if shared is None:
         guard = RegionGuard(method)
-        hooks = [*((site.owner, guard.before_forward, None) for site in sites), *hooks]
+        changes.hooks[:0] = [(site.owner, guard.before_forward, None) for site in sites]
     else:
-        overrides, hooks = share(model, sites, shared, overrides, hooks)
-    extension = Extension(model, method, overrides, hooks)
-    if method in SCORES or shared is not None:
-        _rehearse(extension, sites, shared)
-    if shared is None:
-        try:
-            extension.add(*norm_changes(sites))
-        except BaseException:
-            extension.restore()
-            raise
+        share(model, sites, shared, changes)
+    extension = Extension(model, method, changes)
+    try:
+        if method in SCORES or shared is not None:
+            _rehearse(model, sites, shared)
+        if shared is None:
+            extension.add(norm_changes(sites))
+    except BaseException:
+        extension.restore()
+        raise
     return extension
 
 
-def _rehearse(extension: Extension, sites: list[RotarySite], shared: Shared | None) -> None:
+def _refuse_after(sites: list[RotarySite], method: str) -> None:
+    """Raise ValueError where an extension is in place that must be the last."""
+    for site in sites:
+        before = vars(site.rotary).get("forward")
+        if not isinstance(before, Rotary):
+            continue
+        if before.method in SCORES:
+            raise ValueError(
+                f"extend: {method} must come before {before.method}, "
+                "got a model that is extended by it; restore that one first"
+            )
+        if before.shared is not None:
+            raise ValueError(
+                f"extend: an extension over a mesh must be the last, got {method} after "
+                f"{before.method}; restore that one first"
+            )
+
+
+def _rehearse(model: nn.Module, sites: list[RotarySite], shared: Shared | None) -> None:
     """Run four tokens: what a model does between its rotary embedding and its layers shows then."""
-    for owner in {site.owner: None for site in sites}:
+    for owner in owners_of(sites):
         try:
-            run_on_trial(entrance(extension.model, owner))
+            run_on_trial(entrance(model, owner))
         except Exception as error:  # whatever a foreign model leads to
-            extension.restore()
             if shared is not None and isinstance(error, ValueError):
                 raise  # by the attention over the mesh
             raise unsupported(
@@ -153,49 +169,25 @@ def _rehearse(extension: Extension, sites: list[RotarySite], shared: Shared | No
             ) from error
 
 
-def _refuse_second_score(sites: list[RotarySite], method: str) -> None:
-    for site in sites:
-        before = vars(site.rotary).get("forward")
-        if isinstance(before, Rotary) and before.method in SCORES:
-            raise ValueError(
-                f"extend: {method} must come before {before.method}, "
-                "got a model that is extended by it; restore that one first"
-            )
-
-
 class Extension:
-    """An extended model's way back: `restore()`, or the end of a `with` block.
+    """An extended model's way back: `restore()`, or the end of a `with` block."""
 
-    overrides: (module, name, value) each, attributes that hide those of the module's class.
-    hooks: (module, before its forward, after it or None) each.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        method: str,
-        overrides: list[tuple[nn.Module, str, Any]],
-        hooks: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any] | None]],
-    ) -> None:
+    def __init__(self, model: nn.Module, method: str, changes: Changes) -> None:
         self.model = model
         self.method = method
         forget_pages(model)
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
         self._undo: list[Callable[[], None]] = []
-        self.add(overrides, hooks)
+        self.add(changes)
 
-    def add(
-        self,
-        overrides: list[tuple[nn.Module, str, Any]],
-        hooks: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any] | None]],
-    ) -> None:
+    def add(self, changes: Changes) -> None:
         """Change more, as far as the first changes allow."""
-        for module, name, value in overrides:
+        for module, name, value in changes.overrides:
             self._overrides.append((module, name, value, vars(module).get(name)))
             vars(module)[name] = value
             if isinstance(value, Rotary) and value.fused is not None:
                 wrap_apply(value.fused.modeling, value)
-        for module, before, after in hooks:
+        for module, before, after in changes.hooks:
             handle = module.register_forward_pre_hook(before, with_kwargs=True)
             self._undo.append(handle.remove)
             if after is not None:
