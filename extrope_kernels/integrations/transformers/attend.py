@@ -80,7 +80,7 @@ class SdpaCall(Call):
 
 
 class MethodCall(Call):
-    """A call of a method of (query, key, value, attention_mask) of the layer (GPT-NeoX-Japanese)."""
+    """A call of the layer's own method of (query, key, value, mask): GPT-NeoX-Japanese."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -201,6 +201,11 @@ def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, 
     if window := options.get("sliding_window", getattr(module, "sliding_window", None)):
         found["sliding_window"] = window
     return found
+
+
+def no_freqs(x: Tensor) -> RopeFreqs:
+    """Return frequencies of 0, for queries and keys that a layer has rotated itself, or never."""
+    return RopeFreqs(torch.zeros(1, dtype=torch.float32, device=x.device))
 
 
 def refuse_options(module: nn.Module, options: Mapping[str, Any], packed: bool = False) -> None:

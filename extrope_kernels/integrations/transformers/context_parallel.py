@@ -1,4 +1,4 @@
-"""A model over a mesh: its tokens are spread over ranks, and every layer attends round the group."""
+"""A model over a mesh: ranks share its tokens, and every layer attends round the group."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ...scores import SCORES
 from .._shared.parameters import PARAMETERS, is_bounded
-from .attend import ARGUMENT, Call, calls_in, refuse_options, softmax_options
-from .attention import no_freqs
+from .attend import ARGUMENT, Call, calls_in, no_freqs, refuse_options, softmax_options
 from .find import (
     Changes,
     RotarySite,
@@ -20,6 +19,7 @@ from .find import (
     by_name,
     cache_of,
     owners_of,
+    said_by_extend,
     shortened,
     tokens_of,
     unsupported,
@@ -38,7 +38,8 @@ from .trial import (
 )
 
 if TYPE_CHECKING:
-    from ...distributed import Balance, Mesh, Strategy
+    from ...distributed.attention import Strategy
+    from ...distributed.layout import Balance, Mesh
 
 
 class Shared:
@@ -73,15 +74,8 @@ class Shared:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
         """Attend from this rank's queries to the keys of all; tensors as the ops take them."""
-        from .attention import sharded_attention
-
         mesh = {"mesh": self.mesh, "strategy": self.strategy, "balance": self.balance}
-        return sharded_attention(q, k, v, keys_stored=True, **mesh, **call)
-
-
-def said_by_extend(error: Exception) -> Exception:
-    """Return an error of another function of this package that begins with `extend`."""
-    return type(error)(f"extend: {str(error).partition(': ')[2]}")
+        return self.distributed.rope_attention(q, k, v, keys_stored=True, **mesh, **call)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,8 @@ from .scores import score_changes
 from .trial import entrance, run_on_trial
 
 if TYPE_CHECKING:
-    from ...distributed import Balance, Mesh, Strategy
+    from ...distributed.attention import Strategy
+    from ...distributed.layout import Balance, Mesh
 
 
 def extend(

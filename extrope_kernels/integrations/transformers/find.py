@@ -124,6 +124,11 @@ def unsupported(owner: nn.Module, reason: str) -> ValueError:
     return ValueError(f"extend: {type(owner).__name__} is not a supported architecture: {reason}")
 
 
+def said_by_extend(error: Exception) -> Exception:
+    """Return an error of another function of this package that begins with `extend`."""
+    return type(error)(f"extend: {str(error).partition(': ')[2]}")
+
+
 def shortened(error: Exception) -> str:
     """Return the first line of an error of other code, to be quoted."""
     return str(error).split("\n")[0][:200]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attend import KNOWN, softmax_options
-from .attention import no_freqs, rope_attention, rope_attention_with_kvcache
+from ... import rope_attention, rope_attention_with_kvcache
+from .attend import KNOWN, no_freqs, softmax_options
 from .paged import INTERFACE
 from .rows import records
 

@@ -142,9 +142,10 @@ def _agreeing(owner: nn.Module) -> dict[nn.Module, FusedNorm]:
     layers = []
     for layer in rotating_layers(owner):
         norms = [getattr(layer, name, None) for name in _NAMES]
-        if all(_may_be_fused(norm) for norm in norms) and call_of(layer) is not None:
-            if _eps_of(norms[0]) == _eps_of(norms[1]):
-                layers.append(layer)
+        if call_of(layer) is None or not all(_may_be_fused(norm) for norm in norms):
+            continue
+        if _eps_of(norms[0]) == _eps_of(norms[1]):
+            layers.append(layer)
     if not layers:
         return {}
     with _other_weights([getattr(layer, name) for layer in layers for name in _NAMES]):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import rope_attention_with_kvcache
+from ... import rope_attention_with_kvcache
 from .find import Override, generator_of
 
 INTERFACE = "extrope"  # the name for `model.set_attn_implementation`

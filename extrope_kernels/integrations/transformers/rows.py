@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import rope_attention, rope_attention_with_kvcache
+from ... import rope_attention, rope_attention_with_kvcache
 from .find import cache_of
 
 

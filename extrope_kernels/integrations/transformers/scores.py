@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs, methods
+from ... import RopeFreqs, methods, rope_attention
 from ...scores import UNROTATED, Score
 from .._shared.parameters import bind_score
 from .attend import Attending, exchange, register_attention
-from .attention import rope_attention
 from .context_parallel import SharedRows, by_its_name
 from .find import (
     Changes,
@@ -26,6 +25,7 @@ from .find import (
     caches_in,
     generator_of,
     owners_of,
+    said_by_extend,
     tokens_of,
     unsupported,
 )
@@ -136,7 +136,10 @@ def _check_heads(score: Score, log_n: float | None, layers: Layers) -> None:
     for head_dim, v_head_dim, dtype in layers.shapes:
         token = torch.zeros(1, 1, 1, head_dim, dtype=dtype)
         v = torch.zeros(1, 1, 1, v_head_dim, dtype=dtype)
-        rope_attention(token, token, v, methods.rope(2), score, log_n=log_n)
+        try:
+            rope_attention(token, token, v, methods.rope(2), score, log_n=log_n)
+        except ValueError as error:
+            raise said_by_extend(error) from None
 
 
 class ScoreRotary(Rotary):

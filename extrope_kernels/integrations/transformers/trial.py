@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs, apply_rope
+from ... import RopeFreqs, apply_rope, rope_attention
 from .._shared.parameters import is_bounded
 from .attend import (
     KNOWN,
@@ -33,7 +33,6 @@ from .attend import (
     rotated_first,
     softmax_options,
 )
-from .attention import rope_attention
 from .find import (
     Override,
     RotarySite,
@@ -68,7 +67,7 @@ class Recorder:
 
     calls: how each layer calls its attention. name: of the mask among several, where layers get a
     mapping of them; None for the whole argument.
-    called: rotating layers that the owner has called; seen: what those with an attention gave to it.
+    called: rotating layers that the owner has called; seen: what layers gave to their attention.
     masks: as the owner gave them. names: of those, where layers got several.
     output: of the owner.
     """
