@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs, methods, rope_attention
+from ... import RopeFreqs
 from ...scores import UNROTATED, Score
 from .._shared.parameters import bind_score
 from .attend import Attending, exchange, register_attention
@@ -25,7 +25,6 @@ from .find import (
     caches_in,
     generator_of,
     owners_of,
-    said_by_extend,
     tokens_of,
     unsupported,
 )
@@ -55,7 +54,6 @@ def score_changes(
     owner = _owner(model, sites)
     freqs = [_freqs_in_force(site, method, score) for site in sites]
     found = Layers(model, owner, sites, layers)
-    _check_heads(score, log_n, found)
     rotaries = [
         ScoreRotary(site, each, method, score, log_n, found.around.get(site.rotary))
         for site, each in zip(sites, freqs, strict=True)
@@ -129,17 +127,6 @@ def _own_freqs(site: RotarySite, layer_type: str | None) -> RopeFreqs:
         inv_freq = inv_freq[order.argsort().to(inv_freq.device)]
     factor = float(attribute_of(rotary, layer_type, "attention_scaling", 1.0))
     return RopeFreqs(inv_freq.detach().float().clone(), factor)
-
-
-def _check_heads(score: Score, log_n: float | None, layers: Layers) -> None:
-    """Attend with one token on the CPU: the op itself knows best which heads it supports."""
-    for head_dim, v_head_dim, dtype in layers.shapes:
-        token = torch.zeros(1, 1, 1, head_dim, dtype=dtype)
-        v = torch.zeros(1, 1, 1, v_head_dim, dtype=dtype)
-        try:
-            rope_attention(token, token, v, methods.rope(2), score, log_n=log_n)
-        except ValueError as error:
-            raise said_by_extend(error) from None
 
 
 class ScoreRotary(Rotary):

@@ -39,6 +39,7 @@ from .find import (
     argument_names,
     by_name,
     rotating_layers,
+    said_by_extend,
     shortened,
     trial_numbers,
     unsupported,
@@ -236,7 +237,6 @@ class Layers:
     calls: how each of them calls its attention. mask_name: of its mask, where layers get several.
     needs_mask: more than the attention of far layers looks at the mask.
     around: for rotary embeddings that are a layer's own, that layer.
-    shapes: head_dim of queries and of values, and dtype, of the far layers.
 
     Raises ValueError where a layer does what the ops do not.
     """
@@ -258,7 +258,6 @@ class Layers:
         self.mask_name: str | None = None
         self.far: dict[nn.Module, Heads] = {}
         self.near: list[nn.Module] = []
-        self.shapes: set[tuple[int, int, torch.dtype]] = set()
         still, moved = self._try_out()
         for layer in moved.called:
             if layer not in moved.seen:
@@ -326,7 +325,6 @@ class Layers:
             self.owner, layer, self.calls[layer], (q, k, moved.v), freqs, heads.interleaved, moved
         )
         self.far[layer] = replace(heads, **bounds)
-        self.shapes.add((moved.q.shape[-1], moved.v.shape[-1], moved.v.dtype))
         return True
 
     def _heads(
@@ -443,12 +441,12 @@ def attend_as_own(
     qkv: the op's, of (1, heads, 4, head_dim), rotated by freqs. given: the layer's own.
     """
     v = given.v
-    ours = rope_attention(
-        *(x.to(v.dtype).transpose(1, 2) for x in qkv),
-        freqs,
-        interleaved=interleaved,
-        **softmax_options(layer, given.options),
-    )
+    qkv = [x.to(v.dtype).transpose(1, 2) for x in qkv]
+    options = softmax_options(layer, given.options)
+    try:
+        ours = rope_attention(*qkv, freqs, interleaved=interleaved, **options)
+    except ValueError as error:  # heads that the op does not support
+        raise said_by_extend(error) from None
     mask = v.new_full((_TOKENS, _TOKENS), torch.finfo(v.dtype).min).triu(1)
     q, k = given.q.to(v.dtype), given.k.to(v.dtype)
     try:
