@@ -11,7 +11,15 @@ from torch import nn
 from ...scores import SCORES
 from .._shared.parameters import PARAMETERS
 from .context_parallel import RegionGuard, Shared, share
-from .find import Changes, RotarySite, find_sites, owners_of, shortened, unsupported
+from .find import (
+    Changes,
+    RotarySite,
+    find_sites,
+    owners_of,
+    said_by_extend,
+    shortened,
+    unsupported,
+)
 from .frequencies import Rotary, frequency_changes
 from .interface import register_interface
 from .norms import norm_changes
@@ -41,63 +49,45 @@ def extend(
     max_position_embeddings but the default length of `generate`: give it max_new_tokens for prompts
     beyond.
 
-    A frequency method (`methods.METHODS`) takes the place of whatever scaling the model's
-    configuration names, so that nothing is scaled twice: also in the softmax scale of latent
-    attention (DeepSeek), whose mscale and mscale_all_dim are those of the configuration unless
-    given. Layers without a rotation stay without.
+    A frequency method (`methods.METHODS`) replaces the scaling that the model's configuration
+    names: nothing is scaled twice, the softmax scale of latent attention (DeepSeek) included. Where
+    `apply_rope_qk` does what the model's layers do, every rotation goes through it, with a norm of
+    queries and keys right before it (Qwen3, Gemma 3, OLMo 2): frequencies stay float32 and
+    positions integers in a model of any dtype. Elsewhere the model's own rotary embedding makes its
+    tables.
 
-    Where `apply_rope_qk` does what the model's layers do, every rotation goes through it:
-    frequencies stay float32 and positions integers in a model of any dtype. Elsewhere (complex
-    numbers, several axes of positions) the model's own rotary embedding makes its tables of the
-    other frequencies.
-
-    Whatever the method, a norm of queries and keys right before such a rotation (Qwen3, Gemma 3,
-    OLMo 2) goes through the op too, if four tokens give the same; in 16 bits the op leaves out
-    roundings that the model makes. A norm with hooks, or with weights that are sharded, stays the
-    model's own.
-
-    A method that depends on the length (`dynamic_ntk`, `dynamic_yarn`, `longrope`) is frozen per
-    request, so that cached keys stay valid. `generate` chooses for the prompt and max_new_tokens
-    (or max_length) together; a forward with an empty cache for its own tokens, or for the largest
-    of its position_ids where it is given them. A `seq_len` among the parameters fixes it for good.
+    A method that depends on the length (one with a `seq_len`) is frozen per request, so that cached
+    keys stay valid: for the prompt and max_new_tokens together in `generate`, in a forward with an
+    empty cache for its own tokens, or the largest of its position_ids. A `seq_len` among the
+    parameters fixes it for good.
 
     A score method (`scores.SCORES`) keeps the frequencies in force, the model's or those of an
-    extension before it, and changes which relative position a pair sees; with `log_n` queries are
-    scaled as in the attention ops, too. The layers attend by these ops, with their sinks, caps and
-    scales, and a cache holds each key once. Positions count from a row's first token, so batches
-    padded on either side, and on the left to generate, give what their rows give alone.
-
-    Every cache that returns all keys in order serves a score method, static ones too, and so do the
-    pages of `generate_batch`, which serve every method but those that depend on the length and have
-    no `seq_len`.
-
-    A score method is refused for layers whose keys are not all those before a query (indexers,
-    compressed keys, prompts that see all of themselves), and for what makes logits depend on more
-    than distances (a norm with weights after the rotation). Images (a token with several
-    positions), dropout, packed rows and weights to be returned (output_attentions) are refused as
-    well, and xpos but for methods whose positions start anew (dual_chunk, blockwise_causal).
+    extension before it, and changes which relative position a pair sees; `log_n` scales queries,
+    too. A cache holds each key once. Positions count from a row's first token, so batches padded on
+    either side, and on the left to generate, give what their rows give alone. Refused are layers
+    whose keys are not all those before a query (indexers, compressed keys), logits that depend on
+    more than distances (a norm with weights after the rotation), tokens with several positions
+    (images), dropout, packed rows, output_attentions, and xpos but for methods whose positions
+    start anew.
 
     With a mesh every rank runs the model on its own tokens of a sequence, as `distributed.shard`
     cuts it, and all layers attend round the group: logits, losses and gradients are those of one
-    device, to rounding. All ranks call `extend` alike. position_ids need not be given; where they
-    are they must be those of `distributed.local_positions`. Labels are shifted before they are cut:
-    `shift_labels` beside `labels`. "rope" is the model as it is.
-
-    Refused over a mesh are padding, caches (restore the model to generate), chunks (Llama 4) and
-    models that mix tokens in another way (state spaces). FSDP's `fully_shard` comes before or after
-    `extend`, accelerate and Trainer after it. A region of torch's `context_parallel` round a model
-    that was extended without a mesh raises ValueError where it would give something else.
+    device, to rounding. All ranks call `extend` alike. Labels are shifted before they are cut:
+    `shift_labels` beside `labels`. "rope" is the model as it is. Refused are padding, caches
+    (restore the model to generate), chunks (Llama 4) and models that mix tokens in another way
+    (state spaces). FSDP's `fully_shard` comes before or after `extend`, accelerate and Trainer
+    after it. Without a mesh a region of torch's `context_parallel` raises ValueError where it would
+    give something else.
 
     model: any language model of transformers that rotates, with or without its head or a vision
         tower, which is left alone. docs/models.md has them all.
     method: a name of `PARAMETERS`.
-    layers: "full", for a frequency method, extends the rotation of the layers that see all keys,
-        where a model has one of its own for those with a sliding window (Gemma 3); for a score
-        method the layers that see all keys: none of the distances in the others is past their
-        window or chunk. "all" extends every layer that rotates.
-    mesh: DeviceMesh or ProcessGroup, the ranks that share a sequence; of two dimensions as in
-        `distributed.rerope_attention`.
-    strategy, balance: as there; the tokens must have been cut with the same balance.
+    layers: "full" extends the layers that see all keys: by a frequency method where those with a
+        sliding window have a rotation of their own (Gemma 3), by a score method always, as no
+        distance in the others is past their window or chunk. "all" extends all that rotate.
+    mesh: DeviceMesh of one dimension or ProcessGroup, the ranks that share a sequence.
+    strategy, balance: as in `distributed.rope_attention`; the tokens must have been cut with the
+        same balance.
     parameters: the method's parameters; with resonance=True the wavelengths of a frequency method
         are rounded to whole tokens (`methods.resonance`). Of the model's configuration come dim,
         base (its rope_theta; `abf` has its own), original_max_position_embeddings
@@ -162,7 +152,7 @@ def _rehearse(model: nn.Module, sites: list[RotarySite], shared: Shared | None) 
             run_on_trial(entrance(model, owner))
         except Exception as error:  # whatever a foreign model leads to
             if shared is not None and isinstance(error, ValueError):
-                raise  # by the attention over the mesh
+                raise said_by_extend(error) from None  # it is the attention's over the mesh
             raise unsupported(
                 owner,
                 "what it does between its rotary embedding and its layers takes tables alone "
