@@ -410,7 +410,7 @@ def test_the_attention_is_sliced_to_the_last_tokens_as_tables_are():
 
 def test_a_cache_must_hold_the_keys_of_a_chunk():
     q, k = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 3, 8)  # tokens 3 and 4, keys from 2 on
-    layer, heads = torch.nn.Linear(1, 1), [Heads(0, 4, False, 1, chunk_size=x) for x in (3, 4)]
+    layer, heads = torch.nn.Linear(1, 1), [Heads(0, False, 1, chunk_size=x) for x in (3, 4)]
     out = _attending(2).of(heads[0]).attend(layer, q, k, k, {})
     assert out.shape == (1, 2, 1, 8)
     with pytest.raises(ValueError, match="all keys of a chunk of 4, got those from 2 on"):

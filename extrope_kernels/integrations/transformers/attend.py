@@ -226,14 +226,13 @@ def refuse_options(module: nn.Module, options: Mapping[str, Any], packed: bool =
 class Heads:
     """How the heads of an extended layer are rotated, and what bounds the keys that they see.
 
-    start, dim: dims start .. start + dim - 1 are rotated. interleaved: how they are paired.
-    sign: -1 where a pair is rotated backwards.
+    start: of the dims that are rotated, which are as many as the frequencies have pairs for.
+    interleaved: how they are paired. sign: -1 where a pair is rotated backwards.
     chunk_size: tokens, where the layer attends in chunks. sliding_window: where its cache keeps no
     more, whatever it tells its attention.
     """
 
     start: int
-    dim: int
     interleaved: bool
     sign: int
     chunk_size: int | None = None

@@ -340,11 +340,10 @@ class Layers:
         for site, _, inv_freq in self.freqs:
             if self.around.get(site.rotary, layer) is not layer:
                 continue
-            dim = 2 * inv_freq.numel()
-            last = still.q.shape[-1] - dim
+            last = still.q.shape[-1] - 2 * inv_freq.numel()
             starts = {0, last} if last >= 0 else set()
             for start, interleaved, sign in product(starts, (False, True), (1, -1)):
-                heads = Heads(start, dim, interleaved, sign)
+                heads = Heads(start, interleaved, sign)
                 freqs = RopeFreqs(sign * inv_freq.to(still.q.device))
                 if all(
                     close(_rotated(a, freqs, heads), rotated_first(b, start))
