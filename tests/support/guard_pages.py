@@ -89,8 +89,6 @@ def cache() -> None:
     from extrope_kernels.ops.attention.call import KVCache
     from extrope_kernels.ops.attention.triton.decode import launch
 
-    from extrope_kernels import methods, scores
-
     pages = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)
     for table, score, dtype in (
         (None, scores.rerope(5), torch.float16),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -67,6 +68,16 @@ PLAIN = {"rope_type": "default"}
 CACHE = "cache"
 if CACHE not in inspect.signature(transformers.LlamaForCausalLM.forward).parameters:
     CACHE = "past_key_values"
+
+
+def pairs(firsts: Iterable[Any], seconds: Iterable[Any]) -> list[Any]:
+    """Every first with every second; all but those of the first ones are thorough."""
+    firsts, seconds = list(firsts), list(seconds)
+    return [
+        pytest.param(a, b, marks=[pytest.mark.thorough] * (a != firsts[0] and b != seconds[0]))
+        for a in firsts
+        for b in seconds
+    ]
 
 
 def since(version: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""A sample of the models of bench/models_census.py, and what sets single families apart."""
+"""A sample of the models of bench/models_census.py, and what sets families apart."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from hf_models import (
     build,
     error,
+    generate,
+    gradients,
     logits,
     one_thread,  # noqa: F401
     since,
@@ -16,59 +18,91 @@ from hf_models import (
     transformers,
 )
 
-from extrope_kernels.integrations.transformers import extend
+from extrope_kernels.integrations.transformers import extend, extension, trial
+from extrope_kernels.integrations.transformers.attend import Attending, Heads, SdpaCall
+from extrope_kernels.integrations.transformers.find import find_sites
+from extrope_kernels.integrations.transformers.rows import Rows
+from extrope_kernels.methods import rope
+from extrope_kernels.scores import rerope
 
+# One of each kind of architecture, and others of them.
 SERVED = [
-    "ApertusForCausalLM",
-    "Cohere2ForCausalLM",
-    "DeepseekV2ForCausalLM",
-    "DeepseekV3ForCausalLM",
-    "Ernie4_5_VLMoeForConditionalGeneration",
-    "Exaone4ForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForConditionalGeneration",
-    "Gemma3nForCausalLM",
-    "Gemma4ForCausalLM",
-    "Glm4MoeLiteForCausalLM",
-    "GlmForCausalLM",
-    "GptOssForCausalLM",
-    "Lfm2MoeForCausalLM",
-    "Llama4ForCausalLM",
-    "LlavaForConditionalGeneration",
-    "MiniMaxForCausalLM",
+    "Cohere2ForCausalLM",  # interleaved pairs, windows
+    "DeepseekV3ForCausalLM",  # latent attention
+    "Ernie4_5_VLMoeForConditionalGeneration",  # axes of positions, frequencies in another order
+    "Gemma3ForConditionalGeneration",  # a rotation for each kind of layers
+    "Gemma3nForCausalLM",  # layers that reuse keys
+    "GptOssForCausalLM",  # sinks
+    "Lfm2MoeForCausalLM",  # convolutions
+    "Llama4ForCausalLM",  # complex numbers, chunks
+    "MiniMaxForCausalLM",  # linear attention
     "MistralForCausalLM",
-    "NanoChatForCausalLM",
-    "NemotronForCausalLM",
-    "PhimoeForCausalLM",
     "Qwen2VLForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
-    "Qwen3_5ForCausalLM",
-    "SmolLM3ForCausalLM",
-    "StableLmForCausalLM",
+    "StableLmForCausalLM",  # a part of the dims
+]
+ALIKE = [
+    *("ApertusForCausalLM", "DeepseekV2ForCausalLM", "Exaone4ForCausalLM", "Gemma2ForCausalLM"),
+    *("Gemma4ForCausalLM", "Glm4MoeLiteForCausalLM", "GlmForCausalLM", "NanoChatForCausalLM"),
+    *("LlavaForConditionalGeneration", "NemotronForCausalLM", "PhimoeForCausalLM"),
+    *("Qwen3VLForConditionalGeneration", "Qwen3_5ForCausalLM", "SmolLM3ForCausalLM"),
 ]
 REFUSED = {
     "DeepseekV4ForCausalLM": "keys beside those of the tokens, which have no distance",
     "HunYuanDenseV1ForCausalLM": "makes its logits depend on more than distances",
 }
+# Layers that call PyTorch's function or a method, get a mask among several, rotate by themselves,
+# or have a state beside the attention.
+OWN_WAYS = (
+    "FalconForCausalLM",
+    "GPTNeoXJapaneseForCausalLM",
+    "ZayaForCausalLM",
+    "MoshiForCausalLM",
+    "FalconH1ForCausalLM",
+)
+SINCE = {
+    "MoshiForCausalLM": ("5.21", "Moshi's layers hand nothing to their attention"),
+    **dict.fromkeys(
+        ("Lfm2MoeForCausalLM", "FalconH1ForCausalLM", "Qwen3NextForCausalLM"),
+        ("5.5", "hybrid models have caches that are no Cache"),
+    ),
+}
+IDS = tokens(2, 20).clamp(max=99)
+PADS = 7
+PADDED, MASK = IDS.clone(), torch.ones_like(IDS)
+PADDED[1, :PADS] = MASK[1, :PADS] = 0
+SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
-def _row(name):
-    if name == "Lfm2MoeForCausalLM":
-        since("5.5", "hybrid models have caches that are no Cache")
+def _skip_what_is_missing(name):
+    if name in SINCE:
+        since(*SINCE[name])
     if not hasattr(transformers, name):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    return models_census.census(name)
 
 
-@pytest.mark.parametrize("name", SERVED)
+def _build(name, **settings):
+    _skip_what_is_missing(name)
+    return tiny_models.build(name, **settings)
+
+
+def _assert_close(got, want):
+    """But for the roundings of a float32 model: none is off by more than 1e-4 of the largest."""
+    torch.testing.assert_close(got, want, atol=1e-4 * want.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name", [*SERVED, *(pytest.param(each, marks=pytest.mark.thorough) for each in ALIKE)]
+)
 def test_a_model_is_served(name):
-    row = _row(name)
+    _skip_what_is_missing(name)
+    row = models_census.census(name)
     assert {key: said for key, said in row.items() if not said.startswith("ok")} == {"name": name}
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_score_method_says_why_not(name):
-    row = _row(name)
+    _skip_what_is_missing(name)
+    row = models_census.census(name)
     for method in models_census.FREQUENCIES:
         assert row[method] == "ok"
     for method in models_census.SCORES:
@@ -138,11 +172,8 @@ def test_several_axes_of_positions():
         return cls._from_config(config, dtype=torch.float32).eval()
 
     model, theirs = qwen({}), qwen({"rope_type": "linear", "factor": 4.0})
-    ids = tokens(1, 24).clamp(max=99)
-    positions = torch.stack([torch.arange(24), torch.arange(24) // 4, torch.arange(24) % 4])[
-        :, None
-    ]
-    inputs = {"position_ids": positions}
+    ids, at = tokens(1, 24).clamp(max=99), torch.arange(24)
+    inputs = {"position_ids": torch.stack([at, at // 4, at % 4])[:, None]}
     want = logits(theirs, ids, **inputs)
     with extend(model, "pi", factor=4.0):
         torch.testing.assert_close(logits(model, ids, **inputs), want, atol=1e-4, rtol=1e-4)
@@ -173,3 +204,233 @@ def test_a_rotary_embedding_that_insists_on_its_axes(monkeypatch, method):
     with extend(model, name, **parameters):
         got = logits(model, ids, position_ids=torch.arange(24).expand(3, 1, -1))
     assert torch.equal(got, want) and error(got, plain) > 1e-3
+
+
+@pytest.mark.parametrize("name", OWN_WAYS)
+def test_padded_rows_generate_what_they_do_alone(name):
+    model, layers = _build(name), "all" if name == "MoshiForCausalLM" else "full"
+    plain = logits(model, IDS)
+    with extend(model, "rerope", window=64, layers=layers):
+        _assert_close(logits(model, IDS), plain)
+    with extend(model, "rerope", window=6, layers=layers):
+        got = generate(model, PADDED, attention_mask=MASK, max_new_tokens=3)
+        slots = torch.arange(IDS.shape[1])[None]
+        by_slots = logits(model, PADDED, attention_mask=MASK, position_ids=slots)
+        _assert_close(by_slots[:, -1], got[:, 0])
+        for row, pads in enumerate((0, PADS)):
+            alone = PADDED[row : row + 1, pads:]
+            want = generate(model, alone, max_new_tokens=3)
+            _assert_close(got[row : row + 1], want)
+            chosen = torch.cat((alone, want[:, :-1].argmax(-1)), 1)
+            _assert_close(logits(model, chosen)[:, -3:], want)
+    assert torch.equal(logits(model, IDS), plain)
+
+
+@pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "FalconH1ForCausalLM"])
+def test_padding_of_a_hybrid_with_a_static_cache(name):
+    """What is padding is read from the mask's last columns by layers without keys."""
+    model = _build(name)
+    with extend(model, "rerope", window=6):
+        want, got = (
+            generate(model, PADDED, attention_mask=MASK, max_new_tokens=4, **settings)
+            for settings in ({}, {"cache_implementation": "static"})
+        )
+    _assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["PhimoeForCausalLM", "MoshiForCausalLM"])
+def test_a_window_that_the_cache_alone_knows(name):
+    """Their layers tell their attention of none."""
+    model = _build(name, sliding_window=8)
+    with pytest.raises(ValueError, match="all its layers that rotate have a sliding window"):
+        extend(model, "rerope", window=6)
+    for settings in ({}, {"cache_implementation": "static"}):
+        with extend(model, "rerope", window=6, layers="all"):
+            got = generate(model, PADDED, attention_mask=MASK, max_new_tokens=12, **settings)
+            for row, pads in enumerate((0, PADS)):
+                chosen = torch.cat((PADDED[row, pads:], got[row, :-1].argmax(-1)))[None]
+                _assert_close(logits(model, chosen)[0, -12:], got[row])
+
+
+def test_heads_of_two_sizes():
+    """Those of full layers are wider than those of layers with a window."""
+    model = _build("Gemma4ForCausalLM")
+    plain = logits(model, IDS)
+    with extend(model, "rerope", window=64, layers="all"):
+        _assert_close(logits(model, IDS), plain)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}])
+def test_chunks_stay_chunks(settings):
+    model = _build("Llama4ForCausalLM", attention_chunk_size=6)
+    inputs = {"attention_mask": MASK, "max_new_tokens": 9, **settings}
+    want = generate(model, PADDED, **inputs)
+    prompts = logits(model, PADDED, attention_mask=MASK)
+    with extend(model, "rerope", window=64, layers="all"):
+        _assert_close(generate(model, PADDED, **inputs), want)
+        got = logits(model, PADDED, attention_mask=MASK)
+    for row, pads in enumerate((0, PADS)):
+        _assert_close(got[row, pads:], prompts[row, pads:])
+    with extend(model, "rerope", window=3, layers="all"):
+        got = generate(model, PADDED, **inputs)
+        _assert_close(got[1:], generate(model, PADDED[1:, PADS:], max_new_tokens=9, **settings))
+        chosen = torch.cat((PADDED[:1], got[:1, :-1].argmax(-1)), 1)
+        _assert_close(logits(model, chosen)[:, -9:], got[:1])
+    assert not torch.allclose(got, want, atol=1e-2)
+
+
+def test_a_model_without_the_chunks_it_names_keeps_its_layers_as_they_are(monkeypatch):
+    model = _build("Llama4ForCausalLM")
+    monkeypatch.setattr(trial, "sees_chunks", lambda mask, size: False)
+    with pytest.raises(ValueError, match="all its layers that rotate have a sliding window or ch"):
+        extend(model, "rerope", window=3, layers="all")
+
+
+@pytest.mark.parametrize("name", ["FalconForCausalLM", "GPTNeoXJapaneseForCausalLM"])
+def test_gradients_are_those_of_the_plain_layers(name):
+    model = _build(name)
+    want = gradients(model, IDS)
+    with extend(model, "rerope", window=64):
+        for name, got in gradients(model, IDS).items():
+            _assert_close(got, want[name])
+
+
+def test_layers_that_rotate_by_themselves_are_computed_anew_for_their_gradients():
+    model = _build("MoshiForCausalLM").train()
+    with extend(model, "rerope", window=6, layers="all"):
+        want = gradients(model, IDS)
+        model.gradient_checkpointing_enable()
+        for name, got in gradients(model, IDS, use_cache=False).items():
+            _assert_close(got, want[name])
+
+
+SLIDING, COMPRESSED = (
+    {"layer_types": [f"{kind}_attention"] * 2} for kind in ("sliding", "compressed_sparse")
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "given", "reason"),
+    [
+        ("DeepseekV4", SLIDING, {"layers": "all"}, "DeepseekV4Attention rotates its values too"),
+        ("DeepseekV4", COMPRESSED, {}, "keys beside those of the tokens"),
+        ("Falcon", {"alibi": True}, {}, "none of its layers rotates"),
+        ("Blt", {}, {}, "BltLocalEncoder, .*BltPatcher counts positions of its own"),
+    ],
+)
+def test_score_methods_refuse(name, settings, given, reason):
+    model = _build(f"{name}ForCausalLM", **settings)
+    with pytest.raises(ValueError, match=f"^extend: {name}\\w+ is not a .*{reason}"):
+        extend(model, "rerope", window=6, **given)
+
+
+def test_frequency_methods_refuse_alibi():
+    with pytest.raises(ValueError, match=r"FalconModel is not .* ALiBi in place of a rotation"):
+        extend(_build("FalconForCausalLM", alibi=True), "pi", factor=4.0)
+
+
+def test_dropout_of_a_module_is_refused_as_that_of_a_number_is():
+    model = _build("GPTNeoXJapaneseForCausalLM").train()
+    with pytest.raises(
+        ValueError, match=r"attention_dropout 0, got 0\.1 in GPTNeoXJapaneseAttention"
+    ):
+        extend(model, "rerope", window=6)
+
+
+def test_kinds_of_layers_with_a_window_are_known_by_a_part_of_their_name():
+    model = _build("ZayaForCausalLM")
+    (full,), (all_layers,) = (find_sites(model, layers) for layers in ("full", "all"))
+    assert "hybrid_sliding" not in full.layer_types
+    assert set(full.layer_types) < set(all_layers.layer_types) or len(all_layers.layer_types) == 1
+
+
+def test_an_indexer_with_a_rotation_of_its_own_keeps_tables():
+    model = _build("Qwen4ExpForCausalLM")
+    plain = logits(model, IDS)
+    with extend(model, "rope"):
+        _assert_close(logits(model, IDS), plain)
+
+
+def test_a_rehearsal_that_fails_changes_nothing(monkeypatch):
+    model = _build("LlamaForCausalLM")
+    plain = logits(model, IDS)
+
+    def fail(owner):
+        raise KeyError("sliding_attention")
+
+    monkeypatch.setattr(extension, "run_on_trial", fail)
+    with pytest.raises(ValueError, match=r"takes tables alone .'sliding_attention'"):
+        extend(model, "rerope", window=6)
+    monkeypatch.undo()
+    assert torch.equal(logits(model, IDS), plain)
+    extend(model, "rerope", window=6).restore()
+
+
+def test_an_attention_that_fails_on_trial_is_refused(monkeypatch):
+    """Evolla's has no grouped heads, in transformers 5.0."""
+
+    def fails(*args, **options):
+        raise RuntimeError("sizes must match")
+
+    model = tiny_models.build("LlamaForCausalLM")
+    modeling = transformers.models.llama.modeling_llama
+    monkeypatch.setattr(modeling, "eager_attention_forward", fails)
+    with pytest.raises(ValueError, match=r"LlamaAttention: .* cannot be tried out \(sizes must m"):
+        extend(model, "rerope", window=6)
+
+
+def test_masks_by_other_names_are_not_guessed_at():
+    model = _build("ZayaForCausalLM")
+    mask = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
+    with extend(model, "rerope", window=6):
+        want = logits(model, IDS)
+        masks = dict.fromkeys(("hybrid", "hybrid_sliding", "conv"))
+        assert torch.equal(logits(model, IDS, attention_mask=masks), want)
+        with pytest.raises(ValueError, match="by the name of full_attention, got hybrid and"):
+            logits(model, IDS, attention_mask={**masks, "hybrid": mask})
+
+
+def _attending(seqlen):
+    rows = Rows(3, seqlen, ((0, 1, 0),), torch.arange(3, 3 + seqlen)[None], None)
+    tables = torch.arange(2.0 * seqlen).view(1, seqlen, 2)
+    attending = Attending(rerope(window=4), None, rope(4), rows, rows.positions, False)
+    return attending.changed(stored=(tables, tables))
+
+
+def test_the_attention_is_sliced_to_the_last_tokens_as_tables_are():
+    whole = _attending(5)
+    part = whole[:, slice(-2, None), :]
+    assert (part.rows.past, part.rows.new, part.rows.total) == (6, 2, 8)
+    assert part.positions.tolist() == [[6, 7]]
+    assert all(torch.equal(table, whole.stored[0][:, -2:]) for table in part.stored)
+    for index in (slice(0, 2), slice(None, None, 2)):
+        with pytest.raises(ValueError, match="tables must be sliced to the last tokens"):
+            whole[:, index, :]
+
+
+def test_a_cache_must_hold_the_keys_of_a_chunk():
+    q, k = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 3, 8)  # tokens 3 and 4, keys from 2 on
+    layer, heads = torch.nn.Linear(1, 1), [Heads(0, False, 1, chunk_size=x) for x in (3, 4)]
+    out = _attending(2).of(heads[0]).attend(layer, q, k, k, {})
+    assert out.shape == (1, 2, 1, 8)
+    with pytest.raises(ValueError, match="all keys of a chunk of 4, got those from 2 on"):
+        _attending(2).of(heads[1]).attend(layer, q, k, k, {})
+
+
+def test_pytorchs_function_is_asked_for_nothing_else_beside_a_mask():
+    """The mask may be cut: Falcon's layers do it, before transformers 5.2."""
+
+    class Values:
+        def attend(self, layer, q, k, v, options):
+            return v.transpose(1, 2)
+
+    layer, q = torch.nn.Linear(1, 1), torch.randn(1, 2, 3, 8)
+    mask = SdpaCall().mask(layer, Values())[:, :, :, :3]
+    assert torch.equal(SDPA(q, q, q, mask), q)
+    mask = SdpaCall().mask(layer, _attending(3))
+    with pytest.raises(ValueError, match="is_causal must be False beside a mask"):
+        SDPA(q, q, q, attn_mask=mask, is_causal=True)
+    with pytest.raises(ValueError, match=r"attention_dropout 0, got 0\.1 in Linear"):
+        SDPA(q, q, q, attn_mask=mask, dropout_p=0.1)
+    with pytest.raises(TypeError):
+        q + mask

@@ -23,6 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from extrope_kernels.integrations.transformers import extend, extension
+from extrope_kernels.integrations.transformers.find import Changes
 from extrope_kernels.integrations.transformers.norms import DeferredNorm
 
 MODELS = {
@@ -30,6 +31,7 @@ MODELS = {
     "gemma3_text": {},  # 1 + weight, and a rotation of its own for sliding layers
     "olmo2": {"num_key_value_heads": 2},  # all heads of a token together
 }
+IDS = tokens(1, 20)
 
 
 def normed(family: str, **sizes) -> nn.Module:
@@ -43,7 +45,7 @@ def normed(family: str, **sizes) -> nn.Module:
 
 
 def deferred(model: nn.Module) -> list[str]:
-    """The norms that have been taken over."""
+    """The norms that have been replaced."""
     return [
         name
         for name, module in model.named_modules()
@@ -69,55 +71,48 @@ def calls(model: nn.Module, ids: torch.Tensor) -> int:
     return count
 
 
+def assert_close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("rope", {"base": 10000.0}),
+        ("rerope", {"window": 8}),  # keys are stored as they come
+        ("self_extend", {"window": 8, "factor": 2}),  # and here as the method places them
+    ],
+)
 @pytest.mark.parametrize("family", MODELS)
-def test_the_op_norms(family):
+def test_the_op_norms(family, method, parameters, monkeypatch):
     model, ids = normed(family), tokens(2, 40)
-    own, norms = logits(model, ids), calls(model, ids)
-    with extend(model, "rope", base=10000.0) as extension:
-        assert len(deferred(model)) == 2 * model.config.num_hidden_layers
-        near = 2 * (family == "gemma3_text")  # a sliding layer, whose tables are the model's own
-        assert (norms, calls(model, ids)) == (2 * model.config.num_hidden_layers, near)
-        torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
-        extension.restore()
-    assert not deferred(model) and torch.equal(logits(model, ids), own)
-
-
-SCORES = {
-    "rerope": {"window": 8},  # keys are stored as they come
-    "self_extend": {"window": 8, "factor": 2},  # and here as the method places them
-}
-
-
-@pytest.mark.parametrize("method", SCORES)
-@pytest.mark.parametrize("family", MODELS)
-def test_the_op_norms_for_a_score_method(family, method, monkeypatch):
-    model, ids = normed(family), tokens(2, 40)
+    norms, plain = calls(model, ids), logits(model, ids)
     with monkeypatch.context() as patch:
-        patch.setattr(extension, "norm_changes", lambda sites: ([], []))
-        with extend(model, method, **SCORES[method]):
+        patch.setattr(extension, "norm_changes", lambda sites: Changes())
+        with extend(model, method, **parameters):
             assert not deferred(model)
             own, text = logits(model, ids), generate(model, ids[:1, :20], max_new_tokens=6)
-    with extend(model, method, **SCORES[method]):
-        near = 2 * (family == "gemma3_text")
-        assert calls(model, ids) == near and len(deferred(model)) == 2 * len(model.model.layers)
-        torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
-        ours = generate(model, ids[:1, :20], max_new_tokens=6)
-        torch.testing.assert_close(ours, text, rtol=1e-4, atol=1e-4)
+    with extend(model, method, **parameters):
+        assert len(deferred(model)) == norms == 2 * model.config.num_hidden_layers
+        # A sliding layer's tables are the model's own.
+        assert calls(model, ids) == 2 * (family == "gemma3_text")
+        assert_close(logits(model, ids), own)
+        assert_close(generate(model, ids[:1, :20], max_new_tokens=6), text)
+    assert not deferred(model) and torch.equal(logits(model, ids), plain)
 
 
-def test_training_under_a_score_method():
-    model, ids = normed("qwen3"), tokens(1, 20)
-    grads = {}
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("rope", {"base": 10000.0}), ("rerope", {"window": 8})]
+)
+def test_training(method, parameters):
+    model, grads = normed("qwen3"), {}
     for name in ("own", "ours"):
-        with extend(model, "rerope", window=8) as handle, contextlib.ExitStack() as stack:
+        with extend(model, method, **parameters), contextlib.ExitStack() as stack:
             if name == "own":  # a norm with a hook is left to the model
                 for module in deferred(model):
                     hook = model.get_submodule(module).register_forward_hook(lambda *_: None)
                     stack.callback(hook.remove)
-            model(input_ids=ids, labels=ids).loss.backward()
-            handle.restore()
-        grads[name] = {n: x.grad.clone() for n, x in model.named_parameters()}
-        model.zero_grad()
+            grads[name] = gradients(model, IDS)
     for name, x in grads["ours"].items():
         scale = max(grads["own"][name].abs().max().item(), 1e-3)
         torch.testing.assert_close(x, grads["own"][name], rtol=1e-3, atol=1e-4 * scale)
@@ -135,59 +130,29 @@ def test_16_bits_lose_no_more_than_the_models_own(family):
     assert ours <= 1.1 * own  # of 5,000 logits, whose errors spread by more than the norms' share
 
 
-def test_generation_and_training():
-    model, ids = normed("qwen3"), tokens(1, 20)
-    want = generate(model, ids, max_new_tokens=6)
-    model(input_ids=ids, labels=ids).loss.backward()
-    expected = {name: x.grad.clone() for name, x in model.named_parameters()}
-    model.zero_grad()
-    with extend(model, "rope", base=10000.0):
-        torch.testing.assert_close(
-            generate(model, ids, max_new_tokens=6), want, rtol=1e-4, atol=1e-4
-        )
-        model(input_ids=ids, labels=ids).loss.backward()
-    for name, x in model.named_parameters():
-        scale = expected[name].abs().max().item()
-        torch.testing.assert_close(x.grad, expected[name], rtol=1e-3, atol=1e-4 * max(scale, 1e-3))
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize(
-    "method, parameters", [("yarn", {"factor": 4.0}), ("rerope", {"window": 6})]
-)
-def test_gradient_checkpointing(method, parameters, use_reentrant):
-    model, ids = normed("qwen3").train(), tokens(1, 20)
-    with extend(model, method, **parameters):
-        want = gradients(model, ids, use_cache=False)
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        got = gradients(model, ids, use_cache=False)
-    for name in want:
-        assert torch.equal(got[name], want[name]), name
-
-
-def test_a_norm_that_something_else_takes_over_norms():
+def test_a_norm_that_something_else_replaces_norms():
     """As kernelize and Liger do to a model's modules."""
-    model, ids = normed("qwen3"), tokens(1, 20)
-    own = logits(model, ids)
+    model = normed("qwen3")
+    own = logits(model, IDS)
     norm = model.model.layers[0].self_attn.q_norm
     with extend(model, "rope", base=10000.0):
         ours, norm.forward = norm.forward, lambda x: type(norm).forward(norm, x)
-        torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
+        assert_close(logits(model, IDS), own)
         norm.forward = ours
 
 
 def test_norms_with_weights_for_each_head_stay():
     """Of Command R+: a mean is subtracted, and heads have weights of their own."""
-    model, ids = build("cohere", num_key_value_heads=2, use_qk_norm=True), tokens(1, 20)
-    own = logits(model, ids)
+    model = build("cohere", num_key_value_heads=2, use_qk_norm=True)
+    own = logits(model, IDS)
     with extend(model, "rope", base=10000.0):
         assert not deferred(model)
-        torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
+        assert_close(logits(model, IDS), own)
 
 
 def test_a_trial_of_norms_that_fails_changes_nothing(monkeypatch):
-    model, ids = normed("qwen3"), tokens(1, 20)
-    own = logits(model, ids)
+    model = normed("qwen3")
+    own = logits(model, IDS)
 
     def fail(sites):
         raise MemoryError
@@ -195,50 +160,50 @@ def test_a_trial_of_norms_that_fails_changes_nothing(monkeypatch):
     monkeypatch.setattr(extension, "norm_changes", fail)
     with pytest.raises(MemoryError):
         extend(model, "yarn", factor=4.0)
-    assert torch.equal(logits(model, ids), own)
+    assert torch.equal(logits(model, IDS), own)
 
 
 def test_norms_follow_what_moves_a_layers_arguments():
     """As accelerate's hooks do, where a model spans several devices."""
     hooks = pytest.importorskip("accelerate.hooks")
-    model, ids = normed("qwen3"), tokens(1, 20)
-    own = logits(model, ids)
+    model = normed("qwen3")
+    own = logits(model, IDS)
     with extend(model, "rope", base=10000.0):
         for layer in model.model.layers:
             hooks.add_hook_to_module(layer.self_attn, hooks.AlignDevicesHook("cpu"))
         assert deferred(model)
-        torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
+        assert_close(logits(model, IDS), own)
 
 
 def test_a_copy_has_norms_of_its_own():
-    model, ids = normed("qwen3"), tokens(1, 20)
+    model = normed("qwen3")
     with extend(model, "rope", base=10000.0):
         twin = copy.deepcopy(model)
         for name, weight in twin.named_parameters():
             weight.data *= 1 + name.endswith("q_norm.weight")
-        changed, kept = logits(twin, ids), logits(model, ids)
+        changed, kept = logits(twin, IDS), logits(model, IDS)
     assert not torch.allclose(changed, kept, atol=1e-2)
-    torch.testing.assert_close(kept, logits(model, ids), rtol=1e-4, atol=1e-4)
+    assert_close(kept, logits(model, IDS))
 
 
 def test_what_acts_on_a_norm_is_left_to():
     """A hook sees what it saw before, whether it comes before the extension or after."""
-    model, ids, seen = normed("qwen3"), tokens(1, 20), []
+    model, seen = normed("qwen3"), []
     norm = model.model.layers[0].self_attn.q_norm
-    own = logits(model, ids)
+    own = logits(model, IDS)
     with extend(model, "rope", base=10000.0):
         handle = norm.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
-        logits(model, ids)
+        logits(model, IDS)
         loudness = seen[0].pow(2).mean(-1).sqrt()  # that of its weights, as it was normed
         torch.testing.assert_close(loudness.mean(), norm.weight.mean(), rtol=0.1, atol=0)
         handle.remove()
     handle = norm.register_forward_hook(lambda module, args, out: 2 * out)
-    doubled = logits(model, ids)
+    doubled = logits(model, IDS)
     with extend(model, "rope", base=10000.0):
         assert len(deferred(model)) == 2 * (model.config.num_hidden_layers - 1)
-        torch.testing.assert_close(logits(model, ids), doubled, rtol=1e-4, atol=1e-4)
+        assert_close(logits(model, IDS), doubled)
     handle.remove()
-    assert torch.equal(logits(model, ids), own)
+    assert torch.equal(logits(model, IDS), own)
 
 
 def louder_after_its_norm(
@@ -258,9 +223,9 @@ def louder_after_its_norm(
 
 
 def test_a_norm_that_is_not_right_before_the_rotation_stays(monkeypatch):
-    model, ids = build("qwen3", attn_implementation="eager"), tokens(1, 20)
+    model = build("qwen3", attn_implementation="eager")
     monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", louder_after_its_norm)
-    own = logits(model, ids)
+    own = logits(model, IDS)
     with extend(model, "rope", base=10000.0):
         assert not deferred(model)
-        torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
+        assert_close(logits(model, IDS), own)

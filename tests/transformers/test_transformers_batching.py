@@ -32,13 +32,12 @@ PROMPTS = [
     *([*BEGINNING, *end] for end in ((5, 6, 7), (8, 9))),
 ]
 CASES = [
-    ("llama", "yarn", {"factor": 4.0}),
     ("llama", "dynamic_ntk", {"factor": 4.0, "seq_len": 64}),
     ("qwen3", "rerope", {"window": 16, "log_n": 16}),
-    ("llama", "leaky_rerope", SCORE_PARAMETERS["leaky_rerope"]),
     ("gemma3_text", "dual_chunk", SCORE_PARAMETERS["dual_chunk"]),
     ("cohere", "string", SCORE_PARAMETERS["string"]),
 ]
+LEAKY = SCORE_PARAMETERS["leaky_rerope"]
 
 
 def batch(model, **settings):
@@ -94,7 +93,10 @@ def test_requests_start_while_others_decode():
     assert all(sum(each) <= BATCH_TOKENS for each in lengths)
 
 
-@pytest.mark.parametrize("compile_level", [0, 1])
+@pytest.mark.parametrize(
+    "compile_level",
+    [0, pytest.param(1, marks=pytest.mark.thorough)],  # which takes a minute
+)
 def test_requests_share_the_pages_of_a_beginning(monkeypatch, compile_level):
     model, matched = build("llama").double(), []
     search = PagedAttentionCache.search_prefix_match
@@ -104,7 +106,7 @@ def test_requests_share_the_pages_of_a_beginning(monkeypatch, compile_level):
         return matched[-1]
 
     monkeypatch.setattr(PagedAttentionCache, "search_prefix_match", note)
-    with extend(model, "leaky_rerope", **SCORE_PARAMETERS["leaky_rerope"]):
+    with extend(model, "leaky_rerope", **LEAKY):
         assert_equal(batch(model, default_compile_level=compile_level), one_by_one(model))
     assert max(matched) >= 2 * PAGE
 
@@ -117,7 +119,7 @@ def test_steps_through_a_block_table(monkeypatch):
     def note(module, args, kwargs):
         tables.append(kwargs["block_table"])
 
-    with extend(model, "leaky_rerope", **SCORE_PARAMETERS["leaky_rerope"]):
+    with extend(model, "leaky_rerope", **LEAKY):
         want = one_by_one(model)
         model.register_forward_pre_hook(note, with_kwargs=True)
         assert_equal(batch(model, max_blocks_per_request=16), want)
@@ -128,10 +130,10 @@ def test_pages_kept_between_batches_are_those_of_one_extension():
     """A manager that stays with the model, in a wrapper or not, keeps pages of prompts."""
     model = build("llama").double()
     plain = batch(model, persistent_manager=True)
-    with extend(nn.Sequential(model), "leaky_rerope", window=8, factor=4.0):
+    with extend(nn.Sequential(model), "leaky_rerope", **LEAKY):
         got = batch(model, persistent_manager=True)
     assert_equal(batch(model), plain)
-    with extend(model, "leaky_rerope", window=8, factor=4.0):
+    with extend(model, "leaky_rerope", **LEAKY):
         assert_equal(got, one_by_one(model))
 
 

@@ -1,4 +1,4 @@
-"""`generate` on extended models: the cache, and methods that are frozen per request."""
+"""`generate` on extended models: caches, padding, and methods that are frozen per request."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import copy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import hf_models
 import pytest
 import torch
 from hf_models import (
+    ATTENDING,
     CACHE,
     FAMILIES,
+    LAYERS,
+    SCORE_PARAMETERS,
     TRAINED,
     CountRotations,
+    assert_as_exact_as,
     assert_same,
     build,
     error,
@@ -24,17 +29,41 @@ from hf_models import (
     tokens,
     transformers,
 )
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from extrope_kernels import methods
 from extrope_kernels.integrations.transformers import extend
 
-NEW = 10
-GREEDY = {"do_sample": False, "max_new_tokens": NEW}
+NEW = 8
+PAD = 5
 PROMPT = tokens(2, TRAINED - 4)
+PADDED, MASK = PROMPT.clone(), torch.ones_like(PROMPT)
+PADDED[0, :PAD] = MASK[0, :PAD] = 0
+BY_LENGTH = ("dynamic_ntk", "dynamic_yarn", "longrope")
+LOG_N = ("leaky_rerope", "dual_chunk", "blockwise_causal")
+SCORES = {
+    method: parameters | ({"log_n": 16} if method in LOG_N else {})
+    for method, parameters in SCORE_PARAMETERS.items()
+}
+SCORED = [
+    *(("llama", method) for method in SCORES),
+    ("gemma2", "rerope"),  # sliding window layers in between
+    ("gemma3_text", "leaky_rerope"),
+    ("phi", "self_extend"),
+    ("gpt_neox", "dual_chunk"),
+    ("cohere", "leaky_rerope"),
+]
+FREQUENCIES = [
+    *(("llama", method) for method in ("yarn", "xpos", *BY_LENGTH)),
+    *((family, method) for family in FAMILIES if family != "llama" for method in ("longrope",)),
+]
 
 
-def _parameters(method: str, family: str = "llama") -> dict:
-    if method == "dynamic_yarn":
+def parameters_of(method, family="llama"):
+    if method in SCORES:
+        return SCORES[method]
+    if method in ("dynamic_yarn", "xpos"):
         return {}
     if method != "longrope":
         return {"factor": 2.0}
@@ -42,50 +71,167 @@ def _parameters(method: str, family: str = "llama") -> dict:
     return {"short_factor": [1.0] * pairs, "long_factor": [3.0] * pairs, "factor": 2.0}
 
 
+def model_of(family, **sizes):
+    return build(family, **ATTENDING[family], **sizes).double()
+
+
 def generate(model, ids, **settings):
     """Return the new tokens' logits: (batch, new tokens, vocab)."""
-    mask = settings.pop("attention_mask", torch.ones_like(ids))
     if not settings.keys() & {"max_length", "generation_config"}:
         settings["max_new_tokens"] = NEW
-    output = model.generate(
-        ids,
-        attention_mask=mask,
-        return_dict_in_generate=True,
-        output_logits=True,
-        do_sample=False,
-        **settings,
-    )
-    return torch.stack(output.logits, 1)
+    return hf_models.generate(model, ids, **settings)
 
 
-@pytest.mark.parametrize("method", ["yarn", "xpos", "dynamic_ntk", "dynamic_yarn", "longrope"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), [*FREQUENCIES, *SCORED])
 def test_cache_equals_no_cache(family, method):
-    model = build(family).double()
-    parameters = {} if method == "xpos" else _parameters(method, family)
+    model, parameters = model_of(family), parameters_of(method, family)
+    plain = generate(model, PROMPT)
     with extend(model, method, **parameters):
+        want = generate(model, PROMPT, use_cache=False)
+        assert_same(generate(model, PROMPT), want)
+    assert error(want, plain) > 0.01
+    if method in SCORES:
+        with extend(model.float(), method, **parameters):
+            got = generate(model, PROMPT)
+            ids = torch.cat((PROMPT, got.argmax(-1)[:, :-1]), 1)
+            expected = logits(model, ids)[:, -NEW:]
+            assert_as_exact_as(got, expected, logits(model.double(), ids)[:, -NEW:])
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", "yarn"), ("phi", "yarn"), ("phi", "dynamic_ntk"), *SCORED]
+)
+def test_left_padded_prompts_generate_as_alone(family, method):
+    model, parameters = model_of(family), parameters_of(method, family)
+    # The longest row decides in a batch: here both rows reach past the trained length.
+    length = {"seq_len": PROMPT.shape[1] + NEW} if method in BY_LENGTH else {}
+    with extend(model, method, **parameters, **length):
+        alone = generate(model, PROMPT[:1, PAD:]), generate(model, PROMPT[1:])
+    with extend(model, method, **parameters):
+        for settings in ({}, {"use_cache": False}, {"prefill_chunk_size": 4}):
+            if "prefill_chunk_size" in settings:
+                since("5.3", "chunks of a prompt are not generated from")
+            got = generate(model, PADDED, attention_mask=MASK, **settings)
+            assert_same(got, torch.cat(alone))
+
+
+WAYS = [
+    {"num_beams": 3},
+    {"num_beams": 3, "prefill_chunk_size": 8},
+    {"prefill_chunk_size": 8, "cache_implementation": "static"},
+    {"cache_implementation": "static"},
+]
+
+
+@pytest.mark.parametrize("method", ["yarn", "dynamic_ntk", *SCORES])
+def test_other_ways_to_generate(method):
+    since("5.3", "chunks of a prompt are not generated from")
+    model, parameters = model_of("llama"), parameters_of(method)
+    plain = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": MASK}
+    length = {"seq_len": PROMPT.shape[1] + NEW} if method == "dynamic_ntk" else {}
+    with extend(model, method, **parameters, **length):
+        want = {
+            beams: model.generate(PADDED, **plain, use_cache=False, num_beams=beams)
+            for beams in (1, 3)
+        }
+    with extend(model, method, **parameters):
+        for settings in WAYS:
+            got = model.generate(PADDED, **plain, **settings)
+            assert torch.equal(got, want[settings.get("num_beams", 1)]), settings
+
+
+@pytest.mark.parametrize("method", SCORES)
+def test_several_tokens_at_once_and_some_taken_back(method):
+    since("5.14", "candidates need a token that ends a text")
+    model, prompt = model_of("llama"), PROMPT[:1, :9].repeat(1, 3)
+    plain = {"max_new_tokens": NEW, "do_sample": False}
+    with extend(model, method, **SCORES[method]):
+        got = model.generate(prompt, **plain, prompt_lookup_num_tokens=3)
+        assert torch.equal(got, model.generate(prompt, **plain))
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_static_caches_with_and_without_sliding_windows(family):
+    model = model_of(family)
+    with extend(model, "rerope", window=7):
+        got = generate(model, PROMPT, cache_implementation="static")
+        assert_same(got, generate(model, PROMPT))
+
+
+class CountDecodes(TorchDispatchMode):
+    """Counts the calls of the op for a cache inside a `with` block."""
+
+    decodes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.decodes += func is torch.ops.extrope.decode.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_op_a_layer_and_token():
+    model = model_of("llama")
+    with extend(model, "dynamic_ntk", factor=2.0), CountRotations() as count:
+        generate(model, PROMPT)
+    assert (count.rotations, count.tables) == (NEW * LAYERS, 0)
+    with extend(model.float(), "leaky_rerope", window=7, factor=3.5), CountDecodes() as count:
+        generate(model, PROMPT)
+    assert count.decodes == (NEW - 1) * LAYERS  # the first token comes with the prompt
+
+
+@pytest.mark.parametrize("method", ["dual_chunk", "blockwise_causal"])
+def test_a_cache_of_keys_with_the_decay_of_xpos(method):
+    model = model_of("llama")
+    with extend(model, "xpos"), extend(model, method, **SCORES[method]):
         assert_same(generate(model, PROMPT), generate(model, PROMPT, use_cache=False))
 
 
-@pytest.mark.parametrize("method", ["dynamic_ntk", "dynamic_yarn", "longrope"])
+@torch.no_grad()
+def test_a_cache_serves_the_method_that_filled_it_alone():
+    model, ids = model_of("llama"), PROMPT[:1]
+    plain_cache = model(ids[:, :-1])[CACHE]
+    with extend(model, "leaky_rerope", window=7, factor=4.0):
+        with pytest.raises(ValueError, match="extend: cache must have been filled under leaky_re"):
+            model(ids[:, -1:], **{CACHE: plain_cache})
+        cache = model(ids[:, :-1])[CACHE]
+    with extend(model, "leaky_rerope", window=7, factor=2.0), pytest.raises(ValueError):
+        model(ids[:, -1:], **{CACHE: copy.deepcopy(cache)})
+    with extend(model, "leaky_rerope", window=9, factor=4.0):
+        # The window is no part of where keys lie.
+        assert model(ids[:, -1:], **{CACHE: copy.deepcopy(cache)}).logits.isfinite().all()
+    with extend(model, "leaky_rerope", window=7, factor=4.0):
+        cache.crop(5 - cache.get_seq_length())
+        got = model(ids[:, 5:], **{CACHE: cache}).logits
+        torch.testing.assert_close(got, logits(model, ids)[:, 5:])
+
+
+@pytest.mark.parametrize("method", BY_LENGTH)
 def test_a_request_is_frozen_at_the_length_it_will_reach(method):
-    model = build("llama").double()
-    parameters = _parameters(method)
-    with extend(model, method, **parameters):
-        got = generate(model, PROMPT)
-        by_length = generate(model, PROMPT, max_length=TRAINED - 4 + NEW)
-        config = transformers.GenerationConfig(max_new_tokens=NEW)
-        by_config = generate(model, PROMPT, generation_config=config)
-    with extend(model, method, seq_len=TRAINED - 4 + NEW, **parameters):
+    model, length = model_of("llama"), PROMPT.shape[1] + NEW
+    config = transformers.GenerationConfig(max_new_tokens=NEW)
+    with extend(model, method, **parameters_of(method)):
+        got = [
+            generate(model, PROMPT, **settings)
+            for settings in ({}, {"max_length": length}, {"generation_config": config})
+        ]
+    with extend(model, method, seq_len=length, **parameters_of(method)):
         want = generate(model, PROMPT)
-    with extend(model, method, seq_len=TRAINED - 4, **parameters):
+    with extend(model, method, seq_len=TRAINED - 4, **parameters_of(method)):
         assert error(generate(model, PROMPT), want) > 0.1
-    for logits_of_new in (got, by_length, by_config):
-        assert torch.equal(logits_of_new, want)
+    assert all(torch.equal(each, want) for each in got)
+
+
+def test_cached_logits_are_those_of_the_exact_model():
+    model, length = model_of("llama"), PROMPT.shape[1] + NEW
+    freqs = methods.dynamic_ntk(16, factor=2.0, seq_len=length, max_position_embeddings=TRAINED)
+    with extend(model, "dynamic_ntk", factor=2.0):
+        got = generate(model, PROMPT)
+    ids = torch.cat((PROMPT, got.argmax(-1)[:, :-1]), 1)
+    want = logits(exact(model, freqs), ids)[:, -NEW:]
+    torch.testing.assert_close(got, want.float())  # generate returns float32
 
 
 def test_a_request_without_a_limit_is_frozen_at_its_prompt():
-    model = build("llama", max_position_embeddings=4 * TRAINED).double()
+    model = model_of("llama", max_position_embeddings=4 * TRAINED)
     settings = {"attention_mask": torch.ones_like(PROMPT), "do_sample": False}
     trained = {"max_position_embeddings": TRAINED // 2}
     with extend(model, "dynamic_ntk", factor=2.0, seq_len=PROMPT.shape[1], **trained):
@@ -95,29 +241,25 @@ def test_a_request_without_a_limit_is_frozen_at_its_prompt():
         assert torch.equal(model.generate(PROMPT, **settings, use_cache=False), want)
 
 
-@pytest.mark.parametrize("method", ["dynamic_ntk", "dynamic_yarn", "longrope"])
+@pytest.mark.parametrize("method", BY_LENGTH)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_requests_do_not_influence_one_another(method, use_cache):
-    model, short = build("llama").double(), tokens(1, 6, seed=2)
-    with extend(model, method, **_parameters(method)):
+    model, short = model_of("llama"), tokens(1, 6, seed=2)
+    with extend(model, method, **parameters_of(method)):
         alone = generate(model, short, use_cache=use_cache)
         generate(model, PROMPT, use_cache=use_cache)
         assert torch.equal(generate(model, short, use_cache=use_cache), alone)
         forward = logits(model, short)
         logits(model, PROMPT.repeat(1, 2))
         assert torch.equal(logits(model, short), forward)
-    plain = build("llama").double()
-    with extend(plain, "longrope" if method == "longrope" else "rope", **_fixed(method)):
-        assert torch.equal(generate(plain, short, use_cache=use_cache), alone)
-
-
-def _fixed(method):
-    return {"seq_len": 16, **_parameters(method)} if method == "longrope" else {}
+    longrope = {"seq_len": 16, **parameters_of(method)} if method == "longrope" else {}
+    with extend(model, "longrope" if longrope else "rope", **longrope):
+        assert torch.equal(generate(model, short, use_cache=use_cache), alone)
 
 
 @torch.no_grad()
 def test_interleaved_requests_by_hand_keep_their_own_frequencies():
-    model, long, short = build("llama").double(), tokens(1, 50, seed=3), tokens(1, 9, seed=4)
+    model, long, short = model_of("llama"), tokens(1, 50, seed=3), tokens(1, 9, seed=4)
     with extend(model, "dynamic_ntk", factor=2.0):
         caches = {ids: model(ids[:, :-2])[CACHE] for ids in (long, short)}
         caches[long], twin = copy.deepcopy(caches[long]), caches[long]
@@ -136,7 +278,7 @@ def test_interleaved_requests_by_hand_keep_their_own_frequencies():
 @torch.no_grad()
 @pytest.mark.parametrize("static", [True, False])
 def test_an_emptied_cache_starts_a_new_request(static):
-    model, long, short = build("llama").double(), tokens(1, 50, seed=3), tokens(1, 9, seed=4)
+    model, long, short = model_of("llama"), tokens(1, 50, seed=3), tokens(1, 9, seed=4)
     if static:
         cache = transformers.StaticCache(config=model.config, max_cache_len=64)
     else:
@@ -155,7 +297,7 @@ def test_an_emptied_cache_starts_a_new_request(static):
 
 @torch.no_grad()
 def test_generate_continues_a_filled_cache():
-    model = build("llama").double()
+    model = model_of("llama")
     with extend(model, "dynamic_ntk", factor=2.0):
         cache = model(PROMPT[:, :-1])[CACHE]
         got = generate(model, PROMPT, **{CACHE: cache})
@@ -164,65 +306,12 @@ def test_generate_continues_a_filled_cache():
 
 
 def test_explicit_positions_give_the_length_of_a_forward():
-    model, ids = build("llama").double(), tokens(1, 8)
+    model, ids = model_of("llama"), tokens(1, 8)
     positions = torch.arange(40, 48)[None]
     with extend(model, "dynamic_ntk", factor=2.0):
         got = logits(model, ids, position_ids=positions)
     with extend(model, "dynamic_ntk", factor=2.0, seq_len=48):
         assert torch.equal(logits(model, ids, position_ids=positions), got)
-
-
-@pytest.mark.parametrize("method", ["yarn", "dynamic_ntk"])
-@pytest.mark.parametrize("family", ["llama", "phi"])
-def test_left_padded_prompts_generate_as_alone(family, method):
-    model, ids = build(family).double(), PROMPT.clone()
-    mask = torch.ones_like(ids)
-    ids[0, :5] = mask[0, :5] = 0
-    with extend(model, method, factor=2.0):
-        padded = generate(model, ids, attention_mask=mask)
-        both_alone = [generate(model, PROMPT[:1, 5:]), generate(model, PROMPT[1:])]
-    # The longest row decides in a batch: here both rows reach past the trained length.
-    if method == "dynamic_ntk":
-        length = {"seq_len": PROMPT.shape[1] + NEW}
-        with extend(model, method, factor=2.0, **length):
-            both_alone[0] = generate(model, PROMPT[:1, 5:])
-    assert_same(padded, torch.cat(both_alone))
-
-
-@pytest.mark.parametrize("method", ["yarn", "dynamic_ntk"])
-@pytest.mark.parametrize(
-    "settings", [{"num_beams": 3}, {"prefill_chunk_size": 8}, {"cache_implementation": "static"}]
-)
-def test_other_ways_to_generate(method, settings):
-    since("5.3", "chunks of a prompt are not generated from")
-    model = build("llama").double()
-    length = PROMPT.shape[1] + NEW
-    with extend(model, method, factor=2.0):
-        got = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **GREEDY, **settings)
-    fixed = {"seq_len": length} if method == "dynamic_ntk" else {}
-    with extend(model, method, factor=2.0, **fixed):
-        beams = {"num_beams": settings.get("num_beams", 1)}
-        want = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **GREEDY, **beams)
-    assert torch.equal(got, want)
-
-
-def test_one_rotation_a_layer_and_token():
-    model = build("llama").double()
-    with extend(model, "dynamic_ntk", factor=2.0), CountRotations() as count:
-        generate(model, PROMPT)
-    assert count.rotations == NEW * model.config.num_hidden_layers
-    assert count.tables == 0
-
-
-def test_cached_logits_are_those_of_the_exact_model():
-    model = build("llama").double()
-    length = PROMPT.shape[1] + NEW
-    freqs = methods.dynamic_ntk(16, factor=2.0, seq_len=length, max_position_embeddings=TRAINED)
-    with extend(model, "dynamic_ntk", factor=2.0):
-        got = generate(model, PROMPT)
-    ids = torch.cat((PROMPT, got.argmax(-1)[:, :-1]), 1)
-    want = logits(exact(model, freqs), ids)[:, -NEW:]
-    torch.testing.assert_close(got, want.float())  # generate returns float32
 
 
 @pytest.mark.parametrize(
@@ -241,3 +330,78 @@ def test_threads_on_one_model(method, parameters):
         finally:
             sys.setswitchinterval(interval)
     torch.testing.assert_close(got, want)
+
+
+@pytest.fixture
+def graphs():
+    """Returns how many graphs were made in this test."""
+    torch._dynamo.reset()
+    counters.clear()
+    return lambda: counters["stats"]["unique_graphs"]
+
+
+def compiled(model, backend="eager"):
+    """Generate through transformers' own graph of a step."""
+    config = transformers.CompileConfig(backend=backend, fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    settings = {"cache_implementation": "static", "compile_config": config}
+    return generate(model, PADDED, attention_mask=MASK, **settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "parameters"),
+    [("cohere", "yarn", {"factor": 4.0}), ("llama", "rerope", {"window": 16, "log_n": 16})],
+)
+def test_a_compiled_step_gives_what_a_dynamic_cache_gives(graphs, family, method, parameters):
+    """And its graph is not mistaken for that of the restored model."""
+    model = model_of(family, num_hidden_layers=1)
+    plain = generate(model, PADDED, attention_mask=MASK)
+    with extend(model, method, **parameters):
+        want = generate(model, PADDED, attention_mask=MASK)
+        assert_same(compiled(model, "aot_eager"), want)
+    assert graphs() == 1
+    if method == "rerope":
+        assert not torch.equal(want.argmax(-1), plain.argmax(-1))
+        assert torch.equal(compiled(model).argmax(-1), plain.argmax(-1))
+
+
+def test_a_compiled_step_beside_layers_with_a_sliding_window(graphs):
+    """Their cache counts in Python, so that the second step is traced again, as in any model."""
+    model = build("gemma3_text", sliding_window=8, tie_word_embeddings=False)
+    with extend(model, "leaky_rerope", **SCORE_PARAMETERS["leaky_rerope"]):
+        want = generate(model, PADDED, attention_mask=MASK)
+        assert torch.equal(compiled(model).argmax(-1), want.argmax(-1))
+    assert graphs() == 2
+
+
+@torch.no_grad()
+def test_requests_of_any_length_share_a_graph(graphs):
+    """The frequencies of each are those that its prompt has chosen."""
+    model = model_of("llama", num_hidden_layers=1)
+    with extend(model, "dynamic_ntk", factor=2.0), extend(model, "rerope", window=16):
+        step = torch.compile(model.__call__, backend="eager", fullgraph=True)
+        for seqlen in (40, 60, 50):
+            ids = tokens(1, seqlen, seed=seqlen)
+            found = []
+            for forward in (model, step):
+                cache = transformers.StaticCache(model.config, max_cache_len=64)
+                model(ids[:, :-2], **{CACHE: cache})
+                steps = [torch.tensor([[token]]) for token in ids[0, -2:].tolist()]
+                found.append([forward(token, **{CACHE: cache}).logits for token in steps])
+            for want, got in zip(*found):
+                torch.testing.assert_close(got, want)
+    assert graphs() == 1
+
+
+@torch.no_grad()
+def test_a_graph_refuses_the_cache_of_another_extension(graphs):
+    model = build("llama")
+    cache = transformers.StaticCache(model.config, max_cache_len=64)
+    with extend(model, "leaky_rerope", window=8, factor=4.0):
+        model(PROMPT, **{CACHE: cache})
+    step = torch.compile(model.__call__, backend="eager")
+    with (
+        extend(model, "rerope", window=8),
+        pytest.raises(ValueError, match="cache must have been filled under rerope"),
+    ):
+        step(PROMPT[:, :1], **{CACHE: cache})

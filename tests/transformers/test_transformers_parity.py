@@ -1,4 +1,4 @@
-"""Logits of extended models: against transformers' own rope types, and against float64."""
+"""Logits under frequency methods: against transformers' own rope types, and against float64."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hf_models import (
     freqs_of,
     logits,
     one_thread,  # noqa: F401
+    pairs,
     rotary_dim,
     rotary_of,
     tokens,
@@ -30,72 +31,50 @@ from extrope_kernels import methods
 from extrope_kernels.integrations.transformers import extend
 
 SEQLEN = 48
+IDS = tokens(2, SEQLEN)
 POSITIONS = torch.stack((torch.arange(SEQLEN), torch.arange(SEQLEN) + 21))
-
-
-def _factors(dim: int, start: float) -> list[float]:
-    return [start + 0.5 * i for i in range(dim // 2)]
 
 
 def _transformers_types(dim: int) -> dict[str, tuple[dict, dict]]:
     """Return per method: transformers' rope parameters, and the parameters of `extend`."""
-    factors = {"short_factor": _factors(dim, 1.0), "long_factor": _factors(dim, 2.0)}
+    short, long = ([start + 0.5 * i for i in range(dim // 2)] for start in (1.0, 2.0))
+    factors = {"factor": 4.0, "short_factor": short, "long_factor": long}
+    length = {"original_max_position_embeddings": TRAINED}
     llama3 = {
         "factor": 4.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": TRAINED // 2,
     }
+    partial = {"partial_rotary_factor": 0.5}
     return {
+        "yarn": ({"rope_type": "yarn", "factor": 4.0, **length}, {"factor": 4.0}),
         "rope": ({"rope_type": "default"}, {}),
         "pi": ({"rope_type": "linear", "factor": 4.0}, {"factor": 4.0}),
         "dynamic_ntk": ({"rope_type": "dynamic", "factor": 2.0}, {"factor": 2.0}),
-        "yarn": (
-            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED},
-            {"factor": 4.0},
-        ),
-        "longrope": (
-            {
-                "rope_type": "longrope",
-                "factor": 4.0,
-                "original_max_position_embeddings": TRAINED,
-                **factors,
-            },
-            {"factor": 4.0, **factors},
-        ),
+        "longrope": ({"rope_type": "longrope", **length, **factors}, factors),
         "llama3": ({"rope_type": "llama3", **llama3}, llama3),
-        "proportional": (
-            {"rope_type": "proportional", "partial_rotary_factor": 0.5},
-            {"partial_rotary_factor": 0.5},
-        ),
+        "proportional": ({"rope_type": "proportional", **partial}, partial),
     }
 
 
 METHODS_OF_TRANSFORMERS = list(_transformers_types(16))
-# transformers makes proportional frequencies for whole heads, which these families do not rotate.
-PARTIAL = {family for family in FAMILIES if "partial" in FAMILIES[family]}
 
 
-@pytest.mark.parametrize(
-    ("family", "method"),
-    [
-        (family, method)
-        for family in FAMILIES
-        for method in METHODS_OF_TRANSFORMERS
-        if method != "proportional" or family not in PARTIAL
-    ],
-)
+@pytest.mark.parametrize(("family", "method"), pairs(FAMILIES, METHODS_OF_TRANSFORMERS))
 def test_agrees_with_transformers_own_method(family, method):
     rope, parameters = _transformers_types(rotary_dim(family))[method]
     if rope["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
         pytest.skip(f"transformers {transformers.__version__} has no {method}")
+    if method == "proportional" and "partial" in FAMILIES[family]:
+        pytest.skip("transformers makes proportional frequencies for whole heads")
     theirs, model = build(family, rope), build(family)
-    ids, inputs = tokens(2, SEQLEN), {"position_ids": POSITIONS}
-    expected = logits(theirs, ids, **inputs)
-    want = logits(exact(model, freqs_of(theirs)), ids, **inputs)
-    plain = logits(model, ids, **inputs)
+    inputs = {"position_ids": POSITIONS}
+    expected = logits(theirs, IDS, **inputs)
+    want = logits(exact(model, freqs_of(theirs)), IDS, **inputs)
+    plain = logits(model, IDS, **inputs)
     with extend(model, method, **parameters):
-        got = logits(model, ids, **inputs)
+        got = logits(model, IDS, **inputs)
     assert_as_exact_as(got, expected, want)
     if method != "rope":
         assert error(got, plain) > 100 * error(got, want)
@@ -106,49 +85,6 @@ OTHER_METHODS = sorted(set(methods.METHODS) - {*METHODS_OF_TRANSFORMERS, "xpos"}
 FROM_THE_MODEL = {"original_max_position_embeddings": TRAINED, "seq_len": SEQLEN}
 
 
-@pytest.mark.parametrize("method", OTHER_METHODS)
-@pytest.mark.parametrize("family", ["llama", "phi"])
-def test_agrees_with_float64(family, method):
-    model = build(family)
-    given = example(method, rotary_dim(family))
-    parameters = {name: x for name, x in given.items() if name not in FROM_THE_MODEL}
-    ids = tokens(2, SEQLEN)
-    plain = logits(model, ids)
-    given |= {name: x for name, x in FROM_THE_MODEL.items() if name in given}
-    freqs = methods.METHODS[method](rotary_dim(family), **given)
-    want = logits(exact(model, freqs), ids)
-    with extend(model, method, **parameters):
-        got = logits(model, ids)
-    theirs = _with_tables_of(model, freqs)
-    assert_as_exact_as(got, logits(theirs, ids), want)
-    assert error(got, plain) > 100 * error(got, want)
-
-
-@pytest.mark.parametrize("method", ["yarn", "dynamic_yarn", "longrope"])
-def test_resonance_goes_round_any_method(method):
-    model, ids = build("llama"), tokens(2, SEQLEN)
-    given = example(method, rotary_dim("llama"))
-    given |= {name: x for name, x in FROM_THE_MODEL.items() if name in given}
-    freqs = methods.METHODS[method](rotary_dim("llama"), **given)
-    want = logits(exact(model, methods.resonance(freqs)), ids)
-    parameters = {name: x for name, x in given.items() if name not in FROM_THE_MODEL}
-    with extend(model, method, resonance=False, **parameters):
-        plain = logits(model, ids)
-    with extend(model, method, resonance=True, **parameters):
-        got = logits(model, ids)
-    theirs = _with_tables_of(model, methods.resonance(freqs))
-    assert_as_exact_as(got, logits(theirs, ids), want)
-    assert error(got, plain) > 100 * error(got, want)
-
-
-def test_resonance_is_of_frequencies_and_true_or_false():
-    model = build("llama")
-    with pytest.raises(TypeError, match=r"^extend: resonance must be True or False, got 2$"):
-        extend(model, "yarn", factor=4.0, resonance=2)
-    with pytest.raises(TypeError, match="among window, factor, log_n, got resonance"):
-        extend(model, "rerope", window=8, resonance=True)
-
-
 def _with_tables_of(model, freqs):
     rotary = rotary_of(model)
     rotary.inv_freq.copy_(freqs.inv_freq)
@@ -156,13 +92,39 @@ def _with_tables_of(model, freqs):
     return model
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "resonance"),
+    [
+        *(
+            pytest.param(*each.values, False, marks=each.marks)
+            for each in pairs(["llama", "phi"], OTHER_METHODS)
+        ),
+        *(("llama", method, True) for method in ("yarn", "dynamic_yarn", "longrope")),
+    ],
+)
+def test_agrees_with_float64(family, method, resonance):
+    model, given = build(family), example(method, rotary_dim(family))
+    parameters = {name: x for name, x in given.items() if name not in FROM_THE_MODEL}
+    given |= {name: x for name, x in FROM_THE_MODEL.items() if name in given}
+    freqs = methods.METHODS[method](rotary_dim(family), **given)
+    plain = logits(model, IDS)
+    if resonance:
+        freqs = methods.resonance(freqs)
+        with extend(model, method, resonance=False, **parameters):
+            plain = logits(model, IDS)
+    want = logits(exact(model, freqs), IDS)
+    with extend(model, method, **parameters, **({"resonance": True} if resonance else {})):
+        got = logits(model, IDS)
+    assert_as_exact_as(got, logits(_with_tables_of(model, freqs), IDS), want)
+    assert error(got, plain) > 100 * error(got, want)
+
+
 def test_xpos_scales_queries_up_and_keys_down(monkeypatch):
     model = build("llama")
     freqs = methods.xpos(rotary_dim("llama"))
-    ids = tokens(2, SEQLEN)
     with extend(model, "xpos"):
-        got = logits(model, ids)
-    rounding = error(logits(model, ids), logits(exact(model, methods.rope(16)), ids))
+        got = logits(model, IDS)
+    rounding = error(logits(model, IDS), logits(exact(model, methods.rope(16)), IDS))
     modeling = sys.modules[type(model).__module__]
     original = modeling.apply_rotary_pos_emb
     exponents = torch.arange(SEQLEN)[:, None] * freqs.log_decay.double().repeat(2)
@@ -172,14 +134,13 @@ def test_xpos_scales_queries_up_and_keys_down(monkeypatch):
         return q * exponents.exp(), k * (-exponents).exp()
 
     monkeypatch.setattr(modeling, "apply_rotary_pos_emb", apply_with_decay)
-    want = logits(exact(model, freqs), ids)
+    want = logits(exact(model, freqs), IDS)
     assert error(got, want) <= 2 * rounding
     monkeypatch.undo()
-    assert error(want, logits(exact(model, freqs), ids)) > 100 * rounding
+    assert error(want, logits(exact(model, freqs), IDS)) > 100 * rounding
 
 
-@pytest.mark.parametrize("method", ["yarn", "dynamic_ntk"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), pairs(FAMILIES, ["yarn", "dynamic_ntk"]))
 def test_every_layer_rotates_by_the_op_and_by_no_table(family, method):
     model, ids = build(family), tokens(1, 8)
     extended_layers = 1 if family == "gemma3_text" else LAYERS
@@ -196,13 +157,25 @@ def test_every_layer_rotates_by_the_op_and_by_no_table(family, method):
 def test_the_method_replaces_the_scaling_of_the_config():
     scaled = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0}
     scaled["original_max_position_embeddings"] = TRAINED // 2
-    model, plain, ids = build("llama", scaled), build("llama"), tokens(1, SEQLEN)
+    model, plain = build("llama", scaled), build("llama")
     with extend(model, "rope"), extend(plain, "rope"):
-        assert torch.equal(logits(model, ids), logits(plain, ids))
+        assert torch.equal(logits(model, IDS), logits(plain, IDS))
     # The trained length is the original one of the scaling that is replaced.
     length = {"original_max_position_embeddings": TRAINED // 2}
     with extend(model, "yarn", factor=4.0), extend(plain, "yarn", factor=4.0, **length):
-        assert torch.equal(logits(model, ids), logits(plain, ids))
+        assert torch.equal(logits(model, IDS), logits(plain, IDS))
+
+
+def test_defaults_come_from_the_config():
+    model = build("llama")
+    model.config.rope_parameters["rope_theta"] = 5000.0
+    defaults = {"dim": 16, "base": 5000.0, "original_max_position_embeddings": TRAINED}
+    for method, same, parameters in (("yarn", "yarn", defaults), ("abf", "rope", {"base": 5e5})):
+        factor = {"factor": 4.0} if method == "yarn" else {}
+        with extend(model, method, **factor):
+            got = logits(model, IDS)
+        with extend(model, same, **factor, **parameters):
+            assert torch.equal(logits(model, IDS), got)
 
 
 def test_a_given_seq_len_fixes_a_dynamic_method():
@@ -219,14 +192,66 @@ def test_a_given_seq_len_fixes_a_dynamic_method():
 def test_left_padding_with_an_attention_mask(family):
     rope, parameters = _transformers_types(rotary_dim(family))["yarn"]
     theirs, model = build(family, rope), build(family)
-    ids = tokens(2, SEQLEN)
-    mask = torch.ones_like(ids)
+    mask = torch.ones_like(IDS)
     mask[0, :11] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     inputs = {"attention_mask": mask, "position_ids": positions}
-    expected = logits(theirs, ids, **inputs)
-    want = logits(exact(model, freqs_of(theirs)), ids, **inputs)
+    expected = logits(theirs, IDS, **inputs)
+    want = logits(exact(model, freqs_of(theirs)), IDS, **inputs)
     with extend(model, "yarn", **parameters):
-        got = logits(model, ids, **inputs)
+        got = logits(model, IDS, **inputs)
     real = mask.bool()
     assert_as_exact_as(got[real], expected[real], want[real])
+
+
+@pytest.mark.parametrize(("family", "dtype"), pairs(FAMILIES, [torch.bfloat16, torch.float16]))
+def test_half_precision_is_no_worse_than_transformers(family, dtype):
+    """Positions near 300: transformers rounds its tables to the dtype, the op does not."""
+    model, positions = build(family), torch.arange(256, 304)[None]
+    theirs = build(family, _transformers_types(rotary_dim(family))["yarn"][0])
+    freqs = freqs_of(theirs)
+    model, theirs = model.to(dtype), theirs.to(dtype)
+    want = logits(exact(model, freqs), IDS, position_ids=positions)
+    with extend(model, "yarn", factor=4.0):
+        got = logits(model, IDS, position_ids=positions)
+    expected = logits(theirs, IDS, position_ids=positions)
+
+    def rms(x):
+        return (x.double() - want).square().mean().sqrt().item()
+
+    assert rms(got) <= 1.1 * rms(expected)
+
+
+def test_frequencies_stay_float32_in_a_model_cast_afterwards():
+    ids, positions = tokens(1, 8), torch.arange(100_000, 100_008)[None]
+    before, after = build("llama").bfloat16(), build("llama")
+    with extend(before, "pi", factor=4.0), extend(after, "pi", factor=4.0):
+        after.bfloat16()
+        got = logits(after, ids, position_ids=positions)
+        assert torch.equal(got, logits(before, ids, position_ids=positions))
+        assert rotary_of(after).forward.freqs[None].inv_freq.dtype == torch.float32
+
+
+def test_shifting_all_positions_changes_nothing():
+    model, ids = build("llama"), tokens(1, 32)
+    positions = torch.arange(32)[None]
+    freqs = methods.yarn(16, factor=4.0, original_max_position_embeddings=TRAINED)
+    with extend(model, "yarn", factor=4.0):
+        near = logits(model, ids, position_ids=positions)
+        far = logits(model, ids, position_ids=positions + 1_000_000)
+    assert error(far, near) <= 4 * error(near, logits(exact(model, freqs), ids))
+
+
+def test_rotations_follow_the_device_of_a_layer():
+    model = build("llama")
+    with extend(model, "xpos"):
+        pending, _ = rotary_of(model)(torch.zeros(1), torch.arange(4)[None])
+    moved = pending.to("meta", non_blocking=True)
+    parts = (moved.freqs.inv_freq, moved.freqs.log_decay, moved.positions)
+    assert {x.device.type for x in parts} == {"meta"}
+    assert rotary_of(model).inv_freq.device.type == "cpu"
+    with extend(model, "yarn", factor=4.0):
+        model.to("meta")
+        positions = torch.arange(4, device="meta")[None]
+        pending, _ = rotary_of(model)(torch.zeros(1, device="meta"), positions)
+    assert pending.freqs.inv_freq.device.type == "meta"

@@ -1,4 +1,4 @@
-"""What `extend` leaves alone, what `restore` puts back, and what is refused."""
+"""What `extend` leaves alone, what `restore` puts back, what is refused, and wrapped models."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import io
 import sys
 
 import pytest
+import tiny_models
 import torch
 from hf_models import (
     ATTENDING,
     FAMILIES,
-    TRAINED,
     CountRotations,
     build,
+    generate,
     logits,
     one_thread,  # noqa: F401
+    pairs,
     rotary_of,
     since,
     tokens,
@@ -42,8 +44,7 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("method", PARAMETERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), pairs(FAMILIES, PARAMETERS))
 def test_restore_is_exact(family, method):
     model = build(family, **ATTENDING[family])
     before, function, config = logits(model, IDS), apply_of(model), model.config.to_dict()
@@ -113,8 +114,7 @@ def test_other_models_of_the_class_are_untouched():
     assert apply_of(model) is function
 
 
-@pytest.mark.parametrize("method", PARAMETERS)
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(("family", "method"), pairs(["llama", "gemma2"], PARAMETERS))
 def test_copies_and_pickles_of_an_extended_model_stay_extended(family, method):
     since("5.6", "layers hold the function that extend stands in for, which pickles by its name")
     model = build(family, **ATTENDING[family])
@@ -134,26 +134,20 @@ def test_copies_and_pickles_of_an_extended_model_stay_extended(family, method):
 
 
 @pytest.mark.parametrize("method", PARAMETERS)
-def test_base_models_without_a_head(method):
+def test_base_models_and_saved_ones(tmp_path, method):
+    """A model without its head is extended with it; what is saved is the plain model."""
     model = build("llama")
-    base = model.model
+    base, plain = model.model, logits(model, IDS)
     before = base(IDS).last_hidden_state
     with extend(base, method, **PARAMETERS[method]):
         got = base(IDS).last_hidden_state
     with extend(model, method, **PARAMETERS[method]):
         assert torch.equal(base(IDS).last_hidden_state, got)
+        model.save_pretrained(tmp_path)
     assert torch.equal(base(IDS).last_hidden_state, before)
     assert not torch.equal(got, before)
-
-
-@pytest.mark.parametrize("method", PARAMETERS)
-def test_save_pretrained_saves_the_plain_model(tmp_path, method):
-    model = build("llama")
-    before = logits(model, IDS)
-    with extend(model, method, **PARAMETERS[method]):
-        model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(logits(loaded, IDS), before)
+    assert torch.equal(logits(loaded, IDS), plain)
 
 
 def _angles_of_their_own(monkeypatch):
@@ -204,61 +198,33 @@ def test_refuses_models_it_cannot_extend(monkeypatch, model, message):
         extend(model(monkeypatch), "yarn", factor=2.0)
 
 
-@pytest.mark.parametrize(
-    ("method", "parameters", "kind", "message"),
-    [
-        (
-            "yarm",
-            {},
-            ValueError,
-            f"extend: method must be one of {', '.join((*METHODS, *SCORES))}, got 'yarm'",
-        ),
-        ("rerope", {}, ValueError, "extend: rerope needs window, which is missing"),
-        (
-            "rerope",
-            {"window": 4, "shift": 2},
-            TypeError,
-            "extend: parameters of rerope must be among window, factor, log_n, got shift",
-        ),
-        ("rerope", {"window": 0}, ValueError, "rerope: window must be >= 1, got 0"),
-        (
-            "self_extend",
-            {"window": 9, "factor": 2},
-            ValueError,
-            "self_extend: grouped needs a window that is a multiple of factor 2, got 9",
-        ),
-        (
-            "dual_chunk",
-            {"chunk_size": 8, "local_window": 8},
-            ValueError,
-            "dual_chunk: local_window must be less than chunk_size 8, got 8",
-        ),
-        ("string", {"window": 4}, ValueError, "extend: string needs shift, which is missing"),
-        (
-            "blockwise_causal",
-            {"block_size": 8, "log_n": 1},
-            ValueError,
-            "extend: log_n must be None or a length > 1, got 1",
-        ),
-        ("yarn", {}, ValueError, "extend: yarn needs factor, which is missing"),
-        ("longrope", {}, ValueError, "extend: longrope needs short_factor and long_factor, which"),
-        (
-            "pi",
-            {"faktor": 2},
-            TypeError,
-            "extend: parameters of pi must be among factor, base",
-        ),
-        ("pi", {"dim": 8, "factor": 2}, ValueError, "extend: dim must be 16, the rotary dimension"),
-        ("pi", {"factor": -1}, ValueError, "pi: factor must be > 0, got -1"),
-        ("dynamic_ntk", {"factor": -1}, ValueError, "dynamic_ntk: factor must be > 0, got -1"),
-    ],
-)
-def test_refuses_parameters_before_anything_is_changed(method, parameters, kind, message):
+AMONG = "extend: parameters of {} must be among"
+WRONG = [
+    ("yarm", {}, f"extend: method must be one of {', '.join((*METHODS, *SCORES))}, got 'yarm'"),
+    ("rerope", {}, "extend: rerope needs window, which is missing"),
+    ("rerope", {"window": 4, "shift": 2}, f"{AMONG} window, factor, log_n, got shift"),
+    ("rerope", {"window": 4, "resonance": True}, f"{AMONG} window, factor, log_n, got resonance"),
+    ("rerope", {"window": 0}, "rerope: window must be >= 1, got 0"),
+    ("self_extend", {"window": 9, "factor": 2}, "self_extend: window must be a multiple of factor"),
+    ("string", {"window": 4}, "extend: string needs shift, which is missing"),
+    ("rerope", {"window": 8, "log_n": 1}, "extend: log_n must be None or a length > 1, got 1"),
+    ("yarn", {}, "extend: yarn needs factor, which is missing"),
+    ("yarn", {"factor": 4.0, "resonance": 2}, "extend: resonance must be True or False, got 2"),
+    ("longrope", {}, "extend: longrope needs short_factor and long_factor, which"),
+    ("pi", {"faktor": 2}, f"{AMONG} factor, base"),
+    ("pi", {"dim": 8, "factor": 2}, "extend: dim must be 16, the rotary dimension"),
+    ("dynamic_ntk", {"factor": -1}, "dynamic_ntk: factor must be > 0, got -1"),
+]
+
+
+@pytest.mark.parametrize(("method", "parameters", "message"), WRONG)
+def test_refuses_parameters_before_anything_is_changed(method, parameters, message):
     model = build("llama")
     function = apply_of(model)
+    kind = TypeError if "among" in message or "True or False" in message else ValueError
     with pytest.raises(kind) as raised:
         extend(model, method, **parameters)
-    assert str(raised.value).startswith(message)
+    assert str(raised.value).startswith(message.format(method))
     assert apply_of(model) is function
     assert "forward" not in vars(rotary_of(model))
 
@@ -274,15 +240,77 @@ def test_refuses_positions_of_several_axes_in_a_forward():
         rotary_of(model)(torch.zeros(1), torch.zeros(3, 1, 4, dtype=torch.long))
 
 
-def test_defaults_come_from_the_config():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "method, parameters", [("yarn", {"factor": 4.0}), ("rerope", {"window": 6})]
+)
+def test_default_dtypes_are_not_those_of_trials(method, parameters, dtype):
+    model, ids = build("qwen3"), tokens(1, 20)
+    with extend(model, method, **parameters):
+        want = logits(model, ids)
+    torch.set_default_dtype(dtype)
+    try:
+        with extend(model, method, **parameters):
+            got = logits(model, ids)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
+
+
+def test_offloaded_embeddings():
+    """accelerate's weights are on meta between forwards."""
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = build("llama"), tokens(1, 20)
+    with extend(model, "rerope", window=6):
+        want = logits(model, ids)
+    accelerate.cpu_offload(model, "cpu")
+    with extend(model, "rerope", window=6):
+        assert torch.equal(logits(model, ids), want)
+
+
+def test_a_wrapper_extends_the_model_in_it():
+    """However the wrapper is called, or taken off, a request's length is known."""
+    ids, parameters = tokens(1, 20), {"factor": 4.0, "max_position_embeddings": 8}
     model = build("llama")
-    model.config.rope_parameters["rope_theta"] = 5000.0
-    defaults = {"dim": 16, "base": 5000.0, "original_max_position_embeddings": TRAINED}
-    with extend(model, "yarn", factor=4.0):
-        got = logits(model, IDS)
-    with extend(model, "yarn", factor=4.0, **defaults):
-        assert torch.equal(logits(model, IDS), got)
-    with extend(model, "abf"):
-        got = logits(model, IDS)
-    with extend(model, "rope", base=500000.0):
-        assert torch.equal(logits(model, IDS), got)
+    with extend(model, "dynamic_ntk", **parameters):
+        want = generate(model, ids, max_new_tokens=6)
+    wrapper = torch.compile(model, backend="eager")
+    with extend(wrapper, "dynamic_ntk", **parameters):
+        for outside in (wrapper, model):
+            torch.testing.assert_close(generate(outside, ids, max_new_tokens=6), want)
+
+
+class Wrapper(nn.Module):
+    """Knows nothing of transformers, and calls something else its config."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.config = {"parts": len(parts)}
+        self.parts = nn.ModuleList(parts)
+
+
+def test_a_wrapper_with_an_encoder_before_the_model():
+    ids, parameters = tokens(1, 20), {"factor": 4.0, "max_position_embeddings": 8}
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    encoder = transformers.ViTModel(transformers.ViTConfig(**sizes, intermediate_size=8))
+    model = build("llama")
+    with extend(model, "dynamic_ntk", **parameters):
+        want = generate(model, ids, max_new_tokens=6)
+    with extend(Wrapper(encoder, model), "dynamic_ntk", **parameters):
+        assert torch.equal(generate(model, ids, max_new_tokens=6), want)
+
+
+@torch.no_grad()
+def test_a_wrapper_leaves_the_vision_tower_alone():
+    model, ids = tiny_models.build("Mistral3ForConditionalGeneration"), tokens(1, 20)
+    generator = torch.Generator().manual_seed(1)
+    image = {
+        "pixel_values": torch.randn(1, 3, 32, 32, generator=generator),
+        "image_sizes": torch.tensor([[32, 32]]),
+    }
+    seen = model.model.vision_tower(**image).last_hidden_state
+    with extend(model, "pi", factor=4.0):
+        want = logits(model, ids)
+    with extend(Wrapper(model), "pi", factor=4.0):
+        assert torch.equal(logits(model, ids), want)
+        assert torch.equal(model.model.vision_tower(**image).last_hidden_state, seen)

@@ -1,4 +1,4 @@
-"""Score methods on models: logits and gradients against dense attention by definition."""
+"""Score methods on models: logits against dense attention by definition, and what is refused."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hf_models import (
     error,
     exact,
     freqs_of,
-    gradients,
     logits,
     one_thread,  # noqa: F401
+    pairs,
     rotary_of,
     tokens,
 )
@@ -28,6 +28,7 @@ from hf_models import (
 from extrope_kernels import RopeFreqs, methods
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.scores import SCORES
+from extrope_kernels.testing import attention_backends
 
 SEQLEN = 44  # more than four chunks, and no multiple of anything below
 IDS = tokens(2, SEQLEN, seed=2)
@@ -72,12 +73,11 @@ def dense_logits(model, method, formula, **options):
         return logits(patched, IDS)
 
 
-@pytest.mark.parametrize("method", SCORE_PARAMETERS)
-@pytest.mark.parametrize("family", ATTENDING)
+@pytest.mark.parametrize(("family", "method"), pairs(ATTENDING, SCORE_PARAMETERS))
 def test_logits_are_those_of_dense_attention(family, method):
     model = build(family, **ATTENDING[family])
     log_n = {"log_n": 16} if family in ("qwen2", "cohere") else {}
-    plain = logits(model, IDS)
+    plain, plain_exact = logits(model, IDS), logits(exact(model, freqs_of(model)), IDS)
     want = dense_logits(model.double(), method, oracle.closed_form, **log_n)
     model.float()
     expected = dense_logits(model, method, oracle.plain_formula, **log_n)
@@ -85,60 +85,11 @@ def test_logits_are_those_of_dense_attention(family, method):
         got = logits(model, IDS)
     assert_as_exact_as(got, expected, want)
     assert error(got, plain) > 1000 * error(got, want)
-
-
-@pytest.mark.parametrize("method", SCORE_PARAMETERS)
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt_neox"])
-def test_gradients_are_those_of_dense_attention(family, method):
-    model, log_n = build(family, **ATTENDING[family]), {"log_n": 16}
-    with dense(copy.deepcopy(model).double(), method, oracle.closed_form, **log_n) as patched:
-        want = gradients(patched, IDS)
-    with dense(copy.deepcopy(model), method, oracle.plain_formula, **log_n) as patched:
-        expected = gradients(patched, IDS)
-    with extend(model.train(), method, **SCORE_PARAMETERS[method], **log_n):
-        got = gradients(model, IDS)
-    assert got.keys() == want.keys()
-    for name, exact_one in want.items():
-        ulp = torch.finfo(torch.float32).eps * exact_one.abs().max().item()
-        assert rms(got[name] - exact_one) <= 2 * rms(expected[name] - exact_one) + ulp, name
-
-
-def rms(x):
-    return x.square().mean().sqrt().item()
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_gradient_checkpointing(family, use_reentrant):
-    """Two forwards before the backward: layers are recomputed by their own forward's positions."""
-    model = build(family, **ATTENDING[family]).train()
-    mask = torch.ones_like(IDS[:, :30])
-    mask[1, :11] = 0
-
-    def both():
-        model.zero_grad()
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss = loss + model(input_ids=IDS[:, :30], attention_mask=mask, labels=IDS[:, :30]).loss
-        loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    with extend(model, "leaky_rerope", window=7, factor=3.5):
-        want = both()
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        got = both()
-    for name in want:
-        assert torch.equal(got[name], want[name]), name
-
-
-@pytest.mark.parametrize("method", SCORE_PARAMETERS)
-@pytest.mark.parametrize("family", ATTENDING)
-def test_a_window_that_nothing_exceeds_gives_the_plain_model(family, method):
-    model = build(family, **ATTENDING[family])
-    plain, want = logits(model, IDS), logits(exact(model, freqs_of(model)), IDS)
+    # A window that nothing exceeds gives the plain model.
     sizes = {"window": 48, "shift": 48, "block_size": 2 * SEQLEN, "factor": 4}
     sizes |= {"chunk_size": 2 * SEQLEN, "local_window": SEQLEN}
     with extend(model, method, **{name: sizes[name] for name in SCORE_PARAMETERS[method]}):
-        assert_as_exact_as(logits(model, IDS), plain, want)
+        assert_as_exact_as(logits(model, IDS), plain, plain_exact)
 
 
 @pytest.mark.parametrize("method", SCORE_PARAMETERS)
@@ -183,8 +134,13 @@ def test_padding_on_either_side_changes_no_token(method):
         assert logits(model, IDS, attention_mask=mask).isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", SCORE_PARAMETERS)
+def rms(x):
+    return x.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method"), pairs([torch.bfloat16, torch.float16], SCORE_PARAMETERS)
+)
 def test_half_precision_is_no_worse_than_dense_attention(method, dtype):
     model = build("llama")
     freqs = rotary_of(model).inv_freq.clone()
@@ -231,13 +187,92 @@ def test_autocast_leaves_queries_wider_than_values():
         assert error(got, logits(model, IDS)) < 0.5
 
 
-def test_compiles_without_a_graph_break():
-    model = build("llama", num_hidden_layers=1)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with extend(model, "leaky_rerope", window=7, factor=3.5):
-        want = gradients(model, IDS)
-        model.zero_grad()
-        compiled(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            torch.testing.assert_close(p.grad, want[name])
+LLAMA4 = {"head_dim": 16, "num_key_value_heads": 2, "intermediate_size_mlp": 96}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "message"),
+    [
+        ("mistral", {}, "MistralModel is not a supported architecture: all its layers"),
+        ("llama4_text", LLAMA4 | {"num_local_experts": 2}, "all its layers .* have a .* chunks"),
+        ("llama", {"rope": DYNAMIC}, "its frequencies .dynamic. ch"),
+        ("llama", {"head_dim": 12}, "head_dim must be a multiple of 8"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "Gemma3Attention is not causal"),
+    ],
+)
+def test_refuses_models_before_anything_is_changed(family, sizes, message):
+    if "head_dim" in message and "cpu" not in attention_backends():
+        pytest.skip("the reference takes any head_dim")
+    model = build(family, **sizes)
+    before = [dict(vars(m)) for m in model.modules()]
+    with pytest.raises(ValueError, match=f"^extend: .*{message}"):
+        extend(model, "rerope", window=8)
+    for module, attributes in zip(model.modules(), before):
+        assert vars(module).keys() == attributes.keys()
+        assert all(vars(module)[name] is attributes[name] for name in attributes)
+
+
+def _inputs_that_make_no_rows():
+    hole, packed = torch.ones_like(IDS), torch.block_diag(torch.ones(15, 15), torch.ones(29, 29))
+    hole[0, 9] = 0
+    packed = packed.tril().bool()[None, None]
+    one = "attention_mask must be of one sequence"
+    return [
+        ({"attention_mask": hole}, "got padding between tokens; pad on the left"),
+        ({"attention_mask": hole[:, 1:]}, r"attention_mask must be \(2, 44\), cached tokens inc"),
+        ({"attention_mask": torch.ones(2, 1, 44, 44).bool()}, "must be causal, got one in which"),
+        ({"attention_mask": packed}, one),
+        ({"attention_mask": torch.where(packed, 0.0, torch.finfo(torch.float32).min)}, one),
+        ({"position_ids": torch.arange(44)[None] + 1}, "position_ids must count 0, 1, 2, ... from"),
+        ({"output_attentions": True}, "output_attentions must be False"),
+    ]
+
+
+def test_refuses_rows_that_have_no_beginning():
+    model = build("llama")
+    with extend(model, "rerope", window=7):
+        for inputs, message in _inputs_that_make_no_rows():
+            with pytest.raises(ValueError, match="^extend: .*" + message):
+                logits(model, IDS, **inputs)
+
+
+def test_refuses_dropout():
+    model = build("llama", attention_dropout=0.1)
+    with extend(model, "rerope", window=8):
+        logits(model, IDS)
+        with pytest.raises(ValueError, match="extend: a model in training must have attention_dr"):
+            model.train()(IDS)
+    with pytest.raises(ValueError, match="must have attention_dropout 0, got"):
+        extend(model, "rerope", window=8)
+
+
+def test_a_layer_is_not_run_outside_of_its_model():
+    model = build("llama")
+    tables = model.model.rotary_emb(torch.zeros(1, 1, 64), torch.zeros(1, 1))
+    with (
+        extend(model, "rerope", window=8),
+        pytest.raises(RuntimeError, match="LlamaAttention must"),
+    ):
+        model.model.layers[0].self_attn(torch.zeros(1, 1, 64), tables, None)
+
+
+def test_score_methods_go_on_last_and_once():
+    model = build("llama")
+    with extend(model, "xpos"), pytest.raises(ValueError, match="without decay, got xpos"):
+        extend(model, "rerope", window=8)
+    with extend(model, "rerope", window=8):
+        want = logits(model, IDS)
+        for method in ("yarn", "dual_chunk"):
+            with pytest.raises(ValueError, match=f"extend: {method} must come before rerope"):
+                extend(model, method)
+        assert torch.equal(logits(model, IDS), want)
+
+
+def test_a_model_that_shares_its_config_is_untouched():
+    model = build("llama")
+    other = type(model)(model.config).eval()
+    before = logits(other, IDS)
+    with extend(model, "rerope", window=8):
+        logits(model, IDS)
+        assert torch.equal(logits(other, IDS), before)

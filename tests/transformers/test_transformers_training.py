@@ -1,14 +1,24 @@
-"""Extended models in training, in other dtypes, on other devices and under torch.compile."""
+"""Extended models in training: gradients, checkpoints, `torch.compile`, and losses of a `Trainer`.
+
+Compared with the eager formula, which is transformers' own for a frequency method and dense
+attention by definition for a score method, in float32 and, for what is exact, in float64.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import attention_oracle as oracle
 import pytest
 import torch
 from hf_models import (
+    ATTENDING,
     FAMILIES,
     LAYERS,
+    SCORE_PARAMETERS,
+    TRAINED,
     CountRotations,
     build,
     error,
@@ -17,20 +27,23 @@ from hf_models import (
     gradients,
     logits,
     one_thread,  # noqa: F401
-    rotary_of,
+    pairs,
     tokens,
+    transformers,
 )
+from test_transformers_scores import dense, rms
+from torch import nn
 
-from extrope_kernels import methods
 from extrope_kernels.integrations.transformers import extend
 
-IDS = tokens(2, 48)
-LINEAR = {"rope_type": "linear", "factor": 4.0}
+IDS = tokens(4, 44, seed=3)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED}
+METHODS = {"yarn": {"factor": 4.0}, "rerope": SCORE_PARAMETERS["rerope"]}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_agree_with_transformers(family):
-    theirs, model = build(family, LINEAR), build(family)
+    theirs, model = build(family, {"rope_type": "linear", "factor": 4.0}), build(family)
     expected = gradients(theirs, IDS, use_cache=False)
     want = gradients(exact(model, freqs_of(theirs)), IDS, use_cache=False)
     with extend(model, "pi", factor=4.0):
@@ -42,101 +55,84 @@ def test_gradients_agree_with_transformers(family):
         assert error(got[name], want[name]) <= 2 * largest + ulp, name
 
 
+@pytest.mark.parametrize(
+    ("family", "method"), pairs(["llama", "gemma2", "phi", "gpt_neox"], SCORE_PARAMETERS)
+)
+def test_gradients_are_those_of_dense_attention(family, method):
+    model, log_n, ids = build(family, **ATTENDING[family]), {"log_n": 16}, IDS[:2]
+    with dense(copy.deepcopy(model).double(), method, oracle.closed_form, **log_n) as patched:
+        want = gradients(patched, ids)
+    with dense(copy.deepcopy(model), method, oracle.plain_formula, **log_n) as patched:
+        expected = gradients(patched, ids)
+    with extend(model.train(), method, **SCORE_PARAMETERS[method], **log_n):
+        assert_as_exact(gradients(model, ids), expected, want)
+
+
+def assert_as_exact(got, expected, want):
+    assert got.keys() == want.keys()
+    for name, exact_one in want.items():
+        ulp = torch.finfo(torch.float32).eps * exact_one.abs().max().item()
+        assert rms(got[name] - exact_one) <= 2 * rms(expected[name] - exact_one) + ulp, name
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("method", ["yarn", "dynamic_ntk"])
-def test_gradient_checkpointing(method, use_reentrant):
-    model = build("llama").train()
-    with extend(model, method, factor=4.0):
-        want = gradients(model, IDS, use_cache=False)
+@pytest.mark.parametrize(
+    ("family", "method", "parameters"),
+    [
+        ("llama", "dynamic_ntk", {"factor": 4.0}),
+        ("qwen3", "yarn", {"factor": 4.0}),  # which norms, too
+        ("qwen3", "rerope", {"window": 6}),
+        ("gemma2", "leaky_rerope", {"window": 7, "factor": 3.5}),
+    ],
+)
+def test_gradient_checkpointing(family, method, parameters, use_reentrant):
+    """Two forwards before the backward: layers are recomputed by their own forward's positions."""
+    model, short = build(family, **ATTENDING[family]).train(), IDS[:2, :30]
+    mask = torch.ones_like(short)
+    mask[1, :11] = 0
+
+    def both():
+        model.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        if method == "leaky_rerope":
+            loss = loss + model(input_ids=short, attention_mask=mask, labels=short).loss
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with extend(model, method, **parameters):
+        want = both()
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         with CountRotations() as count:
-            got = gradients(model, IDS, use_cache=False)
-    assert count.rotations == 2 * LAYERS  # forward and recomputed
+            got = both()
+    if family == "llama":
+        assert count.rotations == 2 * LAYERS  # forward and recomputed
     for name in want:
         assert torch.equal(got[name], want[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_half_precision_is_no_worse_than_transformers(family, dtype):
-    """Positions near 300: transformers rounds its tables to the dtype, the op does not."""
-    model, positions = build(family), torch.arange(256, 304)[None]
-    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-    theirs = build(family, rope)
-    freqs = freqs_of(theirs)
-    model, theirs = model.to(dtype), theirs.to(dtype)
-    want = logits(exact(model, freqs), IDS, position_ids=positions)
-    with extend(model, "yarn", factor=4.0):
-        got = logits(model, IDS, position_ids=positions)
-    expected = logits(theirs, IDS, position_ids=positions)
-
-    def rms(x):
-        return (x.double() - want).square().mean().sqrt().item()
-
-    assert rms(got) <= 1.1 * rms(expected)
-
-
-def test_frequencies_stay_float32_in_a_model_cast_afterwards():
-    ids, positions = tokens(1, 8), torch.arange(100_000, 100_008)[None]
-    before, after = build("llama").bfloat16(), build("llama")
-    with extend(before, "pi", factor=4.0), extend(after, "pi", factor=4.0):
-        after.bfloat16()
-        got = logits(after, ids, position_ids=positions)
-        assert torch.equal(got, logits(before, ids, position_ids=positions))
-        assert rotary_of(after).forward.freqs[None].inv_freq.dtype == torch.float32
-
-
-def test_shifting_all_positions_changes_nothing():
-    model, ids = build("llama"), tokens(1, 32)
-    positions = torch.arange(32)[None]
-    with extend(model, "yarn", factor=4.0):
-        near = logits(model, ids, position_ids=positions)
-        far = logits(model, ids, position_ids=positions + 1_000_000)
-    rounding = error(near, logits(exact(model, yarn()), ids))
-    assert error(far, near) <= 4 * rounding
-
-
-def yarn():
-    return methods.yarn(16, factor=4.0, original_max_position_embeddings=32)
-
-
-def test_pending_rotations_follow_the_device_of_a_layer():
-    rotary = rotary_of(build("llama"))
-    model = build("llama")
-    with extend(model, "xpos"):
-        pending, _ = rotary_of(model)(torch.zeros(1), torch.arange(4)[None])
-    moved = pending.to("meta", non_blocking=True)
-    assert {moved.freqs.inv_freq.device.type, moved.freqs.log_decay.device.type} == {"meta"}
-    assert moved.positions.device.type == "meta"
-    assert rotary.inv_freq.device.type == "cpu"
-
-
-def test_a_model_moved_after_extend_moves_its_frequencies():
-    model = build("llama")
-    with extend(model, "yarn", factor=4.0):
-        model.to("meta")
-        positions = torch.arange(4, device="meta")[None]
-        pending, _ = rotary_of(model)(torch.zeros(1, device="meta"), positions)
-    assert pending.freqs.inv_freq.device.type == "meta"
-    assert rotary_of(model).inv_freq.device.type == "meta"
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_compiles_without_a_graph_break(family):
-    model = build(family, num_hidden_layers=1)
+@pytest.mark.parametrize(
+    ("family", "method", "parameters"),
+    [
+        ("llama", "yarn", {"factor": 4.0}),
+        pytest.param("gpt_neox", "yarn", {"factor": 4.0}, marks=pytest.mark.thorough),
+        ("llama", "leaky_rerope", {"window": 7, "factor": 3.5}),
+    ],
+)
+def test_compiles_without_a_graph_break(family, method, parameters):
+    model, ids = build(family, num_hidden_layers=1), IDS[:2]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    plain = compiled(IDS, use_cache=False).logits.detach()
-    with extend(model, "yarn", factor=4.0):
-        want = gradients(model, IDS, use_cache=False)
+    plain = compiled(ids, use_cache=False).logits.detach()
+    with extend(model, method, **parameters):
+        want = gradients(model, ids, use_cache=False)
         model.zero_grad()
-        out = compiled(input_ids=IDS, labels=IDS, use_cache=False)
+        out = compiled(input_ids=ids, labels=ids, use_cache=False)
         out.loss.backward()
-        torch.testing.assert_close(out.logits.detach(), logits(model, IDS))
+        torch.testing.assert_close(out.logits.detach(), logits(model, ids))
         for name, p in model.named_parameters():
             if p.grad is not None:
                 torch.testing.assert_close(p.grad, want[name])
         assert error(out.logits, plain) > 0.01
-    torch.testing.assert_close(compiled(IDS, use_cache=False).logits.detach(), plain)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits.detach(), plain)
 
 
 def test_compiles_a_method_that_depends_on_the_length():
@@ -156,3 +152,109 @@ def test_inference_mode_first_and_training_after():
         got, want = gradients(model, IDS, use_cache=False), gradients(twin, IDS, use_cache=False)
     for name in want:
         assert torch.equal(got[name], want[name]), name
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    """The model with adapters that change it from the start."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "k_proj", "v_proj", "down_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, config)
+
+
+@contextmanager
+def eager(method: str, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """A model that computes the method by the eager formula."""
+    if method == "yarn":
+        model = build("llama", YARN)
+        yield exact(model, freqs_of(model)) if dtype == torch.float64 else model
+    else:
+        formula = oracle.closed_form if dtype == torch.float64 else oracle.plain_formula
+        with dense(build("llama").to(dtype), method, formula) as model:
+            yield model
+
+
+@pytest.mark.parametrize("first", ["extend", "peft"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_adapters(method, first):
+    ids, options, found = IDS[:2], {"use_cache": False}, []
+    for dtype in (torch.float64, torch.float32):
+        with eager(method, dtype) as model:
+            found.append(gradients(with_lora(model).train(), ids, **options))
+    want, expected = found
+    model = build("llama")
+    adapted = with_lora(model) if first == "peft" else None
+    with extend(model, method, **METHODS[method]):
+        got = gradients((adapted or with_lora(model)).train(), ids, **options)
+    assert all("lora" in name for name in got)
+    assert_as_exact(got, expected, want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_adapters_are_those_of_the_extended_model(method):
+    model = build("llama").double()
+    with extend(model, method, **METHODS[method]), torch.no_grad():
+        adapted = with_lora(model)
+        expected = adapted(input_ids=IDS, use_cache=False).logits
+        merged = adapted.merge_and_unload()
+        got = merged(input_ids=IDS, use_cache=False).logits
+        torch.testing.assert_close(got, expected)
+
+
+class Recorder(transformers.Trainer):
+    """A trainer that keeps the loss of every step unrounded."""
+
+    def compute_loss(self, *args, **options):
+        result = super().compute_loss(*args, **options)
+        loss = result[0] if isinstance(result, tuple) else result
+        self.losses = [*getattr(self, "losses", []), loss.item()]
+        return result
+
+
+def losses_of_ten_steps(model: nn.Module, folder, checkpointing: bool) -> list[float]:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=10,
+        per_device_train_batch_size=len(IDS),
+        learning_rate=1e-3,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        use_cpu=True,
+        seed=0,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = Recorder(model, arguments, train_dataset=[{"input_ids": x, "labels": x} for x in IDS])
+    trainer.train()
+    return trainer.losses
+
+
+@pytest.mark.parametrize(
+    ("lora", "checkpointing"), [(False, False), (True, True)], ids=["all weights", "LoRA"]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_of_a_trainer(method, checkpointing, lora, tmp_path):
+    pytest.importorskip("accelerate")
+
+    def train(model, checkpointing=False):
+        model = with_lora(model) if lora else model
+        return torch.tensor(losses_of_ten_steps(model, tmp_path, checkpointing)).double()
+
+    with eager(method, torch.float64) as model:
+        want = train(model)
+    with eager(method, torch.float32) as model:
+        expected = train(model)
+    model = build("llama")
+    with extend(model, method, **METHODS[method]):
+        got = train(model, checkpointing)
+    ulp = torch.finfo(torch.float32).eps * want.abs().max()
+    assert len(want) == 10 and want[-1] < want[0]
+    assert (got - want).abs().max() <= 2 * (expected - want).abs().max() + ulp

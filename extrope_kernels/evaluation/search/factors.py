@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ... import RopeFreqs
 from ...integrations._shared.parameters import bind_method
-from ...integrations.transformers.architecture import RotarySite, find_sites
-from ...integrations.transformers.model_values import values_of
+from ...integrations.transformers.find import RotarySite, find_sites
+from ...integrations.transformers.frequencies import values_of
 from .. import UsageError
 from .candidates import Candidate
 

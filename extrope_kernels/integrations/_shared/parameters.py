@@ -26,6 +26,8 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 # Parameters that a method exists to choose, so the model's value is not what is meant.
 _OWN_DEFAULTS = {"abf": {"base"}, "dynamic_yarn": {"max_position_embeddings"}}
+# In the names that configurations give to kinds of layers: those that see a bounded number of keys.
+_BOUNDED = ("sliding", "chunked", "local")
 
 
 @dataclass(frozen=True)
@@ -138,3 +140,11 @@ def _check_dim(op: str, method: str, freqs: RopeFreqs, dim: int) -> None:
         raise ValueError(
             f"{op}: {method} must yield {dim // 2} frequencies, got {freqs.inv_freq.shape[-1]}"
         )
+
+
+def is_bounded(kind: str) -> bool:
+    """Say whether layers that a configuration calls so see a bounded number of keys.
+
+    A "reference_sliding_attention" does not: it sees the prompt from anywhere.
+    """
+    return kind.startswith(_BOUNDED) or kind.endswith(_BOUNDED)

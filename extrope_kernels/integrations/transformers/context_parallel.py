@@ -1,25 +1,44 @@
-"""A model whose tokens are spread over ranks: every layer attends round the group."""
+"""A model over a mesh: ranks share its tokens, and every layer attends round the group."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs
-from ...scores import Score
-from .._shared.plain import PLAIN, no_freqs
-from .calls import Call
-from .forwards import argument_names, by_name, cache_of, tokens_of
-from .layer_options import refuse_options, softmax_options
-from .rotation import ARGUMENT
+from ...scores import SCORES
+from .._shared.parameters import PARAMETERS, is_bounded
+from .attend import ARGUMENT, Call, calls_in, no_freqs, refuse_options, softmax_options
+from .find import (
+    Changes,
+    RotarySite,
+    argument_names,
+    by_name,
+    cache_of,
+    owners_of,
+    said_by_extend,
+    shortened,
+    tokens_of,
+    unsupported,
+)
+from .frequencies import Rotary
 from .rows import full_mask, no_mask
+from .trial import (
+    Recorder,
+    attend_as_own,
+    check_options,
+    close,
+    entrance,
+    kind_of,
+    run_on_trial,
+    window_of_cache,
+)
 
 if TYPE_CHECKING:
-    from ...distributed.attend import Strategy
+    from ...distributed.attention import Strategy
     from ...distributed.layout import Balance, Mesh
 
 
@@ -33,8 +52,7 @@ class Shared:
         try:  # refuses a wrong mesh or balance; a strategy is, as it is used
             distributed.local_positions(0, mesh, balance=balance)
         except (TypeError, ValueError) as error:
-            _, _, refusal = str(error).partition(": ")
-            raise type(error)(f"extend: {refusal}") from None
+            raise said_by_extend(error) from None
         self.distributed = distributed
         self.mesh = mesh
         self.strategy = strategy
@@ -49,31 +67,15 @@ class Shared:
         return self
 
     def positions(self, tokens: Tensor) -> Tensor:
-        """(1, seqlen / P) int64, of this rank's tokens."""
+        """Return those of this rank's tokens: (1, seqlen / P) int64."""
         return self.distributed.local_positions(
             tokens.shape[1] * self.size, self.mesh, balance=self.balance, device=tokens.device
         )[None]
 
-    def rows(self, tokens: Tensor) -> SharedRows:
-        """The rows of a forward, none of which has padding."""
-        return SharedRows(self, self.positions(tokens))
-
-    def attend(
-        self, score: Score, q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, **options: Any
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
         """Attend from this rank's queries to the keys of all; tensors as the ops take them."""
-        options = {"op": "extend", **options}
-        return self.distributed.attend(
-            score,
-            q,
-            k,
-            v,
-            freqs,
-            mesh=self.mesh,
-            strategy=self.strategy,
-            balance=self.balance,
-            **options,
-        )
+        mesh = {"mesh": self.mesh, "strategy": self.strategy, "balance": self.balance}
+        return self.distributed.rope_attention(q, k, v, keys_stored=True, **mesh, **call)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,22 +93,14 @@ class SharedRows:
         return self
 
     def attend(
-        self,
-        layer: nn.Module,
-        score: Score,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        freqs: RopeFreqs,
-        options: dict[str, Any],
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]
     ) -> Tensor:
-        """Attend from (batch, seqlen / P, heads, head_dim) to the keys of all ranks."""
-        if "chunk_size" in options:
+        if "chunk_size" in call:
             raise ValueError(
                 "extend: layers with chunks must not be extended over a mesh, got "
                 f"{type(layer).__name__}"
             )
-        return self.shared.attend(score, q, k, v, freqs, keys_stored=True, **options)
+        return self.shared.attend(q, k, v, **call)
 
 
 class SharedAttention:
@@ -121,8 +115,7 @@ class SharedAttention:
         """q, k, v: (batch, heads, seqlen / P, head_dim), rotated."""
         refuse_options(module, options)
         q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
-        options = softmax_options(module, options)
-        return self.shared.attend(PLAIN, q, k, v, no_freqs(q), keys_stored=True, **options)
+        return self.shared.attend(q, k, v, freqs=no_freqs(q), **softmax_options(module, options))
 
 
 class SharedForward:
@@ -154,15 +147,15 @@ class SharedForward:
             )
         _refuse_padding(full_mask(arguments.get("attention_mask")))
         positions = self.shared.positions(tokens)
-        given = arguments.get("position_ids")
-        if given is not None and not _same(given, positions):
+        given = arguments.setdefault("position_ids", positions)
+        if given is None:
+            arguments["position_ids"] = positions
+        elif given.shape[-1] != positions.shape[-1] or not bool((given == positions).all()):
             raise ValueError(
                 "extend: position_ids must be those of `distributed.local_positions` with "
                 f"balance={self.shared.balance!r}, got others"
             )
         arguments |= {"use_cache": False, "attention_mask": no_mask(tokens.device)}
-        if given is None:
-            arguments["position_ids"] = positions
         return (), arguments
 
     def before_layer(
@@ -181,24 +174,8 @@ def by_its_name(layer: nn.Module, arguments: dict[str, Any], attending: Any) -> 
     return arguments | named
 
 
-def refuse_labels(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a model with a head: its loss shifts labels within a rank's tokens."""
-    arguments = by_name(argument_names(module), args, kwargs)
-    if arguments.get("labels") is not None and arguments.get("shift_labels") is None:
-        raise ValueError(
-            "extend: labels must come with shift_labels over a mesh, shifted before they were "
-            "sharded, got labels alone"
-        )
-
-
-def in_region() -> bool:
-    """Whether torch's `context_parallel` has put its own attention in the place of PyTorch's."""
-    function = nn.functional.scaled_dot_product_attention
-    return (getattr(function, "__module__", None) or "").startswith("torch.distributed")
-
-
 def _refuse_padding(mask: Any) -> None:
-    """mask: what a model takes, of all tokens or of this rank's."""
+    """mask: a model's, of all tokens or of this rank's."""
     if mask is None or (isinstance(mask, Tensor) and mask.shape[-2:] == (1, 1)):
         return
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(mask.all()):
@@ -208,5 +185,98 @@ def _refuse_padding(mask: Any) -> None:
         )
 
 
-def _same(given: Tensor, positions: Tensor) -> bool:
-    return given.shape[-1] == positions.shape[-1] and bool((given == positions).all())
+def _refuse_labels(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model with a head: its loss shifts labels within a rank's tokens."""
+    arguments = by_name(argument_names(module), args, kwargs)
+    if arguments.get("labels") is not None and arguments.get("shift_labels") is None:
+        raise ValueError(
+            "extend: labels must come with shift_labels over a mesh, shifted before they were "
+            "sharded, got labels alone"
+        )
+
+
+def share(model: nn.Module, sites: Sequence[RotarySite], shared: Shared, changes: Changes) -> None:
+    """Add to a method's changes what a mesh needs; nothing is changed in the model yet."""
+    for _, _, value in changes.overrides:
+        if isinstance(value, Rotary):
+            value.shared = shared
+    first: list = [(model, _refuse_labels, None)] if "labels" in argument_names(model) else []
+    last: list = []
+    for owner in owners_of(sites):
+        layers = _rotating_by_themselves(model, owner, changes.layers)
+        forward = SharedForward(owner, shared, layers)
+        first.append((owner, forward.before_forward, None))
+        for layer, call in layers.items():
+            changes.overrides += call.overrides(layer)
+        last += [(layer, forward.before_layer, None) for layer in layers]
+    changes.hooks = first + changes.hooks + last
+
+
+def _rotating_by_themselves(
+    model: nn.Module, owner: nn.Module, known: Collection[nn.Module]
+) -> dict[nn.Module, Call]:
+    """Return an owner's attention layers but for the known ones, which a score method extends.
+
+    Raises ValueError where a token depends on others in any other way. Four tokens go through the
+    model, and the same backwards, with an attention that gives every token its own value: what
+    comes out must be the same backwards.
+    """
+    calls = calls_in(owner)
+    recorder = Recorder(calls)
+    try:
+        with recorder.in_place():
+            there = _hidden(run_on_trial(entrance(model, owner)))
+            back = _hidden(run_on_trial(entrance(model, owner), backwards=True))
+    except Exception as error:  # whatever a foreign model leads to
+        reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
+        raise unsupported(owner, reason) from error
+    if not close(there, back.flip(1)):
+        raise unsupported(
+            owner,
+            "over a mesh all that makes one token of others must be attention that an op replaces",
+        )
+    found = {layer: calls[layer] for layer in recorder.seen if layer not in known}
+    for layer, call in found.items():
+        given, name = recorder.seen[layer], type(layer).__name__
+        if "sliding_window" not in softmax_options(layer, given.options):
+            if is_bounded(kind_of(layer)):
+                raise unsupported(owner, f"{name} sees chunks, which a mesh does not have")
+            if window_of_cache(owner, layer):
+                raise unsupported(owner, f"{name} has a window that its attention is not told of")
+        check_options(owner, layer, given.options)
+        qkv = given.q, given.k, given.v
+        attend_as_own(owner, layer, call, qkv, no_freqs(given.q), False, given)
+    return found
+
+
+def _hidden(output: Any) -> Tensor:
+    return next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+
+
+class RegionGuard:
+    """Raises in a region of torch's `context_parallel` where a model has no mesh.
+
+    The region shards tokens and replaces PyTorch's attention, so the model would compute something
+    else: everywhere but for frequencies that no length changes, at positions that are sharded too.
+    """
+
+    def __init__(self, method: str) -> None:
+        self.why = ""
+        if method in SCORES:
+            self.why = f"{method} does not attend by PyTorch's function"
+        elif "seq_len" in PARAMETERS[method]:
+            self.why = f"{method} would take the length of a rank's tokens for the sequence's"
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the owner."""
+        if torch.compiler.is_compiling():
+            return
+        function = nn.functional.scaled_dot_product_attention
+        if not (getattr(function, "__module__", None) or "").startswith("torch.distributed"):
+            return
+        given = by_name(argument_names(module), args, kwargs).get("position_ids")
+        if self.why or given is None:
+            raise ValueError(
+                "extend: a model in a region of torch's context_parallel must be extended with a "
+                f"mesh, got one without; {self.why or 'position_ids are not given'}"
+            )

@@ -10,20 +10,26 @@ from torch import nn
 
 from ...scores import SCORES
 from .._shared.parameters import PARAMETERS
-from .apply import unwrap_apply, wrap_apply
-from .architecture import RotarySite, find_sites, shortened, unsupported
-from .context_changes import RegionGuard, refuse_second_mesh, share
-from .context_parallel import Shared
-from .frequency_methods import frequency_changes
+from .context_parallel import RegionGuard, Shared, share
+from .find import (
+    Changes,
+    RotarySite,
+    find_sites,
+    owners_of,
+    said_by_extend,
+    shortened,
+    unsupported,
+)
+from .frequencies import Rotary, frequency_changes
 from .interface import register_interface
 from .norms import norm_changes
-from .paged import batching_changes, forget_pages
-from .rotary import Rotary
-from .score_methods import score_changes
+from .paged import batching_overrides, forget_pages
+from .rotation import unwrap_apply, wrap_apply
+from .scores import score_changes
 from .trial import entrance, run_on_trial
 
 if TYPE_CHECKING:
-    from ...distributed.attend import Strategy
+    from ...distributed.attention import Strategy
     from ...distributed.layout import Balance, Mesh
 
 
@@ -43,63 +49,45 @@ def extend(
     max_position_embeddings but the default length of `generate`: give it max_new_tokens for prompts
     beyond.
 
-    A frequency method (`methods.METHODS`) takes the place of whatever scaling the model's
-    configuration names, so that nothing is scaled twice: also in the softmax scale of latent
-    attention (DeepSeek), whose mscale and mscale_all_dim are those of the configuration unless
-    given. Layers without a rotation stay without.
+    A frequency method (`methods.METHODS`) replaces the scaling that the model's configuration
+    names: nothing is scaled twice, the softmax scale of latent attention (DeepSeek) included. Where
+    `apply_rope_qk` does what the model's layers do, every rotation goes through it, with a norm of
+    queries and keys right before it (Qwen3, Gemma 3, OLMo 2): frequencies stay float32 and
+    positions integers in a model of any dtype. Elsewhere the model's own rotary embedding makes its
+    tables.
 
-    Where `apply_rope_qk` does what the model's layers do, every rotation goes through it:
-    frequencies stay float32 and positions integers in a model of any dtype. Elsewhere (complex
-    numbers, several axes of positions) the model's own rotary embedding makes its tables of the
-    other frequencies.
-
-    Whatever the method, a norm of queries and keys right before such a rotation (Qwen3, Gemma 3,
-    OLMo 2) goes through the op too, if four tokens give the same; in 16 bits the op leaves out
-    roundings that the model makes. A norm with hooks, or with weights that are sharded, stays the
-    model's own.
-
-    A method that depends on the length (`dynamic_ntk`, `dynamic_yarn`, `longrope`) is frozen per
-    request, so that cached keys stay valid. `generate` chooses for the prompt and max_new_tokens
-    (or max_length) together; a forward with an empty cache for its own tokens, or for the largest
-    of its position_ids where it is given them. A `seq_len` among the parameters fixes it for good.
+    A method that depends on the length (one with a `seq_len`) is frozen per request, so that cached
+    keys stay valid: for the prompt and max_new_tokens together in `generate`, in a forward with an
+    empty cache for its own tokens, or the largest of its position_ids. A `seq_len` among the
+    parameters fixes it for good.
 
     A score method (`scores.SCORES`) keeps the frequencies in force, the model's or those of an
-    extension before it, and changes which relative position a pair sees; with `log_n` queries are
-    scaled as in the attention ops, too. The layers attend by these ops, with their sinks, caps and
-    scales, and a cache holds each key once. Positions count from a row's first token, so batches
-    padded on either side, and on the left to generate, give what their rows give alone.
-
-    Every cache that returns all keys in order serves a score method, static ones too, and so do the
-    pages of `generate_batch`, which serve every method but those that depend on the length and have
-    no `seq_len`.
-
-    A score method is refused for layers whose keys are not all those before a query (indexers,
-    compressed keys, prompts that see all of themselves), and for what makes logits depend on more
-    than distances (a norm with weights after the rotation). Images (a token with several
-    positions), dropout, packed rows and weights to be returned (output_attentions) are refused as
-    well, and xpos but for methods whose positions start anew (dual_chunk, blockwise_causal).
+    extension before it, and changes which relative position a pair sees; `log_n` scales queries,
+    too. A cache holds each key once. Positions count from a row's first token, so batches padded on
+    either side, and on the left to generate, give what their rows give alone. Refused are layers
+    whose keys are not all those before a query (indexers, compressed keys), logits that depend on
+    more than distances (a norm with weights after the rotation), tokens with several positions
+    (images), dropout, packed rows, output_attentions, and xpos but for methods whose positions
+    start anew.
 
     With a mesh every rank runs the model on its own tokens of a sequence, as `distributed.shard`
     cuts it, and all layers attend round the group: logits, losses and gradients are those of one
-    device, to rounding. All ranks call `extend` alike. position_ids need not be given; where they
-    are they must be those of `distributed.local_positions`. Labels are shifted before they are cut:
-    `shift_labels` beside `labels`. "rope" is the model as it is.
-
-    Refused over a mesh are padding, caches (restore the model to generate), chunks (Llama 4) and
-    models that mix tokens in another way (state spaces). FSDP's `fully_shard` comes before or after
-    `extend`, accelerate and Trainer after it. A region of torch's `context_parallel` round a model
-    that was extended without a mesh raises ValueError where it would give something else.
+    device, to rounding. All ranks call `extend` alike. Labels are shifted before they are cut:
+    `shift_labels` beside `labels`. "rope" is the model as it is. Refused are padding, caches
+    (restore the model to generate), chunks (Llama 4) and models that mix tokens in another way
+    (state spaces). FSDP's `fully_shard` comes before or after `extend`, accelerate and Trainer
+    after it. Without a mesh a region of torch's `context_parallel` raises ValueError where it would
+    give something else.
 
     model: any language model of transformers that rotates, with or without its head or a vision
         tower, which is left alone. docs/models.md has them all.
     method: a name of `PARAMETERS`.
-    layers: "full", for a frequency method, extends the rotation of the layers that see all keys,
-        where a model has one of its own for those with a sliding window (Gemma 3); for a score
-        method the layers that see all keys: none of the distances in the others is past their
-        window or chunk. "all" extends every layer that rotates.
-    mesh: DeviceMesh or ProcessGroup, the ranks that share a sequence; of two dimensions as in
-        `distributed.rerope_attention`.
-    strategy, balance: as there; the tokens must have been cut with the same balance.
+    layers: "full" extends the layers that see all keys: by a frequency method where those with a
+        sliding window have a rotation of their own (Gemma 3), by a score method always, as no
+        distance in the others is past their window or chunk. "all" extends all that rotate.
+    mesh: DeviceMesh of one dimension or ProcessGroup, the ranks that share a sequence.
+    strategy, balance: as in `distributed.rope_attention`; the tokens must have been cut with the
+        same balance.
     parameters: the method's parameters; with resonance=True the wavelengths of a frequency method
         are rounded to whole tokens (`methods.resonance`). Of the model's configuration come dim,
         base (its rope_theta; `abf` has its own), original_max_position_embeddings
@@ -111,41 +99,60 @@ def extend(
     was.
     """
     sites = find_sites(model, layers)
-    _refuse_second_score(sites, method)
-    register_interface()
     if method not in PARAMETERS:
         raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
-    changes = score_changes if method in SCORES else frequency_changes
-    refuse_second_mesh(sites, method)
+    _refuse_after(sites, method)
+    register_interface()
     shared = None if mesh is None else Shared(mesh, strategy, balance)
-    overrides, hooks = changes(model, sites, method, parameters, layers)
-    overrides += batching_changes(model, method if method not in SCORES and hooks else None)
+    if method in SCORES:
+        changes = score_changes(model, sites, method, parameters, layers)
+    else:
+        changes = frequency_changes(model, sites, method, parameters)
+    by_length = method if method not in SCORES and changes.hooks else None
+    changes.overrides += batching_overrides(model, by_length)
     if shared is None:
         guard = RegionGuard(method)
-        hooks = [*((site.owner, guard.before_forward, None) for site in sites), *hooks]
+        changes.hooks[:0] = [(site.owner, guard.before_forward, None) for site in sites]
     else:
-        overrides, hooks = share(model, sites, shared, overrides, hooks)
-    extension = Extension(model, method, overrides, hooks)
-    if method in SCORES or shared is not None:
-        _rehearse(extension, sites, shared)
-    if shared is None:
-        try:
-            extension.add(*norm_changes(sites))
-        except BaseException:
-            extension.restore()
-            raise
+        share(model, sites, shared, changes)
+    extension = Extension(model, method, changes)
+    try:
+        if method in SCORES or shared is not None:
+            _rehearse(model, sites, shared)
+        if shared is None:
+            extension.add(norm_changes(sites))
+    except BaseException:
+        extension.restore()
+        raise
     return extension
 
 
-def _rehearse(extension: Extension, sites: list[RotarySite], shared: Shared | None) -> None:
+def _refuse_after(sites: list[RotarySite], method: str) -> None:
+    """Raise ValueError where an extension is in place that must be the last."""
+    for site in sites:
+        before = vars(site.rotary).get("forward")
+        if not isinstance(before, Rotary):
+            continue
+        if before.method in SCORES:
+            raise ValueError(
+                f"extend: {method} must come before {before.method}, "
+                "got a model that is extended by it; restore that one first"
+            )
+        if before.shared is not None:
+            raise ValueError(
+                f"extend: an extension over a mesh must be the last, got {method} after "
+                f"{before.method}; restore that one first"
+            )
+
+
+def _rehearse(model: nn.Module, sites: list[RotarySite], shared: Shared | None) -> None:
     """Run four tokens: what a model does between its rotary embedding and its layers shows then."""
-    for owner in {site.owner: None for site in sites}:
+    for owner in owners_of(sites):
         try:
-            run_on_trial(entrance(extension.model, owner))
+            run_on_trial(entrance(model, owner))
         except Exception as error:  # whatever a foreign model leads to
-            extension.restore()
             if shared is not None and isinstance(error, ValueError):
-                raise  # by the attention over the mesh
+                raise said_by_extend(error) from None  # it is the attention's over the mesh
             raise unsupported(
                 owner,
                 "what it does between its rotary embedding and its layers takes tables alone "
@@ -153,49 +160,25 @@ def _rehearse(extension: Extension, sites: list[RotarySite], shared: Shared | No
             ) from error
 
 
-def _refuse_second_score(sites: list[RotarySite], method: str) -> None:
-    for site in sites:
-        before = vars(site.rotary).get("forward")
-        if isinstance(before, Rotary) and before.method in SCORES:
-            raise ValueError(
-                f"extend: {method} must come before {before.method}, "
-                "got a model that is extended by it; restore that one first"
-            )
-
-
 class Extension:
-    """An extended model's way back: `restore()`, or the end of a `with` block.
+    """An extended model's way back: `restore()`, or the end of a `with` block."""
 
-    overrides: (module, name, value) each, attributes that hide those of the module's class.
-    hooks: (module, before its forward, after it or None) each.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        method: str,
-        overrides: list[tuple[nn.Module, str, Any]],
-        hooks: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any] | None]],
-    ) -> None:
+    def __init__(self, model: nn.Module, method: str, changes: Changes) -> None:
         self.model = model
         self.method = method
         forget_pages(model)
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
         self._undo: list[Callable[[], None]] = []
-        self.add(overrides, hooks)
+        self.add(changes)
 
-    def add(
-        self,
-        overrides: list[tuple[nn.Module, str, Any]],
-        hooks: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any] | None]],
-    ) -> None:
+    def add(self, changes: Changes) -> None:
         """Change more, as far as the first changes allow."""
-        for module, name, value in overrides:
+        for module, name, value in changes.overrides:
             self._overrides.append((module, name, value, vars(module).get(name)))
             vars(module)[name] = value
             if isinstance(value, Rotary) and value.fused is not None:
                 wrap_apply(value.fused.modeling, value)
-        for module, before, after in hooks:
+        for module, before, after in changes.hooks:
             handle = module.register_forward_pre_hook(before, with_kwargs=True)
             self._undo.append(handle.remove)
             if after is not None:

@@ -14,12 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs
-from ...ops.attention import attend
-from ...ops.decode import attend_with_kvcache
-from .._shared.plain import PLAIN, no_freqs
-from .layer_options import KNOWN, softmax_options
-from .rotation import INTERFACE
+from ... import rope_attention, rope_attention_with_kvcache
+from .attend import KNOWN, no_freqs, softmax_options
+from .paged import INTERFACE
 from .rows import records
 
 _ON_MASK = "_extrope_causal"
@@ -71,14 +68,12 @@ def attention(
     Raises ValueError for sinks or a cap of the logits where rows are not causal.
     """
     q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
-    out = None
-    op_options = softmax_options(module, options) | {"op": INTERFACE}
+    call, out = softmax_options(module, options) | {"freqs": no_freqs(q)}, None
     if _may_be_causal(module, attention_mask, options):
-        freqs = no_freqs(q)
         if attention_mask is None:
-            out = _all_causal(q, k, v, freqs, op_options)
+            out = _all_causal(q, k, v, call)
         elif not records(q, k, v):
-            out = _masked(q, k, v, freqs, attention_mask, op_options)
+            out = _masked(q, k, v, attention_mask, call)
     if out is not None:
         return out, None
     if options.get("s_aux") is not None or options.get("softcap") is not None:
@@ -88,7 +83,7 @@ def attention(
         )
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    window, tokens = op_options.get("sliding_window"), q.shape[1]
+    window, tokens = call.get("sliding_window"), q.shape[1]
     if attention_mask is None and window and tokens == k.shape[1] and _causal(module, options):
         attention_mask = _window_mask(tokens, window, q.device)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -106,33 +101,28 @@ def _may_be_causal(module: nn.Module, mask: Tensor | None, options: Mapping[str,
     return mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
 
 
-def _all_causal(
-    q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, options: dict[str, Any]
-) -> Tensor:
+def _all_causal(q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> Tensor:
     """No mask: one query sees all keys; of several, the first sees the first key alone."""
     if q.shape[1] > 1:
         k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
     elif not records(q, k, v):
-        options.pop("sliding_window", None)  # a cache of a window holds no more
-        return attend_with_kvcache(PLAIN, q, k, v, freqs, cache_seqlens=k.shape[1], **options)
-    return attend(PLAIN, q, k, v, freqs, keys_stored=True, **options)
+        call.pop("sliding_window", None)  # a cache of a window holds no more
+        return rope_attention_with_kvcache(q, k, v, cache_seqlens=k.shape[1], **call)
+    return rope_attention(q, k, v, keys_stored=True, **call)
 
 
-def _masked(
-    q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, mask: Tensor, options: dict[str, Any]
-) -> Tensor | None:
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, call: dict[str, Any]) -> Tensor | None:
     """None where the mask is not that of causal rows."""
     if q.shape[1] == 1:
         window = None  # what a query sees begins where its window does
-        options.pop("sliding_window", None)
+        call.pop("sliding_window", None)
     else:
-        window = options.get("sliding_window")
+        window = call.get("sliding_window")
     rows = _rows(mask, window)
     if rows is None:
         return None
-    ends, pads = (x.expand(q.shape[0]) for x in rows)
-    options |= {"cache_seqlens": ends.contiguous(), "cache_leftpad": pads.contiguous()}
-    return attend_with_kvcache(PLAIN, q, k, v, freqs, **options)
+    ends, pads = (x.expand(q.shape[0]).contiguous() for x in rows)
+    return rope_attention_with_kvcache(q, k, v, cache_seqlens=ends, cache_leftpad=pads, **call)
 
 
 def _window_mask(tokens: int, window: int, device: torch.device) -> Tensor:

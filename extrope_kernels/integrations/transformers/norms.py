@@ -7,27 +7,41 @@ those roundings.
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .architecture import RotarySite
-from .calls import call_of
-from .forwards import argument_names, by_name
-from .fused import rotating_layers
+from .attend import call_of
+from .find import (
+    Changes,
+    Override,
+    RotarySite,
+    argument_names,
+    by_name,
+    owners_of,
+    rotating_layers,
+)
 from .rotation import Norm, Rotation
-from .tables import trial_numbers
 from .trial import Recorded, Recorder, run_on_trial
 
-NAMES = ("q_norm", "k_norm")
+_NAMES = ("q_norm", "k_norm")
 _ARGUMENT = "position_embeddings"
 # Of each thread: `norm`, that of the layer in progress if the rotation norms in it.
 _in_progress = threading.local()
+
+
+def norm_changes(sites: Sequence[RotarySite]) -> Changes:
+    """Return what leaves norms to the op, in a model whose rotations are extended already."""
+    changes = Changes()
+    for owner in owners_of([site for site in sites if site.fused is not None]):
+        for layer, fused in _agreeing(owner).items():
+            changes.overrides += fused.overrides()
+            changes.hooks.append((layer, fused.before_layer, fused.after_layer))
+    return changes
 
 
 class FusedNorm:
@@ -37,12 +51,13 @@ class FusedNorm:
     """
 
     def __init__(self, layer: nn.Module, from_one: bool) -> None:
-        self.norms: list[nn.Module] = [getattr(layer, name) for name in NAMES]
+        self.norms: list[nn.Module] = [getattr(layer, name) for name in _NAMES]
         self.deferred = [DeferredNorm(self, norm) for norm in self.norms]
+        self.eps = _eps_of(self.norms[0])
         self.from_one = from_one
         self.argument_names = argument_names(layer)
 
-    def overrides(self) -> list[tuple[nn.Module, str, Any]]:
+    def overrides(self) -> list[Override]:
         return [(each.norm, "forward", each) for each in self.deferred]
 
     def before_layer(
@@ -59,7 +74,7 @@ class FusedNorm:
         )
         _in_progress.norm = self if rotation_norms else None
         if rotation_norms:
-            norm = Norm(*(self._weight(norm) for norm in self.norms), eps_of(self.norms[0]))
+            norm = Norm(*(self._weight(norm) for norm in self.norms), self.eps)
             arguments[_ARGUMENT] = (rotation.after(norm), *given[1:])
         return (), arguments
 
@@ -79,8 +94,8 @@ class DeferredNorm:
         self.norm = norm
 
     def is_in_place(self) -> bool:
-        """Not after something else has taken over what it took over."""
-        return vars(self.norm).get("forward") is self and is_own(self.norm)
+        """Say whether nothing else has replaced this, or acts on the norm."""
+        return vars(self.norm).get("forward") is self and _is_own(self.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
         if getattr(_in_progress, "norm", None) is self.fused:
@@ -88,19 +103,9 @@ class DeferredNorm:
         return type(self.norm).forward(self.norm, x)
 
 
-def norm_changes(sites: list[RotarySite]) -> tuple[list, list]:
-    """Return the overrides and the hooks of an `Extension` that is in place already."""
-    overrides, hooks = [], []
-    for owner in {site.owner: None for site in sites if site.fused is not None}:
-        for layer, fused in _agreeing(owner).items():
-            overrides += fused.overrides()
-            hooks.append((layer, fused.before_layer, fused.after_layer))
-    return overrides, hooks
-
-
-def is_own(norm: nn.Module) -> bool:
-    """Whether nothing but the module itself acts on its input and output, and it holds its weight:
-    neither hooks, nor a weight that is sharded or elsewhere.
+def _is_own(norm: nn.Module) -> bool:
+    """Say whether nothing but the module itself acts on its input and output, and it holds its
+    weight: neither hooks, nor a weight that is sharded or elsewhere.
     """
     hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks)
     weight = norm._parameters.get("weight")
@@ -112,63 +117,57 @@ def is_own(norm: nn.Module) -> bool:
     )
 
 
-def eps_of(norm: nn.Module) -> float:
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)) or 0.0)
+def _eps_of(norm: nn.Module) -> float:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _may_be_fused(norm: nn.Module | None) -> bool:
+    """Say whether a module can be an RMSNorm of its own, with one weight a dim.
+
+    Those of Cohere have one for each head and dim.
+    """
+    return (
+        isinstance(norm, nn.Module)
+        and "forward" not in vars(norm)
+        and _is_own(norm)
+        and set(norm._parameters) == {"weight"}
+        and not (norm._buffers or norm._modules)
+        and norm.weight.dim() == 1
+        and isinstance(_eps_of(norm), float)
+    )
 
 
 def _agreeing(owner: nn.Module) -> dict[nn.Module, FusedNorm]:
-    """Those layers of an owner whose attention gets the same from both, with any weights."""
-    found = {}
+    """Return the norms that the op computes as the model does, as four tokens show."""
+    layers = []
     for layer in rotating_layers(owner):
-        kinds = {_kind(getattr(layer, name, None)) for name in NAMES}
-        epsilons = {eps_of(getattr(layer, name)) for name in NAMES if None not in kinds}
-        if len(kinds) == len(epsilons) == 1 and call_of(layer) is not None:
-            found[layer] = FusedNorm(layer, kinds == {"from one"})
-    if not found:
+        norms = [getattr(layer, name, None) for name in _NAMES]
+        if call_of(layer) is None or not all(_may_be_fused(norm) for norm in norms):
+            continue
+        if _eps_of(norms[0]) == _eps_of(norms[1]):
+            layers.append(layer)
+    if not layers:
         return {}
-    with _any_weights(found):
+    with _other_weights([getattr(layer, name) for layer in layers for name in _NAMES]):
         try:
-            own, ours = _record(owner, found, fused=False), _record(owner, found, fused=True)
+            own = _record(owner, layers)
+            for from_one in (False, True):
+                found = {layer: FusedNorm(layer, from_one) for layer in layers}
+                ours = _record(owner, layers, found)
+                # Where one layer goes wrong, what those after it are given is no longer the same.
+                if all(x in own and x in ours and _same(own[x], ours[x]) for x in layers):
+                    return found
         except Exception:  # whatever a foreign layer leads to
-            return {}
-    # Where one layer goes wrong, what those after it are given is no longer the same.
-    same = all(layer in own and layer in ours and _same(own[layer], ours[layer]) for layer in found)
-    return found if same else {}
-
-
-def _kind(norm: nn.Module | None) -> str | None:
-    """Return "weight" or "from one" of an RMSNorm, by its results on a few rows; None of another
-    module, or one that is not its own.
-    """
-    if not isinstance(norm, nn.Module) or "forward" in vars(norm) or not is_own(norm):
-        return None
-    if set(norm._parameters) != {"weight"} or norm._buffers or norm._modules:
-        return None
-    if norm.weight.dim() != 1:  # of each head its own (Cohere)
-        return None
-    weight = trial_numbers(0.5, 2.0, norm.weight.numel())
-    trial = copy.deepcopy(norm).to("cpu", torch.float32)
-    trial.weight.data.copy_(weight)
-    # Of small rows, eps is most of the mean square.
-    x = trial_numbers(-1, 2, 2 * weight.numel()).view(2, -1) * weight.new_tensor([[1.0], [1e-3]])
-    normal = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps_of(norm))
-    with torch.no_grad():
-        try:
-            got = trial(x)
-        except Exception:  # whatever a foreign signature leads to
-            return None
-    for kind, factor in (("weight", weight), ("from one", 1.0 + weight)):
-        if got.shape == x.shape and torch.allclose(got, normal * factor, rtol=1e-5, atol=1e-6):
-            return kind
-    return None
+            pass
+    return {}
 
 
 def _record(
-    owner: nn.Module, found: dict[nn.Module, FusedNorm], fused: bool
+    owner: nn.Module, layers: Sequence[nn.Module], norms: dict[nn.Module, FusedNorm] | None = None
 ) -> dict[nn.Module, Recorded]:
-    """What the layers hand to their attention, on four tokens."""
-    recorder = Recorder({layer: call_of(layer) for layer in found})
-    norms = found if fused else {}
+    """Return what the layers hand to their attention, on four tokens."""
+    recorder = Recorder({layer: call_of(layer) for layer in layers})
+    norms = norms or {}
     overrides = [each for norm in norms.values() for each in norm.overrides()]
     hooks = [(layer, norm.before_layer) for layer, norm in norms.items()]
     with recorder.in_place(overrides, hooks):
@@ -177,11 +176,10 @@ def _record(
 
 
 @contextmanager
-def _any_weights(found: dict[nn.Module, FusedNorm]) -> Iterator[None]:
-    """Weights that tell dims apart: with those of a new model, a norm after the rotation is one
-    before it.
+def _other_weights(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Give norms weights that tell dims apart: with those of a new model, a norm after the rotation
+    is one before it.
     """
-    norms = [norm for fused in found.values() for norm in fused.norms]
     before = [norm.weight for norm in norms]
     for norm, weight in zip(norms, before):
         spread = torch.linspace(0.5, 2.0, weight.numel(), device=weight.device)
@@ -194,7 +192,7 @@ def _any_weights(found: dict[nn.Module, FusedNorm]) -> Iterator[None]:
 
 
 def _same(own: Recorded, ours: Recorded) -> bool:
-    """But for the roundings that the model's norm has and the op has not.
+    """Compare but for the roundings that the model's norm has and the op has not.
 
     Two of each dim, before and after the weights, so four of a pair that rotates; one of each
     result. What follows in later layers is from values, and exact.

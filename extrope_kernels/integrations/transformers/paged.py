@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs
-from ...ops.decode import attend_with_kvcache
-from ...scores import Score
-from .architecture import generator_of
-from .rotation import INTERFACE
+from ... import rope_attention_with_kvcache
+from .find import Override, generator_of
+
+INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +39,7 @@ class PackedRows:
     leftpad: None = None
 
     def to(self, device: torch.device | str | int) -> PackedRows:
-        """Nothing moves: one device holds all of the cache."""
-        return self
+        return self  # one device holds all of the cache
 
     def for_layer(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return a layer's arguments so that its cache writes and does not gather."""
@@ -50,18 +48,10 @@ class PackedRows:
         return {**arguments, "read_index": [x[:0] for x in arguments["read_index"]]}
 
     def attend(
-        self,
-        layer: nn.Module,
-        score: Score,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        freqs: RopeFreqs,
-        options: dict[str, Any],
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]
     ) -> Tensor:
-        """Attend from (1, total, heads, head_dim) to all pages of each request."""
         allocator = self.cache.layer_to_allocator[layer.layer_idx]
-        if allocator.layer_type != "full_attention" or "chunk_size" in options:
+        if allocator.layer_type != "full_attention" or "chunk_size" in call:
             raise ValueError(
                 "extend: layers with a sliding window or chunks must not be extended under "
                 "continuous batching, whose cache forgets their keys; extend with layers='full'"
@@ -74,18 +64,12 @@ class PackedRows:
             slots = self.arguments["write_index"][allocator.index]
             allocator.update(k[0], v[0], layer.layer_idx, slots[:0], slots)
         cu_seqlens_k = self.arguments["cu_seq_lens_k"][allocator.layer_type]
-        out = attend_with_kvcache(
-            score,
-            q[0],
-            k_pages,
-            v_pages,
-            freqs,
-            cache_seqlens=cu_seqlens_k.diff().to(torch.int32),
-            cu_seqlens_q=self.arguments["cu_seq_lens_q"].to(torch.int32),
-            block_table=table,
-            **options,
-        )
-        return out[None]
+        call |= {
+            "cache_seqlens": cu_seqlens_k.diff().to(torch.int32),
+            "cu_seqlens_q": self.arguments["cu_seq_lens_q"].to(torch.int32),
+            "block_table": table,
+        }
+        return rope_attention_with_kvcache(q[0], k_pages, v_pages, **call)[None]
 
     def _table(self, allocator: Any) -> Tensor:
         """Return the pages of each request, from the slots of its tokens."""
@@ -150,19 +134,19 @@ def _stay_out_of_graphs() -> None:
     PackedRows.attend = torch.compiler.disable(PackedRows.attend)  # type: ignore[method-assign]
 
 
-def batching_changes(model: nn.Module, refused: str | None) -> list[tuple[nn.Module, str, Any]]:
-    """Return the overrides of an `Extension` that continuous batching needs.
+def batching_overrides(model: nn.Module, refused: str | None) -> list[Override]:
+    """Return what continuous batching needs of an extension.
 
     refused: the extension's method, where its frequencies depend on the length.
     """
     name, generator = "init_continuous_batching", generator_of(model)
     if not hasattr(generator, name):
         return []
-    batching = partial(start_batching, generator, vars(generator).get(name), refused)
+    batching = partial(_start_batching, generator, vars(generator).get(name), refused)
     return [(generator, name, batching)]
 
 
-def start_batching(
+def _start_batching(
     model: nn.Module,
     previous: Callable[..., Any] | None,
     refused: str | None,

@@ -1,12 +1,17 @@
-"""What goes through one forward of an extended model in place of cosines and sines.
+"""The rotation that goes through a forward in place of cosines and sines.
 
-A model calls its rotary embedding once per forward and hands the (cos, sin) it returns to
-`apply_rotary_pos_emb` in every layer. A `Rotation` goes the same way, in place of cos, with None in
-place of sin.
+A model calls its rotary embedding once a forward and hands the (cos, sin) that it returns to
+`apply_rotary_pos_emb`, a global of its modeling module, in every layer. A `Rotation` goes the same
+way in place of cos, with None in place of sin, and the global is wrapped so that it rotates by
+itself. Tables, which come from every other model, go to the function that was there.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,21 +19,18 @@ from torch import Tensor
 
 from ... import RopeFreqs, apply_rope, apply_rope_qk
 
-INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
-# What takes the mask's place comes by this name, too, where others take masks away (accelerate).
-ARGUMENT = "extrope_attending"
-ATTENTION = "extrope_score"  # the one in the config of a layer that attends by a score method
+APPLY = "apply_rotary_pos_emb"
+
+# For each modeling module the function that was there, the one in its place, and who needs it.
+_wrapped: dict[str, tuple[Callable[..., Any], Callable[..., Any], weakref.WeakSet]] = {}
 
 
 class Norm(NamedTuple):
-    """What `apply_rope_qk` takes of the norm before a rotation."""
+    """The norm before a rotation, in the words of `apply_rope_qk`."""
 
     q_norm_weight: Tensor
     k_norm_weight: Tensor
     norm_eps: float
-
-    def to(self, device: torch.device | str | int) -> Norm:
-        return Norm(self.q_norm_weight.to(device), self.k_norm_weight.to(device), self.norm_eps)
 
 
 class Rotation:
@@ -38,7 +40,7 @@ class Rotation:
     the positions integers in a model of any dtype. No dataclass: FSDP casts what those hold.
 
     positions: (batch or 1, seqlen); None leaves queries and keys as they are.
-    keys_only: queries stay raw, as the attention of a score method takes them.
+    keys_only: leave queries raw, for the attention of a score method.
     norm: that of the layer, where it comes right before and is left to the rotation.
     """
 
@@ -62,15 +64,18 @@ class Rotation:
 
     def to(self, device: torch.device | str | int, **_: Any) -> Rotation:
         """Move to `device`: accelerate's hooks call this where a model spans several devices."""
-        positions = None if self.positions is None else self.positions.to(device)
-        norm = None if self.norm is None else self.norm.to(device)
+        positions, norm = self.positions, self.norm
+        if positions is not None:
+            positions = positions.to(device)
+        if norm is not None:
+            norm = Norm(norm.q_norm_weight.to(device), norm.k_norm_weight.to(device), norm.norm_eps)
         return Rotation(self.freqs.to(device), positions, self.interleaved, self.keys_only, norm)
 
     def rotate(self, q: Tensor, k: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
         """Stand in for `apply_rotary_pos_emb`; q and k have heads in dimension `unsqueeze_dim`."""
         if unsqueeze_dim not in (1, 2):
             raise ValueError(f"extend: unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
-        # The op takes any strides but this one, which some layers leave.
+        # The op supports any strides but this one, which some layers leave.
         q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
         if unsqueeze_dim == 2:
             return self._rotate(q, k)
@@ -87,20 +92,42 @@ class Rotation:
         return q, (k if self.positions is None else apply_rope(k, self.freqs, **options))
 
 
-def register_attention() -> None:
-    """Make transformers know the attention of score methods by its name."""
-    from transformers import AttentionInterface
+def wrap_apply(modeling: str, user: object) -> None:
+    """Make the modeling module's `apply_rotary_pos_emb` take rotations, for `user`."""
+    module = importlib.import_module(modeling)
+    current = getattr(module, APPLY)
+    _, wrapper, users = _wrapped.get(modeling, (None, None, weakref.WeakSet()))
+    if current is not wrapper:
+        wrapper = _taking_rotations(current)
+        _wrapped[modeling] = (current, wrapper, users)
+        setattr(module, APPLY, wrapper)
+    users.add(user)
 
-    AttentionInterface.register(ATTENTION, _attention)
+
+def unwrap_apply(modeling: str, user: object) -> None:
+    """Give up `user`'s claim; the last one puts the original function back."""
+    original, wrapper, users = _wrapped[modeling]
+    users.discard(user)
+    if users:
+        return
+    del _wrapped[modeling]
+    module = importlib.import_module(modeling)
+    if getattr(module, APPLY) is wrapper:
+        setattr(module, APPLY, original)
 
 
-def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
-) -> tuple[Tensor, None]:
-    """Attention function of transformers' interface; what takes the mask's place attends."""
-    attention_mask = options.pop(ARGUMENT, attention_mask)
-    if attention_mask is None or isinstance(attention_mask, Tensor):
-        raise RuntimeError(
-            f"extend: {type(module).__name__} must be run by its model, got a call of its own"
-        )
-    return attention_mask.attend(module, query, key, value, options), None
+def original_apply(modeling: str) -> Callable[..., Any]:
+    """Return the modeling module's own `apply_rotary_pos_emb`, wrapped or not."""
+    current = getattr(importlib.import_module(modeling), APPLY)
+    original, wrapper, _ = _wrapped.get(modeling, (None, None, None))
+    return original if current is wrapper else current
+
+
+def _taking_rotations(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
+        if isinstance(cos, Tensor):
+            return original(q, k, cos, sin, *args, **kwargs)
+        return cos.rotate(q, k, *(args or (kwargs.get("unsqueeze_dim", 1),)))
+
+    return apply_rotary_pos_emb

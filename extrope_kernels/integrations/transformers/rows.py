@@ -1,53 +1,24 @@
-"""Where the rows of a batch begin: positions are counted from each row's first token."""
+"""The rows of a batch: where they begin, and how they attend to what a cache returns.
+
+Positions are counted from each row's first token. Every kind of rows (these two, those of pages and
+of a mesh) has `positions`, (batch or 1, new); `leftpad`, (batch,) int32 or None where no row has
+padding; `to(device)`; and `attend(layer, q, k, v, call)`: from queries of (batch, new, heads,
+head_dim) to keys and values as a cache returns them. call: score, freqs and options of the ops, and
+chunk_size where the layer attends in chunks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs
-from ...ops.attention import attend
-from ...ops.decode import attend_with_kvcache
-from ...scores import Score
-
-
-class ForwardRows(Protocol):
-    """The tokens of one forward: `Rows`, or those of a static cache, of pages, or of a mesh."""
-
-    @property
-    def positions(self) -> Tensor:
-        """(batch or 1, new), counted from each row's first token."""
-        ...
-
-    @property
-    def leftpad(self) -> Tensor | None:
-        """(batch,) int32, the padding of each row; None where no row has any."""
-        ...
-
-    def to(self, device: torch.device | str | int) -> ForwardRows:
-        """Move what the attention needs to `device`."""
-        ...
-
-    def attend(
-        self,
-        layer: nn.Module,
-        score: Score,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        freqs: RopeFreqs,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """Attend from (batch, new, heads, head_dim) to keys and values as a cache returns them.
-
-        options: those of the ops, and chunk_size where the layer attends in chunks.
-        """
-        ...
+from ... import rope_attention, rope_attention_with_kvcache
+from .find import cache_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +28,6 @@ class Rows:
     past, new: numbers of tokens, padding included.
     runs: (start, stop, pad) for rows start .. stop - 1, whose first `pad` slots are padding.
     positions: (batch or 1, new) int64; 0 in the padding.
-    leftpad: (batch,) int32, the padding of each row; None where no row has any.
     """
 
     past: int
@@ -77,63 +47,45 @@ class Rows:
         return replace(self, past=past, new=count, positions=positions)
 
     def to(self, device: torch.device | str | int) -> Rows:
-        """Move what the attention needs to `device`."""
         return self if self.leftpad is None else replace(self, leftpad=self.leftpad.to(device))
 
     def attend(
-        self,
-        layer: nn.Module,
-        score: Score,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        freqs: RopeFreqs,
-        options: dict[str, Any],
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]
     ) -> Tensor:
-        """Attend from (batch, new, heads, head_dim) to keys and values as a cache returns them."""
-        size = options.pop("chunk_size", None)
+        size = call.pop("chunk_size", None)
         if k.shape[1] > self.total:  # a static cache is longer than what it holds
             k, v = k[:, : self.total], v[:, : self.total]
         forgotten = self.total - k.shape[1]  # by a cache of a sliding window
-        bounded = "sliding_window" in options or size is not None
+        bounded = "sliding_window" in call or size is not None
         if q.shape[1] != self.new or (forgotten and not bounded):
             raise ValueError(
                 f"extend: a cache must return all {self.total} keys of a layer in their order, "
                 f"got {k.shape[1]}"
             )
         if self.new == 1 and not forgotten and size is None and not records(q, k, v):
-            options |= {"cache_seqlens": self.total, "cache_leftpad": self.leftpad}
-            return attend_with_kvcache(score, q, k, v, freqs, **options)
+            call |= {"cache_seqlens": self.total, "cache_leftpad": self.leftpad}
+            return rope_attention_with_kvcache(q, k, v, **call)
         outs = []
         for start, stop, pad in self.runs:
             skip = min(max(pad - self.past, 0), self.new)
             first = max(pad - forgotten, 0)
             if forgotten or size is not None:
-                options["q_start"] = self.past + skip - pad
-                options["k_start"] = forgotten + first - pad
+                call["q_start"] = self.past + skip - pad
+                call["k_start"] = forgotten + first - pad
             run = (q[start:stop, skip:], k[start:stop, first:], v[start:stop, first:])
             if size is None:
-                out = attend(score, *run, freqs, keys_stored=True, **options)
+                out = rope_attention(*run, keys_stored=True, **call)
             else:
-                out = _attend_in_chunks(score, *run, freqs, size, **options)
+                out = _attend_in_chunks(*run, size, **call)
             # Nothing looks at the padding, but NaN there would spread.
             outs.append(nn.functional.pad(out, (0, 0, 0, 0, skip, 0)) if skip else out)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _attend_in_chunks(
-    score: Score,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    freqs: RopeFreqs,
-    size: int,
-    *,
-    q_start: int,
-    k_start: int,
-    **options: Any,
+    q: Tensor, k: Tensor, v: Tensor, size: int, *, q_start: int, k_start: int, **call: Any
 ) -> Tensor:
-    """A query sees the keys of its own chunk; chunks count from a row's first token."""
+    """Attend from each query to its own chunk; chunks count from a row's first token."""
     outs: list[Tensor] = []
     here, end = q_start, q_start + q.shape[1]
     if here // size * size < k_start:
@@ -146,8 +98,7 @@ def _attend_in_chunks(
         stop = min(begin + size, end)
         keys = slice(begin - k_start, stop - k_start)
         run = (q[:, here - q_start : stop - q_start], k[:, keys], v[:, keys])
-        options |= {"q_start": here, "k_start": begin}
-        outs.append(attend(score, *run, freqs, keys_stored=True, **options))
+        outs.append(rope_attention(*run, q_start=here, k_start=begin, keys_stored=True, **call))
         here = stop
     return torch.cat(outs, 1)
 
@@ -157,7 +108,7 @@ def records(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def read_rows(tokens: Tensor, past: int, mask: Tensor | None, position_ids: Tensor | None) -> Rows:
+def read_rows(tokens: Tensor, past: int, mask: Any, position_ids: Tensor | None) -> Rows:
     """Return the rows of a forward; raise ValueError for masks and positions that make none.
 
     tokens: (batch, new, ...), of which only shape and device count.
@@ -208,9 +159,9 @@ def full_mask(mask: Any) -> Any:
 
 
 def _tokens_of_mask(mask: Tensor, batch: int, past: int, new: int) -> Tensor | None:
-    """Return what a mask that is made already, (batch or 1, 1, new, keys), is made from.
+    """Return the tokens that a mask which is made already, (batch or 1, 1, new, keys), sees.
 
-    Raises ValueError unless it is that of causal rows, which is what the ops compute.
+    Raises ValueError unless it is that of causal rows, as the ops compute.
     """
     total = past + new
     if mask.shape[-2] != new:  # ones that stand for no mask
@@ -236,8 +187,8 @@ def _tokens_of_mask(mask: Tensor, batch: int, past: int, new: int) -> Tensor | N
     return real
 
 
-def _pads(mask: Tensor, batch: int, total: int) -> list[int]:
-    """The number of padded slots at the left of each row, read on the host."""
+def _pads(mask: Any, batch: int, total: int) -> list[int]:
+    """Return the number of padded slots at the left of each row, read on the host."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -251,14 +202,18 @@ def _pads(mask: Tensor, batch: int, total: int) -> list[int]:
     real = mask[:, :total].bool()
     before = torch.cat((real.new_zeros(batch, 1), real[:, :-1]), 1)
     begins = (real & ~before).sum(1)
-    padded = (real.cumsum(1) == 0).sum(1)
-    pads, begins = torch.stack((padded, begins)).tolist()
+    pads, begins = torch.stack((_leading(real), begins)).tolist()
     if any(count > 1 for count in begins):
         raise ValueError(
             "extend: attention_mask must have each row's tokens in one piece, "
             "got padding between tokens; pad on the left to generate"
         )
     return pads
+
+
+def _leading(real: Tensor) -> Tensor:
+    """Return how many slots of padding each row begins with."""
+    return (real.cumsum(1) == 0).sum(1)
 
 
 def _runs(pads: list[int]) -> tuple[tuple[int, int, int], ...]:
@@ -274,3 +229,70 @@ def _counts(given: Tensor, positions: Tensor, real: Tensor | None = None) -> boo
     """Say whether position_ids are these, padding aside; read on the host."""
     wrong = given != positions
     return not (wrong if real is None else wrong & real).any()
+
+
+@dataclass(frozen=True, eq=False)
+class StaticRows:
+    """The tokens of one forward over a static cache under `torch.compile`.
+
+    A graph is made once and run for every step, so what changes from step to step is a tensor in
+    it, and nothing is read on the host. The checks of `read_rows` are left to forwards outside.
+
+    positions: (batch or 1, new) int64; 0 in the padding.
+    ends: (batch,) int32, the slots of each row in use once the cache has the new tokens.
+    """
+
+    positions: Tensor
+    ends: Tensor
+    leftpad: Tensor | None
+
+    def to(self, device: torch.device | str | int) -> StaticRows:
+        leftpad = None if self.leftpad is None else self.leftpad.to(device)
+        return StaticRows(self.positions, self.ends.to(device), leftpad)
+
+    def attend(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]
+    ) -> Tensor:
+        if "sliding_window" in call or "chunk_size" in call:
+            raise ValueError(
+                "extend: layers with a sliding window or chunks must not be extended in a graph "
+                "over a static cache, which forgets their keys; extend with layers='full'"
+            )
+        call |= {"cache_seqlens": self.ends, "cache_leftpad": self.leftpad}
+        return rope_attention_with_kvcache(q, k, v, **call)
+
+
+def static_rows(tokens: Tensor, past: Tensor, mask: Any) -> StaticRows:
+    """Return the rows of a forward whose past, of all rows, is a tensor of the cache.
+
+    tokens: (batch, new, ...). mask: (batch, slots) with 0 for padding and for slots to come; None.
+    Raises ValueError for another mask: what it says cannot be looked at in a graph.
+    """
+    mask = full_mask(mask)
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(
+            "extend: attention_mask must be (batch, seqlen) in a graph over a static cache, "
+            f"got {tuple(mask.shape)}"
+        )
+    batch, new = tokens.shape[:2]
+    positions = (torch.arange(new, device=tokens.device) + past)[None]
+    leftpad = None
+    if mask is not None:
+        leftpad = _leading(mask.bool())
+        positions = (positions - leftpad[:, None]).clamp(min=0)
+        leftpad = leftpad.to(torch.int32)
+    # The cache counts on in place.
+    ends = (past + new).to(torch.int32).repeat(batch)
+    return StaticRows(positions, ends, leftpad)
+
+
+def keep_mask(*, attention_mask: Any = None, **arguments: Any) -> Any:
+    """Stand in for a model's `create_masks_for_generate`: rows are read from the mask as it is.
+
+    For a static cache it gets that one's length, so that every step has the same shapes.
+    """
+    layers = getattr(cache_of(arguments), "layers", ())
+    slots = max((getattr(layer, "max_cache_len", 0) for layer in layers), default=0)
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return attention_mask
+    return nn.functional.pad(attention_mask, (0, max(slots - attention_mask.shape[1], 0)))

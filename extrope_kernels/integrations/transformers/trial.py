@@ -1,26 +1,52 @@
-"""Four tokens through a model whose attention only records what it gets."""
+"""Find out with four tokens which layers of a model can attend by a score method.
+
+The model is run twice with an attention that only records what it gets: once with tables of
+position 0, once with those of positions 0 to 3 and frequencies made for the purpose. What differs
+is the rotation, wherever in a layer it happens. Then the op attends to the same, by a score that
+changes nothing, and must give what the layer's own attention gives.
+"""
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs
-from .architecture import RotarySite
-from .calls import Call, Override
-from .forwards import argument_names, by_name
-from .rotation import register_attention
-from .tables import Tables, trial_numbers
+from ... import RopeFreqs, apply_rope, rope_attention
+from .._shared.parameters import is_bounded
+from .attend import (
+    KNOWN,
+    Call,
+    Heads,
+    calls_in,
+    dropout_of,
+    refuse_options,
+    register_attention,
+    rotated_first,
+    softmax_options,
+)
+from .find import (
+    Override,
+    RotarySite,
+    argument_names,
+    by_name,
+    rotating_layers,
+    said_by_extend,
+    shortened,
+    trial_numbers,
+    unsupported,
+)
+from .rows import no_mask
 
-TOKENS = 4
-# Rotary embeddings with the kinds of layers to extend, and the trial's frequencies for each.
-Ladders = list[tuple[RotarySite, "str | None", Tensor]]
+_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -33,12 +59,16 @@ class Recorded:
     options: dict[str, Any]
 
 
+class UnfitLayer(Exception):
+    """Says what of a layer a score method cannot do."""
+
+
 class Recorder:
     """Takes the mask's place, and so is asked to attend.
 
     calls: how each layer calls its attention. name: of the mask among several, where layers get a
     mapping of them; None for the whole argument.
-    called: layers that the owner has called; seen: what those with an attention gave to it.
+    called: rotating layers that the owner has called; seen: what layers gave to their attention.
     masks: as the owner gave them. names: of those, where layers got several.
     output: of the owner.
     """
@@ -102,10 +132,6 @@ class Recorder:
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2).contiguous()
 
 
-class UnfitLayer(Exception):
-    """Says what of a layer a score method cannot do."""
-
-
 def with_mask(arguments: dict[str, Any], name: str | None, value: Any) -> dict[str, Any]:
     """Return a layer's arguments with `value` as the mask of that name, or as the only one."""
     if name is not None:
@@ -113,49 +139,8 @@ def with_mask(arguments: dict[str, Any], name: str | None, value: Any) -> dict[s
     return arguments | {"attention_mask": value}
 
 
-class TrialTables:
-    """Stands in for a rotary embedding: tables of the trial's frequencies for what is extended."""
-
-    def __init__(self, site: RotarySite, ladders: Ladders, still: bool) -> None:
-        self.rotary = site.rotary
-        self.still = still
-        self.tables = {
-            layer_type: Tables(site.rotary, layer_type, RopeFreqs(inv_freq), site.order(layer_type))
-            for other, layer_type, inv_freq in ladders
-            if other is site
-        }
-
-    def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        if layer_type not in self.tables:
-            return type(self.rotary).forward(self.rotary, x, position_ids, layer_type)
-        positions = torch.arange(position_ids.shape[-1], device=x.device) * (not self.still)
-        return self.tables[layer_type](x, positions.expand(position_ids.shape))
-
-
-def ladders_of(sites: list[RotarySite]) -> Ladders:
-    """Return the kinds of layers to extend, each with frequencies of its own for the trial.
-
-    They are fast enough for four tokens to tell all pairs, and kinds, apart.
-    """
-    kinds = [(site, layer_type) for site in sites for layer_type in site.layer_types]
-    return [
-        (site, kind, trial_numbers(0.2, 1.1, site.dim(kind) // 2) * (1 + 0.37 * number))
-        for number, (site, kind) in enumerate(kinds)
-    ]
-
-
-def sees_chunks(mask: Any, size: int) -> bool:
-    """Say whether a layer's mask of the trial lets tokens see their own chunks of that size."""
-    if not isinstance(mask, Tensor) or mask.shape[-2:] != (TOKENS, TOKENS):
-        return False
-    token = torch.arange(TOKENS, device=mask.device)
-    own = token[:, None] // size == token // size
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    return bool((seen == (own & (token <= token[:, None]))).all())
-
-
 @contextmanager
-def replaced(overrides: list[Override]) -> Iterator[None]:
+def replaced(overrides: Sequence[Override]) -> Iterator[None]:
     """Hide attributes of modules for a while."""
     before = [(module, name, vars(module).get(name)) for module, name, _ in overrides]
     for module, name, value in overrides:
@@ -182,17 +167,23 @@ def _fsdp_modules(module: nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def run_on_trial(owner: nn.Module, backwards: bool = False, **options: Tensor) -> Any:
-    """Run an owner, or its `entrance`, on four tokens as in evaluation; return its output.
+    """Run an owner, or its `entrance`, on four tokens without dropout; return its output.
 
     backwards: the last token first.
     """
     embed = getattr(owner, "get_input_embeddings", None)
     weights = embed() if embed is not None else owner
-    tokens = torch.arange(TOKENS, device=_device_of(weights))[None]
+    tokens = torch.arange(_TOKENS, device=_device_of(weights))[None]
     options = {name: value.to(tokens.device) for name, value in options.items()}
     tokens = tokens.flip(1) if backwards else tokens
-    with _evaluating(owner):
+    training = [module for module in owner.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
         output = owner(input_ids=tokens, use_cache=False, **options)
+    finally:
+        for module in training:
+            module.training = True
     for module in _fsdp_modules(owner):
         module.reshard()  # the root keeps its parameters whole, for a backward
     return output
@@ -205,14 +196,290 @@ def _device_of(weights: nn.Module) -> Any:
     return getattr(hook, "execution_device", device) if device.type == "meta" else device
 
 
-@contextmanager
-def _evaluating(owner: nn.Module) -> Iterator[None]:
-    """No dropout: both runs of a trial must be the same but for the positions."""
-    training = [module for module in owner.modules() if module.training]
-    for module in training:
-        module.training = False
+# Rotary embeddings with the kinds of layers to extend, and the trial's frequencies for each.
+_TrialFreqs = list[tuple[RotarySite, "str | None", Tensor]]
+
+
+def _trial_freqs(sites: Sequence[RotarySite]) -> _TrialFreqs:
+    """Return frequencies fast enough for four tokens to tell all pairs, and kinds, apart."""
+    kinds = [(site, layer_type) for site in sites for layer_type in site.layer_types]
+    return [
+        (site, kind, trial_numbers(0.2, 1.1, site.dim(kind) // 2) * (1 + 0.37 * number))
+        for number, (site, kind) in enumerate(kinds)
+    ]
+
+
+class _TrialTables:
+    """Stands in for a rotary embedding: tables of the trial's frequencies for what is extended."""
+
+    def __init__(self, site: RotarySite, freqs: _TrialFreqs, still: bool) -> None:
+        self.rotary = site.rotary
+        self.still = still
+        self.tables = {
+            layer_type: site.tables(layer_type, RopeFreqs(inv_freq))
+            for other, layer_type, inv_freq in freqs
+            if other is site
+        }
+
+    def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        if layer_type not in self.tables:
+            return type(self.rotary).forward(self.rotary, x, position_ids, layer_type)
+        positions = torch.arange(position_ids.shape[-1], device=x.device) * (not self.still)
+        return self.tables[layer_type](x, positions.expand(position_ids.shape))
+
+
+class Layers:
+    """The attention layers that an owner's rotary embeddings serve.
+
+    far: those that see all keys, to be extended, and how their heads are rotated.
+    near: those that attend as before: the ones without a rotation and, but for layers="all", those
+        with a sliding window or chunks: no distance in them is past what training has covered.
+    calls: how each of them calls its attention. mask_name: of its mask, where layers get several.
+    needs_mask: more than the attention of far layers looks at the mask.
+    around: for rotary embeddings that are a layer's own, that layer.
+
+    Raises ValueError where a layer does what the ops do not.
+    """
+
+    def __init__(
+        self, model: nn.Module, owner: nn.Module, sites: Sequence[RotarySite], layers: str
+    ) -> None:
+        self.owner = owner
+        self.entrance = entrance(model, owner)
+        self.sites = sites
+        self.freqs = _trial_freqs(sites)
+        self.calls = calls_in(owner)
+        self.around = {
+            site.rotary: layer
+            for layer in self.calls
+            for site in sites
+            if site.rotary in layer.modules()
+        }
+        self.mask_name: str | None = None
+        self.far: dict[nn.Module, Heads] = {}
+        self.near: list[nn.Module] = []
+        still, moved = self._try_out()
+        for layer in moved.called:
+            if layer not in moved.seen:
+                name = type(layer).__name__
+                reason = f"{name} computes its attention itself, with nothing to replace"
+                raise unsupported(owner, reason)
+        rotate = [self._sort(x, still.seen[x], moved.seen[x], layers) for x in moved.seen]
+        if not self.far:
+            reason = "none of its layers rotates"
+            if any(rotate):
+                reason = (
+                    "all its layers that rotate have a sliding window or chunks, "
+                    "so none sees distances past it"
+                )
+            raise unsupported(owner, reason)
+        self.needs_mask = self._needs_mask()
+
+    def _try_out(self) -> tuple[Recorder, Recorder]:
+        """Run the owner twice; where layers get several masks, find the attention's among them."""
+        first = Recorder(self.calls)
+        try:
+            return self._record(first, still=True), self._record()
+        except ValueError:
+            for self.mask_name in first.names:
+                try:
+                    return self._record(still=True), self._record()
+                except ValueError:
+                    continue
+            raise
+
+    def _record(
+        self, recorder: Recorder | None = None, still: bool = False, **options: Tensor
+    ) -> Recorder:
+        """Run the owner on four tokens; still: all of them at position 0."""
+        recorder = recorder or Recorder(self.calls, self.mask_name)
+        overrides = [
+            (site.rotary, "forward", _TrialTables(site, self.freqs, still)) for site in self.sites
+        ]
+        hooks = [(layer, recorder.note_layer) for layer in rotating_layers(self.owner)]
+        try:
+            with recorder.in_place(overrides, hooks):
+                recorder.output = run_on_trial(self.entrance, **options)
+        except UnfitLayer as unfit:
+            raise unsupported(self.owner, str(unfit)) from unfit
+        except Exception as error:  # whatever a foreign layer leads to
+            reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
+            if Recorder.__name__ in str(error):
+                reason = (
+                    "its layers choose or weigh keys by a mask made of their contents, "
+                    "a score method by distances alone"
+                )
+            raise unsupported(self.owner, reason) from error
+        return recorder
+
+    def _sort(self, layer: nn.Module, still: Recorded, moved: Recorded, layers: str) -> bool:
+        """Put a layer among the far or the near ones; return whether it rotates."""
+        heads, freqs = self._heads(layer, still, moved)
+        bounds = None if heads is None else self._bounds(layer, moved.options, layers)
+        if bounds is None or (bounds and layers == "full"):
+            self.near.append(layer)
+            return heads is not None
+        check_options(self.owner, layer, moved.options)
+        q, k = (rotated_first(x, heads.start) for x in (still.q, still.k))
+        attend_as_own(
+            self.owner, layer, self.calls[layer], (q, k, moved.v), freqs, heads.interleaved, moved
+        )
+        self.far[layer] = replace(heads, **bounds)
+        return True
+
+    def _heads(
+        self, layer: nn.Module, still: Recorded, moved: Recorded
+    ) -> tuple[Heads | None, RopeFreqs | None]:
+        """Return how a layer rotates, None where it does not, and the trial's frequencies."""
+        name = type(layer).__name__
+        if close(still.q, moved.q) and close(still.k, moved.k):
+            return None, None
+        if not close(still.v, moved.v):
+            reason = f"{name} rotates its values too, so its output is not of distances"
+            raise unsupported(self.owner, reason)
+        for site, _, inv_freq in self.freqs:
+            if self.around.get(site.rotary, layer) is not layer:
+                continue
+            last = still.q.shape[-1] - 2 * inv_freq.numel()
+            starts = {0, last} if last >= 0 else set()
+            for start, interleaved, sign in product(starts, (False, True), (1, -1)):
+                heads = Heads(start, interleaved, sign)
+                freqs = RopeFreqs(sign * inv_freq.to(still.q.device))
+                if all(
+                    close(_rotated(a, freqs, heads), rotated_first(b, start))
+                    for a, b in ((still.q, moved.q), (still.k, moved.k))
+                ):
+                    return heads, freqs
+        raise unsupported(
+            self.owner,
+            f"what {name} does after its rotation makes its logits depend on more than distances",
+        )
+
+    def _bounds(
+        self, layer: nn.Module, options: Mapping[str, Any], layers: str
+    ) -> dict[str, int] | None:
+        """Return the window or the chunks of a layer, by their name in `Heads`; {} without.
+
+        A window tells the attention, or the cache alone (Phimoe, Moshi). Chunks are in the mask
+        alone, but have a name. None for a layer of that name that is not to be extended.
+        """
+        if window := options.get("sliding_window"):
+            return {"sliding_window": window}
+        if is_bounded(kind_of(layer)):
+            size = getattr(getattr(layer, "config", None), "attention_chunk_size", None)
+            if layers == "full" or not size or not sees_chunks(self._masks_of_chunks[layer], 2):
+                return None
+            return {"chunk_size": size}
+        window = window_of_cache(self.owner, layer)
+        return {"sliding_window": window} if window else {}
+
+    @cached_property
+    def _masks_of_chunks(self) -> dict[nn.Module, Any]:
+        """The layers' masks where the config names chunks of two tokens."""
+        config = copy.copy(self.owner.config)
+        config.attention_chunk_size = 2
+        with replaced([(self.owner, "config", config)]):
+            return self._record().masks
+
+    def _needs_mask(self) -> bool:
+        """Say whether more than the attention of extended layers looks at the mask.
+
+        A token of padding must not change the others: in convolutions and states, it would.
+        """
+        if len(self.far) != getattr(self.owner.config, "num_hidden_layers", None):
+            return True
+        padded = torch.ones(1, _TOKENS, dtype=torch.int64)
+        padded[0, 0] = 0
+        masked, free = (
+            self._record(still=True, attention_mask=mask) for mask in (padded, no_mask())
+        )
+        return not torch.equal(masked.output[0][:, 1:], free.output[0][:, 1:])
+
+
+def kind_of(layer: nn.Module) -> str:
+    """Return what the config calls the layer's kind; nothing where it has no names for kinds."""
+    kinds = getattr(getattr(layer, "config", None), "layer_types", None)
+    index = getattr(layer, "layer_idx", None)
+    return kinds[index] if kinds and index is not None and index < len(kinds) else ""
+
+
+def window_of_cache(owner: nn.Module, layer: nn.Module) -> int | None:
+    """Return the window whose keys alone a layer's cache keeps, whatever the layer itself sees."""
+    from transformers import DynamicCache
+
+    index = getattr(layer, "layer_idx", None)
     try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        cached = DynamicCache(config=owner.config).layers[index]
+    except (AttributeError, IndexError, KeyError, TypeError):  # keys of others, or another cache
+        return None
+    return getattr(cached, "sliding_window", None)
+
+
+def sees_chunks(mask: Any, size: int) -> bool:
+    """Say whether a layer's mask of the trial lets tokens see their own chunks of that size."""
+    if not isinstance(mask, Tensor) or mask.shape[-2:] != (_TOKENS, _TOKENS):
+        return False
+    token = torch.arange(_TOKENS, device=mask.device)
+    own = token[:, None] // size == token // size
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    return bool((seen == (own & (token <= token[:, None]))).all())
+
+
+@torch.no_grad()
+def attend_as_own(
+    owner: nn.Module,
+    layer: nn.Module,
+    call: Call,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    freqs: RopeFreqs,
+    interleaved: bool,
+    given: Recorded,
+) -> None:
+    """Raise ValueError unless the op gives what a layer's own attention gives.
+
+    qkv: the op's, of (1, heads, 4, head_dim), rotated by freqs. given: the layer's own.
+    """
+    v = given.v
+    qkv = [x.to(v.dtype).transpose(1, 2) for x in qkv]
+    options = softmax_options(layer, given.options)
+    try:
+        ours = rope_attention(*qkv, freqs, interleaved=interleaved, **options)
+    except ValueError as error:  # heads that the op does not support
+        raise said_by_extend(error) from None
+    mask = v.new_full((_TOKENS, _TOKENS), torch.finfo(v.dtype).min).triu(1)
+    q, k = given.q.to(v.dtype), given.k.to(v.dtype)
+    try:
+        own = call.own(layer, q, k, v, mask[None, None], given.options)
+    except Exception as error:  # whatever a foreign function leads to
+        reason = f"its own attention cannot be tried out ({shortened(error)})"
+        raise unsupported(owner, f"{type(layer).__name__}: {reason}") from error
+    if own is None or not close(ours, own.view_as(ours)):
+        raise unsupported(owner, f"{type(layer).__name__} attends in a way of its own")
+
+
+def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
+    """x: (batch, heads, seqlen, head_dim)."""
+    x = rotated_first(x, heads.start).transpose(1, 2)
+    positions = torch.arange(x.shape[1], device=x.device)
+    options = {"positions": positions, "interleaved": heads.interleaved, "backend": "reference"}
+    return apply_rope(x, freqs, **options).transpose(1, 2)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for a few roundings, of float32 at best: that is what tables are made in."""
+    eps = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)
+    tolerance = 16 * eps * max(b.abs().max().item(), 1e-30)
+    return bool((a - b).abs().max() <= tolerance)
+
+
+def check_options(owner: nn.Module, layer: nn.Module, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for what the ops do not do. options: what the layer told its attention."""
+    name = type(layer).__name__
+    options = {key: value for key, value in options.items() if value is not None}
+    if layer.training:
+        options["dropout"] = dropout_of(layer)
+    refuse_options(layer, options)
+    if not getattr(layer, "is_causal", True) or options.get("is_causal") is False:
+        raise unsupported(owner, f"{name} is not causal, and later keys have no distance")
+    if others := [key for key in options if key not in KNOWN]:
+        raise unsupported(owner, f"{name} attends with {' and '.join(sorted(others))}")

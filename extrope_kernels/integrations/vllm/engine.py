@@ -17,8 +17,7 @@ import torch
 
 from ... import RopeFreqs
 from ...methods import from_hf_config
-from .._shared.kinds import is_bounded
-from .._shared.parameters import ModelValues, bind_method, values_in
+from .._shared.parameters import ModelValues, bind_method, is_bounded, values_in
 from .settings import NAME, Settings, check_config, read_settings
 
 # By the id of a VllmConfig: vLLM copies one field by field, and an attribute more would end that.

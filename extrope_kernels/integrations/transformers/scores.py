@@ -1,4 +1,4 @@
-"""What `extend` changes for a score method, and the hooks that make a forward's `Attending`."""
+"""What `extend` changes for a score method: hooks that make a forward's `Attending`."""
 
 from __future__ import annotations
 
@@ -10,22 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs, methods
-from ...ops.attention import attend
+from ... import RopeFreqs
 from ...scores import UNROTATED, Score
 from .._shared.parameters import bind_score
-from .architecture import RotarySite, generator_of, unsupported
-from .attending import Attending, exchange
+from .attend import Attending, exchange, register_attention
 from .context_parallel import SharedRows, by_its_name
-from .forwards import argument_names, by_name, cache_of, caches_in, tokens_of
-from .layers import Layers
-from .model_values import own_freqs
+from .find import (
+    Changes,
+    RotarySite,
+    argument_names,
+    attribute_of,
+    by_name,
+    cache_of,
+    caches_in,
+    generator_of,
+    owners_of,
+    tokens_of,
+    unsupported,
+)
+from .frequencies import FreqsByKind, Rotary
 from .paged import PackedRows, packed_rows
-from .rotary import Rotary
 from .rotation import Rotation
-from .rows import ForwardRows, Rows, no_mask, read_rows
-from .static_cache import keep_mask, static_rows
-from .trial import with_mask
+from .rows import Rows, keep_mask, no_mask, read_rows, static_rows
+from .trial import Layers, with_mask
 
 _ON_CACHE = "_extrope_stored"
 # What layers with rotary embeddings of their own get the rows by, among the arguments that a model
@@ -41,29 +48,85 @@ def score_changes(
     method: str,
     parameters: Mapping[str, Any],
     layers: str,
-) -> tuple[list, list]:
-    """Return the overrides and the hooks of an `Extension`; nothing is changed yet."""
+) -> Changes:
+    """Return what a score method changes; nothing is changed yet."""
     score, log_n = bind_score("extend", method, parameters)
     owner = _owner(model, sites)
     freqs = [_freqs_in_force(site, method, score) for site in sites]
-    found = Layers(owner, sites, layers, model)
-    _check_heads(score, log_n, found)
+    found = Layers(model, owner, sites, layers)
     rotaries = [
         ScoreRotary(site, each, method, score, log_n, found.around.get(site.rotary))
         for site, each in zip(sites, freqs, strict=True)
         if found.around.get(site.rotary) not in found.near
     ]
     forward = ScoreForward(owner, rotaries, found)
-    overrides = [(each.rotary, "forward", each) for each in rotaries]
-    hooks = [(owner, forward.before_forward, forward.after_forward)]
+    changes = Changes(
+        [(each.rotary, "forward", each) for each in rotaries],
+        [(owner, forward.before_forward, forward.after_forward)],
+        list(found.far),
+    )
     for layer in found.far:
-        overrides += found.calls[layer].overrides(layer)
-    hooks += [(layer, forward.before_far_layer, None) for layer in found.far]
-    hooks += [(layer, forward.before_near_layer, None) for layer in found.near]
+        changes.overrides += found.calls[layer].overrides(layer)
+    changes.hooks += [(layer, forward.before_far_layer, None) for layer in found.far]
+    changes.hooks += [(layer, forward.before_near_layer, None) for layer in found.near]
     generator = generator_of(model)
     if hasattr(generator, "generate"):
-        overrides.append((generator, "create_masks_for_generate", keep_mask))
-    return overrides, hooks
+        changes.overrides.append((generator, "create_masks_for_generate", keep_mask))
+    return changes
+
+
+def _owner(model: nn.Module, sites: list[RotarySite]) -> nn.Module:
+    """Return the module whose tokens all rotary embeddings count.
+
+    Raises ValueError where parts of a model count different things, such as bytes and patches.
+    """
+    owners = owners_of(sites)
+    if len(owners) > 1:
+        names = ", ".join(sorted(type(owner).__name__ for owner in owners))
+        raise unsupported(
+            model, f"each of {names} counts positions of its own, and a window has one unit"
+        )
+    return owners[0]
+
+
+def _freqs_in_force(site: RotarySite, method: str, score: Score) -> FreqsByKind:
+    """Return those of an extension before this one, or the model's own."""
+    before = vars(site.rotary).get("forward")
+    if not isinstance(before, Rotary):
+        return {layer_type: _own_freqs(site, layer_type) for layer_type in site.layer_types}
+    # Positions that start anew keep the amplitudes of the decay near 1.
+    decays = any(freqs.log_decay is not None for freqs in before.freqs.values())
+    if decays and not score.stored.modulus:
+        raise ValueError(
+            f"extend: {method} must have frequencies without decay, got {before.method}"
+        )
+    return before.freqs
+
+
+def _own_freqs(site: RotarySite, layer_type: str | None) -> RopeFreqs:
+    """Return the frequencies that the model itself rotates by, on its device.
+
+    Raises ValueError where they change with the length.
+    """
+    rotary, kind = site.rotary, site.rotary.rope_type
+    if layer_type is not None:
+        kind = kind[layer_type]
+    if "dynamic" in kind or kind == "longrope":
+        raise unsupported(
+            site.owner,
+            f"its frequencies ({kind}) change with the length; "
+            "extend it by a method of that name first",
+        )
+    inv_freq = attribute_of(rotary, layer_type, "inv_freq")
+    if inv_freq.dtype != torch.float32:
+        # Rounded by a cast of the whole model; the config still says what they were.
+        with torch.device("cpu"):
+            fresh = type(rotary)(rotary.config)
+        inv_freq = attribute_of(fresh, layer_type, "inv_freq").to(inv_freq.device)
+    if (order := site.orders[layer_type]) is not None:
+        inv_freq = inv_freq[order.argsort().to(inv_freq.device)]
+    factor = float(attribute_of(rotary, layer_type, "attention_scaling", 1.0))
+    return RopeFreqs(inv_freq.detach().float().clone(), factor)
 
 
 class ScoreRotary(Rotary):
@@ -76,7 +139,7 @@ class ScoreRotary(Rotary):
     def __init__(
         self,
         site: RotarySite,
-        freqs: dict[str | None, RopeFreqs],
+        freqs: FreqsByKind,
         method: str,
         score: Score,
         log_n: float | None,
@@ -89,12 +152,12 @@ class ScoreRotary(Rotary):
         self.key = uuid.uuid4().hex
 
     @property
-    def rows(self) -> ForwardRows | None:
+    def rows(self) -> Any:
         """Of the forward in progress, as the hook of its owner or of that layer sets them."""
         return getattr(_in_progress, self.key, None)
 
     @rows.setter
-    def rows(self, rows: ForwardRows | None) -> None:
+    def rows(self, rows: Any) -> None:
         setattr(_in_progress, self.key, rows)
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
@@ -114,7 +177,7 @@ class ScoreRotary(Rotary):
             return stored
         own = super().__call__(x, position_ids, layer_type)
         attending = attending.changed(stored=stored, own=own)
-        return attending if self.single else (attending, attending)
+        return attending if self.site.single else (attending, attending)
 
     def attending(self, device: torch.device, layer_type: str | None = None) -> Attending:
         """Return the attention of the forward in progress, without tables yet."""
@@ -124,6 +187,11 @@ class ScoreRotary(Rotary):
         raw_queries = self.fused is not None
         return Attending(self.score, self.log_n, freqs, rows, positions, raw_queries)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies in another process need the attention's name."""
+        super().__setstate__(state)
+        register_attention()
+
 
 class ScoreForward:
     """Hooks around the forward of a model whose layers attend by a score method."""
@@ -132,7 +200,6 @@ class ScoreForward:
         self.rotaries = rotaries
         self.inner = {each.layer: each for each in rotaries if each.layer is not None}
         self.heads = layers.far
-        self.chunks = layers.chunks
         self.calls = layers.calls
         self.mask_name = layers.mask_name
         self.score = rotaries[0].score
@@ -160,7 +227,7 @@ class ScoreForward:
             arguments[_ROWS] = rows
         mask = arguments.get("attention_mask")
         if isinstance(rows, Rows) and isinstance(mask, Tensor) and mask.dim() == 2:
-            # Convolutions and states take its last columns for those of the new tokens.
+            # Convolutions and states read its last columns as those of the new tokens.
             arguments["attention_mask"] = mask[:, : rows.total]
         if positions is None and rows.leftpad is not None:
             arguments["position_ids"] = rows.positions
@@ -197,12 +264,12 @@ class ScoreForward:
             raise RuntimeError(
                 f"extend: {type(layer).__name__} must be run by its model, got a call of its own"
             )
-        if isinstance(seen[0].rows, PackedRows):
-            arguments = seen[0].rows.for_layer(arguments)
-        attending = seen[0].of(self.heads[layer], self.chunks.get(layer))
-        mask = self.calls[layer].mask(layer, attending)
+        attending = seen[0].of(self.heads[layer])
+        if isinstance(attending.rows, PackedRows):
+            arguments = attending.rows.for_layer(arguments)
         if isinstance(attending.rows, SharedRows):
             arguments = by_its_name(layer, arguments, attending)
+        mask = self.calls[layer].mask(layer, attending)
         return (), with_mask(arguments, self.mask_name, mask)
 
     def before_near_layer(
@@ -213,9 +280,9 @@ class ScoreForward:
         arguments.pop(_ROWS, None)
         return (), {name: exchange(value, _own) for name, value in arguments.items()}
 
-    def _rows(self, tokens: Tensor, arguments: Mapping[str, Any]) -> ForwardRows:
+    def _rows(self, tokens: Tensor, arguments: Mapping[str, Any]) -> Any:
         if (shared := self.rotaries[0].shared) is not None:
-            return shared.rows(tokens)
+            return SharedRows(shared, shared.positions(tokens))
         cache, mask = cache_of(arguments), arguments.get("attention_mask")
         if (packed := packed_rows(cache, arguments)) is not None:
             return packed
@@ -257,37 +324,3 @@ class ScoreForward:
 
 def _own(attending: Attending) -> Any:
     return attending.own
-
-
-def _owner(model: nn.Module, sites: list[RotarySite]) -> nn.Module:
-    """Return the module whose tokens all rotary embeddings count.
-
-    Raises ValueError where parts of a model count different things, such as bytes and patches.
-    """
-    owners = list({site.owner: None for site in sites})
-    if len(owners) > 1:
-        names = ", ".join(sorted(type(owner).__name__ for owner in owners))
-        raise unsupported(
-            model, f"each of {names} counts positions of its own, and a window has one unit"
-        )
-    return owners[0]
-
-
-def _freqs_in_force(site: RotarySite, method: str, score: Score) -> dict:
-    """Those of an extension before this one, or the model's own."""
-    before = vars(site.rotary).get("forward")
-    if not isinstance(before, Rotary):
-        return {layer_type: own_freqs(site, layer_type) for layer_type in site.layer_types}
-    # Positions that start anew keep the amplitudes of the decay near 1.
-    decays = any(freqs.log_decay is not None for freqs in before.freqs.values())
-    if decays and not score.stored.modulus:
-        raise ValueError(f"extend: {method} must have frequencies without decay, got xpos")
-    return before.freqs
-
-
-def _check_heads(score: Score, log_n: float | None, layers: Layers) -> None:
-    """One token on the CPU: the attention itself knows best what it takes."""
-    for head_dim, v_head_dim, dtype in layers.shapes:
-        token = torch.zeros(1, 1, 1, head_dim, dtype=dtype)
-        v = torch.zeros(1, 1, 1, v_head_dim, dtype=dtype)
-        attend(score, token, token, v, methods.rope(2), log_n=log_n, op="extend")

@@ -1,0 +1,370 @@
+"""How a layer calls its attention, and the attention of a score method in its place.
+
+A rotary embedding returns an `Attending` in place of its tables, so it reaches every layer as they
+would. At the door of a layer to be extended, tables take its place that rotate keys to where a
+cache keeps them, and it takes the place of the mask, which every layer hands to its attention. At
+the door of any other layer that layer's own tables take its place. Nothing is shared between
+forwards, not even when a layer is computed anew for its gradients.
+
+Whatever the way in which a layer calls its attention, what stands in the mask's place is asked:
+`attend(layer, q, k, v, options)`, with q, k, v of (batch, heads, seqlen, head_dim) and the options
+of transformers' interface, returns (batch, seqlen, heads, head_dim).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import RopeFreqs, apply_rope
+from ...scores import Score
+from .find import Override, argument_names, forward_of
+from .paged import PackedRows
+from .rows import Rows
+
+ATTENTION = "extrope_score"  # in the config of a layer that attends by a score method
+# What takes the mask's place comes by this name, too, where others take masks away (accelerate).
+ARGUMENT = "extrope_attending"
+# What layers tell their attention: to the ops too, or what changes nothing for causal rows.
+KNOWN = {
+    *("scaling", "dropout", "is_causal", "softcap", "s_aux", "sliding_window", "position_ids"),
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    "output_router_logits",
+}
+_METHOD = ["self", "query", "key", "value", "attention_mask"]
+_sdpa = nn.functional.scaled_dot_product_attention
+
+
+class Call:
+    """A call through transformers' registered functions, by the name in the layer's config."""
+
+    attention = ATTENTION
+
+    def overrides(self, layer: nn.Module) -> list[Override]:
+        """Return the attributes that make the layer ask what stands in the mask's place."""
+        config = copy.copy(layer.config)  # everything in it is shared
+        config._attn_implementation_internal = self.attention
+        return [(layer, "config", config)]
+
+    def mask(self, layer: nn.Module, attending: Any) -> Any:
+        """Return what to put in the mask's place, so that `attending` is asked."""
+        return attending
+
+    def own(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict
+    ) -> Tensor | None:
+        """Attend as the layer itself does; None where there is no function of its own."""
+        function = forward_of(layer).__globals__.get("eager_attention_forward")
+        return function and function(layer, q, k, v, mask, **options)[0]
+
+
+class SdpaCall(Call):
+    """A call of PyTorch's function, where the layer's config names it (Falcon)."""
+
+    attention = "sdpa"
+
+    def mask(self, layer: nn.Module, attending: Any) -> Any:
+        return _SdpaMask(layer, attending)
+
+    def own(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict
+    ) -> Tensor:
+        return _sdpa(q, k, v, mask, scale=options["scaling"], enable_gqa=True).transpose(1, 2)
+
+
+class MethodCall(Call):
+    """A call of the layer's own method of (query, key, value, mask): GPT-NeoX-Japanese."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def overrides(self, layer: nn.Module) -> list[Override]:
+        return [(layer, self.name, partial(_attend_by_mask, layer))]
+
+    def own(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict
+    ) -> Tensor:
+        return getattr(type(layer), self.name)(layer, q, k, v, mask)[0].transpose(1, 2)
+
+
+def call_of(module: nn.Module) -> Call | None:
+    """Return how a module calls its attention; None where it has none that an op can replace."""
+    forward = forward_of(module)
+    if forward is None or "attention_mask" not in argument_names(module):
+        return None
+    names = forward.__code__.co_names
+    if "config" in vars(module):
+        if "ALL_ATTENTION_FUNCTIONS" in names:
+            return Call()
+        if _sdpa.__name__ in names:
+            return SdpaCall()
+    for name in names:
+        method = inspect.getattr_static(type(module), name, None)
+        if inspect.isfunction(method) and list(inspect.signature(method).parameters) == _METHOD:
+            return MethodCall(name)
+    return None
+
+
+def calls_in(owner: nn.Module) -> dict[nn.Module, Call]:
+    """Return the modules of an owner whose attention an op can replace, and how each calls it."""
+    calls = ((module, call_of(module)) for module in owner.modules())
+    return {module: call for module, call in calls if call is not None}
+
+
+def register_attention() -> None:
+    """Make transformers know the attention of score methods by its name."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention function of transformers' interface; what takes the mask's place attends."""
+    attention_mask = options.pop(ARGUMENT, attention_mask)
+    if attention_mask is None or isinstance(attention_mask, Tensor):
+        raise RuntimeError(
+            f"extend: {type(module).__name__} must be run by its model, got a call of its own"
+        )
+    return attention_mask.attend(module, query, key, value, options), None
+
+
+def _attend_by_mask(
+    layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any
+) -> tuple[Tensor, None]:
+    options = {"dropout": dropout_of(layer) if layer.training else 0.0}
+    return attention_mask.attend(layer, query, key, value, options).transpose(1, 2), None
+
+
+@dataclass(frozen=True, eq=False)
+class _SdpaMask:
+    """A mask for which PyTorch's function asks how to attend."""
+
+    layer: nn.Module
+    attending: Any
+
+    def __getitem__(self, index: Any) -> _SdpaMask:
+        """The layers of transformers before 5.2 cut their mask to the keys that there are."""
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        if function is not _sdpa:
+            return NotImplemented
+        return _sdpa_by_mask(*args, **(kwargs or {}))
+
+
+def _sdpa_by_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,  # heads tell, whatever it says
+) -> Tensor:
+    if is_causal:
+        raise ValueError("extend: is_causal must be False beside a mask, got True")
+    options = {"scaling": scale, "dropout": dropout_p}
+    out = attn_mask.attending.attend(attn_mask.layer, query, key, value, options)
+    return out.transpose(1, 2)
+
+
+def dropout_of(layer: nn.Module) -> float:
+    """Return the probability with which a layer in training drops weights."""
+    dropout = getattr(layer, "attention_dropout", 0.0)
+    return dropout.p if isinstance(dropout, nn.Dropout) else dropout
+
+
+def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the layer tells its attention, in the words of the ops."""
+    found = {"softmax_scale": options.get("scaling")}
+    if found["softmax_scale"] is None:
+        found["softmax_scale"] = getattr(module, "scaling", None)
+    if options.get("softcap") is not None:
+        found["softcap"] = float(options["softcap"])
+    if options.get("s_aux") is not None:
+        sinks = options["s_aux"]
+        found["sinks"] = sinks.to(torch.promote_types(sinks.dtype, torch.float32))
+    # Qwen2 MoE's layers leave their window to the mask.
+    if window := options.get("sliding_window", getattr(module, "sliding_window", None)):
+        found["sliding_window"] = window
+    return found
+
+
+def no_freqs(x: Tensor) -> RopeFreqs:
+    """Return frequencies of 0, for queries and keys that a layer has rotated itself, or never."""
+    return RopeFreqs(torch.zeros(1, dtype=torch.float32, device=x.device))
+
+
+def refuse_options(module: nn.Module, options: Mapping[str, Any], packed: bool = False) -> None:
+    """Raise ValueError for what would change the attention and can be switched on at any time.
+
+    packed: the rows are, and say where sequences begin.
+    """
+    if options.get("dropout"):
+        raise ValueError(
+            "extend: a model in training must have attention_dropout 0, "
+            f"got {options['dropout']} in {type(module).__name__}"
+        )
+    if options.get("cu_seq_lens_q") is not None and not packed:
+        raise ValueError("extend: sequences must come as rows, got cu_seq_lens_q of packed ones")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the heads of an extended layer are rotated, and what bounds the keys that they see.
+
+    start: of the dims that are rotated, which are as many as the frequencies have pairs for.
+    interleaved: how they are paired. sign: -1 where a pair is rotated backwards.
+    chunk_size: tokens, where the layer attends in chunks. sliding_window: where its cache keeps no
+    more, whatever it tells its attention.
+    """
+
+    start: int
+    interleaved: bool
+    sign: int
+    chunk_size: int | None = None
+    sliding_window: int | None = None
+
+
+class Attending:
+    """A score method, the frequencies, the rows of a batch, and the tables of both kinds of layers.
+
+    No dataclass: FSDP casts the tensors that those hold.
+
+    positions: (batch or 1, seqlen), where keys are stored; None where they stay raw.
+    raw_queries: the tables for extended layers rotate keys alone.
+    stored, own: the position embeddings of extended layers, and those of the others.
+    heads: of the layer whose attention this is.
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        log_n: float | None,
+        freqs: RopeFreqs,
+        rows: Any,
+        positions: Tensor | None,
+        raw_queries: bool,
+        stored: Any = None,
+        own: Any = None,
+        heads: Heads | None = None,
+    ) -> None:
+        self.score = score
+        self.log_n = log_n
+        self.freqs = freqs
+        self.rows = rows
+        self.positions = positions
+        self.raw_queries = raw_queries
+        self.stored = stored
+        self.own = own
+        self.heads = heads
+
+    def changed(self, **changes: Any) -> Attending:
+        """Return the same with other values of some attributes."""
+        return Attending(**{**vars(self), **changes})
+
+    def of(self, heads: Heads) -> Attending:
+        """Return the attention of one layer."""
+        freqs = self.freqs
+        if heads.sign < 0:
+            freqs = replace(freqs, inv_freq=-freqs.inv_freq)
+        return self.changed(heads=heads, freqs=freqs)
+
+    def __getitem__(self, index: Any) -> Attending:
+        """Return the attention of the last tokens alone, sliced as tables of (batch, seqlen, dim).
+
+        In layers that reuse the keys of others, a model computes the tokens it is asked for.
+        """
+        if not isinstance(self.rows, Rows):
+            raise ValueError(
+                "extend: layers that compute the last tokens alone must not be in a graph over a "
+                "static cache or under continuous batching"
+            )
+        tokens = range(self.rows.new)[index[1]]
+        last = len(tokens)
+        if tokens != range(self.rows.new)[self.rows.new - last :]:
+            raise ValueError(f"extend: tables must be sliced to the last tokens, got {index[1]}")
+
+        def sliced(tables: Any) -> Any:
+            return None if tables is None else type(tables)(each[index] for each in tables)
+
+        positions = None if self.positions is None else self.positions[:, tokens.start :]
+        rows, stored, own = self.rows.last(last), sliced(self.stored), sliced(self.own)
+        return self.changed(rows=rows, positions=positions, stored=stored, own=own)
+
+    def to(self, device: torch.device | str | int, **_: Any) -> Attending:
+        """Move to `device`: accelerate's hooks call this where a model spans several devices."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(move(each) for each in value)
+            return value.to(device) if hasattr(value, "to") else value
+
+        moved = ("freqs", "rows", "positions", "stored", "own")
+        return self.changed(**{name: move(getattr(self, name)) for name in moved})
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]
+    ) -> Tensor:
+        """Attend from queries as the layer rotates them to keys and values as a cache holds them.
+
+        q, k, v: (batch, heads, seqlen, head_dim), the queries the last of the keys' tokens.
+        Returns (batch, seqlen_q, heads, head_dim).
+        """
+        heads, packed = self.heads, isinstance(self.rows, PackedRows)
+        refuse_options(module, options, packed)
+        if packed and heads.start:
+            raise ValueError(
+                f"extend: {type(module).__name__} must rotate the first dims of its heads for "
+                f"continuous batching, whose pages are read as they are, got {heads.start} "
+                "others before them"
+            )
+        # Under autocast, norms leave q and k wider than v.
+        q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
+        here = self if self.freqs.inv_freq.device == q.device else self.to(q.device)
+        q, k = (rotated_first(x, heads.start) for x in (q, k))
+        rotation = {"interleaved": heads.interleaved}
+        if not self.raw_queries and here.positions is not None:
+            freqs = RopeFreqs(here.freqs.inv_freq)
+            q = apply_rope(q, freqs, positions=here.positions, inverse=True, **rotation)
+        call = {"freqs": here.freqs, "score": self.score, "log_n": self.log_n, **rotation}
+        call |= softmax_options(module, options)
+        if heads.sliding_window is not None:
+            call.setdefault("sliding_window", heads.sliding_window)
+        if heads.chunk_size is not None:
+            call["chunk_size"] = heads.chunk_size
+        return here.rows.attend(module, q, k, v, call)
+
+
+def rotated_first(x: Tensor, start: int) -> Tensor:
+    """Put the rotated dims first, where the ops expect them: scores are sums over dims."""
+    return x if start == 0 else torch.cat((x[..., start:], x[..., :start]), -1)
+
+
+def exchange(value: Any, found: Callable[[Attending], Any]) -> Any:
+    """Return a layer's argument with every `Attending` in it exchanged for what it stands for."""
+    if value is None or isinstance(value, Tensor):
+        return value  # first, as most are
+    if isinstance(value, Attending):
+        return found(value)
+    if isinstance(value, tuple) and value and isinstance(value[0], Attending):
+        return found(value[0])
+    if isinstance(value, Mapping):
+        exchanged = {key: exchange(each, found) for key, each in value.items()}
+        # Layers leave keys to one another in mappings, which must stay the same objects.
+        if any(exchanged[key] is not each for key, each in value.items()):
+            return exchanged
+    return value

@@ -1,0 +1,399 @@
+"""Find where a model rotates, and how: by trial, not by the names of models.
+
+`find_sites` yields a `RotarySite` for each rotary embedding of the language model. A rotary
+embedding makes tables (cosines and sines, or complex numbers), and a twin of it makes those of
+other frequencies, whatever else it does: axes of positions, orders of the dims. Where the op that
+rotates does what the layers do with these tables, it takes over.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import RopeFreqs, apply_rope_qk, methods
+from .._shared.parameters import is_bounded
+from .rotation import APPLY, original_apply
+
+Override = tuple[nn.Module, str, Any]
+Hook = tuple[nn.Module, Callable[..., Any], "Callable[..., Any] | None"]
+_LAYERS = ("full", "all")
+_POSITIONS = [[0, 1, 5, 11]]  # of trials
+
+
+@dataclass
+class Changes:
+    """What an extension changes in a model.
+
+    overrides: (module, name, value) each, attributes that hide those of the module's class.
+    hooks: (module, before its forward, after it or None) each.
+    layers: those that attend by a score method.
+    """
+
+    overrides: list[Override] = field(default_factory=list)
+    hooks: list[Hook] = field(default_factory=list)
+    layers: Sequence[nn.Module] = ()
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The op in place of `apply_rotary_pos_emb`, a global of a modeling module.
+
+    modeling: the module's name.
+    interleaved: pairs are dims (2i, 2i+1), not (i, i + dim/2).
+    """
+
+    modeling: str
+    interleaved: bool
+
+
+@dataclass(frozen=True, eq=False)
+class RotarySite:
+    """One rotary embedding and what surrounds it.
+
+    owner: the module whose forward takes the tokens, and in which the rotary embedding is called.
+    orders: by the kinds of layers to extend, or None where all layers have one rotation: where the
+        frequencies are not in the order of the pairs, the pair that each is for; else None.
+    fused: how the op does what the layers do with tables; None where it is not the same thing.
+    single: the rotary embedding yields one tensor, of complex numbers, not (cos, sin).
+    """
+
+    owner: nn.Module
+    rotary: nn.Module
+    orders: Mapping[str | None, Tensor | None]
+    fused: Fused | None
+    single: bool
+
+    @property
+    def layer_types(self) -> tuple[str | None, ...]:
+        """The kinds of layers to extend."""
+        return tuple(self.orders)
+
+    def parameters(self, layer_type: str | None) -> Mapping[str, Any]:
+        """Return the entries of config.rope_parameters for a kind of layers."""
+        return _parameters(self.rotary, layer_type)
+
+    def dim(self, layer_type: str | None) -> int:
+        """Return how many dims of a head the frequencies of a kind of layers are for."""
+        return 2 * attribute_of(self.rotary, layer_type, "inv_freq").shape[-1]
+
+    def tables(self, layer_type: str | None, freqs: RopeFreqs) -> Tables:
+        """Return what the rotary embedding makes of other frequencies."""
+        return Tables(self.rotary, layer_type, freqs, self.orders[layer_type])
+
+
+def find_sites(model: nn.Module, layers: str = "full") -> list[RotarySite]:
+    """Return every rotary embedding of `model`; raise ValueError if one cannot be replaced."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"extend: model must be a transformers model, got {type(model).__name__}")
+    if layers not in _LAYERS:
+        raise ValueError(f"extend: layers must be full or all, got {layers!r}")
+    sites = [_site(owner, rotary, layers) for owner, rotary in _rotary_embeddings(model)]
+    if not sites:
+        raise ValueError(
+            "extend: model must have a rotary embedding configured by rope_parameters, "
+            f"got a {type(model).__name__} without"
+        )
+    return sites
+
+
+def owners_of(sites: Sequence[RotarySite]) -> list[nn.Module]:
+    """Return the owners of rotary embeddings, each once."""
+    return list(dict.fromkeys(site.owner for site in sites))
+
+
+def generator_of(model: nn.Module) -> nn.Module:
+    """Return the model of transformers in a wrapper (PEFT's, torch.compile's), which generates
+    however the wrapper is called, or taken off; an encoder beside it has no `generate`.
+    """
+    from transformers import PreTrainedModel
+
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return next((part for part in parts if hasattr(part, "generate")), model)
+
+
+def unsupported(owner: nn.Module, reason: str) -> ValueError:
+    """Return the error that says why a model cannot be extended."""
+    return ValueError(f"extend: {type(owner).__name__} is not a supported architecture: {reason}")
+
+
+def said_by_extend(error: Exception) -> Exception:
+    """Return an error of another function of this package that begins with `extend`."""
+    return type(error)(f"extend: {str(error).partition(': ')[2]}")
+
+
+def shortened(error: Exception) -> str:
+    """Return the first line of an error of other code, to be quoted."""
+    return str(error).split("\n")[0][:200]
+
+
+def _rotary_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield those of the language model; a vision tower rotates by rows and columns of patches."""
+    for path, module in model.named_modules():
+        parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
+        if not hasattr(module, "rope_type") or not isinstance(parameters, Mapping):
+            continue
+        names = path.split(".")[:-1]
+        around = [model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1)]
+        if isinstance(module.config, _language_configs(around)):
+            yield _owner(around), module
+
+
+def _language_configs(around: list[nn.Module]) -> tuple[type, ...]:
+    """Return the classes of the language model's config and of its parts' (Blt).
+
+    The config is the outermost one of transformers: a wrapper may have none, or another.
+    """
+    from transformers import PreTrainedModel
+
+    whole = next((each for each in reversed(around) if isinstance(each, PreTrainedModel)), None)
+    if whole is None:
+        return (object,)
+    text = whole.config.get_text_config(decoder=True)
+    parts = [
+        getattr(text, name, None)
+        for name in getattr(text, "sub_configs", ())
+        if not name.startswith(("vision", "audio"))
+    ]
+    return (type(text), *(type(part) for part in parts if part is not None))
+
+
+def _owner(around: list[nn.Module]) -> nn.Module:
+    """Return the innermost module around a rotary embedding that takes tokens."""
+    return next((each for each in around if "inputs_embeds" in argument_names(each)), around[0])
+
+
+def _site(owner: nn.Module, rotary: nn.Module, layers: str) -> RotarySite:
+    layer_types: list[str | None] = [None]
+    if any(isinstance(value, Mapping) for value in rotary.config.rope_parameters.values()):
+        kinds = [kind for kind in rotary.rope_type if hasattr(rotary, f"{kind}_inv_freq")]
+        layer_types = [kind for kind in kinds if layers == "all" or not is_bounded(kind)]
+        if not layer_types:
+            raise unsupported(owner, "all its layers that rotate have a sliding window or chunks")
+    try:
+        # Built anew, so that neither the buffers nor the history of the model's own are touched.
+        with torch.device("cpu"):
+            fresh = type(rotary)(rotary.config)
+        single = any([_change_tables(fresh, layer_type) for layer_type in layer_types])
+    except Exception as error:  # whatever a foreign signature leads to
+        raise unsupported(owner, f"its rotation cannot be tried out ({error})") from error
+    orders = {layer_type: _order(owner, fresh, layer_type) for layer_type in layer_types}
+    usual = not single and all(order is None for order in orders.values())
+    fused = _find_fused(owner, fresh, layer_types) if usual else None
+    return RotarySite(owner, rotary, orders, fused, single)
+
+
+def _parameters(rotary: nn.Module, layer_type: str | None) -> Mapping[str, Any]:
+    parameters = rotary.config.rope_parameters
+    return parameters if layer_type is None else parameters[layer_type]
+
+
+def attribute_of(rotary: nn.Module, layer_type: str | None, name: str, *default: Any) -> Any:
+    """Return a rotary embedding's inv_freq or attention_scaling for a kind of layers."""
+    return getattr(rotary, _prefixed(layer_type, name), *default)
+
+
+def _prefixed(layer_type: str | None, name: str) -> str:
+    return name if layer_type is None else f"{layer_type}_{name}"
+
+
+def _order(owner: nn.Module, rotary: nn.Module, layer_type: str | None) -> Tensor | None:
+    """Return the order in which the model holds its frequencies; None where it is the usual one.
+
+    Raises ValueError where they are not the powers of the configuration's base at all.
+    """
+    parameters = _parameters(rotary, layer_type)
+    if parameters.get("rope_type", "default") != "default" or "rope_theta" not in parameters:
+        return None
+    own = attribute_of(rotary, layer_type, "inv_freq").float()
+    ladder = methods.rope(2 * own.numel(), base=parameters["rope_theta"]).inv_freq
+    if torch.allclose(own, ladder, rtol=1e-4):
+        return None
+    if not torch.allclose(own.sort().values, ladder.sort().values, rtol=1e-4):
+        raise unsupported(owner, "its frequencies are not the powers of its rope_theta")
+    order = torch.empty_like(own, dtype=torch.int64)
+    order[own.argsort()] = ladder.argsort()
+    return order
+
+
+class Tables:
+    """A rotary embedding's tables of other frequencies, in float32: call it as the model's own."""
+
+    def __init__(
+        self,
+        rotary: nn.Module,
+        layer_type: str | None,
+        freqs: RopeFreqs,
+        order: Tensor | None = None,
+    ) -> None:
+        self.freqs = freqs
+        if order is not None:
+            freqs = replace(freqs, inv_freq=freqs.inv_freq[..., order.to(freqs.inv_freq.device)])
+        self.options = {} if layer_type is None else {"layer_type": layer_type}
+        self.twin = _twin(rotary, layer_type, freqs)
+
+    def __call__(self, x: Tensor, position_ids: Tensor) -> Any:
+        try:
+            return type(self.twin).forward(self.twin, x, position_ids, **self.options)
+        except IndexError:
+            # Before transformers 5.19, those of three axes take no positions of one.
+            if position_ids.dim() != 2:
+                raise
+            return self(x, position_ids.expand(3, -1, -1))
+
+
+def _twin(rotary: nn.Module, layer_type: str | None, freqs: RopeFreqs) -> nn.Module:
+    """Return the rotary embedding with other frequencies, which no length changes."""
+    twin = copy.copy(rotary)
+    attributes = vars(twin)
+    attributes.pop("forward", None)
+    attributes["_buffers"] = dict(rotary._buffers)
+    name = _prefixed(layer_type, "inv_freq")
+    holder = attributes["_buffers"] if name in rotary._buffers else attributes
+    holder[name] = freqs.inv_freq
+    attributes[_prefixed(layer_type, "attention_scaling")] = freqs.attention_factor
+    # Some ask for their frequencies again in every forward.
+    attributes["rope_init_fn"] = lambda *_, **__: (freqs.inv_freq, freqs.attention_factor)
+    if layer_type is None:
+        attributes["rope_type"] = "default"
+        attributes["config"] = config = copy.copy(rotary.config)
+        config.rope_parameters = {**config.rope_parameters, "rope_type": "default"}
+    else:
+        attributes["rope_type"] = {**rotary.rope_type, layer_type: "default"}
+    return twin
+
+
+def trial_numbers(first: float, last: float, count: int) -> Tensor:
+    """Return evenly spaced numbers, whatever torch's default dtype and device are."""
+    return torch.linspace(first, last, count, dtype=torch.float32, device="cpu")
+
+
+def _change_tables(rotary: nn.Module, layer_type: str | None) -> bool:
+    """Try other frequencies out; return whether the tables are one tensor, not (cos, sin).
+
+    Twice the frequencies at a position must be what the frequencies are at twice the position.
+    Raises ValueError where they are not: then they are not all that the angle is made of.
+    """
+    inv_freq = trial_numbers(0.2, 1.1, attribute_of(rotary, layer_type, "inv_freq").shape[-1])
+    positions = torch.tensor(_POSITIONS, device="cpu")
+    x = inv_freq.new_zeros(1, 4, 2 * inv_freq.numel())
+
+    def tables(inv_freq: Tensor, positions: Tensor, factor: float = 1.0) -> list[Tensor]:
+        made = Tables(rotary, layer_type, RopeFreqs(inv_freq, factor))(x, positions)
+        return [made] if isinstance(made, Tensor) else list(made)
+
+    with torch.no_grad():
+        far, fast = tables(inv_freq, 2 * positions), tables(2 * inv_freq, positions)
+        loud, near = tables(inv_freq, 2 * positions, 3.0), tables(inv_freq, positions)
+    for a, b, c, d in zip(far, fast, loud, near, strict=True):
+        as_expected = torch.allclose(a, b, atol=1e-4) and torch.allclose(c, 3 * a, atol=1e-4)
+        if not as_expected or torch.allclose(a, d, atol=1e-4):
+            raise ValueError("its angles are not its frequencies times the positions")
+    return len(far) == 1
+
+
+def _find_fused(
+    owner: nn.Module, rotary: nn.Module, layer_types: Sequence[str | None]
+) -> Fused | None:
+    """Return how the op rotates for the owner's layers; None where it is not the same thing.
+
+    rotary: one like the model's own, on the CPU.
+    """
+    modules, layers = set(), set(rotating_layers(owner))
+    for layer in owner.modules():
+        forward = forward_of(layer)
+        names = forward.__code__.co_names if forward else ()
+        functions = {each for each in names if each.startswith("apply") and "rotary" in each}
+        if layer in layers:
+            if functions != {APPLY}:
+                return None
+            modules.add(forward.__globals__["__name__"])
+        elif functions:  # an indexer, which may rotate in a way of its own
+            return None
+    if len(modules) != 1:
+        return None
+    (modeling,) = modules
+    try:
+        pairings = {_pairing(rotary, layer_type, modeling) for layer_type in layer_types}
+    except Exception:  # whatever a foreign signature leads to
+        return None
+    if len(pairings) != 1 or None in pairings:
+        return None
+    return Fused(modeling, pairings.pop())
+
+
+def _pairing(rotary: nn.Module, layer_type: str | None, modeling: str) -> bool | None:
+    """Return whether dims are paired (2i, 2i+1), by comparing the model's own functions to ours.
+
+    Catches what names cannot tell: other orders of the dims, signs, or axes of position.
+    """
+    positions = torch.tensor(_POSITIONS, device="cpu")
+    kwargs = {} if layer_type is None else {"layer_type": layer_type}
+    inv_freq = attribute_of(rotary, layer_type, "inv_freq").float()
+    freqs = RopeFreqs(inv_freq, float(attribute_of(rotary, layer_type, "attention_scaling", 1.0)))
+    q = trial_numbers(-1, 1, 4 * 2 * inv_freq.numel()).view(1, 1, 4, -1)
+    cos, sin = type(rotary).forward(rotary, q, positions, **kwargs)
+    expected = original_apply(modeling)(q, q.flip(-1), cos, sin)
+    options = {"positions": positions, "backend": "reference"}
+    for interleaved in (False, True):
+        got = apply_rope_qk(
+            *(x.transpose(1, 2) for x in (q, q.flip(-1))), freqs, interleaved=interleaved, **options
+        )
+        if all(
+            isinstance(theirs, Tensor)
+            and theirs.shape == q.shape
+            and torch.allclose(theirs, ours.transpose(1, 2), atol=1e-3)
+            for theirs, ours in zip(expected, got, strict=True)
+        ):
+            return interleaved
+    return None
+
+
+def rotating_layers(owner: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers that rotate their queries and keys by (cos, sin) that they are given."""
+    for module in owner.modules():
+        forward = forward_of(module)
+        if forward and {"position_embeddings", "cos", "sin"} <= set(forward.__code__.co_varnames):
+            yield module
+
+
+def forward_of(module: nn.Module) -> FunctionType | None:
+    """Return the function behind a module's forward, or None where it is none of Python's."""
+    forward = inspect.unwrap(type(module).forward)
+    return forward if isinstance(forward, FunctionType) else None
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """Return the names of a forward's arguments in their order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a forward by their names."""
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache given to a model, or None: its name has changed within version 5."""
+    cache = arguments.get("cache")
+    return arguments.get("past_key_values") if cache is None else cache
+
+
+def tokens_of(arguments: Mapping[str, Any]) -> Tensor:
+    """Return a model's tokens, (batch, seqlen) of ids or (batch, seqlen, hidden_size)."""
+    ids = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if ids is None else ids
+
+
+def caches_in(output: Any) -> Iterator[Any]:
+    """Yield the caches that a model returns."""
+    for value in output.values() if isinstance(output, Mapping) else output:
+        if hasattr(value, "get_seq_length"):
+            yield value
