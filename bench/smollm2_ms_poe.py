@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import evaluations
 import model_runs
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,7 @@ def main() -> None:
     for ratios in (PAPER, RATIOS[lengths[0]]):
         plan = Given(["ms_poe"], lengths, {"ms_poe": ratios})
         runner.run_rows(task, model, plan, args, Path(args.out))
+    evaluations.keep(Path(args.out) / f"{run.task}.json", run.name, run.task)
 
 
 if __name__ == "__main__":
