@@ -203,7 +203,7 @@ def dense_rerope(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, window: int)
 
 
 # -------------------------------------------------------------------------------------------------
-# flash-attn 2, 3 and 4 and FlashInfer: q (batch, seqlen, heads_q, head_dim), k and v with heads_k, rotated
+# flash-attn 2, 3 and 4 and FlashInfer: the same shapes, rotated beforehand
 
 
 def attention_peers(q: Tensor, k: Tensor, v: Tensor) -> Calls:
