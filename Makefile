@@ -10,11 +10,12 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 OLDEST_TRITON := 3.6.0
 LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-config.yaml | sort -u)
 
-.PHONY: help demo test bench gpu hub docs lint sanitize clean
+.PHONY: help demo test test-all bench gpu hub docs lint sanitize clean
 
 help:
 	@echo "make demo   a real language model past its training length, per method: tables and plots of its loss and recall"
-	@echo "make test   the test suite"
+	@echo "make test   the test suite, ten minutes on two cores"
+	@echo "make test-all  what no change of one file can break, too: generated cases, every Triton, ARM, sanitizers"
 	@echo "make bench  the benchmarks"
 	@echo "make gpu    on a machine with a GPU: kernels checked, tested, timed and tuned, with PYTHON as it is"
 	@echo "make hub    the folder that Hugging Face's kernels loads, into build/hub"
@@ -32,6 +33,13 @@ demo: $(VENV)/extra-demo $(VENV)/smollm2
 test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m extrope_kernels info
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# The ARM kernels need g++-aarch64-linux-gnu and qemu-user.
+test-all: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "" $(PYTEST_ARGS)
+	$(BIN)/python tests/support/sanitizers/run.py address
+	$(BIN)/python tests/support/sanitizers/run.py thread
+	$(BIN)/python tests/support/arm/run.py
 
 bench: $(VENV)/extra-bench
 	$(BIN)/python -m extrope_kernels bench

@@ -2,19 +2,7 @@
 
 from . import methods, positions, scores
 from .methods import RopeFreqs
-from .ops.attention import (
-    blockwise_causal_attention,
-    dual_chunk_attention,
-    merge_attention,
-    rerope_attention,
-    string_attention,
-)
-from .ops.decode import (
-    blockwise_causal_attention_with_kvcache,
-    dual_chunk_attention_with_kvcache,
-    rerope_attention_with_kvcache,
-    string_attention_with_kvcache,
-)
+from .ops.attention import merge_attention, rope_attention, rope_attention_with_kvcache
 from .ops.linear_attention import (
     PermuteFormerState,
     permuteformer_attention,
@@ -23,16 +11,12 @@ from .ops.linear_attention import (
 from .ops.permute import head_permutations, permute, permute_qk
 from .ops.rope import apply_rope, apply_rope_qk, rope_append_kvcache
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "PermuteFormerState",
     "RopeFreqs",
     "apply_rope",
     "apply_rope_qk",
-    "blockwise_causal_attention",
-    "blockwise_causal_attention_with_kvcache",
-    "dual_chunk_attention",
-    "dual_chunk_attention_with_kvcache",
     "head_permutations",
     "merge_attention",
     "methods",
@@ -41,10 +25,8 @@ __all__ = [
     "permuteformer_attention",
     "permuteformer_step",
     "positions",
-    "rerope_attention",
-    "rerope_attention_with_kvcache",
     "rope_append_kvcache",
+    "rope_attention",
+    "rope_attention_with_kvcache",
     "scores",
-    "string_attention",
-    "string_attention_with_kvcache",
 ]

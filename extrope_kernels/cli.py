@@ -67,7 +67,7 @@ def info() -> str:
         reports = module.backends()
         lines += [(f"{op} backend {name}", report) for name, report in reports.items()]
         chosen = {f"{op} on {device}": name for device, name in _choices(reports).items()}
-        lines += (chosen | (attention.choices() if op == "attention" else {})).items()
+        lines += (chosen | (attention.selections() if op == "attention" else {})).items()
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
 

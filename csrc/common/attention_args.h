@@ -2,25 +2,11 @@
 #pragma once
 
 #include <cmath>
-#include <optional>
-#include <vector>
 
-#include "common/regions_args.h"
+#include "common/attention_numbers.h"
 #include "common/softmax_params.h"
 
 namespace extrope {
-
-// What their schemas have behind the tensors.
-struct AttentionNumbers {
-  std::vector<int64_t> starts;
-  int64_t granularity;
-  std::vector<double> maps;
-  std::optional<double> softmax_scale, log_n;
-  double attention_factor;
-  bool interleaved;
-  double softcap;
-  std::optional<int64_t> sliding_window;
-};
 
 inline void check_head_dim(const char* op, const char* name, int64_t head_dim) {
   require_of(op, head_dim % 8 == 0 && 8 <= head_dim && head_dim <= kMaxHeadDim, name,
@@ -48,18 +34,17 @@ inline void check_frequencies(const char* op, int64_t head_dim, int64_t sequence
              shape_of(*log_decay));
 }
 
-inline double softmax_scale_of(const char* op, std::optional<double> softmax_scale,
-                               int64_t head_dim) {
-  const double scale = softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
+inline double softmax_scale_of(const char* op, double softmax_scale, int64_t head_dim) {
+  const double scale =
+      softmax_scale != 0 ? softmax_scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
   require_of(op, scale > 0 && std::isfinite(scale),
              "softmax_scale must be None or a number > 0, got ", scale);
   return scale;
 }
 
-inline void check_factors(const char* op, std::optional<double> log_n, double attention_factor) {
-  const double length = log_n.value_or(2.0);
-  require_of(op, length > 1 && std::isfinite(length), "log_n must be None or a length > 1, got ",
-             length);
+inline void check_factors(const char* op, double log_n, double attention_factor) {
+  require_of(op, log_n == 0 || (log_n > 1 && std::isfinite(log_n)),
+             "log_n must be None or a length > 1, got ", log_n);
   require_of(op, attention_factor > 0 && std::isfinite(attention_factor),
              "attention_factor must be > 0, got ", attention_factor);
 }

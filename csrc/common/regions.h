@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -37,8 +38,11 @@ struct PositionMap {
   EXTROPE_INLINE static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 };
 
+// Serialised graphs have no infinity: the largest number stands for it.
 inline PositionMap map_of(const double* numbers) {
-  return {static_cast<int64_t>(numbers[0]), numbers[1], numbers[2] != 0, numbers[3], numbers[4]};
+  const auto read = [](double x) { return x >= DBL_MAX ? INFINITY : x; };
+  return {static_cast<int64_t>(numbers[0]), read(numbers[1]), numbers[2] != 0, numbers[3],
+          read(numbers[4])};
 }
 
 struct Region {

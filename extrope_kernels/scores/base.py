@@ -12,6 +12,8 @@ and the last one ends at the diagonal, j <= i. One softmax runs over all regions
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor
 
 FIRST_KEY = -(1 << 62)  # as a start: from the first key on
+# Serialised graphs (AOTInductor) have no infinity, so this number stands for it in an op's numbers.
+_INFINITE = sys.float_info.max
 
 
 class PositionMap(NamedTuple):
@@ -43,7 +47,19 @@ class PositionMap(NamedTuple):
         p = (p.floor() if self.floor else p) + self.offset
         return p.clamp(max=self.cap) if self.cap < math.inf else p
 
+    def numbers(self) -> list[float]:
+        """Return the map as an op takes it; C++ reads it in csrc/common/regions.h."""
+        return [min(float(x), _INFINITE) for x in self]
 
+    @classmethod
+    def read(cls, numbers: Sequence[float]) -> PositionMap:
+        """Return the map that `numbers` made."""
+        modulus, divisor, floor, offset, cap = numbers
+        divisor, cap = (math.inf if x >= _INFINITE else x for x in (divisor, cap))
+        return cls(int(modulus), divisor, bool(floor), offset, cap)
+
+
+MAP_NUMBERS = len(PositionMap._fields)
 SAME = PositionMap()  # the token's own position
 UNROTATED = PositionMap(divisor=math.inf)  # position 0
 
@@ -75,13 +91,12 @@ class Score:
     regions: tuple[Region, ...]
     granularity: int = 1
     stored: PositionMap = UNROTATED
-    starts: list[int] = field(init=False, repr=False, compare=False)
-    maps: list[float] = field(init=False, repr=False, compare=False)
-    stored_maps: list[float] = field(init=False, repr=False, compare=False)
+    numbers: list[float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # What every call hands to an op, as the dispatcher takes it: see AttentionCall.
-        maps = [float(n) for _, *both in self.regions for side in both for n in side]
-        object.__setattr__(self, "starts", [region.start for region in self.regions])
-        object.__setattr__(self, "maps", [*maps, *map(float, UNROTATED)])
-        object.__setattr__(self, "stored_maps", [*maps, *map(float, self.stored)])
+        # As every call hands them to an op: see AttentionCall.numbers.
+        starts = [float(region.start) for region in self.regions]
+        q_maps = [x for region in self.regions for x in region.q_map.numbers()]
+        k_maps = [x for region in self.regions for x in region.k_map.numbers()]
+        numbers = [float(self.granularity), *starts, *q_maps, *k_maps]
+        object.__setattr__(self, "numbers", numbers)

@@ -15,19 +15,20 @@ from torch import Tensor
 from .._checks import check_length, check_real
 
 
-def log_n(positions: Tensor, length: float) -> Tensor:
+def log_n(positions: Tensor, length: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """Su's log n: max(1, ln(p + 1) / ln(length)) for the query at position p.
 
     positions: absolute positions of queries, integers or floats.
     length: the trained length in tokens, > 1.
+    dtype: of the result.
 
-    Returns: float32, like positions.
+    Returns: factors like positions, computed in float64 and rounded once.
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Source: https://kexue.fm/archives/8823
     """
     length = check_real("log_n", "length", length, above=1)
-    scale = torch.log(_checked("log_n", positions).clamp(min=0) + 1.0) / math.log(length)
-    return scale.clamp(min=1.0).float()
+    positions = _checked("log_n", positions).double()
+    return (torch.log(positions.clamp(min=0) + 1.0) / math.log(length)).clamp(min=1.0).to(dtype)
 
 
 def llama4(positions: Tensor, floor_scale: float = 8192, attn_scale: float = 0.1) -> Tensor:

@@ -19,16 +19,18 @@ def rerope(window: int, factor: float = math.inf) -> Score:
 
     Source: https://kexue.fm/archives/9708
     """
-    window = check_int("rerope", "window", window, at_least=1)
-    factor = check_factor("rerope", factor)
-    if factor == 1:
-        return Score("rerope", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
-    if factor == math.inf:  # which a compiler reads, as it does not math.isinf
-        far = Region(FIRST_KEY, constant(window), UNROTATED)
-    else:
-        far_query = PositionMap(divisor=factor, offset=window - window / factor)
-        far = Region(FIRST_KEY, far_query, PositionMap(divisor=factor))
-    return Score("rerope", (far, Region(1 - window, SAME, SAME)), stored=far.k_map)
+    return _rerope("rerope", window, factor)
+
+
+def leaky_rerope(window: int, factor: float) -> Score:
+    """Leaky ReRoPE: distances past a window grow a factor slower.
+
+    `rerope` with a finite factor; below 1 it is InvLeaky (https://kexue.fm/archives/9728), for
+    models trained with it that run as plain RoPE.
+
+    Source: https://kexue.fm/archives/9708
+    """
+    return _rerope("leaky_rerope", window, factor)
 
 
 def check_factor(score: str, factor: float) -> float:
@@ -40,12 +42,14 @@ def check_factor(score: str, factor: float) -> float:
     return float(factor)
 
 
-def leaky_rerope(window: int, factor: float) -> Score:
-    """Leaky ReRoPE: distances past a window grow a factor slower.
-
-    `rerope` with a finite factor; below 1 it is InvLeaky (https://kexue.fm/archives/9728), for
-    models trained with it that run as plain RoPE.
-
-    Source: https://kexue.fm/archives/9708
-    """
-    return rerope(window, factor)
+def _rerope(name: str, window: int, factor: float) -> Score:
+    window = check_int(name, "window", window, at_least=1)
+    factor = check_factor(name, factor)
+    if factor == 1:
+        return Score(name, (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
+    if factor == math.inf:  # which a compiler reads, as it does not math.isinf
+        far = Region(FIRST_KEY, constant(window), UNROTATED)
+    else:
+        far_query = PositionMap(divisor=factor, offset=window - window / factor)
+        far = Region(FIRST_KEY, far_query, PositionMap(divisor=factor))
+    return Score(name, (far, Region(1 - window, SAME, SAME)), stored=far.k_map)

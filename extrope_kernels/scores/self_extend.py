@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .._checks import check_int
 from .base import FIRST_KEY, SAME, PositionMap, Region, Score
-from .rerope import check_factor, rerope
+from .rerope import check_factor
 
 
 def self_extend(window: int, factor: float) -> Score:
@@ -16,18 +17,15 @@ def self_extend(window: int, factor: float) -> Score:
 
     Paper: https://arxiv.org/abs/2401.01325
     """
-    near = rerope(window, 1.0)  # checks the window
+    window = check_int("self_extend", "window", window, at_least=1)
     factor = check_factor("self_extend", factor)
     if not factor.is_integer():
-        raise ValueError(f"self_extend: grouped needs an integer factor, got {factor}")
+        raise ValueError(f"self_extend: factor must be a whole number, got {factor}")
     group = int(factor)
     if window % group:
-        raise ValueError(
-            f"self_extend: grouped needs a window that is a multiple of factor {group}, "
-            f"got {window}"
-        )
+        raise ValueError(f"self_extend: window must be a multiple of factor {group}, got {window}")
     if group == 1:
-        return near
+        return Score("self_extend", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
     far_query = PositionMap(divisor=group, floor=True, offset=window - window // group)
     far = Region(FIRST_KEY, far_query, PositionMap(divisor=group, floor=True))
     return Score("self_extend", (far, Region(1 - window, SAME, SAME)), stored=far.k_map)

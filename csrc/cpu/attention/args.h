@@ -4,9 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <vector>
 
 #include "common/attention_args.h"
 #include "cpu/attention/params.h"
+#include "cpu/attention/rotation.h"
+#include "cpu/runtime/frequencies.h"
 
 namespace extrope::attention {
 
@@ -17,11 +20,19 @@ void require(bool condition, const Message&... message) {
   require_of("attention", condition, message...);
 }
 
-// The arguments of an op behind q, k and v.
+// The arguments of an op behind q, k and v, in its order.
 struct Options {
   TensorView inv_freq;
   OptionalView cu_seqlens, log_decay, sinks, query_scale, q_start, k_start;
   AttentionNumbers numbers;
+
+  bool packed() const { return cu_seqlens.has_value(); }
+  RotationArgs rotation() const {
+    const double factor = numbers.attention_factor;
+    return {padded_rows(inv_freq),
+            log_decay.has_value() ? padded_rows(*log_decay).values : std::vector<double>(),
+            numbers.log_n, factor * factor};
+  }
 };
 
 // A tensor (batch, seqlen, heads, head_dim) or (total, heads, head_dim); `name` goes into errors.
@@ -107,7 +118,7 @@ inline int64_t end_of_queries(const AttentionParams& p) {
 inline AttentionParams make_params(const TensorView& q, const TensorView& k, const TensorView& v,
                                    const Options& options) {
   AttentionParams p{};
-  const bool packed = options.cu_seqlens.has_value();
+  const bool packed = options.packed();
   p.dtype = dtype_of("attention", q);
   p.q = view(q, packed, "q");
   const AttentionTensor raw_k = view(k, packed, "k");
@@ -124,7 +135,7 @@ inline AttentionParams make_params(const TensorView& q, const TensorView& k, con
   const AttentionNumbers& n = options.numbers;
   check_factors("attention", n.log_n, n.attention_factor);
   p.softmax_scale = static_cast<float>(softmax_scale_of("attention", n.softmax_scale, p.head_dim));
-  p.regions = regions_of("attention", n.starts, n.granularity, n.maps, n.sliding_window);
+  p.regions = n.regions;
   p.regions.trim(end_of_queries(p));
   p.sinks = sinks_of("attention", options.sinks, p.heads_q);
   p.softcap = softcap_of("attention", n.softcap);

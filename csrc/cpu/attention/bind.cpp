@@ -5,12 +5,11 @@
 
 #include <algorithm>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "common/ops.h"
-#include "cpu/attention/call.h"
-#include "cpu/runtime/direct_attention.h"
+#include "cpu/attention/args.h"
+#include "cpu/attention/run.h"
 #include "cpu/runtime/output_pages.h"
 
 namespace extrope {
@@ -35,21 +34,29 @@ std::vector<int64_t> shape(const Tensor& x, int64_t head_dim) {
   return sizes;
 }
 
+std::vector<int64_t> lse_shape(const AttentionParams& p, bool packed) {
+  if (packed) return {p.heads_q, p.seqlen_q};
+  return {p.batch, p.heads_q, p.seqlen_q};
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& inv_freq, const OptionalTensor& cu_seqlens,
                                    const OptionalTensor& log_decay, const OptionalTensor& sinks,
                                    const OptionalTensor& query_scale, const OptionalTensor& q_start,
-                                   const OptionalTensor& k_start, std::vector<int64_t> starts,
-                                   int64_t granularity, std::vector<double> maps,
-                                   std::optional<double> softmax_scale, std::optional<double> log_n,
-                                   double attention_factor, bool interleaved, double softcap,
-                                   std::optional<int64_t> sliding_window, bool float32_results) {
-  Forward call({q, k, v, inv_freq, cu_seqlens, log_decay, sinks, query_scale, q_start, k_start},
-               {std::move(starts), granularity, std::move(maps), softmax_scale, log_n,
-                attention_factor, interleaved, softcap, sliding_window});
-  const Tensor out = fresh(call.out_shape(), float32_results ? ScalarType::Float : q.scalar_type());
-  const Tensor lse = fresh(call.lse_shape(), ScalarType::Float);
-  call.run(out, static_cast<float*>(lse.data_ptr()), float32_results);
+                                   const OptionalTensor& k_start,
+                                   const std::vector<double>& numbers) {
+  const Options options{
+      inv_freq,    cu_seqlens, log_decay, sinks,
+      query_scale, q_start,    k_start,   attention_numbers("attention", numbers)};
+  AttentionParams p = make_params(q, k, v, options);
+  const Rotation rotation(p, options.rotation(), rotates_ahead(p.dtype));
+  p.float32_out = options.numbers.float32_results;
+  const Tensor out =
+      fresh(shape(q, p.v.head_dim), p.float32_out ? ScalarType::Float : q.scalar_type());
+  const Tensor lse = fresh(lse_shape(p, options.packed()), ScalarType::Float);
+  p.out = view(out, options.packed(), "out");
+  p.lse = static_cast<float*>(lse.data_ptr());
+  if (p.heads_q > 0) run_forward(p, kernels(p.dtype));
   return {out, lse};
 }
 
@@ -58,56 +65,31 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& inv_freq,
     const OptionalTensor& cu_seqlens, const OptionalTensor& log_decay, const OptionalTensor& sinks,
     const OptionalTensor& query_scale, const OptionalTensor& q_start, const OptionalTensor& k_start,
-    std::vector<int64_t> starts, int64_t granularity, std::vector<double> maps,
-    std::optional<double> softmax_scale, std::optional<double> log_n, double attention_factor,
-    bool interleaved, double softcap, std::optional<int64_t> sliding_window, bool float32_results) {
-  const Options options{inv_freq,
-                        cu_seqlens,
-                        log_decay,
-                        sinks,
-                        query_scale,
-                        q_start,
-                        k_start,
-                        {std::move(starts), granularity, std::move(maps), softmax_scale, log_n,
-                         attention_factor, interleaved, softcap, sliding_window}};
+    const std::vector<double>& numbers) {
+  const Options options{
+      inv_freq,    cu_seqlens, log_decay, sinks,
+      query_scale, q_start,    k_start,   attention_numbers("attention", numbers)};
   AttentionParams p = make_params(q, k, v, options);
-  const bool packed = cu_seqlens.has_value();
+  const bool packed = options.packed();
   check_like(dout, q, p.v.head_dim, "dout", "q");
   check_like(out, q, p.v.head_dim, "out", "q");
   p.dout = view(dout, packed, "dout");
   p.out = view(out, packed, "out");
   p.lse = check_lse(p, lse, "lse");
   if (dlse.has_value()) p.dlse = check_lse(p, *dlse, "dlse");
-  const Rotation rotation(p, rotation_args(options), /*keys_ahead=*/false);
+  const Rotation rotation(p, options.rotation(), /*keys_ahead=*/false);
   const Tensor dq = fresh(shape(q, p.head_dim), ScalarType::Float);
   const Tensor dk = zeros_of(shape(k, p.head_dim)), dv = zeros_of(shape(v, p.v.head_dim));
   p.dq = view(dq, packed, "dq");
   p.dk = view(dk, packed, "dk");
   p.dv = view(dv, packed, "dv");
   if (p.heads_q > 0) run_backward(p, kernels(p.dtype));
-  if (float32_results || p.dtype == DType::f32) return {dq, dk, dv};
+  if (options.numbers.float32_results || p.dtype == DType::f32) return {dq, dk, dv};
   const auto narrow = [&](const Tensor& x) { return torch::stable::to(x, q.scalar_type()); };
   return {narrow(dq), narrow(dk), narrow(dv)};
 }
 
 }  // namespace
-
-// The results are out, and lse unless it is not wanted.
-EXTROPE_DIRECT(attention) {
-  return run_directly(args, [](Items outs, Items numbers, Items given) {
-    AttentionNumbers n = attention_numbers(numbers);
-    OptionalView tensors[kTensors];
-    for (OptionalView& x : tensors) x = given.optional_tensor();
-    Forward call(tensors, std::move(n));
-    const TensorView out = outs.tensor();
-    const OptionalView lse = outs.optional_tensor();
-    call.check_out(out);
-    const WithoutPython others_may_run(call.products() > kSmallWork);
-    std::vector<float> unwanted(lse ? 0 : call.rows());
-    call.run(out, lse ? static_cast<float*>(lse->data_ptr()) : unwanted.data());
-  });
-}
-
 }  // namespace attention
 
 const Ops ops{

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/attention/kernels.h"
+#include "cpu/runtime/capability.h"
 #include "cpu/runtime/threads.h"
 
 namespace extrope::attention {
@@ -16,6 +17,28 @@ struct Kernels {
   ForwardTile tile;
   BackwardTile backward_tile;
 };
+
+#define EXTROPE_KERNELS(isa)                                                   \
+  Kernels {                                                                    \
+    attention_plan_##isa, attention_backward_plan_##isa, attention_tile_##isa, \
+        attention_backward_tile_##isa                                          \
+  }
+
+// The fastest kernels of this processor.
+inline Kernels kernels(DType dtype) {
+#if defined(EXTROPE_HAS_BF16)
+  if (dtype == DType::bf16 && capability() >= kAvx512Bf16) {
+    return EXTROPE_WIDEST_BF16(EXTROPE_KERNELS);
+  }
+#endif
+  return EXTROPE_WIDEST(EXTROPE_KERNELS);
+}
+
+#undef EXTROPE_KERNELS
+
+// Every row of q is read once. Those of k are read by many tiles: in 16 bits, where products are
+// fast and rotated keys small, the forward has them rotated beforehand.
+inline bool rotates_ahead(DType dtype) { return dtype != DType::f32; }
 
 // All tiles, those of one sequence and one head of k next to each other and their rows rising.
 inline std::vector<QueryTile> cut(const AttentionParams& p, int64_t rows) {

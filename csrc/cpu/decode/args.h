@@ -114,7 +114,7 @@ inline KVCache cache_of(const CacheArgs& a, const TensorView& like) {
   const TensorView &k = a.k_cache, &v = a.v_cache;
   KVCache cache{};
   cache.dtype = dtype_of(a.op, like);
-  check_tensor(a, a.op[0] == 'd' ? "q" : "k", like, like, a.packed());
+  check_tensor(a, "q", like, like, a.packed());
   const bool scaled = a.k_scale.has_value();
   check_tensor(a, "k_cache", k, like, /*packed=*/false, scaled);
   check_tensor(a, "v_cache", v, like, /*packed=*/false, scaled);

@@ -1,48 +1,68 @@
-// Registers the CPU kernels of `decode` and `append`.
+// Registers the CPU kernel of `decode`.
 
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "common/ops.h"
-#include "cpu/decode/call.h"
-#include "cpu/runtime/direct_attention.h"
+#include "cpu/decode/args.h"
+#include "cpu/decode/run.h"
+#include "cpu/runtime/capability.h"
 #include "cpu/runtime/output_pages.h"
 
 namespace extrope {
 namespace decode {
 namespace {
 
-std::tuple<Tensor, Tensor> decode(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k,
-    const OptionalTensor& v, const Tensor& inv_freq, const Tensor& cache_seqlens,
-    const OptionalTensor& block_table, const OptionalTensor& cache_leftpad,
-    const OptionalTensor& log_decay, const OptionalTensor& sinks, const OptionalTensor& query_scale,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& k_scale,
-    const OptionalTensor& v_scale, std::vector<int64_t> starts, int64_t granularity,
-    std::vector<double> maps, std::optional<double> softmax_scale, std::optional<double> log_n,
-    double attention_factor, bool interleaved, double softcap,
-    std::optional<int64_t> sliding_window) {
-  Decode call({q, k_cache, v_cache, k, v, inv_freq, cache_seqlens, block_table, cache_leftpad,
-               log_decay, sinks, query_scale, cu_seqlens_q, k_scale, v_scale},
-              {std::move(starts), granularity, std::move(maps), softmax_scale, log_n,
-               attention_factor, interleaved, softcap, sliding_window});
-  const Tensor out = fresh(call.out_shape(), q.scalar_type());
-  const Tensor lse = fresh(call.lse_shape(), ScalarType::Float);
-  call.run(out.data_ptr(), static_cast<float*>(lse.data_ptr()));
-  return {out, lse};
+#define EXTROPE_KERNELS(isa) \
+  Kernels { decode_splits_##isa, merge_splits_##isa }
+
+// A head_dim is a multiple of 8, and the kernels read rows in whole vectors.
+Kernels kernels(const KVCache& cache) {
+#if defined(__x86_64__)
+  const bool halves = cache.head_dim % 16 != 0 || cache.head_dim_v % 16 != 0;
+  if (capability() >= kAvx512 && halves) return EXTROPE_KERNELS(avx2);
+#endif
+  return EXTROPE_WIDEST(EXTROPE_KERNELS);
 }
 
-void append(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
-            const Tensor& inv_freq, const Tensor& cache_seqlens, const OptionalTensor& block_table,
-            const OptionalTensor& cache_leftpad, const OptionalTensor& log_decay,
-            const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-            const std::vector<double>& stored, bool interleaved) {
-  constexpr const char* op = "append";
-  const CacheArgs args{.op = op,
+#undef EXTROPE_KERNELS
+
+// Results (batch, ...sizes); those of packed queries have no dimension of sequences.
+Tensor result(const CacheArgs& a, std::vector<int64_t> sizes, ScalarType dtype) {
+  if (a.packed()) sizes.erase(sizes.begin());
+  return fresh(sizes, dtype);
+}
+
+DecodeParams make_params(const CacheArgs& a, const Tensor& q, const OptionalTensor& sinks,
+                         const OptionalTensor& query_scale, const AttentionNumbers& n) {
+  DecodeParams p{};
+  p.cache = cache_of(a, q);
+  set_queries(p, a, q);
+  p.regions = n.regions;
+  check_decay(a, p.regions);
+  p.softcap = softcap_of(a.op, n.softcap);
+  p.softmax_scale = softmax_scale_of(a.op, n.softmax_scale, p.cache.head_dim);
+  p.sinks = sinks_of(a.op, sinks, p.heads_q);
+  p.query_scale = query_scale_of(a.op, query_scale, p.cache.batch, p.seqlen_q, a.packed());
+  check_factors(a.op, n.log_n, n.attention_factor);
+  p.log_n = n.log_n;
+  p.amplitude = n.attention_factor * n.attention_factor;
+  return p;
+}
+
+std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                  const OptionalTensor& k, const OptionalTensor& v,
+                                  const Tensor& inv_freq, const OptionalTensor& cu_seqlens_q,
+                                  const OptionalTensor& log_decay, const OptionalTensor& sinks,
+                                  const OptionalTensor& query_scale, const Tensor& cache_seqlens,
+                                  const OptionalTensor& block_table,
+                                  const OptionalTensor& cache_leftpad,
+                                  const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                                  const std::vector<double>& numbers) {
+  const AttentionNumbers n = attention_numbers("decode", numbers);
+  const CacheArgs args{.op = "decode",
                        .k_cache = k_cache,
                        .v_cache = v_cache,
                        .k = k,
@@ -52,41 +72,29 @@ void append(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const
                        .block_table = block_table,
                        .cache_leftpad = cache_leftpad,
                        .log_decay = log_decay,
-                       .cu_seqlens_q = {},
-                       .interleaved = interleaved,
+                       .cu_seqlens_q = cu_seqlens_q,
+                       .interleaved = n.interleaved,
                        .k_scale = k_scale,
                        .v_scale = v_scale};
-  const KVCache cache = cache_of(args, *args.k);
-  require_of(op, stored.size() == kMapNumbers, "stored must be ", kMapNumbers, " numbers, got ",
-             stored.size());
-  const FrequencyRows freqs = frequencies_of(args, cache);
-  run_append(cache, freqs.params, decay_of(args), map_of(stored.data()), plane(*args.k),
-             plane(*args.v));
+  DecodeParams p = make_params(args, q, sinks, query_scale, n);
+  const FrequencyRows freqs = frequencies_of(args, p.cache);
+  p.freqs = freqs.params;
+  const int64_t batch = p.cache.batch;
+  const Tensor out =
+      result(args, {batch, p.seqlen_q, p.heads_q, p.cache.head_dim_v}, q.scalar_type());
+  const Tensor lse = result(args, {batch, p.heads_q, p.seqlen_q}, ScalarType::Float);
+  if (args.k.has_value()) {
+    run_append(p.cache, p.freqs, decay_of(args), p.regions.stored, plane(*args.k), plane(*args.v));
+  }
+  p.out = out.data_ptr();
+  p.lse = static_cast<float*>(lse.data_ptr());
+  if (lse.numel() > 0) run_decode(p, kernels(p.cache));
+  return {out, lse};
 }
 
 }  // namespace
-
-// The results are out, and lse unless it is not wanted.
-EXTROPE_DIRECT(decode) {
-  return run_directly(args, [](Items outs, Items numbers, Items given) {
-    const AttentionNumbers n = attention_numbers(numbers);
-    OptionalView tensors[kTensors];
-    for (OptionalView& x : tensors) x = given.optional_tensor();
-    Decode call(tensors, n);
-    const TensorView out = outs.tensor();
-    const OptionalView lse = outs.optional_tensor();
-    require_of("decode", call.fits(out), "the result must be contiguous");
-    const WithoutPython others_may_run(tensors[1]->numel() > kFewElements);
-    std::vector<float> unwanted(lse ? 0 : call.rows());
-    call.run(out.data_ptr(), lse ? static_cast<float*>(lse->data_ptr()) : unwanted.data());
-  });
-}
-
 }  // namespace decode
 
-const Ops ops{
-    {"decode", TORCH_BOX(&decode::decode)},
-    {"append", TORCH_BOX(&decode::append)},
-};
+const Ops ops{{"decode", TORCH_BOX(&decode::decode)}};
 
 }  // namespace extrope

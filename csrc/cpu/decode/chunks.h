@@ -7,8 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/attention/choice.h"
 #include "cpu/attention/rotation.h"
+#include "cpu/attention/run.h"
 #include "cpu/decode/params.h"
 
 namespace extrope::decode {

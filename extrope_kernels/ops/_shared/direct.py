@@ -31,7 +31,7 @@ else:
 
 # A result of so many bytes lies in kept pages, which the op makes: csrc/cpu/runtime/kept_pages.h.
 LARGE = 4 * 2**20
-_NAMES = ("rope", "rope_norm", "rope_append", "decode", "attention")
+_NAMES = ("rope", "rope_norm", "rope_append")
 _METH_FASTCALL = 0x80
 Direct = Callable[..., "bool | None"]
 _functions: dict[str, Direct] = {}

@@ -1,30 +1,33 @@
-"""Attention that changes which relative position a query and a key see."""
+"""Attention whose rotation a score method may change, with and without a cache."""
 
-from .._shared.attention_checks import check_log_n
-from . import schema  # noqa: F401  (defines the ops)
-from .api import attend, backends
-from .blocks import BlockCall, block_backward, block_call, block_forward, check_block, grad_of_sinks
-from .blockwise_causal import blockwise_causal_attention
-from .choice import choices
-from .dual_chunk import dual_chunk_attention
+from . import op  # noqa: F401  (defines the ops)
+from .api import (
+    BACKENDS,
+    backends,
+    missing,
+    rope_attention,
+    rope_attention_with_kvcache,
+)
+from .call import AttentionCall, make_call
+from .checks import check_attention, check_log_n, check_method
 from .merge import merge_attention
-from .rerope import rerope_attention
-from .string import string_attention
+from .op import backward, forward, grad_of_sinks
+from .select_backend import selections
 
 __all__ = [
-    "BlockCall",
-    "attend",
+    "BACKENDS",
+    "AttentionCall",
     "backends",
-    "block_backward",
-    "block_call",
-    "block_forward",
-    "blockwise_causal_attention",
-    "check_block",
+    "backward",
+    "check_attention",
     "check_log_n",
-    "choices",
-    "dual_chunk_attention",
+    "check_method",
+    "forward",
     "grad_of_sinks",
+    "make_call",
     "merge_attention",
-    "rerope_attention",
-    "string_attention",
+    "missing",
+    "rope_attention",
+    "rope_attention_with_kvcache",
+    "selections",
 ]

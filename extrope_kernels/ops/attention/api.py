@@ -1,4 +1,4 @@
-"""From a public function's arguments to an op, or to the reference."""
+"""The public functions: attention over a sequence, and over a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -10,33 +10,25 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from ...scores import Score
 from .._shared import backends as _backends
-from .._shared.attention_call import (
-    AttentionCall,
-    check_freqs,
-    given_up_to_last,
-    rope_options,
-    score_options,
-)
-from .._shared.autograd import call_unrecorded
-from .._shared.checks import refuse_flags, run_explained
-from .._shared.direct_attention import attend_directly
-from .._shared.dtensor import replicated
-from .._shared.library import ops
-from .._shared.options import refuse_unknown, takes_options_of, tensor_or_pair
-from . import flash_attn, reference
-from .checks import check, check_boundaries
+from .._shared.checks import REFUSALS, refuse_flags
+from .._shared.decay import check_new_keys
+from .._shared.fp8 import Scales
+from .._shared.lengths import cache_lengths
+from . import flash_attn, op
+from .call import KVCache, make_call
+from .checks import check_attention, check_decode, check_method
 from .decay import check_decay
 
 BACKENDS = ("reference", "cpu", "triton", "flash_attn")
+DECODE_BACKENDS = ("reference", "cpu", "triton")
 
 
-@tensor_or_pair
-def attend(
-    score: Score,
+def rope_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     freqs: RopeFreqs,
+    score: Score | None = None,
     *,
     softmax_scale: float | None = None,
     log_n: float | None = None,
@@ -51,38 +43,201 @@ def attend(
     return_lse: bool = False,
     backend: str | None = None,
     keys_stored: bool = False,
-    op: str | None = None,
-    **unknown: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Run any score method; the rest is as for `rerope_attention`.
+) -> Tensor | Any:
+    """Causal attention of rotated queries and keys; a score method may change their distances.
 
-    op: the name that errors begin with; that of the score by default.
-    keys_stored: keys come as a cache keeps them, rotated to `score.stored`, not raw.
+    The rotation is included: q and k come raw. Query i and key j see the relative position that
+    `score` makes of i - j, and one softmax runs over all keys j <= i.
+
+    q: (batch, seqlen_q, heads_q, head_dim), not rotated; float32, bfloat16, float16 or float64;
+        any strides with a contiguous last dimension.
+    k, v: (batch, seqlen_k, heads_k, head_dim), k not rotated; heads_k divides heads_q, and nothing
+        is expanded. v may have another head_dim (MLA: 192 and 128). Where seqlen_q < seqlen_k the
+        queries are the last of the sequence. With cu_seqlens all are (total, heads, head_dim).
+    freqs: from `extrope_kernels.methods`, on q's device; inv_freq (rotary_dim/2,), or one row a
+        sequence. attention_factor multiplies the rotated dims of q and of k, near and far.
+    score: from `extrope_kernels.scores`, such as scores.rerope(window=1024), or a `Score` of your
+        own; None is plain RoPE.
+    softmax_scale: of the logits; head_dim**-0.5 by default.
+    log_n: the training length, to multiply query i by max(1, ln(i + 1) / ln(log_n)).
+    query_scale: (seqlen_q,) or (batch, seqlen_q) float32, packed (total,): further factors of the
+        logits of each query, as Llama 4's and Ministral's temperatures.
+    softcap: c > 0 makes logits c * tanh(logits / c), as in Gemma 2; 0 leaves them.
+    sinks: (heads_q,) float32 (float64 with float64 tensors), logits that join each row's softmax
+        and have no value, as in GPT-OSS. Neither scaled nor capped.
+    sliding_window: keys j with i - j >= sliding_window are not seen, whatever their region.
+    q_start, k_start: positions of the first query and the first key, an int or (batch,) int32 (with
+        cu_seqlens (sequences,)), for pieces of longer sequences: regions, windows and log_n count
+        from absolute positions. k_start is 0 by default, and q_start such that both end together.
+    cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
+    interleaved: pairs of dims are (2i, 2i + 1), as in GPT-J; else (i, i + rotary_dim/2).
+    return_lse: return the log-sum-exp of the logits, too.
+    backend: "cpu", "triton", "flash_attn", "reference"; None for the best on q's device. A named
+        backend never falls back.
+    keys_stored: k comes as a cache keeps it, rotated to where `score.stored` says, not raw.
+
+    Returns: out like q, of v's head_dim, and with return_lse the log-sum-exp of the logits and the
+        sink, (batch, heads_q, seqlen_q) or (heads_q, total), float32 (float64 with float64
+        tensors), -inf where there is neither. Differentiable in q, k, v and sinks; to any order,
+        and in inv_freq, with backend="reference".
+    Raises: ValueError or TypeError that begins with the score's name and names the argument;
+        NotImplementedError when the named backend cannot run here.
     """
-    op = op or score.name
-    refuse_unknown(op, unknown)
-    if type(interleaved) is not bool or type(return_lse) is not bool:
-        refuse_flags(op, interleaved=interleaved, return_lse=return_lse)
-    check_freqs(op, freqs)
-    if freqs.log_decay is not None and freqs.steepest_decay:
-        check_decay(op, score, freqs, (q, k), (q_start, k_start), cu_seqlens)
+    name = "rope_attention" if score is None else getattr(score, "name", "rope_attention")
+    refuse_flags(name, interleaved=interleaved, return_lse=return_lse, keys_stored=keys_stored)
+    check_method(name, freqs, score)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
-    rope_args: tuple[Any, ...] = (freqs.inv_freq, cu_seqlens, freqs.log_decay)
-    # Rare, and every argument costs the dispatcher time.
-    if sinks is not None or query_scale is not None or q_start is not None or k_start is not None:
-        starts = (_start(op, "q_start", q_start, q), _start(op, "k_start", k_start, q))
-        rope_args += given_up_to_last(sinks, query_scale, *starts)
-    if type(q) is not Tensor:
-        rope_args = replicated(q, rope_args)
-    options = score_options(score, stored=keys_stored)
-    options |= rope_options(op, freqs, softmax_scale, log_n, interleaved, softcap, sliding_window)
-    args = (op, (q, k, v, *rope_args), options, backend, return_lse)
-    out, lse = run_explained("attention", run, _check, args, function=op)
+    call = make_call(
+        freqs,
+        score,
+        keys_stored=keys_stored,
+        cu_seqlens=cu_seqlens,
+        sinks=sinks,
+        query_scale=query_scale,
+        q_start=_start(name, "q_start", q_start, q),
+        k_start=_start(name, "k_start", k_start, q),
+        softmax_scale=softmax_scale,
+        log_n=log_n,
+        interleaved=interleaved,
+        softcap=softcap,
+        sliding_window=sliding_window,
+    )
+    if torch.compiler.is_compiling():
+        out, lse = op.forward(q, k, v, call, backend)
+        return (out, lse) if return_lse else out
+    try:
+        if backend is not None:
+            _backends.require(name, backend, BACKENDS, q.device.type, missing)
+        if freqs.log_decay is not None:
+            check_decay(name, freqs, q, k, call)
+        out, lse = op.forward(q, k, v, call, backend)
+    except REFUSALS as error:
+        # The op has refused the call before any kernel started; this says it in the score's name.
+        check_attention(name, q, k, v, call)
+        _raise_named(name, "attention", error)
+        raise
     return (out, lse) if return_lse else out
 
 
-public = takes_options_of(attend, internal=("keys_stored", "op"))
+def rope_attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    freqs: RopeFreqs,
+    score: Score | None = None,
+    *,
+    cache_seqlens: Tensor | int,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    block_table: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    log_n: float | None = None,
+    query_scale: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    sliding_window: int | None = None,
+    interleaved: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | Any:
+    """`rope_attention` of a sequence's last tokens over a cache of keys and values, at inference.
+
+    The cache holds each key once, rotated to where `score.stored` says, which is where far queries
+    see it: as it came for ReRoPE, at its own position for plain RoPE and STRING. Nearer keys are
+    rotated on the way, at every call; the cache is not. Write prompts with k and v too, then cache
+    and attention agree whatever the score.
+
+    q: (batch, seqlen_q, heads_q, head_dim), not rotated; float32, bfloat16, float16 or float64.
+        With cu_seqlens_q (total, heads_q, head_dim).
+    k_cache, v_cache: (batch, max_len, heads_k, head_dim), any strides with a contiguous last
+        dimension; with block_table (num_blocks, block_size, heads_k, head_dim). The head_dim of
+        v_cache may be another. Both in q's dtype, or float8_e4m3fn with k_scale and v_scale.
+    cache_seqlens: (batch,) int32, or one int for all (a CUDA graph would replay it unchanged). With
+        k and v: how many slots were in use before them. Else: how many are, the queries' own tokens
+        included.
+    k, v: of q's tokens, (batch, seqlen_q, heads_k, head_dim) or (total, heads_k, head_dim), k not
+        rotated: written into the cache first.
+    cu_seqlens_q: (batch + 1,) int32, the boundaries of packed queries: prefill chunks and single
+        tokens of many sequences in one call. A sequence may have none; what is past the last
+        boundary is padding, gets 0 and -inf, and is not written.
+    block_table: (batch, max_blocks) int32: the blocks of each sequence in their order.
+    k_scale, v_scale: (heads_k,) float32, positive, of a cache in float8_e4m3fn: a key or value is
+        what is stored times its head's scale. It is written over the scale, rounded to nearest
+        even, and at most 448 either way.
+    cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
+    freqs, score, softmax_scale, log_n, query_scale, softcap, sinks, sliding_window, interleaved: as
+        for `rope_attention`; freqs and where the score stores keys stay the same in every call on
+        one cache. XPOS's log_decay is refused, but for scores that store keys by blocks.
+    backend: "cpu", "triton", "reference"; None for the best on q's device. A named backend never
+        falls back.
+
+    Returns: out like q, of v's head_dim, and with return_lse the log-sum-exp of the logits and the
+        sink (batch, heads_q, seqlen_q), or (heads_q, total), float32 (float64 with float64
+        tensors). Queries before a sequence's first key have 0, and -inf or the sink.
+    Raises: ValueError or TypeError that names the argument, before anything is written;
+        NotImplementedError when the named backend cannot run here. On a GPU the values of integer
+        tensors are not looked at: what does not fit the cache is neither written nor read, and
+        nothing is written to a page that is not there; reading one is undefined.
+    """
+    name = "rope_attention_with_kvcache"
+    name = name if score is None else getattr(score, "name", name)
+    refuse_flags(name, interleaved=interleaved, return_lse=return_lse)
+    check_method(name, freqs, score)
+    _check_stored_decay(name, freqs, score)
+    if not isinstance(cache_seqlens, Tensor):
+        cache_seqlens = cache_lengths(name, cache_seqlens, q, cu_seqlens_q, "cu_seqlens_q")
+    call = make_call(
+        freqs,
+        score,
+        keys_stored=True,
+        cu_seqlens=cu_seqlens_q,
+        sinks=sinks,
+        query_scale=query_scale,
+        softmax_scale=softmax_scale,
+        log_n=log_n,
+        interleaved=interleaved,
+        softcap=softcap,
+        sliding_window=sliding_window,
+    )
+    appended = k.shape[1] if isinstance(k, Tensor) and not k.is_nested and k.dim() == 4 else 0
+    cached = (cache_seqlens, block_table, cache_leftpad, Scales(k_scale, v_scale))
+    new = (appended, None if k is None else cu_seqlens_q)
+    cache = KVCache(k_cache, v_cache, *cached, *new)
+    if k is not None and k_cache is v_cache:
+        raise ValueError(
+            f"{name}: k_cache and v_cache must be two tensors to be written to, got one"
+        )
+    _refuse_gradients(name, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
+    if torch.compiler.is_compiling():
+        out, lse = op.decode(q, k, v, cache, call, backend)
+        return (out, lse) if return_lse else out
+    try:
+        if backend is not None:
+            _backends.require(name, backend, DECODE_BACKENDS, q.device.type)
+        if freqs.log_decay is not None:
+            check_new_keys(name, freqs, score, k, cache_seqlens, cache_leftpad, cu_seqlens_q)
+        out, lse = op.decode(q, k, v, cache, call, backend)
+    except REFUSALS as error:
+        # The op has refused the call before anything was written; this says it in the score's name.
+        check_decode(name, q, k, v, cache, call)
+        _raise_named(name, "decode", error)
+        raise
+    return (out, lse) if return_lse else out
+
+
+def missing(backend: str, device: str | None = None) -> str | None:
+    """None when `backend` can run here, else the reason in one line."""
+    return flash_attn.missing() if backend == "flash_attn" else _backends.missing(backend, device)
+
+
+def backends() -> dict[str, str]:
+    """What each backend says of itself here: "available", or why it is not."""
+    return {name: missing(name) or "available" for name in BACKENDS}
 
 
 def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor | None:
@@ -96,55 +251,24 @@ def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor 
     return torch.full((1,), start, dtype=torch.int32, device=q.device)
 
 
-def run(
-    op: str,
-    tensors: tuple[Any, ...],
-    options: dict[str, Any],
-    backend: str | None,
-    return_lse: bool = True,
-) -> tuple[Tensor, Any]:
-    """out and lse, which may be None where it is not wanted.
-
-    tensors: of the ops, in their order.
-    """
-    q, k, v, *_ = tensors
-    if backend is not None:
-        _backends.require(op, backend, BACKENDS, q.device.type, missing)
-    if backend == "reference" or (backend in (None, "cpu") and q.dtype == torch.float64):
-        call = _check(op, tensors, options)
-        if not torch.compiler.is_compiling():
-            check_boundaries(op, call.cu_seqlens, q)
-        return reference.forward(q, k, v, call)
-    recorded = torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-    )
-    # The direct function has results in q's dtype alone.
-    if not recorded and backend in (None, "cpu") and "float32_results" not in options:
-        found = attend_directly("attention", tensors, options, None, return_lse)
-        if found is not None:
-            return found
-    suffix = f"_{backend}" if backend in ("triton", "flash_attn") else ""
-    attention_fwd = getattr(ops, f"attention_fwd{suffix}")
-    if recorded:
-        return attention_fwd(*tensors, **options)
-    return call_unrecorded(attention_fwd, tensors, options)
+def _raise_named(name: str, op: str, error: Exception) -> None:
+    """Raise an op's refusal as the ValueError of a public function, in its name."""
+    message = str(error).partition("\n")[0]
+    if message.startswith(f"{op}: ") and not isinstance(error, NotImplementedError):
+        raise ValueError(name + message.removeprefix(op)) from None
 
 
-def _check(op: str, tensors: tuple[Any, ...], options: dict[str, Any], *_: object) -> AttentionCall:
-    q, k, v, *rope_args = tensors
-    call = AttentionCall(*rope_args, **options)
-    check(op, q, k, v, call)
-    return call
+def _check_stored_decay(op: str, freqs: RopeFreqs, score: Score | None) -> None:
+    if freqs.log_decay is not None and not (score and score.stored.modulus):
+        raise ValueError(
+            f"{op}: freqs must have no log_decay (XPOS), whose amplitudes grow with the position, "
+            "got one"
+        )
 
 
-def missing(backend: str, device: str | None = None) -> str | None:
-    """None when `backend` can run here, else the reason in one line."""
-    return flash_attn.missing() if backend == "flash_attn" else _backends.missing(backend, device)
-
-
-missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def backends() -> dict[str, str]:
-    """What each backend says of itself here: "available", or why it is not."""
-    return {name: missing(name) or "available" for name in BACKENDS}
+def _refuse_gradients(op: str, **tensors: Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and x.requires_grad:
+            raise ValueError(f"{op}: is for inference, got {name} that requires grad")

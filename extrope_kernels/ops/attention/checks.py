@@ -1,16 +1,45 @@
-"""What an attention call may be given: errors that name the argument, before anything runs."""
+"""Refuse calls that have no meaning, with errors that name the argument, before anything runs."""
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
-from .._shared.attention_call import AttentionCall
-from .._shared.attention_checks import check_call, check_query_scale, check_start
-from .._shared.checks import check_cu_seqlens, check_rows
+from ...methods import RopeFreqs
+from ...scores import Score
+from .._shared.checks import (
+    DTYPES,
+    check_count,
+    check_cu_seqlens,
+    check_dense,
+    check_ints,
+    check_real,
+    check_rows,
+    overlaps_itself,
+    refuse_flags,
+)
+from .._shared.dtypes import accumulator
+from .._shared.fp8 import FP8, check_cache_dtype, check_scale_values, check_scales
+from .call import AttentionCall, KVCache
 
 
-def check(op: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
-    """Raise ValueError or TypeError, naming `op` and the argument, for what has no meaning."""
+def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
+    """Frequencies of one axis, and a score method or None."""
+    if not isinstance(freqs, RopeFreqs):
+        raise TypeError(f"{op}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    if freqs.axes is not None:
+        raise ValueError(f"{op}: freqs must have no axes (mRoPE), got some")
+    if score is not None and not isinstance(score, Score):
+        raise TypeError(
+            f"{op}: score must be None or a Score, as scores.rerope(window=1024) makes one, "
+            f"got {type(score).__name__}"
+        )
+
+
+def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
+    """A call without a cache."""
     packed = call.cu_seqlens is not None
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rows(op, name, x, packed)
@@ -22,21 +51,207 @@ def check(op: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None
     _check_shapes(op, q, k, v, packed)
     if packed:
         check_cu_seqlens(op, call.cu_seqlens, q)
-    sequences = q.shape[0] if not packed else call.cu_seqlens.shape[0] - 1
-    check_call(op, call, q, sequences)
-    check_query_scale(op, call.query_scale, q)
-    check_start(op, "q_start", call.q_start, q, sequences)
-    check_start(op, "k_start", call.k_start, q, sequences)
+    sequences = call.cu_seqlens.shape[0] - 1 if packed else q.shape[0]
+    _check_options(op, call, q, sequences)
+    _check_start(op, "q_start", call.q_start, q, sequences)
+    _check_start(op, "k_start", call.k_start, q, sequences)
+
+
+def check_decode(
+    op: str, q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
+) -> None:
+    """A call over a cache; k and v are written into it first."""
+    if (k is None) != (v is None):
+        given = "v" if k is None else "k"
+        raise ValueError(f"{op}: k and v must be given together, got {given} alone")
+    packed = call.cu_seqlens is not None
+    _check_dims(op, "q", q, packed)
+    batch = q.shape[0]
+    if packed:
+        check_cu_seqlens(op, call.cu_seqlens, q, "cu_seqlens_q")
+        batch = call.cu_seqlens.shape[0] - 1
+    _check_cache(op, cache, q, batch)
+    heads_q, heads_k = q.shape[-2], cache.k.shape[2]
+    if heads_k == 0 or heads_q % heads_k:
+        raise ValueError(f"{op}: k_cache's heads must divide q's {heads_q} heads, got {heads_k}")
+    if k is not None:
+        _check_new(op, k, v, cache, q, packed)
+    _check_options(op, call, q, batch)
 
 
 def check_boundaries(op: str, cu_seqlens: Tensor | None, q: Tensor) -> None:
-    """What only the values of cu_seqlens show: on a CPU, where looking costs nothing."""
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+    """Read the values of cu_seqlens on a CPU, where looking costs nothing."""
+    if not _readable(cu_seqlens):
         return
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != q.shape[0] or ends != sorted(ends):
         raise ValueError(
             f"{op}: cu_seqlens must rise from 0 to the number of tokens {q.shape[0]}, got {ends}"
+        )
+
+
+def check_slots(op: str, cache: KVCache, cu_seqlens_q: Tensor | None, tokens: int) -> None:
+    """Read the values of a cache's integer tensors on a CPU, where looking costs nothing.
+
+    tokens: number of the packed queries.
+    """
+    if not _readable(cache.seqlens):
+        return
+    if cu_seqlens_q is not None:
+        ends = cu_seqlens_q.tolist()
+        if ends[0] != 0 or ends != sorted(ends) or ends[-1] > tokens:
+            raise ValueError(
+                f"{op}: cu_seqlens_q must rise from 0 to q's {tokens} tokens at most, got {ends}"
+            )
+    ends, writes = cache.ends(), cache.appended or cache.cu_seqlens_new is not None
+    if ends.numel() and not (cache.seqlens.min() >= 0 and ends.max() <= cache.capacity):
+        new = cache.appended or "its"
+        raise ValueError(
+            f"{op}: cache_seqlens must be between 0 and the cache's {cache.capacity} slots"
+            + (f", {new} new tokens included" if writes else "")
+            + f", got {cache.seqlens.tolist()}"
+        )
+    if cache.leftpad is not None and cache.leftpad.numel() and cache.leftpad.min() < 0:
+        raise ValueError(f"{op}: cache_leftpad must be >= 0, got {cache.leftpad.tolist()}")
+    check_scale_values(op, cache.scales)
+    if cache.block_table is None:
+        return
+    pages = torch.arange(cache.block_table.shape[1], device="cpu")
+    used = cache.block_table[pages * cache.k.shape[1] < ends[:, None]]
+    if used.numel() and not (used.min() >= 0 and used.max() < cache.k.shape[0]):
+        raise ValueError(
+            f"{op}: block_table must name pages between 0 and {cache.k.shape[0] - 1}, "
+            f"got {used.tolist()}"
+        )
+
+
+def _readable(x: Tensor | None) -> bool:
+    """Say whether looking at values waits for no device, and there are some: fakes have none."""
+    return type(x) is Tensor and x.device.type == "cpu"
+
+
+def check_head_dim(op: str, x: Tensor) -> None:
+    """The fused kernels' own limit."""
+    if x.shape[-1] % 8 or not 8 <= x.shape[-1] <= 256:
+        raise ValueError(
+            f"{op}: head_dim must be a multiple of 8 up to 256 (backend='reference' takes any), "
+            f"got {x.shape[-1]}"
+        )
+
+
+def check_log_n(op: str, log_n: float | None) -> None:
+    """The training length, or None."""
+    if log_n is None:
+        return
+    check_real(op, "log_n", log_n)
+    if not 1 < log_n < math.inf:
+        raise ValueError(f"{op}: log_n must be None or a length > 1, got {log_n}")
+
+
+def _check_options(op: str, call: AttentionCall, q: Tensor, sequences: int) -> None:
+    """Everything that concerns neither keys nor values."""
+    _check_frequencies(op, call, q, sequences)
+    refuse_flags(op, interleaved=call.interleaved)
+    if call.softmax_scale is not None:
+        check_real(op, "softmax_scale", call.softmax_scale)
+        if not 0 < call.softmax_scale < math.inf:
+            raise ValueError(
+                f"{op}: softmax_scale must be None or a number > 0, got {call.softmax_scale}"
+            )
+    check_log_n(op, call.log_n)
+    check_real(op, "attention_factor", call.attention_factor)
+    if not 0 < call.attention_factor < math.inf:
+        raise ValueError(f"{op}: attention_factor must be > 0, got {call.attention_factor}")
+    check_real(op, "softcap", call.softcap)
+    if not 0 <= call.softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be >= 0 (0: none), got {call.softcap}")
+    if call.softcap and not 1e-30 <= call.softcap <= 1e30:  # kernels divide by it in float32
+        raise ValueError(
+            f"{op}: softcap must be 0 (none) or from 1e-30 to 1e30, got {call.softcap}"
+        )
+    if call.sliding_window is not None:
+        check_count(op, "sliding_window", call.sliding_window)
+    _check_sinks(op, call.sinks, q)
+    _check_query_scale(op, call.query_scale, q)
+    if not 1 <= len(call.regions) <= 3 or list(call.starts) != sorted(call.starts):
+        raise ValueError(
+            f"{op}: a score must have 1 to 3 regions with rising starts, got {list(call.starts)}"
+        )
+    if call.granularity < 1:
+        raise ValueError(f"{op}: a score's granularity must be >= 1, got {call.granularity}")
+
+
+def _check_frequencies(op: str, call: AttentionCall, q: Tensor, sequences: int) -> None:
+    inv_freq, decay = call.inv_freq, call.log_decay
+    if not isinstance(inv_freq, Tensor):
+        raise TypeError(f"{op}: inv_freq must be a Tensor, got {type(inv_freq).__name__}")
+    if inv_freq.dtype not in (torch.float32, torch.float64) or inv_freq.device != q.device:
+        raise ValueError(
+            f"{op}: inv_freq must be float32 or float64 on {q.device}, "
+            f"got {inv_freq.dtype} on {inv_freq.device}"
+        )
+    dims, most = tuple(inv_freq.shape), q.shape[-1] // 2
+    if len(dims) not in (1, 2) or (len(dims) == 2 and dims[0] not in (1, sequences)):
+        raise ValueError(
+            f"{op}: inv_freq must be (rotary_dim/2,) or ({sequences}, rotary_dim/2), got {dims}"
+        )
+    if not 1 <= dims[-1] <= most or (dims[-1] > 1 and inv_freq.stride(-1) != 1):
+        raise ValueError(
+            f"{op}: inv_freq must hold 1 to head_dim/2 = {most} contiguous frequencies, "
+            f"got shape {dims} with strides {inv_freq.stride()}"
+        )
+    if decay is not None and (
+        not isinstance(decay, Tensor)
+        or decay.dtype != torch.float32
+        or decay.shape != inv_freq.shape[-1:]
+        or decay.device != q.device
+        or not decay.is_contiguous()
+    ):
+        raise ValueError(
+            f"{op}: log_decay must be float32 ({dims[-1]},), contiguous on {q.device}, "
+            f"got {decay!r}"
+        )
+
+
+def _check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> None:
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor):
+        raise TypeError(f"{op}: sinks must be a Tensor, got {type(sinks).__name__}")
+    heads, wide = q.shape[-2], accumulator(q.dtype)
+    if sinks.shape != (heads,) or sinks.dtype != wide or sinks.device != q.device:
+        raise ValueError(
+            f"{op}: sinks must be {wide} ({heads},) on {q.device}, "
+            f"got {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}"
+        )
+
+
+def _check_query_scale(op: str, query_scale: Tensor | None, q: Tensor) -> None:
+    """(seqlen_q,) or (batch, seqlen_q); of packed queries (total,)."""
+    if query_scale is None:
+        return
+    rows = tuple(q.shape[:-2])
+    if not isinstance(query_scale, Tensor):
+        raise TypeError(f"{op}: query_scale must be a Tensor, got {type(query_scale).__name__}")
+    fits = tuple(query_scale.shape) in (rows, rows[-1:])
+    if query_scale.dtype != torch.float32 or query_scale.device != q.device or not fits:
+        raise ValueError(
+            f"{op}: query_scale must be float32 {rows[-1:]}"
+            + (f" or {rows}" if len(rows) > 1 else "")
+            + f" on {q.device}, got {query_scale.dtype} {tuple(query_scale.shape)} on "
+            f"{query_scale.device}"
+        )
+
+
+def _check_start(op: str, name: str, start: Tensor | None, q: Tensor, sequences: int) -> None:
+    """A position for every sequence, or one for all."""
+    if start is None:
+        return
+    shape = tuple(start.shape)
+    if start.dtype != torch.int32 or start.device != q.device or shape not in ((1,), (sequences,)):
+        raise ValueError(
+            f"{op}: {name} must be an int, or int32 ({sequences},) on {q.device}, "
+            f"got {start.dtype} {shape} on {start.device}"
         )
 
 
@@ -55,3 +270,82 @@ def _check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> Non
         )
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"{op}: k's heads must divide q's {q.shape[-2]} heads, got {k.shape[-2]}")
+
+
+def _check_cache(op: str, cache: KVCache, q: Tensor, batch: int) -> None:
+    paged = cache.block_table is not None
+    for label, x in (("k_cache", cache.k), ("v_cache", cache.v)):
+        _check_dims(op, label, x, dtypes=(*DTYPES, FP8))
+        check_cache_dtype(op, label, x, q, cache.scales)
+    if cache.v.shape[:-1] != cache.k.shape[:-1]:
+        raise ValueError(
+            f"{op}: v_cache must have k_cache's shape {tuple(cache.k.shape)} but for head_dim, "
+            f"got {tuple(cache.v.shape)}"
+        )
+    if cache.k.shape[3] != q.shape[-1] or not (paged or cache.k.shape[0] == batch):
+        expected = ("num_blocks, block_size" if paged else f"{batch}, max_len") + ", heads_k"
+        raise ValueError(
+            f"{op}: k_cache must be ({expected}, {q.shape[-1]}), got {tuple(cache.k.shape)}"
+        )
+    check_scales(op, cache.scales, cache.k.shape[2], q)
+    check_ints(op, "cache_seqlens", cache.seqlens, (batch,), q)
+    if cache.leftpad is not None:
+        check_ints(op, "cache_leftpad", cache.leftpad, (batch,), q)
+    if paged:
+        check_ints(op, "block_table", cache.block_table, (batch, None), q)
+        if cache.k.shape[1] == 0:
+            raise ValueError(f"{op}: k_cache must have a block_size >= 1, got 0")
+
+
+def _check_new(op: str, k: Tensor, v: Tensor, cache: KVCache, q: Tensor, packed: bool) -> None:
+    """Keys and values that are to be written into the cache."""
+    for label, x, of in (("k", k, cache.k), ("v", v, cache.v)):
+        _check_dims(op, label, x, packed)
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{op}: {label} must be {q.dtype} on {q.device} like the other tensors, "
+                f"got {x.dtype} on {x.device}"
+            )
+        if x.shape[-2:] != of.shape[-2:]:
+            raise ValueError(
+                f"{op}: {label} must have {label}_cache's heads and head_dim "
+                f"{tuple(of.shape[-2:])}, got {tuple(x.shape[-2:])}"
+            )
+        if overlaps_itself(of):
+            raise ValueError(
+                f"{op}: {label}_cache must not be expanded to be written to, "
+                f"got strides {of.stride()}"
+            )
+    if v.shape[:-2] != k.shape[:-2]:
+        raise ValueError(
+            f"{op}: v must have k's tokens {tuple(k.shape[:-2])}, got {tuple(v.shape[:-2])}"
+        )
+    if k.shape[:-2] != q.shape[:-2]:
+        raise ValueError(
+            f"{op}: k must have q's {'total' if packed else 'batch and seqlen'} "
+            f"{tuple(q.shape[:-2])}, got {tuple(k.shape[:-2])}"
+        )
+
+
+def _check_dims(
+    op: str,
+    label: str,
+    x: Tensor,
+    packed: bool = False,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> None:
+    check_dense(op, label, x)
+    dims = 3 if packed else 4
+    if x.dim() != dims:
+        raise ValueError(
+            f"{op}: {label} must have {dims} dimensions{' with cu_seqlens_q' if packed else ''}, "
+            f"got shape {tuple(x.shape)}"
+        )
+    if x.dtype not in dtypes:
+        raise ValueError(
+            f"{op}: {label} must be float32, bfloat16, float16 or float64, got {x.dtype}"
+        )
+    if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel() > 0:
+        raise ValueError(
+            f"{op}: {label} must be contiguous in its last dimension, got strides {x.stride()}"
+        )

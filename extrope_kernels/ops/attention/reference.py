@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .._shared.attention_call import AttentionCall, row_scale
 from .._shared.dtypes import accumulator, without_autocast
-from .._shared.positions import sequence_of_token
-from .._shared.softmax import capped, softmax_of
-from .frames import positions, rotate, unrotate
+from .._shared.fp8 import dequantize, quantize
+from .call import AttentionCall, KVCache, lse_shape
+from .rotation import positions, rotate, row_scale, store_keys, unrotate
 
 
 @without_autocast
@@ -20,15 +24,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     (total, heads, head_dim) with call.cu_seqlens; v like k, of any head_dim. Returns out like q, of
     v's head_dim, and lse (batch, heads_q, seqlen_q), or (heads_q, total).
     """
-    packed = call.cu_seqlens is not None
-    q_frames, k_frames = rotate(q, k, call)
-    q_frames, k_frames = _batched(q_frames, packed), _batched(k_frames, packed)
-    (values,) = _batched([v], packed)
-    weights, lse = softmax_of(_logits(q_frames, k_frames, call), call)
-    values = _per_query_head(values, q_frames[0])
-    out = torch.einsum("bhij,bjhd->bihd", weights, values).to(call.results_dtype(q.dtype))
-    out = out.contiguous()
-    return (out[0], lse[0]) if packed else (out, lse)
+    if call.cu_seqlens is not None:
+        found = _each_sequence(forward, call, rows=(q, k, v))
+        return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found], -1)
+    weights, lse = _softmax(_logits(*rotate(q, k, call), call, _positions(q, k, call)), call)
+    out = torch.einsum("bhij,bjhd->bihd", weights, _per_query_head(v, q))
+    return out.to(call.results_dtype(q.dtype)).contiguous(), lse
 
 
 @without_autocast
@@ -42,73 +43,194 @@ def backward(
     lse: Tensor,
     call: AttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, each in its dtype or with call.float32_results in float32."""
-    packed = call.cu_seqlens is not None
-    q_frames, k_frames = rotate(q, k, call)
-    q_r, k_r = _batched(q_frames, packed), _batched(k_frames, packed)
-    values, dout, out, lse = _batched([v, dout, out, lse], packed)
-    wide = accumulator(v.dtype)
-    logits = _logits(q_r, k_r, call)
-    weights = torch.exp(logits - _finite(lse)[..., None])
-    dv = _per_key_head(torch.einsum("bhij,bihd->bjhd", weights, dout.to(wide)), values)
+    """The gradients of q, k and v, each in its dtype or with call.float32_results in float32.
+
+    out, lse: of all keys that the queries see, of which k and v may be a part.
+    """
+    if call.cu_seqlens is not None:
+        rows, columns = (dout, q, k, v, out), (dlse, lse)
+
+        def of_one(dout, q, k, v, out, dlse, lse, call):
+            return backward(dout, dlse, q, k, v, out, lse, call)
+
+        found = _each_sequence(of_one, call, rows, columns)
+        return tuple(torch.cat(grads) for grads in zip(*found))
+    wide, at = accumulator(v.dtype), _positions(q, k, call)
+    q_rotated, k_rotated = rotate(q, k, call)
+    logits = _logits(q_rotated, k_rotated, call, at)
+    # Rows without keys have lse -inf; any finite number then makes their weights zero.
+    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    dv = _per_key_head(torch.einsum("bhij,bihd->bjhd", weights, dout.to(wide)), v)
     delta = (dout.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)
     if dlse is not None:
-        delta = delta - (dlse[None] if packed else dlse)
-    d_weights = torch.einsum("bihd,bjhd->bhij", dout.to(wide), _per_query_head(values, q_r[0]))
-    d_scores = weights * (d_weights - delta[..., None]) * _scale(q_r[0], k_r[0], call)
+        delta = delta - dlse
+    d_weights = torch.einsum("bihd,bjhd->bhij", dout.to(wide), _per_query_head(v, q))
+    d_scores = weights * (d_weights - delta[..., None]) * _scale(q, call, at[0])
     if call.softcap:
         d_scores = d_scores * (1 - (logits / call.softcap) ** 2)
     dq, dk = [], []
-    for region in range(len(q_r)):
-        here = torch.where(_visible(region, q_r[0], k_r[0], call), d_scores, 0.0)
-        keys = _per_query_head(k_r[region], q_r[0])
-        dq.append(torch.einsum("bhij,bjhd->bihd", here, keys))
-        queries = q_r[region].to(wide)
-        dk.append(_per_key_head(torch.einsum("bhij,bihd->bjhd", here, queries), k_r[region]))
-    if packed:
-        dq, dk, dv = [x[0] for x in dq], [x[0] for x in dk], dv[0]
+    for visible, q_r, k_r in zip(_visible(call, *at), q_rotated, k_rotated):
+        here = torch.where(visible, d_scores, 0.0)
+        dq.append(torch.einsum("bhij,bjhd->bihd", here, _per_query_head(k_r, q)))
+        dk.append(_per_key_head(torch.einsum("bhij,bihd->bjhd", here, q_r.to(wide)), k))
     return *unrotate(dq, dk, q, k, call), dv.to(call.results_dtype(v.dtype))
 
 
-def _logits(q: list[Tensor], k: list[Tensor], call: AttentionCall) -> Tensor:
+@without_autocast
+def decode(
+    q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    """The last tokens of every sequence see the keys up to their own.
+
+    q: (batch, seqlen_q, heads_q, head_dim), raw, or packed (total, heads_q, head_dim) with
+    call.cu_seqlens; k, v: of the same tokens, raw, to be written into the cache first, or None.
+    Returns out like q, of v's head_dim, and lse (batch, heads_q, seqlen_q) or (heads_q, total);
+    float32 inside, float64 for float64 tensors.
+    """
+    if call.cu_seqlens is not None:
+        return _decode_packed(q, k, v, cache, call)
+    if k is not None:
+        _append(k, v, cache, call)
+    lengths = cache.lengths()
+    first = lengths - q.shape[1]  # position of the first query; negative where there are too few
+    call = replace(call, q_start=first, k_start=torch.zeros_like(first[:1]))
+    keys, values = _gather(cache, first, call, q)
+    out, lse = forward(q.to(keys.dtype), keys, values, call)
+    return out.to(q.dtype), lse
+
+
+def _decode_packed(
+    q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    """Sequence by sequence; tokens past the last boundary get 0, and -inf as lse."""
+    out = q.new_zeros(*q.shape[:-1], cache.v.shape[-1])
+    lse = q.new_full(lse_shape(q), -torch.inf, dtype=accumulator(q.dtype))
+    for b, (begin, end) in enumerate(pairwise(call.cu_seqlens.tolist())):
+        tokens = slice(begin, end)
+        new = (None, None) if k is None else (k[None, tokens], v[None, tokens])
+        own = _one_cache(b, cache, 0 if k is None else end - begin)
+        out_b, lse_b = decode(q[None, tokens], *new, own, _one_call(b, tokens, call))
+        out[tokens], lse[:, tokens] = out_b[0], lse_b[0]
+    return out, lse
+
+
+def _one_cache(b: int, cache: KVCache, appended: int) -> KVCache:
+    planes = (cache.k, cache.v)
+    if cache.block_table is None:
+        planes = tuple(x[b : b + 1] for x in planes)
+    own = (cache.seqlens, cache.block_table, cache.leftpad)
+    own = (None if x is None else x[b : b + 1] for x in own)
+    return KVCache(*planes, *own, cache.scales, appended)
+
+
+def _append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:
+    """Write raw keys (batch, new, heads_k, head_dim) and values behind those of each sequence."""
+    slots = cache.seqlens.long()[:, None] + torch.arange(k.shape[1], device=k.device)
+    j = slots if cache.leftpad is None else slots - cache.leftpad[:, None]
+    rows = cache.rows(slots)
+    for plane, x, scale in zip((cache.k, cache.v), (store_keys(k, j, call), v), cache.scales):
+        plane.index_put_(rows, x if scale is None else quantize(x, scale))
+
+
+def _gather(cache: KVCache, first: Tensor, call: AttentionCall, q: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values by position, (batch, capacity, heads_k, head_dim); zero where not seen."""
+    wide = accumulator(q.dtype)
+    j = torch.arange(cache.capacity, device=q.device).expand(q.shape[0], -1)
+    seen = (j < cache.lengths()[:, None]) & (j >= call.first_keys(first[:, None])[0])
+    if not q.shape[1]:
+        seen = torch.zeros_like(seen)
+    slots = j if cache.leftpad is None else j + cache.leftpad[:, None]
+    block, slot = cache.rows(torch.where(seen, slots, 0))
+    if cache.block_table is not None:
+        block = torch.where(seen, block, 0)
+    return tuple(
+        torch.where(seen[..., None, None], dequantize(x[block, slot], scale, wide), 0.0)
+        for x, scale in zip((cache.k, cache.v), cache.scales)
+    )
+
+
+def _each_sequence(
+    run: Callable[..., Any],
+    call: AttentionCall,
+    rows: tuple[Tensor, ...],
+    columns: tuple[Tensor | None, ...] = (),
+) -> list[Any]:
+    """run(*rows, *columns, call) of every packed sequence, without its batch.
+
+    One by one, so that a NaN stays in its sequence. rows: (total, ...); columns: (heads, total).
+    """
+    found = []
+    for b, (begin, end) in enumerate(pairwise(call.cu_seqlens.tolist())):
+        tokens = slice(begin, end)
+        own = [x[None, tokens] for x in rows]
+        own += [None if x is None else x[None, :, tokens] for x in columns]
+        found.append(tuple(x[0] for x in run(*own, _one_call(b, tokens, call))))
+    return found
+
+
+def _one_call(b: int, tokens: slice, call: AttentionCall) -> AttentionCall:
+    """The call of one of packed sequences."""
+
+    def own(x: Tensor | None) -> Tensor | None:  # one for all sequences, or one each
+        return x if x is None or x.shape[0] == 1 else x[b : b + 1]
+
+    return replace(
+        call,
+        cu_seqlens=None,
+        inv_freq=own(call.inv_freq)[0] if call.inv_freq.dim() == 2 else call.inv_freq,
+        query_scale=None if call.query_scale is None else call.query_scale[tokens],
+        q_start=own(call.q_start),
+        k_start=own(call.k_start),
+    )
+
+
+def _positions(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Of queries and of keys, (batch or 1, seqlen)."""
+    i, j = positions(q, k, call)
+    return i.expand(-1 if i.dim() > 1 else 1, -1), j.expand(-1 if j.dim() > 1 else 1, -1)
+
+
+def _visible(call: AttentionCall, i: Tensor, j: Tensor) -> list[Tensor]:
+    """(batch or 1, 1, seqlen_q, seqlen_k) bool for each region: does it hold the pair?"""
+    firsts = [first[:, None, :, None] for first in call.first_keys(i)]
+    j = j[:, None, None]
+    return [(first <= j) & (j < end) for first, end in pairwise(firsts)]
+
+
+def _logits(
+    q: list[Tensor], k: list[Tensor], call: AttentionCall, at: tuple[Tensor, Tensor]
+) -> Tensor:
     """(batch, heads_q, seqlen_q, seqlen_k): every pair's score in its region, -inf outside."""
-    wide, scale = accumulator(q[0].dtype), _scale(q[0], k[0], call)
+    wide, scale = accumulator(q[0].dtype), _scale(q[0], call, at[0])
     logits = torch.tensor(-torch.inf, dtype=wide, device=q[0].device)
-    for region, (q_r, k_r) in enumerate(zip(q, k)):
+    for visible, q_r, k_r in zip(_visible(call, *at), q, k):
         scores = torch.einsum("bihd,bjhd->bhij", q_r.to(wide), _per_query_head(k_r, q_r)) * scale
-        logits = torch.where(_visible(region, q_r, k_r, call), capped(scores, call), logits)
+        if call.softcap:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        logits = torch.where(visible, scores, logits)
     return logits
 
 
-def _scale(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | float:
-    scale, rows = call.scale(q.shape[-1]), row_scale(positions(q, k, call)[0], call)
-    return scale if rows is None else _per_pair(rows.to(accumulator(q.dtype)), q)[..., None] * scale
+def _scale(q: Tensor, call: AttentionCall, i: Tensor) -> Tensor | float:
+    scale, rows = call.scale(q.shape[-1]), row_scale(i, call, accumulator(q.dtype))
+    return scale if rows is None else rows.expand(i.shape)[:, None, :, None] * scale
 
 
-def _visible(region: int, q: Tensor, k: Tensor, call: AttentionCall) -> Tensor:
-    """(batch or 1, 1, seqlen_q, seqlen_k) bool: does this region hold the pair?"""
-    i, j = positions(q, k, call)
-    same_sequence = torch.tensor(True, device=q.device)
-    if call.cu_seqlens is not None:
-        sequence = sequence_of_token(call.cu_seqlens, k.shape[1])
-        same_sequence = sequence[:, None] == sequence
-    first, last = (_per_pair(x, q)[..., None] for x in call.first_keys(i)[region : region + 2])
-    j = _per_pair(j, k)[..., None, :]
-    return same_sequence & (first <= j) & (j < last)
+def _softmax(logits: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """The weights of keys, and the log-sum-exp of the logits with that of the sink.
 
-
-def _per_pair(x: Tensor, rows: Tensor) -> Tensor:
-    """(seqlen,) or (batch, seqlen) as (batch or 1, 1, seqlen): for all heads alike."""
-    return x.expand(-1 if x.dim() > 1 else 1, rows.shape[1])[:, None]
-
-
-def _batched(tensors: list[Tensor], packed: bool) -> list[Tensor]:
-    return [x.unsqueeze(0) for x in tensors] if packed else list(tensors)
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """Rows without keys have lse -inf; any finite number then makes their weights zero."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)
+    logits: (batch, heads_q, seqlen_q, seqlen_k), -inf for keys that are not seen. Rows that see no
+    key have weights 0; what they get on the way is not used, but finite, so that gradients are.
+    """
+    empty = (logits == -torch.inf).all(-1)
+    lse = torch.logsumexp(logits.masked_fill(empty[..., None], 0.0), dim=-1)
+    if call.sinks is None:
+        return torch.exp(logits - lse[..., None]), lse.masked_fill(empty, -torch.inf)
+    sinks = call.sinks.to(logits.dtype)[:, None].expand(lse.shape)
+    lse = torch.where(empty, sinks, torch.logaddexp(lse, sinks))
+    # A sink that is switched off by -inf is nothing that a row without keys could see.
+    finite = lse.masked_fill(lse == -torch.inf, 0.0)
+    return torch.exp(logits - finite[..., None]), lse
 
 
 def _per_query_head(x: Tensor, q: Tensor) -> Tensor:
@@ -116,5 +238,5 @@ def _per_query_head(x: Tensor, q: Tensor) -> Tensor:
 
 
 def _per_key_head(x: Tensor, k: Tensor) -> Tensor:
-    """Sum what the query heads of a group contribute."""
+    """Sum the contributions of the query heads of a group."""
     return x.unflatten(2, (k.shape[2], -1)).sum(3)

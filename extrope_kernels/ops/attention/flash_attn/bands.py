@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..._shared.attention_call import AttentionCall
+from ..call import AttentionCall
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..._shared.attention_call import AttentionCall, lse_shape, row_scale
-from ..._shared.attention_checks import refuse_softmax_options
 from ..._shared.dtypes import accumulator
-from ..frames import positions, rotate, unrotate
+from ..call import AttentionCall, lse_shape
 from ..merge import merge_attention
+from ..rotation import positions, rotate, row_scale, unrotate
 from .bands import Band, Dense, bands, cut
 from .engine_check import best_engine, examine
 from .engines import Engine
 
-_TAKEN = ("query_scale", "sinks", "sliding_window", "softcap")  # options of the softmax
 _DIMS = 8  # every engine takes multiples of 8 as head_dim
 
 
@@ -110,7 +108,8 @@ def _prepare(
     q: Tensor, v: Tensor, call: AttentionCall, engine: Engine | None
 ) -> tuple[Engine, float, list[tuple[Band, Dense]]]:
     """The engine, what makes its lse a natural logarithm, and the calls to make."""
-    refuse_softmax_options("flash_attn", call, but=_TAKEN)
+    if call.q_start is not None or call.k_start is not None:
+        raise NotImplementedError("flash_attn: q_start and k_start are not taken, got one")
     if v.shape[-1] != q.shape[-1]:
         raise NotImplementedError(
             f"flash_attn: v must have q's head_dim {q.shape[-1]}, got {v.shape[-1]}"
@@ -135,7 +134,7 @@ def _prepare(
 
 
 def _row_scale(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | None:
-    return row_scale(positions(q, k, call)[0], call)
+    return row_scale(positions(q, k, call)[0], call, torch.float32)
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._shared.attention_call import lse_shape
 from ..._shared.checks import DTYPES, overlaps_itself
+from ..call import lse_shape
 
 OP = "merge_attention"
 INPLACE = f"{OP}: inplace=True is for inference, got tensors that require grad"

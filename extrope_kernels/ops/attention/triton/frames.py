@@ -9,9 +9,9 @@ import triton
 from torch import Tensor
 
 from ....scores import PositionMap, Region
-from ..._shared.attention_call import AttentionCall
 from ..._shared.triton.launch import VECTOR_BYTES, Plan, alignment, strides_of
 from ..._shared.triton.position_maps import kind_of, map_arguments, side_arguments
+from ..call import AttentionCall
 from .rotate import RotateTile, rotate_kernel
 
 THREADS = 128  # each with 16 bytes of first dims, and of second dims

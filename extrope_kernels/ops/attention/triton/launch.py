@@ -8,14 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..._shared.attention_call import AttentionCall
 from ..._shared.triton.launch import chip_of, layouts_of, planned
+from ..call import AttentionCall
 from .frames import placed
 from .plans import backward_plans, forward_plans
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """One softmax over the keys of every region, in two launches; checks what it is given.
+    """One softmax over the keys of every region, in two launches.
 
     q, k: raw, (batch, seqlen_q, heads_q, head_dim) and (batch, seqlen_k, heads_k, head_dim), or
     (total, heads, head_dim) with call.cu_seqlens; v like k, of any head_dim; all contiguous in the
@@ -89,14 +89,13 @@ def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _key(tensors: tuple[Tensor | None, ...], call: AttentionCall) -> Hashable:
-    """All that plans, and the checks before them, depend on."""
+    """All that plans depend on."""
     return (
         chip_of(tensors[-1]),
         layouts_of(*tensors, call.inv_freq, call.cu_seqlens, call.log_decay),
         layouts_of(call.sinks, call.query_scale, call.q_start, call.k_start),
-        tuple(call.starts),
-        call.granularity,
-        tuple(call.maps),
+        call.score,
+        call.stored,
         call.softmax_scale,
         call.log_n,
         call.attention_factor,

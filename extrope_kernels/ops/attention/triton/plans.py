@@ -8,11 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..._shared.attention_call import AttentionCall, lse_shape
-from ..._shared.attention_checks import check_head_dim
 from ..._shared.triton.launch import INTERPRETED, Plan, chip_of
 from ..._shared.triton.position_maps import kind_of, side_arguments
-from ..checks import check
+from ..call import AttentionCall, lse_shape
 from .backward_keys import dkv_kernel
 from .backward_queries import dq_kernel
 from .configs import MOST_ROWS, Config, config
@@ -34,7 +32,6 @@ from .frames import (
 )
 from .rows import Tile
 
-NAME = "attention"
 LEAST_DIMS = 16  # of a product
 MOST_REGIONS = 3
 Shape = tuple[int, ...]
@@ -62,7 +59,7 @@ class BackwardPlans(NamedTuple):
 
 
 def forward_plans(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> ForwardPlans:
-    """Of a call that has not been checked."""
+    """Of a call that has been checked."""
     layout = _Layout(q, k, v, call)
     align, k_maps = layout.align, key_maps(k, call)
     attend = layout.plan(
@@ -98,7 +95,7 @@ def backward_plans(
     lse: Tensor,
     call: AttentionCall,
 ) -> BackwardPlans:
-    """Of a call that has not been checked."""
+    """Of a call that has been checked."""
     layout = _Layout(q, k, v, call, dout, out)
     regions, k_maps, align = layout.regions, key_maps(k, call), layout.align
     q_maps = [region.q_map for region in regions]
@@ -127,9 +124,6 @@ class _Layout:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, *others: Tensor
     ) -> None:
-        check(NAME, q, k, v, call)
-        check_head_dim(NAME, q)
-        check_head_dim(NAME, v)
         self.call, self.q, self.chip = call, q, chip_of(q)
         self.batch = 1 if call.cu_seqlens is not None else v.shape[0]
         self.seqlen_q, self.heads_q, self.head_dim = q.shape[-3:]

@@ -11,7 +11,6 @@ from torch import Tensor
 from ....methods import RopeFreqs
 from ....scores import UNROTATED, Score
 from ..._shared import backends as _backends
-from ..._shared.attention_call import check_freqs, given_up_to_last
 from ..._shared.autograd import call_unrecorded, note_writes
 from ..._shared.checks import check_real, refuse_flags, run_explained
 from ..._shared.decay import check_new_keys
@@ -140,7 +139,7 @@ def _rope_args(freqs: RopeFreqs | None, score: Score | None, options: dict[str, 
         )
     if score.stored == UNROTATED:
         return None, None, None
-    options["stored"] = [float(n) for n in score.stored]
+    options["stored"] = score.stored.numbers()
     return freqs.inv_freq, freqs.log_decay, None
 
 
@@ -201,3 +200,19 @@ def _refuse_gradients(tensors: tuple[Any, ...]) -> None:
     for name, x in zip(("q", "k", "v", "k_cache", "v_cache"), tensors):
         if x is not None and x.requires_grad:
             raise ValueError(f"{_OP} is for inference, got {name} that requires grad")
+
+
+def check_freqs(op: str, freqs: RopeFreqs) -> None:
+    """Frequencies of one axis."""
+    if not isinstance(freqs, RopeFreqs):
+        raise TypeError(f"{op}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    if freqs.axes is not None:
+        raise ValueError(f"{op}: freqs must have no axes (mRoPE), got some")
+
+
+def given_up_to_last(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Positional arguments without the trailing ones that are None, as the op's defaults are."""
+    for count in range(len(tensors), 0, -1):
+        if tensors[count - 1] is not None:
+            return tensors[:count]
+    return ()

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ....scores import PositionMap
-from ..._shared.attention_call import position_map
 from ..._shared.fp8 import Scales
 from ..._shared.positions import sequence_of_token
 
@@ -74,7 +73,7 @@ class Append:
     @property
     def map(self) -> PositionMap | None:
         """Where a score method stores keys."""
-        return position_map(self.stored) if self.stored else None
+        return PositionMap.read(self.stored) if self.stored else None
 
     def sequence_and_place(self) -> tuple[Tensor, Tensor]:
         """(batch, seqlen): each token's sequence, and its number among the new ones of that."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..._shared.attention_call import MAP_NUMBERS
+from ....scores.base import MAP_NUMBERS
 from ..._shared.checks import (
     DTYPES,
     check_cu_seqlens,

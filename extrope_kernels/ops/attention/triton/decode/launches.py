@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._shared.fp8 import as_bits
-from ..._shared.triton.launch import Plan
+from ...._shared.fp8 import as_bits
+from ...._shared.triton.launch import Plan
 
 
 class DecodeLaunches(NamedTuple):
@@ -56,30 +56,3 @@ class DecodeLaunches(NamedTuple):
             of_queries = (sinks, query_scale, cu_seqlens_q)
             self.decode(q, *cached, *of_queries, *scales, out, lse, scratch)
         return out, lse
-
-
-class AppendLaunches(NamedTuple):
-    """Likewise for `append` alone."""
-
-    append: Plan | None
-
-    def __call__(
-        self,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        k: Tensor,
-        v: Tensor,
-        inv_freq: Tensor,
-        seqlens: Tensor,
-        block_table: Tensor | None = None,
-        leftpad: Tensor | None = None,
-        log_decay: Tensor | None = None,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
-    ) -> None:
-        if k_scale is not None:
-            k_cache, v_cache = as_bits(k_cache), as_bits(v_cache)
-        cached = (k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay)
-        cu_seqlens = scratch = None
-        if self.append is not None:
-            self.append(k, v, *cached, cu_seqlens, k_scale, v_scale, scratch)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..._shared.triton.softmax import add_sink, sink_of
+from ...._shared.triton.softmax import add_sink, sink_of
 
 NONE = tl.constexpr(-1e30)  # below any logit, and finite: differences of two are not NaN
 LN_2 = tl.constexpr(0.6931471805599453)

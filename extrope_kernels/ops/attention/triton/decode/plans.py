@@ -7,20 +7,19 @@ import math
 import triton
 from torch import Tensor
 
-from ....scores import UNROTATED
-from ....scores.base import FIRST_KEY
-from ..._shared.attention_call import AttentionCall, lse_shape
-from ..._shared.fp8 import FP8
-from ..._shared.triton.fp8 import kind_of_cache
-from ..._shared.triton.launch import VECTOR_BYTES, Plan, chip_of, strides_of
-from ..._shared.triton.position_maps import kind_of, map_arguments, side_arguments
-from ..arguments import KVCache
+from .....scores import UNROTATED
+from .....scores.base import FIRST_KEY
+from ...._shared.fp8 import FP8
+from ...._shared.triton.fp8 import kind_of_cache
+from ...._shared.triton.launch import VECTOR_BYTES, Plan, chip_of, strides_of
+from ...._shared.triton.position_maps import kind_of, map_arguments, side_arguments
+from ...call import AttentionCall, KVCache, lse_shape
 from .append import append_kernel
 from .cache import CacheTile
 from .configs import Config, config
 from .grid import grid_of
 from .kernels import decode_kernel
-from .launches import AppendLaunches, DecodeLaunches
+from .launches import DecodeLaunches
 
 LEAST_DIMS = 16  # of a product, and rows of one
 MOST_REGIONS = 3
@@ -80,11 +79,6 @@ def launches_of_decode(
         return DecodeLaunches(before, plan, *results)
     partials = grid.slots * heads_k * grid.rows * (tile.head_dim_v + 1)
     return DecodeLaunches(before, plan, *results, counters + partials, counters)
-
-
-def launches_of_append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> AppendLaunches:
-    """What append launches for these layouts and options."""
-    return AppendLaunches(_append_plan(k, v, cache, call, 0))
 
 
 def _append_plan(

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-from ..._shared.triton.tiles import tile
+from ...._shared.triton.tiles import tile
 
 TABLE = Path(__file__).with_name("configs.json")
 

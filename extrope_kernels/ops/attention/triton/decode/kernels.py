@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from ..._shared.triton.fp8 import widened_codes
-from ..._shared.triton.pairs import load_parts, of_pairs, rotate, widened
-from ..._shared.triton.position_maps import log_n_scale, map_cos_sin
-from ..._shared.triton.softmax import capped
+from ...._shared.triton.fp8 import widened_codes
+from ...._shared.triton.pairs import load_parts, of_pairs, rotate, widened
+from ...._shared.triton.position_maps import log_n_scale, map_cos_sin
+from ...._shared.triton.softmax import capped
 from .cache import first_key, length_of, slot_rows, tokens_of
 from .results import NONE, finish
 from .schedule import place_of

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
-from ..._shared.attention_call import AttentionCall
-from ..._shared.triton.launch import processors_of
-from ..arguments import KVCache
+from ...._shared.triton.launch import processors_of
+from ...call import AttentionCall, KVCache
 from .configs import Config
 
 LEAST_KEYS = 256  # of a split, or its start and merge show

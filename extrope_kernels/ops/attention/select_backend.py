@@ -1,19 +1,19 @@
-"""Who attends on a GPU when no backend is named: a table, and how a call is looked up in it."""
+"""Select who attends on a GPU when no backend is named: a table, and the look-up in it."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._shared.attention_call import AttentionCall
 from . import flash_attn
+from .call import AttentionCall
 from .flash_attn.engine_check import unusable
-from .flash_attn.engines import ENGINES, why_not
+from .flash_attn.engines import ENGINES, Engine, why_not
 
 VARIABLE = "EXTROPE_ATTENTION"
 _NAMES = ("triton", "flash_attn")
@@ -46,7 +46,7 @@ TABLE = (
 
 
 class Shape(NamedTuple):
-    """What the choice depends on, of a call."""
+    """The properties of a call that decide."""
 
     dtype: torch.dtype
     head_dim: int
@@ -57,20 +57,15 @@ class Shape(NamedTuple):
     refused: str | None = None  # what the composition does not take of the call
 
 
-class Choice(NamedTuple):
+class Selected(NamedTuple):
     backend: str
     reason: str
-    engine: str | None = None  # None: what the backend itself thinks best
+    engine: str | None = None  # of flash_attn; None: the best that is installed
 
 
-class Implementation(NamedTuple):
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-
-
-def choose(
+def select(
     major: int, shape: Shape, missing: Callable[[str], str | None], override: str = ""
-) -> Choice:
+) -> Selected:
     """Look a call up in the table.
 
     major: of the GPU's compute capability.
@@ -85,20 +80,22 @@ def choose(
             raise ValueError(
                 f"attention: {VARIABLE} must be {' or '.join(_NAMES)}, got {override!r}"
             )
-        return Choice(override, f"{VARIABLE}={override}")
+        return Selected(override, f"{VARIABLE}={override}")
     if why := _refused(shape):
-        return Choice("triton", why)
+        return Selected("triton", why)
     row = next((r for r in TABLE if r.major == major and shape.head_dim <= r.head_dim), None)
     if row is None:
-        return Choice("triton", f"no row for compute capability {major}.x and such a head_dim")
+        return Selected("triton", f"no row for compute capability {major}.x and such a head_dim")
     if shape.seqlen < row.seqlen:
-        return Choice("triton", f"shorter than {row.seqlen} tokens")
+        return Selected("triton", f"shorter than {row.seqlen} tokens")
     reasons = {engine: missing(engine) for engine in row.engines}
     for engine, why in reasons.items():
         if why is None:
             source = "estimated" if row.estimate else "measured"
-            return Choice("flash_attn", f"{engine} from {row.seqlen} tokens on ({source})", engine)
-    return Choice("triton", "; ".join(why for why in reasons.values() if why))
+            return Selected(
+                "flash_attn", f"{engine} from {row.seqlen} tokens on ({source})", engine
+            )
+    return Selected("triton", "; ".join(why for why in reasons.values() if why))
 
 
 def _refused(shape: Shape) -> str | None:
@@ -117,43 +114,38 @@ def _refused(shape: Shape) -> str | None:
     return None
 
 
-def implementation(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Implementation:
-    """Forward and backward of who attends to a call on a GPU; the backward finds the same."""
+def select_backend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Selected:
+    """Who attends to a call on a GPU; forward and backward find the same."""
     seqlen, _, head_dim = q.shape[-3:]
     if call.cu_seqlens is None:
         seqlen = min(seqlen, k.shape[-3])
     else:
         seqlen //= max(1, call.cu_seqlens.shape[0] - 1)
-    override = os.environ.get(VARIABLE, "")
-    decays = call.log_decay is not None
     refused = None
     if v.shape[-1] != head_dim:
         refused = "a head_dim of v's own"
     elif call.q_start is not None or call.k_start is not None:
         refused = "q_start and k_start"
-    of_regions = (len(call.starts), call.granularity, decays, refused)
-    return _implementation(q.device, override, q.dtype, head_dim, seqlen, *of_regions)
+    regions, decays = (len(call.regions), call.granularity), call.log_decay is not None
+    shape = Shape(q.dtype, head_dim, seqlen, *regions, decays, refused)
+    selected = _select(q.device, os.environ.get(VARIABLE, ""), shape)
+    asked = selected.backend == "flash_attn" and selected.engine is None
+    if asked and (reason := flash_attn.missing()):
+        raise NotImplementedError(f"attention: {selected.reason} cannot run here: {reason}")
+    return selected
 
 
-@functools.lru_cache(maxsize=4096)  # of plain arguments: a call costs 2 us
-def _implementation(device: torch.device, override: str, *of_shape: Any) -> Implementation:
-    shape = Shape(*of_shape)
+def engine_named(name: str | None) -> Engine | None:
+    """The engine of a selection."""
+    return None if name is None else _ENGINES[name]
 
+
+@functools.lru_cache(maxsize=4096)  # an engine is imported and tried once
+def _select(device: torch.device, override: str, shape: Shape) -> Selected:
     def missing(engine: str) -> str | None:
         return unusable(_ENGINES[engine], device, shape.dtype, shape.head_dim)
 
-    choice = choose(_major(device), shape, missing, override)
-    if choice.backend == "triton":
-        from . import triton
-
-        return Implementation(triton.forward, triton.backward)
-    if override and (reason := flash_attn.missing()):
-        raise NotImplementedError(f"attention: {VARIABLE}={override} cannot run here: {reason}")
-    engine = None if choice.engine is None else _ENGINES[choice.engine]
-    return Implementation(
-        functools.partial(flash_attn.forward, engine=engine),
-        functools.partial(flash_attn.backward, engine=engine),
-    )
+    return select(_major(device), shape, missing, override)
 
 
 def _major(device: torch.device) -> int:
@@ -161,11 +153,11 @@ def _major(device: torch.device) -> int:
     return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
-def choices() -> dict[str, str]:
+def selections() -> dict[str, str]:
     """Who attends on the GPUs here, or where there is none on those of the table: a line each."""
     if override := os.environ.get(VARIABLE, ""):
         try:
-            reason = choose(0, _shape(64, 0), lambda _: None, override).reason
+            reason = select(0, _shape(64, 0), lambda _: None, override).reason
         except ValueError as error:
             reason = str(error)
         return {"attention on cuda": reason}
@@ -185,7 +177,7 @@ def _line(row: Row, device: torch.device | None) -> str:
             return why_not(_ENGINES[engine], (row.major, 0), row.head_dim)
         return unusable(_ENGINES[engine], device, torch.bfloat16, row.head_dim)
 
-    backend, reason, _ = choose(row.major, _shape(row.head_dim, row.seqlen), missing)
+    backend, reason, _ = select(row.major, _shape(row.head_dim, row.seqlen), missing)
     return f"{backend}: {reason}" + ("" if backend == "triton" else ", triton below")
 
 

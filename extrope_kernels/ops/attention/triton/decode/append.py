@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from ..._shared.triton.fp8 import parts_of_codes, quantize_rows
-from ..._shared.triton.pairs import copy_rows, load_parts, of_pairs, rotate, store_parts, widened
-from ..._shared.triton.position_maps import map_cos_sin
-from ..._shared.triton.tokens import sequence_of
+from ...._shared.triton.fp8 import parts_of_codes, quantize_rows
+from ...._shared.triton.pairs import copy_rows, load_parts, of_pairs, rotate, store_parts, widened
+from ...._shared.triton.position_maps import map_cos_sin
+from ...._shared.triton.tokens import sequence_of
 from .cache import page_of, slot_rows
 from .results import counters_of
 

@@ -1,0 +1,223 @@
+"""`AttentionCall`, the one description of an attention call, and `KVCache`, of the cache it reads.
+
+Checks, reference and kernels all read these. An op of torch takes tensors and numbers alone, so a
+call travels through it as `call.tensors` and `call.numbers`, and `read_call` makes it again. C++
+reads the same numbers in csrc/common/attention_numbers.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...methods import RopeFreqs
+from ...scores.base import FIRST_KEY, MAP_NUMBERS, SAME, UNROTATED, PositionMap, Region, Score
+from .._shared.dtypes import accumulator
+from .._shared.fp8 import NO_SCALES, Scales
+
+_SINGLE_NUMBERS = 8  # before the regions
+PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call, beside q, k and v."""
+
+    inv_freq: Tensor  # (rotary_dim/2,), or one row a sequence
+    cu_seqlens: Tensor | None = None  # with a cache: of the queries
+    log_decay: Tensor | None = None
+    sinks: Tensor | None = None  # (heads_q,) float32: logits without a value
+    query_scale: Tensor | None = None  # (seqlen_q,) or (batch, seqlen_q) float32; packed (total,)
+    q_start: Tensor | None = None  # (1,) or (sequences,) int32: the first query's position
+    k_start: Tensor | None = None  # the first key's; where both are None, both sides end together
+    score: Score = PLAIN
+    keys_stored: bool = False  # keys come rotated to where the score stores them, else raw
+    softmax_scale: float | None = None
+    log_n: float | None = None
+    attention_factor: float = 1.0
+    interleaved: bool = False
+    softcap: float = 0.0  # 0: none
+    sliding_window: int | None = None
+    float32_results: bool = False  # out, or the gradients, in float32; not with a cache
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The call's tensors, in the order of the fields and of the op's arguments."""
+        starts = (self.q_start, self.k_start)
+        return (
+            self.inv_freq,
+            self.cu_seqlens,
+            self.log_decay,
+            self.sinks,
+            self.query_scale,
+            *starts,
+        )
+
+    @property
+    def numbers(self) -> list[float]:
+        """All the rest, as the op's list of floats; 0 stands for None."""
+        return [
+            _or_zero(self.softmax_scale),
+            _or_zero(self.log_n),
+            float(self.attention_factor),
+            float(self.interleaved),
+            float(self.softcap),
+            _or_zero(self.sliding_window),
+            float(self.float32_results),
+            *self.score.numbers,
+            *self.stored.numbers(),
+        ]
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The score's regions, far keys first."""
+        return self.score.regions
+
+    @property
+    def granularity(self) -> int:
+        """Queries of one block of so many tokens share the regions' starts."""
+        return self.score.granularity
+
+    @property
+    def stored(self) -> PositionMap:
+        """The map that keys come rotated by."""
+        return self.score.stored if self.keys_stored else UNROTATED
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first key of each region, counted from the query's block."""
+        return tuple(region.start for region in self.regions)
+
+    def trimmed(self, longest: int) -> list[Region]:
+        """Return the regions that hold a key in sequences of `longest` tokens, and the last one."""
+        regions = list(self.regions)
+        most = max(longest - 1, 0) // self.granularity * self.granularity
+        if self.sliding_window is not None:
+            most = min(most, self.sliding_window - 1)
+        while len(regions) > 1 and most + regions[1].start <= 0:
+            regions = regions[1:]
+        return regions
+
+    def first_keys(self, i: Tensor) -> list[Tensor]:
+        """Each region's first key as queries at positions i see it, and the key behind the last."""
+        block = torch.div(i, self.granularity, rounding_mode="floor") * self.granularity
+        firsts = [block + start for start in self.starts]
+        if self.sliding_window is not None:
+            firsts = [first.maximum(i + 1 - self.sliding_window) for first in firsts]
+        return [first.minimum(i + 1) for first in firsts] + [i + 1]
+
+    def first_key(self, query: int) -> int:
+        """The first key that a query at this position sees; may be negative."""
+        first = query // self.granularity * self.granularity + self.starts[0]
+        return first if self.sliding_window is None else max(first, query + 1 - self.sliding_window)
+
+    def queries_end(self, end: int) -> int:
+        """The position behind the last query that sees a key before position `end`."""
+        last = -((self.starts[0] - end) // self.granularity) * self.granularity
+        return last if self.sliding_window is None else min(last, end + self.sliding_window - 1)
+
+    def results_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of out, or of the gradients, where q, k and v are of `dtype`."""
+        return accumulator(dtype) if self.float32_results else dtype
+
+    def scale(self, head_dim: int) -> float:
+        """The factor of all logits."""
+        return self.softmax_scale or head_dim**-0.5
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys, rotated to where the score stores them, and values of every sequence."""
+
+    k: Tensor  # (batch, max_len, heads_k, head_dim), or (pages, page_size, ...) with block_table
+    v: Tensor
+    seqlens: Tensor  # (batch,) int32: slots in use, the left padding among them
+    block_table: Tensor | None = None  # (batch, max_pages) int32
+    leftpad: Tensor | None = None  # (batch,) int32: the slot of position 0
+    scales: Scales = NO_SCALES  # of a cache in float8_e4m3fn
+    appended: int = 0  # tokens that this call writes, to be added to seqlens
+    cu_seqlens_new: Tensor | None = None  # of tokens that it writes packed
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors beside k and v, in the order of the op's arguments."""
+        return (self.seqlens, self.block_table, self.leftpad, *self.scales)
+
+    @property
+    def capacity(self) -> int:
+        """How many slots a sequence has."""
+        pages = 1 if self.block_table is None else self.block_table.shape[1]
+        return pages * self.k.shape[1]
+
+    def ends(self) -> Tensor:
+        """(batch,) int64: the slots in use once this call has written."""
+        if self.cu_seqlens_new is None:
+            return self.seqlens.long() + self.appended
+        return self.seqlens.long() + self.cu_seqlens_new.diff()
+
+    def lengths(self) -> Tensor:
+        """(batch,) int64: the number of keys of each sequence."""
+        return self.ends() if self.leftpad is None else self.ends() - self.leftpad
+
+    def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of the first two dimensions of k and v for (batch, n) slots."""
+        sequence = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        if self.block_table is None:
+            return sequence, slots
+        page_size = self.k.shape[1]
+        return self.block_table[sequence, slots // page_size].long(), slots % page_size
+
+
+def make_call(freqs: RopeFreqs, score: Score | None, **options) -> AttentionCall:
+    """Describe a call of the public functions by frequencies and a score, None: plain RoPE."""
+    return AttentionCall(
+        freqs.inv_freq,
+        log_decay=freqs.log_decay,
+        attention_factor=freqs.attention_factor,
+        score=score or PLAIN,
+        **options,
+    )
+
+
+def read_call(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> AttentionCall:
+    """Make the call again from `call.tensors` and `call.numbers`."""
+    softmax_scale, log_n, factor, interleaved, softcap, window, float32, granularity = numbers[
+        :_SINGLE_NUMBERS
+    ]
+    count, over = divmod(len(numbers) - _SINGLE_NUMBERS - MAP_NUMBERS, 1 + 2 * MAP_NUMBERS)
+    if over or not 1 <= count <= 3:
+        raise ValueError(
+            f"attention: numbers must describe 1 to 3 regions, got {len(numbers)} of them"
+        )
+    starts = numbers[_SINGLE_NUMBERS : _SINGLE_NUMBERS + count]
+    maps = [
+        PositionMap.read(numbers[n : n + MAP_NUMBERS])
+        for n in range(_SINGLE_NUMBERS + count, len(numbers), MAP_NUMBERS)
+    ]
+    of_regions = zip(starts, maps[:count], maps[count : 2 * count], strict=True)
+    regions = tuple(Region(int(start), q_map, k_map) for start, q_map, k_map in of_regions)
+    return AttentionCall(
+        *tensors,
+        score=Score("attention", regions, int(granularity), maps[-1]),
+        keys_stored=True,
+        softmax_scale=softmax_scale or None,
+        log_n=log_n or None,
+        attention_factor=factor,
+        interleaved=bool(interleaved),
+        softcap=softcap,
+        sliding_window=int(window) or None,
+        float32_results=bool(float32),
+    )
+
+
+def _or_zero(x: float | None) -> float:
+    """0 stands for None, and -1 for 0, which every option refuses."""
+    return 0.0 if x is None else float(x) or -1.0
+
+
+def lse_shape(q: Tensor) -> tuple[int, ...]:
+    """(batch, heads_q, seqlen_q), or packed (heads_q, total)."""
+    return (*q.shape[:-3], q.shape[-2], q.shape[-3])

@@ -1,0 +1,328 @@
+"""The ops of attention: schemas, fakes, gradients, and who computes on which device.
+
+They know regions and position maps, never a score method. `attention_fwd`, `attention_bwd` and
+`decode` run the best on the tensors' device (csrc/cpu/attention and csrc/cpu/decode on a CPU, on a
+GPU Triton or the composition over flash-attn), those with a suffix that backend alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._shared.autograd import contiguous_rows, refuse_backward, register_backward
+from .._shared.dtensor import replicated
+from .._shared.dtypes import accumulator
+from .._shared.fp8 import Scales
+from .._shared.library import library, load_on_first_use, ops
+from . import flash_attn, reference
+from .call import AttentionCall, KVCache, lse_shape, read_call
+from .checks import check_attention, check_boundaries, check_decode, check_head_dim, check_slots
+from .select_backend import engine_named, select_backend
+
+Tensors = tuple[Tensor | None, ...]
+_CALL = (
+    "Tensor inv_freq, Tensor? cu_seqlens, Tensor? log_decay, Tensor? sinks, Tensor? query_scale, "
+    "Tensor? q_start, Tensor? k_start, *, float[] numbers"
+)
+_SINKS = 6  # index among the arguments of attention_fwd
+# The numbers are those of AttentionCall. decode's cu_seqlens_q is the call's cu_seqlens; q_start
+# and k_start follow from the cache. With k and v, these are written into the cache first.
+_SCHEMAS = {
+    "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor out, Tensor lse)",
+    "attention_bwd": (
+        "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"{_CALL}) -> (Tensor dq, Tensor dk, Tensor dv)"
+    ),
+    "decode": (
+        "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
+        "Tensor inv_freq, Tensor? cu_seqlens_q, Tensor? log_decay, Tensor? sinks, "
+        "Tensor? query_scale, Tensor cache_seqlens, Tensor? block_table, Tensor? cache_leftpad, "
+        "Tensor? k_scale, Tensor? v_scale, *, float[] numbers) -> (Tensor out, Tensor lse)"
+    ),
+}
+_DECODE_TENSORS = 5  # of the call, from inv_freq to query_scale
+
+
+# -------------------------------------------------------------------------------------------------
+# From a call to the backend that computes it
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """out and lse; differentiable. Refuses what has no meaning before a kernel starts."""
+    if _by_reference(q, backend):
+        check_attention("attention", q, k, v, call)
+        check_boundaries("attention", call.cu_seqlens, q)
+        return reference.forward(q, k, v, call)
+    return _op("attention_fwd", backend)(
+        q, k, v, *replicated(q, call.tensors), numbers=call.numbers
+    )
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: AttentionCall,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The contribution of these keys to dq, and of these queries to dk and dv.
+
+    out, lse, dout, dlse: of the queries over all of their keys, of which k and v may be a part.
+    """
+    given = (dout, dlse, q, k, v, out, lse)
+    if _by_reference(q, backend):
+        return reference.backward(*given, call)
+    return _op("attention_bwd", backend)(*given, *call.tensors, numbers=call.numbers)
+
+
+def decode(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache: KVCache,
+    call: AttentionCall,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out and lse over a cache, into which k and v are written first; refuses as `forward`."""
+    if _by_reference(q, backend):
+        check_decode("decode", q, k, v, cache, call)
+        check_slots("decode", cache, call.cu_seqlens, len(q))
+        return reference.decode(q, k, v, cache, call)
+    of_call = call.tensors[:_DECODE_TENSORS]
+    tensors = (q, cache.k, cache.v, k, v, *of_call, *cache.tensors)
+    return _op("decode", backend)(*tensors, numbers=call.numbers)
+
+
+def _by_reference(q: Tensor, backend: str | None) -> bool:
+    """The fused kernels have no float64, and the reference has derivatives of any order."""
+    return backend == "reference" or (backend in (None, "cpu") and q.dtype == torch.float64)
+
+
+def _op(name: str, backend: str | None) -> Any:
+    return getattr(ops, f"{name}_{backend}" if backend in ("triton", "flash_attn") else name)
+
+
+# -------------------------------------------------------------------------------------------------
+# From an op's arguments to a kernel
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, numbers: Sequence[float]):
+    """The call, checked."""
+    call = read_call(tensors, numbers)
+    check_attention("attention", q, k, v, call)
+    check_boundaries("attention", call.cu_seqlens, q)
+    return call
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, numbers: Sequence[float]):
+    """The call, checked for a fused kernel."""
+    call = _attention(q, k, v, tensors, numbers)
+    check_head_dim("attention", q)
+    check_head_dim("attention", v)
+    return call
+
+
+def _fwd_reference(q, k, v, *tensors, numbers):
+    return reference.forward(q, k, v, _attention(q, k, v, tensors, numbers))
+
+
+def _bwd_reference(dout, dlse, q, k, v, out, lse, *tensors, numbers):
+    call = _attention(q, k, v, tensors, numbers)
+    return reference.backward(dout, dlse, q, k, v, out, lse, call)
+
+
+def _fwd_triton(q, k, v, *tensors, numbers):
+    from . import triton
+
+    return triton.forward(q, k, v, _fused(q, k, v, tensors, numbers))
+
+
+def _bwd_triton(dout, dlse, q, k, v, out, lse, *tensors, numbers):
+    from . import triton
+
+    return triton.backward(dout, dlse, q, k, v, out, lse, _fused(q, k, v, tensors, numbers))
+
+
+def _fwd_flash_attn(q, k, v, *tensors, numbers):
+    return flash_attn.forward(q, k, v, _fused(q, k, v, tensors, numbers))
+
+
+def _bwd_flash_attn(dout, dlse, q, k, v, out, lse, *tensors, numbers):
+    call = _fused(q, k, v, tensors, numbers)
+    return flash_attn.backward(dout, dlse, q, k, v, out, lse, call)
+
+
+def _fwd_cuda(q, k, v, *tensors, numbers):
+    call = _fused(q, k, v, tensors, numbers)
+    selected = select_backend(q, k, v, call)
+    if selected.backend == "flash_attn":
+        return flash_attn.forward(q, k, v, call, engine_named(selected.engine))
+    from . import triton
+
+    return triton.forward(q, k, v, call)
+
+
+def _bwd_cuda(dout, dlse, q, k, v, out, lse, *tensors, numbers):
+    call, given = _fused(q, k, v, tensors, numbers), (dout, dlse, q, k, v, out, lse)
+    selected = select_backend(q, k, v, call)
+    if selected.backend == "flash_attn":
+        return flash_attn.backward(*given, call, engine_named(selected.engine))
+    from . import triton
+
+    return triton.backward(*given, call)
+
+
+def _decode_call(q, k_cache, v_cache, k, v, *tensors, numbers) -> tuple[KVCache, AttentionCall]:
+    """The cache and the call of an op's arguments, checked."""
+    *cached, k_scale, v_scale = tensors[_DECODE_TENSORS:]
+    cu_seqlens = tensors[1]
+    appended = 0 if k is None or k.dim() != 4 else k.shape[1]
+    new = (appended, None if k is None else cu_seqlens)
+    cache = KVCache(k_cache, v_cache, *cached, Scales(k_scale, v_scale), *new)
+    call = read_call(tensors[:_DECODE_TENSORS], numbers)
+    check_decode("decode", q, k, v, cache, call)
+    return cache, call
+
+
+def _decode_reference(*tensors, numbers):
+    q, _, _, k, v = tensors[:5]
+    cache, call = _decode_call(*tensors, numbers=numbers)
+    check_slots("decode", cache, call.cu_seqlens, len(q))
+    return reference.decode(q, k, v, cache, call)
+
+
+def _decode_triton(*tensors, numbers):
+    from .triton.decode import launch
+
+    q, _, _, k, v = tensors[:5]
+    cache, call = _decode_call(*tensors, numbers=numbers)
+    check_head_dim("decode", q)
+    check_head_dim("decode", cache.v)
+    check_slots("decode", cache, call.cu_seqlens, len(q))
+    return launch.decode(q, k, v, cache, call)
+
+
+# -------------------------------------------------------------------------------------------------
+# Fakes and gradients
+
+
+def _fwd_fake(q, k, v, *tensors, numbers):
+    call = read_call(tensors, numbers)
+    check_attention("attention", q, k, v, call)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=call.results_dtype(q.dtype))
+    return out, q.new_empty(lse_shape(q), dtype=accumulator(q.dtype))
+
+
+def _bwd_fake(dout, dlse, q, k, v, out, lse, *tensors, numbers):
+    call = read_call(tensors, numbers)
+    check_attention("attention", q, k, v, call)
+    return tuple(x.new_empty(x.shape, dtype=call.results_dtype(x.dtype)) for x in (q, k, v))
+
+
+def _decode_fake(*tensors, numbers):
+    _decode_call(*tensors, numbers=numbers)
+    q, v_cache = tensors[0], tensors[2]
+    lse = q.new_empty(lse_shape(q), dtype=accumulator(q.dtype))
+    return q.new_empty((*q.shape[:-1], v_cache.shape[-1])), lse
+
+
+def _register_gradient(suffix: str) -> None:
+    """The derivative in q, k, v and sinks; raw tensors alone are saved."""
+    fwd = getattr(ops, f"attention_fwd{suffix}").default
+    bwd = getattr(ops, f"attention_bwd{suffix}").default
+
+    def save(ctx, args, options, outputs):
+        for n, x in enumerate(args[3:], start=3):
+            if x is not None and x.requires_grad and n != _SINKS:
+                raise ValueError(
+                    f"attention: {fwd._schema.arguments[n].name} has a gradient with "
+                    "backend='reference' only, got a tensor that requires grad"
+                )
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args[:3], *outputs, *args[3:])
+
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return None, None, None
+        # Those of float32_results are rounded, as they are on their way to the 16-bit op.
+        out = out.to(q.dtype)
+        dout = torch.zeros_like(out) if dout is None else contiguous_rows(dout.to(q.dtype))
+        dlse = None if dlse is None else dlse.contiguous()
+        grads = bwd(dout, dlse, q, k, v, out, lse, *tensors, **ctx.options)
+        if ctx.needs_input_grad[_SINKS + 2]:
+            of_sinks = grad_of_sinks(tensors[_SINKS - 3], dout, dlse, out, lse)
+            return *grads, None, None, None, of_sinks
+        return grads
+
+    register_backward(library, fwd, save, backward)
+    only_first = "the fused kernels have first derivatives only; use backend='reference'"
+    refuse_backward(library, bwd, f"attention: {only_first}")
+
+
+def grad_of_sinks(
+    sinks: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
+) -> Tensor:
+    """The gradient of a call's sinks (heads_q,), from its outputs and their gradients.
+
+    out, dout: (batch, seqlen_q, heads_q, head_dim), or packed (total, heads_q, head_dim); lse,
+    dlse: (batch, heads_q, seqlen_q) or (heads_q, total), of all logits and the sink.
+    """
+    delta = torch.linalg.vecdot(dout.to(lse.dtype), out.to(lse.dtype)).transpose(-1, -2)
+    if dlse is not None:
+        delta = delta - dlse
+    # A row without keys whose sink is switched off by -inf has neither.
+    share = torch.exp((sinks[:, None] - lse).masked_fill(lse == -torch.inf, -torch.inf))
+    found = -share * delta
+    return found.movedim(-2, 0).flatten(1).sum(1).to(sinks.dtype)
+
+
+def _written(args: Tensors) -> Tensors:
+    """The caches, where decode appends to them."""
+    return () if args[3] is None else args[1:3]
+
+
+def _define() -> None:
+    fakes = {"attention_fwd": _fwd_fake, "attention_bwd": _bwd_fake, "decode": _decode_fake}
+    kernels = {  # on a CPU: the interpreter, and stand-ins for an engine
+        "attention_fwd_triton": _fwd_triton,
+        "attention_bwd_triton": _bwd_triton,
+        "decode_triton": _decode_triton,
+        "attention_fwd_flash_attn": _fwd_flash_attn,
+        "attention_bwd_flash_attn": _bwd_flash_attn,
+    }
+    for name in (*_SCHEMAS, *kernels):
+        schema = name.removesuffix("_triton").removesuffix("_flash_attn")
+        library.define(name + _SCHEMAS[schema], tags=(torch.Tag.needs_fixed_stride_order,))
+        torch.library.register_fake(f"{library.ns}::{name}", fakes[schema], lib=library)
+    for name, kernel in kernels.items():
+        library.impl(name, kernel, "CPU")
+        library.impl(name, kernel, "CUDA")
+    library.impl("attention_fwd", _fwd_cuda, "CUDA")
+    library.impl("attention_bwd", _bwd_cuda, "CUDA")
+    library.impl("decode", _decode_triton, "CUDA")
+    for suffix in ("", "_triton", "_flash_attn"):
+        _register_gradient(suffix)
+    for name in ("decode", "decode_triton"):
+        refused = "decode: is for inference and has no gradient"
+        refuse_backward(library, getattr(ops, name).default, refused, _written)
+    references = {
+        "attention_fwd": _fwd_reference,
+        "attention_bwd": _bwd_reference,
+        "decode": _decode_reference,
+    }
+    load_on_first_use({"cpu": references})
+
+
+_define()

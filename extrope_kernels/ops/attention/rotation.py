@@ -1,0 +1,140 @@
+"""Rotate raw queries and keys to where every region sees them, and gradients back.
+
+For implementations that take rotated tensors; the fused kernels rotate rows themselves.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...scores import UNROTATED, query_scale
+from .._shared.library import ops
+from .._shared.positions import sequence_of_token
+from .call import AttentionCall
+
+
+class Places(NamedTuple):
+    """Where a region rotates queries and keys to: (seqlen,), or (batch, seqlen)."""
+
+    q: Tensor
+    k: Tensor  # counted from where keys come
+
+
+def positions(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """int64 positions of queries and of keys: (seqlen,), or (batch, seqlen) where they differ."""
+    seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
+    rows, keys = (torch.arange(n, device=q.device) for n in (seqlen_q, seqlen_k))
+    sequence = None
+    if call.cu_seqlens is not None:
+        sequence = sequence_of_token(call.cu_seqlens, seqlen_k)
+        rows = keys = keys - call.cu_seqlens[sequence]
+    k_start = _of_tokens(call.k_start, sequence)
+    q_start = _of_tokens(call.q_start, sequence)
+    if call.q_start is None:
+        q_start = k_start if sequence is not None else k_start + (seqlen_k - seqlen_q)
+    return rows + q_start, keys + k_start
+
+
+def row_scale(i: Tensor, call: AttentionCall, dtype: torch.dtype) -> Tensor | None:
+    """The factors, beside call.scale, of the logits of queries at positions i, or None.
+
+    (seqlen_q,) or (batch, seqlen_q), as log_n and query_scale make them.
+    """
+    scale = None if call.log_n is None else query_scale.log_n(i, call.log_n, dtype=dtype)
+    if call.query_scale is None:
+        return scale
+    given = call.query_scale.to(dtype)
+    return given if scale is None else given * scale
+
+
+def used(q: Tensor, k: Tensor, call: AttentionCall) -> list[tuple[Tensor, Tensor]]:
+    """The queries and the keys, as masks, that each region brings together."""
+    i, j = positions(q, k, call)
+    firsts, found = call.first_keys(i), []
+    for first, end in pairwise(firsts):
+        if call.cu_seqlens is None:  # else every sequence has first and last keys of its own
+            first, end = first.maximum(j[..., :1]), end.minimum(j[..., -1:] + 1)
+        of_k = (j >= first.amin(-1, keepdim=True)) & (j < end.amax(-1, keepdim=True))
+        found.append((first.clamp(min=0) < end, of_k))
+    return found
+
+
+def places(q: Tensor, k: Tensor, call: AttentionCall) -> list[Places]:
+    """Where each region rotates to; 0 for queries and keys that it does not bring together.
+
+    XPOS's amplitude may overflow far from where a region holds keys, and an infinite number would
+    meet a weight of 0.
+    """
+    i, j = positions(q, k, call)
+    if not i.numel() or not j.numel():
+        return [Places(i, j) for _ in call.regions]
+    return [
+        Places(
+            torch.where(of_q, region.q_map(i), 0.0),
+            torch.where(of_k, region.k_map(j) - call.stored(j), 0.0),
+        )
+        for region, (of_q, of_k) in zip(call.regions, used(q, k, call))
+    ]
+
+
+def rotate(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[list[Tensor], list[Tensor]]:
+    """q and k as every region sees them; differentiable.
+
+    q: (..., seqlen_q, heads_q, head_dim), k: (..., seqlen_k, heads_k, head_dim).
+    """
+    at = places(q, k, call)
+    return [rotate_queries(q, place.q, call) for place in at], [
+        k if region.k_map == call.stored else _rotate_keys(k, place.k, call)
+        for region, place in zip(call.regions, at)
+    ]
+
+
+def unrotate(
+    dq: list[Tensor], dk: list[Tensor], q: Tensor, k: Tensor, call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    """The gradients of raw q and k, of the call's dtype for results, from those of the regions."""
+    at = places(q, k, call)
+    raw_q = [rotate_queries(g, place.q, call, adjoint=True) for g, place in zip(dq, at)]
+    raw_k = [
+        g if region.k_map == call.stored else _rotate_keys(g, place.k, call, adjoint=True)
+        for g, region, place in zip(dk, call.regions, at)
+    ]
+    return sum(raw_q).to(call.results_dtype(q.dtype)), sum(raw_k).to(call.results_dtype(k.dtype))
+
+
+def rotate_queries(x: Tensor, i: Tensor, call: AttentionCall, adjoint: bool = False) -> Tensor:
+    """Rotate to positions i. The attention factor of both sides goes onto the queries, so that keys
+    which come rotated can stay as they are.
+    """
+    return _rotate(x, i, call, call.log_decay, call.attention_factor**2, adjoint)
+
+
+def store_keys(x: Tensor, j: Tensor, call: AttentionCall) -> Tensor:
+    """Rotate raw keys to where a cache keeps them."""
+    return x if call.stored == UNROTATED else _rotate_keys(x, call.stored(j), call)
+
+
+def _rotate_keys(x: Tensor, j: Tensor, call: AttentionCall, adjoint: bool = False) -> Tensor:
+    decay = None if call.log_decay is None else -call.log_decay
+    return _rotate(x, j, call, decay, 1.0, adjoint)
+
+
+def _rotate(x, position, call, log_decay, amplitude, adjoint) -> Tensor:
+    rope_args = (call.inv_freq, position, call.cu_seqlens, log_decay)
+    options = {"attention_factor": amplitude, "interleaved": call.interleaved}
+    if adjoint:
+        return ops.rope_bwd(x, None, None, None, *rope_args, **options)[0]
+    return ops.rope_fwd(x, None, *rope_args, **options)[0]
+
+
+def _of_tokens(start: Tensor | None, sequence: Tensor | None) -> Tensor | int:
+    """A start as it is added to the positions of tokens."""
+    if start is None:
+        return 0
+    if start.shape[0] == 1:
+        return start.long()
+    return start.long()[:, None] if sequence is None else start.long()[sequence]
