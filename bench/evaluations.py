@@ -68,7 +68,9 @@ def keep(found: Path, name: str, kind: str, results: Path = RESULTS) -> None:
     content |= {key: measured[key] for key in ABOUT if key in measured}
     rows = {_key(row): row for row in content["rows"]}
     for row in measured["rows"]:
-        own = {"method": row["method"], "params": row["params"]}
+        searched = row["method"] == "longrope"  # 64 factors, which are in the search's own file
+        params = {"factors": "searched"} if searched else row["params"]
+        own = {"method": row["method"], "params": params}
         own |= KEPT[kind](row, measured["training_length"])
         rows[_key(own)] = rows.get(_key(own), {}) | own
     write(path, {**content, "rows": list(rows.values())})
@@ -114,7 +116,7 @@ class Measured(NamedTuple):
 def measured(results: Path = RESULTS, name: str = "smollm2-16k") -> dict[str, list[Measured]]:
     """By method: first what `eval` gives it, then other parameters that were tried.
 
-    A method with rounded wavelengths is a row of `resonance`; LongRoPE's factors were searched.
+    A method with rounded wavelengths is a row of `resonance`.
     """
     rows = read(name, results)["rows"]
     yarn = next((row["far"] for row in rows if row["method"] == "yarn" and "far" in row), None)
@@ -123,8 +125,6 @@ def measured(results: Path = RESULTS, name: str = "smollm2-16k") -> dict[str, li
         method, params, far = row["method"], dict(row["params"]), row.get("far")
         if params.pop("resonance", False):
             method, params = "resonance", {"method": method, **params}
-        if method == "longrope":
-            params = {"factors": "searched"}
         over = None
         if far is not None and yarn is not None:
             over = mean_and_error([a - b for a, b in zip(far, yarn, strict=True)])

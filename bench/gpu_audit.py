@@ -179,11 +179,14 @@ def cases() -> list[Case]:
     found = []
     for dim in (128, 64, 256):
         found += [Case("half-split", dim, rotate), Case("interleaved", dim, rotate)]
-        found += [Case("with the angles' gradient", dim, rotate_back), Case("by cos and sin", dim, rotate_by_tables)]
+        found += [
+            Case("with the angles' gradient", dim, rotate_back),
+            Case("by cos and sin", dim, rotate_by_tables),
+        ]
         found.append(Case("", dim, norm))
         found += [Case(words, dim, append) for words in ("chunk", "one token")]
         for name, score in SCORES.items():
-            if len(score.starts if score else ()) < 3 or dim == 128:
+            if score is None or len(score.regions) < 3 or dim == 128:
                 found.append(Case(name, dim, attend, score))
         for name, score in CACHED.items():
             found.append(Case(name, dim, decode, score))
@@ -228,7 +231,7 @@ def append_traffic(case: Case, launch: Launch) -> Traffic:
 
 def layout(score: scores.Score | None) -> tuple[tuple[int, ...], int]:
     score = score or scores.rerope(SEQLEN, 1.0)
-    return tuple(score.starts), score.granularity
+    return tuple(region.start for region in score.regions), score.granularity
 
 
 def attention_traffic(case: Case, launch: Launch) -> Traffic:
@@ -295,7 +298,7 @@ def decode_traffic(case: Case, launch: Launch) -> Traffic:
     tokens, tile = CHUNK_TOKENS if "chunk" in case.variant else 1, launch["TILE"]
     score = case.score or scores.rerope(KEYS_WINDOW, 1.0)
     block = (KEYS - 1) // score.granularity * score.granularity
-    bounds = [max(0, block + start) for start in score.starts] + [KEYS]
+    bounds = [max(0, block + region.start) for region in score.regions] + [KEYS]
     keys = [end - begin for begin, end in pairwise(bounds)]  # that the last query sees by region
     cached = 1 if "fp8" in case.variant else case.dtype.itemsize
     moved = 2 * _rows(case, HEADS_K, BATCH * KEYS, cached)
@@ -369,6 +372,10 @@ class Row:
     bound_us: float
     bound_by: str
 
+    def __str__(self) -> str:
+        values = list(asdict(self).values())
+        return "  ".join(map(str, [*values[:13], self.bound_us, self.bound_by, self.fault()]))
+
     def fault(self, most: int = STACK) -> str:
         if self.stack > most:
             return f"{self.stack} bytes of stack, {most} are allowed"
@@ -401,7 +408,11 @@ def compiled(index: int) -> list[Row] | str:
     """The rows of a case's kernels; or what its compiler said."""
     import null_driver
 
-    case, chip, driver = cases()[index], int(os.environ["EXTROPE_TRITON_CHIP"]), null_driver.install(keep=True)
+    case, chip, driver = (
+        cases()[index],
+        int(os.environ["EXTROPE_TRITON_CHIP"]),
+        null_driver.install(keep=True),
+    )
     try:
         case.call(case)
     except Exception as error:  # of any kind: the other cases are to be compiled all the same
@@ -480,17 +491,17 @@ def run(chips: list[int], only: str, jobs: int) -> tuple[list[Row], list[str]]:
     rows, failed = [], []
     wanted = [i for i, case in enumerate(cases()) if only in f"{case.call.__name__} {case.variant}"]
     for chip in chips:
-        with TemporaryDirectory() as cache:  # or it would fill the user's own
-            with ProcessPoolExecutor(jobs, initializer=prepare, initargs=(chip, cache)) as pool:
-                for found in pool.map(compiled, wanted):
-                    if isinstance(found, str):
-                        failed.append(found)
-                        print(found, flush=True)
-                        continue
+        with (
+            TemporaryDirectory() as cache,  # or it would fill the user's own
+            ProcessPoolExecutor(jobs, initializer=prepare, initargs=(chip, cache)) as pool,
+        ):
+            for found in pool.map(compiled, wanted):
+                if isinstance(found, str):
+                    failed.append(found)
+                    print(found, flush=True)
+                else:
                     rows += found
-                    for row in found:
-                        print(*list(asdict(row).values())[:13], row.bound_us, row.bound_by,
-                              row.fault(), sep="  ", flush=True)  # fmt: skip
+                    print("\n".join(map(str, found)), flush=True)
     return rows, failed
 
 
@@ -523,7 +534,9 @@ def main() -> int:
         except _build.BuildError as error:
             print(f"CUDA C++: {error}")
     faults = [row for row in rows if row.fault()]
-    print(f"{len(rows)} kernels compiled, none run; {len(faults)} with faults; {len(failed)} failed")
+    print(
+        f"{len(rows)} kernels compiled, none run; {len(faults)} with faults; {len(failed)} failed"
+    )
     if not (asked.only or asked.chip or asked.keep_no_results or failed):
         rows.sort(key=lambda row: (row.head_dim != 128, row.head_dim))
         with RESULT.open("w", newline="") as file:

@@ -2,9 +2,9 @@
 
 Bound: the longest of four times, of memory, tensor cores, special functions and instruction issue,
 were each always busy. Limits of a processor (SM): CUDA C++ Programming Guide, appendix Compute
-Capabilities. Peaks: NVIDIA's data sheets of A100 80 GB SXM, H100 SXM and HGX B200, dense; each clock
-is the one at which SMs times a tensor core's operations a cycle give that peak. On sm_90 only wgmma
-reaches it: products of one warp (mma.sync) came to 62.9% of it on average in
+Capabilities. Peaks: NVIDIA's data sheets of A100 80 GB SXM, H100 SXM and HGX B200, dense; at each
+clock SMs times a tensor core's operations a cycle give that peak. On sm_90 only wgmma reaches it:
+products of one warp (mma.sync) came to 62.9% of it on average in
 https://arxiv.org/abs/2402.13499. For sm_100 no such figure is known.
 """
 

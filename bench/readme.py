@@ -40,9 +40,9 @@ TABLES = {
 
 def measured(results: Path) -> dict[str, Path]:
     """The files of benchmarks by marker: PROCESSOR/NAME."""
-    paths = [path for path in sorted(results.glob("*/*.json"))
-             if path.parent.name != evaluations.FOLDER and not path.parent.name.startswith("gpu-")]  # fmt: skip
-    return {f"{path.parent.name}/{path.stem}": path for path in paths}
+    found = {f"{path.parent.name}/{path.stem}": path for path in sorted(results.glob("*/*.json"))}
+    return {name: path for name, path in found.items()
+            if not name.startswith((f"{evaluations.FOLDER}/", "gpu-"))}  # fmt: skip
 
 
 def figures(results: Path) -> dict[str, Callable[[str], str]]:

@@ -13,15 +13,12 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import bench_distributed
-import bench_generate
-import bench_launch
-import bench_overhead
 import evaluations
 import scaling
 from evaluations import Measured, between, named
@@ -38,19 +35,13 @@ from extrope_kernels.evaluation.spread import mean_and_error, with_error
 def benchmark(path: Path, only: str = "") -> str:
     """Show what a benchmark wrote."""
     results = json.loads(path.read_text())
-    columns = {
-        "overhead": bench_overhead.COLUMNS,
-        "distributed": bench_distributed.COLUMNS,
-        "generate": bench_generate.COLUMNS,
-        "launch": bench_launch.COLUMNS,
-    }
     if path.stem.startswith("scaling-"):
         slopes = "\n".join(f"- {line}" for line in scaling.summary(results["rows"]))
         return f"{results['about']}; {machine(results)}.\n\n{slopes}"
     if path.stem == "vllm":
         return speeds(results)
-    if path.stem in columns:
-        return by_columns(columns[path.stem], results)
+    if path.stem in ("overhead", "distributed", "generate", "launch"):
+        return by_columns(import_module(f"bench_{path.stem}").COLUMNS, results)
     return comparison(results, only)
 
 
@@ -369,7 +360,7 @@ def census(results: Path) -> str:
     marked = {row["name"]: row["name"] + _mark(row) for row in built}
     lines += ["", f"By both: {', '.join(marked[name] for name in both)}.", ""]
     lines += ['\\* Score methods with `layers="all"`, \\*\\* frequency methods too. † Forwards']
-    lines += ["alone are compared: its own `generate` fails.", ""]
+    lines += ["alone are compared: its own `generate` fails."]
     others = [[marked[row["name"]], *(_said(row, which) for which in SORTS.values())]
               for row in built if row["name"] not in both]  # fmt: skip
     absent = [[row["name"], _reason(row["built"])] for row in found["rows"] if "built" in row]
@@ -377,7 +368,7 @@ def census(results: Path) -> str:
         table(["the others", "frequencies", "scores"], others),
         table(["not built", "why"], absent),
     )
-    return "\n".join(lines) + "\n\n".join(tables)
+    return "\n\n".join(["\n".join(lines), *tables])
 
 
 def _serves(row: dict, which: tuple[str, ...]) -> bool:

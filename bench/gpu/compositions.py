@@ -10,12 +10,12 @@ from functools import partial
 from itertools import product
 
 import torch
-from attention import exact_tail, frequencies, make_inputs, trained
-from compare import error_of_tail
+from bench_attention import exact_tail, frequencies, make_inputs
+from compare import error_of_tail, trained
+from extrope_kernels.ops.attention.choice import TABLE
 from shapes import HEADS_K, HEADS_Q, WINDOW
 
-from extrope_kernels import rerope_attention
-from extrope_kernels.ops.attention.choice import TABLE
+from extrope_kernels import rope_attention, scores
 from extrope_kernels.ops.attention.flash_attn.engine_check import unusable
 from extrope_kernels.ops.attention.flash_attn.engines import ENGINES
 
@@ -64,13 +64,12 @@ def timings(major: int, missing: Missing) -> Iterator[Timing]:
 def composed(dim: int, seqlen: int, training: bool) -> Timed:
     """ReRoPE, two regions, over the best engine that is here; the peer is what Triton takes."""
     qkv, freqs = make_inputs(seqlen, HEADS_K, dim, DTYPE, HEADS_Q), frequencies(dim)
-    attend = partial(rerope_attention, window=WINDOW)
-    calls = {}
+    score, calls = scores.rerope(WINDOW), {}
     for backend in ("flash_attn", "triton"):
-        calls[backend] = partial(attend, *qkv, freqs, backend=backend)
+        calls[backend] = partial(rope_attention, *qkv, freqs, score, backend=backend)
         calls[backend].leaves = qkv
     if training:
         calls = trained(calls)
         return Timed(calls.pop("flash_attn"), calls)
-    error = error_of_tail([exact_tail(attend, *qkv, freqs)])
+    error = error_of_tail([exact_tail(score, *qkv, freqs)])
     return Timed(calls.pop("flash_attn"), calls, error)

@@ -5,21 +5,19 @@ Compiled for an H100, and launched through a driver that does nothing (bench/nul
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 pytest.importorskip("triton.backends.nvidia")
 
-# Half a minute each; EXTROPE_ALL_CASES=1 compiles all.
-AMD_HEAD_DIMS = (64, 128, 256) if os.environ.get("EXTROPE_ALL_CASES") == "1" else (128,)
+# Half a minute each.
+AMD_HEAD_DIMS = (128, *(pytest.param(n, marks=pytest.mark.thorough) for n in (64, 256)))
 
 SETUP = """
     import sys; sys.path.insert(0, "bench")
     import null_driver
     import torch
     import extrope_kernels as ek
-    from extrope_kernels import methods
+    from extrope_kernels import methods, scores
 
     driver = null_driver.install()
     freqs = methods.rope(64)
@@ -92,10 +90,8 @@ def test_attention_is_two_launches_and_four_back(run_python):
     source = """
     q, k, v = (random(2, 40, heads, 64, requires_grad=True) for heads in (4, 2, 2))
     calls = {
-        "rerope": lambda: ek.rerope_attention(q, k, v, freqs, window=16, backend="triton"),
-        "dual": lambda: ek.dual_chunk_attention(
-            q, k, v, freqs, chunk_size=16, local_window=4, backend="triton"
-        ),
+        score: (lambda score=score: ek.rope_attention(q, k, v, freqs, score, backend="triton"))
+        for score in (None, scores.rerope(16), scores.dual_chunk(16, 4))
     }
     for call in calls.values():
         for _ in range(2):
@@ -116,7 +112,7 @@ def test_no_length_compiles_again(run_python):
             q, k, v = (random(2, seqlen, n, 64, requires_grad=True)
                        for n in (heads_q, heads_k, heads_k))
             ek.apply_rope_qk(q, k, freqs, backend="triton")
-            out = ek.rerope_attention(q, k, v, freqs, window=16, backend="triton")
+            out = ek.rope_attention(q, k, v, freqs, scores.rerope(16), backend="triton")
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
             found.add(compiled())
         assert len(found) == 1, (heads_k, found)
@@ -138,8 +134,8 @@ def test_a_decode_step_is_two_launches_and_compiles_once(run_python, paged):
             table = torch.arange(2 * pages, dtype=torch.int32).view(2, pages)
         cache = random(2, *shape, 2, 64)
         lengths = torch.full((2,), length, dtype=torch.int32)
-        return lambda: ek.rerope_attention_with_kvcache(
-            q, *cache, freqs, window=16, cache_seqlens=lengths, k=k, v=k, block_table=table,
+        return lambda: ek.rope_attention_with_kvcache(
+            q, *cache, freqs, scores.rerope(16), cache_seqlens=lengths, k=k, v=k, block_table=table,
             backend="triton",
         )
 
@@ -165,8 +161,8 @@ def test_requests_of_a_batch_are_two_launches(run_python):
         q, k = random(tokens, 4, 64), random(tokens, 2, 64)
         boundaries = torch.tensor([0, first, tokens], dtype=torch.int32)
         lengths = torch.tensor([first, 30], dtype=torch.int32)
-        call = lambda: ek.rerope_attention_with_kvcache(
-            q, *cache, freqs, window=16, cache_seqlens=lengths, k=k, v=k, block_table=table,
+        call = lambda: ek.rope_attention_with_kvcache(
+            q, *cache, freqs, scores.rerope(16), cache_seqlens=lengths, k=k, v=k, block_table=table,
             cu_seqlens_q=boundaries, backend="triton",
         )
         assert launched(call) == 2
@@ -176,74 +172,22 @@ def test_requests_of_a_batch_are_two_launches(run_python):
     run_on_chip(run_python, source)
 
 
-def test_a_permutation_is_two_launches(run_python):
-    """The cycles, and q and k; whatever the length and the offset are."""
+def test_a_merge_is_one_launch(run_python):
+    """Of any number of sets, in place too; no length compiles again."""
     source = """
-    permutations, found = ek.head_permutations(2, 64), set()
-    boundaries = torch.tensor([0, 3, 40], dtype=torch.int32)
-    for seqlen, positions in ((40, 0), (41, 16), (1000, 17), (40, 2**31 - 1), (40, 0)):
-        q, k = (random(2, seqlen, heads, 64) for heads in (4, 2))
-        call = lambda: ek.permute_qk(q, k, permutations, positions=positions, backend="triton")
-        assert launched(call) == 2
-        found.add(compiled())
-        packed = lambda: ek.permute_qk(
-            q[0], k[0], permutations, cu_seqlens=boundaries, inverse=True, backend="triton"
-        )
-        assert launched(packed) == 2
-    assert len(found) == 2, found  # packed and inverse, after the first
-    leaves = [x.requires_grad_() for x in (q, k)]
-    out = ek.permute_qk(*leaves, permutations, backend="triton")
-    douts = [torch.ones_like(x) for x in out]
-    assert launched(lambda: torch.autograd.grad(out, leaves, douts)) == 2
-    """
-    run_on_chip(run_python, source)
-
-
-def test_launches_of_linear_attention(run_python):
-    """Of one part of tokens the logarithm of the decay and the rows; of several, their states and
-    the passing of states and key sums besides. No length compiles again.
-    """
-    source = """
-    forward, decay = torch.ops.extrope.linear_attn_fwd_triton, torch.full((2,), 0.9)
-    def call(seqlen, *more, **options):
-        q, k = (random(1, seqlen, heads, 64) for heads in (4, 2))
-        return lambda: forward(q, k, k, *more, **options)
-
-    found = set()
-    for lengths in ((40, 1, 1024), (1025, 5000, 3001)):
-        found.clear()
-        several = 3 if lengths[0] > 1024 else 0
-        for seqlen in lengths:
+    merge, found = torch.ops.extrope.merge_fwd_triton, set()
+    inplace = torch.ops.extrope.merge_inplace_triton
+    for batch, seqlen in ((2, 40), (2, 41), (1, 16), (3, 1), (2, 1000)):
+        outs = [random(batch, seqlen, 4, 64) for _ in range(3)]
+        lses = [torch.zeros(batch, 4, seqlen) for _ in range(3)]
+        for sets in (1, 3):
             for _ in range(2):
-                assert launched(call(seqlen, decay)) == 2 + several
-                assert launched(call(seqlen)) == 1 + several
-                assert launched(call(seqlen, normalize=False)) == 1 + several - several // 3
-                found.add(compiled())
-        assert len(found) == 1, found
-    assert launched(call(5000, causal=False)) == 4
-
-    found.clear()
-    for *ends, total in ((0, 30, 64), (0, 0, 3, 100), (0, 2000, 3000)):
-        q, k = random(total, 4, 64), random(total, 2, 64)
-        boundaries = torch.tensor([*ends, total], dtype=torch.int32)
-        assert launched(lambda: forward(q, k, k, decay, boundaries)) == 5
+                assert launched(lambda: merge(outs[:sets], lses[:sets])) == 1
+        wide = [torch.zeros(batch, 2 * seqlen, 4, 64), torch.zeros(batch, 4, 2 * seqlen)]
+        views = wide[0][:, seqlen:], wide[1][..., seqlen:]
+        assert launched(lambda: inplace(*views, outs[1:2], lses[1:2])) == 1
         found.add(compiled())
     assert len(found) == 1, found
-    """
-    run_on_chip(run_python, source)
-
-
-def test_launches_of_linear_attention_backward(run_python):
-    """The products of rows, and three scans, each with its logarithms; of PyTorch's, the sign of
-    the products and the reciprocals of the normaliser.
-    """
-    source = """
-    for seqlen, expected in ((40, 7), (1500, 15)):
-        q, k, v = (random(1, seqlen, n, 64, requires_grad=True) for n in (4, 2, 2))
-        out = torch.ops.extrope.linear_attn_fwd_triton(q, k, v, torch.full((2,), 0.9))[0]
-        dout = torch.ones_like(out)
-        backward = lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-        assert launched(backward, but=("aten::neg", "aten::reciprocal")) == expected
     """
     run_on_chip(run_python, source)
 
@@ -259,7 +203,7 @@ def test_amd_tiles_fit_its_shared_memory(run_python, head_dim):
             for heads in (heads_q, 2, 2)
         )
         assert launched(lambda: ek.apply_rope_qk(q, k, freqs, backend="triton")) == 1
-        out = ek.rerope_attention(q, k, v, freqs, window=16, backend="triton")
+        out = ek.rope_attention(q, k, v, freqs, scores.rerope(16), backend="triton")
         dout = torch.ones_like(out)
         assert launched(lambda: torch.autograd.grad(out, (q, k, v), dout)) == 4
         lengths = torch.full((2,), 1000, dtype=torch.int32)
@@ -269,8 +213,8 @@ def test_amd_tiles_fit_its_shared_memory(run_python, head_dim):
                 scales = dict.fromkeys(("k_scale", "v_scale"), torch.ones(2)) if fp8 else {{}}
                 cache = cache.to(torch.float8_e4m3fn) if fp8 else cache
                 new = {{"k": k.detach()[:, :tokens], "v": v.detach()[:, :tokens]}}
-                step = lambda: ek.rerope_attention_with_kvcache(
-                    q.detach()[:, :tokens], *cache, freqs, window=16, cache_seqlens=lengths,
+                step = lambda: ek.rope_attention_with_kvcache(
+                    q.detach()[:, :tokens], *cache, freqs, scores.rerope(16), cache_seqlens=lengths,
                     backend="triton", **new, **scales,
                 )
                 assert launched(step) <= 3
@@ -282,7 +226,7 @@ def test_another_amd_chip_is_refused(run_python):
     source = """
     q, k, v = (random(1, 8, heads, 64) for heads in (4, 2, 2))
     try:
-        ek.rerope_attention(q, k, v, freqs, window=4, backend="triton")
+        ek.rope_attention(q, k, v, freqs, scores.rerope(4), backend="triton")
     except NotImplementedError as error:
         assert "gfx90a" in str(error) and str(error).startswith(("attention: ", "rerope: "))
     else:

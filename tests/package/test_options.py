@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from score_examples import EXAMPLES
-
 from extrope_kernels.ops._shared.options import AttentionOptions, CacheOptions
+from score_examples import EXAMPLES
 
 FUNCTIONS = {example.attention.__name__: example for example in EXAMPLES.values()}
 
