@@ -346,10 +346,10 @@ def save(name: str, rows: list, folder: Path, merge: bool = False, **more: objec
 def write(path: Path, content: dict) -> None:
     """Write JSON with a row a line, and numbers of six digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = {key: value for key, value in content.items() if key != "rows"}
+    about = {key: value for key, value in content.items() if key != "rows"}
+    head = json.dumps(_short({**about, "rows": []}), indent=1, ensure_ascii=False)
     lines = ",\n".join(json.dumps(_short(row), ensure_ascii=False) for row in content["rows"])
-    start = json.dumps(_short(head), indent=1, ensure_ascii=False).removesuffix("\n}")
-    path.write_text(f'{start},\n "rows": [\n{lines}\n]}}\n')
+    path.write_text(head.removesuffix("[]\n}") + f"[\n{lines}\n]}}\n")
 
 
 def _short(value):

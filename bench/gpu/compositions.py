@@ -1,5 +1,5 @@
 """Attention composed from calls of flash-attn beside Triton's kernels, where the choice between
-them is an estimate: for each such row of ops/attention/choice.py half and twice the length from
+them is an estimate: for each such row of ops/attention/select_backend.py half and twice the length from
 which it has the composition. What comes out replaces the estimates.
 """
 
@@ -12,7 +12,7 @@ from itertools import product
 import torch
 from bench_attention import exact_tail, frequencies, make_inputs
 from compare import error_of_tail, trained
-from extrope_kernels.ops.attention.choice import TABLE
+from extrope_kernels.ops.attention.select_backend import TABLE
 from shapes import HEADS_K, HEADS_Q, WINDOW
 
 from extrope_kernels import rope_attention, scores
