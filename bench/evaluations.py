@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from harness import RESULTS, write
+from harness import RESULTS, short, write
 
 from extrope_kernels.evaluation.spread import mean_and_error
 
@@ -78,7 +78,7 @@ def keep(found: Path, name: str, kind: str, results: Path = RESULTS) -> None:
 
 def _key(row: Row) -> str:
     """Passkeys have a row for each length."""
-    return json.dumps([row["method"], row["params"], row.get("length")])
+    return json.dumps(short([row["method"], row["params"], row.get("length")]))
 
 
 def keep_search(found: Path, results: Path = RESULTS) -> str:

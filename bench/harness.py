@@ -347,17 +347,18 @@ def write(path: Path, content: dict) -> None:
     """Write JSON with a row a line, and numbers of six digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {key: value for key, value in content.items() if key != "rows"}
-    head = json.dumps(_short({**about, "rows": []}), indent=1, ensure_ascii=False)
-    lines = ",\n".join(json.dumps(_short(row), ensure_ascii=False) for row in content["rows"])
+    head = json.dumps(short({**about, "rows": []}), indent=1, ensure_ascii=False)
+    lines = ",\n".join(json.dumps(short(row), ensure_ascii=False) for row in content["rows"])
     path.write_text(head.removesuffix("[]\n}") + f"[\n{lines}\n]}}\n")
 
 
-def _short(value):
+def short(value):
+    """Round all numbers to six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else value
     if isinstance(value, dict):
-        return {key: _short(x) for key, x in value.items()}
-    return [_short(x) for x in value] if isinstance(value, (list, tuple)) else value
+        return {key: short(x) for key, x in value.items()}
+    return [short(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain(row) -> dict:

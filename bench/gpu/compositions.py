@@ -12,12 +12,12 @@ from itertools import product
 import torch
 from bench_attention import exact_tail, frequencies, make_inputs
 from compare import error_of_tail, trained
-from extrope_kernels.ops.attention.select_backend import TABLE
 from shapes import HEADS_K, HEADS_Q, WINDOW
 
 from extrope_kernels import rope_attention, scores
 from extrope_kernels.ops.attention.flash_attn.engine_check import unusable
 from extrope_kernels.ops.attention.flash_attn.engines import ENGINES
+from extrope_kernels.ops.attention.select_backend import TABLE
 
 from .rows import DTYPE, Timed, Timing, run_all
 from .step import Deadline, Verdict

@@ -158,9 +158,10 @@ def test_rows_are_kept_one_by_one(monkeypatch):
 
 
 def test_compositions_are_timed_on_both_sides_of_every_estimate(monkeypatch):
-    from extrope_kernels.ops.attention.select_backend import TABLE
     from gpu import compositions
     from gpu.rows import Timed
+
+    from extrope_kernels.ops.attention.select_backend import TABLE
 
     missing = {"flash-attn 4": "flash-attn 4 is not there"}.get
     for major in {row.major for row in TABLE}:
