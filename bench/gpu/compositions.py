@@ -1,6 +1,5 @@
 """Attention composed from calls of flash-attn beside Triton's kernels, where the choice between
-them is an estimate: for each such row of ops/attention/select_backend.py half and twice the length from
-which it has the composition. What comes out replaces the estimates.
+them is an estimate: at half and twice the length of each such row of attention's select_backend.py.
 """
 
 from __future__ import annotations
