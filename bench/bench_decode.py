@@ -1,9 +1,13 @@
-"""One token over a long cache, ReRoPE, against plain attention: python bench/bench_decode.py
+"""ReRoPE over a cache, against plain attention: python bench/bench_decode.py
 
-32768 cached tokens, 8 query heads on 2, window 1024, over the caches of many layers one after
-another. The floor is a copy of the cache's bytes, halved: they are read once. "no window" is our
-own plain attention over rotated keys; SDPA gets its best cache, heads first, and is measured with
-its groups as rows too. Then the step over a cache in float8_e4m3fn beside one over bfloat16.
+One token on 32768 in the cache, 8 query heads on 2, window 1024, over the caches of many layers one
+after another. The floor is a copy of the cache's bytes, halved: they are read once. "no window" is
+our own plain attention over rotated keys; SDPA gets its best cache, heads first, and is measured
+with its groups as rows too. Then the step over a cache in float8_e4m3fn beside one over bfloat16.
+
+What a server batches, on a paged cache: a chunk of 1,024 tokens at the end of 8,192, through pages
+of 16 to 256 slots, may take 1.05 of the same call on a contiguous cache, and of the attention
+without one; the chunk and 16 single tokens in one call 1.1 of both parts alone.
 
 On a GPU: 32 heads on 8 of 128 in bf16, two sequences over a paged cache, window 4096, 32k and 128k
 tokens; flash-attn's and FlashInfer's attentions over a cache are there too. The target is 1.05 of
@@ -18,20 +22,19 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from attention import OWN, SCALED, backends, exact_tail, frequencies, make_inputs
-from compare import Floor, compare, error_of_tail
-from flash_peers import Paged, decode_peers
+from bench_attention import HEADS, OWN, backends, exact_tail, frequencies, make_inputs
+from compare import Floor, by_layer, compare, error_of_tail, layers_of, matmul_floor
 from harness import Call, Report, arguments, device
-from layers import by_layer, layers_of
-from scaling import scaling
+from peers import Paged, decode_peers
 from shapes import BATCH, HEAD_DIM, HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, PAGE_SIZE
 from torch import Tensor
 
-from extrope_kernels import apply_rope, rerope_attention
-from extrope_kernels import rerope_attention_with_kvcache as decode
+from extrope_kernels import apply_rope, rope_attention, scores
+from extrope_kernels import rope_attention_with_kvcache as decode
 
 WINDOW = 1024  # on a CPU
 LENGTHS = (KEYS, 131_072)  # on a GPU
+PAGES, MIXED_PAGE = (16, 64, 128, 256), 128
 
 
 def sdpa_calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
@@ -42,128 +45,6 @@ def sdpa_calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
         "SDPA": by_layer(functools.partial(attend, q, enable_gqa=True), layers),
         "SDPA, groups as rows": by_layer(functools.partial(attend, packed), layers),
     }
-
-
-@torch.no_grad()
-def bench(report: Report, head_dim: int, dtype: torch.dtype) -> None:
-    case = f"decode 8/2 x {head_dim}"
-    if not report.wants(f"{case} {str(dtype)[6:]}"):
-        return
-    cached = 64 if report.args.quick else KEYS
-    q, k, v = make_inputs(cached, 2, head_dim, dtype)
-    q, freqs, stored = q[:, -1:], frequencies(head_dim), apply_rope(k, frequencies(head_dim))
-    exact = exact_tail(functools.partial(rerope_attention, window=WINDOW), q, k, v, freqs)
-    few = [x[:, :64].clone() for x in (k, v)]
-
-    def ours(backend, k, v, factor=float("inf")):
-        return decode(q, k, v, freqs, cache_seqlens=k.shape[1], window=WINDOW, factor=factor,
-                      backend=backend)  # fmt: skip
-
-    rotated, layers = apply_rope(q, freqs, positions=cached - 1), layers_of(k, v)
-    for name, backend in decode_backends().items():
-        unwindowed = functools.partial(ours, backend, factor=1.0)
-        compare(
-            report,
-            case,
-            {"extrope": by_layer(functools.partial(ours, backend), layers)},
-            yardsticks={
-                "no window": by_layer(unwindowed, layers_of(stored, v)),
-                **sdpa_calls(rotated, stored, v),
-            },
-            few={"extrope": functools.partial(ours, backend, *few)},
-            bars={"no window": 1.15, "SDPA": 1.15, "SDPA, groups as rows": 1.15},
-            error=error_of_tail([exact]),
-            dtype=dtype,
-            shape=f"1 on {cached} x 8/2 x {head_dim}",
-            backend=name,
-            floor=reading_of(layers),
-            own=OWN,
-        )
-
-
-@torch.no_grad()
-def bench_fp8(report: Report, head_dim: int) -> None:
-    """Half the bytes, for the time that widening them takes."""
-    case, dtype = f"decode 8/2 x {head_dim}, fp8 cache", torch.bfloat16
-    if not report.wants(f"{case} {str(dtype)[6:]}"):
-        return
-    cached = 64 if report.args.quick else KEYS
-    q, k, v = make_inputs(cached, 2, head_dim, dtype)
-    q, scale = q[:, -1:], torch.full((2,), 0.01)
-    of_e4m3 = layers_of(*((x / 0.01).to(torch.float8_e4m3fn) for x in (k, v)))
-
-    step = functools.partial(
-        decode, q, freqs=frequencies(head_dim), cache_seqlens=cached, window=WINDOW
-    )
-
-    def step_of_e4m3(k: Tensor, v: Tensor) -> Tensor:
-        return step(k_cache=k, v_cache=v, k_scale=scale, v_scale=scale)
-
-    compare(
-        report,
-        case,
-        {"extrope": by_layer(step_of_e4m3, of_e4m3)},
-        yardsticks={
-            "bfloat16 cache": by_layer(lambda k, v: step(k_cache=k, v_cache=v), layers_of(k, v))
-        },
-        bars={"bfloat16 cache": 1.0},
-        dtype=dtype,
-        shape=f"1 on {cached} x 8/2 x {head_dim}",
-        backend="cpu",
-        floor=reading_of(of_e4m3),
-        own=("bfloat16 cache",),
-    )
-
-
-@torch.no_grad()
-def bench_paged(report: Report, keys: int) -> None:
-    """Two sequences of so many tokens, as models have them."""
-    sizes = f"{HEADS_Q}/{HEADS_K} x {HEAD_DIM}"
-    case, dtype = f"decode {sizes}, paged", torch.bfloat16
-    if not report.wants(f"{case} {str(dtype)[6:]}"):
-        return
-    freqs = frequencies(HEAD_DIM)
-    raw, rotated = caches(keys, dtype)
-    k, v = raw.contiguous()
-    attend = functools.partial(rerope_attention, window=KEYS_WINDOW)
-    exact = exact_tail(attend, raw.q, k, v, freqs)
-    del k, v
-    plain = {**sdpa_calls(rotated.q, *rotated.contiguous()), **decode_peers(rotated)}
-    for name, backend in decode_backends().items():
-        ours = functools.partial(decode_paged, freqs=freqs, window=KEYS_WINDOW, backend=backend)
-        compare(
-            report,
-            case,
-            {"extrope": ours(raw)},
-            yardsticks={"no window": ours(replace(rotated, q=raw.q), factor=1.0), **plain},
-            bars={"no window": 1.15, **dict.fromkeys(plain, 1.05)},
-            error=error_of_tail([exact]),
-            dtype=dtype,
-            shape=f"{BATCH} on {keys} x {sizes}",
-            backend=name,
-            floor=reading_of([(raw.k, raw.v)]),
-            own=OWN,
-        )
-
-
-def caches(keys: int, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> tuple[Paged, Paged]:
-    """q and pages as they are, and both rotated; the pages in no order."""
-    pages = BATCH * keys // PAGE_SIZE
-    shapes = [(BATCH, 1, HEADS_Q, head_dim), *[(pages, PAGE_SIZE, HEADS_K, head_dim)] * 2]
-    q, k, v = (torch.randn(shape, device=device(), dtype=dtype) for shape in shapes)
-    table = torch.randperm(pages, device=device(), dtype=torch.int32).view(BATCH, -1)
-    freqs = frequencies(head_dim)
-    first = torch.empty(pages, dtype=torch.int64, device=device())
-    first[table.long()] = torch.arange(table.shape[1], device=device()) * PAGE_SIZE
-    raw = Paged(q, k, v, table)
-    k = apply_rope(k, freqs, positions=first[:, None] + torch.arange(PAGE_SIZE, device=device()))
-    return raw, Paged(apply_rope(q, freqs, positions=keys - 1), k, v, table)
-
-
-def decode_paged(cache: Paged, **options) -> Call:
-    """Lengths lie on the device, as a server has them."""
-    call = functools.partial(decode, cache.q, cache.k, cache.v, **options)
-    return functools.partial(call, cache_seqlens=cache.seqlens, block_table=cache.block_table)
 
 
 def decode_backends() -> dict[str, str | None]:
@@ -179,12 +60,179 @@ def reading_of(layers: Sequence[Sequence[Tensor]]) -> Floor:
     return Floor(by_layer(read, layers), 0.5)
 
 
-def by_length(seqlen: int) -> Call:
-    q, k, v = make_inputs(seqlen, 1, 64, torch.float32, heads=2)
-    q, freqs = q[:, -1:], frequencies(64)
-    return lambda: decode(q, k, v, freqs, cache_seqlens=seqlen, window=WINDOW)
+# -------------------------------------------------------------------------------------------------
+# One token
 
 
+def bench_token(report: Report, head_dim: int, dtype: torch.dtype) -> None:
+    case = f"decode 8/2 x {head_dim}"
+    if not report.wants(f"{case} {str(dtype)[6:]}"):
+        return
+    cached = 64 if report.args.quick else KEYS
+    q, k, v = make_inputs(cached, 2, head_dim, dtype)
+    q, freqs, score = q[:, -1:], frequencies(head_dim), scores.rerope(WINDOW)
+    stored = apply_rope(k, freqs)
+
+    def ours(backend, score, k, v):
+        return decode(q, k, v, freqs, score, cache_seqlens=k.shape[1], backend=backend)
+
+    rotated, layers = apply_rope(q, freqs, positions=cached - 1), layers_of(k, v)
+    for name, backend in decode_backends().items():
+        call = functools.partial(ours, backend, score)
+        plain = by_layer(functools.partial(ours, backend, None), layers_of(stored, v))
+        compare(
+            report, case, {"extrope": by_layer(call, layers)},
+            yardsticks={"no window": plain, **sdpa_calls(rotated, stored, v)},
+            few={"extrope": functools.partial(call, k[:, :64].clone(), v[:, :64].clone())},
+            bars={"no window": 1.15, "SDPA": 1.15, "SDPA, groups as rows": 1.15},
+            error=error_of_tail([exact_tail(score, q, k, v, freqs)]),
+            dtype=dtype, shape=f"1 on {cached} x 8/2 x {head_dim}", backend=name,
+            floor=reading_of(layers), own=OWN,
+        )  # fmt: skip
+
+
+def bench_fp8(report: Report, head_dim: int) -> None:
+    """Half the bytes, for the time that widening them takes."""
+    case, dtype = f"decode 8/2 x {head_dim}, fp8 cache", torch.bfloat16
+    if not report.wants(f"{case} {str(dtype)[6:]}"):
+        return
+    cached = 64 if report.args.quick else KEYS
+    q, k, v = make_inputs(cached, 2, head_dim, dtype)
+    q, freqs, score = q[:, -1:], frequencies(head_dim), scores.rerope(WINDOW)
+    narrow = layers_of(*((x / 0.01).to(torch.float8_e4m3fn) for x in (k, v)))
+    scales = dict.fromkeys(("k_scale", "v_scale"), torch.full((2,), 0.01))
+
+    def step(k: Tensor, v: Tensor, **scales: Tensor) -> Tensor:
+        return decode(q, k, v, freqs, score, cache_seqlens=cached, **scales)
+
+    compare(
+        report, case, {"extrope": by_layer(functools.partial(step, **scales), narrow)},
+        yardsticks={"bfloat16 cache": by_layer(step, layers_of(k, v))},
+        bars={"bfloat16 cache": 1.0}, own=("bfloat16 cache",),
+        dtype=dtype, shape=f"1 on {cached} x 8/2 x {head_dim}", backend="cpu",
+        floor=reading_of(narrow),
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+def caches(keys: int, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> tuple[Paged, Paged]:
+    """q and pages not rotated, and both rotated; the pages in no order."""
+    pages = BATCH * keys // PAGE_SIZE
+    shapes = [(BATCH, 1, HEADS_Q, head_dim), *[(pages, PAGE_SIZE, HEADS_K, head_dim)] * 2]
+    q, k, v = (torch.randn(shape, device=device(), dtype=dtype) for shape in shapes)
+    table = torch.randperm(pages, device=device(), dtype=torch.int32).view(BATCH, -1)
+    freqs = frequencies(head_dim)
+    first = torch.empty(pages, dtype=torch.int64, device=device())
+    first[table.long()] = torch.arange(table.shape[1], device=device()) * PAGE_SIZE
+    raw = Paged(q, k, v, table)
+    k = apply_rope(k, freqs, positions=first[:, None] + torch.arange(PAGE_SIZE, device=device()))
+    return raw, Paged(apply_rope(q, freqs, positions=keys - 1), k, v, table)
+
+
+def decode_paged(cache: Paged, score: scores.Score | None, backend: str) -> Call:
+    """Lengths lie on the device, as a server has them."""
+    return functools.partial(
+        decode, cache.q, cache.k, cache.v, frequencies(cache.q.shape[-1]), score,
+        cache_seqlens=cache.seqlens, block_table=cache.block_table, backend=backend,
+    )  # fmt: skip
+
+
+def bench_paged(report: Report, keys: int) -> None:
+    """Two sequences of so many tokens, as models have them."""
+    sizes = f"{HEADS_Q}/{HEADS_K} x {HEAD_DIM}"
+    case, dtype = f"decode {sizes}, paged", torch.bfloat16
+    if not report.wants(f"{case} {str(dtype)[6:]}"):
+        return
+    score, (raw, rotated) = scores.rerope(KEYS_WINDOW), caches(keys, dtype)
+    exact = exact_tail(score, raw.q, *raw.contiguous(), frequencies(HEAD_DIM))
+    plain = {**sdpa_calls(rotated.q, *rotated.contiguous()), **decode_peers(rotated)}
+    for name in decode_backends():
+        unwindowed = decode_paged(replace(rotated, q=raw.q), None, name)
+        compare(
+            report, case, {"extrope": decode_paged(raw, score, name)},
+            yardsticks={"no window": unwindowed, **plain},
+            bars={"no window": 1.15, **dict.fromkeys(plain, 1.05)},
+            error=error_of_tail([exact]), own=OWN,
+            dtype=dtype, shape=f"{BATCH} on {keys} x {sizes}", backend=name,
+            floor=reading_of([(raw.k, raw.v)]),
+        )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------
+# What a server batches
+
+
+class Sizes:
+    def __init__(self, quick: bool) -> None:
+        unit = 64 if quick else 1024
+        self.chunk, self.keys = unit, 8 * unit
+        self.singles = [2 * unit * n for n in range(1, 17)]
+
+    def floor(self, dtype: torch.dtype) -> Floor:
+        pairs = self.chunk * (self.keys - self.chunk / 2)
+        return matmul_floor(4 * HEADS * 128 * pairs, dtype)
+
+
+def bench_chunk(report: Report, sizes: Sizes, page_size: int, dtype: torch.dtype) -> None:
+    case = f"chunk, pages of {page_size}"
+    if not report.wants(f"{case} {str(dtype)[6:]}"):
+        return
+    q, k, v = make_inputs(sizes.keys, 2, 128, dtype)
+    q, freqs, score = q[:, -sizes.chunk :], frequencies(128), scores.rerope(WINDOW)
+    table = torch.randperm(sizes.keys // page_size, device=device()).int()[None]
+    pages = [x.view(-1, page_size, *x.shape[2:])[table[0].argsort()] for x in (k, v)]
+    lengths = torch.tensor([sizes.keys], dtype=torch.int32, device=device())
+    over = functools.partial(decode, freqs=freqs, score=score, cache_seqlens=lengths)
+    others = {
+        "contiguous cache": functools.partial(over, q, k, v),
+        "no cache": functools.partial(rope_attention, q, k, v, freqs, score),
+    }
+    compare(
+        report, case, {"extrope": functools.partial(over, q, *pages, block_table=table)},
+        yardsticks=others, own=others, bars=dict.fromkeys(others, 1.05),
+        shape=f"{sizes.chunk} on {sizes.keys} x {HEADS}/2 x 128",
+        dtype=dtype, floor=sizes.floor(dtype),
+    )  # fmt: skip
+
+
+def bench_mixed(report: Report, sizes: Sizes, dtype: torch.dtype) -> None:
+    case = "chunk and single tokens"
+    if not report.wants(f"{case} {str(dtype)[6:]}"):
+        return
+    counts, lengths = [sizes.chunk] + [1] * len(sizes.singles), [sizes.keys, *sizes.singles]
+    used = torch.tensor([-(-length // MIXED_PAGE) for length in lengths])
+    order, ends = torch.randperm(int(used.sum())).int(), used.cumsum(0)
+    table = torch.zeros(len(lengths), int(used.max()), dtype=torch.int32)
+    for row, end, count in zip(table, ends, used):
+        row[:count] = order[end - count : end]
+    shape = len(order), MIXED_PAGE, 2, 128
+    caches = [torch.randn(shape, device=device()).to(dtype) for _ in "kv"]
+    q = torch.randn(sum(counts), HEADS, 128, device=device()).to(dtype)
+    rows = torch.tensor([0, *counts]).cumsum(0).int()
+
+    def part(begin: int, end: int) -> Call:
+        """The sequences begin..end-1 in one call."""
+        own = (table[begin:end], torch.tensor(lengths[begin:end]).int(),
+               rows[begin : end + 1] - rows[begin])  # fmt: skip
+        blocks, seqlens, cu_seqlens = (x.to(device()) for x in own)
+        return functools.partial(
+            decode, q[rows[begin] : rows[end]], *caches, frequencies(128), scores.rerope(WINDOW),
+            cache_seqlens=seqlens, block_table=blocks, cu_seqlens_q=cu_seqlens,
+        )  # fmt: skip
+
+    chunk, singles = part(0, 1), part(1, len(counts))
+    compare(
+        report, case, {"extrope": part(0, len(counts))},
+        yardsticks={"its parts alone": lambda: (chunk(), singles())},
+        bars={"its parts alone": 1.1}, own=("its parts alone",),
+        shape=f"{sizes.chunk} + {len(sizes.singles)} x 1", dtype=dtype, floor=sizes.floor(dtype),
+    )  # fmt: skip
+
+
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
     torch.manual_seed(0)
@@ -195,11 +243,14 @@ def main(argv: list[str] | None = None) -> None:
     else:
         for head_dim in (64, 128):
             for dtype in (torch.float32, torch.bfloat16):
-                bench(report, head_dim, dtype)
+                bench_token(report, head_dim, dtype)
             if device() == "cpu":
                 bench_fp8(report, head_dim)
+    for dtype in (torch.float32, torch.bfloat16):
+        for page_size in PAGES:
+            bench_chunk(report, Sizes(args.quick), page_size, dtype)
+        bench_mixed(report, Sizes(args.quick), dtype)
     report.save()
-    scaling("decode", by_length, args, about=f"one token, {SCALED}, window {WINDOW}")
 
 
 if __name__ == "__main__":

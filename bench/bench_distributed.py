@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import NAN, Report, arguments, peak_megabytes, verdict
+from harness import NAN, Report, arguments, peak_megabytes, returned_memory, verdict
 from held import Held
-from machine import returned_memory
 from ranks import Ranks
 from sent import Sent, by_formula
 from torch.distributed.device_mesh import DeviceMesh
 
-from extrope_kernels import RopeFreqs, distributed, methods, rerope_attention
+from extrope_kernels import RopeFreqs, distributed, methods, rope_attention, scores
 
 HEADS_Q, HEADS_K, HEAD_DIM, WINDOW, SEEN = 32, 8, 64, 1024, 2048
 STRATEGIES = ("gather", "ring", "ulysses")
@@ -100,15 +99,14 @@ def measure(
     ranks = 1 if mesh is None else mesh.size()
     leaves = [x.requires_grad_() for x in tensors(seqlen // ranks)]
     dout, freqs = torch.randn_like(leaves[0]), RopeFreqs(methods.rope(HEAD_DIM).inv_freq)
-    options = {"window": WINDOW, "sliding_window": seen}
+    score, options = scores.rerope(WINDOW), {"sliding_window": seen}
 
     def train() -> None:
         if mesh is None:
-            out = rerope_attention(*leaves, freqs, **options)
+            out = rope_attention(*leaves, freqs, score, **options)
         else:
-            out = distributed.rerope_attention(
-                *leaves, freqs, mesh=mesh, strategy=strategy, **options
-            )
+            options.update(mesh=mesh, strategy=strategy)
+            out = distributed.rope_attention(*leaves, freqs, score, **options)
         torch.autograd.grad(out, leaves, dout)
 
     found = Measured()

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from harness import NAN, Report, arguments, device
-from machine import kept_memory
+from harness import NAN, Report, arguments, device, kept_memory
 from torch import Tensor
 
 from extrope_kernels.integrations.transformers import extend, register_interface

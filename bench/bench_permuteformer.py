@@ -1,7 +1,7 @@
 """PermuteFormer's attention against softmax attention: python bench/bench_permuteformer.py
 
 Causal, 8 heads of q, k and v. Our time includes the permutation of q and k; that of our own softmax
-attention (rerope_attention with a window of N) the rotation; SDPA gets rotated inputs.
+attention the rotation; SDPA gets rotated inputs.
 
 The floor is a square matrix product's rate for 4 D D + 4 D (C + 1) / 2 operations a token and head,
 D = head_dim: the state read and written, and the pairs within a chunk of C tokens, that of the
@@ -14,19 +14,17 @@ from __future__ import annotations
 import functools
 
 import torch
-from attention import frequencies, make_inputs, trained
-from compare import compare, error_of_tail, matmul_floor
+from bench_attention import frequencies, make_inputs
+from compare import compare, error_of_tail, matmul_floor, trained
 from harness import Call, Report, arguments, device
 from peers import sdpa
-from scaling import scaling
 from torch import Tensor
 
 from extrope_kernels import (
     apply_rope_qk,
     head_permutations,
     permuteformer_attention,
-    permuteformer_step,
-    rerope_attention,
+    rope_attention,
 )
 
 HEADS = 8
@@ -49,7 +47,7 @@ def calls(qkv: list[Tensor], permutations: Tensor) -> tuple[Call, dict[str, Call
         return permuteformer_attention(q, k, v, permutations=permutations, backend=BACKEND)
 
     def softmax():
-        return rerope_attention(q, k, v, freqs, window=q.shape[1])
+        return rope_attention(q, k, v, freqs)
 
     ours.leaves = softmax.leaves = qkv
     return ours, {"our softmax attention": softmax, **sdpa(*apply_rope_qk(q, k, freqs), v)}
@@ -71,7 +69,7 @@ def bench(report: Report, seqlen: int, dim: int, dtype: torch.dtype, training: b
         "dtype": dtype,
         "shape": f"{seqlen} x {HEADS} x {dim}",
         "backend": BACKEND,
-        "floor": matmul_floor(operations(seqlen, dim) * (3 if training else 1), dtype, device()),
+        "floor": matmul_floor(operations(seqlen, dim) * (3 if training else 1), dtype),
         "bars": {"our softmax attention": 1 / 25} if held else {},
     }
     if training:
@@ -93,20 +91,6 @@ def bench(report: Report, seqlen: int, dim: int, dtype: torch.dtype, training: b
         )
 
 
-def by_length(seqlen: int) -> dict[str, Call]:
-    qkv = make_inputs(seqlen, 2, 64, torch.float32, heads=2)
-    permutations = head_permutations(2, 64).to(device())
-    one = [x[:, :1] for x in qkv]
-    _, state = permuteformer_step(*one, permutations=permutations)
-    step = functools.partial(
-        permuteformer_step, *one, state, permutations=permutations, positions=seqlen
-    )
-    return {
-        "attention": functools.partial(permuteformer_attention, *qkv, permutations=permutations),
-        "one token": step,
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
     torch.manual_seed(0)
@@ -118,7 +102,6 @@ def main(argv: list[str] | None = None) -> None:
         bench(report, lengths[-1], dim, torch.bfloat16, training=False)
         bench(report, min(8192, lengths[-1]), dim, torch.float32, training=True)
     report.save()
-    scaling("permuteformer", by_length, args, about="float32, 2 heads, head_dim 64")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,7 @@
 
 q (1, 8192, 32, 128) and k with 8 heads, as in Llama-3 8B. The floor is copy_ of q and k between
 existing buffers: the same bytes read and written. Peers get their tables beforehand, but for "with
-tables".
-
-On a CPU everyone keeps memory: malloc holds on to what is freed, as our large results do, and
-nobody pays for pages. "default malloc" is what our allocator adds where malloc gives memory back,
-as glibc does unless told otherwise: the system then clears and maps new pages for every large
-output of theirs, and "fresh pages" is what those alone take on one thread.
+tables". On a CPU everyone reuses memory: malloc keeps what is freed, and nobody pays for pages.
 
 On a GPU the floor is bytes / bandwidth: 20 KiB a token in bf16 read and written, so 8192 tokens
 take 50 us at 3.35 TB/s (H100 SXM) and 82 us at 2.04 TB/s (A100 80GB). The target is 90% of the copy
@@ -16,12 +11,9 @@ bandwidth measured on the same card, in one launch, for forward and backward ali
 
 from __future__ import annotations
 
-import mmap
-
 import torch
 from compare import Floor, compare, error_of_tail, with_backward
-from harness import Call, Report, arguments, device
-from machine import kept_memory
+from harness import Call, Report, arguments, device, kept_memory
 from peers import rotary_peers
 from scaling import scaling
 from shapes import HEAD_DIM, HEADS_K, SEQLEN
@@ -31,15 +23,12 @@ from torch import Tensor
 from extrope_kernels import apply_rope_qk, methods
 from extrope_kernels.testing import available_backends
 
-# Our time over torch.compile's, at most; and where malloc gives memory back.
-COMPILED = {torch.bfloat16: 1 / 3, torch.float32: 1 / 2}
-DEFAULT_MALLOC = "forward, default malloc"
-COMPILED_DEFAULT_MALLOC = {torch.bfloat16: 1 / 8, torch.float32: 1 / 2}
-BACKWARD = {"triton": torch.ops.extrope.rope_bwd_triton}  # the op without a suffix: what is best
+COMPILED = {torch.bfloat16: 1 / 3, torch.float32: 1 / 2}  # our time over torch.compile's, at most
+BACKWARD = {"triton": torch.ops.extrope.rope_bwd_triton}  # the op without a suffix: the best one
 
 
 def backends() -> dict[str, str | None]:
-    """What `backend` is given for each implementation; None is the default, without a look-up."""
+    """The `backend` of each implementation; None is the default."""
     if device() == "cpu":
         return {"cpu": None}
     return {name: name for name in available_backends() if name != "reference"}
@@ -52,7 +41,7 @@ class Calls:
         shapes = [(1, seqlen, heads, HEAD_DIM) for heads in (HEADS, HEADS_K)]
         q, k = (torch.randn(shape, device=device()).to(dtype) for shape in shapes)
         self.inputs = q.requires_grad_(), k.requires_grad_()
-        self.freqs, self.interleaved = methods.rope(HEAD_DIM).to(device()), interleaved
+        self.freqs = methods.rope(HEAD_DIM).to(device())
         self.into = torch.empty_like(q), torch.empty_like(k)
         self.options = {"interleaved": interleaved}
         self.backend = {**self.options, "backend": backend}
@@ -88,19 +77,6 @@ class Calls:
         options = {**self.options, "inverse": inverse, "backend": "reference"}
         return list(apply_rope_qk(*tails, self.freqs, positions=first, **options))
 
-    def fresh_pages(self) -> Call | str:
-        """Get huge pages for such outputs and write a byte in each: no fresh output costs less."""
-        if device() != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-            return "measured on Linux CPUs"
-        size = sum(x.nbytes for x in self.inputs)
-
-        def call():
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            memory.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(memory, dtype=torch.uint8)[:: 1 << 21].fill_(1)
-
-        return call
-
 
 def trained(calls: dict[str, Call | str], leaves: tuple[Tensor, Tensor]) -> dict[str, Call | str]:
     """Each call with its backward."""
@@ -110,38 +86,18 @@ def trained(calls: dict[str, Call | str], leaves: tuple[Tensor, Tensor]) -> dict
     }
 
 
-def bars(peers: dict[str, Call | str], compiled: float | None) -> dict[str, float]:
-    """What our time over each peer's has to stay under."""
-    return {peer: compiled for peer in peers if compiled is not None and "compiled" in peer}
-
-
 def bench(report: Report, dtype: torch.dtype, interleaved: bool, backend: str) -> None:
-    layout, name = "interleaved" if interleaved else "half-split", str(dtype)[6:]
-    cases = ["forward", "in place", "backward", "forward + backward"]
-    if device() == "cpu":
-        cases.append(DEFAULT_MALLOC)
-    wanted = [case for case in cases if report.wants(f"{case}, {layout} {name}")]
+    layout = "interleaved" if interleaved else "half-split"
+    cases = ("forward", "in place", "backward", "forward + backward")
+    wanted = [case for case in cases if report.wants(f"{case}, {layout} {str(dtype)[6:]}")]
     if not wanted:
         return
     seqlen = 256 if report.args.quick else SEQLEN
     large, one = (Calls(dtype, n, interleaved, backends()[backend]) for n in (seqlen, 1))
     about = {"dtype": dtype, "shape": f"{seqlen} x {HEADS}/{HEADS_K} x {HEAD_DIM}",
              "backend": backend, "floor": Floor(large.copy)}  # fmt: skip
-    with kept_memory():
-        bench_kept(report, wanted, layout, large, one, about)
-    if DEFAULT_MALLOC in wanted:
-        calls = {"extrope": large.forward, **large.peers}
-        yardsticks = {"clone": large.clone, "fresh pages": large.fresh_pages()}
-        limits = {"clone": 1.2, **bars(large.peers, COMPILED_DEFAULT_MALLOC.get(dtype))}
-        with torch.no_grad():
-            compare(report, f"{DEFAULT_MALLOC}, {layout}", calls, yardsticks=yardsticks,
-                    bars=limits, **about)  # fmt: skip
-
-
-def bench_kept(
-    report: Report, wanted: list[str], layout: str, large: Calls, one: Calls, about: dict
-) -> None:
-    fast = bars(large.peers, COMPILED.get(about["dtype"]))
+    bar = COMPILED.get(dtype)
+    fast = {peer: bar for peer in large.peers if bar is not None and "compiled" in peer}
     back = {"error": error_of_tail(large.exact_tail(inverse=True))}
     exact = {"error": error_of_tail(large.exact_tail())}
     overwritten = {**exact, "checked": {"extrope": large.copy_and_rotate}}
@@ -174,10 +130,11 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
     torch.manual_seed(0)
     report = Report("rope", args)
-    for backend in backends():
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for interleaved in (False, True):
-                bench(report, dtype, interleaved, backend)
+    with kept_memory():
+        for backend in backends():
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                for interleaved in (False, True):
+                    bench(report, dtype, interleaved, backend)
     report.save()
     scaling("rope", by_length, args, about="bfloat16, 32 heads on 8, head_dim 128")
 

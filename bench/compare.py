@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from harness import NAN, Call, Report, Row, host_microseconds, once, paired, peak_megabytes
+from harness import (
+    NAN,
+    Call,
+    Report,
+    Row,
+    device,
+    host_microseconds,
+    once,
+    paired,
+    peak_megabytes,
+)
 from torch import Tensor
 
 SECONDS = 4.0  # that one pairing may take, so that a slow peer does not take minutes
@@ -22,11 +33,11 @@ class Floor:
     factor: float = 1.0
 
 
-def matmul_floor(flops: float, dtype: torch.dtype, device: str) -> Floor:
+def matmul_floor(flops: float, dtype: torch.dtype) -> Floor:
     """The time of `flops` operations at the rate of the fastest square matrix product."""
     # One of 2048 would take most of the time of --quick, whose calls are this small.
-    side = (256 if flops < 2**30 else 2048) if device == "cpu" else product_side(processors())
-    return Floor(_fastest_product(dtype, device, side), flops / (2 * side**3))
+    side = (256 if flops < 2**30 else 2048) if device() == "cpu" else product_side(processors())
+    return Floor(_fastest_product(dtype, device(), side), flops / (2 * side**3))
 
 
 def product_side(processors: int) -> int:
@@ -126,6 +137,15 @@ def with_backward(call: Call, leaves: list[Tensor]) -> Call:
     return run
 
 
+def trained(calls: dict[str, Call | str]) -> dict[str, Call | str]:
+    """Each call with the gradients of its `leaves`; calls without leaves are left out."""
+    return {
+        name: call if isinstance(call, str) else with_backward(call, call.leaves)
+        for name, call in calls.items()
+        if isinstance(call, str) or hasattr(call, "leaves")
+    }
+
+
 def error_of_tail(exact: list[Tensor]) -> Callable[[object], float]:
     """The largest error of the last tokens, given their float64 values (batch, tokens, heads, dim).
 
@@ -143,3 +163,23 @@ def _difference(out: Tensor, exact: Tensor) -> float:
     if out.shape[2] != exact.shape[2]:
         out = out.transpose(1, 2)
     return (out[:, -exact.shape[1] :].double() - exact).abs().max().item()
+
+
+# -------------------------------------------------------------------------------------------------
+# A cache for each layer, as models have them: a step finds none of them in the processor's own
+
+BYTES = 2**29  # of all layers together: more than the last level of caches keeps
+MOST_LAYERS = 64
+
+
+def layers_of(*cache: Tensor) -> list[Sequence[Tensor]]:
+    """Copy a cache, often enough; on a GPU a replay flushes the cache anyhow."""
+    size = sum(x.nbytes for x in cache)
+    count = min(BYTES // size, MOST_LAYERS) if device() == "cpu" else 1
+    return [cache, *(tuple(x.clone() for x in cache) for _ in range(count - 1))]
+
+
+def by_layer(step: Callable[..., object], layers: Sequence[Sequence[Tensor]]) -> Call:
+    """Return a call of step(*cache) for one layer after another."""
+    caches = itertools.cycle(layers)
+    return lambda: step(*next(caches))

@@ -1,69 +1,549 @@
-"""What the GPU kernels compile to, on every chip, without a GPU: python bench/gpu_audit.py
+"""Compile the Triton kernels that ship, without a GPU, and bound their times: bench/gpu_audit.py
 
-Registers, stack, shared memory, occupancy, widths of accesses, products and special functions of
-each loop, and the time that bytes and instructions imply on A100, H100 and B200. Nothing runs, so
-these times are bounds, not measurements. Ends with status 1 where a kernel has a fault.
+Public functions run on tensors of the CPU as on each chip (EXTROPE_TRITON_CHIP), down to a driver
+that launches nothing and keeps the binaries. Prints registers, stack, shared memory, the shortest
+main loop, and the least time that bytes and instructions take on A100, H100 and B200: bounds, not
+measurements. CUDA C++'s rotation is compiled where nvcc is. Ends with status 1 where a kernel does
+not compile or holds too much stack.
 
-A run of all writes bench/results/gpu_audit.json, or what it has come to when it is stopped with
-Ctrl-C: the sample that the tests compile comes first. Every row there holds a hash of all that
-decides the machine code, so the next run, on any machine, compiles only what is missing or has
-changed since; binaries are in build/ besides. `python bench/readme.py` then
-puts the table into the README.
+A run of all writes bench/results/gpu_audit.csv, which bench/readme.py shows in docs/gpu_audit.md.
+--triton 3.6.0 compiles with that Triton, which is installed aside, into build/triton-3.6.0.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import math
 import os
+import re
+import subprocess
 import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-# The decorator picks interpreter or compiler when a kernel's module is imported.
-os.environ.pop("TRITON_INTERPRET", None)
+if __name__ == "__main__":  # Triton's decorator chooses between interpreter and compiler at once
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("EXTROPE_TRITON_CHIP", "90")
 
-from audit import report
-from audit.entries import KERNELS, all_cases, sample
-from audit.run import run
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import torch
+from machine_code import CARDS, CHIPS, WIDE, Code, Traffic, code_of, read, seconds
+from shapes import (
+    BATCH,
+    CHUNK,
+    HEADS_K,
+    HEADS_Q,
+    KEYS,
+    KEYS_WINDOW,
+    LOCAL,
+    PAGE_SIZE,
+    SEQLEN,
+    WINDOW,
+)
+from torch import Tensor
 
-RESULT = Path(__file__).parent / "results" / "gpu_audit.json"
+import extrope_kernels as ek
+from extrope_kernels import _build, methods, scores
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "bench" / "results" / "gpu_audit.csv"
+TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # one for each supported torch
+HEAD_DIMS = (64, 128, 256)
+STACK, MEASURED_STACK = 16, 48  # bytes that a thread may spill; and by a tile that won on a card
+SCORES = {  # attention's regions of keys: one, two, three
+    "no window": None,
+    "ReRoPE": scores.rerope(WINDOW),
+    "dual chunk": scores.dual_chunk(CHUNK, LOCAL),
+}
+CACHED = {
+    "RoPE": None,
+    "ReRoPE": scores.rerope(KEYS_WINDOW),
+    "Leaky ReRoPE": scores.leaky_rerope(KEYS_WINDOW, 4.0),
+}
+CHUNK_TOKENS = 64
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sample", action="store_true", help="only what the tests compile")
-    parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one")
-    parser.add_argument("--afresh", action="store_true", help="compile what has not changed too")
-    parser.add_argument("--known", type=Path, default=RESULT, help="rows that may be known again")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help=f"default: {RESULT.name}, if nothing is left out")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Launch:
+    """A launch of one kernel: its arguments by name, and its binary."""
+
+    name: str
+    of_rope: bool  # attention has a rotate_kernel, too
+    grid: tuple[int, ...]
+    args: dict
+    code: Code
+
+    def __getitem__(self, name: str):
+        return self.args[name]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call whose kernels are compiled."""
+
+    variant: str
+    head_dim: int
+    call: Callable[[Case], object]
+    score: scores.Score | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+    def rows(self, heads: int, *shape: int) -> Tensor:
+        """Memory that nobody touches."""
+        return torch.empty(*(shape or (1, SEQLEN)), heads, self.head_dim, dtype=self.dtype)
+
+    @property
+    def freqs(self):
+        return methods.rope(self.head_dim)
+
+
+# -------------------------------------------------------------------------------------------------
+# What is called
+
+
+def rotate(case: Case) -> None:
+    ek.apply_rope_qk(
+        case.rows(HEADS_Q), case.rows(HEADS_K), case.freqs, backend="triton",
+        interleaved=case.variant == "interleaved",
+    )  # fmt: skip
+
+
+def rotate_back(case: Case) -> None:
+    """With the gradient of the angles, which needs what was rotated."""
+    q, k = case.rows(HEADS_Q), case.rows(HEADS_K)
+    torch.ops.extrope.rope_bwd_triton(q, k, q, k, case.freqs.inv_freq)
+
+
+def rotate_by_tables(case: Case) -> None:
+    cos, sin = (torch.empty(1, SEQLEN, case.head_dim // 2, dtype=case.dtype) for _ in range(2))
+    torch.ops.extrope.rope_cos_sin_triton(case.rows(HEADS_Q), case.rows(HEADS_K), cos, sin)
+
+
+def norm(case: Case) -> None:
+    weights = [torch.empty(case.head_dim).requires_grad_() for _ in "qk"]
+    qk = [case.rows(heads).requires_grad_() for heads in (HEADS_Q, HEADS_K)]
+    out = ek.apply_rope_qk(
+        *qk, case.freqs, q_norm_weight=weights[0], k_norm_weight=weights[1], backend="triton"
+    )
+    torch.autograd.grad(out, qk, [x.detach() for x in out])
+
+
+def append(case: Case) -> None:
+    batch, tokens = (BATCH, 1) if case.variant == "one token" else (1, SEQLEN)
+    pages = batch * -(-2 * tokens // PAGE_SIZE)
+    weights = [torch.empty(case.head_dim) for _ in "qk"]
+    ek.rope_append_kvcache(
+        *(case.rows(heads, batch, tokens) for heads in (HEADS_Q, HEADS_K, HEADS_K)),
+        *(case.rows(HEADS_K, pages, PAGE_SIZE) for _ in "kv"), case.freqs,
+        cache_seqlens=torch.zeros(batch, dtype=torch.int32),
+        block_table=torch.zeros(batch, pages // batch, dtype=torch.int32),
+        q_norm_weight=weights[0], k_norm_weight=weights[1], backend="triton",
+    )  # fmt: skip
+
+
+def attend(case: Case) -> None:
+    leaves = [case.rows(heads).requires_grad_() for heads in (HEADS_Q, HEADS_K, HEADS_K)]
+    out = ek.rope_attention(*leaves, case.freqs, case.score, backend="triton")
+    torch.autograd.grad(out, leaves, out.detach())
+
+
+def decode(case: Case) -> None:
+    """Two sequences over a paged cache, with the append of their new tokens."""
+    tokens, pages = CHUNK_TOKENS if "chunk" in case.variant else 1, KEYS // PAGE_SIZE
+    caches = [case.rows(HEADS_K, BATCH * pages, PAGE_SIZE) for _ in "kv"]
+    scales = {}
+    if "fp8" in case.variant:
+        caches = [x.view(torch.int8)[..., : case.head_dim].contiguous() for x in caches]
+        caches = [x.view(torch.float8_e4m3fn) for x in caches]
+        scales = dict.fromkeys(("k_scale", "v_scale"), torch.empty(HEADS_K))
+    q, k = (case.rows(heads, BATCH, tokens) for heads in (HEADS_Q, HEADS_K))
+    ek.rope_attention_with_kvcache(
+        q, *caches, case.freqs, case.score, k=k, v=k, backend="triton",
+        cache_seqlens=torch.zeros(BATCH, dtype=torch.int32),
+        block_table=torch.zeros(BATCH, pages, dtype=torch.int32), **scales,
+    )  # fmt: skip
+
+
+def merge(case: Case) -> None:
+    outs, lses = [case.rows(HEADS_Q)] * 2, [torch.empty(1, HEADS_Q, SEQLEN)] * 2
+    torch.ops.extrope.merge_fwd_triton(outs, lses)
+
+
+def cases() -> list[Case]:
+    """Every row of configs.json for 16 bits; three regions and float32 at the usual head_dim."""
+    found = []
+    for dim in (128, 64, 256):
+        found += [Case("half-split", dim, rotate), Case("interleaved", dim, rotate)]
+        found += [
+            Case("with the angles' gradient", dim, rotate_back),
+            Case("by cos and sin", dim, rotate_by_tables),
+        ]
+        found.append(Case("", dim, norm))
+        found += [Case(words, dim, append) for words in ("chunk", "one token")]
+        for name, score in SCORES.items():
+            if score is None or len(score.regions) < 3 or dim == 128:
+                found.append(Case(name, dim, attend, score))
+        for name, score in CACHED.items():
+            found.append(Case(name, dim, decode, score))
+        for words in ("ReRoPE, chunk", "ReRoPE, fp8"):
+            found.append(Case(words, dim, decode, CACHED["ReRoPE"]))
+        found.append(Case("two sets", dim, merge))
+    found.append(Case("ReRoPE, float32", 128, attend, SCORES["ReRoPE"], torch.float32))
+    return found
+
+
+# -------------------------------------------------------------------------------------------------
+# What a launch has to do
+
+
+def _rows(case: Case, heads: int, tokens: int = SEQLEN, itemsize: int = 0) -> int:
+    """Bytes of the rows of so many heads."""
+    return tokens * heads * case.head_dim * (itemsize or case.dtype.itemsize)
+
+
+def rope_traffic(case: Case, launch: Launch) -> Traffic:
+    """A pass rotates one head in a tile of tokens. A gradient reads what was rotated besides."""
+    tiles, shares = launch.grid[:2]
+    read = 2 if case.call is rotate_back or launch.args.get("q_saved") is not None else 1
+    moved = _rows(case, HEADS_Q + HEADS_K) * (read + 1)
+    return Traffic(moved, tiles * shares, (tiles * HEADS_Q, tiles * HEADS_K))
+
+
+def tables_traffic(case: Case, launch: Launch) -> Traffic:
+    """The tables come on top: half a row each of a token."""
+    tiles, shares = launch.grid[:2]
+    moved = 2 * _rows(case, HEADS_Q + HEADS_K) + _rows(case, 1)
+    return Traffic(moved, tiles * shares, (tiles * HEADS_Q, tiles * HEADS_K))
+
+
+def append_traffic(case: Case, launch: Launch) -> Traffic:
+    tiles, shares = launch.grid[:2]
+    tokens = BATCH if case.variant == "one token" else SEQLEN
+    moved = 2 * _rows(case, HEADS_Q + 2 * HEADS_K, tokens)
+    passes = (tiles * HEADS_Q, tiles * HEADS_K, tiles * HEADS_K)
+    return Traffic(moved, tiles * shares, passes)
+
+
+def layout(score: scores.Score | None) -> tuple[tuple[int, ...], int]:
+    score = score or scores.rerope(SEQLEN, 1.0)
+    return tuple(region.start for region in score.regions), score.granularity
+
+
+def attention_traffic(case: Case, launch: Launch) -> Traffic:
+    """Each tile of own rows goes through all tiles of other rows that it sees."""
+    name, size, tile = launch.name.removesuffix("_kernel"), case.dtype.itemsize, launch["TILE"]
+    starts, granularity = layout(case.score)
+    q_rows, k_rows = _rows(case, HEADS_Q), _rows(case, HEADS_K)
+    per_row = 4 * SEQLEN * HEADS_Q  # lse, delta
+    rotated = len(starts) * (q_rows + k_rows)
+    wide_q, wide_k = (4 * len(starts) * rows // size for rows in (q_rows, k_rows))
+    moved = {
+        "forward": len(starts) * k_rows + k_rows + 2 * q_rows + per_row,
+        "dq": rotated + k_rows + 2 * q_rows + 2 * per_row + wide_q,
+        "dkv": rotated + k_rows + q_rows + k_rows + wide_k + 2 * per_row,
+    }
+    by_key = name == "dkv"
+    own, other = (tile.block_n, tile.block_m) if by_key else (tile.block_m, tile.block_n)
+    depth = {"forward": 2, "dq": 3, "dkv": 4}[name] * case.head_dim
+    return Traffic(
+        moved[name],
+        -(-SEQLEN // own) * (HEADS_K if by_key else HEADS_Q),
+        (HEADS_Q * tiles(starts, granularity, own, other, by_key),),
+        2 * tile.block_m * tile.block_n * depth,
+    )
+
+
+@lru_cache
+def tiles(starts: tuple[int, ...], granularity: int, own: int, other: int, by_key: bool) -> int:
+    """How many tiles of `other` rows all tiles of `own` rows of one head go through."""
+
+    def first_key(position: int, region: int) -> int:
+        key = position + 1
+        if region < len(starts):
+            key = min(key, position // granularity * granularity + starts[region])
+        return max(key, 0)
+
+    found = 0
+    for region in range(len(starts)):
+        low, high = ([first_key(i, r) for i in range(SEQLEN)] for r in (region, region + 1))
+        for first in range(0, SEQLEN, own):
+            last = min(first + own, SEQLEN) - 1
+            if by_key:  # the queries whose keys, all rising, begin before the last and end after
+                begin, end = bisect_right(high, first), bisect_right(low, last)
+            else:
+                begin, end = low[first], high[last]
+            found += -(-max(end - begin, 0) // other)
+    return found
+
+
+def rotate_traffic(case: Case, launch: Launch) -> Traffic:
+    """q and k once, and a copy for each region; gradients come from float32."""
+    tile = launch["TILE"]
+    maps = [(HEADS_K, len(tile.k_maps)), (HEADS_Q, len(tile.q_maps))]
+    raw = _rows(case, sum(heads for heads, count in maps if count))
+    itemsize = 4 if launch["INVERSE"] else case.dtype.itemsize
+    copies = _rows(case, sum(heads * count for heads, count in maps), itemsize=itemsize)
+    each = -(-SEQLEN // tile.tokens)
+    passes = tuple(each * sum(h * n for h, n in maps) for _, count in maps if count)
+    return Traffic(raw + copies, math.prod(launch.grid), passes)
+
+
+def decode_traffic(case: Case, launch: Launch) -> Traffic:
+    """The cache once, and float32 results of programs that share a sequence."""
+    tokens, tile = CHUNK_TOKENS if "chunk" in case.variant else 1, launch["TILE"]
+    score = case.score or scores.rerope(KEYS_WINDOW, 1.0)
+    block = (KEYS - 1) // score.granularity * score.granularity
+    bounds = [max(0, block + region.start) for region in score.regions] + [KEYS]
+    keys = [end - begin for begin, end in pairwise(bounds)]  # that the last query sees by region
+    cached = 1 if "fp8" in case.variant else case.dtype.itemsize
+    moved = 2 * _rows(case, HEADS_K, BATCH * KEYS, cached)
+    moved += 2 * _rows(case, HEADS_Q, BATCH * tokens)
+    row_blocks = -(-tokens * HEADS_Q // HEADS_K // tile.block_m)
+    each = BATCH * HEADS_K * row_blocks / tile.block_n
+    # The shortest loop first: one that rotates no key.
+    by_length = sorted(zip(tile.rotates_keys, keys), key=lambda region: region[0])
+    passes = [count * each for _, count in by_length]
+    if tile.splits:
+        blocks, slots = -(-KEYS // tile.block_n), max(launch["slots"] - BATCH, 1)
+        splits = -(-blocks // max(-(-BATCH * blocks // slots), launch["least_blocks"]))
+        splits = splits if splits > 1 else 0
+        moved += 2 * splits * _rows(case, HEADS_Q, BATCH * tokens, 4)
+        # The loop that merges is shorter still.
+        passes.insert(0, -(-splits // tile.merge_splits) * BATCH * HEADS_K * row_blocks)
+    operations = 2 * tile.block_m * tile.block_n * 2 * case.head_dim
+    return Traffic(moved, math.prod(launch.grid), tuple(passes), operations)
+
+
+def cache_append_traffic(case: Case, launch: Launch) -> Traffic:
+    tokens = CHUNK_TOKENS if "chunk" in case.variant else 1
+    cached = 1 if "fp8" in case.variant else case.dtype.itemsize
+    moved = 2 * BATCH * tokens * HEADS_K * case.head_dim * (cached + case.dtype.itemsize)
+    return Traffic(moved, math.prod(launch.grid))
+
+
+def merge_traffic(case: Case, launch: Launch) -> Traffic:
+    moved = 3 * _rows(case, HEADS_Q) + 3 * 4 * SEQLEN * HEADS_Q
+    return Traffic(moved, math.prod(launch.grid[:2]))
+
+
+TRAFFIC: dict[str, tuple[str, Callable[[Case, Launch], Traffic]]] = {
+    "rope rotate_kernel": ("rotation", rope_traffic),
+    "cos_sin_kernel": ("rotation", tables_traffic),
+    "norm_rotate_kernel": ("norm and rotation", rope_traffic),
+    "rope_append_kernel": ("norm, rotation and append", append_traffic),
+    "rotate_kernel": ("attention's rotation", rotate_traffic),
+    "forward_kernel": ("attention", attention_traffic),
+    "dq_kernel": ("attention, dQ", attention_traffic),
+    "dkv_kernel": ("attention, dK and dV", attention_traffic),
+    "decode_kernel": ("decode", decode_traffic),
+    "append_kernel": ("decode's append", cache_append_traffic),
+    "merge_kernel": ("merge", merge_traffic),
+}
+
+
+# -------------------------------------------------------------------------------------------------
+# Compile
+
+
+@dataclass
+class Row:
+    kernel: str
+    variant: str
+    chip: int
+    head_dim: int
+    registers: int
+    stack: int
+    shared: int
+    warps_of_sm: int
+    widest_load: int
+    widest_store: int
+    products: int  # of the shortest main loop
+    special: int
+    instructions: int
+    memory_us: float
+    tensor_us: float
+    special_us: float
+    issue_us: float
+    bound_us: float
+    bound_by: str
+
+    def __str__(self) -> str:
+        values = list(asdict(self).values())
+        return "  ".join(map(str, [*values[:13], self.bound_us, self.bound_by, self.fault()]))
+
+    def fault(self, most: int = STACK) -> str:
+        if self.stack > most:
+            return f"{self.stack} bytes of stack, {most} are allowed"
+        if self.warps_of_sm == 0 or self.shared > CHIPS[self.chip].block_shared:
+            return "no block fits an SM"
+        if min(self.widest_load, self.widest_store) < WIDE and "append" not in self.kernel:
+            return "rows move by less than 16 bytes a thread"
+        return ""
+
+
+def row_of(kernel: str, case: Case, variant: str, code: Code, traffic: Traffic, chip: int) -> Row:
+    times = {key: x * 1e6 for key, x in seconds(code, traffic, CARDS[chip]).items()}
+    loop = code.loops[0] if code.loops else code.around
+    most = max(times, key=times.__getitem__)
+    return Row(
+        kernel, variant, chip, case.head_dim, code.registers, code.stack, code.shared,
+        code.resident(CHIPS[chip]) * code.warps, max(code.loads, default=0),
+        max(code.stores, default=0), loop.products, loop.special, loop.instructions,
+        *(float(f"{x:.3g}") for x in times.values()), float(f"{times[most]:.3g}"), most,
+    )  # fmt: skip
+
+
+def prepare(chip: int, cache: str) -> None:
+    """Let a worker compile for one chip."""
+    os.environ.update(EXTROPE_TRITON_CHIP=str(chip), TRITON_CACHE_DIR=cache)
+    torch.set_num_threads(1)
+
+
+def compiled(index: int) -> list[Row] | str:
+    """The rows of a case's kernels; or what its compiler said."""
+    import null_driver
+
+    case, chip, driver = (
+        cases()[index],
+        int(os.environ["EXTROPE_TRITON_CHIP"]),
+        null_driver.install(keep=True),
+    )
+    try:
+        case.call(case)
+    except Exception as error:  # of any kind: the other cases are to be compiled all the same
+        return f"sm_{chip} {case.call.__name__} {case.variant} D{case.head_dim}: {error}"
+    found: dict[tuple[str, str], Row] = {}
+    for one in driver.kept:
+        code = read(one.cubin, null_driver.TOOLS, warps=one.warps, shared=one.shared,
+                    tensor_memory=one.tensor_memory)  # fmt: skip
+        launch = Launch(one.name, ".ops.rope." in one.module, one.grid, one.args, code)
+        key = f"rope {one.name}" if launch.of_rope and one.name == "rotate_kernel" else one.name
+        kernel, traffic = TRAFFIC[key]
+        variant = case.variant
+        if key == "rotate_kernel":
+            variant += " inverse" if launch["INVERSE"] else "" if launch["TILE"].q_maps else " keys"
+        elif key == "norm_rotate_kernel":
+            variant = "backward" if (kernel, "forward") in found else "forward"
+        found[kernel, variant] = row_of(kernel, case, variant, code, traffic(case, launch), chip)
+    return list(found.values())
+
+
+# -------------------------------------------------------------------------------------------------
+# CUDA C++
+
+BLOCK, UNROLLED = 128, 4  # threads, heads
+HALF_SPLIT = re.compile(r"rope_kernelI13__nv_bfloat16Li8ELb0ELb0ELb0EEE")
+STRICT = ("-Werror=all-warnings", "-Xptxas=-warn-spills")
+
+
+def cuda_rows() -> Iterator[Row]:
+    """The rotation in CUDA C++; BuildError where nvcc is missing, warns, or a kernel spills."""
+    nvcc, source = _build.find_nvcc(), _build.source_dir() / "cuda" / "rope" / "rope.cu"
+    from null_driver import TOOLS
+
+    with TemporaryDirectory() as folder:
+        target = Path(folder) / "rope.o"
+        chips = _build.gencode([str(chip) for chip in CHIPS])
+        command = [nvcc, *_build.NVCC_FLAGS, *STRICT, chips, *_build.include(), "-c", str(source)]
+        done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise _build.BuildError(done.stdout + done.stderr)
+        usage, sass = (_functions(TOOLS, option, target)
+                       for option in ("--dump-resource-usage", "-sass"))  # fmt: skip
+    case, tokens = Case("half-split, CUDA C++", 128, rotate), BLOCK * 2 * 16 // 256  # of a block
+    blocks = SEQLEN // tokens
+    # Two loops copy; the third rotates, UNROLLED heads a pass.
+    passes = (0, 0, blocks * (HEADS_Q + HEADS_K) / UNROLLED)
+    traffic = Traffic(2 * _rows(case, HEADS_Q + HEADS_K), blocks, passes)
+    for (chip, symbol), text in usage.items():
+        if chip in CARDS and HALF_SPLIT.search(symbol):
+            code = code_of(text, sass[chip, symbol], warps=BLOCK // 32)
+            yield row_of("rotation", case, case.variant, code, traffic, chip)
+
+
+def _functions(tools: Path, option: str, target: Path) -> dict[tuple[int, str], str]:
+    """cuobjdump's text on every chip and kernel."""
+    done = subprocess.run([str(tools / "cuobjdump"), option, str(target)], check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    sections: dict[tuple[int, str], list[str]] = {}
+    chip, lines = 0, []
+    for line in done.stdout.splitlines():
+        if found := re.match(r"arch = sm_(\d+)", line):
+            chip, lines = int(found[1]), []
+        elif found := re.search(r"Function\s*:?\s*(\w+)", line):
+            lines = sections.setdefault((chip, found[1]), [])
+        else:
+            lines.append(line)
+    return {key: "\n".join(lines) for key, lines in sections.items()}
+
+
+# -------------------------------------------------------------------------------------------------
+# The run
+
+
+def run(chips: list[int], only: str, jobs: int) -> tuple[list[Row], list[str]]:
+    """All rows, and what did not compile."""
+    rows, failed = [], []
+    wanted = [i for i, case in enumerate(cases()) if only in f"{case.call.__name__} {case.variant}"]
+    for chip in chips:
+        with (
+            TemporaryDirectory() as cache,  # or it would fill the user's own
+            ProcessPoolExecutor(jobs, initializer=prepare, initargs=(chip, cache)) as pool,
+        ):
+            for found in pool.map(compiled, wanted):
+                if isinstance(found, str):
+                    failed.append(found)
+                    print(found, flush=True)
+                else:
+                    rows += found
+                    print("\n".join(map(str, found)), flush=True)
+    return rows, failed
+
+
+def with_triton(version: str) -> int:
+    """Run this script with another Triton, which lies aside."""
+    folder = ROOT / "build" / f"triton-{version}"
+    if not folder.exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+        subprocess.run([*pip, str(folder), f"triton=={version}"], check=True)
+    path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    kept = [word for word in sys.argv[1:] if word not in ("--triton", version)]
+    command = [sys.executable, __file__, *kept, "--keep-no-results"]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
 
 
 def main() -> int:
-    asked = arguments()
-    cases = sample() if asked.sample else all_cases()
-    cases = [case for case in cases if not asked.kernel or case.kernel in asked.kernel]
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chip", type=int, action="append", choices=list(CARDS), help="only this")
+    parser.add_argument("--only", default="", metavar="TEXT", help="calls and variants named so")
+    parser.add_argument("--triton", choices=TRITONS, help="compile with this Triton")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--keep-no-results", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.triton:
+        return with_triton(asked.triton)
+    rows, failed = run(asked.chip or list(CARDS), asked.only, asked.jobs)
+    if not asked.only:
+        try:
+            rows += [row for row in cuda_rows() if row.chip in (asked.chip or CARDS)]
+        except _build.BuildError as error:
+            print(f"CUDA C++: {error}")
+    faults = [row for row in rows if row.fault()]
+    print(
+        f"{len(rows)} kernels compiled, none run; {len(faults)} with faults; {len(failed)} failed"
     )
-    with TemporaryDirectory() as folder, Progress(*columns) as progress:
-        os.environ["TRITON_CACHE_DIR"] = folder  # or it would fill the user's own
-        bar = progress.add_task("", total=len(cases))
-        rows, failed = run(
-            cases,
-            asked.jobs,
-            report.load_known(asked.known),
-            lambda case: progress.update(bar, advance=1, description=str(case)),
-            asked.afresh,
-        )
-    if out := asked.out or (None if asked.sample or asked.kernel else RESULT):
-        report.save(rows, out, failed)
-    return min(report.show(rows, failed), 1)
+    if not (asked.only or asked.chip or asked.keep_no_results or failed):
+        rows.sort(key=lambda row: (row.head_dim != 128, row.head_dim))
+        with RESULT.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(map(asdict, rows))
+    return int(bool(failed or faults))
 
 
 if __name__ == "__main__":

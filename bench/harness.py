@@ -1,36 +1,223 @@
 """How every benchmark measures, prints and keeps its numbers.
 
-Times are medians of calls made in turn within one run, so that a slow spell of the machine hits all
-alike. A peer is paired with ours alone: memory that a third one frees would change what the next
-allocation costs. On a GPU a call is captured as a CUDA graph, so that Python is in no time, and the
-replays are timed, each with a cold L2 cache.
+Times are medians of calls made in turn within one run: a slow spell of the machine hits all alike.
+On a GPU a call is captured as a CUDA graph and replayed with a cold L2 cache, so no time holds
+Python. Results go to bench/results/PROCESSOR/NAME.json, a row a line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import functools
 import json
 import math
+import os
+import platform
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch._dynamo
-from machine import back_memory, device, machine, return_memory
-from replay import replayed
 
 RESULTS = Path(__file__).parent / "results"
 NAN = float("nan")
 Call = Callable[[], object]
 
 
+# -------------------------------------------------------------------------------------------------
+# The machine
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def machine() -> dict[str, str | int]:
+    """Say what the numbers are measured on."""
+    if device() == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        amx = " and AMX" if torch.cpu._is_amx_tile_supported() else ""
+        name = f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}{amx}"
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "CPU")
+
+
+def folder_of(name: str) -> str:
+    """Name the folder of a processor's results: "amx", "avx512", ..., or "gpu-h100-80gb-hbm3"."""
+    if "," not in name:
+        words = re.findall(r"[a-z0-9]+", name.lower())
+        left_out = ("nvidia", "geforce", "graphics", "tesla")
+        return "gpu-" + "-".join(word for word in words if word not in left_out)
+    return re.split(r", | and ", name)[-1].lower()
+
+
+def memory() -> int:
+    """Return the bytes of the device."""
+    if device() == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextlib.contextmanager
+def _malloc(option: int, value: int, after: int) -> Iterator[None]:
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(option, value)
+    try:
+        yield
+    finally:
+        mallopt(option, after)
+
+
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """Let malloc keep what is freed, as jemalloc and other caching allocators do.
+
+    By default glibc returns blocks past 32 MiB to the system, and every large output costs page
+    faults again; a PyTorch set up for speed on CPUs does not pay them.
+    """
+    trim_threshold, mmap_max = -1, -4
+    with _malloc(trim_threshold, 2**31 - 1, 128 * 1024), _malloc(mmap_max, 0, 65536):
+        yield
+
+
+def returned_memory() -> contextlib.AbstractContextManager[None]:
+    """Let malloc give every freed tensor back at once, so that a peak is what is in use."""
+    mmap_threshold = -3
+    return _malloc(mmap_threshold, 128 * 1024, 32 * 2**20)
+
+
+# -------------------------------------------------------------------------------------------------
+# Timing
+
+
+def clock(function: Call) -> Callable[[], float]:
+    """Return a function that calls once and gives the milliseconds."""
+    return _replayed(function) if device() == "cuda" else functools.partial(_wall_time, function)
+
+
+def once(function: Call) -> float:
+    """Return the milliseconds of one call."""
+    return clock(function)()
+
+
+def _wall_time(function: Call) -> float:
+    """Stop the clock before the result is freed."""
+    start = time.perf_counter()
+    kept = function()
+    milliseconds = (time.perf_counter() - start) * 1e3
+    del kept
+    return milliseconds
+
+
+def _replayed(function: Call) -> Callable[[], float]:
+    """Capture the call as a CUDA graph. Raises where the call waits for the GPU."""
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what compiles on the first call does so before the capture
+            function()
+    main.wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # The outer one: a capture that fails leaves its own stream the current one.
+    with torch.cuda.stream(main), torch.cuda.graph(graph):
+        function()
+
+    def milliseconds() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _larger_than_l2().zero_()  # the GPU is busy with it while the host queues the rest
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return milliseconds
+
+
+@functools.cache
+def _larger_than_l2() -> torch.Tensor:
+    return torch.empty(2**30, dtype=torch.uint8, device="cuda")
+
+
+def paired(*functions: Call, repeats: int = 15, seconds: float = math.inf) -> list[float]:
+    """Return the median milliseconds of each, round by round; fewer, but four, past `seconds`.
+
+    Every other round goes backward: a function behind one that fills the caches would otherwise
+    pay for it every time, 4% of a rotation. An untimed call goes before each timed one: what that
+    allocates must not depend on what the function before it has freed.
+    """
+    clocks = [clock(function) for function in functions]
+    once_each = 2 * sum([milliseconds() for milliseconds in clocks])
+    repeats = max(min(repeats, 4), min(repeats, int(min(seconds * 1e3 / once_each, 1e9))))
+    times: list[list[float]] = [[] for _ in clocks]
+    for round_ in range(repeats):
+        each = list(zip(times, clocks))
+        for of_one, milliseconds in each[::-1] if round_ % 2 else each:
+            milliseconds()
+            of_one.append(milliseconds())
+    return [statistics.median(of_one) for of_one in times]
+
+
+def host_microseconds(function: Call, calls: int = 1000, rounds: int = 60) -> float:
+    """Return how long one call keeps Python busy: the best of several rounds."""
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        best = min(best, (time.perf_counter() - start) / calls)
+        if device() == "cuda":
+            torch.cuda.synchronize()
+    return best * 1e6
+
+
+def peak_megabytes(function: Call) -> float:
+    """Return how far memory rises above what is held before the call."""
+    if device() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+    before = _status("VmHWM")
+    function()
+    return (_status("VmHWM") - before) / 1e3
+
+
+def _status(field: str) -> int:
+    """Read kilobytes from the kernel's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+# -------------------------------------------------------------------------------------------------
+# Rows and tables
+
+
 @dataclass
 class Row:
-    """One implementation of one case; NaN is what the case does not measure."""
+    """One implementation of one case; NaN stands for what is not measured."""
 
     case: str
     implementation: str
@@ -40,7 +227,7 @@ class Row:
     milliseconds: float = NAN
     of_floor: float = NAN  # the floor's time over this one's
     ratio: float = NAN  # our time over this one's: below 1 we are faster
-    bar: float = NAN  # what the ratio has to stay under
+    bar: float = NAN  # the ratio may be no larger
     error: float = NAN  # the largest difference to float64
     host_microseconds: float = NAN  # of a call on one token
     megabytes: float = NAN  # peak above what was held before the call
@@ -76,114 +263,39 @@ COLUMNS = {
 
 
 def cell(value: object, form: str = "") -> str:
-    """One number or word of a table; nothing for what was not measured."""
+    """Format one cell of a table; nothing for what was not measured."""
     missing = value is None or (isinstance(value, float) and math.isnan(value))
     return "" if missing else format(value, form)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
+    """Make a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # -------------------------------------------------------------------------------------------------
-# Timing
+# The run
 
 
-def clock(function: Call) -> Callable[[], float]:
-    """What takes the milliseconds of one call, as often as asked."""
-    return replayed(function) if device() == "cuda" else functools.partial(_wall_time, function)
-
-
-def once(function: Call) -> float:
-    """Milliseconds of one call."""
-    return clock(function)()
-
-
-def _wall_time(function: Call) -> float:
-    """What the call returns is freed after the clock has stopped."""
-    start = time.perf_counter()
-    kept = function()
-    milliseconds = (time.perf_counter() - start) * 1e3
-    del kept
-    return milliseconds
-
-
-def paired(*functions: Call, repeats: int = 15, seconds: float = math.inf) -> list[float]:
-    """Median milliseconds of each, round by round; fewer repeats, but four, past `seconds`.
-
-    Every other round goes backward: a function behind one that fills the caches would otherwise
-    pay for it every time, 4% of a rotation. An untimed call goes before each timed one: what that
-    allocates must not depend on what the function measured before has freed.
-    """
-    clocks = [clock(function) for function in functions]
-    once_each = 2 * sum([milliseconds() for milliseconds in clocks])
-    repeats = max(min(repeats, 4), min(repeats, int(min(seconds * 1e3 / once_each, 1e9))))
-    times: list[list[float]] = [[] for _ in clocks]
-    for round_ in range(repeats):
-        each = list(zip(times, clocks))
-        for of_one, one in each[::-1] if round_ % 2 else each:
-            of_one.append(_settled(one))
-    return [statistics.median(of_one) for of_one in times]
-
-
-def _settled(milliseconds: Callable[[], float]) -> float:
-    milliseconds()
-    return milliseconds()
-
-
-def host_microseconds(function: Call, calls: int = 1000, rounds: int = 60) -> float:
-    """Microseconds that one call keeps Python busy: the best of several rounds."""
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        best = min(best, (time.perf_counter() - start) / calls)
-        if device() == "cuda":
-            torch.cuda.synchronize()
-    return best * 1e6
-
-
-def peak_megabytes(function: Call) -> float:
-    """How far memory rises above what is held before the call."""
-    if device() == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    return_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-    before = _status("VmHWM")
-    function()
-    return (_status("VmHWM") - before) / 1e3
-
-
-def _status(field: str) -> int:
-    """Kilobytes, from the kernel's account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The options of every benchmark."""
+def arguments(
+    description: str,
+    argv: list[str] | None = None,
+    add: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> argparse.Namespace:
+    """Parse the options of every benchmark, and those that `add` adds."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15, help="paired runs of each case")
-    parser.add_argument(
-        "--only",
-        action="append",
-        metavar="TEXT",
-        help="cases with TEXT in their name and dtype",
-    )
+    parser.add_argument("--only", action="append", metavar="TEXT", help="cases named so")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument("--out", type=Path, help="folder for the results, default bench/results")
+    parser.add_argument("--out", type=Path, help="folder; default bench/results/PROCESSOR")
+    add(parser)
     args = parser.parse_args(argv)
     if args.quick:
         args.repeats = 1
         torch._dynamo.config.disable = True  # compiling takes longer than everything else here
     elif args.out is None:
-        args.out = RESULTS
+        args.out = RESULTS / folder_of(str(machine()["device"]))
     return args
 
 
@@ -195,8 +307,9 @@ class Report:
         self.rows: list = []
         print(" ".join(f"{key}: {value}" for key, value in {**machine(), **about}.items()))
         print(" ".join(f"{head:{width}}" for head, width, _ in columns.values()))
-        if not args.quick:
-            back_memory()
+        if device() == "cpu" and not args.quick:
+            # A virtual machine's host backs a page when it is first written: not in our time.
+            torch.empty(3 << 30, dtype=torch.uint8).fill_(1)
 
     def wants(self, case: str) -> bool:
         """Whether --only selects this case."""
@@ -211,39 +324,51 @@ class Report:
         print(" ".join(words).rstrip(), getattr(row, "absent", ""), flush=True)
 
     def save(self) -> None:
-        """A whole run replaces what was there; a part (--only) replaces its own rows."""
+        """A whole run replaces the file; a part (--only, --score) replaces its own rows."""
         if self.args.out is not None and self.rows:
-            merge = bool(self.args.only)
-            print(f"written: {save(self.name, self.rows, self.args.out, merge, **self.about)}")
+            part = bool(self.args.only or getattr(self.args, "score", None))
+            path = save(self.name, self.rows, self.args.out, part, **self.about)
+            print(f"written: {path}")
 
 
-def save(
-    name: str, rows: list, folder: Path = RESULTS, merge: bool = False, **more: object
-) -> Path:
-    """Write NAME-DEVICE.json and return its path.
-
-    merge: keep the rows that are there and that were not measured again, if on the same machine.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{device()}.json"
+def save(name: str, rows: list, folder: Path, merge: bool = False, **more: object) -> Path:
+    """Write NAME.json. merge: keep rows of the same machine that were not measured again."""
+    path = folder / f"{name}.json"
     measured = {_identity(row): row for row in map(_plain, rows)}
     if merge and path.exists():
         before = json.loads(path.read_text())
         if before["machine"] == machine():
             measured = {_identity(row): row for row in before["rows"]} | measured
-    content = {"machine": machine(), **more, "rows": list(measured.values())}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write(path, {"machine": machine(), **more, "rows": list(measured.values())})
     return path
 
 
+def write(path: Path, content: dict) -> None:
+    """Write JSON with a row a line, and numbers of six digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {key: value for key, value in content.items() if key != "rows"}
+    head = json.dumps(short({**about, "rows": []}), indent=1, ensure_ascii=False)
+    lines = ",\n".join(json.dumps(short(row), ensure_ascii=False) for row in content["rows"])
+    path.write_text(head.removesuffix("[]\n}") + f"[\n{lines}\n]}}\n")
+
+
+def short(value):
+    """Round all numbers to six digits."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else value
+    if isinstance(value, dict):
+        return {key: short(x) for key, x in value.items()}
+    return [short(x) for x in value] if isinstance(value, (list, tuple)) else value
+
+
 def _plain(row) -> dict:
-    """JSON has no NaN, which stands for what a case does not measure."""
+    """Leave out what is not measured: JSON has no NaN."""
     values = {**asdict(row), "verdict": getattr(row, "verdict", "")}
     return {name: value for name, value in values.items() if cell(value) != ""}
 
 
 def _identity(row: dict) -> tuple:
-    """What names a row: its words and whole numbers, but for the outcome."""
+    """Name a row by its words and whole numbers, but for the outcome."""
     return tuple(
         (name, value)
         for name, value in row.items()

@@ -1,17 +1,16 @@
 """Train small models on short texts, read longer ones: python bench/length_generalization.py
 
-A causal transformer over bytes (length_model.py) is trained on the sources of Python's standard
-library with the attentions of length_trainings.py; the methods of length_methods.py then read
-texts of 1, 2, 4 and 8 times the training length L that no model saw. All lengths are scored on the
-same bytes, the last L of each 8 L: a longer text only adds what comes before them, so that a method
-that can use it has a loss that falls from left to right. All of it is done with several seeds
-(--seeds), of weights, batches and drawn positions.
+A causal transformer over bytes is trained on the sources of Python's standard library; the methods
+of length_methods.py then read texts of 1, 2, 4 and 8 times the training length L that no model saw.
+All lengths are scored on the same bytes, the last L of each 8 L: a longer text only adds what comes
+before them, so that a method that can use it has a loss that falls from left to right. All of it is
+done with several seeds (--seeds), of weights, batches and drawn positions.
 
 Trainings run two at a time, each on one thread: a sixth faster than one after the other on two, and
 several times faster where something else runs. What is done is kept in build/length_generalization,
 and a run that was stopped goes on from there.
 
-Results: bench/results/length_generalization-cpu.json and docs/length_generalization.svg. --quick
+Results: bench/results/models/length_generalization.json and docs/length_generalization.png. --quick
 is for tests: its models learn nothing, and it leaves those two files alone.
 """
 
@@ -23,7 +22,6 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU everywhere, with the same 
 
 import argparse
 import hashlib
-import json
 import math
 import re
 import sysconfig
@@ -37,17 +35,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import RESULTS
-from length_methods import METHODS, Method
-from length_model import Transformer, loss_of, optimizer_of
-from length_report import plot, printed
-from length_results import collect
-from length_trainings import FACTOR, FULL, QUICK, TRAININGS, Setup
-from torch import Tensor
+import torch.nn.functional as F
+from evaluations import FOLDER
+from harness import RESULTS, machine, write
+from length_methods import FACTOR, FULL, METHODS, QUICK, TRAININGS, Attend, Method, Setup
+from plots import draw_lengths
+from tables import length_head, length_losses, length_summary, with_spread
+from torch import Tensor, nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 NAME = "length_generalization"
+VOCABULARY = 256  # bytes
 
 
 # -------------------------------------------------------------------------------------------------
@@ -84,6 +83,76 @@ def spread(text: Tensor, windows: int, length: int) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------
+# The model, in the plainest PyTorch; positions enter through `attend` alone
+
+
+class Attention(nn.Module):
+    def __init__(self, d_model: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, T, H, D) each
+        return self.out(attend(q, k, v).flatten(2))  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, d_model: int, heads: int) -> None:
+        super().__init__()
+        self.norm_1 = nn.RMSNorm(d_model)
+        self.attention = Attention(d_model, heads)
+        self.norm_2 = nn.RMSNorm(d_model)
+        self.mlp = nn.Sequential(
+            nn.Linear(d_model, 4 * d_model, bias=False),
+            nn.GELU(),
+            nn.Linear(4 * d_model, d_model, bias=False),
+        )
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attention(self.norm_1(x), attend)
+        return x + self.mlp(self.norm_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, d_model: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, d_model)
+        self.blocks = nn.ModuleList(Block(d_model, heads) for _ in range(layers))
+        self.norm = nn.RMSNorm(d_model)
+        self.apply(self._initialise)
+        for block in self.blocks:  # the residual stream keeps its size however deep the model
+            for last in (block.attention.out, block.mlp[-1]):
+                nn.init.normal_(last.weight, std=0.02 / (2 * layers) ** 0.5)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, attend: Attend) -> Tensor:
+        x = self.embed(tokens)  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, attend)
+        return F.linear(self.norm(x), self.embed.weight)  # (B, T, 256): the embedding is shared
+
+
+def loss_of(model: Transformer, tokens: Tensor, attend: Attend) -> Tensor:
+    """Nats for each byte but the first of tokens (batch, seqlen + 1): (batch, seqlen)."""
+    logits = model(tokens[:, :-1], attend)
+    return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+def optimizer_of(model: Transformer, lr: float) -> torch.optim.Optimizer:
+    """AdamW, whose weight decay spares the gains of the norms."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    gains = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+# -------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -108,7 +177,7 @@ def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, lin
         model.load_state_dict(weights)
     optimizer = optimizer_of(model, lr)
     batches, draws = (torch.Generator().manual_seed(setup.seed + i) for i in (1, 2))
-    losses, wall, cpu = [], time.perf_counter(), time.process_time()
+    losses, begin = [], time.process_time()
     progress = tqdm(range(steps), desc=name, unit="step", position=line, leave=False)
     for step in progress:
         for group in optimizer.param_groups:
@@ -126,8 +195,7 @@ def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, lin
     curve = [
         sum(losses[i : i + every]) / len(losses[i : i + every]) for i in range(0, steps, every)
     ]
-    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    record = {"steps": steps, "every": every, "curve": curve, "seconds": seconds}
+    record = {"curve": curve, "seconds": time.process_time() - begin}
     return {"weights": model.state_dict(), "record": record}
 
 
@@ -224,8 +292,7 @@ class Job(NamedTuple):
             losses = (f"{read['last']:.3f}" for read in self.run.read(self.name, line))
             return f"{told}: {' '.join(losses)}"
         record = self.run.trained(self.name, line)["record"]
-        seconds = ", ".join(f"{x:.0f} s {clock}" for clock, x in record["seconds"].items())
-        return f"{told}: loss {record['curve'][-1]:.3f}, {seconds}"
+        return f"{told}: loss {record['curve'][-1]:.3f}, {record['seconds']:.0f} s of a core"
 
 
 def work(runs: list[Run], workers: int) -> None:
@@ -246,6 +313,40 @@ def work(runs: list[Run], workers: int) -> None:
                 progress.update()
 
 
+def collect(runs: list[Run]) -> dict:
+    """The content of the JSON file: the losses of every method, by length and seed."""
+    train, test = map(len, read_text())
+    setup = asdict(runs[0].setup)
+    del setup["seed"]
+    records = [run.trained(name)["record"] for run in runs for name in TRAININGS]
+    rows = []
+    for name, method in METHODS.items():
+        reads = [run.read(name) for run in runs]
+        last = [[read["last"] for read in of_length] for of_length in zip(*reads)]
+        own = {"name": name, "family": method.family, "paper": method.paper}
+        own |= {"trained": TRAININGS[method.trained].about, "run": method.run}
+        rows.append({**own, "last": last, "all": [read[-1]["mean"] for read in reads]})
+    return {
+        "machine": machine(),
+        "text": {"train_bytes": train, "test_bytes": test, "sha256": digest()},
+        "setup": {**setup, "seeds": len(runs)},
+        "trainings": len(TRAININGS),
+        "seconds": sum(record["seconds"] for record in records),
+        "lengths": [read["length"] for read in reads[0]],
+        "rows": rows,
+    }
+
+
+def printed(results: dict) -> str:
+    lines = [length_head(results)]
+    for row in results["rows"]:
+        numbers = map(with_spread, length_losses(row))
+        lines.append([row["name"], row["trained"], row["run"], *numbers])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rows = ["  ".join(x.ljust(width) for x, width in zip(line, widths)) for line in lines]
+    return "\n".join([length_summary(results), "", *rows])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models, a few steps")
@@ -260,12 +361,12 @@ def main() -> None:
     setup = QUICK if args.quick else FULL
     runs = [Run(replace(setup, seed=seed), args.build) for seed in range(args.seeds)]
     work(runs, args.workers)
-    train, test = map(len, read_text())
-    text = {"train_bytes": train, "test_bytes": test, "sha256": digest()}
-    results = collect(runs, text)
-    table, figure = (args.build, args.build) if args.quick else (RESULTS, ROOT / "docs")
-    (table / f"{NAME}-cpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, figure / f"{NAME}.svg")
+    results = collect(runs)
+    table, figure = args.build, args.build
+    if not args.quick:
+        table, figure = RESULTS / FOLDER, ROOT / "docs"
+    write(table / f"{NAME}.json", results)
+    draw_lengths(results, figure / f"{NAME}.png")
     print(printed(results))
 
 

@@ -1,31 +1,33 @@
-"""Methods on SmolLM2 and Gemma 3 past their lengths. Goes on where it was cut.
+"""Measure methods on SmolLM2 and Gemma 3 past their lengths. Goes on where it was cut.
 
 apt-get download jargon-text && dpkg-deb -x jargon-text_*.deb . \\
     && zcat usr/share/doc/jargon-text/jargon.txt.gz > jargon.txt
 OMP_NUM_THREADS=1 python bench/model_runs.py {loss,recall,long,passkey,gemma} jargon.txt
 
-bench/smollm2_table.py compares what it writes, bench/readme.py shows it.
+Every measurement goes to build/model_runs; evaluations.py keeps a row each of them in
+bench/results/models, which bench/readme.py shows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import evaluations
+
 from extrope_kernels.evaluation import cli
 
-RESULTS = Path(__file__).parent / "results"
+BUILD = Path(__file__).parents[1] / "build" / "model_runs"
 TRAINED = 8192
 
 
 def searched(name: str) -> dict[str, Any]:
     """Parameters of LongRoPE as `search` found them on a third text, for the length of its name."""
-    finalists = json.loads((RESULTS / f"{name}.json").read_text())["finalists"]
-    return next(row["params"] for row in finalists if row["method"] == "longrope")
+    finalists = evaluations.read(name)["rows"]
+    return next((row["params"] for row in finalists if row["method"] == "longrope"), {})
 
 
 # Of each method first what `eval` gives it, or what it cannot do without; then what may suit it
@@ -74,10 +76,10 @@ def first(*methods: str) -> dict[str, list[dict[str, Any]]]:
 
 
 class Run(NamedTuple):
-    """An evaluation: its task, texts, lengths and folder below bench/results."""
+    """An evaluation: its task, lengths, and the name of its file of results."""
 
     task: str
-    folder: str
+    name: str
     lengths: str
     trials: int
     methods: dict[str, list[dict[str, Any]]] = METHODS
@@ -86,12 +88,12 @@ class Run(NamedTuple):
 
 
 RUNS = {
-    "loss": Run("loss", "smollm2", "16384", trials=2),
-    "recall": Run("recall", "smollm2", "16384", trials=1),
+    "loss": Run("loss", "smollm2-16k", "16384", trials=2),
+    "recall": Run("recall", "smollm2-16k", "16384", trials=1),
     "long": Run("loss", "smollm2-32k", "32768", trials=1, methods=LONG),
     "passkey": Run(
         "passkey",
-        "smollm2",
+        "passkey",
         "2048,4096,8192,16384",
         trials=10,
         methods=first("rope", "yarn", "rerope"),
@@ -120,7 +122,7 @@ def arguments(run: Run, texts: list[str], given: dict[str, dict[str, Any]]) -> l
     """The command line of `eval`."""
     found = ["--model", run.model, "--dtype", "bfloat16", "--task", run.task, *run.more]
     found += ["--lengths", run.lengths, "--trials", str(run.trials)]
-    found += ["--methods", ",".join(given), "--out", str(RESULTS / run.folder)]
+    found += ["--methods", ",".join(given), "--out", str(BUILD / run.name)]
     for text in texts:
         found += ["--text", text]
     for method, params in given.items():
@@ -142,6 +144,7 @@ def main() -> int:
         code = cli.run(evaluation.parse_args(arguments(run, texts, params)))
         if code:
             return code
+        evaluations.keep(BUILD / run.name / f"{run.task}.json", run.name, run.task)
     return 0
 
 

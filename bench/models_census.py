@@ -10,8 +10,8 @@ tiny and random, extends it by a method of every sort, and compares:
 - after `restore`, its logits with those from before, bit by bit.
 
 Each class has a process of its own, 7 GiB and a time limit. Prints a line per class and writes
-bench/results/models.json, from which bench/readme.py makes docs/models.md; with --check it writes
-nothing, and fails where a class is not served that was.
+bench/results/models/census.json (a field that is missing is "ok"), from which bench/readme.py makes
+docs/models.md; with --check it writes nothing, and fails where a class is not served that was.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results" / "models.json"
+RESULTS = ROOT / "bench" / "results" / "models" / "census.json"
 sys.path.append(str(ROOT / "tests" / "support"))
 
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from harness import write  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from extrope_kernels.integrations.transformers import extend  # noqa: E402
@@ -242,13 +243,15 @@ def main() -> None:
         sys.exit(lost(rows, json.loads(RESULTS.read_text())["rows"]))
     if not args.only:
         rows.sort(key=lambda row: row["name"].lower())
-        results = {"transformers": transformers.__version__, "rows": rows}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        rows = [{key: said for key, said in row.items() if said != "ok"} for row in rows]
+        write(RESULTS, {"transformers": transformers.__version__, "rows": rows})
 
 
 def lost(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> str | None:
     """Name what was served before and is not now."""
-    served = {(row["name"], key) for row in before for key in row if row[key].startswith("ok")}
+    keys = ("generates", *(f"{method}, neutral" for method in NEUTRAL), *FREQUENCIES, *SCORES)
+    served = {(row["name"], key) for row in before if "built" not in row for key in keys
+              if row.get(key, "ok").startswith("ok")}  # fmt: skip
     now = {(row["name"], key) for row in rows for key in row if row[key].startswith("ok")}
     gone = sorted(served - now)
     return "; ".join(f"{name}: {key}" for name, key in gone) or None

@@ -7,11 +7,16 @@ imported; then `install()`, and tensors of the CPU go as far as a launch.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory that a block may have, past which Triton refuses to launch.
 _SHARED = {
     80: 166912,
@@ -24,26 +29,57 @@ _SHARED = {
 }
 
 
-class NullDriver:
-    """Counts launches by the name of their kernel."""
+@dataclass(frozen=True)
+class Kept:
+    """A launch, with the binary that would have run."""
 
-    def __init__(self, chip: int | str) -> None:
+    name: str
+    module: str  # of the kernel's source
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    cubin: bytes
+    warps: int
+    shared: int
+    tensor_memory: int
+
+
+class NullDriver:
+    """Counts launches by the name of their kernel; keep: with their arguments and binaries."""
+
+    def __init__(self, chip: int | str, keep: bool = False) -> None:
         self.target = GPUTarget("cuda", chip, 32)
         if not isinstance(chip, int):
             self.target = GPUTarget("hip", chip, 64)
         self.launches: list[str] = []
+        self.kept: list[Kept] = []
+        self.keep = keep
+        self._loaded = b""
         properties = {"max_shared_mem": _SHARED.get(chip, 101376)}
         self.utils = SimpleNamespace(
-            load_binary=lambda name, kernel, shared, device: (1, name, 32, 0, 1024),
+            load_binary=self._load,
             unload_module=lambda module: None,
             get_device_properties=lambda device: properties,
         )
 
-    def launcher_cls(self, source, metadata):
-        note, name = self.launches.append, metadata.name
+    def _load(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
+        self._loaded = binary
+        return 1, name, 32, 0, 1024
 
-        def launch(*args) -> None:
-            note(name)
+    def launcher_cls(self, source: Any, metadata: Any):
+        names, binary = source.fn.arg_names, b""
+
+        def launch(*args: Any) -> None:
+            nonlocal binary
+            self.launches.append(metadata.name)
+            if not self.keep:
+                return
+            binary = binary or self._loaded  # Triton loads it right before its first launch
+            tensor_memory = getattr(metadata, "tmem_size", 0) or 0
+            self.kept.append(Kept(
+                metadata.name, source.fn.fn.__module__, args[:3],
+                dict(zip(names, args[-len(names) :])), binary, metadata.num_warps,
+                metadata.shared, tensor_memory,
+            ))  # fmt: skip
 
         return launch
 
@@ -57,9 +93,14 @@ class NullDriver:
         return self.target
 
 
-def install() -> NullDriver:
+@triton.jit
+def bare_kernel(x, y, count):
+    tl.store(x, tl.load(y) + count)
+
+
+def install(keep: bool = False) -> NullDriver:
     """Let Triton launch through a driver that does nothing, on the chip of EXTROPE_TRITON_CHIP."""
     chip = os.environ["EXTROPE_TRITON_CHIP"]
-    driver = NullDriver(int(chip) if chip.isdigit() else chip)
+    driver = NullDriver(int(chip) if chip.isdigit() else chip, keep)
     triton.runtime.driver._active = driver
     return driver

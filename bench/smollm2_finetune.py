@@ -22,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import evaluations
 import torch
-from harness import RESULTS
 from torch import Tensor
 from tqdm import tqdm
 
@@ -147,18 +147,20 @@ def tune(method: str, text: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure(method: str, model: Path, text: str, results: Path) -> int:
+def measure(method: str, model: Path, text: str) -> int:
     """`eval` of the tuned model, as bench/model_runs.py measures the one that was not."""
     for task, trials in (("loss", 2), ("recall", 1)):
         options = ["--model", str(model), "--dtype", "bfloat16", "--task", task]
         options += ["--lengths", str(TARGET), "--trials", str(trials), "--methods", method]
-        options += ["--text", "pydocs", "--text", text, "--out", str(results)]
+        options += ["--text", "pydocs", "--text", text, "--out", str(FOLDER / "measured" / method)]
         for name, value in TUNINGS[method].params.items():
             options += ["--param", f"{method}.{name}={value!r}"]
         evaluation = argparse.ArgumentParser()
         cli.add_arguments(evaluation)
         if code := cli.run(evaluation.parse_args(options)):
             return code
+        found = FOLDER / "measured" / method / f"{task}.json"
+        evaluations.keep(found, "smollm2-tuned", task)
     return 0
 
 
@@ -169,13 +171,12 @@ def main() -> int:
     parser.add_argument("held_out", help="to measure on")
     given = parser.parse_args()
     models.quiet()
-    model, results = FOLDER / given.method, RESULTS / "smollm2-tuned" / given.method
+    model = FOLDER / given.method
     FOLDER.mkdir(parents=True, exist_ok=True)
-    results.mkdir(parents=True, exist_ok=True)
     if not (model / "config.json").exists():
         told = tune(given.method, given.text, model)
-        (results / "training.json").write_text(json.dumps(told, indent=1) + "\n")
-    return measure(given.method, model, given.held_out, results)
+        model.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+    return measure(given.method, model, given.held_out)
 
 
 if __name__ == "__main__":

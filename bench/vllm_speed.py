@@ -2,7 +2,7 @@
 
 SmolLM2 reads a prompt, and writes behind it. Engines take turns, each in a process of its own, and
 every step is timed by itself: CPU seconds as well, which on one thread are those of a machine that
-nobody else uses. Needs vLLM; writes bench/results/vllm.json.
+nobody else uses. Needs vLLM; writes bench/results/PROCESSOR/vllm.json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from importlib.metadata import entry_points
-from pathlib import Path
 
 RERO = {"score": {"method": "rerope", "window": 1024}}
 # What is asked for, and the type of the cache.
@@ -31,7 +30,6 @@ METHODS = {
     "rerope fp8": (RERO, "fp8"),
 }
 NEW = 65
-RESULTS = Path(__file__).parent / "results" / "vllm.json"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -101,12 +99,18 @@ def save(args: argparse.Namespace, table: dict[str, dict[str, list[float]]]) -> 
     """Keep the numbers with what they were measured on."""
     import transformers
     import vllm
-    from machine import machine
+    from harness import RESULTS, folder_of, machine, write
 
     versions = {"vllm": vllm.__version__, "transformers": transformers.__version__}
     with_ = {key: getattr(args, key) for key in ("tokens", "dtype", "threads", "rounds")}
-    result = {"machine": {**machine(), **versions}, **with_, "tokens_a_second": table}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    rows = [
+        {"name": name, **{part + more: x for part, both in parts.items()
+                          for more, x in zip(("", "_cpu"), both, strict=True)}}
+        for name, parts in table.items()
+    ]  # fmt: skip
+    where = machine()
+    path = RESULTS / folder_of(str(where["device"])) / "vllm.json"
+    write(path, {"machine": {**where, **versions}, **with_, "rows": rows})
 
 
 def main() -> None:

@@ -1,19 +1,17 @@
-"""The audit's bounds: what a launch takes at least on a card, at the shapes of bench/shapes.py."""
+"""The audit's bounds: the least time of a launch on a card, at the shapes of bench/shapes.py."""
 
 from __future__ import annotations
 
+import csv
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 
-from audit import report
-from audit.case import Case
-from audit.chips import CARDS, Card
-from audit.row import Row
+from machine_code import CARDS, Card
 
 from .step import RESULTS
 
-# What torch calls the cards whose peaks are known; others, with their own memory, have no bound.
+# torch's names of the cards whose peaks are known; others, with their own memory, have no bound.
 NAMES = {
     r"A100-SXM4-80GB": CARDS[80],
     r"H100 80GB HBM3": CARDS[90],
@@ -28,37 +26,39 @@ def card_of(name: str) -> Card | None:
 
 
 @cache
-def audited() -> Mapping[Case, Row]:
-    return report.load(RESULTS / "gpu_audit.json")
+def audited() -> dict[tuple[str, str, int], dict[str, float]]:
+    """Microseconds of each resource, by kernel, variant and chip, at head_dim 128."""
+    with (RESULTS / "gpu_audit.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["head_dim"] == "128"]
+    resources = ("memory", "tensor", "special", "issue")
+    return {
+        (row["kernel"], row["variant"], int(row["chip"])): {
+            name: float(row[f"{name}_us"]) for name in resources
+        }
+        for row in rows
+    }
 
 
-def seconds(row: Row, card: Card) -> dict[str, float]:
-    """The row's, which are those of its chip's card, on another card of that chip."""
-    base = CARDS[row.capability]
+def bound(launches: Iterable[tuple[str, str]], card: Card | None) -> tuple[float, str] | None:
+    """(milliseconds, the resource that binds) of launches one after the other, each (kernel,
+    variant) of the audit; None where the card is not known. Peaks differ within a chip.
+    """
+    if card is None:
+        return None
+    base, total, by = CARDS[card.capability], 0.0, {}
     cycles = base.clock * base.processors / (card.clock * card.processors)
-    times = {
+    slower = {
         "memory": base.bandwidth / card.bandwidth,
         "tensor": base.tensor / card.tensor,
         "special": cycles,
         "issue": cycles,
     }
-    return {name: row.seconds[name] * times[name] for name in row.seconds}
-
-
-def bound(launches: Iterable[tuple[str, str]], card: Card | None, dtype: str = "bfloat16"):
-    """(milliseconds, what binds) of launches one after the other, each (kernel, variant) of the
-    audit at head_dim 128; None where the card is not known. What the audit lacks takes no time: a
-    bound still.
-    """
-    if card is None:
-        return None
-    total, by = 0.0, {}
-    for kernel, variant in launches:
-        row = audited().get(Case(kernel, card.capability, 128, dtype, variant))
-        if row is None:
-            continue
-        found = seconds(row, card)
+    for launch in launches:
+        times = audited().get((*launch, card.capability))
+        if times is None:
+            continue  # it takes no time: a bound still
+        found = {name: time * slower[name] for name, time in times.items()}
         most = max(found, key=found.__getitem__)
         total += found[most]
         by[most] = by.get(most, 0.0) + found[most]
-    return (total * 1e3, max(by, key=by.__getitem__)) if by else None
+    return (total / 1e3, max(by, key=by.__getitem__)) if by else None

@@ -16,17 +16,25 @@ import score_examples
 import torch
 from torch import Tensor
 
+from extrope_kernels import rope_attention, scores
 from extrope_kernels.testing import assert_within_budget
 
 DTYPES = (torch.bfloat16, torch.float32)
 SIZES = {"seqlen_q": 200, "heads_q": 6, "heads_k": 2, "head_dim": 64}
 LENGTHS = (700, 150)  # of the cached sequences
 # Two and three regions, and what keys are rotated by: the suite has the others.
-SCORES, CACHED = ("rerope", "dual_chunk"), ("plain", "rerope", "leaky_rerope")
+SCORES = {
+    "rerope": (scores.rerope(6), partial(score_examples.rerope, window=6)),
+    "dual_chunk": (
+        scores.dual_chunk(9, 2),
+        partial(score_examples.dual_chunk, chunk_size=9, local_window=2),
+    ),
+}
+CACHED = ("plain", "rerope", "leaky_rerope")
 # Attention's reference multiplies in float32 what kernels round to 16 bits: no measure of theirs.
 BY_REFERENCE = (
     *("rope", "rope by cos and sin", "norm and rope", "norm, rope and append"),
-    *("permute", "permuteformer", "permuteformer step", "merge"),
+    "merge",
 )
 Check = Callable[[], None]
 
@@ -93,17 +101,17 @@ def copies(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def attention(score: str, backend: str, dtype: torch.dtype, **sizes: int) -> None:
     """Output, log-sum-exp and gradients."""
-    example, sizes = score_examples.EXAMPLES[score], {**SIZES, **sizes}
+    (method, relative), sizes = SCORES[score], {**SIZES, **sizes}
     tensors, freqs = oracle.make_qkv(**sizes, dtype=dtype), oracle.frequencies(sizes["head_dim"])
     seqlen = sizes["seqlen_q"]
-    relative = example.relative(seqlen, seqlen, **example.parameters)
-    options = {**example.parameters, "return_lse": True, "backend": backend}
+    relative = relative(seqlen, seqlen)
+    options = {"score": method, "return_lse": True, "backend": backend}
     with torch.no_grad():
-        found = example.attention(*tensors, freqs, **options)
+        found = rope_attention(*tensors, freqs, **options)
         exact = oracle.closed_form(*tensors, relative, freqs)
         low = oracle.both_orders(*tensors, relative, freqs, exact)
     oracle.check_outputs(backend, tensors[0], found, low, exact)
-    check_gradients(partial(example.attention, **options), tensors, freqs, relative, exact[1])
+    check_gradients(partial(rope_attention, **options), tensors, freqs, relative, exact[1])
 
 
 def check_gradients(fused: Callable, tensors, freqs, relative, lse: Tensor) -> None:

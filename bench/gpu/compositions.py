@@ -1,6 +1,5 @@
 """Attention composed from calls of flash-attn beside Triton's kernels, where the choice between
-them is an estimate: for each such row of ops/attention/choice.py half and twice the length from
-which it has the composition. What comes out replaces the estimates.
+them is an estimate: at half and twice the length of each such row of attention's select_backend.py.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from functools import partial
 from itertools import product
 
 import torch
-from attention import exact_tail, frequencies, make_inputs, trained
-from compare import error_of_tail
+from bench_attention import exact_tail, frequencies, make_inputs
+from compare import error_of_tail, trained
 from shapes import HEADS_K, HEADS_Q, WINDOW
 
-from extrope_kernels import rerope_attention
-from extrope_kernels.ops.attention.choice import TABLE
+from extrope_kernels import rope_attention, scores
 from extrope_kernels.ops.attention.flash_attn.engine_check import unusable
 from extrope_kernels.ops.attention.flash_attn.engines import ENGINES
+from extrope_kernels.ops.attention.select_backend import TABLE
 
 from .rows import DTYPE, Timed, Timing, run_all
 from .step import Deadline, Verdict
@@ -64,13 +63,12 @@ def timings(major: int, missing: Missing) -> Iterator[Timing]:
 def composed(dim: int, seqlen: int, training: bool) -> Timed:
     """ReRoPE, two regions, over the best engine that is here; the peer is what Triton takes."""
     qkv, freqs = make_inputs(seqlen, HEADS_K, dim, DTYPE, HEADS_Q), frequencies(dim)
-    attend = partial(rerope_attention, window=WINDOW)
-    calls = {}
+    score, calls = scores.rerope(WINDOW), {}
     for backend in ("flash_attn", "triton"):
-        calls[backend] = partial(attend, *qkv, freqs, backend=backend)
+        calls[backend] = partial(rope_attention, *qkv, freqs, score, backend=backend)
         calls[backend].leaves = qkv
     if training:
         calls = trained(calls)
         return Timed(calls.pop("flash_attn"), calls)
-    error = error_of_tail([exact_tail(attend, *qkv, freqs)])
+    error = error_of_tail([exact_tail(score, *qkv, freqs)])
     return Timed(calls.pop("flash_attn"), calls, error)

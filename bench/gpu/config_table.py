@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from audit.case import CAPABILITIES
+from machine_code import CHIPS
 
 from .step import ROOT
 
@@ -28,7 +28,7 @@ class ConfigTable:
 
     @classmethod
     def of(cls, op: str) -> ConfigTable:
-        return cls(ROOT / "extrope_kernels" / "ops" / op / "triton")
+        return cls(ROOT.joinpath("extrope_kernels", "ops", *op.split(".")))
 
     def missing(self) -> str:
         names = [name for name in (CONFIGS, CANDIDATES) if not (self.folder / name).exists()]
@@ -53,7 +53,7 @@ class ConfigTable:
         rows = table[kernel]
         own = rows_for(rows, capability)
         shared = {dim: fields_of(old) for dim, old in own.items()}
-        after = next((chip for chip in CAPABILITIES if chip > capability), capability)
+        after = next((chip for chip in CHIPS if chip > capability), capability)
         if rows_for(rows, after) is own:
             rows.setdefault(str(after), dict(shared))
         row = rows.setdefault(str(capability), shared)

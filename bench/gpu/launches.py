@@ -1,7 +1,6 @@
 """Which check of smoke.py has to launch which kernel.
 
-A name alone does not tell: rope and attention have a rotate_kernel each, Triton and CUDA C++ a
-permute_kernel each, and CUDA's append is norm's kernel with other types.
+A name alone does not tell: rope and attention have a rotate_kernel each.
 """
 
 from __future__ import annotations
@@ -50,21 +49,9 @@ OPERATIONS = {
     Kernel("triton", "attention", "dq_kernel"): "rerope",
     Kernel("triton", "attention", "dkv_kernel"): "rerope",
     Kernel("triton", "attention", "merge_kernel"): "merge",
-    Kernel("triton", "decode", "decode_kernel"): "rerope with a cache",
-    Kernel("triton", "decode", "append_kernel"): "append",
-    Kernel("triton", "linear_attention", "prepare_kernel"): "permuteformer",
-    Kernel("triton", "linear_attention", "state_kernel"): "permuteformer step",
-    Kernel("triton", "linear_attention", "state_passing_kernel"): "permuteformer",
-    Kernel("triton", "linear_attention", "scan_kernel"): "permuteformer",
-    Kernel("triton", "linear_attention", "row_dots_kernel"): "permuteformer, backward",
-    Kernel("triton", "permute", "permute_kernel"): "permute",
-    Kernel("triton", "permute", "cycles_kernel"): "permute",
+    Kernel("triton", "attention", "decode_kernel"): "rerope with a cache",
+    Kernel("triton", "attention", "append_kernel"): "append",
     Kernel("cuda", "rope", "rope_kernel"): "rope",
-    Kernel("cuda", "rope", "norm_forward_kernel"): "norm and rope",
-    Kernel("cuda", "rope", "norm_backward_kernel"): "norm and rope, backward",
-    Kernel("cuda", "rope", "norm_sum_kernel"): "norm and rope, backward",
-    Kernel("cuda", "append", "norm_forward_kernel"): "norm, rope and append",
-    Kernel("cuda", "permute", "permute_kernel"): "permute",
 }
 
 

@@ -11,15 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from attention import exact_tail, frequencies, make_inputs, plain_peers, trained
+from bench_attention import exact_tail, frequencies, make_inputs, plain_peers
 from bench_decode import caches, decode_paged, sdpa_calls
-from bench_merge_attention import error_of, formula, parts
-from bench_permute import make_inputs as permute_inputs
-from bench_permute import permutations
 from bench_rope import Calls
-from compare import error_of_tail, why_not
-from flash_peers import decode_peers
+from compare import error_of_tail, trained, why_not
 from harness import Call, paired
+from peers import decode_peers
 from shapes import (
     BATCH,
     BLOCK,
@@ -34,14 +31,7 @@ from shapes import (
     WINDOW,
 )
 
-from extrope_kernels import (
-    blockwise_causal_attention,
-    dual_chunk_attention,
-    merge_attention,
-    permute_qk,
-    permuteformer_attention,
-    rerope_attention,
-)
+from extrope_kernels import merge_attention, rope_attention, scores
 from extrope_kernels.ops.rope import backends as rope_backends
 
 from .bounds import bound, card_of
@@ -51,7 +41,6 @@ DTYPE = torch.bfloat16
 SECONDS = 3.0  # of one pairing
 SIZES = f"{SEQLEN} x {HEADS_Q}/{HEADS_K} x {HEAD_DIM}"
 CACHED = f"{BATCH} on {KEYS} x {HEADS_Q}/{HEADS_K} x {HEAD_DIM}"
-FORWARD, BACKWARD = ("forward",), ("forward", "dq", "dkv")
 
 
 @dataclass
@@ -121,99 +110,64 @@ def rotation(backend: str, backward: bool = False) -> Timed | str:
     return Timed(calls.forward, {**calls.peers, **copy}, error_of_tail(calls.exact_tail()))
 
 
-def permutation(backend: str) -> Timed | str:
-    if (state := rope_backends()[backend]) != "available":
-        return state
-    qk, table = permute_inputs(DTYPE, SEQLEN), permutations()
-    exact = permute_qk(*(x.double() for x in qk), table, backend="reference")
-    error = error_of_tail([x[:, -64:] for x in exact])
-    return Timed(functools.partial(permute_qk, *qk, table, backend=backend), error=error)
-
-
-def causal(function: Callable, training: bool = False, **own) -> Timed:
-    qkv = make_inputs(SEQLEN, HEADS_K, HEAD_DIM, DTYPE, HEADS_Q)
-    freqs, attend = frequencies(HEAD_DIM), functools.partial(function, **own)
+def causal(score: scores.Score | None, training: bool = False) -> Timed:
+    qkv, freqs = make_inputs(SEQLEN, HEADS_K, HEAD_DIM, DTYPE, HEADS_Q), frequencies(HEAD_DIM)
 
     def ours():
-        return attend(*qkv, freqs, backend="triton")
+        return rope_attention(*qkv, freqs, score, backend="triton")
 
     peers = plain_peers(*qkv, freqs)
     if not training:
-        return Timed(ours, peers, error_of_tail([exact_tail(attend, *qkv, freqs)]))
+        return Timed(ours, peers, error_of_tail([exact_tail(score, *qkv, freqs)]))
     ours.leaves = qkv
     return Timed(trained({"ours": ours})["ours"], trained(peers))
 
 
-def decode(factor: float) -> Timed:
-    freqs = frequencies(HEAD_DIM)
+def decode(score: scores.Score | None) -> Timed:
     raw, rotated = caches(KEYS, DTYPE)
-    options = {"freqs": freqs, "window": KEYS_WINDOW, "factor": factor, "backend": "triton"}
-    attend = functools.partial(rerope_attention, window=KEYS_WINDOW, factor=factor)
-    error = error_of_tail([exact_tail(attend, raw.q, *raw.contiguous(), freqs)])
-    # Without a window a cache has its keys rotated.
-    cache = replace(rotated, q=raw.q) if factor == 1.0 else raw
+    exact = exact_tail(score, raw.q, *raw.contiguous(), frequencies(HEAD_DIM))
+    cache = raw if score else replace(rotated, q=raw.q)  # plain RoPE keeps its keys rotated
     peers = {**sdpa_calls(rotated.q, *rotated.contiguous()), **decode_peers(rotated)}
-    return Timed(decode_paged(cache, **options), peers, error)
+    return Timed(decode_paged(cache, score, "triton"), peers, error_of_tail([exact]))
 
 
 def merge() -> Timed:
-    outs, lses = parts(SEQLEN, DTYPE)
-    compiled = torch.compile(formula, dynamic=False)
-    peers = {"compiled": functools.partial(compiled, outs, lses)}
-    return Timed(functools.partial(merge_attention, outs, lses), peers, error_of(outs, lses))
+    shape = 1, SEQLEN, HEADS_Q, HEAD_DIM
+    outs = [torch.randn(shape, device="cuda", dtype=DTYPE) for _ in range(2)]
+    lses = [torch.randn(1, HEADS_Q, SEQLEN, device="cuda") for _ in range(2)]
+    exact, _ = merge_attention([x[:, -64:].double() for x in outs], [x[..., -64:] for x in lses])
+    error = error_of_tail([exact])
+    return Timed(lambda: merge_attention(outs, lses), error=lambda result: error(result[0]))
 
 
-def linear() -> Timed:
-    qkv = make_inputs(SEQLEN, HEADS_K, HEAD_DIM, DTYPE, HEADS_Q)
-    table = permutations()
-    given = {"permutations": table, "backend": "triton"}
-    return Timed(functools.partial(permuteformer_attention, *qkv, **given))
-
-
-def attention(names: tuple[str, ...], variant: str, rotated: str = "") -> tuple:
-    """Launches: into the frames, each kernel, and with gradients back out of them."""
-    launches = [(f"attention {name}", variant) for name in names]
-    into = [("attention rotate", rotated)] if rotated else []
-    out = [("attention rotate", f"{rotated} inverse")] if rotated and "dq" in names else []
-    return *into, *launches, *out
+def attention(words: str, training: bool = False) -> tuple[tuple[str, str], ...]:
+    """Launches: the rotations, each kernel, and with gradients back out of the rotation."""
+    forward = ("attention's rotation", f"{words} keys"), ("attention", words)
+    if not training:
+        return forward
+    back = ("attention, dQ", words), ("attention, dK and dV", words)
+    both = ("attention's rotation", words), ("attention's rotation", f"{words} inverse")
+    return (*forward, *back, *both)
 
 
 def timings() -> Iterator[Timing]:
-    part, rotate = functools.partial, "halves forward"
-    yield Timing("rotation, Triton", SIZES, (("rope triton", rotate),), part(rotation, "triton"))
-    yield Timing("rotation, CUDA C++", SIZES, (("rope cuda", rotate),), part(rotation, "cuda"))
-    yield Timing(
-        "rotation backward, Triton",
-        SIZES,
-        (("rope triton", rotate),),
-        part(rotation, "triton", backward=True),
-    )
-    plain, window = {"window": SEQLEN}, {"window": WINDOW}
-    chunks = {"chunk_size": CHUNK, "local_window": LOCAL}
-    for name, launches, function, own in (
-        ("no window", attention(FORWARD, "R1"), rerope_attention, plain),
-        ("ReRoPE", attention(FORWARD, "R2", "R2"), rerope_attention, window),
-        ("dual chunk", attention(FORWARD, "R3", "R3"), dual_chunk_attention, chunks),
-        ("LEX", attention(FORWARD, "R2 blocks"), blockwise_causal_attention, {"block_size": BLOCK}),
-    ):
-        yield Timing(f"attention, {name}", SIZES, launches, part(causal, function, **own))
-    for name, launches, own in (
-        ("no window", attention(BACKWARD, "R1"), plain),
-        ("ReRoPE", attention(BACKWARD, "R2", "R2"), window),
-    ):
-        make = part(causal, rerope_attention, training=True, **own)
-        yield Timing(f"attention with backward, {name}", SIZES, launches, make)
-    for name, word, factor in (("RoPE", "plain", 1.0), ("ReRoPE", "raw", float("inf"))):
-        launches = (("cache decode", f"{word} paged one-token"),)
-        yield Timing(f"decode, {name}", CACHED, launches, part(decode, factor))
+    part, triton = functools.partial, (("rotation", "half-split"),)
+    yield Timing("rotation, Triton", SIZES, triton, part(rotation, "triton"))
+    cuda = (("rotation", "half-split, CUDA C++"),)
+    yield Timing("rotation, CUDA C++", SIZES, cuda, part(rotation, "cuda"))
+    yield Timing("rotation backward, Triton", SIZES, triton, part(rotation, "triton", True))
+    by_name = {"no window": None, "ReRoPE": scores.rerope(WINDOW),
+               "dual chunk": scores.dual_chunk(CHUNK, LOCAL),
+               "LEX": scores.blockwise_causal(BLOCK)}  # fmt: skip
+    for name, score in by_name.items():
+        yield Timing(f"attention, {name}", SIZES, attention(name), part(causal, score))
+    for name in ("no window", "ReRoPE"):
+        make = part(causal, by_name[name], training=True)
+        yield Timing(f"attention with backward, {name}", SIZES, attention(name, True), make)
+    for name, score in (("RoPE", None), ("ReRoPE", scores.rerope(KEYS_WINDOW))):
+        yield Timing(f"decode, {name}", CACHED, (("decode", name),), part(decode, score))
     two = f"2 of {SEQLEN} x {HEADS_Q} x {HEAD_DIM}"
-    yield Timing("merge", two, (("merge triton", "two"),), merge)
-    yield Timing("linear attention", SIZES, (), linear)
-    for word, backend, launch in (
-        ("Triton", "triton", ("permute rows triton", "")),
-        ("CUDA C++", "cuda", ("permute cuda", "vectors")),
-    ):
-        yield Timing(f"permutation, {word}", SIZES, (launch,), part(permutation, backend))
+    yield Timing("merge", two, (("merge", "two sets"),), merge)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -242,7 +196,7 @@ def run_all(every: list[Timing], deadline: Deadline) -> Verdict:
 def measure(timing: Timing, card: str) -> Result:
     """Ours alone and with each peer in turn. What ours raises is kept, and fails the step."""
     result = Result(timing.name, timing.shape)
-    found = bound(timing.launches, card_of(card), dtype_of(timing.launches))
+    found = bound(timing.launches, card_of(card))
     result.bound, result.bound_by = found or (None, "")
     try:
         made = timing.make()
@@ -265,11 +219,6 @@ def beside(ours: Call, call: Call | str) -> dict[str, float] | str:
         return reason
     its, own = paired(call, ours, repeats=15, seconds=SECONDS)
     return {"milliseconds": its, "ours_over_it": own / its}
-
-
-def dtype_of(launches: tuple[tuple[str, str], ...]) -> str:
-    """The audit's permutations are of elements of 16 bits."""
-    return "int16" if any(kernel.startswith("permute") for kernel, _ in launches) else "bfloat16"
 
 
 def verdict(results: list[Result], asked: int, card: str) -> Verdict:

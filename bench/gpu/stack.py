@@ -10,7 +10,7 @@ WORD = 4  # Triton counts in words
 
 def stack_of_binaries(op: str, kernel: str) -> dict[str, int]:
     """Bytes of a thread, of all that this process has launched of a kernel of a table."""
-    name, prefix = NAMES.get(kernel, f"{kernel}_kernel"), f"extrope_kernels.ops.{op}.triton."
+    name, prefix = NAMES.get(kernel, f"{kernel}_kernel"), f"extrope_kernels.ops.{op}."
     modules = [module for path, module in list(sys.modules.items()) if path.startswith(prefix)]
     found = {id(x): x for module in modules if (x := getattr(module, name, None)) is not None}
     # A kernel that is interpreted has none.

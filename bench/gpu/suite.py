@@ -32,16 +32,15 @@ OF = "of.txt"  # beside the logs of a run that is not through: what it is of
 KINDS = (".py", ".json", ".h", ".cpp", ".cu")  # of sources
 OF_THE_HOST = (
     *("amx_emulated", "bench", "build", "cuda_emulated", "docs", "examples", "first_use"),
-    *("gpu_audit", "gpu_smoke", "gpu_steps", "gpu_suite", "gpu_tune", "import_direction"),
-    *("length_generalization", "method_table", "permute_emulated", "recipes", "sources"),
-    "triton_versions",
+    *("gpu_audit", "gpu_kernels", "gpu_steps", "import_direction", "length_generalization"),
+    *("recipes", "sources", "tables"),
 )
 LEFT_OUT = ("evaluation", *(f"package/test_{name}.py" for name in OF_THE_HOST))
 
 
 def folders() -> list[str]:
     """The folders that have tests, those of kernels first."""
-    first = ("rope", "attention", "decode", "linear_attention", "permute")
+    first = ("rope", "attention", "decode")
     found = {path.parent.name for path in TESTS.glob("*/test_*.py")} - set(LEFT_OUT)
     return [*(name for name in first if name in found), *sorted(found - set(first))]
 

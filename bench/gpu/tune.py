@@ -16,23 +16,23 @@ from dataclasses import dataclass
 from importlib import import_module
 from unittest import mock
 
-from audit.measured import MOST_STACK
+from gpu_audit import MEASURED_STACK
 
 from .config_table import ConfigTable
 from .stack import stack_of_binaries
 from .step import Deadline, Verdict
 
-# Its op, and the kernel's name in the op's table.
+# The package of its table, and its name there.
 KERNELS = {
-    "forward": ("attention", "forward"),
-    "dq": ("attention", "dq"),
-    "dkv": ("attention", "dkv"),
-    "decode": ("decode", "one_token"),
+    "forward": ("attention.triton", "forward"),
+    "dq": ("attention.triton", "dq"),
+    "dkv": ("attention.triton", "dkv"),
+    "decode": ("attention.triton.decode", "one_token"),
 }
 HEAD = ["head_dim", "configuration", "ms", "over the shipped one", ""]
 GAIN = 0.99  # of the shipped one's time: what a winner has to stay under to take its place
 # The tests hold the committed tables to the tiles.
-AFTERWARDS = ("gpu_audit.py", "triton_versions.py", "readme.py")
+AFTERWARDS = ("gpu_audit.py", "readme.py")
 
 
 @dataclass
@@ -107,7 +107,7 @@ def each_timed(
 def too_much(stack: dict[str, int], before: dict[str, int]) -> str:
     """Whether what was compiled since spills more than a tile that was measured may, in words."""
     most = max((size for binary, size in stack.items() if binary not in before), default=0)
-    return f"{most} bytes of stack, allowed are {MOST_STACK}" if most > MOST_STACK else ""
+    return f"{most} bytes of stack, allowed are {MEASURED_STACK}" if most > MEASURED_STACK else ""
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def forced(op: str, kernel: str, dim: int, fields: dict) -> Iterator[None]:
     """Have the look-up give this configuration for the kernel; plans that were kept are dropped."""
     from extrope_kernels.ops._shared.triton.launch import forget
 
-    original = import_module(f"extrope_kernels.ops.{op}.triton.configs").config
+    original = import_module(f"extrope_kernels.ops.{op}.configs").config
 
     def config(asked: str, head_dim: int, itemsize: int, capability: int | None):
         found = original(asked, head_dim, itemsize, capability)
@@ -123,7 +123,7 @@ def forced(op: str, kernel: str, dim: int, fields: dict) -> Iterator[None]:
             return type(found)(**fields)
         return found
 
-    prefix = f"extrope_kernels.ops.{op}.triton"
+    prefix = f"extrope_kernels.ops.{op}"
     modules = [module for name, module in sys.modules.items() if name.startswith(prefix)]
     users = [module for module in modules if getattr(module, "config", None) is original]
     with ExitStack() as stack:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from attention import frequencies, make_inputs, trained
+from bench_attention import frequencies, make_inputs
 from bench_decode import caches, decode_paged
+from compare import trained
 from harness import Call, paired
 from shapes import HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, SEQLEN, WINDOW
 
-from extrope_kernels import rerope_attention
+from extrope_kernels import rope_attention, scores
 
 from . import checks
 
@@ -24,7 +25,7 @@ def problems(op: str, kernel: str, dim: int) -> tuple[Callable[[], None], Callab
     """A gradient's kernel is timed within forward and backward together: all that is not forced
     stays as it is.
     """
-    if op == "decode":
+    if kernel == "one_token":
         sizes = {"heads_q": HEADS_Q, "heads_k": HEADS_K}
         check = partial(checks.check_decode, "rerope", "triton", DTYPE, 1, dim, **sizes)
         return check, partial(time, decode(dim), training=False)
@@ -37,7 +38,7 @@ def attention(dim: int, training: bool) -> Call:
     qkv, freqs = make_inputs(SEQLEN, HEADS_K, dim, DTYPE, HEADS_Q), frequencies(dim)
 
     def call():
-        return rerope_attention(*qkv, freqs, window=WINDOW, backend="triton")
+        return rope_attention(*qkv, freqs, scores.rerope(WINDOW), backend="triton")
 
     call.leaves = qkv
     return trained({"call": call})["call"] if training else call
@@ -45,7 +46,7 @@ def attention(dim: int, training: bool) -> Call:
 
 def decode(dim: int) -> Call:
     raw, _ = caches(KEYS, DTYPE, dim)
-    return decode_paged(raw, freqs=frequencies(dim), window=KEYS_WINDOW, backend="triton")
+    return decode_paged(raw, scores.rerope(KEYS_WINDOW), "triton")
 
 
 def time(call: Call, training: bool) -> float:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from extrope_kernels import RopeFreqs, distributed, methods, rerope_attention
+from extrope_kernels import RopeFreqs, distributed, methods, rope_attention, scores
 from extrope_kernels.testing import assert_within_budget
 
 from .step import Deadline, Verdict
@@ -51,15 +51,13 @@ def outcome(attention: Any, leaves: list[Tensor], dout: Tensor, *args: Any, **op
 def problems(mesh: DeviceMesh, strategy: str, dtype: torch.dtype, device: str, **shape: int) -> str:
     """What a strategy gets wrong by more than one device does, in a line; else nothing."""
     leaves, dout, freqs = inputs(**shape, dtype=dtype, device=device)
-    options: dict[str, Any] = {"window": shape["seqlen"] // 4}
-    same = outcome(rerope_attention, leaves, dout, freqs, **options)
+    score = scores.rerope(shape["seqlen"] // 4)
+    same = outcome(rope_attention, leaves, dout, freqs, score)
     exactly = [x.double() for x in (*leaves, dout)]
-    exact = outcome(
-        rerope_attention, exactly[:3], exactly[3], freqs, backend="reference", **options
-    )
+    exact = outcome(rope_attention, exactly[:3], exactly[3], freqs, score, backend="reference")
     mine = [distributed.shard(x, mesh) for x in (*leaves, dout)]
-    options |= {"mesh": mesh, "strategy": strategy}
-    found = outcome(distributed.rerope_attention, mine[:3], mine[3], freqs, **options)
+    options = {"mesh": mesh, "strategy": strategy}
+    found = outcome(distributed.rope_attention, mine[:3], mine[3], freqs, score, **options)
     for name, *values in zip(NAMES, found, same, exact):
         try:
             assert_within_budget(name, distributed.unshard(values[0], mesh), *values[1:])
@@ -85,12 +83,12 @@ def seconds(
 def timings(mesh: DeviceMesh) -> dict[str, float]:
     """Forward with backward in ms: on one GPU, and by each strategy on all."""
     leaves, dout, freqs = inputs(**TIMED, dtype=torch.bfloat16, device="cuda")
-    window = TIMED["seqlen"] // 4
-    found = {"one GPU": seconds(rerope_attention, leaves, dout, freqs, window=window)}
+    score = scores.rerope(TIMED["seqlen"] // 4)
+    found = {"one GPU": seconds(rope_attention, leaves, dout, freqs, score)}
     *mine, dout = (distributed.shard(x, mesh) for x in (*leaves, dout))
     for strategy in STRATEGIES:
-        options = {"window": window, "mesh": mesh, "strategy": strategy}
-        found[strategy] = seconds(distributed.rerope_attention, mine, dout, freqs, **options)
+        options = {"mesh": mesh, "strategy": strategy}
+        found[strategy] = seconds(distributed.rope_attention, mine, dout, freqs, score, **options)
     return {name: 1e3 * value for name, value in found.items()}
 
 

@@ -1,269 +1,139 @@
-"""A sample of the shipped GPU kernels, compiled for every chip by bench/gpu_audit.py: no GPU."""
+"""bench/gpu_audit.py: machine code is read and bounded rightly; what ships compiles. No GPU."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import re
+import csv
 import subprocess
 import sys
-from dataclasses import replace
+from collections import Counter
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton.backends.nvidia")
 
-from audit import report
-from audit.case import Case
-from audit.chips import CHIPS
-from audit.entries import KERNELS, all_cases, attention, nvcc, plain_kernels, sample
-
-from extrope_kernels import _build
+import gpu_audit
+import machine_code
+from machine_code import CARDS, CHIPS, Code, Stretch, Traffic, code_of, seconds
 
 ROOT = Path(__file__).parents[2]
-# Triton kernels by what the audit calls them.
-TRITON = {
-    "rope triton": "rotate_kernel",
-    "rope norm triton": "norm_rotate_kernel",
-    "rope append triton": "rope_append_kernel",
-    "rope cos sin triton": "cos_sin_kernel",
-    "permute rows triton": "permute_kernel",
-    "permute cycles triton": "cycles_kernel",
-    **{f"attention {name}": f"{name}_kernel" for name in ("rotate", "forward", "dq", "dkv")},
-    "merge triton": "merge_kernel",
-    **{f"cache {name}": f"{name}_kernel" for name in ("decode", "append")},
-    **{f"linear {name}": f"{name}_kernel" for name in ("scan", "state", "state_passing")},
-    **{f"linear {name}": f"{name}_kernel" for name in ("prepare", "row_dots")},
-}
-COMPARED = [
-    Case(f"attention {name}", chip, 128, "bfloat16", "R2")
-    for name, chips in {"forward": (80, 90, 100, 120), "dq": (90,), "dkv": (80,)}.items()
-    for chip in chips
-]
+USAGE = "REG:64 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:400"
+SASS = """
+        /*0000*/                   LDG.E.128 R4, [R2.64] ;
+.L_x_1:
+        /*0010*/                   MUFU.EX2 R0, R0 ;
+.L_x_2:
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R8], [R2.64] ;
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R4, R6, R4 ;
+        /*0040*/              @!P0 BRA `(.L_x_2) ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+        /*0060*/                   STG.E.64 [R2.64], R4 ;
+        /*0070*/                   NOP ;
+.L_x_3:
+        /*0080*/                   BRA `(.L_x_3) ;
+"""
 
 
-def nvcc_is_missing() -> str:
-    try:
-        _build.find_nvcc()
-    except _build.BuildError as reason:
-        return str(reason)
-    return ""
+def test_loops_are_told_from_what_lies_around_them():
+    code = code_of(USAGE, SASS, warps=4, shared=2048)
+    assert (code.registers, code.stack, code.shared) == (64, 8, 2048)
+    (loop,) = code.loops
+    assert (loop.instructions, loop.products, loop.loads) == (3, 1, Counter({16: 1}))
+    assert (code.around.instructions, code.around.special) == (2, 1)
+    assert code.outside.instructions == 3 and code.stores == Counter({8: 1})
+    by_address = SASS.replace("`(.L_x_2)", "0x20").replace(
+        "`(.L_x_1)", "0x10"
+    )  # as cuobjdump has it
+    assert code_of(USAGE, by_address, warps=4, shared=2048) == code
 
 
-def needs_nvcc(case: Case) -> bool:
-    return case.kernel.endswith("cuda")
-
-
-def with_marks(cases: list[Case]) -> list:
-    reason = nvcc_is_missing()
-    skip = pytest.mark.skipif(bool(reason), reason=reason)
-    return [pytest.param(x, id=str(x), marks=[skip] if needs_nvcc(x) else []) for x in cases]
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    out = tmp_path_factory.mktemp("audit") / "rows.json"
-    names = {case.kernel for case in sample() if not (needs_nvcc(case) and nvcc_is_missing())}
-    asked = [word for name in sorted(names) for word in ("--kernel", name)]
-    command = [sys.executable, "bench/gpu_audit.py", "--sample", *asked, "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert out.exists(), done.stdout + done.stderr
-    return report.load(out)
-
-
-@pytest.mark.parametrize("case", with_marks(sample()))
-def test_no_fault(case, rows):
-    """No overflow of shared memory, no scalar access to rows, no spill; see audit.row.faults."""
-    assert not report.judge(rows)[case], rows[case]
-
-
-def test_every_kernel_is_audited():
-    texts = [file.read_text() for file in (ROOT / "extrope_kernels").rglob("*.py")]
-    found = [name for text in texts for name in re.findall(r"^def ([a-z]\w*_kernel)\(", text, re.M)]
-    assert sorted(found) == sorted(TRITON.values())
-    sources = (ROOT / "csrc" / "cuda").rglob("*.cu")
-    cuda = {" ".join(dict.fromkeys((x.parent.name, x.stem, "cuda"))) for x in sources}
-    cuda.remove("runtime why_not cuda")  # empty, and never launched
-    cuda = {"rope append cuda" if name == "append cuda" else name for name in cuda}
-    assert set(TRITON) | cuda == {name for name in KERNELS if not name.startswith("plain")}
-
-
-def test_the_sample_meets_every_kernel_and_chip():
-    assert {case.kernel for case in sample()} == set(KERNELS)
-    for op in ("rope triton", "rope cuda", "attention forward", "cache decode"):
-        assert {case.capability for case in sample() if case.kernel == op} == set(CHIPS)
-    assert {case.capability for case in sample()} == set(CHIPS)
-    assert set(sample()) <= set(all_cases())
-
-
-@pytest.mark.parametrize("case", COMPARED, ids=str)
-def test_a_tile_costs_what_it_costs_without_regions(case, rows, record_property):
-    """Masked and full loops, of the far and of the near region: the same work for each tile."""
-    found = rows[case].loops
-    one_region = Case(case.kernel, case.capability, case.head_dim, case.dtype, "R1")
-    yardstick = rows[one_region].loops
-    assert len(yardstick) == 2 and len(found) == 4
-    for kind in ("products", "special"):
-        (amount,) = {getattr(loop, kind) for loop in (*found, *yardstick)}
-        assert amount > 0
-    # The full loops are the shorter ones: those of far and near keys against that of plain ones.
-    ratio = found[1].instructions / yardstick[0].instructions
-    record_property("instructions of a full tile, ratio to one region", round(ratio, 3))
-    assert ratio < 1.1
-
-
-CUDA = [case for case in sample() if needs_nvcc(case) and not case.has("elements")]
-
-
-@pytest.mark.parametrize("case", with_marks(CUDA))
-def test_enough_loads_in_flight(case, rows):
-    """A processor holds loads enough in flight to hide the memory's latency: 48 KiB at least."""
-    heads, tensors = (2, 2) if case.has("gradient") else (4, 1)
-    threads = rows[case].blocks * rows[case].warps * 32
-    assert threads * heads * tensors * 2 * 16 >= 48 * 1024
-
-
-@pytest.mark.parametrize("case", [c for c in sample() if c.kernel == "cache decode"], ids=str)
-def test_products_on_tensor_cores(case, rows):
-    assert case.dtype == "float32" or any(loop.products for loop in rows[case].loops)
-
-
-def test_no_window_or_length_compiles_again(run_python):
-    source = """
-        import sys; sys.path.insert(0, "bench")
-        from unittest import mock
-        from audit.case import Case
-        from audit.entries import attention
-
-        case, found = Case("attention forward", 80, 64, "bfloat16", "R2"), set()
-        for window, seqlen in ((2048, 8192), (1, 8191), (16, 1024)):
-            with mock.patch.multiple(attention, WINDOW=window, SEQLEN=seqlen):
-                found.add(attention.prepare(case)[0].made_from(80))
-        assert len(found) == 1
-    """
-    run_python(source, TRITON_INTERPRET="0")
-
-
-def test_only_what_changes_the_machine_code_compiles_again(run_python, tmp_path):
-    """A row is known again by its own tile, chip and kernel, compiled once here to compare."""
-    source = f"""
-        import sys; sys.path.insert(0, "bench")
-        from pathlib import Path
-        from unittest import mock
-        from audit import report, run
-        from audit.case import Case
-        from audit.entries import plain
-        from audit.entries.triton_compiler import Launch
-
-        run.CACHE, out = Path({str(tmp_path)!r}) / "cache", Path({str(tmp_path)!r}) / "rows.json"
-        copy, other = (Case("plain copy", chip, 128, "bfloat16") for chip in (90, 80))
-        compiled = []
-        compile = Launch.compile
-        def counted(launch, capability):
-            compiled.append(launch.kernel.__name__)
-            return compile(launch, capability)
-
-        def rows(case, known, afresh=False):
-            compiled.clear()
-            return list(run.rows([case], [known.get(case)], afresh).values()), list(compiled)
-
-        with mock.patch.object(Launch, "compile", counted):
-            (row,), did = rows(copy, {{}})
-            assert did == ["copy_kernel"]
-            report.save({{copy: row}}, out, {{}})
-            known = report.load_known(out)
-            assert rows(copy, {{}})[1] == []  # from build/
-            run.CACHE = run.CACHE / "none"
-            (again,), did = rows(copy, known)  # from the file
-            assert did == [] and again == row
-            assert rows(copy, known, afresh=True) == ([row], ["copy_kernel"])
-            with mock.patch.object(plain, "COPIED", 2**27):  # another launch of the same code
-                (slower,), did = rows(copy, known)
-                assert did == [] and slower.seconds["memory"] == 2 * row.seconds["memory"]
-            run.CACHE = run.CACHE / "none"
-            with mock.patch.object(plain, "COPY_BLOCK", 4096):
-                (smaller,), did = rows(copy, known)
-                assert did == ["copy_kernel"] and smaller.made_from != row.made_from
-            # Another reading of the binary may find other things.
-            with mock.patch.object(report, "reader", lambda: "another"):
-                assert report.load_known(out) == {{}}
-    """
-    run_python(source, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path / "triton"))
-
-
-def test_the_committed_rows_are_of_these_sources(rows):
-    """Or the README's table is of other kernels: run bench/gpu_audit.py, then bench/readme.py."""
-    path = ROOT / "bench" / "results" / "gpu_audit.json"
-    known = report.load(path)
-    assert set(sample()) <= set(known) <= set(all_cases())
-    if json.loads(path.read_text())["triton"] != importlib.metadata.version("triton"):
-        pytest.skip("compiled with another Triton")
-    of_triton = [case for case in rows if not needs_nvcc(case)]
-    stale = [str(c) for c in of_triton if known[c].made_from != rows[c].made_from]
-    assert of_triton and not stale
-
-
-@pytest.mark.skipif(bool(nvcc_is_missing()), reason=nvcc_is_missing())
-def test_a_source_is_what_it_includes():
-    """An edit of one CUDA source leaves the rows of the other as they are."""
-    path = _build.source_dir() / "cuda"
-    rope, permute = (
-        {file.name for file in nvcc.included((path / Path(name).stem / name).resolve(), set())}
-        for name in ("rope.cu", "permute.cu")
+def test_a_bound_by_hand():
+    """Bytes over bandwidth; instructions of all warps over four schedulers of each processor."""
+    none = Stretch(0, 0, 0, Counter(), Counter())
+    loop = replace(none, instructions=100, products=8, special=10)
+    code = Code(
+        128, 0, 0, 4, 0, Counter(), Counter(), replace(none, instructions=50), none, (loop,)
     )
-    assert {"rope.cu", "rotation.h", "tokens.h", "rope_params.h"} <= rope
-    assert {"permute.cu", "cycles.h", "tokens.h", "permute_params.h"} <= permute
-    assert not {"permute.cu", "cycles.h"} & rope and not {"rope.cu", "rotation.h"} & permute
-
-
-def test_faults_are_found(rows, monkeypatch):
-    case = COMPARED[0]
-    row = rows[case]
-    for change, word in (
-        ({"stack": 8}, "stack"),
-        ({"shared": 2**18}, "shared"),
-        ({"narrow": True}, "16 bytes"),
-    ):
-        (fault,) = report.judge({case: replace(row, **change)})[case]
-        assert word in fault
-    monkeypatch.setattr(report, "allowed_stack", lambda case: 48)  # as if its tile were measured
-    assert not report.judge({case: replace(row, stack=48)})[case]
-    assert report.judge({case: replace(row, stack=52)})[case]
+    card, traffic = CARDS[90], Traffic(bytes=3.35e6, blocks=10, passes=(1000,), operations=4096.0)
+    found = seconds(code, traffic, card)
+    cycles = card.clock * card.processors
+    assert found["memory"] == pytest.approx(1e-6)
+    assert found["issue"] == pytest.approx(4 * (10 * 50 + 1000 * 100) / (4 * cycles))
+    assert found["special"] == pytest.approx(4 * 1000 * 10 * 32 / (16 * cycles))
+    # As few operations as mma.sync has: at its share of the peak.
+    assert found["tensor"] == pytest.approx(1000 * 4096 / (card.tensor * 0.629))
+    assert code.resident(CHIPS[90]) == 4  # 128 registers of 128 threads, of 65,536
 
 
 def test_tiles_are_counted(monkeypatch):
     """Three tiles by hand: six on and under the diagonal; with a window of one tile, eight."""
-    monkeypatch.setattr(attention, "SEQLEN", 3 * 64)
-    count = attention.tiles.__wrapped__
-    first, *_ = attention.layout(COMPARED[0])[0]
+    monkeypatch.setattr(gpu_audit, "SEQLEN", 3 * 64)
+    count = gpu_audit.tiles.__wrapped__
     for by_key in (False, True):
-        assert count((first,), 1, 64, 64, by_key) == 6
-        assert count((first, 1 - 64), 1, 64, 64, by_key) == 8
+        assert count((-3 * 64,), 1, 64, 64, by_key) == 6
+        assert count((-3 * 64, 1 - 64), 1, 64, 64, by_key) == 8
 
 
-def test_the_yardstick_is_attention():
-    """The plain kernels, interpreted, against PyTorch: they would else be no yardstick."""
-    seqlen, dim, scale, group = 64, 16, 0.25, 2
-    sizes = {"SEQLEN": seqlen, "QUERIES": 32, "KEYS": 16, "DIM": dim}
-    q, dout = torch.randn(2, 2, seqlen, dim).unbind()
-    k, v = torch.randn(2, 1, seqlen, dim).unbind()
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *leaves, is_causal=True, scale=scale, enable_gqa=True
+def committed() -> list[dict[str, str]]:
+    with gpu_audit.RESULT.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_committed_table_is_of_what_ships():
+    rows = committed()
+    assert list(rows[0]) == [field.name for field in fields(gpu_audit.Row)]
+    assert {int(row["chip"]) for row in rows} == set(CARDS)
+    assert {int(row["head_dim"]) for row in rows} == set(gpu_audit.HEAD_DIMS)
+    known = {kernel for kernel, _ in gpu_audit.TRAFFIC.values()}
+    assert {row["kernel"] for row in rows} <= known
+    assert not [row for row in rows if int(row["stack"]) > gpu_audit.STACK]
+    for row in rows:
+        assert float(row["bound_us"]) == float(row[f"{row['bound_by']}_us"])
+
+
+def test_faults_are_found():
+    row = gpu_audit.Row(
+        "rotation", "", 90, 128, 64, 0, 0, 32, 16, 16, *[0] * 3, *[1.0] * 5, "memory"
     )
-    expected.backward(dout)
+    assert not row.fault()
+    for change, word in (
+        ({"stack": 20}, "stack"),
+        ({"shared": 2**18}, "fits"),
+        ({"warps_of_sm": 0}, "fits"),
+        ({"widest_load": 8}, "16 bytes"),
+    ):
+        assert word in replace(row, **change).fault()
+    assert not replace(row, stack=48).fault(gpu_audit.MEASURED_STACK)
 
-    out, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
-    lse = torch.empty(2, seqlen)
-    given = (scale * 1.4426950408889634, group)
-    plain_kernels.forward_kernel[(2, 2)](q, k, v, out, lse, *given, **sizes)
-    delta = (dout * out).sum(-1)
-    backward = (q, k, v, dout, lse, delta)
-    plain_kernels.dq_kernel[(2, 2)](*backward, dq, *given, **sizes)
-    plain_kernels.dkv_kernel[(4, 1)](*backward, dk, dv, *given, **sizes)
-    torch.testing.assert_close(out, expected)
-    # dq and dk short of the scale, which a kernel that rotates folds in elsewhere.
-    for found, leaf in zip((dq * scale, dk * scale, dv), leaves):
-        torch.testing.assert_close(found, leaf.grad)
+
+def audit(*words: str) -> str:
+    command = [sys.executable, "bench/gpu_audit.py", "--keep-no-results", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_kernel_compiles_as_the_table_says():
+    """The merge, for every head_dim, on an H100; with the Triton of the table to the register."""
+    lines = [line.split("  ") for line in audit("--chip", "90", "--only", "merge").splitlines()]
+    found = {line[3]: int(line[4]) for line in lines if line[0] == "merge"}
+    known = {row["head_dim"]: int(row["registers"]) for row in committed()
+             if (row["kernel"], row["chip"]) == ("merge", "90")}  # fmt: skip
+    assert found.keys() == known.keys()
+    assert all(abs(found[dim] - known[dim]) <= 32 for dim in known)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("version", gpu_audit.TRITONS)
+def test_every_triton_compiles_what_ships(version):
+    folder = ROOT / "build" / f"triton-{version}"
+    if not folder.exists():
+        pytest.skip(f"{folder.name} is missing: bench/gpu_audit.py --triton {version} installs it")
+    audit("--triton", version)
+
+
+def test_widths_of_accesses():
+    widths = {"LDG.E.128": 16, "LDG.E.ENL2.256": 32, "STG.E.U16": 2, "LDG.E.S8": 1, "LDG.E": 4}
+    for opcode, width in widths.items():
+        assert machine_code._width(opcode) == width

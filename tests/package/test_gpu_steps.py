@@ -7,13 +7,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from gpu import bounds, build, command, step
+from gpu import bounds, build, command, step, suite
 from gpu.step import Deadline, Verdict
 
 ROOT = Path(__file__).parents[2]
@@ -91,13 +92,6 @@ def test_what_a_step_kept_outlives_it(monkeypatch, tmp_path):
         program.write_text("import os; os.abort()")
 
 
-def test_torch_may_come_through_the_path(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/cluster/torch")
-    assert command.python_path().split(":") == [*command.FOLDERS, "/cluster/torch"]
-    monkeypatch.delenv("PYTHONPATH")
-    assert command.python_path().split(":") == command.FOLDERS
-
-
 @pytest.mark.parametrize(
     ("cuda", "nvcc", "triton", "ok"),
     [
@@ -135,28 +129,21 @@ def test_results_are_filed_under_the_card_and_make_one_table(tmp_path):
 # bench
 
 
-def test_every_bound_is_one_that_the_audit_knows():
-    from audit.entries import all_cases
+def test_bounds_are_those_of_the_card():
     from gpu import rows
 
-    known = {(case.kernel, case.variant, case.dtype) for case in all_cases()}
-    for timing in rows.timings():
-        dtype = rows.dtype_of(timing.launches)
-        for launch in timing.launches:
-            assert (*launch, dtype) in known, timing.name
-        found = bounds.bound(timing.launches, bounds.card_of("NVIDIA H100 80GB HBM3"), dtype)
-        assert found is None if not timing.launches else found[0] > 0
-
-
-def test_bounds_are_those_of_the_card():
     h100, h200 = map(bounds.card_of, ("NVIDIA H100 80GB HBM3", "NVIDIA H200"))
-    copied = [bounds.bound([("plain copy", "")], card) for card in (h100, h200)]
-    assert copied[0][0] / copied[1][0] == pytest.approx(4.8 / 3.35) and copied[0][1] == "memory"
-    products = [bounds.bound([("attention forward", "R1")], card) for card in (h100, h200)]
+    known = {kernel for kernel, _, _ in bounds.audited()}
+    for timing in rows.timings():
+        assert {kernel for kernel, _ in timing.launches} <= known, timing.name
+        assert "LEX" in timing.name or bounds.bound(timing.launches, h100)[0] > 0
+    merged = [bounds.bound([("merge", "two sets")], card) for card in (h100, h200)]
+    assert merged[0][0] / merged[1][0] == pytest.approx(4.8 / 3.35) and merged[0][1] == "memory"
+    products = [bounds.bound([("attention", "no window")], card) for card in (h100, h200)]
     assert products[0] == products[1] and products[0][1] == "tensor"
     for unknown in ("NVIDIA H100 PCIe", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB", "NVIDIA L4"):
         assert bounds.card_of(unknown) is None
-    assert bounds.bound([("plain copy", "")], None) is None
+    assert bounds.bound([("merge", "two sets")], None) is None
 
 
 def test_rows_are_kept_one_by_one(monkeypatch):
@@ -174,7 +161,7 @@ def test_compositions_are_timed_on_both_sides_of_every_estimate(monkeypatch):
     from gpu import compositions
     from gpu.rows import Timed
 
-    from extrope_kernels.ops.attention.choice import TABLE
+    from extrope_kernels.ops.attention.select_backend import TABLE
 
     missing = {"flash-attn 4": "flash-attn 4 is not there"}.get
     for major in {row.major for row in TABLE}:
@@ -195,11 +182,11 @@ def test_compositions_are_timed_on_both_sides_of_every_estimate(monkeypatch):
 
     asked = []
 
-    def attention(q, k, v, freqs, *, window, backend):
+    def attention(q, k, v, freqs, score, *, backend):
         asked.append(backend)
         return q.sum() + k.sum() + v.sum()
 
-    monkeypatch.setattr(compositions, "rerope_attention", attention)
+    monkeypatch.setattr(compositions, "rope_attention", attention)
     timed = compositions.composed(16, 40, True)
     assert isinstance(timed, Timed) and list(timed.peers) == ["triton"]
     assert len(timed.ours()) == len(timed.peers["triton"]()) == 3
@@ -242,3 +229,108 @@ def test_a_row_that_fails_fails_the_step():
     )
     assert rows.verdict([absent, good], 2, "NVIDIA H200").ok
     assert not rows.verdict([absent, good], 3, "NVIDIA H200").ok  # out of time
+
+
+# -------------------------------------------------------------------------------------------------
+# The tests on a GPU in parts
+
+
+@pytest.fixture
+def some_tests(tmp_path, monkeypatch):
+    """Six tests: one fails, one is skipped, one kills its process, one has no CUDA any more."""
+    folder = tmp_path / "tests" / "folder"
+    folder.mkdir(parents=True)
+    (folder / "test_some.py").write_text(
+        textwrap.dedent("""
+        import os, pytest
+        def test_passes(): pass
+        def test_fails(): assert 1 == 2
+        def test_kills(): os._exit(3)
+        def test_loses(): raise RuntimeError("CUDA error: an illegal memory access")
+        @pytest.mark.skip(reason="no")
+        def test_skipped(): pass
+        def test_last(): pass
+        """)
+    )
+    monkeypatch.setattr(suite, "TESTS", tmp_path / "tests")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'bench'}")
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    return logs
+
+
+def test_a_suite_goes_on_behind_a_crash(some_tests):
+    for index in range(2):
+        suite.part("folder", index, 2, some_tests, Deadline(100))
+    verdict = suite.verdict([some_tests / f"{index}.jsonl" for index in range(2)], 2)
+    assert verdict.line == (
+        "5 of 6 ran, 2 passed, 2 failed, 1 skipped, 1 started and never ended; 2 processes; "
+        "1 left: run the step again, it goes on there"
+    )
+    assert not verdict.ok
+    bad = {entry["test"].split("::")[1]: entry for entry in verdict.content["bad"]}
+    assert set(bad) == {"test_fails", "test_kills", "test_loses"}
+    assert bad["test_fails"]["why"] == "assert 1 == 2"
+
+
+def test_a_suite_out_of_time_says_how_far_it_came(some_tests):
+    suite.part("folder", 0, 1, some_tests, Deadline(suite.REST + 0.001))
+    verdict = suite.verdict(sorted(some_tests.glob("*.jsonl")), 1)
+    assert not verdict.ok and verdict.line.startswith("1 of 6 ran, 1 passed, 0 failed")
+
+
+class OneTest(Deadline):
+    """Time for one call of pytest, which is up when its first test has ended."""
+
+    def __init__(self) -> None:
+        self.end, self.lefts = 0.0, [100.0, 100.0]
+
+    @property
+    def left(self) -> float:
+        return self.lefts.pop() if self.lefts else 0.0
+
+
+def test_a_suite_goes_on_where_it_was_cut(some_tests, monkeypatch):
+    """And begins anew once it is through, or with other sources."""
+    memory = SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: memory)
+    monkeypatch.setattr(suite, "BUILD", some_tests)
+    monkeypatch.setattr(suite, "made_with", lambda: "these sources")
+    monkeypatch.setattr(suite, "workers", lambda *_: 1)
+    log = some_tests / "suite-folder" / "0.jsonl"
+    verdict = suite.run("folder", OneTest())
+    assert verdict.line.startswith("1 of 6 ran") and "; 5 left: run the step" in verdict.line
+    with log.open("a") as file:
+        file.write('{"test": "test_some.py::test_')  # cut as it was written
+    verdict = suite.run("folder", Deadline(100))
+    assert verdict.line.startswith("5 of 6 ran") and "; 1 left: run the step" in verdict.line
+    assert log.read_text().count('::test_passes", "state": "passed"') == 1
+    # What killed its process is tried once more, and no third time.
+    verdict = suite.run("folder", Deadline(100))
+    assert verdict.line.startswith("5 of 6 ran") and "left" not in verdict.line and not verdict.ok
+    assert log.read_text().count('::test_kills", "state": "started"') == 2
+    assert log.read_text().count('::test_fails", "state": "failed"') == 1
+    suite.open_logs(log.parent, "these sources")
+    assert not log.exists()
+    log.write_text("")
+    suite.open_logs(log.parent, "these sources")
+    assert log.exists()
+    suite.open_logs(log.parent, "others")
+    assert not log.exists()
+
+
+def test_tests_that_never_were_collected_are_no_success(tmp_path):
+    assert not suite.verdict([], 1).ok
+    assert suite.verdict([tmp_path / "none.jsonl"], 1).line.startswith("no tests were collected")
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"tests": 1}\n{"test": "a", "state": "passed"}\n')
+    assert suite.verdict([one], 1).ok
+    verdict = suite.verdict([one, tmp_path / "none.jsonl"], 2)
+    assert not verdict.ok and "; 1 processes collected no tests" in verdict.line
+
+
+def test_folders_and_processes():
+    assert suite.folders()[0] == "rope" and not {"evaluation", "support"} & set(suite.folders())
+    for name in suite.LEFT_OUT:
+        assert (ROOT / "tests" / name).exists(), name
+    assert suite.workers(24, 16) == 7 and suite.workers(80, 16) == 16 and suite.workers(4, 16) == 1

@@ -5,14 +5,12 @@ Compiled for an H100, and launched through a driver that does nothing (bench/nul
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 pytest.importorskip("triton.backends.nvidia")
 
-# Half a minute each; EXTROPE_ALL_CASES=1 compiles all.
-AMD_HEAD_DIMS = (64, 128, 256) if os.environ.get("EXTROPE_ALL_CASES") == "1" else (128,)
+# Half a minute each.
+AMD_HEAD_DIMS = (128, *(pytest.param(n, marks=pytest.mark.thorough) for n in (64, 256)))
 
 SETUP = """
     import sys; sys.path.insert(0, "bench")
@@ -165,6 +163,28 @@ def test_requests_of_a_batch_are_two_launches(run_python):
             cu_seqlens_q=boundaries, backend="triton",
         )
         assert launched(call) == 2
+        found.add(compiled())
+    assert len(found) == 1, found
+    """
+    run_on_chip(run_python, source)
+
+
+def test_a_merge_is_one_launch(run_python):
+    """Of any number of sets, in place too; no length compiles again."""
+    source = """
+    from extrope_kernels.ops.attention.triton import merge as kernels
+
+    merge, found = kernels.merge_fwd, set()
+    inplace = kernels.merge_inplace
+    for batch, seqlen in ((2, 40), (2, 41), (1, 16), (3, 1), (2, 1000)):
+        outs = [random(batch, seqlen, 4, 64) for _ in range(3)]
+        lses = [torch.zeros(batch, 4, seqlen) for _ in range(3)]
+        for sets in (1, 3):
+            for _ in range(2):
+                assert launched(lambda: merge(outs[:sets], lses[:sets])) == 1
+        wide = [torch.zeros(batch, 2 * seqlen, 4, 64), torch.zeros(batch, 4, 2 * seqlen)]
+        views = wide[0][:, seqlen:], wide[1][..., seqlen:]
+        assert launched(lambda: inplace(*views, outs[1:2], lses[1:2])) == 1
         found.add(compiled())
     assert len(found) == 1, found
     """

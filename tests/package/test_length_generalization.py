@@ -12,6 +12,8 @@ from statistics import fmean
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "length_generalization.py"
 SEEDS = 2
@@ -46,58 +48,47 @@ def output(build) -> str:
 
 @pytest.fixture(scope="module")
 def results(build, output) -> dict:
-    return json.loads((build / "length_generalization-cpu.json").read_text())
+    return json.loads((build / "length_generalization.json").read_text())
 
 
 def test_every_method_is_trained_and_read(results):
     rows = {row["name"]: row for row in results["rows"]}
     assert rows.keys() >= EXPECTED
-    length = results["setup"]["length"]
+    assert results["lengths"] == [results["setup"]["length"] * n for n in (1, 2, 4, 8)]
     for name, row in rows.items():
-        assert [read["length"] for read in row["lengths"]] == [length * n for n in (1, 2, 4, 8)]
-        for read in row["lengths"]:
-            losses = [*read["last"], *read["mean"], *read["buckets"]]
+        assert len(row["last"]) == 4 and len(row["all"]) == SEEDS
+        for losses in (*row["last"], row["all"]):
+            assert len(losses) == SEEDS, name
             assert all(1 < loss < 2 * math.log(256) for loss in losses), name
-            assert len(read["last"]) == len(read["mean"]) == SEEDS
-            assert len(read["buckets"]) == read["length"] // length
-            assert fmean(read["mean"]) == pytest.approx(fmean(read["buckets"]))
-    for name, training in results["trainings"].items():
-        assert all(map(math.isfinite, training["curve"])), name
-        assert training["seconds"]["cpu"] > 0, name
+    assert results["seconds"] > 0 and results["trainings"] > 10
 
 
 def test_methods_differ_where_they_should(results):
     """At the training length what leaves it alone is plain RoPE; past it nothing else is."""
-    losses = {row["name"]: [x["last"] for x in row["lengths"]] for row in results["rows"]}
+    losses = {row["name"]: row["last"] for row in results["rows"]}
     assert losses["rope"][0][0] != losses["rope"][0][1], "seeds make other models"
     for name in ("dynamic_ntk", "dynamic_yarn", "rope, blockwise", "rerope, log-n"):
         assert losses[name][1:] != losses["rope"][1:], name
     assert losses["dynamic_ntk"][0] == losses["rope"][0] != losses["ntk_aware"][0]
     assert losses["rope, blockwise"][0] == pytest.approx(losses["rope"][0], abs=1e-5)
     assert losses["dynamic_ntk"][-1] == losses["ntk_aware"][-1]
-
-
-def test_shifted_positions_leave_rotary_training_as_it_is(results):
-    """SHAPE moves query and key alike, so its model is that of plain RoPE but for rounding."""
-    curves = {name: results["trainings"][name]["curve"] for name in ("rope", "shape", "randomized")}
-    assert curves["shape"] == pytest.approx(curves["rope"], abs=1e-3)
-    assert curves["randomized"] != pytest.approx(curves["rope"], abs=1e-3)
+    # SHAPE moves query and key alike, so its model is that of plain RoPE but for rounding.
+    assert losses["shape"][0] == pytest.approx(losses["rope"][0], abs=1e-3)
 
 
 def test_table_and_plot(build, output, results):
     for row in results["rows"]:
-        numbers = [f"{fmean(read['last']):.3f}±\\S+" for read in row["lengths"]]
+        numbers = [f"{fmean(losses):.3f}±\\S+" for losses in row["last"]]
         assert re.search(rf"^{re.escape(row['name'])}  .*{' +'.join(numbers)} ", output, re.M)
-    svg = (build / "length_generalization.svg").read_text()
-    assert svg.count("<!-- rope -->") == 4, "plain RoPE is labelled in each of the four panels"
+    assert (build / "length_generalization.png").stat().st_size > 10_000
 
 
 def test_second_run_does_nothing_again(build, output, results):
     kept = {path: path.stat().st_mtime_ns for path in build.glob("*.pt")}
-    assert len(kept) == SEEDS * (len(results["trainings"]) + len(results["rows"]))
+    assert len(kept) == SEEDS * (results["trainings"] + len(results["rows"]))
     lost = next(path for path in kept if path.name.startswith("read_pi_1-"))
     lost.unlink()
     again = run_quick(build)
     assert re.findall(r"^(trained|read) ([^:]+):", again, re.M) == [("read", "pi, seed 1")]
     assert {path for path in kept if path.stat().st_mtime_ns != kept[path]} == {lost}
-    assert json.loads((build / "length_generalization-cpu.json").read_text()) == results
+    assert json.loads((build / "length_generalization.json").read_text()) == results

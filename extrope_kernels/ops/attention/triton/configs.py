@@ -1,6 +1,6 @@
 """Tiles, warps and pipeline stages per chip, head_dim and width of the elements.
 
-bench/results/gpu_audit.json tells which spill, by 16 bytes at most. Candidates may spill more:
+bench/results/gpu_audit.csv tells which spill, by 16 bytes at most. Candidates may spill more:
 keys' gradients by wgmma do even in plain attention.
 """
 

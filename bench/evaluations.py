@@ -1,0 +1,152 @@
+"""Evaluations of real models, as the docs show them: bench/results/models/NAME.json, a row a line.
+
+`eval` and `search` write every measurement. Here each row keeps what a table or a plot needs.
+Losses stay by piece of text: texts differ more than methods do, so methods are compared piece by
+piece with YaRN.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from harness import RESULTS, short, write
+
+from extrope_kernels.evaluation.spread import mean_and_error
+
+FOLDER = "models"
+Interval = tuple[float, float | None]  # mean and its standard error
+Row = dict[str, Any]
+
+
+# -------------------------------------------------------------------------------------------------
+# Keep
+
+
+def loss_row(row: Row, trained: int) -> Row:
+    """The mean loss of each piece: before the training length, and behind it."""
+    parts: dict[str, list] = {"near": [], "far": []}
+    for bucket in row["buckets"]:
+        parts["far" if bucket["start"] >= trained else "near"].append(bucket["pieces"])
+    return {key: [fmean(each) for each in zip(*pieces)] for key, pieces in parts.items()}
+
+
+def recall_row(row: Row, trained: int) -> Row:
+    """The gain at the longest distance, with its standard error."""
+    return {"recall": [row["gains"][-1]["gain"], row["gains"][-1]["error"]]}
+
+
+def passkey_row(row: Row, trained: int) -> Row:
+    return {key: row[key] for key in ("length", "accuracy", "intervals")}
+
+
+def demo_row(row: Row, trained: int) -> Row:
+    return {"seconds": row["seconds"], "losses": [bucket["loss"] for bucket in row["buckets"]]}
+
+
+def gains_row(row: Row, trained: int) -> Row:
+    return {"gains": [[gain["gain"], gain["error"]] for gain in row["gains"]]}
+
+
+KEPT: dict[str, Callable[[Row, int], Row]] = {
+    "loss": loss_row,
+    "recall": recall_row,
+    "passkey": passkey_row,
+    "demo": demo_row,
+    "gains": gains_row,
+}
+ABOUT = ("model", "training_length", "dtype", "threads", "bucket", "distances", "depths", "texts")
+
+
+def keep(found: Path, name: str, kind: str, results: Path = RESULTS) -> None:
+    """Add what `eval` wrote to models/NAME.json; rows of the same parameters become one."""
+    measured, path = json.loads(found.read_text()), results / FOLDER / f"{name}.json"
+    content = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    content |= {key: measured[key] for key in ABOUT if key in measured}
+    rows = {_key(row): row for row in content["rows"]}
+    for row in measured["rows"]:
+        searched = row["method"] == "longrope"  # 64 factors, which are in the search's own file
+        params = {"factors": "searched"} if searched else row["params"]
+        own = {"method": row["method"], "params": params}
+        own |= KEPT[kind](row, measured["training_length"])
+        rows[_key(own)] = rows.get(_key(own), {}) | own
+    write(path, {**content, "rows": list(rows.values())})
+
+
+def _key(row: Row) -> str:
+    """Passkeys have a row for each length."""
+    return json.dumps(short([row["method"], row["params"], row.get("length")]))
+
+
+def keep_search(found: Path, results: Path = RESULTS) -> str:
+    """Keep the finalists of a search without each of its measurements; return its name."""
+    search = json.loads(found.read_text())
+    about = ("length", "training_length", "model", "dtype", "texts", "held_out")
+    fields = ("name", "method", "params", "pieces", "loss", "loss_error", "to_yarn",
+              "to_yarn_error", "whole", "whole_error")  # fmt: skip
+    rows = [{key: row[key] for key in fields} for row in search["finalists"]]
+    name = f"search-{search['length'] // 1024}k"
+    content = {key: search[key] for key in about}
+    write(results / FOLDER / f"{name}.json", {**content, "rows": rows})
+    return name
+
+
+# -------------------------------------------------------------------------------------------------
+# Read
+
+
+def read(name: str, results: Path = RESULTS) -> dict[str, Any]:
+    """What is kept under a name; no rows where nothing is."""
+    path = results / FOLDER / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {"rows": []}
+
+
+class Measured(NamedTuple):
+    """A method with some parameters; None where it was not measured."""
+
+    parameters: dict[str, Any]
+    loss: float | None = None  # nats a token, behind the training length
+    over_yarn: Interval | None = None
+    recall: Interval | None = None  # at the longest distance
+
+
+def measured(results: Path = RESULTS, name: str = "smollm2-16k") -> dict[str, list[Measured]]:
+    """By method: first what `eval` gives it, then other parameters that were tried.
+
+    A method with rounded wavelengths is a row of `resonance`.
+    """
+    rows = read(name, results)["rows"]
+    yarn = next((row["far"] for row in rows if row["method"] == "yarn" and "far" in row), None)
+    found: dict[str, list[Measured]] = {}
+    for row in rows:
+        method, params, far = row["method"], dict(row["params"]), row.get("far")
+        if params.pop("resonance", False):
+            method, params = "resonance", {"method": method, **params}
+        over = None
+        if far is not None and yarn is not None:
+            over = mean_and_error([a - b for a, b in zip(far, yarn, strict=True)])
+        loss = None if far is None else fmean(far)
+        recall = tuple(row["recall"]) if "recall" in row else None
+        found.setdefault(method, []).append(Measured(params, loss, over, recall))
+    return found
+
+
+def best(rows: list[Measured]) -> Measured:
+    """The row of the lowest loss."""
+    return min(rows, key=lambda row: float("inf") if row.loss is None else row.loss)
+
+
+def named(parameters: dict[str, Any]) -> str:
+    numbers = {key: x if isinstance(x, str) else f"{x:g}" for key, x in parameters.items()}
+    return ", ".join(f"{key}={value}" for key, value in numbers.items())
+
+
+def between(value: Interval | list | None, digits: int = 2) -> str:
+    """Write a mean with its standard error."""
+    if value is None:
+        return ""
+    mean, error = value
+    return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")

@@ -1,0 +1,275 @@
+"""Draw the plots of docs/ from the measured files: python bench/plots.py [NAME ...]"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import evaluations
+import scaling
+from evaluations import Interval, Measured, named
+from harness import RESULTS
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from extrope_kernels.scores import SCORES
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=110, metadata={"Software": None})  # the same file everywhere
+
+
+# -------------------------------------------------------------------------------------------------
+# Speed: times of the fastest others over ours
+
+
+class Shown(NamedTuple):
+    """A case of a benchmark's file, and its label in the plot."""
+
+    label: str
+    file: str
+    case: str
+    dtype: str
+    shape: str
+    theirs: str = ""  # what the others do where it is less
+
+
+YARDSTICKS = ("clone", "copy_", "no window")  # nobody else's way to the same result
+ROPE, LONG, SHORT = "8192 x 32/8 x 128", "8192 x 8/2 x 128", "2048 x 8/2 x 64"
+CACHE = "1 on 32768 x 8/2 x 128"
+PLAIN = "plain attention, unrotated"
+SHOWN = (
+    Shown("rotate q and k", "rope", "forward, half-split", "bfloat16", ROPE),
+    Shown("rotate, and back", "rope", "forward + backward, half-split", "bfloat16", ROPE),
+    Shown("ReRoPE", "attention", "rerope, forward 8/2 x 64", "float32", SHORT),
+    Shown("ReRoPE", "attention", "rerope, forward 8/2 x 128", "bfloat16", LONG, PLAIN),
+    Shown("train by ReRoPE", "attention", "rerope, training 8/2 x 128", "float32", LONG, PLAIN),
+    Shown("decode by ReRoPE", "decode", "decode 8/2 x 128", "bfloat16", CACHE, PLAIN),
+)
+
+
+def against_the_best(shown: Shown, results: Path = RESULTS) -> tuple[float, str]:
+    """Their time over ours, and the fastest of those that do all of it if any."""
+    rows = json.loads((results / "avx512" / f"{shown.file}.json").read_text())["rows"]
+    # Ratios, as the tables have them: ours was timed anew beside each of the others.
+    ratios = {
+        row["implementation"]: row["ratio"]
+        for row in rows
+        if (row["case"], row["dtype"], row["shape"]) == shown[2:5] and "ratio" in row
+    }
+    others = [name for name in ratios if name not in YARDSTICKS]
+    if not shown.theirs:
+        others = [name for name in others if "SDPA" not in name]
+    best = max(others, key=ratios.__getitem__)
+    return 1 / ratios[best], best
+
+
+def speed(path: Path, results: Path = RESULTS) -> None:
+    figure = Figure(figsize=(8.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for place, shown in enumerate(SHOWN):
+        times, best = against_the_best(shown, results)
+        axes.barh(place, times, height=0.62, color="tab:gray" if shown.theirs else "tab:blue")
+        text = f" {times:.1f}: {best}{f' ({shown.theirs})' if shown.theirs else ''}"
+        axes.text(times, place, text, va="center", fontsize=8)
+    names = [f"{s.label}\n{s.dtype}, {s.shape}" for s in SHOWN]
+    axes.set_yticks(range(len(SHOWN)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlim(0, 2.1 * max(against_the_best(shown, results)[0] for shown in SHOWN))
+    axes.set_xlabel("times as fast as the fastest of the others", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+# -------------------------------------------------------------------------------------------------
+# Scaling
+
+
+def lengths(name: str, path: Path, results: Path = RESULTS) -> None:
+    """Time and peak memory against length; dotted: one thread."""
+    content = json.loads((results / "avx512" / f"scaling-{name}.json").read_text())
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    found = scaling.curves(content["rows"])
+    most = max(threads for _, threads in found)
+    names = list(dict.fromkeys(name for name, _ in found))
+    for (implementation, threads), rows in found.items():
+        look = {"color": f"C{names.index(implementation)}", "marker": ".",
+                "linestyle": "-" if threads == most else ":"}  # fmt: skip
+        tokens = [row["seqlen"] for row in rows]
+        slope = scaling.slope(rows, "milliseconds")
+        label = f"{implementation}, {threads} threads: slope {slope:.2f}"
+        time.plot(tokens, [row["milliseconds"] for row in rows], label=label, **look)
+        if threads == most:
+            memory.plot(tokens, [row["megabytes"] for row in rows], label=implementation, **look)
+    for axes, label in ((time, "ms"), (memory, "peak MB over the inputs")):
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        axes.grid(True, which="both", alpha=0.3)
+        axes.legend(fontsize=6)
+    figure.suptitle(content["about"], fontsize=9)
+    save(figure, path)
+
+
+# -------------------------------------------------------------------------------------------------
+# SmolLM2
+
+WORST = 0.35  # nats over YaRN; what costs more is left out of the plot
+MARKERS = dict(zip(SCORES, "os^Dv*", strict=False))  # theirs lie too close to be named beside
+
+
+def tradeoff(path: Path, results: Path = RESULTS) -> None:
+    """Loss against recall at twice the training length; a line joins one method's parameters."""
+    figure = Figure(figsize=(8.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    labels: dict[tuple[float, float], list[tuple[str, str]]] = {}  # by place
+    for name, every in evaluations.measured(results).items():
+        rows = [row for row in every if row.over_yarn and row.recall and row.over_yarn[0] < WORST]
+        if not rows:
+            continue
+        rows.sort(key=lambda row: row.over_yarn[0])
+        (costs, cost_errors), (gains, errors) = (
+            zip(*(getattr(row, measure) for row in rows), strict=True)
+            for measure in ("over_yarn", "recall")
+        )
+        style = {"color": "tab:red", "marker": MARKERS.get(name), "label": name}
+        if name not in SCORES:
+            style = {"color": "tab:blue", "marker": "."}
+            place = costs[-1], gains[-1]
+            taken = next((other for other in labels if _close(place, other)), place)
+            labels.setdefault(taken, []).append((name, named(rows[-1].parameters)))
+        axes.errorbar(costs, gains, errors, cost_errors, linewidth=0.8, elinewidth=0.4, **style)
+    for place, here in labels.items():
+        # Of several that are one there, only the first has room for its parameters.
+        names = [" ".join(filter(None, here[0])), *(name for name, _ in here[1:])]
+        text = {"textcoords": "offset points", "fontsize": 7, "color": "tab:blue"}
+        axes.annotate(", ".join(names), place, (5, 4), **text)
+    axes.set_xlabel("loss over YaRN's behind 8,192 tokens (nats a token)")
+    axes.set_ylabel("recall 15,360 tokens back (nats a token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, title="score methods", loc="upper right")
+    save(figure, path)
+
+
+def _close(place: tuple[float, float], other: tuple[float, float]) -> bool:
+    return abs(place[0] - other[0]) < 0.01 and abs(place[1] - other[1]) < 0.1
+
+
+def line_of(name: str, row: Measured) -> str | None:
+    """The line of the plot of windows that a row is a point of."""
+    if name == "leaky_rerope" and "log_n" not in row.parameters:
+        return f"leaky, factor {row.parameters['factor']:g}"
+    if name == "rerope":
+        return "ReRoPE, log-n" if "log_n" in row.parameters else "ReRoPE"
+    return None
+
+
+def windows(path: Path, results: Path = RESULTS) -> None:
+    """What ReRoPE's window does to loss and recall at twice the training length."""
+    panels = {"loss over YaRN's behind 8,192 tokens": "over_yarn",
+              "recall 15,360 tokens back": "recall"}  # fmt: skip
+    figure = Figure(figsize=(8.6, 3.4), layout="constrained")
+    every = figure.subplots(1, 2)
+    for axes, (title, measure) in zip(every, panels.items(), strict=True):
+        found: dict[str, dict[int, Interval]] = {}
+        for name, rows in evaluations.measured(results).items():
+            for row in rows:
+                line, value = line_of(name, row), getattr(row, measure)
+                if line is not None and value is not None:
+                    found.setdefault(line, {})[row.parameters["window"]] = value
+        for (line, values), marker in zip(found.items(), "osD^v", strict=False):
+            places = sorted(values)
+            means, errors = zip(*(values[window] for window in places))
+            axes.errorbar(places, means, errors, label=line, marker=marker, capsize=3)
+        axes.axhline(0, color="0.35", linewidth=0.8)
+        axes.set_xticks([1024, 2048, 3072, 4096, 6144], ["1k", "2k", "3k", "4k", "6k"])
+        axes.set_xlabel("window")
+        axes.set_title(f"{title} (nats a token)", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    every[0].legend(frameon=False)
+    save(figure, path)
+
+
+# -------------------------------------------------------------------------------------------------
+# Small models
+
+HIGHEST, CLOSEST = 1.5, 0.06  # nats: shown above plain RoPE at 1x; between two labels
+
+
+def length_generalization(path: Path, results: Path = RESULTS) -> None:
+    draw_lengths(evaluations.read("length_generalization", results), path)
+
+
+def draw_lengths(found: dict, path: Path) -> None:
+    """Loss of the last L bytes by length, bands of the seeds: a panel a family, each with RoPE."""
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    panels = figure.subplots(2, 2, sharey=True)
+    rows, at = found["rows"], found["lengths"]
+    plain = rows[0]
+    lowest = min(min(losses) for row in rows for losses in row["last"])
+    top = fmean(plain["last"][0]) + HIGHEST
+    for axes, family in zip(panels.flat, dict.fromkeys(row["family"] for row in rows)):
+        _line(axes, at, plain, color="0.6", linestyle="--")
+        own = [row for row in rows if row["family"] == family and row is not plain]
+        for index, row in enumerate(own):
+            bright = colormaps["turbo"](0.05 + 0.9 * index / max(1, len(own) - 1))
+            _line(axes, at, row, color=[0.8 * x for x in bright[:3]], marker="o")
+        axes.set(title=family, xscale="log", ylim=(lowest - 0.1, top))
+        axes.set_xticks(at, [f"{length:,}" for length in at])
+        axes.minorticks_off()
+        axes.set_xlim(at[0] * 0.93, at[-1] * 1.08)
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+        _label(axes, top)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("nats per byte, last L bytes")
+    for axes in panels[1]:
+        axes.set_xlabel(f"bytes read (trained on L = {found['setup']['length']})")
+    save(figure, path)
+
+
+def _line(axes: Axes, at: list[int], row: dict, **style: object) -> None:
+    means = [fmean(losses) for losses in row["last"]]
+    axes.plot(at, means, label=row["name"], markersize=4, linewidth=1.6, **style)
+    lowest, highest = zip(*((min(losses), max(losses)) for losses in row["last"]))
+    axes.fill_between(at, lowest, highest, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _label(axes: Axes, top: float) -> None:
+    """Names at the lines' ends, moved apart; a line that leaves the panel is named at its top."""
+    ends = sorted(((line.get_ydata()[-1], line) for line in axes.lines), key=lambda end: end[0])
+    places = [min(y, top - CLOSEST) for y, _ in ends]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + CLOSEST)
+    excess = max(0.0, places[-1] - (top - CLOSEST / 2))
+    for i in reversed(range(len(places))):  # from the top down, only as far as is needed
+        ceiling = places[-1] - excess if i == len(places) - 1 else places[i + 1] - CLOSEST
+        places[i] = min(places[i], ceiling)
+    for place, (y, line) in zip(places, ends):
+        name = line.get_label() if y <= top else f"{line.get_label()} ({y:.1f})"
+        axes.annotate(
+            name, (line.get_xdata()[-1], place), xytext=(8, 0), textcoords="offset points",
+            va="center", color=line.get_color(), fontsize=8, annotation_clip=False,
+        )  # fmt: skip
+
+
+PLOTS: dict[str, Callable[[Path], None]] = {
+    "speed": speed,
+    "scaling-rope": lambda path: lengths("rope", path),
+    "scaling-attention": lambda path: lengths("attention", path),
+    "tradeoff": tradeoff,
+    "windows": windows,
+    "length_generalization": length_generalization,
+}
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or PLOTS:
+        PLOTS[name](DOCS / f"{name}.png")

@@ -1,0 +1,482 @@
+"""The tables of README.md and docs/, in Markdown, each from one file of bench/results/.
+
+A method's docstring starts with the line that the table of methods shows, and names its source:
+
+    Paper: https://arxiv.org/abs/2309.00071
+"""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import evaluations
+import scaling
+from evaluations import Measured, between, named
+from harness import COLUMNS, RESULTS, cell, table
+
+import extrope_kernels
+from extrope_kernels import methods, positions, scores
+from extrope_kernels.evaluation.spread import mean_and_error, with_error
+
+# -------------------------------------------------------------------------------------------------
+# Benchmarks
+
+
+def benchmark(path: Path, only: str = "") -> str:
+    """Show what a benchmark wrote."""
+    results = json.loads(path.read_text())
+    if path.stem.startswith("scaling-"):
+        slopes = "\n".join(f"- {line}" for line in scaling.summary(results["rows"]))
+        return f"{results['about']}; {machine(results)}.\n\n{slopes}"
+    if path.stem == "vllm":
+        return speeds(results)
+    if path.stem in ("overhead", "distributed", "generate", "launch"):
+        return by_columns(import_module(f"bench_{path.stem}").COLUMNS, results)
+    return comparison(results, only)
+
+
+def machine(results: dict) -> str:
+    where = results["machine"]
+    triton = f", Triton {results['triton']}" if "triton" in results else ""
+    return f"{where['device']}, {where['threads']} threads, torch {where['torch']}{triton}"
+
+
+def comparison(results: dict, only: str = "") -> str:
+    """A line for each case with the words of `only`: our time over that of everyone else."""
+    fields = ("dtype", "shape", "milliseconds", "of_floor", "error", "host_microseconds",
+              "megabytes")  # fmt: skip
+    headings = [COLUMNS[field][0].replace("/it", "/ours") for field in fields]
+    lines, absent = [], {}
+    cases: dict[tuple, list[dict]] = {}
+    for row in results["rows"]:
+        name = row["case"], row["dtype"], row["shape"]
+        if all(word in " ".join(name) for word in only.split()):
+            cases.setdefault(name, []).append(row)
+    for rows in cases.values():
+        for ours in (row for row in rows if row["implementation"] == "extrope"):
+            words = [cell(ours.get(field), COLUMNS[field][2]) for field in fields]
+            measured = [_against(row) for row in rows if row is not ours and "ratio" in row]
+            lines.append([ours["case"], *words, "; ".join(measured)])
+            absent |= {r["implementation"]: r["absent"] for r in rows if "absent" in r}
+    parts = [f"{machine(results)}; medians in one run.",
+             table(["", *headings, "our time over theirs"], lines)]  # fmt: skip
+    if absent:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
+        parts.append(f"Not measured here: {reasons}.")
+    return "\n\n".join(parts)
+
+
+def _against(row: dict) -> str:
+    """Name a peer, our time over its, and the bar."""
+    text = f"{row['implementation']} {row['ratio']:.{2 if row['ratio'] >= 0.1 else 3}f}"
+    if "bar" not in row:
+        return text
+    return f"{text} (bar {row['bar']:.3g}{'' if row['verdict'] == 'met' else ' missed'})"
+
+
+def by_columns(columns: dict, results: dict) -> str:
+    """A line for each row, with the benchmark's own columns."""
+    lines = [[cell(row.get(field), form) for field, (_, _, form) in columns.items()]
+             for row in results["rows"]]  # fmt: skip
+    return f"{machine(results)}.\n\n{table([head for head, _, _ in columns.values()], lines)}"
+
+
+def speeds(results: dict) -> str:
+    """vLLM's tokens a second, and their ratio to plain with the same cache."""
+    plain = {row["name"]: row for row in results["rows"] if row["name"].startswith("plain")}
+    lines = []
+    for row in results["rows"]:
+        base = plain.get("plain fp8" if row["name"].endswith("fp8") else "plain", row)
+        parts = (f"{row[x]:,.1f} ({row[x] / base[x]:.2f})" for x in ("prefill", "decode"))
+        lines.append([f"`{row['name']}`", *parts])
+    about = f"{machine(results)}; a prompt of {results['tokens']:,} tokens in {results['dtype']}"
+    return f"{about}.\n\n{table(['', 'prefill, tokens a second', 'decode'], lines)}"
+
+
+def audit(path: Path) -> str:
+    """The compiled kernels at head_dim 128; three numbers where the chips differ."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    held = [f"{r['kernel']} {r['variant']}, sm_{r['chip']}, head_dim {r['head_dim']}: "
+            f"{r['stack']} B" for r in rows if int(r["stack"])]  # fmt: skip
+    head = ["bfloat16, head_dim 128", "registers", "stack, bytes", "shared, KiB", "warps of an SM"]
+    head += ["a tile: tensor core instructions", "exponentials", "all instructions"]
+    head += ["at least, us", "bound by"]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["head_dim"] == "128":
+            groups.setdefault((row["kernel"], row["variant"]), []).append(row)
+    lines = []
+    for (kernel, variant), found in groups.items():
+        shared = (f"{int(row['shared']) / 1024:.0f}" for row in found)
+        columns = ["registers", "stack", None, "warps_of_sm", "products", "special"]
+        columns += ["instructions", "bound_us", "bound_by"]
+        cells = [_each(row[x] for row in found) if x else _each(shared) for x in columns]
+        lines.append([f"{kernel}, {variant}" if variant else kernel, *cells])
+    stack = f"{len(held)} hold stack ({'; '.join(held)})" if held else "None holds stack (a spill)"
+    chips = " / ".join(dict.fromkeys(f"sm_{row['chip']}" for row in rows))
+    return f"{len(rows)} kernels compiled, none run; {stack}. {chips}:\n\n{table(head, lines)}"
+
+
+def _each(values: Iterable[object]) -> str:
+    """The chips' values; one where they agree."""
+    texts = list(map(str, values))
+    return " / ".join(texts if len(set(texts)) > 1 else texts[:1])
+
+
+# -------------------------------------------------------------------------------------------------
+# Evaluations of real models
+
+
+def demo(results: Path) -> str:
+    found = evaluations.read("demo", results)
+    rows, step = found["rows"], found["bucket"] // 1024
+    head = [f"{step * i}-{step * (i + 1)}k" for i in range(len(rows[0]["losses"]))]
+    lines = [[f"`{row['method']}`", *(f"{loss:.2f}" for loss in row["losses"])] for row in rows]
+    minutes, threads = sum(row["seconds"] for row in rows) / 60, found["threads"]
+    took = f"The {len(rows)} runs took {minutes:.1f} minutes of {threads} threads."
+    return f"{table(['method', *head], lines)}\n\n{took}"
+
+
+def recall(results: Path) -> str:
+    """A line a method: the gain of a passage by distance, with its standard error."""
+    found = evaluations.read("recall", results)
+    head = ["method", *(f"{distance:,}" for distance in found["distances"])]
+    return table(head, [[f"`{r['method']}`", *map(between, r["gains"])] for r in found["rows"]])
+
+
+def passkey(results: Path) -> str:
+    """A line a length of each method, a column a depth: shares with Wilson's interval of 95%."""
+    found = evaluations.read("passkey", results)
+    head = ["method", "tokens", *(f"{depth:.0%} deep" for depth in found["depths"])]
+    order = list(dict.fromkeys(row["method"] for row in found["rows"]))
+    lines = []
+    for row in sorted(found["rows"], key=lambda r: (order.index(r["method"]), r["length"])):
+        shares = [
+            f"{share:.0%} ({100 * low:.0f}-{100 * high:.0f})"
+            for share, (low, high) in zip(row["accuracy"], row["intervals"], strict=True)
+        ]
+        lines.append([f"`{row['method']}`", f"{row['length']:,}", *shares])
+    return table(head, lines)
+
+
+def real(results: Path, name: str) -> str:
+    """Every method and its parameters on a real model, the lowest loss first."""
+    found = evaluations.measured(results, name)
+    rows = [(method, row) for method, several in found.items() for row in several]
+    rows.sort(key=lambda item: item[1].loss or 99)
+    head = ["method", "parameters", "loss", "over YaRN", "recall, 15,360 back"]
+    lines = [
+        [f"`{method}`", named(row.parameters), cell(row.loss, ".3f"),
+         between(row.over_yarn, digits=3), between(row.recall)]
+        for method, row in rows
+    ]  # fmt: skip
+    columns = len(head) if any(line[-1] for line in lines) else len(head) - 1
+    return table(head[:columns], [line[:columns] for line in lines])
+
+
+def tuned(results: Path) -> str:
+    """What a fine-tune changes, piece by piece, by the same parameters before and after."""
+    head = ["method", "parameters"]
+    for tokens in ("0-8k", "8-16k"):
+        head += [f"loss, {tokens}", "tuned", "change"]
+    before = evaluations.read("smollm2-16k", results)["rows"]
+    lines = []
+    for row in sorted(
+        evaluations.read("smollm2-tuned", results)["rows"], key=lambda r: r["method"]
+    ):
+        old = next(
+            x for x in before if (x["method"], x["params"]) == (row["method"], row["params"])
+        )
+        cells = [f"`{row['method']}`", named(row["params"])]
+        for part in ("near", "far"):
+            change = mean_and_error([b - a for a, b in zip(old[part], row[part], strict=True)])
+            cells += [f"{fmean(old[part]):.3f}", f"{fmean(row[part]):.3f}", between(change, 3)]
+        lines.append([*cells, between(old["recall"]), between(row["recall"])])
+    return table([*head, "recall, 15,360 back", "tuned"], lines)
+
+
+# -------------------------------------------------------------------------------------------------
+# Searches: losses of pieces differ by more than those of methods, so the difference to YaRN counts
+
+KINDS = {
+    "plain": "as it is",
+    "yarn": "YaRN by its paper",
+    "published": "best published frequencies",
+    "searched": "searched factors (`longrope`)",
+    "score": "best score method",
+}
+
+
+def searches(results: Path) -> dict[str, dict[str, Any]]:
+    """By name, the shortest length first."""
+    paths = (results / evaluations.FOLDER).glob("search-*k.json")
+    found = {path.stem: json.loads(path.read_text()) for path in paths}
+    return dict(sorted(found.items(), key=lambda item: item[1]["length"]))
+
+
+def search(found: dict[str, Any]) -> str:
+    """The finalists, the best first, on text that was not searched on."""
+    names = ("loss", "to_yarn", "whole")
+    lines = [[f"`{row['name']}`", *(_interval(row, name) for name in names)]
+             for row in found["rows"]]  # fmt: skip
+    read, searched = (", ".join(t["name"] for t in found[key]) for key in ("held_out", "texts"))
+    count = len(found["rows"][0]["pieces"])
+    about = (
+        f"{found['length']:,} tokens, {count} {'piece' if count == 1 else 'pieces'} of {read}; "
+        f"searched on {searched} in {found['dtype']}."
+    )
+    return f"{table(['', 'last quarter', 'to YaRN', 'whole text'], lines)}\n\n{about}"
+
+
+def searched(results: Path) -> str:
+    """A column a length: the best of every kind, and its loss over YaRN's."""
+    every = list(searches(results).values())
+    head = ["", *(f"{one['length']:,} tokens" for one in every)]
+    return table(
+        head, [[words, *(_best(one, kind) for one in every)] for kind, words in KINDS.items()]
+    )
+
+
+def _best(found: dict[str, Any], kind: str) -> str:
+    rows = (row for row in found["rows"] if row["pieces"] and _kind(row, found) == kind)
+    row = next(rows, None)
+    if row is None:
+        return "YaRN" if kind == "published" else ""
+    if kind == "yarn":
+        return f"0 (a loss of {_interval(row, 'loss')})"
+    name = "" if kind in ("plain", "searched") else f"`{row['name']}` "
+    return f"{name}{'+' if row['to_yarn'] > 0 else ''}{_interval(row, 'to_yarn')}"
+
+
+def _kind(row: dict[str, Any], found: dict[str, Any]) -> str:
+    method, factor = row["method"], found["length"] / found["training_length"]
+    if method in scores.SCORES:
+        return "score"
+    if method == "yarn" and row["params"] == {"factor": factor}:
+        return "yarn"
+    return {"plain": "plain", "longrope": "searched"}.get(method, "published")
+
+
+def _interval(row: dict[str, Any], name: str) -> str:
+    return between((row[name], row[f"{name}_error"]), digits=3)
+
+
+# -------------------------------------------------------------------------------------------------
+# Small models: bench/length_generalization.py
+
+
+def length_losses(row: dict) -> list[list[float]]:
+    """A column each: the losses of all seeds."""
+    return [*row["last"], row["all"]]
+
+
+def length_head(results: dict) -> list[str]:
+    """Loss of the last L bytes at every length, then the mean over the longest."""
+    columns = [f"{length:,}" for length in results["lengths"]]
+    return ["method", "trained", "at the test", *columns, f"all of {columns[-1]}"]
+
+
+def with_spread(values: list[float]) -> str:
+    """Write mean and standard deviation over the seeds."""
+    return with_error(fmean(values), statistics.stdev(values) if len(values) > 1 else None, 3)
+
+
+def as_good(values: list[float], best: list[float]) -> bool:
+    """True if the seeds don't tell a loss from the best one: all start from the same weights."""
+    over = [loss - least for loss, least in zip(values, best)]
+    spread = statistics.stdev(over) if len(over) > 1 else 0.0
+    return fmean(over) <= max(0.01, 2 * spread)
+
+
+def length_summary(results: dict) -> str:
+    """Say what was trained and read, and how long it took."""
+    setup, where, text = results["setup"], results["machine"], results["text"]
+    return (
+        f"{setup['layers']} layers of {setup['d_model']}, {setup['heads']} heads; L = "
+        f"{setup['length']}; {setup['steps']:,} steps of {setup['batch']} x {setup['length']} "
+        f"bytes out of {text['train_bytes'] / 1e6:.1f} MB, tuned for {setup['tune_steps']}; "
+        f"{setup['windows']} x {setup['length']} bytes scored; {setup['seeds']} seeds, mean and "
+        f"standard deviation. {where['device']}, torch {where['torch']}: the "
+        f"{results['trainings']} trainings took {results['seconds'] / 60:.0f} minutes of a core, "
+        "with all seeds."
+    )
+
+
+def length_generalization(results: Path) -> str:
+    """Names link to papers; bold is what the seeds don't tell from the best."""
+    found = evaluations.read("length_generalization", results)
+    best = [min(column, key=fmean) for column in zip(*map(length_losses, found["rows"]))]
+    lines = []
+    for row in found["rows"]:
+        numbers = []
+        for loss, least in zip(length_losses(row), best):
+            text = with_spread(loss)
+            numbers.append(f"**{text}**" if as_good(loss, least) else text)
+        lines.append([f"[{row['name']}]({row['paper']})", row["trained"], row["run"], *numbers])
+    bold = (
+        "Nats per byte; bold: at most 0.01, or twice the standard deviation of the difference seed "
+        "by seed, over the best of its column."
+    )
+    return f"{table(length_head(found), lines)}\n\n{bold} {length_summary(found)}"
+
+
+# -------------------------------------------------------------------------------------------------
+# transformers' classes: bench/models_census.py
+
+SORTS = {
+    "a frequency method": ("rope, neutral", "yarn", "dynamic_ntk"),
+    "a score method": ("rerope, neutral", "rerope", "self_extend", "dual_chunk"),
+}
+_ALL = 'ok, layers="all"'
+
+
+def census(results: Path) -> str:
+    """A summary, the classes that are served in full, and a line for each of the others."""
+    found = evaluations.read("census", results)
+    built = [row for row in found["rows"] if "built" not in row]
+    rotating = [r for r in built if "must have a rotary embedding" not in r.get("yarn", "")]
+    served = {sort: [row["name"] for row in rotating if _serves(row, which)]
+              for sort, which in SORTS.items()}  # fmt: skip
+    lines = [
+        f"transformers {found['transformers']}: {len(found['rows'])} classes with rotary "
+        f"parameters, {len(built)} of which can be built alone and run on text.",
+        "",
+    ]
+    for sort, names in served.items():
+        share = len(names) / len(rotating)
+        lines.append(f"- By {sort}: {len(names)} of the {len(rotating)} that rotate ({share:.0%}).")
+    both = sorted(set.intersection(*map(set, served.values())), key=str.lower)
+    marked = {row["name"]: row["name"] + _mark(row) for row in built}
+    lines += ["", f"By both: {', '.join(marked[name] for name in both)}.", ""]
+    lines += ['\\* Score methods with `layers="all"`, \\*\\* frequency methods too. † Forwards']
+    lines += ["alone are compared: its own `generate` fails."]
+    others = [[marked[row["name"]], *(_said(row, which) for which in SORTS.values())]
+              for row in built if row["name"] not in both]  # fmt: skip
+    absent = [[row["name"], _reason(row["built"])] for row in found["rows"] if "built" in row]
+    tables = (
+        table(["the others", "frequencies", "scores"], others),
+        table(["not built", "why"], absent),
+    )
+    return "\n\n".join(["\n".join(lines), *tables])
+
+
+def _serves(row: dict, which: tuple[str, ...]) -> bool:
+    """A field that is not there stands for "ok"."""
+    return all(row.get(method, "ok").startswith("ok") for method in which)
+
+
+def _mark(row: dict) -> str:
+    frequencies = [row.get(method) == _ALL for method in ("yarn", "dynamic_ntk")]
+    return "*" * ((row.get("rerope") == _ALL) + any(frequencies)) + "†" * ("generates" in row)
+
+
+def _said(row: dict, which: tuple[str, ...]) -> str:
+    reasons = [row[x] for x in which if not row.get(x, "ok").startswith("ok")]
+    return _reason(reasons[0]) if reasons else "yes"
+
+
+def _reason(reason: str) -> str:
+    """The reason without the words that every error begins with."""
+    for words in ("is not a supported architecture: ", "extend: ", "Error: "):
+        reason = reason.split(words, 1)[-1]
+    return reason.replace("|", "/").strip()
+
+
+# -------------------------------------------------------------------------------------------------
+# Methods
+
+# Names of rows of the measurements, where they are not the method's own.
+MEASURED_AS = {
+    "abf": "abf, tuned",
+    "blockwise_causal": "xpos, blockwise (LEX)",
+    "permuteformer_attention": "permuteformer",
+}
+
+
+class MethodRow(NamedTuple):
+    axis: str  # "frequencies", "scores", "positions"; "permutations" in place of a rotation
+    name: str  # as users write it
+    what: str  # one line
+    paper: str  # a link
+    trained: float | None  # loss of a small model at 8 times its training length
+    real: Measured | None  # on SmolLM2, with the best parameters that were tried
+    at_four: Measured | None = None  # likewise, at four times the length
+
+
+def method_rows(results: Path = RESULTS) -> list[MethodRow]:
+    """Every method of every axis, in the order of its registry."""
+    small = evaluations.read("length_generalization", results)["rows"]
+    trained = {row["name"]: fmean(row["last"][-1]) for row in small}
+    on_real = [evaluations.measured(results, name) for name in ("smollm2-16k", "smollm2-32k")]
+    rows = []
+    for axis, name, method in _methods():
+        loss = trained.get(MEASURED_AS.get(method.__name__, method.__name__))
+        best = [evaluations.best(found[name]) if name in found else None for found in on_real]
+        rows.append(MethodRow(axis, name, *described(method), loss, *best))
+    return rows
+
+
+def described(method: Callable) -> tuple[str, str]:
+    """The first line of a docstring without its full stop, and the link to its source."""
+    text = inspect.getdoc(method) or ""
+    source = re.search(r"^(?:Paper|Source): (https://\S+)", text, re.MULTILINE)
+    if source is None:
+        raise ValueError(f"{method.__name__}: the docstring must hold a line 'Paper: https://...'")
+    return text.splitlines()[0].removesuffix("."), source[1]
+
+
+def link(paper: str) -> str:
+    """An arXiv paper by its number, anything else by its host."""
+    host, path = urlsplit(paper)[1:3]
+    label = Path(path).name if host == "arxiv.org" else host.removeprefix("www.")
+    return f"[{label}]({paper})"
+
+
+def method_table(results: Path) -> str:
+    head = ["method", "what it does", "paper", "small model, 8x"]
+    head += ["SmolLM2 with", "loss over YaRN", "recall", "over YaRN, 4x"]
+    lines = []
+    for row in method_rows(results):
+        of_real = [""] * 4
+        if row.real is not None:
+            of_real[0] = named(row.real.parameters)
+            of_real[1:3] = between(row.real.over_yarn, 3), between(row.real.recall)
+        if row.at_four is not None:
+            of_real[3] = between(row.at_four.over_yarn, 3)
+        own = [f"`{row.name}`", row.what, link(row.paper), cell(row.trained, ".2f")]
+        lines.append([*own, *of_real])
+    return table(head, lines)
+
+
+def _methods() -> list[tuple[str, str, Callable]]:
+    frequencies = methods.METHODS | methods.WRAPPERS
+    strategies = {name: getattr(positions, name) for name in positions.__all__}
+    return [
+        *(("frequencies", name, method) for name, method in frequencies.items()),
+        *(("scores", name, method) for name, method in scores.SCORES.items()),
+        ("permutations", "permuteformer_attention", extrope_kernels.permuteformer_attention),
+        *(("positions", f"positions.{name}", method) for name, method in strategies.items()),
+    ]
+
+
+def api(folder: str) -> str:
+    """mkdocstrings' directive for every public function of a folder, such as "methods"."""
+    paths = {}
+    for package in (extrope_kernels, methods, positions, scores):
+        for name in package.__all__:
+            value = getattr(package, name)
+            if getattr(value, "__module__", "").startswith(f"extrope_kernels.{folder}."):
+                at = "extrope_kernels" if package is extrope_kernels else value.__module__
+                paths.setdefault(name, f"::: {at}.{name}")
+    return "\n".join(paths.values())
