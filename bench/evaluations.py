@@ -13,9 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from harness import RESULTS, short, write
-
 from extrope_kernels.evaluation.spread import mean_and_error
+from harness import RESULTS, short, write
 
 FOLDER = "models"
 Interval = tuple[float, float | None]  # mean and its standard error

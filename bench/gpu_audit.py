@@ -170,8 +170,10 @@ def decode(case: Case) -> None:
 
 
 def merge(case: Case) -> None:
+    from extrope_kernels.ops.attention.triton import merge as triton_merge
+
     outs, lses = [case.rows(HEADS_Q)] * 2, [torch.empty(1, HEADS_Q, SEQLEN)] * 2
-    torch.ops.extrope.merge_fwd_triton(outs, lses)
+    triton_merge.merge_fwd(outs, lses)
 
 
 def cases() -> list[Case]:
