@@ -28,7 +28,7 @@ def xpos(
     The amplitude of one key is zeta_i ** ((decay_origin - n) / scale_base): with the defaults it
     leaves float16 4,532 positions from the origin, float32 and bfloat16 36,260. The authors centre
     the origin on the sequence; any will do that q and k share. Where none does,
-    `blockwise_causal_attention` restarts positions in every block.
+    `scores.blockwise_causal` restarts positions in every block.
 
     dim: rotary dimension of one head, even.
     base: RoPE's base, > 1.

@@ -10,9 +10,9 @@ from extrope_kernels import (
     RopeFreqs,
     apply_rope,
     apply_rope_qk,
-    blockwise_causal_attention_with_kvcache,
     methods,
     rope_append_kvcache,
+    rope_attention_with_kvcache,
     scores,
 )
 from extrope_kernels.methods import xpos
@@ -301,10 +301,9 @@ def append(last: int, freqs=None, **options):
 def attend(last: int, block_size: int):
     x = torch.full((1, TOKENS, 1, 8), 0.5, dtype=torch.float16, device=device())
     cache = torch.zeros(1, last + 3, 1, 8, dtype=x.dtype, device=x.device)
-    return blockwise_causal_attention_with_kvcache(
-        x, cache, cache.clone(), xpos(8).to(device()), cache_seqlens=last + 1 - TOKENS, k=x, v=x,
-        block_size=block_size,
-    )  # fmt: skip
+    lengths = {"cache_seqlens": last + 1 - TOKENS}
+    freqs, score = xpos(8).to(device()), scores.blockwise_causal(block_size)
+    return rope_attention_with_kvcache(x, cache, cache.clone(), freqs, score, **lengths, k=x, v=x)
 
 
 @pytest.mark.parametrize(

@@ -243,11 +243,12 @@ def test_without_a_library_results_have_the_strides_that_graphs_count_on(run_pyt
         """
         import torch, extrope_kernels as ek
         from extrope_kernels import scores
+        from extrope_kernels.ops.attention import AttentionCall
         ops, inv_freq = torch.ops.extrope, ek.methods.rope(8).inv_freq
         q = torch.randn(2, 4, 5, 8).transpose(1, 2)
         k = torch.randn(2, 2, 5, 8).transpose(1, 2)
-        score = scores.rerope(3)
-        regions = dict(starts=score.starts, granularity=1, maps=score.stored_maps)
+        numbers = AttentionCall(inv_freq, score=scores.rerope(3)).numbers
+        none = (None,) * 6
         used = torch.full((2,), 5, dtype=torch.int32)
         empty, caches = used * 0, (torch.zeros(2, 5, 2, 8), torch.zeros(2, 5, 2, 8))
         calls = [
@@ -257,8 +258,12 @@ def test_without_a_library_results_have_the_strides_that_graphs_count_on(run_pyt
             (ops.rope_norm_bwd, (q, k, q, k, torch.ones(8), None, inv_freq), {}),
             (ops.rope_cos_sin, (q, k, torch.ones(1, 5, 4), torch.ones(1, 5, 4)), {}),
             (ops.permute_fwd, (q, k, ek.head_permutations(2, 8)), {}),
-            (ops.attention_fwd, (q, k, k, inv_freq), regions),
-            (ops.decode, (q, *caches, None, None, inv_freq, used), regions),
+            (ops.attention_fwd, (q, k, k, inv_freq, *none), {"numbers": numbers}),
+            (
+                ops.decode,
+                (q, *caches, None, None, inv_freq, *none[:4], used, *none[:4]),
+                {"numbers": numbers},
+            ),
             (ops.rope_append, (q, k, k, *caches, None, None, inv_freq, empty), {}),
         ]
         for op, args, options in calls:

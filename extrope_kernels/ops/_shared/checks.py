@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from numbers import Real
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -169,33 +168,9 @@ def refuse_flags(op: str, **flags: bool) -> None:
             raise TypeError(f"{op}: {name} must be a bool, got {type(flag).__name__}")
 
 
-def run_explained(
-    op: str,
-    run: Callable[..., Result],
-    check: Callable[..., object] | None,
-    args: tuple[Any, ...],
-    function: str | None = None,
-) -> Result:
-    """`run(*args)`; what it refuses raises a TypeError or ValueError that names the argument.
-
-    op: what the compiled kernels' errors begin with; function: what they begin with here, `op` by
-    default. The kernels check everything before they start, so that the common case pays for one
-    check only; `check(*args)` finds the words. Closures would cost more than passing args on.
-    """
-    if torch.compiler.is_compiling():
-        return run(*args)
-    try:
-        return run(*args)
-    except REFUSALS as error:
-        if check is not None:
-            check(*args)
-        raise_as_value_error(error, op, function)
-        raise
-
-
 def raise_as_value_error(error: Exception, op: str, function: str | None = None) -> None:
     """Raise what a kernel of `op` refused as the ValueError of a public function."""
-    ours = isinstance(error, RuntimeError) and str(error).startswith(f"{op}: ")
+    ours = isinstance(error, (RuntimeError, ValueError)) and str(error).startswith(f"{op}: ")
     if ours and str(error).startswith(f"{op}: cannot allocate"):
         raise RuntimeError(str(error).splitlines()[0].replace(op, function or op, 1)) from None
     if ours and not isinstance(error, NotImplementedError):

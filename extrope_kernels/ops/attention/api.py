@@ -10,7 +10,7 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from ...scores import Score
 from .._shared import backends as _backends
-from .._shared.checks import REFUSALS, refuse_flags
+from .._shared.checks import REFUSALS, raise_as_value_error, refuse_flags
 from .._shared.decay import check_new_keys
 from .._shared.dtypes import Scales
 from .._shared.positions import cache_lengths
@@ -124,7 +124,7 @@ def rope_attention(
         # The op has refused the call before any kernel started; this says it in the score's name.
         check_attention(name, q, k, v, call)
         check_boundaries(name, call.cu_seqlens, q)
-        _raise_named(name, "attention", error)
+        raise_as_value_error(error, "attention", name)
         raise
     return (out, lse) if return_lse else out
 
@@ -236,7 +236,7 @@ def rope_attention_with_kvcache(
         # The op has refused the call before anything was written; this says it in the score's name.
         check_decode(name, q, k, v, cache, call)
         check_slots(name, cache, call.cu_seqlens, len(q))
-        _raise_named(name, "decode", error)
+        raise_as_value_error(error, "decode", name)
         raise
     return (out, lse) if return_lse else out
 
@@ -260,13 +260,6 @@ def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor 
     if not 0 <= start < 2**31:
         raise ValueError(f"{op}: {name} must be between 0 and 2**31, got {start}")
     return torch.full((1,), start, dtype=torch.int32, device=q.device)
-
-
-def _raise_named(name: str, op: str, error: Exception) -> None:
-    """Raise an op's refusal as the ValueError of a public function, in its name."""
-    message = str(error).partition("\n")[0]
-    if message.startswith(f"{op}: ") and not isinstance(error, NotImplementedError):
-        raise ValueError(name + message.removeprefix(op)) from None
 
 
 def _check_stored_decay(op: str, freqs: RopeFreqs, score: Score | None) -> None:
