@@ -84,7 +84,15 @@ def permute_qk(
     return _permute(q, k, permutations, positions, cu_seqlens, inverse, backend)
 
 
-def _permute(q, k, permutations, positions, cu_seqlens, inverse, backend):
+def _permute(
+    q: Tensor,
+    k: Tensor | None,
+    permutations: Tensor,
+    positions: Tensor | int | None,
+    cu_seqlens: Tensor | None,
+    inverse: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
     refuse_flags("permute", inverse=inverse)
     powers = _powers("permute", q, k, permutations, positions, cu_seqlens)
     if backend is not None:
@@ -95,7 +103,14 @@ def _permute(q, k, permutations, positions, cu_seqlens, inverse, backend):
     return out_q, out_k if k is not None else None
 
 
-def _powers(name: str, q, k, permutations, positions, cu_seqlens=None) -> Powers:
+def _powers(
+    name: str,
+    q: Tensor,
+    k: Tensor | None,
+    permutations: Tensor,
+    positions: Tensor | int | None,
+    cu_seqlens: Tensor | None = None,
+) -> Powers:
     """The checked powers of a call."""
     positions, offset = split_offset(name, positions)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
