@@ -86,8 +86,9 @@ def against_reference(made: Example, qkv, freqs: RopeFreqs, **options) -> None:
     """Outputs and gradients of a float32 call that no closed form here describes."""
 
     def run(backend, *tensors):
-        out, lse = attend(made, *tensors, freqs, backend, **options)
-        return out, lse
+        sinks = options.get("sinks")
+        own = {} if sinks is None else {"sinks": sinks.to(tensors[0].dtype)}
+        return attend(made, *tensors, freqs, backend, **{**options, **own})
 
     dout, found = torch.randn_like(qkv[0]), []
     for backend, dtype in (("triton", None), ("reference", None), ("reference", torch.float64)):
