@@ -117,7 +117,7 @@ SPLIT = {
 }
 
 
-@pytest.mark.parametrize("seqlen_q", (1, 3))
+@pytest.mark.parametrize("seqlen_q", (1, pytest.param(3, marks=pytest.mark.thorough)))
 @pytest.mark.parametrize("name", SPLIT)
 def test_splits(name, seqlen_q, many_splits):
     many_splits()
