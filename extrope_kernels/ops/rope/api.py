@@ -23,6 +23,7 @@ from .checks import (
     check_decay,
     check_norm,
     check_norm_eps,
+    given_up_to_last,
     not_differentiable,
     share_memory,
     without_defaults,
@@ -160,7 +161,8 @@ def _rotate(
     if norm is not None:
         name, weights = "rope_norm", norm[:2]
         options["norm_eps"] = norm[2]
-    args = (q, k, *weights, *rope_args)
+    given = rope_args if freqs.inv_freq is None else given_up_to_last(rope_args)
+    args = (q, k, *weights, *given)
     run = _in_place if inplace else _out_of_place
     if torch.compiler.is_compiling():
         return run(name, args, options, backend)

@@ -180,12 +180,13 @@ def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None)
     if backend == "reference":
         return reference(*tensors, **options)
     op = ops.rope_append_triton if backend == "triton" else ops.rope_append
+    given = rope_checks.given_up_to_last(tensors)
     if torch.compiler.is_compiling():
-        return op(*tensors, **options)
+        return op(*given, **options)
     k_cache, v_cache = tensors[3:5]
     if rope_checks.share_memory(k_cache, v_cache):
         raise ValueError(f"{_OP}: k_cache and v_cache must not share memory")
-    out = call_unrecorded(op, tensors, options)
+    out = call_unrecorded(op, given, options)
     note_writes(k_cache, v_cache)
     return out
 

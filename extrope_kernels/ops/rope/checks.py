@@ -137,6 +137,14 @@ def without_defaults(**options: Any) -> dict[str, Any]:
     return {name: x for name, x in options.items() if not _is_default(name, x)}
 
 
+def given_up_to_last(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An op's tensors without the Nones at the end, its defaults: likewise."""
+    count = len(tensors)
+    while tensors[count - 1] is None:
+        count -= 1
+    return tensors[:count]
+
+
 def _is_default(name: str, value: object) -> bool:
     default = _DEFAULTS[name]
     return type(value) is type(default) and value == default
