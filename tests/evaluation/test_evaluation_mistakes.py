@@ -105,7 +105,7 @@ def test_parameters_that_a_method_refuses(run, tmp_path, capsys):
     assert "yarn: beta_fast must be a number" in captured.err and captured.out == ""
     assert list((tmp_path / "out").iterdir()) == []
     assert run(methods="rope,self_extend", param="self_extend.factor=2.5") == 2
-    assert "grouped needs an integer factor, got 2.5" in capsys.readouterr().err
+    assert "self_extend: factor must be a whole number, got 2.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["rich", "matplotlib"])
