@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from extrope_kernels.evaluation.spread import mean_and_error
+from extrope_kernels.evaluation.report import mean_and_error
 from harness import RESULTS, short, write
 
 FOLDER = "models"

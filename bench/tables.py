@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import evaluations
 import scaling
 from evaluations import Measured, between, named
-from extrope_kernels.evaluation.spread import mean_and_error, with_error
+from extrope_kernels.evaluation.report import mean_and_error, with_error
 from harness import COLUMNS, RESULTS, cell, table
 
 import extrope_kernels

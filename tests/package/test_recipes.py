@@ -107,7 +107,7 @@ def test_a_method_is_one_file_and_three_entries(checkout):
     tests = (
         "tests/methods",
         "tests/rope/test_slow_half.py",
-        "tests/package/test_method_table.py",
+        "tests/package/test_tables.py",
         "tests/package/test_wrong_arguments.py",
         "tests/transformers/test_transformers_parity.py",
     )
@@ -123,7 +123,7 @@ def test_a_score_method_is_one_file_an_entry_and_a_row(checkout):
         "tests/attention/test_attention.py",
         "tests/attention/test_attention_gradients.py",
         "tests/attention/test_decode.py",
-        "tests/package/test_method_table.py",
+        "tests/package/test_tables.py",
         "tests/package/test_wrong_arguments.py",
     )
     assert passed(checkout, "apart or public", *tests) > 30

@@ -114,7 +114,7 @@ def sample(case, dtype):
     return (
         qkv,
         Powers(permutations, None, options.get("cu_seqlens"), 5),
-        reference.Call(heads, **options),
+        scans.Call(heads, **options),
     )
 
 
@@ -153,11 +153,11 @@ def test_states(heads):
     """Cut in two, with a state between them: the rows and the state of the whole."""
     (q, k, v), permutations = make(2, 50, dim=20, value_dim=17)
     decay = torch.linspace(0.8, 1, heads).to(device())
-    whole = reference.Call(heads, decay, keep_state=True)
+    whole = scans.Call(heads, decay, keep_state=True)
     exact = reference.forward(*(x.double() for x in (q, k, v)), Powers(permutations), whole)
     cut, state, rows = 33, (None, None), []
     for part in (slice(0, cut), slice(cut, 50)):
-        call = reference.Call(heads, decay, None, True, True, *state, keep_state=True)
+        call = scans.Call(heads, decay, None, True, True, *state, keep_state=True)
         powers = Powers(permutations, offset=part.start)
         out, _, *state = fla.forward(q[:, part], k[:, part], v[:, part], powers, call)
         rows.append(out)

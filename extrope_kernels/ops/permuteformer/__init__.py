@@ -11,7 +11,8 @@ from .api import (
 )
 from .checks import MAX_DIM, check
 from .permutations import head_permutations
-from .reference import default_decay, seen, state_of
+from .reference import seen, state_of
+from .scans import default_decay
 
 __all__ = [
     "MAX_DIM",

@@ -15,7 +15,9 @@ from .._shared.library import ops
 from . import reference
 from .checks import check, check_powers, check_state, check_values
 from .permutations import Powers
-from .reference import Call, default_decay, seen, state_of
+from .reference import seen, state_of
+from .scans import Call, default_decay
+from .scans import permute as permute_by_gather
 
 BACKENDS = ("reference", "cpu", "fla")
 
@@ -98,7 +100,7 @@ def _permute(
     if backend is not None:
         _backends.require("permute", backend, BACKENDS[:2], q.device.type)
     if backend == "reference":
-        return reference.permute(q, k, powers, inverse)
+        return permute_by_gather(q, k, powers, inverse)
     out_q, out_k = ops.permute_fwd(q, k, *powers[:3], offset=powers.offset, inverse=inverse)
     return out_q, out_k if k is not None else None
 

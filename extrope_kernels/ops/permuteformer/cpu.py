@@ -18,7 +18,7 @@ from torch import Tensor
 from ... import _ext
 from .._shared.library import library, ops
 from .permutations import Powers
-from .reference import Call, Result
+from .scans import Call, Result
 
 library.define(
     "linear_scan(Tensor q, Tensor k, Tensor v, Tensor? q_scale, Tensor? q_extra, Tensor? k_scale, "

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._shared.dtypes import without_autocast
-from . import reference
 from .permutations import Powers
-from .reference import Call, Result, feature
+from .scans import Call, Result, backward_by_scans, feature, permute
 
 ALIGN = 8  # fla wants even dims in 16 bits, and loads rows of whole 16 bytes in vectors
 
@@ -25,7 +24,7 @@ ALIGN = 8  # fla wants even dims in 16 bits, and loads rows of whole 16 bytes in
 def forward(q: Tensor, k: Tensor, v: Tensor, powers: Powers, call: Call) -> Result:
     """float32, bfloat16 or float16."""
     dtype, heads, dim, value_dim = q.dtype, q.shape[-2], k.shape[-1], v.shape[-1]
-    q, k = reference.permute(q, k, powers)
+    q, k = permute(q, k, powers)
     if dtype == torch.float16:
         q, k, v = q.float(), k.float(), v.float()
     v = functional.pad(v, (0, 1), value=1.0)
@@ -54,13 +53,13 @@ def backward(
     dtype = q.dtype
     if dtype == torch.float16:
         dout, q, k, v = dout.float(), q.float(), k.float(), v.float()
-    grads = reference.backward_by_scans(dout, q, k, v, out, den, powers, call, _scan)
+    grads = backward_by_scans(dout, q, k, v, out, den, powers, call, _scan)
     dq, dk, dv = (x.to(dtype) for x in grads)
     return dq, dk, dv
 
 
 def _scan(q: Tensor, k: Tensor, v: Tensor, call: Call, reverse: bool) -> Tensor:
-    """See reference.backward_by_scans."""
+    """See backward_by_scans."""
     dim = v.shape[-1]
     if not reverse or not call.causal:
         return _sums(q, k, v, call)[0][..., :dim]

@@ -16,7 +16,7 @@ from .._shared.library import library, load_on_first_use, ops
 from . import cpu, fla, reference
 from .checks import check, check_dims, check_powers, check_state, check_values
 from .permutations import Powers, cycles, source_dims
-from .reference import Call, Result, gather
+from .scans import Call, Result, gather
 
 # An Autograd kernel sees the positional tensors alone, hence all tensors before the *.
 _POWERS = "Tensor permutations, Tensor? positions=None, "
