@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 import evaluations
 import scaling
 from evaluations import Measured, between, named
-from extrope_kernels.evaluation.report import mean_and_error, with_error
 from harness import COLUMNS, RESULTS, cell, table
 
 import extrope_kernels
 from extrope_kernels import methods, positions, scores
+from extrope_kernels.evaluation.report import mean_and_error, with_error
 
 # -------------------------------------------------------------------------------------------------
 # Benchmarks
