@@ -1,4 +1,4 @@
-"""What PTX computes and numpy has no function for. Arguments are arrays over lanes, or scalars."""
+"""Compute what PTX does and numpy has no function for, on arrays over lanes or scalars."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ TINY = f32(2.0**-126)
 
 
 def fma32(a, b, c, out, where=True):
-    """Products of float32 are exact in float64. The sum is rounded twice, which matters for a tie in 2**29."""
+    """Multiply exactly in float64, then add; that rounds twice, which one tie in 2**29 shows."""
     np.add(np.multiply(a, b, dtype=f64), c, out=out, where=where, casting="same_kind")
 
 
 def pairs(x, n):
-    """Registers of 64 bits as two float32 each: .f32x2."""
+    """View registers of 64 bits as two float32 each: .f32x2."""
     return np.ascontiguousarray(np.broadcast_to(x, n)).view(f32)
 
 
 def fma64(a, b, c):
-    """Dekker's product and Knuth's sum: right but for ties of the last addition."""
+    """Multiply as Dekker and add as Knuth: right but for ties of the last addition."""
     a, b = np.asarray(a, f64), np.asarray(b, f64)
     p = a * b
     t = a * 134217729.0
@@ -46,13 +46,13 @@ def fma64(a, b, c):
 
 
 def flush(x):
-    """.ftz: subnormal float32 to a zero of the same sign."""
+    """Make subnormal float32 a zero of the same sign: .ftz."""
     x = np.asarray(x, f32)
     return np.where(np.abs(x) < TINY, np.copysign(f32(0), x), x)
 
 
 def approx(function, x, ftz):
-    """The hardware's approximations are within 2 units; here they are rounded correctly."""
+    """Round correctly what the hardware approximates within 2 units."""
     x = flush(x) if ftz else np.asarray(x, f32)
     y = function(x.astype(f64)).astype(f32)
     return flush(y) if ftz else y
@@ -67,7 +67,7 @@ def rsqrt(x):
 
 
 def to_bf16(x):
-    """Bits of the nearest bfloat16, ties to even; NaN is 0x7fff as on the GPU."""
+    """Round to bits of bfloat16, ties to even; NaN is 0x7fff, as on the GPU."""
     bits = np.ascontiguousarray(x, f32).view(u32)
     rounded = ((bits + u32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(u16)
     return np.where(np.isnan(x), u16(0x7FFF), rounded)
@@ -78,7 +78,7 @@ def from_bf16(bits):
 
 
 def half(pair, upper, brain):
-    """One of two numbers of 16 bits, bfloat16 or float16, as float32."""
+    """Take one of two numbers of 16 bits, bfloat16 or float16, as float32."""
     bits = (np.asarray(pair).astype(u32) >> u32(16 if upper else 0)).astype(u16)
     return from_bf16(bits) if brain else bits.view(np.float16).astype(f32)
 
@@ -89,13 +89,13 @@ def to_f16(x):
 
 
 def to_tf32(x):
-    """cvt.rna.tf32: to the nearest of 10 bits, ties away from zero."""
+    """Round to 10 bits, ties away from zero: cvt.rna.tf32."""
     bits = np.ascontiguousarray(x, f32).view(u32)
     return np.where(np.isfinite(x), (bits + u32(0x1000)) & u32(0xFFFFE000), bits)
 
 
 def to_int(x, kind, rounding):
-    """cvt to an integer saturates; NaN gives 0 in 32 bits, the lowest of s64, the highest of u64."""
+    """Saturate to an integer; NaN gives 0 in 32 bits, the lowest s64, the highest u64: cvt."""
     x = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding](
         np.asarray(x, f64)
     )
@@ -108,7 +108,7 @@ def to_int(x, kind, rounding):
 
 
 def _divide(a, b, kind):
-    """Truncating quotient and remainder. A divisor of 0 has no meaning in PTX: all ones here."""
+    """Divide towards zero. A divisor of 0 has no meaning in PTX: all ones here."""
     a, b = np.broadcast_arrays(np.asarray(a).astype(kind), np.asarray(b).astype(kind))
     zero = b == 0
     safe = np.where(zero, kind(1), b)
@@ -149,7 +149,7 @@ def shift_left(a, n, bits):
 
 
 def shift_right(a, n, bits, signed):
-    """Counts past the width are clamped."""
+    """Shift; counts past the width are clamped."""
     n = np.asarray(n).astype(u64)
     shifted = np.right_shift(a, np.minimum(n, bits - 1).astype(np.asarray(a).dtype))
     return shifted if signed else np.where(n < bits, shifted, 0)
@@ -233,7 +233,7 @@ def leading_zeros(a, bits):
 
 
 def shuffle(value, mode, b, c, lanes):
-    """shfl.sync of a value per lane: (what each lane gets, whether its source was within its segment)."""
+    """Return what each lane gets, and whether its source was within its segment: shfl.sync."""
     lane = lanes & 31
     b, c = np.asarray(b).astype(i64) & 31, np.asarray(c).astype(i64)
     segment = (c >> 8) & 31
@@ -262,7 +262,7 @@ LARGEST_FP8 = {"e4m3": 0x7E, "e5m2": 0x7B}  # finite
 
 @functools.cache
 def fp8_values(kind: str) -> np.ndarray:
-    """The values of all codes, in float32."""
+    """Return the values of all 256 codes, in float32."""
     bits = np.arange(256)
     if kind == "e5m2":
         return (bits << 8).astype(np.uint16).view(np.float16).astype(np.float32)
@@ -273,12 +273,10 @@ def fp8_values(kind: str) -> np.ndarray:
 
 
 def to_fp8(x, kind: str) -> np.ndarray:
-    """cvt.rn.satfinite: codes of the nearest values, ties to even; NaN is 0x7f."""
+    """Round to codes, ties to even; NaN is 0x7f: cvt.rn.satfinite."""
     x = np.asarray(x, np.float64)
-    size, values = (
-        np.abs(np.nan_to_num(x, posinf=1e9, neginf=1e9)),
-        fp8_values(kind)[: LARGEST_FP8[kind] + 1].astype(np.float64),
-    )
+    size = np.abs(np.nan_to_num(x, posinf=1e9, neginf=1e9))
+    values = fp8_values(kind)[: LARGEST_FP8[kind] + 1].astype(np.float64)
     below = np.searchsorted(values, size, side="right") - 1
     above = np.minimum(below + 1, LARGEST_FP8[kind])
     over = (size - values[below]) - (values[above] - size)
@@ -287,11 +285,9 @@ def to_fp8(x, kind: str) -> np.ndarray:
 
 
 def unpack_fp8(pair, kind: str) -> np.ndarray:
-    """cvt.f16x2: both codes of 16 bits as float16, in 32."""
-    halves = fp8_values(kind)[np.ascontiguousarray(pair, np.uint16).view(np.uint8)].astype(
-        np.float16
-    )
-    return halves.view(np.uint32)
+    """Convert both codes of 16 bits to float16, in 32 bits: cvt.f16x2."""
+    codes = np.ascontiguousarray(pair, np.uint16).view(np.uint8)
+    return fp8_values(kind)[codes].astype(np.float16).view(np.uint32)
 
 
 def pack_fp8(high, low, kind: str) -> np.ndarray:

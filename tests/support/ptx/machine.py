@@ -1,8 +1,8 @@
-"""Runs a kernel: several blocks at a time, every instruction over all their threads.
+"""Run a kernel: several blocks at a time, every instruction over all their threads.
 
-Threads that part at a branch go on from the lowest program counter, under a mask, until they meet. Between two barriers, runs of
-neighbouring warps take their turns in random order, so that what a barrier should have ordered comes out in either order; the
-shadow of shared memory (see memory.py) reports it whatever the order.
+Threads that part at a branch go on from the lowest program counter, under a mask, until they meet.
+Between two barriers, neighbouring warps take turns in random order, so what a barrier should have
+ordered comes out in either order. The shadow of shared memory (memory.py) reports it in both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_STEPS = 2_000_000
 
 
 class Program:
-    """A kernel as blocks of straight code: functions of a context, and what follows each."""
+    """A kernel as blocks of straight code: a function of a context each, and what follows it."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -58,7 +58,7 @@ class Program:
         self.compiled: dict[tuple[int, bool], object] = {}
 
     def block(self, number: int, masked: bool):
-        """Compiled on first use: many blocks never run, and few under a mask."""
+        """Compile a block on first use: many never run, and few under a mask."""
         if (number, masked) not in self.compiled:
             self.compiled[number, masked] = self._compile(
                 self.bodies[number], "m" if masked else None
@@ -70,7 +70,7 @@ class Program:
         return f"{self.kernel.name}: `{instruction.text}` (instruction {at}, {instruction.where})"
 
     def _next(self, last: Instruction | None, number: dict[int, int]):
-        """(what, block, predicate row, negated)"""
+        """Return what ends a block: (what, next block, predicate row, negated)."""
         if last is None:
             return "next", None, None, False
         if mbarrier.waits(last):
@@ -115,7 +115,7 @@ def _ends_block(x: Instruction) -> bool:
 
 
 class Context:
-    """Some neighbouring warps: their registers, as lists of rows, and what instructions ask for."""
+    """Neighbouring warps: their registers, as lists of rows, and what instructions ask for."""
 
     def __init__(self, machine: Machine, first: int, last: int) -> None:
         self.machine, self.first = machine, first
@@ -153,7 +153,7 @@ class Context:
             self.written = self.wgmma.written[:, first // GROUP : last // GROUP]
 
     def _some(self, pointer, mask):
-        """The lanes of a mask, and their pointers."""
+        """Return the lanes of a mask, and their pointers."""
         if mask is None:
             return slice(None), np.asarray(pointer)
         lanes = mask.nonzero()[0]
@@ -172,7 +172,7 @@ class Context:
             self.machine.memory.store(pointer, value, size, self.thread[lanes], self._name(at))
 
     def load_param(self, pointer, size, mask, at):
-        lanes, pointer = self._some(pointer, mask)
+        _, pointer = self._some(pointer, mask)
         whole = np.frombuffer(self.params + bytes(-len(self.params) % 16), SCALAR[size])
         return whole[pointer.astype(np.int64) // size]
 
@@ -191,7 +191,7 @@ class Context:
         )
 
     def atomic_add(self, pointer, value, mask, at):
-        """In shared memory, lane after lane; such accesses do not race with one another."""
+        """Add in shared memory, lane after lane; such accesses do not race with one another."""
         lanes, pointer = self._some(pointer, mask)
         lanes = np.arange(self.n)[lanes]
         shared, values = self.machine.shared, np.broadcast_to(value, self.n)[lanes]
@@ -296,7 +296,6 @@ class Machine:
         dynamic_shared: int,
         *,
         lanes: int = 2048,
-        shuffled: float = 1.0,
         seed: int = 0,
     ) -> None:
         self.program, self.params, self.memory, self.findings = (
@@ -306,10 +305,8 @@ class Machine:
             memory.findings,
         )
         self.grid, self.block = tuple(grid), tuple(block)
-        self.random, self.shuffled = random.Random(seed), shuffled
-        self.executed = np.zeros(
-            len(program.next), np.int64
-        )  # blocks of code, by warps that ran them
+        self.random = random.Random(seed)
+        self.executed = np.zeros(len(program.next), np.int64)  # warps, by block of code
         self.threads = block[0] * block[1] * block[2]
         if program.kernel.threads not in (None, self.threads):
             raise Fault(
@@ -330,7 +327,7 @@ class Machine:
                 self._run([(n, blocks[n][::-1]) for n in range(i, len(blocks), rounds)])
 
     def instructions(self) -> Counter:
-        """How often warps executed each opcode."""
+        """Count how often warps executed each opcode."""
         total: Counter = Counter()
         for executed, counts in zip(self.executed.tolist(), self.program.counts):
             if executed:
@@ -402,21 +399,17 @@ class Machine:
         if self.program.uses_tensor_memory:
             self.tcgen05 = sm_100.Unit(self)
         self.contexts: dict[tuple[int, int], Context] = {}
-        runs = (
-            self.lanes // self.program.lockstep
-        )  # where turns may change: few places, as contexts take time to build
-        self.cuts = (
-            [self.program.lockstep * self.random.randrange(1, runs) for _ in range(5)]
-            if runs > 1
-            else []
-        )
+        # Where turns may change: few places, as contexts take time to build.
+        lockstep = self.program.lockstep
+        runs = self.lanes // lockstep
+        self.cuts = [lockstep * self.random.randrange(1, runs) for _ in range(5 if runs > 1 else 0)]
 
     def _turns(self) -> list[tuple[int, int]]:
         cuts = []
-        if self.random.random() < self.shuffled and self.cuts:
+        if self.cuts:
             cuts = self.random.sample(self.cuts, self.random.choice((1, 1, 2, 3)))
         cuts = sorted({0, self.lanes, *cuts})
-        turns = list(zip(cuts, cuts[1:]))
+        turns = list(itertools.pairwise(cuts))
         self.random.shuffle(turns)
         return turns
 
@@ -426,7 +419,7 @@ class Machine:
         return self.contexts[first, last]
 
     def _run_group(self, c: Context) -> None:
-        """Up to a barrier, or the end."""
+        """Run these warps up to a barrier, or the end."""
         program, lanes = self.program, slice(c.first, c.first + c.n)
         pc, status = self.pc[lanes], self.status[lanes]
         while True:

@@ -1,6 +1,7 @@
-"""The matrices of wgmma: in shared memory by descriptors, and in registers; by the layouts of the PTX manual.
+"""Find and decode the matrices of wgmma and tcgen05, by the layouts of the PTX manual.
 
-A row of A, or a column of B, is 32 bytes long whatever the type: 16 elements of 16 bits, 8 of tf32, 32 of 8 bits.
+They lie in shared memory, where descriptors say, or in the registers of a warpgroup. A row of A, or
+a column of B, has 32 bytes whatever the type: 16 elements of 16 bits, 8 of tf32, 32 of 8 bits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ KINDS = {"bf16": 16, "f16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32}  # -> k
 def _pattern(
     rows: int, leading: int, stride: int, width: int, transposed: bool, size: int
 ) -> np.ndarray:
-    """Offsets of the chunks, before the swizzle; in order of rows, or for a transposed matrix of k.
+    """List the chunks' offsets before the swizzle, in order of rows (transposed: of k).
 
     width: chunks in a row of the pattern, 1 where nothing is swizzled. Eight such rows are an atom.
     """
@@ -37,7 +38,10 @@ def _pattern(
 
 
 def places(descriptor: np.ndarray, rows: int, transposed: bool, size: int = 2) -> np.ndarray:
-    """Addresses of the chunks of a matrix, for every descriptor; size: bytes of an element, which matter to a transposed one."""
+    """List the addresses of a matrix's chunks for every descriptor.
+
+    size: bytes of an element, which matter where the matrix is transposed.
+    """
     place = np.empty((len(descriptor), 2 * rows), np.int64)
     layouts = descriptor >> 14 << 14
     for layout in np.unique(layouts):
@@ -66,7 +70,8 @@ def decode(data: np.ndarray, kind: str) -> np.ndarray:
     return fp8_values(kind)[data.view(np.uint8)]
 
 
-# With thread = 32 warp + 4 g + t, the accumulators are pairs of columns 2 t and 2 t + 1 of blocks of eight, for row 16 warp + g and
+# With thread = 32 warp + 4 g + t, the accumulators are pairs of columns, 2 t and 2 t + 1 of blocks
+# of eight, for row 16 warp + g and
 # then for the one 8 below.
 
 
@@ -99,7 +104,10 @@ def to_fragments(values: np.ndarray, half: bool) -> np.ndarray:
 
 
 def rows_from_fragments(registers: np.ndarray, kind: str) -> np.ndarray:
-    """A: words t and t + 4 of row 16 warp + g, each followed by that 8 rows below -> (groups, rows, k)"""
+    """Decode A: words t and t + 4 of row 16 warp + g, each followed by that 8 rows below.
+
+    Returns: (groups, rows, k)
+    """
     groups = registers.shape[1]
     words = (
         registers.reshape(2, 2, groups, 4, 8, 4)

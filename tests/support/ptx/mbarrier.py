@@ -1,10 +1,11 @@
-"""mbarrier: objects in shared memory that count arrivals and bytes, phase after phase.
+"""mbarriers of sm_90 and sm_100: objects in shared memory that count arrivals and bytes by phases.
 
-A warp that finds its phase unfinished gives way to others, and asks again. What arrives from the outside (bytes of a copy, the end
-of an asynchronous product) is posted by `Mbarriers.post`, and happens between the turns of warps.
+A warp that finds its phase unfinished gives way to others, and asks again. Arrivals from outside
+(bytes of a copy, the end of an asynchronous product) go through `Mbarriers.post` and happen between
+the turns of warps.
 
-Order between warps is known roughly: who has waited for a phase counts, with everybody, as ordered behind all that the warps did
-that arrived at it, even behind what they did after their arrival.
+Order between warps is known roughly: once a warp has waited for a phase, all warps count as ordered
+behind everything that the phase's arrivers did, even after their arrival.
 """
 
 from __future__ import annotations
@@ -36,28 +37,29 @@ def translate(t, words, operands, mask, at) -> list[str]:
     if what in (["arrive"], ["arrive", "expect_tx"]):
         number = t.value(operands[2], "u32") if len(operands) > 2 else 1
         lines = [
-            f"t, s = c.mbarriers.{'_'.join(what)}(c, {_address(t, operands[1])}, {number}, {mask}, {at})"
+            f"t, s = c.mbarriers.{'_'.join(what)}"
+            f"(c, {_address(t, operands[1])}, {number}, {mask}, {at})"
         ]
         return lines if operands[0] == "_" else [*lines, f"{t.row(operands[0], 'b64')}[s] = t"]
     if what[:1] in (["try_wait"], ["test_wait"]) and what[1:] in ([], ["parity"]):
         by_parity = what[1:] == ["parity"]
         token = t.value(operands[2], "u32" if by_parity else "b64")
         lines = [
-            f"t, s = c.mbarriers.over(c, {_address(t, operands[1])}, {token}, {by_parity}, {mask}, {at})"
+            f"t, s = c.mbarriers.over"
+            f"(c, {_address(t, operands[1])}, {token}, {by_parity}, {mask}, {at})"
         ]
         return [*lines, f"{t.row(operands[0], 'pred')}[s] = t"]
     raise Unknown(".".join(words))
 
 
 def arrive_after_copies(t, words, operands, mask, at) -> list[str]:
-    """cp.async.mbarrier.arrive"""
-    return [
-        f"c.mbarriers.arrive_after_copies(c, {_address(t, operands[0])}, {int('noinc' not in words)}, {mask}, {at})"
-    ]
+    """Translate cp.async.mbarrier.arrive."""
+    given = f"{_address(t, operands[0])}, {int('noinc' not in words)}, {mask}, {at}"
+    return [f"c.mbarriers.arrive_after_copies(c, {given})"]
 
 
 def _address(t, operand: str) -> str:
-    return t._pointer(operand, t._wide_pointer(operand))
+    return t.pointer(operand, t.wide_pointer(operand))
 
 
 def waits(x) -> bool:
@@ -83,7 +85,7 @@ class Mbarrier:
 
 
 class Mbarriers:
-    """All of some blocks, by their place in shared memory."""
+    """The mbarriers of some blocks, by their place in shared memory."""
 
     def __init__(self, machine) -> None:
         self.machine, self.shared, self.findings = machine, machine.shared, machine.findings
@@ -124,7 +126,7 @@ class Mbarriers:
         return self._arrive(c, address, count, True, mask, at)
 
     def arrive_after_copies(self, c, address, more, mask, at) -> None:
-        """more: arrivals that this one adds to what the phase expects."""
+        """Arrive when this thread's copies have; the phase then expects `more` arrivals."""
         for lane, place, n in self._each(c, address, more, mask, at):
             self._find(c, lane, place, at).pending += n
             self.post(
@@ -132,7 +134,7 @@ class Mbarriers:
             )
 
     def over(self, c, address, token, by_parity, mask, at):
-        """Whether a phase is: that of a token, or the one of this parity that is under way or just over."""
+        """Tell whether a phase is over: a token's, or the last one of this parity."""
         lanes = np.arange(c.n) if mask is None else mask.nonzero()[0]
         address, token = (np.broadcast_to(x, c.n)[lanes] for x in (address, token))
         place = self.shared.place(address, c.base[lanes], BYTES, c._name(at))
@@ -159,7 +161,7 @@ class Mbarriers:
     def arrives(
         self, place: int, count: int = 1, size: int = 0, warp: int | None = None, group: int = 0
     ) -> None:
-        """`count` arrivals, and `size` bytes that were expected; group: of tcgen05, which is complete."""
+        """Count arrivals and expected bytes; group: of tcgen05, which is complete."""
         one = self.at.get(place)
         if one is None:
             raise Fault(f"an arrival at what is no mbarrier: {place}")
@@ -182,20 +184,19 @@ class Mbarriers:
                 one.coming = set()
 
     def post(self, action) -> None:
-        """Something that happens at some time from now on."""
+        """Let an action happen at some time from now on."""
         self.posted.append(action)
 
     def between_turns(self, moved: bool) -> None:
-        """moved: some warp did not wait for a phase alone."""
+        """Do some of what was posted; moved: some warp did more than wait for a phase."""
         self.machine.random.shuffle(self.posted)
         while self.posted and (not moved or self.machine.random.random() < 0.5):
             self.posted.pop()()
             moved = True
         self.idle = 0 if moved else self.idle + 1
         if self.idle > IDLE:
-            raise Fault(
-                f"{self.machine.program.kernel.name} waits for the phase of an mbarrier that never ends"
-            )
+            name = self.machine.program.kernel.name
+            raise Fault(f"{name} waits for the phase of an mbarrier that never ends")
 
     # Parts of them
 
@@ -222,7 +223,7 @@ class Mbarriers:
         return np.array(tokens, np.uint64), np.array(lanes, int)
 
     def _copied(self, lane, place, warp) -> None:
-        """All arrives that this lane has had copied."""
+        """Let all arrive that this lane copies."""
         lanes = np.zeros(self.machine.lanes, bool)
         lanes[lane] = True
         self.shared.wait(lanes, self.machine.commits + 1)

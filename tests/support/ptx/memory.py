@@ -1,4 +1,4 @@
-"""Global memory is an arena that holds copies of the tensors; shared memory a buffer. Both have shadows that know who touched what."""
+"""Global memory, which holds copies of tensors, and shared memory; both know who touched what."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ EVERYWHERE = -(2**31)
 
 
 class Fault(Exception):
-    """What a GPU would answer by a fault, or by undefined behaviour."""
+    """A GPU would fault here, or its behaviour is undefined."""
 
 
 class Findings(Counter):
-    """Races and the like, by kind and instruction."""
+    """Count races and the like, by kind and instruction."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,8 +34,11 @@ class Findings(Counter):
         self[f"{kind}: {at}"] += int(count)
 
     def conflict(self, kind: str, at: str, one: np.ndarray, other: np.ndarray) -> None:
-        """Two threads leave different values in one place. Which one stays matters little where they are the same sum but for
-        its rounding: LLVM contracts one side of a butterfly a * b + shfl(a * b) to an fma, so its lanes differ in the last bit."""
+        """Add that two threads leave different values in one place.
+
+        Where they are the same sum but for its rounding, that is a note: LLVM contracts one side of
+        a butterfly a * b + shfl(a * b) to an fma, so its lanes differ in the last bit.
+        """
         a, b = (
             np.ascontiguousarray(x).view(np.float32) if x.dtype.itemsize >= 4 else x
             for x in (one, other)
@@ -49,7 +52,7 @@ class Findings(Counter):
 
 
 def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Bit by bit: NaN is like itself."""
+    """Compare bit by bit: NaN is like itself."""
     if a.dtype.itemsize < 16:
         return a != b
     return (a.view(np.uint64) != b.view(np.uint64)).reshape(-1, 2).any(1)
@@ -64,9 +67,9 @@ def _extent(tensor) -> tuple[int, int]:
 class Global:
     """The tensors that a launch was given, at addresses of their own, far from one another.
 
-    An access is in bounds where every byte of it belongs to an element of a tensor: neither behind its end, nor, where it is
-    strided, between its rows. Loads and stores are watched for threads that see one another's results within the launch, unless
-    they are of one block and a barrier lies between.
+    An access is in bounds where each of its bytes belongs to an element of a tensor: not behind its
+    end, nor between the rows of a strided one. It is a finding when threads see one another's
+    results within the launch, unless they are of one block and a barrier lies between.
     """
 
     BASE, GAP, ALIGN, UNIT = (
@@ -113,11 +116,11 @@ class Global:
         self.findings = findings
 
     def launched(self, threads: int, blocks: int) -> None:
-        """How many threads a block has, and how many blocks there are."""
+        """Begin a launch of so many threads a block."""
         self.threads, self.interval = threads, np.zeros(blocks, np.int32)
 
     def _apart(self, other: np.ndarray, interval: np.ndarray, who: np.ndarray) -> np.ndarray:
-        """Which of these are other threads' work that no barrier lies behind."""
+        """Tell which of these are other threads' work with no barrier behind it."""
         apart = (other != NOBODY) & (other != who)
         if apart.any():
             block = who // self.threads
@@ -126,7 +129,7 @@ class Global:
         return apart
 
     def _joined(self, reader: np.ndarray, who: np.ndarray) -> np.ndarray:
-        """The one reader of a place, or SEVERAL less the block of several."""
+        """Return the one reader of a place, or SEVERAL less the block of several."""
         alone = (reader == NOBODY) | (reader == who)
         if alone.all():
             return who
@@ -164,7 +167,8 @@ class Global:
             ]
             _, length, offset = min(ends, default=(0, 0, wrong))
             raise Fault(
-                f"out of bounds: {size} bytes at offset {offset} of a tensor's {length}, {int(outside.sum())} lanes: {at}"
+                f"out of bounds: {size} bytes at offset {offset} of a tensor's {length}, "
+                f"{int(outside.sum())} lanes: {at}"
             )
         return place
 
@@ -233,9 +237,9 @@ def _host(start: int, end: int) -> np.ndarray:
 class Shared:
     """The shared memory of several blocks, one behind the other.
 
-    Between two barriers of a block, no warp may load what another stored, nor store what another loaded or stored. What cp.async
-    fetches belongs to nobody from the issue until the issuing thread has waited for its group; its warp then counts as the one
-    that stored it.
+    Between two barriers of a block, no warp may load what another stored, nor store what another
+    loaded or stored. The target of a cp.async belongs to nobody until the issuing thread has waited
+    for its group; its warp then counts as the one that stored it.
     """
 
     def __init__(self, size: int, blocks: int, warps: int, unit: int, findings: Findings) -> None:
@@ -258,13 +262,14 @@ class Shared:
             self.proxy.barrier(block)
 
     def place(self, address: np.ndarray, base: np.ndarray, size: int, at: str) -> np.ndarray:
-        """Checked addresses within `data`."""
+        """Check addresses; return them within `data`."""
         address = address.astype(np.int64)
         if (address & (size - 1)).any():
             raise Fault(f"misaligned access of {size} bytes to shared memory: {at}")
         if address.size and (address.min() < 0 or address.max() + size > self.limit):
             raise Fault(
-                f"out of bounds of {self.limit} bytes of shared memory: {int(address.min())} to {int(address.max())} + {size}: {at}"
+                f"out of bounds of {self.limit} bytes of shared memory: {int(address.min())} to "
+                f"{int(address.max())} + {size}: {at}"
             )
         return address + base
 
@@ -320,7 +325,7 @@ class Shared:
         before=None,
         value=None,
     ) -> None:
-        """`changed`: storing again what is there is harmless, and done where warps hold the same values."""
+        """Note a store. Storing the same value again is harmless: `changed` is false there."""
         if self.proxy is not None:
             self.proxy.wrote(place, warp, at)
         unit, warp = self._units(place, size, warp)
@@ -355,7 +360,7 @@ class Shared:
         warp: np.ndarray,
         at: str,
     ) -> None:
-        """cp.async: data (lanes, bytes) arrives some time before the lane's group has been waited for."""
+        """Begin a cp.async of data (lanes, bytes), which arrives once its group is waited for."""
         size = data.shape[1]
         self._note_write(place, size, warp, at)
         self.data[place[:, None] + np.arange(size)] = 0xFF

@@ -1,4 +1,4 @@
-"""PTX text to instructions: what Triton's LLVM backend and nvcc write, not the whole language."""
+"""Parse PTX as Triton's LLVM backend writes it; not the whole language."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZE = {
 
 
 class Unknown(NotImplementedError):
-    """An instruction, or a modifier, that is not known here."""
+    """An instruction or a modifier is not known here."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Kernel:
 
 
 def kernels(text: str) -> dict[str, Kernel]:
-    """Every .entry of a PTX module."""
+    """Parse every .entry of a PTX module."""
     text = re.sub(r"//[^\n]*", "", re.sub(r"/\*.*?\*/", "", text, flags=re.S))
     text = text.split(".section")[0]  # debug information
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M))
@@ -130,8 +130,11 @@ def _declare_shared(kernel: Kernel, text: str) -> None:
 
 
 def _body(kernel: Kernel, text: str, at: int, files: dict[str, str]) -> None:
-    """Statements up to the closing brace. Braces at the start of a statement open and close scopes, whose registers (of inline
-    assembly) get names of their own; all others are vectors."""
+    """Parse statements up to the closing brace.
+
+    Braces at the start of a statement open and close scopes, whose registers (of inline assembly)
+    get names of their own; all other braces are vectors.
+    """
     scopes: list[dict[str, str]] = [{}]
     statement, where, unique = "", "", 0
     while scopes:
@@ -175,7 +178,7 @@ def _body(kernel: Kernel, text: str, at: int, files: dict[str, str]) -> None:
 
 
 def _labels(text: str, at: int) -> list[str]:
-    """Of the scope that opens before `at`."""
+    """Find the labels of the scope that opens before `at`."""
     end, depth = at, 1
     while depth:
         depth += {"{": 1, "}": -1}.get(text[end], 0)
@@ -205,7 +208,7 @@ def vector_of(operand: str) -> list[str]:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside brackets."""
+    """Split at the commas outside brackets."""
     parts, depth, part = [], 0, ""
     for char in text:
         depth += (char in "{[(") - (char in "}])")
@@ -214,7 +217,7 @@ def _split(text: str) -> list[str]:
             part = ""
         else:
             part += char
-    return parts + [part.strip()] if part.strip() else parts
+    return [*parts, part.strip()] if part.strip() else parts
 
 
 def _rename(operand: str, names: dict[str, str]) -> str:

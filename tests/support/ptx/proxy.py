@@ -1,7 +1,8 @@
-"""Shared memory as the asynchronous proxy sees it: wgmma and its like, beside the generic proxy of ordinary loads and stores.
+"""Shared memory as the asynchronous proxy of sm_90 and sm_100 sees it: wgmma and tcgen05.
 
-What the generic proxy stored, the asynchronous one sees behind a `fence.proxy.async` alone: of the warp that stored it, or of any
-warp after a barrier. What an asynchronous operation reads belongs to it until it has been waited for. All by chunks of 16 bytes.
+Ordinary loads and stores go through the generic proxy. The asynchronous one sees their results only
+behind a `fence.proxy.async` of the warp that stored them, or of any warp after a barrier. An
+asynchronous operation owns what it reads until it has been waited for. All by chunks of 16 bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class AsyncProxy:
         self.mark = np.ones(CHUNK // shared.unit, np.uint8).view(units)[0]
 
     def wrote(self, place: np.ndarray, warp: np.ndarray, at: str) -> None:
-        """The generic proxy stored there, or cp.async will."""
+        """Note that the generic proxy stored there, or cp.async will."""
         chunk = place // CHUNK
         busy = self.reading[:, chunk].any(0)
         if self.groups is not None:
@@ -61,7 +62,7 @@ class AsyncProxy:
         self.unfenced[mine] &= OLD
 
     def fence(self, block: np.ndarray, warp: np.ndarray) -> None:
-        """fence.proxy.async of these warps of these blocks."""
+        """Execute fence.proxy.async of these warps of these blocks."""
         for one in np.unique(block):
             mine, some = slice(one * self.chunks, (one + 1) * self.chunks), warp[block == one]
             if len(some) == self.warps:
@@ -71,7 +72,7 @@ class AsyncProxy:
                 self.unfenced[mine][own | (self.unfenced[mine] == OLD)] = SEEN
 
     def reads(self, chunk: np.ndarray, at: str, warp: int = NOBODY) -> None:
-        """An operation begins to read there; warp: the only one that it is ordered behind."""
+        """Begin to read there; warp: the only one that the operation is ordered behind."""
         owners = self.owners[chunk]
         if (owners != NOBODY).any():  # each of a chunk's units has a writer
             foreign = (owners.view(np.int16) != NOBODY) & (owners.view(np.int16) != warp)
@@ -92,7 +93,7 @@ class AsyncProxy:
         self.reading[group, chunk] += 1
 
     def end(self, group: np.ndarray, chunk: np.ndarray) -> None:
-        """Waited for: from now on as if each warp of the group had loaded it."""
+        """End a read that was waited for, as if each warp of the group had loaded it."""
         self.reading[group, chunk] -= 1
         for warp in range(self.warps):
             mine = chunk if (group == warp // 4).all() else chunk[group == warp // 4]

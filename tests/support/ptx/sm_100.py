@@ -1,4 +1,10 @@
-"""sm_100."""
+"""sm_100: tcgen05, products in tensor memory and the ways in and out of it.
+
+Asynchronous work is done at once. The shadows of tensor and shared memory know what nobody may see
+or overwrite yet, and tcgen05.ld gives NaN for it. The registers that it loads may be used at once,
+as the hardware waits for them; overwriting the place before wait::ld is a finding. tcgen05.fence is
+not asked for: barriers are enough here.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +43,8 @@ def _ld(t, words, operands, mask, at):
     parts = _vector(operands[0], words)
     split = int(operands[2], 0) if len(operands) > 2 else 0
     lines = [
-        f"t, s = c.tcgen05.load(c, {_address(t, operands[1])}, {shape!r}, {len(parts)}, {packed}, {split}, {mask}, {at})"
+        f"t, s = c.tcgen05.load(c, {_address(t, operands[1])}, {shape!r}, {len(parts)}, "
+        f"{packed}, {split}, {mask}, {at})"
     ]
     return lines + [
         f"{t.row(part, 'b32')}[s] = t[{i}]" for i, part in enumerate(parts) if part != "_"
@@ -49,7 +56,8 @@ def _st(t, words, operands, mask, at):
     values = "".join(f"{t.value(part, 'b32')}, " for part in _vector(operands[-1], words))
     split = int(operands[1], 0) if len(operands) > 2 else 0
     return [
-        f"c.tcgen05.store(c, {_address(t, operands[0])}, ({values}), {shape!r}, {unpacked}, {split}, {mask}, {at})"
+        f"c.tcgen05.store(c, {_address(t, operands[0])}, ({values}), {shape!r}, {unpacked}, "
+        f"{split}, {mask}, {at})"
     ]
 
 
@@ -75,12 +83,12 @@ def _commit(t, words, operands, mask, at):
     ) != 1:
         raise Unknown("tcgen05.commit." + ".".join(words))
     return [
-        f"c.tcgen05.commit(c, {t._pointer(operands[0], t._wide_pointer(operands[0]))}, {mask}, {at})"
+        f"c.tcgen05.commit(c, {t.pointer(operands[0], t.wide_pointer(operands[0]))}, {mask}, {at})"
     ]
 
 
 def _alloc(t, words, operands, mask, at):
-    pointer = t._pointer(operands[0], t._wide_pointer(operands[0]))
+    pointer = t.pointer(operands[0], t.wide_pointer(operands[0]))
     return [f"c.tcgen05.allocate(c, {pointer}, {int(operands[1], 0)}, {mask}, {at})"]
 
 
@@ -106,13 +114,13 @@ _TRANSLATIONS = {
 
 
 def _address(t, operand: str) -> str:
-    """In tensor memory."""
-    base, offset = t._address(operand)
+    """Translate an address in tensor memory."""
+    base, offset = t.address(operand)
     return f"{t.value(base, 'u32')} + u32({offset})"
 
 
 def _shape(words, modifier) -> tuple[str, bool]:
-    """Of .sync.aligned.SHAPE.REPETITIONS[.MODIFIER].b32"""
+    """Parse .sync.aligned.SHAPE.REPETITIONS[.MODIFIER].b32."""
     if (
         words[:2] != ["sync", "aligned"]
         or words[2] not in SHAPES
@@ -153,7 +161,7 @@ class Unit:
     # Instructions: c is the context, mask its lanes
 
     def load(self, c, pointer, shape, registers, packed, split, mask, at):
-        """(registers, lanes), and the lanes."""
+        """Return (registers, lanes), and the lanes."""
         access = _Access(self, c, pointer, shape, registers, packed, split, mask, at)
         data = self.memory.data.ravel()
         values = data[access.cells]
@@ -199,7 +207,7 @@ class Unit:
             self.memory.relinquished[block] = True
 
     def commit(self, c, pointer, mask, at):
-        """An arrival at an mbarrier, when all that the thread has issued is complete."""
+        """Arrive at an mbarrier when all that the thread has issued is complete."""
         lanes = _lanes(c, mask)
         places = self.shared.place(
             np.broadcast_to(pointer, c.n)[lanes], c.base[lanes], 8, c._name(at)
@@ -211,7 +219,7 @@ class Unit:
             )
 
     def multiply(self, c, d, a, b, descriptor, accumulate, kind, a_in_memory, mask, at):
-        """Threads that ask for the same are served together: those elected in several blocks."""
+        """Multiply; the threads elected in several blocks are served together."""
         lanes = _lanes(c, mask)
         asked: dict[tuple, list[int]] = {}
         for lane, *how in zip(
@@ -263,7 +271,7 @@ class Unit:
 
 
 class _Access:
-    """tcgen05.ld or .st of whole warps."""
+    """The place of a tcgen05.ld or .st of whole warps."""
 
     def __init__(self, unit, c, pointer, shape, registers, packed, split, mask, at) -> None:
         warps = _warps(c, mask, at)
@@ -302,7 +310,10 @@ class _Issuers:
 
 @lru_cache
 def _fragment(shape: str, registers: int, packed: bool, split: int):
-    """Cells (32 threads, registers) relative to an address, the first of two where packed; and the bands and columns of all."""
+    """Return cells (32 threads, registers) relative to an address, the first of two where packed.
+
+    With them the bands and columns of all.
+    """
     thread, register = np.ogrid[:32, :registers]
     lane, column = np.broadcast_arrays(*SHAPES[shape][1](thread, register))
     column = column * (2 if packed else 1) + (thread // 16 * split if shape == "16x32bx2" else 0)
@@ -311,7 +322,7 @@ def _fragment(shape: str, registers: int, packed: bool, split: int):
 
 
 def _rows(blocks, address, m, columns):
-    """`m` rows from an address on: their place in the shadow, and indices into the data."""
+    """Find m rows from an address on: place in the shadow, indices into the data."""
     lane, column = address >> 16, address & 0xFFFF
     row = np.arange(m)
     if m == 64:  # 16 of the 32 lanes of each warp
@@ -349,13 +360,15 @@ def _warps(c, mask, at) -> np.ndarray:
     return np.arange(c.n // 32) if mask is None else c.whole(mask, at).nonzero()[0]
 
 
+# Descriptors: what is multiplied, and where in shared memory it lies
+
 # By kind: the types of A and B, by their numbers.
 TYPES = {"f16": {0: "f16", 1: "bf16"}, "tf32": {2: "tf32"}, "f8f6f4": {0: "e4m3", 1: "e5m2"}}
 RESULTS = {0: "f16", 1: "f32"}
 
 
 class Product(NamedTuple):
-    """An instruction descriptor."""
+    """What an instruction descriptor says."""
 
     m: int
     n: int
@@ -390,7 +403,7 @@ def product_of(descriptor: int, kind: str) -> Product:
 
 @lru_cache
 def chunks_of(descriptor: int, rows: int, type_: str, mn_major: bool) -> np.ndarray:
-    """Addresses of the chunks of a matrix whose rows are 32 bytes long; in order of rows, or, where it is MN-major, of k."""
+    """List the addresses of a matrix's chunks, in order of rows, or of k where it is MN-major."""
     version, origin, mode, swizzle = (
         descriptor >> 46 & 3,
         descriptor >> 49 & 7,
@@ -405,7 +418,7 @@ def chunks_of(descriptor: int, rows: int, type_: str, mn_major: bool) -> np.ndar
 
 
 def matrix_of(data: np.ndarray, rows: int, type_: str, mn_major: bool) -> np.ndarray:
-    """From chunks (blocks, chunks) to float32 (blocks, rows, k)."""
+    """Decode chunks (blocks, chunks) to float32 (blocks, rows, k)."""
     values = decode(data, type_)
     return (
         values.reshape(len(data), -1, rows).swapaxes(1, 2)

@@ -1,7 +1,7 @@
-"""Tensor core products and their loads, in the layouts of the PTX manual.
+"""sm_80: mma.sync and the loads and stores of its operands, in the layouts of the PTX manual.
 
-With lane = 4 g + t, a register of two (or one, for tf32) elements holds columns 2 t and 2 t + 1 (or t) of row g of an 8 x 8
-(8 x 4) block. Over a warp, registers in order of lanes are therefore the rows of that block.
+With lane = 4 g + t, a register of two elements (tf32: one) holds columns 2 t and 2 t + 1 (tf32: t)
+of row g of an 8 x 8 (8 x 4) block. Registers in order of lanes are thus the rows of that block.
 """
 
 from __future__ import annotations
@@ -10,10 +10,60 @@ import numpy as np
 
 from .arithmetic import from_bf16
 from .memory import Fault
+from .parse import Unknown, vector_of
+
+# Translation
+
+
+def translate_ldmatrix(t, words, operands, mask, at):
+    if "m8n8" not in words or "b16" not in words:
+        raise Unknown(".".join(words))
+    parts = vector_of(operands[0])
+    pointer = t.pointer(operands[1], t.wide_pointer(operands[1]))
+    lines = [f"t, s = c.ldmatrix({pointer}, {len(parts)}, {'trans' in words}, {mask}, {at})"]
+    return lines + [f"{t.row(part, 'b32')}[s] = t[{i}]" for i, part in enumerate(parts)]
+
+
+def translate_stmatrix(t, words, operands, mask, at):
+    if "m8n8" not in words or "b16" not in words:
+        raise Unknown(".".join(words))
+    parts = vector_of(operands[1])
+    pointer = t.pointer(operands[0], t.wide_pointer(operands[0]))
+    values = ", ".join(t.value(part, "b32") for part in parts)
+    return [f"c.stmatrix({pointer}, ({values},), {'trans' in words}, {mask}, {at})"]
+
+
+def translate_mma(t, words, operands, mask, at):
+    shape, kinds = words[3], words[6:]
+    allowed = {
+        ("m16n8k16", "bf16"),
+        ("m16n8k16", "f16"),
+        ("m16n8k8", "tf32"),
+        ("m16n8k8", "bf16"),
+        ("m16n8k8", "f16"),
+    }
+    if (
+        (shape, kinds[1]) not in allowed
+        or kinds[0] != "f32"
+        or kinds[3] != "f32"
+        or words[4:6] != ["row", "col"]
+    ):
+        raise Unknown(".".join(words))
+    d, a, b, c = (vector_of(x) for x in operands)
+    lines = [] if mask is None else [f"c.whole({mask}, {at})"]
+    read = ["(" + ", ".join(t.value(x, "b32") for x in part) + ",)" for part in (a, b)]
+    sums = "(" + ", ".join(f"{t.value(x, 'f32')}" for x in c) + ")"
+    lines.append(f"t = M.mma({read[0]}, {read[1]}, {sums}, {kinds[1]!r})")
+    for i, name in enumerate(d):
+        lines += t.put(name, "f32", f"t[{i}]", mask)
+    return lines
+
+
+# Execution
 
 
 def _block(register, kind):
-    """A register over the lanes of some warps -> (warps, 8, 8) or, for tf32, (warps, 8, 4) float32."""
+    """View a register over lanes as blocks (warps, 8, 8), tf32 (warps, 8, 4), in float32."""
     if kind == "tf32":
         # The tensor core looks at the upper 19 bits alone.
         return (register & np.uint32(0xFFFFE000)).view(np.float32).reshape(-1, 8, 4)
@@ -23,9 +73,9 @@ def _block(register, kind):
 
 
 def mma(a, b, c, kind):
-    """m16n8k16 (k8 for tf32): c and the result are 4 float32 rows over lanes, a 4 registers (2 for k8 of 16 bits), b half as many.
+    """Multiply m16n8k16 (tf32: k8); products are exact, sums are numpy's, not truncated.
 
-    Products are exact in float32; their sum is rounded as numpy does it, where tensor cores truncate.
+    a: 4 registers (2 for k8 of 16 bits); b: half as many; c and the result: 4 float32 registers.
     """
     rows = [
         np.concatenate([_block(a[i], kind) for i in range(first, len(a), 2)], 2) for first in (0, 1)
@@ -42,7 +92,10 @@ _LANE = np.arange(32)
 
 
 def ldmatrix(shared, address, base, warp, count, transposed, at):
-    """8 x 8 blocks of 16 bits; row i of block m is where lane 8 m + i points. Returns (count, lanes) registers."""
+    """Load 8 x 8 blocks of 16 bits; row i of block m is where lane 8 m + i points.
+
+    Returns: (count, lanes) registers.
+    """
     rows = np.zeros((len(address) // 32, 32), bool)
     rows[:, : 8 * count] = True
     rows = rows.ravel()
@@ -61,7 +114,7 @@ def ldmatrix(shared, address, base, warp, count, transposed, at):
 
 
 def stmatrix(shared, address, base, warp, registers, transposed, at):
-    """ldmatrix the other way round."""
+    """Store blocks as ldmatrix loads them."""
     count = len(registers)
     words = np.stack(
         [x.reshape(-1, 32) for x in registers], 1
@@ -79,7 +132,7 @@ def stmatrix(shared, address, base, warp, registers, transposed, at):
 
 
 def whole_warps(mask, at):
-    """A .sync instruction wants all lanes of a warp or none."""
+    """Return which warps run a .sync instruction; raise where a part of one does."""
     by_warp = mask.reshape(-1, 32)
     every, some = by_warp.all(1), by_warp.any(1)
     if (every != some).any():

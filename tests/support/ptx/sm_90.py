@@ -1,4 +1,8 @@
-"""sm_90."""
+"""sm_90: wgmma, the asynchronous products of a warpgroup.
+
+A product is computed when it is issued; its accumulators are NaN until the group that it was
+committed to has been waited for.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +25,11 @@ from .matrices import (
 from .memory import Fault
 from .parse import Unknown, vector_of
 
+# Translation
+
 
 class Product(NamedTuple):
-    """What one instruction says."""
+    """What one wgmma.mma_async says."""
 
     n: int
     kinds: tuple[str, str]  # of A and B
@@ -44,9 +50,8 @@ def translate(t, words, operands, mask, at) -> list[str]:
     name = f"k{len(t.names)}"
     t.names[name] = product
     a = None if product.a else t.value(operands[1], "b64")
-    return [
-        f"c.wgmma.multiply(c, {mask}, {at}, {name}, {a}, {t.value(operands[2], 'b64')}, {t.value(operands[3], 'pred')})"
-    ]
+    given = f"{a}, {t.value(operands[2], 'b64')}, {t.value(operands[3], 'pred')}"
+    return [f"c.wgmma.multiply(c, {mask}, {at}, {name}, {given})"]
 
 
 def _product(t, words, operands) -> Product:
@@ -82,7 +87,7 @@ def _product(t, words, operands) -> Product:
 
 
 def fragments(code) -> set[str]:
-    """The registers that some product of a kernel takes or makes."""
+    """Find the registers that some product of a kernel reads or writes."""
     found = set()
     for x in code:
         if x.opcode.startswith("wgmma.mma_async"):
@@ -92,7 +97,7 @@ def fragments(code) -> set[str]:
 
 
 def touches(t, instruction, mask, at) -> list[str]:
-    """Lines before another instruction that has such registers as operands."""
+    """Translate the check of another instruction that has such registers as operands."""
     named = [re.findall(r"%?[\w$.]+", x) for x in instruction.operands]
     stores = instruction.words[0] in ("st", "stmatrix", "red", "cp", "bar")
     written = [] if stores or not named else [x for x in named[0] if x in t.fragments]
@@ -110,6 +115,9 @@ def touches(t, instruction, mask, at) -> list[str]:
 POISON = 0xFFF7DEAD
 
 
+# Execution
+
+
 class _Sums:
     """The accumulators of one list of registers, for every warpgroup."""
 
@@ -120,7 +128,7 @@ class _Sums:
 
 
 class TensorCores:
-    """Those of some blocks."""
+    """The tensor cores of some blocks: products under way."""
 
     def __init__(self, machine) -> None:
         self.machine, self.shared, self.findings = machine, machine.shared, machine.findings
@@ -195,7 +203,7 @@ class TensorCores:
         self._take(groups, chunks, product, name)
 
     def touch(self, c, mask, at, read, written) -> None:
-        """Another instruction has these registers as operands."""
+        """Check another instruction that has these registers as operands."""
         groups = (
             np.arange(c.n // GROUP) if mask is None else mask.reshape(-1, GROUP).any(1).nonzero()[0]
         )
@@ -237,7 +245,7 @@ class TensorCores:
             )
 
     def _accumulators(self, c, product, groups, here, name) -> _Sums:
-        """What the accumulators hold; from the registers unless a product of this shape is under way."""
+        """Return the accumulators, from registers unless such a product is under way."""
         d = product.d
         if d not in self.sums:
             self.sums[d] = _Sums(len(self.committed), product.n)
@@ -259,7 +267,7 @@ class TensorCores:
         return sums
 
     def _take(self, groups, chunk, product, name) -> None:
-        """Operands are read from now on, until they are waited for."""
+        """Begin to read the operands, until they are waited for."""
         self.shared.proxy.reads(chunk, name)
         self.shared.proxy.begin(self.in_block[groups][:, None], chunk)
         if product.a:
@@ -284,14 +292,15 @@ class TensorCores:
         self.adding[np.ix_(d, groups)] = False
 
     def _matrix(self, c, descriptor, groups, rows, kind, transposed, name):
-        """What lies in shared memory, as (groups, rows, k), and the chunks that hold it."""
+        """Read a matrix (groups, rows, k) from shared memory; return it and its chunks."""
         by_group = np.broadcast_to(descriptor, c.n).reshape(-1, GROUP)[groups - c.first // GROUP]
         if (by_group != by_group[:, :1]).any():
             raise Fault(f"a warpgroup's threads have different descriptors: {name}")
         place = places(by_group[:, 0].astype(np.int64), rows, transposed)
         if place.max() + CHUNK > self.shared.limit:
             raise Fault(
-                f"out of bounds of {self.shared.limit} bytes of shared memory: {int(place.max())} + {CHUNK}: {name}"
+                f"out of bounds of {self.shared.limit} bytes of shared memory: "
+                f"{int(place.max())} + {CHUNK}: {name}"
             )
         chunk = (place + self.base[groups][:, None]) // CHUNK
         values = decode(self.shared.views[CHUNK][chunk], kind)
@@ -301,5 +310,5 @@ class TensorCores:
 
 
 def _row(c, register):
-    """A register, by warpgroups."""
+    """View a register by warpgroups."""
     return c.U[register].reshape(-1, GROUP)

@@ -1,4 +1,9 @@
-"""tm"""
+"""Tensor memory of sm_100, with a shadow that knows who touched what, and groups of products.
+
+A block has 512 columns of 128 lanes of 32 bits. An address has the lane in its upper half, the
+column in its lower one. The shadow tells apart columns of bands of 16 lanes, which no access cuts.
+Places in it are tuples of arrays: block, band, column.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ class TensorMemory:
     def __init__(
         self, blocks: int, warps: int, groups: Groups, findings: Findings, first: int
     ) -> None:
-        """first: where allocations start, as if other blocks had the columns before."""
+        """Begin allocations at `first`, as if other blocks had the columns before."""
         self.groups, self.findings, self.first = groups, findings, first
         self.data = np.full((blocks * LANES, COLUMNS), UNDEFINED)
         self.allocated = np.zeros((blocks, COLUMNS), bool)
@@ -61,7 +66,7 @@ class TensorMemory:
             self.findings.add("tensor memory never freed", "the end", left)
 
     def check(self, place, at: str) -> None:
-        """That what is accessed belongs to the block."""
+        """Raise where an access is not to the block's own columns."""
         block, band, column = place
         if not block.size:
             return
@@ -77,7 +82,7 @@ class TensorMemory:
         self.read[:, block] = self.loading[:, block]
 
     def load(self, place, warp, at: str) -> np.ndarray:
-        """Notes a tcgen05.ld; returns where there is nothing yet that this warp may load."""
+        """Note a tcgen05.ld; return where there is nothing yet that this warp may load."""
         self._see(place, warp, "loads", at)
         early = self.groups.unknown(self.made_by[place], warp)
         self._report("loads what tcgen05.mma may still be writing", at, early)
@@ -85,7 +90,7 @@ class TensorMemory:
         return early
 
     def store(self, place, warp, at: str) -> None:
-        """Notes a tcgen05.st."""
+        """Note a tcgen05.st."""
         writer = self.writer[place]
         self._report(
             "race: overwrites what another warp stored since the barrier",
@@ -107,7 +112,7 @@ class TensorMemory:
         self.storing[(warp, *place)] = True
 
     def multiply(self, result, operand, accumulates: bool, warp: int, group: int, at: str) -> None:
-        """Notes a tcgen05.mma. operand: where A is, or None. Those of one warp follow one another without waiting."""
+        """Note a tcgen05.mma; those of one warp follow one another. operand: A's place or None."""
         if operand is not None:
             self._see(operand, warp, "reads", at)
             self.used_by[operand] = group
@@ -158,7 +163,12 @@ class TensorMemory:
 
 
 class Groups:
-    """Numbered from 1 on; 0 is that of no operation at all, which everybody knows."""
+    """Groups of asynchronous operations, and which warps know them to be complete.
+
+    An operation belongs to the group that its thread next commits; its warp stands for the thread.
+    A warp knows a group to be complete once it has waited for the mbarrier at which it arrived. At
+    a barrier all warps of a block learn what one of them knows. Group 0 is that of no operation.
+    """
 
     def __init__(self, warps: int) -> None:
         self.known = np.zeros((64, warps), bool)  # group, warp of its block
@@ -172,7 +182,7 @@ class Groups:
         ] = {}  # block -> groups that some of its warps do not know to be complete
 
     def current(self, block: int, warp: int) -> int:
-        """The group of what this warp issues now."""
+        """Return the group of what this warp issues now."""
         newest = self.last.get((block, warp), 0)
         if newest in self.open:
             return newest
@@ -188,7 +198,7 @@ class Groups:
         return group
 
     def commit(self, block: int, warp: int) -> int:
-        """The group that is complete when all is that this warp has issued."""
+        """Return the group that is complete when all is that this warp has issued."""
         group = self.last.get((block, warp), 0)
         self.open.discard(group)
         return group

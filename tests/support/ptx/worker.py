@@ -28,7 +28,9 @@ class Worker:
         here, there = socket.socketpair()
         self.lines = here.makefile("rwb")
         here.close()
-        paths = [str(x) for x in (first, SUPPORT) if x] + os.environ.get("PYTHONPATH", "").split(":")
+        paths = [str(x) for x in (first, SUPPORT) if x] + os.environ.get("PYTHONPATH", "").split(
+            ":"
+        )
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {
             "CUDA_VISIBLE_DEVICES": "",
             "EXTROPE_TRITON_CHIP": str(chip),
