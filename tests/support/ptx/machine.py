@@ -22,9 +22,8 @@ from .proxy import AsyncProxy
 from .sm_90 import TensorCores
 from .translate import Translator
 
-RUNNING, WAITING, GIVING_WAY, DONE = range(
-    4
-)  # waiting: for the others of a block; giving way: until an mbarrier's phase ends
+# A thread waits for the others of its block, or gives way until an mbarrier's phase ends.
+RUNNING, WAITING, GIVING_WAY, DONE = range(4)
 MOST_STEPS = 2_000_000
 
 

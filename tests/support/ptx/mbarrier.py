@@ -77,9 +77,8 @@ class Mbarrier:
     bytes: int = 0  # that are still to come
     phase: int = 0
     arrived: set[int] = field(default_factory=set)  # warps, in this phase
-    before: set[int] = field(
-        default_factory=set
-    )  # in the one before it, until somebody has waited for that
+    # Warps in the phase before it, until somebody has waited for that.
+    before: set[int] = field(default_factory=set)
     coming: set[int] = field(default_factory=set)  # groups of operations that arrived in this phase
     come: set[int] = field(default_factory=set)  # and in those before it
 
@@ -138,12 +137,9 @@ class Mbarriers:
         lanes = np.arange(c.n) if mask is None else mask.nonzero()[0]
         address, token = (np.broadcast_to(x, c.n)[lanes] for x in (address, token))
         place = self.shared.place(address, c.base[lanes], BYTES, c._name(at))
-        asked = np.stack(
-            [lanes // 32, place, token.astype(np.int64)]
-        )  # by many lanes of a warp alike
-        starts = np.concatenate([[0], (asked[:, 1:] != asked[:, :-1]).any(0).nonzero()[0] + 1])[
-            : len(lanes)
-        ]
+        asked = np.stack([lanes // 32, place, token.astype(np.int64)])  # by a warp's lanes alike
+        changes = (asked[:, 1:] != asked[:, :-1]).any(0).nonzero()[0] + 1
+        starts = np.concatenate([[0], changes])[: len(lanes)]
         done = []
         for lane, at_, of in zip(
             lanes[starts].tolist(), place[starts].tolist(), asked[2, starts].tolist()

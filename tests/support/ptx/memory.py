@@ -72,12 +72,8 @@ class Global:
     results within the launch, unless they are of one block and a barrier lies between.
     """
 
-    BASE, GAP, ALIGN, UNIT = (
-        0x7F0000000000,
-        1 << 17,
-        256,
-        2,
-    )  # UNIT: bytes that the shadow tells apart
+    BASE, GAP, ALIGN = 0x7F0000000000, 1 << 17, 256
+    UNIT = 2  # bytes that the shadow tells apart
 
     def __init__(self, tensors, findings: Findings) -> None:
         merged: list[list[int]] = []  # views of one storage overlap
@@ -88,9 +84,8 @@ class Global:
                 merged.append([start, end])
         self.ranges, size = [], self.GAP
         for start, end in merged:
-            size = (
-                -(-size // self.ALIGN) * self.ALIGN + start % self.ALIGN
-            )  # alignment stays as it was
+            # Tensors stay as aligned as they are.
+            size = -(-size // self.ALIGN) * self.ALIGN + start % self.ALIGN
             self.ranges.append((start, end, size))
             size += end - start + self.GAP
         size = -(-size // 16) * 16

@@ -56,14 +56,12 @@ class Kernel:
     name: str
     params: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> (offset, bytes)
     param_bytes: int = 0
-    registers: dict[str, str] = field(
-        default_factory=dict
-    )  # name or prefix -> class b16, b32, b64, pred
+    # Name or prefix -> class: b16, b32, b64 or pred.
+    registers: dict[str, str] = field(default_factory=dict)
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    shared: dict[str, int] = field(
-        default_factory=dict
-    )  # static symbols -> offset; dynamic ones -> -1
+    # Static symbols -> offset; dynamic ones -> -1.
+    shared: dict[str, int] = field(default_factory=dict)
     shared_bytes: int = 0  # static
     threads: int | None = None
 

@@ -12,11 +12,8 @@ import numpy as np
 from .matrices import CHUNK
 from .memory import NOBODY, PENDING, SCALAR
 
-SEEN, NEW, OLD = (
-    0,
-    1,
-    3,
-)  # fenced; stored since the last barrier; stored before it, and no fence since
+# Fenced; stored since the last barrier; stored before it, and no fence since.
+SEEN, NEW, OLD = 0, 1, 3
 
 
 class AsyncProxy:
@@ -26,11 +23,10 @@ class AsyncProxy:
         self.chunks = chunks // blocks
         self.unfenced = np.zeros(chunks, np.uint8)
         self.author = np.full(chunks, NOBODY, np.int16)  # the warp that stored last
-        self.groups = None  # groups.Groups, of kernels with tensor memory
+        self.groups = None  # tensor_memory.Groups, of kernels with tensor memory
         self.reader = np.zeros(chunks, np.int32)  # the last of them that reads
-        self.reading = np.zeros(
-            (-(-warps // 4), chunks), np.int16
-        )  # operations under way, by the warpgroup that waits for them
+        # Operations under way, by the warpgroup that waits for them.
+        self.reading = np.zeros((-(-warps // 4), chunks), np.int16)
         # Shadows of units, a chunk at a time.
         units = SCALAR[CHUNK // shared.unit]
         self.owners = shared.writer.view(

@@ -82,9 +82,8 @@ def mma(a, b, c, kind):
     ]
     left = np.concatenate(rows, 1)  # a0 above a1, a2 right of a0
     right = np.concatenate([_block(x, kind) for x in b], 2)  # (warps, n, k)
-    product = np.matmul(left, right.transpose(0, 2, 1)).reshape(
-        -1, 2, 32, 2
-    )  # warp, upper or lower, lane, column
+    # Warp, upper or lower, lane, column.
+    product = np.matmul(left, right.transpose(0, 2, 1)).reshape(-1, 2, 32, 2)
     return [product[:, i, :, j].ravel() + c[2 * i + j] for i in range(2) for j in range(2)]
 
 
@@ -116,9 +115,8 @@ def ldmatrix(shared, address, base, warp, count, transposed, at):
 def stmatrix(shared, address, base, warp, registers, transposed, at):
     """Store blocks as ldmatrix loads them."""
     count = len(registers)
-    words = np.stack(
-        [x.reshape(-1, 32) for x in registers], 1
-    )  # warp, block, lane: rows of blocks one after another
+    # Warp, block, lane: rows of blocks one after another.
+    words = np.stack([x.reshape(-1, 32) for x in registers], 1)
     blocks = np.ascontiguousarray(words).view(np.uint16).reshape(-1, count, 8, 8)
     blocks = np.ascontiguousarray(blocks.swapaxes(2, 3) if transposed else blocks)
     rows = np.tile(8 * count > _LANE, len(address) // 32)
