@@ -111,6 +111,8 @@ class Arithmetic(Operands):
         type_ = words[-1]
         if "relu" in words:
             raise Unknown(".".join(words))
+        if words[1:-1] == ["rn", "f32"] and type_ in ("f16", "bf16"):
+            return self._fma_mixed(to, rest, type_, mask)
         if type_ == "f32x2" and "ftz" not in words:
             a, b, c = (f"A.pairs({self.value(x, 'b64')}, c.n)" for x in rest)
             lines = ["t = np.empty(2 * c.n, f32)", f"A.fma32({a}, {b}, {c}, t)"]
@@ -126,6 +128,13 @@ class Arithmetic(Operands):
         row = self.row(to, type_)
         lines = [f"A.fma32({a}, {b}, {c}, {row}{masked})"]
         return lines + (self.put(to, type_, f"A.flush({row})", mask) if "ftz" in words else [])
+
+    def _fma_mixed(self, to, operands, type_, mask):
+        """Multiply two numbers of 16 bits and add to float32, from sm_100 on."""
+        *factors, c = operands
+        a, b = (f"A.half({self.value(x, 'b16')}, False, {type_ == 'bf16'})" for x in factors)
+        masked = "" if mask is None else f", {mask}"
+        return [f"A.fma32({a}, {b}, {self.value(c, 'f32')}, {self.row(to, 'f32')}{masked})"]
 
     def do_div(self, words, operands, mask, at):
         to, a, b = operands

@@ -30,6 +30,8 @@ MODIFIERS = {
     "shared::cta", "shared::cluster", "mbarrier_init", "mbarrier", "arrive", "noinc", "release",
     "acquire", "cluster", "inc", "dec",
 }  # fmt: skip
+# With a second type, these would mix float32 and 16 bits.
+ONE_TYPE = ("add", "sub", "mul", "mad", "div", "rem", "neg", "abs", "min", "max", "selp")
 # Families that check their modifiers themselves.
 FAMILIES = {"wgmma": sm_90.translate, "mbarrier": mbarrier.translate, "tcgen05": sm_100.translate}
 
@@ -65,6 +67,7 @@ class Translator(Arithmetic):
             method is None
             or not MODIFIERS.issuperset(words[1:])
             or ("ftz" in words and words[0] in ("setp", "max", "min"))
+            or (words[0] in ONE_TYPE and sum(word in SIZE for word in words) > 1)
         ):
             raise Unknown(instruction.text)
         return lines + method(words, instruction.operands, mask, at)
