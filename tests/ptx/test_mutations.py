@@ -28,9 +28,11 @@ def places(ptx: str, opcode: str) -> list[tuple[int, int]]:
 
 def run_without(chip, monkeypatch, place: tuple[int, int] | None = None) -> tuple[str, list[str]]:
     """(PTX, what was found) of a pipelined product whose PTX lacks what is at `place`."""
-    from ptx import launch, mbarrier
+    from ptx import launch, mbarrier, plugin
     from ptx.memory import Fault
 
+    if plugin.known_findings():
+        pytest.skip("this Triton breaks kernels itself")
     whole, program_of = [], launch.program_of
     doubled = chip == 100  # an operand by way of registers, which there means tcgen05.st
 

@@ -8,8 +8,21 @@ A test fails where a launch raced, left its bounds or skipped a fence or a wait.
 import os
 
 import pytest
+import triton
 
 from . import launch
+
+# By chip and version of Triton, what it does wrong itself; triton-lang/triton#9610 is the first.
+KNOWN = {
+    (90, "3.6.0"): {"loads without fence.proxy.async what was stored"},
+    (100, "3.6.0"): {"loads without fence.proxy.async what was stored"},
+    (90, "3.7.1"): {"registers were written after wgmma.fence"},
+}
+
+
+def known_findings() -> set[str]:
+    """Return the kinds of findings that are this Triton's own doing on this chip."""
+    return KNOWN.get((int(os.environ["EXTROPE_TRITON_CHIP"]), triton.__version__), set())
 
 
 def pytest_configure(config):
@@ -20,9 +33,14 @@ def pytest_configure(config):
 def pytest_runtest_call(item):
     launch.LOG.clear()
     result = yield
-    findings = "\n".join(f"{count} x {what}" for what, count in launch.LOG.findings.items())
-    if findings:
-        pytest.fail(findings)
+    known = known_findings()
+    found = [
+        f"{count} x {what}"
+        for what, count in launch.LOG.findings.items()
+        if what.split(": ")[0] not in known
+    ]
+    if found:
+        pytest.fail("\n".join(found))
     return result
 
 
