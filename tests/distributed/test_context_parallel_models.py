@@ -17,6 +17,7 @@ SCORES = {
     "dual_chunk": {"chunk_size": 16, "local_window": 4},
     "blockwise_causal": {"block_size": 8},
 }
+EITHER = pytest.mark.parametrize("method", ["yarn", "rerope"])
 METHODS = SCORES | {"rope": {}, "yarn": {"factor": 4.0}, "dynamic_ntk": {"factor": 2.0}}
 # The same sums in another order, and a few roundings of float32, in which models compute their
 # norms whatever their weights are.
@@ -106,7 +107,7 @@ def test_equals_one_process(ranks, name, method, strategy, balance):
     ranks.run(equals_one_process, 2, name=f"{name}ForCausalLM", **case)
 
 
-@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@EITHER
 def test_activation_checkpointing(ranks, method):
     case = {"strategy": "ring", "balance": "zigzag", "checkpoint": True}
     ranks.run(equals_one_process, 2, name="LlamaForCausalLM", method=method, **case)
@@ -139,7 +140,7 @@ def tensor_parallel_too(mesh, method, first):
         assert_close(n, got, expected[n])
 
 
-@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@EITHER
 @pytest.mark.parametrize("first", ["parallelize", "extend"])
 def test_tensor_parallel_too(ranks, first, method):
     ranks.run(tensor_parallel_too, (2, 2), method=method, first=first)
@@ -168,7 +169,7 @@ def fully_sharded(mesh, method, first):
         assert_close(n, mesh.size() * got.full_tensor(), expected[n])
 
 
-@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@EITHER
 @pytest.mark.parametrize("first", ["fully_shard", "extend"])
 def test_fully_sharded(ranks, first, method):
     ranks.run(fully_sharded, 2, method=method, first=first)
@@ -200,7 +201,7 @@ def mixed_precision(mesh, method, over_mesh):
 
 
 @pytest.mark.parametrize("over_mesh", [True, False], ids=["over a mesh", "alone"])
-@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@EITHER
 def test_fully_sharded_in_mixed_precision(ranks, method, over_mesh):
     ranks.run(mixed_precision, 2, method=method, over_mesh=over_mesh)
 
@@ -229,7 +230,7 @@ def in_accelerates_region(mesh, method):
         assert_close(n, got, gradients(one)[n])
 
 
-@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@EITHER
 def test_in_accelerates_region(ranks, method):
     pytest.importorskip("accelerate")
     ranks.run(in_accelerates_region, 2, method=method)
@@ -265,7 +266,7 @@ FORWARDS = [
 ]
 
 
-@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@EITHER
 def test_refuses_forwards(ranks, method):
     ranks.run(refuses_forwards, 2, method=method)
 
@@ -353,14 +354,9 @@ def test_refuses_region(ranks, method, positions, message):
     ranks.run(refuses_region, 2, **case)
 
 
-CUT = {"yarn": {"factor": 4.0}, "rerope": {"window": 8}}
-
-
 def generates_as_whole(mesh, method, path):
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
-
-    from extrope_kernels.integrations.transformers import extend
 
     plan = {"tp_plan": "auto", "tp_size": mesh.size()}
     try:
@@ -368,18 +364,12 @@ def generates_as_whole(mesh, method, path):
     except TypeError:  # old versions take the plan itself
         cut = plan
     ids, found = torch.arange(40)[None], []
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
     for options in ({}, cut):
         model = AutoModelForCausalLM.from_pretrained(path, **options)
-        with extend(model, method, **CUT[method]):
-            found.append(
-                model.generate(
-                    ids,
-                    max_new_tokens=4,
-                    do_sample=False,
-                    output_logits=True,
-                    return_dict_in_generate=True,
-                )
-            )
+        with extended(model, method, **METHODS[method]):
+            found.append(model.generate(ids, **settings))
     weight = model.model.layers[0].self_attn.q_proj.weight
     assert weight.to_local().shape[0] * mesh.size() == weight.shape[0]
     whole, parts = found
@@ -390,7 +380,7 @@ def generates_as_whole(mesh, method, path):
     torch.testing.assert_close(torch.stack(parts.logits), want, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("method", CUT)
+@EITHER
 def test_a_model_that_transformers_cut_generates_as_whole(ranks, method, tmp_path):
     from tiny_models import build
 
