@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from extrope_kernels import distributed
 
@@ -18,6 +17,7 @@ SCORES = {
     "dual_chunk": {"chunk_size": 16, "local_window": 4},
     "blockwise_causal": {"block_size": 8},
 }
+EITHER = pytest.mark.parametrize("method", ["yarn", "rerope"])
 METHODS = SCORES | {"rope": {}, "yarn": {"factor": 4.0}, "dynamic_ntk": {"factor": 2.0}}
 # The same sums in another order, and a few roundings of float32, in which models compute their
 # norms whatever their weights are.
@@ -107,7 +107,7 @@ def test_equals_one_process(ranks, name, method, strategy, balance):
     ranks.run(equals_one_process, 2, name=f"{name}ForCausalLM", **case)
 
 
-@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@EITHER
 def test_activation_checkpointing(ranks, method):
     case = {"strategy": "ring", "balance": "zigzag", "checkpoint": True}
     ranks.run(equals_one_process, 2, name="LlamaForCausalLM", method=method, **case)
@@ -140,7 +140,7 @@ def tensor_parallel_too(mesh, method, first):
         assert_close(n, got, expected[n])
 
 
-@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@EITHER
 @pytest.mark.parametrize("first", ["parallelize", "extend"])
 def test_tensor_parallel_too(ranks, first, method):
     ranks.run(tensor_parallel_too, (2, 2), method=method, first=first)
@@ -153,10 +153,9 @@ def fully_sharded(mesh, method, first):
     logits, expected = on_one_process("LlamaForCausalLM", method)
     model = built("LlamaForCausalLM")
 
-    def shard_parameters(**options):
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh, **options)
-        fully_shard(model, mesh=mesh, **options)
+    def shard_parameters():
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
 
     if first == "fully_shard":
         shard_parameters()
@@ -170,13 +169,13 @@ def fully_sharded(mesh, method, first):
         assert_close(n, mesh.size() * got.full_tensor(), expected[n])
 
 
-@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@EITHER
 @pytest.mark.parametrize("first", ["fully_shard", "extend"])
 def test_fully_sharded(ranks, first, method):
     ranks.run(fully_sharded, 2, method=method, first=first)
 
 
-def mixed_precision(mesh, method, first, over_mesh):
+def mixed_precision(mesh, method, over_mesh):
     """No further from float64 than twice what one process is with weights of bfloat16."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -188,16 +187,9 @@ def mixed_precision(mesh, method, first, over_mesh):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     cp = mesh if over_mesh else None
 
-    def shard_parameters():
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-
-    if first == "fully_shard":
-        shard_parameters()
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     with extended(model, method, mesh=cp, **METHODS[method]):
-        if first == "extend":
-            shard_parameters()
         mine = [distributed.shard(x, mesh) if over_mesh else x for x in (ids, weights.bfloat16())]
         found = trained(model, *mine, use_cache=False)
     if over_mesh:
@@ -209,10 +201,9 @@ def mixed_precision(mesh, method, first, over_mesh):
 
 
 @pytest.mark.parametrize("over_mesh", [True, False], ids=["over a mesh", "alone"])
-@pytest.mark.parametrize("method", ["yarn", "rerope"])
-@pytest.mark.parametrize("first", ["fully_shard", "extend"])
-def test_fully_sharded_in_mixed_precision(ranks, first, method, over_mesh):
-    ranks.run(mixed_precision, 2, method=method, first=first, over_mesh=over_mesh)
+@EITHER
+def test_fully_sharded_in_mixed_precision(ranks, method, over_mesh):
+    ranks.run(mixed_precision, 2, method=method, over_mesh=over_mesh)
 
 
 def in_accelerates_region(mesh, method):
@@ -239,7 +230,7 @@ def in_accelerates_region(mesh, method):
         assert_close(n, got, gradients(one)[n])
 
 
-@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@EITHER
 def test_in_accelerates_region(ranks, method):
     pytest.importorskip("accelerate")
     ranks.run(in_accelerates_region, 2, method=method)
@@ -253,6 +244,8 @@ def refuses_forwards(mesh, method):
             with pytest.raises(ValueError, match=f"extend: {message}"):
                 model(**{"input_ids": ids, **given})
             model(input_ids=ids)
+        with pytest.raises(ValueError, match="must run without a cache, got one; restore it"):
+            model.generate(inputs()[0][:1, :8], max_new_tokens=2)
     with extended(model, method, **METHODS[method]):  # restored, it takes all of that
         model(input_ids=ids, labels=ids, use_cache=True)
 
@@ -273,23 +266,9 @@ FORWARDS = [
 ]
 
 
-@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@EITHER
 def test_refuses_forwards(ranks, method):
     ranks.run(refuses_forwards, 2, method=method)
-
-
-def refuses_to_generate(mesh):
-    model = built("LlamaForCausalLM")
-    for method in ("yarn", "rerope"):
-        with (
-            extended(model, method, mesh=mesh, **METHODS[method]),
-            pytest.raises(ValueError, match="must run without a cache, got one; restore it"),
-        ):
-            model.generate(inputs()[0][:1, :8], max_new_tokens=2)
-
-
-def test_refuses_to_generate(ranks):
-    ranks.run(refuses_to_generate, 2)
 
 
 def refuses_model(mesh, name, message):
@@ -312,10 +291,8 @@ def test_refuses_models(ranks, name, message):
 
 
 def refuses_arguments(mesh):
-    grid = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=("a", "b", "c"))
     for given, error, message in (
         ({"mesh": "cp"}, TypeError, "mesh must be a DeviceMesh or a ProcessGroup, got str"),
-        ({"mesh": grid}, ValueError, "mesh must have 1 dimension, got 3"),
         ({"mesh": mesh, "strategy": "tree"}, ValueError, "strategy must be one of .*, got 'tree'"),
         ({"mesh": mesh, "balance": "tail"}, ValueError, "balance must be 'zigzag' or None"),
         ({"mesh": mesh, "strategy": "ulysses"}, ValueError, "q's heads must be a multiple of"),
@@ -377,14 +354,9 @@ def test_refuses_region(ranks, method, positions, message):
     ranks.run(refuses_region, 2, **case)
 
 
-CUT = {"yarn": {"factor": 4.0}, "rerope": {"window": 8}}
-
-
 def generates_as_whole(mesh, method, path):
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
-
-    from extrope_kernels.integrations.transformers import extend
 
     plan = {"tp_plan": "auto", "tp_size": mesh.size()}
     try:
@@ -392,18 +364,12 @@ def generates_as_whole(mesh, method, path):
     except TypeError:  # old versions take the plan itself
         cut = plan
     ids, found = torch.arange(40)[None], []
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
     for options in ({}, cut):
         model = AutoModelForCausalLM.from_pretrained(path, **options)
-        with extend(model, method, **CUT[method]):
-            found.append(
-                model.generate(
-                    ids,
-                    max_new_tokens=4,
-                    do_sample=False,
-                    output_logits=True,
-                    return_dict_in_generate=True,
-                )
-            )
+        with extended(model, method, **METHODS[method]):
+            found.append(model.generate(ids, **settings))
     weight = model.model.layers[0].self_attn.q_proj.weight
     assert weight.to_local().shape[0] * mesh.size() == weight.shape[0]
     whole, parts = found
@@ -414,7 +380,7 @@ def generates_as_whole(mesh, method, path):
     torch.testing.assert_close(torch.stack(parts.logits), want, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("method", CUT)
+@EITHER
 def test_a_model_that_transformers_cut_generates_as_whole(ranks, method, tmp_path):
     from tiny_models import build
 

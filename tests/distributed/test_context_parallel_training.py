@@ -125,6 +125,7 @@ def losses(ranks, size, *arguments):
     return {int(step): float(loss) for step, loss in found}
 
 
+@pytest.mark.thorough
 def test_goes_on_with_another_number_of_ranks(ranks, tmp_path):
     given = ("--method", "rerope", "--window", "16")
     expected = losses(ranks, 1, "--steps", "8", *given)

@@ -96,23 +96,21 @@ def test_low_precision(ranks, dtype):
     ranks.run(within_the_budget, 4, dtype=dtype)
 
 
+REFUSED = [
+    ({"positions": torch.zeros(2)}, TypeError, "positions must be an int, got"),
+    ({"q": 1}, TypeError, "q must be a Tensor, got int"),
+    ({"v": torch.zeros(2, 51, HEADS_K, 24)}, ValueError, r"v must have k's shape .*, got \(2, 51"),
+    ({"v": torch.zeros(2, TOKENS, HEADS_K, 256)}, ValueError, "v's head_dim must be less than 256"),
+    ({"causal": 1}, TypeError, "causal must be a bool, got int"),
+    ({"normalize": 1}, TypeError, "normalize must be a bool"),
+]
+
+
 def refuses(mesh):
-    q, k, v, _ = inputs(torch.float32)
-    given = {"mesh": mesh, "permutations": permutations()}
-    with pytest.raises(TypeError, match="permuteformer_attention: positions must be an int, got"):
-        distributed.permuteformer_attention(q, k, v, positions=torch.zeros(2), **given)
-    with pytest.raises(TypeError, match="permuteformer_attention: q must be a Tensor, got int"):
-        distributed.permuteformer_attention(1, k, v, **given)
-    with pytest.raises(ValueError, match=r"v must have k's shape .*, got \(2, 51, 2, 24\)"):
-        distributed.permuteformer_attention(q, k, v[:, 1:], **given)
-    with pytest.raises(ValueError, match=r"permuteformer_attention: k must be torch\.float32 on"):
-        distributed.permuteformer_attention(q, k.double(), v, **given)
-    with pytest.raises(ValueError, match=r"v's head_dim must be less than 256 .*, got 256"):
-        distributed.permuteformer_attention(q, k, torch.zeros(2, TOKENS, HEADS_K, 256), **given)
-    with pytest.raises(TypeError, match="permuteformer_attention: causal must be a bool, got int"):
-        distributed.permuteformer_attention(q, k, v, causal=1, **given)
-    with pytest.raises(TypeError, match="permuteformer_attention: normalize must be a bool"):
-        distributed.permuteformer_attention(q, k, v, normalize=1, **given)
+    given = dict(zip("qkv", inputs(torch.float32)), mesh=mesh, permutations=permutations())
+    for options, error, message in REFUSED:
+        with pytest.raises(error, match=f"^permuteformer_attention: {message}"):
+            distributed.permuteformer_attention(**{**given, **options})
 
 
 def test_refuses(ranks):

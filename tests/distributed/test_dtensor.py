@@ -41,32 +41,7 @@ def equals_plain(mesh, function, leaves, douts, placements, kept):
         assert found[0].placements == given[0].placements == found[len(douts)].placements
 
 
-def rotates(mesh, placement, case):
-    q, k = make_qk(4, 8, 8, 4, 16, torch.float32)
-    options = {"batch": {}, "positions": {"positions": torch.arange(8) * 3}}.get(case, {})
-    leaves, douts = [q, k], [q + 1, k + 1]
-    if case == "unused output":
-        douts[0] = None
-    placements = [placement, placement]
-    if case == "inv_freq":
-        leaves.append(FREQS.inv_freq)
-        placements.append([Replicate()] * mesh.ndim)
-
-    def function(q, k, *inv_freq):
-        freqs = RopeFreqs(*inv_freq) if inv_freq else FREQS
-        return apply_rope_qk(q, k, freqs, **options)
-
-    kept = case == "positions" or all(p != Shard(1) for p in placement)
-    equals_plain(mesh, function, leaves, douts, placements, kept and douts[0] is not None)
-
-
 BY_DIM = [[Shard(0)], [Shard(2)], [Shard(1)], [Replicate()]]
-
-
-@pytest.mark.parametrize("case", ["plain", "positions", "unused output", "inv_freq"])
-def test_rotates(ranks, case):
-    for placement in BY_DIM:
-        ranks.run(rotates, 4, placement=placement, case=case)
 
 
 def of_sequences(*shape):
@@ -77,6 +52,8 @@ def of_sequences(*shape):
 POSITIONS = torch.arange(32).view(4, 8) * 5 % 13
 AXES = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2], dtype=torch.int32)
 GIVEN = {
+    "nothing": ({}, {}),
+    "positions of all": ({"positions": torch.arange(8) * 3}, {}),
     "positions": ({"positions": POSITIONS}, {}),
     "offsets": ({"positions": POSITIONS[:, 0]}, {"inv_freq": of_sequences(4)}),
     "axes": (
@@ -89,25 +66,35 @@ GIVEN = {
 }
 
 
-def rotates_by_what_is_given(mesh, placement, case):
+def rotates(mesh, placement, case, of_q=True, of_inv_freq=True):
+    """of_q, of_inv_freq: whether their gradients are asked for."""
     options, freqs = GIVEN[case]
-    q, k = make_qk(4, 8, 8, 8, 16, torch.float32)
+    q, k = make_qk(4, 8, 8, 8 if "heads" in case else 4, 16, torch.float32)
     freqs = {"inv_freq": FREQS.inv_freq, **freqs}
+    leaves, placements = [q, k], [placement] * 2
+    if of_inv_freq:
+        leaves.append(freqs.pop("inv_freq"))
+        placements.append([Replicate()] * mesh.ndim)
 
-    def function(q, k, inv_freq):
-        return apply_rope_qk(q, k, RopeFreqs(**freqs | {"inv_freq": inv_freq}), **options)
+    def function(q, k, *inv_freq):
+        return apply_rope_qk(q, k, RopeFreqs(*inv_freq, **freqs), **options)
 
-    placements = [placement, placement, [Replicate()] * mesh.ndim]
-    leaves = [q, k, freqs["inv_freq"]]
+    douts = [q + 1 if of_q else None, k + 1]
     kept = Shard(1) not in placement or options.get("positions", q).shape[-1] == 8
-    equals_plain(mesh, function, leaves, [q + 1, k + 1], placements, kept)
+    equals_plain(mesh, function, leaves, douts, placements, kept and of_q)
 
 
 @pytest.mark.parametrize("case", GIVEN)
-def test_rotates_by_what_is_given(ranks, case):
-    for placement in BY_DIM[:3]:
-        ranks.run(rotates_by_what_is_given, 4, placement=placement, case=case)
-    ranks.run(rotates_by_what_is_given, (2, 2), placement=[Shard(0), Shard(2)], case=case)
+def test_rotates(ranks, case):
+    for placement in BY_DIM:
+        ranks.run(rotates, 4, placement=placement, case=case)
+    ranks.run(rotates, (2, 2), placement=[Shard(0), Shard(2)], case=case)
+
+
+def test_rotates_without_some_gradients(ranks):
+    for placement in BY_DIM:
+        ranks.run(rotates, 4, placement=placement, case="positions", of_inv_freq=False)
+        ranks.run(rotates, 4, placement=placement, case="nothing", of_q=False)
 
 
 def offsets_stay_offsets(mesh):
@@ -207,7 +194,7 @@ def test_merges(ranks):
 
 @pytest.mark.parametrize("placement", [[Shard(0), Shard(2)], [Shard(2), Replicate()]], ids=str)
 def test_two_dimensions(ranks, placement):
-    ranks.run(rotates, (2, 2), placement=placement, case="inv_freq")
+    ranks.run(rotates, (2, 2), placement=placement, case="nothing")
     ranks.run(attends, (2, 2), placement=placement)
 
 

@@ -66,29 +66,24 @@ def test_gradients(ranks, size, balance):
     ranks.run(sums_gradients, size, balance=balance)
 
 
+X = torch.zeros(2, 12)
+REFUSED = [
+    (local_positions, 12, {}, ValueError, "seqlen must be a multiple of 8 for 4 r"),
+    (local_positions, 12.0, {}, TypeError, "seqlen must be an int, got float"),
+    (shard, X, {}, ValueError, "x's dimension 1 must be a multiple of 8 for 4 ra"),
+    (shard, X, {"mesh": "cp"}, TypeError, "mesh must be a DeviceMesh or a ProcessGroup, got s"),
+    (shard, X, {"balance": "tail"}, ValueError, "balance must be 'zigzag' or None, got 'tail'"),
+    (unshard, X[:, :3], {}, ValueError, "x's dimension 1 must be even with balance"),
+    (unshard, X, {"dim": 2}, ValueError, "dim must be one of x's 2 dimensions, got 2"),
+    (unshard, X, {"dim": None}, TypeError, "dim must be an int, got NoneType"),
+    (unshard, [X], {}, TypeError, "x must be a Tensor, got list"),
+]
+
+
 def refuses(mesh):
-    x = torch.zeros(2, 12)
-    with pytest.raises(ValueError, match="local_positions: seqlen must be a multiple of 8 for 4 r"):
-        local_positions(12, mesh)
-    with pytest.raises(ValueError, match="shard: x's dimension 1 must be a multiple of 8 for 4 ra"):
-        shard(x, mesh)
-    with pytest.raises(ValueError, match="unshard: x's dimension 1 must be even with balance"):
-        unshard(x[:, :3], mesh)
-    for name, function in (("shard", shard), ("unshard", unshard)):
-        with pytest.raises(ValueError, match=f"{name}: dim must be one of x's 2 dimensions, got 2"):
-            function(x, mesh, dim=2)
-        with pytest.raises(TypeError, match=f"{name}: dim must be an int, got NoneType"):
-            function(x, mesh, dim=None)
-        with pytest.raises(TypeError, match=f"{name}: x must be a Tensor, got list"):
-            function([x], mesh)
-    with pytest.raises(TypeError, match="local_positions: seqlen must be an int, got float"):
-        local_positions(12.0, mesh)
-    with pytest.raises(
-        TypeError, match="shard: mesh must be a DeviceMesh or a ProcessGroup, got s"
-    ):
-        shard(x, "cp")
-    with pytest.raises(ValueError, match="shard: balance must be 'zigzag' or None, got 'tail'"):
-        shard(x, mesh, balance="tail")
+    for function, x, options, error, message in REFUSED:
+        with pytest.raises(error, match=f"^{function.__name__}: {message}"):
+            function(x, **{"mesh": mesh, **options})
 
 
 def test_refuses(ranks):

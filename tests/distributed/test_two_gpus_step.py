@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu import two
-from gpu.step import Deadline
 
 from extrope_kernels import distributed
 
@@ -34,9 +33,3 @@ def finds_what_is_wrong(mesh):
 
 def test_what_is_wrong_is_told(ranks):
     ranks.run(finds_what_is_wrong, 2)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() >= two.GPUS, reason="about a machine without two")
-def test_without_two_gpus_nothing_runs():
-    verdict = two.run(Deadline())
-    assert verdict.ok and verdict.line.startswith("nothing was run: it takes 2 GPUs, here is ")

@@ -8,11 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="5")
-pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
-
 from tiny_model import CONFIG, TRAINED, check_image, results, save_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -146,12 +141,6 @@ def test_progress_ticks_per_layer(folder):
     assert "forward" not in vars(model.base_model)
 
 
-def test_bfloat16(run, tmp_path):
-    assert run(dtype="bfloat16", methods="ntk_aware", factor=4) == 0
-    row = results(tmp_path)["rows"][0]
-    assert row["params"] == {"factor": 4.0} and len(row["buckets"]) == 4
-
-
 def test_factor_only_where_a_method_needs_one():
     plan = options.Plan(["rope"], [128])
     assert plan.method_params("rope", 128, 32) == {}
@@ -184,14 +173,6 @@ def test_defaults_of_score_methods_follow_the_training_length():
         assert reached <= 8192 * 2 // 3
     given = {"self_extend": {"factor": 10}}
     assert params("self_extend", 16384, 8192, params=given) == {"window": 2040, "factor": 10}
-
-
-def test_a_new_score_method_goes_by_its_parameters(monkeypatch):
-    def newest(window: int, factor: float, slope: float, steps: int = 2): ...
-
-    monkeypatch.setitem(SCORES, "newest", newest)
-    plan = options.Plan(["newest"], [128])
-    assert plan.method_params("newest", 128, 64) == {"window": 32, "factor": 16.0}
 
 
 def test_score_methods_in_the_table(run, folder, text, tokenizer, tmp_path, capsys):
@@ -300,8 +281,8 @@ def test_progress_bars_on_a_terminal(run, tmp_path, monkeypatch):
         assert f"{row['method']:<12}     64 {cells}" in shown
 
 
-def test_pydocs(run, tmp_path):
-    assert run(text="pydocs", lengths="48") == 0
+def test_pydocs_in_bfloat16(run, tmp_path):
+    assert run(text="pydocs", lengths="48", dtype="bfloat16") == 0
     assert results(tmp_path)["texts"][0]["name"] == "pydocs"
 
 

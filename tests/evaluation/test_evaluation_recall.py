@@ -4,11 +4,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="5")
-pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
-
 from tiny_model import check_image, results
 
 from extrope_kernels.evaluation import UsageError, loss, recall

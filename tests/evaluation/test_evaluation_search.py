@@ -1,15 +1,9 @@
 """The search for what lets a model read a length, end to end on a tiny random model."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="5")
-pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
-
 from tiny_model import CONFIG, TRAINED, check_image, results, retrained
 from transformers import LlamaForCausalLM
 
@@ -18,7 +12,7 @@ from extrope_kernels.cli import main
 from extrope_kernels.evaluation import UsageError
 from extrope_kernels.evaluation.models import find_model, load_model
 from extrope_kernels.evaluation.search import cli, losses, stages
-from extrope_kernels.evaluation.search.candidates import Candidate, published, score_methods
+from extrope_kernels.evaluation.search.candidates import Candidate, published
 from extrope_kernels.evaluation.search.factors import find_ladder, write_config
 from extrope_kernels.evaluation.search.losses import NoGradient
 from extrope_kernels.evaluation.search.stages import Ledger
@@ -293,31 +287,6 @@ def test_written_configurations_give_the_logits_of_extend(model, folder, tmp_pat
         assert own.attention_scaling == pytest.approx(ladder.freqs(candidate).attention_factor)
 
 
-def test_grids_are_what_extend_takes(model):
-    for candidate in [*published(128, TRAINED, 4), *score_methods(128, TRAINED)]:
-        with candidate.extending(model):
-            assert candidate.call.startswith(f'extend(model, "{candidate.method}", ')
-
-
-def test_short_pieces_only_drop_what_is_far_behind():
-    """The order is that of `published`, not theirs; what there was no time for is dropped, too."""
-    yarn, *others = published(128, TRAINED, 4)
-    losses = {others[0].name: 2.1, others[1].name: 1.9, others[2].name: 2.2, others[3].name: None}
-
-    def mean_short(candidate, pieces, share):
-        return 2.0 if candidate == yarn else losses.get(candidate.name, 9.0)
-
-    search = SimpleNamespace(
-        yarn=lambda: yarn,
-        length=128,
-        ladder=SimpleNamespace(trained=TRAINED, plain=[0.0] * 4),
-        mean_short=mean_short,
-    )
-    assert stages.Search.grid(search) == [yarn, others[0], others[1]]
-    losses.clear()
-    assert stages.Search.grid(search) == [yarn]
-
-
 def test_a_loss_that_is_no_number_is_told(folder, text, tmp_path, capsys):
     broken = retrained(folder, tmp_path)
     model = LlamaForCausalLM.from_pretrained(broken)
@@ -327,16 +296,3 @@ def test_a_loss_that_is_no_number_is_told(folder, text, tmp_path, capsys):
     assert main(command.split()) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "search: the loss under yarn factor=2 is nan, which ranks with no other"
-
-
-@pytest.mark.parametrize("length", [6000, 16_384, 100_000])
-def test_wide_groups_fill_three_quarters_of_the_distances(length):
-    """Behind the window, half of those that the model knows; with a factor less they would not."""
-    trained = 4096
-    half = trained // 2
-    grids = [each.params for each in score_methods(length, trained) if each.method == "self_extend"]
-    wide = next(each for each in grids if each["window"] > trained // 4)
-    window, factor = wide["window"], wide["factor"]
-    assert window % factor == 0 and half - factor < window <= half
-    assert (length - half) / factor <= (trained - half) * 3 / 4
-    assert factor == 2 or (length - half) / (factor - 1) > (trained - half) * 3 / 4

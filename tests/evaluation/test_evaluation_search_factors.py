@@ -4,11 +4,6 @@ import math
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="5")
-pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
-
 from tiny_model import CONFIG, save_tokenizer
 from transformers import (
     AutoConfig,
@@ -20,10 +15,8 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from extrope_kernels import methods
 from extrope_kernels.cli import main
 from extrope_kernels.evaluation import UsageError
-from extrope_kernels.evaluation.search import run
 from extrope_kernels.evaluation.search.candidates import Candidate, published
 from extrope_kernels.evaluation.search.factors import (
     Descent,
@@ -125,16 +118,6 @@ def test_an_amplitude_other_than_the_usual_is_told_to_vllm(length):
         assert found.get("short_mscale") == found.get("long_mscale") == told
 
 
-def test_the_best_that_a_configuration_can_express():
-    """By held-out text, else the last finalist by text that was searched on."""
-    plain, yarn = Candidate(), Candidate("yarn", {"factor": 2.0})
-    names = [Candidate("rerope", {"window": 8}).name, plain.name, yarn.name]
-    rows = [{"name": name, "pieces": [1.0]} for name in names]
-    assert run._best_frequencies(rows, [plain, yarn]) is plain
-    assert run._best_frequencies(rows[::-1], [plain, yarn]) is yarn
-    assert run._best_frequencies([row | {"pieces": []} for row in rows], [plain, yarn]) is yarn
-
-
 def test_a_model_without_rotary_embeddings_is_refused():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(UsageError, match="GPT2"):
@@ -186,26 +169,3 @@ def test_steps_are_short_and_what_is_not_better_is_taken_back():
     torch.testing.assert_close(descent.step(downhill), largest / 4)
     descent.tell(first, better=True)
     assert descent.log_factors is first
-
-
-def test_one_text_does_not_decide_a_step():
-    """One gradient of a thousand times the others is as one of four that say nothing."""
-    descent = Descent(torch.zeros(2, dtype=torch.float64), torch.ones(2))
-    gradients = torch.tensor([[-1000.0, -1.0], [1.0, -1.0], [1.0, -1.0], [1.0, -1.0]])
-    tried = descent.step(gradients.double())
-    assert 0 < tried[0] < 0.51 * tried[1] and tried[1] == pytest.approx(0.1)
-
-
-def test_longrope_hands_gradients_to_its_factors():
-    factors = torch.tensor([1.0, 1.5, 2.0, 4.0], requires_grad=True)
-    freqs = methods.longrope(
-        8, short_factor=factors, long_factor=[1.0] * 4, seq_len=4, factor=2.0,
-        original_max_position_embeddings=4,
-    )  # fmt: skip
-    same = methods.longrope(
-        8, short_factor=factors.tolist(), long_factor=[1.0] * 4, seq_len=4, factor=2.0,
-        original_max_position_embeddings=4,
-    )  # fmt: skip
-    assert torch.equal(freqs.inv_freq, same.inv_freq)
-    freqs.inv_freq.sum().backward()
-    torch.testing.assert_close(factors.grad, -same.inv_freq / factors.detach())

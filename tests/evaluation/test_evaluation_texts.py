@@ -2,10 +2,6 @@
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="5")
-pytest.importorskip("matplotlib")
-
 from tokenizers.processors import TemplateProcessing
 
 from extrope_kernels.evaluation import UsageError, passkey, texts

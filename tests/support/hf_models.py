@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from extrope_kernels import RopeFreqs
 
@@ -84,15 +86,6 @@ def since(version: str, reason: str) -> None:
     """Skip a test that an older transformers cannot pass, for a reason of its own."""
     if Version(transformers.__version__) < Version(version):
         pytest.skip(f"before transformers {version} {reason}")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models as small as these only lose by a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(family: str, rope: dict[str, Any] | None = None, **sizes: Any) -> nn.Module:
@@ -201,18 +194,29 @@ def assert_same(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want)
 
 
-class CountRotations(TorchDispatchMode):
-    """Counts the calls of the rotary op, with or without a norm, and of cos and sin, inside a
-    `with` block.
-    """
+class CountOps(TorchDispatchMode):
+    """Counts ops by their full names inside a `with` block; elements: of the largest tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rotations = 0
-        self.tables = 0
+        self.counts: Counter[str] = Counter()
+        self.elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        ops = torch.ops.extrope
-        self.rotations += func in (ops.rope_fwd.default, ops.rope_norm_fwd.default)
-        self.tables += func in (torch.ops.aten.cos.default, torch.ops.aten.sin.default)
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        self.counts[str(func)] += 1
+        made = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.elements = max(self.elements, *made, 0)
+        return out
+
+    def of(self, *prefixes: str) -> int:
+        return sum(n for name, n in self.counts.items() if name.startswith(prefixes))
+
+    @property
+    def rotations(self) -> int:
+        """Calls of the rotary op, with or without a norm."""
+        return self.of("extrope.rope_fwd", "extrope.rope_norm_fwd")
+
+    @property
+    def tables(self) -> int:
+        return self.of("aten.cos.", "aten.sin.")

@@ -12,18 +12,12 @@ from hf_models import (
     generate,
     gradients,
     logits,
-    one_thread,  # noqa: F401
     since,
     tokens,
     transformers,
 )
 
-from extrope_kernels.integrations.transformers import extend, extension, trial
-from extrope_kernels.integrations.transformers.attend import Attending, Heads, SdpaCall
-from extrope_kernels.integrations.transformers.find import find_sites
-from extrope_kernels.integrations.transformers.rows import Rows
-from extrope_kernels.methods import rope
-from extrope_kernels.scores import rerope
+from extrope_kernels.integrations.transformers import extend, extension
 
 # One of each kind of architecture, and others of them.
 SERVED = [
@@ -70,7 +64,6 @@ IDS = tokens(2, 20).clamp(max=99)
 PADS = 7
 PADDED, MASK = IDS.clone(), torch.ones_like(IDS)
 PADDED[1, :PADS] = MASK[1, :PADS] = 0
-SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
 def _skip_what_is_missing(name):
@@ -119,12 +112,8 @@ def _deepseek(parameters):
     return transformers.DeepseekV3ForCausalLM._from_config(config, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("version", ["5.15", "before"])
-def test_latent_attention_takes_the_temperature_into_its_softmax_scale(monkeypatch, version):
+def test_latent_attention_takes_the_temperature_into_its_softmax_scale():
     plain, theirs = _deepseek({"rope_type": "default", "rope_theta": 1e4}), _deepseek(YARN)
-    if version == "before":
-        modeling = transformers.models.deepseek_v3.modeling_deepseek_v3
-        monkeypatch.delattr(modeling, "yarn_apply_mscale", raising=False)
     ids = tokens(2, 40)
     want, without = logits(theirs, ids), logits(plain, ids)
     assert error(want, without) > 1e-2
@@ -185,27 +174,6 @@ def test_several_axes_of_positions():
         logits(model, ids, **inputs)
 
 
-@pytest.mark.parametrize("method", [("yarn", {"factor": 4.0}), ("rerope", {"window": 8})])
-def test_a_rotary_embedding_that_insists_on_its_axes(monkeypatch, method):
-    """Qwen2-VL's takes no positions of one axis, before transformers 5.19."""
-    rotary = transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLRotaryEmbedding
-    forward = rotary.forward
-
-    def insist(self, x, position_ids):
-        position_ids[:, :, None, :]
-        return forward(self, x, position_ids.expand(3, -1, -1))
-
-    name, parameters = method
-    model, ids = tiny_models.build("Qwen2VLForConditionalGeneration"), tokens(1, 24).clamp(max=99)
-    plain = logits(model, ids)
-    with extend(model, name, **parameters):
-        want = logits(model, ids)
-    monkeypatch.setattr(rotary, "forward", insist)
-    with extend(model, name, **parameters):
-        got = logits(model, ids, position_ids=torch.arange(24).expand(3, 1, -1))
-    assert torch.equal(got, want) and error(got, plain) > 1e-3
-
-
 @pytest.mark.parametrize("name", OWN_WAYS)
 def test_padded_rows_generate_what_they_do_alone(name):
     model, layers = _build(name), "all" if name == "MoshiForCausalLM" else "full"
@@ -252,14 +220,6 @@ def test_a_window_that_the_cache_alone_knows(name):
                 _assert_close(logits(model, chosen)[0, -12:], got[row])
 
 
-def test_heads_of_two_sizes():
-    """Those of full layers are wider than those of layers with a window."""
-    model = _build("Gemma4ForCausalLM")
-    plain = logits(model, IDS)
-    with extend(model, "rerope", window=64, layers="all"):
-        _assert_close(logits(model, IDS), plain)
-
-
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}])
 def test_chunks_stay_chunks(settings):
     model = _build("Llama4ForCausalLM", attention_chunk_size=6)
@@ -277,13 +237,6 @@ def test_chunks_stay_chunks(settings):
         chosen = torch.cat((PADDED[:1], got[:1, :-1].argmax(-1)), 1)
         _assert_close(logits(model, chosen)[:, -9:], got[:1])
     assert not torch.allclose(got, want, atol=1e-2)
-
-
-def test_a_model_without_the_chunks_it_names_keeps_its_layers_as_they_are(monkeypatch):
-    model = _build("Llama4ForCausalLM")
-    monkeypatch.setattr(trial, "sees_chunks", lambda mask, size: False)
-    with pytest.raises(ValueError, match="all its layers that rotate have a sliding window or ch"):
-        extend(model, "rerope", window=3, layers="all")
 
 
 @pytest.mark.parametrize("name", ["FalconForCausalLM", "GPTNeoXJapaneseForCausalLM"])
@@ -315,18 +268,15 @@ SLIDING, COMPRESSED = (
         ("DeepseekV4", SLIDING, {"layers": "all"}, "DeepseekV4Attention rotates its values too"),
         ("DeepseekV4", COMPRESSED, {}, "keys beside those of the tokens"),
         ("Falcon", {"alibi": True}, {}, "none of its layers rotates"),
+        ("Falcon", {"alibi": True}, {"method": "pi", "factor": 4.0}, "ALiBi in place of a rotat"),
         ("Blt", {}, {}, "BltLocalEncoder, .*BltPatcher counts positions of its own"),
     ],
 )
-def test_score_methods_refuse(name, settings, given, reason):
+def test_refuses_models(name, settings, given, reason):
     model = _build(f"{name}ForCausalLM", **settings)
-    with pytest.raises(ValueError, match=f"^extend: {name}\\w+ is not a .*{reason}"):
-        extend(model, "rerope", window=6, **given)
-
-
-def test_frequency_methods_refuse_alibi():
-    with pytest.raises(ValueError, match=r"FalconModel is not .* ALiBi in place of a rotation"):
-        extend(_build("FalconForCausalLM", alibi=True), "pi", factor=4.0)
+    given = given if "method" in given else {"method": "rerope", "window": 6, **given}
+    with pytest.raises(ValueError, match=f"^extend: {name}\\w+ is not .*{reason}"):
+        extend(model, **given)
 
 
 def test_dropout_of_a_module_is_refused_as_that_of_a_number_is():
@@ -335,13 +285,6 @@ def test_dropout_of_a_module_is_refused_as_that_of_a_number_is():
         ValueError, match=r"attention_dropout 0, got 0\.1 in GPTNeoXJapaneseAttention"
     ):
         extend(model, "rerope", window=6)
-
-
-def test_kinds_of_layers_with_a_window_are_known_by_a_part_of_their_name():
-    model = _build("ZayaForCausalLM")
-    (full,), (all_layers,) = (find_sites(model, layers) for layers in ("full", "all"))
-    assert "hybrid_sliding" not in full.layer_types
-    assert set(full.layer_types) < set(all_layers.layer_types) or len(all_layers.layer_types) == 1
 
 
 def test_an_indexer_with_a_rotation_of_its_own_keeps_tables():
@@ -366,19 +309,6 @@ def test_a_rehearsal_that_fails_changes_nothing(monkeypatch):
     extend(model, "rerope", window=6).restore()
 
 
-def test_an_attention_that_fails_on_trial_is_refused(monkeypatch):
-    """Evolla's has no grouped heads, in transformers 5.0."""
-
-    def fails(*args, **options):
-        raise RuntimeError("sizes must match")
-
-    model = tiny_models.build("LlamaForCausalLM")
-    modeling = transformers.models.llama.modeling_llama
-    monkeypatch.setattr(modeling, "eager_attention_forward", fails)
-    with pytest.raises(ValueError, match=r"LlamaAttention: .* cannot be tried out \(sizes must m"):
-        extend(model, "rerope", window=6)
-
-
 def test_masks_by_other_names_are_not_guessed_at():
     model = _build("ZayaForCausalLM")
     mask = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
@@ -388,49 +318,3 @@ def test_masks_by_other_names_are_not_guessed_at():
         assert torch.equal(logits(model, IDS, attention_mask=masks), want)
         with pytest.raises(ValueError, match="by the name of full_attention, got hybrid and"):
             logits(model, IDS, attention_mask={**masks, "hybrid": mask})
-
-
-def _attending(seqlen):
-    rows = Rows(3, seqlen, ((0, 1, 0),), torch.arange(3, 3 + seqlen)[None], None)
-    tables = torch.arange(2.0 * seqlen).view(1, seqlen, 2)
-    attending = Attending(rerope(window=4), None, rope(4), rows, rows.positions, False)
-    return attending.changed(stored=(tables, tables))
-
-
-def test_the_attention_is_sliced_to_the_last_tokens_as_tables_are():
-    whole = _attending(5)
-    part = whole[:, slice(-2, None), :]
-    assert (part.rows.past, part.rows.new, part.rows.total) == (6, 2, 8)
-    assert part.positions.tolist() == [[6, 7]]
-    assert all(torch.equal(table, whole.stored[0][:, -2:]) for table in part.stored)
-    for index in (slice(0, 2), slice(None, None, 2)):
-        with pytest.raises(ValueError, match="tables must be sliced to the last tokens"):
-            whole[:, index, :]
-
-
-def test_a_cache_must_hold_the_keys_of_a_chunk():
-    q, k = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 3, 8)  # tokens 3 and 4, keys from 2 on
-    layer, heads = torch.nn.Linear(1, 1), [Heads(0, False, 1, chunk_size=x) for x in (3, 4)]
-    out = _attending(2).of(heads[0]).attend(layer, q, k, k, {})
-    assert out.shape == (1, 2, 1, 8)
-    with pytest.raises(ValueError, match="all keys of a chunk of 4, got those from 2 on"):
-        _attending(2).of(heads[1]).attend(layer, q, k, k, {})
-
-
-def test_pytorchs_function_is_asked_for_nothing_else_beside_a_mask():
-    """The mask may be cut: Falcon's layers do it, before transformers 5.2."""
-
-    class Values:
-        def attend(self, layer, q, k, v, options):
-            return v.transpose(1, 2)
-
-    layer, q = torch.nn.Linear(1, 1), torch.randn(1, 2, 3, 8)
-    mask = SdpaCall().mask(layer, Values())[:, :, :, :3]
-    assert torch.equal(SDPA(q, q, q, mask), q)
-    mask = SdpaCall().mask(layer, _attending(3))
-    with pytest.raises(ValueError, match="is_causal must be False beside a mask"):
-        SDPA(q, q, q, attn_mask=mask, is_causal=True)
-    with pytest.raises(ValueError, match=r"attention_dropout 0, got 0\.1 in Linear"):
-        SDPA(q, q, q, attn_mask=mask, dropout_p=0.1)
-    with pytest.raises(TypeError):
-        q + mask

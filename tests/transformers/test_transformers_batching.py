@@ -10,7 +10,6 @@ from hf_models import (
     SCORE_PARAMETERS,
     build,
     generate,
-    one_thread,  # noqa: F401
     tokens,
     transformers,
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hf_models import (
     SCORE_PARAMETERS,
+    CountOps,
     assert_as_exact_as,
     assert_same,
     build,
@@ -13,14 +14,11 @@ from hf_models import (
     generate,
     gradients,
     logits,
-    one_thread,  # noqa: F401
     tokens,
     transformers,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from extrope_kernels.integrations.transformers import extend, interface, register_interface
+from extrope_kernels.integrations.transformers import extend, register_interface
 
 register_interface()
 NEW = 4
@@ -28,6 +26,8 @@ PROMPT = tokens(2, 29)
 MASK = torch.ones_like(PROMPT)
 MASK[0, :5] = 0
 FAMILIES = ["llama", "gemma2", "gemma3_text"]  # gemma2: soft caps; both Gemmas: a sliding window
+OURS = ("extrope.attention_fwd", "extrope.decode")
+THEIRS = ("aten.scaled_dot_product", "aten._scaled_dot_product")
 EXTENSIONS = [
     ("llama", "yarn", {"factor": 4.0}),
     ("llama", "rerope", {"window": 16, "log_n": 16}),
@@ -39,32 +39,6 @@ EXPERTS = {
     **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     **{"shared_expert_intermediate_size": 32, "num_key_value_heads": 2, "use_sliding_window": True},
 }
-
-
-class CountAttention(TorchDispatchMode):
-    """Counts calls of our attention and of torch's inside a `with` block."""
-
-    def __init__(self):
-        super().__init__()
-        self.ours = self.theirs = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        self.ours += name.startswith(("extrope.attention_fwd", "extrope.decode"))
-        self.theirs += "scaled_dot_product" in name
-        return func(*args, **(kwargs or {}))
-
-
-class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that is made inside a `with` block."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.elements = max([self.elements, *(x.numel() for x in made)])
-        return out
 
 
 def run(model, mask, **settings):
@@ -81,9 +55,9 @@ def test_a_plain_model_gives_what_it_gave(family, cache, padded):
     rows = (ids[0, 5:] if padded else ids[0], ids[1])
     want = torch.cat([logits(twin, row[None])[:, -NEW:] for row in rows])
     model.set_attn_implementation("extrope")
-    with CountAttention() as count:
+    with CountOps() as count:
         ours = run(model, mask, **cache)
-    assert (count.ours, count.theirs) == (2 * NEW, 0)
+    assert count.of(*OURS) == 2 * NEW and count.of(*THEIRS) == 0
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
     assert_as_exact_as(ours, theirs, want)
 
@@ -114,9 +88,9 @@ def test_a_prompt_has_no_mask_of_all_pairs(family, sizes):
     theirs, want = logits(model, ids), logits(twin.double(), ids)
     assert error(logits(wide, ids), want) > 0.1
     model.set_attn_implementation("extrope")
-    with LargestTensor() as largest:
+    with CountOps() as count:
         assert_as_exact_as(logits(model, ids), theirs, want)
-    assert largest.elements < ids.numel() ** 2
+    assert count.elements < ids.numel() ** 2
 
 
 def test_gradients_are_those_of_torch():
@@ -141,9 +115,9 @@ def test_what_is_not_causal_rows_is_left_to_torch(kind, family):
         model.set_attn_implementation(name)
         torch.manual_seed(0)
         model.train(kind == "dropout")
-        with CountAttention() as count:
+        with CountOps() as count:
             found.append(logits(model, PROMPT, **inputs))
-    assert not count.ours
+    assert not count.of(*OURS)
     torch.testing.assert_close(got, want)
 
 
@@ -167,12 +141,3 @@ def test_a_compiled_step_asserts_what_it_cannot_look_at():
     assert torch.equal(run(model, hole).argmax(-1), want[1])
     with pytest.raises(RuntimeError, match="a row's keys must lie in one piece"):
         run(model, hole, **settings)
-
-
-@pytest.mark.parametrize("queries", [{"q_length": 5}, {"cache_position": torch.arange(5)}])
-@pytest.mark.parametrize(("keys", "window"), [(5, None), (9, 3)])
-def test_a_mask_is_made_for_queries_or_their_positions(monkeypatch, queries, keys, window):
-    """Which transformers names from 5.4 on, and before."""
-    monkeypatch.setattr(transformers.masking_utils, "sdpa_mask", lambda **given: given)
-    made = interface.make_mask(kv_length=keys, allow_is_causal_skip=True, local_size=3, **queries)
-    assert made["local_size"] == window

@@ -12,11 +12,10 @@ import torch
 from hf_models import (
     ATTENDING,
     FAMILIES,
-    CountRotations,
+    CountOps,
     build,
     generate,
     logits,
-    one_thread,  # noqa: F401
     pairs,
     rotary_of,
     since,
@@ -172,7 +171,7 @@ def _backwards(monkeypatch, model):
 def test_a_rotation_that_the_op_does_not_have_keeps_its_tables(monkeypatch):
     model = build("llama")
     _backwards(monkeypatch, model)
-    with extend(model, "pi", factor=2.0), CountRotations() as count:
+    with extend(model, "pi", factor=2.0), CountOps() as count:
         got = logits(model, IDS)
     assert count.rotations == 0
     inv_freq = rotary_of(model).inv_freq
@@ -287,17 +286,6 @@ class Wrapper(nn.Module):
         super().__init__()
         self.config = {"parts": len(parts)}
         self.parts = nn.ModuleList(parts)
-
-
-def test_a_wrapper_with_an_encoder_before_the_model():
-    ids, parameters = tokens(1, 20), {"factor": 4.0, "max_position_embeddings": 8}
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    encoder = transformers.ViTModel(transformers.ViTConfig(**sizes, intermediate_size=8))
-    model = build("llama")
-    with extend(model, "dynamic_ntk", **parameters):
-        want = generate(model, ids, max_new_tokens=6)
-    with extend(Wrapper(encoder, model), "dynamic_ntk", **parameters):
-        assert torch.equal(generate(model, ids, max_new_tokens=6), want)
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from hf_models import (
     exact,
     freqs_of,
     logits,
-    one_thread,  # noqa: F401
     pairs,
     rotary_of,
     tokens,
@@ -27,15 +26,10 @@ from hf_models import (
 
 from extrope_kernels import RopeFreqs, methods
 from extrope_kernels.integrations.transformers import extend
-from extrope_kernels.scores import SCORES
 from extrope_kernels.testing import attention_backends
 
 SEQLEN = 44  # more than four chunks, and no multiple of anything below
 IDS = tokens(2, SEQLEN, seed=2)
-
-
-def test_every_score_method_is_tried():
-    assert SCORE_PARAMETERS.keys() == SCORES.keys()
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import torch
 from hf_models import (
     VOCAB,
     build,
-    one_thread,  # noqa: F401
     tokens,
     transformers,
 )

@@ -54,14 +54,6 @@ def llama(tmp_path_factory):
     return build("Llama", folder), folder
 
 
-@pytest.fixture
-def said(monkeypatch):
-    """The lines that engines log."""
-    lines = []
-    monkeypatch.setattr(LOGGER, "info", lambda line, *values: lines.append(line % values))
-    return lines
-
-
 @pytest.mark.parametrize("methods", [[YARN], [LEAKY], [YARN, RERO]], ids=["yarn", "leaky", "both"])
 @pytest.mark.parametrize("name", MODELS)
 def test_model(tmp_path, name, methods):
@@ -129,8 +121,10 @@ def embeddings(model):
     return torch.nn.functional.normalize(torch.stack(firsts), dim=-1)
 
 
-def test_engines_in_turn_have_their_own_methods_and_say_so(llama, said):
+def test_engines_in_turn_have_their_own_methods_and_say_so(llama, monkeypatch):
     model, folder = llama
+    said = []
+    monkeypatch.setattr(LOGGER, "info", lambda line, *values: said.append(line % values))
     for methods, extrope in (
         ([YARN], YARN),
         ([RERO], {"score": RERO}),

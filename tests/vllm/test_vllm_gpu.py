@@ -42,15 +42,6 @@ def registered():
     integration.register()
 
 
-def test_registered_as_custom():
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    from extrope_kernels.integrations.vllm.cuda import ScoreBackend
-
-    assert AttentionBackendEnum.CUSTOM.get_class() is ScoreBackend
-    assert AttentionBackendEnum[ScoreBackend.get_name()] is AttentionBackendEnum.CUSTOM
-
-
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [

@@ -140,13 +140,6 @@ def test_fp8_caches(tiny, method):
     assert 0.01 < ours <= 1.25 * theirs
 
 
-def test_another_window_differs(tiny):
-    model, folder, _ = tiny
-    want = expected(model, [{"method": "rerope", "window": 64}])
-    with engine(folder, {"score": {"method": "rerope", "window": 65}}) as llm:
-        assert difference(generated(llm), want) > 0.1
-
-
 def test_compiled(tiny, plain):
     yarn = {"method": "yarn", "factor": 4.0}
     assert check(tiny, [yarn], yarn, plain, enforce_eager=False) > 0.1

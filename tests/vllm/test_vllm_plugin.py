@@ -68,13 +68,6 @@ def test_another_vllm_is_left_alone(tmp_path):
     assert warning == f"WARNING vllm.extrope {refused}"
 
 
-def test_a_vllm_without_a_configuration_is_warned_of(tmp_path):
-    printed, (warning,) = run_with({"__init__.py": ""}, tmp_path)
-    assert not printed
-    assert "got of an unknown version: No module named 'vllm.config'" in warning
-    assert warning.endswith('; additional_config={"extrope": ...} has no effect')
-
-
 @pytest.fixture
 def bare(monkeypatch):
     """What vLLM is where no plugin was."""

@@ -162,84 +162,75 @@ def test_decay_is_centred():
     assert kind.freqs.decay_origin == 5
 
 
-BOTH = (YARN, {"score": RERO})
+RERO_ALONE = {"score": RERO}
+BOTH = (YARN, RERO_ALONE)
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4}
 OTHER_BACKEND = {"using_transformers_backend": lambda: True}
 SAME_BASE = {kind: TWO_BASES["full_attention"] for kind in TWO_BASES}
 
 
+def parallel(**changes):
+    none = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    return {"parallel_config": SimpleNamespace(**none | changes)}
+
+
+def of_text(**values):
+    return {"text": values}
+
+
+def of_model(**values):
+    return {"model": values}
+
+
 @pytest.mark.parametrize(
-    ("extrope", "text", "model", "changes", "message"),
+    ("extrope", "given", "message"),
     [
-        *((each, {}, OTHER_BACKEND, {}, "one of vLLM's own") for each in BOTH),
-        *((each, {}, {"use_mla": True}, {}, "latent attention") for each in BOTH),
-        (BOTH[1], {}, {"uses_mrope": True}, {}, "tokens must have one position"),
+        *((x, {"model": OTHER_BACKEND}, "one of vLLM's own") for x in BOTH),
+        *((x, of_model(use_mla=True), "latent attention") for x in BOTH),
+        *((x, of_model(is_encoder_decoder=True), "must be a decoder") for x in BOTH),
         (
             YARN,
-            {},
-            {"is_multimodal_model": True},
-            {"parallel_config": SimpleNamespace(enable_elastic_ep=True)},
+            of_model(is_multimodal_model=True) | parallel(enable_elastic_ep=True),
             "elastic expert parallelism must be off",
         ),
-        *((each, {}, {"is_encoder_decoder": True}, {}, "must be a decoder") for each in BOTH),
-        (YARN, {}, {"runner_type": "pooling"}, {}, "must be a decoder that generates"),
-        (YARN, {"rope_parameters": None}, {}, {}, "must rotate, got LlamaForCausalLM"),
+        (YARN, of_model(runner_type="pooling"), "must be a decoder that generates"),
+        (YARN, of_text(rope_parameters=None), "must rotate, got LlamaForCausalLM"),
+        (YARN, of_text(rope_parameters=LONGROPE), "a plugin can replace, got longrope"),
+        (YARN, of_text(dual_chunk_attention_config={"a": 1}), "vLLM's dual chunk attention"),
         (
             YARN,
-            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
-            {},
-            {},
-            "a plugin can replace, got longrope",
-        ),
-        (YARN, {"dual_chunk_attention_config": {"a": 1}}, {}, {}, "vLLM's dual chunk attention"),
-        (
-            YARN,
-            {},
-            {},
             {"speculative_config": SimpleNamespace(method="eagle")},
             "drafts must come without a model .* got eagle",
         ),
         (
-            BOTH[1],
-            {},
-            {},
+            RERO_ALONE,
             {"cache_config": SimpleNamespace(cache_dtype="fp8_e5m2")},
             "kv_cache_dtype must be auto or fp8 .* got fp8_e5m2",
         ),
-        (
-            BOTH[1],
-            {},
-            {},
-            {
-                "parallel_config": SimpleNamespace(
-                    decode_context_parallel_size=2, prefill_context_parallel_size=1
-                )
-            },
-            "context parallelism",
-        ),
-        (BOTH[1], {"num_kv_shared_layers": 2}, {}, {}, "KV sharing"),
-        (BOTH[1], {"is_causal": False}, {}, {}, "must be causal"),
-        (BOTH[1], {"no_rope_layers": [1, 0]}, {}, {}, "all layers must rotate .* no_rope_layers"),
-        (BOTH[1], {"position_layers": ["rope", "nope"]}, {}, {}, "rotate .* position_layers"),
-        (BOTH[1], {"model_type": "cohere2"}, {}, {}, r"all layers must rotate .*\(cohere2\)"),
-        (BOTH[1], {"model_type": "hunyuan_v1_dense"}, {}, {}, "normed after the rotation"),
-        (BOTH[1], {"model_type": "dory"}, {}, {}, "normed after the rotation"),
-        ({"method": "xpos", "score": RERO}, {}, {}, {}, "must have no decay"),
-        ({"method": "xpos"}, {}, {"dtype": torch.float16, "max_model_len": 9999}, {}, "at most"),
-        ({"method": "yarn"}, {}, {}, {}, "yarn needs factor"),
-        (YARN | {"dim": 16}, {}, {}, {}, "dim must be 32"),
-        (YARN, {"rope_parameters": TWO_BASES}, {}, {}, "layer_types must name"),
+        (RERO_ALONE, of_model(uses_mrope=True), "tokens must have one position"),
+        (RERO_ALONE, parallel(decode_context_parallel_size=2), "context parallelism"),
+        (RERO_ALONE, of_text(num_kv_shared_layers=2), "KV sharing"),
+        (RERO_ALONE, of_text(is_causal=False), "must be causal"),
+        (RERO_ALONE, of_text(no_rope_layers=[1, 0]), "all layers must rotate .* no_rope_layers"),
+        (RERO_ALONE, of_text(position_layers=["rope", "nope"]), "rotate .* position_layers"),
+        (RERO_ALONE, of_text(model_type="cohere2"), r"all layers must rotate .*\(cohere2\)"),
+        (RERO_ALONE, of_text(model_type="hunyuan_v1_dense"), "normed after the rotation"),
+        (RERO_ALONE, of_text(model_type="dory"), "normed after the rotation"),
+        ({"method": "xpos", "score": RERO}, {}, "must have no decay"),
+        ({"method": "xpos"}, of_model(dtype=torch.float16, max_model_len=9999), "at most"),
+        ({"method": "yarn"}, {}, "yarn needs factor"),
+        (YARN | {"dim": 16}, {}, "dim must be 32"),
+        (YARN, of_text(rope_parameters=TWO_BASES), "layer_types must name"),
         (
             YARN,
-            {"rope_parameters": SAME_BASE, "layer_types": ["full_attention"]},
-            {},
-            {},
+            of_text(rope_parameters=SAME_BASE, layer_types=["full_attention"]),
             "share vLLM's rotary layer",
         ),
     ],
 )
-def test_refused(extrope, text, model, changes, message):
+def test_refused(extrope, given, message):
     with pytest.raises(ValueError, match=f"^extrope: .*{message}"):
-        make_engine(config(extrope, text, model, **changes))
+        make_engine(config(extrope, **given))
 
 
 def test_frequencies_alone_need_less():
