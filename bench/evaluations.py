@@ -13,8 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from extrope_kernels.evaluation.report import mean_and_error
 from harness import RESULTS, short, write
+
+from extrope_kernels.evaluation.report import mean_and_error
 
 FOLDER = "models"
 Interval = tuple[float, float | None]  # mean and its standard error

@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 import evaluations
 import scaling
 from evaluations import Measured, between, named
-from extrope_kernels.evaluation.report import mean_and_error, with_error
 from harness import COLUMNS, RESULTS, cell, table
 
 import extrope_kernels
 from extrope_kernels import methods, positions, scores
+from extrope_kernels.evaluation.report import mean_and_error, with_error
 
 # -------------------------------------------------------------------------------------------------
 # Benchmarks
@@ -40,7 +40,7 @@ def benchmark(path: Path, only: str = "") -> str:
         return f"{results['about']}; {machine(results)}.\n\n{slopes}"
     if path.stem == "vllm":
         return speeds(results)
-    if path.stem in ("overhead", "distributed", "generate", "launch"):
+    if path.stem in ("distributed", "generate", "launch"):
         return by_columns(import_module(f"bench_{path.stem}").COLUMNS, results)
     return comparison(results, only)
 
