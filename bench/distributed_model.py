@@ -59,29 +59,27 @@ def gather(gpus: int, tokens: int) -> Cost:
     return Cost(forward, backward, (2 * keys(tokens) + 2 * keys(tokens, WIDE)) / PARTS)
 
 
-def ring(gpus: int, tokens: int, heads: int = 1, speed: float = 0.0) -> Cost:
-    """The next keys hide behind what is computed; the gradients' last way home does not.
-
-    heads: among how many GPUs they are spread besides.
-    """
-    work, speed = alone(gpus * heads, tokens), speed or _speed(gpus)
-    all_keys, all_sums = keys(tokens) / heads, keys(tokens, WIDE) / heads
-    ours = (gpus - 1) / gpus * all_keys / speed
-    home = all_sums / gpus / speed
+def ring(gpus: int, tokens: int) -> Cost:
+    """The next keys hide behind what is computed; the gradients' last way home does not."""
+    work, speed = alone(gpus, tokens), _speed(gpus)
+    ours = (gpus - 1) / gpus * keys(tokens) / speed
+    home = keys(tokens, WIDE) / gpus / speed
     forward = max(work.forward, ours)
-    backward = max(work.backward + home, ours + all_sums / speed)
-    return Cost(forward, backward, 2 * (all_keys + all_sums) / gpus / PARTS)
+    backward = max(work.backward + home, ours + keys(tokens, WIDE) / speed)
+    return Cost(forward, backward, 2 * (keys(tokens) + keys(tokens, WIDE)) / gpus / PARTS)
 
 
-def ulysses_and_ring(gpus: int, tokens: int) -> Cost:
-    """Tokens for heads in a node, before and after a ring of nodes, each of which has its heads."""
-    between = ring(gpus // NODE, tokens, NODE, FABRIC)
-    rows = tokens * (2 * HEADS_Q + 2 * HEADS_K) * HEAD_DIM * WIDTH / gpus
-    exchange = (NODE - 1) / NODE * rows / NVLINK
-    return Cost(between.forward + exchange, between.backward + 2 * exchange, rows)
+def ulysses(gpus: int, tokens: int) -> Cost:
+    """Tokens for heads, before and after attention; where GPUs outnumber q's heads, not at all."""
+    if gpus > HEADS_Q:
+        return Cost(math.inf, math.inf, math.inf)
+    work, heads_k = alone(gpus, tokens), max(HEADS_K, gpus)  # every GPU has a key head
+    rows = tokens * 2 * (HEADS_Q + heads_k) * HEAD_DIM * WIDTH / gpus
+    exchange = (gpus - 1) / gpus * rows / _speed(gpus)
+    return Cost(work.forward + exchange, work.backward + 2 * exchange, rows)
 
 
-STRATEGIES = {"gather": gather, "ring": ring, "Ulysses in 8, ring between": ulysses_and_ring}
+STRATEGIES = {"gather": gather, "ring": ring, "ulysses": ulysses}
 
 
 def choice(gpus: int, tokens: int) -> tuple[str, Cost]:
@@ -100,6 +98,13 @@ def named(tokens: int) -> str:
     return f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens >> 10}k"
 
 
+def in_words(cost: Cost) -> str:
+    if cost.seconds == math.inf:
+        return ""
+    times = f"{cost.forward * 1e3:.1f} / {cost.backward * 1e3:.1f}"
+    return f"{times}, {cost.under_way / 1e9:.1f} GB" if cost.under_way else times
+
+
 def table() -> str:
     """Forward / backward of a layer, in ms, and what is under way, in GB."""
     head = ["tokens", "GPUs", "attention alone", *STRATEGIES, "choose"]
@@ -107,8 +112,7 @@ def table() -> str:
     for tokens in TOKENS:
         for gpus in GPUS:
             costs = [alone(gpus, tokens), *(cost(gpus, tokens) for cost in STRATEGIES.values())]
-            cells = [f"{c.forward * 1e3:.1f} / {c.backward * 1e3:.1f}" for c in costs]
-            cells[1:] = [f"{text}, {c.under_way / 1e9:.1f} GB" for text, c in zip(cells, costs)][1:]
+            cells = [in_words(cost) for cost in costs]
             cells = [named(tokens), str(gpus), *cells, choice(gpus, tokens)[0]]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -40,7 +40,7 @@ def benchmark(path: Path, only: str = "") -> str:
         return f"{results['about']}; {machine(results)}.\n\n{slopes}"
     if path.stem == "vllm":
         return speeds(results)
-    if path.stem in ("overhead", "distributed", "generate", "launch"):
+    if path.stem in ("distributed", "generate", "launch"):
         return by_columns(import_module(f"bench_{path.stem}").COLUMNS, results)
     return comparison(results, only)
 

@@ -22,12 +22,6 @@ def bench(deadline: Deadline) -> Verdict:
     return rows.run(deadline)
 
 
-def bench_composition(deadline: Deadline) -> Verdict:
-    from . import compositions
-
-    return compositions.run(deadline)
-
-
 STEPS = {
     "build": Step(build.run, "the libraries built, versions"),
     "smoke": Step(smoke.run, "one launch of every kernel against the reference"),
@@ -36,7 +30,6 @@ STEPS = {
     **{f"suite {name}": Step(suite.of(name), f"tests/{name}") for name in suite.folders()},
     "two": Step(two.run, "attention over two GPUs under NCCL against one"),
     "bench": Step(bench, "a dozen timings beside bounds and peers"),
-    "bench composition": Step(bench_composition, "attention over flash-attn beside Triton's"),
     **{f"tune {kernel}": Step(tune.of(kernel), f"tiles of {kernel}") for kernel in tune.KERNELS},
 }
 INSIDE = "--inside"

@@ -157,59 +157,6 @@ def test_rows_are_kept_one_by_one(monkeypatch):
     assert [one.ok for one in kept] == [False, False, True] and kept[-1] == verdict
 
 
-def test_compositions_are_timed_on_both_sides_of_every_estimate(monkeypatch):
-    from gpu import compositions
-    from gpu.rows import Timed
-
-    from extrope_kernels.ops.attention.select_backend import TABLE
-
-    missing = {"flash-attn 4": "flash-attn 4 is not there"}.get
-    for major in {row.major for row in TABLE}:
-        rows = [row for row in TABLE if row.major == major]
-        found = list(compositions.timings(major, lambda engine, dim: missing(engine)))
-        assert len(found) == 4 * len(rows)
-        for row, timings in zip(rows, zip(*[iter(found)] * 4)):
-            lengths = [int(timing.shape.split()[0]) for timing in timings]
-            assert lengths[0] < row.seqlen < lengths[2] and lengths[::2] == lengths[1::2]
-            assert ["with backward" in timing.name for timing in timings] == [False, True] * 2
-            if row.engines == ("flash-attn 4",):
-                assert timings[0].make() == "flash-attn 4 is not there"
-            else:
-                assert timings[0].name == "over flash-attn 3"
-    measured = [row._replace(estimate=False) for row in TABLE]
-    monkeypatch.setattr(compositions, "TABLE", measured)
-    assert not list(compositions.timings(9, lambda *_: None))
-
-    asked = []
-
-    def attention(q, k, v, freqs, score, *, backend):
-        asked.append(backend)
-        return q.sum() + k.sum() + v.sum()
-
-    monkeypatch.setattr(compositions, "rope_attention", attention)
-    timed = compositions.composed(16, 40, True)
-    assert isinstance(timed, Timed) and list(timed.peers) == ["triton"]
-    assert len(timed.ours()) == len(timed.peers["triton"]()) == 3
-    assert asked == ["flash_attn", "triton"]
-
-
-def test_a_machine_without_flash_attn_says_so(monkeypatch):
-    from gpu import compositions
-
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(compositions, "missing", lambda engine, dim: f"{engine} is not there")
-    verdict = compositions.run(Deadline())
-    assert verdict.ok and verdict.line.startswith(
-        "0 of 12 rows measured, 0 failed; left out: flash"
-    )
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
-    verdict = compositions.run(Deadline())
-    assert verdict.ok and verdict.line.startswith(
-        "nothing was run: no choice on compute capability 8"
-    )
-
-
 def test_a_row_that_fails_fails_the_step():
     from gpu import rows
 

@@ -128,7 +128,7 @@ def merge(backend: str, outs: Tensor, lses: Tensor) -> list[Tensor]:
 
 ROPE = tuple(available_backends())
 LINEAR = tuple(name for name in ROPE if name != "cuda")
-MERGE = tuple(name for name in ROPE if name in ("reference", device()))
+MERGE = ("reference", "cpu" if device() == "cpu" else "triton")  # as the device decides
 PERMUTE = ("reference", "cpu") if device() == "cpu" else ("reference",)
 PERMUTEFORMER = tuple(
     name for name, report in permuteformer_backends().items()
