@@ -7,7 +7,6 @@ from test_attention import make
 from extrope_kernels import (
     _ext,
     head_permutations,
-    permute,
     permute_qk,
     permuteformer_attention,
     permuteformer_step,
@@ -169,11 +168,6 @@ def test_raw_op_checks_too():
 def test_head_permutations(arguments, error, message):
     with pytest.raises(error, match=f"head_permutations: {message}"):
         head_permutations(*arguments)
-
-
-def test_permute_names_its_argument():
-    with pytest.raises(TypeError, match="permute: q must be a Tensor, got NoneType"):
-        permute(None, TABLE)
 
 
 # -------------------------------------------------------------------------------------------------

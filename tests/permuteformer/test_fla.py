@@ -20,7 +20,7 @@ import torch
 from test_attention import make
 
 from extrope_kernels import permuteformer_attention
-from extrope_kernels.ops.permuteformer import fla, reference
+from extrope_kernels.ops.permuteformer import fla, reference, scans
 from extrope_kernels.ops.permuteformer.permutations import Powers
 from extrope_kernels.testing import device
 

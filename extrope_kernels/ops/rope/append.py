@@ -516,7 +516,10 @@ def _rotate(call: Append, q: Tensor | None, positions: Tensor) -> tuple[Tensor |
     if q is None:  # k in its place, which decays the other way
         tensors = (call.k, None, call.k_norm_weight, None)
         decay = None if decay is None else -decay
-    rope_args = (call.inv_freq, positions, call.cu_seqlens, decay, call.axes)
+    cu_seqlens = call.cu_seqlens
+    if cu_seqlens is not None:  # padding past the last sequence is rotated as if it were part of it
+        cu_seqlens = torch.cat((cu_seqlens[:-1], cu_seqlens.new_tensor([call.seqlen])))
+    rope_args = (call.inv_freq, positions, cu_seqlens, decay, call.axes)
     by_slots = call.packed and call.cu_seqlens is None
     if by_slots:
         tensors = (*(x if x is None else x[None] for x in tensors[:2]), *tensors[2:])
