@@ -158,7 +158,7 @@ def _rope_args(
         raise TypeError(f"{_OP}: inv_freq must be a Tensor, got NoneType")
     if score is None:
         factor, origin = freqs.attention_factor, freqs.decay_origin
-        options |= rope_checks.without_defaults(attention_factor=factor, decay_origin=origin)
+        options |= {"attention_factor": factor, "decay_origin": origin}
         return freqs.inv_freq, freqs.log_decay, freqs.axes
     if not isinstance(score, Score):
         raise TypeError(f"{_OP}: score must be a Score or None, got {type(score).__name__}")
@@ -180,13 +180,12 @@ def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None)
     if backend == "reference":
         return reference(*tensors, **options)
     op = ops.rope_append_triton if backend == "triton" else ops.rope_append
-    given = rope_checks.given_up_to_last(tensors)
     if torch.compiler.is_compiling():
-        return op(*given, **options)
+        return op(*tensors, **options)
     k_cache, v_cache = tensors[3:5]
     if rope_checks.share_memory(k_cache, v_cache):
         raise ValueError(f"{_OP}: k_cache and v_cache must not share memory")
-    out = call_unrecorded(op, given, options)
+    out = call_unrecorded(op, tensors, options)
     note_writes(k_cache, v_cache)
     return out
 
