@@ -144,48 +144,6 @@ def test_compile_inplace(backend):
     torch.testing.assert_close(rotate(q), apply_rope(q * 2, freqs, positions=5) + 1)
 
 
-def test_compile_keeps_the_memory_layout_of_views(backend):
-    freqs = methods.rope(8).to(device())
-    q, _ = make_qk(2, 5, 3, 1, head_dim=8)
-    heads_first = q.transpose(1, 2).contiguous()
-
-    @torch.compile(fullgraph=True)
-    def rotate(x):
-        return apply_rope(x.transpose(1, 2), freqs, backend=backend).transpose(1, 2)
-
-    torch.testing.assert_close(rotate(heads_first).transpose(1, 2), apply_rope(q, freqs))
-
-
-# -------------------------------------------------------------------------------------------------
-# No host sync
-def test_lengths_on_the_device_never_reach_the_host(backend):
-    """Under a fake mode a read of a value raises: methods and the op only pass tensors along."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        q = torch.empty(3, 7, 4, 64)
-        lengths = torch.empty(3, dtype=torch.int64)
-        for method, options in (
-            (methods.dynamic_ntk, dict(factor=2.0, max_position_embeddings=16)),
-            (
-                methods.longrope,
-                dict(
-                    short_factor=[1.0] * 32,
-                    long_factor=[2.0] * 32,
-                    original_max_position_embeddings=16,
-                    factor=4.0,
-                ),
-            ),
-        ):
-            freqs = method(64, seq_len=lengths, **options)
-            out = torch.ops.extrope.rope_fwd(
-                q, None, freqs.inv_freq, lengths, attention_factor=freqs.attention_factor
-            )
-            assert out[0].shape == q.shape
-        cu_seqlens = torch.empty(4, dtype=torch.int32)
-        assert torch.ops.extrope.rope_fwd(q[0], None, freqs.inv_freq[0], None, cu_seqlens)[0].shape
-
-
 @pytest.mark.usefixtures("no_library")
 def test_without_a_library(run_python):
     """The reference runs, its results have the strides that graphs count on, no name falls back."""
