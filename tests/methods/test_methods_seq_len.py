@@ -74,20 +74,6 @@ def test_values_are_never_read(name, device, shape):
     assert inv_freq.device.type == device
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@each_method
-def test_no_host_sync_on_the_gpu(name):
-    seq_len = torch.tensor(LENGTHS, device="cuda")
-    freqs_at(name, 16, seq_len)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        inv_freq = freqs_at(name, 16, seq_len).inv_freq
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    expected = freqs_at(name, 16, seq_len.cpu()).inv_freq
-    assert (bits(inv_freq.cpu()) - bits(expected)).abs().max() <= ULPS.get(name, 0)
-
-
 @each_method
 def test_compiles_as_one_graph(name):
     torch._dynamo.reset()

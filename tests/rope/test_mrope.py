@@ -151,15 +151,6 @@ def test_position_tensors(backend, shape, dtype):
     check(q, k, freqs, backend, draw(*shape).to(dtype))
 
 
-def test_packed(backend):
-    q, k = make_qk(1, 11, 2, 1)
-    cu_seqlens = torch.tensor([0, 4, 4, 11], dtype=torch.int32, device=device())
-    inv_freq = torch.rand(3, 32, device=device())
-    freqs = frequencies(inv_freq=inv_freq)
-    positions = draw(3, 1, 11)
-    check(q[0], k[0], freqs, backend, positions, cu_seqlens=cu_seqlens)
-
-
 # -------------------------------------------------------------------------------------------------
 # Text: the same position on every axis
 def run(freqs, positions, backend):
@@ -185,20 +176,6 @@ def test_text_is_plain_rope_bit_for_bit(backend, decay):
 
 # -------------------------------------------------------------------------------------------------
 # Gradients, graphs and vmap
-
-
-def test_compile(backend):
-    q, _ = make_qk()
-    freqs = frequencies()
-    compiled = torch.compile(
-        lambda x, p: apply_rope(x * 1.0, freqs, positions=p, backend=backend), fullgraph=True
-    )
-    leaf, positions = q.clone().requires_grad_(), draw(3, 2, 13)
-    out = compiled(leaf, positions)
-    torch.testing.assert_close(out, apply_rope(q, freqs, positions=positions, backend=backend))
-    out.sum().backward()
-    ones = apply_rope(torch.ones_like(q), freqs, positions=positions, inverse=True)
-    torch.testing.assert_close(leaf.grad, ones * freqs.attention_factor**2)
 
 
 def test_vmap_over_positions(backend):

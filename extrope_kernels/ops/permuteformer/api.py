@@ -17,7 +17,7 @@ from .._shared.library import ops
 from . import reference
 from .checks import check, check_powers, check_state, check_values
 from .permutations import Powers
-from .reference import seen, state_of
+from .reference import next_state, seen
 from .scans import Call, default_decay
 from .scans import permute as permute_by_gather
 
@@ -298,11 +298,11 @@ def _recorded_step(
     values = functional.pad(values, (0, 1), value=1.0)  # its sums are those of the keys
     out, _ = ops.permuteformer_fwd(rows, keys, values, *at, decay, offset=offset, normalize=False)
     rows, keys = ops.permute_fwd(rows, keys, *at, offset=offset)
-    after = state_of(keys, values, decay)
+    first = None
     if state is not None:
         first = torch.cat([state.kv, state.k.unsqueeze(-1)], -1)
         out = out + seen(rows, first, decay)
-        after = after + (decay.to(wide) ** q.shape[1])[:, None, None] * first
+    after = next_state(first, keys, values, decay)
     out, total = out[..., :-1], out[..., -1:]
     out = (out / total if normalize else out).to(q.dtype)
     return out, PermuteFormerState(after[..., :-1].contiguous(), after[..., -1].contiguous())
