@@ -7,7 +7,6 @@ takes. Compared are its tables of frequencies, or where positions have several a
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Iterator
 from copy import deepcopy
@@ -33,8 +32,13 @@ FILES = {
     for path in sorted(MODELS.glob("*/modeling_*.py"))
     if ROTARY.search(path.read_text()) and "compute_" in path.read_text()
 }
-# A quarter of them, a second each; EXTROPE_ALL_CASES=1 tries all.
-SAMPLE = list(FILES)[:: 1 if os.environ.get("EXTROPE_ALL_CASES") == "1" else 4]
+# All take minutes. These read what no other does, or are read most.
+READ_MOST = ("llama", "gemma3", "gemma4", "deepseek_v3", "deepseek_v4", "phi3", "gpt_neox", "glm")
+READ_MOST += ("qwen2_vl", "qwen3_vl", "gpt_oss", "stablelm", "ernie4_5_vl_moe", "dinov3_vit")
+THOROUGH = pytest.mark.thorough
+EACH = pytest.mark.parametrize(
+    "model", [x if x in READ_MOST else pytest.param(x, marks=THOROUGH) for x in FILES]
+)
 DEFAULT = {"rope_type": "default", "rope_theta": 1e6}
 FACTORS = [1.0 + 0.25 * i for i in range(512)]
 LENGTH = {"original_max_position_embeddings": 1024}
@@ -164,27 +168,6 @@ def assert_same(freqs, table, factor):
     assert freqs.attention_factor == factor
 
 
-@pytest.mark.parametrize("model", SAMPLE)
-def test_defaults(model):
-    for site in sites(model):
-        for layer_type, table, factor in site.tables():
-            if site.name in REFUSED:
-                with pytest.raises(ValueError, match=REFUSED[site.name]):
-                    from_hf_config(site.config, layer_type=layer_type)
-            elif site.axes == 1:
-                assert_same(from_hf_config(site.config, layer_type=layer_type), table, factor)
-
-
-@pytest.mark.parametrize("model", SAMPLE)
-def test_positions_of_several_axes(model):
-    for site in sites(model):
-        if site.axes > 1 and site.name not in REFUSED:
-            site = with_sections(site)
-            for layer_type, _, _ in site.tables():
-                freqs = from_hf_config(site.config, layer_type=layer_type)
-                assert_same_cosines(site, layer_type, freqs)
-
-
 def with_sections(site: Site) -> Site:
     """The site with an mrope_section of its number of pairs, where it takes one."""
     if not hasattr(site.module, "mrope_section"):
@@ -214,23 +197,38 @@ def assert_same_cosines(site: Site, layer_type: str | None, freqs) -> None:
         assert torch.equal(got, halves) or torch.equal(got, turns)
 
 
-@pytest.mark.parametrize("model", SAMPLE)
+@EACH
+def test_defaults(model):
+    for site in sites(model):
+        several = site.axes > 1 and site.name not in REFUSED
+        site = with_sections(site) if several else site
+        for layer_type, table, factor in site.tables():
+            if site.name in REFUSED:
+                with pytest.raises(ValueError, match=REFUSED[site.name]):
+                    from_hf_config(site.config, layer_type=layer_type)
+                continue
+            freqs = from_hf_config(site.config, layer_type=layer_type)
+            if several:
+                assert_same_cosines(site, layer_type, freqs)
+                continue
+            assert_same(freqs, table, factor)
+            stored = from_hf_config(site.config.to_dict(), layer_type=layer_type)
+            assert_same(stored, table, factor)
+
+
+@EACH
 def test_every_rope_type(model):
     for site in sites(model):
         if site.name in {*REFUSED, *DEFAULT_ONLY, *REORDERED}:
             continue
-        if "ROPE_INIT_FUNCTIONS" not in source_of(site):
+        if "ROPE_INIT_FUNCTIONS" not in inspect.getsource(type(site.module)):
             continue
         for name, parameters in VARIANTS.items():
             compare(site, name, parameters)
 
 
-def source_of(site: Site) -> str:
-    return inspect.getsource(type(site.module))
-
-
 def compare(site: Site, name: str, parameters: dict[str, Any]) -> None:
-    if "alpha" in parameters and "ntk_alpha" not in source_of(site):
+    if "alpha" in parameters and "ntk_alpha" not in inspect.getsource(type(site.module)):
         return
     if parameters["rope_type"] not in KNOWN_TYPES:
         return
@@ -259,7 +257,9 @@ def with_variant(site: Site, parameters: dict[str, Any]) -> dict[str, Any]:
         names = {"rope_theta", "partial_rotary_factor"} & {*old}
         kept = {"rope_theta": 1e6} | {name: old[name] for name in names}
         types = {old["rope_type"], parameters["rope_type"]}
-        unheeded = "default" in types and "partial_rotary_factor" not in source_of(site)
+        unheeded = "default" in types and "partial_rotary_factor" not in inspect.getsource(
+            type(site.module)
+        )
         if unheeded or "proportional" in types:
             kept.pop("partial_rotary_factor", None)
         factors = {}

@@ -63,11 +63,6 @@ def test_rope_freqs_to_moves_every_tensor():
     assert methods.rope(16).to("meta").log_decay is None
 
 
-def test_rope_freqs_is_frozen():
-    with pytest.raises(AttributeError):
-        methods.rope(16).attention_factor = 2.0
-
-
 def processor():
     """Its maker and the instructions that torch uses."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -229,13 +224,6 @@ def test_ntk_mixed_at_exponent_0_is_pi(factor):
     assert ulps(mixed, methods.pi(128, factor=factor).inv_freq) <= 3
 
 
-@pytest.mark.parametrize("exponent", [0.0, 0.25, 0.625, 0.75, 1.0])
-def test_ntk_mixed_slows_the_last_pair_by_the_factor(exponent):
-    mixed = methods.ntk_mixed(64, factor=12, exponent=exponent).inv_freq
-    ratio = methods.rope(64).inv_freq[-1] / mixed[-1]
-    assert ratio.item() == pytest.approx(12, rel=1e-6)
-
-
 def test_ntk_aware_keeps_the_first_pair_and_slows_the_last():
     plain, slowed = methods.rope(128).inv_freq, methods.ntk_aware(128, factor=8).inv_freq
     assert slowed[0] == plain[0]
@@ -281,3 +269,24 @@ def test_dynamic_yarn_amplitude_follows_the_length():
         methods.dynamic_yarn(16, seq_len=n, **settings).attention_factor for n in (9, 128, 129)
     ]
     assert amplitudes == [1.0, 1.0, 0.1 * math.log(129 / 64) + 1.0]
+
+
+@pytest.mark.parametrize(("dim", "clip"), [(128, 20), (16, 20), (64, 5), (64, 1), (8, 4)])
+@pytest.mark.parametrize("base", [10000.0, 500000.0])
+def test_cope_fades_with_the_bits_of_the_authors_formula(dim, clip, base):
+    table = methods.rope(dim, base=base).inv_freq
+    faded = min(clip, dim // 2)
+    angles = torch.linspace(0.0, torch.pi, steps=faded, dtype=torch.float32)
+    fade = 0.5 * (1.0 + torch.cos(angles))
+    expected = torch.cat((table[:-faded], table[-faded:] * fade))
+    inv_freq = methods.cope(dim, base=base, clip=clip).inv_freq
+    assert same_bits(inv_freq, expected)
+    assert inv_freq[-faded] == table[-faded] and (faded == 1 or inv_freq[-1] == 0)
+
+
+@pytest.mark.parametrize(("truncate_pos", "counts"), [(2048, (41, 14, 9)), (4096, (46, 14, 4))])
+def test_giraffe_truncation_counts(truncate_pos, counts):
+    inv_freq = methods.giraffe_truncation(128, truncate_pos=truncate_pos).inv_freq
+    cutoff = 2 * math.pi / truncate_pos
+    slow, zero = (inv_freq == torch.tensor(cutoff / 16)).sum().item(), (inv_freq == 0).sum().item()
+    assert (64 - slow - zero, slow, zero) == counts

@@ -78,15 +78,6 @@ def test_a_wavelength_below_a_token_becomes_one():
     assert torch.equal(fast.inv_freq, expected)
 
 
-def test_resonance_of_a_batch():
-    freqs = methods.dynamic_ntk(
-        16, factor=2.0, seq_len=torch.tensor([5, 500]), max_position_embeddings=64
-    )
-    whole = methods.resonance(freqs).inv_freq
-    for row, inv_freq in zip(whole, freqs.inv_freq):
-        assert torch.equal(row, methods.resonance(replaced(inv_freq=inv_freq)).inv_freq)
-
-
 # -------------------------------------------------------------------------------------------------
 # Ms-PoE
 
@@ -130,16 +121,6 @@ def test_frequencies_of_a_batch():
     for row, inv_freq in zip(freqs.inv_freq, plain.inv_freq):
         alone = methods.ms_poe(replaced(inv_freq=inv_freq), heads=3)
         assert torch.equal(row, alone.inv_freq[0])
-
-
-def test_they_wrap_one_another():
-    freqs = methods.ms_poe(methods.resonance(methods.axial(16)), heads=4)
-    assert freqs.inv_freq.shape == (1, 4, 8) and len(freqs.axes) == 8
-
-
-def test_tables_stay_on_the_device_of_the_frequencies():
-    for wrap in (methods.resonance, lambda freqs: methods.ms_poe(freqs, heads=2)):
-        assert wrap(FREQS.to("meta")).inv_freq.device.type == "meta"
 
 
 ERRORS = [

@@ -20,7 +20,7 @@ from extrope_kernels.testing import device
 
 HEADS_Q, HEADS_K, DIM = 4, 2, 24
 COLUMN = 5
-VALUES = (math.nan, math.inf, -math.inf)
+VALUES = (math.nan, -math.inf)
 NAMES = ("q", "k", "v", "dout")
 TOKENS, ROW = 75, 55  # and the one that is poisoned: amid a chunk of 48, and a block of its rows
 MODES = [{"causal": a, "normalize": b} for a, b in product((True, False), repeat=2)]
@@ -64,8 +64,9 @@ def results(
     return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads)))
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype, mode", [*((torch.float32, mode) for mode in MODES), (torch.bfloat16, MODES[0])], ids=str
+)
 def test_what_is_spoilt(dtype, mode):
     tensors, permutations = make(dtype), head_permutations(HEADS_K, DIM)
     run = functools.partial(permuteformer_attention, permutations=permutations)

@@ -34,14 +34,6 @@ def test_steps_give_what_the_whole_does(named, normalize):
     assert state.kv.shape == (2, 2, 16, 16) and state.kv.dtype == torch.float32
 
 
-def test_a_step_leaves_the_state_that_it_is_given():
-    (q, k, v), permutations = make(1, 9)
-    _, state = permuteformer_step(q, k, v, permutations=permutations)
-    before = [x.clone() for x in state]
-    permuteformer_step(q[:, :1], k[:, :1], v[:, :1], state, permutations=permutations, positions=9)
-    assert all(torch.equal(a, b) for a, b in zip(state, before))
-
-
 @ON_CPU
 @pytest.mark.parametrize("tokens", [0, 1, FEW - 1, FEW, FEW + 1])
 @pytest.mark.parametrize("dim, value_dim", [(33, 17), (64, 72), (256, 96)])
@@ -65,20 +57,6 @@ def test_few_tokens(dtype, dim, value_dim, tokens):
     assert_within_budget("rows", found[0], same[0], exact[0])
     for name in PermuteFormerState._fields:
         assert_within_budget(name, *(getattr(x[1], name) for x in (found, same, exact)))
-
-
-@pytest.mark.parametrize("heads_q, heads_k", [(4, 2), (3, 1), (1, 1)])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_first_tokens_without_a_state(normalize, heads_q, heads_k):
-    """Heads of q that share a state, which starts from zero."""
-    (q, k, v), permutations = make(3, 5, heads_q, heads_k, dim=24, value_dim=40)
-    arguments = {"permutations": permutations, "normalize": normalize}
-    same = permuteformer_step(q, k, v, backend="reference", **arguments)
-    exact = permuteformer_step(*(x.double() for x in (q, k, v)), backend="reference", **arguments)
-    found = permuteformer_step(q, k, v, **arguments)
-    assert_within_budget("rows", found[0], same[0], exact[0])
-    for a, b, c in zip(found[1], same[1], exact[1]):
-        assert_within_budget("state", a, b, c)
 
 
 @ON_CPU

@@ -7,7 +7,7 @@ import torch
 from position_checks import assert_uniform, seeded, tensors
 from vectors import load
 
-from extrope_kernels import positions
+from extrope_kernels import apply_rope_qk, methods, positions
 from extrope_kernels.positions.pose import take_pieces
 from extrope_kernels.positions.random_padding import place
 from extrope_kernels.positions.randomized import choose
@@ -43,12 +43,6 @@ def test_shape_vector():
     evaluated = positions.shape(*size, training=False, eval_shift="K")
     assert evaluated.tolist() == [vector["eval_positions"]] * size[0]
     assert evaluated[0, 3].item() == vector["eval_step3_position"][0]
-
-
-def test_giraffe_vector():
-    vector = VECTORS["giraffe_randomized_positions_n12_seed0"]
-    drawn = positions.giraffe_randomized(1, vector["params"]["seq_len"], generator=seeded(0))
-    assert torch.equal(drawn, torch.tensor([vector["positions"]]))
 
 
 def test_randomized_vector():
@@ -162,32 +156,18 @@ def test_random_padding_places(prefix, kind):
         assert sorted(row[:n]) == [place for place, used in enumerate(places) if used]
 
 
-def test_random_padding_of_one_place_behind_a_prefix_of_all_tokens():
-    drawn, mask = positions.random_padding(50, 4, 5, num_fixed_prefix=4, generator=seeded())
-    assert torch.equal(drawn, torch.arange(5).expand(50, 5))
-    assert torch.equal(mask, (torch.arange(5) < 4).expand(50, 5))
-
-
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_random_padding_in_front_is_uniform(prefix):
-    drawn, _ = positions.random_padding(8_000, 3, 6, num_fixed_prefix=prefix, generator=seeded())
-    assert_uniform(drawn[:, prefix], prefix, prefix + 3)
-
-
-def test_random_padding_draws_per_row():
-    tokens = torch.arange(1, 9).repeat(1000)
-    drawn, _ = positions.random_padding(8000, tokens, 8, generator=seeded())
-    for n in range(1, 9):
-        front = drawn[tokens == n, 0]
-        assert front.min() == 0 and front.max() == 8 - n
-
-
 @pytest.mark.parametrize(("tokens", "prefix"), [(4, 0), (4, 4), (1, 0), (9, 9), ([2, 9, 5], 1)])
 def test_random_padding_at_inference_is_behind(tokens, prefix):
     drawn, mask = positions.random_padding(3, tokens, 9, num_fixed_prefix=prefix, training=False)
     assert torch.equal(drawn, torch.arange(9).expand(3, 9))
     assert mask.sum(-1).tolist() == (tokens if isinstance(tokens, list) else [tokens] * 3)
     assert (mask.int().diff(dim=-1) <= 0).all()
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_random_padding_in_front_is_uniform(prefix):
+    drawn, _ = positions.random_padding(8_000, 3, 6, num_fixed_prefix=prefix, generator=seeded())
+    assert_uniform(drawn[:, prefix], prefix, prefix + 3)
 
 
 # PoSE
@@ -222,15 +202,13 @@ def test_pose_takes_all_of_a_short_document(num_tokens, n):
     assert drawn.shape == (3, n) and (drawn[:, -1] < 64).all()
 
 
-def test_pose_without_room_skips_nothing():
-    drawn, _ = positions.pose(100, 50, 16, 16, generator=seeded())
-    assert torch.equal(drawn, torch.arange(16).expand(100, 16))
-
-
 # Giraffe
 
 
 def test_giraffe_steps():
+    vector = VECTORS["giraffe_randomized_positions_n12_seed0"]
+    drawn = positions.giraffe_randomized(1, vector["params"]["seq_len"], generator=seeded(0))
+    assert torch.equal(drawn, torch.tensor([vector["positions"]]))
     drawn = positions.giraffe_randomized(200, 64, generator=seeded())
     steps = 2 * torch.rand(200, 64, generator=seeded())
     total = steps.sum(dim=-1)
@@ -241,3 +219,22 @@ def test_giraffe_steps():
     torch.testing.assert_close(drawn[:, -1], total.clamp(max=64))
     plain = total <= 64
     assert torch.equal(drawn[plain], steps.cumsum(dim=-1)[plain])
+
+
+# What attention sees of them
+
+
+@pytest.mark.parametrize("freqs", [methods.rope(16), methods.xpos(16)], ids=["rope", "xpos"])
+@pytest.mark.parametrize("name", ["shape", "random_padding"])
+def test_moving_together_changes_no_logit(name, freqs):
+    places = {
+        "shape": positions.shape(3, 16, 100, generator=seeded()),
+        "random_padding": positions.random_padding(3, 16, 100, generator=seeded())[0][:, :16],
+    }[name]
+    q, k = torch.randn(2, 3, 16, 2, 16, generator=seeded(3), dtype=torch.float64)
+    rotated = [apply_rope_qk(q, k, freqs, positions=at) for at in (None, places)]
+    plain, moved = (torch.einsum("bihd,bjhd->bhij", *pair) for pair in rotated)
+    # Angle and rotation each round; the angle's error grows with the position.
+    norms = (q.norm(dim=-1).max() * k.norm(dim=-1).max()).item()
+    assert places[:, 0].min() > 0
+    assert (moved - plain).abs().max() <= 8 * torch.finfo(torch.float64).eps * 116 * norms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -92,26 +93,19 @@ def test_vectors(backend, vector):
     torch.testing.assert_close(out, torch.cat((cos, sin), -1), rtol=0, atol=8 * EPS)
 
 
-@pytest.mark.parametrize("model", ("qwen2_vl", "qwen3_vl"))
-def test_transformers(backend, model):
+@pytest.mark.parametrize(
+    "model, name, rotary, sections",
+    (
+        ("qwen2_vl", "Qwen2VL", "Qwen2VLRotaryEmbedding", [16, 24, 24]),
+        ("qwen3_vl", "Qwen3VL", "Qwen3VLTextRotaryEmbedding", [24, 20, 20]),
+    ),
+)
+def test_transformers(backend, model, name, rotary, sections):
     pytest.importorskip("transformers")
-    from transformers.models.qwen2_vl import configuration_qwen2_vl, modeling_qwen2_vl
-    from transformers.models.qwen3_vl import configuration_qwen3_vl, modeling_qwen3_vl
-
-    config_class, rotary_class, modeling, sections = {
-        "qwen2_vl": (
-            configuration_qwen2_vl.Qwen2VLTextConfig,
-            modeling_qwen2_vl.Qwen2VLRotaryEmbedding,
-            modeling_qwen2_vl,
-            [16, 24, 24],
-        ),
-        "qwen3_vl": (
-            configuration_qwen3_vl.Qwen3VLTextConfig,
-            modeling_qwen3_vl.Qwen3VLTextRotaryEmbedding,
-            modeling_qwen3_vl,
-            [24, 20, 20],
-        ),
-    }[model]
+    modeling = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    configuration = importlib.import_module(f"transformers.models.{model}.configuration_{model}")
+    config_class = getattr(configuration, f"{name}TextConfig")
+    rotary_class = getattr(modeling, rotary)
     parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
     config = config_class(
         hidden_size=256, num_attention_heads=2, head_dim=128, rope_parameters=parameters
@@ -157,39 +151,6 @@ def test_position_tensors(backend, shape, dtype):
     check(q, k, freqs, backend, draw(*shape).to(dtype))
 
 
-@pytest.mark.parametrize(
-    "method",
-    (
-        methods.ntk_aware(64, factor=4.0),
-        methods.xpos(64),
-        methods.longrope(
-            64,
-            short_factor=[1.0] * 32,
-            long_factor=[4.0] * 32,
-            original_max_position_embeddings=4096,
-            seq_len=torch.tensor([100, 9000]),
-            factor=4.0,
-        ),
-        RopeFreqs(torch.rand(2, 2, 32), 1.3),
-    ),
-    ids=("ntk_aware", "xpos", "longrope", "per_head"),
-)
-@pytest.mark.parametrize("inverse", (False, True))
-def test_every_method_composes(backend, method, inverse):
-    q, k = make_qk(heads_q=2, heads_k=2)
-    freqs = methods.with_sections(method, (12, 10, 10), interleaved=True).to(device())
-    check(q, k, freqs, backend, draw(3, 2, 13, largest=2000), inverse=inverse)
-
-
-def test_packed(backend):
-    q, k = make_qk(1, 11, 2, 1)
-    cu_seqlens = torch.tensor([0, 4, 4, 11], dtype=torch.int32, device=device())
-    inv_freq = torch.rand(3, 32, device=device())
-    freqs = frequencies(inv_freq=inv_freq)
-    positions = draw(3, 1, 11)
-    check(q[0], k[0], freqs, backend, positions, cu_seqlens=cu_seqlens)
-
-
 # -------------------------------------------------------------------------------------------------
 # Text: the same position on every axis
 def run(freqs, positions, backend):
@@ -215,41 +176,6 @@ def test_text_is_plain_rope_bit_for_bit(backend, decay):
 
 # -------------------------------------------------------------------------------------------------
 # Gradients, graphs and vmap
-
-
-@pytest.mark.parametrize("packed", (False, True))
-@pytest.mark.parametrize("interleaved", (False, True))
-def test_gradients(backend, interleaved, packed):
-    q, k = make_qk(1 if packed else 2, 7, 2, 1, dtype=torch.float64)
-    options = {"interleaved": interleaved}
-    inv_freq = torch.rand(2, 32, device=device())
-    if packed:
-        q, k = q[0], k[0]
-        options["cu_seqlens"] = torch.tensor([0, 3, 7], dtype=torch.int32, device=device())
-    positions = draw(3, 1 if packed else 2, 7, largest=1000)
-    leaves = [x.clone().requires_grad_() for x in (q, k, inv_freq)]
-    freqs = frequencies(inv_freq=leaves[2])
-    outs = apply_rope_qk(*leaves[:2], freqs, positions=positions, backend=backend, **options)
-    expected = by_axis(*leaves[:2], freqs, positions, **options)
-    weights = [torch.randn_like(x) for x in outs]
-    got = torch.autograd.grad(outs, leaves, weights)
-    want = torch.autograd.grad(expected, leaves, weights)
-    for x, y in zip(got, want):
-        torch.testing.assert_close(x, y)
-
-
-def test_compile(backend):
-    q, _ = make_qk()
-    freqs = frequencies()
-    compiled = torch.compile(
-        lambda x, p: apply_rope(x * 1.0, freqs, positions=p, backend=backend), fullgraph=True
-    )
-    leaf, positions = q.clone().requires_grad_(), draw(3, 2, 13)
-    out = compiled(leaf, positions)
-    torch.testing.assert_close(out, apply_rope(q, freqs, positions=positions, backend=backend))
-    out.sum().backward()
-    ones = apply_rope(torch.ones_like(q), freqs, positions=positions, inverse=True)
-    torch.testing.assert_close(leaf.grad, ones * freqs.attention_factor**2)
 
 
 def test_vmap_over_positions(backend):

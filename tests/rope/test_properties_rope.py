@@ -131,19 +131,6 @@ def test_in_place_has_the_same_bits(case, backend):
     assert [x.isnan().sum() for x in around] == outside
 
 
-@generated(case=cases((torch.float32, torch.float64)), backend=BACKENDS)
-def test_inverse_undoes(case, backend):
-    q, k = case.run(backend=backend)
-    undo = {"inverse": not case.options["inverse"], "backend": backend}
-    back = replace(case, q=q, k=k).run(**undo)
-    for name, x, same in zip("qk", (case.q, case.k), back):
-        largest = max([y.abs().max().item() for y in (x, q, k) if y.numel()], default=0.0)
-        # XPOS: what grows one way shrinks the other, and the error with it.
-        assert same.numel() == 0 or (x - same).abs().max() <= 16 * torch.finfo(x.dtype).eps * (
-            largest**2 + 1
-        ), name
-
-
 @generated(case=cases(), backend=BACKENDS, seed=seeds())
 def test_gradients(case, backend, seed):
     """dq, dk and d inv_freq against those of the reference in float64."""

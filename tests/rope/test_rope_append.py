@@ -47,12 +47,6 @@ def test_dims(backend, dims, interleaved):
     step.check(backend, step.expected(SLOTS, POSITIONS))
 
 
-def test_an_empty_cache(backend):
-    step = Step(call={"cache_seqlens": ints(0, 9)})
-    positions = torch.stack([torch.arange(5), torch.arange(9, 14)]).to(device())
-    step.check(backend, step.expected(behind((0, 9), 5), positions))
-
-
 @pytest.mark.parametrize("page_size", (1, 4))
 def test_paged(backend, page_size):
     blocks = 48 // page_size
@@ -75,12 +69,13 @@ def test_slot_mapping(backend, dtype):
     step.check(backend, step.expected(written, positions))
 
 
-def test_slots_with_lengths(backend):
-    """The lengths then say where tokens are, and the slots where they go."""
-    slots = ints(*range(20, 10, -1), dtype=torch.int64).view(2, 5)
-    step = Step(call={"slot_mapping": slots, "cache_seqlens": ints(3, 9)})
+def test_slots_of_any_stride(backend):
+    """Lengths or positions then say where tokens are, and the slots where they go."""
+    slots = ints(*range(20, 10, -1), dtype=torch.int64).view(5, 2).T
     written = [(b, t, n // 23, n % 23) for b in (0, 1) for t, n in enumerate(slots[b].tolist())]
-    step.check(backend, step.expected(written, POSITIONS))
+    for where in ({"positions": POSITIONS}, {"cache_seqlens": ints(3, 9)}):
+        step = Step(call={"slot_mapping": slots, **where})
+        step.check(backend, step.expected(written, POSITIONS))
 
 
 def test_packed_sequences_and_padding(backend):
@@ -98,12 +93,6 @@ def test_left_padding_and_positions(backend):
     expected = leftpad.expected(SLOTS, positions)
     leftpad.check(backend, expected)
     Step(call={**CONTIGUOUS, "positions": positions}).check(backend, expected)
-
-
-def test_one_number_of_slots_for_all(backend):
-    one, each = Step(call={"cache_seqlens": 4}), Step(call={"cache_seqlens": ints(4, 4)})
-    for x, y in zip(one.run(backend), each.run(backend)):
-        assert torch.equal(x, y)
 
 
 SCORES = (
@@ -216,15 +205,9 @@ def test_autograd_notices_what_is_appended(backend):
 # Options that change numbers, and places that come together
 
 
-@pytest.mark.parametrize("norms", ("head", "all"))
-def test_epsilon_of_the_norms(backend, norms):
-    step = Step(norms=norms, call={**CONTIGUOUS, "norm_eps": 0.5})
-    step.check(backend, step.expected(SLOTS, POSITIONS))
-
-
 @pytest.mark.parametrize("without", ("q_norm_weight", "k_norm_weight"))
 def test_one_norm(backend, without):
-    step = Step(norms="head", call=CONTIGUOUS)
+    step = Step(norms="head", call={**CONTIGUOUS, "norm_eps": 0.5})
     step.weights[without] = None
     step.check(backend, step.expected(SLOTS, POSITIONS))
 
@@ -246,13 +229,6 @@ def test_frequencies_of_each_head(backend):
     for batch, token, block, place in SLOTS:
         torch.testing.assert_close(caches[0][block, place], expected[batch, token])
     assert (caches[0] == FILLER).all(-1).sum() == (2 * 23 - len(SLOTS)) * 2
-
-
-def test_slots_of_any_stride(backend):
-    slots = ints(*range(20, 10, -1), dtype=torch.int64).view(5, 2).T
-    step = Step(call={"slot_mapping": slots, "positions": POSITIONS})
-    written = [(b, t, n // 23, n % 23) for b in (0, 1) for t, n in enumerate(slots[b].tolist())]
-    step.check(backend, step.expected(written, POSITIONS))
 
 
 def test_packed_sequences_in_pages_behind_padding(backend):

@@ -35,14 +35,17 @@ def closed_form(q, k, freqs):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inverse", (False, True))
-def test_amplitude_counts_from_its_origin(backend, dtype, inverse):
+@pytest.mark.parametrize("start, origin", ((0, 0), (900, 0), (-900, 0), (900, 905.5)))
+def test_log_decay_goes_up_for_q_and_down_for_k(backend, start, origin, dtype, inverse):
     q, k = make_qk(head_dim=32, dtype=dtype)
-    out = check(q, k, xpos(32, 905.5), backend, positions=900, inverse=inverse)
+    out = check(q, k, xpos(32, origin), backend, positions=start, inverse=inverse)
     if not inverse:
-        plain = apply_rope(q.double(), methods.rope(32).to(device()), positions=900)
-        at = 900 - 905.5 + torch.arange(q.shape[1], device=device(), dtype=torch.float64)
+        plain = methods.rope(32).to(device())
+        plain = apply_rope_qk(q.double(), k.double(), plain, positions=start, backend="reference")
+        at = start - origin + torch.arange(q.shape[1], device=device(), dtype=torch.float64)
         growth = torch.exp(at[:, None, None] * xpos(32).log_decay.double().tile(2))
-        torch.testing.assert_close(out[0].double(), plain * growth, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(out[0].double(), plain[0] * growth, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(out[1].double(), plain[1] / growth, rtol=0.02, atol=0.02)
 
 
 def test_gradients_carry_the_origin(backend):
@@ -142,10 +145,3 @@ def test_origin_follows_to_another_device_and_other_sections():
     steepest = freqs.log_decay.double().abs().max().item()
     assert freqs.steepest_decay == pytest.approx(steepest, rel=1e-6)
     assert replace(freqs, steepest_decay=0.0).steepest_decay == 0
-
-
-def test_decay_has_no_gradient():
-    freqs = xpos(8)
-    freqs = replace(freqs, log_decay=freqs.log_decay.clone().requires_grad_())
-    with pytest.raises(ValueError, match="rope: log_decay is not differentiable"):
-        apply_rope(torch.randn(1, 3, 2, 8), freqs.for_keys())

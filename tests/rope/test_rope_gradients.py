@@ -129,16 +129,6 @@ def test_one_tensor(backend, case):
 
 # -------------------------------------------------------------------------------------------------
 # torch.func
-def test_func_grad(backend):
-    rotate, (q, k, inv_freq) = build_case("plain")
-
-    def loss(q, k, inv_freq, backend):
-        return sum(out.pow(3).sum() for out in rotate(q, k, inv_freq, backend))
-
-    grads = torch.func.grad(loss, argnums=(0, 1, 2))(q, k, inv_freq, backend)
-    expected = torch.func.grad(loss, argnums=(0, 1, 2))(q, k, inv_freq, "reference")
-    for got, want in zip(grads, expected):
-        torch.testing.assert_close(got, want)
 
 
 def test_func_grad_of_grad(backend):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods, rope_append_kvcache
-from extrope_kernels.testing import assert_within_budget, device, make_qk
+from extrope_kernels.testing import device, make_qk
 
 FREQS = RopeFreqs(methods.rope(64).inv_freq.to(device()), 1.1)
 
@@ -38,27 +38,6 @@ def test_strided_views_rotate_to_the_same_bits(backend, layout, inplace, dtype):
         assert not inplace or out is view
 
 
-def test_inplace_writes_between_the_gaps_only(backend):
-    q, _ = make_qk(2, 5, 3)
-    buffer = torch.full((2, 8, 5, 80), math.nan, device=device())
-    view = buffer[:, 1:6, 1:4, 8:72]
-    view.copy_(q)
-    apply_rope(view, FREQS, inplace=True, backend=backend)
-    outside = torch.ones_like(buffer, dtype=torch.bool)
-    outside[:, 1:6, 1:4, 8:72] = False
-    assert buffer[outside].isnan().all() and not view.isnan().any()
-
-
-def test_expanded_inputs(backend):
-    q, k = make_qk(1, 7, 1, 1)
-    wide_q, wide_k = q.expand(3, 7, 5, 64), k.expand(3, 7, 2, 64)
-    outs = apply_rope_qk(wide_q, wide_k, FREQS, backend=backend)
-    sames = apply_rope_qk(wide_q, wide_k, FREQS, backend="reference")
-    exacts = apply_rope_qk(wide_q.double(), wide_k.double(), FREQS, backend="reference")
-    for name, *values in zip("qk", outs, sames, exacts):
-        assert_within_budget(name, *values)
-
-
 def test_outputs_keep_the_memory_layout(backend):
     q, k = make_qk(2, 6, 4, 2)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
@@ -81,19 +60,6 @@ def test_more_than_2_to_31_elements_by_stride(backend, tmp_path):
     expected = apply_rope(values, FREQS, backend=backend)
     assert torch.equal(apply_rope(x, FREQS, backend=backend), expected)
     assert torch.equal(apply_rope(x, FREQS, inplace=True, backend=backend), expected)
-
-
-def test_same_bits_every_time_and_with_any_number_of_threads(backend):
-    q, k = make_qk(2, 5 if backend == "triton" else 700, 6, 2)
-    threads = torch.get_num_threads()
-    first = apply_rope_qk(q, k, FREQS, positions=999, backend=backend)
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            again = apply_rope_qk(q, k, FREQS, positions=999, backend=backend)
-            assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_nan_and_inf_stay_in_their_pair(backend):
@@ -152,9 +118,9 @@ MOST_KEPT = 24 << 20  # bytes: csrc/cpu/runtime/caches.h
 
 
 @pytest.mark.parametrize("norm", ["none", "each head", "all heads"])
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype, head_dim, interleaved", [(torch.float32, 96, True), (torch.bfloat16, 128, False)]
+)
 def test_as_its_parts(dtype, head_dim, interleaved, norm):
     heads, part = (5, 2), 3000
     tokens = MOST_KEPT // (sum(heads) * head_dim * dtype.itemsize) + part + 7

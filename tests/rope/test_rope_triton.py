@@ -126,41 +126,8 @@ def test_angle_grad(dtype, per_head, interleaved):
         assert_rotated(name, got, ref, ideal)
 
 
-def test_angle_grad_is_the_derivative_of_the_frequencies():
-    rotation = rope_rotation(8, offset=3, amplitude=1.5)
-    log_decay = -torch.rand(4, device=DEVICE) / 50
-    rotation = replace(rotation, inv_freq=rotation.inv_freq.double(), log_decay=log_decay)
-    x, grad = randn(2, 5, 3, 8, dtype=torch.float64), randn(2, 5, 3, 8, dtype=torch.float64)
-    _, angle_grad = backward([x], [grad], replace(rotation, conjugate=True))
-    positions = torch.arange(3, 8, device=DEVICE).double()
-    inv_freq = rotation.inv_freq.clone().requires_grad_()
-    reference.rotate([x], replace(rotation, inv_freq=inv_freq))[0].backward(grad)
-    torch.testing.assert_close(
-        torch.einsum("s,bshi->i", positions, angle_grad), inv_freq.grad.flatten()
-    )
-
-
 def cumulative(*ends: int) -> torch.Tensor:
     return torch.tensor(ends, dtype=torch.int32, device=DEVICE)
-
-
-@pytest.mark.parametrize("kind", ("index", "positions", "offsets"))
-def test_packed_sequences_some_empty(kind):
-    cu_seqlens = cumulative(0, 0, 3, 3, 7, 11, 11)
-    positions = {
-        "index": None,
-        "positions": torch.randint(0, 100_000, (1, 11), device=DEVICE),
-        "offsets": torch.randint(0, 100_000, (6,), device=DEVICE),
-    }[kind]
-    rotation = rope_rotation(
-        16,
-        cu_seqlens=cu_seqlens,
-        positions=positions,
-        positions_are_offsets=kind == "offsets",
-        offset=2,
-    )
-    per_sequence = rotation.inv_freq * torch.rand(6, 1, 1, device=DEVICE)
-    check([randn(1, 11, 2, 16), randn(1, 11, 1, 16)], replace(rotation, inv_freq=per_sequence))
 
 
 @pytest.mark.parametrize("ends", ((5, 9, 30, -4), (-3, -2, -1, 0), (7, 7, 7, 7), (90, 2, 60, 1)))
@@ -181,21 +148,6 @@ def test_transposed_memory_and_unaligned_rows(gap, interleaved):
     q = randn(2, 3, 4, 16 + gap, dtype=torch.float16).transpose(1, 2)[..., gap:]
     k = randn(2, 1, 4, 16, dtype=torch.float16).transpose(1, 2)
     check([q, k], rope_rotation(16, interleaved=interleaved, offset=50), gap)
-
-
-def test_views_of_a_fused_projection_in_place():
-    fused = randn(2, 3, 5, 16)
-    before = fused.clone()
-    q, k = fused[:, :, :3], fused[:, :, 3:4]
-    rotation = rope_rotation(16, offset=50)
-    rotate([q, k], [q, k], None, None, rotation)
-    inputs = [before[:, :, :3], before[:, :, 3:4]]
-    want = exact(inputs, rotation)
-    for name, got, ref, ideal in zip(
-        "qk", (q, k), reference.rotate(inputs, rotation), want, strict=True
-    ):
-        assert_rotated(name, got, ref, ideal)
-    assert torch.equal(fused[:, :, 4], before[:, :, 4])
 
 
 @pytest.mark.parametrize("axis", (0, 1, 2), ids=("batch", "seqlen", "heads"))

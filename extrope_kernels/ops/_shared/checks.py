@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .autograd import in_func_transform
+
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 Result = TypeVar("Result")
 # As kernels, compiled or not, and PyTorch itself refuse.
@@ -88,6 +90,23 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor, name: str = "cu_seq
             f"{op}: {name} must be contiguous on q's device {q.device}, "
             f"got strides {cu_seqlens.stride()} on {cu_seqlens.device}"
         )
+
+
+def check_boundaries(op: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """Read the values of cu_seqlens where that waits for no device."""
+    if not has_values(cu_seqlens):
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != tokens or ends != sorted(ends):
+        raise ValueError(
+            f"{op}: cu_seqlens must rise from 0 to the number of tokens {tokens}, got {ends}"
+        )
+
+
+def has_values(x: Tensor) -> bool:
+    """Say whether the host can read x at once: tensors of graphs and transforms have no values."""
+    traced = torch.compiler.is_compiling() or in_func_transform()
+    return not traced and x.device.type == "cpu" and type(x) is Tensor
 
 
 def check_ints(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +17,12 @@ from .._shared.library import ops
 from . import reference
 from .checks import check, check_powers, check_state, check_values
 from .permutations import Powers
-from .reference import seen, state_of
+from .reference import next_state, seen
 from .scans import Call, default_decay
 from .scans import permute as permute_by_gather
 
 BACKENDS = ("reference", "cpu", "fla")
+Result = TypeVar("Result")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -100,8 +103,11 @@ def _permute(
     if backend is not None:
         _backends.require("permute", backend, BACKENDS[:2], q.device.type)
     if backend == "reference":
+        check_values("permute", q.shape[0], powers)
         return permute_by_gather(q, k, powers, inverse)
-    out_q, out_k = ops.permute_fwd(q, k, *powers[:3], offset=powers.offset, inverse=inverse)
+    options = {"offset": powers.offset, "inverse": inverse}
+    run = functools.partial(ops.permute_fwd, q, k, *powers[:3], **options)
+    out_q, out_k = _named("permute", q, powers, run)
     return out_q, out_k if k is not None else None
 
 
@@ -113,14 +119,24 @@ def _powers(
     positions: Tensor | int | None,
     cu_seqlens: Tensor | None = None,
 ) -> Powers:
-    """The checked powers of a call."""
+    """The powers of a call, checked but for their values, which kernels read anyway."""
     positions, offset = split_offset(name, positions)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
     powers = Powers(permutations, positions, cu_seqlens, offset)
     check_powers(name, q, k, powers)
-    check_values(name, q.shape[0], powers)
     return powers
+
+
+def _named(name: str, q: Tensor, powers: Powers, run: Callable[[], Result]) -> Result:
+    """Call an op; what its kernel refuses of the values in powers is told in this name."""
+    if torch.compiler.is_compiling():
+        return run()
+    try:
+        return run()
+    except (RuntimeError, ValueError):
+        check_values(name, q.shape[0], powers)
+        raise
 
 
 # -------------------------------------------------------------------------------------------------
@@ -199,10 +215,12 @@ def permuteformer_attention(
     if backend == "reference":
         heads = k.shape[-2] if decay is None else decay.shape[0]
         call = Call(heads, decay, powers.cu_seqlens, causal, normalize)
+        check_values(name, q.shape[0], powers)
         return reference.forward(q, k, v, powers, call).out
     at = permutations, powers.positions, decay, powers.cu_seqlens
     options = {"offset": powers.offset, "causal": causal, "normalize": normalize}
-    return ops.permuteformer_fwd(q, k, v, *at, **options)[0]
+    run = functools.partial(ops.permuteformer_fwd, q, k, v, *at, **options)
+    return _named(name, q, powers, run)[0]
 
 
 def permuteformer_step(
@@ -249,16 +267,18 @@ def permuteformer_step(
         check_state(name, *state, k, v, decay.shape[0])
     kv, key_sum = (None, None) if state is None else state
     if backend == "reference":
+        check_values(name, q.shape[0], powers)
         call = Call(decay.shape[0], decay, None, True, normalize, kv, key_sum, keep_state=True)
         _, _, kv, key_sum = found = reference.forward(q, k, v, powers, call)
         return found.out, PermuteFormerState(kv, key_sum)
     given = [x for x in (q, k, v, kv, key_sum) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        return _recorded_step(q, k, v, state, powers, decay, normalize)
+        run = functools.partial(_recorded_step, q, k, v, state, powers, decay, normalize)
+        return _named(name, q, powers, run)
     at = permutations, powers.positions, kv, key_sum, decay
-    out, kv, key_sum = ops.permuteformer_step(
-        q, k, v, *at, offset=powers.offset, normalize=normalize
-    )
+    options = {"offset": powers.offset, "normalize": normalize}
+    run = functools.partial(ops.permuteformer_step, q, k, v, *at, **options)
+    out, kv, key_sum = _named(name, q, powers, run)
     return out, PermuteFormerState(kv, key_sum)
 
 
@@ -278,11 +298,11 @@ def _recorded_step(
     values = functional.pad(values, (0, 1), value=1.0)  # its sums are those of the keys
     out, _ = ops.permuteformer_fwd(rows, keys, values, *at, decay, offset=offset, normalize=False)
     rows, keys = ops.permute_fwd(rows, keys, *at, offset=offset)
-    after = state_of(keys, values, decay)
+    first = None
     if state is not None:
         first = torch.cat([state.kv, state.k.unsqueeze(-1)], -1)
         out = out + seen(rows, first, decay)
-        after = after + (decay.to(wide) ** q.shape[1])[:, None, None] * first
+    after = next_state(first, keys, values, decay)
     out, total = out[..., :-1], out[..., -1:]
     out = (out / total if normalize else out).to(q.dtype)
     return out, PermuteFormerState(after[..., :-1].contiguous(), after[..., -1].contiguous())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._shared.autograd import in_func_transform
 from .._shared.checks import (
+    check_boundaries,
     check_cu_seqlens,
     check_matching,
     check_position_tensor,
     check_rows,
+    has_values,
 )
 from .._shared.dtypes import accumulator
 from .._shared.positions import position_kind
@@ -158,7 +159,7 @@ def check_values(
 ) -> None:
     """Check what integers and decays hold, on the CPU alone: a GPU would have to be waited for."""
     permutations, _, cu_seqlens, _ = powers or Powers(None)
-    if permutations is not None and _has_values(permutations):
+    if permutations is not None and has_values(permutations):
         dim = permutations.shape[-1]
         wrong = (permutations.sort(-1).values != torch.arange(dim, device="cpu")).any(-1)
         if wrong.any():
@@ -166,19 +167,9 @@ def check_values(
                 f"{name}: permutations must hold 0 to {dim - 1} once in every row, "
                 f"row {wrong.nonzero()[0].item()} does not"
             )
-    if cu_seqlens is not None and _has_values(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
-            raise ValueError(
-                f"{name}: cu_seqlens must rise from 0 to the number of tokens {tokens}, "
-                f"got {bounds}"
-            )
-    if decay is not None and _has_values(decay):
+    if cu_seqlens is not None:
+        check_boundaries(name, cu_seqlens, tokens)
+    if decay is not None and has_values(decay):
         values = decay.tolist()
         if not all(0 < value <= 1 for value in values):
             raise ValueError(f"{name}: decay must lie in (0, 1], got {values}")
-
-
-def _has_values(x: Tensor) -> bool:
-    traced = torch.compiler.is_compiling() or in_func_transform()
-    return not traced and x.device.type == "cpu" and type(x) is Tensor

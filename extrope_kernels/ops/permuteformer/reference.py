@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .._shared.dtypes import accumulator, without_autocast
 from .permutations import Powers
@@ -21,20 +22,24 @@ def forward(q: Tensor, k: Tensor, v: Tensor, powers: Powers, call: Call) -> Resu
     q, k = permute(q, k, powers)
     if packed:
         q, k, v = q[None], k[None], v[None]
-    q, k, v = (x.transpose(1, 2).to(wide) for x in (q, k, v))
-    q, k, heads = feature(q), feature(k), q.shape[1]
+    rows, keys, values = (x.to(wide) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (feature(rows), feature(keys), values))
+    heads, first = q.shape[1], None
     scores = torch.einsum("bhid,bhjd->bhij", q, _expand(k, heads))
     scores = scores * _expand(_decays(call, q.shape[2], q), heads)
     out, den = torch.einsum("bhij,bhjf->bhif", scores, _expand(v, heads)), scores.sum(-1)
     if call.kv is not None:
-        before = q * _expand(_decay_of_first(call, q), heads)[..., None]
-        out = out + before @ _expand(call.kv, heads).to(wide)
-        den = den + (before * _expand(call.key_sum, heads)[:, :, None].to(wide)).sum(-1)
+        first = torch.cat([call.kv, call.key_sum.unsqueeze(-1)], -1).to(wide)
+        before = seen(rows, first, call.decay).transpose(1, 2)
+        out, den = out + before[..., :-1], den + before[..., -1]
     if call.normalize:
         out = out / den[..., None]
     out = out.transpose(1, 2).to(dtype).contiguous()
     none = out.new_empty(0, dtype=wide)
-    kv, key_sum = _last(k, v, call) if call.keep_state else (none, none)
+    kv = key_sum = none
+    if call.keep_state:
+        after = next_state(first, keys, functional.pad(values, (0, 1), value=1.0), call.decay)
+        kv, key_sum = after[..., :-1].contiguous(), after[..., -1].contiguous()
     if packed:
         out, den = out[0], den[0]
     return Result(out, den.contiguous() if call.normalize else none, kv, key_sum)
@@ -84,29 +89,6 @@ def _decays(call: Call, seqlen: int, like: Tensor) -> Tensor:
     return torch.where(seen, powers, 0.0)[None]
 
 
-def _decay_of_first(call: Call, q: Tensor) -> Tensor:
-    """(1, heads, seqlen): decay**(i + 1), for what came before the first token."""
-    i = torch.arange(1, q.shape[2] + 1, device=q.device)
-    if call.decay is None:
-        return torch.ones_like(i, dtype=q.dtype).expand(1, call.heads, -1)
-    return (call.decay.to(q.dtype)[:, None] ** i)[None]
-
-
-def _last(k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """The state after the last token."""
-    k, v = _expand(k, call.heads), _expand(v, call.heads)
-    seqlen = k.shape[2]
-    decay = k.new_ones(call.heads) if call.decay is None else call.decay.to(k.dtype)
-    age = torch.arange(seqlen - 1, -1, -1, device=k.device)
-    decayed = k * (decay[:, None] ** age)[..., None]
-    kv, key_sum = decayed.transpose(-1, -2) @ v, decayed.sum(2)
-    if call.kv is not None:
-        over_all = (decay**seqlen)[:, None]
-        kv = kv + over_all[..., None] * call.kv.to(k.dtype)
-        key_sum = key_sum + over_all * call.key_sum.to(k.dtype)
-    return kv, key_sum
-
-
 # -------------------------------------------------------------------------------------------------
 # States by PyTorch's operations, O(seqlen): they have gradients of any order
 
@@ -123,6 +105,16 @@ def state_of(k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
         age = torch.arange(k.shape[1] - 1, -1, -1, device=k.device)
         k = k * (decay.to(k.dtype) ** age[:, None])[..., None]
     return torch.einsum("bjhd,bjhe->bhde", k, v)
+
+
+@without_autocast
+def next_state(first: Tensor | None, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
+    """`state_of` these tokens and those before them, whose state is `first`."""
+    after = state_of(k, v, decay)
+    if first is None:
+        return after
+    over_all = 1.0 if decay is None else (decay.to(k.dtype) ** k.shape[1])[:, None, None]
+    return after + over_all * first
 
 
 @without_autocast

@@ -23,10 +23,8 @@ from .checks import (
     check_decay,
     check_norm,
     check_norm_eps,
-    given_up_to_last,
     not_differentiable,
     share_memory,
-    without_defaults,
 )
 
 Norm = tuple[Tensor | None, Tensor | None, float]  # q_norm_weight, k_norm_weight, norm_eps
@@ -149,20 +147,19 @@ def _rotate(
         check_decay(freqs, q, positions, offset, packed=cu_seqlens is not None)
     rope_args = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay, freqs.axes)
     rope_args = replicated(q, rope_args)
-    options = without_defaults(
-        attention_factor=freqs.attention_factor,
-        offset=offset,
-        interleaved=interleaved,
-        inverse=inverse,
-        decay_origin=freqs.decay_origin,
-    )
+    options = {
+        "attention_factor": freqs.attention_factor,
+        "offset": offset,
+        "interleaved": interleaved,
+        "inverse": inverse,
+        "decay_origin": freqs.decay_origin,
+    }
     name: str = "rope"
     weights: tuple[Tensor | None, ...] = ()
     if norm is not None:
         name, weights = "rope_norm", norm[:2]
         options["norm_eps"] = norm[2]
-    given = rope_args if freqs.inv_freq is None else given_up_to_last(rope_args)
-    args = (q, k, *weights, *given)
+    args = (q, k, *weights, *rope_args)
     run = _in_place if inplace else _out_of_place
     if torch.compiler.is_compiling():
         return run(name, args, options, backend)

@@ -158,7 +158,7 @@ def _rope_args(
         raise TypeError(f"{_OP}: inv_freq must be a Tensor, got NoneType")
     if score is None:
         factor, origin = freqs.attention_factor, freqs.decay_origin
-        options |= rope_checks.without_defaults(attention_factor=factor, decay_origin=origin)
+        options |= {"attention_factor": factor, "decay_origin": origin}
         return freqs.inv_freq, freqs.log_decay, freqs.axes
     if not isinstance(score, Score):
         raise TypeError(f"{_OP}: score must be a Score or None, got {type(score).__name__}")
@@ -180,13 +180,12 @@ def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None)
     if backend == "reference":
         return reference(*tensors, **options)
     op = ops.rope_append_triton if backend == "triton" else ops.rope_append
-    given = rope_checks.given_up_to_last(tensors)
     if torch.compiler.is_compiling():
-        return op(*given, **options)
+        return op(*tensors, **options)
     k_cache, v_cache = tensors[3:5]
     if rope_checks.share_memory(k_cache, v_cache):
         raise ValueError(f"{_OP}: k_cache and v_cache must not share memory")
-    out = call_unrecorded(op, given, options)
+    out = call_unrecorded(op, tensors, options)
     note_writes(k_cache, v_cache)
     return out
 
@@ -516,7 +515,10 @@ def _rotate(call: Append, q: Tensor | None, positions: Tensor) -> tuple[Tensor |
     if q is None:  # k in its place, which decays the other way
         tensors = (call.k, None, call.k_norm_weight, None)
         decay = None if decay is None else -decay
-    rope_args = (call.inv_freq, positions, call.cu_seqlens, decay, call.axes)
+    cu_seqlens = call.cu_seqlens
+    if cu_seqlens is not None:  # padding past the last sequence is rotated as if it were part of it
+        cu_seqlens = torch.cat((cu_seqlens[:-1], cu_seqlens.new_tensor([call.seqlen])))
+    rope_args = (call.inv_freq, positions, cu_seqlens, decay, call.axes)
     by_slots = call.packed and call.cu_seqlens is None
     if by_slots:
         tensors = (*(x if x is None else x[None] for x in tensors[:2]), *tensors[2:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,33 +120,6 @@ def refuse_overlap(q: Tensor, k: Tensor | None) -> None:
                 f"rope: {name} must not be expanded to be rotated in place, "
                 f"got strides {x.stride()}"
             )
-
-
-_DEFAULTS = {
-    "attention_factor": 1.0,
-    "offset": 0,
-    "interleaved": False,
-    "inverse": False,
-    "decay_origin": 0.0,
-}
-
-
-def without_defaults(**options: Any) -> dict[str, Any]:
-    """An op's options without those that are its defaults: each costs the dispatcher a µs."""
-    return {name: x for name, x in options.items() if not _is_default(name, x)}
-
-
-def given_up_to_last(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """An op's tensors without the Nones at the end, its defaults: likewise."""
-    count = len(tensors)
-    while tensors[count - 1] is None:
-        count -= 1
-    return tensors[:count]
-
-
-def _is_default(name: str, value: object) -> bool:
-    default = _DEFAULTS[name]
-    return type(value) is type(default) and value == default
 
 
 def share_memory(x: Tensor, y: Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._shared import positions as _positions
+from .._shared.checks import check_boundaries
 from .._shared.dtypes import accumulator
 from .checks import check, position_kind
 
@@ -63,6 +64,8 @@ def resolve(
     amplitude.
     """
     check(q, k, inv_freq, positions, cu_seqlens, log_decay, axes, attention_factor=attention_factor)
+    if cu_seqlens is not None:
+        check_boundaries("rope", cu_seqlens, q.shape[0])
     tensors = [q] if k is None else [q, k]
     if cu_seqlens is not None:
         tensors = [x.unsqueeze(0) for x in tensors]
