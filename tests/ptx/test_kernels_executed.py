@@ -188,9 +188,10 @@ def check_append(dtype=BF16, dim=64, tokens=5, norm=False, paged=False, **option
 
 
 def merge(out_a, out_b, lse_a, lse_b, *, backend):
-    name = "merge_fwd_triton" if backend == "triton" else "merge_fwd"
-    out, lse, *_ = getattr(torch.ops.extrope, name)([out_a, out_b], [lse_a, lse_b])
-    return out, lse
+    from extrope_kernels.ops.attention.triton import merge as kernels
+
+    merge_fwd = kernels.merge_fwd if backend == "triton" else torch.ops.extrope.merge_fwd
+    return merge_fwd([out_a, out_b], [lse_a, lse_b])
 
 
 def check_merge(dtype=BF16):
