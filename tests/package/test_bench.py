@@ -96,6 +96,7 @@ def test_results_are_a_row_a_line_and_filed_by_processor(bench, tmp_path):
     assert harness.folder_of("Intel(R) Xeon(R) Processor, AVX512 and AMX") == "amx"
     assert harness.folder_of("AMD EPYC, AVX512") == "avx512"
     assert harness.folder_of("NVIDIA H100 80GB HBM3") == "gpu-h100-80gb-hbm3"
+    assert harness.folder_of("NVIDIA GeForce RTX 4090") == "gpu-rtx-4090"
 
 
 def test_a_peer_that_fails_is_absent_and_ours_ends_the_run(bench):
