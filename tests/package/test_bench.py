@@ -41,7 +41,11 @@ def ran(script, folder: Path, capsys) -> list[dict]:
     return results["rows"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# Processes that share a sequence are what tests/distributed is about.
+SLOW = {"bench_distributed": pytest.mark.thorough}
+
+
+@pytest.mark.parametrize("script", [pytest.param(x, marks=SLOW.get(x, ())) for x in SCRIPTS])
 def test_every_script_runs(bench, tmp_path, capsys, script):
     bench(script).main(["--quick", "--out", str(tmp_path)])
     ran(bench(script), tmp_path, capsys)
