@@ -83,7 +83,7 @@ setup(
     # By its name alone: else setuptools would take the folders below csrc for packages too.
     include_package_data=False,
     package_data={
-        "extrope_kernels": ["py.typed", "ops/*/triton/*.json"],
+        "extrope_kernels": ["py.typed", "ops/**/*.json"],
         "extrope_kernels.csrc": ["**/*.h", "**/*.cpp", "**/*.cu"],
     },
     distclass=LibraryDistribution,

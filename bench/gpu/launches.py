@@ -38,7 +38,7 @@ def source_of(name: str) -> Source:
     return Source(operation, backend)
 
 
-# The operation that has to launch each. tests/package/test_gpu_smoke.py holds this to the sources.
+# The operation that has to launch each: tests/package/test_gpu_kernels.py.
 OPERATIONS = {
     Kernel("triton", "rope", "rotate_kernel"): "rope",
     Kernel("triton", "rope", "cos_sin_kernel"): "rope by cos and sin",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from harness import folder_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -50,16 +51,8 @@ class Deadline:
         return self.left > 0
 
 
-def slug(card: str) -> str:
-    """NVIDIA H100 80GB HBM3 is h100-80gb-hbm3: what results of a card are filed under."""
-    words = re.findall(r"[a-z0-9]+", card.lower())
-    return "-".join(
-        word for word in words if word not in ("nvidia", "geforce", "graphics", "tesla")
-    )
-
-
 def folder(card: str, results: Path = RESULTS) -> Path:
-    return results / f"gpu-{slug(card)}"
+    return results / folder_of(card)
 
 
 def save(name: str, verdict: Verdict, about: dict, where: Path) -> None:

@@ -13,6 +13,7 @@ from extrope_kernels import _build, _ext, cli
 AMX = cli.CPU_CAPABILITIES.index("AMX")
 
 
+@pytest.mark.thorough
 def test_kernels_for_amx(run_python, tmp_path):
     """Attention in bf16; by nobody else's tests do the kernels run here."""
     assert _ext.load("cpu") is None

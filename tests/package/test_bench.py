@@ -41,7 +41,11 @@ def ran(script, folder: Path, capsys) -> list[dict]:
     return results["rows"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# Processes that share a sequence are what tests/distributed is about.
+SLOW = {"bench_distributed": pytest.mark.thorough}
+
+
+@pytest.mark.parametrize("script", [pytest.param(x, marks=SLOW.get(x, ())) for x in SCRIPTS])
 def test_every_script_runs(bench, tmp_path, capsys, script):
     bench(script).main(["--quick", "--out", str(tmp_path)])
     ran(bench(script), tmp_path, capsys)
@@ -96,6 +100,7 @@ def test_results_are_a_row_a_line_and_filed_by_processor(bench, tmp_path):
     assert harness.folder_of("Intel(R) Xeon(R) Processor, AVX512 and AMX") == "amx"
     assert harness.folder_of("AMD EPYC, AVX512") == "avx512"
     assert harness.folder_of("NVIDIA H100 80GB HBM3") == "gpu-h100-80gb-hbm3"
+    assert harness.folder_of("NVIDIA GeForce RTX 4090") == "gpu-rtx-4090"
 
 
 def test_a_peer_that_fails_is_absent_and_ours_ends_the_run(bench):

@@ -107,7 +107,12 @@ def test_a_replay_that_does_nothing_is_caught(name):
         check(CASES[name], CASES[name].backends[0], idle)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.lengths(0)])
+# The reference is what the others are compared with: its lengths are not frozen.
+FREEZABLE = [name for name, case in CASES.items()
+             if case.lengths(0) and case.backends[-1] != "reference"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FREEZABLE)
 def test_lengths_of_the_capture_are_caught(name):
     """As where the host read them, or kept a copy."""
     case = CASES[name]
@@ -118,4 +123,4 @@ def test_lengths_of_the_capture_are_caught(name):
 
     frozen = Case(run, case.shapes, case.lengths, case.backends, case.gradients)
     with pytest.raises(AssertionError, match="of round 1: "):
-        check(frozen, case.backends[0], rerun)
+        check(frozen, case.backends[-1], rerun)

@@ -287,31 +287,6 @@ def test_the_shipped_configuration_stays_unless_another_gains():
     assert tune.winner(rows) is rows[2]
 
 
-def test_what_does_not_compile_is_told_and_the_shipped_one_has_to(monkeypatch):
-    def problems(op, kernel, dim):
-        return (lambda: None), lambda: times.pop(0)()
-
-    def fails():
-        raise RuntimeError("out of resource: shared memory")
-
-    monkeypatch.setattr(tune, "forced", lambda *args: contextlib.nullcontext())
-    monkeypatch.setitem(sys.modules, "gpu.tune_problems", type("", (), {"problems": problems}))
-    times = [lambda: 2.0, fails, lambda: 1.0]
-    every = [leaf(1), leaf(2), leaf(3)]
-    found = list(tune.each_timed("attention", "dq", 128, every, Deadline()))
-    assert [one.milliseconds for one in found] == [2.0, None, 1.0]
-    verdict = tune.verdict(found, 1, ["128: block_m 3"])
-    assert not verdict.ok and verdict.line == (
-        "2 of 4 configurations timed, 1 refused; written: 128: block_m 3. Now: python "
-        "bench/gpu_audit.py, python bench/readme.py"
-    )
-    assert verdict.content["table"]["rows"][1][-1] == "RuntimeError: out of resource: shared memory"
-    assert verdict.content["table"]["rows"][2][2:4] == ["1.000", "0.50"]
-    times = [fails]
-    with pytest.raises(RuntimeError, match="shared memory"):
-        next(tune.each_timed("attention", "dq", 128, [leaf(1)], Deadline()))
-
-
 def test_each_time_is_kept_and_a_winner_of_the_spills_is_none(table, monkeypatch):
     """The fastest holds more stack than the tests allow a tile that was measured."""
     kept, stack = [], {"a": 0}

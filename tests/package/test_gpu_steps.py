@@ -112,8 +112,6 @@ def test_a_library_that_nvcc_could_have_built_is_missed(monkeypatch, cuda, nvcc,
 
 
 def test_results_are_filed_under_the_card_and_make_one_table(tmp_path):
-    assert step.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
-    assert step.slug("NVIDIA GeForce RTX 4090") == "rtx-4090"
     where = step.folder("NVIDIA H200", tmp_path)
     about = {"card": "NVIDIA H200", "torch": "2.15", "triton": "3.9", "commit": "abc+"}
     rows = {"table": {"head": ["a", "b"], "rows": [["x|y", 1]]}}
@@ -218,12 +216,6 @@ def test_a_suite_goes_on_behind_a_crash(some_tests):
     bad = {entry["test"].split("::")[1]: entry for entry in verdict.content["bad"]}
     assert set(bad) == {"test_fails", "test_kills", "test_loses"}
     assert bad["test_fails"]["why"] == "assert 1 == 2"
-
-
-def test_a_suite_out_of_time_says_how_far_it_came(some_tests):
-    suite.part("folder", 0, 1, some_tests, Deadline(suite.REST + 0.001))
-    verdict = suite.verdict(sorted(some_tests.glob("*.jsonl")), 1)
-    assert not verdict.ok and verdict.line.startswith("1 of 6 ran, 1 passed, 0 failed")
 
 
 class OneTest(Deadline):

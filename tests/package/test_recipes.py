@@ -114,6 +114,7 @@ def test_a_method_is_one_file_and_three_entries(checkout):
     assert passed(checkout, "slow_half or cover or every_method or public", *tests) > 40
 
 
+@pytest.mark.thorough
 def test_a_score_method_is_one_file_an_entry_and_a_row(checkout):
     created, changed = follow("Add a score method", checkout)
     assert created == ["extrope_kernels/scores/apart.py"]

@@ -61,6 +61,7 @@ def test_what_ships_holds_no_emulation():
         assert not re.search(r"emulat", source.read_text(), re.IGNORECASE), source.name
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "source", sorted((ROOT / "tests/support/arm").glob("*.cpp")), ids=lambda path: path.name
 )
