@@ -111,8 +111,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def leave_out_triton_cases(config, items):
-    """Interpret an eleventh of the rotation's Triton cases, a 23rd of attention's, and a third of
-    those of files about Triton alone.
+    """Interpret an eleventh of a file's Triton cases of the rotation, a 23rd of each test's of
+    attention, and a third of each test's in files about Triton alone.
 
     Each takes seconds, and a GPU runs them all in a few. Eleven and 23 have no factor in common
     with the sizes of the grids, so every dtype, layout and shape stays in the sample.
@@ -121,7 +121,7 @@ def leave_out_triton_cases(config, items):
     if torch.cuda.is_available() or os.environ.get("EXTROPE_ALL_CASES") == "1":
         return
     steps = {"backend": 11, "any_backend": 23, "fast_backend": 23}
-    seen: dict[str, int] = {}
+    seen: dict[object, int] = {}
     kept, dropped = [], []
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
@@ -130,8 +130,9 @@ def leave_out_triton_cases(config, items):
             step = 3
         count = 0
         if step is not None:
-            count = seen.get(item.originalname, 0) % step
-            seen[item.originalname] = count + 1
+            of = item.path if params.get("backend") == "triton" else item.originalname
+            count = seen.get(of, 0) % step
+            seen[of] = count + 1
         (kept if count == 0 else dropped).append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept

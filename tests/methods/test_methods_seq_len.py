@@ -84,7 +84,7 @@ def test_compiles_as_one_graph(name):
     assert torch.equal(compiled(seq_len), freqs_at(name, 16, seq_len).inv_freq)
 
 
-@each_method
+@pytest.mark.parametrize("name", OF_LENGTH)
 def test_a_symbolic_length_compiles(name):
     torch._dynamo.reset()
     compiled = torch.compile(

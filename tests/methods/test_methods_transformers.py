@@ -99,9 +99,9 @@ def test_method(name, settings, base):
         if length is not None:
             ours["max_position_embeddings"] = MAX_LENGTH
         config = llama_config(dim, base, rope_type=rope_type, **given)
-        expected = rope_utils.ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=length)
-        for kind in (int, torch.tensor) if length is not None else (None,):
-            ours |= {} if kind is None else {"seq_len": kind(length)}
+        for seq_len in (None,) if length is None else (length, torch.tensor(length)):
+            ours |= {} if length is None else {"seq_len": seq_len}
+            expected = rope_utils.ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=seq_len)
             assert_same(getattr(methods, name)(dim, base=base, **given, **ours), expected)
 
 

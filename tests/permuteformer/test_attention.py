@@ -113,20 +113,20 @@ def test_few_heads_are_cut_along_the_sequence(threads):
 
 @pytest.mark.parametrize("rate", [0.5, 1.0])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_4096_tokens_do_not_overflow(rate, normalize):
+def test_2000_tokens_do_not_overflow(rate, normalize):
     """The authors' code does near 700 tokens. What a chunk adds to the sums rounds once more: half
     an ulp of what they have grown to.
     """
-    qkv, permutations = make(1, 4096, heads_q=1, heads_k=1)
+    qkv, permutations = make(1, 2000, heads_q=1, heads_k=1)
     arguments = {"decay": torch.tensor([rate]).to(device()), "normalize": normalize}
     out = permuteformer_attention(*qkv, permutations=permutations, **arguments)
     assert out.isfinite().all()
     arguments |= {"permutations": permutations, "backend": "reference"}
     same = permuteformer_attention(*qkv, **arguments)
     exact = permuteformer_attention(*(x.double() for x in qkv), **arguments)
-    chunks = 4096 / 96
+    chunks = 2000 / 96
     noise = chunks * torch.finfo(torch.float32).eps / 2 * exact.abs().max().item()
-    assert_within_budget("4096", out, same, exact, noise=noise)
+    assert_within_budget("2000", out, same, exact, noise=noise)
 
 
 @pytest.mark.parametrize("tokens, dim", [(7, 256), (2500, 33)])

@@ -273,8 +273,8 @@ def permuteformer_step(
         return found.out, PermuteFormerState(kv, key_sum)
     given = [x for x in (q, k, v, kv, key_sum) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        run = functools.partial(_recorded_step, q, k, v, state, powers, decay, normalize)
-        return _named(name, q, powers, run)
+        recorded = functools.partial(_recorded_step, q, k, v, state, powers, decay, normalize)
+        return _named(name, q, powers, recorded)
     at = permutations, powers.positions, kv, key_sum, decay
     options = {"offset": powers.offset, "normalize": normalize}
     run = functools.partial(ops.permuteformer_step, q, k, v, *at, **options)

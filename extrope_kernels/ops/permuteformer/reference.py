@@ -107,7 +107,6 @@ def state_of(k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
     return torch.einsum("bjhd,bjhe->bhde", k, v)
 
 
-@without_autocast
 def next_state(first: Tensor | None, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
     """`state_of` these tokens and those before them, whose state is `first`."""
     after = state_of(k, v, decay)

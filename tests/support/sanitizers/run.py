@@ -42,8 +42,10 @@ TESTS = (
     "attention/test_decode_fp8.py",
     "attention/test_decode_options.py",
     "permuteformer/test_permute.py",
+    "permuteformer/test_properties_permute.py",
     "permuteformer/test_attention.py",
     "permuteformer/test_step.py",
+    "package/test_determinism.py",
     "rope/test_properties_rope.py",
     "attention/test_properties_attention.py",
 )
