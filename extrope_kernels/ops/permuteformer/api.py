@@ -277,8 +277,8 @@ def permuteformer_step(
         return _named(name, q, powers, recorded)
     at = permutations, powers.positions, kv, key_sum, decay
     options = {"offset": powers.offset, "normalize": normalize}
-    run = functools.partial(ops.permuteformer_step, q, k, v, *at, **options)
-    out, kv, key_sum = _named(name, q, powers, run)
+    step = functools.partial(ops.permuteformer_step, q, k, v, *at, **options)
+    out, kv, key_sum = _named(name, q, powers, step)
     return out, PermuteFormerState(kv, key_sum)
 
 
