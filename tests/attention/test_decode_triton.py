@@ -13,12 +13,11 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from decode_oracle import SCORES, Case, check, make  # noqa: E402
-from score_examples import EXAMPLES, PLAIN, example_of  # noqa: E402
+from score_examples import PLAIN, example_of  # noqa: E402
 
 from extrope_kernels import methods, scores  # noqa: E402
-from extrope_kernels.ops._shared.positions import cache_lengths  # noqa: E402
 from extrope_kernels.ops._shared.triton.angles import cos_sin, fixed_angle  # noqa: E402
-from extrope_kernels.ops.attention import AttentionCall, reference  # noqa: E402
+from extrope_kernels.ops.attention import AttentionCall  # noqa: E402
 from extrope_kernels.ops.attention.call import KVCache  # noqa: E402
 from extrope_kernels.ops.attention.triton.decode import (  # noqa: E402
     configs,
@@ -27,7 +26,7 @@ from extrope_kernels.ops.attention.triton.decode import (  # noqa: E402
     plans,
 )
 from extrope_kernels.ops.attention.triton.decode.schedule import share_of  # noqa: E402
-from extrope_kernels.testing import assert_within_budget, device  # noqa: E402
+from extrope_kernels.testing import device  # noqa: E402
 
 WIDE = example_of(scores.rerope(20))
 ALL = {"sinks": True, "softcap": 2.0, "sliding_window": 29, "query_scale": True, "log_n": 16}
@@ -180,70 +179,6 @@ def test_lengths_past_the_cache_are_cut():
     assert buffer[3].isnan().all()
     out, _ = launch.decode(k[:, :1], None, None, kv, call)
     assert out.isfinite().all()
-
-
-@pytest.mark.parametrize("decayed", (False, True), ids=("", "xpos"))
-@pytest.mark.parametrize("seqlen_q", (1, 5))
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_every_score_method_with_new_keys(name, seqlen_q, decayed, many_splits):
-    """With k and v written first, into padded sequences of several splits; one is not full."""
-    many_splits()
-    decay = methods.xpos(32).log_decay.to(device()) if decayed else None
-    call = call_of(EXAMPLES[name].score, log_decay=decay, log_n=5.0, interleaved=decayed)
-    lengths = torch.tensor([45, 19, 8], dtype=torch.int32, device=device()) - seqlen_q
-    lengths = lengths.clamp(min=2)
-    pads = torch.tensor([0, 2, 1], dtype=torch.int32, device=device())
-    caches = [torch.randn(3, 60, 1, 32, device=device()) for _ in range(2)]
-    q = torch.randn(3, seqlen_q, 3, 32, device=device())
-    new = [torch.randn(3, seqlen_q, 1, 32, device=device()) for _ in range(2)]
-    ours, theirs, wide = (
-        KVCache(*(x.to(dtype, copy=True) for x in caches), lengths, None, pads, appended=seqlen_q)
-        for dtype in (torch.float32, torch.float32, torch.float64)
-    )
-    found = launch.decode(q, *new, ours, call)
-    same = reference.decode(q, *new, theirs, call)
-    exact = reference.decode(q.double(), *(x.double() for x in new), wide, call)
-    found, same, exact = ((*x, y.k, y.v) for x, y in ((found, ours), (same, theirs), (exact, wide)))
-    for label, got, near, ideal in zip(("out", "lse", "k", "v"), found, same, exact):
-        assert torch.equal(got == -torch.inf, ideal == -torch.inf)
-        got, near, ideal = (x.masked_fill(x == -torch.inf, 0.0) for x in (got, near, ideal))
-        # log_n comes as float32, before and after: that is all that differs of lse's rounding.
-        assert_within_budget(label, got, near, ideal)
-
-
-def test_nothing_of_a_growing_cache_compiles_again(run_python):
-    """Capacity, table width, page size, tokens, batch and window: one kernel of each kind."""
-    source = """
-        import sys; sys.path.insert(0, "bench")
-        from unittest import mock
-        from audit.case import Case
-        from audit.entries import decode
-
-        sizes = {"KEYS": 32_768, "PAGE_SIZE": 16, "BATCH": 2, "WINDOW": 4096, "PROMPT": 64}
-        others = {"KEYS": 6_885, "PAGE_SIZE": 27, "BATCH": 1, "WINDOW": 1, "PROMPT": 33}
-        sizes["SLIDING"], others["SLIDING"] = 1024, 999
-        for name, variant in (
-            ("decode", "raw paged one-token"), ("decode", "slow paged chunk"),
-            ("decode", "raw one-token"), ("decode", "raw sinks capped sliding scaled chunk"),
-            ("decode", "slow paged packed sliding chunk"), ("append", "slow paged packed chunk"),
-            ("append", "slow paged chunk"), ("append", "plain chunk"),
-        ):
-            case, found = Case(f"cache {name}", 90, 128, "bfloat16", variant), set()
-            for size, other in others.items():
-                with mock.patch.multiple(decode, **{**sizes, size: other}):
-                    found.add(decode.prepare(case)[0].made_from(90))
-            assert len(found) == 1, (name, variant)
-    """
-    run_python(source, TRITON_INTERPRET="0")
-
-
-def test_what_a_cache_grows_by_changes_no_length_of_another_call():
-    """An int becomes a tensor once for all layers of a step, and another one for the next step."""
-    inputs = make(Case((9, 9), heads_q=1, heads_k=1))
-    found = [cache_lengths("op", n, inputs.q) for n in (8, 8, 9, 8)]
-    assert found[0] is found[1] and found[0] is not found[2]
-    assert [x.tolist() for x in found] == [[n, n] for n in (8, 8, 9, 8)]
-    assert cache_lengths("op", 8, inputs.q[:1]).tolist() == [8]
 
 
 def test_a_chip_without_tiles_is_refused_before_anything_is_written(run_python):

@@ -93,6 +93,7 @@ def ten_steps(size, method, folder):
     )
 
 
+@pytest.mark.thorough
 def test_ten_steps_are_those_of_one_process(ranks, tmp_path):
     pytest.importorskip("accelerate")
     (one,) = answers(ranks.context(), trained, 1, 1, str(tmp_path))

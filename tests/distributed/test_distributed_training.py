@@ -51,10 +51,8 @@ def compiles(mesh, strategy):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    ["ring", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("gather", "ulysses"))],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("strategy", ("gather", "ring", "ulysses"))
 def test_compiles_without_a_break(ranks, strategy):
     ranks.run(compiles, 2, strategy=strategy)
 

@@ -61,6 +61,7 @@ def test_any_score_method_can_be_measured(bench, tmp_path, capsys):
     assert all(script.score_of(name, 8192) is not None for name in script.NAMES[1:])
 
 
+@pytest.mark.thorough
 def test_the_host_is_timed_up_to_a_launch(run_python, tmp_path):
     pytest.importorskip("triton.backends.nvidia")
     source = f"""

@@ -144,7 +144,7 @@ def test_instruction_sets_share_no_function(checkout, wheel):
 def test_unchanged_sources_compile_nothing(checkout, wheel, monkeypatch, tmp_path):
     (work_dir,) = checkout.glob("build/temp*/cpu")
     before = compile_times(work_dir)
-    assert before.keys() == _build.plan("cpu").objects.keys()
+    assert before.keys() >= _build.plan("cpu").objects.keys()
     for path in (checkout / "csrc").rglob("*.*"):
         path.touch()
     monkeypatch.setattr(_build, "source_dir", lambda: checkout / "csrc")
@@ -217,6 +217,7 @@ def test_an_interrupted_build_leaves_no_compiler_running(monkeypatch, tmp_path):
         time.sleep(0.01)
 
 
+@pytest.mark.thorough
 @needs_nvcc
 @needs_compiler
 def test_cuda_library_links_against_any_torch_and_registers_where_it_can_run(monkeypatch, tmp_path):

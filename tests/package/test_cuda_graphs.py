@@ -112,7 +112,10 @@ FREEZABLE = [name for name, case in CASES.items()
              if case.lengths(0) and case.backends[-1] != "reference"]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FREEZABLE)
+@pytest.mark.parametrize(
+    "name",
+    [*FREEZABLE[:2], *(pytest.param(x, marks=pytest.mark.thorough) for x in FREEZABLE[2:])],
+)
 def test_lengths_of_the_capture_are_caught(name):
     """As where the host read them, or kept a copy."""
     case = CASES[name]

@@ -42,7 +42,8 @@ def test_train_with_rope_fwd():
     assert first > 2.5 and last < 0.1  # ln 16 = 2.8 for a guess
 
 
-@pytest.mark.parametrize("method", ("rerope", pytest.param("yarn", marks=pytest.mark.thorough)))
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", ("rerope", "yarn"))
 def test_finetune_longer(method):
     pytest.importorskip("transformers")
     trained, extended, tuned = map(numbers, run("finetune_longer.py", method).splitlines())

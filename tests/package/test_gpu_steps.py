@@ -58,6 +58,7 @@ def test_a_step_that_dies_or_hangs_has_a_verdict(monkeypatch, tmp_path, capsys):
     assert kept["verdict"] == verdict.line and not kept["ok"]
 
 
+@pytest.mark.thorough
 def test_what_a_step_kept_outlives_it(monkeypatch, tmp_path):
     """Once it is ended from outside; what an earlier run of it left does not."""
     folder = tmp_path / "gpu-some-card"
@@ -204,6 +205,7 @@ def some_tests(tmp_path, monkeypatch):
     return logs
 
 
+@pytest.mark.thorough
 def test_a_suite_goes_on_behind_a_crash(some_tests):
     for index in range(2):
         suite.part("folder", index, 2, some_tests, Deadline(100))
@@ -229,6 +231,7 @@ class OneTest(Deadline):
         return self.lefts.pop() if self.lefts else 0.0
 
 
+@pytest.mark.thorough
 def test_a_suite_goes_on_where_it_was_cut(some_tests, monkeypatch):
     """And begins anew once it is through, or with other sources."""
     memory = SimpleNamespace(total_memory=24 * 2**30)

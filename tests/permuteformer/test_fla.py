@@ -17,7 +17,7 @@ import types
 
 import pytest
 import torch
-from test_attention import make
+from test_permuteformer import make
 
 from extrope_kernels import permuteformer_attention
 from extrope_kernels.ops.permuteformer import fla, reference, scans

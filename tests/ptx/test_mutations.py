@@ -56,6 +56,7 @@ def run_without(chip, monkeypatch, place: tuple[int, int] | None = None) -> tupl
     return whole[0], found
 
 
+@pytest.mark.thorough
 def test_losses_are_found(chip, monkeypatch):
     ptx, found = run_without(chip, monkeypatch)
     assert not found

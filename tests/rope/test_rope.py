@@ -157,6 +157,7 @@ def test_inverse_undoes(backend, interleaved, decay):
         torch.testing.assert_close(x, y, rtol=0, atol=32 * torch.finfo(torch.float64).eps)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(device() != "cpu", reason="chooses among the CPU's kernels")
 @pytest.mark.parametrize("narrower", ("baseline", "avx2"))
 def test_narrower_instructions(narrower, run_narrower):

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from test_attention import make
+from test_permuteformer import make
 
 from extrope_kernels import PermuteFormerState, permuteformer_attention, permuteformer_step
 from extrope_kernels.testing import assert_within_budget, device

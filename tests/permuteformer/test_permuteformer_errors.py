@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attention import make
+from test_permuteformer import make
 
 from extrope_kernels import (
     _ext,
