@@ -41,11 +41,13 @@ def ran(script, folder: Path, capsys) -> list[dict]:
     return results["rows"]
 
 
-# Processes that share a sequence are what tests/distributed is about.
-SLOW = {"bench_distributed": pytest.mark.thorough}
+QUICK = ("bench_rope", "bench_attention", "bench_overhead")
 
 
-@pytest.mark.parametrize("script", [pytest.param(x, marks=SLOW.get(x, ())) for x in SCRIPTS])
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(x, marks=() if x in QUICK else pytest.mark.thorough) for x in SCRIPTS],
+)
 def test_every_script_runs(bench, tmp_path, capsys, script):
     bench(script).main(["--quick", "--out", str(tmp_path)])
     ran(bench(script), tmp_path, capsys)

@@ -81,6 +81,7 @@ def test_cached_library_is_loaded_again(cache):
     assert load(EXTROPE_CACHE_DIR=str(cache)) == ("None", str(entry(cache) / CPU))
 
 
+@pytest.mark.thorough
 @needs_compiler
 def test_an_edited_header_compiles_what_includes_it(checkout, cache, tmp_path):
     shutil.copytree(cache, tmp_path / "cache")

@@ -114,6 +114,7 @@ def audit(*words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 def test_a_kernel_compiles_as_the_table_says():
     """The merge, for every head_dim, on an H100; with the Triton of the table to the register."""
     lines = [line.split("  ") for line in audit("--chip", "90", "--only", "merge").splitlines()]
