@@ -55,12 +55,12 @@ def test_takes_stacked_tensors_and_any_strides():
     outs, lses, _ = parts_and_whole((3, 4))
     expected = merge_attention(outs, lses)
     heads_first = [out.transpose(1, 2).contiguous().transpose(1, 2) for out in outs]
-    turned = [out.mT.contiguous().mT for out in outs]
+    column_major = [out.mT.contiguous().mT for out in outs]
     transposed = [lse.transpose(1, 2).contiguous().transpose(1, 2) for lse in lses]
     for given in (
         (torch.stack(outs), torch.stack(lses)),
         (heads_first, transposed),
-        (turned, lses),
+        (column_major, lses),
     ):
         for got, want in zip(merge_attention(*given), expected):
             assert torch.equal(got, want)

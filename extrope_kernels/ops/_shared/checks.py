@@ -92,9 +92,9 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor, name: str = "cu_seq
         )
 
 
-def check_boundaries(op: str, cu_seqlens: Tensor, tokens: int) -> None:
+def check_boundaries(op: str, cu_seqlens: Tensor | None, tokens: int) -> None:
     """Read the values of cu_seqlens where that waits for no device."""
-    if not has_values(cu_seqlens):
+    if cu_seqlens is None or not has_values(cu_seqlens):
         return
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != tokens or ends != sorted(ends):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from ...scores import Score
 from .._shared import backends as _backends
-from .._shared.checks import REFUSALS, raise_as_value_error, refuse_flags
+from .._shared.checks import REFUSALS, check_boundaries, raise_as_value_error, refuse_flags
 from .._shared.decay import check_new_keys
 from .._shared.dtypes import Scales
 from .._shared.positions import cache_lengths
@@ -18,7 +18,6 @@ from . import flash_attn, op
 from .call import KVCache, make_call
 from .checks import (
     check_attention,
-    check_boundaries,
     check_decode,
     check_kinds,
     check_method,
@@ -123,7 +122,7 @@ def rope_attention(
     except REFUSALS as error:
         # The op has refused the call before any kernel started; this says it in the score's name.
         check_attention(name, q, k, v, call)
-        check_boundaries(name, call.cu_seqlens, q)
+        check_boundaries(name, call.cu_seqlens, len(q))
         raise_as_value_error(error, "attention", name)
         raise
     return (out, lse) if return_lse else out

@@ -17,6 +17,7 @@ from .._shared.checks import (
     check_ints,
     check_real,
     check_rows,
+    has_values,
     overlaps_itself,
     refuse_flags,
 )
@@ -89,23 +90,12 @@ def check_decode(
     _check_options(op, call, q, batch)
 
 
-def check_boundaries(op: str, cu_seqlens: Tensor | None, q: Tensor) -> None:
-    """Read the values of cu_seqlens on a CPU, where looking costs nothing."""
-    if not _readable(cu_seqlens):
-        return
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != q.shape[0] or ends != sorted(ends):
-        raise ValueError(
-            f"{op}: cu_seqlens must rise from 0 to the number of tokens {q.shape[0]}, got {ends}"
-        )
-
-
 def check_slots(op: str, cache: KVCache, cu_seqlens_q: Tensor | None, tokens: int) -> None:
     """Read the values of a cache's integer tensors on a CPU, where looking costs nothing.
 
     tokens: number of the packed queries.
     """
-    if not _readable(cache.seqlens):
+    if not has_values(cache.seqlens):
         return
     if cu_seqlens_q is not None:
         ends = cu_seqlens_q.tolist()
@@ -133,11 +123,6 @@ def check_slots(op: str, cache: KVCache, cu_seqlens_q: Tensor | None, tokens: in
             f"{op}: block_table must name pages between 0 and {cache.k.shape[0] - 1}, "
             f"got {used.tolist()}"
         )
-
-
-def _readable(x: Tensor | None) -> bool:
-    """Say whether looking at values waits for no device, and there are some: graphs have none."""
-    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_head_dim(op: str, x: Tensor) -> None:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from .._shared.autograd import contiguous_rows, refuse_backward, register_backward
+from .._shared.checks import check_boundaries
 from .._shared.dtensor import replicated
 from .._shared.dtypes import Scales, accumulator
 from .._shared.library import library, load_on_first_use, ops
 from . import flash_attn, reference
 from .call import AttentionCall, KVCache, lse_shape, read_call
-from .checks import check_attention, check_boundaries, check_decode, check_head_dim, check_slots
+from .checks import check_attention, check_decode, check_head_dim, check_slots
 from .select_backend import engine_named, select_backend
 
 Tensors = tuple[Tensor | None, ...]
@@ -56,7 +57,7 @@ def forward(
     """out and lse; differentiable. Refuses what has no meaning before a kernel starts."""
     if _by_reference(q, backend):
         check_attention("attention", q, k, v, call)
-        check_boundaries("attention", call.cu_seqlens, q)
+        check_boundaries("attention", call.cu_seqlens, len(q))
         return reference.forward(q, k, v, call)
     return _op("attention_fwd", backend)(
         q, k, v, *replicated(q, call.tensors), numbers=call.numbers
@@ -119,7 +120,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, numbers: Seque
     """The call, checked."""
     call = read_call(tensors, numbers)
     check_attention("attention", q, k, v, call)
-    check_boundaries("attention", call.cu_seqlens, q)
+    check_boundaries("attention", call.cu_seqlens, len(q))
     return call
 
 
