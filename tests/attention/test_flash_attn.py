@@ -2,7 +2,6 @@
 stand-ins for the packages; the self-test of engines, who runs where, and refusals.
 """
 
-import inspect
 import sys
 from dataclasses import replace
 
@@ -18,7 +17,7 @@ from attention_engines import (
     make,
     run,
 )
-from flash_attn_stubs import stub_modules
+from flash_attn_stubs import installed_source, signatures, stub_module, stub_modules
 
 from extrope_kernels.ops.attention import flash_attn, reference, rotation
 from extrope_kernels.ops.attention.flash_attn import engine_check, engines
@@ -36,6 +35,7 @@ def engine(request):
 LAYOUTS = [(FIRST_KEY,), (-2,), (0,), (5,)]
 LAYOUTS += [(FIRST_KEY, 1 - window) for window in (1, 2, 5, N - 1, N, N + 1)]
 LAYOUTS += [(-6, -2), (-3, -3), (FIRST_KEY, 1), (FIRST_KEY, 4), (-2, 1)]
+LAYOUTS += [(FIRST_KEY, -6, -2), (-8, -4, -4)]
 
 
 @pytest.mark.parametrize("starts", LAYOUTS, ids=str)
@@ -101,7 +101,7 @@ def test_strided_inputs(engine):
 def test_a_window_of_everything_is_one_plain_call():
     engine = TorchEngine("counted")
     q, k, v, call, *_ = make((FIRST_KEY, -N))
-    examined = engine_check.examine(engine, v)
+    examined = engine_check.examine(engine, q, v)
     engine.calls.clear()
     out, lse = flash_attn.forward(q, k, v, call, engine)
     assert examined.lse_unit == 1.0 and engine.calls == [(None, 0)]
@@ -117,20 +117,23 @@ def test_a_window_of_everything_is_one_plain_call():
 
 def broken(**changes):
     """A TorchEngine whose forward or backward functions are changed."""
-    engine = TorchEngine(f"broken {sorted(changes)}", lse_unit=changes.pop("lse_unit", 1.0))
+    name, options = f"broken {sorted(changes)}", {"lse_unit": 1.0, "dlse": False}
+    options |= {option: changes.pop(option) for option in options.keys() & changes.keys()}
+    engine = TorchEngine(name, **options)
     for name, change in changes.items():
         setattr(engine, f"_{name}", change(getattr(engine, f"_{name}")))
     return engine
 
 
 def forgets(what):
-    """A backward that computes its own out or lse rather than take what it is given."""
+    """A backward that computes its own out or lse, or takes no gradient of lse."""
 
     def change(function):
         def backward(dout, dlse, q, k, v, out, lse, scale, mask, softcap):
             own = dict(zip(("out", "lse"), ENGINES["cuts"]._forward(q, k, v, scale, mask, softcap)))
-            given = {"out": out, "lse": lse, what: own[what]}
-            return function(dout, dlse, q, k, v, *given.values(), scale, mask, softcap)
+            given = {"dlse": dlse, "out": out, "lse": lse} | {what: own.get(what)}
+            dlse, *saved = given.values()
+            return function(dout, dlse, q, k, v, *saved, scale, mask, softcap)
 
         return backward
 
@@ -157,6 +160,7 @@ def raises(error):
         ),
         ({"backward": forgets("out")}, "wrong dq"),
         ({"backward": forgets("lse")}, "wrong dq"),
+        ({"backward": forgets("dlse"), "dlse": True}, "wrong dq"),
         ({"forward": lambda f: lambda *a: (f(*a)[0] * 1.1, f(*a)[1])}, "wrong out"),
         ({"backward": lambda f: lambda *a: (*f(*a)[:2], f(*a)[2] * 2)}, "wrong dv"),
         ({"forward": raises(TypeError("no argument 'left'"))}, "calls made here: no argument"),
@@ -171,15 +175,27 @@ def test_an_engine_that_computes_something_else_is_refused(changes, message):
 
 
 def test_a_negative_right_bound_that_is_not_taken_is_not_used():
-    """An engine that reads it as 0, as older packages would, gets its sequences cut instead."""
+    """Engines that get it wrong have their sequences cut instead.
+
+    One reads it as 0, as older packages would; the other sees the first keys in tiles of 128
+    queries that see none.
+    """
 
     class Clamps(TorchEngine):
         def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens, softcap):
             return super().forward(q, k, v, softmax_scale, left, 0, cu_seqlens, softcap)
 
-    engine = Clamps("clamps", negative_right=True)
-    assert_agrees(engine, make((FIRST_KEY, -2), cu_seqlens=CU_SEQLENS), dlse=False)
-    assert not engine_check.examine(engine, torch.empty(1, 1, 16).double()).negative_right
+    class Shows(TorchEngine):
+        def forward(self, *args):
+            out, lse = super().forward(*args)
+            lse[:, 2:130] = lse[:, 2:130].clamp(min=0.0)
+            return out, lse
+
+    q, k, v, call, dout, dlse = make((FIRST_KEY, -2), cu_seqlens=CU_SEQLENS)
+    for engine in (Clamps("clamps", negative_right=True), Shows("shows", negative_right=True)):
+        assert not engine_check.examine(engine, q, v).negative_right
+        if engine.name == "clamps":
+            assert_agrees(engine, (q, k, v, call, dout, dlse), dlse=False)
 
 
 def test_the_self_test_runs_once():
@@ -258,14 +274,31 @@ def test_packages_within_the_error_budget(packages, monkeypatch, package, dlse, 
 
 
 @pytest.mark.parametrize("package", engines.ENGINES, ids=lambda engine: engine.name)
-def test_installed_packages_have_the_recorded_parameters(package):
-    if package.missing():
-        pytest.skip(package.missing())
-    for name, stub in vars(stub_modules()[package.module]).items():
-        if name.startswith(("_flash_attn", "flash_attn")):
-            function = getattr(package._functions(), name)
-            theirs = inspect.signature(getattr(function, "_init_fn", function)).parameters
-            assert inspect.signature(stub).parameters.keys() <= theirs.keys()
+def test_the_installed_package_has_the_parameters(packages, monkeypatch, package):
+    """Its source is read, which takes no GPU."""
+    source = installed_source(package.module)
+    if source is None:
+        pytest.skip(f"{package.name} is not installed")
+    module = stub_module(package.module, signatures(source))
+    monkeypatch.setitem(sys.modules, package.module, module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    for cu_seqlens in (None, CU_SEQLENS):
+        *given, _ = make((FIRST_KEY, -2), cu_seqlens=cu_seqlens, dtype=torch.bfloat16)
+        assert_package_within_budget(*given, None, engine=package)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("package", engines.ENGINES, ids=lambda engine: engine.name)
+def test_a_package_takes_every_call_that_is_not_refused(packages, monkeypatch, package, capability):
+    """Windows, a cap and the gradient of lse, at the head_dims at which packages differ."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    for head_dim in (8, 128, 136, 184, 192, 256):
+        if package.refuses(capability, head_dim) or head_dim > package.max_head_dim:
+            continue
+        options = {"dtype": torch.bfloat16, "head_dim": head_dim, "softcap": 5.0}
+        *given, dlse = make((FIRST_KEY, -2), **options)
+        takes_dlse = package.takes_dlse or head_dim + 8 <= package.max_head_dim
+        run(flash_attn, *given, dlse.float() if takes_dlse else None, engine=package)
 
 
 @pytest.mark.skipif(flash_attn.missing() is not None, reason=str(flash_attn.missing()))
@@ -289,7 +322,7 @@ def test_the_installed_package_within_the_error_budget(window, cu_seqlens):
     [
         ((8, 0), 64, {"flash-attn 4": "compute capability", "flash-attn 3": "needs compute"}),
         ((9, 0), 256, {"flash-attn 3": "head_dim up to 192, got 256"}),
-        ((10, 0), 160, {"flash-attn 4": "up to 128, or 256", "flash-attn 3": "capability 9.x"}),
+        ((10, 0), 256, {"flash-attn 4": "windows up to head_dim 128", "flash-attn 3": "192"}),
         ((12, 0), 64, {"flash-attn 4": "repeatable backward", "flash-attn 3": "capability 9.x"}),
         ((7, 5), 64, {name: "capability" for name in ("flash-attn 2", "flash-attn 3")}),
     ],
@@ -323,13 +356,11 @@ def test_missing_says_why_in_one_line(packages, monkeypatch):
         assert engine.missing() == "cannot be imported: 'made for another CUDA'"
 
 
-@pytest.mark.parametrize(
-    ("starts", "granularity"), [((FIRST_KEY, -3), 3), ((FIRST_KEY, -4, -2), 1), ((-3,), 3)]
-)
-def test_refuses_other_regions(engine, starts, granularity):
+@pytest.mark.parametrize("starts", [(FIRST_KEY, -3), (-3,)])
+def test_refuses_other_regions(engine, starts):
     q, k, v, *_ = make(starts)
-    with pytest.raises(NotImplementedError, match="one or two regions of granularity 1, got"):
-        flash_attn.forward(q, k, v, call_of(starts, granularity), engine)
+    with pytest.raises(NotImplementedError, match="composes regions of granularity 1, got 3"):
+        flash_attn.forward(q, k, v, call_of(starts, 3), engine)
 
 
 def test_refuses_what_it_cannot_compose():

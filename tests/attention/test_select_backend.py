@@ -8,9 +8,14 @@ from attention_engines import TorchEngine, make
 
 from extrope_kernels import methods, rope_attention, scores
 from extrope_kernels.ops.attention import make_call, op, reference, select_backend
+from extrope_kernels.ops.attention.flash_attn.engine_check import Kind
 from extrope_kernels.ops.attention.select_backend import TABLE, Selected, Shape, select
 
 BF16, TWO = torch.bfloat16, (-(2**62), -2)
+
+
+def shape(head_dim, seqlen, *rest, dtype=BF16, **refused):
+    return Shape(Kind(dtype, head_dim, 4, False), seqlen, *rest, **refused)
 
 
 def installed(*engines):
@@ -22,46 +27,44 @@ def not_asked(engine):
 
 
 @pytest.mark.parametrize(
-    ("major", "shape", "engines", "chosen", "reason"),
+    ("major", "call", "engines", "chosen", "reason"),
     [
-        (9, Shape(BF16, 128, 16384), ("flash-attn 3",), "flash_attn", "flash-attn 3 from 16384"),
-        (9, Shape(BF16, 128, 99999), ("flash-attn 4",), "flash_attn", "flash-attn 4 from 16384"),
-        (9, Shape(torch.float16, 128, 16384, 2), ("flash-attn 3",), "flash_attn", "estimated"),
-        (9, Shape(BF16, 64, 32767), None, "triton", "shorter than 32768 tokens"),
-        (9, Shape(BF16, 256, 16384), ("flash-attn 3",), "triton", "flash-attn 4 is not there"),
-        (9, Shape(BF16, 128, 16384), (), "triton", "4 is not there; flash-attn 3 is not there"),
-        (10, Shape(BF16, 128, 8192), ("flash-attn 4",), "flash_attn", "flash-attn 4 from 8192"),
-        (10, Shape(BF16, 192, 8192), None, "triton", "no row for compute capability 10.x"),
-        (8, Shape(BF16, 128, 99999), None, "triton", "no row for compute capability 8.x"),
-        (12, Shape(BF16, 128, 99999), None, "triton", "no row for compute capability 12.x"),
-        (9, Shape(torch.float32, 128, 99999), None, "triton", "16-bit dtypes, got torch.float32"),
-        (9, Shape(BF16, 128, 99999, 3), None, "triton", "got 3 of granularity 1"),
-        (9, Shape(BF16, 128, 99999, 2, 96), None, "triton", "got 2 of granularity 96"),
-        (9, Shape(BF16, 128, 99999, 1, 1, True), None, "triton", "log_decay"),
-        (9, Shape(BF16, 128, 99999, refused="q_start"), None, "triton", "does not take q_start"),
+        (9, shape(128, 16384), ("flash-attn 3",), "flash_attn", "flash-attn 3 from 16384"),
+        (9, shape(128, 99999), ("flash-attn 4",), "flash_attn", "flash-attn 4 from 16384"),
+        (9, shape(64, 32768, dtype=torch.float16), ("flash-attn 3",), "flash_attn", "estimated"),
+        (9, shape(64, 32767), None, "triton", "shorter than 32768 tokens"),
+        (9, shape(256, 16384), ("flash-attn 3",), "triton", "flash-attn 4 is not there"),
+        (9, shape(128, 16384), (), "triton", "4 is not there; flash-attn 3 is not there"),
+        (10, shape(128, 8192), ("flash-attn 4",), "flash_attn", "flash-attn 4 from 8192"),
+        (10, shape(192, 8192), None, "triton", "no backward with a window beyond 128"),
+        (8, shape(128, 99999), None, "triton", "flash-attn 2 is hardly faster"),
+        (12, shape(128, 99999), None, "triton", "no repeatable backward there"),
+        (11, shape(128, 99999), None, "triton", "no row for compute capability 11.x"),
+        (9, shape(128, 99999, dtype=torch.float32), None, "triton", "dtypes, got torch.float32"),
+        (9, shape(128, 99999, 96), None, "triton", "regions of granularity 1, got 96"),
+        (9, shape(128, 99999, 1, True), None, "triton", "log_decay"),
+        (9, shape(128, 99999, refused="q_start"), None, "triton", "does not take q_start"),
     ],
 )
-def test_table(major, shape, engines, chosen, reason):
-    found = select(major, shape, not_asked if engines is None else installed(*engines))
+def test_table(major, call, engines, chosen, reason):
+    found = select(major, call, not_asked if engines is None else installed(*engines))
     assert found.backend == chosen and reason in found.reason
     assert found.engine == (engines[0] if chosen == "flash_attn" else None)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=str)
-def test_engines_of_a_row_take_every_call_it_fits(row, monkeypatch):
+def test_engines_of_a_row_take_every_call_it_fits(row):
     """The gradient of lse too, which needs dims of its own where the engine has none."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (row.major, 0))
     for engine in (select_backend._ENGINES[name] for name in row.engines):
         for head_dim in range(8, row.head_dim + 1, 8):
             assert engine.refuses((row.major, 0), head_dim) is None
-            q = torch.empty(1, 1, 1, head_dim)
-            assert head_dim + (0 if engine.takes_dlse(q) else 8) <= engine.max_head_dim
+            assert head_dim + (0 if engine.takes_dlse else 8) <= engine.max_head_dim
 
 
 @pytest.mark.parametrize("override", ["triton", "flash_attn"])
 def test_override_goes_before_the_table(override):
-    shape = Shape(torch.float32, 128, 1)
-    assert select(8, shape, not_asked, override) == Selected(
+    call = shape(128, 1, dtype=torch.float32)
+    assert select(8, call, not_asked, override) == Selected(
         override, f"EXTROPE_ATTENTION={override}"
     )
 
@@ -79,7 +82,7 @@ def engine(monkeypatch):
     monkeypatch.setattr(select_backend, "_major", lambda device: 9)
     monkeypatch.setattr(select_backend, "_DTYPES", (torch.float32, torch.bfloat16))
     monkeypatch.setattr(
-        select_backend, "TABLE", (select_backend.Row(9, 256, 11, ("flash-attn 4",)),)
+        select_backend, "TABLE", (select_backend.Row(9, 256, 11, ("flash-attn 4",), ""),)
     )
     monkeypatch.setitem(select_backend._ENGINES, "flash-attn 4", made)
     monkeypatch.setattr(select_backend, "unusable", lambda *_: None)

@@ -77,11 +77,8 @@ class TorchEngine(Engine):
     ):
         self.name, self.lse_unit = name, lse_unit
         self._forward, self._backward = functions
-        self.negative_right, self._dlse = negative_right, dlse
+        self.negative_right, self.takes_dlse = negative_right, dlse
         self.calls: list[tuple[int | None, int]] = []
-
-    def takes_dlse(self, q):
-        return self._dlse
 
     def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens, softcap):
         self._record(left, right)
@@ -99,7 +96,7 @@ class TorchEngine(Engine):
         self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens, softcap
     ):
         self._record(left, right)
-        assert dlse is None or self._dlse
+        assert dlse is None or self.takes_dlse
         assert lse.is_contiguous(), "flash-attention reads lse by its shape"
         grads = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in (q, k, v)]
         for rows, lse_rows in sequences(q, cu_seqlens):
@@ -138,7 +135,16 @@ ENGINES = {
 }
 
 
-def make(starts, seqlen_q=N, seqlen_k=N, heads=(4, 2), cu_seqlens=None, dtype=torch.float64):
+def make(
+    starts,
+    seqlen_q=N,
+    seqlen_k=N,
+    heads=(4, 2),
+    cu_seqlens=None,
+    dtype=torch.float64,
+    head_dim=16,
+    **options,
+):
     """q, k, v, call, dout, dlse; packed with cu_seqlens. Every region has frames of its own."""
     generator = torch.Generator().manual_seed(len(starts) * 31 + seqlen_q)
 
@@ -148,22 +154,23 @@ def make(starts, seqlen_q=N, seqlen_k=N, heads=(4, 2), cu_seqlens=None, dtype=to
     batch = () if cu_seqlens else (2,)
     if cu_seqlens:
         seqlen_q = seqlen_k = cu_seqlens[-1]
-    q = randn(*batch, seqlen_q, heads[0], 16)
-    k, v = (randn(*batch, seqlen_k, heads[1], 16) for _ in range(2))
+    q = randn(*batch, seqlen_q, heads[0], head_dim)
+    k, v = (randn(*batch, seqlen_k, heads[1], head_dim) for _ in range(2))
     packed = torch.tensor(cu_seqlens, dtype=torch.int32) if cu_seqlens else None
-    call = call_of(starts, cu_seqlens=packed)
+    call = call_of(starts, cu_seqlens=packed, head_dim=head_dim, **options)
     return q, k, v, call, randn(*q.shape), randn(*batch, heads[0], seqlen_q).double()
 
 
-def call_of(starts, granularity=1, cu_seqlens=None):
+def call_of(starts, granularity=1, cu_seqlens=None, head_dim=16, **options):
     maps = [(PositionMap(offset=2 * r), PositionMap(divisor=1 + r)) for r in range(len(starts))]
     regions = tuple(Region(start, *sides) for start, sides in zip(starts, maps))
     return AttentionCall(
-        inv_freq=rope(16).inv_freq,
+        inv_freq=rope(head_dim).inv_freq,
         cu_seqlens=cu_seqlens,
         score=Score("test", regions, granularity),
         softmax_scale=0.3,
         log_n=3.0,
+        **options,
     )
 
 

@@ -1,74 +1,74 @@
-"""Modules with parameters of the real flash-attention packages, which run on PyTorch.
+"""Modules that take calls as the flash-attention packages do, refuse what they refuse, and compute
+on PyTorch.
 
-Names, those that a call here may use, are as in flash-attn 2.8.3, hopper/ of its repository in
-2026-10, and flash-attn-4 4.0.0b36: a call with another one fails as it would there.
+Parameters are those of the packages' sources, recorded from flash-attn 2.8.3.post2, hopper/ of its
+repository of 2026-03, and flash-attn-4 4.0.0b36. Record others so, for the three files at will:
+
+    python tests/support/flash_attn_stubs.py flash_attn/cute/interface.py ...
 """
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
 from attention_engines import TorchEngine
 
-_FA2_MASK = "dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap"
-_SAVED = "dout, q, k, v, out, softmax_lse"
-_PACKED = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
-_PACKED_OR_NOT = (
-    "cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None"
-)
-_FA3_MASK = "window_size_left=-1, window_size_right=-1, softcap=0.0"
-_FA4_MASK = "causal=False, window_size=(None, None), softcap=0.0, return_lse=False"
+_RECORD = Path(__file__).parent / "data" / "flash_attn_signatures.json"
+SIGNATURES: dict[str, dict[str, str]] = json.loads(_RECORD.read_text())
+PACKAGES = dict(zip(SIGNATURES, ("flash-attn", "flash-attn-3", "flash-attn-4")))
+_CALLED = {name for functions in SIGNATURES.values() for name in functions}
+_NEWEST = "flash_attn.cute.interface"
 
-SIGNATURES = {
-    "flash_attn.flash_attn_interface": {
-        "_flash_attn_forward": f"q, k, v, {_FA2_MASK}, alibi_slopes, return_softmax",
-        "_flash_attn_varlen_forward": (
-            f"q, k, v, {_PACKED}, dropout_p, softmax_scale, causal, window_size_left=-1, "
-            "window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False"
-        ),
-        "_flash_attn_backward": f"{_SAVED}, dq, dk, dv, {_FA2_MASK}, alibi_slopes, deterministic",
-        "_flash_attn_varlen_backward": (
-            f"{_SAVED}, dq, dk, dv, {_PACKED}, {_FA2_MASK}, alibi_slopes, deterministic"
-        ),
-    },
-    "flash_attn_interface": {
-        "_flash_attn_forward": f"q, k, v, {_PACKED_OR_NOT}, causal=False, {_FA3_MASK}",
-        "_flash_attn_backward": (
-            f"{_SAVED}, {_PACKED_OR_NOT}, dq=None, dk=None, dv=None, is_causal=False, {_FA3_MASK}, "
-            "deterministic=False"
-        ),
-    },
-    "flash_attn.cute.interface": {
-        "flash_attn_func": f"q, k, v, softmax_scale=None, {_FA4_MASK}",
-        "flash_attn_varlen_func": f"q, k, v, {_PACKED_OR_NOT}, {_FA4_MASK}",
-        "_flash_attn_bwd": (
-            f"q, k, v, out, dout, lse, {_PACKED_OR_NOT}, causal=False, softcap=0.0, "
-            "window_size_left=None, window_size_right=None, deterministic=False, dlse=None"
-        ),
-    },
-}
+
+def signatures(source: Path) -> dict[str, str]:
+    """The parameters of the functions that are called here, as a module's source has them."""
+    found = {}
+    for node in ast.parse(source.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name in _CALLED:
+            for parameter in node.args.args:
+                parameter.annotation = None
+            found[node.name] = ast.unparse(node.args)
+    return found
+
+
+def installed_source(module: str) -> Path | None:
+    """The file of an installed package's module, which is not imported."""
+    try:
+        package = importlib.metadata.distribution(PACKAGES[module])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return Path(package.locate_file(module.replace(".", "/") + ".py"))
 
 
 def stub_modules() -> dict[str, ModuleType]:
     """Every name of sys.modules that the packages would fill."""
-    modules = {}
-    for module_name, functions in SIGNATURES.items():
-        module = modules[module_name] = ModuleType(module_name)
-        newest = module_name == "flash_attn.cute.interface"
-        run = _Newest() if newest else _Older()
-        for name, parameters in functions.items():
-            handler = run.backward if "bwd" in name or "backward" in name else run.forward
-            scope = {"handler": handler, "SimpleNamespace": SimpleNamespace}
-            source = f"lambda {parameters}: handler(SimpleNamespace(**locals()))"
-            setattr(module, name, eval(source, scope))
-    return modules
+    return {name: stub_module(name, functions) for name, functions in SIGNATURES.items()}
+
+
+def stub_module(module_name: str, functions: dict[str, str]) -> ModuleType:
+    module = ModuleType(module_name)
+    run = _Newest() if module_name == _NEWEST else _Older(module_name)
+    for name, parameters in functions.items():
+        handler = run.backward if "bwd" in name or "backward" in name else run.forward
+        scope = {"handler": handler, "SimpleNamespace": SimpleNamespace}
+        source = f"lambda {parameters}: handler(SimpleNamespace(**locals()))"
+        setattr(module, name, eval(source, scope))
+    return module
 
 
 class _Older:
     """Causal calls, windows whose negative left bound is infinite, gradients written in place."""
 
     engine = TorchEngine("older")
+
+    def __init__(self, module: str):
+        self.deterministic_to = 192 if module == "flash_attn_interface" else 256
 
     def forward(self, call):
         assert call.causal and call.window_size_right == 0
@@ -78,6 +78,7 @@ class _Older:
     def backward(self, call):
         assert getattr(call, "causal", True) and getattr(call, "is_causal", True)
         assert call.deterministic and call.window_size_right == 0
+        assert call.q.shape[-1] <= self.deterministic_to, "Deterministic backward not supported"
         saved = (call.q, call.k, call.v, call.out, call.softmax_lse)
         grads = self.engine.backward(call.dout, None, *saved, *self._band(call))
         for target, grad in zip((call.dq, call.dk, call.dv), grads):
@@ -96,19 +97,30 @@ class _Newest:
     engine = TorchEngine("newest", negative_right=True, dlse=True)
 
     def forward(self, call):
-        _check(call)
+        self._check(call)
         assert call.return_lse and not call.causal
         cu_seqlens = getattr(call, "cu_seqlens_q", None)
         band = (call.softmax_scale, *call.window_size, cu_seqlens, call.softcap)
         return self.engine.forward(call.q, call.k, call.v, *band)
 
     def backward(self, call):
-        _check(call)
+        major = self._check(call)
         assert call.deterministic and not call.causal
-        saved = (call.q, call.k, call.v, call.out, call.lse)
         window = (call.window_size_left, call.window_size_right)
+        assert major in (9, 10, 11), "no backward that is deterministic"
+        if major > 9 and call.q.shape[-1] == 256:
+            assert window == (None, 0), "does not support local attention"
+            assert call.softcap == 0.0, "does not support softcap"
+            assert call.dlse is None, "does not support dlse"
+        saved = (call.q, call.k, call.v, call.out, call.lse)
         band = (call.softmax_scale, *window, call.cu_seqlens_q, call.softcap)
         return self.engine.backward(call.dout, call.dlse, *saved, *band)
+
+    def _check(self, call) -> int:
+        _check(call)
+        major, head_dim = torch.cuda.get_device_capability()[0], call.q.shape[-1]
+        assert major not in (10, 11) or head_dim <= 128 or head_dim == 256, "is not supported"
+        return major
 
 
 def _check(call) -> None:
@@ -121,3 +133,8 @@ def _check(call) -> None:
     if cu_seqlens is not None:
         assert cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous()
         assert call.max_seqlen_q >= cu_seqlens.diff().max()
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        print(json.dumps(signatures(path), indent=2))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import flash_attn
 from .call import AttentionCall
-from .flash_attn.engine_check import unusable
+from .flash_attn.engine_check import Kind, kind_of, unusable
 from .flash_attn.engines import ENGINES, Engine, why_not
 
 VARIABLE = "EXTROPE_ATTENTION"
@@ -26,32 +26,33 @@ class Row(NamedTuple):
 
     major: int  # of the compute capability
     head_dim: int  # at most, so that the engines take every call: the gradient of lse needs 8 more
-    seqlen: int
+    seqlen: int | None  # None: Triton at any length
     engines: tuple[str, ...]  # best first
-    estimate: bool = True  # nothing here was measured yet
+    why: str
+    measured: bool = False
 
 
 # The first row that fits a call counts; where none does, or no engine of its is here, Triton runs.
 # The composition moves 51 bytes for every element of q beyond its engine's own forward (counted),
 # 58 % of the time of FA3 on an H100 at 8k x 128 dims, halved by every doubling of the length. What
-# it gains is the engine: FA3 648 TFLOP/s against 395 to 477 of Triton kernels there, 497 against
-# 403 with 64 dims; FA4 on a B200 2.7 times Triton (the engines' authors; tritonbench). Its backward
-# gains more: 561 against 100 to 170 expected of ours.
+# it gains is the engine (speeds by the engines' authors and tritonbench), in the backward more:
+# 561 TFLOP/s of FA3 against 100 to 170 expected of ours.
 TABLE = (
-    Row(9, 64, 32768, ("flash-attn 4", "flash-attn 3")),
-    Row(9, 184, 16384, ("flash-attn 4", "flash-attn 3")),
-    Row(9, 256, 16384, ("flash-attn 4",)),
-    Row(10, 128, 8192, ("flash-attn 4",)),
+    Row(8, 256, None, (), "flash-attn 2 is hardly faster, and the composition moves more bytes"),
+    Row(9, 64, 32768, ("flash-attn 4", "flash-attn 3"), "497 TFLOP/s against 403 of Triton"),
+    Row(9, 184, 16384, ("flash-attn 4", "flash-attn 3"), "648 TFLOP/s against 395 to 477"),
+    Row(9, 256, 16384, ("flash-attn 4",), "flash-attn 3 has no repeatable backward beyond 192"),
+    Row(10, 128, 8192, ("flash-attn 4",), "2.7 times Triton's speed"),
+    Row(10, 256, None, (), "flash-attn 4 has no backward with a window beyond 128 there"),
+    Row(12, 256, None, (), "flash-attn 4 has no repeatable backward there"),
 )
 
 
 class Shape(NamedTuple):
     """The properties of a call that decide."""
 
-    dtype: torch.dtype
-    head_dim: int
+    kind: Kind
     seqlen: int  # the shorter of queries and keys; of packed sequences their mean
-    regions: int = 1
     granularity: int = 1
     log_decay: bool = False
     refused: str | None = None  # what the composition does not take of the call
@@ -83,15 +84,18 @@ def select(
         return Selected(override, f"{VARIABLE}={override}")
     if why := _refused(shape):
         return Selected("triton", why)
-    row = next((r for r in TABLE if r.major == major and shape.head_dim <= r.head_dim), None)
+    rows = (r for r in TABLE if r.major == major and shape.kind.head_dim <= r.head_dim)
+    row = next(rows, None)
     if row is None:
         return Selected("triton", f"no row for compute capability {major}.x and such a head_dim")
+    if row.seqlen is None:
+        return Selected("triton", row.why)
     if shape.seqlen < row.seqlen:
         return Selected("triton", f"shorter than {row.seqlen} tokens")
     reasons = {engine: missing(engine) for engine in row.engines}
     for engine, why in reasons.items():
         if why is None:
-            source = "estimated" if row.estimate else "measured"
+            source = "measured" if row.measured else "estimated"
             return Selected(
                 "flash_attn", f"{engine} from {row.seqlen} tokens on ({source})", engine
             )
@@ -100,13 +104,10 @@ def select(
 
 def _refused(shape: Shape) -> str | None:
     """Why the composition does not take a call, or should not."""
-    if shape.dtype not in _DTYPES:
-        return f"flash-attention takes 16-bit dtypes, got {shape.dtype}"
-    if shape.granularity != 1 or shape.regions > 2:
-        return (
-            "flash-attention composes one or two regions of granularity 1, "
-            f"got {shape.regions} of granularity {shape.granularity}"
-        )
+    if shape.kind.dtype not in _DTYPES:
+        return f"flash-attention takes 16-bit dtypes, got {shape.kind.dtype}"
+    if shape.granularity != 1:
+        return f"the composition takes regions of granularity 1, got {shape.granularity}"
     if shape.log_decay:
         return "the composition is not tested with log_decay"
     if shape.refused is not None:
@@ -126,8 +127,8 @@ def select_backend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Sele
         refused = "a head_dim of v's own"
     elif call.q_start is not None or call.k_start is not None:
         refused = "q_start and k_start"
-    regions, decays = (len(call.regions), call.granularity), call.log_decay is not None
-    shape = Shape(q.dtype, head_dim, seqlen, *regions, decays, refused)
+    decays = call.log_decay is not None
+    shape = Shape(kind_of(q, v), seqlen, call.granularity, decays, refused)
     selected = _select(q.device, os.environ.get(VARIABLE, ""), shape)
     asked = selected.backend == "flash_attn" and selected.engine is None
     if asked and (reason := flash_attn.missing()):
@@ -143,7 +144,7 @@ def engine_named(name: str | None) -> Engine | None:
 @functools.lru_cache(maxsize=4096)  # an engine is imported and tried once
 def _select(device: torch.device, override: str, shape: Shape) -> Selected:
     def missing(engine: str) -> str | None:
-        return unusable(_ENGINES[engine], device, shape.dtype, shape.head_dim)
+        return unusable(_ENGINES[engine], device, shape.kind)
 
     return select(_major(device), shape, missing, override)
 
@@ -157,7 +158,7 @@ def selections() -> dict[str, str]:
     """Who attends on the GPUs here, or where there is none on those of the table: a line each."""
     if override := os.environ.get(VARIABLE, ""):
         try:
-            reason = select(0, _shape(64, 0), lambda _: None, override).reason
+            reason = select(0, _shape(TABLE[0]), lambda _: None, override).reason
         except ValueError as error:
             reason = str(error)
         return {"attention on cuda": reason}
@@ -172,14 +173,16 @@ def selections() -> dict[str, str]:
 
 
 def _line(row: Row, device: torch.device | None) -> str:
+    shape = _shape(row)
+
     def missing(engine: str) -> str | None:
         if device is None:
             return why_not(_ENGINES[engine], (row.major, 0), row.head_dim)
-        return unusable(_ENGINES[engine], device, torch.bfloat16, row.head_dim)
+        return unusable(_ENGINES[engine], device, shape.kind)
 
-    backend, reason, _ = select(row.major, _shape(row.head_dim, row.seqlen), missing)
+    backend, reason, _ = select(row.major, shape, missing)
     return f"{backend}: {reason}" + ("" if backend == "triton" else ", triton below")
 
 
-def _shape(head_dim: int, seqlen: int) -> Shape:
-    return Shape(torch.bfloat16, head_dim, seqlen)
+def _shape(row: Row) -> Shape:
+    return Shape(Kind(torch.bfloat16, row.head_dim, 1, False), row.seqlen or 0)

@@ -82,7 +82,7 @@ def backward(
         r = band.region
         q_r, k_r, values = _scaled(frames[0][r], scale), frames[1][r], v
         dout_r, out_r, dlse_r = dout, out, dlse
-        if dlse is not None and not engine.takes_dlse(q_r):
+        if dlse is not None and not engine.takes_dlse:
             q_r, k_r, values = (F.pad(x, (0, _DIMS)) for x in (q_r, k_r, values))
             dout_r, out_r = _with_dlse(dout, dlse, out, engine)
             dlse_r = None
@@ -114,18 +114,17 @@ def _prepare(
         raise NotImplementedError(
             f"flash_attn: v must have q's head_dim {q.shape[-1]}, got {v.shape[-1]}"
         )
-    if call.granularity != 1 or len(call.starts) > 2:
+    if call.granularity != 1:
         raise NotImplementedError(
-            "flash_attn: composes one or two regions of granularity 1, "
-            f"got {len(call.starts)} of granularity {call.granularity}"
+            f"flash_attn: composes regions of granularity 1, got {call.granularity}"
         )
     dtypes = Engine.dtypes if engine is None else engine.dtypes
     if v.dtype not in dtypes:
         raise NotImplementedError(f"flash_attn: v must be one of {list(dtypes)}, got {v.dtype}")
-    engine = engine or best_engine(q)
+    engine = engine or best_engine(q, v)
     if q.numel() == 0 or v.numel() == 0:
         return engine, 1.0, []
-    found = examine(engine, q)
+    found = examine(engine, q, v)
     pieces = [
         (band, cut(band, q, v, call, found.negative_right))
         for band in bands(call.starts, call.sliding_window, v.shape[-3])

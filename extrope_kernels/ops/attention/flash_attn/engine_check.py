@@ -10,16 +10,29 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .engines import ENGINES, Engine, why_not
 
-_LENGTHS = (2, 7)  # of the packed probe: the first is shorter than its shift
+_LENGTHS = (2, 7)  # of packed sequences; the second alone where they are not
 _WINDOW = 3
-_SHIFT = 3
+_SHIFTED_LENGTHS = (2, 700)  # the first is shorter than the shift,
+_SHIFT = 300  # by which all queries of the second's first tile see no key
+_DLSE = 4.0
 _TOLERANCE = 2e-2  # bfloat16 keeps 8 bits; a wrong mask, base or delta is off by far more
+Bounds = tuple[int | None, int]  # left and right of a band
+
+
+class Kind(NamedTuple):
+    """What calls have in common that run the same kernels; flash-attn 4 compiles them for each."""
+
+    dtype: torch.dtype
+    head_dim: int
+    group: int  # heads of q for each of k
+    packed: bool
 
 
 @dataclass(frozen=True)
@@ -30,69 +43,68 @@ class Findings:
     negative_right: bool
 
 
-def best_engine(q: Tensor) -> Engine:
-    """The newest engine that is installed, takes q, and does what it should on this machine."""
+def kind_of(q: Tensor, v: Tensor) -> Kind:
+    """The kind of a call with q and v."""
+    group = q.shape[-2] // max(1, v.shape[-2])
+    return Kind(q.dtype, q.shape[-1], group, packed=q.dim() == 3)
+
+
+def best_engine(q: Tensor, v: Tensor) -> Engine:
+    """The newest engine that is installed, takes such calls, and computes what it should here."""
     if not q.is_cuda:
         raise NotImplementedError(f"flash_attn: q must be on a CUDA GPU, got {q.device}")
     reasons = []
     for engine in ENGINES:
-        why = unusable(engine, q.device, q.dtype, q.shape[-1])
+        why = unusable(engine, q.device, kind_of(q, v))
         if why is None:
             return engine
         reasons.append(why)
     raise NotImplementedError("flash_attn: " + "; ".join(reasons))
 
 
-def unusable(engine: Engine, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why an engine cannot be used on such tensors of this machine, in a line; None when it can."""
-    why = why_not(engine, torch.cuda.get_device_capability(device), head_dim)
-    found = why or _findings(engine, device, dtype, head_dim)
+def unusable(engine: Engine, device: torch.device, kind: Kind) -> str | None:
+    """Why an engine cannot be used for such calls on this machine, in a line; None when it can."""
+    why = why_not(engine, torch.cuda.get_device_capability(device), kind.head_dim)
+    found = why or _findings(engine, device, kind)
     return found if isinstance(found, str) else None
 
 
-def examine(engine: Engine, q: Tensor) -> Findings:
-    """What is known of an engine; NotImplementedError when it cannot be used on tensors like q."""
-    findings = _findings(engine, q.device, q.dtype, q.shape[-1])
+def examine(engine: Engine, q: Tensor, v: Tensor) -> Findings:
+    """What is known of an engine; NotImplementedError when it cannot be used on q and v."""
+    findings = _findings(engine, q.device, kind_of(q, v))
     if isinstance(findings, str):
         raise NotImplementedError(f"flash_attn: {findings}")
     return findings
 
 
 @functools.cache
-def _findings(
-    engine: Engine, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> Findings | str:
+def _findings(engine: Engine, device: torch.device, kind: Kind) -> Findings | str:
     """Probe an engine, or say why it cannot be used. The first call synchronises."""
-    like = torch.empty(0, 1, head_dim, device=device, dtype=dtype)
+    lengths = _LENGTHS if kind.packed else _LENGTHS[1:]
     try:
-        return _probe_all(engine, like)
+        units = [_probe(engine, device, kind, lengths, (left, 0)) for left in (None, _WINDOW - 1)]
     except NotImplementedError as error:
         return str(error)
+    if units[0] != units[1]:
+        return f"{engine.name} changes the base of its lse: units {units}"
+    shifts = kind.packed and engine.negative_right
+    return Findings(units[0], shifts and _takes_negative_right(engine, device, kind))
 
 
-def _probe_all(engine: Engine, like: Tensor) -> Findings:
-    units = [
-        _probe(engine, like, None, 0, packed=False),
-        _probe(engine, like, _WINDOW - 1, 0, packed=False),
-        _probe(engine, like, _WINDOW - 1, 0, packed=True),
-    ]
-    if len(set(units)) > 1:
-        raise NotImplementedError(f"{engine.name} changes the base of its lse: units {units}")
-    return Findings(units[0], engine.negative_right and _takes_negative_right(engine, like))
-
-
-def _takes_negative_right(engine: Engine, like: Tensor) -> bool:
+def _takes_negative_right(engine: Engine, device: torch.device, kind: Kind) -> bool:
     try:
-        _probe(engine, like, None, -_SHIFT, packed=True)
+        _probe(engine, device, kind, _SHIFTED_LENGTHS, (None, -_SHIFT))
     except NotImplementedError:
         return False
     return True
 
 
-def _probe(engine: Engine, like: Tensor, left: int | None, right: int, packed: bool) -> float:
+def _probe(
+    engine: Engine, device: torch.device, kind: Kind, lengths: tuple[int, ...], bounds: Bounds
+) -> float:
     """Compare one forward and one backward with what they must give; return the unit of lse."""
     try:
-        return _compare(engine, like, left, right, packed)
+        return _compare(engine, device, kind, lengths, bounds)
     except (NotImplementedError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # compilers of kernels have errors of their own
@@ -102,37 +114,45 @@ def _probe(engine: Engine, like: Tensor, left: int | None, right: int, packed: b
         ) from error
 
 
-def _compare(engine: Engine, like: Tensor, left: int | None, right: int, packed: bool) -> float:
-    lengths = _LENGTHS if packed else _LENGTHS[1:]
-    head_dim, total = like.shape[-1], sum(lengths)
-    visible = _visible(lengths, left, right)
+def _compare(
+    engine: Engine, device: torch.device, kind: Kind, lengths: tuple[int, ...], bounds: Bounds
+) -> float:
+    (dtype, head_dim, group, packed), total = kind, sum(lengths)
+    visible = _visible(lengths, *bounds)
     count = visible.sum(1)
     values = torch.arange(total).double()
 
-    def rows(x: Tensor) -> Tensor:
-        """(total,) as a tensor of one head that holds x in every dim."""
-        spread = x.to(like)[:, None, None].expand(total, 1, head_dim).contiguous()
+    def rows(x: Tensor, heads: int) -> Tensor:
+        """(total,) as a tensor that holds x in every head and dim."""
+        spread = x.to(device, dtype)[:, None, None].expand(total, heads, head_dim).contiguous()
         return spread if packed else spread[None]
 
-    cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).to(like.device, torch.int32)
-    band = (1.0 / head_dim, left, right, cu_seqlens if packed else None, 0.0)
-    q = rows(torch.ones(total))
-    out, lse = engine.forward(q, q, rows(values), *band)
+    def each(x: Tensor) -> Tensor:
+        """What a tensor of rows holds: (total, heads)."""
+        return x.reshape(total, -1, head_dim)[..., 0]
+
+    cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).to(device, torch.int32)
+    band = (1.0 / head_dim, *bounds, cu_seqlens if packed else None, 0.0)
+    ones = torch.ones(total)
+    q, k, v = rows(ones, group), rows(ones, 1), rows(values, 1)
+    out, lse = engine.forward(q, k, v, *band)
     expected = (1.0 + torch.log(count.double())).to(lse.device)
-    unit = _unit(engine, lse.flatten(), expected)
+    unit = _unit(engine, lse.reshape(group, total), expected)
     weights = visible / count.clamp(min=1)[:, None]
-    _expect(engine, "out", out[..., 0].flatten()[count > 0], (weights @ values)[count > 0])
+    _expect(engine, "out", each(out)[count > 0], (weights @ values)[count > 0])
 
     # An lse larger by ln 2, as other keys would make it, halves every weight; an out of 0 leaves
-    # delta 0. Rows without keys here have some elsewhere.
+    # delta 0. Rows without keys here have some elsewhere. A gradient of lse is like larger values.
     wider = expected.masked_fill(expected == -torch.inf, 0.0) + math.log(2.0)
-    wider = (wider / unit).to(lse.dtype).view_as(lse)
-    dout, zeros = rows(torch.full((total,), 1.0 / head_dim)), rows(torch.zeros(total))
-    dq, dk, dv = engine.backward(dout, None, q, q, rows(values), zeros, wider, *band)
-    weights = weights / 2
-    _expect(engine, "dq", dq[..., 0].flatten() * head_dim, weights @ values)
-    _expect(engine, "dk", dk[..., 0].flatten() * head_dim, weights.sum(0) * values)
-    _expect(engine, "dv", dv[..., 0].flatten() * head_dim, weights.sum(0))
+    wider = (wider / unit).to(lse.dtype).expand(lse.shape).contiguous()
+    dout, zeros = rows(ones / head_dim, group), rows(torch.zeros(total), group)
+    dlse = torch.full_like(wider, _DLSE) if engine.takes_dlse else None
+    dq, dk, dv = engine.backward(dout, dlse, q, k, v, zeros, wider, *band)
+    weights, raised = weights / 2, values if dlse is None else values + _DLSE
+    of_keys = weights.sum(0) * group
+    _expect(engine, "dq", each(dq) * head_dim, weights @ raised)
+    _expect(engine, "dk", each(dk) * head_dim, of_keys * raised)
+    _expect(engine, "dv", each(dv) * head_dim, of_keys)
     return unit
 
 
@@ -148,7 +168,7 @@ def _visible(lengths: tuple[int, ...], left: int | None, right: int) -> Tensor:
 def _unit(engine: Engine, lse: Tensor, expected: Tensor) -> float:
     """1 for natural logarithms, ln 2 for base 2."""
     for unit in (1.0, math.log(2.0)):
-        if torch.allclose(lse.double() * unit, expected, rtol=1e-3):
+        if torch.allclose(lse.double() * unit, expected.expand(lse.shape), rtol=1e-3):
             return unit
     raise NotImplementedError(
         f"{engine.name} gives lse neither in base e nor in base 2: "
@@ -157,6 +177,8 @@ def _unit(engine: Engine, lse: Tensor, expected: Tensor) -> float:
 
 
 def _expect(engine: Engine, name: str, got: Tensor, expected: Tensor) -> None:
+    """Compare (rows, heads) with what every head must hold."""
+    expected = expected[:, None].expand(got.shape)
     if not torch.allclose(got.double().cpu(), expected, rtol=_TOLERANCE, atol=_TOLERANCE):
         raise NotImplementedError(
             f"{engine.name} gives a wrong {name}: {got.tolist()} for {expected.tolist()}"

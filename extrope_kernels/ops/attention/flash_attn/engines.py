@@ -24,9 +24,7 @@ class Engine:
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     max_head_dim = 256
     negative_right = False
-
-    def takes_dlse(self, q: Tensor) -> bool:
-        return False
+    takes_dlse = False  # a gradient of lse
 
     def missing(self) -> str | None:
         """Why the package cannot be imported; None when it can."""
@@ -65,7 +63,7 @@ class Engine:
         cu_seqlens: Tensor | None,
         softcap: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv in the dtype of q; dlse is None where `takes_dlse` is False."""
+        """dq, dk and dv in the dtype of q; dlse is None unless `takes_dlse`."""
         raise NotImplementedError
 
 
@@ -131,11 +129,11 @@ class FlashAttention2(_Package):
 
 
 class FlashAttention3(_Package):
-    """The same repository's hopper/ folder."""
+    """The same repository's hopper/ folder. Not on PyPI; PyTorch publishes wheels of it."""
 
     name = "flash-attn 3"
     module = "flash_attn_interface"
-    max_head_dim = 192  # its backward is not repeatable beyond
+    max_head_dim = 192  # beyond, its backward refuses to be deterministic
 
     def refuses(self, capability, head_dim):
         if capability[0] != 9:
@@ -184,9 +182,7 @@ class FlashAttention4(_Package):
     name = "flash-attn 4"
     module = "flash_attn.cute.interface"
     negative_right = True
-
-    def takes_dlse(self, q):
-        return q.shape[-1] < 256 or torch.cuda.get_device_capability(q.device)[0] == 9
+    takes_dlse = True
 
     def refuses(self, capability, head_dim):
         if capability[0] not in (9, 10, 11):
@@ -194,8 +190,9 @@ class FlashAttention4(_Package):
                 "has a repeatable backward on compute capability 9.x to 11.x, "
                 f"got {capability[0]}.{capability[1]}"
             )
-        if capability[0] > 9 and 128 < head_dim < 256:
-            return f"takes head_dim up to 128, or 256, there, got {head_dim}"
+        if capability[0] > 9 and head_dim > 128:
+            # Its forward also takes 256, its backward no window there.
+            return f"takes windows up to head_dim 128 there, got {head_dim}"
         return None
 
     def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens, softcap):
