@@ -26,7 +26,7 @@ from extrope_kernels import methods, scores
 SCORE = scores.rerope(1024)
 # Name: the most bare launches, and the most kernels, that a call may take.
 BARS = {
-    "apply_rope_qk, Triton": (4.0, 1),
+    "apply_rope_qk, Triton": (6.0, 1),
     "rope_attention": (12.0, 2),
     "rope_attention, backward": (20.0, 4),
     "rope_attention_with_kvcache, with k and v": (8.0, 2),
