@@ -204,14 +204,9 @@ def _settle(tensors: tuple[Tensor | None, ...], options: dict) -> Settled | None
     by, numbers = told_by(_rotation(call, k))
     numbers += (0, 0) if slots is None else strides_of(slots.view(call.batch, call.seqlen))
     numbers += (0 if table is None else table.stride(0), *call.k_cache.shape[:2], call.capacity)
-    step = Step(
-        v.shape[3],
-        next_power_of_2(v.shape[3]),
-        *together,
-        call.rotates_q,
-        call.inv_freq is not None,
-        float(call.norm_eps),
-    )
+    rotates = (call.rotates_q, call.inv_freq is not None)
+    dims_v = (v.shape[3], next_power_of_2(v.shape[3]))
+    step = Step(*dims_v, *together, *rotates, float(call.norm_eps))
     stored = None if call.map == SAME else call.map
     heads = (q, k, out, v, call.k_cache, call.v_cache)
     return settle(heads, by, numbers, STEP=step, STORED=stored)
@@ -222,19 +217,11 @@ def _rotation(call: Append, k: Tensor) -> Rotation:
     inv_freq = call.inv_freq
     if inv_freq is None:  # of which the kernel reads nothing
         inv_freq = torch.empty(max(k.shape[-1] // 2, 1), device=k.device)
-    _, rotation = resolve(
-        k if call.cu_seqlens is None else k[0],
-        None,
-        inv_freq,
-        call.positions,
-        call.cu_seqlens,
-        call.log_decay,
-        call.axes,
-        adjoint=False,
-        attention_factor=call.attention_factor,
-        interleaved=call.interleaved,
-        decay_origin=call.decay_origin,
-    )
+    rope = Rope(inv_freq, call.positions, call.cu_seqlens, call.log_decay, call.axes)
+    names = ("attention_factor", "interleaved", "decay_origin")
+    options = {name: getattr(call, name) for name in names}
+    x = k if call.cu_seqlens is None else k[0]
+    _, rotation = resolve(x, None, *rope, adjoint=False, **options)
     if call.positions is None and call.inv_freq is not None:
         behind = {"positions": call.cache_seqlens, "positions_are_offsets": True, "axes": None}
         rotation = dataclasses.replace(rotation, **behind)

@@ -62,10 +62,7 @@ def rope_cos_sin(
 
 
 def _settle(
-    tensors: tuple[Tensor | None, ...],
-    cos: Tensor,
-    sin: Tensor,
-    options: dict[str, bool],
+    tensors: tuple[Tensor | None, ...], cos: Tensor, sin: Tensor, options: dict[str, bool]
 ) -> Settled | None:
     """The checked call's launch; None where there is nothing to rotate."""
     check(*tensors[:2], cos, sin)

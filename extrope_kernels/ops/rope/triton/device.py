@@ -301,7 +301,7 @@ def told_by(rotation: Rotation) -> tuple[dict[str, Any], tuple[int | float, ...]
 def as_inputs(tensors: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
     """Two tensors as the (batch, seqlen, heads, head_dim) inputs that they belong to."""
     like = (*inputs, None)
-    return [x if x is None else x.view_as(y) for x, y in zip(tensors, like)]
+    return [x if x is None else x.view(y.shape) for x, y in zip(tensors, like)]
 
 
 def empty_outputs(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -296,19 +296,14 @@ def rope_norm_bwd(
 
 
 def _run(
-    tensors: tuple[Tensor | None, ...],
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    *rope_args: Tensor | None,
-    offset: int = 0,
-    **options,
+    tensors: tuple[Tensor | None, ...], *others: Tensor | None, offset: int = 0, **options
 ) -> list[Tensor | None]:
     """Norm and rotate q and k of tensors, (q, k, their outputs, what is saved of them).
 
     Returns, of a backward, the sums for the gradients of the weights: (programs, dims).
     """
     q, k, out, _, *saved = tensors
-    weights, rope = (q_weight, k_weight), Rope(*rope_args)
+    weights, rope = others[:2], Rope(*others[2:])
     key = (out is q, layouts_of(q, k, *saved, *weights, *rope), *options.items())
     settled = planned(_settle, key, tensors, weights, rope, options)
     programs, wide = 0 if settled is None else settled.grid[0], accumulator(q.dtype)
@@ -323,7 +318,7 @@ def _run(
 
 def _settle(
     tensors: tuple[Tensor | None, ...],
-    weights: tuple[Tensor | None, Tensor | None],
+    weights: tuple[Tensor | None, ...],
     rope: Rope,
     options: dict,
 ) -> Settled | None:
