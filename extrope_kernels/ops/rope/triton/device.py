@@ -108,14 +108,14 @@ def token_positions(
         at = rope.positions + batch * position_batch + seq * position_seq
         if TILE.num_axes == 0:
             position = tl.load(at, mask=valid, other=0).to(tl.float64)
-    position = position[:, None]
+    position = position[:, None]  # (TOKENS, 1)
     if TILE.num_axes > 0:
         pair = tl.arange(0, TILE.pairs)
         axis = tl.load(rope.axes + pair, mask=pair < TILE.half, other=0)
         axis = tl.minimum(tl.maximum(axis, 0), TILE.num_axes - 1).to(tl.int64)  # one that exists
         at = at[:, None] + (axis * position_axis)[None, :]
         mask = valid[:, None] & (pair < TILE.half)[None, :]
-        position = tl.load(at, mask=mask, other=0).to(tl.float64)
+        position = tl.load(at, mask=mask, other=0).to(tl.float64)  # (TOKENS, PAIRS)
     return sequence, position + tl.cast(offset, tl.float64)
 
 

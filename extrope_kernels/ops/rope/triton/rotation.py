@@ -66,7 +66,7 @@ def rotate_kernel(
     TOKENS: tl.constexpr = TILE.tokens  # Triton 3.6 takes fields of TILE everywhere but in shapes
     PAIRS: tl.constexpr = TILE.pairs
     tokens = program_tokens(count, seqlen, TILE)
-    batch, seq, valid = tokens
+    batch, seq, valid = tokens  # (TOKENS,)
     sequence, position = token_positions(
         tokens, rope, offset, position_axis, position_batch, position_seq, num_sequences,
         search_steps, TILE,
@@ -92,7 +92,7 @@ def rotate_kernel(
                 at = angle_grad + (row * TILE.half)[:, None] + pair[None, :]
                 tl.store(at, of_head, mask=mask)
     else:
-        cos, sin = head_cos_sin(angles, tl.cast(0, tl.int64), valid, TILE)
+        cos, sin = head_cos_sin(angles, tl.cast(0, tl.int64), valid, TILE)  # (TOKENS, PAIRS)
         c, s = scaled(cos, sin, angles, 1.0, TILE)
         for head in range(first, last):
             grad = _rotate_and_derive(q, q_out, q_saved, tokens, head, c, s, grad, TILE)
