@@ -211,7 +211,7 @@ def _rows(case: Case, heads: int, tokens: int = SEQLEN, itemsize: int = 0) -> in
 def rope_traffic(case: Case, launch: Launch) -> Traffic:
     """A pass rotates one head in a tile of tokens. A gradient reads what was rotated besides."""
     tiles, shares = launch.grid[:2]
-    read = 2 if case.call is rotate_back or launch.args.get("q_saved") is not None else 1
+    read = 2 if case.call is rotate_back or launch.args.get("q_parts") is not None else 1
     moved = _rows(case, HEADS_Q + HEADS_K) * (read + 1)
     return Traffic(moved, tiles * shares, (tiles * HEADS_Q, tiles * HEADS_K))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from extrope_kernels.ops.rope import reference
 from extrope_kernels.ops.rope.rotation import Rotation
-from extrope_kernels.ops.rope.triton import rotate
+from extrope_kernels.ops.rope.triton import device
+from extrope_kernels.ops.rope.triton import rotation as kernels
 from extrope_kernels.testing import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,6 +40,25 @@ def rope_rotation(rotary_dim: int, **changes) -> Rotation:
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def rotate(
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    saved: Sequence[Tensor] | None,
+    angle_grad: Tensor | None,
+    rotation: Rotation,
+) -> None:
+    """Launch the kernel on one or two (batch, seqlen, heads, head_dim) tensors, as the ops do.
+
+    saved: what a backward derives the angles from, into angle_grad.
+    """
+    tensors = [x for xs in (inputs, outputs, saved or ()) for x in (*xs, None, None)[:2]]
+    settled = kernels.settle_rotation(tensors, outputs[0] is inputs[0], rotation)
+    by = (rotation.inv_freq, rotation.positions, rotation.cu_seqlens, rotation.log_decay)
+    rope = device.Rope(*by, rotation.axes)
+    if settled is not None:
+        device.launch(kernels.rotate_kernel, settled, tensors, angle_grad, rope, rotation.offset)
 
 
 def sequence_and_index(rotation: Rotation, b: int, s: int) -> tuple[int, int]:

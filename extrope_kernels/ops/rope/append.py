@@ -556,7 +556,7 @@ def _define() -> None:
         op = getattr(ops, name).default
         message = "rope_append: is for inference and has no gradient"
         refuse_backward(library, op, message, lambda tensors: tensors[3:5])
-    by_triton = triton_kernels("append_ops", ("rope_append",))["rope_append"]
+    by_triton = triton_kernels("append", ("rope_append",))["rope_append"]
     library.impl("rope_append_triton", by_triton, "CUDA")
     library.impl("rope_append_triton", by_triton, "CPU")  # the interpreter
     library.impl("rope_append", by_triton, "CUDA")

@@ -314,8 +314,8 @@ _NORM_REFERENCE = {
     "rope_norm_bwd": norm.rope_norm_bwd,
     "rope_norm_inplace": norm.rope_norm_inplace,
 }
-_TRITON = triton_kernels("ops", tuple(_REFERENCE))
-_NORM_TRITON = triton_kernels("norm_ops", tuple(_NORM_REFERENCE))
+_TRITON = triton_kernels("rotation", tuple(_REFERENCE))
+_NORM_TRITON = triton_kernels("norm", tuple(_NORM_REFERENCE))
 _OPS = {
     "rope_fwd": (_FWD, _fwd_fake),
     "rope_bwd": (_BWD, _bwd_fake),

@@ -1,5 +1,1 @@
-"""The rotation in Triton: one launch rotates q and k, forward and backward, in place or not."""
-
-from .launch import rotate
-
-__all__ = ["rotate"]
+"""The rotation's Triton kernels; read rotation.py and device.py first."""
