@@ -14,6 +14,7 @@ import torch
 from . import __version__, _build, _ext
 from .evaluation import cli as evaluation
 from .evaluation.search import cli as search
+from .model_check import cli as check
 from .ops import attention, permuteformer, rope
 
 CPU_CAPABILITIES = (
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     evaluation.add_arguments(evaluate)
     searching = commands.add_parser("search", help="what lets a model read a length best")
     search.add_arguments(searching)
+    checking = commands.add_parser("check", help="what a model's configuration really does")
+    check.add_arguments(checking)
     bench = commands.add_parser("bench", help="the benchmarks of a checkout")
     bench.add_argument("names", nargs="*", metavar="NAME", help="such as rope; default: all")
     args = parser.parse_args(argv)
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.command == "bench":
         return run_benchmarks(args.names)
-    return (evaluation if args.command == "eval" else search).run(args)
+    return {"eval": evaluation, "search": search, "check": check}[args.command].run(args)
 
 
 def info() -> str:

@@ -102,4 +102,4 @@ def test_unknown_command_prints_usage(capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["fly"])
     assert exit_.value.code == 2
-    assert "info,eval,search,bench" in capsys.readouterr().err
+    assert "info,eval,search,check,bench" in capsys.readouterr().err

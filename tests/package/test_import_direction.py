@@ -25,7 +25,7 @@ KINDS = {
     "shared": r"ops/_shared/.*",
     "operation": r"ops/\w+/.*",
     "distributed": r"distributed/.*",
-    "client": r"(integrations/\w+|evaluation)/.*|(cli|__main__|testing).py",
+    "client": r"(integrations/\w+|evaluation|model_check)/.*|(cli|__main__|testing).py",
 }
 AXES = ("methods", "positions", "scores")
 # What each kind may import of the package. {own} is the module's own folder: methods/, ops/rope/.

@@ -235,6 +235,7 @@ class Layers:
     near: those that attend as before: the ones without a rotation and, but for layers="all", those
         with a sliding window or chunks: no distance in them is past what training has covered.
     calls: how each of them calls its attention. mask_name: of its mask, where layers get several.
+    unrotated: near layers without a rotation that the sites given have a part in.
     needs_mask: more than the attention of far layers looks at the mask.
     around: for rotary embeddings that are a layer's own, that layer.
 
@@ -264,10 +265,14 @@ class Layers:
                 name = type(layer).__name__
                 reason = f"{name} computes its attention itself, with nothing to replace"
                 raise unsupported(owner, reason)
-        rotate = [self._sort(x, still.seen[x], moved.seen[x], layers) for x in moved.seen]
+        self.unrotated = [
+            layer
+            for layer in moved.seen
+            if not self._sort(layer, still.seen[layer], moved.seen[layer], layers)
+        ]
         if not self.far:
             reason = "none of its layers rotates"
-            if any(rotate):
+            if len(self.unrotated) < len(moved.seen):
                 reason = (
                     "all its layers that rotate have a sliding window or chunks, "
                     "so none sees distances past it"

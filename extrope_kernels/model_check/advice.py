@@ -1,0 +1,173 @@
+"""What to try first at a length, and why; and the lines that ask each engine for it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ..evaluation.models import PACKAGES
+from ..evaluation.options import Plan
+from ..evaluation.search.candidates import Candidate
+from ..integrations.vllm.settings import check_config, read_settings
+from ..scores import SCORES
+from .facts import Facts
+from .source import Source
+
+PAGE = "docs/guide/choose.md"
+# Rows of that page, of SmolLM2-135M: what ReRoPE with half the training length costs over YaRN, by
+# how many times the training length is read, and what each recalls at twice.
+OVER_YARN = {2: "-0.020 ± 0.002", 4: "-0.143 ± 0.028"}
+RECALL = {"rerope": "2.56 ± 0.28", "yarn": "0.72 ± 0.40"}
+_ENGINES = ("transformers", "vLLM", "SGLang", "LMDeploy", "llama.cpp")
+_BY_KIND = "cannot be told, as far as known, to scale the full layers alone"
+_LONGROPE = "left out: a model with LongRoPE may load no other type; `search` writes factors"
+# What YaRN takes the place of, among rope_parameters.
+_SCALING = ("factor", "attention_factor", "beta_", "low_freq", "high_freq", "rope_type", "type")
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to try at a length; `first` is None where nothing is to be done.
+
+    why: sentences. rope_parameters: for a configuration. lines: by engine, what asks it for the
+    method, or that it cannot.
+    """
+
+    length: int
+    first: str | None
+    why: str
+    rope_parameters: Mapping[str, Any]
+    lines: Mapping[str, str]
+
+
+def advise(model: str, source: Source, facts: Facts, length: int) -> Advice:
+    """Return what to try first for `length` tokens."""
+    trained, reach = facts.length.trained, facts.reach
+    why = None
+    if length <= reach:
+        why = f"{length:,} tokens are within the {reach:,} that the model is made for"
+    elif facts.scores.layers == "all":
+        why = "no layer that rotates sees past its window or chunk; its distances are all trained"
+    if why is not None:
+        return Advice(length, None, why, {}, {})
+    yarn = _candidate("yarn", length, reach, trained)
+    first, why = _choose(source, facts, length, yarn)
+    if facts.rope_parameters.get("rope_type") == "longrope":
+        lines = dict.fromkeys(("vLLM, our plugin", *_ENGINES), _LONGROPE)
+        return Advice(length, first.name, why, {}, {"extend": first.call} | lines)
+    parameters = _rope_parameters(source, facts, yarn)
+    served = "MODEL" if model in PACKAGES or Path(model).is_file() else shlex.quote(model)
+    lines = {"extend": first.call, "vLLM, our plugin": _plugin_line(served, source, length, first)}
+    note = f"  # yarn: no {first.method} here" if first.method in SCORES else ""
+    for engine, line in _lines(served, source, facts, length, yarn).items():
+        lines[engine] = line + note * ("$ROPE" in line or "--rope" in line)
+    return Advice(length, first.name, why, parameters, lines)
+
+
+def _choose(source: Source, facts: Facts, length: int, yarn: Candidate) -> tuple[Candidate, str]:
+    """Return what to try first, and why."""
+    trained, reach = facts.length.trained, facts.reach
+    if facts.scores.layers is None:
+        why = f"score methods do not go, see above; more than its factor for far details ({PAGE})"
+        return yarn, why
+    chunks = source.stated.get("dual_chunk_attention_config")
+    if isinstance(chunks, Mapping) and {"chunk_size", "local_size"} <= set(chunks):
+        parameters = {"chunk_size": chunks["chunk_size"], "local_window": chunks["local_size"]}
+        return Candidate("dual_chunk", parameters), "its dual_chunk_attention_config names it"
+    times = 2 if length <= 2 * reach else 4
+    why = (
+        f"exact within its window, half of {reach:,} tokens; on SmolLM2-135M at {times} times its "
+        f"length {OVER_YARN[times]} nats over YaRN, recall at twice {RECALL['rerope']} against "
+        f"{RECALL['yarn']} ({PAGE})"
+    )
+    return _candidate("rerope", length, reach, trained), why
+
+
+def _candidate(method: str, length: int, reach: int, trained: int) -> Candidate:
+    return Candidate(method, Plan([method], [length]).method_params(method, length, reach, trained))
+
+
+def _rope_parameters(source: Source, facts: Facts, yarn: Candidate) -> dict[str, Any]:
+    """Return config.rope_parameters with YaRN for the layers that see all tokens."""
+    old = facts.rope_parameters
+    kept = {k: v for k, v in old.items() if v is not None and not k.startswith(_SCALING)}
+    kept |= {"original_max_position_embeddings": facts.length.trained}
+    new = {"rope_type": "yarn", **yarn.params, **kept}
+    if facts.full_kind is None:
+        return new
+    return {**source.config.rope_parameters, facts.full_kind: new}
+
+
+def _lines(
+    model: str, source: Source, facts: Facts, length: int, yarn: Candidate
+) -> dict[str, str]:
+    """Return for each engine what asks for YaRN; $ROPE stands for the rope_parameters."""
+    inner, several = source.config is not source.whole, facts.full_kind is not None
+
+    def override(key: str, more: str = "") -> str:
+        entry = f'{{\\"{key}\\": $ROPE{more}}}'
+        return f'"{{\\"text_config\\": {entry}}}"' if inner else f'"{entry}"'
+
+    where = "config.json, text_config:" if inner else "config.json:"
+    former = ' in place of "rope_scaling"' if source.stated.get("rope_scaling") else ""
+    # With which vLLM would build the rotary layer of a backend that it has no more.
+    chunks = ', \\"dual_chunk_attention_config\\": null'
+    chunks *= "dual_chunk_attention_config" in source.stated
+    by_sglang = override("rope_parameters" if inner or several else "rope_scaling")
+    lines = (
+        f'{where} "rope_parameters": $ROPE{former}, "max_position_embeddings": {length}',
+        f"vllm serve {model} --max-model-len {length} --hf-overrides "
+        + override("rope_parameters", chunks),
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1 python -m sglang.launch_server "
+        f"--model-path {model} --context-length {length} --json-model-override-args {by_sglang}",
+        f"lmdeploy serve api_server {model} --session-len {length} "
+        f"--hf-overrides {override('rope_scaling')}",
+        f"llama-server -m MODEL.gguf -c {length} --rope-scaling yarn "
+        f"--rope-scale {yarn.params['factor']:g} --yarn-orig-ctx {facts.length.trained}",
+    )
+    told = dict(zip(_ENGINES, lines, strict=True))
+    return told | dict.fromkeys(("LMDeploy", "llama.cpp"), _BY_KIND) if several else told
+
+
+def _plugin_line(model: str, source: Source, length: int, first: Candidate) -> str:
+    entry: dict[str, Any] = {"method": first.method, **first.params}
+    additional = {"extrope": {"score": entry} if first.method in SCORES else entry}
+    try:
+        settings = read_settings(additional)
+        if settings is not None:
+            check_config(settings, _engine_config(source))
+    except ValueError as error:
+        return f"refused: {str(error).removeprefix('extrope: ')}"
+    return (
+        f"VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 vllm serve {model} --max-model-len {length} "
+        f"--additional-config '{json.dumps(additional)}'"
+    )
+
+
+class _Unset(SimpleNamespace):
+    """Everything else is None, as in an engine that was told nothing."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _engine_config(source: Source) -> Any:
+    """Return what the plugin would look at in vLLM's configuration of such an engine."""
+    text = source.config
+    model = _Unset(
+        hf_text_config=text,
+        architecture=(source.whole.architectures or [type(text).__name__])[0],
+        using_transformers_backend=lambda: False,
+        use_mla=getattr(text, "kv_lora_rank", None) is not None,
+        runner_type="generate",
+        uses_mrope="mrope_section" in (getattr(text, "rope_parameters", None) or {}),
+        dtype="auto",
+    )
+    parallel = _Unset(decode_context_parallel_size=1, prefill_context_parallel_size=1)
+    cache = _Unset(cache_dtype="auto")
+    return _Unset(model_config=model, parallel_config=parallel, cache_config=cache)

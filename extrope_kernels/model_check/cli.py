@@ -1,0 +1,169 @@
+"""The `check` command: its options, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from ..evaluation import UsageError
+from ..evaluation.models import quiet
+from .advice import Advice, advise
+from .facts import IGNORED, Facts, Rotation, gather
+from .source import read_source
+from .vllm import NOT_INSTALLED
+
+_WIDTH, _LABEL = 100, 17
+_WRONG = (IGNORED, "differs", "fails")
+_QUOTED = re.compile(r"'[^']*'|\"(?:\\\\.|[^\"\\\\])*\"")
+_RED, _PLAIN = "\x1b[31m", "\x1b[0m"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to a parser."""
+    add = parser.add_argument
+    add(
+        "model", metavar="MODEL", help="folder, .gguf, config.json, smollm2, or name in hub's cache"
+    )
+    add("--length", type=int, help="tokens to be read: what to try first, and lines to copy")
+    add("--json", action="store_true", help="the same facts as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command and return its exit code: 2 where the model cannot be read."""
+    try:
+        if args.length is not None and args.length < 1:
+            raise UsageError(f"--length must be >= 1, got {args.length}")
+        quiet()
+        source = read_source(args.model)
+        try:
+            facts = gather(source)
+        except UsageError as error:
+            raise UsageError(f"{args.model}: {error}") from error
+    except UsageError as error:
+        print(f"check: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    advice = None if args.length is None else advise(args.model, source, facts, args.length)
+    if args.json:
+        print(json.dumps(as_json(args.model, facts, advice), indent=2))
+    else:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print("\n".join(report(args.model, facts, advice, colour)))
+    return 0
+
+
+def as_json(model: str, facts: Facts, advice: Advice | None) -> dict[str, Any]:
+    """Return the facts for a program."""
+    length = facts.length.reach if advice is None else advice.length
+    cache = asdict(facts.cache) | {
+        "length": length,
+        "bytes_at_length": facts.cache.bytes_at(length),
+    }
+    return asdict(facts) | {
+        "model": model,
+        "reach": facts.reach,
+        "cache": cache,
+        "advice": advice and asdict(advice),
+    }
+
+
+def report(model: str, facts: Facts, advice: Advice | None, colour: bool) -> list[str]:
+    """Return the lines of one screen."""
+    red, plain = (_RED, _PLAIN) if colour else ("", "")
+    lines = []
+    for label, text, alarming in _paragraphs(model, facts, advice):
+        for number, line in enumerate(_wrapped(text)):
+            text = f"{red}{line}{plain}" if alarming else line
+            lines.append(f"{'' if number else label:<{_LABEL}}{text}")
+    return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    """Wrap a line; one for a shell so that it can be copied, its comment at the end."""
+    command, hash_, comment = text.partition("  # ")
+    shell = any(f"{each} " in command for each in ("serve", "sglang.launch_server", "llama-server"))
+    width = _WIDTH - _LABEL - 2 * shell
+    whole = _QUOTED.sub(lambda each: each[0].replace(" ", "\0") if shell else each[0], command)
+    lines = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False)
+    lines = [line.replace("\0", " ") for line in lines]
+    lines[:-1] = [f"{line} \\" if shell else line for line in lines[:-1]]
+    if hash_ and len(lines[-1]) + len(hash_ + comment) > width:
+        return [*lines, hash_.lstrip() + comment]
+    return [*lines[:-1], lines[-1] + hash_ + comment]
+
+
+def _paragraphs(model: str, facts: Facts, advice: Advice | None) -> Iterator[tuple[str, str, bool]]:
+    """Yield (label, text, whether it is alarming)."""
+    heads = f"{facts.heads} heads of {facts.head_dim}, {facts.key_heads} of keys"
+    yield "model", f"{model}: {facts.architecture}, {heads}", False
+    length = facts.length
+    yield "training length", f"{length.trained:,} tokens ({length.origin})", False
+    if length.reach != length.trained:
+        yield "", f"made for {length.reach:,} ({length.reach_origin})", False
+    for number, each in enumerate(facts.rotations):
+        yield "" if number else "rotation", _rotation(each, length.trained), False
+    if facts.temperature and abs(facts.temperature - 1) > 1e-3:
+        yield "", f"softmax scale {facts.temperature:.4g} / sqrt({facts.head_dim})", False
+    yield from _engines(facts)
+    yield "cache", _cache(facts, length.reach if advice is None else advice.length), False
+    yield "score methods", _scores(facts), False
+    if advice is None:
+        return
+    yield "to try first", f"{advice.first or 'nothing'}: {advice.why}", False
+    if advice.rope_parameters:
+        yield "", f"ROPE='{json.dumps(advice.rope_parameters)}'", False
+    for engine, line in advice.lines.items():
+        yield engine, line, False
+
+
+def _rotation(each: Rotation, trained: int) -> str:
+    window = f", the last {each.window:,} tokens" if each.window else ""
+    layers = f"{each.layers} x {each.kind}{window}"
+    if each.method is None:
+        return f"{layers}: no rotation"
+    factor = "" if each.factor is None else f", factor {each.factor:g}"
+    return (
+        f"{layers}: {each.method}, base {each.base:g}{factor}, attention factor "
+        f"{each.attention_factor:.5g}; {each.unfinished} of {each.pairs} pairs never finish a turn "
+        f"in {trained:,} tokens"
+    )
+
+
+def _engines(facts: Facts) -> Iterator[tuple[str, str, bool]]:
+    """Yield what transformers and vLLM make of what is stated."""
+    for engine, name in (("transformers", "transformers"), ("vllm", "vLLM")):
+        by_kind = {each.kind: str(getattr(each, engine)) for each in facts.rotations if each.method}
+        said = set(by_kind.values())
+        text = said.pop() if len(said) == 1 else "; ".join(map(": ".join, by_kind.items()))
+        wrong = any(each.startswith(_WRONG) for each in by_kind.values())
+        text = text if text == NOT_INSTALLED else f"{name}: {text}"
+        yield "" if engine == "vllm" else "applied", text, wrong
+    for key in facts.ignored:
+        yield "", f"transformers: {key} is named and IGNORED", True
+    for warning in facts.warnings:
+        yield "", f"transformers: {warning}", True
+
+
+def _cache(facts: Facts, length: int) -> str:
+    cache = facts.cache
+    text = f"{cache.bytes_per_token:,} bytes a token in {cache.dtype}"
+    text += "".join(f", and {each:,} of the last {window:,}" for window, each in cache.windowed)
+    return f"{text}; {_gibibytes(cache.bytes_at(length))} at {length:,}"
+
+
+def _gibibytes(count: int) -> str:
+    return f"{count / 2**30:,.{0 if count > 1 << 37 else 2}f} GiB"
+
+
+def _scores(facts: Facts) -> str:
+    if facts.scores.layers == "full":
+        return "extend takes them for the layers that see all tokens"
+    if facts.scores.layers == "all":
+        return 'with layers="all" alone: all layers that rotate have a window or chunks'
+    return f"refused: {facts.scores.refused}"

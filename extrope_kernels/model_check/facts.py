@@ -1,0 +1,399 @@
+"""What a model does with positions: lengths, rotations, its cache, and what score methods say."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .. import RopeFreqs, methods
+from ..evaluation import UsageError
+from ..integrations._shared.parameters import is_bounded
+from ..integrations.transformers import extend
+from ..integrations.transformers.find import (
+    RotarySite,
+    attribute_of,
+    caches_in,
+    find_sites,
+    owners_of,
+    shortened,
+)
+from ..integrations.transformers.trial import Layers, kind_of
+from . import vllm
+from .models import alike, on_meta, small_ones
+from .source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+AS_STATED, IGNORED = "as stated", "plain RoPE: the scaling that is stated is IGNORED"
+_OUR_NAMES = {"default": "rope", "linear": "pi", "dynamic": "dynamic_ntk"}
+
+
+@dataclass(frozen=True)
+class Length:
+    """trained: tokens, by the key named origin. reach: what the configuration is made for, by what
+    reach_origin says.
+    """
+
+    trained: int
+    origin: str
+    reach: int
+    reach_origin: str
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """One kind of layers; all but `layers` and `window` is None where they do not rotate.
+
+    window: tokens that a layer sees, None for all.
+    method, base, factor, attention_factor: in force, as transformers builds the model.
+    unfinished: of the pairs that rotate, those whose unscaled frequency makes less than a turn in
+        the training length.
+    transformers, vllm: what these make of what is stated.
+    """
+
+    kind: str
+    layers: int
+    window: int | None = None
+    method: str | None = None
+    base: float | None = None
+    factor: float | None = None
+    attention_factor: float | None = None
+    pairs: int | None = None
+    unfinished: int | None = None
+    transformers: str | None = None
+    vllm: str | None = None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """bytes_per_token: of layers that keep all tokens; windowed: (window, bytes_per_token) each of
+    those that keep the last ones.
+    """
+
+    dtype: str
+    bytes_per_token: int
+    windowed: tuple[tuple[int, int], ...]
+
+    def bytes_at(self, length: int) -> int:
+        """Return the bytes of one sequence."""
+        windowed = sum(min(window, length) * each for window, each in self.windowed)
+        return self.bytes_per_token * length + windowed
+
+
+@dataclass(frozen=True)
+class Scores:
+    """layers: which layers extend takes a score method for, or None; refused: why it takes none."""
+
+    layers: str | None
+    refused: str | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that `check` knows of a model, without a length in mind."""
+
+    architecture: str
+    heads: int
+    key_heads: int
+    head_dim: int
+    length: Length
+    rotations: tuple[Rotation, ...]
+    ignored: tuple[str, ...]
+    warnings: tuple[str, ...]
+    cache: Cache
+    temperature: float | None
+    scores: Scores
+    rope_parameters: Mapping[str, Any]
+    full_kind: str | None
+
+    @property
+    def reach(self) -> int:
+        """Return the tokens that the model is made for, as far as nothing of it is ignored."""
+        fails = any(each.transformers == IGNORED for each in self.rotations) or self.ignored
+        return self.length.trained if fails else self.length.reach
+
+
+# A kind of layers: its name, whether it rotates, and how many of the last tokens it sees.
+Kind = tuple[str, bool, "int | None"]
+
+
+class Trial(NamedTuple):
+    """What running a small model shows, by layer: its kind, or None where it does not attend; dims
+    of keys and values that its cache has for a token, of all heads, and how many tokens of them.
+    temperature: the softmax scale over 1 / sqrt(head_dim); None where the layers do not say it.
+    """
+
+    scores: Scores
+    kinds: list[Kind | None]
+    cached: list[tuple[int, int | None]]
+    temperature: float | None = None
+
+
+def gather(source: Source) -> Facts:
+    """Return the facts; raises UsageError for a model that cannot be built, or does not rotate."""
+    try:
+        model = on_meta(source.config)
+        return _gather(source, model, find_sites(model, "all"))
+    except UsageError:
+        raise
+    except KeyError as error:
+        rope_type = f"rope_type {error} is none that transformers knows"
+        raise UsageError(f"cannot be built: {rope_type}") from error
+    except Exception as error:  # whatever a foreign configuration leads to
+        text = shortened(error).removeprefix("extend: ")
+        raise UsageError(f"cannot be built, or does not rotate: {text}") from error
+
+
+def _gather(source: Source, model: PreTrainedModel, sites: list[RotarySite]) -> Facts:
+    config, length, trial = source.config, read_length(source), try_out(model)
+    kind = next((k for site in sites for k in site.layer_types if k is None or "full" in k), None)
+    return Facts(
+        (source.whole.architectures or [type(model).__name__])[0],
+        config.num_attention_heads,
+        _key_heads(config),
+        head_dim(config),
+        length,
+        tuple(_rotations(source, sites, trial, length.trained)),
+        tuple(source.ignored(type(model))),
+        source.warnings,
+        _cache(config, trial),
+        trial.temperature,
+        trial.scores,
+        sites[0].parameters(kind),
+        kind,
+    )
+
+
+def read_length(source: Source) -> Length:
+    """Return the training length, and where the number stands; raises UsageError."""
+    config, stated = source.config, source.stated
+    reach = getattr(config, "max_position_embeddings", None)
+    name = "original_max_position_embeddings"
+    places: list[tuple[str, Any]] = [(name, stated.get(name))]
+    for key in ("rope_parameters", "rope_scaling", "dual_chunk_attention_config"):
+        entry = stated.get(key)
+        nested = [entry, *entry.values()] if isinstance(entry, Mapping) else []
+        places += [(f"{name} in {key}", each.get(name)) for each in nested if hasattr(each, "get")]
+    origin, trained = next(((key, value) for key, value in places if value), (None, reach))
+    if not isinstance(trained, int) or not isinstance(reach, int):
+        raise UsageError("the configuration names no max_position_embeddings")
+    if origin is None:
+        origin = "max_position_embeddings"
+        if stated.get(origin) is None:
+            origin = f"{origin}, the default of {type(config).__name__}: the file names none"
+    if source.gguf:
+        ending = "context_length" if name not in origin else "rope.scaling.original_context_length"
+        origin = f"{source.gguf}.{ending}"
+    parameters = getattr(config, "rope_parameters", None) or {}
+    scaled = trained * (parameters.get("factor") or 1)
+    if parameters.get("rope_type") == "yarn" and scaled > reach:
+        return Length(trained, origin, int(scaled), "the factor of its YaRN")
+    return Length(trained, origin, max(trained, reach), "max_position_embeddings")
+
+
+def try_out(model: PreTrainedModel) -> Trial:
+    """Run a small model of random weights with the same kinds of layers."""
+    config, first = model.config, alike(model)
+    for small in small_ones(model):
+        scores = _ask_for_scores(small)
+        if scores.refused is None or "tried out" not in scores.refused:
+            kinds, cached = _kinds(small), _cached(small, config)
+            return Trial(
+                scores,
+                [kinds[each] for each in first],
+                [cached[each] for each in first],
+                _temperature(small),
+            )
+    scores = Scores(None, "not tried out: no small model of its kind can be built here")
+    return Trial(scores, _named_kinds(config), _usual_cache(config))
+
+
+def _ask_for_scores(model: PreTrainedModel) -> Scores:
+    reason = ""
+    for layers in ("full", "all"):
+        try:
+            with extend(model, "rerope", window=2, layers=layers):
+                return Scores(layers, None)
+        except (ValueError, NotImplementedError) as error:
+            reason = reason or shortened(error).removeprefix("extend: ")
+    return Scores(None, reason)
+
+
+def _kinds(small: PreTrainedModel) -> list[Kind | None]:
+    sites = find_sites(small, "all")
+    try:
+        found = Layers(small, owners_of(sites)[0], sites, "all")
+    except ValueError:
+        return _named_kinds(small.config)
+    kinds: list[Kind | None] = [None] * small.config.num_hidden_layers
+    for number, layer in enumerate([*found.far, *found.near]):
+        heads = found.far.get(layer)
+        window = (heads and (heads.sliding_window or heads.chunk_size)) or None
+        name = kind_of(layer) or ("sliding_attention" if window else "full_attention")
+        window = window or _window(small.config, name)
+        kinds[getattr(layer, "layer_idx", number)] = name, layer not in found.unrotated, window
+    return kinds
+
+
+def _named_kinds(config: PreTrainedConfig) -> list[Kind | None]:
+    """Return what the configuration says of its layers."""
+    count = config.num_hidden_layers
+    names = getattr(config, "layer_types", None) or ["full_attention"] * count
+    rotate = getattr(config, "no_rope_layers", None) or [True] * count
+    return [
+        (name, bool(rotates), _window(config, name)) if _attends(name) else None
+        for name, rotates in zip(names, rotate, strict=False)
+    ]
+
+
+def _temperature(small: PreTrainedModel) -> float | None:
+    layers = [layer for layer in small.modules() if hasattr(layer, "layer_idx")]
+    scales = [
+        layer.scaling for layer in layers if isinstance(getattr(layer, "scaling", None), float)
+    ]
+    return scales[0] * head_dim(small.config) ** 0.5 if scales else None
+
+
+def _attends(kind: str) -> bool:
+    return "attention" in kind and "linear" not in kind
+
+
+def _window(config: PreTrainedConfig, kind: str) -> int | None:
+    names = ("sliding_window", "attention_chunk_size", "attention_window_size")
+    values = [value for name in names if (value := getattr(config, name, None))]
+    return values[0] if values and is_bounded(kind) else None
+
+
+def _rotations(source: Source, sites: list[RotarySite], trial: Trial, trained: int) -> Any:
+    """Yield a `Rotation` for each kind of layers."""
+    by_kind = {kind: site for site in sites for kind in site.layer_types}
+    counted = Counter(each for each in trial.kinds if each is not None)
+    for (kind, rotates, window), layers in counted.items():
+        key = kind if kind in by_kind else None
+        if not rotates or key not in by_kind:
+            yield Rotation(kind, layers, window)
+            continue
+        yield _rotation(source, by_kind[key], key, Rotation(kind, layers, window), trained)
+
+
+def _rotation(
+    source: Source, site: RotarySite, key: str | None, layers: Rotation, trained: int
+) -> Rotation:
+    parameters = site.parameters(key)
+    rope_type = parameters.get("rope_type", "default")
+    base = parameters.get("rope_theta", 10000.0)
+    with torch.device("cpu"):
+        fresh = type(site.rotary)(site.rotary.config)
+    built = RopeFreqs(
+        attribute_of(fresh, key, "inv_freq").float().sort(descending=True).values,
+        float(attribute_of(fresh, key, "attention_scaling", 1.0)),
+    )
+    rotating = int((built.inv_freq > 0).sum())
+    plain = methods.rope(2 * len(built.inv_freq), base=base)
+    turns = plain.inv_freq[:rotating].double() * trained / (2 * math.pi)
+    stated = _stated(source, key)
+    by_vllm = vllm.rotation(source.config, key, 2 * len(built.inv_freq))
+    in_vllm = _compare(by_vllm, stated, plain)
+    far = _stated(source, key, source.config.max_position_embeddings)
+    if in_vllm != AS_STATED and _compare(by_vllm, far, plain) == AS_STATED:
+        in_vllm = "as stated for long texts, at every length"
+    return Rotation(
+        layers.kind,
+        layers.layers,
+        layers.window,
+        _OUR_NAMES.get(rope_type, rope_type),
+        float(base),
+        parameters.get("factor"),
+        built.attention_factor,
+        rotating,
+        int((turns < 1).sum()),
+        _compare(built, stated, plain),
+        in_vllm,
+    )
+
+
+def _stated(source: Source, key: str | None, length: int | None = None) -> RopeFreqs | str:
+    """Return the frequencies that the configuration asks for, by this package; or why not."""
+    config: Any = source.config
+    if source.gguf and "rope_parameters" in source.stated:
+        config = {**config.to_dict(), **source.stated}
+    try:
+        freqs = methods.from_hf_config(config, length, layer_type=key)
+    except (ValueError, TypeError) as error:
+        return f"not compared: {shortened(error)}"
+    return RopeFreqs(freqs.inv_freq.sort(descending=True).values, freqs.attention_factor)
+
+
+def _compare(found: RopeFreqs | str, stated: RopeFreqs | str, plain: RopeFreqs) -> str:
+    """Say how frequencies that are found stand to those that are stated."""
+    for each in (found, stated):
+        if isinstance(each, str):
+            return each
+    assert isinstance(found, RopeFreqs) and isinstance(stated, RopeFreqs)
+    if _close(found, stated):
+        return AS_STATED
+    if _close(found, plain):
+        return IGNORED
+    if found.inv_freq.shape != stated.inv_freq.shape:
+        return f"differs: {len(found.inv_freq)} pairs for {len(stated.inv_freq)}"
+    apart = ((found.inv_freq - stated.inv_freq).abs() / stated.inv_freq.clamp(min=1e-30)).max()
+    factors = f"{found.attention_factor:.4g} for {stated.attention_factor:.4g}"
+    return f"differs: frequencies by up to {apart:.2g}, attention factor {factors}"
+
+
+def _close(a: RopeFreqs, b: RopeFreqs) -> bool:
+    """Equal but for roundings of float32 powers."""
+    same = a.inv_freq.shape == b.inv_freq.shape
+    same = same and torch.allclose(a.inv_freq, b.inv_freq, rtol=1e-5, atol=0)
+    return same and math.isclose(a.attention_factor, b.attention_factor, rel_tol=1e-5)
+
+
+@torch.no_grad()
+def _cached(small: PreTrainedModel, config: PreTrainedConfig) -> list[tuple[int, int | None]]:
+    """Read the sizes of keys and values in the cache that a small model fills."""
+    many, few = (_key_heads(each) for each in (config, small.config))
+    try:
+        output = small(input_ids=torch.arange(4, device="cpu")[None], use_cache=True)
+        layers = next(caches_in(output)).layers
+    except Exception:  # whatever a foreign model leads to
+        return _usual_cache(config)
+    found: list[tuple[int, int | None]] = [(0, None)] * small.config.num_hidden_layers
+    for number, layer in enumerate(layers[: len(found)]):
+        dims = 0
+        for held in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if held is not None and held.dim() == 4:  # latents are of all heads together
+                dims += (many if held.shape[1] == few else held.shape[1]) * held.shape[3]
+        found[number] = dims, getattr(layer, "sliding_window", None)
+    return found
+
+
+def _key_heads(config: PreTrainedConfig) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Return the dims of a head, of queries and keys; of latent attention both parts."""
+    names = ("qk_head_dim", "head_dim")
+    found = next((value for name in names if (value := getattr(config, name, None))), None)
+    return found or config.hidden_size // config.num_attention_heads
+
+
+def _usual_cache(config: PreTrainedConfig) -> list[tuple[int, int | None]]:
+    dims = 2 * _key_heads(config) * head_dim(config)
+    return [(dims, each[2]) if each else (0, None) for each in _named_kinds(config)]
+
+
+def _cache(config: PreTrainedConfig, trial: Trial) -> Cache:
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    sizes: Counter[int] = Counter()
+    for dims, window in trial.cached:
+        sizes[window or 0] += dims * dtype.itemsize
+    all_tokens = sizes.pop(0, 0)
+    return Cache(str(dtype).removeprefix("torch."), all_tokens, tuple(sizes.items()))

