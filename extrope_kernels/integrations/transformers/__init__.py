@@ -13,7 +13,7 @@ norms: norms before the rotation, left to it.
 In a forward:
 rotation: a `Rotation` in place of cosines and sines, and the wrapped function that rotates by it.
 attend: how layers call their attention, and an `Attending` in the mask's place.
-rows, paged: the rows of a batch, by how their keys are kept.
+rows, packed, paged: the rows of a batch, by how their keys are kept.
 
 interface: `attn_implementation="extrope"`, which models that are not extended can have too.
 """

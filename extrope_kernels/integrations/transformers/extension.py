@@ -64,10 +64,12 @@ def extend(
     A score method (`scores.SCORES`) keeps the frequencies in force, the model's or those of an
     extension before it, and changes which relative position a pair sees; `log_n` scales queries,
     too. A cache holds each key once. Positions count from a row's first token, so batches padded on
-    either side, and on the left to generate, give what their rows give alone. Refused are layers
+    either side, and on the left to generate, give what their rows give alone. So do packed rows:
+    position_ids that start anew (TRL's packing and padding_free), or transformers' cu_seq_lens_q;
+    no cache is made of them. Refused are layers
     whose keys are not all those before a query (indexers, compressed keys), logits that depend on
     more than distances (a norm with weights after the rotation), tokens with several positions
-    (images), dropout, packed rows, output_attentions, and xpos but for methods whose positions
+    (images), dropout, output_attentions, and xpos but for methods whose positions
     start anew.
 
     With a mesh every rank runs the model on its own tokens of a sequence, as `distributed.shard`
