@@ -1,4 +1,4 @@
-"""Hugging Face models: `extend` a loaded model by any method, `restore` it exactly.
+"""Hugging Face models: `extend` a loaded model by any method, save it, `restore` it exactly.
 
 In the order in which a call goes through the files:
 
@@ -9,6 +9,7 @@ trial: four tokens, which show what the layers of a model do.
 scores: what a score method changes; a `ScoreRotary` hands an `Attending` to the layers.
 context_parallel: what a mesh changes.
 norms: norms before the rotation, left to it.
+saved: an extension on disk.
 
 In a forward:
 rotation: a `Rotation` in place of cosines and sines, and the wrapped function that rotates by it.
@@ -19,7 +20,7 @@ interface: `attn_implementation="extrope"`, which models that are not extended c
 """
 
 from .._shared.parameters import PARAMETERS
-from .extension import Extension, extend
+from .extension import Extension, extend, extend_from_saved
 from .interface import register_interface
 
-__all__ = ["PARAMETERS", "Extension", "extend", "register_interface"]
+__all__ = ["PARAMETERS", "Extension", "extend", "extend_from_saved", "register_interface"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from .interface import register_interface
 from .norms import norm_changes
 from .paged import batching_overrides, forget_pages
 from .rotation import unwrap_apply, wrap_apply
+from .saved import Saved, describe, extensions_on, read, save, saving_overrides
 from .scores import score_changes
 from .trial import entrance, run_on_trial
 
@@ -112,12 +114,14 @@ def extend(
         changes = frequency_changes(model, sites, method, parameters)
     by_length = method if method not in SCORES and changes.hooks else None
     changes.overrides += batching_overrides(model, by_length)
+    extensions = [*extensions_on(sites), describe(sites, method, parameters, layers)]
+    changes.overrides += saving_overrides(model, sites, extensions)
     if shared is None:
         guard = RegionGuard(method)
         changes.hooks[:0] = [(site.owner, guard.before_forward, None) for site in sites]
     else:
         share(model, sites, shared, changes)
-    extension = Extension(model, method, changes)
+    extension = Extension(model, method, changes, extensions)
     try:
         if method in SCORES or shared is not None:
             _rehearse(model, sites, shared)
@@ -127,6 +131,29 @@ def extend(
         extension.restore()
         raise
     return extension
+
+
+def extend_from_saved(model: nn.Module, folder: str | os.PathLike) -> Extension:
+    """Extend a model as that was which a folder was saved of, with all its extensions.
+
+    model: loaded from the folder, or the plain model. folder: written by a handle's
+        `save_pretrained`, or by the extended model's own.
+
+    Returns a handle as `extend` does, whose `restore()` undoes all of them.
+    Raises ValueError for a folder without an extension, and as `extend`.
+    """
+    handle: Extension | None = None
+    try:
+        for saved in read(folder):
+            following = extend(model, saved.method, layers=saved.layers, **saved.parameters)
+            following.before, handle = handle, following
+    except BaseException:
+        if handle is not None:
+            handle.restore()
+        raise
+    if handle is None:
+        raise ValueError(f"extend_from_saved: folder must hold an extension, got {folder}")
+    return handle
 
 
 def _refuse_after(sites: list[RotarySite], method: str) -> None:
@@ -163,11 +190,22 @@ def _rehearse(model: nn.Module, sites: list[RotarySite], shared: Shared | None) 
 
 
 class Extension:
-    """An extended model's way back: `restore()`, or the end of a `with` block."""
+    """An extended model's way back: `restore()`, or the end of a `with` block.
 
-    def __init__(self, model: nn.Module, method: str, changes: Changes) -> None:
+    length: the tokens that the model reaches by a method that stretches what it was trained on;
+        None where the method sets no end (ReRoPE, Dual Chunk Attention, dynamic methods), or does
+        not say where it is (another base). Clients that cut prompts at max_position_embeddings,
+        which `extend` leaves alone, have to be told.
+    before: the extension that `restore` undoes too, if there is one.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: str, changes: Changes, extensions: Sequence[Saved]
+    ) -> None:
         self.model = model
         self.method = method
+        self.length = extensions[-1].length
+        self.before: Extension | None = None
         forget_pages(model)
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
         self._undo: list[Callable[[], None]] = []
@@ -185,6 +223,27 @@ class Extension:
             self._undo.append(handle.remove)
             if after is not None:
                 self._undo.append(module.register_forward_hook(after).remove)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, *, length: int | None = None, **options: Any
+    ) -> None:
+        """Save the model with all extensions that are in place.
+
+        Plain transformers, vLLM and GGUF converters read the folder where a config can name the
+        frequency method: rope, abf, ntk_aware, pi, dynamic_ntk, yarn, llama3 and longrope become
+        its rope_parameters, with the new max_position_embeddings. For others and for score methods
+        config.json is without them, and a warning says so. extrope.json, beside it, has all for
+        `extend_from_saved`, but no mesh.
+
+        length: max_position_embeddings of the config; the handle's own `length`, or what the model
+            had if that is longer.
+        options: for the model's own `save_pretrained`.
+
+        Raises ValueError after `restore`, TypeError for what is no model of transformers.
+        """
+        if not self._overrides:
+            raise ValueError("extend: save_pretrained must come before restore, got it after")
+        save(self.model, folder, length, options)
 
     def restore(self) -> None:
         """Put the model back as it was before `extend`, to the bit. A second call does nothing.
@@ -207,6 +266,8 @@ class Extension:
                 unwrap_apply(value.fused.modeling, value)
         while self._undo:
             self._undo.pop()()
+        if self.before is not None:
+            self.before.restore()
 
     def __enter__(self) -> Extension:
         return self
