@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from ...methods import METHODS
-from ...methods.ntk_aware import ntk_base
 from ...scores import SCORES
 from .._shared.parameters import bind_method, values_for
 from .find import Override, RotarySite, attribute_of, find_sites, generator_of
@@ -229,7 +228,8 @@ def _entries(site: RotarySite, layer_type: str | None, extension: Saved) -> dict
     values |= values_for(method, values_of(site, layer_type)) | given
     base = values["base"]
     if method == "ntk_aware":
-        base = ntk_base(site.dim(layer_type), base, values["factor"])
+        dim = site.dim(layer_type)
+        base *= values["factor"] ** (dim / (dim - 2))
     if method == "longrope" and values["factor"] is None:
         values["factor"] = (
             values["max_position_embeddings"] / values["original_max_position_embeddings"]
