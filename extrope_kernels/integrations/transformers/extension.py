@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,9 @@ from .interface import register_interface
 from .norms import norm_changes
 from .paged import batching_overrides, forget_pages
 from .rotation import unwrap_apply, wrap_apply
-from .saved import Saved, describe, extensions_on, read, save, saving_overrides
+from .saved import Saved, describe, read, save, saving_overrides
 from .scores import score_changes
-from .trial import entrance, run_on_trial
+from .trial import entrance, refuse_without_weights, run_on_trial
 
 if TYPE_CHECKING:
     from ...distributed.attention import Strategy
@@ -106,6 +106,9 @@ def extend(
     if method not in PARAMETERS:
         raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
     _refuse_after(sites, method)
+    if method in SCORES or mesh is not None:
+        for owner in owners_of(sites):
+            refuse_without_weights(owner, method)
     register_interface()
     shared = None if mesh is None else Shared(mesh, strategy, balance)
     if method in SCORES:
@@ -114,14 +117,14 @@ def extend(
         changes = frequency_changes(model, sites, method, parameters)
     by_length = method if method not in SCORES and changes.hooks else None
     changes.overrides += batching_overrides(model, by_length)
-    extensions = [*extensions_on(sites), describe(sites, method, parameters, layers)]
-    changes.overrides += saving_overrides(model, sites, extensions)
+    saved = describe(sites, method, parameters, layers)
+    changes.overrides += saving_overrides(model, sites, saved)
     if shared is None:
         guard = RegionGuard(method)
         changes.hooks[:0] = [(site.owner, guard.before_forward, None) for site in sites]
     else:
         share(model, sites, shared, changes)
-    extension = Extension(model, method, changes, extensions)
+    extension = Extension(model, changes, saved)
     try:
         if method in SCORES or shared is not None:
             _rehearse(model, sites, shared)
@@ -199,12 +202,10 @@ class Extension:
     before: the extension that `restore` undoes too, if there is one.
     """
 
-    def __init__(
-        self, model: nn.Module, method: str, changes: Changes, extensions: Sequence[Saved]
-    ) -> None:
+    def __init__(self, model: nn.Module, changes: Changes, saved: Saved) -> None:
         self.model = model
-        self.method = method
-        self.length = extensions[-1].length
+        self.method = saved.method
+        self.length = saved.length
         self.before: Extension | None = None
         forget_pages(model)
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []

@@ -10,6 +10,7 @@ unaffected by requests in between.
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -119,7 +120,7 @@ class Rotary:
         if layer_type not in self.freqs:
             return type(self.rotary).forward(self.rotary, x, position_ids, layer_type)
         freqs = self.freqs_on(layer_type, x.device)
-        if self.fused is not None and position_ids.dim() == 2:
+        if self.fused is not None and position_ids.dim() == 2 and not exports_to_onnx():
             return Rotation(freqs, position_ids, self.fused.interleaved), None
         made = self.tables(layer_type, freqs, x, position_ids)
         if self.fused is not None and made[0].dim() != 3:
@@ -159,6 +160,12 @@ class Rotary:
         vars(self).update(state)
         if self.fused is not None:
             wrap_apply(self.fused.modeling, self)
+
+
+def exports_to_onnx() -> bool:
+    """Say whether a graph is made for ONNX, which has PyTorch's own operations alone."""
+    onnx = None if torch.compiler.is_dynamo_compiling() else sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
 
 
 class LengthDependence:

@@ -12,7 +12,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,17 +68,19 @@ class Saved:
 
     parameters: of a frequency method those of the model too, where all kinds of layers share them.
     length: the tokens that it makes the model reach; None where it sets no end.
+    before: the extension that was in place when it came. No list of them, as torch.export puts
+        copies in the place of a module's lists.
     """
 
     method: str
     parameters: dict[str, Any]
     layers: str
     length: int | None = None
+    before: Saved | None = None
 
-
-def extensions_on(sites: Sequence[RotarySite]) -> list[Saved]:
-    """Return the extensions that are in place on a model, the last one last."""
-    return vars(sites[0].owner).get(_ON_OWNER, [])
+    def all(self) -> list[Saved]:
+        """Return the extensions that are in place with this one, which is the last."""
+        return [self] if self.before is None else [*self.before.all(), self]
 
 
 def describe(
@@ -95,10 +97,10 @@ def describe(
         name: value.tolist() if isinstance(value, Tensor) else value
         for name, value in (shared | dict(parameters)).items()
     }
-    known = dict(values[0].values)
-    if before := extensions_on(sites):
-        known["max_position_embeddings"] = before[-1].length
-    return Saved(method, parameters, layers, _length(method, {**known, **parameters}))
+    known, before = dict(values[0].values), vars(sites[0].owner).get(_ON_OWNER)
+    if before is not None:
+        known["max_position_embeddings"] = before.length
+    return Saved(method, parameters, layers, _length(method, {**known, **parameters}), before)
 
 
 def _length(method: str, values: Mapping[str, Any]) -> int | None:
@@ -118,31 +120,29 @@ def _length(method: str, values: Mapping[str, Any]) -> int | None:
     return int(trained * factor) if stretches else None
 
 
-def saving_overrides(
-    model: nn.Module, sites: Sequence[RotarySite], extensions: Sequence[Saved]
-) -> list[Override]:
+def saving_overrides(model: nn.Module, sites: Sequence[RotarySite], saved: Saved) -> list[Override]:
     """Return what an extension leaves on a model for those who save it."""
-    overrides: list[Override] = [(sites[0].owner, _ON_OWNER, extensions)]
+    overrides: list[Override] = [(sites[0].owner, _ON_OWNER, saved)]
     for each in dict.fromkeys((model, generator_of(model))):
         if hasattr(each, "save_pretrained"):
-            saving = partial(_save_plain, each, extensions)
+            saving = partial(_save_plain, each, saved)
             overrides.append((each, "save_pretrained", saving))
     return overrides
 
 
 def _save_plain(
     model: nn.Module,
-    extensions: Sequence[Saved],
+    saved: Saved,
     save_directory: str | os.PathLike,
     *args: Any,
     **options: Any,
 ) -> None:
     """Stand in for `save_pretrained` of an extended model, whose config is the plain model's."""
     type(model).save_pretrained(model, save_directory, *args, **options)
-    _write(extensions, save_directory)
+    _write(saved.all(), save_directory)
     warnings.warn(
         f"extend: config.json in {save_directory} is the plain model's; its extension by "
-        f"{extensions[-1].method} is in {_FILE}, which extend_from_saved reads. save_pretrained of "
+        f"{saved.method} is in {_FILE}, which extend_from_saved reads. save_pretrained of "
         "what extend returned writes a config that other programs read",
         stacklevel=2,
     )
@@ -159,7 +159,7 @@ def save(
             f"extend: save_pretrained needs a model of transformers, got {type(model).__name__}; "
             "merge adapters, or save them and the model apart"
         )
-    extensions = extensions_on(find_sites(model))
+    extensions = vars(find_sites(model)[0].owner)[_ON_OWNER].all()
     type(model).save_pretrained(model, folder, **options)  # completes its config, too
     config = copy.deepcopy(model.config)
     unknown = [each.method for each in extensions if each.method in SCORES]
@@ -269,7 +269,9 @@ def _agrees(site: RotarySite, layer_type: str | None, extension: Saved, text: An
 
 
 def _write(extensions: Sequence[Saved], folder: str | os.PathLike) -> None:
-    text = json.dumps({"extensions": [asdict(each) for each in extensions]}, indent=2)
+    names = ("method", "parameters", "layers", "length")
+    stored = [{name: getattr(each, name) for name in names} for each in extensions]
+    text = json.dumps({"extensions": stored}, indent=2)
     Path(folder, _FILE).write_text(text + "\n", encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ from .find import (
     tokens_of,
     unsupported,
 )
-from .frequencies import FreqsByKind, Rotary
+from .frequencies import FreqsByKind, Rotary, exports_to_onnx
 from .packed import BOUNDARIES, PackedRows, rows_by_boundaries
 from .paged import PagedRows, paged_rows
 from .rotation import Rotation
@@ -220,6 +221,13 @@ class ScoreForward:
             raise ValueError(
                 "extend: output_attentions must be False, as no weights exist to be returned, "
                 "got True"
+            )
+        if exports_to_onnx():
+            # An error would be hidden: the exporter tries again in another way, and fails later.
+            warnings.warn(
+                f"extend: a model under {self.rotaries[0].method} cannot be exported to ONNX, "
+                "which has no such attention; torch.export and AOTInductor take it",
+                stacklevel=2,
             )
         tokens, positions = tokens_of(arguments), arguments.get("position_ids")
         rows = self._rows(tokens, arguments)
