@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...scores import SCORES
-from .._shared.parameters import PARAMETERS
+from ...scores import SCORES, UNROTATED, Region, Score
+from ...scores.base import FIRST_KEY, SAME
+from .._shared.parameters import PARAMETERS, bind_score
 from .context_parallel import RegionGuard, Shared, share
 from .find import (
     Changes,
@@ -27,7 +29,7 @@ from .norms import norm_changes
 from .paged import batching_overrides, forget_pages
 from .rotation import unwrap_apply, wrap_apply
 from .saved import Saved, describe, read, save, saving_overrides
-from .scores import score_changes
+from .scores import ScoreRotary, score_changes
 from .trial import entrance, refuse_without_weights, run_on_trial
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def extend(
     method: str,
     *,
     layers: str = "full",
+    cache: str | None = None,
     mesh: Mesh | None = None,
     strategy: Strategy = "gather",
     balance: Balance = "zigzag",
@@ -61,7 +64,10 @@ def extend(
     A method that depends on the length (one with a `seq_len`) is frozen per request, so that cached
     keys stay valid: for the prompt and max_new_tokens together in `generate`, in a forward with an
     empty cache for its own tokens, or the largest of its position_ids. A `seq_len` among the
-    parameters fixes it for good.
+    parameters fixes it for good. With cache="raw" nothing is frozen: caches hold keys unrotated,
+    and every forward rotates all of them by the frequencies of its own length, that of the longest
+    row: up to the trained length those of the plain model. The states of earlier tokens, of which
+    keys and values above the first layer are made, stay as they were computed.
 
     A score method (`scores.SCORES`) keeps the frequencies in force, the model's or those of an
     extension before it, and changes which relative position a pair sees; `log_n` scales queries,
@@ -89,6 +95,8 @@ def extend(
     layers: "full" extends the layers that see all keys: by a frequency method where those with a
         sliding window have a rotation of their own (Gemma 3), by a score method always, as no
         distance in the others is past their window or chunk. "all" extends all that rotate.
+    cache: "raw" keeps keys in caches as they come; None where the method has them. Raw ones may be
+        cut, joined and read at other positions, by other frequencies.
     mesh: DeviceMesh of one dimension or ProcessGroup, the ranks that share a sequence.
     strategy, balance: as in `distributed.rope_attention`; the tokens must have been cut with the
         same balance.
@@ -105,19 +113,25 @@ def extend(
     sites = find_sites(model, layers)
     if method not in PARAMETERS:
         raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
+    if cache not in (None, "raw") or (cache is not None and mesh is not None):
+        raise ValueError(
+            f"extend: cache must be None or 'raw', and None with a mesh, got {cache!r}"
+        )
     _refuse_after(sites, method)
-    if method in SCORES or mesh is not None:
+    if method in SCORES or cache is not None or mesh is not None:
         for owner in owners_of(sites):
             refuse_without_weights(owner, method)
     register_interface()
     shared = None if mesh is None else Shared(mesh, strategy, balance)
     if method in SCORES:
-        changes = score_changes(model, sites, method, parameters, layers)
+        score, log_n = bind_score("extend", method, parameters)
+        score = score if cache is None else replace(score, stored=UNROTATED)
+        changes = score_changes(model, sites, method, score, log_n, layers)
     else:
-        changes = frequency_changes(model, sites, method, parameters)
+        changes = frequency_changes(model, sites, method, parameters, cache)
     by_length = method if method not in SCORES and changes.hooks else None
     changes.overrides += batching_overrides(model, by_length)
-    saved = describe(sites, method, parameters, layers)
+    saved = describe(sites, method, parameters, layers, cache)
     changes.overrides += saving_overrides(model, sites, saved)
     if shared is None:
         guard = RegionGuard(method)
@@ -128,11 +142,29 @@ def extend(
     try:
         if method in SCORES or shared is not None:
             _rehearse(model, sites, shared)
-        if shared is None:
+        if shared is None and (method in SCORES or cache is None):
             extension.add(norm_changes(sites))
+        if cache is not None and method not in SCORES:
+            extension = _with_raw_keys(model, extension, saved)
     except BaseException:
         extension.restore()
         raise
+    return extension
+
+
+def _with_raw_keys(model: nn.Module, before: Extension, saved: Saved) -> Extension:
+    """Let layers rotate queries and all cached keys, by the frequencies of an extension."""
+    sites = find_sites(model, saved.layers)
+    score = Score(saved.method, (Region(FIRST_KEY, SAME, SAME),), stored=UNROTATED)
+    changes = score_changes(model, sites, saved.method, score, None, saved.layers)
+    extension = Extension(model, changes, saved)
+    try:
+        _rehearse(model, sites, None)
+        extension.add(norm_changes(sites))
+    except BaseException:
+        extension.restore()
+        raise
+    extension.before = before
     return extension
 
 
@@ -148,8 +180,9 @@ def extend_from_saved(model: nn.Module, folder: str | os.PathLike) -> Extension:
     handle: Extension | None = None
     try:
         for saved in read(folder):
-            following = extend(model, saved.method, layers=saved.layers, **saved.parameters)
-            following.before, handle = handle, following
+            where = {"layers": saved.layers, "cache": saved.cache}
+            following = extend(model, saved.method, **where, **saved.parameters)
+            following.first.before, handle = handle, following
     except BaseException:
         if handle is not None:
             handle.restore()
@@ -165,7 +198,7 @@ def _refuse_after(sites: list[RotarySite], method: str) -> None:
         before = vars(site.rotary).get("forward")
         if not isinstance(before, Rotary):
             continue
-        if before.method in SCORES:
+        if isinstance(before, ScoreRotary):
             raise ValueError(
                 f"extend: {method} must come before {before.method}, "
                 "got a model that is extended by it; restore that one first"
@@ -211,6 +244,11 @@ class Extension:
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
         self._undo: list[Callable[[], None]] = []
         self.add(changes)
+
+    @property
+    def first(self) -> Extension:
+        """The one that `restore` undoes last."""
+        return self if self.before is None else self.before.first
 
     def add(self, changes: Changes) -> None:
         """Change more, as far as the first changes allow."""

@@ -77,6 +77,7 @@ class Saved:
     layers: str
     length: int | None = None
     before: Saved | None = None
+    cache: str | None = None
 
     def all(self) -> list[Saved]:
         """Return the extensions that are in place with this one, which is the last."""
@@ -84,7 +85,11 @@ class Saved:
 
 
 def describe(
-    sites: Sequence[RotarySite], method: str, parameters: Mapping[str, Any], layers: str
+    sites: Sequence[RotarySite],
+    method: str,
+    parameters: Mapping[str, Any],
+    layers: str,
+    cache: str | None,
 ) -> Saved:
     """Return an extension as it is stored, before it is in place."""
     values = [values_of(site, kind) for site in sites for kind in site.layer_types]
@@ -100,7 +105,8 @@ def describe(
     known, before = dict(values[0].values), vars(sites[0].owner).get(_ON_OWNER)
     if before is not None:
         known["max_position_embeddings"] = before.length
-    return Saved(method, parameters, layers, _length(method, {**known, **parameters}), before)
+    length = _length(method, {**known, **parameters})
+    return Saved(method, parameters, layers, length, before, cache)
 
 
 def _length(method: str, values: Mapping[str, Any]) -> int | None:
@@ -269,7 +275,7 @@ def _agrees(site: RotarySite, layer_type: str | None, extension: Saved, text: An
 
 
 def _write(extensions: Sequence[Saved], folder: str | os.PathLike) -> None:
-    names = ("method", "parameters", "layers", "length")
+    names = ("method", "parameters", "layers", "length", "cache")
     stored = [{name: getattr(each, name) for name in names} for each in extensions]
     text = json.dumps({"extensions": stored}, indent=2)
     Path(folder, _FILE).write_text(text + "\n", encoding="utf-8")

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ... import RopeFreqs
 from ...scores import UNROTATED, Score
-from .._shared.parameters import bind_score
 from .attend import Attending, exchange, register_attention
 from .context_parallel import SharedRows, by_its_name
 from .find import (
@@ -48,11 +47,11 @@ def score_changes(
     model: nn.Module,
     sites: list[RotarySite],
     method: str,
-    parameters: Mapping[str, Any],
+    score: Score,
+    log_n: float | None,
     layers: str,
 ) -> Changes:
     """Return what a score method changes; nothing is changed yet."""
-    score, log_n = bind_score("extend", method, parameters)
     owner = _owner(model, sites)
     freqs = [_freqs_in_force(site, method, score) for site in sites]
     found = Layers(model, owner, sites, layers)
