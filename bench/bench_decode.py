@@ -3,7 +3,8 @@
 One token on 32768 in the cache, 8 query heads on 2, window 1024, over the caches of many layers one
 after another. The floor is a copy of the cache's bytes, halved: they are read once. "no window" is
 our own plain attention over rotated keys; SDPA gets its best cache, heads first, and is measured
-with its groups as rows too. Then the step over a cache in float8_e4m3fn beside one over bfloat16.
+with its groups as rows too. Then the step over a cache in float8_e4m3fn beside one over bfloat16,
+and over raw keys, which it rotates, beside keys that are stored rotated.
 
 What a server batches, on a paged cache: a chunk of 1,024 tokens at the end of 8,192, through pages
 of 16 to 256 slots, may take 1.05 of the same call on a contiguous cache, and of the attention
@@ -19,6 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +113,33 @@ def bench_fp8(report: Report, head_dim: int) -> None:
         bars={"bfloat16 cache": 1.0}, own=("bfloat16 cache",),
         dtype=dtype, shape=f"1 on {cached} x 8/2 x {head_dim}", backend="cpu",
         floor=reading_of(narrow),
+    )  # fmt: skip
+
+
+def bench_raw(report: Report, cached: int, fp8: bool) -> None:
+    """Plain RoPE over keys that are rotated at every step, beside keys that are stored rotated."""
+    case = f"decode 8/2 x 128, raw keys{', fp8 cache' if fp8 else ''}, {cached}"
+    if not report.wants(f"{case} bfloat16"):
+        return
+    cached = 64 if report.args.quick else cached
+    q, k, v = make_inputs(cached, 2, 128, torch.bfloat16)
+    q, freqs, scales = q[:, -1:], frequencies(128), {}
+    raw, rotated = (k, v), (apply_rope(k, freqs), v)
+    if fp8:
+        scales = dict.fromkeys(("k_scale", "v_scale"), torch.full((2,), 0.01))
+        raw, rotated = (
+            [(x / 0.01).to(torch.float8_e4m3fn) for x in pair] for pair in (raw, rotated)
+        )
+    step = functools.partial(decode, q, freqs=freqs, cache_seqlens=cached, **scales)
+
+    def over(stored: str | None, k: Tensor, v: Tensor) -> Tensor:
+        return step(k_cache=k, v_cache=v, stored=stored)
+
+    compare(
+        report, case, {"extrope": by_layer(functools.partial(over, "raw"), layers_of(*raw))},
+        yardsticks={"stored rotated": by_layer(functools.partial(over, None), layers_of(*rotated))},
+        own=("stored rotated",), dtype=torch.bfloat16, shape=f"1 on {cached} x 8/2 x 128",
+        backend="cpu", floor=reading_of(layers_of(*raw)),
     )  # fmt: skip
 
 
@@ -246,6 +275,9 @@ def main(argv: list[str] | None = None) -> None:
                 bench_token(report, head_dim, dtype)
             if device() == "cpu":
                 bench_fp8(report, head_dim)
+        if device() == "cpu":
+            for cached, fp8 in product((2048, 8192, 32768), (False, True)):
+                bench_raw(report, cached, fp8)
     for dtype in (torch.float32, torch.bfloat16):
         for page_size in PAGES:
             bench_chunk(report, Sizes(args.quick), page_size, dtype)

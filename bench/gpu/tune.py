@@ -9,14 +9,15 @@ may, is listed with the reason.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from unittest import mock
 
 from gpu_audit import MEASURED_STACK
+
+from extrope_kernels.ops._shared.layouts import forget
 
 from .config_table import ConfigTable
 from .stack import stack_of_binaries
@@ -27,7 +28,7 @@ KERNELS = {
     "forward": ("attention.triton", "forward"),
     "dq": ("attention.triton", "dq"),
     "dkv": ("attention.triton", "dkv"),
-    "decode": ("attention.triton.decode", "one_token"),
+    "decode": ("attention.triton", "one_token"),
 }
 HEAD = ["head_dim", "configuration", "ms", "over the shipped one", ""]
 GAIN = 0.99  # of the shipped one's time: what a winner has to stay under to take its place
@@ -112,10 +113,9 @@ def too_much(stack: dict[str, int], before: dict[str, int]) -> str:
 
 @contextmanager
 def forced(op: str, kernel: str, dim: int, fields: dict) -> Iterator[None]:
-    """Have the look-up give this configuration for the kernel; plans that were kept are dropped."""
-    from extrope_kernels.ops._shared.triton.launch import forget
-
-    original = import_module(f"extrope_kernels.ops.{op}.configs").config
+    """Have the look-up give this configuration for the kernel."""
+    configs = import_module(f"extrope_kernels.ops.{op}.configs")
+    original = configs.config
 
     def config(asked: str, head_dim: int, itemsize: int, capability: int | None):
         found = original(asked, head_dim, itemsize, capability)
@@ -123,15 +123,10 @@ def forced(op: str, kernel: str, dim: int, fields: dict) -> Iterator[None]:
             return type(found)(**fields)
         return found
 
-    prefix = f"extrope_kernels.ops.{op}"
-    modules = [module for name, module in sys.modules.items() if name.startswith(prefix)]
-    users = [module for module in modules if getattr(module, "config", None) is original]
-    with ExitStack() as stack:
-        stack.callback(forget)  # last, when the look-up is the original again
-        for module in users:
-            stack.enter_context(mock.patch.object(module, "config", config))
+    with mock.patch.object(configs, "config", config):
         forget()
         yield
+    forget()
 
 
 def winner(timed: list[Timed]) -> Timed | None:

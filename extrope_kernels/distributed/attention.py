@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -106,7 +105,7 @@ def rope_attention(
     elif strategy == "ulysses":
         out, lse = ulysses.attend(plan, q, k, v, return_lse)
     else:
-        plan = plan._replace(call=replace(call, sinks=None))
+        plan = plan._replace(call=call._replace(sinks=None))
         out, lse = _OfKeys.apply(plan, strategy, q, k, v, sinks)
     return (out, lse) if return_lse else out
 
@@ -152,7 +151,7 @@ class _OfKeys(torch.autograd.Function):
         sinks: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.strategy = plan, strategy
-        plan = plan._replace(call=replace(plan.call, sinks=sinks))
+        plan = plan._replace(call=plan.call._replace(sinks=sinks))
         out, lse = (ring if strategy == "ring" else gather).forward(plan, q, k, v)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, sinks)
@@ -162,7 +161,7 @@ class _OfKeys(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: a checkpoint unpacks a tensor only once
         q, k, v, out, lse, sinks = saved
-        plan = ctx.plan._replace(call=replace(ctx.plan.call, sinks=sinks))
+        plan = ctx.plan._replace(call=ctx.plan.call._replace(sinks=sinks))
         found: list[Tensor | None] = [None, None]
         with torch.no_grad():
             given = torch.zeros_like(out) if dout is None else dout.contiguous()

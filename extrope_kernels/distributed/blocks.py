@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -84,8 +83,7 @@ class Block(NamedTuple):
         inv_freq, scale, sinks = call.inv_freq, call.query_scale, call.sinks
         if self.sequences is not None and inv_freq.dim() == 2 and inv_freq.shape[0] > 1:
             inv_freq = inv_freq[self.sequences]
-        return replace(
-            call,
+        return call._replace(
             inv_freq=inv_freq,
             cu_seqlens=self.cu_seqlens,
             sinks=None if sinks is None else sinks[heads],

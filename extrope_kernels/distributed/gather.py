@@ -7,7 +7,6 @@ heads are under way while those before are attended to. The backward gathers the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of this rank's tokens; those of all blocks and ranks are rounded once."""
     dq, sums = torch.empty_like(q), []
-    call = replace(plan.call, float32_results=True)
+    call = plan.call._replace(float32_results=True)
     blocks = blocks_of(plan, q)
     for heads, rows in _of_all(plan, q, k, v):
         keys, values = apart(rows, k, v)

@@ -9,7 +9,6 @@ round after the others: what is under way, and what is summed in float32, is of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,7 +64,7 @@ def backward(
 
 def _of_heads(plan: Plan, heads: slice) -> Plan:
     sinks = plan.call.sinks
-    return plan if sinks is None else plan._replace(call=replace(plan.call, sinks=sinks[heads]))
+    return plan if sinks is None else plan._replace(call=plan.call._replace(sinks=sinks[heads]))
 
 
 def _forward_of_heads(
@@ -169,8 +168,7 @@ def _call_of(plan: Plan, here: Run, there: Run, sinks: bool) -> AttentionCall:
     q_start, k_start = (
         torch.full((1,), x.start, dtype=torch.int32, device=device) for x in (here, there)
     )
-    return replace(
-        call,
+    return call._replace(
         sinks=call.sinks if sinks else None,
         query_scale=None if scale is None else scale[..., here.rows].contiguous(),
         q_start=q_start,

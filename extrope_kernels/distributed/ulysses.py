@@ -5,7 +5,6 @@ Paper: https://arxiv.org/abs/2309.14509
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ def attend(
         scale = gathered(scale.movedim(-1, 0).contiguous(), group)
         scale = in_order(scale, group, balance).movedim(0, -1).contiguous()
     rows = [_to_heads(x, group, balance) for x in (q, k, v)]
-    out, lse = attention.forward(*rows, replace(call, sinks=sinks, query_scale=scale), plan.backend)
+    out, lse = attention.forward(*rows, call._replace(sinks=sinks, query_scale=scale), plan.backend)
     out = _Exchange.apply(out, group, balance, False)
     if not return_lse:
         return out, None

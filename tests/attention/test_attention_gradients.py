@@ -84,7 +84,8 @@ def test_every_score_method_with(name, switch, any_backend):
 
 @pytest.mark.parametrize(
     "switch, dtype",
-    [(x, LOW[0]) for x in SWITCHES] + [(x, y) for x in ("softcap", "all") for y in LOW[1:]],
+    [(x, LOW[0]) for x in SWITCHES]
+    + [(x, y) for x in ("softcap", "sinks", "all") for y in LOW[1:]],
 )
 def test_dtypes(switch, dtype, any_backend):
     tensors = make_qkv(2, 41, 53, head_dim=64, dtype=dtype)

@@ -31,9 +31,9 @@ from rope_oracle import DEVICE, INTERPRETED, Guarded
 from score_examples import EXAMPLES, PLAIN, Example, example_of
 
 from extrope_kernels import methods, scores
-from extrope_kernels.ops._shared.triton.launch import forget
+from extrope_kernels.ops._shared.layouts import forget
 from extrope_kernels.ops.attention import AttentionCall
-from extrope_kernels.ops.attention.triton import backward, configs, forward, launch, plans
+from extrope_kernels.ops.attention.triton import backward, configs, device, forward
 from extrope_kernels.scores.base import FIRST_KEY, SAME, UNROTATED, PositionMap, Region, Score
 from extrope_kernels.testing import assert_within_budget
 
@@ -42,7 +42,7 @@ BLOCK = 16
 
 def tiles(monkeypatch, **changes) -> None:
     small = configs.Config(BLOCK, BLOCK, warps=1, stages=1, rotated=BLOCK // 2)
-    monkeypatch.setattr(plans, "config", lambda *_: small._replace(**changes))
+    monkeypatch.setattr(configs, "config", lambda *_: small._replace(**changes))
     forget()
 
 
@@ -50,7 +50,6 @@ def tiles(monkeypatch, **changes) -> None:
 def small_blocks(monkeypatch):
     tiles(monkeypatch)
     yield
-    monkeypatch.undo()
     forget()
 
 
@@ -234,9 +233,11 @@ def test_strides_and_nothing_around(packed, monkeypatch):
 
     outputs = []
 
-    def guarded(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def guarded(like: Tensor, shape, dtype: torch.dtype | None = None, **of_interpreter) -> Tensor:
+        if of_interpreter:
+            return torch.empty(shape, dtype=dtype or like.dtype, **of_interpreter)
         contiguous = torch.empty(shape, device="meta").stride()
-        outputs.append(Guarded(tuple(shape), contiguous, dtype))
+        outputs.append(Guarded(tuple(shape), contiguous, dtype or like.dtype))
         return outputs[-1].tensor
 
     qkv = make_qkv(1, 19, None, 2, 1, 24)
@@ -248,10 +249,10 @@ def test_strides_and_nothing_around(packed, monkeypatch):
     *plain, plain_dout = (x[0] if packed else x for x in (*qkv, dout))
     want = forward(*plain, call)
     want += backward(plain_dout, dlse, *plain, *want, call)
-    monkeypatch.setattr(launch, "empty", guarded)
-    monkeypatch.setattr(launch, "empty_like", lambda x, dtype: guarded(x.shape, dtype, x.device))
+    monkeypatch.setattr(Tensor, "new_empty", guarded)
     out, lse = forward(q, k, v, call)
     found = (out, lse, *backward(strided(dout), dlse, q, k, v, out, lse, call))
+    monkeypatch.undo()
     assert all(torch.equal(x, y) for x, y in zip(found, want))
     assert len(outputs) == 11  # k in frames, out, lse; frames, delta, gradients of frames and all
     for output in outputs:
@@ -282,23 +283,13 @@ def test_keys_before_every_window_are_not_read(name, window):
         assert torch.equal(found, expected)
 
 
-def test_what_no_plain_call_pays_for():
-    """None for what is absent: Triton then compiles no parameter, and no branch."""
-    plan = plans.forward_plans(*make_qkv(1, 17, None, 1, 1, 16), call_of(MADE["rerope"]))
-    names = plan.attend.kernel.arg_names[-len(plan.attend.settled) :]
-    settled = dict(zip(names, plan.attend.settled))
-    for name in ("query_scale_stride", "start_strides", "window", "softcap"):
-        assert settled[name] is None
-    assert not settled["TILE"].windowed and not settled["TILE"].capped
-    assert settled["VALUES"] == settled["TILE"] and plan.q_frame is None
-
-
-def test_another_value_compiles_nothing():
-    """Caps, windows and starts are numbers of a call: the tile does not know them."""
-    tensors, seen = make_qkv(1, 17, None, 1, 1, 16), set()
-    for softcap, window in ((1.5, 12), (2.0, 16)):
-        call = call_of(MADE["rerope"], softcap=softcap, sliding_window=window)
-        seen.add(plans.forward_plans(*tensors, call).attend.settled[-2:])
+def test_no_length_is_known_to_the_compiler():
+    """What kernels are compiled for says nothing of it, but how many regions hold keys."""
+    seen = set()
+    for seqlen in (17, 40, 41):
+        tensors = make_qkv(1, seqlen, None, 2, 1, 16)
+        call = call_of(MADE["rerope"], softcap=1.5, sliding_window=12)
+        seen.add(device.tiles_of(configs.INTERPRETED, *tensors, call))
     assert len(seen) == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +17,12 @@ from decode_oracle import SCORES, Case, check, make  # noqa: E402
 from score_examples import PLAIN, example_of  # noqa: E402
 
 from extrope_kernels import methods, scores  # noqa: E402
+from extrope_kernels.ops._shared.layouts import forget  # noqa: E402
 from extrope_kernels.ops._shared.triton.angles import cos_sin, fixed_angle  # noqa: E402
 from extrope_kernels.ops.attention import AttentionCall  # noqa: E402
 from extrope_kernels.ops.attention.call import KVCache  # noqa: E402
-from extrope_kernels.ops.attention.triton.decode import (  # noqa: E402
-    configs,
-    grid,
-    launch,
-    plans,
-)
-from extrope_kernels.ops.attention.triton.decode.schedule import share_of  # noqa: E402
+from extrope_kernels.ops.attention.triton import configs  # noqa: E402
+from extrope_kernels.ops.attention.triton.decode import decode, share_of, tile_of  # noqa: E402
 from extrope_kernels.testing import device  # noqa: E402
 
 WIDE = example_of(scores.rerope(20))
@@ -94,11 +91,14 @@ def test_frequencies_past_half_a_turn(frequency):
 def many_splits(monkeypatch):
     """Sequences of a few dozen keys are split, as long ones are: over so many slots at most."""
 
-    def split(most: int = grid.MOST_SPLITS) -> None:
-        monkeypatch.setattr(grid, "LEAST_KEYS", 16)
-        monkeypatch.setattr(grid, "MOST_SPLITS", most)
+    def split(most: int = 128) -> None:
+        launcher = sys.modules[decode.__module__]
+        monkeypatch.setattr(launcher, "LEAST_KEYS", 16)
+        monkeypatch.setattr(launcher, "MOST_SPLITS", most)
+        forget()
 
-    return split
+    yield split
+    forget()
 
 
 SMALL = {"heads_q": 1, "heads_k": 1}
@@ -174,10 +174,10 @@ def test_lengths_past_the_cache_are_cut():
     call = call_of(scores.rerope(8), 16)
     kv = KVCache(cache, cache.clone(), seqlens)
     new = torch.zeros(2, 4, 1, 16, device=device())
-    launch.decode(new, new, new, replace(kv, appended=4), call)
+    decode(new, new, new, kv._replace(appended=4), call)
     assert not cache[0, 18:].any() and torch.equal(cache[1], k[1])
     assert buffer[3].isnan().all()
-    out, _ = launch.decode(k[:, :1], None, None, kv, call)
+    out, _ = decode(k[:, :1], None, None, kv, call)
     assert out.isfinite().all()
 
 
@@ -198,13 +198,13 @@ def test_a_chip_without_tiles_is_refused_before_anything_is_written(run_python):
 
 
 def test_every_tile_is_a_candidate_or_has_none():
-    """Candidates are timed on a card and one becomes the tile: the tile must be among them."""
+    """Candidates are timed on a card and one becomes the tile: decode's must be among them."""
     folder = Path(configs.__file__).parent
     tiles, candidates = (
         json.loads((folder / name).read_text()) for name in ("configs.json", "candidates.json")
     )
-    for kernel, chips in candidates.items():
-        for chip, rows in chips.items():
+    for kernel in ("one_token", "chunk", "one_token_fp8", "chunk_fp8"):
+        for chip, rows in candidates[kernel].items():
             for dim, several in rows.items():
                 found = configs.config(kernel, int(dim), 2, int(chip))
                 assert found in [configs.Config(**leaf) for leaf in several], (kernel, chip, dim)
@@ -219,9 +219,8 @@ def test_every_tile_is_a_candidate_or_has_none():
 @triton.jit
 def _packed_shares(seqlens, cu_seqlens, found, batch, slots, total, TILE: tl.constexpr):
     lengths = (batch, seqlens, seqlens, 1, 1 << 30)
-    queries, bounds = (cu_seqlens, total, 3), ((0, 0, 0), 1, None)
     slot = tl.program_id(0)
-    sequence, part, splits = share_of(slot, slots, 2, lengths, queries, bounds, TILE)
+    sequence, part, splits = share_of(slot, slots, 2, lengths, (cu_seqlens, total), TILE)
     tl.store(found + slot * 3, sequence)
     tl.store(found + slot * 3 + 1, part)
     tl.store(found + slot * 3 + 2, splits)
@@ -244,9 +243,9 @@ def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more):
     total = sum(counts) + tail
     call = call_of(scores.rerope(7))
     ends = torch.tensor((0, *counts), device=device()).cumsum(0).int()
-    call = replace(call, cu_seqlens=ends)
+    call = call._replace(cu_seqlens=ends)
     kv = KVCache(inputs.k_cache, inputs.v_cache, inputs.call["cache_seqlens"])
-    tile = plans._decode_tile(inputs.q, kv, call, configs.INTERPRETED, True)
+    tile = tile_of(inputs.q, kv, call, configs.INTERPRETED, True)._replace(group=3)
     slots = min(-(-3 * total // tile.block_m) + len(counts) + 1, total) + more
     found = torch.full((slots, 3), -1, dtype=torch.int32, device=device())
     seqlens = torch.tensor(lengths, dtype=torch.int32, device=device())
@@ -271,7 +270,7 @@ def test_a_page_that_is_not_there_is_not_written(page):
     table = torch.tensor([[1], [page]], dtype=torch.int32, device=device())
     seqlens = torch.tensor([2, 3], dtype=torch.int32, device=device())
     kv = KVCache(k_pool, v_pool, seqlens, table, appended=1)
-    launch.decode(new, new, new, kv, call_of(scores.rerope(7)))
+    decode(new, new, new, kv, call_of(scores.rerope(7)))
     assert room[:, 2, 2].eq(new[0, 0]).all()
     room[:, 2, 2] = 0
     assert room.eq(0).all()

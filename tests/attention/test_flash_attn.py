@@ -71,7 +71,7 @@ def test_softmax_options(engine, switch, cu_seqlens):
     *tensors, call, dout, dlse = make((FIRST_KEY, -2), cu_seqlens=cu_seqlens)
     if "query_scale" in options:
         options = {"query_scale": torch.linspace(0.5, 1.5, tensors[0].shape[-3])}
-    assert_agrees(engine, (*tensors, replace(call, **options), dout, dlse))
+    assert_agrees(engine, (*tensors, call._replace(**options), dout, dlse))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (3, 3), (8, 2)], ids=str)
@@ -106,7 +106,7 @@ def test_a_window_of_everything_is_one_plain_call():
     out, lse = flash_attn.forward(q, k, v, call, engine)
     assert examined.lse_unit == 1.0 and engine.calls == [(None, 0)]
     near = call.regions[1]._replace(start=FIRST_KEY)
-    plain = replace(call, score=replace(call.score, regions=(near,)))
+    plain = call._replace(score=replace(call.score, regions=(near,)))
     for got, want in zip((out, lse), flash_attn.forward(q, k, v, plain, engine)):
         assert torch.equal(got, want)
 
@@ -275,7 +275,7 @@ def test_the_installed_package_within_the_error_budget(window, cu_seqlens):
     inputs = make((FIRST_KEY, 1 - window), 300, 613, cu_seqlens=cu_seqlens, dtype=torch.bfloat16)
     q, k, v, call, dout, dlse = inputs
     cu_seqlens = None if cu_seqlens is None else call.cu_seqlens.cuda()
-    call = replace(call, inv_freq=call.inv_freq.cuda(), cu_seqlens=cu_seqlens)
+    call = call._replace(inv_freq=call.inv_freq.cuda(), cu_seqlens=cu_seqlens)
     q, k, v, dout, dlse = (x.cuda() for x in (q, k, v, dout, dlse.float()))
     assert_package_within_budget(q, k, v, call, dout, dlse)
 
@@ -336,7 +336,7 @@ def test_refuses_what_it_cannot_compose():
     q, k, v, call, *_ = make((FIRST_KEY, -2))
     engine, start = TorchEngine("narrow"), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(NotImplementedError, match="q_start and k_start are not taken, got one"):
-        flash_attn.forward(q, k, v, replace(call, q_start=start), engine)
+        flash_attn.forward(q, k, v, call._replace(q_start=start), engine)
     with pytest.raises(NotImplementedError, match="v must have q's head_dim 16, got 8"):
         flash_attn.forward(q, k, v[..., :8], call, engine)
     with pytest.raises(NotImplementedError, match=r"v must be one of .*got torch.float32"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from attention_engines import TorchEngine, make
@@ -196,7 +194,7 @@ def test_what_the_composition_does_not_take_goes_to_triton(engine, option):
     q, k, v, call, *_ = make(TWO, dtype=torch.float32)
     value, who = OPTIONS.get(option, (None, "triton"))
     if option in OPTIONS:
-        call = replace(call, **{option: value})
+        call = call._replace(**{option: value})
     else:
         v = v[..., :8]
     selected = select_backend.select_backend(q, k, v, call)

@@ -10,7 +10,7 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from extrope_kernels.ops._shared.triton.softmax import add_sink, capped, tanh  # noqa: E402
+from extrope_kernels.ops.attention.triton.device import add_sink, capped, tanh  # noqa: E402
 from extrope_kernels.testing import device  # noqa: E402
 
 N = 1024

@@ -223,17 +223,17 @@ def test_a_winner_is_written_and_nothing_else_changes(table):
 
 @pytest.mark.parametrize(("op", "kernel"), tune.KERNELS.values(), ids=list(tune.KERNELS))
 @pytest.mark.parametrize("measured", [80, 89, 103, 121])
-def test_a_winner_changes_no_other_audited_chip(tmp_path, op, kernel, measured):
+def test_a_winner_changes_no_other_audited_chip(tmp_path, monkeypatch, op, kernel, measured):
     """In the tables that ship; one token's has rows of sm_80 and sm_120 alone."""
-    from extrope_kernels.ops._shared.triton.tiles import tile
-
+    configs = importlib.import_module(f"extrope_kernels.ops.{op}.configs")
+    monkeypatch.setattr(configs, "TABLE", tmp_path / "configs.json")
     table = tmp_path / "configs.json"
     dims = (32, 64, 96, 128, 192, 256)
 
     def tiles() -> dict:
-        tile.__globals__["_load"].cache_clear()
+        configs.table.cache_clear()
         return {
-            (chip, dim, size): tile("op", table, kernel, dim, size, chip)
+            (chip, dim, size): configs.leaf(kernel, dim, size, chip)
             for chip in (*CHIPS, measured, "gfx942")
             for dim in dims
             for size in (2, 4)
@@ -264,15 +264,13 @@ def test_the_candidates_are_for_the_tuner():
 
 def test_a_candidate_is_forced_where_launches_look_it_up():
     configs = importlib.import_module("extrope_kernels.ops.attention.triton.configs")
-    plans = importlib.import_module("extrope_kernels.ops.attention.triton.plans")
     before = configs.config("dkv", 128, 2, 90)
     with tune.forced("attention.triton", "dkv", 128, leaf(32)):
-        for config in (configs.config, plans.config):
-            assert config("dkv", 128, 2, 90) == configs.Config(32, 64, 8, 2)
-            assert config("dkv", 64, 2, 90).block_m != 32 or before.block_m == 32
-            assert config("dkv", 128, 4, 90) != configs.Config(32, 64, 8, 2)
-            assert config("dq", 128, 2, 90) != configs.Config(32, 64, 8, 2)
-    assert plans.config("dkv", 128, 2, 90) == configs.config("dkv", 128, 2, 90) == before
+        assert configs.config("dkv", 128, 2, 90) == configs.Config(32, 64, 8, 2)
+        assert configs.config("dkv", 64, 2, 90).block_m != 32 or before.block_m == 32
+        assert configs.config("dkv", 128, 4, 90) != configs.Config(32, 64, 8, 2)
+        assert configs.config("dq", 128, 2, 90) != configs.Config(32, 64, 8, 2)
+    assert configs.config("dkv", 128, 2, 90) == before
 
 
 def test_the_shipped_configuration_stays_unless_another_gains():
@@ -333,12 +331,12 @@ def test_the_driver_tells_what_a_kernel_spills(run_python):
         import extrope_kernels as ek
         from gpu.stack import stack_of_binaries
 
-        assert stack_of_binaries("attention.triton.decode", "one_token") == {}
+        assert stack_of_binaries("attention.triton", "one_token") == {}
         q, cache = (torch.zeros(1, n, 1, 64, dtype=torch.bfloat16) for n in (1, 32))
         call = {"cache_seqlens": torch.ones(1, dtype=torch.int32), "backend": "triton"}
         freqs = ek.methods.rope(64)
         ek.rope_attention_with_kvcache(q, cache, cache, freqs, ek.scores.rerope(8), **call)
-        assert list(stack_of_binaries("attention.triton.decode", "one_token").values()) == [80]
+        assert list(stack_of_binaries("attention.triton", "one_token").values()) == [80]
         """,
         TRITON_INTERPRET="0",
         EXTROPE_TRITON_CHIP="90",

@@ -62,11 +62,13 @@ class Case:
     query_scale: bool = False
     head_dim_v: int | None = None  # that of q and k
     fp8: bool = False  # the cache is float8_e4m3fn
+    raw: bool = False  # its keys are as they came
     seed: int = 0
 
     def options(self, generator: torch.Generator) -> dict:
         names = ("log_n", "softmax_scale", "interleaved", "softcap", "sliding_window")
         options = {name: getattr(self, name) for name in names}
+        options["stored"] = "raw" if self.raw else None
         wide = torch.promote_types(self.dtype, torch.float32)
         if self.sinks:
             sinks = 2 * torch.randn(self.heads_q, generator=generator)
@@ -95,6 +97,8 @@ class Inputs:
         )  # fmt: skip
 
     def stored(self, j: Tensor) -> Tensor:
+        if self.call["stored"] == "raw":
+            return torch.zeros_like(j)
         return j if self.example.score is None else self.example.score.stored(j)
 
     def store(self, k: Tensor, j: Tensor, inv_freq: Tensor, sign: int = 1) -> Tensor:

@@ -85,9 +85,8 @@ def attention() -> None:
 def cache() -> None:
     """Appending to and reading from caches, in one piece and in pages."""
     from extrope_kernels import methods, scores
-    from extrope_kernels.ops.attention import AttentionCall
+    from extrope_kernels.ops.attention import AttentionCall, triton
     from extrope_kernels.ops.attention.call import KVCache
-    from extrope_kernels.ops.attention.triton.decode import launch
 
     pages = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)
     for table, score, dtype in (
@@ -101,7 +100,7 @@ def cache() -> None:
         kv = KVCache(k_cache, v_cache, seqlens, table, appended=2)
         call = AttentionCall(methods.rope(24).inv_freq.clone(), score=score, keys_stored=True)
         new = [torch.randn(2, 2, 2, 40).to(dtype) for _ in range(2)]
-        out, _ = launch.decode(torch.randn(2, 2, 6, 40).to(dtype), *new, kv, call)
+        out, _ = triton.decode(torch.randn(2, 2, 6, 40).to(dtype), *new, kv, call)
         assert out.isfinite().all()
 
 

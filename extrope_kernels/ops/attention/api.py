@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,13 +10,14 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from ...scores import Score
+from ...scores.base import UNROTATED
 from .._shared import backends as _backends
 from .._shared.checks import REFUSALS, check_boundaries, raise_as_value_error, refuse_flags
 from .._shared.decay import check_new_keys
 from .._shared.dtypes import Scales
 from .._shared.positions import cache_lengths
 from . import flash_attn, op
-from .call import KVCache, make_call
+from .call import PLAIN, KVCache, make_call
 from .checks import (
     check_attention,
     check_decode,
@@ -152,6 +154,7 @@ def rope_attention_with_kvcache(
     interleaved: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
+    stored: str | None = None,
 ) -> Tensor | Any:
     """`rope_attention` of a sequence's last tokens over a cache of keys and values, at inference.
 
@@ -180,7 +183,11 @@ def rope_attention_with_kvcache(
     cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
     freqs, score, softmax_scale, log_n, query_scale, softcap, sinks, sliding_window, interleaved: as
         for `rope_attention`; freqs and where the score stores keys stay the same in every call on
-        one cache. XPOS's log_decay is refused, but for scores that store keys by blocks.
+        one cache, unless it is raw. XPOS's log_decay is refused, but for scores that store keys by
+        blocks.
+    stored: "raw" keeps keys unrotated and rotates all of them at every call, by the freqs of that
+        call. So frequencies may follow the length, and a key may be read at any position. None
+        keeps them where the score says.
     backend: "cpu", "triton", "reference"; None for the best on q's device. A named backend never
         falls back.
 
@@ -196,6 +203,8 @@ def rope_attention_with_kvcache(
     name = name if score is None else getattr(score, "name", name)
     refuse_flags(name, interleaved=interleaved, return_lse=return_lse)
     check_method(name, freqs, score)
+    if stored is not None:
+        score = _raw(name, stored, score)
     _check_stored_decay(name, freqs, score)
     if not isinstance(cache_seqlens, Tensor):
         cache_seqlens = cache_lengths(name, cache_seqlens, q, cu_seqlens_q, "cu_seqlens_q")
@@ -259,6 +268,13 @@ def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor 
     if not 0 <= start < 2**31:
         raise ValueError(f"{op}: {name} must be between 0 and 2**31, got {start}")
     return torch.full((1,), start, dtype=torch.int32, device=q.device)
+
+
+def _raw(op: str, stored: str, score: Score | None) -> Score:
+    """Return the score with keys stored as they come."""
+    if stored != "raw":
+        raise ValueError(f"{op}: stored must be None or 'raw', got {stored!r}")
+    return replace(score or PLAIN, stored=UNROTATED)
 
 
 def _check_stored_decay(op: str, freqs: RopeFreqs, score: Score | None) -> None:

@@ -7,8 +7,9 @@ reads the same numbers in csrc/common/attention_numbers.h.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ from ...methods import RopeFreqs
 from ...scores.base import FIRST_KEY, MAP_NUMBERS, SAME, UNROTATED, PositionMap, Region, Score
 from .._shared.dtypes import NO_SCALES, Scales, accumulator
 
+_TENSORS = 7  # before a call's other fields
 _SINGLE_NUMBERS = 8  # before the regions
 PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
 
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """One attention call, beside q, k and v."""
+class AttentionCall(NamedTuple):
+    """One attention call, beside q, k and v: tensors, then what a model fixes."""
 
     inv_freq: Tensor  # (rotary_dim/2,), or one row a sequence
     cu_seqlens: Tensor | None = None  # with a cache: of the queries
@@ -45,15 +46,12 @@ class AttentionCall:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The call's tensors, in the order of the fields and of the op's arguments."""
-        starts = (self.q_start, self.k_start)
-        return (
-            self.inv_freq,
-            self.cu_seqlens,
-            self.log_decay,
-            self.sinks,
-            self.query_scale,
-            *starts,
-        )
+        return self[:_TENSORS]
+
+    @property
+    def fixed(self) -> Hashable:
+        """Everything but the tensors."""
+        return self[_TENSORS:]
 
     @property
     def numbers(self) -> list[float]:
@@ -127,8 +125,7 @@ class AttentionCall:
         return self.softmax_scale or head_dim**-0.5
 
 
-@dataclass(frozen=True)
-class KVCache:
+class KVCache(NamedTuple):
     """Keys, rotated to where the score stores them, and values of every sequence."""
 
     k: Tensor  # (batch, max_len, heads_k, head_dim), or (pages, page_size, ...) with block_table
@@ -182,7 +179,13 @@ def make_call(freqs: RopeFreqs, score: Score | None, **options) -> AttentionCall
 
 
 def read_call(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> AttentionCall:
-    """Make the call again from `call.tensors` and `call.numbers`."""
+    """Make the call again from `call.numbers` and `call.tensors`, of which the last may lack."""
+    return AttentionCall(*tensors, *(None,) * (_TENSORS - len(tensors)), *_read(tuple(numbers)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(numbers: tuple[float, ...]) -> tuple:
+    """Return the fields of a call that are not tensors."""
     softmax_scale, log_n, factor, interleaved, softcap, window, float32, granularity = numbers[
         :_SINGLE_NUMBERS
     ]
@@ -198,8 +201,8 @@ def read_call(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> Att
     ]
     of_regions = zip(starts, maps[:count], maps[count : 2 * count], strict=True)
     regions = tuple(Region(int(start), q_map, k_map) for start, q_map, k_map in of_regions)
-    return AttentionCall(
-        *tensors,
+    call = AttentionCall(
+        *(None,) * _TENSORS,
         score=Score("attention", regions, int(granularity), maps[-1]),
         keys_stored=True,
         softmax_scale=softmax_scale or None,
@@ -210,6 +213,7 @@ def read_call(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> Att
         sliding_window=int(window) or None,
         float32_results=bool(float32),
     )
+    return call[_TENSORS:]
 
 
 def _or_zero(x: float | None) -> float:

@@ -17,6 +17,7 @@ from .._shared.autograd import contiguous_rows, refuse_backward, register_backwa
 from .._shared.checks import check_boundaries
 from .._shared.dtensor import replicated
 from .._shared.dtypes import Scales, accumulator
+from .._shared.layouts import layouts_of, planned
 from .._shared.library import library, load_on_first_use, ops
 from . import flash_attn, reference
 from .call import AttentionCall, KVCache, lse_shape, read_call
@@ -119,7 +120,8 @@ def _op(name: str, backend: str | None) -> Any:
 def _attention(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, numbers: Sequence[float]):
     """The call, checked."""
     call = read_call(tensors, numbers)
-    check_attention("attention", q, k, v, call)
+    key = (layouts_of(q, k, v, *tensors), call.fixed)
+    planned(check_attention, key, "attention", q, k, v, call)
     check_boundaries("attention", call.cu_seqlens, len(q))
     return call
 
@@ -182,34 +184,39 @@ def _bwd_cuda(dout, dlse, q, k, v, out, lse, *tensors, numbers):
     return triton.backward(*given, call)
 
 
-def _decode_call(q, k_cache, v_cache, k, v, *tensors, numbers) -> tuple[KVCache, AttentionCall]:
-    """The cache and the call of an op's arguments, checked."""
+def _read_decode(_, k_cache, v_cache, k, v, *tensors, numbers) -> tuple[KVCache, AttentionCall]:
+    """The cache and the call of an op's arguments."""
     *cached, k_scale, v_scale = tensors[_DECODE_TENSORS:]
     cu_seqlens = tensors[1]
     appended = 0 if k is None or k.dim() != 4 else k.shape[1]
     new = (appended, None if k is None else cu_seqlens)
     cache = KVCache(k_cache, v_cache, *cached, Scales(k_scale, v_scale), *new)
-    call = read_call(tensors[:_DECODE_TENSORS], numbers)
-    check_decode("decode", q, k, v, cache, call)
+    return cache, read_call(tensors[:_DECODE_TENSORS], numbers)
+
+
+def _decode_call(*tensors, numbers) -> tuple[KVCache, AttentionCall]:
+    """The cache and the call, checked."""
+    q, _, _, k, v = tensors[:5]
+    cache, call = _read_decode(*tensors, numbers=numbers)
+    key = (layouts_of(*tensors), call.fixed)
+    planned(check_decode, key, "decode", q, k, v, cache, call)
+    check_slots("decode", cache, call.cu_seqlens, len(q))
     return cache, call
 
 
 def _decode_reference(*tensors, numbers):
     q, _, _, k, v = tensors[:5]
-    cache, call = _decode_call(*tensors, numbers=numbers)
-    check_slots("decode", cache, call.cu_seqlens, len(q))
-    return reference.decode(q, k, v, cache, call)
+    return reference.decode(q, k, v, *_decode_call(*tensors, numbers=numbers))
 
 
 def _decode_triton(*tensors, numbers):
-    from .triton.decode import launch
+    from . import triton
 
     q, _, _, k, v = tensors[:5]
     cache, call = _decode_call(*tensors, numbers=numbers)
     check_head_dim("decode", q)
     check_head_dim("decode", cache.v)
-    check_slots("decode", cache, call.cu_seqlens, len(q))
-    return launch.decode(q, k, v, cache, call)
+    return triton.decode(q, k, v, cache, call)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -230,8 +237,8 @@ def _bwd_fake(dout, dlse, q, k, v, out, lse, *tensors, numbers):
 
 
 def _decode_fake(*tensors, numbers):
-    _decode_call(*tensors, numbers=numbers)
-    q, v_cache = tensors[0], tensors[2]
+    q, _, v_cache, k, v = tensors[:5]
+    check_decode("decode", q, k, v, *_read_decode(*tensors, numbers=numbers))
     lse = q.new_empty(lse_shape(q), dtype=accumulator(q.dtype))
     return q.new_empty((*q.shape[:-1], v_cache.shape[-1])), lse
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -92,7 +91,7 @@ def decode(
         _append(k, v, cache, call)
     lengths = cache.lengths()
     first = lengths - q.shape[1]  # position of the first query; negative where there are too few
-    call = replace(call, q_start=first, k_start=torch.zeros_like(first[:1]))
+    call = call._replace(q_start=first, k_start=torch.zeros_like(first[:1]))
     keys, values = _gather(cache, first, call, q)
     out, lse = forward(q.to(keys.dtype), keys, values, call)
     return out.to(q.dtype), lse
@@ -173,8 +172,7 @@ def _one_call(b: int, tokens: slice, call: AttentionCall) -> AttentionCall:
     def own(x: Tensor | None) -> Tensor | None:  # one for all sequences, or one each
         return x if x is None or x.shape[0] == 1 else x[b : b + 1]
 
-    return replace(
-        call,
+    return call._replace(
         cu_seqlens=None,
         inv_freq=own(call.inv_freq)[0] if call.inv_freq.dim() == 2 else call.inv_freq,
         query_scale=None if call.query_scale is None else call.query_scale[tokens],

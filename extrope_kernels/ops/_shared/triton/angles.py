@@ -9,22 +9,21 @@ import triton.language as tl
 
 from .sincos import add_quarters, cos_sin_polynomials
 
-_TURNS_PER_RADIAN = tl.constexpr(0.15915494309189535)
-_WHOLE = tl.constexpr(18446744073709551616.0)  # 2**64
-_RADIANS = tl.constexpr(1.4629180792671596e-09)  # of 2**-32 turns
-
 
 @triton.jit
 def fixed_angle(inv_freq, position):
     """The int64 angle of a float64 position: a frequency where that is 1."""
-    turns = inv_freq.to(tl.float64) * _TURNS_PER_RADIAN * position
-    return ((turns - tl.floor(turns + 0.5)) * _WHOLE).to(tl.int64)
+    TURNS_PER_RADIAN: tl.constexpr = 0.15915494309189535
+    WHOLE: tl.constexpr = 18446744073709551616.0  # 2**64
+    turns = inv_freq.to(tl.float64) * TURNS_PER_RADIAN * position
+    return ((turns - tl.floor(turns + 0.5)) * WHOLE).to(tl.int64)
 
 
 @triton.jit
 def cos_sin(angle):
     """Cosine and sine of int64 angles, to float32 accuracy."""
+    RADIANS: tl.constexpr = 1.4629180792671596e-09  # of 2**-32 turns
     top = (angle >> 32).to(tl.int32)
     quadrant = (top + 536870912) >> 30  # nearest quarter; the sum may wrap, as it should
-    cos, sin = cos_sin_polynomials((top - (quadrant << 30)).to(tl.float32) * _RADIANS)
+    cos, sin = cos_sin_polynomials((top - (quadrant << 30)).to(tl.float32) * RADIANS)
     return add_quarters(cos, sin, quadrant)

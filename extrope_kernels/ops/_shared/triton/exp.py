@@ -3,19 +3,18 @@
 import triton
 import triton.language as tl
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
-# Adding 1.5 * 2**52 rounds a float64 to an integer and leaves that integer in its low bits.
-_TO_INTEGER = tl.constexpr(6755399441055744.0)
-
 
 @triton.jit
 def exp(x):
     """float64 exp of float64 exponents, to float32 accuracy."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    LN_2: tl.constexpr = 0.6931471805599453
+    # Adding 1.5 * 2**52 rounds a float64 to an integer and leaves that integer in its low bits.
+    TO_INTEGER: tl.constexpr = 6755399441055744.0
     # float32 has long vanished or overflowed at the ends of this range.
     x = tl.minimum(tl.maximum(x, -600.0), 600.0)
-    shifted = x * _LOG2_E + _TO_INTEGER
-    r = (x - (shifted - _TO_INTEGER) * _LN_2).to(tl.float32)
+    shifted = x * LOG2_E + TO_INTEGER
+    r = (x - (shifted - TO_INTEGER) * LN_2).to(tl.float32)
     series = 1 / 24 + r * (1 / 120 + r * (1 / 720 + r * (1 / 5040)))
     series = 1 + r + r * r * (0.5 + r * (1 / 6 + r * series))
     exponent = shifted.to(tl.int64, bitcast=True).to(tl.int32) + 1023

@@ -7,47 +7,31 @@ sign are set. float16, bfloat16 and float32 have all of these numbers.
 import triton
 import triton.language as tl
 
-# How a kernel reads a cache.
-NONE = 0  # not in fp8
-BY_INTEGERS = 1  # everywhere
-BY_PAIRS = 2  # two numbers at a time, on NVIDIA's chips
-BY_CHIP = 3  # by an instruction of its own
 CHIPS_WITH_FP8 = 89
 
-_LARGEST = tl.constexpr(448.0)
-_LEAST_NORMAL = tl.constexpr(2.0**-6)
-_ROUNDER = tl.constexpr(2.0**14)  # whose last place is the step of the subnormal numbers
-_BY_PAIRS = tl.constexpr(BY_PAIRS)
-_BY_CHIP = tl.constexpr(BY_CHIP)
+
+def kind_of_cache(is_fp8: bool, chip: int | str | None) -> int:
+    """Choose how kernels read a cache; chip: as from `chip_of`.
+
+    0: not in fp8; 1: by integers, everywhere; 2: two numbers at a time, on NVIDIA's chips; 3: by an
+    instruction of its own.
+    """
+    if not is_fp8:
+        return 0
+    if not isinstance(chip, int):
+        return 1
+    return 3 if chip >= CHIPS_WITH_FP8 else 2
 
 
-def _moved(by: int, mask: str) -> tl.constexpr:
+@triton.constexpr_function
+def _asm_that_moves(by, mask):
     """Four codes to where two registers of 16-bit numbers have sign, exponent and mantissa."""
     lines = []
     for out, bytes_and_signs in (("$0", "0x9180"), ("$1", "0xb3a2")):
         lines.append(f"prmt.b32 {out}, $2, 0, {bytes_and_signs};")
         lines.append(f"shl.b32 {out}, {out}, {by};")
         lines.append(f"and.b32 {out}, {out}, {mask};")
-    return tl.constexpr("\n".join(lines))
-
-
-_TO_FLOAT16 = _moved(7, "0xbf80bf80")
-_TO_BFLOAT16 = _moved(4, "0x87f087f0")
-_BY_INSTRUCTION = tl.constexpr("""{
-.reg .b16 low, high;
-mov.b32 {low, high}, $2;
-cvt.rn.f16x2.e4m3x2 $0, low;
-cvt.rn.f16x2.e4m3x2 $1, high;
-}""")
-
-
-def kind_of_cache(is_fp8: bool, chip: int | str | None) -> int:
-    """chip: as from `chip_of`."""
-    if not is_fp8:
-        return NONE
-    if not isinstance(chip, int):
-        return BY_INTEGERS
-    return BY_CHIP if chip >= CHIPS_WITH_FP8 else BY_PAIRS
+    return "\n".join(lines)
 
 
 @triton.jit
@@ -80,17 +64,23 @@ def _by_integers(bits, like: tl.constexpr):
 def _by_pairs(bits, like: tl.constexpr):
     # Times 141 in float16, or 7.3e35 in bfloat16, the largest number is finite and NaN's is not.
     if like == tl.bfloat16:
-        x = _unbiased(_four(bits, _TO_BFLOAT16), tl.bfloat16)
+        x = _unbiased(_four(bits, _asm_that_moves(4, "0x87f087f0")), tl.bfloat16)
         zero_or_nan = x * 7.3e35 * 0.0
     else:
-        x = _unbiased(_four(bits, _TO_FLOAT16), tl.float16)
+        x = _unbiased(_four(bits, _asm_that_moves(7, "0xbf80bf80")), tl.float16)
         zero_or_nan = x * 141.0 * 0.0
     return (x + zero_or_nan).to(like)
 
 
 @triton.jit
 def _by_chip(bits, like: tl.constexpr):
-    x = _four(bits, _BY_INSTRUCTION).to(tl.float16, bitcast=True)
+    ASM: tl.constexpr = """{
+        .reg .b16 low, high;
+        mov.b32 {low, high}, $2;
+        cvt.rn.f16x2.e4m3x2 $0, low;
+        cvt.rn.f16x2.e4m3x2 $1, high;
+    }"""
+    x = _four(bits, ASM).to(tl.float16, bitcast=True)
     if like == tl.bfloat16:  # from one type of 16 bits to another conversions are slow
         x = x.to(tl.float32)
     return x.to(like)
@@ -98,10 +88,13 @@ def _by_chip(bits, like: tl.constexpr):
 
 @triton.jit
 def widened_codes(bits, like: tl.constexpr, KIND: tl.constexpr):
-    """The numbers in the type `like`: float16, bfloat16 or float32."""
-    if KIND == _BY_CHIP:
+    """The numbers in the type `like`: float16, bfloat16 or float32.
+
+    KIND: as from `kind_of_cache`.
+    """
+    if KIND == 3:
         x = _by_chip(bits, like)
-    elif KIND == _BY_PAIRS:
+    elif KIND == 2:
         x = _by_pairs(bits, like)
     else:
         x = _by_integers(bits, like)
@@ -111,13 +104,16 @@ def widened_codes(bits, like: tl.constexpr, KIND: tl.constexpr):
 @triton.jit
 def codes_of(x, scale):
     """Float32 numbers over their scale, rounded to nearest even, within 448 either way."""
+    LARGEST: tl.constexpr = 448.0
+    LEAST_NORMAL: tl.constexpr = 2.0**-6
+    ROUNDER: tl.constexpr = 2.0**14  # whose last place is the step of the subnormal numbers
     x = tl.div_rn(x, scale)
     bits = x.to(tl.int32, bitcast=True)
-    size = tl.minimum(tl.abs(x), _LARGEST)
+    size = tl.minimum(tl.abs(x), LARGEST)
     of = size.to(tl.int32, bitcast=True)
     normal = ((of + 0x7FFFF + ((of >> 20) & 1)) >> 20) - (120 << 3)
-    few = (size + _ROUNDER).to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.where(size < _LEAST_NORMAL, few, normal)
+    few = (size + ROUNDER).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(size < LEAST_NORMAL, few, normal)
     code = tl.where(x == x, code, 0x7F)
     return (code | ((bits >> 24) & 0x80)).to(tl.int8)
 

@@ -1,5 +1,7 @@
-"""Region attention in Triton, forward and backward, for GPUs."""
+"""Region attention in Triton, forward, backward and over a cache, for GPUs."""
 
-from .launch import backward, forward
+from .backward import backward
+from .decode import decode
+from .forward import forward
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "decode", "forward"]

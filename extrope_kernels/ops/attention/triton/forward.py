@@ -1,174 +1,314 @@
-"""The forward kernel: one program for each block of queries and head, over every region's keys."""
+"""Attention over regions of keys, forward: raw q, k and v to out and the log-sum-exp.
 
+Every region rotates queries and keys to positions of its own, so that each pair of them sees the
+difference of the two: ReRoPE's near keys at their distance, its far keys all at the window. For one
+block of queries the kernel goes through the regions, far keys first. It rotates its queries to the
+region's positions, runs over the region's keys as flash-attention does, and carries on with the
+same running maximum, running sum and weighted values in the next region. So near and far keys meet
+in one softmax; a region differs from the one before by its rotated q and k, and by nothing else.
+
+Keys are rotated once, by a launch before (rotate.py): in this loop each would be rotated again for
+every block of queries. Blocks of keys that all rows of the block see whole need no mask.
+"""
+
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .blocks import (
-    RUN_TIME_SCALARS,
-    Bounds,
+from ..call import AttentionCall, lse_shape
+from . import configs
+from .device import (
+    Launch,
+    add_weighted,
+    bounded,
+    copy_of,
     cut_keys,
+    dots,
+    finish_softmax,
     first_key,
+    groups_of,
+    inside_of,
+    keys_of,
+    load_part,
+    load_rows,
+    load_values,
+    log_n_scale,
+    lse_of,
+    map_cos_sin,
+    no_logit,
     nth_block,
     place_queries,
-    seen_keys,
-)
-from .queries import rotated_rows
-from .rows import (
-    add_weighted,
-    dots,
-    frame_of,
-    keys_of,
-    load_rows,
+    programs_of,
     row_base,
     rows_of,
+    seen_keys,
+    sequence_stride,
+    sequences_of,
+    settled,
     store_rows,
+    tiles_of,
     times,
+    with_contiguous_rows,
     zero_rows,
 )
-from .softmax import bounded, factors_of, finished, lse_of
+from .rotate import rotated_keys
 
-# Below any logit; finite, so that rows without keys need no care before the end.
-NO_LOGIT = tl.constexpr(-1e30)
+# -------------------------------------------------------------------------------------------------
+# A block of raw queries, rotated as it is loaded, dims where they are
+
+
+@triton.jit
+def _cos_sin(pair, position, scale, rope, REGION: tl.constexpr, TILE: tl.constexpr):
+    """Of pairs, with all that a query is multiplied by; past the rotated dims 1 and 0, likewise."""
+    inv_freq, log_decay = rope
+    MAP: tl.constexpr = TILE.q_maps[REGION]
+    rotates = pair < TILE.half
+    freq = tl.load(inv_freq + pair, mask=rotates, other=0.0)[None, :]
+    decay = None
+    if log_decay is not None:
+        decay = tl.load(log_decay + pair, mask=rotates, other=0.0).to(tl.float64)[None, :]
+    cos, sin = map_cos_sin(position, freq, decay, MAP, None)
+    factor = tl.where(rotates, TILE.amplitude, 1.0)[None, :] * scale
+    return cos * factor, sin * factor
+
+
+@triton.jit
+def _rounded(part, ELEMENT: tl.constexpr, TILE: tl.constexpr):
+    """As products take it."""
+    part = part.to(ELEMENT)
+    return part.to(tl.float32) if TILE.widen else part
+
+
+@triton.jit
+def _rotated_part(
+    q, base, left, position, scale, rope, REGION: tl.constexpr, FIRST: tl.constexpr,
+    DIMS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, DIMS): dims FIRST to FIRST + DIMS."""
+    HALF: tl.constexpr = TILE.half
+    part = load_part(q, base, left, FIRST, DIMS, ROWS, True, TILE).to(tl.float32)
+    if TILE.interleaved:  # a pair's two dims are next to each other
+        pair = FIRST // 2 + tl.arange(0, DIMS // 2)
+        cos, sin = _cos_sin(pair, position, scale, rope, REGION, TILE)
+        x, y = tl.split(tl.reshape(part, (ROWS, DIMS // 2, 2)))
+        rotated = tl.reshape(tl.join(x * cos - y * sin, y * cos + x * sin), (ROWS, DIMS))
+    else:  # the other dim of each pair is loaded beside it
+        dim = FIRST + tl.arange(0, DIMS)
+        of_second = (dim >= HALF) & (dim < 2 * HALF)
+        pair = tl.where(of_second, dim - HALF, dim)
+        pair = tl.where(dim < 2 * HALF, pair, HALF)
+        other = tl.where(of_second, dim - HALF, tl.where(dim < HALF, dim + HALF, dim))
+        if HALF % 8 == 0:  # eight dims stay together, which the compiler does not see
+            other = tl.max_contiguous(tl.multiple_of(other, 8), 8)
+        cos, sin = _cos_sin(pair, position, scale, rope, REGION, TILE)
+        row = tl.arange(0, ROWS) * (tl.cast(q.seq, tl.int32) * TILE.align)
+        inside = inside_of(left, FIRST, DIMS, ROWS, True, TILE)
+        others = tl.load(base + (row[:, None] + other[None, :]), mask=inside, other=0.0)
+        others = others.to(tl.float32)
+        rotated = part * cos + tl.where(of_second[None, :], others, -others) * sin
+    return _rounded(rotated, q.pointer.dtype.element_ty, TILE)
+
+
+@triton.jit
+def rotated_rows(
+    q, base, left, position, rope, query_scale, REGION: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """ROWS raw rows as a region sees them, in parts as of load_rows, rounded once.
+
+    position: absolute; query_scale: None, or a pointer to what the first of them is multiplied by.
+    """
+    DIMS: tl.constexpr = TILE.dims
+    MORE: tl.constexpr = TILE.more_dims
+    ELEMENT: tl.constexpr = q.pointer.dtype.element_ty
+    scale = log_n_scale(position, TILE.per_log_n)
+    if query_scale is not None:
+        scale *= load_values(query_scale, left, ROWS, True)[:, None]
+    if TILE.paired:
+        cos, sin = _cos_sin(tl.arange(0, DIMS), position, scale, rope, REGION, TILE)
+        x = load_part(q, base, left, 0, DIMS, ROWS, True, TILE).to(tl.float32)
+        y = load_part(q, base, left, DIMS, MORE, ROWS, True, TILE).to(tl.float32)
+        first = _rounded(x * cos - y * sin, ELEMENT, TILE)
+        second = _rounded(y * cos + x * sin, ELEMENT, TILE)
+    else:
+        first = _rotated_part(q, base, left, position, scale, rope, REGION, 0, DIMS, ROWS, TILE)
+        second = first
+        if MORE > 0:
+            second = _rotated_part(
+                q, base, left, position, scale, rope, REGION, DIMS, MORE, ROWS, TILE
+            )
+    return first, second
+
+
+# -------------------------------------------------------------------------------------------------
+# The kernel
 
 
 @triton.jit
 def _add_keys(
-    state,
-    q,
-    k,
-    v,
-    k_base,
-    v_base,
-    factors,
-    cut,
-    low,
-    high,
-    REGION: tl.constexpr,
-    MASKED: tl.constexpr,
-    TILE: tl.constexpr,
-    VALUES: tl.constexpr,
-):
+    state, q, k, v, k_base, v_base, cut, low, high, REGION: tl.constexpr, MASKED: tl.constexpr,
+    TILE: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
     """Take the masked, or full, blocks of keys into (weighted values, row_max, row_sum).
 
     In a masked block row i sees only the keys from low[i] to high[i].
     """
     BLOCK_N: tl.constexpr = TILE.block_n
     acc, row_max, row_sum = state
-    inner, factor = factors
     _, _, full, masked, _ = cut
     for i in tl.range(masked if MASKED else full):
         start, left = nth_block(i, cut, MASKED, BLOCK_N)
         k_at = k_base + tl.cast(start, tl.int64) * k.seq * TILE.align
         v_at = v_base + tl.cast(start, tl.int64) * v.seq * TILE.align
-        k_rows = load_rows(k, k_at, left, BLOCK_N, MASKED, TILE)
-        logits = bounded(dots(q, k_rows, TILE), inner, TILE)
+        k_rows = load_rows(k, k_at, left, BLOCK_N, MASKED, TILE)  # (N, D) twice
+        logits = bounded(dots(q, k_rows, TILE), TILE)  # (M, N)
         if MASKED:
             seen = seen_keys(start, low, high, REGION, TILE)
-            logits = tl.where(seen, logits * factor, float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(logits, 1))
+            logits = tl.where(seen, logits * TILE.factor, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(logits, 1))  # (M,)
             weights = tl.exp2(logits - new_max[:, None])
         else:
-            new_max = tl.maximum(row_max, tl.max(logits, 1) * factor)
-            weights = tl.exp2(logits * factor - new_max[:, None])
+            new_max = tl.maximum(row_max, tl.max(logits, 1) * TILE.factor)
+            weights = tl.exp2(logits * TILE.factor - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)
         v_rows = load_rows(v, v_at, left, BLOCK_N, MASKED, VALUES)
-        acc = add_weighted(times(acc, rescale), weights, v_rows, VALUES)
+        acc = add_weighted(times(acc, rescale), weights, v_rows, VALUES)  # (M, D) twice
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         row_max = new_max
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=RUN_TIME_SCALARS)
+@triton.jit(
+    do_not_specialize=[
+        *("q_batch", "q_seq", "q_head", "k_batch", "k_seq", "k_head", "v_batch", "v_seq", "v_head"),
+        *("freq_batch", "scale_batch", "q_start_stride", "k_start_stride", "num_sequences"),
+        *("search_steps", "blocks", "seqlen_q", "seqlen_k"),
+    ]
+)
 def forward_kernel(
-    q, k, k_frames, v, out, lse, q_frame, inv_freq, log_decay, cu_seqlens, q_start, k_start,
+    q, k, k_rotated, v, out, lse, scratch, inv_freq, log_decay, cu_seqlens, q_start, k_start,
     query_scale, sinks,
-    q_strides, k_strides, k_frame_strides, v_strides, out_strides, q_frame_strides, freq_stride,
-    query_scale_stride, start_strides, num_sequences, search_steps, blocks, rows, seqlen_q,
-    seqlen_k, start_0, start_1, start_2, granularity, window, softmax_scale, softcap,
-    amplitude, per_log_n,
-    q0_modulus: tl.float64, q0_factor: tl.float64, q0_offset: tl.float64, q0_cap: tl.float64,
-    q1_modulus: tl.float64, q1_factor: tl.float64, q1_offset: tl.float64, q1_cap: tl.float64,
-    q2_modulus: tl.float64, q2_factor: tl.float64, q2_offset: tl.float64, q2_cap: tl.float64,
-    TILE: tl.constexpr, VALUES: tl.constexpr,
+    q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,
+    freq_batch, scale_batch, q_start_stride, k_start_stride, num_sequences, search_steps, blocks,
+    seqlen_q, seqlen_k, TILE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Axis 0: blocks of queries, longest first, then heads, then the batch.
 
-    q_frame: as many rows as q to work in, or None where rows of out have the room.
+    scratch: as many rows as q to work in, or None where rows of out have the room.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     CHUNK: tl.constexpr = TILE.rotated
     REGIONS: tl.constexpr = len(TILE.q_maps)
     HEADS: tl.constexpr = TILE.heads_q
-    GROUP: tl.constexpr = HEADS // TILE.heads_k
+    HEADS_K: tl.constexpr = TILE.heads_k
     PAIRED: tl.constexpr = TILE.paired
-    q_maps = (
-        (q0_modulus, q0_factor, q0_offset, q0_cap),
-        (q1_modulus, q1_factor, q1_offset, q1_cap),
-        (q2_modulus, q2_factor, q2_offset, q2_cap),
-    )
-    (
-        batch, sequence, head, first_row, row, left, top, bottom, position, seqlen_k, origin,
-    ) = place_queries(
-        blocks, HEADS, cu_seqlens, q_start, k_start, start_strides, num_sequences, search_steps,
-        seqlen_q, seqlen_k, TILE,
+    at = place_queries(
+        blocks, cu_seqlens, num_sequences, search_steps, q_start, k_start, q_start_stride,
+        k_start_stride, seqlen_q, seqlen_k, TILE,
     )  # fmt: skip
-    bounds = Bounds(start_0, start_1, start_2, granularity, window, seqlen_k, origin)
-    inv_freq += tl.cast(sequence, tl.int64) * freq_stride
+    batch, head, row, left = at.batch, at.head, at.row, at.left
+    head_k = head // (HEADS // HEADS_K)
+    position = at.top + tl.arange(0, BLOCK_M)
+    rope = (inv_freq + tl.cast(at.sequence, tl.int64) * freq_batch, log_decay)
     if query_scale is not None:
-        query_scale += tl.cast(batch, tl.int64) * query_scale_stride + row
+        query_scale += tl.cast(batch, tl.int64) * scale_batch + row
+    q_of = rows_of(q, q_batch, q_seq, q_head, HEADS, TILE)
+    v_of = rows_of(v, v_batch, v_seq, v_head, HEADS_K, VALUES)
+    v_base = row_base(v_of, batch, at.first_row, head_k, VALUES)
+    out_of = copy_of(out, seqlen_q, 0, 1, HEADS, VALUES)
+    room = out_of
+    if scratch is not None:
+        room = copy_of(scratch, seqlen_q, 0, 1, HEADS, TILE)
 
-    factors = factors_of(softmax_scale, softcap, TILE)
-    row_max = tl.full((BLOCK_M,), NO_LOGIT, tl.float32)
+    row_max = tl.full((BLOCK_M,), no_logit(), tl.float32)
     state = (zero_rows(BLOCK_M, VALUES), row_max, tl.zeros((BLOCK_M,), tl.float32))
-    q_of = rows_of(q, q_strides, HEADS, TILE)
-    if PAIRED:
-        q_base = row_base(q_of, batch, row, head, TILE)
-        q_rows = rotated_rows(
-            q_of, q_base, left, position + origin, inv_freq, log_decay, amplitude, per_log_n,
-            query_scale, q_maps[0], 0, BLOCK_M, TILE,
-        )  # fmt: skip
-    out_of = frame_of(out, out_strides, 0, HEADS, VALUES)
-    frame = out_of
-    if q_frame is not None:
-        frame = frame_of(q_frame, q_frame_strides, 0, HEADS, TILE)
-    v_of = rows_of(v, v_strides, TILE.heads_k, VALUES)
-    v_base = row_base(v_of, batch, first_row, head // GROUP, VALUES)
     for r in tl.static_range(REGIONS):
-        if r > 0 or not PAIRED:
+        # The queries as this region sees them.
+        if r == 0 and PAIRED:
+            q_base = row_base(q_of, batch, row, head, TILE)
+            q_rows = rotated_rows(
+                q_of, q_base, left, position + at.origin, rope, query_scale, 0, BLOCK_M, TILE
+            )
+        else:
             # Between two loops few registers are free, and rows that are not pairs of parts take
             # many: a few rows at a time go through memory.
             tl.debug_barrier()
-            for at in tl.range(0, BLOCK_M, CHUNK):
-                q_base = row_base(q_of, batch, row + at, head, TILE)
+            for few in tl.range(0, BLOCK_M, CHUNK):
+                q_base = row_base(q_of, batch, row + few, head, TILE)
                 few_scales = None
                 if query_scale is not None:
-                    few_scales = query_scale + at
+                    few_scales = query_scale + few
+                few_positions = at.top + at.origin + few + tl.arange(0, CHUNK)
                 few_rows = rotated_rows(
-                    q_of, q_base, left - at, top + origin + at + tl.arange(0, CHUNK), inv_freq,
-                    log_decay, amplitude, per_log_n, few_scales, q_maps[r], r, CHUNK, TILE,
-                )  # fmt: skip
-                frame_base = row_base(frame, batch, row + at, head, TILE)
-                store_rows(frame, frame_base, few_rows, left - at, CHUNK, TILE)
+                    q_of, q_base, left - few, few_positions, rope, few_scales, r, CHUNK, TILE
+                )
+                room_base = row_base(room, batch, row + few, head, TILE)
+                store_rows(room, room_base, few_rows, left - few, CHUNK, TILE)
             tl.debug_barrier()
-            frame_base = row_base(frame, batch, row, head, TILE)
-            q_rows = load_rows(frame, frame_base, left, BLOCK_M, True, TILE)
-        k_of = keys_of(k, k_strides, k_frames, k_frame_strides, r, TILE)
-        k_base = row_base(k_of, batch, first_row, head // GROUP, TILE)
-        low = first_key(position, bounds, r, TILE)
-        high = first_key(position, bounds, r + 1, TILE)
-        cut = cut_keys(top, bottom, bounds, r, TILE)
+            room_base = row_base(room, batch, row, head, TILE)
+            q_rows = load_rows(room, room_base, left, BLOCK_M, True, TILE)
+        # Its keys: those that all rows see need no mask.
+        k_of = keys_of(k, k_batch, k_seq, k_head, k_rotated, seqlen_k, r, TILE)
+        k_base = row_base(k_of, batch, at.first_row, head_k, TILE)
+        low = first_key(position, at.seqlen_k, at.origin, r, TILE)
+        high = first_key(position, at.seqlen_k, at.origin, r + 1, TILE)
+        cut = cut_keys(at, r, TILE)
         for masked in tl.static_range(2):
             state = _add_keys(
-                state, q_rows, k_of, v_of, k_base, v_base, factors, cut, low, high,
-                r, masked == 0, TILE, VALUES,
+                state, q_rows, k_of, v_of, k_base, v_base, cut, low, high, r, masked == 0,
+                TILE, VALUES,
             )  # fmt: skip
 
     acc, row_max, row_sum = state
-    factor, ended = finished(row_max, row_sum, sinks, head)
+    factor, ended = finish_softmax(row_max, row_sum, sinks, head)
     if REGIONS > 1 or not PAIRED:
         tl.debug_barrier()
     out_base = row_base(out_of, batch, row, head, VALUES)
     store_rows(out_of, out_base, times(acc, factor), left, BLOCK_M, VALUES)
-    value = lse_of(ended)
-    lse += (tl.cast(batch, tl.int64) * HEADS + head) * rows + row
-    tl.store(lse + tl.arange(0, BLOCK_M), value, mask=tl.arange(0, BLOCK_M) < left)
+    lse += (tl.cast(batch, tl.int64) * HEADS + head) * seqlen_q + row
+    tl.store(lse + tl.arange(0, BLOCK_M), lse_of(ended), mask=tl.arange(0, BLOCK_M) < left)
+
+
+# -------------------------------------------------------------------------------------------------
+# Its launch
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """One softmax over the keys of every region, in two launches.
+
+    q, k: raw, (batch, seqlen_q, heads_q, head_dim) and (batch, seqlen_k, heads_k, head_dim), or
+    (total, heads, head_dim) with call.cu_seqlens; v like k, of any head_dim; all contiguous in the
+    last dimension. Returns out like q, of v's head_dim, and the natural log of the sum of
+    exponentials, float32 (batch, heads_q, seqlen_q) or (heads_q, total).
+    """
+    call = with_contiguous_rows(call)
+    launch = settled(_settle, (q, k, v), call)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=call.results_dtype(q.dtype))
+    lse = q.new_empty(lse_shape(q), dtype=torch.float32)
+    fits = v.shape[-1] == q.shape[-1] and out.dtype == q.dtype
+    scratch = None if fits else q.new_empty(q.shape)
+    with torch.cuda.device_of(q):
+        k_rotated = rotated_keys(q, k, call)
+        if launch.grid[0] > 0:
+            forward_kernel[launch.grid](
+                q, k, k_rotated, v, out, lse, scratch, call.inv_freq, call.log_decay,
+                call.cu_seqlens, call.q_start, call.k_start, call.query_scale, call.sinks,
+                *launch.sizes, **launch.options,
+            )  # fmt: skip
+    return out, lse
+
+
+def _settle(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Launch:
+    setting = configs.config_of("forward", q, v)
+    tile, values = tiles_of(setting, q, k, v, call)
+    programs, blocks = programs_of(q, setting.block_m, call)
+    sizes = (
+        *groups_of(q, tile.align), *groups_of(k, tile.align), *groups_of(v, tile.align),
+        sequence_stride(call.inv_freq, 2), sequence_stride(call.query_scale, 2),
+        sequence_stride(call.q_start, 1), sequence_stride(call.k_start, 1), *sequences_of(call),
+        blocks, q.shape[-3], k.shape[-3],
+    )  # fmt: skip
+    return Launch((programs,), sizes, {"TILE": tile, "VALUES": values, **setting.options})

@@ -1,4 +1,5 @@
-"""The ops `merge_fwd` and `merge_inplace` on a GPU: one launch, planned once for each layout.
+"""The ops `merge_fwd` and `merge_inplace` on a GPU: the softmax over disjoint sets of keys, made of
+what each set gave alone. One launch.
 
 Each input is read once and the result written once, but for log-sum-exps, which are small.
 """
@@ -6,51 +7,37 @@ Each input is read once and the result written once, but for log-sum-exps, which
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._shared.triton.launch import (
-    VECTOR_BYTES,
-    Plan,
-    alignment,
-    chip_of,
-    layouts_of,
-    planned,
-    strides_of,
-)
-from ..._shared.triton.tokens import rows
+from ..._shared.triton.launch import VECTOR_BYTES, chip_of, strides_of
 from ..merge import check
 
 WARPS = 4
-_ALL = tl.constexpr(tl.PropagateNan.ALL)
-
-
-class Tile(NamedTuple):
-    """What the kernel is compiled for, beside types and alignment."""
-
-    sets: int
-    block_m: int  # tokens of a program
-    head_dim: int
-    block_d: int  # head_dim, rounded up to a power of two
-    align: int  # elements; divides all strides of outs
-    in_place: bool  # the first set is what is written to
-    wide: bool  # computes in float64
 
 
 @triton.jit
-def _lse_of(n: tl.constexpr, lses, lse, row, merged, valid, TILE: tl.constexpr):
-    """Log-sum-exps of set n in these rows; what is no row has no keys."""
-    WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
-    FIRST: tl.constexpr = 1 if TILE.in_place else 0
-    if n < FIRST:
+def _lse_of(
+    N: tl.constexpr, lses, lse, row, merged, valid, IN_PLACE: tl.constexpr, WIDE: tl.constexpr
+):
+    """(M,) log-sum-exps of set N in these rows; what is no row has no keys."""
+    FIRST: tl.constexpr = 1 if IN_PLACE else 0
+    if N < FIRST:
         found = tl.load(lse + merged, mask=valid, other=float("-inf"))
     else:
-        found = tl.load(lses[n - FIRST] + row, mask=valid, other=float("-inf"))
+        found = tl.load(lses[N - FIRST] + row, mask=valid, other=float("-inf"))
     return found.to(WIDE)
+
+
+@triton.jit
+def _rows(x, batch, seq, head, strides, N: tl.constexpr):
+    """(M,) pointers to dim 0; bytes of strides show the compiler alignment."""
+    offset = batch * strides[3 * N] + seq * strides[3 * N + 1] + head * strides[3 * N + 2]
+    at = x.to(tl.pointer_type(tl.int8), bitcast=True) + offset
+    return at.to(tl.pointer_type(x.dtype.element_ty), bitcast=True)
 
 
 @triton.jit
@@ -70,30 +57,17 @@ def _cast(x, TYPE: tl.constexpr):
     do_not_specialize_on_alignment=("lse",),  # of a part of a sequence, as a ring writes to
 )
 def merge_kernel(
-    outs,
-    lses,
-    out,
-    lse,
-    strides,
-    out_batch,
-    out_seq,
-    out_head,
-    lse_batch,
-    lse_head,
-    lse_seq,
-    tokens,
-    seqlen,
-    TILE: tl.constexpr,
-):
+    outs, lses, out, lse, strides, lse_batch, lse_head, lse_seq, tokens, seqlen,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, IN_PLACE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
     """Axis 0: blocks of tokens, counted through batch and seqlen; axis 1: heads.
 
-    outs, lses: of the sets; lses contiguous, and without the one that is written to; strides: three
-    of each of outs, one set after the other.
+    outs, lses: of the sets; lses contiguous, and without the one that is written to; strides: by
+    batch, seq and head of each of outs and of out, in bytes: 16 divides them wherever rows allow
+    it, so no length compiles anything anew.
     """
-    BLOCK_M: tl.constexpr = TILE.block_m
-    BLOCK_D: tl.constexpr = TILE.block_d
-    SETS: tl.constexpr = TILE.sets
-    WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
+    SETS: tl.constexpr = len(outs)
     first = tl.program_id(0).to(tokens.dtype) * BLOCK_M
     valid = tl.arange(0, BLOCK_M) < tokens - first
     token = first + tl.arange(0, BLOCK_M)
@@ -105,33 +79,31 @@ def merge_kernel(
 
     row_max = tl.full((BLOCK_M,), float("-inf"), WIDE)
     for n in tl.static_range(SETS):
-        found = _lse_of(n, lses, lse, row, merged, valid, TILE)
-        row_max = tl.maximum(row_max, found, propagate_nan=_ALL)
+        found = _lse_of(n, lses, lse, row, merged, valid, IN_PLACE, WIDE)
+        row_max = tl.maximum(row_max, found, propagate_nan=tl.PropagateNan.ALL)
     empty = row_max == float("-inf")
     origin = tl.where(empty, 0.0, row_max)
     row_sum = tl.zeros((BLOCK_M,), WIDE)
     for n in tl.static_range(SETS):
-        row_sum += tl.exp(_lse_of(n, lses, lse, row, merged, valid, TILE) - origin)
+        row_sum += tl.exp(_lse_of(n, lses, lse, row, merged, valid, IN_PLACE, WIDE) - origin)
     row_sum = tl.where(empty, 1.0, row_sum)
 
     dim = tl.arange(0, BLOCK_D)[None, :]
-    inside = dim < TILE.head_dim
+    inside = dim < HEAD_DIM
     acc = tl.zeros((BLOCK_M, BLOCK_D), WIDE)
     for n in tl.static_range(SETS):
-        found = _lse_of(n, lses, lse, row, merged, valid, TILE)
+        found = _lse_of(n, lses, lse, row, merged, valid, IN_PLACE, WIDE)
         share = _share(tl.exp(found - origin), row_sum)
         keys = (found != float("-inf"))[:, None]
-        from_ = rows(
-            outs[n], batch, seq, head, strides[3 * n], strides[3 * n + 1], strides[3 * n + 2], TILE
-        )
-        x = tl.load(from_[:, None] + dim, mask=keys & inside, other=0.0)
+        from_ = _rows(outs[n], batch, seq, head, strides, n)
+        x = tl.load(from_[:, None] + dim, mask=keys & inside, other=0.0)  # (M, D)
         acc += share[:, None] * _cast(x, WIDE)
 
     written = valid
-    if TILE.in_place:
+    if IN_PLACE:
         written = valid & (empty == 0)
         tl.debug_barrier()  # other warps may still have to read what is written below
-    to = rows(out, batch, seq, head, out_batch, out_seq, out_head, TILE)
+    to = _rows(out, batch, seq, head, strides, SETS)
     tl.store(to[:, None] + dim, _cast(acc, out.dtype.element_ty), mask=written[:, None] & inside)
     joint = tl.where(tl.abs(row_max) == float("inf"), row_max, row_max + tl.log(row_sum))
     tl.store(lse + merged, joint.to(lse.dtype.element_ty), mask=valid)
@@ -154,16 +126,8 @@ def merge_inplace(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequen
 def _launch(
     outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor, in_place: bool
 ) -> None:
-    key = (chip_of(out), layouts_of(*outs, *lses, out, lse), len(outs), in_place)
-    launch = planned(_plan, key, outs, lses, out, lse, in_place)
-    if launch is not None:
-        launch(tuple(outs), tuple([x.contiguous() for x in lses[in_place:]]), out, lse)
-
-
-def _plan(
-    outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor, in_place: bool
-) -> Plan | None:
     check(outs, lses, in_place)
+    chip_of(out)  # refuses a device that no kernel runs on
     for i, x in enumerate(outs):
         if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
             raise ValueError(
@@ -171,37 +135,17 @@ def _plan(
                 f"got strides {x.stride()}"
             )
     if lse.numel() == 0 or (in_place and len(outs) == 1):
-        return None
-    packed = out.dim() == 3
-    batch, (seqlen, heads, head_dim) = 1 if packed else out.shape[0], out.shape[-3:]
-    strides = [(0, *strides_of(x))[-4:-1] for x in (*outs, out)]
+        return
+    batch, (seqlen, heads, head_dim) = 1 if out.dim() == 3 else out.shape[0], out.shape[-3:]
+    strides = [n * x.itemsize for x in (*outs, out) for n in (0, *strides_of(x))[-4:-1]]
     block_d = triton.next_power_of_2(max(head_dim, 1))
-    least = min(x.itemsize for x in outs)
-    tile = Tile(
-        sets=len(outs),
-        # Two vectors a thread of each set keep its loads in flight.
-        block_m=max(1, 4 * WARPS * 32 * VECTOR_BYTES // out.itemsize // block_d),
-        head_dim=head_dim,
-        block_d=block_d,
-        align=alignment(least, (n for each in strides for n in each), (x[1] for x in strides)),
-        in_place=in_place,
-        wide=torch.float64 in (out.dtype, lse.dtype),
-    )
-    *of_sets, of_out = [tuple(n // tile.align for n in each) for each in strides]
-    of_lse = (0, *strides_of(lse))[-3:]
-    return Plan(
-        merge_kernel,
-        (triton.cdiv(batch * seqlen, tile.block_m), heads),
-        out,
-        strides=tuple(n for each in of_sets for n in each),
-        out_batch=of_out[0],
-        out_seq=of_out[1],
-        out_head=of_out[2],
-        lse_batch=of_lse[0],
-        lse_head=of_lse[1],
-        lse_seq=of_lse[2],
-        tokens=batch * seqlen,
-        seqlen=seqlen,
-        TILE=tile,
-        num_warps=WARPS,
-    )
+    # Two vectors a thread of each set keep its loads in flight.
+    block_m = max(1, 4 * WARPS * 32 * VECTOR_BYTES // out.itemsize // block_d)
+    tokens, wide = batch * seqlen, torch.float64 in (out.dtype, lse.dtype)
+    with torch.cuda.device_of(out):
+        merge_kernel[triton.cdiv(tokens, block_m), heads](
+            tuple(outs), tuple(x.contiguous() for x in lses[in_place:]), out, lse, tuple(strides),
+            *(0, *strides_of(lse))[-3:], tokens, seqlen, BLOCK_M=block_m, BLOCK_D=block_d,
+            HEAD_DIM=head_dim, IN_PLACE=in_place, WIDE=tl.float64 if wide else tl.float32,
+            num_warps=WARPS, enable_fp_fusion=True,
+        )  # fmt: skip

@@ -1,28 +1,53 @@
-"""The kernels that rotate raw rows into the frames of all regions, and gradients back out of them.
+"""Raw keys and queries, rotated once to the positions of every region, and gradients back.
 
 A program has a few tokens of q, or of k, and a share of their heads: it finds where the tokens are
-and their cosines and sines once.
+and their cosines and sines once. Rotated copies are contiguous, (batch, seqlen, copies, heads,
+head_dim).
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..._shared.triton.pairs import load_parts, of_pairs, rotate, store_parts, widened
-from ..._shared.triton.position_maps import CONSTANT, log_n_scale, map_cos_sin
+from ....scores import UNROTATED, PositionMap
+from ..._shared.triton.launch import VECTOR_BYTES
+from ..._shared.triton.pairs import load_parts, of_pairs, store_parts, widened
+from ..._shared.triton.pairs import rotate as rotate_parts
 from ..._shared.triton.tokens import rows, sequence_of
-
-RUN_TIME_SCALARS = (
-    *("num_sequences", "search_steps", "q_tiles", "tiles", "heads_q", "heads_k"),
-    *("seqlen_q", "seqlen_k", "query_scale_stride", "first_k_tile"),
+from ..call import AttentionCall
+from .device import (
+    Launch,
+    alignment_of,
+    groups_of,
+    key_maps,
+    log_n_scale,
+    map_cos_sin,
+    map_of,
+    regions_of,
+    sequence_stride,
+    sequences_of,
+    settled,
 )
+
+THREADS = 128  # each with 16 bytes of first dims, and of second dims
+# Heads are spread over programs until about this many run; more would only repeat the sincos.
+PROGRAMS = 1024
 
 
 class RotateTile(NamedTuple):
-    """What a kernel is compiled for, beside types and alignment."""
+    """What the kernel is compiled for, beside types and alignment of pointers."""
 
     tokens: int  # per program
+    heads_q: int
+    heads_k: int
+    head_dim: int
     half: int  # pairs of dims that rotate
     pairs: int  # half, rounded up to a power of two
     rest: int  # dims after the rotated ones
@@ -30,14 +55,16 @@ class RotateTile(NamedTuple):
     align: int  # elements; divides all strides
     interleaved: bool
     freq_per_token: bool  # packed sequences with frequencies of their own
-    q_maps: tuple[int, ...]  # their kinds
-    k_maps: tuple[int, ...]
-    stored: int  # of keys as they come
+    q_maps: tuple[tuple, ...]  # of each copy, see `map_of`
+    k_maps: tuple[tuple, ...]
+    stored: tuple | None  # of keys as they come
+    amplitude: float  # of queries
+    per_log_n: float
 
 
 @triton.jit
 def _place(
-    tile, batch, shift, start, start_stride, seqlen, inv_freq, freq_stride, cu_seqlens,
+    tile, batch, shift, start, start_stride, seqlen, inv_freq, freq_batch, cu_seqlens,
     num_sequences, search_steps, TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile's tokens, which of them are there, their positions, and frequencies.
@@ -52,7 +79,7 @@ def _place(
         position = token + shift
         if start is not None:
             position += tl.load(start + batch * start_stride)
-        freq = of_pairs(inv_freq + tl.cast(batch, tl.int64) * freq_stride, TILE)
+        freq = of_pairs(inv_freq + tl.cast(batch, tl.int64) * freq_batch, TILE)
     else:
         sequence = sequence_of(token, cu_seqlens, num_sequences, search_steps)
         position = token - tl.load(cu_seqlens + sequence)
@@ -61,7 +88,7 @@ def _place(
         if TILE.freq_per_token:
             pair = tl.arange(0, PAIRS)
             mask = valid[:, None] & (pair < TILE.half)[None, :]
-            at = inv_freq + (sequence.to(tl.int64) * freq_stride)[:, None] + pair[None, :]
+            at = inv_freq + (sequence.to(tl.int64) * freq_batch)[:, None] + pair[None, :]
             freq = tl.load(at, mask=mask, other=0.0)
         else:
             freq = of_pairs(inv_freq, TILE)
@@ -69,152 +96,88 @@ def _place(
 
 
 @triton.jit
-def _cos_sin_of_frames(
-    position, freq, decay, amplitude, maps, origin, MAPS: tl.constexpr, ORIGIN: tl.constexpr
-):
-    """(cos, sin) of each map, times the amplitude; the first once more where there are fewer."""
-    cos, sin = map_cos_sin(position, freq, decay, maps[0], origin, MAPS[0], ORIGIN)
-    first = (cos * amplitude, sin * amplitude)
-    second = first
-    third = first
-    if len(MAPS) > 1:
-        cos, sin = map_cos_sin(position, freq, decay, maps[1], origin, MAPS[1], ORIGIN)
-        second = (cos * amplitude, sin * amplitude)
-    if len(MAPS) > 2:
-        cos, sin = map_cos_sin(position, freq, decay, maps[2], origin, MAPS[2], ORIGIN)
-        third = (cos * amplitude, sin * amplitude)
-    return first, second, third
-
-
-@triton.jit
-def _pointers(x, strides, batch, token, head, TILE: tl.constexpr):
-    return rows(x, batch, token, head, strides[0], strides[1], strides[2], TILE)
-
-
-@triton.jit
-def _in_frame(frames, strides, n, batch, token, head, TILE: tl.constexpr):
-    x = frames + tl.cast(n, tl.int64) * strides[0] * TILE.align
-    return rows(x, batch, token, head, strides[1], strides[2], strides[3], TILE)
-
-
-@triton.jit
 def _rotate_head(
-    x, strides, frames, frame_strides, head, batch, token, valid, cos_sin, scale,
-    COUNT: tl.constexpr, TILE: tl.constexpr,
+    x, batch_stride, seq_stride, head_stride, copies, head, batch, token, seqlen, valid, cos_sin,
+    scale, COPIES: tl.constexpr, HEADS: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write one head of x into COUNT frames."""
-    parts = widened(load_parts(_pointers(x, strides, batch, token, head, TILE), valid, TILE))
-    for n in tl.static_range(COUNT):
-        rotated = rotate(parts, cos_sin[n][0], cos_sin[n][1], scale)
-        out = _in_frame(frames, frame_strides, n, batch, token, head, TILE)
-        store_parts(out, rotated, valid, TILE)
-
-
-@triton.jit
-def _unrotate_head(
-    x, strides, frames, frame_strides, head, batch, token, valid, cos_sin, scale,
-    COUNT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Sum one head of COUNT frames, float32, into x."""
-    at = _in_frame(frames, frame_strides, 0, batch, token, head, TILE)
-    parts = load_parts(at, valid, TILE)
-    first, second, rest = rotate(parts, cos_sin[0][0], -cos_sin[0][1], scale)
-    for n in tl.static_range(1, COUNT):
-        at = _in_frame(frames, frame_strides, n, batch, token, head, TILE)
-        parts = load_parts(at, valid, TILE)
-        more = rotate(parts, cos_sin[n][0], -cos_sin[n][1], scale)
-        first += more[0]
-        second += more[1]
-        rest += more[2]
-    out = _pointers(x, strides, batch, token, head, TILE)
-    store_parts(out, (first, second, rest), valid, TILE)
+    """One head of x into its copies; INVERSE: the sum of its copies, float32, into x."""
+    HEAD: tl.constexpr = TILE.head_dim // TILE.align
+    SEQ: tl.constexpr = COPIES * HEADS * HEAD
+    own = rows(x, batch, token, head, batch_stride, seq_stride, head_stride, TILE)
+    copy_batch = tl.cast(seqlen, tl.int64) * SEQ
+    at = rows(copies, batch, token, head, copy_batch, SEQ, HEAD, TILE)
+    if INVERSE:
+        cos, sin = cos_sin[0]
+        first, second, rest = rotate_parts(load_parts(at, valid, TILE), cos, -sin, scale)
+        for n in tl.static_range(1, COPIES):
+            cos, sin = cos_sin[n]
+            parts = load_parts(at + n * HEADS * TILE.head_dim, valid, TILE)
+            more = rotate_parts(parts, cos, -sin, scale)
+            first += more[0]
+            second += more[1]
+            rest += more[2]
+        store_parts(own, (first, second, rest), valid, TILE)
+    else:
+        parts = widened(load_parts(own, valid, TILE))
+        for n in tl.static_range(COPIES):
+            cos, sin = cos_sin[n]
+            rotated = rotate_parts(parts, cos, sin, scale)
+            store_parts(at + n * HEADS * TILE.head_dim, rotated, valid, TILE)
 
 
 @triton.jit
 def _rotate_tokens(
-    x, strides, frames, frame_strides, tile, batch, heads, shift, start, start_stride, seqlen,
-    inv_freq, freq_stride, decay, cu_seqlens, num_sequences, search_steps, amplitude, per_log_n,
-    token_scale, token_scale_stride, maps, origin,
-    MAPS: tl.constexpr, ORIGIN: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
+    x, batch_stride, seq_stride, head_stride, copies, tile, batch, shift, start, start_stride,
+    seqlen, inv_freq, freq_batch, decay, cu_seqlens, num_sequences, search_steps, token_scale,
+    scale_batch, MAPS: tl.constexpr, ORIGIN: tl.constexpr, AMPLITUDE: tl.constexpr,
+    PER_LOG_N: tl.constexpr, HEADS: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """This program's tokens and heads of q, or of k.
 
     token_scale: None, or what each token is multiplied by.
     """
-    COUNT: tl.constexpr = len(MAPS)
+    COPIES: tl.constexpr = len(MAPS)
     token, valid, position, freq = _place(
-        tile, batch, shift, start, start_stride, seqlen, inv_freq, freq_stride, cu_seqlens,
+        tile, batch, shift, start, start_stride, seqlen, inv_freq, freq_batch, cu_seqlens,
         num_sequences, search_steps, TILE,
     )  # fmt: skip
-    scale = log_n_scale(position, per_log_n)
+    scale = log_n_scale(position, PER_LOG_N)
     if token_scale is not None:
-        at = token_scale + batch * token_scale_stride + token
+        at = token_scale + batch * scale_batch + token
         scale *= tl.load(at, mask=valid, other=0.0)[:, None]
-    cos_sin = _cos_sin_of_frames(
-        position, freq, decay, amplitude * scale, maps, origin, MAPS, ORIGIN
-    )
-    share = tl.cdiv(heads, tl.num_programs(1))
+    cos_sin = ()
+    for n in tl.static_range(COPIES):
+        cos, sin = map_cos_sin(position, freq, decay, MAPS[n], ORIGIN)
+        cos_sin = cos_sin + ((cos * (AMPLITUDE * scale), sin * (AMPLITUDE * scale)),)  # noqa: RUF005
+    share = tl.cdiv(HEADS, tl.num_programs(1))
     begin = tl.program_id(1) * share
-    for head in range(begin, tl.minimum(begin + share, heads)):
-        if INVERSE:
-            _unrotate_head(
-                x, strides, frames, frame_strides, head, batch, token, valid, cos_sin, scale,
-                COUNT, TILE,
-            )  # fmt: skip
-        else:
-            _rotate_head(
-                x, strides, frames, frame_strides, head, batch, token, valid, cos_sin, scale,
-                COUNT, TILE,
-            )  # fmt: skip
+    for head in range(begin, tl.minimum(begin + share, HEADS)):
+        _rotate_head(
+            x, batch_stride, seq_stride, head_stride, copies, head, batch, token, seqlen, valid,
+            cos_sin, scale, COPIES, HEADS, INVERSE, TILE,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=RUN_TIME_SCALARS)
+@triton.jit(
+    do_not_specialize=[
+        *("q_batch", "q_seq", "q_head", "k_batch", "k_seq", "k_head", "freq_batch", "scale_batch"),
+        *("q_start_stride", "k_start_stride", "num_sequences", "search_steps", "shift", "q_tiles"),
+        *("first_k_tile", "tiles", "seqlen_q", "seqlen_k"),
+    ]
+)
 def rotate_kernel(
-    q, k, q_frames, k_frames, inv_freq, log_decay, cu_seqlens, q_start, k_start, query_scale,
-    q_strides, k_strides, q_frame_strides, k_frame_strides, freq_stride, query_scale_stride,
-    start_strides, num_sequences, search_steps, q_tiles, first_k_tile, tiles, heads_q, heads_k,
-    seqlen_q, seqlen_k, amplitude, per_log_n,
-    q0_modulus: tl.float64, q0_factor: tl.float64, q0_offset: tl.float64, q0_cap: tl.float64,
-    q1_modulus: tl.float64, q1_factor: tl.float64, q1_offset: tl.float64, q1_cap: tl.float64,
-    q2_modulus: tl.float64, q2_factor: tl.float64, q2_offset: tl.float64, q2_cap: tl.float64,
-    k0_modulus: tl.float64, k0_factor: tl.float64, k0_offset: tl.float64, k0_cap: tl.float64,
-    k1_modulus: tl.float64, k1_factor: tl.float64, k1_offset: tl.float64, k1_cap: tl.float64,
-    k2_modulus: tl.float64, k2_factor: tl.float64, k2_offset: tl.float64, k2_cap: tl.float64,
-    stored_modulus: tl.float64, stored_factor: tl.float64, stored_offset: tl.float64,
-    stored_cap: tl.float64,
-    INVERSE: tl.constexpr,
-    TILE: tl.constexpr,
+    q, k, q_rotated, k_rotated, inv_freq, log_decay, cu_seqlens, q_start, k_start, query_scale,
+    q_batch, q_seq, q_head, k_batch, k_seq, k_head, freq_batch, scale_batch, q_start_stride,
+    k_start_stride, num_sequences, search_steps, shift, q_tiles, first_k_tile, tiles,
+    seqlen_q, seqlen_k, INVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Axis 0: tiles of tokens of q, then of k, and the batch; axis 1: shares of the heads.
 
-    Without maps of a side, nothing of it is read or written. INVERSE: the frames hold gradients,
-    float32, to be summed into those of q and k.
+    Without maps of a side, nothing of it is read or written. INVERSE: the copies hold gradients,
+    float32, to be summed into those of q and k. shift: from a query to its position.
     """
     Q_MAPS: tl.constexpr = TILE.q_maps
     K_MAPS: tl.constexpr = TILE.k_maps
-    STORED: tl.constexpr = TILE.stored
-    q_maps = (
-        (q0_modulus, q0_factor, q0_offset, q0_cap),
-        (q1_modulus, q1_factor, q1_offset, q1_cap),
-        (q2_modulus, q2_factor, q2_offset, q2_cap),
-    )
-    k_maps = (
-        (k0_modulus, k0_factor, k0_offset, k0_cap),
-        (k1_modulus, k1_factor, k1_offset, k1_cap),
-        (k2_modulus, k2_factor, k2_offset, k2_cap),
-    )
-    stored = (stored_modulus, stored_factor, stored_offset, stored_cap)
-    q_begin = k_start
-    q_begin_stride = None
-    k_begin_stride = None
-    shift = seqlen_k - seqlen_q
-    if k_start is not None:
-        k_begin_stride = start_strides[1]
-        q_begin_stride = k_begin_stride
-    if q_start is not None:
-        q_begin = q_start
-        q_begin_stride = start_strides[0]
-        shift = 0
     tile = tl.program_id(0) % tiles
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     decay = None
@@ -222,23 +185,148 @@ def rotate_kernel(
     if log_decay is not None:
         decay = of_pairs(log_decay, TILE).to(tl.float64)
         minus_decay = -decay
-    k_tile = tile - q_tiles
-    if first_k_tile is not None:
-        k_tile += first_k_tile
     # Two conditions: only the first one is the compiler's.
     if len(Q_MAPS) > 0:  # noqa: SIM102
         if tile < q_tiles:
             _rotate_tokens(
-                q, q_strides, q_frames, q_frame_strides, tile, batch, heads_q,
-                shift, q_begin, q_begin_stride, seqlen_q, inv_freq, freq_stride, decay,
-                cu_seqlens, num_sequences, search_steps, amplitude, per_log_n,
-                query_scale, query_scale_stride, q_maps, stored, Q_MAPS, CONSTANT, INVERSE, TILE,
+                q, q_batch, q_seq, q_head, q_rotated, tile, batch, shift, q_start, q_start_stride,
+                seqlen_q, inv_freq, freq_batch, decay, cu_seqlens, num_sequences, search_steps,
+                query_scale, scale_batch, Q_MAPS, None, TILE.amplitude, TILE.per_log_n,
+                TILE.heads_q, INVERSE, TILE,
             )  # fmt: skip
     if len(K_MAPS) > 0:  # noqa: SIM102
         if tile >= q_tiles:
+            k_tile = tile - q_tiles + first_k_tile
             _rotate_tokens(
-                k, k_strides, k_frames, k_frame_strides, k_tile, batch, heads_k,
-                0, k_start, k_begin_stride, seqlen_k, inv_freq, freq_stride, minus_decay,
-                cu_seqlens, num_sequences, search_steps, 1.0, None,
-                None, None, k_maps, stored, K_MAPS, STORED, INVERSE, TILE,
+                k, k_batch, k_seq, k_head, k_rotated, k_tile, batch, 0, k_start, k_start_stride,
+                seqlen_k, inv_freq, freq_batch, minus_decay, cu_seqlens, num_sequences,
+                search_steps, None, 0, K_MAPS, TILE.stored, 1.0, 0.0, TILE.heads_k, INVERSE, TILE,
             )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------
+# Its launch
+
+
+class Rotation(NamedTuple):
+    """A launch, and how many copies there are of q and k."""
+
+    launch: Launch
+    q_copies: int
+    k_copies: int
+
+
+def rotated_keys(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | None:
+    """Keys as every region sees them; None where all see them as they come."""
+    rotation = settled(_settle, (q, k), call, "keys")
+    if rotation.k_copies == 0:
+        return None
+    copies = _copies(k, rotation.k_copies, k.dtype)
+    _launch(rotation, q, k, None, copies, call)
+    return copies
+
+
+def rotated(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Queries as every region sees them, and keys where they do not come so."""
+    rotation = settled(_settle, (q, k), call, "both")
+    copies = _copies(q, rotation.q_copies, q.dtype), _copies(k, rotation.k_copies, k.dtype)
+    _launch(rotation, q, k, *copies, call)
+    return copies
+
+
+def gradients_of_copies(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Room for the gradients of queries and keys as every region sees them, in float32."""
+    regions = len(regions_of(k, call))
+    return _copies(q, regions, torch.float32), _copies(k, regions, torch.float32)
+
+
+def rotate_back(
+    dq: Tensor, dk: Tensor, dq_copies: Tensor, dk_copies: Tensor, call: AttentionCall
+) -> None:
+    """Write the gradients of q and k: the sum of those of their copies, each rotated back."""
+    _launch(settled(_settle, (dq, dk), call, "gradients"), dq, dk, dq_copies, dk_copies, call)
+
+
+def _copies(x: Tensor, copies: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:-2], copies, *x.shape[-2:]), dtype=dtype)
+
+
+def _launch(
+    rotation: Rotation,
+    q: Tensor,
+    k: Tensor,
+    q_copies: Tensor | None,
+    k_copies: Tensor | None,
+    call: AttentionCall,
+) -> None:
+    launch = rotation.launch
+    if math.prod(launch.grid) > 0:
+        rotate_kernel[launch.grid](
+            q, k, q_copies, k_copies, call.inv_freq, call.log_decay, call.cu_seqlens,
+            call.k_start if call.q_start is None else call.q_start, call.k_start,
+            call.query_scale, *launch.sizes, **launch.options,
+        )  # fmt: skip
+
+
+def _settle(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Rotation:
+    """wanted: "keys" that no region sees as they come; "both", all queries and these; "gradients",
+    written from all copies.
+    """
+    regions, unseen = regions_of(k, call), 0
+    q_maps = () if wanted == "keys" else tuple(region.q_map for region in regions)
+    k_maps = key_maps(k, call)
+    if wanted == "gradients":
+        k_maps = [region.k_map for region in regions]
+    placed = (call.cu_seqlens, call.q_start, call.k_start) != (None, None, None)
+    if wanted == "keys" and call.sliding_window is not None and not placed:
+        # So many of the first keys lie before every query's window.
+        unseen = min(max(0, k.shape[-3] - q.shape[-3] + 1 - call.sliding_window), k.shape[-3])
+    tile = _tile(q, k, q_maps, k_maps, call)
+    seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
+    batch = k.shape[0] if call.cu_seqlens is None else 1
+    q_tiles = triton.cdiv(seqlen_q, tile.tokens) if q_maps else 0
+    first_k_tile = unseen // tile.tokens
+    tiles = q_tiles + (triton.cdiv(seqlen_k, tile.tokens) - first_k_tile if k_maps else 0)
+    heads = max(tile.heads_q if q_maps else 0, tile.heads_k if k_maps else 0)
+    shares = min(heads, max(1, PROGRAMS // max(tiles * batch, 1)))
+    sizes = (
+        *groups_of(q, tile.align), *groups_of(k, tile.align), sequence_stride(call.inv_freq, 2),
+        sequence_stride(call.query_scale, 2),
+        sequence_stride(call.k_start if call.q_start is None else call.q_start, 1),
+        sequence_stride(call.k_start, 1), *sequences_of(call),
+        seqlen_k - seqlen_q if call.q_start is None else 0,
+        q_tiles, first_k_tile, tiles, seqlen_q, seqlen_k,
+    )  # fmt: skip
+    options = {"num_warps": THREADS // 32, "enable_fp_fusion": True, "TILE": tile}
+    options["INVERSE"] = wanted == "gradients"
+    launch = Launch((tiles * batch, shares), sizes, options)
+    return Rotation(launch, len(q_maps), len(k_maps))
+
+
+def _tile(
+    q: Tensor,
+    k: Tensor,
+    q_maps: Sequence[PositionMap],
+    k_maps: Sequence[PositionMap],
+    call: AttentionCall,
+) -> RotateTile:
+    half = call.inv_freq.shape[-1]
+    pairs, rest = triton.next_power_of_2(half), q.shape[-1] - 2 * half
+    return RotateTile(
+        tokens=max(1, THREADS * VECTOR_BYTES // q.itemsize // pairs),
+        heads_q=q.shape[-2],
+        heads_k=k.shape[-2],
+        head_dim=q.shape[-1],
+        half=half,
+        pairs=pairs,
+        rest=rest,
+        rest_dims=triton.next_power_of_2(max(rest, 1)),
+        align=alignment_of(q, k),
+        interleaved=call.interleaved,
+        freq_per_token=call.cu_seqlens is not None and call.inv_freq.shape[:-1].numel() > 1,
+        q_maps=tuple(map(map_of, q_maps)),
+        k_maps=tuple(map(map_of, k_maps)),
+        stored=None if call.stored == UNROTATED else map_of(call.stored),
+        amplitude=call.attention_factor**2,
+        per_log_n=0.0 if call.log_n is None else 1 / math.log(call.log_n),
+    )

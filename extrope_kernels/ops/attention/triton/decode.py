@@ -1,0 +1,891 @@
+"""Attention over a key/value cache: new keys are written into it, then queries attend.
+
+Two launches. The first writes k and v, keys rotated to where the score stores them. The second
+attends; a key that a region sees elsewhere than where it is stored is rotated as it is loaded.
+
+Lengths are known on the device alone, so the grid has a fixed number of slots, and sequences take
+as many of them as their share of all keys is worth: every program counts for itself which sequence
+is its own, and which split of its keys. Of packed queries, blocks of rows are shared out likewise,
+since nobody knows whose they are. The last program to finish of those that share a sequence merges
+what they found.
+
+Rows are those of one head of k: a token and one of the `group` heads of q that share it. Shapes in
+comments: M is BLOCK_M, rows; N is BLOCK_N, keys; P is pairs of dims, D the dims of v.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....scores import UNROTATED
+from ....scores.base import FIRST_KEY
+from ..._shared.dtypes import FP8, as_bits
+from ..._shared.layouts import layouts_of, planned
+from ..._shared.triton.fp8 import kind_of_cache, parts_of_codes, quantize_rows, widened_codes
+from ..._shared.triton.launch import (
+    VECTOR_BYTES,
+    chip_of,
+    processors_of,
+    strides_of,
+)
+from ..._shared.triton.pairs import copy_rows, load_parts, of_pairs, rotate, store_parts, widened
+from ..._shared.triton.tokens import sequence_of
+from ..call import AttentionCall, KVCache, lse_shape
+from . import configs
+from .device import (
+    FARTHEST,
+    Launch,
+    add_sink,
+    capped,
+    first_key,
+    ln_2,
+    log2_e,
+    log_n_scale,
+    map_cos_sin,
+    map_of,
+    no_logit,
+    sequence_stride,
+    with_contiguous_rows,
+)
+
+LEAST_DIMS = 16  # of a product, and rows of one
+COUNTERS = 4  # at once, so that the partial results behind them stay aligned
+MERGED = 4096  # numbers that a program merges at once: 16 to 32 registers a thread
+
+
+class CacheTile(NamedTuple):
+    """What both kernels are compiled for: all that a model fixes, and the sizes of blocks."""
+
+    block_m: int  # rows of queries
+    block_n: int  # rows of keys
+    group: int  # heads of q that share one of k
+    head_dim: int  # of queries and keys
+    dims: int  # head_dim, rounded up to a power of two
+    head_dim_v: int
+    dims_v: int  # head_dim_v, rounded up likewise
+    half: int  # pairs of dims that rotate
+    pairs: int  # half, rounded up likewise
+    rest: int  # dims after the rotated ones
+    rest_dims: int  # rest, rounded up; 1 if none
+    align: int  # elements; divides all strides
+    interleaved: bool
+    starts: tuple[int, ...]  # of each region, counted from the query's block
+    granularity: int
+    window: int  # most keys that a query sees, or 0: all
+    from_first_key: bool  # region 0 has no lower end
+    q_maps: tuple[tuple, ...]  # of each region: see `map_of`
+    k_maps: tuple[tuple, ...]
+    rotates_keys: tuple[bool, ...]  # from where they are stored, by region
+    stored: tuple | None  # the map of keys in the cache; None: raw
+    q_scale: float  # softmax_scale, to logits of base 2
+    amplitude: float
+    per_log_n: float  # 1 / ln(log_n), or 0: none
+    softcap: float  # of logits of base 2, or 0: none
+    paged: bool
+    padded: bool
+    packed: bool  # tokens of all sequences one behind the other
+    freq_per_token: bool  # new tokens have the frequencies of their sequences
+    codes: int  # how a cache in fp8 is read: see _shared/triton/fp8.py
+    several_tokens: bool  # of queries
+    splits: bool  # sequences may be shared by several programs
+    merge_rows: int  # what is merged at once: rows of queries,
+    merge_splits: int  # and splits of each
+    widen: bool  # operands to float32 before a product: the interpreter has no bfloat16
+
+
+# -------------------------------------------------------------------------------------------------
+# Slots of a cache, and the lengths of its sequences, whatever the tensors hold
+
+
+@triton.jit
+def _page_of(table, sequence, slot, valid):
+    """The pages that hold these slots; as `table` in _slot_rows."""
+    block_table, table_batch, page_size = table
+    pages = block_table + tl.cast(sequence, tl.int64) * table_batch
+    return tl.load(pages + slot // page_size, mask=valid, other=0)
+
+
+@triton.jit
+def _slot_rows(plane, table, sequence, head, slot, valid, TILE: tl.constexpr):
+    """(N,) pointers to dim 0 of these int32 slots of a sequence; in 64 bits, a GPU calls a function
+    for every division.
+
+    plane: (pointer, strides of blocks, slots and heads in groups of TILE.align elements), where a
+    block is a sequence, or a page; table: (block_table, its stride, slots of a page).
+    """
+    pointer, block_stride, slot_stride, head_stride = plane
+    if TILE.paged:
+        block = _page_of(table, sequence, slot, valid).to(tl.int64)
+        offset = (slot % table[2]).to(tl.int64) * slot_stride
+    else:
+        block = tl.cast(sequence, tl.int64)
+        offset = slot.to(tl.int64) * slot_stride
+    offset += block * block_stride + tl.cast(head, tl.int64) * head_stride
+    return pointer + offset * TILE.align
+
+
+@triton.jit
+def _rows_of_tokens(x, batch, token, head, batch_stride, token_stride, head_stride, ALIGN):
+    """Pointers to dim 0 of these tokens and heads."""
+    offset = tl.cast(batch, tl.int64) * batch_stride + token.to(tl.int64) * token_stride
+    return x + (offset + tl.cast(head, tl.int64) * head_stride) * ALIGN
+
+
+@triton.jit
+def _length_of(sequence, valid, lengths, appended, TILE: tl.constexpr):
+    """(slot of position 0, number of keys) of these sequences."""
+    _, seqlens, leftpad, _, capacity = lengths
+    end = tl.load(seqlens + sequence, mask=valid, other=0) + appended
+    end = tl.minimum(tl.maximum(end, 0), capacity)
+    pad = end * 0
+    if TILE.padded:
+        pad = tl.maximum(tl.load(leftpad + sequence, mask=valid, other=0), 0)
+    return pad, tl.maximum(end - pad, 0)
+
+
+@triton.jit
+def _tokens_of(sequence, batch, queries):
+    """(first token, number of tokens) of these sequences of packed ones.
+
+    What follows the last boundary counts as sequence number `batch`, one without keys.
+    queries: (cu_seqlens, tokens of all).
+    """
+    cu_seqlens, total = queries
+    begin = tl.load(cu_seqlens + sequence, mask=sequence <= batch, other=total)
+    end = tl.load(cu_seqlens + sequence + 1, mask=sequence < batch, other=total)
+    begin = tl.minimum(tl.maximum(begin, 0), total)
+    return begin, tl.minimum(tl.maximum(end, begin), total) - begin
+
+
+# -------------------------------------------------------------------------------------------------
+# The first launch: write new keys and values
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head", "k_block", "k_slot"),
+        *("k_row", "v_block", "v_slot", "v_row", "table_batch", "page_size", "capacity"),
+        *("freq_batch", "new", "row_blocks", "sequences", "search_steps", "pages"),
+    ]
+)
+def append_kernel(
+    k, v, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, cu_seqlens,
+    k_scale, v_scale, scratch,
+    k_batch, k_token, k_head, v_batch, v_token, v_head,
+    k_block, k_slot, k_row, v_block, v_slot, v_row,
+    table_batch, page_size, capacity, freq_batch, new, row_blocks, sequences, search_steps, pages,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Axis 0: blocks of new tokens; axis 1: heads of k; axis 2: batch, or 1 of packed tokens.
+
+    scratch: of the attention that follows; the (batch, heads_k, row_blocks) counters at its head
+    become 0.
+    """
+    BLOCK_N: tl.constexpr = TILE.block_n
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    if scratch is not None:
+        counters = scratch.to(tl.pointer_type(tl.int32), bitcast=True)
+        mine = counters + (tl.cast(batch, tl.int64) * tl.num_programs(1) + head) * row_blocks
+        for n in tl.range(tl.program_id(0), row_blocks, tl.num_programs(0)):
+            tl.store(mine + n, 0)
+    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = token < new
+    sequence, place = batch, token
+    if TILE.packed:
+        sequence = sequence_of(token, cu_seqlens, sequences, search_steps)
+        place = token - tl.load(cu_seqlens + sequence)
+        exists = exists & (place >= 0) & (token < tl.load(cu_seqlens + sequence + 1))
+    slot = tl.load(seqlens + sequence) + place
+    valid = exists & (slot >= 0) & (slot < capacity)
+    position = slot
+    if TILE.padded:
+        position -= tl.load(leftpad + sequence)
+
+    table = (block_table, table_batch, page_size)
+    if TILE.paged:
+        page = _page_of(table, sequence, slot, valid)
+        valid = valid & (page >= 0) & (page < pages)
+    rows = _rows_of_tokens(k, batch, token, head, k_batch, k_token, k_head, TILE.align)
+    out = _slot_rows((k_cache, k_block, k_slot, k_row), table, sequence, head, slot, valid, TILE)
+    if TILE.stored is None:
+        if TILE.codes:
+            quantize_rows(rows, out, tl.load(k_scale + head), valid, TILE.head_dim, TILE.dims)
+        else:
+            copy_rows(rows, out, valid, TILE.head_dim, TILE.dims)
+    else:
+        if TILE.freq_per_token:
+            pair = tl.arange(0, TILE.pairs)[None, :]
+            freqs = inv_freq + sequence.to(tl.int64)[:, None] * freq_batch + pair
+            freq = tl.load(freqs, mask=pair < TILE.half, other=0.0)
+        else:
+            freq = of_pairs(inv_freq + tl.cast(batch, tl.int64) * freq_batch, TILE)
+        decay = None
+        if log_decay is not None:
+            decay = -of_pairs(log_decay, TILE).to(tl.float64)
+        cos, sin = map_cos_sin(position, freq, decay, TILE.stored, None)
+        parts = rotate(widened(load_parts(rows, valid, TILE)), cos, sin, 1.0)
+        if TILE.codes:
+            parts = parts_of_codes(parts, tl.load(k_scale + head), k.dtype.element_ty, TILE)
+        store_parts(out, parts, valid, TILE)
+    rows = _rows_of_tokens(v, batch, token, head, v_batch, v_token, v_head, TILE.align)
+    out = _slot_rows((v_cache, v_block, v_slot, v_row), table, sequence, head, slot, valid, TILE)
+    if TILE.codes:
+        quantize_rows(rows, out, tl.load(v_scale + head), valid, TILE.head_dim_v, TILE.dims_v)
+    else:
+        copy_rows(rows, out, valid, TILE.head_dim_v, TILE.dims_v)
+
+
+# -------------------------------------------------------------------------------------------------
+# Who takes which keys: slots go to sequences, splits and blocks of rows
+
+
+@triton.jit
+def _key_blocks(sequence, lengths, queries, TILE: tl.constexpr):
+    """How many blocks of keys the queries of these sequences see."""
+    batch, _, _, appended, _ = lengths
+    _, seqlen_q = queries
+    valid = sequence < batch
+    if TILE.packed:
+        _, seqlen_q = _tokens_of(sequence, batch, queries)
+        appended = appended * seqlen_q
+    _, keys = _length_of(sequence, valid, lengths, appended, TILE)
+    if not TILE.from_first_key:
+        keys -= first_key(keys - seqlen_q, keys, 0, 0, TILE)
+    return tl.where(valid, tl.cdiv(tl.maximum(keys, 0), TILE.block_n), 0)
+
+
+@triton.jit
+def _row_blocks(sequence, batch, queries, TILE: tl.constexpr):
+    """How many blocks of rows packed sequences have."""
+    _, seqlen_q = _tokens_of(sequence, batch, queries)
+    return tl.cdiv(seqlen_q * TILE.group, TILE.block_m)
+
+
+@triton.jit
+def _blocks_of_split(slots, lengths, queries, TILE: tl.constexpr):
+    """How many blocks of keys each split is to have, at least, for all of them to have a slot."""
+    LENGTHS: tl.constexpr = 128  # sequences at once
+    MARGIN: tl.constexpr = 1.0001  # more than a float32 sum can be off
+    MOST: tl.constexpr = 1e9  # blocks of keys, far past any cache
+    batch = lengths[0]
+    total = 0
+    if TILE.packed:
+        # Rows times keys: past what 32 bits hold, and in 64 a GPU calls a function to divide.
+        total, row_blocks = 0.0, 0
+        for first in tl.range(0, batch + 1, LENGTHS):
+            sequence = first + tl.arange(0, LENGTHS)
+            rows = _row_blocks(sequence, batch, queries, TILE)
+            row_blocks += tl.sum(rows)
+            blocks = _key_blocks(sequence, lengths, queries, TILE)
+            total += tl.sum(rows.to(tl.float32) * blocks.to(tl.float32))
+        each = total * MARGIN / tl.maximum(slots - row_blocks, 1).to(tl.float32)
+        each = tl.minimum(each, MOST).to(tl.int32) + 1
+    else:
+        for first in tl.range(0, batch, LENGTHS):
+            sequence = first + tl.arange(0, LENGTHS)
+            total += tl.sum(_key_blocks(sequence, lengths, queries, TILE))
+        each = tl.cdiv(total, tl.maximum(slots - batch, 1))
+    return each
+
+
+@triton.jit
+def share_of(slot, slots, least_blocks, lengths, queries, TILE: tl.constexpr):
+    """(sequence, split, splits) of a slot; where there is nothing to do sequence is `batch`, or
+    past it. Of packed queries split counts the splits of all blocks of rows.
+
+    A split has at least least_blocks blocks of keys, and more where all together, one to each
+    sequence even if empty, or to each block of rows, would need more than `slots`.
+    lengths: (batch, seqlens, leftpad, appended, capacity); queries: as in _tokens_of.
+    """
+    LENGTHS: tl.constexpr = 128  # sequences at once
+    batch = lengths[0]
+    each = tl.maximum(_blocks_of_split(slots, lengths, queries, TILE), least_blocks)
+    sequence, begin, before = 0, 0, 0
+    sequences = batch
+    if TILE.packed:
+        sequences = batch + 1
+    for first in tl.range(0, sequences, LENGTHS):
+        n = first + tl.arange(0, LENGTHS)
+        splits = tl.maximum(tl.cdiv(_key_blocks(n, lengths, queries, TILE), each), 1)
+        if TILE.packed:
+            splits *= _row_blocks(n, batch, queries, TILE)
+        splits = tl.where(n < sequences, splits, 0)
+        passed = (before + tl.cumsum(splits, 0) <= slot) & (n < sequences)
+        sequence += tl.sum(passed.to(tl.int32))
+        begin += tl.sum(tl.where(passed, splits, 0))
+        before += tl.sum(splits)
+    splits = tl.maximum(tl.cdiv(_key_blocks(sequence, lengths, queries, TILE), each), 1)
+    return sequence, slot - begin, splits
+
+
+# -------------------------------------------------------------------------------------------------
+# The end: what a program found of a block of rows, alone or merged with others
+
+
+class Found(NamedTuple):
+    """Where the results of this program's rows go."""
+
+    out: tl.tensor
+    lse: tl.tensor
+    sinks: tl.tensor
+    scratch: tl.tensor  # counters, then partial results by (slot, head of k, row), then their lse
+    counters: tl.tensor  # four at a time
+    batch: tl.tensor
+    sequence: tl.tensor
+    head: tl.tensor  # of k
+    heads_k: tl.tensor
+    first_token: tl.tensor  # of packed queries
+    total: tl.tensor  # of them
+    seqlen_q: tl.tensor
+    block: tl.tensor  # of rows
+    slot: tl.tensor
+    slots: tl.tensor
+    split: tl.tensor
+    splits: tl.tensor
+
+
+@triton.jit
+def _store_result(to, row, acc, row_sum, row_max, valid, TILE: tl.constexpr):
+    token, head_q = row // TILE.group, to.head * TILE.group + row % TILE.group
+    if to.sinks is not None:
+        sink = tl.load(to.sinks + head_q, mask=valid, other=float("-inf")) * log2_e()
+        if TILE.packed:  # what follows the last boundary has none
+            sink = tl.where(to.sequence < to.batch, sink, float("-inf"))
+        row_max, row_sum, rescale = add_sink(row_max, row_sum, sink)
+        acc *= rescale[:, None]
+    empty = row_sum == 0.0
+    row_sum = tl.where(empty, 1.0, row_sum)
+    natural = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * ln_2())
+    heads_q = to.heads_k * TILE.group
+    if TILE.packed:
+        place = tl.cast(to.first_token, tl.int64) + token
+        tl.store(to.lse + head_q.to(tl.int64) * to.total + place, natural, mask=valid)
+    else:
+        sequence = tl.cast(to.sequence, tl.int64)
+        at = (sequence * heads_q + head_q) * to.seqlen_q + token
+        tl.store(to.lse + at, natural, mask=valid)
+        place = sequence * to.seqlen_q + token
+    dim = tl.arange(0, TILE.dims_v)
+    mask = valid[:, None] & (dim < TILE.head_dim_v)[None, :]
+    value = (acc / row_sum[:, None]).to(to.out.dtype.element_ty)
+    at = (place * heads_q + head_q)[:, None] * TILE.head_dim_v + dim[None, :]
+    tl.store(to.out + at, value, mask=mask)
+
+
+@triton.jit
+def _partials_of(to, TILE: tl.constexpr):
+    """(out, lse, rows of a head in a slot) of partial results."""
+    rows = to.seqlen_q * TILE.group
+    if TILE.packed:
+        rows = TILE.block_m
+    out = to.scratch + tl.cast(to.counters, tl.int64) * 4
+    lse = out + tl.cast(to.slots, tl.int64) * to.heads_k * rows * TILE.head_dim_v
+    return out, lse, rows
+
+
+@triton.jit
+def _store_partial(to, in_slot, acc, row_sum, row_max, valid, TILE: tl.constexpr):
+    """Of one split: out normalised, lse base 2, no_logit() without keys."""
+    out, lse, rows = _partials_of(to, TILE)
+    empty = row_sum == 0.0
+    row_sum = tl.where(empty, 1.0, row_sum)
+    place = (tl.cast(to.slot, tl.int64) * to.heads_k + to.head) * rows + in_slot
+    tl.store(lse + place, tl.where(empty, no_logit(), row_max + tl.log2(row_sum)), mask=valid)
+    dim = tl.arange(0, TILE.dims_v)
+    mask = valid[:, None] & (dim < TILE.head_dim_v)[None, :]
+    at = out + place[:, None] * TILE.head_dim_v + dim[None, :]
+    tl.store(at, acc / row_sum[:, None], mask=mask)
+
+
+@triton.jit
+def _merge_splits(to, TILE: tl.constexpr):
+    """Store what all splits of these rows found, in their order whoever came last.
+
+    Other processors wrote them, so nothing may come from this one's L1.
+    """
+    ROWS: tl.constexpr = TILE.merge_rows
+    SPLITS: tl.constexpr = TILE.merge_splits
+    DIMS: tl.constexpr = TILE.dims_v
+    out, lse, rows_of_slot = _partials_of(to, TILE)
+    rows = to.seqlen_q * TILE.group
+    row = to.block * TILE.block_m + tl.arange(0, ROWS)
+    in_slot = row
+    if TILE.packed:
+        in_slot = tl.arange(0, ROWS)
+    dim = tl.arange(0, DIMS)
+    row_max = tl.full((ROWS,), no_logit(), tl.float32)
+    row_sum = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, DIMS), tl.float32)
+    for first in tl.range(0, to.splits, SPLITS, num_stages=1):
+        split = first + tl.arange(0, SPLITS)
+        valid = (split < to.splits)[:, None] & (row < rows)[None, :]
+        slot = to.slot - to.split + split
+        place = (slot.to(tl.int64) * to.heads_k + to.head)[:, None] * rows_of_slot
+        place += in_slot[None, :]
+        found = tl.load(lse + place, mask=valid, other=no_logit(), cache_modifier=".cg")
+        mask = valid[:, :, None] & (dim < TILE.head_dim_v)[None, None, :]
+        at = out + place[:, :, None] * TILE.head_dim_v + dim[None, None, :]
+        part = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+        new_max = tl.maximum(row_max, tl.max(found, 0))
+        # Splits without keys hold zeros, but count: not when there is no key at all.
+        weights = tl.where(found > no_logit(), tl.exp2(found - new_max[None, :]), 0.0)
+        rescale = tl.exp2(row_max - new_max)
+        acc = acc * rescale[:, None] + tl.sum(part * weights[:, :, None], 0)
+        row_sum = row_sum * rescale + tl.sum(weights, 0)
+        row_max = new_max
+    _store_result(to, row, acc, row_sum, row_max, row < rows, TILE)
+
+
+@triton.jit
+def _finish(state, to, valid, TILE: tl.constexpr):
+    """Store what was found of a block of rows, or, if others share its keys, leave it for the last
+    to come."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    row_max, row_sum, acc = state
+    row = to.block * BLOCK_M + tl.arange(0, BLOCK_M)
+    if TILE.splits:
+        if to.splits == 1:
+            _store_result(to, row, acc, row_sum, row_max, valid, TILE)
+        else:
+            in_slot = row
+            if TILE.packed:
+                in_slot = tl.arange(0, BLOCK_M)
+            _store_partial(to, in_slot, acc, row_sum, row_max, valid, TILE)
+            # All threads have stored before the one that counts says so to other processors.
+            tl.debug_barrier()
+            if TILE.packed:
+                counter = tl.cast(to.head, tl.int64) * to.slots + to.slot - to.split
+            else:
+                row_blocks = tl.cdiv(to.seqlen_q * TILE.group, BLOCK_M)
+                counter = tl.cast(to.sequence, tl.int64) * to.heads_k + to.head
+                counter = counter * row_blocks + to.block
+            counters = to.scratch.to(tl.pointer_type(tl.int32), bitcast=True)
+            done = tl.atomic_add(counters + counter, 1, sem="acq_rel", scope="gpu")
+            if done == to.splits - 1:
+                _merge_splits(to, TILE)
+    else:
+        _store_result(to, row, acc, row_sum, row_max, valid, TILE)
+
+
+# -------------------------------------------------------------------------------------------------
+# The second launch: attend
+
+
+@triton.jit
+def _as_operand(parts, like):
+    """Float32 parts in the type that products take."""
+    return parts[0].to(like), parts[1].to(like), parts[2].to(like)
+
+
+@triton.jit
+def _widened_codes(parts, like, TILE: tl.constexpr):
+    """Parts of keys in fp8, short of their scale."""
+    first = widened_codes(parts[0], like, TILE.codes)
+    second = widened_codes(parts[1], like, TILE.codes)
+    rest = first
+    if TILE.rest > 0:
+        rest = widened_codes(parts[2], like, TILE.codes)
+    return first, second, rest
+
+
+@triton.jit
+def _dots(q, k, TILE: tl.constexpr):
+    result = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
+    result = tl.dot(q[1], tl.trans(k[1]), result, input_precision="ieee")
+    if TILE.rest > 0:
+        result = tl.dot(q[2], tl.trans(k[2]), result, input_precision="ieee")
+    return result
+
+
+@triton.jit
+def _attend(
+    state, q, k_plane, v_plane, table, sequence, head, pad, begin, end, low, high, freq, decay,
+    k_scale, REGION: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Add the keys [begin, end) of one region to (row_max, row_sum, weighted values).
+
+    Of several tokens, row i sees only those from low[i] to high[i].
+    """
+    BLOCK_N: tl.constexpr = TILE.block_n
+    ROTATES: tl.constexpr = TILE.rotates_keys[REGION]
+    MAP: tl.constexpr = TILE.k_maps[REGION]
+    OPERAND: tl.constexpr = q[0].dtype
+    row_max, row_sum, acc = state
+    for first in tl.range(begin, end, BLOCK_N):
+        j = first + tl.arange(0, BLOCK_N)
+        valid = j < end
+        slot = pad + j
+        rows = _slot_rows(k_plane, table, sequence, head, slot, valid, TILE)
+        k = load_parts(rows, valid, TILE)  # (N, P) twice, and the rest
+        if TILE.codes:
+            k = _widened_codes(k, tl.float32 if ROTATES else OPERAND, TILE)
+        if ROTATES:
+            cos, sin = map_cos_sin(j, freq, decay, MAP, TILE.stored)
+            k = rotate(widened(k), cos, sin, 1.0)
+        logits = _dots(q, _as_operand(k, OPERAND), TILE)  # (M, N), of base 2
+        if TILE.codes:  # not of q: float16 has no small numbers
+            logits *= k_scale
+        if TILE.softcap > 0:
+            logits = capped(logits, TILE.softcap)
+        seen = valid[None, :]
+        if TILE.several_tokens:
+            seen = seen & (j[None, :] < high[:, None])
+            if not (REGION == 0 and TILE.from_first_key):
+                seen = seen & (j[None, :] >= low[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, 1))  # (M,)
+        weights = tl.exp2(logits - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        dim = tl.arange(0, TILE.dims_v)
+        rows = _slot_rows(v_plane, table, sequence, head, slot, valid, TILE)
+        mask = valid[:, None] & (dim < TILE.head_dim_v)[None, :]
+        v = tl.load(rows[:, None] + dim[None, :], mask=mask, other=0.0)  # (N, D)
+        if TILE.codes:
+            v = widened_codes(v, OPERAND, TILE.codes)
+        v = v.to(OPERAND)
+        acc = tl.dot(weights.to(OPERAND), v, acc * rescale[:, None], input_precision="ieee")
+        row_max = new_max
+    return row_max, row_sum, acc
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("q_batch", "q_token", "q_head", "k_block", "k_slot", "k_row", "v_block", "v_slot"),
+        *("v_row", "table_batch", "page_size", "capacity", "freq_batch", "scale_batch", "batch"),
+        *("slots", "least_blocks", "counters", "seqlen_q", "appended"),
+    ]
+)
+def decode_kernel(
+    q, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, cu_seqlens,
+    query_scale, sinks, k_scale, v_scale, out, lse, scratch,
+    q_batch, q_token, q_head, k_block, k_slot, k_row, v_block, v_slot, v_row,
+    table_batch, page_size, capacity, freq_batch, scale_batch, batch, slots, least_blocks,
+    counters, seqlen_q, appended, TILE: tl.constexpr,
+):  # fmt: skip
+    """Axis 0: slots of the schedule, then blocks of a head's query rows; axis 1: heads of k.
+
+    scratch: (batch, heads_k, blocks of rows) int32, zero, filled up to 4 * counters; then float32
+    (slots, heads_k, rows, head_dim_v) and (slots, heads_k, rows). Of packed queries, seqlen_q
+    counts those of all sequences, appended is 1 where all are written, a slot has one block of
+    rows, and counters are (heads_k, slots).
+    """
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    GROUP: tl.constexpr = TILE.group
+    REGIONS: tl.constexpr = len(TILE.starts)
+    OPERAND: tl.constexpr = tl.float32 if TILE.widen else q.dtype.element_ty
+    # This program's sequence, block of rows, and split of the keys.
+    queries, lengths = (cu_seqlens, seqlen_q), (batch, seqlens, leftpad, appended, capacity)
+    slot, block = tl.program_id(0) % slots, tl.program_id(0) // slots
+    sequence, split, splits = slot, 0, 1
+    if TILE.splits:
+        sequence, split, splits = share_of(slot, slots, least_blocks, lengths, queries, TILE)
+    first_token, total = 0, seqlen_q
+    exists = sequence < batch
+    if TILE.packed:
+        block, split = split // splits, split % splits
+        first_token, seqlen_q = _tokens_of(sequence, batch, queries)
+        appended *= seqlen_q
+    head = tl.program_id(1)
+    pad, length = _length_of(sequence, exists, lengths, appended, TILE)
+
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = seqlen_q * GROUP
+    if not TILE.packed:
+        rows = tl.where(exists, rows, 0)
+    valid = row < rows
+    token = row // GROUP
+    position = length - seqlen_q + token
+    top = length - seqlen_q + block * BLOCK_M // GROUP
+    last_row = tl.minimum(block * BLOCK_M + BLOCK_M, seqlen_q * GROUP) - 1
+    bottom = length - seqlen_q + last_row // GROUP
+    least = first_key(top, length, 0, 0, TILE)
+    keys = tl.where(exists, tl.maximum(bottom + 1 - least, 0), 0)
+    each = tl.cdiv(tl.cdiv(keys, splits), BLOCK_N) * BLOCK_N
+    begin = least + split * each
+    end = tl.minimum(begin + each, least + keys)
+
+    freq = of_pairs(inv_freq + tl.minimum(sequence, batch - 1).to(tl.int64) * freq_batch, TILE)
+    decay = None
+    minus_decay = None
+    if log_decay is not None:
+        decay = of_pairs(log_decay, TILE).to(tl.float64)
+        minus_decay = -decay
+    head_q = head * GROUP + row % GROUP
+    q_rows = _rows_of_tokens(
+        q, sequence, first_token + token, head_q, q_batch, q_token, q_head, TILE.align
+    )
+    scale = log_n_scale(position, TILE.per_log_n) * TILE.q_scale
+    if query_scale is not None:
+        at = tl.cast(sequence, tl.int64) * scale_batch + (first_token + token).to(tl.int64)
+        scale *= tl.load(query_scale + at, mask=valid, other=1.0)[:, None]
+    k_plane = (k_cache, k_block, k_slot, k_row)
+    v_plane = (v_cache, v_block, v_slot, v_row)
+    table = (block_table, table_batch, page_size)
+    of_k = None
+    if TILE.codes:
+        of_k = tl.load(k_scale + head)
+    state = (
+        tl.full((BLOCK_M,), no_logit(), tl.float32),
+        tl.zeros((BLOCK_M,), tl.float32),
+        tl.zeros((BLOCK_M, TILE.dims_v), tl.float32),
+    )
+    # Near keys first: what rotates them is then no longer in registers while far ones are added.
+    for r in tl.static_range(REGIONS - 1, -1, -1):
+        if r + 1 < REGIONS:
+            # Or q would be loaded once, and stay in registers while the regions before are added.
+            tl.debug_barrier()
+        cos, sin = map_cos_sin(position, freq, decay, TILE.q_maps[r], None)
+        raw = widened(load_parts(q_rows, valid, TILE))
+        factor = TILE.amplitude * scale
+        q_of = _as_operand(rotate(raw, cos * factor, sin * factor, scale), OPERAND)
+        low = first_key(position, length, 0, r, TILE)
+        high = first_key(position, length, 0, r + 1, TILE)
+        from_key, to_key = begin, end
+        if r > 0:
+            from_key = tl.maximum(begin, first_key(top, length, 0, r, TILE))
+        if r + 1 < REGIONS:
+            to_key = tl.minimum(end, first_key(bottom, length, 0, r + 1, TILE))
+        state = _attend(
+            state, q_of, k_plane, v_plane, table, sequence, head, pad, from_key, to_key, low, high,
+            freq, minus_decay, of_k, r, TILE,
+        )  # fmt: skip
+    if TILE.codes:
+        state = (state[0], state[1], state[2] * tl.load(v_scale + head))
+    to = Found(
+        out, lse, sinks, scratch, counters, batch, sequence, head, tl.num_programs(1),
+        first_token, total, seqlen_q, block, slot, slots, split, splits,
+    )  # fmt: skip
+    _finish(state, to, valid, TILE)
+
+
+# -------------------------------------------------------------------------------------------------
+# Their launches
+
+LEAST_KEYS = 256  # of a split, or its start and merge show
+MOST_SPLITS = 128  # of a sequence: one program merges them
+# Programs for each multiprocessor: enough loads in flight, and an even last wave.
+WAVES = 2
+
+
+class Grid(NamedTuple):
+    """How many programs attend to each head of k, and what they leave for each other."""
+
+    slots: int  # of the schedule
+    row_blocks: int  # a program for each of them in every slot
+    rows: int  # of partial results in a slot
+    counters: int  # of each sequence; of packed queries in all
+    splits: bool  # sequences may be shared by several programs
+    least_blocks: int  # of keys in a split
+
+
+class Decode(NamedTuple):
+    """Both launches, and the numbers that programs leave for each other between them."""
+
+    append: Launch
+    attend: Launch
+    counters: int  # int32, which become 0
+    scratch: int  # float32, the counters included; 0 where nobody shares a sequence
+
+
+def decode(
+    q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and results as in `reference`; float32, bfloat16 and float16.
+
+    What does not fit the cache is not written.
+    """
+    out = q.new_empty((*q.shape[:-1], cache.v.shape[3]))
+    lse = q.new_empty(lse_shape(q), dtype=torch.float32)
+    call = with_contiguous_rows(call)
+    if call.cu_seqlens is not None:  # as one sequence; whose tokens they are, the device knows
+        q, k, v = (None if x is None else x[None] for x in (q, k, v))
+    layouts = layouts_of(q, k, v, cache.k, cache.v, *cache.tensors, *call.tensors)
+    key = (layouts, call.fixed, cache.appended)
+    append, attend, counters, room = planned(_settle, key, q, k, v, cache, call)
+    k_cache, v_cache = (as_bits(x) if x.dtype == FP8 else x for x in (cache.k, cache.v))
+    scratch = q.new_empty(room, dtype=torch.float32) if room else None
+    small = (call.inv_freq, *cache.tensors[:3], call.log_decay, call.cu_seqlens)
+    with torch.cuda.device_of(q):
+        if k is not None and k.numel() > 0:
+            append_kernel[append.grid](
+                k, v, k_cache, v_cache, *small, *cache.scales, scratch,
+                *append.sizes, **append.options,
+            )  # fmt: skip
+        elif scratch is not None:
+            scratch[:counters].zero_()
+        if q.numel() > 0:
+            decode_kernel[attend.grid](
+                q, k_cache, v_cache, *small, call.query_scale, call.sinks, *cache.scales,
+                out, lse, scratch, *attend.sizes, **attend.options,
+            )  # fmt: skip
+    return out, lse
+
+
+def _settle(
+    q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
+) -> Decode:
+    """q, k, v: (batch, seqlen, heads, head_dim), batch 1 of packed tokens."""
+    setting = _config(q, cache, call)
+    grid = grid_of(q, cache, call, setting.block_m, setting.block_n)
+    tile = tile_of(q, cache, call, setting, grid.splits and q.numel() > 0)
+    heads_k, counters, scratch = cache.k.shape[2], 0, 0
+    if tile.splits:
+        counters = triton.cdiv(q.shape[0] * heads_k * grid.counters, COUNTERS) * COUNTERS
+        scratch = counters + grid.slots * heads_k * grid.rows * (tile.head_dim_v + 1)
+    align, stages = _align(q, cache, q), setting.stages
+    if tile.paged:  # a page's number is loaded as long before its keys as these before use
+        stages = 2 * stages - 1
+    sizes = (
+        *_strides(q, align), *_strides(cache.k, align), *_strides(cache.v, align),
+        *_sizes(cache, call), sequence_stride(call.query_scale, 2), len(cache.seqlens),
+        grid.slots, grid.least_blocks, counters // COUNTERS, q.shape[1],
+        cache.appended if call.cu_seqlens is None else int(k is not None),
+    )  # fmt: skip
+    options = {"TILE": tile._replace(align=align), **setting._replace(stages=stages).options}
+    attend = Launch((grid.slots * grid.row_blocks, heads_k), sizes, options)
+    append = attend if k is None else _settle_append(k, v, cache, call, tile, grid.counters)
+    return Decode(append, attend, counters, scratch)
+
+
+def _settle_append(
+    k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall, tile: CacheTile, counters: int
+) -> Launch:
+    """counters: how many become 0 for every sequence and head."""
+    batch, new, heads_k, _ = k.shape
+    sequences = 0 if call.cu_seqlens is None else len(cache.seqlens)
+    block_n, align = 1 if new == 1 else 16, _align(k, cache, k, v)
+    # A row is moved in two halves and the rest: 16 bytes of each a thread, where there are so many.
+    vectors = block_n * tile.half * k.itemsize // VECTOR_BYTES
+    # Nothing of the queries, or another number of them would compile it again.
+    of_queries = {"block_m": 0, "several_tokens": False, "splits": False, "merge_splits": 0}
+    tile = tile._replace(align=align, block_n=block_n, merge_rows=0, **of_queries)
+    sizes = (
+        *_strides(k, align), *_strides(v, align), *_strides(cache.k, align),
+        *_strides(cache.v, align), *_sizes(cache, call), new, counters, sequences,
+        sequences.bit_length(), cache.k.shape[0],
+    )  # fmt: skip
+    warps = 1 if new == 1 else 4 if vectors >= 128 else 2
+    options = {"TILE": tile, "num_warps": warps, "enable_fp_fusion": True}
+    return Launch((triton.cdiv(new, block_n), heads_k, batch), sizes, options)
+
+
+def _config(q: Tensor, cache: KVCache, call: AttentionCall) -> configs.Config:
+    """By how many rows share a head of k; of packed queries a sequence has as many, on average."""
+    tokens = q.shape[1]
+    if call.cu_seqlens is not None:
+        tokens = triton.cdiv(tokens, max(len(cache.seqlens), 1))
+    rows = tokens * q.shape[2] // cache.k.shape[2]
+    suffix = "_fp8" if cache.k.dtype == FP8 else ""
+    setting = configs.config_of("one_token" + suffix, q, cache.v)
+    return setting if rows <= setting.block_m else configs.config_of("chunk" + suffix, q, cache.v)
+
+
+def grid_of(q: Tensor, cache: KVCache, call: AttentionCall, block_m: int, block_n: int) -> Grid:
+    """From shapes, never from lengths; q: (batch, seqlen_q, heads_q, head_dim), batch 1 of packed
+    queries."""
+    batch, heads_k = cache.seqlens.shape[0], cache.k.shape[2]
+    group, seqlen_q = q.shape[2] // heads_k, q.shape[1]
+    rows = group * seqlen_q
+    row_blocks, most_keys = triton.cdiv(rows, block_m), cache.capacity
+    if call.sliding_window is not None:
+        most_keys = min(most_keys, call.sliding_window + seqlen_q - 1)
+    splits = most_keys // LEAST_KEYS  # that a sequence may be worth
+    least = triton.cdiv(LEAST_KEYS, block_n)
+    if call.cu_seqlens is None:
+        slots = batch + _more_slots(q, heads_k * row_blocks, batch * splits)
+        return Grid(slots, row_blocks, rows, row_blocks, splits > 1, least)
+    # The last block of a sequence may have a row alone, and so may that of the padding; but a block
+    # is of a token at least.
+    blocks = min(row_blocks + batch + 1, seqlen_q * triton.cdiv(group, block_m))
+    slots = blocks + _more_slots(q, heads_k, blocks * splits)
+    return Grid(slots, 1, block_m, slots, True, least)
+
+
+def _more_slots(q: Tensor, programs: int, useful: int) -> int:
+    """How many slots the schedule has beyond one to each sequence.
+
+    programs: of a slot; useful: how many splits there may be at most.
+    """
+    wanted = triton.cdiv(WAVES * processors_of(q), max(programs, 1))
+    more = min(wanted, useful, MOST_SPLITS)
+    return more if more > 1 else 0
+
+
+def tile_of(
+    q: Tensor, cache: KVCache, call: AttentionCall, setting: configs.Config, splits: bool
+) -> CacheTile:
+    """Of the second launch."""
+    head_dim, head_dim_v, half = cache.k.shape[3], cache.v.shape[3], call.inv_freq.shape[-1]
+    regions, window, group = call.regions, call.sliding_window, q.shape[2] // cache.k.shape[2]
+    packed, rest = call.cu_seqlens is not None, head_dim - 2 * half
+    several = q.shape[1] > 1 or packed
+    # The number of tokens compiles nothing anew, that of heads may.
+    rows = setting.block_m if several else min(setting.block_m, triton.next_power_of_2(group))
+    return CacheTile(
+        block_m=setting.block_m,
+        block_n=setting.block_n,
+        group=group,
+        head_dim=head_dim,
+        dims=_power_of_two(head_dim),
+        head_dim_v=head_dim_v,
+        dims_v=_power_of_two(head_dim_v),
+        half=half,
+        pairs=_power_of_two(half),
+        rest=rest,
+        rest_dims=_power_of_two(rest) if rest else 1,
+        align=1,
+        interleaved=call.interleaved,
+        starts=tuple(max(-FARTHEST, min(start, FARTHEST)) for start in call.starts),
+        granularity=min(call.granularity, FARTHEST),
+        window=0 if window is None else min(window, FARTHEST),
+        from_first_key=call.starts[0] == FIRST_KEY and window is None,
+        q_maps=tuple(map_of(region.q_map) for region in regions),
+        k_maps=tuple(map_of(region.k_map) for region in regions),
+        rotates_keys=tuple(region.k_map != call.stored for region in regions),
+        stored=None if call.stored == UNROTATED else map_of(call.stored),
+        q_scale=call.scale(head_dim) * log2_e(),
+        amplitude=float(call.attention_factor) ** 2,
+        per_log_n=0.0 if call.log_n is None else 1 / math.log(call.log_n),
+        softcap=call.softcap * log2_e(),
+        paged=cache.block_table is not None,
+        padded=cache.leftpad is not None,
+        packed=packed,
+        freq_per_token=packed and call.inv_freq.dim() == 2,
+        codes=kind_of_cache(cache.k.dtype == FP8, chip_of(q)),
+        several_tokens=several,
+        splits=splits,
+        merge_rows=rows if splits else 0,
+        merge_splits=max(1, MERGED // (rows * _power_of_two(head_dim_v))) if splits else 0,
+        widen=chip_of(q) is None,
+    )
+
+
+def _align(x: Tensor, cache: KVCache, *rows: Tensor) -> int:
+    """Elements, up to 16 bytes, that divide all strides of these rows and of the cache."""
+    strides = (n for x in (cache.k, cache.v, *rows) for n in strides_of(x)[:3])
+    return math.gcd(VECTOR_BYTES // min(x.itemsize, cache.k.itemsize), *strides)
+
+
+def _strides(x: Tensor, align: int) -> tuple[int, ...]:
+    """Of the first three dimensions, as kernels count them."""
+    return tuple(n // align for n in strides_of(x)[:3])
+
+
+def _sizes(cache: KVCache, call: AttentionCall) -> tuple[int, ...]:
+    """What both kernels are told of the cache, and of the frequencies of its sequences."""
+    table = cache.block_table
+    of_table = 0 if table is None else table.stride(0)
+    return of_table, cache.k.shape[1], cache.capacity, sequence_stride(call.inv_freq, 2)
+
+
+def _power_of_two(n: int) -> int:
+    return max(LEAST_DIMS, triton.next_power_of_2(n))

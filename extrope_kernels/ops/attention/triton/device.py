@@ -1,0 +1,716 @@
+"""What the kernels of attention share: tiles, rows, position maps, blocks of keys, the softmax.
+
+A row is what one token and head have: head_dim elements. It may come in two parts, of Tile.dims
+and Tile.more_dims: two products of half the depth take fewer registers than one, and head_dim 96
+is then 64 and 32 dims, not 128. Without more_dims the second part is never used.
+
+Shapes in comments: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys; D is the dims of a
+part. Logits are of base 2 once they are multiplied by Tile.factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....scores import PositionMap, Region
+from ..._shared.layouts import layouts_of, planned
+from ..._shared.triton.angles import cos_sin, fixed_angle
+from ..._shared.triton.exp import exp
+from ..._shared.triton.launch import INTERPRETED, VECTOR_BYTES, strides_of
+from ..call import AttentionCall
+from .configs import MOST_ROWS, Config
+
+LEAST_DIMS = 16  # of a product
+# Starts, windows and blocks of granularity reach no farther, so that int32 never overflows.
+FARTHEST = 2**29
+_LARGEST = 2**31 - 1  # of the int32 positions
+
+
+# Functions, since Triton compares constexprs of a module again at every launch, for 1 us each.
+@triton.constexpr_function
+def log2_e():
+    return math.log2(math.e)
+
+
+@triton.constexpr_function
+def ln_2():
+    return math.log(2)
+
+
+@triton.constexpr_function
+def no_logit():
+    """Below any; finite, so that rows without keys need no care before the end."""
+    return -1e30
+
+
+# -------------------------------------------------------------------------------------------------
+# What is settled before a launch, and what a kernel is compiled for
+
+
+class Launch(NamedTuple):
+    """All of a launch but its tensors."""
+
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]  # the kernel's integers, in its order
+    options: dict[str, Any]  # its constexprs, and what Triton takes beside
+
+
+def settled(
+    make: Callable[..., Any], given: tuple[Tensor | None, ...], call: AttentionCall, *more: Any
+) -> Any:
+    """Return make(*given, call, *more), made once for each layout of all these tensors."""
+    layouts = layouts_of(*given, *call.tensors)
+    return planned(make, (layouts, call.fixed, more), *given, call, *more)
+
+
+class Tile(NamedTuple):
+    """All that a model fixes, and the sizes of blocks.
+
+    A launch has two, which differ in their dims: for rows of q and k, and of v and out.
+    """
+
+    block_m: int  # rows of queries
+    block_n: int  # rows of keys
+    rotated: int  # rows of queries at a time between two regions; divides block_m
+    heads_q: int
+    heads_k: int
+    head_dim: int
+    dims: int  # of the first part of a row, a power of two
+    more_dims: int  # of the second: what head_dim has beyond, rounded up to a power of two; or 0
+    half: int  # pairs of dims that rotate
+    interleaved: bool
+    paired: bool  # the two parts of a row are the two dims of its pairs
+    starts: tuple[int, ...]  # of each region, counted from the query's block
+    granularity: int
+    window: int  # most keys that a query sees, or 0: all
+    from_first_key: bool  # region 0 has no lower end
+    q_maps: tuple[tuple, ...]  # of each region, see `map_of`
+    k_copy: tuple[int, ...]  # of each region: which rotated copy of the keys, or -1: as they come
+    k_copies: int
+    softmax_scale: float
+    softcap: float  # or 0: none
+    factor: float  # from what `bounded` returns to logits of base 2
+    amplitude: float
+    per_log_n: float  # 1 / ln(log_n), or 0: none
+    align: int  # elements; divides all strides
+    contiguous: bool  # nothing lies between the tokens of the tensors that were given
+    widen: bool  # operands to float32 before a product: the interpreter has no bfloat16
+
+
+def tiles_of(
+    setting: Config, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, *others: Tensor
+) -> tuple[Tile, Tile]:
+    """For rows of q and k, and for rows of v; others: what else a kernel loads by its strides."""
+    given, window = (q, k, v, *others), call.sliding_window
+    regions, copies = regions_of(k, call), key_maps(k, call)
+    half, dims = call.inv_freq.shape[-1], _parts(q.shape[-1], setting.halves)
+    for x in given:
+        if x.stride(-3) * MOST_ROWS >= 2**31 and x.shape[-3] > 1:
+            raise ValueError(
+                f"attention: tokens must lie less than {2**31 // MOST_ROWS} elements apart, "
+                f"got strides {x.stride()}"
+            )
+    tile = Tile(
+        block_m=setting.block_m,
+        block_n=setting.block_n,
+        rotated=min(setting.rotated, setting.block_m),
+        heads_q=q.shape[-2],
+        heads_k=k.shape[-2],
+        head_dim=q.shape[-1],
+        dims=dims[0],
+        more_dims=dims[1],
+        half=half,
+        interleaved=call.interleaved,
+        paired=not call.interleaved and dims == (half, half),
+        starts=tuple(max(-FARTHEST, min(region.start, FARTHEST)) for region in regions),
+        granularity=min(call.granularity, FARTHEST),
+        window=0 if window is None else min(window, FARTHEST),
+        from_first_key=window is None and regions[0].start <= -FARTHEST,
+        q_maps=tuple(map_of(region.q_map) for region in regions),
+        k_copy=tuple(copies.index(x.k_map) if x.k_map in copies else -1 for x in regions),
+        k_copies=len(copies),
+        softmax_scale=call.scale(q.shape[-1]),
+        softcap=call.softcap,
+        factor=(call.softcap or call.scale(q.shape[-1])) * log2_e(),
+        amplitude=call.attention_factor**2,
+        per_log_n=0.0 if call.log_n is None else 1 / math.log(call.log_n),
+        align=alignment_of(*given),
+        contiguous=all(
+            x.stride()[-3:] == (x.shape[-2] * x.shape[-1], x.shape[-1], 1) for x in given
+        ),
+        widen=INTERPRETED and q.dtype == torch.bfloat16,
+    )
+    dims = _parts(v.shape[-1], setting.halves)
+    return tile, tile._replace(head_dim=v.shape[-1], dims=dims[0], more_dims=dims[1])
+
+
+def _parts(head_dim: int, halves: bool) -> tuple[int, int]:
+    """The dims of both parts of a row."""
+    whole = max(LEAST_DIMS, triton.next_power_of_2(head_dim))
+    first = whole // 2
+    if not halves or first < LEAST_DIMS:
+        return whole, 0
+    return first, max(LEAST_DIMS, triton.next_power_of_2(head_dim - first))
+
+
+def alignment_of(*tensors: Tensor) -> int:
+    """Elements, 16 bytes at most, that divide the strides of these and of contiguous ones."""
+    strides = (n for x in tensors for n in (*strides_of(x)[:-1], x.shape[-1]))
+    return math.gcd(VECTOR_BYTES // tensors[0].itemsize, *strides)
+
+
+def groups_of(x: Tensor, align: int) -> tuple[int, ...]:
+    """Strides by batch, seq and head, in groups of `align` elements: see Rows."""
+    return tuple(n // align for n in (*(0,) * (4 - x.dim()), *strides_of(x)[:-1]))
+
+
+def regions_of(k: Tensor, call: AttentionCall) -> list[Region]:
+    """Those that may hold keys."""
+    placed = call.q_start is not None or call.k_start is not None
+    return call.trimmed(FARTHEST if placed else k.shape[-3])
+
+
+def key_maps(k: Tensor, call: AttentionCall) -> list[PositionMap]:
+    """The maps that keys have to be rotated to: not the one they come in, and each once."""
+    maps = [region.k_map for region in regions_of(k, call)]
+    return list(dict.fromkeys(x for x in maps if x != call.stored))
+
+
+def programs_of(x: Tensor, size: int, call: AttentionCall) -> tuple[int, int]:
+    """(programs, blocks of each head) where a program has `size` tokens of one head of x."""
+    seqlen, heads, _ = x.shape[-3:]
+    if call.cu_seqlens is None:
+        blocks, batch = triton.cdiv(seqlen, size), x.shape[0]
+    else:
+        blocks, batch = seqlen // size + call.cu_seqlens.shape[0] - 1, 1
+    return (blocks * heads * batch if seqlen > 0 else 0), blocks
+
+
+def sequences_of(call: AttentionCall) -> tuple[int, int]:
+    """(how many packed sequences there are, or 0, and in how many steps one is found)."""
+    sequences = 0 if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    return sequences, sequences.bit_length()
+
+
+def sequence_stride(x: Tensor | None, dims: int) -> int:
+    """From one sequence to the next; 0 where sequences share x, or its first of `dims`."""
+    return 0 if x is None or x.dim() < dims or x.shape[0] == 1 else x.stride(0)
+
+
+def with_contiguous_rows(call: AttentionCall) -> AttentionCall:
+    """Return the call with what kernels read as one row, or one a sequence, laid out so."""
+    sinks, query_scale = call.sinks, call.query_scale
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    if query_scale is not None:
+        query_scale = query_scale.contiguous()
+    return call._replace(sinks=sinks, query_scale=query_scale)
+
+
+# -------------------------------------------------------------------------------------------------
+# Position maps: from a token's position to the cosines and sines it is rotated by
+
+
+def map_of(position_map: PositionMap) -> tuple:
+    """(modulus, divisor, factor, whole, fraction, cap) of a map, as device functions take it.
+
+    Positions become whole numbers first, min(p % modulus // divisor + whole, cap), then factor
+    times these plus fraction. Modulus 0: none; divisor 0: all positions become 0;
+    cap None: none. Plain tuples: Triton 3.6 takes no named ones within a tuple.
+    """
+    modulus, divisor, floor, offset, cap = position_map
+    if floor and not (math.isinf(divisor) or float(divisor).is_integer()):
+        raise ValueError(f"triton: a position map with floor needs a whole divisor, got {divisor}")
+    constant = math.isinf(divisor) or (floor and divisor > _LARGEST)
+    integral = float(offset).is_integer()
+    slow = not (constant or floor) and (divisor != 1 or not integral)
+    offset = max(-(2.0**53), min(offset, 2.0**53))
+    return (
+        modulus if modulus <= _LARGEST and not constant else 0,
+        0 if constant else int(divisor) if floor else 1,
+        1 / divisor if slow else 1.0,
+        int(offset) if integral and not slow else 0,
+        0.0 if integral and not slow else float(offset),
+        int(max(-(2.0**53), cap)) if cap < 2.0**53 else None,
+    )
+
+
+@triton.jit
+def _index(position, MAP: tl.constexpr):
+    """What of the map is whole, int64: (tokens, 1), or (1, 1) where all tokens have the same."""
+    if MAP[1] == 0:
+        index = tl.zeros((1, 1), tl.int64)
+    else:
+        index = position[:, None]
+        # In 64 bits, a GPU calls a function for every division.
+        if MAP[0] > 0:
+            index = index % MAP[0]
+        if MAP[1] > 1:
+            index = index // MAP[1]
+        index = index.to(tl.int64)
+    if MAP[3] != 0:
+        index += MAP[3]
+    if MAP[5] is not None:
+        index = tl.minimum(index, MAP[5])
+    return index
+
+
+@triton.jit
+def _angle(position, freq, MAP: tl.constexpr):
+    """(tokens, pairs) int64, or (1, pairs)."""
+    angle = _index(position, MAP) * fixed_angle(freq, MAP[2])
+    if MAP[4] != 0.0:
+        angle += fixed_angle(freq, MAP[4])
+    return angle
+
+
+@triton.jit
+def _mapped(position, MAP: tl.constexpr):
+    """The position itself, float64: (tokens, 1) or (1, 1)."""
+    return _index(position, MAP).to(tl.float64) * MAP[2] + MAP[4]
+
+
+@triton.jit
+def map_cos_sin(position, freq, decay, MAP: tl.constexpr, ORIGIN: tl.constexpr):
+    """Cosine and sine, float32, that take tokens to where MAP puts them.
+
+    ORIGIN: the map that they come rotated by, or None; position: (tokens,) int32; freq: (1 or
+    tokens, pairs); decay: None, or (1, pairs) float64, the logarithm of the amplitude a position.
+    The results have as many rows as the maps need.
+    """
+    angle = _angle(position, freq, MAP)
+    if ORIGIN is not None:
+        angle -= _angle(position, freq, ORIGIN)
+    cos, sin = cos_sin(angle)
+    if decay is not None:
+        moved = _mapped(position, MAP)
+        if ORIGIN is not None:
+            moved -= _mapped(position, ORIGIN)
+        amplitude = exp(moved * decay).to(tl.float32)
+        cos *= amplitude
+        sin *= amplitude
+    return cos, sin
+
+
+@triton.jit
+def log_n_scale(position, PER_LOG_N: tl.constexpr):
+    """(tokens, 1) float32: max(1, ln(position + 1) / ln(log_n))."""
+    scale = tl.full((position.shape[0], 1), 1.0, tl.float32)
+    if PER_LOG_N > 0.0:
+        log = tl.log((tl.maximum(position, 0) + 1).to(tl.float32))
+        scale = tl.maximum(log * PER_LOG_N, 1.0)[:, None]
+    return scale
+
+
+# -------------------------------------------------------------------------------------------------
+# Rows
+
+
+class Rows(NamedTuple):
+    """A tensor by batch, seq, head and dim. Strides count groups of Tile.align elements."""
+
+    pointer: tl.tensor
+    batch: tl.tensor
+    seq: tl.tensor
+    head: tl.tensor
+
+
+@triton.jit
+def rows_of(pointer, batch, seq, head, HEADS: tl.constexpr, TILE: tl.constexpr):
+    """Of a tensor that was given. Strides known to the compiler save registers of addresses."""
+    HEAD: tl.constexpr = TILE.head_dim // TILE.align
+    SEQ: tl.constexpr = HEADS * HEAD
+    if TILE.contiguous:  # noqa: SIM108
+        given = Rows(pointer, batch, SEQ, HEAD)
+    else:
+        given = Rows(pointer, batch, seq, head)
+    return given
+
+
+@triton.jit
+def copy_of(pointer, seqlen, N, COPIES: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr):
+    """The N-th of COPIES in a contiguous (batch, seqlen, COPIES, HEADS, head_dim)."""
+    HEAD: tl.constexpr = TILE.head_dim // TILE.align
+    SEQ: tl.constexpr = COPIES * HEADS * HEAD
+    return Rows(pointer + N * HEADS * TILE.head_dim, tl.cast(seqlen, tl.int64) * SEQ, SEQ, HEAD)
+
+
+@triton.jit
+def keys_of(
+    k, batch, seq, head, k_rotated, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Keys as a region sees them."""
+    if TILE.k_copy[REGION] < 0:
+        keys = rows_of(k, batch, seq, head, TILE.heads_k, TILE)
+    else:
+        keys = copy_of(
+            k_rotated, seqlen_k, TILE.k_copy[REGION], TILE.k_copies, TILE.heads_k, TILE
+        )  # fmt: skip
+    return keys
+
+
+@triton.jit
+def row_base(x, batch, seq, head, TILE: tl.constexpr):
+    """Pointer to dim 0 of (batch, seq, head); the factor align shows the compiler alignment."""
+    offset = tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head
+    return x.pointer + (offset + tl.cast(seq, tl.int64) * x.seq) * TILE.align
+
+
+@triton.jit
+def pointers_to(
+    x, base, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
+):
+    """(ROWS, DIMS): to dims FIRST to FIRST + DIMS of rows from `base` on."""
+    # int32 suffices within a block: the launcher has made sure.
+    row = tl.arange(0, ROWS) * (tl.cast(x.seq, tl.int32) * TILE.align)
+    return base + (row[:, None] + (FIRST + tl.arange(0, DIMS))[None, :])
+
+
+@triton.jit
+def inside_of(
+    count, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Which of those lie before head_dim and, if MASKED, before row `count`."""
+    row = tl.arange(0, ROWS)[:, None]
+    dim = (FIRST + tl.arange(0, DIMS))[None, :]
+    if not MASKED:
+        inside = dim < TILE.head_dim
+    elif TILE.head_dim >= FIRST + DIMS:
+        inside = row < count
+    else:
+        inside = (row < count) & (dim < TILE.head_dim)
+    return inside
+
+
+@triton.jit
+def load_part(
+    x, base, count, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr,
+    MASKED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    pointers = pointers_to(x, base, FIRST, DIMS, ROWS, TILE)
+    if MASKED or TILE.head_dim < FIRST + DIMS:
+        inside = inside_of(count, FIRST, DIMS, ROWS, MASKED, TILE)
+        part = tl.load(pointers, mask=inside, other=0.0)
+    else:
+        part = tl.load(pointers)
+    return part.to(tl.float32) if TILE.widen else part
+
+
+@triton.jit
+def load_rows(x, base, count, ROWS: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr):
+    """ROWS rows from `base` on; 0 past head_dim and, if MASKED, past `count` rows."""
+    first = load_part(x, base, count, 0, TILE.dims, ROWS, MASKED, TILE)
+    second = first
+    if TILE.more_dims > 0:
+        second = load_part(x, base, count, TILE.dims, TILE.more_dims, ROWS, MASKED, TILE)
+    return first, second
+
+
+@triton.jit
+def _store_part(
+    x, base, part, count, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    pointers = pointers_to(x, base, FIRST, DIMS, ROWS, TILE)
+    inside = inside_of(count, FIRST, DIMS, ROWS, True, TILE)
+    tl.store(pointers, part.to(x.pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_rows(x, base, rows, count, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Round once and store the first `count` rows."""
+    _store_part(x, base, rows[0], count, 0, TILE.dims, ROWS, TILE)
+    if TILE.more_dims > 0:
+        _store_part(x, base, rows[1], count, TILE.dims, TILE.more_dims, ROWS, TILE)
+
+
+@triton.jit
+def load_values(pointer, count, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """(SIZE,) from `pointer` on; 0 past `count`, if MASKED."""
+    index = tl.arange(0, SIZE)
+    if MASKED:
+        values = tl.load(pointer + index, mask=index < count, other=0.0)
+    else:
+        values = tl.load(pointer + index)
+    return values
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, TILE: tl.constexpr):
+    DIMS: tl.constexpr = TILE.dims
+    MORE: tl.constexpr = TILE.more_dims if TILE.more_dims > 0 else 1
+    return tl.zeros((ROWS, DIMS), tl.float32), tl.zeros((ROWS, MORE), tl.float32)
+
+
+@triton.jit
+def times(rows, factor):
+    """Each row times its factor."""
+    return rows[0] * factor[:, None], rows[1] * factor[:, None]
+
+
+@triton.jit
+def dots(x, y, TILE: tl.constexpr):
+    """x @ y.T, in float32 for operands of any type."""
+    result = tl.dot(x[0], tl.trans(y[0]), input_precision="ieee")
+    if TILE.more_dims > 0:
+        result = tl.dot(x[1], tl.trans(y[1]), result, input_precision="ieee")
+    return result
+
+
+@triton.jit
+def add_weighted(sums, weights, rows, TILE: tl.constexpr):
+    """sums + weights @ rows, in float32 once the weights are rounded to the rows' type."""
+    weights = weights.to(rows[0].dtype)
+    first = tl.dot(weights, rows[0], sums[0], input_precision="ieee")
+    second = sums[1]
+    if TILE.more_dims > 0:
+        second = tl.dot(weights, rows[1], second, input_precision="ieee")
+    return first, second
+
+
+# -------------------------------------------------------------------------------------------------
+# Blocks of queries and keys, and what of them a region holds
+#
+# Along a block of queries, a region's first key and the end of its keys both rise. So do, along a
+# block of keys, the first query that sees a key in a region and the end of these. Either way a
+# range [low, high) is cut into blocks that every row sees whole, and masked ones before and after.
+
+
+@triton.jit
+def _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE: tl.constexpr):
+    """Which sequence a slot for a block belongs to: those of sequence s begin at cu_seqlens[s] //
+    SIZE + s, which leaves enough for its blocks, and at least one.
+    """
+    low = slot * 0
+    high = low + num_sequences
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        begun = tl.load(cu_seqlens + middle) // SIZE + middle <= slot
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle)
+    return low
+
+
+@triton.jit
+def place(
+    blocks, heads, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, SIZE: tl.constexpr
+):
+    """This program's batch, head, block within its sequence, and that sequence's extent.
+
+    Returns (batch, sequence, head, block, blocks of the sequence, first row, seqlen_q, seqlen_k).
+    A program without a block gets block 0 of a sequence without rows, and so does nothing.
+    """
+    slot = tl.program_id(0) % blocks
+    rest = tl.program_id(0) // blocks
+    head = rest % heads
+    if cu_seqlens is None:
+        return rest // heads, rest // heads, head, slot, blocks, 0, seqlen_q, seqlen_k
+    else:
+        sequence = _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE)
+        first_row = tl.load(cu_seqlens + sequence)
+        seqlen = tl.load(cu_seqlens + sequence + 1) - first_row
+        block = slot - (first_row // SIZE + sequence)
+        count = tl.maximum(seqlen + SIZE - 1, 0) // SIZE
+        idle = block >= count
+        seqlen = tl.where(idle, 0, seqlen)
+        block = tl.where(idle, 0, block)
+        count = tl.where(idle, 1, count)
+        return rest // heads, sequence, head, block, count, first_row, seqlen, seqlen
+
+
+@triton.jit
+def origin_of(sequence, q_start, k_start, q_start_stride, k_start_stride, seqlen_q, seqlen_k):
+    """How far a sequence's first query lies behind its first key, and the position of that key."""
+    shift = seqlen_k - seqlen_q
+    origin = 0
+    if k_start is not None:
+        origin = tl.load(k_start + sequence * k_start_stride)
+    if q_start is not None:
+        shift = tl.load(q_start + sequence * q_start_stride) - origin
+    return shift, origin
+
+
+class Queries(NamedTuple):
+    """A block of queries. Positions are counted from the sequence's first key."""
+
+    batch: tl.tensor
+    sequence: tl.tensor
+    head: tl.tensor
+    first_row: tl.tensor  # of the sequence
+    row: tl.tensor  # of the block
+    left: tl.tensor  # how many rows of it are there
+    top: tl.tensor  # position of the first row
+    bottom: tl.tensor  # and of the last one
+    seqlen_k: tl.tensor
+    origin: tl.tensor  # the first key's own position: blocks of granularity begin at 0
+
+
+@triton.jit
+def place_queries(
+    blocks, cu_seqlens, num_sequences, search_steps, q_start, k_start, q_start_stride,
+    k_start_stride, seqlen_q, seqlen_k, TILE: tl.constexpr,
+):  # fmt: skip
+    """This program's block of queries, the longest first."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    batch, sequence, head, block, count, first_row, seqlen_q, seqlen_k = place(
+        blocks, TILE.heads_q, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, BLOCK_M
+    )
+    first = (count - 1 - block) * BLOCK_M
+    shift, origin = origin_of(
+        sequence, q_start, k_start, q_start_stride, k_start_stride, seqlen_q, seqlen_k
+    )
+    top = first + shift
+    bottom = tl.minimum(top + BLOCK_M, seqlen_q + shift) - 1
+    return Queries(
+        batch, sequence, head, first_row, first_row + first, seqlen_q - first, top, bottom,
+        seqlen_k, origin,
+    )  # fmt: skip
+
+
+@triton.jit
+def split(low, all_low, all_high, high, SIZE: tl.constexpr):
+    """Cut [low, high), of which every row sees [all_low, all_high), into blocks of SIZE.
+
+    Returns the number of masked blocks before the full ones, of full ones, and of masked ones in
+    all. A masked block before the full ones may reach past `high`.
+    """
+    before = (tl.maximum(all_low - low, 0) + SIZE - 1) // SIZE
+    full = tl.maximum(all_high - (low + before * SIZE), 0) // SIZE
+    after = tl.maximum(high - (low + (before + full) * SIZE), 0)
+    return before, full, before + (after + SIZE - 1) // SIZE
+
+
+@triton.jit
+def nth_block(index, cut, MASKED: tl.constexpr, SIZE: tl.constexpr):
+    """Where the index-th masked, or full, block of a range starts, and the rows left from there."""
+    low, before, full, _, high = cut
+    if MASKED:
+        at = low + (index + tl.where(index < before, 0, full)) * SIZE
+    else:
+        at = low + (before + index) * SIZE
+    return at, high - at
+
+
+@triton.jit
+def first_key(position, seqlen_k, origin, REGION: tl.constexpr, TILE: tl.constexpr):
+    """First key that queries at `position` see in REGION; for REGION = regions, the end of all."""
+    key = tl.minimum(position + 1, seqlen_k)
+    if len(TILE.starts) > REGION:
+        block = (position + origin) // TILE.granularity * TILE.granularity
+        first = block - origin + TILE.starts[REGION]
+        if TILE.window > 0:
+            first = tl.maximum(first, position + 1 - TILE.window)
+        key = tl.minimum(key, first)
+    return tl.maximum(key, 0)
+
+
+@triton.jit
+def cut_keys(at, REGION: tl.constexpr, TILE: tl.constexpr):
+    """The range of keys that a block of queries sees, cut into blocks.
+
+    Returns (first key, a split's numbers, end).
+    """
+    low = 0
+    all_low = 0
+    if not (REGION == 0 and TILE.from_first_key):
+        low = first_key(at.top, at.seqlen_k, at.origin, REGION, TILE)
+        all_low = first_key(at.bottom, at.seqlen_k, at.origin, REGION, TILE)
+    all_high = first_key(at.top, at.seqlen_k, at.origin, REGION + 1, TILE)
+    high = first_key(at.bottom, at.seqlen_k, at.origin, REGION + 1, TILE)
+    before, full, masked = split(low, all_low, all_high, high, TILE.block_n)
+    return low, before, full, masked, high
+
+
+@triton.jit
+def seen_keys(start, low, high, REGION: tl.constexpr, TILE: tl.constexpr):
+    """(M, N): does row i see the keys from `start` on? From low[i] to high[i]."""
+    BLOCK_N: tl.constexpr = TILE.block_n
+    key = (start + tl.arange(0, BLOCK_N))[None, :]
+    seen = key < high[:, None]
+    if not (REGION == 0 and TILE.from_first_key):
+        seen = seen & (key >= low[:, None])
+    return seen
+
+
+# -------------------------------------------------------------------------------------------------
+# The softmax beside its loops over keys: caps and sinks too
+
+
+@triton.jit
+def tanh(x):
+    """Of float32, to 4 units in the last place however small x is; NaN of NaN.
+
+    x P(x**2) / Q(x**2) with the least relative error up to 8: past it tanh is 1, but for 2 units.
+    """
+    x = tl.maximum(x, -8.0, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, 8.0, propagate_nan=tl.PropagateNan.ALL)
+    z = x * x
+    above = 2.951034887171507e-3 + z * 1.142848571105796e-5
+    above = 0.999999855560219 + z * (1.292567607640252e-1 + z * above)
+    below = 2.3815607146169673e-2 + z * (2.386703906359719e-4 + z * 2.4592200945999215e-7)
+    below = 1.0 + z * (4.625889210608028e-1 + z * below)
+    return x * above / below
+
+
+@triton.jit
+def capped(logits, softcap):
+    """softcap * tanh(logits / softcap); both in the same units, natural or of base 2."""
+    return softcap * tanh(logits * (1.0 / softcap))
+
+
+@triton.jit
+def bounded(products, TILE: tl.constexpr):
+    """What is a logit once multiplied by TILE.factor: with a cap its tangent, or the product."""
+    if TILE.softcap > 0:
+        products = tanh(products * (TILE.softmax_scale / TILE.softcap))
+    return products
+
+
+@triton.jit
+def before_the_cap(d_logits, logits, TILE: tl.constexpr):
+    """Gradients of logits as they were before the cap, from these and from what is bounded."""
+    return d_logits * (1.0 - logits * logits) if TILE.softcap > 0 else d_logits
+
+
+@triton.jit
+def add_sink(row_max, row_sum, sink):
+    """(row_max, row_sum, rescale) of rows that `sink` has joined, a logit without a value: weighted
+    values are to be multiplied by rescale. All in base 2; row_max is finite where there is no key.
+    """
+    new_max = tl.maximum(row_max, sink)
+    rescale = tl.exp2(row_max - new_max)
+    # Not NaN where the sink is infinite, and takes all.
+    weight = tl.where(sink == new_max, 1.0, tl.exp2(sink - new_max))
+    return new_max, row_sum * rescale + weight, rescale
+
+
+@triton.jit
+def finish_softmax(row_max, row_sum, sinks, head):
+    """(factor of weighted values, what `lse_of` takes) at the end of rows, with their sink."""
+    empty = row_sum == 0.0
+    if sinks is None:
+        row_sum = tl.where(empty, 1.0, row_sum)
+        factor = 1.0 / row_sum
+        alone = float("-inf")
+    else:
+        alone = tl.load(sinks + head)
+        row_max, row_sum, rescale = add_sink(row_max, row_sum, alone * log2_e())
+        # Of rows without keys, where the sink is -inf.
+        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+        factor = rescale / row_sum
+    return factor, (row_max, row_sum, empty, alone)
+
+
+@triton.jit
+def lse_of(rows):
+    """A row without keys has the sink's own bits."""
+    row_max, row_sum, empty, alone = rows
+    return tl.where(empty, alone, row_max * ln_2() + tl.log(row_sum))
