@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <optional>
 
 #include "common/rope_params.h"
 #include "common/tensor_args.h"
@@ -17,7 +18,7 @@ void require(bool condition, const Message&... message) {
 struct RopeOptions {
   OptionalTensor cu_seqlens, log_decay, axes;
   double attention_factor;
-  int64_t offset;
+  std::optional<int64_t> offset;
   bool interleaved, inverse;
   double decay_origin;
   bool packed = false;  // (total, heads, head_dim) without cu_seqlens too
@@ -151,7 +152,7 @@ inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Te
   p.amplitude = options.inverse ? 1.0 / options.attention_factor : options.attention_factor;
   p.conjugate = adjoint != options.inverse;
   p.interleaved = options.interleaved;
-  p.offset = options.offset;
+  p.offset = options.offset.value_or(0);
   p.decay_origin = options.decay_origin;
   return p;
 }

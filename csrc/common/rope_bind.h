@@ -49,8 +49,8 @@ struct RopeOps {
                                         const Tensor& inv_freq, const OptionalTensor& positions,
                                         const OptionalTensor& cu_seqlens,
                                         const OptionalTensor& log_decay, const OptionalTensor& axes,
-                                        double attention_factor, int64_t offset, bool interleaved,
-                                        bool inverse, double decay_origin) {
+                                        double attention_factor, std::optional<int64_t> offset,
+                                        bool interleaved, bool inverse, double decay_origin) {
     const bool packed = cu_seqlens.has_value();
     RopeParams p = make_params(
         q, k, inv_freq, positions,
@@ -65,7 +65,7 @@ struct RopeOps {
       const Tensor& grad_q, const OptionalTensor& grad_k, const OptionalTensor& q,
       const OptionalTensor& k, const Tensor& inv_freq, const OptionalTensor& positions,
       const OptionalTensor& cu_seqlens, const OptionalTensor& log_decay, const OptionalTensor& axes,
-      double attention_factor, int64_t offset, bool interleaved, bool inverse,
+      double attention_factor, std::optional<int64_t> offset, bool interleaved, bool inverse,
       double decay_origin) {
     const bool packed = cu_seqlens.has_value();
     RopeParams p = make_params(
@@ -88,8 +88,8 @@ struct RopeOps {
   static void inplace(const Tensor& q, const OptionalTensor& k, const Tensor& inv_freq,
                       const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
                       const OptionalTensor& log_decay, const OptionalTensor& axes,
-                      double attention_factor, int64_t offset, bool interleaved, bool inverse,
-                      double decay_origin) {
+                      double attention_factor, std::optional<int64_t> offset, bool interleaved,
+                      bool inverse, double decay_origin) {
     const bool packed = cu_seqlens.has_value();
     RopeParams p = make_params(
         q, k, inv_freq, positions,

@@ -37,6 +37,15 @@ def test_extend_and_generate():
     assert restored == "restored: the same tokens"
 
 
+def test_reuse_cached_chunks():
+    pytest.importorskip("transformers")
+    lines = run("reuse_cached_chunks.py").splitlines()
+    assert [line for line in lines if "first layer" in line] == [
+        "first then second: keys of the first layer equal",
+        "second then first: keys of the first layer equal",
+    ]
+
+
 def test_train_with_rope_fwd():
     first, *_, last = numbers(run("train_with_rope_fwd.py"))
     assert first > 2.5 and last < 0.1  # ln 16 = 2.8 for a guess

@@ -142,7 +142,8 @@ def test_base_models_and_saved_ones(tmp_path, method):
         got = base(IDS).last_hidden_state
     with extend(model, method, **PARAMETERS[method]):
         assert torch.equal(base(IDS).last_hidden_state, got)
-        model.save_pretrained(tmp_path)
+        with pytest.warns(UserWarning, match=f"its extension by {method} is in extrope.json"):
+            model.save_pretrained(tmp_path)
     assert torch.equal(base(IDS).last_hidden_state, before)
     assert not torch.equal(got, before)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()

@@ -80,14 +80,12 @@ void launch_norm(const RopeNormParams& p) {
             [&](int64_t begin, int64_t end) { norms(p, begin, end); });
 }
 
-std::tuple<Tensor, Tensor> norm_fwd(const Tensor& q, const OptionalTensor& k,
-                                    const OptionalTensor& q_norm_weight,
-                                    const OptionalTensor& k_norm_weight, const Tensor& inv_freq,
-                                    const OptionalTensor& positions,
-                                    const OptionalTensor& cu_seqlens,
-                                    const OptionalTensor& log_decay, const OptionalTensor& axes,
-                                    double norm_eps, double attention_factor, int64_t offset,
-                                    bool interleaved, bool inverse, double decay_origin) {
+std::tuple<Tensor, Tensor> norm_fwd(
+    const Tensor& q, const OptionalTensor& k, const OptionalTensor& q_norm_weight,
+    const OptionalTensor& k_norm_weight, const Tensor& inv_freq, const OptionalTensor& positions,
+    const OptionalTensor& cu_seqlens, const OptionalTensor& log_decay, const OptionalTensor& axes,
+    double norm_eps, double attention_factor, std::optional<int64_t> offset, bool interleaved,
+    bool inverse, double decay_origin) {
   const RopeParams rope = make_params(
       q, k, inv_freq, positions,
       {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
@@ -102,8 +100,8 @@ void norm_inplace(const Tensor& q, const OptionalTensor& k, const OptionalTensor
                   const OptionalTensor& k_norm_weight, const Tensor& inv_freq,
                   const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
                   const OptionalTensor& log_decay, const OptionalTensor& axes, double norm_eps,
-                  double attention_factor, int64_t offset, bool interleaved, bool inverse,
-                  double decay_origin) {
+                  double attention_factor, std::optional<int64_t> offset, bool interleaved,
+                  bool inverse, double decay_origin) {
   const RopeParams rope = make_params(
       q, k, inv_freq, positions,
       {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
@@ -151,7 +149,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
     const OptionalTensor& q_norm_weight, const OptionalTensor& k_norm_weight,
     const Tensor& inv_freq, const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
     const OptionalTensor& log_decay, const OptionalTensor& axes, double norm_eps,
-    double attention_factor, int64_t offset, bool interleaved, bool inverse, double decay_origin) {
+    double attention_factor, std::optional<int64_t> offset, bool interleaved, bool inverse,
+    double decay_origin) {
   const bool packed = cu_seqlens.has_value();
   const RopeParams rope = make_params(
       grad_q, grad_k, inv_freq, positions,

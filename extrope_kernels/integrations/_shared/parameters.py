@@ -65,6 +65,12 @@ def values_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str,
     return {name: value for name, value in values.items() if value is not None}
 
 
+def values_for(method: str, model: ModelValues) -> dict[str, Any]:
+    """Return the parameters of a frequency method that a model has values for."""
+    accepted, own = PARAMETERS[method], _OWN_DEFAULTS.get(method, ())
+    return {k: v for k, v in model.values.items() if k in accepted and k not in own}
+
+
 def bind_method(
     op: str, method: str, given: Mapping[str, Any], model: ModelValues
 ) -> tuple[Callable[..., RopeFreqs], bool]:
@@ -77,8 +83,7 @@ def bind_method(
         raise ValueError(
             f"{op}: dim must be {model.dim}, the rotary dimension of the model, got {given['dim']}"
         )
-    accepted, own = PARAMETERS[method], _OWN_DEFAULTS.get(method, ())
-    values = {k: v for k, v in model.values.items() if k in accepted and k not in own}
+    accepted, values = PARAMETERS[method], values_for(method, model)
     check_names(op, method, given, values)
     takes_length = "seq_len" in accepted and "seq_len" not in given
     parameters = values | given

@@ -1,4 +1,4 @@
-"""Hugging Face models: `extend` a loaded model by any method, `restore` it exactly.
+"""Hugging Face models: `extend` a loaded model by any method, save it, `restore` it exactly.
 
 In the order in which a call goes through the files:
 
@@ -9,17 +9,18 @@ trial: four tokens, which show what the layers of a model do.
 scores: what a score method changes; a `ScoreRotary` hands an `Attending` to the layers.
 context_parallel: what a mesh changes.
 norms: norms before the rotation, left to it.
+saved: an extension on disk.
 
 In a forward:
 rotation: a `Rotation` in place of cosines and sines, and the wrapped function that rotates by it.
 attend: how layers call their attention, and an `Attending` in the mask's place.
-rows, paged: the rows of a batch, by how their keys are kept.
+rows, packed, paged: the rows of a batch, by how their keys are kept.
 
 interface: `attn_implementation="extrope"`, which models that are not extended can have too.
 """
 
 from .._shared.parameters import PARAMETERS
-from .extension import Extension, extend
+from .extension import Extension, extend, extend_from_saved
 from .interface import register_interface
 
-__all__ = ["PARAMETERS", "Extension", "extend", "register_interface"]
+__all__ = ["PARAMETERS", "Extension", "extend", "extend_from_saved", "register_interface"]

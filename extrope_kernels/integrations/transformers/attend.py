@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from ... import RopeFreqs, apply_rope
 from ...scores import Score
 from .find import Override, argument_names, forward_of
-from .paged import PackedRows
+from .packed import BOUNDARIES, PackedRows
+from .paged import PagedRows
 from .rows import Rows
 
 ATTENTION = "extrope_score"  # in the config of a layer that attends by a score method
@@ -218,8 +219,8 @@ def refuse_options(module: nn.Module, options: Mapping[str, Any], packed: bool =
             "extend: a model in training must have attention_dropout 0, "
             f"got {options['dropout']} in {type(module).__name__}"
         )
-    if options.get("cu_seq_lens_q") is not None and not packed:
-        raise ValueError("extend: sequences must come as rows, got cu_seq_lens_q of packed ones")
+    if options.get(BOUNDARIES) is not None and not packed:
+        raise ValueError(f"extend: sequences must come as rows, got {BOUNDARIES} of packed ones")
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ class Attending:
         if not isinstance(self.rows, Rows):
             raise ValueError(
                 "extend: layers that compute the last tokens alone must not be in a graph over a "
-                "static cache or under continuous batching"
+                "static cache, under continuous batching or get packed rows"
             )
         tokens = range(self.rows.new)[index[1]]
         last = len(tokens)
@@ -324,9 +325,9 @@ class Attending:
         q, k, v: (batch, heads, seqlen, head_dim), the queries the last of the keys' tokens.
         Returns (batch, seqlen_q, heads, head_dim).
         """
-        heads, packed = self.heads, isinstance(self.rows, PackedRows)
-        refuse_options(module, options, packed)
-        if packed and heads.start:
+        heads, paged = self.heads, isinstance(self.rows, PagedRows)
+        refuse_options(module, options, paged or isinstance(self.rows, PackedRows))
+        if paged and heads.start:
             raise ValueError(
                 f"extend: {type(module).__name__} must rotate the first dims of its heads for "
                 f"continuous batching, whose pages are read as they are, got {heads.start} "

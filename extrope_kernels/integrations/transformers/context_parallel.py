@@ -30,9 +30,9 @@ from .trial import (
     Recorder,
     attend_as_own,
     check_options,
-    close,
     entrance,
     kind_of,
+    mixes,
     run_on_trial,
     window_of_cache,
 )
@@ -217,20 +217,18 @@ def _rotating_by_themselves(
 ) -> dict[nn.Module, Call]:
     """Return an owner's attention layers but for the known ones, which a score method extends.
 
-    Raises ValueError where a token depends on others in any other way. Four tokens go through the
-    model, and the same backwards, with an attention that gives every token its own value: what
-    comes out must be the same backwards.
+    Raises ValueError where a token depends on others in any other way.
     """
     calls = calls_in(owner)
     recorder = Recorder(calls)
     try:
         with recorder.in_place():
-            there = _hidden(run_on_trial(entrance(model, owner)))
-            back = _hidden(run_on_trial(entrance(model, owner), backwards=True))
+            there = run_on_trial(entrance(model, owner))
+            back = run_on_trial(entrance(model, owner), backwards=True)
     except Exception as error:  # whatever a foreign model leads to
         reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
         raise unsupported(owner, reason) from error
-    if not close(there, back.flip(1)):
+    if mixes(there, back):
         raise unsupported(
             owner,
             "over a mesh all that makes one token of others must be attention that an op replaces",
@@ -247,10 +245,6 @@ def _rotating_by_themselves(
         qkv = given.q, given.k, given.v
         attend_as_own(owner, layer, call, qkv, no_freqs(given.q), False, given)
     return found
-
-
-def _hidden(output: Any) -> Tensor:
-    return next(iter(output.values())) if isinstance(output, Mapping) else output[0]
 
 
 class RegionGuard:

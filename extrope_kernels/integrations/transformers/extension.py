@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...scores import SCORES
-from .._shared.parameters import PARAMETERS
+from ...scores import SCORES, UNROTATED, Region, Score
+from ...scores.base import FIRST_KEY, SAME
+from .._shared.parameters import PARAMETERS, bind_score
 from .context_parallel import RegionGuard, Shared, share
 from .find import (
     Changes,
@@ -25,8 +28,9 @@ from .interface import register_interface
 from .norms import norm_changes
 from .paged import batching_overrides, forget_pages
 from .rotation import unwrap_apply, wrap_apply
-from .scores import score_changes
-from .trial import entrance, run_on_trial
+from .saved import Saved, describe, read, save, saving_overrides
+from .scores import ScoreRotary, score_changes
+from .trial import entrance, refuse_without_weights, run_on_trial
 
 if TYPE_CHECKING:
     from ...distributed.attention import Strategy
@@ -38,6 +42,7 @@ def extend(
     method: str,
     *,
     layers: str = "full",
+    cache: str | None = None,
     mesh: Mesh | None = None,
     strategy: Strategy = "gather",
     balance: Balance = "zigzag",
@@ -59,15 +64,20 @@ def extend(
     A method that depends on the length (one with a `seq_len`) is frozen per request, so that cached
     keys stay valid: for the prompt and max_new_tokens together in `generate`, in a forward with an
     empty cache for its own tokens, or the largest of its position_ids. A `seq_len` among the
-    parameters fixes it for good.
+    parameters fixes it for good. With cache="raw" nothing is frozen: caches hold keys unrotated,
+    and every forward rotates all of them by the frequencies of its own length, that of the longest
+    row: up to the trained length those of the plain model. The states of earlier tokens, of which
+    keys and values above the first layer are made, stay as they were computed.
 
     A score method (`scores.SCORES`) keeps the frequencies in force, the model's or those of an
     extension before it, and changes which relative position a pair sees; `log_n` scales queries,
     too. A cache holds each key once. Positions count from a row's first token, so batches padded on
-    either side, and on the left to generate, give what their rows give alone. Refused are layers
+    either side, and on the left to generate, give what their rows give alone. So do packed rows:
+    position_ids that start anew (TRL's packing and padding_free), or transformers' cu_seq_lens_q;
+    no cache is made of them. Refused are layers
     whose keys are not all those before a query (indexers, compressed keys), logits that depend on
     more than distances (a norm with weights after the rotation), tokens with several positions
-    (images), dropout, packed rows, output_attentions, and xpos but for methods whose positions
+    (images), dropout, output_attentions, and xpos but for methods whose positions
     start anew.
 
     With a mesh every rank runs the model on its own tokens of a sequence, as `distributed.shard`
@@ -85,6 +95,8 @@ def extend(
     layers: "full" extends the layers that see all keys: by a frequency method where those with a
         sliding window have a rotation of their own (Gemma 3), by a score method always, as no
         distance in the others is past their window or chunk. "all" extends all that rotate.
+    cache: "raw" keeps keys in caches as they come; None where the method has them. Raw ones may be
+        cut, joined and read at other positions, by other frequencies.
     mesh: DeviceMesh of one dimension or ProcessGroup, the ranks that share a sequence.
     strategy, balance: as in `distributed.rope_attention`; the tokens must have been cut with the
         same balance.
@@ -101,30 +113,83 @@ def extend(
     sites = find_sites(model, layers)
     if method not in PARAMETERS:
         raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
+    if cache not in (None, "raw") or (cache is not None and mesh is not None):
+        raise ValueError(
+            f"extend: cache must be None or 'raw', and None with a mesh, got {cache!r}"
+        )
     _refuse_after(sites, method)
+    if method in SCORES or cache is not None or mesh is not None:
+        for owner in owners_of(sites):
+            refuse_without_weights(owner, method)
     register_interface()
     shared = None if mesh is None else Shared(mesh, strategy, balance)
     if method in SCORES:
-        changes = score_changes(model, sites, method, parameters, layers)
+        score, log_n = bind_score("extend", method, parameters)
+        score = score if cache is None else replace(score, stored=UNROTATED)
+        changes = score_changes(model, sites, method, score, log_n, layers)
     else:
-        changes = frequency_changes(model, sites, method, parameters)
+        changes = frequency_changes(model, sites, method, parameters, cache)
     by_length = method if method not in SCORES and changes.hooks else None
     changes.overrides += batching_overrides(model, by_length)
+    saved = describe(sites, method, parameters, layers, cache)
+    changes.overrides += saving_overrides(model, sites, saved)
     if shared is None:
         guard = RegionGuard(method)
         changes.hooks[:0] = [(site.owner, guard.before_forward, None) for site in sites]
     else:
         share(model, sites, shared, changes)
-    extension = Extension(model, method, changes)
+    extension = Extension(model, changes, saved)
     try:
         if method in SCORES or shared is not None:
             _rehearse(model, sites, shared)
-        if shared is None:
+        if shared is None and (method in SCORES or cache is None):
             extension.add(norm_changes(sites))
+        if cache is not None and method not in SCORES:
+            extension = _with_raw_keys(model, extension, saved)
     except BaseException:
         extension.restore()
         raise
     return extension
+
+
+def _with_raw_keys(model: nn.Module, before: Extension, saved: Saved) -> Extension:
+    """Let layers rotate queries and all cached keys, by the frequencies of an extension."""
+    sites = find_sites(model, saved.layers)
+    score = Score(saved.method, (Region(FIRST_KEY, SAME, SAME),), stored=UNROTATED)
+    changes = score_changes(model, sites, saved.method, score, None, saved.layers)
+    extension = Extension(model, changes, saved)
+    try:
+        _rehearse(model, sites, None)
+        extension.add(norm_changes(sites))
+    except BaseException:
+        extension.restore()
+        raise
+    extension.before = before
+    return extension
+
+
+def extend_from_saved(model: nn.Module, folder: str | os.PathLike) -> Extension:
+    """Extend a model as that was which a folder was saved of, with all its extensions.
+
+    model: loaded from the folder, or the plain model. folder: written by a handle's
+        `save_pretrained`, or by the extended model's own.
+
+    Returns a handle as `extend` does, whose `restore()` undoes all of them.
+    Raises ValueError for a folder without an extension, and as `extend`.
+    """
+    handle: Extension | None = None
+    try:
+        for saved in read(folder):
+            where = {"layers": saved.layers, "cache": saved.cache}
+            following = extend(model, saved.method, **where, **saved.parameters)
+            following.first.before, handle = handle, following
+    except BaseException:
+        if handle is not None:
+            handle.restore()
+        raise
+    if handle is None:
+        raise ValueError(f"extend_from_saved: folder must hold an extension, got {folder}")
+    return handle
 
 
 def _refuse_after(sites: list[RotarySite], method: str) -> None:
@@ -133,7 +198,7 @@ def _refuse_after(sites: list[RotarySite], method: str) -> None:
         before = vars(site.rotary).get("forward")
         if not isinstance(before, Rotary):
             continue
-        if before.method in SCORES:
+        if isinstance(before, ScoreRotary):
             raise ValueError(
                 f"extend: {method} must come before {before.method}, "
                 "got a model that is extended by it; restore that one first"
@@ -161,15 +226,29 @@ def _rehearse(model: nn.Module, sites: list[RotarySite], shared: Shared | None) 
 
 
 class Extension:
-    """An extended model's way back: `restore()`, or the end of a `with` block."""
+    """An extended model's way back: `restore()`, or the end of a `with` block.
 
-    def __init__(self, model: nn.Module, method: str, changes: Changes) -> None:
+    length: the tokens that the model reaches by a method that stretches what it was trained on;
+        None where the method sets no end (ReRoPE, Dual Chunk Attention, dynamic methods), or does
+        not say where it is (another base). Clients that cut prompts at max_position_embeddings,
+        which `extend` leaves alone, have to be told.
+    before: the extension that `restore` undoes too, if there is one.
+    """
+
+    def __init__(self, model: nn.Module, changes: Changes, saved: Saved) -> None:
         self.model = model
-        self.method = method
+        self.method = saved.method
+        self.length = saved.length
+        self.before: Extension | None = None
         forget_pages(model)
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
         self._undo: list[Callable[[], None]] = []
         self.add(changes)
+
+    @property
+    def first(self) -> Extension:
+        """The one that `restore` undoes last."""
+        return self if self.before is None else self.before.first
 
     def add(self, changes: Changes) -> None:
         """Change more, as far as the first changes allow."""
@@ -183,6 +262,27 @@ class Extension:
             self._undo.append(handle.remove)
             if after is not None:
                 self._undo.append(module.register_forward_hook(after).remove)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, *, length: int | None = None, **options: Any
+    ) -> None:
+        """Save the model with all extensions that are in place.
+
+        Plain transformers, vLLM and GGUF converters read the folder where a config can name the
+        frequency method: rope, abf, ntk_aware, pi, dynamic_ntk, yarn, llama3 and longrope become
+        its rope_parameters, with the new max_position_embeddings. For others and for score methods
+        config.json is without them, and a warning says so. extrope.json, beside it, has all for
+        `extend_from_saved`, but no mesh.
+
+        length: max_position_embeddings of the config; the handle's own `length`, or what the model
+            had if that is longer.
+        options: for the model's own `save_pretrained`.
+
+        Raises ValueError after `restore`, TypeError for what is no model of transformers.
+        """
+        if not self._overrides:
+            raise ValueError("extend: save_pretrained must come before restore, got it after")
+        save(self.model, folder, length, options)
 
     def restore(self) -> None:
         """Put the model back as it was before `extend`, to the bit. A second call does nothing.
@@ -205,6 +305,8 @@ class Extension:
                 unwrap_apply(value.fused.modeling, value)
         while self._undo:
             self._undo.pop()()
+        if self.before is not None:
+            self.before.restore()
 
     def __enter__(self) -> Extension:
         return self

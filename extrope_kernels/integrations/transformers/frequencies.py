@@ -10,6 +10,7 @@ unaffected by requests in between.
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -51,9 +52,16 @@ _current_call: ContextVar[tuple[int, dict[str, FreqsByKind]] | None] = ContextVa
 
 
 def frequency_changes(
-    model: nn.Module, sites: list[RotarySite], method: str, parameters: Mapping[str, Any]
+    model: nn.Module,
+    sites: list[RotarySite],
+    method: str,
+    parameters: Mapping[str, Any],
+    cache: str | None,
 ) -> Changes:
-    """Return what a frequency method changes; nothing is changed yet."""
+    """Return what a frequency method changes; nothing is changed yet.
+
+    cache: "raw" where keys are rotated at every forward anew.
+    """
     changes = Changes()
     for site in sites:
         if getattr(site.rotary.config, "alibi", False):
@@ -73,10 +81,11 @@ def frequency_changes(
         changes.overrides.append((site.rotary, "forward", rotary))
         changes.overrides += _softmax_scales(site, method, parameters)
         if takes_length:
-            length = LengthDependence(site, rotary, functions)
+            kind = LengthDependence if cache is None else EachLength
+            length = kind(site, rotary, functions)
             changes.hooks.append((site.owner, length.before_forward, length.after_forward))
     generator = generator_of(model)
-    if changes.hooks and hasattr(generator, "generate"):
+    if changes.hooks and cache is None and hasattr(generator, "generate"):
         generate = partial(_generate_one_request, generator, vars(generator).get("generate"))
         changes.overrides.append((generator, "generate", generate))
     return changes
@@ -119,7 +128,7 @@ class Rotary:
         if layer_type not in self.freqs:
             return type(self.rotary).forward(self.rotary, x, position_ids, layer_type)
         freqs = self.freqs_on(layer_type, x.device)
-        if self.fused is not None and position_ids.dim() == 2:
+        if self.fused is not None and position_ids.dim() == 2 and not exports_to_onnx():
             return Rotation(freqs, position_ids, self.fused.interleaved), None
         made = self.tables(layer_type, freqs, x, position_ids)
         if self.fused is not None and made[0].dim() != 3:
@@ -161,6 +170,12 @@ class Rotary:
             wrap_apply(self.fused.modeling, self)
 
 
+def exports_to_onnx() -> bool:
+    """Say whether a graph is made for ONNX, which has PyTorch's own operations alone."""
+    onnx = None if torch.compiler.is_dynamo_compiling() else sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
 class LengthDependence:
     """Chooses a `Rotary`'s frequencies at the start of its owner's forwards, through hooks."""
 
@@ -197,12 +212,15 @@ class LengthDependence:
                 chosen[self.key] = of_cache
             else:
                 length = self._length(arguments, past, limit)
-                device = tokens_of(arguments).device
-                chosen[self.key] = {
-                    layer_type: method(seq_len=length).to(device)
-                    for layer_type, method in self.methods.items()
-                }
+                chosen[self.key] = self._of_length(length, arguments)
         return chosen[self.key]
+
+    def _of_length(self, length: int, arguments: Mapping[str, Any]) -> FreqsByKind:
+        device = tokens_of(arguments).device
+        return {
+            layer_type: method(seq_len=length).to(device)
+            for layer_type, method in self.methods.items()
+        }
 
     def _length(self, arguments: Mapping[str, Any], past: int, limit: int | None) -> int:
         """Return the tokens that a request will reach, as far as its first forward knows."""
@@ -219,6 +237,22 @@ class LengthDependence:
         if not hasattr(cache, _ON_CACHE):
             setattr(cache, _ON_CACHE, {})
         getattr(cache, _ON_CACHE)[self.key] = freqs
+
+
+class EachLength(LengthDependence):
+    """Chooses frequencies for every forward anew, by the tokens that there are then."""
+
+    def _freqs(self, arguments: Mapping[str, Any], cache: Any) -> FreqsByKind:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"extend: a model under {self.rotary.method} with cache='raw' cannot be compiled, "
+                "as its frequencies change from step to step"
+            )
+        past = 0 if cache is None else int(cache.get_seq_length())
+        return self._of_length(self._length(arguments, past, None), arguments)
+
+    def _attach(self, cache: Any, freqs: FreqsByKind) -> None:
+        """Nothing: a cache of raw keys is for any frequencies."""
 
 
 def _generate_one_request(

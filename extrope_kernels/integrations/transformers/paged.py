@@ -22,7 +22,7 @@ INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
 
 
 @dataclass(frozen=True, eq=False)
-class PackedRows:
+class PagedRows:
     """The tokens of one forward of continuous batching.
 
     positions: (1, total) int32 or int64, counted from each request's first token.
@@ -38,7 +38,7 @@ class PackedRows:
     tables: dict[int, Tensor] = field(default_factory=dict)
     leftpad: None = None
 
-    def to(self, device: torch.device | str | int) -> PackedRows:
+    def to(self, device: torch.device | str | int) -> PagedRows:
         return self  # one device holds all of the cache
 
     def for_layer(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class PackedRows:
             cached.flatten(0, 1).index_copy_(0, slots, x[0, :requests].to(cached.dtype))
 
 
-def packed_rows(cache: Any, arguments: Mapping[str, Any]) -> PackedRows | None:
+def paged_rows(cache: Any, arguments: Mapping[str, Any]) -> PagedRows | None:
     """Return the rows of a forward of continuous batching; None for any other.
 
     Raises ValueError before transformers 5.19, whose caches do not say where pages lie.
@@ -121,7 +121,7 @@ def packed_rows(cache: Any, arguments: Mapping[str, Any]) -> PackedRows | None:
                 "extend: continuous batching by a score method needs transformers >= 5.19"
             )
         return None
-    return PackedRows(cache, arguments["position_ids"], arguments)
+    return PagedRows(cache, arguments["position_ids"], arguments)
 
 
 @cache
@@ -131,7 +131,7 @@ def _stay_out_of_graphs() -> None:
     Of views of pages, all of whose sizes are unknown, PyTorch 2.13 compiles no product of sizes.
     Not done before: it imports what compiles.
     """
-    PackedRows.attend = torch.compiler.disable(PackedRows.attend)  # type: ignore[method-assign]
+    PagedRows.attend = torch.compiler.disable(PagedRows.attend)  # type: ignore[method-assign]
 
 
 def batching_overrides(model: nn.Module, refused: str | None) -> list[Override]:

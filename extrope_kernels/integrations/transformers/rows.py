@@ -1,10 +1,10 @@
 """The rows of a batch: where they begin, and how they attend to what a cache returns.
 
-Positions are counted from each row's first token. Every kind of rows (these two, those of pages and
-of a mesh) has `positions`, (batch or 1, new); `leftpad`, (batch,) int32 or None where no row has
-padding; `to(device)`; and `attend(layer, q, k, v, call)`: from queries of (batch, new, heads,
-head_dim) to keys and values as a cache returns them. call: score, freqs and options of the ops, and
-chunk_size where the layer attends in chunks.
+Positions are counted from each row's first token. Every kind of rows (these two, packed ones, those
+of pages and of a mesh) has `positions`, (batch or 1, new); `leftpad`, (batch,) int32 or None where
+no row has padding; `to(device)`; and `attend(layer, q, k, v, call)`: from queries of (batch, new,
+heads, head_dim) to keys and values as a cache returns them. call: score, freqs and options of the
+ops, and chunk_size where the layer attends in chunks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ... import rope_attention, rope_attention_with_kvcache
 from .find import cache_of
+from .packed import PackedRows, rows_by_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,18 +109,22 @@ def records(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def read_rows(tokens: Tensor, past: int, mask: Any, position_ids: Tensor | None) -> Rows:
+def read_rows(
+    tokens: Tensor, past: int, mask: Any, position_ids: Tensor | None
+) -> Rows | PackedRows:
     """Return the rows of a forward; raise ValueError for masks and positions that make none.
 
     tokens: (batch, new, ...), of which only shape and device count.
     mask: (batch, past + new) with 0 for padding, or None.
     position_ids: (batch or 1, new) or one such per axis, or None; must be what the mask says, or
-        the numbers of the slots, padding included, which are as far from one another.
+        the numbers of the slots, padding included, which are as far from one another. Without a
+        past they may start anew, where packed sequences begin.
     """
     batch, new = tokens.shape[:2]
-    mask = full_mask(mask)
+    mask, may_pack = full_mask(mask), not past
     if isinstance(mask, Tensor) and mask.dim() == 4:
         mask = _tokens_of_mask(mask, batch, past, new)
+        may_pack &= mask is None
     pads = [] if mask is None else _pads(mask, batch, past + new)
     positions = slots = torch.arange(past, past + new, device=tokens.device)[None]
     runs, leftpad = ((0, batch, 0),), None
@@ -130,11 +135,17 @@ def read_rows(tokens: Tensor, past: int, mask: Any, position_ids: Tensor | None)
     if position_ids is not None:
         real = None if mask is None else mask[:, past : past + new].bool()
         if not _counts(position_ids, positions, real) and not _counts(position_ids, slots):
-            raise ValueError(
-                "extend: position_ids must count 0, 1, 2, ... from each row's first token, "
-                "got others; attention_mask says where a row begins, and tokens with several "
-                "positions, as images have, have no one distance"
-            )
+            packed = None
+            if may_pack and position_ids.dim() == 2:
+                packed = rows_by_positions(position_ids.expand(batch, new), real)
+            if packed is None:
+                raise ValueError(
+                    "extend: position_ids must count 0, 1, 2, ... from each row's first token or, "
+                    "without cached tokens and a mask of pairs, from that of each packed sequence, "
+                    "got others; attention_mask says where a row begins, and tokens with several "
+                    "positions, as images have, have no one distance"
+                )
+            return packed
     return Rows(past, new, runs, positions, leftpad)
 
 
@@ -176,7 +187,7 @@ def _tokens_of_mask(mask: Tensor, batch: int, past: int, new: int) -> Tensor | N
     if (own & ~real[:, past:]).any():
         raise ValueError(
             "extend: attention_mask must be of one sequence a row, got one in which the last token "
-            "does not see tokens that see themselves; packed rows have no place in it"
+            "does not see tokens that see themselves; position_ids say where packed ones begin"
         )
     wrong = (seen != causal) & real[:, past:, None]
     if wrong.any():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from ... import RopeFreqs
 from ...scores import UNROTATED, Score
-from .._shared.parameters import bind_score
 from .attend import Attending, exchange, register_attention
 from .context_parallel import SharedRows, by_its_name
 from .find import (
@@ -28,8 +28,9 @@ from .find import (
     tokens_of,
     unsupported,
 )
-from .frequencies import FreqsByKind, Rotary
-from .paged import PackedRows, packed_rows
+from .frequencies import FreqsByKind, Rotary, exports_to_onnx
+from .packed import BOUNDARIES, PackedRows, rows_by_boundaries
+from .paged import PagedRows, paged_rows
 from .rotation import Rotation
 from .rows import Rows, keep_mask, no_mask, read_rows, static_rows
 from .trial import Layers, with_mask
@@ -46,11 +47,11 @@ def score_changes(
     model: nn.Module,
     sites: list[RotarySite],
     method: str,
-    parameters: Mapping[str, Any],
+    score: Score,
+    log_n: float | None,
     layers: str,
 ) -> Changes:
     """Return what a score method changes; nothing is changed yet."""
-    score, log_n = bind_score("extend", method, parameters)
     owner = _owner(model, sites)
     freqs = [_freqs_in_force(site, method, score) for site in sites]
     found = Layers(model, owner, sites, layers)
@@ -204,6 +205,7 @@ class ScoreForward:
         self.mask_name = layers.mask_name
         self.score = rotaries[0].score
         self.needs_mask = layers.needs_mask
+        self.others_mix = layers.others_mix
         self.argument_names = argument_names(owner)
         self.layer_argument_names = {
             layer: argument_names(layer) for layer in [*layers.far, *layers.near]
@@ -219,6 +221,13 @@ class ScoreForward:
                 "extend: output_attentions must be False, as no weights exist to be returned, "
                 "got True"
             )
+        if exports_to_onnx():
+            # An error would be hidden: the exporter tries again in another way, and fails later.
+            warnings.warn(
+                f"extend: a model under {self.rotaries[0].method} cannot be exported to ONNX, "
+                "which has no such attention; torch.export and AOTInductor take it",
+                stacklevel=2,
+            )
         tokens, positions = tokens_of(arguments), arguments.get("position_ids")
         rows = self._rows(tokens, arguments)
         for rotary in self.rotaries:
@@ -229,7 +238,9 @@ class ScoreForward:
         if isinstance(rows, Rows) and isinstance(mask, Tensor) and mask.dim() == 2:
             # Convolutions and states read its last columns as those of the new tokens.
             arguments["attention_mask"] = mask[:, : rows.total]
-        if positions is None and rows.leftpad is not None:
+        if isinstance(rows, PackedRows):
+            arguments |= self._of_packed(module, rows, arguments)
+        elif positions is None and rows.leftpad is not None:
             arguments["position_ids"] = rows.positions
         if not self.needs_mask:
             arguments["attention_mask"] = no_mask(tokens.device)
@@ -265,7 +276,7 @@ class ScoreForward:
                 f"extend: {type(layer).__name__} must be run by its model, got a call of its own"
             )
         attending = seen[0].of(self.heads[layer])
-        if isinstance(attending.rows, PackedRows):
+        if isinstance(attending.rows, PagedRows):
             arguments = attending.rows.for_layer(arguments)
         if isinstance(attending.rows, SharedRows):
             arguments = by_its_name(layer, arguments, attending)
@@ -284,12 +295,31 @@ class ScoreForward:
         if (shared := self.rotaries[0].shared) is not None:
             return SharedRows(shared, shared.positions(tokens))
         cache, mask = cache_of(arguments), arguments.get("attention_mask")
-        if (packed := packed_rows(cache, arguments)) is not None:
-            return packed
+        if (paged := paged_rows(cache, arguments)) is not None:
+            return paged
+        if arguments.get(BOUNDARIES) is not None:
+            return rows_by_boundaries(tokens, arguments)
         past = self._past(cache)
         if isinstance(past, Tensor):
             return static_rows(tokens, past, mask)
         return read_rows(tokens, past, mask, arguments.get("position_ids"))
+
+    def _of_packed(
+        self, module: nn.Module, rows: PackedRows, arguments: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments by which a model's other layers tell packed sequences apart, too."""
+        if self.others_mix:
+            raise ValueError(
+                "extend: packed rows need a model whose tokens meet in its attention alone, got "
+                f"{type(module).__name__}, which has convolutions or states; pad its rows instead"
+            )
+        if cache_of(arguments) is not None:
+            raise ValueError(
+                "extend: packed rows must come without a cache, got one; pad rows to generate"
+            )
+        # transformers makes the masks of packed sequences where it has positions alone.
+        told = {"position_ids": rows.positions, "attention_mask": None}
+        return told | ({"use_cache": False} if "use_cache" in self.argument_names else {})
 
     def _past(self, cache: Any) -> int | Tensor:
         """How many tokens the cache holds; marks it as one of keys at the method's positions.

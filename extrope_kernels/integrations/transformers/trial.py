@@ -189,6 +189,16 @@ def run_on_trial(owner: nn.Module, backwards: bool = False, **options: Tensor) -
     return output
 
 
+def refuse_without_weights(owner: nn.Module, method: str) -> None:
+    """Raise ValueError for a model that cannot be tried out, as it has no weights yet."""
+    embed = getattr(owner, "get_input_embeddings", None)
+    if _device_of(embed() if embed is not None else owner).type == "meta":
+        raise ValueError(
+            f"extend: {type(owner).__name__} must have its weights before {method}, which is tried "
+            "out on four tokens, got parameters on the meta device"
+        )
+
+
 def _device_of(weights: nn.Module) -> Any:
     """Return where a module computes; accelerate keeps weights that it has offloaded on meta."""
     device = next(weights.parameters()).device
@@ -237,6 +247,7 @@ class Layers:
     calls: how each of them calls its attention. mask_name: of its mask, where layers get several.
     unrotated: near layers without a rotation that the sites given have a part in.
     needs_mask: more than the attention of far layers looks at the mask.
+    others_mix: more than attention makes one token of others (convolutions, states).
     around: for rotary embeddings that are a layer's own, that layer.
 
     Raises ValueError where a layer does what the ops do not.
@@ -279,6 +290,7 @@ class Layers:
                 )
             raise unsupported(owner, reason)
         self.needs_mask = self._needs_mask()
+        self.others_mix = mixes(still.output, self._record(still=True, backwards=True).output)
 
     def _try_out(self) -> tuple[Recorder, Recorder]:
         """Run the owner twice; where layers get several masks, find the attention's among them."""
@@ -294,7 +306,7 @@ class Layers:
             raise
 
     def _record(
-        self, recorder: Recorder | None = None, still: bool = False, **options: Tensor
+        self, recorder: Recorder | None = None, still: bool = False, **options: Any
     ) -> Recorder:
         """Run the owner on four tokens; still: all of them at position 0."""
         recorder = recorder or Recorder(self.calls, self.mask_name)
@@ -399,6 +411,16 @@ class Layers:
             self._record(still=True, attention_mask=mask) for mask in (padded, no_mask())
         )
         return not torch.equal(masked.output[0][:, 1:], free.output[0][:, 1:])
+
+
+def mixes(there: Any, back: Any) -> bool:
+    """Say whether tokens meet, by what an owner returns for four of them and, backwards, for the
+    same: with an attention that gives every token its own value, one must be the other backwards.
+    """
+    there, back = (
+        next(iter(x.values())) if isinstance(x, Mapping) else x[0] for x in (there, back)
+    )
+    return not close(there, back.flip(1))
 
 
 def kind_of(layer: nn.Module) -> str:

@@ -37,13 +37,14 @@ from .checks import INPLACE, check_norm, not_differentiable
 from .rotation import cross, join_pairs, resolve, split_pairs, token_positions
 
 # An Autograd kernel sees the positional tensors alone, hence all tensors before the *. axes matters
-# to positions of shape (axes, batch, seqlen) only: others are the same on every axis.
+# to positions of shape (axes, batch, seqlen) only: others are the same on every axis. offset is 0
+# where it is left out; AOTInductor of PyTorch 2.13 cannot leave out an integer that has a default.
 ROPE_TENSORS = (
     "Tensor inv_freq, Tensor? positions=None, Tensor? cu_seqlens=None, Tensor? log_decay=None, "
     "Tensor? axes=None"
 )
 ROPE_OPTIONS = (
-    "float attention_factor=1.0, SymInt offset=0, bool interleaved=False, bool inverse=False, "
+    "float attention_factor=1.0, SymInt? offset=None, bool interleaved=False, bool inverse=False, "
     "float decay_origin=0.0"
 )
 _ROPE_ARGS = f"{ROPE_TENSORS}, *, {ROPE_OPTIONS}"

@@ -1,0 +1,74 @@
+"""Read two documents into caches apart, then attend to both, in either order.
+
+Under `extend(model, ..., cache="raw")` a cache has keys that nothing has rotated yet, so one that
+was filled at positions 0, 1, 2, ... is read behind another as well. Positions are exact. What the
+documents would have seen of each other is not there: above the first layer keys and values are
+made of states of one document alone.
+
+    python examples/reuse_cached_chunks.py [FOLDER | smollm2]
+
+Without an argument the model is a tiny Llama with random weights.
+"""
+
+import copy
+import sys
+
+import torch
+from extend_and_generate import tiny_llama
+from transformers import DynamicCache, PreTrainedModel
+
+from extrope_kernels.evaluation import models
+from extrope_kernels.integrations.transformers import extend
+
+DOCUMENTS = (
+    "Anna keeps the key of the boat house in the blue jar. ",
+    "Boris has painted the boat house green, and its door red. ",
+)
+QUESTION = "Question: Where is the key? Answer: The key is in the"
+
+
+def read(model: PreTrainedModel, ids: torch.Tensor) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    return cache
+
+
+def joined(first: DynamicCache, second: DynamicCache) -> DynamicCache:
+    both = copy.deepcopy(first)  # it stays as it is, for other orders
+    for number, layer in enumerate(second.layers):
+        both.update(layer.keys, layer.values, number)
+    return both
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.manual_seed(0)
+    models.quiet()
+    if len(sys.argv) > 1:
+        files = models.find_model(sys.argv[1])
+        tokenizer, model = models.load_tokenizer(files), models.load_model(files, "float32", "cpu")
+        texts = (*DOCUMENTS, QUESTION)
+        a, b, question = (tokenizer(text, return_tensors="pt").input_ids for text in texts)
+        shown = tokenizer.decode
+    else:
+        model, shown = tiny_llama(), str
+        a, b, question = (torch.randint(1, 128, (1, n)) for n in (20, 13, 7))
+    with extend(model, "dynamic_yarn", cache="raw"):
+        caches = {"first": read(model, a), "second": read(model, b)}
+        for order, ids in ((("first", "second"), (a, b)), (("second", "first"), (b, a))):
+            apart = joined(*(caches[name] for name in order))
+            at_once = read(model, torch.cat(ids, 1))
+            same = torch.equal(apart.layers[0].keys, at_once.layers[0].keys)
+            far = (apart.layers[-1].keys - at_once.layers[-1].keys).norm()
+            far /= at_once.layers[-1].keys.norm()
+            logits = model(question, past_key_values=apart).logits[0, -1]
+            want = model(question, past_key_values=at_once).logits[0, -1]
+            print(f"{' then '.join(order)}: keys of the first layer", "equal" if same else "differ")
+            print(f"    of the last layer {far:.1%} apart from those of a text read at once")
+            print(
+                f"    next token {shown(logits.argmax())!r}, read at once {shown(want.argmax())!r}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Packed rows: several sequences one after another in a row, as trainers pack them.
+
+Positions that start anew say where sequences begin (TRL's packing and padding_free, transformers'
+`DataCollatorWithFlattening`), or boundaries by the name that transformers' flash attention has for
+them. Each sequence attends to itself alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import rope_attention
+
+BOUNDARIES = "cu_seq_lens_q"
+_OF_KEYS = "cu_seq_lens_k"
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """The tokens of one forward of packed rows; it has no cache.
+
+    positions: (batch, new) int64, counted from each sequence's first token.
+    cu_seqlens: (sequences + 1,) int32, the boundaries in all rows one after another. Padding is a
+        sequence, too, as nothing else sees it then.
+    """
+
+    positions: Tensor
+    cu_seqlens: Tensor
+    leftpad: None = None
+
+    def to(self, device: torch.device | str | int) -> PackedRows:
+        return replace(self, cu_seqlens=self.cu_seqlens.to(device))
+
+    def attend(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]
+    ) -> Tensor:
+        if "chunk_size" in call:
+            raise ValueError(
+                "extend: layers with chunks must not be extended for packed rows, got "
+                f"{type(layer).__name__}; extend with layers='full'"
+            )
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        out = rope_attention(*flat, keys_stored=True, cu_seqlens=self.cu_seqlens, **call)
+        return out.unflatten(0, q.shape[:2])
+
+
+def rows_by_positions(given: Tensor, real: Tensor | None) -> PackedRows | None:
+    """Return the rows whose positions start anew with each sequence; None if they are not such.
+
+    given: (batch, new) position_ids. real: (batch, new) bool, False in padding; None without.
+    """
+    begins = given.diff(prepend=given[:, :1]) != 1  # so the first of a row, too
+    if real is not None:
+        changes = real != torch.cat((~real[:, :1], real[:, :-1]), 1)
+        begins = begins & real | changes
+    starts = begins.flatten().nonzero()[:, 0]
+    index = torch.arange(given.numel(), device=given.device)
+    positions = (index - starts[begins.flatten().cumsum(0) - 1]).view(given.shape)
+    wrong = given != positions
+    if (wrong if real is None else wrong & real).any():
+        return None
+    return PackedRows(positions, _with_end(starts, given.numel()))
+
+
+def rows_by_boundaries(tokens: Tensor, arguments: Mapping[str, Any]) -> PackedRows:
+    """Return the rows that boundaries among a model's arguments tell; nothing is read in a graph.
+
+    tokens: (1, new, ...). Tokens past the last boundary are padding.
+    Raises ValueError for several rows, and for boundaries that do not rise, that keys do not share,
+    or that position_ids contradict.
+    """
+    boundaries, of_keys = arguments[BOUNDARIES], arguments.get(_OF_KEYS)
+    if not isinstance(boundaries, Tensor) or boundaries.dim() != 1 or len(tokens) != 1:
+        got = tuple(boundaries.shape) if isinstance(boundaries, Tensor) else type(boundaries)
+        raise ValueError(
+            f"extend: {BOUNDARIES} must be a tensor (sequences + 1,) for tokens in one row, got "
+            f"{got} for {len(tokens)} rows"
+        )
+    if of_keys is not None and of_keys.shape != boundaries.shape:
+        raise ValueError(f"extend: {_OF_KEYS} must be {BOUNDARIES} in packed rows, got another")
+    boundaries, new = boundaries.to(tokens.device), tokens.shape[1]
+    index = torch.arange(new, device=tokens.device)
+    sequence = torch.searchsorted(boundaries, index, right=True) - 1
+    positions = (index - boundaries[sequence])[None]
+    if not torch.compiler.is_compiling():
+        _check(boundaries, positions, arguments.get("position_ids"))
+    return PackedRows(positions, _with_end(boundaries, new))
+
+
+def _check(boundaries: Tensor, positions: Tensor, given: Tensor | None) -> None:
+    """Raise ValueError for boundaries that do not fit; all is read on the host at once."""
+    new = positions.shape[1]
+    rises = (boundaries[0] == 0) & (boundaries.diff() >= 0).all() & (boundaries[-1] <= new)
+    counts = torch.ones_like(rises)
+    if given is not None:
+        padding = torch.arange(new, device=positions.device) >= boundaries[-1]
+        counts = ((given == positions) | padding).all()
+    rises, counts = torch.stack((rises, counts)).tolist()
+    if not rises:
+        raise ValueError(
+            f"extend: {BOUNDARIES} must rise from 0 to the row's {new} tokens at most, "
+            f"got {boundaries.tolist()}"
+        )
+    if not counts:
+        raise ValueError(
+            "extend: position_ids must count 0, 1, 2, ... from each sequence's first token, where "
+            f"{BOUNDARIES} says, got others"
+        )
+
+
+def _with_end(starts: Tensor, tokens: int) -> Tensor:
+    return nn.functional.pad(starts.to(torch.int32), (0, 1), value=tokens)

@@ -1,0 +1,295 @@
+"""An extension on disk: a config that other programs read, and beside it what `extend` was given.
+
+transformers, vLLM and GGUF converters know some frequency methods as `rope_parameters` of a config.
+The others, and score methods, are in extrope.json alone, for `extend_from_saved`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...methods import METHODS
+from ...scores import SCORES
+from .._shared.parameters import bind_method, values_for
+from .find import Override, RotarySite, attribute_of, find_sites, generator_of
+from .frequencies import values_of
+
+_FILE = "extrope.json"
+_ON_OWNER = "_extrope_extensions"
+# What configs call the methods that they can name, and the parameters that they take.
+_TYPES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "rope": ("default", ()),
+    "abf": ("default", ()),
+    "ntk_aware": ("default", ()),
+    "pi": ("linear", ("factor",)),
+    "dynamic_ntk": ("dynamic", ("factor",)),
+    "yarn": (
+        "yarn",
+        (
+            *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+            *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
+        ),
+    ),
+    "llama3": (
+        "llama3",
+        ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    ),
+    "longrope": (
+        "longrope",
+        (
+            *("short_factor", "long_factor", "factor", "original_max_position_embeddings"),
+            "attention_factor",
+        ),
+    ),
+}
+# Whatever else a config says of a rotation (a share of the dims, axes) stays.
+_SCALING = {name for _, names in _TYPES.values() for name in names}
+_SCALING |= {"rope_type", "type", "rope_theta", "alpha", "short_mscale", "long_mscale"}
+# Methods that stretch the trained length by their factor.
+_STRETCHING = ("pi", "ntk_aware", "ntk_by_parts", "ntk_mixed", "yarn", "llama3", "longrope")
+_STRETCHING_SCORES = ("leaky_rerope", "self_extend")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An extension as it is stored.
+
+    parameters: of a frequency method those of the model too, where all kinds of layers share them.
+    length: the tokens that it makes the model reach; None where it sets no end.
+    before: the extension that was in place when it came. No list of them, as torch.export puts
+        copies in the place of a module's lists.
+    """
+
+    method: str
+    parameters: dict[str, Any]
+    layers: str
+    length: int | None = None
+    before: Saved | None = None
+    cache: str | None = None
+
+    def all(self) -> list[Saved]:
+        """Return the extensions that are in place with this one, which is the last."""
+        return [self] if self.before is None else [*self.before.all(), self]
+
+
+def describe(
+    sites: Sequence[RotarySite],
+    method: str,
+    parameters: Mapping[str, Any],
+    layers: str,
+    cache: str | None,
+) -> Saved:
+    """Return an extension as it is stored, before it is in place."""
+    values = [values_of(site, kind) for site in sites for kind in site.layer_types]
+    shared: dict[str, Any] = {}
+    if method not in SCORES:
+        first, *others = (values_for(method, each) for each in values)
+        shared = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+        del shared["dim"]
+    parameters = {
+        name: value.tolist() if isinstance(value, Tensor) else value
+        for name, value in (shared | dict(parameters)).items()
+    }
+    known, before = dict(values[0].values), vars(sites[0].owner).get(_ON_OWNER)
+    if before is not None:
+        known["max_position_embeddings"] = before.length
+    length = _length(method, {**known, **parameters})
+    return Saved(method, parameters, layers, length, before, cache)
+
+
+def _length(method: str, values: Mapping[str, Any]) -> int | None:
+    """values: the model's, and the method's parameters."""
+    factor, longest = values.get("factor"), values.get("max_position_embeddings")
+    if method in SCORES:
+        if method not in _STRETCHING_SCORES or longest is None:
+            return None
+        # As far as the frequencies reach; what is past the window is stretched.
+        return values["window"] + int((longest - values["window"]) * factor)
+    trained = values.get("original_max_position_embeddings")
+    if "seq_len" in values or method == "rope":
+        return values.get("seq_len", trained)
+    if method == "longrope" and factor is None:
+        return longest
+    stretches = method in _STRETCHING and None not in (trained, factor)
+    return int(trained * factor) if stretches else None
+
+
+def saving_overrides(model: nn.Module, sites: Sequence[RotarySite], saved: Saved) -> list[Override]:
+    """Return what an extension leaves on a model for those who save it."""
+    overrides: list[Override] = [(sites[0].owner, _ON_OWNER, saved)]
+    for each in dict.fromkeys((model, generator_of(model))):
+        if hasattr(each, "save_pretrained"):
+            saving = partial(_save_plain, each, saved)
+            overrides.append((each, "save_pretrained", saving))
+    return overrides
+
+
+def _save_plain(
+    model: nn.Module,
+    saved: Saved,
+    save_directory: str | os.PathLike,
+    *args: Any,
+    **options: Any,
+) -> None:
+    """Stand in for `save_pretrained` of an extended model, whose config is the plain model's."""
+    type(model).save_pretrained(model, save_directory, *args, **options)
+    _write(saved.all(), save_directory)
+    warnings.warn(
+        f"extend: config.json in {save_directory} is the plain model's; its extension by "
+        f"{saved.method} is in {_FILE}, which extend_from_saved reads. save_pretrained of "
+        "what extend returned writes a config that other programs read",
+        stacklevel=2,
+    )
+
+
+def save(
+    model: nn.Module, folder: str | os.PathLike, length: int | None, options: Mapping[str, Any]
+) -> None:
+    """Save an extended model: weights, a config, and the extensions that are in place."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"extend: save_pretrained needs a model of transformers, got {type(model).__name__}; "
+            "merge adapters, or save them and the model apart"
+        )
+    extensions = vars(find_sites(model)[0].owner)[_ON_OWNER].all()
+    type(model).save_pretrained(model, folder, **options)  # completes its config, too
+    config = copy.deepcopy(model.config)
+    unknown = [each.method for each in extensions if each.method in SCORES]
+    # The last one replaces the scaling of those before it.
+    for extension in [each for each in extensions if each.method not in SCORES][-1:]:
+        if (named := _named_in_config(model, extension)) is not None:
+            config = named
+        else:
+            unknown.insert(0, extension.method)
+    if length is not None:
+        _set_longest(config.get_text_config(decoder=True), length)
+    config.save_pretrained(folder)
+    _write(extensions, folder)
+    if unknown:
+        warnings.warn(
+            f"extend: a config cannot tell transformers, vLLM and GGUF converters of "
+            f"{' and '.join(unknown)} with these parameters, so config.json in {folder} is without "
+            f"it; extend_from_saved applies it from {_FILE}",
+            stacklevel=3,
+        )
+
+
+def _named_in_config(model: nn.Module, extension: Saved) -> Any:
+    """Return a copy of the model's config that yields an extension's frequencies; None if none can.
+
+    A rotary embedding is built of it, and must have them.
+    """
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config(decoder=True)
+    sites = find_sites(model, extension.layers)
+    if any(type(site.rotary.config) is not type(text) for site in sites):
+        return None
+    for site in sites:
+        for layer_type in site.layer_types:
+            entries = _entries(site, layer_type, extension)
+            if entries is None:
+                return None
+            if layer_type is None:
+                text.rope_parameters = entries
+            else:
+                text.rope_parameters = {**text.rope_parameters, layer_type: entries}
+    if extension.method == "dynamic_ntk":  # by whose type the longest is the trained one
+        text.max_position_embeddings = extension.parameters["max_position_embeddings"]
+    elif extension.length is not None:
+        longest = getattr(text, "max_position_embeddings", None) or 0
+        _set_longest(text, max(extension.length, longest))
+    agree = all(
+        _agrees(site, layer_type, extension, text)
+        for site in sites
+        for layer_type in site.layer_types
+    )
+    return config if agree else None
+
+
+def _entries(site: RotarySite, layer_type: str | None, extension: Saved) -> dict[str, Any] | None:
+    """Return the rope_parameters of one kind of layers; None where no type takes them."""
+    method, given = extension.method, extension.parameters
+    if method not in _TYPES or given.get("resonance") or given.get("ramp", "index") != "index":
+        return None
+    # Read again with a model whose base has changed, a factor of it would come twice.
+    if "seq_len" in given or (method == "ntk_aware" and "base" not in given):
+        return None
+    kind, names = _TYPES[method]
+    signature = inspect.signature(METHODS[method]).parameters
+    values = {name: each.default for name, each in signature.items()}
+    values |= values_for(method, values_of(site, layer_type)) | given
+    base = values["base"]
+    if method == "ntk_aware":
+        dim = site.dim(layer_type)
+        base *= values["factor"] ** (dim / (dim - 2))
+    if method == "longrope" and values["factor"] is None:
+        values["factor"] = (
+            values["max_position_embeddings"] / values["original_max_position_embeddings"]
+        )
+    kept = {k: v for k, v in site.parameters(layer_type).items() if k not in _SCALING}
+    told = {name: values[name] for name in names if values[name] is not None}
+    return {**kept, "rope_type": kind, "rope_theta": base, **told}
+
+
+def _set_longest(text: Any, length: int) -> None:
+    """Write the length that a model reaches; the trained one stays known."""
+    longest = getattr(text, "max_position_embeddings", None)
+    if length == longest:
+        return
+    kinds = text.rope_parameters.values()
+    nested = [each for each in kinds if isinstance(each, Mapping)] or [text.rope_parameters]
+    if not all("original_max_position_embeddings" in each for each in nested):
+        trained = getattr(text, "original_max_position_embeddings", None)
+        text.original_max_position_embeddings = trained or longest
+    text.max_position_embeddings = length
+
+
+def _agrees(site: RotarySite, layer_type: str | None, extension: Saved, text: Any) -> bool:
+    """Say whether transformers makes the same of a config."""
+    function, takes_length = bind_method(
+        "extend", extension.method, extension.parameters, values_of(site, layer_type)
+    )
+    freqs = function(seq_len=1) if takes_length else function()
+    with torch.device("cpu"):
+        fresh = type(site.rotary)(text)
+    own = attribute_of(fresh, layer_type, "inv_freq").float()
+    if (order := site.orders[layer_type]) is not None:
+        own = own[order.argsort()]
+    factor = float(attribute_of(fresh, layer_type, "attention_scaling", 1.0))
+    same = own.shape == freqs.inv_freq.shape and torch.allclose(own, freqs.inv_freq, rtol=1e-5)
+    return same and abs(factor - freqs.attention_factor) <= 1e-6
+
+
+def _write(extensions: Sequence[Saved], folder: str | os.PathLike) -> None:
+    names = ("method", "parameters", "layers", "length", "cache")
+    stored = [{name: getattr(each, name) for name in names} for each in extensions]
+    text = json.dumps({"extensions": stored}, indent=2)
+    Path(folder, _FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read(folder: str | os.PathLike) -> list[Saved]:
+    """Return the extensions that are stored in a folder; raise ValueError where there are none."""
+    path = Path(folder, _FILE)
+    if not path.is_file():
+        raise ValueError(f"extend_from_saved: folder must have a file {_FILE}, got {folder}")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return [Saved(**each) for each in stored["extensions"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"extend_from_saved: {path} must hold what an extension has saved, got {error!r}"
+        ) from None

@@ -1,0 +1,170 @@
+"""What a handle saves: read by plain transformers, and by `extend_from_saved`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from hf_models import SCORE_PARAMETERS, TRAINED, build, freqs_of, logits, tokens, transformers
+from test_transformers_training import with_lora
+
+from extrope_kernels.integrations.transformers import extend, extend_from_saved
+
+IDS = tokens(2, 90)
+FACTORS = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5]
+# Each with the length that it reaches, and max_position_embeddings of the config.
+NAMED = [
+    ("pi", {"factor": 4.0}, 128, 128),
+    ("yarn", {"factor": 4.0, "beta_fast": 16.0}, 128, 128),
+    ("yarn", {"factor": 4.0, "attention_factor": 1.25, "truncate": False}, 128, 128),
+    ("llama3", {"factor": 4.0}, 128, 128),
+    ("longrope", {"short_factor": [1.0] * 8, "long_factor": FACTORS, "factor": 4.0}, 128, 128),
+    ("ntk_aware", {"factor": 4.0}, 128, 128),
+    ("dynamic_ntk", {"factor": 4.0}, None, TRAINED),
+    ("abf", {"base": 1e6}, None, TRAINED),
+    ("rope", {}, TRAINED, TRAINED),
+]
+
+
+def loaded(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def saved(model, folder, *extensions):
+    """The logits of a model with these extensions, all of which are undone after it is saved."""
+    handles = [extend(model, method, **parameters) for method, parameters in extensions]
+    want = logits(model, IDS)
+    handles[-1].save_pretrained(folder)
+    for handle in reversed(handles):
+        handle.restore()
+    return want
+
+
+@pytest.mark.parametrize(("method", "parameters", "length", "longest"), NAMED)
+def test_transformers_reads_what_a_config_can_name(method, parameters, length, longest, tmp_path):
+    model = build("llama").double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        want = saved(model, tmp_path, (method, parameters))
+    plain = loaded(tmp_path)
+    assert plain.config.max_position_embeddings == longest
+    assert model.config.max_position_embeddings == TRAINED
+    assert_same_frequencies(model, plain, method, parameters)
+    torch.testing.assert_close(logits(plain, IDS), want, rtol=1e-4, atol=1e-4)
+    for again in (plain, build("llama").double()):
+        with extend_from_saved(again, tmp_path) as handle:
+            assert handle.length == length
+            assert torch.equal(logits(again, IDS), want)
+
+
+def assert_same_frequencies(model, plain, method, parameters):
+    """transformers' tables are float32, so its logits alone would not tell."""
+    with extend(model, method, **parameters):
+        logits(model, IDS)
+        ours = next(m.forward for m in model.modules() if hasattr(m, "rope_type")).freqs[None]
+    logits(plain, IDS)
+    theirs = freqs_of(plain)
+    torch.testing.assert_close(theirs.inv_freq.float(), ours.inv_freq, rtol=1e-6, atol=0)
+    assert theirs.attention_factor == pytest.approx(ours.attention_factor, rel=1e-6)
+
+
+@pytest.mark.parametrize("layers", ["full", "all"])
+def test_a_model_with_a_rotation_for_each_kind_of_layers(layers, tmp_path):
+    model = build("gemma3_text")
+    with extend(model, "pi", layers=layers, factor=4.0) as handle:
+        want = logits(model, IDS)
+        handle.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded(tmp_path), IDS), want, rtol=1e-3, atol=1e-3)
+    plain = loaded(tmp_path)
+    with extend_from_saved(plain, tmp_path):
+        assert torch.equal(logits(plain, IDS), want)
+
+
+UNNAMED = [
+    ([("rerope", {"window": 7})], "rerope", None, TRAINED),
+    ([("giraffe_power", {"power": 0.1})], "giraffe_power", None, TRAINED),
+    ([("yarn", {"factor": 4.0, "ramp": "rotations"})], "yarn", 128, TRAINED),
+    ([("pi", {"factor": 2.0, "resonance": True})], "pi", 64, TRAINED),
+    (
+        [("yarn", {"factor": 4.0}), ("dual_chunk", SCORE_PARAMETERS["dual_chunk"])],
+        "dual_chunk",
+        None,
+        128,
+    ),
+    (
+        [("yarn", {"factor": 4.0}), ("self_extend", {"window": 8, "factor": 4})],
+        "self_extend",
+        488,
+        128,
+    ),
+]
+
+
+@pytest.mark.parametrize(("extensions", "unnamed", "length", "longest"), UNNAMED)
+def test_what_no_config_can_name_is_stored_beside(extensions, unnamed, length, longest, tmp_path):
+    model = build("llama").double()
+    with pytest.warns(
+        UserWarning, match=f"extend: a config cannot tell .* of {unnamed} with these"
+    ):
+        want = saved(model, tmp_path, *extensions)
+    plain = loaded(tmp_path)
+    assert plain.config.max_position_embeddings == longest
+    assert not torch.allclose(logits(plain, IDS), want, atol=1e-2)
+    before = logits(plain, IDS)
+    handle = extend_from_saved(plain, tmp_path)
+    assert handle.length == length
+    assert torch.equal(logits(plain, IDS), want)
+    handle.restore()
+    assert torch.equal(logits(plain, IDS), before)
+
+
+def test_a_model_saved_by_itself_or_by_a_trainer_keeps_its_extension(tmp_path):
+    model = build("llama")
+    with extend(model, "rerope", window=7):
+        want = logits(model, IDS)
+        with pytest.warns(UserWarning, match="is the plain model's; its extension by rerope is in"):
+            model.save_pretrained(tmp_path / "whole")
+        adapted = with_lora(model)
+    adapted = with_lora(build("llama"))
+    with (
+        extend(adapted, "rerope", window=7),
+        pytest.warns(UserWarning, match="extension by rerope"),
+    ):
+        adapted.save_pretrained(tmp_path / "adapters")
+    for name in ("whole", "adapters"):
+        plain = build("llama")
+        with extend_from_saved(plain, tmp_path / name):
+            assert torch.equal(logits(plain, IDS), want)
+
+
+def test_a_length_of_the_users(tmp_path):
+    model = build("llama")
+    with extend(model, "abf", base=1e6) as handle:
+        handle.save_pretrained(tmp_path, length=4 * TRAINED)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["max_position_embeddings"] == 4 * TRAINED
+    # Who stretches it again begins at what was trained.
+    with extend(loaded(tmp_path), "pi", factor=2.0) as handle:
+        assert handle.length == 2 * TRAINED
+
+
+def test_what_cannot_be_saved_or_read(tmp_path):
+    model = build("llama")
+    handle = extend(model, "yarn", factor=4.0)
+    handle.restore()
+    with pytest.raises(ValueError, match="save_pretrained must come before restore"):
+        handle.save_pretrained(tmp_path)
+    with (
+        extend(with_lora(model), "yarn", factor=4.0) as handle,
+        pytest.raises(TypeError, match="needs a model of transformers, got PeftModel"),
+    ):
+        handle.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"extend_from_saved: folder must have a file extrope\.json"
+    ):
+        extend_from_saved(model, tmp_path)
+    (tmp_path / "extrope.json").write_text('{"extensions": [{"method": "yarn"}]}')
+    with pytest.raises(ValueError, match="must hold what an extension has saved, got TypeError"):
+        extend_from_saved(model, tmp_path)
