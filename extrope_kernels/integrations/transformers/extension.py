@@ -12,6 +12,7 @@ from torch import nn
 from ...scores import SCORES
 from .._shared.parameters import PARAMETERS
 from .context_parallel import RegionGuard, Shared, share
+from .entry import Entry
 from .find import (
     Changes,
     RotarySite,
@@ -117,6 +118,7 @@ def extend(
         changes = frequency_changes(model, sites, method, parameters)
     by_length = method if method not in SCORES and changes.hooks else None
     changes.overrides += batching_overrides(model, by_length)
+    entries = list(map(Entry, owners_of(sites))) if changes.hooks or shared is not None else []
     saved = describe(sites, method, parameters, layers)
     changes.overrides += saving_overrides(model, sites, saved)
     if shared is None:
@@ -124,6 +126,9 @@ def extend(
         changes.hooks[:0] = [(site.owner, guard.before_forward, None) for site in sites]
     else:
         share(model, sites, shared, changes)
+    for entry in entries:
+        changes.overrides.append((entry.module, "forward", entry))
+        changes.hooks.append((entry.module, entry.before_forward, None))
     extension = Extension(model, changes, saved)
     try:
         if method in SCORES or shared is not None:
