@@ -69,11 +69,10 @@ def extend(
     too. A cache holds each key once. Positions count from a row's first token, so batches padded on
     either side, and on the left to generate, give what their rows give alone. So do packed rows:
     position_ids that start anew (TRL's packing and padding_free), or transformers' cu_seq_lens_q;
-    no cache is made of them. Refused are layers
-    whose keys are not all those before a query (indexers, compressed keys), logits that depend on
-    more than distances (a norm with weights after the rotation), tokens with several positions
-    (images), dropout, output_attentions, and xpos but for methods whose positions
-    start anew.
+    no cache is made of them. Refused are layers whose keys are not all those before a query
+    (indexers, compressed keys), logits that depend on more than distances (a norm with weights
+    after the rotation), tokens with several positions (images), dropout, output_attentions, packed
+    rows beside convolutions or states, and xpos but for methods whose positions start anew.
 
     With a mesh every rank runs the model on its own tokens of a sequence, as `distributed.shard`
     cuts it, and all layers attend round the group: logits, losses and gradients are those of one
