@@ -36,7 +36,7 @@ test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The ARM kernels need g++-aarch64-linux-gnu and qemu-user.
-test-all: $(VENV)/extra-test $(VENV)/smollm2 $(OLDER_TRITONS:%=build/triton-%)
+test-all: $(VENV)/extra-test $(VENV)/extra-clients $(VENV)/smollm2 $(OLDER_TRITONS:%=build/triton-%)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "" $(PYTEST_ARGS)
 	$(BIN)/python tests/support/sanitizers/run.py address
 	$(BIN)/python tests/support/sanitizers/run.py thread

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import sys
 
@@ -278,6 +279,18 @@ def test_a_wrapper_extends_the_model_in_it():
     with extend(wrapper, "dynamic_ntk", **parameters):
         for outside in (wrapper, model):
             torch.testing.assert_close(generate(outside, ids, max_new_tokens=6), want)
+
+
+@pytest.mark.parametrize("method", ["dynamic_ntk", "rerope"])
+def test_a_forward_that_is_called_by_itself(method):
+    """As sentence-transformers does: it passes hooks by."""
+    parameters = {"rerope": {"window": 6}, "dynamic_ntk": {"factor": 4.0}}[method]
+    model = build("llama").model
+    with torch.no_grad(), extend(model, method, **parameters):
+        want = [model(IDS[:, :length]).last_hidden_state for length in (40, 20)]
+        got = [model.forward(IDS[:, :length]).last_hidden_state for length in (40, 20)]
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        assert next(iter(inspect.signature(model.forward).parameters)) == "input_ids"
 
 
 class Wrapper(nn.Module):

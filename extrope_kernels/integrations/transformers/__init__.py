@@ -12,6 +12,7 @@ norms: norms before the rotation, left to it.
 saved: an extension on disk.
 
 In a forward:
+entry: calls of a `forward` by itself, sent through the hooks.
 rotation: a `Rotation` in place of cosines and sines, and the wrapped function that rotates by it.
 attend: how layers call their attention, and an `Attending` in the mask's place.
 rows, packed, paged: the rows of a batch, by how their keys are kept.

@@ -14,6 +14,7 @@ from ...scores import SCORES, UNROTATED, Region, Score
 from ...scores.base import FIRST_KEY, SAME
 from .._shared.parameters import PARAMETERS, bind_score
 from .context_parallel import RegionGuard, Shared, share
+from .entry import Entry
 from .find import (
     Changes,
     RotarySite,
@@ -74,11 +75,10 @@ def extend(
     too. A cache holds each key once. Positions count from a row's first token, so batches padded on
     either side, and on the left to generate, give what their rows give alone. So do packed rows:
     position_ids that start anew (TRL's packing and padding_free), or transformers' cu_seq_lens_q;
-    no cache is made of them. Refused are layers
-    whose keys are not all those before a query (indexers, compressed keys), logits that depend on
-    more than distances (a norm with weights after the rotation), tokens with several positions
-    (images), dropout, output_attentions, and xpos but for methods whose positions
-    start anew.
+    no cache is made of them. Refused are layers whose keys are not all those before a query
+    (indexers, compressed keys), logits that depend on more than distances (a norm with weights
+    after the rotation), tokens with several positions (images), dropout, output_attentions, packed
+    rows beside convolutions or states, and xpos but for methods whose positions start anew.
 
     With a mesh every rank runs the model on its own tokens of a sequence, as `distributed.shard`
     cuts it, and all layers attend round the group: logits, losses and gradients are those of one
@@ -131,6 +131,7 @@ def extend(
         changes = frequency_changes(model, sites, method, parameters, cache)
     by_length = method if method not in SCORES and changes.hooks else None
     changes.overrides += batching_overrides(model, by_length)
+    has_hooks = bool(changes.hooks) or shared is not None
     saved = describe(sites, method, parameters, layers, cache)
     changes.overrides += saving_overrides(model, sites, saved)
     if shared is None:
@@ -138,6 +139,8 @@ def extend(
         changes.hooks[:0] = [(site.owner, guard.before_forward, None) for site in sites]
     else:
         share(model, sites, shared, changes)
+    if has_hooks:
+        _let_none_pass_by(sites, changes)
     extension = Extension(model, changes, saved)
     try:
         if method in SCORES or shared is not None:
@@ -152,11 +155,19 @@ def extend(
     return extension
 
 
+def _let_none_pass_by(sites: list[RotarySite], changes: Changes) -> None:
+    """Have calls of a `forward` come through its module's hooks."""
+    for entry in map(Entry, owners_of(sites)):
+        changes.overrides.append((entry.module, "forward", entry))
+        changes.hooks.append((entry.module, entry.before_forward, None))
+
+
 def _with_raw_keys(model: nn.Module, before: Extension, saved: Saved) -> Extension:
     """Let layers rotate queries and all cached keys, by the frequencies of an extension."""
     sites = find_sites(model, saved.layers)
     score = Score(saved.method, (Region(FIRST_KEY, SAME, SAME),), stored=UNROTATED)
     changes = score_changes(model, sites, saved.method, score, None, saved.layers)
+    _let_none_pass_by(sites, changes)
     extension = Extension(model, changes, saved)
     try:
         _rehearse(model, sites, None)

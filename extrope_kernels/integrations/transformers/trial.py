@@ -191,8 +191,8 @@ def run_on_trial(owner: nn.Module, backwards: bool = False, **options: Tensor) -
 
 def refuse_without_weights(owner: nn.Module, method: str) -> None:
     """Raise ValueError for a model that cannot be tried out, as it has no weights yet."""
-    embed = getattr(owner, "get_input_embeddings", None)
-    if _device_of(embed() if embed is not None else owner).type == "meta":
+    offloaded = any(hasattr(module, "_hf_hook") for module in owner.modules())  # by accelerate
+    if not offloaded and all(weight.device.type == "meta" for weight in owner.parameters()):
         raise ValueError(
             f"extend: {type(owner).__name__} must have its weights before {method}, which is tried "
             "out on four tokens, got parameters on the meta device"
