@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...scores import SCORES, UNROTATED, Region, Score
-from ...scores.base import FIRST_KEY, SAME
+from ...scores import FIRST_KEY, SCORES, UNROTATED, PositionMap, Region, Score
 from .._shared.parameters import PARAMETERS, bind_score
 from .context_parallel import RegionGuard, Shared, share
 from .entry import Entry
@@ -165,7 +164,8 @@ def _let_none_pass_by(sites: list[RotarySite], changes: Changes) -> None:
 def _with_raw_keys(model: nn.Module, before: Extension, saved: Saved) -> Extension:
     """Let layers rotate queries and all cached keys, by the frequencies of an extension."""
     sites = find_sites(model, saved.layers)
-    score = Score(saved.method, (Region(FIRST_KEY, SAME, SAME),), stored=UNROTATED)
+    own = PositionMap()
+    score = Score(saved.method, (Region(FIRST_KEY, own, own),), stored=UNROTATED)
     changes = score_changes(model, sites, saved.method, score, None, saved.layers)
     _let_none_pass_by(sites, changes)
     extension = Extension(model, changes, saved)
