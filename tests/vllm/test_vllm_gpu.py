@@ -90,14 +90,17 @@ def make_impl(monkeypatch, kv_cache_dtype):
     return made
 
 
-def builder():
+def builder(score=LEAKY):
+    from test_vllm_settings import config
+
     from extrope_kernels.integrations.vllm.cuda import GraphBuilder
 
-    config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_seqs=8),
+    made = config(
+        {"score": score},
+        scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=16),
     )
-    return GraphBuilder(None, [], config, "cpu")
+    return GraphBuilder(None, [], made, "cpu")
 
 
 def common(lengths, queries, slots=0):

@@ -196,7 +196,6 @@ def of_model(**values):
         (YARN, of_model(runner_type="pooling"), "must be a decoder that generates"),
         (YARN, of_text(rope_parameters=None), "must rotate, got LlamaForCausalLM"),
         (YARN, of_text(rope_parameters=LONGROPE), "a plugin can replace, got longrope"),
-        (YARN, of_text(dual_chunk_attention_config={"a": 1}), "vLLM's dual chunk attention"),
         (
             YARN,
             {"speculative_config": SimpleNamespace(method="eagle")},

@@ -25,6 +25,7 @@ from vllm.v1.attention.backend import (
 
 from ... import RopeFreqs, rope_attention_with_kvcache
 from .engine import Engine, engine_of
+from .lengths import Lengths
 from .settings import CACHES, FP8, NAME
 
 
@@ -69,12 +70,14 @@ class ScoreMetadata:
         that must not write.
     past: (requests,) int32, how many tokens of each are in the cache already.
     block_table: (requests, blocks) int32.
+    query_scale: (tokens or more,) float32 or None, of layers that attend by the score method.
     """
 
     num_actual_tokens: int
     cu_seqlens: Tensor
     past: Tensor
     block_table: Tensor
+    query_scale: Tensor | None = None
 
 
 class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
@@ -84,11 +87,11 @@ class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # Buffers for good: a graph reads them anew at every replay.
         requests = vllm_config.scheduler_config.max_num_seqs
         graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        self._past = torch.zeros(max(requests, graphs), dtype=torch.int32, device=device)
-        self._cu_seqlens = torch.zeros(len(self._past) + 1, dtype=torch.int32, device=device)
+        tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, graphs)
+        engine = score_engine(vllm_config)
+        self._lengths = Lengths(engine, max(requests, graphs), tokens, device)
 
     def build(
         self,
@@ -102,15 +105,19 @@ class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
             raise ValueError(f"{NAME}: attention must be causal for a score method")
         starts = common.query_start_loc
         requests = starts.shape[0] - 1
-        if requests > self._past.shape[0]:
-            self._past = self._past.new_zeros(requests)
-            self._cu_seqlens = self._past.new_zeros(requests + 1)
-        past = torch.sub(common.seq_lens, starts.diff(), out=self._past[:requests])
+        lengths = self._lengths
+        lengths.update(starts, common.seq_lens, common.num_actual_tokens)
         # vLLM's dummy runs, which capture graphs or keep an idle rank in step, have pages that may
         # be a request's, but no slot: without new tokens nothing is written.
         any_slot = (common.slot_mapping >= 0).any()
-        cu_seqlens = torch.mul(starts, any_slot, out=self._cu_seqlens[: requests + 1])
-        return ScoreMetadata(common.num_actual_tokens, cu_seqlens, past, common.block_table_tensor)
+        cu_seqlens = torch.mul(starts, any_slot, out=lengths.cu_seqlens[: requests + 1])
+        return ScoreMetadata(
+            common.num_actual_tokens,
+            cu_seqlens,
+            lengths.past[:requests],
+            common.block_table_tensor,
+            lengths.query_scale,
+        )
 
 
 def refuse_derived(builder: type, ours: type) -> None:
@@ -200,6 +207,7 @@ class ScoreImpl(AttentionImpl):
         if attn_metadata is None:  # a run to measure memory
             return output.fill_(0)
         k_cache, v_cache = self._pages(kv_cache)
+        query_scale = attn_metadata.query_scale if self.score is not None else None
         found = rope_attention_with_kvcache(
             query,
             k_cache,
@@ -211,6 +219,7 @@ class ScoreImpl(AttentionImpl):
             v=value,
             block_table=attn_metadata.block_table,
             cu_seqlens_q=attn_metadata.cu_seqlens,
+            query_scale=None if query_scale is None else query_scale[: len(query)],
             **self.options,
         )
         return output.copy_(found)

@@ -9,8 +9,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from .._shared.parameters import SPARSE
+from .dual_chunks import take_over
 from .engine import engine_of, make_engine
-from .settings import NAME, describe, read_settings
+from .settings import NAME, describe, read_entry, read_settings
 
 LOGGER = logging.getLogger(f"vllm.{NAME}")  # below vLLM's own, for its level and its handler
 _BACKENDS = {
@@ -135,6 +137,8 @@ def check_configurations() -> None:
         if getattr(config.model_config, "is_submodel_config", False):
             return complete()
         forget_shared_layers()
+        if read_entry(config.additional_config) is not None and take_over(config):
+            LOGGER.warning("%s: %s", NAME, SPARSE)
         choose_backend(config)
         complete()
         if config.model_config is not None:

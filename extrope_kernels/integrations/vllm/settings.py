@@ -13,7 +13,7 @@ from typing import Any
 
 from ...methods import METHODS
 from ...scores import SCORES, Score
-from .._shared.parameters import bind_score, check_names
+from .._shared.parameters import bind_score, check_names, scale_from
 
 NAME = "extrope"  # of the entry in additional_config; and what errors begin with
 # Without those by axes, whose positions are those of images.
@@ -57,12 +57,19 @@ class Settings:
 
     method: a frequency method, None for the model's own frequencies; parameters: the user's.
     score, log_n: of a score method, None for attention as it is.
+    scale_from: the length from which the logits of a score method grow (`query_scale.qwen_1m`).
     """
 
     method: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     score: Score | None = None
     log_n: float | None = None
+    scale_from: int | None = None
+
+
+def read_entry(additional_config: Any) -> Any:
+    """Return what an engine's additional_config has under our name; None where it has nothing."""
+    return additional_config.get(NAME) if isinstance(additional_config, Mapping) else None
 
 
 def read_settings(additional_config: Any) -> Settings | None:
@@ -70,7 +77,7 @@ def read_settings(additional_config: Any) -> Settings | None:
 
     Raises ValueError or TypeError for what no model can be served by.
     """
-    entry = additional_config.get(NAME) if isinstance(additional_config, Mapping) else None
+    entry = read_entry(additional_config)
     if entry is None:
         return None
     asked = isinstance(entry, Mapping) and (entry.get("method"), entry.get("score"))
@@ -101,16 +108,17 @@ def describe(additional_config: Mapping[str, Any]) -> str:
     )
 
 
-def _read_score(entry: Any) -> tuple[Score | None, float | None]:
+def _read_score(entry: Any) -> tuple[Score | None, float | None, int | None]:
     if entry is None:
-        return None, None
+        return None, None, None
     if not isinstance(entry, Mapping) or entry.get("method") not in tuple(SCORES):
         got = entry.get("method") if isinstance(entry, Mapping) else entry
         raise ValueError(
             f"{NAME}: score must have a method, one of {', '.join(SCORES)}, got {got!r}"
         )
     parameters = dict(entry)
-    return bind_score(NAME, parameters.pop("method"), parameters)
+    score, log_n = bind_score(NAME, parameters.pop("method"), parameters)
+    return score, log_n, scale_from(NAME, parameters)
 
 
 def check_config(settings: Settings, config: Any) -> None:
@@ -149,11 +157,6 @@ def _for_all(config: Any) -> list[tuple[Any, str]]:
             drafter is not None and drafter not in _DRAFTERS,
             f"drafts must come without a model (ngram, suffix), got {drafter}: its rotary layers "
             "would be extended too",
-        ),
-        (
-            getattr(text, "dual_chunk_attention_config", None),
-            "the model must not have vLLM's dual chunk attention; "
-            'choose {"score": {"method": "dual_chunk", ...}}',
         ),
     ]
 
