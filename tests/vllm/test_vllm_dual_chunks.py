@@ -67,16 +67,14 @@ def test_the_temperature_is_that_of_each_querys_position():
     """Chunks and steps of several requests, padding, buffers for good; against the formula."""
     from extrope_kernels.integrations.vllm.lengths import Lengths
 
-    engine = make_engine(
-        config({"score": DUAL | {"chunk_size": 96, "local_window": 32, TRAINED: 40}})
-    )
-    lengths = Lengths(engine, 4, 64, "cpu")
-    before = lengths.query_scale.data_ptr()
+    lengths, pointers = Lengths({}, 40, 4, 64, "cpu"), set()
     for queries, totals in (([1, 1, 40, 0], [5, 60, 90, 0]), ([7, 3], [7, 1000])):
         starts = torch.tensor([0, *queries]).cumsum(0).int()
-        lengths.update(starts, torch.tensor(totals, dtype=torch.int32), sum(queries))
+        lengths.update(starts, torch.tensor(totals, dtype=torch.int32))
         ends = [range(n - q + 1, n + 1) for q, n in zip(queries, totals, strict=True)]
         n = torch.tensor([n for each in ends for n in each]).double()
         want = (0.1 * (n / 40).log() + 1).clamp(min=1) ** 2
-        torch.testing.assert_close(lengths.query_scale[: len(n)].double(), want, atol=0, rtol=1e-7)
-    assert lengths.query_scale.data_ptr() == before
+        scale = lengths.query_scale(None, True, len(n))
+        torch.testing.assert_close(scale.double(), want, atol=0, rtol=1e-7)
+        pointers.add(scale.data_ptr())
+    assert len(pointers) == 1 and lengths.query_scale(None, False, 1) is None

@@ -147,7 +147,7 @@ def test_made_in_whatever_default_dtype():
 def test_kinds_of_layers():
     types = ["sliding_attention", "full_attention"]
     engine = make_engine(config(YARN, {"rope_parameters": TWO_BASES, "layer_types": types}))
-    sliding, full = engine.of_layer(0), engine.of_layer(1)
+    sliding, full = (engine.kinds[engine.kind_of(i)] for i in (0, 1))
     assert not sliding.extended and full.extended
     assert torch.equal(sliding.freqs.inv_freq, methods.rope(32, base=1e4).inv_freq)
     assert engine.of_rotary(1e4, 32) is sliding and engine.of_rotary(1e6, 32) is full

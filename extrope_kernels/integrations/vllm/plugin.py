@@ -12,7 +12,7 @@ from typing import Any
 from .._shared.parameters import SPARSE
 from .dual_chunks import take_over
 from .engine import engine_of, make_engine
-from .settings import NAME, describe, read_entry, read_settings
+from .settings import NAME, OURS, describe, read_entry, read_settings
 
 LOGGER = logging.getLogger(f"vllm.{NAME}")  # below vLLM's own, for its level and its handler
 _BACKENDS = {
@@ -92,7 +92,7 @@ def register_backends() -> None:
 
 
 def choose_backend(config: Any) -> None:
-    """Name the attention of a score method where vLLM lets it be named.
+    """Name our attention where vLLM lets it be named.
 
     Raises ValueError where that would not be ours: queries and keys would not be rotated at all.
     """
@@ -100,20 +100,19 @@ def choose_backend(config: Any) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     settings = read_settings(config.additional_config)
-    if settings is None or settings.score is None:
+    if settings is None or not settings.attends:
         return
     if current_platform.is_cpu():
         _check_is_ours(AttentionBackendEnum.CPU_ATTN)  # the only one there
         return
     if not current_platform.is_cuda():
         raise ValueError(
-            f"{NAME}: a score method must run on CPUs or NVIDIA GPUs, "
-            f"got {current_platform.device_name}"
+            f"{NAME}: {OURS} must run on CPUs or NVIDIA GPUs, got {current_platform.device_name}"
         )
     attention = config.attention_config
     if attention.backend not in (None, AttentionBackendEnum.CUSTOM) or attention.backend_per_kind:
         raise ValueError(
-            f"{NAME}: the attention backend must be left to the plugin for a score method, "
+            f"{NAME}: the attention backend must be left to the plugin for {OURS}, "
             f"got {attention.backend or attention.backend_per_kind}"
         )
     _check_is_ours(AttentionBackendEnum.CUSTOM)
@@ -124,7 +123,7 @@ def _check_is_ours(backend: Any) -> None:
     ours, found = _BACKENDS[backend.name], backend.get_path()
     if found != ours:
         raise ValueError(
-            f"{NAME}: vLLM's attention backend {backend.name} must be {ours} for a score method, "
+            f"{NAME}: vLLM's attention backend {backend.name} must be {ours} for {OURS}, "
             f"got {found} of another plugin"
         )
 

@@ -18,6 +18,7 @@ from .._shared.parameters import bind_score, check_names, scale_from
 NAME = "extrope"  # of the entry in additional_config; and what errors begin with
 # Without those by axes, whose positions are those of images.
 _METHODS = [name for name in METHODS if "axes" not in inspect.signature(METHODS[name]).parameters]
+OURS = "a score method or a raw cache"  # what our attention is for, in errors
 # Values by which configurations say that some layers do not rotate.
 _NOT_ALL_ROTATE = (
     "layer_rope_theta",
@@ -37,12 +38,11 @@ _UNFIT = {
             *("granitemoe", "granitemoehybrid", "llama4", "llama4_text", "muse_glimmer"),
             *("olmo_hybrid", "step3p5", "zamba2"),
         ),
-        "all layers must rotate for a score method, got a model in which some may not",
+        f"all layers must rotate for {OURS}, got a model in which some may not",
     ),
     **dict.fromkeys(
         ("dory", "hunyuan_v1_dense", "hunyuan_v1_moe"),
-        "queries and keys must not be normed after the rotation for a score method, got a model "
-        "that does",
+        f"queries and keys must not be normed after the rotation for {OURS}, got a model that does",
     ),
 }
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn caches
@@ -58,6 +58,7 @@ class Settings:
     method: a frequency method, None for the model's own frequencies; parameters: the user's.
     score, log_n: of a score method, None for attention as it is.
     scale_from: the length from which the logits of a score method grow (`query_scale.qwen_1m`).
+    raw: keys are cached unrotated, and rotated at every forward.
     """
 
     method: str | None = None
@@ -65,6 +66,12 @@ class Settings:
     score: Score | None = None
     log_n: float | None = None
     scale_from: int | None = None
+    raw: bool = False
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention is ours, not vLLM's; then it rotates, too."""
+        return self.raw or self.score is not None
 
 
 def read_entry(additional_config: Any) -> Any:
@@ -88,24 +95,28 @@ def read_settings(additional_config: Any) -> Settings | None:
         )
     parameters = dict(entry)
     method, score = parameters.pop("method", None), parameters.pop("score", None)
+    if (cache := parameters.pop("cache", None)) not in (None, "raw"):
+        raise ValueError(f"{NAME}: cache must be 'raw' or left out, got {cache!r}")
     if method is None and parameters:
         raise ValueError(f"{NAME}: {next(iter(parameters))} must come with a method, got none")
     if method is not None:
         if method not in _METHODS:
             raise ValueError(f"{NAME}: method must be one of {', '.join(_METHODS)}, got {method!r}")
         check_names(NAME, method, parameters, None)
-    return Settings(method, parameters, *_read_score(score))
+    return Settings(method, parameters, *_read_score(score), cache is not None)
 
 
 def describe(additional_config: Mapping[str, Any]) -> str:
     """Return an engine's methods in words: `rerope window=2048 over yarn factor=4.0`."""
     entry = dict(additional_config[NAME])
+    cache = entry.pop("cache", None)
     said = [dict(each) for each in (entry.pop("score", None), entry) if each]
-    return " over ".join(
+    methods = " over ".join(
         " ".join([each.pop("method"), *(f"{name}={value}" for name, value in each.items())])
         for each in said
         if each.get("method")
     )
+    return methods if cache is None else f"{methods}, keys cached {cache}"
 
 
 def _read_score(entry: Any) -> tuple[Score | None, float | None, int | None]:
@@ -123,7 +134,7 @@ def _read_score(entry: Any) -> tuple[Score | None, float | None, int | None]:
 
 def check_config(settings: Settings, config: Any) -> None:
     """Raise ValueError for an engine, a VllmConfig, that the methods cannot be right in."""
-    for wrong, reason in (*_for_all(config), *_for_scores(settings, config)):
+    for wrong, reason in (*_for_all(config), *_for_attention(settings, config)):
         if wrong:
             raise ValueError(f"{NAME}: {reason}")
 
@@ -161,8 +172,8 @@ def _for_all(config: Any) -> list[tuple[Any, str]]:
     ]
 
 
-def _for_scores(settings: Settings, config: Any) -> list[tuple[Any, str]]:
-    if settings.score is None:
+def _for_attention(settings: Settings, config: Any) -> list[tuple[Any, str]]:
+    if not settings.attends:
         return []
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     text = model.hf_text_config
@@ -172,24 +183,22 @@ def _for_scores(settings: Settings, config: Any) -> list[tuple[Any, str]]:
     return [
         (
             model.uses_mrope,
-            "tokens must have one position for a score method, got a model with several each "
-            "(mRoPE)",
+            f"tokens must have one position for {OURS}, got a model with several each (mRoPE)",
         ),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-            "context parallelism must be off for a score method, whose ranks would hold parts "
-            "of a sequence's keys",
+            f"context parallelism must be off for {OURS}, whose ranks would hold parts of a "
+            "sequence's keys",
         ),
         (
             cache.cache_dtype not in ("auto", _name_of(model.dtype), *FP8),
-            f"kv_cache_dtype must be auto or fp8 for a score method, got {cache.cache_dtype}",
+            f"kv_cache_dtype must be auto or fp8 for {OURS}, got {cache.cache_dtype}",
         ),
         (shared, "layers that reuse other layers' keys (KV sharing) are not supported"),
-        (bidirectional, "a score method must be causal, got a model whose tokens see later ones"),
+        (bidirectional, f"{OURS} must be causal, got a model whose tokens see later ones"),
         (
             partly,
-            "all layers must rotate for a score method, got a configuration with "
-            + ", ".join(partly),
+            f"all layers must rotate for {OURS}, got a configuration with " + ", ".join(partly),
         ),
         (text.model_type in _UNFIT, f"{_UNFIT.get(text.model_type)} ({text.model_type})"),
     ]
