@@ -6,6 +6,7 @@ import os
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from extrope_kernels.integrations.transformers import extend
@@ -14,7 +15,6 @@ from extrope_kernels.integrations.transformers import extend
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -148,7 +148,9 @@ def engine(folder: Any, extrope: dict[str, Any] | None, **options: Any):
     }
     if extrope is not None:
         options["additional_config"] = {"extrope": extrope}
-    llm = LLM(str(folder), **settings | options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1" if extrope is None else "0")
+        llm = LLM(str(folder), **settings | options)
     try:
         yield llm
     finally:

@@ -168,7 +168,8 @@ def check_names(
         if parameter.default is parameter.empty and name not in {"seq_len", *given, *others}
     ]
     if missing:
-        raise ValueError(f"{op}: {method} needs {' and '.join(missing)}, which is missing")
+        are = "is" if len(missing) == 1 else "are"
+        raise ValueError(f"{op}: {method} needs {' and '.join(missing)}, which {are} missing")
 
 
 def _check_dim(op: str, method: str, freqs: RopeFreqs, dim: int) -> None:

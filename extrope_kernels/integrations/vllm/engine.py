@@ -19,7 +19,7 @@ from ... import RopeFreqs
 from ...methods import from_hf_config
 from .._shared.parameters import ModelValues, bind_method, is_bounded, values_in
 from .lengths import ByLength, by_length
-from .settings import NAME, Settings, check_config, read_settings
+from .settings import NAME, Settings, check_config, in_our_name, read_settings, rotations
 
 _TRAINED = "original_max_position_embeddings"
 # By the id of a VllmConfig: vLLM copies one field by field, and an attribute more would end that.
@@ -121,11 +121,8 @@ def _on_the_cpu():
 def _kinds(
     settings: Settings, text: Any, length: int, dtype: torch.dtype
 ) -> dict[str | None, Rotated]:
-    nested = {
-        name: value for name, value in text.rope_parameters.items() if isinstance(value, Mapping)
-    }
     kinds: dict[str | None, Rotated] = {}
-    for kind, parameters in (nested or {None: text.rope_parameters}).items():
+    for kind, parameters in rotations(text):
         extended = kind is None or not is_bounded(kind)
         _check_type(parameters)
         freqs, following = from_hf_config(text, length, layer_type=kind), None
@@ -142,7 +139,8 @@ def _by_method(
     still = int((own.inv_freq == 0).sum())
     dim = 2 * own.inv_freq.shape[-1]
     model = ModelValues(values_in(text, parameters, dim), still)
-    function, takes_length = bind_method(NAME, settings.method, settings.parameters, model)
+    with in_our_name():
+        function, takes_length = bind_method(NAME, settings.method, settings.parameters, model)
     if not takes_length:
         return function(), None
     if not settings.raw:

@@ -7,7 +7,8 @@ at by the names of their values.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +101,9 @@ def read_settings(additional_config: Any) -> Settings | None:
     if method is None and parameters:
         raise ValueError(f"{NAME}: {next(iter(parameters))} must come with a method, got none")
     if method is not None:
+        if method in tuple(SCORES):
+            entry = {"score": {"method": method, **parameters}}
+            raise ValueError(f"{NAME}: {method} is a score method and must come as {entry}")
         if method not in _METHODS:
             raise ValueError(f"{NAME}: method must be one of {', '.join(_METHODS)}, got {method!r}")
         check_names(NAME, method, parameters, None)
@@ -128,8 +132,26 @@ def _read_score(entry: Any) -> tuple[Score | None, float | None, int | None]:
             f"{NAME}: score must have a method, one of {', '.join(SCORES)}, got {got!r}"
         )
     parameters = dict(entry)
-    score, log_n = bind_score(NAME, parameters.pop("method"), parameters)
+    with in_our_name():
+        score, log_n = bind_score(NAME, parameters.pop("method"), parameters)
     return score, log_n, scale_from(NAME, parameters)
+
+
+@contextmanager
+def in_our_name() -> Iterator[None]:
+    """Have errors of methods begin as all of the plugin's do."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if str(error).startswith(f"{NAME}: "):
+            raise
+        raise type(error)(f"{NAME}: {error}") from error
+
+
+def rotations(text: Any) -> list[tuple[str | None, Mapping[str, Any]]]:
+    """Return a model's rope_parameters by the kinds of its layers, None where it has one kind."""
+    kinds = [(k, v) for k, v in text.rope_parameters.items() if isinstance(v, Mapping)]
+    return kinds or [(None, text.rope_parameters)]
 
 
 def check_config(settings: Settings, config: Any) -> None:
@@ -196,6 +218,12 @@ def _for_attention(settings: Settings, config: Any) -> list[tuple[Any, str]]:
         ),
         (shared, "layers that reuse other layers' keys (KV sharing) are not supported"),
         (bidirectional, f"{OURS} must be causal, got a model whose tokens see later ones"),
+        (
+            # vLLM's, of all layers at once; where only some have one it is theirs.
+            settings.score and getattr(cache, "sliding_window", None),
+            "some layers must have no sliding window for a score method, got a model all of whose "
+            "layers have one",
+        ),
         (
             partly,
             f"all layers must rotate for {OURS}, got a configuration with " + ", ".join(partly),
