@@ -157,10 +157,13 @@ def engine(folder: Any, extrope: dict[str, Any] | None, **options: Any):
         llm.llm_engine.engine_core.shutdown()
 
 
-def generated(llm: Any, prompts: list[list[int]] = PROMPTS, logprobs: bool = True) -> list[Written]:
+def generated(
+    llm: Any, prompts: list[list[int]] = PROMPTS, logprobs: bool = True, **options: Any
+) -> list[Written]:
     """What an engine makes of prompts, all at once.
 
     logprobs: those of the prompts, too, for which vLLM computes all of a prompt anew.
+    options: of vLLM's `generate`.
     """
     from vllm import SamplingParams
 
@@ -172,7 +175,8 @@ def generated(llm: Any, prompts: list[list[int]] = PROMPTS, logprobs: bool = Tru
         logprobs=0,
         prompt_logprobs=0 if logprobs else None,
     )
-    outs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    ids = [{"prompt_token_ids": p} for p in prompts]
+    outs = llm.generate(ids, params, use_tqdm=False, **options)
     found = []
     for prompt, out in zip(prompts, outs, strict=True):
         new = out.outputs[0]
