@@ -32,8 +32,8 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 _OWN_DEFAULTS = {"abf": {"base"}, "dynamic_yarn": {"max_position_embeddings"}}
 DUAL_CHUNKS = "dual_chunk_attention_config"  # of a transformers configuration
 SPARSE = (
-    "a model with dual_chunk_attention_config is attended to densely: each query sees all keys, "
-    "and the sparse part (vertical and slash lines) is left out"
+    f"of {DUAL_CHUNKS} the sparse part (vertical and slash lines) is left out: "
+    "each query sees all keys"
 )
 # In the names that configurations give to kinds of layers: those that see a bounded number of keys.
 _BOUNDED = ("sliding", "chunked", "local")

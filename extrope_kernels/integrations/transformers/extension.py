@@ -91,7 +91,9 @@ def extend(
     parameters: the method's parameters; with resonance=True the wavelengths of a frequency method
         are rounded to whole tokens (`methods.resonance`). Of the model's configuration come dim,
         base (its rope_theta; `abf` has its own), original_max_position_embeddings
-        (max_position_embeddings where there is none) and max_position_embeddings, unless given.
+        (max_position_embeddings where there is none) and max_position_embeddings, unless given;
+        for dual_chunk what a dual_chunk_attention_config says (Qwen2.5-1M), the scale of logits
+        from original_max_position_embeddings on (`query_scale.qwen_1m`) included.
 
     Returns a handle whose `restore()` undoes everything; it is a context manager, too.
     Raises ValueError for an unknown method, a model that cannot be extended, a missing or

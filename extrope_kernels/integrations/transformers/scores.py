@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ... import RopeFreqs
 from ...scores import UNROTATED, Score
-from .._shared.parameters import bind_score
+from .._shared.parameters import DUAL_CHUNKS, SPARSE, bind_score, scale_from, score_values_in
 from .attend import Attending, exchange, register_attention
 from .context_parallel import SharedRows, by_its_name
 from .find import (
@@ -50,12 +51,17 @@ def score_changes(
     layers: str,
 ) -> Changes:
     """Return what a score method changes; nothing is changed yet."""
+    config = sites[0].rotary.config
+    if method == "dual_chunk" and getattr(config, DUAL_CHUNKS, None):
+        warnings.warn(f"extend: {SPARSE}", stacklevel=3)
+        parameters = score_values_in(config, method) | dict(parameters)
     score, log_n = bind_score("extend", method, parameters)
+    trained = scale_from("extend", parameters)
     owner = _owner(model, sites)
     freqs = [_freqs_in_force(site, method, score) for site in sites]
     found = Layers(model, owner, sites, layers)
     rotaries = [
-        ScoreRotary(site, each, method, score, log_n, found.around.get(site.rotary))
+        ScoreRotary(site, each, method, score, log_n, trained, found.around.get(site.rotary))
         for site, each in zip(sites, freqs, strict=True)
         if found.around.get(site.rotary) not in found.near
     ]
@@ -143,12 +149,14 @@ class ScoreRotary(Rotary):
         method: str,
         score: Score,
         log_n: float | None,
+        scale_from: int | None,
         layer: nn.Module | None,
     ) -> None:
         super().__init__(site, freqs, method)
         self.layer = layer
         self.score = score
         self.log_n = log_n
+        self.scale_from = scale_from
         self.key = uuid.uuid4().hex
 
     @property
@@ -185,7 +193,8 @@ class ScoreRotary(Rotary):
         if self.score.stored != UNROTATED:
             positions = self.score.stored(self.rows.positions).to(device)
         raw_queries = self.fused is not None
-        return Attending(self.score, self.log_n, freqs, rows, positions, raw_queries)
+        scales = (self.log_n, self.scale_from)
+        return Attending(self.score, *scales, freqs, rows, positions, raw_queries)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies in another process need the attention's name."""
