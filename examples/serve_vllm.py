@@ -52,7 +52,6 @@ def serving(model: str, length: int, extrope: dict) -> Iterator[str]:
     ]
     env = {
         "HF_HUB_OFFLINE": "1",
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # longer than the configuration's
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",

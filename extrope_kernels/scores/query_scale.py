@@ -69,6 +69,28 @@ def ministral3(
     return (1 + beta * torch.log(1 + steps)).float()
 
 
+def qwen_1m(positions: Tensor, original_max_position_embeddings: int) -> Tensor:
+    """Qwen's models of 1M tokens: max(1, 0.1 * ln((p + 1) / trained length) + 1) ** 2.
+
+    Their authors' code multiplies keys by the root of it, for the length that the sequence had when
+    they came, and the softmax's scale by the root for the present length; all of a prompt has the
+    prompt's length in both. Here both are the length at the query, its position + 1: a token does
+    not depend on what comes after it, so cached prefixes hold and a prompt may be cut anywhere. The
+    last token of a prompt gets the authors' factor.
+
+    positions: absolute positions of queries, integers or floats.
+    original_max_position_embeddings: the trained length in tokens.
+
+    Returns: float32, like positions, computed in float64 and rounded once.
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+    Paper: https://arxiv.org/abs/2501.15383 ; code: dual_chunk_flash_attn.py of vLLM 0.9
+    """
+    name = "original_max_position_embeddings"
+    length = check_length("qwen_1m", name, original_max_position_embeddings)
+    ratio = (_checked("qwen_1m", positions).double() + 1.0) / length
+    return (0.1 * torch.log(ratio.clamp(min=1.0)) + 1.0).square().float()
+
+
 def _checked(function: str, positions: Tensor) -> Tensor:
     if not isinstance(positions, Tensor):
         kind = type(positions).__name__

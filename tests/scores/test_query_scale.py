@@ -72,6 +72,17 @@ def test_ministral3_has_the_bits_of_transformers(model, length, beta):
     assert torch.equal(scale, expected.view_as(scale))
 
 
+@pytest.mark.parametrize("length", [1, 8, 8192])
+def test_qwen_1m(length):
+    """Once on keys and once on the scale of the softmax, as vLLM 0.9 had it."""
+    scale = query_scale.qwen_1m(POSITIONS, length)
+    n = [p + 1 for p in POSITIONS.tolist()]
+    expected = [max(1.0, 0.1 * math.log(each / length) + 1.0) ** 2 for each in n]
+    assert scale.dtype == torch.float32
+    torch.testing.assert_close(scale.double(), torch.tensor(expected).double(), rtol=1e-7, atol=0)
+    assert (scale[length >= POSITIONS + 1] == 1).all()
+
+
 def test_log_n_is_what_attention_means_by_it():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 40, 2, 16)
@@ -84,6 +95,7 @@ CALLS = {
     "log_n": {"positions": POSITIONS, "length": 64},
     "llama4": {"positions": POSITIONS, "floor_scale": 64.0, "attn_scale": 0.1},
     "ministral3": {"positions": POSITIONS, "original_max_position_embeddings": 64, "beta": 0.1},
+    "qwen_1m": {"positions": POSITIONS, "original_max_position_embeddings": 64},
 }
 
 
@@ -106,6 +118,12 @@ ERRORS = [
         {"original_max_position_embeddings": 0},
         ValueError,
         "ministral3: original_max_position_embeddings must be > 0",
+    ),
+    (
+        "qwen_1m",
+        {"original_max_position_embeddings": 1.5},
+        ValueError,
+        "qwen_1m: original_max_position_embeddings must be a whole number of tokens, got 1.5",
     ),
     ("ministral3", {"beta": None}, TypeError, "ministral3: beta must be a number, got None"),
 ]

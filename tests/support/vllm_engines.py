@@ -6,6 +6,7 @@ import os
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from extrope_kernels.integrations.transformers import extend
@@ -14,7 +15,6 @@ from extrope_kernels.integrations.transformers import extend
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -148,17 +148,22 @@ def engine(folder: Any, extrope: dict[str, Any] | None, **options: Any):
     }
     if extrope is not None:
         options["additional_config"] = {"extrope": extrope}
-    llm = LLM(str(folder), **settings | options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1" if extrope is None else "0")
+        llm = LLM(str(folder), **settings | options)
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
 
 
-def generated(llm: Any, prompts: list[list[int]] = PROMPTS, logprobs: bool = True) -> list[Written]:
+def generated(
+    llm: Any, prompts: list[list[int]] = PROMPTS, logprobs: bool = True, **options: Any
+) -> list[Written]:
     """What an engine makes of prompts, all at once.
 
     logprobs: those of the prompts, too, for which vLLM computes all of a prompt anew.
+    options: of vLLM's `generate`.
     """
     from vllm import SamplingParams
 
@@ -170,7 +175,8 @@ def generated(llm: Any, prompts: list[list[int]] = PROMPTS, logprobs: bool = Tru
         logprobs=0,
         prompt_logprobs=0 if logprobs else None,
     )
-    outs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    ids = [{"prompt_token_ids": p} for p in prompts]
+    outs = llm.generate(ids, params, use_tqdm=False, **options)
     found = []
     for prompt, out in zip(prompts, outs, strict=True):
         new = out.outputs[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -133,11 +134,12 @@ def test_engines_in_turn_have_their_own_methods_and_say_so(llama, monkeypatch):
     ):
         with engine(folder, extrope) as llm:
             assert tokens_of(generated(llm)) == tokens_of(expected(model, methods))
+    numbers = f"(trained length {TRAINED}, base 10000, max_model_len {LENGTH})"
     assert said == [
-        "extrope: yarn factor=4.0",
-        "extrope: rerope window=64",
-        "extrope: yarn factor=4.0",
-        "extrope: leaky_rerope window=64 factor=4.0 over yarn factor=4.0",
+        f"extrope: yarn factor=4.0 {numbers}",
+        f"extrope: rerope window=64 {numbers}",
+        f"extrope: yarn factor=4.0 {numbers}",
+        f"extrope: leaky_rerope window=64 factor=4.0 over yarn factor=4.0 {numbers}",
     ]
 
 
@@ -262,6 +264,46 @@ def test_preemption(llama, monkeypatch):
         got = generated(llm, prompts, logprobs=False)
     assert preempted
     assert tokens_of(got) == tokens_of(want)
+
+
+def configured(folder, additional, **options):
+    """An engine's configuration, without the engine."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {"max_model_len": LENGTH, "skip_tokenizer_init": True} | options
+    return EngineArgs(
+        model=str(folder), additional_config=additional, **options
+    ).create_engine_config()
+
+
+def test_a_method_makes_a_model_longer_by_itself(llama, monkeypatch):
+    monkeypatch.delenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", raising=False)
+    made = configured(llama[1], {"extrope": YARN})
+    assert made.model_config.max_model_len == LENGTH > TRAINED
+    assert "VLLM_ALLOW_LONG_MAX_MODEL_LEN" not in os.environ
+    with pytest.raises(Exception, match="greater than the derived max_model_len"):
+        configured(llama[1], {})
+
+
+def test_what_is_likely_not_meant_is_told(llama, monkeypatch):
+    said = []
+    monkeypatch.setattr(LOGGER, "warning", lambda line, *values: said.append(line % values))
+    longer = {"max_position_embeddings": LENGTH}
+    configured(llama[1], {"extrope": YARN}, hf_overrides=longer)
+    configured(llama[1], {"extrope": YARN | {"factor": 0.5}})
+    configured(llama[1], {"extrop": YARN}, max_model_len=TRAINED)
+    override, factor, key = said
+    assert override.startswith(f"extrope: hf_overrides makes max_position_embeddings {LENGTH}")
+    assert factor.startswith("extrope: factor 0.5 of yarn is below 1")
+    assert key.startswith("extrope: additional_config has 'extrop'")
+
+
+def test_a_model_all_of_whose_layers_have_a_window_is_refused_by_its_configuration(tmp_path):
+    build("Mistral", tmp_path, sliding_window=64)
+    message = "extrope: some layers must have no sliding window for a score method, got a model"
+    with pytest.raises(Exception, match=message):
+        configured(tmp_path, {"extrope": {"score": RERO}})
+    assert configured(tmp_path, {"extrope": YARN}).cache_config.sliding_window == 64
 
 
 @pytest.mark.parametrize(

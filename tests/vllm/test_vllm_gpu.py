@@ -16,6 +16,19 @@ from vllm_engines import build, engine, expected, generated, tokens_of
 import extrope_kernels.integrations.vllm as integration
 
 LEAKY = {"method": "leaky_rerope", "window": 64, "factor": 4.0}
+LEAKY_ALONE = {"score": LEAKY}
+# Everything that follows a length, at once.
+FOLLOWING = {
+    "method": "dynamic_yarn",
+    "cache": "raw",
+    "score": {
+        "method": "dual_chunk",
+        "chunk_size": 24,
+        "local_window": 8,
+        "original_max_position_embeddings": 16,
+    },
+}
+BOTH = pytest.mark.parametrize("extrope", [LEAKY_ALONE, FOLLOWING], ids=["stored", "raw"])
 LAYER = SimpleNamespace(
     layer_name="model.layers.0.self_attn.attn",
     _k_scale=torch.tensor(0.5),  # of a cache in fp8
@@ -78,26 +91,29 @@ def impl(monkeypatch):
     return make_impl(monkeypatch, "auto")
 
 
-def make_impl(monkeypatch, kv_cache_dtype):
+def make_impl(monkeypatch, kv_cache_dtype, extrope=LEAKY_ALONE):
     """A layer's attention outside of an engine."""
     from test_vllm_settings import config
 
     from extrope_kernels.integrations.vllm import attention
 
-    monkeypatch.setattr(attention, "get_current_vllm_config", lambda: config({"score": LEAKY}))
+    monkeypatch.setattr(attention, "get_current_vllm_config", lambda: config(extrope))
     made = attention.ScoreImpl(4, 32, 32**-0.5, 2, None, None, kv_cache_dtype)
     made.engine.heads.add((32, False))
     return made
 
 
-def builder():
+def builder(extrope=LEAKY_ALONE):
+    from test_vllm_settings import config
+
     from extrope_kernels.integrations.vllm.cuda import GraphBuilder
 
-    config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_seqs=8),
+    made = config(
+        extrope,
+        scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=16),
     )
-    return GraphBuilder(None, [], config, "cpu")
+    return GraphBuilder(None, [], made, "cpu")
 
 
 def common(lengths, queries, slots=0):
@@ -123,23 +139,27 @@ def test_a_graph_reads_the_same_tensor_in_every_forward():
     assert first.past.tolist() == [5, 9, 0] and first.cu_seqlens.tolist() == [0, 1, 2, 2]
 
 
-def test_nothing_is_read_on_the_host(impl):
+@BOTH
+def test_nothing_is_read_on_the_host(monkeypatch, extrope):
     """Tensors without values go through: whoever looked at one would raise."""
+    impl, made = make_impl(monkeypatch, "auto", extrope), builder(extrope)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        batch = builder().build(0, common([5, 9, 40, 0], [1, 1, 40, 0]))
+        batch = made.build(0, common([5, 9, 40, 0], [1, 1, 40, 0]))
         q, k, v = (torch.empty(48, heads, 32) for heads in (4, 2, 2))  # 6 of them padding
         out = torch.empty(48, 4, 32)
         cache = torch.empty(32, 2, 16, 64)
         assert impl.forward(LAYER, q, k, v, cache, batch, out) is out
 
 
+@BOTH
 @pytest.mark.parametrize("name", ["reference", "triton"])
-def test_pages_as_vllm_lays_them_out(impl, name):
+def test_pages_as_vllm_lays_them_out(monkeypatch, name, extrope):
     """Heads before slots, keys beside values, padded rows and tokens; Triton interpreted."""
+    impl = make_impl(monkeypatch, "auto", extrope)
     if name == "triton":
         pytest.importorskip("triton")
     torch.manual_seed(0)
-    batch = builder().build(0, common([5, 60, 40, 0], [1, 1, 40, 0]))
+    batch = builder(extrope).build(0, common([5, 60, 40, 0], [1, 1, 40, 0]))
     packed = torch.randn(48, 8, 32)  # a projection of q, k and v together
     q, k, v = packed.split([4, 2, 2], 1)
     cache = torch.randn(32, 2, 16, 64)

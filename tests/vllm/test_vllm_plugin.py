@@ -161,6 +161,7 @@ def test_backend_of_a_score_method(bare, platform):
     assert chosen(SCORE) is None
     platform("cuda")
     assert chosen(SCORE) is chosen(SCORE, bare.backends.CUSTOM) is bare.backends.CUSTOM
+    assert chosen(YARN | {"cache": "raw"}) is bare.backends.CUSTOM
     for backend, per_kind in ((bare.backends.FLASH_ATTN, {}), (None, {"full_attention": "B12X"})):
         with pytest.raises(ValueError, match=r"^extrope: .* must be left to the plugin .* got "):
             chosen(SCORE, backend, per_kind)

@@ -10,6 +10,7 @@ import torch
 
 from extrope_kernels import methods, scores
 from extrope_kernels.integrations.vllm.engine import engine_of, make_engine
+from extrope_kernels.integrations.vllm.remarks import goes_by, remarks_on
 from extrope_kernels.integrations.vllm.settings import describe, read_settings
 
 YARN = {"method": "yarn", "factor": 4.0}
@@ -46,6 +47,7 @@ def config(extrope, text=(), model=(), **changes):
         "additional_config": {} if extrope is None else {"extrope": extrope},
         "model_config": SimpleNamespace(**model),
         "speculative_config": None,
+        "kv_transfer_config": None,
         "cache_config": SimpleNamespace(cache_dtype="auto"),
         "parallel_config": SimpleNamespace(
             decode_context_parallel_size=1, prefill_context_parallel_size=1
@@ -96,7 +98,21 @@ def test_in_words(extrope, words):
         ({"factor": 4.0, "score": RERO}, ValueError, "factor must come with a method"),
         ({"method": "yearn"}, ValueError, "method must be one of rope, .* got 'yearn'"),
         ({"method": "axial"}, ValueError, "method must be one of"),
-        ({"method": "rerope", "window": 64}, ValueError, "method must be one of"),
+        (
+            {"method": "rerope", "window": 64},
+            ValueError,
+            "rerope is a score method and must come as {'score': {'method': 'rerope', 'window'",
+        ),
+        (
+            {"score": {"method": "self_extend", "window": 65, "factor": 4}},
+            ValueError,
+            "self_extend: window must be a multiple of factor 4, got 65",
+        ),
+        (
+            {"score": {"method": "self_extend"}},
+            ValueError,
+            "self_extend needs window and factor, which are missing",
+        ),
         (
             YARN | {"score": RERO | {"resonance": True}},
             TypeError,
@@ -147,7 +163,7 @@ def test_made_in_whatever_default_dtype():
 def test_kinds_of_layers():
     types = ["sliding_attention", "full_attention"]
     engine = make_engine(config(YARN, {"rope_parameters": TWO_BASES, "layer_types": types}))
-    sliding, full = engine.of_layer(0), engine.of_layer(1)
+    sliding, full = (engine.kinds[engine.kind_of(i)] for i in (0, 1))
     assert not sliding.extended and full.extended
     assert torch.equal(sliding.freqs.inv_freq, methods.rope(32, base=1e4).inv_freq)
     assert engine.of_rotary(1e4, 32) is sliding and engine.of_rotary(1e6, 32) is full
@@ -196,7 +212,6 @@ def of_model(**values):
         (YARN, of_model(runner_type="pooling"), "must be a decoder that generates"),
         (YARN, of_text(rope_parameters=None), "must rotate, got LlamaForCausalLM"),
         (YARN, of_text(rope_parameters=LONGROPE), "a plugin can replace, got longrope"),
-        (YARN, of_text(dual_chunk_attention_config={"a": 1}), "vLLM's dual chunk attention"),
         (
             YARN,
             {"speculative_config": SimpleNamespace(method="eagle")},
@@ -218,7 +233,18 @@ def of_model(**values):
         (RERO_ALONE, of_text(model_type="dory"), "normed after the rotation"),
         ({"method": "xpos", "score": RERO}, {}, "must have no decay"),
         ({"method": "xpos"}, of_model(dtype=torch.float16, max_model_len=9999), "at most"),
-        ({"method": "yarn"}, {}, "yarn needs factor"),
+        ({"method": "yarn"}, {}, "yarn needs factor, which is missing"),
+        (YARN | {"factor": -1}, {}, "yarn: factor must be > 0"),
+        (
+            {"method": "longrope"},
+            {},
+            "longrope needs short_factor and long_factor, which are missing",
+        ),
+        (
+            RERO_ALONE,
+            {"cache_config": SimpleNamespace(cache_dtype="auto", sliding_window=64)},
+            "some layers must have no sliding window .* all of whose layers have one",
+        ),
         (YARN | {"dim": 16}, {}, "dim must be 32"),
         (YARN, of_text(rope_parameters=TWO_BASES), "layer_types must name"),
         (
@@ -247,3 +273,76 @@ def test_frequencies_alone_need_less():
 def test_models_that_see_have_towers(extrope):
     assert make_engine(config(extrope, {}, {"is_multimodal_model": True})).has_towers
     assert not make_engine(config(extrope)).has_towers
+
+
+def remarks(made):
+    return list(remarks_on(made, read_settings(made.additional_config)))
+
+
+def test_what_an_engine_goes_by():
+    types = ["sliding_attention", "full_attention"]
+    for extrope, text, want in (
+        (YARN, {}, "yarn factor=4.0 (trained length 128, base 10000, max_model_len 512)"),
+        (
+            YARN | {"original_max_position_embeddings": 64},
+            {"rope_parameters": TWO_BASES, "layer_types": types},
+            "yarn factor=4.0 original_max_position_embeddings=64 "
+            "(trained length 64, base 1000000, max_model_len 512)",
+        ),
+        (
+            RERO_ALONE,
+            {"max_position_embeddings": None},
+            "rerope window=64 (trained length unknown, base 10000, max_model_len 512)",
+        ),
+    ):
+        made = config(extrope, text)
+        assert goes_by(read_settings(made.additional_config), made) == want
+
+
+OVERRIDE = {"max_position_embeddings": 16384}
+EXPLICIT = {"original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("extrope", "overrides", "text", "said"),
+    [
+        (YARN, OVERRIDE, {}, "original_max_position_embeddings"),
+        (YARN, {"text_config": OVERRIDE}, {}, "original_max_position_embeddings"),
+        ({"method": "dynamic_yarn"}, OVERRIDE, {}, "original_max_position_embeddings"),
+        ({"method": "llama3", "factor": 8.0}, OVERRIDE, {}, "original_max_position_embeddings"),
+        ({"method": "dynamic_ntk", "factor": 2.0}, OVERRIDE, {}, "max_position_embeddings"),
+        (YARN, OVERRIDE | EXPLICIT, EXPLICIT, None),
+        (YARN | EXPLICIT, OVERRIDE, {}, None),
+        ({"method": "pi", "factor": 4.0}, OVERRIDE, {}, None),
+        (RERO_ALONE, OVERRIDE, {}, None),
+        (YARN, {}, {}, None),
+        (YARN, lambda config: config, {}, None),
+    ],
+)
+def test_an_override_of_the_trained_length_is_told(extrope, overrides, text, said):
+    made = config(extrope, OVERRIDE | text, {"hf_overrides": overrides})
+    found = remarks(made)
+    assert len(found) == (said is not None)
+    for line in found:
+        assert line.startswith("hf_overrides makes max_position_embeddings 16384, which ")
+        assert f"or give {said} beside" in line
+
+
+@pytest.mark.parametrize("key", ["extrop", "Extrope", "extrope_kernels", "exrope"])
+def test_a_key_that_nobody_reads_is_told(key):
+    made = config(None, additional_config={key: YARN})
+    assert make_engine(made) is None
+    assert remarks(made) == [
+        f"additional_config has {key!r}, which nobody reads; methods go under 'extrope'"
+    ]
+
+
+def test_other_keys_are_others_business():
+    for additional in ({"extra": 1, "rope": 2}, {"extrope": YARN, "extrope_note": 1}, object()):
+        assert remarks(config(None, additional_config=additional)) == []
+
+
+def test_a_factor_that_shortens_is_told():
+    (line,) = remarks(config(YARN | {"factor": 0.5}))
+    assert line == "factor 0.5 of yarn is below 1: it shortens what a model reads"
+    assert remarks(config({"method": "dynamic_ntk", "factor": 0.5})) == []

@@ -9,23 +9,32 @@ from functools import partial
 from typing import Any
 
 from ... import RopeFreqs
+from ..._checks import check_length
 from ...methods import METHODS, WRAPPERS
 from ...ops.attention import check_log_n
 from ...scores import SCORES, Score
 
 _FUNCTIONS = METHODS | SCORES
 _RESONANCE = "resonance"
+# Of dual_chunk: where the temperature of its authors begins (`scores.query_scale.qwen_1m`).
+_TRAINED = "original_max_position_embeddings"
 # Every method that an integration takes, and the names of its parameters: its own, and what goes
 # with all of its kind.
 PARAMETERS: dict[str, tuple[str, ...]] = {
     name: (
         *inspect.signature(function).parameters,
         "log_n" if name in SCORES else _RESONANCE,
+        *((_TRAINED,) if name == "dual_chunk" else ()),
     )
     for name, function in _FUNCTIONS.items()
 }
 # Parameters that a method exists to choose, so the model's value is not what is meant.
 _OWN_DEFAULTS = {"abf": {"base"}, "dynamic_yarn": {"max_position_embeddings"}}
+DUAL_CHUNKS = "dual_chunk_attention_config"  # of a transformers configuration
+SPARSE = (
+    f"of {DUAL_CHUNKS} the sparse part (vertical and slash lines) is left out: "
+    "each query sees all keys"
+)
 # In the names that configurations give to kinds of layers: those that see a bounded number of keys.
 _BOUNDED = ("sliding", "chunked", "local")
 
@@ -53,13 +62,14 @@ def values_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str,
     parameters: its rope_parameters, those of one kind of layers.
     """
     longest = getattr(config, "max_position_embeddings", None)
-    trained = getattr(config, "original_max_position_embeddings", None)
+    trained = getattr(config, _TRAINED, None)
     values = {
         "dim": dim,
         "base": parameters.get("rope_theta"),
         "max_position_embeddings": longest,
-        "original_max_position_embeddings": trained
-        or parameters.get("original_max_position_embeddings")
+        _TRAINED: trained
+        or parameters.get(_TRAINED)
+        or score_values_in(config, "dual_chunk").get(_TRAINED)
         or longest,
     }
     return {name: value for name, value in values.items() if value is not None}
@@ -115,7 +125,33 @@ def bind_score(op: str, method: str, given: Mapping[str, Any]) -> tuple[Score, f
     check_names(op, method, given)
     parameters = dict(given)
     check_log_n(op, log_n := parameters.pop("log_n", None))
+    scale_from(op, parameters)
+    parameters.pop(_TRAINED, None)
     return SCORES[method](**parameters), log_n
+
+
+def scale_from(op: str, given: Mapping[str, Any]) -> int | None:
+    """Return the length from which dual_chunk's logits grow, or None.
+
+    Raises ValueError or TypeError for one that is no length.
+    """
+    trained = given.get(_TRAINED)
+    return None if trained is None else check_length(op, _TRAINED, trained)
+
+
+def score_values_in(config: Any, method: str) -> dict[str, Any]:
+    """Return the parameters of a score method that a transformers configuration has values for.
+
+    Those of Qwen's models of 1M tokens. local_size there is what local_window is here: chunks have
+    chunk_size - local_size tokens in both.
+    """
+    found = getattr(config, DUAL_CHUNKS, None) if method == "dual_chunk" else None
+    values = {
+        "chunk_size": (found or {}).get("chunk_size"),
+        "local_window": (found or {}).get("local_size"),
+        _TRAINED: (found or {}).get(_TRAINED) or None,  # 0 is none
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_names(
@@ -137,7 +173,8 @@ def check_names(
         if parameter.default is parameter.empty and name not in {"seq_len", *given, *others}
     ]
     if missing:
-        raise ValueError(f"{op}: {method} needs {' and '.join(missing)}, which is missing")
+        are = "is" if len(missing) == 1 else "are"
+        raise ValueError(f"{op}: {method} needs {' and '.join(missing)}, which {are} missing")
 
 
 def _check_dim(op: str, method: str, freqs: RopeFreqs, dim: int) -> None:

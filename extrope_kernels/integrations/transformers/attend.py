@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ... import RopeFreqs, apply_rope
 from ...scores import Score
+from ...scores.query_scale import qwen_1m
 from .find import Override, argument_names, forward_of
 from .packed import BOUNDARIES, PackedRows
 from .paged import PagedRows
@@ -245,6 +246,7 @@ class Attending:
 
     No dataclass: FSDP casts the tensors that those hold.
 
+    scale_from: the length from which logits grow (`query_scale.qwen_1m`), or None.
     positions: (batch or 1, seqlen), where keys are stored; None where they stay raw.
     raw_queries: the tables for extended layers rotate keys alone.
     stored, own: the position embeddings of extended layers, and those of the others.
@@ -255,6 +257,7 @@ class Attending:
         self,
         score: Score,
         log_n: float | None,
+        scale_from: int | None,
         freqs: RopeFreqs,
         rows: Any,
         positions: Tensor | None,
@@ -265,6 +268,7 @@ class Attending:
     ) -> None:
         self.score = score
         self.log_n = log_n
+        self.scale_from = scale_from
         self.freqs = freqs
         self.rows = rows
         self.positions = positions
@@ -341,6 +345,9 @@ class Attending:
         if not self.raw_queries and here.positions is not None:
             freqs = RopeFreqs(here.freqs.inv_freq)
             q = apply_rope(q, freqs, positions=here.positions, inverse=True, **rotation)
+        if self.scale_from is not None:
+            scale = qwen_1m(here.rows.positions.to(q.device), self.scale_from)
+            q = (q * scale[..., None, None]).to(q.dtype)
         call = {"freqs": here.freqs, "score": self.score, "log_n": self.log_n, **rotation}
         call |= softmax_options(module, options)
         if heads.sliding_window is not None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ...scores import FIRST_KEY, SCORES, UNROTATED, PositionMap, Region, Score
-from .._shared.parameters import PARAMETERS, bind_score
+from .._shared.parameters import PARAMETERS
 from .context_parallel import RegionGuard, Shared, share
 from .entry import Entry
 from .find import (
@@ -29,7 +28,7 @@ from .norms import norm_changes
 from .paged import batching_overrides, forget_pages
 from .rotation import unwrap_apply, wrap_apply
 from .saved import Saved, describe, read, save, saving_overrides
-from .scores import ScoreRotary, score_changes
+from .scores import Asked, ScoreRotary, read_score, score_changes
 from .trial import entrance, refuse_without_weights, run_on_trial
 
 if TYPE_CHECKING:
@@ -102,7 +101,9 @@ def extend(
     parameters: the method's parameters; with resonance=True the wavelengths of a frequency method
         are rounded to whole tokens (`methods.resonance`). Of the model's configuration come dim,
         base (its rope_theta; `abf` has its own), original_max_position_embeddings
-        (max_position_embeddings where there is none) and max_position_embeddings, unless given.
+        (max_position_embeddings where there is none) and max_position_embeddings, unless given;
+        for dual_chunk what a dual_chunk_attention_config says (Qwen2.5-1M), the scale of logits
+        from original_max_position_embeddings on (`query_scale.qwen_1m`) included.
 
     Returns a handle whose `restore()` undoes everything; it is a context manager, too.
     Raises ValueError for an unknown method, a model that cannot be extended, a missing or
@@ -123,9 +124,8 @@ def extend(
     register_interface()
     shared = None if mesh is None else Shared(mesh, strategy, balance)
     if method in SCORES:
-        score, log_n = bind_score("extend", method, parameters)
-        score = score if cache is None else replace(score, stored=UNROTATED)
-        changes = score_changes(model, sites, method, score, log_n, layers)
+        asked = read_score(sites, method, parameters, cache)
+        changes = score_changes(model, sites, method, asked, layers)
     else:
         changes = frequency_changes(model, sites, method, parameters, cache)
     by_length = method if method not in SCORES and changes.hooks else None
@@ -166,7 +166,7 @@ def _with_raw_keys(model: nn.Module, before: Extension, saved: Saved) -> Extensi
     sites = find_sites(model, saved.layers)
     own = PositionMap()
     score = Score(saved.method, (Region(FIRST_KEY, own, own),), stored=UNROTATED)
-    changes = score_changes(model, sites, saved.method, score, None, saved.layers)
+    changes = score_changes(model, sites, saved.method, Asked(score), saved.layers)
     _let_none_pass_by(sites, changes)
     extension = Extension(model, changes, saved)
     try:

@@ -6,13 +6,15 @@ import threading
 import uuid
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ... import RopeFreqs
 from ...scores import UNROTATED, Score
+from .._shared.parameters import DUAL_CHUNKS, SPARSE, bind_score, scale_from, score_values_in
 from .attend import Attending, exchange, register_attention
 from .context_parallel import SharedRows, by_its_name
 from .find import (
@@ -43,20 +45,41 @@ _ROWS = "extrope_rows"
 _in_progress = threading.local()
 
 
+class Asked(NamedTuple):
+    """A score method with its parameters.
+
+    log_n: scales queries, if it is given. scale_from: the length from which logits grow
+        (`query_scale.qwen_1m`), or None.
+    """
+
+    score: Score
+    log_n: float | None = None
+    scale_from: int | None = None
+
+
+def read_score(
+    sites: list[RotarySite], method: str, parameters: Mapping[str, Any], cache: str | None
+) -> Asked:
+    """Return the score method that `extend` is asked for; of dual_chunk the model may say more."""
+    config = sites[0].rotary.config
+    if method == "dual_chunk" and getattr(config, DUAL_CHUNKS, None):
+        warnings.warn(f"extend: {SPARSE}", stacklevel=3)
+        parameters = score_values_in(config, method) | dict(parameters)
+    score, log_n = bind_score("extend", method, parameters)
+    if cache is not None:
+        score = replace(score, stored=UNROTATED)
+    return Asked(score, log_n, scale_from("extend", parameters))
+
+
 def score_changes(
-    model: nn.Module,
-    sites: list[RotarySite],
-    method: str,
-    score: Score,
-    log_n: float | None,
-    layers: str,
+    model: nn.Module, sites: list[RotarySite], method: str, asked: Asked, layers: str
 ) -> Changes:
     """Return what a score method changes; nothing is changed yet."""
     owner = _owner(model, sites)
-    freqs = [_freqs_in_force(site, method, score) for site in sites]
+    freqs = [_freqs_in_force(site, method, asked.score) for site in sites]
     found = Layers(model, owner, sites, layers)
     rotaries = [
-        ScoreRotary(site, each, method, score, log_n, found.around.get(site.rotary))
+        ScoreRotary(site, each, method, asked, found.around.get(site.rotary))
         for site, each in zip(sites, freqs, strict=True)
         if found.around.get(site.rotary) not in found.near
     ]
@@ -142,14 +165,12 @@ class ScoreRotary(Rotary):
         site: RotarySite,
         freqs: FreqsByKind,
         method: str,
-        score: Score,
-        log_n: float | None,
+        asked: Asked,
         layer: nn.Module | None,
     ) -> None:
         super().__init__(site, freqs, method)
         self.layer = layer
-        self.score = score
-        self.log_n = log_n
+        self.score, self.log_n, self.scale_from = asked
         self.key = uuid.uuid4().hex
 
     @property
@@ -186,7 +207,8 @@ class ScoreRotary(Rotary):
         if self.score.stored != UNROTATED:
             positions = self.score.stored(self.rows.positions).to(device)
         raw_queries = self.fused is not None
-        return Attending(self.score, self.log_n, freqs, rows, positions, raw_queries)
+        scales = (self.log_n, self.scale_from)
+        return Attending(self.score, *scales, freqs, rows, positions, raw_queries)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies in another process need the attention's name."""

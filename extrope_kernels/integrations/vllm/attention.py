@@ -1,14 +1,15 @@
-"""Attention layers of vLLM by a score method: what the backends of all platforms share.
+"""Attention layers of vLLM by a score method or over raw keys: what all platforms share.
 
 A layer's keys and values are written and attended to for all requests of a batch: prefill chunks,
 decode steps and padding, on a GPU in one call. Keys lie in vLLM's pages as the method stores them,
 so a cached prefix serves every request that begins with it. Layers with a sliding window rotate as
-ever.
+ever. In a raw cache all layers' keys lie unrotated, and frequencies may be those of each request's
+present length.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ from vllm.v1.attention.backend import (
 
 from ... import RopeFreqs, rope_attention_with_kvcache
 from .engine import Engine, engine_of
-from .settings import CACHES, FP8, NAME
+from .lengths import Lengths
+from .settings import CACHES, FP8, NAME, OURS
 
 
-def score_engine(config: VllmConfig | None) -> Engine | None:
-    """Return the engine of a VllmConfig if it attends by a score method."""
+def attending_engine(config: VllmConfig | None) -> Engine | None:
+    """Return the engine of a VllmConfig if its attention is ours."""
     engine = engine_of(config)
-    return None if engine is None or engine.settings.score is None else engine
+    return engine if engine is not None and engine.settings.attends else None
 
 
 def attend_for(model: Any, engine: Engine, *, whole: bool) -> None:
@@ -42,19 +44,19 @@ def attend_for(model: Any, engine: Engine, *, whole: bool) -> None:
     Raises ValueError for attention layers of another backend, whose queries and keys nobody would
     rotate, and where a score method would change nothing.
     """
-    if engine.settings.score is None:
+    if not engine.settings.attends:
         return
     impls = [getattr(module, "impl", None) for module in model.modules()]
     impls = [impl for impl in impls if isinstance(impl, AttentionImplBase)]
     others = {type(impl).__qualname__ for impl in impls if not isinstance(impl, ScoreImpl)}
     if others:
         raise ValueError(
-            f"{NAME}: attention layers must be of the plugin's backend for a score method, "
+            f"{NAME}: attention layers must be of the plugin's backend for {OURS}, "
             f"got {', '.join(sorted(others))}"
         )
     for impl in impls:
         impl.engine = engine
-    if whole and all(impl.sliding_window is not None for impl in impls):
+    if whole and engine.settings.score and all(impl.sliding_window is not None for impl in impls):
         raise ValueError(
             f"{NAME}: some layers must have no sliding window for a score method, got none such"
         )
@@ -67,14 +69,19 @@ class ScoreMetadata:
     num_actual_tokens: without padding.
     cu_seqlens: (requests + 1,) int32, the boundaries of each request's new tokens; all 0 in a run
         that must not write.
-    past: (requests,) int32, how many tokens of each are in the cache already.
     block_table: (requests, blocks) int32.
+    lengths: what follows from those of the requests.
     """
 
     num_actual_tokens: int
     cu_seqlens: Tensor
-    past: Tensor
     block_table: Tensor
+    lengths: Lengths
+
+    @property
+    def past(self) -> Tensor:
+        """(requests,) int32, how many tokens of each are in the cache already."""
+        return self.lengths.past[: len(self.cu_seqlens) - 1]
 
 
 class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
@@ -84,11 +91,13 @@ class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # Buffers for good: a graph reads them anew at every replay.
         requests = vllm_config.scheduler_config.max_num_seqs
         graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        self._past = torch.zeros(max(requests, graphs), dtype=torch.int32, device=device)
-        self._cu_seqlens = torch.zeros(len(self._past) + 1, dtype=torch.int32, device=device)
+        tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, graphs)
+        engine = attending_engine(vllm_config)
+        kinds = {name: kind.by_length for name, kind in engine.kinds.items() if kind.by_length}
+        scale_from = engine.settings.scale_from
+        self._lengths = Lengths(kinds, scale_from, max(requests, graphs), tokens, device)
 
     def build(
         self,
@@ -99,25 +108,28 @@ class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
         """Return the metadata of one forward."""
         common = common_attn_metadata
         if common.causal is not True:
-            raise ValueError(f"{NAME}: attention must be causal for a score method")
+            raise ValueError(f"{NAME}: attention must be causal for {OURS}")
         starts = common.query_start_loc
         requests = starts.shape[0] - 1
-        if requests > self._past.shape[0]:
-            self._past = self._past.new_zeros(requests)
-            self._cu_seqlens = self._past.new_zeros(requests + 1)
-        past = torch.sub(common.seq_lens, starts.diff(), out=self._past[:requests])
+        lengths = self._lengths
+        lengths.update(starts, common.seq_lens)
         # vLLM's dummy runs, which capture graphs or keep an idle rank in step, have pages that may
         # be a request's, but no slot: without new tokens nothing is written.
         any_slot = (common.slot_mapping >= 0).any()
-        cu_seqlens = torch.mul(starts, any_slot, out=self._cu_seqlens[: requests + 1])
-        return ScoreMetadata(common.num_actual_tokens, cu_seqlens, past, common.block_table_tensor)
+        cu_seqlens = torch.mul(starts, any_slot, out=lengths.cu_seqlens[: requests + 1])
+        return ScoreMetadata(
+            common.num_actual_tokens,
+            cu_seqlens,
+            common.block_table_tensor,
+            lengths,
+        )
 
 
 def refuse_derived(builder: type, ours: type) -> None:
     """Refuse what vLLM derives from our builder for layers that see another batch than the rest."""
     if builder is not ours:
         raise ValueError(
-            f"{NAME}: attention layers must see a request's own tokens for a score method, "
+            f"{NAME}: attention layers must see a request's own tokens for {OURS}, "
             f"got some whose batch is made by {builder.__name__}"
         )
 
@@ -153,14 +165,16 @@ class ScoreImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window = sliding_window
         self.sinks = sinks
-        self.engine = score_engine(get_current_vllm_config())
+        self.engine = attending_engine(get_current_vllm_config())
         self.score = self.engine.settings.score if sliding_window is None else None
         self.freqs: RopeFreqs | None = None
+        self.kind: str | None = None
         self.options: dict[str, Any] = {
             "softmax_scale": self.scale,
             "softcap": float(logits_soft_cap or 0.0),
             "sliding_window": sliding_window,
             "log_n": self.engine.settings.log_n if sliding_window is None else None,
+            "stored": "raw" if self.engine.settings.raw else None,
         }
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -192,7 +206,7 @@ class ScoreImpl(AttentionImpl):
             raise NotImplementedError(f"{NAME}: outputs must not be quantized in the attention")
         if key is None:
             raise ValueError(
-                f"{NAME}: a layer must have keys of its own for a score method, got none for "
+                f"{NAME}: a layer must have keys of its own for {OURS}, got none for "
                 f"{layer.layer_name}"
             )
         if self.freqs is None:
@@ -200,17 +214,21 @@ class ScoreImpl(AttentionImpl):
         if attn_metadata is None:  # a run to measure memory
             return output.fill_(0)
         k_cache, v_cache = self._pages(kv_cache)
+        lengths, past = attn_metadata.lengths, attn_metadata.past
+        inv_freq = lengths.inv_freq(self.kind, len(past))
+        freqs = self.freqs if inv_freq is None else replace(self.freqs, inv_freq=inv_freq)
         found = rope_attention_with_kvcache(
             query,
             k_cache,
             v_cache,
-            self.freqs,
+            freqs,
             self.score,
-            cache_seqlens=attn_metadata.past,
+            cache_seqlens=past,
             k=key,
             v=value,
             block_table=attn_metadata.block_table,
             cu_seqlens_q=attn_metadata.cu_seqlens,
+            query_scale=lengths.query_scale(self.kind, self.score is not None, len(query)),
             **self.options,
         )
         return output.copy_(found)
@@ -234,7 +252,8 @@ class ScoreImpl(AttentionImpl):
                 f"{NAME}: the model must rotate heads of {self.head_size} by vLLM's rotary layer, "
                 f"got layers for (head_dim, interleaved) {sorted(heads)}"
             )
-        rotated = self.engine.of_layer(extract_layer_index(layer.layer_name))
+        self.kind = self.engine.kind_of(extract_layer_index(layer.layer_name))
+        rotated = self.engine.kinds[self.kind]
         if rotated.extended != (self.sliding_window is None) and None not in self.engine.kinds:
             raise ValueError(
                 f"{NAME}: layer_types must say which layers have a sliding window, "

@@ -1,4 +1,4 @@
-"""vLLM's attention backend for CPUs, with ours in engines that attend by a score method.
+"""vLLM's attention backend for CPUs, with ours in engines that ask for what needs it.
 
 vLLM knows one backend there, whatever is asked for, so ours is registered in its place and hands
 every other engine on to it.
@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from .attention import ScoreImpl, ScoreMetadataBuilder, refuse_derived, score_engine
+from .attention import ScoreImpl, ScoreMetadataBuilder, attending_engine, refuse_derived
 from .settings import CACHES
 
 
@@ -39,21 +39,21 @@ class ScoreBackend(CPUAttentionBackend):
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         """Say what the engine's attention takes."""
-        if score_engine(get_current_vllm_config_or_none()) is None:
+        if attending_engine(get_current_vllm_config_or_none()) is None:
             return super().supports_head_size(head_size)
         return head_size % 8 == 0 and head_size <= 256
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
         """Say what the engine's attention takes: vLLM's own wants AVX-512 for fp8."""
-        if score_engine(get_current_vllm_config_or_none()) is None:
+        if attending_engine(get_current_vllm_config_or_none()) is None:
             return super().supports_kv_cache_dtype(kv_cache_dtype)
         return kv_cache_dtype is None or kv_cache_dtype in CACHES
 
     @staticmethod
     def get_impl_cls() -> type:
         """Return the class of the layers that are being made."""
-        if score_engine(get_current_vllm_config_or_none()) is None:
+        if attending_engine(get_current_vllm_config_or_none()) is None:
             return CPUAttentionBackend.get_impl_cls()
         return HeadwiseImpl
 
@@ -64,7 +64,7 @@ class ScoreBackend(CPUAttentionBackend):
 
 
 class _Builder(CPUAttentionMetadataBuilder):
-    """vLLM's builder, or where the engine attends by a score method ours.
+    """vLLM's builder, or ours where the engine's attention is.
 
     vLLM derives others from it, for layers that are not causal for one, which are to stay theirs.
     """
@@ -72,7 +72,7 @@ class _Builder(CPUAttentionMetadataBuilder):
     def __new__(
         cls, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
     ) -> Any:
-        if score_engine(vllm_config) is None:
+        if attending_engine(vllm_config) is None:
             return super().__new__(cls)
         refuse_derived(cls, _Builder)
         return ScoreMetadataBuilder(kv_cache_spec, layer_names, vllm_config, device)

@@ -16,7 +16,7 @@ from .settings import CACHES
 
 
 class ScoreBackend(AttentionBackend):
-    """Score methods; chosen by the plugin."""
+    """Score methods and raw keys; chosen by the plugin."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = list(CACHES)

@@ -18,8 +18,10 @@ import torch
 from ... import RopeFreqs
 from ...methods import from_hf_config
 from .._shared.parameters import ModelValues, bind_method, is_bounded, values_in
-from .settings import NAME, Settings, check_config, read_settings
+from .lengths import ByLength, by_length
+from .settings import NAME, Settings, check_config, in_our_name, read_settings, rotations
 
+_TRAINED = "original_max_position_embeddings"
 # By the id of a VllmConfig: vLLM copies one field by field, and an attribute more would end that.
 _engines: dict[int, Engine | None] = {}
 
@@ -28,13 +30,16 @@ _engines: dict[int, Engine | None] = {}
 class Rotated:
     """How the layers of one kind rotate.
 
+    freqs: those of the engine's longest request.
     base: RoPE's, by which vLLM's rotary layers are told apart.
     extended: by the engine's methods; else as the model does.
+    by_length: of a raw cache, where frequencies follow the length of each request.
     """
 
     freqs: RopeFreqs
     base: float
     extended: bool
+    by_length: ByLength | None = None
 
 
 @dataclass
@@ -66,9 +71,9 @@ class Engine:
             f"base {base:g} and {rotary_dim} dims"
         )
 
-    def of_layer(self, index: int) -> Rotated:
-        """Return how the attention layer of that number rotates."""
-        return self.kinds[None] if None in self.kinds else self.kinds[self.layer_types[index]]
+    def kind_of(self, index: int) -> str | None:
+        """Return the kind of the attention layer of that number."""
+        return None if None in self.kinds else self.layer_types[index]
 
 
 def engine_of(config: Any) -> Engine | None:
@@ -116,29 +121,34 @@ def _on_the_cpu():
 def _kinds(
     settings: Settings, text: Any, length: int, dtype: torch.dtype
 ) -> dict[str | None, Rotated]:
-    nested = {
-        name: value for name, value in text.rope_parameters.items() if isinstance(value, Mapping)
-    }
     kinds: dict[str | None, Rotated] = {}
-    for kind, parameters in (nested or {None: text.rope_parameters}).items():
+    for kind, parameters in rotations(text):
         extended = kind is None or not is_bounded(kind)
         _check_type(parameters)
-        freqs = from_hf_config(text, length, layer_type=kind)
+        freqs, following = from_hf_config(text, length, layer_type=kind), None
         base = float(parameters.get("rope_theta", 10000.0))
         if extended and settings.method is not None:
-            freqs = _by_method(settings, text, parameters, freqs, length)
-        kinds[kind] = Rotated(_fitting(settings, freqs, length, dtype), base, extended)
+            freqs, following = _by_method(settings, text, parameters, freqs, length)
+        kinds[kind] = Rotated(_fitting(settings, freqs, length, dtype), base, extended, following)
     return kinds
 
 
 def _by_method(
     settings: Settings, text: Any, parameters: Mapping[str, Any], own: RopeFreqs, length: int
-) -> RopeFreqs:
+) -> tuple[RopeFreqs, ByLength | None]:
     still = int((own.inv_freq == 0).sum())
     dim = 2 * own.inv_freq.shape[-1]
     model = ModelValues(values_in(text, parameters, dim), still)
-    function, takes_length = bind_method(NAME, settings.method, settings.parameters, model)
-    return function(seq_len=length) if takes_length else function()
+    with in_our_name():
+        function, takes_length = bind_method(NAME, settings.method, settings.parameters, model)
+    if not takes_length:
+        return function(), None
+    if not settings.raw:
+        return function(seq_len=length), None
+    partly = float(parameters.get("partial_rotary_factor", 1.0)) != 1.0
+    given = {_TRAINED: model.values[_TRAINED], **settings.parameters}
+    following = by_length(settings.method, function, given, partly)
+    return following.freqs(seq_len=length), following
 
 
 def _fitting(settings: Settings, freqs: RopeFreqs, length: int, dtype: torch.dtype) -> RopeFreqs:
@@ -148,11 +158,11 @@ def _fitting(settings: Settings, freqs: RopeFreqs, length: int, dtype: torch.dty
     """
     if freqs.log_decay is None:
         return freqs
-    if settings.score is not None:
-        if not settings.score.stored.modulus:
+    if settings.attends:
+        if settings.raw or not settings.score.stored.modulus:
+            method = "a raw cache" if settings.raw else settings.score.name
             raise ValueError(
-                f"{NAME}: frequencies must have no decay (xpos) with {settings.score.name}, "
-                "got some"
+                f"{NAME}: frequencies must have no decay (xpos) with {method}, got some"
             )
         return freqs
     given = "decay_origin" in settings.parameters

@@ -6,21 +6,22 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
+from .._shared.parameters import SPARSE
+from .dual_chunks import take_over
 from .engine import engine_of, make_engine
-from .settings import NAME, describe, read_settings
+from .remarks import goes_by, remarks_on
+from .settings import NAME, OURS, read_entry, read_settings
 
 LOGGER = logging.getLogger(f"vllm.{NAME}")  # below vLLM's own, for its level and its handler
+_LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 _BACKENDS = {
     "CPU_ATTN": f"{__package__}.cpu.ScoreBackend",
     "CUSTOM": f"{__package__}.cuda.ScoreBackend",
 }
-_SHARED_KEYS = (
-    "what kv_transfer_config stores or sends must stay among engines of this same entry: vLLM "
-    "tells keys apart by the model and the tokens alone"
-)
 
 
 def register() -> None:
@@ -39,6 +40,7 @@ def register() -> None:
 
     register_rotary_layers()
     register_backends()
+    allow_longer_models()
     check_configurations()
     check_models()
 
@@ -49,13 +51,20 @@ def _import_all() -> None:
     Raises ImportError or AttributeError.
     """
     from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from . import cuda, rotary
 
-    used = [VllmConfig.__post_init__, WorkerWrapperBase, register_backend, cuda]
+    used = [
+        VllmConfig.__post_init__,
+        EngineArgs.create_model_config,
+        WorkerWrapperBase,
+        register_backend,
+        cuda,
+    ]
     used += [rotary.rotary_layers._ROPE_DICT, rotary.CustomOp.register_oot]
     for backend in (AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.CUSTOM):
         used += [backend.is_overridden, backend.get_path]
@@ -90,7 +99,7 @@ def register_backends() -> None:
 
 
 def choose_backend(config: Any) -> None:
-    """Name the attention of a score method where vLLM lets it be named.
+    """Name our attention where vLLM lets it be named.
 
     Raises ValueError where that would not be ours: queries and keys would not be rotated at all.
     """
@@ -98,20 +107,19 @@ def choose_backend(config: Any) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     settings = read_settings(config.additional_config)
-    if settings is None or settings.score is None:
+    if settings is None or not settings.attends:
         return
     if current_platform.is_cpu():
         _check_is_ours(AttentionBackendEnum.CPU_ATTN)  # the only one there
         return
     if not current_platform.is_cuda():
         raise ValueError(
-            f"{NAME}: a score method must run on CPUs or NVIDIA GPUs, "
-            f"got {current_platform.device_name}"
+            f"{NAME}: {OURS} must run on CPUs or NVIDIA GPUs, got {current_platform.device_name}"
         )
     attention = config.attention_config
     if attention.backend not in (None, AttentionBackendEnum.CUSTOM) or attention.backend_per_kind:
         raise ValueError(
-            f"{NAME}: the attention backend must be left to the plugin for a score method, "
+            f"{NAME}: the attention backend must be left to the plugin for {OURS}, "
             f"got {attention.backend or attention.backend_per_kind}"
         )
     _check_is_ours(AttentionBackendEnum.CUSTOM)
@@ -122,7 +130,7 @@ def _check_is_ours(backend: Any) -> None:
     ours, found = _BACKENDS[backend.name], backend.get_path()
     if found != ours:
         raise ValueError(
-            f"{NAME}: vLLM's attention backend {backend.name} must be {ours} for a score method, "
+            f"{NAME}: vLLM's attention backend {backend.name} must be {ours} for {OURS}, "
             f"got {found} of another plugin"
         )
 
@@ -135,13 +143,45 @@ def check_configurations() -> None:
         if getattr(config.model_config, "is_submodel_config", False):
             return complete()
         forget_shared_layers()
+        if read_entry(config.additional_config) is not None and take_over(config):
+            LOGGER.warning("%s: %s", NAME, SPARSE)
         choose_backend(config)
         complete()
         if config.model_config is not None:
-            make_engine(config)
+            engine = make_engine(config)
+            for remark in remarks_on(config, None if engine is None else engine.settings):
+                LOGGER.warning("%s: %s", NAME, remark)
         return None
 
     _around_configurations(look)
+
+
+def allow_longer_models() -> None:
+    """Let an engine with a method be longer than its model's configuration says without more ado.
+
+    It is what methods are for; vLLM wants an environment variable.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    make = EngineArgs.create_model_config
+    if getattr(make, "__module__", None) == __name__:
+        return
+
+    @functools.wraps(make, assigned=("__doc__",))
+    def create_model_config(self: Any) -> Any:
+        if read_entry(self.additional_config) is None:
+            return make(self)
+        before = os.environ.get(_LONGER)
+        os.environ[_LONGER] = "1"
+        try:
+            return make(self)
+        finally:
+            if before is None:
+                del os.environ[_LONGER]
+            else:
+                os.environ[_LONGER] = before
+
+    EngineArgs.create_model_config = create_model_config
 
 
 def refuse_configurations(reason: str) -> None:
@@ -205,6 +245,4 @@ def check_model(config: Any, get_model: Callable[[], Any], *, first: bool) -> No
     extend_model(model, engine)
     attend_for(model, engine, whole=config.parallel_config.pipeline_parallel_size == 1)
     if first:
-        LOGGER.info("%s: %s", NAME, describe(config.additional_config))
-        if config.kv_transfer_config is not None:
-            LOGGER.warning("%s: %s", NAME, _SHARED_KEYS)
+        LOGGER.info("%s: %s", NAME, goes_by(engine.settings, config))

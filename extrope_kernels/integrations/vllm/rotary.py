@@ -73,8 +73,8 @@ class _Replacing:
         table = getattr(self, _TABLE)
         delattr(self, _TABLE)
         engine.heads.add((self.head_size, not self.is_neox_style))
-        # A score method rotates queries and keys itself, when it knows where they are kept.
-        rotates = engine.settings.score is None
+        # Our attention rotates queries and keys itself, when it knows where they are kept.
+        rotates = not engine.settings.attends
         self.freqs: RopeFreqs | None = freqs.to(table.device) if rotates else None
         if self.freqs is not None:
             # vLLM's sleep of level 2 keeps nothing of a model but its buffers.

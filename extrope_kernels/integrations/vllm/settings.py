@@ -7,17 +7,19 @@ at by the names of their values.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...methods import METHODS
 from ...scores import SCORES, Score
-from .._shared.parameters import bind_score, check_names
+from .._shared.parameters import bind_score, check_names, scale_from
 
 NAME = "extrope"  # of the entry in additional_config; and what errors begin with
 # Without those by axes, whose positions are those of images.
 _METHODS = [name for name in METHODS if "axes" not in inspect.signature(METHODS[name]).parameters]
+OURS = "a score method or a raw cache"  # what our attention is for, in errors
 # Values by which configurations say that some layers do not rotate.
 _NOT_ALL_ROTATE = (
     "layer_rope_theta",
@@ -37,12 +39,11 @@ _UNFIT = {
             *("granitemoe", "granitemoehybrid", "llama4", "llama4_text", "muse_glimmer"),
             *("olmo_hybrid", "step3p5", "zamba2"),
         ),
-        "all layers must rotate for a score method, got a model in which some may not",
+        f"all layers must rotate for {OURS}, got a model in which some may not",
     ),
     **dict.fromkeys(
         ("dory", "hunyuan_v1_dense", "hunyuan_v1_moe"),
-        "queries and keys must not be normed after the rotation for a score method, got a model "
-        "that does",
+        f"queries and keys must not be normed after the rotation for {OURS}, got a model that does",
     ),
 }
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn caches
@@ -57,12 +58,26 @@ class Settings:
 
     method: a frequency method, None for the model's own frequencies; parameters: the user's.
     score, log_n: of a score method, None for attention as it is.
+    scale_from: the length from which the logits of a score method grow (`query_scale.qwen_1m`).
+    raw: keys are cached unrotated, and rotated at every forward.
     """
 
     method: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     score: Score | None = None
     log_n: float | None = None
+    scale_from: int | None = None
+    raw: bool = False
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention is ours, not vLLM's; then it rotates, too."""
+        return self.raw or self.score is not None
+
+
+def read_entry(additional_config: Any) -> Any:
+    """Return what an engine's additional_config has under our name; None where it has nothing."""
+    return additional_config.get(NAME) if isinstance(additional_config, Mapping) else None
 
 
 def read_settings(additional_config: Any) -> Settings | None:
@@ -70,7 +85,7 @@ def read_settings(additional_config: Any) -> Settings | None:
 
     Raises ValueError or TypeError for what no model can be served by.
     """
-    entry = additional_config.get(NAME) if isinstance(additional_config, Mapping) else None
+    entry = read_entry(additional_config)
     if entry is None:
         return None
     asked = isinstance(entry, Mapping) and (entry.get("method"), entry.get("score"))
@@ -81,41 +96,67 @@ def read_settings(additional_config: Any) -> Settings | None:
         )
     parameters = dict(entry)
     method, score = parameters.pop("method", None), parameters.pop("score", None)
+    if (cache := parameters.pop("cache", None)) not in (None, "raw"):
+        raise ValueError(f"{NAME}: cache must be 'raw' or left out, got {cache!r}")
     if method is None and parameters:
         raise ValueError(f"{NAME}: {next(iter(parameters))} must come with a method, got none")
     if method is not None:
+        if method in tuple(SCORES):
+            entry = {"score": {"method": method, **parameters}}
+            raise ValueError(f"{NAME}: {method} is a score method and must come as {entry}")
         if method not in _METHODS:
             raise ValueError(f"{NAME}: method must be one of {', '.join(_METHODS)}, got {method!r}")
         check_names(NAME, method, parameters, None)
-    return Settings(method, parameters, *_read_score(score))
+    return Settings(method, parameters, *_read_score(score), cache is not None)
 
 
 def describe(additional_config: Mapping[str, Any]) -> str:
     """Return an engine's methods in words: `rerope window=2048 over yarn factor=4.0`."""
     entry = dict(additional_config[NAME])
+    cache = entry.pop("cache", None)
     said = [dict(each) for each in (entry.pop("score", None), entry) if each]
-    return " over ".join(
+    methods = " over ".join(
         " ".join([each.pop("method"), *(f"{name}={value}" for name, value in each.items())])
         for each in said
         if each.get("method")
     )
+    return methods if cache is None else f"{methods}, keys cached {cache}"
 
 
-def _read_score(entry: Any) -> tuple[Score | None, float | None]:
+def _read_score(entry: Any) -> tuple[Score | None, float | None, int | None]:
     if entry is None:
-        return None, None
+        return None, None, None
     if not isinstance(entry, Mapping) or entry.get("method") not in tuple(SCORES):
         got = entry.get("method") if isinstance(entry, Mapping) else entry
         raise ValueError(
             f"{NAME}: score must have a method, one of {', '.join(SCORES)}, got {got!r}"
         )
     parameters = dict(entry)
-    return bind_score(NAME, parameters.pop("method"), parameters)
+    with in_our_name():
+        score, log_n = bind_score(NAME, parameters.pop("method"), parameters)
+    return score, log_n, scale_from(NAME, parameters)
+
+
+@contextmanager
+def in_our_name() -> Iterator[None]:
+    """Have errors of methods begin as all of the plugin's do."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if str(error).startswith(f"{NAME}: "):
+            raise
+        raise type(error)(f"{NAME}: {error}") from error
+
+
+def rotations(text: Any) -> list[tuple[str | None, Mapping[str, Any]]]:
+    """Return a model's rope_parameters by the kinds of its layers, None where it has one kind."""
+    kinds = [(k, v) for k, v in text.rope_parameters.items() if isinstance(v, Mapping)]
+    return kinds or [(None, text.rope_parameters)]
 
 
 def check_config(settings: Settings, config: Any) -> None:
     """Raise ValueError for an engine, a VllmConfig, that the methods cannot be right in."""
-    for wrong, reason in (*_for_all(config), *_for_scores(settings, config)):
+    for wrong, reason in (*_for_all(config), *_for_attention(settings, config)):
         if wrong:
             raise ValueError(f"{NAME}: {reason}")
 
@@ -150,16 +191,11 @@ def _for_all(config: Any) -> list[tuple[Any, str]]:
             f"drafts must come without a model (ngram, suffix), got {drafter}: its rotary layers "
             "would be extended too",
         ),
-        (
-            getattr(text, "dual_chunk_attention_config", None),
-            "the model must not have vLLM's dual chunk attention; "
-            'choose {"score": {"method": "dual_chunk", ...}}',
-        ),
     ]
 
 
-def _for_scores(settings: Settings, config: Any) -> list[tuple[Any, str]]:
-    if settings.score is None:
+def _for_attention(settings: Settings, config: Any) -> list[tuple[Any, str]]:
+    if not settings.attends:
         return []
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     text = model.hf_text_config
@@ -169,24 +205,28 @@ def _for_scores(settings: Settings, config: Any) -> list[tuple[Any, str]]:
     return [
         (
             model.uses_mrope,
-            "tokens must have one position for a score method, got a model with several each "
-            "(mRoPE)",
+            f"tokens must have one position for {OURS}, got a model with several each (mRoPE)",
         ),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-            "context parallelism must be off for a score method, whose ranks would hold parts "
-            "of a sequence's keys",
+            f"context parallelism must be off for {OURS}, whose ranks would hold parts of a "
+            "sequence's keys",
         ),
         (
             cache.cache_dtype not in ("auto", _name_of(model.dtype), *FP8),
-            f"kv_cache_dtype must be auto or fp8 for a score method, got {cache.cache_dtype}",
+            f"kv_cache_dtype must be auto or fp8 for {OURS}, got {cache.cache_dtype}",
         ),
         (shared, "layers that reuse other layers' keys (KV sharing) are not supported"),
-        (bidirectional, "a score method must be causal, got a model whose tokens see later ones"),
+        (bidirectional, f"{OURS} must be causal, got a model whose tokens see later ones"),
+        (
+            # vLLM's, of all layers at once; where only some have one it is theirs.
+            settings.score and getattr(cache, "sliding_window", None),
+            "some layers must have no sliding window for a score method, got a model all of whose "
+            "layers have one",
+        ),
         (
             partly,
-            "all layers must rotate for a score method, got a configuration with "
-            + ", ".join(partly),
+            f"all layers must rotate for {OURS}, got a configuration with " + ", ".join(partly),
         ),
         (text.model_type in _UNFIT, f"{_UNFIT.get(text.model_type)} ({text.model_type})"),
     ]

@@ -1,0 +1,89 @@
+"""What an engine says when it starts: what it goes by, and what is likely not meant.
+
+Nothing here imports vLLM.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .._shared.parameters import PARAMETERS, is_bounded, values_in
+from .settings import NAME, Settings, describe, read_entry, rotations
+
+_TRAINED, _LONGEST = "original_max_position_embeddings", "max_position_embeddings"
+_SHARED_KEYS = (
+    "what kv_transfer_config stores or sends must stay among engines of this same entry: vLLM "
+    "tells keys apart by the model and the tokens alone"
+)
+
+
+def goes_by(settings: Settings, config: Any) -> str:
+    """Return the methods of a VllmConfig and the numbers that they start from, in one line."""
+    model = config.model_config
+    text = model.hf_text_config
+    kinds = [kind for kind in rotations(text) if not is_bounded(kind[0] or "")]
+    trained = {_trained_length(settings, text, parameters) for _, parameters in kinds}
+    bases = {float(parameters.get("rope_theta", 10000.0)) for _, parameters in kinds}
+    return (
+        f"{describe(config.additional_config)} (trained length {_listed(trained)}, "
+        f"base {_listed(bases)}, max_model_len {model.max_model_len})"
+    )
+
+
+def remarks_on(config: Any, settings: Settings | None) -> Iterator[str]:
+    """Yield what in a VllmConfig works but is likely not meant."""
+    if settings is None:
+        yield from _near_misses(config.additional_config)
+        return
+    factor = settings.parameters.get("factor")
+    # Of dynamic NTK it is how steeply the base grows.
+    if isinstance(factor, (int, float)) and factor < 1 and settings.method != "dynamic_ntk":
+        yield f"factor {factor:g} of {settings.method} is below 1: it shortens what a model reads"
+    yield from _overridden(settings, config.model_config)
+    if config.kv_transfer_config is not None:
+        yield _SHARED_KEYS
+
+
+def _near_misses(additional_config: Any) -> Iterator[str]:
+    if not isinstance(additional_config, Mapping) or read_entry(additional_config) is not None:
+        return
+    for key in additional_config:
+        name = str(key).lower()
+        if name.startswith(NAME) or difflib.get_close_matches(NAME, [name], cutoff=0.8):
+            yield f"additional_config has {key!r}, which nobody reads; methods go under {NAME!r}"
+
+
+def _overridden(settings: Settings, model: Any) -> Iterator[str]:
+    """An override of the longest position is taken for the trained length, unless that is said."""
+    overrides = getattr(model, "hf_overrides", None)
+    if not isinstance(overrides, Mapping) or settings.method is None:
+        return
+    parts = [overrides, *(part for part in overrides.values() if isinstance(part, Mapping))]
+    longest = next((part[_LONGEST] for part in parts if _LONGEST in part), None)
+    if longest is None or not _counts_from(settings.method):
+        return
+    text, name = model.hf_text_config, _counts_from(settings.method)
+    lengths = {_trained_length(settings, text, parameters) for _, parameters in rotations(text)}
+    if name not in settings.parameters and longest in lengths:
+        yield (
+            f"hf_overrides makes {_LONGEST} {longest}, which {settings.method} takes for the "
+            f"trained length; leave it out, as max_model_len may be longer, or give {name} beside "
+            "the method"
+        )
+
+
+def _counts_from(method: str) -> str | None:
+    """Return the name of the parameter by which a method knows the trained length."""
+    return next((name for name in (_TRAINED, _LONGEST) if name in PARAMETERS[method]), None)
+
+
+def _trained_length(settings: Settings, text: Any, parameters: Mapping[str, Any]) -> Any:
+    name = settings.method and _counts_from(settings.method)
+    values = values_in(text, parameters, dim=0)
+    return settings.parameters.get(name, values.get(name or _TRAINED))
+
+
+def _listed(numbers: set[Any]) -> str:
+    return " and ".join(f"{number:.15g}" for number in sorted(numbers - {None})) or "unknown"

@@ -1,0 +1,191 @@
+"""Models that were trained with dual chunks: what they say is taken over, and their temperature."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_vllm_settings import YARN, config
+
+from extrope_kernels import scores
+from extrope_kernels.integrations.vllm.dual_chunks import take_over
+from extrope_kernels.integrations.vllm.engine import make_engine
+
+KEY, TRAINED = "dual_chunk_attention_config", "original_max_position_embeddings"
+THEIRS = {"chunk_size": 96, "local_size": 32, TRAINED: 128}
+DUAL = {"method": "dual_chunk"}
+
+
+def model_of(theirs=THEIRS):
+    """A configuration's text; and of images with it, as vLLM's of larger models."""
+    text = SimpleNamespace(
+        model_type="qwen2",
+        head_dim=32,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        **{KEY: theirs},
+    )
+    return {"hf_text_config": text, "hf_config": SimpleNamespace(text_config=text)}
+
+
+def test_a_model_says_its_chunks():
+    made = config({"score": DUAL}, model=model_of())
+    assert take_over(made)
+    settings = make_engine(made).settings
+    assert settings.score == scores.dual_chunk(96, 32)
+    assert settings.scale_from == 128
+    assert not take_over(made)  # a second time, as in copies
+    assert make_engine(made).settings == settings
+
+
+def test_what_is_given_goes_before():
+    given = {"score": DUAL | {"local_window": 16, TRAINED: None}}
+    made = config(given, model=model_of())
+    assert take_over(made)
+    settings = make_engine(made).settings
+    assert settings.score == scores.dual_chunk(96, 16) and settings.scale_from is None
+    assert given == {"score": DUAL | {"local_window": 16, TRAINED: None}}
+
+
+def test_other_methods_leave_vllms_part_out_as_well():
+    made = config(YARN, model=model_of())
+    assert not take_over(made)
+    text = made.model_config.hf_text_config
+    assert not hasattr(text, KEY) and make_engine(made).settings.score is None
+    assert text.original_max_position_embeddings == 128  # what yarn counts from
+
+
+def test_without_it_parameters_are_missing():
+    made = config({"score": DUAL}, model=model_of({}))
+    assert not take_over(made)
+    with pytest.raises(ValueError, match="dual_chunk needs chunk_size and local_window"):
+        make_engine(made)
+
+
+def test_the_temperature_is_that_of_each_querys_position():
+    """Chunks and steps of several requests, padding, buffers for good; against the formula."""
+    from extrope_kernels.integrations.vllm.lengths import Lengths
+
+    lengths, pointers = Lengths({}, 40, 4, 64, "cpu"), set()
+    for queries, totals in (([1, 1, 40, 0], [5, 60, 90, 0]), ([7, 3], [7, 1000])):
+        starts = torch.tensor([0, *queries]).cumsum(0).int()
+        lengths.update(starts, torch.tensor(totals, dtype=torch.int32))
+        ends = [range(n - q + 1, n + 1) for q, n in zip(queries, totals, strict=True)]
+        n = torch.tensor([n for each in ends for n in each]).double()
+        want = (0.1 * (n / 40).log() + 1).clamp(min=1) ** 2
+        scale = lengths.query_scale(None, True, len(n))
+        torch.testing.assert_close(scale.double(), want, atol=0, rtol=1e-7)
+        pointers.add(scale.data_ptr())
+    assert len(pointers) == 1 and lengths.query_scale(None, False, 1) is None
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    pytest.importorskip("transformers")
+    from vllm_engines import build
+
+    folder = tmp_path_factory.mktemp("qwen2")
+    return build("Qwen2", folder, hidden_size=128, **{KEY: THEIRS}), folder
+
+
+@torch.no_grad()
+def dense(model, prompt):
+    """Log-probabilities of a prompt's tokens by a layer's formulas, one pair of tokens at a time.
+
+    Chunks of 64, and the temperature: every step of the model but the attention is its own.
+    """
+    from transformers.models.qwen2.modeling_qwen2 import rotate_half
+
+    inv_freq = model.model.rotary_emb.inv_freq.double()
+    i = torch.arange(len(prompt))
+    previous = i[:, None] // 64 - i // 64 == 1
+    same = i[:, None] // 64 == i // 64
+    place = torch.where(previous, (i % 64 + 64).clamp(max=96)[:, None], 96)
+    distance = torch.where(same, i[:, None] % 64, place) - i % 64
+    angles = torch.cat((distance[..., None] * inv_freq,) * 2, -1)
+    scale = (0.1 * ((i + 1.0) / 128).log() + 1).clamp(min=1) ** 2
+
+    def attention(module, query, key, value, mask, scaling, **_):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        q = query[0, :, :, None]
+        turned = q * angles.cos() + rotate_half(q) * angles.sin()
+        logits = (turned * key[0, :, None]).sum(-1) * scaling * scale[:, None]
+        weights = logits.masked_fill(i > i[:, None], -torch.inf).softmax(-1)
+        return (weights @ value[0]).transpose(0, 1)[None], None
+
+    return run_by(model, attention, prompt)
+
+
+def run_by(model, attention, prompt):
+    """The model with keys and queries as they come before the rotation."""
+    from transformers import AttentionInterface
+    from transformers.models.qwen2 import modeling_qwen2
+
+    AttentionInterface.register("dense", attention)
+    model = copy.deepcopy(model).double()
+    model.set_attn_implementation("dense")
+    ids = torch.tensor([prompt])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_qwen2, "apply_rotary_pos_emb", lambda q, k, *_: (q, k))
+        logprobs = model(ids).logits[0].log_softmax(-1)
+    return logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0].float()
+
+
+def difference_to(ref, got):
+    return max((a.of_prompt - b).abs().max().item() for a, b in zip(got, ref, strict=True))
+
+
+@pytest.fixture(scope="module")
+def wanted(tiny):
+    """The formulas, and transformers under `extend` without parameters, in float32."""
+    from vllm_engines import PROMPTS, expected
+
+    with pytest.warns(UserWarning, match="the sparse part .* is left out"):
+        want = expected(tiny[0], [DUAL])
+    return [dense(tiny[0], prompt) for prompt in PROMPTS], want
+
+
+def test_extend_takes_them_from_the_configuration(tiny, wanted):
+    from vllm_engines import PROMPTS, difference, expected, logits_behind, regret, tokens_of
+
+    model, (ref, want) = tiny[0], wanted
+    assert difference_to(ref, want) < 1e-4  # the logits' rounding in float32
+    given = {"chunk_size": 96, "local_window": 32}
+    assert difference(expected(model, [DUAL | given | {TRAINED: 128}]), want) == 0
+    for other in ({TRAINED: None}, {TRAINED: 64}, {"local_window": 48}):
+        assert difference(expected(model, [DUAL | other]), want) > 0.01
+    for prompt, each in zip(PROMPTS, want, strict=True):  # generate's cache, against a forward
+        assert regret(logits_behind(model, [DUAL], prompt, each.tokens), each.tokens) == 0
+    assert tokens_of(want) != tokens_of(expected(model, []))
+
+
+@torch.no_grad()
+def test_the_temperature_counts_from_a_rows_first_token(tiny):
+    from vllm_engines import PROMPTS, expected
+
+    from extrope_kernels.integrations.transformers import extend
+
+    model, (long, _, short, _) = tiny[0], PROMPTS
+    pads = len(long) - len(short)
+    ids = torch.tensor([long, [0] * pads + short])
+    mask = (torch.arange(len(long)) >= torch.tensor([[0], [pads]])).long()
+    (alone,) = expected(model, [DUAL], [short])
+    with extend(model, **DUAL):
+        logprobs = model(ids, attention_mask=mask).logits[1, pads:-1].log_softmax(-1)
+    got = logprobs.gather(1, torch.tensor(short)[1:, None])[:, 0]
+    torch.testing.assert_close(got, alone.of_prompt, atol=1e-4, rtol=0)
+
+
+def test_engine(tiny, wanted):
+    """No override and no parameters, against transformers and against the formulas."""
+    pytest.importorskip("vllm.version")  # this folder is a "vllm", too
+    from vllm_engines import difference, engine, expected, generated, tokens_of
+
+    (model, folder), (ref, want) = tiny, wanted
+    with engine(folder, {"score": DUAL}, enable_prefix_caching=True) as llm:
+        got = generated(llm)
+    assert tokens_of(got) == tokens_of(want)
+    assert difference_to(ref, got) <= 2 * difference_to(ref, want)
+    assert difference(got, expected(model, [DUAL | {TRAINED: None}])) > 0.01
