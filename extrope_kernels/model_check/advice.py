@@ -13,6 +13,7 @@ from typing import Any
 from ..evaluation.models import PACKAGES
 from ..evaluation.options import Plan
 from ..evaluation.search.candidates import Candidate
+from ..integrations._shared.parameters import score_values_in
 from ..integrations.vllm.settings import check_config, read_settings
 from ..scores import SCORES
 from .facts import Facts
@@ -77,8 +78,8 @@ def _choose(source: Source, facts: Facts, length: int, yarn: Candidate) -> tuple
         return yarn, why
     chunks = source.stated.get("dual_chunk_attention_config")
     if isinstance(chunks, Mapping) and {"chunk_size", "local_size"} <= set(chunks):
-        parameters = {"chunk_size": chunks["chunk_size"], "local_window": chunks["local_size"]}
-        return Candidate("dual_chunk", parameters), "its dual_chunk_attention_config names it"
+        why = "as it was trained; its dual_chunk_attention_config has the parameters"
+        return Candidate("dual_chunk", {}), why
     times = 2 if length <= 2 * reach else 4
     why = (
         f"exact within its window, half of {reach:,} tokens; on SmolLM2-135M at {times} times its "
@@ -135,17 +136,19 @@ def _lines(
 
 
 def _plugin_line(model: str, source: Source, length: int, first: Candidate) -> str:
-    entry: dict[str, Any] = {"method": first.method, **first.params}
-    additional = {"extrope": {"score": entry} if first.method in SCORES else entry}
+    def additional(**values: Any) -> dict[str, Any]:
+        entry = {"method": first.method, **values, **first.params}
+        return {"extrope": {"score": entry} if first.method in SCORES else entry}
+
     try:
-        settings = read_settings(additional)
+        settings = read_settings(additional(**score_values_in(source.config, first.method)))
         if settings is not None:
             check_config(settings, _engine_config(source))
     except ValueError as error:
         return f"refused: {str(error).removeprefix('extrope: ')}"
     return (
-        f"VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 vllm serve {model} --max-model-len {length} "
-        f"--additional-config '{json.dumps(additional)}'"
+        f"vllm serve {model} --max-model-len {length} "
+        f"--additional-config '{json.dumps(additional())}'"
     )
 
 

@@ -236,7 +236,8 @@ def test_dual_chunks_are_ignored_and_advised(check):
     assert "dual_chunk_attention_config is named and IGNORED" in text
     assert facts["length"]["origin"].endswith("in dual_chunk_attention_config")
     assert (facts["length"]["trained"], facts["reach"]) == (1024, 1024)
-    assert facts["advice"]["first"] == "dual_chunk chunk_size=1024 local_window=256"
+    assert facts["advice"]["first"] == "dual_chunk"
+    assert '{"extrope": {"score": {"method": "dual_chunk"}}}' in text
     words = shlex.split(facts["advice"]["lines"]["vLLM"].partition("  #")[0])
     override = json.loads(words[words.index("--hf-overrides") + 1].replace("$ROPE", "{}"))
     assert override == {"rope_parameters": {}, "dual_chunk_attention_config": None}
@@ -327,7 +328,7 @@ def test_the_lines_do_what_they_say(check, tmp_path, scaling):
     words = shlex.split(lines["vLLM, our plugin"])
     settings = read_settings(json.loads(words[words.index("--additional-config") + 1]))
     assert settings is not None and settings.score is not None
-    assert words[:2] == ["VLLM_ALLOW_LONG_MAX_MODEL_LEN=1", "vllm"] and str(tmp_path) in words
+    assert words[:2] == ["vllm", "serve"] and str(tmp_path) in words
     assert f"--rope-scale {8192 // trained} --yarn-orig-ctx {trained}" in lines["llama.cpp"]
     assert ('in place of "rope_scaling"' in lines["transformers"]) == bool(scaling)
 

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from ... import RopeFreqs
-from ..._checks import check_length
 from ...methods import METHODS, WRAPPERS
 from ...ops.attention import check_log_n
 from ...scores import SCORES, Score
@@ -133,10 +132,12 @@ def bind_score(op: str, method: str, given: Mapping[str, Any]) -> tuple[Score, f
 def scale_from(op: str, given: Mapping[str, Any]) -> int | None:
     """Return the length from which dual_chunk's logits grow, or None.
 
-    Raises ValueError or TypeError for one that is no length.
+    Raises ValueError for one that is no length.
     """
     trained = given.get(_TRAINED)
-    return None if trained is None else check_length(op, _TRAINED, trained)
+    if trained is not None and (type(trained) is not int or trained < 1):
+        raise ValueError(f"{op}: {_TRAINED} must be a whole number of tokens > 0, got {trained!r}")
+    return trained
 
 
 def score_values_in(config: Any, method: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import RopeFreqs
-from ...scores.query_scale import qwen_1m
+from ...scores import query_scale
 from .settings import NAME
 
 _TRAINED, _LONGEST = "original_max_position_embeddings", "max_position_embeddings"
@@ -106,7 +106,7 @@ class Lengths:
         one = by_score = self._tokens.new_ones((), dtype=torch.float64)
         if self.scale_from is not None:
             positions = self._tokens + (seq_lens - starts[1:])[request]
-            by_score = qwen_1m(positions, self.scale_from)
+            by_score = query_scale.qwen_1m(positions, self.scale_from)
             self._write((None, True), by_score)
         for name, amplitude in amplitudes.items():
             by_method = amplitude(seq_lens)[request]
