@@ -47,6 +47,11 @@ def demo_row(row: Row, trained: int) -> Row:
     return {"seconds": row["seconds"], "losses": [bucket["loss"] for bucket in row["buckets"]]}
 
 
+def short_row(row: Row, trained: int) -> Row:
+    """The mean loss of a text within the training length."""
+    return {"length": row["length"], "loss": fmean(bucket["loss"] for bucket in row["buckets"])}
+
+
 def gains_row(row: Row, trained: int) -> Row:
     return {"gains": [[gain["gain"], gain["error"]] for gain in row["gains"]]}
 
@@ -57,6 +62,7 @@ KEPT: dict[str, Callable[[Row, int], Row]] = {
     "passkey": passkey_row,
     "demo": demo_row,
     "gains": gains_row,
+    "short": short_row,
 }
 ABOUT = ("model", "training_length", "dtype", "threads", "bucket", "distances", "depths", "texts")
 

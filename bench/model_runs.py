@@ -2,7 +2,7 @@
 
 apt-get download jargon-text && dpkg-deb -x jargon-text_*.deb . \\
     && zcat usr/share/doc/jargon-text/jargon.txt.gz > jargon.txt
-OMP_NUM_THREADS=1 python bench/model_runs.py {loss,recall,long,passkey,gemma} jargon.txt
+OMP_NUM_THREADS=1 python bench/model_runs.py {loss,recall,long,passkey,short,gemma} jargon.txt
 
 Every measurement goes to build/model_runs; evaluations.py keeps a row each of them in
 bench/results/models, which bench/readme.py shows.
@@ -85,6 +85,7 @@ class Run(NamedTuple):
     methods: dict[str, list[dict[str, Any]]] = METHODS
     more: tuple[str, ...] = ()
     model: str = "smollm2"
+    kept: str = ""  # how rows are kept, where not by the task
 
 
 RUNS = {
@@ -98,6 +99,16 @@ RUNS = {
         trials=10,
         methods=first("rope", "yarn", "rerope"),
         more=("--depths", "3"),
+    ),
+    "short": Run(
+        "loss",
+        "short",
+        "1024,2048,4096,8192",
+        trials=2,
+        methods=first("rope", "rerope", "leaky_rerope", "dual_chunk")
+        | {"yarn": [{"factor": 2.0}, {"factor": 4.0}]},
+        more=("--bucket", "8192"),
+        kept="short",
     ),
     # Trained to 32,768, of which 16,384 is half.
     "gemma": Run(
@@ -137,14 +148,14 @@ def main() -> int:
     parser.add_argument("text", help="of the Jargon File")
     given = parser.parse_args()
     run = RUNS[given.run]
-    texts = ["pydocs"] if run.task == "passkey" else ["pydocs", given.text]
+    texts = ["pydocs"] if given.run in ("passkey", "short") else ["pydocs", given.text]
     evaluation = argparse.ArgumentParser()
     cli.add_arguments(evaluation)
     for params in rounds(run):
         code = cli.run(evaluation.parse_args(arguments(run, texts, params)))
         if code:
             return code
-        evaluations.keep(BUILD / run.name / f"{run.task}.json", run.name, run.task)
+        evaluations.keep(BUILD / run.name / f"{run.task}.json", run.name, run.kept or run.task)
     return 0
 
 

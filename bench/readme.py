@@ -33,6 +33,7 @@ TABLES = {
     "length_generalization": tables.length_generalization,
     "passkey": tables.passkey,
     "recall": tables.recall,
+    "short": tables.within,
     "smollm2-tuned": tables.tuned,
     **{name: partial(tables.real, name=name) for name in REAL},
 }

@@ -191,6 +191,18 @@ def passkey(results: Path) -> str:
     return table(head, lines)
 
 
+def within(results: Path) -> str:
+    """Losses of texts within the training length, a column a length."""
+    found = evaluations.read("short", results)
+    lengths = sorted({row["length"] for row in found["rows"]})
+    losses: dict[str, dict[int, float]] = {}
+    for row in found["rows"]:
+        words = [f"{name}={value:g}" for name, value in row["params"].items()]
+        losses.setdefault(f"`{' '.join([row['method'], *words])}`", {})[row["length"]] = row["loss"]
+    head = ["method", *(f"{length:,} tokens" for length in lengths)]
+    return table(head, [[name, *(f"{of[n]:.3f}" for n in lengths)] for name, of in losses.items()])
+
+
 def real(results: Path, name: str) -> str:
     """Every method and its parameters on a real model, the lowest loss first."""
     found = evaluations.measured(results, name)

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs, apply_rope
-from ...scores import Score, query_scale
+from ... import RopeFreqs, apply_rope, scores
+from ...scores import Score
 from .find import Override, argument_names, forward_of
 from .packed import BOUNDARIES, PackedRows
 from .paged import PagedRows
@@ -345,7 +345,7 @@ class Attending:
             freqs = RopeFreqs(here.freqs.inv_freq)
             q = apply_rope(q, freqs, positions=here.positions, inverse=True, **rotation)
         if self.scale_from is not None:
-            scale = query_scale.qwen_1m(here.rows.positions.to(q.device), self.scale_from)
+            scale = scores.query_scale.qwen_1m(here.rows.positions.to(q.device), self.scale_from)
             q = (q * scale[..., None, None]).to(q.dtype)
         call = {"freqs": here.freqs, "score": self.score, "log_n": self.log_n, **rotation}
         call |= softmax_options(module, options)

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import RopeFreqs
-from ...scores import query_scale
+from ... import RopeFreqs, scores
 from .settings import NAME
 
 _TRAINED, _LONGEST = "original_max_position_embeddings", "max_position_embeddings"
@@ -106,7 +105,7 @@ class Lengths:
         one = by_score = self._tokens.new_ones((), dtype=torch.float64)
         if self.scale_from is not None:
             positions = self._tokens + (seq_lens - starts[1:])[request]
-            by_score = query_scale.qwen_1m(positions, self.scale_from)
+            by_score = scores.query_scale.qwen_1m(positions, self.scale_from)
             self._write((None, True), by_score)
         for name, amplitude in amplitudes.items():
             by_method = amplitude(seq_lens)[request]
