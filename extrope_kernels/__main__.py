@@ -1,5 +1,6 @@
-"""`python -m extrope_kernels`."""
+"""`python -m extrope_kernels`, and `extrope`."""
 
+import errno
 import os
 import sys
 
@@ -7,15 +8,22 @@ from .cli import main
 
 
 def run() -> int:
-    """Run the command; who reads what it prints, such as head, may stop early."""
+    """Run the command; the reader of its output, such as head, may stop early, or have no space."""
     try:
         try:
             return main()
         finally:
             print(end="", flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
-        return 1
+        code = 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"extrope: cannot print: {error.strerror}", file=sys.stderr)
+        code = 2
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+    return code
 
 
-sys.exit(run())
+if __name__ == "__main__":
+    sys.exit(run())

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from . import _build
 
@@ -25,6 +25,7 @@ _reasons: dict[str, str | None] = {}
 _paths: dict[str, Path] = {}
 _watchers: dict[str, list[Callable[[str | None], None]]] = {}
 _BUILD_TIMEOUT = 600.0  # seconds to wait for another process that builds the same library
+_SILENT_WAIT = 2.0  # seconds of that before it is told
 _INSTEAD = {
     "cpu": "its ops run as the reference, which is slow",
     "cuda": "its ops run as Triton's kernels",
@@ -171,7 +172,13 @@ def _build_locked(name: str, library: Path) -> None:
     work_dir = entry.parent / f"build-{name}-{_build.work_key(name)}"
     for folder in (entry, work_dir):
         folder.mkdir(exist_ok=True)
-    with FileLock(work_dir / "lock", timeout=_BUILD_TIMEOUT):
+    lock = FileLock(work_dir / "lock", timeout=_BUILD_TIMEOUT)
+    try:
+        held = lock.acquire(timeout=_SILENT_WAIT)
+    except Timeout:
+        _log.warning("waiting for another process that builds the %s library", name)
+        held = lock.acquire()
+    with held:
         if _intact(library):  # another process built it meanwhile
             return
         _log.warning("building the %s library, once, into %s", name, entry)

@@ -25,11 +25,14 @@ CPU_CAPABILITIES = (
     "AMX",
     "NEON",
 )  # the numbers that extrope::cpu_capability returns
+OPS = {"rope": rope, "attention": attention, "permuteformer": permuteformer}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m extrope_kernels", description=__doc__)
+    script = "extrope"
+    prog = script if Path(sys.argv[0]).stem == script else "python -m extrope_kernels"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--version", action="version", version=f"extrope_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed and which kernel runs where")
@@ -51,23 +54,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def info() -> str:
-    """Versions, libraries, devices and the kernels in use, a line each."""
-    lines = [("extrope_kernels", __version__), ("Python", platform.python_version())]
-    lines += [("torch", torch.__version__)]
+    """A verdict; versions, libraries, devices and the kernels in use, a line each."""
+    lines = [("Python", platform.python_version()), ("torch", torch.__version__)]
     lines += [(name, _version(name)) for name in ("triton", "transformers")]
     lines += [("C++ compiler", _compiler_version()), ("nvcc", _nvcc_version())]
     lines += [(f"{name} library", report) for name, report in _ext.status().items()]
-    if _ext.load("cpu") is None:
-        lines.append(("CPU instructions", CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()]))
     lines += [("device", device) for device in _devices()]
-    ops = {"rope": rope, "attention": attention, "permuteformer": permuteformer}
-    for op, module in ops.items():
+    for op, module in OPS.items():
         reports = module.backends()
         lines += [(f"{op} backend {name}", report) for name, report in reports.items()]
         chosen = {f"{op} on {device}": name for device, name in _choices(reports).items()}
         lines += (chosen | (attention.selections() if op == "attention" else {})).items()
     width = max(len(label) for label, _ in lines)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
+    table = [f"{label:<{width}}  {value}" for label, value in lines]
+    return "\n".join([f"extrope_kernels {__version__}: {_cpu_verdict()}; {_gpu_verdict()}", *table])
 
 
 def run_benchmarks(names: list[str]) -> int:
@@ -87,6 +87,19 @@ def run_benchmarks(names: list[str]) -> int:
         if done.returncode != 0:
             return done.returncode
     return 0
+
+
+def _cpu_verdict() -> str:
+    if _ext.load("cpu", quiet=True) is not None:
+        return "no CPU kernels, so that ops run as the reference, which is slow"
+    return f"CPU kernels ready ({CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()]})"
+
+
+def _gpu_verdict() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU"
+    chosen = {op: _choices(module.backends())["cuda"] for op, module in OPS.items()}
+    return "GPU: " + ", ".join(f"{op} by {name}" for op, name in chosen.items())
 
 
 def _version(package: str) -> str:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from . import UsageError, models, options
+from . import UsageError, models, options, plots, report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +66,12 @@ def run_command(
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # such as a full disk
+        why = " ".join(str(error).split())
+        print(f"{name}: {why}; what was measured before is in {args.out}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted; finished rows are in {args.out}", file=sys.stderr)
         return 130
@@ -79,11 +85,14 @@ def _run(args: argparse.Namespace) -> None:
     files, device = models.prepared(args.model, args.device)
     from . import runner  # only now: it imports transformers, which takes seconds
 
-    slow = " (from GGUF, which takes half a minute)" if files.gguf_file is not None else ""
+    slow = " (from GGUF, which takes half a minute or more)" if files.gguf_file else ""
     print(f"loading {args.model}{slow}", file=sys.stderr, flush=True)
-    tokenizer = models.load_tokenizer(files)
-    task = runner.TASKS[args.task](args, plan.lengths, tokenizer)
-    model = models.load_model(files, args.dtype, device)
-    models.keep_converted(args.model, files, model, tokenizer)
+    with report.telling(lambda: f"loading {args.model}"):
+        tokenizer = models.load_tokenizer(files)
+        task = runner.TASKS[args.task](args, plan.lengths, tokenizer)
+        model = models.load_model(files, args.dtype, device)
+        models.keep_converted(args.model, files, model, tokenizer)
     runner.run_rows(task, model, plan, args, out)
-    print(f"wrote {out / args.task}.json and .png", file=sys.stderr)
+    print(
+        f"wrote {out / args.task}.json{' and .png' if plots.available() else ''}", file=sys.stderr
+    )

@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import importlib.util
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ import torch
 from torch import nn
 
 from .._ext import cache_dirs
-from . import UsageError
-from .options import require
+from . import UsageError, plots
+from .options import not_installed, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,8 +98,10 @@ def _files_at(path: Path) -> ModelFiles:
 
 def prepared(name: str, device: str | None) -> tuple[ModelFiles, str]:
     """Return a model's files and the device to run on, before anything slow; raises UsageError."""
-    require("matplotlib", "rich", "transformers")
     files, chosen = find_model(name), pick_device(device)
+    require("rich", "transformers")
+    if not plots.available():
+        print(f"no plot will be drawn: {not_installed(['matplotlib'])}", file=sys.stderr)
     quiet()
     if chosen.startswith("cpu"):
         keep_freed_memory()
@@ -269,6 +272,8 @@ def converted_folder(name: str) -> Path:
 
 def save_converted(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Keep a float32 copy in the user's cache, or none where that cannot be written."""
+    from safetensors import SafetensorError
+
     target = converted_folder(name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -278,7 +283,7 @@ def save_converted(name: str, model: PreTrainedModel, tokenizer: PreTrainedToken
             _unquantized(model).save_pretrained(work)
             tokenizer.save_pretrained(work)
             os.replace(work, target)
-    except OSError:
+    except (OSError, SafetensorError):  # the latter of a full disk
         return
 
 

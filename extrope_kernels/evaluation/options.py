@@ -125,12 +125,16 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def require(*packages: str) -> None:
-    """Raise UsageError, naming the extra that brings them, when one of `packages` is missing."""
+    """Raise UsageError, naming what to run, when one of `packages` is missing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(
-            f"{', '.join(missing)} not installed; run: pip install 'extrope-kernels[demo]'"
-        )
+        raise UsageError(not_installed(missing))
+
+
+def not_installed(packages: Sequence[str]) -> str:
+    """Say that packages are missing, and how to get them."""
+    command = f"pip install {' '.join(packages)} (or, in a checkout, pip install '.[demo]')"
+    return f"{', '.join(packages)} not installed; run: {command}"
 
 
 def check_out(path: str) -> Path:

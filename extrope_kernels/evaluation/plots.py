@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = "osD^vPX"
 _STYLES = ("-", "--", ":")
+
+
+def available() -> bool:
+    """Return whether plots can be drawn: tables do not need matplotlib."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def plot_loss(results: dict[str, Any], path: Path) -> None:

@@ -7,15 +7,20 @@ import math
 import os
 import platform
 import statistics
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 from .. import __version__
 from . import UsageError
+
+_TELL_EVERY = 30.0  # seconds between lines of progress
 
 
 class Display:
@@ -26,7 +31,7 @@ class Display:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._stream = stream
-        self.progress = Progress(
+        self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:3.0f}%"),
@@ -35,34 +40,58 @@ class Display:
             transient=True,
             disable=not stream.isatty(),
         )
-        self._all = self.progress.add_task("all rows", total=rows)
-        self._row = self.progress.add_task("", total=1, visible=False)
+        self._all = self.bars.add_task("all rows", total=rows)
+        self._row = self.bars.add_task("", total=1, visible=False)
         self._ticks = 1
 
     def line(self, text: str) -> None:
         """Show a line of the table at once."""
-        if self.progress.disable:
+        if self.bars.disable:
             print(text, file=self._stream, flush=True)
         else:
-            self.progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
+            self.bars.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def begin(self, name: str, ticks: int) -> None:
         """Announce the next row and how many ticks it has."""
         self._ticks = ticks
-        self.progress.reset(self._row, total=ticks, description=name, visible=True)
+        self.bars.reset(self._row, total=ticks, description=name, visible=True)
 
     def tick(self, ticks: int = 1) -> None:
         """Say that so many ticks of the current row are done."""
-        self.progress.advance(self._row, ticks)
-        self.progress.advance(self._all, ticks / self._ticks)
+        self.bars.advance(self._row, ticks)
+        self.bars.advance(self._all, ticks / self._ticks)
+
+    def progress(self) -> str:
+        """Say in a line what is being measured and how far it is."""
+        every, row = self.bars.tasks
+        return "; ".join(f"{bar.description}: {bar.percentage:.0f}%" for bar in (row, every))
 
 
 @contextmanager
 def open_display(stream: TextIO, rows: int) -> Iterator[Display]:
-    """Show a table of so many rows."""
+    """Show a table of so many rows; where the stream is no terminal, tell progress on stderr."""
     display = Display(stream, rows)
-    with display.progress:
+    with display.bars, telling(display.progress) if display.bars.disable else nullcontext():
         yield display
+
+
+@contextmanager
+def telling(progress: Callable[[], str]) -> Iterator[None]:
+    """Print a line of progress on stderr now and then while the block runs."""
+    began, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(_TELL_EVERY):
+            minutes, seconds = divmod(round(time.monotonic() - began), 60)
+            print(f"{progress()}, {minutes}:{seconds:02} so far", file=sys.stderr, flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..integrations.transformers import extend
-from . import UsageError, report
+from . import UsageError, plots, report
 from .digests import model_digest
 from .loss import LossTask
 from .models import decoder_layers, training_length, unscaled_length
@@ -61,41 +61,54 @@ def run_rows(
 ) -> None:
     """Measure each (method, length), show it and write it into `<task>.json` and `<task>.png`.
 
+    There is no PNG without matplotlib.
+
     Raises UsageError before the first row when the model or its parameters do not suit a method.
     """
-    trained = training_length(model)
+    trained, unscaled = training_length(model), unscaled_length(model)
     rows = [
-        (method, length, plan.method_params(method, length, trained, unscaled_length(model)))
+        {
+            "method": method,
+            "length": length,
+            "params": plan.method_params(method, length, trained, unscaled),
+        }
         for method in plan.methods
         for length in plan.lengths
     ]
-    for method, _, params in rows:
-        _check_method(model, method, params)
+    for row in rows:
+        _check_method(model, row["method"], row["params"])
     path = out / f"{task.name}.json"
     results = report.resumed(path, _header(task, model, args, trained))
     done = {_key(row): row for row in results["rows"]}
+    missing = sum(_key(row) not in done for row in rows)
+    print(f"measuring {missing} of {len(rows)} rows into {path}", file=sys.stderr, flush=True)
     heads = task.heads()
     widths = [max(_WIDTH, len(head)) for head in heads]
     wide = max(map(len, plan.methods))
-    with report.open_display(sys.stdout, len(rows)) as display:
+    with report.open_display(sys.stdout, missing) as display:
         display.line(report.format_line("method".ljust(wide), "tokens", heads, widths))
-        for method, length, params in rows:
-            row = {"method": method, "length": length, "params": params}
-            ticks = task.ticks(len(decoder_layers(model)))
-            display.begin(f"{method} {length}", ticks)
-            if (known := done.get(_key(row))) is not None:
-                row = known
-                display.tick(ticks)
+        for row in rows:
+            if _key(row) in done:
+                row = done[_key(row)]
             else:
-                began = time.perf_counter()
-                with extend(model, method, **params):
-                    measured = task.measure(model, length, display.tick)
-                row |= {"seconds": round(time.perf_counter() - began, 2), **measured}
+                row |= _measured(task, model, row, display)
                 results["rows"].append(row)
                 report.write_results(path, results)
-            task.plot(results, path.with_suffix(".png"))
-            cells = task.cells(row)
-            display.line(report.format_line(method.ljust(wide), str(length), cells, widths))
+            if plots.available():
+                task.plot(results, path.with_suffix(".png"))
+            name, length = row["method"].ljust(wide), str(row["length"])
+            display.line(report.format_line(name, length, task.cells(row), widths))
+
+
+def _measured(
+    task: Task, model: PreTrainedModel, row: dict[str, Any], display: report.Display
+) -> dict[str, Any]:
+    method, length = row["method"], row["length"]
+    display.begin(f"{method} {length}", task.ticks(len(decoder_layers(model))))
+    began = time.perf_counter()
+    with extend(model, method, **row["params"]):
+        measured = task.measure(model, length, display.tick)
+    return {"seconds": round(time.perf_counter() - began, 2), **measured}
 
 
 def _key(row: dict[str, Any]) -> str:

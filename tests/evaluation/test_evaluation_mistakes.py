@@ -1,11 +1,13 @@
 """What a user may get wrong: one line on stderr, exit code 2, and nothing slow before it."""
 
+import importlib.util
 import re
 import shutil
 
 import pytest
+from tiny_model import files_of_at_most, results
 
-from extrope_kernels.evaluation import options
+from extrope_kernels.evaluation import plots
 
 
 @pytest.mark.parametrize(
@@ -85,15 +87,52 @@ def test_parameters_that_a_method_refuses(run, tmp_path, capsys):
     assert "self_extend: factor must be a whole number, got 2.5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["rich", "matplotlib"])
-def test_missing_package_names_the_extra(run, monkeypatch, capsys, missing):
-    find_spec = options.importlib.util.find_spec
+def without(monkeypatch, missing):
+    """Let a package seem not to be installed."""
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        options.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name, *rest: None if name == missing else find_spec(name, *rest),
     )
+
+
+def test_a_missing_package_is_named_behind_other_mistakes(run, monkeypatch, capsys):
+    without(monkeypatch, "rich")
     assert run() == 2
-    assert f"{missing} not installed; run: pip install 'extrope-kernels[demo]'" in (
-        capsys.readouterr().err
-    )
+    told = "rich not installed; run: pip install rich (or, in a checkout, pip install '.[demo]')"
+    assert capsys.readouterr().err == f"eval: {told}\n"
+    assert run(model="/nowhere/model") == 2
+    assert "no such folder or .gguf file" in capsys.readouterr().err
+
+
+def test_tables_need_no_matplotlib(run, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        without(patch, "matplotlib")
+        assert run() == 0
+    shown = capsys.readouterr()
+    assert "no plot will be drawn: matplotlib not installed; run: pip install" in shown.err
+    assert shown.out.splitlines()[1].startswith("rope ")
+    assert shown.err.splitlines()[-1] == f"wrote {tmp_path / 'out' / 'loss.json'}"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["loss.json"]
+    assert run() == 0 and (tmp_path / "out" / "loss.png").exists()  # of the rows that were there
+
+
+def test_a_full_disk_is_told_and_what_was_measured_stays(run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+
+    def told(most, **given):
+        with files_of_at_most(most):
+            assert run(**given) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        return last == f"eval: [Errno 27] File too large; what was measured before is in {out}"
+
+    assert told(4096)  # the plot does not fit
+    assert [path.name for path in out.iterdir()] == ["loss.json"]
+    kept = results(tmp_path)
+    monkeypatch.setattr(plots, "available", lambda: False)
+    assert told((out / "loss.json").stat().st_size, methods="rope,pi")  # nor does another row
+    assert results(tmp_path) == kept and [row["method"] for row in kept["rows"]] == ["rope"]
+    assert [path.name for path in out.iterdir()] == ["loss.json"]
+    assert run(methods="rope,pi") == 0
+    assert results(tmp_path)["rows"][0] == kept["rows"][0]

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from tiny_model import files_of_at_most
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from extrope_kernels.evaluation import UsageError, models
@@ -133,6 +134,12 @@ def test_cache_that_cannot_be_written_is_no_error(cache, model):
     cache.write_text("a file where the folder would be")
     models.save_converted("smollm2", model, Tokenizer())
     assert cache.is_file()
+
+
+def test_no_copy_where_the_disk_is_full(cache, model):
+    with files_of_at_most(4096):  # the configuration fits, the weights do not
+        models.save_converted("smollm2", model, Tokenizer())
+    assert list(cache.iterdir()) == []
 
 
 def test_copy_that_another_process_made_meanwhile_stays(cache, model):

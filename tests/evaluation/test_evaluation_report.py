@@ -1,5 +1,8 @@
 """What plots, tables and progress bars show, and that a run goes on with its own results only."""
 
+import io
+import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +81,22 @@ def test_progress_ends_at_the_end(folder, tokenizer, tmp_path, task):
     made, ticks = TASKS[task](args, [480], tokenizer), []
     made.measure(model, 480, ticks.append)
     assert sum(ticks) == made.ticks(len(models.decoder_layers(model)))
+
+
+def test_progress_is_told_now_and_then_without_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(report, "_TELL_EVERY", 0.01)
+    told, deadline = "", time.monotonic() + 10
+    with report.open_display(io.StringIO(), rows=2) as display:
+        display.begin("yarn 64", 4)
+        display.tick(3)
+        while told.count("\n") < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+            told += capsys.readouterr().err
+    capsys.readouterr()
+    for line in told.splitlines():
+        assert re.fullmatch(r"yarn 64: 75%; all rows: 38%, 0:0\d so far", line)
+    time.sleep(0.05)
+    assert told and capsys.readouterr().err == ""  # none behind the end
 
 
 REFUSED = "loss.json is of other settings ({}); name another --out, or move it"

@@ -1,8 +1,10 @@
 """The tiny model's configuration and tokenizer, and checks of what the command leaves behind."""
 
 import json
+import resource
 import shutil
 import string
+from contextlib import contextmanager
 
 import torch
 from PIL import Image
@@ -42,6 +44,17 @@ def retrained(folder, tmp_path):
         model.model.layers[1].mlp.down_proj.weight[3, 5] += 1
     model.save_pretrained(other)
     return other
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Let writes past so many bytes of a file fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def results(tmp_path, task="loss"):

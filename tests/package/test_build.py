@@ -90,6 +90,9 @@ def test_wheel_without_torch_is_pure_and_holds_the_sources(checkout, tmp_path):
     wheel = run_backend(checkout, "-S", PYTHONPATH=str(tmp_path))
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
+    (entry_points,) = [name for name in names if name.endswith("/entry_points.txt")]
+    scripts = "[console_scripts]\nextrope = extrope_kernels.__main__:run\n"
+    assert scripts in zipfile.ZipFile(wheel).read(entry_points).decode()
     packaged = {name.split("/", 2)[2] for name in names if name.startswith("extrope_kernels/csrc")}
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     assert packaged == {path.relative_to(ROOT / "csrc").as_posix() for path in sources}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_info_says_what_runs_where(capsys):
     assert cli.main(["info"]) == 0
-    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    verdict, *table = capsys.readouterr().out.splitlines()
+    lines = dict(line.split("  ", 1) for line in table)
     lines = {label: value.strip() for label, value in lines.items()}
-    assert lines["extrope_kernels"] == extrope_kernels.__version__
     assert lines["torch"] == torch.__version__
     assert lines["rope backend reference"] == "available"
     assert lines["rope on cpu"] in ("cpu", "reference")
@@ -31,8 +33,25 @@ def test_info_says_what_runs_where(capsys):
     on_gpus = [label for label in lines if label.startswith(("attention on sm_", "attention on c"))]
     assert len(on_gpus) > 1 and all(lines[label].split(":")[0] in BACKENDS for label in on_gpus)
     assert {"triton", "C++ compiler", "nvcc", "cpu library", "cuda library"} <= lines.keys()
+    start, gpu = verdict.split("; ")
     if lines["rope on cpu"] == "cpu":
-        assert lines["CPU instructions"] in cli.CPU_CAPABILITIES
+        told = re.fullmatch(r"extrope_kernels (.*): CPU kernels ready \((.*)\)", start)
+        assert told[1] == extrope_kernels.__version__ and told[2] in cli.CPU_CAPABILITIES
+    if torch.cuda.is_available():
+        assert gpu.startswith(f"GPU: rope by {lines['rope on cuda']}, attention by ")
+    else:
+        assert gpu == "no GPU"
+
+
+def test_the_verdict_names_what_serves_a_gpu(monkeypatch):
+    def with_triton(*others):
+        return SimpleNamespace(
+            backends=lambda: dict.fromkeys(others, "no") | {"triton": "available"}
+        )
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cli, "OPS", {"rope": with_triton("cuda"), "attention": with_triton()})
+    assert cli._gpu_verdict() == "GPU: rope by triton, attention by triton"
 
 
 @pytest.mark.skipif(_ext.load("cpu") is not None, reason="no CPU library")
@@ -58,6 +77,7 @@ def test_info_without_compiler_or_extras(tmp_path):
     assert "no C++ compiler found" in done.stdout
     assert "EXTROPE_JIT=0 forbids" in done.stdout
     assert done.stdout.rstrip().endswith("reference")
+    assert ": no CPU kernels, so that ops run as the reference" in done.stdout.splitlines()[0]
 
 
 def test_who_reads_may_stop_early(monkeypatch):
@@ -70,6 +90,30 @@ def test_who_reads_may_stop_early(monkeypatch):
         with pytest.raises(SystemExit) as exit_:
             runpy.run_module("extrope_kernels", run_name="__main__")
     assert exit_.value.code == 1
+
+
+def test_no_space_for_what_is_printed_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "main", lambda: print("more than there is space for"))
+    with open("/dev/full", "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_module("extrope_kernels", run_name="__main__")
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "extrope: cannot print: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [
+        ("/bin/extrope", "extrope"),
+        ("/lib/extrope_kernels/__main__.py", "python -m extrope_kernels"),
+    ],
+)
+def test_usage_names_the_command_as_it_was_called(monkeypatch, capsys, called, name):
+    monkeypatch.setattr(sys, "argv", [called, "info", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().out.startswith(f"usage: {name} info ")
 
 
 def test_eval_forwards_to_the_evaluation(capsys, tmp_path):

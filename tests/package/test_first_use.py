@@ -8,6 +8,8 @@ import pwd
 import re
 import shutil
 import subprocess
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from builds import (
     needs_compiler,
     start,
 )
+from filelock import FileLock
 
 from extrope_kernels import _build, _ext
 
@@ -128,6 +131,25 @@ def test_damaged_cache_is_rebuilt(cache, monkeypatch, tmp_path):
     assert not _ext._intact(library)
     _ext._build_locked("cpu", library)
     assert _ext._intact(library) and library.read_bytes() == good
+
+
+@needs_compiler
+def test_waiting_for_another_process_is_told(monkeypatch, tmp_path, caplog):
+    library = tmp_path / "entry" / CPU
+    work_dir = tmp_path / f"build-cpu-{_build.work_key('cpu')}"
+    work_dir.mkdir()
+    monkeypatch.setattr(_ext, "_SILENT_WAIT", 0.01)
+    monkeypatch.setattr(_build, "build", lambda name, output, *_: output.write_bytes(b"built"))
+    waiting = threading.Thread(target=_ext._build_locked, args=("cpu", library))
+    with FileLock(work_dir / "lock"):
+        waiting.start()
+        deadline = time.monotonic() + 10
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert caplog.messages == ["waiting for another process that builds the cpu library"]
+        assert waiting.is_alive() and not library.exists()
+    waiting.join(10)
+    assert library.read_bytes() == b"built"
 
 
 @needs_compiler

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import UsageError, models, options
+from .. import UsageError, models, options, report
 from ..cli import run_command
 from ..digests import model_digest
 from ..texts import Text, read_text, read_texts, source
@@ -72,13 +72,14 @@ def _run(args: argparse.Namespace) -> None:
     files, device = models.prepared(args.model, args.device)
     from .run import search_model  # only now: it imports transformers, which takes seconds
 
-    tokenizer = models.load_tokenizer(files)
-    texts, held_out = split_texts(tokenizer, args.text, args.held_out, args.length)
+    print(f"loading {args.model}", file=sys.stderr, flush=True)
+    with report.telling(lambda: f"loading {args.model}"):
+        tokenizer = models.load_tokenizer(files)
+        texts, held_out = split_texts(tokenizer, args.text, args.held_out, args.length)
+        model = models.load_model(files, args.dtype, device)
+        models.keep_converted(args.model, files, model, tokenizer)
     if args.held_out is None:
         print("search: the first half of each text is searched on, the second decides", flush=True)
-    print(f"loading {args.model}", file=sys.stderr, flush=True)
-    model = models.load_model(files, args.dtype, device)
-    models.keep_converted(args.model, files, model, tokenizer)
     settings: dict[str, Any] = {
         "task": "search",
         "model": Path(args.model).name,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...methods import METHODS
 from .. import report
 from ..models import training_length
-from ..plots import new_figure, save_figure
+from ..plots import available, new_figure, save_figure
 from ..report import mean_and_error, with_error
 from ..texts import Text
 from .candidates import Candidate
@@ -33,6 +33,8 @@ def search_model(
 ) -> None:
     """Search, show and write search.json, search.png and extended/config.json in `out`.
 
+    There is no PNG without matplotlib.
+
     settings: what results depend on, for the head of search.json. budget: seconds.
     """
     ladder = find_ladder(model, training_length(model))
@@ -43,6 +45,7 @@ def search_model(
         "rows": [],
     }
     ledger = Ledger(out / "search.json", header, budget)
+    print(f"measuring for {budget / 60:g} minutes into {out}", file=sys.stderr, flush=True)
     model.requires_grad_(False)
     with report.open_display(sys.stdout, _ROWS) as display:
         length = settings["length"]
@@ -59,7 +62,8 @@ def search_model(
         "seconds": round(ledger.spent, 1),
     }
     ledger.conclude(found)
-    plot(header | found, out / "search.png")
+    if available():
+        plot(header | found, out / "search.png")
     _print_best(rows)
     chosen = _best_frequencies(rows, frequencies)
     path = write_config(model, ladder, chosen, length, out / "extended")
