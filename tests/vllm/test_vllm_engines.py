@@ -278,6 +278,9 @@ def configured(folder, additional, **options):
 
 def test_a_method_makes_a_model_longer_by_itself(llama, monkeypatch):
     monkeypatch.delenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", raising=False)
+    from vllm import envs
+
+    envs.enable_envs_cache()  # as an engine before leaves it
     made = configured(llama[1], {"extrope": YARN})
     assert made.model_config.max_model_len == LENGTH > TRAINED
     assert "VLLM_ALLOW_LONG_MAX_MODEL_LEN" not in os.environ

@@ -50,6 +50,7 @@ def _import_all() -> None:
 
     Raises ImportError or AttributeError.
     """
+    from vllm import envs
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
@@ -61,6 +62,7 @@ def _import_all() -> None:
     used = [
         VllmConfig.__post_init__,
         EngineArgs.create_model_config,
+        envs.disable_envs_cache,
         WorkerWrapperBase,
         register_backend,
         cuda,
@@ -161,6 +163,7 @@ def allow_longer_models() -> None:
 
     It is what methods are for; vLLM wants an environment variable.
     """
+    from vllm import envs
     from vllm.engine.arg_utils import EngineArgs
 
     make = EngineArgs.create_model_config
@@ -172,6 +175,7 @@ def allow_longer_models() -> None:
         if read_entry(self.additional_config) is None:
             return make(self)
         before = os.environ.get(_LONGER)
+        envs.disable_envs_cache()  # of an engine before; the next one's start switches it on again
         os.environ[_LONGER] = "1"
         try:
             return make(self)
