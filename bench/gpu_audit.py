@@ -160,7 +160,7 @@ def decode(case: Case) -> None:
     if "fp8" in case.variant:
         caches = [x.view(torch.int8)[..., : case.head_dim].contiguous() for x in caches]
         caches = [x.view(torch.float8_e4m3fn) for x in caches]
-        scales = dict.fromkeys(("k_scale", "v_scale"), torch.empty(HEADS_K))
+        scales = dict.fromkeys(("k_scale", "v_scale"), torch.ones(HEADS_K))
     q, k = (case.rows(heads, BATCH, tokens) for heads in (HEADS_Q, HEADS_K))
     ek.rope_attention_with_kvcache(
         q, *caches, case.freqs, case.score, k=k, v=k, backend="triton",
