@@ -50,9 +50,9 @@ def _import_all() -> None:
 
     Raises ImportError or AttributeError.
     """
-    from vllm import envs
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.envs import disable_envs_cache
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -62,7 +62,7 @@ def _import_all() -> None:
     used = [
         VllmConfig.__post_init__,
         EngineArgs.create_model_config,
-        envs.disable_envs_cache,
+        disable_envs_cache,
         WorkerWrapperBase,
         register_backend,
         cuda,
@@ -163,8 +163,8 @@ def allow_longer_models() -> None:
 
     It is what methods are for; vLLM wants an environment variable.
     """
-    from vllm import envs
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.envs import disable_envs_cache
 
     make = EngineArgs.create_model_config
     if getattr(make, "__module__", None) == __name__:
@@ -175,7 +175,7 @@ def allow_longer_models() -> None:
         if read_entry(self.additional_config) is None:
             return make(self)
         before = os.environ.get(_LONGER)
-        envs.disable_envs_cache()  # of an engine before; the next one's start switches it on again
+        disable_envs_cache()  # of an engine before; the next one's start switches it on again
         os.environ[_LONGER] = "1"
         try:
             return make(self)
