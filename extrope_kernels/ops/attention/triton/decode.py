@@ -50,6 +50,7 @@ from .device import (
     map_cos_sin,
     map_of,
     no_logit,
+    nth_cos_sin,
     sequence_stride,
     with_contiguous_rows,
 )
@@ -582,6 +583,8 @@ def decode_kernel(
     GROUP: tl.constexpr = TILE.group
     REGIONS: tl.constexpr = len(TILE.starts)
     OPERAND: tl.constexpr = tl.float32 if TILE.widen else q.dtype.element_ty
+    DIMS_V: tl.constexpr = TILE.dims_v
+    Q_MAPS: tl.constexpr = TILE.q_maps
     # This program's sequence, block of rows, and split of the keys.
     queries, lengths = (cu_seqlens, seqlen_q), (batch, seqlens, leftpad, appended, capacity)
     slot, block = tl.program_id(0) % slots, tl.program_id(0) // slots
@@ -636,14 +639,14 @@ def decode_kernel(
     state = (
         tl.full((BLOCK_M,), no_logit(), tl.float32),
         tl.zeros((BLOCK_M,), tl.float32),
-        tl.zeros((BLOCK_M, TILE.dims_v), tl.float32),
+        tl.zeros((BLOCK_M, DIMS_V), tl.float32),
     )
     # Near keys first: what rotates them is then no longer in registers while far ones are added.
     for r in tl.static_range(REGIONS - 1, -1, -1):
         if r + 1 < REGIONS:
             # Or q would be loaded once, and stay in registers while the regions before are added.
             tl.debug_barrier()
-        cos, sin = map_cos_sin(position, freq, decay, TILE.q_maps[r], None)
+        cos, sin = nth_cos_sin(position, freq, decay, r, Q_MAPS, None)
         raw = widened(load_parts(q_rows, valid, TILE))
         factor = TILE.amplitude * scale
         q_of = _as_operand(rotate(raw, cos * factor, sin * factor, scale), OPERAND)

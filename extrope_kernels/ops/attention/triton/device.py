@@ -31,6 +31,7 @@ LEAST_DIMS = 16  # of a product
 # Starts, windows and blocks of granularity reach no farther, so that int32 never overflows.
 FARTHEST = 2**29
 _LARGEST = 2**31 - 1  # of the int32 positions
+_NO_CAP = 1 << 62  # no None: before 3.8 Triton takes none within a tuple
 
 
 # Functions, since Triton compares constexprs of a module again at every launch, for 1 us each.
@@ -222,8 +223,8 @@ def map_of(position_map: PositionMap) -> tuple:
     """(modulus, divisor, factor, whole, fraction, cap) of a map, as device functions take it.
 
     Positions become whole numbers first, min(p % modulus // divisor + whole, cap), then factor
-    times these plus fraction. Modulus 0: none; divisor 0: all positions become 0;
-    cap None: none. Plain tuples: Triton 3.6 takes no named ones within a tuple.
+    times these plus fraction. Modulus 0: none; divisor 0: all positions become 0.
+    Plain tuples: Triton 3.6 takes no named ones within a tuple.
     """
     modulus, divisor, floor, offset, cap = position_map
     if floor and not (math.isinf(divisor) or float(divisor).is_integer()):
@@ -238,7 +239,7 @@ def map_of(position_map: PositionMap) -> tuple:
         1 / divisor if slow else 1.0,
         int(offset) if integral and not slow else 0,
         0.0 if integral and not slow else float(offset),
-        int(max(-(2.0**53), cap)) if cap < 2.0**53 else None,
+        int(max(-(2.0**53), cap)) if cap < 2.0**53 else _NO_CAP,
     )
 
 
@@ -257,7 +258,8 @@ def _index(position, MAP: tl.constexpr):
         index = index.to(tl.int64)
     if MAP[3] != 0:
         index += MAP[3]
-    if MAP[5] is not None:
+    NO_CAP: tl.constexpr = 1 << 62
+    if MAP[5] < NO_CAP:
         index = tl.minimum(index, MAP[5])
     return index
 
@@ -297,6 +299,15 @@ def map_cos_sin(position, freq, decay, MAP: tl.constexpr, ORIGIN: tl.constexpr):
         cos *= amplitude
         sin *= amplitude
     return cos, sin
+
+
+@triton.jit
+def nth_cos_sin(
+    position, freq, decay, N: tl.constexpr, MAPS: tl.constexpr, ORIGIN: tl.constexpr
+):  # fmt: skip
+    """By the N-th of MAPS: before 3.8, Triton hands on no item of a tuple but by a name."""
+    MAP: tl.constexpr = MAPS[N]
+    return map_cos_sin(position, freq, decay, MAP, ORIGIN)
 
 
 @triton.jit

@@ -28,8 +28,8 @@ from .device import (
     groups_of,
     key_maps,
     log_n_scale,
-    map_cos_sin,
     map_of,
+    nth_cos_sin,
     regions_of,
     sequence_stride,
     sequences_of,
@@ -147,7 +147,7 @@ def _rotate_tokens(
         scale *= tl.load(at, mask=valid, other=0.0)[:, None]
     cos_sin = ()
     for n in tl.static_range(COPIES):
-        cos, sin = map_cos_sin(position, freq, decay, MAPS[n], ORIGIN)
+        cos, sin = nth_cos_sin(position, freq, decay, n, MAPS, ORIGIN)
         cos_sin = cos_sin + ((cos * (AMPLITUDE * scale), sin * (AMPLITUDE * scale)),)  # noqa: RUF005
     share = tl.cdiv(HEADS, tl.num_programs(1))
     begin = tl.program_id(1) * share
