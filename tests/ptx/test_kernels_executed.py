@@ -352,7 +352,6 @@ def test_merge_and_cos_sin_of_dtypes(chip, dtype):
     check_cos_sin(dtype)
 
 
-@pytest.mark.thorough
 def test_older_tritons(chip, triton_version):
     """3.6 leaves out a fence, and 3.7 writes fragments after one; nothing else is found."""
     import triton
