@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 # "as" exports them to type checkers, which do not see what __all__ gets from the table.
 from . import query_scale
-from .base import FIRST_KEY, UNROTATED, PositionMap, Region, Score
+from .base import FIRST_KEY, UNROTATED, PairMap, PositionMap, Region, Score
 from .blockwise_causal import blockwise_causal as blockwise_causal
 from .dual_chunk import dual_chunk as dual_chunk
 from .rerope import leaky_rerope as leaky_rerope
@@ -33,6 +33,7 @@ __all__ = [
     "FIRST_KEY",
     "SCORES",
     "UNROTATED",
+    "PairMap",
     "PositionMap",
     "Region",
     "Score",

@@ -6,7 +6,8 @@ the two; the region holds the keys
 
     start_r(i) <= j < start_{r+1}(i),    start_r(i) = i // granularity * granularity + start,
 
-and the last one ends at the diagonal, j <= i. One softmax runs over all regions.
+and the last one ends at the diagonal, j <= i. One softmax runs over all regions. A map may differ
+from one pair of dims to the next, and from head to head: then it is a `PairMap`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class PositionMap(NamedTuple):
 
     Numbers, not a function, so that kernels evaluate it themselves. Modulus 0 is no modulus; with
     divisor inf every position becomes `offset`. A cap needs whole numbers: divisor 1 or floor.
+
+    In `Score.plain` a negative divisor stands for a PairMap: see `row`.
     """
 
     modulus: int = 0
@@ -46,6 +49,11 @@ class PositionMap(NamedTuple):
         p = p / self.divisor
         p = (p.floor() if self.floor else p) + self.offset
         return p.clamp(max=self.cap) if self.cap < math.inf else p
+
+    @property
+    def row(self) -> int | None:
+        """The row of `Score.pair_maps` that holds the divisors and offsets, or None: one of all."""
+        return int(-self.divisor) - 1 if self.divisor < 0 else None
 
     def numbers(self) -> list[float]:
         """Return the map as an op takes it; C++ reads it in csrc/common/regions.h."""
@@ -69,12 +77,82 @@ def constant(position: int) -> PositionMap:
     return PositionMap(divisor=math.inf, offset=position)
 
 
+@dataclass(frozen=True, eq=False)
+class PairMap:
+    """The map of each pair of dims: p becomes f((p mod modulus) / divisor_i) + offset_i for pair i.
+
+    divisor, offset: (pairs,) for all heads, or (heads_k, pairs), as tensors, or lists of numbers;
+        divisors > 0, with floor whole numbers; an offset may be one number. Without floor both may
+        require gradients.
+
+    A divisor of theta_i / theta'_i gives the frequency theta'_i in place of theta_i.
+    """
+
+    divisor: Tensor
+    offset: Any = 0.0
+    modulus: int = 0
+    floor: bool = False
+
+    def __post_init__(self) -> None:
+        divisor = torch.as_tensor(self.divisor).double()
+        if divisor.dim() not in (1, 2) or not divisor.numel():
+            raise ValueError(
+                "PairMap: divisor must be (pairs,) or (heads_k, pairs), "
+                f"got shape {tuple(divisor.shape)}"
+            )
+        offset = torch.as_tensor(self.offset, device=divisor.device).double()
+        if torch.broadcast_shapes(offset.shape, divisor.shape) != divisor.shape:
+            raise ValueError(
+                f"PairMap: offset must be a number or as divisor {tuple(divisor.shape)}, "
+                f"got shape {tuple(offset.shape)}"
+            )
+        known = divisor.detach()
+        if not (known > 0).all() or (self.floor and (known != known.round()).any()):
+            kind = "whole numbers > 0 with floor" if self.floor else "> 0"
+            raise ValueError(f"PairMap: divisor must be {kind}, got {known.tolist()}")
+        object.__setattr__(self, "divisor", divisor)
+        object.__setattr__(self, "offset", offset.expand(divisor.shape))
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Return positions (any shape) as each pair has them, (..., *divisor.shape), in float64."""
+        return map_pairs(positions, self.modulus, self.divisor, self.floor, self.offset)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PairMap):
+            return NotImplemented
+        same = (self.modulus, self.floor) == (other.modulus, other.floor)
+        return same and self.same_row(other)
+
+    def __hash__(self) -> int:
+        return hash((self.modulus, self.floor, self.divisor.shape))
+
+    def same_row(self, other: PairMap) -> bool:
+        """Tell whether divisors and offsets are the same, or may become other than they are."""
+        if self.divisor is other.divisor and self.offset is other.offset:
+            return True
+        tensors = (self.divisor, self.offset, other.divisor, other.offset)
+        if any(x.requires_grad for x in tensors):
+            return False
+        return torch.equal(self.divisor, other.divisor) and torch.equal(self.offset, other.offset)
+
+
+def map_pairs(
+    positions: Tensor, modulus: int, divisor: Tensor, floor: bool, offset: Tensor
+) -> Tensor:
+    """Return positions (any shape) as a PairMap of these has them, (..., *divisor.shape)."""
+    p = positions.double()
+    if modulus:
+        p = torch.remainder(p, modulus)
+    p = p.view(*p.shape, *[1] * divisor.dim()) / divisor
+    return (p.floor() if floor else p) + offset
+
+
 class Region(NamedTuple):
     """The keys from `start` on, counted from the query's block, and the maps of both sides."""
 
     start: int
-    q_map: PositionMap
-    k_map: PositionMap
+    q_map: PositionMap | PairMap
+    k_map: PositionMap | PairMap
 
 
 @dataclass(frozen=True)
@@ -90,13 +168,52 @@ class Score:
     name: str
     regions: tuple[Region, ...]
     granularity: int = 1
-    stored: PositionMap = UNROTATED
+    stored: PositionMap | PairMap = UNROTATED
+    # As every call hands them to an op, see AttentionCall: numbers, and None or the divisors and
+    # offsets of all PairMaps, (rows, 2, heads_k or 1, pairs) in float64.
     numbers: list[float] = field(init=False, repr=False, compare=False)
+    pair_maps: Tensor | None = field(init=False, repr=False, compare=False)
+    _in_rows: Score | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # As every call hands them to an op: see AttentionCall.numbers.
+        rows: list[PairMap] = []
         starts = [float(region.start) for region in self.regions]
-        q_maps = [x for region in self.regions for x in region.q_map.numbers()]
-        k_maps = [x for region in self.regions for x in region.k_map.numbers()]
+        q_maps = [x for region in self.regions for x in _plain(region.q_map, rows).numbers()]
+        k_maps = [x for region in self.regions for x in _plain(region.k_map, rows).numbers()]
         numbers = [float(self.granularity), *starts, *q_maps, *k_maps]
+        stored = _plain(self.stored, rows)
         object.__setattr__(self, "numbers", numbers)
+        object.__setattr__(self, "pair_maps", _table(self.name, rows) if rows else None)
+        in_rows = None
+        if rows:
+            regions = tuple(
+                Region(x.start, _plain(x.q_map, rows), _plain(x.k_map, rows)) for x in self.regions
+            )
+            in_rows = Score(self.name, regions, self.granularity, stored)
+        object.__setattr__(self, "_in_rows", in_rows)
+
+    @property
+    def plain(self) -> Score:
+        """The same score in numbers alone: each PairMap is a row of `pair_maps`."""
+        return self._in_rows or self
+
+
+def _plain(of_pairs: PositionMap | PairMap, rows: list[PairMap]) -> PositionMap:
+    """Return the map in numbers; a PairMap's divisors and offsets join the rows."""
+    if isinstance(of_pairs, PositionMap):
+        return of_pairs
+    row = next((n for n, x in enumerate(rows) if x.same_row(of_pairs)), len(rows))
+    if row == len(rows):
+        rows.append(of_pairs)
+    return PositionMap(of_pairs.modulus, -1.0 - row, of_pairs.floor)
+
+
+def _table(name: str, rows: list[PairMap]) -> Tensor:
+    pairs = {x.divisor.shape[-1] for x in rows}
+    heads = {x.divisor.shape[0] for x in rows if x.divisor.dim() == 2}
+    if len(pairs) > 1 or len(heads) > 1:
+        shapes = [tuple(x.divisor.shape) for x in rows]
+        raise ValueError(f"{name}: PairMaps must be of the same pairs and heads, got {shapes}")
+    shape = (*(heads or {1}), *pairs)
+    tables = [torch.stack((x.divisor.expand(shape), x.offset.expand(shape))) for x in rows]
+    return torch.stack(tables)

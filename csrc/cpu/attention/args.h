@@ -23,7 +23,7 @@ void require(bool condition, const Message&... message) {
 // The arguments of an op behind q, k and v, in its order.
 struct Options {
   TensorView inv_freq;
-  OptionalView cu_seqlens, log_decay, sinks, query_scale, q_start, k_start;
+  OptionalView cu_seqlens, log_decay, sinks, query_scale, pair_maps, q_start, k_start;
   AttentionNumbers numbers;
 
   bool packed() const { return cu_seqlens.has_value(); }

@@ -43,11 +43,12 @@ std::vector<int64_t> lse_shape(const AttentionParams& p, bool packed) {
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& inv_freq, const OptionalTensor& cu_seqlens,
                                    const OptionalTensor& log_decay, const OptionalTensor& sinks,
-                                   const OptionalTensor& query_scale, const OptionalTensor& q_start,
+                                   const OptionalTensor& query_scale,
+                                   const OptionalTensor& pair_maps, const OptionalTensor& q_start,
                                    const OptionalTensor& k_start,
                                    const std::vector<double>& numbers) {
-  const Options options{inv_freq,    cu_seqlens, log_decay, sinks,
-                        query_scale, q_start,    k_start,   attention_numbers(kOp, numbers)};
+  const Options options{inv_freq,    cu_seqlens, log_decay, sinks,  query_scale,
+                        pair_maps, q_start,    k_start,   attention_numbers(kOp, numbers)};
   AttentionParams p = make_params(q, k, v, options);
   const Rotation rotation(p, options.rotation(), rotates_ahead(p.dtype));
   p.float32_out = options.numbers.float32_results;
@@ -64,10 +65,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& inv_freq,
     const OptionalTensor& cu_seqlens, const OptionalTensor& log_decay, const OptionalTensor& sinks,
-    const OptionalTensor& query_scale, const OptionalTensor& q_start, const OptionalTensor& k_start,
+    const OptionalTensor& query_scale, const OptionalTensor& pair_maps,
+    const OptionalTensor& q_start, const OptionalTensor& k_start,
     const std::vector<double>& numbers) {
-  const Options options{inv_freq,    cu_seqlens, log_decay, sinks,
-                        query_scale, q_start,    k_start,   attention_numbers(kOp, numbers)};
+  const Options options{inv_freq,    cu_seqlens, log_decay, sinks,  query_scale,
+                        pair_maps, q_start,    k_start,   attention_numbers(kOp, numbers)};
   AttentionParams p = make_params(q, k, v, options);
   const bool packed = options.packed();
   check_like(dout, q, p.v.head_dim, "dout", "q");

@@ -16,8 +16,8 @@ from .._shared.checks import REFUSALS, check_boundaries, raise_as_value_error, r
 from .._shared.decay import check_new_keys
 from .._shared.dtypes import Scales
 from .._shared.positions import cache_lengths
-from . import flash_attn, op
-from .call import PLAIN, KVCache, make_call
+from . import flash_attn, heads, op
+from .call import PLAIN, AttentionCall, KVCache, make_call
 from .checks import (
     check_attention,
     check_decode,
@@ -113,14 +113,14 @@ def rope_attention(
     )
     check_kinds(name, call)
     if torch.compiler.is_compiling():
-        out, lse = op.forward(q, k, v, call, backend)
+        out, lse = _forward(q, k, v, call, backend)
         return (out, lse) if return_lse else out
     try:
         if backend is not None:
             _backends.require(name, backend, BACKENDS, q.device.type, missing)
         if freqs.log_decay is not None:
             check_decay(name, freqs, q, k, call)
-        out, lse = op.forward(q, k, v, call, backend)
+        out, lse = _forward(q, k, v, call, backend)
     except REFUSALS as error:
         # The op has refused the call before any kernel started; this says it in the score's name.
         check_attention(name, q, k, v, call)
@@ -247,6 +247,18 @@ def rope_attention_with_kvcache(
         raise_as_value_error(error, "decode", name)
         raise
     return (out, lse) if return_lse else out
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    if heads.differ_in_group(call, q, k.shape[-2]):
+
+        def attend(of_member: Tensor, own: AttentionCall) -> tuple[Tensor, Tensor]:
+            return op.forward(of_member, k, v, own, backend)
+
+        return heads.each_member(attend, q, k.shape[-2], call)
+    return op.forward(q, k, v, call, backend)
 
 
 def missing(backend: str, device: str | None = None) -> str | None:

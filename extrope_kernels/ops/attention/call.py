@@ -15,10 +15,19 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from ...scores.base import FIRST_KEY, MAP_NUMBERS, SAME, UNROTATED, PositionMap, Region, Score
+from ...scores.base import (
+    FIRST_KEY,
+    MAP_NUMBERS,
+    SAME,
+    UNROTATED,
+    PositionMap,
+    Region,
+    Score,
+    map_pairs,
+)
 from .._shared.dtypes import NO_SCALES, Scales, accumulator
 
-_TENSORS = 7  # before a call's other fields
+_TENSORS = 8  # before a call's other fields
 _SINGLE_NUMBERS = 8  # before the regions
 PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
 
@@ -26,11 +35,13 @@ PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
 class AttentionCall(NamedTuple):
     """One attention call, beside q, k and v: tensors, then what a model fixes."""
 
-    inv_freq: Tensor  # (rotary_dim/2,), or one row a sequence
+    inv_freq: Tensor  # (pairs,), or (1 or sequences, pairs), or (1 or sequences, heads_k, pairs)
     cu_seqlens: Tensor | None = None  # with a cache: of the queries
     log_decay: Tensor | None = None
     sinks: Tensor | None = None  # (heads_q,) float32: logits without a value
     query_scale: Tensor | None = None  # (seqlen_q,) or (batch, seqlen_q) float32; packed (total,)
+    # (rows, 2, heads_k or 1, pairs) float64: divisors and offsets of the maps that have such a row
+    pair_maps: Tensor | None = None
     q_start: Tensor | None = None  # (1,) or (sequences,) int32: the first query's position
     k_start: Tensor | None = None  # the first key's; where both are None, both sides end together
     score: Score = PLAIN
@@ -120,6 +131,13 @@ class AttentionCall(NamedTuple):
         """The dtype of out, or of the gradients, where q, k and v are of `dtype`."""
         return accumulator(dtype) if self.float32_results else dtype
 
+    def mapped(self, by: PositionMap, positions: Tensor) -> Tensor:
+        """Positions (...) by a map of the score, in float64: (...), or (..., heads, pairs)."""
+        if by.row is None:
+            return by(positions)
+        divisor, offset = self.pair_maps[by.row]
+        return map_pairs(positions, by.modulus, divisor, by.floor, offset)
+
     def scale(self, head_dim: int) -> float:
         """The factor of all logits."""
         return self.softmax_scale or head_dim**-0.5
@@ -173,9 +191,15 @@ def make_call(freqs: RopeFreqs, score: Score | None, **options) -> AttentionCall
         freqs.inv_freq,
         log_decay=freqs.log_decay,
         attention_factor=freqs.attention_factor,
-        score=score or PLAIN,
+        score=(score or PLAIN).plain,
+        pair_maps=None if score is None else pair_maps_on(score, freqs.inv_freq),
         **options,
     )
+
+
+def pair_maps_on(score: Score, x: Tensor) -> Tensor | None:
+    """Return the score's divisors and offsets of pairs on the device of x."""
+    return None if score.pair_maps is None else score.pair_maps.to(x.device)
 
 
 def read_call(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> AttentionCall:

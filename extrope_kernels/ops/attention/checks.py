@@ -63,7 +63,7 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCal
     if packed:
         check_cu_seqlens(op, call.cu_seqlens, q)
     sequences = call.cu_seqlens.shape[0] - 1 if packed else q.shape[0]
-    _check_options(op, call, q, sequences)
+    _check_options(op, call, q, k.shape[-2], sequences)
     _check_start(op, "q_start", call.q_start, q, sequences)
     _check_start(op, "k_start", call.k_start, q, sequences)
 
@@ -87,7 +87,7 @@ def check_decode(
         raise ValueError(f"{op}: k_cache's heads must divide q's {heads_q} heads, got {heads_k}")
     if k is not None:
         _check_new(op, k, v, cache, q, packed)
-    _check_options(op, call, q, batch)
+    _check_options(op, call, q, heads_k, batch)
 
 
 def check_slots(op: str, cache: KVCache, cu_seqlens_q: Tensor | None, tokens: int) -> None:
@@ -143,9 +143,10 @@ def check_log_n(op: str, log_n: float | None) -> None:
         raise ValueError(f"{op}: log_n must be None or a length > 1, got {log_n}")
 
 
-def _check_options(op: str, call: AttentionCall, q: Tensor, sequences: int) -> None:
+def _check_options(op: str, call: AttentionCall, q: Tensor, heads_k: int, sequences: int) -> None:
     """Everything that concerns neither keys nor values."""
-    _check_frequencies(op, call, q, sequences)
+    _check_frequencies(op, call, q, heads_k, sequences)
+    _check_pair_maps(op, call, q, heads_k)
     refuse_flags(op, interleaved=call.interleaved)
     check_kinds(op, call)
     if call.softmax_scale is not None and not 0 < call.softmax_scale < math.inf:
@@ -171,7 +172,9 @@ def _check_options(op: str, call: AttentionCall, q: Tensor, sequences: int) -> N
         raise ValueError(f"{op}: a score's granularity must be >= 1, got {call.granularity}")
 
 
-def _check_frequencies(op: str, call: AttentionCall, q: Tensor, sequences: int) -> None:
+def _check_frequencies(
+    op: str, call: AttentionCall, q: Tensor, heads_k: int, sequences: int
+) -> None:
     inv_freq, decay = call.inv_freq, call.log_decay
     if not isinstance(inv_freq, Tensor):
         raise TypeError(f"{op}: inv_freq must be a Tensor, got {type(inv_freq).__name__}")
@@ -181,9 +184,11 @@ def _check_frequencies(op: str, call: AttentionCall, q: Tensor, sequences: int) 
             f"got {inv_freq.dtype} on {inv_freq.device}"
         )
     dims, most = tuple(inv_freq.shape), q.shape[-1] // 2
-    if len(dims) not in (1, 2) or (len(dims) == 2 and dims[0] not in (1, sequences)):
+    fits = 1 <= len(dims) <= 3 and (len(dims) == 1 or dims[0] in (1, sequences))
+    if not fits or (len(dims) == 3 and dims[1] not in (1, heads_k)):
         raise ValueError(
-            f"{op}: inv_freq must be (rotary_dim/2,) or ({sequences}, rotary_dim/2), got {dims}"
+            f"{op}: inv_freq must be (rotary_dim/2,), ({sequences}, rotary_dim/2) or "
+            f"({sequences}, {heads_k}, rotary_dim/2), got {dims}"
         )
     if not 1 <= dims[-1] <= most or (dims[-1] > 1 and inv_freq.stride(-1) != 1):
         raise ValueError(
@@ -200,6 +205,30 @@ def _check_frequencies(op: str, call: AttentionCall, q: Tensor, sequences: int) 
         raise ValueError(
             f"{op}: log_decay must be float32 ({dims[-1]},), contiguous on {q.device}, "
             f"got {decay!r}"
+        )
+
+
+def _check_pair_maps(op: str, call: AttentionCall, q: Tensor, heads_k: int) -> None:
+    """Maps of pairs have a row each, of the frequencies' pairs and the keys' heads."""
+    maps = [x for region in call.regions for x in (region.q_map, region.k_map)]
+    rows = [x.row for x in (*maps, call.score.stored) if x.row is not None]
+    table, pairs = call.pair_maps, call.inv_freq.shape[-1]
+    if table is None:
+        if rows:
+            raise ValueError(f"{op}: a score with maps of pairs needs pair_maps, got None")
+        return
+    shape = tuple(table.shape)
+    fits = len(shape) == 4 and shape[1] == 2 and shape[2] in (1, heads_k) and shape[3] == pairs
+    if not fits or table.dtype != torch.float64 or table.device != q.device:
+        raise ValueError(
+            f"{op}: maps of pairs must be of {pairs} pairs and {heads_k} heads or one, as float64 "
+            f"(rows, 2, heads, pairs) on {q.device}, got {table.dtype} {shape} on {table.device}"
+        )
+    if max(rows, default=-1) >= shape[0]:
+        raise ValueError(f"{op}: maps name row {max(rows)} of {shape[0]} in pair_maps")
+    if call.log_decay is not None:
+        raise ValueError(
+            f"{op}: log_decay (XPOS) needs maps of one divisor for all pairs, got maps of pairs"
         )
 
 

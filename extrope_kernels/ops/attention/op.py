@@ -22,14 +22,15 @@ from .._shared.library import library, load_on_first_use, ops
 from . import flash_attn, reference
 from .call import AttentionCall, KVCache, lse_shape, read_call
 from .checks import check_attention, check_decode, check_head_dim, check_slots
+from .frequency_gradients import backward_with_frequencies
 from .select_backend import engine_named, select_backend
 
 Tensors = tuple[Tensor | None, ...]
 _CALL = (
     "Tensor inv_freq, Tensor? cu_seqlens, Tensor? log_decay, Tensor? sinks, Tensor? query_scale, "
-    "Tensor? q_start, Tensor? k_start, *, float[] numbers"
+    "Tensor? pair_maps, Tensor? q_start, Tensor? k_start, *, float[] numbers"
 )
-_SINKS = 6  # index among the arguments of attention_fwd
+_INV_FREQ, _SINKS, _PAIR_MAPS = 3, 6, 8  # indices among the arguments of attention_fwd
 # The numbers are those of AttentionCall. decode's cu_seqlens_q is the call's cu_seqlens; q_start
 # and k_start follow from the cache. With k and v, these are written into the cache first.
 _SCHEMAS = {
@@ -41,11 +42,11 @@ _SCHEMAS = {
     "decode": (
         "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
         "Tensor inv_freq, Tensor? cu_seqlens_q, Tensor? log_decay, Tensor? sinks, "
-        "Tensor? query_scale, Tensor cache_seqlens, Tensor? block_table, Tensor? cache_leftpad, "
-        "Tensor? k_scale, Tensor? v_scale, *, float[] numbers) -> (Tensor out, Tensor lse)"
+        "Tensor? query_scale, Tensor? pair_maps, Tensor cache_seqlens, Tensor? block_table, "
+        "Tensor? cache_leftpad, Tensor? k_scale, Tensor? v_scale, *, float[] numbers) -> (Tensor out, Tensor lse)"
     ),
 }
-_DECODE_TENSORS = 5  # of the call, from inv_freq to query_scale
+_DECODE_TENSORS = 6  # of the call, from inv_freq to pair_maps
 
 
 # -------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ def _register_gradient(suffix: str) -> None:
 
     def save(ctx, args, options, outputs):
         for n, x in enumerate(args[3:], start=3):
-            if x is not None and x.requires_grad and n != _SINKS:
+            if x is not None and x.requires_grad and n not in (_INV_FREQ, _SINKS, _PAIR_MAPS):
                 raise ValueError(
                     f"attention: {fwd._schema.arguments[n].name} has a gradient with "
                     "backend='reference' only, got a tensor that requires grad"
@@ -267,11 +268,20 @@ def _register_gradient(suffix: str) -> None:
         out = out.to(q.dtype)
         dout = torch.zeros_like(out) if dout is None else contiguous_rows(dout.to(q.dtype))
         dlse = None if dlse is None else dlse.contiguous()
-        grads = bwd(dout, dlse, q, k, v, out, lse, *tensors, **ctx.options)
-        if ctx.needs_input_grad[_SINKS + 2]:
+        of_freq = of_sinks = of_maps = None
+        needs = ctx.needs_input_grad[2:]  # behind what every recorded op has
+        if needs[_INV_FREQ] or any(needs[_PAIR_MAPS : _PAIR_MAPS + 1]):
+
+            def of_call(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+                return bwd(dout, dlse, q, k, v, out, lse, *call.tensors, numbers=call.numbers)
+
+            call = read_call(tensors, ctx.options["numbers"])
+            grads, of_freq, of_maps = backward_with_frequencies(of_call, q, k, call)
+        else:
+            grads = bwd(dout, dlse, q, k, v, out, lse, *tensors, **ctx.options)
+        if any(needs[_SINKS : _SINKS + 1]):
             of_sinks = grad_of_sinks(tensors[_SINKS - 3], dout, dlse, out, lse)
-            return *grads, None, None, None, of_sinks
-        return grads
+        return *grads, of_freq, None, None, of_sinks, None, of_maps
 
     register_backward(library, fwd, save, backward)
     only_first = "the fused kernels have first derivatives only; use backend='reference'"

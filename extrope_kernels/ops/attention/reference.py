@@ -174,7 +174,7 @@ def _one_call(b: int, tokens: slice, call: AttentionCall) -> AttentionCall:
 
     return call._replace(
         cu_seqlens=None,
-        inv_freq=own(call.inv_freq)[0] if call.inv_freq.dim() == 2 else call.inv_freq,
+        inv_freq=call.inv_freq if call.inv_freq.dim() == 1 else own(call.inv_freq),
         query_scale=None if call.query_scale is None else call.query_scale[tokens],
         q_start=own(call.q_start),
         k_start=own(call.k_start),

@@ -11,14 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...scores import UNROTATED, query_scale
+from ...scores import UNROTATED, PositionMap, query_scale
+from .._shared.dtypes import accumulator
 from .._shared.library import ops
 from .._shared.positions import sequence_of_token
+from ..rope.rotation import join_pairs, split_pairs
 from .call import AttentionCall
 
 
 class Places(NamedTuple):
-    """Where a region rotates queries and keys to: (seqlen,), or (batch, seqlen)."""
+    """Where a region rotates queries and keys to: (seqlen,), or (batch, seqlen).
+
+    Where pairs go to places of their own, dimensions (heads_k or 1, pairs) follow.
+    """
 
     q: Tensor
     k: Tensor  # counted from where keys come
@@ -74,11 +79,25 @@ def places(q: Tensor, k: Tensor, call: AttentionCall) -> list[Places]:
         return [Places(i, j) for _ in call.regions]
     return [
         Places(
-            torch.where(of_q, region.q_map(i), 0.0),
-            torch.where(of_k, region.k_map(j) - call.stored(j), 0.0),
+            _where(of_q, call.mapped(region.q_map, i)), _where(of_k, moved(region.k_map, j, call))
         )
         for region, (of_q, of_k) in zip(call.regions, used(q, k, call))
     ]
+
+
+def moved(by: PositionMap, j: Tensor, call: AttentionCall) -> Tensor:
+    """How far keys at positions j (...) have to rotate on from where they come: (...), or of pairs
+    (..., heads_k or 1, pairs).
+    """
+    to, origin = call.mapped(by, j), call.mapped(call.stored, j)
+    most = max(to.dim(), origin.dim())
+    to, origin = (x if x.dim() == most else x[..., None, None] for x in (to, origin))
+    return to - origin
+
+
+def _where(seen: Tensor, places: Tensor) -> Tensor:
+    """The places of tokens that are seen, and 0 of the others."""
+    return torch.where(seen if seen.dim() == places.dim() else seen[..., None, None], places, 0.0)
 
 
 def rotate(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[list[Tensor], list[Tensor]]:
@@ -115,7 +134,7 @@ def rotate_queries(x: Tensor, i: Tensor, call: AttentionCall, adjoint: bool = Fa
 
 def store_keys(x: Tensor, j: Tensor, call: AttentionCall) -> Tensor:
     """Rotate raw keys to where a cache keeps them."""
-    return x if call.stored == UNROTATED else _rotate_keys(x, call.stored(j), call)
+    return x if call.stored == UNROTATED else _rotate_keys(x, call.mapped(call.stored, j), call)
 
 
 def _rotate_keys(x: Tensor, j: Tensor, call: AttentionCall, adjoint: bool = False) -> Tensor:
@@ -124,11 +143,39 @@ def _rotate_keys(x: Tensor, j: Tensor, call: AttentionCall, adjoint: bool = Fals
 
 
 def _rotate(x, position, call, log_decay, amplitude, adjoint) -> Tensor:
-    rope_args = (call.inv_freq, position, call.cu_seqlens, log_decay)
+    inv_freq = _of_heads(call.inv_freq, x)
+    if call.pair_maps is not None and position.dim() > x.dim() - 2:
+        return _rotate_pairs(x, position, inv_freq, call, amplitude, adjoint)
+    rope_args = (inv_freq, position, call.cu_seqlens, log_decay)
     options = {"attention_factor": amplitude, "interleaved": call.interleaved}
     if adjoint:
         return ops.rope_bwd(x, None, None, None, *rope_args, **options)[0]
     return ops.rope_fwd(x, None, *rope_args, **options)[0]
+
+
+def _of_heads(of_keys: Tensor, x: Tensor) -> Tensor:
+    """Frequencies or places (..., heads_k, pairs) for the heads of x, (..., heads, dims)."""
+    if of_keys.dim() < 3 or of_keys.shape[-2] == 1:
+        return of_keys
+    return of_keys.repeat_interleave(x.shape[-2] // of_keys.shape[-2], dim=-2)
+
+
+def _rotate_pairs(x, position, inv_freq, call, amplitude, adjoint) -> Tensor:
+    """Rotate each pair to a place of its own: position (..., seqlen, heads_k or 1, pairs)."""
+    if inv_freq.dim() < 3:
+        inv_freq = inv_freq.unsqueeze(-2)
+    if call.cu_seqlens is not None and inv_freq.dim() == 3 and inv_freq.shape[0] > 1:
+        inv_freq = inv_freq[sequence_of_token(call.cu_seqlens, x.shape[0])]
+    elif inv_freq.dim() == 3:
+        inv_freq = inv_freq.unsqueeze(-3) if call.cu_seqlens is None else inv_freq[0]
+    angle = _of_heads(position, x) * inv_freq.double()
+    wide = accumulator(x.dtype)
+    cos, sin = ((f(angle) * amplitude).to(wide) for f in (torch.cos, torch.sin))
+    sin = -sin if adjoint else sin
+    dim = 2 * angle.shape[-1]
+    a, b = split_pairs(x.to(wide), dim, call.interleaved)
+    rotated = join_pairs(a * cos - b * sin, b * cos + a * sin, call.interleaved)
+    return torch.cat((rotated.to(x.dtype), x[..., dim:]), dim=-1)
 
 
 def _of_tokens(start: Tensor | None, sequence: Tensor | None) -> Tensor | int:

@@ -1,0 +1,51 @@
+"""Frequencies of each head of q: one call for each member of the groups that share a head of k.
+
+Heads of one group see the same keys. Where their frequencies differ, each key is rotated and read
+once for every head of the group, as if keys had as many heads as queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .call import AttentionCall
+
+Attend = Callable[[Tensor, AttentionCall], tuple[Tensor, Tensor]]
+
+
+def differ_in_group(call: AttentionCall, q: Tensor, heads_k: int) -> bool:
+    """Say whether frequencies or maps are given for each head of q, and groups have several."""
+    heads_q = q.shape[-2]
+    if heads_q == heads_k or heads_k == 0 or heads_q % heads_k:
+        return False
+    return heads_q in (_heads(call.inv_freq, 3), _heads(call.pair_maps, 4))
+
+
+def each_member(attend: Attend, q: Tensor, heads_k: int, call: AttentionCall) -> tuple:
+    """out and lse of attend(q of a member, its call) for every member of the groups, together.
+
+    q: (..., heads_q, head_dim); out likewise, lse (..., heads_q, seqlen).
+    """
+    heads_q, group = q.shape[-2], q.shape[-2] // heads_k
+    found = []
+    for member in range(group):
+        of_sinks = None if call.sinks is None else call.sinks[member::group].contiguous()
+        of_maps = _member(call.pair_maps, member, heads_q, group)
+        inv_freq = _member(call.inv_freq, member, heads_q, group)
+        own = call._replace(inv_freq=inv_freq, pair_maps=of_maps, sinks=of_sinks)
+        found.append(attend(q[..., member::group, :], own))
+    outs, lses = zip(*found)
+    return tuple(torch.stack(x, dim=-2).flatten(-3, -2) for x in (outs, lses))
+
+
+def _heads(x: Tensor | None, dim: int) -> int:
+    return x.shape[-2] if x is not None and x.dim() == dim else 1
+
+
+def _member(x: Tensor | None, member: int, heads_q: int, group: int) -> Tensor | None:
+    if x is None or x.dim() < 3 or x.shape[-2] != heads_q:
+        return x
+    return x[..., member::group, :]

@@ -1,0 +1,290 @@
+"""Frequencies of each head, and position maps of each pair of dims: against angles in float64."""
+
+import dataclasses
+from typing import NamedTuple
+
+import pytest
+import torch
+from attention_oracle import make_qkv, split
+from torch import Tensor
+
+from extrope_kernels import RopeFreqs, methods, rope_attention, rope_attention_with_kvcache
+from extrope_kernels.scores import FIRST_KEY, PairMap, PositionMap, Region, Score
+from extrope_kernels.testing import assert_within_budget, device
+
+SAME = PositionMap()
+PAIRS = 14  # of 32 dims: the last four pass through
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def drawn(*shape, seed=0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def grouped(window: int, sizes: Tensor) -> Score:
+    """SelfExtend with a group size of each pair, and maybe each head."""
+    far_q = PairMap(sizes, window - window // sizes, floor=True)
+    far_k = PairMap(sizes, floor=True)
+    regions = (Region(FIRST_KEY, far_q, far_k), Region(1 - window, SAME, SAME))
+    return Score("grouped", regions, stored=far_k)
+
+
+def stretched(window: int, factors: Tensor) -> Score:
+    """Leaky ReRoPE with a factor of each pair, and maybe each head."""
+    far_q = PairMap(factors, window - window / factors)
+    far_k = PairMap(factors)
+    regions = (Region(FIRST_KEY, far_q, far_k), Region(1 - window, SAME, SAME))
+    return Score("stretched", regions, stored=far_k)
+
+
+class Example(NamedTuple):
+    score: Score | None
+    seen: object  # (i, j) float64 to (heads or 1, i, j, pairs or 1): the distance of each pair
+    freqs: RopeFreqs
+
+
+def near_or(far, window):
+    def seen(i, j):
+        x = (i - j)[None, ..., None]
+        return torch.where(x < window, x, far(i[None, ..., None], j[None, ..., None]))
+
+    return seen
+
+
+def example(name: str, heads: int = 1, sequences: int = 0) -> Example:
+    """By name; heads: of frequencies or maps; sequences: with frequencies of their own."""
+    base = methods.rope(2 * PAIRS)
+    window, shape = 6, (heads, PAIRS) if heads > 1 else (PAIRS,)
+    if name == "groups":
+        sizes = (1 + 5 * drawn(*shape)).round()
+        by_head = sizes.view(-1, 1, 1, PAIRS)
+
+        def far(i, j):
+            return (i // by_head - j // by_head) + window - window // by_head
+
+        found = Example(grouped(window, sizes), near_or(far, window), base)
+    elif name == "factors":
+        factors = 0.5 + 8 * drawn(*shape, seed=1)
+        by_head = factors.view(-1, 1, 1, PAIRS)
+
+        def far(i, j):
+            return window + (i - j - window) / by_head
+
+        found = Example(stretched(window, factors), near_or(far, window), base)
+    elif name == "turned back":  # keys are stored by one map, and far keys seen by another
+        sizes = (1 + 5 * drawn(*shape)).round()
+        score = dataclasses.replace(grouped(window, sizes), stored=SAME)
+        found = Example(score, example("groups", heads).seen, base)
+    elif name == "heads":
+        inv_freq = base.inv_freq / (1 + drawn(1, heads, 1, seed=2).float())
+
+        def seen(i, j):
+            return (i - j)[None, ..., None]
+
+        found = Example(None, seen, dataclasses.replace(base, inv_freq=inv_freq))
+    else:  # a head's frequencies under a score method
+        inv_freq = example("heads", heads).freqs.inv_freq
+        found = example("factors", 1)._replace(freqs=dataclasses.replace(base, inv_freq=inv_freq))
+    freqs = found.freqs
+    if sequences:
+        rows = freqs.inv_freq if freqs.inv_freq.dim() == 3 else freqs.inv_freq[None]
+        scales = 1 + 0.1 * torch.arange(sequences).view(-1, *[1] * (rows.dim() - 1))
+        freqs = dataclasses.replace(freqs, inv_freq=(rows * scales).float())
+    inv_freq = freqs.inv_freq.to(device())
+    return found._replace(freqs=dataclasses.replace(freqs, inv_freq=inv_freq))
+
+
+def oracle(q, k, v, one: Example, first=None, interleaved=False, window=None) -> Tensor:
+    """out in float64: sum over pairs of Re(q conj(k) exp(1j * angle)); first: of q's positions."""
+    q, k, v = (x.double().cpu() for x in (q, k, v))
+    group, seqlen_q, seqlen_k = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+    i = torch.arange(seqlen_q).double()[:, None]
+    i = i + (seqlen_k - seqlen_q if first is None else first)
+    j = torch.arange(seqlen_k).double()[None]
+    i, j = torch.broadcast_tensors(i, j)
+    seen = one.seen(i, j)  # (heads or 1, i, j, pairs or 1)
+    theta = one.freqs.inv_freq.double().cpu()
+    theta = (
+        theta.view(-1, 1, PAIRS)
+        if theta.dim() == 2
+        else theta.view(-1, *theta.shape[-2:])
+        if (theta.dim() == 3)
+        else theta.view(1, 1, PAIRS)
+    )
+    angle = seen[None] * theta[:, :, None, None]  # (batch or 1, heads or 1, i, j, pairs)
+    if angle.shape[1] not in (1, q.shape[2]):
+        angle = angle.repeat_interleave(group, 1)
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    qa, qb, q_rest = split(q, PAIRS, interleaved)
+    ka, kb, k_rest = split(k, PAIRS, interleaved)
+    real = torch.einsum("bihp,bjhp->bhijp", qa, ka) + torch.einsum("bihp,bjhp->bhijp", qb, kb)
+    imag = torch.einsum("bihp,bjhp->bhijp", qb, ka) - torch.einsum("bihp,bjhp->bhijp", qa, kb)
+    scores = (real * angle.cos() - imag * angle.sin()).sum(-1)
+    scores = scores + torch.einsum("bihr,bjhr->bhij", q_rest, k_rest)
+    hidden = j > i if window is None else (j > i) | (i - j >= window)
+    scores = (scores * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).to(device())
+
+
+EXAMPLES = [
+    ("groups", 1), ("groups", 2), ("factors", 1), ("factors", 2), ("turned back", 1), ("heads", 2),
+    ("heads and factors", 2), ("heads", 4), ("factors", 4),
+]  # fmt: skip
+
+
+def qkv(dtype=torch.float32, batch=2, seqlen_q=19, seqlen_k=19):
+    return make_qkv(batch, seqlen_q, seqlen_k, heads_q=4, heads_k=2, head_dim=32, dtype=dtype)
+
+
+@pytest.mark.parametrize(("name", "heads"), EXAMPLES)
+def test_the_reference_in_float64(name, heads):
+    one = example(name, heads)
+    q, k, v = qkv(torch.float64)
+    out = rope_attention(q, k, v, one.freqs, one.score, backend="reference")
+    torch.testing.assert_close(out, oracle(q, k, v, one), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(("name", "heads"), EXAMPLES)
+def test_forward(name, heads, dtype, any_backend):
+    one = example(name, heads)
+    q, k, v = qkv(dtype)
+    check_forward(any_backend, (q, k, v), one)
+
+
+@pytest.mark.parametrize("sequences", [0, 2])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("name", "heads"), [("groups", 2), ("heads and factors", 2)])
+def test_forward_of_a_part(name, heads, interleaved, sequences, any_backend):
+    """The last queries of a sequence, either order of pairs, frequencies of each sequence."""
+    one = example(name, heads, sequences)
+    check_forward(any_backend, qkv(seqlen_q=5), one, interleaved=interleaved)
+
+
+def test_forward_in_a_window(any_backend):
+    one = example("groups", 2)
+    q, k, v = qkv()
+    given = {"sliding_window": 9, "backend": any_backend}
+    out = rope_attention(q, k, v, one.freqs, one.score, **given)
+    same = rope_attention(q, k, v, one.freqs, one.score, **given | {"backend": "reference"})
+    assert_within_budget("out", out, same, oracle(q, k, v, one, window=9))
+
+
+def check_forward(backend, tensors, one: Example, interleaved=False) -> None:
+    given = {"interleaved": interleaved, "backend": backend}
+    out = rope_attention(*tensors, one.freqs, one.score, **given)
+    same = rope_attention(*tensors, one.freqs, one.score, **given | {"backend": "reference"})
+    assert_within_budget("out", out, same, oracle(*tensors, one, interleaved=interleaved))
+
+
+@pytest.mark.parametrize("name", ["groups", "heads and factors"])
+def test_packed(name, any_backend):
+    """Sequences of 3, 0 and 16 tokens, with frequencies of their own."""
+    one, bounds = example(name, 2, 3), [0, 3, 3, 19]
+    q, k, v = qkv(batch=1)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device())
+    packed = (x[0] for x in (q, k, v))
+    out = rope_attention(*packed, one.freqs, one.score, cu_seqlens=cu_seqlens, backend=any_backend)
+    for s, part in ((0, slice(0, 3)), (2, slice(3, 19))):
+        own = one._replace(
+            freqs=dataclasses.replace(one.freqs, inv_freq=one.freqs.inv_freq[s : s + 1])
+        )
+        alone = tuple(x[:, part] for x in (q, k, v))
+        same = rope_attention(*alone, own.freqs, own.score, backend="reference")
+        assert_within_budget("out", out[None, part], same, oracle(*alone, own))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "heads"), [("groups", 2), ("heads and factors", 2), ("heads", 4)])
+def test_gradients(name, heads, dtype, any_backend):
+    one = example(name, heads)
+    inputs = qkv(dtype)
+    dout = torch.randn_like(inputs[0])
+
+    def grads(attend, wide):
+        leaves = [x.detach().to(wide).requires_grad_() for x in inputs]
+        return torch.autograd.grad((attend(*leaves) * dout.to(wide)).sum(), leaves)
+
+    def run(backend):
+        return lambda q, k, v: rope_attention(q, k, v, one.freqs, one.score, backend=backend)
+
+    exact = grads(lambda q, k, v: oracle(q, k, v, one), torch.float64)
+    same = grads(run("reference"), dtype)
+    found = grads(run(any_backend), dtype)
+    for name, got, low, want in zip("qkv", found, same, exact, strict=True):
+        assert_within_budget(f"d{name}", got, low, want)
+
+
+# -------------------------------------------------------------------------------------------------
+# With a cache
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("seqlen_q", [1, 3])
+@pytest.mark.parametrize(("name", "heads"), [*EXAMPLES[:7]])
+def test_decode(name, heads, seqlen_q, dtype, decode_backend):
+    """New tokens are written, and see the cache as a forward over all tokens sees them."""
+    one = example(name, heads)
+    lengths = [17, 4]
+    q, k, v = qkv(dtype, seqlen_k=24, seqlen_q=24)
+    out, same = (
+        written_and_seen(one, (q, k, v), lengths, seqlen_q, backend)
+        for backend in (decode_backend, "reference")
+    )
+    for b, length in enumerate(lengths):
+        part = slice(b, b + 1)
+        alone = (q[part, length : length + seqlen_q], k[part], v[part])
+        alone = (alone[0], *(x[:, : length + seqlen_q] for x in alone[1:]))
+        assert_within_budget("out", out[part], same[part], oracle(*alone, one))
+
+
+def written_and_seen(one: Example, tensors, lengths, seqlen_q, backend) -> Tensor:
+    """out of the tokens behind `lengths`, which are written after the earlier ones."""
+    q, k, v = tensors
+    k_cache, v_cache = torch.zeros_like(k), torch.zeros_like(v)
+    nothing = torch.zeros(len(lengths), dtype=torch.int32, device=q.device)
+    given = {"freqs": one.freqs, "score": one.score, "backend": backend}
+    caches = {"k_cache": k_cache, "v_cache": v_cache}
+    most = max(lengths)
+    first = (x[:, :most] for x in (q, k, v))
+    q_all, k_all, v_all = first
+    rope_attention_with_kvcache(q_all, **caches, cache_seqlens=nothing, k=k_all, v=v_all, **given)
+    in_use = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+    rows = [slice(length, length + seqlen_q) for length in lengths]
+    new = [torch.stack([x[b, row] for b, row in enumerate(rows)]) for x in (q, k, v)]
+    return rope_attention_with_kvcache(
+        new[0], **caches, cache_seqlens=in_use, k=new[1], v=new[2], **given
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Gradients of frequencies, divisors and offsets
+
+
+@pytest.mark.parametrize("kind", ["batch", "packed", "no score"])
+def test_gradients_of_frequencies_and_divisors(kind, any_backend):
+    """By every backend as by autograd through the formula of the reference, in float64."""
+    q, k, v = qkv(batch=1 if kind == "packed" else 2, seqlen_q=19)
+    factors = (0.5 + 8 * drawn(2, PAIRS)).to(q.device).requires_grad_()
+    inv_freq = example("heads", 2, 2).freqs.inv_freq.requires_grad_()
+    options = {}
+    if kind == "packed":
+        options["cu_seqlens"] = torch.tensor([0, 5, 19], dtype=torch.int32, device=q.device)
+        q, k, v = q[0], k[0], v[0]
+    dout = torch.randn_like(q)
+
+    def found(backend, dtype):
+        score = None if kind == "no score" else stretched(6, factors)
+        tensors = (x.to(dtype) for x in (q, k, v))
+        out = rope_attention(*tensors, RopeFreqs(inv_freq), score, backend=backend, **options)
+        leaves = (inv_freq,) if score is None else (inv_freq, factors)
+        return torch.autograd.grad((out * dout.to(dtype)).sum(), leaves)
+
+    exact = found("reference", torch.float64)
+    for name, got, low, want in zip(
+        ("inv_freq", "divisor"), found(any_backend, torch.float32),
+        found("reference", torch.float32), exact, strict=False,
+    ):  # fmt: skip
+        # Sums of some hundred terms that were rounded in float32, of which regions are differences.
+        noise = 1e-5 * want.abs().max().item()
+        assert_within_budget(name, got, low, want.to(got.dtype).double(), noise=noise)
