@@ -14,18 +14,21 @@ inline void check_head_dim(const char* op, const char* name, int64_t head_dim) {
              " (backend='reference' takes any), got ", head_dim);
 }
 
-inline void check_frequencies(const char* op, int64_t head_dim, int64_t sequences,
+inline void check_frequencies(const char* op, int64_t head_dim, int64_t sequences, int64_t heads_k,
                               const TensorView& inv_freq, const OptionalView& log_decay) {
   const int64_t dim = inv_freq.dim(), half = dim >= 1 ? inv_freq.size(dim - 1) : 0;
   const ScalarType type = inv_freq.scalar_type();
-  require_of(
-      op,
-      (type == ScalarType::Float || type == ScalarType::Double) && inv_freq.is_cpu() &&
-          (dim == 1 || (dim == 2 && (inv_freq.size(0) == 1 || inv_freq.size(0) == sequences))) &&
-          half >= 1 && 2 * half <= head_dim && (half == 1 || inv_freq.stride(dim - 1) == 1),
-      "inv_freq must be float32 or float64 (rotary_dim/2,) or (", sequences,
-      ", rotary_dim/2), up to head_dim/2 = ", head_dim / 2, " contiguous frequencies, got shape ",
-      shape_of(inv_freq));
+  const auto fits = [&](int64_t i, int64_t size) {
+    return inv_freq.size(i) == 1 || inv_freq.size(i) == size;
+  };
+  require_of(op,
+             (type == ScalarType::Float || type == ScalarType::Double) && inv_freq.is_cpu() &&
+                 dim <= 3 && (dim == 1 || fits(0, sequences)) && (dim < 3 || fits(1, heads_k)) &&
+                 half >= 1 && 2 * half <= head_dim && (half == 1 || inv_freq.stride(dim - 1) == 1),
+             "inv_freq must be float32 or float64 (rotary_dim/2,), (", sequences,
+             ", rotary_dim/2) or (", sequences, ", ", heads_k,
+             ", rotary_dim/2), up to head_dim/2 = ", head_dim / 2,
+             " contiguous frequencies, got shape ", shape_of(inv_freq));
   if (!log_decay.has_value()) return;
   require_of(op,
              log_decay->scalar_type() == ScalarType::Float && log_decay->dim() == 1 &&

@@ -16,7 +16,8 @@ constexpr int kMaxRegions = 3;
 constexpr int kMapNumbers = 5;
 constexpr int64_t kNoWindow = int64_t{1} << 62;
 
-// p becomes min(f((p mod modulus) / divisor) + offset, cap), f floor or nothing.
+// p becomes min(f((p mod modulus) / divisor) + offset, cap), f floor or nothing. A divisor below 0
+// is that of a map of pairs: see PairMaps.
 struct PositionMap {
   int64_t modulus;  // 0: none
   double divisor;   // infinite: every position becomes offset
@@ -24,10 +25,15 @@ struct PositionMap {
   double offset, cap;
 
   EXTROPE_INLINE double operator()(int64_t position) const {
+    return std::min(place(remainder(position), divisor, offset), cap);
+  }
+  EXTROPE_INLINE double remainder(int64_t position) const {
     if (modulus > 0) position -= floor_div(position, modulus) * modulus;
-    double p = static_cast<double>(position) / divisor;
-    if (floor) p = std::floor(p);
-    return std::min(p + offset, cap);
+    return static_cast<double>(position);
+  }
+  EXTROPE_INLINE double place(double p, double divisor, double offset) const {
+    p /= divisor;
+    return (floor ? std::floor(p) : p) + offset;
   }
   EXTROPE_INLINE bool is_constant() const { return std::isinf(divisor); }
   EXTROPE_INLINE bool operator==(const PositionMap& x) const {
@@ -35,6 +41,12 @@ struct PositionMap {
            cap == x.cap;
   }
 
+  EXTROPE_INLINE bool is_of_pairs() const { return divisor < 0; }
+  EXTROPE_INLINE int64_t row() const { return static_cast<int64_t>(-divisor) - 1; }
+
+  EXTROPE_INLINE static PositionMap constant(double place) {
+    return {0, INFINITY, false, place, INFINITY};
+  }
   EXTROPE_INLINE static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 };
 
@@ -44,6 +56,23 @@ inline PositionMap map_of(const double* numbers) {
   return {static_cast<int64_t>(numbers[0]), read(numbers[1]), numbers[2] != 0, numbers[3],
           read(numbers[4])};
 }
+
+// The divisors and offsets of each pair of dims in maps of pairs, a row for each such map.
+struct PairMaps {
+  const double* data = nullptr;  // (rows, 2, heads, padded)
+  int64_t heads = 1;             // of keys; 1: all share them
+  int64_t padded = 0;            // pairs, up to whole vectors
+
+  EXTROPE_INLINE const double* divisors(const PositionMap& map, int64_t head) const {
+    return data + (map.row() * 2 * heads + (heads > 1 ? head : 0)) * padded;
+  }
+  EXTROPE_INLINE const double* offsets(const PositionMap& map, int64_t head) const {
+    return divisors(map, head) + heads * padded;
+  }
+  EXTROPE_INLINE bool differ_by_head(const PositionMap& map) const {
+    return heads > 1 && map.is_of_pairs();
+  }
+};
 
 struct Region {
   int64_t start;  // of its keys, from the query's block on
@@ -55,6 +84,7 @@ struct Regions {
   Region at[kMaxRegions];
   PositionMap stored;                  // by which keys come rotated
   int64_t sliding_window = kNoWindow;  // keys a query sees at most, its own the last
+  PairMaps pair_maps = {};
 
   // The first key of region r (for r == count the first one behind the diagonal) that the query at
   // `position` sees.

@@ -201,11 +201,11 @@ def check_outputs(backend, q, found, plain, exact, noise: float = 0.0) -> None:
     assert torch.equal(found[1] > -torch.inf, seen)
     outs, lses = zip(found, plain, exact)
     for name, got, low, want in (("out", *outs), ("lse", *(lse[seen] for lse in lses))):
-        more = _truncation(backend, q, low, want) + (noise if name == "out" else 0.0)
+        more = truncation(backend, q, low, want) + (noise if name == "out" else 0.0)
         assert_within_budget(name, got, low, want, noise=more)
 
 
-def _truncation(backend: str, q: Tensor, plain: Tensor, exact: Tensor) -> float:
+def truncation(backend: str, q: Tensor, plain: Tensor, exact: Tensor) -> float:
     """What Triton's interpreter may add to the error budget in bfloat16.
 
     It truncates rotated rows where torch rounds them: an error of up to a unit, not half of one, so

@@ -82,7 +82,12 @@ class Append {
                                /*adjoint=*/false);
     p.tensors[0].decay_sign = -1.0;
     set_positions(p);
-    check(!p.axes, "positions by axis have no place in a score method");
+    if (p.axes) {
+      check(stored == PositionMap{0, 1.0, false, 0.0, INFINITY},
+            "positions by axis must be where a score method stores keys, got a map of them");
+      check_axes_of_pairs(p);
+      return p;
+    }
     if (token_positions_.empty()) {
       check(p.position_type == PositionType::i32 || p.position_type == PositionType::i64,
             "positions must be whole numbers for a score method");

@@ -9,7 +9,7 @@
 #include "common/attention_args.h"
 #include "cpu/attention/params.h"
 #include "cpu/attention/rotation.h"
-#include "cpu/runtime/frequencies.h"
+#include "cpu/runtime/pair_maps.h"
 
 namespace extrope::attention {
 
@@ -27,6 +27,10 @@ struct Options {
   AttentionNumbers numbers;
 
   bool packed() const { return cu_seqlens.has_value(); }
+  std::vector<double> pair_maps_of(AttentionParams& p) const {
+    const int64_t half = inv_freq.size(inv_freq.dim() - 1);
+    return set_pair_maps("attention", pair_maps, p.heads_k, half, log_decay.has_value(), p.regions);
+  }
   RotationArgs rotation() const {
     const double factor = numbers.attention_factor;
     return {padded_rows(inv_freq),
@@ -130,8 +134,8 @@ inline AttentionParams make_params(const TensorView& q, const TensorView& k, con
   check_head_dim("attention", "v's head_dim", p.v.head_dim);
   if (packed) set_cu_seqlens(p, *options.cu_seqlens);
   set_starts(p, options);
-  check_frequencies("attention", p.head_dim, packed ? p.num_sequences : p.batch, options.inv_freq,
-                    options.log_decay);
+  check_frequencies("attention", p.head_dim, packed ? p.num_sequences : p.batch, p.heads_k,
+                    options.inv_freq, options.log_decay);
   const AttentionNumbers& n = options.numbers;
   check_factors("attention", n.log_n, n.attention_factor);
   p.softmax_scale = static_cast<float>(softmax_scale_of("attention", n.softmax_scale, p.head_dim));

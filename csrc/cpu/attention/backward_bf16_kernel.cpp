@@ -118,7 +118,7 @@ void pack_key_block(const BlockRows& block, const Backward& w, int64_t region,
   for (int64_t i = 0; i < key_block.count; ++i) {
     const int64_t token = block.tile.first_k + key_block.first + i;
     rotate_values(rotation, key_row<bf16>(block, p.k[region], key_block.first + i),
-                  cos_sin_at(p.k_cos_sin[region], block.tile.batch, token), w.rotated + i * dim);
+                  cos_sin_at(block, p.k_cos_sin[region], token), w.rotated + i * dim);
   }
   pack([&](int64_t i) { return w.rotated + i * dim; });
 }

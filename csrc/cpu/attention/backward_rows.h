@@ -56,7 +56,7 @@ inline void write_dq_row(const BlockRows& block, int64_t region, int64_t row, co
   float back[kMaxHeadDim];
   float* to = static_cast<float*>(p.dq.data) + block.offset(p.dq, row);
   const int64_t token = block.tile.first_q + block.token(row);
-  unrotate_row(p, grad, cos_sin_at(p.q_cos_sin[region], block.tile.batch, token), back);
+  unrotate_row(p, grad, cos_sin_at(block, p.q_cos_sin[region], token), back);
   if (region > 0) {
     add_row(back, p.head_dim, to);
   } else {

@@ -80,7 +80,7 @@ inline void read_queries(const BlockRows& block, const AttentionTensor& x, const
   });
   block.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
     rows.at[i] = data + block.offset(x, token, head);
-    const RowCosSin row = cos_sin_at(cos_sin, block.tile.batch, block.tile.first_q + token);
+    const RowCosSin row = cos_sin_at(block, cos_sin, block.tile.first_q + token);
     if (!row.cos) return;
     rotate_values(rotation, rows.at[i], row, rows.rotated[i]);
     rows.at[i] = rows.rotated[i];

@@ -47,9 +47,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const OptionalTensor& pair_maps, const OptionalTensor& q_start,
                                    const OptionalTensor& k_start,
                                    const std::vector<double>& numbers) {
-  const Options options{inv_freq,    cu_seqlens, log_decay, sinks,  query_scale,
-                        pair_maps, q_start,    k_start,   attention_numbers(kOp, numbers)};
+  const Options options{inv_freq, cu_seqlens,  log_decay,
+                        sinks,    query_scale, pair_maps,
+                        q_start,  k_start,     attention_numbers(kOp, numbers)};
   AttentionParams p = make_params(q, k, v, options);
+  const std::vector<double> maps_of_p = options.pair_maps_of(p);
   const Rotation rotation(p, options.rotation(), rotates_ahead(p.dtype));
   p.float32_out = options.numbers.float32_results;
   const Tensor out =
@@ -68,9 +70,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const OptionalTensor& query_scale, const OptionalTensor& pair_maps,
     const OptionalTensor& q_start, const OptionalTensor& k_start,
     const std::vector<double>& numbers) {
-  const Options options{inv_freq,    cu_seqlens, log_decay, sinks,  query_scale,
-                        pair_maps, q_start,    k_start,   attention_numbers(kOp, numbers)};
+  const Options options{inv_freq, cu_seqlens,  log_decay,
+                        sinks,    query_scale, pair_maps,
+                        q_start,  k_start,     attention_numbers(kOp, numbers)};
   AttentionParams p = make_params(q, k, v, options);
+  const std::vector<double> maps_of_p = options.pair_maps_of(p);
   const bool packed = options.packed();
   check_like(dout, q, p.v.head_dim, "dout", "q");
   check_like(out, q, p.v.head_dim, "out", "q");

@@ -6,15 +6,19 @@
 
 namespace extrope {
 
-// One table: a row of cosines, then as many sines, for every token of every sequence.
+// One table: a row of cosines, then as many sines, for every token of every sequence, in each of
+// `heads` heads of k.
 struct CosSinTable {
   const double* inv_freq;   // rows of `half` frequencies, each padded to `padded`
   const double* log_decay;  // padded too, or nullptr; its sign is that of keys or queries
   int64_t half, padded;
-  int64_t freq_row;  // from one sequence's frequencies to the next; 0 where all share them
+  int64_t freq_row;   // from one sequence's frequencies to the next; 0 where all share them
+  int64_t freq_head;  // likewise of heads
+  int64_t heads = 1;  // 1: all rotate alike
   double amplitude;
 
   PositionMap map;
+  PairMaps pair_maps;
   const PositionMap* from;    // by which rows come rotated already, or nullptr
   Starts start;               // positions of the sequences' first tokens
   const int32_t* cu_seqlens;  // nullptr: none, or all positions are the same
@@ -24,9 +28,11 @@ struct CosSinTable {
   int64_t tokens;       // of one batch row; 1 where all positions are the same
   int64_t first, last;  // of them, [first, last) are there to be filled
 
-  int64_t stride() const { return 2 * padded; }
+  bool is_of_pairs() const { return map.is_of_pairs() || (from && from->is_of_pairs()); }
+  int64_t stride() const { return heads * 2 * padded; }
   CosSin rows(int64_t batch) const {
-    return {out, out + padded, batch > 1 ? tokens * stride() : 0, tokens > 1 ? stride() : 0};
+    return {out, out + padded, batch > 1 ? tokens * stride() : 0, tokens > 1 ? stride() : 0,
+            heads > 1 ? 2 * padded : 0};
   }
 };
 

@@ -6,8 +6,8 @@
 #include "cpu/attention/cos_sin.h"
 #include "cpu/runtime/workspace.h"
 #include "cpu/simd/e4m3.h"
+#include "cpu/simd/pair_angles.h"
 #include "cpu/simd/rotate_to_float.h"
-#include "cpu/simd/sincos.h"
 
 namespace extrope {
 namespace {
@@ -19,8 +19,8 @@ void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSi
   float row[kMaxHeadDim];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t batch = i / p.seqlen_k, token = i % p.seqlen_k;
-    const int64_t at = batch * cos_sin.batch + token * cos_sin.seq;
-    for (int64_t head = 0; head < p.heads_k; ++head) {
+    int64_t at = batch * cos_sin.batch + token * cos_sin.seq;
+    for (int64_t head = 0; head < p.heads_k; ++head, at += cos_sin.head) {
       const auto first_of = [&](const AttentionTensor& x) {
         return batch * x.batch + x.at(token) + head * x.head;
       };
@@ -28,6 +28,24 @@ void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSi
       rotate_to_float(rotation, in, cos_sin.cos + at, cos_sin.sin + at, 1.0f, row);
       narrow_row(row, p.head_dim, static_cast<Out*>(out.data) + first_of(out));
     }
+  }
+}
+
+// The rows of one token, in each head.
+inline void fill_token(const CosSinTable& t, const double* inv_freq, int64_t position, float* row) {
+  if (t.is_of_pairs()) {
+    const PositionMap from = t.from ? *t.from : PositionMap::constant(0);
+    for (int64_t head = 0; head < t.heads; ++head, inv_freq += t.freq_head, row += 2 * t.padded) {
+      fill_pairs(t.pair_maps, t.map, from, head, position, inv_freq, t.half, t.amplitude, row,
+                 row + t.padded);
+    }
+    return;
+  }
+  const double at = t.map(position) - (t.from ? (*t.from)(position) : 0.0);
+  const Angles angles{
+      .position = at, .amplitude = t.amplitude, .decay = at, .log_decay = t.log_decay};
+  for (int64_t head = 0; head < t.heads; ++head, inv_freq += t.freq_head, row += 2 * t.padded) {
+    fill_sincos(inv_freq, t.half, angles, row, row + t.padded);
   }
 }
 
@@ -43,11 +61,7 @@ void EXTROPE_EXPAND(fill_cos_sin_, EXTROPE_ISA)(const CosSinTable& t, int64_t be
       position -= t.cu_seqlens[sequence];
     }
     position += t.start.of(sequence);
-    const double at = t.map(position) - (t.from ? (*t.from)(position) : 0.0);
-    const Angles angles{
-        .position = at, .amplitude = t.amplitude, .decay = at, .log_decay = t.log_decay};
-    float* row = t.out + i * t.stride();
-    fill_sincos(t.inv_freq + sequence * t.freq_row, t.half, angles, row, row + t.padded);
+    fill_token(t, t.inv_freq + sequence * t.freq_row, position, t.out + i * t.stride());
   }
 }
 

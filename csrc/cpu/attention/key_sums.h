@@ -59,7 +59,7 @@ inline void add_keys(const BlockRows& block, const KeyBlock& key_block, const Co
     const int64_t key = key_block.first + i;
     float* to = static_cast<float*>(x.data) + block.tile.batch * x.batch +
                 (block.tile.first_k + key) * x.seq + block.tile.head * x.head;
-    const RowCosSin row_cos_sin = cos_sin_at(cos_sin, block.tile.batch, block.tile.first_k + key);
+    const RowCosSin row_cos_sin = cos_sin_at(block, cos_sin, block.tile.first_k + key);
     if (row_cos_sin.cos) unrotate_row(p, sums, row_cos_sin, back);
     add_row(row_cos_sin.cos ? back : sums, x.head_dim, to);
   }

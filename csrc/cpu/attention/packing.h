@@ -10,14 +10,14 @@
 namespace extrope {
 namespace {
 
-// The cosines and sines of one token; nullptr where rows are not rotated.
+// The cosines and sines of one token in a head; nullptr where rows are not rotated.
 struct RowCosSin {
   const float *cos, *sin;
 };
 
-inline RowCosSin cos_sin_at(const CosSin& x, int64_t batch, int64_t token) {
+inline RowCosSin cos_sin_at(const BlockRows& block, const CosSin& x, int64_t token) {
   if (!x.cos) return {nullptr, nullptr};
-  const int64_t at = batch * x.batch + token * x.seq;
+  const int64_t at = block.tile.batch * x.batch + token * x.seq + block.tile.head * x.head;
   return {x.cos + at, x.sin + at};
 }
 
@@ -77,7 +77,7 @@ inline void pack_rows(const BlockRows& block, const AttentionTensor& x, const Co
   for (int64_t i = 0; i < key_block.count; ++i) {
     const int64_t key = key_block.first + i;
     read_row(block.p, key_row<T>(block, x, key), dim,
-             cos_sin_at(cos_sin, block.tile.batch, block.tile.first_k + key), to + i * dim);
+             cos_sin_at(block, cos_sin, block.tile.first_k + key), to + i * dim);
   }
   std::memset(to + key_block.count * dim, 0,
               (key_block.padded - key_block.count) * dim * sizeof(float));
@@ -117,8 +117,7 @@ template <typename T>
 inline void read_query(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
                        int64_t token, int64_t head, float* to) {
   const T* from = static_cast<const T*>(x.data) + block.offset(x, token, head);
-  read_row(block.p, from, x.head_dim,
-           cos_sin_at(cos_sin, block.tile.batch, block.tile.first_q + token), to);
+  read_row(block.p, from, x.head_dim, cos_sin_at(block, cos_sin, block.tile.first_q + token), to);
 }
 
 // As many rows as a vector has elements.

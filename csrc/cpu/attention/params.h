@@ -35,8 +35,8 @@ struct Starts {
 
 // What rows are rotated by as they are read: the cosines and sines of each token's pairs.
 struct CosSin {
-  const float *cos, *sin;  // nullptr: rows are used as they come
-  int64_t batch, seq;      // strides
+  const float *cos, *sin;    // nullptr: rows are used as they come
+  int64_t batch, seq, head;  // strides; that of heads of k is 0 where all of them rotate alike
 };
 
 struct AttentionParams {

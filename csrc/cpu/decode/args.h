@@ -5,7 +5,7 @@
 #include "common/attention_args.h"
 #include "common/cache_args.h"
 #include "cpu/decode/params.h"
-#include "cpu/runtime/frequencies.h"
+#include "cpu/runtime/pair_maps.h"
 
 namespace extrope::decode {
 
@@ -177,15 +177,16 @@ struct FrequencyRows {
 };
 
 inline FrequencyRows frequencies_of(const CacheArgs& a, const KVCache& cache) {
-  check_frequencies(a.op, cache.head_dim, cache.batch, a.inv_freq, a.log_decay);
+  check_frequencies(a.op, cache.head_dim, cache.batch, cache.heads, a.inv_freq, a.log_decay);
   FrequencyRows out{padded_rows(a.inv_freq), {}, {}};
   if (a.log_decay.has_value()) out.log_decay = padded_rows(*a.log_decay);
   out.params = {out.inv_freq.values.data(),
                 a.log_decay.has_value() ? out.log_decay.values.data() : nullptr,
                 out.inv_freq.half,
                 out.inv_freq.padded,
-                out.inv_freq.rows > 1 ? out.inv_freq.padded : 0,
-                a.interleaved};
+                out.inv_freq.rows > 1 ? out.inv_freq.heads * out.inv_freq.padded : 0,
+                a.interleaved,
+                out.inv_freq.heads};
   return out;
 }
 

@@ -52,16 +52,13 @@ DecodeParams make_params(const CacheArgs& a, const Tensor& q, const OptionalTens
   return p;
 }
 
-std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                  const OptionalTensor& k, const OptionalTensor& v,
-                                  const Tensor& inv_freq, const OptionalTensor& cu_seqlens_q,
-                                  const OptionalTensor& log_decay, const OptionalTensor& sinks,
-                                  const OptionalTensor& query_scale,
-                                  const OptionalTensor& pair_maps, const Tensor& cache_seqlens,
-                                  const OptionalTensor& block_table,
-                                  const OptionalTensor& cache_leftpad,
-                                  const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                                  const std::vector<double>& numbers) {
+std::tuple<Tensor, Tensor> decode(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k,
+    const OptionalTensor& v, const Tensor& inv_freq, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& log_decay, const OptionalTensor& sinks, const OptionalTensor& query_scale,
+    const OptionalTensor& pair_maps, const Tensor& cache_seqlens, const OptionalTensor& block_table,
+    const OptionalTensor& cache_leftpad, const OptionalTensor& k_scale,
+    const OptionalTensor& v_scale, const std::vector<double>& numbers) {
   const AttentionNumbers n = attention_numbers("decode", numbers);
   const CacheArgs args{.op = "decode",
                        .k_cache = k_cache,
@@ -80,12 +77,14 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
   DecodeParams p = make_params(args, q, sinks, query_scale, n);
   const FrequencyRows freqs = frequencies_of(args, p.cache);
   p.freqs = freqs.params;
+  const std::vector<double> maps_of_p = set_pair_maps(
+      args.op, pair_maps, p.cache.heads, p.freqs.half, log_decay.has_value(), p.regions);
   const int64_t batch = p.cache.batch;
   const Tensor out =
       result(args, {batch, p.seqlen_q, p.heads_q, p.cache.head_dim_v}, q.scalar_type());
   const Tensor lse = result(args, {batch, p.heads_q, p.seqlen_q}, ScalarType::Float);
   if (args.k.has_value()) {
-    run_append(p.cache, p.freqs, decay_of(args), p.regions.stored, plane(*args.k), plane(*args.v));
+    run_append(p.cache, p.freqs, decay_of(args), p.regions, plane(*args.k), plane(*args.v));
   }
   p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());

@@ -103,12 +103,12 @@ class Chunk {
 
   static attention::RotationArgs rotation_of(const DecodeParams& p, int64_t sequence) {
     const Frequencies& freqs = p.freqs;
-    PaddedRows row{1, freqs.half, freqs.padded, {}};
+    PaddedRows rows{1, freqs.heads, freqs.half, freqs.padded, {}};
     const double* inv_freq = freqs.inv_freq + sequence * freqs.batch;
-    row.values.assign(inv_freq, inv_freq + freqs.padded);
+    rows.values.assign(inv_freq, inv_freq + freqs.heads * freqs.padded);
     std::vector<double> decay;
     if (freqs.log_decay) decay.assign(freqs.log_decay, freqs.log_decay + freqs.padded);
-    return {std::move(row), std::move(decay), p.log_n, p.amplitude};
+    return {std::move(rows), std::move(decay), p.log_n, p.amplitude};
   }
 
   std::vector<int64_t> k_rows_, v_rows_;

@@ -14,8 +14,11 @@ struct Frequencies {
   const double* inv_freq;   // rows of `half` frequencies, each padded to whole vectors
   const double* log_decay;  // one such row, or nullptr
   int64_t half, padded;
-  int64_t batch;  // from one sequence's row to the next; 0 where all share one
+  int64_t batch;  // from one sequence's rows to the next; 0 where all share them
   bool interleaved;
+  int64_t heads = 1;  // of k, whose rows follow each other; 1: all share one
+
+  int64_t head() const { return heads > 1 ? padded : 0; }  // from one head's row to the next
 };
 
 struct DecodeParams {
@@ -37,6 +40,11 @@ struct DecodeParams {
   float* partial;  // rows of head_dim_v sums and two more, row_max and row_sum
   void* out;       // contiguous (batch, seqlen_q, heads_q, head_dim_v)
   float* lse;      // contiguous (batch, heads_q, seqlen_q)
+
+  // Heads of k with rows of cosines and sines of their own by a map; 1: all share them.
+  int64_t heads_of(const PositionMap& map) const {
+    return freqs.heads > 1 || regions.pair_maps.differ_by_head(map) ? cache.heads : 1;
+  }
 };
 
 // All heads at the tokens first_token..last_token-1 of one sequence. Row r belongs to

@@ -73,13 +73,16 @@ class Queries {
       if (!seen || frame.ready) continue;
       frame.ready = true;
       frame.q.assign(scaled_.size(), 0.0f);
-      if (!frame.keys) rotate_to(r, 0.0);
+      if (!frame.keys || frame.keys->is_of_pairs()) rotate_to(r, 0.0);
     }
   }
 
   // And for a block of `count` keys from j on, where those of region r rotate on.
   void rotate_with_keys(int64_t r, int64_t j, int64_t count) {
-    if (KeyRotation* rotation = keys(r)) rotate_to(r, rotation->start_block(inv_freq_, j, count));
+    KeyRotation* rotation = keys(r);
+    if (!rotation) return;
+    const double origin = rotation->start_block(inv_freq_, j, count);
+    if (!rotation->is_of_pairs()) rotate_to(r, origin);
   }
 
  private:
@@ -125,18 +128,32 @@ class Queries {
 
   // Rotates the queries of region r to q_map(i) - origin.
   void rotate_to(int64_t r, double origin) {
+    const int64_t heads_k = p_.heads_of(p_.regions.at[r].q_map), alike = p_.heads_q / heads_k;
     for (int64_t token = 0; token < tokens_; ++token) {
-      const double to = p_.regions.at[r].q_map(position(token)) - origin;
-      const Angles angles{
-          .position = to, .amplitude = p_.amplitude, .decay = to, .log_decay = p_.freqs.log_decay};
-      fill_sincos(inv_freq_, p_.freqs.half, angles, cos_.data(), sin_.data());
-      for (int64_t head = 0; head < p_.heads_q; ++head) {
-        const int64_t row = offset(token, head);
-        rotate_to_float(rotation_, &scaled_[row], cos_.data(), sin_.data(), 1.0f,
-                        &frames_[r].q[row]);
-        if (!frames_[r].keys) follow_cache(&frames_[r].q[row]);
+      for (int64_t head_k = 0, head = 0; head_k < heads_k; ++head_k) {
+        fill(r, head_k, position(token), origin);
+        for (; head < (head_k + 1) * alike; ++head) {
+          const int64_t row = offset(token, head);
+          rotate_to_float(rotation_, &scaled_[row], cos_.data(), sin_.data(), 1.0f,
+                          &frames_[r].q[row]);
+          if (!frames_[r].keys) follow_cache(&frames_[r].q[row]);
+        }
       }
     }
+  }
+
+  // The cosines and sines of a token of region r in one head of k.
+  void fill(int64_t r, int64_t head, int64_t position, double origin) {
+    const PositionMap& map = p_.regions.at[r].q_map;
+    const double* inv_freq = inv_freq_ + head * p_.freqs.head();
+    if (map.is_of_pairs()) {
+      return fill_pairs(p_.regions.pair_maps, map, PositionMap::constant(origin), head, position,
+                        inv_freq, p_.freqs.half, p_.amplitude, cos_.data(), sin_.data());
+    }
+    const double to = map(position) - origin;
+    const Angles angles{
+        .position = to, .amplitude = p_.amplitude, .decay = to, .log_decay = p_.freqs.log_decay};
+    fill_sincos(inv_freq, p_.freqs.half, angles, cos_.data(), sin_.data());
   }
 
   // Brings a query to the order and the unit in which load_dims reads keys.

@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/append/writes.h"
+#include "cpu/decode/append.h"
 #include "cpu/decode/chunks.h"
 #include "cpu/decode/kernels.h"
 #include "cpu/runtime/threads.h"
@@ -112,29 +112,6 @@ inline void fill_padding(const DecodeParams& p) {
   for (int64_t head = 0; head < p.heads_q; ++head) {
     std::fill_n(p.lse + head * p.seqlen_q + first, count, -INFINITY);
   }
-}
-
-// New keys, raw, and values. log_decay: as in RopeParams.
-inline void run_append(const KVCache& cache, const Frequencies& freqs, const float* log_decay,
-                       const PositionMap& stored, const Plane& k, const Plane& v) {
-  const int64_t tokens = cache.all_new_tokens(), batch = cache.cu_new ? 1 : cache.batch;
-  const int64_t seqlen = cache.cu_new ? tokens : cache.appended;
-  const CacheRows rows = rows_behind(cache, tokens);
-  std::vector<double> positions;
-  RopeParams p = unrotated(cache.dtype, k, batch, seqlen, cache.heads, cache.head_dim);
-  if (!is_raw(stored)) {
-    p.rotary_dim = 2 * freqs.half, p.interleaved = freqs.interleaved;
-    p.inv_freq = freqs.inv_freq, p.inv_freq_is_f64 = true, p.freq_batch = freqs.batch;
-    p.log_decay = log_decay;
-    p.cu_seqlens = cache.cu_new, p.num_sequences = cache.batch;
-    positions = mapped(stored, positions_behind(cache, tokens));
-    set_token_positions(p, positions);
-  }
-  CacheWrites writes(cache, rows, batch, seqlen);
-  writes.take_keys(p.tensors[0]);
-  Rotations all;
-  all.add(p);
-  writes.run(all, v);
 }
 
 // Calls run(first, last) for the splits of each part, after all tiles of chunks: what takes longest

@@ -140,7 +140,7 @@ class Worker {
     const Rows<Cached> values{value_rows_, head_ * p_.cache.v.head};
     Rows<float> rotated[kMaxRegions];
     for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
-      if (KeyRotation* rotation = queries_.keys(r)) rotated[r] = rotation->rotate(keys);
+      if (KeyRotation* rotation = queries_.keys(r)) rotated[r] = rotation->rotate(keys, head_);
     }
     const BlockOfKeys block{keys, values, ahead(values), rotated, j, count, padded_keys};
     for (int64_t m = 0; m < queries_.padded_rows(); m += rows) {

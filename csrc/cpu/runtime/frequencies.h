@@ -8,17 +8,29 @@
 
 namespace extrope {
 
-// inv_freq: float32 or float64, (half,) or (rows, half).
-inline PaddedRows padded_rows(const Tensor& inv_freq) {
+inline int64_t padded_pairs(int64_t half) {
   constexpr int64_t kPad = 16;  // elements of the widest vector
-  const bool several = inv_freq.dim() == 2;
-  PaddedRows out{several ? inv_freq.size(0) : 1, inv_freq.size(inv_freq.dim() - 1), 0, {}};
-  out.padded = (out.half + kPad - 1) / kPad * kPad;
-  out.values.resize(out.rows * out.padded);
+  return (half + kPad - 1) / kPad * kPad;
+}
+
+// inv_freq: float32 or float64, (half,), (rows, half) or (rows, heads, half).
+inline PaddedRows padded_rows(const Tensor& inv_freq) {
+  const int64_t dim = inv_freq.dim();
+  const bool several = dim > 1, by_head = dim > 2;
+  PaddedRows out{several ? inv_freq.size(0) : 1,
+                 by_head ? inv_freq.size(1) : 1,
+                 inv_freq.size(dim - 1),
+                 padded_pairs(inv_freq.size(dim - 1)),
+                 {}};
+  out.values.resize(out.rows * out.heads * out.padded);
   const auto copy = [&](const auto* from) {
-    const int64_t step = several ? inv_freq.stride(0) : 0;
+    const int64_t next_row = several ? inv_freq.stride(0) : 0;
+    const int64_t next_head = by_head ? inv_freq.stride(1) : 0;
     for (int64_t row = 0; row < out.rows; ++row) {
-      std::copy_n(from + row * step, out.half, &out.values[row * out.padded]);
+      for (int64_t head = 0; head < out.heads; ++head) {
+        std::copy_n(from + row * next_row + head * next_head, out.half,
+                    &out.values[(row * out.heads + head) * out.padded]);
+      }
     }
   };
   if (inv_freq.scalar_type() == ScalarType::Double) {

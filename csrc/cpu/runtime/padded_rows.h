@@ -7,8 +7,8 @@
 namespace extrope {
 
 struct PaddedRows {
-  int64_t rows, half, padded;
-  std::vector<double> values;  // (rows, padded)
+  int64_t rows, heads, half, padded;
+  std::vector<double> values;  // (rows, heads, padded)
 };
 
 }  // namespace extrope

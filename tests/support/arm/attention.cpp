@@ -27,6 +27,7 @@ const Case kCases[] = {
     {"xpos_gptj", rope(), 150, 150, 64, 20, true, true, false, false},
     {"rerope_log_n", rerope(40), 150, 150, 72, 36, false, false, true, false},
     {"self_extend", self_extend(32, 4), 90, 170, 128, 64, false, false, false, false},
+    {"by_pair", groups_by_pair(), 90, 150, 72, 32, false, false, false, false},
     {"chunked", chunked(32), 150, 150, 64, 32, false, false, false, false},
     {"packed", rerope(24), 150, 150, 64, 32, false, false, false, true},
     {"few_keys", rope(), 60, 35, 64, 32, false, false, false, false},
@@ -100,7 +101,8 @@ class Call {
     t.inv_freq = inv_freq_.data(), t.half = c_.half, t.padded = padded;
     if (c_.decay) t.log_decay = (queries ? q_decay_ : k_decay_).data();
     t.amplitude = queries ? kAmplitude : 1.0;
-    t.map = map;
+    t.map = map, t.pair_maps = p_.regions.pair_maps;
+    t.heads = t.pair_maps.differ_by_head(map) ? p_.heads_k : 1;
     if (!queries) t.from = &p_.regions.stored;
     t.start = queries ? p_.q_start : p_.k_start;
     t.cu_seqlens = p_.cu_seqlens, t.num_sequences = p_.num_sequences;

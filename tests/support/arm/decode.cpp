@@ -34,6 +34,8 @@ const Case kCases[] = {
     {"rerope", stored_as_seen(rerope(100)), 1, 128, 64, false, false, true, true},
     {"rerope_gptj", stored_as_seen(rerope(100)), 2, 72, 20, true, true, false, false},
     {"self_extend", stored_as_seen(self_extend(64, 4)), 1, 64, 32, false, true, false, false},
+    {"by_pair", stored_as_seen(groups_by_pair()), 2, 72, 32, false, true, true, false},
+    {"by_pair_raw", groups_by_pair(), 1, 64, 32, false, false, false, false},
     {"capped", stored_as_seen(rerope(100)), 3, 64, 32, false, true, false, true, true, 40},
 };
 
@@ -94,7 +96,7 @@ void run(const Case& c, const std::string& name) {
     return Plane{x.data(), c.seqlen_q * slot, slot, head_dim};
   };
   const Plane of_k = plane(k, c.head_dim), of_v = plane(v, c.head_dim_v);
-  decode::run_append(p.cache, p.freqs, nullptr, p.regions.stored, of_k, of_v);
+  decode::run_append(p.cache, p.freqs, nullptr, p.regions, of_k, of_v);
   decode::run_decode(p, kKernels);
   write(name + "/k_cache", k_cache);
   write(name + "/v_cache", Moved<T>{v_cache});

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <vector>
 
 #include "common/regions.h"
 
@@ -24,6 +25,29 @@ inline Regions self_extend(int64_t window, int64_t group) {
   const PositionMap q{0, static_cast<double>(group), true, offset, INFINITY};
   const PositionMap k{0, static_cast<double>(group), true, 0.0, INFINITY};
   return {2, 1, {{kFirstKey, q, k}, {1 - window, kSame, kSame}}, kUnrotated};
+}
+
+// Divisors and offsets of 32 pairs in each of two heads of k: those of queries, then of keys.
+inline const std::vector<double>& groups_of_pairs(int64_t window) {
+  static const std::vector<double> table = [&] {
+    std::vector<double> values;
+    for (int64_t n = 0; n < 256; ++n) {
+      const int64_t part = n / 64, group = 1 + n % 64 % 7;
+      const int64_t offset = part == 1 ? window - window / group : 0;
+      values.push_back(static_cast<double>(part % 2 == 0 ? group : offset));
+    }
+    return values;
+  }();
+  return table;
+}
+
+// As self_extend, with groups of each pair and head.
+inline Regions groups_by_pair() {
+  constexpr int64_t kWindow = 40;
+  const PositionMap q{0, -1.0, true, 0.0, INFINITY}, k{0, -2.0, true, 0.0, INFINITY};
+  Regions regions{2, 1, {{kFirstKey, q, k}, {1 - kWindow, kSame, kSame}}, kUnrotated};
+  regions.pair_maps = {groups_of_pairs(kWindow).data(), 2, 32};
+  return regions;
 }
 
 // Three regions whose starts are shared by blocks of queries, as dual chunk attention has.
