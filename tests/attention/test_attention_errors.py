@@ -37,7 +37,7 @@ FREQUENCIES = [
     (THETA, TypeError, "freqs must be a RopeFreqs, got Tensor"),
     (RopeFreqs(None), TypeError, "inv_freq must be a Tensor, got NoneType"),
     (RopeFreqs(THETA.half()), ValueError, "inv_freq must be float32 or float64 on"),
-    (RopeFreqs(THETA.expand(3, -1)), ValueError, "inv_freq must be (rotary_dim/2,) or (2, rotary"),
+    (RopeFreqs(THETA.expand(3, -1)), ValueError, "inv_freq must be (rotary_dim/2,), (2, rotary"),
     (RopeFreqs(THETA[:0]), ValueError, "inv_freq must hold 1 to head_dim/2 = 16"),
     (frequencies(64), ValueError, "inv_freq must hold 1 to head_dim/2 = 16 contiguous"),
     (RopeFreqs(THETA, log_decay=THETA[:3]), ValueError, "log_decay must be float32 (16,), contig"),
@@ -151,4 +151,4 @@ def test_triton_says_what_it_needs_on_a_cpu(monkeypatch):
 def test_the_raw_op_checks_too():
     message = "^attention: numbers must describe 1 to 3 regions, got 9 of them"
     with pytest.raises((RuntimeError, ValueError), match=message):
-        torch.ops.extrope.attention_fwd(Q, K, V, THETA, *[None] * 6, numbers=[0.0] * 9)
+        torch.ops.extrope.attention_fwd(Q, K, V, THETA, *[None] * 7, numbers=[0.0] * 9)

@@ -127,8 +127,8 @@ def op_call(score=scores.rerope(4), **changes):  # noqa: B008
         "q": randn(2, 2, 4, DIM), "k_cache": randn(2, 12, 2, DIM),
         "v_cache": randn(2, 12, 2, DIM), "k": NEW, "v": NEW, "inv_freq": call.inv_freq,
         "cu_seqlens_q": None, "log_decay": None, "sinks": None, "query_scale": None,
-        "cache_seqlens": ints(3, 5), "block_table": None, "cache_leftpad": None, "k_scale": None,
-        "v_scale": None, "numbers": call.numbers,
+        "pair_maps": None, "cache_seqlens": ints(3, 5), "block_table": None,
+        "cache_leftpad": None, "k_scale": None, "v_scale": None, "numbers": call.numbers,
     }  # fmt: skip
     return {**given, **changes}
 

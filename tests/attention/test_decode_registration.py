@@ -19,7 +19,7 @@ def arguments(case: dict, score: str, **options):
     caches = (inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num())
     names = ("cache_seqlens", "block_table", "cache_leftpad", "k_scale", "v_scale")
     cached = [inputs.call.get(name) for name in names]
-    return [inputs.q, *caches, None, None, *call.tensors[:5], *cached], {"numbers": call.numbers}
+    return [inputs.q, *caches, None, None, *call.tensors[:6], *cached], {"numbers": call.numbers}
 
 
 def op(backend: str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from append_cases import CONTIGUOUS, FILLER, Step, ints
@@ -16,6 +18,7 @@ from extrope_kernels import (
     scores,
 )
 from extrope_kernels.methods import xpos
+from extrope_kernels.scores import FIRST_KEY, PairMap, Region, Score
 from extrope_kernels.testing import DTYPES, assert_within_budget, device
 
 
@@ -109,7 +112,24 @@ def test_score_methods_store_keys_in_their_frame(backend, score, given):
     """As the attention with a cache writes them; q is normed and not rotated."""
     call = {**CONTIGUOUS, "score": score, **({"positions": POSITIONS} if given else {})}
     step = Step(norms="head", call=call)
-    expected = step.expected(SLOTS, score.stored(POSITIONS))
+    check_stored(step, backend, score.stored(POSITIONS))
+
+
+@pytest.mark.parametrize("given", (False, True))
+def test_keys_are_stored_by_pair(backend, given):
+    """As by positions of as many axes as there are pairs."""
+    stored = PairMap(1 + torch.arange(16) % 5, torch.arange(16) / 3, floor=True)
+    score = Score("by_pair", (Region(FIRST_KEY, stored, stored),), stored=stored)
+    call = {**CONTIGUOUS, "score": score, **({"positions": POSITIONS} if given else {})}
+    step = Step(norms="head", call=call)
+    call["freqs"] = step.freqs
+    axes = torch.arange(16, dtype=torch.int32, device=device())
+    step.freqs = replace(step.freqs, axes=axes)
+    check_stored(step, backend, stored(POSITIONS.cpu()).movedim(-1, 0).to(device()))
+
+
+def check_stored(step, backend, places):
+    expected = step.expected(SLOTS, places)
     k = expected[1] != FILLER
     expected[1][k] /= 1.1  # the attention factor is the attention's
     weights = {**step.weights, "k_norm_weight": None}

@@ -156,7 +156,7 @@ def test_without_a_library(run_python):
         q = torch.randn(2, 4, 5, 8).transpose(1, 2)
         k = torch.randn(2, 2, 5, 8).transpose(1, 2)
         numbers = AttentionCall(inv_freq, score=scores.rerope(3)).numbers
-        none = (None,) * 6
+        none = (None,) * 7
         used = torch.full((2,), 5, dtype=torch.int32)
         empty, caches = used * 0, (torch.zeros(2, 5, 2, 8), torch.zeros(2, 5, 2, 8))
         calls = [
@@ -169,7 +169,7 @@ def test_without_a_library(run_python):
             (ops.attention_fwd, (q, k, k, inv_freq, *none), {"numbers": numbers}),
             (
                 ops.decode,
-                (q, *caches, None, None, inv_freq, *none[:4], used, *none[:4]),
+                (q, *caches, None, None, inv_freq, *none[:5], used, *none[:4]),
                 {"numbers": numbers},
             ),
             (ops.rope_append, (q, k, k, *caches, None, None, inv_freq, empty), {}),

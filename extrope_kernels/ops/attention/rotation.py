@@ -77,12 +77,16 @@ def places(q: Tensor, k: Tensor, call: AttentionCall) -> list[Places]:
     i, j = positions(q, k, call)
     if not i.numel() or not j.numel():
         return [Places(i, j) for _ in call.regions]
-    return [
-        Places(
-            _where(of_q, call.mapped(region.q_map, i)), _where(of_k, moved(region.k_map, j, call))
+    found = []
+    for region, (of_q, of_k) in zip(call.regions, used(q, k, call)):
+        by_pair = region.k_map.row is not None or call.stored.row is not None
+        found.append(
+            Places(
+                _where(of_q, call.mapped(region.q_map, i), region.q_map.row is not None),
+                _where(of_k, moved(region.k_map, j, call), by_pair),
+            )
         )
-        for region, (of_q, of_k) in zip(call.regions, used(q, k, call))
-    ]
+    return found
 
 
 def moved(by: PositionMap, j: Tensor, call: AttentionCall) -> Tensor:
@@ -95,9 +99,9 @@ def moved(by: PositionMap, j: Tensor, call: AttentionCall) -> Tensor:
     return to - origin
 
 
-def _where(seen: Tensor, places: Tensor) -> Tensor:
+def _where(seen: Tensor, places: Tensor, by_pair: bool) -> Tensor:
     """The places of tokens that are seen, and 0 of the others."""
-    return torch.where(seen if seen.dim() == places.dim() else seen[..., None, None], places, 0.0)
+    return torch.where(seen[..., None, None] if by_pair else seen, places, 0.0)
 
 
 def rotate(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[list[Tensor], list[Tensor]]:

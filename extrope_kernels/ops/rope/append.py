@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from ...scores.base import MAP_NUMBERS, UNROTATED, PositionMap, Score
+from ...scores.base import MAP_NUMBERS, SAME, UNROTATED, PairMap, PositionMap, Score, map_pairs
 from .._shared import backends as _backends
 from .._shared.autograd import call_unrecorded, note_writes, refuse_backward
 from .._shared.checks import (
@@ -46,6 +46,7 @@ from .op import triton_kernels
 
 BACKENDS = ("reference", "cpu", "triton")
 _OP = "rope_append_kvcache"
+_POSITIONS = 13  # among the op's tensors; log_decay and axes follow
 
 
 def rope_append_kvcache(
@@ -98,7 +99,8 @@ def rope_append_kvcache(
         token is, whatever its slot. Needed where slot_mapping comes without cache_seqlens.
     score: of a score method, `scores.rerope(window)` or another: keys are rotated to where the
         attention with a cache of that name has them, and queries, which it rotates itself, come
-        back normed alone. XPOS's log_decay is then taken by methods that store keys by blocks.
+        back normed alone. XPOS's log_decay is then taken by methods that store keys by blocks. A
+        PairMap that keys are stored by has to be one of all heads.
     k_scale, v_scale: (heads_k,) float32, positive, of a cache in float8_e4m3fn: keys and values are
         written over their head's scale, rounded to nearest even, at most 448 either way.
     q_norm_weight, k_norm_weight, norm_eps: as for `apply_rope_qk`; None leaves that tensor without
@@ -132,6 +134,8 @@ def rope_append_kvcache(
         block_table, slot_mapping, cu_seqlens, cache_leftpad, positions, log_decay, axes, k_scale,
         v_scale,
     )  # fmt: skip
+    if score is not None and isinstance(score.stored, PairMap):
+        tensors = _placed_by_pair(score, tensors, options)
     if backend is not None:
         _backends.require(_OP, backend, BACKENDS, k.device.type)
     if torch.compiler.is_compiling():
@@ -164,15 +168,38 @@ def _rope_args(
         raise TypeError(f"{_OP}: score must be a Score or None, got {type(score).__name__}")
     if freqs.axes is not None:
         raise ValueError(f"{_OP}: freqs must have no axes (mRoPE), got some")
-    if freqs.log_decay is not None and not score.stored.modulus:
+    by_pair = isinstance(score.stored, PairMap)
+    if freqs.log_decay is not None and (by_pair or not score.stored.modulus):
         raise ValueError(
             f"{_OP}: freqs must have no log_decay (XPOS) with {score.name}, whose amplitudes grow "
             "with the position, got one"
         )
     if score.stored == UNROTATED:
         return None, None, None
-    options["stored"] = score.stored.numbers()
+    options["stored"] = (SAME if by_pair else score.stored).numbers()
     return freqs.inv_freq, freqs.log_decay, None
+
+
+def _placed_by_pair(
+    score: Score, tensors: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Any, ...]:
+    """The tensors with positions by axis, an axis for each pair: where `score` stores it."""
+    call, stored = Append(*tensors, **options), score.stored
+    check(_OP, call)
+    check_values(_OP, call)
+    pairs, shape = call.inv_freq.shape[-1], stored.divisor.shape
+    if shape[-1] != pairs or shape.numel() != pairs:
+        raise ValueError(
+            f"{_OP}: {score.name} must store keys by a map of {pairs} pairs, the same for all "
+            f"heads, got divisors of shape {tuple(shape)}"
+        )
+    maps = (stored.divisor, stored.offset)
+    divisor, offset = (x.detach().to(call.k.device).reshape(pairs) for x in maps)
+    at = map_pairs(call.token_positions(), stored.modulus, divisor, stored.floor, offset)
+    places = at.movedim(-1, 0)
+    places = places if places.dim() == 3 else places[:, None]
+    axes = torch.arange(pairs, dtype=torch.int32, device=call.k.device)
+    return (*tensors[:_POSITIONS], places, None, axes, *tensors[_POSITIONS + 3 :])
 
 
 def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Tensor:
@@ -456,7 +483,8 @@ def _check_rotation(op: str, call: Append) -> None:
         )
     if call.stored:
         whole = call.positions.dtype in (torch.int32, torch.int64)
-        if call.positions.dim() > 2 or not whole:
+        placed = call.positions.dim() == 3 and call.map == SAME  # by pair
+        if not placed and (call.positions.dim() > 2 or not whole):
             raise ValueError(
                 f"{op}: positions must be whole numbers of one axis for a score method, "
                 f"got {call.positions.dtype} {tuple(call.positions.shape)}"
