@@ -53,7 +53,13 @@ def sized(tokens: int, seqlen: int) -> int:
     return tokens if seqlen >= 2048 else max(tokens * seqlen // SEQLEN, 4)
 
 
-def score_of(name: str, seqlen: int) -> scores.Score | None:
+def _yarn(head_dim: int) -> Tensor:
+    """What YaRN divides frequencies by at four times 4,096 tokens."""
+    yarn = methods.yarn(head_dim, factor=4.0, original_max_position_embeddings=4096)
+    return methods.rope(head_dim).inv_freq / yarn.inv_freq
+
+
+def score_of(name: str, seqlen: int, head_dim: int) -> scores.Score | None:
     """A score method with the parameters that it is measured with."""
     window, chunk, block = (sized(n, seqlen) for n in (WINDOW, CHUNK, BLOCK))
     local = sized(LOCAL if device() == "cuda" else 256, seqlen)
@@ -65,6 +71,8 @@ def score_of(name: str, seqlen: int) -> scores.Score | None:
         "dual_chunk": lambda: scores.dual_chunk(chunk, local),
         "blockwise_causal": lambda: scores.blockwise_causal(block),
         "string": lambda: scores.string(seqlen // 2, window),
+        "dpe": lambda: scores.dpe(window, [2, 8, 2, 8, 32, 32, 32, 4], head_dim // 2),
+        "far_frequencies": lambda: scores.far_frequencies(window, _yarn(head_dim)),
     }[name]()
 
 
@@ -191,7 +199,7 @@ def bench(report: Report, name: str, case: Case, more: Callable | None = None) -
     one, freqs, score = (
         [x[:, :1] for x in qkv],
         frequencies(case.head_dim),
-        score_of(name, case.seqlen),
+        score_of(name, case.seqlen, case.head_dim),
     )
     error = error_of_tail([exact_tail(score, *qkv, freqs)])
     flops = 4 * case.heads * pairs_of(name, case.seqlen) * case.head_dim
@@ -259,7 +267,7 @@ def bench_option(
     report: Report, name: str, option: Option, head_dim: int, dtype: torch.dtype
 ) -> None:
     q, k, v = make_inputs(option.seqlen, 2, head_dim, dtype)
-    score, freqs = score_of("rerope", option.seqlen), frequencies(head_dim)
+    score, freqs = score_of("rerope", option.seqlen, head_dim), frequencies(head_dim)
     tensors = {key: x for key, x in option.given.items() if isinstance(x, Tensor)}
     wide = option.given | {key: x.double() for key, x in tensors.items()}
     tail = q[:, -TAIL:].double(), k.double(), v.double()

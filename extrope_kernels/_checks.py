@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,6 +156,24 @@ def check_pair_factors(
     if isinstance(factors, Tensor):
         return factors.to("cpu", torch.float32)
     return torch.tensor(reals, dtype=torch.float32, device="cpu")
+
+
+def check_of_pairs(function: str, name: str, values: Sequence[Any] | Tensor) -> Tensor:
+    """Return numbers > 0, one a pair or one a head and pair, as float64 with a tensor's graph."""
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence | Tensor):
+        raise TypeError(f"{function}: {name} must be a list of numbers, got {values!r}")
+    listed = values.tolist() if isinstance(values, Tensor) else values
+    by_head = isinstance(listed, Sequence) and listed and isinstance(listed[0], list | tuple)
+    rows = listed if by_head else [listed]
+    if any(not isinstance(row, Sequence) or not row or len(row) != len(rows[0]) for row in rows):
+        raise ValueError(
+            f"{function}: {name} must be (pairs,) or (heads_k, pairs) numbers, got {listed}"
+        )
+    for n, value in enumerate(value for row in rows for value in row):
+        check_real(function, f"{name}[{n}]", value, above=0)
+    if isinstance(values, Tensor):
+        return values.double()
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def check_generator(function: str, generator: torch.Generator | None) -> torch.Generator | None:

@@ -112,10 +112,17 @@ def rope_attention(
 
 def _check(op: str, q: Tensor, k: Tensor, call: attention.AttentionCall, balance: Balance) -> None:
     """Refuse what is right on one device only."""
-    for name in ("inv_freq", "log_decay", "query_scale"):
+    for name in ("inv_freq", "log_decay", "query_scale", "pair_maps"):
         value = getattr(call, name)
         if value is not None and value.requires_grad:
             raise ValueError(f"{op}: {name} has no gradient here, got one that requires grad")
+    for name, dims in (("inv_freq", 3), ("pair_maps", 4)):
+        value = getattr(call, name)
+        if value is not None and value.dim() == dims and value.shape[-2] > 1:
+            raise ValueError(
+                f"{op}: {name} must be the same for all heads over ranks, "
+                f"got shape {tuple(value.shape)}"
+            )
     tokens = q.shape[-3]
     if k.shape[-3] != tokens:
         raise ValueError(f"{op}: k must have q's {tokens} tokens, got {k.shape[-3]}")

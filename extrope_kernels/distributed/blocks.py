@@ -81,7 +81,7 @@ class Block(NamedTuple):
     def call(self, call: AttentionCall, heads: slice) -> AttentionCall:
         """The call of the block's queries, of these heads."""
         inv_freq, scale, sinks = call.inv_freq, call.query_scale, call.sinks
-        if self.sequences is not None and inv_freq.dim() == 2 and inv_freq.shape[0] > 1:
+        if self.sequences is not None and inv_freq.dim() > 1 and inv_freq.shape[0] > 1:
             inv_freq = inv_freq[self.sequences]
         return call._replace(
             inv_freq=inv_freq,

@@ -131,7 +131,7 @@ def _norm_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Place
 
 
 def _attention_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Placements | None:
-    """inv_freq, cu_seqlens, log_decay, sinks, query_scale and the starts, as far as given."""
+    """inv_freq, cu_seqlens, log_decay, sinks, query_scale, pair_maps, starts, as far as given."""
     if what == "sequence" or (what == "batch" and rows[0].ndim == 3):
         return None
     found = _whole(args)
@@ -139,10 +139,19 @@ def _attention_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> 
         if not hasattr(x, "ndim"):
             continue
         if what == "heads":
-            found[n] = Shard(0) if n == 3 else Replicate()  # the sinks
-        elif (n in (0, 4) and x.ndim == 2 and x.shape[0] > 1) or (n > 4 and x.shape[0] > 1):
+            found[n] = _by_heads(n, x)
+        elif ((n in (0, 4) and x.ndim > 1) or n > 5) and x.shape[0] > 1:
             found[n] = Shard(0)
     return found
+
+
+def _by_heads(n: int, x: Any) -> Any:
+    """Of the n-th of these where heads are cut: sinks, and frequencies and maps of heads, too."""
+    if n == 3:
+        return Shard(0)
+    if n == 0 and _per_head(x):
+        return Shard(1)
+    return Shard(2) if n == 5 and x.shape[2] > 1 else Replicate()
 
 
 def _outputs(name: str, what: str, rows: tuple[Any, ...], others: tuple[Any, ...]) -> Placements:

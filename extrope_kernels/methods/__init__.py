@@ -21,7 +21,9 @@ from .giraffe_truncation import giraffe_truncation as giraffe_truncation
 from .hf_config import from_hf_config
 from .llama3 import llama3 as llama3
 from .longrope import longrope as longrope
+from .mrrope import mrrope as mrrope
 from .ms_poe import ms_poe as ms_poe
+from .nope import nope as nope
 from .ntk_aware import ntk_aware as ntk_aware
 from .ntk_by_parts import ntk_by_parts as ntk_by_parts
 from .ntk_mixed import ntk_mixed as ntk_mixed
@@ -53,6 +55,8 @@ METHODS: dict[str, Callable[..., RopeFreqs]] = {
         proportional,
         axial,
         cope,
+        mrrope,
+        nope,
     )
 }
 # What changes the frequencies of any method.

@@ -17,6 +17,32 @@ def rotations_index(rotations: float, dim: int, base: float, length: int) -> flo
     return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
 
+def index_range(
+    method: str,
+    dim: int,
+    base: float,
+    length: int,
+    fast: float,
+    slow: float,
+    truncate: bool = True,
+) -> tuple[float, float]:
+    """Return the pair that makes `fast` rotations inside `length`, and the one that makes `slow`.
+
+    Rounded outwards when `truncate`, and limited to 0 .. dim - 1 (not dim/2 - 1) as in the
+    authors' code.
+    """
+    low, high = rotations_index(fast, dim, base, length), rotations_index(slow, dim, base, length)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low > high:
+        raise ValueError(
+            f"{method}: original_max_position_embeddings and base must let some pair of dims make "
+            f"between {slow:g} and {fast:g} rotations, got {length} and {base:g}"
+        )
+    return low, high
+
+
 def index_ramp(
     method: str,
     dim: int,
@@ -28,18 +54,9 @@ def index_ramp(
 ) -> Tensor:
     """Return 1 for pairs that make `fast` rotations or more, falling linearly to 0 at `slow`.
 
-    (dim/2,) float32. The ends are indices, rounded outwards when `truncate`, and are limited to
-    0 .. dim - 1 (not dim/2 - 1) as in the authors' code.
+    (dim/2,) float32; the ends are those of `index_range`.
     """
-    low, high = rotations_index(fast, dim, base, length), rotations_index(slow, dim, base, length)
-    if truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    if low > high:
-        raise ValueError(
-            f"{method}: original_max_position_embeddings and base must let some pair of dims make "
-            f"between {slow:g} and {fast:g} rotations, got {length} and {base:g}"
-        )
+    low, high = index_range(method, dim, base, length, fast, slow, truncate)
     if low == high:
         high += 0.001
     ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)

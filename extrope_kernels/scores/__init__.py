@@ -11,7 +11,9 @@ from collections.abc import Callable
 from . import query_scale
 from .base import FIRST_KEY, UNROTATED, PairMap, PositionMap, Region, Score
 from .blockwise_causal import blockwise_causal as blockwise_causal
+from .dpe import dpe as dpe
 from .dual_chunk import dual_chunk as dual_chunk
+from .far_frequencies import far_frequencies as far_frequencies
 from .rerope import leaky_rerope as leaky_rerope
 from .rerope import rerope as rerope
 from .self_extend import self_extend as self_extend
@@ -26,6 +28,8 @@ SCORES: dict[str, Callable[..., Score]] = {
         dual_chunk,
         blockwise_causal,
         string,
+        dpe,
+        far_frequencies,
     )
 }
 

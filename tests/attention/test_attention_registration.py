@@ -165,12 +165,18 @@ def test_only_raw_tensors_out_and_lse_are_saved():
     assert {x.data_ptr() for x in floats} == {x.data_ptr() for x in (q, k, v, out, lse)}
 
 
-def test_second_derivatives_are_of_the_reference_only():
+def test_what_has_a_gradient_in_the_reference_only():
+    """Derivatives of derivatives, and of temperatures."""
     q, k, v = (x.requires_grad_() for x in make_qkv(1, 9, None, 2, 1))
     out = rope_attention(q, k, v, FREQS, scores.rerope(3))
     (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"attention: .*backend='reference'"):
         torch.autograd.grad(dq.sum(), k)
+    given = {"query_scale": torch.ones(9, device=q.device).requires_grad_()}
+    with pytest.raises(ValueError, match=r"query_scale .*backend='reference'"):
+        rope_attention(q, k, v, FREQS, scores.rerope(3), **given)
+    out = rope_attention(q, k, v, FREQS, scores.rerope(3), **given, backend="reference")
+    assert torch.autograd.grad(out.sum(), given["query_scale"])[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("named", [None, "reference"])

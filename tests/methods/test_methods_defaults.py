@@ -23,6 +23,7 @@ DEFAULTS = {
     "proportional": {"factor": 1.0},
     "axial": {"axes": 2, "ladder": "own"},
     "cope": {"clip": 20},
+    "mrrope": {"beta_fast": 32.0, "beta_slow": 1.0},
     "with_sections": {"interleaved": False},
     "ms_poe": {"min_ratio": 1.2, "max_ratio": 1.8, "group": 1},
 }
@@ -32,5 +33,7 @@ DEFAULTS = {
 def test_defaults(name):
     parameters = inspect.signature((METHODS | WRAPPERS)[name]).parameters.values()
     given = {p.name: p.default for p in parameters if p.default not in (p.empty, None)}
-    base = {} if name in WRAPPERS else {"base": 5e5 if name in ("abf", "llama3") else 1e4}
+    base = {"base": 5e5 if name in ("abf", "llama3") else 1e4}
+    if name in (*WRAPPERS, "nope"):
+        base = {}
     assert given == base | DEFAULTS.get(name, {})

@@ -60,7 +60,7 @@ def test_any_score_method_can_be_measured(bench, tmp_path, capsys):
     rows = ran(script, tmp_path, capsys)
     assert {row["case"].split(",")[0] for row in rows} == set(names)
     assert set(script.NAMES) == {"plain", *extrope_kernels.scores.SCORES}
-    assert all(script.score_of(name, 8192) is not None for name in script.NAMES[1:])
+    assert all(script.score_of(name, 8192, 64) is not None for name in script.NAMES[1:])
 
 
 @pytest.mark.thorough

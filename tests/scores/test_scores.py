@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from score_examples import EXAMPLES, by_regions
+from score_examples import EXAMPLES, OF_PAIRS, by_regions, indices
 
+from extrope_kernels import methods
 from extrope_kernels.scores import SCORES, PositionMap
 
 INF = float("inf")
 
 
 def test_every_score_has_an_example():
-    assert list(EXAMPLES) == list(SCORES)
+    assert [*EXAMPLES, *OF_PAIRS] == list(SCORES)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -26,6 +27,50 @@ def test_far_keys_are_stored_as_they_are_seen(name):
     score = EXAMPLES[name].score
     assert score.name == name and score.stored == score.regions[0].k_map
     assert len(score.numbers) == 1 + 11 * len(score.regions)
+
+
+@pytest.mark.parametrize("seqlen", [1, 5, 64])
+def test_dpe_is_the_authors(seqlen):
+    """The positions of dpe_flash_forward in dpe_for_llama.py (LuLuLuyi/DPE), with one token."""
+    window, sizes = 16, [2, 8, 2, 8, 32, 32, 32, 4]
+    score = SCORES["dpe"](window, sizes, pairs=16)
+    i, j = indices(seqlen, seqlen)
+    far = score.regions[0]
+    found = far.q_map(i) - far.k_map(j)
+    for pair in range(16):
+        s = sizes[pair // 2]
+        want = (i // s).long() - (j // s).long() + (window - window // s)
+        assert torch.equal(found[..., pair], want.double())
+    near = score.regions[1]
+    assert near.start == 1 - window and near.q_map == near.k_map == PositionMap()
+
+
+def test_dpe_with_one_size_is_self_extend():
+    one, other = SCORES["dpe"](12, [4.0] * 5), SCORES["self_extend"](12, 4)
+    i, j = indices(50, 50)
+    found, want = (x.regions[0].q_map(i) - x.regions[0].k_map(j) for x in (one, other))
+    assert torch.equal(found, want[..., None].expand_as(found))
+
+
+def test_far_frequencies_goes_on_where_the_window_ends():
+    """At the window's end both regions see the same angle, and past it the other method's."""
+    near, far = methods.rope(32), methods.yarn(32, factor=4, original_max_position_embeddings=64)
+    ratio = near.inv_freq / far.inv_freq
+    score = SCORES["far_frequencies"](16, ratio)
+    i = torch.tensor(100)
+    region = score.regions[0]
+    for x in (16, 17, 90):
+        angle = near.inv_freq * (region.q_map(i) - region.k_map(i - x))
+        want = near.inv_freq.double() * 16 + far.inv_freq.double() * (x - 16)
+        torch.testing.assert_close(angle, want, rtol=1e-6, atol=1e-6)
+
+
+def test_equal_pair_maps_are_equal_scores():
+    one, same, other = (SCORES["dpe"](8, sizes) for sizes in ([1, 2], [1, 2], [2, 1]))
+    assert one == same and one != other and hash(one) == hash(same)
+    assert one.plain == other.plain and one.plain.regions[0].k_map.row == 1
+    learned = torch.ones(2).requires_grad_()
+    assert SCORES["far_frequencies"](8, learned) != SCORES["far_frequencies"](8, learned + 1)
 
 
 def test_plain_attention_has_one_region():
@@ -59,6 +104,14 @@ def test_position_map():
         ("blockwise_causal", (7,), "block_size must be even, got 7"),
         ("string", (4, 5), "string: window must be at most shift 4, got 5"),
         ("string", (2**62, 5), r"string: shift must be < 2\*\*62"),
+        ("dpe", (0, [1]), "dpe: window must be >= 1, got 0"),
+        ("dpe", (8, []), r"dpe: group_sizes must be \(pairs,\) or .*, got \[\]"),
+        ("dpe", (8, [1.5]), r"dpe: group_sizes must be whole numbers >= 1, got \[1.5\]"),
+        ("dpe", (8, [[1, 2], [0, 1]]), r"dpe: group_sizes\[2\] must be > 0, got 0"),
+        ("dpe", (8, [1, 2], 5), "dpe: pairs must be a multiple of the 2 group_sizes, got 5"),
+        ("far_frequencies", (0, [1]), "far_frequencies: window must be >= 1, got 0"),
+        ("far_frequencies", (8, [1, -1.0]), r"far_frequencies: divisors\[1\] must be > 0, got -1"),
+        ("far_frequencies", (8, [INF]), r"far_frequencies: divisors\[0\] must be finite, got inf"),
     ],
 )
 def test_nonsense_is_refused(name, parameters, refusal):

@@ -30,6 +30,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "proportional": {"partial_rotary_factor": 0.25},
     "axial": {"axes": 2},
     "cope": {},
+    "mrrope": {"factor": 4, LENGTH: 256},
+    "nope": {},
 }
 
 

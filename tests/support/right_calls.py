@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from method_examples import DIM, EXAMPLES
 from score_examples import EXAMPLES as SCORES
+from score_examples import OF_PAIRS
 
 from extrope_kernels import RopeFreqs, head_permutations, methods, scores
 from extrope_kernels.testing import device
@@ -129,6 +130,7 @@ CALLS = {
         "cu_seqlens_q": PACKED["cu_seqlens"],
     },
     **{f"scores.{name}": example.parameters for name, example in SCORES.items()},
+    **{f"scores.{name}": parameters(DIM // 2) for name, parameters in OF_PAIRS.items()},
     "rope_append_kvcache": APPEND,
     "apply_rope_qk of packed sequences": {**ROPE, **PACKED},
     "permute": {"x": ATTENTION["q"], **PERMUTE, "permutations": permutations(4)},

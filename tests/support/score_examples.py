@@ -136,4 +136,12 @@ EXAMPLES = {
     "blockwise_causal": example(scores.blockwise_causal, blockwise_causal, block_size=10),
     "string": example(scores.string, string, shift=9, window=2),
 }
+# Scores with maps of pairs, by the number of pairs: tests/attention/test_pair_maps.py has them.
+OF_PAIRS: dict[str, Callable[[int], dict]] = {
+    "dpe": lambda pairs: {"window": 6, "group_sizes": [1 + 2 * n % 7 for n in range(pairs)]},
+    "far_frequencies": lambda pairs: {
+        "window": 6,
+        "divisors": [0.5 + 0.75 * n for n in range(pairs)],
+    },
+}
 PLAIN = Example(None, functools.partial(rerope, window=1 << 40))  # rope_attention without a score

@@ -246,7 +246,8 @@ class Attending:
     No dataclass: FSDP casts the tensors that those hold.
 
     scale_from: the length from which logits grow (`query_scale.qwen_1m`), or None.
-    positions: (batch or 1, seqlen), where keys are stored; None where they stay raw.
+    positions: (batch or 1, seqlen), where keys are stored, or (pairs, batch or 1, seqlen) where
+        each pair has a place of its own; None where they stay raw.
     raw_queries: the tables for extended layers rotate keys alone.
     stored, own: the position embeddings of extended layers, and those of the others.
     heads: of the layer whose attention this is.
@@ -305,7 +306,7 @@ class Attending:
         def sliced(tables: Any) -> Any:
             return None if tables is None else type(tables)(each[index] for each in tables)
 
-        positions = None if self.positions is None else self.positions[:, tokens.start :]
+        positions = None if self.positions is None else self.positions[..., tokens.start :]
         rows, stored, own = self.rows.last(last), sliced(self.stored), sliced(self.own)
         return self.changed(rows=rows, positions=positions, stored=stored, own=own)
 
@@ -342,7 +343,7 @@ class Attending:
         q, k = (rotated_first(x, heads.start) for x in (q, k))
         rotation = {"interleaved": heads.interleaved}
         if not self.raw_queries and here.positions is not None:
-            freqs = RopeFreqs(here.freqs.inv_freq)
+            freqs = RopeFreqs(here.freqs.inv_freq, axes=axes_of(here.positions))
             q = apply_rope(q, freqs, positions=here.positions, inverse=True, **rotation)
         if self.scale_from is not None:
             scale = scores.query_scale.qwen_1m(here.rows.positions.to(q.device), self.scale_from)
@@ -354,6 +355,13 @@ class Attending:
         if heads.chunk_size is not None:
             call["chunk_size"] = heads.chunk_size
         return here.rows.attend(module, q, k, v, call)
+
+
+def axes_of(positions: Tensor | None) -> Tensor | None:
+    """Return the axes of frequencies whose pairs have positions of their own, or None."""
+    if positions is None or positions.dim() < 3:
+        return None
+    return torch.arange(len(positions), dtype=torch.int32, device=positions.device)
 
 
 def rotated_first(x: Tensor, start: int) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import RopeFreqs
-from ...scores import UNROTATED, Score
+from ...scores import UNROTATED, PositionMap, Score
 from .._shared.parameters import DUAL_CHUNKS, SPARSE, bind_score, scale_from, score_values_in
-from .attend import Attending, exchange, register_attention
+from .attend import Attending, axes_of, exchange, register_attention
 from .context_parallel import SharedRows, by_its_name
 from .find import (
     Changes,
@@ -66,9 +66,19 @@ def read_score(
         warnings.warn(f"extend: {SPARSE}", stacklevel=3)
         parameters = score_values_in(config, method) | dict(parameters)
     score, log_n = bind_score("extend", method, parameters)
-    if cache is not None:
+    if cache is not None or not _stores(score, sites):
         score = replace(score, stored=UNROTATED)
     return Asked(score, log_n, scale_from("extend", parameters))
+
+
+def _stores(score: Score, sites: list[RotarySite]) -> bool:
+    """Say whether layers can rotate keys to where the score stores them, all heads alike.
+
+    A model's own tables have one position for all pairs of a token.
+    """
+    if isinstance(score.stored, PositionMap):
+        return True
+    return score.stored.divisor.dim() == 1 and all(site.fused is not None for site in sites)
 
 
 def score_changes(
@@ -189,7 +199,8 @@ class ScoreRotary(Rotary):
         positions = attending.positions
         # The attention factor of both sides goes onto the queries, in the attention.
         freqs = attending.freqs
-        keys = RopeFreqs(freqs.inv_freq, log_decay=freqs.for_keys().log_decay)
+        decay, axes = freqs.for_keys().log_decay, axes_of(positions)
+        keys = RopeFreqs(freqs.inv_freq, log_decay=decay, axes=axes)
         if self.fused is not None:
             stored = Rotation(keys, positions, self.fused.interleaved, keys_only=True), None
         else:
@@ -206,6 +217,8 @@ class ScoreRotary(Rotary):
         freqs, rows, positions = self.freqs_on(layer_type, device), self.rows.to(device), None
         if self.score.stored != UNROTATED:
             positions = self.score.stored(self.rows.positions).to(device)
+            if positions.dim() > self.rows.positions.dim():  # of each pair
+                positions = positions.movedim(-1, 0)
         raw_queries = self.fused is not None
         scales = (self.log_n, self.scale_from)
         return Attending(self.score, *scales, freqs, rows, positions, raw_queries)

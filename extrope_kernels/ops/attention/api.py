@@ -252,7 +252,7 @@ def rope_attention_with_kvcache(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    if heads.differ_in_group(call, q, k.shape[-2]):
+    if heads.differ_in_group(call, q, k):
 
         def attend(of_member: Tensor, own: AttentionCall) -> tuple[Tensor, Tensor]:
             return op.forward(of_member, k, v, own, backend)

@@ -16,12 +16,12 @@ from .call import AttentionCall
 Attend = Callable[[Tensor, AttentionCall], tuple[Tensor, Tensor]]
 
 
-def differ_in_group(call: AttentionCall, q: Tensor, heads_k: int) -> bool:
+def differ_in_group(call: AttentionCall, q: Tensor, k: Tensor) -> bool:
     """Say whether frequencies or maps are given for each head of q, and groups have several."""
-    heads_q = q.shape[-2]
-    if heads_q == heads_k or heads_k == 0 or heads_q % heads_k:
+    given = max(_heads(call.inv_freq, 3), _heads(call.pair_maps, 4))
+    if given == 1 or given != q.shape[-2]:
         return False
-    return heads_q in (_heads(call.inv_freq, 3), _heads(call.pair_maps, 4))
+    return k.shape[-2] not in (0, given) and given % k.shape[-2] == 0
 
 
 def each_member(attend: Attend, q: Tensor, heads_k: int, call: AttentionCall) -> tuple:

@@ -43,7 +43,8 @@ _SCHEMAS = {
         "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
         "Tensor inv_freq, Tensor? cu_seqlens_q, Tensor? log_decay, Tensor? sinks, "
         "Tensor? query_scale, Tensor? pair_maps, Tensor cache_seqlens, Tensor? block_table, "
-        "Tensor? cache_leftpad, Tensor? k_scale, Tensor? v_scale, *, float[] numbers) -> (Tensor out, Tensor lse)"
+        "Tensor? cache_leftpad, Tensor? k_scale, Tensor? v_scale, *, "
+        "float[] numbers) -> (Tensor out, Tensor lse)"
     ),
 }
 _DECODE_TENSORS = 6  # of the call, from inv_freq to pair_maps

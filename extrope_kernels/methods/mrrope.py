@@ -1,0 +1,55 @@
+"""MrRoPE-Pro."""
+
+from __future__ import annotations
+
+import torch
+
+from .._checks import check_base, check_dim, check_factor, check_falling, check_length
+from ._ramp import index_range, yarn_amplitude
+from .base import RopeFreqs, rope_inv_freq
+
+
+def mrrope(
+    dim: int,
+    *,
+    factor: float,
+    original_max_position_embeddings: int,
+    base: float = 10000.0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    attention_factor: float | None = None,
+) -> RopeFreqs:
+    """MrRoPE-Pro: positions in a mixed radix, whose scale grows from pair to pair.
+
+    theta_i / factor ** e_i,  e_i = n (n + 1) / (m (m + 1)) for n = i - low clamped to 0 .. m,
+    m = high - low;  A = 0.1 * ln(factor) + 1 for factor > 1, else 1
+
+    Pairs up to low make beta_fast rotations inside the trained length, those from high on
+    beta_slow; in between each pair's radix exceeds the one before, where NTK-by-parts blends
+    frequencies linearly. A multiplies q and k, as YaRN's.
+
+    dim: rotary dimension of one head, even.
+    factor: target length / trained length, > 0.
+    original_max_position_embeddings: the trained length in tokens, never the extended one.
+    base: RoPE's base, > 1.
+    beta_fast, beta_slow: rotations inside the trained length, 0 < beta_slow < beta_fast.
+    attention_factor: A, > 0, used as it is when given.
+
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+    Source: https://github.com/mattian7/mrRoPE
+    """
+    dim, factor = check_dim("mrrope", dim), check_factor("mrrope", factor)
+    base = check_base("mrrope", base)
+    length = check_length(
+        "mrrope", "original_max_position_embeddings", original_max_position_embeddings
+    )
+    check_falling("mrrope", "beta_fast", beta_fast, "beta_slow", beta_slow)
+    low, high = index_range("mrrope", dim, base, length, beta_fast, beta_slow)
+    pairs = max(high - low, 1)
+    steps = (torch.arange(dim // 2, device="cpu") - low).clamp(0, pairs).double()
+    # The authors' operations: a power in float64, its quotient in float32.
+    step = factor ** (1.0 / (pairs * (pairs + 1)))
+    scale = (step ** (steps * (steps + 1))).float()
+    scale[steps == pairs] = factor
+    amplitude = yarn_amplitude("mrrope", factor, attention_factor, None, None)
+    return RopeFreqs(rope_inv_freq(dim, base) / scale, amplitude)

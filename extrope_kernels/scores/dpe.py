@@ -1,0 +1,45 @@
+"""DPE, dimension-wise positional embeddings manipulation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .._checks import check_int, check_of_pairs
+from .base import FIRST_KEY, SAME, PairMap, Region, Score
+
+
+def dpe(window: int, group_sizes: Sequence[Any] | Tensor, pairs: int | None = None) -> Score:
+    """DPE: SelfExtend whose group size differs from one group of pairs of dims to the next.
+
+    For pair n with group size s: i - j where i - j < window, else
+    i // s - j // s + window - window // s.
+
+    Slow pairs bear large groups and few of them a small one: which is found by a model's recall.
+    The authors' for Llama-3-8B: window=1024, group_sizes=[2, 8, 2, 8, 32, 32, 32, 4], pairs=64.
+    Where the window is no multiple of a size, their prefill adds window / s, and their decoding,
+    which is meant here, window // s. A size of 1 leaves a pair as it was (their top-k dims).
+
+    window: in tokens.
+    group_sizes: whole numbers >= 1, one a pair, (pairs,), or a pair and head of k, (heads_k,
+        pairs); with pairs, one for each of as many equal parts of the pairs.
+    pairs: of dims that rotate, rotary_dim/2; a multiple of the number of sizes.
+
+    Paper: https://arxiv.org/abs/2504.18857
+    """
+    window = check_int("dpe", "window", window, at_least=1)
+    sizes = check_of_pairs("dpe", "group_sizes", group_sizes)
+    if (sizes != sizes.round()).any():
+        raise ValueError(f"dpe: group_sizes must be whole numbers >= 1, got {sizes.tolist()}")
+    if pairs is not None:
+        parts, over = divmod(check_int("dpe", "pairs", pairs, at_least=1), sizes.shape[-1])
+        if over:
+            raise ValueError(
+                f"dpe: pairs must be a multiple of the {sizes.shape[-1]} group_sizes, got {pairs}"
+            )
+        sizes = sizes.repeat_interleave(parts, -1)
+    far_query = PairMap(sizes, window - (window / sizes).floor(), floor=True)
+    far = Region(FIRST_KEY, far_query, PairMap(sizes, floor=True))
+    return Score("dpe", (far, Region(1 - window, SAME, SAME)), stored=far.k_map)
