@@ -43,7 +43,11 @@ FREQUENCIES = [
     (RopeFreqs(THETA, log_decay=THETA[:3]), ValueError, "log_decay must be float32 (16,), contig"),
     (RopeFreqs(THETA, attention_factor=0.0), ValueError, "attention_factor must be > 0, got 0.0"),
     (RopeFreqs(THETA, attention_factor=INF), ValueError, "attention_factor must be > 0, got inf"),
-    (RopeFreqs(THETA, axes=THETA.int()), ValueError, "freqs must have no axes (mRoPE), got some"),
+    (
+        RopeFreqs(THETA, axes=THETA.int()),
+        ValueError,
+        "freqs with axes (mRoPE) need positions, got none",
+    ),
 ]
 NUMBERS = [
     ({"softmax_scale": -1.0}, ValueError, "softmax_scale must be None or a number > 0, got -1.0"),

@@ -8,7 +8,13 @@ import torch
 from attention_oracle import make_qkv, rounding_noise, split, truncation
 from torch import Tensor
 
-from extrope_kernels import RopeFreqs, methods, rope_attention, rope_attention_with_kvcache
+from extrope_kernels import (
+    RopeFreqs,
+    methods,
+    rope_attention,
+    rope_attention_with_kvcache,
+    scores,
+)
 from extrope_kernels.scores import FIRST_KEY, PairMap, PositionMap, Region, Score
 from extrope_kernels.testing import assert_within_budget, device
 
@@ -94,15 +100,23 @@ def example(name: str, heads: int = 1, sequences: int = 0) -> Example:
     return found._replace(freqs=dataclasses.replace(freqs, inv_freq=inv_freq))
 
 
-def oracle(q, k, v, one: Example, first=None, interleaved=False, window=None) -> Tensor:
-    """out in float64: sum over pairs of Re(q conj(k) exp(1j * angle)); first: of q's positions."""
+def oracle(*tensors, **options) -> Tensor:
+    """out of `oracle_and_lse`."""
+    return oracle_and_lse(*tensors, **options)[0]
+
+
+def oracle_and_lse(q, k, v, one: Example, interleaved=False, window=None, seen=None):
+    """out and lse in float64: sum over pairs of Re(q conj(k) exp(1j * angle)).
+
+    seen: the distances (batch or 1, heads or 1, i, j, pairs or 1), where `one` does not have them.
+    """
     q, k, v = (x.double().cpu() for x in (q, k, v))
     group, seqlen_q, seqlen_k = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
     i = torch.arange(seqlen_q).double()[:, None]
-    i = i + (seqlen_k - seqlen_q if first is None else first)
+    i = i + (seqlen_k - seqlen_q)
     j = torch.arange(seqlen_k).double()[None]
     i, j = torch.broadcast_tensors(i, j)
-    seen = one.seen(i, j)  # (heads or 1, i, j, pairs or 1)
+    seen = one.seen(i, j)[None] if seen is None else seen
     theta = one.freqs.inv_freq.double().cpu()
     theta = (
         theta.view(-1, 1, PAIRS)
@@ -111,7 +125,7 @@ def oracle(q, k, v, one: Example, first=None, interleaved=False, window=None) ->
         if (theta.dim() == 3)
         else theta.view(1, 1, PAIRS)
     )
-    angle = seen[None] * theta[:, :, None, None]  # (batch or 1, heads or 1, i, j, pairs)
+    angle = seen * theta[:, :, None, None]  # (batch or 1, heads or 1, i, j, pairs)
     if angle.shape[1] not in (1, q.shape[2]):
         angle = angle.repeat_interleave(group, 1)
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
@@ -123,7 +137,8 @@ def oracle(q, k, v, one: Example, first=None, interleaved=False, window=None) ->
     scores = scores + torch.einsum("bihr,bjhr->bhij", q_rest, k_rest)
     hidden = j > i if window is None else (j > i) | (i - j >= window)
     scores = (scores * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf)
-    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).to(device())
+    out = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+    return out.to(device()), scores.logsumexp(-1).to(device())
 
 
 EXAMPLES = [
@@ -293,3 +308,68 @@ def test_gradients_of_frequencies_and_divisors(kind, any_backend):
         # Sums of some hundred terms that were rounded in float32, of which regions are differences.
         noise = 1e-5 * want.abs().max().item()
         assert_within_budget(name, got, low, want.to(got.dtype).double(), noise=noise)
+
+
+# -------------------------------------------------------------------------------------------------
+# Positions of several axes
+
+
+AXES = torch.tensor([0, 1, 2, 0, 1] * 2 + [0] * 4, dtype=torch.int32)
+
+
+def by_axes(seqlen: int) -> Tensor:
+    """Text, an image of 2 x 3 patches, and text again, as mRoPE counts them: (3, 2, seqlen)."""
+    image = [[4] * 6, [4, 4, 4, 5, 5, 5], [4, 5, 6, 4, 5, 6]]
+    rows = torch.tensor([[*range(4), *axis, *range(7, 7 + seqlen - 10)] for axis in image])
+    return torch.stack((rows, rows + torch.tensor([[0], [1], [2]])), 1).to(device())
+
+
+@pytest.mark.parametrize("name", ["no score", "groups", "factors", "rerope"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_positions_of_axes(name, dtype, any_backend):
+    """Regions count tokens, and distances are those of the pair's own axis."""
+    if any_backend == "flash_attn":
+        pytest.skip("the composition rotates by one position a token")
+    q, k, v = qkv(dtype, seqlen_q=13, seqlen_k=19)
+    freqs = methods.rope(2 * PAIRS).to(q.device)
+    made = {"no score": lambda: None, "rerope": lambda: scores.rerope(6)}
+    score = made.get(name, lambda: example(name).score)()
+    places = by_axes(19)[AXES.long()].double().cpu().permute(1, 2, 0)  # (batch, seqlen, pairs)
+    i, j = places[:, None, 6:, None], places[:, None, None]  # (batch, 1, rows, 1, pairs)
+    if score is None:
+        seen = i - j
+    else:
+        far = score.regions[0]
+        tokens = torch.arange(6, 19)[:, None] - torch.arange(19)[None]
+        if name == "rerope":
+            apart = torch.full_like(i - j, 6.0)
+        else:
+            apart = _of_pair(far.q_map, i) - _of_pair(far.k_map, j)
+        seen = torch.where((tokens < 6)[..., None], i - j, apart)
+    one = Example(score, None, freqs)
+    options = {"positions": by_axes(19), "backend": any_backend}
+    given = dataclasses.replace(freqs, axes=AXES.to(q.device), attention_factor=1.0)
+    tensors = [x.detach().requires_grad_() for x in (q, k, v)]
+    dout = torch.randn_like(q)
+
+    def run(backend):
+        out = rope_attention(*tensors, given, score, **{**options, "backend": backend})
+        return out, torch.autograd.grad((out * dout).sum(), tensors)
+
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    exact = oracle(*wide, one, seen=seen)
+    grads = torch.autograd.grad((exact * dout.double()).sum(), wide)
+    (out, found), (same, low) = run(any_backend), run("reference")
+    assert_within_budget("out", out, same, exact)
+    _, lse = oracle_and_lse(*wide, one, seen=seen)
+    for name, got, near, want in zip(("dq", "dk", "dv"), found, low, grads, strict=True):
+        noise = truncation(any_backend, q, near, want)
+        if dtype == torch.float32:
+            noise += rounding_noise(name, want, lse, dout, q, k, v, q.shape[-1] ** -0.5)
+        assert_within_budget(name, got, near, want, noise=noise)
+
+
+def _of_pair(by: PairMap, positions: Tensor) -> Tensor:
+    """Positions (..., pairs), each by its own pair's numbers."""
+    p = positions / by.divisor
+    return (p.floor() if by.floor else p) + by.offset

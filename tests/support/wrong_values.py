@@ -206,7 +206,8 @@ WRONG = {
 WRONG["long_factor"] = WRONG["short_factor"]
 WRONG["group_sizes"] = WRONG["divisors"] = {
     "None": None, "number": 1.0, "text": "1" * 8, "texts": ["1"] * 8, "empty": [],
-    "empty rows": [[]], "nan": [math.nan] * 8, "0": [0.0] * 8, "uneven": [[1.0, 2.0], [1.0]], "deep": [[[1.0]]],
+    "empty rows": [[]],
+    "nan": [math.nan] * 8, "0": [0.0] * 8, "uneven": [[1.0, 2.0], [1.0]], "deep": [[[1.0]]],
     "tensor of none": torch.ones(0), "number of a tensor": torch.ones(()),
 }  # fmt: skip
 for _end in (

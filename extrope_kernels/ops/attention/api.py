@@ -16,7 +16,7 @@ from .._shared.checks import REFUSALS, check_boundaries, raise_as_value_error, r
 from .._shared.decay import check_new_keys
 from .._shared.dtypes import Scales
 from .._shared.positions import cache_lengths
-from . import flash_attn, heads, op
+from . import axes, flash_attn, heads, op
 from .call import PLAIN, AttentionCall, KVCache, make_call
 from .checks import (
     check_attention,
@@ -51,6 +51,7 @@ def rope_attention(
     return_lse: bool = False,
     backend: str | None = None,
     keys_stored: bool = False,
+    positions: Tensor | None = None,
 ) -> Tensor | Any:
     """Causal attention of rotated queries and keys; a score method may change their distances.
 
@@ -62,8 +63,11 @@ def rope_attention(
     k, v: (batch, seqlen_k, heads_k, head_dim), k not rotated; heads_k divides heads_q, and nothing
         is expanded. v may have another head_dim (MLA: 192 and 128). Where seqlen_q < seqlen_k the
         queries are the last of the sequence. With cu_seqlens all are (total, heads, head_dim).
-    freqs: from `extrope_kernels.methods`, on q's device; inv_freq (rotary_dim/2,), or one row a
-        sequence. attention_factor multiplies the rotated dims of q and of k, near and far.
+    freqs: from `extrope_kernels.methods`, on q's device; inv_freq (rotary_dim/2,), one row a
+        sequence, or (1 or batch, heads, rotary_dim/2) as `methods.ms_poe` makes it. Heads are those
+        of k; where they are q's, and so differ within a group, each key is rotated and read once
+        for every head of its group. attention_factor multiplies the rotated dims of q and of k,
+        near and far.
     score: from `extrope_kernels.scores`, such as scores.rerope(window=1024), or a `Score` of your
         own; None is plain RoPE.
     softmax_scale: of the logits; head_dim**-0.5 by default.
@@ -83,17 +87,20 @@ def rope_attention(
     backend: "cpu", "triton", "flash_attn", "reference"; None for the best on q's device. A named
         backend never falls back.
     keys_stored: k comes as a cache keeps it, rotated to where `score.stored` says, not raw.
+    positions: (axes, 1 or batch, seqlen_k), for freqs of several axes (`methods.axial`,
+        `with_sections`): of all keys, those of the queries the last. Regions still count tokens,
+        and their maps take these positions. Each region is then a call of its own.
 
     Returns: out like q, of v's head_dim, and with return_lse the log-sum-exp of the logits and the
         sink, (batch, heads_q, seqlen_q) or (heads_q, total), float32 (float64 with float64
-        tensors), -inf where there is neither. Differentiable in q, k, v and sinks; to any order,
-        and in inv_freq, with backend="reference".
+        tensors), -inf where there is neither. Differentiable in q, k, v, sinks, inv_freq, and the
+        divisors and offsets of a score's PairMaps; to any order with backend="reference".
     Raises: ValueError or TypeError that begins with the score's name and names the argument;
         NotImplementedError when the named backend cannot run here.
     """
     name = "rope_attention" if score is None else getattr(score, "name", "rope_attention")
     refuse_flags(name, interleaved=interleaved, return_lse=return_lse, keys_stored=keys_stored)
-    check_method(name, freqs, score)
+    check_method(name, freqs, score, axes=positions is not None)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
     call = make_call(
@@ -113,14 +120,17 @@ def rope_attention(
     )
     check_kinds(name, call)
     if torch.compiler.is_compiling():
-        out, lse = _forward(q, k, v, call, backend)
+        out, lse = _forward(q, k, v, call, backend, freqs.axes, positions)
         return (out, lse) if return_lse else out
     try:
         if backend is not None:
             _backends.require(name, backend, BACKENDS, q.device.type, missing)
         if freqs.log_decay is not None:
             check_decay(name, freqs, q, k, call)
-        out, lse = _forward(q, k, v, call, backend)
+        if positions is not None:
+            check_attention(name, q, k, v, call)
+            axes.check_axes(name, freqs, positions, k, call)
+        out, lse = _forward(q, k, v, call, backend, freqs.axes, positions)
     except REFUSALS as error:
         # The op has refused the call before any kernel started; this says it in the score's name.
         check_attention(name, q, k, v, call)
@@ -250,8 +260,16 @@ def rope_attention_with_kvcache(
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, backend: str | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: AttentionCall,
+    backend: str | None,
+    of_pairs: Tensor | None,
+    positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    if positions is not None and of_pairs is not None:
+        return axes.forward(q, k, v, of_pairs, positions, call, backend)
     if heads.differ_in_group(call, q, k):
 
         def attend(of_member: Tensor, own: AttentionCall) -> tuple[Tensor, Tensor]:

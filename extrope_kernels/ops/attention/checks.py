@@ -25,12 +25,12 @@ from .._shared.dtypes import FP8, accumulator, check_cache_dtype, check_scale_va
 from .call import AttentionCall, KVCache
 
 
-def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
-    """Frequencies of one axis, and a score method or None."""
+def check_method(op: str, freqs: RopeFreqs, score: Score | None, axes: bool = False) -> None:
+    """Frequencies, of one axis or `axes`, and a score method or None."""
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"{op}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
-    if freqs.axes is not None:
-        raise ValueError(f"{op}: freqs must have no axes (mRoPE), got some")
+    if freqs.axes is not None and not axes:
+        raise ValueError(f"{op}: freqs with axes (mRoPE) need positions, got none")
     if score is not None and not isinstance(score, Score):
         raise TypeError(
             f"{op}: score must be None or a Score, as scores.rerope(window=1024) makes one, "
