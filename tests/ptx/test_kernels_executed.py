@@ -7,6 +7,8 @@ the thorough tests shapes, dtypes, options and Tritons.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from rounding import Rounding, norm
@@ -20,6 +22,7 @@ from extrope_kernels import (
     rope_attention_with_kvcache,
     scores,
 )
+from extrope_kernels.scores import FIRST_KEY, PairMap, PositionMap, Region, Score
 from extrope_kernels.testing import assert_within_budget
 
 pytest.importorskip("triton.backends.nvidia")
@@ -71,7 +74,18 @@ def of_norms(name: str, exact: Tensor) -> float:
     return 2.5 * torch.finfo(FP32).eps * exact.abs().max().item()
 
 
-def attend(*tensors: Tensor, dim: int, score, backend: str, backward: bool = True, **options):
+def of_heads(dim: int, floor: bool, heads: int = 2) -> dict:
+    """Frequencies of each head of k, and a divisor and an offset of each of its pairs."""
+    divisors = 1 + torch.arange(heads * dim // 2).view(heads, -1) % 7
+    k_map = PairMap(divisors, floor=floor)
+    q_map = PairMap(divisors, 32 - (32 // divisors if floor else 32 / divisors), floor=floor)
+    near = Region(-31, PositionMap(), PositionMap())
+    score = Score("of_heads", (Region(FIRST_KEY, q_map, k_map), near), stored=k_map)
+    inv_freq = methods.rope(dim).inv_freq / (1 + torch.arange(heads))[None, :, None]
+    return {"score": score, "freqs": dataclasses.replace(methods.rope(dim), inv_freq=inv_freq)}
+
+
+def attend(*tensors: Tensor, freqs, score, backend: str, backward: bool = True, **options):
     """out and lse; gradients of q, k, v and the sinks with `backward`."""
     q, k, v, dout = (x.detach().requires_grad_() for x in tensors)
     inputs = [q, k, v]
@@ -79,39 +93,38 @@ def attend(*tensors: Tensor, dim: int, score, backend: str, backward: bool = Tru
         wide_enough = torch.promote_types(q.dtype, FP32)
         options["sinks"] = options["sinks"].to(wide_enough).requires_grad_()
         inputs.append(options["sinks"])
-    out, lse = rope_attention(
-        q, k, v, methods.rope(dim), score, return_lse=True, backend=backend, **options
-    )
+    out, lse = rope_attention(q, k, v, freqs, score, return_lse=True, backend=backend, **options)
     if not backward:
         return out.detach(), lse.detach()
     return out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, dout)
 
 
 def check_attention(
-    dtype=BF16, dim=64, score="rerope", n=130, keys=None, heads=(2, 1), dv=None, **options
-):
+    dtype=BF16, dim=64, score="rerope", n=130, keys=None, heads=(2, 1), dv=None, freqs=None,
+    **options,
+):  # fmt: skip
     keys, dv = keys or n, dv or dim
     lead = () if "cu_seqlens" in options else (1,)
     shapes = ((n, heads[0], dim), (keys, heads[1], dim), (keys, heads[1], dv), (n, heads[0], dv))
     tensors = [randn(*lead, *shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
     names = "out lse" + (" dq dk dv" if options.get("backward", True) else "")
     names += " dsinks" if "sinks" in options else ""
-    agree(names, attend, tensors, dim=dim, score=SCORES[score], **options)
+    score = SCORES[score] if isinstance(score, str) else score
+    agree(names, attend, tensors, freqs=freqs or methods.rope(dim), score=score, **options)
 
 
-def decode(q, k, v, k_cache, v_cache, *, dim, score, backend, **options):
+def decode(q, k, v, k_cache, v_cache, *, freqs, score, backend, **options):
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     new = {} if k is None else {"k": k, "v": v}
     out, lse = rope_attention_with_kvcache(
-        q, k_cache, v_cache, methods.rope(dim), score, return_lse=True, backend=backend, **new,
-        **options,
+        q, k_cache, v_cache, freqs, score, return_lse=True, backend=backend, **new, **options
     )  # fmt: skip
     return (out, lse) if k is None else (out, lse, k_cache, v_cache)
 
 
 def check_decode(
     dtype=BF16, dim=64, score="rerope", lengths=(75, 7), new=1, heads=(4, 2), page=None, fp8=False,
-    append=True, **options,
+    append=True, freqs=None, **options,
 ):  # fmt: skip
     """`new` queries at the end of a cache that, with `append`, is given their keys first."""
     batch, capacity = len(lengths), max(lengths) + new
@@ -137,9 +150,9 @@ def check_decode(
             return rounding.logit
         return rounding.weight(max(lengths) + new) * norm(exact) if dtype == FP32 else 0.0
 
-    agree(
-        names, decode, [*given, *caches], of_scaled_queries, dim=dim, score=SCORES[score], **options
-    )
+    options |= {"score": SCORES[score] if isinstance(score, str) else score}
+    options["freqs"] = freqs or methods.rope(dim)
+    agree(names, decode, [*given, *caches], of_scaled_queries, **options)
 
 
 def rotate(q, k, grad_q, grad_k, *, dim, backend, norms=(None, None), **options):
@@ -221,6 +234,14 @@ def test_decode(chip):
     check_decode(page=16)
 
 
+def test_attention_of_heads(chip):
+    check_attention(n=70, heads=(4, 2), **of_heads(64, floor=True))
+
+
+def test_decode_of_heads(chip):
+    check_decode(**of_heads(64, floor=False))
+
+
 def test_rotation(chip):
     check_rotation()
 
@@ -292,6 +313,33 @@ def test_attention_with_options(chip, options):
 @pytest.mark.parametrize("score", ["rerope", "dual_chunk"])
 def test_attention_in_float32(chip, dim, n, score):
     check_attention(FP32, dim, score, n=n, heads=(1, 1))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dim": 128},
+        {"dim": 96, "cu_seqlens": PACKED, "n": 150},
+        {"dim": 64, "interleaved": True, "dtype": FP32, "keys": 150},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("floor", [False, True])
+def test_attention_of_heads_with_options(chip, options, floor):
+    options = {"dtype": BF16, "n": 130, **options}
+    check_attention(heads=(4, 2), **of_heads(options["dim"], floor), **options)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "options",
+    [{"dim": 128, "page": 16, "new": 9}, {"dim": 64, "fp8": True}, {"dim": 96, "dtype": FP32}],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("floor", [False, True])
+def test_decode_of_heads_with_options(chip, options, floor):
+    check_decode(**of_heads(options["dim"], floor), **options)
 
 
 @pytest.mark.thorough

@@ -51,6 +51,8 @@ from .device import (
     map_of,
     no_logit,
     nth_cos_sin,
+    rope_heads_of,
+    rope_of,
     sequence_stride,
     with_contiguous_rows,
 )
@@ -71,6 +73,7 @@ class CacheTile(NamedTuple):
     head_dim_v: int
     dims_v: int  # head_dim_v, rounded up likewise
     half: int  # pairs of dims that rotate
+    rope_heads: tuple[int, int]  # see `rope_heads_of`
     pairs: int  # half, rounded up likewise
     rest: int  # dims after the rotated ones
     rest_dims: int  # rest, rounded up; 1 if none
@@ -176,8 +179,8 @@ def _tokens_of(sequence, batch, queries):
     ]
 )
 def append_kernel(
-    k, v, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, cu_seqlens,
-    k_scale, v_scale, scratch,
+    k, v, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, pair_maps,
+    cu_seqlens, k_scale, v_scale, scratch,
     k_batch, k_token, k_head, v_batch, v_token, v_head,
     k_block, k_slot, k_row, v_block, v_slot, v_row,
     table_batch, page_size, capacity, freq_batch, new, row_blocks, sequences, search_steps, pages,
@@ -221,16 +224,17 @@ def append_kernel(
         else:
             copy_rows(rows, out, valid, TILE.head_dim, TILE.dims)
     else:
+        pair = tl.arange(0, TILE.pairs)
+        inv_freq, pair_maps = rope_of(inv_freq, pair_maps, head, TILE)
         if TILE.freq_per_token:
-            pair = tl.arange(0, TILE.pairs)[None, :]
-            freqs = inv_freq + sequence.to(tl.int64)[:, None] * freq_batch + pair
-            freq = tl.load(freqs, mask=pair < TILE.half, other=0.0)
+            freqs = inv_freq + sequence.to(tl.int64)[:, None] * freq_batch + pair[None, :]
+            freq = tl.load(freqs, mask=(pair < TILE.half)[None, :], other=0.0)
         else:
             freq = of_pairs(inv_freq + tl.cast(batch, tl.int64) * freq_batch, TILE)
         decay = None
         if log_decay is not None:
             decay = -of_pairs(log_decay, TILE).to(tl.float64)
-        cos, sin = map_cos_sin(position, freq, decay, TILE.stored, None)
+        cos, sin = map_cos_sin(position, freq, decay, (pair_maps, pair), TILE.stored, None, TILE)
         parts = rotate(widened(load_parts(rows, valid, TILE)), cos, sin, 1.0)
         if TILE.codes:
             parts = parts_of_codes(parts, tl.load(k_scale + head), k.dtype.element_ty, TILE)
@@ -508,7 +512,7 @@ def _dots(q, k, TILE: tl.constexpr):
 @triton.jit
 def _attend(
     state, q, k_plane, v_plane, table, sequence, head, pad, begin, end, low, high, freq, decay,
-    k_scale, REGION: tl.constexpr, TILE: tl.constexpr,
+    maps, k_scale, REGION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [begin, end) of one region to (row_max, row_sum, weighted values).
 
@@ -528,7 +532,7 @@ def _attend(
         if TILE.codes:
             k = _widened_codes(k, tl.float32 if ROTATES else OPERAND, TILE)
         if ROTATES:
-            cos, sin = map_cos_sin(j, freq, decay, MAP, TILE.stored)
+            cos, sin = map_cos_sin(j, freq, decay, maps, MAP, TILE.stored, TILE)
             k = rotate(widened(k), cos, sin, 1.0)
         logits = _dots(q, _as_operand(k, OPERAND), TILE)  # (M, N), of base 2
         if TILE.codes:  # not of q: float16 has no small numbers
@@ -565,7 +569,7 @@ def _attend(
     ]
 )
 def decode_kernel(
-    q, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, cu_seqlens,
+    q, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, pair_maps, cu_seqlens,
     query_scale, sinks, k_scale, v_scale, out, lse, scratch,
     q_batch, q_token, q_head, k_block, k_slot, k_row, v_block, v_slot, v_row,
     table_batch, page_size, capacity, freq_batch, scale_batch, batch, slots, least_blocks,
@@ -616,6 +620,8 @@ def decode_kernel(
     begin = least + split * each
     end = tl.minimum(begin + each, least + keys)
 
+    inv_freq, pair_maps = rope_of(inv_freq, pair_maps, head, TILE)
+    maps = (pair_maps, tl.arange(0, TILE.pairs))
     freq = of_pairs(inv_freq + tl.minimum(sequence, batch - 1).to(tl.int64) * freq_batch, TILE)
     decay = None
     minus_decay = None
@@ -646,7 +652,7 @@ def decode_kernel(
         if r + 1 < REGIONS:
             # Or q would be loaded once, and stay in registers while the regions before are added.
             tl.debug_barrier()
-        cos, sin = nth_cos_sin(position, freq, decay, r, Q_MAPS, None)
+        cos, sin = nth_cos_sin(position, freq, decay, maps, r, Q_MAPS, None, TILE)
         raw = widened(load_parts(q_rows, valid, TILE))
         factor = TILE.amplitude * scale
         q_of = _as_operand(rotate(raw, cos * factor, sin * factor, scale), OPERAND)
@@ -659,7 +665,7 @@ def decode_kernel(
             to_key = tl.minimum(end, first_key(bottom, length, 0, r + 1, TILE))
         state = _attend(
             state, q_of, k_plane, v_plane, table, sequence, head, pad, from_key, to_key, low, high,
-            freq, minus_decay, of_k, r, TILE,
+            freq, minus_decay, maps, of_k, r, TILE,
         )  # fmt: skip
     if TILE.codes:
         state = (state[0], state[1], state[2] * tl.load(v_scale + head))
@@ -716,7 +722,7 @@ def decode(
     append, attend, counters, room = planned(_settle, key, q, k, v, cache, call)
     k_cache, v_cache = (as_bits(x) if x.dtype == FP8 else x for x in (cache.k, cache.v))
     scratch = q.new_empty(room, dtype=torch.float32) if room else None
-    small = (call.inv_freq, *cache.tensors[:3], call.log_decay, call.cu_seqlens)
+    small = (call.inv_freq, *cache.tensors[:3], call.log_decay, call.pair_maps, call.cu_seqlens)
     with torch.cuda.device_of(q):
         if k is not None and k.numel() > 0:
             append_kernel[append.grid](
@@ -842,6 +848,7 @@ def tile_of(
         head_dim_v=head_dim_v,
         dims_v=_power_of_two(head_dim_v),
         half=half,
+        rope_heads=rope_heads_of(call),
         pairs=_power_of_two(half),
         rest=rest,
         rest_dims=_power_of_two(rest) if rest else 1,
@@ -862,7 +869,7 @@ def tile_of(
         paged=cache.block_table is not None,
         padded=cache.leftpad is not None,
         packed=packed,
-        freq_per_token=packed and call.inv_freq.dim() == 2,
+        freq_per_token=packed and call.inv_freq.dim() > 1,
         codes=kind_of_cache(cache.k.dtype == FP8, chip_of(q)),
         several_tokens=several,
         splits=splits,

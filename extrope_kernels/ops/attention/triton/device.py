@@ -86,6 +86,7 @@ class Tile(NamedTuple):
     dims: int  # of the first part of a row, a power of two
     more_dims: int  # of the second: what head_dim has beyond, rounded up to a power of two; or 0
     half: int  # pairs of dims that rotate
+    rope_heads: tuple[int, int]  # see `rope_heads_of`
     interleaved: bool
     paired: bool  # the two parts of a row are the two dims of its pairs
     starts: tuple[int, ...]  # of each region, counted from the query's block
@@ -128,6 +129,7 @@ def tiles_of(
         dims=dims[0],
         more_dims=dims[1],
         half=half,
+        rope_heads=rope_heads_of(call),
         interleaved=call.interleaved,
         paired=not call.interleaved and dims == (half, half),
         starts=tuple(max(-FARTHEST, min(region.start, FARTHEST)) for region in regions),
@@ -207,12 +209,16 @@ def sequence_stride(x: Tensor | None, dims: int) -> int:
 
 def with_contiguous_rows(call: AttentionCall) -> AttentionCall:
     """Return the call with what kernels read as one row, or one a sequence, laid out so."""
-    sinks, query_scale = call.sinks, call.query_scale
-    if sinks is not None:
-        sinks = sinks.contiguous()
-    if query_scale is not None:
-        query_scale = query_scale.contiguous()
-    return call._replace(sinks=sinks, query_scale=query_scale)
+    rows = {name: getattr(call, name) for name in ("sinks", "query_scale", "pair_maps")}
+    if call.inv_freq.dim() == 3:
+        rows["inv_freq"] = call.inv_freq
+    return call._replace(**{name: x.contiguous() for name, x in rows.items() if x is not None})
+
+
+def rope_heads_of(call: AttentionCall) -> tuple[int, int]:
+    """How many heads of k have frequencies and maps of pairs of their own; 1: all the same."""
+    of_freq = call.inv_freq.shape[-2] if call.inv_freq.dim() == 3 else 1
+    return of_freq, 1 if call.pair_maps is None else call.pair_maps.shape[-2]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -224,9 +230,13 @@ def map_of(position_map: PositionMap) -> tuple:
 
     Positions become whole numbers first, min(p % modulus // divisor + whole, cap), then factor
     times these plus fraction. Modulus 0: none; divisor 0: all positions become 0.
+    A map of pairs has the divisor -1, factor 1 with floor, else 0, and its row as whole.
     Plain tuples: Triton 3.6 takes no named ones within a tuple.
     """
     modulus, divisor, floor, offset, cap = position_map
+    modulus = modulus if modulus <= _LARGEST else 0
+    if position_map.row is not None:
+        return modulus, -1, float(floor), position_map.row, 0.0, _NO_CAP
     if floor and not (math.isinf(divisor) or float(divisor).is_integer()):
         raise ValueError(f"triton: a position map with floor needs a whole divisor, got {divisor}")
     constant = math.isinf(divisor) or (floor and divisor > _LARGEST)
@@ -234,7 +244,7 @@ def map_of(position_map: PositionMap) -> tuple:
     slow = not (constant or floor) and (divisor != 1 or not integral)
     offset = max(-(2.0**53), min(offset, 2.0**53))
     return (
-        modulus if modulus <= _LARGEST and not constant else 0,
+        0 if constant else modulus,
         0 if constant else int(divisor) if floor else 1,
         1 / divisor if slow else 1.0,
         int(offset) if integral and not slow else 0,
@@ -265,11 +275,44 @@ def _index(position, MAP: tl.constexpr):
 
 
 @triton.jit
-def _angle(position, freq, MAP: tl.constexpr):
+def rope_of(inv_freq, pair_maps, head, TILE: tl.constexpr):
+    """Pointers to the frequencies of a head of k, and to its divisors of the first map of pairs."""
+    if TILE.rope_heads[0] > 1:
+        inv_freq += head * TILE.half
+    if TILE.rope_heads[1] > 1:
+        pair_maps += head * TILE.half
+    return inv_freq, pair_maps
+
+
+@triton.jit
+def _angle_of_pairs(position, freq, maps, MAP: tl.constexpr, TILE: tl.constexpr):
+    """(tokens, pairs) int64, by a divisor and an offset of each pair."""
+    OFFSETS: tl.constexpr = TILE.rope_heads[1] * TILE.half  # behind the divisors of all heads
+    LARGEST: tl.constexpr = 2147483520.0  # that float32 has of int32's
+    pair_maps, pair = maps
+    at = pair_maps + MAP[3] * 2 * OFFSETS + pair
+    divisor = tl.load(at, mask=pair < TILE.half, other=1.0)[None, :]
+    offset = tl.load(at + OFFSETS, mask=pair < TILE.half, other=0.0)[None, :]
+    index = position[:, None]
+    if MAP[0] > 0:
+        index = index % MAP[0]
+    if MAP[2] == 1.0:
+        index = index // tl.minimum(divisor, LARGEST).to(tl.int32)
+        angle = index.to(tl.int64) * fixed_angle(freq, 1.0)
+    else:
+        angle = index.to(tl.int64) * fixed_angle(freq, 1.0 / divisor)
+    return angle + fixed_angle(freq, offset)
+
+
+@triton.jit
+def _angle(position, freq, maps, MAP: tl.constexpr, TILE: tl.constexpr):
     """(tokens, pairs) int64, or (1, pairs)."""
-    angle = _index(position, MAP) * fixed_angle(freq, MAP[2])
-    if MAP[4] != 0.0:
-        angle += fixed_angle(freq, MAP[4])
+    if MAP[1] < 0:
+        angle = _angle_of_pairs(position, freq, maps, MAP, TILE)
+    else:
+        angle = _index(position, MAP) * fixed_angle(freq, MAP[2])
+        if MAP[4] != 0.0:
+            angle += fixed_angle(freq, MAP[4])
     return angle
 
 
@@ -280,16 +323,19 @@ def _mapped(position, MAP: tl.constexpr):
 
 
 @triton.jit
-def map_cos_sin(position, freq, decay, MAP: tl.constexpr, ORIGIN: tl.constexpr):
+def map_cos_sin(
+    position, freq, decay, maps, MAP: tl.constexpr, ORIGIN: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     """Cosine and sine, float32, that take tokens to where MAP puts them.
 
     ORIGIN: the map that they come rotated by, or None; position: (tokens,) int32; freq: (1 or
-    tokens, pairs); decay: None, or (1, pairs) float64, the logarithm of the amplitude a position.
+    tokens, pairs); decay: None, or (1, pairs) float64, the logarithm of the amplitude a position;
+    maps: as of `rope_of`, and (pairs,) the pairs' numbers.
     The results have as many rows as the maps need.
     """
-    angle = _angle(position, freq, MAP)
+    angle = _angle(position, freq, maps, MAP, TILE)
     if ORIGIN is not None:
-        angle -= _angle(position, freq, ORIGIN)
+        angle -= _angle(position, freq, maps, ORIGIN, TILE)
     cos, sin = cos_sin(angle)
     if decay is not None:
         moved = _mapped(position, MAP)
@@ -303,11 +349,12 @@ def map_cos_sin(position, freq, decay, MAP: tl.constexpr, ORIGIN: tl.constexpr):
 
 @triton.jit
 def nth_cos_sin(
-    position, freq, decay, N: tl.constexpr, MAPS: tl.constexpr, ORIGIN: tl.constexpr
+    position, freq, decay, maps, N: tl.constexpr, MAPS: tl.constexpr, ORIGIN: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """By the N-th of MAPS: before 3.8, Triton hands on no item of a tuple but by a name."""
     MAP: tl.constexpr = MAPS[N]
-    return map_cos_sin(position, freq, decay, MAP, ORIGIN)
+    return map_cos_sin(position, freq, decay, maps, MAP, ORIGIN, TILE)
 
 
 @triton.jit

@@ -42,6 +42,7 @@ from .device import (
     nth_block,
     place_queries,
     programs_of,
+    rope_of,
     row_base,
     rows_of,
     seen_keys,
@@ -63,14 +64,14 @@ from .rotate import rotated_keys
 @triton.jit
 def _cos_sin(pair, position, scale, rope, REGION: tl.constexpr, TILE: tl.constexpr):
     """Of pairs, with all that a query is multiplied by; past the rotated dims 1 and 0, likewise."""
-    inv_freq, log_decay = rope
+    inv_freq, log_decay, pair_maps = rope
     MAP: tl.constexpr = TILE.q_maps[REGION]
     rotates = pair < TILE.half
     freq = tl.load(inv_freq + pair, mask=rotates, other=0.0)[None, :]
     decay = None
     if log_decay is not None:
         decay = tl.load(log_decay + pair, mask=rotates, other=0.0).to(tl.float64)[None, :]
-    cos, sin = map_cos_sin(position, freq, decay, MAP, None)
+    cos, sin = map_cos_sin(position, freq, decay, (pair_maps, pair), MAP, None, TILE)
     factor = tl.where(rotates, TILE.amplitude, 1.0)[None, :] * scale
     return cos * factor, sin * factor
 
@@ -189,8 +190,8 @@ def _add_keys(
     ]
 )
 def forward_kernel(
-    q, k, k_rotated, v, out, lse, scratch, inv_freq, log_decay, cu_seqlens, q_start, k_start,
-    query_scale, sinks,
+    q, k, k_rotated, v, out, lse, scratch, inv_freq, log_decay, pair_maps, cu_seqlens, q_start,
+    k_start, query_scale, sinks,
     q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,
     freq_batch, scale_batch, q_start_stride, k_start_stride, num_sequences, search_steps, blocks,
     seqlen_q, seqlen_k, TILE: tl.constexpr, VALUES: tl.constexpr,
@@ -212,7 +213,8 @@ def forward_kernel(
     batch, head, row, left = at.batch, at.head, at.row, at.left
     head_k = head // (HEADS // HEADS_K)
     position = at.top + tl.arange(0, BLOCK_M)
-    rope = (inv_freq + tl.cast(at.sequence, tl.int64) * freq_batch, log_decay)
+    inv_freq, pair_maps = rope_of(inv_freq, pair_maps, head_k, TILE)
+    rope = (inv_freq + tl.cast(at.sequence, tl.int64) * freq_batch, log_decay, pair_maps)
     if query_scale is not None:
         query_scale += tl.cast(batch, tl.int64) * scale_batch + row
     q_of = rows_of(q, q_batch, q_seq, q_head, HEADS, TILE)
@@ -295,8 +297,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
         if launch.grid[0] > 0:
             forward_kernel[launch.grid](
                 q, k, k_rotated, v, out, lse, scratch, call.inv_freq, call.log_decay,
-                call.cu_seqlens, call.q_start, call.k_start, call.query_scale, call.sinks,
-                *launch.sizes, **launch.options,
+                call.pair_maps, call.cu_seqlens, call.q_start, call.k_start, call.query_scale,
+                call.sinks, *launch.sizes, **launch.options,
             )  # fmt: skip
     return out, lse
 

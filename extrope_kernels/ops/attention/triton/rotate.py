@@ -31,6 +31,8 @@ from .device import (
     map_of,
     nth_cos_sin,
     regions_of,
+    rope_heads_of,
+    rope_of,
     sequence_stride,
     sequences_of,
     settled,
@@ -49,6 +51,7 @@ class RotateTile(NamedTuple):
     heads_k: int
     head_dim: int
     half: int  # pairs of dims that rotate
+    rope_heads: tuple[int, int]  # see `rope_heads_of`
     pairs: int  # half, rounded up to a power of two
     rest: int  # dims after the rotated ones
     rest_dims: int  # rest, rounded up; 1 if none
@@ -64,35 +67,51 @@ class RotateTile(NamedTuple):
 
 @triton.jit
 def _place(
-    tile, batch, shift, start, start_stride, seqlen, inv_freq, freq_batch, cu_seqlens,
-    num_sequences, search_steps, TILE: tl.constexpr,
+    tile, batch, shift, start, start_stride, seqlen, freq_batch, cu_seqlens, num_sequences,
+    search_steps, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile's tokens, which of them are there, their positions, and frequencies.
+    """A tile's tokens, which of them are there, their positions, and where frequencies begin.
 
     shift: of positions, where sequences are not packed; start: None, or more of it by sequence.
     """
     TOKENS: tl.constexpr = TILE.tokens
-    PAIRS: tl.constexpr = TILE.pairs
     token = tile * TOKENS + tl.arange(0, TOKENS)
     valid = token < seqlen
     if cu_seqlens is None:
         position = token + shift
         if start is not None:
             position += tl.load(start + batch * start_stride)
-        freq = of_pairs(inv_freq + tl.cast(batch, tl.int64) * freq_batch, TILE)
+        of_freq = tl.cast(batch, tl.int64) * freq_batch
     else:
         sequence = sequence_of(token, cu_seqlens, num_sequences, search_steps)
         position = token - tl.load(cu_seqlens + sequence)
         if start is not None:
             position += tl.load(start + sequence * start_stride)
+        of_freq = 0
         if TILE.freq_per_token:
-            pair = tl.arange(0, PAIRS)
-            mask = valid[:, None] & (pair < TILE.half)[None, :]
-            at = inv_freq + (sequence.to(tl.int64) * freq_batch)[:, None] + pair[None, :]
-            freq = tl.load(at, mask=mask, other=0.0)
-        else:
-            freq = of_pairs(inv_freq, TILE)
-    return token, valid, position, freq
+            of_freq = sequence.to(tl.int64) * freq_batch
+    return token, valid, position, of_freq
+
+
+@triton.jit
+def _cos_sin(
+    place, scale, inv_freq, pair_maps, head_k, decay, MAPS: tl.constexpr, ORIGIN: tl.constexpr,
+    AMPLITUDE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Of every copy, with all that a token is multiplied by; place: as from `_place`."""
+    _, valid, position, of_freq = place
+    pair = tl.arange(0, TILE.pairs)
+    inv_freq, pair_maps = rope_of(inv_freq, pair_maps, head_k, TILE)
+    if TILE.freq_per_token:
+        mask = valid[:, None] & (pair < TILE.half)[None, :]
+        freq = tl.load(inv_freq + of_freq[:, None] + pair[None, :], mask=mask, other=0.0)
+    else:
+        freq = of_pairs(inv_freq + of_freq, TILE)
+    cos_sin = ()
+    for n in tl.static_range(len(MAPS)):
+        cos, sin = nth_cos_sin(position, freq, decay, (pair_maps, pair), n, MAPS, ORIGIN, TILE)
+        cos_sin = cos_sin + ((cos * (AMPLITUDE * scale), sin * (AMPLITUDE * scale)),)  # noqa: RUF005
+    return cos_sin
 
 
 @triton.jit
@@ -128,8 +147,8 @@ def _rotate_head(
 @triton.jit
 def _rotate_tokens(
     x, batch_stride, seq_stride, head_stride, copies, tile, batch, shift, start, start_stride,
-    seqlen, inv_freq, freq_batch, decay, cu_seqlens, num_sequences, search_steps, token_scale,
-    scale_batch, MAPS: tl.constexpr, ORIGIN: tl.constexpr, AMPLITUDE: tl.constexpr,
+    seqlen, inv_freq, freq_batch, decay, pair_maps, cu_seqlens, num_sequences, search_steps,
+    token_scale, scale_batch, MAPS: tl.constexpr, ORIGIN: tl.constexpr, AMPLITUDE: tl.constexpr,
     PER_LOG_N: tl.constexpr, HEADS: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """This program's tokens and heads of q, or of k.
@@ -137,21 +156,28 @@ def _rotate_tokens(
     token_scale: None, or what each token is multiplied by.
     """
     COPIES: tl.constexpr = len(MAPS)
-    token, valid, position, freq = _place(
-        tile, batch, shift, start, start_stride, seqlen, inv_freq, freq_batch, cu_seqlens,
-        num_sequences, search_steps, TILE,
+    BY_HEAD: tl.constexpr = TILE.rope_heads[0] > 1 or TILE.rope_heads[1] > 1
+    place = _place(
+        tile, batch, shift, start, start_stride, seqlen, freq_batch, cu_seqlens, num_sequences,
+        search_steps, TILE,
     )  # fmt: skip
+    token, valid, position, _ = place
     scale = log_n_scale(position, PER_LOG_N)
     if token_scale is not None:
         at = token_scale + batch * scale_batch + token
         scale *= tl.load(at, mask=valid, other=0.0)[:, None]
-    cos_sin = ()
-    for n in tl.static_range(COPIES):
-        cos, sin = nth_cos_sin(position, freq, decay, n, MAPS, ORIGIN)
-        cos_sin = cos_sin + ((cos * (AMPLITUDE * scale), sin * (AMPLITUDE * scale)),)  # noqa: RUF005
+    if not BY_HEAD:
+        cos_sin = _cos_sin(
+            place, scale, inv_freq, pair_maps, 0, decay, MAPS, ORIGIN, AMPLITUDE, TILE
+        )  # fmt: skip
     share = tl.cdiv(HEADS, tl.num_programs(1))
     begin = tl.program_id(1) * share
     for head in range(begin, tl.minimum(begin + share, HEADS)):
+        if BY_HEAD:
+            cos_sin = _cos_sin(
+                place, scale, inv_freq, pair_maps, head // (HEADS // TILE.heads_k), decay, MAPS,
+                ORIGIN, AMPLITUDE, TILE,
+            )  # fmt: skip
         _rotate_head(
             x, batch_stride, seq_stride, head_stride, copies, head, batch, token, seqlen, valid,
             cos_sin, scale, COPIES, HEADS, INVERSE, TILE,
@@ -166,10 +192,10 @@ def _rotate_tokens(
     ]
 )
 def rotate_kernel(
-    q, k, q_rotated, k_rotated, inv_freq, log_decay, cu_seqlens, q_start, k_start, query_scale,
-    q_batch, q_seq, q_head, k_batch, k_seq, k_head, freq_batch, scale_batch, q_start_stride,
-    k_start_stride, num_sequences, search_steps, shift, q_tiles, first_k_tile, tiles,
-    seqlen_q, seqlen_k, INVERSE: tl.constexpr, TILE: tl.constexpr,
+    q, k, q_rotated, k_rotated, inv_freq, log_decay, pair_maps, cu_seqlens, q_start, k_start,
+    query_scale, q_batch, q_seq, q_head, k_batch, k_seq, k_head, freq_batch, scale_batch,
+    q_start_stride, k_start_stride, num_sequences, search_steps, shift, q_tiles, first_k_tile,
+    tiles, seqlen_q, seqlen_k, INVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Axis 0: tiles of tokens of q, then of k, and the batch; axis 1: shares of the heads.
 
@@ -190,16 +216,16 @@ def rotate_kernel(
         if tile < q_tiles:
             _rotate_tokens(
                 q, q_batch, q_seq, q_head, q_rotated, tile, batch, shift, q_start, q_start_stride,
-                seqlen_q, inv_freq, freq_batch, decay, cu_seqlens, num_sequences, search_steps,
-                query_scale, scale_batch, Q_MAPS, None, TILE.amplitude, TILE.per_log_n,
-                TILE.heads_q, INVERSE, TILE,
+                seqlen_q, inv_freq, freq_batch, decay, pair_maps, cu_seqlens, num_sequences,
+                search_steps, query_scale, scale_batch, Q_MAPS, None, TILE.amplitude,
+                TILE.per_log_n, TILE.heads_q, INVERSE, TILE,
             )  # fmt: skip
     if len(K_MAPS) > 0:  # noqa: SIM102
         if tile >= q_tiles:
             k_tile = tile - q_tiles + first_k_tile
             _rotate_tokens(
                 k, k_batch, k_seq, k_head, k_rotated, k_tile, batch, 0, k_start, k_start_stride,
-                seqlen_k, inv_freq, freq_batch, minus_decay, cu_seqlens, num_sequences,
+                seqlen_k, inv_freq, freq_batch, minus_decay, pair_maps, cu_seqlens, num_sequences,
                 search_steps, None, 0, K_MAPS, TILE.stored, 1.0, 0.0, TILE.heads_k, INVERSE, TILE,
             )  # fmt: skip
 
@@ -262,8 +288,8 @@ def _launch(
     launch = rotation.launch
     if math.prod(launch.grid) > 0:
         rotate_kernel[launch.grid](
-            q, k, q_copies, k_copies, call.inv_freq, call.log_decay, call.cu_seqlens,
-            call.k_start if call.q_start is None else call.q_start, call.k_start,
+            q, k, q_copies, k_copies, call.inv_freq, call.log_decay, call.pair_maps,
+            call.cu_seqlens, call.k_start if call.q_start is None else call.q_start, call.k_start,
             call.query_scale, *launch.sizes, **launch.options,
         )  # fmt: skip
 
@@ -318,12 +344,13 @@ def _tile(
         heads_k=k.shape[-2],
         head_dim=q.shape[-1],
         half=half,
+        rope_heads=rope_heads_of(call),
         pairs=pairs,
         rest=rest,
         rest_dims=triton.next_power_of_2(max(rest, 1)),
         align=alignment_of(q, k),
         interleaved=call.interleaved,
-        freq_per_token=call.cu_seqlens is not None and call.inv_freq.shape[:-1].numel() > 1,
+        freq_per_token=call.cu_seqlens is not None and sequence_stride(call.inv_freq, 2) > 0,
         q_maps=tuple(map(map_of, q_maps)),
         k_maps=tuple(map(map_of, k_maps)),
         stored=None if call.stored == UNROTATED else map_of(call.stored),
