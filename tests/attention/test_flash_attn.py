@@ -21,7 +21,7 @@ from flash_attn_stubs import installed_source, signatures, stub_module, stub_mod
 
 from extrope_kernels.ops.attention import flash_attn, reference, rotation
 from extrope_kernels.ops.attention.flash_attn import engine_check, engines
-from extrope_kernels.scores import FIRST_KEY
+from extrope_kernels.scores import FIRST_KEY, PositionMap, Region
 from extrope_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,6 +78,19 @@ def test_softmax_options(engine, switch, cu_seqlens):
 @pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["dense", "packed"])
 def test_heads(engine, heads, cu_seqlens):
     assert_agrees(engine, make((FIRST_KEY, -2), heads=heads, cu_seqlens=cu_seqlens))
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["dense", "packed"])
+def test_frequencies_and_divisors_of_heads(engine, cu_seqlens):
+    *tensors, call, dout, dlse = make((FIRST_KEY, -2), cu_seqlens=cu_seqlens)
+    of_pairs = PositionMap(divisor=-1.0)  # row 0 of pair_maps
+    regions = (Region(FIRST_KEY, of_pairs, of_pairs), call.regions[1])
+    call = call._replace(
+        inv_freq=call.inv_freq * torch.tensor([1.0, 0.5])[None, :, None],
+        pair_maps=1 + torch.arange(32).view(1, 2, 2, 8).double().sqrt(),
+        score=replace(call.score, regions=regions),
+    )
+    assert_agrees(engine, (*tensors, call, dout, dlse))
 
 
 @pytest.mark.parametrize("sizes", [(0, N), (N, 0), (0, 0), None], ids=str)

@@ -43,6 +43,7 @@ def not_asked(engine):
         (9, shape(128, 99999, dtype=torch.float32), None, "triton", "dtypes, got torch.float32"),
         (9, shape(128, 99999, 96), None, "triton", "regions of granularity 1, got 96"),
         (9, shape(128, 99999, 1, True), None, "triton", "log_decay"),
+        (9, shape(128, 99999, pair_maps=True), None, "triton", "maps of pairs in PyTorch"),
         (9, shape(128, 99999, refused="q_start"), None, "triton", "does not take q_start"),
     ],
 )

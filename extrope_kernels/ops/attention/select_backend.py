@@ -55,6 +55,7 @@ class Shape(NamedTuple):
     seqlen: int  # the shorter of queries and keys; of packed sequences their mean
     granularity: int = 1
     log_decay: bool = False
+    pair_maps: bool = False
     refused: str | None = None  # what the composition does not take of the call
 
 
@@ -110,6 +111,8 @@ def _refused(shape: Shape) -> str | None:
         return f"the composition takes regions of granularity 1, got {shape.granularity}"
     if shape.log_decay:
         return "the composition is not tested with log_decay"
+    if shape.pair_maps:
+        return "the composition rotates maps of pairs in PyTorch, in float64"
     if shape.refused is not None:
         return f"the composition does not take {shape.refused}"
     return None
@@ -127,8 +130,8 @@ def select_backend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Sele
         refused = "a head_dim of v's own"
     elif call.q_start is not None or call.k_start is not None:
         refused = "q_start and k_start"
-    decays = call.log_decay is not None
-    shape = Shape(kind_of(q, v), seqlen, call.granularity, decays, refused)
+    given = (call.log_decay is not None, call.pair_maps is not None)
+    shape = Shape(kind_of(q, v), seqlen, call.granularity, *given, refused)
     selected = _select(q.device, os.environ.get(VARIABLE, ""), shape)
     asked = selected.backend == "flash_attn" and selected.engine is None
     if asked and (reason := flash_attn.missing()):
