@@ -41,6 +41,7 @@ ATTENTION = {
     "return_lse": False,
     "backend": None,
     "keys_stored": False,
+    "positions": None,
 }
 ROPE = {
     "freqs": FREQS,
@@ -55,7 +56,7 @@ CACHE = {
     **{
         name: value
         for name, value in ATTENTION.items()
-        if name not in ("cu_seqlens", "q_start", "k_start", "keys_stored")
+        if name not in ("cu_seqlens", "q_start", "k_start", "keys_stored", "positions")
     },
     "q": randn(2, 1, 4, DIM),
     "k": randn(2, 1, 2, DIM),
