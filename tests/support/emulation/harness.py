@@ -80,9 +80,8 @@ def build(folder: Path) -> None:
         raise MissingTool("pybind11 is not installed") from error
     except _build.BuildError as error:
         raise MissingTool(str(error)) from error
-    # Sanitizers move code about until -Wmaybe-uninitialized sees ghosts.
-    common = [*compiler, _build.STANDARD, "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-c"]
-    warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+    common = [*compiler, _build.STANDARD, "-O0", "-g1", "-fPIC", "-fvisibility=hidden", "-c"]
+    warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
     # Our cuda/launch.h is found before that of the sources.
     headers = ["-I", str(HERE), *_build.include(), "-isystem", str(find_cuda_headers())]
     kernel = [*warnings, *headers, "-xc++"]
