@@ -76,7 +76,7 @@ def check(case: Case, backend: str, capture: Callable = capture) -> None:
 
 
 EVERYWHERE = [
-    pytest.param(name, backend, id=f"{name}-{backend}")
+    (name, backend)
     for name, case in CASES.items()
     for backend in case.backends
     if ON_GPU or backend != "triton"  # which a CPU interprets
@@ -108,14 +108,10 @@ def test_a_replay_that_does_nothing_is_caught(name):
 
 
 # The reference is what the others are compared with: its lengths are not frozen.
-FREEZABLE = [name for name, case in CASES.items()
-             if case.lengths(0) and case.backends[-1] != "reference"]  # fmt: skip
+FROZEN = {name: backend for name, backend in EVERYWHERE if backend != "reference"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*FREEZABLE[:1], *(pytest.param(x, marks=pytest.mark.thorough) for x in FREEZABLE[1:])],
-)
+@pytest.mark.parametrize("name", [name for name in FROZEN if CASES[name].lengths(0)])
 def test_lengths_of_the_capture_are_caught(name):
     """As where the host read them, or kept a copy."""
     case = CASES[name]
@@ -126,4 +122,4 @@ def test_lengths_of_the_capture_are_caught(name):
 
     frozen = Case(run, case.shapes, case.lengths, case.backends, case.gradients)
     with pytest.raises(AssertionError, match="of round 1: "):
-        check(frozen, case.backends[-1], rerun)
+        check(frozen, FROZEN[name], rerun)
