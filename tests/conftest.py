@@ -8,6 +8,10 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+# A thread that waits for the next of many small loops is not to spin: two processes of two threads
+# on two cores spent three quarters of their time so. OpenMP reads it as torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import settings
