@@ -128,10 +128,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", [x for x in available_backends() if x != "reference"])
 
 
+# Folders of slow files, before all others: at the end one worker would be left with one of these.
+FIRST = ("ptx", "package", "transformers", "distributed", "attention", "rope")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Files of tests/package first: at the end one worker would be left with these slow few."""
     leave_out_triton_cases(config, items)
-    items.sort(key=lambda item: item.path.parent.name != "package")
+    order = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(FIRST)))
 
 
 def leave_out_triton_cases(config, items):
