@@ -102,9 +102,10 @@ def modules(tmp_path_factory):
 def nan_in_fresh_memory():
     """Let torch fill uninitialised memory with NaN, so that what was never written shows."""
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # use_deterministic_algorithms would be as good, but for Inductor, which it imports for seconds.
+    torch.set_deterministic_debug_mode("warn")
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 def pytest_generate_tests(metafunc):
