@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import pwd
@@ -39,6 +40,11 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
+def entry(cache: Path) -> Path:
+    (folder,) = cache.glob("cpu-*")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def cache(checkout, tmp_path_factory) -> Path:
     """A cache that two processes filled at once; most objects were there, so it takes seconds."""
@@ -54,13 +60,8 @@ def cache(checkout, tmp_path_factory) -> Path:
     results = [process.communicate(timeout=300) for process in processes]
     for (out, err), process in zip(results, processes, strict=True):
         assert process.returncode == 0, err
-        assert out.startswith("None\n"), out
+        assert out == f"None\n{entry(folder) / CPU}\n"
     assert sum("building the cpu library" in err for _, err in results) == 1
-    return folder
-
-
-def entry(cache: Path) -> Path:
-    (folder,) = cache.glob("cpu-*")
     return folder
 
 
@@ -77,11 +78,6 @@ def test_two_processes_leave_one_library(cache):
         CPU,
         "build.log",
     ]
-
-
-@needs_compiler
-def test_cached_library_is_loaded_again(cache):
-    assert load(EXTROPE_CACHE_DIR=str(cache)) == ("None", str(entry(cache) / CPU))
 
 
 @pytest.mark.thorough
@@ -228,22 +224,23 @@ REFUSED = "x.cpp:1: error: «x» is out of luck"
 ROTATE = (
     "import torch, extrope_kernels as e; x = torch.ones(1, 3, 2, 8)\n"
     "for _ in range(2): y = e.apply_rope(x, e.methods.rope(8))\n"
-    "print(y.shape == x.shape)"
+    "print(y.shape == x.shape, ascii(e._ext.load('cpu')))"
 )
 
 
-def rotate(**env: str) -> list[str]:
-    """What a process that rotates prints to stderr, its warnings' code left out."""
+def rotate(**env: str) -> tuple[str, list[str]]:
+    """Why a process that rotates has no library, and what it tells, its warnings' code left out."""
     out, err = (process := start(ROTATE, **env)).communicate(timeout=300)
-    assert out == "True\n" and process.returncode == 0, err
-    return [line for line in err.splitlines() if not line.startswith("  ")]
+    assert out.startswith("True ") and process.returncode == 0, err
+    told = [line for line in err.splitlines() if not line.startswith("  ")]
+    return ast.literal_eval(out.removeprefix("True ")), told
 
 
 def test_a_failed_build_is_told_and_ops_run(no_library, tmp_path):
     """In a line, in whatever locale; `info` shows it and does not warn."""
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     env = {"EXTROPE_CACHE_DIR": str(tmp_path / "cache"), "CXX": broken(tmp_path, REFUSED)}
-    building, warned = rotate(**env, **ascii_only)
+    _, (building, warned) = rotate(**env, **ascii_only)
     assert building.startswith("building the cpu library, once, into ")
     log = entry(tmp_path / "cache") / "build.log"
     why = r"broken failed: x.cpp:1: error: \xabx\xbb is out of luck"
@@ -259,11 +256,11 @@ def test_a_failed_build_is_told_and_ops_run(no_library, tmp_path):
 
 def test_what_is_missing_is_told(no_library, tmp_path):
     env = {"EXTROPE_CACHE_DIR": str(tmp_path), "PATH": "/nonexistent", "CXX": ""}
-    (warned,) = rotate(**env)
-    assert warned.endswith("which is slow: no C++ compiler found (c++, g++, clang++)")
-    assert rotate(**env, EXTROPE_JIT="0") == []
-    reason, _ = load(EXTROPE_CACHE_DIR=str(tmp_path), EXTROPE_JIT="0")
-    assert reason == "not in the package, and EXTROPE_JIT=0 forbids to build it"
+    reason, (warned,) = rotate(**env)
+    assert reason == "no C++ compiler found (c++, g++, clang++)"
+    assert warned.endswith(f"which is slow: {reason}")
+    forbidden = "not in the package, and EXTROPE_JIT=0 forbids to build it"
+    assert rotate(**env, EXTROPE_JIT="0") == (forbidden, [])
     assert not list(tmp_path.iterdir())
 
 
