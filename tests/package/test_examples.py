@@ -1,4 +1,4 @@
-"""Every script of examples/ runs in a process of its own, and shows what it says it shows."""
+"""Every script of examples/ runs, and shows what it says it shows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,21 @@ def numbers(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"\d+\.\d+(?:e-?\d+)?", text)]
 
 
-def run(script: str, *arguments: str) -> str:
-    """What a script prints. One thread: the models are tiny, and other tests run beside it."""
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """What a script prints. It runs here, where most of what it imports is imported."""
+
+    def run(script: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.syspath_prepend(str(EXAMPLES))  # as `python examples/SCRIPT` does
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def run_apart(script: str, *arguments: str) -> str:
+    """What a script prints that starts processes itself."""
     paths = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, str(EXAMPLES / script), *arguments]
@@ -28,7 +41,7 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_extend_and_generate():
+def test_extend_and_generate(run):
     pytest.importorskip("transformers")
     plain, *methods, restored = run("extend_and_generate.py").splitlines()[1:]
     tokens = {line.partition(": ")[2] for line in (plain, *methods[::2])}
@@ -37,7 +50,7 @@ def test_extend_and_generate():
     assert restored == "restored: the same tokens"
 
 
-def test_reuse_cached_chunks():
+def test_reuse_cached_chunks(run):
     pytest.importorskip("transformers")
     lines = run("reuse_cached_chunks.py").splitlines()
     assert [line for line in lines if "first layer" in line] == [
@@ -46,28 +59,27 @@ def test_reuse_cached_chunks():
     ]
 
 
-def test_train_with_rope_fwd():
+def test_train_with_rope_fwd(run):
     first, *_, last = numbers(run("train_with_rope_fwd.py"))
     assert first > 2.5 and last < 0.1  # ln 16 = 2.8 for a guess
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("method", ("rerope", "yarn"))
-def test_finetune_longer(method):
+def test_finetune_longer(run, method):
     pytest.importorskip("transformers")
     trained, extended, tuned = map(numbers, run("finetune_longer.py", method).splitlines())
     assert trained[-1] > extended[-1] > tuned[-1]
 
 
-def test_finetune_longer_knows_its_methods(monkeypatch, capsys):
+def test_finetune_longer_knows_its_methods(run, capsys):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(sys, "argv", ["finetune_longer.py", "yarm"])
     with pytest.raises(SystemExit):
-        runpy.run_path(str(EXAMPLES / "finetune_longer.py"), run_name="__main__")
+        run("finetune_longer.py", "yarm")
     assert "invalid choice: 'yarm'" in capsys.readouterr().err
 
 
-def test_own_score():
+def test_own_score(run):
     output, gradient = numbers(run("own_score.py"))
     assert output < 1e-5 and gradient < 1e-4
 
@@ -80,7 +92,7 @@ def test_serve_vllm(tmp_path):
 
     model = build("Llama", tmp_path)
     save_tokenizer(tmp_path)
-    lengths, written = run("serve_vllm.py", "--model", str(tmp_path)).splitlines()
+    lengths, written = run_apart("serve_vllm.py", "--model", str(tmp_path)).splitlines()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     example = runpy.run_path(str(EXAMPLES / "serve_vllm.py"))
     prompt = example["long_prompt"](tokenizer, TRAINED)
@@ -100,7 +112,7 @@ def test_serve_vllm(tmp_path):
 def test_same_scaling():
     for name in ("vllm.version", "trl", "peft"):
         pytest.importorskip(name)
-    losses, _, same, plain = run("same_scaling.py").splitlines()[-4:]
+    losses, _, same, plain = run_apart("same_scaling.py").splitlines()[-4:]
     before, after = numbers(losses)
     assert after < before - 1
     # Both are in float32, 5e-6 from float64; a window longer by one changes 3.
