@@ -108,6 +108,15 @@ def nan_in_fresh_memory():
     torch.set_deterministic_debug_mode("default")
 
 
+@pytest.fixture
+def one_thread():
+    """For tensors so small that threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_generate_tests(metafunc):
     """`backend` runs over every implementation of the rotation that can run here.
 
