@@ -136,7 +136,7 @@ def test_in_place(backend, sizes, interleaved, together):
 
 @pytest.mark.parametrize("which", (0, 1))
 def test_one_weight_leaves_the_other_tensor_alone(backend, which):
-    q, k = make_qk(2, 21, 3, 2)
+    q, k = make_qk(2, 7, 3, 2)
     freqs, weights = methods.xpos(64).to(device()), norm_weights(3, 2, 64)
     both = call([q, k, *weights], freqs, backend)
     plain = apply_rope_qk(q, k, freqs, backend=backend)
