@@ -74,11 +74,13 @@ def read_score(
 def _stores(score: Score, sites: list[RotarySite]) -> bool:
     """Say whether layers can rotate keys to where the score stores them, all heads alike.
 
-    A model's own tables have one position for all pairs of a token.
+    A model's own tables have one position for all pairs of a token, and positions no gradient.
     """
     if isinstance(score.stored, PositionMap):
         return True
-    return score.stored.divisor.dim() == 1 and all(site.fused is not None for site in sites)
+    divisor = score.stored.divisor
+    fused = all(site.fused is not None for site in sites)
+    return divisor.dim() == 1 and not divisor.requires_grad and fused
 
 
 def score_changes(
@@ -87,6 +89,7 @@ def score_changes(
     """Return what a score method changes; nothing is changed yet."""
     owner = _owner(model, sites)
     freqs = [_freqs_in_force(site, method, asked.score) for site in sites]
+    _check_pairs(method, asked.score, freqs)
     found = Layers(model, owner, sites, layers)
     rotaries = [
         ScoreRotary(site, each, method, asked, found.around.get(site.rotary))
@@ -107,6 +110,17 @@ def score_changes(
     if hasattr(generator, "generate"):
         changes.overrides.append((generator, "create_masks_for_generate", keep_mask))
     return changes
+
+
+def _check_pairs(method: str, score: Score, freqs: list[FreqsByKind]) -> None:
+    if score.pair_maps is None:
+        return
+    given = score.pair_maps.shape[-1]
+    for pairs in {each.inv_freq.shape[-1] for kinds in freqs for each in kinds.values()}:
+        if pairs != given:
+            raise ValueError(
+                f"extend: {method} must have maps of {pairs} pairs of dims, got {given}"
+            )
 
 
 def _owner(model: nn.Module, sites: list[RotarySite]) -> nn.Module:
