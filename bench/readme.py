@@ -57,7 +57,7 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
         made["searched"] = lambda only: tables.searched(results)
     if (audit := results / "gpu_audit.csv").exists():
         made["gpu_audit"] = lambda only: tables.audit(audit)
-    made["methods"] = lambda only: tables.method_table(results)
+    made["methods"] = partial(tables.method_table, results)
     made["gpu_choice"] = lambda only: tables.gpu_choice()
     return made | {"api": tables.api}
 

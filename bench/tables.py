@@ -476,19 +476,46 @@ def link(paper: str) -> str:
     return f"[{label}]({paper})"
 
 
-def method_table(results: Path) -> str:
-    head = ["method", "what it does", "paper", "small model, 8x"]
+AXES = {
+    "frequencies": "frequencies: how fast each pair of dims rotates",
+    "scores": "scores: which relative position a query sees of a key",
+    "permutations": "permutations in place of the rotation, in linear time",
+    "positions": "positions: which position a token gets in training",
+}
+
+
+def method_table(results: Path, only: str = "") -> str:
+    """Show every method: by axis, or, a row each, their "papers" or what was "measured"."""
+    tables = {"": _by_axis, "papers": _papers, "measured": _measurements}
+    return tables[only](method_rows(results))
+
+
+def _by_axis(rows: list[MethodRow]) -> str:
+    linked: dict[str, list[str]] = {}
+    for row in rows:
+        linked.setdefault(row.axis, []).append(f"[`{row.name}`]({row.paper})")
+    return table(["axis", "methods"], [[AXES[axis], " ".join(linked[axis])] for axis in linked])
+
+
+def _papers(rows: list[MethodRow]) -> str:
+    head = ["method", "what it does", "paper"]
+    return table(head, [[f"`{row.name}`", row.what, link(row.paper)] for row in rows])
+
+
+def _measurements(rows: list[MethodRow]) -> str:
+    head = ["method", "small model, 8x"]
     head += ["SmolLM2 with", "loss over YaRN", "recall", "over YaRN, 4x"]
     lines = []
-    for row in method_rows(results):
+    for row in rows:
         of_real = [""] * 4
         if row.real is not None:
             of_real[0] = named(row.real.parameters)
             of_real[1:3] = between(row.real.over_yarn, 3), between(row.real.recall)
         if row.at_four is not None:
             of_real[3] = between(row.at_four.over_yarn, 3)
-        own = [f"`{row.name}`", row.what, link(row.paper), cell(row.trained, ".2f")]
-        lines.append([*own, *of_real])
+        numbers = [cell(row.trained, ".2f"), *of_real]
+        if any(numbers):
+            lines.append([f"`{row.name}`", *numbers])
     return table(head, lines)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from pathlib import Path
 
+import evaluations
 import harness
 import plots
 import pytest
@@ -56,17 +56,27 @@ def test_figures_replace_what_is_between_the_markers(tmp_path):
 
 
 def test_the_readme_tells_speeds_and_numbers_of_models_as_measured():
-    """Those of the plot's first, third and last bar; of generate; of docs/models.md."""
+    """Those of the plot's first, third and last bar; of SmolLM2; of docs/models.md."""
     text, models = ((ROOT / page).read_text() for page in ("README.md", "docs/models.md"))
     for index in (0, 2, -1):
         times, _ = plots.against_the_best(plots.SHOWN[index])
         assert f"{times:.1f} times" in text, plots.SHOWN[index].label
-    rows = json.loads((harness.RESULTS / "avx512" / "generate.json").read_text())["rows"]
-    row = next(row for row in rows if (row["name"], row["tokens"]) == ("rerope", 8000))
-    told = "reads 8,000 tokens in {:.2f} of the plain one's time, and takes {:.2f}"
-    assert told.format(row["prompt_of_plain"], row["steps_of_plain"]) in text
+    found = evaluations.measured(harness.RESULTS)
+    (plain,), (yarn,), (rerope,) = (
+        [row for row in found[name] if row.parameters == parameters]
+        for name, parameters in {
+            "rope": {},
+            "yarn": {"factor": 2},
+            "rerope": {"window": 4096},
+        }.items()
+    )
+    told = "costs {:.3f} nats a token as it is, {:.3f} by YaRN, {:.3f} by ReRoPE"
+    assert told.format(plain.loss, yarn.loss, rerope.loss) in text
+    told = "saves {:.2f} nats a token by YaRN, {:.2f} by ReRoPE"
+    assert told.format(yarn.recall[0], rerope.recall[0]) in text
     frequency, score = re.findall(r"^- By a \w+ method: (\d+) of the", models, re.MULTILINE)
-    assert f"all {frequency} by frequency methods, {score} by score methods" in text
+    assert f"all {frequency} rotary model classes of transformers by frequency" in text
+    assert f"on {score} by score methods" in text
 
 
 @pytest.mark.parametrize("name", plots.PLOTS)
@@ -95,3 +105,5 @@ def test_the_table_has_every_method_once():
     (yarn,) = (row for row in rows if row.name == "yarn")
     assert (yarn.axis, yarn.paper) == ("frequencies", "https://arxiv.org/abs/2309.00071")
     assert yarn.what.startswith("YaRN: ") and not yarn.what.endswith(".")
+    for table in (tables.method_table(harness.RESULTS, only) for only in ("", "papers")):
+        assert all(f"`{row.name}`" in table for row in rows)
