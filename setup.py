@@ -1,9 +1,8 @@
-"""Packages the Python code, and the compiled libraries when torch and a compiler are at hand.
+"""Package the Python code, and the compiled libraries if torch and a compiler are there.
 
-EXTROPE_CUDA=0 leaves the CUDA library out, EXTROPE_CUDA=1 makes it an error when it cannot be
-built. A library that is not built here is built on first use (extrope_kernels/_ext.py). An editable
-install never packages one: it would go stale with the first edit, while the first-use cache follows
-the sources.
+EXTROPE_CUDA=0 leaves the CUDA library out; EXTROPE_CUDA=1 fails if it cannot be built. A missing
+library is built on first use (extrope_kernels/_ext.py). An editable install never packages one: it
+would go stale with the first edit, while the first-use cache follows the sources.
 """
 
 import importlib
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_build_module():
-    """`extrope_kernels._build`, without the package's own `__init__`, which needs torch."""
+    """Import `extrope_kernels._build` without the package's `__init__`, which needs torch."""
     package = types.ModuleType("extrope_kernels")
     package.__path__ = [str(ROOT / "extrope_kernels")]
     sys.modules[package.__name__] = package
@@ -31,7 +30,7 @@ _build = load_build_module()
 
 
 class BuildWithLibraries(build_py):
-    """Copies the Python files and builds what can be built beside them."""
+    """Copy the Python files, and build the libraries that can be built."""
 
     def run(self):
         super().run()
@@ -58,7 +57,7 @@ class BuildWithLibraries(build_py):
 
 
 class WheelTaggedByContent(bdist_wheel):
-    """Tags the wheel cp310-abi3-PLATFORM when it holds a library, else py3-none-any."""
+    """Tag the wheel cp310-abi3-PLATFORM if it holds a library, else py3-none-any."""
 
     def finalize_options(self):
         self.py_limited_api = "cp310"
@@ -80,7 +79,7 @@ class LibraryDistribution(Distribution):
 setup(
     packages=[*find_packages(include=["extrope_kernels*"]), "extrope_kernels.csrc"],
     package_dir={"extrope_kernels.csrc": "csrc"},
-    # By its name alone: else setuptools would take the folders below csrc for packages too.
+    # By its name alone: otherwise setuptools would take the folders below csrc for packages.
     include_package_data=False,
     package_data={
         "extrope_kernels": ["py.typed", "ops/**/*.json"],

@@ -1,7 +1,7 @@
-"""griffe: the project's docstrings as Markdown.
+"""A griffe extension that turns the project's docstrings into Markdown.
 
-They describe an argument in a line `name: what it is`, with what follows indented, and so the
-result and the errors. Markdown would join such lines into one paragraph; here each is an item.
+They describe arguments, results and errors in lines `name: text`, with further lines indented.
+Markdown would join such lines into one paragraph; here each is an item of a list.
 """
 
 import re
@@ -12,7 +12,7 @@ _ITEM = re.compile(r"([A-Za-z_]\w*(?:, \w+)*): (.*)")
 
 
 class Arguments(griffe.Extension):
-    """Makes lists of the lines of all docstrings that describe an argument."""
+    """Make lists of the lines that describe arguments, in all docstrings."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
         if obj.docstring:
@@ -20,7 +20,7 @@ class Arguments(griffe.Extension):
 
 
 def as_markdown(text: str) -> str:
-    """The docstring with its arguments as a list, and displayed formulas as code."""
+    """Return the docstring with its arguments as a list, and displayed formulas as code."""
     lines: list[str] = []
     inside = False
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""mkdocs: files that lie outside docs/ are part of the site, and links to them work there too."""
+"""A mkdocs hook: files outside docs/ are part of the site, and links to them work there too."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """In the site docs/ is the root: what leads out of it, or into it, has a step less."""
+    """Shorten links into docs/ and out of it by a step: docs/ is the root of the site."""
     name = page.file.src_uri
     outside = any(Path(name).match(pattern) for pattern in OUTSIDE) and (ROOT / name).exists()
     out = "../" * (name.count("/") + 1)

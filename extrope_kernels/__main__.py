@@ -8,7 +8,7 @@ from .cli import main
 
 
 def run() -> int:
-    """Run the command; the reader of its output, such as head, may stop early, or have no space."""
+    """Run the command, even if the reader of its output (head, a full disk) stops early."""
     try:
         try:
             return main()

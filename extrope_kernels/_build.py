@@ -1,11 +1,11 @@
-"""How the two compiled libraries are built: for setup.py and for the first-use build in `_ext.py`.
+"""Build the two compiled libraries, for setup.py and for the first use in `_ext.py`.
 
-This module imports no torch, so that setup.py can use it where there is none.
-`csrc/cpu/OP/*_kernel.cpp` knows nothing of torch and is compiled once per instruction set,
-`*_bf16_kernel.cpp` for those that multiply in bf16; the other `.cpp` files bind kernels to torch
-through its stable ABI; `csrc/cuda/OP/*.cu` includes no torch header either and is for nvcc.
-Headers are named from csrc on. ninja runs the compilers: in a work folder that is kept, it compiles
-what an edit touches and nothing else.
+This module imports no torch, so that setup.py can use it without one.
+`csrc/cpu/OP/*_kernel.cpp` includes no torch header and is compiled once per instruction set,
+`*_bf16_kernel.cpp` for those that multiply in bf16. The other `.cpp` files bind kernels to torch
+through its stable ABI. `csrc/cuda/OP/*.cu` includes no torch header either and is for nvcc.
+Headers are named from csrc on. ninja runs the compilers in a work folder that is kept: an edit
+compiles only the files that it touches.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ CXX_FLAGS = (
     "-fno-trapping-math",
     "-Wall",
 )
-# The kernels decide the speed; what binds them to torch compiles faster for less optimisation.
+# The kernels decide the speed; their bindings to torch compile faster with less optimisation.
 KERNEL, BINDING = "-O3", "-O1"
 NVCC_FLAGS = (STANDARD, BINDING, "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
 _BF16 = f"{_AVX512} -mavx512bf16"
-# The kernels are written in vectors: passes that look for some gain nothing with short ones, for a
-# third of the time to compile.
+# The kernels are written in vectors: the vectorizing passes gain nothing with short ones, and take
+# a third of the time to compile.
 _AS_WRITTEN = ("-fno-tree-vectorize", "-fno-ipa-cp-clone")
 ISA_FLAGS = {
     "baseline": ("-O1",),  # for machines too old to be fast: less than half the time to compile
-    # Reordered before registers are assigned, products spill their sums. What psabi warns of is a
-    # matter of calls from other files.
+    # If products are reordered before registers are assigned, their sums spill. psabi warns of
+    # calls from other files.
     "neon": (*_AS_WRITTEN, "-fno-schedule-insns", "-Wno-psabi"),
     "avx2": ("-mavx2", "-mfma", "-mf16c", *_AS_WRITTEN),
     "avx512": tuple(_AVX512.split()),
@@ -58,9 +58,9 @@ ISA_FLAGS = {
     "amx": tuple(f"{_BF16} -mamx-tile -mamx-bf16".split()),
 }
 BF16_ISAS = ("avx512_bf16", "amx")  # old compilers do not know them
-# By the processor that a compiler makes code for; any other has the baseline.
+# By the compiler's target processor; any other has the baseline.
 ISAS = {"x86_64": ("baseline", "avx2", "avx512", *BF16_ISAS), "aarch64": ("neon",)}
-# By the end of a source's name; all others are compiled for all but BF16_ISAS.
+# By the end of a source's name; other sources are compiled for all but BF16_ISAS.
 OF_SOME_ISAS = {"_bf16_kernel": BF16_ISAS}
 
 
@@ -72,25 +72,25 @@ class BuildError(RuntimeError):
 class Plan:
     """The commands that build one library, in a work folder where csrc is a copy of the sources."""
 
-    objects: dict[str, list[str]]  # of an object file; the last word is the source
+    objects: dict[str, list[str]]  # command by object file; its last word is the source
     link: list[str]
-    left_out: str = ""  # what this compiler cannot build, in one line
+    left_out: str = ""  # kernels that this compiler cannot build, in one line
 
 
 def source_dir() -> Path:
-    """The folder of C++ and CUDA sources: inside an installed package, beside it in a checkout."""
+    """Return the folder of C++ and CUDA sources: inside an installed package, else beside it."""
     package = Path(__file__).resolve().parent
     installed = package / "csrc"
     return installed if installed.is_dir() else package.parent / "csrc"
 
 
 def include() -> tuple[str, str]:
-    """The flags by which sources find our headers: named from the folder of sources on."""
+    """Return the flags for our headers, which are named from the folder of sources on."""
     return "-I", str(source_dir())
 
 
 def find_torch() -> Path:
-    """The folder of a torch that the bindings can be compiled against, without importing it."""
+    """Find the folder of a torch to compile the bindings against, without importing it."""
     try:
         spec = importlib.util.find_spec("torch")
         version = importlib.metadata.version("torch")
@@ -104,7 +104,7 @@ def find_torch() -> Path:
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler's command: $CXX, else the first of c++, g++ and clang++ on PATH."""
+    """Return the C++ compiler's command: $CXX, else the first of c++, g++ and clang++ on PATH."""
     if not sys.platform.startswith("linux"):
         raise BuildError(f"the compiled kernels are built on Linux only, this is {sys.platform}")
     chosen = shlex.split(os.environ.get("CXX", ""))
@@ -115,7 +115,7 @@ def find_compiler() -> list[str]:
 
 
 def find_ninja() -> str:
-    """The path of ninja: its wheel's, else on PATH."""
+    """Return the path of ninja: its wheel's, else on PATH."""
     try:
         from ninja import BIN_DIR
     except ImportError:
@@ -126,7 +126,7 @@ def find_ninja() -> str:
 
 
 def find_nvcc() -> str:
-    """The path of nvcc: under $CUDA_HOME, else on PATH, else under /usr/local/cuda."""
+    """Return the path of nvcc: under $CUDA_HOME, else on PATH, else under /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME")
     folders = [f"{home}/bin"] if home else [None, "/usr/local/cuda/bin"]
     for folder in folders:
@@ -136,7 +136,7 @@ def find_nvcc() -> str:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """The architectures: $EXTROPE_CUDA_ARCHS ("90", "80,90"), else those that nvcc knows."""
+    """Return the architectures: $EXTROPE_CUDA_ARCHS ("90", "80,90"), else those that nvcc knows."""
     asked = os.environ.get("EXTROPE_CUDA_ARCHS", "").replace(",", " ").split()
     if asked:
         return asked
@@ -145,16 +145,16 @@ def cuda_archs(nvcc: str) -> list[str]:
 
 
 def gencode(archs: Sequence[str]) -> str:
-    """nvcc's flag for machine code of every architecture and PTX of the first for later ones.
+    """Return nvcc's flag: machine code of every architecture, PTX of the first for later ones.
 
-    One pass of the front end serves them all: one for each would take twice as long.
+    One pass of the front end serves them all: a pass for each would take twice as long.
     """
     codes = ",".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[0]}"])
     return f"-gencode=arch=compute_{archs[0]},code=[{codes}]"
 
 
 def plan(name: str) -> Plan:
-    """The commands for library `name` ("cpu" or "cuda"); BuildError when a tool is missing."""
+    """Return the commands for library `name` ("cpu" or "cuda"); BuildError if a tool is missing."""
     return _plan_cpu() if name == "cpu" else _plan_cuda()
 
 
@@ -171,7 +171,7 @@ def _plan_cpu() -> Plan:
 def cpu_objects(
     compiler: list[str], isas: Sequence[str], torch_flags: list[str]
 ) -> dict[str, list[str]]:
-    """The commands of a Plan for the CPU sources: kernels for each of `isas`, the rest once."""
+    """Return a Plan's commands for the CPU sources: kernels for each of `isas`, the rest once."""
     objects = {}
     for source in _sources("cpu", "*.cpp"):
         compile_it = [*compiler, STANDARD, *CXX_FLAGS, "-I", "csrc"]
@@ -186,7 +186,7 @@ def cpu_objects(
 
 
 def instruction_sets(compiler: list[str]) -> list[str]:
-    """Those of ISAS that the compiler makes code for; old ones do not know BF16_ISAS."""
+    """Return those of ISAS that the compiler knows; old compilers do not know BF16_ISAS."""
     isas = ISAS.get(output([*compiler, "-dumpmachine"]).split("-")[0], ("baseline",))
     known = [*compiler, *ISA_FLAGS["amx"], "-E", "-x", "c++", os.devnull]
     if "amx" in isas and subprocess.run(known, capture_output=True).returncode != 0:
@@ -195,7 +195,7 @@ def instruction_sets(compiler: list[str]) -> list[str]:
 
 
 def _isas_of(source: Path, isas: Sequence[str]) -> list[str]:
-    """Those that one of the kernels is compiled for."""
+    """Return the instruction sets that one kernel is compiled for."""
     for end, some in OF_SOME_ISAS.items():
         if source.stem.endswith(end):
             return [isa for isa in isas if isa in some]
@@ -221,20 +221,20 @@ def _plan_cuda() -> Plan:
 
 
 def _tools(name: str) -> str:
-    """What translates the sources into machine code of which kind."""
+    """Describe the compilers and their targets, for a hash."""
     compilers = [find_compiler()] + ([[find_nvcc()]] if name == "cuda" else [])
     return platform.machine() + "".join(output([*command, "--version"]) for command in compilers)
 
 
 def key(name: str) -> str:
-    """A short hash of what a library is made of: sources, flags, compilers, processor family.
+    """Hash a library's inputs: sources, flags, compilers, processor family.
 
-    torch's version is no part of it: by the stable ABI the library serves all from MIN_TORCH on.
+    torch's version is left out: by the stable ABI one library serves all from MIN_TORCH on.
     """
     steps = plan(name)
     digest = hashlib.sha256(_tools(name).encode())
     for command in [*steps.objects.values(), steps.link]:
-        # Paths of sources and of torch say nothing about the result.
+        # Paths of sources and of torch do not change the result.
         digest.update(" ".join(word for word in command if os.sep not in word).encode())
     for source in _read_by(name):
         digest.update(_copied(source).encode() + source.read_bytes())
@@ -242,7 +242,7 @@ def key(name: str) -> str:
 
 
 def work_key(name: str) -> str:
-    """A short hash of what needs a work folder of its own: the compilers, where the sources lie."""
+    """Hash what decides the work folder: the compilers, and the folder of sources."""
     return hashlib.sha256(f"{_tools(name)}{source_dir()}".encode()).hexdigest()[:16]
 
 
@@ -269,8 +269,8 @@ def run_ninja(
 ) -> None:
     """Compile `objects`, each by a command that ends in its source, and link `library` from them.
 
-    All paths are relative to `folder`. The file `log` gets what ninja prints, and a terminal its
-    count of steps. Raises BuildError with the line that says why it failed.
+    All paths are relative to `folder`. The file `log` gets ninja's output, a terminal its count of
+    steps. Raises BuildError with the line that says why it failed.
     """
     command = [find_ninja(), "-v"]  # -v: the log holds whole commands
     (folder / "build.ninja").write_bytes(os.fsencode(_ninja_file(objects, library, link)))
@@ -295,7 +295,7 @@ def run_ninja(
                 if terminal and (count := re.match(r"\[\d+/\d+\]", line)):
                     print(f"\r{count[0]}", end="", file=sys.stderr, flush=True)
         except BaseException:  # such as KeyboardInterrupt
-            # Else the compilers would go on, and write where the next build does.
+            # Otherwise the compilers would go on, and write into the next build's files.
             process.terminate()
             process.communicate()
             raise
@@ -307,7 +307,7 @@ def run_ninja(
 
 
 def output(command: list[str]) -> str:
-    """What a command prints; BuildError when it fails."""
+    """Return a command's output; BuildError if it fails."""
     try:
         done = subprocess.run(command, env=_in_english(), capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -316,14 +316,14 @@ def output(command: list[str]) -> str:
 
 
 def _in_english() -> dict[str, str]:
-    """The environment in which compilers print their versions and errors in one language."""
+    """Return an environment in which compilers print versions and errors in English."""
     return {**os.environ, "LC_ALL": "C"}
 
 
 def _copy_sources(copies: Mapping[Path, Path], folder: Path) -> None:
-    """Bring a folder of copies up to date by content.
+    """Update a folder of copies by content.
 
-    ninja goes by dates, and installers date files as they like.
+    ninja compares dates, and installers date files as they like.
     """
     for path in folder.rglob("*"):
         if path.is_file() and path not in copies:
@@ -340,9 +340,9 @@ def _ninja_file(objects: Mapping[str, Sequence[str]], library: str, link: Sequen
         "rule compile",
         "  command = $compile -MD -MF $out.d -o $out",
         "  depfile = $out.d",
-        "  deps = gcc",  # the format that nvcc writes, too
+        "  deps = gcc",  # nvcc writes this format too
         "rule link",
-        # Objects come before the libraries: the linker looks only ahead for what they lack.
+        # Objects come before the libraries: the linker looks only ahead for missing symbols.
         f"  command = {_escaped(link[:1])} $in {_escaped(link[1:])} -o $out",
         f"build {library}: link {' '.join(objects)}",
     ]
@@ -356,7 +356,7 @@ def _escaped(command: Sequence[str]) -> str:
 
 
 def _first_error(printed: list[str]) -> str:
-    """The line that says why: behind FAILED with the target, and the command."""
+    """Return the line that says why: behind FAILED with the target, and the command."""
     failed = next((i for i, line in enumerate(printed) if line.startswith("FAILED:")), -1)
     after = printed[failed + 2 :] if failed >= 0 else printed
     wrote = [line for line in after if line and not line.startswith("ninja: build stopped")]
@@ -374,17 +374,17 @@ def _sources(folder: str, pattern: str) -> list[Path]:
 
 
 def _read_by(name: str) -> list[Path]:
-    """All files that the library is compiled from, headers too."""
+    """List all files that the library is compiled from, headers too."""
     return [*_sources("common", "*"), *_sources(name, "*")]
 
 
 def _copied(source: Path) -> str:
-    """Where a source lies in the work folder."""
+    """Return a source's path in the work folder."""
     return f"csrc/{source.relative_to(source_dir()).as_posix()}"
 
 
 def _object(source: Path, kind: str = "") -> str:
-    """The object file's name: the path below the folder of sources, joined by dots."""
+    """Return the object file's name: the path below the folder of sources, joined by dots."""
     parts = source.relative_to(source_dir()).with_suffix("").parts
     return ".".join(filter(None, (*parts, kind, "o")))
 

@@ -1,6 +1,6 @@
-"""Argument checks of the three axes: each returns the checked value or raises.
+"""Argument checks of methods, positions and scores: each returns the checked value or raises.
 
-`function` is who refuses, as messages name it.
+`function`: the name that an error begins with.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def check_int(function: str, name: str, value: int, *, at_least: int, bits: int 
 
 
 def check_count(function: str, name: str, value: int, at_least: int = 1) -> int:
-    """Return a number of tokens, sequences or positions, which fits the int32 of positions."""
+    """Return a number of tokens, sequences or positions that fits into int32."""
     return check_int(function, name, value, at_least=at_least, bits=31)
 
 
@@ -75,7 +75,7 @@ def check_factor(function: str, factor: float) -> float:
 def check_length(function: str, name: str, value: int) -> int:
     """Return a number of tokens as an int; it must be whole and positive."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value  # as it is, so that torch.compile can keep a length symbolic
+        return value  # unchanged: torch.compile can keep a length symbolic
     number = check_real(function, name, value, above=0)
     if number != int(number):
         raise ValueError(f"{function}: {name} must be a whole number of tokens, got {value}")
@@ -85,7 +85,7 @@ def check_length(function: str, name: str, value: int) -> int:
 def check_seq_len(function: str, seq_len: int | Tensor) -> int | Tensor:
     """Return `seq_len`: an int > 0, or an integer tensor of shape () or (batch,).
 
-    The values of a tensor are not looked at: reading them would make the host wait for the device.
+    A tensor's values are not checked: reading them would make the host wait for the device.
     """
     if not isinstance(seq_len, Tensor):
         return check_length(function, "seq_len", seq_len)

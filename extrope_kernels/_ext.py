@@ -1,4 +1,4 @@
-"""Find and load the compiled libraries, build them on first use, or say in one line why not."""
+"""Find, build on first use, and load the compiled libraries, or say in one line why not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 
 from . import _build
 
-# Of torch.ops. A copy of the package in the same process needs another: see integrations/kernels.
+# The namespace in torch.ops. A copy of the package in the same process needs another: see
+# integrations/kernels.
 NAMESPACE = "extrope"
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
@@ -25,7 +26,7 @@ _reasons: dict[str, str | None] = {}
 _paths: dict[str, Path] = {}
 _watchers: dict[str, list[Callable[[str | None], None]]] = {}
 _BUILD_TIMEOUT = 600.0  # seconds to wait for another process that builds the same library
-_SILENT_WAIT = 2.0  # seconds of that before it is told
+_SILENT_WAIT = 2.0  # seconds before a message says so
 _INSTEAD = {
     "cpu": "its ops run as the reference, which is slow",
     "cuda": "its ops run as Triton's kernels",
@@ -33,15 +34,15 @@ _INSTEAD = {
 
 
 class _NotExpected(_build.BuildError):
-    """No library, and none that the user could have counted on: no reason to warn."""
+    """A library is missing that no user would expect: no reason to warn."""
 
 
 def load(name: str, *, quiet: bool = False) -> str | None:
     """Load the library `name` ("cpu" or "cuda"), building it if need be.
 
-    quiet: do not warn of a failure, as the caller shows the reason.
+    quiet: do not warn of a failure, since the caller shows the reason.
 
-    Returns: None when it is loaded, else the reason in one line. Later calls repeat the answer.
+    Returns: None if it is loaded, else the reason in one line. Later calls repeat the answer.
     """
     if name not in _build.LIBRARIES:
         raise ValueError(f"load: name must be one of {list(_build.LIBRARIES)}, got {name!r}")
@@ -64,17 +65,17 @@ def load(name: str, *, quiet: bool = False) -> str | None:
 
 
 def path(name: str) -> Path:
-    """The file that a loaded library came from."""
+    """Return the file of a loaded library."""
     return _paths[name]
 
 
 def watch(name: str, settled: Callable[[str | None], None]) -> None:
-    """Call `settled(reason)` once `name` is loaded (None), or cannot be."""
+    """Call `settled(reason)` once `name` is loaded (reason None) or cannot be."""
     _watchers.setdefault(name, []).append(settled)
 
 
 def status() -> dict[str, str]:
-    """One line per library: the path it is loaded from, or why it is not."""
+    """Return a line per library: the path it is loaded from, or why it is not."""
     reasons = {name: load(name, quiet=True) for name in _build.LIBRARIES}
     return {
         name: f"loaded from {_paths[name]}" if why is None else why for name, why in reasons.items()
@@ -82,9 +83,9 @@ def status() -> dict[str, str]:
 
 
 def cache_dirs() -> list[Path]:
-    """Folders for built libraries, best first: the user's cache, a private temporary folder."""
+    """List folders for built libraries, best first: the user's cache, a private temporary one."""
     user = [folder] if (folder := _user_dir()) else []
-    # Where users have no numbers, on Windows, nothing is built.
+    # Users have no numbers on Windows, where nothing is built.
     return [*user, _temporary_dir()] if hasattr(os, "getuid") else user
 
 
@@ -93,8 +94,8 @@ def _user_dir() -> Path | None:
         return Path(chosen)
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     folder = xdg if os.path.isabs(xdg) else os.path.expanduser("~/.cache")
-    # "~" stays where the user has no home, as in a container that runs as a number without a name:
-    # a folder of that name here would be built into, and loaded from, by whoever works here.
+    # "~" stays if the user has no home, as in a container that runs as a number without a name. A
+    # folder called "~" here would be shared by everybody who works here.
     return Path(folder) / "extrope_kernels" if os.path.isabs(folder) else None
 
 
@@ -131,7 +132,7 @@ def _load_cached(name: str) -> Path:
         try:
             if not _intact(library):
                 _build_locked(name, library)
-        except (OSError, NotImplementedError) as error:  # filelock's: time is up, no locks there
+        except (OSError, NotImplementedError) as error:  # filelock: timeout, or no locks there
             failures.append(f"{folder}: {getattr(error, 'strerror', None) or error}")
             continue
         if why := _dlopen(library):
@@ -141,7 +142,7 @@ def _load_cached(name: str) -> Path:
 
 
 def _check_cuda() -> None:
-    """Raise where nobody would build the CUDA library: Triton, which torch brings, does as well."""
+    """Raise without a CUDA device or nvcc; Triton is used instead."""
     if not torch.cuda.is_available():
         raise _NotExpected("not in the package, and not built here: no CUDA device")
     try:
@@ -158,7 +159,7 @@ def _usable(folders: list[Path], failures: list[str]) -> Iterator[Path]:
         except OSError as error:
             failures.append(f"{folder}: {error.strerror}")
             continue
-        # What lies here is loaded as code, and anyone can make such a folder under /tmp.
+        # Files in it are loaded as code, and anyone can make such a folder under /tmp.
         others = info.st_uid != os.getuid() or info.st_mode & (stat.S_IWOTH | stat.S_IWGRP)
         if folder == _temporary_dir() and others:
             failures.append(f"{folder}: others can write to it")
@@ -168,7 +169,7 @@ def _usable(folders: list[Path], failures: list[str]) -> Iterator[Path]:
 
 def _build_locked(name: str, library: Path) -> None:
     entry = library.parent
-    # Objects outlive the build, for the next one after an edit of the sources or a failure.
+    # Objects are kept for the next build, after an edit of the sources or a failure.
     work_dir = entry.parent / f"build-{name}-{_build.work_key(name)}"
     for folder in (entry, work_dir):
         folder.mkdir(exist_ok=True)
@@ -200,7 +201,7 @@ def _digest(library: Path) -> str:
 
 
 def _intact(library: Path) -> bool:
-    # A truncated library does not fail to load: it kills the process with SIGBUS.
+    # Loading a truncated library kills the process with SIGBUS.
     try:
         return _digest_path(library).read_text() == _digest(library)
     except FileNotFoundError:
@@ -208,7 +209,7 @@ def _intact(library: Path) -> bool:
 
 
 def _dlopen(library: Path) -> str | None:
-    """Load a library and let it register its ops, if its kernels can run here."""
+    """Load a library; it registers its ops if its kernels can run here."""
     try:
         register = ctypes.CDLL(str(library)).extrope_register
     except OSError as error:

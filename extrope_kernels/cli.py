@@ -1,4 +1,4 @@
-"""The command line: what runs where, a model's evaluation, its search, the benchmarks."""
+"""The command line: info, check, eval, search, bench."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def info() -> str:
-    """A verdict; versions, libraries, devices and the kernels in use, a line each."""
+    """Return a verdict, then versions, libraries, devices and the kernels in use, a line each."""
     lines = [("Python", platform.python_version()), ("torch", torch.__version__)]
     lines += [(name, _version(name)) for name in ("triton", "transformers")]
     lines += [("C++ compiler", _compiler_version()), ("nvcc", _nvcc_version())]
@@ -71,7 +71,7 @@ def info() -> str:
 
 
 def run_benchmarks(names: list[str]) -> int:
-    """Run bench/bench_NAME.py for each name, or all; the exit code of the first that fails."""
+    """Run bench/bench_NAME.py for each name, or all; return the first failing exit code."""
     folder = Path(__file__).resolve().parent.parent / "bench"
     scripts = sorted(folder.glob("bench_*.py"))
     if not scripts:
@@ -91,7 +91,7 @@ def run_benchmarks(names: list[str]) -> int:
 
 def _cpu_verdict() -> str:
     if _ext.load("cpu", quiet=True) is not None:
-        return "no CPU kernels, so that ops run as the reference, which is slow"
+        return "no CPU kernels: ops run as the reference, which is slow"
     return f"CPU kernels ready ({CPU_CAPABILITIES[torch.ops.extrope.cpu_capability()]})"
 
 
@@ -132,7 +132,7 @@ def _devices() -> list[str]:
 
 
 def _choices(reports: dict[str, str]) -> dict[str, str]:
-    """What backend=None means on each type of device here."""
+    """Return the backend that backend=None selects on each type of device here."""
     preferences = {"cpu": ("cpu", "reference")}
     if torch.cuda.is_available():
         preferences["cuda"] = ("fla", "reference") if "fla" in reports else ("cuda", "triton")

@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: inputs, the backends that can run here, and the error budget."""
+"""Shared by tests and benchmarks: inputs, backends that can run here, and the error budget."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def device() -> str:
 
 
 def available_backends() -> list[str]:
-    """The backends of the rotation that run on `device()`."""
+    """Return the backends of the rotation that run on `device()`."""
     return _running_here(rope.backends())
 
 
 def attention_backends() -> list[str]:
-    """The backends of attention that run on `device()`."""
+    """Return the backends of attention that run on `device()`."""
     return _running_here(attention.backends())
 
 
@@ -38,7 +38,7 @@ def make_qk(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Normal q (batch, seqlen, heads_q, head_dim) and k with heads_k heads, on `device()`."""
+    """Draw normal q (batch, seqlen, heads_q, head_dim) and k with heads_k heads, on `device()`."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, seqlen, heads_q, head_dim, generator=generator)
     k = torch.randn(batch, seqlen, heads_k, head_dim, generator=generator)
@@ -55,11 +55,11 @@ def assert_within_budget(
 ) -> None:
     """Fail when `out` is further from the float64 result than the error budget allows.
 
-    The budget is twice the largest error of the PyTorch reference in out's own dtype, or, where
-    that happens to be tiny, what arithmetic cannot avoid: one rounding to the dtype and five in
+    The budget is twice the largest error of the PyTorch reference in out's own dtype. If that is
+    tiny by chance, the budget is the unavoidable error: one rounding to the dtype and five in
     float32 (cosine, sine, two products, a sum), each half an ulp of the largest value.
-    `extra_ulps` allows units in the last place of the dtype on top, for a documented defect;
-    `noise` an absolute error, for terms that cancel.
+    `extra_ulps` adds units in the last place of the dtype, for a documented defect; `noise` adds an
+    absolute error, for terms that cancel.
     """
     assert out.shape == exact.shape and out.dtype == same_dtype.dtype, (
         f"{name}: {tuple(out.shape)} {out.dtype}, expected {tuple(exact.shape)} {same_dtype.dtype}"

@@ -1,4 +1,4 @@
-"""Attention over a sequence that ranks share: from the public function to a strategy."""
+"""Attention over a sequence that ranks share: the public function, which calls a strategy."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def rope_attention(
     backend: str | None = None,
     keys_stored: bool = False,
 ) -> Tensor | Any:
-    """`extrope_kernels.rope_attention` of a sequence whose tokens are spread over ranks.
+    """Attend over a sequence whose tokens are spread over ranks, as `rope_attention` does.
 
-    Every rank of the mesh calls it alike, with its own tokens; out and gradients are those of one
-    device, to rounding.
+    Every rank of the mesh makes the same call with its own tokens. out and gradients are those of
+    one device, to rounding.
 
     q, k, v: (batch, seqlen / P, heads, head_dim), the tokens that `shard` gives this rank. With
         cu_seqlens all are (total / P, heads, head_dim).
@@ -56,12 +56,12 @@ def rope_attention(
         divisor of k's.
     balance: "zigzag" or None, as the tokens were cut, see `local_positions`.
     sinks: whole on every rank. Their gradient is that of this rank's rows (with "ulysses" of its
-        heads): the ranks' sum is the gradient, as for any parameter.
+        heads): sum it over the ranks, as for any parameter.
     query_scale: of this rank's tokens.
-    cu_seqlens: (sequences + 1,) int32 or int64, of the whole: its values are waited for. Not with
-        "ring", nor with torch.compile.
-    return_lse: the log-sum-exp too, of this rank's queries; differentiable.
-    Everything else as on one device; there are no q_start and k_start.
+    cu_seqlens: (sequences + 1,) int32 or int64, of the whole sequence; the host waits for its
+        values. Not with "ring", nor with torch.compile.
+    return_lse: return the log-sum-exp of this rank's queries too; differentiable.
+    Everything else is as on one device; there are no q_start and k_start.
 
     Returns: out (batch, seqlen / P, heads_q, head_dim), and lse (batch, heads_q, seqlen / P).
         Differentiable once, in q, k, v and sinks.
@@ -111,7 +111,7 @@ def rope_attention(
 
 
 def _check(op: str, q: Tensor, k: Tensor, call: attention.AttentionCall, balance: Balance) -> None:
-    """Refuse what is right on one device only."""
+    """Refuse arguments that only one device can take."""
     for name in ("inv_freq", "log_decay", "query_scale", "pair_maps"):
         value = getattr(call, name)
         if value is not None and value.requires_grad:
@@ -145,7 +145,7 @@ def _boundaries(op: str, cu_seqlens: Tensor, total: int, strategy: Strategy) -> 
 
 
 class _OfKeys(torch.autograd.Function):
-    """The strategies that send keys: `gather` and `ring`."""
+    """Attention by a strategy that sends keys: `gather` or `ring`."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""How a call over ranks is cut: heads, runs of tokens, blocks of queries with the keys they see."""
+"""Cut a call over ranks into heads, runs of tokens, and blocks of queries with their keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTS = 8
 
 
 class Plan(NamedTuple):
-    """All of a call over ranks but q, k, v and sinks."""
+    """The arguments of a call over ranks, except q, k, v and sinks."""
 
     op: str  # the name that errors begin with
     call: AttentionCall
@@ -27,35 +27,35 @@ class Plan(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Tokens that follow one another: the row of the first on a rank, and their positions.
+    """Consecutive tokens: the row of the first on a rank, and their positions.
 
-    No slice: torch.compile takes the bounds of one that an object holds for constants.
+    It is no slice: torch.compile would take the bounds of a slice in an object for constants.
     """
 
     row: int
     start: int
-    stop: int  # behind the last
+    stop: int  # past the last
 
     @property
     def rows(self) -> slice:
-        """Where a rank has them."""
+        """The rows of these tokens on a rank."""
         return slice(self.row, self.row + self.stop - self.start)
 
     def is_same(self, other: Run) -> bool:
-        """Not by ==, for which torch.compile of PyTorch 2.11 takes lengths for constants."""
+        """Compare without ==, which makes PyTorch 2.11's compiler take lengths for constants."""
         return self.start == other.start and self.stop == other.stop
 
     def within(self, start: int, stop: int) -> Run:
-        """Its tokens at the positions start to stop; there may be none."""
+        """Return the tokens at the positions start to stop; there may be none."""
         start = min(max(start, self.start), self.stop)
         stop = max(min(stop, self.stop), start)
         return Run(self.row + start - self.start, start, stop)
 
 
 class Block(NamedTuple):
-    """A run of queries, and the keys of all ranks that it sees, up to its own last.
+    """A run of queries and the keys of all ranks that it sees, up to its own last token.
 
-    Tensors are (batch, seqlen, ...), or packed (total, ...). A packed block is either queries of
+    Tensors are (batch, seqlen, ...), or packed (total, ...). A packed block holds either queries of
     one sequence, for a call with a batch of one, or sequences from their beginnings on.
     """
 
@@ -63,23 +63,23 @@ class Block(NamedTuple):
     first_key: int = 0
     packed: bool = False
     cu_seqlens: Tensor | None = None  # of the sequences that begin in the block
-    sequences: slice | None = None  # of all packed ones
+    sequences: slice | None = None  # among all packed sequences
 
     def queries(self, x: Tensor) -> Tensor:
-        """The view of the block's queries, for a call."""
+        """Return a view of the block's queries, for a call."""
         return self._cut(x, self.run.rows)
 
     def keys(self, x: Tensor) -> Tensor:
-        """The view of its keys, of all ranks' keys."""
+        """Return a view of the block's keys in all ranks' keys."""
         return self._cut(x, slice(self.first_key, self.run.stop))
 
     def lse(self, x: Tensor) -> Tensor:
-        """The view of its queries' log-sum-exp (batch, heads, seqlen), packed (heads, total)."""
+        """Return a view of its log-sum-exp (batch, heads, seqlen), packed (heads, total)."""
         rows = x[..., self.run.rows]
         return rows.unsqueeze(0) if self._of_one else rows
 
     def call(self, call: AttentionCall, heads: slice) -> AttentionCall:
-        """The call of the block's queries, of these heads."""
+        """Return the call for the block's queries and these heads."""
         inv_freq, scale, sinks = call.inv_freq, call.query_scale, call.sinks
         if self.sequences is not None and inv_freq.dim() > 1 and inv_freq.shape[0] > 1:
             inv_freq = inv_freq[self.sequences]
@@ -101,7 +101,7 @@ class Block(NamedTuple):
 
 
 def parts_of(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
-    """All heads in PARTS parts, or one by one: heads of queries and the heads of keys they see."""
+    """Split heads into PARTS parts, or one by one: heads of queries, and those of their keys."""
     heads, group = k.shape[-2], q.shape[-2] // k.shape[-2]
     size = -(-heads // PARTS)
     parts = [slice(n, min(n + size, heads)) for n in range(0, heads, size)]
@@ -109,14 +109,14 @@ def parts_of(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
 
 
 def runs(tokens: int, group: Group, balance: Balance) -> list[Run]:
-    """The runs of a rank that holds so many tokens."""
+    """Return the runs of a rank that holds `tokens` tokens."""
     mine = chunks(group, balance)
     size = tokens // len(mine)
     return [Run(n * size, c * size, (c + 1) * size) for n, c in enumerate(mine)]
 
 
 def blocks_of(plan: Plan, q: Tensor) -> list[Block]:
-    """A rank's queries with the keys they see."""
+    """Return a rank's queries with the keys they see."""
     found = []
     for run in runs(q.shape[-3], plan.group, plan.balance):
         if plan.boundaries is None:
@@ -127,7 +127,7 @@ def blocks_of(plan: Plan, q: Tensor) -> list[Block]:
 
 
 def _packed(run: Run, boundaries: list[int], device: torch.device) -> list[Block]:
-    """The queries of a run: those of the sequence that began before, and the others."""
+    """Return a run's blocks: queries of a sequence that began before the run, then the others."""
     begun = sum(first < run.start for first in boundaries[:-1])
     reached = sum(first < run.stop for first in boundaries[:-1])
     middle = min(boundaries[begun], run.stop)
@@ -144,10 +144,10 @@ def _packed(run: Run, boundaries: list[int], device: torch.device) -> list[Block
 
 
 def joined(k: Tensor, v: Tensor) -> Tensor:
-    """Keys and values in one tensor for collectives: (seqlen, batch, heads_k, dims of both)."""
+    """Join keys and values into one tensor to send: (seqlen, batch, heads_k, dims of both)."""
     return torch.cat([k, v], -1).movedim(-3, 0).contiguous()
 
 
 def apart(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The views of `joined` rows that are keys and values, with the dimensions of k and v."""
+    """Return views of the keys and values in `joined` rows, with the dimensions of k and v."""
     return rows.movedim(0, -3).split([k.shape[-1], v.shape[-1]], -1)

@@ -1,6 +1,6 @@
-"""PyTorch's functional collectives, by the names of groups: torch.compile traces them.
+"""PyTorch's functional collectives, by group name: torch.compile traces them.
 
-Those that `start_` something return at once; their result may be read after `wait`. They take
+The functions that begin with `start_` return at once; read their result after `wait`. They take
 contiguous tensors.
 """
 
@@ -15,7 +15,7 @@ _ops = torch.ops._c10d_functional
 
 
 class Group(NamedTuple):
-    """A process group as collectives name it, and this rank's place in it."""
+    """A process group by the collectives' name for it, and this rank's place in it."""
 
     name: str
     size: int
@@ -27,23 +27,23 @@ def wait(x: Tensor) -> Tensor:
 
 
 def start_gather(rows: Tensor, group: Group) -> Tensor:
-    """(n, ...) of every rank as (size * n, ...), in the ranks' order."""
+    """Gather (n, ...) of every rank as (size * n, ...), in the ranks' order."""
     return _ops.all_gather_into_tensor(rows, group.size, group.name)
 
 
 def start_scatter_sum(rows: Tensor, group: Group) -> Tensor:
-    """This rank's (n, ...) of the sum over all ranks' (size * n, ...)."""
+    """Sum all ranks' (size * n, ...), and return this rank's (n, ...) of it."""
     return _ops.reduce_scatter_tensor(rows, "sum", group.size, group.name)
 
 
 def start_exchange(rows: Tensor, group: Group) -> Tensor:
-    """The n rows for this rank of every rank's (size * n, ...), in the ranks' order."""
+    """Exchange rows: n rows for this rank from every rank's (size * n, ...), in their order."""
     even = [rows.shape[0] // group.size] * group.size
     return _ops.all_to_all_single(rows, even, even, group.name)
 
 
 def start_shift(rows: Tensor, group: Group) -> Tensor:
-    """Send rows to the next rank of the ring; the result is what the rank before sends."""
+    """Send rows to the next rank of the ring; return those of the rank before."""
     before, after = (group.rank - 1) % group.size, (group.rank + 1) % group.size
     received = [rows.shape[0] if n == before else 0 for n in range(group.size)]
     sent = [rows.shape[0] if n == after else 0 for n in range(group.size)]
@@ -51,7 +51,7 @@ def start_shift(rows: Tensor, group: Group) -> Tensor:
 
 
 def gathered(rows: Tensor, group: Group) -> Tensor:
-    """`start_gather`, waited for and differentiable: gradients of all ranks are summed."""
+    """Gather as `start_gather`, wait, and differentiate: gradients of all ranks are summed."""
     return rows if group.size == 1 else _Gathered.apply(rows, group)
 
 

@@ -1,9 +1,9 @@
-"""Sharding rules, by which DTensors go into the ops of the rotation and of attention.
+"""Sharding rules for DTensors in the ops of the rotation and of attention.
 
-A rule lists, for one dimension of a mesh, what an op's arguments may be sharded by so that every
-rank computes its own part; DTensor takes the cheapest. Batch and heads, and for the rotation the
-sequence, where every token's own position is given. Attention over a sharded sequence is what the
-functions of this package are for.
+A rule lists, for one dimension of a mesh, the shardings of an op's arguments under which every
+rank computes its own part; DTensor takes the cheapest. They shard batch and heads, and for the
+rotation the sequence, if every token's own position is given. For attention over a sharded
+sequence use the functions of this package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.tensor.experimental import register_sharding
 
 from ..ops._shared.library import ops
 
-# Of the first arguments of an op: which are rows of tokens, and of their log-sum-exps.
+# Which of an op's first arguments are rows of tokens, and which are log-sum-exps.
 _ROWS = {
     **{"rope_fwd": 2, "rope_bwd": 4, "attention_fwd": 3, "attention_bwd": 7},
     **{"rope_norm_fwd": 2, "rope_norm_bwd": 4},
@@ -32,7 +32,7 @@ Placements = list[Any]
 
 
 def register() -> None:
-    """Tell DTensor the rules of all ops, whatever runs them."""
+    """Register the rules of all ops, for every backend."""
     for name in _ROWS:
         suffixes = ("", "_triton", "_flash_attn") if "attention" in name else ("", "_triton")
         overloads = [getattr(ops, name + suffix).default for suffix in suffixes]
@@ -64,37 +64,37 @@ def _rule(name: str) -> Callable[..., list[tuple[Placements, Placements]]]:
 
 
 def _whole(args: tuple[Any, ...]) -> Placements:
-    """Every tensor on every rank; numbers are None."""
+    """Replicate every tensor; numbers are None."""
     return [Replicate() if hasattr(x, "ndim") else None for x in args]
 
 
 def _dim(what: str, rows: Any) -> int:
-    """Of (batch, seqlen, heads, head_dim) or, packed, (total, heads, head_dim)."""
+    """Return a dim of (batch, seqlen, heads, head_dim) or, packed, (total, heads, head_dim)."""
     return rows.ndim - 2 if what == "heads" else {"batch": 0, "sequence": 1}[what]
 
 
 def _of_numbers(what: str, rows: Any) -> int:
-    """Of (batch, heads, seqlen) or, packed, (heads, total)."""
+    """Return a dim of (batch, heads, seqlen) or, packed, (heads, total)."""
     return rows.ndim - 3 if what == "heads" else 0
 
 
 def _divides(what: str, rows: tuple[Any, ...]) -> bool:
-    """Whether heads can be cut so that those of queries stay with those of their keys."""
+    """Return True if heads can be cut so that queries stay with their keys."""
     if what != "heads":
         return True
-    heads = [x.shape[-2] for x in rows if x is not None]  # of log-sum-exps, too
+    heads = [x.shape[-2] for x in rows if x is not None]  # log-sum-exps have them there too
     sizes = list(rows[0].mesh.shape)
     for count in range(1, len(sizes) + 1):
         for some in itertools.combinations(sizes, count):
             ranks = math.prod(some)
-            # DTensor itself does not cut fewer heads than there are ranks.
+            # DTensor itself never cuts fewer heads than there are ranks.
             if any(n % ranks and n >= ranks for n in heads):
                 return False
     return True
 
 
 def _rope_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Placements | None:
-    """inv_freq, positions, cu_seqlens, log_decay and axes, as far as they are given."""
+    """Place inv_freq, positions, cu_seqlens, log_decay and axes, as far as they are given."""
     inv_freq, positions, cu_seqlens, *_ = (*args, None, None)
     q, packed = rows[0], rows[0].ndim == 3
     if what != "heads" and (packed or cu_seqlens is not None):
@@ -110,7 +110,7 @@ def _rope_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Place
         if positions is not None:
             by_token = positions.ndim == 1 and positions.shape[0] == q.shape[1]
             if positions.ndim == 1 and 1 < q.shape[1] < positions.shape[0]:
-                return None  # of as many sequences as tokens a rank would read them token by token
+                return None  # as many sequences as tokens: a rank would read them by token
             dim = 1 if positions.ndim == 3 else 0
             if not by_token and positions.shape[dim] > 1:
                 found[1] = Shard(dim)
@@ -122,7 +122,7 @@ def _rope_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Place
 
 
 def _norm_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Placements | None:
-    """The weights of q and k, which a norm over all heads keeps together, then `_rope_args`."""
+    """Place the norm weights of q and k, whole for a norm over all heads, then `_rope_args`."""
     weights, rest = args[:2], _rope_args(what, rows, args[2:])
     over_heads = any(x is not None and x.shape[0] != rows[0].shape[-1] for x in weights)
     if rest is None or (what == "heads" and over_heads):
@@ -131,7 +131,7 @@ def _norm_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Place
 
 
 def _attention_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Placements | None:
-    """inv_freq, cu_seqlens, log_decay, sinks, query_scale, pair_maps, starts, as far as given."""
+    """Place inv_freq, cu_seqlens, log_decay, sinks, query_scale, pair_maps, starts, if given."""
     if what == "sequence" or (what == "batch" and rows[0].ndim == 3):
         return None
     found = _whole(args)

@@ -1,7 +1,7 @@
 """Context parallelism by gathering keys and values, some heads at a time.
 
 A rank's queries see a prefix of the sequence, or two in zigzag: an ordinary call for each. The next
-heads are under way while those before are attended to. The backward gathers them again.
+heads are sent while the heads before are attended to. The backward gathers them again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .layout import by_rank, in_order
 
 
 def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out and lse of this rank's queries, from its own tokens of q, k and v."""
+    """Return out and lse of this rank's queries, from its own tokens of q, k and v."""
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=wide)
@@ -48,7 +48,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of this rank's tokens; those of all blocks and ranks are rounded once."""
+    """Return dq, dk and dv of this rank's tokens; sums over blocks and ranks are rounded once."""
     dq, sums = torch.empty_like(q), []
     call = plan.call._replace(float32_results=True)
     blocks = blocks_of(plan, q)
@@ -79,7 +79,7 @@ def backward(
 
 
 def _of_all(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some heads of queries, and the `joined` keys and values of all ranks that these heads see."""
+    """Return some heads of queries, and the `joined` keys and values of all ranks they see."""
     parts = parts_of(q, k)
 
     def start(heads: slice) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which tokens of a sequence a rank holds, and how to cut a tensor so and join it again."""
+"""The tokens of a sequence that a rank holds: cut a tensor so, and join it again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Balance: TypeAlias = Literal["zigzag"] | None
 
 
 def group_of(op: str, mesh: Mesh) -> Group:
-    """The ranks that share a sequence."""
+    """Return the ranks that share a sequence."""
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
             raise ValueError(f"{op}: mesh must have 1 dimension, got {mesh.ndim}")
@@ -40,13 +40,13 @@ def local_positions(
     balance: Balance = "zigzag",
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The positions of this rank's tokens, (seqlen / P,) int64, P being the number of ranks.
+    """Return the positions of this rank's tokens, (seqlen / P,) int64, for P ranks.
 
     seqlen: of the whole sequence, a multiple of 2 P (of P without balance).
     mesh: DeviceMesh of one dimension, or a ProcessGroup: the ranks that share the sequence.
     balance: "zigzag" cuts the sequence into 2 P chunks and gives rank r those numbered r and
-        2 P - 1 - r, so that causal attention costs all ranks the same; it is the order of torch's
-        head-tail load balancer. None gives every rank one run of tokens.
+        2 P - 1 - r: causal attention then costs all ranks the same. torch's head-tail load
+        balancer has the same order. None gives every rank one run of tokens.
     device: of the result, by default the CPU.
 
     Raises: ValueError or TypeError that names the argument.
@@ -60,12 +60,12 @@ def local_positions(
 
 
 def shard(x: Tensor, mesh: Mesh, *, dim: int = 1, balance: Balance = "zigzag") -> Tensor:
-    """This rank's part of a tensor that every rank has whole: its tokens along `dim`.
+    """Cut this rank's tokens along `dim` out of a tensor that every rank has whole.
 
-    x: (..., seqlen, ...) with the sequence at `dim`; of any dtype. Shift labels before.
+    x: (..., seqlen, ...) with the sequence at `dim`; any dtype. Shift labels before.
     mesh, balance: as in `local_positions`.
 
-    Returns: x with seqlen / P tokens, a copy with balance, else a view. Differentiable.
+    Returns: x with seqlen / P tokens: a copy with balance, else a view. Differentiable.
     Raises: ValueError or TypeError that names the argument.
     """
     check_balance("shard", balance)
@@ -77,13 +77,13 @@ def shard(x: Tensor, mesh: Mesh, *, dim: int = 1, balance: Balance = "zigzag") -
 
 
 def unshard(x: Tensor, mesh: Mesh, *, dim: int = 1, balance: Balance = "zigzag") -> Tensor:
-    """The whole tensor on every rank, from the parts that `shard` gave them.
+    """Join the parts that `shard` gave the ranks into the whole tensor, on every rank.
 
-    x: this rank's part; of one shape on all ranks.
-    dim, mesh, balance: as they were given to `shard`.
+    x: this rank's part, of one shape on all ranks.
+    dim, mesh, balance: as given to `shard`.
 
-    Returns: the tokens of all ranks in order. Differentiable; what the ranks' losses add to the
-        gradient of a token is summed.
+    Returns: the tokens of all ranks in order. Differentiable: the gradients of all ranks' losses
+        are summed.
     Raises: ValueError or TypeError that names the argument.
     """
     check_balance("unshard", balance)
@@ -98,12 +98,12 @@ def unshard(x: Tensor, mesh: Mesh, *, dim: int = 1, balance: Balance = "zigzag")
 
 
 def chunks(group: Group, balance: Balance) -> list[int]:
-    """The numbers of the chunks that the rank holds, of the P (balanced 2 P) of the sequence."""
+    """Number the rank's chunks, among the sequence's P (with balance 2 P)."""
     return [group.rank] if balance is None else [group.rank, 2 * group.size - 1 - group.rank]
 
 
 def in_order(rows: Tensor, group: Group, balance: Balance) -> Tensor:
-    """Sort rows (size * n, ...), one rank's after the other's, by their positions."""
+    """Sort rows (size * n, ...), which come rank by rank, by their positions."""
     if balance is None or group.size == 1:
         return rows
     parts = rows.chunk(2 * group.size)
@@ -111,7 +111,7 @@ def in_order(rows: Tensor, group: Group, balance: Balance) -> Tensor:
 
 
 def by_rank(rows: Tensor, group: Group, balance: Balance) -> Tensor:
-    """The inverse of `in_order`."""
+    """Invert `in_order`."""
     if balance is None or group.size == 1:
         return rows
     parts = rows.chunk(2 * group.size)
@@ -119,7 +119,7 @@ def by_rank(rows: Tensor, group: Group, balance: Balance) -> Tensor:
 
 
 def _length(op: str, x: Tensor, dim: int) -> int:
-    """The sequence's length in x."""
+    """Return the sequence's length in x."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}")
     if isinstance(dim, bool) or not isinstance(dim, int):

@@ -1,4 +1,4 @@
-"""PermuteFormer's linear attention over a sequence that ranks share: they exchange states alone."""
+"""PermuteFormer's linear attention over a sequence that ranks share: they exchange only states."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def permuteformer_attention(
     positions: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """`extrope_kernels.permuteformer_attention` of a sequence whose tokens are spread over ranks.
+    """Attend over a sequence spread over ranks, as `extrope_kernels.permuteformer_attention` does.
 
-    Each rank gathers the states that the others' tokens leave, (heads, head_dim, head_dim_v) each,
-    whatever the length: no keys are sent. Arithmetic is in float32, and a rank's keys, queries and
-    values are copied to it.
+    Each rank gathers the states that the others' tokens leave, (heads, head_dim, head_dim_v) each
+    at any length: no keys are sent. Arithmetic is in float32; a rank's queries, keys and values are
+    copied to float32.
 
     q, k, v: (batch, seqlen / P, heads, head_dim), one run of tokens a rank, as `shard` gives with
         balance=None; v of less than 256 dimensions.
@@ -70,9 +70,9 @@ def permuteformer_attention(
 def _of_others(
     state: Tensor, tokens: int, decay: Tensor | None, group: Group, causal: bool
 ) -> Tensor:
-    """The state that the tokens of ranks before this one leave, or, not causal, of all others."""
+    """Sum the states of the ranks before this one or, if not causal, of all others."""
     states = gathered(state[None].contiguous(), group)
-    # The others are left out, not multiplied by 0: what they hold may not be finite.
+    # The others are left out, not multiplied by 0: they may hold NaN or infinity.
     earlier, later = states[: group.rank], states[group.rank + 1 :]
     if decay is None:
         return earlier.sum(0) if causal else earlier.sum(0) + later.sum(0)

@@ -1,9 +1,9 @@
-"""Context parallelism in a ring: keys and values go round, the next ones while these are used.
+"""Context parallelism in a ring: the next keys and values travel while these are used.
 
-Every rank merges what its queries see of each other's keys, exactly; the backward of a block takes
-the log-sum-exp of all, and gradients of keys go round with the keys. Blocks give float32, which is
-summed and rounded once, so that 16-bit results are as near as those of one device. A few heads go
-round after the others: what is under way, and what is summed in float32, is of those alone.
+Every rank merges the results over each other rank's keys, exactly. The backward of a block takes
+the log-sum-exp over all keys, and gradients of keys travel with the keys. Blocks give float32,
+which is summed and rounded once: 16-bit results are as near as those of one device. A few heads
+travel at a time: only those are held twice and summed in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .collectives import start_shift, wait
 
 
 def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out and lse of this rank's queries, from its own tokens of q, k and v; not packed."""
+    """Return out and lse of this rank's queries, from its own tokens of q, k and v; not packed."""
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
@@ -40,7 +40,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of this rank's tokens."""
+    """Return dq, dk and dv of this rank's tokens."""
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     for heads, of_keys in parts_of(q, k):
         keys, values = k[:, :, of_keys], v[:, :, of_keys]
@@ -103,7 +103,7 @@ def _backward_of_heads(
     """Write dq; return the gradient of these keys and values, `joined`."""
     so_far = dq if dq.dtype == lse.dtype else torch.empty_like(dq, dtype=lse.dtype)
     so_far.zero_()
-    # The sum of the ranks before, for the keys that are here, goes with them, a step behind.
+    # The gradients that earlier ranks summed for the present keys travel a step behind them.
     shape = (k.shape[1], k.shape[0], k.shape[2], k.shape[3] + v.shape[3])
     going = k.new_zeros(shape, dtype=lse.dtype)
     for step, keys, values in _round(plan, k, v):
@@ -116,11 +116,11 @@ def _backward_of_heads(
                 values[:, there.rows],
                 out[:, here.rows],
                 lse[..., here.rows].contiguous(),
-                _call_of(plan, here, there, sinks=False),  # lse has them
+                _call_of(plan, here, there, sinks=False),  # lse includes them
                 plan.backend,
             )
             so_far[:, here.rows] += found[0]
-            going = wait(going)  # has come while the first pair was computed
+            going = wait(going)  # it came while the first pair was computed
             dkeys, dvalues = apart(going, k, v)
             dkeys[:, there.rows] += found[1]
             dvalues[:, there.rows] += found[2]
@@ -132,9 +132,9 @@ def _backward_of_heads(
 
 
 def _round(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The keys and values of one rank after the other, this rank's first, by step.
+    """Yield the keys and values of one rank after the other, this rank's first, step by step.
 
-    The next ones are under way meanwhile; those before have been let go, so that two are held.
+    The next ones travel meanwhile, and those before have been freed: two are held.
     """
     coming = joined(k, v)
     for step in range(plan.group.size):
@@ -145,9 +145,9 @@ def _round(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor, Tens
 
 
 def _pairs(plan: Plan, step: int, tokens: int) -> Iterator[tuple[Run, Run]]:
-    """This rank's queries with the keys that are here in a step, run by run: those that meet.
+    """Pair this rank's queries with a step's keys, run by run, where queries see keys.
 
-    A run with itself comes first: that has a key for every query, and the sinks.
+    A run paired with itself comes first: it has a key for every query, and the sinks.
     """
     group, call = plan.group, plan.call
     source = group._replace(rank=(group.rank - step) % group.size)
@@ -162,7 +162,7 @@ def _pairs(plan: Plan, step: int, tokens: int) -> Iterator[tuple[Run, Run]]:
 
 
 def _call_of(plan: Plan, here: Run, there: Run, sinks: bool) -> AttentionCall:
-    """The call of a run of queries over a run of keys."""
+    """Return the call of a run of queries over a run of keys."""
     call, scale = plan.call, plan.call.query_scale
     device = call.inv_freq.device
     q_start, k_start = (

@@ -17,7 +17,7 @@ from .layout import Balance, by_rank, in_order
 
 
 def check_heads(op: str, heads_q: int, heads_k: int, group: Group) -> None:
-    """Every rank needs heads of queries, and with few key heads a whole one of keys."""
+    """Check that every rank gets heads of queries, and at least one whole head of keys."""
     if heads_q % group.size:
         raise ValueError(
             f"{op}: q's heads must be a multiple of the {group.size} ranks that exchange them, "
@@ -33,7 +33,7 @@ def check_heads(op: str, heads_q: int, heads_k: int, group: Group) -> None:
 def attend(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """out and lse of this rank's queries, from its own tokens of q, k and v. Differentiable."""
+    """Return out and lse of this rank's queries, from its tokens of q, k and v. Differentiable."""
     call, group, balance = plan.call, plan.group, plan.balance
     sinks, scale = call.sinks, call.query_scale
     if sinks is not None:
@@ -51,19 +51,19 @@ def attend(
 
 
 def _to_heads(x: Tensor, group: Group, balance: Balance) -> Tensor:
-    """This rank's heads of all tokens (batch, seqlen, heads, head_dim); packed without batch."""
+    """Return this rank's heads of all tokens (batch, seqlen, heads, head_dim); packed, no batch."""
     if x.shape[-2] < group.size:
         x = x.repeat_interleave(group.size // x.shape[-2], -2)
     return _Exchange.apply(x, group, balance, True)
 
 
 class _Exchange(torch.autograd.Function):
-    """Tokens for heads, or heads for tokens: each is the other's backward."""
+    """Exchange tokens for heads, or heads for tokens: each is the other's backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, balance: Balance, to_heads: bool) -> Tensor:
         ctx.group, ctx.balance, ctx.to_heads = group, balance, to_heads
-        if to_heads:  # rank by rank the heads that it will have
+        if to_heads:  # rank by rank, the heads that it will have
             rows = x.unflatten(-2, (group.size, -1)).movedim((-3, -4), (0, 1)).flatten(0, 1)
             rows = wait(start_exchange(rows.contiguous(), group))
             return in_order(rows, group, balance).movedim(0, -3)

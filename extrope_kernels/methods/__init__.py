@@ -1,15 +1,16 @@
 """Frequency methods: pure functions from a rotary dimension to `RopeFreqs`.
 
-Every function takes `dim`, the rotary dimension, and all else by keyword; `METHODS` names them all.
-Others, `WRAPPERS`, change the `RopeFreqs` of any method.
-The tables are computed on the CPU with the authors' own float32 operations, in their order,
-so they have the bits that the authors' code gives on the same machine (torch's pow and exp may
-differ in the last one between CPU families). `RopeFreqs.to` moves them to a device.
+Every function takes `dim`, the rotary dimension, and all else by keyword. `METHODS` names them all;
+the functions in `WRAPPERS` change the `RopeFreqs` of any method.
+
+The tables are computed on the CPU with the authors' own float32 operations, in their order. They
+have the bits of the authors' code on the same machine: torch's pow and exp may differ in the last
+bit between CPU families. `RopeFreqs.to` moves them to a device.
 """
 
 from collections.abc import Callable
 
-# "as" exports them to type checkers, which do not see what __all__ gets from the table.
+# "as" exports them to type checkers, which cannot read __all__ from the table.
 from .abf import abf as abf
 from .axial import axial as axial
 from .base import RopeFreqs
@@ -59,7 +60,7 @@ METHODS: dict[str, Callable[..., RopeFreqs]] = {
         nope,
     )
 }
-# What changes the frequencies of any method.
+# These change the frequencies of any method.
 WRAPPERS: dict[str, Callable[..., RopeFreqs]] = {
     wrapper.__name__: wrapper for wrapper in (with_sections, resonance, ms_poe)
 }

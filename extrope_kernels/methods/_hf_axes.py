@@ -1,6 +1,6 @@
-"""What a transformers model does with positions of several axes, by its model_type.
+"""Layouts of positions with several axes, by a transformers model's model_type.
 
-Its configuration does not say: the layouts are in the code of the models.
+Configurations do not say them: they stand in the models' code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .axial import axial
 from .base import RopeFreqs
 from .sections import with_sections
 
-# Models whose axes take turns, whether or not their parameters say mrope_interleaved.
+# The axes of these models take turns even without mrope_interleaved in their parameters.
 _IN_TURN = (
     "cohere_compass",
     "cosmos3_edge",
@@ -25,13 +25,13 @@ _IN_TURN = (
     "qwen3_vl",
     "qwen4_exp",
 )
-# Models whose patches have two axes though their rope type is the default.
+# Patches of these models have two axes, although their rope type is the default.
 _AXIAL_BY_DEFAULT = ("llama4_vision_model", "pixtral")
 _SHARED_LADDER = ("pixtral",)
 _THREE_AXES = ("minimax_m3_vl_vision",)
 _COLUMN_FIRST = ("inkling2_vision", "kimi_k25_vision", "llama4_vision_model", "step3p5_vision")
 _PAIR_BY_PAIR = ("kimi_k25_vision",)  # the axes take turns
-# Rotations that no RopeFreqs stands for, and why.
+# Rotations that RopeFreqs cannot express, and why.
 _REFUSED = {
     "gemma4_vision": "it pairs dims within the half of a head that an axis has: rotate x[..., :d/2]"
     " and x[..., d/2:] each by rope(d/2) and the positions of its axis",
@@ -41,7 +41,7 @@ _REFUSED = {
 
 
 def refuse_other_rotations(source: Source) -> None:
-    """Raise ValueError for a model whose rotation is another than its parameters say."""
+    """Raise ValueError if the model's code rotates otherwise than its parameters say."""
     images = source.of_config("patch_size") is not None
     if images and not source.parameters:
         raise ValueError(
@@ -53,12 +53,12 @@ def refuse_other_rotations(source: Source) -> None:
 
 
 def axial_by_default(source: Source) -> bool:
-    """Whether the default rope type stands for the rotation of patches."""
+    """Return True if the default rope type means the rotation of patches."""
     return source.model_type in _AXIAL_BY_DEFAULT
 
 
 def axial_freqs(source: Source) -> RopeFreqs:
-    """The rotation of an image's or a video's patches."""
+    """Return the frequencies for the patches of an image or a video."""
     axes = 3 if source.model_type in _THREE_AXES else 2
     if axes == 2 and source.head_dim % 4:
         raise ValueError(
@@ -76,7 +76,7 @@ def axial_freqs(source: Source) -> RopeFreqs:
 
 def with_axes(freqs: RopeFreqs, source: Source) -> RopeFreqs:
     """Give every frequency its axis where the parameters have sections (mRoPE)."""
-    if source.model_type.startswith("neomme"):  # rows and columns, which its parameters do not say
+    if source.model_type.startswith("neomme"):  # rows and columns, not named in its parameters
         pairs = len(freqs.inv_freq)
         return with_sections(freqs, [pairs - pairs // 2, pairs // 2], interleaved=True)
     sections = source.get("mrope_section")
@@ -90,7 +90,7 @@ def with_axes(freqs: RopeFreqs, source: Source) -> RopeFreqs:
 
 
 def _ernie(freqs: RopeFreqs, sections: list[int]) -> RopeFreqs:
-    """Rows and columns take turns, and time has the slowest frequencies."""
+    """Interleave rows and columns, and give time the slowest frequencies."""
     height, width, _ = sections
     if height != width:
         raise ValueError(f"{NAME}: the first two of mrope_section must be equal, got {sections}")

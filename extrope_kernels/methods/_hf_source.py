@@ -1,4 +1,4 @@
-"""A transformers configuration, as `from_hf_config` reads it: the parameters of one layer type."""
+"""The rope parameters of one layer type, read from a transformers configuration."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NAME = "from_hf_config"
 
 @dataclass(frozen=True)
 class Source:
-    """The rope parameters of one layer type, beside the configuration they belong to.
+    """Rope parameters of one layer type, with the configuration they belong to.
 
-    nested: whether the configuration has them per layer type.
+    nested: True if the configuration has them per layer type.
     """
 
     config: Any
@@ -45,14 +45,14 @@ class Source:
 
     @property
     def rope_type(self) -> str:
-        """As it is stated, or else what the class of the configuration has for its default."""
+        """The stated rope type, else the default of the configuration's class."""
         stated = self.get("rope_type") or self.get("type") or "default"
         own = self.of_config("default_rope_type")
         return own if stated == "default" and isinstance(own, str) else stated
 
     @property
     def model_type(self) -> str:
-        """The name of the model's class, "" where it has none."""
+        """The model_type, "" if there is none."""
         return self.of_config("model_type") or ""
 
     @property
@@ -84,7 +84,7 @@ class Source:
 
     @property
     def length(self) -> int:
-        """The longest sequence that the configuration is for."""
+        """The longest sequence of the configuration."""
         name = "max_position_embeddings"
         return check_length(NAME, name, self._present(name, self.of_config(name)))
 
@@ -97,20 +97,20 @@ class Source:
 
 
 def read(config: Any, layer_type: str | None) -> Source:
-    """Return what `config` says of the rotation of one layer type."""
+    """Read the rotation of one layer type from `config`."""
     parameters = _parameters(config)
     nested = _is_nested(parameters)
     if nested:
         layer_type = _choose(parameters, layer_type)
         parameters = parameters[layer_type]
     elif (length := _get(config, "original_max_position_embeddings")) is not None:
-        # Phi-3 keeps the trained length beside its rope parameters, and that one has priority.
+        # Phi-3 keeps the trained length beside its rope parameters; that one has priority.
         parameters = {**parameters, "original_max_position_embeddings": length}
     if isinstance(config, Mapping):
         config = _of_layers(config, layer_type)
     elif layer_type is not None and _get(config, "is_heterogeneous"):
-        # ValueError: layers of one type differ, most often in what the rotation does not depend on;
-        # where it does, reading the size of a head from the whole configuration raises.
+        # ValueError: layers of one type differ, most often in sizes that the rotation ignores. If
+        # head sizes differ, reading them from the whole configuration raises.
         with suppress(ValueError):
             config = config.per_layer_config[layer_type]
     return Source(config, parameters, _head_dim(config, layer_type), nested)
@@ -121,7 +121,7 @@ def _get(config: Any, name: str) -> Any:
 
 
 def _of_layers(config: Mapping[str, Any], layer_type: str | None) -> Mapping[str, Any]:
-    """A loaded config.json with what the layers of one type have of their own (Gemma 4)."""
+    """Merge the settings of one layer type into a loaded config.json (Gemma 4)."""
     own, types = config.get("per_layer_config"), config.get("layer_types")
     if layer_type is None or not own or not types:
         return config
@@ -180,12 +180,12 @@ def _head_dim(config: Any, layer_type: str | None) -> int:
 
 
 def _widths(config: Any) -> tuple[Any, Any, int]:
-    """The width of all heads together, times a number of their own; how many heads; that number."""
+    """Return the width of all heads times a multiplier, the number of heads, and the multiplier."""
     if (rate := _get(config, "memory_attention_downsample_rate")) is not None:
-        # SAM 2's videos: of its attentions the one with rotation.
+        # SAM 2's videos: only one of its attentions rotates.
         width = _get(config, "memory_attention_hidden_size")
         return width, _get(config, "memory_attention_num_attention_heads"), int(rate)
-    # Qwen2-VL's images: hidden_size is that of the text that they become.
+    # Qwen2-VL's images: hidden_size is the width of the text model.
     own = "embed_dim" if _get(config, "model_type") == "qwen2_vl_vision" else "hidden_size"
     heads = _get(config, "num_attention_heads")
     return _get(config, own), _get(config, "num_heads") if heads is None else heads, 1

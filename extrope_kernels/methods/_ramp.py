@@ -1,4 +1,4 @@
-"""What YaRN, dynamic YaRN and NTK-by-parts share: which pairs keep their frequency."""
+"""The ramp shared by YaRN, dynamic YaRN and NTK-by-parts: which pairs keep their frequency."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def index_ramp(
 def check_yarn_ramp(
     method: str, beta_fast: float, beta_slow: float, truncate: bool, ramp: str
 ) -> None:
-    """Check the ends of the ramp that `yarn_inv_freq` takes; it does so itself."""
+    """Check the ends of `yarn_inv_freq`'s ramp, as it does itself."""
     check_falling(method, "beta_fast", beta_fast, "beta_slow", beta_slow)
     check_bool(method, "truncate", truncate)
     check_choice(method, "ramp", ramp, _RAMPS)
@@ -103,7 +103,7 @@ def yarn_amplitude(
     mscale: float | None,
     mscale_all_dim: float | None,
 ) -> float:
-    """Return what q and k are multiplied by at extension `scale`."""
+    """Return the factor on q and k at extension `scale`."""
     if attention_factor is not None:
         return check_real(method, "attention_factor", attention_factor, above=0)
     for name, value in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):
@@ -121,7 +121,7 @@ def _temperature(scale: float, weight: float) -> float:
 def _by_index(
     method: str, dim: int, base: float, length: int, fast: float, slow: float, truncate: bool
 ) -> tuple[Tensor, Tensor]:
-    """Linear in the pair index, in float32: the authors' code and every released checkpoint."""
+    """Ramp by pair index, in float32, as the authors' code and every released checkpoint do."""
     keep = index_ramp(method, dim, base, length, fast, slow, truncate)
     return base_powers(dim, base), keep
 
@@ -129,7 +129,7 @@ def _by_index(
 def _by_rotations(
     method: str, dim: int, base: float, length: int, fast: float, slow: float, truncate: bool
 ) -> tuple[Tensor, Tensor]:
-    """Linear in the number of rotations, in float64: the paper's equations."""
+    """Ramp by number of rotations, in float64, as in the paper's equations."""
     powers = base ** (torch.arange(0, dim, 2, device="cpu").double() / dim)
     rotations = length / (2 * math.pi * powers)
     return powers, ((rotations - slow) / (fast - slow)).clamp(0, 1)

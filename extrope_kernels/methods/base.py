@@ -1,4 +1,4 @@
-"""`RopeFreqs`, which every method yields, and the table of powers that most methods start from."""
+"""`RopeFreqs`, the result of every method, and the table of powers that most methods start from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._checks import check_device
 
 @dataclass(frozen=True, eq=False)
 class RopeFreqs:
-    """How fast each pair of dims rotates, and its amplitude.
+    """Speed of rotation of each pair of dims, and its amplitude.
 
     inv_freq: (rotary_dim/2,) float32: radians per position of each pair; (batch, rotary_dim/2) when
         a method was given one `seq_len` per sequence; (batch or 1, heads, rotary_dim/2) where heads
@@ -21,12 +21,12 @@ class RopeFreqs:
     log_decay: (rotary_dim/2,) float32 or None. When given, q dims are multiplied by
         exp(p * log_decay) and k dims by exp(-p * log_decay) at position p (XPOS), p counted from
         decay_origin.
-    axes: (rotary_dim/2,) int32 or None. Which row of positions (axes, batch, seqlen) each pair
+    axes: (rotary_dim/2,) int32 or None. The row of positions (axes, batch, seqlen) that each pair
         takes its position from (`axial`, mRoPE: see `with_sections`).
-    decay_origin: the position at which log_decay changes nothing. Logits do not depend on it where
-        q and k share it; it has to be near enough for the amplitudes to stay within the dtype.
-    steepest_decay: the largest |log_decay|, known on the host so that an amplitude which overflows
-        is refused without waiting for the device; 0 where it is not known, and nothing is refused.
+    decay_origin: the position at which log_decay changes nothing. Logits do not depend on it if
+        q and k share it; it must be near enough to keep the amplitudes within the dtype.
+    steepest_decay: the largest |log_decay|, known on the host: an overflowing amplitude is refused
+        without waiting for the device. 0 if unknown; then nothing is refused.
     """
 
     inv_freq: Tensor
@@ -37,7 +37,7 @@ class RopeFreqs:
     steepest_decay: float = 0.0
 
     def for_keys(self) -> RopeFreqs:
-        """Return what `apply_rope` rotates keys by when they come alone: the decay negated."""
+        """Return the frequencies for keys that `apply_rope` rotates alone: the decay negated."""
         return self if self.log_decay is None else replace(self, log_decay=-self.log_decay)
 
     def to(self, device: torch.device | str | int) -> RopeFreqs:
@@ -56,7 +56,7 @@ def exponents(dim: int, device: torch.device | str = "cpu") -> Tensor:
 def base_powers(dim: int, base: float) -> Tensor:
     """Return base ** (2i / dim) for every pair i: (dim/2,) float32 on the CPU.
 
-    Always on the CPU, since another device's pow may differ in the last bit from the table that
+    Computed on the CPU always: another device's pow may differ in the last bit from the table that
     checkpoints were trained with.
     """
     return base ** exponents(dim)
@@ -73,7 +73,7 @@ def copy_to(table: Tensor, device: torch.device) -> Tensor:
 
 
 def check_freqs(function: str, freqs: RopeFreqs) -> RopeFreqs:
-    """Return the frequencies of another method, which `function` is about to change."""
+    """Check another method's frequencies before `function` changes them."""
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"{function}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
     if not isinstance(freqs.inv_freq, Tensor) or freqs.inv_freq.dim() == 0:

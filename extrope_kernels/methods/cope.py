@@ -17,7 +17,7 @@ def cope(dim: int, *, base: float = 10000.0, clip: int = 20) -> RopeFreqs:
     theta_i = base ** (-2i / dim) * (1 + cos(pi * k / (n - 1))) / 2
 
     The first of the n keeps its frequency, the last one does not rotate. The authors fade the table
-    of whichever scaling a model has; this is that of plain RoPE.
+    of the model's own scaling; this function fades plain RoPE's.
 
     dim: rotary dimension of one head, even.
     base: RoPE's base, > 1.

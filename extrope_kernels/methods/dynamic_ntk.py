@@ -24,8 +24,8 @@ def dynamic_ntk(
     alpha = factor * n / max_position_embeddings - (factor - 1),
     base' = base * alpha ** (dim / (dim - 2)),  theta_i = base' ** (-2i / dim)
 
-    A pure function of seq_len: no state is kept between calls, and up to the trained length it is
-    plain RoPE. Keys that were cached after rotation at another length do not fit.
+    A pure function of seq_len: no state is kept between calls. Up to the trained length it is plain
+    RoPE. Keys that were rotated and cached at another length do not fit.
 
     dim: rotary dimension of one head, even, at least 4.
     factor: how steeply alpha grows with the length, > 0; 1 means alpha = n / trained length.

@@ -33,18 +33,17 @@ def dynamic_yarn(
     seq_len > M: `yarn` with factor seq_len / L.  Otherwise plain RoPE with A = 1, or for a model
     fine-tuned with YaRN up to M, `yarn` with factor M / L
 
-    A pure function of seq_len: no state is kept between calls. Keys that were cached after rotation
-    at another length do not fit.
+    A pure function of seq_len: no state is kept between calls. Keys that were rotated and cached at
+    another length do not fit.
 
     dim: rotary dimension of one head, even.
     seq_len: tokens in the sequence, > 0; or an integer tensor of shape () or (batch,), whose values
-        are not read on the host. inv_freq is then (dim/2,) or (batch, dim/2) on its device. A
-        differs from sequence to sequence, which one float cannot say, so a tensor needs
-        attention_factor: give 1.0 and put A squared, (0.1 * ln(factor) + 1) ** 2, into the scale
-        of the softmax.
+        are not read on the host. inv_freq is then (dim/2,) or (batch, dim/2) on its device. One
+        float cannot hold the A of every sequence, so a tensor needs attention_factor: give 1.0
+        and put A squared, (0.1 * ln(factor) + 1) ** 2, into the scale of the softmax.
     original_max_position_embeddings: L, the trained length in tokens.
     max_position_embeddings: M, the length in tokens from which the factor grows; L if None.
-    finetuned: the model was fine-tuned with YaRN up to M, which must then be given.
+    finetuned: True if the model was fine-tuned with YaRN up to M; M must then be given.
     base, beta_fast, beta_slow, truncate, mscale, mscale_all_dim, ramp: as in `yarn`.
     attention_factor: A, > 0, used as it is at every length when given.
 

@@ -26,24 +26,24 @@ def from_hf_config(
 ) -> RopeFreqs:
     """Return the frequencies that transformers' models compute from `config`.
 
-    Read are `rope_parameters` (transformers 5) or else `rope_scaling` (transformers 4; its type
+    It reads `rope_parameters` (transformers 5) or else `rope_scaling` (transformers 4; its type
     under `rope_type` or `type`), and beside them `rope_theta`, `partial_rotary_factor`, `head_dim`
     (or `qk_rope_head_dim`, or `hidden_size` and `num_attention_heads`), `max_position_embeddings`
-    and `original_max_position_embeddings`. Models differ in whether the default type heeds
-    `partial_rotary_factor`; here every type does. `axes` are set where the parameters have
-    `mrope_section` and for the type "axial", in the order of the model that `model_type` names. Not
-    read are the pairing of the dims and DeepSeek's softmax scale.
+    and `original_max_position_embeddings`. Here every type heeds `partial_rotary_factor`; in some
+    models the default type does not. It sets `axes` for `mrope_section` and for the type "axial",
+    in the order of the model that `model_type` names. It does not read the pairing of the dims,
+    nor DeepSeek's softmax scale.
 
     config: a transformers configuration (the text configuration of a multimodal one), or a mapping
         or object with the same names, such as a loaded config.json.
     seq_len: tokens in the sequence, an int or a tensor as in `dynamic_ntk` and `longrope`, for the
         rope types that depend on it. None means within the trained length.
-    layer_type: which parameters to read, for example "full_attention", when the configuration has
-        them per layer type. Ignored when one set serves all layers.
+    layer_type: the layer type to read, for example "full_attention", if the configuration has
+        parameters per layer type. Ignored if one set serves all layers.
 
-    Raises ValueError for a rope type that is not supported, a model whose rotation is another than
-    its parameters say, a missing or impossible value, or a layer_type that is needed and absent or
-    unknown; TypeError for a value of the wrong kind.
+    Raises ValueError for an unsupported rope type, a model that rotates otherwise than its
+    parameters say, a missing or impossible value, or a missing or unknown layer_type; TypeError for
+    a value of the wrong kind.
     """
     source = read(config, layer_type)
     if seq_len is not None:
@@ -64,7 +64,7 @@ def _linear(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
 
 
 def _dynamic(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
-    if (alpha := source.get("alpha")) is not None:  # HunYuan's, which does not depend on a length
+    if (alpha := source.get("alpha")) is not None:  # HunYuan's, independent of the length
         return ntk_aware(source.dim, factor=alpha, base=source.base)
     length = source.length
     return dynamic_ntk(
@@ -86,7 +86,7 @@ def _yarn(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
         base=source.base,
         beta_fast=source.get("beta_fast") or 32.0,
         beta_slow=source.get("beta_slow") or 1.0,
-        # transformers heeds it only where one set of parameters serves all layers.
+        # transformers heeds it only if one set of parameters serves all layers.
         truncate=source.nested or bool(source.parameters.get("truncate", True)),
         attention_factor=source.get("attention_factor"),
         mscale=source.get("mscale"),

@@ -26,7 +26,7 @@ def llama3(
     (1 - t) * theta_i / factor + t * theta_i,  t = (rotations_i - low) / (high - low)
 
     dim: rotary dimension of one head, even.
-    factor: what the slow frequencies are divided by, > 0.
+    factor: divisor of the slow frequencies, > 0.
     original_max_position_embeddings: L, the trained length in tokens.
     low_freq_factor, high_freq_factor: low and high, in rotations, 0 < low < high.
     base: RoPE's base, > 1.

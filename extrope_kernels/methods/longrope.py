@@ -37,9 +37,9 @@ def longrope(
     theta_i = 1 / (lambda_i * base ** (2i / dim)),  lambda = short_factor if seq_len <= L else
     long_factor;  A = sqrt(1 + ln(s) / ln(L)) for s > 1, else 1
 
-    One set serves all positions, and A is the same for both, so it stays a float when seq_len is a
-    tensor. Keys that were cached under the other set do not fit. Not applied are the paper's
-    unchanged first positions and the dynamic blend of Microsoft's code.
+    One set serves all positions. A is the same for both, so it stays a float when seq_len is a
+    tensor. Keys that were cached under the other set do not fit. Not applied: the paper's unchanged
+    first positions, and the dynamic blend of Microsoft's code.
 
     dim: rotary dimension of one head, even.
     short_factor, long_factor: dim/2 positive numbers each, the factor of every pair. A tensor is
@@ -52,8 +52,8 @@ def longrope(
     attention_factor: A, > 0, used as it is when given.
     base: RoPE's base, > 1.
 
-    Raises ValueError for a value outside these, or when A cannot be had for want of both factor and
-    max_position_embeddings; TypeError for an argument of the wrong kind.
+    Raises ValueError for a value outside these, or if A needs factor or max_position_embeddings
+    and neither is given; TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2402.13753
     """
     dim = check_dim("longrope", dim)

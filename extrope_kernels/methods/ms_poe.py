@@ -28,19 +28,19 @@ def ms_poe(
     theta_{h,i} = theta_i / r_h,  r = min_ratio + (max_ratio - min_ratio) * n / (heads/group - 1)
     for the n-th head of the order, n = 0, 1, 2, ...
 
-    The authors order the heads of every layer by how aware of positions they are: the share of keys
+    The authors order the heads of every layer by their awareness of positions: the share of keys
     that the last query gives more than three times the average attention, greatest first. Their
-    code divides by the number of heads, so that its greatest ratio stays below max_ratio.
+    code divides by the number of heads, so its greatest ratio stays below max_ratio.
 
-    Heads of one group share a ratio, as queries must with the keys that they see. With fewer heads
-    of k than of q, rotate the two by calls of their own: `apply_rope` of k by
-    ms_poe(freqs, heads=heads_k), of q by ms_poe(freqs, heads=heads_q, group=heads_q // heads_k).
+    Heads of one group share a ratio, since queries and the keys that they see must. If k has fewer
+    heads than q, rotate them in two calls: `apply_rope` of k by ms_poe(freqs, heads=heads_k), of q
+    by ms_poe(freqs, heads=heads_q, group=heads_q // heads_k).
 
     freqs: from any method without log_decay. inv_freq becomes (1, heads, rotary_dim/2), or
         (batch, heads, rotary_dim/2) where it was (batch, rotary_dim/2).
-    heads: of the tensor to rotate, a multiple of group.
-    min_ratio, max_ratio: of the first head of the order and the last one, 0 < min_ratio <=
-        max_ratio.
+    heads: heads of the tensor to rotate, a multiple of group.
+    min_ratio, max_ratio: ratios of the first and the last head of the order,
+        0 < min_ratio <= max_ratio.
     order: the numbers of the heads, or of the groups of heads, each once, smallest ratio first;
         None for 0, 1, 2, ...
     group: adjacent heads that share a ratio.

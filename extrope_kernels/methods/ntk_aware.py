@@ -16,7 +16,7 @@ def ntk_aware(dim: int, *, factor: float, base: float = 10000.0) -> RopeFreqs:
     the trained one. The "old" form base' = base * factor is `rope` at that base.
 
     dim: rotary dimension of one head, even, at least 4.
-    factor: alpha, what the slowest frequency is divided by, > 0.
+    factor: alpha, the divisor of the slowest frequency, > 0.
     base: RoPE's base, > 1.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.

@@ -60,8 +60,8 @@ def ntk_by_parts(
     ntk_factor, extrapolation_factor: multiply the two ramps, from 0 to 1.
     beta_fast, beta_slow, truncate, ramp: as in `yarn`, for "paper".
 
-    Raises ValueError for a value outside these, or for one given to the variant that has no use for
-    it; TypeError for an argument of the wrong kind.
+    Raises ValueError for a value outside these, or for one that the variant does not use; TypeError
+    for an argument of the wrong kind.
     Source: https://github.com/jquesnelle/yarn/pull/1 ; https://arxiv.org/abs/2309.00071
     """
     dim = check_dim(_NAME, dim)

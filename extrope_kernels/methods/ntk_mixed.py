@@ -22,7 +22,7 @@ def ntk_mixed(
     exponent 0.75, and scales q by the logarithm of its position too; that scale is not applied.
 
     dim: rotary dimension of one head, even.
-    factor: k, what the slowest frequency is divided by, > 0.
+    factor: k, the divisor of the slowest frequency, > 0.
     base: RoPE's base, > 1.
     exponent: from 0 (all pairs alike) to 1 (each pair slower than the last by the same ratio).
 

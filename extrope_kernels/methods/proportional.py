@@ -15,8 +15,8 @@ def proportional(
 
     theta_i = base ** (-2i / dim) / factor for i < int(p * dim / 2), and 0 for the others
 
-    The exponent and the pairing are those of the full dimension. Partial rotary is another thing:
-    `rope(int(p * head_dim))`, which rotates the first dims of a head only.
+    The exponent and the pairing are those of the full dimension. Partial rotary is something else:
+    `rope(int(p * head_dim))` rotates only the first dims of a head.
 
     dim: rotary dimension of one head, even; the whole head for this method.
     partial_rotary_factor: p, the share of the pairs that rotate, from 0 to 1.

@@ -13,10 +13,9 @@ def resonance(freqs: RopeFreqs) -> RopeFreqs:
 
     theta'_i = 2 pi / round(2 pi / theta_i)
 
-    A pair then repeats after whole wavelengths, so that beyond the trained length the fast ones see
-    only angles that they were trained on. Not applied: the authors' cosines repeat to the bit,
-    these as far as theta' is exact in float32. Pairs that do not rotate stay so; a wavelength below
-    one token becomes one.
+    A pair then repeats after whole wavelengths: beyond the trained length the fast pairs meet only
+    angles that they were trained on. The authors' cosines repeat to the bit, these as far as theta'
+    is exact in float32. Pairs that do not rotate stay so; a wavelength below one token becomes one.
 
     freqs: from any method; its other fields stay as they are.
 

@@ -19,11 +19,11 @@ def with_sections(
     The rotation then takes positions of shape (axes, batch, seqlen), such as the position_ids of
     Qwen2-VL's and Qwen3-VL's get_rope_index.
 
-    sections: mrope_section of the model's configuration: how many frequencies each axis has, first
-        to last; they add up to rotary_dim/2.
+    sections: mrope_section of the model's configuration: the number of frequencies of each axis, in
+        order; they add up to rotary_dim/2.
     interleaved: False for consecutive sections (Qwen2-VL, Qwen2.5-VL): [2, 3, 3] is tthhhwww. True
-        for axis after axis until an axis has all of its frequencies, the first axis taking what is
-        over (Qwen3-VL, mrope_interleaved): [4, 2, 2] is thwthwtt.
+        for axis after axis until an axis has all of its frequencies; the first axis takes those
+        left (Qwen3-VL, mrope_interleaved): [4, 2, 2] is thwthwtt.
 
     Models with other orders (Ernie 4.5 VL) set `axes` of RopeFreqs themselves.
 

@@ -25,9 +25,9 @@ def xpos(
     A logit's pair i is multiplied by zeta_i ** ((m - n) / scale_base) for query m and key n: fast
     pairs decay most. Not applied: the blockwise causal mask that the authors use at inference.
 
-    The amplitude of one key is zeta_i ** ((decay_origin - n) / scale_base): with the defaults it
-    leaves float16 4,532 positions from the origin, float32 and bfloat16 36,260. The authors centre
-    the origin on the sequence; any will do that q and k share. Where none does,
+    The amplitude of one key is zeta_i ** ((decay_origin - n) / scale_base). With the defaults it
+    overflows float16 4,532 positions from the origin, float32 and bfloat16 36,260. The authors put
+    the origin into the middle of the sequence; q and k must share it. For longer sequences
     `scores.blockwise_causal` restarts positions in every block.
 
     dim: rotary dimension of one head, even.

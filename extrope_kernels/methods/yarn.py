@@ -26,9 +26,9 @@ def yarn(
     theta_i * m_i + theta_i / factor * (1 - m_i),  m_i from 1 (beta_fast rotations inside L and
     more) to 0 (beta_slow rotations and fewer);  A = 0.1 * ln(factor) + 1 for factor > 1, else 1
 
-    A multiplies q and k, so the logits by its square. DeepSeek's further softmax scale is not
-    applied. At factor 1 the frequencies equal RoPE's to one unit in the last place, since the blend
-    rounds.
+    A multiplies q and k, so its square multiplies the logits. Not applied: DeepSeek's further
+    softmax scale. At factor 1 the frequencies equal RoPE's to one unit in the last place, since the
+    blend rounds.
 
     dim: rotary dimension of one head, even.
     factor: target length / trained length, > 0.
@@ -40,7 +40,7 @@ def yarn(
     mscale, mscale_all_dim: when both are given and not 0, A = g(mscale) / g(mscale_all_dim) with
         g(k) = 0.1 * k * ln(factor) + 1; one alone is ignored, as in transformers.
     ramp: "index", linear in the pair index (the authors' code, all released checkpoints), or
-        "rotations", linear in the number of rotations (the paper), which truncate does not concern.
+        "rotations", linear in the number of rotations (the paper), where truncate has no effect.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2309.00071

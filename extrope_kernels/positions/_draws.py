@@ -1,4 +1,4 @@
-"""What the strategies share beside their formulas: whole random numbers, the copy to a device."""
+"""Shared by the strategies: random integers, and the copy of a result to a device."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def draw_below(limits: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return a number of {0, ..., limit - 1} for every limit, equally likely: int64, on the CPU.
 
-    `torch.randint` takes one limit for all, and reduces 32 random bits by it, which prefers some
-    numbers to others by up to limit / 2**32; with 62 bits that is limit / 2**62.
+    `torch.randint` takes one limit for all, and reduces 32 random bits by it: some numbers are then
+    likelier by up to limit / 2**32. With 62 bits that is limit / 2**62.
     """
     wide = torch.randint(2**62, limits.shape, generator=generator, dtype=torch.int64, device="cpu")
     return wide % limits

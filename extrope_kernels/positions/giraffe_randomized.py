@@ -23,8 +23,9 @@ def giraffe_randomized(
     t = cumsum(2 * U(0, 1)),  positions = t * seqlen / max(t_last, seqlen)
 
     The distances between tokens change, so this acts on a purely relative rotation too. The
-    positions are not whole and do not start at 0. For training, drawn once a step and shared by all
-    layers; evaluation uses plain positions. The authors report good perplexity, poor retrieval.
+    positions are not whole and do not start at 0. Draw once per training step and share the
+    positions between layers; evaluate with plain positions. The authors report good perplexity and
+    poor retrieval.
 
     batch, seqlen: sequences, and tokens in each; every sequence has its own steps.
     generator: for the steps, on the CPU.

@@ -30,10 +30,9 @@ def pose(
     with n = min(num_tokens, train_length)
 
     The distances between the pieces change, so this acts on a purely relative rotation too: it
-    meets distances up to target_length - 1 at the cost of train_length. At inference the positions
-    are plain and the frequencies those of `pi`, `ntk_aware` or `yarn` with factor target_length /
-    train_length; train with the same. Cut long documents before, if need be: the authors keep
-    5 * train_length tokens.
+    meets distances up to target_length - 1 at the cost of train_length. Train and infer with the
+    same frequencies: `pi`, `ntk_aware` or `yarn` with factor target_length / train_length. At
+    inference use plain positions. The authors cut documents to 5 * train_length tokens before.
 
     batch: documents.
     num_tokens: tokens in a document; an int, or one per document, (batch,), read on the host.

@@ -27,23 +27,23 @@ def random_padding(
 
     positions[b, t] = t + f_b for token t of n_b,  f_b ~ U{0, ..., length - n_b}
 
-    A row of the batch, padded behind, is rotated: its tokens move f_b places up and the padding
-    that falls off the end comes to the front. Rotate the batch so and let places be positions,
+    A row of the batch, padded at the end, is rolled: its tokens move f_b places up and the padding
+    that falls off the end comes to the front. Either roll the batch and let places be positions,
 
         padded = torch.empty_like(ids).scatter_(1, positions, ids)  # ids: (batch, length)
 
-    or leave the batch and its own mask as they are and give `positions` to `apply_rope`.
+    or keep the batch and its mask, and give `positions` to `apply_rope`.
 
-    Nothing but rounding changes under a rotation whose logits depend on the distance alone, if the
-    padding is masked: all tokens of a sequence move together. It matters for absolute encodings,
-    and for what depends on the absolute position (see `shape`). With `num_fixed_prefix` the
-    distances to the prefix do grow. That f is uniform is our reading; the paper has no public code.
+    All tokens of a sequence move together: under a rotation only rounding changes, if the padding
+    is masked. It matters for absolute encodings, and for parts of a model that depend on the
+    absolute position (see `shape`). With `num_fixed_prefix` the distances to the prefix do grow.
+    A uniform f is our reading: the paper has no public code.
 
     batch: sequences.
     num_tokens: n, 1 to length; an int, or one per sequence, (batch,), read on the host.
     length: places in a row, tokens and padding.
-    num_fixed_prefix: so many first tokens stay in front, 0 to n ([CLS], a question).
-    training: False for all padding behind, as at inference.
+    num_fixed_prefix: number of first tokens that stay in front, 0 to n ([CLS], a question).
+    training: False for all padding at the end, as at inference.
     generator: for f, on the CPU.
     device: of the results; None is the CPU.
 

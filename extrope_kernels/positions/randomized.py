@@ -29,7 +29,7 @@ def randomized(
 
     seqlen: tokens in a sequence.
     max_len: the range of positions, >= seqlen.
-    batch: None for one choice that all sequences share, as the authors have it; else the number of
+    batch: None for one choice that all sequences share, as in the authors' code; else the number of
         sequences, each with a choice of its own.
     generator: for the choice, on the CPU.
     device: of the result; None is the CPU.
@@ -55,11 +55,12 @@ def choose(draws: Tensor, max_len: int) -> Tensor:
 
     draws: (..., n), the one at step s uniform in {0, ..., max_len - n + s}.
 
-    Floyd takes the draws one by one; step s adds its draw or, where that was added before, its own
+    Floyd takes the draws one by one. Step s adds its draw or, if that was added before, its own
     number max_len - n + s, which no earlier step can have added. All choices are then equally
-    likely (Bentley and Floyd, CACM 30 (1987) 754). Without a loop over the steps: a draw was added
-    before if an earlier step drew it, or if it is the number of an earlier step whose own draw was
-    added before; pointers to that step, doubled until they rest, lead to the step that decides.
+    likely (Bentley and Floyd, CACM 30 (1987) 754). Here there is no loop over the steps. A draw was
+    added before if an earlier step drew it, or if it is the number of an earlier step whose own
+    draw was added before. Pointers to that step, doubled until they rest, lead to the step that
+    decides.
     """
     n = draws.shape[-1]
     steps = torch.arange(n, device=draws.device).expand_as(draws)

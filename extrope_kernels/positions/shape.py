@@ -28,14 +28,14 @@ def shape(
 
     positions[b, t] = t + k_b,  k_b ~ U{0, ..., min(max_shift, max_len - seqlen) - 1}
 
-    Nothing but rounding changes under a rotation whose logits depend on the distance alone: the
-    shift is the same for query and key and cancels. It matters for absolute encodings, and for what
-    depends on the absolute position (log-n scaling of queries, SelfExtend's and dual chunk
-    attention's groups). Draw for an encoder and a decoder separately.
+    The shift is the same for query and key and cancels: under a rotation only rounding changes. It
+    matters for absolute encodings, and for parts of a model that depend on the absolute position
+    (log-n scaling of queries, the groups of SelfExtend and dual chunk attention). Draw for an
+    encoder and a decoder separately.
 
     batch, seqlen: sequences, and tokens in each.
     max_shift: K, >= 0. K itself is never drawn, as in the authors' code; with 0 nothing is shifted.
-    max_len: positions that the model has, >= seqlen + eval_shift; None where there is no limit.
+    max_len: positions that the model has, >= seqlen + eval_shift; None for no limit.
     training: False for the shift `eval_shift` in every sequence.
     eval_shift: "zero"; "K" for max_shift, as in the authors' code; or an int >= 0.
     generator: for the shifts, on the CPU.

@@ -1,6 +1,6 @@
-"""How ops get their derivatives, and all else that PyTorch has no public function for.
+"""Derivatives of ops, and everything else that needs private functions of PyTorch.
 
-torch.library.register_autograd (of PyTorch 2.13) refuses torch.func.grad, and loses in silence the
+torch.library.register_autograd (PyTorch 2.13) refuses torch.func.grad, and silently loses the
 gradients of a torch.vmap under it and the tangents of forward mode. So Autograd kernels are
 registered by hand. No other module uses a private function of PyTorch, see
 tests/package/test_private_functions.py.
@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 Function = TypeVar("Function", bound=Callable)
 
 # -------------------------------------------------------------------------------------------------
-# What is active around a call
+# State around a call
 
 
 def in_forward_mode() -> bool:
@@ -28,14 +28,14 @@ def in_forward_mode() -> bool:
 
 
 def in_func_transform() -> bool:
-    """Say whether a transform of torch.func runs, whose tensors may have no values to read."""
+    """Return True inside a transform of torch.func, whose tensors may have no values to read."""
     return torch._C._are_functorch_transforms_active()
 
 
 def constant_when_compiled(function: Function) -> Function:
-    """Let torch.compile call the function once, rather than look into it.
+    """Let torch.compile call the function once instead of tracing it.
 
-    torch.compiler.assume_constant_result says the same, but imports torch._dynamo at once.
+    torch.compiler.assume_constant_result does the same, but imports torch._dynamo at once.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -46,25 +46,25 @@ def constant_when_compiled(function: Function) -> Function:
 
 
 def register_backward(library, op, save, backward) -> None:
-    """Make `op` differentiable: an Autograd kernel that records `backward` where it has to.
+    """Make `op` differentiable: an Autograd kernel records `backward` if a gradient is needed.
 
-    save(ctx, args, options, outputs) runs after the forward; args are the positional arguments
-    that were given, trailing defaults left out. backward(ctx, *grads) returns gradients for as
-    many of them as have one.
+    save(ctx, args, options, outputs) runs after the forward; args are the positional arguments as
+    given, without trailing defaults. backward(ctx, *grads) returns gradients for the first of
+    them, up to the last that has one.
     """
     kernel = autograd_of(op, save, backward)
     library.impl(op.name(), kernel, "Autograd", with_keyset=True)
 
 
 def autograd_of(op, save, backward):
-    """Records what its operations are: see `register_backward`.
+    """Make the autograd function of an op: see `register_backward`.
 
-    It derives from _SingleLevelFunction, which records on the one level of autograd that is
-    being dispatched; torch.func's other levels come by themselves, as for PyTorch's own ops.
+    It derives from _SingleLevelFunction, which records on the dispatched level of autograd only;
+    torch.func's other levels come by themselves, as for PyTorch's own ops.
     """
 
     class Recorded(torch.autograd.function._SingleLevelFunction):
-        # Compiled autograd asks every node for one, and only Function has it.
+        # Compiled autograd asks every node for it, and only Function has it.
         _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
         @staticmethod
@@ -96,8 +96,9 @@ def autograd_of(op, save, backward):
 
 
 def refuse_recording(library, op, message: str) -> None:
-    """Let `op`, which writes over its first two arguments, refuse tensors of a graph; and let
-    autograd notice when one that it has saved has been overwritten.
+    """Let `op`, which overwrites its first two arguments, refuse tensors of a graph.
+
+    Autograd is told of the writes, so it notices if a saved tensor was overwritten.
     """
 
     def kernel(keyset, *args, **options):
@@ -114,9 +115,9 @@ def refuse_recording(library, op, message: str) -> None:
 def refuse_backward(
     library, op, message: str, written: Callable[[tuple], tuple] = lambda args: ()
 ) -> None:
-    """Let a gradient that flows into `op` fail with the message, rather than vanish.
+    """Let a gradient that flows into `op` fail with the message instead of vanishing.
 
-    written: of its arguments those that it writes over, of which autograd is told.
+    written: the arguments that the op overwrites; autograd is told.
     """
 
     def save_nothing(ctx, args, options, outputs):
@@ -138,10 +139,9 @@ def refuse_backward(
 def call_unrecorded(
     op: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
 ) -> Any:
-    """Call an op of which no gradient is wanted, or exists, outside of torch.compile.
+    """Call an op without its Autograd kernel, if no gradient is wanted, outside of torch.compile.
 
-    Its Autograd kernel, which is left out, costs as much as rotating a token. Forward-mode
-    derivatives are refused there.
+    The Autograd kernel costs as much as rotating a token. Forward-mode derivatives are refused.
     """
     if torch.is_inference_mode_enabled() or in_forward_mode():
         return op(*args, **options)
@@ -155,7 +155,7 @@ def note_writes(*tensors: Tensor) -> None:
 
 
 def wants_grad(args: tuple[Any, ...]) -> bool:
-    """Say whether a call with these arguments is to be recorded."""
+    """Return True if a call with these arguments must be recorded."""
     if not torch.is_grad_enabled():
         return False
     for x in args:  # noqa: SIM110 (a generator takes twice as long)
@@ -170,7 +170,7 @@ def _below(op, keyset, args, options):
 
 
 def _refuse_tangents(op, args) -> None:
-    """Of forward-mode derivatives, which the kernels do not have: they would be lost in silence."""
+    """Raise for forward-mode derivatives, which the kernels lack: they would be lost silently."""
     if not in_forward_mode():
         return
     for x in args:
@@ -186,14 +186,15 @@ def _refuse_tangents(op, args) -> None:
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """Gradients come with any strides (of a sum: all zero); the kernels want contiguous rows."""
+    """Make rows contiguous for kernels: gradients come with any strides (a sum's are all zero)."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def batching_rule(op, tensors: int, is_shared: Callable[[tuple], bool]):
-    """For torch.vmap: batch dimensions of the first `tensors` arguments, (batch, seqlen, heads,
-    head_dim), are folded into batch where is_shared(rest) lets all sequences be one batch; others
-    loop.
+    """Register a rule for torch.vmap.
+
+    It folds the mapped dimensions of the first `tensors` arguments, (batch, seqlen, heads,
+    head_dim), into batch if is_shared(rest) lets all sequences be one batch; else it loops.
     """
 
     def rule(info, in_dims, *args, **options):

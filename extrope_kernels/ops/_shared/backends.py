@@ -1,4 +1,4 @@
-"""Which implementations can run here, and why the others cannot."""
+"""Backends that can run here, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .autograd import constant_when_compiled
 
 @constant_when_compiled
 def missing(backend: str, device: str | None = None) -> str | None:
-    """None when `backend` can run on `device` ("cpu", "cuda", or what is here), else the reason."""
+    """Return why `backend` cannot run on `device` ("cpu", "cuda", None for any), or None."""
     if backend in ("cpu", "cuda"):
         return _ext.load(backend)
     if backend == "triton":
@@ -23,11 +23,11 @@ def missing(backend: str, device: str | None = None) -> str | None:
     return None
 
 
-_found: set[tuple] = set()  # what require has let pass
+_found: set[tuple] = set()  # calls that `require` has let pass
 
 
 def require(op: str, backend: str, known: tuple[str, ...], device: str, why=missing) -> None:
-    """Raise when a named backend is unknown, or cannot run on tensors of `device`."""
+    """Raise if a named backend is unknown or cannot run on tensors of `device`."""
     asked = (op, backend if isinstance(backend, str) else None, device, why)
     if asked in _found:
         return
@@ -56,7 +56,7 @@ def _missing_triton(device: str) -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return "triton is not installed (pip install triton)"
-    # With a chip named, whoever gave Triton a driver for it says what a launch does.
+    # With a chip named, Triton's driver for it decides about a launch.
     elsewhere = os.environ.get("TRITON_INTERPRET") == "1" or "EXTROPE_TRITON_CHIP" in os.environ
     if device == "cpu" and not elsewhere:
         return "Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels on a CPU"

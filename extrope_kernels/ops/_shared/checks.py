@@ -1,4 +1,4 @@
-"""What several operations refuse, in the same words: tensors of heads, positions, boundaries."""
+"""Checks shared by several operations: tensors of heads, positions, boundaries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .autograd import in_func_transform
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 Result = TypeVar("Result")
-# As kernels, compiled or not, and PyTorch itself refuse.
+# The exceptions by which kernels, compiled or not, and PyTorch refuse arguments.
 REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_rows(
     op: str, name: str, x: Tensor, packed: bool, dtypes: tuple[torch.dtype, ...] = DTYPES
 ) -> None:
-    """A tensor (batch, seqlen, heads, head_dim), packed (total, heads, head_dim)."""
+    """Check a tensor (batch, seqlen, heads, head_dim), packed (total, heads, head_dim)."""
     check_dense(op, name, x)
     if x.dim() != (3 if packed else 4):
         layout = (
@@ -40,7 +40,7 @@ def check_rows(
 
 
 def check_dense(op: str, name: str, x: Tensor) -> None:
-    """Neither sparse nor nested: of a nested tensor with torch.strided one cannot ask a size."""
+    """Refuse sparse and nested tensors; a nested one with torch.strided has no sizes to ask."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
     if x.layout != torch.strided or x.is_nested:
@@ -49,7 +49,7 @@ def check_dense(op: str, name: str, x: Tensor) -> None:
 
 
 def check_matching(op: str, q: Tensor, k: Tensor) -> None:
-    """k differs from q in the number of heads alone."""
+    """Check that k differs from q only in the number of heads."""
     if k.dtype != q.dtype:
         raise ValueError(f"{op}: k must have q's dtype {q.dtype}, got {k.dtype}")
     if k.device != q.device:
@@ -63,7 +63,7 @@ def check_matching(op: str, q: Tensor, k: Tensor) -> None:
 def check_position_tensor(
     op: str, positions: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> None:
-    """Type, dtype and device; which shapes fit is up to the operation."""
+    """Check type, dtype and device; the operation checks the shape."""
     if not isinstance(positions, Tensor):
         raise TypeError(f"{op}: positions must be a Tensor, got {type(positions).__name__}")
     if positions.dtype not in dtypes:
@@ -93,7 +93,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor, name: str = "cu_seq
 
 
 def check_boundaries(op: str, cu_seqlens: Tensor | None, tokens: int) -> None:
-    """Read the values of cu_seqlens where that waits for no device."""
+    """Check the values of cu_seqlens if reading them waits for no device."""
     if cu_seqlens is None or not has_values(cu_seqlens):
         return
     ends = cu_seqlens.tolist()
@@ -104,7 +104,7 @@ def check_boundaries(op: str, cu_seqlens: Tensor | None, tokens: int) -> None:
 
 
 def has_values(x: Tensor) -> bool:
-    """Say whether the host can read x at once: tensors of graphs and transforms have no values."""
+    """Return True if the host can read x at once: in graphs and transforms it has no values."""
     traced = torch.compiler.is_compiling() or in_func_transform()
     return not traced and x.device.type == "cpu" and type(x) is Tensor
 
@@ -117,9 +117,9 @@ def check_ints(
     like: Tensor,
     more: tuple[torch.dtype, ...] = (),
 ) -> None:
-    """An integer tensor on like's device; shape: None for any number of blocks.
+    """Check an integer tensor on like's device; shape: None for any number of blocks.
 
-    more: dtypes that are taken beside int32; with some, so is any stride.
+    more: dtypes taken beside int32; if there are any, any stride is taken too.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
@@ -138,14 +138,14 @@ def check_ints(
 
 
 def overlaps_itself(x: Tensor) -> bool:
-    """Say whether elements of x share memory, as in one that is expanded: it cannot be written."""
+    """Return True if elements of x share memory, as in an expanded tensor: it cannot be written."""
     return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape))
 
 
 def split_offset(op: str, positions: Tensor | int | None) -> tuple[Tensor | None, int]:
-    """The `positions` of a public function as the op's (positions, offset)."""
+    """Split the `positions` of a public function into the op's (positions, offset)."""
     if type(positions) is int and -(2**63) <= positions < 2**63:
-        return None, positions  # first, as every step of a decode comes here
+        return None, positions  # first: every step of a decode comes here
     if positions is None or isinstance(positions, Tensor):
         return positions, 0
     if isinstance(positions, bool) or not isinstance(positions, (int, torch.SymInt)):
@@ -170,7 +170,7 @@ def check_real(op: str, name: str, value: float) -> None:
 
 
 def check_count(op: str, name: str, value: int) -> int:
-    """A number of tokens, >= 1."""
+    """Check a number of tokens, >= 1."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if value < 1:
@@ -181,14 +181,14 @@ def check_count(op: str, name: str, value: int) -> int:
 
 
 def refuse_flags(op: str, **flags: bool) -> None:
-    """Raise TypeError for the first flag that is no bool."""
+    """Raise TypeError for the first flag that is not a bool."""
     for name, flag in flags.items():
         if type(flag) is not bool:
             raise TypeError(f"{op}: {name} must be a bool, got {type(flag).__name__}")
 
 
 def raise_as_value_error(error: Exception, op: str, function: str | None = None) -> None:
-    """Raise what a kernel of `op` refused as the ValueError of a public function."""
+    """Raise a kernel's refusal as the ValueError of the public function."""
     ours = isinstance(error, (RuntimeError, ValueError)) and str(error).startswith(f"{op}: ")
     if ours and str(error).startswith(f"{op}: cannot allocate"):
         raise RuntimeError(str(error).splitlines()[0].replace(op, function or op, 1)) from None

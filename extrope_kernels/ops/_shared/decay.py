@@ -1,4 +1,4 @@
-"""The range of XPOS's amplitude: it grows without bound with the distance from its origin."""
+"""The range of XPOS's amplitude, which grows without bound with the distance from its origin."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...scores import Score
 
 
 def reach(freqs: RopeFreqs, dtype: torch.dtype) -> int:
-    """How many positions from its origin the amplitude is a number of `dtype`."""
+    """Return the number of positions from the origin to which the amplitude fits `dtype`."""
     return math.floor(math.log(torch.finfo(dtype).max) / freqs.steepest_decay)
 
 
@@ -26,10 +26,10 @@ def check_new_keys(
     cu_seqlens: Tensor | None,
     positions: Tensor | None = None,
 ) -> None:
-    """Raise ValueError when a key that is to be cached is so far off that its amplitude overflows.
+    """Raise ValueError for new keys so far from the origin that their amplitude overflows.
 
-    Only what the host knows is looked at, tensors on the CPU; what is wrong with the arguments is
-    left to the op. With a score, which stores keys by blocks, they count from 0 in each.
+    Only tensors on the CPU are read; other mistakes in the arguments are left to the op. With a
+    score that stores keys by blocks, positions count from 0 in each block.
     """
     if torch.compiler.is_compiling() or not freqs.steepest_decay:
         return
@@ -60,7 +60,7 @@ def _ends(
     cu_seqlens: Tensor | None,
     positions: Tensor | None,
 ) -> tuple[float, float] | None:
-    """The lowest and the highest position of the new keys, or None where that cannot be said."""
+    """Return the lowest and the highest position of the new keys, or None if they are unknown."""
     if positions is not None:
         return float(positions.min()), float(positions.max())
     if cache_seqlens is None:

@@ -1,4 +1,4 @@
-"""What ops do where their tensors are DTensors; whose sharding rules are in `distributed`."""
+"""Conversions for calls with DTensors; `distributed` has their sharding rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def replicated(like: Tensor, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The tensors that go with `like`: beside a DTensor all are, plain ones whole on every rank."""
+    """Return `tensors`; if `like` is a DTensor, plain ones become replicated DTensors."""
     if type(like) is Tensor:
         return tensors
     module = sys.modules.get("torch.distributed.tensor")
@@ -26,7 +26,7 @@ def replicated(like: Tensor, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def whole(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The other way round: plain tensors, whole on every rank, of those that are DTensors."""
+    """Return plain tensors, whole on every rank: the inverse of `replicated`."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
         return tensors

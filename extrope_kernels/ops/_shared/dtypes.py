@@ -1,4 +1,4 @@
-"""The dtypes that ops compute in, and caches in float8_e4m3fn."""
+"""Dtypes of computation, and caches in float8_e4m3fn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Function = Callable[Concatenate[Tensor, Parameters], Result]
 
 
 def without_autocast(function: Function[Parameters, Result]) -> Function[Parameters, Result]:
-    """The function in the dtypes that it asks for: as kernels, it knows nothing of autocast."""
+    """Run the function without autocast: like kernels, it computes in the dtypes it names."""
 
     @functools.wraps(function)
     def run(x: Tensor, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
@@ -30,13 +30,13 @@ def without_autocast(function: Function[Parameters, Result]) -> Function[Paramet
     return run
 
 
-@constant_when_compiled  # torch.compile of PyTorch 2.11 cannot look into it
+@constant_when_compiled  # PyTorch 2.11's compiler cannot trace it
 def _may_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that what is of `dtype` is computed and summed in."""
+    """Return the dtype in which tensors of `dtype` are computed and summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -44,12 +44,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 # Caches of float8_e4m3fn: value = stored * scale, one scale for each head of k
 
 FP8 = torch.float8_e4m3fn
-LARGEST = 448.0  # finite number of it
+LARGEST = 448.0  # the largest finite float8_e4m3fn
 MISSING = "needs k_scale and v_scale, (heads_k,) float32"
 
 
 class Scales(NamedTuple):
-    """Of the keys and the values of a cache, (heads_k,) float32 each; None where it is not fp8."""
+    """Scales of a cache's keys and values, (heads_k,) float32 each; None if it is not fp8."""
 
     k: Tensor | None = None
     v: Tensor | None = None
@@ -59,17 +59,17 @@ NO_SCALES = Scales()
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """Rows (..., heads, head_dim) over their scale, rounded to nearest even, within ±448."""
+    """Divide rows (..., heads, head_dim) by their scale, round to nearest even, clamp to ±448."""
     return (x.float() / scale[:, None]).clamp(-LARGEST, LARGEST).to(FP8)
 
 
 def dequantize(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Cached rows in a wider type, times their scale if they have one."""
+    """Widen cached rows, and multiply them by their scale if they have one."""
     return x.to(dtype) if scale is None else x.to(dtype) * scale[:, None]
 
 
 def check_cache_dtype(op: str, name: str, cache: Tensor, like: Tensor, scales: Scales) -> None:
-    """A cache is of the other tensors' dtype, or fp8 where there are scales."""
+    """Check that a cache has the other tensors' dtype, or fp8 with scales."""
     if cache.dtype == FP8 and None not in scales and cache.device == like.device:
         return
     if cache.dtype == FP8 and None in scales:
@@ -87,12 +87,12 @@ def check_cache_dtype(op: str, name: str, cache: Tensor, like: Tensor, scales: S
 
 
 def as_bits(cache: Tensor) -> Tensor:
-    """As Triton's kernels see it: not every chip that they run on has the type."""
+    """View fp8 as bytes for Triton's kernels: some of their chips lack the type."""
     return cache.view(torch.int8)
 
 
 def check_scales(op: str, scales: Scales, heads: int, like: Tensor) -> None:
-    """Scales that are given: one a head."""
+    """Check the scales if given: one per head."""
     for name, x in zip(("k_scale", "v_scale"), scales):
         if x is None:
             continue
@@ -107,7 +107,7 @@ def check_scales(op: str, scales: Scales, heads: int, like: Tensor) -> None:
 
 
 def check_scale_values(op: str, scales: Scales) -> None:
-    """On a CPU, where looking costs nothing."""
+    """Check that scales are positive, on a CPU, where reading them costs nothing."""
     for name, x in zip(("k_scale", "v_scale"), scales):
         if x is not None and not ((x > 0) & x.isfinite()).all():
             raise ValueError(f"{op}: {name} must be positive numbers, got {x.tolist()}")

@@ -1,7 +1,7 @@
-"""Work that depends on the layouts of a call's tensors alone, done once for each of them.
+"""A cache of work that depends only on the layouts of a call's tensors.
 
-Checks and what a launch is made of cost a call more than the rest of it; the layouts of its tensors
-are mostly those of the call before.
+Checks and the parts of a launch cost a call more than the rest of it, and mostly the layouts are
+those of the call before.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _MISSING = object()
 
 
 def layouts_of(*tensors: Tensor | None) -> Hashable:
-    """Everything of these tensors but their data."""
+    """Return a key with everything about these tensors except their data."""
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
 
 
 def planned(make: Callable[..., Result], key: Hashable, *args: Any) -> Result:
-    """Return make(*args), called once for each key; it may keep none of the tensors."""
+    """Return make(*args), called once per key; its result must not keep any tensor."""
     key = (make, key)
     found = _done.get(key, _MISSING)
     if found is _MISSING:
@@ -34,5 +34,5 @@ def planned(make: Callable[..., Result], key: Hashable, *args: Any) -> Result:
 
 
 def forget() -> None:
-    """Drop all of it: after a change of what it was made from, such as tables of tiles."""
+    """Drop everything, for example after a change of the tables of tiles."""
     _done.clear()

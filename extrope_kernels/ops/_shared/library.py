@@ -1,4 +1,4 @@
-"""The ops, `torch.ops.extrope`, and how kernels of the compiled libraries come into them."""
+"""The ops `torch.ops.extrope`, and the loading of compiled kernels into them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _again = threading.local()
 def load_on_first_use(fallbacks: dict[str, dict]) -> None:
     """Register kernels that load (or build) the compiled library, then call the op again.
 
-    fallbacks: for each device ("cpu", "cuda") whose library has these ops a function for every op,
-        to be registered where that library cannot be had.
+    fallbacks: for each device ("cpu", "cuda") whose library has these ops, a function for every
+        op; registered if that library cannot be loaded.
 
-    A device's own kernels go before these, whenever they come: no call of another thread finds the
-    op without one while the library is being loaded.
+    A device's own kernels take precedence whenever they arrive: a call of another thread always
+    finds a kernel while the library is being loaded.
     """
 
     def settle_for(device: str):
@@ -60,7 +60,7 @@ def load_on_first_use(fallbacks: dict[str, dict]) -> None:
 
 
 def _with_strides_of_fake(op_name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A reference as a kernel: compiled graphs count on the strides that the op's fake says."""
+    """Make a kernel of a reference: give its results the strides of the fake, as graphs expect."""
 
     def kernel(*args, **options):
         results = function(*args, **options)
@@ -75,7 +75,7 @@ def _with_strides_of_fake(op_name: str, function: Callable[..., Any]) -> Callabl
 
 
 def _tensors(args: Any) -> Iterator[Tensor]:
-    """Those among an op's arguments, and in lists there."""
+    """Yield the tensors among an op's arguments, also those in lists."""
     for x in args:
         if isinstance(x, Tensor):
             yield x

@@ -1,4 +1,4 @@
-"""How positions and lengths are given, and which position every token gets."""
+"""Forms of positions and lengths, and the position of every token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .checks import check_cu_seqlens
 
 
 def position_kind(positions: Tensor | None, shape: torch.Size, sequences: int) -> str | None:
-    """'index' (none given), 'positions', 'offsets', or None: fits no shape."""
+    """Classify by shape: 'index' (none given), 'positions', 'offsets', or None if none fits."""
     if positions is None:
         return "index"
     batch, seqlen = shape[0], shape[1]
@@ -28,11 +28,11 @@ def token_positions(
     seqlen: int,
     device: torch.device,
 ) -> Tensor:
-    """(batch or 1, seqlen): the position of every token; offsets in float become float64."""
+    """Return the position of every token, (batch or 1, seqlen); float offsets become float64."""
     if positions is not None and not are_offsets:
         return positions
     if positions is not None and positions.is_floating_point():
-        positions = positions.double()  # sums past 2**24 are no float32
+        positions = positions.double()  # float32 cannot hold sums past 2**24
     index = torch.arange(seqlen, device=device)
     if cu_seqlens is None:
         return index[None] if positions is None else positions[:, None] + index
@@ -42,7 +42,7 @@ def token_positions(
 
 
 def sequence_of_token(cu_seqlens: Tensor, total: int) -> Tensor:
-    """(total,) int64: which packed sequence each token belongs to."""
+    """Return the packed sequence of each token, (total,) int64."""
     tokens = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     found = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
     return found.clamp(0, max(cu_seqlens.shape[0] - 2, 0))
@@ -55,9 +55,9 @@ def cache_lengths(
     cu_seqlens: Tensor | None = None,
     name: str = "cu_seqlens",
 ) -> Tensor:
-    """One length of all sequences as the tensor that ops take.
+    """Return the lengths as a tensor, as ops take them, also from one int for all sequences.
 
-    x: (batch, seqlen, heads, head_dim), or packed with cu_seqlens, which is the argument `name`.
+    x: (batch, seqlen, heads, head_dim), or packed with cu_seqlens, the argument called `name`.
     """
     if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
         raise TypeError(
@@ -69,7 +69,7 @@ def cache_lengths(
         )
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: q must be a Tensor, got {type(x).__name__}")
-    batch = (x.size(0),) if x.is_nested else x.shape[:1]  # the op refuses it, by its name
+    batch = (x.size(0),) if x.is_nested else x.shape[:1]  # the op refuses a nested x by name
     if cu_seqlens is not None:
         check_cu_seqlens(op, cu_seqlens, x, name)
         batch = (cu_seqlens.shape[0] - 1,)

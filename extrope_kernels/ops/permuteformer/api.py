@@ -48,12 +48,12 @@ def permute(
         1024.
     permutations: (heads or a divisor of it, head_dim) int64 on x's device, as from
         `head_permutations`; each serves that many consecutive heads. Every row must hold 0 to
-        head_dim - 1 once, which is checked on the CPU: on a GPU a check would have to wait for the
+        head_dim - 1 once. This is checked on the CPU only: on a GPU the check would wait for the
         device.
     positions: None for 0, 1, 2, ... within each sequence; an int or a (batch,) tensor is added to
         those; (seqlen,), (batch, seqlen) or (total,) gives every token's own. int32 or int64;
         negative positions are powers of the inverse. A 1-D tensor whose length fits both is read
-        as (seqlen,); write offsets as (batch, 1) where the two could be confused.
+        as (seqlen,): write offsets as (batch, 1) if they could be confused.
     cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
     inverse: undo the permutation: the power -p.
     backend: "cpu", "reference"; None for the best on x's device, on a GPU torch's gather. A named
@@ -119,7 +119,7 @@ def _powers(
     positions: Tensor | int | None,
     cu_seqlens: Tensor | None = None,
 ) -> Powers:
-    """The powers of a call, checked but for their values, which kernels read anyway."""
+    """Check a call's powers, except for values, which kernels check; return them."""
     positions, offset = split_offset(name, positions)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
@@ -129,7 +129,7 @@ def _powers(
 
 
 def _named(name: str, q: Tensor, powers: Powers, run: Callable[[], Result]) -> Result:
-    """Call an op; what its kernel refuses of the values in powers is told in this name."""
+    """Call an op; a refusal by its kernel is raised in this function's name."""
     if torch.compiler.is_compiling():
         return run()
     try:
@@ -144,9 +144,9 @@ def _named(name: str, q: Tensor, powers: Powers, run: Callable[[], Result]) -> R
 
 
 class PermuteFormerState(NamedTuple):
-    """All that earlier tokens leave behind; float32 (float64 for float64 inputs), contiguous.
+    """State left by earlier tokens; float32 (float64 for float64 inputs), contiguous.
 
-    heads are those of decay, or of k.
+    heads: those of decay, or of k.
     """
 
     kv: Tensor  # (batch, heads, head_dim, head_dim_v): sum of decay**age phi(k) v^T
@@ -169,17 +169,17 @@ def permuteformer_attention(
     """PermuteFormer: linear attention whose positions are powers of permutations.
 
     out_i = sum_j s_ij v_j / sum_j s_ij over j <= i, with s_ij = r**(i - j) <phi(q_i)[pi^i],
-    phi(k_j)[pi^j]> and phi(x) = relu(x) + 1e-3. Only powers of r within a chunk of tokens are ever
-    formed, so no length overflows. Sums are float32, of chunks in order: the rounding of a row
+    phi(k_j)[pi^j]> and phi(x) = relu(x) + 1e-3. Only powers of r within a chunk of tokens are
+    formed, so no length overflows. Sums over chunks are float32, in order: the rounding of a row
     that sees n tokens grows with n over the length of a chunk (48 on a CPU), not with n.
 
-    On a GPU flash-linear-attention runs (pip install flash-linear-attention), whose products of
-    float32 are TF32's, and which waits for the device to read cu_seqlens; without it, and in
-    float64, the PyTorch reference, whose time and memory grow with the square of seqlen. With
-    causal=False a GPU takes two products of PyTorch. This path is tested on a CPU alone.
+    On a GPU flash-linear-attention runs (pip install flash-linear-attention). Its products of
+    float32 are TF32's, and it waits for the device to read cu_seqlens. Without it, and in float64,
+    the PyTorch reference runs; its time and memory grow with the square of seqlen. With
+    causal=False a GPU takes two products of PyTorch. This path is tested only on a CPU.
 
-    What is NaN or infinite spoils the rows that see it: of v in its dim alone. On a GPU it may
-    spoil rows of its chunk that do not; in float64 and with backend="reference" any row.
+    A NaN or an infinity spoils the rows that see it; one in v only its own dim. On a GPU it may
+    spoil other rows of its chunk; in float64 and with backend="reference" any row.
 
     q: (batch, seqlen, heads_q, head_dim), not permuted; float32, bfloat16, float16 or float64; any
         strides with a contiguous last dimension. With cu_seqlens (total, heads, head_dim).
@@ -187,8 +187,8 @@ def permuteformer_attention(
     v: (batch, seqlen, heads_k, head_dim_v). Dimensions of heads up to 256.
     permutations: (heads_k, head_dim) int64, as from `head_permutations`.
     decay: r, (heads_k,) or (heads_q,) in (0, 1], float32 or float64; no gradient. None for the
-        authors' sigmoid(2 + 3 h / heads_k); ones for no decay. Counts tokens, whatever their
-        positions. It has no meaning with causal=False, where nothing decays.
+        authors' sigmoid(2 + 3 h / heads_k); ones for no decay. It counts tokens, not positions.
+        Not with causal=False, where nothing decays.
     causal: False lets every row see its whole sequence, as the authors' LRA code does.
     normalize: False leaves the denominator out, as the authors' language model does.
     cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
@@ -235,16 +235,16 @@ def permuteformer_step(
     normalize: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, PermuteFormerState]:
-    """Go on from a state by seqlen tokens: a prompt without one, then a token or more at a time.
+    """Continue a state by seqlen tokens: a prompt without one, then a token or more at a time.
 
-    What a sequence gives is the same, but for rounding, however it is cut. The state takes the
-    place of a key/value cache and does not grow; the one that is given is left as it is.
+    The results are the same, up to rounding, wherever a sequence is cut. The state replaces a
+    key/value cache and does not grow; a given state is not changed.
 
     q, k, v, permutations, decay, normalize, backend: as in `permuteformer_attention`, not packed.
     state: None at the start, then what the last call returned.
     positions: of the first token, an int or (batch,) tensor, or (seqlen,) or (batch, seqlen) for
-        each; 0 without a state, and to be given with one. Where batch and seqlen are equal, write
-        (batch, 1) for those of the first tokens.
+        each; 0 without a state, required with one. If batch and seqlen are equal, write (batch, 1)
+        for those of the first tokens.
 
     Returns: (batch, seqlen, heads_q, head_dim_v) in q's dtype, and the state after the last token.
         Differentiable in q, k, v and the state, to first order, with v of less than 256
@@ -291,7 +291,7 @@ def _recorded_step(
     decay: Tensor,
     normalize: bool,
 ) -> tuple[Tensor, PermuteFormerState]:
-    """A step whose states PyTorch's operations make: those have gradients, the kernels' not."""
+    """Make a step's states by PyTorch's operations, which have gradients; the kernels have none."""
     at, offset = powers[:2], powers.offset
     wide = accumulator(q.dtype)
     rows, keys, values = (x.to(wide) for x in (q, k, v))
@@ -309,7 +309,7 @@ def _recorded_step(
 
 
 def backends() -> dict[str, str]:
-    """What each backend says of itself here: "available", or why it is not."""
+    """Return "available" for each backend, or why it is not."""
     return {name: _backends.missing(name) or "available" for name in BACKENDS}
 
 

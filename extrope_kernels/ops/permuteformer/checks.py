@@ -17,7 +17,7 @@ from .._shared.dtypes import accumulator
 from .._shared.positions import position_kind
 from .permutations import Powers
 
-MAX_DIM = 256  # of attention but the reference: a state and its operands have to fit on chip
+MAX_DIM = 256  # attention's limit, except the reference's: a state must fit on chip
 MAX_PERMUTED_DIM = 1024  # as kMaxPermutedDim in csrc/cpu/permute/kernel.h
 
 
@@ -83,7 +83,7 @@ def check(
     cu_seqlens: Tensor | None,
     causal: bool = True,
 ) -> None:
-    """Check the arguments of attention, but permutations and positions."""
+    """Check the arguments of attention except permutations and positions."""
     packed = cu_seqlens is not None
     for label, x in (("q", q), ("k", k), ("v", v)):
         check_rows(name, label, x, packed)
@@ -157,7 +157,7 @@ def check_state(name: str, state: Tensor, key_sum: Tensor, k: Tensor, v: Tensor,
 def check_values(
     name: str, tokens: int, powers: Powers | None = None, decay: Tensor | None = None
 ) -> None:
-    """Check what integers and decays hold, on the CPU alone: a GPU would have to be waited for."""
+    """Check the values of integers and decays, on the CPU only: on a GPU it would wait."""
     permutations, _, cu_seqlens, _ = powers or Powers(None)
     if permutations is not None and has_values(permutations):
         dim = permutations.shape[-1]

@@ -1,12 +1,12 @@
 """PermuteFormer's attention on the CPU, by the compiled kernels (csrc/cpu/linear_attention).
 
-The kernels know one operation, the chunkwise scan:
+The kernels have one operation, the chunkwise scan:
 
     out_i = q_scale_i sum_j decay**|i - j| k_scale_j (<q_i, k_j> + q_extra_i k_extra_j) v_j
 
-over j <= i (causal), j >= i (causal, reverse), or all j. The forward is that of (q, k, v), permuted
-on the way; dq, dk and dv are scans of (dout, v, k), (v, dout, q) and (k, q, dout). The two ops have
-no fake and no gradient of their own: the public ops wrap them.
+over j <= i (causal), j >= i (causal, reverse), or all j. The forward scans (q, k, v), permuted
+while they are read; dq, dk and dv are scans of (dout, v, k), (v, dout, q) and (k, q, dout). The two
+ops have no fake and no gradient: the public ops wrap them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ library.define("row_dots(Tensor q, Tensor k, bool packed) -> Tensor")
 
 @dataclass(frozen=True)
 class _Extras:
-    """What the scans of gradients have beside a Call.
+    """Arguments of the scans of gradients, beside a Call.
 
     Scales and extras are float32 (batch, heads of q or k, seqlen), or None for ones, and for no
     extra term.
@@ -53,7 +53,7 @@ _NOT_PERMUTED = Powers(None)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, powers: Powers, call: Call) -> Result:
-    """float32, bfloat16 or float16, summed in float32."""
+    """Compute out and den for float32, bfloat16 or float16, summed in float32."""
     return _scan(q, k, v, call, powers=powers)
 
 
@@ -67,11 +67,10 @@ def backward(
     powers: Powers,
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv.
+    """Return dq, dk and dv.
 
-    The normaliser is the sum over one more dim of v, of ones: its gradient is -<dout_i, out_i>
-    over the sum of scores, and is the extra term. Queries and keys are permuted in memory: what is
-    written once and read once costs more than the attention.
+    The normaliser is the sum over one more dim of v, of ones: its gradient, -<dout_i, out_i> over
+    the sum of scores, is the extra term. Queries and keys are permuted in memory.
     """
     at = powers.permutations, powers.positions, powers.cu_seqlens
     q, k = ops.permute_fwd(q, k, *at, offset=powers.offset)
@@ -113,7 +112,7 @@ def _scan(
 
 
 def _per_key_head(x: Tensor, like: Tensor) -> Tensor:
-    """Sum what the states that share a head of k contribute."""
+    """Sum the contributions of the states that share a head of k."""
     if x.shape[-2] == like.shape[-2]:
         return x
     return x.unflatten(-2, (like.shape[-2], -1)).sum(-2).to(like.dtype)

@@ -1,10 +1,10 @@
 """PermuteFormer's attention on a GPU: flash-linear-attention's chunk kernels after a gather.
 
-`fla.ops.simple_gla` (pip install flash-linear-attention, from 0.6 on) has this decay, a number a
+`fla.ops.simple_gla` (pip install flash-linear-attention, from 0.6 on) has this decay, a number per
 head, and states of the same age. The sum of weights is one more column of v. Its products of
-float32 are TF32's; float16 runs in float32, as sums of scores are too large for it. Gradients are
-sums of the same kind, so its forward makes them too: an op cannot record what fla's own autograd
-would need, and torch.compile needs an op.
+float32 are TF32's; float16 runs in float32, since sums of scores overflow it. Gradients are sums
+of the same kind, so fla's forward makes them too: torch.compile needs an op, and an op cannot save
+the tensors of fla's own autograd.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALIGN = 8  # fla wants even dims in 16 bits, and loads rows of whole 16 bytes in
 
 @without_autocast
 def forward(q: Tensor, k: Tensor, v: Tensor, powers: Powers, call: Call) -> Result:
-    """float32, bfloat16 or float16."""
+    """Compute out and den for float32, bfloat16 or float16."""
     dtype, heads, dim, value_dim = q.dtype, q.shape[-2], k.shape[-1], v.shape[-1]
     q, k = permute(q, k, powers)
     if dtype == torch.float16:
@@ -35,7 +35,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, powers: Powers, call: Call) -> Resu
     den = den.transpose(-1, -2).contiguous() if call.normalize else den.new_empty(0)
     kv = key_sum = den.new_empty(0)
     if state is not None:
-        state = state[:, :: heads // call.heads, :dim]  # of heads that share a state, one
+        state = state[:, :: heads // call.heads, :dim]  # one of the heads that share a state
         kv, key_sum = state[..., :value_dim].contiguous(), state[..., value_dim].contiguous()
     return Result(out.to(dtype).contiguous(), den, kv, key_sum)
 
@@ -59,7 +59,7 @@ def backward(
 
 
 def _scan(q: Tensor, k: Tensor, v: Tensor, call: Call, reverse: bool) -> Tensor:
-    """See backward_by_scans."""
+    """Scan as `backward_by_scans` asks."""
     dim = v.shape[-1]
     if not reverse or not call.causal:
         return _sums(q, k, v, call)[0][..., :dim]
@@ -73,7 +73,7 @@ def _scan(q: Tensor, k: Tensor, v: Tensor, call: Call, reverse: bool) -> Tensor:
 def _sums(
     q: Tensor, k: Tensor, v: Tensor, call: Call, keep_state: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows and states over the decayed sums of k v^T, padded; as many heads as the most of them."""
+    """Return rows and states of the decayed sums of k v^T, padded, for the larger head count."""
     heads = max(x.shape[-2] for x in (q, k, v))
     q, k, v = (functional.pad(x, (0, -x.shape[-1] % ALIGN)) for x in (q, k, v))
     q, k, v = (x.repeat_interleave(heads // x.shape[-2], -2) for x in (q, k, v))
@@ -101,7 +101,7 @@ def _sums(
 
 
 def _both_ways(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Two products of PyTorch, a sequence at a time; the sums between them stay in float32."""
+    """Attend without causality by two products per sequence, with sums in float32 between them."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         state = torch.einsum("...jhd,...jhf->...hdf", k.float(), v.float())

@@ -1,7 +1,7 @@
-"""The ops of PermuteFormer: schemas, fakes, derivatives, and who runs them on which device.
+"""The ops of PermuteFormer: schemas, fakes, derivatives, and their backend by device.
 
 On a CPU the compiled kernels run (csrc/cpu/permute, csrc/cpu/linear_attention), on a GPU
-flash-linear-attention. The reference runs where those are missing, and in float64.
+flash-linear-attention. The reference runs if those are missing, and in float64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .checks import check, check_dims, check_powers, check_state, check_values
 from .permutations import Powers, cycles, source_dims
 from .scans import Call, Result, gather
 
-# An Autograd kernel sees the positional tensors alone, hence all tensors before the *.
+# An Autograd kernel sees only positional tensors, hence all tensors come before the *.
 _POWERS = "Tensor permutations, Tensor? positions=None, "
 _SCHEMAS = {
     "permute_fwd": (
@@ -53,7 +53,7 @@ def _permute_fake(q, k, permutations, positions=None, cu_seqlens=None, *, offset
     return torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k)
 
 
-_TOKENS = 4096  # permuted at once: where a dim comes from takes eight bytes
+_TOKENS = 4096  # permuted at once: a dim's source takes eight bytes
 
 
 def _permute_by_gather(
@@ -82,7 +82,7 @@ def _save_permute(ctx, args, options, outputs):
 
 
 def _backward_of_permute(ctx, grad_q, grad_k):
-    """The transpose of a permutation is its inverse: derivatives of any order."""
+    """Permute by the inverse, which is the transpose: derivatives of any order."""
     grad_k = contiguous_rows(grad_k) if ctx.has_k else None
     dq, dk = ops.permute_fwd(contiguous_rows(grad_q), grad_k, *ctx.saved_tensors, **ctx.options)
     return dq, dk if ctx.has_k else None
@@ -100,7 +100,7 @@ def _call(q, k, v, powers: Powers, decay, causal=True, normalize=True) -> Call:
 
 
 def _implementation(q: Tensor, v: Tensor):
-    """The module that attends; what cannot run here goes to the reference."""
+    """Select the module that attends; the reference if nothing else can run here."""
     if q.dtype == torch.float64 or (q.numel() == 0 and q.is_cuda):
         return reference
     name, module = ("fla", fla) if q.is_cuda else ("cpu", cpu)
@@ -112,7 +112,7 @@ def _implementation(q: Tensor, v: Tensor):
 
 def _run(q, k, v, powers: Powers, call: Call) -> Result:
     module = _implementation(q, v)
-    if module is not cpu:  # whose kernels check for themselves
+    if module is not cpu:  # the CPU kernels check for themselves
         check_values(_NAME, q.shape[0], powers, call.decay)
     return module.forward(q, k, v, powers, call)
 
@@ -209,7 +209,7 @@ def _define() -> None:
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
     permute, forward, backward, step = (getattr(ops, name).default for name in _SCHEMAS)
     register_backward(library, permute, _save_permute, _backward_of_permute)
-    # Where all sequences start at one position they are one batch.
+    # Sequences that start at one position are one batch.
     shared = batching_rule(permute, 2, lambda tensors: all(x is None for x in tensors[1:]))
     torch.library.register_vmap(permute, shared, lib=library)
     register_backward(library, forward, _save, _backward)

@@ -1,4 +1,4 @@
-"""Permutations of the dims of heads: the authors' draw, their cycles, the dims of a power."""
+"""Permutations of the dims of heads: the authors' draw, cycles, and the dims of a power."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._shared import positions as _positions
 
-_MOST = 2**16  # heads of a model, and dims of one: more is a mistake that would fill the memory
+_MOST = 2**16  # heads of a model, and dims of one: more is a mistake that would fill memory
 
 
 def head_permutations(heads: int, head_dim: int, *, seed: int = 0xDEADBEEFDEADBEEF) -> Tensor:
@@ -41,7 +41,7 @@ class Powers(NamedTuple):
     offset: int = 0
 
     def of_tokens(self, shape: torch.Size) -> Tensor:
-        """(batch or 1, seqlen) int64, wrapped around at 2**63; shape: (batch, seqlen, ...)."""
+        """Return (batch or 1, seqlen) int64, wrapped at 2**63; shape: (batch, seqlen, ...)."""
         positions, cu_seqlens = self.positions, self.cu_seqlens
         sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         kind = _positions.position_kind(positions, shape, sequences)
@@ -61,16 +61,16 @@ class Cycles(NamedTuple):
     pi^p(c) = flat[start[c] + (index[c] + p) mod length[c]]: exact for any p.
     """
 
-    start: Tensor  # where in flat the cycle of dim c starts
+    start: Tensor  # the start in flat of dim c's cycle
     length: Tensor  # of that cycle
-    index: Tensor  # where in its cycle dim c is
+    index: Tensor  # dim c's place in its cycle
     flat: Tensor  # the dims, cycle after cycle, each in the order of its permutation
 
 
 def cycles(permutations: Tensor) -> Cycles:
     """Decompose (heads, head_dim) permutations on their device, without a host sync.
 
-    A cycle starts at its least dim. Every dim looks for it ahead, twice as far each round.
+    A cycle starts at its least dim. Every dim looks ahead for it, twice as far each round.
     """
     head_dim = permutations.shape[-1]
     dim = torch.arange(head_dim, device=permutations.device).expand_as(permutations)
@@ -88,7 +88,7 @@ def cycles(permutations: Tensor) -> Cycles:
 
 
 def source_dims(found: Cycles, positions: Tensor, inverse: bool) -> Tensor:
-    """(batch or 1, seqlen, rows, head_dim) int64: pi^p(c) for every token, row and dim."""
+    """Return pi^p(c) for every token, row and dim: (batch or 1, seqlen, rows, head_dim) int64."""
     start, length, index, flat = found
     steps = torch.remainder(positions[:, :, None, None], length)
     at = start + torch.remainder(index - steps if inverse else index + steps, length)

@@ -1,4 +1,4 @@
-"""PermuteFormer in plain PyTorch, all scores at once: the oracle, O(seqlen**2), any derivatives.
+"""PermuteFormer in plain PyTorch, all scores at once: the oracle, O(seqlen**2), differentiable.
 
 Implementations of attention have `forward(q, k, v, powers, call) -> Result` and
 `backward(dout, q, k, v, out, den, powers, call) -> (dq, dk, dv)`.
@@ -17,7 +17,7 @@ from .scans import Call, Result, backward_by_scans, feature, permute
 
 @without_autocast
 def forward(q: Tensor, k: Tensor, v: Tensor, powers: Powers, call: Call) -> Result:
-    """out_i = sum_j s_ij v_j / sum_j s_ij with s_ij = decay**(i - j) <phi(q_i), phi(k_j)>."""
+    """Compute sum_j s_ij v_j / sum_j s_ij with s_ij = decay**(i - j) <phi(q_i), phi(k_j)>."""
     packed, wide, dtype = call.cu_seqlens is not None, accumulator(q.dtype), q.dtype
     q, k = permute(q, k, powers)
     if packed:
@@ -55,7 +55,7 @@ def backward(
     powers: Powers,
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv as an op has them; `forward` has derivatives of its own."""
+    """Return dq, dk and dv, for an op; `forward` has its own derivatives."""
     return backward_by_scans(dout, q, k, v, out, den, powers, call, _scan)
 
 
@@ -76,7 +76,7 @@ def _expand(x: Tensor, heads: int) -> Tensor:
 
 
 def _decays(call: Call, seqlen: int, like: Tensor) -> Tensor:
-    """(1, heads, seqlen, seqlen): decay**(i - j) where row i sees j, else 0."""
+    """Return (1, heads, seqlen, seqlen): decay**(i - j) where row i sees j, else 0."""
     i = torch.arange(seqlen, device=like.device)
     distance = i[:, None] - i
     seen = distance >= 0 if call.causal else distance == distance
@@ -90,12 +90,12 @@ def _decays(call: Call, seqlen: int, like: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------
-# States by PyTorch's operations, O(seqlen): they have gradients of any order
+# States by PyTorch's operations, O(seqlen), with gradients of any order
 
 
 @without_autocast
 def state_of(k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
-    """(batch, heads, head_dim, head_dim_v): what these tokens leave behind their last one.
+    """Return the state after these tokens: (batch, heads, head_dim, head_dim_v).
 
     k: (batch, seqlen, heads_k, head_dim), permuted; decay: (heads,).
     """
@@ -108,7 +108,7 @@ def state_of(k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
 
 
 def next_state(first: Tensor | None, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
-    """`state_of` these tokens and those before them, whose state is `first`."""
+    """Return the state after these tokens and those before them, whose state is `first`."""
     after = state_of(k, v, decay)
     if first is None:
         return after
@@ -118,7 +118,7 @@ def next_state(first: Tensor | None, k: Tensor, v: Tensor, decay: Tensor | None)
 
 @without_autocast
 def seen(q: Tensor, state: Tensor, decay: Tensor | None) -> Tensor:
-    """(batch, seqlen, heads, head_dim_v): what queries read of a state before the first of them."""
+    """Read an earlier state by the queries: (batch, seqlen, heads, head_dim_v)."""
     heads = max(q.shape[2], state.shape[1])
     q = feature(q).repeat_interleave(heads // q.shape[2], 2)
     if decay is not None:

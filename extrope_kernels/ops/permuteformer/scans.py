@@ -13,12 +13,12 @@ from torch.nn import functional
 from .._shared.dtypes import without_autocast
 from .permutations import Powers, cycles, source_dims
 
-FEATURE_EPS = 1e-3  # of the feature map phi(x) = relu(x) + FEATURE_EPS (authors' code)
+FEATURE_EPS = 1e-3  # in the feature map phi(x) = relu(x) + FEATURE_EPS (authors' code)
 
 
 @dataclass(frozen=True)
 class Call:
-    """How q, k and v attend."""
+    """Options of the attention over q, k and v."""
 
     heads: int  # states: each serves a group of heads of q, or shares a head of k with others
     decay: Tensor | None = None  # (heads,) in (0, 1]; None: 1
@@ -31,7 +31,7 @@ class Call:
 
 
 class Result(NamedTuple):
-    """out (..., heads_q, value_dim) in q's dtype, and what was asked for besides, else empty."""
+    """out (..., heads_q, value_dim) in q's dtype; the others are empty unless asked for."""
 
     out: Tensor
     den: Tensor  # (batch, heads_q, seqlen): the sum of each row's scores
@@ -51,7 +51,7 @@ def permute(
 
 
 def gather(x: Tensor, dims: Tensor) -> Tensor:
-    """x: (batch, seqlen, heads, head_dim); dims: (batch or 1, seqlen, rows, head_dim)."""
+    """Gather the dims (batch or 1, seqlen, rows, head_dim) of x (batch, seqlen, heads, head_dim)."""
     grouped = x.unflatten(2, (dims.shape[2], x.shape[2] // dims.shape[2]))
     return grouped.gather(-1, dims.unsqueeze(3).expand(grouped.shape)).flatten(2, 3)
 
@@ -68,10 +68,10 @@ def backward_by_scans(
     call: Call,
     scan: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv by the sums that the forward is made of, without the feature map.
+    """Return dq, dk and dv by the forward's own sums, without the feature map.
 
     scan(q, k, v, call, reverse): out_i = sum_j decay**|i - j| <q_i, k_j> v_j over j <= i, or j >= i
-    in reverse, or all j when not causal. The normaliser is the sum over one more dim of v, of ones.
+    in reverse, or all j if not causal. The normaliser is the sum over one more dim of v, of ones.
     """
     q, k = permute(q, k, powers)
     phi_q, phi_k, values = feature(q), feature(k), v
@@ -91,7 +91,7 @@ def backward_by_scans(
 
 
 def default_decay(k: Tensor) -> Tensor:
-    """The authors' r_h = sigmoid(2 + 3 h / heads)."""
+    """Return the authors' r_h = sigmoid(2 + 3 h / heads)."""
     heads = k.shape[-2]
     head = torch.arange(heads, dtype=torch.float32, device=k.device)
     return torch.sigmoid(2 + 3 * head / heads)

@@ -46,7 +46,7 @@ def apply_rope(
 
     (a, b) becomes attention_factor * (a cos t - b sin t, b cos t + a sin t) with t = position *
     inv_freq, exact at positions up to 2**29. Dims past 2 * len(inv_freq) pass through. XPOS's
-    log_decay is applied as for queries; pass freqs.for_keys() for keys.
+    log_decay is applied as for queries; for keys pass freqs.for_keys().
 
     x: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens; float32,
         bfloat16, float16 or float64; any strides with a contiguous last dimension.
@@ -54,10 +54,10 @@ def apply_rope(
         (batch, rotary_dim/2), or (batch or 1, heads or 1, rotary_dim/2).
     positions: None for 0, 1, 2, ... within each sequence; an int or a (batch,) tensor is added to
         those; (seqlen,), (batch, seqlen) or (total,) gives every token's own. int32, int64, float32
-        or float64. A 1-D tensor whose length fits both is read as (seqlen,); write offsets as
-        (batch, 1) where the two could be confused. With freqs.axes (mRoPE), (axes, batch or 1,
-        seqlen) gives every token one position an axis, packed tokens with batch 1; all other
-        positions are those of text, the same on every axis.
+        or float64. A 1-D tensor whose length fits both is read as (seqlen,): write offsets as
+        (batch, 1) if they could be confused. With freqs.axes (mRoPE), (axes, batch or 1, seqlen)
+        gives every token one position per axis, packed tokens with batch 1; other shapes give the
+        same position on every axis, as for text.
     cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
     interleaved: pair i is dims (2i, 2i + 1), as in GPT-J; else dims (i, i + rotary_dim/2), as in
         GPT-NeoX and in transformers' Llama.
@@ -119,7 +119,7 @@ def apply_rope_qk(
 
 
 def backends() -> dict[str, str]:
-    """What each backend says of itself here: "available", or why it is not."""
+    """Return "available" for each backend, or why it is not."""
     return {name: missing(name) or "available" for name in BACKENDS}
 
 
@@ -165,7 +165,7 @@ def _rotate(
         return run(name, args, options, backend)
     try:
         return run(name, args, options, backend)
-    except REFUSALS as error:  # kernels check what they are given; here it is told in full
+    except REFUSALS as error:  # kernels check their arguments too; this gives the full message
         check(q, k, *rope_args, attention_factor=freqs.attention_factor)
         if norm is not None:
             check_norm(q, k, *norm)
@@ -204,7 +204,7 @@ def _in_place(
 
 
 def _find(name: str, backend: str | None, q: Tensor) -> Callable[..., Any]:
-    """The op, or the function of a named backend once it is known to run on q."""
+    """Return the op, or a named backend's function if it runs on q."""
     if backend is None:
         return getattr(ops, name)
     require("rope", backend, BACKENDS, q.device.type)

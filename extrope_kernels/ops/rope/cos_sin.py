@@ -1,8 +1,8 @@
-"""The op `rope_cos_sin`: the rotation by cosines and sines that someone else has computed.
+"""The op `rope_cos_sin`: the rotation by given cosines and sines.
 
-Transformers' layers hand their attention tables of them in the model's dtype; `rope_fwd` computes
-its own in float64, so prefer that where there are frequencies. The CPU library registers its kernel
-for the same schema (csrc/cpu/rope/bind.cpp); on a GPU Triton's serves.
+Layers of transformers pass such tables to their attention, in the model's dtype. `rope_fwd`
+computes its own from angles in float64: prefer it if you have frequencies. The CPU library
+registers its kernel for the same schema (csrc/cpu/rope/bind.cpp); on a GPU Triton's runs.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _SCHEMA = (
 def apply_cos_sin(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rotate q and k by cosines and sines that are given, in one pass; differentiable in q and k.
+    """Rotate q and k by given cosines and sines, in one pass; differentiable in q and k.
 
-    q, k: (batch, seqlen, heads, head_dim), k with heads of its own or None; float32, bfloat16,
-        float16 or float64, any strides with a contiguous last dimension.
-    cos, sin: (batch or 1, seqlen, rotary_dim / 2) of the pairs of dims, in any of these dtypes; any
-        amplitude is in them. Dims past rotary_dim pass.
+    q, k: (batch, seqlen, heads, head_dim), k with its own number of heads, or None; float32,
+        bfloat16, float16 or float64, any strides with a contiguous last dimension.
+    cos, sin: (batch or 1, seqlen, rotary_dim / 2), one per pair of dims, in any of these dtypes;
+        they include any amplitude. Dims past rotary_dim pass through.
     interleaved: pair i is dims (2i, 2i + 1), else (i, i + rotary_dim / 2).
 
-    Returns: q and k, rotated; an empty tensor in place of a k that is None. Computed in float32
-        (float64 for float64) and rounded once.
+    Returns: q and k, rotated; an empty tensor if k is None. Computed in float32 (float64 for
+        float64) and rounded once.
 
     Raises ValueError, or RuntimeError from the compiled library, for tensors that do not fit.
     """
@@ -44,7 +44,7 @@ def apply_cos_sin(
 
 
 def check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> None:
-    """Raise ValueError, naming the argument, for anything the kernels cannot take."""
+    """Raise ValueError with the argument's name for anything that kernels cannot take."""
     check_rows("rope", "q", q, packed=False)
     if k is not None:
         check_rows("rope", "k", k, packed=False)
@@ -82,7 +82,7 @@ def reference(
     interleaved: bool = False,
     conjugate: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `torch.ops.extrope.rope_cos_sin`, in plain PyTorch."""
+    """Compute `torch.ops.extrope.rope_cos_sin` in plain PyTorch."""
     check(q, k, cos, sin)
     dim, wide = 2 * cos.shape[2], accumulator(q.dtype)
     c, s = (x.to(wide).unsqueeze(2) for x in (cos, -sin if conjugate else sin))
@@ -101,7 +101,7 @@ def _fake(q, k, cos, sin, **options):
 
 
 def _register_gradient(op) -> None:
-    """The adjoint is the rotation by minus the angle, so it can be derived again."""
+    """Register the gradient: the rotation by minus the angle, which can be derived again."""
 
     def save(ctx, args, options, outputs):
         q, k, cos, sin = args

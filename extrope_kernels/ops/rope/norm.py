@@ -20,7 +20,7 @@ def rope_norm_fwd(
     norm_eps: float = 1e-6,
     **options,
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `torch.ops.extrope.rope_norm_fwd`."""
+    """Compute `torch.ops.extrope.rope_norm_fwd`."""
     tensors, rotation = resolve(q, k, *rope_args, adjoint=False, **options)
     weights = (q_norm_weight, k_norm_weight)
     check_norm(q, k, *weights, norm_eps)
@@ -40,7 +40,7 @@ def rope_norm_bwd(
     norm_eps: float = 1e-6,
     **options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Same arguments and results as `torch.ops.extrope.rope_norm_bwd`."""
+    """Compute `torch.ops.extrope.rope_norm_bwd`."""
     tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
     weights = (q_norm_weight, k_norm_weight)
     check_norm(grad_q, grad_k, *weights, norm_eps)
@@ -58,7 +58,7 @@ def rope_norm_bwd(
 
 
 def rope_norm_inplace(q: Tensor, k: Tensor | None, *others: Tensor | None, **options) -> None:
-    """Same arguments as `torch.ops.extrope.rope_norm_inplace`."""
+    """Compute `torch.ops.extrope.rope_norm_inplace`."""
     refuse_overlap(q, k)
     for x, out in zip((q, k), rope_norm_fwd(q, k, *others, **options)):
         if x is not None:
@@ -66,9 +66,10 @@ def rope_norm_inplace(q: Tensor, k: Tensor | None, *others: Tensor | None, **opt
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """(batch, seqlen, heads, head_dim) over its root mean square times the weight, in float32 (64).
+    """Divide x by its root mean square, times the weight, in float32 (64 for float64).
 
-    Of each head with a weight of (head_dim,), of all heads together with (heads * head_dim,).
+    x: (batch, seqlen, heads, head_dim). A weight of (head_dim,) norms each head, one of
+    (heads * head_dim,) all heads together.
     """
     wide = x.to(accumulator(x.dtype))
     if weight is None:
@@ -80,7 +81,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def _rms_norm_grads(
     grad: Tensor, x: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of rms_norm's x and weight, in float32 (64)."""
+    """Return the gradients of rms_norm's x and weight, in float32 (64)."""
     if weight is None:
         return grad, _none(x)
     rows, grad = _rows(x.to(grad.dtype), weight), _rows(grad, weight)

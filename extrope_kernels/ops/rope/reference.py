@@ -14,7 +14,7 @@ from .rotation import Rotation, cross, join_pairs, resolve, split_pairs, token_p
 def rope_fwd(
     q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `torch.ops.extrope.rope_fwd`."""
+    """Compute `torch.ops.extrope.rope_fwd`."""
     tensors, rotation = resolve(q, k, *rope_args, adjoint=False, **options)
     rotated = rotate(tensors, rotation)
     return rotated[0].view_as(q), rotated[1].view_as(k) if k is not None else q.new_empty(0)
@@ -28,7 +28,7 @@ def rope_bwd(
     *rope_args: Tensor | None,
     **options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Same arguments and results as `torch.ops.extrope.rope_bwd`."""
+    """Compute `torch.ops.extrope.rope_bwd`."""
     tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
     grads = rotate(tensors, rotation)
     wide = accumulator(grad_q.dtype)
@@ -43,7 +43,7 @@ def rope_bwd(
 
 
 def rope_inplace(q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options) -> None:
-    """Same arguments as `torch.ops.extrope.rope_inplace`."""
+    """Compute `torch.ops.extrope.rope_inplace`."""
     refuse_overlap(q, k)
     for x, out in zip((q, k), rope_fwd(q, k, *rope_args, **options)):
         if x is not None:

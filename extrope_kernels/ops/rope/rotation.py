@@ -1,4 +1,4 @@
-"""One rotary call, checked and brought to one form, and the pairs of dims that rotate together."""
+"""A checked rotary call in one form, and the pairs of dims that rotate together."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .checks import check, position_kind
 
 @dataclass(frozen=True)
 class Rotation:
-    """What to rotate by: the fields of csrc/common/rope_params.h that are not tensors to rotate."""
+    """Frequencies, positions and options of a rotation, as in csrc/common/rope_params.h."""
 
     inv_freq: Tensor  # (sequences or 1, heads or 1, rotary_dim / 2)
-    # (batch or 1, seqlen), (sequences,) when positions_are_offsets, (axes, batch or 1, seqlen) when
-    # there are axes
+    # (batch or 1, seqlen), with positions_are_offsets (sequences,), with axes (axes, batch or 1,
+    # seqlen)
     positions: Tensor | None
     positions_are_offsets: bool
     offset: int
@@ -59,9 +59,8 @@ def resolve(
 ) -> tuple[list[Tensor], Rotation]:
     """Check an op's arguments; return q and k as (batch, seqlen, heads, head_dim) and the Rotation.
 
-    `adjoint` asks for the transposed linear map, which is what a backward applies: the angle
-    is negated, the amplitude stays. `inverse` undoes the map: minus the angle, one over the
-    amplitude.
+    `adjoint` asks for the transposed linear map, which a backward applies: the angle is negated,
+    the amplitude stays. `inverse` undoes the map: minus the angle, one over the amplitude.
     """
     check(q, k, inv_freq, positions, cu_seqlens, log_decay, axes, attention_factor=attention_factor)
     if cu_seqlens is not None:
@@ -101,9 +100,9 @@ def frequencies_3d(inv_freq: Tensor) -> Tensor:
 
 
 def token_positions(rotation: Rotation, batch: int, seqlen: int) -> Tensor:
-    """(batch or 1, seqlen, 1 or rotary_dim / 2) float64: the position of every token and pair."""
+    """Return positions by token and pair: (batch or 1, seqlen, 1 or rotary_dim / 2) float64."""
     if rotation.axes is not None:
-        # As the kernels do, rather than read from the device whether an axis is out of range.
+        # Clamped as in the kernels: reading from the device if an axis is out of range would wait.
         axes = rotation.axes.clamp(0, rotation.positions.shape[0] - 1)
         positions = rotation.positions[axes].permute(1, 2, 0)
     else:
@@ -113,7 +112,7 @@ def token_positions(rotation: Rotation, batch: int, seqlen: int) -> Tensor:
 
 
 def split_pairs(x: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """The two dims of every pair of x: (..., rotary_dim / 2) each."""
+    """Split x into the two dims of every pair: (..., rotary_dim / 2) each."""
     dims = x[..., :rotary_dim]
     if interleaved:
         return dims[..., 0::2], dims[..., 1::2]
@@ -121,17 +120,17 @@ def split_pairs(x: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, 
 
 
 def join_pairs(a: Tensor, b: Tensor, interleaved: bool) -> Tensor:
-    """The inverse of `split_pairs`: (..., rotary_dim)."""
+    """Join the dims of pairs, (..., rotary_dim): the inverse of `split_pairs`."""
     if interleaved:
         return torch.stack((a, b), dim=-1).flatten(-2)
     return torch.cat((a, b), dim=-1)
 
 
 def cross(x: Tensor, y: Tensor, rotary_dim: int, interleaved: bool, per_head: bool) -> Tensor:
-    """x_a y_b - x_b y_a of every pair: (batch, seqlen, heads or 1, rotary_dim / 2), float32 or 64.
+    """Return x_a y_b - x_b y_a of every pair, the derivative along the angle.
 
-    The derivative along the angle: when y is the gradient of a rotation's input x, this is the
-    gradient of its angle. Heads that share their frequencies are summed.
+    If y is the gradient of a rotation's input x, this is the gradient of its angle: (batch, seqlen,
+    heads or 1, rotary_dim / 2), float32 or 64. Heads that share their frequencies are summed.
     """
     wide = accumulator(x.dtype)
     xa, xb = split_pairs(x.to(wide), rotary_dim, interleaved)

@@ -1,4 +1,4 @@
-"""The step into a cache in Triton: norm, rotation and the write of keys and values, one launch."""
+"""The append in Triton: norm, rotation and the write of keys and values in one launch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CACHE_NUMBERS = ("slot_batch", "slot_seq", "table_batch", "pages", "page_size", 
 
 
 class Cache(NamedTuple):
-    """What says where tokens go in the cache, and the scales of one in fp8; None if not given."""
+    """The tensors that place tokens in the cache, and fp8 scales; None if not given."""
 
     seqlens: Tensor | None
     block_table: Tensor | None
@@ -48,11 +48,11 @@ class Cache(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What the kernel is compiled for, beside its Tile."""
+    """Constants of the kernel, beside its Tile."""
 
     head_dim_v: int
     dims_v: int  # head_dim_v, rounded up to a power of two
-    q_together: bool  # the mean square is that of all heads of a token
+    q_together: bool  # the mean square is over all heads of a token
     k_together: bool
     rotates_q: bool
     rotates_k: bool
@@ -66,7 +66,7 @@ def _number(x):
 
 @triton.jit
 def _stored(position, MAP: tl.constexpr):
-    """Where a score method stores a key, by its PositionMap: (TOKENS, 1 or PAIRS) float64."""
+    """Return a key's stored position by a PositionMap: (TOKENS, 1 or PAIRS) float64."""
     if MAP.modulus > 0:
         whole = tl.floor(position / _number(MAP.modulus))
         position -= whole * _number(MAP.modulus)
@@ -79,7 +79,7 @@ def _stored(position, MAP: tl.constexpr):
 
 @triton.jit
 def _slots_behind(cache, cu_seqlens, sequence, tokens, table_batch, pages, page_size, capacity):
-    """Behind the slots in use: each token's block, its slot there, and whether it is written."""
+    """Return each token's block, its slot after those in use, and the mask of those written."""
     slot, valid = tokens[1], tokens[2]
     if cu_seqlens is not None:
         begin = tl.load(cu_seqlens + sequence)
@@ -128,10 +128,11 @@ def rope_append_kernel(
     slot_batch, slot_seq, table_batch, pages, page_size, capacity,
     STEP: tl.constexpr, STORED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: tiles of tokens; axis 1: shares of the heads. cache: a Cache; rope: a Rope.
+    """Norm, rotate and append: axis 0 is tiles of tokens, axis 1 shares of the heads.
 
-    The caches are (blocks, slots, heads, head_dim); a sequence without block_table is a block.
-    STORED: the PositionMap by which a score method stores keys, or None.
+    cache: a Cache; rope: a Rope. The caches are (blocks, slots, heads, head_dim); without
+    block_table a sequence is a block. STORED: the PositionMap by which a score method stores keys,
+    or None.
     """
     q, k, q_out, v, k_cache, v_cache = heads
     tokens = program_tokens(count, seqlen, TILE)
@@ -169,14 +170,14 @@ def rope_append_kernel(
 
 
 def rope_append(*tensors: Tensor | None, **options) -> Tensor:
-    """Same arguments and results as `torch.ops.extrope.rope_append`."""
+    """Compute `torch.ops.extrope.rope_append`."""
     (
         q, k, v, k_cache, v_cache, q_weight, k_weight, inv_freq, seqlens, block_table, slot_mapping,
         cu_seqlens, leftpad, positions, log_decay, axes, k_scale, v_scale,
     ) = (*tensors, *[None] * 10)[:18]  # fmt: skip
     numbers = (tuple(x) if isinstance(x, list) else x for x in options.values())
     settled = planned(_settle, (*options, *numbers, layouts_of(*tensors)), tensors, options)
-    if INTERPRETED:  # where looking costs nothing
+    if INTERPRETED:  # reading values costs nothing then
         check_values("rope_append", Append(*tensors, **options))
     out = k.new_empty(0) if q is None else torch.empty_like(q)
     if settled is not None:
@@ -191,7 +192,7 @@ def rope_append(*tensors: Tensor | None, **options) -> Tensor:
 
 
 def _settle(tensors: tuple[Tensor | None, ...], options: dict) -> Settled | None:
-    """The checked call's launch; None where there is nothing to append."""
+    """Check the call, then build its launch; None if there is nothing to append."""
     call = Append(*tensors, **options)
     check("rope_append", call)
     if call.batch * call.seqlen == 0:
@@ -214,9 +215,9 @@ def _settle(tensors: tuple[Tensor | None, ...], options: dict) -> Settled | None
 
 
 def _rotation(call: Append, k: Tensor) -> Rotation:
-    """By `positions`, or by those that follow the slots in use."""
+    """Return the Rotation by `positions`, or by those that follow the slots in use."""
     inv_freq = call.inv_freq
-    if inv_freq is None:  # of which the kernel reads nothing
+    if inv_freq is None:  # the kernel then reads none of it
         inv_freq = torch.empty(max(k.shape[-1] // 2, 1), device=k.device)
     rope = Rope(inv_freq, call.positions, call.cu_seqlens, call.log_decay, call.axes)
     names = ("attention_factor", "interleaved", "decay_origin")

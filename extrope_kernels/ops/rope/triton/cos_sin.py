@@ -1,4 +1,4 @@
-"""The rotation by cosines and sines that are given, in Triton: one launch for q and k."""
+"""The rotation by given cosines and sines in Triton: one launch for q and k."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cos_sin_kernel(
     heads, cos, sin, count, seqlen, cos_batch, cos_seq, sin_batch, sin_seq,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: tiles of tokens; axis 1: shares of the heads. k may be None."""
+    """Rotate: axis 0 is tiles of tokens, axis 1 shares of the heads. k may be None."""
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
     q, k, q_out, k_out = heads
     tokens = program_tokens(count, seqlen, TILE)
@@ -52,7 +52,7 @@ def cos_sin_kernel(
 def rope_cos_sin(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, **options: bool
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `torch.ops.extrope.rope_cos_sin`."""
+    """Compute `torch.ops.extrope.rope_cos_sin`."""
     q_out, k_out = empty_outputs(q, k)
     tensors = (q, k, q_out, k_out)
     key = (layouts_of(q, k, cos, sin), *options.items())
@@ -65,7 +65,7 @@ def rope_cos_sin(
 def _settle(
     tensors: tuple[Tensor | None, ...], cos: Tensor, sin: Tensor, options: dict[str, bool]
 ) -> Settled | None:
-    """The checked call's launch; None where there is nothing to rotate."""
+    """Check the call, then build its launch; None if there is nothing to rotate."""
     check(*tensors[:2], cos, sin)
     by = {"interleaved": False, "conjugate": False, **options, "half": cos.shape[2]}
     return settle(tensors, by, (*strides_of(cos)[:2], *strides_of(sin)[:2]))

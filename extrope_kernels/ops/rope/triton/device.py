@@ -1,8 +1,8 @@
-"""What the rotation's kernels share: tokens, positions, angles, rows of heads, and their launch.
+"""Shared by the rotation's kernels: tokens, positions, angles, rows of heads, and the launch.
 
-In device functions a tensor of heads is a tuple, the pointer and its strides of batch, seq and head
-in groups of TILE.align elements; tokens are a tuple of (TOKENS,) tensors: batch, seq and whether
-there is such a token. Shapes in comments are TILE's: TOKENS, PAIRS and REST (rest_dims).
+In device functions a tensor of heads is a tuple: the pointer, and its strides of batch, seq and
+head in groups of TILE.align elements. Tokens are a tuple of (TOKENS,) tensors: batch, seq and the
+mask of valid tokens. Shapes in comments are TILE's: TOKENS, PAIRS and REST (rest_dims).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ..._shared.triton.sincos import add_quarters, cos_sin_polynomials, cos_sin_
 from ..._shared.triton.tokens import rows, sequence_of
 from ..rotation import Rotation
 
-# Below this many tokens a program takes as few as it can: latency counts, not bandwidth.
+# Below this many tokens a program takes as few as possible: latency counts, not bandwidth.
 FEW_TOKENS = 512
-# Heads are spread over programs until about this many warps run: 32 bytes per thread then keep
-# 30 KB of loads in flight on each multiprocessor of an H100. More would only repeat the sincos.
+# Heads are spread over programs until about this many warps run. 32 bytes per thread then keep
+# 30 KB of loads in flight on each multiprocessor of an H100; more would only repeat the sincos.
 TARGET_WARPS = 4096
-# Integers that change from call to call: kernels do not specialise on them.
+# These integers change from call to call: kernels do not specialise on them.
 POSITION_NUMBERS = (
     *("count", "seqlen", "position_axis", "position_batch", "position_seq", "num_sequences"),
     "search_steps",
@@ -37,7 +37,7 @@ POSITION_NUMBERS = (
 
 
 class Tile(NamedTuple):
-    """What every kernel is compiled for, beside dtypes."""
+    """Constants of every kernel, beside dtypes."""
 
     tokens: int  # of a program
     pairs: int  # half, rounded up to a power of two
@@ -59,7 +59,7 @@ class Tile(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """The tensors that say by how much tokens rotate; all but the first may be None."""
+    """The tensors that decide how far tokens rotate; all but the first may be None."""
 
     inv_freq: Tensor
     positions: Tensor | None = None
@@ -74,7 +74,7 @@ class Rope(NamedTuple):
 
 @triton.jit
 def program_tokens(count, seqlen, TILE: tl.constexpr):
-    """This program's tokens, counted through batch and seqlen."""
+    """Return this program's tokens, counted through batch and seqlen."""
     first = tl.program_id(0).to(count.dtype) * TILE.tokens
     valid = tl.arange(0, TILE.tokens) < count - first
     token = first + tl.arange(0, TILE.tokens)
@@ -83,7 +83,7 @@ def program_tokens(count, seqlen, TILE: tl.constexpr):
 
 @triton.jit
 def program_heads(HEADS: tl.constexpr):
-    """The first and the last + 1 of this program's share of the heads."""
+    """Return the first and the last + 1 of this program's share of the heads."""
     share = tl.cdiv(HEADS, tl.num_programs(1))
     first = tl.program_id(1) * share
     return first, tl.minimum(first + share, HEADS)
@@ -94,7 +94,7 @@ def token_positions(
     tokens, rope, offset, position_axis, position_batch, position_seq, num_sequences, search_steps,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Sequence (TOKENS,) and position (TOKENS, 1 or PAIRS) float64, however they are given."""
+    """Return sequence (TOKENS,) and position (TOKENS, 1 or PAIRS) float64, in any given form."""
     batch, seq, valid = tokens
     sequence = batch
     position = seq.to(tl.float64)
@@ -112,7 +112,7 @@ def token_positions(
     if TILE.num_axes > 0:
         pair = tl.arange(0, TILE.pairs)
         axis = tl.load(rope.axes + pair, mask=pair < TILE.half, other=0)
-        axis = tl.minimum(tl.maximum(axis, 0), TILE.num_axes - 1).to(tl.int64)  # one that exists
+        axis = tl.minimum(tl.maximum(axis, 0), TILE.num_axes - 1).to(tl.int64)  # clamped
         at = at[:, None] + (axis * position_axis)[None, :]
         mask = valid[:, None] & (pair < TILE.half)[None, :]
         position = tl.load(at, mask=mask, other=0).to(tl.float64)  # (TOKENS, PAIRS)
@@ -125,12 +125,12 @@ def token_positions(
 
 @triton.jit
 def sincos(angle, TILE: tl.constexpr):
-    """Cosine and sine of float64 angles below 2**29 * pi/2, to float32 or wide accuracy."""
+    """Return cosine and sine of float64 angles below 2**29 * pi/2, to float32 or wide accuracy."""
     TWO_OVER_PI: tl.constexpr = 0.6366197723675814
     # Adding 1.5 * 2**52 rounds a float64 to an integer and leaves that integer in its low bits.
     TO_INTEGER: tl.constexpr = 6755399441055744.0
-    # pi/2 = FIRST + SECOND + THIRD. The first two have 24 significant bits, so their products with
-    # a count of quarter circles below 2**29 are exact in float64, contracted into an fma or not.
+    # pi/2 = FIRST + SECOND + THIRD. The first two have 24 significant bits: their products with a
+    # count of quarter circles below 2**29 are exact in float64, with or without an fma.
     FIRST: tl.constexpr = 1.570796251296997
     SECOND: tl.constexpr = 7.549789415861596e-08
     THIRD: tl.constexpr = 5.390302858158119e-15
@@ -148,7 +148,7 @@ def sincos(angle, TILE: tl.constexpr):
 
 @triton.jit
 def head_cos_sin(angles, head, valid, TILE: tl.constexpr):
-    """(TOKENS, PAIRS) cosines and sines of a head; of all heads if they share frequencies.
+    """Return (TOKENS, PAIRS) cosines and sines of a head, or of all if they share frequencies.
 
     angles: (inv_freq, sequence, position, its distance from decay's origin, log_decay, amplitude).
     """
@@ -161,16 +161,16 @@ def head_cos_sin(angles, head, valid, TILE: tl.constexpr):
 
 @triton.jit
 def scaled(cos, sin, angles, SIGN: tl.constexpr, TILE: tl.constexpr):
-    """cos and sin times the amplitude; sin also by the direction.
+    """Multiply cos and sin by the amplitude, and sin by the direction.
 
-    SIGN: 1 for q, -1 for k, whose amplitudes decay with the position in opposite ways.
+    SIGN: 1 for q, -1 for k, whose amplitudes change with the position in opposite directions.
     """
     far, log_decay = angles[3], angles[4]
     scale = tl.full((1, 1), angles[5], tl.float64)
     if log_decay is not None:
         pair = tl.arange(0, TILE.pairs)
         rate = tl.load(log_decay + pair, mask=pair < TILE.half, other=0.0).to(tl.float64)
-        # The sign first: products that q and k shared would stay in registers while q is rotated.
+        # The sign first: products shared by q and k would stay in registers while q is rotated.
         exponent = far * (SIGN * TILE.decay_sign) * rate[None, :]
         scale = scale * (tl.exp(exponent) if TILE.wide else exp(exponent))
     scale = scale.to(cos.dtype)
@@ -183,13 +183,13 @@ def scaled(cos, sin, angles, SIGN: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def head_rows(x, tokens, head, TILE: tl.constexpr):
-    """(TOKENS,) pointers to dim 0 of a head."""
+    """Return (TOKENS,) pointers to dim 0 of a head."""
     return rows(x[0], tokens[0], tokens[1], head, x[1], x[2], x[3], TILE)
 
 
 @triton.jit
 def load_head(at, valid, TILE: tl.constexpr):
-    """Both dims of the pairs, (TOKENS, PAIRS), and the rest, (TOKENS, REST), widened."""
+    """Load both dims of the pairs, (TOKENS, PAIRS), and the rest, (TOKENS, REST); widen them."""
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
     a, b, rest = load_parts(at, valid, TILE)
     return a.to(WIDE), b.to(WIDE), rest.to(WIDE)
@@ -211,16 +211,16 @@ def rotate_head(x, out, tokens, head, cos, sin, TILE: tl.constexpr):
 
 
 class Settled(NamedTuple):
-    """A launch, worked out once for each layout of a call's tensors."""
+    """A launch, worked out once per layout of a call's tensors."""
 
     grid: tuple[int, ...]
-    strides: tuple[tuple[int, ...], ...]  # of the tensors of heads, as kernels take them
+    strides: tuple[tuple[int, ...], ...]  # of the tensors of heads, in the kernels' form
     numbers: tuple[int | float, ...]  # the last arguments that are not constexpr
-    options: dict[str, Any]  # constexprs, and what Triton takes itself
+    options: dict[str, Any]  # constexprs, and Triton's own options
 
 
 def launch(kernel: Any, settled: Settled, tensors: Sequence[Tensor | None], *others: Any) -> None:
-    """Launch on the tensors' GPU; tensors: of heads, as `settle` was given them."""
+    """Launch on the tensors' GPU; tensors: those of heads, as given to `settle`."""
     heads = tuple([x if x is None else (x, *n) for x, n in zip(tensors, settled.strides)])
     some = tensors[1] if tensors[0] is None else tensors[0]
     if not some.is_cuda or some.get_device() == torch.cuda.current_device():
@@ -241,19 +241,22 @@ def settle(
     copies_rest: bool = True,
     **options: Any,
 ) -> Settled | None:
-    """The launch on q, k and other (batch, seqlen, heads, head_dim) tensors, any of them None.
+    """Work out the launch on q, k and other (batch, seqlen, heads, head_dim) tensors or None.
 
-    Tiles and grids are few different ones, so that little is compiled. None: nothing is to be done.
+    Tiles and grids take few different values, so little is compiled. Returns None if there is
+    nothing to do.
 
-    by, numbers: as from `told_by`, numbers go behind count and seqlen; one_program: has all heads;
-    may_be_few: tokens of a program; width: pairs for which there are registers, if not half;
+    by, numbers: as from `told_by`; numbers follow count and seqlen.
+    one_program: a program takes all heads.
+    may_be_few: a program may take few tokens.
+    width: pairs that registers hold, if not half.
     options: as in Settled.
     """
     q, k, *_ = tensors
     x, heads_q, heads_k = k if q is None else q, *(0 if x is None else x.shape[2] for x in (q, k))
     batch, seqlen, _, head_dim = x.shape
     count, spread = batch * seqlen, 1 if one_program else max(heads_q, heads_k)
-    chip_of(x)  # or say what is missing
+    chip_of(x)  # raises if something is missing
     if count * max(heads_q, heads_k) == 0:
         return None
     pairs, rest = next_power_of_2(by["half"]), head_dim - 2 * by["half"] if copies_rest else 0
@@ -276,10 +279,10 @@ def settle(
 
 
 def told_by(rotation: Rotation) -> tuple[dict[str, Any], tuple[int | float, ...]]:
-    """`by` and `numbers` of `settle`."""
+    """Return `by` and `numbers` for `settle`."""
     positions, axes = rotation.positions, rotation.axes
     strides = (0, 0, 0) if positions is None else strides_of(positions)
-    if axes is None:  # no stride of axes; offsets have one of sequences alone
+    if axes is None:  # no stride of axes; offsets have only a stride of sequences
         strides = (0, *strides, 0)[:3]
     sequences = 0 if rotation.cu_seqlens is None else rotation.cu_seqlens.shape[0] - 1
     freq_sequence, freq_head, _ = strides_of(rotation.inv_freq)
@@ -299,7 +302,7 @@ def told_by(rotation: Rotation) -> tuple[dict[str, Any], tuple[int | float, ...]
 
 
 def as_inputs(tensors: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Two tensors as the (batch, seqlen, heads, head_dim) inputs that they belong to."""
+    """View two tensors in the shapes of their (batch, seqlen, heads, head_dim) inputs."""
     like = (*inputs, None)
     return [x if x is None else x.view(y.shape) for x, y in zip(tensors, like)]
 

@@ -38,13 +38,13 @@ from .device import (
     told_by,
 )
 
-# Of a backward: left to itself, ptxas spills to fit one more block.
+# A backward's limit: without one, ptxas spills to fit one more block.
 ALL_REGISTERS = 255
 
 
 @triton.jit
 def _row_sum(a, b, rest, TILE: tl.constexpr):
-    """Over the dims of a head: (TOKENS, 1)."""
+    """Sum over the dims of a head: (TOKENS, 1)."""
     total = tl.sum(a + b, 1)
     if TILE.rest > 0:
         total += tl.sum(rest, 1)
@@ -53,7 +53,7 @@ def _row_sum(a, b, rest, TILE: tl.constexpr):
 
 @triton.jit
 def _load_weights(weight, head, TOGETHER: tl.constexpr, TILE: tl.constexpr):
-    """(1, dims) parts of the weights of a head."""
+    """Load (1, dims) parts of the weights of a head."""
     if TOGETHER:
         weight += head * (2 * TILE.half + TILE.rest)
     one = tl.arange(0, 1)
@@ -78,8 +78,8 @@ def norm_rotate_heads(
 ):  # fmt: skip
     """Norm and rotate this program's share of the heads of x into out.
 
-    weight: None for no norm; to: as tokens, where they are in out; codes_scale: of the heads where
-    out is in fp8, else None; SIGN: as for `scaled`.
+    weight: None for no norm. to: like tokens, their places in out. codes_scale: scale of the heads
+    if out is fp8, else None. SIGN: as for `scaled`.
     """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
     TOKENS: tl.constexpr = TILE.tokens
@@ -134,7 +134,7 @@ def _add_rows(to, x, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexp
 
 @triton.jit
 def _store_sums(to, a, b, rest, TILE: tl.constexpr):
-    """This program's part of the gradients of a head's weights."""
+    """Store this program's part of the gradients of a head's weights."""
     STEP: tl.constexpr = 2 if TILE.interleaved else 1
     SECOND: tl.constexpr = 1 if TILE.interleaved else TILE.half
     _add_rows(to, a, 0, STEP, TILE.half)
@@ -145,7 +145,7 @@ def _store_sums(to, a, b, rest, TILE: tl.constexpr):
 
 @triton.jit
 def _load_gradients(grad, saved, tokens, head, cos, sin, TILE: tl.constexpr):
-    """g, the gradients rotated back, and x, each in three parts."""
+    """Load g, the gradients rotated back, and x, each in three parts."""
     a, b, grest = load_head(head_rows(grad, tokens, head, TILE), tokens[2], TILE)
     xa, xb, xrest = load_head(head_rows(saved, tokens, head, TILE), tokens[2], TILE)
     return a * cos - b * sin, b * cos + a * sin, grest, xa, xb, xrest
@@ -157,7 +157,7 @@ def _backward_heads(
     HEADS: tl.constexpr, SIGN: tl.constexpr, TOGETHER: tl.constexpr, EPS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of all heads of one tensor, and this program's part of those of its weights."""
+    """Write the gradients of all heads of one tensor, and this program's part of its weights'."""
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
     TOKENS: tl.constexpr = TILE.tokens
     PAIRS: tl.constexpr = TILE.pairs
@@ -188,7 +188,7 @@ def _backward_heads(
         head = tl.cast(head, tl.int64)
         if TILE.per_head:
             cos, sin = _head_angles(angles, head, valid, SIGN, TILE)
-        # Beside dims that pass unrotated there are not registers enough to hold the weights.
+        # With dims that pass unrotated, registers do not suffice to hold the weights.
         if TOGETHER or TILE.rest > 0:
             wa, wb, wrest = _load_weights(weight, head, TOGETHER, TILE)
         ga, gb, grest, a, b, rest = _load_gradients(grad, saved, tokens, head, cos, sin, TILE)
@@ -201,7 +201,7 @@ def _backward_heads(
         a, b, rest = a * scale, b * scale, rest * scale
         dx = (scale * (ua - a * mean), scale * (ub - b * mean), scale * (urest - rest * mean))
         store_parts(head_rows(out, tokens, head, TILE), dx, valid, TILE)
-        # Where not valid, gradients are 0; x is too, but its scale may be infinite.
+        # Invalid rows have gradients of 0; their x is 0 too, but its scale may be infinite.
         ga, gb = tl.where(valid[:, None], ga * a, 0.0), tl.where(valid[:, None], gb * b, 0.0)
         if TOGETHER:
             grest = tl.where(valid[:, None], grest * rest, 0.0)
@@ -225,7 +225,7 @@ def _one_tensor(
     HEADS: tl.constexpr, SIGN: tl.constexpr, TOGETHER: tl.constexpr, EPS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """q, or k: backward where there are parts."""
+    """Process q or k: backward if there are parts."""
     if parts is not None:
         _backward_heads(
             x, out, saved, weight, parts, tokens, angles, HEADS, SIGN, TOGETHER, EPS, TILE
@@ -243,9 +243,9 @@ def norm_rotate_kernel(
     decay_origin: tl.float64, amplitude: tl.float64, Q_TOGETHER: tl.constexpr,
     K_TOGETHER: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: tiles of tokens; axis 1: shares of the heads. rope: a Rope.
+    """Norm and rotate: axis 0 is tiles of tokens, axis 1 shares of the heads. rope: a Rope.
 
-    With q_parts, or k_parts, it is a backward of that tensor. Its programs have all heads, and each
+    With q_parts or k_parts it is the backward of that tensor. Its programs take all heads, and each
     writes a row of (programs, dims of the weight) parts: sums for the gradients of the weights.
     """
     q, k, q_out, k_out, q_saved, k_saved = heads
@@ -274,21 +274,21 @@ def norm_rotate_kernel(
 def rope_norm_fwd(
     q: Tensor, k: Tensor | None, *others: Tensor | None, **options
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `torch.ops.extrope.rope_norm_fwd`."""
+    """Compute `torch.ops.extrope.rope_norm_fwd`."""
     q_out, k_out = empty_outputs(q, k)
     _run((q, k, q_out, k_out, None, None), *others, **options)
     return q_out, q.new_empty(0) if k_out is None else k_out
 
 
 def rope_norm_inplace(q: Tensor, k: Tensor | None, *others: Tensor | None, **options) -> None:
-    """Same arguments as `torch.ops.extrope.rope_norm_inplace`."""
+    """Compute `torch.ops.extrope.rope_norm_inplace`."""
     _run((q, k, q, k, None, None), *others, **options)
 
 
 def rope_norm_bwd(
     grad_q: Tensor, grad_k: Tensor | None, *others: Tensor | None, **options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Same arguments and results as `torch.ops.extrope.rope_norm_bwd`."""
+    """Compute `torch.ops.extrope.rope_norm_bwd`."""
     dq, dk = empty_outputs(grad_q, grad_k)
     parts = _run((grad_q, grad_k, dq, dk, *others[:2]), *others[2:], **options)
     none = grad_q.new_empty(0, dtype=accumulator(grad_q.dtype))
@@ -299,9 +299,9 @@ def rope_norm_bwd(
 def _run(
     tensors: tuple[Tensor | None, ...], *others: Tensor | None, offset: int = 0, **options
 ) -> list[Tensor | None]:
-    """Norm and rotate q and k of tensors, (q, k, their outputs, what is saved of them).
+    """Norm and rotate q and k of tensors: (q, k, their outputs, their saved inputs).
 
-    Returns, of a backward, the sums for the gradients of the weights: (programs, dims).
+    Returns a backward's sums for the gradients of the weights: (programs, dims).
     """
     q, k, out, _, *saved = tensors
     weights, rope = others[:2], Rope(*others[2:])
@@ -323,7 +323,7 @@ def _settle(
     rope: Rope,
     options: dict,
 ) -> Settled | None:
-    """The checked call's launch; None where there is nothing to rotate."""
+    """Check the call, then build its launch; None if there is nothing to rotate."""
     (q, k, *others), options = tensors, dict(options)
     eps, backward = options.pop("norm_eps", 1e-6), others[2] is not None
     inputs, rotation = resolve(q, k, *rope, adjoint=backward, **options)
@@ -332,7 +332,7 @@ def _settle(
     if in_place:
         refuse_overlap(q, k)
     together = [w is not None and w.shape[0] != q.shape[-1] for w in weights]
-    # A backward would spill beside as many tokens of dims that pass, but of float32 in halves.
+    # A backward with as many tokens would spill if dims pass, except float32 in halves.
     spills = backward and (rotation.interleaved or q.itemsize == 2)
     limited = backward and isinstance(chip_of(q), int)  # AMD's compiler knows no such limit
     pairs = ((q, k), others[:2], others[2:])

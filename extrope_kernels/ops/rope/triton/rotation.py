@@ -1,7 +1,7 @@
 """The rotation in Triton: one launch for q and k, forward and backward, in place or not.
 
-A program has a tile of tokens and a share of the heads. It finds its tokens' positions, from these
-and the frequencies the cosines and sines, and rotates one head after the other by them.
+A program has a tile of tokens and a share of the heads. It finds its tokens' positions, computes
+their cosines and sines, and rotates one head after the other by them.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ from .device import (
     told_by,
 )
 
-# Where every head has its own frequencies, a limit that no kernel reaches: left to itself, ptxas
-# spills to fit one more block.
+# If every head has its own frequencies, a limit that no kernel reaches: without one, ptxas spills
+# to fit one more block.
 MOST_REGISTERS = 128
 
 
 @triton.jit
 def _rotate_and_derive(x, out, saved, tokens, head, cos, sin, grad, TILE: tl.constexpr):
-    """Rotate a head; return grad plus its share of the gradient of the angles, where x is a
-    gradient and saved what the forward rotated: the cross product of each pair.
+    """Rotate a head; return grad plus the head's share of the gradient of the angles.
+
+    The share is the cross product of each pair of x, a gradient, and saved, the forward's input.
     """
     a, b = rotate_head(x, out, tokens, head, cos, sin, TILE)
     if saved is not None:
@@ -59,12 +60,12 @@ def rotate_kernel(
     offset, count, seqlen, position_axis, position_batch, position_seq, num_sequences, search_steps,
     decay_origin: tl.float64, amplitude: tl.float64, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: tiles of tokens; axis 1: shares of the heads. rope: a Rope.
+    """Rotate: axis 0 is tiles of tokens, axis 1 shares of the heads. rope: a Rope.
 
     k, q_saved, k_saved and angle_grad may be None; angle_grad: (count, heads_q or 1, half).
     """
     q, k, q_out, k_out, q_saved, k_saved = heads
-    TOKENS: tl.constexpr = TILE.tokens  # Triton 3.6 takes fields of TILE everywhere but in shapes
+    TOKENS: tl.constexpr = TILE.tokens  # Triton 3.6 takes no fields of TILE in shapes
     PAIRS: tl.constexpr = TILE.pairs
     tokens = program_tokens(count, seqlen, TILE)
     batch, seq, valid = tokens  # (TOKENS,)
@@ -110,8 +111,9 @@ def rotate_kernel(
 def settle_rotation(
     tensors: Sequence[Tensor | None], in_place: bool, rotation: Rotation
 ) -> Settled | None:
-    """The launch on q, k, their outputs and what is saved of them, with the gradient of the angles
-    where something is; None where there is nothing to rotate.
+    """Work out the launch on q, k, their outputs and saved inputs; None if nothing rotates.
+
+    With saved inputs it writes the gradient of the angles too.
     """
     # Sums over the heads stay in one program: no atomics, the same bits in every run.
     sums_heads = tensors[4] is not None and not rotation.per_head
@@ -134,21 +136,21 @@ def settle_rotation(
 def rope_fwd(
     q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `torch.ops.extrope.rope_fwd`."""
+    """Compute `torch.ops.extrope.rope_fwd`."""
     q_out, k_out = empty_outputs(q, k)
     _run(False, (q, k, q_out, k_out, None, None), Rope(*rope_args), **options)
     return q_out, q.new_empty(0) if k_out is None else k_out
 
 
 def rope_inplace(q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options) -> None:
-    """Same arguments as `torch.ops.extrope.rope_inplace`."""
+    """Compute `torch.ops.extrope.rope_inplace`."""
     _run(False, (q, k, q, k, None, None), Rope(*rope_args), **options)
 
 
 def rope_bwd(
     grad_q: Tensor, grad_k: Tensor | None, *others: Tensor | None, **options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Same arguments and results as `torch.ops.extrope.rope_bwd`."""
+    """Compute `torch.ops.extrope.rope_bwd`."""
     dq, dk = empty_outputs(grad_q, grad_k)
     tensors = (grad_q, grad_k, dq, dk, *others[:2])
     angle_grad = _run(True, tensors, Rope(*others[2:]), **options)
@@ -160,8 +162,9 @@ def rope_bwd(
 def _run(
     adjoint: bool, tensors: tuple[Tensor | None, ...], rope: Rope, *, offset: int = 0, **options
 ) -> Tensor | None:
-    """Rotate q and k of tensors, (q, k, their outputs, what is saved of them); return the gradient
-    of the angles if something is.
+    """Rotate q and k of tensors, (q, k, their outputs, their saved inputs).
+
+    Returns the gradient of the angles if inputs were saved.
     """
     q, k, out, _, *saved = tensors
     key = (adjoint, out is q, layouts_of(q, k, *saved, *rope), *options.items())
@@ -177,7 +180,7 @@ def _run(
 def _settle(
     adjoint: bool, tensors: tuple[Tensor | None, ...], rope: Rope, options: dict
 ) -> tuple[Settled | None, tuple[int, ...]]:
-    """The checked call's launch, and the shape of the gradient of its angles."""
+    """Check the call, then build its launch; return also the shape of its angles' gradient."""
     q, k, *others = tensors
     inputs, rotation = resolve(q, k, *rope, adjoint=adjoint, **options)
     in_place = others[0] is q
