@@ -159,6 +159,7 @@ def arm(session: nox.Session) -> None:
 
 
 def install(session: nox.Session, torch: str) -> None:
+    """Install the wheel with a torch and the packages of the tests."""
     wheels = list(WHEELS.glob("*.whl"))
     if len(wheels) != 1:
         session.error(f"one wheel is needed in {WHEELS}: nox -s wheel")

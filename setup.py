@@ -70,6 +70,8 @@ class WheelTaggedByContent(bdist_wheel):
 
 
 class LibraryDistribution(Distribution):
+    """A distribution that has extension modules if a library was built."""
+
     libraries_built = False
 
     def has_ext_modules(self):

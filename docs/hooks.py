@@ -14,6 +14,7 @@ _LINK = re.compile(r"\]\((?!\w+:|#)([^)\s]+)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the files of OUTSIDE to the site."""
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()

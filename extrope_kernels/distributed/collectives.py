@@ -23,6 +23,7 @@ class Group(NamedTuple):
 
 
 def wait(x: Tensor) -> Tensor:
+    """Wait for a collective, and return its result."""
     return _ops.wait_tensor(x)
 
 

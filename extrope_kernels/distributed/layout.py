@@ -29,6 +29,7 @@ def group_of(op: str, mesh: Mesh) -> Group:
 
 
 def check_balance(op: str, balance: Balance) -> None:
+    """Raise ValueError for an unknown balance."""
     if balance not in ("zigzag", None):
         raise ValueError(f"{op}: balance must be 'zigzag' or None, got {balance!r}")
 
@@ -98,7 +99,7 @@ def unshard(x: Tensor, mesh: Mesh, *, dim: int = 1, balance: Balance = "zigzag")
 
 
 def chunks(group: Group, balance: Balance) -> list[int]:
-    """Number the rank's chunks, among the sequence's P (with balance 2 P)."""
+    """Return the numbers of the rank's chunks, among the sequence's P (with balance 2 P)."""
     return [group.rank] if balance is None else [group.rank, 2 * group.size - 1 - group.rank]
 
 

@@ -1,1 +1,1 @@
-"""The `check` command: what a model's configuration really does, and what to try at a length."""
+"""The `check` command: a model's positions as built, and a method to try at a length."""

@@ -1,4 +1,4 @@
-"""What to try first at a length, and why; and the lines that ask each engine for it."""
+"""Advice for a length: a method to try first, the reason, and a line for each engine."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .facts import Facts
 from .source import Source
 
 PAGE = "docs/guide/choose.md"
-# Rows of that page, of SmolLM2-135M: what ReRoPE with half the training length costs over YaRN, by
-# how many times the training length is read, and what each recalls at twice.
+# Rows of that page, of SmolLM2-135M: the loss of ReRoPE with half the training length over YaRN's,
+# by the multiple of the training length that is read, and the recall of each at twice.
 OVER_YARN = {2: "-0.020 ± 0.002", 4: "-0.143 ± 0.028"}
 RECALL = {"rerope": "2.56 ± 0.28", "yarn": "0.72 ± 0.40"}
 _ENGINES = ("transformers", "vLLM", "SGLang", "LMDeploy", "llama.cpp")
 _BY_KIND = "cannot be told, as far as known, to scale the full layers alone"
 _LONGROPE = "left out: a model with LongRoPE may load no other type; `search` writes factors"
-# What YaRN takes the place of, among rope_parameters.
+# The rope_parameters that YaRN replaces.
 _SCALING = ("factor", "attention_factor", "beta_", "low_freq", "high_freq", "rope_type", "type")
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to try at a length; `first` is None where nothing is to be done.
+    """A method to try at a length; `first` is None if nothing is needed.
 
-    why: sentences. rope_parameters: for a configuration. lines: by engine, what asks it for the
-    method, or that it cannot.
+    why: sentences. rope_parameters: for a configuration. lines: by engine, the command or code for
+    the method, or that it has none.
     """
 
     length: int
@@ -47,7 +47,7 @@ class Advice:
 
 
 def advise(model: str, source: Source, facts: Facts, length: int) -> Advice:
-    """Return what to try first for `length` tokens."""
+    """Advise on `length` tokens."""
     trained, reach = facts.length.trained, facts.reach
     why = None
     if length <= reach:
@@ -71,7 +71,7 @@ def advise(model: str, source: Source, facts: Facts, length: int) -> Advice:
 
 
 def _choose(source: Source, facts: Facts, length: int, yarn: Candidate) -> tuple[Candidate, str]:
-    """Return what to try first, and why."""
+    """Return the method to try first, and why."""
     trained, reach = facts.length.trained, facts.reach
     if facts.scores.layers is None:
         why = f"score methods do not go, see above; more than its factor for far details ({PAGE})"
@@ -107,7 +107,7 @@ def _rope_parameters(source: Source, facts: Facts, yarn: Candidate) -> dict[str,
 def _lines(
     model: str, source: Source, facts: Facts, length: int, yarn: Candidate
 ) -> dict[str, str]:
-    """Return for each engine what asks for YaRN; $ROPE stands for the rope_parameters."""
+    """Return each engine's line for YaRN; $ROPE stands for the rope_parameters."""
     inner, several = source.config is not source.whole, facts.full_kind is not None
 
     def override(key: str, more: str = "") -> str:
@@ -116,7 +116,7 @@ def _lines(
 
     where = "config.json, text_config:" if inner else "config.json:"
     former = ' in place of "rope_scaling"' if source.stated.get("rope_scaling") else ""
-    # With which vLLM would build the rotary layer of a backend that it has no more.
+    # With it vLLM would build the rotary layer of a backend that it no longer has.
     chunks = ', \\"dual_chunk_attention_config\\": null'
     chunks *= "dual_chunk_attention_config" in source.stated
     by_sglang = override("rope_parameters" if inner or several else "rope_scaling")
@@ -153,14 +153,14 @@ def _plugin_line(model: str, source: Source, length: int, first: Candidate) -> s
 
 
 class _Unset(SimpleNamespace):
-    """Everything else is None, as in an engine that was told nothing."""
+    """A configuration without settings: every attribute is None."""
 
     def __getattr__(self, name: str) -> None:
         return None
 
 
 def _engine_config(source: Source) -> Any:
-    """Return what the plugin would look at in vLLM's configuration of such an engine."""
+    """Return the parts of vLLM's configuration that the plugin reads, for such an engine."""
     text = source.config
     model = _Unset(
         hf_text_config=text,

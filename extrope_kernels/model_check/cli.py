@@ -1,4 +1,4 @@
-"""The `check` command: its options, and what it prints."""
+"""The `check` command: its options and its report."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "model", metavar="MODEL", help="folder, .gguf, config.json, smollm2, or name in hub's cache"
     )
-    add("--length", type=int, help="tokens to be read: what to try first, and lines to copy")
+    add("--length", type=int, help="tokens to read: a method to try first, and lines to copy")
     add("--json", action="store_true", help="the same facts as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command and return its exit code: 2 where the model cannot be read."""
+    """Run the command and return its exit code: 2 if the model cannot be read."""
     try:
         if args.length is not None and args.length < 1:
             raise UsageError(f"--length must be >= 1, got {args.length}")
@@ -85,7 +85,7 @@ def report(model: str, facts: Facts, advice: Advice | None, colour: bool) -> lis
 
 
 def _wrapped(text: str) -> list[str]:
-    """Wrap a line; one for a shell so that it can be copied, its comment at the end."""
+    """Wrap a line; a shell's line so that it can be copied, with its comment at the end."""
     command, hash_, comment = text.partition("  # ")
     shell = any(f"{each} " in command for each in ("serve", "sglang.launch_server", "llama-server"))
     width = _WIDTH - _LABEL - 2 * shell
@@ -99,7 +99,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _paragraphs(model: str, facts: Facts, advice: Advice | None) -> Iterator[tuple[str, str, bool]]:
-    """Yield (label, text, whether it is alarming)."""
+    """Yield (label, text, alarming)."""
     heads = f"{facts.heads} heads of {facts.head_dim}, {facts.key_heads} of keys"
     yield "model", f"{model}: {facts.architecture}, {heads}", False
     length = facts.length
@@ -136,7 +136,7 @@ def _rotation(each: Rotation, trained: int) -> str:
 
 
 def _engines(facts: Facts) -> Iterator[tuple[str, str, bool]]:
-    """Yield what transformers and vLLM make of what is stated."""
+    """Yield how transformers and vLLM apply the stated scaling."""
     for engine, name in (("transformers", "transformers"), ("vllm", "vLLM")):
         by_kind = {each.kind: str(getattr(each, engine)) for each in facts.rotations if each.method}
         said = set(by_kind.values())

@@ -1,4 +1,4 @@
-"""What a model does with positions: lengths, rotations, its cache, and what score methods say."""
+"""Facts about a model's positions: lengths, rotations, its cache, and score methods."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ _OUR_NAMES = {"default": "rope", "linear": "pi", "dynamic": "dynamic_ntk"}
 
 @dataclass(frozen=True)
 class Length:
-    """trained: tokens, by the key named origin. reach: what the configuration is made for, by what
-    reach_origin says.
+    """Lengths in tokens.
+
+    trained: by the key named origin. reach: the length that the configuration is made for, by
+    reach_origin.
     """
 
     trained: int
@@ -48,13 +50,13 @@ class Length:
 
 @dataclass(frozen=True)
 class Rotation:
-    """One kind of layers; all but `layers` and `window` is None where they do not rotate.
+    """The rotation of one kind of layers; only `layers` and `window` are set if they do not rotate.
 
     window: tokens that a layer sees, None for all.
     method, base, factor, attention_factor: in force, as transformers builds the model.
-    unfinished: of the pairs that rotate, those whose unscaled frequency makes less than a turn in
-        the training length.
-    transformers, vllm: what these make of what is stated.
+    unfinished: number of rotating pairs whose unscaled frequency makes less than a turn in the
+        training length.
+    transformers, vllm: how these apply the stated scaling.
     """
 
     kind: str
@@ -72,8 +74,10 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Cache:
-    """bytes_per_token: of layers that keep all tokens; windowed: (window, bytes_per_token) each of
-    those that keep the last ones.
+    """Size of the cache.
+
+    bytes_per_token: of layers that keep all tokens. windowed: (window, bytes_per_token) for each
+    kind of layers that keeps only the last tokens.
     """
 
     dtype: str
@@ -88,7 +92,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Scores:
-    """layers: which layers extend takes a score method for, or None; refused: why it takes none."""
+    """Layers that `extend` takes a score method for, or None; refused: why it takes none."""
 
     layers: str | None
     refused: str | None
@@ -96,7 +100,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that `check` knows of a model, without a length in mind."""
+    """Everything that `check` knows of a model, for any length."""
 
     architecture: str
     heads: int
@@ -114,19 +118,21 @@ class Facts:
 
     @property
     def reach(self) -> int:
-        """Return the tokens that the model is made for, as far as nothing of it is ignored."""
+        """The tokens that the model is made for, without scalings that are ignored."""
         fails = any(each.transformers == IGNORED for each in self.rotations) or self.ignored
         return self.length.trained if fails else self.length.reach
 
 
-# A kind of layers: its name, whether it rotates, and how many of the last tokens it sees.
+# A kind of layers: its name, if it rotates, and the number of last tokens that it sees.
 Kind = tuple[str, bool, "int | None"]
 
 
 class Trial(NamedTuple):
-    """What running a small model shows, by layer: its kind, or None where it does not attend; dims
-    of keys and values that its cache has for a token, of all heads, and how many tokens of them.
-    temperature: the softmax scale over 1 / sqrt(head_dim); None where the layers do not say it.
+    """Results of running a small model, by layer.
+
+    Its kind, or None if it does not attend; the dims of keys and values of all heads that its
+    cache has for a token, and the number of tokens. temperature: the softmax scale over
+    1 / sqrt(head_dim); None if the layers do not tell it.
     """
 
     scores: Scores
@@ -136,7 +142,7 @@ class Trial(NamedTuple):
 
 
 def gather(source: Source) -> Facts:
-    """Return the facts; raises UsageError for a model that cannot be built, or does not rotate."""
+    """Gather the facts; raise UsageError for a model that cannot be built or does not rotate."""
     try:
         model = on_meta(source.config)
         return _gather(source, model, find_sites(model, "all"))
@@ -145,7 +151,7 @@ def gather(source: Source) -> Facts:
     except KeyError as error:
         rope_type = f"rope_type {error} is none that transformers knows"
         raise UsageError(f"cannot be built: {rope_type}") from error
-    except Exception as error:  # whatever a foreign configuration leads to
+    except Exception as error:  # a foreign configuration may raise anything
         text = shortened(error).removeprefix("extend: ")
         raise UsageError(f"cannot be built, or does not rotate: {text}") from error
 
@@ -171,7 +177,7 @@ def _gather(source: Source, model: PreTrainedModel, sites: list[RotarySite]) -> 
 
 
 def read_length(source: Source) -> Length:
-    """Return the training length, and where the number stands; raises UsageError."""
+    """Return the training length and the place of the number; raises UsageError."""
     config, stated = source.config, source.stated
     reach = getattr(config, "max_position_embeddings", None)
     name = "original_max_position_embeddings"
@@ -242,7 +248,7 @@ def _kinds(small: PreTrainedModel) -> list[Kind | None]:
 
 
 def _named_kinds(config: PreTrainedConfig) -> list[Kind | None]:
-    """Return what the configuration says of its layers."""
+    """Return the configuration's names for its layers."""
     count = config.num_hidden_layers
     names = getattr(config, "layer_types", None) or ["full_attention"] * count
     rotate = getattr(config, "no_rope_layers", None) or [True] * count
@@ -319,7 +325,7 @@ def _rotation(
 
 
 def _stated(source: Source, key: str | None, length: int | None = None) -> RopeFreqs | str:
-    """Return the frequencies that the configuration asks for, by this package; or why not."""
+    """Return the configuration's frequencies as this package computes them, or why not."""
     config: Any = source.config
     if source.gguf and "rope_parameters" in source.stated:
         config = {**config.to_dict(), **source.stated}
@@ -331,7 +337,7 @@ def _stated(source: Source, key: str | None, length: int | None = None) -> RopeF
 
 
 def _compare(found: RopeFreqs | str, stated: RopeFreqs | str, plain: RopeFreqs) -> str:
-    """Say how frequencies that are found stand to those that are stated."""
+    """Compare the frequencies found with those stated, in words."""
     for each in (found, stated):
         if isinstance(each, str):
             return each
@@ -348,7 +354,7 @@ def _compare(found: RopeFreqs | str, stated: RopeFreqs | str, plain: RopeFreqs) 
 
 
 def _close(a: RopeFreqs, b: RopeFreqs) -> bool:
-    """Equal but for roundings of float32 powers."""
+    """Return True if equal up to roundings of float32 powers."""
     same = a.inv_freq.shape == b.inv_freq.shape
     same = same and torch.allclose(a.inv_freq, b.inv_freq, rtol=1e-5, atol=0)
     return same and math.isclose(a.attention_factor, b.attention_factor, rel_tol=1e-5)
@@ -361,13 +367,13 @@ def _cached(small: PreTrainedModel, config: PreTrainedConfig) -> list[tuple[int,
     try:
         output = small(input_ids=torch.arange(4, device="cpu")[None], use_cache=True)
         layers = next(caches_in(output)).layers
-    except Exception:  # whatever a foreign model leads to
+    except Exception:  # a foreign model may raise anything
         return _usual_cache(config)
     found: list[tuple[int, int | None]] = [(0, None)] * small.config.num_hidden_layers
     for number, layer in enumerate(layers[: len(found)]):
         dims = 0
         for held in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if held is not None and held.dim() == 4:  # latents are of all heads together
+            if held is not None and held.dim() == 4:  # latents serve all heads together
                 dims += (many if held.shape[1] == few else held.shape[1]) * held.shape[3]
         found[number] = dims, getattr(layer, "sliding_window", None)
     return found
@@ -378,7 +384,7 @@ def _key_heads(config: PreTrainedConfig) -> int:
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Return the dims of a head, of queries and keys; of latent attention both parts."""
+    """Return the dims of a head of queries and keys; with latent attention both parts."""
     names = ("qk_head_dim", "head_dim")
     found = next((value for name in names if (value := getattr(config, name, None))), None)
     return found or config.hidden_size // config.num_attention_heads

@@ -16,14 +16,14 @@ from ..integrations.transformers.find import find_sites
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# In the names of sizes that say nothing of an attention.
+# Parts of the names of sizes that do not concern attention.
 _WIDTHS = ("intermediate", "ffn", "expert_dim", "shared_expert")
 _AT_MOST: dict[str, int] = {
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 8),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
     "index_n_heads": 2,
-    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),  # of state spaces: padded to
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),  # state spaces pad to it
 }
 _HANG_TOGETHER = ("num_kv_shared_layers", "is_heterogeneous")
 _WORDS = 256
@@ -31,7 +31,7 @@ _LARGEST = 1 << 29  # parameters of a small model, in float32
 
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the language model of a configuration without values: of any size, in seconds."""
+    """Build a configuration's language model without values: any size takes seconds."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -41,7 +41,7 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _part_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class without a head for the language model beside towers that see or hear."""
+    """Return the headless class of the language model beside vision and audio towers."""
     from transformers import PreTrainedModel
 
     name = type(config).__module__.replace(".configuration_", ".modeling_")
@@ -54,11 +54,11 @@ def _part_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def small_ones(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Yield models of random weights with layers like those of `model`, each as good as the others.
+    """Yield small models of random weights with layers like those of `model`.
 
-    As many dims a head, as many query heads to one of the keys; of layers the first ones, as far as
-    `alike` says; fewer heads, words, experts and dims between the layers. Those that cannot be
-    built so are left out.
+    They keep the dims of a head, the query heads per key head, and the first of the layers that
+    `alike` tells apart. They have fewer heads, words, experts and dims between the layers. Models
+    that cannot be built so are left out.
     """
     count = max(alike(model)) + 1
     for take_heads in (_few_narrow_heads, _few_heads, _all_heads):
@@ -73,7 +73,7 @@ def small_ones(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             torch.manual_seed(0)
             small = type(meta)(config).float().eval()
             _vary(small)
-        except Exception:  # whatever a foreign configuration makes of other sizes
+        except Exception:  # a foreign configuration may raise anything for other sizes
             continue
         if rotary_dims(small) == rotary_dims(model):
             yield small
@@ -81,15 +81,17 @@ def small_ones(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 @torch.no_grad()
 def _vary(model: PreTrainedModel) -> None:
-    """Change weights of norms: ones would hide what comes after a rotation, large ones round."""
+    """Change weights of norms: ones would hide a norm after the rotation, large ones round."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.add_(torch.randn_like(parameter), alpha=0.2).mul_(0.1)
 
 
 def alike(model: PreTrainedModel) -> list[int]:
-    """Return for each layer the first one that it cannot be told from: by what it is made of, and
-    by the configuration's lists; itself where layers hang together.
+    """Return for each layer the first layer like it.
+
+    Layers are alike if they have the same modules and the same entries in the configuration's
+    lists. A layer that depends on others is like itself only.
     """
     config, count = model.config, model.config.num_hidden_layers
     stacks = (each for each in model.modules() if isinstance(each, nn.ModuleList))
@@ -102,7 +104,7 @@ def alike(model: PreTrainedModel) -> list[int]:
 
 
 def _made_of(layer: nn.Module) -> str:
-    """Return a layer's modules with their sizes and switches, but for its number."""
+    """Return a layer's modules with their sizes and switches, except the layer's number."""
     return repr(
         [
             (name, type(part), sorted((k, v) for k, v in vars(part).items() if _tells(k, v)))
@@ -130,7 +132,7 @@ def _take_layers(config: PreTrainedConfig, count: int) -> None:
 
 
 def rotary_dims(model: PreTrainedModel) -> list[int]:
-    """Return how many dims the frequencies of each rotary embedding are for."""
+    """Return the number of dims that each rotary embedding's frequencies rotate."""
     sites = find_sites(model, "all")
     return [site.dim(kind) for site in sites for kind in site.layer_types]
 
@@ -157,7 +159,7 @@ def _few_narrow_heads(config: PreTrainedConfig) -> None:
 
 
 def _few_heads(config: PreTrainedConfig) -> None:
-    """Keep a group of query heads and their key, or two heads where each has its own."""
+    """Keep a group of query heads and their key head, or two heads if each has its own."""
     heads = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or heads
     each = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -168,4 +170,4 @@ def _few_heads(config: PreTrainedConfig) -> None:
 
 
 def _all_heads(config: PreTrainedConfig) -> None:
-    """Leave what hangs together in ways of its own."""
+    """Keep all heads if the configuration's sizes depend on one another."""

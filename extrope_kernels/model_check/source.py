@@ -1,4 +1,4 @@
-"""Reads a model's configuration: as its file states it, and as transformers understands it."""
+"""Read a model's configuration: as its file states it, and as transformers understands it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..integrations.transformers.find import shortened
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Keys of a configuration that are about positions; who does not read one, ignores it.
+# A configuration's keys about positions: a reader that does not read one ignores it.
 _ABOUT_POSITIONS = re.compile(
     "rope|rotary|yarn|ntk|logn|log_n|dual_chunk|alibi|original_max_position|self_extend"
 )
@@ -32,11 +32,11 @@ _WRONG = re.compile("Unrecognized keys|Missing required|must |does not match")
 class Source:
     """A model's configuration.
 
-    config: that of the language model, as transformers reads it; whole: around it.
-    stated: what the file says of the language model; beside: of the rest, where that is apart.
-    warnings: what transformers says of it.
-    gguf: of a GGUF file, the prefix of its keys.
-    unread: what transformers passes over when it reads a GGUF file.
+    config: the language model's, as transformers reads it; whole: the one around it.
+    stated: the file's entries for the language model; beside: those of the rest, if separate.
+    warnings: transformers' warnings about it.
+    gguf: the prefix of a GGUF file's keys.
+    unread: keys that transformers skips when it reads a GGUF file.
     """
 
     config: PreTrainedConfig
@@ -48,7 +48,7 @@ class Source:
     unread: tuple[str, ...] = ()
 
     def ignored(self, model: type) -> list[str]:
-        """Return the keys about positions that nothing of transformers reads for this class."""
+        """Return the keys about positions that transformers does not read for this class."""
         code = inspect.getsource(inspect.getmodule(model) or model)
         found = list(self.unread)
         if self.stated.get("rope_scaling") and self.stated.get("rope_parameters"):
@@ -65,9 +65,9 @@ class Source:
 
 
 def read_source(name: str) -> Source:
-    """Return what MODEL names: a folder, a GGUF file, a config.json, or a model in the hub's cache.
+    """Read MODEL: a folder, a GGUF file, a config.json, or a model in the hub's cache.
 
-    Raises UsageError, of one line, for what is not there or cannot be read.
+    Raises UsageError, of one line, if it is missing or cannot be read.
     """
     require("transformers")
     path = find_gguf(name) if name in PACKAGES else Path(name)
@@ -82,7 +82,7 @@ def read_source(name: str) -> Source:
             source = _from_gguf(path) if path.suffix == ".gguf" else _from_json(name, path)
         except UsageError:
             raise
-        except Exception as error:  # of a damaged file each reader raises what it likes
+        except Exception as error:  # readers of a damaged file may raise anything
             raise UsageError(f"{name}: cannot be read: {shortened(error)}") from error
     if getattr(source.config, "is_heterogeneous", False):  # Gemma 4: sizes by layer
         source.config.allow_global_per_layer_attribute_access = True
@@ -115,7 +115,7 @@ def _from_json(name: str, path: Path) -> Source:
 
 
 def _from_gguf(path: Path) -> Source:
-    """Read a GGUF file's metadata. Its words, which take transformers long, are left out."""
+    """Read a GGUF file's metadata without its vocabulary, which takes transformers long."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     require("gguf")
@@ -159,7 +159,7 @@ def _from_gguf(path: Path) -> Source:
 
 @contextmanager
 def _said_by_transformers() -> Iterator[list[str]]:
-    """Collect what transformers warns of in rope parameters."""
+    """Collect transformers' warnings about rope parameters."""
     heard: list[str] = []
 
     class Handler(logging.Handler):

@@ -1,4 +1,4 @@
-"""What vLLM makes of a configuration, where it is installed."""
+"""The rotation that vLLM builds of a configuration, if vLLM is installed."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _BY_LENGTH = ("dynamic", "yarn", "deepseek_yarn", "longrope")
 
 
 def is_installed() -> bool:
-    """Say whether vLLM can be imported; a folder of that name, without files to import, is none."""
+    """Return True if vLLM can be imported; a folder of that name without files cannot."""
     spec = importlib.util.find_spec("vllm")
     return spec is not None and spec.origin is not None
 
 
 def rotation(config: PreTrainedConfig, kind: str | None, dim: int) -> RopeFreqs | str:
-    """Return the frequencies that vLLM's `get_rope` makes for a kind of layers, or why not."""
+    """Return vLLM's frequencies from `get_rope` for a kind of layers, or why not."""
     if not is_installed():
         return NOT_INSTALLED
     try:
         return _by_get_rope(copy.deepcopy(config), kind, dim)
-    except Exception as error:  # whatever vLLM makes of a configuration
+    except Exception as error:  # vLLM may raise anything
         return f"fails: {shortened(error)}"
 
 
@@ -61,7 +61,7 @@ def _by_get_rope(config: Any, kind: str | None, dim: int) -> RopeFreqs:
             dtype=torch.float32,
             dual_chunk_attention_config=getattr(config, "dual_chunk_attention_config", None),
         )
-    # Cosines and sines of positions 0 and 1, times the attention factor; no angle passes a radian.
+    # Cosines and sines of positions 0 and 1, times the attention factor; no angle exceeds a radian.
     if hasattr(layer, "long_short_cos_sin_cache"):
         first = layer.original_max_position_embeddings if layer.use_long_rope else 0
         table = layer.long_short_cos_sin_cache[first:]

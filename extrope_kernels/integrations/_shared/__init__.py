@@ -1,1 +1,1 @@
-"""What the integrations have in common."""
+"""Code shared by the integrations."""

@@ -15,10 +15,10 @@ from ...scores import SCORES, Score
 
 _FUNCTIONS = METHODS | SCORES
 _RESONANCE = "resonance"
-# Of dual_chunk: where the temperature of its authors begins (`scores.query_scale.qwen_1m`).
+# For dual_chunk: the length from which its temperature grows (`scores.query_scale.qwen_1m`).
 _TRAINED = "original_max_position_embeddings"
-# Every method that an integration takes, and the names of its parameters: its own, and what goes
-# with all of its kind.
+# Every method that an integration takes, with the names of its parameters: its own, and those that
+# all methods of its kind take.
 PARAMETERS: dict[str, tuple[str, ...]] = {
     name: (
         *inspect.signature(function).parameters,
@@ -27,23 +27,23 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     )
     for name, function in _FUNCTIONS.items()
 }
-# Parameters that a method exists to choose, so the model's value is not what is meant.
+# Parameters that a method exists to choose: the model's value is no default for them.
 _OWN_DEFAULTS = {"abf": {"base"}, "dynamic_yarn": {"max_position_embeddings"}}
 DUAL_CHUNKS = "dual_chunk_attention_config"  # of a transformers configuration
 SPARSE = (
     f"of {DUAL_CHUNKS} the sparse part (vertical and slash lines) is left out: "
     "each query sees all keys"
 )
-# In the names that configurations give to kinds of layers: those that see a bounded number of keys.
+# Parts of the names of kinds of layers that see a bounded number of keys.
 _BOUNDED = ("sliding", "chunked", "local")
 
 
 @dataclass(frozen=True)
 class ModelValues:
-    """What a model says of one of its rotations.
+    """A model's own values for one of its rotations.
 
-    values: parameters of methods by their names, dim among them.
-    unrotated: how many of its last frequencies are 0: dims that the model has never rotated.
+    values: parameters of methods by name, including dim.
+    unrotated: number of its last frequencies that are 0: dims that the model has never rotated.
     """
 
     values: Mapping[str, Any]
@@ -56,7 +56,7 @@ class ModelValues:
 
 
 def values_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str, Any]:
-    """Return the parameters of methods that a transformers configuration has values for.
+    """Return a transformers configuration's values for parameters of methods.
 
     parameters: its rope_parameters, those of one kind of layers.
     """
@@ -75,7 +75,7 @@ def values_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str,
 
 
 def values_for(method: str, model: ModelValues) -> dict[str, Any]:
-    """Return the parameters of a frequency method that a model has values for."""
+    """Return a model's values for parameters of a frequency method."""
     accepted, own = PARAMETERS[method], _OWN_DEFAULTS.get(method, ())
     return {k: v for k, v in model.values.items() if k in accepted and k not in own}
 
@@ -83,9 +83,9 @@ def values_for(method: str, model: ModelValues) -> dict[str, Any]:
 def bind_method(
     op: str, method: str, given: Mapping[str, Any], model: ModelValues
 ) -> tuple[Callable[..., RopeFreqs], bool]:
-    """Return a frequency method with all its parameters, and whether it still takes seq_len.
+    """Bind a frequency method to all its parameters; return also if it still takes seq_len.
 
-    op: what errors begin with.
+    op: the beginning of errors.
     Raises ValueError or TypeError, from here or from the method, for parameters that do not fit.
     """
     if given.get("dim", model.dim) != model.dim:
@@ -117,7 +117,7 @@ def _rounded(method: Callable[..., RopeFreqs], **parameters: Any) -> RopeFreqs:
 
 
 def bind_score(op: str, method: str, given: Mapping[str, Any]) -> tuple[Score, float | None]:
-    """Return a score method with its parameters, and log_n.
+    """Bind a score method to its parameters; return log_n too.
 
     Raises ValueError or TypeError, from here or from the method, for parameters that do not fit.
     """
@@ -132,7 +132,7 @@ def bind_score(op: str, method: str, given: Mapping[str, Any]) -> tuple[Score, f
 def scale_from(op: str, given: Mapping[str, Any]) -> int | None:
     """Return the length from which dual_chunk's logits grow, or None.
 
-    Raises ValueError for one that is no length.
+    Raises ValueError if it is not a length.
     """
     trained = given.get(_TRAINED)
     if trained is not None and (type(trained) is not int or trained < 1):
@@ -141,9 +141,9 @@ def scale_from(op: str, given: Mapping[str, Any]) -> int | None:
 
 
 def score_values_in(config: Any, method: str) -> dict[str, Any]:
-    """Return the parameters of a score method that a transformers configuration has values for.
+    """Return a transformers configuration's values for parameters of a score method.
 
-    Those of Qwen's models of 1M tokens. local_size there is what local_window is here: chunks have
+    Qwen's models of 1M tokens have some. Their local_size is our local_window: chunks have
     chunk_size - local_size tokens in both.
     """
     found = getattr(config, DUAL_CHUNKS, None) if method == "dual_chunk" else None
@@ -160,7 +160,7 @@ def check_names(
 ) -> None:
     """Raise TypeError for a parameter that the method does not have, ValueError for a missing one.
 
-    given: by the user; others: by the model, None where it is not known yet; seq_len comes later.
+    given: by the user; others: by the model, None if not known yet; seq_len comes later.
     """
     accepted = PARAMETERS[method]
     if unknown := [name for name in given if name not in accepted]:
@@ -186,8 +186,8 @@ def _check_dim(op: str, method: str, freqs: RopeFreqs, dim: int) -> None:
 
 
 def is_bounded(kind: str) -> bool:
-    """Say whether layers that a configuration calls so see a bounded number of keys.
+    """Return True if layers of this name see a bounded number of keys.
 
-    A "reference_sliding_attention" does not: it sees the prompt from anywhere.
+    A "reference_sliding_attention" sees the prompt from anywhere: not bounded.
     """
     return kind.startswith(_BOUNDED) or kind.endswith(_BOUNDED)

@@ -1,4 +1,4 @@
-"""Hugging Face's `kernels`: the layers that it puts into models, and the folder that it loads.
+"""Hugging Face's `kernels`: layers for its models, and the folder that it loads.
 
 `python -m extrope_kernels.integrations.kernels FOLDER` writes that folder; `make hub` calls it.
 """

@@ -1,4 +1,7 @@
-"""Write the folder that `kernels` loads: python -m extrope_kernels.integrations.kernels FOLDER"""
+"""Write the folder that `kernels` loads.
+
+python -m extrope_kernels.integrations.kernels FOLDER
+"""
 
 import argparse
 import sys

@@ -1,10 +1,10 @@
-"""The folder that `kernels` loads: this package under another namespace of ops, a variant a device.
+"""The folder that `kernels` loads: this package under another namespace of ops, per device.
 
-    build/torch-stable-abi211-cpu-x86_64-linux/   with the compiled CPU library
-    build/torch-cuda/                             Python and Triton alone
+build/torch-stable-abi211-cpu-x86_64-linux/   with the compiled CPU library
+build/torch-cuda/                             Python and Triton only
 
-Both can be in one process with the installed package, as `kernels` asks of what it loads: the ops
-of a copy are in a namespace named after its contents.
+`kernels` asks that copies can live in one process with the installed package: the ops of a copy
+are in a namespace named after its contents.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _DECLARED = f'NAMESPACE = "{_ext.NAMESPACE}"'
 
 
 def export(folder: Path) -> list[Path]:
-    """Write the folder, in place of an older one, and return that of each variant.
+    """Write the folder, replacing an older one, and return the folder of each variant.
 
-    Raises BuildError when the compiled library cannot be had.
+    Raises BuildError without the compiled library.
     """
     if why := _ext.load("cpu"):
         raise _build.BuildError(f"export: no CPU library: {why}")
@@ -65,7 +65,7 @@ def _variant(folder: Path, backend: str, library: Path | None) -> Path:
 
 
 def _sources() -> Iterator[tuple[Path, str]]:
-    """The package's files that kernels need, and where they go."""
+    """Map the package's files that `kernels` needs to their places."""
     for name in ("__init__.py", *FILES, LAYERS):
         yield PACKAGE / name, name
     for name in FOLDERS:

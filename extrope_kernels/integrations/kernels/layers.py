@@ -1,4 +1,4 @@
-"""What `kernels.kernelize` puts in the place of models' layers."""
+"""Layers that `kernels.kernelize` puts in place of a model's own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ...ops.rope import apply_cos_sin
 
 
 class RotaryPosEmb(nn.Module):
-    """transformers' layer `rotary_pos_emb`, of Llama and its family: q and k rotated in one pass.
+    """The layer `rotary_pos_emb` of Llama and its family in transformers: q and k in one pass.
 
-    Computes in float32 and rounds once, where the models' own function rounds every product.
+    It computes in float32 and rounds once; the models' own function rounds every product.
     """
 
     can_torch_compile = True

@@ -1,4 +1,4 @@
-"""A model over a mesh: ranks share its tokens, and every layer attends round the group."""
+"""A model over a mesh: ranks share its tokens, and every layer attends across ranks."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
 
 
 class Shared:
-    """The ranks that share a sequence with this one, and how they attend."""
+    """The ranks that share a sequence with this one, and their strategy."""
 
     def __init__(self, mesh: Mesh, strategy: Strategy, balance: Balance) -> None:
-        # Imported where there is a mesh: it takes half a second, and not every torch has it.
+        # Imported only with a mesh: it takes half a second, and not every torch has it.
         from ... import distributed
 
-        try:  # refuses a wrong mesh or balance; a strategy is, as it is used
+        try:  # checks mesh and balance; the strategy is checked in its first use
             distributed.local_positions(0, mesh, balance=balance)
         except (TypeError, ValueError) as error:
             raise said_by_extend(error) from None
@@ -63,24 +63,24 @@ class Shared:
         return self.mesh.size()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
-        """Copies of a model attend round the same group."""
+        """Return itself: copies of a model attend across the same ranks."""
         return self
 
     def positions(self, tokens: Tensor) -> Tensor:
-        """Return those of this rank's tokens: (1, seqlen / P) int64."""
+        """Return the positions of this rank's tokens: (1, seqlen / P) int64."""
         return self.distributed.local_positions(
             tokens.shape[1] * self.size, self.mesh, balance=self.balance, device=tokens.device
         )[None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
-        """Attend from this rank's queries to the keys of all; tensors as the ops take them."""
+        """Attend from this rank's queries to the keys of all ranks; tensors in the ops' layout."""
         mesh = {"mesh": self.mesh, "strategy": self.strategy, "balance": self.balance}
         return self.distributed.rope_attention(q, k, v, keys_stored=True, **mesh, **call)
 
 
 @dataclass(frozen=True, eq=False)
 class SharedRows:
-    """This rank's tokens of a forward, and those that it shares their sequences with.
+    """This rank's tokens of a forward, and the ranks that share their sequences.
 
     positions: (1, seqlen / P) int64.
     """
@@ -104,7 +104,7 @@ class SharedRows:
 
 
 class SharedAttention:
-    """Takes the mask's place in layers that rotate by themselves, and attends round the group."""
+    """Attention across ranks, in the mask's place, for layers that rotate by themselves."""
 
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
@@ -112,7 +112,7 @@ class SharedAttention:
     def attend(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]
     ) -> Tensor:
-        """q, k, v: (batch, heads, seqlen / P, head_dim), rotated."""
+        """Attend; q, k, v: (batch, heads, seqlen / P, head_dim), rotated."""
         refuse_options(module, options)
         q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
         return self.shared.attend(q, k, v, freqs=no_freqs(q), **softmax_options(module, options))
@@ -132,7 +132,7 @@ class SharedForward:
     def before_forward(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Forward pre-hook of the owner: the positions of this rank's tokens, and no mask."""
+        """Set this rank's positions and drop the mask: forward pre-hook of the owner."""
         arguments = by_name(self.argument_names, args, kwargs)
         tokens = tokens_of(arguments)
         if cache_of(arguments) is not None or arguments.get("use_cache"):
@@ -161,7 +161,7 @@ class SharedForward:
     def before_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Forward pre-hook of a layer that rotates by itself."""
+        """Hand the attention to a layer that rotates by itself: its forward pre-hook."""
         arguments = by_name(self.layer_argument_names[layer], args, kwargs)
         attending = SharedAttention(self.shared)
         arguments["attention_mask"] = self.calls[layer].mask(layer, attending)
@@ -169,13 +169,13 @@ class SharedForward:
 
 
 def by_its_name(layer: nn.Module, arguments: dict[str, Any], attending: Any) -> dict[str, Any]:
-    """Return a layer's arguments with what attends among those that it hands on, if it does."""
+    """Return a layer's arguments, with the attention among those that it passes on, if it does."""
     named = {ARGUMENT: attending} if "kwargs" in argument_names(layer) else {}
     return arguments | named
 
 
 def _refuse_padding(mask: Any) -> None:
-    """mask: a model's, of all tokens or of this rank's."""
+    """Refuse a mask with padding; mask: a model's, of all tokens or of this rank's."""
     if mask is None or (isinstance(mask, Tensor) and mask.shape[-2:] == (1, 1)):
         return
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(mask.all()):
@@ -186,7 +186,7 @@ def _refuse_padding(mask: Any) -> None:
 
 
 def _refuse_labels(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a model with a head: its loss shifts labels within a rank's tokens."""
+    """Refuse labels without shift_labels, which the loss would shift within a rank's tokens."""
     arguments = by_name(argument_names(module), args, kwargs)
     if arguments.get("labels") is not None and arguments.get("shift_labels") is None:
         raise ValueError(
@@ -196,7 +196,7 @@ def _refuse_labels(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
 
 
 def share(model: nn.Module, sites: Sequence[RotarySite], shared: Shared, changes: Changes) -> None:
-    """Add to a method's changes what a mesh needs; nothing is changed in the model yet."""
+    """Add a mesh's changes to a method's; the model is not changed yet."""
     for _, _, value in changes.overrides:
         if isinstance(value, Rotary):
             value.shared = shared
@@ -215,9 +215,9 @@ def share(model: nn.Module, sites: Sequence[RotarySite], shared: Shared, changes
 def _rotating_by_themselves(
     model: nn.Module, owner: nn.Module, known: Collection[nn.Module]
 ) -> dict[nn.Module, Call]:
-    """Return an owner's attention layers but for the known ones, which a score method extends.
+    """Return an owner's attention layers except the known ones, which a score method extends.
 
-    Raises ValueError where a token depends on others in any other way.
+    Raises ValueError if a token depends on others in any other way.
     """
     calls = calls_in(owner)
     recorder = Recorder(calls)
@@ -225,7 +225,7 @@ def _rotating_by_themselves(
         with recorder.in_place():
             there = run_on_trial(entrance(model, owner))
             back = run_on_trial(entrance(model, owner), backwards=True)
-    except Exception as error:  # whatever a foreign model leads to
+    except Exception as error:  # a foreign model may raise anything
         reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
         raise unsupported(owner, reason) from error
     if mixes(there, back):
@@ -248,10 +248,10 @@ def _rotating_by_themselves(
 
 
 class RegionGuard:
-    """Raises in a region of torch's `context_parallel` where a model has no mesh.
+    """A guard that raises in a region of torch's `context_parallel` if a model has no mesh.
 
     The region shards tokens and replaces PyTorch's attention, so the model would compute something
-    else: everywhere but for frequencies that no length changes, at positions that are sharded too.
+    else. Only frequencies that no length changes are right, at positions that are sharded too.
     """
 
     def __init__(self, method: str) -> None:
@@ -262,7 +262,7 @@ class RegionGuard:
             self.why = f"{method} would take the length of a rank's tokens for the sequence's"
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the owner."""
+        """Raise in such a region: forward pre-hook of the owner."""
         if torch.compiler.is_compiling():
             return
         function = nn.functional.scaled_dot_product_attention

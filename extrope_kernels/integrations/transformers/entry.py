@@ -1,4 +1,4 @@
-"""Calls of a module's `forward`, which pass its hooks by: sentence-transformers makes such."""
+"""Direct calls of a module's `forward`, which skip its hooks: sentence-transformers makes them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-# Of each thread: by the key of an entry, whether a call has come through the hooks.
+# Per thread: by the key of an entry, True if a call has come through the hooks.
 _came = threading.local()
 
 
 class Entry:
-    """Stands in for the forward of a module with hooks, and has every call come through them."""
+    """Replacement forward of a module with hooks, which sends every call through them."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -27,7 +27,7 @@ class Entry:
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the module, the last of an extension's."""
+        """Note that the hooks run: the last forward pre-hook of an extension."""
         setattr(_came, self.key, True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -49,66 +49,65 @@ def extend(
 ) -> Extension:
     """Change the frequencies or the relative positions of a loaded model, in place.
 
-    Weights, buffers and configuration stay as they are. Nothing in a model clips at
-    max_position_embeddings but the default length of `generate`: give it max_new_tokens for prompts
-    beyond.
+    Weights, buffers and configuration do not change. `generate` alone stops by default at
+    max_position_embeddings: for longer prompts give it max_new_tokens.
 
-    A frequency method (`methods.METHODS`) replaces the scaling that the model's configuration
-    names: nothing is scaled twice, the softmax scale of latent attention (DeepSeek) included. Where
+    A frequency method (`methods.METHODS`) replaces the scaling in the model's configuration.
+    Nothing is scaled twice, nor is the softmax scale of latent attention (DeepSeek). If
     `apply_rope_qk` does what the model's layers do, every rotation goes through it, with a norm of
     queries and keys right before it (Qwen3, Gemma 3, OLMo 2): frequencies stay float32 and
-    positions integers in a model of any dtype. Elsewhere the model's own rotary embedding makes its
+    positions integers in a model of any dtype. Otherwise the model's own rotary embedding makes its
     tables.
 
-    A method that depends on the length (one with a `seq_len`) is frozen per request, so that cached
-    keys stay valid: for the prompt and max_new_tokens together in `generate`, in a forward with an
-    empty cache for its own tokens, or the largest of its position_ids. A `seq_len` among the
-    parameters fixes it for good. With cache="raw" nothing is frozen: caches hold keys unrotated,
-    and every forward rotates all of them by the frequencies of its own length, that of the longest
-    row: up to the trained length those of the plain model. The states of earlier tokens, of which
-    keys and values above the first layer are made, stay as they were computed.
+    A method with a `seq_len` depends on the length. It is frozen per request, so that cached keys
+    stay valid: in `generate` for the prompt and max_new_tokens together, in a forward with an empty
+    cache for its own tokens, or the largest of its position_ids. A `seq_len` among the parameters
+    fixes it for good. With cache="raw" nothing is frozen: caches hold unrotated keys, and every
+    forward rotates all of them by the frequencies for its own longest row. Up to the trained length
+    those are the plain model's. The states of earlier tokens stay as they were computed; keys and
+    values above the first layer are made of them.
 
-    A score method (`scores.SCORES`) keeps the frequencies in force, the model's or those of an
-    extension before it, and changes which relative position a pair sees; `log_n` scales queries,
-    too. A cache holds each key once. Positions count from a row's first token, so batches padded on
-    either side, and on the left to generate, give what their rows give alone. So do packed rows:
-    position_ids that start anew (TRL's packing and padding_free), or transformers' cu_seq_lens_q;
-    no cache is made of them. Refused are layers whose keys are not all those before a query
-    (indexers, compressed keys), logits that depend on more than distances (a norm with weights
-    after the rotation), tokens with several positions (images), dropout, output_attentions, packed
-    rows beside convolutions or states, and xpos but for methods whose positions start anew.
+    A score method (`scores.SCORES`) keeps the frequencies of the model, or of an extension before
+    it, and changes the relative position that a pair sees; `log_n` scales queries too. A cache
+    holds each key once. Positions count from a row's first token: batches padded on either side (on
+    the left to generate) give the same as their rows alone. So do packed rows, marked by
+    position_ids that start anew (TRL's packing and padding_free) or by transformers' cu_seq_lens_q;
+    they make no cache. Refused: layers that do not see all keys before a query (indexers,
+    compressed keys), logits that depend on more than distances (a norm with weights after the
+    rotation), tokens with several positions (images), dropout, output_attentions, packed rows in
+    models with convolutions or states, and xpos unless the method's positions start anew.
 
     With a mesh every rank runs the model on its own tokens of a sequence, as `distributed.shard`
-    cuts it, and all layers attend round the group: logits, losses and gradients are those of one
-    device, to rounding. All ranks call `extend` alike. Labels are shifted before they are cut:
-    `shift_labels` beside `labels`. "rope" is the model as it is. Refused are padding, caches
+    cuts it, and all layers attend across ranks: logits, losses and gradients are those of one
+    device, to rounding. All ranks make the same call of `extend`. Shift labels before they are cut:
+    pass `shift_labels` beside `labels`. "rope" is the plain model. Refused: padding, caches
     (restore the model to generate), chunks (Llama 4) and models that mix tokens in another way
-    (state spaces). FSDP's `fully_shard` comes before or after `extend`, accelerate and Trainer
-    after it. Without a mesh a region of torch's `context_parallel` raises ValueError where it would
-    give something else.
+    (state spaces). Call FSDP's `fully_shard` before or after `extend`, accelerate and Trainer after
+    it. Without a mesh, a region of torch's `context_parallel` raises ValueError if the model would
+    compute something else.
 
     model: any language model of transformers that rotates, with or without its head or a vision
-        tower, which is left alone. docs/models.md has them all.
+        tower, which is left alone. docs/models.md lists them.
     method: a name of `PARAMETERS`.
-    layers: "full" extends the layers that see all keys: by a frequency method where those with a
-        sliding window have a rotation of their own (Gemma 3), by a score method always, as no
-        distance in the others is past their window or chunk. "all" extends all that rotate.
-    cache: "raw" keeps keys in caches as they come; None where the method has them. Raw ones may be
-        cut, joined and read at other positions, by other frequencies.
+    layers: "full" extends the layers that see all keys. For a frequency method that is so if
+        layers with a sliding window have their own rotation (Gemma 3); for a score method always,
+        since distances in the others never exceed their window or chunk. "all" extends all layers
+        that rotate.
+    cache: "raw" caches unrotated keys; None lets the method decide. Raw keys may be cut, joined and
+        read at other positions, by other frequencies.
     mesh: DeviceMesh of one dimension or ProcessGroup, the ranks that share a sequence.
-    strategy, balance: as in `distributed.rope_attention`; the tokens must have been cut with the
-        same balance.
-    parameters: the method's parameters; with resonance=True the wavelengths of a frequency method
-        are rounded to whole tokens (`methods.resonance`). Of the model's configuration come dim,
-        base (its rope_theta; `abf` has its own), original_max_position_embeddings
-        (max_position_embeddings where there is none) and max_position_embeddings, unless given;
-        for dual_chunk what a dual_chunk_attention_config says (Qwen2.5-1M), the scale of logits
-        from original_max_position_embeddings on (`query_scale.qwen_1m`) included.
+    strategy, balance: as in `distributed.rope_attention`; cut the tokens with the same balance.
+    parameters: the method's parameters. With resonance=True the wavelengths of a frequency method
+        are rounded to whole tokens (`methods.resonance`). By default the model's configuration
+        gives dim, base (its rope_theta; `abf` has its own), original_max_position_embeddings (or
+        else max_position_embeddings) and max_position_embeddings. For dual_chunk it gives its
+        dual_chunk_attention_config (Qwen2.5-1M), with the scale of logits from
+        original_max_position_embeddings on (`query_scale.qwen_1m`).
 
-    Returns a handle whose `restore()` undoes everything; it is a context manager, too.
+    Returns a handle whose `restore()` undoes everything; it is also a context manager.
     Raises ValueError for an unknown method, a model that cannot be extended, a missing or
-    impossible parameter; TypeError for one that the method does not have. The model is then as it
-    was.
+    impossible parameter; TypeError for a parameter that the method does not have. The model is
+    unchanged then.
     """
     sites = find_sites(model, layers)
     if method not in PARAMETERS:
@@ -155,14 +154,14 @@ def extend(
 
 
 def _let_none_pass_by(sites: list[RotarySite], changes: Changes) -> None:
-    """Have calls of a `forward` come through its module's hooks."""
+    """Send direct calls of `forward` through the modules' hooks."""
     for entry in map(Entry, owners_of(sites)):
         changes.overrides.append((entry.module, "forward", entry))
         changes.hooks.append((entry.module, entry.before_forward, None))
 
 
 def _with_raw_keys(model: nn.Module, before: Extension, saved: Saved) -> Extension:
-    """Let layers rotate queries and all cached keys, by the frequencies of an extension."""
+    """Let layers rotate queries and all cached keys by the frequencies of an extension."""
     sites = find_sites(model, saved.layers)
     own = PositionMap()
     score = Score(saved.method, (Region(FIRST_KEY, own, own),), stored=UNROTATED)
@@ -180,12 +179,12 @@ def _with_raw_keys(model: nn.Module, before: Extension, saved: Saved) -> Extensi
 
 
 def extend_from_saved(model: nn.Module, folder: str | os.PathLike) -> Extension:
-    """Extend a model as that was which a folder was saved of, with all its extensions.
+    """Extend a model by all extensions that a folder was saved with.
 
     model: loaded from the folder, or the plain model. folder: written by a handle's
-        `save_pretrained`, or by the extended model's own.
+    `save_pretrained`, or by the extended model's own.
 
-    Returns a handle as `extend` does, whose `restore()` undoes all of them.
+    Returns a handle as `extend` does; its `restore()` undoes all of them.
     Raises ValueError for a folder without an extension, and as `extend`.
     """
     handle: Extension | None = None
@@ -204,7 +203,7 @@ def extend_from_saved(model: nn.Module, folder: str | os.PathLike) -> Extension:
 
 
 def _refuse_after(sites: list[RotarySite], method: str) -> None:
-    """Raise ValueError where an extension is in place that must be the last."""
+    """Raise ValueError if an extension is in place that must be the last."""
     for site in sites:
         before = vars(site.rotary).get("forward")
         if not isinstance(before, Rotary):
@@ -222,13 +221,13 @@ def _refuse_after(sites: list[RotarySite], method: str) -> None:
 
 
 def _rehearse(model: nn.Module, sites: list[RotarySite], shared: Shared | None) -> None:
-    """Run four tokens: what a model does between its rotary embedding and its layers shows then."""
+    """Run four tokens, to find what a model does between its rotary embedding and its layers."""
     for owner in owners_of(sites):
         try:
             run_on_trial(entrance(model, owner))
-        except Exception as error:  # whatever a foreign model leads to
+        except Exception as error:  # a foreign model may raise anything
             if shared is not None and isinstance(error, ValueError):
-                raise said_by_extend(error) from None  # it is the attention's over the mesh
+                raise said_by_extend(error) from None  # raised by the attention over the mesh
             raise unsupported(
                 owner,
                 "what it does between its rotary embedding and its layers takes tables alone "
@@ -237,12 +236,12 @@ def _rehearse(model: nn.Module, sites: list[RotarySite], shared: Shared | None) 
 
 
 class Extension:
-    """An extended model's way back: `restore()`, or the end of a `with` block.
+    """An extension in place: `restore()`, or the end of a `with` block, undoes it.
 
-    length: the tokens that the model reaches by a method that stretches what it was trained on;
-        None where the method sets no end (ReRoPE, Dual Chunk Attention, dynamic methods), or does
-        not say where it is (another base). Clients that cut prompts at max_position_embeddings,
-        which `extend` leaves alone, have to be told.
+    length: the tokens that the model reaches by a method that stretches its trained length; None
+        if the method sets no end (ReRoPE, Dual Chunk Attention, dynamic methods) or does not say
+        it (another base). `extend` leaves max_position_embeddings alone: tell `length` to clients
+        that cut prompts there.
     before: the extension that `restore` undoes too, if there is one.
     """
 
@@ -258,11 +257,11 @@ class Extension:
 
     @property
     def first(self) -> Extension:
-        """The one that `restore` undoes last."""
+        """The extension that `restore` undoes last."""
         return self if self.before is None else self.before.first
 
     def add(self, changes: Changes) -> None:
-        """Change more, as far as the first changes allow."""
+        """Apply more changes, as far as the first changes allow."""
         for module, name, value in changes.overrides:
             self._overrides.append((module, name, value, vars(module).get(name)))
             vars(module)[name] = value
@@ -279,26 +278,26 @@ class Extension:
     ) -> None:
         """Save the model with all extensions that are in place.
 
-        Plain transformers, vLLM and GGUF converters read the folder where a config can name the
+        Plain transformers, vLLM and GGUF converters can read the folder if a config can name the
         frequency method: rope, abf, ntk_aware, pi, dynamic_ntk, yarn, llama3 and longrope become
-        its rope_parameters, with the new max_position_embeddings. For others and for score methods
-        config.json is without them, and a warning says so. extrope.json, beside it, has all for
-        `extend_from_saved`, but no mesh.
+        its rope_parameters, with the new max_position_embeddings. config.json leaves out other
+        methods and score methods, with a warning. extrope.json beside it has everything for
+        `extend_from_saved`, except a mesh.
 
-        length: max_position_embeddings of the config; the handle's own `length`, or what the model
-            had if that is longer.
+        length: max_position_embeddings of the config; by default the handle's `length`, or the
+            model's own if that is longer.
         options: for the model's own `save_pretrained`.
 
-        Raises ValueError after `restore`, TypeError for what is no model of transformers.
+        Raises ValueError after `restore`, TypeError if it is not a model of transformers.
         """
         if not self._overrides:
             raise ValueError("extend: save_pretrained must come before restore, got it after")
         save(self.model, folder, length, options)
 
     def restore(self) -> None:
-        """Put the model back as it was before `extend`, to the bit. A second call does nothing.
+        """Restore the model as it was before `extend`, to the bit. A second call does nothing.
 
-        Raises RuntimeError, and changes nothing, where a later extension of the model is in place.
+        Raises RuntimeError, and changes nothing, if a later extension of the model is in place.
         """
         if any(vars(module).get(name) is not value for module, name, value, _ in self._overrides):
             raise RuntimeError(

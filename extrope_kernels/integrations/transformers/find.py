@@ -1,9 +1,9 @@
-"""Find where a model rotates, and how: by trial, not by the names of models.
+"""Find a model's rotations and their form by trial, not by the names of models.
 
 `find_sites` yields a `RotarySite` for each rotary embedding of the language model. A rotary
-embedding makes tables (cosines and sines, or complex numbers), and a twin of it makes those of
-other frequencies, whatever else it does: axes of positions, orders of the dims. Where the op that
-rotates does what the layers do with these tables, it takes over.
+embedding makes tables (cosines and sines, or complex numbers). A twin of it makes the tables of
+other frequencies, and keeps all else that it does: axes of positions, orders of the dims. If the
+op rotates as the layers do by these tables, it takes over.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _POSITIONS = [[0, 1, 5, 11]]  # of trials
 
 @dataclass
 class Changes:
-    """What an extension changes in a model.
+    """An extension's changes in a model.
 
     overrides: (module, name, value) each, attributes that hide those of the module's class.
     hooks: (module, before its forward, after it or None) each.
@@ -56,13 +56,13 @@ class Fused:
 
 @dataclass(frozen=True, eq=False)
 class RotarySite:
-    """One rotary embedding and what surrounds it.
+    """One rotary embedding and its surroundings.
 
-    owner: the module whose forward takes the tokens, and in which the rotary embedding is called.
-    orders: by the kinds of layers to extend, or None where all layers have one rotation: where the
-        frequencies are not in the order of the pairs, the pair that each is for; else None.
-    fused: how the op does what the layers do with tables; None where it is not the same thing.
-    single: the rotary embedding yields one tensor, of complex numbers, not (cos, sin).
+    owner: the module whose forward takes the tokens and calls the rotary embedding.
+    orders: by kind of layers to extend (None if all layers have one rotation): the pair of each
+        frequency, if they are not in the order of the pairs; else None.
+    fused: the op's options to do what the layers do with tables; None if it cannot.
+    single: True if the rotary embedding yields one tensor of complex numbers, not (cos, sin).
     """
 
     owner: nn.Module
@@ -81,11 +81,11 @@ class RotarySite:
         return _parameters(self.rotary, layer_type)
 
     def dim(self, layer_type: str | None) -> int:
-        """Return how many dims of a head the frequencies of a kind of layers are for."""
+        """Return the number of dims of a head that a kind of layers rotates."""
         return 2 * attribute_of(self.rotary, layer_type, "inv_freq").shape[-1]
 
     def tables(self, layer_type: str | None, freqs: RopeFreqs) -> Tables:
-        """Return what the rotary embedding makes of other frequencies."""
+        """Return the rotary embedding's tables for other frequencies."""
         return Tables(self.rotary, layer_type, freqs, self.orders[layer_type])
 
 
@@ -110,8 +110,9 @@ def owners_of(sites: Sequence[RotarySite]) -> list[nn.Module]:
 
 
 def generator_of(model: nn.Module) -> nn.Module:
-    """Return the model of transformers in a wrapper (PEFT's, torch.compile's), which generates
-    however the wrapper is called, or taken off; an encoder beside it has no `generate`.
+    """Return the model of transformers in a wrapper (PEFT's, torch.compile's), which generates.
+
+    It generates also if the wrapper is called or removed; an encoder beside it has no `generate`.
     """
     from transformers import PreTrainedModel
 
@@ -125,17 +126,17 @@ def unsupported(owner: nn.Module, reason: str) -> ValueError:
 
 
 def said_by_extend(error: Exception) -> Exception:
-    """Return an error of another function of this package that begins with `extend`."""
+    """Return another function's error with `extend` as its beginning."""
     return type(error)(f"extend: {str(error).partition(': ')[2]}")
 
 
 def shortened(error: Exception) -> str:
-    """Return the first line of an error of other code, to be quoted."""
+    """Return the first line of other code's error, to quote it."""
     return str(error).split("\n")[0][:200]
 
 
 def _rotary_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Yield those of the language model; a vision tower rotates by rows and columns of patches."""
+    """Yield the language model's rotary embeddings, not those of a vision tower's patches."""
     for path, module in model.named_modules():
         parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
         if not hasattr(module, "rope_type") or not isinstance(parameters, Mapping):
@@ -178,11 +179,11 @@ def _site(owner: nn.Module, rotary: nn.Module, layers: str) -> RotarySite:
         if not layer_types:
             raise unsupported(owner, "all its layers that rotate have a sliding window or chunks")
     try:
-        # Built anew, so that neither the buffers nor the history of the model's own are touched.
+        # Built anew: the buffers and the history of the model's own are not touched.
         with torch.device("cpu"):
             fresh = type(rotary)(rotary.config)
         single = any([_change_tables(fresh, layer_type) for layer_type in layer_types])
-    except Exception as error:  # whatever a foreign signature leads to
+    except Exception as error:  # a foreign signature may raise anything
         raise unsupported(owner, f"its rotation cannot be tried out ({error})") from error
     orders = {layer_type: _order(owner, fresh, layer_type) for layer_type in layer_types}
     usual = not single and all(order is None for order in orders.values())
@@ -205,9 +206,9 @@ def _prefixed(layer_type: str | None, name: str) -> str:
 
 
 def _order(owner: nn.Module, rotary: nn.Module, layer_type: str | None) -> Tensor | None:
-    """Return the order in which the model holds its frequencies; None where it is the usual one.
+    """Return the order in which the model holds its frequencies; None for the usual one.
 
-    Raises ValueError where they are not the powers of the configuration's base at all.
+    Raises ValueError if they are not the powers of the configuration's base.
     """
     parameters = _parameters(rotary, layer_type)
     if parameters.get("rope_type", "default") != "default" or "rope_theta" not in parameters:
@@ -224,7 +225,7 @@ def _order(owner: nn.Module, rotary: nn.Module, layer_type: str | None) -> Tenso
 
 
 class Tables:
-    """A rotary embedding's tables of other frequencies, in float32: call it as the model's own."""
+    """A rotary embedding with other frequencies, in float32: call it like the model's own."""
 
     def __init__(
         self,
@@ -243,14 +244,14 @@ class Tables:
         try:
             return type(self.twin).forward(self.twin, x, position_ids, **self.options)
         except IndexError:
-            # Before transformers 5.19, those of three axes take no positions of one.
+            # Before transformers 5.19, embeddings with three axes take no positions of one.
             if position_ids.dim() != 2:
                 raise
             return self(x, position_ids.expand(3, -1, -1))
 
 
 def _twin(rotary: nn.Module, layer_type: str | None, freqs: RopeFreqs) -> nn.Module:
-    """Return the rotary embedding with other frequencies, which no length changes."""
+    """Return the rotary embedding with other frequencies, independent of the length."""
     twin = copy.copy(rotary)
     attributes = vars(twin)
     attributes.pop("forward", None)
@@ -259,7 +260,7 @@ def _twin(rotary: nn.Module, layer_type: str | None, freqs: RopeFreqs) -> nn.Mod
     holder = attributes["_buffers"] if name in rotary._buffers else attributes
     holder[name] = freqs.inv_freq
     attributes[_prefixed(layer_type, "attention_scaling")] = freqs.attention_factor
-    # Some ask for their frequencies again in every forward.
+    # Some compute their frequencies again in every forward.
     attributes["rope_init_fn"] = lambda *_, **__: (freqs.inv_freq, freqs.attention_factor)
     if layer_type is None:
         attributes["rope_type"] = "default"
@@ -271,15 +272,15 @@ def _twin(rotary: nn.Module, layer_type: str | None, freqs: RopeFreqs) -> nn.Mod
 
 
 def trial_numbers(first: float, last: float, count: int) -> Tensor:
-    """Return evenly spaced numbers, whatever torch's default dtype and device are."""
+    """Return evenly spaced numbers, independent of torch's default dtype and device."""
     return torch.linspace(first, last, count, dtype=torch.float32, device="cpu")
 
 
 def _change_tables(rotary: nn.Module, layer_type: str | None) -> bool:
-    """Try other frequencies out; return whether the tables are one tensor, not (cos, sin).
+    """Try other frequencies; return True if the tables are one tensor, not (cos, sin).
 
-    Twice the frequencies at a position must be what the frequencies are at twice the position.
-    Raises ValueError where they are not: then they are not all that the angle is made of.
+    Doubled frequencies must give the same tables as doubled positions. Raises ValueError if they
+    do not: the angle then depends on more.
     """
     inv_freq = trial_numbers(0.2, 1.1, attribute_of(rotary, layer_type, "inv_freq").shape[-1])
     positions = torch.tensor(_POSITIONS, device="cpu")
@@ -302,9 +303,9 @@ def _change_tables(rotary: nn.Module, layer_type: str | None) -> bool:
 def _find_fused(
     owner: nn.Module, rotary: nn.Module, layer_types: Sequence[str | None]
 ) -> Fused | None:
-    """Return how the op rotates for the owner's layers; None where it is not the same thing.
+    """Return the op's options to rotate like the owner's layers; None if it cannot.
 
-    rotary: one like the model's own, on the CPU.
+    rotary: like the model's own, on the CPU.
     """
     modules, layers = set(), set(rotating_layers(owner))
     for layer in owner.modules():
@@ -315,14 +316,14 @@ def _find_fused(
             if functions != {APPLY}:
                 return None
             modules.add(forward.__globals__["__name__"])
-        elif functions:  # an indexer, which may rotate in a way of its own
+        elif functions:  # an indexer, which may rotate differently
             return None
     if len(modules) != 1:
         return None
     (modeling,) = modules
     try:
         pairings = {_pairing(rotary, layer_type, modeling) for layer_type in layer_types}
-    except Exception:  # whatever a foreign signature leads to
+    except Exception:  # a foreign signature may raise anything
         return None
     if len(pairings) != 1 or None in pairings:
         return None
@@ -330,9 +331,9 @@ def _find_fused(
 
 
 def _pairing(rotary: nn.Module, layer_type: str | None, modeling: str) -> bool | None:
-    """Return whether dims are paired (2i, 2i+1), by comparing the model's own functions to ours.
+    """Return True if dims are paired (2i, 2i+1), by comparing the model's functions with ours.
 
-    Catches what names cannot tell: other orders of the dims, signs, or axes of position.
+    This catches differences that names do not show: orders of the dims, signs, axes of position.
     """
     positions = torch.tensor(_POSITIONS, device="cpu")
     kwargs = {} if layer_type is None else {"layer_type": layer_type}
@@ -357,7 +358,7 @@ def _pairing(rotary: nn.Module, layer_type: str | None, modeling: str) -> bool |
 
 
 def rotating_layers(owner: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers that rotate their queries and keys by (cos, sin) that they are given."""
+    """Yield the layers that rotate their queries and keys by given (cos, sin)."""
     for module in owner.modules():
         forward = forward_of(module)
         if forward and {"position_embeddings", "cos", "sin"} <= set(forward.__code__.co_varnames):
@@ -365,7 +366,7 @@ def rotating_layers(owner: nn.Module) -> Iterator[nn.Module]:
 
 
 def forward_of(module: nn.Module) -> FunctionType | None:
-    """Return the function behind a module's forward, or None where it is none of Python's."""
+    """Return the function behind a module's forward, or None if it is not Python's."""
     forward = inspect.unwrap(type(module).forward)
     return forward if isinstance(forward, FunctionType) else None
 
@@ -381,7 +382,7 @@ def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> dic
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
-    """Return the cache given to a model, or None: its name has changed within version 5."""
+    """Return the cache given to a model, or None: its name changed within version 5."""
     cache = arguments.get("cache")
     return arguments.get("past_key_values") if cache is None else cache
 

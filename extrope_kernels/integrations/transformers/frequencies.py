@@ -1,11 +1,11 @@
-"""What `extend` changes for a frequency method.
+"""The changes that `extend` makes for a frequency method.
 
-A `Rotary` stands in for the forward of each rotary embedding. A method that depends on the length
-of the sequence is frozen per request: keys are cached after rotation, so every token of a request
-must be rotated by the same frequencies. A request starts with a forward whose cache is empty or
-absent, and with every call of `generate` that does not continue a filled cache. Its frequencies are
-chosen then, for the length that it will reach, and stay with its cache: with copies of it too, and
-unaffected by requests in between.
+A `Rotary` replaces the forward of each rotary embedding. A method that depends on the length is
+frozen per request: keys are cached after rotation, so all tokens of a request must be rotated by
+the same frequencies. A request starts with a forward whose cache is empty or absent, and with every
+call of `generate` that does not continue a filled cache. Its frequencies are chosen then, for the
+length that it will reach. They stay with its cache and with copies of it, whatever other requests
+come between.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 FreqsByKind = dict[str | None, RopeFreqs]
 
 _ON_CACHE = "_extrope_freqs"
-# Of the call of `generate` in progress: the tokens it may reach, and the frequencies it has chosen.
+# For the call of `generate` in progress: the tokens it may reach, and its frequencies.
 _current_call: ContextVar[tuple[int, dict[str, FreqsByKind]] | None] = ContextVar(
     "extrope_generate", default=None
 )
@@ -58,9 +58,9 @@ def frequency_changes(
     parameters: Mapping[str, Any],
     cache: str | None,
 ) -> Changes:
-    """Return what a frequency method changes; nothing is changed yet.
+    """Return the changes of a frequency method; the model is not changed yet.
 
-    cache: "raw" where keys are rotated at every forward anew.
+    cache: "raw" if every forward rotates all keys anew.
     """
     changes = Changes()
     for site in sites:
@@ -92,7 +92,7 @@ def frequency_changes(
 
 
 def values_of(site: RotarySite, layer_type: str | None) -> ModelValues:
-    """Return what the model says of the rotation of one kind of layers."""
+    """Return the model's values for the rotation of one kind of layers."""
     parameters = site.parameters(layer_type)
     values = values_in(site.rotary.config, parameters, site.dim(layer_type))
     if any(_mscale_function(layer) is not None for layer in site.owner.modules()):
@@ -104,14 +104,13 @@ def values_of(site: RotarySite, layer_type: str | None) -> ModelValues:
 
 
 class Rotary:
-    """Stands in for the forward of a rotary embedding.
+    """Replacement forward of a rotary embedding, with other frequencies.
 
-    freqs: by the kind of layers (None where the model makes no difference) the frequencies to
-        rotate by; other kinds keep the tables of the model itself. A method that depends on the
-        length sets them at the start of every forward; an extension by a score method shares them
-        with the one before it.
+    freqs: frequencies by kind of layers (None if the model has one kind); other kinds keep the
+        model's own tables. A method that depends on the length sets them at the start of every
+        forward; an extension by a score method shares those of the extension before it.
     method: the extension's.
-    shared: with whom, where the extension is over a mesh.
+    shared: the ranks that share tokens, if the extension is over a mesh.
     """
 
     def __init__(self, site: RotarySite, freqs: FreqsByKind, method: str) -> None:
@@ -124,7 +123,7 @@ class Rotary:
         self._tables: dict[str | None, Tables] = {}
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        """Return a `Rotation` in place of cos where the op takes over, else the model's tables."""
+        """Return a `Rotation` in place of cos if the op rotates, else the model's tables."""
         if layer_type not in self.freqs:
             return type(self.rotary).forward(self.rotary, x, position_ids, layer_type)
         freqs = self.freqs_on(layer_type, x.device)
@@ -139,7 +138,7 @@ class Rotary:
     def tables(
         self, layer_type: str | None, freqs: RopeFreqs, x: Tensor, position_ids: Tensor
     ) -> Any:
-        """Return what the model's own rotary embedding makes of these frequencies."""
+        """Return the model's own tables for these frequencies."""
         if freqs.log_decay is not None:
             raise ValueError(
                 f"extend: {type(self.rotary).__name__} makes one table for queries and keys, "
@@ -154,30 +153,30 @@ class Rotary:
         """Return the frequencies of a kind of layers, and keep them on that device."""
         freqs = self.freqs[layer_type]
         if freqs.inv_freq.device != device:
-            # Tensors made in inference mode could not be saved for a backward later on.
+            # Tensors made in inference mode could not be saved for a later backward.
             with torch.inference_mode(False):
                 freqs = self.freqs[layer_type] = freqs.to(device)
         return freqs
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tables are made anew where they are needed."""
+        """Drop tables: they are made anew when needed."""
         return {**vars(self), "_tables": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies need the wrapped global."""
+        """Wrap the global function that copies need too."""
         vars(self).update(state)
         if self.fused is not None:
             wrap_apply(self.fused.modeling, self)
 
 
 def exports_to_onnx() -> bool:
-    """Say whether a graph is made for ONNX, which has PyTorch's own operations alone."""
+    """Return True if a graph is made for ONNX, which has only PyTorch's own operations."""
     onnx = None if torch.compiler.is_dynamo_compiling() else sys.modules.get("torch.onnx")
     return onnx is not None and onnx.is_in_onnx_export()
 
 
 class LengthDependence:
-    """Chooses a `Rotary`'s frequencies at the start of its owner's forwards, through hooks."""
+    """Hooks that choose a `Rotary`'s frequencies at the start of its owner's forwards."""
 
     def __init__(
         self, site: RotarySite, rotary: Rotary, methods: dict[str | None, Callable[..., RopeFreqs]]
@@ -188,7 +187,7 @@ class LengthDependence:
         self.argument_names = argument_names(site.owner)
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: set the frequencies of the request that this forward belongs to."""
+        """Set the frequencies of this forward's request: forward pre-hook."""
         arguments = by_name(self.argument_names, args, kwargs)
         cache = cache_of(arguments)
         freqs = self._freqs(arguments, cache)
@@ -197,14 +196,14 @@ class LengthDependence:
             self._attach(cache, freqs)
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Forward hook: mark the cache that the forward made."""
+        """Mark the cache that the forward made: forward hook."""
         for cache in caches_in(output):
             self._attach(cache, dict(self.rotary.freqs))
 
     def _freqs(self, arguments: Mapping[str, Any], cache: Any) -> FreqsByKind:
         of_cache = getattr(cache, _ON_CACHE, {}).get(self.key)
         if torch.compiler.is_compiling() and of_cache:
-            return of_cache  # a graph of a step: the prompt has chosen
+            return of_cache  # a graph of a step: its prompt has chosen
         limit, chosen = _current_call.get() or (None, {})
         if self.key not in chosen:
             past = 0 if cache is None else int(cache.get_seq_length())
@@ -223,7 +222,7 @@ class LengthDependence:
         }
 
     def _length(self, arguments: Mapping[str, Any], past: int, limit: int | None) -> int:
-        """Return the tokens that a request will reach, as far as its first forward knows."""
+        """Return the tokens that a request will reach, as known in its first forward."""
         length = past + tokens_of(arguments).shape[1]
         positions = arguments.get("position_ids")
         if self.rotary.shared is not None:
@@ -240,7 +239,7 @@ class LengthDependence:
 
 
 class EachLength(LengthDependence):
-    """Chooses frequencies for every forward anew, by the tokens that there are then."""
+    """Hooks that choose frequencies for every forward anew, by its number of tokens."""
 
     def _freqs(self, arguments: Mapping[str, Any], cache: Any) -> FreqsByKind:
         if torch.compiler.is_compiling():
@@ -252,15 +251,15 @@ class EachLength(LengthDependence):
         return self._of_length(self._length(arguments, past, None), arguments)
 
     def _attach(self, cache: Any, freqs: FreqsByKind) -> None:
-        """Nothing: a cache of raw keys is for any frequencies."""
+        """Do nothing: a cache of raw keys fits any frequencies."""
 
 
 def _generate_one_request(
     model: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Stand in for `model.generate`: each call is one request, whatever forwards it makes.
+    """Replace `model.generate`: each call is one request, for all its forwards.
 
-    previous: what stood in for it before, if anything did.
+    previous: an earlier replacement, if there is one.
     """
     token = _current_call.set((_reach(model, *args, **kwargs), {}))
     try:
@@ -290,17 +289,17 @@ def _reach(
     return max(prompt, limit("max_length") or 0)
 
 
-# DeepSeek's temperature. Latent attention rotates some dims of a head, and YaRN scales the logits
-# of all of them. So the layers multiply their softmax scale by mscale^2, which they take from the
-# configuration when they are built; other frequencies bring their own. They are known by the
-# function that their modules have for it.
+# DeepSeek's temperature. Latent attention rotates some dims of a head, but YaRN scales the logits
+# of all. So the layers multiply their softmax scale by mscale^2, which they read from the
+# configuration when they are built. Other frequencies bring their own factor. Such layers are known
+# by a function of their modules.
 _MSCALE = "yarn_get_mscale"
 _MSCALES = ("mscale", "mscale_all_dim")
 _MSCALE_IN_FORCE = "_extrope_mscale"
 
 
 def _softmax_scales(site: RotarySite, method: str, given: Mapping[str, Any]) -> list[Override]:
-    """Return the overrides of the layers' `scaling`; none where the model has no such layers."""
+    """Return the overrides of the layers' `scaling`; none if the model has no such layers."""
     config = site.parameters(site.layer_types[0])
     parameters: dict[str, Any] = {"rope_type": "default"}
     if set(_MSCALES) <= set(PARAMETERS[method]):
@@ -322,7 +321,7 @@ def _mscale_function(layer: nn.Module) -> Callable[..., float] | None:
 
 
 def _mscale(function: Callable[..., float], parameters: Mapping[str, Any]) -> float:
-    """Return what a layer multiplies its softmax scale by."""
+    """Return a layer's factor on its softmax scale."""
     mscale = parameters.get("mscale_all_dim")
     if parameters.get("rope_type", "default") == "default" or not mscale:
         return 1.0

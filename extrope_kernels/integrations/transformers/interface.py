@@ -1,9 +1,9 @@
-"""The attention that `model.set_attn_implementation("extrope")` asks for: ours, for any model.
+"""Our attention for any model: `model.set_attn_implementation("extrope")`.
 
 Queries and keys come rotated by the layer, or not at all, so the ops attend by frequencies of 0.
-Masks are those that transformers makes for `sdpa`, but none for a window that the layer tells as
-well. What they say but for causal rows, padded on the left or not (a vision tower, packed rows,
-tokens that see later ones), is left to `sdpa` itself.
+Masks are those that transformers makes for `sdpa`, except for a window that the layer passes too.
+Only causal rows, padded on the left or not, are ours; masks of other kinds (a vision tower, packed
+rows, tokens that see later ones) are left to `sdpa`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .paged import INTERFACE
 from .rows import records
 
 _ON_MASK = "_extrope_causal"
-# What causal rows need not know.
+# Arguments that causal rows do not need.
 _KNOWN = KNOWN | {"cache", "past_key_values", "cache_position", "logits_to_keep"}
 
 
 def register_interface() -> None:
-    """Make transformers know "extrope", as `attn_implementation` and for `set_attn_implementation`.
+    """Register "extrope" with transformers, for `attn_implementation` and its setter.
 
-    `extend` does it, too; a model that is not extended needs it.
+    `extend` does it too; call it for models that are not extended.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -36,15 +36,15 @@ def register_interface() -> None:
 
 
 def make_mask(**given: Any) -> Tensor | None:
-    """Mask function of transformers' interface, with the arguments of its `sdpa_mask`.
+    """Make the mask: transformers' mask function, with the arguments of its `sdpa_mask`.
 
-    A prompt's mask has an entry a pair of tokens, 2.4 GB at 49,152. Where nothing is padded, causal
-    rows need none, and those of a sliding window neither; chunks, of which layers tell nothing, do.
+    A prompt's mask has an entry per pair of tokens, 2.4 GB at 49,152. Without padding, causal rows
+    need none, with or without a sliding window. Chunks do: layers do not pass them.
     """
     from transformers.masking_utils import sdpa_mask
 
     chunk = getattr(given.get("config"), "attention_chunk_size", None)
-    # Before transformers 5.4 positions tell how many queries there are.
+    # Before transformers 5.4 positions give the number of queries.
     queries = given["q_length"] if "q_length" in given else len(given["cache_position"])
     prompt = given.get("allow_is_causal_skip") and queries == given["kv_length"]
     if prompt and given.get("local_size") != chunk:
@@ -60,12 +60,12 @@ def attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function of transformers' interface.
+    """Attend: the attention function of transformers' interface.
 
-    query, key, value: (batch, heads, seqlen, head_dim). attention_mask: as `sdpa` takes it: None,
-    or (batch or 1, 1, seqlen_q, seqlen_k), True for what is seen.
-    Returns (batch, seqlen_q, heads, head_dim) and None, as there are no weights.
-    Raises ValueError for sinks or a cap of the logits where rows are not causal.
+    query, key, value: (batch, heads, seqlen, head_dim). attention_mask: as for `sdpa`: None, or
+    (batch or 1, 1, seqlen_q, seqlen_k), True where a query sees a key.
+    Returns (batch, seqlen_q, heads, head_dim) and None, since there are no weights.
+    Raises ValueError for sinks or a cap of the logits if rows are not causal.
     """
     q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
     call, out = softmax_options(module, options) | {"freqs": no_freqs(q)}, None
@@ -102,19 +102,19 @@ def _may_be_causal(module: nn.Module, mask: Tensor | None, options: Mapping[str,
 
 
 def _all_causal(q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> Tensor:
-    """No mask: one query sees all keys; of several, the first sees the first key alone."""
+    """Attend without a mask: one query sees all keys; of several, the first sees the first key."""
     if q.shape[1] > 1:
         k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
     elif not records(q, k, v):
-        call.pop("sliding_window", None)  # a cache of a window holds no more
+        call.pop("sliding_window", None)  # a window's cache holds no more
         return rope_attention_with_kvcache(q, k, v, cache_seqlens=k.shape[1], **call)
     return rope_attention(q, k, v, keys_stored=True, **call)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, call: dict[str, Any]) -> Tensor | None:
-    """None where the mask is not that of causal rows."""
+    """Attend by a mask; return None if it is not that of causal rows."""
     if q.shape[1] == 1:
-        window = None  # what a query sees begins where its window does
+        window = None  # the keys begin where the query's window does
         call.pop("sliding_window", None)
     else:
         window = call.get("sliding_window")
@@ -126,16 +126,16 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, call: dict[str, Any])
 
 
 def _window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
-    """What `make_mask` has left out: (1, 1, tokens, tokens) bool."""
+    """Make the mask that `make_mask` has left out: (1, 1, tokens, tokens) bool."""
     at = torch.arange(tokens, device=device)
     return ((at <= at[:, None]) & (at > at[:, None] - window))[None, None]
 
 
 def _rows(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor] | None:
-    """Return where each row's keys end and begin, int32; None where they are not causal.
+    """Return the ends and beginnings of each row's keys, int32; None if rows are not causal.
 
-    Values are read on the host, once a forward. A graph cannot; there one query's keys are taken
-    to lie in one piece, and the graph asserts it.
+    Values are read on the host, once per forward. In a graph they cannot be read: it assumes, and
+    asserts, that one query's keys lie in one piece.
     """
     if torch.compiler.is_compiling():
         if mask.shape[2] > 1:
@@ -143,7 +143,7 @@ def _rows(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor] | None:
         ends, pads, right = _read(mask, window)
         torch._assert_async(right, f"{INTERFACE}: a row's keys must lie in one piece")
         return ends, pads
-    # Inference tensors do not say whether they have been written to since.
+    # Inference tensors do not tell if they have been written to since.
     key = None if mask.is_inference() else (window, mask._version)
     known = getattr(mask, _ON_MASK, {})
     if key is None or key not in known:
@@ -154,7 +154,7 @@ def _rows(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor] | None:
 
 
 def _read(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the ends and beginnings of the rows of a mask, and whether it is theirs."""
+    """Return the ends and beginnings of a mask's rows, and if it is the mask of causal rows."""
     seen = mask[:, 0]
     new, keys = seen.shape[1:]
     at = torch.arange(keys, device=mask.device)

@@ -1,7 +1,7 @@
-"""Norms of queries and keys right before the rotation, left to the op that rotates.
+"""Norms of queries and keys right before the rotation, done by the op that rotates.
 
-The op norms and rotates in one pass and rounds once, after the rotation; a model in 16 bits rounds
-its norm's result too, some before the weights and after. So results differ from the model's own by
+The op norms and rotates in one pass and rounds once, after the rotation. A model in 16 bits rounds
+its norm's result too, some before and after the weights. Results differ from the model's own by
 those roundings.
 """
 
@@ -30,12 +30,12 @@ from .trial import Recorded, Recorder, run_on_trial
 
 _NAMES = ("q_norm", "k_norm")
 _ARGUMENT = "position_embeddings"
-# Of each thread: `norm`, that of the layer in progress if the rotation norms in it.
+# Per thread: `norm`, the norm of the layer in progress if the rotation does it.
 _in_progress = threading.local()
 
 
 def norm_changes(sites: Sequence[RotarySite]) -> Changes:
-    """Return what leaves norms to the op, in a model whose rotations are extended already."""
+    """Return the changes that leave norms to the op, in a model whose rotations are extended."""
     changes = Changes()
     for owner in owners_of([site for site in sites if site.fused is not None]):
         for layer, fused in _agreeing(owner).items():
@@ -47,7 +47,7 @@ def norm_changes(sites: Sequence[RotarySite]) -> Changes:
 class FusedNorm:
     """The norms of one layer.
 
-    from_one: they multiply by 1 + weight, as Gemma's do.
+    from_one: they multiply by 1 + weight, as in Gemma.
     """
 
     def __init__(self, layer: nn.Module, from_one: bool) -> None:
@@ -63,7 +63,7 @@ class FusedNorm:
     def before_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Forward pre-hook of the layer: hand the weights to the rotation, where the op rotates."""
+        """Hand the weights to the rotation if the op rotates: forward pre-hook of the layer."""
         arguments = by_name(self.argument_names, args, kwargs)
         given = arguments.get(_ARGUMENT)
         rotation = given[0] if isinstance(given, tuple) and given else None
@@ -79,7 +79,7 @@ class FusedNorm:
         return (), arguments
 
     def after_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        """Forward hook of the layer: a norm that is called by itself norms."""
+        """Let norms norm again if called by themselves: forward hook of the layer."""
         _in_progress.norm = None
 
     def _weight(self, norm: nn.Module) -> Tensor:
@@ -87,14 +87,14 @@ class FusedNorm:
 
 
 class DeferredNorm:
-    """Stands in for the forward of a norm."""
+    """Replacement forward of a norm."""
 
     def __init__(self, fused: FusedNorm, norm: nn.Module) -> None:
         self.fused = fused
         self.norm = norm
 
     def is_in_place(self) -> bool:
-        """Say whether nothing else has replaced this, or acts on the norm."""
+        """Return False if another patch replaced this one, or acts on the norm."""
         return vars(self.norm).get("forward") is self and _is_own(self.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -104,9 +104,7 @@ class DeferredNorm:
 
 
 def _is_own(norm: nn.Module) -> bool:
-    """Say whether nothing but the module itself acts on its input and output, and it holds its
-    weight: neither hooks, nor a weight that is sharded or elsewhere.
-    """
+    """Return True if a module has no hooks, and its weight is neither sharded nor elsewhere."""
     hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks)
     weight = norm._parameters.get("weight")
     return (
@@ -122,9 +120,9 @@ def _eps_of(norm: nn.Module) -> float:
 
 
 def _may_be_fused(norm: nn.Module | None) -> bool:
-    """Say whether a module can be an RMSNorm of its own, with one weight a dim.
+    """Return True if a module can be an RMSNorm with one weight per dim.
 
-    Those of Cohere have one for each head and dim.
+    Cohere's norms have one for each head and dim.
     """
     return (
         isinstance(norm, nn.Module)
@@ -138,7 +136,7 @@ def _may_be_fused(norm: nn.Module | None) -> bool:
 
 
 def _agreeing(owner: nn.Module) -> dict[nn.Module, FusedNorm]:
-    """Return the norms that the op computes as the model does, as four tokens show."""
+    """Return the norms that the op computes like the model, by a trial with four tokens."""
     layers = []
     for layer in rotating_layers(owner):
         norms = [getattr(layer, name, None) for name in _NAMES]
@@ -154,10 +152,10 @@ def _agreeing(owner: nn.Module) -> dict[nn.Module, FusedNorm]:
             for from_one in (False, True):
                 found = {layer: FusedNorm(layer, from_one) for layer in layers}
                 ours = _record(owner, layers, found)
-                # Where one layer goes wrong, what those after it are given is no longer the same.
+                # If one layer goes wrong, the layers after it get other inputs.
                 if all(x in own and x in ours and _same(own[x], ours[x]) for x in layers):
                     return found
-        except Exception:  # whatever a foreign layer leads to
+        except Exception:  # a foreign layer may raise anything
             pass
     return {}
 
@@ -165,7 +163,7 @@ def _agreeing(owner: nn.Module) -> dict[nn.Module, FusedNorm]:
 def _record(
     owner: nn.Module, layers: Sequence[nn.Module], norms: dict[nn.Module, FusedNorm] | None = None
 ) -> dict[nn.Module, Recorded]:
-    """Return what the layers hand to their attention, on four tokens."""
+    """Record the arguments of the layers' attention on four tokens."""
     recorder = Recorder({layer: call_of(layer) for layer in layers})
     norms = norms or {}
     overrides = [each for norm in norms.values() for each in norm.overrides()]
@@ -177,8 +175,9 @@ def _record(
 
 @contextmanager
 def _other_weights(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """Give norms weights that tell dims apart: with those of a new model, a norm after the rotation
-    is one before it.
+    """Give norms weights that tell dims apart.
+
+    With a new model's weights a norm after the rotation equals one before it.
     """
     before = [norm.weight for norm in norms]
     for norm, weight in zip(norms, before):
@@ -192,10 +191,10 @@ def _other_weights(norms: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _same(own: Recorded, ours: Recorded) -> bool:
-    """Compare but for the roundings that the model's norm has and the op has not.
+    """Compare up to the roundings of the model's norm, which the op does not have.
 
-    Two of each dim, before and after the weights, so four of a pair that rotates; one of each
-    result. What follows in later layers is from values, and exact.
+    The norm rounds each dim twice, before and after the weights: four times for a pair that
+    rotates, then the result once. Later layers start from recorded values, so they are exact.
     """
     for x, y in ((own.q, ours.q), (own.k, ours.k)):
         if x.shape != y.shape or x.dtype != y.dtype:

@@ -1,8 +1,8 @@
 """Packed rows: several sequences one after another in a row, as trainers pack them.
 
-Positions that start anew say where sequences begin (TRL's packing and padding_free, transformers'
-`DataCollatorWithFlattening`), or boundaries by the name that transformers' flash attention has for
-them. Each sequence attends to itself alone.
+Sequences begin where positions start anew (TRL's packing and padding_free, transformers'
+`DataCollatorWithFlattening`), or at boundaries under the name of transformers' flash attention.
+Each sequence attends only to itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PackedRows:
 
     positions: (batch, new) int64, counted from each sequence's first token.
     cu_seqlens: (sequences + 1,) int32, the boundaries in all rows one after another. Padding is a
-        sequence, too, as nothing else sees it then.
+        sequence too: then nothing else sees it.
     """
 
     positions: Tensor
@@ -50,11 +50,11 @@ class PackedRows:
 
 
 def rows_by_positions(given: Tensor, real: Tensor | None) -> PackedRows | None:
-    """Return the rows whose positions start anew with each sequence; None if they are not such.
+    """Return the rows whose positions start anew with each sequence; None if there are none.
 
     given: (batch, new) position_ids. real: (batch, new) bool, False in padding; None without.
     """
-    begins = given.diff(prepend=given[:, :1]) != 1  # so the first of a row, too
+    begins = given.diff(prepend=given[:, :1]) != 1  # the first of a row too
     if real is not None:
         changes = real != torch.cat((~real[:, :1], real[:, :-1]), 1)
         begins = begins & real | changes
@@ -68,11 +68,11 @@ def rows_by_positions(given: Tensor, real: Tensor | None) -> PackedRows | None:
 
 
 def rows_by_boundaries(tokens: Tensor, arguments: Mapping[str, Any]) -> PackedRows:
-    """Return the rows that boundaries among a model's arguments tell; nothing is read in a graph.
+    """Return the rows by boundaries among a model's arguments; in a graph no value is read.
 
     tokens: (1, new, ...). Tokens past the last boundary are padding.
-    Raises ValueError for several rows, and for boundaries that do not rise, that keys do not share,
-    or that position_ids contradict.
+    Raises ValueError for several rows, and for boundaries that do not rise, that differ for keys,
+    or that contradict position_ids.
     """
     boundaries, of_keys = arguments[BOUNDARIES], arguments.get(_OF_KEYS)
     if not isinstance(boundaries, Tensor) or boundaries.dim() != 1 or len(tokens) != 1:
@@ -93,7 +93,7 @@ def rows_by_boundaries(tokens: Tensor, arguments: Mapping[str, Any]) -> PackedRo
 
 
 def _check(boundaries: Tensor, positions: Tensor, given: Tensor | None) -> None:
-    """Raise ValueError for boundaries that do not fit; all is read on the host at once."""
+    """Raise ValueError for boundaries that do not fit; the host reads all at once."""
     new = positions.shape[1]
     rises = (boundaries[0] == 0) & (boundaries.diff() >= 0).all() & (boundaries[-1] <= new)
     counts = torch.ones_like(rises)

@@ -1,8 +1,8 @@
-"""The rows of continuous batching: tokens of many requests in one, their keys in a paged cache.
+"""The rows of continuous batching: one row for many requests, their keys in a paged cache.
 
-transformers gathers a request's pages into one tensor a layer, for attentions that know no pages.
-The ops read pages where they lie, so extended layers are told that there is nothing to gather:
-then `PagedAttentionCache.update` only writes.
+transformers gathers a request's pages into one tensor per layer, for attentions without pages.
+The ops read pages in place, so extended layers are told that there is nothing to gather:
+`PagedAttentionCache.update` then only writes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class PagedRows:
     """The tokens of one forward of continuous batching.
 
     positions: (1, total) int32 or int64, counted from each request's first token.
-    arguments: what transformers gives to the model beside the tokens: cu_seq_lens_q, and per kind
-        of layers cu_seq_lens_k, max_length_k, and by the cache's allocators read_index,
-        write_index, or block_table where the attention is to write.
-    tables: (requests, pages) int32 of the allocators asked for so far.
+    arguments: transformers' arguments beside the tokens: cu_seq_lens_q, per kind of layers
+        cu_seq_lens_k and max_length_k, and by the cache's allocators read_index, write_index, or
+        block_table if the attention must write.
+    tables: (requests, pages) int32 of the allocators used so far.
     """
 
     cache: Any
@@ -39,10 +39,10 @@ class PagedRows:
     leftpad: None = None
 
     def to(self, device: torch.device | str | int) -> PagedRows:
-        return self  # one device holds all of the cache
+        return self  # one device holds the whole cache
 
     def for_layer(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a layer's arguments so that its cache writes and does not gather."""
+        """Return a layer's arguments changed so that its cache writes and does not gather."""
         if "read_index" not in arguments:
             return dict(arguments)
         return {**arguments, "read_index": [x[:0] for x in arguments["read_index"]]}
@@ -60,7 +60,7 @@ class PagedRows:
         table = self._table(allocator)
         if self.arguments.get("block_table") is not None:
             self._write(allocator, table, (k_pages, v_pages), (k, v))
-        elif "past_key_values" in self.arguments:  # before 5.24 no layer writes, its attention does
+        elif "past_key_values" in self.arguments:  # before 5.24 the attention writes, no layer does
             slots = self.arguments["write_index"][allocator.index]
             allocator.update(k[0], v[0], layer.layer_idx, slots[:0], slots)
         cu_seqlens_k = self.arguments["cu_seq_lens_k"][allocator.layer_type]
@@ -80,13 +80,13 @@ class PagedRows:
             table = table[allocator.index]
         else:
             slots = self.arguments["read_index"][allocator.index]
-            if not slots.numel():  # no request has a past, so all tokens are new
+            if not slots.numel():  # no request has a past: all tokens are new
                 slots = self.arguments["write_index"][allocator.index]
             size = allocator.tokens_per_page
             longest = self.arguments["max_length_k"][allocator.layer_type]
             firsts = torch.arange(0, max(longest, 1), size, device=slots.device)
             begins = self.arguments["cu_seq_lens_k"][allocator.layer_type][:-1, None]
-            # What is past a request's last page is never looked at, but must be an index.
+            # Entries past a request's last page are never read, but must be indices.
             at = (begins + firsts).clamp(max=slots.numel() - 1)
             table = (slots[at] // size).to(torch.int32)
         self.tables[allocator.index] = table
@@ -99,7 +99,7 @@ class PagedRows:
         pages: tuple[Tensor, Tensor],
         new: tuple[Tensor, Tensor],
     ) -> None:
-        """Write one token a request, where transformers leaves that to the attention."""
+        """Write one token per request, if transformers leaves that to the attention."""
         requests, size = table.shape[0], allocator.tokens_per_page
         position = self.positions[0, :requests].long()
         page = table.gather(1, (position // size)[:, None])[:, 0].long()
@@ -126,18 +126,18 @@ def paged_rows(cache: Any, arguments: Mapping[str, Any]) -> PagedRows | None:
 
 @cache
 def _stay_out_of_graphs() -> None:
-    """Have compiled steps call the attention over pages, as they call transformers' own.
+    """Let compiled steps call the attention over pages, as they call transformers' own.
 
-    Of views of pages, all of whose sizes are unknown, PyTorch 2.13 compiles no product of sizes.
-    Not done before: it imports what compiles.
+    PyTorch 2.13 cannot compile a product of sizes of views of pages, all of them unknown. Done
+    late, because it imports the compiler.
     """
     PagedRows.attend = torch.compiler.disable(PagedRows.attend)  # type: ignore[method-assign]
 
 
 def batching_overrides(model: nn.Module, refused: str | None) -> list[Override]:
-    """Return what continuous batching needs of an extension.
+    """Return the overrides for continuous batching.
 
-    refused: the extension's method, where its frequencies depend on the length.
+    refused: the extension's method, if its frequencies depend on the length.
     """
     name, generator = "init_continuous_batching", generator_of(model)
     if not hasattr(generator, name):
@@ -153,10 +153,10 @@ def _start_batching(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Stand in for `model.init_continuous_batching`.
+    """Replace `model.init_continuous_batching`.
 
-    previous: what stood in for it before, if anything did.
-    refused: the extension's method, where its frequencies depend on the length.
+    previous: an earlier replacement, if there is one.
+    refused: the extension's method, if its frequencies depend on the length.
     """
     if refused is not None:
         raise ValueError(
@@ -166,19 +166,19 @@ def _start_batching(
     _stay_out_of_graphs()
     implementation = model.config._attn_implementation
     if implementation == INTERFACE:
-        # The manager takes names that it knows; layers that are extended keep theirs.
+        # The manager takes names that it knows; extended layers keep theirs.
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     if previous is not None:
         manager = previous(*args, **kwargs)
     else:
         manager = type(model).init_continuous_batching(model, *args, **kwargs)
     if implementation == INTERFACE:
-        manager._original_attn_impl = implementation  # what its `stop` puts back
+        manager._original_attn_impl = implementation  # its `stop` restores it
     return manager
 
 
 def forget_pages(model: nn.Module) -> None:
-    """Drop a manager that the model keeps: its pages hold keys of the rotation until now."""
+    """Drop a manager that the model keeps: its pages hold keys of the earlier rotation."""
     generator = generator_of(model)
     if hasattr(generator, "destroy_cached_continuous_batching_manager"):
         generator.destroy_cached_continuous_batching_manager()

@@ -1,9 +1,9 @@
-"""The rotation that goes through a forward in place of cosines and sines.
+"""A `Rotation`, which goes through a forward in place of cosines and sines.
 
-A model calls its rotary embedding once a forward and hands the (cos, sin) that it returns to
-`apply_rotary_pos_emb`, a global of its modeling module, in every layer. A `Rotation` goes the same
-way in place of cos, with None in place of sin, and the global is wrapped so that it rotates by
-itself. Tables, which come from every other model, go to the function that was there.
+A model calls its rotary embedding once per forward and hands the resulting (cos, sin) to
+`apply_rotary_pos_emb`, a global of its modeling module, in every layer. A `Rotation` takes the
+place of cos, None that of sin, and the global is wrapped to rotate by it. Tables of other models
+go to the original function.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ... import RopeFreqs, apply_rope, apply_rope_qk
 
 APPLY = "apply_rotary_pos_emb"
 
-# For each modeling module the function that was there, the one in its place, and who needs it.
+# For each modeling module: its original function, the wrapped one, and their users.
 _wrapped: dict[str, tuple[Callable[..., Any], Callable[..., Any], weakref.WeakSet]] = {}
 
 
 class Norm(NamedTuple):
-    """The norm before a rotation, in the words of `apply_rope_qk`."""
+    """The norm before a rotation, as arguments of `apply_rope_qk`."""
 
     q_norm_weight: Tensor
     k_norm_weight: Tensor
@@ -36,12 +36,12 @@ class Norm(NamedTuple):
 class Rotation:
     """Frequencies and positions of one forward.
 
-    Opaque to whatever casts or checkpoints tensors on the way, so the frequencies stay float32 and
-    the positions integers in a model of any dtype. No dataclass: FSDP casts what those hold.
+    Casts and checkpoints of tensors do not see into it: the frequencies stay float32 and the
+    positions integers in a model of any dtype. It is no dataclass, whose fields FSDP casts.
 
     positions: (batch or 1, seqlen); None leaves queries and keys as they are.
     keys_only: leave queries raw, for the attention of a score method.
-    norm: that of the layer, where it comes right before and is left to the rotation.
+    norm: the layer's norm right before, if the rotation does it.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Rotation:
         return Rotation(self.freqs, self.positions, self.interleaved, self.keys_only, norm)
 
     def to(self, device: torch.device | str | int, **_: Any) -> Rotation:
-        """Move to `device`: accelerate's hooks call this where a model spans several devices."""
+        """Move to `device`: accelerate's hooks call it if a model spans several devices."""
         positions, norm = self.positions, self.norm
         if positions is not None:
             positions = positions.to(device)
@@ -72,10 +72,10 @@ class Rotation:
         return Rotation(self.freqs.to(device), positions, self.interleaved, self.keys_only, norm)
 
     def rotate(self, q: Tensor, k: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
-        """Stand in for `apply_rotary_pos_emb`; q and k have heads in dimension `unsqueeze_dim`."""
+        """Rotate like `apply_rotary_pos_emb`; q and k have heads in dimension `unsqueeze_dim`."""
         if unsqueeze_dim not in (1, 2):
             raise ValueError(f"extend: unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
-        # The op supports any strides but this one, which some layers leave.
+        # The op takes all strides but this one, which some layers leave.
         q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
         if unsqueeze_dim == 2:
             return self._rotate(q, k)
@@ -87,13 +87,13 @@ class Rotation:
         norm = {} if self.norm is None else self.norm._asdict()
         if not self.keys_only:
             return apply_rope_qk(q, k, self.freqs, **options, **norm)
-        if norm:  # by angles of 0, which leave the rest to the attention
+        if norm:  # by angles of 0: the attention rotates
             q, k = apply_rope_qk(q, k, RopeFreqs(torch.zeros_like(self.freqs.inv_freq)), **norm)
         return q, (k if self.positions is None else apply_rope(k, self.freqs, **options))
 
 
 def wrap_apply(modeling: str, user: object) -> None:
-    """Make the modeling module's `apply_rotary_pos_emb` take rotations, for `user`."""
+    """Wrap the modeling module's `apply_rotary_pos_emb` to take rotations, for `user`."""
     module = importlib.import_module(modeling)
     current = getattr(module, APPLY)
     _, wrapper, users = _wrapped.get(modeling, (None, None, weakref.WeakSet()))
@@ -105,7 +105,7 @@ def wrap_apply(modeling: str, user: object) -> None:
 
 
 def unwrap_apply(modeling: str, user: object) -> None:
-    """Give up `user`'s claim; the last one puts the original function back."""
+    """Remove `user`; the last one restores the original function."""
     original, wrapper, users = _wrapped[modeling]
     users.discard(user)
     if users:

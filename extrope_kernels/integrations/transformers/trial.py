@@ -1,9 +1,9 @@
-"""Find out with four tokens which layers of a model can attend by a score method.
+"""Find by a trial with four tokens which layers of a model can attend by a score method.
 
-The model is run twice with an attention that only records what it gets: once with tables of
-position 0, once with those of positions 0 to 3 and frequencies made for the purpose. What differs
-is the rotation, wherever in a layer it happens. Then the op attends to the same, by a score that
-changes nothing, and must give what the layer's own attention gives.
+The model runs twice with an attention that only records its arguments: once with tables of
+position 0, once with those of positions 0 to 3 and of frequencies for the trial. The difference is
+the rotation, wherever in a layer it happens. Then the op attends to the same arguments by a score
+that changes nothing, and must give the results of the layer's own attention.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _TOKENS = 4
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a layer hands to its attention: q, k, v of (1, heads, 4, head_dim), and the rest."""
+    """A layer's arguments to its attention: q, k, v of (1, heads, 4, head_dim), and the rest."""
 
     q: Tensor
     k: Tensor
@@ -60,17 +60,17 @@ class Recorded:
 
 
 class UnfitLayer(Exception):
-    """Says what of a layer a score method cannot do."""
+    """A layer does something that a score method cannot; the message says what."""
 
 
 class Recorder:
-    """Takes the mask's place, and so is asked to attend.
+    """An attention that records its arguments; it takes the mask's place, so layers call it.
 
-    calls: how each layer calls its attention. name: of the mask among several, where layers get a
-    mapping of them; None for the whole argument.
-    called: rotating layers that the owner has called; seen: what layers gave to their attention.
-    masks: as the owner gave them. names: of those, where layers got several.
-    output: of the owner.
+    calls: each layer's form of call of its attention. name: the mask's name among several, if
+        layers get a mapping of them; None for the whole argument.
+    called: rotating layers that the owner has called. seen: the layers' arguments to attention.
+    masks: as the owner gave them. names: theirs, if layers got several.
+    output: the owner's output.
     """
 
     def __init__(self, calls: Mapping[nn.Module, Call], name: str | None = None) -> None:
@@ -88,7 +88,7 @@ class Recorder:
         overrides: Iterable[Override] = (),
         hooks: Iterable[tuple[nn.Module, Callable[..., Any]]] = (),
     ) -> Iterator[None]:
-        """Have the layers ask this recorder for a while.
+        """Make the layers call this recorder for a while.
 
         overrides: more attributes to hide. hooks: more forward pre-hooks, after the recorder's own.
         """
@@ -108,7 +108,7 @@ class Recorder:
                 handle.remove()
 
     def note_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of every layer that rotates."""
+        """Note the layer and take its mask's place: forward pre-hook of layers that rotate."""
         self.called[layer] = None
 
     def before_layer(
@@ -128,7 +128,7 @@ class Recorder:
                 "which have no distance"
             )
         self.seen[module] = Recorded(q, k, v, options)
-        # Of the values alone, so that what comes after is the same in both runs.
+        # Made of the values alone: later layers are then the same in both runs.
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2).contiguous()
 
 
@@ -156,7 +156,7 @@ def replaced(overrides: Sequence[Override]) -> Iterator[None]:
 
 
 def entrance(model: nn.Module, owner: nn.Module) -> nn.Module:
-    """Return what a trial of an owner calls: FSDP wants its root called first."""
+    """Return the module that a trial of an owner calls: FSDP wants its root called first."""
     return model if _fsdp_modules(model) else owner
 
 
@@ -169,7 +169,7 @@ def _fsdp_modules(module: nn.Module) -> list[Any]:
 def run_on_trial(owner: nn.Module, backwards: bool = False, **options: Tensor) -> Any:
     """Run an owner, or its `entrance`, on four tokens without dropout; return its output.
 
-    backwards: the last token first.
+    backwards: True for the last token first.
     """
     embed = getattr(owner, "get_input_embeddings", None)
     weights = embed() if embed is not None else owner
@@ -185,12 +185,12 @@ def run_on_trial(owner: nn.Module, backwards: bool = False, **options: Tensor) -
         for module in training:
             module.training = True
     for module in _fsdp_modules(owner):
-        module.reshard()  # the root keeps its parameters whole, for a backward
+        module.reshard()  # the root keeps its parameters whole for a backward
     return output
 
 
 def refuse_without_weights(owner: nn.Module, method: str) -> None:
-    """Raise ValueError for a model that cannot be tried out, as it has no weights yet."""
+    """Raise ValueError for a model without weights, which cannot be tried out."""
     offloaded = any(hasattr(module, "_hf_hook") for module in owner.modules())  # by accelerate
     if not offloaded and all(weight.device.type == "meta" for weight in owner.parameters()):
         raise ValueError(
@@ -200,18 +200,18 @@ def refuse_without_weights(owner: nn.Module, method: str) -> None:
 
 
 def _device_of(weights: nn.Module) -> Any:
-    """Return where a module computes; accelerate keeps weights that it has offloaded on meta."""
+    """Return a module's device; accelerate keeps offloaded weights on meta."""
     device = next(weights.parameters()).device
     hook = getattr(weights, "_hf_hook", None)
     return getattr(hook, "execution_device", device) if device.type == "meta" else device
 
 
-# Rotary embeddings with the kinds of layers to extend, and the trial's frequencies for each.
+# Rotary embeddings with the kinds of layers to extend, and each one's trial frequencies.
 _TrialFreqs = list[tuple[RotarySite, "str | None", Tensor]]
 
 
 def _trial_freqs(sites: Sequence[RotarySite]) -> _TrialFreqs:
-    """Return frequencies fast enough for four tokens to tell all pairs, and kinds, apart."""
+    """Return frequencies so fast that four tokens tell all pairs and kinds apart."""
     kinds = [(site, layer_type) for site in sites for layer_type in site.layer_types]
     return [
         (site, kind, trial_numbers(0.2, 1.1, site.dim(kind) // 2) * (1 + 0.37 * number))
@@ -220,7 +220,7 @@ def _trial_freqs(sites: Sequence[RotarySite]) -> _TrialFreqs:
 
 
 class _TrialTables:
-    """Stands in for a rotary embedding: tables of the trial's frequencies for what is extended."""
+    """A rotary embedding that gives extended layers tables of the trial's frequencies."""
 
     def __init__(self, site: RotarySite, freqs: _TrialFreqs, still: bool) -> None:
         self.rotary = site.rotary
@@ -241,16 +241,17 @@ class _TrialTables:
 class Layers:
     """The attention layers that an owner's rotary embeddings serve.
 
-    far: those that see all keys, to be extended, and how their heads are rotated.
-    near: those that attend as before: the ones without a rotation and, but for layers="all", those
-        with a sliding window or chunks: no distance in them is past what training has covered.
-    calls: how each of them calls its attention. mask_name: of its mask, where layers get several.
-    unrotated: near layers without a rotation that the sites given have a part in.
-    needs_mask: more than the attention of far layers looks at the mask.
-    others_mix: more than attention makes one token of others (convolutions, states).
-    around: for rotary embeddings that are a layer's own, that layer.
+    far: layers to extend, which see all keys, with the rotation of their heads.
+    near: layers that attend as before: those without a rotation and, unless layers="all", those
+        with a sliding window or chunks, where training has covered all distances.
+    calls: each layer's form of call of its attention. mask_name: its mask's name, if layers get
+        several.
+    unrotated: near layers without a rotation that take part in the given sites.
+    needs_mask: True if something else than the attention of far layers uses the mask.
+    others_mix: True if tokens mix outside of attention (convolutions, states).
+    around: the layer of a rotary embedding that belongs to one layer.
 
-    Raises ValueError where a layer does what the ops do not.
+    Raises ValueError if a layer does something that the ops do not.
     """
 
     def __init__(
@@ -293,7 +294,7 @@ class Layers:
         self.others_mix = mixes(still.output, self._record(still=True, backwards=True).output)
 
     def _try_out(self) -> tuple[Recorder, Recorder]:
-        """Run the owner twice; where layers get several masks, find the attention's among them."""
+        """Run the owner twice; if layers get several masks, find the attention's among them."""
         first = Recorder(self.calls)
         try:
             return self._record(first, still=True), self._record()
@@ -308,7 +309,7 @@ class Layers:
     def _record(
         self, recorder: Recorder | None = None, still: bool = False, **options: Any
     ) -> Recorder:
-        """Run the owner on four tokens; still: all of them at position 0."""
+        """Run the owner on four tokens; still: True for all of them at position 0."""
         recorder = recorder or Recorder(self.calls, self.mask_name)
         overrides = [
             (site.rotary, "forward", _TrialTables(site, self.freqs, still)) for site in self.sites
@@ -319,7 +320,7 @@ class Layers:
                 recorder.output = run_on_trial(self.entrance, **options)
         except UnfitLayer as unfit:
             raise unsupported(self.owner, str(unfit)) from unfit
-        except Exception as error:  # whatever a foreign layer leads to
+        except Exception as error:  # a foreign layer may raise anything
             reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
             if Recorder.__name__ in str(error):
                 reason = (
@@ -330,7 +331,7 @@ class Layers:
         return recorder
 
     def _sort(self, layer: nn.Module, still: Recorded, moved: Recorded, layers: str) -> bool:
-        """Put a layer among the far or the near ones; return whether it rotates."""
+        """Sort a layer into far or near; return True if it rotates."""
         heads, freqs = self._heads(layer, still, moved)
         bounds = None if heads is None else self._bounds(layer, moved.options, layers)
         if bounds is None or (bounds and layers == "full"):
@@ -347,7 +348,7 @@ class Layers:
     def _heads(
         self, layer: nn.Module, still: Recorded, moved: Recorded
     ) -> tuple[Heads | None, RopeFreqs | None]:
-        """Return how a layer rotates, None where it does not, and the trial's frequencies."""
+        """Return a layer's rotation (None without one) and the trial's frequencies."""
         name = type(layer).__name__
         if close(still.q, moved.q) and close(still.k, moved.k):
             return None, None
@@ -377,8 +378,8 @@ class Layers:
     ) -> dict[str, int] | None:
         """Return the window or the chunks of a layer, by their name in `Heads`; {} without.
 
-        A window tells the attention, or the cache alone (Phimoe, Moshi). Chunks are in the mask
-        alone, but have a name. None for a layer of that name that is not to be extended.
+        A window is known to the attention, or only to the cache (Phimoe, Moshi). Chunks are only in
+        the mask, but have a name. None for a layer of that name that is not to be extended.
         """
         if window := options.get("sliding_window"):
             return {"sliding_window": window}
@@ -392,16 +393,16 @@ class Layers:
 
     @cached_property
     def _masks_of_chunks(self) -> dict[nn.Module, Any]:
-        """The layers' masks where the config names chunks of two tokens."""
+        """Return the layers' masks if the config names chunks of two tokens."""
         config = copy.copy(self.owner.config)
         config.attention_chunk_size = 2
         with replaced([(self.owner, "config", config)]):
             return self._record().masks
 
     def _needs_mask(self) -> bool:
-        """Say whether more than the attention of extended layers looks at the mask.
+        """Return True if something else than the attention of extended layers uses the mask.
 
-        A token of padding must not change the others: in convolutions and states, it would.
+        Padding must not change other tokens; in convolutions and states it would.
         """
         if len(self.far) != getattr(self.owner.config, "num_hidden_layers", None):
             return True
@@ -414,8 +415,10 @@ class Layers:
 
 
 def mixes(there: Any, back: Any) -> bool:
-    """Say whether tokens meet, by what an owner returns for four of them and, backwards, for the
-    same: with an attention that gives every token its own value, one must be the other backwards.
+    """Return True if tokens mix outside of attention.
+
+    The owner runs on four tokens, and on the same backwards, with an attention that gives every
+    token its own value: one result must be the other backwards.
     """
     there, back = (
         next(iter(x.values())) if isinstance(x, Mapping) else x[0] for x in (there, back)
@@ -424,26 +427,26 @@ def mixes(there: Any, back: Any) -> bool:
 
 
 def kind_of(layer: nn.Module) -> str:
-    """Return what the config calls the layer's kind; nothing where it has no names for kinds."""
+    """Return the config's name for the layer's kind; "" if it has no names for kinds."""
     kinds = getattr(getattr(layer, "config", None), "layer_types", None)
     index = getattr(layer, "layer_idx", None)
     return kinds[index] if kinds and index is not None and index < len(kinds) else ""
 
 
 def window_of_cache(owner: nn.Module, layer: nn.Module) -> int | None:
-    """Return the window whose keys alone a layer's cache keeps, whatever the layer itself sees."""
+    """Return the window that a layer's cache keeps, even if the layer itself knows none."""
     from transformers import DynamicCache
 
     index = getattr(layer, "layer_idx", None)
     try:
         cached = DynamicCache(config=owner.config).layers[index]
-    except (AttributeError, IndexError, KeyError, TypeError):  # keys of others, or another cache
+    except (AttributeError, IndexError, KeyError, TypeError):  # another layer's keys, or cache
         return None
     return getattr(cached, "sliding_window", None)
 
 
 def sees_chunks(mask: Any, size: int) -> bool:
-    """Say whether a layer's mask of the trial lets tokens see their own chunks of that size."""
+    """Return True if a layer's mask in the trial lets tokens see their own chunks of that size."""
     if not isinstance(mask, Tensor) or mask.shape[-2:] != (_TOKENS, _TOKENS):
         return False
     token = torch.arange(_TOKENS, device=mask.device)
@@ -462,7 +465,7 @@ def attend_as_own(
     interleaved: bool,
     given: Recorded,
 ) -> None:
-    """Raise ValueError unless the op gives what a layer's own attention gives.
+    """Raise ValueError unless the op gives the same as a layer's own attention.
 
     qkv: the op's, of (1, heads, 4, head_dim), rotated by freqs. given: the layer's own.
     """
@@ -477,7 +480,7 @@ def attend_as_own(
     q, k = given.q.to(v.dtype), given.k.to(v.dtype)
     try:
         own = call.own(layer, q, k, v, mask[None, None], given.options)
-    except Exception as error:  # whatever a foreign function leads to
+    except Exception as error:  # a foreign function may raise anything
         reason = f"its own attention cannot be tried out ({shortened(error)})"
         raise unsupported(owner, f"{type(layer).__name__}: {reason}") from error
     if own is None or not close(ours, own.view_as(ours)):
@@ -485,7 +488,7 @@ def attend_as_own(
 
 
 def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
-    """x: (batch, heads, seqlen, head_dim)."""
+    """Rotate x, (batch, heads, seqlen, head_dim)."""
     x = rotated_first(x, heads.start).transpose(1, 2)
     positions = torch.arange(x.shape[1], device=x.device)
     options = {"positions": positions, "interleaved": heads.interleaved, "backend": "reference"}
@@ -493,14 +496,14 @@ def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for a few roundings, of float32 at best: that is what tables are made in."""
+    """Return True if equal up to a few roundings, at best of float32, the dtype of tables."""
     eps = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)
     tolerance = 16 * eps * max(b.abs().max().item(), 1e-30)
     return bool((a - b).abs().max() <= tolerance)
 
 
 def check_options(owner: nn.Module, layer: nn.Module, options: Mapping[str, Any]) -> None:
-    """Raise ValueError for what the ops do not do. options: what the layer told its attention."""
+    """Raise ValueError for options that the ops lack. options: the layer's, for its attention."""
     name = type(layer).__name__
     options = {key: value for key, value in options.items() if value is not None}
     if layer.training:

@@ -130,6 +130,7 @@ def _check_decay(name: str, decay: Tensor, q: Tensor, heads_k: int, causal: bool
 
 
 def check_dims(name: str, q: Tensor, v: Tensor) -> None:
+    """Refuse heads with more than MAX_DIM dims."""
     for label, x in (("head_dim", q), ("v's head_dim", v)):
         if x.shape[-1] > MAX_DIM:
             raise ValueError(

@@ -50,6 +50,7 @@ def backward(
     powers: Powers,
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv."""
     dtype = q.dtype
     if dtype == torch.float16:
         dout, q, k, v = dout.float(), q.float(), k.float(), v.float()

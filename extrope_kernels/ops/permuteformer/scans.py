@@ -51,7 +51,7 @@ def permute(
 
 
 def gather(x: Tensor, dims: Tensor) -> Tensor:
-    """Gather the dims (batch or 1, seqlen, rows, head_dim) of x (batch, seqlen, heads, head_dim)."""
+    """Gather dims (batch or 1, seqlen, rows, head_dim) of x (batch, seqlen, heads, head_dim)."""
     grouped = x.unflatten(2, (dims.shape[2], x.shape[2] // dims.shape[2]))
     return grouped.gather(-1, dims.unsqueeze(3).expand(grouped.shape)).flatten(2, 3)
 
@@ -98,4 +98,5 @@ def default_decay(k: Tensor) -> Tensor:
 
 
 def feature(x: Tensor) -> Tensor:
+    """Return the feature map phi(x)."""
     return torch.relu(x) + FEATURE_EPS

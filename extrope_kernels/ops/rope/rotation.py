@@ -94,6 +94,7 @@ def resolve(
 
 
 def frequencies_3d(inv_freq: Tensor) -> Tensor:
+    """Return inv_freq as (sequences or 1, heads or 1, rotary_dim / 2)."""
     if inv_freq.dim() == 1:
         return inv_freq[None, None]
     return inv_freq.unsqueeze(1) if inv_freq.dim() == 2 else inv_freq

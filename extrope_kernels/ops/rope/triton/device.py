@@ -308,4 +308,5 @@ def as_inputs(tensors: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> lis
 
 
 def empty_outputs(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Allocate outputs like q and k."""
     return torch.empty_like(q), None if k is None else torch.empty_like(k)
