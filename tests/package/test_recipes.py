@@ -1,4 +1,4 @@
-"""CONTRIBUTING's recipes, followed to the letter in a copy: they are all that there is to do."""
+"""The steps of docs/guide/add_method.md, followed to the letter in a copy: nothing else is needed."""
 
 import os
 import re
@@ -26,7 +26,12 @@ def checkout(tmp_path):
 
 def steps(title):
     """(path, kind of code block, its text) of every block of a section."""
-    section = (ROOT / "CONTRIBUTING.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    section = (
+        (ROOT / "docs" / "guide" / "add_method.md")
+        .read_text()
+        .split(f"## {title}\n")[1]
+        .split("\n## ")[0]
+    )
     path = None
     for found in STEP.finditer(section):
         path = found["path"] or path

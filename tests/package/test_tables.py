@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -55,9 +56,10 @@ def test_figures_replace_what_is_between_the_markers(tmp_path):
         readme.main(tmp_path, results)
 
 
-def test_the_readme_tells_speeds_and_numbers_of_models_as_measured():
-    """Those of the plot's first, third and last bar; of SmolLM2; of docs/models.md."""
-    text, models = ((ROOT / page).read_text() for page in ("README.md", "docs/models.md"))
+def test_pages_tell_speeds_and_numbers_of_models_as_measured():
+    """Those of the plot's first, third and last bar; of SmolLM2; of generate; of docs/models.md."""
+    pages = ("README.md", "docs/guide/transformers.md", "docs/models.md")
+    text, guide, models = ((ROOT / page).read_text() for page in pages)
     for index in (0, 2, -1):
         times, _ = plots.against_the_best(plots.SHOWN[index])
         assert f"{times:.1f} times" in text, plots.SHOWN[index].label
@@ -74,9 +76,13 @@ def test_the_readme_tells_speeds_and_numbers_of_models_as_measured():
     assert told.format(plain.loss, yarn.loss, rerope.loss) in text
     told = "saves {:.2f} nats a token by YaRN, {:.2f} by ReRoPE"
     assert told.format(yarn.recall[0], rerope.recall[0]) in text
+    rows = json.loads((harness.RESULTS / "avx512" / "generate.json").read_text())["rows"]
+    row = next(row for row in rows if (row["name"], row["tokens"]) == ("rerope", 8000))
+    told = "reads 8,000 tokens in {:.2f} of the plain model's time, and takes {:.2f} of it"
+    assert told.format(row["prompt_of_plain"], row["steps_of_plain"]) in guide
     frequency, score = re.findall(r"^- By a \w+ method: (\d+) of the", models, re.MULTILINE)
     assert f"all {frequency} rotary model classes of transformers by frequency" in text
-    assert f"on {score} by score methods" in text
+    assert f"on {score} by score methods" in text and f"on {score} by score methods" in guide
 
 
 @pytest.mark.parametrize("name", plots.PLOTS)
