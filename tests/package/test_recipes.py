@@ -1,4 +1,4 @@
-"""The steps of docs/guide/add_method.md, followed to the letter in a copy: nothing else is needed."""
+"""The steps of docs/guide/add_method.md, followed to the letter in a copy: no more is needed."""
 
 import os
 import re
