@@ -383,7 +383,7 @@ def census(results: Path) -> str:
               for sort, which in SORTS.items()}  # fmt: skip
     lines = [
         f"transformers {found['transformers']}: {len(found['rows'])} classes with rotary "
-        f"parameters, {len(built)} of which can be built alone and run on text.",
+        f"parameters, of which {len(built)} can be built alone and run on text.",
         "",
     ]
     for sort, names in served.items():
@@ -391,9 +391,10 @@ def census(results: Path) -> str:
         lines.append(f"- By {sort}: {len(names)} of the {len(rotating)} that rotate ({share:.0%}).")
     both = sorted(set.intersection(*map(set, served.values())), key=str.lower)
     marked = {row["name"]: row["name"] + _mark(row) for row in built}
-    lines += ["", f"By both: {', '.join(marked[name] for name in both)}.", ""]
-    lines += ['\\* Score methods with `layers="all"`, \\*\\* frequency methods too. † Forwards']
-    lines += ["alone are compared: its own `generate` fails."]
+    lines += ["", '\\* Score methods with `layers="all"`, \\*\\* frequency methods too. † Only forwards']
+    lines += ["are compared: its own `generate` fails.", "", '<details markdown="1">']
+    lines += [f"<summary>The {len(both)} classes served by both</summary>", ""]
+    lines += [f"{', '.join(marked[name] for name in both)}.", "", "</details>"]
     others = [[marked[row["name"]], *(_said(row, which) for which in SORTS.values())]
               for row in built if row["name"] not in both]  # fmt: skip
     absent = [[row["name"], _reason(row["built"])] for row in found["rows"] if "built" in row]
