@@ -49,18 +49,18 @@ BARS = (  # head_dim, key heads, dtype: ReRoPE's time over SDPA's, at most, forw
 
 
 def sized(tokens: int, seqlen: int) -> int:
-    """A window or block, shorter for the short sequences of --quick."""
+    """Return a window or block, shorter for the short sequences of --quick."""
     return tokens if seqlen >= 2048 else max(tokens * seqlen // SEQLEN, 4)
 
 
 def _yarn(head_dim: int) -> Tensor:
-    """What YaRN divides frequencies by at four times 4,096 tokens."""
+    """Return YaRN's divisors of frequencies at four times 4,096 tokens."""
     yarn = methods.yarn(head_dim, factor=4.0, original_max_position_embeddings=4096)
     return methods.rope(head_dim).inv_freq / yarn.inv_freq
 
 
 def score_of(name: str, seqlen: int, head_dim: int) -> scores.Score | None:
-    """A score method with the parameters that it is measured with."""
+    """Return a score method with its measured parameters."""
     window, chunk, block = (sized(n, seqlen) for n in (WINDOW, CHUNK, BLOCK))
     local = sized(LOCAL if device() == "cuda" else 256, seqlen)
     return {
@@ -85,7 +85,7 @@ NAMES = ("plain", *scores.SCORES)
 
 
 def make_inputs(seqlen: int, heads_k: int, head_dim: int, dtype: torch.dtype, heads: int = HEADS):
-    """q, k and v (1, seqlen, heads, head_dim), not rotated."""
+    """Make q, k and v (1, seqlen, heads, head_dim), not rotated."""
     shapes = [(1, seqlen, count, head_dim) for count in (heads, heads_k, heads_k)]
     return [torch.randn(shape, device=device()).to(dtype) for shape in shapes]
 
@@ -95,20 +95,20 @@ def frequencies(head_dim: int) -> RopeFreqs:
 
 
 def backends() -> dict[str, str | None]:
-    """The `backend` of each implementation; None is the default."""
+    """Return the `backend` of each implementation; None is the default."""
     if device() == "cpu":
         return {"cpu": None}
     return {name: name for name in attention_backends() if name != "reference"}
 
 
 def plain_peers(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs) -> dict[str, Call | str]:
-    """Plain causal attention by others, over inputs that are rotated beforehand."""
+    """Return other libraries' plain causal attention, over rotated inputs."""
     rotated = [*apply_rope_qk(q, k, freqs), v]
     return {**sdpa(*rotated), **attention_peers(*rotated)}
 
 
 def exact_tail(score, q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, **options) -> Tensor:
-    """The last queries in float64; a key head at a time, for long sequences."""
+    """Compute the last queries in float64, a key head at a time for long sequences."""
     group = q.shape[2] // k.shape[2]
     options["backend"] = "reference"
     parts = [
@@ -123,7 +123,7 @@ def exact_tail(score, q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, **optio
 
 
 class Case(NamedTuple):
-    """Sizes of one row, and its bars; training: None leaves the backward out."""
+    """Sizes of one row, and its bars; training: None for no backward."""
 
     seqlen: int
     heads: int
@@ -136,7 +136,7 @@ class Case(NamedTuple):
 
 
 def cases(name: str, quick: bool) -> Iterator[Case]:
-    """The sizes that a method is measured with; on a GPU those that models have."""
+    """Return a method's measured sizes; on a GPU those of models."""
     if device() == "cuda" and not quick:
         gpu = HEADS_Q, HEADS_K, HEAD_DIM, torch.bfloat16
         for seqlen in dict.fromkeys((SEQLEN, *(n for n, _ in LONGER))):
@@ -160,13 +160,13 @@ def cases(name: str, quick: bool) -> Iterator[Case]:
 
 
 def seen(seqlen: int, half: int) -> Tensor:
-    """(seqlen, seqlen): whether query i sees key j in blocks of 2 * half."""
+    """Return the mask (seqlen, seqlen) of keys that queries see in blocks of 2 * half."""
     i = torch.arange(seqlen)
     return (i <= i[:, None]) & (i >= (i[:, None] // half - 1) * half)
 
 
 def others(name: str, seqlen: int) -> Callable[..., dict[str, Call | str]]:
-    """Who else computes a method, from q, k, v and frequencies."""
+    """Return other implementations of a method, from q, k, v and frequencies."""
     if name == "rerope":
         return lambda *x: flex_rerope(*x, window=sized(WINDOW, seqlen))
     if name == "blockwise_causal" and device() == "cpu":
@@ -181,7 +181,7 @@ def others(name: str, seqlen: int) -> Callable[..., dict[str, Call | str]]:
 
 
 def pairs_of(name: str, seqlen: int) -> float:
-    """How many (query, key) pairs a head computes."""
+    """Count the (query, key) pairs that a head computes."""
     if name != "blockwise_causal":
         return seqlen**2 / 2
     half = sized(BLOCK, seqlen) // 2
@@ -189,7 +189,7 @@ def pairs_of(name: str, seqlen: int) -> float:
 
 
 def bench(report: Report, name: str, case: Case, more: Callable | None = None) -> None:
-    """Forward, and forward with backward, beside plain causal attention."""
+    """Time forward, and forward with backward, beside plain causal attention."""
     sizes = f"{case.heads}/{case.heads_k} x {case.head_dim}"
     titles = [f"{name}, {part} {sizes}{case.about}" for part in ("forward", "training")]
     wanted = [report.wants(f"{title} {str(case.dtype)[6:]}") for title in titles]
@@ -229,7 +229,7 @@ def bench(report: Report, name: str, case: Case, more: Callable | None = None) -
 
 
 def bench_two_scores(report: Report, seqlen: int) -> None:
-    """The formula of ReRoPE's paper, whose scores are N x N twice, at a length that it bears."""
+    """Time the formula of ReRoPE's paper, with N x N scores twice, at a length that it can bear."""
     window = sized(WINDOW, seqlen)
 
     def two_scores(q, k, v, freqs):
@@ -298,7 +298,7 @@ def bench_option(
 
 
 def by_length(seqlen: int) -> dict[str, Call]:
-    """Ours and, while a handful of N x N scores fits into memory, the two-score formula."""
+    """Return ours and, while a few N x N scores fit into memory, the two-score formula."""
     inputs, freqs = make_inputs(seqlen, 1, 64, torch.float32, heads=2), frequencies(64)
     score = scores.rerope(WINDOW)
     calls: dict[str, Call] = {"rerope": lambda: rope_attention(*inputs, freqs, score)}

@@ -94,7 +94,7 @@ def bench_token(report: Report, head_dim: int, dtype: torch.dtype) -> None:
 
 
 def bench_fp8(report: Report, head_dim: int) -> None:
-    """Half the bytes, for the time that widening them takes."""
+    """Time an fp8 cache: half the bytes, but time to widen them."""
     case, dtype = f"decode 8/2 x {head_dim}, fp8 cache", torch.bfloat16
     if not report.wants(f"{case} {str(dtype)[6:]}"):
         return
@@ -117,7 +117,7 @@ def bench_fp8(report: Report, head_dim: int) -> None:
 
 
 def bench_raw(report: Report, cached: int, fp8: bool) -> None:
-    """Plain RoPE over keys that are rotated at every step, beside keys that are stored rotated."""
+    """Time plain RoPE over keys rotated at every step, beside keys stored rotated."""
     case = f"decode 8/2 x 128, raw keys{', fp8 cache' if fp8 else ''}, {cached}"
     if not report.wants(f"{case} bfloat16"):
         return
@@ -148,7 +148,7 @@ def bench_raw(report: Report, cached: int, fp8: bool) -> None:
 
 
 def caches(keys: int, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> tuple[Paged, Paged]:
-    """q and pages not rotated, and both rotated; the pages in no order."""
+    """Make q and pages not rotated, and both rotated; the pages in random order."""
     pages = BATCH * keys // PAGE_SIZE
     shapes = [(BATCH, 1, HEADS_Q, head_dim), *[(pages, PAGE_SIZE, HEADS_K, head_dim)] * 2]
     q, k, v = (torch.randn(shape, device=device(), dtype=dtype) for shape in shapes)
@@ -162,7 +162,7 @@ def caches(keys: int, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> tuple[Pag
 
 
 def decode_paged(cache: Paged, score: scores.Score | None, backend: str) -> Call:
-    """Lengths lie on the device, as a server has them."""
+    """Decode over pages, with lengths on the device as in a server."""
     return functools.partial(
         decode, cache.q, cache.k, cache.v, frequencies(cache.q.shape[-1]), score,
         cache_seqlens=cache.seqlens, block_table=cache.block_table, backend=backend,
@@ -170,7 +170,7 @@ def decode_paged(cache: Paged, score: scores.Score | None, backend: str) -> Call
 
 
 def bench_paged(report: Report, keys: int) -> None:
-    """Two sequences of so many tokens, as models have them."""
+    """Time two sequences of `keys` tokens, at sizes of models."""
     sizes = f"{HEADS_Q}/{HEADS_K} x {HEAD_DIM}"
     case, dtype = f"decode {sizes}, paged", torch.bfloat16
     if not report.wants(f"{case} {str(dtype)[6:]}"):
@@ -243,7 +243,7 @@ def bench_mixed(report: Report, sizes: Sizes, dtype: torch.dtype) -> None:
     rows = torch.tensor([0, *counts]).cumsum(0).int()
 
     def part(begin: int, end: int) -> Call:
-        """The sequences begin..end-1 in one call."""
+        """Compute the sequences begin..end-1 in one call."""
         own = (table[begin:end], torch.tensor(lengths[begin:end]).int(),
                rows[begin : end + 1] - rows[begin])  # fmt: skip
         blocks, seqlens, cu_seqlens = (x.to(device()) for x in own)

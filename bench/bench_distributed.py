@@ -1,10 +1,10 @@
 """Attention of a sequence over 2 and 4 processes: python bench/bench_distributed.py
 
-What each rank sends against the formula (they have to be equal), the CPU seconds of all ranks
-against one process with as many threads, and the most that a rank's tensors take against those of
-one process over the number of ranks; the peak of its memory beside it has what gloo's threads let
-go of late, too. gloo on one machine, a thread each: times tell the work, not a network.
-Lengths past the first see 2,048 keys a query (a sliding window), which changes no tensor's size.
+It compares each rank's sent bytes with the formula (they must be equal), the CPU seconds of all
+ranks with one process of as many threads, and the most that a rank's tensors take with those of one
+process divided by the ranks. The peak of its memory also has messages that gloo's threads free
+late. gloo runs on one machine, a thread per rank: times show the work, not a network. Past the
+first length queries see 2,048 keys (a sliding window), which changes no tensor's size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CPU_BAR, MEMORY_BAR = 1.10, 1.15
 
 @dataclass
 class Row:
-    """One strategy; what one process needs is a row of its own, with ranks as its threads."""
+    """One strategy; one process has its own row, with ranks as its threads."""
 
     name: str
     ranks: int
@@ -48,7 +48,7 @@ class Row:
     def verdict(self) -> str:
         if self.sent != self.formula and self.name != "one process":
             return "missed"
-        # A window leaves little work beside what is copied and sent: those rows are of memory.
+        # A window leaves little work beside copying and sending: those rows are about memory.
         bars = [] if self.windowed else [verdict(self.of_one, CPU_BAR)]
         bars += [verdict(self.of_share, MEMORY_BAR)] * (self.name == "ring")
         return "missed" if "missed" in bars else max(bars, default="")
@@ -72,7 +72,7 @@ COLUMNS = {
 
 @dataclass
 class Measured:
-    """Of one rank."""
+    """Measurements of one rank."""
 
     seconds: float = NAN
     megabytes: float = NAN
@@ -94,7 +94,7 @@ def measure(
     repeats: int,
     threads: int,
 ) -> Measured:
-    """On every rank: forward with backward, of its tokens of a sequence of seqlen."""
+    """Measure forward with backward on every rank, with its tokens of a sequence of seqlen."""
     torch.set_num_threads(threads)
     ranks = 1 if mesh is None else mesh.size()
     leaves = [x.requires_grad_() for x in tensors(seqlen // ranks)]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PROMPTS, NEW, ROUNDS = (2000, 8000), 32, 2
 PLAIN = "plain"
-# Beside the attention that transformers calls, what extends the model.
+# The attention that transformers calls, and the extension.
 MODELS: dict[str, tuple[str, dict | None]] = {
     PLAIN: ("sdpa", None),
     "plain, our attention": ("extrope", None),
@@ -91,7 +91,7 @@ def prepared(model: PreTrainedModel, attention: str, extension: dict | None) -> 
 
 
 def generate(model: PreTrainedModel, ids: Tensor, new: int) -> tuple[float, float]:
-    """Seconds for the prompt, and a step's median."""
+    """Return the seconds for the prompt, and the median of a step."""
     clock = Clock()
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     model.generate(ids, **options, streamer=clock, pad_token_id=0)
@@ -106,7 +106,7 @@ def bench(report: Report, model: PreTrainedModel, tokens: int, new: int, rounds:
         for name, how in MODELS.items():
             with prepared(model, *how):
                 found[name].append(generate(model, ids, new))
-    # The least of all rounds: what others take of the machine comes on top.
+    # The least of all rounds: other load on the machine only adds time.
     best = {name: [min(column) for column in zip(*times)] for name, times in found.items()}
     for name, (prompt, step) in best.items():
         row = Generation(name, tokens, tokens / prompt, 1e3 * step)

@@ -1,9 +1,9 @@
 """How long the host takes up to a launch, without a GPU: python bench/bench_launch.py
 
-Tensors of the CPU go through the public functions as on an H100, compiled kernels included, down to
-a driver whose launch does nothing. In units of a bare launch of three arguments in the same run,
+CPU tensors go through the public functions as on an H100, with compiled kernels, down to a driver
+whose launch does nothing. Times are in units of a bare launch of three arguments in the same run,
 since processors differ. bfloat16, 32 heads of q and 8 of k, head_dim 128; keys and values in pages
-of 16. Ends with status 1 where a bar is missed.
+of 16. Ends with status 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """By name; each launches its kernels once."""
+    """Return calls by name; each launches its kernels once."""
     import null_driver
 
     q, k, v = random(1, 16, 32, 128), random(1, 16, 8, 128), random(1, 16, 8, 128)
@@ -118,13 +118,13 @@ def main(argv: list[str] | None = None) -> int:
     driver = null_driver.install()
     report = Report("launch", args, COLUMNS, triton=triton.__version__)
     unit = NAN
-    checks.has_values = lambda x: False  # on a GPU nobody looks at the values of integers
+    checks.has_values = lambda x: False  # on a GPU the values of integers are not read
     for name, call in calls().items():
         call()
         driver.launches.clear()
         call()
         kernels = len(driver.launches) or NAN
-        # Short rounds: on a busy machine the best of them is still undisturbed.
+        # Short rounds: on a busy machine the best of them is undisturbed.
         size = (10, 3) if args.quick else (20, 600)
         microseconds = host_microseconds(call, *size)
         driver.launches.clear()

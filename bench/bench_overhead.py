@@ -1,7 +1,7 @@
 """Time small calls, in units of torch.add on one element: python bench/bench_overhead.py
 
-What stands between Python and the kernel, eager, nothing recorded, bfloat16. The rotation and the
-append have 32 heads of q and 8 of k of 128 dims, attention and the decode step 8 and 2 of 64.
+This is the time between Python and the kernel: eager, nothing recorded, bfloat16. The rotation and
+the append have 32 heads of q and 8 of k of 128 dims, attention and the decode step 8 and 2 of 64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import extrope_kernels as ek
 from extrope_kernels import methods, scores
 
 UNIT = "torch.add on one element"
-BARS = {  # in units of that, as processors differ
+BARS = {  # in units of it, since processors differ
     "rotation of one token": 12.0,
     "append of one token": 12.0,
     "decode step with its append": 40.0,

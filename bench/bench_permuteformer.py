@@ -34,12 +34,12 @@ BACKEND = "cpu" if device() == "cpu" else "fla"
 
 
 def operations(seqlen: int, dim: int) -> float:
-    """Of all heads."""
+    """Count the operations of all heads."""
     return HEADS * seqlen * (4 * dim * dim + 4 * dim * (CHUNK + 1) / 2)
 
 
 def calls(qkv: list[Tensor], permutations: Tensor) -> tuple[Call, dict[str, Call]]:
-    """Ours, and softmax attentions of the same size, with the leaves that gradients go to."""
+    """Return ours, and softmax attentions of the same size, with the leaves for gradients."""
     q, k, v = qkv
     freqs = frequencies(q.shape[-1])
 

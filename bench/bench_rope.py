@@ -28,14 +28,14 @@ BACKWARD = {"triton": torch.ops.extrope.rope_bwd_triton}  # the op without a suf
 
 
 def backends() -> dict[str, str | None]:
-    """The `backend` of each implementation; None is the default."""
+    """Return the `backend` of each implementation; None is the default."""
     if device() == "cpu":
         return {"cpu": None}
     return {name: name for name in available_backends() if name != "reference"}
 
 
 class Calls:
-    """Everything that is timed, for one dtype and pairing of dims at one length."""
+    """All timed calls, for one dtype and pairing of dims at one length."""
 
     def __init__(self, dtype: torch.dtype, seqlen: int, interleaved: bool = False, backend=None):
         shapes = [(1, seqlen, heads, HEAD_DIM) for heads in (HEADS, HEADS_K)]
@@ -71,7 +71,7 @@ class Calls:
 
     @torch.no_grad()
     def exact_tail(self, inverse: bool = False) -> list[Tensor]:
-        """The last 64 tokens in float64."""
+        """Compute the last 64 tokens in float64."""
         tails = [x[:, -64:].double() for x in self.inputs]
         first = max(self.inputs[0].shape[1] - 64, 0)
         options = {**self.options, "inverse": inverse, "backend": "reference"}
@@ -79,7 +79,7 @@ class Calls:
 
 
 def trained(calls: dict[str, Call | str], leaves: tuple[Tensor, Tensor]) -> dict[str, Call | str]:
-    """Each call with its backward."""
+    """Return each call with its backward."""
     return {
         name: call if isinstance(call, str) else with_backward(call, list(leaves))
         for name, call in calls.items()

@@ -82,7 +82,7 @@ class Step:
         return self.append(self.q, **self.norm)
 
     def apart(self) -> Tensor:
-        """Norm and rotation in one pass, then the writes of PyTorch."""
+        """Norm and rotate in one pass, then write by PyTorch."""
         q, k = apply_rope_qk(self.q, self.k, self.freqs, **self.norm, backend=self.backend)
         slot = torch.arange(self.k.shape[1], device=device())
         rows = self.table[0, slot // PAGE_SIZE].long(), slot % PAGE_SIZE

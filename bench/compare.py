@@ -22,26 +22,26 @@ from harness import (
 )
 from torch import Tensor
 
-SECONDS = 4.0  # that one pairing may take, so that a slow peer does not take minutes
+SECONDS = 4.0  # at most for one pairing, so that a slow peer does not take minutes
 
 
 @dataclass
 class Floor:
-    """What nothing can be faster than: `factor` times what `call` takes."""
+    """A lower bound: `factor` times the time of `call`."""
 
     call: Call
     factor: float = 1.0
 
 
 def matmul_floor(flops: float, dtype: torch.dtype) -> Floor:
-    """The time of `flops` operations at the rate of the fastest square matrix product."""
-    # One of 2048 would take most of the time of --quick, whose calls are this small.
+    """Return the time of `flops` operations at the rate of the fastest square matrix product."""
+    # A product of 2048 would take most of the time of --quick, with its small calls.
     side = (256 if flops < 2**30 else 2048) if device() == "cpu" else product_side(processors())
     return Floor(_fastest_product(dtype, device(), side), flops / (2 * side**3))
 
 
 def product_side(processors: int) -> int:
-    """Of a product whose tiles of 128 x 256 fill the chip 16 times: the last wave does not show."""
+    """Return a side whose tiles of 128 x 256 fill the chip 16 times: no last wave shows."""
     return 1024 * math.ceil(math.sqrt(16 * processors * 128 * 256) / 1024)
 
 
@@ -54,7 +54,7 @@ def _fastest_product(dtype: torch.dtype, device: str, side: int) -> Call:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     products = [lambda: torch.matmul(a, b)]
     if device == "cpu" and dtype == torch.float32:
-        # MKL, which matmul calls, reaches half of what oneDNN does on a processor of AMD.
+        # MKL, which matmul calls, reaches half of oneDNN's rate on AMD.
         onednn = torch.ops.mkldnn._linear_pointwise
         products.append(lambda: onednn(a, b, None, "none", [], ""))
     times = paired(*products, repeats=3)
@@ -77,15 +77,15 @@ def compare(
     bars: dict[str, float] | None = None,
     own: Collection[str] = (),
 ) -> None:
-    """Add a row for each of `calls`, by name, whose first is ours, and of `yardsticks`.
+    """Add a row for each of `calls`, by name, the first of which is ours, and of `yardsticks`.
 
-    calls: a string instead of a call says why it cannot run here; a peer that raises is absent
-        too. Ours ends the run: it has to run wherever it is asked to.
-    yardsticks: what computes something else, and has no error therefore.
-    error: the error of what a call returns; `checked` holds the calls to ask instead where the
-        timed ones overwrite their input.
+    calls: a string instead of a call says why it cannot run here. A peer that raises is absent too;
+        if ours raises, the run ends.
+    yardsticks: calls that compute something else, and so have no error.
+    error: the error of a call's result; `checked` has calls to ask instead if the timed ones
+        overwrite their input.
     few: the same calls on one token, for the time on the host.
-    bars: by name, what our time over that one's has to stay under.
+    bars: by name, the largest allowed ratio of our time over theirs.
     own: the names of others that are ours too.
     """
     ours, name_of_dtype = next(iter(calls.values())), str(dtype).removeprefix("torch.")
@@ -94,7 +94,7 @@ def compare(
         is_own = call is ours or name in own
         row.absent = call if isinstance(call, str) else "" if is_own else why_not(call)
         if not row.absent:
-            # The floor apart: what comes behind a copy waits until its lines are written back.
+            # The floor separately: the call after a copy waits until its lines are written back.
             beside = functools.partial(paired, repeats=report.args.repeats, seconds=SECONDS)
             row.milliseconds, its_floor = beside(call, floor.call)
             row.of_floor = floor.factor * its_floor / row.milliseconds
@@ -112,7 +112,7 @@ def compare(
 
 
 def why_not(call: Call) -> str:
-    """Why a call cannot run here, in a line; nothing when it can. What is lazy compiles here."""
+    """Return why a call cannot run here, in a line, or "". Lazy code compiles here."""
     try:
         once(call)
     except Exception as error:
@@ -122,7 +122,7 @@ def why_not(call: Call) -> str:
 
 
 def with_backward(call: Call, leaves: list[Tensor]) -> Call:
-    """The call, whose tensors depend on the leaves, and the gradients of all of these."""
+    """Return the call together with the gradients of the leaves that its results depend on."""
     for leaf in leaves:
         leaf.requires_grad_()
     grads: list[Tensor] = []
@@ -138,7 +138,7 @@ def with_backward(call: Call, leaves: list[Tensor]) -> Call:
 
 
 def trained(calls: dict[str, Call | str]) -> dict[str, Call | str]:
-    """Each call with the gradients of its `leaves`; calls without leaves are left out."""
+    """Return each call with the gradients of its `leaves`; calls without leaves are left out."""
     return {
         name: call if isinstance(call, str) else with_backward(call, call.leaves)
         for name, call in calls.items()
@@ -147,7 +147,7 @@ def trained(calls: dict[str, Call | str]) -> dict[str, Call | str]:
 
 
 def error_of_tail(exact: list[Tensor]) -> Callable[[object], float]:
-    """The largest error of the last tokens, given their float64 values (batch, tokens, heads, dim).
+    """Return the largest error of the last tokens from float64 ones (batch, tokens, heads, dim).
 
     Takes one tensor or several, sequence first or heads first.
     """
@@ -166,14 +166,14 @@ def _difference(out: Tensor, exact: Tensor) -> float:
 
 
 # -------------------------------------------------------------------------------------------------
-# A cache for each layer, as models have them: a step finds none of them in the processor's own
+# A cache for each layer, as in models: a step finds none of them in the processor's own
 
 BYTES = 2**29  # of all layers together: more than the last level of caches keeps
 MOST_LAYERS = 64
 
 
 def layers_of(*cache: Tensor) -> list[Sequence[Tensor]]:
-    """Copy a cache, often enough; on a GPU a replay flushes the cache anyhow."""
+    """Copy a cache often enough; on a GPU a replay flushes the cache itself."""
     size = sum(x.nbytes for x in cache)
     count = min(BYTES // size, MOST_LAYERS) if device() == "cpu" else 1
     return [cache, *(tuple(x.clone() for x in cache) for _ in range(count - 1))]

@@ -1,9 +1,9 @@
-"""What sharding a sequence costs on many GPUs, computed on paper: python bench/distributed_model.py
+"""Compute the cost of sharding a sequence over many GPUs: python bench/distributed_model.py
 
-A layer's attention over 8 to 256 GPUs and 128k to 10M tokens by each strategy: its time, from what
-is computed and what is sent, and the memory that is under way. Nothing of it is measured. Prints
-the table and writes docs/context_parallel.svg: for each case the simplest strategy within 2 % of
-the fastest, of those that fit.
+A layer's attention over 8 to 256 GPUs and 128k to 10M tokens by each strategy: its time, from
+arithmetic and bytes sent, and the memory in transit. Nothing is measured. Prints the table and
+writes docs/context_parallel.svg: for each case the simplest strategy within 2 % of the fastest,
+among those that fit.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ FLOPS = 400e12  # of a GPU's attention, in 16 bits
 NVLINK, FABRIC = 450e9, 50e9  # bytes a second that a GPU sends: in a node, and 400 Gb/s out of it
 NODE = 8  # GPUs
 HEADS_Q, HEADS_K, HEAD_DIM, WIDTH, WIDE = 32, 8, 128, 2, 4  # bfloat16, and sums in float32
-PARTS = 8  # of the heads, that go one after the other
+PARTS = 8  # parts of the heads, sent one after the other
 BACKWARD = 2.5  # of the forward's arithmetic
-FITS = 10e9  # bytes that may be under way
+FITS = 10e9  # bytes that may be in transit
 CLOSE = 1.02
 GPUS = (8, 16, 32, 64, 128, 256)
 TOKENS = (*(1 << n for n in range(17, 23)), 10 << 20)
@@ -27,7 +27,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a layer on every GPU: seconds, and bytes beside q, k, v, out and their gradients."""
+    """A layer's cost on every GPU: seconds, and bytes beside q, k, v, out and their gradients."""
 
     forward: float
     backward: float
@@ -39,18 +39,18 @@ class Cost:
 
 
 def alone(gpus: int, tokens: int) -> Cost:
-    """Attention, if nothing had to be sent: causal, so half of all pairs."""
+    """Return attention's cost without sending: causal, so half of all pairs."""
     forward = 2 * tokens**2 * HEADS_Q * HEAD_DIM / gpus / FLOPS
     return Cost(forward, BACKWARD * forward, 0.0)
 
 
 def keys(tokens: int, width: int = WIDTH) -> float:
-    """Bytes of all keys and values."""
+    """Return the bytes of all keys and values."""
     return 2 * tokens * HEADS_K * HEAD_DIM * width
 
 
 def gather(gpus: int, tokens: int) -> Cost:
-    """The first part's keys are waited for, and the last part's gradients."""
+    """Cost a gather, which waits for the first part's keys and the last part's gradients."""
     work, speed = alone(gpus, tokens), _speed(gpus)
     others = (gpus - 1) / gpus
     ours, sums = others * keys(tokens) / speed, others * keys(tokens, WIDE) / speed
@@ -60,7 +60,7 @@ def gather(gpus: int, tokens: int) -> Cost:
 
 
 def ring(gpus: int, tokens: int) -> Cost:
-    """The next keys hide behind what is computed; the gradients' last way home does not."""
+    """Cost a ring: the next keys hide behind arithmetic, the gradients' last step does not."""
     work, speed = alone(gpus, tokens), _speed(gpus)
     ours = (gpus - 1) / gpus * keys(tokens) / speed
     home = keys(tokens, WIDE) / gpus / speed
@@ -70,7 +70,7 @@ def ring(gpus: int, tokens: int) -> Cost:
 
 
 def ulysses(gpus: int, tokens: int) -> Cost:
-    """Tokens for heads, before and after attention; where GPUs outnumber q's heads, not at all."""
+    """Cost Ulysses: tokens for heads, before and after attention; infinite past q's heads."""
     if gpus > HEADS_Q:
         return Cost(math.inf, math.inf, math.inf)
     work, heads_k = alone(gpus, tokens), max(HEADS_K, gpus)  # every GPU has a key head
@@ -83,7 +83,7 @@ STRATEGIES = {"gather": gather, "ring": ring, "ulysses": ulysses}
 
 
 def choice(gpus: int, tokens: int) -> tuple[str, Cost]:
-    """The simplest of the strategies that fit and are close to the fastest of those."""
+    """Choose the simplest strategy among those that fit and are close to the fastest."""
     costs = {name: cost(gpus, tokens) for name, cost in STRATEGIES.items()}
     fit = {name: cost for name, cost in costs.items() if cost.under_way <= FITS}
     fastest = min((cost.seconds for cost in fit.values()), default=math.inf)
@@ -106,7 +106,7 @@ def in_words(cost: Cost) -> str:
 
 
 def table() -> str:
-    """Forward / backward of a layer, in ms, and what is under way, in GB."""
+    """Make the table: a layer's forward / backward in ms, and its GB in transit."""
     head = ["tokens", "GPUs", "attention alone", *STRATEGIES, "choose"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for tokens in TOKENS:
@@ -119,7 +119,7 @@ def table() -> str:
 
 
 def plot(path: Path) -> None:
-    """A cell for each case: the strategy's color, and how much longer it takes than attention."""
+    """Draw a cell for each case: the strategy's color, and its time over attention's."""
     import matplotlib
 
     matplotlib.use("svg")

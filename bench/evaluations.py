@@ -1,8 +1,8 @@
-"""Evaluations of real models, as the docs show them: bench/results/models/NAME.json, a row a line.
+"""Evaluations of real models for the docs: bench/results/models/NAME.json, a row a line.
 
-`eval` and `search` write every measurement. Here each row keeps what a table or a plot needs.
-Losses stay by piece of text: texts differ more than methods do, so methods are compared piece by
-piece with YaRN.
+`eval` and `search` write every measurement; rows here keep only the numbers of tables and plots.
+Losses are kept by piece of text: texts differ more than methods, so methods are compared with YaRN
+piece by piece.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def loss_row(row: Row, trained: int) -> Row:
-    """The mean loss of each piece: before the training length, and behind it."""
+    """Return the mean loss of each piece, before the training length and past it."""
     parts: dict[str, list] = {"near": [], "far": []}
     for bucket in row["buckets"]:
         parts["far" if bucket["start"] >= trained else "near"].append(bucket["pieces"])
@@ -35,7 +35,7 @@ def loss_row(row: Row, trained: int) -> Row:
 
 
 def recall_row(row: Row, trained: int) -> Row:
-    """The gain at the longest distance, with its standard error."""
+    """Return the gain at the longest distance, with its standard error."""
     return {"recall": [row["gains"][-1]["gain"], row["gains"][-1]["error"]]}
 
 
@@ -48,7 +48,7 @@ def demo_row(row: Row, trained: int) -> Row:
 
 
 def short_row(row: Row, trained: int) -> Row:
-    """The mean loss of a text within the training length."""
+    """Return the mean loss of a text within the training length."""
     return {"length": row["length"], "loss": fmean(bucket["loss"] for bucket in row["buckets"])}
 
 
@@ -105,13 +105,13 @@ def keep_search(found: Path, results: Path = RESULTS) -> str:
 
 
 def read(name: str, results: Path = RESULTS) -> dict[str, Any]:
-    """What is kept under a name; no rows where nothing is."""
+    """Return the content kept under a name; no rows if there is none."""
     path = results / FOLDER / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {"rows": []}
 
 
 class Measured(NamedTuple):
-    """A method with some parameters; None where it was not measured."""
+    """Measurements of a method with some parameters; None if not measured."""
 
     parameters: dict[str, Any]
     loss: float | None = None  # nats a token, behind the training length
@@ -120,7 +120,7 @@ class Measured(NamedTuple):
 
 
 def measured(results: Path = RESULTS, name: str = "smollm2-16k") -> dict[str, list[Measured]]:
-    """By method: first what `eval` gives it, then other parameters that were tried.
+    """Return measurements by method: first `eval`'s parameters, then others that were tried.
 
     A method with rounded wavelengths is a row of `resonance`.
     """
@@ -141,7 +141,7 @@ def measured(results: Path = RESULTS, name: str = "smollm2-16k") -> dict[str, li
 
 
 def best(rows: list[Measured]) -> Measured:
-    """The row of the lowest loss."""
+    """Return the row of the lowest loss."""
     return min(rows, key=lambda row: float("inf") if row.loss is None else row.loss)
 
 

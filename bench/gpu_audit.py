@@ -1,13 +1,13 @@
-"""Compile the Triton kernels that ship, without a GPU, and bound their times: bench/gpu_audit.py
+"""Compile the shipped Triton kernels without a GPU, and bound their times: bench/gpu_audit.py
 
-Public functions run on tensors of the CPU as on each chip (EXTROPE_TRITON_CHIP), down to a driver
-that launches nothing and keeps the binaries. Prints registers, stack, shared memory, the shortest
-main loop, and the least time that bytes and instructions take on A100, H100 and B200: bounds, not
-measurements. CUDA C++'s rotation is compiled where nvcc is. Ends with status 1 where a kernel does
-not compile or holds too much stack.
+Public functions run on CPU tensors as on each chip (EXTROPE_TRITON_CHIP), down to a driver that
+launches nothing and keeps the binaries. Prints registers, stack, shared memory, the shortest main
+loop, and the least time for bytes and instructions on A100, H100 and B200: bounds, not
+measurements. With nvcc it compiles CUDA C++'s rotation too. Ends with status 1 if a kernel does not
+compile or holds too much stack.
 
-A run of all writes bench/results/gpu_audit.csv, which bench/readme.py shows in docs/gpu_audit.md.
---triton 3.6.0 compiles with that Triton, which is installed aside, into build/triton-3.6.0.
+A full run writes bench/results/gpu_audit.csv, which bench/readme.py shows in docs/gpu_audit.md.
+--triton 3.6.0 compiles with that Triton, installed separately into build/triton-3.6.0.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "gpu_audit.csv"
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # one for each supported torch
 HEAD_DIMS = (64, 128, 256)
-STACK, MEASURED_STACK = 16, 48  # bytes that a thread may spill; and by a tile that won on a card
+STACK, MEASURED_STACK = 16, 48  # bytes that a thread may spill; the same for a tile timed on a card
 SCORES = {  # attention's regions of keys: one, two, three
     "no window": None,
     "ReRoPE": scores.rerope(WINDOW),
@@ -74,7 +74,7 @@ class Launch:
     """A launch of one kernel: its arguments by name, and its binary."""
 
     name: str
-    of_rope: bool  # attention has a rotate_kernel, too
+    of_rope: bool  # attention has a rotate_kernel too
     grid: tuple[int, ...]
     args: dict
     code: Code
@@ -94,7 +94,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
 
     def rows(self, heads: int, *shape: int) -> Tensor:
-        """Memory that nobody touches."""
+        """Make tensors whose memory is never touched."""
         return torch.empty(*(shape or (1, SEQLEN)), heads, self.head_dim, dtype=self.dtype)
 
     @property
@@ -103,7 +103,7 @@ class Case:
 
 
 # -------------------------------------------------------------------------------------------------
-# What is called
+# Calls
 
 
 def rotate(case: Case) -> None:
@@ -114,7 +114,7 @@ def rotate(case: Case) -> None:
 
 
 def rotate_back(case: Case) -> None:
-    """With the gradient of the angles, which needs what was rotated."""
+    """Rotate back with the gradient of the angles, which needs the forward's input."""
     q, k = case.rows(HEADS_Q), case.rows(HEADS_K)
     torch.ops.extrope.rope_bwd_triton(q, k, q, k, case.freqs.inv_freq)
 
@@ -153,7 +153,7 @@ def attend(case: Case) -> None:
 
 
 def decode(case: Case) -> None:
-    """Two sequences over a paged cache, with the append of their new tokens."""
+    """Attend from two sequences over a paged cache, with the append of their new tokens."""
     tokens, pages = CHUNK_TOKENS if "chunk" in case.variant else 1, KEYS // PAGE_SIZE
     caches = [case.rows(HEADS_K, BATCH * pages, PAGE_SIZE) for _ in "kv"]
     scales = {}
@@ -177,7 +177,7 @@ def merge(case: Case) -> None:
 
 
 def cases() -> list[Case]:
-    """Every row of configs.json for 16 bits; three regions and float32 at the usual head_dim."""
+    """List the cases: every row of configs.json for 16 bits; more at the usual head_dim."""
     found = []
     for dim in (128, 64, 256):
         found += [Case("half-split", dim, rotate), Case("interleaved", dim, rotate)]
@@ -200,16 +200,16 @@ def cases() -> list[Case]:
 
 
 # -------------------------------------------------------------------------------------------------
-# What a launch has to do
+# Work of a launch
 
 
 def _rows(case: Case, heads: int, tokens: int = SEQLEN, itemsize: int = 0) -> int:
-    """Bytes of the rows of so many heads."""
+    """Return the bytes of the rows of `heads` heads."""
     return tokens * heads * case.head_dim * (itemsize or case.dtype.itemsize)
 
 
 def rope_traffic(case: Case, launch: Launch) -> Traffic:
-    """A pass rotates one head in a tile of tokens. A gradient reads what was rotated besides."""
+    """Count a rotation: a pass rotates one head in a tile of tokens; a gradient reads more."""
     tiles, shares = launch.grid[:2]
     read = 2 if case.call is rotate_back or launch.args.get("q_parts") is not None else 1
     moved = _rows(case, HEADS_Q + HEADS_K) * (read + 1)
@@ -217,7 +217,7 @@ def rope_traffic(case: Case, launch: Launch) -> Traffic:
 
 
 def tables_traffic(case: Case, launch: Launch) -> Traffic:
-    """The tables come on top: half a row each of a token."""
+    """Count the tables too: half a row of a token each."""
     tiles, shares = launch.grid[:2]
     moved = 2 * _rows(case, HEADS_Q + HEADS_K) + _rows(case, 1)
     return Traffic(moved, tiles * shares, (tiles * HEADS_Q, tiles * HEADS_K))
@@ -237,7 +237,7 @@ def layout(score: scores.Score | None) -> tuple[tuple[int, ...], int]:
 
 
 def attention_traffic(case: Case, launch: Launch) -> Traffic:
-    """Each tile of own rows goes through all tiles of other rows that it sees."""
+    """Count attention: each tile of own rows goes through all tiles of other rows that it sees."""
     name, size, tile = launch.name.removesuffix("_kernel"), case.dtype.itemsize, launch["TILE"]
     starts, granularity = layout(case.score)
     q_rows, k_rows = _rows(case, HEADS_Q), _rows(case, HEADS_K)
@@ -262,7 +262,7 @@ def attention_traffic(case: Case, launch: Launch) -> Traffic:
 
 @lru_cache
 def tiles(starts: tuple[int, ...], granularity: int, own: int, other: int, by_key: bool) -> int:
-    """How many tiles of `other` rows all tiles of `own` rows of one head go through."""
+    """Count the tiles of `other` rows that all tiles of `own` rows of one head go through."""
 
     def first_key(position: int, region: int) -> int:
         key = position + 1
@@ -275,7 +275,7 @@ def tiles(starts: tuple[int, ...], granularity: int, own: int, other: int, by_ke
         low, high = ([first_key(i, r) for i in range(SEQLEN)] for r in (region, region + 1))
         for first in range(0, SEQLEN, own):
             last = min(first + own, SEQLEN) - 1
-            if by_key:  # the queries whose keys, all rising, begin before the last and end after
+            if by_key:  # the queries whose keys begin before the tile's last and end after it
                 begin, end = bisect_right(high, first), bisect_right(low, last)
             else:
                 begin, end = low[first], high[last]
@@ -284,7 +284,7 @@ def tiles(starts: tuple[int, ...], granularity: int, own: int, other: int, by_ke
 
 
 def rotate_traffic(case: Case, launch: Launch) -> Traffic:
-    """q and k once, and a copy for each region; gradients come from float32."""
+    """Count q and k once, and a copy for each region; gradients come from float32."""
     tile = launch["TILE"]
     maps = [(HEADS_K, len(tile.k_maps)), (HEADS_Q, len(tile.q_maps))]
     raw = _rows(case, sum(heads for heads, count in maps if count))
@@ -296,12 +296,12 @@ def rotate_traffic(case: Case, launch: Launch) -> Traffic:
 
 
 def decode_traffic(case: Case, launch: Launch) -> Traffic:
-    """The cache once, and float32 results of programs that share a sequence."""
+    """Count the cache once, and float32 results of programs that share a sequence."""
     tokens, tile = CHUNK_TOKENS if "chunk" in case.variant else 1, launch["TILE"]
     score = case.score or scores.rerope(KEYS_WINDOW, 1.0)
     block = (KEYS - 1) // score.granularity * score.granularity
     bounds = [max(0, block + region.start) for region in score.regions] + [KEYS]
-    keys = [end - begin for begin, end in pairwise(bounds)]  # that the last query sees by region
+    keys = [end - begin for begin, end in pairwise(bounds)]  # seen by the last query, by region
     cached = 1 if "fp8" in case.variant else case.dtype.itemsize
     moved = 2 * _rows(case, HEADS_K, BATCH * KEYS, cached)
     moved += 2 * _rows(case, HEADS_Q, BATCH * tokens)
@@ -407,7 +407,7 @@ def prepare(chip: int, cache: str) -> None:
 
 
 def compiled(index: int) -> list[Row] | str:
-    """The rows of a case's kernels; or what its compiler said."""
+    """Return the rows of a case's kernels, or its compiler's error."""
     import null_driver
 
     case, chip, driver = (
@@ -417,7 +417,7 @@ def compiled(index: int) -> list[Row] | str:
     )
     try:
         case.call(case)
-    except Exception as error:  # of any kind: the other cases are to be compiled all the same
+    except Exception as error:  # of any kind: the other cases must still be compiled
         return f"sm_{chip} {case.call.__name__} {case.variant} D{case.head_dim}: {error}"
     found: dict[tuple[str, str], Row] = {}
     for one in driver.kept:
@@ -444,7 +444,7 @@ STRICT = ("-Werror=all-warnings", "-Xptxas=-warn-spills")
 
 
 def cuda_rows() -> Iterator[Row]:
-    """The rotation in CUDA C++; BuildError where nvcc is missing, warns, or a kernel spills."""
+    """Compile the rotation in CUDA C++; BuildError if nvcc is missing or warns, or on a spill."""
     nvcc, source = _build.find_nvcc(), _build.source_dir() / "cuda" / "rope" / "rope.cu"
     from null_driver import TOOLS
 
@@ -469,7 +469,7 @@ def cuda_rows() -> Iterator[Row]:
 
 
 def _functions(tools: Path, option: str, target: Path) -> dict[tuple[int, str], str]:
-    """cuobjdump's text on every chip and kernel."""
+    """Yield cuobjdump's text by chip and kernel."""
     done = subprocess.run([str(tools / "cuobjdump"), option, str(target)], check=True,
                           capture_output=True, text=True)  # fmt: skip
     sections: dict[tuple[int, str], list[str]] = {}
@@ -489,12 +489,12 @@ def _functions(tools: Path, option: str, target: Path) -> dict[tuple[int, str], 
 
 
 def run(chips: list[int], only: str, jobs: int) -> tuple[list[Row], list[str]]:
-    """All rows, and what did not compile."""
+    """Return all rows, and the cases that did not compile."""
     rows, failed = [], []
     wanted = [i for i, case in enumerate(cases()) if only in f"{case.call.__name__} {case.variant}"]
     for chip in chips:
         with (
-            TemporaryDirectory() as cache,  # or it would fill the user's own
+            TemporaryDirectory() as cache,  # else it would fill the user's cache
             ProcessPoolExecutor(jobs, initializer=prepare, initargs=(chip, cache)) as pool,
         ):
             for found in pool.map(compiled, wanted):
@@ -508,7 +508,7 @@ def run(chips: list[int], only: str, jobs: int) -> tuple[list[Row], list[str]]:
 
 
 def with_triton(version: str) -> int:
-    """Run this script with another Triton, which lies aside."""
+    """Run this script with another Triton, from its own folder."""
     folder = ROOT / "build" / f"triton-{version}"
     if not folder.exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]

@@ -1,7 +1,7 @@
-"""How every benchmark measures, prints and keeps its numbers.
+"""Measuring, printing and keeping numbers, for all benchmarks.
 
-Times are medians of calls made in turn within one run: a slow spell of the machine hits all alike.
-On a GPU a call is captured as a CUDA graph and replayed with a cold L2 cache, so no time holds
+Times are medians of calls made in turn within one run: a slow phase of the machine hits all alike.
+On a GPU a call is captured as a CUDA graph and replayed with a cold L2 cache, so no time includes
 Python. Results go to bench/results/PROCESSOR/NAME.json, a row a line.
 """
 
@@ -39,7 +39,7 @@ def device() -> str:
 
 
 def machine() -> dict[str, str | int]:
-    """Say what the numbers are measured on."""
+    """Describe the machine of the numbers."""
     if device() == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -89,7 +89,7 @@ def _malloc(option: int, value: int, after: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """Let malloc keep what is freed, as jemalloc and other caching allocators do.
+    """Let malloc keep freed memory, as jemalloc and other caching allocators do.
 
     By default glibc returns blocks past 32 MiB to the system, and every large output costs page
     faults again; a PyTorch set up for speed on CPUs does not pay them.
@@ -100,7 +100,7 @@ def kept_memory() -> Iterator[None]:
 
 
 def returned_memory() -> contextlib.AbstractContextManager[None]:
-    """Let malloc give every freed tensor back at once, so that a peak is what is in use."""
+    """Let malloc return every freed tensor at once, so that a peak counts only memory in use."""
     mmap_threshold = -3
     return _malloc(mmap_threshold, 128 * 1024, 32 * 2**20)
 
@@ -129,22 +129,22 @@ def _wall_time(function: Call) -> float:
 
 
 def _replayed(function: Call) -> Callable[[], float]:
-    """Capture the call as a CUDA graph. Raises where the call waits for the GPU."""
+    """Capture the call as a CUDA graph. Raises if the call waits for the GPU."""
     main, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(main)
     with torch.cuda.stream(side):
-        for _ in range(3):  # what compiles on the first call does so before the capture
+        for _ in range(3):  # compile before the capture
             function()
     main.wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # The outer one: a capture that fails leaves its own stream the current one.
+    # The outer stream: a failed capture leaves its own stream the current one.
     with torch.cuda.stream(main), torch.cuda.graph(graph):
         function()
 
     def milliseconds() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        _larger_than_l2().zero_()  # the GPU is busy with it while the host queues the rest
+        _larger_than_l2().zero_()  # it keeps the GPU busy while the host queues the rest
         start.record()
         graph.replay()
         end.record()
@@ -160,11 +160,11 @@ def _larger_than_l2() -> torch.Tensor:
 
 
 def paired(*functions: Call, repeats: int = 15, seconds: float = math.inf) -> list[float]:
-    """Return the median milliseconds of each, round by round; fewer, but four, past `seconds`.
+    """Return the median milliseconds of each, round by round; past `seconds` at least four rounds.
 
-    Every other round goes backward: a function behind one that fills the caches would otherwise
-    pay for it every time, 4% of a rotation. An untimed call goes before each timed one: what that
-    allocates must not depend on what the function before it has freed.
+    Every other round runs backward: otherwise a function after one that fills the caches would pay
+    for it every time, 4% of a rotation. An untimed call precedes each timed one, so that its
+    allocations do not depend on the memory that the function before it has freed.
     """
     clocks = [clock(function) for function in functions]
     once_each = 2 * sum([milliseconds() for milliseconds in clocks])
@@ -179,7 +179,7 @@ def paired(*functions: Call, repeats: int = 15, seconds: float = math.inf) -> li
 
 
 def host_microseconds(function: Call, calls: int = 1000, rounds: int = 60) -> float:
-    """Return how long one call keeps Python busy: the best of several rounds."""
+    """Return the microseconds that one call keeps Python busy: the best of several rounds."""
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
@@ -192,14 +192,14 @@ def host_microseconds(function: Call, calls: int = 1000, rounds: int = 60) -> fl
 
 
 def peak_megabytes(function: Call) -> float:
-    """Return how far memory rises above what is held before the call."""
+    """Return the rise of memory above that held before the call."""
     if device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present resident memory
     before = _status("VmHWM")
     function()
     return (_status("VmHWM") - before) / 1e3
@@ -217,7 +217,7 @@ def _status(field: str) -> int:
 
 @dataclass
 class Row:
-    """One implementation of one case; NaN stands for what is not measured."""
+    """One implementation of one case; NaN if not measured."""
 
     case: str
     implementation: str
@@ -226,11 +226,11 @@ class Row:
     backend: str = ""
     milliseconds: float = NAN
     of_floor: float = NAN  # the floor's time over this one's
-    ratio: float = NAN  # our time over this one's: below 1 we are faster
+    ratio: float = NAN  # our time over this one's: below 1, ours is faster
     bar: float = NAN  # the ratio may be no larger
     error: float = NAN  # the largest difference to float64
     host_microseconds: float = NAN  # of a call on one token
-    megabytes: float = NAN  # peak above what was held before the call
+    megabytes: float = NAN  # peak above the memory held before the call
     absent: str = ""  # why it was not measured
 
     @property
@@ -263,7 +263,7 @@ COLUMNS = {
 
 
 def cell(value: object, form: str = "") -> str:
-    """Format one cell of a table; nothing for what was not measured."""
+    """Format one cell of a table; empty if not measured."""
     missing = value is None or (isinstance(value, float) and math.isnan(value))
     return "" if missing else format(value, form)
 
@@ -283,7 +283,7 @@ def arguments(
     argv: list[str] | None = None,
     add: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
 ) -> argparse.Namespace:
-    """Parse the options of every benchmark, and those that `add` adds."""
+    """Parse the options of every benchmark, and those of `add`."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15, help="paired runs of each case")
     parser.add_argument("--only", action="append", metavar="TEXT", help="cases named so")
@@ -300,7 +300,7 @@ def arguments(
 
 
 class Report:
-    """Prints each row as soon as it is measured; keeps and saves them."""
+    """A report that prints each row as soon as it is measured, keeps them, and saves them."""
 
     def __init__(self, name: str, args: argparse.Namespace, columns=COLUMNS, **about: object):
         self.name, self.args, self.columns, self.about = name, args, columns, about
@@ -308,11 +308,11 @@ class Report:
         print(" ".join(f"{key}: {value}" for key, value in {**machine(), **about}.items()))
         print(" ".join(f"{head:{width}}" for head, width, _ in columns.values()))
         if device() == "cpu" and not args.quick:
-            # A virtual machine's host backs a page when it is first written: not in our time.
+            # A virtual machine's host backs a page at its first write, which must not be timed.
             torch.empty(3 << 30, dtype=torch.uint8).fill_(1)
 
     def wants(self, case: str) -> bool:
-        """Whether --only selects this case."""
+        """Return True if --only selects this case."""
         return not self.args.only or any(text in case for text in self.args.only)
 
     def add(self, row) -> None:
@@ -324,7 +324,7 @@ class Report:
         print(" ".join(words).rstrip(), getattr(row, "absent", ""), flush=True)
 
     def save(self) -> None:
-        """A whole run replaces the file; a part (--only, --score) replaces its own rows."""
+        """Save: a whole run replaces the file, a part (--only, --score) its own rows."""
         if self.args.out is not None and self.rows:
             part = bool(self.args.only or getattr(self.args, "score", None))
             path = save(self.name, self.rows, self.args.out, part, **self.about)
@@ -362,13 +362,13 @@ def short(value):
 
 
 def _plain(row) -> dict:
-    """Leave out what is not measured: JSON has no NaN."""
+    """Leave out values that are not measured: JSON has no NaN."""
     values = {**asdict(row), "verdict": getattr(row, "verdict", "")}
     return {name: value for name, value in values.items() if cell(value) != ""}
 
 
 def _identity(row: dict) -> tuple:
-    """Name a row by its words and whole numbers, but for the outcome."""
+    """Name a row by its words and whole numbers, without the outcome."""
     return tuple(
         (name, value)
         for name, value in row.items()

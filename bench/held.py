@@ -1,4 +1,4 @@
-"""What a call holds at most: tensors that it has made and that are alive, by their bytes."""
+"""The peak of a call's own memory: bytes of the tensors that it made and that are alive."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of tensors made under it, by the ops that made them; not what kernels use.
+    """A mode that counts the bytes of tensors made under it, by op; not the memory inside kernels.
 
-    most: at any time. then: of what it was made up: (op, bytes) each, largest first.
+    most: the largest sum at any time. then: its parts, (op, bytes) each, largest first.
     """
 
     def __init__(self) -> None:
@@ -39,16 +39,16 @@ class Held(TorchDispatchMode):
 
 
 def share(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Bytes that attention with its backward makes and needs: out and the gradients; out like q."""
+    """Return the bytes that attention with its backward must make: out and the gradients."""
     return 2 * _bytes(q) + _bytes(k) + _bytes(v)
 
 
 def of_ring(q: Tensor, k: Tensor, v: Tensor, parts: int) -> int:
-    """Bytes that a ring holds at most, of this rank's q, k and v; all but log-sum-exps.
+    """Return the bytes that a ring holds at most, of this rank's q, k and v, without log-sum-exps.
 
-    On top of the share, a part of the heads at a time: keys and values that are here and those that
-    come, and in float32 their gradients that go and those that come, the sum of dq where q is
-    narrower, and what half of the queries (a run of zigzag's) and half of the keys have found.
+    On top of the share, for a part of the heads at a time: present and arriving keys and values; in
+    float32 their leaving and arriving gradients, the sum of dq if q is narrower, and the results of
+    half of the queries (a run of zigzag's) and half of the keys.
     """
     wide = max(4 // q.element_size(), 1)
     keys = _bytes(k) + _bytes(v)

@@ -1,14 +1,14 @@
 """Train small models on short texts, read longer ones: python bench/length_generalization.py
 
-A causal transformer over bytes is trained on the sources of Python's standard library; the methods
-of length_methods.py then read texts of 1, 2, 4 and 8 times the training length L that no model saw.
-All lengths are scored on the same bytes, the last L of each 8 L: a longer text only adds what comes
-before them, so that a method that can use it has a loss that falls from left to right. All of it is
-done with several seeds (--seeds), of weights, batches and drawn positions.
+A causal transformer over bytes is trained on the sources of Python's standard library. The methods
+of length_methods.py then read unseen texts of 1, 2, 4 and 8 times the training length L. All
+lengths are scored on the same bytes, the last L of each 8 L: a longer text only adds bytes before
+them, so a method that can use them has a loss that falls from left to right. Everything is repeated
+with several seeds (--seeds) of weights, batches and drawn positions.
 
 Trainings run two at a time, each on one thread: a sixth faster than one after the other on two, and
-several times faster where something else runs. What is done is kept in build/length_generalization,
-and a run that was stopped goes on from there.
+several times faster beside other load. Results are kept in build/length_generalization, and a
+stopped run continues from there.
 
 Results: bench/results/models/length_generalization.json and docs/length_generalization.png. --quick
 is for tests: its models learn nothing, and it leaves those two files alone.
@@ -55,7 +55,7 @@ VOCABULARY = 256  # bytes
 
 @cache
 def read_text() -> tuple[Tensor, Tensor]:
-    """The bytes of the standard library's modules, and those of every tenth, kept from training."""
+    """Read the bytes of the standard library's modules, with every tenth kept from training."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     held_out = files[::10]
     parts = ([path for path in files if path not in held_out], held_out)
@@ -66,24 +66,24 @@ def read_text() -> tuple[Tensor, Tensor]:
 
 @cache
 def digest() -> str:
-    """Of both texts: what was trained and read on others is not taken for these."""
+    """Hash both texts: results on other texts are not taken for these."""
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in read_text())).hexdigest()
 
 
 def sample(text: Tensor, batch: int, length: int, generator: torch.Generator) -> Tensor:
-    """Random stretches: (batch, length + 1) int64."""
+    """Draw random stretches: (batch, length + 1) int64."""
     starts = torch.randint(len(text) - length, (batch, 1), generator=generator)
     return text[starts + torch.arange(length + 1)].long()
 
 
 def spread(text: Tensor, windows: int, length: int) -> Tensor:
-    """Stretches at even distances: (windows, length + 1) int64."""
+    """Return stretches at even distances: (windows, length + 1) int64."""
     starts = torch.linspace(0, len(text) - length - 1, windows).long()[:, None]
     return text[starts + torch.arange(length + 1)].long()
 
 
 # -------------------------------------------------------------------------------------------------
-# The model, in the plainest PyTorch; positions enter through `attend` alone
+# The model, in plain PyTorch; positions enter only through `attend`
 
 
 class Attention(nn.Module):
@@ -139,13 +139,13 @@ class Transformer(nn.Module):
 
 
 def loss_of(model: Transformer, tokens: Tensor, attend: Attend) -> Tensor:
-    """Nats for each byte but the first of tokens (batch, seqlen + 1): (batch, seqlen)."""
+    """Return nats for each byte but the first of tokens (batch, seqlen + 1): (batch, seqlen)."""
     logits = model(tokens[:, :-1], attend)
     return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 
 
 def optimizer_of(model: Transformer, lr: float) -> torch.optim.Optimizer:
-    """AdamW, whose weight decay spares the gains of the norms."""
+    """Return AdamW, without weight decay on the gains of the norms."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     gains = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
@@ -157,7 +157,7 @@ def optimizer_of(model: Transformer, lr: float) -> torch.optim.Optimizer:
 
 
 def rate(step: int, steps: int) -> float:
-    """A short warm-up, then half a cosine down to a tenth."""
+    """Return the rate: a short warm-up, then half a cosine down to a tenth."""
     warm_up = max(1, steps // 20)
     if step < warm_up:
         return (step + 1) / warm_up
@@ -165,7 +165,7 @@ def rate(step: int, steps: int) -> float:
 
 
 def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, line: int = 0) -> dict:
-    """Weights, the loss as it fell, and what it took. All trainings see the same batches."""
+    """Return weights, the loss curve, and the time. All trainings see the same batches."""
     training = TRAININGS[name]
     batch, length, steps, lr = setup.batch, setup.length, setup.steps, setup.learning_rate
     if training.starts_from:
@@ -207,7 +207,7 @@ def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, lin
 def read_lengths(
     method: Method, setup: Setup, text: Tensor, weights: dict, line: int = 0
 ) -> list[dict]:
-    """The loss at each length: of the last L bytes, of all, and of each L on the way there."""
+    """Return the loss at each length: of the last L bytes, of all, and of each L before."""
     model = Transformer(setup.d_model, setup.layers, setup.heads)
     model.load_state_dict(weights)
     tokens = spread(text, setup.windows, FACTOR * setup.length)
@@ -229,7 +229,7 @@ def read_lengths(
 
 @dataclass(frozen=True)
 class Run:
-    """A seed's trainings and readings, each kept in a file under a hash of all it depends on."""
+    """A seed's trainings and readings, each kept in a file under a hash of all its inputs."""
 
     setup: Setup
     folder: Path
@@ -253,7 +253,7 @@ class Run:
         return kept(self.path("read", name), make)
 
     def path(self, kind: str, name: str) -> Path:
-        """Where a training or a reading is kept."""
+        """Return the file of a training or a reading."""
         about = lineage(name) if kind == "trained" else None
         if kind == "read":
             about = (METHODS[name].run, *lineage(METHODS[name].trained))
@@ -263,7 +263,7 @@ class Run:
 
 
 def kept(path: Path, make: Callable[[], dict]) -> dict:
-    """What the file holds, made now if there is none."""
+    """Return the file's content, made now if there is none."""
     if not path.exists():
         unfinished = path.with_suffix(".unfinished")
         torch.save(make(), unfinished)
@@ -272,7 +272,7 @@ def kept(path: Path, make: Callable[[], dict]) -> dict:
 
 
 def lineage(name: str) -> tuple[str, ...]:
-    """What a training is, after what it starts from."""
+    """Return a training's description, after those it starts from."""
     training = TRAININGS[name]
     return (*(lineage(training.starts_from) if training.starts_from else ()), training.about)
 
@@ -286,7 +286,7 @@ class Job(NamedTuple):
         return not self.run.path(self.kind, self.name).exists()
 
     def do(self, line: int) -> str:
-        """Do it in a worker whose bar is on `line`; return what it came to."""
+        """Do it in a worker whose bar is on `line`; return a line about the result."""
         told = f"{self.kind} {self.name}, seed {self.run.setup.seed}"
         if self.kind == "read":
             losses = (f"{read['last']:.3f}" for read in self.run.read(self.name, line))
@@ -296,7 +296,7 @@ class Job(NamedTuple):
 
 
 def work(runs: list[Run], workers: int) -> None:
-    """Do what is not done: trainings, then those that tune their weights, then the readings."""
+    """Do all that is missing: trainings, then those that tune their weights, then readings."""
     anew = [("trained", name) for name in TRAININGS if not TRAININGS[name].starts_from]
     tuned = [("trained", name) for name in TRAININGS if TRAININGS[name].starts_from]
     waves = [
@@ -314,7 +314,7 @@ def work(runs: list[Run], workers: int) -> None:
 
 
 def collect(runs: list[Run]) -> dict:
-    """The content of the JSON file: the losses of every method, by length and seed."""
+    """Collect the JSON file's content: the losses of every method, by length and seed."""
     train, test = map(len, read_text())
     setup = asdict(runs[0].setup)
     del setup["seed"]

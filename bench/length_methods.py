@@ -1,7 +1,7 @@
-"""The attentions of length_generalization.py: in training, and as each method reads.
+"""The attentions of length_generalization.py: in training, and in each method's test.
 
-All is scaled from the training length L. FACTOR = 8 is how far the longest test reaches, and the
-factor of methods that have a fixed one.
+Everything is scaled from the training length L. FACTOR = 8 is the reach of the longest test, and
+the factor of methods with a fixed one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Setup:
     steps: int
     tune_steps: int
     learning_rate: float
-    windows: int  # stretches of 8 L bytes that the test reads
+    windows: int  # stretches of 8 L bytes in the test
     seed: int = 0
 
     @property
@@ -66,7 +66,7 @@ QUICK = Setup(
 
 
 def rotated(freqs: RopeFreqs, at: Tensor | None = None) -> Attend:
-    """Causal attention over q and k that the op rotates, to positions 0, 1, 2, ... or `at`."""
+    """Return causal attention over q and k rotated to positions 0, 1, 2, ... or `at`."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = torch.ops.extrope.rope_fwd(
@@ -79,12 +79,12 @@ def rotated(freqs: RopeFreqs, at: Tensor | None = None) -> Attend:
 
 
 def scored(score: scores.Score, freqs: RopeFreqs, **options: object) -> Attend:
-    """Attention by a score method, which rotates q and k itself."""
+    """Return attention by a score method, which rotates q and k itself."""
     return partial(rope_attention, freqs=freqs, score=score, **options)
 
 
 def randomized(setup: Setup, length: int, generator: torch.Generator) -> Attend:
-    """As the authors have it: each layer draws its own positions, in training and in the test."""
+    """Draw positions in each layer, in training and in the test, as the authors do."""
     freqs, largest = methods.rope(setup.head_dim), 2 * FACTOR * setup.length
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def randomized(setup: Setup, length: int, generator: torch.Generator) -> Attend:
 
 
 def permuteformer(setup: Setup) -> Attend:
-    """Permutations in the place of rotations; decay and denominator as they are by default."""
+    """Permute in place of rotating; decay and denominator by default."""
     return partial(
         permuteformer_attention, permutations=head_permutations(setup.heads, setup.head_dim)
     )
@@ -106,12 +106,12 @@ def rope(setup: Setup) -> RopeFreqs:
 
 
 def xpos(setup: Setup) -> RopeFreqs:
-    """The paper's 512 is half of its training length of 1,024."""
+    """Return XPOS with scale_base L/2: the paper's 512 is half of its training length."""
     return methods.xpos(setup.head_dim, scale_base=setup.length / 2)
 
 
 def fixed(name: str, **options: object) -> Callable[[Setup], RopeFreqs]:
-    """A method of frequencies for FACTOR times the training length; L stands for that length."""
+    """Return a frequency method for FACTOR times the training length; L stands for that length."""
 
     def make(setup: Setup) -> RopeFreqs:
         given = {key: setup.length if x == "L" else x for key, x in options.items()}
@@ -137,7 +137,7 @@ cope = fixed("cope", clip=5)  # of 16 pairs: the authors' 20 of 64
 
 
 class Step(NamedTuple):
-    """The attention of a training step, and which of its (batch, length) tokens are not padding."""
+    """The attention of a training step, and the mask of (batch, length) tokens without padding."""
 
     attend: Attend
     counted: Tensor | None = None
@@ -161,7 +161,7 @@ def shape_step(setup: Setup, generator: torch.Generator) -> Step:
 
 
 def random_padding_step(setup: Setup, generator: torch.Generator) -> Step:
-    """Sequences of L/2 .. L tokens at random places of a row of 2 L, padded behind in memory."""
+    """Place sequences of L/2 .. L tokens at random in a row of 2 L, padded at the end in memory."""
     length = setup.length
     tokens = torch.randint(length // 2, length + 1, (setup.batch,), generator=generator)
     at, _ = positions.random_padding(setup.batch, tokens, 2 * length, generator=generator)
@@ -170,7 +170,7 @@ def random_padding_step(setup: Setup, generator: torch.Generator) -> Step:
 
 
 def inverse_leaky(quarters: int) -> Callable[[Setup, torch.Generator], Step]:
-    """Su's rule of thumb for the factor, 1 / (2 * expansion); for the window it is L / 4."""
+    """Use Su's rule of thumb: a factor of 1 / (2 * expansion) and a window of L / 4."""
 
     def step(setup: Setup, _: torch.Generator) -> Step:
         window, factor = quarters * setup.length // 4, 1 / (2 * FACTOR)
@@ -219,7 +219,7 @@ TUNED = "frequencies, tuned at 8x"
 
 @dataclass(frozen=True)
 class Method:
-    """`attention` makes what attends at a length; the generator is for what the test draws."""
+    """A method; `attention` makes the attention for a length, with a generator for its draws."""
 
     name: str
     family: str  # one of these four, each a panel of the plot
@@ -244,7 +244,7 @@ def dynamic_yarn(s: Setup, length: int, _: torch.Generator) -> Attend:
 
 
 def by_score(make: Callable[[int], scores.Score], **options) -> Callable[..., Attend]:
-    """Plain RoPE by the score method that `make` gives for L."""
+    """Return plain RoPE with the score method that `make` returns for L."""
     return lambda s, length, generator: scored(make(s.length), rope(s), **options)
 
 
@@ -260,7 +260,7 @@ rerope = by_score(lambda n: scores.rerope(n // 2))
 leaky_rerope = by_score(lambda n: scores.leaky_rerope(n // 2, 2 * FACTOR))
 self_extend = by_score(lambda n: scores.self_extend(n // 2, n // 4))
 dual_chunk = by_score(lambda n: scores.dual_chunk(3 * n // 4, n // 8))
-# No shift brings texts past twice L into what was trained; this is the best for up to that.
+# No shift brings texts past twice L into the trained range; this one is best up to that.
 string = by_score(lambda n: scores.string(n, n // 8))
 
 ARXIV, KEXUE = "https://arxiv.org/abs/", "https://kexue.fm/archives/"
@@ -291,7 +291,7 @@ PAPERS = {
 
 
 def _rows(family: str, *rows: tuple[str, str, str, str, Callable[..., Attend]]) -> list[Method]:
-    """Methods of (name, paper, trained, run, attention)."""
+    """Make methods of (name, paper, trained, run, attention)."""
     return [Method(name, family, PAPERS[paper], *rest) for name, paper, *rest in rows]
 
 

@@ -1,7 +1,7 @@
-"""Read what a GPU binary needs and executes, and bound its time on a card.
+"""Read a GPU binary's resources and instructions, and bound its time on a card.
 
 Bound: the longest of four times, of memory, tensor cores, special functions and instruction issue,
-were each always busy. Limits of a processor (SM): CUDA C++ Programming Guide, appendix Compute
+if each were always busy. Limits of a processor (SM): CUDA C++ Programming Guide, appendix Compute
 Capabilities. Peaks: NVIDIA's data sheets of A100 80 GB SXM, H100 SXM and HGX B200, dense; at each
 clock SMs times a tensor core's operations a cycle give that peak. On sm_90 only wgmma reaches it:
 products of one warp (mma.sync) came to 62.9% of it on average in
@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 WARP = 32
 REGISTERS, REGISTER_UNIT = 65_536, 256  # of an SM; given to a warp in such units
 SHARED_RESERVED = 1024  # bytes of each block, for the system
-TENSOR_COLUMNS = 512  # of an SM's tensor memory, where it has one
+TENSOR_COLUMNS = 512  # of an SM's tensor memory, if it has one
 SCHEDULERS = 4  # of an SM; each issues one instruction a cycle
 SPECIAL_LANES = 16  # exponentials and the like of an SM a cycle
 # mma.sync multiplies 16 x 16 by 16 x 8 in 16 bits; a warp's share of wgmma or tcgen05 is larger.
@@ -54,7 +54,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Card:
-    """A product's peaks, a second."""
+    """Peaks of a card, per second."""
 
     name: str
     capability: int
@@ -62,7 +62,7 @@ class Card:
     clock: float  # Hz
     bandwidth: float  # bytes
     tensor: float  # operations in bfloat16 and float16, sums in float32
-    of_a_warp: float = 1.0  # the share of that rate that products of one warp (mma.sync) reach
+    of_a_warp: float = 1.0  # the share of that rate for products of one warp (mma.sync)
 
 
 CARDS = {
@@ -81,7 +81,7 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Stretch:
-    """A stretch of machine code; counts are of a warp that goes through it once."""
+    """A stretch of machine code, with counts for a warp that executes it once."""
 
     instructions: int
     products: int
@@ -92,7 +92,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Code:
-    """What one kernel compiled to."""
+    """The machine code of one kernel."""
 
     registers: int
     stack: int  # bytes of a thread: spills and local arrays
@@ -101,12 +101,12 @@ class Code:
     tensor_memory: int  # columns of a block, on chips that keep products' sums there
     loads: Counter[int]
     stores: Counter[int]
-    outside: Stretch  # all that is in no loop
+    outside: Stretch  # code outside of loops
     around: Stretch  # loops that hold others, without these
     loops: tuple[Stretch, ...]  # the main ones, the shortest first
 
     def resident(self, chip: Chip) -> int:
-        """How many of its blocks an SM holds at a time."""
+        """Return the number of its blocks that an SM holds at a time."""
         per_warp = -(-self.registers * WARP // REGISTER_UNIT) * REGISTER_UNIT
         by_registers = REGISTERS // per_warp // self.warps if self.registers else chip.blocks
         by_shared = chip.shared // (self.shared + SHARED_RESERVED)
@@ -157,7 +157,7 @@ _PRODUCTS = re.compile(r"(?:HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)\b")
 
 
 def instructions(sass: str) -> list[tuple[int, str, str]]:
-    """(address, opcode, line) of every instruction."""
+    """Return (address, opcode, line) of every instruction."""
     found = ((_INSTRUCTION.search(line), line) for line in sass.splitlines())
     return [(int(match[1], 16), match[2], line) for match, line in found if match]
 
@@ -178,7 +178,7 @@ def count(opcodes: list[str]) -> Stretch:
 
 
 def _loops(sass: str, code: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
-    """The first and last instruction of every loop: what a branch back encloses."""
+    """Return the first and last instruction of every loop, which a branch back encloses."""
     targets: dict[str | int, int] = {address: i for i, (address, _, _) in enumerate(code)}
     index = 0
     for line in sass.splitlines():  # nvdisasm has labels, cuobjdump addresses
@@ -196,7 +196,7 @@ def _loops(sass: str, code: list[tuple[int, str, str]]) -> list[tuple[int, int]]
 
 
 def _main(loops: list[Stretch]) -> list[Stretch]:
-    """The loops that do the work, shortest first: with products; or wide loads; or any loads."""
+    """Return the main loops, shortest first: with products; or wide loads; or any loads."""
     for has in (lambda x: x.products, lambda x: max(x.loads, default=0) >= WIDE, lambda x: x.loads):
         if found := list(filter(has, loops)):
             return sorted(found, key=lambda loop: loop.instructions)
@@ -204,7 +204,7 @@ def _main(loops: list[Stretch]) -> list[Stretch]:
 
 
 def _width(opcode: str) -> int:
-    """Bytes of one thread's access."""
+    """Return the bytes of one thread's access."""
     fields = opcode.split(".")
     for field, size in (("256", 32), ("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1)):
         if field in fields:
@@ -223,20 +223,20 @@ def _run(tool: Path, *args: object) -> str:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one launch has to do, from its shapes."""
+    """The work of one launch, from its shapes."""
 
     bytes: float  # every tensor once, from or to memory
     blocks: float
-    # How often all blocks together go round each main loop, the one of fewest instructions first.
+    # Iterations of each main loop by all blocks together, the loop of fewest instructions first.
     passes: tuple[float, ...] = ()
     operations: float = 0.0  # on tensor cores, in one pass of one block
 
 
 def seconds(code: Code, traffic: Traffic, card: Card) -> dict[str, float]:
-    """The time that each resource needs, were it always busy."""
+    """Return the time that each resource needs if it is always busy."""
 
     def total(field: str) -> float:
-        """Of all warps: outside and around loops once, main loops as often as said."""
+        """Sum over all warps: code outside and around loops once, main loops by iterations."""
         inside = sum(n * getattr(x, field) for n, x in zip(traffic.passes, code.loops))
         once = getattr(code.outside, field) + getattr(code.around, field)
         return code.warps * (traffic.blocks * once + inside)

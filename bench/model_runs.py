@@ -1,10 +1,10 @@
-"""Measure methods on SmolLM2 and Gemma 3 past their lengths. Goes on where it was cut.
+"""Measure methods on SmolLM2 and Gemma 3 past their lengths; a stopped run continues.
 
 apt-get download jargon-text && dpkg-deb -x jargon-text_*.deb . \\
     && zcat usr/share/doc/jargon-text/jargon.txt.gz > jargon.txt
 OMP_NUM_THREADS=1 python bench/model_runs.py {loss,recall,long,passkey,short,gemma} jargon.txt
 
-Every measurement goes to build/model_runs; evaluations.py keeps a row each of them in
+Every measurement goes to build/model_runs; evaluations.py keeps a row of each in
 bench/results/models, which bench/readme.py shows.
 """
 
@@ -25,13 +25,12 @@ TRAINED = 8192
 
 
 def searched(name: str) -> dict[str, Any]:
-    """Parameters of LongRoPE as `search` found them on a third text, for the length of its name."""
+    """Return LongRoPE's parameters that `search` found on a third text, for the named length."""
     finalists = evaluations.read(name)["rows"]
     return next((row["params"] for row in finalists if row["method"] == "longrope"), {})
 
 
-# Of each method first what `eval` gives it, or what it cannot do without; then what may suit it
-# better.
+# For each method first `eval`'s parameters, or its required ones; then some that may be better.
 METHODS: dict[str, list[dict[str, Any]]] = {
     "yarn": [{}, {"factor": 3.0}, {"resonance": True}],
     "rope": [{}],
@@ -58,7 +57,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "longrope": [searched("search-16k")],
 }
 
-# At four times the length a factor of 4 is what `eval` gives.
+# At four times the length `eval` gives a factor of 4.
 LONG = {method: sets[:1] for method, sets in METHODS.items()} | {
     "yarn": [{}, {"resonance": True}],
     "rerope": [{}, {"window": 2048}],
@@ -71,7 +70,7 @@ LONG = {method: sets[:1] for method, sets in METHODS.items()} | {
 
 
 def first(*methods: str) -> dict[str, list[dict[str, Any]]]:
-    """What `eval` gives these methods."""
+    """Return `eval`'s parameters of these methods."""
     return {method: METHODS[method][:1] for method in methods}
 
 
@@ -85,7 +84,7 @@ class Run(NamedTuple):
     methods: dict[str, list[dict[str, Any]]] = METHODS
     more: tuple[str, ...] = ()
     model: str = "smollm2"
-    kept: str = ""  # how rows are kept, where not by the task
+    kept: str = ""  # the kind of rows, if not the task's
 
 
 RUNS = {
@@ -110,7 +109,7 @@ RUNS = {
         more=("--bucket", "8192"),
         kept="short",
     ),
-    # Trained to 32,768, of which 16,384 is half.
+    # Trained to 32,768; 16,384 is half of it.
     "gemma": Run(
         "loss",
         "gemma3-270m-48k",
@@ -124,13 +123,13 @@ RUNS = {
 
 
 def rounds(run: Run) -> Iterator[dict[str, dict[str, Any]]]:
-    """Parameters by method, one set of each at a time: `eval` takes no more."""
+    """Yield parameters by method, one set at a time: `eval` takes no more."""
     for index in range(max(map(len, run.methods.values()))):
         yield {method: sets[index] for method, sets in run.methods.items() if index < len(sets)}
 
 
 def arguments(run: Run, texts: list[str], given: dict[str, dict[str, Any]]) -> list[str]:
-    """The command line of `eval`."""
+    """Return the command line of `eval`."""
     found = ["--model", run.model, "--dtype", "bfloat16", "--task", run.task, *run.more]
     found += ["--lengths", run.lengths, "--trials", str(run.trials)]
     found += ["--methods", ",".join(given), "--out", str(BUILD / run.name)]

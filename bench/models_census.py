@@ -1,17 +1,17 @@
-"""Which models `extend` serves: python bench/models_census.py [--only NAME ... | --check]
+"""Try `extend` on all models: python bench/models_census.py [--only NAME ... | --check]
 
-Builds every causal and image-text class of the installed transformers that has rotary parameters,
-tiny and random, extends it by a method of every sort, and compares:
+It builds every causal and image-text class of the installed transformers with rotary parameters,
+tiny and random, extends it by methods of every sort, and compares:
 
-- by `rope` of the model's own base, and by a score method whose window nothing exceeds, with the
+- `rope` with the model's own base, and a score method whose window is never exceeded, with the
   plain model;
-- by `yarn`, `dynamic_ntk`, `rerope`, `self_extend` and `dual_chunk`: what it generates with a cache
-  with a forward without one; by `rerope` also what a padded row generates with the row alone;
-- after `restore`, its logits with those from before, bit by bit.
+- by `yarn`, `dynamic_ntk`, `rerope`, `self_extend` and `dual_chunk`: generation with a cache with a
+  forward without one; by `rerope` also a padded row with the row alone;
+- logits after `restore` with those before, bit by bit.
 
-Each class has a process of its own, 7 GiB and a time limit. Prints a line per class and writes
-bench/results/models/census.json (a field that is missing is "ok"), from which bench/readme.py makes
-docs/models.md; with --check it writes nothing, and fails where a class is not served that was.
+Each class has its own process, 7 GiB and a time limit. Prints a line per class and writes
+bench/results/models/census.json (a missing field is "ok"), from which bench/readme.py makes
+docs/models.md. With --check it writes nothing, and fails if a class is no longer served.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from torch import Tensor, nn  # noqa: E402
 from extrope_kernels.integrations.transformers import extend  # noqa: E402
 
 MEMORY = 7 << 30  # bytes
-SECONDS = 900  # on machines that do other things, too
+SECONDS = 900  # enough on machines with other load
 WINDOWED = "sliding window or chunks"
 PROMPT, NEW, PADS = 20, 4, 7  # tokens
 FREQUENCIES: dict[str, dict[str, Any]] = {"yarn": {"factor": 4.0}, "dynamic_ntk": {"factor": 4.0}}
@@ -53,17 +53,17 @@ SCORES: dict[str, dict[str, Any]] = {
     "self_extend": {"window": 8, "factor": 2},
     "dual_chunk": {"chunk_size": 8, "local_window": 4},
 }
-# Parameters under which a method leaves the model as it is.
+# Parameters under which a method changes nothing in the model.
 NEUTRAL = {"rope": {}, "rerope": {"window": 64}}
 
 
 @dataclass
 class Plain:
-    """What a model gives by itself.
+    """Results of the plain model.
 
-    own: how far what it generates with a cache is from a forward without one, which is much where
-        a prompt sees all of itself; None where it cannot generate.
-    padded: how far a padded row is from itself alone; None where it takes no padding.
+    own: the difference between generation with a cache and a forward without one, large if a prompt
+        sees all of itself; None if it cannot generate.
+    padded: the difference between a padded row and the row alone; None if it takes no padding.
     """
 
     ids: Tensor
@@ -73,7 +73,7 @@ class Plain:
 
 
 def census(name: str) -> dict[str, Any]:
-    """Return what became of one class: for each method "ok" or the reason why not."""
+    """Try one class: return for each method "ok" or the reason why not."""
     row: dict[str, Any] = {"name": name}
     try:
         model = tiny_models.build(name)
@@ -104,7 +104,7 @@ def attempt(
     parameters: dict[str, Any],
     plain: Plain,
 ) -> str:
-    """Where a score method finds nothing to extend by default, see that it works when told to."""
+    """Try again with layers="all" if a score method finds nothing to extend by default."""
     try:
         check(model, method, parameters, plain)
     except Exception as error:
@@ -142,7 +142,7 @@ def generates(model: nn.Module, method: str, parameters: dict[str, Any], plain: 
         with extend(model, method, **parameters, **length):
             error = error_of(got, without_cache(model, output))
         assert error <= max(1e-3, 2 * plain.own), f"with a cache differs by {error:.2g}"
-    if method != "dynamic_ntk":  # which changes nothing within the trained length
+    if method != "dynamic_ntk":  # it changes nothing within the trained length
         assert error_of(changed, plain.logits) > 1e-3, "nothing has changed"
     assert torch.equal(logits(model, plain.ids), plain.logits), "restore is not exact"
 
@@ -167,7 +167,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def padded(model: nn.Module, ids: Tensor) -> float:
-    """Return how far a row that is padded on the left is from itself alone, as it generates."""
+    """Return the difference in generation between a row padded on the left and the row alone."""
     pads = torch.zeros_like(ids[:, :PADS])
     rows, row = torch.cat((ids, torch.cat((pads, ids[:, PADS:]), 1))), ids[:, PADS:]
     mask = torch.ones_like(rows)
@@ -176,12 +176,12 @@ def padded(model: nn.Module, ids: Tensor) -> float:
 
 
 def without_cache(model: nn.Module, output: Tensor) -> Tensor:
-    """Return the logits that generated tokens are chosen by."""
+    """Return the logits from which generated tokens are chosen."""
     return logits(model, output[:, :-1])[:, PROMPT - 1 :]
 
 
 def error_of(got: Tensor, want: Tensor) -> float:
-    """The largest difference, in units of the largest logit."""
+    """Return the largest difference, in units of the largest logit."""
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
@@ -191,7 +191,7 @@ def short(error: BaseException) -> str:
 
 
 def run(names: Iterable[str], workers: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows, each from a child of its own; transformers is imported once, before."""
+    """Yield the rows, each from its own child process; transformers is imported once, before."""
     context = multiprocessing.get_context("fork")
     todo, running = list(names), []
     while todo or running:
@@ -248,7 +248,7 @@ def main() -> None:
 
 
 def lost(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> str | None:
-    """Name what was served before and is not now."""
+    """Name the classes that were served before and are not now."""
     keys = ("generates", *(f"{method}, neutral" for method in NEUTRAL), *FREQUENCIES, *SCORES)
     served = {(row["name"], key) for row in before if "built" not in row for key in keys
               if row.get(key, "ok").startswith("ok")}  # fmt: skip

@@ -1,7 +1,7 @@
-"""A driver for Triton that compiles for a chip and launches nothing: the host's path, and no GPU.
+"""A driver for Triton that compiles for a chip and launches nothing: the host's path without a GPU.
 
-With EXTROPE_TRITON_CHIP in the environment, and TRITON_INTERPRET not, before extrope_kernels is
-imported; then `install()`, and tensors of the CPU go as far as a launch.
+Set EXTROPE_TRITON_CHIP, and not TRITON_INTERPRET, before extrope_kernels is imported; then call
+`install()`. CPU tensors go as far as a launch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Bytes of shared memory that a block may have, past which Triton refuses to launch.
+# Bytes of shared memory that a block may have; with more, Triton refuses to launch.
 _SHARED = {
     80: 166912,
     86: 101376,
@@ -44,7 +44,7 @@ class Kept:
 
 
 class NullDriver:
-    """Counts launches by the name of their kernel; keep: with their arguments and binaries."""
+    """A driver that counts launches by kernel name; keep: with their arguments and binaries."""
 
     def __init__(self, chip: int | str, keep: bool = False) -> None:
         self.target = GPUTarget("cuda", chip, 32)

@@ -1,6 +1,6 @@
-"""Other people's implementations, as their packages ship them; a string says why one cannot run.
+"""Other libraries' implementations, unmodified; a string says why one cannot run.
 
-Every function takes the tensors that ours takes, and returns calls by name. Tables, masks and
+Every function takes the same tensors as ours, and returns calls by name. Tables, masks and
 transposed inputs are made here, outside of the timing.
 """
 
@@ -22,11 +22,11 @@ Calls = dict[str, Call | str]
 ONLY_GPU = "needs a GPU (Triton)"
 MOST_MASKED = 32_768  # tokens
 HALF = (torch.float16, torch.bfloat16)
-WORKSPACE = 2**27  # bytes, as FlashInfer's documentation has it
+WORKSPACE = 2**27  # bytes, from FlashInfer's documentation
 
 
 def titled(package: str, what: str = "") -> str:
-    """A peer's name with the version that is installed."""
+    """Return a peer's name with its installed version."""
     try:
         name = f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
@@ -43,7 +43,7 @@ def missing(package: str) -> str:
 
 
 def offered(package: str, what: str, make: Callable[[], Call]) -> Calls:
-    """What `make` gives, by the package's name, or why it gives nothing."""
+    """Return the result of `make` by the package's name, or why there is none."""
     name = titled(package, what)
     try:
         return {name: make()}
@@ -56,7 +56,7 @@ def offered(package: str, what: str, make: Callable[[], Call]) -> Calls:
 
 
 def rotary_peers(q: Tensor, k: Tensor, freqs: RopeFreqs, interleaved: bool) -> Calls:
-    """Rotations of q and k at positions 0, 1, 2, ... that pair dims as asked."""
+    """Return rotations of q and k at positions 0, 1, 2, ... with this pairing of dims."""
     peers = {}
     if interleaved:
         peers |= lucidrains(q, k)
@@ -67,14 +67,14 @@ def rotary_peers(q: Tensor, k: Tensor, freqs: RopeFreqs, interleaved: bool) -> C
 
 
 def _tables(q: Tensor, freqs: RopeFreqs) -> tuple[Tensor, Tensor]:
-    """transformers' cosines and sines: (1, seqlen, rotary_dim), in q's dtype."""
+    """Return transformers' cosines and sines: (1, seqlen, rotary_dim), in q's dtype."""
     angle = torch.arange(q.shape[1], device=q.device)[:, None].float() * freqs.inv_freq
     angle = torch.cat((angle, angle), dim=-1)[None]
     return angle.cos().to(q.dtype), angle.sin().to(q.dtype)
 
 
 def transformers_rotary(q: Tensor, k: Tensor, freqs: RopeFreqs) -> Calls:
-    """Llama's rotation in transformers: eager, compiled, and compiled with its tables inside."""
+    """Return Llama's rotation in transformers: eager, compiled, and compiled with its tables."""
     if reason := missing("transformers"):
         return {"transformers": reason}
     from transformers import LlamaConfig
@@ -114,7 +114,7 @@ def lucidrains(q: Tensor, k: Tensor) -> Calls:
 
 
 def liger(q: Tensor, k: Tensor, freqs: RopeFreqs) -> Calls:
-    """Liger's Triton kernel; it overwrites contiguous inputs."""
+    """Return Liger's Triton kernel, which overwrites contiguous inputs."""
     reason = missing("liger-kernel") or (ONLY_GPU if device() == "cpu" else "")
     if reason:
         return {titled("liger-kernel"): reason}
@@ -141,7 +141,7 @@ def flash_attn_rotary(q: Tensor, k: Tensor, freqs: RopeFreqs, interleaved: bool)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Calls:
-    """PyTorch's attention over rotated q and k, keys shared by the query heads or repeated."""
+    """Return PyTorch's attention over rotated q and k, with shared or repeated key heads."""
     q, k, v = (x.detach().transpose(1, 2).contiguous() for x in (q, k, v))
     how = {"is_causal": True} if mask is None else {"attn_mask": mask}
     calls, groups = {}, q.shape[1] // k.shape[1]
@@ -158,7 +158,7 @@ def _attend(q, k, v, **how) -> Call:
 
 
 def flex_rerope(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, window: int) -> Calls:
-    """ReRoPE as two calls of FlexAttention, near and far, and a merge: from unrotated inputs."""
+    """Return ReRoPE as two calls of FlexAttention, near and far, and a merge; inputs unrotated."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     name = "FlexAttention, two calls"
@@ -187,7 +187,7 @@ def flex_rerope(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, window: int) 
 
 
 def dense_rerope(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, window: int) -> Tensor:
-    """The two-score formula of the paper in eager PyTorch: N x N twice."""
+    """Return the paper's two-score formula in eager PyTorch: N x N twice."""
     groups = q.shape[2] // k.shape[2]
     i = torch.arange(q.shape[1], device=q.device)
     distance = i[:, None] - i
@@ -249,8 +249,10 @@ def _flashinfer(leaves: list[Tensor]) -> Call:
 
 @dataclass(frozen=True)
 class Paged:
-    """q (batch, 1, heads_q, head_dim), rotated; pages (pages, page_size, heads_k, head_dim) of a
-    cache that is full; block_table (batch, pages of a sequence), int32.
+    """Inputs of a step over a full paged cache.
+
+    q (batch, 1, heads_q, head_dim), rotated; pages (pages, page_size, heads_k, head_dim);
+    block_table (batch, pages of a sequence), int32.
     """
 
     q: Tensor
@@ -264,12 +266,12 @@ class Paged:
         return torch.full((batch,), pages * self.k.shape[1], dtype=torch.int32, device=device())
 
     def contiguous(self) -> tuple[Tensor, Tensor]:
-        """k and v (batch, seqlen, heads_k, head_dim)."""
+        """Return k and v (batch, seqlen, heads_k, head_dim)."""
         return tuple(x[self.block_table.long()].flatten(1, 2) for x in (self.k, self.v))
 
 
 def decode_peers(cache: Paged) -> Calls:
-    """Plain attention by others: flash-attn over a contiguous cache, its best; FlashInfer paged."""
+    """Return others' plain attention: flash-attn over a contiguous cache, FlashInfer paged."""
     if device() == "cpu" or cache.q.dtype not in HALF:
         return {}
     peers = {}

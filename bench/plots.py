@@ -38,10 +38,10 @@ class Shown(NamedTuple):
     case: str
     dtype: str
     shape: str
-    theirs: str = ""  # what the others do where it is less
+    theirs: str = ""  # what the others compute, if less
 
 
-YARDSTICKS = ("clone", "copy_", "no window")  # nobody else's way to the same result
+YARDSTICKS = ("clone", "copy_", "no window")  # not other ways to the same result
 ROPE, LONG, SHORT = "8192 x 32/8 x 128", "8192 x 8/2 x 128", "2048 x 8/2 x 64"
 CACHE = "1 on 32768 x 8/2 x 128"
 PLAIN = "plain attention, unrotated"
@@ -56,9 +56,9 @@ SHOWN = (
 
 
 def against_the_best(shown: Shown, results: Path = RESULTS) -> tuple[float, str]:
-    """Their time over ours, and the fastest of those that do all of it if any."""
+    """Return the fastest other's time over ours, and its name; those that do all come first."""
     rows = json.loads((results / "avx512" / f"{shown.file}.json").read_text())["rows"]
-    # Ratios, as the tables have them: ours was timed anew beside each of the others.
+    # Ratios as in the tables: ours was timed anew beside each of the others.
     ratios = {
         row["implementation"]: row["ratio"]
         for row in rows
@@ -94,7 +94,7 @@ def speed(path: Path, results: Path = RESULTS) -> None:
 
 
 def lengths(name: str, path: Path, results: Path = RESULTS) -> None:
-    """Time and peak memory against length; dotted: one thread."""
+    """Draw time and peak memory against length; dotted: one thread."""
     content = json.loads((results / "avx512" / f"scaling-{name}.json").read_text())
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     time, memory = figure.subplots(1, 2)
@@ -121,12 +121,12 @@ def lengths(name: str, path: Path, results: Path = RESULTS) -> None:
 # -------------------------------------------------------------------------------------------------
 # SmolLM2
 
-WORST = 0.35  # nats over YaRN; what costs more is left out of the plot
-MARKERS = dict(zip(SCORES, "os^Dv*", strict=False))  # theirs lie too close to be named beside
+WORST = 0.35  # nats over YaRN; methods that cost more are left out
+MARKERS = dict(zip(SCORES, "os^Dv*", strict=False))  # their points lie too close for names
 
 
 def tradeoff(path: Path, results: Path = RESULTS) -> None:
-    """Loss against recall at twice the training length; a line joins one method's parameters."""
+    """Draw loss against recall at twice the training length; a line joins a method's parameters."""
     figure = Figure(figsize=(8.6, 4.6), layout="constrained")
     axes = figure.subplots()
     labels: dict[tuple[float, float], list[tuple[str, str]]] = {}  # by place
@@ -147,7 +147,7 @@ def tradeoff(path: Path, results: Path = RESULTS) -> None:
             labels.setdefault(taken, []).append((name, named(rows[-1].parameters)))
         axes.errorbar(costs, gains, errors, cost_errors, linewidth=0.8, elinewidth=0.4, **style)
     for place, here in labels.items():
-        # Of several that are one there, only the first has room for its parameters.
+        # If several share a place, only the first has room for its parameters.
         names = [" ".join(filter(None, here[0])), *(name for name, _ in here[1:])]
         text = {"textcoords": "offset points", "fontsize": 7, "color": "tab:blue"}
         axes.annotate(", ".join(names), place, (5, 4), **text)
@@ -163,7 +163,7 @@ def _close(place: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def line_of(name: str, row: Measured) -> str | None:
-    """The line of the plot of windows that a row is a point of."""
+    """Return the line of the plot of windows that has a row as a point."""
     if name == "leaky_rerope" and "log_n" not in row.parameters:
         return f"leaky, factor {row.parameters['factor']:g}"
     if name == "rerope":
@@ -172,7 +172,7 @@ def line_of(name: str, row: Measured) -> str | None:
 
 
 def windows(path: Path, results: Path = RESULTS) -> None:
-    """What ReRoPE's window does to loss and recall at twice the training length."""
+    """Draw loss and recall by ReRoPE's window, at twice the training length."""
     panels = {"loss over YaRN's behind 8,192 tokens": "over_yarn",
               "recall 15,360 tokens back": "recall"}  # fmt: skip
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
@@ -208,7 +208,7 @@ def length_generalization(path: Path, results: Path = RESULTS) -> None:
 
 
 def draw_lengths(found: dict, path: Path) -> None:
-    """Loss of the last L bytes by length, bands of the seeds: a panel a family, each with RoPE."""
+    """Draw the loss of the last L bytes by length, with bands of the seeds: a panel per family."""
     figure = Figure(figsize=(11, 9), layout="constrained")
     panels = figure.subplots(2, 2, sharey=True)
     rows, at = found["rows"], found["lengths"]
@@ -243,13 +243,13 @@ def _line(axes: Axes, at: list[int], row: dict, **style: object) -> None:
 
 
 def _label(axes: Axes, top: float) -> None:
-    """Names at the lines' ends, moved apart; a line that leaves the panel is named at its top."""
+    """Write names at the lines' ends, moved apart; at the top if a line leaves the panel."""
     ends = sorted(((line.get_ydata()[-1], line) for line in axes.lines), key=lambda end: end[0])
     places = [min(y, top - CLOSEST) for y, _ in ends]
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + CLOSEST)
     excess = max(0.0, places[-1] - (top - CLOSEST / 2))
-    for i in reversed(range(len(places))):  # from the top down, only as far as is needed
+    for i in reversed(range(len(places))):  # from the top down, only as far as needed
         ceiling = places[-1] - excess if i == len(places) - 1 else places[i + 1] - CLOSEST
         places[i] = min(places[i], ceiling)
     for place, (y, line) in zip(places, ends):

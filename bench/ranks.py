@@ -1,8 +1,8 @@
 """Processes that share a sequence, for the benchmark and the tests of `distributed`.
 
-Four of them start once and then run what they are told, so that a test costs what it computes and
-not the import of torch. One that does not answer in time is a failure: what waits for another rank
-for ever is ended.
+Four of them start once and then run functions, so that a test costs its arithmetic and not the
+import of torch. A rank that does not answer in time is a failure: ranks that wait for ever are
+ended.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PRELOADED = ["extrope_kernels.distributed", "torch.distributed.device_mesh"]
 
 
 class Ranks:
-    """Runs module-level functions on all ranks at once: function(mesh, **arguments)."""
+    """Processes that run module-level functions on all ranks: function(mesh, **arguments)."""
 
     def __init__(self, seconds: float = SECONDS, preloaded: Sequence[str] = ()) -> None:
         self.seconds = seconds
@@ -33,7 +33,7 @@ class Ranks:
     def run(
         self, function: Callable[..., Any], size: int | tuple[int, int], **arguments: Any
     ) -> list[Any]:
-        """What it returns on each rank of a mesh of so many: 1, 2, 4 or (2, 2)."""
+        """Run a function; return its result on each rank of a mesh of 1, 2, 4 or (2, 2)."""
         if not self.processes:
             self._start()
         pipes = self.pipes[: size if isinstance(size, int) else WORLD]
@@ -58,7 +58,7 @@ class Ranks:
         self.processes, self.pipes = [], []
 
     def context(self) -> Any:
-        """Processes are forked from one that has imported all this once, and has no threads."""
+        """Return a context that forks from a process with all imports and without threads."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(self.preloaded)
         return context

@@ -1,14 +1,14 @@
 """Write the figures of README.md and docs/ from measured files: python bench/readme.py [--check]
 
-A page has a figure between two markers,
+A page has a figure between two markers:
 
     <!-- avx512/rope: bfloat16 -->
     <!-- end of avx512/rope -->
 
-here the cases of bench/results/avx512/rope.json with "bfloat16" in their name, dtype or shape;
-several words must all be there. `figures` lists what else can stand there; tables.py makes it,
-plots.py draws. What `make demo` and `search` left in build/ is kept first. --check writes nothing
-and fails where a page is stale.
+Here these are the cases of bench/results/avx512/rope.json with "bfloat16" in their name, dtype or
+shape; several words must all be there. `figures` lists all figures; tables.py makes them, plots.py
+draws. First it keeps the results of `make demo` and `search` in build/. --check writes nothing, and
+fails if a page is stale.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ TABLES = {
 
 
 def measured(results: Path) -> dict[str, Path]:
-    """The files of benchmarks by marker: PROCESSOR/NAME."""
+    """Return the files of benchmarks by marker: PROCESSOR/NAME."""
     found = {f"{path.parent.name}/{path.stem}": path for path in sorted(results.glob("*/*.json"))}
     return {name: path for name, path in found.items()
             if not name.startswith((f"{evaluations.FOLDER}/", "gpu-"))}  # fmt: skip
 
 
 def figures(results: Path) -> dict[str, Callable[[str], str]]:
-    """What can stand between markers, by name: a function of the words after it."""
+    """Return the figures by name, each a function of the words after it."""
     made = {name: partial(tables.benchmark, path) for name, path in measured(results).items()}
     for name, make in TABLES.items():
         if (results / evaluations.FOLDER / f"{name}.json").exists():
@@ -63,12 +63,12 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
 
 
 def pages(root: Path) -> list[Path]:
-    """The pages that may have figures."""
+    """List the pages that may have figures."""
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def filled(page: Path, made: dict[str, Callable[[str], str]]) -> str:
-    """The page's text with today's figures between its markers."""
+    """Return the page's text with today's figures between its markers."""
 
     def marked(marker: re.Match) -> str:
         name, only = marker["name"], marker["only"] or ""
@@ -84,7 +84,7 @@ def filled(page: Path, made: dict[str, Callable[[str], str]]) -> str:
 
 
 def everything(results: Path) -> str:
-    """All benchmarks, a section each."""
+    """Make a page of all benchmarks, a section each."""
     parts = ["# Every figure", "Made by `python bench/readme.py` from the files beside this one."]
     for name, path in measured(results).items():
         parts.append(f"## {name}\n\n{tables.benchmark(path)}")
@@ -92,7 +92,7 @@ def everything(results: Path) -> str:
 
 
 def stale(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
-    """The pages that differ from the measured files, with their new text."""
+    """Return the pages that differ from the measured files, with their new text."""
     made = figures(results)
     texts = {page: filled(page, made) for page in pages(root)}
     texts[results / "README.md"] = everything(results)
@@ -101,13 +101,13 @@ def stale(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
 
 
 def keep(root: Path, results: Path) -> None:
-    """Keep what `make demo` and `search` left in build/, with their plots."""
+    """Keep the results of `make demo` and `search` in build/, with their plots."""
     docs, build = root / "docs", root / "build"
     for task, name, kind in (("loss", "demo", "demo"), ("recall", "recall", "gains")):
         if (found := build / "demo" / f"{task}.json").exists():
             evaluations.keep(found, name, kind, results)
             shutil.copyfile(found.with_suffix(".png"), docs / f"{name}.png")
-    for plot in build.glob("search*/search.png"):  # others have not ended
+    for plot in build.glob("search*/search.png"):  # only ended searches have one
         name = evaluations.keep_search(plot.with_suffix(".json"), results)
         shutil.copyfile(plot, docs / f"{name}.png")
 

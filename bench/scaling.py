@@ -15,7 +15,7 @@ import torch
 from harness import Call, Report, device, once, paired, peak_megabytes
 
 LENGTHS = tuple(2**i for i in range(10, 17))
-SECONDS = 5.0  # past a call of so long the next length is left out: it may take four times as long
+SECONDS = 5.0  # after a call this long the next length is left out: it may take four times longer
 
 
 @dataclass
@@ -83,7 +83,7 @@ def slope(rows: list[dict], field: str) -> float:
 
 
 def curves(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
-    """The rows of each implementation and number of threads, by length."""
+    """Group rows by implementation and number of threads, in order of length."""
     found: dict[tuple[str, int], list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["seqlen"]):
         found.setdefault((row["implementation"], row["threads"]), []).append(row)
@@ -91,7 +91,7 @@ def curves(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """Slopes of time and memory of every curve, and the gain of more threads at its longest."""
+    """Summarize every curve: slopes of time and memory, and the gain by more threads."""
     lines, found = [], curves(rows)
     for (name, threads), own in found.items():
         last = own[-1]

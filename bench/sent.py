@@ -1,4 +1,4 @@
-"""What a rank sends: counted from the collectives that it calls, and by formula."""
+"""Bytes that a rank sends: counted from its collectives, and by formula."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes that this rank sends to others in the calls under it.
+    """A mode that counts the bytes that this rank sends to others.
 
-    A gather sends the own part to each of the others, a sum of parts to each of the others what is
-    theirs, an exchange all but what stays.
+    A gather sends its part to each other rank, a sum of parts sends each rank its part, an exchange
+    sends all but its own part.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -37,13 +37,13 @@ class Sent(TorchDispatchMode):
 
 
 def by_formula(strategy: str, q: Tensor, k: Tensor, v: Tensor, ranks: int, backward: bool) -> int:
-    """Bytes that a rank sends of its q, k and v; out has q's dtype.
+    """Return the bytes that a rank sends of its q, k and v; out has q's dtype.
 
     With V the bytes of all keys and values, W those of their gradients in float32, Q those of all
     queries and O of all outputs: a gather (P-1)/P V, and back (P-1)/P (V + W); a ring (P-1)/P V,
     and back (P-1)/P V + W; Ulysses (P-1)/P of (Q + V' + O)/P either way, V' with heads repeated.
     """
-    keys = k.numel() + v.numel()  # of one rank: V is as many times P
+    keys = k.numel() + v.numel()  # of one rank: V is P times as many
     if strategy == "ulysses":
         repeated = max(ranks // k.shape[-2], 1)
         outs = q.numel() // q.shape[-1] * v.shape[-1]

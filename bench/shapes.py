@@ -1,4 +1,4 @@
-"""The shapes of the audit and of the benchmarks on a GPU: those of Llama-3 8B's layers."""
+"""Shapes of the audit and of the benchmarks on a GPU: Llama-3 8B's layers."""
 
 HEADS_Q, HEADS_K, HEAD_DIM = 32, 8, 128
 SEQLEN, WINDOW = 8192, 1024

@@ -4,11 +4,11 @@ apt-get download debian-reference-common debian-reference-en jargon-text, dpkg-d
 as in bench/model_runs.py, then
 OMP_NUM_THREADS=1 python bench/smollm2_finetune.py {yarn,rerope} debian-reference.txt jargon.txt
 
-Trained on the first text; measured on Python's reference and on the second one, as the model that
-was not tuned is by bench/model_runs.py. YaRN meets far distances by PoSE's positions; ReRoPE
-needs none: with a window of 2,048 its largest distance is in a piece of 4,096. Weights in float32,
-matrix products and attention in bfloat16, one piece a step. Every 20 steps are kept in
-build/smollm2-finetune, and a run that was stopped goes on from there.
+It trains on the first text, and measures on Python's reference and on the second one, as
+bench/model_runs.py measures the untuned model. YaRN meets far distances by PoSE's positions; ReRoPE
+needs none: with a window of 2,048 its largest distance fits into a piece of 4,096. Weights are
+float32, matrix products and attention bfloat16, one piece a step. Every 20 steps are kept in
+build/smollm2-finetune, and a stopped run continues from there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STEPS, WARM_UP, PEAK, KEEP = 200, 10, 2e-5, 20
 
 
 class Tuning(NamedTuple):
-    """How a method trains: its parameters, and the positions of a piece, 0, 1, 2 ... if None."""
+    """A method's training: its parameters, and the positions of a piece (None: 0, 1, 2, ...)."""
 
     params: dict[str, Any]
     positions: Callable[[torch.Generator], Tensor] | None = None
@@ -51,14 +51,14 @@ TUNINGS = {"yarn": Tuning({"factor": 2.0}, skipped), "rerope": Tuning({"window":
 
 
 def rate(step: int) -> float:
-    """A linear warm-up, then half a cosine down to zero."""
+    """Return the rate: a linear warm-up, then half a cosine down to zero."""
     if step < WARM_UP:
         return PEAK * (step + 1) / WARM_UP
     return PEAK * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / (STEPS - WARM_UP)))
 
 
 def load() -> tuple[Any, Any]:
-    """The model in float32 and its tokenizer; from the copy, since one from GGUF can't be saved."""
+    """Load the float32 model and its tokenizer from the copy: one from GGUF can't be saved."""
     files = models.find_model(models.SMOLLM2)
     model, tokenizer = models.load_model(files, "float32", "cpu"), models.load_tokenizer(files)
     if files.gguf_file is None:
@@ -94,14 +94,14 @@ class Trainer:
         unfinished.replace(self.file)
 
     def step(self) -> float:
-        """One piece; what it draws depends on the step alone, so that a run can go on."""
+        """Train on one piece; its draws depend on the step only, so that a run can continue."""
         step, began = len(self.losses), time.process_time()
         draws = torch.Generator().manual_seed(step)
         start = int(torch.randint(len(self.text.ids) - PIECE, (), generator=draws))
         ids = self.text.ids[start : start + PIECE][None]
         options: dict[str, Tensor] = {}
         if self.tuning.positions is not None:
-            # Without a mask transformers takes a gap for the end of one of several sequences.
+            # Without a mask transformers takes a gap for the border of two sequences.
             options["position_ids"] = self.tuning.positions(draws)
             options["attention_mask"] = torch.ones_like(ids)
         with torch.autocast("cpu", torch.bfloat16):
@@ -132,7 +132,7 @@ class Trainer:
 
 
 def tune(method: str, text: str, folder: Path) -> dict[str, Any]:
-    """Train and save; return what there is to tell."""
+    """Train and save; return a line about it."""
     trainer = Trainer(method, text)
     trainer.train()
     trainer.save(folder)
@@ -148,7 +148,7 @@ def tune(method: str, text: str, folder: Path) -> dict[str, Any]:
 
 
 def measure(method: str, model: Path, text: str) -> int:
-    """`eval` of the tuned model, as bench/model_runs.py measures the one that was not."""
+    """Run `eval` on the tuned model, as bench/model_runs.py does on the untuned one."""
     for task, trials in (("loss", 2), ("recall", 1)):
         options = ["--model", str(model), "--dtype", "bfloat16", "--task", task]
         options += ["--lengths", str(TARGET), "--trials", str(trials), "--methods", method]

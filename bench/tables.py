@@ -53,7 +53,7 @@ def machine(results: dict) -> str:
 
 
 def comparison(results: dict, only: str = "") -> str:
-    """A line for each case with the words of `only`: our time over that of everyone else."""
+    """Make a line per case with the words of `only`: our time over that of all others."""
     fields = ("dtype", "shape", "milliseconds", "of_floor", "error", "host_microseconds",
               "megabytes")  # fmt: skip
     headings = [COLUMNS[field][0].replace("/it", "/ours") for field in fields]
@@ -86,14 +86,14 @@ def _against(row: dict) -> str:
 
 
 def by_columns(columns: dict, results: dict) -> str:
-    """A line for each row, with the benchmark's own columns."""
+    """Make a line per row, with the benchmark's own columns."""
     lines = [[cell(row.get(field), form) for field, (_, _, form) in columns.items()]
              for row in results["rows"]]  # fmt: skip
     return f"{machine(results)}.\n\n{table([head for head, _, _ in columns.values()], lines)}"
 
 
 def speeds(results: dict) -> str:
-    """vLLM's tokens a second, and their ratio to plain with the same cache."""
+    """Make vLLM's tokens a second, and their ratio to plain with the same cache."""
     plain = {row["name"]: row for row in results["rows"] if row["name"].startswith("plain")}
     lines = []
     for row in results["rows"]:
@@ -105,7 +105,7 @@ def speeds(results: dict) -> str:
 
 
 def audit(path: Path) -> str:
-    """The compiled kernels at head_dim 128; three numbers where the chips differ."""
+    """Make the compiled kernels at head_dim 128; three numbers if the chips differ."""
     with path.open() as file:
         rows = list(csv.DictReader(file))
     held = [f"{r['kernel']} {r['variant']}, sm_{r['chip']}, head_dim {r['head_dim']}: "
@@ -138,7 +138,7 @@ CHIPS = {
 
 
 def gpu_choice() -> str:
-    """Who attends on a GPU when no backend is named."""
+    """Make the table of attention's backends on GPUs, if none is named."""
     lines = []
     for row in GPU_CHOICE:
         who = "Triton"
@@ -150,7 +150,7 @@ def gpu_choice() -> str:
 
 
 def _each(values: Iterable[object]) -> str:
-    """The chips' values; one where they agree."""
+    """Join the chips' values; one if they agree."""
     texts = list(map(str, values))
     return " / ".join(texts if len(set(texts)) > 1 else texts[:1])
 
@@ -170,14 +170,14 @@ def demo(results: Path) -> str:
 
 
 def recall(results: Path) -> str:
-    """A line a method: the gain of a passage by distance, with its standard error."""
+    """Make a line per method: the gain of a passage by distance, with its standard error."""
     found = evaluations.read("recall", results)
     head = ["method", *(f"{distance:,}" for distance in found["distances"])]
     return table(head, [[f"`{r['method']}`", *map(between, r["gains"])] for r in found["rows"]])
 
 
 def passkey(results: Path) -> str:
-    """A line a length of each method, a column a depth: shares with Wilson's interval of 95%."""
+    """Make a line per method and length: shares by depth, with Wilson's interval of 95%."""
     found = evaluations.read("passkey", results)
     head = ["method", "tokens", *(f"{depth:.0%} deep" for depth in found["depths"])]
     order = list(dict.fromkeys(row["method"] for row in found["rows"]))
@@ -192,7 +192,7 @@ def passkey(results: Path) -> str:
 
 
 def within(results: Path) -> str:
-    """Losses of texts within the training length, a column a length."""
+    """Make losses of texts within the training length, a column per length."""
     found = evaluations.read("short", results)
     lengths = sorted({row["length"] for row in found["rows"]})
     losses: dict[str, dict[int, float]] = {}
@@ -204,7 +204,7 @@ def within(results: Path) -> str:
 
 
 def real(results: Path, name: str) -> str:
-    """Every method and its parameters on a real model, the lowest loss first."""
+    """Make every method and its parameters on a real model, the lowest loss first."""
     found = evaluations.measured(results, name)
     rows = [(method, row) for method, several in found.items() for row in several]
     rows.sort(key=lambda item: item[1].loss or 99)
@@ -219,7 +219,7 @@ def real(results: Path, name: str) -> str:
 
 
 def tuned(results: Path) -> str:
-    """What a fine-tune changes, piece by piece, by the same parameters before and after."""
+    """Make the changes by a fine-tune, piece by piece, with the same parameters."""
     head = ["method", "parameters"]
     for tokens in ("0-8k", "8-16k"):
         head += [f"loss, {tokens}", "tuned", "change"]
@@ -252,14 +252,14 @@ KINDS = {
 
 
 def searches(results: Path) -> dict[str, dict[str, Any]]:
-    """By name, the shortest length first."""
+    """Return searches by name, the shortest length first."""
     paths = (results / evaluations.FOLDER).glob("search-*k.json")
     found = {path.stem: json.loads(path.read_text()) for path in paths}
     return dict(sorted(found.items(), key=lambda item: item[1]["length"]))
 
 
 def search(found: dict[str, Any]) -> str:
-    """The finalists, the best first, on text that was not searched on."""
+    """Make the finalists, the best first, on text that was not searched on."""
     names = ("loss", "to_yarn", "whole")
     lines = [[f"`{row['name']}`", *(_interval(row, name) for name in names)]
              for row in found["rows"]]  # fmt: skip
@@ -273,7 +273,7 @@ def search(found: dict[str, Any]) -> str:
 
 
 def searched(results: Path) -> str:
-    """A column a length: the best of every kind, and its loss over YaRN's."""
+    """Make a column per length: the best of every kind, and its loss over YaRN's."""
     every = list(searches(results).values())
     head = ["", *(f"{one['length']:,} tokens" for one in every)]
     return table(
@@ -310,12 +310,12 @@ def _interval(row: dict[str, Any], name: str) -> str:
 
 
 def length_losses(row: dict) -> list[list[float]]:
-    """A column each: the losses of all seeds."""
+    """Return columns: the losses of all seeds each."""
     return [*row["last"], row["all"]]
 
 
 def length_head(results: dict) -> list[str]:
-    """Loss of the last L bytes at every length, then the mean over the longest."""
+    """Return headings: the last L bytes at every length, then the mean over the longest."""
     columns = [f"{length:,}" for length in results["lengths"]]
     return ["method", "trained", "at the test", *columns, f"all of {columns[-1]}"]
 
@@ -326,7 +326,7 @@ def with_spread(values: list[float]) -> str:
 
 
 def as_good(values: list[float], best: list[float]) -> bool:
-    """True if the seeds don't tell a loss from the best one: all start from the same weights."""
+    """Return True if the seeds don't tell a loss from the best: all start from the same weights."""
     over = [loss - least for loss, least in zip(values, best)]
     spread = statistics.stdev(over) if len(over) > 1 else 0.0
     return fmean(over) <= max(0.01, 2 * spread)
@@ -347,7 +347,7 @@ def length_summary(results: dict) -> str:
 
 
 def length_generalization(results: Path) -> str:
-    """Names link to papers; bold is what the seeds don't tell from the best."""
+    """Make the table: names link to papers, bold losses are as good as the best."""
     found = evaluations.read("length_generalization", results)
     best = [min(column, key=fmean) for column in zip(*map(length_losses, found["rows"]))]
     lines = []
@@ -375,7 +375,7 @@ _ALL = 'ok, layers="all"'
 
 
 def census(results: Path) -> str:
-    """A summary, the classes that are served in full, and a line for each of the others."""
+    """Make a summary, the classes that are served in full, and a line for each other class."""
     found = evaluations.read("census", results)
     built = [row for row in found["rows"] if "built" not in row]
     rotating = [r for r in built if "must have a rotary embedding" not in r.get("yarn", "")]
@@ -391,8 +391,8 @@ def census(results: Path) -> str:
         lines.append(f"- By {sort}: {len(names)} of the {len(rotating)} that rotate ({share:.0%}).")
     both = sorted(set.intersection(*map(set, served.values())), key=str.lower)
     marked = {row["name"]: row["name"] + _mark(row) for row in built}
-    lines += ["", '\\* Score methods with `layers="all"`, \\*\\* frequency methods too. † Only forwards']
-    lines += ["are compared: its own `generate` fails.", "", '<details markdown="1">']
+    lines += ["", '\\* Score methods with `layers="all"`, \\*\\* frequency methods too. † Only']
+    lines += ["forwards are compared: its own `generate` fails.", "", '<details markdown="1">']
     lines += [f"<summary>The {len(both)} classes served by both</summary>", ""]
     lines += [f"{', '.join(marked[name] for name in both)}.", "", "</details>"]
     others = [[marked[row["name"]], *(_said(row, which) for which in SORTS.values())]
@@ -406,7 +406,7 @@ def census(results: Path) -> str:
 
 
 def _serves(row: dict, which: tuple[str, ...]) -> bool:
-    """A field that is not there stands for "ok"."""
+    """Return True if all fields are "ok", or missing, which means the same."""
     return all(row.get(method, "ok").startswith("ok") for method in which)
 
 
@@ -421,7 +421,7 @@ def _said(row: dict, which: tuple[str, ...]) -> str:
 
 
 def _reason(reason: str) -> str:
-    """The reason without the words that every error begins with."""
+    """Return the reason without the beginning of every error."""
     for words in ("is not a supported architecture: ", "extend: ", "Error: "):
         reason = reason.split(words, 1)[-1]
     return reason.replace("|", "/").strip()
@@ -430,7 +430,7 @@ def _reason(reason: str) -> str:
 # -------------------------------------------------------------------------------------------------
 # Methods
 
-# Names of rows of the measurements, where they are not the method's own.
+# Names of rows of the measurements, if they differ from the method's.
 MEASURED_AS = {
     "abf": "abf, tuned",
     "blockwise_causal": "xpos, blockwise (LEX)",
@@ -449,7 +449,7 @@ class MethodRow(NamedTuple):
 
 
 def method_rows(results: Path = RESULTS) -> list[MethodRow]:
-    """Every method of every axis, in the order of its registry."""
+    """Return every method of every axis, in the order of its registry."""
     small = evaluations.read("length_generalization", results)["rows"]
     trained = {row["name"]: fmean(row["last"][-1]) for row in small}
     on_real = [evaluations.measured(results, name) for name in ("smollm2-16k", "smollm2-32k")]
@@ -462,7 +462,7 @@ def method_rows(results: Path = RESULTS) -> list[MethodRow]:
 
 
 def described(method: Callable) -> tuple[str, str]:
-    """The first line of a docstring without its full stop, and the link to its source."""
+    """Return a docstring's first line without its full stop, and the link to its source."""
     text = inspect.getdoc(method) or ""
     source = re.search(r"^(?:Paper|Source): (https://\S+)", text, re.MULTILINE)
     if source is None:
@@ -471,7 +471,7 @@ def described(method: Callable) -> tuple[str, str]:
 
 
 def link(paper: str) -> str:
-    """An arXiv paper by its number, anything else by its host."""
+    """Name a link: an arXiv paper by its number, anything else by its host."""
     host, path = urlsplit(paper)[1:3]
     label = Path(path).name if host == "arxiv.org" else host.removeprefix("www.")
     return f"[{label}]({paper})"
@@ -532,7 +532,7 @@ def _methods() -> list[tuple[str, str, Callable]]:
 
 
 def api(folder: str) -> str:
-    """mkdocstrings' directive for every public function of a folder, such as "methods"."""
+    """Make mkdocstrings' directive for every public function of a folder, such as "methods"."""
     paths = {}
     for package in (extrope_kernels, methods, positions, scores):
         for name in package.__all__:

@@ -1,8 +1,8 @@
 """Tokens a second of vLLM on a CPU, plain and extended: python bench/vllm_speed.py
 
-SmolLM2 reads a prompt, and writes behind it. Engines take turns, each in a process of its own, and
-every step is timed by itself: CPU seconds as well, which on one thread are those of a machine that
-nobody else uses. Needs vLLM; writes bench/results/PROCESSOR/vllm.json.
+SmolLM2 reads a prompt and continues it. Engines take turns, each in its own process, and every step
+is timed separately, also in CPU seconds, which on one thread do not depend on other load. Needs
+vLLM; writes bench/results/PROCESSOR/vllm.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from importlib.metadata import entry_points
 
 RERO = {"score": {"method": "rerope", "window": 1024}}
-# What is asked for, and the type of the cache.
+# The entry of the configuration, and the type of the cache.
 METHODS = {
     "plain": (None, "auto"),
     "yarn": ({"method": "yarn", "factor": 4.0}, "auto"),
@@ -44,7 +44,7 @@ def run_engine(args: argparse.Namespace) -> None:
     """Time one engine; print the wall and CPU seconds of its prefill, and of a decode step."""
     from vllm import LLM, SamplingParams
 
-    # vLLM takes no notice of an additional_config that nobody reads.
+    # vLLM ignores an additional_config that no plugin reads.
     if "extrope" not in {entry.name for entry in entry_points(group="vllm.general_plugins")}:
         sys.exit("extrope_kernels must be installed, not on PYTHONPATH alone: vLLM finds its entry")
     extrope, cache_dtype = METHODS[args.engine]
@@ -65,7 +65,7 @@ def run_engine(args: argparse.Namespace) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, detokenize=False)
 
     def steps(tokens: int) -> tuple[list[float], list[list[float]]]:
-        """The seconds of the prompt's steps together, and of each one behind it."""
+        """Return the seconds of the prompt's steps together, and of each step after it."""
         engine.add_request(f"{tokens} tokens", {"prompt_token_ids": prompt[:tokens]}, params)
         prefill, decodes = [0.0, 0.0], []
         while engine.has_unfinished_requests():
@@ -86,7 +86,7 @@ def run_engine(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, name: str) -> dict[str, list[float]]:
-    """Run an engine in a process of its own."""
+    """Run an engine in its own process."""
     env = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(args.threads)}
     command = [sys.executable, __file__, *sys.argv[1:], "--engine", name]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, list[float]]:
 
 
 def save(args: argparse.Namespace, table: dict[str, dict[str, list[float]]]) -> None:
-    """Keep the numbers with what they were measured on."""
+    """Keep the numbers with their machine."""
     import transformers
     import vllm
     from harness import RESULTS, folder_of, machine, write
@@ -135,7 +135,7 @@ def main() -> None:
     for name in args.methods:
         table[name] = {}
         for part, tokens in (("prefill", args.tokens), ("decode", 1)):
-            # The least of all rounds: what others take of the machine comes on top.
+            # The least of all rounds: other load on the machine only adds time.
             best = [min(each[name][part][clock] for each in rounds) for clock in (0, 1)]
             table[name][part] = [tokens / seconds for seconds in best]
             ratio = [a / b for a, b in zip(table[name][part], table[args.methods[0]][part])]

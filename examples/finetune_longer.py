@@ -1,8 +1,8 @@
 """Fine-tune a model to eight times its context with YaRN, or with ReRoPE.
 
-A tiny Llama learns the bytes of Python's own library in pieces of 64, is extended and fine-tuned
-for some steps on pieces of 512. Shows the loss past the training length before and after, and that
-an extended model trains like any other: its attention has gradients.
+A tiny Llama learns the bytes of Python's own library in pieces of 64, is extended, and is
+fine-tuned for some steps on pieces of 512. It shows the loss past the training length before and
+after, and that an extended model trains like any other: its attention has gradients.
 
     python examples/finetune_longer.py [yarn | rerope]
 """
@@ -21,7 +21,7 @@ METHODS = {"yarn": {"factor": LONG / SHORT}, "rerope": {"window": SHORT // 2}}
 
 
 def library_bytes() -> torch.Tensor:
-    """The source of two modules, as token ids 0 to 255."""
+    """Return the source of two modules, as token ids 0 to 255."""
     text = b"".join(Path(module.__file__).read_bytes() for module in (argparse, random))
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
@@ -42,7 +42,7 @@ def train(model: LlamaForCausalLM, text: torch.Tensor, steps: int, length: int, 
 
 @torch.no_grad()
 def loss(model: LlamaForCausalLM, ids: torch.Tensor) -> str:
-    """Mean loss in nats per byte, of the first SHORT bytes and of the last SHORT."""
+    """Return the loss in nats per byte, of the first SHORT bytes and of the last SHORT."""
     logits = model(ids).logits[:, :-1].transpose(1, 2)
     each = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none")
     return f"first {SHORT} bytes {each[:, :SHORT].mean():.2f}, last {each[:, -SHORT:].mean():.2f}"

@@ -1,7 +1,7 @@
 """A score method of your own in thirty lines: distances that grow slower in two steps.
 
-Shows that a score method is data, regions of keys and a position map for each side, which the
-fused kernels take as they are, forward and backward; and that plain PyTorch gives the same.
+A score method is data: regions of keys, with a position map for queries and one for keys. The fused
+kernels run it, forward and backward; plain PyTorch gives the same.
 
     python examples/own_score.py
 """
@@ -14,7 +14,7 @@ from extrope_kernels.scores import FIRST_KEY, UNROTATED, PositionMap, Region, Sc
 
 
 def two_slopes(near: int, far: int, factor: float) -> Score:
-    """With x = i - j: x below `near`, then `factor` times slower, from `far` on not at all."""
+    """Return a score: x = i - j below `near`, then `factor` times slower, constant past `far`."""
     same = PositionMap()
     offset = near - near / factor
     regions = (
@@ -26,7 +26,7 @@ def two_slopes(near: int, far: int, factor: float) -> Score:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, freqs: methods.RopeFreqs, x: Tensor) -> Tensor:
-    """The same with the relative positions x (seqlen, seqlen), by every pair's own rotation."""
+    """Attend by relative positions x (seqlen, seqlen), rotating every pair of tokens."""
     k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
     angle = x[..., None].double() * freqs.inv_freq.double()
     cos, sin = angle.cos().float(), angle.sin().float()  # (seqlen, seqlen, head_dim/2)

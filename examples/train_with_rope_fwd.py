@@ -1,8 +1,8 @@
 """A training loop around `torch.ops.extrope.rope_fwd`, the rotation as an op.
 
-One attention layer learns to repeat the token that stands five places back, which it can tell by
-relative position alone. Shows that the op is differentiable as it stands, and that it is part of
-a graph that `torch.compile` takes whole (pass --compile, which needs a C++ compiler).
+One attention layer learns to repeat the token five places back, which only relative positions show.
+The op has its gradient, and `torch.compile` takes the graph whole (pass --compile, which needs a
+C++ compiler).
 
     python examples/train_with_rope_fwd.py [--compile]
 """

@@ -1,1 +1,1 @@
-"""What a machine with a GPU is asked, in steps of under nine minutes: `make gpu`."""
+"""Checks and timings for a machine with a GPU, in steps of under nine minutes: `make gpu`."""

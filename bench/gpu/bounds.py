@@ -11,11 +11,11 @@ from machine_code import CARDS, Card
 
 from .step import RESULTS
 
-# torch's names of the cards whose peaks are known; others, with their own memory, have no bound.
+# torch's names of the cards with known peaks; others, with their own memory, have no bound.
 NAMES = {
     r"A100-SXM4-80GB": CARDS[80],
     r"H100 80GB HBM3": CARDS[90],
-    # Its data sheet differs from the H100's in memory alone.
+    # Its data sheet differs from the H100's only in memory.
     r"H200$": Card("H200", 90, 132, 1.83e9, 4.8e12, 989.4e12, CARDS[90].of_a_warp),
     r"\bB200": CARDS[100],
 }
@@ -27,7 +27,7 @@ def card_of(name: str) -> Card | None:
 
 @cache
 def audited() -> dict[tuple[str, str, int], dict[str, float]]:
-    """Microseconds of each resource, by kernel, variant and chip, at head_dim 128."""
+    """Read microseconds of each resource, by kernel, variant and chip, at head_dim 128."""
     with (RESULTS / "gpu_audit.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["head_dim"] == "128"]
     resources = ("memory", "tensor", "special", "issue")
@@ -40,8 +40,10 @@ def audited() -> dict[tuple[str, str, int], dict[str, float]]:
 
 
 def bound(launches: Iterable[tuple[str, str]], card: Card | None) -> tuple[float, str] | None:
-    """(milliseconds, the resource that binds) of launches one after the other, each (kernel,
-    variant) of the audit; None where the card is not known. Peaks differ within a chip.
+    """Bound launches one after the other: (milliseconds, the binding resource).
+
+    Each launch is a (kernel, variant) of the audit. None for an unknown card: peaks differ within a
+    chip.
     """
     if card is None:
         return None
@@ -56,7 +58,7 @@ def bound(launches: Iterable[tuple[str, str]], card: Card | None) -> tuple[float
     for launch in launches:
         times = audited().get((*launch, card.capability))
         if times is None:
-            continue  # it takes no time: a bound still
+            continue  # it counts no time: still a bound
         found = {name: time * slower[name] for name, time in times.items()}
         most = max(found, key=found.__getitem__)
         total += found[most]

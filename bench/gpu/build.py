@@ -1,4 +1,4 @@
-"""Whether what the other steps need is there: the libraries, built now, and versions."""
+"""Build the libraries that other steps need, and list versions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ PEERS = ("flash-attn", "flash-attn-3", "flash-attn-4", "flashinfer-python", "lig
 
 
 def run(deadline: Deadline) -> Verdict:
-    """Fails without a compiled kernel of any kind, and where nvcc is there but not CUDA's library:
-    without it the suite has no such cases, and says nothing.
+    """Build; fail without any compiled kernel, and with nvcc but without the CUDA library.
+
+    Without it the suite has no such cases, and says nothing.
     """
     reasons = {name: _ext.load(name) for name in ("cpu", "cuda")}
     print(cli.info(), flush=True)
@@ -47,7 +48,7 @@ def installed(package: str) -> str:
 
 
 def about() -> dict:
-    """What results were made with."""
+    """Return the versions that results were made with."""
     return {
         "card": torch.cuda.get_device_name(),
         "capability": capability(),
@@ -64,7 +65,7 @@ def capability() -> int:
 
 
 def commit() -> str:
-    """Of the checkout, with a + where it has been edited; nothing outside of git."""
+    """Return the checkout's commit, with a + if edited; "" outside of git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,7 +1,7 @@
-"""What smoke.py runs: every operation on every backend, each within the tests' own error budget.
+"""Checks for smoke.py: every operation on every backend, within the tests' own error budget.
 
-Oracles are those of tests/support: the closed form in float64, and what one writes in PyTorch in
-the tensors' own dtype.
+Oracles are those of tests/support: the closed form in float64, and plain PyTorch in the tensors'
+dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from extrope_kernels.testing import assert_within_budget
 DTYPES = (torch.bfloat16, torch.float32)
 SIZES = {"seqlen_q": 200, "heads_q": 6, "heads_k": 2, "head_dim": 64}
 LENGTHS = (700, 150)  # of the cached sequences
-# Two and three regions, and what keys are rotated by: the suite has the others.
+# Two and three regions, and the frequencies of keys: the suite has the others.
 SCORES = {
     "rerope": (scores.rerope(6), partial(score_examples.rerope, window=6)),
     "dual_chunk": (
@@ -31,7 +31,7 @@ SCORES = {
     ),
 }
 CACHED = ("plain", "rerope", "leaky_rerope")
-# Attention's reference multiplies in float32 what kernels round to 16 bits: no measure of theirs.
+# Attention's reference multiplies in float32, while kernels round to 16 bits: it is no measure.
 BY_REFERENCE = (
     *("rope", "rope by cos and sin", "norm and rope", "norm, rope and append"),
     "merge",
@@ -40,7 +40,7 @@ Check = Callable[[], None]
 
 
 def checks() -> Iterator[tuple[str, Check]]:
-    """By name; a check raises where the results are wrong, or cannot be had."""
+    """Return checks by name; a check raises if results are wrong or missing."""
     for dtype in DTYPES:
         for name, operation in operations.OPERATIONS.items():
             if name.removesuffix(", backward") in BY_REFERENCE:
@@ -62,13 +62,13 @@ def named(name: str, backend: str, dtype: torch.dtype) -> str:
 
 
 def others(backends: tuple[str, ...]) -> list[str]:
-    """But for the reference; interpreted, Triton takes minutes."""
+    """Return the backends except the reference; interpreted, Triton takes minutes."""
     here = {backend for _, backend in operations.everywhere()}
     return [name for name in backends if name in here and name != "reference"]
 
 
 def same(name: str, backend: str, dtype: torch.dtype) -> None:
-    """Against the reference in the same dtype, and in float64."""
+    """Compare with the reference in the same dtype, and in float64."""
     operation = operations.OPERATIONS[name]
     inputs = operation.inputs(dtype)
     exact = operation.run("reference", **{key: x.double() for key, x in inputs.items()})
@@ -86,8 +86,10 @@ def compare(
 
 
 def of_norm(exact: list[Tensor], q: Tensor) -> list[float]:
-    """What a norm rounds beside the rotation: its mean, products and differences, and in the
-    gradient of a weight, 1-D, each addition of a running sum that is at most the whole.
+    """Return the roundings that a norm adds to the rotation's.
+
+    They are its mean, products and differences; in the gradient of a weight (1-D) also each
+    addition of a running sum, at most as large as the whole.
     """
     terms = [q.numel() / x.numel() if x.dim() == 1 else 0 for x in exact]
     half = torch.finfo(torch.float32).eps / 2
@@ -95,12 +97,12 @@ def of_norm(exact: list[Tensor], q: Tensor) -> list[float]:
 
 
 def copies(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An operation may write into what it is given."""
+    """Copy the arguments: an operation may write into them."""
     return {name: x.clone() for name, x in inputs.items()}
 
 
 def attention(score: str, backend: str, dtype: torch.dtype, **sizes: int) -> None:
-    """Output, log-sum-exp and gradients."""
+    """Return output, log-sum-exp and gradients."""
     (method, relative), sizes = SCORES[score], {**SIZES, **sizes}
     tensors, freqs = oracle.make_qkv(**sizes, dtype=dtype), oracle.frequencies(sizes["head_dim"])
     seqlen = sizes["seqlen_q"]
@@ -140,7 +142,7 @@ def gradients(function: Callable, tensors: list[Tensor], dout: Tensor) -> tuple[
 
 
 def decode(score: str, backend: str, dtype: torch.dtype) -> None:
-    """One token and a few over a paged cache."""
+    """Attend from one token, and from a few, over a paged cache."""
     for tokens in (1, 5):
         check_decode(score, backend, dtype, tokens, 64)
 
@@ -152,7 +154,7 @@ def check_decode(score, backend, dtype, tokens: int, head_dim: int, **sizes: int
 
 
 def append(backend: str, dtype: torch.dtype) -> None:
-    """The cache that is written, and no more."""
+    """Return the written slots of the cache, and no others."""
     operation = operations.OPERATIONS["cache, appended to"]
     inputs = operation.inputs(dtype)
     exact = operation.run("reference", **{key: x.double() for key, x in inputs.items()})

@@ -1,4 +1,4 @@
-"""Which steps there are, and how one is run: apart, so that it can be ended."""
+"""The steps, each run in its own process, so that it can be ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOLDERS = [str(ROOT / folder) for folder in (".", "bench", "tests/support")]
 
 
 def bench(deadline: Deadline) -> Verdict:
-    from . import rows  # with all that benchmarks import
+    from . import rows  # it imports all that benchmarks need
 
     return rows.run(deadline)
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 
 def card_name() -> tuple[str, str]:
-    """And why there is none. Asked in a process of its own: this holds no memory of the card."""
+    """Ask another process for the card's name, or why there is none; this one holds no memory."""
     done = subprocess.run([sys.executable, "-c", CARD], capture_output=True, text=True)
     if done.returncode == 0:
         return done.stdout.strip(), ""
@@ -69,8 +69,8 @@ def card_name() -> tuple[str, str]:
 
 
 def here(name: str) -> int:
-    """Run one step in this process and keep what it found."""
-    about = build.about()  # before a bad access can make the card deaf
+    """Run one step in this process and keep its results."""
+    about = build.about()  # before a bad access can block the card
 
     def keep(verdict: Verdict) -> None:
         save(name, verdict, about, folder(about["card"]))
@@ -82,7 +82,7 @@ def here(name: str) -> int:
 
 
 def apart(name: str, card: str) -> Verdict:
-    """Run one step in a process that is ended, with all it started, when its time is up."""
+    """Run one step in a process that is ended, with its children, when its time is up."""
     print(f"\n{name}: {STEPS[name].about}", flush=True)
     process = subprocess.Popen(
         [sys.executable, str(RUN), *name.split(), INSIDE],
@@ -111,7 +111,7 @@ def apart(name: str, card: str) -> Verdict:
 
 
 def python_path() -> str:
-    """Ours before what is there: on a cluster torch may come through it."""
+    """Return PYTHONPATH with our folders first: on a cluster torch may come through it."""
     there = os.environ.get("PYTHONPATH")
     return os.pathsep.join([*FOLDERS, there] if there else FOLDERS)
 

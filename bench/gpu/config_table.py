@@ -1,9 +1,8 @@
-"""The configuration tables of the kernels, as files: read, a leaf replaced, written back.
+"""The kernels' configuration tables as files: read them, replace a leaf, write them back.
 
-{"forward": {"90": {"128": {"block_m": 128, ...}}}}: kernel, chip (also for those after it, up to
-the next one), head_dim up to. A leaf that was timed on a card has "measured" and "card" beside its
-fields, and stands for no other chip that is audited. candidates.json is the same with a list of
-configurations for each leaf.
+{"forward": {"90": {"128": {"block_m": 128, ...}}}}: kernel, chip (and later ones up to the next
+row), largest head_dim. A leaf that was timed on a card has "measured" and "card" beside its fields,
+and is not used for other audited chips. candidates.json has a list of configurations in each leaf.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from machine_code import CHIPS
 from .step import ROOT
 
 CONFIGS, CANDIDATES = "configs.json", "candidates.json"
-ABOUT = ("measured", "card")  # what a leaf says beside its fields
+ABOUT = ("measured", "card")  # entries of a leaf beside its fields
 
 
 @dataclass
 class ConfigTable:
-    """One op's files."""
+    """The files of one op."""
 
     folder: Path
 
@@ -35,7 +34,7 @@ class ConfigTable:
         return f"{self.folder.relative_to(ROOT)} has no {' and no '.join(names)}" if names else ""
 
     def candidates(self, kernel: str, capability: int) -> dict[int, list[dict]]:
-        """By head_dim: what is to be timed there, the shipped leaf first."""
+        """Return the configurations to time by head_dim, the shipped leaf first."""
         found = {}
         listed = rows_for(self._read(CANDIDATES).get(kernel, {}), capability)
         shipped = rows_for(self._read(CONFIGS)[kernel], capability)
@@ -46,8 +45,9 @@ class ConfigTable:
         return found
 
     def replace(self, kernel: str, capability: int, head_dim: int, leaf: dict, card: str) -> None:
-        """Write the leaf that won for this chip, and keep what other audited chips have: one
-        without a row of its own gets one, and so does the next after it that shared its row.
+        """Write the winning leaf for this chip, and keep those of other audited chips.
+
+        A chip without its own row gets one, and so does the next chip that shared its row.
         """
         table = self._read(CONFIGS)
         rows = table[kernel]
@@ -65,7 +65,7 @@ class ConfigTable:
 
 
 def rows_for(by_chip: dict, capability: int) -> dict:
-    """Those of the chip, or of the last one before it."""
+    """Return the rows of the chip, or of the last one before it."""
     chips = [chip for chip in by_chip if chip.isdigit() and int(chip) <= capability]
     return by_chip[max(chips, key=int)] if chips else {}
 
@@ -75,7 +75,7 @@ def fields_of(leaf: dict) -> dict:
 
 
 def dumped(table: dict) -> str:
-    """One leaf a line; chips and head_dims in the order of their numbers."""
+    """Format one leaf a line; chips and head_dims in numerical order."""
     kernels = []
     for kernel, by_chip in table.items():
         chips = []
@@ -94,5 +94,5 @@ def _by_dim(rows: dict) -> list[tuple[int, dict]]:
 
 
 def _number(key: str) -> tuple[int, str]:
-    """Words, should a table have such rows, come behind the numbers."""
+    """Return a sort key: words, if a table has any, come after numbers."""
     return (int(key), "") if key.isdigit() else (10**9, key)

@@ -1,6 +1,6 @@
-"""Which check of smoke.py has to launch which kernel.
+"""The kernels that each check of smoke.py must launch.
 
-A name alone does not tell: rope and attention have a rotate_kernel each.
+A name is not enough: rope and attention have a rotate_kernel each.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ class Kernel(NamedTuple):
         return f"{self.op}'s {self.name} ({self.backend})"
 
     def is_seen_as(self, launch: str) -> bool:
-        """The profiler has the plain names of Triton's kernels, and those of C++ with types."""
+        """Match a name of the profiler: plain for Triton's kernels, with types for C++."""
         if self.backend == "triton":
             return launch == self.name
         return launch != self.name and bool(re.search(rf"(?<![A-Za-z_]){self.name}", launch))
 
 
 class Source(NamedTuple):
-    """Who launches: a check of checks.py, over all dtypes."""
+    """A check of checks.py that launches, over all dtypes."""
 
     operation: str
     backend: str
 
 
 def source_of(name: str) -> Source:
-    """From a check's name: OPERATION, BACKEND, DTYPE."""
+    """Read a check's name: OPERATION, BACKEND, DTYPE."""
     operation, backend, _ = name.rsplit(", ", 2)
     return Source(operation, backend)
 
 
-# The operation that has to launch each: tests/package/test_gpu_kernels.py.
+# The operation that must launch each kernel: tests/package/test_gpu_kernels.py.
 OPERATIONS = {
     Kernel("triton", "rope", "rotate_kernel"): "rope",
     Kernel("triton", "rope", "cos_sin_kernel"): "rope by cos and sin",
@@ -56,10 +56,9 @@ OPERATIONS = {
 
 
 def never_launched(seen: Mapping[Source, set[str]], backends: Iterable[str]) -> list[Kernel] | None:
-    """The kernels of these backends that the checks did not launch; None where the profiler saw no
-    kernel at all.
+    """Return the kernels of these backends that no check launched; None if the profiler saw none.
 
-    seen: what each launched, by the names that the profiler has.
+    seen: the launches of each check, by the profiler's names.
     """
     if not any("kernel" in launch for launches in seen.values() for launch in launches):
         return None

@@ -1,7 +1,7 @@
-"""A dozen timings: each beside the audit's bound for the same shape, and beside installed peers.
+"""A dozen timings, each beside the audit's bound for the same shape and beside installed peers.
 
-Replays of CUDA graphs with a cold L2 cache, as all of bench/ on a GPU, in bfloat16 at the shapes of
-bench/shapes.py. Peers of attention get rotated inputs and compute plain causal attention.
+They replay CUDA graphs with a cold L2 cache, as all of bench/ on a GPU, in bfloat16 at the shapes
+of bench/shapes.py. Peers of attention get rotated inputs and compute plain causal attention.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CACHED = f"{BATCH} on {KEYS} x {HEADS_Q}/{HEADS_K} x {HEAD_DIM}"
 
 @dataclass
 class Timed:
-    """What is timed: ours, and a reason where it cannot be; peers by name."""
+    """Timed calls: ours, or why it cannot run; peers by name."""
 
     ours: Call
     peers: dict[str, Call | str] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Timing:
-    """One row: its launches by kernel and variant of the audit, and how to make what is timed."""
+    """One row: its launches by kernel and variant of the audit, and a maker of its calls."""
 
     name: str
     shape: str
@@ -97,7 +97,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
-# What is timed
+# Timed calls
 
 
 def rotation(backend: str, backward: bool = False) -> Timed | str:
@@ -113,7 +113,7 @@ def rotation(backend: str, backward: bool = False) -> Timed | str:
 def causal(score: scores.Score | None, training: bool = False) -> Timed:
     qkv, freqs = make_inputs(SEQLEN, HEADS_K, HEAD_DIM, DTYPE, HEADS_Q), frequencies(HEAD_DIM)
 
-    # select_backend.py estimates from which length on the second is the faster one.
+    # select_backend.py estimates the length from which the second is faster.
     own = {name: part(rope_attention, *qkv, freqs, score, backend=name)
            for name in ("triton", "flash_attn")}  # fmt: skip
     for call in own.values():
@@ -128,7 +128,7 @@ def causal(score: scores.Score | None, training: bool = False) -> Timed:
 def decode(score: scores.Score | None) -> Timed:
     raw, rotated = caches(KEYS, DTYPE)
     exact = exact_tail(score, raw.q, *raw.contiguous(), frequencies(HEAD_DIM))
-    cache = raw if score else replace(rotated, q=raw.q)  # plain RoPE keeps its keys rotated
+    cache = raw if score else replace(rotated, q=raw.q)  # plain RoPE stores rotated keys
     peers = {**sdpa_calls(rotated.q, *rotated.contiguous()), **decode_peers(rotated)}
     return Timed(decode_paged(cache, score, "triton"), peers, error_of_tail([exact]))
 
@@ -143,7 +143,7 @@ def merge() -> Timed:
 
 
 def attention(words: str, training: bool = False) -> tuple[tuple[str, str], ...]:
-    """Launches: the rotations, each kernel, and with gradients back out of the rotation."""
+    """List attention's launches: rotations, kernels, and with gradients the inverse rotations."""
     forward = ("attention's rotation", f"{words} keys"), ("attention", words)
     if not training:
         return forward
@@ -181,7 +181,7 @@ def run(deadline: Deadline) -> Verdict:
 
 
 def run_all(every: list[Timing], deadline: Deadline) -> Verdict:
-    """Each kept as soon as it is measured: the next may be what the time is short for."""
+    """Measure all rows, and keep each at once: the time may be too short for the next."""
     torch.manual_seed(0)
     results: list[Result] = []
     name = torch.cuda.get_device_name()
@@ -196,7 +196,7 @@ def run_all(every: list[Timing], deadline: Deadline) -> Verdict:
 
 
 def measure(timing: Timing, card: str) -> Result:
-    """Ours alone and with each peer in turn. What ours raises is kept, and fails the step."""
+    """Time ours alone and with each peer in turn. An error of ours is kept and fails the step."""
     result = Result(timing.name, timing.shape)
     found = bound(timing.launches, card_of(card))
     result.bound, result.bound_by = found or (None, "")
@@ -216,7 +216,7 @@ def measure(timing: Timing, card: str) -> Result:
 
 
 def beside(ours: Call, call: Call | str) -> dict[str, float] | str:
-    """The peer's milliseconds, and our time over it, taken in turn; or why there are none."""
+    """Return the peer's milliseconds and our time over it, taken in turn; or why there are none."""
     if reason := call if isinstance(call, str) else why_not(call):
         return reason
     its, own = paired(call, ours, repeats=15, seconds=SECONDS)

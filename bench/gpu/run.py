@@ -1,10 +1,10 @@
-"""The steps that a machine with a GPU is asked for: make gpu, or python bench/gpu/run.py [STEP]
+"""Run steps on a machine with a GPU: make gpu, or python bench/gpu/run.py [STEP]
 
-Without a network and without pip: with the torch, Triton and nvcc of the Python that runs it. Each
-step ends within nine minutes with a verdict of one line; status 0 is that all is well. Results go
-to bench/results/gpu-CARD/, by the card's name: JSON, and README.md with the tables.
+It needs no network and no pip, and uses the torch, Triton and nvcc of its Python. Each step ends
+within nine minutes with a verdict of one line; status 0 means that all is well. Results go to
+bench/results/gpu-CARD/: JSON, and README.md with the tables.
 
-Steps: see `python bench/gpu/run.py --list`. Without one, all of them, one after the other.
+`python bench/gpu/run.py --list` lists the steps. Without STEP all of them run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The operations of smoke.py under compute-sanitizer, where it is installed."""
+"""The operations of smoke.py under compute-sanitizer, if installed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 from .step import Deadline, Verdict
 
-FOUND = 9  # exit status where there are errors
+FOUND = 9  # exit status for errors
 WORK = [sys.executable, "-m", "gpu.smoke"]
 START = 60.0  # seconds to start under the sanitizer, and to end
 
 
 def find() -> str | None:
-    """PATH, or a CUDA toolkit beside the one of nvcc."""
+    """Find it on PATH, or in the CUDA toolkit of nvcc."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     if nvcc := shutil.which("nvcc"):
         homes.append(str(Path(nvcc).resolve().parents[1]))
@@ -31,11 +31,11 @@ def check(tool: str, deadline: Deadline) -> Verdict:
     program = find()
     if program is None:
         return Verdict(True, "compute-sanitizer is not installed: nothing was checked")
-    # Without it first: what compiles lies in the cache then.
+    # Without it first, which fills the cache of compiled kernels.
     subprocess.run([*WORK, str(deadline.left / 2)], stdout=subprocess.DEVNULL)
     seconds = max(deadline.left - START, START)
     command = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
-    # Each tensor its own allocation, or an access past its end meets what the allocator keeps.
+    # Each tensor gets its own allocation; else an access past its end hits the allocator's memory.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     process = subprocess.Popen(
         [*command, *WORK, str(seconds)],
@@ -53,7 +53,7 @@ def check(tool: str, deadline: Deadline) -> Verdict:
 
 
 def verdict(tool: str, lines: list[str], code: int) -> Verdict:
-    """From what the program and the sanitizer printed."""
+    """Read the verdict from the output of program and sanitizer."""
     ran, cases = 0, 0
     for line in lines:
         if match := re.match(r"ran (\d+) of (\d+): ", line):

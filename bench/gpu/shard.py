@@ -1,8 +1,7 @@
-"""A pytest plugin: every n-th test, each told to a file as it starts and ends, until time is up.
+"""A pytest plugin that runs every n-th test until time is up, and logs each start and end.
 
-pytest -p gpu.shard, told by the environment: EXTROPE_SHARD "0/4 LOG" is the first of four parts.
-Tests that the log has already are left out, so a part can be started again after a crash; what it
-was cut at goes last.
+pytest -p gpu.shard, with EXTROPE_SHARD="0/4 LOG" for the first of four parts. Tests in the log are
+left out, so a part can be started again after a crash; the test that it was cut at goes last.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the parts of a suite tell, in lines of JSON: how many tests, and what became of each.
+"""Logs of a suite's parts, in lines of JSON: the number of tests, and the outcome of each.
 
-A part that was cut goes on from its log. The test that it was cut at is tried once more.
+A part that was cut continues from its log. The test that it was cut at is tried once more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ AGAIN = "again"  # the state of a test that started, did not end, and is to be t
 
 
 def read(log: Path) -> tuple[int | None, dict[str, dict]]:
-    """How many tests the part has, None before they are known, and what became of each so far."""
+    """Return the number of a part's tests (None if not known yet), and the outcomes so far."""
     total, found = None, {}
     for entry in _entries(log):
         if "tests" in entry:
@@ -35,27 +35,27 @@ def tried_again(log: Path) -> set[str]:
 
 
 def to_try(log: Path) -> list[str]:
-    """The tests that started and did not end, but those that did so twice."""
+    """Return the tests that started but did not end, except those that did so twice."""
     twice = tried_again(log)
     found = read(log)[1].items()
     return [test for test, entry in found if entry["state"] == "started" and test not in twice]
 
 
 def left(log: Path) -> int | None:
-    """How many tests another run would bring to their end; None before they are known."""
+    """Return the number of tests that another run would finish; None if not known yet."""
     total, found = read(log)
     return None if total is None else total - len(found) + len(to_try(log))
 
 
 def reopen(log: Path) -> None:
-    """Before a part goes on in another run."""
+    """Prepare the log for another run of a part."""
     lines = [json.dumps({"test": test, "state": AGAIN}) for test in to_try(log)]
-    with log.open("a") as file:  # behind a line that may have been cut
+    with log.open("a") as file:  # after a line that may have been cut
         file.writelines(f"{line}\n" for line in ("", *lines))
 
 
 def _entries(log: Path) -> Iterator[dict]:
-    """But for a line that was cut as its process was ended."""
+    """Yield the entries, without a line that was cut when its process ended."""
     for line in log.read_text().splitlines() if log.exists() else []:
         with suppress(ValueError):
             yield json.loads(line)

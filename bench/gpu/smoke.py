@@ -1,7 +1,7 @@
-"""One launch of every kernel, against the reference: python -m gpu.smoke SECONDS runs them alone.
+"""Launch every kernel, and compare with the reference: python -m gpu.smoke SECONDS only launches.
 
-Forward, backward and with a cache, by every backend that runs here: see checks.py. What each check
-launched is read from the profiler: a kernel that its check did not launch fails the step.
+Forward, backward and with a cache, by every backend that runs here: see checks.py. The profiler
+tells each check's launches: a kernel that its check did not launch fails the step.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from .step import Deadline, Verdict
 
 
 def error_of(check: Callable[[], None]) -> str:
-    """What a check finds wrong, in a line; nothing where all is right."""
+    """Return a check's error in a line; "" if all is right."""
     try:
         check()
-    except Exception as error:  # whatever a first launch on a card can raise
+    except Exception as error:  # a first launch on a card may raise anything
         return f"{type(error).__name__}: {_first_line(error)}"
     return ""
 
@@ -50,14 +50,14 @@ def run(deadline: Deadline) -> Verdict:
 
 
 def watched(check: Callable[[], None]) -> tuple[str, bool, set[str]]:
-    """What a check finds wrong, whether the context is lost, and the names of its launches."""
+    """Return a check's error, whether the context is lost, and the names of its launches."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         error, lost = error_of(check), is_lost()
     return error, lost, {event.key for event in seen.key_averages()}
 
 
 def is_lost() -> bool:
-    """After a bad access every later call fails: nothing more can be told in this process."""
+    """Return True after a bad access: every later call in this process fails."""
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
@@ -84,7 +84,7 @@ def verdict(
 
 
 def alone() -> list[tuple[str, str]]:
-    """(operation, backend): enough to launch every kernel."""
+    """List (operation, backend) pairs that launch every kernel."""
     from operations import everywhere
 
     variants = ("leaky rerope", "self-extend", "blockwise causal")
@@ -93,7 +93,7 @@ def alone() -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Every operation once on the GPU, with nothing to compare to: for compute-sanitizer."""
+    """Run every operation once on the GPU without a comparison, for compute-sanitizer."""
     from operations import OPERATIONS
 
     deadline, every = Deadline(float(sys.argv[1])), alone()

@@ -1,4 +1,4 @@
-"""What every step shares: its limit, its verdict, where results go, and the table of them all."""
+"""Shared by all steps: the time limit, the verdict, the folder of results, and their table."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from harness import folder_of
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 BUILD = ROOT / "build" / "gpu"
-LIMIT = 500.0  # seconds that a step gives itself; KILLED after that it is ended from outside
+LIMIT = 500.0  # seconds of a step's own limit; KILLED seconds later it is ended from outside
 KILLED = 530.0
 
 
 @dataclass
 class Verdict:
-    """How a step ended: in one line, and in numbers."""
+    """A step's result: a line, and numbers."""
 
     ok: bool
     line: str
@@ -34,12 +34,12 @@ class Step:
 
 
 class Deadline:
-    """Until when a step may go on, and where it leaves what it has come to meanwhile."""
+    """The end of a step's time, and the place for its results so far."""
 
     def __init__(
         self, seconds: float = LIMIT, keep: Callable[[Verdict], None] = lambda _: None
     ) -> None:
-        """keep: saves a verdict. A step that is ended from outside has nothing but what it kept."""
+        """Start; keep: saves a verdict. A step ended from outside has only what it kept."""
         self.end, self.keep = time.time() + seconds, keep
 
     @property
@@ -47,7 +47,7 @@ class Deadline:
         return max(self.end - time.time(), 0.0)
 
     def __bool__(self) -> bool:
-        """Whether there is time for more."""
+        """Return True if there is time for more."""
         return self.left > 0
 
 
@@ -60,14 +60,14 @@ def save(name: str, verdict: Verdict, about: dict, where: Path) -> None:
     where.mkdir(parents=True, exist_ok=True)
     content = {"step": name, "ok": verdict.ok, "verdict": verdict.line, **about, **verdict.content}
     path = _path(name, where)
-    whole = path.with_suffix(".new")  # whoever is ended while writing leaves the last one
+    whole = path.with_suffix(".new")  # if ended while writing, the last file stays
     whole.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(whole, path)
     (where / "README.md").write_text(markdown(where))
 
 
 def save_ended(name: str, why: str, about: dict, where: Path, started: float) -> Verdict:
-    """Keep how a step was ended from outside, and with it what the step itself kept since then."""
+    """Keep how a step was ended from outside, with the results that it kept itself."""
     path = _path(name, where)
     kept = json.loads(path.read_text()) if path.exists() else {}
     if kept.get("when", 0.0) < started:
@@ -84,7 +84,7 @@ def _path(name: str, where: Path) -> Path:
 
 
 def markdown(where: Path) -> str:
-    """The verdicts of all steps that were run on this card, and the tables of some."""
+    """Make the verdicts of all steps that ran on this card, and the tables of some."""
     steps = [json.loads(path.read_text()) for path in sorted(where.glob("*.json"))]
     steps.sort(key=lambda step: step["when"])
     lines = [

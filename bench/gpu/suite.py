@@ -1,8 +1,8 @@
-"""The test suite on the GPU, a folder of tests/ a step, spread over processes by test.
+"""The test suite on the GPU, a folder of tests/ per step, spread over processes by test.
 
-Without what compiles for minutes or is about the host: the audit, the evaluation, the builds. Each
-process may hold MEMORY of the card; what needs more runs alone, before, if the card has it. A step
-that time is up for goes on where it was when it is run again with the same sources.
+It leaves out tests that compile for minutes or concern the host: the audit, the evaluation, the
+builds. Each process may hold MEMORY of the card; tests that need more run first and alone, if the
+card has it. A step that ran out of time continues when it is run again with the same sources.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .shard_log import END, SHARD, left, read, reopen
 from .step import BUILD, ROOT, Deadline, Verdict
 
 TESTS = ROOT / "tests"
-MEMORY = 2.0  # GiB of a process, but for the context of each
+MEMORY = 2.0  # GiB of a process, without its context
 CONTEXT, SPARE = 1.0, 2.0  # GiB: of a process; of the card
 LARGE = "gpu_memory"  # the marker of tests that need more
-REST = 20.0  # seconds that are kept for the last tests to end
-OF = "of.txt"  # beside the logs of a run that is not through: what it is of
+REST = 20.0  # seconds left for the last tests to end
+OF = "of.txt"  # beside the logs of an unfinished run: what it was made with
 KINDS = (".py", ".json", ".h", ".cpp", ".cu")  # of sources
 OF_THE_HOST = (
     *("amx_emulated", "bench", "build", "cuda_emulated", "docs", "examples", "first_use"),
@@ -39,7 +39,7 @@ LEFT_OUT = ("evaluation", *(f"package/test_{name}.py" for name in OF_THE_HOST))
 
 
 def folders() -> list[str]:
-    """The folders that have tests, those of kernels first."""
+    """List the folders of tests, those of kernels first."""
     first = ("rope", "attention", "decode")
     found = {path.parent.name for path in TESTS.glob("*/test_*.py")} - set(LEFT_OUT)
     return [*(name for name in first if name in found), *sorted(found - set(first))]
@@ -58,7 +58,7 @@ def run(folder: str, deadline: Deadline) -> Verdict:
     count = workers(total, os.cpu_count() or 1)
     logs, printed = BUILD / f"suite-{folder}", []
     open_logs(logs, f"{made_with()}, {count} processes")
-    if needs_more(folder):  # first: they are few, and would else be what time is short for
+    if needs_more(folder):  # first: they are few, and time might be too short at the end
         printed.append(part(folder, 0, 1, logs, deadline, total - SPARE))
     with ThreadPoolExecutor(count) as pool:
         parts = [pool.submit(part, folder, i, count, logs, deadline) for i in range(count)]
@@ -72,7 +72,7 @@ def run(folder: str, deadline: Deadline) -> Verdict:
 
 
 def open_logs(logs: Path, of: str) -> None:
-    """Those of a run that was cut, if it was of the same; else none."""
+    """Open the logs of a cut run if it was made with the same; else new ones."""
     if (logs / OF).exists() and (logs / OF).read_text() == of:
         for log in logs.glob("*.jsonl"):
             reopen(log)
@@ -83,7 +83,7 @@ def open_logs(logs: Path, of: str) -> None:
 
 
 def made_with() -> str:
-    """What decides which tests there are and how they end: sources, packages, what runs here."""
+    """Return all that decides the tests and their outcomes: sources, packages, backends."""
     from extrope_kernels.testing import attention_backends, available_backends
 
     found = {key: x for key, x in about().items() if key not in ("commit", "when")}
@@ -104,16 +104,16 @@ def needs_more(folder: str) -> bool:
 
 
 def workers(gibibytes: float, cores: int) -> int:
-    """How many processes a card of that memory bears."""
+    """Return the number of processes that fit into a card of that memory."""
     return max(1, min(cores, int((gibibytes - SPARE) / (MEMORY + CONTEXT))))
 
 
 def part(
     folder: str, index: int, count: int, logs: Path, deadline: Deadline, large: float = 0.0
 ) -> str:
-    """Run one part; again, behind the test that ended it, as long as that brings it further.
+    """Run one part; repeat after the test that ended it, as long as that makes progress.
 
-    large: GiB for the tests that need more than MEMORY, which alone run then.
+    large: GiB for the tests that need more than MEMORY; then only those run.
     """
     log = logs / f"{'large' if large else index}.jsonl"
     printed, before = [], -1
@@ -148,7 +148,7 @@ def pytest(folder: str, shard: str, deadline: Deadline, large: float) -> str:
 
 
 def verdict(logs: list[Path], count: int, printed: Path | None = None) -> Verdict:
-    """From what the parts told: how many ran of how many, and what failed."""
+    """Read the verdict from the logs: how many ran of how many, and which failed."""
     totals, found = [], {}
     for log in logs:
         total, done = read(log)

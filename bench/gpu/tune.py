@@ -1,9 +1,8 @@
-"""Candidate tiles of the kernels that matter, timed; the winner goes into the configuration table.
+"""Time candidate tiles of the main kernels, and put the winner into the configuration table.
 
-A candidate is forced by patching the look-up `config(kernel, head_dim, itemsize, capability)` of
-the op, wherever a module has imported it. It counts only where its results are as right as the
-tests ask for; one that does not compile, does not fit, or spills more than a tile that was measured
-may, is listed with the reason.
+A candidate is forced by patching the op's look-up `config(kernel, head_dim, itemsize, capability)`
+in every module that imported it. It counts only if its results pass the tests' error budget. One
+that does not compile, does not fit, or spills more than allowed is listed with the reason.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ KERNELS = {
     "decode": ("attention.triton", "one_token"),
 }
 HEAD = ["head_dim", "configuration", "ms", "over the shipped one", ""]
-GAIN = 0.99  # of the shipped one's time: what a winner has to stay under to take its place
-# The tests hold the committed tables to the tiles.
+GAIN = 0.99  # a winner must take less than this share of the shipped one's time
+# The tests compare the committed tables with the tiles.
 AFTERWARDS = ("gpu_audit.py", "readme.py")
 
 
@@ -43,7 +42,7 @@ class Timed:
     head_dim: int
     fields: dict
     milliseconds: float | None = None
-    reason: str = ""  # why it has none, or does not count
+    reason: str = ""  # why it has no time, or does not count
 
     @property
     def counts(self) -> bool:
@@ -55,7 +54,7 @@ def of(name: str) -> Callable[[Deadline], Verdict]:
 
 
 def run(name: str, deadline: Deadline) -> Verdict:
-    """The common head_dim first, so that a lack of time costs the others."""
+    """Tune; the common head_dim comes first, so that a lack of time costs the others."""
     import torch
 
     from .build import capability
@@ -83,7 +82,7 @@ def run(name: str, deadline: Deadline) -> Verdict:
 def each_timed(
     op: str, kernel: str, dim: int, candidates: list[dict], deadline: Deadline
 ) -> Iterator[Timed]:
-    """Each candidate's time; the shipped one's first, and that has to run."""
+    """Time each candidate; the shipped one comes first and must run."""
     from .tune_problems import problems
 
     small, large = problems(op, kernel, dim)
@@ -97,7 +96,7 @@ def each_timed(
                 one.milliseconds = large()
             if number > 0:
                 one.reason = too_much(stack_of_binaries(op, kernel), before)
-        except Exception as error:  # of a compiler, a launch, or of the comparison
+        except Exception as error:  # by a compiler, a launch, or the comparison
             one.reason = f"{type(error).__name__}: {str(error).strip()[:160]}"
             if number == 0:
                 raise
@@ -106,14 +105,14 @@ def each_timed(
 
 
 def too_much(stack: dict[str, int], before: dict[str, int]) -> str:
-    """Whether what was compiled since spills more than a tile that was measured may, in words."""
+    """Return a reason if binaries compiled since spill more than a measured tile may; else ""."""
     most = max((size for binary, size in stack.items() if binary not in before), default=0)
     return f"{most} bytes of stack, allowed are {MEASURED_STACK}" if most > MEASURED_STACK else ""
 
 
 @contextmanager
 def forced(op: str, kernel: str, dim: int, fields: dict) -> Iterator[None]:
-    """Have the look-up give this configuration for the kernel."""
+    """Force this configuration of the kernel in the look-up."""
     configs = import_module(f"extrope_kernels.ops.{op}.configs")
     original = configs.config
 
@@ -130,7 +129,7 @@ def forced(op: str, kernel: str, dim: int, fields: dict) -> Iterator[None]:
 
 
 def winner(timed: list[Timed]) -> Timed | None:
-    """The fastest; the shipped one, which is the first, unless another gains enough."""
+    """Return the fastest; the shipped one, which is the first, unless another gains enough."""
     shipped = timed[0]
     if not shipped.counts:
         return None

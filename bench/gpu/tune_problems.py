@@ -1,4 +1,4 @@
-"""What the tuner runs with a candidate: a short problem to check, a long one to time."""
+"""The tuner's problems: a short one to check, a long one to time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from extrope_kernels import rope_attention, scores
 from . import checks
 
 DTYPE = torch.bfloat16
-SHORT = {"seqlen_q": 256, "heads_q": 16, "heads_k": 4}  # what float64 can follow
+SHORT = {"seqlen_q": 256, "heads_q": 16, "heads_k": 4}  # small enough for float64
 SECONDS = 2.0  # of timing
 
 
 def problems(op: str, kernel: str, dim: int) -> tuple[Callable[[], None], Callable[[], float]]:
-    """A gradient's kernel is timed within forward and backward together: all that is not forced
-    stays as it is.
+    """Return a kernel's problems: one to check, one to time.
+
+    A gradient's kernel is timed within forward and backward together: the other kernels are not
+    forced.
     """
     if kernel == "one_token":
         sizes = {"heads_q": HEADS_Q, "heads_k": HEADS_K}

@@ -1,6 +1,6 @@
-"""Attention of a sequence over two GPUs under NCCL, against one of them: results and times.
+"""Attention over two GPUs under NCCL, compared with one of them: results and times.
 
-Two processes, each with a GPU of its own. A machine with one has nothing to run here.
+Two processes have a GPU each. A machine with one GPU has nothing to run here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TIMED = {"seqlen": 65536, "heads_q": 32, "heads_k": 8, "head_dim": 128}
 def inputs(
     seqlen: int, heads_q: int, heads_k: int, head_dim: int, dtype: torch.dtype, device: str
 ) -> tuple[list[Tensor], Tensor, RopeFreqs]:
-    """q, k, v and the gradient of out, the same on every rank, and frequencies."""
+    """Make q, k, v and the gradient of out, the same on every rank, and frequencies."""
     generator = torch.Generator().manual_seed(0)
     heads = (heads_q, heads_k, heads_k, heads_q)
     made = [torch.randn(1, seqlen, h, head_dim, generator=generator) for h in heads]
@@ -42,14 +42,14 @@ def inputs(
 
 
 def outcome(attention: Any, leaves: list[Tensor], dout: Tensor, *args: Any, **options: Any):
-    """out, and the gradients of q, k and v."""
+    """Return out, and the gradients of q, k and v."""
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     out = attention(*leaves, *args, **options)
     return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
 
 def problems(mesh: DeviceMesh, strategy: str, dtype: torch.dtype, device: str, **shape: int) -> str:
-    """What a strategy gets wrong by more than one device does, in a line; else nothing."""
+    """Return a line if a strategy's error exceeds one device's; else ""."""
     leaves, dout, freqs = inputs(**shape, dtype=dtype, device=device)
     score = scores.rerope(shape["seqlen"] // 4)
     same = outcome(rope_attention, leaves, dout, freqs, score)
@@ -69,7 +69,7 @@ def problems(mesh: DeviceMesh, strategy: str, dtype: torch.dtype, device: str, *
 def seconds(
     attention: Any, leaves: list[Tensor], dout: Tensor, *args: Any, **options: Any
 ) -> float:
-    """Of forward with backward, the best of three."""
+    """Time forward with backward, the best of three."""
     best = float("inf")
     for _ in range(4):  # the first compiles
         torch.cuda.synchronize()
@@ -81,7 +81,7 @@ def seconds(
 
 
 def timings(mesh: DeviceMesh) -> dict[str, float]:
-    """Forward with backward in ms: on one GPU, and by each strategy on all."""
+    """Time forward with backward in ms: on one GPU, and by each strategy on all."""
     leaves, dout, freqs = inputs(**TIMED, dtype=torch.bfloat16, device="cuda")
     score = scores.rerope(TIMED["seqlen"] // 4)
     found = {"one GPU": seconds(rope_attention, leaves, dout, freqs, score)}
@@ -93,7 +93,7 @@ def timings(mesh: DeviceMesh) -> dict[str, float]:
 
 
 def rank(number: int, store: str, pipe: Any) -> None:
-    """One of the processes: what is wrong, and the times."""
+    """Run one of the processes: send its errors and times."""
     try:
         torch.cuda.set_device(number)
         dist.init_process_group(
@@ -111,7 +111,7 @@ def rank(number: int, store: str, pipe: Any) -> None:
         ]
         pipe.send(([line for line in found if line], timings(mesh)))
         dist.destroy_process_group()
-    except Exception as error:  # whatever a first run under NCCL can raise
+    except Exception as error:  # a first run under NCCL may raise anything
         traceback.print_exc()
         pipe.send(([f"rank {number}: {type(error).__name__}: {error}".splitlines()[0]], {}))
 
