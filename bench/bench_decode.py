@@ -6,9 +6,9 @@ our own plain attention over rotated keys; SDPA gets its best cache, heads first
 with its groups as rows too. Then the step over a cache in float8_e4m3fn beside one over bfloat16,
 and over raw keys, which it rotates, beside keys that are stored rotated.
 
-What a server batches, on a paged cache: a chunk of 1,024 tokens at the end of 8,192, through pages
-of 16 to 256 slots, may take 1.05 of the same call on a contiguous cache, and of the attention
-without one; the chunk and 16 single tokens in one call 1.1 of both parts alone.
+A server's batches, on a paged cache: a chunk of 1,024 tokens at the end of 8,192, through pages of
+16 to 256 slots, may take 1.05 of the same call on a contiguous cache, and of the attention without
+one; the chunk and 16 single tokens in one call may take 1.1 of both parts alone.
 
 On a GPU: 32 heads on 8 of 128 in bf16, two sequences over a paged cache, window 4096, 32k and 128k
 tokens; flash-attn's and FlashInfer's attentions over a cache are there too. The target is 1.05 of
@@ -191,7 +191,7 @@ def bench_paged(report: Report, keys: int) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# What a server batches
+# Batches of a server
 
 
 class Sizes:

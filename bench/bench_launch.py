@@ -1,4 +1,4 @@
-"""How long the host takes up to a launch, without a GPU: python bench/bench_launch.py
+"""Time the host up to a launch, without a GPU: python bench/bench_launch.py
 
 CPU tensors go through the public functions as on an H100, with compiled kernels, down to a driver
 whose launch does nothing. Times are in units of a bare launch of three arguments in the same run,

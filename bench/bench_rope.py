@@ -1,8 +1,8 @@
 """The rotation against copying and against its peers: python bench/bench_rope.py
 
 q (1, 8192, 32, 128) and k with 8 heads, as in Llama-3 8B. The floor is copy_ of q and k between
-existing buffers: the same bytes read and written. Peers get their tables beforehand, but for "with
-tables". On a CPU everyone reuses memory: malloc keeps what is freed, and nobody pays for pages.
+existing buffers: the same bytes read and written. Peers get their tables beforehand, except "with
+tables". On a CPU all reuse memory: malloc keeps freed blocks, and no call pays for pages.
 
 On a GPU the floor is bytes / bandwidth: 20 KiB a token in bf16 read and written, so 8192 tokens
 take 50 us at 3.35 TB/s (H100 SXM) and 82 us at 2.04 TB/s (A100 80GB). The target is 90% of the copy

@@ -45,7 +45,7 @@ def dynamic_yarn(
     max_position_embeddings: M, the length in tokens from which the factor grows; L if None.
     finetuned: True if the model was fine-tuned with YaRN up to M; M must then be given.
     base, beta_fast, beta_slow, truncate, mscale, mscale_all_dim, ramp: as in `yarn`.
-    attention_factor: A, > 0, used as it is at every length when given.
+    attention_factor: A, > 0, used unchanged at every length if given.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2309.00071

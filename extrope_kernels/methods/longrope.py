@@ -49,7 +49,7 @@ def longrope(
         are not read on the host. inv_freq is then (dim/2,) or (batch, dim/2) on its device.
     factor: s, target length / trained length, > 0; max_position_embeddings / L if None.
     max_position_embeddings: the target length in tokens, for s.
-    attention_factor: A, > 0, used as it is when given.
+    attention_factor: A, > 0, used unchanged if given.
     base: RoPE's base, > 1.
 
     Raises ValueError for a value outside these, or if A needs factor or max_position_embeddings

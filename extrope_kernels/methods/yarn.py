@@ -36,7 +36,7 @@ def yarn(
     base: RoPE's base, > 1.
     beta_fast, beta_slow: the ends of the ramp in rotations inside L, 0 < beta_slow < beta_fast.
     truncate: round the ends of the index ramp outwards to whole pairs.
-    attention_factor: A, > 0, used as it is when given.
+    attention_factor: A, > 0, used unchanged if given.
     mscale, mscale_all_dim: when both are given and not 0, A = g(mscale) / g(mscale_all_dim) with
         g(k) = 0.1 * k * ln(factor) + 1; one alone is ignored, as in transformers.
     ramp: "index", linear in the pair index (the authors' code, all released checkpoints), or
