@@ -495,7 +495,7 @@ def _by_axis(rows: list[MethodRow]) -> str:
     linked: dict[str, list[str]] = {}
     for row in rows:
         linked.setdefault(row.axis, []).append(f"[`{row.name}`]({row.paper})")
-    return table(["axis", "methods"], [[AXES[axis], " ".join(linked[axis])] for axis in linked])
+    return table(["axis", "methods"], [[AXES[axis], ", ".join(linked[axis])] for axis in linked])
 
 
 def _papers(rows: list[MethodRow]) -> str:
