@@ -146,7 +146,7 @@ def _attention_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> 
 
 
 def _by_heads(n: int, x: Any) -> Any:
-    """Of the n-th of these where heads are cut: sinks, and frequencies and maps of heads, too."""
+    """Shard the n-th argument if heads are cut: sinks, and frequencies and maps of heads."""
     if n == 3:
         return Shard(0)
     if n == 0 and _per_head(x):

@@ -26,9 +26,9 @@ def index_range(
     slow: float,
     truncate: bool = True,
 ) -> tuple[float, float]:
-    """Return the pair that makes `fast` rotations inside `length`, and the one that makes `slow`.
+    """Return the pairs that make `fast` and `slow` rotations inside `length`.
 
-    Rounded outwards when `truncate`, and limited to 0 .. dim - 1 (not dim/2 - 1) as in the
+    They are rounded outwards if `truncate`, and limited to 0 .. dim - 1 (not dim/2 - 1) as in the
     authors' code.
     """
     low, high = rotations_index(fast, dim, base, length), rotations_index(slow, dim, base, length)

@@ -24,16 +24,16 @@ def mrrope(
     theta_i / factor ** e_i,  e_i = n (n + 1) / (m (m + 1)) for n = i - low clamped to 0 .. m,
     m = high - low;  A = 0.1 * ln(factor) + 1 for factor > 1, else 1
 
-    Pairs up to low make beta_fast rotations inside the trained length, those from high on
-    beta_slow; in between each pair's radix exceeds the one before, where NTK-by-parts blends
-    frequencies linearly. A multiplies q and k, as YaRN's.
+    Pairs up to low make beta_fast rotations or more inside the trained length, those from high on
+    beta_slow or fewer. In between each pair's radix exceeds the one before; NTK-by-parts blends
+    frequencies linearly there. A multiplies q and k, as in YaRN.
 
     dim: rotary dimension of one head, even.
     factor: target length / trained length, > 0.
     original_max_position_embeddings: the trained length in tokens, never the extended one.
     base: RoPE's base, > 1.
     beta_fast, beta_slow: rotations inside the trained length, 0 < beta_slow < beta_fast.
-    attention_factor: A, > 0, used as it is when given.
+    attention_factor: A, > 0, used unchanged if given.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Source: https://github.com/mattian7/mrRoPE

@@ -13,8 +13,8 @@ def nope(dim: int) -> RopeFreqs:
 
     theta_i = 0
 
-    DroPE drops the rotation of a trained model and recalibrates its weights for a short while;
-    without such weights a model that was trained with RoPE writes nonsense.
+    DroPE drops the rotation of a trained model and briefly recalibrates its weights. A model that
+    was trained with RoPE writes nonsense without such weights.
 
     dim: rotary dimension of one head, even.
 
