@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from ...scores import FIRST_KEY, UNROTATED, PositionMap, Region, Score
-from ..rope import apply_rope
+from .._shared.library import ops
 from . import op
 from .call import AttentionCall
 from .flash_attn.bands import bands, cut
@@ -107,5 +107,6 @@ def _rotated(
         p = torch.remainder(p, by.modulus) if by.modulus else p
         places = ((p / divisor).floor() if by.floor else p / divisor) + offset
         axes = torch.arange(len(axes), dtype=torch.int32, device=axes.device)
-    freqs = RopeFreqs(call.inv_freq, factor, axes=axes)
-    return apply_rope(x, freqs, positions=places, interleaved=call.interleaved)
+    rope_args = (call.inv_freq, places, None, None, axes)
+    options = {"attention_factor": factor, "interleaved": call.interleaved}
+    return ops.rope_fwd(x, None, *rope_args, **options)[0]

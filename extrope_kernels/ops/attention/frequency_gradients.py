@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .._shared.pairs import cross
 from .._shared.positions import sequence_of_token
-from ..rope.rotation import cross
 from .call import AttentionCall
 from .rotation import places
 

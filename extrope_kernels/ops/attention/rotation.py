@@ -14,8 +14,8 @@ from torch import Tensor
 from ...scores import UNROTATED, PositionMap, query_scale
 from .._shared.dtypes import accumulator
 from .._shared.library import ops
+from .._shared.pairs import join_pairs, split_pairs
 from .._shared.positions import sequence_of_token
-from ..rope.rotation import join_pairs, split_pairs
 from .call import AttentionCall
 
 

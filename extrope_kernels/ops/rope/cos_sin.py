@@ -14,8 +14,8 @@ from .._shared.autograd import contiguous_rows, register_backward
 from .._shared.checks import DTYPES, check_matching, check_rows
 from .._shared.dtypes import accumulator
 from .._shared.library import library, load_on_first_use, ops
+from .._shared.pairs import join_pairs, split_pairs
 from .op import like, triton_kernels
-from .rotation import join_pairs, split_pairs
 
 NAME = "rope_cos_sin"
 _SCHEMA = (

@@ -31,10 +31,11 @@ from .._shared.autograd import (
 from .._shared.dtensor import replicated, whole
 from .._shared.dtypes import accumulator
 from .._shared.library import library, load_on_first_use, ops
+from .._shared.pairs import cross, join_pairs, split_pairs
 from .._shared.positions import sequence_of_token
 from . import norm, reference
 from .checks import INPLACE, check_norm, not_differentiable
-from .rotation import cross, join_pairs, resolve, split_pairs, token_positions
+from .rotation import resolve, token_positions
 
 # An Autograd kernel sees the positional tensors alone, hence all tensors before the *. axes matters
 # to positions of shape (axes, batch, seqlen) only: others are the same on every axis. offset is 0

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .._shared.dtypes import accumulator
+from .._shared.pairs import cross, join_pairs, split_pairs
 from .._shared.positions import sequence_of_token
 from .checks import refuse_overlap
-from .rotation import Rotation, cross, join_pairs, resolve, split_pairs, token_positions
+from .rotation import Rotation, resolve, token_positions
 
 
 def rope_fwd(

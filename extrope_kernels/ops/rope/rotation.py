@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .._shared import positions as _positions
 from .._shared.checks import check_boundaries
-from .._shared.dtypes import accumulator
 from .checks import check, position_kind
 
 
@@ -110,31 +108,3 @@ def token_positions(rotation: Rotation, batch: int, seqlen: int) -> Tensor:
         given = (rotation.positions, rotation.positions_are_offsets, rotation.cu_seqlens)
         positions = _positions.token_positions(*given, seqlen, rotation.inv_freq.device)[..., None]
     return positions.double() + rotation.offset
-
-
-def split_pairs(x: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Split x into the two dims of every pair: (..., rotary_dim / 2) each."""
-    dims = x[..., :rotary_dim]
-    if interleaved:
-        return dims[..., 0::2], dims[..., 1::2]
-    return dims[..., : rotary_dim // 2], dims[..., rotary_dim // 2 :]
-
-
-def join_pairs(a: Tensor, b: Tensor, interleaved: bool) -> Tensor:
-    """Join the dims of pairs, (..., rotary_dim): the inverse of `split_pairs`."""
-    if interleaved:
-        return torch.stack((a, b), dim=-1).flatten(-2)
-    return torch.cat((a, b), dim=-1)
-
-
-def cross(x: Tensor, y: Tensor, rotary_dim: int, interleaved: bool, per_head: bool) -> Tensor:
-    """Return x_a y_b - x_b y_a of every pair, the derivative along the angle.
-
-    If y is the gradient of a rotation's input x, this is the gradient of its angle: (batch, seqlen,
-    heads or 1, rotary_dim / 2), float32 or 64. Heads that share their frequencies are summed.
-    """
-    wide = accumulator(x.dtype)
-    xa, xb = split_pairs(x.to(wide), rotary_dim, interleaved)
-    ya, yb = split_pairs(y.to(wide), rotary_dim, interleaved)
-    product = xa * yb - xb * ya
-    return product if per_head else product.sum(2, keepdim=True)
