@@ -41,7 +41,7 @@ def test_opcheck(score, name, fast_backend):
     torch.library.opcheck(op(fast_backend).default, tuple(args), numbers)
     k = torch.randn(2, 2, 2, 32, device=device()).to(args[0].dtype)
     args[3:5] = k, k + 1
-    args[10] = args[10] - 2
+    args[11] = args[11] - 2
     torch.library.opcheck(op(fast_backend).default, tuple(args), numbers)
 
 
