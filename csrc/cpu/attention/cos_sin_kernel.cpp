@@ -8,6 +8,7 @@
 #include "cpu/simd/e4m3.h"
 #include "cpu/simd/pair_angles.h"
 #include "cpu/simd/rotate_to_float.h"
+#include "cpu/simd/sincos.h"
 
 namespace extrope {
 namespace {
@@ -33,19 +34,18 @@ void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSi
 
 // The rows of one token, in each head.
 inline void fill_token(const CosSinTable& t, const double* inv_freq, int64_t position, float* row) {
-  if (t.is_of_pairs()) {
-    const PositionMap from = t.from ? *t.from : PositionMap::constant(0);
-    for (int64_t head = 0; head < t.heads; ++head, inv_freq += t.freq_head, row += 2 * t.padded) {
-      fill_pairs(t.pair_maps, t.map, from, head, position, inv_freq, t.half, t.amplitude, row,
-                 row + t.padded);
-    }
-    return;
-  }
-  const double at = t.map(position) - (t.from ? (*t.from)(position) : 0.0);
+  const bool of_pairs = t.is_of_pairs();
+  const double at = of_pairs ? 1.0 : t.map(position) - (t.from ? (*t.from)(position) : 0.0);
   const Angles angles{
       .position = at, .amplitude = t.amplitude, .decay = at, .log_decay = t.log_decay};
+  PairAngles pairs;
   for (int64_t head = 0; head < t.heads; ++head, inv_freq += t.freq_head, row += 2 * t.padded) {
-    fill_sincos(inv_freq, t.half, angles, row, row + t.padded);
+    const double* freq = inv_freq;
+    if (of_pairs) {
+      const PositionMap from = t.from ? *t.from : PositionMap::constant(0);
+      freq = pairs.fill(t.pair_maps, t.map, from, head, position, inv_freq);
+    }
+    fill_sincos(freq, t.half, angles, row, row + t.padded);
   }
 }
 

@@ -13,6 +13,7 @@
 #include "cpu/runtime/workspace.h"
 #include "cpu/simd/pair_angles.h"
 #include "cpu/simd/rotate_to_float.h"
+#include "cpu/simd/sincos.h"
 
 namespace extrope {
 namespace {
@@ -46,11 +47,7 @@ class KeyRotation {
     if (!is_of_pairs()) return start_steps(j0);
     for (int64_t n = 0; n < count; ++n) {
       at_[n] = n;
-      for (int64_t head = 0; head < heads_; ++head) {
-        const int64_t at = (n * heads_ + head) * padded_;
-        fill_pairs(pair_maps_, k_map_, stored_, head, j0 + n, inv_freq_ + head * freq_head_,
-                   rotation_.half, 1.0, &cos_[at], &sin_[at]);
-      }
+      fill(n, 1.0, j0 + n);
     }
     return 0.0;
   }
@@ -94,11 +91,14 @@ class KeyRotation {
     rotated_.resize(kBlockN * stride_);
   }
 
-  void fill(int64_t row, double position) {
+  // By u, or where pairs have places of their own by those of key j.
+  void fill(int64_t row, double u, int64_t j = 0) {
+    PairAngles pairs;
     for (int64_t head = 0; head < heads_; ++head) {
       const int64_t at = (row * heads_ + head) * padded_;
-      fill_sincos(inv_freq_ + head * freq_head_, rotation_.half, Angles{.position = position},
-                  &cos_[at], &sin_[at]);
+      const double* inv_freq = inv_freq_ + head * freq_head_;
+      if (is_of_pairs()) inv_freq = pairs.fill(pair_maps_, k_map_, stored_, head, j, inv_freq);
+      fill_sincos(inv_freq, rotation_.half, Angles{.position = u}, &cos_[at], &sin_[at]);
     }
   }
 

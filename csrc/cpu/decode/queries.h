@@ -146,13 +146,14 @@ class Queries {
   void fill(int64_t r, int64_t head, int64_t position, double origin) {
     const PositionMap& map = p_.regions.at[r].q_map;
     const double* inv_freq = inv_freq_ + head * p_.freqs.head();
-    if (map.is_of_pairs()) {
-      return fill_pairs(p_.regions.pair_maps, map, PositionMap::constant(origin), head, position,
-                        inv_freq, p_.freqs.half, p_.amplitude, cos_.data(), sin_.data());
-    }
-    const double to = map(position) - origin;
+    const double to = map.is_of_pairs() ? 1.0 : map(position) - origin;
     const Angles angles{
         .position = to, .amplitude = p_.amplitude, .decay = to, .log_decay = p_.freqs.log_decay};
+    PairAngles pairs;
+    if (map.is_of_pairs()) {
+      const PositionMap from = PositionMap::constant(origin);
+      inv_freq = pairs.fill(p_.regions.pair_maps, map, from, head, position, inv_freq);
+    }
     fill_sincos(inv_freq, p_.freqs.half, angles, cos_.data(), sin_.data());
   }
 

@@ -1,11 +1,10 @@
-// Cosines and sines of one token whose pairs of dims go to places of their own.
+// Angles of one token whose pairs of dims go to places of their own.
 #pragma once
 
-#include <cmath>
+#include <cstdint>
 
 #include "common/regions.h"
 #include "common/softmax_params.h"
-#include "cpu/simd/sincos.h"
 
 namespace extrope {
 namespace {
@@ -25,17 +24,24 @@ inline void add_places(const PairMaps& maps, const PositionMap& map, int64_t hea
   }
 }
 
-// As fill_sincos, of the token at `position` in one head of k: at to_i(position) - from_i(position)
-// for pair i. inv_freq: of this head.
-inline void fill_pairs(const PairMaps& maps, const PositionMap& to, const PositionMap& from,
-                       int64_t head, int64_t position, const double* inv_freq, int64_t half,
-                       double amplitude, float* cos, float* sin) {
-  alignas(64) double angles[kMaxHeadDim / 2] = {};
-  add_places(maps, to, head, position, 1.0, angles);
-  add_places(maps, from, head, position, -1.0, angles);
-  for (int64_t i = 0; i < maps.padded; ++i) angles[i] *= inv_freq[i];
-  fill_sincos(angles, half, Angles{.position = 1.0, .amplitude = amplitude}, cos, sin);
-}
+// The angles of a token at `position` in one head of k whose pairs go to places of their own:
+// inv_freq[i] * (to_i(position) - from_i(position)), for fill_sincos to take at position 1.
+class PairAngles {
+ public:
+  // Of few calls: the loops of all others stay small without it.
+  [[gnu::noinline]] const double* fill(const PairMaps& maps, const PositionMap& to,
+                                       const PositionMap& from, int64_t head, int64_t position,
+                                       const double* inv_freq) {
+    for (int64_t i = 0; i < maps.padded; ++i) at_[i] = 0;
+    add_places(maps, to, head, position, 1.0, at_);
+    add_places(maps, from, head, position, -1.0, at_);
+    for (int64_t i = 0; i < maps.padded; ++i) at_[i] *= inv_freq[i];
+    return at_;
+  }
+
+ private:
+  alignas(64) double at_[kMaxHeadDim / 2];
+};
 
 }  // namespace
 }  // namespace extrope
