@@ -49,6 +49,8 @@ FREQUENCIES = {
     },
     "proportional": {"partial_rotary_factor": 0.25},
     "cope": {},
+    "mrrope": {"factor": 4.0},
+    "nope": {},
 }
 # Of the prompts 300 and 181 tokens are past every window, 37 and 33 past none.
 SCORE_METHODS = {
@@ -58,6 +60,8 @@ SCORE_METHODS = {
     "dual_chunk": {"chunk_size": 96, "local_window": 32},
     "blockwise_causal": {"block_size": 48},
     "string": {"window": 16, "shift": 48},
+    "dpe": {"window": 64, "group_sizes": [1 + n % 5 for n in range(PAIRS)]},
+    "far_frequencies": {"window": 64, "divisors": [1.5 + n % 5 for n in range(PAIRS)]},
 }
 
 
