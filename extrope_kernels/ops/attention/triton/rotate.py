@@ -94,12 +94,9 @@ def _place(
 
 
 @triton.jit
-def _cos_sin(
-    place, scale, inv_freq, pair_maps, head_k, decay, MAPS: tl.constexpr, ORIGIN: tl.constexpr,
-    AMPLITUDE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Of every copy, with all that a token is multiplied by; place: as from `_place`."""
-    _, valid, position, of_freq = place
+def _rope_of(place, inv_freq, pair_maps, head_k, TILE: tl.constexpr):
+    """Frequencies and maps of a head, as `map_cos_sin` takes them; place: as from `_place`."""
+    _, valid, _, of_freq = place
     pair = tl.arange(0, TILE.pairs)
     inv_freq, pair_maps = rope_of(inv_freq, pair_maps, head_k, TILE)
     if TILE.freq_per_token:
@@ -107,9 +104,19 @@ def _cos_sin(
         freq = tl.load(inv_freq + of_freq[:, None] + pair[None, :], mask=mask, other=0.0)
     else:
         freq = of_pairs(inv_freq + of_freq, TILE)
+    return freq, (pair_maps, pair)
+
+
+@triton.jit
+def _cos_sin(
+    position, rope, scale, decay, MAPS: tl.constexpr, ORIGIN: tl.constexpr,
+    AMPLITUDE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Of every copy, with all that a token is multiplied by."""
+    freq, maps = rope
     cos_sin = ()
     for n in tl.static_range(len(MAPS)):
-        cos, sin = nth_cos_sin(position, freq, decay, (pair_maps, pair), n, MAPS, ORIGIN, TILE)
+        cos, sin = nth_cos_sin(position, freq, decay, maps, n, MAPS, ORIGIN, TILE)
         cos_sin = cos_sin + ((cos * (AMPLITUDE * scale), sin * (AMPLITUDE * scale)),)  # noqa: RUF005
     return cos_sin
 
@@ -162,22 +169,20 @@ def _rotate_tokens(
         search_steps, TILE,
     )  # fmt: skip
     token, valid, position, _ = place
+    if not BY_HEAD:
+        rope = _rope_of(place, inv_freq, pair_maps, 0, TILE)
     scale = log_n_scale(position, PER_LOG_N)
     if token_scale is not None:
         at = token_scale + batch * scale_batch + token
         scale *= tl.load(at, mask=valid, other=0.0)[:, None]
     if not BY_HEAD:
-        cos_sin = _cos_sin(
-            place, scale, inv_freq, pair_maps, 0, decay, MAPS, ORIGIN, AMPLITUDE, TILE
-        )  # fmt: skip
+        cos_sin = _cos_sin(position, rope, scale, decay, MAPS, ORIGIN, AMPLITUDE, TILE)
     share = tl.cdiv(HEADS, tl.num_programs(1))
     begin = tl.program_id(1) * share
     for head in range(begin, tl.minimum(begin + share, HEADS)):
         if BY_HEAD:
-            cos_sin = _cos_sin(
-                place, scale, inv_freq, pair_maps, head // (HEADS // TILE.heads_k), decay, MAPS,
-                ORIGIN, AMPLITUDE, TILE,
-            )  # fmt: skip
+            rope = _rope_of(place, inv_freq, pair_maps, head // (HEADS // TILE.heads_k), TILE)
+            cos_sin = _cos_sin(position, rope, scale, decay, MAPS, ORIGIN, AMPLITUDE, TILE)
         _rotate_head(
             x, batch_stride, seq_stride, head_stride, copies, head, batch, token, seqlen, valid,
             cos_sin, scale, COPIES, HEADS, INVERSE, TILE,
