@@ -44,6 +44,7 @@ from .device import (
     add_sink,
     capped,
     first_key,
+    freqs_of,
     ln_2,
     log2_e,
     log_n_scale,
@@ -52,7 +53,6 @@ from .device import (
     no_logit,
     nth_cos_sin,
     rope_heads_of,
-    rope_of,
     sequence_stride,
     with_contiguous_rows,
 )
@@ -192,6 +192,7 @@ def append_kernel(
     become 0.
     """
     BLOCK_N: tl.constexpr = TILE.block_n
+    STORED: tl.constexpr = TILE.stored
     head = tl.program_id(1)
     batch = tl.program_id(2)
     if scratch is not None:
@@ -225,7 +226,7 @@ def append_kernel(
             copy_rows(rows, out, valid, TILE.head_dim, TILE.dims)
     else:
         pair = tl.arange(0, TILE.pairs)
-        inv_freq, pair_maps = rope_of(inv_freq, pair_maps, head, TILE)
+        inv_freq = freqs_of(inv_freq, head, TILE)
         if TILE.freq_per_token:
             freqs = inv_freq + sequence.to(tl.int64)[:, None] * freq_batch + pair[None, :]
             freq = tl.load(freqs, mask=(pair < TILE.half)[None, :], other=0.0)
@@ -234,7 +235,8 @@ def append_kernel(
         decay = None
         if log_decay is not None:
             decay = -of_pairs(log_decay, TILE).to(tl.float64)
-        cos, sin = map_cos_sin(position, freq, decay, (pair_maps, pair), TILE.stored, None, TILE)
+        maps = (pair_maps, pair, head)
+        cos, sin = map_cos_sin(position, freq, decay, maps, STORED, None, TILE)
         parts = rotate(widened(load_parts(rows, valid, TILE)), cos, sin, 1.0)
         if TILE.codes:
             parts = parts_of_codes(parts, tl.load(k_scale + head), k.dtype.element_ty, TILE)
@@ -521,6 +523,7 @@ def _attend(
     BLOCK_N: tl.constexpr = TILE.block_n
     ROTATES: tl.constexpr = TILE.rotates_keys[REGION]
     MAP: tl.constexpr = TILE.k_maps[REGION]
+    STORED: tl.constexpr = TILE.stored
     OPERAND: tl.constexpr = q[0].dtype
     row_max, row_sum, acc = state
     for first in tl.range(begin, end, BLOCK_N):
@@ -532,7 +535,7 @@ def _attend(
         if TILE.codes:
             k = _widened_codes(k, tl.float32 if ROTATES else OPERAND, TILE)
         if ROTATES:
-            cos, sin = map_cos_sin(j, freq, decay, maps, MAP, TILE.stored, TILE)
+            cos, sin = map_cos_sin(j, freq, decay, maps, MAP, STORED, TILE)
             k = rotate(widened(k), cos, sin, 1.0)
         logits = _dots(q, _as_operand(k, OPERAND), TILE)  # (M, N), of base 2
         if TILE.codes:  # not of q: float16 has no small numbers
@@ -620,8 +623,8 @@ def decode_kernel(
     begin = least + split * each
     end = tl.minimum(begin + each, least + keys)
 
-    inv_freq, pair_maps = rope_of(inv_freq, pair_maps, head, TILE)
-    maps = (pair_maps, tl.arange(0, TILE.pairs))
+    inv_freq = freqs_of(inv_freq, head, TILE)
+    maps = (pair_maps, tl.arange(0, TILE.pairs), head)
     freq = of_pairs(inv_freq + tl.minimum(sequence, batch - 1).to(tl.int64) * freq_batch, TILE)
     decay = None
     minus_decay = None

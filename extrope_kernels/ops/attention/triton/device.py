@@ -275,13 +275,11 @@ def _index(position, MAP: tl.constexpr):
 
 
 @triton.jit
-def rope_of(inv_freq, pair_maps, head, TILE: tl.constexpr):
-    """Pointers to the frequencies of a head of k, and to its divisors of the first map of pairs."""
+def freqs_of(inv_freq, head, TILE: tl.constexpr):
+    """Pointer to the frequencies of a head of k."""
     if TILE.rope_heads[0] > 1:
         inv_freq += head * TILE.half
-    if TILE.rope_heads[1] > 1:
-        pair_maps += head * TILE.half
-    return inv_freq, pair_maps
+    return inv_freq
 
 
 @triton.jit
@@ -289,8 +287,10 @@ def _angle_of_pairs(position, freq, maps, MAP: tl.constexpr, TILE: tl.constexpr)
     """(tokens, pairs) int64, by a divisor and an offset of each pair."""
     OFFSETS: tl.constexpr = TILE.rope_heads[1] * TILE.half  # behind the divisors of all heads
     LARGEST: tl.constexpr = 2147483520.0  # that float32 has of int32's
-    pair_maps, pair = maps
+    pair_maps, pair, head = maps
     at = pair_maps + MAP[3] * 2 * OFFSETS + pair
+    if TILE.rope_heads[1] > 1:
+        at += head * TILE.half
     divisor = tl.load(at, mask=pair < TILE.half, other=1.0)[None, :]
     offset = tl.load(at + OFFSETS, mask=pair < TILE.half, other=0.0)[None, :]
     index = position[:, None]
@@ -330,7 +330,7 @@ def map_cos_sin(
 
     ORIGIN: the map that they come rotated by, or None; position: (tokens,) int32; freq: (1 or
     tokens, pairs); decay: None, or (1, pairs) float64, the logarithm of the amplitude a position;
-    maps: as of `rope_of`, and (pairs,) the pairs' numbers.
+    maps: (pair_maps, (pairs,) the pairs' numbers, the head of k).
     The results have as many rows as the maps need.
     """
     angle = _angle(position, freq, maps, MAP, TILE)

@@ -29,6 +29,7 @@ from .device import (
     dots,
     finish_softmax,
     first_key,
+    freqs_of,
     groups_of,
     inside_of,
     keys_of,
@@ -42,7 +43,6 @@ from .device import (
     nth_block,
     place_queries,
     programs_of,
-    rope_of,
     row_base,
     rows_of,
     seen_keys,
@@ -64,14 +64,14 @@ from .rotate import rotated_keys
 @triton.jit
 def _cos_sin(pair, position, scale, rope, REGION: tl.constexpr, TILE: tl.constexpr):
     """Of pairs, with all that a query is multiplied by; past the rotated dims 1 and 0, likewise."""
-    inv_freq, log_decay, pair_maps = rope
+    inv_freq, log_decay, pair_maps, head_k = rope
     MAP: tl.constexpr = TILE.q_maps[REGION]
     rotates = pair < TILE.half
     freq = tl.load(inv_freq + pair, mask=rotates, other=0.0)[None, :]
     decay = None
     if log_decay is not None:
         decay = tl.load(log_decay + pair, mask=rotates, other=0.0).to(tl.float64)[None, :]
-    cos, sin = map_cos_sin(position, freq, decay, (pair_maps, pair), MAP, None, TILE)
+    cos, sin = map_cos_sin(position, freq, decay, (pair_maps, pair, head_k), MAP, None, TILE)
     factor = tl.where(rotates, TILE.amplitude, 1.0)[None, :] * scale
     return cos * factor, sin * factor
 
@@ -213,8 +213,8 @@ def forward_kernel(
     batch, head, row, left = at.batch, at.head, at.row, at.left
     head_k = head // (HEADS // HEADS_K)
     position = at.top + tl.arange(0, BLOCK_M)
-    inv_freq, pair_maps = rope_of(inv_freq, pair_maps, head_k, TILE)
-    rope = (inv_freq + tl.cast(at.sequence, tl.int64) * freq_batch, log_decay, pair_maps)
+    inv_freq = freqs_of(inv_freq, head_k, TILE) + tl.cast(at.sequence, tl.int64) * freq_batch
+    rope = (inv_freq, log_decay, pair_maps, head_k)
     if query_scale is not None:
         query_scale += tl.cast(batch, tl.int64) * scale_batch + row
     q_of = rows_of(q, q_batch, q_seq, q_head, HEADS, TILE)

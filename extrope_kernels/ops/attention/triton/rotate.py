@@ -25,6 +25,7 @@ from ..call import AttentionCall
 from .device import (
     Launch,
     alignment_of,
+    freqs_of,
     groups_of,
     key_maps,
     log_n_scale,
@@ -32,7 +33,6 @@ from .device import (
     nth_cos_sin,
     regions_of,
     rope_heads_of,
-    rope_of,
     sequence_stride,
     sequences_of,
     settled,
@@ -94,26 +94,25 @@ def _place(
 
 
 @triton.jit
-def _rope_of(place, inv_freq, pair_maps, head_k, TILE: tl.constexpr):
-    """Frequencies and maps of a head, as `map_cos_sin` takes them; place: as from `_place`."""
+def _freq_of(place, inv_freq, head_k, TILE: tl.constexpr):
+    """A head's, as `map_cos_sin` takes them; place: as from `_place`."""
     _, valid, _, of_freq = place
-    pair = tl.arange(0, TILE.pairs)
-    inv_freq, pair_maps = rope_of(inv_freq, pair_maps, head_k, TILE)
+    inv_freq = freqs_of(inv_freq, head_k, TILE)
     if TILE.freq_per_token:
+        pair = tl.arange(0, TILE.pairs)
         mask = valid[:, None] & (pair < TILE.half)[None, :]
         freq = tl.load(inv_freq + of_freq[:, None] + pair[None, :], mask=mask, other=0.0)
     else:
         freq = of_pairs(inv_freq + of_freq, TILE)
-    return freq, (pair_maps, pair)
+    return freq
 
 
 @triton.jit
 def _cos_sin(
-    position, rope, scale, decay, MAPS: tl.constexpr, ORIGIN: tl.constexpr,
+    position, freq, maps, scale, decay, MAPS: tl.constexpr, ORIGIN: tl.constexpr,
     AMPLITUDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Of every copy, with all that a token is multiplied by."""
-    freq, maps = rope
     cos_sin = ()
     for n in tl.static_range(len(MAPS)):
         cos, sin = nth_cos_sin(position, freq, decay, maps, n, MAPS, ORIGIN, TILE)
@@ -169,20 +168,24 @@ def _rotate_tokens(
         search_steps, TILE,
     )  # fmt: skip
     token, valid, position, _ = place
+    pair = tl.arange(0, TILE.pairs)
     if not BY_HEAD:
-        rope = _rope_of(place, inv_freq, pair_maps, 0, TILE)
+        freq = _freq_of(place, inv_freq, 0, TILE)
     scale = log_n_scale(position, PER_LOG_N)
     if token_scale is not None:
         at = token_scale + batch * scale_batch + token
         scale *= tl.load(at, mask=valid, other=0.0)[:, None]
     if not BY_HEAD:
-        cos_sin = _cos_sin(position, rope, scale, decay, MAPS, ORIGIN, AMPLITUDE, TILE)
+        maps = (pair_maps, pair, 0)
+        cos_sin = _cos_sin(position, freq, maps, scale, decay, MAPS, ORIGIN, AMPLITUDE, TILE)
     share = tl.cdiv(HEADS, tl.num_programs(1))
     begin = tl.program_id(1) * share
     for head in range(begin, tl.minimum(begin + share, HEADS)):
         if BY_HEAD:
-            rope = _rope_of(place, inv_freq, pair_maps, head // (HEADS // TILE.heads_k), TILE)
-            cos_sin = _cos_sin(position, rope, scale, decay, MAPS, ORIGIN, AMPLITUDE, TILE)
+            head_k = head // (HEADS // TILE.heads_k)
+            freq = _freq_of(place, inv_freq, head_k, TILE)
+            maps = (pair_maps, pair, head_k)
+            cos_sin = _cos_sin(position, freq, maps, scale, decay, MAPS, ORIGIN, AMPLITUDE, TILE)
         _rotate_head(
             x, batch_stride, seq_stride, head_stride, copies, head, batch, token, seqlen, valid,
             cos_sin, scale, COPIES, HEADS, INVERSE, TILE,
@@ -209,6 +212,7 @@ def rotate_kernel(
     """
     Q_MAPS: tl.constexpr = TILE.q_maps
     K_MAPS: tl.constexpr = TILE.k_maps
+    STORED: tl.constexpr = TILE.stored
     tile = tl.program_id(0) % tiles
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     decay = None
@@ -231,7 +235,7 @@ def rotate_kernel(
             _rotate_tokens(
                 k, k_batch, k_seq, k_head, k_rotated, k_tile, batch, 0, k_start, k_start_stride,
                 seqlen_k, inv_freq, freq_batch, minus_decay, pair_maps, cu_seqlens, num_sequences,
-                search_steps, None, 0, K_MAPS, TILE.stored, 1.0, 0.0, TILE.heads_k, INVERSE, TILE,
+                search_steps, None, 0, K_MAPS, STORED, 1.0, 0.0, TILE.heads_k, INVERSE, TILE,
             )  # fmt: skip
 
 
