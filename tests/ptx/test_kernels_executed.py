@@ -409,5 +409,6 @@ def test_older_tritons(chip, triton_version):
     for dtype, dim in ((FP16, 64), (BF16, 128)):
         for check in (check_rotation, check_append, check_decode, check_attention):
             check(dtype, dim)
+    check_decode(**of_heads(64, floor=False))
     kinds = {finding.split(": ")[0] for finding in launch.LOG.findings}
     assert kinds == plugin.known_findings()
