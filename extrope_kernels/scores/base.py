@@ -174,6 +174,7 @@ class Score:
     numbers: list[float] = field(init=False, repr=False, compare=False)
     pair_maps: Tensor | None = field(init=False, repr=False, compare=False)
     _in_rows: Score | None = field(init=False, repr=False, compare=False)
+    _copies: dict[torch.device, Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         rows: list[PairMap] = []
@@ -191,6 +192,16 @@ class Score:
             )
             in_rows = Score(self.name, regions, self.granularity, stored)
         object.__setattr__(self, "_in_rows", in_rows)
+        object.__setattr__(self, "_copies", {})
+
+    def pair_maps_on(self, x: Tensor) -> Tensor | None:
+        """Return `pair_maps` on the device of x, copied there once."""
+        maps = self.pair_maps
+        if maps is None or maps.device == x.device or maps.requires_grad:
+            return maps if maps is None else maps.to(x.device)
+        if x.device not in self._copies:
+            self._copies[x.device] = maps.to(x.device)
+        return self._copies[x.device]
 
     @property
     def plain(self) -> Score:

@@ -192,14 +192,9 @@ def make_call(freqs: RopeFreqs, score: Score | None, **options) -> AttentionCall
         log_decay=freqs.log_decay,
         attention_factor=freqs.attention_factor,
         score=(score or PLAIN).plain,
-        pair_maps=None if score is None else pair_maps_on(score, freqs.inv_freq),
+        pair_maps=None if score is None else score.pair_maps_on(freqs.inv_freq),
         **options,
     )
-
-
-def pair_maps_on(score: Score, x: Tensor) -> Tensor | None:
-    """Return the score's divisors and offsets of pairs on the device of x."""
-    return None if score.pair_maps is None else score.pair_maps.to(x.device)
 
 
 def read_call(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> AttentionCall:
