@@ -59,7 +59,7 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
         made["gpu_audit"] = lambda only: tables.audit(audit)
     made["methods"] = partial(tables.method_table, results)
     made["gpu_choice"] = lambda only: tables.gpu_choice()
-    return made | {"api": tables.api}
+    return made
 
 
 def pages(root: Path) -> list[Path]:

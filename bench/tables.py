@@ -529,15 +529,3 @@ def _methods() -> list[tuple[str, str, Callable]]:
         ("permutations", "permuteformer_attention", extrope_kernels.permuteformer_attention),
         *(("positions", f"positions.{name}", method) for name, method in strategies.items()),
     ]
-
-
-def api(folder: str) -> str:
-    """Make mkdocstrings' directive for every public function of a folder, such as "methods"."""
-    paths = {}
-    for package in (extrope_kernels, methods, positions, scores):
-        for name in package.__all__:
-            value = getattr(package, name)
-            if getattr(value, "__module__", "").startswith(f"extrope_kernels.{folder}."):
-                at = "extrope_kernels" if package is extrope_kernels else value.__module__
-                paths.setdefault(name, f"::: {at}.{name}")
-    return "\n".join(paths.values())

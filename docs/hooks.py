@@ -1,6 +1,7 @@
 """A mkdocs hook: files outside docs/ are part of the site, and links to them work there too."""
 
 import re
+import subprocess
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -10,7 +11,18 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/*.py", "bench/results/*.md",
            "bench/results/*.csv", "bench/results/models/*.json")  # fmt: skip
-_LINK = re.compile(r"\]\((?!\w+:|#)([^)\s]+)\)")
+_LINK = re.compile(r"""(\]\(|(?:src|href)=")(?!\w+:|#)([^)"\s]+)""")
+_REMOTE = re.compile(r"(?:https://|ssh://git@|git@)([\w.-]+)[:/]([\w./-]+?)(?:\.git)?")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Name the version on every page, and link to the repository that this is a clone of."""
+    source = (ROOT / "extrope_kernels" / "__init__.py").read_text()
+    config.site_name += " " + re.search(r'__version__ = "(.+)"', source)[1]
+    git = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
+    remote = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    if found := _REMOTE.fullmatch(remote):
+        config.repo_url = f"https://{found[1]}/{found[2]}"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -29,9 +41,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     out = "../" * (name.count("/") + 1)
 
     def moved(link: re.Match) -> str:
-        target = link[1]
+        before, target = link.groups()
         if outside:
-            return f"]({target.removeprefix('docs/')})"
-        return f"]({target.removeprefix('../')})" if target.startswith(out) else link[0]
+            return before + target.removeprefix("docs/")
+        return before + (target.removeprefix("../") if target.startswith(out) else target)
 
     return _LINK.sub(moved, markdown)

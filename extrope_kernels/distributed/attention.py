@@ -61,7 +61,8 @@ def rope_attention(
     cu_seqlens: (sequences + 1,) int32 or int64, of the whole sequence; the host waits for its
         values. Not with "ring", nor with torch.compile.
     return_lse: return the log-sum-exp of this rank's queries too; differentiable.
-    Everything else is as on one device; there are no q_start and k_start.
+    freqs, score, softmax_scale, log_n, softcap, sliding_window, interleaved: as on one device.
+    backend, keys_stored: as on one device. There are no q_start and k_start.
 
     Returns: out (batch, seqlen / P, heads_q, head_dim), and lse (batch, heads_q, seqlen / P).
         Differentiable once, in q, k, v and sinks.

@@ -63,7 +63,8 @@ def local_positions(
 def shard(x: Tensor, mesh: Mesh, *, dim: int = 1, balance: Balance = "zigzag") -> Tensor:
     """Cut this rank's tokens along `dim` out of a tensor that every rank has whole.
 
-    x: (..., seqlen, ...) with the sequence at `dim`; any dtype. Shift labels before.
+    x: (..., seqlen, ...); any dtype. Shift labels before.
+    dim: the dimension of the sequence.
     mesh, balance: as in `local_positions`.
 
     Returns: x with seqlen / P tokens: a copy with balance, else a view. Differentiable.

@@ -55,6 +55,7 @@ def ntk_by_parts(
     factor: target length / trained length, > 0.
     original_max_position_embeddings: L, the trained length in tokens.
     base: RoPE's base, > 1.
+    variant: "pr1" or "paper".
     beta_0, beta_1: ramp from NTK-aware to linear interpolation, in rotations, 0 < beta_1 < beta_0.
     gamma_0, gamma_1: ramp from plain RoPE to that, in rotations, 0 < gamma_1 < gamma_0.
     ntk_factor, extrapolation_factor: multiply the two ramps, from 0 to 1.

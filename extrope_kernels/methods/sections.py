@@ -19,6 +19,7 @@ def with_sections(
     The rotation then takes positions of shape (axes, batch, seqlen), such as the position_ids of
     Qwen2-VL's and Qwen3-VL's get_rope_index.
 
+    freqs: from any method.
     sections: mrope_section of the model's configuration: the number of frequencies of each axis, in
         order; they add up to rotary_dim/2.
     interleaved: False for consecutive sections (Qwen2-VL, Qwen2.5-VL): [2, 3, 3] is tthhhwww. True

@@ -29,10 +29,14 @@ _INFINITE = sys.float_info.max
 class PositionMap(NamedTuple):
     """p becomes min(f((p mod modulus) / divisor) + offset, cap), where f is floor or nothing.
 
-    Numbers, not a function, so that kernels evaluate it themselves. Modulus 0 is no modulus; with
-    divisor inf every position becomes `offset`. A cap needs whole numbers: divisor 1 or floor.
+    Numbers, not a function, so that kernels evaluate it themselves. In `Score.plain` a negative
+    divisor stands for a PairMap: see `row`.
 
-    In `Score.plain` a negative divisor stands for a PairMap: see `row`.
+    modulus: in tokens; 0 for none.
+    divisor: > 0; with inf every position becomes `offset`.
+    floor: True for whole numbers.
+    offset: in tokens, added after the division.
+    cap: the largest result, in tokens; needs whole numbers: divisor 1 or floor.
     """
 
     modulus: int = 0
@@ -84,6 +88,8 @@ class PairMap:
     divisor, offset: (pairs,) for all heads, or (heads_k, pairs), as tensors, or lists of numbers;
         divisors > 0, with floor whole numbers; an offset may be one number. Without floor both may
         require gradients.
+    modulus: in tokens; 0 for none.
+    floor: True for whole numbers.
 
     A divisor of theta_i / theta'_i gives the frequency theta'_i in place of theta_i.
     """
@@ -148,7 +154,11 @@ def map_pairs(
 
 
 class Region(NamedTuple):
-    """The keys from `start` on, counted from the query's block, and the maps of both sides."""
+    """Keys that a query sees alike, up to the next region's or up to its own.
+
+    start: the first key, in tokens from the query's block on; FIRST_KEY for the sequence's first.
+    q_map, k_map: where queries and keys are rotated to.
+    """
 
     start: int
     q_map: PositionMap | PairMap
@@ -159,6 +169,7 @@ class Region(NamedTuple):
 class Score:
     """A score method with its parameters, as kernels see it.
 
+    name: begins the errors of a call.
     regions: one to three, far keys first; the first one starts at FIRST_KEY, or where a query's
         keys begin.
     granularity: queries of one block of so many tokens share the regions' starts.

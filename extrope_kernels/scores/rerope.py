@@ -28,6 +28,9 @@ def leaky_rerope(window: int, factor: float) -> Score:
     `rerope` with a finite factor; below 1 it is InvLeaky (https://kexue.fm/archives/9728), for
     models trained with it that run as plain RoPE.
 
+    window: in tokens, >= 1.
+    factor: > 0; 16 in the author's code.
+
     Source: https://kexue.fm/archives/9708
     """
     return _rerope("leaky_rerope", window, factor)

@@ -7,6 +7,8 @@ README loads a packaged model, which takes half a minute: it runs apart.
 
 from __future__ import annotations
 
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import torch
 
 import extrope_kernels
 from extrope_kernels import distributed, methods, positions, scores
+from extrope_kernels.integrations import transformers
 
 ROOT = Path(__file__).parents[2]
 PAGES = readme.pages(ROOT)
@@ -43,8 +46,8 @@ def blocks(page: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where blocks run."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
+    hugging_face = pytest.importorskip("transformers")
+    config = hugging_face.LlamaConfig(
         vocab_size=128,
         hidden_size=64,
         intermediate_size=128,
@@ -55,7 +58,7 @@ def folder(tmp_path_factory):
     )
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("docs")
-    transformers.LlamaForCausalLM(config).save_pretrained(path / "path" / "to" / "model")
+    hugging_face.LlamaForCausalLM(config).save_pretrained(path / "path" / "to" / "model")
     return path
 
 
@@ -103,13 +106,31 @@ def test_the_readme_is_short():
     assert len(snippets) == 3 and all(len(lines) <= 6 for lines in snippets)
 
 
+def api() -> dict[str, str]:
+    """The directives of the API's pages, each with what follows it up to the next one."""
+    pages = (page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    parts = (re.split(r"^::: (\S+)$", page, flags=re.MULTILINE)[1:] for page in pages)
+    return {path: after for part in parts for path, after in zip(part[::2], part[1::2])}
+
+
 def test_every_public_name_has_its_place_in_the_api():
-    api = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
-    placed = {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)$", api, re.MULTILINE)}
-    axes = {"methods", "positions", "scores"}
-    packages = (extrope_kernels, distributed, positions, scores, methods)
+    placed = {path.rpartition(".")[2] for path in api()}
+    modules = {"methods", "positions", "scores", "query_scale"}
+    packages = (extrope_kernels, distributed, positions, scores, methods, transformers)
     public = {name for package in packages for name in package.__all__}
-    assert public - axes - {"METHODS", "SCORES", "WRAPPERS"} <= placed
+    assert public - modules - {"METHODS", "PARAMETERS", "SCORES", "WRAPPERS"} <= placed
+
+
+@pytest.mark.parametrize("path", sorted(api()))
+def test_a_name_of_the_api_has_an_example_and_says_what_each_parameter_is(path):
+    name = path.rpartition(".")[2]
+    assert name in "".join(block[2] for block in BLOCK.finditer(api()[path]))
+    value = pkgutil.resolve_name(path)
+    record = inspect.isclass(value) and hasattr(value, "__match_args__")
+    if inspect.isfunction(value) or record:
+        described = re.findall(r"^ *(\w+(?:, \w+)*): ", inspect.getdoc(value), re.MULTILINE)
+        names = {name for names in described for name in names.split(", ")}
+        assert inspect.signature(value).parameters.keys() <= names
 
 
 def test_every_op_that_is_named_exists():
@@ -124,3 +145,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     for page in PAGES[1:]:
         assert (tmp_path / page.relative_to(ROOT / "docs").with_suffix(".html")).exists()
+    assert not list(tmp_path.rglob("__pycache__"))
+    for page in tmp_path.rglob("*.html"):
+        text = page.read_text()
+        assert f"extrope_kernels {extrope_kernels.__version__}" in text
+        for image in re.findall(r'<img [^>]*src="(?!https:)([^"]+)"', text):
+            assert (page.parent / image).exists(), f"{page.name}: {image}"

@@ -181,8 +181,8 @@ def _with_raw_keys(model: nn.Module, before: Extension, saved: Saved) -> Extensi
 def extend_from_saved(model: nn.Module, folder: str | os.PathLike) -> Extension:
     """Extend a model by all extensions that a folder was saved with.
 
-    model: loaded from the folder, or the plain model. folder: written by a handle's
-    `save_pretrained`, or by the extended model's own.
+    model: loaded from the folder, or the plain model.
+    folder: written by a handle's `save_pretrained`, or by the extended model's own.
 
     Returns a handle as `extend` does; its `restore()` undoes all of them.
     Raises ValueError for a folder without an extension, and as `extend`.

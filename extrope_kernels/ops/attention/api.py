@@ -191,10 +191,11 @@ def rope_attention_with_kvcache(
         what is stored times its head's scale. It is written over the scale, rounded to nearest
         even, and at most 448 either way.
     cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
-    freqs, score, softmax_scale, log_n, query_scale, softcap, sinks, sliding_window, interleaved: as
-        for `rope_attention`; freqs and where the score stores keys stay the same in every call on
-        one cache, unless it is raw. XPOS's log_decay is refused, but for scores that store keys by
-        blocks.
+    freqs, score: as for `rope_attention`; freqs and where the score stores keys stay the same in
+        every call on one cache, unless it is raw. XPOS's log_decay is refused, but for scores that
+        store keys by blocks.
+    softmax_scale, log_n, query_scale, softcap, sinks, sliding_window, interleaved, return_lse: as
+        for `rope_attention`.
     stored: "raw" keeps keys unrotated and rotates all of them at every call, by the freqs of that
         call. So frequencies may follow the length, and a key may be read at any position. None
         keeps them where the score says.

@@ -78,9 +78,10 @@ def permute_qk(
 ) -> tuple[Tensor, Tensor]:
     """Permute queries and keys; the q heads of a group share their k head's powers.
 
-    q: (batch, seqlen, heads_q, head_dim), k: (batch, seqlen, heads_k, head_dim), or both
-        (total, heads, head_dim) with cu_seqlens; heads_q a multiple of heads_k.
-    permutations: (heads_k, head_dim) int64. Everything else as in `permute`.
+    q: (batch, seqlen, heads_q, head_dim), or (total, heads_q, head_dim) with cu_seqlens.
+    k: as q, with heads_k heads; heads_q is a multiple of heads_k.
+    permutations: (heads_k, head_dim) int64.
+    positions, cu_seqlens, inverse, backend: as in `permute`.
 
     Returns: (q, k), permuted.
     """
@@ -146,11 +147,13 @@ def _named(name: str, q: Tensor, powers: Powers, run: Callable[[], Result]) -> R
 class PermuteFormerState(NamedTuple):
     """State left by earlier tokens; float32 (float64 for float64 inputs), contiguous.
 
-    heads: those of decay, or of k.
+    kv: (batch, heads, head_dim, head_dim_v): sum of decay**age phi(k) v^T; heads are those of
+        decay, or of k.
+    k: (batch, heads, head_dim): sum of decay**age phi(k).
     """
 
-    kv: Tensor  # (batch, heads, head_dim, head_dim_v): sum of decay**age phi(k) v^T
-    k: Tensor  # (batch, heads, head_dim): sum of decay**age phi(k)
+    kv: Tensor
+    k: Tensor
 
 
 def permuteformer_attention(

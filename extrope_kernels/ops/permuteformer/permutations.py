@@ -18,6 +18,10 @@ def head_permutations(heads: int, head_dim: int, *, seed: int = 0xDEADBEEFDEADBE
     A torch CPU generator with `seed` gives one randperm(head_dim) a head, in order
     (https://arxiv.org/abs/2109.02377, https://github.com/cpcp1998/PermuteFormer).
 
+    heads: of the keys, >= 1.
+    head_dim: of each head, >= 1.
+    seed: of the generator, 64 bits; the authors' by default.
+
     Returns: (heads, head_dim) int64 on the CPU.
     """
     for name, value in (("heads", heads), ("head_dim", head_dim), ("seed", seed)):

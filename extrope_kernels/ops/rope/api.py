@@ -99,8 +99,9 @@ def apply_rope_qk(
     dims. It is computed in float32 (float64 for float64 tensors) and rounded once, after the
     rotation.
 
-    q: (batch, seqlen, heads_q, head_dim), k: (batch, seqlen, heads_k, head_dim), or both
-        (total, heads, head_dim) with cu_seqlens. Everything else as in `apply_rope`.
+    q: (batch, seqlen, heads_q, head_dim), or (total, heads_q, head_dim) with cu_seqlens.
+    k: as q, with heads_k heads.
+    freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend: as in `apply_rope`.
     q_norm_weight, k_norm_weight: contiguous, float32, bfloat16, float16 or float64, whatever q's
         dtype. (head_dim,) norms each head, as Qwen3; (heads * head_dim,), head after head, norms
         all heads of a token together, as OLMo 2. None leaves that tensor without a norm. For
