@@ -55,7 +55,7 @@ gpu:
 	$(PYTHON) bench/gpu/run.py $(STEP)
 
 docs: $(VENV)/extra-docs
-	$(BIN)/mkdocs build --strict --site-dir build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
 
 lint: $(VENV)/linters
 	$(BIN)/ruff check .

@@ -158,6 +158,15 @@ def arm(session: nox.Session) -> None:
     session.run("python", "tests/support/arm/run.py")
 
 
+@nox.session(python=BUILT_WITH[0])
+def site(session: nox.Session) -> None:
+    """Every page of the site in a headless Chromium (`apt-get install chromium`), on a phone too."""
+    extras = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
+    session.install(*extras["docs"], "playwright")
+    session.run("mkdocs", "build", "--strict", "--site-dir", "build/docs")
+    session.run("python", "tests/support/site/run.py", "build/docs", "build/site")
+
+
 def install(session: nox.Session, torch: str) -> None:
     """Install the wheel with a torch and the packages of the tests."""
     wheels = list(WHEELS.glob("*.whl"))

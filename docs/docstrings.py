@@ -25,7 +25,8 @@ def as_markdown(text: str) -> str:
     inside = False
     for line in text.splitlines():
         item = _ITEM.fullmatch(line)
-        if item and (inside or not lines or not lines[-1] or lines[-1].startswith("- ")):
+        # The first line is a sentence, which may begin as an item does: "ReRoPE: distances past".
+        if item and lines and (inside or not lines[-1] or lines[-1].startswith("- ")):
             lines += [] if inside else [""]
             names = ", ".join(f"**{name}**" for name in item[1].split(", "))
             lines.append(f"- {names}: {item[2]}")
