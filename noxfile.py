@@ -160,7 +160,7 @@ def arm(session: nox.Session) -> None:
 
 @nox.session(python=BUILT_WITH[0])
 def site(session: nox.Session) -> None:
-    """Every page of the site in a headless Chromium (`apt-get install chromium`), on a phone too."""
+    """Every page of the site in a headless Chromium (`apt-get install chromium`)."""
     extras = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
     session.install(*extras["docs"], "playwright")
     session.run("mkdocs", "build", "--strict", "--site-dir", "build/docs")

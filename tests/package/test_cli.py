@@ -142,8 +142,44 @@ def test_bench_runs_the_scripts_of_a_checkout(capfd, monkeypatch, tmp_path):
     assert "NAME must be one of ['rope', 'sad'], got 'yarn'" in capfd.readouterr().err
 
 
-def test_unknown_command_prints_usage(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("", "required: COMMAND"),
+        ("fly", "invalid choice: 'fly'"),
+        ("info now", "unrecognized arguments: now"),
+        ("check", "required: MODEL"),
+        ("eval --model smollm2", "required: --methods, --lengths, --out"),
+        ("search --length far", "argument --length: invalid int value: 'far'"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, told, capsys):
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["fly"])
+        cli.main(arguments.split())
     assert exit_.value.code == 2
-    assert "info,eval,search,check,bench" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m extrope_kernels") and told in line
+    assert line.endswith(" --help shows all")
+
+
+@pytest.mark.parametrize("command", ["info", "check", "eval", "search", "bench"])
+def test_help_has_examples_that_parse(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    examples = capsys.readouterr().out.partition("examples:\n")[2]
+    called = f"  python -m extrope_kernels {command}"
+    lines = [line for line in examples.splitlines() if line.startswith(called)]
+    assert lines
+    for line in lines:
+        cli.make_parser().parse_args(line.split()[3:])
+
+
+@pytest.mark.parametrize("command", ["info", "bench"])
+def test_an_interrupted_command_is_one_line(command, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "info", interrupted)
+    monkeypatch.setattr(cli, "run_benchmarks", interrupted)
+    assert cli.main([command]) == 130
+    assert capsys.readouterr().err == f"{command}: interrupted\n"
