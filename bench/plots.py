@@ -16,6 +16,7 @@ from harness import RESULTS
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 
 from extrope_kernels.scores import SCORES
 
@@ -120,6 +121,34 @@ def lengths(name: str, path: Path, results: Path = RESULTS) -> None:
 
 # -------------------------------------------------------------------------------------------------
 # SmolLM2
+
+NEAR = 0.16  # nats from YaRN: as far as the second panel shows
+
+
+def demo(path: Path, results: Path = RESULTS) -> None:
+    """Draw the loss by position, and beside it over YaRN's: the good methods are one line else."""
+    found = evaluations.read("demo", results)
+    yarn = next(row for row in found["rows"] if row["method"] == "yarn")
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    whole, near = figure.subplots(1, 2)
+    middles = [(n + 0.5) * found["bucket"] for n in range(len(yarn["losses"]))]
+    for row, marker in zip(found["rows"], "osD^vPX", strict=False):
+        over = [loss - other for loss, other in zip(row["losses"], yarn["losses"], strict=True)]
+        look = {"marker": marker, "markersize": 4, "label": row["method"]}
+        whole.plot(middles, row["losses"], **look)
+        near.plot(middles, over, **look)
+    near.set_ylim(-NEAR, NEAR)
+    for axes, label in ((whole, "next-token loss (nats)"), (near, "the same over YaRN's")):
+        axes.axvspan(found["training_length"], found["bucket"] * len(middles), color="0.95")
+        axes.set(xlabel="position in the text; grey: past the training length", ylabel=label)
+        axes.xaxis.set_major_locator(MultipleLocator(2 * found["bucket"]))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlim(0, found["bucket"] * len(middles))
+        axes.grid(axis="y", color="0.88")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*whole.get_legend_handles_labels(), frameon=False, loc="outside right center")
+    save(figure, path)
+
 
 WORST = 0.35  # nats over YaRN; methods that cost more are left out
 MARKERS = dict(zip(SCORES, "os^Dv*", strict=False))  # their points lie too close for names
@@ -264,6 +293,7 @@ PLOTS: dict[str, Callable[[Path], None]] = {
     "speed": speed,
     "scaling-rope": lambda path: lengths("rope", path),
     "scaling-attention": lambda path: lengths("attention", path),
+    "demo": demo,
     "tradeoff": tradeoff,
     "windows": windows,
     "length_generalization": length_generalization,

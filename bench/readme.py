@@ -106,7 +106,8 @@ def keep(root: Path, results: Path) -> None:
     for task, name, kind in (("loss", "demo", "demo"), ("recall", "recall", "gains")):
         if (found := build / "demo" / f"{task}.json").exists():
             evaluations.keep(found, name, kind, results)
-            shutil.copyfile(found.with_suffix(".png"), docs / f"{name}.png")
+            if name != "demo":  # plots.py draws that one
+                shutil.copyfile(found.with_suffix(".png"), docs / f"{name}.png")
     for plot in build.glob("search*/search.png"):  # only ended searches have one
         name = evaluations.keep_search(plot.with_suffix(".json"), results)
         shutil.copyfile(plot, docs / f"{name}.png")

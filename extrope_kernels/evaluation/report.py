@@ -43,6 +43,7 @@ class Display:
         self._all = self.bars.add_task("all rows", total=rows)
         self._row = self.bars.add_task("", total=1, visible=False)
         self._ticks = 1
+        self._began = time.monotonic()
 
     def line(self, text: str) -> None:
         """Show a line of the table at once."""
@@ -62,9 +63,13 @@ class Display:
         self.bars.advance(self._all, ticks / self._ticks)
 
     def progress(self) -> str:
-        """Say in a line what is being measured and how far it is."""
+        """Say in a line what is being measured, how far it is, and how long the rest takes."""
         every, row = self.bars.tasks
-        return "; ".join(f"{bar.description}: {bar.percentage:.0f}%" for bar in (row, every))
+        told = "; ".join(f"{bar.description}: {bar.percentage:.0f}%" for bar in (row, every))
+        if not every.completed:
+            return told
+        left = (time.monotonic() - self._began) * (every.total / every.completed - 1)
+        return f"{told}, about {clock(left)} left"
 
 
 @contextmanager
@@ -82,8 +87,8 @@ def telling(progress: Callable[[], str]) -> Iterator[None]:
 
     def tell() -> None:
         while not done.wait(_TELL_EVERY):
-            minutes, seconds = divmod(round(time.monotonic() - began), 60)
-            print(f"{progress()}, {minutes}:{seconds:02} so far", file=sys.stderr, flush=True)
+            so_far = clock(time.monotonic() - began)
+            print(f"{progress()}, {so_far} so far", file=sys.stderr, flush=True)
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
@@ -92,6 +97,12 @@ def telling(progress: Callable[[], str]) -> Iterator[None]:
     finally:
         done.set()
         teller.join()
+
+
+def clock(seconds: float) -> str:
+    """Return a time as minutes and seconds: 7:05."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02}"
 
 
 def write_atomic(path: Path, data: bytes) -> None:

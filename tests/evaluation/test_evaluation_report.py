@@ -94,7 +94,7 @@ def test_progress_is_told_now_and_then_without_a_terminal(monkeypatch, capsys):
             told += capsys.readouterr().err
     capsys.readouterr()
     for line in told.splitlines():
-        assert re.fullmatch(r"yarn 64: 75%; all rows: 38%, 0:0\d so far", line)
+        assert re.fullmatch(r"yarn 64: 75%; all rows: 38%, about 0:\d\d left, 0:0\d so far", line)
     time.sleep(0.05)
     assert told and capsys.readouterr().err == ""  # none behind the end
 
