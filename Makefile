@@ -14,7 +14,7 @@ LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-confi
 .PHONY: help demo test test-all bench gpu hub docs lint sanitize clean
 
 help:
-	@echo "make demo   a real language model past its training length, per method: tables and plots of its loss and recall"
+	@echo "make demo   a real language model past its training length: pictures of its loss and recall, in ten minutes"
 	@echo "make test   the test suite, ten minutes on two cores"
 	@echo "make test-all  what no change of one file can break, too: generated cases, every Triton, ARM, sanitizers"
 	@echo "make bench  the benchmarks"
@@ -26,10 +26,7 @@ help:
 	@echo "make clean  remove .venv and build"
 
 demo: $(VENV)/extra-demo $(VENV)/smollm2
-	$(BIN)/python -m extrope_kernels eval --model smollm2 --text pydocs --lengths 16384 \
-		--methods rope,pi,ntk_aware,ntk_by_parts,yarn,rerope,leaky_rerope --trials 1 --out build/demo
-	$(BIN)/python -m extrope_kernels eval --model smollm2 --text pydocs --lengths 16384 --task recall \
-		--methods rope,yarn,rerope --trials 1 --out build/demo
+	$(BIN)/python bench/demo.py
 
 test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m extrope_kernels info
