@@ -1,6 +1,7 @@
 """A mkdocs hook: files outside docs/ are part of the site, and links to them work there too."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,10 +20,16 @@ def on_config(config: MkDocsConfig) -> None:
     """Name the version on every page, and link to the repository that this is a clone of."""
     source = (ROOT / "extrope_kernels" / "__init__.py").read_text()
     config.site_name += " " + re.search(r'__version__ = "(.+)"', source)[1]
-    git = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
-    remote = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    if found := _REMOTE.fullmatch(remote):
-        config.repo_url = f"https://{found[1]}/{found[2]}"
+    if shutil.which("git"):
+        git = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
+        remote = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        config.repo_url, config.repo_name = web_address(remote), "Repository"
+
+
+def web_address(remote: str) -> str | None:
+    """Return the page of a remote; None for a folder, and where a password would be published."""
+    found = _REMOTE.fullmatch(remote)
+    return found and f"https://{found[1]}/{found[2]}"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

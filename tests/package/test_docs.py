@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -136,6 +137,23 @@ def test_a_name_of_the_api_has_an_example_and_says_what_each_parameter_is(path):
 def test_every_op_that_is_named_exists():
     named = re.findall(r"^\| `(\w+)`", (ROOT / "docs/api/ops.md").read_text(), re.MULTILINE)
     assert len(named) > 10 and all(hasattr(torch.ops.extrope, op) for op in named)
+
+
+@pytest.mark.parametrize(
+    ("remote", "page"),
+    [
+        ("https://example.org/us/it.git", "https://example.org/us/it"),
+        ("git@example.org:us/it.git", "https://example.org/us/it"),
+        ("ssh://git@example.org/us/it", "https://example.org/us/it"),
+        ("https://me:secret@example.org/us/it.git", None),
+        ("/srv/it", None),
+        ("", None),
+    ],
+)
+def test_the_site_links_to_its_repository_without_a_password(remote, page):
+    pytest.importorskip("mkdocs")
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    assert hooks["web_address"](remote) == page
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
