@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import evaluations
 
+from extrope_kernels import methods
 from extrope_kernels.evaluation import cli
 
 BUILD = Path(__file__).parents[1] / "build" / "model_runs"
@@ -69,6 +70,20 @@ LONG = {method: sets[:1] for method, sets in METHODS.items()} | {
 }
 
 
+# Of SmolLM2: 32 pairs of dims, base 100,000.
+def yarn_divisors(factor: float) -> list[float]:
+    """What YaRN divides each frequency by."""
+    yarn = methods.yarn(64, factor=factor, original_max_position_embeddings=TRAINED, base=100_000.0)
+    return (methods.rope(64, base=100_000.0).inv_freq / yarn.inv_freq).tolist()
+
+
+# Methods whose far keys have frequencies, or groups, of each pair of dims.
+OF_PAIRS: dict[str, list[dict[str, Any]]] = {
+    "far_frequencies": [{"window": 2048, "divisors": yarn_divisors(2.0)}],
+    "dpe": [{"window": 2048, "pairs": 32, "group_sizes": [1, 1, 2, 2, 4, 4, 4, 4]}],
+}
+
+
 def first(*methods: str) -> dict[str, list[dict[str, Any]]]:
     """Return `eval`'s parameters of these methods."""
     return {method: METHODS[method][:1] for method in methods}
@@ -90,6 +105,8 @@ class Run(NamedTuple):
 RUNS = {
     "loss": Run("loss", "smollm2-16k", "16384", trials=2),
     "recall": Run("recall", "smollm2-16k", "16384", trials=1),
+    "pairs": Run("loss", "smollm2-16k", "16384", trials=2, methods=OF_PAIRS),
+    "pairs-recall": Run("recall", "smollm2-16k", "16384", trials=1, methods=OF_PAIRS),
     "long": Run("loss", "smollm2-32k", "32768", trials=1, methods=LONG),
     "passkey": Run(
         "passkey",
