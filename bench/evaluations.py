@@ -146,8 +146,15 @@ def best(rows: list[Measured]) -> Measured:
 
 
 def named(parameters: dict[str, Any]) -> str:
-    numbers = {key: x if isinstance(x, str) else f"{x:g}" for key, x in parameters.items()}
-    return ", ".join(f"{key}={value}" for key, value in numbers.items())
+    return ", ".join(f"{key}={_number(value)}" for key, value in parameters.items())
+
+
+def _number(value: Any) -> str:
+    """Write a number, a word, or the numbers of all pairs of dims by their ends where many."""
+    if isinstance(value, list):
+        few = value if len(value) <= 8 else [value[0], value[-1]]
+        return (" " if len(value) <= 8 else " to ").join(f"{x:g}" for x in few)
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def between(value: Interval | list | None, digits: int = 2) -> str:

@@ -72,7 +72,7 @@ LONG = {method: sets[:1] for method, sets in METHODS.items()} | {
 
 # Of SmolLM2: 32 pairs of dims, base 100,000.
 def yarn_divisors(factor: float) -> list[float]:
-    """What YaRN divides each frequency by."""
+    """Return the divisor of each frequency under YaRN."""
     yarn = methods.yarn(64, factor=factor, original_max_position_embeddings=TRAINED, base=100_000.0)
     return (methods.rope(64, base=100_000.0).inv_freq / yarn.inv_freq).tolist()
 
