@@ -1,0 +1,93 @@
+"""The model itself."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from types import TracebackType
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from ...evaluation import UsageError
+from .._shared.parameters import PARAMETERS, check_names
+from ..transformers import extend, register_interface
+
+NAME = "extrope"
+# lm-eval cuts the beginning off prompts that are longer. Rotations are exact as far as this.
+_LONGEST = 2**24
+
+
+class ExtropeLM(HFLM):
+    """lm-eval's model of transformers, extended until `restore()`.
+
+    method: a name of `PARAMETERS`; the model as it is if None.
+    max_length: as HFLM has it, but without a limit that a text would meet if None.
+    given: the method's parameters and HFLM's keywords, in any order. What neither knows goes to
+        transformers' `from_pretrained`, as with HFLM.
+
+    It is a context manager, too, for a model that is used further. Raises UsageError.
+    """
+
+    _handle: weakref.finalize | None = None
+
+    def __init__(
+        self,
+        pretrained: Any,
+        method: str | None = None,
+        max_length: int | None = None,
+        **given: Any,
+    ) -> None:
+        parameters, kwargs = _split(method, given)
+        if max_length is None and str(kwargs.get("batch_size", 1)).startswith("auto"):
+            raise UsageError("batch_size=auto needs max_length, the longest prompt")
+        register_interface()  # so that attn_implementation=extrope can be asked for
+        try:
+            super().__init__(pretrained, max_length=max_length or _LONGEST, **kwargs)
+        except TypeError as error:
+            for name in kwargs.keys() - inspect.signature(HFLM.__init__).parameters:
+                if f"'{name}'" in str(error):
+                    raise UsageError(f"neither extend nor transformers takes {name}") from error
+            raise
+        if method is None:
+            return
+        try:
+            handle = extend(self.model, method, **parameters)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise UsageError(str(error)) from error
+        self._handle = weakref.finalize(self, handle.restore)
+
+    def restore(self) -> None:
+        """Give the model back as it was; happens by itself when this object goes."""
+        if self._handle is not None:
+            self._handle()
+
+    def __enter__(self) -> ExtropeLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.restore()
+
+
+def _split(method: str | None, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a method's parameters, and what is for HFLM; raises UsageError.
+
+    A parameter of some other method is a mistake: transformers has no use for one.
+    """
+    if method is not None and method not in PARAMETERS:
+        raise UsageError(f"method must be one of {', '.join(PARAMETERS)}, got {method!r}")
+    known = {name for names in PARAMETERS.values() for name in names}
+    parameters = {name: value for name, value in given.items() if name in known}
+    if method is None and parameters:
+        raise UsageError(f"{next(iter(parameters))} needs a method")
+    try:
+        if method is not None:
+            check_names(NAME, method, parameters, others=None)
+    except TypeError as error:
+        raise UsageError(str(error)) from error
+    return parameters, {name: value for name, value in given.items() if name not in known}

@@ -1,0 +1,160 @@
+"""The model that lm-evaluation-harness calls `extrope`, on a tiny Llama and a task of our own."""
+
+import gc
+import re
+import shutil
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import TRAINED
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from extrope_kernels.evaluation import UsageError
+from extrope_kernels.integrations.transformers import extend
+
+lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402 - where there is lm-eval
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from extrope_kernels.integrations.lm_eval import model as ours  # noqa: E402
+from extrope_kernels.integrations.lm_eval.__main__ import main  # noqa: E402
+
+NEW = 6
+TEXTS = ("The quick brown fox. " * 5, "Jumps over 13 lazy dogs, " * 3)  # 105 and 75 tokens
+METHODS = {"yarn": {"factor": 4.0}, "rerope": {"window": 8}}
+TASK = """
+task: tiny
+dataset_path: ""
+custom_dataset: !function tiny_task.texts
+output_type: generate_until
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_target: "nothing"
+generation_kwargs: {do_sample: false, max_gen_toks: 6, until: []}
+metric_list: [{metric: bypass}]
+"""
+FUNCTION = """
+import datasets
+
+def texts(**metadata):
+    return {{"test": datasets.Dataset.from_list([{{"text": text}} for text in {texts!r}])}}
+"""
+
+
+@pytest.fixture(scope="module")
+def model_path(folder, tmp_path_factory):
+    """The tiny model with a token that ends a text, which the harness asks for; none is written."""
+    path = tmp_path_factory.mktemp("ends") / "model"
+    shutil.copytree(folder, path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_special_tokens({"eos_token": "<end>", "pad_token": "\x0c"})
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    path = tmp_path_factory.mktemp("task")
+    (path / "tiny_task.py").write_text(FUNCTION.format(texts=TEXTS))
+    (path / "tiny.yaml").write_text(TASK)
+    return str(path / "tiny.yaml")
+
+
+def generated(model_path, method):
+    """What transformers alone continues each text by, as text."""
+    model = LlamaForCausalLM.from_pretrained(model_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    with extend(model, method, **METHODS[method]):
+        found = []
+        for text in TEXTS:
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            new = model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+            found.append(tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("yarn", {}), ("rerope", {"prefill_chunk_size": 32})]
+)
+def test_a_batch_of_long_prompts_is_answered_as_by_transformers(model_path, task, method, options):
+    lm = ours.ExtropeLM(model_path, method=method, device="cpu", batch_size=2, **METHODS[method])
+    manager = TaskManager(include_defaults=False)  # there are ten thousand files of others
+    found = lm_eval.simple_evaluate(
+        lm, tasks=[task], task_manager=manager, gen_kwargs=options, bootstrap_iters=0
+    )
+    answers = [sample["resps"][0][0] for sample in found["samples"]["tiny"]]
+    assert all(len(text) > TRAINED for text in TEXTS)
+    assert answers == generated(model_path, method)
+
+
+def test_loss_of_a_long_text_is_that_of_the_whole(model_path):
+    lm = ours.ExtropeLM(model_path, method="rerope", window=8, device="cpu", dtype="float32")
+    ids = lm.tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        losses = torch.log_softmax(lm.model(ids).logits[0].double(), -1)
+    wanted = losses[49:-1].gather(1, ids[0, 50:, None]).sum().item()
+    asked = Instance("loglikelihood", {}, (TEXTS[0][:50], TEXTS[0][50:]), 0)
+    ((found, _),) = lm.loglikelihood([asked])
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_model_is_given_back(model_path):
+    model = LlamaForCausalLM.from_pretrained(model_path).eval()
+    ids = torch.arange(60)[None]
+    plain = model(ids).logits
+    with ours.ExtropeLM(model, method="rerope", window=8) as lm:
+        assert not torch.equal(model(ids).logits, plain)
+    assert torch.equal(model(ids).logits, plain)
+    lm = ours.ExtropeLM(model, method="yarn", factor=4.0)
+    assert not torch.equal(model(ids).logits, plain)
+    del lm
+    gc.collect()
+    assert torch.equal(model(ids).logits, plain)
+    with ours.ExtropeLM(model):  # as it is
+        assert torch.equal(model(ids).logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "yarm"}, "method must be one of rope, .* got 'yarm'"),
+        ({"method": "yarn", "window": 8}, "parameters of yarn must be among .* got window"),
+        ({"factor": 2.0}, "factor needs a method"),
+        ({"method": "rerope"}, "rerope needs window, which is missing"),
+        ({"method": "rerope", "window": -1}, "rerope: window must be"),
+        ({"method": "rerope", "windw": 8}, "neither extend nor transformers takes windw"),
+        ({"method": "yarn", "factor": 2.0, "batch_size": "auto"}, "batch_size=auto needs max_l"),
+    ],
+)
+def test_mistakes(model_path, given, message):
+    with pytest.raises(UsageError, match=message) as error:
+        ours.ExtropeLM(model_path, device="cpu", **given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.thorough  # the harness reads the names of all its tasks, which takes ten seconds
+def test_command_line(model_path, task, monkeypatch, capsys, tmp_path):
+    def run(*arguments):
+        given = ["lm_eval", "run", "--model", "extrope", "--device", "cpu", "--tasks", task]
+        monkeypatch.setattr(sys, "argv", [*given, *arguments])
+        return main()
+
+    assert run("--model_args", f"pretrained={model_path},method=rerope") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "lm_eval: extend: rerope needs window, which is missing"
+    )
+    out = str(tmp_path / "out")
+    model = f"pretrained={model_path},method=rerope,window=8"
+    assert run("--model_args", model, "--output_path", out, "--log_samples") == 0
+    (samples,) = Path(out).rglob("samples_tiny_*.jsonl")
+    assert len(samples.read_text().splitlines()) == len(TEXTS)
+
+
+def test_entry_point():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    group = 'project.entry-points."lm_eval.models"'
+    name, value = re.search(rf'\[{re.escape(group)}\]\n(\w+) = "(.+)"', project).groups()
+    assert name == ours.NAME and EntryPoint(name, value, "lm_eval.models").load() is ours.ExtropeLM
