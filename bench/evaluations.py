@@ -39,10 +39,6 @@ def recall_row(row: Row, trained: int) -> Row:
     return {"recall": [row["gains"][-1]["gain"], row["gains"][-1]["error"]]}
 
 
-def passkey_row(row: Row, trained: int) -> Row:
-    return {key: row[key] for key in ("length", "accuracy", "intervals")}
-
-
 def demo_row(row: Row, trained: int) -> Row:
     return {"seconds": row["seconds"], "losses": [bucket["loss"] for bucket in row["buckets"]]}
 
@@ -59,12 +55,11 @@ def gains_row(row: Row, trained: int) -> Row:
 KEPT: dict[str, Callable[[Row, int], Row]] = {
     "loss": loss_row,
     "recall": recall_row,
-    "passkey": passkey_row,
     "demo": demo_row,
     "gains": gains_row,
     "short": short_row,
 }
-ABOUT = ("model", "training_length", "dtype", "threads", "bucket", "distances", "depths", "texts")
+ABOUT = ("model", "training_length", "dtype", "threads", "bucket", "distances", "texts")
 
 
 def keep(found: Path, name: str, kind: str, results: Path = RESULTS) -> None:
@@ -83,7 +78,7 @@ def keep(found: Path, name: str, kind: str, results: Path = RESULTS) -> None:
 
 
 def _key(row: Row) -> str:
-    """Passkeys have a row for each length."""
+    """Tell rows apart; a short text has one for each length."""
     return json.dumps(short([row["method"], row["params"], row.get("length")]))
 
 

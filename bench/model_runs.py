@@ -2,7 +2,7 @@
 
 apt-get download jargon-text && dpkg-deb -x jargon-text_*.deb . \\
     && zcat usr/share/doc/jargon-text/jargon.txt.gz > jargon.txt
-OMP_NUM_THREADS=1 python bench/model_runs.py {loss,recall,long,passkey,short,gemma} jargon.txt
+OMP_NUM_THREADS=1 python bench/model_runs.py {loss,recall,long,short,gemma} jargon.txt
 
 Every measurement goes to build/model_runs; evaluations.py keeps a row of each in
 bench/results/models, which bench/readme.py shows.
@@ -108,14 +108,6 @@ RUNS = {
     "pairs": Run("loss", "smollm2-16k", "16384", trials=2, methods=OF_PAIRS),
     "pairs-recall": Run("recall", "smollm2-16k", "16384", trials=1, methods=OF_PAIRS),
     "long": Run("loss", "smollm2-32k", "32768", trials=1, methods=LONG),
-    "passkey": Run(
-        "passkey",
-        "passkey",
-        "2048,4096,8192,16384",
-        trials=10,
-        methods=first("rope", "yarn", "rerope"),
-        more=("--depths", "3"),
-    ),
     "short": Run(
         "loss",
         "short",
@@ -164,7 +156,7 @@ def main() -> int:
     parser.add_argument("text", help="of the Jargon File")
     given = parser.parse_args()
     run = RUNS[given.run]
-    texts = ["pydocs"] if given.run in ("passkey", "short") else ["pydocs", given.text]
+    texts = ["pydocs"] if given.run == "short" else ["pydocs", given.text]
     evaluation = argparse.ArgumentParser()
     cli.add_arguments(evaluation)
     for params in rounds(run):

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import evaluations
+import ruler
 import scaling
 from evaluations import Interval, Measured, named
 from harness import RESULTS
@@ -226,6 +227,36 @@ def windows(path: Path, results: Path = RESULTS) -> None:
     save(figure, path)
 
 
+def ruler_shares(path: Path, results: Path = RESULTS) -> None:
+    """Draw the share of RULER's answers by length, with Wilson's interval of 95%."""
+    cells = [
+        cell
+        for cell in ruler.read(results / "ruler" / "smollm2.csv")
+        if cell.task == ruler.TASKS[0]
+    ]
+    lengths = sorted({cell.length for cell in cells})
+    figure = Figure(figsize=(8.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for place, each in enumerate(ruler.METHODS):
+        own = [cell for cell in cells if cell.key[3:] == ruler.names(*each)]
+        if not own:
+            continue
+        beside = [lengths.index(cell.length) + 0.07 * (place - 2.5) for cell in own]
+        shares = [fmean(cell.scores) for cell in own]
+        ends = [ruler.interval(cell) for cell in own]
+        errors = [[share - low for share, (low, _) in zip(shares, ends)],
+                  [high - share for share, (_, high) in zip(shares, ends)]]  # fmt: skip
+        label = " ".join(filter(None, ruler.names(*each)))
+        axes.errorbar(beside, shares, errors, label=label, marker="osD^v*"[place], capsize=2)
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set(xlabel="tokens (trained on 8,192)", ylabel="needles found", ylim=(-0.05, 1.05))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.grid(axis="y", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    save(figure, path)
+
+
 # -------------------------------------------------------------------------------------------------
 # Small models
 
@@ -294,6 +325,7 @@ PLOTS: dict[str, Callable[[Path], None]] = {
     "scaling-rope": lambda path: lengths("rope", path),
     "scaling-attention": lambda path: lengths("attention", path),
     "demo": demo,
+    "ruler": ruler_shares,
     "tradeoff": tradeoff,
     "windows": windows,
     "length_generalization": length_generalization,

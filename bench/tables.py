@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import evaluations
+import ruler
 import scaling
 from evaluations import Measured, between, named
 from harness import COLUMNS, RESULTS, cell, table
@@ -176,19 +177,25 @@ def recall(results: Path) -> str:
     return table(head, [[f"`{r['method']}`", *map(between, r["gains"])] for r in found["rows"]])
 
 
-def passkey(results: Path) -> str:
-    """Make a line per method and length: shares by depth, with Wilson's interval of 95%."""
-    found = evaluations.read("passkey", results)
-    head = ["method", "tokens", *(f"{depth:.0%} deep" for depth in found["depths"])]
-    order = list(dict.fromkeys(row["method"] for row in found["rows"]))
+def ruler_shares(found: Path) -> str:
+    """Make a column per length: the share of answers, of how many, Wilson's interval of 95%."""
+    cells = [cell for cell in ruler.read(found) if cell.task == ruler.TASKS[0]]
+    lengths = sorted({cell.length for cell in cells})
+    shares = {(cell.method, cell.parameters, cell.length): ruler.share(cell) for cell in cells}
     lines = []
-    for row in sorted(found["rows"], key=lambda r: (order.index(r["method"]), r["length"])):
-        shares = [
-            f"{share:.0%} ({100 * low:.0f}-{100 * high:.0f})"
-            for share, (low, high) in zip(row["accuracy"], row["intervals"], strict=True)
-        ]
-        lines.append([f"`{row['method']}`", f"{row['length']:,}", *shares])
-    return table(head, lines)
+    for method, parameters in (ruler.names(*each) for each in ruler.METHODS):
+        own = [shares.get((method, parameters, length), "") for length in lengths]
+        if any(own):
+            lines.append([f"`{method}`", parameters, *own])
+    return table(["method", "parameters", *(f"{length:,}" for length in lengths)], lines)
+
+
+def ruler_command(found: Path, only: str) -> str:
+    """Give lm-eval's command for the row, and the column, that the words name."""
+    cells = [cell for cell in ruler.read(found) if cell.task == ruler.TASKS[0]]
+    words = set(only.split())
+    cell = next(c for c in cells if words <= {c.method, str(c.length), *c.parameters.split(", ")})
+    return f"```sh\n{ruler.command(cell)}\n```"
 
 
 def within(results: Path) -> str:

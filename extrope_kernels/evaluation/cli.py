@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from . import UsageError, models, options, plots, report
+from . import UsageError, plots
+from .runner import DTYPES, TASKS, evaluate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
     add = parser.add_argument
     add("--model", required=True, help="transformers folder, .gguf file, smollm2 or gemma3-270m")
-    add("--task", choices=("loss", "passkey", "recall"), default="loss", help="default: loss")
+    add("--task", choices=tuple(TASKS), default="loss", help="default: loss")
     add("--methods", required=True, help="comma-separated: rope,pi,yarn,...,rerope,leaky_rerope")
     add("--lengths", required=True, help="comma-separated numbers of tokens: 8192,16384")
     add("--out", required=True, help="folder for the JSON file and the plot")
@@ -39,17 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD.NAME=VALUE",
         help="a parameter of one method, such as yarn.beta_fast=16; repeatable",
     )
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    add("--dtype", choices=DTYPES, default="float32", help="default: float32")
     add("--device", help="torch device; default: cuda where there is one, else cpu")
     add("--bucket", type=int, default=2048, help="loss: tokens per bucket (default 2048)")
-    add("--depths", type=int, default=5, help="passkey: depths of the key (default 5)")
-    add(
-        "--trials",
-        type=int,
-        default=3,
-        help="pieces of each text; passkey: keys per length and depth (default 3)",
-    )
-    add("--seed", type=int, default=0, help="of where texts are cut, and of keys (default 0)")
+    add("--trials", type=int, default=3, help="pieces of each text (default 3)")
+    add("--seed", type=int, default=0, help="of where texts are cut (default 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,20 +76,46 @@ def run_command(
 
 
 def _run(args: argparse.Namespace) -> None:
-    args.text = args.text or ["pydocs"]
-    plan = options.make_plan(args)
-    out = options.check_out(args.out)
-    files, device = models.prepared(args.model, args.device)
-    from . import runner  # only now: it imports transformers, which takes seconds
+    given = vars(args) | {"text": args.text or ["pydocs"], "table": sys.stdout}
+    methods = _params(given.pop("param"), _split("--methods", given.pop("methods")))
+    lengths = _lengths(given.pop("lengths"))
+    given.pop("command", None)  # of the parser of all commands
+    evaluate(given.pop("model"), methods, lengths, **given)
+    png = " and .png" if plots.available() else ""
+    print(f"wrote {args.out}/{args.task}.json{png}", file=sys.stderr)
 
-    slow = " (from GGUF, which takes half a minute or more)" if files.gguf_file else ""
-    print(f"loading {args.model}{slow}", file=sys.stderr, flush=True)
-    with report.telling(lambda: f"loading {args.model}"):
-        tokenizer = models.load_tokenizer(files)
-        task = runner.TASKS[args.task](args, plan.lengths, tokenizer)
-        model = models.load_model(files, args.dtype, device)
-        models.keep_converted(args.model, files, model, tokenizer)
-    runner.run_rows(task, model, plan, args, out)
-    print(
-        f"wrote {out / args.task}.json{' and .png' if plots.available() else ''}", file=sys.stderr
-    )
+
+def _split(name: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise UsageError(f"{name} must list at least one value, separated by commas")
+    return list(dict.fromkeys(parts))
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in _split("--lengths", text)]
+    except ValueError as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"--lengths must be whole numbers of tokens >= 2, got {text}") from error
+
+
+def _params(items: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    params: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    for item in items:
+        key, equals, value = item.partition("=")
+        method, dot, name = key.partition(".")
+        if not (equals and dot and method and name):
+            raise UsageError(f"--param must read METHOD.NAME=VALUE, got {item}")
+        if method not in methods:
+            raise UsageError(f"--param {item}: {method} is not among --methods")
+        params[method][name] = _literal(value)
+    return params
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 # Logits of so many elements are computed at a time: 128 MiB in float32.
 _LOGITS_AT_ONCE = 2**25
-# Short sequences go through the model together, so that they fill a GPU.
-_TOKENS_AT_ONCE = 2**14
 
 
 def run_body(
@@ -52,18 +50,6 @@ def logits(model: PreTrainedModel, body: Any, start: int, stop: int) -> Tensor:
     ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     with forward_replaced(model.base_model, lambda *args, **kwargs: part):
         return model(input_ids=ids, use_cache=False).logits.float()
-
-
-def batches(sequences: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Stack sequences of one length, (seqlen,), as many at a time as fit: (batch, seqlen)."""
-    rows: list[Tensor] = []
-    for sequence in sequences:
-        rows.append(sequence)
-        if (len(rows) + 1) * len(sequence) > _TOKENS_AT_ONCE:
-            yield torch.stack(rows)
-            rows = []
-    if rows:
-        yield torch.stack(rows)
 
 
 def chunks(start: int, stop: int, vocab_size: int, batch: int = 1) -> Iterator[tuple[int, int]]:

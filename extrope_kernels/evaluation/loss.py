@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import plots, texts
-from .forward import batches, chunks, logits, run_body
+from .forward import chunks, logits, run_body
 from .report import mean_and_error, range_label, with_error
 
 if TYPE_CHECKING:
@@ -20,17 +19,17 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def token_losses(
-    model: PreTrainedModel, ids: Tensor, on_progress: Callable[[int], None] = lambda rows: None
+    model: PreTrainedModel, ids: Tensor, on_progress: Callable[[], None] = lambda: None
 ) -> Tensor:
     """Return the loss, in nats, of the prediction made at each position but the last.
 
     ids: (batch, seqlen) int64
-    on_progress: called with batch after each decoder layer, and once after the head.
+    on_progress: called after each decoder layer, and once after the head.
 
     Returns: (batch, seqlen - 1) float32 on the CPU; [:, t] is -log p(ids[t + 1] | ids[: t + 1]).
     """
     rows, seqlen = ids.shape
-    body = run_body(model, ids, lambda: on_progress(rows))
+    body = run_body(model, ids, on_progress)
     vocab_size = model.config.get_text_config().vocab_size
     # Tokens as rows: over any dim but the last PyTorch sums the vocabulary one by one, and a term
     # far below the sum so far is lost.
@@ -42,7 +41,7 @@ def token_losses(
         ).unflatten(0, (rows, stop - start))
         for start, stop in chunks(0, seqlen - 1, vocab_size, rows)
     ]
-    on_progress(rows)
+    on_progress()
     return torch.cat(parts, 1).cpu()
 
 
@@ -82,37 +81,26 @@ class LossTask:
 
     name = "loss"
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        lengths: Sequence[int],
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        self._longest, self._bucket = max(lengths), args.bucket
-        self._texts = texts.load_texts(tokenizer, args.text, self._longest)
-        self._trials, self._seed = args.trials, args.seed
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, asked: texts.Asked) -> None:
+        self._longest, self._bucket = max(asked.lengths), asked.bucket
+        self.reading = texts.Reading(tokenizer, asked, self._longest)
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "bucket": self._bucket,
-            "texts": [text.about() for text in self._texts],
-            "trials": self._trials,
-            "seed": self._seed,
-        }
+        return {"bucket": self._bucket}
 
     def heads(self) -> list[str]:
         edges = bucket_edges(self._longest, self._bucket)
         return [range_label(start, stop) for start, stop in edges]
 
     def ticks(self, layers: int) -> int:
-        return (layers + 1) * self._trials * len(self._texts)
+        return (layers + 1) * self.reading.count
 
     def measure(
-        self, model: PreTrainedModel, length: int, on_progress: Callable[[int], None]
+        self, model: PreTrainedModel, length: int, on_progress: Callable[[], None]
     ) -> dict[str, Any]:
-        pieces = texts.pieces(self._texts, length, self._trials, self._seed)
+        pieces = self.reading.pieces(length)
         losses = torch.cat(
-            [token_losses(model, ids.to(model.device), on_progress) for ids in batches(pieces)]
+            [token_losses(model, ids[None].to(model.device), on_progress) for ids in pieces]
         )
         by_piece = losses.double().mean(1).tolist()
         mean, error = mean_and_error(by_piece)

@@ -1,14 +1,12 @@
-"""Reads and checks the command's options before anything slow begins."""
+"""Checks what is asked for before anything slow begins, and chooses what was left open."""
 
 from __future__ import annotations
 
-import argparse
-import ast
 import importlib.util
 import inspect
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,16 +110,47 @@ def _shifts(length: int, trained: int, *_: object) -> dict[str, Any]:
 _OWN_RULES: dict[str, Callable[..., dict[str, Any]]] = {"self_extend": _groups, "string": _shifts}
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_plan(
+    methods: Iterable[str] | Mapping[str, Mapping[str, Any]],
+    lengths: int | Iterable[int],
+    factor: float | None = None,
+    window: int | None = None,
+) -> Plan:
     """Return the checked plan; raises UsageError."""
-    methods = _methods(args.methods)
-    if args.factor is not None and not args.factor > 0:
-        raise UsageError(f"--factor must be > 0, got {args.factor:g}")
-    for name in ("window", "bucket", "depths", "trials"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UsageError(f"--{name} must be >= 1, got {value}")
-    lengths, params = _lengths(args.lengths), _params(args.param, methods)
-    return Plan(methods, lengths, params, args.factor, args.window)
+    if isinstance(methods, str):
+        methods = [methods]
+    named = dict(methods) if isinstance(methods, Mapping) else {name: {} for name in methods}
+    if not named:
+        raise UsageError("--methods must list at least one")
+    if unknown := [name for name in named if name not in PARAMETERS]:
+        listed = ", ".join(PARAMETERS)
+        raise UsageError(f"--methods: unknown {', '.join(unknown)}; choose from {listed}")
+    for method, given in named.items():
+        known = [key for key in PARAMETERS[method] if key != "dim"]
+        if wrong := [name for name in given if name not in known]:
+            listed = ", ".join(known)
+            raise UsageError(f"--param: {method} has no {wrong[0]}; it has {listed}")
+    wanted = {lengths} if isinstance(lengths, int) else set(lengths)
+    if wrong := [n for n in wanted or {None} if type(n) is not int or n < 2]:
+        raise UsageError(f"--lengths must be whole numbers of tokens >= 2, got {wrong[0]}")
+    if factor is not None and not factor > 0:
+        raise UsageError(f"--factor must be > 0, got {factor:g}")
+    check_numbers(window=window)
+    params = {method: dict(given) for method, given in named.items()}
+    return Plan(list(named), sorted(wanted), params, factor, window)
+
+
+def check_numbers(**given: int | None) -> None:
+    """Raise UsageError for an option that counts something and is no whole number from 1 on."""
+    for name, value in given.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise UsageError(f"--{name} must be >= 1, got {value!r}")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise UsageError for an option that is none of its choices."""
+    if value not in choices:
+        raise UsageError(f"--{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def require(*packages: str) -> None:
@@ -147,49 +176,3 @@ def check_out(path: str) -> Path:
     except OSError as error:
         raise UsageError(f"--out {path}: cannot write there: {error.strerror}") from error
     return folder
-
-
-def _split(name: str, text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts:
-        raise UsageError(f"{name} must list at least one value, separated by commas")
-    return list(dict.fromkeys(parts))
-
-
-def _methods(text: str) -> list[str]:
-    methods = _split("--methods", text)
-    if unknown := [name for name in methods if name not in PARAMETERS]:
-        listed = ", ".join(PARAMETERS)
-        raise UsageError(f"--methods: unknown {', '.join(unknown)}; choose from {listed}")
-    return methods
-
-
-def _lengths(text: str) -> list[int]:
-    parts = _split("--lengths", text)
-    if not all(part.isascii() and part.isdigit() and int(part) >= 2 for part in parts):
-        raise UsageError(f"--lengths must be whole numbers of tokens >= 2, got {text}")
-    return sorted({int(part) for part in parts})
-
-
-def _params(items: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    params: dict[str, dict[str, Any]] = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        method, dot, name = key.partition(".")
-        if not (equals and dot and method and name):
-            raise UsageError(f"--param must read METHOD.NAME=VALUE, got {item}")
-        if method not in methods:
-            raise UsageError(f"--param {item}: {method} is not among --methods")
-        known = [key for key in PARAMETERS[method] if key != "dim"]
-        if name not in known:
-            listed = ", ".join(known)
-            raise UsageError(f"--param {item}: {method} has no {name}; it has {listed}")
-        params.setdefault(method, {})[name] = _literal(value)
-    return params
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

@@ -139,53 +139,6 @@ def _ticks(length: int, bucket: int) -> list[int]:
     return list(range(0, length + 1, step))
 
 
-def plot_passkey(results: dict[str, Any], path: Path) -> None:
-    """Draw a heat map of accuracy by length and depth for each method, as PNG."""
-    methods = list(dict.fromkeys(row["method"] for row in results["rows"]))
-    lengths = sorted({row["length"] for row in results["rows"]})
-    columns = min(3, len(methods))
-    lines = -(-len(methods) // columns)
-    width = max(2.6, 0.85 * len(lengths) + 1.2)
-    figure = new_figure(columns * width + 1.4, lines * 3.4 + 0.5)
-    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    for axes, method in zip(panels, methods, strict=False):
-        rows = {row["length"]: row for row in results["rows"] if row["method"] == method}
-        image = _draw_heat_map(axes, rows, lengths, results["depths"])
-        axes.set_title(method)
-    for axes in panels[len(methods) :]:
-        axes.set_visible(False)
-    figure.colorbar(image, ax=list(panels), label="keys recalled", format="{x:.0%}", shrink=0.8)
-    figure.supxlabel("length (tokens)")
-    figure.supylabel("depth of the key in the text")
-    trained = f"trained on {results['training_length']:,} positions"
-    figure.suptitle(f"{results['model']}: passkey recall, {trained}")
-    save_figure(figure, path)
-
-
-def _draw_heat_map(
-    axes: Axes, rows: dict[int, dict[str, Any]], lengths: list[int], depths: list[float]
-) -> Any:
-    missing = [float("nan")] * len(depths)
-    by_length = [rows[length]["accuracy"] if length in rows else missing for length in lengths]
-    image = axes.imshow(
-        list(zip(*by_length, strict=True)), vmin=0, vmax=1, cmap="cividis", aspect="auto"
-    )
-    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.spines[:].set_visible(False)
-    axes.set_xticks([column - 0.5 for column in range(1, len(lengths))], minor=True)
-    axes.set_yticks([line - 0.5 for line in range(1, len(depths))], minor=True)
-    axes.grid(which="minor", color="white", linewidth=2)
-    axes.tick_params(which="minor", length=0)
-    axes.tick_params(labelbottom=True)  # the panel below may be an empty one
-    for column, accuracies in enumerate(by_length):
-        for line, accuracy in enumerate(accuracies):
-            if accuracy == accuracy:
-                colour = "white" if accuracy < 0.6 else "black"
-                axes.text(column, line, f"{accuracy:.0%}", color=colour, ha="center", va="center")
-    return image
-
-
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure, sizes in inches."""
     from matplotlib.figure import Figure

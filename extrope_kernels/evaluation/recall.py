@@ -7,15 +7,13 @@ not belong, so that nothing else tells what comes next.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from . import UsageError, loss, plots, texts
-from .forward import batches
 from .report import mean_and_error, with_error
 
 if TYPE_CHECKING:
@@ -94,59 +92,42 @@ class RecallTask:
 
     name = "recall"
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        lengths: Sequence[int],
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        self._distances, self._passage = distances(max(lengths))
-        for length in lengths:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, asked: texts.Asked) -> None:
+        longest = max(asked.lengths)
+        self._distances, self._passage = distances(longest)
+        for length in asked.lengths:
             if not repeats(length, self._distances, self._passage):
-                raise UsageError(f"--lengths {length}: too short for --lengths {max(lengths)}")
+                raise UsageError(f"--lengths {length}: too short for --lengths {longest}")
         more = self._passage * _AT_EACH * len(_PARTS)
-        self._texts = texts.load_texts(tokenizer, args.text, max(lengths) + more)
-        self._trials, self._seed = args.trials, args.seed
+        self.reading = texts.Reading(tokenizer, asked, longest + more)
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "distances": self._distances,
-            "passage": self._passage,
-            "texts": [text.about() for text in self._texts],
-            "trials": self._trials,
-            "seed": self._seed,
-        }
+        return {"distances": self._distances, "passage": self._passage}
 
     def heads(self) -> list[str]:
         return [f"{distance:,}" for distance in self._distances]
 
     def ticks(self, layers: int) -> int:
-        return (layers + 1) * self._trials * len(self._texts)
+        return (layers + 1) * self.reading.count
 
     def measure(
-        self, model: PreTrainedModel, length: int, on_progress: Callable[[int], None]
+        self, model: PreTrainedModel, length: int, on_progress: Callable[[], None]
     ) -> dict[str, Any]:
         found = repeats(length, self._distances, self._passage)
         by_distance: dict[int, list[float]] = {repeat.distance: [] for repeat in found}
-        for ids in batches(self._pieces(length, found)):
-            for losses in loss.token_losses(model, ids.to(model.device), on_progress):
-                for repeat, gain in zip(found, gains(losses, found), strict=True):
-                    by_distance[repeat.distance].append(gain)
+        for piece in self.reading.pieces(length, self._passage * len(found)):
+            ids = repeated(piece[:length], piece[length:], found)
+            losses = loss.token_losses(model, ids[None].to(model.device), on_progress)[0]
+            for repeat, gain in zip(found, gains(losses, found), strict=True):
+                by_distance[repeat.distance].append(gain)
         return {
-            "tokens": length * self._trials * len(self._texts),
+            "tokens": length * self.reading.count,
             "gains": [
                 {"distance": distance, "gain": mean, "error": error, "passages": costs}
                 for distance, costs in by_distance.items()
                 for mean, error in [mean_and_error(costs)]
             ],
         }
-
-    def _pieces(self, length: int, found: Sequence[Repeat]) -> Iterator[Tensor]:
-        more = self._passage * len(found)
-        for text in self._texts:
-            for index in range(self._trials):
-                others = text.after(length, index, self._seed, more)
-                yield repeated(text.piece(length, index, self._seed), others, found)
 
     def cells(self, row: dict[str, Any]) -> list[str]:
         return [with_error(gain["gain"], gain["error"], 2) for gain in row["gains"]]

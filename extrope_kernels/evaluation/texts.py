@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +75,41 @@ class Text(NamedTuple):
         return self.ids[torch.arange(start, start + count) % len(self.ids)]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is to be read, as the options of the command.
+
+    texts: files, or `pydocs`. bucket: tokens per bucket of positions.
+    """
+
+    texts: Sequence[str]
+    lengths: Sequence[int]
+    trials: int = 3
+    seed: int = 0
+    bucket: int = 2048
+
+
+class Reading:
+    """The pieces of all texts, the same for every method; raises UsageError as `load_texts`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, asked: Asked, longest: int) -> None:
+        self._texts = load_texts(tokenizer, asked.texts, longest)
+        self._trials, self._seed = asked.trials, asked.seed
+        self.count = asked.trials * len(self._texts)
+
+    def about(self) -> dict[str, Any]:
+        """Return what results say of them."""
+        about = [text.about() for text in self._texts]
+        return {"texts": about, "trials": self._trials, "seed": self._seed}
+
+    def pieces(self, length: int, more: int = 0) -> Iterator[Tensor]:
+        """Return so many tokens of each, and as many more that follow: (length + more,)."""
+        for text in self._texts:
+            for index in range(self._trials):
+                piece = text.piece(length, index, self._seed)
+                yield torch.cat([piece, text.after(length, index, self._seed, more)])
+
+
 def load_texts(
     tokenizer: PreTrainedTokenizerBase, names: Sequence[str], longest: int
 ) -> list[Text]:
@@ -101,13 +137,6 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list
         if found.setdefault(text.digest, text) is not text:
             raise UsageError(f"--text {name}: is given twice")
     return list(found.values())
-
-
-def pieces(texts: Sequence[Text], length: int, trials: int, seed: int) -> Iterator[Tensor]:
-    """Return `trials` pieces of each text, the same for every method."""
-    for text in texts:
-        for index in range(trials):
-            yield text.piece(length, index, seed)
 
 
 def read_text(tokenizer: PreTrainedTokenizerBase, name: str, option: str = "--text") -> Text:

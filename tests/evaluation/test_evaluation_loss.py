@@ -19,7 +19,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from extrope_kernels.evaluation import forward, loss, options, report, texts
+from extrope_kernels.evaluation import (
+    UsageError,
+    evaluate,
+    forward,
+    loss,
+    options,
+    report,
+    texts,
+)
 from extrope_kernels.evaluation.digests import tokens_digest
 from extrope_kernels.evaluation.models import decoder_layers
 from extrope_kernels.integrations.transformers import extend
@@ -87,6 +95,32 @@ def test_loss_agrees_with_transformers(run, folder, text, tokenizer, tmp_path, c
     assert lines[-1].split()[2:] == [f"{b['loss']:.3f}" for b in last["buckets"]]
 
 
+def test_evaluate_as_a_function(run, folder, text, tokenizer, tmp_path):
+    assert run(methods="rope,yarn", lengths="70", param="yarn.beta_fast=16") == 0
+    wanted = results(tmp_path)["rows"]
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    given = {"text": str(text), "bucket": 16, "trials": 1}
+    methods = {"rope": {}, "yarn": {"beta_fast": 16}}
+    table = io.StringIO()
+    found = evaluate(model, methods, 70, tokenizer=tokenizer, table=table, **given)
+    assert [row["params"] for row in found["rows"]] == [row["params"] for row in wanted]
+    for row, other in zip(found["rows"], wanted, strict=True):
+        assert row["pieces"] == pytest.approx(other["pieces"], rel=1e-5)
+    assert len(table.getvalue().splitlines()) == 3 and found["dtype"] == "float32"
+    with pytest.raises(UsageError, match="--dtype must be one of float32, bfloat16, got 'int8'"):
+        evaluate(folder, "rope", 70, dtype="int8")
+    with pytest.raises(UsageError, match=r"--trials must be >= 1, got 1\.5"):
+        evaluate(folder, "rope", 70, trials=1.5)
+    for mistake, message in (
+        (([], 70), "--methods must list at least one"),
+        (("rope", [70, 1.5]), "--lengths must be whole numbers of tokens >= 2, got 1.5"),
+        (({"rope": {"beta_fast": 16}}, 70), "rope has no beta_fast; it has base"),
+        (("rope", 70), "a loaded model needs its tokenizer"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate(model, *mistake, **given)
+
+
 def test_logits_in_small_chunks(run, tmp_path, monkeypatch):
     run()
     whole = results(tmp_path)["rows"][0]["buckets"]
@@ -94,17 +128,6 @@ def test_logits_in_small_chunks(run, tmp_path, monkeypatch):
     run(out=tmp_path / "parts" / "out")
     parts = results(tmp_path / "parts")["rows"][0]["buckets"]
     assert [b["loss"] for b in parts] == pytest.approx([b["loss"] for b in whole], rel=1e-6)
-
-
-def test_short_sequences_go_together(folder, monkeypatch):
-    ids = torch.randint(0, 100, (5, 20), generator=torch.Generator().manual_seed(0))
-    assert [len(rows) for rows in forward.batches(ids)] == [5]
-    monkeypatch.setattr(forward, "_TOKENS_AT_ONCE", 50)
-    assert [len(rows) for rows in forward.batches(ids)] == [2, 2, 1]
-    assert [len(rows) for rows in forward.batches(torch.zeros(2, 60))] == [1, 1]
-    model = LlamaForCausalLM.from_pretrained(folder).eval()
-    alone = torch.cat([loss.token_losses(model, row[None]) for row in ids])
-    torch.testing.assert_close(loss.token_losses(model, ids), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_soft_capped_logits():
@@ -134,8 +157,8 @@ def test_last_bucket_of_one_position_is_left_out():
 def test_progress_ticks_per_layer(folder):
     model = LlamaForCausalLM.from_pretrained(folder)
     ticks = []
-    loss.token_losses(model, torch.arange(20).repeat(2, 1), ticks.append)
-    assert ticks == [2] * (len(decoder_layers(model)) + 1) == [2] * 3
+    loss.token_losses(model, torch.arange(20).repeat(2, 1), lambda: ticks.append(1))
+    assert len(ticks) == len(decoder_layers(model)) + 1 == 3
     assert forward.run_body(model, torch.arange(20)[None]).past_key_values is None  # memory
     assert not any(layer._forward_hooks for layer in decoder_layers(model))
     assert "forward" not in vars(model.base_model)
@@ -177,7 +200,9 @@ def test_defaults_of_score_methods_follow_the_training_length():
 
 def test_score_methods_in_the_table(run, folder, text, tokenizer, tmp_path, capsys):
     methods = ",".join(("rope", *SCORES))
-    assert run(methods=methods, lengths="70", param="leaky_rerope.factor=4") == 0
+    params = ["leaky_rerope.factor=4", "far_frequencies.divisors=[1,2,3,4]"]
+    params += ["dpe.group_sizes=[1,2,2,4]"]  # a model's own, as the divisors: no defaults
+    assert run(methods=methods, lengths="70", param=params) == 0
     rows = {row["method"]: row for row in results(tmp_path)["rows"]}
     assert list(rows) == methods.split(",")
     assert rows["leaky_rerope"]["params"] == {"window": 16, "factor": 4}
@@ -234,9 +259,9 @@ def test_pieces_of_several_texts(run, folder, text, tokenizer, tmp_path, capsys)
     found = results(tmp_path)
     assert [text["tokens"] for text in found["texts"]] == [240, 572]
     model = LlamaForCausalLM.from_pretrained(folder).eval()
-    loaded = texts.load_texts(tokenizer, [str(text), str(other)], 40)
+    reading = texts.Reading(tokenizer, texts.Asked([str(text), str(other)], [24, 40]), 40)
     for row in found["rows"]:
-        pieces = list(texts.pieces(loaded, row["length"], 3, 0))
+        pieces = list(reading.pieces(row["length"]))
         assert len({tuple(piece.tolist()) for piece in pieces}) == 6
         with torch.no_grad():
             wanted = [model(x[None], labels=x[None]).loss.item() for x in pieces]

@@ -19,7 +19,7 @@ from extrope_kernels.evaluation import plots
         ({"lengths": "1"}, "--lengths must be whole numbers of tokens >= 2, got 1"),
         ({"factor": 0}, "--factor must be > 0, got 0"),
         ({"param": "yarn.beta_fast=16"}, "yarn is not among --methods"),
-        ({"param": "rope.beta_fast=16"}, "rope has no beta_fast; it has base"),
+        ({"param": "rope.beta_fast=16"}, "--param: rope has no beta_fast; it has base"),
         ({"param": "rope.base"}, "--param must read METHOD.NAME=VALUE, got rope.base"),
         (
             {"param": "rerope.shift=2", "methods": "rerope"},
@@ -32,7 +32,6 @@ from extrope_kernels.evaluation import plots
         ({"text": "/nowhere/text"}, "--text /nowhere/text: No such file or directory"),
         ({"lengths": "9999"}, "240 tokens, too short for --lengths 9,999"),
         ({"device": "nonsense"}, "--device nonsense: "),
-        ({"task": "passkey", "lengths": "20"}, "--lengths 20: a passkey prompt needs"),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(run, monkeypatch, capsys, given, message):

@@ -3,14 +3,13 @@
 import io
 import re
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_model import CONFIG, results, retrained
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from extrope_kernels.evaluation import models, plots, report
+from extrope_kernels.evaluation import models, plots, report, texts
 from extrope_kernels.evaluation.digests import model_digest
 from extrope_kernels.evaluation.runner import TASKS
 
@@ -52,19 +51,6 @@ def test_lines_are_the_numbers_with_their_errors(monkeypatch, task):
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["a", "b"]
 
 
-def test_heat_maps_are_the_shares(monkeypatch):
-    figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    rows = [
-        {"method": "a", "length": 8, "accuracy": [0.0, 1.0]},
-        {"method": "a", "length": 16, "accuracy": [0.25, 0.5]},
-    ]
-    plots.plot_passkey(ABOUT | {"depths": [0.0, 1.0], "rows": rows}, None)
-    image = figures[0].axes[0].images[0]
-    assert image.get_array().tolist() == [[0.0, 0.25], [1.0, 0.5]]  # a line for each depth
-    assert image.get_clim() == (0, 1)
-
-
 def test_heads_of_buckets():
     ranges = [(0, 2048), (2048, 4096), (1024, 1536), (512, 1024), (512, 768)]
     heads = ["0-2k", "2-4k", "1024-1536", "512-1024", "512-768"]
@@ -73,14 +59,14 @@ def test_heads_of_buckets():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_progress_ends_at_the_end(folder, tokenizer, tmp_path, task):
-    paths = [tmp_path / "first.txt", tmp_path / "second.txt"][: 1 if task == "passkey" else 2]
+    paths = [tmp_path / "first.txt", tmp_path / "second.txt"]
     for step, path in enumerate(paths, start=7):
         path.write_text("".join(chr(33 + (n * n // step) % 90) for n in range(800)))
-    args = SimpleNamespace(text=list(map(str, paths)), trials=2, seed=0, bucket=64, depths=3)
+    asked = texts.Asked(list(map(str, paths)), [480], trials=2, bucket=64)
     model = models.load_model(models.find_model(str(folder)), "float32", "cpu")
-    made, ticks = TASKS[task](args, [480], tokenizer), []
-    made.measure(model, 480, ticks.append)
-    assert sum(ticks) == made.ticks(len(models.decoder_layers(model)))
+    made, ticks = TASKS[task](tokenizer, asked), []
+    made.measure(model, 480, lambda: ticks.append(1))
+    assert len(ticks) == made.ticks(len(models.decoder_layers(model)))
 
 
 def test_progress_is_told_now_and_then_without_a_terminal(monkeypatch, capsys):
@@ -108,7 +94,7 @@ def last_line(capsys):
     return captured.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("task", ["loss", "recall", "passkey"])
+@pytest.mark.parametrize("task", TASKS)
 def test_another_text_of_the_same_name_and_length(run, tmp_path, capsys, task):
     text = tmp_path / "story.txt"
     text.write_text("".join(chr(33 + n % 90) for n in range(0, 8000, 7)))

