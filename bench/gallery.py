@@ -148,22 +148,24 @@ def score_examples() -> dict[str, Score]:
 def distances(score: Score, tokens: int = TOKENS) -> Tensor:
     """Return the relative position that each query sees of each key, NaN where it sees none.
 
-    Returns: (queries, keys) float64
+    Returns: (queries, keys, pairs) float64, one pair where all pairs of dims see the same
     """
     at = torch.arange(tokens)
     blocks = at // score.granularity * score.granularity
-    seen = torch.full((tokens, tokens), math.nan, dtype=torch.float64)
+    seen = torch.full((tokens, tokens, 1), math.nan, dtype=torch.float64)
     for region in score.regions:  # a later one holds the nearer keys
         inside = (at >= (blocks + region.start)[:, None]) & (at <= at[:, None])
-        seen = torch.where(inside, region.q_map(at)[:, None] - region.k_map(at), seen)
+        of_query, of_key = (m(at).reshape(tokens, -1) for m in (region.q_map, region.k_map))
+        seen = torch.where(inside[..., None], of_query[:, None] - of_key, seen)
     return seen
 
 
 def draw_map(axes: Axes, seen: Tensor) -> None:
-    """Draw what every query (downwards) sees of every key (to the right)."""
-    causal = np.where(torch.ones_like(seen).tril() > 0, 0.0, np.nan)
+    """Draw what every query (downwards) sees of every key (to the right), on average of pairs."""
+    mean = seen.mean(-1)
+    causal = np.where(torch.ones_like(mean).tril() > 0, 0.0, np.nan)
     axes.imshow(causal, cmap=ListedColormap([UNSEEN]))
-    axes.imshow(seen.numpy(), cmap=NEAR_TO_FAR, vmin=0, vmax=SHORT, interpolation="nearest")
+    axes.imshow(mean.numpy(), cmap=NEAR_TO_FAR, vmin=0, vmax=SHORT, interpolation="nearest")
     last = len(seen) - 1
     axes.set_xticks([0, last], ["key 0", f"{last}"])
     axes.set_yticks([0, last], ["0", f"{last}"])
@@ -177,7 +179,8 @@ def draw_curve(axes: Axes, seen: Tensor) -> None:
     axes.axhspan(SHORT, 2 * SHORT, color=LIMIT, alpha=0.06, linewidth=0)
     axes.axhline(SHORT, color=LIMIT, linewidth=1)
     axes.plot([0, last], [0, last], color=BEFORE, linewidth=1.4)
-    axes.scatter(last - np.arange(last + 1), seen[last], s=3, color=AFTER, linewidths=0, zorder=3)
+    distance = last - torch.arange(last + 1)[:, None].expand(seen[last].shape)
+    axes.scatter(distance.numpy(), seen[last].numpy(), s=3, color=AFTER, linewidths=0, zorder=3)
     axes.set(xlim=(0, last), ylim=(-1, 2 * SHORT))
     axes.set_xticks([0, last], ["0", f"{last}"])
     axes.set_yticks([0, SHORT], ["0", f"{SHORT}"])
@@ -213,10 +216,10 @@ def draw_one(name: str, method: RopeFreqs | Score) -> Figure:
         seen = distances(method)
         draw_map(left, seen)
         draw_curve(axes, seen)
-        query, key = torch.tril_indices(*seen.shape)  # all of them, pale
-        axes.scatter(
-            query - key, seen[query, key].numpy(), s=2, color=AFTER, alpha=0.08, linewidths=0
-        )
+        query, key = torch.tril_indices(*seen.shape[:2])  # all of them, pale
+        everywhere = (query - key)[:, None].expand(-1, seen.shape[-1])
+        style = {"s": 2, "color": AFTER, "alpha": 0.08, "linewidths": 0}
+        axes.scatter(everywhere.numpy(), seen[query, key].numpy(), **style)
         axes.set_xlabel("distance", labelpad=-6)
         axes.set_ylabel("distance seen", labelpad=2)
     figure.suptitle(name, fontsize=10, fontweight="bold")

@@ -1,6 +1,12 @@
 """The search for what lets a model read a length, end to end on a tiny random model."""
 
+import contextlib
+import io
 import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,40 +17,60 @@ from extrope_kernels import methods
 from extrope_kernels.cli import main
 from extrope_kernels.evaluation import UsageError
 from extrope_kernels.evaluation.models import find_model, load_model
-from extrope_kernels.evaluation.search import cli, losses, stages
+from extrope_kernels.evaluation.recall import Repeat, distances, gains
+from extrope_kernels.evaluation.search import factors, pieces, run, search, stages
 from extrope_kernels.evaluation.search.candidates import Candidate, published
-from extrope_kernels.evaluation.search.factors import find_ladder, write_config
-from extrope_kernels.evaluation.search.losses import NoGradient
+from extrope_kernels.evaluation.search.factors import NoGradient, find_ladder, write_config
 from extrope_kernels.evaluation.search.stages import Ledger
+from extrope_kernels.evaluation.texts import read_text
 
-LENGTH = 72
+LENGTH, FAR = 480, 72  # of pieces, and where none are needed
+YARN, PARTS = (Candidate(method, {"factor": 15.0}) for method in ("yarn", "ntk_by_parts"))
+
+
+@pytest.fixture(scope="module")
+def whole_story(tmp_path_factory):
+    text = tmp_path_factory.mktemp("story") / "story.txt"
+    text.write_text("".join(chr(33 + (n * n // 7) % 90) for n in range(1200)))
+    return text
 
 
 @pytest.fixture
-def search(folder, tmp_path, monkeypatch):
+def story(whole_story, tmp_path):
+    """A copy, to be changed."""
+    return Path(shutil.copy(whole_story, tmp_path))
+
+
+@pytest.fixture
+def call(folder, story, tmp_path, monkeypatch):
     """Runs the command with few candidates, steps and pieces; returns its exit code."""
-    import argparse
+    few(monkeypatch)
 
-    text = tmp_path / "story.txt"
-    text.write_text("".join(chr(33 + (n * n // 7) % 90) for n in range(400)))
-    monkeypatch.setattr(losses, "_SHORT", 16)
-    monkeypatch.setattr(stages, "_STEPS", 3)
-    monkeypatch.setattr(stages, "_GRADIENTS", 2)
-    monkeypatch.setattr(stages, "_PIECES", 3)
-    monkeypatch.setattr(stages, "_HELD_OUT_PIECES", 2)
-    few = [Candidate("yarn", {"factor": 2.25}), Candidate("ntk_by_parts", {"factor": 2.25})]
-    monkeypatch.setattr(stages, "published", lambda *_: few)
-    monkeypatch.setattr(stages, "score_methods", lambda *_: [Candidate("rerope", {"window": 8})])
-
-    def call(**given):
-        parser = argparse.ArgumentParser()
-        cli.add_arguments(parser)
-        defaults = {"model": folder, "text": text, "length": LENGTH, "device": "cpu"}
+    def run_with(**given):
+        defaults = {"model": folder, "text": story, "length": LENGTH, "device": "cpu"}
         options = defaults | {"out": tmp_path / "out", "budget": 10} | given
         pairs = [(name.replace("_", "-"), value) for name, value in options.items()]
-        return cli.run(parser.parse_args(f"--{name}={value}" for name, value in pairs))
+        return main(["search", *(f"--{name}={value}" for name, value in pairs)])
 
-    return call
+    return run_with
+
+
+def few(monkeypatch):
+    monkeypatch.setattr(stages, "_HELD_OUT_PIECES", 2)
+    monkeypatch.setattr(stages, "_RATIOS", (1.5,))
+    monkeypatch.setattr(stages, "_STEPS", 1)
+    monkeypatch.setattr(stages, "published", lambda *_: [YARN, PARTS])
+    monkeypatch.setattr(stages, "score_methods", lambda *_: [Candidate("rerope", {"window": 8})])
+
+
+@pytest.fixture(scope="module")
+def finished(folder, whole_story, tmp_path_factory):
+    """A folder with a whole search, what it returned and what it printed."""
+    out, printed = tmp_path_factory.mktemp("whole") / "out", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        few(patch)
+        found = search(str(folder), str(whole_story), LENGTH, out, budget=10, device="cpu")
+    return out, found, printed.getvalue()
 
 
 @pytest.fixture
@@ -52,63 +78,90 @@ def model(folder):
     return load_model(find_model(str(folder)), "float32", "cpu").requires_grad_(False)
 
 
-def test_finds_tells_and_writes(search, tmp_path, capsys):
-    assert search() == 0
-    found = results(tmp_path, "search")
+def test_finds_tells_and_writes(finished):
+    folder, found, out = finished
+    assert found == json.loads((folder / "search.json").read_text())
     names = {row["name"] for row in found["finalists"]}
-    assert {"plain", "yarn factor=2.25"} < names
-    assert any(name.startswith("longrope attention_factor=1") for name in names)
-    assert any(name.startswith("rerope window=8") for name in names)
-    means = [row["loss"] for row in found["finalists"]]
-    assert means == sorted(means)
+    assert {"plain", YARN.name} < names
+    assert any(name.startswith("rerope window=") for name in names)
+    to_yarn = [row["to_yarn"] for row in found["finalists"]]
+    assert to_yarn == sorted(to_yarn)
     held_out = [row for row in found["rows"] if row["of"]["kind"] == "held-out"]
+    yarn = [row["loss"] for row in held_out if row["of"]["method"] == "yarn"]
     for row in found["finalists"]:
         own = [r for r in held_out if r["of"]["method"] == row["method"]]
         own = [r["loss"] for r in own if r["of"]["params"] == row["params"]]
-        assert row["pieces"] == own and len(own) == 2
-        assert row["loss"] == pytest.approx(sum(own) / 2)
-        assert row["loss_error"] == pytest.approx(abs(own[0] - own[1]) / 2)
+        hopeless = own[0] > yarn[0] + stages._HOPELESS
+        assert row["pieces"] == own and len(own) == 2 - hopeless
+        assert row["loss"] == pytest.approx(sum(own) / len(own))
+        behind = [a - b for a, b in zip(own, yarn, strict=False)]
+        assert row["to_yarn"] == pytest.approx(sum(behind) / len(behind))
     assert found["texts"][0]["name"] == "story.txt, first half"
     assert found["held_out"][0]["name"] == "story.txt, second half"
-    for factors in found["factors"].values():
-        assert all(factor > 0 for factor in factors)
-    searched = next(row for row in found["finalists"] if row["method"] == "longrope")
-    factors = searched["params"]["long_factor"]
-    assert factors == sorted(factors) and factors != found["factors"]["yarn factor=2.25"]
-    tried = [row["of"] for row in found["rows"] if row["of"]["kind"] == "full"]
-    tried = [of["params"]["long_factor"] for of in tried if of["method"] == "longrope"]
-    half, whole, quarter = torch.tensor(list(dict.fromkeys(map(tuple, tried)))).log()
-    torch.testing.assert_close(whole - half, 2 * (half - quarter))
-    check_image(tmp_path / "out" / "search.png")
-    out = capsys.readouterr().out
+    check_image(folder / "search.png")
     assert "the first half of each text is searched on, the second decides" in out
-    assert f"best on 2 held-out pieces: {found['finalists'][0]['name']}" in out
-    assert (tmp_path / "out" / "extended" / "config.json").is_file()
+    assert f"held-out pieces: {found['finalists'][0]['name']}" in out
+    assert (folder / "extended" / "config.json").is_file()
 
 
-def test_goes_on_where_it_was_interrupted(search, tmp_path, monkeypatch, capsys):
-    assert search() == 0
-    whole = results(tmp_path, "search")
-    measure, calls = stages.last_loss, []
+def test_factors_are_those_that_cost_less_at_the_full_length(finished):
+    _, found, _ = finished
+    costs = {}
+    for row in found["rows"]:
+        if row["of"]["kind"] == "search":
+            costs.setdefault(json.dumps(row["of"]["params"]), []).append(row["loss"])
+    (searched,) = (row for row in found["finalists"] if row["method"] == "longrope")
+    began = min(sum(costs[json.dumps(each.params)][:2]) for each in (YARN, PARTS))
+    assert sum(costs[json.dumps(searched["params"])]) < began
+    assert searched["params"]["long_factor"] == sorted(searched["params"]["long_factor"])
 
-    def interrupted(*args, **kwargs):
+
+def test_parameters_are_moved_until_no_move_costs_less(model, monkeypatch):
+    """On a bowl in the logarithms of both."""
+
+    def cost(self, candidate, index, share):
+        found = candidate.params["window"] / 13, candidate.params["factor"] / 3
+        return sum(math.log(each) ** 2 for each in found) + index
+
+    monkeypatch.setattr(stages.Search, "_cost", cost)
+    ladder = find_ladder(model, TRAINED)
+    looking = stages.Search(model, ladder, [], [], LENGTH, "loss", 0, None, None)
+    start = Candidate("leaky_rerope", {"window": 8, "factor": 8.0})
+    found = looking.refined(start, 1.0)
+    assert abs(math.log(found.params["window"] / 13)) < math.log(1.2)
+    assert abs(math.log(found.params["factor"] / 3)) < math.log(1.2)
+    assert "log_n" not in found.params
+
+
+def test_the_function_refuses_in_one_line(folder, story, tmp_path):
+    with pytest.raises(UsageError, match="objective must be one of loss, recall, got speed"):
+        search(str(folder), [str(story)], LENGTH, tmp_path, objective="speed")
+    with pytest.raises(UsageError, match="dtype must be one of float32, bfloat16, got int8"):
+        search(str(folder), [str(story)], LENGTH, tmp_path, dtype="int8")
+
+
+def test_goes_on_where_it_was_interrupted(finished, call, tmp_path, monkeypatch, capsys):
+    _, whole, _ = finished
+    measure, calls = stages.measure, []
+
+    def interrupted(*args):
         calls.append(args)
-        if len(calls) == 12:
+        if len(calls) == 5:
             raise KeyboardInterrupt
-        return measure(*args, **kwargs)
+        return measure(*args)
 
-    monkeypatch.setattr(stages, "last_loss", interrupted)
-    out = tmp_path / "again" / "out"
-    assert search(out=out) == 130
-    kept = [row["of"]["kind"] for row in results(tmp_path / "again", "search")["rows"]]
-    assert len(kept) - kept.count("full") == 11
-    assert search(out=out) == 0
-    again = results(tmp_path / "again", "search")
+    monkeypatch.setattr(stages, "measure", interrupted)
+    assert call() == 130
+    out = tmp_path / "out"
+    assert f"search: interrupted; finished rows are in {out}" in capsys.readouterr().err
+    assert len(results(tmp_path, "search")["rows"]) == 4
+    assert call() == 0
+    again = results(tmp_path, "search")
     assert [row["of"] for row in again["rows"]] == [row["of"] for row in whole["rows"]]
     assert again["finalists"] == whole["finalists"]
     count = len(calls)
-    assert search(out=out) == 0 and len(calls) == count  # all is known
-    assert search(out=out, seed=1) == 2
+    assert call() == 0 and len(calls) == count  # all is known
+    assert call(seed=1) == 2
     assert "search.json is of other settings (seed)" in capsys.readouterr().err
 
 
@@ -126,40 +179,39 @@ def test_budget_is_kept(tmp_path, monkeypatch):
     assert ledger.spent == 20
 
 
-def test_no_time_left_is_told(search, tmp_path, capsys):
-    assert search(budget=1e-9) == 0
+def test_no_time_left_is_told(call, tmp_path, capsys):
+    assert call(budget=1e-9) == 0
     assert "no time was left for held-out text" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "extended" / "config.json").read_text())
-    assert search(budget=10) == 0
-    assert "best on 2 held-out pieces" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"length": 300}, "200 tokens, too short for --length 300"),
-        ({"length": 8}, "--length must be >= 9, got 8"),
-        ({"budget": 0}, "--budget must be > 0, got 0"),
+        ({"length": 900}, "600 tokens, too short for a length of 900"),
+        ({"length": 479}, "length must be >= 480, got 479"),
+        ({"budget": 0}, "budget must be > 0, got 0"),
         ({"held_out": "/nowhere/text"}, "--held-out /nowhere/text: No such file or directory"),
         ({"text": "/nowhere/text"}, "--text /nowhere/text: No such file or directory"),
         ({"model": "/nowhere/model"}, "--model /nowhere/model: no such folder or .gguf file"),
     ],
 )
-def test_mistakes_are_told_before_the_model_is_loaded(search, monkeypatch, capsys, given, message):
+def test_mistakes_are_told_before_the_model_is_loaded(call, monkeypatch, capsys, given, message):
     monkeypatch.setattr("extrope_kernels.evaluation.models.load_model", None)
-    assert search(**given) == 2
+    assert call(**given) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_search_of_another_model_of_this_name_is_no_part_of_it(search, folder, tmp_path, capsys):
-    assert search() == 0
+def test_search_of_another_model_of_this_name_is_no_part_of_it(
+    call, folder, story, tmp_path, capsys
+):
+    assert call(budget=1e-9) == 0
     kept = results(tmp_path, "search")
     assert len(kept["model_digest"]) == 12
-    assert search(model=retrained(folder, tmp_path)) == 2
+    assert call(model=retrained(folder, tmp_path)) == 2
     assert "search.json is of other settings (model_digest)" in capsys.readouterr().err
-    story = tmp_path / "story.txt"
     story.write_text(story.read_text()[::-1])
-    assert search() == 2
+    assert call() == 2
     assert "search.json is of other settings (texts, held_out)" in capsys.readouterr().err
     assert results(tmp_path, "search") == kept
 
@@ -171,55 +223,71 @@ def test_held_out_text_is_another(tokenizer, text, tmp_path, monkeypatch):
     copy.write_text(text.read_text())
     for same in (text, "story.txt", "./story.txt", f"../{text.parent.name}/story.txt", link, copy):
         with pytest.raises(UsageError, match=f"--held-out {same}: is searched on, too"):
-            cli.split_texts(tokenizer, ["pydocs", str(text)], str(same), 8)
+            run.split_texts(tokenizer, ["pydocs", str(text)], str(same), 8)
     other = tmp_path / "other.txt"
     other.write_text("another text, of its own")
-    first, second = cli.split_texts(tokenizer, [str(text)], str(other), 8)
+    first, second = run.split_texts(tokenizer, [str(text)], str(other), 8)
     assert [part[0].name for part in (first, second)] == ["story.txt", "other.txt"]
     (whole,) = first
-    (first,), (second,) = cli.split_texts(tokenizer, [str(text)], None, 8)
+    (first,), (second,) = run.split_texts(tokenizer, [str(text)], None, 8)
     assert torch.equal(torch.cat([first.ids, second.ids]), whole.ids)
 
 
-def test_short_pieces_reach_far(tokenizer, text, monkeypatch):
-    monkeypatch.setattr(losses, "_SHORT", 16)
-    (whole,), _ = cli.split_texts(tokenizer, [str(text)], None, 8)
-    gaps = []
-    for index in range(20):
-        ids, at = losses.short_piece(whole, LENGTH, index, 0)
-        steps = at.diff()
-        assert len(ids) == 16 and (steps == 1).sum() >= 14 and at.max() < LENGTH
-        assert (steps[8:] == 1).all()  # the gap is in the first half
-        gaps.append(int(steps.max()))
-    assert LENGTH * 3 // 8 < min(gaps) < LENGTH // 2 and max(gaps) > LENGTH * 2 // 3
+def test_what_counts_of_a_piece(tokenizer, story):
+    piece = pieces.cut(read_text(tokenizer, str(story)), LENGTH, 1, 0)
+    with pytest.raises(UsageError):
+        distances(LENGTH - 1)  # so that LENGTH is the shortest
+    assert len(piece.passages) == 15 and pieces.SHORTEST == LENGTH
+    inside = set()
+    for passage in piece.passages:
+        first, again = (
+            piece.ids[at : at + passage.tokens] for at in (passage.first, passage.again)
+        )
+        assert torch.equal(first, again)
+        inside |= {*range(passage.again, passage.again + passage.tokens)}
+    losses = torch.randn(LENGTH - 1, generator=torch.Generator().manual_seed(0)).double()
+    again = torch.stack([losses[at - 1] for at in sorted(inside)]).mean()  # of 2 tokens all count
+    torch.testing.assert_close(losses @ piece.weights("recall"), again)
+    counts = piece.weights("loss").nonzero().flatten() + 1  # of tokens that are predicted
+    assert counts.min() > 0.75 * LENGTH and not inside & set(counts.tolist())
+    assert len(counts) > 0.75 * (LENGTH / 4 - len(inside))
+    assert piece.weights("loss").sum() == pytest.approx(1)
 
 
-def test_a_gap_of_positions_is_no_end_of_a_sequence(model):
-    """All tokens are seen across it, as by a causal mask that is given."""
-    ids, at = torch.randint(0, 100, (12,)), torch.tensor([*range(5), *range(40, 47)])
+def test_measured_are_the_losses_of_the_model(model, tokenizer, story):
+    piece = pieces.cut(read_text(tokenizer, str(story)), LENGTH, 0, 0)
+    found = pieces.measure(model, piece, lambda rows: None)
     with torch.no_grad():
-        got = losses.last_loss(model, ids, at, share=0.5)
-        mask = torch.zeros(1, 1, 12, 12).masked_fill(torch.ones(12, 12).triu(1).bool(), -torch.inf)
-        out = model(ids[None], position_ids=at[None], attention_mask=mask).logits[0]
-    wanted = torch.nn.functional.cross_entropy(out[6:-1], ids[7:])
-    torch.testing.assert_close(got, wanted)
+        out = model(piece.ids[None]).logits[0].double()
+    losses = torch.nn.functional.cross_entropy(out[:-1], piece.ids[1:], reduction="none")
+    wanted = {
+        "loss": losses @ piece.weights("loss"),
+        "again": losses @ piece.weights("recall"),
+        "whole": losses.mean(),
+        "recall": torch.tensor(gains(losses, piece.passages)).double().mean(),
+    }
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value.item(), abs=1e-4), name
 
 
-def test_gradient_is_that_of_finite_differences(model, monkeypatch):
+@pytest.mark.parametrize("objective", pieces.OBJECTIVES)
+def test_gradient_is_that_of_finite_differences(model, monkeypatch, objective):
     """In float64 but for the frequencies, whose rounding, 2^-24, is over the step in the error."""
     monkeypatch.setattr("extrope_kernels.evaluation.forward._LOGITS_AT_ONCE", 7 * 101)
     as_they_are = lambda x: x if x.is_floating_point() else x.to(torch.float32)  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "float", as_they_are)  # of the logits
     model.double()
     ids = torch.randint(0, 100, (40,), generator=torch.Generator().manual_seed(1))
+    piece = pieces.Piece(ids, [Repeat(20, 10, 30, 6)])
     logs = torch.linspace(0.0, 0.9, 4, dtype=torch.float64)
     params = {"attention_factor": 1.1, "seq_len": TRAINED}
 
     def value(at):
-        return losses.gradient(model, at, params, lambda: losses.last_loss(model, ids, share=0.5))
+        loss = lambda: pieces.weighted_loss(model, piece, objective, lambda: None)  # noqa: E731
+        return factors.gradient(model, at, params, loss)
 
     _, got = value(logs)
-    step = 1e-3
+    step = 3e-4
     for pair in range(4):
         move = torch.zeros_like(logs)
         move[pair] = step
@@ -230,15 +298,17 @@ def test_gradient_is_that_of_finite_differences(model, monkeypatch):
     assert not any("forward" in vars(layer) for layer in model.model.layers)
 
 
-def test_without_gradients_there_are_no_factors(search, tmp_path, monkeypatch, capsys):
+def test_without_gradients_there_are_no_factors(model, monkeypatch):
     def none(*_):
         raise NoGradient
 
-    monkeypatch.setattr(stages, "gradient", none)
-    assert search() == 0
-    assert "no gradient reaches this model's frequencies" in capsys.readouterr().out
-    methods = {row["method"] for row in results(tmp_path, "search")["finalists"]}
-    assert {"plain", "yarn", "rerope"} <= methods and "longrope" not in methods
+    monkeypatch.setattr(stages.Search, "_gradients", none)
+    told = []
+    display = SimpleNamespace(line=told.append)
+    ladder = find_ladder(model, TRAINED)
+    looking = stages.Search(model, ladder, [], [], LENGTH, "loss", 0, None, display)
+    assert looking.factors(YARN, 1.0) is None
+    assert told == ["no gradient reaches this model's frequencies: no factors are found"]
 
 
 def test_tables_that_record_no_gradient(monkeypatch):
@@ -249,13 +319,13 @@ def test_tables_that_record_no_gradient(monkeypatch):
     model = NanoChatForCausalLM(config).eval().requires_grad_(False)
     rotary = type(model.model.rotary_emb)
     monkeypatch.setattr(rotary, "forward", torch.no_grad()(rotary.forward))
-    params = {"attention_factor": 1.0, "seq_len": TRAINED}
+    piece = pieces.Piece(torch.arange(9), [])
     with pytest.raises(NoGradient):
-        losses.gradient(
+        factors.gradient(
             model,
             torch.zeros(4),
-            params,
-            lambda: losses.last_loss(model, torch.arange(9), share=0.5),
+            {"attention_factor": 1.0, "seq_len": TRAINED},
+            lambda: pieces.weighted_loss(model, piece, "loss", lambda: None),
         )
 
 
@@ -263,14 +333,14 @@ def test_written_configurations_give_the_logits_of_extend(model, folder, tmp_pat
     """Transformers' own angles are float32 products, wrong by 2^-24 of the angle, ours are not."""
     model.set_attn_implementation("sdpa")  # as in plain transformers
     ladder = find_ladder(model, TRAINED)
-    ids = torch.randint(0, 100, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 100, (1, FAR), generator=torch.Generator().manual_seed(0))
     searched = ladder.longrope(torch.tensor([0.0, 0.1, 0.5, 1.2]), 1.05)
     with torch.no_grad():
         plain = model(ids).logits
         with Candidate("rope").extending(model):
             rounding = (model(ids).logits - plain).abs().max()
-    for candidate in (Candidate(), *published(LENGTH, TRAINED, 4), searched):
-        write_config(model, ladder, candidate, LENGTH, tmp_path)
+    for candidate in (Candidate(), *published(FAR, TRAINED, 4), searched):
+        write_config(model, ladder, candidate, FAR, tmp_path)
         config = LlamaForCausalLM.config_class.from_pretrained(tmp_path)
         loaded = LlamaForCausalLM.from_pretrained(folder, config=config).eval()
         with torch.no_grad(), candidate.extending(model):
@@ -287,12 +357,11 @@ def test_written_configurations_give_the_logits_of_extend(model, folder, tmp_pat
         assert own.attention_scaling == pytest.approx(ladder.freqs(candidate).attention_factor)
 
 
-def test_a_loss_that_is_no_number_is_told(folder, text, tmp_path, capsys):
+def test_a_loss_that_is_no_number_is_told(call, folder, tmp_path, capsys):
     broken = retrained(folder, tmp_path)
     model = LlamaForCausalLM.from_pretrained(broken)
     model.model.norm.weight.data[0] = torch.nan
     model.save_pretrained(broken)
-    command = f"search --model {broken} --text {text} --length 64 --device cpu --out {tmp_path}"
-    assert main(command.split()) == 2
+    assert call(model=broken) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "search: the loss under yarn factor=2 is nan, which ranks with no other"
+    assert last == f"search: the loss under {YARN.name} is nan, which ranks with no other"

@@ -19,10 +19,9 @@ from extrope_kernels.cli import main
 from extrope_kernels.evaluation import UsageError
 from extrope_kernels.evaluation.search.candidates import Candidate, published
 from extrope_kernels.evaluation.search.factors import (
-    Descent,
+    downhill,
     find_ladder,
     rising,
-    rope_parameters,
     write_config,
 )
 
@@ -86,12 +85,14 @@ def test_it_gives_what_the_candidate_gave(make, config_class, changed, tmp_path)
         assert own.attention_scaling == pytest.approx(wanted.attention_factor), candidate.name
 
 
-def test_what_score_methods_cannot_extend_is_searched_for_frequencies(text, tmp_path, capsys):
+def test_what_score_methods_cannot_extend_is_searched_for_frequencies(tmp_path, capsys):
     """Its own frequencies change with the length, and score methods keep them."""
     config = LlamaConfig(**CONFIG | {"rope_parameters": DYNAMIC})
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
-    command = f"search --model {tmp_path} --text {text} --length {LENGTH} --out {tmp_path}/found"
+    text = tmp_path / "story.txt"
+    text.write_text("The quick brown fox, at 7 o'clock, jumps over 13 lazy dogs.\n" * 20)
+    command = f"search --model {tmp_path} --text {text} --length 480 --out {tmp_path}/found"
     assert main([*command.split(), "--budget", "0.01", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     assert told.count("score methods are left out: extend: LlamaModel is not a supported") == 1
@@ -105,14 +106,16 @@ def test_score_methods_begin_where_the_own_scaling_ends():
 
 
 @pytest.mark.parametrize("length", [TRAINED // 2, TRAINED * 3 // 2, LENGTH])
-def test_an_amplitude_other_than_the_usual_is_told_to_vllm(length):
+def test_an_amplitude_other_than_the_usual_is_told_to_vllm(length, tmp_path):
     """Which takes the usual one, of its own length over the trained, where it is told none."""
-    ladder = find_ladder(LlamaForCausalLM(LlamaConfig(**CONFIG)), TRAINED)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    ladder = find_ladder(model, TRAINED)
     factor = max(1, length / TRAINED)
     usual = math.sqrt(1 + math.log(factor) / math.log(TRAINED))
     for amplitude in (usual, 1.01 * usual):
         candidate = ladder.longrope(torch.zeros(4), amplitude)
-        found = rope_parameters(ladder, candidate, length)
+        write_config(model, ladder, candidate, length, tmp_path)
+        found = AutoConfig.from_pretrained(tmp_path).rope_parameters
         assert found["factor"] == factor and found["attention_factor"] == amplitude
         told = None if amplitude == usual else amplitude
         assert found.get("short_mscale") == found.get("long_mscale") == told
@@ -144,28 +147,39 @@ def test_descent_finds_the_least_of_a_bowl_that_is_steep_in_one_pair():
     angles = torch.tensor([30.0, 1.0], dtype=torch.float64)
     least = torch.tensor([0.02, 0.4], dtype=torch.float64)
     drawn = torch.Generator().manual_seed(0)
-    descent = Descent(torch.zeros(2, dtype=torch.float64), angles)
+    at, size = torch.zeros(2, dtype=torch.float64), 1.0
 
     def loss(at):
         return ((at - least) * angles).square().sum().item()
 
     for _ in range(60):
         noise = torch.randn(4, 2, generator=drawn, dtype=torch.float64) * angles / 10
-        tried = descent.step(angles**2 * (descent.log_factors - least) + noise)
+        tried = downhill(at, angles**2 * (at - least) + noise, angles, size)
         assert (tried.diff() >= 0).all()
-        descent.tell(tried, loss(tried) < loss(descent.log_factors))
-    assert ((descent.log_factors - least).abs() * angles < 0.1).all()
+        at, size = (tried, size) if loss(tried) < loss(at) else (at, size / 4)
+    assert ((at - least).abs() * angles < 0.1).all()
 
 
-def test_steps_are_short_and_what_is_not_better_is_taken_back():
-    start = torch.zeros(3, dtype=torch.float64)
-    descent = Descent(start, torch.tensor([1000.0, 20.0, 1.0]))
-    downhill = -torch.ones(4, 3, dtype=torch.float64)
-    first = descent.step(downhill)
+def test_a_step_is_short():
+    start, downwards = torch.zeros(3, dtype=torch.float64), -torch.ones(4, 3).double()
     largest = torch.tensor([0.001, 0.05, 0.1], dtype=torch.float64)
-    torch.testing.assert_close(first, largest)
-    descent.tell(first, better=False)
-    assert descent.log_factors is start
-    torch.testing.assert_close(descent.step(downhill), largest / 4)
-    descent.tell(first, better=True)
-    assert descent.log_factors is first
+    angles = torch.tensor([1000.0, 20.0, 1.0])
+    for size in (1.0, 0.25):
+        torch.testing.assert_close(downhill(start, downwards, angles, size), size * largest)
+
+
+@pytest.mark.parametrize(
+    ("method", "start", "move", "wanted"),
+    [
+        ("leaky_rerope", {"window": 2048, "factor": 4.0}, ("window", 1.5), {"window": 3072}),
+        ("leaky_rerope", {"window": 2048, "factor": 4.0}, ("factor", 0.5), {"factor": 2.0}),
+        ("self_extend", {"window": 40, "factor": 4}, ("factor", 1.2), {"factor": 5}),
+        ("self_extend", {"window": 40, "factor": 4}, ("factor", 0.9), {"factor": 3, "window": 39}),
+    ],
+)
+def test_a_move_changes_one_number(method, start, move, wanted):
+    """And SelfExtend's window with it, to be a multiple of its groups."""
+    candidate = Candidate(method, start)
+    assert candidate.numbers == ["window", "factor"]
+    assert candidate.moved(*move) == Candidate(method, start | wanted)
+    assert Candidate(method, {"window": 8, "log_n": 32}).numbers == ["window"]

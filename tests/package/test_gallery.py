@@ -45,7 +45,7 @@ def test_distances_are_those_of_the_formulas():
         "blockwise_causal": DISTANCE.where(j >= (i // 16 - 1) * 16, torch.nan),
     }
     for name, expected in wanted.items():
-        found = gallery.distances(gallery.example(scores.SCORES, gallery.SCORES, name))
+        found = gallery.distances(gallery.example(scores.SCORES, gallery.SCORES, name)).squeeze(-1)
         expected = expected.double().where(SEEN, torch.nan)
         torch.testing.assert_close(found, expected, equal_nan=True, msg=name)
 

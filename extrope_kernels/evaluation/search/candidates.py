@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from ..options import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_FIXED = ("log_n", "seq_len")  # lengths of the model's training
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,36 @@ class Candidate:
         given = "".join(f", {name}={value!r}" for name, value in self.params.items())
         return f'extend(model, "{self.method}"{given})'
 
-    @contextlib.contextmanager
-    def extending(self, model: PreTrainedModel) -> Iterator[None]:
-        """Extend a model for a while."""
+    def extending(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
+        """Extend a model until the end of a `with` block."""
         if self.method == "plain":
-            yield
-            return
-        with extend(model, self.method, **self.params):
-            yield
+            return nullcontext()
+        return extend(model, self.method, **self.params)
+
+    def moved(self, name: str, ratio: float) -> Candidate:
+        """Return the method with one of its numbers that many times as large.
+
+        A whole number stays whole, and moves by one at least; SelfExtend's window stays a multiple
+        of its groups.
+        """
+        value = self.params[name]
+        changed: float = value * ratio
+        if isinstance(value, int):
+            by_one = value + 1 if ratio > 1 else value - 1
+            changed = max(round(changed), by_one) if ratio > 1 else min(round(changed), by_one)
+        params = self.params | {name: changed}
+        if self.method == "self_extend":
+            params["window"] -= params["window"] % max(1, params["factor"])
+        return Candidate(self.method, params)
+
+    @property
+    def numbers(self) -> list[str]:
+        """The parameters that a search may move."""
+        return [
+            name
+            for name, value in self.params.items()
+            if isinstance(value, int | float) and name not in _FIXED
+        ]
 
     def _short(self) -> list[tuple[str, Any]]:
         shown = {"attention_factor"} if self.method == "longrope" else self.params.keys()
@@ -110,18 +134,13 @@ def score_methods(length: int, trained: int) -> list[Candidate]:
     return [*first, steep, wide, leaky, *rerope, *usual.values()]
 
 
-def supported(
-    model: PreTrainedModel, candidates: Sequence[Candidate]
-) -> tuple[list[Candidate], list[str]]:
-    """Return the candidates that this model can be extended by, and why not by the others."""
-    found, refusals = [], []
-    for candidate in candidates:
-        try:
-            with candidate.extending(model):
-                found.append(candidate)
-        except (ValueError, NotImplementedError) as error:
-            refusals.append(str(error))
-    return found, refusals
+def refusal(model: PreTrainedModel, candidate: Candidate) -> str | None:
+    """Return why a model cannot be extended by a candidate, None where it can."""
+    try:
+        with candidate.extending(model):
+            return None
+    except (ValueError, NotImplementedError) as error:
+        return str(error)
 
 
 def with_log_n(candidate: Candidate, trained: int) -> Candidate:

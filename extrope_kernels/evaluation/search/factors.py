@@ -1,4 +1,4 @@
-"""Frequencies of a model: factors, how a gradient moves them, a configuration that has them.
+"""Factors of a model's frequencies: how a gradient moves them, a configuration that has them.
 
 LongRoPE's paper keeps them rising from fast pairs to slow ones: https://arxiv.org/abs/2402.13753
 """
@@ -6,23 +6,28 @@ LongRoPE's paper keeps them rising from fast pairs to slow ones: https://arxiv.o
 from __future__ import annotations
 
 import copy
-import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ... import RopeFreqs
 from ...integrations._shared.parameters import bind_method
+from ...integrations.transformers import extend
 from ...integrations.transformers.find import RotarySite, find_sites
 from ...integrations.transformers.frequencies import values_of
 from .. import UsageError
+from ..forward import forward_replaced
+from ..models import decoder_layers
 from .candidates import Candidate
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 _STILL = 1e30  # factor of a pair that does not rotate: no float32 tells it from that
 _MOST = 0.1  # largest step of a logarithm
@@ -98,104 +103,93 @@ def rising(values: Tensor) -> Tensor:
     return torch.tensor([mean for mean, count in blocks for _ in range(count)], dtype=values.dtype)
 
 
-class Descent:
-    """Steps down the gradient of the loss to the logarithms of the factors.
+def downhill(log_factors: Tensor, gradients: Tensor, angles: Tensor, size: float) -> Tensor:
+    """Return the logarithms of factors a step down the gradients: (pairs,).
 
-    In a step a factor moves by a tenth at most, and no pair rotates by more than a radian at the
-    farthest distance: fast pairs bear a thousandth of what slow ones need. Within that, a pair
-    goes as far as the gradients of single texts agree. After a step that is not better the next
-    is a quarter as far.
+    A factor moves by a tenth at most, and no pair rotates by more than a radian at the farthest
+    distance: fast pairs bear a thousandth of what slow ones need. Within that, a pair goes as far
+    as the gradients of single texts agree.
 
-    angles: (pairs,) by which each pair rotates over the whole length, in radians.
+    gradients: (texts, pairs). angles: (pairs,) by which each pair rotates over the whole length, in
+        radians. size: of the step, 1 for all of that.
     """
+    farthest = (1 / angles.to(log_factors.dtype)).clamp(max=_MOST)
+    agreement = gradients.mean(0) / gradients.square().mean(0).sqrt().clamp(min=1e-30)
+    return rising(log_factors - size * farthest * agreement)
 
-    def __init__(self, start: Tensor, angles: Tensor) -> None:
-        self.log_factors = start
-        self._farthest = (1 / angles.to(start.dtype)).clamp(max=_MOST)
-        self._size = 1.0
 
-    def step(self, gradients: Tensor) -> Tensor:
-        """Return the factors to try: (pairs,). gradients: (texts, pairs)"""
-        agreement = gradients.mean(0) / gradients.square().mean(0).sqrt().clamp(min=1e-30)
-        return rising(self.log_factors - self._size * self._farthest * agreement)
+class NoGradient(Exception):
+    """The loss of this model says nothing of how it depends on the frequencies."""
 
-    def tell(self, tried: Tensor, better: bool) -> None:
-        """Say whether a step was better than where it started."""
-        self._size = min(1.0, 2 * self._size) if better else self._size / 4
-        if better:
-            self.log_factors = tried
+
+def gradient(
+    model: PreTrainedModel, log_factors: Tensor, params: dict[str, Any], loss: Callable[[], Tensor]
+) -> tuple[float, Tensor]:
+    """Return the loss under LongRoPE's factors, and its gradient to their logarithms.
+
+    log_factors: (pairs,)
+    params: the rest that `longrope` is given.
+    loss: of the model as it is when called.
+
+    Raises NoGradient where none reaches them: a model's own rotary embedding may record none.
+    """
+    logs = log_factors.detach().clone().requires_grad_()
+    factors = logs.exp()
+    with (
+        extend(model, "longrope", short_factor=factors, long_factor=factors, **params),
+        _checkpointed(model),
+    ):
+        value = loss()
+        if not value.requires_grad:
+            raise NoGradient
+        (found,) = torch.autograd.grad(value, logs)
+    return value.item(), found
+
+
+@contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Keep only what goes from layer to layer until the backward, which computes the rest again."""
+    with ExitStack() as stack:
+        for layer in decoder_layers(model):
+            stack.enter_context(forward_replaced(layer, _recomputed(layer.forward)))
+        yield
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+# Types that every loader of configurations has; other frequencies are written as factors.
+_EVERYWHERE = ("pi", "ntk_aware", "yarn", "llama3")
 
 
 def write_config(
     model: PreTrainedModel, ladder: Ladder, candidate: Candidate, length: int, folder: Path
-) -> Path:
-    """Write config.json of the model as a frequency method extends it, and return its path."""
+) -> None:
+    """Write config.json of the model as a frequency method extends it, without its weights."""
     config = copy.deepcopy(model.config)
-    if candidate.method != "plain":  # whose own scaling may depend on max_position_embeddings
-        _extend(config, ladder, candidate, length)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # of the GGUF file, not of what its weights are now
-    config.save_pretrained(folder)
-    return folder / "config.json"
+    if candidate.method == "plain":
+        config.save_pretrained(folder)
+        return
+    named = _named(ladder, candidate, length)
+    with torch.device("meta"):
+        shell = type(model)(config)
+    with named.extending(shell) as handle:
+        handle.save_pretrained(folder, length=max(length, ladder.trained), state_dict={})
 
 
-def _extend(config: PretrainedConfig, ladder: Ladder, candidate: Candidate, length: int) -> None:
-    text = config.get_text_config()
-    changed = rope_parameters(ladder, candidate, length)
-    kept = {
-        name: value
-        for name, value in ladder.site.parameters(ladder.layer_type).items()
-        if name == "partial_rotary_factor"
-    }
-    if ladder.layer_type is None:
-        text.rope_parameters = kept | changed
-    else:
-        text.rope_parameters = {**text.rope_parameters, ladder.layer_type: kept | changed}
-    text.max_position_embeddings = max(length, ladder.trained)
+def _named(ladder: Ladder, candidate: Candidate, length: int) -> Candidate:
+    """Return a candidate of these frequencies that a configuration has a name for.
 
-
-def rope_parameters(ladder: Ladder, candidate: Candidate, length: int) -> dict[str, Any]:
-    """Return the entries of config.rope_parameters that yield a candidate's frequencies.
-
-    By their own type where every loader has it; else as longrope, whose factors per pair can be any
-    method's. They are the same for short texts and long ones, as keys that were cached at one
-    length have to fit at another. A model that comes with LongRoPE may take no other type (Phi-3).
+    A model that comes with LongRoPE may take no other type (Phi-3). Its factors are the same for
+    short texts and long ones, as keys that were cached at one length have to fit at another.
     """
-    method, given = candidate.method, candidate.params
-    kept = {"rope_theta": ladder.base}
-    if ladder.site.parameters(ladder.layer_type).get("rope_type") == "longrope":
-        method = "longrope"
-    if method == "pi":
-        return {"rope_type": "linear", **kept, "factor": given["factor"]}
-    if method == "ntk_aware":
-        dim = 2 * len(ladder.plain)
-        theta = ladder.base * given["factor"] ** (dim / (dim - 2))
-        return {"rope_type": "default", "rope_theta": theta}
-    kept["original_max_position_embeddings"] = ladder.trained
-    if method == "yarn":
-        return {"rope_type": "yarn", **kept, **given}
-    if method == "llama3":
-        ends = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        return {"rope_type": "llama3", **kept, **ends, **given}
-    return {"rope_type": "longrope", **kept, **_longrope(ladder, candidate, length)}
-
-
-def _longrope(ladder: Ladder, candidate: Candidate, length: int) -> dict[str, Any]:
+    own = ladder.site.parameters(ladder.layer_type).get("rope_type")
+    if candidate.method in _EVERYWHERE and own != "longrope":
+        return Candidate(candidate.method, {"base": ladder.base} | candidate.params)
     freqs = ladder.freqs(candidate)
-    if candidate.method == "longrope":
-        factors = candidate.params["long_factor"]
-    else:
-        factors = ladder.log_factors(freqs).exp().tolist()
-    factor = max(1.0, length / ladder.trained)
-    amplitude = freqs.attention_factor
-    entries = {
-        "short_factor": factors,
-        "long_factor": factors,
-        "factor": factor,
-        "attention_factor": amplitude,
-    }
-    usual = math.sqrt(1 + math.log(factor) / math.log(ladder.trained))
-    if not math.isclose(amplitude, usual, rel_tol=1e-6):
-        # vLLM, which does not read attention_factor, has it by these names.
-        entries |= {"short_mscale": amplitude, "long_mscale": amplitude}
-    return entries
+    params = ladder.longrope(ladder.log_factors(freqs), freqs.attention_factor).params
+    del params["seq_len"]
+    return Candidate("longrope", params | {"factor": max(1.0, length / ladder.trained)})

@@ -1,4 +1,4 @@
-"""Runs a search on a loaded model; tells, draws and writes what held-out text says of it."""
+"""Runs a search; tells, draws and writes what held-out text says of it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,113 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...methods import METHODS
-from .. import report
+from .. import UsageError, models, options, report
+from ..digests import model_digest
 from ..models import training_length
 from ..plots import available, new_figure, save_figure
 from ..report import mean_and_error, with_error
-from ..texts import Text
+from ..texts import Text, read_text, read_texts, source
 from .candidates import Candidate
 from .factors import find_ladder, write_config
+from .pieces import OBJECTIVES, SHORTEST
 from .stages import Ledger, Search
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DTYPES = ("float32", "bfloat16")
 _ROWS = 60  # about so many measurements; the bar of all of them is a guess
+_NUMBERS = ("loss", "whole", "again", "recall")  # of a measurement
+
+
+def search(
+    model: str,
+    texts: str | Sequence[str],
+    length: int,
+    out: str | Path,
+    *,
+    held_out: str | None = None,
+    budget: float = 60.0,
+    objective: str = "loss",
+    dtype: str = "float32",
+    device: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Search for the method and parameters by which a model reads a length best.
+
+    Writes search.json, search.png (with matplotlib) and extended/config.json, which has the best
+    frequencies, into `out`. The same call goes on where it was interrupted, and a larger budget
+    where a smaller one ended.
+
+    model: folder of transformers, .gguf file, or a name of `models.PACKAGES`.
+    texts: UTF-8 files to search on, or "pydocs", the Python reference; one or several.
+    length: tokens that the model is to read.
+    held_out: text that decides; the second half of each of `texts` if None.
+    budget: minutes of measuring.
+    objective: "loss", of the last quarter of a text, or "recall", the loss of passages that come
+        again, the first time up to fifteen sixteenths of the length before.
+    dtype, device: of the model; a GPU if None and there is one. seed: of where texts are cut.
+
+    Returns what search.json holds: `finalists` has a row each, the best first, with its `method`,
+    `params` and `call`.
+    Raises UsageError, which is a ValueError, for what cannot be searched.
+    """
+    if length < SHORTEST:
+        raise UsageError(f"length must be >= {SHORTEST}, got {length}")
+    if not budget > 0:
+        raise UsageError(f"budget must be > 0, got {budget:g}")
+    for name, value, known in (("objective", objective, OBJECTIVES), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise UsageError(f"{name} must be one of {', '.join(known)}, got {value}")
+    folder = options.check_out(str(out))
+    files, on = models.prepared(model, device)
+    print(f"loading {model}", file=sys.stderr, flush=True)
+    with report.telling(lambda: f"loading {model}"):
+        tokenizer = models.load_tokenizer(files)
+        names = [texts] if isinstance(texts, str) else texts
+        to_search, decides = split_texts(tokenizer, names, held_out, length)
+        loaded = models.load_model(files, dtype, on)
+        models.keep_converted(model, files, loaded, tokenizer)
+    if held_out is None:
+        print("search: the first half of each text is searched on, the second decides", flush=True)
+    settings = {
+        "task": "search",
+        "model": Path(model).name,
+        "model_digest": model_digest(loaded),
+        "dtype": dtype,
+        "length": length,
+        "objective": objective,
+        "texts": [text.about() for text in to_search],
+        "held_out": [text.about() for text in decides],
+        "seed": seed,
+    }
+    return search_model(loaded, to_search, decides, settings, 60 * budget, folder)
+
+
+def split_texts(
+    tokenizer: PreTrainedTokenizerBase, names: Sequence[str], held_out: str | None, length: int
+) -> tuple[list[Text], list[Text]]:
+    """Return what to search on and what decides, which have no token in common.
+
+    Raises UsageError where a part has less than `length` tokens, or is searched on and decides,
+    and where a text is given twice.
+    """
+    if held_out is not None and source(held_out) in map(source, names):
+        raise UsageError(f"--held-out {held_out}: is searched on, too")
+    whole = read_texts(tokenizer, names)
+    if held_out is not None:
+        texts, decides = whole, [read_text(tokenizer, held_out, "--held-out")]
+        if decides[0].digest in [text.digest for text in texts]:
+            raise UsageError(f"--held-out {held_out}: is searched on, too")
+    else:
+        halves = [text.halves() for text in whole]
+        texts, decides = [first for first, _ in halves], [second for _, second in halves]
+    for text in (*texts, *decides):
+        if text.tokens < length:
+            raise UsageError(
+                f"{text.name}: {text.tokens:,} tokens, too short for a length of {length:,}"
+            )
+    return texts, decides
 
 
 def search_model(
@@ -30,10 +124,8 @@ def search_model(
     settings: dict[str, Any],
     budget: float,
     out: Path,
-) -> None:
-    """Search, show and write search.json, search.png and extended/config.json in `out`.
-
-    There is no PNG without matplotlib.
+) -> dict[str, Any]:
+    """Search with a loaded model; show, write and return what was found.
 
     settings: what results depend on, for the head of search.json. budget: seconds.
     """
@@ -47,27 +139,27 @@ def search_model(
     ledger = Ledger(out / "search.json", header, budget)
     print(f"measuring for {budget / 60:g} minutes into {out}", file=sys.stderr, flush=True)
     model.requires_grad_(False)
+    length, objective, seed = (settings[name] for name in ("length", "objective", "seed"))
     with report.open_display(sys.stdout, _ROWS) as display:
-        length = settings["length"]
-        search = Search(model, ladder, texts, held_out, length, settings["seed"], ledger, display)
-        likely, finalists = search.run()
-    rows = summarise(finalists, [search.on_held_out(each) for each in finalists])
+        found = Search(model, ladder, texts, held_out, length, objective, seed, ledger, display)
+        finalists = found.run()
+    rows = summarise(finalists, [found.on_held_out(each) for each in finalists], found.counts)
     frequencies = [each for each in finalists if each.method in (*METHODS, "plain")]
-    found = {
+    ledger.results |= {
         "finalists": rows,
         "factors": {
             each.name: ladder.log_factors(ladder.freqs(each)).exp().tolist() for each in frequencies
         },
-        "likely": [each.name for each in likely],
         "seconds": round(ledger.spent, 1),
     }
-    ledger.conclude(found)
+    ledger.write()
     if available():
-        plot(header | found, out / "search.png")
+        plot(ledger.results, out / "search.png")
     _print_best(rows)
     chosen = _best_frequencies(rows, frequencies)
-    path = write_config(model, ladder, chosen, length, out / "extended")
-    print(f"{path}: {chosen.name}")
+    write_config(model, ladder, chosen, length, out / "extended")
+    print(f"{out / 'extended' / 'config.json'}: {chosen.name}")
+    return ledger.results
 
 
 def _print_best(rows: list[dict[str, Any]]) -> None:
@@ -93,54 +185,47 @@ def _best_frequencies(rows: list[dict[str, Any]], frequencies: list[Candidate]) 
 
 
 def summarise(
-    candidates: Sequence[Candidate], measured: Sequence[Sequence[dict[str, Any]]]
+    candidates: Sequence[Candidate], measured: Sequence[Sequence[dict[str, Any]]], counts: str
 ) -> list[dict[str, Any]]:
-    """Return a row for each finalist, of the pieces that all of them have read, the best first.
+    """Return a row for each finalist, the best first.
 
-    Losses of pieces differ by more than those of methods, so what a method saves is told against
-    the first finalist but one, YaRN by its paper, piece by piece.
+    Losses of pieces differ by more than those of methods, so what counts is told against the first
+    finalist but one, YaRN by its paper, piece by piece.
     """
-    pieces = min(map(len, measured))
-    losses = [[row["loss"] for row in rows[:pieces]] for rows in measured]
     found = []
-    for candidate, rows, own in zip(candidates, measured, losses, strict=True):
+    for candidate, pieces in zip(candidates, measured, strict=True):
         row: dict[str, Any] = {
             "name": candidate.name,
             "method": candidate.method,
             "params": candidate.params,
             "call": candidate.call,
-            "pieces": own,
+            "pieces": [piece[counts] for piece in pieces],
         }
-        if pieces:
-            against = [loss - yarn for loss, yarn in zip(own, losses[1], strict=True)]
-            row["first_piece"] = rows[0]["eighths"]
-            for name, values in (
-                ("loss", own),
-                ("to_yarn", against),
-                ("whole", [each["whole"] for each in rows[:pieces]]),
-            ):
+        both = list(zip(pieces, measured[1], strict=False))
+        if both:
+            numbers = {name: [piece[name] for piece in pieces] for name in _NUMBERS}
+            numbers["to_yarn"] = [piece[counts] - yarn[counts] for piece, yarn in both]
+            for name, values in numbers.items():
                 row[name], row[f"{name}_error"] = mean_and_error(values)
         found.append(row)
-    return sorted(found, key=lambda row: row["loss"]) if pieces else found
+    return sorted(found, key=lambda row: row.get("to_yarn", float("inf")))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the lines of the table."""
-    head = f"{'last quarter':>14} {'to yarn':>14} {'whole':>14}  method"
-    lines = []
-    for row in rows:
-        cells = [
-            with_error(row[name], row[f"{name}_error"], 3) for name in ("loss", "to_yarn", "whole")
-        ]
-        lines.append(" ".join(f"{cell:>14}" for cell in cells) + f"  {row['name']}")
-    return [head, *lines]
+    columns = {"last quarter": "loss", "to yarn": "to_yarn", "whole": "whole", "recall": "recall"}
+    lines = ["".join(f"{head:>14} " for head in columns) + " method"]
+    for row in (row for row in rows if row["pieces"]):
+        cells = (with_error(row[name], row[f"{name}_error"], 3) for name in columns.values())
+        lines.append("".join(f"{cell:>14} " for cell in cells) + f" {row['name']}")
+    return lines
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Draw the finalists' losses and the factors of their pairs, as PNG."""
     figure = new_figure(11.0, 4.2)
     left, right = figure.subplots(1, 2)
-    rows = [row for row in results["finalists"] if "loss" in row]
+    rows = [row for row in results["finalists"] if row["pieces"]]
     for place, row in enumerate(reversed(rows)):
         left.errorbar(
             row["to_yarn"], place, xerr=row["to_yarn_error"], fmt="o", color="#0072B2", capsize=3
@@ -149,7 +234,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     left.axvline(0, color="0.35", linewidth=0.8)
     # A model as it is may be nats behind, where the others differ by hundredths.
     left.set_xscale("symlog", linthresh=0.1)
-    left.set_xlabel("loss of the last quarter, to YaRN's (nats a token; 0 is YaRN)")
+    left.set_xlabel(f"{results['objective']}, to YaRN's (nats a token; 0 is YaRN)")
     for name, factors in results["factors"].items():
         right.plot(factors, marker=".", label=name)
     right.set_xlabel("pair, from the fastest")

@@ -1,4 +1,4 @@
-"""The search itself: from many candidates on few tokens to few on held-out pieces of full length.
+"""The search itself, by pieces of full length: short ones rank methods otherwise.
 
 Each stage may go on until a share of the budget is spent; what one leaves is the next one's.
 """
@@ -6,9 +6,10 @@ Each stage may go on until a share of the budget is spent; what one leaves is th
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
-from itertools import compress
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -16,30 +17,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import report
-from ..loss import token_losses
+from ...scores import SCORES
+from .. import UsageError, report
 from ..models import decoder_layers
 from ..report import Display
 from ..texts import Text
-from .candidates import Candidate, published, score_methods, supported, with_log_n
-from .factors import Descent, Ladder, rising
-from .losses import NoGradient, finite, gradient, last_loss, short_piece
+from .candidates import Candidate, published, refusal, score_methods, with_log_n
+from .factors import Ladder, NoGradient, downhill, gradient, rising
+from .pieces import OBJECTIVES, Piece, cut, measure, weighted_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Shares of the budget by whose end a stage is over.
-_GRID, _PUBLISHED, _FACTORS, _FULL_LENGTH, _HELD_OUT = 0.1, 0.27, 0.42, 0.57, 1.0
-_FIRST_PIECES, _PIECES, _HELD_OUT_PIECES = 3, 8, 8
-# Nats by which short pieces have to set a method back before its full length is not looked at: they
-# have too few keys to tell good ones apart.
-_FAR_BEHIND = 0.2
-_TRIED_WHOLE = 6  # published methods at full length, at most
-_STEPS, _GRADIENTS = 12, 4  # at most so many steps, each down so many gradients
-# Short pieces tell in which direction factors get better, full lengths how far to go.
-_OF_THE_WAY = (0.5, 1.0, 0.25)
-# Of a text's tokens, those whose loss counts: of short pieces all behind the gap.
-_LAST, _LAST_OF_SHORT = 0.25, 0.5
+_PUBLISHED, _SCORES, _REFINED, _FACTORS = 0.12, 0.3, 0.5, 0.6
+_TRIED = 6  # published frequency methods, at most
+_PIECES, _HELD_OUT_PIECES = 2, 8
+_FRONT = 3  # so many of a kind read more pieces than one
+_FAR_BEHIND = 0.01  # nats on the first piece; the others are not read then
+_RATIOS = (1.5, 1.2)  # by which a parameter is moved, first far, then near
+_STEPS, _SIZES = 8, (1.0, 0.25)  # down the gradient at most, and how far, of what is bearable
+_HOPELESS = 0.2  # nats behind YaRN on a held-out piece; no other is read then
 
 
 class Ledger:
@@ -60,6 +58,10 @@ class Ledger:
         """The seconds that all measurements took."""
         return sum(row["seconds"] for row in self.results["rows"])
 
+    def known(self, of: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what was measured, None if it was not."""
+        return self._known.get(_row_key(of))
+
     def measured(
         self, of: dict[str, Any], share: float, measure: Callable[[], dict[str, Any]]
     ) -> dict[str, Any] | None:
@@ -67,7 +69,7 @@ class Ledger:
 
         It is expected to take as long as others of its kind. of: what it is, `kind` among it.
         """
-        if (known := self._known.get(_row_key(of))) is not None:
+        if (known := self.known(of)) is not None:
             return known
         took = [r["seconds"] for r in self.results["rows"] if r["of"]["kind"] == of["kind"]]
         if self.spent + (median(took) if took else 0.0) > share * self.budget:
@@ -78,12 +80,12 @@ class Ledger:
         row = json.loads(json.dumps({"of": of, **found, "seconds": seconds}))
         self._known[_row_key(of)] = row
         self.results["rows"].append(row)
-        report.write_results(self._path, self.results)
+        self.write()
         return row
 
-    def conclude(self, found: dict[str, Any]) -> None:
-        """Add what the measurements say to the file."""
-        report.write_results(self._path, self.results | found)
+    def write(self) -> None:
+        """Write the file."""
+        report.write_results(self._path, self.results)
 
 
 def _row_key(of: dict[str, Any]) -> str:
@@ -94,6 +96,7 @@ class Search:
     """A model, texts and a length, and what has been measured of them.
 
     texts, held_out: to search on, and to decide on.
+    objective: of `pieces.OBJECTIVES`; what it counts is to become small.
     """
 
     def __init__(
@@ -103,225 +106,193 @@ class Search:
         texts: Sequence[Text],
         held_out: Sequence[Text],
         length: int,
+        objective: str,
         seed: int,
         ledger: Ledger,
         display: Display,
     ) -> None:
         self.model, self.ladder = model, ladder
         self.texts, self.held_out = texts, held_out
-        self.length, self.seed = length, seed
+        self.length, self.objective, self.seed = length, objective, seed
         self.ledger, self.display = ledger, display
-        self._best = float("inf"), ""
+        self.counts = OBJECTIVES[objective]
+        self.yarn = Candidate("yarn", {"factor": max(1.0, length / ladder.trained)})
 
-    def run(self) -> tuple[list[Candidate], list[Candidate]]:
-        """Return the published frequency methods that may do, and the finalists."""
-        likely = self.grid()
-        searched = self.factors(self.best_published(likely))
-        finalists = self.full_length(likely, searched)
-        self.decide(finalists)
-        return likely, finalists
+    def run(self) -> list[Candidate]:
+        """Return the finalists: plain, YaRN by its paper, and the best of each kind.
 
-    def grid(self) -> list[Candidate]:
-        """Return YaRN, and the frequency methods that are not far behind on short pieces.
-
-        The likeliest first, as `published` has them.
+        Kinds are published frequencies, factors that were searched, and score methods; the best of
+        all is refined.
         """
-        yarn, pairs = self.yarn(), len(self.ladder.plain)
-        others = published(self.length, self.ladder.trained, pairs)
-        tried = [yarn, *(each for each in others if each != yarn)]
-        means = [self.mean_short(each, _FIRST_PIECES, _GRID) for each in tried]
-        far = min((mean for mean in means if mean is not None), default=0.0) + _FAR_BEHIND
-        near = [mean is not None and mean <= far for mean in means[1:]]
-        return [yarn, *compress(tried[1:], near)]
+        methods = published(self.length, self.ladder.trained, len(self.ladder.plain))
+        methods = [self.yarn, *(each for each in methods if each != self.yarn)]
+        frequencies = self.best(methods[:_TRIED], _PUBLISHED) or self.yarn
+        score = self.best(self.score_methods(), _SCORES)
+        ahead = score is not None and self.costs_less(score, frequencies, _REFINED)
+        refined = self.refined(score if score and ahead else frequencies, _REFINED)
+        factors = self.factors(frequencies, _FACTORS)
+        finalists = [Candidate(), self.yarn, frequencies, factors, score, refined]
+        found = [each for each in finalists if each is not None]
+        found = [each for index, each in enumerate(found) if each not in found[:index]]
+        self.decide(found)
+        return found
 
-    def best_published(self, likely: Sequence[Candidate]) -> Candidate:
-        """Return the best by a piece of full length."""
-        for candidate in likely[:_TRIED_WHOLE]:
-            self._on_search_text(candidate, _PUBLISHED)
-        return self._best_at_full_length(likely) or likely[0]
+    def score_methods(self) -> list[Candidate]:
+        """Return the score methods that the model takes, and say why not if it takes none."""
+        every = score_methods(self.length, self.ladder.scaled)
+        refusals = [refusal(self.model, each) for each in every]
+        if None not in refusals:
+            self.display.line(f"score methods are left out: {refusals[0]}")
+        return [each for each, why in zip(every, refusals, strict=True) if why is None]
 
-    def factors(self, start: Candidate) -> list[Candidate]:
-        """Return LongRoPE's factors for this model, found from those of another method.
+    def best(self, candidates: Sequence[Candidate], share: float) -> Candidate | None:
+        """Return the best by all pieces of those that are the best by the first."""
+        costs = [(self._cost(each, 0, share), each) for each in candidates]
+        read = [(cost, each) for cost, each in costs if cost is not None]
+        front = [each for _, each in sorted(read, key=lambda pair: pair[0])[:_FRONT]]
+        best = front[0] if front else None
+        for each in front[1:]:
+            best = each if self.costs_less(each, best, share) else best
+        return best
 
-        With YaRN's amplitude, and with that of the start where it has another: short pieces do not
-        tell how far attention is thinned out over the keys of a long text. Nor do they how far to
-        go: factors on half and a quarter of the way come with those that cost least.
+    def costs_less(self, tried: Candidate, than: Candidate, share: float) -> bool:
+        """Compare two candidates piece by piece, as far as there is time.
+
+        One that is far behind on the first piece is not read on.
         """
-        freqs = self.ladder.freqs(start)
-        logs, amplitude = rising(self.ladder.log_factors(freqs)), freqs.attention_factor
-        self.display.line(f"factors per pair, from those of {start.name}")
+        behind: list[float] = []
+        for piece in range(_PIECES):
+            cost, other = (self._cost(each, piece, share) for each in (tried, than))
+            if cost is None or other is None:
+                break
+            behind.append(cost - other)
+            if behind[0] > _FAR_BEHIND:
+                break
+        return bool(behind) and fmean(behind) < 0
+
+    def refined(self, best: Candidate, share: float) -> Candidate:
+        """Move one parameter at a time, far and then near, until no move costs less."""
+        for ratio in _RATIOS:
+            while (better := self._moved(best, ratio, share)) is not None:
+                best = better
+        if best.method in SCORES and "log_n" not in best.params:
+            scaled = with_log_n(best, self.ladder.scaled)
+            best = scaled if self.costs_less(scaled, best, share) else best
+        return best
+
+    def _moved(self, best: Candidate, ratio: float, share: float) -> Candidate | None:
+        tried = (best.moved(name, by) for name in best.numbers for by in (ratio, 1 / ratio))
+        for each in tried:
+            possible = each != best and refusal(self.model, each) is None
+            if possible and self.costs_less(each, best, share):
+                return each
+        return None
+
+    def factors(self, start: Candidate, share: float) -> Candidate | None:
+        """Return LongRoPE's factors that cost less than the method they start from, if any do."""
+        freqs, best = self.ladder.freqs(start), start
+        at, amplitude = rising(self.ladder.log_factors(freqs)), freqs.attention_factor
         try:
-            found = self._improved(Descent(logs, self.ladder.plain * self.length), amplitude)
+            for _ in range(_STEPS):
+                if (found := self._step(at, amplitude, best, share)) is None:
+                    break
+                at, best = found
         except NoGradient:
             self.display.line("no gradient reaches this model's frequencies: no factors are found")
-            return []
-        if found is None:
-            return []
-        amplitudes = self.ladder.freqs(self.yarn()).attention_factor, amplitude
-        return [
-            self.ladder.longrope(logs + share * (found - logs), each)
-            for share in _OF_THE_WAY
-            for each in dict.fromkeys(amplitudes)
-        ]
+        return None if best is start else best
 
-    def yarn(self) -> Candidate:
-        """Return YaRN by its paper, which everything is compared with."""
-        return Candidate("yarn", {"factor": max(1.0, self.length / self.ladder.trained)})
+    def _step(
+        self, at: Tensor, amplitude: float, than: Candidate, share: float
+    ) -> tuple[Tensor, Candidate] | None:
+        """Return factors down the gradients of all pieces that cost less, None if none do."""
+        if (gradients := self._gradients(at, amplitude, share)) is None:
+            return None
+        for size in _SIZES:
+            step = downhill(at, gradients, self.ladder.plain * self.length, size)
+            tried = self.ladder.longrope(step, amplitude)
+            if self.costs_less(tried, than, share):
+                return step, tried
+        return None
 
-    def _improved(self, descent: Descent, amplitude: float) -> Tensor | None:
-        """Return the factors of the lowest loss on the same short pieces, None without any."""
-        start = descent.log_factors
-        best = self.mean_short(self.ladder.longrope(start, amplitude), _PIECES, _FACTORS)
-        for step in range(_STEPS):
-            if best is None or (tried := self._downhill(descent, amplitude, step)) is None:
-                break
-            loss = self.mean_short(self.ladder.longrope(tried, amplitude), _PIECES, _FACTORS)
-            if loss is None:
-                break
-            descent.tell(tried, loss < best)
-            best = min(best, loss)
-        return None if descent.log_factors is start else descent.log_factors
-
-    def _downhill(self, descent: Descent, amplitude: float, step: int) -> Tensor | None:
-        """Return where the gradients of other pieces than those that decide point."""
-        first = _PIECES + step * _GRADIENTS
-        found = [self._gradient(descent, amplitude, first + n) for n in range(_GRADIENTS)]
-        known = [each for each in found if each is not None]
-        return descent.step(torch.stack(known)) if len(known) == _GRADIENTS else None
-
-    def _gradient(self, descent: Descent, amplitude: float, piece: int) -> Tensor | None:
-        at = descent.log_factors
-        of = {"kind": "gradient", "log_factors": at.tolist(), "piece": piece}
+    def _gradients(self, at: Tensor, amplitude: float, share: float) -> Tensor | None:
+        """Return the gradients of all pieces, (pieces, pairs), None if there was no time."""
         params = {"attention_factor": amplitude, "seq_len": self.ladder.trained}
+        found = []
+        for index in range(_PIECES):
 
-        def measure() -> dict[str, Any]:
-            value, found = gradient(self.model, at, params, lambda: self._short_loss(piece))
-            return {"loss": value, "gradient": found.tolist()}
+            def measure(index: int = index) -> dict[str, Any]:
+                piece = self._piece(self.texts, index)
+                loss = partial(weighted_loss, self.model, piece, self.objective, self.display.tick)
+                value, slope = gradient(self.model, at, params, loss)
+                return {"loss": value, "gradient": slope.tolist()}
 
-        self._begin(f"gradient {piece}")
-        row = self.ledger.measured(of, _FACTORS, measure)
-        return None if row is None else torch.tensor(row["gradient"], dtype=at.dtype)
-
-    def full_length(
-        self, likely: Sequence[Candidate], searched: Sequence[Candidate]
-    ) -> list[Candidate]:
-        """Return the finalists: plain, YaRN by its paper, and the best of each kind by one piece.
-
-        Kinds are published frequencies, factors that were searched, and score methods.
-        """
-        scores, refusals = supported(self.model, score_methods(self.length, self.ladder.scaled))
-        for refusal in refusals[:1]:  # as a rule the same for all
-            self.display.line(f"score methods are left out: {refusal}")
-        kinds = [likely[:_TRIED_WHOLE], searched, scores]
-        # One of each kind after the other, so that each has had its likeliest when time is up.
-        for rank in range(max(map(len, kinds))):
-            for kind in kinds:
-                for candidate in kind[rank : rank + 1]:
-                    self._on_search_text(candidate)
-        if best := self._best_at_full_length(scores):
-            scaled = with_log_n(best, self.ladder.scaled)
-            self._on_search_text(scaled)
-            kinds[2] = [best, scaled]
-        found = [self._best_at_full_length(kind) for kind in kinds]
-        finalists = [Candidate(), self.yarn(), *(c for c in found if c is not None)]
-        return [c for index, c in enumerate(finalists) if c not in finalists[:index]]
+            self._begin(f"gradient {index}")
+            of = {"kind": "gradient", "log_factors": at.tolist(), "piece": index, **params}
+            if (row := self.ledger.measured(of, share, measure)) is None:
+                return None
+            found.append(torch.tensor(row["gradient"], dtype=at.dtype))
+        return torch.stack(found)
 
     def decide(self, finalists: Sequence[Candidate]) -> None:
-        """Measure all finalists on held-out pieces, piece by piece, while there is time."""
-        for piece in range(_HELD_OUT_PIECES):
+        """Measure finalists on held-out pieces, piece by piece, while there is time."""
+        for index in range(_HELD_OUT_PIECES):
             for candidate in finalists:
-                if self._full(candidate, piece, "held-out", _HELD_OUT) is None:
+                if index and self._is_hopeless(candidate):
+                    continue
+                if self._read(candidate, index, "held-out", 1.0) is None:
                     return
+
+    def _is_hopeless(self, candidate: Candidate) -> bool:
+        """Say whether a candidate was so far behind YaRN that one piece says enough."""
+        row, yarn = (self.on_held_out(each)[0] for each in (candidate, self.yarn))
+        return row[self.counts] > yarn[self.counts] + _HOPELESS
 
     def on_held_out(self, candidate: Candidate) -> list[dict[str, Any]]:
         """Return what was measured of a finalist, in the order of pieces."""
-        rows = self.ledger.results["rows"]
-        of = [_of(candidate, "held-out", piece) for piece in range(_HELD_OUT_PIECES)]
-        by_piece = [next((row for row in rows if row["of"] == each), None) for each in of]
-        return [row for row in by_piece if row is not None]
+        of = (_of(candidate, "held-out", index) for index in range(_HELD_OUT_PIECES))
+        return [row for each in of if (row := self.ledger.known(each)) is not None]
 
-    def mean_short(self, candidate: Candidate, pieces: int, share: float) -> float | None:
-        """Return the mean loss on so many short pieces, None if there was no time for all."""
-        found = []
-        for piece in range(pieces):
+    def _cost(self, candidate: Candidate, index: int, share: float) -> float | None:
+        """Return what the search is to make small, None if there was no time."""
+        row = self._read(candidate, index, "search", share)
+        return None if row is None else row[self.counts]
 
-            def measure(piece: int = piece) -> dict[str, Any]:
-                with torch.inference_mode(), candidate.extending(self.model):
-                    return {"loss": finite(self._short_loss(piece), candidate.name)}
-
-            self._begin(candidate.name)
-            of = _of(candidate, "short", piece)
-            if (row := self.ledger.measured(of, share, measure)) is None:
-                return None
-            found.append(row["loss"])
-        self._show("short", candidate, fmean(found), pieces)
-        return fmean(found)
-
-    def _short_loss(self, piece: int) -> Tensor:
-        text, index = self._text(self.texts, piece)
-        ids, at = short_piece(text, self.length, index, self.seed)
-        return last_loss(
-            self.model,
-            ids.to(self.model.device),
-            at.to(self.model.device),
-            share=_LAST_OF_SHORT,
-            on_layer=self.display.tick,
-        )
-
-    def _on_search_text(self, candidate: Candidate, share: float = _FULL_LENGTH) -> float | None:
-        row = self._full(candidate, 0, "full", share)
-        return None if row is None else row["loss"]
-
-    def _full(
-        self, candidate: Candidate, piece: int, kind: str, share: float
+    def _read(
+        self, candidate: Candidate, index: int, kind: str, share: float
     ) -> dict[str, Any] | None:
-        """Return the losses of a piece of full length: of its last part, the whole, its eighths."""
-        text, index = self._text(self.held_out if kind == "held-out" else self.texts, piece)
+        texts = self.held_out if kind == "held-out" else self.texts
 
-        def measure() -> dict[str, Any]:
-            ids = text.piece(self.length, index, self.seed).to(self.model.device)
+        def measured() -> dict[str, Any]:
             with candidate.extending(self.model):
-                losses = token_losses(self.model, ids[None], self.display.tick)[0].double()
-            start = int(self.length * (1 - _LAST))
-            return {
-                "loss": finite(losses[start:].mean(), candidate.name),
-                "whole": losses.mean().item(),
-                "eighths": [part.mean().item() for part in losses.tensor_split(8)],
-            }
+                found = measure(self.model, self._piece(texts, index), self.display.tick)
+            if not math.isfinite(found[self.counts]):
+                raise UsageError(
+                    f"the loss under {candidate.name} is {found[self.counts]}, "
+                    "which ranks with no other"
+                )
+            return found
 
+        of = _of(candidate, kind, index)
+        new = self.ledger.known(of) is None
         self._begin(candidate.name)
-        row = self.ledger.measured(_of(candidate, kind, piece), share, measure)
-        if row is not None:
-            self._show(kind, candidate, row["loss"], piece + 1)
+        row = self.ledger.measured(of, share, measured)
+        if row is not None and new:
+            place = f"{kind} {index + 1}"
+            self.display.line(f"{place:<10} {row[self.counts]:.4f}  {candidate.name}")
         return row
 
-    def _best_at_full_length(self, candidates: Sequence[Candidate]) -> Candidate | None:
-        found = {}
-        for row in self.ledger.results["rows"]:
-            for index, candidate in enumerate(candidates):
-                if row["of"] == _of(candidate, "full", 0):
-                    found[index] = row["loss"]
-        return candidates[min(found, key=found.__getitem__)] if found else None
-
-    def _text(self, texts: Sequence[Text], piece: int) -> tuple[Text, int]:
-        return texts[piece % len(texts)], piece // len(texts)
+    def _piece(self, texts: Sequence[Text], index: int) -> Piece:
+        text = texts[index % len(texts)]
+        return cut(text, self.length, index // len(texts), self.seed)
 
     def _begin(self, name: str) -> None:
         self.display.begin(name, len(decoder_layers(self.model)))
 
-    def _show(self, kind: str, candidate: Candidate, loss: float, piece: int) -> None:
-        """Show a loss, and the best of its kind so far."""
-        key = f"{kind} {piece}"
-        if key != self._best[1] or loss < self._best[0]:
-            self._best = loss, key
-        best = "  best so far" if loss == self._best[0] else ""
-        self.display.line(f"{kind:<8} {loss:.4f}  {candidate.name}{best}")
 
-
-def _of(candidate: Candidate, kind: str, piece: int) -> dict[str, Any]:
+def _of(candidate: Candidate, kind: str, index: int) -> dict[str, Any]:
     return {
         "kind": kind,
         "method": candidate.method,
         "params": candidate.params,
-        "piece": piece,
+        "piece": index,
     }

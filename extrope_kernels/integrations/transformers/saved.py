@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -242,7 +243,19 @@ def _entries(site: RotarySite, layer_type: str | None, extension: Saved) -> dict
         )
     kept = {k: v for k, v in site.parameters(layer_type).items() if k not in _SCALING}
     told = {name: values[name] for name in names if values[name] is not None}
+    if method == "longrope":
+        told |= _by_vllms_names(values)
     return {**kept, "rope_type": kind, "rope_theta": base, **told}
+
+
+def _by_vllms_names(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return LongRoPE's amplitude as vLLM reads it, which has only the usual one by itself."""
+    amplitude, factor = values["attention_factor"], max(1.0, values["factor"])
+    trained = values["original_max_position_embeddings"]
+    usual = math.sqrt(1 + math.log(factor) / math.log(trained))
+    if amplitude is None or math.isclose(amplitude, usual, rel_tol=1e-6):
+        return {}
+    return {"short_mscale": amplitude, "long_mscale": amplitude}
 
 
 def _set_longest(text: Any, length: int) -> None:

@@ -1,0 +1,96 @@
+"""Pieces of full length in which passages come again, and which of their tokens count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..forward import chunks, logits, run_body
+from ..loss import token_losses
+from ..recall import Repeat, distances, gains, repeated, repeats
+from ..texts import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# By what a search chooses, and the number of a row that it is.
+OBJECTIVES = {"loss": "loss", "recall": "again"}
+SHORTEST = 480  # tokens, into which recall's passages fit
+_LAST = 0.25  # of a text's tokens, those whose loss counts
+
+
+class Piece(NamedTuple):
+    """Tokens of a text, passages among them that come twice: ids (seqlen,) int64."""
+
+    ids: Tensor
+    passages: list[Repeat]
+
+    def weights(self, objective: str) -> Tensor:
+        """Return how much each prediction counts: (seqlen - 1,) float64, which sum to 1.
+
+        "loss": those of the last quarter, but for passages, which stand where they do not belong.
+        "recall": those of passages that come again, whose answer lies far back, as LongRoPE2
+            searches by (https://arxiv.org/abs/2502.20082). The first quarter of a passage, which
+            tells that there is something to recall, does not count.
+        """
+        counts = torch.zeros(len(self.ids) - 1, dtype=torch.float64)
+        if objective == "loss":
+            counts[int(len(self.ids) * (1 - _LAST)) :] = 1
+            for passage in self.passages:
+                for start in (passage.first, passage.again):
+                    counts[start - 1 : start + passage.tokens] = 0
+        else:
+            for passage in self.passages:
+                start = passage.again + passage.tokens // 4
+                counts[start - 1 : passage.again + passage.tokens - 1] = 1
+        return counts / counts.sum()
+
+
+def cut(text: Text, length: int, index: int, seed: int) -> Piece:
+    """Return a piece of a text; its passages are what follows it."""
+    found = repeats(length, *distances(length))
+    others = text.after(length, index, seed, sum(passage.tokens for passage in found))
+    return Piece(repeated(text.piece(length, index, seed), others, found), found)
+
+
+def measure(
+    model: PreTrainedModel, piece: Piece, on_progress: Callable[[int], None]
+) -> dict[str, Any]:
+    """Return a piece's losses, in nats a token, and what its passages gain the second time."""
+    losses = token_losses(model, piece.ids[None].to(model.device), on_progress)[0].double()
+    found = {name: losses @ piece.weights(objective) for objective, name in OBJECTIVES.items()}
+    numbers = {name: value.item() for name, value in found.items()}
+    recall = fmean(gains(losses, piece.passages))
+    return {**numbers, "whole": losses.mean().item(), "recall": recall}
+
+
+def weighted_loss(
+    model: PreTrainedModel, piece: Piece, objective: str, on_layer: Callable[[], None]
+) -> Tensor:
+    """Return the loss of what counts as a scalar whose gradient needs little memory.
+
+    The backward computes the logits of one chunk at a time again.
+    """
+    ids = piece.ids.to(model.device)
+    weights = piece.weights(objective).float().to(model.device)
+    body = run_body(model, ids[None], on_layer)
+    vocab_size = model.config.get_text_config().vocab_size
+
+    def part(begin: int, end: int) -> Tensor:
+        predicted = logits(model, body, begin, end)[0]
+        losses = torch.nn.functional.cross_entropy(
+            predicted, ids[begin + 1 : end + 1], reduction="none"
+        )
+        return losses @ weights[begin:end]
+
+    first = int(weights.nonzero()[0])
+    parts = [
+        checkpoint(part, begin, end, use_reentrant=False)
+        for begin, end in chunks(first, len(ids) - 1, vocab_size)
+    ]
+    return torch.stack(parts).sum()
