@@ -85,10 +85,10 @@ def _key(row: Row) -> str:
 def keep_search(found: Path, results: Path = RESULTS) -> str:
     """Keep the finalists of a search without each of its measurements; return its name."""
     search = json.loads(found.read_text())
-    about = ("length", "training_length", "model", "dtype", "texts", "held_out")
-    fields = ("name", "method", "params", "pieces", "loss", "loss_error", "to_yarn",
-              "to_yarn_error", "whole", "whole_error")  # fmt: skip
-    rows = [{key: row[key] for key in fields} for row in search["finalists"]]
+    about = ("length", "training_length", "model", "dtype", "objective", "texts", "held_out")
+    numbers = ("loss", "to_yarn", "whole", "recall")
+    fields = ("name", "method", "params", "pieces", *numbers, *(f"{x}_error" for x in numbers))
+    rows = [{key: row[key] for key in fields} for row in search["finalists"] if row["pieces"]]
     name = f"search-{search['length'] // 1024}k"
     content = {key: search[key] for key in about}
     write(results / FOLDER / f"{name}.json", {**content, "rows": rows})

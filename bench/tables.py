@@ -267,16 +267,22 @@ def searches(results: Path) -> dict[str, dict[str, Any]]:
 
 def search(found: dict[str, Any]) -> str:
     """Make the finalists, the best first, on text that was not searched on."""
-    names = ("loss", "to_yarn", "whole")
+    heads = {
+        "loss": "last quarter",
+        "to_yarn": "to YaRN",
+        "whole": "whole text",
+        "recall": "recall",
+    }
+    names = [name for name in heads if name in found["rows"][0]]
     lines = [[f"`{row['name']}`", *(_interval(row, name) for name in names)]
              for row in found["rows"]]  # fmt: skip
     read, searched = (", ".join(t["name"] for t in found[key]) for key in ("held_out", "texts"))
-    count = len(found["rows"][0]["pieces"])
+    count = max(len(row["pieces"]) for row in found["rows"])
     about = (
         f"{found['length']:,} tokens, {count} {'piece' if count == 1 else 'pieces'} of {read}; "
         f"searched on {searched} in {found['dtype']}."
     )
-    return f"{table(['', 'last quarter', 'to YaRN', 'whole text'], lines)}\n\n{about}"
+    return f"{table(['', *(heads[name] for name in names)], lines)}\n\n{about}"
 
 
 def searched(results: Path) -> str:

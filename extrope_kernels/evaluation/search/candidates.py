@@ -50,17 +50,15 @@ class Candidate:
     def moved(self, name: str, ratio: float) -> Candidate:
         """Return the method with one of its numbers that many times as large.
 
-        A whole number stays whole, and moves by one at least; SelfExtend's window stays a multiple
-        of its groups.
+        A whole number stays whole, and SelfExtend's window a multiple of its groups.
         """
         value = self.params[name]
         changed: float = value * ratio
         if isinstance(value, int):
-            by_one = value + 1 if ratio > 1 else value - 1
-            changed = max(round(changed), by_one) if ratio > 1 else min(round(changed), by_one)
+            changed = max(1, math.ceil(changed) if ratio > 1 else math.floor(changed))
         params = self.params | {name: changed}
         if self.method == "self_extend":
-            params["window"] -= params["window"] % max(1, params["factor"])
+            params["window"] -= params["window"] % params["factor"]
         return Candidate(self.method, params)
 
     @property

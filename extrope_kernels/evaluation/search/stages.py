@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -92,6 +93,7 @@ def _row_key(of: dict[str, Any]) -> str:
     return json.dumps(of, sort_keys=True)
 
 
+@dataclass
 class Search:
     """A model, texts and a length, and what has been measured of them.
 
@@ -99,24 +101,20 @@ class Search:
     objective: of `pieces.OBJECTIVES`; what it counts is to become small.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        ladder: Ladder,
-        texts: Sequence[Text],
-        held_out: Sequence[Text],
-        length: int,
-        objective: str,
-        seed: int,
-        ledger: Ledger,
-        display: Display,
-    ) -> None:
-        self.model, self.ladder = model, ladder
-        self.texts, self.held_out = texts, held_out
-        self.length, self.objective, self.seed = length, objective, seed
-        self.ledger, self.display = ledger, display
-        self.counts = OBJECTIVES[objective]
-        self.yarn = Candidate("yarn", {"factor": max(1.0, length / ladder.trained)})
+    model: PreTrainedModel
+    ladder: Ladder
+    texts: Sequence[Text]
+    held_out: Sequence[Text]
+    length: int
+    objective: str
+    seed: int
+    ledger: Ledger
+    display: Display
+
+    def __post_init__(self) -> None:
+        self.counts = OBJECTIVES[self.objective]
+        # By its paper, which everything is compared with.
+        self.yarn = Candidate("yarn", {"factor": max(1.0, self.length / self.ladder.trained)})
 
     def run(self) -> list[Candidate]:
         """Return the finalists: plain, YaRN by its paper, and the best of each kind.
