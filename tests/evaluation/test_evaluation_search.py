@@ -18,7 +18,7 @@ from extrope_kernels.cli import main
 from extrope_kernels.evaluation import UsageError
 from extrope_kernels.evaluation.models import find_model, load_model
 from extrope_kernels.evaluation.recall import Repeat, distances, gains
-from extrope_kernels.evaluation.search import factors, pieces, run, search, stages
+from extrope_kernels.evaluation.search import pieces, run, search, stages
 from extrope_kernels.evaluation.search.candidates import Candidate, published
 from extrope_kernels.evaluation.search.factors import NoGradient, find_ladder, write_config
 from extrope_kernels.evaluation.search.stages import Ledger
@@ -280,11 +280,11 @@ def test_gradient_is_that_of_finite_differences(model, monkeypatch, objective):
     ids = torch.randint(0, 100, (40,), generator=torch.Generator().manual_seed(1))
     piece = pieces.Piece(ids, [Repeat(20, 10, 30, 6)])
     logs = torch.linspace(0.0, 0.9, 4, dtype=torch.float64)
-    params = {"attention_factor": 1.1, "seq_len": TRAINED}
+    of = find_ladder(model, TRAINED).factors(1.1, 40)
 
     def value(at):
         loss = lambda: pieces.weighted_loss(model, piece, objective, lambda: None)  # noqa: E731
-        return factors.gradient(model, at, params, loss)
+        return of.gradient(model, at, loss)
 
     _, got = value(logs)
     step = 3e-4
@@ -308,7 +308,7 @@ def test_without_gradients_there_are_no_factors(model, monkeypatch):
     ladder = find_ladder(model, TRAINED)
     looking = stages.Search(model, ladder, [], [], LENGTH, "loss", 0, None, display)
     assert looking.factors(YARN, 1.0) is None
-    assert told == ["no gradient reaches this model's frequencies: no factors are found"]
+    assert told == ["no gradient reaches this model's frequencies: none are moved"]
 
 
 def test_tables_that_record_no_gradient(monkeypatch):
@@ -321,10 +321,9 @@ def test_tables_that_record_no_gradient(monkeypatch):
     monkeypatch.setattr(rotary, "forward", torch.no_grad()(rotary.forward))
     piece = pieces.Piece(torch.arange(9), [])
     with pytest.raises(NoGradient):
-        factors.gradient(
+        find_ladder(model, TRAINED).factors(1.0, 40).gradient(
             model,
             torch.zeros(4),
-            {"attention_factor": 1.0, "seq_len": TRAINED},
             lambda: pieces.weighted_loss(model, piece, "loss", lambda: None),
         )
 
@@ -334,7 +333,7 @@ def test_written_configurations_give_the_logits_of_extend(model, folder, tmp_pat
     model.set_attn_implementation("sdpa")  # as in plain transformers
     ladder = find_ladder(model, TRAINED)
     ids = torch.randint(0, 100, (1, FAR), generator=torch.Generator().manual_seed(0))
-    searched = ladder.longrope(torch.tensor([0.0, 0.1, 0.5, 1.2]), 1.05)
+    searched = ladder.factors(1.05, FAR).candidate(torch.tensor([0.0, 0.1, 0.5, 1.2]))
     with torch.no_grad():
         plain = model(ids).logits
         with Candidate("rope").extending(model):

@@ -19,7 +19,7 @@ from extrope_kernels.cli import main
 from extrope_kernels.evaluation import UsageError
 from extrope_kernels.evaluation.search.candidates import Candidate, published
 from extrope_kernels.evaluation.search.factors import (
-    downhill,
+    PerPair,
     find_ladder,
     rising,
     write_config,
@@ -113,7 +113,7 @@ def test_an_amplitude_other_than_the_usual_is_told_to_vllm(length, tmp_path):
     factor = max(1, length / TRAINED)
     usual = math.sqrt(1 + math.log(factor) / math.log(TRAINED))
     for amplitude in (usual, 1.01 * usual):
-        candidate = ladder.longrope(torch.zeros(4), amplitude)
+        candidate = ladder.factors(amplitude, length).candidate(torch.zeros(4))
         write_config(model, ladder, candidate, length, tmp_path)
         found = AutoConfig.from_pretrained(tmp_path).rope_parameters
         assert found["factor"] == factor and found["attention_factor"] == amplitude
@@ -148,13 +148,14 @@ def test_descent_finds_the_least_of_a_bowl_that_is_steep_in_one_pair():
     least = torch.tensor([0.02, 0.4], dtype=torch.float64)
     drawn = torch.Generator().manual_seed(0)
     at, size = torch.zeros(2, dtype=torch.float64), 1.0
+    of = PerPair("longrope", (), {}, angles, rises=True)
 
     def loss(at):
         return ((at - least) * angles).square().sum().item()
 
     for _ in range(60):
         noise = torch.randn(4, 2, generator=drawn, dtype=torch.float64) * angles / 10
-        tried = downhill(at, angles**2 * (at - least) + noise, angles, size)
+        tried = of.downhill(at, angles**2 * (at - least) + noise, size)
         assert (tried.diff() >= 0).all()
         at, size = (tried, size) if loss(tried) < loss(at) else (at, size / 4)
     assert ((at - least).abs() * angles < 0.1).all()
@@ -163,9 +164,9 @@ def test_descent_finds_the_least_of_a_bowl_that_is_steep_in_one_pair():
 def test_a_step_is_short():
     start, downwards = torch.zeros(3, dtype=torch.float64), -torch.ones(4, 3).double()
     largest = torch.tensor([0.001, 0.05, 0.1], dtype=torch.float64)
-    angles = torch.tensor([1000.0, 20.0, 1.0])
+    of = PerPair("far_frequencies", (), {}, torch.tensor([1000.0, 20.0, 1.0]))
     for size in (1.0, 0.25):
-        torch.testing.assert_close(downhill(start, downwards, angles, size), size * largest)
+        torch.testing.assert_close(of.downhill(start, downwards, size), size * largest)
 
 
 @pytest.mark.parametrize(

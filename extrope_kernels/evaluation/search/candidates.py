@@ -29,7 +29,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """As tables call it: without factors per pair, which would fill them."""
+        """As tables call it: without numbers per pair, which would fill them."""
         shown = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self._short()]
         return " ".join([self.method, *shown])
 
@@ -71,8 +71,8 @@ class Candidate:
         ]
 
     def _short(self) -> list[tuple[str, Any]]:
-        shown = {"attention_factor"} if self.method == "longrope" else self.params.keys()
-        return [(name, value) for name, value in self.params.items() if name in shown]
+        kept = self.params.items()
+        return [(k, v) for k, v in kept if not isinstance(v, list) and k != "seq_len"]
 
 
 def published(length: int, trained: int, pairs: int) -> list[Candidate]:
@@ -137,7 +137,7 @@ def refusal(model: PreTrainedModel, candidate: Candidate) -> str | None:
     try:
         with candidate.extending(model):
             return None
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         return str(error)
 
 

@@ -61,18 +61,17 @@ class Ladder:
         ratios = self.plain.double() / freqs.inv_freq.double()
         return ratios.clamp(max=_STILL).log()
 
-    def longrope(self, log_factors: Tensor, attention_factor: float) -> Candidate:
-        """Return the candidate that has these factors at every length."""
-        factors = log_factors.exp().tolist()
-        return Candidate(
-            "longrope",
-            {
-                "short_factor": factors,
-                "long_factor": factors,
-                "attention_factor": attention_factor,
-                "seq_len": self.trained,
-            },
-        )
+    def factors(self, amplitude: float, length: int) -> PerPair:
+        """Return LongRoPE by its factors, the same at every length; 1 is RoPE."""
+        rest = {"attention_factor": amplitude, "seq_len": self.trained}
+        names = ("short_factor", "long_factor")
+        return PerPair("longrope", names, rest, self.plain * length, rises=True)
+
+    def divisors(self, leaky: Candidate, length: int) -> PerPair:
+        """Return far frequencies by their divisors; its factor for all is Leaky ReRoPE."""
+        rest = {name: value for name, value in leaky.params.items() if name != "factor"}
+        angles = self.plain * (length - leaky.params["window"]) / leaky.params["factor"]
+        return PerPair("far_frequencies", ("divisors",), rest, angles)
 
 
 def find_ladder(model: PreTrainedModel, trained: int) -> Ladder:
@@ -103,47 +102,62 @@ def rising(values: Tensor) -> Tensor:
     return torch.tensor([mean for mean, count in blocks for _ in range(count)], dtype=values.dtype)
 
 
-def downhill(log_factors: Tensor, gradients: Tensor, angles: Tensor, size: float) -> Tensor:
-    """Return the logarithms of factors a step down the gradients: (pairs,).
-
-    A factor moves by a tenth at most, and no pair rotates by more than a radian at the farthest
-    distance: fast pairs bear a thousandth of what slow ones need. Within that, a pair goes as far
-    as the gradients of single texts agree.
-
-    gradients: (texts, pairs). angles: (pairs,) by which each pair rotates over the whole length, in
-        radians. size: of the step, 1 for all of that.
-    """
-    farthest = (1 / angles.to(log_factors.dtype)).clamp(max=_MOST)
-    agreement = gradients.mean(0) / gradients.square().mean(0).sqrt().clamp(min=1e-30)
-    return rising(log_factors - size * farthest * agreement)
-
-
 class NoGradient(Exception):
-    """The loss of this model says nothing of how it depends on the frequencies."""
+    """The loss of this model does not say how it depends on the frequencies."""
 
 
-def gradient(
-    model: PreTrainedModel, log_factors: Tensor, params: dict[str, Any], loss: Callable[[], Tensor]
-) -> tuple[float, Tensor]:
-    """Return the loss under LongRoPE's factors, and its gradient to their logarithms.
+@dataclass(frozen=True)
+class PerPair:
+    """A method that takes a number for each pair of dims, whose logarithms a gradient moves.
 
-    log_factors: (pairs,)
-    params: the rest that `longrope` is given.
-    loss: of the model as it is when called.
-
-    Raises NoGradient where none reaches them: a model's own rotary embedding may record none.
+    names: the parameters that hold the numbers. rest: the others.
+    angles: (pairs,) by which each pair rotates over the farthest distance, in radians.
+    rises: whether numbers may not fall from fast pairs to slow ones.
     """
-    logs = log_factors.detach().clone().requires_grad_()
-    factors = logs.exp()
-    with (
-        extend(model, "longrope", short_factor=factors, long_factor=factors, **params),
-        _checkpointed(model),
-    ):
-        value = loss()
-        if not value.requires_grad:
-            raise NoGradient
-        (found,) = torch.autograd.grad(value, logs)
-    return value.item(), found
+
+    method: str
+    names: tuple[str, ...]
+    rest: dict[str, Any]
+    angles: Tensor
+    rises: bool = False
+
+    def candidate(self, logs: Tensor) -> Candidate:
+        """Return the method with these numbers: (pairs,) logarithms."""
+        return Candidate(self.method, self._params(logs.exp().tolist()))
+
+    def downhill(self, logs: Tensor, gradients: Tensor, size: float) -> Tensor:
+        """Return logarithms a step down the gradients: (pairs,).
+
+        A number moves by a tenth at most, and no pair rotates by more than a radian at the farthest
+        distance: fast pairs bear a thousandth of what slow ones need. Within that, a pair goes as
+        far as the gradients of single pieces agree.
+
+        gradients: (pieces, pairs). size: of the step, 1 for all of that.
+        """
+        farthest = (1 / self.angles.to(logs.dtype)).clamp(max=_MOST)
+        agreement = gradients.mean(0) / gradients.square().mean(0).sqrt().clamp(min=1e-30)
+        found = logs - size * farthest * agreement
+        return rising(found) if self.rises else found
+
+    def gradient(
+        self, model: PreTrainedModel, logs: Tensor, loss: Callable[[], Tensor]
+    ) -> tuple[float, Tensor]:
+        """Return the loss of the model with these numbers, and its gradient to the logarithms.
+
+        loss: of the model as it is when called.
+
+        Raises NoGradient where none reaches them: a model's own rotary embedding may record none.
+        """
+        logs = logs.detach().clone().requires_grad_()
+        with extend(model, self.method, **self._params(logs.exp())), _checkpointed(model):
+            value = loss()
+            if not value.requires_grad:
+                raise NoGradient
+            (found,) = torch.autograd.grad(value, logs)
+        return value.item(), found
+
+    def _params(self, numbers: Any) -> dict[str, Any]:
+        return dict.fromkeys(self.names, numbers) | self.rest
 
 
 @contextmanager
@@ -190,6 +204,7 @@ def _named(ladder: Ladder, candidate: Candidate, length: int) -> Candidate:
     if candidate.method in _EVERYWHERE and own != "longrope":
         return Candidate(candidate.method, {"base": ladder.base} | candidate.params)
     freqs = ladder.freqs(candidate)
-    params = ladder.longrope(ladder.log_factors(freqs), freqs.attention_factor).params
+    factors = ladder.factors(freqs.attention_factor, length)
+    params = factors.candidate(ladder.log_factors(freqs)).params
     del params["seq_len"]
     return Candidate("longrope", params | {"factor": max(1.0, length / ladder.trained)})

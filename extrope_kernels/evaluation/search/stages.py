@@ -24,14 +24,14 @@ from ..models import decoder_layers
 from ..report import Display
 from ..texts import Text
 from .candidates import Candidate, published, refusal, score_methods, with_log_n
-from .factors import Ladder, NoGradient, downhill, gradient, rising
+from .factors import Ladder, NoGradient, PerPair, rising
 from .pieces import OBJECTIVES, Piece, cut, measure, weighted_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Shares of the budget by whose end a stage is over.
-_PUBLISHED, _SCORES, _REFINED, _FACTORS = 0.12, 0.3, 0.5, 0.6
+_PUBLISHED, _SCORES, _REFINED, _FAR, _FACTORS = 0.1, 0.25, 0.35, 0.5, 0.6
 _TRIED = 6  # published frequency methods, at most
 _PIECES, _HELD_OUT_PIECES = 2, 8
 _FRONT = 3  # so many of a kind read more pieces than one
@@ -119,17 +119,20 @@ class Search:
     def run(self) -> list[Candidate]:
         """Return the finalists: plain, YaRN by its paper, and the best of each kind.
 
-        Kinds are published frequencies, factors that were searched, and score methods; the best of
-        all is refined.
+        Kinds are published frequencies, score methods, the best of both with its parameters moved,
+        and what has a number for each pair of dims.
         """
         methods = published(self.length, self.ladder.trained, len(self.ladder.plain))
         methods = [self.yarn, *(each for each in methods if each != self.yarn)]
         frequencies = self.best(methods[:_TRIED], _PUBLISHED) or self.yarn
-        score = self.best(self.score_methods(), _SCORES)
+        scores = self.score_methods()
+        score = self.best(scores, _SCORES)
         ahead = score is not None and self.costs_less(score, frequencies, _REFINED)
         refined = self.refined(score if score and ahead else frequencies, _REFINED)
+        leaky = [each for each in (refined, *scores) if each.method == "leaky_rerope"]
+        far = self.far_frequencies(self.best(leaky, 0.0), _FAR)
         factors = self.factors(frequencies, _FACTORS)
-        finalists = [Candidate(), self.yarn, frequencies, factors, score, refined]
+        finalists = [Candidate(), self.yarn, frequencies, factors, score, refined, far]
         found = [each for each in finalists if each is not None]
         found = [each for index, each in enumerate(found) if each not in found[:index]]
         self.decide(found)
@@ -188,45 +191,59 @@ class Search:
 
     def factors(self, start: Candidate, share: float) -> Candidate | None:
         """Return LongRoPE's factors that cost less than the method they start from, if any do."""
-        freqs, best = self.ladder.freqs(start), start
-        at, amplitude = rising(self.ladder.log_factors(freqs)), freqs.attention_factor
+        freqs = self.ladder.freqs(start)
+        of = self.ladder.factors(freqs.attention_factor, self.length)
+        return self._descended(start, of, rising(self.ladder.log_factors(freqs)), share)
+
+    def far_frequencies(self, start: Candidate | None, share: float) -> Candidate | None:
+        """Return far frequencies that cost less than Leaky ReRoPE, if any do."""
+        if start is None or "far_frequencies" not in SCORES:
+            return None
+        factor = torch.full_like(self.ladder.plain, start.params["factor"], dtype=torch.float64)
+        of = self.ladder.divisors(start, self.length)
+        return self._descended(start, of, factor.log(), share)
+
+    def _descended(
+        self, start: Candidate, of: PerPair, at: Tensor, share: float
+    ) -> Candidate | None:
+        """Go down the gradient while that costs less than the start, which is `at`."""
+        best = start
         try:
             for _ in range(_STEPS):
-                if (found := self._step(at, amplitude, best, share)) is None:
+                if (found := self._step(of, at, best, share)) is None:
                     break
                 at, best = found
         except NoGradient:
-            self.display.line("no gradient reaches this model's frequencies: no factors are found")
+            self.display.line("no gradient reaches this model's frequencies: none are moved")
         return None if best is start else best
 
     def _step(
-        self, at: Tensor, amplitude: float, than: Candidate, share: float
+        self, of: PerPair, at: Tensor, than: Candidate, share: float
     ) -> tuple[Tensor, Candidate] | None:
-        """Return factors down the gradients of all pieces that cost less, None if none do."""
-        if (gradients := self._gradients(at, amplitude, share)) is None:
+        """Return numbers down the gradients of all pieces that cost less, None if none do."""
+        if (gradients := self._gradients(of, at, share)) is None:
             return None
         for size in _SIZES:
-            step = downhill(at, gradients, self.ladder.plain * self.length, size)
-            tried = self.ladder.longrope(step, amplitude)
+            step = of.downhill(at, gradients, size)
+            tried = of.candidate(step)
             if self.costs_less(tried, than, share):
                 return step, tried
         return None
 
-    def _gradients(self, at: Tensor, amplitude: float, share: float) -> Tensor | None:
+    def _gradients(self, of: PerPair, at: Tensor, share: float) -> Tensor | None:
         """Return the gradients of all pieces, (pieces, pairs), None if there was no time."""
-        params = {"attention_factor": amplitude, "seq_len": self.ladder.trained}
         found = []
         for index in range(_PIECES):
 
             def measure(index: int = index) -> dict[str, Any]:
                 piece = self._piece(self.texts, index)
                 loss = partial(weighted_loss, self.model, piece, self.objective, self.display.tick)
-                value, slope = gradient(self.model, at, params, loss)
+                value, slope = of.gradient(self.model, at, loss)
                 return {"loss": value, "gradient": slope.tolist()}
 
-            self._begin(f"gradient {index}")
-            of = {"kind": "gradient", "log_factors": at.tolist(), "piece": index, **params}
-            if (row := self.ledger.measured(of, share, measure)) is None:
+            self._begin(f"gradient {index + 1}")
+            key = _of(of.candidate(at), "gradient", index)
+            if (row := self.ledger.measured(key, share, measure)) is None:
                 return None
             found.append(torch.tensor(row["gradient"], dtype=at.dtype))
         return torch.stack(found)
