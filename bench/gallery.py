@@ -108,7 +108,7 @@ def draw_frequencies(axes: Axes, freqs: RopeFreqs) -> None:
     axes.scatter(pairs, after, s=8, color=colours, alpha=alpha, linewidths=0, zorder=3)
     still = freqs.inv_freq == 0
     axes.scatter(pairs[still], after[still], s=14, marker="^", color=AFTER, linewidths=0)
-    axes.text(0.04, 0.95, note(freqs), transform=axes.transAxes, va="top", fontsize=7)
+    axes.text(0.04, 0.88, note(freqs), transform=axes.transAxes, va="top", fontsize=7)
     axes.set(yscale="log", ylim=ENDS, xlim=(-1, len(before)))
     axes.set_xticks([0, len(before) - 1], ["fast pairs", "slow"])
     axes.set_yticks([10, TRAINED, 1e6], ["10", "8k", "1M"])
@@ -294,7 +294,7 @@ OF_SCORES = f"""## Scores
 On the left the distance that each query (downwards) sees of each key (to the right): from yellow,
 near, to blue, the trained length of {SHORT} tokens; red is farther than that, grey is not seen. On
 the right the same by the true distance: dots for the last query, pale ones for all, a grey line for
-plain RoPE.
+plain RoPE. Where pairs of dims see different distances, the map has their mean.
 
 """
 
