@@ -52,6 +52,8 @@ FREQUENCIES: dict[str, dict[str, Any]] = {
     "proportional": BY_BASE | {"partial_rotary_factor": 0.75},
     "axial": BY_BASE,
     "cope": BY_BASE | {"clip": 10},
+    "mrrope": BY_PARTS,
+    "nope": {},
 }
 # So few tokens that one can be seen, four times those that were trained on.
 TOKENS, SHORT = 128, 32
@@ -62,6 +64,8 @@ SCORES: dict[str, dict[str, Any]] = {
     "dual_chunk": {"chunk_size": 24, "local_window": 4},
     "blockwise_causal": {"block_size": SHORT},
     "string": {"shift": SHORT, "window": 4},
+    "dpe": {"window": 16, "group_sizes": [8, 12, 8, 12, 16, 16, 16, 10]},
+    "far_frequencies": {"window": 16, "divisors": [1, 2, 4, 8, 8, 8]},
 }
 PLAIN = Score("plain", (Region(FIRST_KEY, SAME, SAME),))
 

@@ -133,6 +133,30 @@ def test_parameters_are_moved_until_no_move_costs_less(model, monkeypatch):
     assert "log_n" not in found.params
 
 
+def test_far_frequencies_are_tilted_and_then_go_downhill(model, monkeypatch):
+    """To the least of a bowl in the logarithms of the divisors, not farther than steps reach."""
+    least = torch.tensor([9.0, 5.5, 3.2, 2.1], dtype=torch.float64).log()
+
+    def off(candidate):
+        given = candidate.params.get("divisors", [candidate.params.get("factor")] * 4)
+        return torch.tensor(given, dtype=torch.float64).log() - least
+
+    def cost(self, candidate, index, share):
+        return off(candidate).square().sum().item()
+
+    def gradients(self, of, at, share):
+        return (2 * off(of.candidate(at))).expand(2, -1)
+
+    monkeypatch.setattr(stages.Search, "_cost", cost)
+    monkeypatch.setattr(stages.Search, "_gradients", gradients)
+    ladder = find_ladder(model, TRAINED)
+    looking = stages.Search(model, ladder, [], [], LENGTH, "loss", 0, None, None)
+    found = looking.far_frequencies(Candidate("leaky_rerope", {"window": 8, "factor": 4.0}), 1.0)
+    assert found.method == "far_frequencies" and found.params["window"] == 8
+    assert off(found)[2:].abs().max() < 0.1  # slow pairs; fast ones may move by a thousandth
+    assert off(found)[:2].abs().max() < 0.2  # to there they are tilted
+
+
 def test_the_function_refuses_in_one_line(folder, story, tmp_path):
     with pytest.raises(UsageError, match="objective must be one of loss, recall, got speed"):
         search(str(folder), [str(story)], LENGTH, tmp_path, objective="speed")

@@ -126,10 +126,9 @@ def score_methods(length: int, trained: int) -> list[Candidate]:
     steep = Candidate("leaky_rerope", {"window": quarter, "factor": 4.0})
     rerope = [Candidate("rerope", {"window": max(1, each * trained // 8)}) for each in (6, 2, 1)]
     string = Candidate("string", {"shift": trained, "window": min(128, trained)})
-    first = [usual.pop(method) for method in ("rerope", "self_extend", "dual_chunk")]
-    leaky = usual.pop("leaky_rerope")
+    known = [usual.pop(x) for x in ("dual_chunk", "self_extend", "rerope", "leaky_rerope")]
     usual["string"] = string
-    return [*first, steep, wide, leaky, *rerope, *usual.values()]
+    return [steep, wide, *known, *rerope, *usual.values()]
 
 
 def refusal(model: PreTrainedModel, candidate: Candidate) -> str | None:

@@ -181,7 +181,7 @@ def _best_frequencies(rows: list[dict[str, Any]], frequencies: list[Candidate]) 
     for row in rows:
         if row["name"] in by_name and row["pieces"]:
             return by_name[row["name"]]
-    return frequencies[-1]  # by text that was searched on
+    return frequencies[-2]  # the last but plain: the best published by text that was searched on
 
 
 def summarise(
@@ -190,7 +190,7 @@ def summarise(
     """Return a row for each finalist, the best first.
 
     Losses of pieces differ by more than those of methods, so what counts is told against the first
-    finalist but one, YaRN by its paper, piece by piece.
+    finalist, YaRN by its paper, piece by piece.
     """
     found = []
     for candidate, pieces in zip(candidates, measured, strict=True):
@@ -201,7 +201,7 @@ def summarise(
             "call": candidate.call,
             "pieces": [piece[counts] for piece in pieces],
         }
-        both = list(zip(pieces, measured[1], strict=False))
+        both = list(zip(pieces, measured[0], strict=False))
         if both:
             numbers = {name: [piece[name] for piece in pieces] for name in _NUMBERS}
             numbers["to_yarn"] = [piece[counts] - yarn[counts] for piece, yarn in both]

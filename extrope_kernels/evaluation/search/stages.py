@@ -38,6 +38,7 @@ _FRONT = 3  # so many of a kind read more pieces than one
 _FAR_BEHIND = 0.01  # nats on the first piece; the others are not read then
 _RATIOS = (1.5, 1.2)  # by which a parameter is moved, first far, then near
 _STEPS, _SIZES = 8, (1.0, 0.25)  # down the gradient at most, and how far, of what is bearable
+_TILTS = (2.0, 1.5, 0.5)  # of divisors: the fastest pair's over the middle one's, tried in turn
 _HOPELESS = 0.2  # nats behind YaRN on a held-out piece; no other is read then
 
 
@@ -117,7 +118,7 @@ class Search:
         self.yarn = Candidate("yarn", {"factor": max(1.0, self.length / self.ladder.trained)})
 
     def run(self) -> list[Candidate]:
-        """Return the finalists: plain, YaRN by its paper, and the best of each kind.
+        """Return the finalists: YaRN by its paper, the best of each kind, and plain at last.
 
         Kinds are published frequencies, score methods, the best of both with its parameters moved,
         and what has a number for each pair of dims.
@@ -132,7 +133,7 @@ class Search:
         leaky = [each for each in (refined, *scores) if each.method == "leaky_rerope"]
         far = self.far_frequencies(self.best(leaky, 0.0), _FAR)
         factors = self.factors(frequencies, _FACTORS)
-        finalists = [Candidate(), self.yarn, frequencies, factors, score, refined, far]
+        finalists = [self.yarn, far, refined, score, factors, frequencies, Candidate()]
         found = [each for each in finalists if each is not None]
         found = [each for index, each in enumerate(found) if each not in found[:index]]
         self.decide(found)
@@ -196,12 +197,20 @@ class Search:
         return self._descended(start, of, rising(self.ladder.log_factors(freqs)), share)
 
     def far_frequencies(self, start: Candidate | None, share: float) -> Candidate | None:
-        """Return far frequencies that cost less than Leaky ReRoPE, if any do."""
-        if start is None or "far_frequencies" not in SCORES:
+        """Return far frequencies that cost less than Leaky ReRoPE, if any do.
+
+        At first slow pairs are slowed less and fast ones more, or the other way round; then each
+        goes down its gradient.
+        """
+        if start is None:
             return None
-        factor = torch.full_like(self.ladder.plain, start.params["factor"], dtype=torch.float64)
-        of = self.ladder.divisors(start, self.length)
-        return self._descended(start, of, factor.log(), share)
+        of, pairs = self.ladder.divisors(start, self.length), len(self.ladder.plain)
+        best, at = start, torch.full((pairs,), math.log(start.params["factor"])).double()
+        for tilt in _TILTS:
+            tilted = at + torch.linspace(1, -1, pairs, dtype=at.dtype) * math.log(tilt)
+            if self.costs_less(of.candidate(tilted), best, share):
+                best, at = of.candidate(tilted), tilted
+        return self._descended(best, of, at, share) or (None if best is start else best)
 
     def _descended(
         self, start: Candidate, of: PerPair, at: Tensor, share: float
