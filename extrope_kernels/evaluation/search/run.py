@@ -169,8 +169,8 @@ def _print_best(rows: list[dict[str, Any]]) -> None:
     print("\n".join(table(rows)))
     best = rows[0]
     print(f"best on {len(best['pieces'])} held-out pieces: {best['name']}")
-    if best["method"] == "longrope":
-        print("its factors are in the configuration, and in search.json")
+    if any(isinstance(value, list) for value in best["params"].values()):  # too long for a line
+        print(f'extend(model, "{best["method"]}", **params), of its row in search.json')
     else:
         print(best["call"])
 
