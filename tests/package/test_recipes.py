@@ -100,10 +100,11 @@ def test_slow_half_is_what_backends_rotate_by(backend):
 """
 
 
-def test_a_method_is_one_file_and_three_entries(checkout):
+def test_a_method_is_one_file_and_four_entries(checkout):
     created, changed = follow("Add a method", checkout)
     assert created == ["extrope_kernels/methods/slow_half.py"]
     assert changed == [
+        "bench/gallery.py",
         "extrope_kernels/methods/__init__.py",
         "tests/support/data/method_vectors.json",
         "tests/support/method_examples.py",
@@ -120,10 +121,14 @@ def test_a_method_is_one_file_and_three_entries(checkout):
 
 
 @pytest.mark.thorough
-def test_a_score_method_is_one_file_an_entry_and_a_row(checkout):
+def test_a_score_method_is_one_file_two_entries_and_a_row(checkout):
     created, changed = follow("Add a score method", checkout)
     assert created == ["extrope_kernels/scores/apart.py"]
-    assert changed == ["extrope_kernels/scores/__init__.py", "tests/support/score_examples.py"]
+    assert changed == [
+        "bench/gallery.py",
+        "extrope_kernels/scores/__init__.py",
+        "tests/support/score_examples.py",
+    ]
     tests = (
         "tests/scores",
         "tests/attention/test_attention.py",
