@@ -17,6 +17,7 @@ from transformers import (
 
 from extrope_kernels.cli import main
 from extrope_kernels.evaluation import UsageError
+from extrope_kernels.evaluation.search import stages
 from extrope_kernels.evaluation.search.candidates import Candidate, published
 from extrope_kernels.evaluation.search.factors import (
     PerPair,
@@ -85,7 +86,9 @@ def test_it_gives_what_the_candidate_gave(make, config_class, changed, tmp_path)
         assert own.attention_scaling == pytest.approx(wanted.attention_factor), candidate.name
 
 
-def test_what_score_methods_cannot_extend_is_searched_for_frequencies(tmp_path, capsys):
+def test_what_score_methods_cannot_extend_is_searched_for_frequencies(
+    tmp_path, capsys, monkeypatch
+):
     """Its own frequencies change with the length, and score methods keep them."""
     config = LlamaConfig(**CONFIG | {"rope_parameters": DYNAMIC})
     LlamaForCausalLM(config).save_pretrained(tmp_path)
@@ -93,7 +96,11 @@ def test_what_score_methods_cannot_extend_is_searched_for_frequencies(tmp_path, 
     text = tmp_path / "story.txt"
     text.write_text("The quick brown fox, at 7 o'clock, jumps over 13 lazy dogs.\n" * 20)
     command = f"search --model {tmp_path} --text {text} --length 480 --out {tmp_path}/found"
-    assert main([*command.split(), "--budget", "0.01", "--device", "cpu"]) == 0
+    monkeypatch.setattr(stages, "published", lambda *_: [])
+    monkeypatch.setattr(stages, "_HELD_OUT_PIECES", 1)
+    monkeypatch.setattr(stages, "_STEPS", 0)
+    monkeypatch.setattr(stages, "_RATIOS", ())
+    assert main([*command.split(), "--budget", "10", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     assert told.count("score methods are left out: extend: LlamaModel is not a supported") == 1
     assert (tmp_path / "found" / "extended" / "config.json").exists()

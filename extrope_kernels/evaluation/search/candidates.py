@@ -131,15 +131,6 @@ def score_methods(length: int, trained: int) -> list[Candidate]:
     return [steep, wide, *known, *rerope, *usual.values()]
 
 
-def refusal(model: PreTrainedModel, candidate: Candidate) -> str | None:
-    """Return why a model cannot be extended by a candidate, None where it can."""
-    try:
-        with candidate.extending(model):
-            return None
-    except (ValueError, TypeError, NotImplementedError) as error:
-        return str(error)
-
-
 def with_log_n(candidate: Candidate, trained: int) -> Candidate:
     """Return a score method whose queries are scaled by the logarithm of their position, too."""
     return Candidate(candidate.method, candidate.params | {"log_n": trained})

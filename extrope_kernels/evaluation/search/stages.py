@@ -23,7 +23,7 @@ from .. import UsageError, report
 from ..models import decoder_layers
 from ..report import Display
 from ..texts import Text
-from .candidates import Candidate, published, refusal, score_methods, with_log_n
+from .candidates import Candidate, published, score_methods, with_log_n
 from .factors import Ladder, NoGradient, PerPair, rising
 from .pieces import OBJECTIVES, Piece, cut, measure, weighted_loss
 
@@ -69,12 +69,11 @@ class Ledger:
     ) -> dict[str, Any] | None:
         """Return what was measured, or measure it; None if that would pass a share of the budget.
 
-        It is expected to take as long as others of its kind. of: what it is, `kind` among it.
+        It is expected to take as long as others. of: what it is, `kind` among it.
         """
         if (known := self.known(of)) is not None:
             return known
-        took = [r["seconds"] for r in self.results["rows"] if r["of"]["kind"] == of["kind"]]
-        if self.spent + (median(took) if took else 0.0) > share * self.budget:
+        if self.spent + self._expected(of["kind"]) > share * self.budget:
             return None
         began = time.perf_counter()
         found = measure()
@@ -85,6 +84,14 @@ class Ledger:
         self.write()
         return row
 
+    def _expected(self, kind: str) -> float:
+        """Return the seconds of others of a kind; a gradient takes as long as four readings."""
+        rows = [(row["of"]["kind"], row["seconds"]) for row in self.results["rows"]]
+        if same := [seconds for other, seconds in rows if other == kind]:
+            return median(same)
+        read = [seconds for other, seconds in rows if other != "gradient"]
+        return (4 if kind == "gradient" else 1) * median(read or [0.0])
+
     def write(self) -> None:
         """Write the file."""
         report.write_results(self._path, self.results)
@@ -92,6 +99,10 @@ class Ledger:
 
 def _row_key(of: dict[str, Any]) -> str:
     return json.dumps(of, sort_keys=True)
+
+
+class _RefusedError(Exception):
+    """A model cannot be extended by a candidate."""
 
 
 @dataclass
@@ -114,6 +125,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self.counts = OBJECTIVES[self.objective]
+        self._refusals: list[str] = []
         # By its paper, which everything is compared with.
         self.yarn = Candidate("yarn", {"factor": max(1.0, self.length / self.ladder.trained)})
 
@@ -126,8 +138,10 @@ class Search:
         methods = published(self.length, self.ladder.trained, len(self.ladder.plain))
         methods = [self.yarn, *(each for each in methods if each != self.yarn)]
         frequencies = self.best(methods[:_TRIED], _PUBLISHED) or self.yarn
-        scores = self.score_methods()
+        scores = score_methods(self.length, self.ladder.scaled)
         score = self.best(scores, _SCORES)
+        if score is None and self._refusals:
+            self.display.line(f"score methods are left out: {self._refusals[0]}")
         ahead = score is not None and self.costs_less(score, frequencies, _REFINED)
         refined = self.refined(score if score and ahead else frequencies, _REFINED)
         leaky = [each for each in (refined, *scores) if each.method == "leaky_rerope"]
@@ -138,14 +152,6 @@ class Search:
         found = [each for index, each in enumerate(found) if each not in found[:index]]
         self.decide(found)
         return found
-
-    def score_methods(self) -> list[Candidate]:
-        """Return the score methods that the model takes, and say why not if it takes none."""
-        every = score_methods(self.length, self.ladder.scaled)
-        refusals = [refusal(self.model, each) for each in every]
-        if None not in refusals:
-            self.display.line(f"score methods are left out: {refusals[0]}")
-        return [each for each, why in zip(every, refusals, strict=True) if why is None]
 
     def best(self, candidates: Sequence[Candidate], share: float) -> Candidate | None:
         """Return the best by all pieces of those that are the best by the first."""
@@ -184,11 +190,7 @@ class Search:
 
     def _moved(self, best: Candidate, ratio: float, share: float) -> Candidate | None:
         tried = (best.moved(name, by) for name in best.numbers for by in (ratio, 1 / ratio))
-        for each in tried:
-            possible = each != best and refusal(self.model, each) is None
-            if possible and self.costs_less(each, best, share):
-                return each
-        return None
+        return next((each for each in tried if self.costs_less(each, best, share)), None)
 
     def factors(self, start: Candidate, share: float) -> Candidate | None:
         """Return LongRoPE's factors that cost less than the method they start from, if any do."""
@@ -277,7 +279,7 @@ class Search:
         return [row for each in of if (row := self.ledger.known(each)) is not None]
 
     def _cost(self, candidate: Candidate, index: int, share: float) -> float | None:
-        """Return what the search is to make small, None if there was no time."""
+        """Return what the search is to make small, None without time or where it is refused."""
         row = self._read(candidate, index, "search", share)
         return None if row is None else row[self.counts]
 
@@ -287,7 +289,11 @@ class Search:
         texts = self.held_out if kind == "held-out" else self.texts
 
         def measured() -> dict[str, Any]:
-            with candidate.extending(self.model):
+            try:
+                extended = candidate.extending(self.model)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise _RefusedError(str(error)) from error
+            with extended:
                 found = measure(self.model, self._piece(texts, index), self.display.tick)
             if not math.isfinite(found[self.counts]):
                 raise UsageError(
@@ -299,7 +305,11 @@ class Search:
         of = _of(candidate, kind, index)
         new = self.ledger.known(of) is None
         self._begin(candidate.name)
-        row = self.ledger.measured(of, share, measured)
+        try:
+            row = self.ledger.measured(of, share, measured)
+        except _RefusedError as error:
+            self._refusals.append(str(error))
+            return None
         if row is not None and new:
             place = f"{kind} {index + 1}"
             self.display.line(f"{place:<10} {row[self.counts]:.4f}  {candidate.name}")
