@@ -294,8 +294,8 @@ def test_measured_are_the_losses_of_the_model(model, tokenizer, story):
         assert found[name] == pytest.approx(value.item(), abs=1e-4), name
 
 
-@pytest.mark.parametrize("objective", pieces.OBJECTIVES)
-def test_gradient_is_that_of_finite_differences(model, monkeypatch, objective):
+@pytest.mark.parametrize(("objective", "far"), [("loss", False), ("recall", True)])
+def test_gradient_is_that_of_finite_differences(model, monkeypatch, objective, far):
     """In float64 but for the frequencies, whose rounding, 2^-24, is over the step in the error."""
     monkeypatch.setattr("extrope_kernels.evaluation.forward._LOGITS_AT_ONCE", 7 * 101)
     as_they_are = lambda x: x if x.is_floating_point() else x.to(torch.float32)  # noqa: E731
@@ -304,7 +304,9 @@ def test_gradient_is_that_of_finite_differences(model, monkeypatch, objective):
     ids = torch.randint(0, 100, (40,), generator=torch.Generator().manual_seed(1))
     piece = pieces.Piece(ids, [Repeat(20, 10, 30, 6)])
     logs = torch.linspace(0.0, 0.9, 4, dtype=torch.float64)
-    of = find_ladder(model, TRAINED).factors(1.1, 40)
+    ladder = find_ladder(model, TRAINED)
+    leaky = Candidate("leaky_rerope", {"window": 8, "factor": 2.0})
+    of = ladder.divisors(leaky, 40) if far else ladder.factors(1.1, 40)
 
     def value(at):
         loss = lambda: pieces.weighted_loss(model, piece, objective, lambda: None)  # noqa: E731
