@@ -260,7 +260,7 @@ KINDS = {
 
 def searches(results: Path) -> dict[str, dict[str, Any]]:
     """Return searches by name, the shortest length first."""
-    paths = (results / evaluations.FOLDER).glob("search-*k.json")
+    paths = (results / evaluations.FOLDER).glob("*search-*k.json")
     found = {path.stem: json.loads(path.read_text()) for path in paths}
     return dict(sorted(found.items(), key=lambda item: item[1]["length"]))
 
@@ -287,7 +287,7 @@ def search(found: dict[str, Any]) -> str:
 
 def searched(results: Path) -> str:
     """Make a column per length: the best of every kind, and its loss over YaRN's."""
-    every = list(searches(results).values())
+    every = [one for name, one in searches(results).items() if name.startswith("search-")]
     head = ["", *(f"{one['length']:,} tokens" for one in every)]
     return table(
         head, [[words, *(_best(one, kind) for one in every)] for kind, words in KINDS.items()]
