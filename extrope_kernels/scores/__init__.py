@@ -1,13 +1,13 @@
 """Score methods: pure functions from their parameters to a `Score`.
 
-Which relative position a (query, key) pair sees, as regions of keys and position maps; `SCORES`
-names them all. Kernels know regions and maps only: a new method is one file here. Beside them
-`query_scale`: temperatures, which a query's logits are multiplied by.
+A score method changes the relative position that a (query, key) pair sees. It is described by
+regions of keys and position maps; `SCORES` names them all. Kernels know regions and maps only: a
+new method is one file here. `query_scale` has temperatures, factors of a query's logits.
 """
 
 from collections.abc import Callable
 
-# "as" exports them to type checkers, which do not see what __all__ gets from the table.
+# "as" exports the names to type checkers, which cannot read __all__ from the table.
 from . import query_scale
 from .base import FIRST_KEY, UNROTATED, PairMap, PositionMap, Region, Score
 from .blockwise_causal import blockwise_causal as blockwise_causal

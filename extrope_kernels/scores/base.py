@@ -1,13 +1,13 @@
-"""`Score`, which every score method yields: regions of keys, and the position maps of both sides.
+"""`Score`, the result of every score method: regions of keys, with position maps for both sides.
 
-Causal attention with changed positions is plain attention in a few regions. Query i and key j of
-region r are rotated to the positions `q_map(i)` and `k_map(j)`, so that they see the difference of
-the two; the region holds the keys
+Causal attention with changed positions is plain attention in a few regions. In region r, query i is
+rotated to position `q_map(i)` and key j to `k_map(j)`: the pair sees the difference of the two. The
+region holds the keys
 
     start_r(i) <= j < start_{r+1}(i),    start_r(i) = i // granularity * granularity + start,
 
-and the last one ends at the diagonal, j <= i. One softmax runs over all regions. A map may differ
-from one pair of dims to the next, and from head to head: then it is a `PairMap`.
+and the last one ends at the diagonal, j <= i. One softmax runs over all regions. A map that differs
+between pairs of dims, or between heads, is a `PairMap`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FIRST_KEY = -(1 << 62)  # as a start: from the first key on
-# Serialised graphs (AOTInductor) have no infinity, so this number stands for it in an op's numbers.
+FIRST_KEY = -(1 << 62)  # a start: from the first key on
+# Serialised graphs (AOTInductor) have no infinity: in an op's numbers this stands for it.
 _INFINITE = sys.float_info.max
 
 
 class PositionMap(NamedTuple):
-    """p becomes min(f((p mod modulus) / divisor) + offset, cap), where f is floor or nothing.
+    """Map p to min(f((p mod modulus) / divisor) + offset, cap), where f is floor or the identity.
 
-    Numbers, not a function, so that kernels evaluate it themselves. In `Score.plain` a negative
+    It is numbers, not a function, so that kernels can evaluate it. In `Score.plain` a negative
     divisor stands for a PairMap: see `row`.
 
     modulus: in tokens; 0 for none.
@@ -46,7 +46,7 @@ class PositionMap(NamedTuple):
     cap: float = math.inf
 
     def __call__(self, positions: Tensor) -> Tensor:
-        """Return the positions (any shape, integers or floats) as they are mapped, in float64."""
+        """Map positions (any shape, integers or floats); return float64."""
         p = positions.double()
         if self.modulus:
             p = torch.remainder(p, self.modulus)
@@ -56,16 +56,16 @@ class PositionMap(NamedTuple):
 
     @property
     def row(self) -> int | None:
-        """The row of `Score.pair_maps` that holds the divisors and offsets, or None: one of all."""
+        """The row of `Score.pair_maps` with the divisors and offsets; None: the same for all."""
         return int(-self.divisor) - 1 if self.divisor < 0 else None
 
     def numbers(self) -> list[float]:
-        """Return the map as an op takes it; C++ reads it in csrc/common/regions.h."""
+        """Return the map in an op's numbers; C++ reads them in csrc/common/regions.h."""
         return [min(float(x), _INFINITE) for x in self]
 
     @classmethod
     def read(cls, numbers: Sequence[float]) -> PositionMap:
-        """Return the map that `numbers` made."""
+        """Build the map from the result of `numbers`."""
         modulus, divisor, floor, offset, cap = numbers
         divisor, cap = (math.inf if x >= _INFINITE else x for x in (divisor, cap))
         return cls(int(modulus), divisor, bool(floor), offset, cap)
@@ -83,15 +83,15 @@ def constant(position: int) -> PositionMap:
 
 @dataclass(frozen=True, eq=False)
 class PairMap:
-    """The map of each pair of dims: p becomes f((p mod modulus) / divisor_i) + offset_i for pair i.
+    """Map p, for pair i of dims, to f((p mod modulus) / divisor_i) + offset_i.
 
-    divisor, offset: (pairs,) for all heads, or (heads_k, pairs), as tensors, or lists of numbers;
-        divisors > 0, with floor whole numbers; an offset may be one number. Without floor both may
-        require gradients.
+    divisor, offset: (pairs,) for all heads, or (heads_k, pairs), as tensors or lists of numbers.
+        Divisors are > 0, and whole numbers with floor; the offset may be one number. Without floor
+        both may require gradients.
     modulus: in tokens; 0 for none.
     floor: True for whole numbers.
 
-    A divisor of theta_i / theta'_i gives the frequency theta'_i in place of theta_i.
+    A divisor of theta_i / theta'_i replaces the frequency theta_i by theta'_i.
     """
 
     divisor: Tensor
@@ -120,7 +120,7 @@ class PairMap:
         object.__setattr__(self, "offset", offset.expand(divisor.shape))
 
     def __call__(self, positions: Tensor) -> Tensor:
-        """Return positions (any shape) as each pair has them, (..., *divisor.shape), in float64."""
+        """Map positions (any shape) for each pair: (..., *divisor.shape) float64."""
         return map_pairs(positions, self.modulus, self.divisor, self.floor, self.offset)
 
     def __eq__(self, other: object) -> bool:
@@ -133,7 +133,7 @@ class PairMap:
         return hash((self.modulus, self.floor, self.divisor.shape))
 
     def same_row(self, other: PairMap) -> bool:
-        """Tell whether divisors and offsets are the same, or may become other than they are."""
+        """Return True if divisors and offsets are equal and will stay so (no gradients)."""
         if self.divisor is other.divisor and self.offset is other.offset:
             return True
         tensors = (self.divisor, self.offset, other.divisor, other.offset)
@@ -145,7 +145,7 @@ class PairMap:
 def map_pairs(
     positions: Tensor, modulus: int, divisor: Tensor, floor: bool, offset: Tensor
 ) -> Tensor:
-    """Return positions (any shape) as a PairMap of these has them, (..., *divisor.shape)."""
+    """Map positions (any shape) as a PairMap with these values: (..., *divisor.shape)."""
     p = positions.double()
     if modulus:
         p = torch.remainder(p, modulus)
@@ -154,10 +154,10 @@ def map_pairs(
 
 
 class Region(NamedTuple):
-    """Keys that a query sees alike, up to the next region's or up to its own.
+    """The keys from `start` to the next region, or to the query's own, with the maps of both sides.
 
     start: the first key, in tokens from the query's block on; FIRST_KEY for the sequence's first.
-    q_map, k_map: where queries and keys are rotated to.
+    q_map, k_map: the positions to which queries and keys are rotated.
     """
 
     start: int
@@ -167,21 +167,21 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """A score method with its parameters, as kernels see it.
+    """A score method with its parameters, in the form that kernels read.
 
-    name: begins the errors of a call.
-    regions: one to three, far keys first; the first one starts at FIRST_KEY, or where a query's
-        keys begin.
-    granularity: queries of one block of so many tokens share the regions' starts.
-    stored: where a cache keeps keys, rotated once for all: the map of the far regions.
+    name: the beginning of a call's errors.
+    regions: one to three, far keys first. The first one starts at FIRST_KEY, or at the first key
+        that a query sees.
+    granularity: block size in tokens; queries of one block share the regions' starts.
+    stored: the map that rotates keys, once, before a cache stores them: that of the far regions.
     """
 
     name: str
     regions: tuple[Region, ...]
     granularity: int = 1
     stored: PositionMap | PairMap = UNROTATED
-    # As every call hands them to an op, see AttentionCall: numbers, and None or the divisors and
-    # offsets of all PairMaps, (rows, 2, heads_k or 1, pairs) in float64.
+    # The arguments of every op call, see AttentionCall: numbers, and the divisors and offsets of
+    # all PairMaps, (rows, 2, heads_k or 1, pairs) float64, or None.
     numbers: list[float] = field(init=False, repr=False, compare=False)
     pair_maps: Tensor | None = field(init=False, repr=False, compare=False)
     _in_rows: Score | None = field(init=False, repr=False, compare=False)
@@ -216,12 +216,12 @@ class Score:
 
     @property
     def plain(self) -> Score:
-        """The same score in numbers alone: each PairMap is a row of `pair_maps`."""
+        """The same score in numbers only: each PairMap is a row of `pair_maps`."""
         return self._in_rows or self
 
 
 def _plain(of_pairs: PositionMap | PairMap, rows: list[PairMap]) -> PositionMap:
-    """Return the map in numbers; a PairMap's divisors and offsets join the rows."""
+    """Return the map in numbers; add a PairMap's divisors and offsets to the rows."""
     if isinstance(of_pairs, PositionMap):
         return of_pairs
     row = next((n for n, x in enumerate(rows) if x.same_row(of_pairs)), len(rows))

@@ -7,10 +7,10 @@ from .base import PositionMap, Region, Score
 
 
 def blockwise_causal(block_size: int) -> Score:
-    """LEX, blockwise causal: the keys of the own and the previous half block.
+    """LEX, blockwise causal: a query sees the keys of its own and the previous half block.
 
     With h = block_size / 2, query i sees the keys (i // h - 1) * h .. i at their true distances.
-    Positions restart in every half block, so XPOS's amplitudes never exceed those of one block.
+    Positions restart in every half block: XPOS's amplitudes never exceed those of one block.
 
     block_size: in tokens, even; LEX takes the training length.
 

@@ -17,15 +17,15 @@ def dpe(window: int, group_sizes: Sequence[Any] | Tensor, pairs: int | None = No
     For pair n with group size s: i - j where i - j < window, else
     i // s - j // s + window - window // s.
 
-    Slow pairs bear large groups and few of them a small one: which is found by a model's recall.
-    The authors' for Llama-3-8B: window=1024, group_sizes=[2, 8, 2, 8, 32, 32, 32, 4], pairs=64.
-    Where the window is no multiple of a size, their prefill adds window / s, and their decoding,
-    which is meant here, window // s. A size of 1 leaves a pair as it was (their top-k dims).
+    Slow pairs bear large groups; measure a model's recall to find which pairs need small ones.
+    The authors' choice for Llama-3-8B: window=1024, group_sizes=[2, 8, 2, 8, 32, 32, 32, 4],
+    pairs=64. If the window is no multiple of a size, the authors' prefill adds window / s, their
+    decoding and this function window // s. A size of 1 leaves a pair unchanged (their top-k dims).
 
     window: in tokens.
-    group_sizes: whole numbers >= 1, one a pair, (pairs,), or a pair and head of k, (heads_k,
-        pairs); with pairs, one for each of as many equal parts of the pairs.
-    pairs: of dims that rotate, rotary_dim/2; a multiple of the number of sizes.
+    group_sizes: whole numbers >= 1, one per pair, (pairs,), or per head of k and pair, (heads_k,
+        pairs). With the argument pairs: one per equal part of the pairs.
+    pairs: the number of pairs that rotate, rotary_dim/2; a multiple of the number of sizes.
 
     Paper: https://arxiv.org/abs/2504.18857
     """

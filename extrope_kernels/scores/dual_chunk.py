@@ -7,11 +7,11 @@ from .base import FIRST_KEY, PositionMap, Region, Score, constant
 
 
 def dual_chunk(chunk_size: int, local_window: int) -> Score:
-    """Dual Chunk Attention: distances start anew in every chunk, older chunks at a cap.
+    """Dual Chunk Attention: distances restart in every chunk; older chunks are at a fixed one.
 
-    Chunks have c = chunk_size - local_window tokens. With ChunkLlama's positions, keys sit at
-    j % c; queries, for keys of their own chunk, at i % c; for those of the previous one, at
-    min(i % c + c, chunk_size); for older ones, at min(2c - 1, chunk_size).
+    Chunks have c = chunk_size - local_window tokens. Positions are ChunkLlama's. A key is at j % c.
+    A query is at i % c for keys of its own chunk, at min(i % c + c, chunk_size) for the previous
+    chunk, and at min(2c - 1, chunk_size) for older ones.
 
     chunk_size: in tokens, at most the training length; ChunkLlama takes three quarters of it.
     local_window: in tokens, below chunk_size; ChunkLlama takes an eighth of the training length.

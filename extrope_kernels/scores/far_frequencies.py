@@ -1,4 +1,4 @@
-"""Frequencies of their own for distances past a window."""
+"""Other frequencies for distances past a window."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .base import FIRST_KEY, SAME, PairMap, Region, Score
 
 
 def far_frequencies(window: int, divisors: Sequence[Any] | Tensor) -> Score:
-    """Exact up to a window, and past it by another method's frequencies, without a jump.
+    """Keep distances up to a window, and use another method's frequencies past it, without a jump.
 
     For pair n with divisor d: i - j where i - j < window, else window + (i - j - window) / d.
 
     The distance past the window then rotates by theta_n / d. For YaRN far away and RoPE nearby:
     divisors = methods.rope(dim).inv_freq / methods.yarn(dim, ...).inv_freq. With equal divisors
-    this is `leaky_rerope`. The other method's attention_factor is not applied: it has no part of
-    the near keys that could be told from the far ones'.
+    this is `leaky_rerope`. The other method's attention_factor is not applied: it would change near
+    keys as well as far ones.
 
     window: in tokens.
-    divisors: > 0, one a pair, (pairs,), or a pair and head of k, (heads_k, pairs). As a tensor it
-        may require gradients, on every backend.
+    divisors: > 0, one per pair, (pairs,), or per head of k and pair, (heads_k, pairs). A tensor may
+        require gradients, on every backend.
 
     Source: https://kexue.fm/archives/9708 (the window)
     """

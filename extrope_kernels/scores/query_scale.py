@@ -1,8 +1,8 @@
-"""Temperatures of queries: factors of the logits that grow with the position of the query.
+"""Temperatures of queries: factors of the logits that grow with the query's position.
 
-The further a query is, the more keys share its softmax; a growing factor keeps attention from
-spreading. Each function takes positions of any shape and returns float32 factors of that shape, as
-`query_scale` of the attention functions takes them. At the first positions all of them are 1.
+Later queries share their softmax among more keys; a growing factor keeps attention from spreading.
+Each function takes positions of any shape and returns float32 factors of that shape, for
+`query_scale` of the attention functions. All factors are 1 at the first positions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def llama4(positions: Tensor, floor_scale: float = 8192, attn_scale: float = 0.1
     """Llama 4: 1 + attn_scale * ln(1 + floor((p + 1) / floor_scale)), in layers without rotation.
 
     positions: absolute positions of queries, integers or floats.
-    floor_scale, attn_scale: of the model's configuration; floor_scale in tokens, > 0.
+    floor_scale, attn_scale: from the model's configuration; floor_scale in tokens, > 0.
 
     Returns: float32, like positions.
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
@@ -52,11 +52,11 @@ def ministral3(
 ) -> Tensor:
     """Ministral 3: 1 + beta * ln(1 + floor(p / original_max_position_embeddings)).
 
-    It differs from Llama 4's in where a step begins, and serves all layers (Mistral 4's too).
+    Steps begin at other positions than Llama 4's, and all layers use it (Mistral 4's too).
 
     positions: absolute positions of queries, integers or floats.
     original_max_position_embeddings: the trained length in tokens.
-    beta: llama_4_scaling_beta of the model's rope parameters, >= 0.
+    beta: llama_4_scaling_beta in the model's rope parameters, >= 0.
 
     Returns: float32, like positions.
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
@@ -72,11 +72,11 @@ def ministral3(
 def qwen_1m(positions: Tensor, original_max_position_embeddings: int) -> Tensor:
     """Qwen's models of 1M tokens: max(1, 0.1 * ln((p + 1) / trained length) + 1) ** 2.
 
-    Their authors' code multiplies keys by the root of it, for the length that the sequence had when
-    they came, and the softmax's scale by the root for the present length; all of a prompt has the
-    prompt's length in both. Here both are the length at the query, its position + 1: a token does
-    not depend on what comes after it, so cached prefixes hold and a prompt may be cut anywhere. The
-    last token of a prompt gets the authors' factor.
+    The authors' code splits the factor in two roots. One multiplies keys, with the length of the
+    sequence when they were added; the other multiplies the softmax's scale, with the present
+    length. All tokens of a prompt get the prompt's length in both. Here both use the length at the
+    query, its position + 1. So a token does not depend on later ones: cached prefixes hold and a
+    prompt may be cut anywhere. The last token of a prompt gets the authors' factor.
 
     positions: absolute positions of queries, integers or floats.
     original_max_position_embeddings: the trained length in tokens.
@@ -97,5 +97,5 @@ def _checked(function: str, positions: Tensor) -> Tensor:
         raise TypeError(f"{function}: positions must be a Tensor, got {kind}")
     if positions.is_complex() or positions.dtype == torch.bool:
         raise TypeError(f"{function}: positions must hold numbers, got a {positions.dtype} tensor")
-    # Integers would become floats of torch's default dtype, which may be a 16-bit one.
+    # Integer division would give torch's default dtype, possibly a 16-bit one.
     return positions if positions.is_floating_point() else positions.float()

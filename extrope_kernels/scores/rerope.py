@@ -25,8 +25,8 @@ def rerope(window: int, factor: float = math.inf) -> Score:
 def leaky_rerope(window: int, factor: float) -> Score:
     """Leaky ReRoPE: distances past a window grow a factor slower.
 
-    `rerope` with a finite factor; below 1 it is InvLeaky (https://kexue.fm/archives/9728), for
-    models trained with it that run as plain RoPE.
+    This is `rerope` with a finite factor. Below 1 it is InvLeaky
+    (https://kexue.fm/archives/9728): models train with it and then run as plain RoPE.
 
     window: in tokens, >= 1.
     factor: > 0; 16 in the author's code.
@@ -37,7 +37,7 @@ def leaky_rerope(window: int, factor: float) -> Score:
 
 
 def check_factor(score: str, factor: float) -> float:
-    """Return the factor as a float; > 0, or infinite."""
+    """Return the factor as a float; raise ValueError unless it is > 0, infinity included."""
     if isinstance(factor, bool) or not isinstance(factor, Real):
         raise TypeError(f"{score}: factor must be a number, got {type(factor).__name__}")
     if not factor > 0:
@@ -50,7 +50,7 @@ def _rerope(name: str, window: int, factor: float) -> Score:
     factor = check_factor(name, factor)
     if factor == 1:
         return Score(name, (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
-    if factor == math.inf:  # which a compiler reads, as it does not math.isinf
+    if factor == math.inf:  # torch.compile does not trace math.isinf
         far = Region(FIRST_KEY, constant(window), UNROTATED)
     else:
         far_query = PositionMap(divisor=factor, offset=window - window / factor)

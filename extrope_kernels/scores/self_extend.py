@@ -8,12 +8,12 @@ from .rerope import check_factor
 
 
 def self_extend(window: int, factor: float) -> Score:
-    """SelfExtend: distances past a window are counted in groups of tokens.
+    """SelfExtend: count distances past a window in groups of tokens.
 
     With G = factor: i - j where i - j < window, else i // G - j // G + window - window // G.
 
     window: in tokens, a multiple of factor.
-    factor: a whole number >= 1; a float that holds one will do.
+    factor: a whole number >= 1, as an int or a float.
 
     Paper: https://arxiv.org/abs/2401.01325
     """

@@ -1,4 +1,4 @@
-"""STRING: well-trained distances in place of the largest."""
+"""STRING: well-trained distances replace the largest."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from .base import FIRST_KEY, SAME, PositionMap, Region, Score
 
 
 def string(shift: int, window: int) -> Score:
-    """STRING: distances from `shift` on start anew at `window`.
+    """Shifted positions, STRING: distances from `shift` on restart at `window`.
 
-    With x = i - j: x where x < shift, else x - shift + window. Where the authors' prefill lets a
-    query see the key at x = shift twice, once in either part, their decoding and this do so once.
+    With x = i - j: x where x < shift, else x - shift + window. In the authors' prefill a query sees
+    the key at x = shift twice, once in either part; in their decoding, and here, once.
 
     shift: S, in tokens, >= 1; about a third of the training length.
     window: W, in tokens, >= 0 and at most shift; the authors take 128.

@@ -1,4 +1,4 @@
-"""Attention whose rotation a score method may change, with and without a cache."""
+"""Attention with rotation by an optional score method, with and without a cache."""
 
 from . import op  # noqa: F401  (defines the ops)
 from .api import (

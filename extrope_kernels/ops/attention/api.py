@@ -53,50 +53,51 @@ def rope_attention(
     keys_stored: bool = False,
     positions: Tensor | None = None,
 ) -> Tensor | Any:
-    """Causal attention of rotated queries and keys; a score method may change their distances.
+    """Rotate queries and keys and attend causally; a score method may change their distances.
 
-    The rotation is included: q and k come raw. Query i and key j see the relative position that
-    `score` makes of i - j, and one softmax runs over all keys j <= i.
+    The rotation is included: pass raw q and k. `score` maps the distance i - j of query i and key j
+    to a relative position, and one softmax runs over all keys j <= i.
 
     q: (batch, seqlen_q, heads_q, head_dim), not rotated; float32, bfloat16, float16 or float64;
         any strides with a contiguous last dimension.
     k, v: (batch, seqlen_k, heads_k, head_dim), k not rotated; heads_k divides heads_q, and nothing
-        is expanded. v may have another head_dim (MLA: 192 and 128). Where seqlen_q < seqlen_k the
+        is expanded. v may have another head_dim (MLA: 192 and 128). If seqlen_q < seqlen_k, the
         queries are the last of the sequence. With cu_seqlens all are (total, heads, head_dim).
-    freqs: from `extrope_kernels.methods`, on q's device; inv_freq (rotary_dim/2,), one row a
-        sequence, or (1 or batch, heads, rotary_dim/2) as `methods.ms_poe` makes it. Heads are those
-        of k; where they are q's, and so differ within a group, each key is rotated and read once
-        for every head of its group. attention_factor multiplies the rotated dims of q and of k,
-        near and far.
-    score: from `extrope_kernels.scores`, such as scores.rerope(window=1024), or a `Score` of your
-        own; None is plain RoPE.
-    softmax_scale: of the logits; head_dim**-0.5 by default.
+    freqs: from `extrope_kernels.methods`, on q's device; inv_freq (rotary_dim/2,), one row per
+        sequence, or (1 or batch, heads, rotary_dim/2) as from `methods.ms_poe`. Heads are k's or
+        q's. With q's, frequencies differ within a group: each key is rotated and read once for
+        every head of its group. attention_factor multiplies the rotated dims of q and of k, near
+        and far.
+    score: from `extrope_kernels.scores`, such as scores.rerope(window=1024), or your own `Score`;
+        None is plain RoPE.
+    softmax_scale: factor of the logits; head_dim**-0.5 by default.
     log_n: the training length, to multiply query i by max(1, ln(i + 1) / ln(log_n)).
-    query_scale: (seqlen_q,) or (batch, seqlen_q) float32, packed (total,): further factors of the
-        logits of each query, as Llama 4's and Ministral's temperatures.
-    softcap: c > 0 makes logits c * tanh(logits / c), as in Gemma 2; 0 leaves them.
-    sinks: (heads_q,) float32 (float64 with float64 tensors), logits that join each row's softmax
-        and have no value, as in GPT-OSS. Neither scaled nor capped.
-    sliding_window: keys j with i - j >= sliding_window are not seen, whatever their region.
-    q_start, k_start: positions of the first query and the first key, an int or (batch,) int32 (with
-        cu_seqlens (sequences,)), for pieces of longer sequences: regions, windows and log_n count
-        from absolute positions. k_start is 0 by default, and q_start such that both end together.
+    query_scale: (seqlen_q,) or (batch, seqlen_q) float32, packed (total,): further factors of each
+        query's logits, such as Llama 4's and Ministral's temperatures.
+    softcap: c > 0 replaces logits by c * tanh(logits / c), as in Gemma 2; 0 does not.
+    sinks: (heads_q,) float32 (float64 with float64 tensors): logits that join each row's softmax
+        and have no value, as in GPT-OSS. They are neither scaled nor capped.
+    sliding_window: keys j with i - j >= sliding_window are not seen, in any region.
+    q_start, k_start: positions of the first query and the first key, for pieces of longer
+        sequences: an int or (batch,) int32, with cu_seqlens (sequences,). Regions, windows and
+        log_n count from absolute positions. By default k_start is 0, and queries and keys end
+        together.
     cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
     interleaved: pairs of dims are (2i, 2i + 1), as in GPT-J; else (i, i + rotary_dim/2).
-    return_lse: return the log-sum-exp of the logits, too.
+    return_lse: return the log-sum-exp of the logits too.
     backend: "cpu", "triton", "flash_attn", "reference"; None for the best on q's device. A named
         backend never falls back.
-    keys_stored: k comes as a cache keeps it, rotated to where `score.stored` says, not raw.
+    keys_stored: k is rotated by `score.stored`, as in a cache, not raw.
     positions: (axes, 1 or batch, seqlen_k), for freqs of several axes (`methods.axial`,
-        `with_sections`): of all keys, those of the queries the last. Regions still count tokens,
-        and their maps take these positions. Each region is then a call of its own.
+        `with_sections`): of all keys; the queries' are the last ones. Regions still count tokens,
+        and their maps take these positions. Each region is then a separate call.
 
-    Returns: out like q, of v's head_dim, and with return_lse the log-sum-exp of the logits and the
-        sink, (batch, heads_q, seqlen_q) or (heads_q, total), float32 (float64 with float64
-        tensors), -inf where there is neither. Differentiable in q, k, v, sinks, inv_freq, and the
-        divisors and offsets of a score's PairMaps; to any order with backend="reference".
+    Returns: out like q, with v's head_dim, and with return_lse the log-sum-exp of the logits and
+        the sink, (batch, heads_q, seqlen_q) or (heads_q, total), float32 (float64 with float64
+        tensors); -inf for a row without keys or sink. Differentiable in q, k, v, sinks, inv_freq,
+        and the divisors and offsets of a score's PairMaps; to any order with backend="reference".
     Raises: ValueError or TypeError that begins with the score's name and names the argument;
-        NotImplementedError when the named backend cannot run here.
+        NotImplementedError if the named backend cannot run here.
     """
     name = "rope_attention" if score is None else getattr(score, "name", "rope_attention")
     refuse_flags(name, interleaved=interleaved, return_lse=return_lse, keys_stored=keys_stored)
@@ -132,7 +133,7 @@ def rope_attention(
             axes.check_axes(name, freqs, positions, k, call)
         out, lse = _forward(q, k, v, call, backend, freqs.axes, positions)
     except REFUSALS as error:
-        # The op has refused the call before any kernel started; this says it in the score's name.
+        # The op has refused the call before any kernel; this error begins with the score's name.
         check_attention(name, q, k, v, call)
         check_boundaries(name, call.cu_seqlens, len(q))
         raise_as_value_error(error, "attention", name)
@@ -166,49 +167,48 @@ def rope_attention_with_kvcache(
     backend: str | None = None,
     stored: str | None = None,
 ) -> Tensor | Any:
-    """`rope_attention` of a sequence's last tokens over a cache of keys and values, at inference.
+    """Attend from a sequence's last tokens over a cache of keys and values, at inference.
 
-    The cache holds each key once, rotated to where `score.stored` says, which is where far queries
-    see it: as it came for ReRoPE, at its own position for plain RoPE and STRING. Nearer keys are
-    rotated on the way, at every call; the cache is not. Write prompts with k and v too, then cache
-    and attention agree whatever the score.
+    The attention is that of `rope_attention`. The cache holds each key once, rotated by
+    `score.stored`, as far queries see it: raw for ReRoPE, at its own position for plain RoPE and
+    STRING. Every call rotates nearer keys as it reads them; the cache does not change. Write
+    prompts by k and v too: then cache and attention agree for every score.
 
     q: (batch, seqlen_q, heads_q, head_dim), not rotated; float32, bfloat16, float16 or float64.
         With cu_seqlens_q (total, heads_q, head_dim).
     k_cache, v_cache: (batch, max_len, heads_k, head_dim), any strides with a contiguous last
-        dimension; with block_table (num_blocks, block_size, heads_k, head_dim). The head_dim of
-        v_cache may be another. Both in q's dtype, or float8_e4m3fn with k_scale and v_scale.
-    cache_seqlens: (batch,) int32, or one int for all (a CUDA graph would replay it unchanged). With
-        k and v: how many slots were in use before them. Else: how many are, the queries' own tokens
-        included.
-    k, v: of q's tokens, (batch, seqlen_q, heads_k, head_dim) or (total, heads_k, head_dim), k not
-        rotated: written into the cache first.
+        dimension; with block_table (num_blocks, block_size, heads_k, head_dim). v_cache may have
+        another head_dim. Both in q's dtype, or float8_e4m3fn with k_scale and v_scale.
+    cache_seqlens: (batch,) int32, or one int for all (a CUDA graph would replay it unchanged): the
+        slots in use. With k and v: before they are written. Else the queries' own tokens count.
+    k, v: the keys and values of q's tokens, (batch, seqlen_q, heads_k, head_dim) or (total,
+        heads_k, head_dim), k not rotated. They are written into the cache first.
     cu_seqlens_q: (batch + 1,) int32, the boundaries of packed queries: prefill chunks and single
-        tokens of many sequences in one call. A sequence may have none; what is past the last
-        boundary is padding, gets 0 and -inf, and is not written.
-    block_table: (batch, max_blocks) int32: the blocks of each sequence in their order.
-    k_scale, v_scale: (heads_k,) float32, positive, of a cache in float8_e4m3fn: a key or value is
-        what is stored times its head's scale. It is written over the scale, rounded to nearest
-        even, and at most 448 either way.
+        tokens of many sequences in one call. A sequence may have none. Tokens past the last
+        boundary are padding: they get 0 and -inf, and are not written.
+    block_table: (batch, max_blocks) int32: the blocks of each sequence, in order.
+    k_scale, v_scale: (heads_k,) float32, positive, for a cache in float8_e4m3fn: a key or value is
+        its stored number times its head's scale. Writes divide by the scale, round to nearest even,
+        and clamp at 448 either way.
     cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
-    freqs, score: as for `rope_attention`; freqs and where the score stores keys stay the same in
-        every call on one cache, unless it is raw. XPOS's log_decay is refused, but for scores that
-        store keys by blocks.
+    freqs, score: as for `rope_attention`. All calls on one cache must have the same freqs and
+        score.stored, unless it is raw. XPOS's log_decay is refused except for scores that store
+        keys by blocks.
     softmax_scale, log_n, query_scale, softcap, sinks, sliding_window, interleaved, return_lse: as
         for `rope_attention`.
-    stored: "raw" keeps keys unrotated and rotates all of them at every call, by the freqs of that
-        call. So frequencies may follow the length, and a key may be read at any position. None
-        keeps them where the score says.
+    stored: "raw" keeps keys unrotated; every call rotates all of them, by its own freqs. So
+        frequencies may follow the length, and a key may be read at any position. None stores keys
+        by score.stored.
     backend: "cpu", "triton", "reference"; None for the best on q's device. A named backend never
         falls back.
 
-    Returns: out like q, of v's head_dim, and with return_lse the log-sum-exp of the logits and the
-        sink (batch, heads_q, seqlen_q), or (heads_q, total), float32 (float64 with float64
+    Returns: out like q, with v's head_dim, and with return_lse the log-sum-exp of the logits and
+        the sink (batch, heads_q, seqlen_q), or (heads_q, total), float32 (float64 with float64
         tensors). Queries before a sequence's first key have 0, and -inf or the sink.
     Raises: ValueError or TypeError that names the argument, before anything is written;
-        NotImplementedError when the named backend cannot run here. On a GPU the values of integer
-        tensors are not looked at: what does not fit the cache is neither written nor read, and
-        nothing is written to a page that is not there; reading one is undefined.
+        NotImplementedError if the named backend cannot run here. On a GPU the values of integer
+        tensors are not checked. Slots past the cache's end are neither written nor read. Nothing is
+        written to a page that does not exist; reading one is undefined.
     """
     name = "rope_attention_with_kvcache"
     name = name if score is None else getattr(score, "name", name)
@@ -252,7 +252,7 @@ def rope_attention_with_kvcache(
             check_new_keys(name, freqs, score, k, cache_seqlens, cache_leftpad, cu_seqlens_q)
         out, lse = op.decode(q, k, v, cache, call, backend)
     except REFUSALS as error:
-        # The op has refused the call before anything was written; this says it in the score's name.
+        # The op has refused the call before any write; this error begins with the score's name.
         check_decode(name, q, k, v, cache, call)
         check_slots(name, cache, call.cu_seqlens, len(q))
         raise_as_value_error(error, "decode", name)
@@ -281,17 +281,17 @@ def _forward(
 
 
 def missing(backend: str, device: str | None = None) -> str | None:
-    """None when `backend` can run here, else the reason in one line."""
+    """Return why `backend` cannot run here, in one line; None if it can."""
     return flash_attn.missing() if backend == "flash_attn" else _backends.missing(backend, device)
 
 
 def backends() -> dict[str, str]:
-    """What each backend says of itself here: "available", or why it is not."""
+    """Return each backend's state here: "available", or the reason why not."""
     return {name: missing(name) or "available" for name in BACKENDS}
 
 
 def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor | None:
-    """A start as the tensor that ops take."""
+    """Return a start as a tensor for the ops."""
     if start is None or isinstance(start, Tensor):
         return start
     if isinstance(start, bool) or not isinstance(start, (int, torch.SymInt)):
@@ -302,7 +302,7 @@ def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor 
 
 
 def _raw(op: str, stored: str, score: Score | None) -> Score:
-    """Return the score with keys stored as they come."""
+    """Return the score with keys stored raw."""
     if stored != "raw":
         raise ValueError(f"{op}: stored must be None or 'raw', got {stored!r}")
     return replace(score or PLAIN, stored=UNROTATED)

@@ -1,8 +1,8 @@
 """Attention by positions of several axes, such as rows and columns of an image.
 
-Every pair of dims follows one axis, so that a token has no single position that a kernel could make
-by itself. Queries and keys of each region are rotated ahead, and each region is a call of plain
-attention, merged by its log-sum-exp; all of it by ops that are differentiable.
+Every pair of dims follows one axis: a token has no single position that a kernel could compute by
+itself. So queries and keys of each region are rotated first, and each region is a call of plain
+attention, merged by its log-sum-exp. All ops used are differentiable.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ROTATED = Score("rope_attention", (Region(FIRST_KEY, UNROTATED, UNROTATED),))
 def check_axes(
     op_name: str, freqs: RopeFreqs, positions: Tensor | None, k: Tensor, call: AttentionCall
 ) -> None:
-    """Raise ValueError or TypeError for what positions of several axes do not go with."""
+    """Raise ValueError or TypeError for options that exclude positions of several axes."""
     if freqs.axes is None:
         raise ValueError(f"{op_name}: positions must come with freqs of several axes, got one axis")
     if not isinstance(positions, Tensor):
@@ -65,7 +65,10 @@ def forward(
     call: AttentionCall,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse. positions: (axes, 1 or batch, seqlen_k), the queries' the last ones of these."""
+    """Return out and lse.
+
+    positions: (axes, 1 or batch, seqlen_k); the queries' are the last ones.
+    """
     scale = row_scale(indices(q, k, call)[0], call, torch.float32)
     own = AttentionCall(
         call.inv_freq, score=_ROTATED, softmax_scale=call.softmax_scale, softcap=call.softcap,
@@ -101,7 +104,7 @@ def _rotated(
 ) -> Tensor:
     if by.row is None:
         places = by(positions)
-    else:  # each pair is an axis of its own
+    else:  # each pair is an axis
         divisor, offset = (y[0, :, None, None] for y in call.pair_maps[by.row])
         p = positions.double()[axes.long()]
         p = torch.remainder(p, by.modulus) if by.modulus else p

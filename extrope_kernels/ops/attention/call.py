@@ -1,8 +1,8 @@
-"""`AttentionCall`, the one description of an attention call, and `KVCache`, of the cache it reads.
+"""`AttentionCall`, the one description of an attention call, and `KVCache`, its cache.
 
-Checks, reference and kernels all read these. An op of torch takes tensors and numbers alone, so a
-call travels through it as `call.tensors` and `call.numbers`, and `read_call` makes it again. C++
-reads the same numbers in csrc/common/attention_numbers.h.
+Checks, reference and kernels all read these. A torch op takes only tensors and numbers: a call
+passes through it as `call.tensors` and `call.numbers`, and `read_call` rebuilds it. C++ reads the
+same numbers in csrc/common/attention_numbers.h.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
 
 
 class AttentionCall(NamedTuple):
-    """One attention call, beside q, k and v: tensors, then what a model fixes."""
+    """Arguments of an attention call besides q, k and v: tensors, then a model's constants."""
 
     inv_freq: Tensor  # (pairs,), or (1 or sequences, pairs), or (1 or sequences, heads_k, pairs)
-    cu_seqlens: Tensor | None = None  # with a cache: of the queries
+    cu_seqlens: Tensor | None = None  # with a cache: the queries' boundaries
     log_decay: Tensor | None = None
     sinks: Tensor | None = None  # (heads_q,) float32: logits without a value
     query_scale: Tensor | None = None  # (seqlen_q,) or (batch, seqlen_q) float32; packed (total,)
-    # (rows, 2, heads_k or 1, pairs) float64: divisors and offsets of the maps that have such a row
+    # (rows, 2, heads_k or 1, pairs) float64: divisors and offsets of the PairMaps
     pair_maps: Tensor | None = None
     q_start: Tensor | None = None  # (1,) or (sequences,) int32: the first query's position
-    k_start: Tensor | None = None  # the first key's; where both are None, both sides end together
+    k_start: Tensor | None = None  # the first key's; if both are None, both sides end together
     score: Score = PLAIN
-    keys_stored: bool = False  # keys come rotated to where the score stores them, else raw
+    keys_stored: bool = False  # k is rotated by score.stored, else raw
     softmax_scale: float | None = None
     log_n: float | None = None
     attention_factor: float = 1.0
@@ -56,17 +56,17 @@ class AttentionCall(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The call's tensors, in the order of the fields and of the op's arguments."""
+        """The call's tensors, in the order of the fields and the op's arguments."""
         return self[:_TENSORS]
 
     @property
     def fixed(self) -> Hashable:
-        """Everything but the tensors."""
+        """All fields except tensors."""
         return self[_TENSORS:]
 
     @property
     def numbers(self) -> list[float]:
-        """All the rest, as the op's list of floats; 0 stands for None."""
+        """The other fields as the op's list of floats; 0 stands for None."""
         return [
             _or_zero(self.softmax_scale),
             _or_zero(self.log_n),
@@ -86,12 +86,12 @@ class AttentionCall(NamedTuple):
 
     @property
     def granularity(self) -> int:
-        """Queries of one block of so many tokens share the regions' starts."""
+        """Block size in tokens; queries of one block share the regions' starts."""
         return self.score.granularity
 
     @property
     def stored(self) -> PositionMap:
-        """The map that keys come rotated by."""
+        """The map by which k is rotated already."""
         return self.score.stored if self.keys_stored else UNROTATED
 
     @property
@@ -100,7 +100,7 @@ class AttentionCall(NamedTuple):
         return tuple(region.start for region in self.regions)
 
     def trimmed(self, longest: int) -> list[Region]:
-        """Return the regions that hold a key in sequences of `longest` tokens, and the last one."""
+        """Return the regions with a key in sequences of `longest` tokens, and the last one."""
         regions = list(self.regions)
         most = max(longest - 1, 0) // self.granularity * self.granularity
         if self.sliding_window is not None:
@@ -110,7 +110,7 @@ class AttentionCall(NamedTuple):
         return regions
 
     def first_keys(self, i: Tensor) -> list[Tensor]:
-        """Each region's first key as queries at positions i see it, and the key behind the last."""
+        """Return each region's first key for queries at positions i, then the end of the last."""
         block = torch.div(i, self.granularity, rounding_mode="floor") * self.granularity
         firsts = [block + start for start in self.starts]
         if self.sliding_window is not None:
@@ -118,66 +118,66 @@ class AttentionCall(NamedTuple):
         return [first.minimum(i + 1) for first in firsts] + [i + 1]
 
     def first_key(self, query: int) -> int:
-        """The first key that a query at this position sees; may be negative."""
+        """Return the first key that a query at this position sees; may be negative."""
         first = query // self.granularity * self.granularity + self.starts[0]
         return first if self.sliding_window is None else max(first, query + 1 - self.sliding_window)
 
     def queries_end(self, end: int) -> int:
-        """The position behind the last query that sees a key before position `end`."""
+        """Return 1 + the last query's position that sees a key before position `end`."""
         last = -((self.starts[0] - end) // self.granularity) * self.granularity
         return last if self.sliding_window is None else min(last, end + self.sliding_window - 1)
 
     def results_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of out, or of the gradients, where q, k and v are of `dtype`."""
+        """Return the dtype of out, or of the gradients, for q, k and v of `dtype`."""
         return accumulator(dtype) if self.float32_results else dtype
 
     def mapped(self, by: PositionMap, positions: Tensor) -> Tensor:
-        """Positions (...) by a map of the score, in float64: (...), or (..., heads, pairs)."""
+        """Map positions (...) by a map of the score: (...) or (..., heads, pairs) float64."""
         if by.row is None:
             return by(positions)
         divisor, offset = self.pair_maps[by.row]
         return map_pairs(positions, by.modulus, divisor, by.floor, offset)
 
     def scale(self, head_dim: int) -> float:
-        """The factor of all logits."""
+        """Return the factor of all logits."""
         return self.softmax_scale or head_dim**-0.5
 
 
 class KVCache(NamedTuple):
-    """Keys, rotated to where the score stores them, and values of every sequence."""
+    """The cached keys, rotated by `score.stored`, and values of every sequence."""
 
     k: Tensor  # (batch, max_len, heads_k, head_dim), or (pages, page_size, ...) with block_table
     v: Tensor
-    seqlens: Tensor  # (batch,) int32: slots in use, the left padding among them
+    seqlens: Tensor  # (batch,) int32: slots in use, left padding included
     block_table: Tensor | None = None  # (batch, max_pages) int32
     leftpad: Tensor | None = None  # (batch,) int32: the slot of position 0
-    scales: Scales = NO_SCALES  # of a cache in float8_e4m3fn
-    appended: int = 0  # tokens that this call writes, to be added to seqlens
-    cu_seqlens_new: Tensor | None = None  # of tokens that it writes packed
+    scales: Scales = NO_SCALES  # for a cache in float8_e4m3fn
+    appended: int = 0  # tokens that this call writes after seqlens
+    cu_seqlens_new: Tensor | None = None  # boundaries of new tokens, if packed
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The tensors beside k and v, in the order of the op's arguments."""
+        """The tensors besides k and v, in the order of the op's arguments."""
         return (self.seqlens, self.block_table, self.leftpad, *self.scales)
 
     @property
     def capacity(self) -> int:
-        """How many slots a sequence has."""
+        """The number of slots per sequence."""
         pages = 1 if self.block_table is None else self.block_table.shape[1]
         return pages * self.k.shape[1]
 
     def ends(self) -> Tensor:
-        """(batch,) int64: the slots in use once this call has written."""
+        """Return the slots in use after this call's writes: (batch,) int64."""
         if self.cu_seqlens_new is None:
             return self.seqlens.long() + self.appended
         return self.seqlens.long() + self.cu_seqlens_new.diff()
 
     def lengths(self) -> Tensor:
-        """(batch,) int64: the number of keys of each sequence."""
+        """Return the number of keys of each sequence: (batch,) int64."""
         return self.ends() if self.leftpad is None else self.ends() - self.leftpad
 
     def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices of the first two dimensions of k and v for (batch, n) slots."""
+        """Return indices of the first two dimensions of k and v for (batch, n) slots."""
         sequence = torch.arange(slots.shape[0], device=slots.device)[:, None]
         if self.block_table is None:
             return sequence, slots
@@ -186,7 +186,7 @@ class KVCache(NamedTuple):
 
 
 def make_call(freqs: RopeFreqs, score: Score | None, **options) -> AttentionCall:
-    """Describe a call of the public functions by frequencies and a score, None: plain RoPE."""
+    """Build a call from arguments of the public functions; score None: plain RoPE."""
     return AttentionCall(
         freqs.inv_freq,
         log_decay=freqs.log_decay,
@@ -198,7 +198,7 @@ def make_call(freqs: RopeFreqs, score: Score | None, **options) -> AttentionCall
 
 
 def read_call(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> AttentionCall:
-    """Make the call again from `call.numbers` and `call.tensors`, of which the last may lack."""
+    """Rebuild the call from `call.numbers` and `call.tensors`; the last tensors may be missing."""
     return AttentionCall(*tensors, *(None,) * (_TENSORS - len(tensors)), *_read(tuple(numbers)))
 
 
@@ -236,10 +236,10 @@ def _read(numbers: tuple[float, ...]) -> tuple:
 
 
 def _or_zero(x: float | None) -> float:
-    """0 stands for None, and -1 for 0, which every option refuses."""
+    """Encode None as 0, and 0, which every option refuses, as -1."""
     return 0.0 if x is None else float(x) or -1.0
 
 
 def lse_shape(q: Tensor) -> tuple[int, ...]:
-    """(batch, heads_q, seqlen_q), or packed (heads_q, total)."""
+    """Return (batch, heads_q, seqlen_q), or packed (heads_q, total)."""
     return (*q.shape[:-3], q.shape[-2], q.shape[-3])

@@ -1,4 +1,4 @@
-"""Refuse calls that have no meaning, with errors that name the argument, before anything runs."""
+"""Refuse wrong calls before anything runs, with errors that name the argument."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .call import AttentionCall, KVCache
 
 
 def check_method(op: str, freqs: RopeFreqs, score: Score | None, axes: bool = False) -> None:
-    """Frequencies, of one axis or `axes`, and a score method or None."""
+    """Check the types of frequencies (one axis unless `axes`) and of a score method or None."""
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"{op}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
     if freqs.axes is not None and not axes:
@@ -39,7 +39,7 @@ def check_method(op: str, freqs: RopeFreqs, score: Score | None, axes: bool = Fa
 
 
 def check_kinds(op: str, call: AttentionCall) -> None:
-    """Numbers are numbers, and counts are whole: an op takes them all as floats."""
+    """Check that options are numbers, and counts whole: an op takes them all as floats."""
     for name in ("softmax_scale", "log_n"):
         if getattr(call, name) is not None:
             check_real(op, name, getattr(call, name))
@@ -50,7 +50,7 @@ def check_kinds(op: str, call: AttentionCall) -> None:
 
 
 def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
-    """A call without a cache."""
+    """Check a call without a cache."""
     packed = call.cu_seqlens is not None
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rows(op, name, x, packed)
@@ -71,7 +71,7 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCal
 def check_decode(
     op: str, q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
 ) -> None:
-    """A call over a cache; k and v are written into it first."""
+    """Check a call with a cache; k and v are written into it first."""
     if (k is None) != (v is None):
         given = "v" if k is None else "k"
         raise ValueError(f"{op}: k and v must be given together, got {given} alone")
@@ -91,7 +91,7 @@ def check_decode(
 
 
 def check_slots(op: str, cache: KVCache, cu_seqlens_q: Tensor | None, tokens: int) -> None:
-    """Read the values of a cache's integer tensors on a CPU, where looking costs nothing.
+    """Check the values of a cache's integer tensors, on a CPU, where reading them costs nothing.
 
     tokens: number of the packed queries.
     """
@@ -126,7 +126,7 @@ def check_slots(op: str, cache: KVCache, cu_seqlens_q: Tensor | None, tokens: in
 
 
 def check_head_dim(op: str, x: Tensor) -> None:
-    """The fused kernels' own limit."""
+    """Check the fused kernels' limit on head_dim."""
     if x.shape[-1] % 8 or not 8 <= x.shape[-1] <= 256:
         raise ValueError(
             f"{op}: head_dim must be a multiple of 8 up to 256 (backend='reference' takes any), "
@@ -135,7 +135,7 @@ def check_head_dim(op: str, x: Tensor) -> None:
 
 
 def check_log_n(op: str, log_n: float | None) -> None:
-    """The training length, or None."""
+    """Check the training length, or None."""
     if log_n is None:
         return
     check_real(op, "log_n", log_n)
@@ -144,7 +144,7 @@ def check_log_n(op: str, log_n: float | None) -> None:
 
 
 def _check_options(op: str, call: AttentionCall, q: Tensor, heads_k: int, sequences: int) -> None:
-    """Everything that concerns neither keys nor values."""
+    """Check all that depends on neither keys nor values."""
     _check_frequencies(op, call, q, heads_k, sequences)
     _check_pair_maps(op, call, q, heads_k)
     refuse_flags(op, interleaved=call.interleaved)
@@ -209,7 +209,7 @@ def _check_frequencies(
 
 
 def _check_pair_maps(op: str, call: AttentionCall, q: Tensor, heads_k: int) -> None:
-    """Maps of pairs have a row each, of the frequencies' pairs and the keys' heads."""
+    """Check that pair_maps has a row per map, of the frequencies' pairs and the keys' heads."""
     maps = [x for region in call.regions for x in (region.q_map, region.k_map)]
     rows = [x.row for x in (*maps, call.score.stored) if x.row is not None]
     table, pairs = call.pair_maps, call.inv_freq.shape[-1]
@@ -246,7 +246,7 @@ def _check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> None:
 
 
 def _check_query_scale(op: str, query_scale: Tensor | None, q: Tensor) -> None:
-    """(seqlen_q,) or (batch, seqlen_q); of packed queries (total,)."""
+    """Check the shape (seqlen_q,) or (batch, seqlen_q); for packed queries (total,)."""
     if query_scale is None:
         return
     rows = tuple(q.shape[:-2])
@@ -263,7 +263,7 @@ def _check_query_scale(op: str, query_scale: Tensor | None, q: Tensor) -> None:
 
 
 def _check_start(op: str, name: str, start: Tensor | None, q: Tensor, sequences: int) -> None:
-    """A position for every sequence, or one for all."""
+    """Check a start: a position per sequence, or one for all."""
     if start is None:
         return
     shape = tuple(start.shape)
@@ -317,7 +317,7 @@ def _check_cache(op: str, cache: KVCache, q: Tensor, batch: int) -> None:
 
 
 def _check_new(op: str, k: Tensor, v: Tensor, cache: KVCache, q: Tensor, packed: bool) -> None:
-    """Keys and values that are to be written into the cache."""
+    """Check keys and values to be written into the cache."""
     for label, x, of in (("k", k, cache.k), ("v", v, cache.v)):
         _check_dims(op, label, x, packed)
         if x.dtype != q.dtype or x.device != q.device:

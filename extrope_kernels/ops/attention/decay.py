@@ -1,4 +1,4 @@
-"""Refuse keys that XPOS's amplitude takes out of the range of their dtype."""
+"""Refuse positions at which XPOS's amplitude overflows the keys' dtype."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .rotation import positions, used
 
 
 def check_decay(op: str, freqs: RopeFreqs, q: Tensor, k: Tensor, call: AttentionCall) -> None:
-    """Raise ValueError when a key that is seen goes so far from 0 that its amplitude overflows.
+    """Raise ValueError if a visible key is so far from 0 that its amplitude overflows.
 
-    Only on a CPU, where looking at positions costs nothing.
+    Only on a CPU, where reading positions costs nothing.
     """
     if not freqs.steepest_decay or k.device.type != "cpu" or not (q.numel() and k.numel()):
         return

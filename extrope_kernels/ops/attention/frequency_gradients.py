@@ -1,8 +1,9 @@
-"""Gradients of frequencies, and of the divisors and offsets of pairs, from those of q and k.
+"""Gradients of frequencies, divisors and offsets of pairs, computed from those of q and k.
 
-The kernels give dq and dk, summed over regions. The gradient of a pair's angle is the cross product
-of a raw row and its gradient, if that is of one region alone. So the backward runs again for the
-last regions without the first, and so on, and the difference of two is that of one region.
+The kernels return dq and dk, summed over regions. The gradient of a pair's angle is the cross
+product of a raw row and its gradient, if that comes from one region. So the backward runs again
+without the first region, then without the first two, and so on: the difference of two runs is the
+gradient from one region.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ Backward = Callable[[AttentionCall], tuple[Tensor, Tensor, Tensor]]
 def backward_with_frequencies(
     backward: Backward, q: Tensor, k: Tensor, call: AttentionCall
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor | None]:
-    """dq, dk and dv in the dtypes of q and k; the gradients of inv_freq, and of pair_maps or None.
+    """Return dq, dk and dv in the dtypes of q and k, dinv_freq, and dpair_maps or None.
 
-    backward(call): of the same call with fewer regions, its results in float32.
+    backward(call): dq, dk and dv for a call with fewer regions, in float32.
     """
     regions = call.regions
     wide = call._replace(float32_results=True)
@@ -62,7 +63,7 @@ def _of_angles(
 
 
 def _of_angle(x: Tensor, dx: Tensor, call: AttentionCall) -> Tensor:
-    """(..., seqlen, heads_k or 1, pairs) float64: the gradient of the angle that x rotates by."""
+    """Return the gradient of x's rotation angles: (..., seqlen, heads_k or 1, pairs) float64."""
     heads = max(
         call.inv_freq.shape[-2] if call.inv_freq.dim() == 3 else 1,
         1 if call.pair_maps is None else call.pair_maps.shape[-2],
@@ -72,7 +73,7 @@ def _of_angle(x: Tensor, dx: Tensor, call: AttentionCall) -> Tensor:
 
 
 def _angle(place: Tensor, call: AttentionCall, x: Tensor) -> Tensor:
-    """Places times frequencies, (..., seqlen, heads_k or 1, pairs)."""
+    """Return places times frequencies: (..., seqlen, heads_k or 1, pairs)."""
     if place.dim() <= x.dim() - 2:
         place = place[..., None, None]
     inv_freq = call.inv_freq

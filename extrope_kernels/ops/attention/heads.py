@@ -1,7 +1,7 @@
-"""Frequencies of each head of q: one call for each member of the groups that share a head of k.
+"""Frequencies per head of q: one call per member of the groups that share a head of k.
 
-Heads of one group see the same keys. Where their frequencies differ, each key is rotated and read
-once for every head of the group, as if keys had as many heads as queries.
+Heads of one group see the same keys. If their frequencies differ, each key is rotated and read once
+for every head of the group, as if keys had as many heads as queries.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Attend = Callable[[Tensor, AttentionCall], tuple[Tensor, Tensor]]
 
 
 def differ_in_group(call: AttentionCall, q: Tensor, k: Tensor) -> bool:
-    """Say whether frequencies or maps are given for each head of q, and groups have several."""
+    """Return True if frequencies or maps are per head of q, and groups have several heads."""
     given = max(_heads(call.inv_freq, 3), _heads(call.pair_maps, 4))
     if given == 1 or given != q.shape[-2]:
         return False
@@ -25,9 +25,9 @@ def differ_in_group(call: AttentionCall, q: Tensor, k: Tensor) -> bool:
 
 
 def each_member(attend: Attend, q: Tensor, heads_k: int, call: AttentionCall) -> tuple:
-    """out and lse of attend(q of a member, its call) for every member of the groups, together.
+    """Run attend(q of a member, its call) for every member of the groups; join out and lse.
 
-    q: (..., heads_q, head_dim); out likewise, lse (..., heads_q, seqlen).
+    q, out: (..., heads_q, head_dim); lse: (..., heads_q, seqlen).
     """
     heads_q, group = q.shape[-2], q.shape[-2] // heads_k
     found = []

@@ -24,22 +24,22 @@ def merge_attention(
     *,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the union of disjoint sets of keys, from attention over each of them.
+    """Merge attention over disjoint sets of keys into attention over all of them, exactly.
 
     Each softmax is weighted by its share of the joint one, exp(lse - joint lse). Arithmetic is in
-    float32, or in float64 where any input is, and out is rounded once.
+    float32, or in float64 if any input is, and out is rounded once.
 
     outs: n >= 1 tensors (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim), of
-        one dtype; or one tensor with the n of them stacked in front.
+        one dtype; or one tensor with all n stacked in front.
     lses: the n log-sum-exps of the logits, natural log, (batch, heads, seqlen) or packed
-        (heads, total), float32 or float64. -inf marks a row without keys, whose out, whatever it
-        holds, does not count. A sink belongs to one of the sets: give it to one call alone.
-    inplace: write out and lse over outs[0] and lses[0], for results that come one after the other.
-        outs[0] may be float32 where the others are 16-bit, so that nothing is rounded on the way.
-        What a row without keys holds has to be finite then, and there is no gradient.
+        (heads, total), float32 or float64. -inf marks a row without keys; its out is ignored. A
+        sink belongs to one of the sets: pass it to one call only.
+    inplace: write out and lse over outs[0] and lses[0], to merge results as they arrive. outs[0]
+        may be float32 with 16-bit others, so that only the end rounds. Rows without keys must then
+        hold finite values, and there is no gradient.
 
-    Returns: out like outs[0], and lse like lses[0]. A row without keys in any set gets out 0 and
-        lse -inf, in place what outs[0] held. Differentiable to any order in outs and lses.
+    Returns: out like outs[0], and lse like lses[0]. A row without keys in any set gets out 0 (in
+        place: keeps outs[0]) and lse -inf. Differentiable to any order in outs and lses.
     Raises: ValueError or TypeError that names the argument.
     """
     outs, lses = _tensors("outs", outs), _tensors("lses", lses)
@@ -49,7 +49,7 @@ def merge_attention(
         return (ops.merge_fwd if _by_triton(outs, lses) else merge_fwd)(outs, lses)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *lses)):
         raise ValueError(INPLACE)
-    # Inductor makes one kernel of PyTorch's operations, and may lose a clone that an op writes to.
+    # Inductor fuses PyTorch's operations into one kernel, and may drop a clone that an op writes.
     if _by_triton(outs, lses) and not torch.compiler.is_compiling() and _has_rows(outs[0]):
         ops.merge_inplace(outs[0], lses[0], outs[1:], lses[1:])
     else:
@@ -58,7 +58,7 @@ def merge_attention(
 
 
 def _by_triton(outs: Tensors, lses: Tensors) -> bool:
-    """Not for DTensors; torch.func's transforms and tangents are those of PyTorch's operations."""
+    """Return False for DTensors, and eagerly in torch.func's transforms: they need PyTorch's."""
     if not all(type(x) is Tensor and x.is_cuda for x in (*outs, *lses)):
         return False
     if missing("triton", "cuda"):
@@ -137,7 +137,7 @@ def _not_tensors(name: str, value: object) -> TypeError:
 
 
 def merge_fwd(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `torch.ops.extrope.merge_fwd`; any derivatives."""
+    """Compute `torch.ops.extrope.merge_fwd`; differentiable to any order."""
     stacked, absent, shares = _shares(outs, lses)
     weighted = [
         out.masked_fill(_per_row(no_key), 0.0) * _per_row(share)
@@ -149,7 +149,7 @@ def merge_fwd(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, T
 
 
 def merge_inplace(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
-    """Same arguments as `torch.ops.extrope.merge_inplace`; rounds set by set."""
+    """Compute `torch.ops.extrope.merge_inplace`; round after each set."""
     for other, its_lse in zip(outs, lses):
         joint = torch.logaddexp(lse, its_lse)
         share = torch.exp(its_lse - joint.masked_fill(joint == -torch.inf, 0.0))
@@ -158,7 +158,7 @@ def merge_inplace(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequen
 
 
 def _shares(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensors:
-    """The lses stacked (finite where no set has keys), rows without keys, shares of the softmax."""
+    """Return stacked lses (finite if no set has keys), rows without keys, and softmax shares."""
     wide = torch.promote_types(torch.promote_types(outs[0].dtype, torch.float32), lses[0].dtype)
     stacked = torch.stack([lse.to(wide) for lse in lses])
     absent = stacked == -torch.inf
@@ -167,7 +167,7 @@ def _shares(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensors:
 
 
 def _per_row(x: Tensor) -> Tensor:
-    """(..., heads, seqlen) as out's (..., seqlen, heads, 1)."""
+    """View (..., heads, seqlen) as out's (..., seqlen, heads, 1)."""
     return x.transpose(-1, -2).unsqueeze(-1)
 
 
@@ -189,7 +189,7 @@ def _inplace_gpu(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequenc
 
 def _fwd_cpu(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     out, lse = merge_fwd(outs, lses)
-    return torch.empty_like(outs[0]).copy_(out), lse.contiguous()  # strides as the fake says
+    return torch.empty_like(outs[0]).copy_(out), lse.contiguous()  # the fake's strides
 
 
 def _fwd_fake(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dout: Tensor, dlse: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of outs and of lses; 0 for rows without keys."""
+    """Return gradients of outs and lses; 0 for rows without keys."""
     outs, lses = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
     _, absent, shares = _shares(outs, lses)
     dout, dlse = dout.to(shares.dtype), dlse.to(shares.dtype)
@@ -226,7 +226,7 @@ def _backward(ctx, dout: Tensor, dlse: Tensor) -> tuple[list[Tensor], list[Tenso
 
 def _define() -> None:
     tags = (torch.Tag.needs_fixed_stride_order,)
-    of_first = "Tensor(a!) out, Tensor(b!) lse, "  # the first set, which is written over
+    of_first = "Tensor(a!) out, Tensor(b!) lse, "  # the first set is overwritten
     library.define("merge_fwd(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)", tags=tags)
     library.define(f"merge_inplace({of_first}Tensor[] outs, Tensor[] lses) -> ()", tags=tags)
     torch.library.register_fake(f"{library.ns}::merge_fwd", _fwd_fake, lib=library)

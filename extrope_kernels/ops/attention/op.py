@@ -1,8 +1,8 @@
-"""The ops of attention: schemas, fakes, gradients, and who computes on which device.
+"""The ops of attention: schemas, fakes, gradients, and the backend for each device.
 
-They know regions and position maps, never a score method. `attention_fwd`, `attention_bwd` and
-`decode` run the best on the tensors' device (csrc/cpu/attention and csrc/cpu/decode on a CPU, on a
-GPU Triton or the composition over flash-attn), those with a suffix that backend alone.
+They know regions and position maps, no score method. `attention_fwd`, `attention_bwd` and `decode`
+run the best backend for the tensors' device: csrc/cpu/attention and csrc/cpu/decode on a CPU,
+Triton or the composition over flash-attn on a GPU. Ops with a suffix run that backend only.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _CALL = (
     "Tensor? pair_maps, Tensor? q_start, Tensor? k_start, *, float[] numbers"
 )
 _INV_FREQ, _SINKS, _PAIR_MAPS = 3, 6, 8  # indices among the arguments of attention_fwd
-# The numbers are those of AttentionCall. decode's cu_seqlens_q is the call's cu_seqlens; q_start
-# and k_start follow from the cache. With k and v, these are written into the cache first.
+# The numbers are those of AttentionCall. decode's cu_seqlens_q is the call's cu_seqlens; the cache
+# decides q_start and k_start. k and v, if given, are written into the cache first.
 _SCHEMAS = {
     "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor out, Tensor lse)",
     "attention_bwd": (
@@ -57,7 +57,7 @@ _DECODE_TENSORS = 6  # of the call, from inv_freq to pair_maps
 def forward(
     q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """out and lse; differentiable. Refuses what has no meaning before a kernel starts."""
+    """Return out and lse; differentiable. Refuses wrong calls before a kernel starts."""
     if _by_reference(q, backend):
         check_attention("attention", q, k, v, call)
         check_boundaries("attention", call.cu_seqlens, len(q))
@@ -78,9 +78,9 @@ def backward(
     call: AttentionCall,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The contribution of these keys to dq, and of these queries to dk and dv.
+    """Return the contribution of these keys to dq, and of these queries to dk and dv.
 
-    out, lse, dout, dlse: of the queries over all of their keys, of which k and v may be a part.
+    out, lse, dout, dlse: for all keys that the queries see; k and v may be a part of them.
     """
     given = (dout, dlse, q, k, v, out, lse)
     if _by_reference(q, backend):
@@ -96,7 +96,7 @@ def decode(
     call: AttentionCall,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse over a cache, into which k and v are written first; refuses as `forward`."""
+    """Write k and v into a cache, then attend over it; return out and lse. Refuses as `forward`."""
     if _by_reference(q, backend):
         check_decode("decode", q, k, v, cache, call)
         check_slots("decode", cache, call.cu_seqlens, len(q))
@@ -107,7 +107,7 @@ def decode(
 
 
 def _by_reference(q: Tensor, backend: str | None) -> bool:
-    """The fused kernels have no float64, and the reference has derivatives of any order."""
+    """Return True for the reference, and float64 on a CPU, which the fused kernels lack."""
     return backend == "reference" or (backend in (None, "cpu") and q.dtype == torch.float64)
 
 
@@ -120,7 +120,7 @@ def _op(name: str, backend: str | None) -> Any:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, numbers: Sequence[float]):
-    """The call, checked."""
+    """Rebuild and check the call."""
     call = read_call(tensors, numbers)
     key = (layouts_of(q, k, v, *tensors), call.fixed)
     planned(check_attention, key, "attention", q, k, v, call)
@@ -129,7 +129,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, numbers: Seque
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, numbers: Sequence[float]):
-    """The call, checked for a fused kernel."""
+    """Rebuild the call and check it for a fused kernel."""
     call = _attention(q, k, v, tensors, numbers)
     check_head_dim("attention", q)
     check_head_dim("attention", v)
@@ -187,7 +187,7 @@ def _bwd_cuda(dout, dlse, q, k, v, out, lse, *tensors, numbers):
 
 
 def _read_decode(_, k_cache, v_cache, k, v, *tensors, numbers) -> tuple[KVCache, AttentionCall]:
-    """The cache and the call of an op's arguments."""
+    """Rebuild the cache and the call from an op's arguments."""
     *cached, k_scale, v_scale = tensors[_DECODE_TENSORS:]
     cu_seqlens = tensors[1]
     appended = 0 if k is None or k.dim() != 4 else k.shape[1]
@@ -197,7 +197,7 @@ def _read_decode(_, k_cache, v_cache, k, v, *tensors, numbers) -> tuple[KVCache,
 
 
 def _decode_call(*tensors, numbers) -> tuple[KVCache, AttentionCall]:
-    """The cache and the call, checked."""
+    """Rebuild and check the cache and the call."""
     q, _, _, k, v = tensors[:5]
     cache, call = _read_decode(*tensors, numbers=numbers)
     key = (layouts_of(*tensors), call.fixed)
@@ -246,7 +246,7 @@ def _decode_fake(*tensors, numbers):
 
 
 def _register_gradient(suffix: str) -> None:
-    """The derivative in q, k, v and sinks; raw tensors alone are saved."""
+    """Register the gradients of `attention_fwd{suffix}`; only raw tensors are saved."""
     fwd = getattr(ops, f"attention_fwd{suffix}").default
     bwd = getattr(ops, f"attention_bwd{suffix}").default
 
@@ -265,12 +265,12 @@ def _register_gradient(suffix: str) -> None:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None and dlse is None:
             return None, None, None
-        # Those of float32_results are rounded, as they are on their way to the 16-bit op.
+        # Round float32_results, as autograd does on the way to the 16-bit op.
         out = out.to(q.dtype)
         dout = torch.zeros_like(out) if dout is None else contiguous_rows(dout.to(q.dtype))
         dlse = None if dlse is None else dlse.contiguous()
         of_freq = of_sinks = of_maps = None
-        needs = ctx.needs_input_grad[2:]  # behind what every recorded op has
+        needs = ctx.needs_input_grad[2:]  # after the two arguments that every recorded op has
         if needs[_INV_FREQ] or any(needs[_PAIR_MAPS : _PAIR_MAPS + 1]):
 
             def of_call(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,7 +292,7 @@ def _register_gradient(suffix: str) -> None:
 def grad_of_sinks(
     sinks: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
 ) -> Tensor:
-    """The gradient of a call's sinks (heads_q,), from its outputs and their gradients.
+    """Return the gradient of a call's sinks (heads_q,), from its outputs and their gradients.
 
     out, dout: (batch, seqlen_q, heads_q, head_dim), or packed (total, heads_q, head_dim); lse,
     dlse: (batch, heads_q, seqlen_q) or (heads_q, total), of all logits and the sink.
@@ -300,20 +300,20 @@ def grad_of_sinks(
     delta = torch.linalg.vecdot(dout.to(lse.dtype), out.to(lse.dtype)).transpose(-1, -2)
     if dlse is not None:
         delta = delta - dlse
-    # A row without keys whose sink is switched off by -inf has neither.
+    # A row without keys whose sink is -inf (off) has no share: both are -inf.
     share = torch.exp((sinks[:, None] - lse).masked_fill(lse == -torch.inf, -torch.inf))
     found = -share * delta
     return found.movedim(-2, 0).flatten(1).sum(1).to(sinks.dtype)
 
 
 def _written(args: Tensors) -> Tensors:
-    """The caches, where decode appends to them."""
+    """Return the caches if decode appends to them, else nothing."""
     return () if args[3] is None else args[1:3]
 
 
 def _define() -> None:
     fakes = {"attention_fwd": _fwd_fake, "attention_bwd": _bwd_fake, "decode": _decode_fake}
-    kernels = {  # on a CPU: the interpreter, and stand-ins for an engine
+    kernels = {  # on a CPU: the interpreter, and fake engines
         "attention_fwd_triton": _fwd_triton,
         "attention_bwd_triton": _bwd_triton,
         "decode_triton": _decode_triton,

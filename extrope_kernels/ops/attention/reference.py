@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch, all scores at once: the oracle, O(seqlen**2) in memory."""
+"""Attention in plain PyTorch with all logits at once: the reference, O(seqlen**2) memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .rotation import positions, rotate, row_scale, store_keys, unrotate
 
 @without_autocast
 def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """One softmax over every region's scores; differentiable to any order.
+    """Attend with one softmax over all regions; differentiable to any order.
 
     q, k: raw, (batch, seqlen_q, heads_q, head_dim) and (batch, seqlen_k, heads_k, head_dim), or
-    (total, heads, head_dim) with call.cu_seqlens; v like k, of any head_dim. Returns out like q, of
-    v's head_dim, and lse (batch, heads_q, seqlen_q), or (heads_q, total).
+    (total, heads, head_dim) with call.cu_seqlens; v like k, of any head_dim. Returns out like q,
+    with v's head_dim, and lse (batch, heads_q, seqlen_q), or (heads_q, total).
     """
     if call.cu_seqlens is not None:
         found = _each_sequence(forward, call, rows=(q, k, v))
@@ -41,9 +41,9 @@ def backward(
     lse: Tensor,
     call: AttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, each in its dtype or with call.float32_results in float32.
+    """Return gradients of q, k and v, each in its dtype; in float32 with call.float32_results.
 
-    out, lse: of all keys that the queries see, of which k and v may be a part.
+    out, lse: for all keys that the queries see; k and v may be a part of them.
     """
     if call.cu_seqlens is not None:
         rows, columns = (dout, q, k, v, out), (dlse, lse)
@@ -78,19 +78,19 @@ def backward(
 def decode(
     q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    """The last tokens of every sequence see the keys up to their own.
+    """Attend from the last tokens of every sequence to the keys up to their own.
 
     q: (batch, seqlen_q, heads_q, head_dim), raw, or packed (total, heads_q, head_dim) with
-    call.cu_seqlens; k, v: of the same tokens, raw, to be written into the cache first, or None.
-    Returns out like q, of v's head_dim, and lse (batch, heads_q, seqlen_q) or (heads_q, total);
-    float32 inside, float64 for float64 tensors.
+    call.cu_seqlens. k, v: raw, of the same tokens, written into the cache first; or None.
+    Returns out like q, with v's head_dim, and lse (batch, heads_q, seqlen_q) or (heads_q, total).
+    Computes in float32, in float64 for float64 tensors.
     """
     if call.cu_seqlens is not None:
         return _decode_packed(q, k, v, cache, call)
     if k is not None:
         _append(k, v, cache, call)
     lengths = cache.lengths()
-    first = lengths - q.shape[1]  # position of the first query; negative where there are too few
+    first = lengths - q.shape[1]  # position of the first query; negative with too few keys
     call = call._replace(q_start=first, k_start=torch.zeros_like(first[:1]))
     keys, values = _gather(cache, first, call, q)
     out, lse = forward(q.to(keys.dtype), keys, values, call)
@@ -100,7 +100,7 @@ def decode(
 def _decode_packed(
     q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    """Sequence by sequence; tokens past the last boundary get 0, and -inf as lse."""
+    """Decode one sequence after another; tokens past the last boundary get 0, and lse -inf."""
     out = q.new_zeros(*q.shape[:-1], cache.v.shape[-1])
     lse = q.new_full(lse_shape(q), -torch.inf, dtype=accumulator(q.dtype))
     for b, (begin, end) in enumerate(pairwise(call.cu_seqlens.tolist())):
@@ -122,7 +122,7 @@ def _one_cache(b: int, cache: KVCache, appended: int) -> KVCache:
 
 
 def _append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:
-    """Write raw keys (batch, new, heads_k, head_dim) and values behind those of each sequence."""
+    """Append raw keys (batch, new, heads_k, head_dim) and values to each sequence's."""
     slots = cache.seqlens.long()[:, None] + torch.arange(k.shape[1], device=k.device)
     j = slots if cache.leftpad is None else slots - cache.leftpad[:, None]
     rows = cache.rows(slots)
@@ -131,7 +131,7 @@ def _append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:
 
 
 def _gather(cache: KVCache, first: Tensor, call: AttentionCall, q: Tensor) -> tuple[Tensor, ...]:
-    """Keys and values by position, (batch, capacity, heads_k, head_dim); zero where not seen."""
+    """Return keys and values by position: (batch, capacity, heads_k, head_dim), 0 if unseen."""
     wide = accumulator(q.dtype)
     j = torch.arange(cache.capacity, device=q.device).expand(q.shape[0], -1)
     seen = (j < cache.lengths()[:, None]) & (j >= call.first_keys(first[:, None])[0])
@@ -153,9 +153,10 @@ def _each_sequence(
     rows: tuple[Tensor, ...],
     columns: tuple[Tensor | None, ...] = (),
 ) -> list[Any]:
-    """run(*rows, *columns, call) of every packed sequence, without its batch.
+    """Return run(*rows, *columns, call) for every packed sequence, without its batch.
 
-    One by one, so that a NaN stays in its sequence. rows: (total, ...); columns: (heads, total).
+    One after another, so that a NaN stays in its sequence. rows: (total, ...); columns: (heads,
+    total).
     """
     found = []
     for b, (begin, end) in enumerate(pairwise(call.cu_seqlens.tolist())):
@@ -167,9 +168,9 @@ def _each_sequence(
 
 
 def _one_call(b: int, tokens: slice, call: AttentionCall) -> AttentionCall:
-    """The call of one of packed sequences."""
+    """Return the call of one packed sequence."""
 
-    def own(x: Tensor | None) -> Tensor | None:  # one for all sequences, or one each
+    def own(x: Tensor | None) -> Tensor | None:  # x has one row for all sequences, or one each
         return x if x is None or x.shape[0] == 1 else x[b : b + 1]
 
     return call._replace(
@@ -182,13 +183,13 @@ def _one_call(b: int, tokens: slice, call: AttentionCall) -> AttentionCall:
 
 
 def _positions(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Of queries and of keys, (batch or 1, seqlen)."""
+    """Return positions of queries and of keys: (batch or 1, seqlen)."""
     i, j = positions(q, k, call)
     return i.expand(-1 if i.dim() > 1 else 1, -1), j.expand(-1 if j.dim() > 1 else 1, -1)
 
 
 def _visible(call: AttentionCall, i: Tensor, j: Tensor) -> list[Tensor]:
-    """(batch or 1, 1, seqlen_q, seqlen_k) bool for each region: does it hold the pair?"""
+    """Return each region's mask of its pairs: (batch or 1, 1, seqlen_q, seqlen_k) bool."""
     firsts = [first[:, None, :, None] for first in call.first_keys(i)]
     j = j[:, None, None]
     return [(first <= j) & (j < end) for first, end in pairwise(firsts)]
@@ -197,7 +198,7 @@ def _visible(call: AttentionCall, i: Tensor, j: Tensor) -> list[Tensor]:
 def _logits(
     q: list[Tensor], k: list[Tensor], call: AttentionCall, at: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """(batch, heads_q, seqlen_q, seqlen_k): every pair's score in its region, -inf outside."""
+    """Return each pair's logit, -inf outside all regions: (batch, heads_q, seqlen_q, seqlen_k)."""
     wide, scale = accumulator(q[0].dtype), _scale(q[0], call, at[0])
     logits = torch.tensor(-torch.inf, dtype=wide, device=q[0].device)
     for visible, q_r, k_r in zip(_visible(call, *at), q, k):
@@ -214,10 +215,10 @@ def _scale(q: Tensor, call: AttentionCall, i: Tensor) -> Tensor | float:
 
 
 def _softmax(logits: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """The weights of keys, and the log-sum-exp of the logits with that of the sink.
+    """Return the weights of keys, and the log-sum-exp of the logits and the sink.
 
-    logits: (batch, heads_q, seqlen_q, seqlen_k), -inf for keys that are not seen. Rows that see no
-    key have weights 0; what they get on the way is not used, but finite, so that gradients are.
+    logits: (batch, heads_q, seqlen_q, seqlen_k), -inf for unseen keys. Rows without keys have
+    weights 0. Their intermediate values are unused but finite, so that gradients are finite too.
     """
     empty = (logits == -torch.inf).all(-1)
     lse = torch.logsumexp(logits.masked_fill(empty[..., None], 0.0), dim=-1)
@@ -225,7 +226,7 @@ def _softmax(logits: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
         return torch.exp(logits - lse[..., None]), lse.masked_fill(empty, -torch.inf)
     sinks = call.sinks.to(logits.dtype)[:, None].expand(lse.shape)
     lse = torch.where(empty, sinks, torch.logaddexp(lse, sinks))
-    # A sink that is switched off by -inf is nothing that a row without keys could see.
+    # With a sink of -inf (off) a row without keys has nothing to see either.
     finite = lse.masked_fill(lse == -torch.inf, 0.0)
     return torch.exp(logits - finite[..., None]), lse
 

@@ -1,4 +1,4 @@
-"""Rotate raw queries and keys to where every region sees them, and gradients back.
+"""Rotate raw queries and keys to each region's places, and gradients back.
 
 For implementations that take rotated tensors; the fused kernels rotate rows themselves.
 """
@@ -20,17 +20,17 @@ from .call import AttentionCall
 
 
 class Places(NamedTuple):
-    """Where a region rotates queries and keys to: (seqlen,), or (batch, seqlen).
+    """The places to which a region rotates queries and keys: (seqlen,), or (batch, seqlen).
 
-    Where pairs go to places of their own, dimensions (heads_k or 1, pairs) follow.
+    If every pair has its own place, dimensions (heads_k or 1, pairs) follow.
     """
 
     q: Tensor
-    k: Tensor  # counted from where keys come
+    k: Tensor  # relative to the rotation that k already has
 
 
 def positions(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """int64 positions of queries and of keys: (seqlen,), or (batch, seqlen) where they differ."""
+    """Return int64 positions of queries and keys: (seqlen,), or (batch, seqlen) if they differ."""
     seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
     rows, keys = (torch.arange(n, device=q.device) for n in (seqlen_q, seqlen_k))
     sequence = None
@@ -45,9 +45,9 @@ def positions(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor
 
 
 def row_scale(i: Tensor, call: AttentionCall, dtype: torch.dtype) -> Tensor | None:
-    """The factors, beside call.scale, of the logits of queries at positions i, or None.
+    """Return factors of the logits of queries at positions i, besides call.scale, or None.
 
-    (seqlen_q,) or (batch, seqlen_q), as log_n and query_scale make them.
+    (seqlen_q,) or (batch, seqlen_q), from log_n and query_scale.
     """
     scale = None if call.log_n is None else query_scale.log_n(i, call.log_n, dtype=dtype)
     if call.query_scale is None:
@@ -57,11 +57,11 @@ def row_scale(i: Tensor, call: AttentionCall, dtype: torch.dtype) -> Tensor | No
 
 
 def used(q: Tensor, k: Tensor, call: AttentionCall) -> list[tuple[Tensor, Tensor]]:
-    """The queries and the keys, as masks, that each region brings together."""
+    """Return for each region the masks of queries and of keys that it pairs."""
     i, j = positions(q, k, call)
     firsts, found = call.first_keys(i), []
     for first, end in pairwise(firsts):
-        if call.cu_seqlens is None:  # else every sequence has first and last keys of its own
+        if call.cu_seqlens is None:  # else every sequence has its own first and last keys
             first, end = first.maximum(j[..., :1]), end.minimum(j[..., -1:] + 1)
         of_k = (j >= first.amin(-1, keepdim=True)) & (j < end.amax(-1, keepdim=True))
         found.append((first.clamp(min=0) < end, of_k))
@@ -69,10 +69,9 @@ def used(q: Tensor, k: Tensor, call: AttentionCall) -> list[tuple[Tensor, Tensor
 
 
 def places(q: Tensor, k: Tensor, call: AttentionCall) -> list[Places]:
-    """Where each region rotates to; 0 for queries and keys that it does not bring together.
+    """Return each region's places; 0 for queries and keys that it does not pair.
 
-    XPOS's amplitude may overflow far from where a region holds keys, and an infinite number would
-    meet a weight of 0.
+    Far from a region's keys XPOS's amplitude may overflow, and infinity times a weight of 0 is NaN.
     """
     i, j = positions(q, k, call)
     if not i.numel() or not j.numel():
@@ -90,8 +89,9 @@ def places(q: Tensor, k: Tensor, call: AttentionCall) -> list[Places]:
 
 
 def moved(by: PositionMap, j: Tensor, call: AttentionCall) -> Tensor:
-    """How far keys at positions j (...) have to rotate on from where they come: (...), or of pairs
-    (..., heads_k or 1, pairs).
+    """Return how far keys at positions j (...) rotate on from their present rotation.
+
+    (...), or for pairs (..., heads_k or 1, pairs).
     """
     to, origin = call.mapped(by, j), call.mapped(call.stored, j)
     most = max(to.dim(), origin.dim())
@@ -100,12 +100,12 @@ def moved(by: PositionMap, j: Tensor, call: AttentionCall) -> Tensor:
 
 
 def _where(seen: Tensor, places: Tensor, by_pair: bool) -> Tensor:
-    """The places of tokens that are seen, and 0 of the others."""
+    """Return the places of tokens that are seen, and 0 for others."""
     return torch.where(seen[..., None, None] if by_pair else seen, places, 0.0)
 
 
 def rotate(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[list[Tensor], list[Tensor]]:
-    """q and k as every region sees them; differentiable.
+    """Return q and k rotated for each region; differentiable.
 
     q: (..., seqlen_q, heads_q, head_dim), k: (..., seqlen_k, heads_k, head_dim).
     """
@@ -119,7 +119,7 @@ def rotate(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[list[Tensor], lis
 def unrotate(
     dq: list[Tensor], dk: list[Tensor], q: Tensor, k: Tensor, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of raw q and k, of the call's dtype for results, from those of the regions."""
+    """Return gradients of raw q and k, in the call's dtype for results, from the regions'."""
     at = places(q, k, call)
     raw_q = [rotate_queries(g, place.q, call, adjoint=True) for g, place in zip(dq, at)]
     raw_k = [
@@ -130,14 +130,15 @@ def unrotate(
 
 
 def rotate_queries(x: Tensor, i: Tensor, call: AttentionCall, adjoint: bool = False) -> Tensor:
-    """Rotate to positions i. The attention factor of both sides goes onto the queries, so that keys
-    which come rotated can stay as they are.
+    """Rotate queries to positions i.
+
+    Queries take the attention factor of both sides: keys that come rotated need no change.
     """
     return _rotate(x, i, call, call.log_decay, call.attention_factor**2, adjoint)
 
 
 def store_keys(x: Tensor, j: Tensor, call: AttentionCall) -> Tensor:
-    """Rotate raw keys to where a cache keeps them."""
+    """Rotate raw keys as a cache stores them."""
     return x if call.stored == UNROTATED else _rotate_keys(x, call.mapped(call.stored, j), call)
 
 
@@ -158,14 +159,14 @@ def _rotate(x, position, call, log_decay, amplitude, adjoint) -> Tensor:
 
 
 def _of_heads(of_keys: Tensor, x: Tensor) -> Tensor:
-    """Frequencies or places (..., heads_k, pairs) for the heads of x, (..., heads, dims)."""
+    """Repeat frequencies or places (..., heads_k, pairs) for the heads of x, (..., heads, dims)."""
     if of_keys.dim() < 3 or of_keys.shape[-2] == 1:
         return of_keys
     return of_keys.repeat_interleave(x.shape[-2] // of_keys.shape[-2], dim=-2)
 
 
 def _rotate_pairs(x, position, inv_freq, call, amplitude, adjoint) -> Tensor:
-    """Rotate each pair to a place of its own: position (..., seqlen, heads_k or 1, pairs)."""
+    """Rotate each pair to its own place; position: (..., seqlen, heads_k or 1, pairs)."""
     if inv_freq.dim() < 3:
         inv_freq = inv_freq.unsqueeze(-2)
     if call.cu_seqlens is not None and inv_freq.dim() == 3 and inv_freq.shape[0] > 1:
@@ -183,7 +184,7 @@ def _rotate_pairs(x, position, inv_freq, call, amplitude, adjoint) -> Tensor:
 
 
 def _of_tokens(start: Tensor | None, sequence: Tensor | None) -> Tensor | int:
-    """A start as it is added to the positions of tokens."""
+    """Return a start in a shape that adds to the positions of tokens."""
     if start is None:
         return 0
     if start.shape[0] == 1:

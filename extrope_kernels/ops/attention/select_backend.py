@@ -1,4 +1,4 @@
-"""Select who attends on a GPU when no backend is named: a table, and the look-up in it."""
+"""Select the GPU backend of attention if none is named: a table, and the look-up in it."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _ENGINES = {engine.name: engine for engine in ENGINES}
 
 
 class Row(NamedTuple):
-    """On such a GPU the composition over an engine, from a length on; below it Triton."""
+    """A row of the table: from `seqlen` on the composition over an engine runs, below it Triton."""
 
-    major: int  # of the compute capability
-    head_dim: int  # at most, so that the engines take every call: the gradient of lse needs 8 more
+    major: int  # compute capability of the GPU
+    head_dim: int  # at most; the engines take 8 more, for the gradient of lse
     seqlen: int | None  # None: Triton at any length
     engines: tuple[str, ...]  # best first
     why: str
     measured: bool = False
 
 
-# The first row that fits a call counts; where none does, or no engine of its is here, Triton runs.
-# The composition moves 51 bytes for every element of q beyond its engine's own forward (counted),
-# 58 % of the time of FA3 on an H100 at 8k x 128 dims, halved by every doubling of the length. What
-# it gains is the engine (speeds by the engines' authors and tritonbench), in the backward more:
-# 561 TFLOP/s of FA3 against 100 to 170 expected of ours.
+# The first row that fits a call counts. If none does, or none of its engines is here, Triton runs.
+# Beyond its engine's forward the composition moves 51 bytes per element of q (counted). That is
+# 58 % of FA3's time on an H100 at 8k x 128 dims; each doubling of the length halves the share. Its
+# gain is the engine's speed (by the engines' authors and tritonbench), mostly in the backward: 561
+# TFLOP/s of FA3 against an expected 100 to 170 of ours.
 TABLE = (
     Row(8, 256, None, (), "flash-attn 2 is hardly faster, and the composition moves more bytes"),
     Row(9, 64, 32768, ("flash-attn 4", "flash-attn 3"), "497 TFLOP/s against 403 of Triton"),
@@ -49,20 +49,22 @@ TABLE = (
 
 
 class Shape(NamedTuple):
-    """The properties of a call that decide."""
+    """The properties of a call that decide the backend."""
 
     kind: Kind
-    seqlen: int  # the shorter of queries and keys; of packed sequences their mean
+    seqlen: int  # the shorter of queries and keys; for packed sequences the mean
     granularity: int = 1
     log_decay: bool = False
     pair_maps: bool = False
-    refused: str | None = None  # what the composition does not take of the call
+    refused: str | None = None  # why the composition refuses the call
 
 
 class Selected(NamedTuple):
+    """The selected backend and the reason."""
+
     backend: str
     reason: str
-    engine: str | None = None  # of flash_attn; None: the best that is installed
+    engine: str | None = None  # for flash_attn; None: the best installed one
 
 
 def select(
@@ -70,12 +72,12 @@ def select(
 ) -> Selected:
     """Look a call up in the table.
 
-    major: of the GPU's compute capability.
-    missing: of an engine's name, None where it can run, else why not; asked only about the engines
+    major: the GPU's compute capability.
+    missing: returns why the engine of this name cannot run, or None; called only for the engines
         of a row that fits.
     override: the value of EXTROPE_ATTENTION.
 
-    Raises: ValueError for another value than "triton" and "flash_attn".
+    Raises: ValueError for another override than "triton" and "flash_attn".
     """
     if override:
         if override not in _NAMES:
@@ -104,7 +106,7 @@ def select(
 
 
 def _refused(shape: Shape) -> str | None:
-    """Why the composition does not take a call, or should not."""
+    """Return why the composition cannot or should not take a call, or None."""
     if shape.kind.dtype not in _DTYPES:
         return f"flash-attention takes 16-bit dtypes, got {shape.kind.dtype}"
     if shape.granularity != 1:
@@ -119,7 +121,7 @@ def _refused(shape: Shape) -> str | None:
 
 
 def select_backend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Selected:
-    """Who attends to a call on a GPU; forward and backward find the same."""
+    """Select the GPU backend of a call; forward and backward find the same."""
     seqlen, _, head_dim = q.shape[-3:]
     if call.cu_seqlens is None:
         seqlen = min(seqlen, k.shape[-3])
@@ -140,7 +142,7 @@ def select_backend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Sele
 
 
 def engine_named(name: str | None) -> Engine | None:
-    """The engine of a selection."""
+    """Return the engine of a selection."""
     return None if name is None else _ENGINES[name]
 
 
@@ -153,12 +155,12 @@ def _select(device: torch.device, override: str, shape: Shape) -> Selected:
 
 
 def _major(device: torch.device) -> int:
-    # AMD's numbers mean other chips: their gfx942 is 9.4.
+    # The same numbers mean other chips at AMD: gfx942 is 9.4.
     return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
 def selections() -> dict[str, str]:
-    """Who attends on the GPUs here, or where there is none on those of the table: a line each."""
+    """Describe the selection, a line each, for the GPUs here; without any, for the table's."""
     if override := os.environ.get(VARIABLE, ""):
         try:
             reason = select(0, _shape(TABLE[0]), lambda _: None, override).reason

@@ -1,7 +1,7 @@
-"""The fused step into a key/value cache: norm, rotation and the write of keys and values.
+"""The fused append to a key/value cache: norm, rotation and the write of keys and values.
 
 The CPU library registers its kernel for the op `rope_append` (csrc/cpu/append/bind.cpp); on a GPU
-Triton's serves. `rope_append_triton` runs Triton's alone.
+the op runs Triton's. `rope_append_triton` always runs Triton's.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .op import triton_kernels
 
 BACKENDS = ("reference", "cpu", "triton")
 _OP = "rope_append_kvcache"
-_POSITIONS = 13  # among the op's tensors; log_decay and axes follow
+_POSITIONS = 13  # index among the op's tensors; log_decay and axes follow
 
 
 def rope_append_kvcache(
@@ -74,35 +74,35 @@ def rope_append_kvcache(
 ) -> Tensor | None:
     """Norm and rotate new queries and keys, and write keys and values into a cache: one launch.
 
-    What lies between the projections and the attention of a decode step or a prefill chunk. The
-    norm is RMSNorm (https://arxiv.org/abs/1910.07467), the rotation RoPE
-    (https://arxiv.org/abs/2104.09864), each where its arguments are given. For inference.
+    It covers everything between the projections and the attention of a decode step or a prefill
+    chunk. The norm is RMSNorm (https://arxiv.org/abs/1910.07467), the rotation RoPE
+    (https://arxiv.org/abs/2104.09864); each runs if its arguments are given. For inference.
 
     q, k, v: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens or
         slot_mapping; float32, bfloat16, float16 or float64; any strides with a contiguous last
-        dimension, so views of one packed projection are taken as they are. q and k have one
-        head_dim, v may have another; k and v have the cache's heads. q may be None.
+        dimension, so views of one packed projection need no copy. q and k have one head_dim, v may
+        have another; k and v have the cache's heads. q may be None.
     k_cache, v_cache: (batch, max_len, heads_k, head_dim), or with block_table or slot_mapping
         (num_blocks, block_size, heads_k, head_dim); any strides with a contiguous last dimension.
-        What no token goes to stays as it is. In k's dtype, or float8_e4m3fn with k_scale and
+        Slots without a new token do not change. In k's dtype, or float8_e4m3fn with k_scale and
         v_scale.
     freqs: from `extrope_kernels.methods`, on k's device, as for `apply_rope`; None rotates nothing.
-    cache_seqlens: (batch,) int32, or one int for all: the slots in use. The new tokens go behind
-        them, and have the positions that follow.
-    block_table: (batch, max_blocks) int32: the blocks of each sequence in their order.
+    cache_seqlens: (batch,) int32, or one int for all: the slots in use. New tokens follow them, in
+        slots and in positions.
+    block_table: (batch, max_blocks) int32: the blocks of each sequence, in order.
     slot_mapping: instead of both: (batch, seqlen) or (total,), int32 or int64, the slot of each
-        token, block * block_size + place in the block. -1 is written nowhere.
-    cu_seqlens: (batch + 1,) int32, the boundaries of packed sequences. What is past the last one is
-        padding and written nowhere, unless slot_mapping says so.
+        token, block * block_size + slot in the block. -1 writes nothing.
+    cu_seqlens: (batch + 1,) int32, the boundaries of packed sequences. Tokens past the last one are
+        padding, and not written unless slot_mapping gives them slots.
     cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
-    positions: (seqlen,), (batch, seqlen) or (total,), or by axes as for `apply_rope`: where each
-        token is, whatever its slot. Needed where slot_mapping comes without cache_seqlens.
-    score: of a score method, `scores.rerope(window)` or another: keys are rotated to where the
-        attention with a cache of that name has them, and queries, which it rotates itself, come
-        back normed alone. XPOS's log_decay is then taken by methods that store keys by blocks. A
-        PairMap that keys are stored by has to be one of all heads.
-    k_scale, v_scale: (heads_k,) float32, positive, of a cache in float8_e4m3fn: keys and values are
-        written over their head's scale, rounded to nearest even, at most 448 either way.
+    positions: (seqlen,), (batch, seqlen) or (total,), or by axes as for `apply_rope`: the position
+        of each token, independent of its slot. Needed with slot_mapping without cache_seqlens.
+    score: a score method such as `scores.rerope(window)`: keys are rotated by `score.stored`, as
+        `rope_attention_with_kvcache` expects them. Queries come back only normed, since that
+        attention rotates them itself. XPOS's log_decay then needs a method that stores keys by
+        blocks, and a PairMap in `score.stored` must be the same for all heads.
+    k_scale, v_scale: (heads_k,) float32, positive, for a cache in float8_e4m3fn: keys and values
+        are divided by their head's scale, rounded to nearest even, and clamped at 448 either way.
     q_norm_weight, k_norm_weight, norm_eps: as for `apply_rope_qk`; None leaves that tensor without
         a norm.
     interleaved: as for `apply_rope`.
@@ -111,8 +111,8 @@ def rope_append_kvcache(
 
     Returns: q, normed and rotated; None without q.
     Raises: ValueError or TypeError that names the argument, before anything is written;
-        NotImplementedError when the named backend cannot run here. On a GPU the values of integer
-        tensors are not looked at, and what does not fit the cache is not written.
+        NotImplementedError if the named backend cannot run here. On a GPU the values of integer
+        tensors are not checked; tokens outside the cache are not written.
     """
     if not isinstance(k, Tensor):
         raise TypeError(f"{_OP}: k must be a Tensor, got {type(k).__name__}")
@@ -155,7 +155,7 @@ def rope_append_kvcache(
 def _rope_args(
     freqs: RopeFreqs | None, score: Score | None, options: dict[str, Any]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """inv_freq, log_decay and axes of the op; the rest goes into its options."""
+    """Return the op's inv_freq, log_decay and axes; put the rest into its options."""
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"{_OP}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
     if freqs.inv_freq is None:
@@ -183,7 +183,7 @@ def _rope_args(
 def _placed_by_pair(
     score: Score, tensors: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """The tensors with positions by axis, an axis for each pair: where `score` stores it."""
+    """Replace positions by stored ones of `score`, with an axis for each pair."""
     call, stored = Append(*tensors, **options), score.stored
     check(_OP, call)
     check_values(_OP, call)
@@ -218,7 +218,7 @@ def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None)
 
 
 def _refuse_gradients(tensors: tuple[Any, ...]) -> None:
-    """Refuse what a caller may have forgotten to detach, not the norm weights of a model."""
+    """Refuse tensors that require gradients, except a model's norm weights."""
     if not torch.is_grad_enabled():
         return
     for name, x in zip(("q", "k", "v", "k_cache", "v_cache"), tensors):
@@ -241,18 +241,18 @@ class Append:
     v_cache: Tensor
     q_norm_weight: Tensor | None
     k_norm_weight: Tensor | None
-    inv_freq: Tensor | None  # None: nothing is rotated
+    inv_freq: Tensor | None  # None: no rotation
     cache_seqlens: Tensor | None = None  # (sequences,) int32: slots in use, left padding included
     block_table: Tensor | None = None  # (sequences, max_pages) int32
     slot_mapping: Tensor | None = None  # of k's tokens: page * page_size + slot, -1 for nowhere
     cu_seqlens: Tensor | None = None
     cache_leftpad: Tensor | None = None  # (sequences,) int32: the slot of position 0
-    positions: Tensor | None = None  # None: behind those in use
+    positions: Tensor | None = None  # None: after the slots in use
     log_decay: Tensor | None = None
     axes: Tensor | None = None
-    k_scale: Tensor | None = None  # of a cache in float8_e4m3fn
+    k_scale: Tensor | None = None  # for a cache in float8_e4m3fn
     v_scale: Tensor | None = None
-    stored: tuple[float, ...] | list[float] = ()  # a map: k rotates to there, and q not at all
+    stored: tuple[float, ...] | list[float] = ()  # a map for k; q is then not rotated
     norm_eps: float = 1e-6
     attention_factor: float = 1.0
     interleaved: bool = False
@@ -280,7 +280,7 @@ class Append:
 
     @property
     def capacity(self) -> int:
-        """How many slots a sequence has."""
+        """The number of slots per sequence."""
         pages = 1 if self.block_table is None else self.block_table.shape[1]
         return pages * self.k_cache.shape[1]
 
@@ -290,11 +290,11 @@ class Append:
 
     @property
     def map(self) -> PositionMap | None:
-        """Where a score method stores keys."""
+        """The map by which a score method stores keys."""
         return PositionMap.read(self.stored) if self.stored else None
 
     def sequence_and_place(self) -> tuple[Tensor, Tensor]:
-        """(batch, seqlen): each token's sequence, and its number among the new ones of that."""
+        """Return each token's sequence and its index in that one's new tokens: (batch, seqlen)."""
         index = torch.arange(self.seqlen, device=self.k.device)
         if self.cu_seqlens is None:
             sequence = torch.arange(self.batch, device=self.k.device)[:, None]
@@ -303,7 +303,7 @@ class Append:
         return sequence[None], (index - self.cu_seqlens[sequence])[None]
 
     def token_positions(self) -> Tensor:
-        """`positions`, or (batch, seqlen) int64 of the tokens behind those in use."""
+        """Return `positions`, or those that follow the slots in use: (batch, seqlen) int64."""
         if self.positions is not None:
             return self.positions
         sequence, place = self.sequence_and_place()
@@ -313,7 +313,7 @@ class Append:
         return first[sequence] + place
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(batch, seqlen): whether a token is written; the indices of its block and of its slot."""
+        """Return the mask of written tokens, and their blocks and slots: (batch, seqlen) each."""
         page_size = self.k_cache.shape[1]
         if self.slot_mapping is not None:
             slot = self.slot_mapping.long().view(self.batch, self.seqlen)
@@ -330,7 +330,7 @@ class Append:
 
 
 def check(op: str, call: Append) -> None:
-    """Raise ValueError or TypeError that names the argument, for what has no meaning."""
+    """Raise ValueError or TypeError that names the wrong argument."""
     if not isinstance(call.k, Tensor):
         raise TypeError(f"{op}: k must be a Tensor, got {type(call.k).__name__}")
     packed = call.cu_seqlens is not None or call.packed
@@ -357,7 +357,7 @@ def check(op: str, call: Append) -> None:
 
 
 def check_values(op: str, call: Append) -> None:
-    """What only the values of the integer tensors show: on a CPU, where looking costs nothing."""
+    """Check the values of integer tensors, on a CPU, where reading them costs nothing."""
     if call.k.device.type != "cpu" or torch.compiler.is_compiling():
         return
     cu = call.cu_seqlens
@@ -396,7 +396,7 @@ def check_values(op: str, call: Append) -> None:
 
 
 def _check_values_tensor(op: str, call: Append) -> None:
-    """v, which may have another head_dim than k."""
+    """Check v, which may have another head_dim than k."""
     k, v = call.k, call.v
     check_rows(op, "v", v, k.dim() == 3)
     if v.dtype != k.dtype or v.device != k.device:
@@ -425,7 +425,7 @@ def _check_cache(op: str, name: str, cache: Tensor, x: Tensor, scales: Scales) -
 
 
 def _check_places(op: str, call: Append) -> None:
-    """Which slots are written, of which sequences."""
+    """Check the tensors that decide which slots are written."""
     for name, x, shape in (
         ("cache_seqlens", call.cache_seqlens, (call.sequences,)),
         ("cache_leftpad", call.cache_leftpad, (call.sequences,)),
@@ -492,7 +492,7 @@ def _check_rotation(op: str, call: Append) -> None:
 
 
 def _told_as(op: str, run: Callable[[], None]) -> None:
-    """What the rotation refuses, in the name of this op."""
+    """Run a check of the rotation; its errors begin with the name of this op."""
     try:
         run()
     except (TypeError, ValueError) as error:
@@ -504,7 +504,7 @@ def _told_as(op: str, run: Callable[[], None]) -> None:
 
 
 def reference(*tensors: Tensor | None, **options) -> Tensor:
-    """Same arguments and results as `torch.ops.extrope.rope_append`."""
+    """Compute `torch.ops.extrope.rope_append`."""
     call = Append(*tensors, **options)
     check("rope_append", call)
     check_values("rope_append", call)
@@ -532,7 +532,7 @@ def _norm(x: Tensor, weight: Tensor | None, call: Append) -> Tensor:
 
 
 def _rotate(call: Append, q: Tensor | None, positions: Tensor) -> tuple[Tensor | None, Tensor]:
-    """q, if it is to be rotated, and k."""
+    """Rotate k, and q unless a score method rotates it later."""
     options = {
         "norm_eps": call.norm_eps,
         "attention_factor": call.attention_factor,
@@ -540,11 +540,11 @@ def _rotate(call: Append, q: Tensor | None, positions: Tensor) -> tuple[Tensor |
         "decay_origin": call.decay_origin,
     }
     decay, tensors = call.log_decay, (q, call.k, call.q_norm_weight, call.k_norm_weight)
-    if q is None:  # k in its place, which decays the other way
+    if q is None:  # k takes its place, and decays the other way
         tensors = (call.k, None, call.k_norm_weight, None)
         decay = None if decay is None else -decay
     cu_seqlens = call.cu_seqlens
-    if cu_seqlens is not None:  # padding past the last sequence is rotated as if it were part of it
+    if cu_seqlens is not None:  # padding is rotated like the last sequence
         cu_seqlens = torch.cat((cu_seqlens[:-1], cu_seqlens.new_tensor([call.seqlen])))
     rope_args = (call.inv_freq, positions, cu_seqlens, decay, call.axes)
     by_slots = call.packed and call.cu_seqlens is None
@@ -558,7 +558,7 @@ def _rotate(call: Append, q: Tensor | None, positions: Tensor) -> tuple[Tensor |
 # -------------------------------------------------------------------------------------------------
 # The op
 
-# stored: the map of the positions that a score method stores keys at; q then stays unrotated.
+# stored: the map by which a score method stores keys; q then stays unrotated.
 _SCHEMA = (
     "(Tensor? q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor? q_norm_weight, Tensor? k_norm_weight, Tensor? inv_freq, Tensor? cache_seqlens=None, "

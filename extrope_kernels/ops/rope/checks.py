@@ -1,4 +1,4 @@
-"""Check the arguments of a rotary call: every refusal, in words."""
+"""Check the arguments of a rotary call."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ INPLACE = "rope: inplace=True is for inference, got tensors that require grad"
 
 
 def not_differentiable(name: str) -> str:
+    """Return the error for an argument that has no gradient."""
     return f"rope: {name} is not differentiable, got a tensor that requires grad"
 
 
@@ -39,7 +40,7 @@ def check(
     *,
     attention_factor: float,
 ) -> None:
-    """Raise ValueError or TypeError, naming the argument, for anything the kernels cannot take."""
+    """Raise ValueError or TypeError that names the argument, for calls that kernels cannot run."""
     packed = cu_seqlens is not None
     check_rows("rope", "q", q, packed)
     if k is not None:
@@ -68,7 +69,7 @@ def check_norm(
     k_norm_weight: Tensor | None,
     norm_eps: float,
 ) -> None:
-    """Likewise for a norm before the rotation, once q and k are checked."""
+    """Check a norm before the rotation, after `check` of q and k."""
     if k is None and k_norm_weight is not None:
         raise ValueError("rope: k_norm_weight needs a k, got None")
     for name, x, weight in (("q", q, q_norm_weight), ("k", k, k_norm_weight)):
@@ -78,6 +79,7 @@ def check_norm(
 
 
 def check_norm_eps(norm_eps: float) -> None:
+    """Check the epsilon of a norm."""
     check_real("rope", "norm_eps", norm_eps)
     if not norm_eps >= 0:
         raise ValueError(f"rope: norm_eps must be >= 0, got {norm_eps}")
@@ -104,7 +106,7 @@ def _check_norm_weight(name: str, x: Tensor, weight: Tensor) -> None:
 
 
 def position_kind(positions: Tensor | None, shape: torch.Size, sequences: int) -> str | None:
-    """As of one axis, or 'positions by axis'."""
+    """Return the kind of positions of one axis, or 'positions by axis'."""
     kind = position_kind_of_one_axis(positions, shape, sequences)
     if kind is None and positions.dim() == 3 and positions.shape[0] >= 1:
         fits = tuple(positions.shape[1:]) in ((shape[0], shape[1]), (1, shape[1]))
@@ -113,7 +115,7 @@ def position_kind(positions: Tensor | None, shape: torch.Size, sequences: int) -
 
 
 def refuse_overlap(q: Tensor, k: Tensor | None) -> None:
-    """Raise ValueError for a tensor that cannot be overwritten: its elements share memory."""
+    """Raise ValueError for a tensor whose elements share memory: it cannot be overwritten."""
     for name, x in (("q", q), ("k", k)):
         if x is not None and overlaps_itself(x):
             raise ValueError(
@@ -123,15 +125,15 @@ def refuse_overlap(q: Tensor, k: Tensor | None) -> None:
 
 
 def share_memory(x: Tensor, y: Tensor) -> bool:
-    """Say whether two tensors of one storage have elements in common, as far as strides tell.
+    """Return True if two tensors of one storage share elements, as far as strides tell.
 
-    Exact for tensors of the same strides, such as slices of one projection; of others only dense
-    ones are known to.
+    Exact for tensors with the same strides, such as slices of one projection. With other strides
+    only dense tensors are found.
     """
     try:
         if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
             return False
-    except RuntimeError:  # tensors of torch.func, or of other classes, have no memory of their own
+    except RuntimeError:  # tensors of torch.func or of other classes may have no memory
         return False
     if x.numel() == 0 or y.numel() == 0 or x.dtype != y.dtype:
         return False
@@ -149,7 +151,7 @@ def _span(x: Tensor) -> int:
 
 
 def _is_reached(distance: int, sizes: list[tuple[int, int, int]]) -> bool:
-    """Say whether two indices differ by so many elements; sizes: (stride, of x, of y), sorted."""
+    """Return True if two indices can differ by `distance`; sizes: sorted (stride, of x, of y)."""
     sizes = [one for one in sizes if one[0] > 0]
     if not sizes:
         return distance == 0
@@ -231,9 +233,9 @@ def _check_per_frequency(name: str, x: Tensor, dtype: torch.dtype, inv_freq: Ten
 def check_decay(
     freqs: RopeFreqs, q: Tensor, positions: Tensor | None, offset: int, *, packed: bool
 ) -> None:
-    """Raise ValueError when a position is so far from decay_origin that its amplitude overflows.
+    """Raise ValueError if a position is so far from decay_origin that its amplitude overflows.
 
-    Only what the host knows is looked at: positions on the CPU, or none given.
+    Only positions known to the host are checked: those on the CPU, or none given.
     """
     if not freqs.steepest_decay or not isinstance(q, Tensor) or torch.compiler.is_compiling():
         return
@@ -257,7 +259,7 @@ def check_decay(
 
 
 def _ends_of(q: Tensor, positions: Tensor | None, offset: int, packed: bool):
-    """The lowest and the highest position, or None where the host does not know them."""
+    """Return the lowest and the highest position, or None if the host does not know them."""
     if packed or q.dim() != 4 or not q.is_floating_point() or q.numel() == 0:
         return None
     length = q.shape[1]

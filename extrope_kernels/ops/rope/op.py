@@ -1,12 +1,12 @@
 """The ops of the rotation, with and without a norm before it: schemas, fakes, gradients, kernels.
 
 The CPU library registers kernels for the same schemas (csrc/cpu/rope/bind.cpp), the CUDA library
-for those of the rotation alone (csrc/cuda/rope/bind.cpp). `rope_*` runs what is best on the
-tensors' device, `rope_*_triton` the Triton kernels alone.
+for those without a norm (csrc/cuda/rope/bind.cpp). `rope_*` runs the best backend for the tensors'
+device, `rope_*_triton` always Triton.
 
-Derivatives of the rotation are written with the rotation itself, so that they can be derived again.
-With R the rotation by the angles (amplitude included), J the rotation by pi/2 (a, b) -> (-b, a) and
-<x, y> summed over pairs that share an angle:
+Derivatives of the rotation use the rotation itself, so that they have derivatives too. R is the
+rotation by the angles (amplitude included), J the rotation by pi/2 (a, b) -> (-b, a), and <x, y> a
+sum over pairs that share an angle:
 
     rope_fwd: y = R x             dx = R^T dy              d angle = <J x, dx> = cross(x, dx)
     rope_bwd: dx = R^T dy         (the adjoint of rope_fwd, and cross(x, dx) beside it)
@@ -37,9 +37,9 @@ from . import norm, reference
 from .checks import INPLACE, check_norm, not_differentiable
 from .rotation import resolve, token_positions
 
-# An Autograd kernel sees the positional tensors alone, hence all tensors before the *. axes matters
-# to positions of shape (axes, batch, seqlen) only: others are the same on every axis. offset is 0
-# where it is left out; AOTInductor of PyTorch 2.13 cannot leave out an integer that has a default.
+# An Autograd kernel sees only positional tensors, so all tensors come before the *. axes matters
+# only to positions of shape (axes, batch, seqlen): others are the same on every axis. offset has no
+# integer default, which AOTInductor of PyTorch 2.13 could not leave out; None means 0.
 ROPE_TENSORS = (
     "Tensor inv_freq, Tensor? positions=None, Tensor? cu_seqlens=None, Tensor? log_decay=None, "
     "Tensor? axes=None"
@@ -68,10 +68,11 @@ _NORM_INPLACE = f"(Tensor(a!) q, Tensor(b!)? k, {_NORM_ARGS}) -> ()"
 
 
 # -------------------------------------------------------------------------------------------------
-# Outputs, eager and fake alike
+# Outputs, eager and fake
 
 
 def like(x: Tensor | None, q: Tensor) -> Tensor:
+    """Allocate an output like x; without x an empty one."""
     return q.new_empty(0) if x is None else torch.empty_like(x)
 
 
@@ -135,10 +136,10 @@ def _register_gradients(library: torch.library.Library, suffix: str) -> None:
 
     def fwd_backward(ctx, grad_q, grad_k):
         q, k, *rope_args = ctx.saved_tensors
-        grad_k = grad_k if ctx.has_k else None  # without k there is an empty result in its place
+        grad_k = grad_k if ctx.has_k else None  # without k its result is an empty tensor
         if grad_q is None and grad_k is None:
             return None, None, None
-        # Zeros that are made from the other one are a DTensor where that is.
+        # Zeros made from the other gradient are a DTensor if that one is.
         grad_q = grad_k.new_zeros(ctx.shapes[0]) if grad_q is None else contiguous_rows(grad_q)
         if ctx.has_k:
             grad_k = grad_q.new_zeros(ctx.shapes[1]) if grad_k is None else contiguous_rows(grad_k)
@@ -192,7 +193,7 @@ def _save(ctx, tensors, rope_args, options) -> None:
 
 
 def kept_rope_args(rope_args) -> tuple[Tensor | None, ...]:
-    """All of them, for a backward; ValueError for those that have no gradient but want it."""
+    """Return all for a backward; ValueError if one requires a gradient that does not exist."""
     rope_args = _with_defaults(rope_args)
     for name, x in (("positions", rope_args[1]), ("log_decay", rope_args[3])):
         if x is not None and x.requires_grad:
@@ -201,12 +202,12 @@ def kept_rope_args(rope_args) -> tuple[Tensor | None, ...]:
 
 
 def _with_defaults(rope_args) -> tuple[Tensor | None, ...]:
-    """inv_freq, positions, cu_seqlens, log_decay, axes: the dispatcher drops trailing defaults."""
+    """Pad with None to all five rope_args: the dispatcher drops trailing defaults."""
     return (*rope_args, *[None] * (5 - len(rope_args)))
 
 
 def _rotate_quarter(x: Tensor, w: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
-    """w * J x in x's dtype; zero past rotary_dim."""
+    """Return w * J x in x's dtype; zero past rotary_dim."""
     a, b = split_pairs(x.to(w.dtype), rotary_dim, interleaved)
     w = w.view(w.shape[1:]) if x.dim() == 3 else w
     rotated = join_pairs(-b * w, a * w, interleaved)
@@ -223,11 +224,11 @@ def _angle_grad(xs, grads, layout, rope_args) -> Tensor:
 
 
 def _frequency_grad(angle_grad, grad_q, grad_k, rope_args, options) -> Tensor:
-    """d angle -> d inv_freq: times position, summed in float64 over what shares a frequency."""
+    """Turn d angle into d inv_freq: times position, summed in float64 per frequency."""
     inv_freq = rope_args[0]
     if options.get("inverse", False):
         angle_grad = -angle_grad
-    # Of positions and boundaries all is computed on every rank, by ops that DTensor may not know.
+    # Every rank computes all from positions and boundaries, by ops that DTensor may not know.
     rope_args = (inv_freq, *whole(rope_args[1:]))
     tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
     batch, seqlen = tensors[0].shape[:2]
@@ -246,7 +247,7 @@ def _frequency_grad(angle_grad, grad_q, grad_k, rope_args, options) -> Tensor:
 
 
 def has_shared_angles(rope_args) -> bool:
-    """Do all sequences rotate alike? Then any number of batch dimensions is one batch dimension."""
+    """Return True if all sequences rotate alike: then batch dimensions can be folded into one."""
     inv_freq, positions, cu_seqlens = _with_defaults(rope_args)[:3]
     return (
         positions is None and cu_seqlens is None and (inv_freq.dim() == 1 or inv_freq.shape[0] == 1)
@@ -284,7 +285,7 @@ def _register_norm_gradients(library: torch.library.Library, suffix: str) -> Non
     )
     rule = batching_rule(fwd, 2, lambda others: has_shared_angles(others[2:]))
     torch.library.register_vmap(fwd, rule, lib=library)
-    # Folded, batches would share one gradient of the weights.
+    # If folded, batches would share one gradient of the weights.
     rule = batching_rule(bwd, 4, lambda others: False)
     torch.library.register_vmap(bwd, rule, lib=library)
 
@@ -294,7 +295,7 @@ def _register_norm_gradients(library: torch.library.Library, suffix: str) -> Non
 
 
 def triton_kernels(module: str, names: tuple[str, ...]) -> dict[str, Callable]:
-    """The ops' kernels in a module of triton/, which is imported when one is first called."""
+    """Return kernels of ops in a module of triton/, imported when one is first called."""
 
     def kernel(name: str) -> Callable:
         @functools.cache

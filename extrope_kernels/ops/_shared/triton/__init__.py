@@ -1,1 +1,1 @@
-"""What the Triton kernels of several operations share; imported by them alone."""
+"""Code shared by the Triton kernels of several operations; imported by them only."""

@@ -1,7 +1,7 @@
-"""Device functions on caches of float8_e4m3fn, which kernels see as int8: the bits of each number.
+"""Device functions for caches in float8_e4m3fn, which kernels read as int8: the bits of numbers.
 
-A sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, and NaN where all bits but the
-sign are set. float16, bfloat16 and float32 have all of these numbers.
+A number has a sign, 4 bits of exponent with bias 7, and 3 of mantissa. There is no infinity; NaN
+has all bits except the sign set. float16, bfloat16 and float32 can represent all of these numbers.
 """
 
 import triton
@@ -11,10 +11,10 @@ CHIPS_WITH_FP8 = 89
 
 
 def kind_of_cache(is_fp8: bool, chip: int | str | None) -> int:
-    """Choose how kernels read a cache; chip: as from `chip_of`.
+    """Choose how kernels read a cache; chip: from `chip_of`.
 
-    0: not in fp8; 1: by integers, everywhere; 2: two numbers at a time, on NVIDIA's chips; 3: by an
-    instruction of its own.
+    0: not in fp8; 1: by integers, on any chip; 2: two numbers at a time, on NVIDIA's chips; 3: by
+    the chip's own instruction.
     """
     if not is_fp8:
         return 0
@@ -25,7 +25,7 @@ def kind_of_cache(is_fp8: bool, chip: int | str | None) -> int:
 
 @triton.constexpr_function
 def _asm_that_moves(by, mask):
-    """Four codes to where two registers of 16-bit numbers have sign, exponent and mantissa."""
+    """Return assembly that moves four codes to the fields of 16-bit numbers in two registers."""
     lines = []
     for out, bytes_and_signs in (("$0", "0x9180"), ("$1", "0xb3a2")):
         lines.append(f"prmt.b32 {out}, $2, 0, {bytes_and_signs};")
@@ -36,15 +36,15 @@ def _asm_that_moves(by, mask):
 
 @triton.jit
 def _four(bits, ASM: tl.constexpr):
-    """What ASM makes of four codes, the bits of four numbers of 16."""
-    # Not called pure: what is, Triton moves behind the copy into shared memory, which is then read
+    """Convert four codes by ASM to the bits of four 16-bit numbers."""
+    # Not declared pure: Triton would move it after the copy into shared memory, which is then read
     # byte by byte.
     return tl.inline_asm_elementwise(ASM, "=&r,=r,r", [bits], dtype=tl.int16, is_pure=False, pack=4)
 
 
 @triton.jit
 def _unbiased(moved, like: tl.constexpr):
-    """Bits whose exponent has the bias of e4m3, as numbers of the type `like`: NaN is one more."""
+    """Correct the exponent's bias from e4m3's to `like`'s; NaN becomes a number."""
     power: tl.constexpr = 2.0**8 if like == tl.float16 else 2.0**120
     return moved.to(like, bitcast=True) * power
 
@@ -62,7 +62,7 @@ def _by_integers(bits, like: tl.constexpr):
 
 @triton.jit
 def _by_pairs(bits, like: tl.constexpr):
-    # Times 141 in float16, or 7.3e35 in bfloat16, the largest number is finite and NaN's is not.
+    # Times 141 in float16, or 7.3e35 in bfloat16, the largest number is finite and NaN is not.
     if like == tl.bfloat16:
         x = _unbiased(_four(bits, _asm_that_moves(4, "0x87f087f0")), tl.bfloat16)
         zero_or_nan = x * 7.3e35 * 0.0
@@ -81,16 +81,16 @@ def _by_chip(bits, like: tl.constexpr):
         cvt.rn.f16x2.e4m3x2 $1, high;
     }"""
     x = _four(bits, ASM).to(tl.float16, bitcast=True)
-    if like == tl.bfloat16:  # from one type of 16 bits to another conversions are slow
+    if like == tl.bfloat16:  # conversions between 16-bit types are slow
         x = x.to(tl.float32)
     return x.to(like)
 
 
 @triton.jit
 def widened_codes(bits, like: tl.constexpr, KIND: tl.constexpr):
-    """The numbers in the type `like`: float16, bfloat16 or float32.
+    """Convert codes to the type `like`: float16, bfloat16 or float32.
 
-    KIND: as from `kind_of_cache`.
+    KIND: from `kind_of_cache`.
     """
     if KIND == 3:
         x = _by_chip(bits, like)
@@ -103,10 +103,10 @@ def widened_codes(bits, like: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def codes_of(x, scale):
-    """Float32 numbers over their scale, rounded to nearest even, within 448 either way."""
+    """Divide float32 numbers by their scale, clamp at 448, round to nearest even; return codes."""
     LARGEST: tl.constexpr = 448.0
     LEAST_NORMAL: tl.constexpr = 2.0**-6
-    ROUNDER: tl.constexpr = 2.0**14  # whose last place is the step of the subnormal numbers
+    ROUNDER: tl.constexpr = 2.0**14  # its last place is the step of subnormal numbers
     x = tl.div_rn(x, scale)
     bits = x.to(tl.int32, bitcast=True)
     size = tl.minimum(tl.abs(x), LARGEST)
@@ -120,7 +120,7 @@ def codes_of(x, scale):
 
 @triton.jit
 def parts_of_codes(parts, scale, LIKE: tl.constexpr, TILE: tl.constexpr):
-    """What load_parts loads, rounded to LIKE first, as into a cache of that type."""
+    """Return codes of parts from load_parts, rounded to LIKE first, like a cache of that type."""
     first = codes_of(parts[0].to(LIKE).to(tl.float32), scale)
     second = codes_of(parts[1].to(LIKE).to(tl.float32), scale)
     rest = first
@@ -131,7 +131,7 @@ def parts_of_codes(parts, scale, LIKE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def quantize_rows(rows, to, scale, valid, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr):
-    """As copy_rows, into a cache in fp8."""
+    """Copy rows as copy_rows does, into a cache in fp8."""
     dim = tl.arange(0, DIMS)[None, :]
     mask = valid[:, None] & (dim < HEAD_DIM)
     x = tl.load(rows[:, None] + dim, mask=mask, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Facts that launches are made of: the chip, and the strides and alignment of rows."""
+"""Facts needed for launches: the chip, and the strides and alignment of rows."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import triton
 from torch import Tensor
 
 VECTOR_BYTES = 16
-DIVISOR = 16  # Triton compiles a kernel for numbers that it divides, and one for others
+DIVISOR = 16  # Triton compiles separate kernels for numbers that it divides
 INTERPRETED = triton.knobs.runtime.interpret
-# Multiprocessors, where there is no device to ask: A100, H100, B200 and what is like them.
+# Multiprocessors, if there is no device to ask: A100, H100, B200 and similar chips.
 _PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
 
 
 def strides_of(x: Tensor) -> tuple[int, ...]:
-    """Strides of x, 0 along dimensions of size 1: torch leaves those open."""
+    """Return strides of x, 0 along dimensions of size 1: torch does not define those."""
     return tuple(0 if size == 1 else n for size, n in zip(x.shape, x.stride(), strict=True))
 
 
 def alignment(itemsize: int, strides: Iterable[int], of_tokens: Iterable[int]) -> int:
-    """Elements, 16 bytes at most, that divide these strides; kernels count in groups of so many.
+    """Return how many elements, at most 16 bytes, divide these strides: kernels count in groups.
 
-    of_tokens: strides from one token to the next. Where there is a choice, DIVISOR divides these,
-    in groups, and with them the strides of sequences, whatever their length.
+    of_tokens: strides from one token to the next. If possible DIVISOR divides these in groups, and
+    so the strides of sequences of any length.
     """
     most, of_tokens = math.gcd(VECTOR_BYTES // itemsize, *strides), tuple(of_tokens)
     steady = (n for n in (most, most // 2, most // 4, most // 8)
@@ -36,11 +36,11 @@ def alignment(itemsize: int, strides: Iterable[int], of_tokens: Iterable[int]) -
 
 
 def chip_of(x: Tensor) -> int | str | None:
-    """The chip that kernels on x are compiled for: 10 * major + minor of NVIDIA's compute
-    capability, the name of an AMD one, None for the interpreter.
+    """Return the chip that kernels on x are compiled for.
 
-    With EXTROPE_TRITON_CHIP in the environment tensors elsewhere are launched as on that chip; what
-    such a launch does is up to the driver that Triton has been given.
+    For NVIDIA it is 10 * major + minor of the compute capability, for AMD a name, None for the
+    interpreter. With EXTROPE_TRITON_CHIP in the environment, tensors on other devices are launched
+    as on that chip; Triton's driver decides the effect.
     """
     if INTERPRETED:
         return None
@@ -56,7 +56,7 @@ def chip_of(x: Tensor) -> int | str | None:
 
 
 def processors_of(x: Tensor) -> int:
-    """How many multiprocessors there are to keep busy."""
+    """Return the number of multiprocessors to keep busy."""
     if x.is_cuda:
         return torch.cuda.get_device_properties(x.device).multi_processor_count
     chip = chip_of(x)

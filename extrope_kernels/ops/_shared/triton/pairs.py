@@ -1,5 +1,4 @@
-"""Device functions on rows of head_dim elements in parts: the two dims of every pair that rotates,
-and the rest.
+"""Device functions on rows of head_dim elements in parts: both dims of rotated pairs, and the rest.
 
 TILE has `half` (pairs that rotate), `pairs` (half, rounded up to a power of two), `rest` (dims
 after the rotated ones), `rest_dims` (rest, rounded up; 1 if none) and `interleaved`.
@@ -11,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def load_parts(rows, valid, TILE: tl.constexpr):
-    """(first dims, second dims) of the pairs in these rows, and the rest; 0 where not valid."""
+    """Load first dims and second dims of the pairs in these rows, and the rest; 0 if not valid."""
     ROWS: tl.constexpr = rows.shape[0]
     PAIRS: tl.constexpr = TILE.pairs
     REST: tl.constexpr = TILE.rest_dims
@@ -35,7 +34,7 @@ def load_parts(rows, valid, TILE: tl.constexpr):
 
 @triton.jit
 def store_parts(rows, parts, valid, TILE: tl.constexpr):
-    """Round once and store what load_parts loads."""
+    """Round once and store parts from load_parts."""
     ROWS: tl.constexpr = rows.shape[0]
     PAIRS: tl.constexpr = TILE.pairs
     REST: tl.constexpr = TILE.rest_dims
@@ -64,21 +63,21 @@ def widened(parts):
 
 @triton.jit
 def rotate(parts, cos, sin, scale):
-    """Float32 parts rotated; the rest times `scale`, which cos and sin have in them."""
+    """Rotate float32 parts; multiply the rest by `scale`, which cos and sin contain."""
     first = parts[0] * cos - parts[1] * sin
     return first, parts[1] * cos + parts[0] * sin, parts[2] * scale
 
 
 @triton.jit
 def of_pairs(values, TILE: tl.constexpr):
-    """(1, pairs) of one number for each pair."""
+    """Load one number per pair: (1, pairs)."""
     pair = tl.arange(0, TILE.pairs)
     return tl.load(values + pair, mask=pair < TILE.half, other=0.0)[None, :]
 
 
 @triton.jit
 def copy_rows(rows, to, valid, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr):
-    """DIMS: HEAD_DIM, rounded up to a power of two."""
+    """Copy rows; DIMS: HEAD_DIM, rounded up to a power of two."""
     dim = tl.arange(0, DIMS)[None, :]
     mask = valid[:, None] & (dim < HEAD_DIM)
     tl.store(to[:, None] + dim, tl.load(rows[:, None] + dim, mask=mask), mask=mask)

@@ -1,4 +1,4 @@
-"""Device functions that several ops share."""
+"""Cosines and sines shared by several ops: device functions."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def cos_sin_polynomials(r):
-    """Cosine and sine of float32 angles of at most pi/4, to float32 accuracy."""
+    """Return cosine and sine of float32 angles up to pi/4, to float32 accuracy."""
     z = r * r
     sin = r + r * z * (-1.6666654611e-1 + z * (8.3321608736e-3 + z * -1.9515295891e-4))
     cos = 4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5)
@@ -16,7 +16,7 @@ def cos_sin_polynomials(r):
 
 @triton.jit
 def cos_sin_polynomials_wide(r):
-    """As above in float64, by power series: libdevice brings a slow path with local memory."""
+    """Compute the same in float64, by power series: libdevice has a slow path with local memory."""
     z = r * r
     sin = 1 / 6227020800 + z * (-1 / 1307674368000 + z * (1 / 355687428096000))
     sin = -1 / 5040 + z * (1 / 362880 + z * (-1 / 39916800 + z * sin))
@@ -29,7 +29,7 @@ def cos_sin_polynomials_wide(r):
 
 @triton.jit
 def add_quarters(cos, sin, quarters):
-    """Cosine and sine of an angle that lies `quarters` times pi/2 further."""
+    """Return cosine and sine after adding `quarters` times pi/2 to the angle."""
     odd = (quarters & 1) != 0
     swapped_cos = tl.where(odd, sin, cos)
     swapped_sin = tl.where(odd, cos, sin)

@@ -1,4 +1,4 @@
-"""Region attention composed from calls of an installed flash-attention."""
+"""Attention over regions, composed from calls of an installed flash-attention."""
 
 from .composition import backward, forward
 from .engines import missing

@@ -1,7 +1,7 @@
-"""Regions of granularity 1 as bands of keys, and the piece of q, k and v that a band reads.
+"""Regions of granularity 1 as bands of keys, and the pieces of q, k and v that bands read.
 
-Query i sees the keys i - left <= j <= i - shift of a band. A piece is cut so that a shift of zero
-remains: rows are dropped in front, keys at the end, for each sequence.
+In a band, query i sees the keys i - left <= j <= i - shift. A piece is cut so that its shift is
+zero: of each sequence the first rows and the last keys are dropped.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from ..call import AttentionCall
 
 @dataclass(frozen=True)
 class Band:
+    """The keys i - left <= j <= i - shift of query i, for one region."""
+
     region: int
     left: int | None  # None: from the first key on
     shift: int
 
 
 def bands(starts: Sequence[int], sliding_window: int | None, seqlen_k: int) -> list[Band]:
-    """The regions that hold a key of sequences of at most seqlen_k keys."""
+    """Return the bands with a key in sequences of at most seqlen_k keys."""
     found = []
     if sliding_window is not None:
         starts = [max(start, 1 - sliding_window) for start in starts]
@@ -38,13 +40,13 @@ def bands(starts: Sequence[int], sliding_window: int | None, seqlen_k: int) -> l
 
 @dataclass(frozen=True)
 class Dense:
-    """All of q, k and v but the first rows and the last keys."""
+    """A piece without the first rows and the last keys."""
 
     first_row: int
     keys_kept: int
     keys_dropped: int
     arguments: (
-        tuple  # softmax_scale, left, right, cu_seqlens, softcap: the rest of an engine's call
+        tuple  # softmax_scale, left, right, cu_seqlens, softcap: other arguments of an engine
     )
 
     def rows(self, x: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Whole:
-    """Packed sequences as they are."""
+    """A piece of packed sequences that drops nothing."""
 
     arguments: tuple
 
@@ -80,15 +82,15 @@ class Whole:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Packed sequences, each without its first rows and last keys.
+    """A piece of packed sequences, each without its first rows and last keys.
 
-    The buffers keep their length, so that the host need not know how much remains; what is behind
-    the last sequence is never read.
+    The buffers keep their length, so that the host need not know how many tokens remain. Tokens
+    after the last sequence are never read.
     """
 
-    row_source: Tensor  # (total,) where each remaining row was
+    row_source: Tensor  # (total,) old index of each remaining row
     key_source: Tensor
-    row_target: Tensor  # (total,) where each row is now
+    row_target: Tensor  # (total,) new index of each row
     key_target: Tensor
     row_kept: Tensor  # (total,) bool
     key_kept: Tensor
@@ -116,7 +118,7 @@ class Gathered:
 def cut(
     band: Band, q: Tensor, v: Tensor, call: AttentionCall, negative_right: bool
 ) -> Dense | Whole | Gathered | None:
-    """The piece of a band; None when no row is left. `negative_right`: does the engine shift?"""
+    """Cut the piece of a band; None if no row is left. negative_right: the engine can shift."""
     scale, cu_seqlens = call.scale(q.shape[-1]), call.cu_seqlens
     if cu_seqlens is not None and (band.shift == 0 or negative_right):
         return Whole((scale, band.left, -band.shift, cu_seqlens, call.softcap))
@@ -124,8 +126,8 @@ def cut(
     if cu_seqlens is not None:
         return _gathered(band.shift, cu_seqlens, v.shape[0], scale, left, call.softcap)
     seqlen_q, seqlen_k = q.shape[1], v.shape[1]
-    # Row i is at position i + seqlen_k - seqlen_q. Where rows are dropped, the first that remains
-    # is at `shift` and sees key 0; bottom-right alignment does the rest.
+    # Row i is at position i + seqlen_k - seqlen_q. If rows are dropped, the first one left is at
+    # `shift` and sees key 0; bottom-right alignment does the rest.
     first_row = max(0, band.shift - (seqlen_k - seqlen_q))
     if first_row >= seqlen_q:
         return None
@@ -160,6 +162,6 @@ def _gathered(
 
 
 def _sequence(cu_seqlens: Tensor, token: Tensor) -> Tensor:
-    """(total,) which sequence each token belongs to; the last one for what is behind them all."""
+    """Return each token's sequence, (total,); the last sequence for tokens past the end."""
     found = torch.searchsorted(cu_seqlens, token, right=True) - 1
     return found.clamp(max=cu_seqlens.shape[0] - 2)

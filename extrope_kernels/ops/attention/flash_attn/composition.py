@@ -2,7 +2,7 @@
 
 A region of granularity 1 is a band of keys beside the diagonal. Without the last `shift` keys and
 the first `shift` rows it is plain causal attention, which every flash-attention computes. The
-backward of each region gets out and lse of all keys, so that the merge needs no backward.
+backward of each region gets out and lse over all keys: so the merge needs no backward.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from .bands import Band, Dense, bands, cut
 from .engine_check import best_engine, examine
 from .engines import Engine
 
-_DIMS = 8  # every engine takes multiples of 8 as head_dim
+_DIMS = 8  # every engine takes a head_dim that is a multiple of 8
 
 
 @torch.no_grad()
 def forward(
     q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, engine: Engine | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One call of the engine for each region, and a merge.
+    """Attend by one engine call per region, and merge.
 
     q, k: raw, (batch, seqlen_q, heads_q, head_dim) and (batch, seqlen_k, heads_k, head_dim), or
-        (total, heads, head_dim) with call.cu_seqlens; v like k; float16 or bfloat16. What log_n
-        makes of the scale is multiplied onto the rotated q and rounded there.
-    engine: None for the best that is installed.
+        (total, heads, head_dim) with call.cu_seqlens; v like k; float16 or bfloat16. Factors of
+        single queries (log_n, query_scale) multiply the rotated q, which is rounded again.
+    engine: None for the best one installed.
 
     Returns: out like q and lse (batch, heads_q, seqlen_q), or (heads_q, total), float32.
-    Raises: NotImplementedError for regions, a dtype or machine that no engine takes.
+    Raises: NotImplementedError for regions, a dtype or a machine that no engine takes.
     """
     engine, unit, pieces = _prepare(q, v, call, engine)
     frames, scale = rotate(q, k, call), _row_scale(q, k, call)
@@ -49,7 +49,7 @@ def forward(
         out, lse = _without_keys(q, call.sinks)
         outs.append(out)
         lses.append(lse)
-    # The engine has rounded each of them to 16 bits, also for float32_results.
+    # The engine has rounded each to 16 bits, even for float32_results.
     outs = [out.to(call.results_dtype(q.dtype)) for out in outs]
     if len(outs) == 1:
         return outs[0].contiguous(), lses[0].contiguous()
@@ -68,7 +68,7 @@ def backward(
     call: AttentionCall,
     engine: Engine | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, as those of reference.backward."""
+    """Return gradients of q, k and v, like reference.backward."""
     engine, unit, pieces = _prepare(q, v, call, engine)
     frames, scale = rotate(q, k, call), _row_scale(q, k, call)
     wide = accumulator(v.dtype)
@@ -107,7 +107,7 @@ def backward(
 def _prepare(
     q: Tensor, v: Tensor, call: AttentionCall, engine: Engine | None
 ) -> tuple[Engine, float, list[tuple[Band, Dense]]]:
-    """The engine, what makes its lse a natural logarithm, and the calls to make."""
+    """Return the engine, the factor that makes its lse natural, and the calls to make."""
     if call.q_start is not None or call.k_start is not None:
         raise NotImplementedError("flash_attn: q_start and k_start are not taken, got one")
     if v.shape[-1] != q.shape[-1]:
@@ -141,10 +141,10 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _with_dlse(dout: Tensor, dlse: Tensor, out: Tensor, engine: Engine) -> tuple[Tensor, Tensor]:
-    """dout and out with eight dims more, so that rowsum(dout * out) falls by dlse.
+    """Append eight dims to dout and out, so that rowsum(dout * out) falls by dlse.
 
-    An engine without a gradient of lse computes that sum by itself. Where q, k and v have zeros in
-    these dims nothing else changes. Three dims of bfloat16 hold dlse to 24 bits.
+    An engine without a gradient of lse computes that sum itself. q, k and v have zeros in these
+    dims, so nothing else changes. Three dims of bfloat16 hold dlse to 24 bits.
     """
     head_dim = dout.shape[-1]
     if head_dim + _DIMS > engine.max_head_dim:
@@ -161,7 +161,7 @@ def _with_dlse(dout: Tensor, dlse: Tensor, out: Tensor, engine: Engine) -> tuple
 
 
 def _without_keys(q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention to no key, or to the sinks alone: a set of its own for the merge."""
+    """Attend to no key, or only to the sinks: one more set for the merge."""
     if sinks is None:
         sinks = q.new_full((q.shape[-2],), -torch.inf, dtype=accumulator(q.dtype))
     return q.new_zeros(q.shape[-1:]).expand(q.shape), sinks[:, None].expand(lse_shape(q))

@@ -1,8 +1,8 @@
-"""What an engine really does, found out on a few tokens before it is first trusted.
+"""Check on a few tokens that an engine computes what it should, before its first use.
 
-Queries and keys of ones make every visible logit 1, so that weights, lse and gradients are known
-without a second implementation. The backward is given a foreign lse and a foreign out, as the
-composition gives it those of all keys.
+Queries and keys of ones make every visible logit 1: weights, lse and gradients are then known
+without a second implementation. The backward gets an lse and an out from elsewhere, as in the
+composition, which passes those over all keys.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .engines import ENGINES, Engine, why_not
 
-_LENGTHS = (2, 7)  # of packed sequences; the second alone where they are not
+_LENGTHS = (2, 7)  # of packed sequences; only the second one is used unpacked
 _WINDOW = 3
 _SHIFTED_LENGTHS = (2, 700)  # the first is shorter than the shift,
 _SHIFT = 300  # by which all queries of the second's first tile see no key
@@ -27,30 +27,30 @@ Bounds = tuple[int | None, int]  # left and right of a band
 
 
 class Kind(NamedTuple):
-    """What calls have in common that run the same kernels; flash-attn 4 compiles them for each."""
+    """Properties that select the kernels of a call; flash-attn 4 compiles them for each kind."""
 
     dtype: torch.dtype
     head_dim: int
-    group: int  # heads of q for each of k
+    group: int  # heads of q per head of k
     packed: bool
 
 
 @dataclass(frozen=True)
 class Findings:
-    """How to use an engine: lse_unit times its lse is the natural logarithm."""
+    """The way to use an engine: lse_unit times its lse is the natural logarithm."""
 
     lse_unit: float
     negative_right: bool
 
 
 def kind_of(q: Tensor, v: Tensor) -> Kind:
-    """The kind of a call with q and v."""
+    """Return the kind of a call with q and v."""
     group = q.shape[-2] // max(1, v.shape[-2])
     return Kind(q.dtype, q.shape[-1], group, packed=q.dim() == 3)
 
 
 def best_engine(q: Tensor, v: Tensor) -> Engine:
-    """The newest engine that is installed, takes such calls, and computes what it should here."""
+    """Return the newest installed engine that takes such calls and computes them rightly here."""
     if not q.is_cuda:
         raise NotImplementedError(f"flash_attn: q must be on a CUDA GPU, got {q.device}")
     reasons = []
@@ -63,14 +63,14 @@ def best_engine(q: Tensor, v: Tensor) -> Engine:
 
 
 def unusable(engine: Engine, device: torch.device, kind: Kind) -> str | None:
-    """Why an engine cannot be used for such calls on this machine, in a line; None when it can."""
+    """Return, in a line, why an engine cannot run such calls on this machine; None if it can."""
     why = why_not(engine, torch.cuda.get_device_capability(device), kind.head_dim)
     found = why or _findings(engine, device, kind)
     return found if isinstance(found, str) else None
 
 
 def examine(engine: Engine, q: Tensor, v: Tensor) -> Findings:
-    """What is known of an engine; NotImplementedError when it cannot be used on q and v."""
+    """Return the findings on an engine; NotImplementedError if it cannot be used on q and v."""
     findings = _findings(engine, q.device, kind_of(q, v))
     if isinstance(findings, str):
         raise NotImplementedError(f"flash_attn: {findings}")
@@ -79,7 +79,7 @@ def examine(engine: Engine, q: Tensor, v: Tensor) -> Findings:
 
 @functools.cache
 def _findings(engine: Engine, device: torch.device, kind: Kind) -> Findings | str:
-    """Probe an engine, or say why it cannot be used. The first call synchronises."""
+    """Probe an engine, or return why it cannot be used. The first call synchronises."""
     lengths = _LENGTHS if kind.packed else _LENGTHS[1:]
     try:
         units = [_probe(engine, device, kind, lengths, (left, 0)) for left in (None, _WINDOW - 1)]
@@ -102,12 +102,12 @@ def _takes_negative_right(engine: Engine, device: torch.device, kind: Kind) -> b
 def _probe(
     engine: Engine, device: torch.device, kind: Kind, lengths: tuple[int, ...], bounds: Bounds
 ) -> float:
-    """Compare one forward and one backward with what they must give; return the unit of lse."""
+    """Compare a forward and a backward with the expected results; return the unit of lse."""
     try:
         return _compare(engine, device, kind, lengths, bounds)
     except (NotImplementedError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # compilers of kernels have errors of their own
+    except Exception as error:  # kernel compilers raise errors of any class
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotImplementedError(
             f"{engine.name} does not take the calls made here: {why}"
@@ -123,12 +123,12 @@ def _compare(
     values = torch.arange(total).double()
 
     def rows(x: Tensor, heads: int) -> Tensor:
-        """(total,) as a tensor that holds x in every head and dim."""
+        """Expand x (total,) to every head and dim."""
         spread = x.to(device, dtype)[:, None, None].expand(total, heads, head_dim).contiguous()
         return spread if packed else spread[None]
 
     def each(x: Tensor) -> Tensor:
-        """What a tensor of rows holds: (total, heads)."""
+        """Return the value per row and head: (total, heads)."""
         return x.reshape(total, -1, head_dim)[..., 0]
 
     cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).to(device, torch.int32)
@@ -141,8 +141,8 @@ def _compare(
     weights = visible / count.clamp(min=1)[:, None]
     _expect(engine, "out", each(out)[count > 0], (weights @ values)[count > 0])
 
-    # An lse larger by ln 2, as other keys would make it, halves every weight; an out of 0 leaves
-    # delta 0. Rows without keys here have some elsewhere. A gradient of lse is like larger values.
+    # As if other keys raised lse by ln 2: every weight halves. An out of 0 makes delta 0. Rows
+    # without keys here have some elsewhere. A gradient of lse acts like larger values.
     wider = expected.masked_fill(expected == -torch.inf, 0.0) + math.log(2.0)
     wider = (wider / unit).to(lse.dtype).expand(lse.shape).contiguous()
     dout, zeros = rows(ones / head_dim, group), rows(torch.zeros(total), group)
@@ -157,7 +157,7 @@ def _compare(
 
 
 def _visible(lengths: tuple[int, ...], left: int | None, right: int) -> Tensor:
-    """(total, total) float64: 1 where the query of the row sees the key of the column."""
+    """Return (total, total) float64: 1 if the row's query sees the column's key, else 0."""
     blocks = []
     for length in lengths:
         block = torch.ones(length, length, dtype=torch.float64).tril(right)
@@ -166,7 +166,7 @@ def _visible(lengths: tuple[int, ...], left: int | None, right: int) -> Tensor:
 
 
 def _unit(engine: Engine, lse: Tensor, expected: Tensor) -> float:
-    """1 for natural logarithms, ln 2 for base 2."""
+    """Return 1 for natural logarithms, ln 2 for base 2."""
     for unit in (1.0, math.log(2.0)):
         if torch.allclose(lse.double() * unit, expected.expand(lse.shape), rtol=1e-3):
             return unit
@@ -177,7 +177,7 @@ def _unit(engine: Engine, lse: Tensor, expected: Tensor) -> float:
 
 
 def _expect(engine: Engine, name: str, got: Tensor, expected: Tensor) -> None:
-    """Compare (rows, heads) with what every head must hold."""
+    """Compare (rows, heads) with the expected value of every head."""
     expected = expected[:, None].expand(got.shape)
     if not torch.allclose(got.double().cpu(), expected, rtol=_TOLERANCE, atol=_TOLERANCE):
         raise NotImplementedError(

@@ -1,9 +1,9 @@
-"""The flash-attention packages as one small interface, and proof that they do what it says.
+"""One small interface to the flash-attention packages.
 
-An engine computes attention within a band: query i sees the keys i - left <= j <= i + right, where
-positions are aligned at the end of the sequences, left None is unbounded, and right is 0 or, where
-`negative_right`, below; softcap 0 is none. Its backward takes any lse and out, not only its own
-forward's.
+An engine computes attention within a band: query i sees the keys i - left <= j <= i + right.
+Positions are aligned at the end of the sequences. left None is unbounded; right is 0, or with
+`negative_right` also less; softcap 0 is none. The backward takes any lse and out, not only those
+of its own forward.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from torch import Tensor
 
 
 class Engine:
-    """q: (batch, seqlen_q, heads_q, head_dim), k and v: (batch, seqlen_k, heads_k, head_dim); with
-    cu_seqlens (sequences + 1,) int32, which q and k share, (total, heads, head_dim).
+    """The interface of an engine.
+
+    q: (batch, seqlen_q, heads_q, head_dim); k, v: (batch, seqlen_k, heads_k, head_dim). With
+    cu_seqlens (sequences + 1,) int32, the same for q and k: (total, heads, head_dim).
     """
 
     name: str
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     max_head_dim = 256
     negative_right = False
-    takes_dlse = False  # a gradient of lse
+    takes_dlse = False  # its backward takes a gradient of lse
 
     def missing(self) -> str | None:
-        """Why the package cannot be imported; None when it can."""
+        """Return why the package cannot be imported; None if it can."""
         raise NotImplementedError
 
     def refuses(self, capability: tuple[int, int], head_dim: int) -> str | None:
-        """Why this engine cannot run forward and a repeatable backward there; None when it can."""
+        """Return why forward or a repeatable backward cannot run there; None if they can."""
         raise NotImplementedError
 
     def forward(
@@ -45,7 +47,7 @@ class Engine:
         cu_seqlens: Tensor | None,
         softcap: float,
     ) -> tuple[Tensor, Tensor]:
-        """out like q and lse (batch, heads_q, seqlen_q), or (heads_q, total)."""
+        """Return out like q, and lse (batch, heads_q, seqlen_q) or (heads_q, total)."""
         raise NotImplementedError
 
     def backward(
@@ -63,19 +65,19 @@ class Engine:
         cu_seqlens: Tensor | None,
         softcap: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv in the dtype of q; dlse is None unless `takes_dlse`."""
+        """Return dq, dk and dv in the dtype of q; dlse is None unless `takes_dlse`."""
         raise NotImplementedError
 
 
 class _Package(Engine):
-    """An engine that is an installed package; it is imported when first asked for."""
+    """An engine in an installed package, imported on first use."""
 
     module: str
 
     def missing(self) -> str | None:
         try:
             self._functions()
-        except Exception as error:  # a package made for other versions raises what it likes
+        except Exception as error:  # a package for other versions may raise anything
             return f"cannot be imported: {(str(error).splitlines() or [type(error).__name__])[0]}"
         return None
 
@@ -84,7 +86,7 @@ class _Package(Engine):
 
 
 class FlashAttention2(_Package):
-    """https://github.com/Dao-AILab/flash-attention, package flash-attn 2.8."""
+    """The package flash-attn 2.8, https://github.com/Dao-AILab/flash-attention."""
 
     name = "flash-attn 2"
     module = "flash_attn.flash_attn_interface"
@@ -129,7 +131,7 @@ class FlashAttention2(_Package):
 
 
 class FlashAttention3(_Package):
-    """The same repository's hopper/ folder. Not on PyPI; PyTorch publishes wheels of it."""
+    """The same repository's hopper/ folder; not on PyPI, but PyTorch publishes wheels."""
 
     name = "flash-attn 3"
     module = "flash_attn_interface"
@@ -191,7 +193,7 @@ class FlashAttention4(_Package):
                 f"got {capability[0]}.{capability[1]}"
             )
         if capability[0] > 9 and head_dim > 128:
-            # Its forward also takes 256, its backward no window there.
+            # Its forward takes 256 too, but its backward has no window there.
             return f"takes windows up to head_dim 128 there, got {head_dim}"
         return None
 
@@ -239,7 +241,7 @@ ENGINES: tuple[Engine, ...] = (FlashAttention4(), FlashAttention3(), FlashAttent
 
 
 def _packed(q: Tensor, cu_seqlens: Tensor | None) -> dict:
-    """The arguments of a packed call; total bounds the longest sequence without asking the GPU."""
+    """Return a packed call's arguments; total bounds the longest sequence without a GPU read."""
     if cu_seqlens is None:
         return {}
     total = q.shape[0]
@@ -252,7 +254,7 @@ def _packed(q: Tensor, cu_seqlens: Tensor | None) -> dict:
 
 
 def _empty_grads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-    """Contiguous, whatever the strides of q, k and v."""
+    """Allocate contiguous gradients, whatever the strides of q, k and v."""
     return {f"d{name}": x.new_empty(x.shape) for name, x in (("q", q), ("k", k), ("v", v))}
 
 
@@ -261,7 +263,7 @@ def _empty_grads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
 
 
 def missing() -> str | None:
-    """Why no engine can run on this machine; None when one can."""
+    """Return why no engine can run on this machine; None if one can."""
     if not torch.cuda.is_available():
         return "flash-attention needs a CUDA GPU"
     capability = torch.cuda.get_device_capability()
@@ -271,7 +273,7 @@ def missing() -> str | None:
 
 @functools.cache
 def why_not(engine: Engine, capability: tuple[int, int], head_dim: int) -> str | None:
-    """Why an engine cannot run on such a GPU, in a line; None when it can."""
+    """Return, in a line, why an engine cannot run on such a GPU; None if it can."""
     why = engine.refuses(capability, head_dim)
     if head_dim > engine.max_head_dim:
         why = f"takes head_dim up to {engine.max_head_dim}, got {head_dim}"
