@@ -1,12 +1,12 @@
-"""How a layer calls its attention, and the attention of a score method in its place.
+"""The layers' calls of their attention, and the attention of a score method in its place.
 
-A rotary embedding returns an `Attending` in place of its tables, so it reaches every layer as they
-would. At the door of a layer to be extended, tables take its place that rotate keys to where a
-cache keeps them, and it takes the place of the mask, which every layer hands to its attention. At
-the door of any other layer that layer's own tables take its place. Nothing is shared between
-forwards, not even when a layer is computed anew for its gradients.
+A rotary embedding returns an `Attending` in place of its tables, so it reaches every layer as
+tables would. A pre-hook of an extended layer replaces it by tables that rotate keys as a cache
+stores them, and puts it in the place of the mask, which every layer passes to its attention. A
+pre-hook of any other layer replaces it by that layer's own tables. Forwards share nothing, even if
+a layer is recomputed for its gradients.
 
-Whatever the way in which a layer calls its attention, what stands in the mask's place is asked:
+However a layer calls its attention, the object in the mask's place computes it:
 `attend(layer, q, k, v, options)`, with q, k, v of (batch, heads, seqlen, head_dim) and the options
 of transformers' interface, returns (batch, seqlen, heads, head_dim).
 """
@@ -31,9 +31,9 @@ from .paged import PagedRows
 from .rows import Rows
 
 ATTENTION = "extrope_score"  # in the config of a layer that attends by a score method
-# What takes the mask's place comes by this name, too, where others take masks away (accelerate).
+# The object in the mask's place is passed by this name too, as accelerate removes masks.
 ARGUMENT = "extrope_attending"
-# What layers tell their attention: to the ops too, or what changes nothing for causal rows.
+# Options that layers pass to their attention: also options of the ops, or without effect here.
 KNOWN = {
     *("scaling", "dropout", "is_causal", "softcap", "s_aux", "sliding_window", "position_ids"),
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
@@ -49,25 +49,25 @@ class Call:
     attention = ATTENTION
 
     def overrides(self, layer: nn.Module) -> list[Override]:
-        """Return the attributes that make the layer ask what stands in the mask's place."""
+        """Return attributes that make the layer use the object in the mask's place."""
         config = copy.copy(layer.config)  # everything in it is shared
         config._attn_implementation_internal = self.attention
         return [(layer, "config", config)]
 
     def mask(self, layer: nn.Module, attending: Any) -> Any:
-        """Return what to put in the mask's place, so that `attending` is asked."""
+        """Return the object for the mask's place that leads to `attending`."""
         return attending
 
     def own(
         self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict
     ) -> Tensor | None:
-        """Attend as the layer itself does; None where there is no function of its own."""
+        """Attend by the layer's own function; None if it has none."""
         function = forward_of(layer).__globals__.get("eager_attention_forward")
         return function and function(layer, q, k, v, mask, **options)[0]
 
 
 class SdpaCall(Call):
-    """A call of PyTorch's function, where the layer's config names it (Falcon)."""
+    """A call of PyTorch's function, for layers whose config names it (Falcon)."""
 
     attention = "sdpa"
 
@@ -96,7 +96,7 @@ class MethodCall(Call):
 
 
 def call_of(module: nn.Module) -> Call | None:
-    """Return how a module calls its attention; None where it has none that an op can replace."""
+    """Return how a module calls its attention; None if no op can replace that."""
     forward = forward_of(module)
     if forward is None or "attention_mask" not in argument_names(module):
         return None
@@ -114,13 +114,13 @@ def call_of(module: nn.Module) -> Call | None:
 
 
 def calls_in(owner: nn.Module) -> dict[nn.Module, Call]:
-    """Return the modules of an owner whose attention an op can replace, and how each calls it."""
+    """Return an owner's modules whose attention an op can replace, with their calls of it."""
     calls = ((module, call_of(module)) for module in owner.modules())
     return {module: call for module, call in calls if call is not None}
 
 
 def register_attention() -> None:
-    """Make transformers know the attention of score methods by its name."""
+    """Register the attention of score methods by name in transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _attention)
@@ -129,7 +129,7 @@ def register_attention() -> None:
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention function of transformers' interface; what takes the mask's place attends."""
+    """Attend by the object in the mask's place: a function of transformers' interface."""
     attention_mask = options.pop(ARGUMENT, attention_mask)
     if attention_mask is None or isinstance(attention_mask, Tensor):
         raise RuntimeError(
@@ -147,13 +147,13 @@ def _attend_by_mask(
 
 @dataclass(frozen=True, eq=False)
 class _SdpaMask:
-    """A mask for which PyTorch's function asks how to attend."""
+    """A mask that takes over PyTorch's attention function."""
 
     layer: nn.Module
     attending: Any
 
     def __getitem__(self, index: Any) -> _SdpaMask:
-        """The layers of transformers before 5.2 cut their mask to the keys that there are."""
+        """Return itself: before 5.2, transformers' layers cut their mask to the number of keys."""
         return self
 
     @classmethod
@@ -173,7 +173,7 @@ def _sdpa_by_mask(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,  # heads tell, whatever it says
+    enable_gqa: bool = False,  # ignored: the numbers of heads tell
 ) -> Tensor:
     if is_causal:
         raise ValueError("extend: is_causal must be False beside a mask, got True")
@@ -183,13 +183,13 @@ def _sdpa_by_mask(
 
 
 def dropout_of(layer: nn.Module) -> float:
-    """Return the probability with which a layer in training drops weights."""
+    """Return a layer's dropout probability; 0 outside training."""
     dropout = getattr(layer, "attention_dropout", 0.0)
     return dropout.p if isinstance(dropout, nn.Dropout) else dropout
 
 
 def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the layer tells its attention, in the words of the ops."""
+    """Return a layer's attention options as options of the ops."""
     found = {"softmax_scale": options.get("scaling")}
     if found["softmax_scale"] is None:
         found["softmax_scale"] = getattr(module, "scaling", None)
@@ -198,21 +198,21 @@ def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, 
     if options.get("s_aux") is not None:
         sinks = options["s_aux"]
         found["sinks"] = sinks.to(torch.promote_types(sinks.dtype, torch.float32))
-    # Qwen2 MoE's layers leave their window to the mask.
+    # Qwen2 MoE's layers have their window only in the mask.
     if window := options.get("sliding_window", getattr(module, "sliding_window", None)):
         found["sliding_window"] = window
     return found
 
 
 def no_freqs(x: Tensor) -> RopeFreqs:
-    """Return frequencies of 0, for queries and keys that a layer has rotated itself, or never."""
+    """Return frequencies of 0, for queries and keys that need no rotation by an op."""
     return RopeFreqs(torch.zeros(1, dtype=torch.float32, device=x.device))
 
 
 def refuse_options(module: nn.Module, options: Mapping[str, Any], packed: bool = False) -> None:
-    """Raise ValueError for what would change the attention and can be switched on at any time.
+    """Raise ValueError for options that change the attention and may be set at any time.
 
-    packed: the rows are, and say where sequences begin.
+    packed: the rows are packed, and know the boundaries of sequences.
     """
     if options.get("dropout"):
         raise ValueError(
@@ -225,12 +225,12 @@ def refuse_options(module: nn.Module, options: Mapping[str, Any], packed: bool =
 
 @dataclass(frozen=True)
 class Heads:
-    """How the heads of an extended layer are rotated, and what bounds the keys that they see.
+    """The rotation of an extended layer's heads, and the bounds of the keys that they see.
 
-    start: of the dims that are rotated, which are as many as the frequencies have pairs for.
-    interleaved: how they are paired. sign: -1 where a pair is rotated backwards.
-    chunk_size: tokens, where the layer attends in chunks. sliding_window: where its cache keeps no
-    more, whatever it tells its attention.
+    start: the first rotated dim; the frequencies tell how many there are.
+    interleaved: the pairing of dims. sign: -1 if pairs are rotated backwards.
+    chunk_size: in tokens, if the layer attends in chunks. sliding_window: in tokens, if its cache
+    keeps no more, even if its attention gets no such option.
     """
 
     start: int
@@ -241,16 +241,16 @@ class Heads:
 
 
 class Attending:
-    """A score method, the frequencies, the rows of a batch, and the tables of both kinds of layers.
+    """A score method, frequencies, the rows of a batch, and tables for both kinds of layers.
 
-    No dataclass: FSDP casts the tensors that those hold.
+    It is no dataclass, since FSDP casts the tensors in those.
 
     scale_from: the length from which logits grow (`query_scale.qwen_1m`), or None.
-    positions: (batch or 1, seqlen), where keys are stored, or (pairs, batch or 1, seqlen) where
-        each pair has a place of its own; None where they stay raw.
-    raw_queries: the tables for extended layers rotate keys alone.
-    stored, own: the position embeddings of extended layers, and those of the others.
-    heads: of the layer whose attention this is.
+    positions: stored positions of keys, (batch or 1, seqlen), or (pairs, batch or 1, seqlen) if
+        each pair has its own; None if keys stay raw.
+    raw_queries: the tables for extended layers rotate only keys.
+    stored, own: the position embeddings for extended layers, and those for the others.
+    heads: the heads of the layer whose attention this is.
     """
 
     def __init__(
@@ -278,20 +278,20 @@ class Attending:
         self.heads = heads
 
     def changed(self, **changes: Any) -> Attending:
-        """Return the same with other values of some attributes."""
+        """Return a copy with other values of some attributes."""
         return Attending(**{**vars(self), **changes})
 
     def of(self, heads: Heads) -> Attending:
-        """Return the attention of one layer."""
+        """Return the attention for one layer."""
         freqs = self.freqs
         if heads.sign < 0:
             freqs = replace(freqs, inv_freq=-freqs.inv_freq)
         return self.changed(heads=heads, freqs=freqs)
 
     def __getitem__(self, index: Any) -> Attending:
-        """Return the attention of the last tokens alone, sliced as tables of (batch, seqlen, dim).
+        """Return the attention of the last tokens, sliced like tables of (batch, seqlen, dim).
 
-        In layers that reuse the keys of others, a model computes the tokens it is asked for.
+        In layers that reuse other layers' keys, a model computes only the requested tokens.
         """
         if not isinstance(self.rows, Rows):
             raise ValueError(
@@ -311,7 +311,7 @@ class Attending:
         return self.changed(rows=rows, positions=positions, stored=stored, own=own)
 
     def to(self, device: torch.device | str | int, **_: Any) -> Attending:
-        """Move to `device`: accelerate's hooks call this where a model spans several devices."""
+        """Move to `device`: accelerate's hooks call this if a model spans several devices."""
 
         def move(value: Any) -> Any:
             if isinstance(value, (tuple, list)):
@@ -324,7 +324,7 @@ class Attending:
     def attend(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]
     ) -> Tensor:
-        """Attend from queries as the layer rotates them to keys and values as a cache holds them.
+        """Attend from queries in the layer's rotation to keys and values in the cache's form.
 
         q, k, v: (batch, heads, seqlen, head_dim), the queries the last of the keys' tokens.
         Returns (batch, seqlen_q, heads, head_dim).
@@ -337,7 +337,7 @@ class Attending:
                 f"continuous batching, whose pages are read as they are, got {heads.start} "
                 "others before them"
             )
-        # Under autocast, norms leave q and k wider than v.
+        # Under autocast, norms return q and k in a wider dtype than v's.
         q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
         here = self if self.freqs.inv_freq.device == q.device else self.to(q.device)
         q, k = (rotated_first(x, heads.start) for x in (q, k))
@@ -358,7 +358,7 @@ class Attending:
 
 
 def axes_of(positions: Tensor | None) -> Tensor | None:
-    """Return the axes of frequencies whose pairs have positions of their own, or None."""
+    """Return axes for frequencies whose pairs have their own positions, else None."""
     if positions is None or positions.dim() < 3:
         return None
     return torch.arange(len(positions), dtype=torch.int32, device=positions.device)
@@ -370,16 +370,16 @@ def rotated_first(x: Tensor, start: int) -> Tensor:
 
 
 def exchange(value: Any, found: Callable[[Attending], Any]) -> Any:
-    """Return a layer's argument with every `Attending` in it exchanged for what it stands for."""
+    """Return a layer's argument with every `Attending` in it replaced by `found` of it."""
     if value is None or isinstance(value, Tensor):
-        return value  # first, as most are
+        return value  # the most common case
     if isinstance(value, Attending):
         return found(value)
     if isinstance(value, tuple) and value and isinstance(value[0], Attending):
         return found(value[0])
     if isinstance(value, Mapping):
         exchanged = {key: exchange(each, found) for key, each in value.items()}
-        # Layers leave keys to one another in mappings, which must stay the same objects.
+        # Layers share keys by mappings, which must stay the same objects.
         if any(exchanged[key] is not each for key, each in value.items()):
             return exchanged
     return value

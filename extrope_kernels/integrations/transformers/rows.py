@@ -1,10 +1,10 @@
-"""The rows of a batch: where they begin, and how they attend to what a cache returns.
+"""The rows of a batch: their first tokens, and their attention to a cache's keys and values.
 
-Positions are counted from each row's first token. Every kind of rows (these two, packed ones, those
-of pages and of a mesh) has `positions`, (batch or 1, new); `leftpad`, (batch,) int32 or None where
-no row has padding; `to(device)`; and `attend(layer, q, k, v, call)`: from queries of (batch, new,
-heads, head_dim) to keys and values as a cache returns them. call: score, freqs and options of the
-ops, and chunk_size where the layer attends in chunks.
+Positions count from each row's first token. There are several kinds of rows: these two, packed,
+paged and those of a mesh. All have `positions`, (batch or 1, new); `leftpad`, (batch,) int32, or
+None without padding; `to(device)`; and `attend(layer, q, k, v, call)`, from queries of (batch, new,
+heads, head_dim) to keys and values as a cache returns them. call has score, freqs and options of
+the ops, and chunk_size if the layer attends in chunks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .packed import PackedRows, rows_by_positions
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The tokens of one forward and those before them in the cache.
+    """The tokens of one forward, and earlier ones in the cache.
 
     past, new: numbers of tokens, padding included.
     runs: (start, stop, pad) for rows start .. stop - 1, whose first `pad` slots are padding.
@@ -39,11 +39,11 @@ class Rows:
 
     @property
     def total(self) -> int:
-        """Keys that a row has after this forward."""
+        """The number of keys in a row after this forward."""
         return self.past + self.new
 
     def last(self, count: int) -> Rows:
-        """Return the last tokens alone, those before them among the past."""
+        """Return rows of only the last new tokens; the others count as past."""
         past, positions = self.total - count, self.positions[:, self.new - count :]
         return replace(self, past=past, new=count, positions=positions)
 
@@ -54,9 +54,9 @@ class Rows:
         self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]
     ) -> Tensor:
         size = call.pop("chunk_size", None)
-        if k.shape[1] > self.total:  # a static cache is longer than what it holds
+        if k.shape[1] > self.total:  # a static cache has unused slots
             k, v = k[:, : self.total], v[:, : self.total]
-        forgotten = self.total - k.shape[1]  # by a cache of a sliding window
+        forgotten = self.total - k.shape[1]  # tokens that a sliding window's cache dropped
         bounded = "sliding_window" in call or size is not None
         if q.shape[1] != self.new or (forgotten and not bounded):
             raise ValueError(
@@ -78,7 +78,7 @@ class Rows:
                 out = rope_attention(*run, keys_stored=True, **call)
             else:
                 out = _attend_in_chunks(*run, size, **call)
-            # Nothing looks at the padding, but NaN there would spread.
+            # Results in the padding are unused, but NaN there would spread.
             outs.append(nn.functional.pad(out, (0, 0, 0, 0, skip, 0)) if skip else out)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -105,20 +105,20 @@ def _attend_in_chunks(
 
 
 def records(*tensors: Tensor) -> bool:
-    """Say whether a graph of gradients is made of what is done with the tensors."""
+    """Return True if autograd records operations on the tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def read_rows(
     tokens: Tensor, past: int, mask: Any, position_ids: Tensor | None
 ) -> Rows | PackedRows:
-    """Return the rows of a forward; raise ValueError for masks and positions that make none.
+    """Return the rows of a forward; raise ValueError for other masks and positions.
 
-    tokens: (batch, new, ...), of which only shape and device count.
+    tokens: (batch, new, ...); only shape and device count.
     mask: (batch, past + new) with 0 for padding, or None.
-    position_ids: (batch or 1, new) or one such per axis, or None; must be what the mask says, or
-        the numbers of the slots, padding included, which are as far from one another. Without a
-        past they may start anew, where packed sequences begin.
+    position_ids: (batch or 1, new), or one such per axis, or None. They must follow the mask, or
+        count slots with padding, which gives the same distances. Without a past they may restart,
+        to begin packed sequences.
     """
     batch, new = tokens.shape[:2]
     mask, may_pack = full_mask(mask), not past
@@ -150,12 +150,12 @@ def read_rows(
 
 
 def no_mask(device: torch.device | None = None) -> Tensor:
-    """Return a mask that is made already: transformers makes none of (seqlen, seqlen) then."""
+    """Return a finished mask, so that transformers builds none of (seqlen, seqlen)."""
     return torch.ones(1, 1, 1, 1, device=device)
 
 
 def full_mask(mask: Any) -> Any:
-    """Return the mask of the layers that see all keys, where a model is given one per kind."""
+    """Return the mask of layers that see all keys, if a model gets one per kind of layers."""
     if not isinstance(mask, Mapping):
         return mask
     if all(each is None for each in mask.values()):
@@ -170,19 +170,19 @@ def full_mask(mask: Any) -> Any:
 
 
 def _tokens_of_mask(mask: Tensor, batch: int, past: int, new: int) -> Tensor | None:
-    """Return the tokens that a mask which is made already, (batch or 1, 1, new, keys), sees.
+    """Return the tokens visible in a finished mask, (batch or 1, 1, new, keys).
 
-    Raises ValueError unless it is that of causal rows, as the ops compute.
+    Raises ValueError unless it is causal, as the ops are.
     """
     total = past + new
-    if mask.shape[-2] != new:  # ones that stand for no mask
+    if mask.shape[-2] != new:  # ones, which mean no mask
         return None
     seen = mask[:, 0, :, :total]
     seen = (seen if seen.dtype == torch.bool else seen == 0).expand(batch, new, total)
     real = seen[:, -1]
     index = torch.arange(total, device=mask.device)
     causal = real[:, None, :] & (index[None, :] <= index[past:, None])
-    # A token of padding sees nothing or, where a softmax of nothing would be NaN, everything.
+    # A padding token sees nothing, or everything if a softmax over nothing would be NaN.
     own = seen.diagonal(past, 1, 2) & ~seen.all(2)
     if (own & ~real[:, past:]).any():
         raise ValueError(
@@ -199,7 +199,7 @@ def _tokens_of_mask(mask: Tensor, batch: int, past: int, new: int) -> Tensor | N
 
 
 def _pads(mask: Any, batch: int, total: int) -> list[int]:
-    """Return the number of padded slots at the left of each row, read on the host."""
+    """Return each row's number of padded slots on the left, read on the host."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -223,7 +223,7 @@ def _pads(mask: Any, batch: int, total: int) -> list[int]:
 
 
 def _leading(real: Tensor) -> Tensor:
-    """Return how many slots of padding each row begins with."""
+    """Return the number of padded slots at each row's beginning."""
     return (real.cumsum(1) == 0).sum(1)
 
 
@@ -237,7 +237,7 @@ def _runs(pads: list[int]) -> tuple[tuple[int, int, int], ...]:
 
 
 def _counts(given: Tensor, positions: Tensor, real: Tensor | None = None) -> bool:
-    """Say whether position_ids are these, padding aside; read on the host."""
+    """Return True if position_ids equal positions, except in padding; read on the host."""
     wrong = given != positions
     return not (wrong if real is None else wrong & real).any()
 
@@ -246,11 +246,11 @@ def _counts(given: Tensor, positions: Tensor, real: Tensor | None = None) -> boo
 class StaticRows:
     """The tokens of one forward over a static cache under `torch.compile`.
 
-    A graph is made once and run for every step, so what changes from step to step is a tensor in
-    it, and nothing is read on the host. The checks of `read_rows` are left to forwards outside.
+    One graph runs for every step: values that change between steps are tensors, and nothing is read
+    on the host. Only forwards without compilation have the checks of `read_rows`.
 
     positions: (batch or 1, new) int64; 0 in the padding.
-    ends: (batch,) int32, the slots of each row in use once the cache has the new tokens.
+    ends: (batch,) int32, each row's slots in use after the new tokens are cached.
     """
 
     positions: Tensor
@@ -274,10 +274,10 @@ class StaticRows:
 
 
 def static_rows(tokens: Tensor, past: Tensor, mask: Any) -> StaticRows:
-    """Return the rows of a forward whose past, of all rows, is a tensor of the cache.
+    """Return the rows of a forward whose past, for all rows, is a tensor of the cache.
 
-    tokens: (batch, new, ...). mask: (batch, slots) with 0 for padding and for slots to come; None.
-    Raises ValueError for another mask: what it says cannot be looked at in a graph.
+    tokens: (batch, new, ...). mask: (batch, slots) with 0 for padding and unused slots; or None.
+    Raises ValueError for another mask: a graph cannot read its values.
     """
     mask = full_mask(mask)
     if mask is not None and mask.dim() != 2:
@@ -292,15 +292,15 @@ def static_rows(tokens: Tensor, past: Tensor, mask: Any) -> StaticRows:
         leftpad = _leading(mask.bool())
         positions = (positions - leftpad[:, None]).clamp(min=0)
         leftpad = leftpad.to(torch.int32)
-    # The cache counts on in place.
+    # The cache increases `past` in place.
     ends = (past + new).to(torch.int32).repeat(batch)
     return StaticRows(positions, ends, leftpad)
 
 
 def keep_mask(*, attention_mask: Any = None, **arguments: Any) -> Any:
-    """Stand in for a model's `create_masks_for_generate`: rows are read from the mask as it is.
+    """Replace a model's `create_masks_for_generate`: keep the mask, which rows are read from.
 
-    For a static cache it gets that one's length, so that every step has the same shapes.
+    With a static cache it gets the cache's length, so that every step has the same shapes.
     """
     layers = getattr(cache_of(arguments), "layers", ())
     slots = max((getattr(layer, "max_cache_len", 0) for layer in layers), default=0)

@@ -1,7 +1,7 @@
-"""An extension on disk: a config that other programs read, and beside it what `extend` was given.
+"""An extension on disk: a config for other programs, and the arguments of `extend` beside it.
 
-transformers, vLLM and GGUF converters know some frequency methods as `rope_parameters` of a config.
-The others, and score methods, are in extrope.json alone, for `extend_from_saved`.
+transformers, vLLM and GGUF converters read some frequency methods from `rope_parameters` of a
+config. Other methods, score methods too, are only in extrope.json, for `extend_from_saved`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .frequencies import values_of
 
 _FILE = "extrope.json"
 _ON_OWNER = "_extrope_extensions"
-# What configs call the methods that they can name, and the parameters that they take.
+# Methods with a name in configs: that name, and its parameters.
 _TYPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "rope": ("default", ()),
     "abf": ("default", ()),
@@ -55,7 +55,7 @@ _TYPES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
 }
-# Whatever else a config says of a rotation (a share of the dims, axes) stays.
+# All other entries of a config on a rotation (a share of the dims, axes) stay.
 _SCALING = {name for _, names in _TYPES.values() for name in names}
 _SCALING |= {"rope_type", "type", "rope_theta", "alpha", "short_mscale", "long_mscale"}
 # Methods that stretch the trained length by their factor.
@@ -65,12 +65,12 @@ _STRETCHING_SCORES = ("leaky_rerope", "self_extend")
 
 @dataclass(frozen=True)
 class Saved:
-    """An extension as it is stored.
+    """An extension in its stored form.
 
-    parameters: of a frequency method those of the model too, where all kinds of layers share them.
-    length: the tokens that it makes the model reach; None where it sets no end.
-    before: the extension that was in place when it came. No list of them, as torch.export puts
-        copies in the place of a module's lists.
+    parameters: for a frequency method also the model's, if all kinds of layers share them.
+    length: the number of tokens that the extended model can read; None: no limit.
+    before: the earlier extension of the model. This is no list because torch.export replaces a
+        module's lists by copies.
     """
 
     method: str
@@ -81,7 +81,7 @@ class Saved:
     cache: str | None = None
 
     def all(self) -> list[Saved]:
-        """Return the extensions that are in place with this one, which is the last."""
+        """Return all extensions of the model up to this one, which is the last."""
         return [self] if self.before is None else [*self.before.all(), self]
 
 
@@ -92,7 +92,7 @@ def describe(
     layers: str,
     cache: str | None,
 ) -> Saved:
-    """Return an extension as it is stored, before it is in place."""
+    """Return the stored form of an extension that is about to be applied."""
     values = [values_of(site, kind) for site in sites for kind in site.layer_types]
     shared: dict[str, Any] = {}
     if method not in SCORES:
@@ -111,12 +111,12 @@ def describe(
 
 
 def _length(method: str, values: Mapping[str, Any]) -> int | None:
-    """values: the model's, and the method's parameters."""
+    """Return the tokens that a method reaches; values: the model's and the method's parameters."""
     factor, longest = values.get("factor"), values.get("max_position_embeddings")
     if method in SCORES:
         if method not in _STRETCHING_SCORES or longest is None:
             return None
-        # As far as the frequencies reach; what is past the window is stretched.
+        # Frequencies reach `longest`; a score stretches the part past the window.
         return values["window"] + int((longest - values["window"]) * factor)
     trained = values.get("original_max_position_embeddings")
     if "seq_len" in values or method == "rope":
@@ -128,7 +128,7 @@ def _length(method: str, values: Mapping[str, Any]) -> int | None:
 
 
 def saving_overrides(model: nn.Module, sites: Sequence[RotarySite], saved: Saved) -> list[Override]:
-    """Return what an extension leaves on a model for those who save it."""
+    """Return the attributes that let an extended model be saved."""
     overrides: list[Override] = [(sites[0].owner, _ON_OWNER, saved)]
     for each in dict.fromkeys((model, generator_of(model))):
         if hasattr(each, "save_pretrained"):
@@ -144,7 +144,7 @@ def _save_plain(
     *args: Any,
     **options: Any,
 ) -> None:
-    """Stand in for `save_pretrained` of an extended model, whose config is the plain model's."""
+    """Replace `save_pretrained` of an extended model, whose config is the plain model's."""
     type(model).save_pretrained(model, save_directory, *args, **options)
     _write(saved.all(), save_directory)
     warnings.warn(
@@ -158,7 +158,7 @@ def _save_plain(
 def save(
     model: nn.Module, folder: str | os.PathLike, length: int | None, options: Mapping[str, Any]
 ) -> None:
-    """Save an extended model: weights, a config, and the extensions that are in place."""
+    """Save an extended model: weights, a config, and its extensions."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -167,7 +167,7 @@ def save(
             "merge adapters, or save them and the model apart"
         )
     extensions = vars(find_sites(model)[0].owner)[_ON_OWNER].all()
-    type(model).save_pretrained(model, folder, **options)  # completes its config, too
+    type(model).save_pretrained(model, folder, **options)  # completes its config too
     config = copy.deepcopy(model.config)
     unknown = [each.method for each in extensions if each.method in SCORES]
     # The last one replaces the scaling of those before it.
@@ -190,9 +190,9 @@ def save(
 
 
 def _named_in_config(model: nn.Module, extension: Saved) -> Any:
-    """Return a copy of the model's config that yields an extension's frequencies; None if none can.
+    """Return a copy of the config that yields an extension's frequencies; None if none can.
 
-    A rotary embedding is built of it, and must have them.
+    A rotary embedding is built from it, to check its frequencies.
     """
     config = copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
@@ -208,7 +208,7 @@ def _named_in_config(model: nn.Module, extension: Saved) -> Any:
                 text.rope_parameters = entries
             else:
                 text.rope_parameters = {**text.rope_parameters, layer_type: entries}
-    if extension.method == "dynamic_ntk":  # by whose type the longest is the trained one
+    if extension.method == "dynamic_ntk":  # its type takes the longest for the trained length
         text.max_position_embeddings = extension.parameters["max_position_embeddings"]
     elif extension.length is not None:
         longest = getattr(text, "max_position_embeddings", None) or 0
@@ -222,11 +222,11 @@ def _named_in_config(model: nn.Module, extension: Saved) -> Any:
 
 
 def _entries(site: RotarySite, layer_type: str | None, extension: Saved) -> dict[str, Any] | None:
-    """Return the rope_parameters of one kind of layers; None where no type takes them."""
+    """Return the rope_parameters for one kind of layers; None if no type takes them."""
     method, given = extension.method, extension.parameters
     if method not in _TYPES or given.get("resonance") or given.get("ramp", "index") != "index":
         return None
-    # Read again with a model whose base has changed, a factor of it would come twice.
+    # Read again with the changed base, its factor would apply twice.
     if "seq_len" in given or (method == "ntk_aware" and "base" not in given):
         return None
     kind, names = _TYPES[method]
@@ -259,7 +259,7 @@ def _by_vllms_names(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _set_longest(text: Any, length: int) -> None:
-    """Write the length that a model reaches; the trained one stays known."""
+    """Write the length that the extended model reaches; keep the trained one."""
     longest = getattr(text, "max_position_embeddings", None)
     if length == longest:
         return
@@ -272,7 +272,7 @@ def _set_longest(text: Any, length: int) -> None:
 
 
 def _agrees(site: RotarySite, layer_type: str | None, extension: Saved, text: Any) -> bool:
-    """Say whether transformers makes the same of a config."""
+    """Return True if transformers computes the same frequencies from a config."""
     function, takes_length = bind_method(
         "extend", extension.method, extension.parameters, values_of(site, layer_type)
     )
@@ -295,7 +295,7 @@ def _write(extensions: Sequence[Saved], folder: str | os.PathLike) -> None:
 
 
 def read(folder: str | os.PathLike) -> list[Saved]:
-    """Return the extensions that are stored in a folder; raise ValueError where there are none."""
+    """Return the extensions stored in a folder; raise ValueError if there are none."""
     path = Path(folder, _FILE)
     if not path.is_file():
         raise ValueError(f"extend_from_saved: folder must have a file {_FILE}, got {folder}")

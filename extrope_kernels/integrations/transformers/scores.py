@@ -1,4 +1,4 @@
-"""What `extend` changes for a score method: hooks that make a forward's `Attending`."""
+"""Changes of `extend` for a score method: hooks that build a forward's `Attending`."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from .rows import Rows, keep_mask, no_mask, read_rows, static_rows
 from .trial import Layers, with_mask
 
 _ON_CACHE = "_extrope_stored"
-# What layers with rotary embeddings of their own get the rows by, among the arguments that a model
-# hands on to them. So they have them, too, when they are computed anew for their gradients.
+# The name under which a model passes the rows to layers with their own rotary embeddings. As an
+# argument, the rows are there again when a layer is recomputed for its gradients.
 _ROWS = "extrope_rows"
-# Of each thread: the rows of the forward in progress, by the key of a rotary embedding.
+# Per thread: the rows of the forward in progress, by the key of a rotary embedding.
 _in_progress = threading.local()
 
 
 class Asked(NamedTuple):
     """A score method with its parameters.
 
-    log_n: scales queries, if it is given. scale_from: the length from which logits grow
+    log_n: scales queries, unless None. scale_from: the length from which logits grow
         (`query_scale.qwen_1m`), or None.
     """
 
@@ -60,7 +60,7 @@ class Asked(NamedTuple):
 def read_score(
     sites: list[RotarySite], method: str, parameters: Mapping[str, Any], cache: str | None
 ) -> Asked:
-    """Return the score method that `extend` is asked for; of dual_chunk the model may say more."""
+    """Return the score method in `extend`'s arguments; a model may add parameters of dual_chunk."""
     config = sites[0].rotary.config
     if method == "dual_chunk" and getattr(config, DUAL_CHUNKS, None):
         warnings.warn(f"extend: {SPARSE}", stacklevel=3)
@@ -72,9 +72,9 @@ def read_score(
 
 
 def _stores(score: Score, sites: list[RotarySite]) -> bool:
-    """Say whether layers can rotate keys to where the score stores them, all heads alike.
+    """Return True if layers can rotate keys as the score stores them, the same for all heads.
 
-    A model's own tables have one position for all pairs of a token, and positions no gradient.
+    A model's own tables have one position for all pairs of a token, and no gradient of positions.
     """
     if isinstance(score.stored, PositionMap):
         return True
@@ -86,7 +86,7 @@ def _stores(score: Score, sites: list[RotarySite]) -> bool:
 def score_changes(
     model: nn.Module, sites: list[RotarySite], method: str, asked: Asked, layers: str
 ) -> Changes:
-    """Return what a score method changes; nothing is changed yet."""
+    """Return a score method's changes; the model is not changed yet."""
     owner = _owner(model, sites)
     freqs = [_freqs_in_force(site, method, asked.score) for site in sites]
     _check_pairs(method, asked.score, freqs)
@@ -126,7 +126,7 @@ def _check_pairs(method: str, score: Score, freqs: list[FreqsByKind]) -> None:
 def _owner(model: nn.Module, sites: list[RotarySite]) -> nn.Module:
     """Return the module whose tokens all rotary embeddings count.
 
-    Raises ValueError where parts of a model count different things, such as bytes and patches.
+    Raises ValueError if parts of a model count different things, such as bytes and patches.
     """
     owners = owners_of(sites)
     if len(owners) > 1:
@@ -138,11 +138,11 @@ def _owner(model: nn.Module, sites: list[RotarySite]) -> nn.Module:
 
 
 def _freqs_in_force(site: RotarySite, method: str, score: Score) -> FreqsByKind:
-    """Return those of an extension before this one, or the model's own."""
+    """Return the frequencies of an earlier extension, or the model's own."""
     before = vars(site.rotary).get("forward")
     if not isinstance(before, Rotary):
         return {layer_type: _own_freqs(site, layer_type) for layer_type in site.layer_types}
-    # Positions that start anew keep the amplitudes of the decay near 1.
+    # Positions that restart keep the amplitudes of the decay near 1.
     decays = any(freqs.log_decay is not None for freqs in before.freqs.values())
     if decays and not score.stored.modulus:
         raise ValueError(
@@ -152,9 +152,9 @@ def _freqs_in_force(site: RotarySite, method: str, score: Score) -> FreqsByKind:
 
 
 def _own_freqs(site: RotarySite, layer_type: str | None) -> RopeFreqs:
-    """Return the frequencies that the model itself rotates by, on its device.
+    """Return the model's own frequencies, on its device.
 
-    Raises ValueError where they change with the length.
+    Raises ValueError if they change with the length.
     """
     rotary, kind = site.rotary, site.rotary.rope_type
     if layer_type is not None:
@@ -167,7 +167,7 @@ def _own_freqs(site: RotarySite, layer_type: str | None) -> RopeFreqs:
         )
     inv_freq = attribute_of(rotary, layer_type, "inv_freq")
     if inv_freq.dtype != torch.float32:
-        # Rounded by a cast of the whole model; the config still says what they were.
+        # A cast of the whole model rounded them; the config still has the exact values.
         with torch.device("cpu"):
             fresh = type(rotary)(rotary.config)
         inv_freq = attribute_of(fresh, layer_type, "inv_freq").to(inv_freq.device)
@@ -178,10 +178,10 @@ def _own_freqs(site: RotarySite, layer_type: str | None) -> RopeFreqs:
 
 
 class ScoreRotary(Rotary):
-    """Stands in for the forward of a rotary embedding, and yields an `Attending`.
+    """Replacement forward of a rotary embedding, which returns an `Attending`.
 
-    layer: the one that the rotary embedding is called in, if that is not their owner. It gets its
-        `Attending` at its door, and here the tables that it stands for.
+    layer: the layer that calls the rotary embedding, or None if their owner calls it. The layer's
+        pre-hook passes it its `Attending`; this call then returns only tables.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class ScoreRotary(Rotary):
 
     @property
     def rows(self) -> Any:
-        """Of the forward in progress, as the hook of its owner or of that layer sets them."""
+        """The rows of the forward in progress, set by the hook of the owner or of the layer."""
         return getattr(_in_progress, self.key, None)
 
     @rows.setter
@@ -211,7 +211,7 @@ class ScoreRotary(Rotary):
             return super().__call__(x, position_ids, layer_type)
         attending = self.attending(x.device, layer_type)
         positions = attending.positions
-        # The attention factor of both sides goes onto the queries, in the attention.
+        # The attention multiplies queries by the attention factor of both sides.
         freqs = attending.freqs
         decay, axes = freqs.for_keys().log_decay, axes_of(positions)
         keys = RopeFreqs(freqs.inv_freq, log_decay=decay, axes=axes)
@@ -227,18 +227,18 @@ class ScoreRotary(Rotary):
         return attending if self.site.single else (attending, attending)
 
     def attending(self, device: torch.device, layer_type: str | None = None) -> Attending:
-        """Return the attention of the forward in progress, without tables yet."""
+        """Return the `Attending` of the forward in progress, without tables yet."""
         freqs, rows, positions = self.freqs_on(layer_type, device), self.rows.to(device), None
         if self.score.stored != UNROTATED:
             positions = self.score.stored(self.rows.positions).to(device)
-            if positions.dim() > self.rows.positions.dim():  # of each pair
+            if positions.dim() > self.rows.positions.dim():  # one per pair
                 positions = positions.movedim(-1, 0)
         raw_queries = self.fused is not None
         scales = (self.log_n, self.scale_from)
         return Attending(self.score, *scales, freqs, rows, positions, raw_queries)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies in another process need the attention's name."""
+        """Restore the state; copies in another process need the attention's name registered."""
         super().__setstate__(state)
         register_attention()
 
@@ -263,7 +263,7 @@ class ScoreForward:
     def before_forward(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Forward pre-hook: check what is asked for, and read the rows."""
+        """Check the arguments and read the rows: forward pre-hook of the owner."""
         arguments = by_name(self.argument_names, args, kwargs)
         if arguments.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise ValueError(
@@ -271,7 +271,7 @@ class ScoreForward:
                 "got True"
             )
         if exports_to_onnx():
-            # An error would be hidden: the exporter tries again in another way, and fails later.
+            # The exporter would hide an error, retry in another way, and fail later.
             warnings.warn(
                 f"extend: a model under {self.rotaries[0].method} cannot be exported to ONNX, "
                 "which has no such attention; torch.export and AOTInductor take it",
@@ -285,7 +285,7 @@ class ScoreForward:
             arguments[_ROWS] = rows
         mask = arguments.get("attention_mask")
         if isinstance(rows, Rows) and isinstance(mask, Tensor) and mask.dim() == 2:
-            # Convolutions and states read its last columns as those of the new tokens.
+            # Convolutions and states take its last columns for the new tokens.
             arguments["attention_mask"] = mask[:, : rows.total]
         if isinstance(rows, PackedRows):
             arguments |= self._of_packed(module, rows, arguments)
@@ -296,7 +296,7 @@ class ScoreForward:
         return (), arguments
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Forward hook: mark the cache that the forward made."""
+        """Mark the cache that the forward made: its forward hook."""
         for rotary in self.rotaries:
             rotary.rows = None
         for cache in caches_in(output):
@@ -305,7 +305,7 @@ class ScoreForward:
     def before_far_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Forward pre-hook of an extended layer: keys where they are stored, and the attention."""
+        """Hand an extended layer tables for stored keys, and its attention: forward pre-hook."""
         arguments = by_name(self.layer_argument_names[layer], args, kwargs)
         seen: list[Attending] = []
 
@@ -335,7 +335,7 @@ class ScoreForward:
     def before_near_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Forward pre-hook of a layer that rotates and attends as ever."""
+        """Hand a layer that is not extended its own tables: forward pre-hook."""
         arguments = by_name(self.layer_argument_names[layer], args, kwargs)
         arguments.pop(_ROWS, None)
         return (), {name: exchange(value, _own) for name, value in arguments.items()}
@@ -356,7 +356,7 @@ class ScoreForward:
     def _of_packed(
         self, module: nn.Module, rows: PackedRows, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the arguments by which a model's other layers tell packed sequences apart, too."""
+        """Return arguments that tell packed sequences apart for the model's other layers too."""
         if self.others_mix:
             raise ValueError(
                 "extend: packed rows need a model whose tokens meet in its attention alone, got "
@@ -366,14 +366,14 @@ class ScoreForward:
             raise ValueError(
                 "extend: packed rows must come without a cache, got one; pad rows to generate"
             )
-        # transformers makes the masks of packed sequences where it has positions alone.
+        # transformers makes masks of packed sequences only if it gets positions and no mask.
         told = {"position_ids": rows.positions, "attention_mask": None}
         return told | ({"use_cache": False} if "use_cache" in self.argument_names else {})
 
     def _past(self, cache: Any) -> int | Tensor:
-        """How many tokens the cache holds; marks it as one of keys at the method's positions.
+        """Return the cache's number of tokens; mark its keys as rotated by the score method.
 
-        A tensor where it is one of the cache's and a graph is made.
+        In a graph it may be a tensor of the cache.
         """
         if cache is None:
             return 0
@@ -384,7 +384,7 @@ class ScoreForward:
         past, mark = self._length(cache), getattr(cache, _ON_CACHE, None)
         if isinstance(past, Tensor) and not torch.compiler.is_compiling():
             past = int(past)
-        # In a graph nobody knows whether a cache without a mark is empty.
+        # A graph cannot tell if a cache without a mark is empty.
         unmarked = mark is None if isinstance(past, Tensor) else not past
         if not unmarked and mark != self.score.stored:
             raise ValueError(
@@ -395,7 +395,7 @@ class ScoreForward:
         return past
 
     def _length(self, cache: Any) -> int | Tensor:
-        """Ask an extended layer: those of a hybrid's other sort hold no tokens."""
+        """Return the cached length of an extended layer: in hybrids other layers hold no tokens."""
         index = getattr(next(iter(self.heads)), "layer_idx", None)
         known = index is not None and index >= 0
         return cache.get_seq_length(index) if known else cache.get_seq_length()

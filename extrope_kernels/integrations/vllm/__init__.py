@@ -1,4 +1,4 @@
-"""vLLM: models served by any method, chosen by `additional_config={"extrope": {...}}`."""
+"""vLLM: serves models by any method, chosen by `additional_config={"extrope": {...}}`."""
 
 from .plugin import register
 

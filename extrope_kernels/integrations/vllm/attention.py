@@ -1,9 +1,9 @@
-"""Attention layers of vLLM by a score method or over raw keys: what all platforms share.
+"""Attention layers of vLLM by a score method or over raw keys, shared by all platforms.
 
-A layer's keys and values are written and attended to for all requests of a batch: prefill chunks,
-decode steps and padding, on a GPU in one call. Keys lie in vLLM's pages as the method stores them,
-so a cached prefix serves every request that begins with it. Layers with a sliding window rotate as
-ever. In a raw cache all layers' keys lie unrotated, and frequencies may be those of each request's
+A layer writes keys and values and attends for all requests of a batch: prefill chunks, decode steps
+and padding, on a GPU in one call. vLLM's pages hold keys as the method stores them, so a cached
+prefix serves every request that begins with it. Layers with a sliding window keep their plain
+rotation. In a raw cache all layers' keys are unrotated, and frequencies may follow each request's
 present length.
 """
 
@@ -37,12 +37,12 @@ def attending_engine(config: VllmConfig | None) -> Engine | None:
 
 
 def attend_for(model: Any, engine: Engine, *, whole: bool) -> None:
-    """Have a model's layers know the engine whose rotary layers they are to agree with.
+    """Give a model's attention layers their engine, so that they agree with its rotary layers.
 
-    vLLM makes the language model of a larger one by a copy of the configuration, with an engine of
-    its own. whole: not a stage of a pipeline.
-    Raises ValueError for attention layers of another backend, whose queries and keys nobody would
-    rotate, and where a score method would change nothing.
+    vLLM builds the language model inside a larger one from a copy of the configuration, which has
+    its own engine. whole: not a stage of a pipeline.
+    Raises ValueError for attention layers of another backend, which would not rotate queries and
+    keys, and if a score method would change nothing.
     """
     if not engine.settings.attends:
         return
@@ -70,7 +70,7 @@ class ScoreMetadata:
     cu_seqlens: (requests + 1,) int32, the boundaries of each request's new tokens; all 0 in a run
         that must not write.
     block_table: (requests, blocks) int32.
-    lengths: what follows from those of the requests.
+    lengths: tensors that depend on the requests' lengths.
     """
 
     num_actual_tokens: int
@@ -80,12 +80,12 @@ class ScoreMetadata:
 
     @property
     def past(self) -> Tensor:
-        """(requests,) int32, how many tokens of each are in the cache already."""
+        """Each request's tokens that are in the cache already: (requests,) int32."""
         return self.lengths.past[: len(self.cu_seqlens) - 1]
 
 
 class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
-    """Works out what all layers of a group need, once a forward, without a look at the device."""
+    """Builds the metadata of a group of layers, once per forward, without reading the device."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
@@ -113,8 +113,8 @@ class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
         requests = starts.shape[0] - 1
         lengths = self._lengths
         lengths.update(starts, common.seq_lens)
-        # vLLM's dummy runs, which capture graphs or keep an idle rank in step, have pages that may
-        # be a request's, but no slot: without new tokens nothing is written.
+        # vLLM's dummy runs, which capture graphs or keep an idle rank in step, have no slots, but
+        # their pages may belong to a request: without new tokens nothing is written.
         any_slot = (common.slot_mapping >= 0).any()
         cu_seqlens = torch.mul(starts, any_slot, out=lengths.cu_seqlens[: requests + 1])
         return ScoreMetadata(
@@ -126,7 +126,7 @@ class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
 
 
 def refuse_derived(builder: type, ours: type) -> None:
-    """Refuse what vLLM derives from our builder for layers that see another batch than the rest."""
+    """Refuse builders that vLLM derives from ours for layers that see another batch."""
     if builder is not ours:
         raise ValueError(
             f"{NAME}: attention layers must see a request's own tokens for {OURS}, "
@@ -135,7 +135,7 @@ def refuse_derived(builder: type, ours: type) -> None:
 
 
 class ScoreImpl(AttentionImpl):
-    """One layer's attention."""
+    """The attention of one layer."""
 
     def __init__(
         self,
@@ -178,12 +178,12 @@ class ScoreImpl(AttentionImpl):
         }
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Take over the sinks, which are loaded by now."""
+        """Read the sinks, which are loaded by now."""
         if self.sinks is not None:
             self.options["sinks"] = self.sinks.detach().float()
 
     def do_kv_cache_update(self, layer: Any, *_: Any) -> None:
-        """Nothing: `forward` writes as well."""
+        """Do nothing: `forward` writes too."""
 
     def forward(
         self,
@@ -197,7 +197,7 @@ class ScoreImpl(AttentionImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Write key and value, attend from query into output.
+        """Write key and value, then attend from query into output.
 
         query: (tokens, heads, head_size); key, value: (tokens, kv_heads, head_size).
         kv_cache: (blocks, kv_heads, block_size, 2 * head_size), in fp8 with the layer's scales.
@@ -211,7 +211,7 @@ class ScoreImpl(AttentionImpl):
             )
         if self.freqs is None:
             self._prepare(layer, query.device)
-        if attn_metadata is None:  # a run to measure memory
+        if attn_metadata is None:  # a run that measures memory
             return output.fill_(0)
         k_cache, v_cache = self._pages(kv_cache)
         lengths, past = attn_metadata.lengths, attn_metadata.past
@@ -234,7 +234,7 @@ class ScoreImpl(AttentionImpl):
         return output.copy_(found)
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """(blocks, block_size, kv_heads, head_size) of keys and of values, views of vLLM's."""
+        """Return views of keys and of values: (blocks, block_size, kv_heads, head_size)."""
         k_cache, v_cache = self._typed(kv_cache).transpose(1, 2).chunk(2, -1)
         return k_cache, v_cache
 
@@ -243,7 +243,7 @@ class ScoreImpl(AttentionImpl):
         return kv_cache.view(torch.float8_e4m3fn) if self.kv_cache_dtype in FP8 else kv_cache
 
     def _prepare(self, layer: Any, device: torch.device) -> None:
-        """Find the layer's frequencies; by now all of vLLM's rotary layers are made."""
+        """Find the layer's frequencies; by now all of vLLM's rotary layers exist."""
         heads = self.engine.heads
         sizes = {size for size, _ in heads}
         pairings = {interleaved for _, interleaved in heads}
@@ -268,7 +268,7 @@ class ScoreImpl(AttentionImpl):
 
 
 def _refuse(**wrong: Any) -> None:
-    """Raise ValueError for the first argument of an attention layer that is out of reach."""
+    """Raise ValueError for the first unsupported argument of an attention layer."""
     for name, found in wrong.items():
         if found:
             raise ValueError(f"{NAME}: a score method does not support this layer's {name}")

@@ -1,7 +1,7 @@
-"""vLLM's attention backend for CPUs, with ours in engines that ask for what needs it.
+"""vLLM's attention backend for CPUs, replaced by ours in engines that need it.
 
-vLLM knows one backend there, whatever is asked for, so ours is registered in its place and hands
-every other engine on to it.
+vLLM has one CPU backend and ignores any other choice. So ours is registered in its place, and uses
+vLLM's for all other engines.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .settings import CACHES
 
 
 class HeadwiseImpl(ScoreImpl):
-    """One layer's attention over pages as vLLM's own kernels lay them out on a CPU.
+    """The attention of one layer over pages in the layout of vLLM's CPU kernels.
 
-    A head's keys in a block are contiguous, and so are its values. Keys beside values in each row
-    made a decode step on 8,000 tokens 1.4 times as long.
+    A head's keys in a block are contiguous, and so are its values. With keys and values side by
+    side in each row, a decode step on 8,000 tokens took 1.4 times as long.
     """
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,39 +34,39 @@ class HeadwiseImpl(ScoreImpl):
 
 
 class ScoreBackend(CPUAttentionBackend):
-    """In place of CPU_ATTN."""
+    """The backend in place of CPU_ATTN."""
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        """Say what the engine's attention takes."""
+        """Return True if the engine's attention takes this head size."""
         if attending_engine(get_current_vllm_config_or_none()) is None:
             return super().supports_head_size(head_size)
         return head_size % 8 == 0 and head_size <= 256
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
-        """Say what the engine's attention takes: vLLM's own wants AVX-512 for fp8."""
+        """Return True if the engine's attention takes this cache; vLLM's needs AVX-512 for fp8."""
         if attending_engine(get_current_vllm_config_or_none()) is None:
             return super().supports_kv_cache_dtype(kv_cache_dtype)
         return kv_cache_dtype is None or kv_cache_dtype in CACHES
 
     @staticmethod
     def get_impl_cls() -> type:
-        """Return the class of the layers that are being made."""
+        """Return the class for the current engine's layers."""
         if attending_engine(get_current_vllm_config_or_none()) is None:
             return CPUAttentionBackend.get_impl_cls()
         return HeadwiseImpl
 
     @staticmethod
     def get_builder_cls() -> type:
-        """Return what makes the builder of an engine."""
+        """Return the class that makes an engine's builder."""
         return _Builder
 
 
 class _Builder(CPUAttentionMetadataBuilder):
-    """vLLM's builder, or ours where the engine's attention is.
+    """vLLM's builder, or ours if the engine's attention is ours.
 
-    vLLM derives others from it, for layers that are not causal for one, which are to stay theirs.
+    vLLM derives others from it, such as one for layers that are not causal; those stay vLLM's.
     """
 
     def __new__(

@@ -1,4 +1,4 @@
-"""vLLM's attention backend CUSTOM on NVIDIA GPUs: Triton's kernels. Never run on a GPU so far."""
+"""vLLM's attention backend CUSTOM on NVIDIA GPUs, by Triton's kernels. No GPU has run it yet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .settings import CACHES
 
 
 class ScoreBackend(AttentionBackend):
-    """Score methods and raw keys; chosen by the plugin."""
+    """The backend for score methods and raw keys; the plugin chooses it."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = list(CACHES)
@@ -39,35 +39,35 @@ class ScoreBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        """Return the sizes of pages that the kernels take."""
+        """Return the page sizes that the kernels take."""
         return [MultipleOf(16)]
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        """Say whether the kernels take the heads."""
+        """Return True if the kernels take this head size."""
         return head_size % 8 == 0 and head_size <= 256
 
     @classmethod
     def supports_sink(cls) -> bool:
-        """Sinks join the softmax."""
+        """Return True: sinks join the softmax."""
         return True
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        """Layers with a sliding window rotate as ever."""
+        """Return True: layers with a sliding window keep their plain rotation."""
         return True
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        """Ampere and later."""
+        """Return True for Ampere and later."""
         return capability.major >= 8
 
 
 class GraphBuilder(ScoreMetadataBuilder):
-    """Decode steps of one token a request may be captured in a CUDA graph.
+    """The builder that allows CUDA graphs of decode steps with one token per request.
 
-    A launch depends on the shapes of its tensors alone; lengths stay on the device, in tensors that
-    a replay reads anew.
+    A launch depends only on the shapes of its tensors; lengths stay on the device, in tensors that
+    a replay reads again.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = (

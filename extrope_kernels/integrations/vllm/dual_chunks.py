@@ -1,6 +1,6 @@
-"""Models that were trained with dual chunks: vLLM's part of their configuration, left to ours.
+"""Models trained with dual chunks: our score method takes over their configuration.
 
-vLLM would build the rotary layer of a backend that it has no more. Nothing here imports vLLM.
+vLLM would build a rotary layer for a backend that it has removed. Nothing here imports vLLM.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _TRAINED = "original_max_position_embeddings"
 
 
 def take_over(config: Any) -> bool:
-    """Move what a model says of its dual chunks into additional_config; say whether it did.
+    """Move a model's settings of dual chunks into additional_config; return True if moved.
 
-    The entry's score gets the parameters that the user has not given, and the model loses the key.
-    config: a VllmConfig with an entry of ours, before vLLM completes it; changed in place.
+    The entry's score gets the parameters that the user has not given; the model's key is deleted.
+    config: a VllmConfig with our entry, before vLLM completes it; changed in place.
     """
     model = config.model_config
     if model is None or not getattr(model.hf_text_config, DUAL_CHUNKS, None):

@@ -1,7 +1,6 @@
-"""What one engine computes by: the frequencies of each kind of layers, and the score method.
+"""The methods of one engine: frequencies for each kind of layers, and the score method.
 
-Nothing here imports vLLM: an engine's configuration, a VllmConfig, is looked at by the names of its
-values.
+Nothing here imports vLLM: an engine's configuration, a VllmConfig, is read by attribute names.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from .lengths import ByLength, by_length
 from .settings import NAME, Settings, check_config, in_our_name, read_settings, rotations
 
 _TRAINED = "original_max_position_embeddings"
-# By the id of a VllmConfig: vLLM copies one field by field, and an attribute more would end that.
+# By the id of a VllmConfig: vLLM copies its fields, and one more attribute would break that.
 _engines: dict[int, Engine | None] = {}
 
 
 @dataclass(frozen=True)
 class Rotated:
-    """How the layers of one kind rotate.
+    """The rotation of the layers of one kind.
 
-    freqs: those of the engine's longest request.
-    base: RoPE's, by which vLLM's rotary layers are told apart.
-    extended: by the engine's methods; else as the model does.
-    by_length: of a raw cache, where frequencies follow the length of each request.
+    freqs: frequencies for the engine's longest request.
+    base: RoPE's base, which tells vLLM's rotary layers apart.
+    extended: True if the engine's methods apply, False for the model's own rotation.
+    by_length: with a raw cache, frequencies that follow the length of each request.
     """
 
     freqs: RopeFreqs
@@ -44,12 +43,12 @@ class Rotated:
 
 @dataclass
 class Engine:
-    """The methods of one engine, worked out for its model.
+    """The methods of one engine, computed for its model.
 
-    kinds: by the name of a kind of layers, None where the model makes no difference.
-    has_towers: the model has encoders, of images for one, whose rotary layers are of the same
-        classes as those of its language model.
-    heads: (head_dim, interleaved) of vLLM's rotary layers that were made for this model.
+    kinds: rotations by the name of a kind of layers; the name None if the model has one kind.
+    has_towers: the model has encoders (for images, say); their rotary layers have the same classes
+        as those of its language model.
+    heads: (head_dim, interleaved) of vLLM's rotary layers made for this model.
     """
 
     settings: Settings
@@ -59,9 +58,9 @@ class Engine:
     heads: set[tuple[int, bool]] = field(default_factory=set)
 
     def of_rotary(self, base: float, rotary_dim: int) -> Rotated:
-        """Return what one of vLLM's rotary layers rotates by.
+        """Return the rotation for one of vLLM's rotary layers.
 
-        Raises ValueError for one that the model's configuration says nothing of.
+        Raises ValueError for a layer that the model's configuration does not describe.
         """
         for kind in self.kinds.values():
             if kind.base == base and 2 * len(kind.freqs.inv_freq) == rotary_dim:
@@ -72,14 +71,14 @@ class Engine:
         )
 
     def kind_of(self, index: int) -> str | None:
-        """Return the kind of the attention layer of that number."""
+        """Return the kind of the attention layer with this index."""
         return None if None in self.kinds else self.layer_types[index]
 
 
 def engine_of(config: Any) -> Engine | None:
-    """Return the engine of a VllmConfig, made once; None where nothing of ours is asked for.
+    """Return the engine of a VllmConfig, made once; None without an entry of ours.
 
-    Raises ValueError or TypeError for what cannot be served, before weights are loaded.
+    Raises ValueError or TypeError, before weights are loaded, if the engine cannot be served.
     """
     if config is None or config.model_config is None:
         return None
@@ -91,7 +90,7 @@ def engine_of(config: Any) -> Engine | None:
 
 
 def make_engine(config: Any) -> Engine | None:
-    """Work out an engine from its VllmConfig."""
+    """Compute an engine from its VllmConfig."""
     settings = read_settings(config.additional_config)
     if settings is None:
         return None
@@ -108,7 +107,7 @@ def make_engine(config: Any) -> Engine | None:
 
 @contextmanager
 def _on_the_cpu():
-    """vLLM makes models with another default dtype and device, which frequencies must not have."""
+    """Undo vLLM's default dtype and device for models, which frequencies must not have."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -152,9 +151,9 @@ def _by_method(
 
 
 def _fitting(settings: Settings, freqs: RopeFreqs, length: int, dtype: torch.dtype) -> RopeFreqs:
-    """Refuse a decay that leaves the range of a dtype within the engine's length.
+    """Refuse a decay that overflows a dtype within the engine's length; return freqs.
 
-    Its origin is the middle, where both ends are nearest.
+    Its origin is the middle, which is nearest to both ends.
     """
     if freqs.log_decay is None:
         return freqs
@@ -186,7 +185,7 @@ def _check_type(parameters: Mapping[str, Any]) -> None:
 
 
 def _check_kinds(engine: Engine, layers: int) -> None:
-    """Kinds that differ must be told apart by what vLLM's rotary layers are made from."""
+    """Check that vLLM's rotary layers of different kinds differ in base or dims."""
     if None not in engine.kinds and not layers:
         raise ValueError(
             f"{NAME}: layer_types must name the kind of each layer, where rope_parameters differ "

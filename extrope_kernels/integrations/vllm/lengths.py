@@ -1,4 +1,4 @@
-"""What follows the lengths of requests, worked out once a forward without a look at the device."""
+"""Tensors that follow the requests' lengths, updated once per forward without device reads."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _TRAINED, _LONGEST = "original_max_position_embeddings", "max_position_embedding
 
 @dataclass(frozen=True)
 class ByLength:
-    """A frequency method by the present length of each request.
+    """A frequency method that follows the present length of each request.
 
-    freqs: takes seq_len, a number or (requests,), and returns frequencies of one amplitude.
-    amplitude: from (requests,) to factors of their logits, where these follow the length as well.
+    freqs: takes seq_len, a number or (requests,), and returns frequencies with one amplitude.
+    amplitude: maps lengths (requests,) to factors of logits, if these follow the length too.
     """
 
     freqs: Callable[..., RopeFreqs]
@@ -31,10 +31,10 @@ class ByLength:
 def by_length(
     method: str, function: Callable[..., RopeFreqs], given: Mapping[str, Any], partly: bool
 ) -> ByLength:
-    """Return a frequency method, all but its seq_len given, by the length of each request.
+    """Return a frequency method, with all parameters but seq_len, to follow requests' lengths.
 
-    given: its parameters. partly: not all dims of a head rotate.
-    Raises ValueError where its amplitude follows the length and not all of a logit has it.
+    given: its parameters. partly: only some dims of a head rotate.
+    Raises ValueError if its amplitude follows the length and does not scale the whole logit.
     """
     if method != "dynamic_yarn" or given.get("attention_factor") is not None:
         return ByLength(function)
@@ -49,7 +49,7 @@ def by_length(
 
 
 def _yarn_squared(trained: int, start: int, finetuned: bool, lengths: Tensor) -> Tensor:
-    """YaRN's amplitude of queries times that of keys."""
+    """Return YaRN's amplitude of queries times that of keys."""
     factor = lengths.clamp(min=start).double() / trained
     if not finetuned:
         factor = torch.where(lengths > start, factor, 1.0)
@@ -57,10 +57,10 @@ def _yarn_squared(trained: int, start: int, finetuned: bool, lengths: Tensor) ->
 
 
 class Lengths:
-    """Tensors that layers hand to the op, in buffers for good: a graph reads them at every replay.
+    """Tensors that layers pass to the op, in fixed buffers: a graph reads them in every replay.
 
-    kinds: the frequency methods that follow the length, by the names of kinds of layers.
-    past: (requests,) int32, how many tokens of each were there before.
+    kinds: the frequency methods that follow the length, by the name of a kind of layers.
+    past: (requests,) int32, each request's tokens before this forward.
     cu_seqlens: (requests + 1,) int32, the boundaries of each request's new tokens.
     """
 
@@ -81,7 +81,7 @@ class Lengths:
         self._tokens = torch.arange(tokens, dtype=torch.int32, device=device)
 
     def update(self, starts: Tensor, seq_lens: Tensor) -> None:
-        """Read a forward's batch: the boundaries of its new tokens, and the lengths with them."""
+        """Read a forward's batch: the boundaries of new tokens, and the lengths including them."""
         requests = len(seq_lens)
         if requests > len(self.past):
             self.past = self.past.new_zeros(requests)
@@ -99,7 +99,7 @@ class Lengths:
         amplitudes = {name: kind.amplitude for name, kind in self.kinds.items() if kind.amplitude}
         if self.scale_from is None and not amplitudes:
             return
-        # Tokens behind the last request's are padding, whoever they are taken for.
+        # Tokens after the last request's are padding: any request will do for them.
         request = torch.searchsorted(starts[1:], self._tokens, right=True)
         request = request.clamp_(max=len(seq_lens) - 1)
         one = by_score = self._tokens.new_ones((), dtype=torch.float64)
@@ -118,14 +118,14 @@ class Lengths:
         self._scales[key].copy_(scale)
 
     def inv_freq(self, kind: str | None, requests: int) -> Tensor | None:
-        """Return (requests, rotary_dim / 2) of layers of a kind; None where no length matters."""
+        """Return a kind's (requests, rotary_dim / 2); None if its frequencies are fixed."""
         found = self._inv_freq.get(kind)
         return None if found is None else found[:requests]
 
     def query_scale(self, kind: str | None, scored: bool, tokens: int) -> Tensor | None:
-        """Return (tokens,) float32, factors of logits, or None.
+        """Return factors of logits, (tokens,) float32, or None.
 
-        scored: of layers that attend by the score method.
+        scored: for layers that attend by the score method.
         """
         found = self._scales.get((kind, scored))
         if found is None and scored:

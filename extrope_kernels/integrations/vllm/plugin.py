@@ -1,6 +1,4 @@
-"""How vLLM takes the plugin in: the entry point, the attention backends, a look at configurations
-as they are made and at models as they are loaded.
-"""
+"""The plugin in vLLM: entry point, attention backends, checks of configurations and models."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from .engine import engine_of, make_engine
 from .remarks import goes_by, remarks_on
 from .settings import NAME, OURS, read_entry, read_settings
 
-LOGGER = logging.getLogger(f"vllm.{NAME}")  # below vLLM's own, for its level and its handler
+LOGGER = logging.getLogger(f"vllm.{NAME}")  # under vLLM's own, to have its level and handler
 _LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 _BACKENDS = {
     "CPU_ATTN": f"{__package__}.cpu.ScoreBackend",
@@ -25,11 +23,11 @@ _BACKENDS = {
 
 
 def register() -> None:
-    """Make vLLM read `additional_config={"extrope": ...}`; engines without it stay as they are.
+    """Make vLLM read `additional_config={"extrope": ...}`; other engines do not change.
 
     vLLM calls it through the entry point `extrope` of `vllm.general_plugins`. A second call does
-    nothing. A vLLM that lacks something stays as it is, but for a warning, and for engines that ask
-    for a method, which are refused.
+    nothing. If vLLM lacks something that the plugin needs, it only warns and refuses engines
+    with a method.
     """
     try:
         _import_all()
@@ -46,7 +44,7 @@ def register() -> None:
 
 
 def _import_all() -> None:
-    """Touch what is needed of vLLM, so that whatever is missing shows before anything is changed.
+    """Import all that the plugin needs from vLLM, to fail before it changes anything.
 
     Raises ImportError or AttributeError.
     """
@@ -71,14 +69,14 @@ def _import_all() -> None:
     for backend in (AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.CUSTOM):
         used += [backend.is_overridden, backend.get_path]
     if current_platform.is_cpu():
-        from . import cpu  # in the place of vLLM's, for engines without a method as well
+        from . import cpu  # replaces vLLM's, for engines without a method too
 
         used.append(cpu)
 
 
 @functools.cache
 def _stay_away(missing: str) -> None:
-    """Warn, and have engines refused that ask for a method."""
+    """Warn, and refuse engines with a method."""
     import vllm
 
     version = getattr(vllm, "__version__", "of an unknown version")
@@ -91,7 +89,7 @@ def _stay_away(missing: str) -> None:
 
 
 def register_backends() -> None:
-    """Register ours; where another plugin was first, its backend stays."""
+    """Register our backends; a backend of an earlier plugin stays."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     for name, ours in _BACKENDS.items():
@@ -101,9 +99,9 @@ def register_backends() -> None:
 
 
 def choose_backend(config: Any) -> None:
-    """Name our attention where vLLM lets it be named.
+    """Choose our attention backend, if vLLM has a choice.
 
-    Raises ValueError where that would not be ours: queries and keys would not be rotated at all.
+    Raises ValueError if the backend would not be ours: nothing would rotate queries and keys.
     """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -138,7 +136,7 @@ def _check_is_ours(backend: Any) -> None:
 
 
 def check_configurations() -> None:
-    """Have every VllmConfig checked where it is made: in the user's process, before any other."""
+    """Check every VllmConfig when it is made: in the user's process, before any other starts."""
     from .rotary import forget_shared_layers
 
     def look(config: Any, complete: Callable[[], None]) -> None:
@@ -159,9 +157,9 @@ def check_configurations() -> None:
 
 
 def allow_longer_models() -> None:
-    """Let an engine with a method be longer than its model's configuration says without more ado.
+    """Let an engine with a method exceed the length in its model's configuration.
 
-    It is what methods are for; vLLM wants an environment variable.
+    That is the purpose of methods. vLLM requires an environment variable for it.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.envs import disable_envs_cache
@@ -175,7 +173,7 @@ def allow_longer_models() -> None:
         if read_entry(self.additional_config) is None:
             return make(self)
         before = os.environ.get(_LONGER)
-        disable_envs_cache()  # of an engine before; the next one's start switches it on again
+        disable_envs_cache()  # an earlier engine's; the next start enables it again
         os.environ[_LONGER] = "1"
         try:
             return make(self)
@@ -189,7 +187,7 @@ def allow_longer_models() -> None:
 
 
 def refuse_configurations(reason: str) -> None:
-    """Have every VllmConfig that asks for a method refused, where the plugin could not go in."""
+    """Refuse every VllmConfig with a method, if the plugin could not be installed."""
 
     def look(config: Any, complete: Callable[[], None]) -> None:
         if read_settings(getattr(config, "additional_config", None)) is not None:
@@ -214,10 +212,10 @@ def _around_configurations(look: Callable[[Any, Callable[[], None]], None]) -> N
 
 
 def check_models() -> None:
-    """Have every worker's model checked when it is loaded, on all platforms and by any loader."""
+    """Check every worker's model when it is loaded, on all platforms and by any loader."""
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    # vLLM hands the call on to its worker, whose classes are many.
+    # vLLM passes the call on to its worker, which has many classes.
     load = getattr(WorkerWrapperBase, "load_model", None)
     if getattr(load, "__module__", None) == __name__:
         return
@@ -235,9 +233,9 @@ def _load_by_worker(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def check_model(config: Any, get_model: Callable[[], Any], *, first: bool) -> None:
-    """Have a loaded model rotate by our layers, or raise ValueError; say what by.
+    """Make a loaded model rotate by our layers, and log its methods, or raise ValueError.
 
-    first: of an engine's workers, which is the one that says it.
+    first: True in the one worker of an engine that logs.
     """
     from .attention import attend_for
     from .rotary import extend_model

@@ -1,4 +1,4 @@
-"""What an engine says when it starts: what it goes by, and what is likely not meant.
+"""Messages of a starting engine: its methods, and likely mistakes.
 
 Nothing here imports vLLM.
 """
@@ -20,7 +20,7 @@ _SHARED_KEYS = (
 
 
 def goes_by(settings: Settings, config: Any) -> str:
-    """Return the methods of a VllmConfig and the numbers that they start from, in one line."""
+    """Return the methods of a VllmConfig and the numbers they start from, in one line."""
     model = config.model_config
     text = model.hf_text_config
     kinds = [kind for kind in rotations(text) if not is_bounded(kind[0] or "")]
@@ -33,12 +33,12 @@ def goes_by(settings: Settings, config: Any) -> str:
 
 
 def remarks_on(config: Any, settings: Settings | None) -> Iterator[str]:
-    """Yield what in a VllmConfig works but is likely not meant."""
+    """Yield likely mistakes in a VllmConfig that works."""
     if settings is None:
         yield from _near_misses(config.additional_config)
         return
     factor = settings.parameters.get("factor")
-    # Of dynamic NTK it is how steeply the base grows.
+    # In dynamic NTK the factor is the base's rate of growth.
     if isinstance(factor, (int, float)) and factor < 1 and settings.method != "dynamic_ntk":
         yield f"factor {factor:g} of {settings.method} is below 1: it shortens what a model reads"
     yield from _overridden(settings, config.model_config)
@@ -56,7 +56,7 @@ def _near_misses(additional_config: Any) -> Iterator[str]:
 
 
 def _overridden(settings: Settings, model: Any) -> Iterator[str]:
-    """An override of the longest position is taken for the trained length, unless that is said."""
+    """Warn of an override of the longest position, which methods take for the trained length."""
     overrides = getattr(model, "hf_overrides", None)
     if not isinstance(overrides, Mapping) or settings.method is None:
         return
@@ -75,7 +75,7 @@ def _overridden(settings: Settings, model: Any) -> Iterator[str]:
 
 
 def _counts_from(method: str) -> str | None:
-    """Return the name of the parameter by which a method knows the trained length."""
+    """Return the name of a method's parameter for the trained length."""
     return next((name for name in (_TRAINED, _LONGEST) if name in PARAMETERS[method]), None)
 
 

@@ -1,8 +1,8 @@
-"""vLLM's rotary layers with the frequencies of an engine's method, or with no rotation at all.
+"""vLLM's rotary layers with an engine's frequencies, or without rotation.
 
-vLLM makes a layer of another class where one is registered under the name of the class that a
-model asks for. Ours become those again, before they are initialized, in engines that ask for
-nothing, and in models with encoders, whose language model gets ours when it is loaded.
+vLLM replaces a layer's class if another one is registered under its name. In engines without a
+method ours turn back into vLLM's before they are initialized. So they do in models with encoders:
+there the language model gets ours after loading.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .engine import Engine, engine_of
 from .settings import NAME
 
 _TABLE = "cos_sin_cache"
-# Of Qwen3-Next's attention and its heirs': on a GPU norms and rotation are one step by the table,
-# which stands for the steps they have elsewhere.
+# An attribute of Qwen3-Next's attention and its heirs: on a GPU one step with the table does norms
+# and rotation, which are separate steps elsewhere.
 _STEP_BY_TABLE = "use_fused_qk_norm_rope_gate"
-# What rotates (tokens, heads * head_dim) by positions, of one axis or several, times frequencies.
+# Classes that rotate (tokens, heads * head_dim) by positions (on one or more axes) x frequencies.
 _REPLACED = (
     "RotaryEmbedding",
     "DynamicNTKAlphaRotaryEmbedding",
@@ -35,7 +35,7 @@ _REPLACED = (
     "MRotaryEmbedding",
     "YaRNScalingRotaryEmbedding",
 )
-# All of vLLM's by their names; not those of images.
+# All of vLLM's rotary classes by name, except those for images.
 _LAYERS = {
     name: layer
     for name, layer in vars(rotary_layers).items()
@@ -43,17 +43,17 @@ _LAYERS = {
     and issubclass(layer, CustomOp)
     and not name.startswith("Llama4Vision")
 }
-_OURS: dict[type, type] = {}  # by what they replace
+_OURS: dict[type, type] = {}  # by the class that they replace
 
 
 class _Replacing:
-    """A rotary layer in place of vLLM's class `replaced`, which is its next base."""
+    """A rotary layer in place of vLLM's class `replaced`, its next base class."""
 
     replaced: type
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         engine, replaced = engine_of(get_current_vllm_config_or_none()), self.replaced
-        stays = engine is None or engine.has_towers  # until the whole model is there
+        stays = engine is None or engine.has_towers  # until the whole model is loaded
         if stays:
             self.__class__ = replaced
         replaced.__init__(self, *args, **kwargs)
@@ -63,21 +63,21 @@ class _Replacing:
     def rotate_for(self, engine: Engine) -> None:
         """Rotate by the engine's frequencies from now on.
 
-        Raises ValueError for a layer that the model's configuration says nothing of.
+        Raises ValueError for a layer that the model's configuration does not describe.
         """
         freqs = engine.of_rotary(self.base, self.rotary_dim).freqs
         freqs = replace(freqs, axes=None)
         if sections := getattr(self, "mrope_section", None):
             freqs = with_sections(freqs, list(sections), interleaved=self.mrope_interleaved)
-        # Whoever reads the table in place of calling the layer fails, and is not served wrongly.
+        # Code that reads the table in place of calling the layer now fails, rather than go wrong.
         table = getattr(self, _TABLE)
         delattr(self, _TABLE)
         engine.heads.add((self.head_size, not self.is_neox_style))
-        # Our attention rotates queries and keys itself, when it knows where they are kept.
+        # Our attention rotates queries and keys itself, once it knows their slots.
         rotates = not engine.settings.attends
         self.freqs: RopeFreqs | None = freqs.to(table.device) if rotates else None
         if self.freqs is not None:
-            # vLLM's sleep of level 2 keeps nothing of a model but its buffers.
+            # vLLM's sleep at level 2 keeps only a model's buffers.
             for name in ("inv_freq", "log_decay", "axes"):
                 self.register_buffer(name, getattr(self.freqs, name), persistent=False)
 
@@ -102,12 +102,12 @@ class _Replacing:
     forward_cpu = forward_cuda = forward_hip = forward_xpu = forward_oot = forward_native
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(1, tokens, heads, head_dim), a view."""
+        """Return a view (1, tokens, heads, head_dim)."""
         return (x if x.dim() == 3 else x.unflatten(-1, (-1, self.head_size)))[None]
 
 
 class _Refusing:
-    """In place of vLLM's other classes: rotations that are not positions times frequencies."""
+    """A refusal in place of vLLM's other classes, whose angles are not position x frequency."""
 
     replaced: type
 
@@ -123,7 +123,7 @@ class _Refusing:
 
 
 def register_rotary_layers() -> None:
-    """Register a class of ours for each of vLLM's; where another plugin was first, its stays."""
+    """Register our class for each of vLLM's; a class of an earlier plugin stays."""
     for name, layer in _LAYERS.items():
         if name in op_registry_oot:
             continue
@@ -135,9 +135,9 @@ def register_rotary_layers() -> None:
 
 
 def extend_model(model: Any, engine: Engine) -> None:
-    """Have a whole model rotate by the engine's methods; of one with encoders the language model.
+    """Make a model, or the language model beside encoders, rotate by the engine's methods.
 
-    Raises ValueError where it has rotary layers that cannot, or none.
+    Raises ValueError if some rotary layers cannot, or if there are none.
     """
     text = model.get_language_model() if engine.has_towers else model
     layers = _rotary_layers(text)
@@ -165,7 +165,7 @@ def _rotary_layers(model: Any) -> list[Any]:
 
 
 def _refuse_shared(model: Any, text: Any, layers: list[Any]) -> None:
-    """vLLM makes one layer of equal arguments, whoever asks for it."""
+    """Refuse rotary layers shared with encoders: vLLM makes one layer for equal arguments."""
     of_text = set(text.modules())
     for module in model.modules():
         if module not in of_text and any(child in layers for child in module.children()):
@@ -176,9 +176,9 @@ def _refuse_shared(model: Any, text: Any, layers: list[Any]) -> None:
 
 
 def forget_shared_layers() -> None:
-    """Have the next model make its rotary layers.
+    """Make the next model build its own rotary layers.
 
-    vLLM shares those of equal arguments among all models of a process, whatever their engines ask
-    for.
+    vLLM shares layers with equal arguments among all models of a process, even if their engines
+    have different methods.
     """
     rotary_layers._ROPE_DICT.clear()

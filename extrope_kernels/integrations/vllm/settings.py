@@ -1,7 +1,7 @@
-"""What `additional_config={"extrope": {...}}` asks for, and what an engine rules out.
+"""Settings in `additional_config={"extrope": {...}}`, and checks against an engine's.
 
-Both are said before the engine loads weights. Nothing here imports vLLM: configurations are looked
-at by the names of their values.
+Errors come before the engine loads weights. Nothing here imports vLLM: configurations are read by
+attribute names.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ...methods import METHODS
 from ...scores import SCORES, Score
 from .._shared.parameters import bind_score, check_names, scale_from
 
-NAME = "extrope"  # of the entry in additional_config; and what errors begin with
-# Without those by axes, whose positions are those of images.
+NAME = "extrope"  # the entry in additional_config, and the beginning of errors
+# Without methods by axes, whose positions are of images.
 _METHODS = [name for name in METHODS if "axes" not in inspect.signature(METHODS[name]).parameters]
-OURS = "a score method or a raw cache"  # what our attention is for, in errors
-# Values by which configurations say that some layers do not rotate.
+OURS = "a score method or a raw cache"  # the uses of our attention, in errors
+# Names in configurations of models in which some layers do not rotate.
 _NOT_ALL_ROTATE = (
     "layer_rope_theta",
     "no_rope_layer_interval",
@@ -30,8 +30,8 @@ _NOT_ALL_ROTATE = (
     "position_layers",
     "use_rope_layers",
 )
-# By model_type: vLLM's rotary layer is not called by every layer, which its attention cannot see;
-# or a norm with weights comes after it, so that logits depend on more than distances.
+# By model_type: not every layer calls vLLM's rotary layer, which its attention cannot know; or a
+# norm with weights comes after the rotation, so that logits depend on more than distances.
 _UNFIT = {
     **dict.fromkeys(
         (
@@ -47,8 +47,8 @@ _UNFIT = {
     ),
 }
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn caches
-CACHES = ("auto", "float16", "bfloat16", *FP8)  # of all that a layer may have
-# Drafters without a model of their own.
+CACHES = ("auto", "float16", "bfloat16", *FP8)  # those that we support
+# Drafters without their own model.
 _DRAFTERS = ("ngram", "ngram_gpu", "suffix")
 
 
@@ -57,7 +57,7 @@ class Settings:
     """The methods of one engine.
 
     method: a frequency method, None for the model's own frequencies; parameters: the user's.
-    score, log_n: of a score method, None for attention as it is.
+    score, log_n: for a score method; None for plain attention.
     scale_from: the length from which the logits of a score method grow (`query_scale.qwen_1m`).
     raw: keys are cached unrotated, and rotated at every forward.
     """
@@ -71,19 +71,19 @@ class Settings:
 
     @property
     def attends(self) -> bool:
-        """Whether attention is ours, not vLLM's; then it rotates, too."""
+        """True if attention is ours, not vLLM's; ours rotates too."""
         return self.raw or self.score is not None
 
 
 def read_entry(additional_config: Any) -> Any:
-    """Return what an engine's additional_config has under our name; None where it has nothing."""
+    """Return our entry in an engine's additional_config; None without one."""
     return additional_config.get(NAME) if isinstance(additional_config, Mapping) else None
 
 
 def read_settings(additional_config: Any) -> Settings | None:
-    """Return the settings in an engine's additional_config; None where there are none of ours.
+    """Return the settings in an engine's additional_config; None without an entry of ours.
 
-    Raises ValueError or TypeError for what no model can be served by.
+    Raises ValueError or TypeError for settings that fit no model.
     """
     entry = read_entry(additional_config)
     if entry is None:
@@ -139,7 +139,7 @@ def _read_score(entry: Any) -> tuple[Score | None, float | None, int | None]:
 
 @contextmanager
 def in_our_name() -> Iterator[None]:
-    """Have errors of methods begin as all of the plugin's do."""
+    """Make errors of methods begin like all of the plugin's."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -149,13 +149,13 @@ def in_our_name() -> Iterator[None]:
 
 
 def rotations(text: Any) -> list[tuple[str | None, Mapping[str, Any]]]:
-    """Return a model's rope_parameters by the kinds of its layers, None where it has one kind."""
+    """Return a model's rope_parameters by kind of layers; the kind None if it has only one."""
     kinds = [(k, v) for k, v in text.rope_parameters.items() if isinstance(v, Mapping)]
     return kinds or [(None, text.rope_parameters)]
 
 
 def check_config(settings: Settings, config: Any) -> None:
-    """Raise ValueError for an engine, a VllmConfig, that the methods cannot be right in."""
+    """Raise ValueError for a VllmConfig in which the methods would not compute rightly."""
     for wrong, reason in (*_for_all(config), *_for_attention(settings, config)):
         if wrong:
             raise ValueError(f"{NAME}: {reason}")
@@ -219,7 +219,7 @@ def _for_attention(settings: Settings, config: Any) -> list[tuple[Any, str]]:
         (shared, "layers that reuse other layers' keys (KV sharing) are not supported"),
         (bidirectional, f"{OURS} must be causal, got a model whose tokens see later ones"),
         (
-            # vLLM's, of all layers at once; where only some have one it is theirs.
+            # vLLM's value, set if all layers have a window; if only some do, those have it.
             settings.score and getattr(cache, "sliding_window", None),
             "some layers must have no sliding window for a score method, got a model all of whose "
             "layers have one",
