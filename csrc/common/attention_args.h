@@ -1,4 +1,4 @@
-// What ops of attention, with and without a cache, check alike: head_dims, frequencies, numbers.
+// Checks shared by the ops of attention with and without a cache: head_dims, frequencies, numbers.
 #pragma once
 
 #include <cmath>
@@ -64,13 +64,13 @@ inline Sinks sinks_of(const char* op, const OptionalView& sinks, int64_t heads_q
 inline float softcap_of(const char* op, double softcap) {
   require_of(op, softcap >= 0 && std::isfinite(softcap), "softcap must be >= 0 (0: none), got ",
              softcap);
-  // Kernels divide logits by it, in float.
+  // Kernels divide float logits by it.
   require_of(op, softcap == 0 || (1e-30 <= softcap && softcap <= 1e30),
              "softcap must be 0 (none) or from 1e-30 to 1e30, got ", softcap);
   return static_cast<float>(softcap);
 }
 
-// (seqlen_q,) or (batch, seqlen_q), of packed queries (total,).
+// Checks and reads (seqlen_q,) or (batch, seqlen_q), for packed queries (total,).
 inline QueryScale query_scale_of(const char* op, const OptionalView& scale, int64_t batch,
                                  int64_t seqlen_q, bool packed) {
   if (!scale.has_value()) return {};

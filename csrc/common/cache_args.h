@@ -1,5 +1,5 @@
-// What ops over a key/value cache check alike, and read from its tensors: where rows lie, the
-// cache's dtype, the scales of one in e4m3.
+// Checks and reads a cache's tensors, for all ops over a key/value cache: the places of rows, the
+// dtype, and the scales of e4m3.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace extrope {
 
-// Where the rows of a cache lie, or of q, k and v, packed or not.
+// The places of the rows of a cache, or of q, k and v, packed or not.
 inline Plane plane(const Tensor& x) {
   const int64_t d = x.dim();
   return {x.data_ptr(), d == 4 ? x.stride(0) : 0, x.stride(d - 3), x.stride(d - 2)};
@@ -44,7 +44,7 @@ inline void set_cache_scales(const char* op, const OptionalTensor& k_scale,
   cache.v_scale = cache_scale(op, "v_scale", v_scale, heads, like);
 }
 
-// Where the host can read them.
+// For scales that the host can read.
 inline void check_cache_scales(const char* op, const KVCache& cache) {
   const auto check = [&](const char* name, const float* scale) {
     for (int64_t head = 0; scale && head < cache.heads; ++head) {

@@ -1,7 +1,6 @@
-// How a binding names its ops. They are registered not when a library is loaded but when
-// extrope_register is called: in a namespace that the caller chooses, since two copies of the
-// package may be in one process, and only where their kernels can run, since a registered op goes
-// before what would serve there otherwise.
+// Registration of ops. A loaded library registers nothing until extrope_register is called. The
+// caller chooses the namespace, since one process may have two copies of the package, and registers
+// ops only if their kernels can run, since a registered op goes before other implementations.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -13,8 +12,8 @@ namespace extrope {
 
 struct Op {
   const char* name;
-  void (*run)(StableIValue* stack, uint64_t num_args, uint64_t num_outputs);  // of TORCH_BOX
-  const char* key = nullptr;  // of the dispatcher; nullptr: the library's device
+  void (*run)(StableIValue* stack, uint64_t num_args, uint64_t num_outputs);  // from TORCH_BOX
+  const char* key = nullptr;  // dispatch key; nullptr: that of the library's device
 };
 
 inline std::vector<Op>& all_ops() {
@@ -28,7 +27,7 @@ struct Ops {
   }
 };
 
-// A handle is never deleted: that would take its op back.
+// Handles are never deleted: that would unregister their ops.
 inline void register_ops(const char* name_space, const char* device) {
   for (const Op& op : all_ops()) {
     TorchLibraryHandle library = nullptr;

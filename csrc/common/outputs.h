@@ -1,4 +1,4 @@
-// Fresh tensors for the results of an operation, from PyTorch's allocator.
+// Allocates tensors for the results of an operation, by PyTorch's allocator.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -19,8 +19,8 @@ inline int64_t element_size(ScalarType type) {
   return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
 }
 
-// make(), a tensor of these sizes. The stable ABI of PyTorch before 2.13 loses what PyTorch says
-// where there is no memory.
+// Returns make(), a tensor of these sizes. The stable ABI of PyTorch before 2.13 loses PyTorch's
+// message if there is no memory.
 template <typename Make>
 Tensor allocate(const char* op, const std::vector<int64_t>& sizes, ScalarType type,
                 const Make& make) {
@@ -41,26 +41,26 @@ Tensor allocate(const char* op, const std::vector<int64_t>& sizes, ScalarType ty
   }
 }
 
-// torch.empty_like(x).
+// Returns torch.empty_like(x).
 inline Tensor fresh_like(const Tensor& x, const char* op = "extrope") {
   std::vector<int64_t> sizes(x.dim());
   for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = x.size(i);
   return allocate(op, sizes, x.scalar_type(), [&] { return torch::stable::empty_like(x); });
 }
 
-// A contiguous tensor on like's device.
+// Returns a contiguous tensor on like's device.
 inline Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type,
                     const char* op = "extrope") {
   return allocate(op, sizes, type, [&] { return torch::stable::new_empty(like, sizes, type); });
 }
 
-// A contiguous tensor on the CPU.
+// Returns a contiguous tensor on the CPU.
 inline Tensor fresh(const std::vector<int64_t>& sizes, ScalarType type,
                     const char* op = "extrope") {
   return allocate(op, sizes, type, [&] { return torch::stable::empty(sizes, type); });
 }
 
-// The results of q and k, which the kernel of `p` is to write; empty in place of a k that is none.
+// Allocates the results of q and k for the kernel of `p`; empty for a k that is none.
 template <typename Params>
 std::tuple<Tensor, Tensor> make_outputs(const char* op, Params& p, const Tensor& q,
                                         const OptionalTensor& k, bool packed) {

@@ -1,5 +1,5 @@
-// Regions of keys and position maps: what a kernel knows of a score method, in plain data. They are
-// those of extrope_kernels/scores/base.py.
+// Regions of keys and position maps, the plain data that describe a score method to a kernel. See
+// extrope_kernels/scores/base.py.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
-// Kernels are compiled once for each instruction set: what they call has to be their own.
+// Kernels are compiled once per instruction set: each needs its own copy of functions it calls.
 #define EXTROPE_INLINE [[gnu::always_inline]] inline
 
 namespace extrope {
@@ -16,8 +16,8 @@ constexpr int kMaxRegions = 3;
 constexpr int kMapNumbers = 5;
 constexpr int64_t kNoWindow = int64_t{1} << 62;
 
-// p becomes min(f((p mod modulus) / divisor) + offset, cap), f floor or nothing. A divisor below 0
-// is that of a map of pairs: see PairMaps.
+// Maps p to min(f((p mod modulus) / divisor) + offset, cap), f floor or the identity. A negative
+// divisor stands for a map of pairs: see PairMaps.
 struct PositionMap {
   int64_t modulus;  // 0: none
   double divisor;   // infinite: every position becomes offset
@@ -50,18 +50,18 @@ struct PositionMap {
   EXTROPE_INLINE static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 };
 
-// Serialised graphs have no infinity: the largest number stands for it.
+// Serialised graphs have no infinity: the largest double stands for it.
 inline PositionMap map_of(const double* numbers) {
   const auto read = [](double x) { return x >= DBL_MAX ? INFINITY : x; };
   return {static_cast<int64_t>(numbers[0]), read(numbers[1]), numbers[2] != 0, numbers[3],
           read(numbers[4])};
 }
 
-// The divisors and offsets of each pair of dims in maps of pairs, a row for each such map.
+// Divisors and offsets of each pair of dims, a row per map of pairs.
 struct PairMaps {
   const double* data = nullptr;  // (rows, 2, heads, padded)
-  int64_t heads = 1;             // of keys; 1: all share them
-  int64_t padded = 0;            // pairs, up to whole vectors
+  int64_t heads = 1;             // heads of keys; 1: all heads share them
+  int64_t padded = 0;            // pairs, rounded up to whole vectors
 
   EXTROPE_INLINE const double* divisors(const PositionMap& map, int64_t head) const {
     return data + (map.row() * 2 * heads + (heads > 1 ? head : 0)) * padded;
@@ -75,29 +75,29 @@ struct PairMaps {
 };
 
 struct Region {
-  int64_t start;  // of its keys, from the query's block on
+  int64_t start;  // first key, counted from the query's block
   PositionMap q_map, k_map;
 };
 
 struct Regions {
   int64_t count, granularity;
   Region at[kMaxRegions];
-  PositionMap stored;                  // by which keys come rotated
-  int64_t sliding_window = kNoWindow;  // keys a query sees at most, its own the last
+  PositionMap stored;                  // the rotation that keys already have
+  int64_t sliding_window = kNoWindow;  // most keys that a query sees, its own included
   PairMaps pair_maps = {};
 
-  // The first key of region r (for r == count the first one behind the diagonal) that the query at
-  // `position` sees.
+  // Returns the first key of region r for the query at `position`; for r == count the first key
+  // after the diagonal.
   EXTROPE_INLINE int64_t start(int64_t r, int64_t position) const {
     if (position < 0) return 0;
     if (r >= count) return position + 1;
-    // A division takes longer than all the rest.
+    // The division would take longer than all the rest.
     const int64_t block = granularity == 1 ? position : position / granularity * granularity;
     const int64_t oldest = std::max<int64_t>(position + 1 - sliding_window, 0);
     return std::min(std::max(block + at[r].start, oldest), position + 1);
   }
 
-  // Drops leading regions that hold no key for queries below position `end`.
+  // Drops leading regions without a key for queries before position `end`.
   void trim(int64_t end) {
     const int64_t block = std::max<int64_t>(end - 1, 0) / granularity * granularity;
     while (count > 1 && (block + at[1].start <= 0 || at[1].start <= 1 - sliding_window)) {

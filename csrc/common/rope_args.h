@@ -1,5 +1,5 @@
-// From torch tensors to RopeParams and RopeNormParams, with every check: for the CPU and the CUDA
-// library alike.
+// Converts torch tensors to RopeParams and RopeNormParams with all checks, for the CPU and the CUDA
+// library.
 #pragma once
 
 #include <cmath>
@@ -81,7 +81,7 @@ inline void check_axes(const RopeParams& p, const Tensor& axes, const Tensor& q)
           shape_of(axes));
 }
 
-// Without a table of positions for each axis, the axes are all alike.
+// Without a table of positions per axis, all axes have the same positions.
 inline void set_positions(RopeParams& p, const Tensor& positions, const OptionalTensor& axes,
                           const Tensor& q, int64_t sequences) {
   p.position_type = position_type(positions);
@@ -186,7 +186,7 @@ inline RopeNormParams make_norm_params(const RopeParams& rope, const Tensor& q,
   return p;
 }
 
-// What only values show: for a library that can read them.
+// Checks the values, for a library that can read them.
 inline void check_axes_of_pairs(const RopeParams& p) {
   for (int64_t i = 0; p.axes && i < p.rotary_dim / 2; ++i) {
     require(0 <= p.axes[i] && p.axes[i] < p.num_axes, "axes must be from 0 to ", p.num_axes - 1,

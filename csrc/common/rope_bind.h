@@ -1,4 +1,4 @@
-// The ops of the rotation on torch tensors, for the CPU and the CUDA library alike.
+// The ops of the rotation on torch tensors, for the CPU and the CUDA library.
 //
 // The schemas are defined in Python (extrope_kernels/ops/rope/op.py); a library registers
 // RopeOps<launch> for its device, where launch(params, device_index) runs the kernel.
@@ -42,7 +42,7 @@ inline void set_outputs_in_place(RopeParams& p, const Tensor& q, const OptionalT
   if (k.has_value()) set_output(p.tensors[1], *k, packed);
 }
 
-// The three ops, for a device whose kernel is started by `launch`.
+// The three ops of a device; `launch` starts its kernel.
 template <void (*launch)(const RopeParams&, int device_index)>
 struct RopeOps {
   static std::tuple<Tensor, Tensor> fwd(const Tensor& q, const OptionalTensor& k,

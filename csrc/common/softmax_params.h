@@ -1,5 +1,5 @@
-// What attention takes beside q, k and v, in plain data: sinks, factors of the logits, and the
-// limit of its heads.
+// Arguments of attention besides q, k and v, in plain data: sinks, factors of the logits, and the
+// largest head_dim.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace extrope {
 
 constexpr int64_t kMaxHeadDim = 512;  // of queries, keys and values
 
-// Logits without a value, one for each query head.
+// Logits without a value, one per query head.
 struct Sinks {
   const float* data;  // nullptr: none
   int64_t stride;
@@ -16,7 +16,7 @@ struct Sinks {
   [[gnu::always_inline]] float of(int64_t head) const { return data[head * stride]; }
 };
 
-// Factors of the logits of each query.
+// Factors of each query's logits.
 struct QueryScale {
   const float* data;   // nullptr: none
   int64_t batch, seq;  // strides

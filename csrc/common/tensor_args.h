@@ -1,5 +1,4 @@
-// What the bindings of several operations check of torch tensors and read from them. `op` goes in
-// front of every error.
+// Checks and reads torch tensors, for the bindings of several operations. `op` begins every error.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -17,7 +16,7 @@ namespace extrope {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-// What attention and decode still call them.
+// The name for them in attention and decode.
 using TensorView = Tensor;
 using OptionalView = OptionalTensor;
 
@@ -31,7 +30,7 @@ void require_of(const char* op, bool condition, const Message&... message) {
   }
 }
 
-// Written out only where a check fails: text takes longer to make than a small rotation.
+// Becomes text only if a check fails: making text takes longer than a small rotation.
 struct Shape {
   const Tensor& x;
 };
@@ -83,7 +82,7 @@ inline int64_t set_cu_seqlens(const char* op, TokenParams& p, const Tensor& cu_s
   return p.num_sequences;
 }
 
-// That of rows in whatever type is computed with.
+// Returns the dtype of rows in any supported type.
 inline DType dtype_of_rows(const char* op, const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
@@ -100,7 +99,7 @@ inline DType dtype_of_rows(const char* op, const Tensor& x, const char* name) {
   return DType::f32;
 }
 
-// q's dtype, for operations that compute in float32.
+// Returns q's dtype, for operations that compute in float32.
 inline DType dtype_of(const char* op, const Tensor& q) {
   switch (q.scalar_type()) {
     case ScalarType::Float:
@@ -115,8 +114,8 @@ inline DType dtype_of(const char* op, const Tensor& q) {
   return DType::f32;
 }
 
-// Whether the positions fit the tokens. As in ops/_shared/positions.py, what has one entry a token
-// is read as positions first, one entry a sequence as offsets.
+// Returns false if the positions do not fit the tokens. As in ops/_shared/positions.py, one entry
+// per token means positions; otherwise one entry per sequence means offsets.
 inline bool set_positions(TokenParams& p, const Tensor& positions, int64_t sequences) {
   const int64_t dim = positions.dim(), rows = dim >= 1 ? positions.size(0) : -1;
   const int64_t columns = dim == 2 ? positions.size(1) : -1;
@@ -135,7 +134,7 @@ inline bool set_positions(TokenParams& p, const Tensor& positions, int64_t seque
   return true;
 }
 
-// `to` is a RopeTensor or one like it.
+// `to`: a RopeTensor or a similar struct.
 template <typename Place>
 void set_input(Place& to, const Tensor& in, bool packed) {
   const int64_t d = in.dim();
@@ -155,7 +154,7 @@ void set_output(Place& to, const Tensor& out, bool packed) {
   to.out_head = out.stride(d - 2);
 }
 
-// Whether boundaries that the host can read rise from 0.
+// Returns true if boundaries, which the host can read, rise from 0.
 inline bool rise_from_zero(const int32_t* cu_seqlens, int64_t sequences) {
   return cu_seqlens[0] == 0 && std::is_sorted(cu_seqlens, cu_seqlens + sequences + 1);
 }

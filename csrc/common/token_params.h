@@ -1,4 +1,4 @@
-// The dtype, the tokens of a call and their positions, in plain data.
+// The dtype of a call, its tokens and their positions, in plain data.
 #pragma once
 
 #include <cstdint>
@@ -12,15 +12,15 @@ struct TokenParams {
   int64_t batch, seqlen;  // packed sequences: batch 1, seqlen = all tokens
 
   // nullptr: the token's index in its sequence. Otherwise (batch or 1, seqlen) positions, or with
-  // positions_are_offsets one offset a sequence (position_seq is then unused). offset is added to
-  // all.
+  // positions_are_offsets one offset per sequence (position_seq is then unused). `offset` is added
+  // to all.
   const void* positions;
   PositionType position_type;
   bool positions_are_offsets;
   int64_t position_batch, position_seq;
   int64_t offset;
 
-  const int32_t* cu_seqlens;  // (num_sequences + 1,) token boundaries, nullptr when not packed
+  const int32_t* cu_seqlens;  // (num_sequences + 1,) token boundaries, nullptr if not packed
   int64_t num_sequences;
 };
 

@@ -1,5 +1,5 @@
-// Launching a kernel, and what has to be asked of the runtime for it. All that launchers use of the
-// runtime goes through here, so that tests can put something else in its place.
+// Launches kernels, with the runtime queries for that. Launchers call the runtime only through this
+// file, so that tests can replace it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,8 +13,9 @@
 
 namespace extrope {
 
-// How many threads of `kernel` the device holds at once, in blocks of `block` threads. The runtime
-// is asked once per kernel and device; a failure counts as one block and shows at the launch.
+// Returns how many threads of `kernel` the device holds at once, in blocks of `block` threads. It
+// queries the runtime once per kernel and device; a failure counts as one block and shows at the
+// launch.
 template <auto kernel>
 int64_t resident_threads(int block, int device) {
   static std::array<std::atomic<int64_t>, 64> known{};

@@ -1,5 +1,5 @@
-// From the arguments of `rope_append` to a cache, the rows of new tokens in it and what they are
-// rotated by, with every check: nothing is written before.
+// Converts the arguments of `rope_append` to a cache, the rows of new tokens in it, and their
+// rotation. All checks come before any write.
 #pragma once
 
 #include <utility>
@@ -111,7 +111,7 @@ inline KVCache cache_of(const Args& a) {
   return cache;
 }
 
-// slot_mapping, as a tensor that says where k's tokens go.
+// Returns slot_mapping, the slots of k's tokens.
 inline const Tensor& slots_of(const Args& a) {
   const Tensor& x = *a.slot_mapping;
   bool fits = x.get_device() == a.k.get_device() && x.dim() == a.k.dim() - 2;
@@ -123,17 +123,17 @@ inline const Tensor& slots_of(const Args& a) {
   return x;
 }
 
-constexpr int kTensors = 18;  // of the schema
+constexpr int kTensors = 18;  // in the schema
 
-// What rotates and scales q and k.
+// The rotation and scale of q and k.
 struct Rotation {
   OptionalTensor inv_freq, positions, q_norm_weight, k_norm_weight;
   RopeOptions options;
-  std::vector<double> stored;  // the map that a score method stores keys by, or nothing
+  std::vector<double> stored;  // the map by which a score method stores keys, or empty
   double norm_eps;
 };
 
-// A call by the tensors of the schema, in its order: first q, k, v and the caches.
+// A call, with the tensors in the schema's order: first q, k, v and the caches.
 struct Call {
   Args args;
   Rotation rotation;
@@ -152,7 +152,7 @@ struct Call {
                  norm_eps} {}
 };
 
-// No slot outside the cache is written.
+// Checks that no slot outside the cache is written.
 inline void check_slots(const KVCache& cache, int64_t pages) {
   for (int64_t b = 0; b < cache.batch; ++b) {
     check(cache.seqlens[b] >= 0 && cache.end(b) <= cache.capacity,

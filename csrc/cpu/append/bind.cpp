@@ -16,7 +16,7 @@ namespace {
 
 const OptionalTensor kNone;
 
-// One call: the rotations of q and k, and the writes of k and v.
+// A call: it rotates q and k, and writes k and v.
 class Append {
  public:
   Append(const Args& a, const Rotation& r)
@@ -41,7 +41,7 @@ class Append {
   }
 
  private:
-  // q, if there is one, and k by the same angles: one rotation.
+  // Rotates q, if there is one, and k by the same angles in one rotation.
   void add_together(const OptionalTensor& out_q) {
     const OptionalTensor k = out_q ? OptionalTensor(a_.k) : kNone;
     const Tensor& first = out_q ? *a_.q : a_.k;
@@ -56,7 +56,7 @@ class Append {
                                     out_q ? r_.k_norm_weight : kNone, r_.norm_eps));
   }
 
-  // q, if there is one, normed alone; k rotated to where a score method stores it, or normed alone.
+  // Only norms q, if there is one; rotates k as a score method stores it, or only norms it.
   void add_apart(const OptionalTensor& out_q) {
     if (out_q) {
       RopeParams q = unrotated_part(*a_.q);
@@ -100,7 +100,7 @@ class Append {
     return p;
   }
 
-  // Those behind the slots in use, unless the call gives its own.
+  // Sets positions that follow the slots in use, unless the call has its own.
   void set_positions(RopeParams& p) {
     if (r_.positions.has_value()) {
       return check(!p.positions_are_offsets, "positions must have an entry a token, got shape ",
@@ -115,7 +115,7 @@ class Append {
   const Rotation& r_;
   const KVCache cache_;
   const CacheRows rows_;
-  // What the kernels read instead of the tensor `positions`; empty where they read that.
+  // Positions for the kernels instead of the tensor `positions`; empty if they read that.
   std::vector<int64_t> token_positions_;
   std::vector<double> stored_positions_;
   Rotations rotations_;

@@ -1,4 +1,4 @@
-// The tokens that a call writes into a key/value cache.
+// The places of new tokens in a key/value cache.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace extrope {
 
-// The element that the row of each new token starts at in k and v; -1: written nowhere.
+// The first element of each new token's row in k and v; -1: not written.
 struct CacheRows {
   std::vector<int64_t> k, v;
 
@@ -19,7 +19,8 @@ struct CacheRows {
   }
 };
 
-// Of `tokens` tokens, behind those in use; of packed tokens the last may belong to no sequence.
+// Returns the rows of `tokens` tokens after the slots in use. The last packed tokens may belong to
+// no sequence.
 inline CacheRows rows_behind(const KVCache& cache, int64_t tokens) {
   CacheRows rows(tokens);
   for (int64_t b = 0; b < cache.batch; ++b) {

@@ -1,23 +1,23 @@
-// Rows of new tokens on their way into a cache of e4m3: one function for each instruction set that
-// quantize_kernel.cpp is compiled for.
+// Quantizes rows of new tokens for a cache in e4m3: one function per instruction set of
+// quantize_kernel.cpp.
 #pragma once
 
 #include "cpu/append/cache.h"
 
 namespace extrope {
 
-// Divides rows by the scale of their head and rounds them.
+// Arguments: rows are divided by their head's scale and rounded.
 struct QuantizeParams {
   DType dtype;
-  Plane in;  // tokens are counted through its blocks, of `seqlen` each
+  Plane in;  // tokens have one count through its blocks of `seqlen`
   int64_t seqlen, heads, head_dim;
   const float* scale;
   uint8_t* out;
   int64_t out_head;
-  const int64_t* out_rows;  // the element that each token starts at; -1: written nowhere
+  const int64_t* out_rows;  // each token's first element; -1: not written
 };
 
-// The tokens begin..end-1.
+// Quantizes the tokens begin..end-1.
 #define EXTROPE_DECLARE(isa) \
   void quantize_rows_##isa(const QuantizeParams&, int64_t begin, int64_t end);
 

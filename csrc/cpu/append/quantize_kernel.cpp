@@ -1,5 +1,5 @@
-// Rows over their scale, rounded to e4m3. Compiled once for each instruction set, with EXTROPE_ISA
-// as its name.
+// Divides rows by their scale and rounds them to e4m3. Compiled once per instruction set, with
+// EXTROPE_ISA as its name.
 
 #include "cpu/append/quantize.h"
 #include "cpu/simd/e4m3.h"

@@ -1,5 +1,5 @@
-// The rotations that an append consists of, and where they write: into the cache itself, or, where
-// that is e4m3, into rows of the tokens' own type first.
+// The rotations of an append and their outputs: the cache itself, or, if that is e4m3, first rows
+// in the tokens' type.
 #pragma once
 
 #include <optional>
@@ -15,7 +15,7 @@
 
 namespace extrope {
 
-// Rows that are copied, until frequencies are set.
+// Returns params that copy rows, until frequencies are set.
 inline RopeParams unrotated(DType dtype, const Plane& in, int64_t batch, int64_t seqlen,
                             int64_t heads, int64_t head_dim) {
   RopeParams p{};
@@ -41,7 +41,7 @@ inline RopeParams values_into(const KVCache& cache, const CacheRows& rows, const
   return p;
 }
 
-// By token; those behind the last sequence count on from it.
+// Returns positions by token; tokens after the last sequence continue its positions.
 inline std::vector<int64_t> positions_behind(const KVCache& cache, int64_t tokens) {
   std::vector<int64_t> positions(tokens);
   for (int64_t b = 0; b < cache.batch; ++b) {
@@ -66,11 +66,11 @@ inline std::vector<double> mapped(const PositionMap& map, const std::vector<int6
   return out;
 }
 
-// What keys that stay at position 0 need not be rotated by.
+// Returns true if keys stay at position 0 and need no rotation.
 inline bool is_raw(const PositionMap& stored) { return stored.is_constant() && stored(0) == 0; }
 
-// q and k together or each alone, and v: of the same tokens, thread after thread. What is neither
-// rotated nor normed is copied, beside the first part that is.
+// Rotations of q and k, together or one after the other, and copies of v, for the same tokens in
+// each thread. Tensors that need neither rotation nor norm are copied beside the first that does.
 class Rotations {
  public:
   void add(const RopeParams& p) {
@@ -127,7 +127,7 @@ class CacheWrites {
       : cache_(cache), rows_(rows), batch_(batch), seqlen_(seqlen) {}
   CacheWrites(const CacheWrites&) = delete;
 
-  // Where the rotated keys go.
+  // Sets the output of the rotated keys.
   void take_keys(RopeTensor& x) {
     if (!cache_.is_e4m3()) return write_into(x, cache_.k, rows_.k);
     const int64_t row = cache_.heads * cache_.head_dim;
@@ -136,7 +136,7 @@ class CacheWrites {
     x.out = k_.data, x.out_batch = k_.block, x.out_seq = k_.slot, x.out_head = k_.head;
   }
 
-  // Runs the rotations, which take_keys() has been asked for the keys of, and writes the values.
+  // Runs the rotations, whose keys take_keys() has set up, and writes the values.
   void run(Rotations& all, const Plane& v) const {
     if (!cache_.is_e4m3()) {
       all.add(values_into(cache_, rows_, v, batch_, seqlen_));

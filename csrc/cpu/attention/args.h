@@ -1,4 +1,4 @@
-// From an op's arguments to AttentionParams, with every check, before any kernel starts.
+// Converts an op's arguments to AttentionParams, with all checks, before any kernel starts.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -20,7 +20,7 @@ void require(bool condition, const Message&... message) {
   require_of("attention", condition, message...);
 }
 
-// The arguments of an op behind q, k and v, in its order.
+// The arguments of an op after q, k and v, in its order.
 struct Options {
   TensorView inv_freq;
   OptionalView cu_seqlens, log_decay, sinks, query_scale, pair_maps, q_start, k_start;
@@ -39,14 +39,14 @@ struct Options {
   }
 };
 
-// A tensor (batch, seqlen, heads, head_dim) or (total, heads, head_dim); `name` goes into errors.
+// Views a tensor (batch, seqlen, heads, head_dim) or (total, heads, head_dim); errors have `name`.
 inline AttentionTensor view(const TensorView& x, bool packed, const char* name) {
   check_rows("attention", x, packed, name);
   const int64_t d = x.dim();
   return {x.data_ptr(), packed ? 0 : x.stride(0), x.stride(d - 3), x.stride(d - 2), x.size(d - 1)};
 }
 
-// But for the last dimension, which is v's head_dim.
+// Checks that x is like `like`, except for the last dimension, which is v's head_dim.
 inline void check_like(const TensorView& x, const TensorView& like, int64_t head_dim_v,
                        const char* name, const char* of) {
   require(x.scalar_type() == like.scalar_type(), name, " must have ", of, "'s dtype");
@@ -98,7 +98,7 @@ inline Starts starts_of(const char* name, const OptionalView& start, int64_t seq
   return starts;
 }
 
-// Where q_start is not given, both sides end together.
+// Without q_start, queries and keys end together.
 inline void set_starts(AttentionParams& p, const Options& options) {
   const int64_t sequences = p.cu_seqlens ? p.num_sequences : p.batch;
   p.k_start = starts_of("k_start", options.k_start, sequences);
@@ -108,7 +108,7 @@ inline void set_starts(AttentionParams& p, const Options& options) {
   p.q_start.offset = p.cu_seqlens ? 0 : p.seqlen_k - p.seqlen_q;
 }
 
-// Behind the positions of all queries.
+// Returns the first position after all queries.
 inline int64_t end_of_queries(const AttentionParams& p) {
   if (!p.cu_seqlens && p.q_start.stride == 0) return p.q_start.of(0) + p.seqlen_q;
   int64_t end = 0;

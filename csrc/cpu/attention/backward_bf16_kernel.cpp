@@ -1,15 +1,16 @@
 // Backward of the attention over regions in bf16, on processors with AMX or AVX512_BF16. Compiled
 // once for each, with EXTROPE_ISA as its name.
 //
-// As backward_kernel.cpp, by products of tiles as in forward_bf16_kernel.cpp. Probabilities and the
-// gradients of logits are rounded to bf16 as factors of dq, dk and dv, sums are not.
+// It works like backward_kernel.cpp, with products of tiles as in forward_bf16_kernel.cpp. As
+// factors of dq, dk and dv, probabilities and gradients of logits are rounded to bf16. Sums are
+// not.
 
 #include "cpu/attention/backward_bf16_part.h"
 
 namespace extrope {
 namespace {
 
-constexpr int64_t kTileElements = 65536;  // of rows times head_dim
+constexpr int64_t kTileElements = 65536;  // rows times head_dim
 constexpr int64_t kMaxBlockM = 512, kBlockN = 128;
 
 // dq += keys * gradients, for the keys from `begin` to `end` of the key block.
@@ -63,12 +64,12 @@ void visit_slice(const BlockRows& block, const Backward& w, int64_t slice, int64
   add_to_dq(v, b.begin, b.end);
 }
 
-// sums[key] = sum over the rows that see it of weights[key][row] * rows[row]: (keys, dim).
+// sums[key] = sum of weights[key][row] * rows[row] over the rows that see the key: (keys, dim).
 void sum_over_rows(const BlockRows& block, const KeyBlock& key_block, const Backward& w,
                    const bf16* weights, const bf16* rows, int64_t dim_tiles) {
   const int64_t row_tiles = block.slices * kRowTiles, dim = dim_tiles * kDepth;
   for (int64_t key = 0; key < key_block.padded; key += kRows) {
-    // Ranges of keys rise with the rows: slices that see these keys follow each other.
+    // Ranges of keys rise with the rows: slices that see these keys are neighbours.
     int64_t first = 0, last = block.slices;
     const auto sees = [&](int64_t slice) {
       return w.seen[2 * slice] <= key && key < w.seen[2 * slice + 1];
@@ -100,7 +101,7 @@ void write_dq(const BlockRows& block, const Backward& w, int64_t region) {
   }
 }
 
-// The keys of a region's block, and values, as factors.
+// Packs the keys of a region's block, and values, as factors.
 void pack_key_block(const BlockRows& block, const Backward& w, int64_t region,
                     const KeyBlock& key_block) {
   const AttentionParams& p = block.p;

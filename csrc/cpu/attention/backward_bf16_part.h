@@ -1,5 +1,5 @@
-// A slice of rows and kRows keys in the backward in bf16: the probabilities and the gradients of
-// logits, as factors of dq, dk and dv.
+// The backward in bf16 of a slice of rows and kRows keys: probabilities and gradients of logits, as
+// factors of dq, dk and dv.
 #pragma once
 
 #include "cpu/attention/backward_rows.h"
@@ -47,7 +47,7 @@ struct Backward {
   int32_t* seen;                    // (slices, 2): the keys of a block that a slice sees
 };
 
-// A slice at work on a block of keys.
+// A slice and the block of keys that it works on.
 struct Visit {
   const Backward& w;
   int64_t slice, slices, dim_tiles, value_tiles, key_tiles;
@@ -56,7 +56,7 @@ struct Visit {
   floats scale[kSliceVectors], logit_scale[kSliceVectors];
 };
 
-// (kRows, kSlice): the keys from `left` on by the slice's columns.
+// Multiplies the keys from `left` on by the slice's columns: (kRows, kSlice).
 EXTROPE_INLINE void multiply(const bf16* left, const bf16* right, int64_t depth, float* to) {
   for (int64_t tile = 0; tile < kSliceTiles; tile += 2) {
     product_of_tiles({left, depth * kTileValues, kTileValues, right + tile * kTileValues,
@@ -65,7 +65,7 @@ EXTROPE_INLINE void multiply(const bf16* left, const bf16* right, int64_t depth,
   }
 }
 
-// The probability of one key in each row, and the gradient of its logit.
+// Computes one key's probability in each row, and the gradient of its logit.
 template <bool Masked, bool Capped>
 EXTROPE_INLINE void differentiate(const Visit& v, int i, const RowKeys& visible, int64_t key,
                                   floats (&probability)[kSliceVectors],
@@ -100,7 +100,7 @@ EXTROPE_INLINE void differentiate(const Visit& v, int i, const RowKeys& visible,
   }
 }
 
-// A key's row of a left factor.
+// Stores a key's row of a left factor.
 EXTROPE_INLINE void store_row(const floats (&x)[kSliceVectors], bf16* to) {
 #pragma GCC unroll 16
   for (int j = 0; j < kSliceVectors; j += 2) {
@@ -109,7 +109,7 @@ EXTROPE_INLINE void store_row(const floats (&x)[kSliceVectors], bf16* to) {
   }
 }
 
-// kRows keys, from key `part` of the block.
+// Works on kRows keys, from key `part` of the block.
 template <bool Masked, bool Capped>
 EXTROPE_INLINE void visit_part(const Visit& v, const RowKeys& visible, int64_t part,
                                int64_t first) {

@@ -1,9 +1,9 @@
-// Backward of the attention over regions on the CPU. Compiled once for each instruction set, with
+// Backward of the attention over regions on the CPU. Compiled once per instruction set, with
 // EXTROPE_ISA as its name.
 //
-// A tile of query rows takes the keys of each region block by block: scores and their gradients are
-// made once, and serve dq (kept by the tile) as well as dk and dv (in memory, where tiles add in
-// the order of their rows).
+// A tile of query rows takes the keys of each region block by block. It computes scores and their
+// gradients once, and adds to dq (its own) and to dk and dv (in memory; tiles add in the order of
+// their rows).
 
 #include <algorithm>
 #include <numeric>
@@ -39,7 +39,7 @@ struct Backward {
   }
   Workspace space;
   RowValues rows;
-  // With head_dim that of each tensor.
+  // head_dim here is that of each tensor.
   float *q, *dout, *dq;       // (slices, head_dim, kSlice)
   float *q_rows, *dout_rows;  // (head_dim / kWide, rows, kWide)
   float *keys, *values;       // (keys, head_dim)
@@ -47,7 +47,7 @@ struct Backward {
   float* key_columns;         // (head_dim / kRows, keys, kRows)
   float *scores, *dscores;    // (slices, keys, kSlice)
   int32_t* seen;              // (slices, 2): the keys of a block that a slice sees
-  float* unit_scale;          // (block,), all 1: dout is packed as it is
+  float* unit_scale;          // (block,), all 1: dout is packed unscaled
 };
 
 struct SliceView {
@@ -70,7 +70,7 @@ SliceView slice_view(const BlockRows& block, const Backward& w, int64_t slice,
           .softcap = p.softcap * kLog2E};
 }
 
-// Caps logits, and writes the slopes of the cap, by which their gradients are multiplied.
+// Caps logits, and writes the slopes of the cap, which are factors of their gradients.
 EXTROPE_INLINE void cap_block(Sums<kRows, kSliceVectors>& sums, float softcap, float* slopes) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -84,8 +84,8 @@ EXTROPE_INLINE void cap_block(Sums<kRows, kSliceVectors>& sums, float softcap, f
   }
 }
 
-// Probabilities of the blocks of one slice, from scores and lse. With a cap its slopes are left
-// where the gradients of the scores go.
+// Computes probabilities of the blocks of one slice from scores and lse. With a cap, writes its
+// slopes to the place of the scores' gradients.
 template <bool Masked, bool Capped>
 EXTROPE_INLINE void probability_blocks(const SliceView& v, const float* keys, int64_t dim,
                                        int64_t begin, int64_t end, const RowKeys& visible,
@@ -106,7 +106,7 @@ EXTROPE_INLINE void probability_blocks(const SliceView& v, const float* keys, in
   }
 }
 
-// Gradients of the scores: probability * (<dout, value> - delta).
+// Computes gradients of the scores: probability * (<dout, value> - delta).
 template <bool Capped>
 void gradient_blocks(const SliceView& v, const float* values, int64_t dim, int64_t begin,
                      int64_t end) {
@@ -128,7 +128,7 @@ void gradient_blocks(const SliceView& v, const float* values, int64_t dim, int64
   }
 }
 
-// sum_rows reads what the slice sees in blocks of kTallRows keys: their rest counts as zero.
+// sum_rows reads the slice's keys in blocks of kTallRows: clears the rest of each block.
 void clear_unseen(const SliceView& v, const SliceBlocks& blocks) {
   const int64_t before = blocks.begin % kTallRows, end = round_up(blocks.end, kTallRows);
   for (float* x : {v.scores, v.dscores}) {

@@ -1,4 +1,4 @@
-// What the backward knows of each row of a tile, and where the gradients of rows go.
+// The backward's numbers for each row of a tile, and the writes of rows' gradients.
 
 #pragma once
 
@@ -18,7 +18,7 @@ struct RowValues {
   float *scale, *logit_scale;  // of logits to base 2, or in units of the cap
 };
 
-// In eight sums, since delta is later taken from numbers that nearly equal it.
+// Adds in eight sums, since delta is later subtracted from numbers near to it.
 inline float dot(const float* a, const float* b, int64_t count) {
   float sums[8] = {};
   for (int64_t i = 0; i < count; i += 8) {
@@ -27,8 +27,8 @@ inline float dot(const float* a, const float* b, int64_t count) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-// delta = <dout, out> - dlse, and lse to base 2. Rows past the last one have a probability of 1 for
-// every key, and no gradient.
+// Computes delta = <dout, out> - dlse, and lse to base 2. Rows past the last one have a probability
+// of 1 for every key, and no gradient.
 template <typename T>
 void load_row_values(const BlockRows& block, const RowValues& w) {
   const AttentionParams& p = block.p;
@@ -64,7 +64,7 @@ inline void write_dq_row(const BlockRows& block, int64_t region, int64_t row, co
   }
 }
 
-// The first key that the regions from `region` on can still touch.
+// Returns the first key that the regions from `region` on may still touch.
 inline int64_t next_key(const BlockRows& block, int64_t region) {
   return region < block.p.regions.count ? tile_keys(block, region).first : kAllKeys;
 }

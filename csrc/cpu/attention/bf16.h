@@ -1,4 +1,4 @@
-// Operands of the attention in bf16 tiles. Rows, keys and slices are those of tile.h.
+// Operands of the attention in bf16 tiles. See tile.h for rows, keys and slices.
 #pragma once
 
 #include "cpu/attention/blocks.h"
@@ -16,13 +16,13 @@ inline bf16* take_values(Workspace& space, int64_t values) {
   return reinterpret_cast<bf16*>(space.take(values / 2));
 }
 
-// One value for each row of a slice.
+// One value per row of a slice.
 struct SliceValues {
   floats at[kSliceVectors];
 };
 
-// The scores of `rows` keys: of `found` what a row sees, else those of earlier regions, or
-// `hidden`.
+// Merges the scores of `rows` keys: `found` if the row sees the key, else earlier regions' scores,
+// or `hidden`.
 inline void merge_rows(const float* found, int64_t rows, const RowKeys visible, int64_t key,
                        bool first, const SliceValues hidden, float* scores) {
   for (int i = 0; i < rows; ++i) {
@@ -62,13 +62,13 @@ inline void rotate_values(const RowRotation& row, const bf16* in, RowCosSin cos_
   }
 }
 
-// kSide rows: in their tensor, or as they are once rotated.
+// kSide rows, in their tensor or rotated in a buffer.
 struct QueryRows {
   const bf16* at[kSide];
-  bf16 rotated[kSide][kMaxHeadDim + kDepth];  // not all in the same sets of the cache
+  bf16 rotated[kSide][kMaxHeadDim + kDepth];  // so that rows use different sets of the cache
 };
 
-// Rotates the rows from `first` on, and fetches those of the next ones meanwhile.
+// Rotates the rows from `first` on, and prefetches the next ones meanwhile.
 inline void read_queries(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
                          int64_t first, QueryRows& rows) {
   const AttentionParams& p = block.p;
@@ -87,7 +87,7 @@ inline void read_queries(const BlockRows& block, const AttentionTensor& x, const
   });
 }
 
-// (slices, dim / 32, kSliceTiles) right tiles of 16 rows: x transposed.
+// Packs x transposed: (slices, dim / 32, kSliceTiles) right tiles of 16 rows.
 inline void pack_query_pairs(const BlockRows& block, const AttentionTensor& x,
                              const CosSin& cos_sin, bf16* to) {
   const int64_t dim = x.head_dim, dim_tiles = dim_tiles_of(x);
@@ -109,7 +109,7 @@ inline void pack_query_pairs(const BlockRows& block, const AttentionTensor& x,
   }
 }
 
-// Two rows of 32 values each: as pairs of their first 16 dims, and of the others.
+// Splits two rows of 32 values into pairs of their first 16 dims, and pairs of the others.
 inline void pair_rows(const words a, const words b, words& low, words& high) {
   const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
                                          8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -119,7 +119,7 @@ inline void pair_rows(const words a, const words b, words& low, words& high) {
   high = bits_as<words>(_mm512_permutex2var_epi16(x, others, y));
 }
 
-// (rows / 32, dim / 16) right tiles of x as it is; rows past the last one are zero.
+// Packs x: (rows / 32, dim / 16) right tiles; rows past the last one are zero.
 inline void pack_row_pairs(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
                            bf16* to) {
   const int64_t dim = x.head_dim, dim_tiles = dim_tiles_of(x);
@@ -144,8 +144,7 @@ inline void pack_row_pairs(const BlockRows& block, const AttentionTensor& x, con
   }
 }
 
-// (keys / 16, dim / 32) left tiles of the rows that `row(i)` points to; those past the last key are
-// zero.
+// Packs the rows that `row(i)` points to: (keys / 16, dim / 32) left tiles, zero past the last key.
 template <typename Row>
 inline void pack_key_rows(const KeyBlock& key_block, int64_t dim, const Row& row, bf16* to) {
   const int64_t dim_tiles = (dim + kDepth - 1) / kDepth;
@@ -158,7 +157,7 @@ inline void pack_key_rows(const KeyBlock& key_block, int64_t dim, const Row& row
   }
 }
 
-// (dim / 16, keys / 32) left tiles: those rows transposed.
+// Packs those rows transposed: (dim / 16, keys / 32) left tiles.
 template <typename Row>
 inline void pack_key_columns(const KeyBlock& key_block, int64_t dim, const Row& row, bf16* to) {
   const int64_t key_tiles = key_block.padded / kDepth;
@@ -183,8 +182,8 @@ inline void pack_key_columns(const KeyBlock& key_block, int64_t dim, const Row& 
   }
 }
 
-// The inverse of a transposed product: calls visit(i, d, sums) for 16 dims from d on of row first +
-// i, out of (slices, dim / 16, kSliceTiles) tiles of sums.
+// Undoes the transposition of a product: calls visit(i, d, sums) for 16 dims from d on of row first
+// + i, from (slices, dim / 16, kSliceTiles) tiles of sums.
 template <typename Visit>
 inline void each_sum(const BlockRows& block, const float* from, int64_t first, int64_t dim,
                      const Visit& visit) {
@@ -201,7 +200,7 @@ inline void each_sum(const BlockRows& block, const float* from, int64_t first, i
   }
 }
 
-// To rows of x, of T.
+// Writes them to rows of x, of type T.
 template <typename T>
 void unpack_sums(const BlockRows& block, const float* from, const float* scale,
                  const AttentionTensor& x) {

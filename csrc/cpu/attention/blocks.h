@@ -1,9 +1,9 @@
-// Which blocks of keys a tile of the forward reads: each once, whatever the regions.
+// The blocks of keys that a tile of the forward reads, each once for all regions.
 //
-// The regions of a row follow each other without a gap, so a block of keys belongs to one region
-// but for the few where the rows of the tile change over. Those hold the keys in the frames of
-// both; parts of kRows keys in which the rows of a slice agree need one product, the others one for
-// each region, of which every row takes its own.
+// The regions of a row follow each other without a gap. So a block of keys belongs to one region,
+// except the few in which the rows of the tile change to the next region. Those blocks hold keys
+// rotated for both. Parts of kRows keys in which the rows of a slice agree need one product; others
+// need one per region, and every row takes its own.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 namespace extrope {
 namespace {
 
-// The keys that a tile sees, of each region and in all.
+// The keys that a tile sees, in each region and in all.
 struct BlockKeys {
   SliceKeys keys[kMaxRegions] = {};
   int64_t first, last;
@@ -36,12 +36,12 @@ inline SliceBlocks region_blocks(const SliceKeys& keys, const KeyBlock& key_bloc
   return b.begin < b.end ? b : SliceBlocks{};
 }
 
-// The parts of a key block that a slice sees, of each region and in all. Those of two regions meet,
-// or share parts that are full in neither.
+// The parts of a key block that a slice sees, in each region and in all. Parts of two regions are
+// adjacent, or share parts that are full in neither.
 struct RegionBlocks {
   SliceBlocks of[kMaxRegions];
   int64_t begin = 0, end = 0;
-  bool earlier = false;  // whether it sees a key before the block
+  bool earlier = false;  // true if it sees a key before the block
 
   RegionBlocks(const BlockRows& block, int64_t slice, const KeyBlock& key_block) {
     for (int64_t r = 0; r < block.p.regions.count; ++r) {
@@ -63,7 +63,7 @@ inline bool sees_keys(const BlockRows& block, int64_t slice) {
   return false;
 }
 
-// Packs what the tile sees of a region by pack(part, offset): the keys from offset on in the
+// Calls pack(part, offset) for the keys that the tile sees in a region: from offset on in the
 // key_block.
 template <typename Pack>
 inline void pack_part(const BlockKeys& seen, int64_t region, const KeyBlock& key_block,
@@ -74,7 +74,7 @@ inline void pack_part(const BlockKeys& seen, int64_t region, const KeyBlock& key
   pack(KeyBlock{key_block.first + b.begin, count, b.end - b.begin}, b.begin);
 }
 
-// Fetches a slice's share of the keys and values of the key block that starts at key `from`.
+// Prefetches a slice's share of the keys and values of the key block from key `from` on.
 template <typename T>
 inline void prefetch_block(const BlockRows& block, const BlockKeys& seen, int64_t from,
                            int64_t keys, int64_t slice) {
@@ -86,8 +86,8 @@ inline void prefetch_block(const BlockRows& block, const BlockKeys& seen, int64_
   }
 }
 
-// Keeps of `sums` what a row sees in the region. In place of the rest comes what earlier regions
-// left in `scores`, or -inf where this is the first one with a part in the block.
+// Keeps in `sums` the keys that a row sees in the region. Replaces the others by earlier regions'
+// `scores`, or by -inf if this is the first region with a part in the block.
 EXTROPE_INLINE void merge_block(Sums<kRows, kSliceVectors>& sums, const RowKeys& keys, int64_t key,
                                 bool first, const float* scores) {
 #pragma GCC unroll 16
@@ -103,8 +103,8 @@ EXTROPE_INLINE void merge_block(Sums<kRows, kSliceVectors>& sums, const RowKeys&
   }
 }
 
-// For each row, whose probabilities relative to `row_max` sum to `row_sum`: the scale of its output
-// row, and its lse; a sink has its part in both.
+// Computes the scale of each row's output and its lse from `row_max` and the sum `row_sum` of its
+// probabilities; a sink joins both.
 inline void finish_sums(const BlockRows& block, const float* row_max, const float* row_sum,
                         float* scale) {
   const Sinks& sinks = block.p.sinks;

@@ -1,32 +1,32 @@
-// Cosines and sines of every token, and keys rotated by them: one function for each instruction set
-// that cos_sin_kernel.cpp is compiled for.
+// Cosines and sines of every token, and keys rotated by them: one function per instruction set of
+// cos_sin_kernel.cpp.
 #pragma once
 
 #include "cpu/attention/params.h"
 
 namespace extrope {
 
-// One table: a row of cosines, then as many sines, for every token of every sequence, in each of
-// `heads` heads of k.
+// A table with a row for every token of every sequence, in each of `heads` heads of k: cosines,
+// then as many sines.
 struct CosSinTable {
   const double* inv_freq;   // rows of `half` frequencies, each padded to `padded`
-  const double* log_decay;  // padded too, or nullptr; its sign is that of keys or queries
+  const double* log_decay;  // padded too, or nullptr; has the sign for keys or queries
   int64_t half, padded;
-  int64_t freq_row;   // from one sequence's frequencies to the next; 0 where all share them
-  int64_t freq_head;  // likewise of heads
-  int64_t heads = 1;  // 1: all rotate alike
+  int64_t freq_row;   // stride of sequences; 0 if all share frequencies
+  int64_t freq_head;  // stride of heads, likewise
+  int64_t heads = 1;  // 1: all heads share rows
   double amplitude;
 
   PositionMap map;
   PairMaps pair_maps;
-  const PositionMap* from;    // by which rows come rotated already, or nullptr
+  const PositionMap* from;    // the rotation that rows already have, or nullptr
   Starts start;               // positions of the sequences' first tokens
-  const int32_t* cu_seqlens;  // nullptr: none, or all positions are the same
+  const int32_t* cu_seqlens;  // nullptr: not packed, or all positions are the same
   int64_t num_sequences;
 
   float* out;
-  int64_t tokens;       // of one batch row; 1 where all positions are the same
-  int64_t first, last;  // of them, [first, last) are there to be filled
+  int64_t tokens;       // per batch row; 1 if all positions are the same
+  int64_t first, last;  // the tokens to fill: [first, last)
 
   bool is_of_pairs() const { return map.is_of_pairs() || (from && from->is_of_pairs()); }
   int64_t stride() const { return heads * 2 * padded; }

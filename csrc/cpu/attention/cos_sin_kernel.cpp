@@ -1,5 +1,5 @@
-// Cosines and sines of the tokens of an attention call, by position map, and keys in 16 bits
-// rotated by them. Compiled once for each instruction set, with EXTROPE_ISA as its name.
+// Cosines and sines of an attention call's tokens under a position map, and 16-bit keys rotated by
+// them. Compiled once per instruction set, with EXTROPE_ISA as its name.
 
 #include <algorithm>
 
@@ -32,7 +32,7 @@ void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSi
   }
 }
 
-// The rows of one token, in each head.
+// Fills one token's row in each head.
 inline void fill_token(const CosSinTable& t, const double* inv_freq, int64_t position, float* row) {
   const bool of_pairs = t.is_of_pairs();
   const double at = of_pairs ? 1.0 : t.map(position) - (t.from ? (*t.from)(position) : 0.0);

@@ -1,9 +1,9 @@
 // Forward of the attention over regions in bf16, on processors with AMX or AVX512_BF16. Compiled
 // once for each, with EXTROPE_ISA as its name.
 //
-// As forward_kernel.cpp, with scores, probabilities and the output transposed as there: keys are
-// the left factor of the scores and lie in tiles as they come, and the probabilities of two keys
-// are a pair of the right factor of the output. Probabilities are rounded to bf16, sums are not.
+// It works like forward_kernel.cpp, with the same transposed scores, probabilities and output. Keys
+// are the left factor of the scores, in tiles without transposition. The probabilities of two keys
+// are a pair in the right factor of the output. Probabilities are rounded to bf16, sums are not.
 
 #include "cpu/attention/forward_bf16_part.h"
 
@@ -49,7 +49,7 @@ void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w,
     score<Capped>(v, blocks, block.p.regions.count, visible, key, key_block.first + key);
     bf16* weights = w.weights + key * kSlice;
     const int64_t rows = rows_from(v, key);
-    const bool first = v.fresh && key == blocks.begin;  // no row_max is near any score
+    const bool first = v.fresh && key == blocks.begin;  // no row_max yet
     if (first || !softmax_block<Capped>(v, rows, weights)) {
       add_values(v, added, key);
       added = key;
@@ -76,8 +76,8 @@ void finish(const BlockRows& block, const Forward& w) {
       block.p, [&](auto type) { unpack_sums<decltype(type)>(block, w.out, w.scale, block.p.out); });
 }
 
-// The scale of a row's logits: to base 2, or with a softcap in units of it. Never 0, by which
-// hidden keys would become NaN.
+// Returns the scale of a row's logits: to base 2, or with a softcap in units of it. It is never 0,
+// which would make hidden keys NaN.
 inline float scale_of(const BlockRows& block, int64_t row) {
   const float scale = block.scale(row), softcap = block.p.softcap;
   if (scale == 0.0f) return __FLT_MIN__;

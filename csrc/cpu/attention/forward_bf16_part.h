@@ -1,5 +1,5 @@
-// A slice of rows and kRows keys in the forward in bf16: scores, probabilities, and the values that
-// these weigh.
+// The forward in bf16 of a slice of rows and kRows keys: scores, probabilities, and weighted
+// values.
 #pragma once
 
 #include "cpu/attention/bf16.h"
@@ -9,9 +9,8 @@
 namespace extrope {
 namespace {
 
-// Probabilities are taken from a row_max that the sums of later blocks may pass by this factor
-// before it is raised: so far, neither floats nor bf16 lose precision, and it saves a search for
-// the largest score of each block.
+// Sums of later blocks may exceed the row_max by this factor before it is raised. Up to it neither
+// floats nor bf16 lose precision, and blocks need no search for their largest score.
 constexpr float kHeadroom = 4096.0f;
 static_assert(kHeadroom > kRows);
 
@@ -40,21 +39,21 @@ struct Forward {
   float *row_max, *row_sum, *scale;  // (block,), to base 2
 };
 
-// A slice at work on a block of keys.
+// A slice and the block of keys that it works on.
 struct Visit {
   const Forward& w;
   const bf16* q;
   float* out;
-  int64_t next_q, next_keys;       // from one region to the next
-  int64_t dim_tiles, value_tiles;  // of head_dim, of v's
-  int64_t key_tiles, keys;         // of the key block
+  int64_t next_q, next_keys;       // strides of regions
+  int64_t dim_tiles, value_tiles;  // tiles of head_dim and of v's head_dim
+  int64_t key_tiles, keys;         // in the key block
   float softcap;                   // to base 2
-  bool fresh;                      // out, row_max and row_sum hold nothing yet
+  bool fresh;                      // out, row_max and row_sum are not yet set
   floats row_max[kSliceVectors], row_sum[kSliceVectors], scale[kSliceVectors];
-  SliceValues hidden;  // the scores of keys that a row does not see
+  SliceValues hidden;  // scores for keys that a row does not see
 };
 
-// How many keys of the block from `key` on are more than padding, rounded up to pairs.
+// Returns how many keys of the block from `key` on are no padding, rounded up to pairs.
 EXTROPE_INLINE int64_t rows_from(const Visit& v, int64_t key) {
   return kSpares ? smaller(round_up(v.keys - key, 2), kRows) : kRows;
 }
@@ -74,10 +73,10 @@ EXTROPE_INLINE void multiply_block(const Visit& v, int64_t region, int64_t key, 
   }
 }
 
-// Caps scores and brings them to base 2, so that those of hidden keys, filled in later, need no
+// Caps scores and converts them to base 2. Scores of hidden keys are filled in later, and need no
 // cap.
 inline void cap_scores(const Visit& v, float* scores) {
-  const float softcap = v.softcap;  // the compiler keeps what no store can change
+  const float softcap = v.softcap;  // a local, which no store can change
   floats scale[kSliceVectors];
   for (int j = 0; j < kSliceVectors; ++j) scale[j] = v.scale[j];
   for (int64_t i = 0; i < kRows * kSlice; i += kSlice) {
@@ -92,13 +91,13 @@ inline void cap_scores(const Visit& v, float* scores) {
   }
 }
 
-// Scores as logits to base 2: those that are capped are so already.
+// Returns scores as logits to base 2; capped ones are so already.
 template <bool Capped>
 EXTROPE_INLINE floats logits(const Visit& v, const float* at, int j) {
   return Capped ? load<floats>(at) : load<floats>(at) * v.scale[j];
 }
 
-// The scores of a block of keys, which starts at key `first` of all.
+// Computes the scores of a block of keys that starts at key `first` of the sequence.
 template <bool Capped>
 EXTROPE_INLINE void score(const Visit& v, const RegionBlocks& blocks, int64_t regions,
                           const RowKeys* visible, int64_t key, int64_t first) {
@@ -140,8 +139,8 @@ void add_values(Visit& v, int64_t begin, int64_t end) {
   v.fresh = false;
 }
 
-// Scores of a block to probabilities, in pairs of keys; false if the row_max they are taken from is
-// too far below them.
+// Turns a block's scores into probabilities, in pairs of keys; returns false if the row_max is too
+// far below them.
 template <bool Capped>
 EXTROPE_INLINE bool softmax_block(Visit& v, int64_t rows, bf16* weights) {
   floats sum[kSliceVectors] = {};
@@ -166,7 +165,7 @@ EXTROPE_INLINE bool softmax_block(Visit& v, int64_t rows, bf16* weights) {
   return true;
 }
 
-// Takes the largest score of the block as the row_max, and scales earlier sums down to it.
+// Raises the row_max to the block's largest score, and rescales earlier sums.
 template <bool Capped>
 void raise_row_max(Visit& v, int64_t rows) {
   for (int j = 0; j < kSliceVectors; ++j) {

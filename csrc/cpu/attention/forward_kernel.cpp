@@ -1,9 +1,9 @@
-// Forward of the attention over regions on the CPU. Compiled once for each instruction set, with
+// Forward of the attention over regions on the CPU. Compiled once per instruction set, with
 // EXTROPE_ISA as its name.
 //
 // A tile of query rows takes the keys block by block and keeps a running row_max and row_sum. Every
-// slice of rows cuts its own keys out of a block, so masks are met only in the few parts of kRows
-// keys in which the rows of one slice disagree.
+// slice of rows has its own range of a block's keys. So masks are needed only in the few parts of
+// kRows keys in which the rows of one slice disagree.
 
 #include "cpu/attention/blocks.h"
 #include "cpu/attention/kernels.h"
@@ -31,13 +31,13 @@ struct Forward {
   Workspace space;
   float* q;                          // (regions, slices, head_dim, kSlice)
   float* out;                        // (slices, v's head_dim, kSlice)
-  float* keys;                       // (regions, keys, head_dim); values on their way
+  float* keys;                       // (regions, keys, head_dim); values too, before packing
   float* values;                     // (v's head_dim / kRows, keys, kRows)
   float* scores;                     // (keys, kSlice)
   float *row_max, *row_sum, *scale;  // (block,)
 };
 
-// A slice at work on a block of keys in one region.
+// A slice and the block of keys in one region that it works on.
 struct SliceView {
   const float *q, *keys;
   int64_t dim, first;  // the block's first key
@@ -49,7 +49,7 @@ EXTROPE_INLINE void cap_block(Sums<kRows, kSliceVectors>& sums, float softcap) {
   for (int i = 0; i < kRows; ++i) cap(sums.at[i], softcap);
 }
 
-// The scores of parts that every row of a slice sees, or of parts it shares with other regions.
+// Computes scores of parts that every row of a slice sees, or that it shares with other regions.
 template <bool Shared, bool Capped>
 EXTROPE_INLINE void score_blocks(const Forward& w, const SliceView& v, int64_t begin, int64_t end,
                                  const RowKeys& visible, int64_t written,
@@ -69,8 +69,8 @@ EXTROPE_INLINE void score_blocks(const Forward& w, const SliceView& v, int64_t b
   }
 }
 
-// The scores of a slice in one region, after those of the regions before it, which have written
-// those of the keys below `written`.
+// Computes a slice's scores in one region. Earlier regions have written those of the keys before
+// `written`.
 template <bool Capped>
 void score_region(const BlockRows& block, const Forward& w, const SliceView& v, int64_t slice,
                   int64_t region, const SliceBlocks& b, int64_t written,
@@ -84,7 +84,7 @@ void score_region(const BlockRows& block, const Forward& w, const SliceView& v, 
   score_blocks<false, Capped>(w, v, b.full_begin, b.full_end, visible, written, row_max);
 }
 
-// Scores to probabilities; returns by which factor the earlier sums have shrunk.
+// Turns scores into probabilities; returns the rescale factor of earlier sums.
 EXTROPE_INLINE void softmax_block(const Forward& w, int64_t slice, const RegionBlocks& blocks,
                                   const floats (&row_max)[kSliceVectors],
                                   floats (&rescale)[kSliceVectors]) {
@@ -142,7 +142,7 @@ void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w,
   }
 }
 
-// Divides by the sums of probabilities and writes out, of T, and lse.
+// Divides by the sums of probabilities and writes out, of type T, and lse.
 template <typename T>
 void finish(const BlockRows& block, const Forward& w) {
   finish_sums(block, w.row_max, w.row_sum, w.scale);

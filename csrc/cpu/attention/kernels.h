@@ -1,5 +1,5 @@
-// The CPU kernels of the attention over regions, one for each instruction set that
-// forward_kernel.cpp and backward_kernel.cpp are compiled for, or in bf16 those in their names.
+// The CPU kernels of the attention over regions, one per instruction set of forward_kernel.cpp and
+// backward_kernel.cpp, or in bf16 of those with bf16 in their names.
 #pragma once
 
 #include <atomic>
@@ -9,20 +9,20 @@
 
 namespace extrope {
 
-// How a kernel wants its work cut, and the scratch memory that one tile needs.
+// The sizes into which a kernel's work is cut, and the scratch memory of one tile.
 struct TilePlan {
-  int64_t tokens;     // of a tile of queries
-  int64_t block_n;    // keys of a block
+  int64_t tokens;     // per tile of queries
+  int64_t block_n;    // keys per block
   int64_t workspace;  // floats, at an address aligned to 64 bytes
 };
 
-// The tiles of one sequence and one head of k add to the same rows of dk and dv. They do so in the
-// order of their rows, so that every run gives the same bits: a tile says below which key it is
-// finished, and the next one follows it.
+// The tiles of one sequence and one head of k add to the same rows of dk and dv. They add in the
+// order of their rows, so that every run gives the same bits: each tile publishes the key up to
+// which it is finished, and the next tile stays behind.
 using KeysDone = std::atomic<int64_t>;
 constexpr int64_t kAllKeys = INT64_MAX;
 
-// Returns once `previous` (nullptr: the first tile) is finished with all keys below `key`.
+// Returns once `previous` is finished with all keys before `key`; nullptr: no earlier tile.
 void wait_for_keys(const KeysDone* previous, int64_t key);
 
 using PlanTiles = TilePlan (*)(const AttentionParams&);

@@ -1,4 +1,4 @@
-// The products of the backward that sum over rows: what a block of keys adds to dk and dv.
+// The products of the backward that sum over rows, for a block of keys in dk and dv.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 namespace extrope {
 namespace {
 
-// (head_dim / kWide, block, kWide), columns past head_dim and rows past the last one zero.
+// Packs (head_dim / kWide, block, kWide); columns past head_dim and rows past the last are zero.
 template <typename T>
 void pack_wide(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
                const float* scale, float* to) {
@@ -23,7 +23,7 @@ void pack_wide(const BlockRows& block, const AttentionTensor& x, const CosSin& c
   }
 }
 
-// sums[key] = sum over rows of weights[key][row] * rows[row]: (key_block.padded, wide), of rows of
+// sums[key] = sum over rows of weights[key][row] * rows[row]: (key_block.padded, wide); wide is
 // head_dim rounded up to kWide.
 inline void sum_rows(const BlockRows& block, const KeyBlock& key_block, const int32_t* seen,
                      const float* weights, const float* rows, int64_t head_dim, float* sums) {
@@ -49,7 +49,7 @@ inline void add_row(const float* from, int64_t count, float* to) {
   for (; i < count; ++i) to[i] += from[i];
 }
 
-// Adds what sum_rows found to the rows of dk or dv, rotated back where the keys were rotated.
+// Adds the result of sum_rows to the rows of dk or dv, rotated back if the keys were rotated.
 inline void add_keys(const BlockRows& block, const KeyBlock& key_block, const CosSin& cos_sin,
                      const float* sums, const AttentionTensor& x) {
   const AttentionParams& p = block.p;

@@ -1,5 +1,4 @@
-// The rows of queries and keys as operands of products: read, rotated where they have to be, and
-// packed.
+// Reads rows of queries and keys, rotates them if needed, and packs them as operands of products.
 #pragma once
 
 #include "cpu/attention/tile.h"
@@ -10,7 +9,7 @@
 namespace extrope {
 namespace {
 
-// The cosines and sines of one token in a head; nullptr where rows are not rotated.
+// The cosines and sines of one token in a head; nullptr if rows are not rotated.
 struct RowCosSin {
   const float *cos, *sin;
 };
@@ -21,7 +20,7 @@ inline RowCosSin cos_sin_at(const BlockRows& block, const CosSin& x, int64_t tok
   return {x.cos + at, x.sin + at};
 }
 
-// Calls run(x) with a value of the element type of keys or values, T but for those in e4m3.
+// Calls run(x) with a value of the element type of keys or values: e4m3, else T.
 template <typename T, typename Run>
 inline void with_rows(const AttentionTensor& x, const Run& run) {
   if (x.is_e4m3) return run(e4m3{});
@@ -35,8 +34,8 @@ inline void with_out(const AttentionParams& p, const Run& run) {
   run(T{});
 }
 
-// A row that is rotated is rounded to its type thereafter, as a rotated tensor would be; one in
-// e4m3 is rotated in float alone.
+// Loads a row. A rotated row is rounded to its type, like a rotated tensor; one in e4m3 stays in
+// float.
 template <typename T>
 inline void read_row(const AttentionParams& p, const T* from, int64_t dim, RowCosSin cos_sin,
                      float* to) {
@@ -55,7 +54,7 @@ inline void unrotate_row(const AttentionParams& p, const float* from, RowCosSin 
   rotate_to_float({p.head_dim, p.half, p.interleaved}, from, cos_sin.cos, cos_sin.sin, -1.0f, to);
 }
 
-// Some keys in a head of k or v; rows past the last one count as zero.
+// Some keys of a head of k or v; rows past the last one are zero.
 struct KeyBlock {
   int64_t first, count, padded;
 };
@@ -69,7 +68,7 @@ inline const T* key_row(const BlockRows& block, const AttentionTensor& x, int64_
   return static_cast<const T*>(x.data) + key_offset(block, x, key);
 }
 
-// (padded, head_dim)
+// Packs (padded, head_dim).
 template <typename T>
 inline void pack_rows(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
                       const KeyBlock& key_block, float* to) {
@@ -83,9 +82,9 @@ inline void pack_rows(const BlockRows& block, const AttentionTensor& x, const Co
               (key_block.padded - key_block.count) * dim * sizeof(float));
 }
 
-// Fetches the share of one slice out of `slices` of the keys first..first+count-1, while the slice
-// is at work on those before: rows of one head are too short and too far apart for the processor
-// to see where they lead.
+// Prefetches one slice's share, out of `slices`, of the keys first..first+count-1, while the slice
+// works on earlier keys. The rows of one head are too short and too far apart for the processor to
+// predict the next ones.
 template <typename T>
 inline void prefetch_share(const BlockRows& block, const AttentionTensor& x, int64_t first,
                            int64_t count, int64_t slice) {
@@ -98,8 +97,8 @@ inline void prefetch_share(const BlockRows& block, const AttentionTensor& x, int
   }
 }
 
-// (head_dim / kRows, padded, kRows): the transposed matrix as the left factor of a product. Written
-// a cache line at a time: the lines of different d fall into the same set of the cache.
+// Packs the transposed matrix as the left factor of a product: (head_dim / kRows, padded, kRows).
+// Writes one cache line at a time, since lines of different d fall into the same set of the cache.
 inline void pack_columns(const float* rows, int64_t dim, int64_t padded, float* to) {
   constexpr int64_t kLine = 16 / kRows;  // keys
   for (int64_t i = 0; i < padded; i += kLine) {
@@ -120,10 +119,10 @@ inline void read_query(const BlockRows& block, const AttentionTensor& x, const C
   read_row(block.p, from, x.head_dim, cos_sin_at(block, cos_sin, block.tile.first_q + token), to);
 }
 
-// As many rows as a vector has elements.
+// A row per element of a vector.
 using RowBuffer = float[kFloats][kMaxHeadDim + kFloats];
 
-// (slices, head_dim, kSlice), the rows past the last one zero.
+// Packs (slices, head_dim, kSlice); rows past the last one are zero.
 template <typename T>
 inline void pack_slices(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
                         const float* scale, float* to) {
@@ -147,7 +146,7 @@ inline void pack_slices(const BlockRows& block, const AttentionTensor& x, const 
   }
 }
 
-// The rows from `first` on out of what pack_slices makes.
+// Reads the rows from `first` on out of pack_slices' layout.
 inline void unpack_rows(const float* from, int64_t first, int64_t dim, const float* scale,
                         RowBuffer& rows) {
   const float* columns = from + first / kSlice * dim * kSlice + first % kSlice;

@@ -1,4 +1,4 @@
-// The cosines and sines that an attention call needs, and its keys where they are rotated ahead.
+// The cosines and sines for an attention call, and its keys if they are rotated in advance.
 #pragma once
 
 #include <algorithm>
@@ -14,19 +14,19 @@
 
 namespace extrope::attention {
 
-// What queries and keys are rotated by, and the rows of logits scaled by.
+// The rotation of queries and keys, and the scale of rows of logits.
 struct RotationArgs {
   PaddedRows inv_freq;
-  std::vector<double> log_decay;  // of queries, padded as inv_freq is; empty: none
+  std::vector<double> log_decay;  // of queries, padded like inv_freq; empty: none
   double log_n;                   // 0: none
-  double amplitude;               // of rotated dims, once for q and k together
+  double amplitude;               // of rotated dims, for q and k together
 };
 
-// Owns what AttentionParams then points to.
+// Owns the memory that AttentionParams points to.
 class Rotation {
  public:
-  // keys_ahead: rotate the keys of each region now. Otherwise blocks of keys rotate them as they
-  // are read, again for each block of queries: cheap where products are slow.
+  // keys_ahead: rotate the keys of each region now. Otherwise every block of queries rotates blocks
+  // of keys as it reads them: cheap if products are slow.
   Rotation(AttentionParams& p, RotationArgs args, bool keys_ahead)
       : p_(p),
         amplitude_(args.amplitude),
@@ -61,15 +61,15 @@ class Rotation {
     int64_t first, last;
   };
 
-  // Tables have a row for every sequence where frequencies or positions differ, else one for all.
+  // Tables have a row per sequence if frequencies or positions differ, else one for all.
   int64_t batch_rows() const {
     const bool alike = inv_freq_.rows == 1 && p_.q_start.stride == 0 && p_.k_start.stride == 0;
     return p_.cu_seqlens || alike ? 1 : p_.batch;
   }
 
-  // The number of the table that region r's keys are rotated by: -1 where they come as it wants
-  // them, the queries' own where both rotate alike, else a table of keys, which is that of the
-  // region before, `previous`, where its keys go to the same positions.
+  // Returns the index of the table that rotates region r's keys: -1 if they need no rotation, the
+  // queries' table if both rotate alike, else a table of keys. That is the earlier region's,
+  // `previous`, if its keys go to the same positions.
   int64_t find_key_table(int64_t r, int64_t previous, std::vector<CosSinTable>& tables) const {
     const PositionMap& map = p_.regions.at[r].k_map;
     if (map == p_.regions.stored) return -1;
@@ -80,7 +80,7 @@ class Rotation {
     return static_cast<int64_t>(tables.size()) - 1;
   }
 
-  // Whether region r rotates token n among the keys as it does among the queries.
+  // Returns true if region r rotates token n the same as a key and as a query.
   bool rotates_alike(int64_t r) const {
     const Region& region = p_.regions.at[r];
     const Starts &q = p_.q_start, &k = p_.k_start;
@@ -91,8 +91,8 @@ class Rotation {
            q_decay_.empty();
   }
 
-  // The keys that queries see in region r, from the first one of all sequences to the last, and
-  // those that kernels read beside them.
+  // Returns the keys that queries see in region r, from the first one of all sequences to the last,
+  // and further ones that kernels read.
   Tokens seen_keys(int64_t r) const {
     constexpr int64_t kBeside = 32;
     Tokens seen{p_.seqlen_k, 0};
@@ -112,15 +112,15 @@ class Rotation {
     return {std::max<int64_t>(seen.first - kBeside, 0), std::min(seen.last + kBeside, p_.seqlen_k)};
   }
 
-  // Has a table filled for these keys too. Regions whose keys rotate alike share a table, and any
-  // of them may have no key.
+  // Extends a table to these keys. Regions whose keys rotate alike share a table, and any of them
+  // may have no key.
   static void widen(CosSinTable& t, Tokens seen) {
     if (seen.first >= seen.last) return;
     t.first = t.first < t.last ? std::min(t.first, seen.first) : seen.first;
     t.last = std::max(t.last, seen.last);
   }
 
-  // Calls run(begin, end) for the tokens of t that are to be filled in each of `batch` rows.
+  // Calls run(begin, end) for the tokens of t to fill, in each of `batch` rows.
   template <typename Run>
   void each_token(const CosSinTable& t, int64_t batch, int64_t bytes, const Run& run) const {
     const int64_t count = t.last - t.first;
@@ -131,7 +131,7 @@ class Rotation {
     }
   }
 
-  // log_n's factor, times query_scale.
+  // Sets log_n's factor times query_scale.
   void set_row_scale(double log_n) {
     const QueryScale given = p_.row_scale;
     const bool alike = p_.cu_seqlens || (given.batch == 0 && p_.q_start.stride == 0);
@@ -154,7 +154,7 @@ class Rotation {
     p_.row_scale = {row_scale_.data(), alike ? 0 : p_.seqlen_q, 1};
   }
 
-  // Heads of k that rotate by a table of their own; 1: all share one.
+  // Returns the number of heads of k with their own table; 1: all share one.
   int64_t heads_of(const PositionMap& map) const {
     return inv_freq_.heads > 1 || p_.regions.pair_maps.differ_by_head(map) ? p_.heads_k : 1;
   }
@@ -203,7 +203,7 @@ class Rotation {
     for (CosSinTable& t : tables) {
       t.out = out;
       out += batch_rows() * t.tokens * t.stride();
-      constexpr int64_t kBytes = 32;  // that take as long to copy as a pair's cosine and sine
+      constexpr int64_t kBytes = 32;  // copying them takes as long as a pair's cosine and sine
       each_token(t, batch_rows(), t.heads * t.half * kBytes,
                  [&](int64_t begin, int64_t end) { kernel(t, begin, end); });
     }
@@ -212,7 +212,7 @@ class Rotation {
   AttentionTensor rotated_keys(const CosSin& cos_sin, const CosSinTable& t) {
     const bool packed = p_.cu_seqlens != nullptr;
     const int64_t heads = p_.heads_k * p_.head_dim;
-    void* keys = memory_.emplace_back(p_.batch * p_.seqlen_k * heads * 2).data();  // of 16 bits
+    void* keys = memory_.emplace_back(p_.batch * p_.seqlen_k * heads * 2).data();  // 16-bit keys
     const AttentionTensor out{keys, packed ? 0 : p_.seqlen_k * heads, heads, p_.head_dim,
                               p_.head_dim};
 #define EXTROPE_KERNEL(isa) rotate_keys_##isa

@@ -1,4 +1,4 @@
-// Cuts an attention into tiles and shares them out over torch's threads.
+// Cuts an attention into tiles and distributes them over torch's threads.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ struct Kernels {
         attention_backward_tile_##isa                                          \
   }
 
-// The fastest kernels of this processor.
+// Returns the fastest kernels for this processor.
 inline Kernels kernels(DType dtype) {
 #if defined(EXTROPE_HAS_BF16)
   if (dtype == DType::bf16 && capability() >= kAvx512Bf16) {
@@ -36,11 +36,11 @@ inline Kernels kernels(DType dtype) {
 
 #undef EXTROPE_KERNELS
 
-// Every row of q is read once. Those of k are read by many tiles: in 16 bits, where products are
-// fast and rotated keys small, the forward has them rotated beforehand.
+// Every row of q is read once, but rows of k are read by many tiles. In 16 bits products are fast
+// and rotated keys small, so the forward has the keys rotated in advance.
 inline bool rotates_ahead(DType dtype) { return dtype != DType::f32; }
 
-// All tiles, those of one sequence and one head of k next to each other and their rows rising.
+// Returns all tiles; those of one sequence and one head of k are neighbours with rising rows.
 inline std::vector<QueryTile> cut(const AttentionParams& p, int64_t rows) {
   std::vector<QueryTile> tiles;
   const int64_t sequences = p.cu_seqlens ? p.num_sequences : p.batch;
@@ -61,15 +61,15 @@ inline std::vector<QueryTile> cut(const AttentionParams& p, int64_t rows) {
   return tiles;
 }
 
-// Runs work(index, workspace) for every index below `count`, started in that order.
+// Runs work(index, workspace) for every index below `count`, started in order.
 template <typename Work>
 void run(const AttentionParams& p, int64_t count, int64_t workspace, const Work& work) {
   const int64_t products = p.batch * p.heads_q * p.seqlen_q * p.seqlen_k * p.head_dim;
   DynamicThreads(num_threads(count, products), workspace).run(count, work);
 }
 
-// Late rows see most keys: the longest tiles come first within a head, so that none is left over
-// for one thread at the end.
+// Late rows see most keys: within a head the longest tiles come first, so that no thread works on
+// one alone at the end.
 inline std::vector<QueryTile> forward_tiles(const AttentionParams& p, const TilePlan& plan) {
   std::vector<QueryTile> tiles = cut(p, plan.tokens);
   std::reverse(tiles.begin(), tiles.end());
@@ -89,8 +89,8 @@ inline bool follows(const QueryTile& tile, const QueryTile& previous) {
          tile.head == previous.head && tile.token > previous.token;
 }
 
-// In which order tiles start: those of as many heads as there are threads side by side, so that
-// threads seldom wait for each other's sums, nor fetch them from each other's caches.
+// Returns the order of tiles: as many heads as there are threads go in parallel, so that threads
+// seldom wait for each other's sums, or fetch them from each other's caches.
 inline std::vector<int64_t> by_heads(const std::vector<QueryTile>& tiles) {
   std::vector<int64_t> order(tiles.size()), chain(tiles.size());
   for (size_t i = 0; i < tiles.size(); ++i) {

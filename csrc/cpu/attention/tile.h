@@ -1,10 +1,10 @@
-// What the forward and the backward of the attention share: how the rows of a tile lie in vectors,
-// and which keys they see.
+// Tiles of the attention's forward and backward: the layout of rows in vectors, and the keys that
+// rows see.
 //
-// A row is one token of one q head. All q heads that share a head of k sit side by side in a tile,
-// head fastest, so keys and values are packed once for all of them. Scores are kept transposed, a
-// vector of rows for each key: then maxima and sums over keys need no work across the vector, and
-// the rows of k and v can be read as they lie.
+// A row is one token of one q head. All q heads that share a head of k are neighbours in a tile,
+// head fastest, so keys and values are packed once for all of them. Scores are transposed, a vector
+// of rows per key: then maxima and sums over keys need no work across the vector, and the rows of k
+// and v need no transposition.
 #pragma once
 
 #include "cpu/attention/kernels.h"
@@ -15,12 +15,12 @@ namespace extrope {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
-// A slice is as many rows as a panel of a product has columns.
+// A slice has as many rows as a panel of a product has columns.
 constexpr int64_t kSlice = kPanel;
 constexpr int kSliceVectors = kPanelVectors;
 
-// Tiles of many rows share what they pack among more of them; but every head should make kTiles at
-// least, so that there are some for every thread.
+// Larger tiles pack less per row; but every head should make at least kTiles, so that every thread
+// gets some.
 inline int64_t tile_rows(const AttentionParams& p, int64_t block) {
   constexpr int64_t kTiles = 8, kLeastLanes = 192;
   const int64_t group = p.heads_q / p.heads_k, least = smaller(kLeastLanes, block);
@@ -28,12 +28,12 @@ inline int64_t tile_rows(const AttentionParams& p, int64_t block) {
   return smaller(greater(block / group, 1), greater(p.seqlen_q, 1));
 }
 
-// The rows of a tile, with those that fill up its last slice.
+// Returns the rows of a tile, including the padding of its last slice.
 inline int64_t rows_of(const AttentionParams& p, const TilePlan& plan) {
   return round_up(plan.tokens * (p.heads_q / p.heads_k), kSlice);
 }
 
-// The rows of one tile, in slices of kSlice; the last slice is padded.
+// The rows of a tile in slices of kSlice; the last slice is padded.
 struct BlockRows {
   const AttentionParams& p;
   const QueryTile& tile;
@@ -44,7 +44,7 @@ struct BlockRows {
   int64_t token(int64_t row) const { return tile.token + row / heads; }
   int64_t head(int64_t row) const { return tile.head * heads + row % heads; }
   int64_t position(int64_t row) const { return tile.q_start + token(row); }
-  // Where a region begins for the query at `position`, as an index into the sequence's keys.
+  // Returns the index of a region's first key in the sequence, for the query at `position`.
   int64_t first_key(int64_t region, int64_t position) const {
     const int64_t key = p.regions.start(region, position) - tile.k_start;
     return smaller(greater(key, 0), tile.seqlen_k);
@@ -64,8 +64,8 @@ struct BlockRows {
     if (!p.row_scale.data) return scale;
     return scale * p.row_scale.of(tile.batch, tile.first_q + token(row));
   }
-  // Calls visit(i, row, head) for row first + i of as many as a vector has, without the divisions
-  // above: two for every row take longer than to copy it.
+  // Calls visit(i, row, head) for row first + i, for a vector's number of rows. It avoids the two
+  // divisions per row of the functions above, which take longer than copying the row.
   template <typename Visit>
   void each_of_vector(int64_t first, const Visit& visit) const {
     int64_t token = this->token(first), head = first % heads;
@@ -76,8 +76,8 @@ struct BlockRows {
   }
 };
 
-// The keys of one region that a slice of rows sees: [first, last) at all, [full_first, full_last)
-// by every row. Positions rise with the rows, so both are read off the slice's ends.
+// The keys of one region that a slice sees: any row sees [first, last), every row [full_first,
+// full_last). Positions rise with the rows, so the slice's end rows decide both.
 struct SliceKeys {
   int64_t first, last, full_first, full_last;
 };
@@ -95,7 +95,7 @@ inline SliceKeys tile_keys(const BlockRows& block, int64_t region) {
 }
 
 // A key block in parts of kRows keys, counted from its first key: the slice sees those from begin
-// to end, every row of it those from full_begin to full_end.
+// to end; all its rows see those from full_begin to full_end.
 struct SliceBlocks {
   int64_t begin, full_begin, full_end, end;
 
@@ -112,7 +112,7 @@ inline SliceBlocks slice_blocks(const SliceKeys& keys, int64_t block_first, int6
   return b;
 }
 
-// Per row: the first key it sees in a region and the first one behind.
+// Per row: the first key that it sees in a region, and the first one after those.
 struct RowKeys {
   ints first[kSliceVectors], last[kSliceVectors];
 };

@@ -1,4 +1,4 @@
-// The write of new keys and values into a cache: keys are rotated to where the score stores them.
+// Writes new keys and values into a cache, keys rotated as the score stores them.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,8 @@
 
 namespace extrope::decode {
 
-// Where the tokens at `positions` go by a map of pairs, in one head: (pairs, tokens).
+// Returns stored positions of the tokens at `positions` under a map of pairs, in one head: (pairs,
+// tokens).
 inline std::vector<double> places_of_pairs(const PairMaps& maps, const PositionMap& map,
                                            int64_t head, int64_t pairs,
                                            const std::vector<int64_t>& positions) {
@@ -25,7 +26,7 @@ inline std::vector<double> places_of_pairs(const PairMaps& maps, const PositionM
   return places;
 }
 
-// The same rotation of one head alone.
+// Returns the same rotation for only one head.
 inline RopeParams of_head(RopeParams p, int64_t head) {
   RopeTensor& x = p.tensors[0];
   const int64_t bytes = element_bytes(p.dtype);
@@ -36,7 +37,7 @@ inline RopeParams of_head(RopeParams p, int64_t head) {
   return p;
 }
 
-// Positions by axis, of which each pair is one; heads whose maps differ come one after another.
+// Rotates by positions by axis, with an axis per pair; heads with different maps run one by one.
 inline void run_append_by_pair(RopeParams p, const Regions& regions,
                                const std::vector<int64_t>& positions, const CacheWrites& writes,
                                const Plane& v) {
@@ -55,7 +56,7 @@ inline void run_append_by_pair(RopeParams p, const Regions& regions,
   }
 }
 
-// New keys, raw, and values. log_decay: as in RopeParams.
+// Appends raw new keys, and values. log_decay: as in RopeParams.
 inline void run_append(const KVCache& cache, const Frequencies& freqs, const float* log_decay,
                        const Regions& regions, const Plane& k, const Plane& v) {
   const int64_t tokens = cache.all_new_tokens(), batch = cache.cu_new ? 1 : cache.batch;

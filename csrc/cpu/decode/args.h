@@ -1,5 +1,5 @@
-// From the arguments of `decode` and `append` to their params, with every check, before anything
-// is written.
+// Converts the arguments of `decode` and `append` to their params. All checks come before any
+// write.
 #pragma once
 
 #include "common/attention_args.h"
@@ -9,7 +9,7 @@
 
 namespace extrope::decode {
 
-// What both ops take; `op` goes in front of every error.
+// Arguments of both ops; `op` begins every error.
 struct CacheArgs {
   const char* op;
   TensorView k_cache, v_cache;
@@ -26,7 +26,7 @@ struct CacheArgs {
   }
 };
 
-// packed: of the tokens of packed sequences; scaled: in e4m3.
+// Checks a tensor; packed: it has the tokens of packed sequences; scaled: it is in e4m3.
 inline void check_tensor(const CacheArgs& a, const char* name, const TensorView& x,
                          const TensorView& like, bool packed = false, bool scaled = false) {
   const int64_t d = packed ? 3 : 4;
@@ -53,7 +53,7 @@ inline const int32_t* ints(const CacheArgs& a, const char* name, const TensorVie
   return static_cast<const int32_t*>(x.data_ptr());
 }
 
-// The values of cu_seqlens_q, for that many tokens: those past the last boundary are padding.
+// Checks the values of cu_seqlens_q for `tokens` tokens: those past the last boundary are padding.
 inline const int32_t* boundaries_of(const CacheArgs& a, int64_t tokens) {
   const TensorView& x = *a.cu_seqlens_q;
   a.require(x.scalar_type() == ScalarType::Int && x.dim() == 1 && x.size(0) >= 2 &&
@@ -92,7 +92,7 @@ inline void check_new(const CacheArgs& a, const TensorView& like) {
             shape_of(*a.k));
 }
 
-// The values of the integer tensors: no slot outside the cache is read or written.
+// Checks the values of integer tensors: no slot outside the cache is read or written.
 inline void check_slots(const CacheArgs& a, const KVCache& cache) {
   const int64_t pages = a.k_cache.size(0);
   for (int64_t b = 0; b < cache.batch; ++b) {
@@ -109,7 +109,7 @@ inline void check_slots(const CacheArgs& a, const KVCache& cache) {
   }
 }
 
-// The cache of a call, with every check. like: q, or the new keys of an append.
+// Returns a call's cache, with all checks. like: q, or the new keys of an append.
 inline KVCache cache_of(const CacheArgs& a, const TensorView& like) {
   const TensorView &k = a.k_cache, &v = a.v_cache;
   KVCache cache{};

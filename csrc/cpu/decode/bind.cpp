@@ -18,7 +18,7 @@ namespace {
 #define EXTROPE_KERNELS(isa) \
   Kernels { decode_splits_##isa, merge_splits_##isa }
 
-// A head_dim is a multiple of 8, and the kernels read rows in whole vectors.
+// Selects kernels: a head_dim is a multiple of 8, and kernels read rows in whole vectors.
 Kernels kernels(const KVCache& cache) {
 #if defined(__x86_64__)
   const bool halves = cache.head_dim % 16 != 0 || cache.head_dim_v % 16 != 0;
@@ -29,7 +29,7 @@ Kernels kernels(const KVCache& cache) {
 
 #undef EXTROPE_KERNELS
 
-// Results (batch, ...sizes); those of packed queries have no dimension of sequences.
+// Allocates results (batch, ...sizes); for packed queries they have no dimension of sequences.
 Tensor result(const CacheArgs& a, std::vector<int64_t> sizes, ScalarType dtype) {
   if (a.packed()) sizes.erase(sizes.begin());
   return fresh(sizes, dtype, a.op);

@@ -1,6 +1,6 @@
-// Long chunks of queries over a cache: each is an attention in tiles (cpu/attention), whose keys
-// and values lie where the cache has them. A tile takes hundreds of rows where a split takes four
-// at a time, and so reads the cache that much less often.
+// Long chunks of queries over a cache: each is an attention in tiles (cpu/attention) that reads
+// keys and values from the cache. A tile takes hundreds of rows, a split four at a time: tiles read
+// the cache less often.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 
 namespace extrope::decode {
 
-// The fewest rows of a head of k that make a chunk. Fewer would make too few tiles for many
-// threads, while splits cut the keys as well.
+// The fewest rows of a head of k for a chunk. Fewer would give too few tiles for many threads;
+// splits cut the keys too.
 constexpr int64_t kChunkRows = 256;
 
 inline bool is_chunk(const DecodeParams& p, int64_t tokens) {
@@ -85,7 +85,7 @@ class Chunk {
     return a;
   }
 
-  // The element that each key's row starts at; none where a stride says it.
+  // Returns the first element of each key's row; empty if a stride is enough.
   static std::vector<int64_t> rows_of(const KVCache& cache, const Plane& plane, int64_t sequence,
                                       int64_t keys) {
     std::vector<int64_t> rows;

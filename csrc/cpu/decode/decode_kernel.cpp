@@ -1,4 +1,4 @@
-// Attention over a key/value cache on the CPU. Compiled once for each instruction set, with
+// Attention over a key/value cache on the CPU. Compiled once per instruction set, with
 // EXTROPE_ISA as its name.
 
 #include "cpu/decode/kernels.h"

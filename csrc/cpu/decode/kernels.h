@@ -1,5 +1,5 @@
-// Attention of a few query tokens over a key/value cache on the CPU, split-KV: one function for
-// each instruction set that the kernels are compiled for.
+// Attention of a few query tokens over a key/value cache on the CPU, split-KV: one function per
+// instruction set.
 #pragma once
 
 #include "cpu/decode/params.h"

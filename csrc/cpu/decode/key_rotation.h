@@ -1,9 +1,9 @@
-// Cached keys on their way from stored(j), where they lie, to k_map(j).
+// Rotates cached keys from their stored position stored(j) to k_map(j).
 //
-// They rotate on by u(j) = k_map(j) - stored(j). A block of keys from j0 on rotates by
-// u(j) - u(j0) alone, and the queries by q_map(i) - u(j0): no angle of a key is ever large, and
-// where u grows by equal steps, one small table serves all blocks. Where pairs of dims have maps of
-// their own, every key has a row of its own, and j0 is left out.
+// The difference is u(j) = k_map(j) - stored(j). A block of keys from j0 on rotates by only
+// u(j) - u(j0), and the queries by q_map(i) - u(j0). So no angle of a key is ever large, and if u
+// grows by equal steps, one small table serves all blocks. If pairs of dims have their own maps,
+// every key has its own row, and j0 is not used.
 #pragma once
 
 #include <cmath>
@@ -35,11 +35,11 @@ class KeyRotation {
 
   bool is_of_pairs() const { return k_map_.is_of_pairs() || stored_.is_of_pairs(); }
 
-  // u(j)
+  // Returns u(j).
   double angle(int64_t j) const { return k_map_(j) - stored_(j); }
 
-  // Makes the cosines and sines of the `count` keys from j0 on; returns u(j0), or 0 where that is
-  // left out.
+  // Computes cosines and sines of the `count` keys from j0 on; returns u(j0), or 0 if it is not
+  // used.
   double start_block(const double* inv_freq, int64_t j0, int64_t count) {
     if (inv_freq_ != inv_freq) start_table(inv_freq);
     count_ = count;
@@ -52,7 +52,7 @@ class KeyRotation {
     return 0.0;
   }
 
-  // One head of the block's keys; the last one stands in for those behind it.
+  // Rotates one head of the block's keys; repeats the last key after the end.
   template <typename T>
   Rows<float> rotate(Rows<T> keys, int64_t head) {
     for (int64_t n = 0; n < count_; ++n) {
@@ -63,7 +63,7 @@ class KeyRotation {
   }
 
  private:
-  // How far from a whole number of steps an angle may be, in steps: far below what float32 shows.
+  // The allowed distance of an angle from a whole number of steps, in steps: invisible in float32.
   static constexpr double kSame = 1e-8;
 
   double start_steps(int64_t j0) {
@@ -81,8 +81,7 @@ class KeyRotation {
     return origin;
   }
 
-  // Of the first kBlockN rows, row n is n steps, once it is filled; the others are single keys'
-  // own.
+  // Once filled, row n of the first kBlockN rows is n steps; other rows belong to single keys.
   void start_table(const double* inv_freq) {
     inv_freq_ = inv_freq;
     filled_ = 0;
@@ -91,7 +90,7 @@ class KeyRotation {
     rotated_.resize(kBlockN * stride_);
   }
 
-  // By u, or where pairs have places of their own by those of key j.
+  // Fills a row by u, or by the places of key j if pairs have their own.
   void fill(int64_t row, double u, int64_t j = 0) {
     PairAngles pairs;
     for (int64_t head = 0; head < heads_; ++head) {
@@ -105,12 +104,12 @@ class KeyRotation {
   RowRotation rotation_;
   PositionMap stored_, k_map_;
   PairMaps pair_maps_;
-  int64_t freq_head_;        // from one head's frequencies to the next
-  int64_t heads_;            // with rows of cos and sin of their own; 1: all share them
-  int64_t padded_, stride_;  // of a row of cos and sin, and of a key
+  int64_t freq_head_;        // stride of heads' frequencies
+  int64_t heads_;            // heads with their own rows of cos and sin; 1: all share them
+  int64_t padded_, stride_;  // floats per row of cos and sin, and per key
   double step_;
   int64_t count_ = 0, filled_ = 0;
-  const double* inv_freq_ = nullptr;  // that the table is for
+  const double* inv_freq_ = nullptr;  // the table's frequencies
   Buffer<float> cos_, sin_, rotated_;
   int64_t at_[kBlockN];
   const float* rows_[kBlockN];

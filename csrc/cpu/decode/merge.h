@@ -1,4 +1,4 @@
-// From what the splits of a row found to its output.
+// Merges the results of a row's splits into its output.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace extrope {
 namespace {
 
-// Adds the splits of one row up in their order.
+// Adds up the splits of one row in order.
 template <typename T>
 void merge_row(const DecodeParams& p, const QueryBlock& queries, int64_t row, float* sums) {
   const int64_t dim = p.cache.head_dim_v, group = p.heads_q / p.cache.heads, width = dim + 2;

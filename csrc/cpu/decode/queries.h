@@ -1,7 +1,7 @@
-// The queries of a block, scaled, and rotated as each region of keys wants them.
+// The queries of a block, scaled, and rotated for each region of keys.
 //
-// Cached keys are rotated to their stored position. A region that wants them there uses them as
-// they lie, and rotates queries alone; for any other they rotate on, block by block.
+// Cached keys are rotated to their stored position. A region with that position uses them
+// unchanged, and rotates only queries; for any other region keys rotate on, block by block.
 #pragma once
 
 #include <algorithm>
@@ -14,10 +14,10 @@
 namespace extrope {
 namespace {
 
-constexpr int kMaxRows = 4;  // of one pass over a block of keys: the most of rows_at_once
+constexpr int kMaxRows = 4;  // in one pass over a block of keys: the largest rows_at_once
 constexpr double kLog2E = 1.4426950408889634;
 
-// Rows of one head of k after another: token and q head of its group are counted row-major.
+// Rows of one head of k after another; within them the order is token, then q head of the group.
 template <typename T, typename Cached>
 class Queries {
  public:
@@ -36,23 +36,23 @@ class Queries {
   }
 
   const QueryBlock* block() const { return block_; }
-  int64_t rows() const { return rows_; }                  // of each head of k: tokens times group
-  int64_t rows_at_once() const { return rows_at_once_; }  // of one pass over a block of keys
+  int64_t rows() const { return rows_; }                  // per head of k: tokens times group
+  int64_t rows_at_once() const { return rows_at_once_; }  // per pass over a block of keys
   int64_t padded_rows() const { return padded_rows_; }    // a multiple of rows_at_once
-  int64_t stride() const { return stride_; }              // of a row
+  int64_t stride() const { return stride_; }              // floats per row
   int64_t first_position() const { return position(0); }
   int64_t last_position() const { return position(tokens_ - 1); }
   int64_t position_of(int64_t row) const { return position(row / group_); }
 
-  // Row `row` of a head of k as region r wants it.
+  // Returns row `row` of a head of k, rotated for region r.
   const float* row(int64_t r, int64_t head, int64_t row) const {
     return &frames_[r].q[(head * padded_rows_ + row) * stride_];
   }
 
-  // The rotation of region r's keys; nullptr where they are stored as it wants them.
+  // Returns the rotation of region r's keys; nullptr if stored keys need none.
   KeyRotation* keys(int64_t r) { return frames_[r].keys ? &*frames_[r].keys : nullptr; }
 
-  // Takes up the queries of a block.
+  // Loads the queries of a block.
   void start(const QueryBlock* block) {
     block_ = block;
     tokens_ = block->last_token - block->first_token;
@@ -64,7 +64,7 @@ class Queries {
     load();
   }
 
-  // Rotates them for the regions that these keys are in, unless earlier keys were in them.
+  // Rotates queries for the regions of these keys, unless earlier keys were in them.
   void rotate(int64_t begin, int64_t end) {
     for (int64_t r = 0; r < p_.regions.count; ++r) {
       Frame& frame = frames_[r];
@@ -77,7 +77,7 @@ class Queries {
     }
   }
 
-  // And for a block of `count` keys from j on, where those of region r rotate on.
+  // Rotates queries for a block of `count` keys from j on, if region r's keys rotate on.
   void rotate_with_keys(int64_t r, int64_t j, int64_t count) {
     KeyRotation* rotation = keys(r);
     if (!rotation) return;
@@ -86,17 +86,16 @@ class Queries {
   }
 
  private:
-  // The queries as a region rotates them, and the rotation of its keys where they are not stored as
-  // it wants them.
+  // The queries rotated for a region, and the rotation of its keys if they need one.
   struct Frame {
     Buffer<float> q;
     std::optional<KeyRotation> keys;
-    bool ready = false;  // q is rotated, or has room to be with each block of keys
+    bool ready = false;  // q is rotated, or allocated to be rotated with each block of keys
   };
 
   int64_t position(int64_t token) const { return block_->first_position + token; }
 
-  // Where the row of a token and a q head starts in scaled_ and the frames' q.
+  // Returns the offset of a token and q head's row in scaled_ and the frames' q.
   int64_t offset(int64_t token, int64_t head) const {
     return (head / group_ * padded_rows_ + token * group_ + head % group_) * stride_;
   }
@@ -115,7 +114,7 @@ class Queries {
     }
   }
 
-  // The factor of all logits of a token, log2(e) included unless they are capped.
+  // Returns the factor of a token's logits, log2(e) included unless they are capped.
   float logit_scale(int64_t token) const {
     const int64_t i = position(token);
     double scale = logit_scale_;
@@ -142,7 +141,7 @@ class Queries {
     }
   }
 
-  // The cosines and sines of a token of region r in one head of k.
+  // Fills the cosines and sines of a token for region r in one head of k.
   void fill(int64_t r, int64_t head, int64_t position, double origin) {
     const PositionMap& map = p_.regions.at[r].q_map;
     const double* inv_freq = inv_freq_ + head * p_.freqs.head();
@@ -157,7 +156,7 @@ class Queries {
     fill_sincos(inv_freq, p_.freqs.half, angles, cos_.data(), sin_.data());
   }
 
-  // Brings a query to the order and the unit in which load_dims reads keys.
+  // Converts a query to the order and unit in which load_dims reads keys.
   void follow_cache(float* q) const {
     const int64_t head_dim = p_.cache.head_dim;
     if constexpr (kReadInPairs<Cached>) order_by_words(q, head_dim);
@@ -166,14 +165,14 @@ class Queries {
 
   const DecodeParams& p_;
   const RowRotation rotation_;
-  const int64_t group_;       // q heads of a head of k
-  const double logit_scale_;  // of all logits: over softcap, or log2(e) included
+  const int64_t group_;       // q heads per head of k
+  const double logit_scale_;  // of all logits: divided by softcap, or with log2(e)
   const int64_t stride_;
   const QueryBlock* block_ = nullptr;
   int64_t tokens_ = 0, rows_ = 0, padded_rows_ = 0, rows_at_once_ = 1;
   const double* inv_freq_ = nullptr;
   Frame frames_[kMaxRegions];
-  Buffer<float> cos_, sin_, scaled_;  // scaled_: times the scale of their logits
+  Buffer<float> cos_, sin_, scaled_;  // scaled_: queries times the scale of their logits
 };
 
 }  // namespace

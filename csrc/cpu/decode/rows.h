@@ -1,4 +1,4 @@
-// Where a block of keys and values lies, and how the one behind it is on its way meanwhile.
+// The places of a block of keys and values, and the prefetches of the next block.
 #pragma once
 
 #include <algorithm>
@@ -9,10 +9,10 @@
 namespace extrope {
 namespace {
 
-constexpr int kBlockN = 32;         // keys of a block: few, so that its heads are read on soon
-constexpr int64_t kLineBytes = 64;  // of a processor's caches
+constexpr int kBlockN = 32;         // keys per block: few, to come soon to its next heads
+constexpr int64_t kLineBytes = 64;  // in a processor's caches
 
-// Row n of one head starts at at[n] + offset.
+// The rows of one head: row n starts at at[n] + offset.
 template <typename T>
 struct Rows {
   const T* const* at;
@@ -24,8 +24,8 @@ struct Rows {
   }
 };
 
-// Where the block of keys or values that begins at key `from` lies in the cache: rows[0] to
-// rows[kBlockN - 1], those past key end - 1 the last one again.
+// Finds the cache's rows of keys or values from key `from` on: rows[0] to rows[kBlockN - 1]; after
+// key end - 1 the last one repeats.
 template <typename T>
 void find_rows(const KVCache& cache, const Plane& plane, const QueryBlock& queries, int64_t from,
                int64_t end, const T** rows) {
@@ -46,7 +46,7 @@ void find_rows(const KVCache& cache, const Plane& plane, const QueryBlock& queri
   std::fill(rows + count, rows + kBlockN, rows[count - 1]);
 }
 
-// Asks for the lines of so many bytes, into the caches from that level on; returns what is behind.
+// Prefetches the lines of some bytes into caches from `level` on; returns the address after them.
 template <int level>
 EXTROPE_INLINE const char* fetch(const char* from, int64_t bytes) {
   for (const char* end = from + bytes; from < end; from += kLineBytes) {
@@ -55,23 +55,23 @@ EXTROPE_INLINE const char* fetch(const char* from, int64_t bytes) {
   return from;
 }
 
-// What comes next, asked for bit by bit during the work on a head of a block: memory answers while
-// the core computes, and a core has no more than a dozen or so lines asked for at once.
+// Prefetches of later rows, spread over the work on a head of a block: memory answers while the
+// core computes, and a core can wait for only a dozen lines or so at once.
 //
-// The head's own values and the next head's keys are wanted at once, in the first-level cache. Of
-// the next block, this head's keys and values go to the second: one block is as far as memory
-// needs, and too far for the first. Half of those values in whole lines, at most, waits
-// for the sums over values, which take too little time for more. Where the next block's
-// rows are not one behind the other, as in scattered pages of a few, nothing of it is.
+// The head's own values and the next head's keys are needed soon, in the first-level cache. This
+// head's keys and values in the next block go to the second level: one block ahead is far enough
+// for memory, and too far for the first level. At most half of those values, in whole lines, wait
+// for the sums over values, which take too little time for more. If the next block's rows are not
+// contiguous, as in scattered pages of a few rows, none of them is prefetched.
 template <typename T>
 struct Ahead {
-  Rows<T> values{}, next_keys{};  // none where `at` is nullptr
+  Rows<T> values{}, next_keys{};  // none if `at` is nullptr
   const char *far_keys = nullptr, *far_values = nullptr;
-  int64_t key_bytes = 0, value_bytes = 0;  // of a row
-  // Of a far row: of a key and a value with its score, of a value with its sum.
+  int64_t key_bytes = 0, value_bytes = 0;  // per row
+  // Bytes of a far row: of a key and a value during scores, of a value during sums.
   int64_t far_key_bytes = 0, far_value_bytes = 0, with_sum = 0;
 
-  // With the scores of `count` keys from j on.
+  // Prefetches during the scores of `count` keys from j on.
   EXTROPE_INLINE void fetch_at_scores(int64_t j, int count) {
     if (!values.at) return;
     for (int k = 0; k < count; ++k) fetch<1>(values.bytes(j + k), value_bytes);
@@ -79,7 +79,7 @@ struct Ahead {
     far_values = fetch<2>(far_values, count * far_value_bytes);
   }
 
-  // With the sum over value j.
+  // Prefetches during the sum over value j.
   EXTROPE_INLINE void fetch_at_value(int64_t j) {
     if (!values.at) return;
     fetch<1>(next_keys.bytes(j), key_bytes);

@@ -1,4 +1,4 @@
-// Cuts attention over a cache into splits, and shares these out over torch's threads.
+// Cuts attention over a cache into splits, and distributes them over torch's threads.
 #pragma once
 
 #include <algorithm>
@@ -14,13 +14,13 @@
 
 namespace extrope::decode {
 
-constexpr int64_t kBlockM = 64;  // query rows of a head of k that share one reading of the cache
+constexpr int64_t kBlockM = 64;        // query rows of a head of k that share one read of the cache
 constexpr int64_t kSplitSize = 256;    // keys
 constexpr int64_t kFewScores = 4'096;  // below it a second thread costs more than it saves
-// What reading a key and its value takes beside the work on one row, in rows; and what it takes to
-// rotate a key on.
+// The time to read a key and its value, beside the work on one row, in rows; and the time to rotate
+// a key on.
 constexpr int64_t kReading = 6, kRotation = 8;
-// Parts of a thread's share where splits differ, so that none waits long for another.
+// Parts of a thread's share if splits differ, so that no thread waits long for another.
 constexpr int64_t kParts = 8;
 
 struct Kernels {
@@ -28,7 +28,7 @@ struct Kernels {
   void (*merge)(const DecodeParams&, const QueryBlock*, int64_t);
 };
 
-// The blocks of one sequence's queries, the tokens begin..end-1 of q's entry `batch`.
+// Cuts one sequence's queries, the tokens begin..end-1 of q's entry `batch`, into blocks.
 inline void cut_sequence(const DecodeParams& p, const ChunkTokens& queries, int64_t& partial,
                          std::vector<QueryBlock>& all) {
   const auto [sequence, batch, begin, end] = queries;
@@ -47,8 +47,8 @@ inline void cut_sequence(const DecodeParams& p, const ChunkTokens& queries, int6
   }
 }
 
-// Chunks, and the blocks of all other queries. Both depend on the lengths alone, not on the
-// threads: neither does the result.
+// Chunks, and the blocks of all other queries. Both depend only on the lengths, not on the threads;
+// so does the result.
 struct Work {
   std::vector<std::unique_ptr<Chunk>> chunks;
   std::vector<QueryBlock> blocks;
@@ -70,7 +70,7 @@ inline Work cut(const DecodeParams& p) {
   return all;
 }
 
-// How many of the keys begin..end-1 rotate on for the query at `position`.
+// Returns how many of the keys begin..end-1 rotate on for the query at `position`.
 inline int64_t rotated_keys(const Regions& regions, int64_t position, int64_t begin, int64_t end) {
   int64_t count = 0;
   for (int64_t r = 0; r < regions.count; ++r) {
@@ -83,7 +83,7 @@ inline int64_t rotated_keys(const Regions& regions, int64_t position, int64_t be
 
 struct Splits {
   std::vector<Split> all;
-  int64_t scores, work;  // of all together; work in the time of a score
+  int64_t scores, work;  // totals; work in units of a score's time
 };
 
 inline Splits splits_of(const DecodeParams& p, const std::vector<QueryBlock>& blocks) {
@@ -104,7 +104,7 @@ inline Splits splits_of(const DecodeParams& p, const std::vector<QueryBlock>& bl
   return splits;
 }
 
-// Packed tokens past the last sequence.
+// Fills the results of packed tokens past the last sequence.
 inline void fill_padding(const DecodeParams& p) {
   const int64_t first = p.cu_seqlens_q[p.cache.batch], count = p.seqlen_q - first;
   const int64_t row = p.heads_q * p.cache.head_dim_v * (p.cache.dtype == DType::f32 ? 4 : 2);
@@ -114,7 +114,7 @@ inline void fill_padding(const DecodeParams& p) {
   }
 }
 
-// Calls run(first, last) for the splits of each part, after all tiles of chunks: what takes longest
+// Calls run(first, last) for the splits of each part, after all tiles of chunks: the longest work
 // starts first.
 inline void run_parts(const DecodeParams& p, const Kernels& run, const Work& work,
                       const Splits& splits) {

@@ -1,8 +1,8 @@
-// A few query rows against a block of keys and values that are read from where they lie.
+// A few query rows against a block of keys and values, read from the cache without a copy.
 //
-// Scores and weights stand key-major, [key][row]: a vector of them holds all rows of some keys, so
-// that the softmax takes no transposition and the sums over values read them in order. That takes a
-// power of two of rows, of which the first `valid` ones are queries.
+// Scores and weights are key-major, [key][row]: a vector holds all rows of some keys. So the
+// softmax needs no transposition, and the sums over values read weights in order. The number of
+// rows is a power of two; the first `valid` ones are queries.
 #pragma once
 
 #include <algorithm>
@@ -20,19 +20,19 @@ namespace {
 
 constexpr float kNone = -1e30f;  // below any logit, and finite: differences of two are not NaN
 
-// As many keys as keep kFloats sums or more in flight.
+// The number of keys that keeps at least kFloats sums in flight.
 template <int rows>
 constexpr int kKeysAtOnce = kFloats / rows > 2 ? kFloats / rows : 2;
 
-// Rows of the cache are read as is cheapest, and queries and sums over values follow. bfloat16
-// comes in pairs, as 32-bit words, so that no dim has to move: in the order of order_by_words; e4m3
-// over its unit.
+// Loads rows of the cache in the cheapest form; queries and sums over values follow it. bfloat16
+// comes in pairs, as 32-bit words, so that no dim has to move: in the order of order_by_words. e4m3
+// comes divided by its unit.
 template <typename T>
 constexpr bool kReadInPairs = std::is_same_v<T, bf16>;
 template <typename T>
 constexpr float kUnit = std::is_same_v<T, e4m3> ? kUnitE4m3 : 1.0f;
 
-// How many vectors of a row are loaded together.
+// The number of vectors of a row that are loaded together.
 template <typename T>
 constexpr int kTogether = kReadInPairs<T> || (kFloats == 16 && std::is_same_v<T, e4m3>) ? 2 : 1;
 
@@ -47,7 +47,7 @@ EXTROPE_INLINE void load_dims(const T* from, floats (&x)[Count]) {
   }
 }
 
-// sums[key][row] += q[row] * the key, of `vectors` vectors of dims from d on and at_once keys from
+// sums[key][row] += q[row] * the key, for `vectors` vectors of dims from d on and at_once keys from
 // j on.
 template <int rows, int valid, int at_once, int vectors, typename T>
 EXTROPE_INLINE void add_products(const float* q, int64_t stride, Rows<T> keys, int64_t j, int64_t d,
@@ -72,7 +72,7 @@ EXTROPE_INLINE void add_products(const float* q, int64_t stride, Rows<T> keys, i
 template <int rows, int valid, typename T, typename Cached>
 void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int64_t dim,
                 Ahead<Cached>& ahead, float* scores) {
-  Ahead<Cached> meanwhile = ahead;  // in registers
+  Ahead<Cached> meanwhile = ahead;  // a local, to stay in registers
   constexpr int at_once = kKeysAtOnce<rows>;
   for (int64_t j = 0; j < count; j += at_once) {
     floats sums[at_once * rows] = {};
@@ -89,7 +89,7 @@ void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int
   ahead = meanwhile;
 }
 
-// Scores over the cap become capped ones.
+// Turns scores divided by the cap into capped ones.
 inline void cap_tile(float softcap, float* scores, int64_t count) {
   for (int64_t i = 0; i < count; i += kFloats) {
     floats logits[1] = {load<floats>(scores + i)};
@@ -103,8 +103,8 @@ struct Softmax {
   floats row_max, row_sum;
 };
 
-// Turns `count` scores (base-2 logits), a multiple of kFloats, into weights; returns the factor by
-// which earlier sums are to be rescaled.
+// Turns `count` scores (base-2 logits), a multiple of kFloats, into weights; returns the rescale
+// factor of earlier sums.
 template <int rows>
 floats softmax_tile(float* scores, int64_t count, Softmax& softmax) {
   floats row_max = softmax.row_max;
@@ -130,13 +130,13 @@ floats softmax_tile(float* scores, int64_t count, Softmax& softmax) {
 template <int rows, int valid, int columns, typename T>
 inline void add_columns(const float* weights, Rows<T> values, int64_t count, int64_t d,
                         const floats& rescale, Ahead<T> ahead, float* sums, int64_t stride) {
-  floats acc[valid * columns] = {};  // of this block: fewer roundings than along all keys
+  floats acc[valid * columns] = {};  // sums of this block: fewer roundings than over all keys
   for (int64_t j = 0; j < count; ++j) {
     floats x[columns];
     load_dims(values.row(j) + d, x);
 #pragma GCC unroll 4
     for (int r = 0; r < valid; ++r) {
-      // Minus zero: plus zero would change -0, and cost an addition.
+      // Subtracts zero: adding it would change -0, and cost an addition.
       const floats weight = weights[j * rows + r] - floats{};
 #pragma GCC unroll 8
       for (int c = 0; c < columns; ++c) acc[r * columns + c] += weight * x[c];

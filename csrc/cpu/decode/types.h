@@ -20,7 +20,7 @@ void with_type(DType dtype, Run run) {
   }
 }
 
-// Calls run(x, y) with values of the element types of queries and of what is cached.
+// Calls run(x, y) with values of the element types of queries and of the cache.
 template <typename Run>
 void with_types(const KVCache& cache, Run run) {
   with_type(cache.dtype, [&](auto type) {

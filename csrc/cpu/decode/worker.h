@@ -1,4 +1,4 @@
-// The attention of a block of queries over one split of their keys.
+// Attends from a block of queries over one split of their keys.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace extrope {
 namespace {
 
-// What a thread keeps to attend from a block of queries to one split of their keys at a time.
+// A thread's state to attend from a block of queries to one split of their keys at a time.
 template <typename T, typename Cached>
 class Worker {
  public:
@@ -22,7 +22,7 @@ class Worker {
         stride_v_(round_up(head_dim_v_, kFloats)),
         queries_(p) {}
 
-  // Splits of the same queries, one after another, have these loaded once.
+  // Consecutive splits of the same queries load these once.
   void run(const Split& split) {
     const QueryBlock* block = split.queries;
     if (queries_.block() != block) queries_.start(block);
@@ -31,8 +31,8 @@ class Worker {
     const int64_t end = std::min(begin + block->split_size, last + 1);
     queries_.rotate(begin, end);
     start_sums();
-    // Cut where a region begins for the first or the last row: between two such edges the regions
-    // that any row sees are the same.
+    // Cuts at the beginnings of regions for the first or the last row: between two such edges the
+    // set of regions that rows see does not change.
     for (int64_t next, j = begin; j < end; j = next) {
       next = end;
       for (int64_t r = 0; r <= p_.regions.count; ++r) {
@@ -46,8 +46,8 @@ class Worker {
   }
 
  private:
-  // The regions of some keys, and whether their scores need a mask: some row sees fewer than all of
-  // these keys, or keys of several regions.
+  // The regions of some keys. Their scores need a mask if some row does not see all of these keys,
+  // or if they are in several regions.
   struct Visible {
     int64_t first_region, last_region;
     bool masked;
@@ -59,7 +59,7 @@ class Worker {
     softmax_.assign(all / queries_.rows_at_once(), {floats{} + kNone, floats{}});
   }
 
-  // What rows see of the keys between two edges.
+  // Finds what rows see between two edges.
   Visible visible(int64_t begin, int64_t end) const {
     const Regions& regions = p_.regions;
     const int64_t first = queries_.first_position(), last = queries_.last_position();
@@ -77,11 +77,11 @@ class Worker {
       const int64_t count = std::min<int64_t>(kBlockN, end - j);
       std::copy_n(next_keys_, kBlockN, key_rows_);
       std::copy_n(next_values_, kBlockN, value_rows_);
-      find_next(j + count);  // past the end of these keys, too
+      find_next(j + count);  // past the end of these keys too
       for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
         queries_.rotate_with_keys(r, j, count);
       }
-      // All heads of a block, one after another: they usually are neighbours in memory.
+      // All heads of a block in sequence: they usually are neighbours in memory.
       for (head_ = 0; head_ < p_.cache.heads; ++head_) {
         if (queries_.rows_at_once() == 1) attend_head<1>(j, count, seen);
         if (queries_.rows_at_once() == 2) attend_head<2>(j, count, seen);
@@ -90,7 +90,7 @@ class Worker {
     }
   }
 
-  // Finds the block from key j on, if there is one.
+  // Finds the block from key j on, if any.
   void find_next(int64_t j) {
     const int64_t end = queries_.last_position() + 1;
     next_in_a_run_ = false;
@@ -101,14 +101,14 @@ class Worker {
                      in_a_run(next_values_, p_.cache.v, head_dim_v_);
   }
 
-  // Whether a block's rows follow each other, of each head or of all heads of a key together.
+  // Returns true if a block's rows are contiguous, per head or for all heads of a key together.
   bool in_a_run(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
     const bool all_heads = plane.head == head_dim;
     const int64_t row = all_heads ? p_.cache.heads * head_dim : head_dim;
     return plane.slot == row && rows[kBlockN - 1] - rows[0] == (kBlockN - 1) * row;
   }
 
-  // Where this head's share of such a run begins.
+  // Returns the beginning of this head's share of such a run.
   const char* share_of(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
     const bool all_heads = plane.head == head_dim;
     const Cached* first = rows[0] + head_ * (all_heads ? kBlockN * head_dim : plane.head);
@@ -154,8 +154,8 @@ class Worker {
     }
   }
 
-  // The keys and values of one head in a block, what comes behind them, and its keys as the regions
-  // rotate them.
+  // The keys and values of one head in a block, the rows after them, and its keys rotated for the
+  // regions.
   struct BlockOfKeys {
     Rows<Cached> keys, values;
     Ahead<Cached> ahead;
@@ -163,7 +163,7 @@ class Worker {
     int64_t first, count, padded;
   };
 
-  // The rows from m on: `valid` of them are queries.
+  // Works on the rows from m on: `valid` of them are queries.
   template <int rows, int valid>
   void attend_rows(const BlockOfKeys& block, int64_t m, const Visible& seen) {
     const int64_t row = head_ * queries_.padded_rows() + m, scores = block.padded * rows;
@@ -188,7 +188,7 @@ class Worker {
                             &sums_[row * stride_v_], stride_v_);
   }
 
-  // From a row's start of region r on, the scores in that region in place of earlier regions'.
+  // Replaces earlier regions' scores by region r's, from each row's start of that region on.
   template <int rows>
   void select_region(int64_t r, int64_t m, int64_t j, int64_t count) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -227,18 +227,18 @@ class Worker {
   }
 
   const DecodeParams& p_;
-  const int64_t head_dim_, head_dim_v_;  // of queries and keys, of values
+  const int64_t head_dim_, head_dim_v_;  // for queries and keys, for values
   const float softcap_;                  // log2(e) included; 0: none
   const int64_t stride_v_;               // head_dim_v, padded to whole vectors
   Queries<T, Cached> queries_;
-  int64_t head_ = 0;    // of k, at work
-  Buffer<float> sums_;  // over values
+  int64_t head_ = 0;    // the current head of k
+  Buffer<float> sums_;  // sums over values
   Buffer<Softmax> softmax_;
-  // Of a block of keys: those of all regions in one, and those of the region at work.
+  // Scores of a block of keys: merged from all regions, and those of the current region.
   alignas(64) float scores_[kBlockN * kMaxRows], region_scores_[kBlockN * kMaxRows];
   const Cached *key_rows_[kBlockN], *value_rows_[kBlockN];
   const Cached *next_keys_[kBlockN], *next_values_[kBlockN];
-  bool next_in_a_run_ = false;  // each row of both behind the one before it
+  bool next_in_a_run_ = false;  // both have contiguous rows
 };
 
 }  // namespace

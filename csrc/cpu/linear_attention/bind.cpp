@@ -1,5 +1,5 @@
-// The ops of decayed linear attention. What could make a kernel read or write out of bounds is
-// checked here; the rest is checked in Python (extrope_kernels/ops/permuteformer/checks.py).
+// The ops of decayed linear attention. They check everything that could make a kernel read or write
+// out of bounds; Python checks the rest (extrope_kernels/ops/permuteformer/checks.py).
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -34,7 +34,7 @@ ScanTensor view(const Tensor& x, bool packed, const char* name) {
   return {x.data_ptr(), packed ? 0 : x.stride(0), x.stride(d - 3), x.stride(d - 2), x.size(d - 2)};
 }
 
-// Whether all dimensions but the last are the same.
+// Returns true if all dimensions except the last are equal.
 bool same_rows(const Tensor& x, const Tensor& like) {
   bool same = x.dim() == like.dim();
   for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = x.size(i) == like.size(i);
@@ -128,7 +128,7 @@ Tensor empty_numbers(const ScanParams& p, const Tensor& like, int64_t heads) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 
-// Permutes q and k by powers of permutations on the way.
+// Runs a scan that permutes q and k by powers of permutations.
 void run_permuted(ScanParams& p, PermuteParams permute, int64_t offset) {
   require(p.phi_scores, "only a scan whose scores have the feature map permutes");
   permute.offset = offset;

@@ -1,5 +1,5 @@
-// How a scan sees a chunk of a sequence: sizes, scratch memory, where its rows lie, and its
-// operands packed: rows as floats, permuted and mapped, and the columns of k.
+// A chunk of a sequence in a scan: sizes, scratch memory, the places of its rows, and its packed
+// operands: rows as floats, permuted and mapped, and the columns of k.
 #pragma once
 
 #include <algorithm>
@@ -18,12 +18,12 @@ namespace {
 constexpr float kFeatureEps = 1e-3f;  // FEATURE_EPS of ops/permuteformer/reference.py
 constexpr int64_t kChunk = 48;        // tokens
 static_assert(kChunk % kTallRows == 0 && kChunk % kFloats == 0);
-constexpr int64_t kFewRows = 4;  // of a state, where a block of kTallRows would be padding mostly
+constexpr int64_t kFewRows = 4;  // of a state: a block of kTallRows would be mostly padding
 
-// Rows at strides of 256 bytes would share a few sets of the cache.
+// Avoids strides of 256 bytes, whose rows would share a few sets of the cache.
 inline int64_t stride_of(int64_t floats) { return floats % 64 == 0 ? floats + kFloats : floats; }
 
-// In floats, padded.
+// Padded sizes in floats.
 struct Sizes {
   explicit Sizes(const ScanParams& p)
       : depth(p.score_dim + (p.extra ? 1 : 0)),
@@ -34,11 +34,11 @@ struct Sizes {
         key_stride(stride_of(key_dim)),
         value_stride(stride_of(value_dim)) {}
   int64_t depth;                     // of the products q k^T
-  int64_t tall_rows;                 // of a state, in blocks of kTallRows
-  int64_t state_rows;                // of a state
+  int64_t tall_rows;                 // rows of a state, in blocks of kTallRows
+  int64_t state_rows;                // rows of a state
   int64_t key_dim;                   // of a packed row of q and k
   int64_t value_dim;                 // of a packed row of v and out, and of a state
-  int64_t key_stride, value_stride;  // from row to row of those
+  int64_t key_stride, value_stride;  // strides of rows of those
 };
 
 struct Scratch {
@@ -59,11 +59,11 @@ struct Scratch {
   }
   Workspace space;
   float* den;
-  float* masked_powers;  // [kChunk - 1 - d] = decay^d; 0 from kChunk on: later tokens are not seen
+  float* masked_powers;  // [kChunk - 1 - d] = decay^d; 0 from kChunk on hides later tokens
   float* powers;         // [d] = decay^d
-  // Numbers of dims, in words as large as an element of q.
-  void* step;        // (score_dim,): of the permutation
-  void* sources;     // (kChunk, score_dim): of its power at each token
+  // Indices of dims, in words as large as an element of q.
+  void* step;        // (score_dim,): the permutation
+  void* sources;     // (kChunk, score_dim): its power at each token
   void* permuted;    // (score_dim,): a row of q or k
   float *q, *k;      // (kChunk, key_stride)
   float* k_columns;  // (key_dim, kChunk)
@@ -102,14 +102,14 @@ struct Chunk {
     std::memset(s.masked_powers + kChunk, 0, kChunk * sizeof(float));
   }
 
-  // How many of a tensor's heads share this state, and the first of them.
+  // The number of a tensor's heads that share this state, and the first of them.
   int64_t group(int64_t heads) const { return greater(heads / p.heads, 1); }
   int64_t first_head(int64_t heads) const { return part.head * heads / p.heads; }
   int64_t token(int64_t i) const {
     i += part.first;
     return part.token + (p.reverse ? part.length - 1 - i : i);
   }
-  // The chunk's rows of x, by `head` of those that share the state.
+  // Returns the chunk's rows of x; `head` counts the heads that share the state.
   template <typename T>
   Rows<T> rows_of(const ScanTensor& x, int64_t head) const {
     return {static_cast<T*>(x.data) + part.batch * x.batch + token(0) * x.seq +
@@ -139,7 +139,7 @@ using WordOf = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
 
 inline floats feature(floats v) { return (v < floats{} ? floats{} : v) + kFeatureEps; }
 
-// A row as floats, zero behind dim.
+// Converts a row to floats, zero after dim.
 template <bool Phi, typename T>
 void pack_row(const T* from, int64_t dim, int64_t padded, float* to) {
   int64_t d = 0;
@@ -151,7 +151,7 @@ void pack_row(const T* from, int64_t dim, int64_t padded, float* to) {
   for (; d < padded; ++d) to[d] = 0.0f;
 }
 
-// The dims that each of the chunk's tokens takes of q and k.
+// Finds the dims of q and k that each of the chunk's tokens takes.
 template <typename T>
 void find_sources(const Chunk& c) {
   using Word = WordOf<T>;
@@ -166,7 +166,7 @@ void find_sources(const Chunk& c) {
   }
 }
 
-// Rows of x as floats, `stride` apart, zero past the chunk's last row up to `padded`.
+// Packs rows of x as floats, `stride` apart, zero past the chunk's last row up to `padded`.
 template <bool Phi, typename T>
 void pack_rows(const Chunk& c, const ScanTensor& x, int64_t head, int64_t dim, int64_t stride,
                int64_t padded, float* to) {
@@ -175,7 +175,7 @@ void pack_rows(const Chunk& c, const ScanTensor& x, int64_t head, int64_t dim, i
   std::memset(to + c.count * stride, 0, (padded - c.count) * stride * sizeof(float));
 }
 
-// As pack_rows with Phi, by the dims that find_sources found.
+// Packs rows like pack_rows with Phi, permuted by the result of find_sources.
 template <typename T>
 void pack_permuted(const Chunk& c, const ScanTensor& x, int64_t head, int64_t padded, float* to) {
   using Word = WordOf<T>;
@@ -191,7 +191,7 @@ void pack_permuted(const Chunk& c, const ScanTensor& x, int64_t head, int64_t pa
   std::memset(to + c.count * stride, 0, (padded - c.count) * stride * sizeof(float));
 }
 
-// Rows of q or k, with their extra numbers behind the dims.
+// Packs rows of q or k, with their extra numbers after the dims.
 template <typename T>
 void pack_scored(const Chunk& c, const ScanTensor& x, const RowNumbers& extra, int64_t head,
                  int64_t padded, float* to) {

@@ -1,8 +1,8 @@
-// The CPU kernels of decayed linear attention, one for each instruction set that scan_kernel.cpp is
-// compiled for, and what they need to know, in plain data.
+// The CPU kernels of decayed linear attention, one per instruction set of scan_kernel.cpp, and
+// their arguments in plain data.
 //
-// A chunkwise scan is the one operation that the forward and every gradient are made of; its
-// formula is in extrope_kernels/ops/permuteformer/cpu.py.
+// The forward and every gradient consist of one operation, a chunkwise scan; its formula is in
+// extrope_kernels/ops/permuteformer/cpu.py.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +15,14 @@ struct PermuteParams;
 struct PermuteCycles;
 
 // (batch, seqlen, heads, dim), the last dimension contiguous; strides in elements. Packed sequences
-// have no batch: its stride is 0. Absent where data is nullptr.
+// have no batch: its stride is 0. Absent if data is nullptr.
 struct ScanTensor {
   void* data;
   int64_t batch, seq, head;
   int64_t heads;
 };
 
-// One number a row, float (batch, heads, seqlen), contiguous; nullptr: 1.
+// One number per row, float (batch, heads, seqlen), contiguous; nullptr: all 1.
 struct RowNumbers {
   float* data;
   int64_t heads;
@@ -35,50 +35,50 @@ struct ScanParams {
   int64_t score_dim, value_dim;
   ScanTensor q, k, v, out, gate;
   RowNumbers q_scale, q_extra, k_scale, k_extra;
-  bool extra;       // q_extra * k_extra is part of a score
+  bool extra;       // a score includes q_extra * k_extra
   bool phi_scores;  // the feature map is applied to q and k; else to v
   bool causal, reverse;
-  bool out_is_float;  // else out is like q
+  bool out_is_float;  // else out has q's dtype
   float* den;         // (batch, q.heads, seqlen): divide by it and write it; nullptr: do neither
 
-  // Powers of permutations by which q and k are permuted, a permutation for each head of k;
-  // nullptr: they are not.
+  // Permutations, one per head of k, whose powers permute q and k; nullptr: none.
   const PermuteParams* permute;
   const PermuteCycles* cycles;
 
   const float* decay;         // (heads,), nullptr: 1
-  const int32_t* cu_seqlens;  // (num_sequences + 1,), nullptr when not packed
+  const int32_t* cu_seqlens;  // (num_sequences + 1,), nullptr if not packed
   int64_t num_sequences;
 
   // States before the first token and after the last, (sequences, heads, score_dim, value_dim) and
-  // (sequences, heads, score_dim); nullptr: zero, and not wanted.
+  // (sequences, heads, score_dim). nullptr: a first state of zero, a last state that is not wanted.
   const float *first_state, *first_sum;
   float *last_state, *last_sum;
 };
 
-// Consecutive tokens of one sequence in the order in which they are visited, for one state.
+// Consecutive tokens of one sequence, in the order of their visits, for one state.
 struct ScanPart {
   int64_t sequence, head;
-  int64_t batch, token, length;  // of the sequence: its batch entry, first token and tokens
+  int64_t batch, token, length;  // of the sequence: batch entry, first token, number of tokens
   int64_t first, count;
 };
 
-// How a kernel wants its work cut, and the memory it needs: floats, at addresses aligned to 64
+// The sizes into which a kernel's work is cut, and its memory in floats, at addresses aligned to 64
 // bytes.
 struct ScanPlan {
-  int64_t chunk;      // tokens; parts start at its multiples
-  int64_t state;      // of a state
-  int64_t workspace;  // of a part
+  int64_t chunk;      // tokens; parts start at multiples of it
+  int64_t state;      // per state
+  int64_t workspace;  // per part
 };
 
-// A chunk of a part: with `rows` writes them, and adds the chunk's keys to the state if causal;
-// without adds the keys alone.
+// Runs a chunk of a part. With `rows`, writes them, and adds the chunk's keys to the state if
+// causal; without, only adds the keys.
 using RunChunk = void (*)(const ScanParams&, const ScanPart&, bool rows, float* workspace,
                           float* state);
-// From first_state to a state, which is laid out as the kernels of one instruction set like it, or
-// from it to last_state.
+// Converts first_state to a state in the layout of the instruction set's kernels, or such a state
+// to last_state.
 using ConvertState = void (*)(const ScanParams&, const ScanPart&, bool load, float* state);
-// out[row] = <q[row], k[row]> over the last dimension, as RowNumbers, for tokens begin to end.
+// out[row] = <q[row], k[row]> over the last dimension, in RowNumbers' form, for the tokens
+// begin..end-1.
 using DotRows = void (*)(const ScanParams&, int64_t begin, int64_t end, float* out);
 
 struct ScanKernels {

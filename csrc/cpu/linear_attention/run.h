@@ -1,4 +1,4 @@
-// Cuts a scan into parts and shares them out over torch's threads.
+// Cuts a scan into parts and distributes them over torch's threads.
 #pragma once
 
 #include <algorithm>
@@ -11,15 +11,16 @@
 
 namespace extrope::linear_attention {
 
-constexpr int64_t kTasksPerThread = 4;  // so that none waits long for the last one
-// Where a sequence is cut decides how sums round, so that the number of threads has no say in it:
-// as many parts in all as this at least, or without causality parts of this length.
+constexpr int64_t kTasksPerThread = 4;  // so that no thread waits long for the last one
+// The cuts of a sequence decide the rounding of sums, so they do not depend on the number of
+// threads: at least kParts parts in all, or without causality parts of kPartTokens.
 constexpr int64_t kParts = 8, kPartTokens = 1536;
 
-// How many tokens a part of a sequence has, a multiple of the chunk.
+// Returns the tokens per part of a sequence, a multiple of the chunk.
 inline int64_t part_tokens(const ScanParams& p, int64_t sequences, int64_t chunk) {
   if (!p.causal) return kPartTokens;
-  // A part but the last is read twice, first for its state alone: only where threads would idle.
+  // All parts except the last are read twice, first only for their state: worth it if threads would
+  // idle.
   const int64_t states = sequences * p.heads;
   if (states >= kParts) return INT64_MAX;
   const int64_t parts = (kParts + states - 1) / states;
@@ -27,8 +28,8 @@ inline int64_t part_tokens(const ScanParams& p, int64_t sequences, int64_t chunk
   return std::max<int64_t>((chunks + parts - 1) / parts, 1) * chunk;
 }
 
-// The parts of every sequence and state, those of one behind one another. An empty sequence has one
-// part, which hands its state on.
+// Returns the parts of every sequence and state, in order. An empty sequence has one part, which
+// passes its state on.
 inline std::vector<ScanPart> cut(const ScanParams& p, int64_t chunk) {
   std::vector<ScanPart> parts;
   const int64_t sequences = p.cu_seqlens ? p.num_sequences : p.batch;
@@ -85,7 +86,7 @@ class Run {
     threads.run(count, [&](int64_t i, float* workspace) {
       float* own = states.get() + i * plan_.state;
       std::memset(own, 0, plan_.state * sizeof(float));
-      // Nothing follows the last part of a causal sequence.
+      // The last part of a causal sequence has no successor.
       if (!p_.causal || !is_last(i)) visit(i, 1, false, workspace, own);
     });
     pass_states(states.get());
@@ -107,7 +108,8 @@ class Run {
     if (p_.last_state) kernel_.convert(p_, parts_[i], false, state);
   }
 
-  // How many heads of a sequence go through its chunks side by side: they share pages of memory.
+  // Returns how many heads of a sequence go through its chunks together, as they share memory
+  // pages.
   int64_t group_size() const {
     const int64_t count = static_cast<int64_t>(parts_.size());
     const auto balanced = [&](int64_t tasks) {
@@ -118,7 +120,7 @@ class Run {
     return group;
   }
 
-  // The chunks of `count` parts, equally long, side by side.
+  // Runs the chunks of `count` parts of equal length together.
   void visit(int64_t begin, int64_t count, bool rows, float* workspace, float* states) {
     for (int64_t first = 0; first < parts_[begin].count; first += plan_.chunk) {
       for (int64_t i = 0; i < count; ++i) {
@@ -130,8 +132,8 @@ class Run {
     }
   }
 
-  // Each part's own sum becomes the state that it starts from: of all parts of its sequence before
-  // it, without causality of all.
+  // Replaces each part's own sum by its first state: the sum of the sequence's earlier parts, or of
+  // all parts without causality.
   void pass_states(float* states) {
     const AlignedFloats running = aligned_floats(plan_.state);
     const int64_t count = static_cast<int64_t>(parts_.size());

@@ -1,9 +1,9 @@
-// Decayed linear attention on the CPU. Compiled once for each instruction set, with EXTROPE_ISA as
-// its name.
+// Decayed linear attention on the CPU. Compiled once per instruction set, with EXTROPE_ISA as its
+// name.
 //
-// Tokens are visited in chunks. Within a chunk, scores are made and masked as in softmax attention;
-// what lies before it is in the state, the sum of k v^T decayed to the last token visited. Powers
-// of the decay are those of distances within a chunk, so none overflows, however long the sequence.
+// Tokens are visited in chunks. Within a chunk, scores are computed and masked as in softmax
+// attention. Earlier tokens are in the state, the sum of k v^T decayed to the last token visited.
+// Powers of the decay are only of distances within a chunk, so none overflows at any length.
 
 #include "cpu/linear_attention/chunk.h"
 #include "cpu/runtime/caches.h"
@@ -16,9 +16,9 @@ namespace {
 // ----------------------------------------------------------------------------------------------
 // Sums of products, and the order in which they are added up
 
-// Dims, and keys of a sum of keys, that are added up one after the other before their sum joins
-// the rest: in a long chain the roundings of terms of one sign, or of feature maps that are all
-// eps, do not average out.
+// Numbers of dims, and of keys in a sum of keys, that are added in sequence before their sum joins
+// the rest. In a longer chain, roundings do not average out if terms have one sign, or if feature
+// maps are all eps.
 constexpr int64_t kTerms = 32, kTokens = 16;
 
 inline float total(floats v) {
@@ -33,7 +33,7 @@ inline ints below(int32_t count, std::integer_sequence<int, I...>) {
   return ints{I...} < count;
 }
 
-// A mask of the first `count` lanes of a vector, or of all.
+// Returns a mask of the first `count` lanes of a vector, or of all.
 inline ints first_lanes(int64_t count) {
   return below(static_cast<int32_t>(count), std::make_integer_sequence<int, kFloats>{});
 }
@@ -46,7 +46,7 @@ EXTROPE_INLINE bool first_row_is_finite(const Sums<Rows, Vectors>& sums) {
   return total(zero) == 0.0f;
 }
 
-// sums += factor * what lies at `more`.
+// sums += factor * the sums at `more`.
 template <int Rows, int Vectors>
 EXTROPE_INLINE void add_scaled(Sums<Rows, Vectors>& sums, floats factor, const float* more,
                                int64_t stride) {
@@ -68,7 +68,7 @@ EXTROPE_INLINE void scale_rows(Sums<Rows, kWideVectors>& sums, const float* fact
   }
 }
 
-// sums = a b for Rows rows of a, `depth` long. What kTerms add up to waits at `partial`.
+// sums = a b for Rows rows of a, `depth` long. Sums of kTerms go through `partial`.
 template <int Rows, int Vectors>
 EXTROPE_INLINE void multiply_dims(Sums<Rows, Vectors>& sums, const float* a, int64_t a_stride,
                                   const float* b, int64_t b_stride, int64_t depth, float* partial,
@@ -104,7 +104,7 @@ EXTROPE_INLINE void make_block_of_scores(const Chunk& c, int64_t i, int64_t j) {
   store_sums(sums, scores, kChunk);
 }
 
-// Up to the end of each block of rows.
+// Computes scores up to the end of each block of rows.
 void make_scores(const Chunk& c) {
   for (int64_t i = 0; i < c.rows; i += kTallRows) {
     const int64_t end = smaller(i + kTallRows, c.count);
@@ -114,7 +114,7 @@ void make_scores(const Chunk& c) {
   }
 }
 
-// What each row's scores sum to, those in the state included.
+// Computes the sum of each row's scores, including those in the state.
 void sum_scores(const Chunk& c) {
   const Scratch& s = c.s;
   for (int64_t i = 0; i < c.count; ++i) {
@@ -124,7 +124,7 @@ void sum_scores(const Chunk& c) {
     }
     if (c.p.causal) {
       sums *= broadcast(s.powers[i + 1]);
-      // Not 0 times the scores of later tokens: those may be NaN.
+      // Does not multiply scores of later tokens by 0: they may be NaN.
       for (int64_t j = 0; j <= i; j += kFloats) {
         const floats scores = load<floats>(s.scores + i * kChunk + j);
         sums += first_lanes(i + 1 - j) ? scores : floats{};
@@ -134,9 +134,9 @@ void sum_scores(const Chunk& c) {
   }
 }
 
-// out = decay^(i + 1) q state (if `fresh`, else what is there) + scores v of the `seen` first
-// tokens, for Rows rows from i and the columns from f. Not finite: says so, and leaves out as it
-// was.
+// out = decay^(i + 1) q state (if `fresh`, else out) + scores v of the first `seen` tokens, for
+// Rows rows from i and the columns from f. If a result is not finite, reports that and does not
+// write out.
 template <int Rows>
 EXTROPE_INLINE bool make_block_of_rows(const Chunk& c, int64_t i, int64_t f, int64_t seen,
                                        bool fresh) {
@@ -159,8 +159,9 @@ EXTROPE_INLINE bool make_block_of_rows(const Chunk& c, int64_t i, int64_t f, int
   return true;
 }
 
-// Rows of a block read the whole block's tokens, the later ones with scores of zero. What is not
-// finite would come through: then each row reads its own. So does one alone, as in a step.
+// Rows of a block read all of the block's tokens, later ones with scores of zero. Values that are
+// not finite would leak into earlier rows: then each row reads only its own tokens. So does a
+// single row, as in a step.
 void make_rows(const Chunk& c, bool fresh) {
   for (int64_t i = 0; i < c.rows; i += kTallRows) {
     const int64_t end = smaller(i + kTallRows, c.count);
@@ -171,7 +172,7 @@ void make_rows(const Chunk& c, bool fresh) {
   }
 }
 
-// k = decayed k; key_sum = factor * key_sum + those of all tokens.
+// k = decayed k; key_sum = factor * key_sum + the sum of decayed k over all tokens.
 void add_to_key_sum(const Chunk& c, floats factor) {
   const Scratch& s = c.s;
   for (int64_t d = 0; d < c.n.key_dim; d += kFloats) {
@@ -203,8 +204,8 @@ EXTROPE_INLINE void add_to_state_rows(const Chunk& c, floats factor, int64_t d) 
   }
 }
 
-// state = decay^count state + decayed k^T v, whose terms are added up first; the state decays
-// once, with its first head of k.
+// state = decay^count state + decayed k^T v; the terms of the product are added up first. The state
+// decays once, with its first head of k.
 void add_to_state(const Chunk& c, bool first) {
   const floats factor = broadcast(first ? c.s.powers[c.count] : 1.0f);
   add_to_key_sum(c, factor);
@@ -216,8 +217,8 @@ void add_to_state(const Chunk& c, bool first) {
 // ----------------------------------------------------------------------------------------------
 // Chunks
 
-// Whether rows of out are written by streaming stores: they are too many for a cache to keep, and
-// are whole lines of 64 bytes, so that none has to be read before it is written.
+// Returns true to write out by streaming stores: its rows are too many for the caches, and whole
+// lines of 64 bytes, which need no read before a write.
 bool streams_output(const ScanParams& p) {
   const int64_t row = p.value_dim * sizeof(float);
   return kFloats == 16 && p.out_is_float && row % 64 == 0 &&
@@ -250,7 +251,7 @@ void finish(const Chunk& c, int64_t head) {
     }
     if (p.gate.data) {
       const T* gate = c.rows_of<const T>(p.gate, head)[i];
-      // After the factor: 0 times NaN would be NaN.
+      // Multiply by the factor first: 0 times NaN would be NaN.
       for (int64_t d = 0; d < p.value_dim; ++d) {
         row[d] = widen(gate[d]) <= 0.0f ? 0.0f : row[d] * factor;
       }
@@ -263,7 +264,7 @@ void finish(const Chunk& c, int64_t head) {
 template <typename T>
 void scan(const Chunk& c) {
   const ScanParams& p = c.p;
-  // One of the two is one: many rows share a key, or many keys make a row.
+  // One of the two is 1: many rows share a key, or many keys sum into a row.
   const int64_t q_heads = c.group(p.q.heads), k_heads = c.group(p.k.heads);
   for (int64_t q = 0; q < q_heads; ++q) {
     pack_q<T>(c, q);

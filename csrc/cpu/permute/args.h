@@ -1,4 +1,4 @@
-// From torch tensors to PermuteParams and the cycles of the permutations, with every check.
+// Converts torch tensors to PermuteParams and the permutations' cycles, with all checks.
 #pragma once
 
 #include <vector>
@@ -80,7 +80,7 @@ inline PermuteParams make_params(const Tensor& q, const OptionalTensor& k,
   return p;
 }
 
-// Every dim is met once when, and only when, the row is a permutation.
+// Finds the cycles of a row; every dim occurs once if and only if it is a permutation.
 class Decomposition {
  public:
   explicit Decomposition(const PermuteParams& p)
@@ -102,7 +102,7 @@ class Decomposition {
       const int64_t source = from[c];
       if (source < 0 || source >= p.head_dim) break;
       met += step[source] < 0;
-      step[source] = static_cast<int32_t>(c);  // the inverse, which shows a dim that comes twice
+      step[source] = static_cast<int32_t>(c);  // the inverse, which shows repeated dims
     }
     require(met == p.head_dim, "permutations must hold 0 to ", p.head_dim - 1,
             " once in every row, row ", row, " does not");

@@ -1,5 +1,5 @@
-// The op of the permutation, which splits its work over torch's threads. Its schema is defined in
-// Python (extrope_kernels/ops/permuteformer/op.py).
+// The op of the permutation, which splits its work over torch's threads. Python defines its schema
+// (extrope_kernels/ops/permuteformer/op.py).
 
 #include <torch/csrc/stable/library.h>
 

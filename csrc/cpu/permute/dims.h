@@ -1,4 +1,4 @@
-// How the dims of a row are permuted, and which dims a power of a permutation takes.
+// Permutes the dims of a row, and finds the dims that a power of a permutation takes.
 #pragma once
 
 #include <algorithm>
@@ -34,8 +34,8 @@ inline uint64_t first_bits(int64_t count) {
   return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << std::max<int64_t>(count, 0)) - 1;
 }
 
-// The first `count` lanes; nothing behind them is touched. Whole registers go without a mask: the
-// processor forwards no masked store to a load, so that what reads it at once would wait.
+// Loads or stores the first `count` lanes, and touches nothing after them. Whole registers need no
+// mask: processors forward no masked store to a load, so an immediate load would wait.
 template <bool Whole, typename Word>
 inline Vector<Word> load_first(const Word* from, int64_t count) {
   if constexpr (Whole) return load<Vector<Word>>(from);
@@ -57,12 +57,12 @@ inline void store_first(Word* to, Vector<Word> v, int64_t count) {
   if constexpr (sizeof(Word) == 8) _mm512_mask_storeu_epi64(to, mask, bits_as<__m512i>(v));
 }
 
-// The dims `source` of a row that fits in Vectors registers: one instruction picks from two of
-// them, and the upper bits of a source say which two.
+// Takes the dims `source` of a row that fits in Vectors registers: one instruction picks from two
+// registers, and the upper bits of a source select the two.
 template <int Vectors, typename V>
 inline V pick(const V (&row)[Vectors], V source) {
   using Word = std::remove_reference_t<decltype(source[0])>;
-  // A vector each: where the compiler instruments, a scalar has become an int that is too wide.
+  // A vector each: under the compiler's instrumentation a scalar becomes an int, which is too wide.
   const auto all = [](Word x) { return V{} + x; };
   const V pair = source / all(2 * sizeof(V) / sizeof(Word));
   V picked = __builtin_shuffle(row[0], row[Vectors > 1], source);
@@ -108,7 +108,7 @@ Gather<Word> choose_gather(int64_t) {
 template <typename Word>
 class Powers {
  public:
-  // `step` gets the permutation itself, as words.
+  // Writes the permutation itself to `step`, as words.
   Powers(const PermuteCycles& cycles, int64_t row, int64_t dim, Word* step)
       : flat_(cycles.flat + row * dim),
         end_(cycles.end + row * dim),
@@ -118,10 +118,10 @@ class Powers {
     std::copy_n(cycles.step + row * dim, dim, step);
   }
 
-  // A step further than `last`, the dims at position `before`, where there are such and positions
-  // follow one another; else from the cycles.
+  // Finds the dims at `position`: one step from `last`, the dims at position `before`, if given and
+  // positions are consecutive; else from the cycles.
   void find(uint64_t position, uint64_t before, const Word* last, Word* sources) const {
-    // 2^63 - 1 and -2^63 are neighbours in uint64_t alone.
+    // 2^63 - 1 and -2^63 are neighbours only in uint64_t.
     if (last && position == before + 1 && position != uint64_t{1} << 63) {
       gather_(step_, last, sources, dim_);
     } else {

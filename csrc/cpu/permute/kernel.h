@@ -1,5 +1,5 @@
-// The CPU kernels of the permutation, one for each instruction set that permute_kernel.cpp is
-// compiled for, and what they need to know, in plain data.
+// The CPU kernels of the permutation, one per instruction set of permute_kernel.cpp, and their
+// arguments in plain data.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace extrope {
 
-constexpr int64_t kMaxPermutedDim = 1024;  // as MAX_PERMUTED_DIM in ops/permuteformer/checks.py
+constexpr int64_t kMaxPermutedDim = 1024;  // MAX_PERMUTED_DIM in ops/permuteformer/checks.py
 
 // One of q and k. Strides are in elements; the last dimension is contiguous.
 struct PermuteTensor {
@@ -22,10 +22,10 @@ struct PermuteTensor {
 struct PermuteParams : TokenParams {
   PermuteTensor tensors[2];
   int32_t num_tensors;
-  int32_t element_size;  // 2, 4 or 8 bytes: nothing is computed, so the type does not matter
+  int32_t element_size;  // 2, 4 or 8 bytes: without arithmetic the type does not matter
   int64_t head_dim;
 
-  // (rows, head_dim), contiguous in the last dimension. Row r serves the heads of a tensor from
+  // (rows, head_dim), contiguous in the last dimension. Row r is for a tensor's heads from
   // r * heads / rows on.
   const int64_t* permutations;
   int64_t permutation_row;
@@ -33,15 +33,15 @@ struct PermuteParams : TokenParams {
   bool inverse;  // take the power -p at position p
 };
 
-// The permutations whose powers are taken (those given, or their inverses), each array
+// The permutations whose powers are taken (the given ones, or their inverses); each array is
 // (rows, head_dim).
 struct PermuteCycles {
   const int32_t* step;  // the permutation: dim c takes dim step[c]
-  const int32_t* flat;  // its dims, cycle after cycle, each in the order of the steps
-  const int32_t* end;   // where in flat the cycle that starts here ends; unset elsewhere
+  const int32_t* flat;  // its dims, cycle after cycle, in the order of steps
+  const int32_t* end;   // end in flat of the cycle that starts here; else unset
 };
 
-// Permutes the tokens begin..end-1 of the batch * seqlen tokens in row-major order.
+// Permutes the tokens begin..end-1 out of batch * seqlen tokens in row-major order.
 using PermuteTokens = void (*)(const PermuteParams&, const PermuteCycles&, int64_t begin,
                                int64_t end);
 

@@ -1,8 +1,8 @@
-// The permutation on the CPU. Compiled once for each instruction set, with EXTROPE_ISA as its name.
+// The permutation on the CPU. Compiled once per instruction set, with EXTROPE_ISA as its name.
 //
-// Each thread keeps, for every permutation, the dims that the last token took. The next token's
-// are theirs with one more step: a gather like that of the data, by the same function. Only where
-// positions jump are they made anew from the cycles.
+// Each thread keeps, for every permutation, the dims that the last token took. One more step gives
+// the next token's dims: a gather like that of the data, by the same function. Only if positions
+// jump, the cycles give them.
 
 #include <algorithm>
 
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kBlock = 16;  // tokens
 
-// The dims that a permutation's power takes at the last position that was asked for.
+// The dims that a permutation's power takes at the last requested position.
 template <typename Word>
 struct LastSources {
   LastSources(const PermuteCycles& cycles, int64_t row, int64_t dim)
@@ -42,7 +42,7 @@ void permute_words(const PermuteParams& p, const PermuteCycles& cycles, int64_t 
   Buffer<LastSources<Word>> sources;
   sources.reserve(p.rows);
   for (int64_t row = 0; row < p.rows; ++row) sources.emplace_back(cycles, row, p.head_dim);
-  // The heads that share row `row` at one token: q's, then k's.
+  // Permutes the heads that share row `row` at one token: q's, then k's.
   const auto permute_row = [&](const Token<uint64_t>& token, int64_t row) {
     const Word* from = sources[row].at(token.position);
     for (int64_t n = 0; n < p.num_tensors; ++n) {
@@ -63,7 +63,7 @@ void permute_words(const PermuteParams& p, const PermuteCycles& cycles, int64_t 
     for (int64_t t = 0; t < count; ++t) {
       tokens[t] = locate<uint64_t>(p, (first + t) / p.seqlen, (first + t) % p.seqlen);
     }
-    // Whichever goes through memory forward.
+    // Choose the order that goes through memory forward.
     if (p.tensors[0].in_head < p.tensors[0].in_seq) {
       for (int64_t t = 0; t < count; ++t) {
         for (int64_t row = 0; row < p.rows; ++row) permute_row(tokens[t], row);

@@ -67,8 +67,8 @@ std::tuple<Tensor, Tensor> rope_cos_sin(const Tensor& q, const OptionalTensor& k
 
 #define EXTROPE_NORM_KERNEL(isa) rope_norm_##isa
 
-// The gradients of the weights are summed over this many tokens by one thread, whatever the number
-// of threads, so that every number of threads gives the same bits.
+// One thread sums gradients of the weights over this many tokens, so that the result does not
+// depend on the number of threads.
 constexpr int64_t kPartTokens = 64;
 
 void launch_norm(const RopeNormParams& p) {
@@ -111,7 +111,7 @@ void norm_inplace(const Tensor& q, const OptionalTensor& k, const OptionalTensor
   launch_norm(p);
 }
 
-// In double: the parts are many where the tokens are.
+// Sums parts in double: many tokens make many parts.
 template <typename Wide>
 void sum_parts(const Wide* parts, int64_t count, int64_t stride, int64_t dims, Wide* out) {
   std::vector<double> sums(dims);
@@ -143,7 +143,7 @@ void run_norm_backward(RopeNormParams& p, const Tensor (&weight_grads)[2]) {
   }
 }
 
-// The gradients of the weights are float or, with tensors in double, double; empty without weights.
+// Gradients of the weights are float, or double with tensors in double; empty without weights.
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
     const Tensor& grad_q, const OptionalTensor& grad_k, const Tensor& q, const OptionalTensor& k,
     const OptionalTensor& q_norm_weight, const OptionalTensor& k_norm_weight,

@@ -1,5 +1,5 @@
-// What the kernels of the rotation share: where rows lie, in which order they are visited and how
-// far ahead prefetched, and the cosines and sines of a block of tokens.
+// Shared by the kernels of the rotation: the places of rows, the order of their visits, the
+// distances of prefetches, and the cosines and sines of a block of tokens.
 #pragma once
 
 #include <algorithm>
@@ -18,37 +18,37 @@ namespace {
 
 constexpr int64_t kBytesReadAhead = 2048, kBytesWrittenAhead = 1024;
 
-// Elements from a row to one that comes about `rows` rows later.
+// Returns the elements from a row to one about `rows` rows later.
 inline int64_t distance(int64_t seq, int64_t head, int64_t heads, int64_t rows) {
   heads = std::max<int64_t>(heads, 1);
   const bool apart = head < seq && seq != heads * head;  // other rows lie between two tokens
   return apart ? (rows + heads - 1) / heads * seq : rows * std::min(head, seq);
 }
 
-// How many elements ahead of the row at work the rows of a tensor are prefetched.
+// The distances of prefetches from the current row, in elements.
 struct PrefetchDistances {
   int64_t in, out, saved;
-  int64_t bytes;      // of a row
-  int64_t rows_read;  // as many rows as `in` stands for
+  int64_t bytes;      // per row
+  int64_t rows_read;  // the number of rows in `in`
 
   PrefetchDistances(const RopeParams& p, const RopeTensor& x, int64_t element)
       : bytes(p.head_dim * element), rows_read(std::max<int64_t>(kBytesReadAhead / bytes, 1)) {
     const int64_t rows_written = std::max<int64_t>(kBytesWrittenAhead / bytes, 1);
     in = distance(x.in_seq, x.in_head, x.heads, rows_read);
     saved = distance(x.saved_seq, x.saved_head, x.heads, rows_read);
-    // Slots of a cache follow each other, but for the last of a page.
+    // Slots of a cache are contiguous, except after a page's last one.
     out = x.out_rows ? rows_written * x.out_head
                      : distance(x.out_seq, x.out_head, x.heads, rows_written);
   }
 
-  // `in`, where the next `rows` rows have been read already.
+  // Returns `in` if the next `rows` rows have been read already.
   int64_t in_behind(const RopeTensor& x, int64_t rows) const {
     return distance(x.in_seq, x.in_head, x.heads, rows + rows_read);
   }
 };
 
-// Prefetches the cache lines of a row to come: left to itself the processor looks no further than a
-// page, and for lines that are only written not at all.
+// Prefetches the cache lines of a later row. The processor itself prefetches only within a page,
+// and never lines that are only written.
 template <typename T>
 inline void prefetch(const T* row, int64_t ahead, int64_t bytes) {
   constexpr int64_t kLine = 64;
@@ -62,7 +62,7 @@ EXTROPE_INLINE const T* input_row(const RopeTensor& x, const Token<double>& toke
          head * x.in_head;
 }
 
-// nullptr: nowhere.
+// Returns nullptr if the row is not written.
 template <typename T>
 EXTROPE_INLINE T* output_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
   T* out = static_cast<T*>(x.out) + head * x.out_head;
@@ -77,12 +77,12 @@ EXTROPE_INLINE const T* saved_row(const RopeTensor& x, const Token<double>& toke
          head * x.saved_head;
 }
 
-// Whether a vector of results is a whole line of the caches.
+// True if a vector of results is a whole cache line.
 template <typename T>
 constexpr bool kCanStream = kFloats == 16 && (std::is_same_v<T, float> || std::is_same_v<T, bf16>);
 
-// Whether the rows of a result are written by streaming stores: few would be in a cache when they
-// are read, and whole lines need not be read before they are written.
+// Returns true to write a result by streaming stores: few of its rows would still be cached when
+// they are read, and whole lines need no read before a write.
 template <typename T>
 bool streams_output(const RopeParams& p, const RopeTensor& x) {
   constexpr int64_t kLine = 64 / sizeof(T);
@@ -98,10 +98,10 @@ bool streams_any_output(const RopeParams& p) {
   return streams_output<T>(p, p.tensors[0]) || streams_output<T>(p, p.tensors[1]);
 }
 
-// Rows of some tokens of a block and some heads, in the order in which they lie in memory.
+// Rows of some tokens of a block and some heads, in memory order.
 struct Run {
   int64_t tokens, first_head, heads;
-  bool of_heads;  // all heads of a token, then of the next; otherwise all tokens of a head
+  bool of_heads;  // all heads of a token, then of the next; else all tokens of a head
 
   template <typename Visit>
   void for_each_row(const Visit& visit) const {
@@ -118,7 +118,7 @@ struct Run {
   }
 };
 
-// The rows of a run, one after another.
+// An iterator over the rows of a run.
 struct Cursor {
   const Run& run;
   int64_t token, head;
@@ -126,7 +126,7 @@ struct Cursor {
   explicit Cursor(const Run& rows) : run(rows), token(0), head(rows.first_head) {}
   EXTROPE_INLINE void next() { skip_of_token(1); }
 
-  // How many rows of the same token come one after another, from this one on.
+  // Returns how many rows of the same token follow, this one included.
   EXTROPE_INLINE int64_t left_of_token() const {
     return run.of_heads ? run.first_head + run.heads - head : 1;
   }
@@ -140,7 +140,7 @@ struct Cursor {
   }
 };
 
-// The inputs of a run's rows, one after another: an address is found once for a token's rows.
+// An iterator over the inputs of a run's rows, which computes one address per token.
 template <typename T>
 class Inputs {
  public:
@@ -170,9 +170,9 @@ class Inputs {
 
 constexpr int64_t kBlock = 16;  // tokens
 
-// Cosines and sines of one block of tokens, and the padded frequencies and decays that they are
-// made from. With positions by axis (mRoPE) these are multiplied by the positions first, since each
-// pair has its own: `angles` and `exponents`.
+// Cosines and sines of a block of tokens, and the padded frequencies and decays for them. With
+// positions by axis (mRoPE) each pair has its own position: then frequencies and decays are
+// multiplied by positions first, into `angles` and `exponents`.
 template <typename T>
 struct Scratch {
   Scratch(const RopeParams& p, int64_t tokens)
@@ -193,8 +193,8 @@ struct Scratch {
     }
   }
 
-  // Brings a row of values of pairs to the form that fill_sincos takes: in the order of cos and
-  // sin, and NaNs without payloads, so that cos and sin are plain.
+  // Converts a row of values of pairs for fill_sincos: in the order of cos and sin, and NaNs
+  // without payloads, so that cos and sin are plain.
   void prepare(Buffer<double>& row) const {
     if (row.empty()) return;
     for (int64_t i = 0; i < stride; i += kDoubles) {
@@ -210,16 +210,16 @@ struct Scratch {
   Buffer<Wide<T>> cos, sin;
 };
 
-// How the rows of one tensor are rotated: Half pairs each, which are all of their dims; or if that
-// is 0 any number of pairs. Streaming: they are written by streaming stores.
+// The form of a tensor's rows: Half pairs, which are all dims; or any number of pairs if Half is 0.
+// Streaming: they are written by streaming stores.
 template <int64_t Half, bool Streaming>
 struct RowForm {
   static constexpr int64_t kHalf = Half;
   static constexpr bool kStreams = Streaming;
 };
 
-// visit(RowForm()) for a tensor. Half is set for the most common rows alone, and only where
-// registers can hold a value for each of their pairs.
+// Calls visit(RowForm()) for a tensor. Half is set only for the most common rows, and only if
+// registers can hold a value per pair.
 template <typename T, typename Visit>
 auto with_row_form(const RopeParams& p, const RopeTensor& x, const Visit& visit) {
   if constexpr (kFloats == 16 && sizeof(T) <= sizeof(float)) {
@@ -235,7 +235,7 @@ auto with_row_form(const RopeParams& p, const RopeTensor& x, const Visit& visit)
   return visit(RowForm<0, false>());
 }
 
-// Cosines and sines of one token.
+// Fills the cosines and sines of one token.
 template <typename T>
 struct CosSin {
   CosSin(const Scratch<T>& scratch, int64_t token)
@@ -260,7 +260,8 @@ inline double position_on(const RopeParams& p, const Token<double>& token, int64
   return read_position<double>(p, index) + static_cast<double>(p.offset);
 }
 
-// The angles of one token, and the exponents of its decay, by the position on each pair's axis.
+// Computes the angles of one token, and the exponents of its decay, by the position on each pair's
+// axis.
 template <typename T>
 void fill_angles_by_axis(const RopeParams& p, const Token<double>& token, Scratch<T>& scratch) {
   for (int64_t axis = 0; axis < p.num_axes; ++axis) {
@@ -275,7 +276,7 @@ void fill_angles_by_axis(const RopeParams& p, const Token<double>& token, Scratc
   scratch.prepare(scratch.exponents);
 }
 
-// Cosines or sines that the caller gives, widened, in the order of the block's own.
+// Widens the caller's cosines or sines, in the order of the block's own.
 template <typename From, typename To>
 void widen_given(const void* given, int64_t at, const Scratch<To>& scratch, Wide<To> sign,
                  Wide<To>* out) {
@@ -311,8 +312,9 @@ void fill_given(const RopeParams& p, const Token<double>* tokens, int64_t count,
   }
 }
 
-// Cosines and sines of a block for one tensor. Rows that are only copied wait for memory while
-// angles are computed, so each token's copies go between two tokens' angles, once a block.
+// Fills cosines and sines of a block for one tensor. Rows that are only copied wait for memory, and
+// angles need only arithmetic: so each token's copies go between two tokens' angles, once per
+// block.
 template <typename T>
 void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
                 int64_t count, int64_t head, Scratch<T>& scratch) {
@@ -327,7 +329,7 @@ void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<doubl
     if (row != loaded) load_freq(p, row, scratch);
     loaded = row;
     if (p.axes) fill_angles_by_axis(p, tokens[t], scratch);
-    // Angles by axis are multiplied by their positions already.
+    // Angles by axis already include the positions.
     const double position = p.axes ? 1.0 : plain(tokens[t].position);
     const auto& freq = p.axes ? scratch.angles : scratch.freq;
     const auto& decay = p.axes ? scratch.exponents : scratch.decay;
@@ -343,8 +345,8 @@ void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<doubl
   }
 }
 
-// Calls visit(Run) for all rows of a block of one tensor, whose cosines and sines are in the
-// scratch memory then. filled: they are already, unless heads have their own.
+// Calls visit(Run) for all rows of a block of one tensor, with their cosines and sines in the
+// scratch memory. filled: those are there already, unless heads have their own.
 template <typename T, typename Visit>
 void for_each_run(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
                   int64_t count, Scratch<T>& scratch, bool filled, const Visit& visit) {
@@ -359,7 +361,7 @@ void for_each_run(const RopeParams& p, const RopeTensor& tensor, const Token<dou
   visit(Run{count, 0, tensor.heads, tensor.in_head < tensor.in_seq});
 }
 
-// Calls block(tokens, count) for the tokens begin..end-1, some at a time.
+// Calls block(tokens, count) for the tokens begin..end-1, a few at a time.
 template <typename Block>
 void for_each_block(const RopeParams& p, int64_t begin, int64_t end, const Block& block) {
   Token<double> tokens[kBlock];

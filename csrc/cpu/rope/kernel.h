@@ -1,5 +1,4 @@
-// The CPU kernels of the rotation, with and without a norm before it, one for each instruction set
-// that they are compiled for.
+// The CPU kernels of the rotation, with and without a norm before it, one per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +15,7 @@ inline int64_t bytes_of_token(const RopeParams& p) {
   return (p.tensors[0].heads + p.tensors[1].heads) * p.head_dim * element_bytes(p.dtype);
 }
 
-// Rotates the tokens begin..end-1 of the batch * seqlen tokens in row-major order.
+// Rotates the tokens begin..end-1 out of batch * seqlen tokens in row-major order.
 using RopeTokens = void (*)(const RopeParams&, int64_t begin, int64_t end);
 
 void rope_tokens_baseline(const RopeParams&, int64_t begin, int64_t end);
@@ -24,8 +23,8 @@ void rope_tokens_avx2(const RopeParams&, int64_t begin, int64_t end);
 void rope_tokens_avx512(const RopeParams&, int64_t begin, int64_t end);
 void rope_tokens_neon(const RopeParams&, int64_t begin, int64_t end);
 
-// Norms and rotates the tokens begin..end-1. Where norm_part_tokens is set, runs the backward, of
-// the parts begin..end-1 of that many tokens each.
+// Norms and rotates the tokens begin..end-1. If norm_part_tokens is set, runs the backward for the
+// parts begin..end-1 of that many tokens.
 using RopeNorms = void (*)(const RopeNormParams&, int64_t begin, int64_t end);
 
 void rope_norm_baseline(const RopeNormParams&, int64_t begin, int64_t end);

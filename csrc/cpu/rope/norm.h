@@ -11,8 +11,8 @@
 namespace extrope {
 namespace {
 
-// Brings the values of a row's dims (weights, say) to the order in which the kernels hold them: the
-// first dims of all pairs, the second dims, those past the pairs; pairs as vectors hold them.
+// Reorders the values of a row's dims (weights, say) for the kernels: the first dims of all pairs,
+// the second dims, then the dims past the pairs; pairs are in the vectors' order.
 template <typename T, bool Interleaved, typename Number>
 void order_dims(Number* row, int64_t half) {
   if constexpr (Interleaved) {
@@ -25,7 +25,7 @@ void order_dims(Number* row, int64_t half) {
   }
 }
 
-// [i]: the dim that is i-th in that order.
+// Returns the dims in that order.
 template <typename T, bool Interleaved>
 Buffer<int32_t> ordered_dims(int64_t head_dim, int64_t half) {
   Buffer<int32_t> dims(head_dim);
@@ -34,7 +34,7 @@ Buffer<int32_t> ordered_dims(int64_t head_dim, int64_t half) {
   return dims;
 }
 
-// One tensor's norm: its weights widened, in the order of order_dims.
+// The norm of one tensor: its weights widened, in the order of order_dims.
 template <typename T>
 struct Norm {
   template <typename Order>
@@ -65,12 +65,12 @@ struct Norm {
     for (int64_t i = 0; i < count; ++i) weight[i] = plain(static_cast<Wide<T>>(widen(from[i])));
   }
 
-  int64_t heads_per_mean;  // that share a mean square
-  int64_t head_step;       // from the weights of one head to those of the next
+  int64_t heads_per_mean;  // heads that share a mean square
+  int64_t head_step;       // stride of heads' weights
   Buffer<Wide<T>> weight;
 };
 
-// Two vectors' worth of consecutive elements, in whatever order is cheapest.
+// Two vectors of consecutive elements, in the cheapest order.
 template <typename T, typename V = WideVector<T>>
 inline std::pair<V, V> load_two(const T* from) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -80,7 +80,7 @@ inline std::pair<V, V> load_two(const T* from) {
   }
 }
 
-// The squares of a row of Dim elements, or if that is 0, of `dim`; summed but for the lanes.
+// Returns the sum of squares of a row of Dim elements (`dim` if Dim is 0), per lane.
 template <int64_t Dim, typename T>
 EXTROPE_INLINE WideVector<T> squares_of(const T* row, int64_t dim) {
   using V = WideVector<T>;
@@ -101,7 +101,7 @@ EXTROPE_INLINE WideVector<T> squares_of(const T* row, int64_t dim) {
   return first + second;
 }
 
-// One element or a vector of them, widened.
+// Loads an element or a vector of elements, widened.
 template <typename V, typename T>
 inline V read(const T* from) {
   if constexpr (std::is_same_v<V, Wide<T>>) {
@@ -120,7 +120,7 @@ inline void write(T* to, V v) {
   }
 }
 
-// Calls visit(V(), i) for the dims begin..end-1, a vector or one of them at a time.
+// Calls visit(V(), i) for the dims begin..end-1, by vectors, then one by one.
 template <typename T, typename Visit>
 inline void for_each_rest(int64_t begin, int64_t end, const Visit& visit) {
   constexpr int64_t lanes = Lanes<WideVector<T>>::count;
@@ -141,13 +141,13 @@ inline V root(V x) {
 // ---------------------------------------------------------------------------------------------
 // Forward
 //
-// While some rows are rotated the squares of those that come next are summed: memory is read all
-// the time, and rows are still in the first-level cache when they are read again. Rows that each
-// have a mean square of their own go in groups: the sums over lanes of as many rows as a vector has
-// lanes cost little together. Heads that share a mean square go by tokens.
+// While some rows are rotated, the squares of the next rows are summed: memory is read all the
+// time, and rows are still in the first-level cache for their second read. Rows with their own mean
+// square go in groups of a vector's number of lanes, whose sums over lanes cost little together.
+// Heads that share a mean square go by tokens.
 
 // cos and sin of a token, each times the norm's weight of the dim that it multiplies: a and b are
-// the first and the second dim of a pair. For heads that all have the same weights.
+// the first and the second dim of a pair. For heads that share their weights.
 template <typename T, int64_t Half>
 struct WeightedCosSin {
   PairProducts<T, Half> a_cos, b_sin, b_cos, a_sin;
@@ -159,7 +159,7 @@ struct WeightedCosSin {
         a_sin{weight, cos_sin.sin} {}
 };
 
-// One tensor of one block of tokens, each head of which has a mean square of its own.
+// One tensor of a block of tokens; each head has its own mean square.
 template <typename T, bool Interleaved, typename Form>
 struct PerHeadNorm {
   using V = WideVector<T>;
@@ -238,13 +238,13 @@ struct PerHeadNorm {
   }
 };
 
-// The same where all heads of a token share a mean square, each head with its own weights.
+// The same if all heads of a token share a mean square; each head has its own weights.
 template <typename T, bool Interleaved, typename Form>
 struct AllHeadsNorm {
   using V = WideVector<T>;
   static constexpr int64_t kHalf = Form::kHalf;
-  // Rows that are rotated between the last that a scale comes from and the first that takes it: a
-  // root and a division take long.
+  // Rows rotated between the last row of a mean square and the first use of its scale: a root and a
+  // division take long.
   static constexpr int64_t kBetween = 4;
 
   const RopeNormParams& p;
@@ -253,9 +253,9 @@ struct AllHeadsNorm {
   const Token<double>* tokens;
   const Scratch<T>& scratch;
   const PrefetchDistances& ahead;
-  Wide<T> scales[kBlock];  // of the tokens of a block
+  Wide<T> scales[kBlock];  // scales of a block's tokens
 
-  // Whether norm_and_rotate() sums squares as it goes; otherwise measure() has to come before.
+  // True if norm_and_rotate() sums squares itself; otherwise measure() must run first.
   bool by_tokens() const { return x.in_head < x.in_seq && p.angle_heads == 1; }
 
   Wide<T> scale_of(V squares) const {
@@ -263,7 +263,7 @@ struct AllHeadsNorm {
     return Wide<T>{1} / root(sum_of(squares) * share + static_cast<Wide<T>>(p.norm_eps));
   }
 
-  // The scales of `count` tokens, in a pass of its own.
+  // Computes the scales of `count` tokens in a separate pass.
   void measure(int64_t count) {
     V squares[kBlock] = {};
     const Run all{count, 0, x.heads, false};
@@ -275,7 +275,7 @@ struct AllHeadsNorm {
     for (int64_t t = 0; t < count; ++t) scales[t] = scale_of(squares[t]);
   }
 
-  // Cosines or sines of Half pairs have the scale in them.
+  // Multiplies cosines or sines of Half pairs by the scale.
   static EXTROPE_INLINE auto scaled(const Wide<T>* from, Wide<T> scale) {
     if constexpr (kHalf > 0) {
       return InMemory<T, kHalf>(from, scale);
@@ -303,7 +303,7 @@ struct AllHeadsNorm {
     });
   }
 
-  // `count` heads of a token; before each of them, visit().
+  // Rotates `count` heads of a token; calls visit() before each.
   template <typename Visit>
   EXTROPE_INLINE void norm_and_rotate_heads(int64_t t, int64_t head, int64_t count, int64_t far,
                                             const Visit& visit) const {
@@ -358,7 +358,7 @@ struct AllHeadsNorm {
 // ---------------------------------------------------------------------------------------------
 // Backward
 
-// The products weight * x * gradient rotated back of a row, summed but for the lanes.
+// Returns the sum of weight * x * (gradient rotated back) over a row, per lane.
 template <typename T, bool Interleaved>
 WideVector<T> products_of(const RopeParams& p, const T* grad, const T* saved, CosSin<T> cos_sin,
                           const Wide<T>* weight) {
@@ -387,8 +387,8 @@ WideVector<T> products_of(const RopeParams& p, const T* grad, const T* saved, Co
   return products;
 }
 
-// dx = scale * (weight * g - normal * mean), where g is the gradient rotated back and normal is
-// x * scale; mean is that of weight * g * normal.
+// dx = scale * (weight * g - normal * mean), where g is the gradient rotated back, normal is
+// x * scale, and mean is the mean of weight * g * normal.
 template <typename T, bool Interleaved>
 void norm_backward_row(const RopeParams& p, const T* grad, const T* saved, T* out,
                        CosSin<T> cos_sin, const Wide<T>* weight, Wide<T> scale, Wide<T> mean,
@@ -419,9 +419,9 @@ void norm_backward_row(const RopeParams& p, const T* grad, const T* saved, T* ou
   });
 }
 
-// The backward of one tensor of one block of tokens. Rows are read for their sums, then once more
-// for their gradients: in groups whose sums over lanes cost little together, or, where all heads
-// share a mean square, token by token.
+// The backward of one tensor of a block of tokens. Rows are read for their sums, then once more for
+// their gradients: in groups whose sums over lanes cost little together, or, if all heads share a
+// mean square, token by token.
 template <typename T, bool Interleaved>
 struct NormBackward {
   using V = WideVector<T>;
@@ -437,7 +437,7 @@ struct NormBackward {
   const Scratch<T>& scratch;
   const PrefetchDistances& ahead;
   Wide<T>* weight_grad;
-  Sums of_tokens[kBlock];  // where all heads share a mean square
+  Sums of_tokens[kBlock];  // used if all heads share a mean square
 
   void add_row(int64_t t, int64_t head, Sums& sums) const {
     const T* in = input_row<T>(x, tokens[t], head);
@@ -449,7 +449,7 @@ struct NormBackward {
                                                  &norm.weight[head * norm.head_step]);
   }
 
-  // Of a row, or of a vector of rows: one over the root mean square, and the mean of products.
+  // For a row, or a vector of rows: one over the root mean square, and the mean of products.
   template <typename U>
   struct ScaleAndMean {
     U scale, mean;
@@ -506,7 +506,7 @@ struct NormBackward {
   template <typename EachRun>
   void run(const EachRun& each_run) {
     if (norm.head_step == 0) return each_run([&](Run run) { run_per_head(run); });
-    each_run([&](Run run) {  // all sums first, where a token's heads do not lie together
+    each_run([&](Run run) {  // all sums first, if a token's heads are not contiguous
       if (!run.of_heads) {
         run.for_each_row([&](int64_t t, int64_t h) { add_row(t, h, of_tokens[t]); });
       }

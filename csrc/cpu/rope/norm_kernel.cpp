@@ -1,9 +1,9 @@
-// RMSNorm and the rotation in one pass, forward and backward. Compiled once for each instruction
-// set, with EXTROPE_ISA as its name.
+// RMSNorm and the rotation in one pass, forward and backward. Compiled once per instruction set,
+// with EXTROPE_ISA as its name.
 //
-// A row is read for its mean square, and once more, from the first-level cache, to be rotated.
-// Where all heads of a token share a mean square and do not lie together, a whole block of tokens
-// is read before it is rotated, the second time from the second-level cache.
+// A row is read for its mean square, and again, from the first-level cache, to be rotated. If all
+// heads of a token share a mean square and are not contiguous, a whole block of tokens is read
+// before it is rotated; the second read is from the second-level cache.
 
 #include "cpu/rope/kernel.h"
 #include "cpu/rope/norm.h"
@@ -11,7 +11,7 @@
 namespace extrope {
 namespace {
 
-// A tensor without weights: rotated, the dims past the pairs copied.
+// Rotates a tensor without weights; copies the dims past the pairs.
 template <typename T, bool Interleaved>
 void rotate_only(const RopeParams& p, const T* in, T* out, CosSin<T> cos_sin) {
   if (!out) return;
@@ -21,8 +21,8 @@ void rotate_only(const RopeParams& p, const T* in, T* out, CosSin<T> cos_sin) {
   std::memcpy(out + p.rotary_dim, in + p.rotary_dim, (p.head_dim - p.rotary_dim) * sizeof(T));
 }
 
-// Calls block(n, tokens, count, each_run) for each tensor of each block of tokens, where
-// each_run(visit) calls visit(Run) for its rows.
+// Calls block(n, tokens, count, each_run) for each tensor of each block of tokens; each_run(visit)
+// calls visit(Run) for its rows.
 template <typename T, typename Block>
 void for_each_tensor(const RopeParams& p, int64_t begin, int64_t end, Scratch<T>& scratch,
                      const Block& block) {

@@ -14,7 +14,7 @@ using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 using WideVector = std::conditional_t<std::is_same_v<T, double>, doubles, floats>;
 
-// One value for each of Half pairs (their cosines, say), kept in registers from row to row.
+// One value per pair of Half pairs (their cosines, say), kept in registers from row to row.
 template <typename T, int64_t Half>
 struct InRegisters {
   static constexpr int64_t kLanes = Lanes<WideVector<T>>::count;
@@ -33,7 +33,7 @@ struct InRegisters {
   }
 };
 
-// The same in memory, times a factor: for rows whose other values take the registers.
+// The same in memory, times a factor: for rows whose other values need the registers.
 template <typename T, int64_t Half>
 struct InMemory {
   alignas(64) Wide<T> values[Half];
@@ -46,20 +46,20 @@ struct InMemory {
   }
 };
 
-// Products of values in memory, each computed where it is used.
+// Products of values in memory, computed at each use.
 template <typename T>
 struct LazyProduct {
   const Wide<T>*a, *b;
 };
 
-// One value for each pair, and products of two such. Half is 0 where a row may have any number of
-// pairs: those values stay in memory.
+// One value per pair, and products of two of them. Half is 0 if a row may have any number of pairs:
+// those values stay in memory.
 template <typename T, int64_t Half>
 using PairValues = std::conditional_t<(Half > 0), InRegisters<T, Half>, const Wide<T>*>;
 template <typename T, int64_t Half>
 using PairProducts = std::conditional_t<(Half > 0), InRegisters<T, Half>, LazyProduct<T>>;
 
-// The values of one vector of pairs, or of one pair, from pair i on.
+// Returns the values of a vector of pairs, or of one pair, from pair i on.
 template <typename V, typename T>
 EXTROPE_INLINE V values_at(const T* from, int64_t i) {
   return load<V>(from + i);
@@ -78,14 +78,14 @@ EXTROPE_INLINE V values_at(const InMemory<T, Half>& held, int64_t i) {
   return load_once(load<V>(held.values + i));
 }
 
-// Half-split dims of 16 bits are read as 32-bit words of two neighbours, so that none has to move:
-// a vector of words gives one vector of even dims and one of odd dims, and cos and sin are kept in
-// that order too.
+// Half-split dims of 16 bits are read as 32-bit words of two neighbours, so that none has to move.
+// A vector of words gives a vector of even dims and one of odd dims; cos and sin have that order
+// too.
 template <typename T, bool Interleaved>
 constexpr bool kInWords = std::is_same_v<T, bf16> && !Interleaved;
 
-// Both dims, a and b, of some pairs: of Vectors vectors of pairs (two where kInWords), or with 0 of
-// a single pair.
+// Both dims, a and b, of some pairs: Vectors vectors of pairs (two if kInWords), or with 0 a single
+// pair.
 template <typename T, bool Interleaved, int Vectors>
 struct Pairs {
   using V = std::conditional_t<Vectors == 0, Wide<T>, WideVector<T>>;
@@ -93,7 +93,7 @@ struct Pairs {
   static constexpr int64_t kLanes = sizeof(V) / sizeof(Wide<T>);
   V a[kCount], b[kCount];
 
-  // Those from pair i on, of a row whose first `half` pairs of dims rotate.
+  // Loads pairs from pair i on, of a row whose first `half` pairs of dims rotate.
   EXTROPE_INLINE void load(const T* row, int64_t half, int64_t i) {
     if constexpr (Vectors == 0) {
       a[0] = widen(row[Interleaved ? 2 * i : i]);
@@ -133,7 +133,7 @@ struct Pairs {
     }
   }
 
-  // Times scale, and times the weights, which hold the first dims of all pairs, then the second.
+  // Multiplies by scale and by weights, which have the first dims of all pairs, then the second.
   EXTROPE_INLINE void normalize(const Wide<T>* weight, int64_t half, Wide<T> scale, int64_t i) {
     for (int v = 0; v < kCount; ++v) {
       const Wide<T>* at = weight + i + v * kLanes;
@@ -146,7 +146,7 @@ struct Pairs {
 template <int Vectors>
 using Width = std::integral_constant<int, Vectors>;
 
-// Calls visit(Width<Vectors>, i) for all pairs of a row: Half of them, or if that is 0, `half`.
+// Calls visit(Width<Vectors>, i) for all pairs of a row: Half pairs, or `half` if Half is 0.
 template <typename T, bool Interleaved, int64_t Half = 0, typename Visit>
 EXTROPE_INLINE void for_each_pairs(int64_t half, const Visit& visit) {
   constexpr int64_t lanes = Lanes<WideVector<T>>::count;
@@ -171,7 +171,7 @@ struct Row {
   const T* saved;
 };
 
-// One row of one head: out = rotated in; with Grad also angle_grad += saved x out.
+// Rotates a row: out = rotated in; with Grad also angle_grad += saved x out.
 template <typename T, bool Interleaved, bool Grad, int64_t Half = 0, bool Streaming = false>
 EXTROPE_INLINE void rotate_row(Row<T> row, int64_t half, const PairValues<T, Half>& cos,
                                const PairValues<T, Half>& sin, Wide<T>* angle_grad) {

@@ -1,8 +1,8 @@
-// The rotation on the CPU. Compiled once for each instruction set, with EXTROPE_ISA as its name.
+// The rotation on the CPU. Compiled once per instruction set, with EXTROPE_ISA as its name.
 //
 // Tokens go in small blocks: the cosines and sines of a block are computed once, stay in the
 // first-level cache, and serve every head of q and k. Within a block the loop over heads is inside
-// or outside the loop over tokens, whichever goes through memory forward.
+// or outside the loop over tokens: the order that goes through memory forward.
 
 #include "cpu/rope/block.h"
 #include "cpu/rope/kernel.h"
@@ -10,8 +10,8 @@
 namespace extrope {
 namespace {
 
-// Heads of one token, by the same cosines and sines: what a row needs beside its elements is worth
-// a third of its time, and settled once.
+// Rotates heads of one token by the same cosines and sines. A row's overhead would be a third of
+// its time; here it is computed once for all heads.
 template <typename T, bool Interleaved, bool Grad, typename Form>
 void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<double>& token,
                   int64_t head, int64_t count, CosSin<T> cos_sin, const PrefetchDistances& ahead) {
@@ -25,7 +25,7 @@ void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<dou
     angle_grad = static_cast<Wide<T>*>(p.angle_grad) + (at + (p.angle_heads > 1 ? head : 0)) * half;
     row.saved = saved_row<T>(tensor, token, head);
   }
-  // Copies: what lies behind a reference might be changed by any row's stores.
+  // A copy: any row's stores might change the values behind a reference.
   const PrefetchDistances far = ahead;
   const PairValues<T, kHalf> cos(cos_sin.cos), sin(cos_sin.sin);
   const int64_t in_step = tensor.in_head, out_step = tensor.out_head;

@@ -1,4 +1,4 @@
-// The entry point of the CPU library, and the op that asks about it.
+// The entry point of the CPU library, and the op that describes it.
 
 #include <exception>
 #include <string>
@@ -18,7 +18,7 @@ const Ops ops{
 }  // namespace
 }  // namespace extrope
 
-// Registers the ops; else returns why not, in one line.
+// Registers the ops, or returns why not in one line.
 extern "C" __attribute__((visibility("default"))) const char* extrope_register(
     const char* name_space, int /*has_gpu*/) {
   static std::string why;

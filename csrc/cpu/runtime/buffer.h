@@ -1,10 +1,9 @@
-// Buffer, a std::vector for kernels that are compiled once for each instruction set.
+// Buffer, a std::vector for kernels that are compiled once per instruction set.
 //
-// The functions of std::vector<float> are weak, and the linker keeps one copy of them, whichever
-// instruction set it was compiled for. An allocator of this translation unit alone makes every
-// function that the vector needs its own.
+// The functions of std::vector<float> are weak: the linker keeps one copy of them, of any
+// instruction set. An allocator type local to this translation unit gives it its own copies.
 //
-// Buffers begin at cache lines: a vector register's 64 bytes that lie across two are loaded twice.
+// Buffers begin at cache lines: 64 bytes of a vector register across two lines take two loads.
 #pragma once
 
 #include <cstddef>

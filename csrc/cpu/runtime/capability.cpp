@@ -14,7 +14,7 @@ namespace extrope {
 
 #if defined(__aarch64__)
 
-// Part of every such processor, and all that its kernels are compiled for.
+// Every such processor has it, and kernels there are compiled for nothing more.
 Capability capability() { return kNeon; }
 
 #else
@@ -28,14 +28,14 @@ bool pairs_of_bf16() {
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16Bit) != 0;
 }
 
-// Whether the processor has the instructions, and Linux lends this process the tiles: they are 8
-// KiB of state a thread, which it saves for those alone that have asked.
+// Returns true if the processor has the instructions and Linux grants this process the tiles. They
+// are 8 KiB of state per thread, which Linux saves only for processes that have asked.
 bool tiles() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0)
     return false;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl()
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
@@ -49,8 +49,8 @@ Capability supported(Capability limit) {
 #if defined(EXTROPE_HAS_BF16)
     if (pairs_of_bf16()) {
       if (limit == kAmx && tiles()) return kAmx;
-      // Intel's take four times as long for a product of pairs as for one of floats, and floats
-      // twice as fast through an attention; there, pairs are for those who ask for them.
+      // On Intel a product of pairs takes four times as long as one of floats, and floats make
+      // attention twice as fast: there pairs are used only on request.
       if (limit == kAvx512Bf16 || !__builtin_cpu_is("intel")) return kAvx512Bf16;
     }
 #endif

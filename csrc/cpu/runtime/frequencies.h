@@ -1,4 +1,4 @@
-// Tensors of frequencies as padded rows.
+// Converts tensors of frequencies to padded rows.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 namespace extrope {
 
 inline int64_t padded_pairs(int64_t half) {
-  constexpr int64_t kPad = 16;  // elements of the widest vector
+  constexpr int64_t kPad = 16;  // elements in the widest vector
   return (half + kPad - 1) / kPad * kPad;
 }
 

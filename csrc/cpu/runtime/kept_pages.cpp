@@ -9,7 +9,7 @@ namespace extrope {
 namespace {
 
 #if defined(__aarch64__)
-constexpr uintptr_t kPage = uintptr_t{1} << 16;  // the largest that a kernel may be built for
+constexpr uintptr_t kPage = uintptr_t{1} << 16;  // the largest page size of a Linux kernel
 #else
 constexpr uintptr_t kPage = 4096;
 #endif
@@ -18,9 +18,10 @@ constexpr int64_t kMostKept = int64_t{1} << 30;
 
 class KeptPages {
  public:
-  // The smallest that holds `bytes` and is at most a quarter larger; begin is null if none is.
+  // Takes the smallest mapping of at least `bytes` and at most a quarter more; begin is null if
+  // none fits.
   Pages take(int64_t bytes) {
-    // A fork while another thread holds the lock leaves it locked in the child for ever.
+    // A fork while another thread holds the lock leaves it locked in the child forever.
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return {nullptr, 0};
     auto best = all_.end();
@@ -59,17 +60,17 @@ class KeptPages {
   }
 
   std::mutex mutex_;
-  std::vector<Pages> all_;  // in the order in which they were freed
+  std::vector<Pages> all_;  // in the order of their release
   int64_t kept_ = 0;        // bytes
 };
 
-// Never destroyed: another thread may still compute while a process ends.
+// Never destroyed: another thread may still compute while the process ends.
 KeptPages& kept_pages() {
   static KeptPages& all = *new KeptPages;
   return all;
 }
 
-// A mapping that begins at a huge page; its last, partial one is of small pages.
+// Maps memory from a huge page's boundary on; its last, partial huge page has small pages.
 Pages map(int64_t bytes) {
   const uintptr_t wanted = (bytes + kPage - 1) / kPage * kPage, all = wanted + kHugePage;
   void* memory = mmap(nullptr, all, PROT_READ | PROT_WRITE,
@@ -82,7 +83,7 @@ Pages map(int64_t bytes) {
     munmap(reinterpret_cast<void*>(begin + wanted), first + all - begin - wanted);
   }
   void* aligned = reinterpret_cast<void*>(begin);
-  madvise(aligned, wanted, MADV_HUGEPAGE);  // a hint: what it says is not needed
+  madvise(aligned, wanted, MADV_HUGEPAGE);  // a hint: its result does not matter
   return {aligned, static_cast<int64_t>(wanted)};
 }
 

@@ -1,9 +1,9 @@
-// Large scratch memory of kernels, which outlives its use.
+// Large scratch memory of kernels, kept after its use.
 //
-// Fresh pages cost more than the kernels that fill them: the operating system clears and maps
-// them. Large tables therefore lie in mappings of huge pages of their own, and a mapping that is
-// done with serves the next one of about its size. The operating system is told
-// that it may take kept pages back (MADV_FREE), which it does before memory runs short.
+// Fresh pages cost more than the kernels that fill them, since the operating system clears and maps
+// them. So large tables have their own mappings of huge pages, and an unused mapping serves the
+// next request of about its size. The operating system may take kept pages back (MADV_FREE), and
+// does so before memory runs short.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +12,18 @@
 
 namespace extrope {
 
-constexpr int64_t kLarge = int64_t{4} << 20;  // bytes; malloc keeps what is smaller
+constexpr int64_t kLarge = int64_t{4} << 20;  // bytes; malloc keeps smaller blocks
 
 struct Pages {
   void* begin;
   int64_t bytes;
 };
 
-// At least `bytes` bytes; begin is null below kLarge, and where there is no memory.
+// Returns at least `bytes` bytes; begin is null below kLarge, and if there is no memory.
 Pages take_pages(int64_t bytes);
 void keep_pages(Pages pages);
 
-// Memory of a call.
+// Scratch memory of a call.
 class Memory {
  public:
   explicit Memory(int64_t bytes)

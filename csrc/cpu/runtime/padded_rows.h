@@ -1,4 +1,4 @@
-// Rows of frequencies in float64, padded to whole vectors: what fill_sincos reads.
+// Rows of frequencies in float64, padded to whole vectors, for fill_sincos.
 #pragma once
 
 #include <cstdint>

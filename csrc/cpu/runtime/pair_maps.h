@@ -1,4 +1,4 @@
-// Divisors and offsets of maps of pairs, from their tensor to what kernels read.
+// Converts divisors and offsets of maps of pairs from their tensor for kernels.
 #pragma once
 
 #include <algorithm>
@@ -34,14 +34,13 @@ inline void check_pair_maps(const char* op, const OptionalView& table, int64_t h
              "log_decay (XPOS) needs maps of one divisor for all pairs, got maps of pairs");
 }
 
-// Checks the table (rows, 2, heads_k or 1, half) and has `regions` point to the values that are
-// returned.
+// Checks the table (rows, 2, heads_k or 1, half), and makes `regions` point to the returned values.
 inline std::vector<double> set_pair_maps(const char* op, const OptionalView& table, int64_t heads_k,
                                          int64_t half, bool decays, Regions& regions) {
   check_pair_maps(op, table, heads_k, half, decays, regions);
   if (!table.has_value()) return {};
   const int64_t rows = table->size(0), heads = table->size(2), padded = padded_pairs(half);
-  std::vector<double> values(rows * 2 * heads * padded, 1.0);  // divisors that divide
+  std::vector<double> values(rows * 2 * heads * padded, 1.0);  // padding: divisors must not be 0
   const double* from = static_cast<const double*>(table->data_ptr());
   for (int64_t n = 0; n < rows * 2 * heads; ++n) {
     const int64_t at = n / (2 * heads) * table->stride(0) + n / heads % 2 * table->stride(1) +

@@ -1,5 +1,5 @@
-// The two ways in which kernels are run over torch's threads: equal shares for what is bound by
-// memory, one item after another for items that take unequal time or need a workspace.
+// Two ways to run kernels over torch's threads: equal shares for work bound by memory, and one item
+// after another for items that take unequal time or need a workspace.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,9 +12,9 @@
 
 namespace extrope {
 
-// A thread that gets fewer bytes than this costs more to wake than it saves.
+// Waking a thread for fewer bytes than this costs more than it saves.
 constexpr int64_t kBytesPerThread = 128 * 1024;
-// Work of fewer multiplications and additions than this is done by one thread, for the same reason.
+// One thread does work of fewer multiplications and additions than this, for the same reason.
 constexpr int64_t kSmallWork = 1 << 20;
 
 // Calls run(begin, end) for parts of `count` tokens of `bytes` bytes each.
@@ -30,19 +30,19 @@ struct AlignedDelete {
 };
 using AlignedFloats = std::unique_ptr<float[], AlignedDelete>;
 
-// Uninitialised, from an address that is a multiple of 64.
+// Returns uninitialised memory at an address that is a multiple of 64.
 inline AlignedFloats aligned_floats(int64_t count) {
   return AlignedFloats(new (std::align_val_t{64}) float[static_cast<size_t>(count)]);
 }
 
-// How many threads are worth waking for `count` items of `operations` operations in all.
+// Returns the number of threads worth waking for `count` items of `operations` operations in all.
 inline int64_t num_threads(int64_t count, int64_t operations) {
   if (operations < kSmallWork) return 1;
   return std::max<int64_t>(std::min<int64_t>(torch::stable::get_num_threads(), count), 1);
 }
 
-// Threads that take the next item as soon as they are done with one, each with a workspace of
-// `workspace` floats that it keeps from item to item.
+// Threads that take the next item as soon as they finish one. Each keeps a workspace of `workspace`
+// floats.
 class DynamicThreads {
  public:
   DynamicThreads(int64_t threads, int64_t workspace)
@@ -50,7 +50,7 @@ class DynamicThreads {
 
   int64_t threads() const { return threads_; }
 
-  // Calls work(index, workspace) for every index below `count`, started in that order.
+  // Calls work(index, workspace) for every index below `count`, started in order.
   template <typename Work>
   void run(int64_t count, const Work& work) const {
     std::atomic<int64_t> next{0};

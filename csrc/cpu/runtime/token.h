@@ -1,5 +1,5 @@
-// Tokens: where their dims are, which sequence they belong to, their positions as a Number: double
-// or, for exact integers that wrap around, uint64_t.
+// Tokens: the places of their dims, their sequences, and their positions as a Number: double or,
+// for exact integers that wrap around, uint64_t.
 #pragma once
 
 #include <algorithm>
@@ -26,10 +26,9 @@ inline Number read_position(const TokenParams& p, int64_t index) {
 template <typename Number>
 struct Token {
   int64_t batch, seq;
-  int64_t index;  // counted through batch and seq
-  int64_t
-      sequence;  // the packed sequence (for what follows the last one, that), else the batch index
-  Number position;  // on the first axis
+  int64_t index;     // counted through batch and seq
+  int64_t sequence;  // the packed sequence (the last one for tokens after it), else the batch index
+  Number position;   // on the first axis
 };
 
 template <typename Number>

@@ -1,4 +1,4 @@
-// Scratch memory of a kernel, and rows of any type as rows of floats.
+// Scratch memory of a kernel, and conversion of rows of any type to floats.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -10,7 +10,7 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Hands out pieces of scratch memory, each aligned to 64 bytes; from nullptr it only counts.
+// Allocates pieces of scratch memory, each aligned to 64 bytes; from nullptr it only counts.
 class Workspace {
  public:
   explicit Workspace(float* begin) : begin_(begin) {}

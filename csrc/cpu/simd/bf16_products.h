@@ -1,4 +1,4 @@
-// Products of bf16 tiles, by what the processor has for them. The sums are 32 x 32 floats.
+// Products of bf16 tiles by AMX or AVX-512. The sums are 32 x 32 floats.
 #pragma once
 
 #if defined(__AMX_BF16__)

@@ -1,4 +1,4 @@
-// Products of bf16 tiles by AMX, whose registers hold a tile each: nothing is spared of one.
+// Products of bf16 tiles by AMX. A register holds a tile, so parts of a tile cannot be skipped.
 #pragma once
 
 #include "cpu/simd/bf16_tiles.h"
@@ -6,10 +6,10 @@
 namespace extrope {
 namespace {
 
-// Whether Factors::rows and last_pairs spare anything.
+// True if Factors::rows and last_pairs save work.
 constexpr bool kSpares = false;
 
-// All eight tile registers of this thread, in their full size, until the end of the scope.
+// Holds this thread's eight tile registers, in full size, until the end of the scope.
 class ProductUnit {
  public:
   ProductUnit() {

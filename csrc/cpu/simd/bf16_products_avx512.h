@@ -1,5 +1,5 @@
-// Products of bf16 tiles by AVX-512, whose AVX512_BF16 adds up products of pairs: a row of a right
-// tile is a vector of pairs, and a pair of a left one is broadcast.
+// Products of bf16 tiles by AVX512_BF16, which adds up products of pairs: a row of a right tile is
+// a vector of pairs, and a pair of a left tile is broadcast.
 #pragma once
 
 #include "cpu/simd/bf16_tiles.h"
@@ -7,15 +7,15 @@
 namespace extrope {
 namespace {
 
-// Nothing to set up, nothing to give back.
+// Needs no setup here, unlike with AMX.
 struct ProductUnit {
   ProductUnit() {}
 };
 
-// Whether Factors::rows and last_pairs spare anything.
+// True if Factors::rows and last_pairs save work.
 constexpr bool kSpares = true;
 
-// In registers; sixteen vectors of sums cover the latency of an addition.
+// Rows of sums in registers; sixteen vectors of sums cover the latency of an addition.
 constexpr int kSumRows = 8;
 using FewSums = Sums<kSumRows, 2>;
 

@@ -1,7 +1,8 @@
 // Factors of products of bf16 matrices in tiles of 16 rows of 64 bytes, and their packing.
 //
-// A left factor's tile holds 16 rows of 32 values; a right factor's 16 pairs of rows of 16 values,
-// the two of a pair side by side. Every packed tile is 1 KiB in one piece.
+// A left factor's tile has 16 rows of 32 values. A right factor's has 16 pairs of rows of 16
+// values, with the two values of a pair side by side. Every packed tile is 1 KiB of contiguous
+// memory.
 #pragma once
 
 #include <immintrin.h>
@@ -12,7 +13,7 @@
 namespace extrope {
 namespace {
 
-constexpr int64_t kSide = 16, kDepth = 32;    // of a tile: rows, and values of the common dimension
+constexpr int64_t kSide = 16, kDepth = 32;    // per tile: rows, and values of the common dimension
 constexpr int64_t kTileValues = 16 * 32;      // bf16
 constexpr int64_t kTileSums = kSide * kSide;  // floats
 constexpr int64_t kRowBytes = 64;
@@ -25,12 +26,13 @@ struct Factors {
   const bf16* b;
   int64_t b_step;
   int64_t depth;  // in tiles
-  // What a product may spare: rows of the left factor behind these, whose sums nobody reads, and
-  // pairs of the last tiles behind these, which are zero.
+  // Work that a product may skip: rows of the left factor after the first `rows`, whose sums are
+  // unused, and pairs of the last tiles after the first `last_pairs`, which are zero.
   int64_t rows = 2 * kSide, last_pairs = kSide;
 };
 
-// Where 32 x 32 sums lie: the tile below and the tile beside, and a row's length, in floats.
+// The layout of 32 x 32 sums: offsets of the tile below and the tile beside, and a row's length, in
+// floats.
 struct SumsAt {
   float* at;
   int64_t below, beside, row;
@@ -39,19 +41,19 @@ struct SumsAt {
 // ----------------------------------------------------------------------------------------------
 // Packing
 
-// `count` values, then zeros; nothing is read behind them.
+// Loads `count` values, then zeros; reads nothing after the values.
 EXTROPE_INLINE words load_values(const bf16* from, int64_t count) {
   const __mmask32 there = count >= kDepth ? ~0u : (1u << count) - 1;
   return bits_as<words>(_mm512_maskz_loadu_epi16(there, from));
 }
 
-// As bf16, which has them all.
+// Loads e4m3 as bf16, which can represent all its numbers.
 EXTROPE_INLINE words load_values(const e4m3* from, int64_t count) {
   const __mmask32 there = count >= kDepth ? ~0u : (1u << count) - 1;
   return bits_as<words>(widen_to_bf16(_mm256_maskz_loadu_epi8(there, from)));
 }
 
-// Pairs of floats rounded to bf16, a in the low halves.
+// Rounds floats to pairs of bf16, a in the low halves.
 EXTROPE_INLINE words pair_values(floats a, floats b) {
   const words both = bits_as<words>(_mm512_cvtne2ps_pbh(bits_as<__m512>(b), bits_as<__m512>(a)));
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,

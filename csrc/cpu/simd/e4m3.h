@@ -1,5 +1,6 @@
-// float8_e4m3fn: a sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, and NaN where
-// all bits but the sign are set. Read exactly; written rounded to nearest even, within its range.
+// float8_e4m3fn has a sign, 4 bits of exponent with bias 7, and 3 of mantissa. There is no
+// infinity; NaN has all bits except the sign set. Reads are exact; writes round to nearest even,
+// and clamp to its range.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -16,7 +17,7 @@ constexpr float kLargestE4m3 = 448.0f, kLeastNormalE4m3 = 0x1p-6f, kStepE4m3 = 0
 #if defined(__F16C__)
 typedef int16_t shorts __attribute__((vector_size(kFloats * 2)));
 
-// Their signs in all bits from 7 up.
+// Loads codes; the sign fills all bits from 7 up.
 inline shorts load_codes(const e4m3* from) {
 #if defined(__AVX512F__)
   return bits_as<shorts>(_mm256_cvtepi8_epi16(load<__m128i>(from)));
@@ -26,16 +27,18 @@ inline shorts load_codes(const e4m3* from) {
 #endif
 }
 
-// Codes as float16, over 2**8. Bit 14, the first of the exponent, holds the sign, which it takes
-// off itself; where all bits but the sign are set, 0x80 carries into it, and makes it NaN.
+// Converts codes to float16, divided by 2**8. Bit 14, the first of the exponent, holds the sign and
+// is cleared. In a NaN's code, all bits except the sign set, adding 0x80 carries into bit 14, which
+// makes a NaN.
 template <typename V>
 inline V halves_of(V codes) {
   const V shifted = codes << 7;
   return shifted ^ ((shifted + 0x80) & 0x4000);
 }
 
-// Numbers over kUnitE4m3, a factor that is left to whoever reads many: through float16, whose bits
-// lie alike but for the exponent's bias. Conversions take its subnormal numbers as fast as others.
+// Loads numbers divided by kUnitE4m3; the caller applies that factor once to many. They go through
+// float16, which has the same bits except for the exponent's bias. Conversions from float16 are
+// fast for subnormal numbers too.
 constexpr float kUnitE4m3 = 0x1p8f;
 
 inline floats load_units(const e4m3* from) {
@@ -48,7 +51,7 @@ inline void load_units(const e4m3* from, floats (&x)[Count]) {
   int i = 0;
 #if defined(__AVX512BW__)
   typedef int16_t all_shorts __attribute__((vector_size(64)));
-  // Two vectors at a time share all instructions before the conversions to float.
+  // Two vectors share all instructions before the conversions to float.
   for (; i + 1 < Count; i += 2) {
     const __m512i codes = _mm512_cvtepi8_epi16(load<__m256i>(from + i * kFloats));
     const auto half = bits_as<__m512i>(halves_of(bits_as<all_shorts>(codes)));
@@ -63,7 +66,7 @@ inline floats load_wide(const e4m3* from) { return load_units(from) * kUnitE4m3;
 #else
 typedef uint8_t quarters __attribute__((vector_size(kFloats)));
 
-// Subnormal numbers are counted in steps: as subnormal floats, processors would take them slowly.
+// Subnormal numbers are counted in steps: processors are slow with subnormal floats.
 inline floats load_wide(const e4m3* from) {
   const words codes = __builtin_convertvector(load<quarters>(from), words);
   const words sign = (codes & 0x80) << 24, magnitude = codes & 0x7f;
@@ -112,7 +115,7 @@ inline void store_narrow(e4m3* to, floats v) {
   const floats inside = size < kLargestE4m3 ? size : (floats{} + kLargestE4m3);
   const words of = bits_as<words>(inside);
   const words normal = ((of + 0x7ffff + (of >> 20 & 1)) >> 20) - (120u << 3);
-  // Rounds to a multiple of the step, which is the last place of the sum.
+  // Adding it rounds to a multiple of the step, the last place of the sum.
   constexpr float kRounder = 0x1p14f;
   const words few = bits_as<words>(inside + kRounder) - (words{} + bits_as<uint32_t>(kRounder));
   words code = inside < kLeastNormalE4m3 ? few : normal;
@@ -134,9 +137,9 @@ inline void narrow(float x, e4m3& out) {
 }
 
 #if defined(__AVX512BW__)
-// 32 numbers as bf16, which has them all.
+// Converts 32 numbers to bf16, which can represent all of them.
 inline __m512i widen_to_bf16(__m256i codes) {
-  const __m512i wide = _mm512_cvtepi8_epi16(codes);  // the sign in all bits from 7 up
+  const __m512i wide = _mm512_cvtepi8_epi16(codes);  // the sign fills all bits from 7 up
   const __m512i magnitude = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
   const __m512i sign = _mm512_and_si512(wide, _mm512_set1_epi16(int16_t(0x8000)));
   __m512i found = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));

@@ -10,7 +10,7 @@
 namespace extrope {
 namespace {
 
-// b where either is NaN.
+// Returns the larger; b if either is NaN.
 inline floats larger(floats a, floats b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
@@ -23,14 +23,14 @@ inline floats larger(floats a, floats b) {
 #endif
 }
 
-// 2**x for x up to 127: relative error below 8.5e-8, or 1.1e-7 where products are rounded; exactly
-// 1 at 0, exactly 0 from -127 down.
+// Returns 2**x for x up to 127: relative error below 8.5e-8, or 1.1e-7 without fma; exactly 1 at 0,
+// exactly 0 from -127 down.
 inline floats exp2_vector(floats x) {
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the rounded integer in the low bits
   x = larger(floats{} - 127.0f, x);
   const floats shifted = x + kRound;
   const floats f = x - (shifted - kRound);  // within half of 0
-  // Minimax in the relative error, with the constant term held at 1.
+  // Minimax in the relative error, with the constant term fixed at 1.
   floats sum = f * 0x1.470b48p-13f + 0x1.5f7276p-10f;
   sum = sum * f + 0x1.3b270ep-7f;
   sum = sum * f + 0x1.c6ae72p-5f;

@@ -1,5 +1,5 @@
-// Matrix products in registers: a small block of sums stays in vector registers while the whole
-// depth of the product runs past it.
+// Matrix products in registers: a small block of sums stays in vector registers over the whole
+// depth of the product.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -7,8 +7,8 @@
 namespace extrope {
 namespace {
 
-// Sums in registers: kRows x kPanelVectors vectors for products whose rows are read as they lie,
-// kTallRows x kWideVectors where the columns have to be cut more finely.
+// Sums in registers: kRows x kPanelVectors vectors for products whose rows are read in place,
+// kTallRows x kWideVectors for products with narrower columns.
 #if defined(__AVX512BF16__)
 constexpr int kRows = 32, kTallRows = 32;  // in tiles of 16 x 16 sums
 #elif defined(__AVX512F__) || defined(__aarch64__)

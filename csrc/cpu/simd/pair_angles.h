@@ -1,4 +1,4 @@
-// Angles of one token whose pairs of dims go to places of their own.
+// Angles of a token whose pairs of dims have their own places.
 #pragma once
 
 #include <cstdint>
@@ -24,11 +24,11 @@ inline void add_places(const PairMaps& maps, const PositionMap& map, int64_t hea
   }
 }
 
-// The angles of a token at `position` in one head of k whose pairs go to places of their own:
-// inv_freq[i] * (to_i(position) - from_i(position)), for fill_sincos to take at position 1.
+// The angles of a token at `position` in one head of k, if pairs have their own places:
+// inv_freq[i] * (to_i(position) - from_i(position)), for fill_sincos at position 1.
 class PairAngles {
  public:
-  // Of few calls: the loops of all others stay small without it.
+  // Not inlined, since few calls need it: the loops of all others stay small.
   [[gnu::noinline]] const double* fill(const PairMaps& maps, const PositionMap& to,
                                        const PositionMap& from, int64_t head, int64_t position,
                                        const double* inv_freq) {

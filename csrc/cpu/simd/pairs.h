@@ -1,4 +1,4 @@
-// Two vectors of interleaved pairs.
+// Loads and stores two vectors of interleaved pairs.
 #pragma once
 
 #include <tuple>
@@ -45,8 +45,8 @@ inline std::pair<floats, floats> load_pairs(const bf16* from) {
   return {bits_as<floats>(both << 16), bits_as<floats>(both & 0xffff0000)};
 }
 
-// Brings numbers that go with consecutive values of 16 bits to the order in which load_pairs gives
-// those: of two vectors the even ones, then the odd ones. What fills no two vectors stays.
+// Reorders numbers that belong to consecutive 16-bit values as load_pairs orders those: the even
+// ones of two vectors, then the odd ones. A rest below two vectors stays.
 template <typename Number>
 void order_by_words(Number* row, int64_t count) {
   using V = std::conditional_t<sizeof(Number) == sizeof(double), doubles, floats>;
@@ -64,7 +64,7 @@ void order_by_words(Number* row, int64_t count) {
   }
 }
 
-// And back.
+// Restores the order of dims.
 inline void order_by_dims(float* row, int64_t count) {
   for (int64_t first = 0; first + 2 * kFloats <= count; first += 2 * kFloats, row += 2 * kFloats) {
     store_pairs(row, load<floats>(row), load<floats>(row + kFloats));
@@ -72,9 +72,9 @@ inline void order_by_dims(float* row, int64_t count) {
 }
 
 #if defined(__AVX512BW__)
-// Plain values rounded to bf16, those of a in the low halves. In lanes of 16 bits: the high halves
-// of both are one vector, the low halves another, which says of each whether it is rounded up: past
-// the middle, or in the middle of two where the first is odd.
+// Rounds plain values to bf16, a in the low halves. It works in lanes of 16 bits. The high halves
+// of both are one vector, the low halves another, which decides on rounding up: above the middle,
+// or in the middle after an odd value.
 inline words round_plain_pairs(floats a, floats b) {
   const words x = bits_as<words>(a), y = bits_as<words>(b);
   const words high = x >> 16 | (y & 0xffff0000), low = (x & 0xffff) | y << 16;
@@ -92,7 +92,7 @@ inline void store_pairs(bf16* to, floats a, floats b) {
   store(to, round_bf16<Plain>(a) >> 16 | (round_bf16<Plain>(b) & 0xffff0000));
 }
 
-// As store_pairs, of plain values; see round_bf16. Streaming: past the caches.
+// Stores pairs of plain values (see round_bf16). Streaming: bypasses the caches.
 template <bool Streaming = false, typename T, typename V>
 inline void store_plain_pairs(T* to, V a, V b) {
   if constexpr (!std::is_same_v<T, bf16>) {

@@ -1,4 +1,4 @@
-// The rotation of one row as it is read into float.
+// Rotates a row while reading it into float.
 #pragma once
 
 #include <tuple>
@@ -9,7 +9,7 @@ namespace extrope {
 namespace {
 
 struct RowRotation {
-  int64_t dim, half;  // head_dim, and how many pairs of dims rotate
+  int64_t dim, half;  // head_dim, and the number of pairs that rotate
   bool interleaved;
 };
 

@@ -1,8 +1,7 @@
-// Vectors of the instruction set that this translation unit is compiled for, and lane types on
-// them.
+// Vectors and lane types of the instruction set for which this translation unit is compiled.
 //
-// GCC's vector extensions spell the arithmetic; only fp16 conversions need intrinsics. Everything
-// is static so that the linker can never merge code of two instruction sets.
+// The arithmetic uses GCC's vector extensions; only fp16 conversions need intrinsics. Everything is
+// static, so that the linker can never merge code of two instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -73,8 +72,8 @@ inline void store(T* to, const V& v) {
   std::memcpy(to, &v, sizeof(V));
 }
 
-// v in a register: GCC otherwise loads it again for every use, and loads are what a rotation has
-// most of.
+// Returns v in a register. GCC would load it again for every use, and a rotation consists mostly of
+// loads.
 template <typename V>
 inline V load_once(V v) {
 #if defined(__AVX512F__)
@@ -147,7 +146,7 @@ inline void narrow(float x, f16& out) {
 inline floats load_wide(const float* from) { return load<floats>(from); }
 inline doubles load_wide(const double* from) { return load<doubles>(from); }
 
-// GCC 12 converts vectors of integers piece by piece, where a processor has one instruction.
+// GCC 12 converts vectors of integers piece by piece; processors have one instruction.
 inline words widen_halves(const uint16_t* from) {
 #if defined(__AVX512F__)
   return bits_as<words>(_mm512_cvtepu16_epi32(load<__m256i>(from)));
@@ -197,8 +196,8 @@ inline void load_wide(const T* from, floats (&x)[Count]) {
 inline void store_narrow(float* to, floats v) { store(to, v); }
 inline void store_narrow(double* to, doubles v) { store(to, v); }
 
-// As store_narrow, past the caches where a vector is a whole cache line (non-temporal): before
-// another thread may look, fence_streaming_stores().
+// Stores like store_narrow, but bypasses the caches if a vector is a whole cache line
+// (non-temporal). Call fence_streaming_stores() before another thread may read.
 template <typename T>
 inline void store_streaming(T* to, floats v) {
   store_narrow(to, v);
@@ -214,9 +213,9 @@ inline void fence_streaming_stores() { _mm_sfence(); }
 inline void fence_streaming_stores() {}
 #endif
 
-// The bits of v rounded to bf16, in the high halves; what is in the low halves is left over. Of a
-// plain v NaNs have nothing in their low halves that could be carried into the high ones: they came
-// from bf16, or from arithmetic.
+// Returns the bits of v rounded to bf16 in the high halves; the low halves are undefined. A v is
+// plain if its NaNs, from bf16 or from arithmetic, have low halves that cannot carry into the high
+// ones.
 template <bool Plain = false>
 inline words round_bf16(floats v) {
   const words bits = bits_as<words>(v);
@@ -242,7 +241,7 @@ inline void store_narrow(f16* to, floats v) {
 #endif
 }
 
-// As store_narrow, of plain values; see round_bf16. Streaming: past the caches.
+// Stores plain values (see round_bf16) like store_narrow. Streaming: bypasses the caches.
 template <bool Streaming = false, typename T, typename V>
 inline void store_plain(T* to, V v) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -254,7 +253,7 @@ inline void store_plain(T* to, V v) {
   }
 }
 
-// Two vectors of doubles as one of floats.
+// Converts two vectors of doubles to one of floats.
 inline floats narrow(doubles low, doubles high) {
 #if defined(__AVX512F__)
   return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
@@ -270,13 +269,13 @@ inline ints even_lanes(ints low, ints high, std::integer_sequence<int, I...>) {
   return __builtin_shuffle(low, high, ints{2 * I...});
 }
 
-// The low halves of their lanes.
+// Returns the low halves of the lanes.
 inline ints low_halves(longs low, longs high) {
   return even_lanes(bits_as<ints>(low), bits_as<ints>(high),
                     std::make_integer_sequence<int, kFloats>{});
 }
 
-// NaNs of v without a payload, which makes whatever comes of v plain.
+// Removes the payload of NaNs in v, so that all results of v are plain.
 template <typename V>
 inline V plain(V v) {
   return v == v ? v : V{} + __builtin_nanf("");

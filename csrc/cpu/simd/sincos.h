@@ -1,4 +1,4 @@
-// Cosine and sine of position * inv_freq for every pair of one token, exact at long positions.
+// Cosine and sine of position * inv_freq for every pair of a token, exact at large positions.
 #pragma once
 
 #include <cmath>
@@ -9,16 +9,15 @@ namespace extrope {
 namespace {
 
 constexpr double kTwoOverPi = 0.63661977236758134308;
-// pi/2 in three parts. The first two have 24 bits, so that their product with a count of quarter
-// circles below 2**29 is exact; position * inv_freq is exact too, hence fma contraction cannot
-// change a bit.
+// pi/2 in three parts. The first two have 24 bits: their product with a count of quarter circles
+// below 2**29 is exact. position * inv_freq is exact too, so fma contraction cannot change a bit.
 constexpr double kHalfPi1 = 0x1.921fb4p+0;
 constexpr double kHalfPi2 = 0x1.4442d0p-24;
 constexpr double kHalfPi3 = 0x1.8469898cc5170p-48;
-// Adding it rounds a double to an integer, which then stands in the low bits.
+// Adding it rounds a double to an integer, and leaves that integer in the low bits.
 constexpr double kRound = 0x1.8p52;
 
-// e**x for |x| <= ln(2)/2, by the series up to x**7/7!: relative error below 6e-9.
+// Returns e**x for |x| <= ln(2)/2, by the series up to x**7/7!: relative error below 6e-9.
 inline doubles exp_series(doubles x) {
   doubles sum = x * (1.0 / 5040) + 1.0 / 720;
   sum = sum * x + 1.0 / 120;
@@ -58,18 +57,18 @@ inline floats cosine(floats z) {
   return 1.0f - 0.5f * z + z * z * p;
 }
 
-// The angles of one token, position * inv_freq[i], and what their cosines and sines are multiplied
-// by: amplitude * exp(decay * log_decay[i]).
+// The angles of one token, position * inv_freq[i], and the factors of their cosines and sines,
+// amplitude * exp(decay * log_decay[i]).
 struct Angles {
   double position;
   double amplitude = 1.0;
   double decay = 0.0;
-  const double* log_decay = nullptr;  // nullptr: amplitude alone
-  bool conjugate = false;             // minus the angle
+  const double* log_decay = nullptr;  // nullptr: only the amplitude
+  bool conjugate = false;             // rotate by minus the angle
 };
 
-// One vector of pairs, for tensors that are rotated in float: reduced in double, and from there on
-// in float, which has twice the lanes.
+// Computes one vector of pairs for tensors that are rotated in float. Angles are reduced in double;
+// the rest is in float, which has twice the lanes.
 inline void sincos(const double* freq, floats amplitude, const Angles& angles, floats& cos,
                    floats& sin) {
   const Reduced low = reduce(load<doubles>(freq) * angles.position);
@@ -84,7 +83,7 @@ inline void sincos(const double* freq, floats amplitude, const Angles& angles, f
   sin = amplitude * bits_as<floats>(bits_as<ints>(odd ? c : s) ^ flip_sin);
 }
 
-// The same in full double precision; libm is exact enough once the angle is small.
+// Computes the same in full double precision; libm is exact enough for small angles.
 inline void sincos(const double* freq, doubles amplitude, const Angles& angles, doubles& cos,
                    doubles& sin) {
   const Reduced reduced = reduce(load<doubles>(freq) * angles.position);
@@ -97,7 +96,7 @@ inline void sincos(const double* freq, doubles amplitude, const Angles& angles, 
   }
 }
 
-// The amplitudes of one vector of pairs that decay.
+// Returns the amplitudes of one vector of pairs with decay.
 inline floats decayed(const Angles& angles, int64_t i, floats) {
   const auto some = [&](int64_t at) {
     return angles.amplitude * exp_wide(load<doubles>(angles.log_decay + at) * angles.decay);
@@ -111,8 +110,8 @@ inline doubles decayed(const Angles& angles, int64_t i, doubles) {
   return angles.amplitude * exponent;
 }
 
-// cos[i], sin[i] for the `half` pairs of one token. Results and frequencies may be read and
-// written up to a whole vector of floats: callers pad them.
+// Fills cos[i], sin[i] for the `half` pairs of one token. Accesses go up to a whole vector of
+// floats: callers pad results and frequencies.
 template <typename Wide>
 void fill_sincos(const double* inv_freq, int64_t half, const Angles& angles, Wide* cos, Wide* sin) {
   using V = std::conditional_t<std::is_same_v<Wide, float>, floats, doubles>;

@@ -1,4 +1,4 @@
-// Soft caps of logits, and sinks, for the kernels of attention with and without a cache.
+// Soft caps of logits, and sinks, for attention kernels with and without a cache.
 #pragma once
 
 #include "cpu/simd/tanh.h"
@@ -6,14 +6,15 @@
 namespace extrope {
 namespace {
 
-// softcap * tanh(logits / softcap), from logits / softcap; to base 2 with log2(e) in softcap.
+// Computes softcap * tanh(logits / softcap) from logits / softcap; to base 2 with log2(e) in
+// softcap.
 template <int Count>
 EXTROPE_INLINE void cap(floats (&logits)[Count], float softcap) {
   scaled_tanhs(logits, softcap);
 }
 
-// Lets a sink join a row: `scale` is what the sums over its keys are multiplied by, and lse the
-// log-sum-exp of its logits, -inf for a row without keys.
+// Adds a sink to a row. `scale` is the factor of the sums over its keys; lse is the log-sum-exp of
+// its logits, -inf for a row without keys.
 inline void join_sink(float sink, float& scale, float& lse) {
   if (lse == -__builtin_inff()) {
     lse = sink;

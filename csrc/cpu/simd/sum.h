@@ -19,7 +19,7 @@ inline V across(V v, std::integer_sequence<int, I...>) {
   return __builtin_shuffle(v, typename Lanes<V>::Index{(I ^ Distance)...});
 }
 
-// In each lane what is in the one that many away, by pairs.
+// Exchanges lanes at this distance, by pairs.
 template <int Distance, typename V>
 inline V across(V v) {
   return across<Distance>(v, std::make_integer_sequence<int, Lanes<V>::count>{});

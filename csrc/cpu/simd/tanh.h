@@ -6,7 +6,7 @@
 namespace extrope {
 namespace {
 
-// b where either is NaN.
+// Returns the lesser; b if either is NaN.
 inline floats lesser(floats a, floats b) {
 #if defined(__AVX512F__)
   return _mm512_min_ps(a, b);
@@ -19,7 +19,7 @@ inline floats lesser(floats a, floats b) {
 #endif
 }
 
-// Whether every lane is at most `bound`; a NaN is not.
+// Returns true if every lane is at most `bound`; a NaN is not.
 inline bool all_within(floats x, float bound) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask(x, floats{} + bound, _CMP_NLE_UQ) == 0;
@@ -34,22 +34,23 @@ inline bool all_within(floats x, float bound) {
 #endif
 }
 
-// scale * tanh(x) for a scale >= 0, never past scale: relative error below 6e-7 up to 7.9, from
-// where on tanh is within as much of 1. NaN stays NaN.
+// Returns scale * tanh(x) for a scale >= 0, at most scale. The relative error is below 6e-7 up to
+// 7.9; beyond, tanh is that close to 1. NaN stays NaN.
 inline floats scaled_tanh(floats x, float scale) {
   constexpr float kLast = 7.9f;
   x = lesser(floats{} + kLast, larger(floats{} - kLast, x));
   const floats u = x * x;
-  // x * P(u) / Q(u), minimax in the relative error. Leading coefficients are 1, and their quotient
-  // goes into the scale, which has to be multiplied in anyway.
+  // x * P(u) / Q(u), minimax in the relative error. Leading coefficients are 1; the scale, which is
+  // multiplied in anyway, includes their quotient.
   const floats p = ((u + 0x1.00b8ccp8f) * u + 0x1.5e8238p13f) * u + 0x1.52bc86p16f;
   const floats q =
       (((u + 0x1.e175acp9f) * u + 0x1.75d5bap16f) * u + 0x1.c52f1cp20f) * u + 0x1.e9bdeap21f;
   return x * (scale * 0x1.721f4ep5f) * p / q;
 }
 
-// The same of several: where all are near 0, which most logits are to their cap, by a polynomial of
-// half the operations, minimax in the relative error, which stays below 3e-7.
+// Computes the same for several vectors. If all values are near 0, as most logits are in units of
+// their cap, a polynomial takes half the operations; it is minimax in the relative error, below
+// 3e-7.
 template <int Count>
 EXTROPE_INLINE void scaled_tanhs(floats (&x)[Count], float scale) {
   floats squares[Count], all{};

@@ -1,4 +1,4 @@
-// The transpose of a square of words in vector registers.
+// Transposes a square of words in vector registers.
 #pragma once
 
 #include "cpu/simd/gemm.h"

@@ -1,4 +1,4 @@
-// The ops of the CUDA kernel of the rotation, which start it on torch's current stream.
+// The ops of the rotation's CUDA kernel, which launch it on torch's current stream.
 
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -16,7 +16,7 @@ namespace {
 using GetStream = int32_t (*)(int32_t device_index, void** stream);
 
 // torch before 2.13 gives the stream only through libtorch_cuda. A torch for the CPU has no such
-// library, and the loader does not show it to ours where it does exist, so it is asked for by name.
+// library, and the loader does not make it visible to ours otherwise: so it is looked up by name.
 GetStream find_get_stream() {
   static const GetStream found = [] {
     constexpr const char* name = "aoti_torch_get_current_cuda_stream";

@@ -9,7 +9,7 @@ namespace extrope {
 // Returns 0 or a cudaError_t.
 int rope_launch(const RopeParams& params, void* stream, int device);
 
-// What such an error means.
+// Returns the meaning of such an error.
 const char* rope_error(int error);
 
 }  // namespace extrope

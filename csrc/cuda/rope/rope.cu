@@ -1,5 +1,5 @@
-// The fused rotary embedding: which threads a call gets, and of how wide accesses; worker.h has
-// what a thread does.
+// The fused rotary embedding: the threads of a call and the width of their accesses; worker.h has
+// the work of a thread.
 #include <algorithm>
 #include <climits>
 #include <cstdint>
@@ -13,9 +13,9 @@ namespace extrope {
 namespace {
 
 constexpr int BLOCK = 128;
-constexpr int INVALID_VALUE = 1;  // cudaErrorInvalidValue, also where no CUDA header is
+constexpr int INVALID_VALUE = 1;  // cudaErrorInvalidValue, for files without CUDA headers too
 
-// The blocks per processor are the registers' limit: left to itself, ptxas spills to fit one more.
+// The blocks per processor are the registers' limit: without it, ptxas spills to fit one more.
 template <typename T, int VEC, bool INTERLEAVED, bool GRAD, bool AXES>
 __global__ void __launch_bounds__(BLOCK, GRAD ? 3 : 4)
     rope_kernel(const __grid_constant__ RopeParams p, const HeadGroups groups, const int slots) {
@@ -53,7 +53,7 @@ int launch(const RopeParams& p, void* stream, int device) {
   if (per_head && wants_grad && p.angle_heads < most) return INVALID_VALUE;
   const int64_t listed = std::max<int64_t>(per_head ? most : heads, 1);
   int64_t size = per_head ? 1 : listed;
-  if (!per_head && !wants_grad) {  // the angle gradient is summed over all heads by one thread
+  if (!per_head && !wants_grad) {  // one thread sums the angle gradient over all heads
     // Too few tokens to fill the device: more groups, each of whole rounds of the unrolled loop.
     const int64_t wanted = resident_threads<kernel>(BLOCK, device) / (tokens * slots);
     constexpr int64_t ROUND = Worker<T, VEC, INTERLEAVED, GRAD, AXES>::UNROLL;
@@ -70,7 +70,7 @@ int launch(const RopeParams& p, void* stream, int device) {
   return launch_error();
 }
 
-// Whether every access of `vec` elements stays aligned and inside its half of the dims.
+// Returns true if every access of `vec` elements stays aligned and inside its half of the dims.
 bool fits(const RopeParams& p, int vec, int bytes) {
   if (p.rotary_dim / 2 % vec != 0 || p.head_dim % vec != 0) return false;
   for (int t = 0; t < p.num_tensors; ++t) {
@@ -95,8 +95,8 @@ bool fits(const RopeParams& p, int vec, int bytes) {
 template <typename T, bool AXES>
 int choose(const RopeParams& p, void* stream, int device) {
   constexpr int VEC = 16 / sizeof(T);
-  // One-element accesses serve what is rare: double, which is for gradcheck and references, and the
-  // angle gradient of positions by axis.
+  // One-element accesses serve rare calls: double, for gradcheck and references, and the angle
+  // gradient of positions by axis.
   if constexpr (!std::is_same_v<T, double>) {
     if (fits(p, VEC, sizeof(T))) {
       if (p.angle_grad == nullptr) {

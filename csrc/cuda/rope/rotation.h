@@ -11,10 +11,10 @@
 namespace extrope {
 
 // -------------------------------------------------------------------------------------------------
-// Tokens: where their dims are, which sequence they belong to, their positions
+// Tokens: the places of their dims, their sequences, their positions
 
 struct Token {
-  int batch, seq;   // where its dims are
+  int batch, seq;   // indices of its dims
   int sequence;     // the packed sequence, else the batch index
   double position;  // on the first axis
 };
@@ -32,8 +32,8 @@ __device__ inline double load_position(const TokenParams& p, int64_t index) {
   }
 }
 
-// The last sequence that starts at or before `token`; any contents of cu_seqlens give a sequence
-// that exists.
+// Returns the last sequence that starts at or before `token`; an existing one for any contents of
+// cu_seqlens.
 __device__ inline int find_sequence(const TokenParams& p, int token) {
   int low = 0, high = static_cast<int>(p.num_sequences);
   while (high - low > 1) {
@@ -47,8 +47,8 @@ __device__ inline int find_sequence(const TokenParams& p, int token) {
   return low;
 }
 
-// Token `index` of batch * seqlen, which the launcher keeps within an int: a 64-bit division would
-// cost a call.
+// Returns token `index` of batch * seqlen tokens, which the launcher keeps within an int: a 64-bit
+// division would cost a call.
 __device__ inline Token find_token(const TokenParams& p, int index) {
   Token token;
   token.batch = p.batch == 1 ? 0 : index / static_cast<int>(p.seqlen);
@@ -87,8 +87,8 @@ __device__ inline uint64_t bits_of(double x) {
   return bits;
 }
 
-// The angle less the nearest multiple of pi/2; *quadrant counts those multiples modulo 4. Each fma
-// rounds once, so nothing but the last bit of the result is lost while angle * 2/pi stays under
+// Subtracts the nearest multiple of pi/2 from the angle; *quadrant counts those multiples modulo 4.
+// Each fma rounds once, so only the last bit of the result is lost while angle * 2/pi is below
 // 2^51.
 __device__ inline double reduce_angle(double angle, unsigned* quadrant) {
   const double shifted = fma(angle, TWO_OVER_PI, ROUND_TO_INTEGER);
@@ -141,8 +141,8 @@ __device__ inline void sin_cos(double angle, Acc* sine, Acc* cosine) {
   *cosine = (quadrant + 1) & 2 ? -swapped_cosine : swapped_cosine;
 }
 
-// exp in a precision that serves Acc. The float version leaves exp2f a remainder of at most a half
-// and makes the power of two itself, so it is as accurate at e^80 as at 1.
+// Computes exp in a precision for Acc. The float version gives exp2f a remainder of at most a half
+// and computes the power of two itself: so it is as accurate at e^80 as at 1.
 __device__ inline double exponential(double x, float) {
   const double clamped = fmin(fmax(x * LOG2_E, -1000.0), 1000.0);
   const double shifted = clamped + ROUND_TO_INTEGER;
@@ -155,7 +155,7 @@ __device__ inline double exponential(double x, float) {
 
 __device__ inline double exponential(double x, double) { return exp(x); }
 
-// The position on the axis of pair `pair`; any contents of axes give an axis that exists.
+// Returns the position on the axis of pair `pair`; an existing axis for any contents of axes.
 __device__ inline double position_on_axis(const RopeParams& p, const Token& token, int pair) {
   const int last = static_cast<int>(p.num_axes) - 1, asked = p.axes[pair];
   const int axis = asked < 0 ? 0 : asked > last ? last : asked;
@@ -164,8 +164,7 @@ __device__ inline double position_on_axis(const RopeParams& p, const Token& toke
   return static_cast<double>(p.offset) + load_position(p, at);
 }
 
-// Cosine and sine of pair `pair`, times the amplitude, the sine negated when `conjugate` asks for
-// it.
+// Computes cosine and sine of pair `pair`, times the amplitude; `conjugate` negates the sine.
 template <bool AXES, typename Acc>
 __device__ inline void pair_rotation(const RopeParams& p, const Token& token, int head, int pair,
                                      double decay_sign, Acc* cosine, Acc* sine) {

@@ -1,6 +1,6 @@
-// What one thread of the fused rotary embedding does: it owns two vectors of VEC dims of one token,
-// computes the sines and cosines of their VEC pairs once, and applies them to its share of the
-// heads of q and then of k.
+// The work of one thread of the fused rotary embedding. It owns two vectors of VEC dims of one
+// token, computes the sines and cosines of their VEC pairs once, and applies them to its share of
+// the heads of q and then of k.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,8 +22,8 @@ namespace {
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// VEC elements in memory. Two-byte types stay packed in 32-bit words, or each would take a register
-// of its own.
+// VEC elements in memory. Two-byte types stay packed in 32-bit words, or each would take its own
+// register.
 template <typename T, int VEC>
 struct alignas(sizeof(T) * VEC) Lanes {
   static constexpr bool PACKED = sizeof(T) == 2 && VEC > 1;
@@ -88,7 +88,7 @@ __device__ inline void check_alignment(const T* address) {
 #endif
 }
 
-// Through uint4, which is one instruction; the compiler splits some copies of Lanes itself.
+// Copies as uint4, in one instruction; the compiler would split some copies of Lanes.
 template <typename T, int VEC>
 using Access = std::conditional_t<sizeof(Lanes<T, VEC>) == sizeof(uint4), uint4, Lanes<T, VEC>>;
 
@@ -109,13 +109,14 @@ __device__ inline void store(T* to, const Lanes<T, VEC>& lanes) {
   *reinterpret_cast<Access<T, VEC>*>(to) = access;
 }
 
-// Whether steps of `stride` elements along a dimension keep accesses of `vec` elements aligned.
+// Returns true if steps of `stride` elements along a dimension keep accesses of `vec` elements
+// aligned.
 inline bool multiple(int64_t extent, int64_t stride, int vec) {
   return extent == 1 || stride % vec == 0;
 }
 
-// What a thread owns of one head: VEC dims of the first half of the rotated ones and VEC of the
-// second, in either layout, so that the threads of a token touch whole neighbouring vectors.
+// A thread's dims of one head: VEC of the first half of the rotated dims and VEC of the second, in
+// either layout, so that the threads of a token access whole neighbouring vectors.
 template <typename T, int VEC>
 struct Owned {
   Lanes<T, VEC> half[2];
@@ -130,22 +131,21 @@ struct Owned {
 // -------------------------------------------------------------------------------------------------
 // The thread
 
-// How the heads are shared out along blockIdx.y. The heads of q and k form one list when they
-// rotate alike; when every head has its own frequencies a group is head blockIdx.y of both.
+// The distribution of heads along blockIdx.y. The heads of q and k form one list if they rotate
+// alike; if every head has its own frequencies, a group is head blockIdx.y of both.
 struct HeadGroups {
   int size;
   bool per_head;
 };
 
-// GRAD: able to sum the angle gradient; the one-element kernel always is, to save instantiations.
-// AXES: able to take positions by axis, which would cost the others registers; the one-element
-// kernel is too.
+// GRAD: can sum the angle gradient; the one-element kernel always can, to save instantiations.
+// AXES: can take positions by axis, which costs registers; so can the one-element kernel.
 template <typename T, int VEC, bool INTERLEAVED, bool GRAD, bool AXES>
 struct Worker {
   using Acc = Accumulator<T>;
   using Own = Owned<T, VEC>;
   static constexpr int UNROLL = GRAD ? 2 : 4;  // heads in flight
-  static constexpr int SUMMED = 8;             // heads of an angle gradient per partial sum
+  static constexpr int SUMMED = 8;             // heads per partial sum of an angle gradient
 
   const RopeParams& p;
   const Token& token;
@@ -176,11 +176,11 @@ struct Worker {
 
   __device__ int pair_of(int slot, int j) const {
     if constexpr (!INTERLEAVED) return slot * VEC + j;
-    constexpr int PAIRS = VEC > 1 ? VEC / 2 : 1;  // in one of the two vectors
+    constexpr int PAIRS = VEC > 1 ? VEC / 2 : 1;  // per vector of the two
     return slot * PAIRS + j % PAIRS + j / PAIRS * static_cast<int>(p.rotary_dim / 4);
   }
 
-  // Sums in blocks lose fewer digits over many heads than one running sum.
+  // Adds up in blocks: over many heads that loses fewer digits than one running sum.
   __device__ static void flush(Acc* partial, Acc* sum) {
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
@@ -189,7 +189,7 @@ struct Worker {
     }
   }
 
-  // Where this thread's two vectors start in a head.
+  // The first dims of this thread's two vectors in a head.
   struct Dims {
     int a, b;
   };
@@ -220,7 +220,7 @@ struct Worker {
           own[u] = load_head(in + (head + u) * x.in_head, dims);
           if (wants_grad) kept[u] = load_head(kept_in + (head + u) * x.saved_head, dims);
         }
-        if (!ready) {  // after the loads, which then hide it
+        if (!ready) {  // after the loads, whose latency hides it
           find_rotation(slot, head, x.decay_sign, cosine, sine);
           ready = true;
         }
@@ -244,7 +244,7 @@ struct Worker {
     store<T, VEC>(to + dims.b, own.half[1]);
   }
 
-  // Of this thread's pairs.
+  // Computes cosines and sines of this thread's pairs.
   __device__ void find_rotation(int slot, int head, double decay_sign, Acc* cosine,
                                 Acc* sine) const {
 #pragma unroll
@@ -253,8 +253,8 @@ struct Worker {
     }
   }
 
-  // Rotates a head. With wants_grad it is one of gradients, and `kept` what the forward was given:
-  // then also adds to the gradient of the angles.
+  // Rotates a head. With wants_grad it is a head of gradients and `kept` is the forward's input:
+  // then it also adds to the gradient of the angles.
   __device__ static void rotate_head(Own* own, const Acc* cosine, const Acc* sine, bool wants_grad,
                                      const Own& kept, Acc* angle_grad) {
     Acc dim[2 * VEC], kept_dim[2 * VEC];
@@ -283,7 +283,7 @@ struct Worker {
     for (int j = 0; j < VEC; ++j) to[pair_of(slot, j)] = sum[j] + partial[j];
   }
 
-  // Dims past rotary_dim pass through; in place they are already there.
+  // Copies dims past rotary_dim; in place they are already there.
   __device__ void copy(int dim) const {
     for_each_tensor([&](const RopeTensor& x, int begin, int end) {
       if (x.in == x.out) return;

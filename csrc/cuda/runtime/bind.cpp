@@ -6,8 +6,8 @@
 #include "common/ops.h"
 #include "cuda/runtime/why_not.h"
 
-// Registers the ops where their kernels can run; else returns why not, in one line. Without a GPU
-// nothing is asked of the driver.
+// Registers the ops if their kernels can run; else returns why not in one line. Without a GPU the
+// driver is not called.
 extern "C" __attribute__((visibility("default"))) const char* extrope_register(
     const char* name_space, int has_gpu) {
   static std::string why;

@@ -1,4 +1,4 @@
-// Asks the runtime whether it and our kernels can run here, before any of them is registered.
+// Finds out from the runtime if our kernels can run here, before any of them is registered.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
@@ -11,7 +11,7 @@
 namespace extrope {
 namespace {
 
-// Compiled for the chips that every kernel of the library is compiled for: it stands for them all.
+// Compiled for the same chips as all kernels of the library: it represents them.
 __global__ void nothing() {}
 
 constexpr int ARCHS[] = {__CUDA_ARCH_LIST__};  // 800, 900
@@ -24,8 +24,8 @@ std::string version(int number) {
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
 }
 
-// Whether the process has a context on the device. The runtime does not tell, and asking it about a
-// kernel would open one: some hundred MB, which rank 3 must not take from GPU 0.
+// Returns true if the process has a context on the device. The runtime does not tell, and a query
+// about a kernel would open one: some hundred MB, which rank 3 must not take from GPU 0.
 bool in_use(int device) {
   using GetState = int (*)(int device, unsigned* flags, int* active);
   void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
@@ -43,7 +43,7 @@ std::string ask_device(int device) {
   const int arch = 100 * major + 10 * minor;
   const int oldest = *std::min_element(std::begin(ARCHS), std::end(ARCHS));
   const std::string gpu = "GPU " + std::to_string(device) + " (" + capability(arch) + "): ";
-  // Machine code for the oldest comes with instructions that the driver compiles for later ones.
+  // Machine code for the oldest chip comes with PTX that the driver compiles for later ones.
   if (arch < oldest) return gpu + "the kernels are built for " + capability(oldest) + " and later";
   if (!in_use(device)) return "";
   cudaFuncAttributes attributes;
@@ -71,8 +71,8 @@ std::string ask() {
 }  // namespace
 
 std::string why_not() {
-  // The current device and the last error are a thread's own: to put the caller's device back
-  // could open a context there.
+  // The current device and the last error belong to a thread: restoring the caller's device could
+  // open a context there.
   std::string why;
   std::thread([&] { why = ask(); }).join();
   return why;

@@ -1,4 +1,4 @@
-// Whether the kernels of the CUDA library can run on this machine, free of torch and of CUDA
+// Checks if the kernels of the CUDA library can run on this machine, free of torch and of CUDA
 // headers.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace extrope {
 
-// Why they cannot, in one line; empty when they can. Opens no context on any GPU.
+// Returns why they cannot, in one line; empty if they can. Opens no context on any GPU.
 std::string why_not();
 
 }  // namespace extrope
