@@ -1,8 +1,8 @@
-"""How well a model reads past its training length, by loss and by recall, method by method."""
+"""Measure how well each method lets a model read past its training length: loss and recall."""
 
 
 class UsageError(ValueError):
-    """What the user asked for cannot be done; the message says why in one line."""
+    """A request that cannot be done; the message says why in one line."""
 
 
 from .runner import evaluate  # noqa: E402 - it raises the error above

@@ -1,4 +1,4 @@
-"""The `eval` command: how well a model reads past its training length under each method."""
+"""The `eval` command: measures how well each method lets a model read past its training length."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command and return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    """Run the command and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     return run_command("eval", _run, args)
 
 
 def run_command(
     name: str, command: Callable[[argparse.Namespace], None], args: argparse.Namespace
 ) -> int:
-    """Run a command of that name, say in one line what went wrong, and return its exit code."""
+    """Run a command and return its exit code; print any error in one line, under this name."""
     try:
         command(args)
     except UsageError as error:
@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> None:
     given = vars(args) | {"text": args.text or ["pydocs"], "table": sys.stdout}
     methods = _params(given.pop("param"), _split("--methods", given.pop("methods")))
     lengths = _lengths(given.pop("lengths"))
-    given.pop("command", None)  # of the parser of all commands
+    given.pop("command", None)  # set by the parser of all commands
     evaluate(given.pop("model"), methods, lengths, **given)
     png = " and .png" if plots.available() else ""
     print(f"wrote {args.out}/{args.task}.json{png}", file=sys.stderr)

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-_DIGITS = 12  # of SHA-256 in hex: enough to tell what one user has apart
-# What a configuration says of where the weights came from, and by which dtype: weights as they are
-# say it themselves, and a GGUF file and the copy of it that loads faster are one model.
+_DIGITS = 12  # of SHA-256 in hex: enough to tell one user's models and texts apart
+# Entries of a configuration about the weights' origin and dtype. They are left out, so that a GGUF
+# file and its copy that loads faster are one model; the digest of the weights covers their dtype.
 _ORIGIN = {
     "_name_or_path",
     "architectures",
@@ -28,7 +28,7 @@ _ORIGIN = {
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Return the digest of a loaded model: of its configuration, and all its weights."""
+    """Return the digest of a loaded model's configuration and weights."""
     config = json.dumps(_without_origin(model.config.to_dict()), sort_keys=True, default=str)
     digest = hashlib.sha256(config.encode())
     for name, tensor in model.state_dict().items():

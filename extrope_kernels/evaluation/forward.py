@@ -1,4 +1,4 @@
-"""One pass of a causal model over long sequences, in memory that stays small."""
+"""One pass of a causal model over long sequences, in little memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .models import decoder_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Logits of so many elements are computed at a time: 128 MiB in float32.
+# Elements of logits that are computed at a time: 128 MiB in float32.
 _LOGITS_AT_ONCE = 2**25
 
 
@@ -25,7 +25,7 @@ def run_body(
     on_layer: Callable[[], None] = lambda: None,
     positions: Tensor | None = None,
 ) -> Any:
-    """Run all but the head once over whole sequences and return the body's output.
+    """Run the model without its head over whole sequences and return the body's output.
 
     ids: (batch, seqlen) int64
     on_layer: called after each decoder layer.
@@ -33,7 +33,7 @@ def run_body(
     """
     options = {}
     if positions is not None:
-        # Without a mask transformers takes a gap for the end of one of several packed sequences.
+        # Without a mask, a gap in positions means packed sequences to transformers.
         options = {"position_ids": positions[None], "attention_mask": torch.ones_like(ids)}
     with _after_each_layer(model, on_layer):
         return model.base_model(input_ids=ids, use_cache=False, return_dict=True, **options)
@@ -42,8 +42,8 @@ def run_body(
 def logits(model: PreTrainedModel, body: Any, start: int, stop: int) -> Tensor:
     """Return the logits at positions start .. stop - 1: (batch, stop - start, vocab) float32.
 
-    They come from the model's own forward with its body replaced by what `run_body` returned, so
-    that soft-capping or scaling of the logits, where a model has it, is applied.
+    The model's own forward computes them, with the output of `run_body` in place of its body. So
+    a model's soft-capping or scaling of logits applies.
     """
     hidden = body.last_hidden_state[:, start:stop]
     part = dataclasses.replace(body, last_hidden_state=hidden)
@@ -61,7 +61,7 @@ def chunks(start: int, stop: int, vocab_size: int, batch: int = 1) -> Iterator[t
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give a module another forward for a while; one that it has had of its own comes back."""
+    """Replace a module's forward for a while; an earlier replacement comes back after it."""
     own = vars(module).get("forward")
     module.forward = forward
     try:

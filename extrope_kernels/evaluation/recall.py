@@ -1,8 +1,8 @@
-"""Recall: what a passage costs that the text has had before, by how far back that was.
+"""Recall: how much less a repeated passage costs, by the distance to its first copy.
 
-A model that uses far tokens predicts a passage better the second time. Even a small one shows in
-this whether it does, long before it answers questions. Both times the passage stands where it does
-not belong, so that nothing else tells what comes next.
+A model that uses far tokens predicts a passage better the second time. This shows even in small
+models, which cannot answer questions yet. Both copies come from elsewhere in the text, so nothing
+else tells how they go on.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LONGEST_PASSAGE = 64
-_AT_EACH = 3  # passages a distance in one text
+_AT_EACH = 3  # passages per distance in one text
 _PARTS = (1, 2, 4, 8, 15)  # distances, in sixteenths of the longest text
 
 
 class Repeat(NamedTuple):
-    """A passage that a text holds twice: positions of its first tokens, and its tokens."""
+    """A passage that a text holds twice: where both copies start, and the number of tokens."""
 
     distance: int
     first: int
@@ -34,9 +34,9 @@ class Repeat(NamedTuple):
 
 
 def distances(longest: int) -> tuple[list[int], int]:
-    """Return the distances to ask for in texts of so many tokens, and the tokens of a passage.
+    """Return the distances to measure in texts of up to `longest` tokens, and a passage's length.
 
-    All passages come again one after another at the end, so they fit into the shortest distance.
+    All second copies stand one after another at the end, so they fit into the shortest distance.
 
     Raises UsageError when there is no room.
     """
@@ -48,9 +48,9 @@ def distances(longest: int) -> tuple[list[int], int]:
 
 
 def repeats(length: int, wanted: Sequence[int], passage: int) -> list[Repeat]:
-    """Return the passages that come again at the end of a text of so many tokens.
+    """Return the passages that come again at the end of a text of `length` tokens.
 
-    Of the distances `wanted`, rising, those that fit; several passages of each.
+    wanted: distances, rising. Each one that fits gets several passages.
     """
     fitting = [distance for distance in wanted if distance + _AT_EACH * passage < length]
     each = [distance for distance in fitting for _ in range(_AT_EACH)]
@@ -71,10 +71,12 @@ def repeated(ids: Tensor, others: Tensor, found: Sequence[Repeat]) -> Tensor:
 
 
 def gains(losses: Tensor, found: Sequence[Repeat]) -> list[float]:
-    """Return by how many nats a token each passage costs less than when first seen.
+    """Return how much less each passage costs the second time, in nats a token.
 
-    losses: (seqlen - 1,), a row of `loss.token_losses`. The first quarter of a passage, by which a
-        model finds out that there is something to recall, does not count.
+    The first quarter of a passage does not count: it tells the model that there is something to
+    recall.
+
+    losses: (seqlen - 1,), a row of `loss.token_losses`.
     """
     costs = []
     for repeat in found:
@@ -88,7 +90,7 @@ def gains(losses: Tensor, found: Sequence[Repeat]) -> list[float]:
 
 
 class RecallTask:
-    """What a passage gains in loss by having been read before, by distance."""
+    """A task: the gain in loss of passages that were read before, by distance."""
 
     name = "recall"
 

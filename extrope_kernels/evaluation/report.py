@@ -1,4 +1,4 @@
-"""Shows results as they come in, with how far they can be trusted, and keeps them on disk."""
+"""Show results with their standard errors as they come in, and keep them on disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TELL_EVERY = 30.0  # seconds between lines of progress
 
 
 class Display:
-    """Lines of a table; on a terminal above two progress bars: the current row and all rows."""
+    """A table whose lines come one by one; a terminal also shows progress bars: row, all rows."""
 
     def __init__(self, stream: TextIO, rows: int) -> None:
         from rich.console import Console
@@ -53,17 +53,17 @@ class Display:
             self.bars.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def begin(self, name: str, ticks: int) -> None:
-        """Announce the next row and how many ticks it has."""
+        """Begin the next row, which has this many ticks."""
         self._ticks = ticks
         self.bars.reset(self._row, total=ticks, description=name, visible=True)
 
     def tick(self, ticks: int = 1) -> None:
-        """Say that so many ticks of the current row are done."""
+        """Count ticks of the current row as done."""
         self.bars.advance(self._row, ticks)
         self.bars.advance(self._all, ticks / self._ticks)
 
     def progress(self) -> str:
-        """Say in a line what is being measured, how far it is, and how long the rest takes."""
+        """Return a line of progress: the current row, the share done, the time left."""
         every, row = self.bars.tasks
         told = "; ".join(f"{bar.description}: {bar.percentage:.0f}%" for bar in (row, every))
         if not every.completed:
@@ -74,7 +74,7 @@ class Display:
 
 @contextmanager
 def open_display(stream: TextIO, rows: int) -> Iterator[Display]:
-    """Show a table of so many rows; where the stream is no terminal, tell progress on stderr."""
+    """Show a table of `rows` rows; progress goes to stderr if the stream is no terminal."""
     display = Display(stream, rows)
     with display.bars, telling(display.progress) if display.bars.disable else nullcontext():
         yield display
@@ -106,7 +106,7 @@ def clock(seconds: float) -> str:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that whoever reads it finds the old content or the new, never a part."""
+    """Write a file at once: readers find the old content or the new, never a part."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -125,12 +125,11 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def resumed(path: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """Return the header with the rows that a file of results holds already.
+    """Return the header with the rows that a file of results already holds.
 
-    A number that was not finite is NaN in them.
+    Numbers that were not finite come back as NaN.
 
-    Raises UsageError when these are of other settings, since they may have taken hours, and when
-    the file is damaged.
+    Raises UsageError if the file is damaged, or has other settings: its rows may have taken hours.
     """
     if not path.exists():
         return header
@@ -150,7 +149,7 @@ def _read_results(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
         if not (isinstance(found, dict) and isinstance(found.get("rows", []), list)):
             raise ValueError("no results")
-    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON, either
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
         raise UsageError(
             f"{path} cannot be read ({error}); name another --out, or move it"
         ) from error
@@ -191,7 +190,7 @@ def _finite(value: Any) -> Any:
 
 
 def _with_nan(value: Any) -> Any:
-    """Undo `_finite`: what was measured is a number. What else is None stays so."""
+    """Undo `_finite`: a measurement that is None becomes NaN. Any other None stays."""
     if isinstance(value, dict):
         kept = ("error", "of", "params")
         return {key: item if key in kept else _with_nan(item) for key, item in value.items()}
@@ -201,9 +200,9 @@ def _with_nan(value: Any) -> Any:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and its standard error, None for one value or where one is not finite."""
+    """Return the mean and its standard error: None for one value, or if one is not finite."""
     if not all(map(math.isfinite, values)):
-        return sum(values) / len(values), None  # statistics raises errors of its own for these
+        return sum(values) / len(values), None  # statistics would raise its own errors
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None
@@ -211,6 +210,6 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def with_error(mean: float, error: float | None, digits: int) -> str:
-    """Return a cell of a table: 2.471, or 2.471±.012."""
+    """Format a cell of a table: 2.471, or 2.471±.012."""
     text = f"{mean:.{digits}f}"
     return text if error is None else f"{text}±{f'{error:.{digits}f}'.removeprefix('0')}"

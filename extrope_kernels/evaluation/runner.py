@@ -1,4 +1,4 @@
-"""`evaluate`: a task for every method at every length; each row is kept as it finishes."""
+"""`evaluate`: run a task for every method at every length, and keep each row as it finishes."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """A measurement that yields one row for a model as it is at one length."""
+    """A measurement of a model in its present state at one length: a row."""
 
     name: str
     reading: texts.Reading
 
     def settings(self) -> dict[str, Any]:
-        """Return what the numbers depend on besides model, method and reading."""
+        """Return settings that the numbers depend on, besides model, method and reading."""
 
     def heads(self) -> list[str]:
         """Return the heads of the table's columns."""
 
     def ticks(self, layers: int) -> int:
-        """Return how often `measure` reports progress with a model of so many layers."""
+        """Return how often `measure` reports progress for a model with `layers` layers."""
 
     def measure(
         self, model: PreTrainedModel, length: int, on_progress: Callable[[], None]
@@ -46,7 +46,7 @@ class Task(Protocol):
         """Return the numbers of a row."""
 
     def cells(self, row: dict[str, Any]) -> list[str]:
-        """Return the row's cells, one for each head that the row reaches."""
+        """Return the row's cells, one for each column that the row reaches."""
 
     def plot(self, results: dict[str, Any], path: Path) -> None:
         """Draw all rows as PNG."""
@@ -78,31 +78,31 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure how well a model reads texts of some lengths under each method.
 
-    It is what the `eval` command runs. Each row is written as it finishes, so that the same call
+    The `eval` command runs this function. Each row is written as it finishes, so the same call
     goes on after Ctrl-C; results of other settings are never overwritten.
 
     model: a transformers folder, a .gguf file, "smollm2", "gemma3-270m"; or a loaded model, which
-        is left as it was.
-    methods: names of methods, or the parameters of each by its name. What is not given is chosen
-        by length and training length, as the command does.
-    lengths: of texts, in tokens.
-    task: "loss", the mean next-token loss by position, in nats, or "recall", by how many nats a
-        token a passage costs less the second time, by the tokens between.
+        stays unchanged.
+    methods: names of methods, or a dict from name to parameters. Missing parameters are chosen by
+        length and training length, the same as by the command.
+    lengths: lengths of texts, in tokens.
+    task: "loss": the mean next-token loss by position, in nats; or "recall": how much less a
+        passage costs the second time, in nats a token, by the distance in tokens.
     text: UTF-8 files; "pydocs" is the Python reference.
-    tokenizer: of a loaded model.
-    factor: of all frequency methods.
-    window: of all score methods that have one, in tokens.
-    bucket: positions whose losses are averaged.
+    tokenizer: a loaded model's tokenizer.
+    factor: the factor of all frequency methods.
+    window: the window, in tokens, of all score methods that have one.
+    bucket: number of positions whose losses are averaged.
     trials: pieces of each text.
-    seed: of where texts are cut.
-    dtype: "float32" or "bfloat16", of a model that is loaded here.
-    device: of torch, likewise; CUDA where there is one, else the CPU, if None.
-    out: a folder for TASK.json, and TASK.png where there is matplotlib; None keeps neither.
-    table: where to print a line for each row, such as sys.stdout.
+    seed: seed of the places where texts are cut.
+    dtype: "float32" or "bfloat16", for a model that this call loads.
+    device: a torch device, for a model that this call loads; if None, CUDA or else the CPU.
+    out: a folder for TASK.json, and TASK.png with matplotlib; None writes neither.
+    table: stream that gets a line for each row, such as sys.stdout.
 
-    Returns the settings and "rows": each has a method, its params, a length, and "loss" with
-    "buckets", or "gains" by distance; standard errors, over pieces or passages, are "error".
-    Raises UsageError, a ValueError of one line, before anything slow.
+    Returns the settings and "rows". Each row has a method, its params, a length, and "loss" with
+    "buckets", or "gains" by distance; "error" is the standard error over pieces or passages.
+    Raises UsageError, a ValueError of one line, before anything slow begins.
     """
     plan = options.make_plan(methods, lengths, factor, window)
     names = [text] if isinstance(text, str) else list(text)
@@ -126,7 +126,7 @@ def evaluate(
 
 
 def _about(task: Task, model: PreTrainedModel) -> dict[str, Any]:
-    """Return what the numbers depend on."""
+    """Return settings that the numbers depend on."""
     return {
         "model_digest": model_digest(model),
         "training_length": training_length(model),
@@ -141,7 +141,7 @@ def _about(task: Task, model: PreTrainedModel) -> dict[str, Any]:
 def _loaded(
     name: str, dtype: str, device: str | None, make: Callable[[PreTrainedTokenizerBase], Task]
 ) -> tuple[PreTrainedModel, Task]:
-    """Return a model from disk, and the task, which is made first: its mistakes show at once."""
+    """Load a model from disk, and make the task first, so that its mistakes show at once."""
     files, device = models.prepared(name, device)
     slow = " (from GGUF, which takes half a minute or more)" if files.gguf_file else ""
     print(f"loading {name}{slow}", file=sys.stderr, flush=True)
@@ -189,7 +189,7 @@ def _run_rows(
 
 
 def _planned(model: PreTrainedModel, plan: options.Plan) -> list[dict[str, Any]]:
-    """Return the rows to measure; raises UsageError where the model does not suit a method."""
+    """Return the rows to measure; raises UsageError if a method does not suit the model."""
     trained, unscaled = training_length(model), unscaled_length(model)
     rows = [
         {

@@ -1,4 +1,4 @@
-"""Texts to read, their tokens, and the pieces that are cut from them."""
+"""Texts to read, their tokens, and pieces of them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _BUILT_IN = "pydocs"
 class Text(NamedTuple):
     """The tokens of a text.
 
-    name: as tables call it.
-    opening: what opens every sequence of this model, BOS as a rule: (opening tokens,) int64
-    ids: (tokens,) int64, without it.
+    name: its name in tables.
+    opening: tokens that open every sequence of this model, usually BOS: (opening tokens,) int64
+    ids: (tokens,) int64, without the opening.
     """
 
     name: str
@@ -35,16 +35,16 @@ class Text(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How many there are, the opening among them."""
+        """The number of tokens, with the opening."""
         return len(self.opening) + len(self.ids)
 
     @property
     def digest(self) -> str:
-        """What tells it from another text of this name."""
+        """A digest that tells this text from others of its name."""
         return tokens_digest(torch.cat([self.opening, self.ids]))
 
     def about(self) -> dict[str, str | int]:
-        """Return what results say of it."""
+        """Return the description of this text for results."""
         return {"name": self.name, "tokens": self.tokens, "digest": self.digest}
 
     def halves(self) -> tuple[Text, Text]:
@@ -57,19 +57,19 @@ class Text(NamedTuple):
         )
 
     def start(self, length: int, index: int, seed: int) -> int:
-        """Return where the piece of so many tokens starts: the first with the text."""
+        """Return the start of a piece of `length` tokens; the first piece starts with the text."""
         if index == 0:
             return 0
         return random.Random(f"{seed} {index}").randrange(len(self.ids) - length + 1)
 
     def piece(self, length: int, index: int, seed: int) -> Tensor:
-        """Return `length` tokens in a row, the opening among them: (length,) int64."""
+        """Return `length` tokens in a row, with the opening: (length,) int64."""
         length -= len(self.opening)
         start = self.start(length, index, seed)
         return torch.cat([self.opening, self.ids[start : start + length]])
 
     def after(self, length: int, index: int, seed: int, count: int) -> Tensor:
-        """Return the `count` tokens that follow that piece, the text's first behind its last."""
+        """Return the `count` tokens after that piece; the text starts again after its end."""
         length -= len(self.opening)
         start = self.start(length, index, seed) + length
         return self.ids[torch.arange(start, start + count) % len(self.ids)]
@@ -77,7 +77,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be read, as the options of the command.
+    """The command's options about texts.
 
     texts: files, or `pydocs`. bucket: tokens per bucket of positions.
     """
@@ -90,7 +90,7 @@ class Asked:
 
 
 class Reading:
-    """The pieces of all texts, the same for every method; raises UsageError as `load_texts`."""
+    """The pieces of all texts, the same for every method; raises UsageError like `load_texts`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, asked: Asked, longest: int) -> None:
         self._texts = load_texts(tokenizer, asked.texts, longest)
@@ -98,12 +98,12 @@ class Reading:
         self.count = asked.trials * len(self._texts)
 
     def about(self) -> dict[str, Any]:
-        """Return what results say of them."""
+        """Return the description of all texts for results."""
         about = [text.about() for text in self._texts]
         return {"texts": about, "trials": self._trials, "seed": self._seed}
 
     def pieces(self, length: int, more: int = 0) -> Iterator[Tensor]:
-        """Return so many tokens of each, and as many more that follow: (length + more,)."""
+        """Yield each piece with the `more` tokens after it: (length + more,)."""
         for text in self._texts:
             for index in range(self._trials):
                 piece = text.piece(length, index, self._seed)
@@ -113,9 +113,9 @@ class Reading:
 def load_texts(
     tokenizer: PreTrainedTokenizerBase, names: Sequence[str], longest: int
 ) -> list[Text]:
-    """Return the texts of these files, `pydocs` standing for the Python reference.
+    """Return the texts of these files; `pydocs` is the Python reference.
 
-    Raises UsageError when one cannot be read, is given twice, or has less than `longest` tokens.
+    Raises UsageError if one cannot be read, is given twice, or has fewer than `longest` tokens.
     """
     texts = read_texts(tokenizer, names)
     for name, text in zip(names, texts, strict=True):
@@ -127,9 +127,9 @@ def load_texts(
 
 
 def read_texts(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[Text]:
-    """Return texts as `read_text` does; raises UsageError where two are the same.
+    """Read each text by `read_text`; raises UsageError if two are equal.
 
-    Their pieces would be the same ones, too, and count for more than they tell.
+    Equal texts would give equal pieces, which would make the standard error too small.
     """
     found: dict[str, Text] = {}
     for name in names:
@@ -140,14 +140,14 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list
 
 
 def read_text(tokenizer: PreTrainedTokenizerBase, name: str, option: str = "--text") -> Text:
-    """Return the text of a file, or `pydocs`; raises UsageError, naming the option it came by."""
+    """Return the text of a file, or `pydocs`; raises UsageError with the option's name."""
     ids = tokenizer(_read(name, option), add_special_tokens=False, verbose=False).input_ids
     opening, body = (torch.tensor(part, dtype=torch.int64) for part in (_opening(tokenizer), ids))
     return Text(Path(name).name, opening, body)
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # Found by a word, as what a tokenizer gives of an empty text may as well be put behind it.
+    # By a word: the tokens of an empty text may also be ones that the tokenizer puts at the end.
     bare = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
     fits = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
@@ -155,7 +155,7 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def source(name: str) -> str | None:
-    """Return the path of a text's file, however it was spelled; None for `pydocs`."""
+    """Return one path for all spellings of a text's file; None for `pydocs`."""
     return None if name == _BUILT_IN else os.path.realpath(name)
 
 

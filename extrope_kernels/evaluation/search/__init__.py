@@ -1,3 +1,3 @@
-"""The search for what lets one model read one length: published methods, factors, windows."""
+"""Search the method by which a model reads a length best: published ones, factors, windows."""
 
 from .run import search as search

@@ -1,4 +1,4 @@
-"""What is tried: a model as it is, or extended by a method with its parameters."""
+"""Candidates of a search: the plain model, or a method with its parameters."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _FIXED = ("log_n", "seq_len")  # lengths of the model's training
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method and the parameters that `extend` is given; `plain` is the model as it is."""
+    """A method and its parameters for `extend`; `plain` is the model without a method."""
 
     method: str = "plain"
     params: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """As tables call it: without numbers per pair, which would fill them."""
+        """The name in tables, without numbers per pair, which would fill them."""
         shown = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self._short()]
         return " ".join([self.method, *shown])
 
     @property
     def call(self) -> str:
-        """The line of Python that extends a model so."""
+        """The line of Python that extends a model by this candidate."""
         if self.method == "plain":
             return "model"
         given = "".join(f", {name}={value!r}" for name, value in self.params.items())
@@ -48,9 +48,9 @@ class Candidate:
         return extend(model, self.method, **self.params)
 
     def moved(self, name: str, ratio: float) -> Candidate:
-        """Return the method with one of its numbers that many times as large.
+        """Return the method with one of its numbers multiplied by a ratio.
 
-        A whole number stays whole, and SelfExtend's window a multiple of its groups.
+        A whole number stays whole, and SelfExtend's window stays a multiple of its groups.
         """
         value = self.params[name]
         changed: float = value * ratio
@@ -78,8 +78,10 @@ class Candidate:
 def published(length: int, trained: int, pairs: int) -> list[Candidate]:
     """Return the frequency methods over a small grid of their parameters, the likeliest first.
 
-    Factors are length / trained, with which a method reaches the length by its paper, and more, as
-    some reach less than theirs. pairs: of a head.
+    Factors are length / trained, which is enough by the papers, and larger ones, since some methods
+    reach less far than their factor.
+
+    pairs: pairs of dims in a head.
     """
     factor = max(1.0, length / trained)
     factors = (factor, 1.5 * factor, 2 * factor)
@@ -100,7 +102,7 @@ def published(length: int, trained: int, pairs: int) -> list[Candidate]:
 
 
 def _that_need_a_factor(known: Sequence[str]) -> list[str]:
-    """Return the other methods that are told a factor alone, and no length."""
+    """Return the other methods that require a factor and take no length."""
 
     def needs(method: Callable[..., Any]) -> bool:
         parameters = inspect.signature(method).parameters
@@ -113,14 +115,14 @@ def _that_need_a_factor(known: Sequence[str]) -> list[str]:
 def score_methods(length: int, trained: int) -> list[Candidate]:
     """Return the score methods over a small grid of windows and factors, the likeliest first.
 
-    Their other parameters are those of `eval`. log_n is tried on the best, see `with_log_n`.
+    Their other parameters are those of `eval`. The best is tried with log_n too: `with_log_n`.
     """
     usual = {
         method: Candidate(method, Plan([method], [length]).method_params(method, length, trained))
         for method in SCORES
     }
     quarter, half = max(1, trained // 4), max(1, trained // 2)
-    # So that far tokens in groups fill three quarters of the distances behind the window.
+    # Far tokens in groups then fill three quarters of the distances beyond the window.
     factor = max(2, math.ceil(4 * (length - half) / (3 * (trained - half))))
     wide = Candidate("self_extend", {"window": factor * max(1, half // factor), "factor": factor})
     steep = Candidate("leaky_rerope", {"window": quarter, "factor": 4.0})
@@ -132,5 +134,5 @@ def score_methods(length: int, trained: int) -> list[Candidate]:
 
 
 def with_log_n(candidate: Candidate, trained: int) -> Candidate:
-    """Return a score method whose queries are scaled by the logarithm of their position, too."""
+    """Return a score method that also scales queries by the logarithm of their position."""
     return Candidate(candidate.method, candidate.params | {"log_n": trained})

@@ -1,4 +1,4 @@
-"""The `search` command: what lets this model read this length best, as a configuration to load."""
+"""The `search` command: finds the method by which a model reads a length best."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command and return its exit code, as `eval` does."""
+    """Run the command and return its exit code, the same as for `eval`."""
     return run_command("search", _run, args)
 
 

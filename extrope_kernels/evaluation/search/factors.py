@@ -1,6 +1,6 @@
-"""Factors of a model's frequencies: how a gradient moves them, a configuration that has them.
+"""Factors of a model's frequencies: moves down a gradient, and a configuration with them.
 
-LongRoPE's paper keeps them rising from fast pairs to slow ones: https://arxiv.org/abs/2402.13753
+Factors rise from fast pairs to slow ones, as in LongRoPE's paper: https://arxiv.org/abs/2402.13753
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from .candidates import Candidate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_STILL = 1e30  # factor of a pair that does not rotate: no float32 tells it from that
+_STILL = 1e30  # factor of a pair that does not rotate; in float32 there is no difference
 _MOST = 0.1  # largest step of a logarithm
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """The frequencies of the layers that are extended.
+    """The frequencies of the extended layers.
 
-    layer_type: their key in config.rope_parameters, None where all layers share one entry.
-    base: rope_theta. trained: positions the model was trained on, before any scaling of its own.
-    scaled: those that it reads with that, where score methods begin, which keep it.
-    plain: (pairs,) float32, those of RoPE at this base.
+    layer_type: the layers' key in config.rope_parameters; None if all layers share one entry.
+    base: rope_theta.
+    trained: positions that the model was trained on, without its own scaling.
+    scaled: positions that it reads with its own scaling; score methods keep that, and start there.
+    plain: RoPE's frequencies at this base, (pairs,) float32.
     """
 
     site: RotarySite
@@ -51,31 +52,31 @@ class Ladder:
     plain: Tensor
 
     def freqs(self, candidate: Candidate) -> RopeFreqs:
-        """Return a frequency method's frequencies in this model."""
+        """Return a frequency method's frequencies for this model."""
         method = "rope" if candidate.method == "plain" else candidate.method
         values = values_of(self.site, self.layer_type)
         return bind_method("search", method, candidate.params, values)[0]()
 
     def log_factors(self, freqs: RopeFreqs) -> Tensor:
-        """Return the logarithm of what each frequency of RoPE is divided by: (pairs,) float64."""
+        """Return logarithms of the divisors of RoPE's frequencies: (pairs,) float64."""
         ratios = self.plain.double() / freqs.inv_freq.double()
         return ratios.clamp(max=_STILL).log()
 
     def factors(self, amplitude: float, length: int) -> PerPair:
-        """Return LongRoPE by its factors, the same at every length; 1 is RoPE."""
+        """Return LongRoPE with the same factors at every length; 1 is RoPE."""
         rest = {"attention_factor": amplitude, "seq_len": self.trained}
         names = ("short_factor", "long_factor")
         return PerPair("longrope", names, rest, self.plain * length, rises=True)
 
     def divisors(self, leaky: Candidate, length: int) -> PerPair:
-        """Return far frequencies by their divisors; its factor for all is Leaky ReRoPE."""
+        """Return far frequencies with divisors; one divisor for all pairs is Leaky ReRoPE."""
         rest = {name: value for name, value in leaky.params.items() if name != "factor"}
         angles = self.plain * (length - leaky.params["window"]) / leaky.params["factor"]
         return PerPair("far_frequencies", ("divisors",), rest, angles)
 
 
 def find_ladder(model: PreTrainedModel, trained: int) -> Ladder:
-    """Return the frequencies to search; raises UsageError where they are none or several."""
+    """Return the frequencies to search; raises UsageError if the model has none or several."""
     try:
         sites = find_sites(model)
     except ValueError as error:
@@ -91,7 +92,7 @@ def find_ladder(model: PreTrainedModel, trained: int) -> Ladder:
 
 
 def rising(values: Tensor) -> Tensor:
-    """Return the nearest values that never fall, by least squares: neighbours are averaged."""
+    """Return the nearest values that never fall, by least squares: averages of neighbours."""
     blocks: list[tuple[float, int]] = []  # mean, count
     for value in values.tolist():
         mean, count = value, 1
@@ -103,16 +104,16 @@ def rising(values: Tensor) -> Tensor:
 
 
 class NoGradient(Exception):
-    """The loss of this model does not say how it depends on the frequencies."""
+    """An error: the model's loss has no gradient to the frequencies."""
 
 
 @dataclass(frozen=True)
 class PerPair:
-    """A method that takes a number for each pair of dims, whose logarithms a gradient moves.
+    """A method with a number for each pair of dims; a gradient moves the numbers' logarithms.
 
     names: the parameters that hold the numbers. rest: the others.
-    angles: (pairs,) by which each pair rotates over the farthest distance, in radians.
-    rises: whether numbers may not fall from fast pairs to slow ones.
+    angles: rotation of each pair over the farthest distance, in radians: (pairs,)
+    rises: True if numbers may not fall from fast pairs to slow ones.
     """
 
     method: str
@@ -122,17 +123,17 @@ class PerPair:
     rises: bool = False
 
     def candidate(self, logs: Tensor) -> Candidate:
-        """Return the method with these numbers: (pairs,) logarithms."""
+        """Return the method with the numbers of these logarithms: (pairs,)."""
         return Candidate(self.method, self._params(logs.exp().tolist()))
 
     def downhill(self, logs: Tensor, gradients: Tensor, size: float) -> Tensor:
-        """Return logarithms a step down the gradients: (pairs,).
+        """Return logarithms one step down the gradients: (pairs,).
 
-        A number moves by a tenth at most, and no pair rotates by more than a radian at the farthest
-        distance: fast pairs bear a thousandth of what slow ones need. Within that, a pair goes as
-        far as the gradients of single pieces agree.
+        A number moves by a tenth at most, and a pair's angle at the farthest distance by a radian
+        at most: fast pairs bear a thousandth of the step that slow ones need. Within these limits,
+        a pair moves as far as the gradients of single pieces agree.
 
-        gradients: (pieces, pairs). size: of the step, 1 for all of that.
+        gradients: (pieces, pairs). size: the step's size; 1 goes to the limits.
         """
         farthest = (1 / self.angles.to(logs.dtype)).clamp(max=_MOST)
         agreement = gradients.mean(0) / gradients.square().mean(0).sqrt().clamp(min=1e-30)
@@ -142,11 +143,11 @@ class PerPair:
     def gradient(
         self, model: PreTrainedModel, logs: Tensor, loss: Callable[[], Tensor]
     ) -> tuple[float, Tensor]:
-        """Return the loss of the model with these numbers, and its gradient to the logarithms.
+        """Return the model's loss with these numbers, and its gradient to the logarithms.
 
-        loss: of the model as it is when called.
+        loss: returns the model's loss in its state at the time of the call.
 
-        Raises NoGradient where none reaches them: a model's own rotary embedding may record none.
+        Raises NoGradient if none reaches them: a model's own rotary embedding may record none.
         """
         logs = logs.detach().clone().requires_grad_()
         with extend(model, self.method, **self._params(logs.exp())), _checkpointed(model):
@@ -162,7 +163,7 @@ class PerPair:
 
 @contextmanager
 def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
-    """Keep only what goes from layer to layer until the backward, which computes the rest again."""
+    """Keep only the tensors between layers for the backward, which computes the rest again."""
     with ExitStack() as stack:
         for layer in decoder_layers(model):
             stack.enter_context(forward_replaced(layer, _recomputed(layer.forward)))
@@ -173,17 +174,17 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-# Types that every loader of configurations has; other frequencies are written as factors.
+# Types that every loader of configurations knows; other frequencies are written as factors.
 _EVERYWHERE = ("pi", "ntk_aware", "yarn", "llama3")
 
 
 def write_config(
     model: PreTrainedModel, ladder: Ladder, candidate: Candidate, length: int, folder: Path
 ) -> None:
-    """Write config.json of the model as a frequency method extends it, without its weights."""
+    """Write the config.json, without weights, of the model extended by a frequency method."""
     config = copy.deepcopy(model.config)
     if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # of the GGUF file, not of what its weights are now
+        del config.quantization_config  # it describes the GGUF file, not the loaded weights
     if candidate.method == "plain":
         config.save_pretrained(folder)
         return
@@ -195,10 +196,10 @@ def write_config(
 
 
 def _named(ladder: Ladder, candidate: Candidate, length: int) -> Candidate:
-    """Return a candidate of these frequencies that a configuration has a name for.
+    """Return a candidate with these frequencies and a type that configurations have.
 
-    A model that comes with LongRoPE may take no other type (Phi-3). Its factors are the same for
-    short texts and long ones, as keys that were cached at one length have to fit at another.
+    A model that comes with LongRoPE may take no other type (Phi-3). Short and long texts get the
+    same factors, since keys that were cached at one length must fit at another.
     """
     own = ladder.site.parameters(ladder.layer_type).get("rope_type")
     if candidate.method in _EVERYWHERE and own != "longrope":

@@ -1,4 +1,4 @@
-"""Pieces of full length in which passages come again, and which of their tokens count."""
+"""Pieces of full length with repeated passages, and the weights of their tokens."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from ..texts import Text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# By what a search chooses, and the number of a row that it is.
+# Objectives of a search, and the key of each one's number in a row.
 OBJECTIVES = {"loss": "loss", "recall": "again"}
-SHORTEST = 480  # tokens, into which recall's passages fit
-_LAST = 0.25  # of a text's tokens, those whose loss counts
+SHORTEST = 480  # tokens; recall's passages need as many
+_LAST = 0.25  # the loss of this last share of a text's tokens counts
 
 
 class Piece(NamedTuple):
-    """Tokens of a text, passages among them that come twice: ids (seqlen,) int64."""
+    """Tokens of a text with passages that come twice: ids (seqlen,) int64."""
 
     ids: Tensor
     passages: list[Repeat]
 
     def weights(self, objective: str) -> Tensor:
-        """Return how much each prediction counts: (seqlen - 1,) float64, which sum to 1.
+        """Return the weight of each prediction: (seqlen - 1,) float64, with sum 1.
 
-        "loss": those of the last quarter, but for passages, which stand where they do not belong.
-        "recall": those of passages that come again, whose answer lies far back, as LongRoPE2
-            searches by (https://arxiv.org/abs/2502.20082). The first quarter of a passage, which
-            tells that there is something to recall, does not count.
+        "loss": the last quarter counts, without passages, which do not belong into the text.
+        "recall": second copies of passages count, whose answers lie far back, as in LongRoPE2's
+            search (https://arxiv.org/abs/2502.20082). The first quarter of a passage does not
+            count: it tells that there is something to recall.
         """
         counts = torch.zeros(len(self.ids) - 1, dtype=torch.float64)
         if objective == "loss":
@@ -52,7 +52,7 @@ class Piece(NamedTuple):
 
 
 def cut(text: Text, length: int, index: int, seed: int) -> Piece:
-    """Return a piece of a text; its passages are what follows it."""
+    """Return a piece of a text; its passages are the tokens after it."""
     found = repeats(length, *distances(length))
     others = text.after(length, index, seed, sum(passage.tokens for passage in found))
     return Piece(repeated(text.piece(length, index, seed), others, found), found)
@@ -61,7 +61,7 @@ def cut(text: Text, length: int, index: int, seed: int) -> Piece:
 def measure(
     model: PreTrainedModel, piece: Piece, on_progress: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Return a piece's losses, in nats a token, and what its passages gain the second time."""
+    """Return a piece's losses and the gain of its repeated passages, in nats a token."""
     losses = token_losses(model, piece.ids[None].to(model.device), on_progress)[0].double()
     found = {name: losses @ piece.weights(objective) for objective, name in OBJECTIVES.items()}
     numbers = {name: value.item() for name, value in found.items()}
@@ -72,9 +72,9 @@ def measure(
 def weighted_loss(
     model: PreTrainedModel, piece: Piece, objective: str, on_layer: Callable[[], None]
 ) -> Tensor:
-    """Return the loss of what counts as a scalar whose gradient needs little memory.
+    """Return the weighted loss, a scalar whose gradient needs little memory.
 
-    The backward computes the logits of one chunk at a time again.
+    The backward computes the logits again, one chunk at a time.
     """
     ids = piece.ids.to(model.device)
     weights = piece.weights(objective).float().to(model.device)

@@ -1,4 +1,4 @@
-"""Runs a search; tells, draws and writes what held-out text says of it."""
+"""Run a search; print, draw and write its results on held-out text."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("float32", "bfloat16")
-_ROWS = 60  # about so many measurements; the bar of all of them is a guess
-_NUMBERS = ("loss", "whole", "again", "recall")  # of a measurement
+_ROWS = 60  # a guess of the number of measurements, for the progress bar
+_NUMBERS = ("loss", "whole", "again", "recall")  # the numbers of a measurement
 
 
 def search(
@@ -43,21 +43,22 @@ def search(
     """Search for the method and parameters by which a model reads a length best.
 
     Writes search.json, search.png (with matplotlib) and extended/config.json, which has the best
-    frequencies, into `out`. The same call goes on where it was interrupted, and a larger budget
-    where a smaller one ended.
+    frequencies, into `out`. The same call continues an interrupted search, and a call with a
+    larger budget continues a finished one.
 
-    model: folder of transformers, .gguf file, or a name of `models.PACKAGES`.
+    model: a transformers folder, a .gguf file, or a name in `models.PACKAGES`.
     texts: UTF-8 files to search on, or "pydocs", the Python reference; one or several.
     length: tokens that the model is to read.
-    held_out: text that decides; the second half of each of `texts` if None.
+    held_out: text to decide on; the second half of each of `texts` if None.
     budget: minutes of measuring.
-    objective: "loss", of the last quarter of a text, or "recall", the loss of passages that come
-        again, the first time up to fifteen sixteenths of the length before.
-    dtype, device: of the model; a GPU if None and there is one. seed: of where texts are cut.
+    objective: "loss", of the last quarter of a text, or "recall", the loss of repeated passages,
+        whose first copy is up to fifteen sixteenths of the length before.
+    dtype, device: the model's; if device is None, a GPU if there is one.
+    seed: seed of the places where texts are cut.
 
-    Returns what search.json holds: `finalists` has a row each, the best first, with its `method`,
-    `params` and `call`.
-    Raises UsageError, which is a ValueError, for what cannot be searched.
+    Returns the content of search.json: `finalists` has a row each, the best first, with its
+    `method`, `params` and `call`.
+    Raises UsageError, a ValueError, if the search cannot be done.
     """
     if length < SHORTEST:
         raise UsageError(f"length must be >= {SHORTEST}, got {length}")
@@ -94,10 +95,10 @@ def search(
 def split_texts(
     tokenizer: PreTrainedTokenizerBase, names: Sequence[str], held_out: str | None, length: int
 ) -> tuple[list[Text], list[Text]]:
-    """Return what to search on and what decides, which have no token in common.
+    """Return the texts to search on and those to decide on; they have no token in common.
 
-    Raises UsageError where a part has less than `length` tokens, or is searched on and decides,
-    and where a text is given twice.
+    Raises UsageError if a part has fewer than `length` tokens, if a text is given twice, or if a
+    text is for both.
     """
     if held_out is not None and source(held_out) in map(source, names):
         raise UsageError(f"--held-out {held_out}: is searched on, too")
@@ -125,9 +126,9 @@ def search_model(
     budget: float,
     out: Path,
 ) -> dict[str, Any]:
-    """Search with a loaded model; show, write and return what was found.
+    """Search with a loaded model; show, write and return the results.
 
-    settings: what results depend on, for the head of search.json. budget: seconds.
+    settings: settings that results depend on, for the head of search.json. budget: seconds.
     """
     ladder = find_ladder(model, training_length(model))
     header = settings | {
@@ -169,19 +170,19 @@ def _print_best(rows: list[dict[str, Any]]) -> None:
     print("\n".join(table(rows)))
     best = rows[0]
     print(f"best on {len(best['pieces'])} held-out pieces: {best['name']}")
-    if any(isinstance(value, list) for value in best["params"].values()):  # too long for a line
+    if any(isinstance(value, list) for value in best["params"].values()):  # too long for one line
         print(f'extend(model, "{best["method"]}", **params), of its row in search.json')
     else:
         print(best["call"])
 
 
 def _best_frequencies(rows: list[dict[str, Any]], frequencies: list[Candidate]) -> Candidate:
-    """Return the best finalist that a configuration can express: score methods need `extend`."""
+    """Return the best finalist that a configuration can hold; score methods need `extend`."""
     by_name = {each.name: each for each in frequencies}
     for row in rows:
         if row["name"] in by_name and row["pieces"]:
             return by_name[row["name"]]
-    return frequencies[-2]  # the last but plain: the best published by text that was searched on
+    return frequencies[-2]  # the last before plain: the best published method on the searched texts
 
 
 def summarise(
@@ -189,8 +190,8 @@ def summarise(
 ) -> list[dict[str, Any]]:
     """Return a row for each finalist, the best first.
 
-    Losses of pieces differ by more than those of methods, so what counts is told against the first
-    finalist, YaRN by its paper, piece by piece.
+    Losses differ more between pieces than between methods. So each finalist is compared piece by
+    piece with the first one, YaRN with its paper's factor.
     """
     found = []
     for candidate, pieces in zip(candidates, measured, strict=True):
@@ -232,7 +233,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         )
     left.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
     left.axvline(0, color="0.35", linewidth=0.8)
-    # A model as it is may be nats behind, where the others differ by hundredths.
+    # The plain model may be nats behind, while the others differ by hundredths.
     left.set_xscale("symlog", linthresh=0.1)
     left.set_xlabel(f"{results['objective']}, to YaRN's (nats a token; 0 is YaRN)")
     for name, factors in results["factors"].items():

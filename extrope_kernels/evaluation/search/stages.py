@@ -1,6 +1,6 @@
-"""The search itself, by pieces of full length: short ones rank methods otherwise.
+"""The stages of a search, by pieces of full length: short ones rank methods differently.
 
-Each stage may go on until a share of the budget is spent; what one leaves is the next one's.
+A stage ends at the latest when a share of the budget is spent; the next one gets the rest.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from .pieces import OBJECTIVES, Piece, cut, measure, weighted_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Shares of the budget by whose end a stage is over.
+# Shares of the budget at which stages end.
 _PUBLISHED, _SCORES, _REFINED, _FAR, _FACTORS = 0.1, 0.25, 0.35, 0.5, 0.6
 _TRIED = 6  # published frequency methods, at most
 _PIECES, _HELD_OUT_PIECES = 2, 8
-_FRONT = 3  # so many of a kind read more pieces than one
-_FAR_BEHIND = 0.01  # nats on the first piece; the others are not read then
-_RATIOS = (1.5, 1.2)  # by which a parameter is moved, first far, then near
-_STEPS, _SIZES = 8, (1.0, 0.25)  # down the gradient at most, and how far, of what is bearable
-_TILTS = (2.0, 1.5, 0.5)  # of divisors: the fastest pair's over the middle one's, tried in turn
-_HOPELESS = 0.2  # nats behind YaRN on a held-out piece; no other is read then
+_FRONT = 3  # candidates of a kind that read more than one piece
+_FAR_BEHIND = 0.01  # nats on the first piece; a candidate further behind reads no other
+_RATIOS = (1.5, 1.2)  # a move multiplies or divides a parameter by these: first far, then near
+_STEPS, _SIZES = 8, (1.0, 0.25)  # most steps down the gradient, and their sizes (1: the limit)
+_TILTS = (2.0, 1.5, 0.5)  # the fastest pair's divisor over the middle one's, tried in turn
+_HOPELESS = 0.2  # nats behind YaRN on a held-out piece; a candidate further behind reads no other
 
 
 class Ledger:
-    """Measurements in a JSON file, made once each and only while there is time for them.
+    """Measurements in a JSON file: each is made once, and only while there is time for it.
 
     path, header: as in `report.resumed`.
-    budget: seconds, those of the rows that the file holds already among them.
+    budget: seconds; rows that the file already holds count too.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], budget: float) -> None:
@@ -57,19 +57,21 @@ class Ledger:
 
     @property
     def spent(self) -> float:
-        """The seconds that all measurements took."""
+        """The seconds spent on all measurements."""
         return sum(row["seconds"] for row in self.results["rows"])
 
     def known(self, of: dict[str, Any]) -> dict[str, Any] | None:
-        """Return what was measured, None if it was not."""
+        """Return a measurement, or None if there is none yet."""
         return self._known.get(_row_key(of))
 
     def measured(
         self, of: dict[str, Any], share: float, measure: Callable[[], dict[str, Any]]
     ) -> dict[str, Any] | None:
-        """Return what was measured, or measure it; None if that would pass a share of the budget.
+        """Return a measurement, made if needed; None if it would pass a share of the budget.
 
-        It is expected to take as long as others. of: what it is, `kind` among it.
+        The expected time is that of others of its kind.
+
+        of: the measurement's key, with its `kind`.
         """
         if (known := self.known(of)) is not None:
             return known
@@ -85,7 +87,7 @@ class Ledger:
         return row
 
     def _expected(self, kind: str) -> float:
-        """Return the seconds of others of a kind; a gradient takes as long as four readings."""
+        """Return the seconds to expect for a kind; a gradient takes as long as four readings."""
         rows = [(row["of"]["kind"], row["seconds"]) for row in self.results["rows"]]
         if same := [seconds for other, seconds in rows if other == kind]:
             return median(same)
@@ -102,15 +104,15 @@ def _row_key(of: dict[str, Any]) -> str:
 
 
 class _RefusedError(Exception):
-    """A model cannot be extended by a candidate."""
+    """An error: the model cannot be extended by a candidate."""
 
 
 @dataclass
 class Search:
-    """A model, texts and a length, and what has been measured of them.
+    """A search: a model, texts, a length and the measurements so far.
 
-    texts, held_out: to search on, and to decide on.
-    objective: of `pieces.OBJECTIVES`; what it counts is to become small.
+    texts, held_out: texts to search on, and texts to decide on.
+    objective: a key of `pieces.OBJECTIVES`; the search makes its number small.
     """
 
     model: PreTrainedModel
@@ -126,14 +128,14 @@ class Search:
     def __post_init__(self) -> None:
         self.counts = OBJECTIVES[self.objective]
         self._refusals: list[str] = []
-        # By its paper, which everything is compared with.
+        # With its paper's factor: everything is compared with this.
         self.yarn = Candidate("yarn", {"factor": max(1.0, self.length / self.ladder.trained)})
 
     def run(self) -> list[Candidate]:
-        """Return the finalists: YaRN by its paper, the best of each kind, and plain at last.
+        """Return the finalists: YaRN with its paper's factor, the best of each kind, plain last.
 
         Kinds are published frequencies, score methods, the best of both with its parameters moved,
-        and what has a number for each pair of dims.
+        and methods with a number for each pair of dims.
         """
         methods = published(self.length, self.ladder.trained, len(self.ladder.plain))
         methods = [self.yarn, *(each for each in methods if each != self.yarn)]
@@ -154,7 +156,7 @@ class Search:
         return found
 
     def best(self, candidates: Sequence[Candidate], share: float) -> Candidate | None:
-        """Return the best by all pieces of those that are the best by the first."""
+        """Rank candidates by the first piece, then return the best of the first few by all."""
         costs = [(self._cost(each, 0, share), each) for each in candidates]
         read = [(cost, each) for cost, each in costs if cost is not None]
         front = [each for _, each in sorted(read, key=lambda pair: pair[0])[:_FRONT]]
@@ -164,9 +166,9 @@ class Search:
         return best
 
     def costs_less(self, tried: Candidate, than: Candidate, share: float) -> bool:
-        """Compare two candidates piece by piece, as far as there is time.
+        """Compare two candidates piece by piece while there is time.
 
-        One that is far behind on the first piece is not read on.
+        A candidate far behind on the first piece reads no other.
         """
         behind: list[float] = []
         for piece in range(_PIECES):
@@ -179,7 +181,7 @@ class Search:
         return bool(behind) and fmean(behind) < 0
 
     def refined(self, best: Candidate, share: float) -> Candidate:
-        """Move one parameter at a time, far and then near, until no move costs less."""
+        """Move one parameter at a time, first far, then near, until no move costs less."""
         for ratio in _RATIOS:
             while (better := self._moved(best, ratio, share)) is not None:
                 best = better
@@ -193,16 +195,16 @@ class Search:
         return next((each for each in tried if self.costs_less(each, best, share)), None)
 
     def factors(self, start: Candidate, share: float) -> Candidate | None:
-        """Return LongRoPE's factors that cost less than the method they start from, if any do."""
+        """Return LongRoPE's factors if some cost less than the method they start from, or None."""
         freqs = self.ladder.freqs(start)
         of = self.ladder.factors(freqs.attention_factor, self.length)
         return self._descended(start, of, rising(self.ladder.log_factors(freqs)), share)
 
     def far_frequencies(self, start: Candidate | None, share: float) -> Candidate | None:
-        """Return far frequencies that cost less than Leaky ReRoPE, if any do.
+        """Return far frequencies if some cost less than Leaky ReRoPE, or None.
 
-        At first slow pairs are slowed less and fast ones more, or the other way round; then each
-        goes down its gradient.
+        First tilts are tried: slow pairs are slowed less and fast ones more, or the other way
+        round. Then each pair goes down its gradient.
         """
         if start is None:
             return None
@@ -217,7 +219,7 @@ class Search:
     def _descended(
         self, start: Candidate, of: PerPair, at: Tensor, share: float
     ) -> Candidate | None:
-        """Go down the gradient while that costs less than the start, which is `at`."""
+        """Go down the gradient from `at` while that costs less than the start."""
         best = start
         try:
             for _ in range(_STEPS):
@@ -231,7 +233,7 @@ class Search:
     def _step(
         self, of: PerPair, at: Tensor, than: Candidate, share: float
     ) -> tuple[Tensor, Candidate] | None:
-        """Return numbers down the gradients of all pieces that cost less, None if none do."""
+        """Take a step down the gradients of all pieces; None if no size of it costs less."""
         if (gradients := self._gradients(of, at, share)) is None:
             return None
         for size in _SIZES:
@@ -242,7 +244,7 @@ class Search:
         return None
 
     def _gradients(self, of: PerPair, at: Tensor, share: float) -> Tensor | None:
-        """Return the gradients of all pieces, (pieces, pairs), None if there was no time."""
+        """Return the gradients of all pieces, (pieces, pairs), or None without time."""
         found = []
         for index in range(_PIECES):
 
@@ -269,17 +271,17 @@ class Search:
                     return
 
     def _is_hopeless(self, candidate: Candidate) -> bool:
-        """Say whether a candidate was so far behind YaRN that one piece says enough."""
+        """Return True if one piece is enough: the candidate is far behind YaRN."""
         row, yarn = (self.on_held_out(each)[0] for each in (candidate, self.yarn))
         return row[self.counts] > yarn[self.counts] + _HOPELESS
 
     def on_held_out(self, candidate: Candidate) -> list[dict[str, Any]]:
-        """Return what was measured of a finalist, in the order of pieces."""
+        """Return a finalist's measurements in the order of pieces."""
         of = (_of(candidate, "held-out", index) for index in range(_HELD_OUT_PIECES))
         return [row for each in of if (row := self.ledger.known(each)) is not None]
 
     def _cost(self, candidate: Candidate, index: int, share: float) -> float | None:
-        """Return what the search is to make small, None without time or where it is refused."""
+        """Return the number to make small; None without time, or if the model refuses."""
         row = self._read(candidate, index, "search", share)
         return None if row is None else row[self.counts]
 
