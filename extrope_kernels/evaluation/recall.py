@@ -25,7 +25,7 @@ _PARTS = (1, 2, 4, 8, 15)  # distances, in sixteenths of the longest text
 
 
 class Repeat(NamedTuple):
-    """A passage that a text holds twice: where both copies start, and the number of tokens."""
+    """A passage that a text holds twice: its distance, both starts, and its number of tokens."""
 
     distance: int
     first: int

@@ -1,10 +1,14 @@
 """Attention over regions of keys, backward: the gradients of raw q and k, and of v.
 
-Four launches. Raw q and k are rotated to where every region sees them; one kernel by block of
-queries finds delta and the gradients of rotated queries; one by block of keys those of rotated keys
-and of values; the last launch rotates gradients back and sums them over regions. Every region has
-a gradient of its own, in float32, so no sum is ever rotated. Both kernels use the log-sum-exp over
-all regions: a merge of regions needs no backward. No atomics: the same bits in every run.
+There are four launches:
+1. rotate raw q and k to the positions of every region;
+2. by block of queries, compute delta and the gradients of rotated queries;
+3. by block of keys, compute the gradients of rotated keys and of values;
+4. rotate gradients back and sum them over regions.
+
+Every region has its own gradients, in float32, so no sum is ever rotated. Kernels 2 and 3 use the
+log-sum-exp over all regions, so a merge of regions needs no backward. Without atomics, every run
+gives the same bits.
 """
 
 from __future__ import annotations
@@ -61,7 +65,7 @@ def _find_delta(
     out, out_base, douts, dlse, delta, lse, row_of_head, left,
     ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """(M,) delta = sum(dout * out) - dlse, 0 where a row sees no key; kept for dk and dv."""
+    """Return and store delta = sum(dout * out) - dlse, (M,): 0 for a row that sees no key."""
     outs = load_rows(out, out_base, left, ROWS, True, TILE)
     deltas = tl.sum(outs[0].to(tl.float32) * douts[0].to(tl.float32), 1)
     if TILE.more_dims > 0:
@@ -79,9 +83,9 @@ def _add_dq(
     dq, q, dout, k, v, k_base, v_base, lse, delta, cut, low, high, REGION: tl.constexpr,
     MASKED: tl.constexpr, TILE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq, short of the scale, what the masked, or full, blocks of keys give.
+    """Add the terms of the masked, or full, blocks of keys to dq, without the scale.
 
-    In a masked block row i sees only the keys from low[i] to high[i].
+    In a masked block, row i sees only the keys from low[i] to high[i].
     """
     BLOCK_N: tl.constexpr = TILE.block_n
     _, _, full, masked, _ = cut
@@ -102,8 +106,10 @@ def _add_dq(
 
 @triton.jit
 def _store_dq(x, base, rows, count, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Store the first `count` rows, both parts of one by the same registers with addresses: those
-    of all rows are held while sums still are."""
+    """Store the first `count` rows.
+
+    Both parts share registers for addresses, since these are live together with the sums.
+    """
     MORE: tl.constexpr = TILE.more_dims
     inside = inside_of(count, 0, TILE.dims, ROWS, True, TILE)
     tl.store(pointers_to(x, base, 0, TILE.dims, ROWS, TILE), rows[0], mask=inside)
@@ -127,7 +133,7 @@ def dq_kernel(
     dout_batch, dout_seq, dout_head, q_start_stride, k_start_stride, num_sequences, search_steps,
     blocks, seqlen_q, seqlen_k, TILE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: blocks of queries, longest first, then heads, then the batch."""
+    """Compute delta and dq. Axis 0: blocks of queries, longest first, then heads, then batch."""
     BLOCK_M: tl.constexpr = TILE.block_m
     REGIONS: tl.constexpr = len(TILE.q_maps)
     HEADS: tl.constexpr = TILE.heads_q
@@ -179,11 +185,11 @@ def dq_kernel(
 
 @triton.jit
 def _end_query(key, at, REGION: tl.constexpr, TILE: tl.constexpr):
-    """End of the rows that see `key` in REGION or a later one; at: as in dkv_kernel."""
+    """Return the end of the rows that see `key` in REGION or a later one; at: as in dkv_kernel."""
     seqlen_q, shift, origin = at
     end = key
     if len(TILE.starts) > REGION:
-        # As floor division, which that of Triton is not where the dividend is negative.
+        # Floor division: Triton's rounds toward zero if the dividend is negative.
         ahead = tl.maximum(key + origin - TILE.starts[REGION], -TILE.granularity)
         last = (ahead + TILE.granularity) // TILE.granularity * TILE.granularity - origin
         if TILE.window > 0:
@@ -194,7 +200,7 @@ def _end_query(key, at, REGION: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _cut_queries(first, last, at, REGION: tl.constexpr, TILE: tl.constexpr):
-    """The range of rows that see keys `first` to `last`, cut into blocks, as `cut_keys` does."""
+    """Cut the range of rows that see keys `first` to `last` into blocks, like `cut_keys`."""
     low = _end_query(first, at, REGION + 1, TILE)
     all_low = _end_query(last, at, REGION + 1, TILE)
     all_high = _end_query(first, at, REGION, TILE)
@@ -208,9 +214,9 @@ def _add_dkv(
     dk, dv, k, v, q, dout, q_base, dout_base, lse, delta, cut, low, high, MASKED: tl.constexpr,
     TILE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk, short of the scale, and to dv what the masked, or full, blocks of rows give.
+    """Add the terms of the masked, or full, blocks of rows to dk, without the scale, and to dv.
 
-    In a masked block only rows low[j] to high[j] see key j.
+    In a masked block, only rows low[j] to high[j] see key j.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     _, _, full, masked, _ = cut
@@ -246,9 +252,9 @@ def dkv_kernel(
     q_start_stride, k_start_stride, num_sequences, search_steps, blocks, seqlen_q, seqlen_k,
     TILE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: blocks of keys, longest first, then heads of keys, then the batch.
+    """Compute dk and dv. Axis 0: blocks of keys, longest first, then heads of k, then the batch.
 
-    The query heads of a group are summed in one program.
+    One program sums over the query heads of a group.
     """
     BLOCK_N: tl.constexpr = TILE.block_n
     REGIONS: tl.constexpr = len(TILE.q_maps)
@@ -302,7 +308,7 @@ def dkv_kernel(
 
 
 # -------------------------------------------------------------------------------------------------
-# Their launches
+# The launches
 
 
 def backward(
@@ -315,10 +321,10 @@ def backward(
     lse: Tensor,
     call: AttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of raw q and k, and of v, in their dtypes or float32, in four launches.
+    """Return the gradients of raw q and k, and of v, in their dtypes or float32; four launches.
 
-    dout: like out, contiguous in the last dimension; dlse: like lse, or None; the rest as in
-    `forward`.
+    dout: like out, contiguous in the last dimension. dlse: like lse, or None. The other arguments
+    are those of `forward`.
     """
     call, lse = with_contiguous_rows(call), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
@@ -346,7 +352,7 @@ def backward(
 def _settle(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, call: AttentionCall
 ) -> tuple[Launch, Launch]:
-    """By block of queries, and by block of keys."""
+    """Build two launches: by block of queries, and by block of keys."""
     launches, counts = [], sequences_of(call)
     start_strides = (sequence_stride(call.q_start, 1), sequence_stride(call.k_start, 1))
     for name, blocks_of, strided in (("dq", q, (k, v, out, dout)), ("dkv", k, (k, v, dout))):

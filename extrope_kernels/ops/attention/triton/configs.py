@@ -1,11 +1,11 @@
-"""Tiles, warps and pipeline stages per chip, head_dim and width of the elements: configs.json.
+"""Tiles, warps and pipeline stages by chip, head_dim and size of the elements.
 
-configs.json is what ships, candidates.json what else is worth timing on a card. A row of a chip
-holds for those after it too, up to the next one, and one of a head_dim up to that. Float32, whose
-products run without tensor cores, has rows that serve all of a maker's chips.
+configs.json has those in use, candidates.json others worth timing on a card. A chip's row also
+serves later chips, up to the next row; a row of a head_dim serves smaller ones too. Float32
+products run without tensor cores, so its rows serve all chips of a maker.
 
-bench/results/gpu_audit.csv tells which spill, by 16 bytes at most. Candidates may spill more:
-keys' gradients by wgmma do even in plain attention.
+bench/results/gpu_audit.csv lists those that spill, by 16 bytes at most. Candidates may spill more:
+gradients of keys by wgmma spill even in plain attention.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from torch import Tensor
 from ..._shared.triton.launch import chip_of
 
 TABLE = Path(__file__).with_name("configs.json")
-LEAST_SHARED = 86  # of NVIDIA's chips; older ones have no more shared memory
-MOST_ROWS = 128  # of any block
+LEAST_SHARED = 86  # the NVIDIA chip with the least shared memory; older ones have no more
+MOST_ROWS = 128  # in any block
 
 
 class Config(NamedTuple):
-    """What one kernel is launched with."""
+    """The launch settings of one kernel."""
 
     block_m: int  # rows of queries
     block_n: int  # rows of keys
     warps: int
-    stages: int  # blocks of keys from the one that is loaded to the one in use, both counted
-    halves: bool = False  # rows of head_dim in two parts: see device.py
-    rotated: int = 64  # rows of queries that are rotated at a time between two regions
-    maxnreg: int | None = None  # or ptxas spills to fit one more block than need be
+    stages: int  # blocks of keys from the one being loaded to the one in use, including both
+    halves: bool = False  # rows come in two parts: see device.py
+    rotated: int = 64  # rows of queries to rotate at a time between two regions
+    maxnreg: int | None = None  # without it, ptxas may spill to fit one more block than needed
 
     @property
     def options(self) -> dict[str, Any]:
-        """As Triton takes them at a launch."""
+        """The settings as launch options of Triton."""
         options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
@@ -47,9 +47,9 @@ INTERPRETED = Config(16, 16, 1, 1)
 
 @functools.cache
 def config(kernel: str, head_dim: int, itemsize: int, chip: int | str | None) -> Config:
-    """How a kernel is launched for elements of itemsize bytes; chip as from `chip_of`.
+    """Return a kernel's settings for elements of itemsize bytes; chip: from `chip_of`.
 
-    Raises NotImplementedError for a chip that has no tile.
+    Raises NotImplementedError for a chip without a tile.
     """
     if chip is None:
         return INTERPRETED
@@ -58,12 +58,12 @@ def config(kernel: str, head_dim: int, itemsize: int, chip: int | str | None) ->
 
 
 def config_of(kernel: str, q: Tensor, v: Tensor) -> Config:
-    """How a kernel is launched for these tensors."""
+    """Return a kernel's settings for these tensors."""
     return config(kernel, max(q.shape[-1], v.shape[-1]), q.itemsize, chip_of(q))
 
 
 def leaf(kernel: str, head_dim: int, itemsize: int, chip: int | str) -> dict[str, Any]:
-    """What the table has."""
+    """Return a kernel's entry in the table; raises NotImplementedError without one."""
     rows = _row(table()[kernel], chip, itemsize)
     if rows is None:
         op = "attention" if kernel in ("forward", "dq", "dkv") else "decode"
@@ -75,6 +75,7 @@ def leaf(kernel: str, head_dim: int, itemsize: int, chip: int | str) -> dict[str
 
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, dict]]]:
+    """Return configs.json: settings by kernel, chip and head_dim."""
     return json.loads(TABLE.read_text())
 
 

@@ -1,16 +1,16 @@
-"""Attention over a key/value cache: new keys are written into it, then queries attend.
+"""Attention over a key/value cache: write new keys and values into it, then attend.
 
-Two launches. The first writes k and v, keys rotated to where the score stores them. The second
-attends; a key that a region sees elsewhere than where it is stored is rotated as it is loaded.
+There are two launches. The first writes k and v; it rotates keys to the positions at which the
+score method stores them. The second attends. If a region sees keys at other positions, it rotates
+them while it loads them.
 
-Lengths are known on the device alone, so the grid has a fixed number of slots, and sequences take
-as many of them as their share of all keys is worth: every program counts for itself which sequence
-is its own, and which split of its keys. Of packed queries, blocks of rows are shared out likewise,
-since nobody knows whose they are. The last program to finish of those that share a sequence merges
-what they found.
+Only the device knows lengths. So the grid has a fixed number of slots, and sequences get slots by
+their share of all keys: every program computes its own sequence and split of keys. Blocks of rows
+of packed queries get slots in the same way, since the host does not know their sequences. Of the
+programs that share a sequence, the last to finish merges the results.
 
-Rows are those of one head of k: a token and one of the `group` heads of q that share it. Shapes in
-comments: M is BLOCK_M, rows; N is BLOCK_N, keys; P is pairs of dims, D the dims of v.
+A row is a token and one of the `group` heads of q that share a head of k. Shapes in comments: M is
+BLOCK_M, rows; N is BLOCK_N, keys; P is pairs of dims, D the dims of v.
 """
 
 from __future__ import annotations
@@ -57,59 +57,59 @@ from .device import (
     with_contiguous_rows,
 )
 
-LEAST_DIMS = 16  # of a product, and rows of one
-COUNTERS = 4  # at once, so that the partial results behind them stay aligned
-MERGED = 4096  # numbers that a program merges at once: 16 to 32 registers a thread
+LEAST_DIMS = 16  # least dims, and rows, of a product
+COUNTERS = 4  # counters come in fours, so that the partial results after them are aligned
+MERGED = 4096  # numbers that a program merges at a time: 16 to 32 registers per thread
 
 
 class CacheTile(NamedTuple):
-    """What both kernels are compiled for: all that a model fixes, and the sizes of blocks."""
+    """The constants of both compiled kernels: a model's settings and the sizes of blocks."""
 
     block_m: int  # rows of queries
     block_n: int  # rows of keys
     group: int  # heads of q that share one of k
-    head_dim: int  # of queries and keys
+    head_dim: int  # dims of queries and keys
     dims: int  # head_dim, rounded up to a power of two
     head_dim_v: int
-    dims_v: int  # head_dim_v, rounded up likewise
+    dims_v: int  # head_dim_v, rounded up to a power of two
     half: int  # pairs of dims that rotate
     rope_heads: tuple[int, int]  # see `rope_heads_of`
-    pairs: int  # half, rounded up likewise
+    pairs: int  # half, rounded up to a power of two
     rest: int  # dims after the rotated ones
     rest_dims: int  # rest, rounded up; 1 if none
     align: int  # elements; divides all strides
     interleaved: bool
-    starts: tuple[int, ...]  # of each region, counted from the query's block
+    starts: tuple[int, ...]  # start of each region, counted from the query's block
     granularity: int
     window: int  # most keys that a query sees, or 0: all
     from_first_key: bool  # region 0 has no lower end
-    q_maps: tuple[tuple, ...]  # of each region: see `map_of`
+    q_maps: tuple[tuple, ...]  # one per region: see `map_of`
     k_maps: tuple[tuple, ...]
-    rotates_keys: tuple[bool, ...]  # from where they are stored, by region
+    rotates_keys: tuple[bool, ...]  # by region: True if it sees keys at other positions than stored
     stored: tuple | None  # the map of keys in the cache; None: raw
-    q_scale: float  # softmax_scale, to logits of base 2
+    q_scale: float  # softmax_scale, for logits of base 2
     amplitude: float
     per_log_n: float  # 1 / ln(log_n), or 0: none
-    softcap: float  # of logits of base 2, or 0: none
+    softcap: float  # for logits of base 2, or 0: none
     paged: bool
     padded: bool
-    packed: bool  # tokens of all sequences one behind the other
+    packed: bool  # the tokens of all sequences follow one another
     freq_per_token: bool  # new tokens have the frequencies of their sequences
-    codes: int  # how a cache in fp8 is read: see _shared/triton/fp8.py
-    several_tokens: bool  # of queries
-    splits: bool  # sequences may be shared by several programs
-    merge_rows: int  # what is merged at once: rows of queries,
+    codes: int  # how to read a cache in fp8: see _shared/triton/fp8.py
+    several_tokens: bool  # queries have more than one token
+    splits: bool  # several programs may share a sequence
+    merge_rows: int  # rows of queries that are merged at a time,
     merge_splits: int  # and splits of each
-    widen: bool  # operands to float32 before a product: the interpreter has no bfloat16
+    widen: bool  # widen operands to float32 for products: the interpreter has no bfloat16
 
 
 # -------------------------------------------------------------------------------------------------
-# Slots of a cache, and the lengths of its sequences, whatever the tensors hold
+# Slots of a cache and lengths of its sequences, safe for any content of the tensors
 
 
 @triton.jit
 def _page_of(table, sequence, slot, valid):
-    """The pages that hold these slots; as `table` in _slot_rows."""
+    """Return the pages that hold these slots; table: as in _slot_rows."""
     block_table, table_batch, page_size = table
     pages = block_table + tl.cast(sequence, tl.int64) * table_batch
     return tl.load(pages + slot // page_size, mask=valid, other=0)
@@ -117,11 +117,12 @@ def _page_of(table, sequence, slot, valid):
 
 @triton.jit
 def _slot_rows(plane, table, sequence, head, slot, valid, TILE: tl.constexpr):
-    """(N,) pointers to dim 0 of these int32 slots of a sequence; in 64 bits, a GPU calls a function
-    for every division.
+    """Return pointers to dim 0 of these slots of a sequence, (N,).
 
-    plane: (pointer, strides of blocks, slots and heads in groups of TILE.align elements), where a
-    block is a sequence, or a page; table: (block_table, its stride, slots of a page).
+    Slots are int32: in 64 bits, a GPU calls a function for every division.
+
+    plane: (pointer, strides of blocks, slots and heads in groups of TILE.align elements); a block
+    is a sequence or a page. table: (block_table, its stride, slots of a page).
     """
     pointer, block_stride, slot_stride, head_stride = plane
     if TILE.paged:
@@ -136,14 +137,14 @@ def _slot_rows(plane, table, sequence, head, slot, valid, TILE: tl.constexpr):
 
 @triton.jit
 def _rows_of_tokens(x, batch, token, head, batch_stride, token_stride, head_stride, ALIGN):
-    """Pointers to dim 0 of these tokens and heads."""
+    """Return pointers to dim 0 of these tokens and heads."""
     offset = tl.cast(batch, tl.int64) * batch_stride + token.to(tl.int64) * token_stride
     return x + (offset + tl.cast(head, tl.int64) * head_stride) * ALIGN
 
 
 @triton.jit
 def _length_of(sequence, valid, lengths, appended, TILE: tl.constexpr):
-    """(slot of position 0, number of keys) of these sequences."""
+    """Return (slot of position 0, number of keys) of these sequences."""
     _, seqlens, leftpad, _, capacity = lengths
     end = tl.load(seqlens + sequence, mask=valid, other=0) + appended
     end = tl.minimum(tl.maximum(end, 0), capacity)
@@ -155,10 +156,11 @@ def _length_of(sequence, valid, lengths, appended, TILE: tl.constexpr):
 
 @triton.jit
 def _tokens_of(sequence, batch, queries):
-    """(first token, number of tokens) of these sequences of packed ones.
+    """Return (first token, number of tokens) of these packed sequences.
 
-    What follows the last boundary counts as sequence number `batch`, one without keys.
-    queries: (cu_seqlens, tokens of all).
+    Tokens after the last boundary count as sequence number `batch`, which has no keys.
+
+    queries: (cu_seqlens, number of all tokens).
     """
     cu_seqlens, total = queries
     begin = tl.load(cu_seqlens + sequence, mask=sequence <= batch, other=total)
@@ -186,10 +188,10 @@ def append_kernel(
     table_batch, page_size, capacity, freq_batch, new, row_blocks, sequences, search_steps, pages,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: blocks of new tokens; axis 1: heads of k; axis 2: batch, or 1 of packed tokens.
+    """Write new keys and values. Axis 0: blocks of tokens; 1: heads of k; 2: batch, 1 if packed.
 
-    scratch: of the attention that follows; the (batch, heads_k, row_blocks) counters at its head
-    become 0.
+    scratch: the scratch of the next launch; this one sets the counters at its head, (batch,
+    heads_k, row_blocks), to 0.
     """
     BLOCK_N: tl.constexpr = TILE.block_n
     STORED: tl.constexpr = TILE.stored
@@ -250,12 +252,12 @@ def append_kernel(
 
 
 # -------------------------------------------------------------------------------------------------
-# Who takes which keys: slots go to sequences, splits and blocks of rows
+# The schedule: slots go to sequences, splits and blocks of rows
 
 
 @triton.jit
 def _key_blocks(sequence, lengths, queries, TILE: tl.constexpr):
-    """How many blocks of keys the queries of these sequences see."""
+    """Return the number of blocks of keys that the queries of these sequences see."""
     batch, _, _, appended, _ = lengths
     _, seqlen_q = queries
     valid = sequence < batch
@@ -270,21 +272,21 @@ def _key_blocks(sequence, lengths, queries, TILE: tl.constexpr):
 
 @triton.jit
 def _row_blocks(sequence, batch, queries, TILE: tl.constexpr):
-    """How many blocks of rows packed sequences have."""
+    """Return the number of blocks of rows in each packed sequence."""
     _, seqlen_q = _tokens_of(sequence, batch, queries)
     return tl.cdiv(seqlen_q * TILE.group, TILE.block_m)
 
 
 @triton.jit
 def _blocks_of_split(slots, lengths, queries, TILE: tl.constexpr):
-    """How many blocks of keys each split is to have, at least, for all of them to have a slot."""
-    LENGTHS: tl.constexpr = 128  # sequences at once
-    MARGIN: tl.constexpr = 1.0001  # more than a float32 sum can be off
-    MOST: tl.constexpr = 1e9  # blocks of keys, far past any cache
+    """Return how many blocks of keys a split needs at least, so that all splits get a slot."""
+    LENGTHS: tl.constexpr = 128  # sequences at a time
+    MARGIN: tl.constexpr = 1.0001  # above the error of a float32 sum
+    MOST: tl.constexpr = 1e9  # blocks of keys, more than any cache has
     batch = lengths[0]
     total = 0
     if TILE.packed:
-        # Rows times keys: past what 32 bits hold, and in 64 a GPU calls a function to divide.
+        # Rows times keys in float32: 32 bits overflow, and in 64 a GPU calls a function to divide.
         total, row_blocks = 0.0, 0
         for first in tl.range(0, batch + 1, LENGTHS):
             sequence = first + tl.arange(0, LENGTHS)
@@ -304,14 +306,16 @@ def _blocks_of_split(slots, lengths, queries, TILE: tl.constexpr):
 
 @triton.jit
 def share_of(slot, slots, least_blocks, lengths, queries, TILE: tl.constexpr):
-    """(sequence, split, splits) of a slot; where there is nothing to do sequence is `batch`, or
-    past it. Of packed queries split counts the splits of all blocks of rows.
+    """Return (sequence, split, splits) of a slot; sequence >= batch if there is nothing to do.
 
-    A split has at least least_blocks blocks of keys, and more where all together, one to each
-    sequence even if empty, or to each block of rows, would need more than `slots`.
-    lengths: (batch, seqlens, leftpad, appended, capacity); queries: as in _tokens_of.
+    For packed queries, split counts the splits of all blocks of rows.
+
+    A split has at least least_blocks blocks of keys, and more if all splits would need more than
+    `slots`. Every sequence, or block of rows, gets at least one split, even if empty.
+
+    lengths: (batch, seqlens, leftpad, appended, capacity). queries: as in _tokens_of.
     """
-    LENGTHS: tl.constexpr = 128  # sequences at once
+    LENGTHS: tl.constexpr = 128  # sequences at a time
     batch = lengths[0]
     each = tl.maximum(_blocks_of_split(slots, lengths, queries, TILE), least_blocks)
     sequence, begin, before = 0, 0, 0
@@ -333,25 +337,25 @@ def share_of(slot, slots, least_blocks, lengths, queries, TILE: tl.constexpr):
 
 
 # -------------------------------------------------------------------------------------------------
-# The end: what a program found of a block of rows, alone or merged with others
+# The end: a program's results for a block of rows, alone or merged with others
 
 
 class Found(NamedTuple):
-    """Where the results of this program's rows go."""
+    """The destination of the results of this program's rows."""
 
     out: tl.tensor
     lse: tl.tensor
     sinks: tl.tensor
     scratch: tl.tensor  # counters, then partial results by (slot, head of k, row), then their lse
-    counters: tl.tensor  # four at a time
+    counters: tl.tensor  # in fours
     batch: tl.tensor
     sequence: tl.tensor
-    head: tl.tensor  # of k
+    head: tl.tensor  # head of k
     heads_k: tl.tensor
-    first_token: tl.tensor  # of packed queries
-    total: tl.tensor  # of them
+    first_token: tl.tensor  # of the sequence in packed queries
+    total: tl.tensor  # number of all packed tokens
     seqlen_q: tl.tensor
-    block: tl.tensor  # of rows
+    block: tl.tensor  # block of rows
     slot: tl.tensor
     slots: tl.tensor
     split: tl.tensor
@@ -363,7 +367,7 @@ def _store_result(to, row, acc, row_sum, row_max, valid, TILE: tl.constexpr):
     token, head_q = row // TILE.group, to.head * TILE.group + row % TILE.group
     if to.sinks is not None:
         sink = tl.load(to.sinks + head_q, mask=valid, other=float("-inf")) * log2_e()
-        if TILE.packed:  # what follows the last boundary has none
+        if TILE.packed:  # tokens after the last boundary have none
             sink = tl.where(to.sequence < to.batch, sink, float("-inf"))
         row_max, row_sum, rescale = add_sink(row_max, row_sum, sink)
         acc *= rescale[:, None]
@@ -388,7 +392,7 @@ def _store_result(to, row, acc, row_sum, row_max, valid, TILE: tl.constexpr):
 
 @triton.jit
 def _partials_of(to, TILE: tl.constexpr):
-    """(out, lse, rows of a head in a slot) of partial results."""
+    """Return (out, lse, rows of a head in a slot) of partial results."""
     rows = to.seqlen_q * TILE.group
     if TILE.packed:
         rows = TILE.block_m
@@ -399,7 +403,7 @@ def _partials_of(to, TILE: tl.constexpr):
 
 @triton.jit
 def _store_partial(to, in_slot, acc, row_sum, row_max, valid, TILE: tl.constexpr):
-    """Of one split: out normalised, lse base 2, no_logit() without keys."""
+    """Store one split's result: out normalised, lse of base 2, no_logit() without keys."""
     out, lse, rows = _partials_of(to, TILE)
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
@@ -413,9 +417,9 @@ def _store_partial(to, in_slot, acc, row_sum, row_max, valid, TILE: tl.constexpr
 
 @triton.jit
 def _merge_splits(to, TILE: tl.constexpr):
-    """Store what all splits of these rows found, in their order whoever came last.
+    """Merge the results of all splits of these rows and store them.
 
-    Other processors wrote them, so nothing may come from this one's L1.
+    The order is always that of the splits. Loads bypass L1, since other processors wrote them.
     """
     ROWS: tl.constexpr = TILE.merge_rows
     SPLITS: tl.constexpr = TILE.merge_splits
@@ -441,7 +445,7 @@ def _merge_splits(to, TILE: tl.constexpr):
         at = out + place[:, :, None] * TILE.head_dim_v + dim[None, None, :]
         part = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
         new_max = tl.maximum(row_max, tl.max(found, 0))
-        # Splits without keys hold zeros, but count: not when there is no key at all.
+        # Splits without keys hold zeros with no_logit(): their weights are 0 even if none has keys.
         weights = tl.where(found > no_logit(), tl.exp2(found - new_max[None, :]), 0.0)
         rescale = tl.exp2(row_max - new_max)
         acc = acc * rescale[:, None] + tl.sum(part * weights[:, :, None], 0)
@@ -452,8 +456,10 @@ def _merge_splits(to, TILE: tl.constexpr):
 
 @triton.jit
 def _finish(state, to, valid, TILE: tl.constexpr):
-    """Store what was found of a block of rows, or, if others share its keys, leave it for the last
-    to come."""
+    """Store the results of a block of rows.
+
+    If several programs share its keys, each stores a partial result, and the last merges them.
+    """
     BLOCK_M: tl.constexpr = TILE.block_m
     row_max, row_sum, acc = state
     row = to.block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -465,7 +471,7 @@ def _finish(state, to, valid, TILE: tl.constexpr):
             if TILE.packed:
                 in_slot = tl.arange(0, BLOCK_M)
             _store_partial(to, in_slot, acc, row_sum, row_max, valid, TILE)
-            # All threads have stored before the one that counts says so to other processors.
+            # All threads must store before one of them counts, which other processors see.
             tl.debug_barrier()
             if TILE.packed:
                 counter = tl.cast(to.head, tl.int64) * to.slots + to.slot - to.split
@@ -487,13 +493,13 @@ def _finish(state, to, valid, TILE: tl.constexpr):
 
 @triton.jit
 def _as_operand(parts, like):
-    """Float32 parts in the type that products take."""
+    """Convert float32 parts to the operand type of products."""
     return parts[0].to(like), parts[1].to(like), parts[2].to(like)
 
 
 @triton.jit
 def _widened_codes(parts, like, TILE: tl.constexpr):
-    """Parts of keys in fp8, short of their scale."""
+    """Widen parts of keys in fp8, without their scale."""
     first = widened_codes(parts[0], like, TILE.codes)
     second = widened_codes(parts[1], like, TILE.codes)
     rest = first
@@ -518,7 +524,7 @@ def _attend(
 ):  # fmt: skip
     """Add the keys [begin, end) of one region to (row_max, row_sum, weighted values).
 
-    Of several tokens, row i sees only those from low[i] to high[i].
+    With several tokens, row i sees only the keys from low[i] to high[i].
     """
     BLOCK_N: tl.constexpr = TILE.block_n
     ROTATES: tl.constexpr = TILE.rotates_keys[REGION]
@@ -537,8 +543,8 @@ def _attend(
         if ROTATES:
             cos, sin = map_cos_sin(j, freq, decay, maps, MAP, STORED, TILE)
             k = rotate(widened(k), cos, sin, 1.0)
-        logits = _dots(q, _as_operand(k, OPERAND), TILE)  # (M, N), of base 2
-        if TILE.codes:  # not of q: float16 has no small numbers
+        logits = _dots(q, _as_operand(k, OPERAND), TILE)  # (M, N), base 2
+        if TILE.codes:  # not into q: float16 lacks small numbers
             logits *= k_scale
         if TILE.softcap > 0:
             logits = capped(logits, TILE.softcap)
@@ -578,12 +584,13 @@ def decode_kernel(
     table_batch, page_size, capacity, freq_batch, scale_batch, batch, slots, least_blocks,
     counters, seqlen_q, appended, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: slots of the schedule, then blocks of a head's query rows; axis 1: heads of k.
+    """Attend. Axis 0: slots of the schedule, then blocks of a head's query rows; 1: heads of k.
 
-    scratch: (batch, heads_k, blocks of rows) int32, zero, filled up to 4 * counters; then float32
-    (slots, heads_k, rows, head_dim_v) and (slots, heads_k, rows). Of packed queries, seqlen_q
-    counts those of all sequences, appended is 1 where all are written, a slot has one block of
-    rows, and counters are (heads_k, slots).
+    scratch: int32 counters, (batch, heads_k, blocks of rows), all 0, padded to 4 * counters; then
+    float32 (slots, heads_k, rows, head_dim_v) and (slots, heads_k, rows).
+
+    For packed queries, seqlen_q is the number of all tokens, appended is 1 if all are written, a
+    slot has one block of rows, and the counters are (heads_k, slots).
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -592,7 +599,7 @@ def decode_kernel(
     OPERAND: tl.constexpr = tl.float32 if TILE.widen else q.dtype.element_ty
     DIMS_V: tl.constexpr = TILE.dims_v
     Q_MAPS: tl.constexpr = TILE.q_maps
-    # This program's sequence, block of rows, and split of the keys.
+    # This program's sequence, block of rows and split of the keys.
     queries, lengths = (cu_seqlens, seqlen_q), (batch, seqlens, leftpad, appended, capacity)
     slot, block = tl.program_id(0) % slots, tl.program_id(0) // slots
     sequence, split, splits = slot, 0, 1
@@ -650,10 +657,10 @@ def decode_kernel(
         tl.zeros((BLOCK_M,), tl.float32),
         tl.zeros((BLOCK_M, DIMS_V), tl.float32),
     )
-    # Near keys first: what rotates them is then no longer in registers while far ones are added.
+    # Near keys first: their cosines and sines then leave the registers before far keys are added.
     for r in tl.static_range(REGIONS - 1, -1, -1):
         if r + 1 < REGIONS:
-            # Or q would be loaded once, and stay in registers while the regions before are added.
+            # Without it, q would be loaded once, and hold registers through all regions.
             tl.debug_barrier()
         cos, sin = nth_cos_sin(position, freq, decay, maps, r, Q_MAPS, None, TILE)
         raw = widened(load_parts(q_rows, valid, TILE))
@@ -680,45 +687,45 @@ def decode_kernel(
 
 
 # -------------------------------------------------------------------------------------------------
-# Their launches
+# The launches
 
-LEAST_KEYS = 256  # of a split, or its start and merge show
-MOST_SPLITS = 128  # of a sequence: one program merges them
-# Programs for each multiprocessor: enough loads in flight, and an even last wave.
+LEAST_KEYS = 256  # in a split; with fewer, its start and merge cost visible time
+MOST_SPLITS = 128  # in a sequence: one program merges them
+# Programs per multiprocessor: enough loads in flight, and an even last wave.
 WAVES = 2
 
 
 class Grid(NamedTuple):
-    """How many programs attend to each head of k, and what they leave for each other."""
+    """The programs for each head of k, and the sizes of their partial results."""
 
-    slots: int  # of the schedule
-    row_blocks: int  # a program for each of them in every slot
-    rows: int  # of partial results in a slot
-    counters: int  # of each sequence; of packed queries in all
-    splits: bool  # sequences may be shared by several programs
-    least_blocks: int  # of keys in a split
+    slots: int  # slots of the schedule
+    row_blocks: int  # every slot has a program for each
+    rows: int  # rows of partial results in a slot
+    counters: int  # per sequence; for packed queries in all
+    splits: bool  # several programs may share a sequence
+    least_blocks: int  # least blocks of keys in a split
 
 
 class Decode(NamedTuple):
-    """Both launches, and the numbers that programs leave for each other between them."""
+    """Both launches, and the sizes of their shared scratch."""
 
     append: Launch
     attend: Launch
-    counters: int  # int32, which become 0
-    scratch: int  # float32, the counters included; 0 where nobody shares a sequence
+    counters: int  # int32 numbers that become 0
+    scratch: int  # float32 numbers, with the counters; 0 if no programs share a sequence
 
 
 def decode(
     q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as in `reference`; float32, bfloat16 and float16.
+    """Append and attend; arguments and results as in `reference`; float32, bfloat16 and float16.
 
-    What does not fit the cache is not written.
+    Keys and values that do not fit into the cache are not written.
     """
     out = q.new_empty((*q.shape[:-1], cache.v.shape[3]))
     lse = q.new_empty(lse_shape(q), dtype=torch.float32)
     call = with_contiguous_rows(call)
-    if call.cu_seqlens is not None:  # as one sequence; whose tokens they are, the device knows
+    if call.cu_seqlens is not None:  # as one sequence; only the device knows the boundaries
         q, k, v = (None if x is None else x[None] for x in (q, k, v))
     layouts = layouts_of(q, k, v, cache.k, cache.v, *cache.tensors, *call.tensors)
     key = (layouts, call.fixed, cache.appended)
@@ -745,7 +752,7 @@ def decode(
 def _settle(
     q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
 ) -> Decode:
-    """q, k, v: (batch, seqlen, heads, head_dim), batch 1 of packed tokens."""
+    """Build both launches; q, k, v: (batch, seqlen, heads, head_dim), batch 1 if packed."""
     setting = _config(q, cache, call)
     grid = grid_of(q, cache, call, setting.block_m, setting.block_n)
     tile = tile_of(q, cache, call, setting, grid.splits and q.numel() > 0)
@@ -754,7 +761,7 @@ def _settle(
         counters = triton.cdiv(q.shape[0] * heads_k * grid.counters, COUNTERS) * COUNTERS
         scratch = counters + grid.slots * heads_k * grid.rows * (tile.head_dim_v + 1)
     align, stages = _align(q, cache, q), setting.stages
-    if tile.paged:  # a page's number is loaded as long before its keys as these before use
+    if tile.paged:  # a page's number needs as many stages before its keys as keys before their use
         stages = 2 * stages - 1
     sizes = (
         *_strides(q, align), *_strides(cache.k, align), *_strides(cache.v, align),
@@ -771,13 +778,13 @@ def _settle(
 def _settle_append(
     k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall, tile: CacheTile, counters: int
 ) -> Launch:
-    """counters: how many become 0 for every sequence and head."""
+    """Build the first launch; counters: numbers to set to 0 for every sequence and head."""
     batch, new, heads_k, _ = k.shape
     sequences = 0 if call.cu_seqlens is None else len(cache.seqlens)
     block_n, align = 1 if new == 1 else 16, _align(k, cache, k, v)
-    # A row is moved in two halves and the rest: 16 bytes of each a thread, where there are so many.
+    # A row moves in two halves and the rest; a thread moves 16 bytes of each, if there are as many.
     vectors = block_n * tile.half * k.itemsize // VECTOR_BYTES
-    # Nothing of the queries, or another number of them would compile it again.
+    # No settings of queries: otherwise another number of them would compile the kernel again.
     of_queries = {"block_m": 0, "several_tokens": False, "splits": False, "merge_splits": 0}
     tile = tile._replace(align=align, block_n=block_n, merge_rows=0, **of_queries)
     sizes = (
@@ -791,7 +798,7 @@ def _settle_append(
 
 
 def _config(q: Tensor, cache: KVCache, call: AttentionCall) -> configs.Config:
-    """By how many rows share a head of k; of packed queries a sequence has as many, on average."""
+    """Choose settings by the rows that share a head of k; for packed queries, by their average."""
     tokens = q.shape[1]
     if call.cu_seqlens is not None:
         tokens = triton.cdiv(tokens, max(len(cache.seqlens), 1))
@@ -802,30 +809,32 @@ def _config(q: Tensor, cache: KVCache, call: AttentionCall) -> configs.Config:
 
 
 def grid_of(q: Tensor, cache: KVCache, call: AttentionCall, block_m: int, block_n: int) -> Grid:
-    """From shapes, never from lengths; q: (batch, seqlen_q, heads_q, head_dim), batch 1 of packed
-    queries."""
+    """Choose the grid from shapes, never from lengths.
+
+    q: (batch, seqlen_q, heads_q, head_dim), batch 1 for packed queries.
+    """
     batch, heads_k = cache.seqlens.shape[0], cache.k.shape[2]
     group, seqlen_q = q.shape[2] // heads_k, q.shape[1]
     rows = group * seqlen_q
     row_blocks, most_keys = triton.cdiv(rows, block_m), cache.capacity
     if call.sliding_window is not None:
         most_keys = min(most_keys, call.sliding_window + seqlen_q - 1)
-    splits = most_keys // LEAST_KEYS  # that a sequence may be worth
+    splits = most_keys // LEAST_KEYS  # most splits of a sequence
     least = triton.cdiv(LEAST_KEYS, block_n)
     if call.cu_seqlens is None:
         slots = batch + _more_slots(q, heads_k * row_blocks, batch * splits)
         return Grid(slots, row_blocks, rows, row_blocks, splits > 1, least)
-    # The last block of a sequence may have a row alone, and so may that of the padding; but a block
-    # is of a token at least.
+    # The last block of each sequence, and of the padding, may have only one row. But there are no
+    # more blocks than if every token had its own.
     blocks = min(row_blocks + batch + 1, seqlen_q * triton.cdiv(group, block_m))
     slots = blocks + _more_slots(q, heads_k, blocks * splits)
     return Grid(slots, 1, block_m, slots, True, least)
 
 
 def _more_slots(q: Tensor, programs: int, useful: int) -> int:
-    """How many slots the schedule has beyond one to each sequence.
+    """Return the number of slots beyond one for each sequence.
 
-    programs: of a slot; useful: how many splits there may be at most.
+    programs: programs of a slot. useful: the most splits that there can be.
     """
     wanted = triton.cdiv(WAVES * processors_of(q), max(programs, 1))
     more = min(wanted, useful, MOST_SPLITS)
@@ -835,12 +844,12 @@ def _more_slots(q: Tensor, programs: int, useful: int) -> int:
 def tile_of(
     q: Tensor, cache: KVCache, call: AttentionCall, setting: configs.Config, splits: bool
 ) -> CacheTile:
-    """Of the second launch."""
+    """Return the constants of the second launch."""
     head_dim, head_dim_v, half = cache.k.shape[3], cache.v.shape[3], call.inv_freq.shape[-1]
     regions, window, group = call.regions, call.sliding_window, q.shape[2] // cache.k.shape[2]
     packed, rest = call.cu_seqlens is not None, head_dim - 2 * half
     several = q.shape[1] > 1 or packed
-    # The number of tokens compiles nothing anew, that of heads may.
+    # Another number of tokens compiles nothing again; another number of heads may.
     rows = setting.block_m if several else min(setting.block_m, triton.next_power_of_2(group))
     return CacheTile(
         block_m=setting.block_m,
@@ -883,18 +892,18 @@ def tile_of(
 
 
 def _align(x: Tensor, cache: KVCache, *rows: Tensor) -> int:
-    """Elements, up to 16 bytes, that divide all strides of these rows and of the cache."""
+    """Return how many elements, up to 16 bytes, divide all strides of these rows and the cache."""
     strides = (n for x in (cache.k, cache.v, *rows) for n in strides_of(x)[:3])
     return math.gcd(VECTOR_BYTES // min(x.itemsize, cache.k.itemsize), *strides)
 
 
 def _strides(x: Tensor, align: int) -> tuple[int, ...]:
-    """Of the first three dimensions, as kernels count them."""
+    """Return the first three strides in groups of `align` elements."""
     return tuple(n // align for n in strides_of(x)[:3])
 
 
 def _sizes(cache: KVCache, call: AttentionCall) -> tuple[int, ...]:
-    """What both kernels are told of the cache, and of the frequencies of its sequences."""
+    """Return both kernels' integers about the cache and the frequencies of its sequences."""
     table = cache.block_table
     of_table = 0 if table is None else table.stride(0)
     return of_table, cache.k.shape[1], cache.capacity, sequence_stride(call.inv_freq, 2)

@@ -1,11 +1,11 @@
-"""What the kernels of attention share: tiles, rows, position maps, blocks of keys, the softmax.
+"""Shared code of the attention kernels: tiles, rows, position maps, blocks of keys, the softmax.
 
-A row is what one token and head have: head_dim elements. It may come in two parts, of Tile.dims
-and Tile.more_dims: two products of half the depth take fewer registers than one, and head_dim 96
-is then 64 and 32 dims, not 128. Without more_dims the second part is never used.
+A row has the head_dim elements of one token and head. It may come in two parts, of Tile.dims and
+Tile.more_dims: two products of half the depth take fewer registers than one, and head_dim 96
+becomes 64 and 32 dims, not 128. Without more_dims the second part is never used.
 
 Shapes in comments: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys; D is the dims of a
-part. Logits are of base 2 once they are multiplied by Tile.factor.
+part. Times Tile.factor, logits have base 2.
 """
 
 from __future__ import annotations
@@ -27,89 +27,91 @@ from ..._shared.triton.launch import INTERPRETED, VECTOR_BYTES, strides_of
 from ..call import AttentionCall
 from .configs import MOST_ROWS, Config
 
-LEAST_DIMS = 16  # of a product
+LEAST_DIMS = 16  # least dims of a product
 # Starts, windows and blocks of granularity reach no farther, so that int32 never overflows.
 FARTHEST = 2**29
-_LARGEST = 2**31 - 1  # of the int32 positions
-_NO_CAP = 1 << 62  # no None: before 3.8 Triton takes none within a tuple
+_LARGEST = 2**31 - 1  # largest int32 position
+_NO_CAP = 1 << 62  # not None: before 3.8, Triton takes no None within a tuple
 
 
-# Functions, since Triton compares constexprs of a module again at every launch, for 1 us each.
+# Functions: Triton compares a module's constexprs at every launch, which takes 1 us each.
 @triton.constexpr_function
 def log2_e():
+    """Return log2(e)."""
     return math.log2(math.e)
 
 
 @triton.constexpr_function
 def ln_2():
+    """Return ln(2)."""
     return math.log(2)
 
 
 @triton.constexpr_function
 def no_logit():
-    """Below any; finite, so that rows without keys need no care before the end."""
+    """Return a number below any logit; it is finite, so empty rows need no care before the end."""
     return -1e30
 
 
 # -------------------------------------------------------------------------------------------------
-# What is settled before a launch, and what a kernel is compiled for
+# Launches, and the constants of compiled kernels
 
 
 class Launch(NamedTuple):
-    """All of a launch but its tensors."""
+    """A launch without its tensors."""
 
     grid: tuple[int, ...]
     sizes: tuple[int, ...]  # the kernel's integers, in its order
-    options: dict[str, Any]  # its constexprs, and what Triton takes beside
+    options: dict[str, Any]  # its constexprs, and Triton's launch options
 
 
 def settled(
     make: Callable[..., Any], given: tuple[Tensor | None, ...], call: AttentionCall, *more: Any
 ) -> Any:
-    """Return make(*given, call, *more), made once for each layout of all these tensors."""
+    """Return make(*given, call, *more), cached by the layouts of all these tensors."""
     layouts = layouts_of(*given, *call.tensors)
     return planned(make, (layouts, call.fixed, more), *given, call, *more)
 
 
 class Tile(NamedTuple):
-    """All that a model fixes, and the sizes of blocks.
+    """A model's settings and the sizes of blocks.
 
-    A launch has two, which differ in their dims: for rows of q and k, and of v and out.
+    A launch has two tiles with different dims: for rows of q and k, and for rows of v and out.
     """
 
     block_m: int  # rows of queries
     block_n: int  # rows of keys
-    rotated: int  # rows of queries at a time between two regions; divides block_m
+    rotated: int  # rows of queries to rotate at a time between two regions; divides block_m
     heads_q: int
     heads_k: int
     head_dim: int
-    dims: int  # of the first part of a row, a power of two
-    more_dims: int  # of the second: what head_dim has beyond, rounded up to a power of two; or 0
+    dims: int  # dims of the first part of a row, a power of two
+    more_dims: int  # dims of the second: the rest of head_dim, rounded up to a power of two; or 0
     half: int  # pairs of dims that rotate
     rope_heads: tuple[int, int]  # see `rope_heads_of`
     interleaved: bool
     paired: bool  # the two parts of a row are the two dims of its pairs
-    starts: tuple[int, ...]  # of each region, counted from the query's block
+    starts: tuple[int, ...]  # start of each region, counted from the query's block
     granularity: int
     window: int  # most keys that a query sees, or 0: all
     from_first_key: bool  # region 0 has no lower end
-    q_maps: tuple[tuple, ...]  # of each region, see `map_of`
-    k_copy: tuple[int, ...]  # of each region: which rotated copy of the keys, or -1: as they come
+    q_maps: tuple[tuple, ...]  # one per region, see `map_of`
+    k_copy: tuple[int, ...]  # one per region: its rotated copy of the keys, or -1: the given keys
     k_copies: int
     softmax_scale: float
     softcap: float  # or 0: none
-    factor: float  # from what `bounded` returns to logits of base 2
+    factor: float  # turns results of `bounded` into logits of base 2
     amplitude: float
     per_log_n: float  # 1 / ln(log_n), or 0: none
     align: int  # elements; divides all strides
-    contiguous: bool  # nothing lies between the tokens of the tensors that were given
-    widen: bool  # operands to float32 before a product: the interpreter has no bfloat16
+    contiguous: bool  # the given tensors have no gaps between tokens
+    widen: bool  # widen operands to float32 for products: the interpreter has no bfloat16
 
 
 def tiles_of(
     setting: Config, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, *others: Tensor
 ) -> tuple[Tile, Tile]:
-    """For rows of q and k, and for rows of v; others: what else a kernel loads by its strides."""
+    """Return tiles for rows of q and k, and of v; others: more tensors that have strides."""
     given, window = (q, k, v, *others), call.sliding_window
     regions, copies = regions_of(k, call), key_maps(k, call)
     half, dims = call.inv_freq.shape[-1], _parts(q.shape[-1], setting.halves)
@@ -155,7 +157,7 @@ def tiles_of(
 
 
 def _parts(head_dim: int, halves: bool) -> tuple[int, int]:
-    """The dims of both parts of a row."""
+    """Return the dims of both parts of a row."""
     whole = max(LEAST_DIMS, triton.next_power_of_2(head_dim))
     first = whole // 2
     if not halves or first < LEAST_DIMS:
@@ -164,30 +166,30 @@ def _parts(head_dim: int, halves: bool) -> tuple[int, int]:
 
 
 def alignment_of(*tensors: Tensor) -> int:
-    """Elements, 16 bytes at most, that divide the strides of these and of contiguous ones."""
+    """Return how many elements, up to 16 bytes, divide these strides and contiguous ones."""
     strides = (n for x in tensors for n in (*strides_of(x)[:-1], x.shape[-1]))
     return math.gcd(VECTOR_BYTES // tensors[0].itemsize, *strides)
 
 
 def groups_of(x: Tensor, align: int) -> tuple[int, ...]:
-    """Strides by batch, seq and head, in groups of `align` elements: see Rows."""
+    """Return strides by batch, seq and head, in groups of `align` elements: see Rows."""
     return tuple(n // align for n in (*(0,) * (4 - x.dim()), *strides_of(x)[:-1]))
 
 
 def regions_of(k: Tensor, call: AttentionCall) -> list[Region]:
-    """Those that may hold keys."""
+    """Return the regions that may hold keys."""
     placed = call.q_start is not None or call.k_start is not None
     return call.trimmed(FARTHEST if placed else k.shape[-3])
 
 
 def key_maps(k: Tensor, call: AttentionCall) -> list[PositionMap]:
-    """The maps that keys have to be rotated to: not the one they come in, and each once."""
+    """Return the distinct maps that keys must be rotated to, without the one of the given keys."""
     maps = [region.k_map for region in regions_of(k, call)]
     return list(dict.fromkeys(x for x in maps if x != call.stored))
 
 
 def programs_of(x: Tensor, size: int, call: AttentionCall) -> tuple[int, int]:
-    """(programs, blocks of each head) where a program has `size` tokens of one head of x."""
+    """Return (programs, blocks of each head) if a program has `size` tokens of one head of x."""
     seqlen, heads, _ = x.shape[-3:]
     if call.cu_seqlens is None:
         blocks, batch = triton.cdiv(seqlen, size), x.shape[0]
@@ -197,18 +199,18 @@ def programs_of(x: Tensor, size: int, call: AttentionCall) -> tuple[int, int]:
 
 
 def sequences_of(call: AttentionCall) -> tuple[int, int]:
-    """(how many packed sequences there are, or 0, and in how many steps one is found)."""
+    """Return (number of packed sequences, or 0; steps of a search for one)."""
     sequences = 0 if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     return sequences, sequences.bit_length()
 
 
 def sequence_stride(x: Tensor | None, dims: int) -> int:
-    """From one sequence to the next; 0 where sequences share x, or its first of `dims`."""
+    """Return the stride between sequences; 0 if they share x or lack the first of `dims`."""
     return 0 if x is None or x.dim() < dims or x.shape[0] == 1 else x.stride(0)
 
 
 def with_contiguous_rows(call: AttentionCall) -> AttentionCall:
-    """Return the call with what kernels read as one row, or one a sequence, laid out so."""
+    """Return the call with contiguous rows in its small tensors, which kernels read as such."""
     rows = {name: getattr(call, name) for name in ("sinks", "query_scale", "pair_maps")}
     if call.inv_freq.dim() == 3:
         rows["inv_freq"] = call.inv_freq
@@ -216,22 +218,23 @@ def with_contiguous_rows(call: AttentionCall) -> AttentionCall:
 
 
 def rope_heads_of(call: AttentionCall) -> tuple[int, int]:
-    """How many heads of k have frequencies and maps of pairs of their own; 1: all the same."""
+    """Return how many heads of k have their own frequencies and maps of pairs; 1: all share."""
     of_freq = call.inv_freq.shape[-2] if call.inv_freq.dim() == 3 else 1
     return of_freq, 1 if call.pair_maps is None else call.pair_maps.shape[-2]
 
 
 # -------------------------------------------------------------------------------------------------
-# Position maps: from a token's position to the cosines and sines it is rotated by
+# Position maps: from a token's position to its cosines and sines
 
 
 def map_of(position_map: PositionMap) -> tuple:
-    """(modulus, divisor, factor, whole, fraction, cap) of a map, as device functions take it.
+    """Return a map as (modulus, divisor, factor, whole, fraction, cap), for device functions.
 
-    Positions become whole numbers first, min(p % modulus // divisor + whole, cap), then factor
-    times these plus fraction. Modulus 0: none; divisor 0: all positions become 0.
-    A map of pairs has the divisor -1, factor 1 with floor, else 0, and its row as whole.
-    Plain tuples: Triton 3.6 takes no named ones within a tuple.
+    A position p becomes min(p % modulus // divisor + whole, cap), a whole number. This times
+    factor, plus fraction, is the result. Modulus 0: none; divisor 0: all positions become 0.
+
+    A map of pairs has divisor -1, factor 1 with floor and 0 without, and its row as whole. These
+    are plain tuples: Triton 3.6 takes no named ones within a tuple.
     """
     modulus, divisor, floor, offset, cap = position_map
     modulus = modulus if modulus <= _LARGEST else 0
@@ -255,7 +258,7 @@ def map_of(position_map: PositionMap) -> tuple:
 
 @triton.jit
 def _index(position, MAP: tl.constexpr):
-    """What of the map is whole, int64: (tokens, 1), or (1, 1) where all tokens have the same."""
+    """Return the map's whole number, int64: (tokens, 1), or (1, 1) if all tokens share one."""
     if MAP[1] == 0:
         index = tl.zeros((1, 1), tl.int64)
     else:
@@ -276,7 +279,7 @@ def _index(position, MAP: tl.constexpr):
 
 @triton.jit
 def freqs_of(inv_freq, head, TILE: tl.constexpr):
-    """Pointer to the frequencies of a head of k."""
+    """Return a pointer to the frequencies of a head of k."""
     if TILE.rope_heads[0] > 1:
         inv_freq += head * TILE.half
     return inv_freq
@@ -284,9 +287,9 @@ def freqs_of(inv_freq, head, TILE: tl.constexpr):
 
 @triton.jit
 def _angle_of_pairs(position, freq, maps, MAP: tl.constexpr, TILE: tl.constexpr):
-    """(tokens, pairs) int64, by a divisor and an offset of each pair."""
-    OFFSETS: tl.constexpr = TILE.rope_heads[1] * TILE.half  # behind the divisors of all heads
-    LARGEST: tl.constexpr = 2147483520.0  # that float32 has of int32's
+    """Return angles by a divisor and an offset of each pair: (tokens, pairs) int64."""
+    OFFSETS: tl.constexpr = TILE.rope_heads[1] * TILE.half  # they follow the divisors of all heads
+    LARGEST: tl.constexpr = 2147483520.0  # the largest float32 within int32
     pair_maps, pair, head = maps
     at = pair_maps + MAP[3] * 2 * OFFSETS + pair
     if TILE.rope_heads[1] > 1:
@@ -306,7 +309,7 @@ def _angle_of_pairs(position, freq, maps, MAP: tl.constexpr, TILE: tl.constexpr)
 
 @triton.jit
 def _angle(position, freq, maps, MAP: tl.constexpr, TILE: tl.constexpr):
-    """(tokens, pairs) int64, or (1, pairs)."""
+    """Return angles: (tokens, pairs) int64, or (1, pairs)."""
     if MAP[1] < 0:
         angle = _angle_of_pairs(position, freq, maps, MAP, TILE)
     else:
@@ -318,7 +321,7 @@ def _angle(position, freq, maps, MAP: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _mapped(position, MAP: tl.constexpr):
-    """The position itself, float64: (tokens, 1) or (1, 1)."""
+    """Return the mapped position, float64: (tokens, 1) or (1, 1)."""
     return _index(position, MAP).to(tl.float64) * MAP[2] + MAP[4]
 
 
@@ -326,11 +329,12 @@ def _mapped(position, MAP: tl.constexpr):
 def map_cos_sin(
     position, freq, decay, maps, MAP: tl.constexpr, ORIGIN: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Cosine and sine, float32, that take tokens to where MAP puts them.
+    """Return cosine and sine, float32, that rotate tokens to the positions of MAP.
 
-    ORIGIN: the map that they come rotated by, or None; position: (tokens,) int32; freq: (1 or
-    tokens, pairs); decay: None, or (1, pairs) float64, the logarithm of the amplitude a position;
-    maps: (pair_maps, (pairs,) the pairs' numbers, the head of k).
+    ORIGIN: the map by which tokens already come rotated, or None. position: (tokens,) int32.
+    freq: (1 or tokens, pairs). decay: None, or the logarithm of the amplitude per position, (1,
+    pairs) float64. maps: (pair_maps, numbers of the pairs (pairs,), the head of k).
+
     The results have as many rows as the maps need.
     """
     angle = _angle(position, freq, maps, MAP, TILE)
@@ -352,14 +356,14 @@ def nth_cos_sin(
     position, freq, decay, maps, N: tl.constexpr, MAPS: tl.constexpr, ORIGIN: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """By the N-th of MAPS: before 3.8, Triton hands on no item of a tuple but by a name."""
+    """Call map_cos_sin with the N-th of MAPS: before 3.8, Triton passes a tuple's item by name."""
     MAP: tl.constexpr = MAPS[N]
     return map_cos_sin(position, freq, decay, maps, MAP, ORIGIN, TILE)
 
 
 @triton.jit
 def log_n_scale(position, PER_LOG_N: tl.constexpr):
-    """(tokens, 1) float32: max(1, ln(position + 1) / ln(log_n))."""
+    """Return max(1, ln(position + 1) / ln(log_n)): (tokens, 1) float32."""
     scale = tl.full((position.shape[0], 1), 1.0, tl.float32)
     if PER_LOG_N > 0.0:
         log = tl.log((tl.maximum(position, 0) + 1).to(tl.float32))
@@ -382,7 +386,7 @@ class Rows(NamedTuple):
 
 @triton.jit
 def rows_of(pointer, batch, seq, head, HEADS: tl.constexpr, TILE: tl.constexpr):
-    """Of a tensor that was given. Strides known to the compiler save registers of addresses."""
+    """Return the rows of a given tensor; strides known to the compiler save address registers."""
     HEAD: tl.constexpr = TILE.head_dim // TILE.align
     SEQ: tl.constexpr = HEADS * HEAD
     if TILE.contiguous:  # noqa: SIM108
@@ -394,7 +398,7 @@ def rows_of(pointer, batch, seq, head, HEADS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def copy_of(pointer, seqlen, N, COPIES: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr):
-    """The N-th of COPIES in a contiguous (batch, seqlen, COPIES, HEADS, head_dim)."""
+    """Return the N-th of COPIES in a contiguous (batch, seqlen, COPIES, HEADS, head_dim)."""
     HEAD: tl.constexpr = TILE.head_dim // TILE.align
     SEQ: tl.constexpr = COPIES * HEADS * HEAD
     return Rows(pointer + N * HEADS * TILE.head_dim, tl.cast(seqlen, tl.int64) * SEQ, SEQ, HEAD)
@@ -404,7 +408,7 @@ def copy_of(pointer, seqlen, N, COPIES: tl.constexpr, HEADS: tl.constexpr, TILE:
 def keys_of(
     k, batch, seq, head, k_rotated, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Keys as a region sees them."""
+    """Return the keys of a region: the given ones, or a rotated copy."""
     if TILE.k_copy[REGION] < 0:
         keys = rows_of(k, batch, seq, head, TILE.heads_k, TILE)
     else:
@@ -416,7 +420,7 @@ def keys_of(
 
 @triton.jit
 def row_base(x, batch, seq, head, TILE: tl.constexpr):
-    """Pointer to dim 0 of (batch, seq, head); the factor align shows the compiler alignment."""
+    """Return a pointer to dim 0 of a row; the factor align shows the compiler alignment."""
     offset = tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head
     return x.pointer + (offset + tl.cast(seq, tl.int64) * x.seq) * TILE.align
 
@@ -425,8 +429,8 @@ def row_base(x, batch, seq, head, TILE: tl.constexpr):
 def pointers_to(
     x, base, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
 ):
-    """(ROWS, DIMS): to dims FIRST to FIRST + DIMS of rows from `base` on."""
-    # int32 suffices within a block: the launcher has made sure.
+    """Return pointers to dims FIRST to FIRST + DIMS of rows from `base` on: (ROWS, DIMS)."""
+    # int32 is enough within a block: the launcher checks that.
     row = tl.arange(0, ROWS) * (tl.cast(x.seq, tl.int32) * TILE.align)
     return base + (row[:, None] + (FIRST + tl.arange(0, DIMS))[None, :])
 
@@ -436,7 +440,7 @@ def inside_of(
     count, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Which of those lie before head_dim and, if MASKED, before row `count`."""
+    """Return the mask of pointers before head_dim and, if MASKED, before row `count`."""
     row = tl.arange(0, ROWS)[:, None]
     dim = (FIRST + tl.arange(0, DIMS))[None, :]
     if not MASKED:
@@ -453,6 +457,7 @@ def load_part(
     x, base, count, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr,
     MASKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """Load dims FIRST to FIRST + DIMS of rows from `base` on; 0 past the ends, see inside_of."""
     pointers = pointers_to(x, base, FIRST, DIMS, ROWS, TILE)
     if MASKED or TILE.head_dim < FIRST + DIMS:
         inside = inside_of(count, FIRST, DIMS, ROWS, MASKED, TILE)
@@ -464,7 +469,7 @@ def load_part(
 
 @triton.jit
 def load_rows(x, base, count, ROWS: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr):
-    """ROWS rows from `base` on; 0 past head_dim and, if MASKED, past `count` rows."""
+    """Load ROWS rows from `base` on; 0 past head_dim and, if MASKED, past `count` rows."""
     first = load_part(x, base, count, 0, TILE.dims, ROWS, MASKED, TILE)
     second = first
     if TILE.more_dims > 0:
@@ -492,7 +497,7 @@ def store_rows(x, base, rows, count, ROWS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def load_values(pointer, count, SIZE: tl.constexpr, MASKED: tl.constexpr):
-    """(SIZE,) from `pointer` on; 0 past `count`, if MASKED."""
+    """Load values from `pointer` on, (SIZE,); 0 past `count`, if MASKED."""
     index = tl.arange(0, SIZE)
     if MASKED:
         values = tl.load(pointer + index, mask=index < count, other=0.0)
@@ -503,6 +508,7 @@ def load_values(pointer, count, SIZE: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def zero_rows(ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Return ROWS float32 rows of zeros."""
     DIMS: tl.constexpr = TILE.dims
     MORE: tl.constexpr = TILE.more_dims if TILE.more_dims > 0 else 1
     return tl.zeros((ROWS, DIMS), tl.float32), tl.zeros((ROWS, MORE), tl.float32)
@@ -510,13 +516,13 @@ def zero_rows(ROWS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def times(rows, factor):
-    """Each row times its factor."""
+    """Multiply each row by its factor."""
     return rows[0] * factor[:, None], rows[1] * factor[:, None]
 
 
 @triton.jit
 def dots(x, y, TILE: tl.constexpr):
-    """x @ y.T, in float32 for operands of any type."""
+    """Return x @ y.T in float32, for operands of any type."""
     result = tl.dot(x[0], tl.trans(y[0]), input_precision="ieee")
     if TILE.more_dims > 0:
         result = tl.dot(x[1], tl.trans(y[1]), result, input_precision="ieee")
@@ -525,7 +531,7 @@ def dots(x, y, TILE: tl.constexpr):
 
 @triton.jit
 def add_weighted(sums, weights, rows, TILE: tl.constexpr):
-    """sums + weights @ rows, in float32 once the weights are rounded to the rows' type."""
+    """Return sums + weights @ rows in float32, with weights rounded to the rows' type."""
     weights = weights.to(rows[0].dtype)
     first = tl.dot(weights, rows[0], sums[0], input_precision="ieee")
     second = sums[1]
@@ -535,17 +541,20 @@ def add_weighted(sums, weights, rows, TILE: tl.constexpr):
 
 
 # -------------------------------------------------------------------------------------------------
-# Blocks of queries and keys, and what of them a region holds
+# Blocks of queries and keys, and their parts in a region
 #
-# Along a block of queries, a region's first key and the end of its keys both rise. So do, along a
-# block of keys, the first query that sees a key in a region and the end of these. Either way a
-# range [low, high) is cut into blocks that every row sees whole, and masked ones before and after.
+# Along a block of queries, a region's first key and the end of its keys both rise. Along a block of
+# keys, the first query that sees a key in a region and the end of these queries rise, too. Both
+# ways, a range [low, high) is cut into full blocks, which every row sees whole, and masked blocks
+# before and after.
 
 
 @triton.jit
 def _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE: tl.constexpr):
-    """Which sequence a slot for a block belongs to: those of sequence s begin at cu_seqlens[s] //
-    SIZE + s, which leaves enough for its blocks, and at least one.
+    """Return the sequence of a slot for a block.
+
+    The slots of sequence s begin at cu_seqlens[s] // SIZE + s. This leaves enough slots for its
+    blocks, and at least one.
     """
     low = slot * 0
     high = low + num_sequences
@@ -561,10 +570,10 @@ def _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE: tl.constex
 def place(
     blocks, heads, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, SIZE: tl.constexpr
 ):
-    """This program's batch, head, block within its sequence, and that sequence's extent.
+    """Find this program's batch, head, block within its sequence, and that sequence's extent.
 
     Returns (batch, sequence, head, block, blocks of the sequence, first row, seqlen_q, seqlen_k).
-    A program without a block gets block 0 of a sequence without rows, and so does nothing.
+    A program without a block gets block 0 of a sequence without rows, so it does nothing.
     """
     slot = tl.program_id(0) % blocks
     rest = tl.program_id(0) // blocks
@@ -586,7 +595,7 @@ def place(
 
 @triton.jit
 def origin_of(sequence, q_start, k_start, q_start_stride, k_start_stride, seqlen_q, seqlen_k):
-    """How far a sequence's first query lies behind its first key, and the position of that key."""
+    """Return how far a sequence's first query lies after its first key, and that key's position."""
     shift = seqlen_k - seqlen_q
     origin = 0
     if k_start is not None:
@@ -602,13 +611,13 @@ class Queries(NamedTuple):
     batch: tl.tensor
     sequence: tl.tensor
     head: tl.tensor
-    first_row: tl.tensor  # of the sequence
-    row: tl.tensor  # of the block
-    left: tl.tensor  # how many rows of it are there
+    first_row: tl.tensor  # first row of the sequence
+    row: tl.tensor  # first row of the block
+    left: tl.tensor  # rows of the sequence from there on
     top: tl.tensor  # position of the first row
-    bottom: tl.tensor  # and of the last one
+    bottom: tl.tensor  # position of the last row
     seqlen_k: tl.tensor
-    origin: tl.tensor  # the first key's own position: blocks of granularity begin at 0
+    origin: tl.tensor  # position of the first key: blocks of granularity count from position 0
 
 
 @triton.jit
@@ -616,7 +625,7 @@ def place_queries(
     blocks, cu_seqlens, num_sequences, search_steps, q_start, k_start, q_start_stride,
     k_start_stride, seqlen_q, seqlen_k, TILE: tl.constexpr,
 ):  # fmt: skip
-    """This program's block of queries, the longest first."""
+    """Find this program's block of queries; the longest come first."""
     BLOCK_M: tl.constexpr = TILE.block_m
     batch, sequence, head, block, count, first_row, seqlen_q, seqlen_k = place(
         blocks, TILE.heads_q, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, BLOCK_M
@@ -635,10 +644,10 @@ def place_queries(
 
 @triton.jit
 def split(low, all_low, all_high, high, SIZE: tl.constexpr):
-    """Cut [low, high), of which every row sees [all_low, all_high), into blocks of SIZE.
+    """Cut [low, high) into blocks of SIZE; every row sees [all_low, all_high) of it.
 
-    Returns the number of masked blocks before the full ones, of full ones, and of masked ones in
-    all. A masked block before the full ones may reach past `high`.
+    Returns the numbers of masked blocks before the full ones, of full blocks, and of all masked
+    blocks. A masked block before the full ones may reach past `high`.
     """
     before = (tl.maximum(all_low - low, 0) + SIZE - 1) // SIZE
     full = tl.maximum(all_high - (low + before * SIZE), 0) // SIZE
@@ -648,7 +657,7 @@ def split(low, all_low, all_high, high, SIZE: tl.constexpr):
 
 @triton.jit
 def nth_block(index, cut, MASKED: tl.constexpr, SIZE: tl.constexpr):
-    """Where the index-th masked, or full, block of a range starts, and the rows left from there."""
+    """Return the start of a range's index-th masked, or full, block, and the rows left there."""
     low, before, full, _, high = cut
     if MASKED:
         at = low + (index + tl.where(index < before, 0, full)) * SIZE
@@ -659,7 +668,7 @@ def nth_block(index, cut, MASKED: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def first_key(position, seqlen_k, origin, REGION: tl.constexpr, TILE: tl.constexpr):
-    """First key that queries at `position` see in REGION; for REGION = regions, the end of all."""
+    """Return the first key that `position` sees in REGION; for REGION = regions, the keys' end."""
     key = tl.minimum(position + 1, seqlen_k)
     if len(TILE.starts) > REGION:
         block = (position + origin) // TILE.granularity * TILE.granularity
@@ -672,9 +681,9 @@ def first_key(position, seqlen_k, origin, REGION: tl.constexpr, TILE: tl.constex
 
 @triton.jit
 def cut_keys(at, REGION: tl.constexpr, TILE: tl.constexpr):
-    """The range of keys that a block of queries sees, cut into blocks.
+    """Cut the range of keys that a block of queries sees into blocks.
 
-    Returns (first key, a split's numbers, end).
+    Returns (first key, the numbers of `split`, end).
     """
     low = 0
     all_low = 0
@@ -689,7 +698,7 @@ def cut_keys(at, REGION: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def seen_keys(start, low, high, REGION: tl.constexpr, TILE: tl.constexpr):
-    """(M, N): does row i see the keys from `start` on? From low[i] to high[i]."""
+    """Return a mask of the keys from `start` on, (M, N): row i sees keys low[i] to high[i]."""
     BLOCK_N: tl.constexpr = TILE.block_n
     key = (start + tl.arange(0, BLOCK_N))[None, :]
     seen = key < high[:, None]
@@ -699,14 +708,15 @@ def seen_keys(start, low, high, REGION: tl.constexpr, TILE: tl.constexpr):
 
 
 # -------------------------------------------------------------------------------------------------
-# The softmax beside its loops over keys: caps and sinks too
+# The softmax outside its loops over keys, with caps and sinks
 
 
 @triton.jit
 def tanh(x):
-    """Of float32, to 4 units in the last place however small x is; NaN of NaN.
+    """Return tanh of float32 to 4 units in the last place, for any small x too; NaN for NaN.
 
-    x P(x**2) / Q(x**2) with the least relative error up to 8: past it tanh is 1, but for 2 units.
+    The formula is x P(x**2) / Q(x**2) with the least relative error up to 8. Past 8, tanh is 1
+    within 2 units.
     """
     x = tl.maximum(x, -8.0, propagate_nan=tl.PropagateNan.ALL)
     x = tl.minimum(x, 8.0, propagate_nan=tl.PropagateNan.ALL)
@@ -720,13 +730,13 @@ def tanh(x):
 
 @triton.jit
 def capped(logits, softcap):
-    """softcap * tanh(logits / softcap); both in the same units, natural or of base 2."""
+    """Return softcap * tanh(logits / softcap); both are natural, or both of base 2."""
     return softcap * tanh(logits * (1.0 / softcap))
 
 
 @triton.jit
 def bounded(products, TILE: tl.constexpr):
-    """What is a logit once multiplied by TILE.factor: with a cap its tangent, or the product."""
+    """Return logits divided by TILE.factor: the hyperbolic tangent with a cap, else the product."""
     if TILE.softcap > 0:
         products = tanh(products * (TILE.softmax_scale / TILE.softcap))
     return products
@@ -734,25 +744,27 @@ def bounded(products, TILE: tl.constexpr):
 
 @triton.jit
 def before_the_cap(d_logits, logits, TILE: tl.constexpr):
-    """Gradients of logits as they were before the cap, from these and from what is bounded."""
+    """Return gradients of logits before the cap, from gradients after it and bounded logits."""
     return d_logits * (1.0 - logits * logits) if TILE.softcap > 0 else d_logits
 
 
 @triton.jit
 def add_sink(row_max, row_sum, sink):
-    """(row_max, row_sum, rescale) of rows that `sink` has joined, a logit without a value: weighted
-    values are to be multiplied by rescale. All in base 2; row_max is finite where there is no key.
+    """Add a sink, a logit without a value, to rows; return (row_max, row_sum, rescale).
+
+    The caller multiplies weighted values by rescale. All numbers have base 2; row_max is finite
+    even without keys.
     """
     new_max = tl.maximum(row_max, sink)
     rescale = tl.exp2(row_max - new_max)
-    # Not NaN where the sink is infinite, and takes all.
+    # The test avoids NaN if the sink is infinite and takes all.
     weight = tl.where(sink == new_max, 1.0, tl.exp2(sink - new_max))
     return new_max, row_sum * rescale + weight, rescale
 
 
 @triton.jit
 def finish_softmax(row_max, row_sum, sinks, head):
-    """(factor of weighted values, what `lse_of` takes) at the end of rows, with their sink."""
+    """Return (factor of weighted values, argument of `lse_of`) for rows and their sink."""
     empty = row_sum == 0.0
     if sinks is None:
         row_sum = tl.where(empty, 1.0, row_sum)
@@ -761,7 +773,7 @@ def finish_softmax(row_max, row_sum, sinks, head):
     else:
         alone = tl.load(sinks + head)
         row_max, row_sum, rescale = add_sink(row_max, row_sum, alone * log2_e())
-        # Of rows without keys, where the sink is -inf.
+        # The sum is 0 for rows without keys if the sink is -inf.
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
         factor = rescale / row_sum
     return factor, (row_max, row_sum, empty, alone)
@@ -769,6 +781,6 @@ def finish_softmax(row_max, row_sum, sinks, head):
 
 @triton.jit
 def lse_of(rows):
-    """A row without keys has the sink's own bits."""
+    """Return log-sum-exps; a row without keys gets the sink's own bits."""
     row_max, row_sum, empty, alone = rows
     return tl.where(empty, alone, row_max * ln_2() + tl.log(row_sum))

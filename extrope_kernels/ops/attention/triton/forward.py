@@ -1,14 +1,14 @@
 """Attention over regions of keys, forward: raw q, k and v to out and the log-sum-exp.
 
-Every region rotates queries and keys to positions of its own, so that each pair of them sees the
-difference of the two: ReRoPE's near keys at their distance, its far keys all at the window. For one
-block of queries the kernel goes through the regions, far keys first. It rotates its queries to the
-region's positions, runs over the region's keys as flash-attention does, and carries on with the
-same running maximum, running sum and weighted values in the next region. So near and far keys meet
-in one softmax; a region differs from the one before by its rotated q and k, and by nothing else.
+Every region rotates queries and keys to its own positions. A query then sees a key at the
+difference of the two: in ReRoPE, near keys at their distance and all far keys at the window. For
+one block of queries the kernel goes through the regions, far keys first. It rotates its queries to
+the region's positions and runs over the region's keys like flash-attention. The next region goes on
+with the same running maximum, running sum and weighted values. So near and far keys share one
+softmax, and regions differ only in their rotated q and k.
 
-Keys are rotated once, by a launch before (rotate.py): in this loop each would be rotated again for
-every block of queries. Blocks of keys that all rows of the block see whole need no mask.
+An earlier launch rotates keys once (rotate.py): this loop would rotate each key again for every
+block of queries. A block of keys that all rows of the block see whole needs no mask.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ from .device import (
 from .rotate import rotated_keys
 
 # -------------------------------------------------------------------------------------------------
-# A block of raw queries, rotated as it is loaded, dims where they are
+# A block of raw queries, rotated while it is loaded; dims keep their places
 
 
 @triton.jit
 def _cos_sin(pair, position, scale, rope, REGION: tl.constexpr, TILE: tl.constexpr):
-    """Of pairs, with all that a query is multiplied by; past the rotated dims 1 and 0, likewise."""
+    """Return cosine and sine of pairs, times a query's factors; 1 and 0 past the rotated dims."""
     inv_freq, log_decay, pair_maps, head_k = rope
     MAP: tl.constexpr = TILE.q_maps[REGION]
     rotates = pair < TILE.half
@@ -78,7 +78,7 @@ def _cos_sin(pair, position, scale, rope, REGION: tl.constexpr, TILE: tl.constex
 
 @triton.jit
 def _rounded(part, ELEMENT: tl.constexpr, TILE: tl.constexpr):
-    """As products take it."""
+    """Round to the operand type of products."""
     part = part.to(ELEMENT)
     return part.to(tl.float32) if TILE.widen else part
 
@@ -88,7 +88,7 @@ def _rotated_part(
     q, base, left, position, scale, rope, REGION: tl.constexpr, FIRST: tl.constexpr,
     DIMS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, DIMS): dims FIRST to FIRST + DIMS."""
+    """Return the rotated dims FIRST to FIRST + DIMS: (ROWS, DIMS)."""
     HALF: tl.constexpr = TILE.half
     part = load_part(q, base, left, FIRST, DIMS, ROWS, True, TILE).to(tl.float32)
     if TILE.interleaved:  # a pair's two dims are next to each other
@@ -102,7 +102,7 @@ def _rotated_part(
         pair = tl.where(of_second, dim - HALF, dim)
         pair = tl.where(dim < 2 * HALF, pair, HALF)
         other = tl.where(of_second, dim - HALF, tl.where(dim < HALF, dim + HALF, dim))
-        if HALF % 8 == 0:  # eight dims stay together, which the compiler does not see
+        if HALF % 8 == 0:  # eight dims stay together; the compiler does not see that
             other = tl.max_contiguous(tl.multiple_of(other, 8), 8)
         cos, sin = _cos_sin(pair, position, scale, rope, REGION, TILE)
         row = tl.arange(0, ROWS) * (tl.cast(q.seq, tl.int32) * TILE.align)
@@ -118,9 +118,9 @@ def rotated_rows(
     q, base, left, position, rope, query_scale, REGION: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS raw rows as a region sees them, in parts as of load_rows, rounded once.
+    """Return ROWS raw rows rotated for a region, in parts like those of load_rows, rounded once.
 
-    position: absolute; query_scale: None, or a pointer to what the first of them is multiplied by.
+    position: absolute. query_scale: None, or a pointer to the factor of the first row.
     """
     DIMS: tl.constexpr = TILE.dims
     MORE: tl.constexpr = TILE.more_dims
@@ -153,9 +153,9 @@ def _add_keys(
     state, q, k, v, k_base, v_base, cut, low, high, REGION: tl.constexpr, MASKED: tl.constexpr,
     TILE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Take the masked, or full, blocks of keys into (weighted values, row_max, row_sum).
+    """Add the masked, or full, blocks of keys to (weighted values, row_max, row_sum).
 
-    In a masked block row i sees only the keys from low[i] to high[i].
+    In a masked block, row i sees only the keys from low[i] to high[i].
     """
     BLOCK_N: tl.constexpr = TILE.block_n
     acc, row_max, row_sum = state
@@ -196,9 +196,9 @@ def forward_kernel(
     freq_batch, scale_batch, q_start_stride, k_start_stride, num_sequences, search_steps, blocks,
     seqlen_q, seqlen_k, TILE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: blocks of queries, longest first, then heads, then the batch.
+    """Attend for a block of queries. Axis 0: blocks, longest first, then heads, then the batch.
 
-    scratch: as many rows as q to work in, or None where rows of out have the room.
+    scratch: room for as many rows as q has, or None if rows of out have enough.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     CHUNK: tl.constexpr = TILE.rotated
@@ -228,15 +228,15 @@ def forward_kernel(
     row_max = tl.full((BLOCK_M,), no_logit(), tl.float32)
     state = (zero_rows(BLOCK_M, VALUES), row_max, tl.zeros((BLOCK_M,), tl.float32))
     for r in tl.static_range(REGIONS):
-        # The queries as this region sees them.
+        # Rotate the queries for this region.
         if r == 0 and PAIRED:
             q_base = row_base(q_of, batch, row, head, TILE)
             q_rows = rotated_rows(
                 q_of, q_base, left, position + at.origin, rope, query_scale, 0, BLOCK_M, TILE
             )
         else:
-            # Between two loops few registers are free, and rows that are not pairs of parts take
-            # many: a few rows at a time go through memory.
+            # Few registers are free between two loops, and rows whose parts are not the two dims
+            # of pairs need many. So a few rows at a time go through memory.
             tl.debug_barrier()
             for few in tl.range(0, BLOCK_M, CHUNK):
                 q_base = row_base(q_of, batch, row + few, head, TILE)
@@ -252,7 +252,7 @@ def forward_kernel(
             tl.debug_barrier()
             room_base = row_base(room, batch, row, head, TILE)
             q_rows = load_rows(room, room_base, left, BLOCK_M, True, TILE)
-        # Its keys: those that all rows see need no mask.
+        # The region's keys; blocks that all rows see need no mask.
         k_of = keys_of(k, k_batch, k_seq, k_head, k_rotated, seqlen_k, r, TILE)
         k_base = row_base(k_of, batch, at.first_row, head_k, TILE)
         low = first_key(position, at.seqlen_k, at.origin, r, TILE)
@@ -275,16 +275,18 @@ def forward_kernel(
 
 
 # -------------------------------------------------------------------------------------------------
-# Its launch
+# The launch
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """One softmax over the keys of every region, in two launches.
+    """Attend by one softmax over the keys of every region, in two launches.
 
     q, k: raw, (batch, seqlen_q, heads_q, head_dim) and (batch, seqlen_k, heads_k, head_dim), or
-    (total, heads, head_dim) with call.cu_seqlens; v like k, of any head_dim; all contiguous in the
-    last dimension. Returns out like q, of v's head_dim, and the natural log of the sum of
-    exponentials, float32 (batch, heads_q, seqlen_q) or (heads_q, total).
+    (total, heads, head_dim) with call.cu_seqlens. v: like k, with any head_dim. All are contiguous
+    in the last dimension.
+
+    Returns out, like q with v's head_dim, and the natural log of the sum of exponentials, float32
+    (batch, heads_q, seqlen_q) or (heads_q, total).
     """
     call = with_contiguous_rows(call)
     launch = settled(_settle, (q, k, v), call)

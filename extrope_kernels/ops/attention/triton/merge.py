@@ -1,7 +1,7 @@
-"""The ops `merge_fwd` and `merge_inplace` on a GPU: the softmax over disjoint sets of keys, made of
-what each set gave alone. One launch.
+"""The ops `merge_fwd` and `merge_inplace` on a GPU: join results over disjoint sets of keys.
 
-Each input is read once and the result written once, but for log-sum-exps, which are small.
+The result is the softmax over all keys, in one launch. Each input is read once and the result is
+written once, except for log-sum-exps, which are small.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WARPS = 4
 def _lse_of(
     N: tl.constexpr, lses, lse, row, merged, valid, IN_PLACE: tl.constexpr, WIDE: tl.constexpr
 ):
-    """(M,) log-sum-exps of set N in these rows; what is no row has no keys."""
+    """Return the log-sum-exps of set N in these rows, (M,); invalid rows have no keys."""
     FIRST: tl.constexpr = 1 if IN_PLACE else 0
     if N < FIRST:
         found = tl.load(lse + merged, mask=valid, other=float("-inf"))
@@ -34,7 +34,7 @@ def _lse_of(
 
 @triton.jit
 def _rows(x, batch, seq, head, strides, N: tl.constexpr):
-    """(M,) pointers to dim 0; bytes of strides show the compiler alignment."""
+    """Return pointers to dim 0, (M,); strides in bytes show the compiler alignment."""
     offset = batch * strides[3 * N] + seq * strides[3 * N + 1] + head * strides[3 * N + 2]
     at = x.to(tl.pointer_type(tl.int8), bitcast=True) + offset
     return at.to(tl.pointer_type(x.dtype.element_ty), bitcast=True)
@@ -42,30 +42,30 @@ def _rows(x, batch, seq, head, strides, N: tl.constexpr):
 
 @triton.jit
 def _share(weight, row_sum):
-    """Of the joint softmax: exactly 1 where there is one set alone."""
+    """Return a set's share of the joint softmax: exactly 1 if it is the only set."""
     return tl.div_rn(weight, row_sum) if weight.dtype == tl.float32 else weight / row_sum
 
 
 @triton.jit
 def _cast(x, TYPE: tl.constexpr):
-    """By way of float32: not every chip goes from float64 to 16 bits."""
+    """Convert by way of float32: not every chip converts float64 to 16 bits."""
     return x if x.dtype == TYPE else x.to(tl.float32).to(TYPE)
 
 
 @triton.jit(
     do_not_specialize=("lse_batch", "lse_head", "lse_seq", "tokens", "seqlen"),
-    do_not_specialize_on_alignment=("lse",),  # of a part of a sequence, as a ring writes to
+    do_not_specialize_on_alignment=("lse",),  # a ring writes to parts of a sequence
 )
 def merge_kernel(
     outs, lses, out, lse, strides, lse_batch, lse_head, lse_seq, tokens, seqlen,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, IN_PLACE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: blocks of tokens, counted through batch and seqlen; axis 1: heads.
+    """Merge a block of rows. Axis 0: blocks of tokens over batch and seqlen; axis 1: heads.
 
-    outs, lses: of the sets; lses contiguous, and without the one that is written to; strides: by
-    batch, seq and head of each of outs and of out, in bytes: 16 divides them wherever rows allow
-    it, so no length compiles anything anew.
+    outs, lses: the sets' results; lses are contiguous, and exclude the one that is written to.
+    strides: in bytes, by batch, seq and head, of each of outs and of out. 16 divides them wherever
+    rows allow it, so no new length compiles the kernel again.
     """
     SETS: tl.constexpr = len(outs)
     first = tl.program_id(0).to(tokens.dtype) * BLOCK_M
@@ -102,7 +102,7 @@ def merge_kernel(
     written = valid
     if IN_PLACE:
         written = valid & (empty == 0)
-        tl.debug_barrier()  # other warps may still have to read what is written below
+        tl.debug_barrier()  # other warps may not have read yet what the stores below overwrite
     to = _rows(out, batch, seq, head, strides, SETS)
     tl.store(to[:, None] + dim, _cast(acc, out.dtype.element_ty), mask=written[:, None] & inside)
     joint = tl.where(tl.abs(row_max) == float("inf"), row_max, row_max + tl.log(row_sum))
@@ -110,7 +110,7 @@ def merge_kernel(
 
 
 def merge_fwd(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `torch.ops.extrope.merge_fwd`."""
+    """Merge into new tensors; arguments and results are those of `torch.ops.extrope.merge_fwd`."""
     if not outs:
         check(outs, lses, inplace=False)
     out, lse = torch.empty_like(outs[0]), lses[0].new_empty(lses[0].shape)
@@ -119,7 +119,7 @@ def merge_fwd(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, T
 
 
 def merge_inplace(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
-    """Same arguments as `torch.ops.extrope.merge_inplace`."""
+    """Merge into `out` and `lse`; arguments are those of `torch.ops.extrope.merge_inplace`."""
     _launch((out, *outs), (lse, *lses), out, lse, in_place=True)
 
 
@@ -127,7 +127,7 @@ def _launch(
     outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor, in_place: bool
 ) -> None:
     check(outs, lses, in_place)
-    chip_of(out)  # refuses a device that no kernel runs on
+    chip_of(out)  # raises for devices without kernels
     for i, x in enumerate(outs):
         if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
             raise ValueError(
@@ -139,7 +139,7 @@ def _launch(
     batch, (seqlen, heads, head_dim) = 1 if out.dim() == 3 else out.shape[0], out.shape[-3:]
     strides = [n * x.itemsize for x in (*outs, out) for n in (0, *strides_of(x))[-4:-1]]
     block_d = triton.next_power_of_2(max(head_dim, 1))
-    # Two vectors a thread of each set keep its loads in flight.
+    # Two vectors of each set per thread keep enough loads in flight.
     block_m = max(1, 4 * WARPS * 32 * VECTOR_BYTES // out.itemsize // block_d)
     tokens, wide = batch * seqlen, torch.float64 in (out.dtype, lse.dtype)
     with torch.cuda.device_of(out):

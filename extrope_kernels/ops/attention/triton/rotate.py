@@ -1,7 +1,7 @@
-"""Raw keys and queries, rotated once to the positions of every region, and gradients back.
+"""Rotate raw keys and queries once to the positions of every region, and gradients back.
 
-A program has a few tokens of q, or of k, and a share of their heads: it finds where the tokens are
-and their cosines and sines once. Rotated copies are contiguous, (batch, seqlen, copies, heads,
+A program has a few tokens of q or of k, and a share of their heads. It computes the tokens'
+positions, cosines and sines once. Rotated copies are contiguous: (batch, seqlen, copies, heads,
 head_dim).
 """
 
@@ -38,13 +38,13 @@ from .device import (
     settled,
 )
 
-THREADS = 128  # each with 16 bytes of first dims, and of second dims
-# Heads are spread over programs until about this many run; more would only repeat the sincos.
+THREADS = 128  # each has 16 bytes of first dims and 16 of second dims
+# Heads are spread over about this many programs; more would only repeat cosines and sines.
 PROGRAMS = 1024
 
 
 class RotateTile(NamedTuple):
-    """What the kernel is compiled for, beside types and alignment of pointers."""
+    """The constants of the compiled kernel, besides types and alignment of pointers."""
 
     tokens: int  # per program
     heads_q: int
@@ -57,11 +57,11 @@ class RotateTile(NamedTuple):
     rest_dims: int  # rest, rounded up; 1 if none
     align: int  # elements; divides all strides
     interleaved: bool
-    freq_per_token: bool  # packed sequences with frequencies of their own
-    q_maps: tuple[tuple, ...]  # of each copy, see `map_of`
+    freq_per_token: bool  # each packed sequence has its own frequencies
+    q_maps: tuple[tuple, ...]  # one per copy, see `map_of`
     k_maps: tuple[tuple, ...]
-    stored: tuple | None  # of keys as they come
-    amplitude: float  # of queries
+    stored: tuple | None  # the map by which keys already come rotated; None: raw
+    amplitude: float  # multiplies queries
     per_log_n: float
 
 
@@ -70,9 +70,10 @@ def _place(
     tile, batch, shift, start, start_stride, seqlen, freq_batch, cu_seqlens, num_sequences,
     search_steps, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile's tokens, which of them are there, their positions, and where frequencies begin.
+    """Return a tile's tokens, a mask of the valid ones, positions, and the frequencies' offset.
 
-    shift: of positions, where sequences are not packed; start: None, or more of it by sequence.
+    shift: added to positions of sequences that are not packed. start: None, or a further shift by
+    sequence.
     """
     TOKENS: tl.constexpr = TILE.tokens
     token = tile * TOKENS + tl.arange(0, TOKENS)
@@ -95,7 +96,7 @@ def _place(
 
 @triton.jit
 def _freq_of(place, inv_freq, head_k, TILE: tl.constexpr):
-    """A head's, as `map_cos_sin` takes them; place: as from `_place`."""
+    """Return a head's frequencies in the layout of `map_cos_sin`; place: from `_place`."""
     _, valid, _, of_freq = place
     inv_freq = freqs_of(inv_freq, head_k, TILE)
     if TILE.freq_per_token:
@@ -112,7 +113,7 @@ def _cos_sin(
     position, freq, maps, scale, decay, MAPS: tl.constexpr, ORIGIN: tl.constexpr,
     AMPLITUDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of every copy, with all that a token is multiplied by."""
+    """Return cosine and sine for every copy, with all factors of a token."""
     cos_sin = ()
     for n in tl.static_range(len(MAPS)):
         cos, sin = nth_cos_sin(position, freq, decay, maps, n, MAPS, ORIGIN, TILE)
@@ -125,7 +126,7 @@ def _rotate_head(
     x, batch_stride, seq_stride, head_stride, copies, head, batch, token, seqlen, valid, cos_sin,
     scale, COPIES: tl.constexpr, HEADS: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One head of x into its copies; INVERSE: the sum of its copies, float32, into x."""
+    """Rotate one head of x into its copies; INVERSE: sum float32 copies, rotated back, into x."""
     HEAD: tl.constexpr = TILE.head_dim // TILE.align
     SEQ: tl.constexpr = COPIES * HEADS * HEAD
     own = rows(x, batch, token, head, batch_stride, seq_stride, head_stride, TILE)
@@ -157,9 +158,9 @@ def _rotate_tokens(
     token_scale, scale_batch, MAPS: tl.constexpr, ORIGIN: tl.constexpr, AMPLITUDE: tl.constexpr,
     PER_LOG_N: tl.constexpr, HEADS: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """This program's tokens and heads of q, or of k.
+    """Rotate this program's tokens and heads of q or of k.
 
-    token_scale: None, or what each token is multiplied by.
+    token_scale: None, or a factor for each token.
     """
     COPIES: tl.constexpr = len(MAPS)
     BY_HEAD: tl.constexpr = TILE.rope_heads[0] > 1 or TILE.rope_heads[1] > 1
@@ -205,10 +206,10 @@ def rotate_kernel(
     q_start_stride, k_start_stride, num_sequences, search_steps, shift, q_tiles, first_k_tile,
     tiles, seqlen_q, seqlen_k, INVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: tiles of tokens of q, then of k, and the batch; axis 1: shares of the heads.
+    """Rotate a tile. Axis 0: tiles of tokens of q, then of k, and the batch; axis 1: heads' shares.
 
-    Without maps of a side, nothing of it is read or written. INVERSE: the copies hold gradients,
-    float32, to be summed into those of q and k. shift: from a query to its position.
+    A side without maps is neither read nor written. INVERSE: the copies hold float32 gradients,
+    and their sums are the gradients of q and k. shift: from a query's index to its position.
     """
     Q_MAPS: tl.constexpr = TILE.q_maps
     K_MAPS: tl.constexpr = TILE.k_maps
@@ -220,7 +221,7 @@ def rotate_kernel(
     if log_decay is not None:
         decay = of_pairs(log_decay, TILE).to(tl.float64)
         minus_decay = -decay
-    # Two conditions: only the first one is the compiler's.
+    # Two nested conditions: only the first is known to the compiler.
     if len(Q_MAPS) > 0:  # noqa: SIM102
         if tile < q_tiles:
             _rotate_tokens(
@@ -240,11 +241,11 @@ def rotate_kernel(
 
 
 # -------------------------------------------------------------------------------------------------
-# Its launch
+# The launch
 
 
 class Rotation(NamedTuple):
-    """A launch, and how many copies there are of q and k."""
+    """A launch, and the numbers of copies of q and k."""
 
     launch: Launch
     q_copies: int
@@ -252,7 +253,7 @@ class Rotation(NamedTuple):
 
 
 def rotated_keys(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | None:
-    """Keys as every region sees them; None where all see them as they come."""
+    """Rotate keys for every region; None if all regions see the given keys."""
     rotation = settled(_settle, (q, k), call, "keys")
     if rotation.k_copies == 0:
         return None
@@ -262,7 +263,7 @@ def rotated_keys(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | None:
 
 
 def rotated(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Queries as every region sees them, and keys where they do not come so."""
+    """Rotate queries for every region, and keys for regions that do not see the given ones."""
     rotation = settled(_settle, (q, k), call, "both")
     copies = _copies(q, rotation.q_copies, q.dtype), _copies(k, rotation.k_copies, k.dtype)
     _launch(rotation, q, k, *copies, call)
@@ -270,7 +271,7 @@ def rotated(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def gradients_of_copies(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Room for the gradients of queries and keys as every region sees them, in float32."""
+    """Allocate float32 gradients of the queries and keys of every region."""
     regions = len(regions_of(k, call))
     return _copies(q, regions, torch.float32), _copies(k, regions, torch.float32)
 
@@ -278,7 +279,7 @@ def gradients_of_copies(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tens
 def rotate_back(
     dq: Tensor, dk: Tensor, dq_copies: Tensor, dk_copies: Tensor, call: AttentionCall
 ) -> None:
-    """Write the gradients of q and k: the sum of those of their copies, each rotated back."""
+    """Write the gradients of q and k: sums of their copies' gradients, each rotated back."""
     _launch(settled(_settle, (dq, dk), call, "gradients"), dq, dk, dq_copies, dk_copies, call)
 
 
@@ -304,8 +305,10 @@ def _launch(
 
 
 def _settle(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Rotation:
-    """wanted: "keys" that no region sees as they come; "both", all queries and these; "gradients",
-    written from all copies.
+    """Build the launch.
+
+    wanted: "keys", those that differ from the given ones; "both", all queries and these keys;
+    "gradients", from all copies.
     """
     regions, unseen = regions_of(k, call), 0
     q_maps = () if wanted == "keys" else tuple(region.q_map for region in regions)
@@ -314,7 +317,7 @@ def _settle(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Rotation:
         k_maps = [region.k_map for region in regions]
     placed = (call.cu_seqlens, call.q_start, call.k_start) != (None, None, None)
     if wanted == "keys" and call.sliding_window is not None and not placed:
-        # So many of the first keys lie before every query's window.
+        # The number of first keys that lie before every query's window.
         unseen = min(max(0, k.shape[-3] - q.shape[-3] + 1 - call.sliding_window), k.shape[-3])
     tile = _tile(q, k, q_maps, k_maps, call)
     seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
