@@ -280,7 +280,7 @@ def test_what_counts_of_a_piece(tokenizer, story):
 
 def test_measured_are_the_losses_of_the_model(model, tokenizer, story):
     piece = pieces.cut(read_text(tokenizer, str(story)), LENGTH, 0, 0)
-    found = pieces.measure(model, piece, lambda rows: None)
+    found = pieces.measure(model, piece, lambda: None)
     with torch.no_grad():
         out = model(piece.ids[None]).logits[0].double()
     losses = torch.nn.functional.cross_entropy(out[:-1], piece.ids[1:], reduction="none")

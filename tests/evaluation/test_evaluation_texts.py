@@ -5,7 +5,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from extrope_kernels.evaluation import UsageError, texts
-from extrope_kernels.evaluation.search import cli as search
+from extrope_kernels.evaluation.search import run as search
 
 BOS, EOS = 98, 99
 

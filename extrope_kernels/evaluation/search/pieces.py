@@ -59,7 +59,7 @@ def cut(text: Text, length: int, index: int, seed: int) -> Piece:
 
 
 def measure(
-    model: PreTrainedModel, piece: Piece, on_progress: Callable[[int], None]
+    model: PreTrainedModel, piece: Piece, on_progress: Callable[[], None]
 ) -> dict[str, Any]:
     """Return a piece's losses and the gain of its repeated passages, in nats a token."""
     losses = token_losses(model, piece.ids[None].to(model.device), on_progress)[0].double()
