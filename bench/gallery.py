@@ -213,7 +213,7 @@ def draw_one(name: str, method: RopeFreqs | Score) -> Figure:
         figure = Figure(figsize=(3.6, 2.5), layout="constrained")
         axes = figure.subplots()
         draw_frequencies(axes, method)
-        axes.set_ylabel("tokens a turn")
+        axes.set_ylabel("tokens a rotation")
     else:
         figure = Figure(figsize=(5.4, 2.6), layout="constrained")
         left, axes = figure.subplots(1, 2)
@@ -242,7 +242,7 @@ def draw_all() -> Figure:
         axes.tick_params(labelsize=7)
         axes.label_outer()
     upper.suptitle(
-        "Frequencies: in how many tokens each pair of dims turns once,\n"
+        "Frequencies: in how many tokens each pair of dims rotates once,\n"
         "grey as trained, blue with the method; red: the trained length",
         fontsize=9,
     )
@@ -287,10 +287,10 @@ Every method in one picture, drawn from what it gives the kernels.
 """
 OF_FREQUENCIES = f"""## Frequencies
 
-After how many tokens each pair of dims has turned once: grey in plain RoPE, blue with the method,
+After how many tokens each pair of dims has rotated once: grey in plain RoPE, blue with the method,
 to read {FACTOR:g} times the trained length, which is the red line. A pair above it never makes a
-whole turn in training: at greater distances it meets angles that the model has not seen. Methods
-differ in which pairs they slow down. A triangle is a pair that does not turn at all.
+whole rotation in training: at greater distances it meets angles that the model has not seen.
+Methods differ in which pairs they slow down. A triangle is a pair that does not rotate at all.
 
 """
 OF_SCORES = f"""## Scores

@@ -146,11 +146,8 @@ def map_pairs(
     positions: Tensor, modulus: int, divisor: Tensor, floor: bool, offset: Tensor
 ) -> Tensor:
     """Map positions (any shape) as a PairMap with these values: (..., *divisor.shape)."""
-    p = positions.double()
-    if modulus:
-        p = torch.remainder(p, modulus)
-    p = p.view(*p.shape, *[1] * divisor.dim()) / divisor
-    return (p.floor() if floor else p) + offset
+    of_pairs = PositionMap(modulus, divisor, floor, offset)
+    return of_pairs(positions.reshape(*positions.shape, *[1] * divisor.dim()))
 
 
 class Region(NamedTuple):

@@ -377,3 +377,66 @@ def _of_pair(by: PairMap, positions: Tensor) -> Tensor:
     """Positions (..., pairs), each by its own pair's numbers."""
     p = positions / by.divisor
     return (p.floor() if by.floor else p) + by.offset
+
+
+OPTIONS = {
+    "window": {"sliding_window": 9},
+    "log_n": {"log_n": 4},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "query_scale": {"query_scale": torch.linspace(0.5, 1.5, 13)},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", ["no score", "groups"])
+def test_axes_that_agree_are_one(name, option, any_backend):
+    """With the token's own index on every axis all options are those of one axis, in float64."""
+    if any_backend == "flash_attn":
+        pytest.skip("the composition rotates by one position a token")
+    dtype = torch.float64 if any_backend == "reference" else torch.float32
+    q, k, v = qkv(dtype, seqlen_q=13, seqlen_k=19)
+    freqs = methods.rope(2 * PAIRS).to(q.device)
+    score = None if name == "no score" else example(name).score
+    options = {key: x.to(q.device) if isinstance(x, Tensor) else x
+               for key, x in OPTIONS[option].items()}  # fmt: skip
+    if option == "sinks":
+        options["sinks"] = options["sinks"].to(dtype)
+    options |= {"backend": any_backend, "return_lse": True}
+    want = rope_attention(q, k, v, freqs, score, **options)
+    positions = torch.arange(19, device=q.device).expand(3, 1, 19)
+    by_axis = dataclasses.replace(freqs, axes=AXES.to(q.device))
+    found = rope_attention(q, k, v, by_axis, score, positions=positions, **options)
+    close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0, "atol": 3e-6}
+    for got, wanted in zip(found, want, strict=True):
+        torch.testing.assert_close(got, wanted, **close)
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(0, 5), (0, 0), (1, 1)])
+def test_axes_without_tokens(seqlen_q, seqlen_k, any_backend):
+    """No query, no key, or one of each."""
+    if any_backend == "flash_attn":
+        pytest.skip("the composition rotates by one position a token")
+    q, k, v = (x[:, :n] for x, n in zip(qkv(), (seqlen_q, seqlen_k, seqlen_k), strict=True))
+    freqs = methods.rope(2 * PAIRS).to(q.device)
+    options = {"backend": any_backend, "return_lse": True}
+    want = rope_attention(q, k, v, freqs, scores.rerope(2), **options)
+    positions = torch.arange(seqlen_k, device=q.device).expand(3, 1, seqlen_k)
+    by_axis = dataclasses.replace(freqs, axes=AXES.to(q.device))
+    found = rope_attention(q, k, v, by_axis, scores.rerope(2), positions=positions, **options)
+    for got, wanted in zip(found, want, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=3e-6)
+
+
+def test_axes_refuse_queries_without_positions():
+    q, k, v = qkv(seqlen_k=12)
+    freqs = dataclasses.replace(methods.rope(2 * PAIRS).to(q.device), axes=AXES.to(q.device))
+    with pytest.raises(ValueError, match=r"positions of .* at most k's 12 tokens in q, got 19"):
+        rope_attention(q, k, v, freqs, positions=by_axes(12))
+
+
+def test_axes_refuse_frequencies_of_heads():
+    q, k, v = qkv()
+    freqs = dataclasses.replace(example("heads", 2).freqs, axes=AXES.to(q.device))
+    with pytest.raises(ValueError, match=r"rope_attention: .*frequencies and maps that all heads"):
+        rope_attention(q, k, v, freqs, positions=by_axes(19))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from types import TracebackType
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
@@ -61,17 +60,6 @@ class ExtropeLM(HFLM):
         """Give the model back as it was; happens by itself when this object goes."""
         if self._handle is not None:
             self._handle()
-
-    def __enter__(self) -> ExtropeLM:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.restore()
 
 
 def _split(method: str | None, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

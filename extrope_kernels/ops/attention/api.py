@@ -121,6 +121,8 @@ def rope_attention(
     )
     check_kinds(name, call)
     if torch.compiler.is_compiling():
+        if positions is not None:
+            axes.check_axes(name, freqs, positions, q, k, call)
         out, lse = _forward(q, k, v, call, backend, freqs.axes, positions)
         return (out, lse) if return_lse else out
     try:
@@ -130,7 +132,7 @@ def rope_attention(
             check_decay(name, freqs, q, k, call)
         if positions is not None:
             check_attention(name, q, k, v, call)
-            axes.check_axes(name, freqs, positions, k, call)
+            axes.check_axes(name, freqs, positions, q, k, call)
         out, lse = _forward(q, k, v, call, backend, freqs.axes, positions)
     except REFUSALS as error:
         # The op has refused the call before any kernel; this error begins with the score's name.
@@ -269,7 +271,7 @@ def _forward(
     of_pairs: Tensor | None,
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if positions is not None and of_pairs is not None:
+    if positions is not None:
         return axes.forward(q, k, v, of_pairs, positions, call, backend)
     if heads.differ_in_group(call, q, k):
 

@@ -17,14 +17,12 @@ from . import op
 from .call import AttentionCall
 from .flash_attn.bands import bands, cut
 from .merge import merge_attention
-from .rotation import positions as indices
-from .rotation import row_scale
 
 _ROTATED = Score("rope_attention", (Region(FIRST_KEY, UNROTATED, UNROTATED),))
 
 
 def check_axes(
-    op_name: str, freqs: RopeFreqs, positions: Tensor | None, k: Tensor, call: AttentionCall
+    op_name: str, freqs: RopeFreqs, positions: Tensor, q: Tensor, k: Tensor, call: AttentionCall
 ) -> None:
     """Raise ValueError or TypeError for options that exclude positions of several axes."""
     if freqs.axes is None:
@@ -40,6 +38,11 @@ def check_axes(
             f"{op_name}: positions must be (axes, 1 or {batch}, {seqlen}) of all keys, "
             f"got shape {tuple(positions.shape)}"
         )
+    if q.shape[1] > seqlen:
+        raise ValueError(
+            f"{op_name}: positions of several axes need at most k's {seqlen} tokens in q, "
+            f"got {q.shape[1]}"
+        )
     refused = {
         "cu_seqlens": call.cu_seqlens,
         "q_start": call.q_start,
@@ -52,8 +55,11 @@ def check_axes(
             raise ValueError(f"{op_name}: positions of several axes go without {name}, got one")
     if call.granularity != 1:
         raise ValueError(f"{op_name}: positions of several axes need regions without chunks")
-    if call.pair_maps is not None and call.pair_maps.shape[2] > 1:
-        raise ValueError(f"{op_name}: positions of several axes need maps that all heads share")
+    by_head = [x for x in (call.inv_freq, call.pair_maps) if x is not None and x.dim() > 2]
+    if any(x.shape[-2] > 1 for x in by_head):
+        raise ValueError(
+            f"{op_name}: positions of several axes need frequencies and maps that all heads share"
+        )
 
 
 def forward(
@@ -69,11 +75,13 @@ def forward(
 
     positions: (axes, 1 or batch, seqlen_k); the queries' are the last ones.
     """
-    scale = row_scale(indices(q, k, call)[0], call, torch.float32)
+    if not (q.numel() and k.numel()):
+        return op.forward(q, k, v, call, backend)  # nothing rotates
     own = AttentionCall(
-        call.inv_freq, score=_ROTATED, softmax_scale=call.softmax_scale, softcap=call.softcap,
-        float32_results=True,
+        call.inv_freq, score=_ROTATED, softmax_scale=call.softmax_scale, log_n=call.log_n,
+        softcap=call.softcap, float32_results=True,
     )  # fmt: skip
+    first, scale = k.shape[1] - q.shape[1], call.query_scale
     of_q = positions[..., positions.shape[-1] - q.shape[1] :]
     outs, lses = [], []
     for band in bands(call.starts, call.sliding_window, k.shape[1]):
@@ -83,10 +91,11 @@ def forward(
         region, (_, left, *_) = call.regions[band.region], piece.arguments
         q_r = _rotated(q, region.q_map, of_q, axes, call, call.attention_factor**2)
         k_r = _rotated(k, region.k_map, positions, axes, call, 1.0)
+        # Later keys are seen as if the band began at the diagonal.
         given = own._replace(
-            query_scale=None
-            if scale is None
-            else piece.rows(scale.expand(len(q), -1)).contiguous(),
+            query_scale=None if scale is None else scale[..., piece.first_row :].contiguous(),
+            q_start=_start(first + piece.first_row, q),
+            k_start=_start(band.shift, q),
             sliding_window=None if left is None else left + 1,
         )
         out, lse = op.forward(piece.rows(q_r), piece.keys(k_r), piece.keys(v), given, backend)
@@ -99,6 +108,10 @@ def forward(
     return out.to(call.results_dtype(q.dtype)), lse
 
 
+def _start(position: int, x: Tensor) -> Tensor:
+    return torch.full((1,), position, dtype=torch.int32, device=x.device)
+
+
 def _rotated(
     x: Tensor, by: PositionMap, positions: Tensor, axes: Tensor, call: AttentionCall, factor: float
 ) -> Tensor:
@@ -106,9 +119,7 @@ def _rotated(
         places = by(positions)
     else:  # each pair is an axis
         divisor, offset = (y[0, :, None, None] for y in call.pair_maps[by.row])
-        p = positions.double()[axes.long()]
-        p = torch.remainder(p, by.modulus) if by.modulus else p
-        places = ((p / divisor).floor() if by.floor else p / divisor) + offset
+        places = PositionMap(by.modulus, divisor, by.floor, offset)(positions[axes.long()])
         axes = torch.arange(len(axes), dtype=torch.int32, device=axes.device)
     rope_args = (call.inv_freq, places, None, None, axes)
     options = {"attention_factor": factor, "interleaved": call.interleaved}
