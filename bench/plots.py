@@ -246,7 +246,7 @@ def ruler_shares(path: Path, results: Path = RESULTS) -> None:
         ends = [ruler.interval(cell) for cell in own]
         errors = [[share - low for share, (low, _) in zip(shares, ends)],
                   [high - share for share, (_, high) in zip(shares, ends)]]  # fmt: skip
-        label = " ".join(filter(None, ruler.names(*each)))
+        label = ruler.label(*ruler.names(*each))
         axes.errorbar(beside, shares, errors, label=label, marker="osD^v*"[place], capsize=2)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set(xlabel="tokens (trained on 8,192)", ylabel="needles found", ylim=(-0.05, 1.05))

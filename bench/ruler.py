@@ -51,6 +51,9 @@ METHODS: tuple[tuple[str | None, dict[str, Any]], ...] = (
     ("rerope", {"window": 4096}),
     ("leaky_rerope", {"window": 4096, "factor": 16.0}),
     ("self_extend", {"window": 2045, "factor": 5}),
+    ("dual_chunk", {"chunk_size": 6144, "local_window": 1024}),
+    ("string", {"shift": 8192, "window": 128}),
+    ("dpe", {"window": 2048, "pairs": 32, "group_sizes": [1, 1, 2, 2, 4, 4, 4, 4]}),
 )
 FROZEN = 100  # samples of each task and length
 SHORT = 1024  # tokens of samples that are not used
@@ -173,6 +176,11 @@ def names(method: str | None, parameters: dict[str, Any]) -> tuple[str, str]:
     return method or "rope", named(parameters)
 
 
+def label(method: str, parameters: str) -> str:
+    """Return what a plot calls a method: yarn factor=4."""
+    return f"{method} {parameters}".rstrip()
+
+
 def missing(
     kept: dict[tuple, Cell], wanted: Sequence[Cell], samples: int
 ) -> Iterator[tuple[Cell, int]]:
@@ -192,7 +200,11 @@ def run(given: argparse.Namespace, path: Path) -> None:
     _, device = models.prepared(given.model, given.device)
     folder = models.unpacked(given.model)
     model = models.load_model(models.ModelFiles(folder), "bfloat16", device)
-    methods = [names(*each) for each in METHODS if names(*each)[0] in given.methods]
+    methods = [
+        own
+        for own in (names(*each) for each in METHODS)
+        if {own[0], label(*own)} & set(given.methods)
+    ]
     steps = len(methods) * -(-given.samples // AT_ONCE)
     with report.open_display(sys.stdout, steps * len(given.lengths) * len(given.tasks)) as display:
         for length, task in product(given.lengths, given.tasks):
@@ -233,11 +245,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = list(dict.fromkeys(names(*each)[0] for each in METHODS))
+    labels = [label(*names(*each)) for each in METHODS]
     add = parser.add_argument
     add("--model", choices=tuple(models.PACKAGES), default=models.SMOLLM2)
     add("--tasks", nargs="+", choices=TASKS, default=TASKS[:1])
     add("--lengths", nargs="+", type=int, default=[4096, 8192, 16384])
-    add("--methods", nargs="+", choices=known, default=known, help="rope is the model as it is")
+    add(
+        "--methods",
+        nargs="+",
+        choices=dict.fromkeys(known + labels),
+        metavar="METHOD",
+        default=known,
+        help="a name, or a name with parameters ('yarn factor=4'); rope is the model as it is",
+    )
     add("--samples", type=int, default=50, help="of each cell (default 50)")
     add("--device", help="torch device; default: cuda where there is one, else cpu")
     given = parser.parse_args()
