@@ -165,8 +165,11 @@ def asked(model: Any, loaded: dict[str, Any], cell: Cell, upto: int) -> Cell:
 
     method, parameters = next(each for each in METHODS if cell.key[3:] == names(*each))
     samples = {cell.task: list(range(len(cell.scores), upto))}
-    with ExtropeLM(model, method=method, **parameters) as lm:
+    lm = ExtropeLM(model, method=method, **parameters)
+    try:
         found = evaluate(lm, loaded, samples=samples, bootstrap_iters=0, log_samples=True)
+    finally:
+        lm.restore()
     by_doc = sorted(found["samples"][cell.task], key=lambda sample: sample["doc_id"])
     scores = (float(sample[str(cell.length)]) for sample in by_doc)
     return cell._replace(scores=(*cell.scores, *scores))

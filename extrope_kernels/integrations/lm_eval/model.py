@@ -25,7 +25,7 @@ class ExtropeLM(HFLM):
     given: the method's parameters and HFLM's keywords, in any order. What neither knows goes to
         transformers' `from_pretrained`, as with HFLM.
 
-    It is a context manager, too, for a model that is used further. Raises UsageError.
+    Raises UsageError.
     """
 
     _handle: weakref.finalize | None = None
