@@ -237,17 +237,17 @@ def ruler_shares(path: Path, results: Path = RESULTS) -> None:
     lengths = sorted({cell.length for cell in cells})
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     axes = figure.subplots()
-    for place, each in enumerate(ruler.METHODS):
+    for place, each in enumerate(ruler.METHODS["smollm2"]):
         own = [cell for cell in cells if cell.key[3:] == ruler.names(*each)]
         if not own:
             continue
-        beside = [lengths.index(cell.length) + 0.07 * (place - 2.5) for cell in own]
+        beside = [lengths.index(cell.length) + 0.07 * (place - 4) for cell in own]
         shares = [fmean(cell.scores) for cell in own]
         ends = [ruler.interval(cell) for cell in own]
         errors = [[share - low for share, (low, _) in zip(shares, ends)],
                   [high - share for share, (_, high) in zip(shares, ends)]]  # fmt: skip
         label = ruler.label(*ruler.names(*each))
-        axes.errorbar(beside, shares, errors, label=label, marker="osD^v*"[place], capsize=2)
+        axes.errorbar(beside, shares, errors, label=label, marker="osD^v*PX<"[place], capsize=2)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set(xlabel="tokens (trained on 8,192)", ylabel="needles found", ylim=(-0.05, 1.05))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")

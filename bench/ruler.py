@@ -42,19 +42,29 @@ TASKS = (
 # The answer is a number, or a UUID of as many tokens as that: RULER's 128 would be spent on what
 # follows it.
 SHORTER = {name: 48 for name in TASKS if name.startswith("niah")}
+Method = tuple[str | None, dict[str, Any]]
 # None: the model as it is. One set of parameters for all lengths, of those that have good losses in
-# docs/guide/choose.md at two and four times the training length.
-METHODS: tuple[tuple[str | None, dict[str, Any]], ...] = (
-    (None, {}),
-    ("yarn", {"factor": 2.0}),
-    ("yarn", {"factor": 4.0}),
-    ("rerope", {"window": 4096}),
-    ("leaky_rerope", {"window": 4096, "factor": 16.0}),
-    ("self_extend", {"window": 2045, "factor": 5}),
-    ("dual_chunk", {"chunk_size": 6144, "local_window": 1024}),
-    ("string", {"shift": 8192, "window": 128}),
-    ("dpe", {"window": 2048, "pairs": 32, "group_sizes": [1, 1, 2, 2, 4, 4, 4, 4]}),
-)
+# docs/guide/choose.md past each model's training length.
+METHODS: dict[str, tuple[Method, ...]] = {
+    "smollm2": (
+        (None, {}),
+        ("yarn", {"factor": 2.0}),
+        ("yarn", {"factor": 4.0}),
+        ("rerope", {"window": 4096}),
+        ("leaky_rerope", {"window": 4096, "factor": 16.0}),
+        ("self_extend", {"window": 2045, "factor": 5}),
+        ("dual_chunk", {"chunk_size": 6144, "local_window": 1024}),
+        ("string", {"shift": 8192, "window": 128}),
+        ("dpe", {"window": 2048, "pairs": 32, "group_sizes": [1, 1, 2, 2, 4, 4, 4, 4]}),
+    ),
+    "gemma3-270m": (
+        (None, {}),
+        ("yarn", {"factor": 1.5}),
+        ("rerope", {"window": 16384}),
+        ("self_extend", {"window": 16380, "factor": 7}),
+        ("dual_chunk", {"chunk_size": 24576, "local_window": 4096}),
+    ),
+}
 FROZEN = 100  # samples of each task and length
 SHORT = 1024  # tokens of samples that are not used
 BUILD = Path(__file__).parents[1] / "build" / "ruler"
@@ -157,13 +167,13 @@ def _seed() -> None:
     np.random.seed(1234)
 
 
-def asked(model: Any, loaded: dict[str, Any], cell: Cell, upto: int) -> Cell:
-    """Return the cell with the scores of the samples up to a number."""
+def asked(model: Any, given: Method, loaded: dict[str, Any], cell: Cell, upto: int) -> Cell:
+    """Return the cell of a given method, with the scores of the samples up to a number."""
     from lm_eval import evaluate
 
     from extrope_kernels.integrations.lm_eval.model import ExtropeLM
 
-    method, parameters = next(each for each in METHODS if cell.key[3:] == names(*each))
+    method, parameters = given
     samples = {cell.task: list(range(len(cell.scores), upto))}
     lm = ExtropeLM(model, method=method, **parameters)
     try:
@@ -173,6 +183,17 @@ def asked(model: Any, loaded: dict[str, Any], cell: Cell, upto: int) -> Cell:
     by_doc = sorted(found["samples"][cell.task], key=lambda sample: sample["doc_id"])
     scores = (float(sample[str(cell.length)]) for sample in by_doc)
     return cell._replace(scores=(*cell.scores, *scores))
+
+
+def chosen(known: Sequence[Method], asked_for: Sequence[str]) -> dict[tuple[str, str], Method]:
+    """Return the methods of these names or labels, all if none is asked for; raises ValueError."""
+    every = {names(*each): each for each in known}
+    words = {word for own in every for word in (own[0], label(*own))}
+    if unknown := [word for word in asked_for if word not in words]:
+        labels = ", ".join(repr(label(*own)) for own in every)
+        raise ValueError(f"--methods must be among {labels}, got {unknown[0]!r}")
+    wanted = set(asked_for) or words
+    return {own: each for own, each in every.items() if {own[0], label(*own)} & wanted}
 
 
 def names(method: str | None, parameters: dict[str, Any]) -> tuple[str, str]:
@@ -198,27 +219,23 @@ def missing(
                 yield so_far, min(upto, samples)
 
 
-def run(given: argparse.Namespace, path: Path) -> None:
+def run(given: argparse.Namespace, methods: dict[tuple[str, str], Method], path: Path) -> None:
     """Measure what is missing, a task and a length after the other; each step is kept."""
     _, device = models.prepared(given.model, given.device)
     folder = models.unpacked(given.model)
     model = models.load_model(models.ModelFiles(folder), "bfloat16", device)
-    methods = [
-        own
-        for own in (names(*each) for each in METHODS)
-        if {own[0], label(*own)} & set(given.methods)
-    ]
     steps = len(methods) * -(-given.samples // AT_ONCE)
     with report.open_display(sys.stdout, steps * len(given.lengths) * len(given.tasks)) as display:
         for length, task in product(given.lengths, given.tasks):
             display.begin(f"samples of {task}, {length:,} tokens", 1)
             loaded, made = load_task(task, length, given.model, folder)
-            wanted = [Cell(task, length, made, *each) for each in methods]
+            wanted = [Cell(task, length, made, *own) for own in methods]
             kept = {cell.key: cell for cell in read(path)}
             display.tick(sum(len(kept.get(c.key, c).scores) // AT_ONCE for c in wanted))
             for cell, upto in missing(kept, wanted, given.samples):
                 display.begin(f"{task} {length:,} {cell.method} {cell.parameters}", 1)
-                cell = kept[cell.key] = asked(model, loaded, cell, upto)
+                method = methods[cell.method, cell.parameters]
+                cell = kept[cell.key] = asked(model, method, loaded, cell, upto)
                 by_key = {each.key: each for each in read(path)}  # others may have run, too
                 write(path, list((by_key | {cell.key: cell}).values()))
                 display.tick()
@@ -247,8 +264,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = list(dict.fromkeys(names(*each)[0] for each in METHODS))
-    labels = [label(*names(*each)) for each in METHODS]
     add = parser.add_argument
     add("--model", choices=tuple(models.PACKAGES), default=models.SMOLLM2)
     add("--tasks", nargs="+", choices=TASKS, default=TASKS[:1])
@@ -256,17 +271,20 @@ def main() -> int:
     add(
         "--methods",
         nargs="+",
-        choices=dict.fromkeys(known + labels),
+        default=[],
         metavar="METHOD",
-        default=known,
-        help="a name, or a name with parameters ('yarn factor=4'); rope is the model as it is",
+        help="a name, or one with parameters ('yarn factor=4'); rope is the model as it is",
     )
     add("--samples", type=int, default=50, help="of each cell (default 50)")
     add("--device", help="torch device; default: cuda where there is one, else cpu")
     given = parser.parse_args()
     if not 0 < given.samples <= FROZEN:
         parser.error(f"--samples must be from 1 to {FROZEN}, got {given.samples}")
-    run(given, RESULTS / "ruler" / f"{given.model}.csv")
+    try:
+        methods = chosen(METHODS[given.model], given.methods)
+    except ValueError as error:
+        parser.error(str(error))
+    run(given, methods, RESULTS / "ruler" / f"{given.model}.csv")
     return 0
 
 

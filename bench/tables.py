@@ -177,13 +177,13 @@ def recall(results: Path) -> str:
     return table(head, [[f"`{r['method']}`", *map(between, r["gains"])] for r in found["rows"]])
 
 
-def ruler_shares(found: Path) -> str:
+def ruler_shares(found: Path, task: str) -> str:
     """Make a column per length: the share of answers, of how many, Wilson's interval of 95%."""
-    cells = [cell for cell in ruler.read(found) if cell.task == ruler.TASKS[0]]
+    cells = [cell for cell in ruler.read(found) if cell.task == (task or ruler.TASKS[0])]
     lengths = sorted({cell.length for cell in cells})
     shares = {(cell.method, cell.parameters, cell.length): ruler.share(cell) for cell in cells}
     lines = []
-    for method, parameters in (ruler.names(*each) for each in ruler.METHODS):
+    for method, parameters in (ruler.names(*each) for each in ruler.METHODS[found.stem]):
         own = [shares.get((method, parameters, length), "") for length in lengths]
         if any(own):
             lines.append([f"`{method}`", parameters, *own])

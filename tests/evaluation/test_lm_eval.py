@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import ruler
 import torch
 from tiny_model import TRAINED
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -34,13 +35,17 @@ test_split: test
 doc_to_text: "{{text}}"
 doc_to_target: "nothing"
 generation_kwargs: {do_sample: false, max_gen_toks: 6, until: []}
-metric_list: [{metric: bypass}]
+process_results: !function tiny_task.longer
+metric_list: [{metric: "64", aggregation: mean, higher_is_better: true}]
 """
 FUNCTION = """
 import datasets
 
 def texts(**metadata):
     return {{"test": datasets.Dataset.from_list([{{"text": text}} for text in {texts!r}])}}
+
+def longer(doc, results):
+    return {{"64": len(doc["text"]) > 80}}
 """
 
 
@@ -117,6 +122,19 @@ def test_the_model_is_given_back(model_path):
     lm = ours.ExtropeLM(model)  # as it is
     assert torch.equal(model(ids).logits, plain)
     lm.restore()
+
+
+def test_ruler_asks_for_the_samples_that_a_cell_lacks(model_path, task):
+    model = LlamaForCausalLM.from_pretrained(model_path).eval()
+    ids = torch.arange(60)[None]
+    plain = model(ids).logits
+    loaded = TaskManager(include_defaults=False).load([task])
+    cell = ruler.Cell("tiny", 64, "digest", "rerope", "window=8", (0.5,))
+    found = ruler.asked(model, ("rerope", {"window": 8}), loaded, cell, 2)
+    assert found == cell._replace(scores=(0.5, 0.0))  # the second text is shorter
+    found = ruler.asked(model, (None, {}), loaded, cell._replace(scores=()), 2)
+    assert found.scores == (1.0, 0.0)
+    assert torch.equal(model(ids).logits, plain)
 
 
 @pytest.mark.parametrize(

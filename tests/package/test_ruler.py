@@ -38,3 +38,14 @@ def test_command_of_a_cell():
     ):
         assert part in command
     assert "method" not in ruler.command(CELL._replace(method="rope", parameters=""))
+
+
+def test_methods_are_chosen_by_name_or_with_parameters():
+    known = ruler.METHODS["smollm2"]
+    factors = {("yarn", "factor=2"): known[1], ("yarn", "factor=4"): known[2]}
+    assert ruler.chosen(known, ["yarn"]) == factors
+    found = ruler.chosen(known, ["yarn factor=4", "rope"])
+    assert list(found) == [("rope", ""), ("yarn", "factor=4")]
+    assert list(ruler.chosen(known, []).values()) == list(known)
+    with pytest.raises(ValueError, match=r"must be among 'rope', .* got 'yarn factor=3'"):
+        ruler.chosen(known, ["rope", "yarn factor=3"])

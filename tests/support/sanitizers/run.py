@@ -36,6 +36,8 @@ TESTS = (
     "attention/test_attention.py",
     "attention/test_attention_gradients.py",
     "attention/test_attention_packed.py",
+    "attention/test_pair_maps.py",
+    "attention/test_pair_maps_cache.py",
     "attention/test_attention_bf16.py",
     "attention/test_float32_results.py",
     "attention/test_decode.py",
