@@ -6,6 +6,7 @@ import json
 import warnings
 
 import pytest
+import tiny_models
 import torch
 from hf_models import SCORE_PARAMETERS, TRAINED, build, freqs_of, logits, tokens, transformers
 from test_transformers_training import with_lora
@@ -25,6 +26,11 @@ NAMED = [
     ("dynamic_ntk", {"factor": 4.0}, None, TRAINED),
     ("abf", {"base": 1e6}, None, TRAINED),
     ("rope", {}, TRAINED, TRAINED),
+    # As factors of LongRoPE.
+    ("yarn", {"factor": 4.0, "ramp": "rotations"}, 128, 128),
+    ("pi", {"factor": 2.0, "resonance": True}, 64, 64),
+    ("giraffe_power", {"power": 0.1}, None, TRAINED),
+    ("giraffe_truncation", {"truncate_pos": 4 * TRAINED}, None, TRAINED),
 ]
 
 
@@ -66,7 +72,8 @@ def assert_same_frequencies(model, plain, method, parameters):
         ours = next(m.forward for m in model.modules() if hasattr(m, "rope_type")).freqs[None]
     logits(plain, IDS)
     theirs = freqs_of(plain)
-    torch.testing.assert_close(theirs.inv_freq.float(), ours.inv_freq, rtol=1e-6, atol=0)
+    # 1e-30: of pairs that do not rotate.
+    torch.testing.assert_close(theirs.inv_freq.float(), ours.inv_freq, rtol=1e-6, atol=1e-30)
     assert theirs.attention_factor == pytest.approx(ours.attention_factor, rel=1e-6)
 
 
@@ -82,11 +89,39 @@ def test_a_model_with_a_rotation_for_each_kind_of_layers(layers, tmp_path):
         assert torch.equal(logits(plain, IDS), want)
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "parameters"),
+    [
+        ("Phi3ForCausalLM", "yarn", {"factor": 4.0}),
+        ("PhimoeForCausalLM", "giraffe_power", {"power": 0.1}),
+    ],
+)
+def test_a_class_that_knows_longrope_alone(name, method, parameters, tmp_path):
+    model = tiny_models.build(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        want = saved(model, tmp_path, (method, parameters))
+    plain = loaded(tmp_path)
+    assert plain.config.rope_parameters["rope_type"] == "longrope"
+    torch.testing.assert_close(logits(plain, IDS), want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(model, IDS), want, atol=1e-2)
+
+
+def test_a_class_that_takes_its_own_frequencies_alone(tmp_path):
+    name = "Ernie4_5_VLMoeForConditionalGeneration"
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    model = tiny_models.build(name)
+    with pytest.warns(UserWarning, match="extend: a config cannot tell .* of yarn with these"):
+        saved(model, tmp_path, ("yarn", {"factor": 4.0}))
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again, IDS), logits(model, IDS))
+
+
 UNNAMED = [
     ([("rerope", {"window": 7})], "rerope", None, TRAINED),
-    ([("giraffe_power", {"power": 0.1})], "giraffe_power", None, TRAINED),
-    ([("yarn", {"factor": 4.0, "ramp": "rotations"})], "yarn", 128, TRAINED),
-    ([("pi", {"factor": 2.0, "resonance": True})], "pi", 64, TRAINED),
+    ([("xpos", {})], "xpos", None, TRAINED),
+    ([("dynamic_yarn", {})], "dynamic_yarn", None, TRAINED),
     (
         [("yarn", {"factor": 4.0}), ("dual_chunk", SCORE_PARAMETERS["dual_chunk"])],
         "dual_chunk",

@@ -278,11 +278,11 @@ class Extension:
     ) -> None:
         """Save the model with all extensions that are in place.
 
-        Plain transformers, vLLM and GGUF converters can read the folder if a config can name the
-        frequency method: rope, abf, ntk_aware, pi, dynamic_ntk, yarn, llama3 and longrope become
-        its rope_parameters, with the new max_position_embeddings. config.json leaves out other
-        methods and score methods, with a warning. extrope.json beside it has everything for
-        `extend_from_saved`, except a mesh.
+        Other programs read its config: rope_parameters by the names rope, abf, ntk_aware, pi,
+        dynamic_ntk, yarn and llama3 have there, other frequencies as longrope, and the new
+        max_position_embeddings. config.json leaves out score methods, XPOS, methods that follow
+        the length and what the model's class does not take, with a warning. extrope.json beside it
+        has everything for `extend_from_saved`, except a mesh.
 
         length: max_position_embeddings of the config; by default the handle's `length`, or the
             model's own if that is longer.

@@ -1,7 +1,8 @@
 """An extension on disk: a config for other programs, and the arguments of `extend` beside it.
 
-transformers, vLLM and GGUF converters read some frequency methods from `rope_parameters` of a
-config. Other methods, score methods too, are only in extrope.json, for `extend_from_saved`.
+Other programs read some frequency methods from `rope_parameters` of a config. Frequencies without a
+name there become factors of LongRoPE. Score methods, XPOS and frequencies that follow the length
+are only in extrope.json, for `extend_from_saved`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .frequencies import values_of
 
 _FILE = "extrope.json"
 _ON_OWNER = "_extrope_extensions"
+_STILL = 1e30  # factor of a pair that does not rotate; in float32 there is no difference
 # Methods with a name in configs: that name, and its parameters.
 _TYPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "rope": ("default", ()),
@@ -55,9 +57,10 @@ _TYPES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
 }
+_AMPLITUDES = ("short_mscale", "long_mscale")  # of LongRoPE, as vLLM and Phimoe name them
 # All other entries of a config on a rotation (a share of the dims, axes) stay.
 _SCALING = {name for _, names in _TYPES.values() for name in names}
-_SCALING |= {"rope_type", "type", "rope_theta", "alpha", "short_mscale", "long_mscale"}
+_SCALING |= {"rope_type", "type", "rope_theta", "alpha", *_AMPLITUDES}
 # Methods that stretch the trained length by their factor.
 _STRETCHING = ("pi", "ntk_aware", "ntk_by_parts", "ntk_mixed", "yarn", "llama3", "longrope")
 _STRETCHING_SCORES = ("leaky_rerope", "self_extend")
@@ -172,8 +175,8 @@ def save(
     unknown = [each.method for each in extensions if each.method in SCORES]
     # The last one replaces the scaling of those before it.
     for extension in [each for each in extensions if each.method not in SCORES][-1:]:
-        if (named := _named_in_config(model, extension)) is not None:
-            config = named
+        if (found := _config_with(model, extension)) is not None:
+            config = found
         else:
             unknown.insert(0, extension.method)
     if length is not None:
@@ -189,36 +192,48 @@ def save(
         )
 
 
-def _named_in_config(model: nn.Module, extension: Saved) -> Any:
+def _config_with(model: nn.Module, extension: Saved) -> Any:
     """Return a copy of the config that yields an extension's frequencies; None if none can.
 
-    A rotary embedding is built from it, to check its frequencies.
+    Some classes of configs know no type but LongRoPE (Phi-3).
     """
-    config = copy.deepcopy(model.config)
-    text = config.get_text_config(decoder=True)
     sites = find_sites(model, extension.layers)
+    text = model.config.get_text_config(decoder=True)
     if any(type(site.rotary.config) is not type(text) for site in sites):
         return None
+    for entries_of in (_entries, _factors):
+        config = _written(model.config, sites, extension, entries_of)
+        if config is not None and _agrees(sites, extension, config):
+            return config
+    return None
+
+
+def _written(
+    plain: Any,
+    sites: Sequence[RotarySite],
+    extension: Saved,
+    entries_of: Callable[..., dict[str, Any] | None],
+) -> Any:
+    """Return a copy of a config with an extension's entries; None if there are none."""
+    config = copy.deepcopy(plain)
+    text = config.get_text_config(decoder=True)
     for site in sites:
         for layer_type in site.layer_types:
-            entries = _entries(site, layer_type, extension)
+            entries = entries_of(site, layer_type, extension)
             if entries is None:
                 return None
             if layer_type is None:
                 text.rope_parameters = entries
             else:
                 text.rope_parameters = {**text.rope_parameters, layer_type: entries}
+    if getattr(text, "rope_scaling_layers", None) is not None:  # Molmo 2 scales these alone
+        text.rope_scaling_layers = list(range(text.num_hidden_layers))
     if extension.method == "dynamic_ntk":  # its type takes the longest for the trained length
         text.max_position_embeddings = extension.parameters["max_position_embeddings"]
     elif extension.length is not None:
         longest = getattr(text, "max_position_embeddings", None) or 0
         _set_longest(text, max(extension.length, longest))
-    agree = all(
-        _agrees(site, layer_type, extension, text)
-        for site in sites
-        for layer_type in site.layer_types
-    )
-    return config if agree else None
+    return config
 
 
 def _entries(site: RotarySite, layer_type: str | None, extension: Saved) -> dict[str, Any] | None:
@@ -248,6 +263,31 @@ def _entries(site: RotarySite, layer_type: str | None, extension: Saved) -> dict
     return {**kept, "rope_type": kind, "rope_theta": base, **told}
 
 
+def _factors(site: RotarySite, layer_type: str | None, extension: Saved) -> dict[str, Any] | None:
+    """Return LongRoPE's rope_parameters with an extension's frequencies at every length.
+
+    None if it has no such frequencies or changes more, or if the model has no trained length.
+    """
+    own, given = values_of(site, layer_type), extension.parameters
+    trained = own.values.get("original_max_position_embeddings")
+    function, takes_length = bind_method("extend", extension.method, given, own)
+    if takes_length or trained is None or (freqs := function()).log_decay is not None:
+        return None
+    if (own.values | given).get("mscale_all_dim"):  # latent attention's softmax scale has it
+        return None
+    plain = bind_method("extend", "rope", {}, own)[0]().inv_freq
+    factors = (plain.double() / freqs.inv_freq.double()).clamp(max=_STILL).tolist()
+    parameters = {
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": max(1.0, (extension.length or trained) / trained),
+        "attention_factor": freqs.attention_factor,
+    }
+    written = replace(extension, method="longrope", parameters=parameters)
+    amplitudes = dict.fromkeys(_AMPLITUDES, freqs.attention_factor)  # Phimoe needs them always
+    return (_entries(site, layer_type, written) or {}) | amplitudes
+
+
 def _by_vllms_names(values: Mapping[str, Any]) -> dict[str, float]:
     """Return LongRoPE's amplitude as vLLM reads it, which has only the usual one by itself."""
     amplitude, factor = values["attention_factor"], max(1.0, values["factor"])
@@ -255,7 +295,7 @@ def _by_vllms_names(values: Mapping[str, Any]) -> dict[str, float]:
     usual = math.sqrt(1 + math.log(factor) / math.log(trained))
     if amplitude is None or math.isclose(amplitude, usual, rel_tol=1e-6):
         return {}
-    return {"short_mscale": amplitude, "long_mscale": amplitude}
+    return dict.fromkeys(_AMPLITUDES, amplitude)
 
 
 def _set_longest(text: Any, length: int) -> None:
@@ -271,14 +311,29 @@ def _set_longest(text: Any, length: int) -> None:
     text.max_position_embeddings = length
 
 
-def _agrees(site: RotarySite, layer_type: str | None, extension: Saved, text: Any) -> bool:
-    """Return True if transformers computes the same frequencies from a config."""
+def _agrees(sites: Sequence[RotarySite], extension: Saved, config: Any) -> bool:
+    """Return True if transformers reads a config, and computes the extension's frequencies."""
+    try:
+        text = type(config).from_dict(config.to_dict()).get_text_config(decoder=True)
+        with torch.device("cpu"):
+            fresh = [type(site.rotary)(text) for site in sites]
+    except Exception:  # each class has its own rules, and its own errors
+        return False
+    return all(
+        _same_frequencies(site, layer_type, extension, rotary)
+        for site, rotary in zip(sites, fresh, strict=True)
+        for layer_type in site.layer_types
+    )
+
+
+def _same_frequencies(
+    site: RotarySite, layer_type: str | None, extension: Saved, fresh: nn.Module
+) -> bool:
+    """Return True if a fresh rotary embedding has an extension's frequencies."""
     function, takes_length = bind_method(
         "extend", extension.method, extension.parameters, values_of(site, layer_type)
     )
     freqs = function(seq_len=1) if takes_length else function()
-    with torch.device("cpu"):
-        fresh = type(site.rotary)(text)
     own = attribute_of(fresh, layer_type, "inv_freq").float()
     if (order := site.orders[layer_type]) is not None:
         own = own[order.argsort()]
