@@ -116,7 +116,7 @@ def _check(op: str, q: Tensor, k: Tensor, call: attention.AttentionCall, balance
     for name in ("inv_freq", "log_decay", "query_scale", "pair_maps"):
         value = getattr(call, name)
         if value is not None and value.requires_grad:
-            raise ValueError(f"{op}: {name} has no gradient here, got one that requires grad")
+            raise ValueError(f"{op}: {name} must not require grad over ranks, got one that does")
     for name, dims in (("inv_freq", 3), ("pair_maps", 4)):
         value = getattr(call, name)
         if value is not None and value.dim() == dims and value.shape[-2] > 1:
@@ -134,7 +134,7 @@ def _check(op: str, q: Tensor, k: Tensor, call: attention.AttentionCall, balance
 def _boundaries(op: str, cu_seqlens: Tensor, total: int, strategy: Strategy) -> list[int]:
     if strategy == "ring":
         raise NotImplementedError(
-            f"{op}: a ring does not take cu_seqlens yet; strategy 'gather' and 'ulysses' do"
+            f"{op}: strategy must be 'gather' or 'ulysses' with cu_seqlens, got 'ring'"
         )
     boundaries = cu_seqlens.tolist()
     if boundaries[0] != 0 or boundaries[-1] != total or boundaries != sorted(boundaries):
@@ -195,5 +195,5 @@ class _Refused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> None:
         raise NotImplementedError(
-            f"{ctx.op}: over ranks there are first derivatives only, got one taken twice"
+            f"{ctx.op}: derivatives over ranks must be first ones, got a second"
         )

@@ -48,8 +48,8 @@ def with_sections(
             places = range(axis, pairs, len(sizes))[:size]
             if len(places) < size:
                 raise ValueError(
-                    f"{name}: interleaved, axis {axis} has at most {len(places)} of {pairs} "
-                    f"frequencies, got sections {sizes}"
+                    f"{name}: axis {axis} must have at most {len(places)} of {pairs} frequencies "
+                    f"when interleaved, got sections {sizes}"
                 )
             for place in places:
                 axes[place] = axis

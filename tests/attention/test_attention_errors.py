@@ -46,7 +46,7 @@ FREQUENCIES = [
     (
         RopeFreqs(THETA, axes=THETA.int()),
         ValueError,
-        "freqs with axes (mRoPE) need positions, got none",
+        "positions must be given with freqs of several axes (mRoPE), got none",
     ),
 ]
 NUMBERS = [

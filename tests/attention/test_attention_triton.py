@@ -144,7 +144,7 @@ def test_position_maps(position_map):
 
 def test_floors_of_fractions_are_refused():
     score = Score("test", (Region(FIRST_KEY, SAME, PositionMap(divisor=2.5, floor=True)),))
-    with pytest.raises(ValueError, match=r"needs a whole divisor, got 2\.5"):
+    with pytest.raises(ValueError, match=r"must have a whole divisor, got 2\.5"):
         attend(example_of(score), *make_qkv(1, 3, head_dim=16), frequencies(16), "triton")
 
 

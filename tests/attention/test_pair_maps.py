@@ -431,12 +431,16 @@ def test_axes_without_tokens(seqlen_q, seqlen_k, any_backend):
 def test_axes_refuse_queries_without_positions():
     q, k, v = qkv(seqlen_k=12)
     freqs = dataclasses.replace(methods.rope(2 * PAIRS).to(q.device), axes=AXES.to(q.device))
-    with pytest.raises(ValueError, match=r"positions of .* at most k's 12 tokens in q, got 19"):
+    with pytest.raises(
+        ValueError, match=r"q must have at most k's 12 tokens with positions of .* got 19"
+    ):
         rope_attention(q, k, v, freqs, positions=by_axes(12))
 
 
 def test_axes_refuse_frequencies_of_heads():
     q, k, v = qkv()
     freqs = dataclasses.replace(example("heads", 2).freqs, axes=AXES.to(q.device))
-    with pytest.raises(ValueError, match=r"rope_attention: .*frequencies and maps that all heads"):
+    with pytest.raises(
+        ValueError, match="rope_attention: frequencies and maps must be the same for all heads"
+    ):
         rope_attention(q, k, v, freqs, positions=by_axes(19))

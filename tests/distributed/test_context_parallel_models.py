@@ -255,7 +255,7 @@ FORWARDS = [
     ({"use_cache": True}, "a model over a mesh must run without a cache"),
     (
         {"attention_mask": torch.ones(2, 24).tril(20)},
-        "a model over a mesh must have rows without padding",
+        r"attention_mask must be None or \(batch, seqlen\) of ones over a mesh",
     ),
     (
         {"position_ids": torch.arange(24)[None]},
@@ -279,8 +279,8 @@ def refuses_model(mesh, name, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Qwen3_5", "all that makes one token of others must be attention that an op replaces"),
-        ("Llama4", "sees chunks, which a mesh does not have"),
+        ("Qwen3_5", "over a mesh tokens must meet in attention alone, which an op replaces"),
+        ("Llama4", "attends in chunks, which a mesh does not support"),
     ],
 )
 def test_refuses_models(ranks, name, message):

@@ -45,7 +45,7 @@ REFUSED = [
     (
         {**PACKED, "strategy": "ring", "cu_seqlens": torch.tensor([0, 16])},
         NotImplementedError,
-        "a ring does not take cu_seqlens yet; strategy 'gather' and 'ulysses' do",
+        "strategy must be 'gather' or 'ulysses' with cu_seqlens, got 'ring'",
     ),
     (
         {**PACKED, "cu_seqlens": torch.tensor([0, 4])},
@@ -53,7 +53,7 @@ REFUSED = [
         "cu_seqlens must rise from 0 to the 16 tokens of all ranks, got",
     ),
     ({"query_scale": torch.ones(16)}, ValueError, r"query_scale must be float32 \(4,\)"),
-    ({"freqs": WITH_GRADIENT}, ValueError, "inv_freq has no gradient here"),
+    ({"freqs": WITH_GRADIENT}, ValueError, "inv_freq must not require grad over ranks"),
 ]
 
 

@@ -153,7 +153,7 @@ def refuses_those_of_a_linear_loss(mesh, strategy):
     out = distributed.rope_attention(*tensors, FREQS, SCORE, mesh=mesh, strategy=strategy)
     found = torch.autograd.grad(out.sum(), tensors, create_graph=True)
     loss = out.sum() + sum(x.square().sum() for x in found)
-    with pytest.raises(NotImplementedError, match="first derivatives only"):
+    with pytest.raises(NotImplementedError, match=r"derivatives .*first|first derivatives only"):
         torch.autograd.grad(loss, tensors)
 
 

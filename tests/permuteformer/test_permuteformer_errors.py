@@ -185,7 +185,7 @@ def test_attention_alone():
         with pytest.raises(ValueError, match=f"^permuteformer_attention: {message}"):
             call_attention(permuteformer_attention, changes)
     leaf = DECAY.clone().requires_grad_()
-    with pytest.raises(ValueError, match="permuteformer: decay has no gradient"):
+    with pytest.raises(ValueError, match="permuteformer: decay must not require grad"):
         call_attention(permuteformer_attention, {"decay": leaf})
 
 

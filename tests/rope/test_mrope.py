@@ -208,7 +208,7 @@ def test_sections():
     "sections, options, error, message",
     (
         ([16, 24], {}, ValueError, "sections must add up to 32 frequencies, got [16, 24]"),
-        ([8, 12, 12], {"interleaved": True}, ValueError, "axis 1 has at most 11 of 32"),
+        ([8, 12, 12], {"interleaved": True}, ValueError, "axis 1 must have at most 11 of 32"),
         ([0, 16, 16], {}, ValueError, "sections[0] must be > 0"),
         ([], {}, TypeError, "sections must be a list of ints"),
         (32, {}, TypeError, "sections must be a list of ints"),

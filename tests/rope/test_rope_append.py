@@ -318,7 +318,7 @@ def test_the_last_position_within_the_range(write):
     if device() == "cuda":
         pytest.skip("lengths on the device are not read back")
     assert write(REACH).isfinite().all()
-    with pytest.raises(ValueError, match=rf"XPOS.*float16 {REACH} positions.* to {REACH + 1}$"):
+    with pytest.raises(ValueError, match=rf"within {REACH} .*float16, .* to {REACH + 1}$"):
         write(REACH + 1)
 
 

@@ -169,7 +169,7 @@ def test_several_axes_of_positions():
     assert error(want, logits(model, ids, **inputs)) > 1e-2
     with (
         extend(model, "rerope", window=8),
-        pytest.raises(ValueError, match="tokens with several positions, as images have"),
+        pytest.raises(ValueError, match="refuse tokens with several positions, as images have"),
     ):
         logits(model, ids, **inputs)
 
@@ -269,7 +269,7 @@ SLIDING, COMPRESSED = (
         ("DeepseekV4", COMPRESSED, {}, "keys beside those of the tokens"),
         ("Falcon", {"alibi": True}, {}, "none of its layers rotates"),
         ("Falcon", {"alibi": True}, {"method": "pi", "factor": 4.0}, "ALiBi in place of a rotat"),
-        ("Blt", {}, {}, "BltLocalEncoder, .*BltPatcher counts positions of its own"),
+        ("Blt", {}, {}, "BltLocalEncoder, .*BltPatcher counts its own positions"),
     ],
 )
 def test_refuses_models(name, settings, given, reason):
@@ -302,7 +302,7 @@ def test_a_rehearsal_that_fails_changes_nothing(monkeypatch):
         raise KeyError("sliding_attention")
 
     monkeypatch.setattr(extension, "run_on_trial", fail)
-    with pytest.raises(ValueError, match=r"takes tables alone .'sliding_attention'"):
+    with pytest.raises(ValueError, match=r"needs tables of cos and sin .'sliding_attention'"):
         extend(model, "rerope", window=6)
     monkeypatch.undo()
     assert torch.equal(logits(model, IDS), plain)
@@ -316,5 +316,5 @@ def test_masks_by_other_names_are_not_guessed_at():
         want = logits(model, IDS)
         masks = dict.fromkeys(("hybrid", "hybrid_sliding", "conv"))
         assert torch.equal(logits(model, IDS, attention_mask=masks), want)
-        with pytest.raises(ValueError, match="by the name of full_attention, got hybrid and"):
+        with pytest.raises(ValueError, match="a dict with full_attention, got one with hybrid and"):
             logits(model, IDS, attention_mask={**masks, "hybrid": mask})

@@ -124,7 +124,7 @@ def test_what_is_not_causal_rows_is_left_to_torch(kind, family):
 def test_sinks_and_caps_are_never_dropped():
     model = build("gemma2")
     model.set_attn_implementation("extrope")
-    with pytest.raises(ValueError, match="extrope: attention_mask of a layer with sinks or a soft"):
+    with pytest.raises(ValueError, match="extrope: a layer with sinks or a soft"):
         logits(model, PROMPT, attention_mask=MASK.flip(1))
 
 

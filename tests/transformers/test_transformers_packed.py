@@ -117,8 +117,14 @@ def test_gradients_of_layers_computed_anew():
             {"position_ids": POSITIONS + (POSITIONS > 8)},
             "position_ids must count 0, 1, 2, ... from",
         ),
-        ({"position_ids": POSITIONS + 2}, "position_ids must count 0, 1, 2, ... from each row's"),
-        (FLASH | {"position_ids": torch.arange(52)[None]}, "first token, where cu_seq_lens_q says"),
+        (
+            {"position_ids": POSITIONS + 2},
+            "position_ids must count 0, 1, 2, ... from the first token of each row or",
+        ),
+        (
+            FLASH | {"position_ids": torch.arange(52)[None]},
+            "first token of each sequence in cu_seq_lens_q",
+        ),
         ({"cu_seq_lens_q": BOUNDARIES + 1}, r"cu_seq_lens_q must rise from 0 to the row's 52 tok"),
         ({"cu_seq_lens_q": BOUNDARIES.flip(0)}, "cu_seq_lens_q must rise from 0"),
         (
@@ -134,7 +140,7 @@ def test_gradients_of_layers_computed_anew():
                 "position_ids": POSITIONS,
                 "attention_mask": torch.ones(52, 52).tril().bool()[None, None],
             },
-            "without cached tokens and a mask of pairs, from that of each packed",
+            "pack without a cache or a mask of pairs",
         ),
         (
             {"position_ids": POSITIONS, "past_key_values": transformers.DynamicCache()},
@@ -157,7 +163,7 @@ def test_refuses_packed_rows_where_layers_have_states():
     with extend(model, "rerope", window=7):
         logits(model, ROW)
         with pytest.raises(
-            ValueError, match=r"extend: packed rows need .* Lfm2Model, which has conv"
+            ValueError, match="no convolutions or states for packed rows, got Lfm2Model"
         ):
             logits(model, ROW, position_ids=POSITIONS)
 

@@ -211,11 +211,14 @@ def _inputs_that_make_no_rows():
     hole, packed = torch.ones_like(IDS), torch.block_diag(torch.ones(15, 15), torch.ones(29, 29))
     hole[0, 9] = 0
     packed = packed.tril().bool()[None, None]
-    one = "attention_mask must be of one sequence"
+    one = "attention_mask must have one sequence a row"
     return [
         ({"attention_mask": hole}, "got padding between tokens; pad on the left"),
         ({"attention_mask": hole[:, 1:]}, r"attention_mask must be \(2, 44\), cached tokens inc"),
-        ({"attention_mask": torch.ones(2, 1, 44, 44).bool()}, "must be causal, got one in which"),
+        (
+            {"attention_mask": torch.ones(2, 1, 44, 44).bool()},
+            "must be causal for a score method, got",
+        ),
         ({"attention_mask": packed}, one),
         ({"attention_mask": torch.where(packed, 0.0, torch.finfo(torch.float32).min)}, one),
         ({"position_ids": torch.arange(44)[None] + 1}, "position_ids must count 0, 1, 2, ... from"),

@@ -133,7 +133,7 @@ def _attention(
     attention_mask = options.pop(ARGUMENT, attention_mask)
     if attention_mask is None or isinstance(attention_mask, Tensor):
         raise RuntimeError(
-            f"extend: {type(module).__name__} must be run by its model, got a call of its own"
+            f"extend: {type(module).__name__} must be called by its model, got a direct call"
         )
     return attention_mask.attend(module, query, key, value, options), None
 
@@ -220,7 +220,9 @@ def refuse_options(module: nn.Module, options: Mapping[str, Any], packed: bool =
             f"got {options['dropout']} in {type(module).__name__}"
         )
     if options.get(BOUNDARIES) is not None and not packed:
-        raise ValueError(f"extend: sequences must come as rows, got {BOUNDARIES} of packed ones")
+        raise ValueError(
+            f"extend: {BOUNDARIES} must be left out, got one; give each sequence a row"
+        )
 
 
 @dataclass(frozen=True)
@@ -295,8 +297,8 @@ class Attending:
         """
         if not isinstance(self.rows, Rows):
             raise ValueError(
-                "extend: layers that compute the last tokens alone must not be in a graph over a "
-                "static cache, under continuous batching or get packed rows"
+                "extend: a model with layers that compute only the last tokens must run without "
+                "a static cache in a graph, continuous batching and packed rows, got one of them"
             )
         tokens = range(self.rows.new)[index[1]]
         last = len(tokens)
@@ -334,8 +336,7 @@ class Attending:
         if paged and heads.start:
             raise ValueError(
                 f"extend: {type(module).__name__} must rotate the first dims of its heads for "
-                f"continuous batching, whose pages are read as they are, got {heads.start} "
-                "others before them"
+                f"continuous batching, got {heads.start} dims before them"
             )
         # Under autocast, norms return q and k in a wider dtype than v's.
         q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))

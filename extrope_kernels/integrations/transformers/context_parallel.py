@@ -180,8 +180,8 @@ def _refuse_padding(mask: Any) -> None:
         return
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(mask.all()):
         raise ValueError(
-            "extend: a model over a mesh must have rows without padding and no mask of its own, "
-            "got an attention_mask with zeros or of another kind"
+            "extend: attention_mask must be None or (batch, seqlen) of ones over a mesh, "
+            "got zeros or another mask"
         )
 
 
@@ -190,8 +190,8 @@ def _refuse_labels(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     arguments = by_name(argument_names(module), args, kwargs)
     if arguments.get("labels") is not None and arguments.get("shift_labels") is None:
         raise ValueError(
-            "extend: labels must come with shift_labels over a mesh, shifted before they were "
-            "sharded, got labels alone"
+            "extend: labels must come with shift_labels over a mesh, got labels alone; "
+            "shift them before they are sharded"
         )
 
 
@@ -231,16 +231,18 @@ def _rotating_by_themselves(
     if mixes(there, back):
         raise unsupported(
             owner,
-            "over a mesh all that makes one token of others must be attention that an op replaces",
+            "over a mesh tokens must meet in attention alone, which an op replaces",
         )
     found = {layer: calls[layer] for layer in recorder.seen if layer not in known}
     for layer, call in found.items():
         given, name = recorder.seen[layer], type(layer).__name__
         if "sliding_window" not in softmax_options(layer, given.options):
             if is_bounded(kind_of(layer)):
-                raise unsupported(owner, f"{name} sees chunks, which a mesh does not have")
+                raise unsupported(owner, f"{name} attends in chunks, which a mesh does not support")
             if window_of_cache(owner, layer):
-                raise unsupported(owner, f"{name} has a window that its attention is not told of")
+                raise unsupported(
+                    owner, f"{name} has a window that it does not hand to its attention"
+                )
         check_options(owner, layer, given.options)
         qkv = given.q, given.k, given.v
         attend_as_own(owner, layer, call, qkv, no_freqs(given.q), False, given)

@@ -230,7 +230,7 @@ def _rehearse(model: nn.Module, sites: list[RotarySite], shared: Shared | None) 
                 raise said_by_extend(error) from None  # raised by the attention over the mesh
             raise unsupported(
                 owner,
-                "what it does between its rotary embedding and its layers takes tables alone "
+                "its code between the rotary embedding and the layers needs tables of cos and sin "
                 f"({shortened(error)})",
             ) from error
 

@@ -75,7 +75,7 @@ def frequency_changes(
             freqs[layer_type] = function(seq_len=1) if takes_length else function()
         if site.fused is None and any(each.log_decay is not None for each in freqs.values()):
             raise unsupported(
-                site.owner, f"one table rotates its queries and keys, {method} scales them apart"
+                site.owner, f"one table rotates its queries and keys, but {method} needs two"
             )
         rotary = Rotary(site, freqs, method)
         changes.overrides.append((site.rotary, "forward", rotary))

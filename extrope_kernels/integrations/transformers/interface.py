@@ -78,8 +78,8 @@ def attention(
         return out, None
     if options.get("s_aux") is not None or options.get("softcap") is not None:
         raise ValueError(
-            f"{INTERFACE}: attention_mask of a layer with sinks or a soft cap must be causal, "
-            f"without dropout, and padded on the left, got others in {type(module).__name__}"
+            f"{INTERFACE}: a layer with sinks or a soft cap must have a causal attention_mask, "
+            f"padding on the left and no dropout, got others in {type(module).__name__}"
         )
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

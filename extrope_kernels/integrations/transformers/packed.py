@@ -108,8 +108,8 @@ def _check(boundaries: Tensor, positions: Tensor, given: Tensor | None) -> None:
         )
     if not counts:
         raise ValueError(
-            "extend: position_ids must count 0, 1, 2, ... from each sequence's first token, where "
-            f"{BOUNDARIES} says, got others"
+            "extend: position_ids must count 0, 1, 2, ... from the first token of each sequence in "
+            f"{BOUNDARIES}, got others"
         )
 
 

@@ -118,7 +118,8 @@ def paged_rows(cache: Any, arguments: Mapping[str, Any]) -> PagedRows | None:
     if not hasattr(cache, "layer_to_allocator"):
         if "cu_seq_lens_k" in arguments and hasattr(cache, "layer_index_to_group_indices"):
             raise ValueError(
-                "extend: continuous batching by a score method needs transformers >= 5.19"
+                "extend: transformers must be >= 5.19 for continuous batching by a score method, "
+                "got an older one"
             )
         return None
     return PagedRows(cache, arguments["position_ids"], arguments)
@@ -160,8 +161,8 @@ def _start_batching(
     """
     if refused is not None:
         raise ValueError(
-            f"extend: {refused} must be given a seq_len for continuous batching: it chooses its "
-            "frequencies by the length of a request, and one forward there has many requests"
+            f"extend: {refused} must be given a seq_len for continuous batching, got none; one "
+            "forward has requests of many lengths, and one set of frequencies"
         )
     _stay_out_of_graphs()
     implementation = model.config._attn_implementation

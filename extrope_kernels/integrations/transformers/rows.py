@@ -140,10 +140,10 @@ def read_rows(
                 packed = rows_by_positions(position_ids.expand(batch, new), real)
             if packed is None:
                 raise ValueError(
-                    "extend: position_ids must count 0, 1, 2, ... from each row's first token or, "
-                    "without cached tokens and a mask of pairs, from that of each packed sequence, "
-                    "got others; attention_mask says where a row begins, and tokens with several "
-                    "positions, as images have, have no one distance"
+                    "extend: position_ids must count 0, 1, 2, ... from the first token of each "
+                    "row or packed sequence, got others; mark padding by attention_mask, pack "
+                    "without a cache or a mask of pairs; score methods refuse tokens with several "
+                    "positions, as images have"
                 )
             return packed
     return Rows(past, new, runs, positions, leftpad)
@@ -164,8 +164,8 @@ def full_mask(mask: Any) -> Any:
         if kind.startswith("full"):
             return each
     raise ValueError(
-        "extend: attention_mask must be (batch, seqlen), or one by the name of full_attention, "
-        f"got {' and '.join(mask)}"
+        "extend: attention_mask must be (batch, seqlen), or a dict with full_attention, "
+        f"got one with {' and '.join(mask)}"
     )
 
 
@@ -186,14 +186,14 @@ def _tokens_of_mask(mask: Tensor, batch: int, past: int, new: int) -> Tensor | N
     own = seen.diagonal(past, 1, 2) & ~seen.all(2)
     if (own & ~real[:, past:]).any():
         raise ValueError(
-            "extend: attention_mask must be of one sequence a row, got one in which the last token "
-            "does not see tokens that see themselves; position_ids say where packed ones begin"
+            "extend: attention_mask must have one sequence a row, got one whose last token does "
+            "not see all tokens; mark packed sequences by position_ids"
         )
     wrong = (seen != causal) & real[:, past:, None]
     if wrong.any():
         raise ValueError(
-            "extend: attention_mask must be causal, got one in which tokens see later ones; "
-            "a distance of that direction has no place in a score method"
+            "extend: attention_mask must be causal for a score method, got one in which tokens "
+            "see later ones"
         )
     return real
 

@@ -132,7 +132,7 @@ def _owner(model: nn.Module, sites: list[RotarySite]) -> nn.Module:
     if len(owners) > 1:
         names = ", ".join(sorted(type(owner).__name__ for owner in owners))
         raise unsupported(
-            model, f"each of {names} counts positions of its own, and a window has one unit"
+            model, f"each of {names} counts its own positions, but a window has one unit"
         )
     return owners[0]
 
@@ -267,8 +267,7 @@ class ScoreForward:
         arguments = by_name(self.argument_names, args, kwargs)
         if arguments.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise ValueError(
-                "extend: output_attentions must be False, as no weights exist to be returned, "
-                "got True"
+                "extend: output_attentions must be False, since the ops return no weights, got True"
             )
         if exports_to_onnx():
             # The exporter would hide an error, retry in another way, and fail later.
@@ -322,7 +321,7 @@ class ScoreForward:
             seen.append(inner.attending(tensor.device))
         if not seen:
             raise RuntimeError(
-                f"extend: {type(layer).__name__} must be run by its model, got a call of its own"
+                f"extend: {type(layer).__name__} must be called by its model, got a direct call"
             )
         attending = seen[0].of(self.heads[layer])
         if isinstance(attending.rows, PagedRows):
@@ -359,8 +358,8 @@ class ScoreForward:
         """Return arguments that tell packed sequences apart for the model's other layers too."""
         if self.others_mix:
             raise ValueError(
-                "extend: packed rows need a model whose tokens meet in its attention alone, got "
-                f"{type(module).__name__}, which has convolutions or states; pad its rows instead"
+                "extend: a model must have no convolutions or states for packed rows, got "
+                f"{type(module).__name__}; pad its rows instead"
             )
         if cache_of(arguments) is not None:
             raise ValueError(
@@ -388,8 +387,8 @@ class ScoreForward:
         unmarked = mark is None if isinstance(past, Tensor) else not past
         if not unmarked and mark != self.score.stored:
             raise ValueError(
-                f"extend: cache must have been filled under {self.rotaries[0].method}, whose keys "
-                "are rotated in another way, got one of other forwards"
+                f"extend: cache must have been filled under {self.rotaries[0].method}, "
+                "got one from other forwards"
             )
         setattr(cache, _ON_CACHE, self.score.stored)
         return past

@@ -194,8 +194,8 @@ def refuse_without_weights(owner: nn.Module, method: str) -> None:
     offloaded = any(hasattr(module, "_hf_hook") for module in owner.modules())  # by accelerate
     if not offloaded and all(weight.device.type == "meta" for weight in owner.parameters()):
         raise ValueError(
-            f"extend: {type(owner).__name__} must have its weights before {method}, which is tried "
-            "out on four tokens, got parameters on the meta device"
+            f"extend: {type(owner).__name__} must have its weights for {method}, "
+            "got parameters on the meta device"
         )
 
 
@@ -510,6 +510,8 @@ def check_options(owner: nn.Module, layer: nn.Module, options: Mapping[str, Any]
         options["dropout"] = dropout_of(layer)
     refuse_options(layer, options)
     if not getattr(layer, "is_causal", True) or options.get("is_causal") is False:
-        raise unsupported(owner, f"{name} is not causal, and later keys have no distance")
+        raise unsupported(
+            owner, f"{name} is not causal, but score methods have no distance to later keys"
+        )
     if others := [key for key in options if key not in KNOWN]:
         raise unsupported(owner, f"{name} attends with {' and '.join(sorted(others))}")

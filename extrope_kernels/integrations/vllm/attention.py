@@ -58,7 +58,7 @@ def attend_for(model: Any, engine: Engine, *, whole: bool) -> None:
         impl.engine = engine
     if whole and engine.settings.score and all(impl.sliding_window is not None for impl in impls):
         raise ValueError(
-            f"{NAME}: some layers must have no sliding window for a score method, got none such"
+            f"{NAME}: some layers must have no sliding window for a score method, got none"
         )
 
 
@@ -108,7 +108,9 @@ class ScoreMetadataBuilder(AttentionMetadataBuilder[ScoreMetadata]):
         """Return the metadata of one forward."""
         common = common_attn_metadata
         if common.causal is not True:
-            raise ValueError(f"{NAME}: attention must be causal for {OURS}")
+            raise ValueError(
+                f"{NAME}: attention must be causal for {OURS}, got causal={common.causal}"
+            )
         starts = common.query_start_loc
         requests = starts.shape[0] - 1
         lengths = self._lengths
@@ -203,7 +205,9 @@ class ScoreImpl(AttentionImpl):
         kv_cache: (blocks, kv_heads, block_size, 2 * head_size), in fp8 with the layer's scales.
         """
         if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError(f"{NAME}: outputs must not be quantized in the attention")
+            raise NotImplementedError(
+                f"{NAME}: outputs must not be quantized in the attention, got a scale"
+            )
         if key is None:
             raise ValueError(
                 f"{NAME}: a layer must have keys of its own for {OURS}, got none for "

@@ -198,6 +198,6 @@ def _check_kinds(engine: Engine, layers: int) -> None:
             kind.extended
         ):
             raise ValueError(
-                f"{NAME}: layers of all kinds share vLLM's rotary layer of base {kind.base:g}, "
-                f"so {engine.settings.method} cannot be for some of them alone"
+                f"{NAME}: {engine.settings.method} must be for all layers that share vLLM's rotary "
+                f"layer of base {kind.base:g}, got some of them"
             )

@@ -48,8 +48,8 @@ def check_new_keys(
     most = reach(freqs, k.dtype)
     if max(high - origin, origin - low) > most:
         raise ValueError(
-            f"{op}: XPOS's amplitude leaves {k.dtype} {most} positions from its origin "
-            f"{origin:.0f}, got keys at {low:.0f} to {high:.0f}"
+            f"{op}: keys must be within {most} positions of XPOS's origin {origin:.0f} in "
+            f"{k.dtype}, got some at {low:.0f} to {high:.0f}"
         )
 
 

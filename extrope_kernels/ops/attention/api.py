@@ -323,4 +323,6 @@ def _refuse_gradients(op: str, **tensors: Tensor | None) -> None:
         return
     for name, x in tensors.items():
         if isinstance(x, Tensor) and x.requires_grad:
-            raise ValueError(f"{op}: is for inference, got {name} that requires grad")
+            raise ValueError(
+                f"{op}: {name} must not require grad, got one that does; the op is for inference"
+            )

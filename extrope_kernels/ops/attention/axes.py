@@ -40,7 +40,7 @@ def check_axes(
         )
     if q.shape[1] > seqlen:
         raise ValueError(
-            f"{op_name}: positions of several axes need at most k's {seqlen} tokens in q, "
+            f"{op_name}: q must have at most k's {seqlen} tokens with positions of several axes, "
             f"got {q.shape[1]}"
         )
     refused = {
@@ -52,13 +52,18 @@ def check_axes(
     }
     for name, value in refused.items():
         if value is not None:
-            raise ValueError(f"{op_name}: positions of several axes go without {name}, got one")
+            raise ValueError(
+                f"{op_name}: {name} must be None with positions of several axes, got one"
+            )
     if call.granularity != 1:
-        raise ValueError(f"{op_name}: positions of several axes need regions without chunks")
+        raise ValueError(
+            f"{op_name}: a score must have no chunks with positions of several axes, got some"
+        )
     by_head = [x for x in (call.inv_freq, call.pair_maps) if x is not None and x.dim() > 2]
     if any(x.shape[-2] > 1 for x in by_head):
         raise ValueError(
-            f"{op_name}: positions of several axes need frequencies and maps that all heads share"
+            f"{op_name}: frequencies and maps must be the same for all heads with positions of "
+            "several axes, got others"
         )
 
 

@@ -30,7 +30,9 @@ def check_method(op: str, freqs: RopeFreqs, score: Score | None, axes: bool = Fa
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"{op}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
     if freqs.axes is not None and not axes:
-        raise ValueError(f"{op}: freqs with axes (mRoPE) need positions, got none")
+        raise ValueError(
+            f"{op}: positions must be given with freqs of several axes (mRoPE), got none"
+        )
     if score is not None and not isinstance(score, Score):
         raise TypeError(
             f"{op}: score must be None or a Score, as scores.rerope(window=1024) makes one, "
@@ -215,7 +217,9 @@ def _check_pair_maps(op: str, call: AttentionCall, q: Tensor, heads_k: int) -> N
     table, pairs = call.pair_maps, call.inv_freq.shape[-1]
     if table is None:
         if rows:
-            raise ValueError(f"{op}: a score with maps of pairs needs pair_maps, got None")
+            raise ValueError(
+                f"{op}: pair_maps must be given for a score with maps of pairs, got None"
+            )
         return
     shape = tuple(table.shape)
     fits = len(shape) == 4 and shape[1] == 2 and shape[2] in (1, heads_k) and shape[3] == pairs

@@ -25,7 +25,7 @@ def check_decay(op: str, freqs: RopeFreqs, q: Tensor, k: Tensor, call: Attention
     )
     if farthest > (most := reach(freqs, q.dtype)):
         raise ValueError(
-            f"{op}: XPOS's amplitude leaves {q.dtype} {most} positions from 0, got keys at up to "
+            f"{op}: keys must be within {most} positions of 0 for XPOS in {q.dtype}, got one at "
             f"{farthest:.0f}; scores.blockwise_causal with a block_size of at most "
-            f"{2 * (most + 1)} stays within"
+            f"{2 * (most + 1)} keeps them there"
         )

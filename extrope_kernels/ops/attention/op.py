@@ -254,8 +254,8 @@ def _register_gradient(suffix: str) -> None:
         for n, x in enumerate(args[3:], start=3):
             if x is not None and x.requires_grad and n not in (_INV_FREQ, _SINKS, _PAIR_MAPS):
                 raise ValueError(
-                    f"attention: {fwd._schema.arguments[n].name} has a gradient with "
-                    "backend='reference' only, got a tensor that requires grad"
+                    f"attention: {fwd._schema.arguments[n].name} must not require grad, got one "
+                    "that does; backend='reference' has its gradient"
                 )
         ctx.options = options
         ctx.set_materialize_grads(False)

@@ -321,4 +321,4 @@ def _check_choices(name: str, q: Tensor, decay: Tensor | None, backend: str | No
     if backend is not None:
         _backends.require(name, backend, BACKENDS, q.device.type)
     if backend == "fla" and q.dtype == torch.float64:
-        raise ValueError(f"{name}: backend='fla' takes up to float32, got {q.dtype}")
+        raise ValueError(f"{name}: q must be at most float32 for backend='fla', got {q.dtype}")

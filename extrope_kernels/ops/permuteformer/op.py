@@ -156,7 +156,7 @@ def _save(ctx, args, options, outputs):
     q, k, v, permutations, *more = args
     positions, decay, cu_seqlens = (*more, None, None, None)[:3]
     if decay is not None and decay.requires_grad:
-        raise ValueError(f"{_NAME}: decay has no gradient, got one that requires grad")
+        raise ValueError(f"{_NAME}: decay must not require grad, got one that does")
     ctx.options = options
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(outputs[1])

@@ -211,7 +211,9 @@ def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None)
         return op(*tensors, **options)
     k_cache, v_cache = tensors[3:5]
     if rope_checks.share_memory(k_cache, v_cache):
-        raise ValueError(f"{_OP}: k_cache and v_cache must not share memory")
+        raise ValueError(
+            f"{_OP}: k_cache and v_cache must be two tensors, got two that share memory"
+        )
     out = call_unrecorded(op, tensors, options)
     note_writes(k_cache, v_cache)
     return out
@@ -223,7 +225,9 @@ def _refuse_gradients(tensors: tuple[Any, ...]) -> None:
         return
     for name, x in zip(("q", "k", "v", "k_cache", "v_cache"), tensors):
         if x is not None and x.requires_grad:
-            raise ValueError(f"{_OP} is for inference, got {name} that requires grad")
+            raise ValueError(
+                f"{_OP}: {name} must not require grad, got one that does; the op is for inference"
+            )
 
 
 # -------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ INPLACE = "rope: inplace=True is for inference, got tensors that require grad"
 
 def not_differentiable(name: str) -> str:
     """Return the error for an argument that has no gradient."""
-    return f"rope: {name} is not differentiable, got a tensor that requires grad"
+    return f"rope: {name} must not require grad, got one that does"
 
 
 def check(
@@ -253,8 +253,8 @@ def check_decay(
         else "no origin covers them: use scores.blockwise_causal or a dtype with more range"
     )
     raise ValueError(
-        f"rope: XPOS's amplitude leaves {q.dtype} {most} positions from "
-        f"decay_origin={freqs.decay_origin:.0f}, got positions {low:.0f} to {high:.0f}; {cure}"
+        f"rope: positions must be within {most} of decay_origin={freqs.decay_origin:.0f} for XPOS "
+        f"in {q.dtype}, got {low:.0f} to {high:.0f}; {cure}"
     )
 
 

@@ -107,7 +107,7 @@ def _register_gradient(op) -> None:
         q, k, cos, sin = args
         if cos.requires_grad or sin.requires_grad:
             raise NotImplementedError(
-                f"{NAME}: cos and sin have no gradient, got one that requires grad"
+                f"{NAME}: cos and sin must not require grad, got one that does"
             )
         ctx.options = options | {"conjugate": not options.get("conjugate", False)}
         ctx.shapes = (q.shape, None if k is None else k.shape)

@@ -258,7 +258,8 @@ def _save_norm(ctx, args, options, outputs) -> None:
     rope_args = kept_rope_args(args[4:])
     if rope_args[0].requires_grad:
         raise NotImplementedError(
-            "rope: with norm weights inv_freq has no gradient; norm first, then rotate"
+            "rope: inv_freq must not require grad with norm weights, got one that does; "
+            "norm first, then rotate"
         )
     ctx.options = options
     ctx.save_for_backward(*args[:4], *rope_args)

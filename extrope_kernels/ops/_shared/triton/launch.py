@@ -49,8 +49,8 @@ def chip_of(x: Tensor) -> int | str | None:
     chip = os.environ.get("EXTROPE_TRITON_CHIP")
     if chip is None:
         raise NotImplementedError(
-            "triton: kernels run on a GPU, or interpreted with TRITON_INTERPRET=1, "
-            f"got a tensor on {x.device}"
+            "triton: tensors must be on a GPU, unless TRITON_INTERPRET=1 interprets the kernels, "
+            f"got one on {x.device}"
         )
     return int(chip) if chip.isdigit() else chip
 

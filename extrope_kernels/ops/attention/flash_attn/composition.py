@@ -109,14 +109,14 @@ def _prepare(
 ) -> tuple[Engine, float, list[tuple[Band, Dense]]]:
     """Return the engine, the factor that makes its lse natural, and the calls to make."""
     if call.q_start is not None or call.k_start is not None:
-        raise NotImplementedError("flash_attn: q_start and k_start are not taken, got one")
+        raise NotImplementedError("flash_attn: q_start and k_start must be None, got one")
     if v.shape[-1] != q.shape[-1]:
         raise NotImplementedError(
             f"flash_attn: v must have q's head_dim {q.shape[-1]}, got {v.shape[-1]}"
         )
     if call.granularity != 1:
         raise NotImplementedError(
-            f"flash_attn: composes regions of granularity 1, got {call.granularity}"
+            f"flash_attn: a score's granularity must be 1, got {call.granularity}"
         )
     dtypes = Engine.dtypes if engine is None else engine.dtypes
     if v.dtype not in dtypes:
@@ -149,8 +149,8 @@ def _with_dlse(dout: Tensor, dlse: Tensor, out: Tensor, engine: Engine) -> tuple
     head_dim = dout.shape[-1]
     if head_dim + _DIMS > engine.max_head_dim:
         raise NotImplementedError(
-            f"flash_attn: the gradient of lse takes a head_dim up to "
-            f"{engine.max_head_dim - _DIMS} with {engine.name}, got {head_dim}"
+            f"flash_attn: head_dim must be at most {engine.max_head_dim - _DIMS} for the gradient "
+            f"of lse with {engine.name}, got {head_dim}"
         )
     rest, terms = dlse.transpose(-1, -2), []
     for _ in range(3):

@@ -241,7 +241,9 @@ def map_of(position_map: PositionMap) -> tuple:
     if position_map.row is not None:
         return modulus, -1, float(floor), position_map.row, 0.0, _NO_CAP
     if floor and not (math.isinf(divisor) or float(divisor).is_integer()):
-        raise ValueError(f"triton: a position map with floor needs a whole divisor, got {divisor}")
+        raise ValueError(
+            f"triton: a position map with floor must have a whole divisor, got {divisor}"
+        )
     constant = math.isinf(divisor) or (floor and divisor > _LARGEST)
     integral = float(offset).is_integer()
     slow = not (constant or floor) and (divisor != 1 or not integral)
