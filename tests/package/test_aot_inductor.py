@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from extrope_kernels import apply_rope_qk, methods, rope_attention, scores
+from extrope_kernels import (
+    apply_rope_qk,
+    head_permutations,
+    methods,
+    permuteformer_attention,
+    rope_attention,
+    scores,
+)
 from extrope_kernels.testing import attention_backends
 
 pytestmark = pytest.mark.skipif("cpu" not in attention_backends(), reason="packages call C++")
@@ -19,10 +26,12 @@ class Attention(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("inv_freq", YARN.inv_freq)
+        self.register_buffer("permutations", head_permutations(2, 16))
         self.weight = nn.Parameter(torch.linspace(0.5, 2, 16))
 
     def forward(self, q, k):
         norms = {"q_norm_weight": self.weight, "k_norm_weight": self.weight}
+        permuted = {"permutations": self.permutations}
         return [
             *apply_rope_qk(q, k, YARN),
             *apply_rope_qk(q, k, YARN, positions=5),
@@ -30,6 +39,8 @@ class Attention(nn.Module):
             *torch.ops.extrope.rope_fwd(q, k, self.inv_freq),
             rope_attention(q, k, k, YARN, scores.rerope(window=7)),
             rope_attention(q, k, k, YARN, scores.self_extend(window=8, factor=4)),
+            permuteformer_attention(q, k, k, **permuted),
+            permuteformer_attention(q, k, k, positions=5, **permuted),
         ]
 
 

@@ -18,7 +18,9 @@ from .checks import check, check_dims, check_powers, check_state, check_values
 from .permutations import Powers, cycles, source_dims
 from .scans import Call, Result, gather
 
-# An Autograd kernel sees only positional tensors, hence all tensors come before the *.
+# An Autograd kernel sees only positional tensors, hence all tensors come before the *. In the
+# attention offset has no integer default, which AOTInductor of PyTorch 2.13 could not leave out;
+# None means 0. permute_fwd, which C++ implements, still has one.
 _POWERS = "Tensor permutations, Tensor? positions=None, "
 _SCHEMAS = {
     "permute_fwd": (
@@ -27,17 +29,17 @@ _SCHEMAS = {
     ),
     "permuteformer_fwd": (
         f"(Tensor q, Tensor k, Tensor v, {_POWERS}Tensor? decay=None, Tensor? cu_seqlens=None, "
-        "*, SymInt offset=0, bool causal=True, bool normalize=True) -> (Tensor out, Tensor den)"
+        "*, SymInt? offset=None, bool causal=True, bool normalize=True) -> (Tensor out, Tensor den)"
     ),
     "permuteformer_bwd": (
         "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor? den, "
         f"{_POWERS}Tensor? decay=None, Tensor? cu_seqlens=None, "
-        "*, SymInt offset=0, bool causal=True, bool normalize=True) "
+        "*, SymInt? offset=None, bool causal=True, bool normalize=True) "
         "-> (Tensor dq, Tensor dk, Tensor dv)"
     ),
     "permuteformer_step": (
         f"(Tensor q, Tensor k, Tensor v, {_POWERS}Tensor? kv=None, Tensor? key_sum=None, "
-        "Tensor? decay=None, *, SymInt offset=0, bool normalize=True) "
+        "Tensor? decay=None, *, SymInt? offset=None, bool normalize=True) "
         "-> (Tensor out, Tensor kv, Tensor key_sum)"
     ),
 }
@@ -92,6 +94,10 @@ def _backward_of_permute(ctx, grad_q, grad_k):
 # Attention
 
 
+def _powers(permutations, positions, cu_seqlens, offset: int | None) -> Powers:
+    return Powers(permutations, positions, cu_seqlens, 0 if offset is None else offset)
+
+
 def _call(q, k, v, powers: Powers, decay, causal=True, normalize=True) -> Call:
     check(_NAME, q, k, v, decay, powers.cu_seqlens, causal)
     check_powers(_NAME, q, k, powers)
@@ -118,17 +124,17 @@ def _run(q, k, v, powers: Powers, call: Call) -> Result:
 
 
 def _fwd(
-    q, k, v, permutations, positions=None, decay=None, cu_seqlens=None, *, offset=0, **options
+    q, k, v, permutations, positions=None, decay=None, cu_seqlens=None, *, offset=None, **options
 ):
-    powers = Powers(permutations, positions, cu_seqlens, offset)
+    powers = _powers(permutations, positions, cu_seqlens, offset)
     out, den, *_ = _run(q, k, v, powers, _call(q, k, v, powers, decay, **options))
     return out, den
 
 
 def _fwd_fake(
-    q, k, v, permutations, positions=None, decay=None, cu_seqlens=None, *, offset=0, **options
+    q, k, v, permutations, positions=None, decay=None, cu_seqlens=None, *, offset=None, **options
 ):
-    powers = Powers(permutations, positions, cu_seqlens, offset)
+    powers = _powers(permutations, positions, cu_seqlens, offset)
     call = _call(q, k, v, powers, decay, **options)
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -137,18 +143,18 @@ def _fwd_fake(
 
 def _bwd(
     dout, q, k, v, out, den, permutations, positions=None, decay=None, cu_seqlens=None,
-    *, offset=0, **options,
+    *, offset=None, **options,
 ):  # fmt: skip
-    powers = Powers(permutations, positions, cu_seqlens, offset)
+    powers = _powers(permutations, positions, cu_seqlens, offset)
     call = _call(q, k, v, powers, decay, **options)
     return _implementation(q, v).backward(dout, q, k, v, out, den, powers, call)
 
 
 def _bwd_fake(
     dout, q, k, v, out, den, permutations, positions=None, decay=None, cu_seqlens=None,
-    *, offset=0, **options,
+    *, offset=None, **options,
 ):  # fmt: skip
-    _call(q, k, v, Powers(permutations, positions, cu_seqlens, offset), decay, **options)
+    _call(q, k, v, _powers(permutations, positions, cu_seqlens, offset), decay, **options)
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -172,9 +178,9 @@ def _backward(ctx, dout, _):
 
 def _step(
     q, k, v, permutations, positions=None, kv=None, key_sum=None, decay=None,
-    *, offset=0, normalize=True,
+    *, offset=None, normalize=True,
 ):  # fmt: skip
-    powers = Powers(permutations, positions, None, offset)
+    powers = _powers(permutations, positions, None, offset)
     call = _step_call(q, k, v, powers, kv, key_sum, decay, normalize)
     found = _run(q, k, v, powers, call)
     return found.out, found.kv, found.key_sum
@@ -189,9 +195,9 @@ def _step_call(q, k, v, powers: Powers, kv, key_sum, decay, normalize) -> Call:
 
 def _step_fake(
     q, k, v, permutations, positions=None, kv=None, key_sum=None, decay=None,
-    *, offset=0, normalize=True,
+    *, offset=None, normalize=True,
 ):  # fmt: skip
-    powers = Powers(permutations, positions, None, offset)
+    powers = _powers(permutations, positions, None, offset)
     heads = _step_call(q, k, v, powers, kv, key_sum, decay, normalize).heads
     shape = (k.shape[0], heads, k.shape[-1])
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
