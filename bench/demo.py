@@ -13,9 +13,10 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from tqdm import tqdm
+
 from extrope_kernels.cli import main as command
 from extrope_kernels.evaluation.models import SMOLLM2, converted_folder
-from extrope_kernels.evaluation.report import clock
 
 OUT = Path(__file__).parents[1] / "build" / "demo"
 LENGTH = 16384
@@ -40,7 +41,7 @@ def main() -> int:
     for task, methods in PARTS.items():
         code = code or read(task, methods)
     if code == 0:
-        print(f"Done in {clock(time.monotonic() - began)}. The pictures:")
+        print(f"Done in {tqdm.format_interval(time.monotonic() - began)}. The pictures:")
         print("\n".join(f"  {OUT / task}.png" for task in PARTS))
     return code
 
@@ -62,7 +63,7 @@ def estimate() -> str:
     """Say how long the readings take, by the first one."""
     rows = json.loads((OUT / "loss.json").read_text())["rows"]
     seconds = next(row["seconds"] for row in rows if row["method"] == PARTS["loss"][0])
-    total = clock(seconds * READINGS)
+    total = tqdm.format_interval(seconds * READINGS)
     return f"A reading takes {seconds:.0f} s here, all {READINGS} about {total}."
 
 

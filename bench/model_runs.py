@@ -124,8 +124,8 @@ RUNS = {
         "gemma3-270m-48k",
         "49152",
         trials=1,
-        methods=first("yarn", "rope", "rerope", "self_extend", "dual_chunk"),
-        more=("--window", "16384"),
+        methods=first("yarn", "rope", "dual_chunk")
+        | {"rerope": [{"window": 16384}], "self_extend": [{"window": 16384}]},
         model="gemma3-270m",
     ),
 }

@@ -225,7 +225,7 @@ def run(given: argparse.Namespace, methods: dict[tuple[str, str], Method], path:
     folder = models.unpacked(given.model)
     model = models.load_model(models.ModelFiles(folder), "bfloat16", device)
     steps = len(methods) * -(-given.samples // AT_ONCE)
-    with report.open_display(sys.stdout, steps * len(given.lengths) * len(given.tasks)) as display:
+    with report.Display(sys.stdout, steps * len(given.lengths) * len(given.tasks)) as display:
         for length, task in product(given.lengths, given.tasks):
             display.begin(f"samples of {task}, {length:,} tokens", 1)
             loaded, made = load_task(task, length, given.model, folder)

@@ -58,13 +58,9 @@ def rate(step: int) -> float:
 
 
 def load() -> tuple[Any, Any]:
-    """Load the float32 model and its tokenizer from the copy: one from GGUF can't be saved."""
+    """Load the float32 model and its tokenizer."""
     files = models.find_model(models.SMOLLM2)
-    model, tokenizer = models.load_model(files, "float32", "cpu"), models.load_tokenizer(files)
-    if files.gguf_file is None:
-        return model, tokenizer
-    models.keep_converted(models.SMOLLM2, files, model, tokenizer)
-    return load()
+    return models.load_model(files, "float32", "cpu"), models.load_tokenizer(files)
 
 
 class Trainer:

@@ -5,47 +5,55 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from . import UsageError, plots
-from .runner import DTYPES, TASKS, evaluate
+from .options import DTYPES
+from .runner import TASKS, evaluate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
     add = parser.add_argument
-    add("--model", required=True, help="transformers folder, .gguf file, smollm2 or gemma3-270m")
     add("--task", choices=tuple(TASKS), default="loss", help="default: loss")
-    add("--methods", required=True, help="comma-separated: rope,pi,yarn,...,rerope,leaky_rerope")
-    add("--lengths", required=True, help="comma-separated numbers of tokens: 8192,16384")
-    add("--out", required=True, help="folder for the JSON file and the plot")
+    add(
+        "--methods",
+        type=_names,
+        required=True,
+        help="comma-separated: rope,pi,yarn,...,rerope,leaky_rerope",
+    )
+    add(
+        "--lengths",
+        type=_numbers,
+        required=True,
+        help="comma-separated numbers of tokens: 8192,16384",
+    )
     add(
         "--text",
         action="append",
         help="UTF-8 file, or pydocs (default): the Python reference; repeatable",
     )
     add(
-        "--factor",
-        type=float,
-        help="of every frequency method; default, of those that need one: length / training length",
-    )
-    add(
-        "--window",
-        type=int,
-        help="of rerope and leaky_rerope (default: training length / 2), and of self_extend (/ 4)",
-    )
-    add(
         "--param",
+        type=_param,
         action="append",
         default=[],
         metavar="METHOD.NAME=VALUE",
         help="a parameter of one method, such as yarn.beta_fast=16; repeatable",
     )
-    add("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    add("--device", help="torch device; default: cuda where there is one, else cpu")
     add("--bucket", type=int, default=2048, help="loss: tokens per bucket (default 2048)")
     add("--trials", type=int, default=3, help="pieces of each text (default 3)")
+    add_common_arguments(parser, "folder for the JSON file and the plot")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """Add the options that `eval` and `search` have in common; `out` is the help of one."""
+    add = parser.add_argument
+    add("--model", required=True, help="transformers folder, .gguf file, smollm2 or gemma3-270m")
+    add("--out", required=True, help=out)
+    add("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    add("--device", help="torch device; default: cuda where there is one, else cpu")
     add("--seed", type=int, default=0, help="of where texts are cut (default 0)")
 
 
@@ -55,11 +63,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_command(
-    name: str, command: Callable[[argparse.Namespace], None], args: argparse.Namespace
+    name: str, command: Callable[[dict[str, Any]], None], args: argparse.Namespace
 ) -> int:
     """Run a command and return its exit code; print any error in one line, under this name."""
+    given = {option: value for option, value in vars(args).items() if option != "command"}
+    if not plots.available():
+        print(f"{name}: no plot will be drawn: matplotlib is not installed", file=sys.stderr)
     try:
-        command(args)
+        command(given)
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
@@ -75,47 +86,38 @@ def run_command(
     return 0
 
 
-def _run(args: argparse.Namespace) -> None:
-    given = vars(args) | {"text": args.text or ["pydocs"], "table": sys.stdout}
-    methods = _params(given.pop("param"), _split("--methods", given.pop("methods")))
-    lengths = _lengths(given.pop("lengths"))
-    given.pop("command", None)  # set by the parser of all commands
-    evaluate(given.pop("model"), methods, lengths, **given)
+def _run(given: dict[str, Any]) -> None:
+    methods: dict[str, dict[str, Any]] = {method: {} for method in given.pop("methods")}
+    for method, name, value in given.pop("param"):
+        if method not in methods:
+            raise UsageError(f"--param {method}.{name}: {method} is not among --methods")
+        methods[method][name] = value
+    given["text"] = given["text"] or "pydocs"
+    evaluate(given.pop("model"), methods, given.pop("lengths"), table=sys.stdout, **given)
     png = " and .png" if plots.available() else ""
-    print(f"wrote {args.out}/{args.task}.json{png}", file=sys.stderr)
+    print(f"wrote {given['out']}/{given['task']}.json{png}", file=sys.stderr)
 
 
-def _split(name: str, text: str) -> list[str]:
+def _names(text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
-        raise UsageError(f"{name} must list at least one value, separated by commas")
+        raise argparse.ArgumentTypeError("must list at least one value, separated by commas")
     return list(dict.fromkeys(parts))
 
 
-def _lengths(text: str) -> list[int]:
+def _numbers(text: str) -> list[int]:
     try:
-        return [int(part) for part in _split("--lengths", text)]
+        return [int(part) for part in _names(text)]
     except ValueError as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"--lengths must be whole numbers of tokens >= 2, got {text}") from error
+        raise argparse.ArgumentTypeError(f"must be whole numbers of tokens, got {text}") from error
 
 
-def _params(items: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    params: dict[str, dict[str, Any]] = {method: {} for method in methods}
-    for item in items:
-        key, equals, value = item.partition("=")
-        method, dot, name = key.partition(".")
-        if not (equals and dot and method and name):
-            raise UsageError(f"--param must read METHOD.NAME=VALUE, got {item}")
-        if method not in methods:
-            raise UsageError(f"--param {item}: {method} is not among --methods")
-        params[method][name] = _literal(value)
-    return params
-
-
-def _literal(text: str) -> Any:
+def _param(text: str) -> tuple[str, str, Any]:
+    key, equals, value = text.partition("=")
+    method, dot, name = key.partition(".")
+    if not (equals and dot and method and name):
+        raise argparse.ArgumentTypeError(f"must read METHOD.NAME=VALUE, got {text}")
     try:
-        return ast.literal_eval(text)
+        return method, name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        return text
+        return method, name, value

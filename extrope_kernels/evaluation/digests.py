@@ -15,16 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DIGITS = 12  # of SHA-256 in hex: enough to tell one user's models and texts apart
-# Entries of a configuration about the weights' origin and dtype. They are left out, so that a GGUF
-# file and its copy that loads faster are one model; the digest of the weights covers their dtype.
-_ORIGIN = {
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "quantization_config",
-    "torch_dtype",
-    "transformers_version",
-}
+# Entries of a configuration about the weights' origin; the weights' digest covers their dtype.
+_ORIGIN = {"_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype"}
+_ORIGIN |= {"transformers_version"}
 
 
 def model_digest(model: PreTrainedModel) -> str:

@@ -1,4 +1,4 @@
-"""One pass of a causal model over long sequences, in little memory."""
+"""The losses of a causal model's predictions over long texts, in little memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .models import decoder_layers
 
@@ -19,65 +19,56 @@ if TYPE_CHECKING:
 _LOGITS_AT_ONCE = 2**25
 
 
-def run_body(
-    model: PreTrainedModel,
-    ids: Tensor,
-    on_layer: Callable[[], None] = lambda: None,
-    positions: Tensor | None = None,
-) -> Any:
-    """Run the model without its head over whole sequences and return the body's output.
+@torch.inference_mode()
+def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the loss, in nats, of the prediction at each position but the last.
 
     ids: (batch, seqlen) int64
-    on_layer: called after each decoder layer.
-    positions: (seqlen,) int64, rising; 0, 1, 2, ... if None.
+
+    Returns: (batch, seqlen - 1) float32 on the CPU; [:, t] is -log p(ids[t + 1] | ids[: t + 1]).
     """
-    options = {}
-    if positions is not None:
-        # Without a mask, a gap in positions means packed sequences to transformers.
-        options = {"position_ids": positions[None], "attention_mask": torch.ones_like(ids)}
-    with _after_each_layer(model, on_layer):
-        return model.base_model(input_ids=ids, use_cache=False, return_dict=True, **options)
+    rows, seqlen = ids.shape
+    ids = ids.to(model.device)
+    body = model.base_model(input_ids=ids, use_cache=False, return_dict=True)
+    step = max(1, _LOGITS_AT_ONCE // (model.config.get_text_config().vocab_size * rows))
+    parts = []
+    for start in range(0, seqlen - 1, step):
+        stop = min(start + step, seqlen - 1)
+        # Tokens as rows: over any dim but the last, PyTorch sums the vocabulary one by one, and
+        # loses terms far below the sum so far.
+        losses = torch.nn.functional.cross_entropy(
+            logits(model, body, start, stop).flatten(0, 1),
+            ids[:, start + 1 : stop + 1].flatten(),
+            reduction="none",
+        )
+        parts.append(losses.unflatten(0, (rows, stop - start)))
+    return torch.cat(parts, 1).cpu()
 
 
 def logits(model: PreTrainedModel, body: Any, start: int, stop: int) -> Tensor:
     """Return the logits at positions start .. stop - 1: (batch, stop - start, vocab) float32.
 
-    The model's own forward computes them, with the output of `run_body` in place of its body. So
-    a model's soft-capping or scaling of logits applies.
+    The model's own forward computes them, with the body's output in place of its body. So a
+    model's soft-capping or scaling of logits applies.
     """
     hidden = body.last_hidden_state[:, start:stop]
     part = dataclasses.replace(body, last_hidden_state=hidden)
     ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    with forward_replaced(model.base_model, lambda *args, **kwargs: part):
-        return model(input_ids=ids, use_cache=False).logits.float()
-
-
-def chunks(start: int, stop: int, vocab_size: int, batch: int = 1) -> Iterator[tuple[int, int]]:
-    """Cut start .. stop - 1 into ranges whose logits fit in memory."""
-    step = max(1, _LOGITS_AT_ONCE // (vocab_size * batch))
-    for begin in range(start, stop, step):
-        yield begin, min(begin + step, stop)
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's forward for a while; an earlier replacement comes back after it."""
-    own = vars(module).get("forward")
-    module.forward = forward
+    own = vars(model.base_model).get("forward")
+    model.base_model.forward = lambda *args, **kwargs: part
     try:
-        yield
+        return model(input_ids=ids, use_cache=False).logits.float()
     finally:
         if own is None:
-            del module.forward
+            del model.base_model.forward
         else:
-            module.forward = own
+            model.base_model.forward = own
 
 
 @contextmanager
-def _after_each_layer(model: PreTrainedModel, on_layer: Callable[[], None]) -> Iterator[None]:
-    handles = [
-        layer.register_forward_hook(lambda *_: on_layer()) for layer in decoder_layers(model)
-    ]
+def after_each_layer(model: PreTrainedModel, call: Callable[[], None]) -> Iterator[None]:
+    """Call a function after each forward of a decoder layer, in a `with` block."""
+    handles = [layer.register_forward_hook(lambda *_: call()) for layer in decoder_layers(model)]
     try:
         yield
     finally:

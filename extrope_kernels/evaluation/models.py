@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import ctypes
 import importlib
 import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,8 +17,9 @@ import torch
 from torch import nn
 
 from .._ext import cache_dirs
-from . import UsageError, plots
-from .options import not_installed, require
+from ..integrations.transformers import register_interface
+from . import UsageError
+from .options import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,8 +54,7 @@ PACKAGES = {
 }
 
 
-@dataclass(frozen=True)
-class ModelFiles:
+class ModelFiles(NamedTuple):
     """A model's folder, and the GGUF file in it if that holds the model."""
 
     folder: Path
@@ -67,18 +66,10 @@ def find_model(name: str) -> ModelFiles:
 
     Raises UsageError if there is no such model, or a package that reads it is missing.
     """
-    files = _packaged(name) if name in PACKAGES else _files_at(Path(name))
+    files = ModelFiles(unpacked(name)) if name in PACKAGES else _files_at(Path(name))
     if files.gguf_file is not None:
         require("gguf", "accelerate")
     return files
-
-
-def _packaged(name: str) -> ModelFiles:
-    gguf = find_gguf(name)
-    converted = converted_folder(name)
-    if (converted / "config.json").is_file():
-        return ModelFiles(converted)
-    return ModelFiles(gguf.parent, gguf.name)
 
 
 def _files_at(path: Path) -> ModelFiles:
@@ -98,11 +89,11 @@ def _files_at(path: Path) -> ModelFiles:
 
 def prepared(name: str, device: str | None) -> tuple[ModelFiles, str]:
     """Return a model's files and the device, before anything slow; raises UsageError."""
-    files, chosen = find_model(name), pick_device(device)
-    require("rich", "transformers")
-    if not plots.available():
-        print(f"no plot will be drawn: {not_installed(['matplotlib'])}", file=sys.stderr)
+    chosen = pick_device(device)
+    files = find_model(name)
+    require("transformers")
     quiet()
+    print(f"loading {name}", file=sys.stderr, flush=True)
     if chosen.startswith("cpu"):
         keep_freed_memory()
     return files, chosen
@@ -133,43 +124,22 @@ def load_model(files: ModelFiles, dtype: str, device: str) -> PreTrainedModel:
         raise UsageError(f"cannot load the model: {_first_line(error)}") from error
     if model.base_model is model:
         raise UsageError(f"{type(model).__name__} has no body apart from its head")
-    if device.startswith("cpu"):
-        _attend_by_ops(model)
+    if device.startswith("cpu"):  # where our op is faster than torch's
+        register_interface()
+        with contextlib.suppress(ValueError):  # of layers that cannot attend by it
+            model.set_attn_implementation("extrope")
     return model.to(device).eval()
 
 
-def _attend_by_ops(model: PreTrainedModel) -> None:
-    """Let layers attend by our op if they can: on a CPU it is faster than torch's."""
-    from ..integrations.transformers import register_interface
-
-    register_interface()
-    try:
-        model.set_attn_implementation("extrope")
-    except ValueError:
-        return
-
-
-def keep_converted(
-    name: str, files: ModelFiles, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Keep a copy of a packaged model that loads faster next time."""
-    of_package = name in PACKAGES and files.gguf_file is not None
-    if of_package and model.dtype == torch.float32:
-        save_converted(name, model, tokenizer)
-
-
-def unpacked(name: str) -> Path:
-    """Return a packaged model as a folder in transformers' format, for libraries that need one.
-
-    The first call makes it from the GGUF file. Raises UsageError.
-    """
-    files = find_model(name)
+def _loading(files: ModelFiles) -> dict[str, Any]:
+    options: dict[str, Any] = {"local_files_only": True}
     if files.gguf_file is not None:
-        keep_converted(name, files, load_model(files, "float32", "cpu"), load_tokenizer(files))
-        files = find_model(name)
-    if files.gguf_file is not None:
-        raise UsageError(f"--model {name}: cannot write {converted_folder(name)}")
-    return files.folder
+        options["gguf_file"] = files.gguf_file
+    return options
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def pick_device(name: str | None) -> str:
@@ -189,7 +159,6 @@ def quiet() -> None:
     Call it before the import of transformers, which reads the environment.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TQDM_DISABLE"] = "1"
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -223,23 +192,16 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     return []
 
 
-def _loading(files: ModelFiles) -> dict[str, Any]:
-    options: dict[str, Any] = {"local_files_only": True}
-    if files.gguf_file is not None:
-        options["gguf_file"] = files.gguf_file
-    return options
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def find_gguf(name: str) -> Path:
     """Return the GGUF file of one of PACKAGES, joined if it comes in parts; raises UsageError."""
     package = PACKAGES[name]
     spec = importlib.util.find_spec(package.module)
     if spec is not None and package.in_parts:
-        return _joined(name)
+
+        def join(path: Path) -> None:  # the package knows the whole file's SHA-256
+            importlib.import_module(package.module).assemble(path)
+
+        return _kept(name, cache_dirs()[0] / package.file, join)
     for folder in (spec and spec.submodule_search_locations) or []:
         # Without an import of the package, which would start llama.cpp.
         if (path := Path(folder) / package.file).is_file():
@@ -249,54 +211,48 @@ def find_gguf(name: str) -> Path:
     )
 
 
-def _joined(name: str) -> Path:
-    """Return the file in the user's cache; the package joins it there, and knows its SHA-256."""
-    package = PACKAGES[name]
-    target = cache_dirs()[0] / package.file
-    if target.is_file():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=target.parent) as work:
-            whole = importlib.import_module(package.module).assemble(Path(work) / package.file)
-            os.replace(whole, target)
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"--model {name}: its parts cannot be joined: {error}") from error
-    return target
-
-
 def converted_folder(name: str) -> Path:
-    """Return the float32 copy's folder; it loads in a second, the GGUF file in half a minute."""
+    """Return the place of one of PACKAGES in transformers' format, in the user's cache."""
     return cache_dirs()[0] / Path(PACKAGES[name].file).stem
 
 
-def save_converted(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Keep a float32 copy in the user's cache, or none if the cache cannot be written."""
-    from safetensors import SafetensorError
+def unpacked(name: str) -> Path:
+    """Return the folder of one of PACKAGES in transformers' format; raises UsageError.
 
-    target = converted_folder(name)
+    The first call makes it, in float32: it loads in a second, the GGUF file in half a minute.
+    """
+    if (target := converted_folder(name)).exists():
+        return target
+    gguf = find_gguf(name)
+    require("gguf", "accelerate", "transformers")
+    quiet()
+    print(f"unpacking {name} from {gguf}, half a minute or more", file=sys.stderr, flush=True)
+    files = ModelFiles(gguf.parent, gguf.name)
+    model, tokenizer = load_model(files, "float32", "cpu"), load_tokenizer(files)
+    # transformers refuses to save a model while it remembers the quantization.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return _kept(name, target, save)
+
+
+def _kept(name: str, target: Path, make: Callable[[Path], None]) -> Path:
+    """Return a file or folder of the user's cache, made if it is missing; raises UsageError."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f"{target.name}-", dir=target.parent, ignore_cleanup_errors=True
-        ) as work:
-            _unquantized(model).save_pretrained(work)
-            tokenizer.save_pretrained(work)
-            os.replace(work, target)
-    except (OSError, SafetensorError):  # SafetensorError: the disk is full
-        return
-
-
-def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
-    # The weights are plain float32 by now, but transformers remembers the quantized file and
-    # refuses to save such a model.
-    config = copy.deepcopy(model.config)
-    del config.quantization_config
-    with torch.device("meta"):
-        plain = type(model)(config)
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
-    return plain
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as work:
+                make(Path(work) / target.name)
+                os.replace(Path(work) / target.name, target)
+    except Exception as error:  # packages and full disks have errors of their own
+        if not target.exists():  # made by another process meanwhile
+            told = f"{target} cannot be made: {_first_line(error)}"
+            raise UsageError(f"--model {name}: {told}") from error
+    return target
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h

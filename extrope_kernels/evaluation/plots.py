@@ -1,10 +1,9 @@
-"""Plots of the results."""
+"""Plots of the results of `eval`."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,118 +24,72 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def plot_loss(results: dict[str, Any], path: Path) -> None:
-    """Draw the loss by bucket as PNG, a panel per length and a line per method."""
-
-    def points(row: dict[str, Any]) -> list[tuple[float, float, float]]:
-        middles = [(bucket["start"] + bucket["stop"]) / 2 for bucket in row["buckets"]]
-        return [
-            (middle, bucket["loss"], bucket["error"] or 0.0)
-            for middle, bucket in zip(middles, row["buckets"], strict=True)
-        ]
-
-    figure, panels = _lines(results, points)
-    for length, axes in panels.items():
-        _finish_losses(axes, length, results)
-    axes.set_xlabel(f"position in the text (means over {results['bucket']:,} tokens)")
-    figure.suptitle(f"{results['model']} on {_names(results)}, {results['dtype']}")
-    save_figure(figure, path)
-
-
-def plot_recall(results: dict[str, Any], path: Path) -> None:
-    """Draw the gain by distance as PNG, a panel per length and a line per method."""
-
-    def points(row: dict[str, Any]) -> list[tuple[float, float, float]]:
-        return [(gain["distance"], gain["gain"], gain["error"] or 0.0) for gain in row["gains"]]
-
-    figure, panels = _lines(results, points)
-    for length, axes in panels.items():
-        axes.axhline(0, color="0.35", linewidth=0.8)
-        # Set, not taken from the points: if every gain is NaN, there are none.
-        axes.set_xlim(results["distances"][0] / 1.15, results["distances"][-1] * 1.15)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(results["distances"], [f"{x:,}" for x in results["distances"]])
-        axes.set_ylabel(f"gain in {length:,} tokens (nats a token)")
-        axes.grid(axis="y", color="0.88")
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("tokens since the passage was first read")
-    trained = f"trained on {results['training_length']:,} positions"
-    figure.suptitle(f"{results['model']} on {_names(results)}: recall, {trained}")
-    save_figure(figure, path)
-
-
-def _names(results: dict[str, Any]) -> str:
-    return ", ".join(text["name"] for text in results["texts"])
-
-
-def _lines(
-    results: dict[str, Any], points: Callable[[dict[str, Any]], list[tuple[float, float, float]]]
-) -> tuple[Figure, dict[int, Axes]]:
-    """Draw (x, mean, standard error) of each row, and return the panel of each length."""
-    lengths = sorted({row["length"] for row in results["rows"]})
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw all rows as PNG: a panel per length and a line per method, with standard errors."""
+    rows = results["rows"]
+    lengths = sorted({row["length"] for row in rows})
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     figure = new_figure(8.5, 0.6 + 4.4 * len(lengths))
     panels = figure.subplots(len(lengths), 1, squeeze=False, sharey=True)[:, 0]
-    methods = list(dict.fromkeys(row["method"] for row in results["rows"]))
+    handles: dict[str, Any] = {}  # a panel may lack a method while rows are still missing
     for axes, length in zip(panels, lengths, strict=True):
-        for row in results["rows"]:
-            if row["length"] == length:
-                _draw_line(axes, points(row), row["method"], methods.index(row["method"]))
-    figure.legend(*_handles(panels), frameon=False, loc="outside right center")
-    return figure, dict(zip(lengths, panels, strict=True))
+        for row in (row for row in rows if row["length"] == length):
+            handles[row["method"]] = _line(axes, row, methods.index(row["method"]))
+        _finish(axes, length, results)
+        axes.grid(axis="y", color="0.88")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside right center")
+    names = ", ".join(text["name"] for text in results["texts"])
+    figure.suptitle(f"{results['model']} on {names}, {results['dtype']}")
+    save_figure(figure, path)
 
 
-def _draw_line(
-    axes: Axes, points: list[tuple[float, float, float]], label: str, index: int
-) -> None:
+def _line(axes: Axes, row: dict[str, Any], index: int) -> Any:
+    """Draw a row's line and return its handle for the legend."""
+    if "gains" in row:
+        points = [(gain["distance"], gain["gain"], gain["error"]) for gain in row["gains"]]
+    else:
+        buckets = row["buckets"]
+        points = [((b["start"] + b["stop"]) / 2, b["loss"], b["error"]) for b in buckets]
     x, means, errors = zip(*points, strict=True)
-    axes.errorbar(
+    return axes.errorbar(
         x,
-        means,
-        errors if any(errors) else None,
-        label=label,
+        [float("nan") if mean is None else mean for mean in means],
+        [error or 0.0 for error in errors] if any(errors) else None,
         color=_COLOURS[index % len(_COLOURS)],
         marker=_MARKERS[index % len(_MARKERS)],
         linestyle=_STYLES[index // len(_COLOURS) % len(_STYLES)],
         markersize=5,
         linewidth=1.8,
         capsize=2,
+        label=row["method"],
     )
 
 
-def _finish_losses(axes: Axes, length: int, results: dict[str, Any]) -> None:
-    trained = results["training_length"]
-    if trained < length:
+def _finish(axes: Axes, length: int, results: dict[str, Any]) -> None:
+    """Draw what a panel has besides its lines."""
+    if "distances" in results:
+        axes.axhline(0, color="0.35", linewidth=0.8)
+        # Set, not taken from the points: if every gain is NaN, there are none.
+        axes.set_xlim(results["distances"][0] / 1.15, results["distances"][-1] * 1.15)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(results["distances"], [f"{x:,}" for x in results["distances"]])
+        axes.set_xlabel("tokens since the passage was first read")
+        axes.set_ylabel(f"gain in {length:,} tokens (nats a token)")
+        return
+    if (trained := results["training_length"]) < length:
         axes.axvline(trained, color="0.35", linestyle=(0, (4, 3)), linewidth=1.2)
         axes.axvspan(trained, length, color="0.95", zorder=0)
-        axes.annotate(
-            f" past the training length, {trained:,}",
-            (trained, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, -4),
-            textcoords="offset points",
-            va="top",
-            color="0.25",
+        place = axes.get_xaxis_transform()  # tokens, and a share of the height
+        axes.text(
+            trained, 0.98, f" past the training length, {trained:,}", transform=place, va="top"
         )
+    bucket = results["bucket"]
     axes.set_xlim(0, length)
-    axes.set_xticks(_ticks(length, results["bucket"]))
+    axes.set_xticks(range(0, length + 1, bucket * max(1, -(-length // (8 * bucket)))))
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel(f"position in the text (means over {bucket:,} tokens)")
     axes.set_ylabel("next-token loss (nats)")
-    axes.grid(axis="y", color="0.88")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _handles(panels: Iterable[Axes]) -> tuple[list[Any], list[str]]:
-    # One panel may lack a method that another has, while rows are still missing.
-    by_label: dict[str, Any] = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            by_label.setdefault(label, handle)
-    return list(by_label.values()), list(by_label)
-
-
-def _ticks(length: int, bucket: int) -> list[int]:
-    step = bucket * max(1, -(-length // (8 * bucket)))
-    return list(range(0, length + 1, step))
 
 
 def new_figure(width: float, height: float) -> Figure:

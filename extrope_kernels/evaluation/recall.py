@@ -1,4 +1,4 @@
-"""Recall: how much less a repeated passage costs, by the distance to its first copy.
+"""A task: how much less a repeated passage costs, by the distance to its first copy.
 
 A model that uses far tokens predicts a passage better the second time. This shows even in small
 models, which cannot answer questions yet. Both copies come from elsewhere in the text, so nothing
@@ -7,17 +7,17 @@ else tells how they go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from . import UsageError, loss, plots, texts
+from . import UsageError, forward
 from .report import mean_and_error, with_error
+from .texts import Reading
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _LONGEST_PASSAGE = 64
 _AT_EACH = 3  # passages per distance in one text
@@ -58,16 +58,19 @@ def repeats(length: int, wanted: Sequence[int], passage: int) -> list[Repeat]:
     return [Repeat(d, again - d, again, passage) for d, again in zip(each, starts, strict=True)]
 
 
-def repeated(ids: Tensor, others: Tensor, found: Sequence[Repeat]) -> Tensor:
-    """Return the text with passages of other tokens in both places of each repeat.
+def repeated(ids: Tensor, found: Sequence[Repeat]) -> Tensor:
+    """Return a text with passages of other tokens in both places of each repeat.
 
-    others: (passages * tokens,)
+    ids: (seqlen + passages * tokens,), the text and then the passages.
+
+    Returns: (seqlen,)
     """
-    ids = ids.clone()
-    for repeat, passage in zip(found, others.split(found[0].tokens), strict=True):
+    count = sum(repeat.tokens for repeat in found)
+    text = ids[:-count].clone()
+    for repeat, passage in zip(found, ids[-count:].split(found[0].tokens), strict=True):
         for start in (repeat.first, repeat.again):
-            ids[start : start + repeat.tokens] = passage
-    return ids
+            text[start : start + repeat.tokens] = passage
+    return text
 
 
 def gains(losses: Tensor, found: Sequence[Repeat]) -> list[float]:
@@ -76,7 +79,7 @@ def gains(losses: Tensor, found: Sequence[Repeat]) -> list[float]:
     The first quarter of a passage does not count: it tells the model that there is something to
     recall.
 
-    losses: (seqlen - 1,), a row of `loss.token_losses`.
+    losses: (seqlen - 1,), a row of `forward.token_losses`.
     """
     costs = []
     for repeat in found:
@@ -90,40 +93,28 @@ def gains(losses: Tensor, found: Sequence[Repeat]) -> list[float]:
 
 
 class RecallTask:
-    """A task: the gain in loss of passages that were read before, by distance."""
+    """The gain in loss of passages that were read before, by distance; as `loss.LossTask`."""
 
-    name = "recall"
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, asked: texts.Asked) -> None:
-        longest = max(asked.lengths)
-        self._distances, self._passage = distances(longest)
-        for length in asked.lengths:
-            if not repeats(length, self._distances, self._passage):
+    def __init__(self, lengths: Sequence[int], bucket: int) -> None:
+        longest = max(lengths)
+        wanted, passage = distances(longest)
+        for length in lengths:
+            if not repeats(length, wanted, passage):
                 raise UsageError(f"--lengths {length}: too short for --lengths {longest}")
-        more = self._passage * _AT_EACH * len(_PARTS)
-        self.reading = texts.Reading(tokenizer, asked, longest + more)
+        self.tokens = longest + passage * _AT_EACH * len(_PARTS)
+        self.settings: dict[str, Any] = {"distances": wanted, "passage": passage}
+        self.heads = [f"{distance:,}" for distance in wanted]
 
-    def settings(self) -> dict[str, Any]:
-        return {"distances": self._distances, "passage": self._passage}
-
-    def heads(self) -> list[str]:
-        return [f"{distance:,}" for distance in self._distances]
-
-    def ticks(self, layers: int) -> int:
-        return (layers + 1) * self.reading.count
-
-    def measure(
-        self, model: PreTrainedModel, length: int, on_progress: Callable[[], None]
-    ) -> dict[str, Any]:
-        found = repeats(length, self._distances, self._passage)
+    def measure(self, model: PreTrainedModel, reading: Reading, length: int) -> dict[str, Any]:
+        """Return the numbers of a row, for the model in its present state."""
+        found = repeats(length, *self.settings.values())
         by_distance: dict[int, list[float]] = {repeat.distance: [] for repeat in found}
-        for piece in self.reading.pieces(length, self._passage * len(found)):
-            ids = repeated(piece[:length], piece[length:], found)
-            losses = loss.token_losses(model, ids[None].to(model.device), on_progress)[0]
+        for piece in reading.pieces(length, sum(repeat.tokens for repeat in found)):
+            losses = forward.token_losses(model, repeated(piece, found)[None])[0]
             for repeat, gain in zip(found, gains(losses, found), strict=True):
                 by_distance[repeat.distance].append(gain)
         return {
-            "tokens": length * self.reading.count,
+            "tokens": length * reading.count,
             "gains": [
                 {"distance": distance, "gain": mean, "error": error, "passages": costs}
                 for distance, costs in by_distance.items()
@@ -132,7 +123,5 @@ class RecallTask:
         }
 
     def cells(self, row: dict[str, Any]) -> list[str]:
+        """Return the row's cells, one for each column that the row reaches."""
         return [with_error(gain["gain"], gain["error"], 2) for gain in row["gains"]]
-
-    def plot(self, results: dict[str, Any], path: Path) -> None:
-        plots.plot_recall(results, path)

@@ -7,16 +7,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
 from ..integrations.transformers import extend
 from . import UsageError, models, options, plots, report, texts
 from .digests import model_digest
+from .forward import after_each_layer
 from .loss import LossTask
 from .models import decoder_layers, training_length, unscaled_length
 from .recall import RecallTask
@@ -24,37 +24,7 @@ from .recall import RecallTask
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-class Task(Protocol):
-    """A measurement of a model in its present state at one length: a row."""
-
-    name: str
-    reading: texts.Reading
-
-    def settings(self) -> dict[str, Any]:
-        """Return settings that the numbers depend on, besides model, method and reading."""
-
-    def heads(self) -> list[str]:
-        """Return the heads of the table's columns."""
-
-    def ticks(self, layers: int) -> int:
-        """Return how often `measure` reports progress for a model with `layers` layers."""
-
-    def measure(
-        self, model: PreTrainedModel, length: int, on_progress: Callable[[], None]
-    ) -> dict[str, Any]:
-        """Return the numbers of a row."""
-
-    def cells(self, row: dict[str, Any]) -> list[str]:
-        """Return the row's cells, one for each column that the row reaches."""
-
-    def plot(self, results: dict[str, Any], path: Path) -> None:
-        """Draw all rows as PNG."""
-
-
-TASKS = {task.name: task for task in (LossTask, RecallTask)}
-DTYPES = ("float32", "bfloat16")
-
+TASKS: dict[str, type[LossTask | RecallTask]] = {"loss": LossTask, "recall": RecallTask}
 _WIDTH = len("2.471±.012")
 
 
@@ -66,8 +36,6 @@ def evaluate(
     task: str = "loss",
     text: str | Sequence[str] = "pydocs",
     tokenizer: PreTrainedTokenizerBase | None = None,
-    factor: float | None = None,
-    window: int | None = None,
     bucket: int = 2048,
     trials: int = 3,
     seed: int = 0,
@@ -90,8 +58,6 @@ def evaluate(
         passage costs the second time, in nats a token, by the distance in tokens.
     text: UTF-8 files; "pydocs" is the Python reference.
     tokenizer: a loaded model's tokenizer.
-    factor: the factor of all frequency methods.
-    window: the window, in tokens, of all score methods that have one.
     bucket: number of positions whose losses are averaged.
     trials: pieces of each text.
     seed: seed of the places where texts are cut.
@@ -104,120 +70,102 @@ def evaluate(
     "buckets", or "gains" by distance; "error" is the standard error over pieces or passages.
     Raises UsageError, a ValueError of one line, before anything slow begins.
     """
-    plan = options.make_plan(methods, lengths, factor, window)
-    names = [text] if isinstance(text, str) else list(text)
-    asked = texts.Asked(names, plan.lengths, trials, seed, bucket)
+    params, wanted = options.check_methods(methods), options.check_lengths(lengths)
     options.check_numbers(bucket=bucket, trials=trials)
     options.check_choice("task", task, TASKS)
-    options.check_choice("dtype", dtype, DTYPES)
-    folder = None if out is None else options.check_out(os.fspath(out))
+    options.check_choice("dtype", dtype, options.DTYPES)
+    path = None if out is None else options.check_out(Path(out)) / f"{task}.json"
+    measured = TASKS[task](wanted, bucket)
+    files = None
     if isinstance(model, str | os.PathLike):
-        header = {"model": Path(model).name, "dtype": dtype}
-        make = partial(TASKS[task], asked=asked)
-        loaded, made = _loaded(os.fspath(model), dtype, device, make)
+        files, device = models.prepared(os.fspath(model), device)
+        tokenizer = models.load_tokenizer(files)
     elif tokenizer is None:
         raise UsageError("a loaded model needs its tokenizer")
-    else:
-        loaded_dtype = str(model.dtype).removeprefix("torch.")
-        header = {"model": Path(model.name_or_path).name, "dtype": loaded_dtype}
-        loaded, made = model, TASKS[task](tokenizer, asked)
-    header |= {"task": task, **_about(made, loaded), "rows": []}
-    return _run_rows(made, loaded, plan, header, folder, table or io.StringIO())
+    read = texts.read_texts(tokenizer, [text] if isinstance(text, str) else text)
+    texts.check_tokens(read, measured.tokens)
+    reading = texts.Reading(read, trials, seed)
+    loaded = model if files is None else models.load_model(files, dtype, device)
+    header = {
+        "model": Path(model if files else model.name_or_path).name,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "task": task,
+        **_about(loaded),
+        **measured.settings,
+        **reading.about(),
+        "rows": [],
+    }
+    rows = _planned(loaded, params, wanted)
+    results = header if path is None else report.resumed(path, header)
+    _run_rows(measured, loaded, reading, rows, results, path, table or io.StringIO())
+    return results
 
 
-def _about(task: Task, model: PreTrainedModel) -> dict[str, Any]:
-    """Return settings that the numbers depend on."""
+def _about(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what the numbers depend on besides a task's settings and texts."""
     return {
         "model_digest": model_digest(model),
         "training_length": training_length(model),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
         "versions": report.versions(),
-        **task.settings(),
-        **task.reading.about(),
     }
 
 
-def _loaded(
-    name: str, dtype: str, device: str | None, make: Callable[[PreTrainedTokenizerBase], Task]
-) -> tuple[PreTrainedModel, Task]:
-    """Load a model from disk, and make the task first, so that its mistakes show at once."""
-    files, device = models.prepared(name, device)
-    slow = " (from GGUF, which takes half a minute or more)" if files.gguf_file else ""
-    print(f"loading {name}{slow}", file=sys.stderr, flush=True)
-    with report.telling(lambda: f"loading {name}"):
-        tokenizer = models.load_tokenizer(files)
-        task = make(tokenizer)
-        model = models.load_model(files, dtype, device)
-        models.keep_converted(name, files, model, tokenizer)
-    return model, task
+def _planned(
+    model: PreTrainedModel, methods: dict[str, dict[str, Any]], lengths: list[int]
+) -> list[dict[str, Any]]:
+    """Return the rows to measure; raises UsageError if a method does not suit the model."""
+    trained, unscaled = training_length(model), unscaled_length(model)
+    rows = []
+    for method, given in methods.items():
+        for length in lengths:
+            params = options.method_params(method, length, trained, unscaled, given)
+            if why := options.refusal(model, method, params):
+                raise UsageError(why)
+            rows.append({"method": method, "length": length, "params": params})
+    return rows
 
 
 def _run_rows(
-    task: Task,
+    task: LossTask | RecallTask,
     model: PreTrainedModel,
-    plan: options.Plan,
-    header: dict[str, Any],
-    out: Path | None,
+    reading: texts.Reading,
+    rows: list[dict[str, Any]],
+    results: dict[str, Any],
+    path: Path | None,
     table: TextIO,
-) -> dict[str, Any]:
-    rows = _planned(model, plan)
-    path = out / f"{task.name}.json" if out else None
-    results = report.resumed(path, header) if path else header
+) -> None:
+    """Measure the rows that the results lack, and show, write and draw each."""
     done = {_key(row): row for row in results["rows"]}
     missing = sum(_key(row) not in done for row in rows)
     into = f" into {path}" if path else ""
     print(f"measuring {missing} of {len(rows)} rows{into}", file=sys.stderr, flush=True)
-    heads = task.heads()
-    widths = [max(_WIDTH, len(head)) for head in heads]
-    wide = max(map(len, plan.methods))
-    with report.open_display(table, missing) as display:
-        display.line(report.format_line("method".ljust(wide), "tokens", heads, widths))
+    wide = max(12, *(len(row["method"]) for row in rows))
+    widths = [max(_WIDTH, len(head)) for head in task.heads]
+
+    def line(method: str, length: str, cells: Sequence[str]) -> str:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
+        return f"{method:<{wide}} {length:>6} {' '.join(padded)}"
+
+    with report.Display(table, missing) as display, after_each_layer(model, display.tick):
+        display.line(line("method", "tokens", task.heads))
         for row in rows:
             if _key(row) in done:
                 row = done[_key(row)]
             else:
-                row |= _measured(task, model, row, display)
+                with extend(model, row["method"], **row["params"]):
+                    layers = len(decoder_layers(model))
+                    display.begin(f"{row['method']} {row['length']}", layers * reading.count)
+                    began = time.perf_counter()
+                    measured = task.measure(model, reading, row["length"])
+                row |= {"seconds": round(time.perf_counter() - began, 2), **measured}
                 results["rows"].append(row)
                 if path:
                     report.write_results(path, results)
             if path and plots.available():
-                task.plot(results, path.with_suffix(".png"))
-            name, length = row["method"].ljust(wide), str(row["length"])
-            display.line(report.format_line(name, length, task.cells(row), widths))
-    return results
-
-
-def _planned(model: PreTrainedModel, plan: options.Plan) -> list[dict[str, Any]]:
-    """Return the rows to measure; raises UsageError if a method does not suit the model."""
-    trained, unscaled = training_length(model), unscaled_length(model)
-    rows = [
-        {
-            "method": method,
-            "length": length,
-            "params": plan.method_params(method, length, trained, unscaled),
-        }
-        for method in plan.methods
-        for length in plan.lengths
-    ]
-    for row in rows:
-        try:
-            with extend(model, row["method"], **row["params"]):
-                pass
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise UsageError(str(error)) from error
-    return rows
-
-
-def _measured(
-    task: Task, model: PreTrainedModel, row: dict[str, Any], display: report.Display
-) -> dict[str, Any]:
-    method, length = row["method"], row["length"]
-    display.begin(f"{method} {length}", task.ticks(len(decoder_layers(model))))
-    began = time.perf_counter()
-    with extend(model, method, **row["params"]):
-        measured = task.measure(model, length, display.tick)
-    return {"seconds": round(time.perf_counter() - began, 2), **measured}
+                plots.plot(results, path.with_suffix(".png"))
+            display.line(line(row["method"], str(row["length"]), task.cells(row)))
 
 
 def _key(row: dict[str, Any]) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,74 +54,43 @@ class Text(NamedTuple):
             Text(f"{self.name}, second half", self.opening, second),
         )
 
-    def start(self, length: int, index: int, seed: int) -> int:
-        """Return the start of a piece of `length` tokens; the first piece starts with the text."""
-        if index == 0:
-            return 0
-        return random.Random(f"{seed} {index}").randrange(len(self.ids) - length + 1)
+    def piece(self, length: int, index: int, seed: int, more: int = 0) -> Tensor:
+        """Return `length` tokens in a row, with the opening, and `more` after them.
 
-    def piece(self, length: int, index: int, seed: int) -> Tensor:
-        """Return `length` tokens in a row, with the opening: (length,) int64."""
+        The first piece starts with the text, the others anywhere. After the end of the text it
+        starts again.
+
+        Returns: (length + more,) int64
+        """
         length -= len(self.opening)
-        start = self.start(length, index, seed)
-        return torch.cat([self.opening, self.ids[start : start + length]])
-
-    def after(self, length: int, index: int, seed: int, count: int) -> Tensor:
-        """Return the `count` tokens after that piece; the text starts again after its end."""
-        length -= len(self.opening)
-        start = self.start(length, index, seed) + length
-        return self.ids[torch.arange(start, start + count) % len(self.ids)]
+        last = len(self.ids) - length
+        start = 0 if index == 0 else random.Random(f"{seed} {index}").randrange(last + 1)
+        places = torch.arange(start, start + length + more) % len(self.ids)
+        return torch.cat([self.opening, self.ids[places]])
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The command's options about texts.
+class Reading(NamedTuple):
+    """The pieces of all texts, the same for every method."""
 
-    texts: files, or `pydocs`. bucket: tokens per bucket of positions.
-    """
+    texts: list[Text]
+    trials: int
+    seed: int
 
-    texts: Sequence[str]
-    lengths: Sequence[int]
-    trials: int = 3
-    seed: int = 0
-    bucket: int = 2048
-
-
-class Reading:
-    """The pieces of all texts, the same for every method; raises UsageError like `load_texts`."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, asked: Asked, longest: int) -> None:
-        self._texts = load_texts(tokenizer, asked.texts, longest)
-        self._trials, self._seed = asked.trials, asked.seed
-        self.count = asked.trials * len(self._texts)
+    @property
+    def count(self) -> int:
+        """The number of pieces."""
+        return self.trials * len(self.texts)
 
     def about(self) -> dict[str, Any]:
         """Return the description of all texts for results."""
-        about = [text.about() for text in self._texts]
-        return {"texts": about, "trials": self._trials, "seed": self._seed}
+        about = [text.about() for text in self.texts]
+        return {"texts": about, "trials": self.trials, "seed": self.seed}
 
     def pieces(self, length: int, more: int = 0) -> Iterator[Tensor]:
         """Yield each piece with the `more` tokens after it: (length + more,)."""
-        for text in self._texts:
-            for index in range(self._trials):
-                piece = text.piece(length, index, self._seed)
-                yield torch.cat([piece, text.after(length, index, self._seed, more)])
-
-
-def load_texts(
-    tokenizer: PreTrainedTokenizerBase, names: Sequence[str], longest: int
-) -> list[Text]:
-    """Return the texts of these files; `pydocs` is the Python reference.
-
-    Raises UsageError if one cannot be read, is given twice, or has fewer than `longest` tokens.
-    """
-    texts = read_texts(tokenizer, names)
-    for name, text in zip(names, texts, strict=True):
-        if text.tokens < longest:
-            raise UsageError(
-                f"--text {name}: {text.tokens:,} tokens, too short for --lengths {longest:,}"
-            )
-    return texts
+        for text in self.texts:
+            for index in range(self.trials):
+                yield text.piece(length, index, self.seed, more)
 
 
 def read_texts(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[Text]:
@@ -146,17 +113,19 @@ def read_text(tokenizer: PreTrainedTokenizerBase, name: str, option: str = "--te
     return Text(Path(name).name, opening, body)
 
 
+def check_tokens(texts: Sequence[Text], length: int) -> None:
+    """Raise UsageError if a text has fewer than `length` tokens."""
+    for text in texts:
+        if text.tokens < length:
+            raise UsageError(f"{text.name}: {text.tokens:,} tokens, too short for {length:,}")
+
+
 def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # By a word: the tokens of an empty text may also be ones that the tokenizer puts at the end.
     bare = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
     fits = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
     return whole[: next(fits, 0)]
-
-
-def source(name: str) -> str | None:
-    """Return one path for all spellings of a text's file; None for `pydocs`."""
-    return None if name == _BUILT_IN else os.path.realpath(name)
 
 
 def _read(name: str, option: str) -> str:

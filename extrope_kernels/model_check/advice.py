@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..evaluation.models import PACKAGES
-from ..evaluation.options import Plan
+from ..evaluation.options import method_params
 from ..evaluation.search.candidates import Candidate
 from ..integrations._shared.parameters import score_values_in
 from ..integrations.vllm.settings import check_config, read_settings
@@ -90,7 +90,7 @@ def _choose(source: Source, facts: Facts, length: int, yarn: Candidate) -> tuple
 
 
 def _candidate(method: str, length: int, reach: int, trained: int) -> Candidate:
-    return Candidate(method, Plan([method], [length]).method_params(method, length, reach, trained))
+    return Candidate(method, method_params(method, length, reach, trained))
 
 
 def _rope_parameters(source: Source, facts: Facts, yarn: Candidate) -> dict[str, Any]:

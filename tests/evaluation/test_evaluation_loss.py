@@ -19,17 +19,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from extrope_kernels.evaluation import (
-    UsageError,
-    evaluate,
-    forward,
-    loss,
-    options,
-    report,
-    texts,
-)
+from extrope_kernels.evaluation import UsageError, evaluate, forward, loss, report, texts
 from extrope_kernels.evaluation.digests import tokens_digest
 from extrope_kernels.evaluation.models import decoder_layers
+from extrope_kernels.evaluation.options import method_params
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.scores import SCORES
 
@@ -139,7 +132,7 @@ def test_soft_capped_logits():
     ids = torch.randint(0, 100, (40,))
     with torch.no_grad():
         wanted = model(ids[None], labels=ids[None]).loss
-    assert loss.token_losses(model, ids[None]).mean().item() == pytest.approx(
+    assert forward.token_losses(model, ids[None]).mean().item() == pytest.approx(
         wanted.item(), rel=1e-5
     )
 
@@ -154,48 +147,41 @@ def test_last_bucket_of_one_position_is_left_out():
     assert [b["error"] for b in means] == pytest.approx([1.0, 3.0])
 
 
-def test_progress_ticks_per_layer(folder):
+def test_a_call_after_each_layer(folder):
     model = LlamaForCausalLM.from_pretrained(folder)
-    ticks = []
-    loss.token_losses(model, torch.arange(20).repeat(2, 1), lambda: ticks.append(1))
-    assert len(ticks) == len(decoder_layers(model)) + 1 == 3
-    assert forward.run_body(model, torch.arange(20)[None]).past_key_values is None  # memory
+    calls = []
+    with forward.after_each_layer(model, lambda: calls.append(1)):
+        forward.token_losses(model, torch.arange(20).repeat(2, 1))
+    assert len(calls) == len(decoder_layers(model)) == 2
     assert not any(layer._forward_hooks for layer in decoder_layers(model))
     assert "forward" not in vars(model.base_model)
 
 
 def test_factor_only_where_a_method_needs_one():
-    plan = options.Plan(["rope"], [128])
-    assert plan.method_params("rope", 128, 32) == {}
-    assert plan.method_params("pi", 128, 32) == {"factor": 4.0}
-    assert plan.method_params("pi", 16, 32) == {"factor": 1.0}
-    assert plan.method_params("giraffe_power", 128, 32) == {}
-    plan = options.Plan(["pi"], [128], {"pi": {"factor": 3}}, factor=2.0)
-    assert plan.method_params("pi", 128, 32) == {"factor": 3}
-    assert plan.method_params("giraffe_power", 128, 32) == {"factor": 2.0}
+    assert method_params("rope", 128, 32) == {}
+    assert method_params("pi", 128, 32) == {"factor": 4.0}
+    assert method_params("pi", 16, 32) == {"factor": 1.0}
+    assert method_params("giraffe_power", 128, 32) == {}
+    assert method_params("pi", 128, 32, given={"factor": 3}) == {"factor": 3}
 
 
 def test_defaults_of_score_methods_follow_the_training_length():
-    def params(method, length, trained, **plan):
-        return options.Plan([method], [length], **plan).method_params(method, length, trained)
-
-    assert params("rerope", 16384, 8192) == {"window": 4096}
-    assert params("leaky_rerope", 16384, 8192) == {"window": 4096, "factor": 16.0}
-    assert params("dual_chunk", 16384, 8192) == {"chunk_size": 6144, "local_window": 1024}
-    assert params("string", 16384, 8192) == {"shift": 2730, "window": 128}
-    assert params("blockwise_causal", 16384, 8192) == {"block_size": 8192}
-    assert params("rerope", 128, 8192, window=512, factor=2.0) == {"window": 512}
-    given = {"leaky_rerope": {"window": 64, "factor": 4.0, "log_n": 8192}}
-    assert params("leaky_rerope", 128, 8192, params=given) == given["leaky_rerope"]
-    assert params("self_extend", 8192, 8192) == {"window": 2048, "factor": 1}
+    assert method_params("rerope", 16384, 8192) == {"window": 4096}
+    assert method_params("leaky_rerope", 16384, 8192) == {"window": 4096, "factor": 16.0}
+    assert method_params("dual_chunk", 16384, 8192) == {"chunk_size": 6144, "local_window": 1024}
+    assert method_params("string", 16384, 8192) == {"shift": 2730, "window": 128}
+    assert method_params("blockwise_causal", 16384, 8192) == {"block_size": 8192}
+    given = {"window": 64, "factor": 4.0, "log_n": 8192}
+    assert method_params("leaky_rerope", 128, 8192, given=given) == given
+    assert method_params("self_extend", 8192, 8192) == {"window": 2048, "factor": 1}
     for length in (8193, 16384, 100_000, 1_000_000):
-        found = params("self_extend", length, 8192)
+        found = method_params("self_extend", length, 8192)
         window, group = found["window"], found["factor"]
         assert window % group == 0 and 2048 - group < window <= 2048
         reached = (length - 1) // group + window - window // group
         assert reached <= 8192 * 2 // 3
-    given = {"self_extend": {"factor": 10}}
-    assert params("self_extend", 16384, 8192, params=given) == {"window": 2040, "factor": 10}
+    found = method_params("self_extend", 16384, 8192, given={"factor": 10})
+    assert found == {"window": 2040, "factor": 10}
 
 
 def test_score_methods_in_the_table(run, folder, text, tokenizer, tmp_path, capsys):
@@ -213,7 +199,7 @@ def test_score_methods_in_the_table(run, folder, text, tokenizer, tmp_path, caps
     assert rows["rerope"]["loss"] == pytest.approx(wanted, rel=1e-5)
     assert len({round(row["loss"], 6) for row in rows.values()}) == len(rows)
     other = tmp_path / "other"
-    assert run(methods="rerope", lengths="70", window=64, out=other / "out") == 0
+    assert run(methods="rerope", lengths="70", param="rerope.window=64", out=other / "out") == 0
     plain = [bucket["loss"] for bucket in rows["rope"]["buckets"]]
     got = [bucket["loss"] for bucket in results(other)["rows"][0]["buckets"]]
     assert got[:4] == pytest.approx(plain[:4], rel=1e-4) and got[4] != pytest.approx(plain[4])
@@ -221,7 +207,7 @@ def test_score_methods_in_the_table(run, folder, text, tokenizer, tmp_path, caps
 
 
 def test_interrupted_run_keeps_finished_rows(run, tmp_path, monkeypatch, capsys):
-    measure, calls = loss.token_losses, []
+    measure, calls = forward.token_losses, []
 
     def interrupted(*args):
         calls.append(args)
@@ -229,7 +215,7 @@ def test_interrupted_run_keeps_finished_rows(run, tmp_path, monkeypatch, capsys)
             raise KeyboardInterrupt
         return measure(*args)
 
-    monkeypatch.setattr(loss, "token_losses", interrupted)
+    monkeypatch.setattr(forward, "token_losses", interrupted)
     assert run(methods="rope,pi,yarn") == 130
     assert [row["method"] for row in results(tmp_path)["rows"]] == ["rope", "pi"]
     check_image(tmp_path / "out" / "loss.png")
@@ -259,7 +245,7 @@ def test_pieces_of_several_texts(run, folder, text, tokenizer, tmp_path, capsys)
     found = results(tmp_path)
     assert [text["tokens"] for text in found["texts"]] == [240, 572]
     model = LlamaForCausalLM.from_pretrained(folder).eval()
-    reading = texts.Reading(tokenizer, texts.Asked([str(text), str(other)], [24, 40]), 40)
+    reading = texts.Reading(texts.read_texts(tokenizer, [str(text), str(other)]), 3, 0)
     for row in found["rows"]:
         pieces = list(reading.pieces(row["length"]))
         assert len({tuple(piece.tolist()) for piece in pieces}) == 6
@@ -282,28 +268,11 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr(report.Path, "replace", full)
     with pytest.raises(OSError, match="disk full"):
         report.write_results(path, {})
     assert json.loads(path.read_text())["rows"] == [1.5]
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_progress_bars_on_a_terminal(run, tmp_path, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "60")
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stdout", terminal)
-    assert run(methods="rope,pi", bucket=8) == 0
-    shown = terminal.getvalue()
-    assert "all rows" in shown and "pi 64" in shown and "100%" in shown
-    for row in results(tmp_path)["rows"]:  # whole, though wider than the terminal
-        cells = " ".join(f"{b['loss']:10.3f}" for b in row["buckets"])
-        assert f"{row['method']:<12}     64 {cells}" in shown
 
 
 def test_pydocs_in_bfloat16(run, tmp_path):
@@ -315,11 +284,13 @@ def test_what_is_unlikely_counts_in_large_vocabularies(monkeypatch):
     """Of 2^17 tokens all but one are too unlikely to change a float32 sum one at a time."""
     vocab_size, rows, seqlen = 2**17, 2, 3
     config = SimpleNamespace(vocab_size=vocab_size)
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config), device="cpu")
+    model.base_model = lambda **_: None
     predicted = torch.full((rows, seqlen - 1, vocab_size), math.log(2**-25))
     predicted[..., 7] = 0.0
-    monkeypatch.setattr(loss, "run_body", lambda *_: None)
-    monkeypatch.setattr(loss, "logits", lambda model, body, start, stop: predicted[:, start:stop])
+    monkeypatch.setattr(
+        forward, "logits", lambda model, body, start, stop: predicted[:, start:stop]
+    )
     ids = torch.tensor([[7, 7, 7], [0, 7, 0]])
 
     def by_rows(logits):
@@ -327,7 +298,7 @@ def test_what_is_unlikely_counts_in_large_vocabularies(monkeypatch):
         return losses.unflatten(0, (rows, seqlen - 1))
 
     wanted, theirs = by_rows(predicted.double()), by_rows(predicted)
-    got = loss.token_losses(model, ids)
+    got = forward.token_losses(model, ids)
     assert (got - wanted).abs().max() <= 2 * (theirs - wanted).abs().max()
 
 

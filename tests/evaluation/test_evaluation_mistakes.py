@@ -14,23 +14,21 @@ from extrope_kernels.evaluation import plots
     ("given", "message"),
     [
         ({"methods": "rope,yarm"}, "unknown yarm; choose from rope, abf, pi"),
-        ({"methods": ","}, "--methods must list at least one value"),
-        ({"lengths": "64,x"}, "--lengths must be whole numbers of tokens >= 2, got 64,x"),
+        ({"methods": ","}, "--methods: must list at least one value"),
+        ({"lengths": "64,x"}, "--lengths: must be whole numbers of tokens, got 64,x"),
         ({"lengths": "1"}, "--lengths must be whole numbers of tokens >= 2, got 1"),
-        ({"factor": 0}, "--factor must be > 0, got 0"),
         ({"param": "yarn.beta_fast=16"}, "yarn is not among --methods"),
         ({"param": "rope.beta_fast=16"}, "--param: rope has no beta_fast; it has base"),
-        ({"param": "rope.base"}, "--param must read METHOD.NAME=VALUE, got rope.base"),
+        ({"param": "rope.base"}, "--param: must read METHOD.NAME=VALUE, got rope.base"),
         (
             {"param": "rerope.shift=2", "methods": "rerope"},
             "rerope has no shift; it has window, factor, l",
         ),
-        ({"window": 0}, "--window must be >= 1, got 0"),
         ({"bucket": 0}, "--bucket must be >= 1, got 0"),
         ({"trials": 0}, "--trials must be >= 1, got 0"),
         ({"model": "/nowhere/model"}, "--model /nowhere/model: no such folder or .gguf file"),
         ({"text": "/nowhere/text"}, "--text /nowhere/text: No such file or directory"),
-        ({"lengths": "9999"}, "240 tokens, too short for --lengths 9,999"),
+        ({"lengths": "9999"}, "story.txt: 240 tokens, too short for 9,999"),
         ({"device": "nonsense"}, "--device nonsense: "),
     ],
 )
@@ -42,7 +40,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(run, monkeypatch, capsys, 
     assert run(**given) == 2
     captured = capsys.readouterr()
     last = captured.err.splitlines()[-1]
-    assert last.startswith("eval: ") and message in last
+    assert re.match(r"(.* )?eval: ", last) and message in last
     assert captured.out == "" and "Traceback" not in captured.err
 
 
@@ -97,10 +95,10 @@ def without(monkeypatch, missing):
 
 
 def test_a_missing_package_is_named_behind_other_mistakes(run, monkeypatch, capsys):
-    without(monkeypatch, "rich")
+    without(monkeypatch, "transformers")
     assert run() == 2
-    told = "rich not installed; run: pip install rich (or, in a checkout, pip install '.[demo]')"
-    assert capsys.readouterr().err == f"eval: {told}\n"
+    told = "transformers not installed; run: pip install transformers (or, in a checkout, "
+    assert capsys.readouterr().err == f"eval: {told}pip install '.[demo]')\n"
     assert run(model="/nowhere/model") == 2
     assert "no such folder or .gguf file" in capsys.readouterr().err
 
@@ -110,7 +108,7 @@ def test_tables_need_no_matplotlib(run, tmp_path, monkeypatch, capsys):
         without(patch, "matplotlib")
         assert run() == 0
     shown = capsys.readouterr()
-    assert "no plot will be drawn: matplotlib not installed; run: pip install" in shown.err
+    assert "eval: no plot will be drawn: matplotlib is not installed" in shown.err
     assert shown.out.splitlines()[1].startswith("rope ")
     assert shown.err.splitlines()[-1] == f"wrote {tmp_path / 'out' / 'loss.json'}"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["loss.json"]

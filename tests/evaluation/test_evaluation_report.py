@@ -2,19 +2,19 @@
 
 import io
 import re
-import time
+import sys
 
 import pytest
 import torch
 from tiny_model import CONFIG, results, retrained
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from extrope_kernels.evaluation import models, plots, report, texts
+from extrope_kernels.evaluation import loss, plots, report
 from extrope_kernels.evaluation.digests import model_digest
 from extrope_kernels.evaluation.runner import TASKS
 
 ABOUT = {"model": "m", "texts": [{"name": "t"}], "dtype": "float32", "training_length": 8}
-ABOUT |= {"bucket": 4, "distances": [2, 14]}
+SETTINGS = {"loss": {"bucket": 4}, "recall": {"distances": [2, 14]}}
 
 
 def lines_of(axes):
@@ -35,7 +35,8 @@ def test_lines_are_the_numbers_with_their_errors(monkeypatch, task):
             {"start": x - 2, "stop": x + 2, "loss": y, "error": error} for x, y, error in points
         ]
         gains = [{"distance": x, "gain": y, "error": error} for x, y, error in points]
-        return {"method": method, "length": length, "buckets": buckets, "gains": gains}
+        numbers = {"loss": {"buckets": buckets}, "recall": {"gains": gains}}
+        return {"method": method, "length": length, **numbers[task]}
 
     both, alone, longer = (
         [(2, 3.0, 0.25), (14, 2.0, 0.5)],
@@ -45,7 +46,7 @@ def test_lines_are_the_numbers_with_their_errors(monkeypatch, task):
     rows = [row("a", 16, *both), row("b", 16, *alone), row("b", 32, *longer)]
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    {"loss": plots.plot_loss, "recall": plots.plot_recall}[task](ABOUT | {"rows": rows}, None)
+    plots.plot(ABOUT | SETTINGS[task] | {"rows": rows}, None)
     first, second = map(lines_of, figures[0].axes)
     assert first == {"a": both, "b": alone} and second == {"b": longer}
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["a", "b"]
@@ -54,35 +55,37 @@ def test_lines_are_the_numbers_with_their_errors(monkeypatch, task):
 def test_heads_of_buckets():
     ranges = [(0, 2048), (2048, 4096), (1024, 1536), (512, 1024), (512, 768)]
     heads = ["0-2k", "2-4k", "1024-1536", "512-1024", "512-768"]
-    assert [report.range_label(*each) for each in ranges] == heads
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_progress_ends_at_the_end(folder, tokenizer, tmp_path, task):
-    paths = [tmp_path / "first.txt", tmp_path / "second.txt"]
-    for step, path in enumerate(paths, start=7):
-        path.write_text("".join(chr(33 + (n * n // step) % 90) for n in range(800)))
-    asked = texts.Asked(list(map(str, paths)), [480], trials=2, bucket=64)
-    model = models.load_model(models.find_model(str(folder)), "float32", "cpu")
-    made, ticks = TASKS[task](tokenizer, asked), []
-    made.measure(model, 480, lambda: ticks.append(1))
-    assert len(ticks) == made.ticks(len(models.decoder_layers(model)))
+    assert [loss._range_label(*each) for each in ranges] == heads
 
 
 def test_progress_is_told_now_and_then_without_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(report, "_TELL_EVERY", 0.01)
-    told, deadline = "", time.monotonic() + 10
-    with report.open_display(io.StringIO(), rows=2) as display:
+    monkeypatch.setattr(report, "_TELL_EVERY", 0.0)
+    table = io.StringIO()
+    with report.Display(table, rows=2) as display:
         display.begin("yarn 64", 4)
         display.tick(3)
-        while told.count("\n") < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-            told += capsys.readouterr().err
-    capsys.readouterr()
-    for line in told.splitlines():
-        assert re.fullmatch(r"yarn 64: 75%; all rows: 38%, about 0:\d\d left, 0:0\d so far", line)
-    time.sleep(0.05)
-    assert told and capsys.readouterr().err == ""  # none behind the end
+        display.line("a row")
+        display.tick()
+    told = [line for line in capsys.readouterr().err.splitlines() if "yarn 64" in line]
+    wanted = r"yarn 64: {}% of all, \d\d:\d\d so far, about \d\d:\d\d left"
+    assert re.fullmatch(wanted.format(38), told[0]) and re.fullmatch(wanted.format(50), told[-1])
+    assert table.getvalue() == "a row\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_bars_on_a_terminal(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run(methods="rope,pi", bucket=8) == 0
+    assert re.search(r"\rpi 64: +\d+% of all \|", sys.stderr.getvalue())
+    shown = capsys.readouterr().out
+    for row in results(tmp_path)["rows"]:
+        cells = " ".join(f"{b['loss']:10.3f}" for b in row["buckets"])
+        assert f"{row['method']:<12}     64 {cells}" in shown
 
 
 REFUSED = "loss.json is of other settings ({}); name another --out, or move it"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ..forward import chunks, logits, run_body
-from ..loss import token_losses
+from .. import forward
 from ..recall import Repeat, distances, gains, repeated, repeats
 from ..texts import Text
 
@@ -54,43 +51,14 @@ class Piece(NamedTuple):
 def cut(text: Text, length: int, index: int, seed: int) -> Piece:
     """Return a piece of a text; its passages are the tokens after it."""
     found = repeats(length, *distances(length))
-    others = text.after(length, index, seed, sum(passage.tokens for passage in found))
-    return Piece(repeated(text.piece(length, index, seed), others, found), found)
+    more = sum(passage.tokens for passage in found)
+    return Piece(repeated(text.piece(length, index, seed, more), found), found)
 
 
-def measure(
-    model: PreTrainedModel, piece: Piece, on_progress: Callable[[], None]
-) -> dict[str, Any]:
+def measure(model: PreTrainedModel, piece: Piece) -> dict[str, Any]:
     """Return a piece's losses and the gain of its repeated passages, in nats a token."""
-    losses = token_losses(model, piece.ids[None].to(model.device), on_progress)[0].double()
+    losses = forward.token_losses(model, piece.ids[None])[0].double()
     found = {name: losses @ piece.weights(objective) for objective, name in OBJECTIVES.items()}
     numbers = {name: value.item() for name, value in found.items()}
     recall = fmean(gains(losses, piece.passages))
     return {**numbers, "whole": losses.mean().item(), "recall": recall}
-
-
-def weighted_loss(
-    model: PreTrainedModel, piece: Piece, objective: str, on_layer: Callable[[], None]
-) -> Tensor:
-    """Return the weighted loss, a scalar whose gradient needs little memory.
-
-    The backward computes the logits again, one chunk at a time.
-    """
-    ids = piece.ids.to(model.device)
-    weights = piece.weights(objective).float().to(model.device)
-    body = run_body(model, ids[None], on_layer)
-    vocab_size = model.config.get_text_config().vocab_size
-
-    def part(begin: int, end: int) -> Tensor:
-        predicted = logits(model, body, begin, end)[0]
-        losses = torch.nn.functional.cross_entropy(
-            predicted, ids[begin + 1 : end + 1], reduction="none"
-        )
-        return losses @ weights[begin:end]
-
-    first = int(weights.nonzero()[0])
-    parts = [
-        checkpoint(part, begin, end, use_reentrant=False)
-        for begin, end in chunks(first, len(ids) - 1, vocab_size)
-    ]
-    return torch.stack(parts).sum()

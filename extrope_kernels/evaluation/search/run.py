@@ -7,22 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...methods import METHODS
 from .. import UsageError, models, options, report
 from ..digests import model_digest
-from ..models import training_length
+from ..forward import after_each_layer
 from ..plots import available, new_figure, save_figure
 from ..report import mean_and_error, with_error
-from ..texts import Text, read_text, read_texts, source
+from ..texts import Text, check_tokens, read_text, read_texts
 from .candidates import Candidate
-from .factors import find_ladder, write_config
+from .config import find_site, write_config
 from .pieces import OBJECTIVES, SHORTEST
 from .stages import Ledger, Search
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-DTYPES = ("float32", "bfloat16")
 _ROWS = 60  # a guess of the number of measurements, for the progress bar
 _NUMBERS = ("loss", "whole", "again", "recall")  # the numbers of a measurement
 
@@ -61,24 +59,21 @@ def search(
     Raises UsageError, a ValueError, if the search cannot be done.
     """
     if length < SHORTEST:
-        raise UsageError(f"length must be >= {SHORTEST}, got {length}")
+        raise UsageError(f"--length must be >= {SHORTEST}, got {length}")
     if not budget > 0:
-        raise UsageError(f"budget must be > 0, got {budget:g}")
-    for name, value, known in (("objective", objective, OBJECTIVES), ("dtype", dtype, DTYPES)):
-        if value not in known:
-            raise UsageError(f"{name} must be one of {', '.join(known)}, got {value}")
-    folder = options.check_out(str(out))
+        raise UsageError(f"--budget must be > 0, got {budget:g}")
+    options.check_choice("objective", objective, OBJECTIVES)
+    options.check_choice("dtype", dtype, options.DTYPES)
+    folder = options.check_out(Path(out))
     files, on = models.prepared(model, device)
-    print(f"loading {model}", file=sys.stderr, flush=True)
-    with report.telling(lambda: f"loading {model}"):
-        tokenizer = models.load_tokenizer(files)
-        names = [texts] if isinstance(texts, str) else texts
-        to_search, decides = split_texts(tokenizer, names, held_out, length)
-        loaded = models.load_model(files, dtype, on)
-        models.keep_converted(model, files, loaded, tokenizer)
+    tokenizer = models.load_tokenizer(files)
+    names = [texts] if isinstance(texts, str) else texts
+    to_search, decides = split_texts(tokenizer, names, held_out, length)
+    loaded = models.load_model(files, dtype, on)
+    site = find_site(loaded)
     if held_out is None:
         print("search: the first half of each text is searched on, the second decides", flush=True)
-    settings = {
+    header = {
         "task": "search",
         "model": Path(model).name,
         "model_digest": model_digest(loaded),
@@ -88,8 +83,33 @@ def search(
         "texts": [text.about() for text in to_search],
         "held_out": [text.about() for text in decides],
         "seed": seed,
+        "training_length": models.unscaled_length(loaded),
+        "device": str(loaded.device),
+        "versions": report.versions(),
+        "rows": [],
     }
-    return search_model(loaded, to_search, decides, settings, 60 * budget, folder)
+    ledger = Ledger(folder / "search.json", header, 60 * budget)
+    print(f"measuring for {budget:g} minutes into {out}", file=sys.stderr, flush=True)
+    with (
+        report.Display(sys.stdout, _ROWS) as display,
+        after_each_layer(loaded, display.tick),
+    ):
+        pairs = site.dim(site.layer_types[0]) // 2
+        looking = Search(
+            loaded, pairs, to_search, decides, length, objective, seed, ledger, display
+        )
+        finalists = looking.run()
+    measured = [looking.on_held_out(each) for each in finalists]
+    rows = summarise(finalists, measured, looking.counts)
+    ledger.results |= {"finalists": rows, "seconds": round(ledger.spent, 1)}
+    ledger.write()
+    if available():
+        plot(ledger.results, folder / "search.png")
+    _print_best(rows)
+    best = _best_frequencies(rows, finalists)
+    write_config(loaded, site, best, length, folder / "extended")
+    print(f"{folder / 'extended' / 'config.json'}: {best.name}")
+    return ledger.results
 
 
 def split_texts(
@@ -100,89 +120,16 @@ def split_texts(
     Raises UsageError if a part has fewer than `length` tokens, if a text is given twice, or if a
     text is for both.
     """
-    if held_out is not None and source(held_out) in map(source, names):
-        raise UsageError(f"--held-out {held_out}: is searched on, too")
-    whole = read_texts(tokenizer, names)
-    if held_out is not None:
-        texts, decides = whole, [read_text(tokenizer, held_out, "--held-out")]
+    texts = read_texts(tokenizer, names)
+    if held_out is None:
+        halves = [text.halves() for text in texts]
+        texts, decides = [first for first, _ in halves], [second for _, second in halves]
+    else:
+        decides = [read_text(tokenizer, held_out, "--held-out")]
         if decides[0].digest in [text.digest for text in texts]:
             raise UsageError(f"--held-out {held_out}: is searched on, too")
-    else:
-        halves = [text.halves() for text in whole]
-        texts, decides = [first for first, _ in halves], [second for _, second in halves]
-    for text in (*texts, *decides):
-        if text.tokens < length:
-            raise UsageError(
-                f"{text.name}: {text.tokens:,} tokens, too short for a length of {length:,}"
-            )
+    check_tokens([*texts, *decides], length)
     return texts, decides
-
-
-def search_model(
-    model: PreTrainedModel,
-    texts: Sequence[Text],
-    held_out: Sequence[Text],
-    settings: dict[str, Any],
-    budget: float,
-    out: Path,
-) -> dict[str, Any]:
-    """Search with a loaded model; show, write and return the results.
-
-    settings: settings that results depend on, for the head of search.json. budget: seconds.
-    """
-    ladder = find_ladder(model, training_length(model))
-    header = settings | {
-        "training_length": ladder.trained,
-        "device": str(model.device),
-        "versions": report.versions(),
-        "rows": [],
-    }
-    ledger = Ledger(out / "search.json", header, budget)
-    print(f"measuring for {budget / 60:g} minutes into {out}", file=sys.stderr, flush=True)
-    model.requires_grad_(False)
-    length, objective, seed = (settings[name] for name in ("length", "objective", "seed"))
-    with report.open_display(sys.stdout, _ROWS) as display:
-        found = Search(model, ladder, texts, held_out, length, objective, seed, ledger, display)
-        finalists = found.run()
-    rows = summarise(finalists, [found.on_held_out(each) for each in finalists], found.counts)
-    frequencies = [each for each in finalists if each.method in (*METHODS, "plain")]
-    ledger.results |= {
-        "finalists": rows,
-        "factors": {
-            each.name: ladder.log_factors(ladder.freqs(each)).exp().tolist() for each in frequencies
-        },
-        "seconds": round(ledger.spent, 1),
-    }
-    ledger.write()
-    if available():
-        plot(ledger.results, out / "search.png")
-    _print_best(rows)
-    chosen = _best_frequencies(rows, frequencies)
-    write_config(model, ladder, chosen, length, out / "extended")
-    print(f"{out / 'extended' / 'config.json'}: {chosen.name}")
-    return ledger.results
-
-
-def _print_best(rows: list[dict[str, Any]]) -> None:
-    if not rows[0]["pieces"]:
-        print("search: no time was left for held-out text; a larger --budget goes on from here")
-        return
-    print("\n".join(table(rows)))
-    best = rows[0]
-    print(f"best on {len(best['pieces'])} held-out pieces: {best['name']}")
-    if any(isinstance(value, list) for value in best["params"].values()):  # too long for one line
-        print(f'extend(model, "{best["method"]}", **params), of its row in search.json')
-    else:
-        print(best["call"])
-
-
-def _best_frequencies(rows: list[dict[str, Any]], frequencies: list[Candidate]) -> Candidate:
-    """Return the best finalist that a configuration can hold; score methods need `extend`."""
-    by_name = {each.name: each for each in frequencies}
-    for row in rows:
-        if row["name"] in by_name and row["pieces"]:
-            return by_name[row["name"]]
-    return frequencies[-2]  # the last before plain: the best published method on the searched texts
 
 
 def summarise(
@@ -212,6 +159,27 @@ def summarise(
     return sorted(found, key=lambda row: row.get("to_yarn", float("inf")))
 
 
+def _print_best(rows: list[dict[str, Any]]) -> None:
+    if not rows[0]["pieces"]:
+        print("search: no time was left for held-out text; a larger --budget goes on from here")
+        return
+    print("\n".join(table(rows)))
+    best = rows[0]
+    print(f"best on {len(best['pieces'])} held-out pieces: {best['name']}")
+    if any(isinstance(value, list) for value in best["params"].values()):  # too long for one line
+        print(f'extend(model, "{best["method"]}", **params), of its row in search.json')
+    else:
+        print(best["call"])
+
+
+def _best_frequencies(rows: list[dict[str, Any]], finalists: list[Candidate]) -> Candidate:
+    """Return the best finalist that a configuration can hold; score methods need `extend`."""
+    frequencies = [each for each in finalists if not each.is_score]
+    by_name = {each.name: each for each in frequencies}
+    found = (by_name[row["name"]] for row in rows if row["name"] in by_name and row["pieces"])
+    return next(found, frequencies[-2])  # the last before plain: best on the searched texts
+
+
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the lines of the table."""
     columns = {"last quarter": "loss", "to yarn": "to_yarn", "whole": "whole", "recall": "recall"}
@@ -223,28 +191,21 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw the finalists' losses and the factors of their pairs, as PNG."""
-    figure = new_figure(11.0, 4.2)
-    left, right = figure.subplots(1, 2)
-    rows = [row for row in results["finalists"] if row["pieces"]]
-    for place, row in enumerate(reversed(rows)):
-        left.errorbar(
+    """Draw the finalists' losses, compared with YaRN's, as PNG."""
+    figure = new_figure(8.5, 3.6)
+    axes = figure.subplots()
+    rows = [row for row in reversed(results["finalists"]) if row["pieces"]]
+    for place, row in enumerate(rows):
+        axes.errorbar(
             row["to_yarn"], place, xerr=row["to_yarn_error"], fmt="o", color="#0072B2", capsize=3
         )
-    left.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
-    left.axvline(0, color="0.35", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.axvline(0, color="0.35", linewidth=0.8)
     # The plain model may be nats behind, while the others differ by hundredths.
-    left.set_xscale("symlog", linthresh=0.1)
-    left.set_xlabel(f"{results['objective']}, to YaRN's (nats a token; 0 is YaRN)")
-    for name, factors in results["factors"].items():
-        right.plot(factors, marker=".", label=name)
-    right.set_xlabel("pair, from the fastest")
-    right.set_ylabel("factor: RoPE's frequency over this one")
-    right.set_yscale("log", base=2)
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", color="0.88")
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.set_xlabel(f"{results['objective']}, to YaRN's (nats a token; 0 is YaRN)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="0.88")
     held_out = ", ".join(text["name"] for text in results["held_out"])
     figure.suptitle(f"{results['model']}, {results['length']:,} tokens of {held_out}")
     save_figure(figure, path)
