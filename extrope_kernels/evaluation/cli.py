@@ -17,23 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
     add = parser.add_argument
     add("--task", choices=tuple(TASKS), default="loss", help="default: loss")
-    add(
-        "--methods",
-        type=_names,
-        required=True,
-        help="comma-separated: rope,pi,yarn,...,rerope,leaky_rerope",
-    )
-    add(
-        "--lengths",
-        type=_numbers,
-        required=True,
-        help="comma-separated numbers of tokens: 8192,16384",
-    )
-    add(
-        "--text",
-        action="append",
-        help="UTF-8 file, or pydocs (default): the Python reference; repeatable",
-    )
+    add("--methods", type=names, required=True, help="comma-separated: rope,pi,yarn,...,rerope")
+    add("--lengths", type=numbers, required=True, help="numbers of tokens: 8192,16384")
+    add("--text", action="append", help="UTF-8 file, or pydocs: the Python reference; repeatable")
     add(
         "--param",
         type=_param,
@@ -98,18 +84,16 @@ def _run(given: dict[str, Any]) -> None:
     print(f"wrote {given['out']}/{given['task']}.json{png}", file=sys.stderr)
 
 
-def _names(text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts:
+def names(text: str) -> list[str]:
+    """Return what a text lists, each once."""
+    if not (parts := [part.strip() for part in text.split(",") if part.strip()]):
         raise argparse.ArgumentTypeError("must list at least one value, separated by commas")
     return list(dict.fromkeys(parts))
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in _names(text)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be whole numbers of tokens, got {text}") from error
+def numbers(text: str) -> list[int]:
+    """Return the numbers that a text lists; argparse tells that a text is none."""
+    return [int(part) for part in names(text)]
 
 
 def _param(text: str) -> tuple[str, str, Any]:

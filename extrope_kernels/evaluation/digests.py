@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ _ORIGIN |= {"transformers_version"}
 
 def model_digest(model: PreTrainedModel) -> str:
     """Return the digest of a loaded model's configuration and weights."""
-    config = json.dumps(_without_origin(model.config.to_dict()), sort_keys=True, default=str)
-    digest = hashlib.sha256(config.encode())
+    config = json.loads(
+        json.dumps(model.config.to_dict(), default=str),
+        object_hook=lambda entries: {k: x for k, x in entries.items() if k not in _ORIGIN},
+    )
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
             _add(digest, name, tensor)
@@ -44,9 +47,3 @@ def _add(digest: _Hash, name: str, tensor: Tensor) -> None:
         return
     digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def _without_origin(config: Any) -> Any:
-    if not isinstance(config, dict):
-        return config
-    return {str(k): _without_origin(x) for k, x in config.items() if k not in _ORIGIN}

@@ -1,38 +1,88 @@
-"""A task: the next-token loss of texts, by position."""
+"""The next-token loss of texts, in little memory, and by position."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import forward
 from .report import mean_and_error, with_error
-from .texts import Reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Elements of logits that are computed at a time: 128 MiB in float32.
+_LOGITS_AT_ONCE = 2**25
+
+
+@torch.inference_mode()
+def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the loss, in nats, of the prediction at each position but the last.
+
+    ids: (batch, seqlen) int64
+
+    Returns: (batch, seqlen - 1) float32 on the CPU; [:, t] is -log p(ids[t + 1] | ids[: t + 1]).
+    """
+    rows, seqlen = ids.shape
+    ids = ids.to(model.device)
+    body = model.base_model(input_ids=ids, use_cache=False, return_dict=True)
+    step = max(1, _LOGITS_AT_ONCE // (model.config.get_text_config().vocab_size * rows))
+    parts = []
+    for start in range(0, seqlen - 1, step):
+        stop = min(start + step, seqlen - 1)
+        # Tokens as rows: over any dim but the last, PyTorch sums the vocabulary one by one, and
+        # loses terms far below the sum so far.
+        losses = torch.nn.functional.cross_entropy(
+            logits(model, body, start, stop).flatten(0, 1),
+            ids[:, start + 1 : stop + 1].flatten(),
+            reduction="none",
+        )
+        parts.append(losses.unflatten(0, (rows, stop - start)))
+    return torch.cat(parts, 1).cpu()
+
+
+def logits(model: PreTrainedModel, body: Any, start: int, stop: int) -> Tensor:
+    """Return the logits at positions start .. stop - 1: (batch, stop - start, vocab) float32.
+
+    The model's own forward computes them, with the body's output in place of its body. So a
+    model's soft-capping or scaling of logits applies.
+    """
+    hidden = body.last_hidden_state[:, start:stop]
+    part = dataclasses.replace(body, last_hidden_state=hidden)
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    own = vars(model.base_model).get("forward")
+    model.base_model.forward = lambda *args, **kwargs: part
+    try:
+        return model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        if own is None:
+            del model.base_model.forward
+        else:
+            model.base_model.forward = own
+
 
 class LossTask:
-    """The mean next-token loss of pieces of some lengths, by bucket of positions.
+    """The mean next-token loss of pieces of text, by bucket of positions.
 
-    tokens: what a text must have. settings: what the numbers depend on. heads: of the table.
+    more: tokens that a piece has after its text. settings: what the numbers depend on.
+    heads: of the table.
     """
 
-    def __init__(self, lengths: Sequence[int], bucket: int) -> None:
-        self.tokens = max(lengths)
-        self.settings: dict[str, Any] = {"bucket": bucket}
-        self.heads = [_range_label(*edges) for edges in bucket_edges(self.tokens, bucket)]
+    more = 0
 
-    def measure(self, model: PreTrainedModel, reading: Reading, length: int) -> dict[str, Any]:
+    def __init__(self, lengths: Sequence[int], bucket: int) -> None:
+        self.settings: dict[str, Any] = {"bucket": bucket}
+        edges = bucket_edges(max(lengths), bucket)
+        self.heads = [f"{start}-{stop}" for start, stop in edges]
+
+    def measure(self, model: PreTrainedModel, pieces: Sequence[Tensor]) -> dict[str, Any]:
         """Return the numbers of a row, for the model in its present state."""
-        pieces = reading.pieces(length)
-        losses = torch.cat([forward.token_losses(model, ids[None]) for ids in pieces])
+        losses = torch.cat([token_losses(model, ids[None]) for ids in pieces])
         return {
-            "tokens": length * reading.count,
+            "tokens": sum(map(len, pieces)),
             **_over_pieces(losses),
             "buckets": bucket_means(losses, self.settings["bucket"]),
         }
@@ -48,7 +98,7 @@ def bucket_means(losses: Tensor, bucket: int) -> list[dict[str, Any]]:
     The last position of a text has no prediction to check. So the last bucket averages one
     prediction less than it has positions, and a bucket of that position alone is left out.
 
-    losses: (pieces, seqlen - 1), rows of `forward.token_losses`.
+    losses: (pieces, seqlen - 1), rows of `token_losses`.
     """
     edges = bucket_edges(losses.shape[1] + 1, bucket)
     parts = [(start, stop, losses[:, start:stop]) for start, stop in edges]
@@ -68,10 +118,3 @@ def _over_pieces(losses: Tensor) -> dict[str, Any]:
     by_piece = losses.double().mean(1).tolist()
     mean, error = mean_and_error(by_piece)
     return {"loss": mean, "error": error, "pieces": by_piece}
-
-
-def _range_label(start: int, stop: int) -> str:
-    """Return a range of positions for a column head: 2-4k, or 512-768."""
-    if start % 1024 == 0 and stop % 1024 == 0:
-        return f"{start // 1024}-{stop // 1024}k"
-    return f"{start}-{stop}"

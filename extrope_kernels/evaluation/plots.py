@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette without its yellow, which is too light for a line on white.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKERS = "osD^vPX"
-_STYLES = ("-", "--", ":")
 
 
 def available() -> bool:
@@ -57,10 +55,7 @@ def _line(axes: Axes, row: dict[str, Any], index: int) -> Any:
         [float("nan") if mean is None else mean for mean in means],
         [error or 0.0 for error in errors] if any(errors) else None,
         color=_COLOURS[index % len(_COLOURS)],
-        marker=_MARKERS[index % len(_MARKERS)],
-        linestyle=_STYLES[index // len(_COLOURS) % len(_STYLES)],
-        markersize=5,
-        linewidth=1.8,
+        marker="osD^"[index // len(_COLOURS) % 4],
         capsize=2,
         label=row["method"],
     )

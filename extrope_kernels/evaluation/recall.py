@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from . import UsageError, forward
+from . import UsageError, loss
 from .report import mean_and_error, with_error
-from .texts import Reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,16 +57,16 @@ def repeats(length: int, wanted: Sequence[int], passage: int) -> list[Repeat]:
     return [Repeat(d, again - d, again, passage) for d, again in zip(each, starts, strict=True)]
 
 
-def repeated(ids: Tensor, found: Sequence[Repeat]) -> Tensor:
+def repeated(ids: Tensor, length: int, found: Sequence[Repeat]) -> Tensor:
     """Return a text with passages of other tokens in both places of each repeat.
 
-    ids: (seqlen + passages * tokens,), the text and then the passages.
+    ids: (length + passages * tokens or more,), the text and then the passages.
 
-    Returns: (seqlen,)
+    Returns: (length,)
     """
-    count = sum(repeat.tokens for repeat in found)
-    text = ids[:-count].clone()
-    for repeat, passage in zip(found, ids[-count:].split(found[0].tokens), strict=True):
+    text = ids[:length].clone()
+    for number, repeat in enumerate(found):
+        passage = ids[length + number * repeat.tokens :][: repeat.tokens]
         for start in (repeat.first, repeat.again):
             text[start : start + repeat.tokens] = passage
     return text
@@ -79,7 +78,7 @@ def gains(losses: Tensor, found: Sequence[Repeat]) -> list[float]:
     The first quarter of a passage does not count: it tells the model that there is something to
     recall.
 
-    losses: (seqlen - 1,), a row of `forward.token_losses`.
+    losses: (seqlen - 1,), a row of `loss.token_losses`.
     """
     costs = []
     for repeat in found:
@@ -101,24 +100,25 @@ class RecallTask:
         for length in lengths:
             if not repeats(length, wanted, passage):
                 raise UsageError(f"--lengths {length}: too short for --lengths {longest}")
-        self.tokens = longest + passage * _AT_EACH * len(_PARTS)
+        self.more = passage * _AT_EACH * len(_PARTS)
         self.settings: dict[str, Any] = {"distances": wanted, "passage": passage}
         self.heads = [f"{distance:,}" for distance in wanted]
 
-    def measure(self, model: PreTrainedModel, reading: Reading, length: int) -> dict[str, Any]:
+    def measure(self, model: PreTrainedModel, pieces: Sequence[Tensor]) -> dict[str, Any]:
         """Return the numbers of a row, for the model in its present state."""
+        length = len(pieces[0]) - self.more
         found = repeats(length, *self.settings.values())
         by_distance: dict[int, list[float]] = {repeat.distance: [] for repeat in found}
-        for piece in reading.pieces(length, sum(repeat.tokens for repeat in found)):
-            losses = forward.token_losses(model, repeated(piece, found)[None])[0]
+        for piece in pieces:
+            losses = loss.token_losses(model, repeated(piece, length, found)[None])[0]
             for repeat, gain in zip(found, gains(losses, found), strict=True):
                 by_distance[repeat.distance].append(gain)
+        means = [(*mean_and_error(costs), costs) for costs in by_distance.values()]
         return {
-            "tokens": length * reading.count,
+            "tokens": length * len(pieces),
             "gains": [
                 {"distance": distance, "gain": mean, "error": error, "passages": costs}
-                for distance, costs in by_distance.items()
-                for mean, error in [mean_and_error(costs)]
+                for distance, (mean, error, costs) in zip(by_distance, means, strict=True)
             ],
         }
 

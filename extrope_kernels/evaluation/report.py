@@ -7,7 +7,8 @@ import math
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -86,12 +87,6 @@ def write_atomic(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write the results as JSON; a number that is not finite becomes null."""
-    text = json.dumps(_finite(results), indent=2, allow_nan=False)
-    write_atomic(path, text.encode() + b"\n")
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
@@ -102,38 +97,67 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def resumed(path: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """Return the header with the rows that a file of results already holds.
+class Rows:
+    """Measurements in a JSON file, or only in memory: each is made once.
+
+    path: the file; its rows count as made. header: settings that it must have.
+    keys: the entries of a row that tell it from others.
 
     Raises UsageError if the file is damaged, or has other settings: its rows may have taken hours.
     """
-    if not path.exists():
-        return header
+
+    def __init__(self, path: Path | None, header: dict[str, Any], keys: Sequence[str]) -> None:
+        self.path, self._keys = path, keys
+        self.results = header | {"rows": []}
+        if path is not None and path.exists():
+            self.results["rows"] = _read(path, json.loads(json.dumps(header)))
+        self._known = {self._key(row): row for row in self.results["rows"]}
+
+    def known(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the row of these keys; None if there is none yet."""
+        return self._known.get(self._key(row))
+
+    def add(self, row: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a row with its measurement and the seconds that it took, and keep it."""
+        began = time.perf_counter()
+        found = measure()
+        row = row | {"seconds": round(time.perf_counter() - began, 3)} | found
+        self._known[self._key(row)] = row
+        self.results["rows"].append(row)
+        self.write()
+        return row
+
+    def write(self) -> None:
+        """Write the file; a number that is not finite becomes null."""
+        if self.path is not None:
+            text = json.dumps(_finite(self.results), indent=2, allow_nan=False)
+            write_atomic(self.path, text.encode() + b"\n")
+
+    def _key(self, row: dict[str, Any]) -> str:
+        return json.dumps([row[key] for key in self._keys], sort_keys=True)
+
+
+def _read(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         found = json.loads(path.read_text())
-        rows = found.pop("rows", [])
+        rows = found.get("rows", [])
         if not isinstance(rows, list):
             raise TypeError("its rows are no list")
     except (OSError, ValueError, TypeError, AttributeError) as error:  # no JSON, or no object
         raise UsageError(
             f"{path} cannot be read ({error}); name another --out, or move it"
         ) from error
-    plain = json.loads(json.dumps({name: x for name, x in header.items() if name != "rows"}))
-    if changed := [name for name, x in plain.items() if found.get(name) != x]:
+    if changed := [name for name, value in header.items() if found.get(name) != value]:
         raise UsageError(
             f"{path} is of other settings ({', '.join(changed)}); name another --out, or move it"
         )
-    return header | {"rows": rows}
+    return rows
 
 
 def versions() -> dict[str, str]:
     """Return the versions that the numbers depend on."""
     packages = {name: metadata.version(name) for name in ("torch", "transformers")}
-    return {
-        "python": platform.python_version(),
-        "extrope_kernels": __version__,
-        **packages,
-    }
+    return {"python": platform.python_version(), "extrope_kernels": __version__, **packages}
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -16,9 +15,8 @@ import torch
 from ..integrations.transformers import extend
 from . import UsageError, models, options, plots, report, texts
 from .digests import model_digest
-from .forward import after_each_layer
 from .loss import LossTask
-from .models import decoder_layers, training_length, unscaled_length
+from .models import after_each_layer, decoder_layers, training_length, unscaled_length
 from .recall import RecallTask
 
 if TYPE_CHECKING:
@@ -83,33 +81,27 @@ def evaluate(
     elif tokenizer is None:
         raise UsageError("a loaded model needs its tokenizer")
     read = texts.read_texts(tokenizer, [text] if isinstance(text, str) else text)
-    texts.check_tokens(read, measured.tokens)
-    reading = texts.Reading(read, trials, seed)
+    texts.check_tokens(read, max(wanted) + measured.more)
     loaded = model if files is None else models.load_model(files, dtype, device)
     header = {
         "model": Path(model if files else model.name_or_path).name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "task": task,
-        **_about(loaded),
-        **measured.settings,
-        **reading.about(),
-        "rows": [],
-    }
-    rows = _planned(loaded, params, wanted)
-    results = header if path is None else report.resumed(path, header)
-    _run_rows(measured, loaded, reading, rows, results, path, table or io.StringIO())
-    return results
-
-
-def _about(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what the numbers depend on besides a task's settings and texts."""
-    return {
-        "model_digest": model_digest(model),
-        "training_length": training_length(model),
-        "device": str(model.device),
+        "model_digest": model_digest(loaded),
+        "training_length": training_length(loaded),
+        "device": str(loaded.device),
         "threads": torch.get_num_threads(),
         "versions": report.versions(),
+        **measured.settings,
+        "texts": [each.about() for each in read],
+        "trials": trials,
+        "seed": seed,
     }
+    planned = _planned(loaded, params, wanted)
+    rows = report.Rows(path, header, ("method", "length", "params"))
+
+    _measure(measured, loaded, read, planned, rows, table or io.StringIO())
+    return rows.results
 
 
 def _planned(
@@ -127,46 +119,38 @@ def _planned(
     return rows
 
 
-def _run_rows(
+def _measure(
     task: LossTask | RecallTask,
     model: PreTrainedModel,
-    reading: texts.Reading,
-    rows: list[dict[str, Any]],
-    results: dict[str, Any],
-    path: Path | None,
+    read: Sequence[texts.Text],
+    planned: list[dict[str, Any]],
+    rows: report.Rows,
     table: TextIO,
 ) -> None:
-    """Measure the rows that the results lack, and show, write and draw each."""
-    done = {_key(row): row for row in results["rows"]}
-    missing = sum(_key(row) not in done for row in rows)
-    into = f" into {path}" if path else ""
-    print(f"measuring {missing} of {len(rows)} rows{into}", file=sys.stderr, flush=True)
-    wide = max(12, *(len(row["method"]) for row in rows))
+    """Measure the rows that are missing, and show and draw each."""
+    missing = sum(rows.known(row) is None for row in planned)
+    into = f" into {rows.path}" if rows.path else ""
+    print(f"measuring {missing} of {len(planned)} rows{into}", file=sys.stderr, flush=True)
+    wide = max(12, *(len(row["method"]) for row in planned))
     widths = [max(_WIDTH, len(head)) for head in task.heads]
+    trials, seed = rows.results["trials"], rows.results["seed"]
+    ticks = len(decoder_layers(model)) * len(read) * trials
 
     def line(method: str, length: str, cells: Sequence[str]) -> str:
         padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
         return f"{method:<{wide}} {length:>6} {' '.join(padded)}"
 
+    def measure(display: report.Display, method: str, length: int, params: Any) -> dict[str, Any]:
+        places = [(text, index) for text in read for index in range(trials)]
+        pieces = [text.piece(length, index, seed, task.more) for text, index in places]
+        with extend(model, method, **params):
+            display.begin(f"{method} {length}", ticks)
+            return task.measure(model, pieces)
+
     with report.Display(table, missing) as display, after_each_layer(model, display.tick):
         display.line(line("method", "tokens", task.heads))
-        for row in rows:
-            if _key(row) in done:
-                row = done[_key(row)]
-            else:
-                with extend(model, row["method"], **row["params"]):
-                    layers = len(decoder_layers(model))
-                    display.begin(f"{row['method']} {row['length']}", layers * reading.count)
-                    began = time.perf_counter()
-                    measured = task.measure(model, reading, row["length"])
-                row |= {"seconds": round(time.perf_counter() - began, 2), **measured}
-                results["rows"].append(row)
-                if path:
-                    report.write_results(path, results)
-            if path and plots.available():
-                plots.plot(results, path.with_suffix(".png"))
+        for each in planned:
+            row = rows.known(each) or rows.add(each, partial(measure, display, **each))
+            if rows.path and plots.available():
+                plots.plot(rows.results, rows.path.with_suffix(".png"))
             display.line(line(row["method"], str(row["length"]), task.cells(row)))
-
-
-def _key(row: dict[str, Any]) -> str:
-    return json.dumps([row["method"], row["length"], row["params"]], sort_keys=True)

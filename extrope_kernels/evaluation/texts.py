@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,30 +67,6 @@ class Text(NamedTuple):
         start = 0 if index == 0 else random.Random(f"{seed} {index}").randrange(last + 1)
         places = torch.arange(start, start + length + more) % len(self.ids)
         return torch.cat([self.opening, self.ids[places]])
-
-
-class Reading(NamedTuple):
-    """The pieces of all texts, the same for every method."""
-
-    texts: list[Text]
-    trials: int
-    seed: int
-
-    @property
-    def count(self) -> int:
-        """The number of pieces."""
-        return self.trials * len(self.texts)
-
-    def about(self) -> dict[str, Any]:
-        """Return the description of all texts for results."""
-        about = [text.about() for text in self.texts]
-        return {"texts": about, "trials": self.trials, "seed": self.seed}
-
-    def pieces(self, length: int, more: int = 0) -> Iterator[Tensor]:
-        """Yield each piece with the `more` tokens after it: (length + more,)."""
-        for text in self.texts:
-            for index in range(self.trials):
-                yield text.piece(length, index, self.seed, more)
 
 
 def read_texts(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[Text]:

@@ -19,9 +19,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from extrope_kernels.evaluation import UsageError, evaluate, forward, loss, report, texts
+from extrope_kernels.evaluation import UsageError, evaluate, loss, report, texts
 from extrope_kernels.evaluation.digests import tokens_digest
-from extrope_kernels.evaluation.models import decoder_layers
+from extrope_kernels.evaluation.models import after_each_layer, decoder_layers
 from extrope_kernels.evaluation.options import method_params
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.scores import SCORES
@@ -117,7 +117,7 @@ def test_evaluate_as_a_function(run, folder, text, tokenizer, tmp_path):
 def test_logits_in_small_chunks(run, tmp_path, monkeypatch):
     run()
     whole = results(tmp_path)["rows"][0]["buckets"]
-    monkeypatch.setattr("extrope_kernels.evaluation.forward._LOGITS_AT_ONCE", 7 * 101)
+    monkeypatch.setattr("extrope_kernels.evaluation.loss._LOGITS_AT_ONCE", 7 * 101)
     run(out=tmp_path / "parts" / "out")
     parts = results(tmp_path / "parts")["rows"][0]["buckets"]
     assert [b["loss"] for b in parts] == pytest.approx([b["loss"] for b in whole], rel=1e-6)
@@ -132,7 +132,7 @@ def test_soft_capped_logits():
     ids = torch.randint(0, 100, (40,))
     with torch.no_grad():
         wanted = model(ids[None], labels=ids[None]).loss
-    assert forward.token_losses(model, ids[None]).mean().item() == pytest.approx(
+    assert loss.token_losses(model, ids[None]).mean().item() == pytest.approx(
         wanted.item(), rel=1e-5
     )
 
@@ -150,8 +150,8 @@ def test_last_bucket_of_one_position_is_left_out():
 def test_a_call_after_each_layer(folder):
     model = LlamaForCausalLM.from_pretrained(folder)
     calls = []
-    with forward.after_each_layer(model, lambda: calls.append(1)):
-        forward.token_losses(model, torch.arange(20).repeat(2, 1))
+    with after_each_layer(model, lambda: calls.append(1)):
+        loss.token_losses(model, torch.arange(20).repeat(2, 1))
     assert len(calls) == len(decoder_layers(model)) == 2
     assert not any(layer._forward_hooks for layer in decoder_layers(model))
     assert "forward" not in vars(model.base_model)
@@ -207,7 +207,7 @@ def test_score_methods_in_the_table(run, folder, text, tokenizer, tmp_path, caps
 
 
 def test_interrupted_run_keeps_finished_rows(run, tmp_path, monkeypatch, capsys):
-    measure, calls = forward.token_losses, []
+    measure, calls = loss.token_losses, []
 
     def interrupted(*args):
         calls.append(args)
@@ -215,7 +215,7 @@ def test_interrupted_run_keeps_finished_rows(run, tmp_path, monkeypatch, capsys)
             raise KeyboardInterrupt
         return measure(*args)
 
-    monkeypatch.setattr(forward, "token_losses", interrupted)
+    monkeypatch.setattr(loss, "token_losses", interrupted)
     assert run(methods="rope,pi,yarn") == 130
     assert [row["method"] for row in results(tmp_path)["rows"]] == ["rope", "pi"]
     check_image(tmp_path / "out" / "loss.png")
@@ -245,9 +245,9 @@ def test_pieces_of_several_texts(run, folder, text, tokenizer, tmp_path, capsys)
     found = results(tmp_path)
     assert [text["tokens"] for text in found["texts"]] == [240, 572]
     model = LlamaForCausalLM.from_pretrained(folder).eval()
-    reading = texts.Reading(texts.read_texts(tokenizer, [str(text), str(other)]), 3, 0)
+    read = texts.read_texts(tokenizer, [str(text), str(other)])
     for row in found["rows"]:
-        pieces = list(reading.pieces(row["length"]))
+        pieces = [each.piece(row["length"], index, 0) for each in read for index in range(3)]
         assert len({tuple(piece.tolist()) for piece in pieces}) == 6
         with torch.no_grad():
             wanted = [model(x[None], labels=x[None]).loss.item() for x in pieces]
@@ -262,16 +262,19 @@ def test_pieces_of_several_texts(run, folder, text, tokenizer, tmp_path, capsys)
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "loss.json"
-    report.write_results(path, {"loss": float("nan"), "rows": (1.5,)})
-    assert json.loads(path.read_text()) == {"loss": None, "rows": [1.5]}
+    rows = report.Rows(path, {"bucket": 16}, ["method"])
+    rows.add({"method": "rope"}, lambda: {"loss": float("nan"), "pieces": (1.5,)})
+    kept = json.loads(path.read_text())
+    assert kept["bucket"] == 16 and kept["rows"][0]["loss"] is None
+    assert kept["rows"][0]["pieces"] == [1.5]
 
     def full(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(report.Path, "replace", full)
     with pytest.raises(OSError, match="disk full"):
-        report.write_results(path, {})
-    assert json.loads(path.read_text())["rows"] == [1.5]
+        rows.add({"method": "yarn"}, dict)
+    assert json.loads(path.read_text()) == kept
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -288,9 +291,7 @@ def test_what_is_unlikely_counts_in_large_vocabularies(monkeypatch):
     model.base_model = lambda **_: None
     predicted = torch.full((rows, seqlen - 1, vocab_size), math.log(2**-25))
     predicted[..., 7] = 0.0
-    monkeypatch.setattr(
-        forward, "logits", lambda model, body, start, stop: predicted[:, start:stop]
-    )
+    monkeypatch.setattr(loss, "logits", lambda model, body, start, stop: predicted[:, start:stop])
     ids = torch.tensor([[7, 7, 7], [0, 7, 0]])
 
     def by_rows(logits):
@@ -298,7 +299,7 @@ def test_what_is_unlikely_counts_in_large_vocabularies(monkeypatch):
         return losses.unflatten(0, (rows, seqlen - 1))
 
     wanted, theirs = by_rows(predicted.double()), by_rows(predicted)
-    got = forward.token_losses(model, ids)
+    got = loss.token_losses(model, ids)
     assert (got - wanted).abs().max() <= 2 * (theirs - wanted).abs().max()
 
 

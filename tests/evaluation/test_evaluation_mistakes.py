@@ -15,7 +15,7 @@ from extrope_kernels.evaluation import plots
     [
         ({"methods": "rope,yarm"}, "unknown yarm; choose from rope, abf, pi"),
         ({"methods": ","}, "--methods: must list at least one value"),
-        ({"lengths": "64,x"}, "--lengths: must be whole numbers of tokens, got 64,x"),
+        ({"lengths": "64,x"}, "--lengths: invalid numbers value: '64,x'"),
         ({"lengths": "1"}, "--lengths must be whole numbers of tokens >= 2, got 1"),
         ({"param": "yarn.beta_fast=16"}, "yarn is not among --methods"),
         ({"param": "rope.beta_fast=16"}, "--param: rope has no beta_fast; it has base"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_model import check_image, results
 
-from extrope_kernels.evaluation import UsageError, forward, recall
+from extrope_kernels.evaluation import UsageError, loss, recall
 
 
 @pytest.mark.parametrize("longest", (480, 997, 16_384, 32_768))
@@ -18,7 +18,7 @@ def test_passages_come_again_at_their_distances(longest):
         fitting = [distance for distance in wanted if distance + 3 * passage < length]
         assert [repeat.distance for repeat in found] == [d for d in fitting for _ in range(3)]
         others = -1 - torch.arange(passage * len(found))
-        ids = recall.repeated(torch.cat([torch.arange(length), others]), found)
+        ids = recall.repeated(torch.cat([torch.arange(length), others]), length, found)
         for repeat, other in zip(found, others.split(passage)):
             assert repeat.again - repeat.first == repeat.distance and repeat.first >= 1
             for start in (repeat.first, repeat.again):
@@ -60,7 +60,7 @@ def test_a_model_that_copies_gains(run, numbers, tmp_path, monkeypatch, capsys):
         return losses
 
     monkeypatch.setattr(
-        forward, "token_losses", lambda model, ids: torch.tensor([*map(copies, ids.tolist())])
+        loss, "token_losses", lambda model, ids: torch.tensor([*map(copies, ids.tolist())])
     )
     given = {"task": "recall", "text": numbers, "lengths": "300,600", "trials": 2}
     assert run(methods="rope,pi", **given) == 0

@@ -9,7 +9,7 @@ import torch
 from tiny_model import CONFIG, results, retrained
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from extrope_kernels.evaluation import loss, plots, report
+from extrope_kernels.evaluation import plots, report
 from extrope_kernels.evaluation.digests import model_digest
 from extrope_kernels.evaluation.runner import TASKS
 
@@ -50,12 +50,6 @@ def test_lines_are_the_numbers_with_their_errors(monkeypatch, task):
     first, second = map(lines_of, figures[0].axes)
     assert first == {"a": both, "b": alone} and second == {"b": longer}
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["a", "b"]
-
-
-def test_heads_of_buckets():
-    ranges = [(0, 2048), (2048, 4096), (1024, 1536), (512, 1024), (512, 768)]
-    heads = ["0-2k", "2-4k", "1024-1536", "512-1024", "512-768"]
-    assert [loss._range_label(*each) for each in ranges] == heads
 
 
 def test_progress_is_told_now_and_then_without_a_terminal(monkeypatch, capsys):

@@ -39,7 +39,7 @@ class Candidate:
 
     @property
     def is_score(self) -> bool:
-        """True for a score method, which a configuration cannot hold."""
+        """True for a score method."""
         return self.method in SCORES
 
     def extending(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
@@ -78,7 +78,7 @@ class Candidate:
         """
         rest = {name: value for name, value in self.params.items() if name != "factor"}
         steps = [1 - 2 * pair / max(1, pairs - 1) for pair in range(pairs)]
-        divisors = [self.params["factor"] * by**step for step in steps]
+        divisors = [round(self.params["factor"] * by**step, 3) for step in steps]
         return Candidate("far_frequencies", rest | {"divisors": divisors})
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import forward
+from ..loss import token_losses
 from ..recall import Repeat, distances, gains, repeated, repeats
 from ..texts import Text
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Objectives of a search, and the key of each one's number in a row.
 OBJECTIVES = {"loss": "loss", "recall": "again"}
+NUMBERS = ("loss", "whole", "again", "recall")  # of a measurement
 SHORTEST = 480  # tokens; recall's passages need as many
 _LAST = 0.25  # the loss of this last share of a text's tokens counts
 
@@ -52,12 +53,13 @@ def cut(text: Text, length: int, index: int, seed: int) -> Piece:
     """Return a piece of a text; its passages are the tokens after it."""
     found = repeats(length, *distances(length))
     more = sum(passage.tokens for passage in found)
-    return Piece(repeated(text.piece(length, index, seed, more), found), found)
+    ids = text.piece(length, index, seed, more)
+    return Piece(repeated(ids, length, found), found)
 
 
 def measure(model: PreTrainedModel, piece: Piece) -> dict[str, Any]:
     """Return a piece's losses and the gain of its repeated passages, in nats a token."""
-    losses = forward.token_losses(model, piece.ids[None])[0].double()
+    losses = token_losses(model, piece.ids[None])[0].double()
     found = {name: losses @ piece.weights(objective) for objective, name in OBJECTIVES.items()}
     numbers = {name: value.item() for name, value in found.items()}
     recall = fmean(gains(losses, piece.passages))

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import UsageError, models, options, report
+import torch
+
+from ...integrations.transformers.find import find_sites
+from .. import UsageError, models, options, plots, report
 from ..digests import model_digest
-from ..forward import after_each_layer
-from ..plots import available, new_figure, save_figure
-from ..report import mean_and_error, with_error
+from ..models import after_each_layer
 from ..texts import Text, check_tokens, read_text, read_texts
 from .candidates import Candidate
-from .config import find_site, write_config
-from .pieces import OBJECTIVES, SHORTEST
-from .stages import Ledger, Search
+from .pieces import NUMBERS, OBJECTIVES, SHORTEST
+from .stages import Search
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ROWS = 60  # a guess of the number of measurements, for the progress bar
-_NUMBERS = ("loss", "whole", "again", "recall")  # the numbers of a measurement
+_IN_CONFIGS = ("yarn", "ntk_aware", "llama3", "plain")  # what every loader reads from them
+_COLUMNS = {"last quarter": "loss", "to yarn": "to_yarn", "whole": "whole", "recall": "recall"}
 
 
 def search(
@@ -41,8 +43,8 @@ def search(
     """Search for the method and parameters by which a model reads a length best.
 
     Writes search.json, search.png (with matplotlib) and extended/config.json, which has the best
-    frequencies, into `out`. The same call continues an interrupted search, and a call with a
-    larger budget continues a finished one.
+    frequencies that every loader knows, into `out`. The same call continues an interrupted search,
+    and a call with a larger budget continues a finished one.
 
     model: a transformers folder, a .gguf file, or a name in `models.PACKAGES`.
     texts: UTF-8 files to search on, or "pydocs", the Python reference; one or several.
@@ -70,9 +72,8 @@ def search(
     names = [texts] if isinstance(texts, str) else texts
     to_search, decides = split_texts(tokenizer, names, held_out, length)
     loaded = models.load_model(files, dtype, on)
-    site = find_site(loaded)
-    if held_out is None:
-        print("search: the first half of each text is searched on, the second decides", flush=True)
+    if why := options.refusal(loaded, "rope", {}):
+        raise UsageError(why)
     header = {
         "task": "search",
         "model": Path(model).name,
@@ -86,30 +87,19 @@ def search(
         "training_length": models.unscaled_length(loaded),
         "device": str(loaded.device),
         "versions": report.versions(),
-        "rows": [],
     }
-    ledger = Ledger(folder / "search.json", header, 60 * budget)
+    rows = report.Rows(folder / "search.json", header, ["of"])
+    if held_out is None:
+        print("search: the first half of each text is searched on, the second decides", flush=True)
     print(f"measuring for {budget:g} minutes into {out}", file=sys.stderr, flush=True)
-    with (
-        report.Display(sys.stdout, _ROWS) as display,
-        after_each_layer(loaded, display.tick),
-    ):
-        pairs = site.dim(site.layer_types[0]) // 2
-        looking = Search(
-            loaded, pairs, to_search, decides, length, objective, seed, ledger, display
-        )
+    site = find_sites(loaded)[0]
+    pairs = site.dim(site.layer_types[0]) // 2
+    by_kind = {"search": to_search, "held-out": decides}
+    with report.Display(sys.stdout, _ROWS) as display, after_each_layer(loaded, display.tick):
+        looking = Search(loaded, pairs, by_kind, rows, 60 * budget, display)
         finalists = looking.run()
-    measured = [looking.on_held_out(each) for each in finalists]
-    rows = summarise(finalists, measured, looking.counts)
-    ledger.results |= {"finalists": rows, "seconds": round(ledger.spent, 1)}
-    ledger.write()
-    if available():
-        plot(ledger.results, folder / "search.png")
-    _print_best(rows)
-    best = _best_frequencies(rows, finalists)
-    write_config(loaded, site, best, length, folder / "extended")
-    print(f"{folder / 'extended' / 'config.json'}: {best.name}")
-    return ledger.results
+    _conclude(looking, finalists, folder)
+    return rows.results
 
 
 def split_texts(
@@ -132,80 +122,103 @@ def split_texts(
     return texts, decides
 
 
-def summarise(
-    candidates: Sequence[Candidate], measured: Sequence[Sequence[dict[str, Any]]], counts: str
-) -> list[dict[str, Any]]:
-    """Return a row for each finalist, the best first.
+def _conclude(looking: Search, finalists: list[Candidate], folder: Path) -> None:
+    """Write, draw and print the finalists, and write the best frequencies."""
+    measured = [looking.on_held_out(each) for each in finalists]
+    found = [
+        summary(each, pieces, measured[0], looking.counts)
+        for each, pieces in zip(finalists, measured, strict=True)
+    ]
+    found.sort(key=lambda row: row.get("to_yarn", float("inf")))
+    looking.rows.results |= {"finalists": found, "seconds": round(looking.spent, 1)}
+    looking.rows.write()
+    if plots.available():
+        plot(looking.rows.results, folder / "search.png")
+    read = [row for row in found if row["pieces"]]
+    if not read:
+        print("search: no time was left for held-out text; a larger --budget goes on from here")
+    else:
+        print("\n".join(table(read)))
+        print(f"best on {len(read[0]['pieces'])} held-out pieces: {read[0]['name']}")
+        print(read[0]["call"])
+    loadable = {each.name: each for each in finalists if each.method in _IN_CONFIGS}
+    names = [row["name"] for row in read if row["name"] in loadable]
+    # Without held-out text the last before plain: the best on the searched texts.
+    best = loadable[names[0]] if names else list(loadable.values())[-2]
+    write_config(looking.model, best, looking.rows.results["length"], folder / "extended")
+
+
+def summary(
+    candidate: Candidate,
+    pieces: Sequence[dict[str, Any]],
+    of_yarn: Sequence[dict[str, Any]],
+    counts: str,
+) -> dict[str, Any]:
+    """Return a finalist's row of its measurements.
 
     Losses differ more between pieces than between methods. So each finalist is compared piece by
-    piece with the first one, YaRN with its paper's factor.
+    piece with YaRN with its paper's factor.
     """
-    found = []
-    for candidate, pieces in zip(candidates, measured, strict=True):
-        row: dict[str, Any] = {
-            "name": candidate.name,
-            "method": candidate.method,
-            "params": candidate.params,
-            "call": candidate.call,
-            "pieces": [piece[counts] for piece in pieces],
-        }
-        both = list(zip(pieces, measured[0], strict=False))
-        if both:
-            numbers = {name: [piece[name] for piece in pieces] for name in _NUMBERS}
-            numbers["to_yarn"] = [piece[counts] - yarn[counts] for piece, yarn in both]
-            for name, values in numbers.items():
-                row[name], row[f"{name}_error"] = mean_and_error(values)
-        found.append(row)
-    return sorted(found, key=lambda row: row.get("to_yarn", float("inf")))
-
-
-def _print_best(rows: list[dict[str, Any]]) -> None:
-    if not rows[0]["pieces"]:
-        print("search: no time was left for held-out text; a larger --budget goes on from here")
-        return
-    print("\n".join(table(rows)))
-    best = rows[0]
-    print(f"best on {len(best['pieces'])} held-out pieces: {best['name']}")
-    if any(isinstance(value, list) for value in best["params"].values()):  # too long for one line
-        print(f'extend(model, "{best["method"]}", **params), of its row in search.json')
-    else:
-        print(best["call"])
-
-
-def _best_frequencies(rows: list[dict[str, Any]], finalists: list[Candidate]) -> Candidate:
-    """Return the best finalist that a configuration can hold; score methods need `extend`."""
-    frequencies = [each for each in finalists if not each.is_score]
-    by_name = {each.name: each for each in frequencies}
-    found = (by_name[row["name"]] for row in rows if row["name"] in by_name and row["pieces"])
-    return next(found, frequencies[-2])  # the last before plain: best on the searched texts
+    row: dict[str, Any] = {
+        "name": candidate.name,
+        "method": candidate.method,
+        "params": candidate.params,
+        "call": candidate.call,
+        "pieces": [piece[counts] for piece in pieces],
+    }
+    if pieces:
+        both = zip(pieces, of_yarn, strict=False)
+        numbers = {name: [piece[name] for piece in pieces] for name in NUMBERS}
+        numbers["to_yarn"] = [piece[counts] - yarn[counts] for piece, yarn in both]
+        for name, values in numbers.items():
+            row[name], row[f"{name}_error"] = report.mean_and_error(values)
+    return row
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the lines of the table."""
-    columns = {"last quarter": "loss", "to yarn": "to_yarn", "whole": "whole", "recall": "recall"}
-    lines = ["".join(f"{head:>14} " for head in columns) + " method"]
-    for row in (row for row in rows if row["pieces"]):
-        cells = (with_error(row[name], row[f"{name}_error"], 3) for name in columns.values())
+    lines = ["".join(f"{head:>14} " for head in _COLUMNS) + " method"]
+    for row in rows:
+        cells = (
+            report.with_error(row[name], row[f"{name}_error"], 3) for name in _COLUMNS.values()
+        )
         lines.append("".join(f"{cell:>14} " for cell in cells) + f" {row['name']}")
     return lines
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Draw the finalists' losses, compared with YaRN's, as PNG."""
-    figure = new_figure(8.5, 3.6)
+    figure = plots.new_figure(8.5, 3.6)
     axes = figure.subplots()
     rows = [row for row in reversed(results["finalists"]) if row["pieces"]]
     for place, row in enumerate(rows):
-        axes.errorbar(
-            row["to_yarn"], place, xerr=row["to_yarn_error"], fmt="o", color="#0072B2", capsize=3
-        )
+        axes.errorbar(row["to_yarn"], place, xerr=row["to_yarn_error"], fmt="oC0", capsize=3)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.axvline(0, color="0.35", linewidth=0.8)
     # The plain model may be nats behind, while the others differ by hundredths.
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_xlabel(f"{results['objective']}, to YaRN's (nats a token; 0 is YaRN)")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="0.88")
     held_out = ", ".join(text["name"] for text in results["held_out"])
     figure.suptitle(f"{results['model']}, {results['length']:,} tokens of {held_out}")
-    save_figure(figure, path)
+    plots.save_figure(figure, path)
+
+
+def write_config(model: PreTrainedModel, best: Candidate, length: int, folder: Path) -> None:
+    """Write the configuration, without weights, of the model extended by a frequency method."""
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    if (getattr(text, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        print(f"{folder} is left out: a model with LongRoPE may load no other type of frequencies")
+        return
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # it describes the GGUF file, not the loaded weights
+    if best.method == "plain":
+        config.save_pretrained(folder)
+    else:
+        with torch.device("meta"):
+            shell = type(model)(config)
+        longest = max(length, models.unscaled_length(model))
+        with best.extending(shell) as handle:
+            handle.save_pretrained(folder, length=longest, state_dict={})
+    print(f"{folder / 'config.json'}: {best.name}")

@@ -5,22 +5,20 @@ Stages share most of the budget, first come, first served; held-out text gets th
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from .. import UsageError, report
+from .. import UsageError
 from ..models import decoder_layers, training_length, unscaled_length
 from ..options import refusal
-from ..report import Display
+from ..report import Display, Rows
 from ..texts import Text
 from .candidates import Candidate, frequency_methods, score_methods
-from .pieces import OBJECTIVES, Piece, cut, measure
+from .pieces import OBJECTIVES, cut, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,74 +32,33 @@ _TILTS = (2.0, 1.5, 0.5)  # the fastest pair's divisor over the middle one's, tr
 _HOPELESS = 0.2  # nats behind YaRN on a held-out piece; a candidate further behind reads no other
 
 
-class Ledger:
-    """Measurements in a JSON file: each is made once, and only while there is time for it.
-
-    path, header: as in `report.resumed`.
-    budget: seconds; rows that the file already holds count too.
-    """
-
-    def __init__(self, path: Path, header: dict[str, Any], budget: float) -> None:
-        self._path = path
-        self.results = report.resumed(path, header)
-        self.budget = budget
-        self._known = {_row_key(row["of"]): row for row in self.results["rows"]}
-
-    @property
-    def spent(self) -> float:
-        """The seconds spent on all measurements."""
-        return sum(row["seconds"] for row in self.results["rows"])
-
-    def known(self, of: dict[str, Any]) -> dict[str, Any] | None:
-        """Return a measurement by its key; None if there is none yet."""
-        return self._known.get(_row_key(of))
-
-    def has_time(self, kind: str) -> bool:
-        """Return True while there is time for another measurement of this kind."""
-        return self.spent < self.budget * (1 if kind == "held-out" else _SEARCHED)
-
-    def add(self, of: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Make and keep a measurement."""
-        began = time.perf_counter()
-        found = measure()
-        seconds = round(time.perf_counter() - began, 3)
-        row = json.loads(json.dumps({"of": of, **found, "seconds": seconds}))
-        self._known[_row_key(of)] = row
-        self.results["rows"].append(row)
-        self.write()
-        return row
-
-    def write(self) -> None:
-        """Write the file."""
-        report.write_results(self._path, self.results)
-
-
-def _row_key(of: dict[str, Any]) -> str:
-    return json.dumps(of, sort_keys=True)
-
-
 @dataclass
 class Search:
-    """A search: a model, texts, a length and the measurements so far.
+    """A search: a model, texts and the measurements so far.
 
     pairs: pairs of dims in a head.
-    texts, held_out: texts to search on, and texts to decide on.
-    objective: a key of `pieces.OBJECTIVES`; the search makes its number small.
+    texts: those to search on, and those to decide on, by the kind of measurement.
+    rows: of search.json, which has the length, objective and seed.
+    budget: seconds; rows that the file already holds count too.
     """
 
     model: PreTrainedModel
     pairs: int
-    texts: Sequence[Text]
-    held_out: Sequence[Text]
-    length: int
-    objective: str
-    seed: int
-    ledger: Ledger
+    texts: dict[str, Sequence[Text]]
+    rows: Rows
+    budget: float
     display: Display
+    refusals: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.counts = OBJECTIVES[self.objective]
-        self._refusals: list[str] = []
+    @property
+    def counts(self) -> str:
+        """The number of a measurement that the search makes small."""
+        return OBJECTIVES[self.rows.results["objective"]]
+
+    @property
+    def spent(self) -> float:
+        """The seconds spent on all measurements."""
+        return sum(row["seconds"] for row in self.rows.results["rows"])
 
     def run(self) -> list[Candidate]:
         """Return the finalists: YaRN with its paper's factor, the best of each kind, plain last.
@@ -109,18 +66,17 @@ class Search:
         Kinds are published frequencies, score methods, the best of both with its parameters moved,
         and far frequencies.
         """
-        published = frequency_methods(self.length, unscaled_length(self.model))
-        yarn = published[0]
-        frequencies = self.best(published) or yarn
-        scores = score_methods(self.length, training_length(self.model))
+        length = self.rows.results["length"]
+        published = frequency_methods(length, unscaled_length(self.model))
+        frequencies = self.best(published) or published[0]
+        scores = score_methods(length, training_length(self.model))
         score = self.best(scores)
-        if score is None and self._refusals:
-            self.display.line(f"score methods are left out: {self._refusals[0]}")
+        if score is None and self.refusals:
+            self.display.line(f"score methods are left out: {self.refusals[0]}")
         ahead = score is not None and self.costs_less(score, frequencies)
         refined = self.refined(score if score and ahead else frequencies)
-        leaky = [each for each in (refined, *scores) if each.method == "leaky_rerope"]
-        far = self.far_frequencies(leaky)
-        found = [yarn, far, refined, score, frequencies, Candidate()]
+        far = self.far_frequencies([refined, *scores])
+        found = [published[0], far, refined, score, frequencies, Candidate()]
         finalists = [
             each
             for index, each in enumerate(found)
@@ -167,16 +123,16 @@ class Search:
     def _moved(self, best: Candidate, ratio: float) -> Candidate | None:
         return next((each for each in best.moves(ratio) if self.costs_less(each, best)), None)
 
-    def far_frequencies(self, leaky: Sequence[Candidate]) -> Candidate | None:
+    def far_frequencies(self, candidates: Sequence[Candidate]) -> Candidate | None:
         """Return far frequencies if some cost less than the best Leaky ReRoPE, or None.
 
         Fast pairs are slowed more and slow ones less, or the other way round.
         """
-        if (start := self.best(leaky)) is None:
+        start = self.best([each for each in candidates if each.method == "leaky_rerope"])
+        if start is None:
             return None
         best = start
-        for tilt in _TILTS:
-            tilted = start.tilted(tilt, self.pairs)
+        for tilted in (start.tilted(tilt, self.pairs) for tilt in _TILTS):
             best = tilted if self.costs_less(tilted, best) else best
         return None if best is start else best
 
@@ -197,7 +153,7 @@ class Search:
     def on_held_out(self, candidate: Candidate) -> list[dict[str, Any]]:
         """Return a finalist's measurements in the order of pieces."""
         of = (_of(candidate, "held-out", index) for index in range(_HELD_OUT_PIECES))
-        return [row for each in of if (row := self.ledger.known(each)) is not None]
+        return [row for each in of if (row := self.rows.known(each)) is not None]
 
     def _cost(self, candidate: Candidate, index: int) -> float | None:
         """Return the number to make small; None without time, or if the model refuses."""
@@ -206,39 +162,31 @@ class Search:
 
     def _read(self, candidate: Candidate, index: int, kind: str) -> dict[str, Any] | None:
         of = _of(candidate, kind, index)
-        if (known := self.ledger.known(of)) is not None:
+        if (known := self.rows.known(of)) is not None:
             return known
-        if not self.ledger.has_time(kind):
+        if self.spent >= self.budget * (_SEARCHED if kind == "search" else 1):
             return None
         plain = candidate.method == "plain"
         if not plain and (why := refusal(self.model, candidate.method, candidate.params)):
-            self._refusals.append(why)
+            self.refusals.append(why)
             return None
-        row = self.ledger.add(of, lambda: self._measured(candidate, index, kind))
+        row = self.rows.add(of, partial(self._measured, candidate, index, kind))
         self.display.line(f"{f'{kind} {index + 1}':<10} {row[self.counts]:.4f}  {candidate.name}")
         return row
 
     def _measured(self, candidate: Candidate, index: int, kind: str) -> dict[str, Any]:
-        piece = self._piece(self.held_out if kind == "held-out" else self.texts, index)
+        texts, asked = self.texts[kind], self.rows.results
+        text = texts[index % len(texts)]
+        piece = cut(text, asked["length"], index // len(texts), asked["seed"])
         with candidate.extending(self.model):
             self.display.begin(candidate.name, len(decoder_layers(self.model)))
             found = measure(self.model, piece)
-        if not math.isfinite(found[self.counts]):
-            raise UsageError(
-                f"the loss under {candidate.name} is {found[self.counts]}, "
-                "which ranks with no other"
-            )
+        if not math.isfinite(cost := found[self.counts]):
+            told = f"the loss under {candidate.name} is {cost}, which ranks with no other"
+            raise UsageError(told)
         return found
-
-    def _piece(self, texts: Sequence[Text], index: int) -> Piece:
-        text = texts[index % len(texts)]
-        return cut(text, self.length, index // len(texts), self.seed)
 
 
 def _of(candidate: Candidate, kind: str, index: int) -> dict[str, Any]:
-    return {
-        "kind": kind,
-        "method": candidate.method,
-        "params": candidate.params,
-        "piece": index,
-    }
+    of = {"kind": kind, "method": candidate.method, "params": candidate.params, "piece": index}
+    return {"of": of}
