@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -97,10 +98,9 @@ def numbers(text: str) -> list[int]:
 
 
 def _param(text: str) -> tuple[str, str, Any]:
-    key, equals, value = text.partition("=")
-    method, dot, name = key.partition(".")
-    if not (equals and dot and method and name):
+    if (found := re.fullmatch(r"(\w+)\.(\w+)=(.*)", text, re.DOTALL)) is None:
         raise argparse.ArgumentTypeError(f"must read METHOD.NAME=VALUE, got {text}")
+    method, name, value = found.groups()
     try:
         return method, name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

@@ -28,11 +28,10 @@ def smollm2():
     except UsageError as error:
         pytest.skip(str(error))
     model, tokenizer = models.load_model(files, "float32", "cpu"), models.load_tokenizer(files)
-    models.keep_converted(models.SMOLLM2, files, model, tokenizer)
     model.generation_config.eos_token_id = None
     text = Path(textwrap.__file__).read_text()
     ids = tokenizer(text)["input_ids"][:PROMPT_TOKENS]
-    return model, models.find_model(models.SMOLLM2).folder, [ids, ids[:400]]
+    return model, files.folder, [ids, ids[:400]]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...integrations.transformers import extend
-from ...scores import SCORES
 from ..options import method_params
 
 if TYPE_CHECKING:
@@ -37,39 +37,27 @@ class Candidate:
         given = "".join(f", {name}={value!r}" for name, value in self.params.items())
         return f'extend(model, "{self.method}"{given})'
 
-    @property
-    def is_score(self) -> bool:
-        """True for a score method."""
-        return self.method in SCORES
-
     def extending(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
         """Extend a model until the end of a `with` block."""
         if self.method == "plain":
             return nullcontext()
         return extend(model, self.method, **self.params)
 
-    def moves(self, ratio: float) -> list[Candidate]:
-        """Return the method with one of its numbers multiplied or divided by a ratio, for each."""
-        movable = {
-            name: value
-            for name, value in self.params.items()
-            if isinstance(value, int | float) and name != "log_n"
-        }
-        return [self._moved(n, x, by) for n, x in movable.items() for by in (ratio, 1 / ratio)]
+    def moves(self, ratio: float) -> Iterator[Candidate]:
+        """Yield the method with one of its numbers multiplied or divided by a ratio, for each.
 
-    def _moved(self, name: str, value: float, by: float) -> Candidate:
-        """Move a number: a whole one stays whole, and SelfExtend's window a multiple of groups."""
-        changed: float = value * by
-        if isinstance(value, int):
-            changed = max(1, math.ceil(changed) if by > 1 else math.floor(changed))
-        params = self.params | {name: changed}
-        if self.method == "self_extend":
-            params["window"] -= params["window"] % params["factor"]
-        return Candidate(self.method, params)
-
-    def with_log_n(self, trained: int) -> Candidate:
-        """Return a score method that also scales queries by the logarithm of their position."""
-        return Candidate(self.method, self.params | {"log_n": trained})
+        A whole number stays whole, and SelfExtend's window stays a multiple of its groups.
+        """
+        for name, value in self.params.items():
+            if name == "log_n" or not isinstance(value, int | float):
+                continue
+            for moved in (value * ratio, value / ratio):
+                if isinstance(value, int):
+                    moved = math.ceil(moved) if moved > value else max(1, math.floor(moved))
+                params = self.params | {name: moved}
+                if self.method == "self_extend":
+                    params["window"] -= params["window"] % params["factor"]
+                yield Candidate(self.method, params)
 
     def tilted(self, by: float, pairs: int) -> Candidate:
         """Return Leaky ReRoPE with a divisor for each pair of dims in place of its factor.

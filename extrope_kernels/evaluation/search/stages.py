@@ -12,6 +12,7 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from ...scores import SCORES
 from .. import UsageError
 from ..models import decoder_layers, training_length, unscaled_length
 from ..options import refusal
@@ -115,8 +116,9 @@ class Search:
         for ratio in _RATIOS:
             while (better := self._moved(best, ratio)) is not None:
                 best = better
-        if best.is_score and "log_n" not in best.params:
-            scaled = best.with_log_n(training_length(self.model))
+        if best.method in SCORES and "log_n" not in best.params:
+            log_n = {"log_n": training_length(self.model)}
+            scaled = Candidate(best.method, best.params | log_n)
             best = scaled if self.costs_less(scaled, best) else best
         return best
 
