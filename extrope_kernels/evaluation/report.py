@@ -25,16 +25,18 @@ class Display:
     """A table whose lines come one by one; stderr tells how far all rows are, in a `with` block.
 
     A terminal gets a bar, anything else a line now and then.
+
+    total: the end of all progress: a number of rows, or of seconds.
     """
 
-    def __init__(self, stream: TextIO, rows: int) -> None:
+    def __init__(self, stream: TextIO, total: float) -> None:
         from tqdm import tqdm
 
         terminal = sys.stderr.isatty()
         pause = 0.1 if terminal else _TELL_EVERY
-        self._stream, self._ticks = stream, 1
+        self._stream, self._step, self._until = stream, 0.0, 0.0
         self._bar = tqdm(
-            total=rows,
+            total=total,
             file=sys.stderr if terminal else _Lines(),
             bar_format=_BAR if terminal else _LINE,
             mininterval=pause,
@@ -56,14 +58,16 @@ class Display:
         with self._bar.external_write_mode(file=self._stream):
             print(text, file=self._stream, flush=True)
 
-    def begin(self, name: str, ticks: int) -> None:
-        """Begin the next row, which has this many ticks."""
-        self._ticks = ticks
+    def begin(self, name: str, ticks: int, until: float | None = None) -> None:
+        """Begin the next row; its ticks lead to `until`, one row further if None."""
+        self._until = self._bar.n + 1 if until is None else until
+        self._step = max(0.0, self._until - self._bar.n) / ticks
         self._bar.set_description_str(name, refresh=False)
 
     def tick(self, ticks: int = 1) -> None:
-        """Count ticks of the current row as done."""
-        self._bar.update(ticks / self._ticks)
+        """Count ticks of the current row as done; more than it has count for nothing."""
+        left = max(0.0, self._until - self._bar.n)
+        self._bar.update(min(ticks * self._step, left))
 
 
 class _Lines:

@@ -55,7 +55,7 @@ def test_lines_are_the_numbers_with_their_errors(monkeypatch, task):
 def test_progress_is_told_now_and_then_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(report, "_TELL_EVERY", 0.0)
     table = io.StringIO()
-    with report.Display(table, rows=2) as display:
+    with report.Display(table, 2) as display:
         display.begin("yarn 64", 4)
         display.tick(3)
         display.line("a row")
@@ -64,6 +64,18 @@ def test_progress_is_told_now_and_then_without_a_terminal(monkeypatch, capsys):
     wanted = r"yarn 64: {}% of all, \d\d:\d\d so far, about \d\d:\d\d left"
     assert re.fullmatch(wanted.format(38), told[0]) and re.fullmatch(wanted.format(50), told[-1])
     assert table.getvalue() == "a row\n"
+
+
+def test_progress_leads_to_an_end_that_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(report, "_TELL_EVERY", 0.0)
+    with report.Display(io.StringIO(), 200.0) as display:
+        for until in (50.0, 120.0, 100.0, 200.0):  # the third took less than was thought
+            display.begin("part", 2, until)
+            for _ in range(3):  # one more than was told: a model is tried before it is measured
+                display.tick()
+            display.line("")
+    told = [int(found) for found in re.findall(r"part: (\d+)% of all", capsys.readouterr().err)]
+    assert told == sorted(told) and {12, 25, 42, 60, 80, 100} == set(told)
 
 
 class Terminal(io.StringIO):

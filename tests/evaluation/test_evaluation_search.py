@@ -305,4 +305,7 @@ def test_a_loss_that_is_no_number_is_told(call, folder, tmp_path, capsys):
     model.save_pretrained(broken)
     assert call(model=broken) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"search: the loss under {YARN.name} is nan, which ranks with no other"
+    assert (
+        last
+        == "search: the loss under leaky_rerope window=8 factor=4 is nan, which ranks with no other"
+    )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...integrations.transformers.find import find_sites
+from ...scores import SCORES
 from .. import UsageError, models, options, plots, report
 from ..digests import model_digest
 from ..models import after_each_layer
@@ -22,8 +23,6 @@ from .stages import Search
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_ROWS = 60  # a guess of the number of measurements, for the progress bar
-_IN_CONFIGS = ("yarn", "ntk_aware", "llama3", "plain")  # what every loader reads from them
 _COLUMNS = {"last quarter": "loss", "to yarn": "to_yarn", "whole": "whole", "recall": "recall"}
 
 
@@ -43,7 +42,7 @@ def search(
     """Search for the method and parameters by which a model reads a length best.
 
     Writes search.json, search.png (with matplotlib) and extended/config.json, which has the best
-    frequencies that every loader knows, into `out`. The same call continues an interrupted search,
+    frequencies, into `out`. The same call continues an interrupted search,
     and a call with a larger budget continues a finished one.
 
     model: a transformers folder, a .gguf file, or a name in `models.PACKAGES`.
@@ -95,8 +94,9 @@ def search(
     site = find_sites(loaded)[0]
     pairs = site.dim(site.layer_types[0]) // 2
     by_kind = {"search": to_search, "held-out": decides}
-    with report.Display(sys.stdout, _ROWS) as display, after_each_layer(loaded, display.tick):
-        looking = Search(loaded, pairs, by_kind, rows, 60 * budget, display)
+    seconds = 60 * budget
+    with report.Display(sys.stdout, seconds) as display, after_each_layer(loaded, display.tick):
+        looking = Search(loaded, pairs, by_kind, rows, seconds, display)
         finalists = looking.run()
     _conclude(looking, finalists, folder)
     return rows.results
@@ -141,10 +141,10 @@ def _conclude(looking: Search, finalists: list[Candidate], folder: Path) -> None
         print("\n".join(table(read)))
         print(f"best on {len(read[0]['pieces'])} held-out pieces: {read[0]['name']}")
         print(read[0]["call"])
-    loadable = {each.name: each for each in finalists if each.method in _IN_CONFIGS}
-    names = [row["name"] for row in read if row["name"] in loadable]
+    in_configs = {each.name: each for each in finalists if each.method not in SCORES}
+    names = [row["name"] for row in read if row["name"] in in_configs]
     # Without held-out text the last before plain: the best on the searched texts.
-    best = loadable[names[0]] if names else list(loadable.values())[-2]
+    best = in_configs[names[0]] if names else list(in_configs.values())[-2]
     write_config(looking.model, best, looking.rows.results["length"], folder / "extended")
 
 
@@ -207,10 +207,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def write_config(model: PreTrainedModel, best: Candidate, length: int, folder: Path) -> None:
     """Write the configuration, without weights, of the model extended by a frequency method."""
     config = copy.deepcopy(model.config)
-    text = config.get_text_config()
-    if (getattr(text, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-        print(f"{folder} is left out: a model with LongRoPE may load no other type of frequencies")
-        return
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # it describes the GGUF file, not the loaded weights
     if best.method == "plain":

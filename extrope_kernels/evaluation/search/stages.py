@@ -1,6 +1,7 @@
 """The stages of a search, by pieces of full length: short ones rank methods differently.
 
-Stages share most of the budget, first come, first served; held-out text gets the rest.
+Stages share most of the budget, first come, first served: score methods, which cost less, before
+frequencies. Held-out text gets the rest.
 """
 
 from __future__ import annotations
@@ -61,6 +62,12 @@ class Search:
         """The seconds spent on all measurements."""
         return sum(row["seconds"] for row in self.rows.results["rows"])
 
+    @property
+    def usual(self) -> float:
+        """The seconds that one measurement takes; a guess before the first."""
+        rows = self.rows.results["rows"]
+        return self.spent / len(rows) if rows else self.budget / 60
+
     def run(self) -> list[Candidate]:
         """Return the finalists: YaRN with its paper's factor, the best of each kind, plain last.
 
@@ -68,12 +75,12 @@ class Search:
         and far frequencies.
         """
         length = self.rows.results["length"]
-        published = frequency_methods(length, unscaled_length(self.model))
-        frequencies = self.best(published) or published[0]
         scores = score_methods(length, training_length(self.model))
         score = self.best(scores)
         if score is None and self.refusals:
             self.display.line(f"score methods are left out: {self.refusals[0]}")
+        published = frequency_methods(length, unscaled_length(self.model))
+        frequencies = self.best(published) or published[0]
         ahead = score is not None and self.costs_less(score, frequencies)
         refined = self.refined(score if score and ahead else frequencies)
         far = self.far_frequencies([refined, *scores])
@@ -181,7 +188,8 @@ class Search:
         text = texts[index % len(texts)]
         piece = cut(text, asked["length"], index // len(texts), asked["seed"])
         with candidate.extending(self.model):
-            self.display.begin(candidate.name, len(decoder_layers(self.model)))
+            ticks = len(decoder_layers(self.model))
+            self.display.begin(candidate.name, ticks, min(self.budget, self.spent + self.usual))
             found = measure(self.model, piece)
         if not math.isfinite(cost := found[self.counts]):
             told = f"the loss under {candidate.name} is {cost}, which ranks with no other"
