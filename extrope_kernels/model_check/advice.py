@@ -26,7 +26,7 @@ OVER_YARN = {2: "-0.020 ± 0.002", 4: "-0.143 ± 0.028"}
 RECALL = {"rerope": "2.56 ± 0.28", "yarn": "0.72 ± 0.40"}
 _ENGINES = ("transformers", "vLLM", "SGLang", "LMDeploy", "llama.cpp")
 _BY_KIND = "cannot be told, as far as known, to scale the full layers alone"
-_LONGROPE = "left out: a model with LongRoPE may load no other type"
+_LONGROPE = "left out: a model with LongRoPE may load no other type; `search` writes factors"
 # The rope_parameters that YaRN replaces.
 _SCALING = ("factor", "attention_factor", "beta_", "low_freq", "high_freq", "rope_type", "type")
 

@@ -52,8 +52,8 @@ def test_written_configurations_give_the_logits_of_extend(own, tmp_path):
         written.load_state_dict(model.state_dict())
         with candidate.extending(model):
             wanted = logits(model, ids)
-        # Other frequencies are slower, but there are two of each: transformers' and ours. A factor of
-        # LongRoPE is rounded itself, and its product with a wavelength.
+        # Other frequencies are slower, but there are two of each: transformers' and ours. A
+        # factor of LongRoPE is rounded itself, and its product with a wavelength.
         often = 4 if config.rope_parameters["rope_type"] == "longrope" else 2
         assert (logits(written, ids) - wanted).abs().max() <= often * rounding, candidate.name
         if candidate.method != "plain":
