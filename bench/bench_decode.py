@@ -17,21 +17,20 @@ plain split-KV attention at 32k to 128k tokens.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import product
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from bench_attention import HEADS, OWN, backends, exact_tail, frequencies, make_inputs
 from compare import Floor, by_layer, compare, error_of_tail, layers_of, matmul_floor
-from harness import Call, Report, arguments, device
+from harness import NAN, Call, Report, arguments, device
 from peers import Paged, decode_peers
 from shapes import BATCH, HEAD_DIM, HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, PAGE_SIZE
 from torch import Tensor
 
-from extrope_kernels import apply_rope, rope_attention, scores
+from extrope_kernels import RopeFreqs, apply_rope, rope_attention, scores
 from extrope_kernels import rope_attention_with_kvcache as decode
 
 WINDOW = 1024  # on a CPU
@@ -44,13 +43,9 @@ def sdpa_calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     packed = q.view(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[-1])
     attend, layers = F.scaled_dot_product_attention, layers_of(k, v)
     return {
-        "SDPA": by_layer(functools.partial(attend, q, enable_gqa=True), layers),
-        "SDPA, groups as rows": by_layer(functools.partial(attend, packed), layers),
+        "SDPA": by_layer(partial(attend, q, enable_gqa=True), layers),
+        "SDPA, groups as rows": by_layer(partial(attend, packed), layers),
     }
-
-
-def decode_backends() -> dict[str, str | None]:
-    return {name: backend for name, backend in backends().items() if name != "flash_attn"}
 
 
 def reading_of(layers: Sequence[Sequence[Tensor]]) -> Floor:
@@ -63,83 +58,86 @@ def reading_of(layers: Sequence[Sequence[Tensor]]) -> Floor:
 
 
 # -------------------------------------------------------------------------------------------------
-# One token
+# One token, on a CPU
+
+SCALE = 0.01  # of a cache in fp8
+SCALES = dict.fromkeys(("k_scale", "v_scale"), torch.full((2,), SCALE))
+
+
+def narrowed(*cache: Tensor) -> list[Tensor]:
+    return [(x / SCALE).to(torch.float8_e4m3fn) for x in cache]
 
 
 def bench_token(report: Report, head_dim: int, dtype: torch.dtype) -> None:
     case = f"decode 8/2 x {head_dim}"
-    if not report.wants(f"{case} {str(dtype)[6:]}"):
+    if not report.wants(case, dtype):
         return
     cached = 64 if report.args.quick else KEYS
     q, k, v = make_inputs(cached, 2, head_dim, dtype)
     q, freqs, score = q[:, -1:], frequencies(head_dim), scores.rerope(WINDOW)
-    stored = apply_rope(k, freqs)
+    rotated, stored, layers = (
+        apply_rope(q, freqs, positions=cached - 1),
+        apply_rope(k, freqs),
+        layers_of(k, v),
+    )
 
-    def ours(backend, score, k, v):
-        return decode(q, k, v, freqs, score, cache_seqlens=k.shape[1], backend=backend)
+    def step(score: scores.Score | None, k: Tensor, v: Tensor) -> Tensor:
+        return decode(q, k, v, freqs, score, cache_seqlens=k.shape[1])
 
-    rotated, layers = apply_rope(q, freqs, positions=cached - 1), layers_of(k, v)
-    for name, backend in decode_backends().items():
-        call = functools.partial(ours, backend, score)
-        plain = by_layer(functools.partial(ours, backend, None), layers_of(stored, v))
-        compare(
-            report, case, {"extrope": by_layer(call, layers)},
-            yardsticks={"no window": plain, **sdpa_calls(rotated, stored, v)},
-            few={"extrope": functools.partial(call, k[:, :64].clone(), v[:, :64].clone())},
-            bars={"no window": 1.15, "SDPA": 1.15, "SDPA, groups as rows": 1.15},
-            error=error_of_tail([exact_tail(score, q, k, v, freqs)]),
-            dtype=dtype, shape=f"1 on {cached} x 8/2 x {head_dim}", backend=name,
-            floor=reading_of(layers), own=OWN,
-        )  # fmt: skip
-
-
-def bench_fp8(report: Report, head_dim: int) -> None:
-    """Time an fp8 cache: half the bytes, but time to widen them."""
-    case, dtype = f"decode 8/2 x {head_dim}, fp8 cache", torch.bfloat16
-    if not report.wants(f"{case} {str(dtype)[6:]}"):
-        return
-    cached = 64 if report.args.quick else KEYS
-    q, k, v = make_inputs(cached, 2, head_dim, dtype)
-    q, freqs, score = q[:, -1:], frequencies(head_dim), scores.rerope(WINDOW)
-    narrow = layers_of(*((x / 0.01).to(torch.float8_e4m3fn) for x in (k, v)))
-    scales = dict.fromkeys(("k_scale", "v_scale"), torch.full((2,), 0.01))
-
-    def step(k: Tensor, v: Tensor, **scales: Tensor) -> Tensor:
-        return decode(q, k, v, freqs, score, cache_seqlens=cached, **scales)
-
+    plain = by_layer(partial(step, None), layers_of(stored, v))
+    few = partial(step, score, k[:, :64].clone(), v[:, :64].clone())
     compare(
-        report, case, {"extrope": by_layer(functools.partial(step, **scales), narrow)},
-        yardsticks={"bfloat16 cache": by_layer(step, layers_of(k, v))},
-        bars={"bfloat16 cache": 1.0}, own=("bfloat16 cache",),
+        report, case, {"extrope": by_layer(partial(step, score), layers)},
+        yardsticks={"no window": plain, **sdpa_calls(rotated, stored, v)}, few={"extrope": few},
+        bars={"no window": 1.15, "SDPA": 1.15, "SDPA, groups as rows": 1.15},
+        error=error_of_tail([exact_tail(score, q, k, v, freqs)]),
         dtype=dtype, shape=f"1 on {cached} x 8/2 x {head_dim}", backend="cpu",
-        floor=reading_of(narrow),
+        floor=reading_of(layers), own=OWN,
     )  # fmt: skip
 
 
-def bench_raw(report: Report, cached: int, fp8: bool) -> None:
-    """Time plain RoPE over keys rotated at every step, beside keys stored rotated."""
-    case = f"decode 8/2 x 128, raw keys{', fp8 cache' if fp8 else ''}, {cached}"
-    if not report.wants(f"{case} bfloat16"):
+Form = tuple[dict, Sequence[Tensor]]  # a cache, and how it is given to a step
+
+
+def in_fp8(k: Tensor, v: Tensor, freqs: RopeFreqs) -> tuple[Form, Form]:
+    """Return half the bytes, which take time to widen, and the cache in bfloat16."""
+    score = {"score": scores.rerope(WINDOW)}
+    return (score | SCALES, narrowed(k, v)), (score, (k, v))
+
+
+def raw(k: Tensor, v: Tensor, freqs: RopeFreqs) -> tuple[Form, Form]:
+    """Return keys that plain RoPE rotates at every step, and keys stored rotated."""
+    return ({"stored": "raw"}, (k, v)), ({}, (apply_rope(k, freqs), v))
+
+
+def raw_in_fp8(k: Tensor, v: Tensor, freqs: RopeFreqs) -> tuple[Form, Form]:
+    return tuple((how | SCALES, narrowed(*cache)) for how, cache in raw(k, v, freqs))
+
+
+def bench_forms(
+    report: Report,
+    case: str,
+    head_dim: int,
+    cached: int,
+    forms: Callable[..., tuple[Form, Form]],
+    other: str,
+    bar: float = NAN,
+) -> None:
+    """Time a step in bfloat16 over one form of the cache, beside the same over the `other`."""
+    case, dtype = f"decode 8/2 x {head_dim}, {case}", torch.bfloat16
+    if not report.wants(case, dtype):
         return
     cached = 64 if report.args.quick else cached
-    q, k, v = make_inputs(cached, 2, 128, torch.bfloat16)
-    q, freqs, scales = q[:, -1:], frequencies(128), {}
-    raw, rotated = (k, v), (apply_rope(k, freqs), v)
-    if fp8:
-        scales = dict.fromkeys(("k_scale", "v_scale"), torch.full((2,), 0.01))
-        raw, rotated = (
-            [(x / 0.01).to(torch.float8_e4m3fn) for x in pair] for pair in (raw, rotated)
-        )
-    step = functools.partial(decode, q, freqs=freqs, cache_seqlens=cached, **scales)
-
-    def over(stored: str | None, k: Tensor, v: Tensor) -> Tensor:
-        return step(k_cache=k, v_cache=v, stored=stored)
-
+    q, k, v = make_inputs(cached, 2, head_dim, dtype)
+    freqs = frequencies(head_dim)
+    step = partial(decode, q[:, -1:], freqs=freqs, cache_seqlens=cached)
+    (ours, cache), (theirs, its_cache) = forms(k, v, freqs)
+    layers = layers_of(*cache)
     compare(
-        report, case, {"extrope": by_layer(functools.partial(over, "raw"), layers_of(*raw))},
-        yardsticks={"stored rotated": by_layer(functools.partial(over, None), layers_of(*rotated))},
-        own=("stored rotated",), dtype=torch.bfloat16, shape=f"1 on {cached} x 8/2 x 128",
-        backend="cpu", floor=reading_of(layers_of(*raw)),
+        report, case, {"extrope": by_layer(partial(step, **ours), layers)},
+        yardsticks={other: by_layer(partial(step, **theirs), layers_of(*its_cache))},
+        bars={other: bar}, own=(other,), floor=reading_of(layers),
+        dtype=dtype, shape=f"1 on {cached} x 8/2 x {head_dim}", backend="cpu",
     )  # fmt: skip
 
 
@@ -163,7 +161,7 @@ def caches(keys: int, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> tuple[Pag
 
 def decode_paged(cache: Paged, score: scores.Score | None, backend: str) -> Call:
     """Decode over pages, with lengths on the device as in a server."""
-    return functools.partial(
+    return partial(
         decode, cache.q, cache.k, cache.v, frequencies(cache.q.shape[-1]), score,
         cache_seqlens=cache.seqlens, block_table=cache.block_table, backend=backend,
     )  # fmt: skip
@@ -173,12 +171,12 @@ def bench_paged(report: Report, keys: int) -> None:
     """Time two sequences of `keys` tokens, at sizes of models."""
     sizes = f"{HEADS_Q}/{HEADS_K} x {HEAD_DIM}"
     case, dtype = f"decode {sizes}, paged", torch.bfloat16
-    if not report.wants(f"{case} {str(dtype)[6:]}"):
+    if not report.wants(case, dtype):
         return
     score, (raw, rotated) = scores.rerope(KEYS_WINDOW), caches(keys, dtype)
     exact = exact_tail(score, raw.q, *raw.contiguous(), frequencies(HEAD_DIM))
     plain = {**sdpa_calls(rotated.q, *rotated.contiguous()), **decode_peers(rotated)}
-    for name in decode_backends():
+    for name in set(backends()) - {"flash_attn"}:
         unwindowed = decode_paged(replace(rotated, q=raw.q), None, name)
         compare(
             report, case, {"extrope": decode_paged(raw, score, name)},
@@ -207,20 +205,20 @@ class Sizes:
 
 def bench_chunk(report: Report, sizes: Sizes, page_size: int, dtype: torch.dtype) -> None:
     case = f"chunk, pages of {page_size}"
-    if not report.wants(f"{case} {str(dtype)[6:]}"):
+    if not report.wants(case, dtype):
         return
     q, k, v = make_inputs(sizes.keys, 2, 128, dtype)
     q, freqs, score = q[:, -sizes.chunk :], frequencies(128), scores.rerope(WINDOW)
     table = torch.randperm(sizes.keys // page_size, device=device()).int()[None]
     pages = [x.view(-1, page_size, *x.shape[2:])[table[0].argsort()] for x in (k, v)]
     lengths = torch.tensor([sizes.keys], dtype=torch.int32, device=device())
-    over = functools.partial(decode, freqs=freqs, score=score, cache_seqlens=lengths)
+    over = partial(decode, freqs=freqs, score=score, cache_seqlens=lengths)
     others = {
-        "contiguous cache": functools.partial(over, q, k, v),
-        "no cache": functools.partial(rope_attention, q, k, v, freqs, score),
+        "contiguous cache": partial(over, q, k, v),
+        "no cache": partial(rope_attention, q, k, v, freqs, score),
     }
     compare(
-        report, case, {"extrope": functools.partial(over, q, *pages, block_table=table)},
+        report, case, {"extrope": partial(over, q, *pages, block_table=table)},
         yardsticks=others, own=others, bars=dict.fromkeys(others, 1.05),
         shape=f"{sizes.chunk} on {sizes.keys} x {HEADS}/2 x 128",
         dtype=dtype, floor=sizes.floor(dtype),
@@ -229,7 +227,7 @@ def bench_chunk(report: Report, sizes: Sizes, page_size: int, dtype: torch.dtype
 
 def bench_mixed(report: Report, sizes: Sizes, dtype: torch.dtype) -> None:
     case = "chunk and single tokens"
-    if not report.wants(f"{case} {str(dtype)[6:]}"):
+    if not report.wants(case, dtype):
         return
     counts, lengths = [sizes.chunk] + [1] * len(sizes.singles), [sizes.keys, *sizes.singles]
     used = torch.tensor([-(-length // MIXED_PAGE) for length in lengths])
@@ -247,7 +245,7 @@ def bench_mixed(report: Report, sizes: Sizes, dtype: torch.dtype) -> None:
         own = (table[begin:end], torch.tensor(lengths[begin:end]).int(),
                rows[begin : end + 1] - rows[begin])  # fmt: skip
         blocks, seqlens, cu_seqlens = (x.to(device()) for x in own)
-        return functools.partial(
+        return partial(
             decode, q[rows[begin] : rows[end]], *caches, frequencies(128), scores.rerope(WINDOW),
             cache_seqlens=seqlens, block_table=blocks, cu_seqlens_q=cu_seqlens,
         )  # fmt: skip
@@ -266,22 +264,22 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
     torch.manual_seed(0)
     report = Report("decode", args, window=WINDOW if device() == "cpu" else KEYS_WINDOW)
-    if device() == "cuda" and not args.quick:
-        for keys in LENGTHS:
+    dtypes, sizes = (torch.float32, torch.bfloat16), Sizes(args.quick)
+    if device() == "cuda":
+        for keys in (PAGE_SIZE * 4,) if args.quick else LENGTHS:
             bench_paged(report, keys)
     else:
         for head_dim in (64, 128):
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in dtypes:
                 bench_token(report, head_dim, dtype)
-            if device() == "cpu":
-                bench_fp8(report, head_dim)
-        if device() == "cpu":
-            for cached, fp8 in product((2048, 8192, 32768), (False, True)):
-                bench_raw(report, cached, fp8)
-    for dtype in (torch.float32, torch.bfloat16):
+            bench_forms(report, "fp8 cache", head_dim, KEYS, in_fp8, "bfloat16 cache", bar=1.0)
+        for cached in (2048, 8192, 32768):
+            for case, forms in (("raw keys", raw), ("raw keys, fp8 cache", raw_in_fp8)):
+                bench_forms(report, f"{case}, {cached}", 128, cached, forms, "stored rotated")
+    for dtype in dtypes:
         for page_size in PAGES:
-            bench_chunk(report, Sizes(args.quick), page_size, dtype)
-        bench_mixed(report, Sizes(args.quick), dtype)
+            bench_chunk(report, sizes, page_size, dtype)
+        bench_mixed(report, sizes, dtype)
     report.save()
 
 

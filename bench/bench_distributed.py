@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import NAN, Report, arguments, peak_megabytes, returned_memory, verdict
+from harness import NAN, Report, arguments, column, peak_megabytes, returned_memory, verdict
 from held import Held
 from ranks import Ranks
 from sent import Sent, by_formula
@@ -31,17 +31,18 @@ CPU_BAR, MEMORY_BAR = 1.10, 1.15
 class Row:
     """One strategy; one process has its own row, with ranks as its threads."""
 
-    name: str
-    ranks: int
-    seqlen: int
-    milliseconds: float  # of CPU, of all ranks, best of the repeats; forward with backward
-    of_one: float = NAN  # over that of one process with as many threads
-    sent: float = NAN  # MB a rank sends, forward with backward
-    formula: float = NAN
-    written: float = NAN  # MB that the process wrote meanwhile, to sockets
-    held: float = NAN  # MB of tensors, of the rank that holds most, beside its q, k and v
-    of_share: float = NAN  # over that of one process divided by ranks
-    megabytes: float = NAN  # peak of the process
+    name: str = column()
+    ranks: int = column("P")
+    seqlen: int = column("tokens")
+    # Of CPU, of all ranks, the best of the repeats; forward with backward.
+    milliseconds: float = column("CPU ms", ".0f")
+    of_one: float = column("of one process's", ".2f", NAN)  # with as many threads
+    sent: float = column("MB sent", ".3f", NAN)  # by a rank, forward with backward
+    formula: float = column("by formula", ".3f", NAN)
+    written: float = column("to sockets", ".3f", NAN)  # all that the process wrote meanwhile
+    held: float = column("MB held", ".1f", NAN)  # by the rank with most tensors, beside its q, k, v
+    of_share: float = column("of one's / P", ".2f", NAN)
+    megabytes: float = column("peak MB", ".1f", NAN)  # of the process
     windowed: bool = False
 
     @property
@@ -54,32 +55,16 @@ class Row:
         return "missed" if "missed" in bars else max(bars, default="")
 
 
-COLUMNS = {
-    "name": ("", 14, ""),
-    "ranks": ("P", 3, ""),
-    "seqlen": ("tokens", 7, ""),
-    "milliseconds": ("CPU ms", 9, ".0f"),
-    "of_one": ("of one process's", 16, ".2f"),
-    "sent": ("MB sent", 9, ".3f"),
-    "formula": ("by formula", 10, ".3f"),
-    "written": ("to sockets", 10, ".3f"),
-    "held": ("MB held", 8, ".1f"),
-    "of_share": ("of one's / P", 12, ".2f"),
-    "megabytes": ("peak MB", 8, ".1f"),
-    "verdict": ("", 6, ""),
-}
-
-
 @dataclass
 class Measured:
-    """Measurements of one rank."""
+    """Measurements of one rank; bytes but for the peak."""
 
-    seconds: float = NAN
-    megabytes: float = NAN
-    held: int = 0
-    sent: int = 0
-    formula: int = 0
-    written: int = 0  # bytes that the process wrote, to sockets too
+    seconds: float
+    megabytes: float
+    held: int
+    sent: int
+    formula: int
+    written: int  # by the process, to sockets too
 
 
 def tensors(seqlen: int) -> list[torch.Tensor]:
@@ -96,30 +81,28 @@ def measure(
 ) -> Measured:
     """Measure forward with backward on every rank, with its tokens of a sequence of seqlen."""
     torch.set_num_threads(threads)
-    ranks = 1 if mesh is None else mesh.size()
+    rank, ranks = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
     leaves = [x.requires_grad_() for x in tensors(seqlen // ranks)]
     dout, freqs = torch.randn_like(leaves[0]), RopeFreqs(methods.rope(HEAD_DIM).inv_freq)
-    score, options = scores.rerope(WINDOW), {"sliding_window": seen}
+    attention, options = rope_attention, {"sliding_window": seen}
+    if mesh is not None:
+        attention = distributed.rope_attention
+        options |= {"mesh": mesh, "strategy": strategy}
 
     def train() -> None:
-        if mesh is None:
-            out = rope_attention(*leaves, freqs, score, **options)
-        else:
-            options.update(mesh=mesh, strategy=strategy)
-            out = distributed.rope_attention(*leaves, freqs, score, **options)
+        out = attention(*leaves, freqs, scores.rerope(WINDOW), **options)
         torch.autograd.grad(out, leaves, dout)
 
-    found = Measured()
-    rank, before = 0 if mesh is None else mesh.get_local_rank(), bytes_written()
+    before = bytes_written()
     with Held() as held, Sent(rank, ranks) as sent:
         train()
-    found.held, found.sent, found.written = held.most, sent.bytes, bytes_written() - before
-    found.formula = by_formula(strategy, *leaves, ranks, backward=True)
-    found.seconds = min(seconds_of(train) for _ in range(repeats))
+    written = bytes_written() - before
+    seconds = min(seconds_of(train) for _ in range(repeats))
     with returned_memory():
-        found.megabytes = peak_megabytes(train)
+        megabytes = peak_megabytes(train)
     torch.set_num_threads(1)
-    return found
+    formula = by_formula(strategy, *leaves, ranks, backward=True)
+    return Measured(seconds, megabytes, held.most, sent.bytes, formula, written)
 
 
 def seconds_of(train) -> float:
@@ -136,35 +119,24 @@ def bytes_written() -> int:
 def bench(report: Report, ranks: Ranks, seqlen: int, size: int, seen: int | None) -> None:
     given = {"seqlen": seqlen, "seen": seen, "repeats": report.args.repeats}
     (one,) = ranks.run(measure, 1, strategy="", threads=size, **given)
-    times = one.seconds * 1e3
-    report.add(
-        Row("one process", size, seqlen, times, held=one.held / 1e6, megabytes=one.megabytes)
-    )
+    alone = {"held": one.held / 1e6, "megabytes": one.megabytes}
+    report.add(Row("one process", size, seqlen, one.seconds * 1e3, **alone))
     for strategy in STRATEGIES:
         found = ranks.run(measure, size, strategy=strategy, threads=1, **given)
-        seconds, most = sum(x.seconds for x in found), max(x.held for x in found)
+        seconds = sum(x.seconds for x in found)
+        most = {key: max(getattr(x, key) for x in found) for key in vars(found[0])}
+        megabytes = {key: most[key] / 1e6 for key in ("sent", "formula", "written", "held")}
         report.add(
-            Row(
-                strategy,
-                size,
-                seqlen,
-                seconds * 1e3,
-                seconds / one.seconds,
-                max(x.sent for x in found) / 1e6,
-                max(x.formula for x in found) / 1e6,
-                max(x.written for x in found) / 1e6,
-                most / 1e6,
-                most / (one.held / size),
-                max(x.megabytes for x in found),
-                windowed=seen is not None,
-            )
-        )
+            Row(strategy, size, seqlen, seconds * 1e3, of_one=seconds / one.seconds,
+                of_share=most["held"] / (one.held / size), megabytes=most["megabytes"],
+                windowed=seen is not None, **megabytes)
+        )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
     args.repeats = min(args.repeats, 2)
-    report = Report("distributed", args, COLUMNS, about="forward with backward, 32 heads and 8")
+    report = Report("distributed", args, about="forward with backward, 32 heads and 8")
     ranks = Ranks(seconds=3600)
     lengths = {64: None} if args.quick else {16384: None, 32768: SEEN, 65536: SEEN}
     try:

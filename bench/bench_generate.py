@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from harness import NAN, Report, arguments, device, kept_memory
+from harness import NAN, Report, arguments, column, device, kept_memory
 from torch import Tensor
 
 from extrope_kernels.integrations.transformers import extend, register_interface
@@ -35,25 +35,16 @@ MODELS: dict[str, tuple[str, dict | None]] = {
 
 
 @dataclass
-class Generation:
+class Row:
     """One model after one prompt."""
 
-    name: str
-    tokens: int
-    prompt: float  # tokens a second
-    milliseconds: float  # a step behind it, the median of one round's, the least of all rounds
-    prompt_of_plain: float = NAN
-    steps_of_plain: float = NAN
-
-
-COLUMNS = {
-    "name": ("transformers' generate", 24, ""),
-    "tokens": ("tokens", 6, ""),
-    "prompt": ("prompt, tokens/s", 16, ".0f"),
-    "milliseconds": ("ms a step", 9, ".1f"),
-    "prompt_of_plain": ("prompt's time over plain", 24, ".2f"),
-    "steps_of_plain": ("steps' time over plain", 22, ".2f"),
-}
+    name: str = column("transformers' generate")
+    tokens: int = column("tokens")
+    prompt: float = column("prompt, tokens/s", ".0f")
+    # A step behind it: the median of one round's, the least of all rounds.
+    milliseconds: float = column("ms a step", ".1f")
+    prompt_of_plain: float = column("prompt's time over plain", ".2f", NAN)
+    steps_of_plain: float = column("steps' time over plain", ".2f", NAN)
 
 
 class Clock:
@@ -109,7 +100,7 @@ def bench(report: Report, model: PreTrainedModel, tokens: int, new: int, rounds:
     # The least of all rounds: other load on the machine only adds time.
     best = {name: [min(column) for column in zip(*times)] for name, times in found.items()}
     for name, (prompt, step) in best.items():
-        row = Generation(name, tokens, tokens / prompt, 1e3 * step)
+        row = Row(name, tokens, tokens / prompt, 1e3 * step)
         if name != PLAIN:
             row.prompt_of_plain, row.steps_of_plain = (
                 ours / plain for ours, plain in zip((prompt, step), best[PLAIN])
@@ -121,7 +112,7 @@ def bench(report: Report, model: PreTrainedModel, tokens: int, new: int, rounds:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
     torch.manual_seed(0)
-    report = Report("generate", args, COLUMNS)
+    report = Report("generate", args)
     register_interface()
     model = load(args.quick).eval()
     prompts, new, rounds = ((96,), 3, 1) if args.quick else (PROMPTS, NEW, ROUNDS)

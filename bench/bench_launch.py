@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before Triton's decorators choose the interpreter
     os.environ.setdefault("EXTROPE_TRITON_CHIP", "90")
 
 import torch
-from harness import NAN, Report, arguments, host_microseconds, verdict
+from harness import NAN, Report, arguments, column, host_microseconds, verdict
 
 import extrope_kernels as ek
 from extrope_kernels import methods, scores
@@ -38,28 +38,17 @@ BARS = {
 
 @dataclass
 class Row:
-    name: str
-    microseconds: float
-    launches: float = NAN  # bare ones that take as long
-    bar: float = NAN
-    kernels: float = NAN
-    most_kernels: float = NAN
+    name: str = column("the host's time up to the launch")
+    microseconds: float = column("us", ".1f")
+    launches: float = column("bare launches", ".1f")
+    bar: float = column("bar", ".0f")
+    kernels: float = column("kernels", ".0f")
+    most_kernels: float = column("at most", ".0f")
 
     @property
     def verdict(self) -> str:
         many = self.kernels > self.most_kernels
         return "missed" if many else verdict(self.launches, self.bar)
-
-
-COLUMNS = {
-    "name": ("the host's time up to the launch", 46, ""),
-    "microseconds": ("us", 8, ".1f"),
-    "launches": ("bare launches", 14, ".1f"),
-    "bar": ("bar", 6, ".0f"),
-    "kernels": ("kernels", 8, ".0f"),
-    "most_kernels": ("at most", 8, ".0f"),
-    "verdict": ("", 6, ""),
-}
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -116,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
     args = arguments(__doc__, argv)
     driver = null_driver.install()
-    report = Report("launch", args, COLUMNS, triton=triton.__version__)
+    report = Report("launch", args, triton=triton.__version__)
     unit = NAN
     checks.has_values = lambda x: False  # on a GPU the values of integers are not read
     for name, call in calls().items():

@@ -55,7 +55,7 @@ def calls(qkv: list[Tensor], permutations: Tensor) -> tuple[Call, dict[str, Call
 
 def bench(report: Report, seqlen: int, dim: int, dtype: torch.dtype, training: bool) -> None:
     case = "training" if training else "forward"
-    if not report.wants(f"{case} {seqlen} x {dim} {str(dtype)[6:]}"):
+    if not report.wants(f"{case} {seqlen} x {dim}", dtype):
         return
     qkv, permutations = make_inputs(seqlen, HEADS, dim, dtype), head_permutations(HEADS, dim)
     permutations = permutations.to(device())

@@ -12,7 +12,7 @@ bandwidth measured on the same card, in one launch, for forward and backward ali
 from __future__ import annotations
 
 import torch
-from compare import Floor, compare, error_of_tail, with_backward
+from compare import Floor, compare, error_of_tail, trained
 from harness import Call, Report, arguments, device, kept_memory
 from peers import rotary_peers
 from scaling import scaling
@@ -78,46 +78,33 @@ class Calls:
         return list(apply_rope_qk(*tails, self.freqs, positions=first, **options))
 
 
-def trained(calls: dict[str, Call | str], leaves: tuple[Tensor, Tensor]) -> dict[str, Call | str]:
-    """Return each call with its backward."""
-    return {
-        name: call if isinstance(call, str) else with_backward(call, list(leaves))
-        for name, call in calls.items()
-    }
-
-
 def bench(report: Report, dtype: torch.dtype, interleaved: bool, backend: str) -> None:
     layout = "interleaved" if interleaved else "half-split"
-    cases = ("forward", "in place", "backward", "forward + backward")
-    wanted = [case for case in cases if report.wants(f"{case}, {layout} {str(dtype)[6:]}")]
-    if not wanted:
-        return
     seqlen = 256 if report.args.quick else SEQLEN
     large, one = (Calls(dtype, n, interleaved, backends()[backend]) for n in (seqlen, 1))
-    about = {"dtype": dtype, "shape": f"{seqlen} x {HEADS}/{HEADS_K} x {HEAD_DIM}",
-             "backend": backend, "floor": Floor(large.copy)}  # fmt: skip
     bar = COMPILED.get(dtype)
     fast = {peer: bar for peer in large.peers if bar is not None and "compiled" in peer}
-    back = {"error": error_of_tail(large.exact_tail(inverse=True))}
-    exact = {"error": error_of_tail(large.exact_tail())}
-    overwritten = {**exact, "checked": {"extrope": large.copy_and_rotate}}
-    clone, copy = {"clone": large.clone}, {"copy_": large.copy}
-    measured = {
-        "forward": (large.forward, one.forward, large.peers, clone, {"clone": 1.2, **fast}, exact),
-        "in place": (large.inplace, one.inplace, large.peers, copy, {"copy_": 1.3, **fast},
-                     overwritten),
-        "backward": (large.backward, one.backward, {}, clone, {"clone": 1.2}, back),
-    }  # fmt: skip
+
+    def timed(case: str, calls: dict[str, Call | str], few: dict[str, Call | str], **more) -> None:
+        case = f"{case}, {layout}"
+        if report.wants(case, dtype):
+            compare(report, case, calls, few=few, dtype=dtype, backend=backend, **more,
+                    shape=f"{seqlen} x {HEADS}/{HEADS_K} x {HEAD_DIM}", floor=Floor(large.copy),
+                    )  # fmt: skip
+
+    forward, first = ({"extrope": x.forward, **x.peers} for x in (large, one))
+    exact = error_of_tail(large.exact_tail())
     with torch.no_grad():
-        for case in [case for case in measured if case in wanted]:
-            ours, small, peers, yardsticks, limits, error = measured[case]
-            compare(report, f"{case}, {layout}", {"extrope": ours, **peers},
-                    few={"extrope": small, **one.peers}, yardsticks=yardsticks, bars=limits,
-                    **error, **about)  # fmt: skip
-    if "forward + backward" in wanted:
-        calls = trained({"extrope": large.forward, **large.peers}, large.inputs)
-        few = trained({"extrope": one.forward, **one.peers}, one.inputs)
-        compare(report, f"forward + backward, {layout}", calls, few=few, **about)
+        timed("forward", forward, first, yardsticks={"clone": large.clone},
+              bars={"clone": 1.2, **fast}, error=exact)  # fmt: skip
+        timed("in place", {**forward, "extrope": large.inplace}, {**first, "extrope": one.inplace},
+              yardsticks={"copy_": large.copy}, bars={"copy_": 1.3, **fast},
+              error=exact, checked={"extrope": large.copy_and_rotate})  # fmt: skip
+        timed("backward", {"extrope": large.backward}, {"extrope": one.backward},
+              yardsticks={"clone": large.clone}, bars={"clone": 1.2},
+              error=error_of_tail(large.exact_tail(inverse=True)))  # fmt: skip
+    timed("forward + backward", *(trained(calls, x.inputs)
+          for calls, x in ((forward, large), (first, one))))  # fmt: skip
 
 
 @torch.no_grad()

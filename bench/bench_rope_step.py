@@ -25,7 +25,7 @@ NAMES = ("q_norm_weight", "k_norm_weight")
 
 def bench_norm(report: Report, dtype: torch.dtype, together: bool, name: str) -> None:
     case = "norm of all heads" if together else "norm of each head"
-    if not report.wants(f"{case} {dtype}"):
+    if not report.wants(case, dtype):
         return
     seqlen, backend = 256 if report.args.quick else SEQLEN, backends()[name]
     heads = HEADS_Q, HEADS_K
@@ -92,7 +92,7 @@ class Step:
 
 
 def bench_append(report: Report, dtype: torch.dtype, backend: str) -> None:
-    if not report.wants(f"append {dtype}"):
+    if not report.wants("append", dtype):
         return
     tokens = 64 if report.args.quick else TOKENS
     step, one = (Step(n, dtype, backend) for n in (tokens, 1))

@@ -16,6 +16,7 @@ from harness import (
     Row,
     device,
     host_microseconds,
+    name_of,
     once,
     paired,
     peak_megabytes,
@@ -88,9 +89,9 @@ def compare(
     bars: by name, the largest allowed ratio of our time over theirs.
     own: the names of others that are ours too.
     """
-    ours, name_of_dtype = next(iter(calls.values())), str(dtype).removeprefix("torch.")
+    ours = next(iter(calls.values()))
     for name, call in {**calls, **(yardsticks or {})}.items():
-        row = Row(case, name, name_of_dtype, shape, backend if call is ours else "")
+        row = Row(case, name, name_of(dtype), shape, backend if call is ours else "")
         is_own = call is ours or name in own
         row.absent = call if isinstance(call, str) else "" if is_own else why_not(call)
         if not row.absent:
@@ -121,7 +122,7 @@ def why_not(call: Call) -> str:
     return ""
 
 
-def with_backward(call: Call, leaves: list[Tensor]) -> Call:
+def with_backward(call: Call, leaves: Sequence[Tensor]) -> Call:
     """Return the call together with the gradients of the leaves that its results depend on."""
     for leaf in leaves:
         leaf.requires_grad_()
@@ -129,7 +130,7 @@ def with_backward(call: Call, leaves: list[Tensor]) -> Call:
 
     def run():
         result = call()
-        outs = [result] if isinstance(result, Tensor) else [x for x in result]
+        outs = [result] if isinstance(result, Tensor) else list(result)
         if not grads:
             grads.extend(torch.randn_like(x) for x in outs)
         return torch.autograd.grad(outs, leaves, grads)
@@ -137,12 +138,14 @@ def with_backward(call: Call, leaves: list[Tensor]) -> Call:
     return run
 
 
-def trained(calls: dict[str, Call | str]) -> dict[str, Call | str]:
-    """Return each call with the gradients of its `leaves`; calls without leaves are left out."""
+def trained(
+    calls: dict[str, Call | str], leaves: Sequence[Tensor] | None = None
+) -> dict[str, Call | str]:
+    """Return each call with the gradients of `leaves` or of its own; without any, leave it out."""
     return {
-        name: call if isinstance(call, str) else with_backward(call, call.leaves)
+        name: call if isinstance(call, str) else with_backward(call, leaves or call.leaves)
         for name, call in calls.items()
-        if isinstance(call, str) or hasattr(call, "leaves")
+        if isinstance(call, str) or leaves or hasattr(call, "leaves")
     }
 
 

@@ -27,6 +27,7 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # Triton's decorator chooses between interpreter and compiler at once
     os.environ.pop("TRITON_INTERPRET", None)
@@ -51,6 +52,9 @@ from torch import Tensor
 import extrope_kernels as ek
 from extrope_kernels import _build, methods, scores
 
+if TYPE_CHECKING:
+    from null_driver import Launch
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "gpu_audit.csv"
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # one for each supported torch
@@ -67,20 +71,6 @@ CACHED = {
     "Leaky ReRoPE": scores.leaky_rerope(KEYS_WINDOW, 4.0),
 }
 CHUNK_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A launch of one kernel: its arguments by name, and its binary."""
-
-    name: str
-    of_rope: bool  # attention has a rotate_kernel too
-    grid: tuple[int, ...]
-    args: dict
-    code: Code
-
-    def __getitem__(self, name: str):
-        return self.args[name]
 
 
 @dataclass(frozen=True)
@@ -420,11 +410,12 @@ def compiled(index: int) -> list[Row] | str:
     except Exception as error:  # of any kind: the other cases must still be compiled
         return f"sm_{chip} {case.call.__name__} {case.variant} D{case.head_dim}: {error}"
     found: dict[tuple[str, str], Row] = {}
-    for one in driver.kept:
-        code = read(one.cubin, null_driver.TOOLS, warps=one.warps, shared=one.shared,
-                    tensor_memory=one.tensor_memory)  # fmt: skip
-        launch = Launch(one.name, ".ops.rope." in one.module, one.grid, one.args, code)
-        key = f"rope {one.name}" if launch.of_rope and one.name == "rotate_kernel" else one.name
+    for launch in driver.kept:
+        code = read(launch.cubin, null_driver.TOOLS, warps=launch.warps, shared=launch.shared,
+                    tensor_memory=launch.tensor_memory)  # fmt: skip
+        key = launch.name
+        if key == "rotate_kernel" and ".ops.rope." in launch.module:  # attention has one too
+            key = "rope rotate_kernel"
         kernel, traffic = TRAFFIC[key]
         variant = case.variant
         if key == "rotate_kernel":

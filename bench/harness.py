@@ -18,8 +18,9 @@ import platform
 import re
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -78,31 +79,33 @@ def memory() -> int:
 
 
 @contextlib.contextmanager
-def _malloc(option: int, value: int, after: int) -> Iterator[None]:
+def _malloc(*options: tuple[int, int, int]) -> Iterator[None]:
+    """Set options of malloc: (option, value, value afterwards) each."""
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(option, value)
+    for option, value, _ in options:
+        mallopt(option, value)
     try:
         yield
     finally:
-        mallopt(option, after)
+        for option, _, after in options:
+            mallopt(option, after)
 
 
-@contextlib.contextmanager
-def kept_memory() -> Iterator[None]:
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
+
+
+def kept_memory() -> contextlib.AbstractContextManager[None]:
     """Let malloc keep freed memory, as jemalloc and other caching allocators do.
 
     By default glibc returns blocks past 32 MiB to the system, and every large output costs page
     faults again; a PyTorch set up for speed on CPUs does not pay them.
     """
-    trim_threshold, mmap_max = -1, -4
-    with _malloc(trim_threshold, 2**31 - 1, 128 * 1024), _malloc(mmap_max, 0, 65536):
-        yield
+    return _malloc((TRIM_THRESHOLD, 2**31 - 1, 128 * 1024), (MMAP_MAX, 0, 65536))
 
 
 def returned_memory() -> contextlib.AbstractContextManager[None]:
     """Let malloc return every freed tensor at once, so that a peak counts only memory in use."""
-    mmap_threshold = -3
-    return _malloc(mmap_threshold, 128 * 1024, 32 * 2**20)
+    return _malloc((MMAP_THRESHOLD, 128 * 1024, 32 * 2**20))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -180,15 +183,8 @@ def paired(*functions: Call, repeats: int = 15, seconds: float = math.inf) -> li
 
 def host_microseconds(function: Call, calls: int = 1000, rounds: int = 60) -> float:
     """Return the microseconds that one call keeps Python busy: the best of several rounds."""
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        best = min(best, (time.perf_counter() - start) / calls)
-        if device() == "cuda":
-            torch.cuda.synchronize()
-    return best * 1e6
+    idle = torch.cuda.synchronize if device() == "cuda" else "pass"
+    return min(timeit.repeat(function, idle, number=calls, repeat=rounds)) / calls * 1e6
 
 
 def peak_megabytes(function: Call) -> float:
@@ -215,22 +211,34 @@ def _status(field: str) -> int:
 # Rows and tables
 
 
+def column(head: str = "", form: str = "", default: object = MISSING):
+    """Return a field of a row that tables show, with its heading and its format."""
+    return field(default=default, metadata={"head": head, "form": form})
+
+
+def columns(row: object) -> dict[str, tuple[str, str]]:
+    """Return heading and format of the shown fields of a row, or of its class; the verdict last."""
+    shown = [x for x in fields(row) if x.metadata]
+    found = {x.name: (x.metadata["head"], x.metadata["form"]) for x in shown}
+    return found | ({"verdict": ("", "")} if hasattr(row, "verdict") else {})
+
+
 @dataclass
 class Row:
     """One implementation of one case; NaN if not measured."""
 
-    case: str
-    implementation: str
-    dtype: str
-    shape: str
-    backend: str = ""
-    milliseconds: float = NAN
-    of_floor: float = NAN  # the floor's time over this one's
-    ratio: float = NAN  # our time over this one's: below 1, ours is faster
-    bar: float = NAN  # the ratio may be no larger
-    error: float = NAN  # the largest difference to float64
-    host_microseconds: float = NAN  # of a call on one token
-    megabytes: float = NAN  # peak above the memory held before the call
+    case: str = column()
+    implementation: str = column()
+    dtype: str = column("dtype")
+    shape: str = column("shape")
+    backend: str = column("backend", default="")
+    milliseconds: float = column("ms", ".2f", NAN)
+    of_floor: float = column("floor/it", ".2f", NAN)  # the floor's time over this one's
+    ratio: float = column("ours/it", ".3f", NAN)  # our time over this one's: below 1 we are faster
+    bar: float = column("bar", ".3g", NAN)  # the ratio may be no larger
+    error: float = column("error", ".1e", NAN)  # the largest difference to float64
+    host_microseconds: float = column("host us", ".1f", NAN)  # of a call on one token
+    megabytes: float = column("peak MB", ".0f", NAN)  # above the memory held before the call
     absent: str = ""  # why it was not measured
 
     @property
@@ -244,22 +252,8 @@ def verdict(value: float, bar: float) -> str:
     return "met" if value <= bar else "missed"
 
 
-# Field of a row: its heading, the width of its column, its format.
-COLUMNS = {
-    "case": ("", 31, ""),
-    "implementation": ("", 40, ""),
-    "dtype": ("dtype", 8, ""),
-    "shape": ("shape", 22, ""),
-    "backend": ("backend", 7, ""),
-    "milliseconds": ("ms", 9, ".2f"),
-    "of_floor": ("floor/it", 8, ".2f"),
-    "ratio": ("ours/it", 7, ".3f"),
-    "bar": ("bar", 5, ".3g"),
-    "verdict": ("", 6, ""),
-    "error": ("error", 8, ".1e"),
-    "host_microseconds": ("host us", 8, ".1f"),
-    "megabytes": ("peak MB", 8, ".0f"),
-}
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def cell(value: object, form: str = "") -> str:
@@ -302,26 +296,27 @@ def arguments(
 class Report:
     """A report that prints each row as soon as it is measured, keeps them, and saves them."""
 
-    def __init__(self, name: str, args: argparse.Namespace, columns=COLUMNS, **about: object):
-        self.name, self.args, self.columns, self.about = name, args, columns, about
+    def __init__(self, name: str, args: argparse.Namespace, **about: object):
+        self.name, self.args, self.about = name, args, about
         self.rows: list = []
         print(" ".join(f"{key}: {value}" for key, value in {**machine(), **about}.items()))
-        print(" ".join(f"{head:{width}}" for head, width, _ in columns.values()))
         if device() == "cpu" and not args.quick:
             # A virtual machine's host backs a page at its first write, which must not be timed.
             torch.empty(3 << 30, dtype=torch.uint8).fill_(1)
 
-    def wants(self, case: str) -> bool:
+    def wants(self, case: str, dtype: torch.dtype | None = None) -> bool:
         """Return True if --only selects this case."""
-        return not self.args.only or any(text in case for text in self.args.only)
+        name = case if dtype is None else f"{case} {name_of(dtype)}"
+        return not self.args.only or any(text in name for text in self.args.only)
 
     def add(self, row) -> None:
         self.rows.append(row)
         words = []
-        for field, (_, width, form) in self.columns.items():
-            value = getattr(row, field)
-            words.append(f"{cell(value, form):{'<' if isinstance(value, str) else '>'}{width}}")
-        print(" ".join(words).rstrip(), getattr(row, "absent", ""), flush=True)
+        for name, (head, form) in columns(row).items():
+            value = getattr(row, name)
+            if text := cell(value, form):
+                words.append(text if isinstance(value, str) else f"{head} {text}")
+        print(" | ".join(words), getattr(row, "absent", ""), flush=True)
 
     def save(self) -> None:
         """Save: a whole run replaces the file, a part (--only, --score) its own rows."""

@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -165,7 +166,7 @@ def rate(step: int, steps: int) -> float:
 
 
 def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, line: int = 0) -> dict:
-    """Return weights, the loss curve, and the time. All trainings see the same batches."""
+    """Return weights, the last loss, and the time. All trainings see the same batches."""
     training = TRAININGS[name]
     batch, length, steps, lr = setup.batch, setup.length, setup.steps, setup.learning_rate
     if training.starts_from:
@@ -182,21 +183,18 @@ def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, lin
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = lr * rate(step, steps)
-        attend, counted = training.step(setup, draws)
+        attend = training.attention(setup, length, draws)
         loss = loss_of(model, sample(text, batch, length, batches), attend)
-        loss = loss.mean() if counted is None else loss[counted].mean()
+        loss = loss[getattr(attend, "counted", ...)].mean()  # random_padding counts a part
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
         progress.set_postfix(loss=f"{losses[-1]:.3f}")
-    every = max(1, steps // 30)
-    curve = [
-        sum(losses[i : i + every]) / len(losses[i : i + every]) for i in range(0, steps, every)
-    ]
-    record = {"curve": curve, "seconds": time.process_time() - begin}
-    return {"weights": model.state_dict(), "record": record}
+    seconds = time.process_time() - begin
+    last = fmean(losses[-max(1, steps // 30) :])
+    return {"weights": model.state_dict(), "loss": last, "seconds": seconds}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -207,7 +205,7 @@ def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, lin
 def read_lengths(
     method: Method, setup: Setup, text: Tensor, weights: dict, line: int = 0
 ) -> list[dict]:
-    """Return the loss at each length: of the last L bytes, of all, and of each L before."""
+    """Return the loss at each length: of the last L bytes, and of all."""
     model = Transformer(setup.d_model, setup.layers, setup.heads)
     model.load_state_dict(weights)
     tokens = spread(text, setup.windows, FACTOR * setup.length)
@@ -217,9 +215,8 @@ def read_lengths(
         attend = method.attention(setup, length, torch.Generator().manual_seed(setup.seed))
         parts = tokens[:, -(length + 1) :].split(max(1, 8 * setup.length // length))
         losses = torch.cat([loss_of(model, part, attend) for part in parts]).double()
-        buckets = losses.unflatten(-1, (-1, setup.length)).mean((0, 2)).tolist()
-        means = {"last": buckets[-1], "mean": losses.mean().item()}
-        results.append({"length": length, **means, "buckets": buckets})
+        last, mean = (x.mean().item() for x in (losses[:, -setup.length :], losses))
+        results.append({"length": length, "last": last, "mean": mean})
     return results
 
 
@@ -254,10 +251,10 @@ class Run:
 
     def path(self, kind: str, name: str) -> Path:
         """Return the file of a training or a reading."""
-        about = lineage(name) if kind == "trained" else None
+        about = lineage(name if kind == "trained" else METHODS[name].trained)
         if kind == "read":
-            about = (METHODS[name].run, *lineage(METHODS[name].trained))
-        depends = repr((asdict(self.setup), digest(), kind, name, about))
+            about = (METHODS[name].run, *about)
+        depends = repr((self.setup, digest(), kind, name, about))
         stem = re.sub(r"\W+", "_", f"{kind} {name} {self.setup.seed}")
         return self.folder / f"{stem}-{hashlib.sha256(depends.encode()).hexdigest()[:12]}.pt"
 
@@ -291,8 +288,8 @@ class Job(NamedTuple):
         if self.kind == "read":
             losses = (f"{read['last']:.3f}" for read in self.run.read(self.name, line))
             return f"{told}: {' '.join(losses)}"
-        record = self.run.trained(self.name, line)["record"]
-        return f"{told}: loss {record['curve'][-1]:.3f}, {record['seconds']:.0f} s of a core"
+        done = self.run.trained(self.name, line)
+        return f"{told}: loss {done['loss']:.3f}, {done['seconds']:.0f} s of a core"
 
 
 def work(runs: list[Run], workers: int) -> None:
@@ -316,9 +313,8 @@ def work(runs: list[Run], workers: int) -> None:
 def collect(runs: list[Run]) -> dict:
     """Collect the JSON file's content: the losses of every method, by length and seed."""
     train, test = map(len, read_text())
-    setup = asdict(runs[0].setup)
-    del setup["seed"]
-    records = [run.trained(name)["record"] for run in runs for name in TRAININGS]
+    setup = {key: x for key, x in asdict(runs[0].setup).items() if key != "seed"}
+    seconds = sum(run.trained(name)["seconds"] for run in runs for name in TRAININGS)
     rows = []
     for name, method in METHODS.items():
         reads = [run.read(name) for run in runs]
@@ -331,7 +327,7 @@ def collect(runs: list[Run]) -> dict:
         "text": {"train_bytes": train, "test_bytes": test, "sha256": digest()},
         "setup": {**setup, "seeds": len(runs)},
         "trainings": len(TRAININGS),
-        "seconds": sum(record["seconds"] for record in records),
+        "seconds": seconds,
         "lengths": [read["length"] for read in reads[0]],
         "rows": rows,
     }
@@ -352,9 +348,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models, a few steps")
     parser.add_argument("--seeds", type=int, default=3, help="of each training")
     parser.add_argument("--workers", type=int, default=2, help="processes, each on one thread")
-    parser.add_argument(
-        "--build", type=Path, default=ROOT / "build" / NAME, help="keeps what is done"
-    )
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / NAME, help="keeps all parts")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.build.mkdir(parents=True, exist_ok=True)
@@ -362,9 +356,7 @@ def main() -> None:
     runs = [Run(replace(setup, seed=seed), args.build) for seed in range(args.seeds)]
     work(runs, args.workers)
     results = collect(runs)
-    table, figure = args.build, args.build
-    if not args.quick:
-        table, figure = RESULTS / FOLDER, ROOT / "docs"
+    table, figure = (args.build,) * 2 if args.quick else (RESULTS / FOLDER, ROOT / "docs")
     write(table / f"{NAME}.json", results)
     draw_lengths(results, figure / f"{NAME}.png")
     print(printed(results))

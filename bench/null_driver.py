@@ -14,24 +14,16 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from machine_code import CHIPS
 from triton.backends.compiler import GPUTarget
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Bytes of shared memory that a block may have; with more, Triton refuses to launch.
-_SHARED = {
-    80: 166912,
-    86: 101376,
-    89: 101376,
-    90: 232448,
-    100: 232448,
-    120: 101376,
-    "gfx942": 65536,
-}
+SHARED_OF_GFX942 = 65_536
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A launch, with the binary that would have run."""
+class Launch:
+    """A launch of one kernel, with the binary that would have run."""
 
     name: str
     module: str  # of the kernel's source
@@ -42,19 +34,24 @@ class Kept:
     shared: int
     tensor_memory: int
 
+    def __getitem__(self, name: str) -> Any:
+        """Return an argument by its name."""
+        return self.args[name]
+
 
 class NullDriver:
     """A driver that counts launches by kernel name; keep: with their arguments and binaries."""
 
     def __init__(self, chip: int | str, keep: bool = False) -> None:
-        self.target = GPUTarget("cuda", chip, 32)
-        if not isinstance(chip, int):
-            self.target = GPUTarget("hip", chip, 64)
+        is_cuda = isinstance(chip, int)
+        self.target = GPUTarget("cuda", chip, 32) if is_cuda else GPUTarget("hip", chip, 64)
         self.launches: list[str] = []
-        self.kept: list[Kept] = []
+        self.kept: list[Launch] = []
         self.keep = keep
         self._loaded = b""
-        properties = {"max_shared_mem": _SHARED.get(chip, 101376)}
+        # With more shared memory than a block may have, Triton refuses to launch.
+        shared = CHIPS[chip].block_shared if is_cuda else SHARED_OF_GFX942
+        properties = {"max_shared_mem": shared}
         self.utils = SimpleNamespace(
             load_binary=self._load,
             unload_module=lambda module: None,
@@ -75,7 +72,7 @@ class NullDriver:
                 return
             binary = binary or self._loaded  # Triton loads it right before its first launch
             tensor_memory = getattr(metadata, "tmem_size", 0) or 0
-            self.kept.append(Kept(
+            self.kept.append(Launch(
                 metadata.name, source.fn.fn.__module__, args[:3],
                 dict(zip(names, args[-len(names) :])), binary, metadata.num_warps,
                 metadata.shared, tensor_memory,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -25,29 +26,17 @@ HALF = (torch.float16, torch.bfloat16)
 WORKSPACE = 2**27  # bytes, from FlashInfer's documentation
 
 
-def titled(package: str, what: str = "") -> str:
-    """Return a peer's name with its installed version."""
+def offered(package: str, make: Callable[[], dict[str, Call]], only_gpu: bool = True) -> Calls:
+    """Return the calls that `make` gives, with the package's version in their names; or why not."""
     try:
         name = f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
+    except importlib.metadata.PackageNotFoundError:  # what is built from source may have none
         name = package
-    return f"{name}{what}"
-
-
-def missing(package: str) -> str:
+    if only_gpu and device() == "cpu":
+        return {name: f"{package} is not installed" if name == package else ONLY_GPU}
     try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{package} is not installed"
-    return ""
-
-
-def offered(package: str, what: str, make: Callable[[], Call]) -> Calls:
-    """Return the result of `make` by the package's name, or why there is none."""
-    name = titled(package, what)
-    try:
-        return {name: make()}
-    except Exception as error:  # a package that is broken, or built for another torch or chip
+        return {f"{name} {what}".strip(): call for what, call in make().items()}
+    except Exception as error:  # a package that is missing, broken, or built for another chip
         return {name: f"{type(error).__name__}: {str(error).strip()[:120]}"}
 
 
@@ -57,13 +46,15 @@ def offered(package: str, what: str, make: Callable[[], Call]) -> Calls:
 
 def rotary_peers(q: Tensor, k: Tensor, freqs: RopeFreqs, interleaved: bool) -> Calls:
     """Return rotations of q and k at positions 0, 1, 2, ... with this pairing of dims."""
-    peers = {}
+    tables = _tables(q, freqs)
+    fast = offered("flash-attn", partial(flash_attn_rotary, q, k, *tables, interleaved))
     if interleaved:
-        peers |= lucidrains(q, k)
-    else:
-        peers |= transformers_rotary(q, k, freqs)
-        peers |= liger(q, k, freqs)
-    return peers | flash_attn_rotary(q, k, freqs, interleaved)
+        return {**offered("rotary-embedding-torch", partial(lucidrains, q, k), False), **fast}
+    return {
+        **offered("transformers", partial(transformers_rotary, q, k, *tables), False),
+        **offered("liger-kernel", partial(liger, q, k, *tables)),
+        **fast,
+    }
 
 
 def _tables(q: Tensor, freqs: RopeFreqs) -> tuple[Tensor, Tensor]:
@@ -73,67 +64,50 @@ def _tables(q: Tensor, freqs: RopeFreqs) -> tuple[Tensor, Tensor]:
     return angle.cos().to(q.dtype), angle.sin().to(q.dtype)
 
 
-def transformers_rotary(q: Tensor, k: Tensor, freqs: RopeFreqs) -> Calls:
+def transformers_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Call]:
     """Return Llama's rotation in transformers: eager, compiled, and compiled with its tables."""
-    if reason := missing("transformers"):
-        return {"transformers": reason}
     from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import (
-        LlamaRotaryEmbedding,
-        apply_rotary_pos_emb,
-    )
+    from transformers.models.llama import modeling_llama
 
-    cos, sin = _tables(q, freqs)
+    rotate = modeling_llama.apply_rotary_pos_emb
     positions = torch.arange(q.shape[1], device=q.device)[None]
     config = LlamaConfig(head_dim=q.shape[-1], max_position_embeddings=q.shape[1])
-    rotary = LlamaRotaryEmbedding(config).to(q.device)
+    rotary = modeling_llama.LlamaRotaryEmbedding(config).to(q.device)
     q, k = q.transpose(1, 2), k.transpose(1, 2)
-    compiled = torch.compile(apply_rotary_pos_emb, dynamic=False)
+    compiled = torch.compile(rotate, dynamic=False)
 
     @torch.compile(dynamic=False)
     def with_tables(q, k, positions):
-        return apply_rotary_pos_emb(q, k, *rotary(q, positions))
+        return rotate(q, k, *rotary(q, positions))
 
-    name = titled("transformers")
     return {
-        f"{name} eager": lambda: apply_rotary_pos_emb(q, k, cos, sin),
-        f"{name} compiled": lambda: compiled(q, k, cos, sin),
-        f"{name} compiled, with tables": lambda: with_tables(q, k, positions),
+        "eager": lambda: rotate(q, k, cos, sin),
+        "compiled": lambda: compiled(q, k, cos, sin),
+        "compiled, with tables": lambda: with_tables(q, k, positions),
     }
 
 
-def lucidrains(q: Tensor, k: Tensor) -> Calls:
-    package = "rotary-embedding-torch"
-    if reason := missing(package):
-        return {package: reason}
+def lucidrains(q: Tensor, k: Tensor) -> dict[str, Call]:
     from rotary_embedding_torch import RotaryEmbedding
 
     rotary = RotaryEmbedding(q.shape[-1], seq_before_head_dim=True).to(q.device)
-    rotate = rotary.rotate_queries_or_keys
-    return {titled(package): lambda: (rotate(q), rotate(k))}
+    return {"": lambda: tuple(map(rotary.rotate_queries_or_keys, (q, k)))}
 
 
-def liger(q: Tensor, k: Tensor, freqs: RopeFreqs) -> Calls:
+def liger(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Call]:
     """Return Liger's Triton kernel, which overwrites contiguous inputs."""
-    reason = missing("liger-kernel") or (ONLY_GPU if device() == "cpu" else "")
-    if reason:
-        return {titled("liger-kernel"): reason}
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
-    cos, sin = _tables(q, freqs)
-    q, k = q.transpose(1, 2), k.transpose(1, 2)
-    return {titled("liger-kernel"): lambda: liger_rotary_pos_emb(q, k, cos, sin)}
+    return {"": partial(liger_rotary_pos_emb, q.transpose(1, 2), k.transpose(1, 2), cos, sin)}
 
 
-def flash_attn_rotary(q: Tensor, k: Tensor, freqs: RopeFreqs, interleaved: bool) -> Calls:
-    reason = missing("flash-attn") or (ONLY_GPU if device() == "cpu" else "")
-    if reason:
-        return {titled("flash-attn", " rotary"): reason}
+def flash_attn_rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> dict[str, Call]:
     from flash_attn.layers.rotary import apply_rotary_emb
 
-    cos, sin = (x[0, :, : q.shape[-1] // 2].contiguous() for x in _tables(q, freqs))
-    rotate = lambda x: apply_rotary_emb(x, cos, sin, interleaved=interleaved)  # noqa: E731
-    return {titled("flash-attn", " rotary"): lambda: (rotate(q), rotate(k))}
+    halves = [x[0, :, : q.shape[-1] // 2].contiguous() for x in (cos, sin)]
+    return {"rotary": lambda: [apply_rotary_emb(x, *halves, interleaved) for x in (q, k)]}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -151,8 +125,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Calls:
     return calls | {"SDPA": _attend(q, k, v, enable_gqa=groups > 1, **how)}
 
 
-def _attend(q, k, v, **how) -> Call:
-    call = lambda: F.scaled_dot_product_attention(q, k, v, **how)  # noqa: E731
+def _attend(q: Tensor, k: Tensor, v: Tensor, **how) -> Call:
+    call = partial(F.scaled_dot_product_attention, q, k, v, **how)
     call.leaves = [q, k, v]
     return call
 
@@ -208,21 +182,19 @@ def dense_rerope(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, window: int)
 
 def attention_peers(q: Tensor, k: Tensor, v: Tensor) -> Calls:
     if device() == "cpu":
-        return {titled("flash-attn"): missing("flash-attn") or ONLY_GPU}
+        return offered("flash-attn", dict)
     if q.dtype not in HALF:
         return {"flash-attn, FlashInfer": "take float16 and bfloat16"}
     leaves = [x.detach().clone() for x in (q, k, v)]
-    peers = {}
-    for package, module in (
-        ("flash-attn", "flash_attn"),
-        ("flash-attn-3", "flash_attn_interface"),
-        ("flash-attn-4", "flash_attn.cute"),
-    ):
-        peers |= offered(package, "", lambda module=module: _flash(module, leaves))
-    return peers | offered("flashinfer-python", "", lambda: _flashinfer(leaves))
+    return {
+        **offered("flash-attn", partial(_flash, "flash_attn", leaves)),
+        **offered("flash-attn-3", partial(_flash, "flash_attn_interface", leaves)),
+        **offered("flash-attn-4", partial(_flash, "flash_attn.cute", leaves)),
+        **offered("flashinfer-python", partial(_flashinfer, leaves)),
+    }
 
 
-def _flash(module: str, leaves: list[Tensor]) -> Call:
+def _flash(module: str, leaves: list[Tensor]) -> dict[str, Call]:
     attend = import_module(module).flash_attn_func
 
     def call():
@@ -230,17 +202,12 @@ def _flash(module: str, leaves: list[Tensor]) -> Call:
         return out if isinstance(out, Tensor) else out[0]  # some return the log-sum-exp too
 
     call.leaves = leaves
-    return call
+    return {"": call}
 
 
-def _flashinfer(leaves: list[Tensor]) -> Call:
+def _flashinfer(leaves: list[Tensor]) -> dict[str, Call]:
     attend = import_module("flashinfer").single_prefill_with_kv_cache
-    q, k, v = (x[0] for x in leaves)
-
-    def call():
-        return attend(q, k, v, causal=True)
-
-    return call
+    return {"": partial(attend, *(x[0] for x in leaves), causal=True)}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -274,37 +241,31 @@ def decode_peers(cache: Paged) -> Calls:
     """Return others' plain attention: flash-attn over a contiguous cache, FlashInfer paged."""
     if device() == "cpu" or cache.q.dtype not in HALF:
         return {}
-    peers = {}
-    for package, module in (("flash-attn", "flash_attn"), ("flash-attn-3", "flash_attn_interface")):
-        peers |= offered(
-            package, " with_kvcache", lambda module=module: _flash_with_kvcache(module, cache)
-        )
-    return peers | offered("flashinfer-python", " paged", lambda: _flashinfer_paged(cache))
+    return {
+        **offered("flash-attn", partial(_flash_with_kvcache, "flash_attn", cache)),
+        **offered("flash-attn-3", partial(_flash_with_kvcache, "flash_attn_interface", cache)),
+        **offered("flashinfer-python", partial(_flashinfer_paged, cache)),
+    }
 
 
-def _flash_with_kvcache(module: str, cache: Paged) -> Call:
+def _flash_with_kvcache(module: str, cache: Paged) -> dict[str, Call]:
     attend = import_module(module).flash_attn_with_kvcache
-    (k, v), seqlens = cache.contiguous(), cache.seqlens
-    return lambda: attend(cache.q, k, v, cache_seqlens=seqlens, causal=True)
+    given = {"cache_seqlens": cache.seqlens, "causal": True}
+    return {"with_kvcache": partial(attend, cache.q, *cache.contiguous(), **given)}
 
 
-def _flashinfer_paged(cache: Paged) -> Call:
+def _flashinfer_paged(cache: Paged) -> dict[str, Call]:
     flashinfer = import_module("flashinfer")
     batch, pages = cache.block_table.shape
     _, page_size, heads_k, head_dim = cache.k.shape
     workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device="cuda")
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
     numbers = {"dtype": torch.int32, "device": "cuda"}
+    first_pages = torch.arange(batch + 1, **numbers) * pages
+    last_lengths = torch.full((batch,), page_size, **numbers)
+    sizes = cache.q.shape[2], heads_k, head_dim, page_size
     wrapper.plan(
-        torch.arange(batch + 1, **numbers) * pages,
-        cache.block_table.flatten(),
-        torch.full((batch,), page_size, **numbers),
-        cache.q.shape[2],
-        heads_k,
-        head_dim,
-        page_size,
-        q_data_type=cache.q.dtype,
-        kv_data_type=cache.k.dtype,
-    )
-    q = cache.q[:, 0]
-    return lambda: wrapper.run(q, (cache.k, cache.v))
+        first_pages, cache.block_table.flatten(), last_lengths, *sizes,
+        q_data_type=cache.q.dtype, kv_data_type=cache.k.dtype,
+    )  # fmt: skip
+    return {"paged": partial(wrapper.run, cache.q[:, 0], (cache.k, cache.v))}

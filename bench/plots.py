@@ -12,7 +12,7 @@ from typing import NamedTuple
 import evaluations
 import ruler
 import scaling
-from evaluations import Interval, Measured, named
+from evaluations import named
 from harness import RESULTS
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -192,41 +192,6 @@ def _close(place: tuple[float, float], other: tuple[float, float]) -> bool:
     return abs(place[0] - other[0]) < 0.01 and abs(place[1] - other[1]) < 0.1
 
 
-def line_of(name: str, row: Measured) -> str | None:
-    """Return the line of the plot of windows that has a row as a point."""
-    if name == "leaky_rerope" and "log_n" not in row.parameters:
-        return f"leaky, factor {row.parameters['factor']:g}"
-    if name == "rerope":
-        return "ReRoPE, log-n" if "log_n" in row.parameters else "ReRoPE"
-    return None
-
-
-def windows(path: Path, results: Path = RESULTS) -> None:
-    """Draw loss and recall by ReRoPE's window, at twice the training length."""
-    panels = {"loss over YaRN's behind 8,192 tokens": "over_yarn",
-              "recall 15,360 tokens back": "recall"}  # fmt: skip
-    figure = Figure(figsize=(8.6, 3.4), layout="constrained")
-    every = figure.subplots(1, 2)
-    for axes, (title, measure) in zip(every, panels.items(), strict=True):
-        found: dict[str, dict[int, Interval]] = {}
-        for name, rows in evaluations.measured(results).items():
-            for row in rows:
-                line, value = line_of(name, row), getattr(row, measure)
-                if line is not None and value is not None:
-                    found.setdefault(line, {})[row.parameters["window"]] = value
-        for (line, values), marker in zip(found.items(), "osD^v", strict=False):
-            places = sorted(values)
-            means, errors = zip(*(values[window] for window in places))
-            axes.errorbar(places, means, errors, label=line, marker=marker, capsize=3)
-        axes.axhline(0, color="0.35", linewidth=0.8)
-        axes.set_xticks([1024, 2048, 3072, 4096, 6144], ["1k", "2k", "3k", "4k", "6k"])
-        axes.set_xlabel("window")
-        axes.set_title(f"{title} (nats a token)", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    every[0].legend(frameon=False)
-    save(figure, path)
-
-
 def ruler_shares(path: Path, results: Path = RESULTS) -> None:
     """Draw the share of RULER's answers by length, with Wilson's interval of 95%."""
     cells = [
@@ -327,7 +292,6 @@ PLOTS: dict[str, Callable[[Path], None]] = {
     "demo": demo,
     "ruler": ruler_shares,
     "tradeoff": tradeoff,
-    "windows": windows,
     "length_generalization": length_generalization,
 }
 

@@ -22,10 +22,15 @@ PRELOADED = ["extrope_kernels.distributed", "torch.distributed.device_mesh"]
 
 
 class Ranks:
-    """Processes that run module-level functions on all ranks: function(mesh, **arguments)."""
+    """Processes that run module-level functions on all ranks: function(mesh, **arguments).
 
-    def __init__(self, seconds: float = SECONDS, preloaded: Sequence[str] = ()) -> None:
-        self.seconds = seconds
+    gpus: so many, with a GPU each under NCCL, instead of four under gloo.
+    """
+
+    def __init__(
+        self, seconds: float = SECONDS, preloaded: Sequence[str] = (), gpus: int = 0
+    ) -> None:
+        self.seconds, self.gpus = seconds, gpus
         self.preloaded = [*PRELOADED, *preloaded]
         self.processes: list = []
         self.pipes: list = []
@@ -33,7 +38,7 @@ class Ranks:
     def run(
         self, function: Callable[..., Any], size: int | tuple[int, int], **arguments: Any
     ) -> list[Any]:
-        """Run a function; return its result on each rank of a mesh of 1, 2, 4 or (2, 2)."""
+        """Run a function; return its result on each rank of a mesh: 1, 2, 4, (2, 2), or gpus."""
         if not self.processes:
             self._start()
         pipes = self.pipes[: size if isinstance(size, int) else WORLD]
@@ -68,11 +73,10 @@ class Ranks:
         store = os.path.join(tempfile.mkdtemp(), "store")
         threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         os.environ.update(dict.fromkeys(threads, "1"))
-        for rank in range(WORLD):
+        for rank in range(self.gpus or WORLD):
             here, there = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, there, store, sys.path), daemon=True
-            )
+            given = (rank, there, store, sys.path, self.gpus)
+            process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             there.close()
             self.processes.append(process)
@@ -81,22 +85,27 @@ class Ranks:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _serve(rank: int, pipe: Any, store: str, path: list[str]) -> None:
+def _serve(rank: int, pipe: Any, store: str, path: list[str], gpus: int) -> None:
     sys.path[:] = path
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)
+    if gpus:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "nccl" if gpus else "gloo",
         init_method=f"file://{store}",
         rank=rank,
-        world_size=WORLD,
+        world_size=gpus or WORLD,
         timeout=timedelta(seconds=SECONDS),
     )
-    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-    meshes = {1: None, 2: grid["inner"], 4: init_device_mesh("cpu", (4,)), (2, 2): grid}
+    if gpus:
+        meshes = {gpus: init_device_mesh("cuda", (gpus,))}
+    else:
+        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+        meshes = {1: None, 2: grid["inner"], 4: init_device_mesh("cpu", (4,)), (2, 2): grid}
     while True:
         try:
             function, size, arguments = pipe.recv()

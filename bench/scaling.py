@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from harness import Call, Report, device, once, paired, peak_megabytes
+from harness import Call, Report, column, device, once, paired, peak_megabytes
 
 LENGTHS = tuple(2**i for i in range(10, 17))
 SECONDS = 5.0  # after a call this long the next length is left out: it may take four times longer
@@ -22,20 +23,11 @@ SECONDS = 5.0  # after a call this long the next length is left out: it may take
 class ScalingRow:
     """One implementation at one length on some threads; forward time, peak memory over inputs."""
 
-    implementation: str
-    seqlen: int
-    threads: int
-    milliseconds: float
-    megabytes: float
-
-
-COLUMNS = {
-    "implementation": ("scaling", 34, ""),
-    "seqlen": ("tokens", 7, ""),
-    "threads": ("threads", 7, ""),
-    "milliseconds": ("ms", 10, ".3f"),
-    "megabytes": ("peak MB", 8, ".1f"),
-}
+    implementation: str = column("scaling")
+    seqlen: int = column("tokens")
+    threads: int = column("threads")
+    milliseconds: float = column("ms", ".3f")
+    megabytes: float = column("peak MB", ".1f")
 
 
 def scaling(
@@ -47,7 +39,7 @@ def scaling(
     """Measure each call at all lengths, on one thread and on all. --only "scaling" selects it."""
     if args.only and not any(text in f"scaling {name}" for text in args.only):
         return
-    report = Report(f"scaling-{name}", args, COLUMNS, about=about)
+    report = Report(f"scaling-{name}", args, about=about)
     before = torch.get_num_threads()
     for threads in sorted({1, before}) if device() == "cpu" else [1]:
         torch.set_num_threads(threads)
@@ -74,12 +66,11 @@ def measure(name: str, seqlen: int, threads: int, call: Call, repeats: int) -> S
 def slope(rows: list[dict], field: str) -> float:
     """Fit the exponent of the length over the longest quarter of the lengths."""
     longest = max((row["seqlen"] for row in rows), default=0)
-    points = [(math.log(row["seqlen"]), math.log(row[field]))
-              for row in rows if row["seqlen"] >= longest / 4 and row[field] > 0]  # fmt: skip
-    if len(points) < 2:
+    own = [row for row in rows if row["seqlen"] >= longest / 4 and row[field] > 0]
+    if len(own) < 2:
         return math.nan
-    x, y = (sum(axis) / len(points) for axis in zip(*points))
-    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+    logs = ([math.log(row[name]) for row in own] for name in ("seqlen", field))
+    return statistics.linear_regression(*logs).slope
 
 
 def curves(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:

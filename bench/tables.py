@@ -23,7 +23,7 @@ import evaluations
 import ruler
 import scaling
 from evaluations import Measured, between, named
-from harness import COLUMNS, RESULTS, cell, table
+from harness import RESULTS, Row, cell, columns, table
 
 import extrope_kernels
 from extrope_kernels import methods, positions, scores
@@ -43,7 +43,7 @@ def benchmark(path: Path, only: str = "") -> str:
     if path.stem == "vllm":
         return speeds(results)
     if path.stem in ("distributed", "generate", "launch"):
-        return by_columns(import_module(f"bench_{path.stem}").COLUMNS, results)
+        return by_columns(columns(import_module(f"bench_{path.stem}").Row), results)
     return comparison(results, only)
 
 
@@ -57,7 +57,8 @@ def comparison(results: dict, only: str = "") -> str:
     """Make a line per case with the words of `only`: our time over that of all others."""
     fields = ("dtype", "shape", "milliseconds", "of_floor", "error", "host_microseconds",
               "megabytes")  # fmt: skip
-    headings = [COLUMNS[field][0].replace("/it", "/ours") for field in fields]
+    shown = columns(Row)
+    headings = [shown[field][0].replace("/it", "/ours") for field in fields]
     lines, absent = [], {}
     cases: dict[tuple, list[dict]] = {}
     for row in results["rows"]:
@@ -66,7 +67,7 @@ def comparison(results: dict, only: str = "") -> str:
             cases.setdefault(name, []).append(row)
     for rows in cases.values():
         for ours in (row for row in rows if row["implementation"] == "extrope"):
-            words = [cell(ours.get(field), COLUMNS[field][2]) for field in fields]
+            words = [cell(ours.get(field), shown[field][1]) for field in fields]
             measured = [_against(row) for row in rows if row is not ours and "ratio" in row]
             lines.append([ours["case"], *words, "; ".join(measured)])
             absent |= {r["implementation"]: r["absent"] for r in rows if "absent" in r}
@@ -86,11 +87,11 @@ def _against(row: dict) -> str:
     return f"{text} (bar {row['bar']:.3g}{'' if row['verdict'] == 'met' else ' missed'})"
 
 
-def by_columns(columns: dict, results: dict) -> str:
+def by_columns(shown: dict, results: dict) -> str:
     """Make a line per row, with the benchmark's own columns."""
-    lines = [[cell(row.get(field), form) for field, (_, _, form) in columns.items()]
+    lines = [[cell(row.get(name), form) for name, (_, form) in shown.items()]
              for row in results["rows"]]  # fmt: skip
-    return f"{machine(results)}.\n\n{table([head for head, _, _ in columns.values()], lines)}"
+    return f"{machine(results)}.\n\n{table([head for head, _ in shown.values()], lines)}"
 
 
 def speeds(results: dict) -> str:

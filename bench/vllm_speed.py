@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 RERO = {"score": {"method": "rerope", "window": 1024}}
@@ -22,10 +23,7 @@ METHODS = {
     "plain": (None, "auto"),
     "yarn": ({"method": "yarn", "factor": 4.0}, "auto"),
     "rerope": (RERO, "auto"),
-    "leaky_rerope": (
-        {"score": {"method": "leaky_rerope", "window": 1024, "factor": 4.0}},
-        "auto",
-    ),
+    "leaky_rerope": ({"score": {**RERO["score"], "method": "leaky_rerope", "factor": 4.0}}, "auto"),
     "plain fp8": (None, "fp8"),
     "rerope fp8": (RERO, "fp8"),
 }
@@ -95,22 +93,23 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, list[float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def save(args: argparse.Namespace, table: dict[str, dict[str, list[float]]]) -> None:
-    """Keep the numbers with their machine."""
-    import transformers
-    import vllm
-    from harness import RESULTS, folder_of, machine, write
+@dataclass
+class Row:
+    """Tokens a second of an engine, and a CPU second."""
 
-    versions = {"vllm": vllm.__version__, "transformers": transformers.__version__}
-    with_ = {key: getattr(args, key) for key in ("tokens", "dtype", "threads", "rounds")}
-    rows = [
-        {"name": name, **{part + more: x for part, both in parts.items()
-                          for more, x in zip(("", "_cpu"), both, strict=True)}}
-        for name, parts in table.items()
-    ]  # fmt: skip
-    where = machine()
-    path = RESULTS / folder_of(str(where["device"])) / "vllm.json"
-    write(path, {"machine": {**where, **versions}, **with_, "rows": rows})
+    name: str
+    prefill: float
+    prefill_cpu: float
+    decode: float
+    decode_cpu: float
+
+
+def best(name: str, tokens: int, rounds: list[dict[str, list[float]]]) -> Row:
+    """Return the least time of all rounds: other load on the machine only adds to it."""
+    found = []
+    for part, count in (("prefill", tokens), ("decode", 1)):
+        found += [count / min(times) for times in zip(*(each[part] for each in rounds))]
+    return Row(name, *found)
 
 
 def main() -> None:
@@ -120,7 +119,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.model is None:
@@ -130,20 +129,16 @@ def main() -> None:
     if args.engine:
         run_engine(args)
         return
+    import transformers
+    import vllm
+    from harness import RESULTS, folder_of, machine, save
+
     rounds = [{name: measure(args, name) for name in args.methods} for _ in range(args.rounds)]
-    table: dict[str, dict[str, list[float]]] = {}
-    for name in args.methods:
-        table[name] = {}
-        for part, tokens in (("prefill", args.tokens), ("decode", 1)):
-            # The least of all rounds: other load on the machine only adds time.
-            best = [min(each[name][part][clock] for each in rounds) for clock in (0, 1)]
-            table[name][part] = [tokens / seconds for seconds in best]
-            ratio = [a / b for a, b in zip(table[name][part], table[args.methods[0]][part])]
-            print(
-                f"{name:14} {part:8} {table[name][part][0]:8.1f} tokens/s ({ratio[0]:.2f}), "
-                f"{table[name][part][1]:8.1f} a CPU second ({ratio[1]:.2f})"
-            )
-    save(args, table)
+    rows = [best(name, args.tokens, [each[name] for each in rounds]) for name in args.methods]
+    print("\n".join(map(str, rows)))
+    about = {key: getattr(args, key) for key in ("tokens", "dtype", "threads", "rounds")}
+    about |= {"vllm": vllm.__version__, "transformers": transformers.__version__}
+    save("vllm", rows, RESULTS / folder_of(str(machine()["device"])), **about)
 
 
 if __name__ == "__main__":

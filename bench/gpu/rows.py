@@ -15,7 +15,7 @@ from bench_attention import exact_tail, frequencies, make_inputs, plain_peers
 from bench_decode import caches, decode_paged, sdpa_calls
 from bench_rope import Calls
 from compare import error_of_tail, trained, why_not
-from harness import Call, paired
+from harness import Call, cell, column, columns, paired
 from peers import decode_peers
 from shapes import (
     BATCH,
@@ -64,36 +64,25 @@ class Timing:
 
 @dataclass
 class Result:
-    name: str
-    shape: str
-    milliseconds: float | None = None
-    bound: float | None = None  # milliseconds
-    bound_by: str = ""
-    error: float | None = None
+    name: str = column()
+    shape: str = column("shape")
+    milliseconds: float | None = column("ms", ".3f", None)
+    bound: float | None = column("bound, ms", ".3f", None)
+    bound_by: str = column("by", default="")
+    of_bound: float | None = column("bound/ours", ".0%", None)
+    error: float | None = column("error", ".1e", None)
     peers: dict[str, dict[str, float] | str] = field(default_factory=dict)  # or why not
     absent: str = ""
 
     def cells(self) -> list[str]:
+        found = {name: cell(getattr(self, name), form) for name, (_, form) in HEAD.items()}
+        found["milliseconds"] = found["milliseconds"] or self.absent
         measured = {name: x for name, x in self.peers.items() if not isinstance(x, str)}
         others = (f"{name} {x['ours_over_it']:.2f}" for name, x in measured.items())
-        share = self.bound / self.milliseconds if self.bound and self.milliseconds else None
-        return [
-            self.name,
-            self.shape,
-            _number(self.milliseconds, ".3f") or self.absent,
-            _number(self.bound, ".3f"),
-            self.bound_by,
-            _number(share, ".0%"),
-            _number(self.error, ".1e"),
-            "; ".join(others),
-        ]
+        return [*found.values(), "; ".join(others)]
 
 
-HEAD = ["", "shape", "ms", "bound, ms", "by", "bound/ours", "error", "our time over theirs"]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+HEAD = columns(Result)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -207,6 +196,7 @@ def measure(timing: Timing, card: str) -> Result:
             return result
         with torch.set_grad_enabled("backward" in timing.name):
             (result.milliseconds,) = paired(made.ours, repeats=15, seconds=SECONDS)
+            result.of_bound = result.bound / result.milliseconds if result.bound else None
             result.error = made.error(made.ours()) if made.error else None
             for peer, call in made.peers.items():
                 result.peers[peer] = beside(made.ours, call)
@@ -232,6 +222,7 @@ def verdict(results: list[Result], asked: int, card: str) -> Verdict:
     absent = {name: why for one in results for name, why in one.peers.items()
               if isinstance(why, str)}  # fmt: skip
     line += f"; not there: {', '.join(absent)}" if absent else ""
-    table = {"head": HEAD, "rows": [one.cells() for one in results]}
+    head = [*(heading for heading, _ in HEAD.values()), "our time over theirs"]
+    table = {"head": head, "rows": [one.cells() for one in results]}
     content = {"table": table, "rows": [asdict(one) for one in results], "absent": absent}
     return Verdict(len(results) == asked and not failed, line, content)

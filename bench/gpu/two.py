@@ -5,18 +5,13 @@ Two processes have a GPU each. A machine with one GPU has nothing to run here.
 
 from __future__ import annotations
 
-import multiprocessing
-import tempfile
 import time
-import traceback
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from ranks import Ranks
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from extrope_kernels import RopeFreqs, distributed, methods, rope_attention, scores
 from extrope_kernels.testing import assert_within_budget
@@ -24,7 +19,7 @@ from extrope_kernels.testing import assert_within_budget
 from .step import Deadline, Verdict
 
 STRATEGIES = ("gather", "ring", "ulysses")
-GPUS, SECONDS = 2, 120  # of one collective
+GPUS = 2
 NAMES = ("out", "dq", "dk", "dv")
 CHECKED = {"seqlen": 2048, "heads_q": 8, "heads_k": 2, "head_dim": 64}
 TIMED = {"seqlen": 65536, "heads_q": 32, "heads_k": 8, "head_dim": 128}
@@ -92,52 +87,30 @@ def timings(mesh: DeviceMesh) -> dict[str, float]:
     return {name: 1e3 * value for name, value in found.items()}
 
 
-def rank(number: int, store: str, pipe: Any) -> None:
-    """Run one of the processes: send its errors and times."""
-    try:
-        torch.cuda.set_device(number)
-        dist.init_process_group(
-            "nccl",
-            init_method=f"file://{store}",
-            rank=number,
-            world_size=GPUS,
-            timeout=timedelta(seconds=SECONDS),
-        )
-        mesh = init_device_mesh("cuda", (GPUS,))
-        found = [
-            problems(mesh, strategy, dtype, "cuda", **CHECKED)
-            for strategy in STRATEGIES
-            for dtype in (torch.float32, torch.bfloat16)
-        ]
-        pipe.send(([line for line in found if line], timings(mesh)))
-        dist.destroy_process_group()
-    except Exception as error:  # a first run under NCCL may raise anything
-        traceback.print_exc()
-        pipe.send(([f"rank {number}: {type(error).__name__}: {error}".splitlines()[0]], {}))
+def on_each(mesh: DeviceMesh) -> tuple[list[str], dict[str, float]]:
+    """Return what is wrong on this rank, and the times."""
+    found = [
+        problems(mesh, strategy, dtype, "cuda", **CHECKED)
+        for strategy in STRATEGIES
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    return [line for line in found if line], timings(mesh)
 
 
 def run(deadline: Deadline) -> Verdict:
     count = torch.cuda.device_count()
     if count < GPUS:
         return Verdict(True, f"nothing was run: it takes {GPUS} GPUs, here is {count}")
-    context = multiprocessing.get_context("spawn")
-    store, pipes, processes = str(Path(tempfile.mkdtemp()) / "store"), [], []
-    for number in range(GPUS):
-        here, there = context.Pipe()
-        processes.append(context.Process(target=rank, args=(number, store, there), daemon=True))
-        processes[-1].start()
-        there.close()
-        pipes.append(here)
-    wrong, times = [], {}
-    for number, pipe in enumerate(pipes):
-        try:
-            found, times = pipe.recv() if pipe.poll(deadline.left) else (["no answer"], {})
-        except EOFError:
-            found = ["ended without an answer"]
-        wrong += [f"GPU {number}: {line}" for line in found]
-    for process in processes:
-        process.kill()
-    rows = [[name, f"{value:.1f}"] for name, value in times.items()]
+    ranks = Ranks(seconds=deadline.left, gpus=GPUS)
+    try:
+        found = ranks.run(on_each, GPUS)
+    except Exception as error:  # a first run under NCCL may raise anything
+        print(error, flush=True)
+        return Verdict(False, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+    finally:
+        ranks.stop()
+    wrong = [f"GPU {number}: {line}" for number, (lines, _) in enumerate(found) for line in lines]
+    rows = [[name, f"{value:.1f}"] for name, value in found[0][1].items()]
     table = {"head": ["65,536 tokens, 32 heads and 8 of 128", "ms"], "rows": rows}
     line = "; ".join(wrong) or f"{len(STRATEGIES)} strategies agree with one GPU"
-    return Verdict(not wrong, line, {"table": table} if rows else {})
+    return Verdict(not wrong, line, {"table": table})

@@ -41,7 +41,7 @@ def ran(script, folder: Path, capsys) -> list[dict]:
     return results["rows"]
 
 
-QUICK = ("bench_rope", "bench_attention", "bench_overhead")
+QUICK = ("bench_rope", "bench_attention")
 
 
 @pytest.mark.parametrize(
