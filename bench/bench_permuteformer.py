@@ -11,14 +11,13 @@ or memory. At N = 16384 in float32 we have to be 25 times faster.
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 
 import torch
 from bench_attention import frequencies, make_inputs
 from compare import compare, error_of_tail, matmul_floor, trained
-from harness import Call, Report, arguments, device
+from harness import Report, arguments, device
 from peers import sdpa
-from torch import Tensor
 
 from extrope_kernels import (
     apply_rope_qk,
@@ -28,7 +27,7 @@ from extrope_kernels import (
 )
 
 HEADS = 8
-OWN = ("our softmax attention",)
+OWN = "our softmax attention"
 CHUNK = 48  # tokens of a chunk of the CPU kernel
 BACKEND = "cpu" if device() == "cpu" else "fla"
 
@@ -38,57 +37,35 @@ def operations(seqlen: int, dim: int) -> float:
     return HEADS * seqlen * (4 * dim * dim + 4 * dim * (CHUNK + 1) / 2)
 
 
-def calls(qkv: list[Tensor], permutations: Tensor) -> tuple[Call, dict[str, Call]]:
-    """Return ours, and softmax attentions of the same size, with the leaves for gradients."""
-    q, k, v = qkv
-    freqs = frequencies(q.shape[-1])
-
-    def ours():
-        return permuteformer_attention(q, k, v, permutations=permutations, backend=BACKEND)
-
-    def softmax():
-        return rope_attention(q, k, v, freqs)
-
-    ours.leaves = softmax.leaves = qkv
-    return ours, {"our softmax attention": softmax, **sdpa(*apply_rope_qk(q, k, freqs), v)}
-
-
 def bench(report: Report, seqlen: int, dim: int, dtype: torch.dtype, training: bool) -> None:
     case = "training" if training else "forward"
     if not report.wants(f"{case} {seqlen} x {dim}", dtype):
         return
-    qkv, permutations = make_inputs(seqlen, HEADS, dim, dtype), head_permutations(HEADS, dim)
-    permutations = permutations.to(device())
-    first = [x[:, :1024] for x in qkv]  # the dense formula in float64 sees no more
-    exact = permuteformer_attention(
-        *(x.double() for x in first), permutations=permutations, backend="reference"
+    qkv = make_inputs(seqlen, HEADS, dim, dtype)
+    given = {"permutations": head_permutations(HEADS, dim).to(device()), "backend": BACKEND}
+    ours, softmax = (
+        partial(permuteformer_attention, *qkv, **given),
+        partial(rope_attention, *qkv, frequencies(dim)),
     )
-    ours, others = calls(qkv, permutations)
-    held = seqlen == 16384 and dtype == torch.float32 and not training
-    about = {
-        "dtype": dtype,
-        "shape": f"{seqlen} x {HEADS} x {dim}",
-        "backend": BACKEND,
-        "floor": matmul_floor(operations(seqlen, dim) * (3 if training else 1), dtype),
-        "bars": {"our softmax attention": 1 / 25} if held else {},
-    }
+    ours.leaves = softmax.leaves = qkv
+    others = {OWN: softmax, **sdpa(*apply_rope_qk(*qkv[:2], frequencies(dim)), qkv[2])}
+    compared = {"dtype": dtype, "shape": f"{seqlen} x {HEADS} x {dim}", "backend": BACKEND,
+                "floor": matmul_floor(operations(seqlen, dim) * (3 if training else 1), dtype),
+                "own": (OWN,)}  # fmt: skip
     if training:
-        beside = trained(others)
-        compare(report, case, trained({"extrope": ours}), yardsticks=beside, own=OWN, **about)
+        compare(report, case, trained({"extrope": ours}), yardsticks=trained(others), **compared)
         return
-    one = [x[:, :1] for x in qkv]
-    short = functools.partial(permuteformer_attention, permutations=permutations, backend=BACKEND)
+    # The dense formula in float64 sees no more.
+    first = [x[:, :1024].double() for x in qkv]
+    exact = permuteformer_attention(*first, **given | {"backend": "reference"})
+    held = seqlen == 16384 and dtype == torch.float32
     with torch.no_grad():
         compare(
-            report,
-            case,
-            {"extrope": ours},
-            yardsticks=others,
-            own=OWN,
+            report, case, {"extrope": ours}, yardsticks=others,
             error=lambda out: error_of_tail([exact])(out[:, : exact.shape[1]]),
-            few={"extrope": functools.partial(short, *one)},
-            **about,
-        )
+            few={"extrope": partial(permuteformer_attention, *(x[:, :1] for x in qkv), **given)},
+            bars={OWN: 1 / 25} if held else {}, **compared,
+        )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

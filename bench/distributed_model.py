@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+
+from harness import table
 
 FLOPS = 400e12  # of a GPU's attention, in 16 bits
 NVLINK, FABRIC = 450e9, 50e9  # bytes a second that a GPU sends: in a node, and 400 Gb/s out of it
@@ -105,17 +108,13 @@ def in_words(cost: Cost) -> str:
     return f"{times}, {cost.under_way / 1e9:.1f} GB" if cost.under_way else times
 
 
-def table() -> str:
+def cases() -> str:
     """Make the table: a layer's forward / backward in ms, and its GB in transit."""
-    head = ["tokens", "GPUs", "attention alone", *STRATEGIES, "choose"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for tokens in TOKENS:
-        for gpus in GPUS:
-            costs = [alone(gpus, tokens), *(cost(gpus, tokens) for cost in STRATEGIES.values())]
-            cells = [in_words(cost) for cost in costs]
-            cells = [named(tokens), str(gpus), *cells, choice(gpus, tokens)[0]]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = []
+    for tokens, gpus in product(TOKENS, GPUS):
+        costs = [alone(gpus, tokens), *(cost(gpus, tokens) for cost in STRATEGIES.values())]
+        rows.append([named(tokens), str(gpus), *map(in_words, costs), choice(gpus, tokens)[0]])
+    return table(["tokens", "GPUs", "attention alone", *STRATEGIES, "choose"], rows)
 
 
 def plot(path: Path) -> None:
@@ -125,29 +124,21 @@ def plot(path: Path) -> None:
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "context parallel"  # the same file every time
     from matplotlib import pyplot
-    from matplotlib.patches import Patch
+    from matplotlib.patches import Patch, Rectangle
 
     colors = dict(zip(STRATEGIES, ("#9ecae1", "#fdae6b", "#a1d99b"), strict=True))
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for row, tokens in enumerate(TOKENS):
-        for column, gpus in enumerate(GPUS):
-            name, cost = choice(gpus, tokens)
-            more = cost.seconds / alone(gpus, tokens).seconds - 1
-            axes.add_patch(
-                matplotlib.patches.Rectangle(
-                    (column - 0.5, row - 0.5), 1, 1, facecolor=colors[name], edgecolor="white"
-                )
-            )
-            axes.text(column, row, f"+{more:.0%}", ha="center", va="center", fontsize=9)
+    for (row, tokens), (column, gpus) in product(enumerate(TOKENS), enumerate(GPUS)):
+        name, cost = choice(gpus, tokens)
+        more = cost.seconds / alone(gpus, tokens).seconds - 1
+        look = {"facecolor": colors[name], "edgecolor": "white"}
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **look))
+        axes.text(column, row, f"+{more:.0%}", ha="center", va="center", fontsize=9)
     axes.set(xlim=(-0.5, len(GPUS) - 0.5), ylim=(-0.5, len(TOKENS) - 0.5))
+    axes.set(xlabel="GPUs", ylabel="tokens")
     axes.set_xticks(range(len(GPUS)), GPUS)
     axes.set_yticks(range(len(TOKENS)), [named(tokens) for tokens in TOKENS])
-    axes.set(
-        xlabel="GPUs",
-        ylabel="tokens",
-        title="Computed: what to choose, and its cost over attention alone",
-    )
-    axes.title.set_fontsize(10)
+    axes.set_title("Computed: what to choose, and its cost over attention alone", fontsize=10)
     patches = [Patch(color=color, label=name) for name, color in colors.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9)
     figure.savefig(path, metadata={"Date": None})
@@ -155,7 +146,7 @@ def plot(path: Path) -> None:
 
 
 def main() -> None:
-    print(table())
+    print(cases())
     plot(DOCS / "context_parallel.svg")
 
 

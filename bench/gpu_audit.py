@@ -203,13 +203,8 @@ def rope_traffic(case: Case, launch: Launch) -> Traffic:
     tiles, shares = launch.grid[:2]
     read = 2 if case.call is rotate_back or launch.args.get("q_parts") is not None else 1
     moved = _rows(case, HEADS_Q + HEADS_K) * (read + 1)
-    return Traffic(moved, tiles * shares, (tiles * HEADS_Q, tiles * HEADS_K))
-
-
-def tables_traffic(case: Case, launch: Launch) -> Traffic:
-    """Count the tables too: half a row of a token each."""
-    tiles, shares = launch.grid[:2]
-    moved = 2 * _rows(case, HEADS_Q + HEADS_K) + _rows(case, 1)
+    if case.call is rotate_by_tables:  # half a row of each for a token
+        moved += _rows(case, 1)
     return Traffic(moved, tiles * shares, (tiles * HEADS_Q, tiles * HEADS_K))
 
 
@@ -325,7 +320,7 @@ def merge_traffic(case: Case, launch: Launch) -> Traffic:
 
 TRAFFIC: dict[str, tuple[str, Callable[[Case, Launch], Traffic]]] = {
     "rope rotate_kernel": ("rotation", rope_traffic),
-    "cos_sin_kernel": ("rotation", tables_traffic),
+    "cos_sin_kernel": ("rotation", rope_traffic),
     "norm_rotate_kernel": ("norm and rotation", rope_traffic),
     "rope_append_kernel": ("norm, rotation and append", append_traffic),
     "rotate_kernel": ("attention's rotation", rotate_traffic),

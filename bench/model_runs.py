@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import evaluations
 
 from extrope_kernels import methods
-from extrope_kernels.evaluation import cli
+from extrope_kernels.cli import main as command
 
 BUILD = Path(__file__).parents[1] / "build" / "model_runs"
 TRAINED = 8192
@@ -109,26 +109,17 @@ RUNS = {
     "pairs-recall": Run("recall", "smollm2-16k", "16384", trials=1, methods=OF_PAIRS),
     "long": Run("loss", "smollm2-32k", "32768", trials=1, methods=LONG),
     "short": Run(
-        "loss",
-        "short",
-        "1024,2048,4096,8192",
-        trials=2,
+        "loss", "short", "1024,2048,4096,8192", trials=2, more=("--bucket", "8192"), kept="short",
         methods=first("rope", "rerope", "leaky_rerope", "dual_chunk")
         | {"yarn": [{"factor": 2.0}, {"factor": 4.0}]},
-        more=("--bucket", "8192"),
-        kept="short",
     ),
     # Trained to 32,768; 16,384 is half of it.
     "gemma": Run(
-        "loss",
-        "gemma3-270m-48k",
-        "49152",
-        trials=1,
+        "loss", "gemma3-270m-48k", "49152", trials=1, model="gemma3-270m",
         methods=first("yarn", "rope", "dual_chunk")
         | {"rerope": [{"window": 16384}], "self_extend": [{"window": 16384}]},
-        model="gemma3-270m",
     ),
-}
+}  # fmt: skip
 
 
 def rounds(run: Run) -> Iterator[dict[str, dict[str, Any]]]:
@@ -137,17 +128,24 @@ def rounds(run: Run) -> Iterator[dict[str, dict[str, Any]]]:
         yield {method: sets[index] for method, sets in run.methods.items() if index < len(sets)}
 
 
-def arguments(run: Run, texts: list[str], given: dict[str, dict[str, Any]]) -> list[str]:
+def arguments(run: Run, texts: list[str], given: dict[str, dict[str, Any]], out: Path) -> list[str]:
     """Return the command line of `eval`."""
-    found = ["--model", run.model, "--dtype", "bfloat16", "--task", run.task, *run.more]
+    found = ["eval", "--model", run.model, "--dtype", "bfloat16", "--task", run.task, *run.more]
     found += ["--lengths", run.lengths, "--trials", str(run.trials)]
-    found += ["--methods", ",".join(given), "--out", str(BUILD / run.name)]
-    for text in texts:
-        found += ["--text", text]
+    found += ["--methods", ",".join(given), "--out", str(out)]
+    found += [word for text in texts for word in ("--text", text)]
     for method, params in given.items():
         for name, value in params.items():
             found += ["--param", f"{method}.{name}={value!r}"]
     return found
+
+
+def measure(run: Run, texts: list[str], given: dict[str, dict[str, Any]], out: Path) -> int:
+    """Run `eval`, keep its results, and return its exit code."""
+    code = command(arguments(run, texts, given, out))
+    if code == 0:
+        evaluations.keep(out / f"{run.task}.json", run.name, run.kept or run.task)
+    return code
 
 
 def main() -> int:
@@ -157,13 +155,9 @@ def main() -> int:
     given = parser.parse_args()
     run = RUNS[given.run]
     texts = ["pydocs"] if given.run == "short" else ["pydocs", given.text]
-    evaluation = argparse.ArgumentParser()
-    cli.add_arguments(evaluation)
     for params in rounds(run):
-        code = cli.run(evaluation.parse_args(arguments(run, texts, params)))
-        if code:
+        if code := measure(run, texts, params, BUILD / run.name):
             return code
-        evaluations.keep(BUILD / run.name / f"{run.task}.json", run.name, run.kept or run.task)
     return 0
 
 

@@ -22,12 +22,11 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -98,25 +97,20 @@ def census(name: str) -> dict[str, Any]:
 
 
 def attempt(
-    check: Callable[..., None],
-    model: nn.Module,
-    method: str,
-    parameters: dict[str, Any],
-    plain: Plain,
+    check: Callable[..., None], model: nn.Module, method: str, parameters: dict, plain: Plain
 ) -> str:
     """Try again with layers="all" if a score method finds nothing to extend by default."""
-    try:
-        check(model, method, parameters, plain)
-    except Exception as error:
-        if WINDOWED not in str(error):
-            return short(error)
-    else:
-        return "ok"
-    try:
-        check(model, method, parameters | {"layers": "all"}, plain)
-    except Exception as error:
-        return short(error)
-    return 'ok, layers="all"'
+    said = ""
+    for more, ok in (({}, "ok"), ({"layers": "all"}, 'ok, layers="all"')):
+        try:
+            check(model, method, parameters | more, plain)
+        except Exception as error:
+            said = short(error)
+            if WINDOWED not in said:
+                break
+        else:
+            return ok
+    return said
 
 
 def same_as_plain(model: nn.Module, method: str, parameters: dict[str, Any], plain: Plain) -> None:
@@ -149,15 +143,11 @@ def generates(model: nn.Module, method: str, parameters: dict[str, Any], plain: 
 
 def generated(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return all tokens, and the logits of the new ones."""
+    mask = torch.ones_like(ids) if mask is None else mask
     output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids) if mask is None else mask,
-        max_new_tokens=NEW,
-        min_new_tokens=NEW,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+        ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
     return output.sequences, torch.stack(output.logits, 1)
 
 
@@ -192,39 +182,22 @@ def short(error: BaseException) -> str:
 
 def run(names: Iterable[str], workers: int) -> Iterator[dict[str, Any]]:
     """Yield the rows, each from its own child process; transformers is imported once, before."""
-    context = multiprocessing.get_context("fork")
-    todo, running = list(names), []
-    while todo or running:
-        while todo and len(running) < workers:
-            receive, send = context.Pipe(False)
-            name = todo.pop(0)
-            child = context.Process(target=_child, args=(send, name))
-            child.start()
-            send.close()
-            running.append((child, receive, name, time.monotonic()))
-        for entry in list(running):
-            child, receive, name, start = entry
-            row = None
-            if receive.poll(0.02):
-                try:
-                    row = receive.recv()
-                except EOFError:
-                    row = {"name": name, "built": "the process died"}
-            elif time.monotonic() - start > SECONDS:
-                child.kill()
-                row = {"name": name, "built": f"took more than {SECONDS} seconds"}
-            if row is not None:
-                child.join()
-                running.remove(entry)
-                yield row
+    with multiprocessing.get_context("fork").Pool(workers, _prepare, maxtasksperchild=1) as pool:
+        rows = {name: pool.apply_async(census, (name,)) for name in names}
+        for name, row in rows.items():
+            try:
+                yield row.get(SECONDS)
+            except multiprocessing.TimeoutError:
+                yield {"name": name, "built": f"died, or took more than {SECONDS} seconds"}
 
 
-def _child(send: Connection, name: str) -> None:
+def _prepare() -> None:
+    """Limit the memory and the time of a child, and silence it."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    signal.alarm(SECONDS)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    send.send(census(name))
 
 
 def main() -> None:

@@ -22,13 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import evaluations
+import model_runs
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from extrope_kernels import positions
-from extrope_kernels.evaluation import cli, models, texts
+from extrope_kernels.evaluation import models, texts
 from extrope_kernels.integrations.transformers import extend
 
 FOLDER = Path(__file__).parent.parent / "build" / "smollm2-finetune"
@@ -76,12 +76,10 @@ class Trainer:
         self.losses: list[float] = []
         self.seconds = 0.0
         if self.file.exists():
-            self._go_on(torch.load(self.file))
-
-    def _go_on(self, kept: dict[str, Any]) -> None:
-        self.model.load_state_dict(kept["model"])
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.losses, self.seconds = kept["losses"], kept["seconds"]
+            kept = torch.load(self.file)
+            self.model.load_state_dict(kept["model"])
+            self.optimizer.load_state_dict(kept["optimizer"])
+            self.losses, self.seconds = kept["losses"], kept["seconds"]
 
     def keep(self) -> None:
         unfinished = self.file.with_suffix(".unfinished")
@@ -121,42 +119,27 @@ class Trainer:
                 if len(self.losses) % KEEP == 0:
                     self.keep()
 
-    def save(self, folder: Path) -> None:
-        """Write the tuned model, which is no longer extended, for `eval` to extend."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
 
 def tune(method: str, text: str, folder: Path) -> dict[str, Any]:
     """Train and save; return a line about it."""
     trainer = Trainer(method, text)
     trainer.train()
-    trainer.save(folder)
-    return {
-        "params": trainer.tuning.params,
-        "text": trainer.text.about(),
-        "steps": STEPS,
-        "piece": PIECE,
-        "rate": PEAK,
-        "seconds": trainer.seconds,
-        "losses": trainer.losses,
-    }
+    # No longer extended: `eval` extends it.
+    trainer.model.save_pretrained(folder)
+    trainer.tokenizer.save_pretrained(folder)
+    about = {"params": trainer.tuning.params, "text": trainer.text.about(), "steps": STEPS,
+             "piece": PIECE, "rate": PEAK}  # fmt: skip
+    return {**about, "seconds": trainer.seconds, "losses": trainer.losses}
 
 
 def measure(method: str, model: Path, text: str) -> int:
-    """Run `eval` on the tuned model, as bench/model_runs.py does on the untuned one."""
+    """Measure the tuned model as bench/model_runs.py does the untuned one."""
     for task, trials in (("loss", 2), ("recall", 1)):
-        options = ["--model", str(model), "--dtype", "bfloat16", "--task", task]
-        options += ["--lengths", str(TARGET), "--trials", str(trials), "--methods", method]
-        options += ["--text", "pydocs", "--text", text, "--out", str(FOLDER / "measured" / method)]
-        for name, value in TUNINGS[method].params.items():
-            options += ["--param", f"{method}.{name}={value!r}"]
-        evaluation = argparse.ArgumentParser()
-        cli.add_arguments(evaluation)
-        if code := cli.run(evaluation.parse_args(options)):
+        run = model_runs.Run(task, "smollm2-tuned", str(TARGET), trials, model=str(model))
+        given = {method: TUNINGS[method].params}
+        out = FOLDER / "measured" / method
+        if code := model_runs.measure(run, ["pydocs", text], given, out):
             return code
-        found = FOLDER / "measured" / method / f"{task}.json"
-        evaluations.keep(found, "smollm2-tuned", task)
     return 0
 
 

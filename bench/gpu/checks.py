@@ -12,24 +12,16 @@ from functools import partial
 import attention_oracle as oracle
 import decode_oracle
 import operations
-import score_examples
 import torch
+from score_examples import EXAMPLES
 from torch import Tensor
 
-from extrope_kernels import rope_attention, scores
 from extrope_kernels.testing import assert_within_budget
 
 DTYPES = (torch.bfloat16, torch.float32)
 SIZES = {"seqlen_q": 200, "heads_q": 6, "heads_k": 2, "head_dim": 64}
 LENGTHS = (700, 150)  # of the cached sequences
-# Two and three regions, and the frequencies of keys: the suite has the others.
-SCORES = {
-    "rerope": (scores.rerope(6), partial(score_examples.rerope, window=6)),
-    "dual_chunk": (
-        scores.dual_chunk(9, 2),
-        partial(score_examples.dual_chunk, chunk_size=9, local_window=2),
-    ),
-}
+SCORES = ("rerope", "dual_chunk")  # two and three regions; the suite has the others
 CACHED = ("plain", "rerope", "leaky_rerope")
 # Attention's reference multiplies in float32, while kernels round to 16 bits: it is no measure.
 BY_REFERENCE = (
@@ -102,43 +94,11 @@ def copies(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def attention(score: str, backend: str, dtype: torch.dtype, **sizes: int) -> None:
-    """Return output, log-sum-exp and gradients."""
-    (method, relative), sizes = SCORES[score], {**SIZES, **sizes}
-    tensors, freqs = oracle.make_qkv(**sizes, dtype=dtype), oracle.frequencies(sizes["head_dim"])
-    seqlen = sizes["seqlen_q"]
-    relative = relative(seqlen, seqlen)
-    options = {"score": method, "return_lse": True, "backend": backend}
+    """Compare output, log-sum-exp and gradients."""
+    tensors, example = oracle.make_qkv(**{**SIZES, **sizes}, dtype=dtype), EXAMPLES[score]
     with torch.no_grad():
-        found = rope_attention(*tensors, freqs, **options)
-        exact = oracle.closed_form(*tensors, relative, freqs)
-        low = oracle.both_orders(*tensors, relative, freqs, exact)
-    oracle.check_outputs(backend, tensors[0], found, low, exact)
-    check_gradients(partial(rope_attention, **options), tensors, freqs, relative, exact[1])
-
-
-def check_gradients(fused: Callable, tensors, freqs, relative, lse: Tensor) -> None:
-    dout, scale = torch.randn_like(tensors[0]), tensors[0].shape[-1] ** -0.5
-    found = gradients(lambda *x: fused(*x, freqs), tensors, dout)
-    doubles = [x.double() for x in tensors]
-    exact = gradients(lambda *x: oracle.closed_form(*x, relative, freqs), doubles, dout)
-
-    def plain(first: bool) -> tuple[Tensor, ...]:
-        def formula(*x):
-            return oracle.plain_formula(*x, relative, freqs, scale_first=first)
-
-        return gradients(formula, tensors, dout)
-
-    low = oracle.worse(exact, plain(False), plain(True))
-    for name, *results in zip(("dq", "dk", "dv"), found, low, exact):
-        noise = oracle.rounding_noise(name, results[-1], lse, dout, *tensors, scale)
-        noise = noise if tensors[0].dtype == torch.float32 else 0.0
-        assert_within_budget(name, *results, noise=noise)
-
-
-def gradients(function: Callable, tensors: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
-    leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    out, _ = function(*leaves)
-    return torch.autograd.grad(out, leaves, dout.to(out.dtype))
+        oracle.check(backend, example, tensors)
+    oracle.check_gradients(backend, example, tensors, with_lse=False)
 
 
 def decode(score: str, backend: str, dtype: torch.dtype) -> None:

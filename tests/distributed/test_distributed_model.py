@@ -31,7 +31,7 @@ def test_the_choice_fits_and_is_close_to_the_fastest(tokens, gpus):
     fit = [other.seconds for other in others if other.under_way <= model.FITS]
     assert cost.under_way <= model.FITS and cost.seconds <= 1.02 * min(fit)
     assert cost.seconds >= model.alone(gpus, tokens).seconds
-    assert f"| {model.named(tokens)} | {gpus} |" in model.table()
+    assert f"| {model.named(tokens)} | {gpus} |" in model.cases()
 
 
 def test_the_plot_is_that_of_the_docs(tmp_path):
