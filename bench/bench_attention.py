@@ -17,12 +17,13 @@ of FlashAttention-2 forward, 0.85 backward; H100: 450 TFLOP/s forward, 300 backw
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, product
 from typing import NamedTuple
 
 import torch
-from compare import compare, error_of_tail, matmul_floor, trained, with_backward
+from compare import compare, error_of_tail, matmul_floor, trained
 from harness import Call, Report, arguments, device, memory
 from peers import attention_peers, dense_rerope, flex_rerope, sdpa
 from scaling import scaling
@@ -34,7 +35,7 @@ from extrope_kernels.testing import attention_backends
 
 HEADS = 8  # on a CPU; on a GPU those of shapes.py
 TAIL = 16  # queries whose error is measured
-OWN = ("no window",)  # a yardstick that is our own kernel
+OWN = ("no window", "without")  # yardsticks that are our own kernels
 MOST_TRAINED = 32_768  # tokens: the gradients of longer ones do not fit into 24 GB
 CAP = 50.0  # Gemma 2's
 SCALED = "float32, 2 heads on 1, head_dim 64"
@@ -107,14 +108,16 @@ def plain_peers(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs) -> dict[str, 
     return {**sdpa(*rotated), **attention_peers(*rotated)}
 
 
-def exact_tail(score, q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, **options) -> Tensor:
+def exact_tail(
+    score, q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, sinks: Tensor | None = None, **options
+) -> Tensor:
     """Compute the last queries in float64, a key head at a time for long sequences."""
-    group = q.shape[2] // k.shape[2]
-    options["backend"] = "reference"
-    parts = [
-        rope_attention(*(x.double() for x in heads), freqs, score, **options)
-        for heads in zip(q[:, -TAIL:].split(group, 2), k.split(1, 2), v.split(1, 2))
-    ]
+    heads_k, options["backend"] = k.shape[2], "reference"
+    parts = []
+    for i, heads in enumerate(zip(q[:, -TAIL:].chunk(heads_k, 2), k.split(1, 2), v.split(1, 2))):
+        own = {} if sinks is None else {"sinks": sinks.chunk(heads_k)[i].double()}
+        doubles = (x.double() for x in heads)
+        parts.append(rope_attention(*doubles, freqs, score, **own, **options))
     return torch.cat(parts, dim=2)
 
 
@@ -123,27 +126,40 @@ def exact_tail(score, q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, **optio
 
 
 class Case(NamedTuple):
-    """Sizes of one row, and its bars; training: None for no backward."""
+    """A call of one size, timed forward, and with its backward if `training` has bars for it.
 
+    title: with a place for the part. given: options of the softmax. bars: by the others' names.
+    """
+
+    title: str
+    score: scores.Score | None
     seqlen: int
     heads: int
     heads_k: int
     head_dim: int
     dtype: torch.dtype
-    forward: dict[str, float] | None = None
+    pairs: float  # (query, key) that a head computes
+    forward: dict[str, float]
     training: dict[str, float] | None = None
-    about: str = ""
+    given: dict = {}  # noqa: RUF012
+    others: Callable[..., dict[str, Call | str]] = lambda *qkv_and_freqs: {}  # of the same results
 
 
 def cases(name: str, quick: bool) -> Iterator[Case]:
     """Return a method's measured sizes; on a GPU those of models."""
+
+    def case(seqlen, heads, heads_k, head_dim, dtype, forward, training) -> Case:
+        title = f"{name}, {{}} {heads}/{heads_k} x {head_dim}"
+        sizes = seqlen, heads, heads_k, head_dim, dtype, pairs_of(name, seqlen)
+        score = score_of(name, seqlen, head_dim)
+        return Case(title, score, *sizes, forward, training, others=others(name, seqlen))
+
     if device() == "cuda" and not quick:
-        gpu = HEADS_Q, HEADS_K, HEAD_DIM, torch.bfloat16
         for seqlen in dict.fromkeys((SEQLEN, *(n for n, _ in LONGER))):
             forward = {"no window": 1.03 if seqlen < 32_768 else 1.015}
             training = {"no window": 1.04} if seqlen <= MOST_TRAINED else None
             if name == "rerope" or seqlen == SEQLEN:
-                yield Case(seqlen, *gpu, forward, training)
+                yield case(seqlen, HEADS_Q, HEADS_K, HEAD_DIM, torch.bfloat16, forward, training)
         return
     seqlen, amx = 64 if quick else SEQLEN, torch.cpu._is_amx_tile_supported()
     for head_dim, heads_k, dtype, *bars in BARS:
@@ -151,12 +167,10 @@ def cases(name: str, quick: bool) -> Iterator[Case]:
             {"SDPA": bar, "SDPA, keys repeated": bar, "no window": 1.03} for bar in bars
         )
         sizes = seqlen, HEADS, heads_k, head_dim, dtype
-        if dtype == torch.bfloat16 and not amx:
-            training = None  # elsewhere PyTorch's own takes minutes
-        if name == "rerope":
-            yield Case(*sizes, forward, training)
+        if name == "rerope":  # without AMX, training by PyTorch's own takes minutes
+            yield case(*sizes, forward, training if amx or dtype == torch.float32 else None)
         elif heads_k < HEADS and (head_dim, dtype) != (64, torch.bfloat16):
-            yield Case(*sizes, None, {} if dtype == torch.float32 else None)
+            yield case(*sizes, {}, {} if dtype == torch.float32 else None)
 
 
 def seen(seqlen: int, half: int) -> Tensor:
@@ -168,7 +182,7 @@ def seen(seqlen: int, half: int) -> Tensor:
 def others(name: str, seqlen: int) -> Callable[..., dict[str, Call | str]]:
     """Return other implementations of a method, from q, k, v and frequencies."""
     if name == "rerope":
-        return lambda *x: flex_rerope(*x, window=sized(WINDOW, seqlen))
+        return partial(flex_rerope, window=sized(WINDOW, seqlen))
     if name == "blockwise_causal" and device() == "cpu":
         mask = seen(seqlen, sized(BLOCK, seqlen) // 2)
 
@@ -177,7 +191,7 @@ def others(name: str, seqlen: int) -> Callable[..., dict[str, Call | str]]:
             return {key.replace("SDPA", "SDPA, masked"): call for key, call in calls.items()}
 
         return masked
-    return lambda *x: {}
+    return lambda *qkv_and_freqs: {}
 
 
 def pairs_of(name: str, seqlen: int) -> float:
@@ -188,110 +202,71 @@ def pairs_of(name: str, seqlen: int) -> float:
     return sum(i + 1 - max((i // half - 1) * half, 0) for i in range(seqlen))
 
 
-def bench(report: Report, name: str, case: Case, more: Callable | None = None) -> None:
-    """Time forward, and forward with backward, beside plain causal attention."""
-    sizes = f"{case.heads}/{case.heads_k} x {case.head_dim}"
-    titles = [f"{name}, {part} {sizes}{case.about}" for part in ("forward", "training")]
-    wanted = [report.wants(f"{title} {str(case.dtype)[6:]}") for title in titles]
-    if not any(wanted):
-        return
-    qkv = make_inputs(case.seqlen, case.heads_k, case.head_dim, case.dtype, case.heads)
-    one, freqs, score = (
-        [x[:, :1] for x in qkv],
-        frequencies(case.head_dim),
-        score_of(name, case.seqlen, case.head_dim),
-    )
-    error = error_of_tail([exact_tail(score, *qkv, freqs)])
-    flops = 4 * case.heads * pairs_of(name, case.seqlen) * case.head_dim
-    for backend, argument in backends().items():
-
-        def ours(inputs=qkv, argument=argument):
-            return rope_attention(*inputs, freqs, score, backend=argument)
-
-        def unwindowed(argument=argument):
-            return rope_attention(*qkv, freqs, backend=argument)
-
-        if device() == "cuda":
-            unwindowed.leaves = qkv
-        row = {"dtype": case.dtype, "shape": f"{case.seqlen} x {sizes}", "backend": backend}
-        beside = {"no window": unwindowed, **plain_peers(*qkv, freqs)}
-        if wanted[0]:
-            same = (more or others(name, case.seqlen))(*qkv, freqs)
-            with torch.no_grad():
-                compare(report, titles[0], {"extrope": ours, **same}, yardsticks=beside,
-                        floor=matmul_floor(flops, case.dtype), error=error, bars=case.forward,
-                        few={"extrope": functools.partial(ours, one)}, own=OWN, **row)  # fmt: skip
-        if wanted[1] and case.training is not None:
-            ours.leaves = qkv
-            compare(report, titles[1], trained({"extrope": ours}), yardsticks=trained(beside),
-                    floor=matmul_floor(3.5 * flops, case.dtype), bars=case.training, own=OWN,
-                    **row)  # fmt: skip
-
-
-def bench_two_scores(report: Report, seqlen: int) -> None:
-    """Time the formula of ReRoPE's paper, with N x N scores twice, at a length that it can bear."""
+def two_scores(seqlen: int) -> Case:
+    """Return ReRoPE beside its paper's formula, with N x N scores twice, where it can bear them."""
     window = sized(WINDOW, seqlen)
 
-    def two_scores(q, k, v, freqs):
+    def formula(q, k, v, freqs):
         compiled = torch.compile(dense_rerope, dynamic=False)
         return {"two scores, eager": lambda: dense_rerope(q, k, v, freqs, window),
                 "two scores, compiled": lambda: compiled(q, k, v, freqs, window)}  # fmt: skip
 
-    bench(report, "rerope", Case(seqlen, HEADS, 2, 64, torch.float32), two_scores)
+    sizes = seqlen, HEADS, 2, 64, torch.float32, seqlen**2 / 2
+    return Case("rerope, {} 8/2 x 64", scores.rerope(window), *sizes, {}, others=formula)
 
 
-# -------------------------------------------------------------------------------------------------
-# Options of the softmax
-
-
-class Option(NamedTuple):
-    given: dict
-    seqlen: int
-    bar: float
-    pairs: float  # that a head computes
-
-
-def options(seqlen: int, window: int) -> dict[str, Option]:
-    sinks = torch.randn(HEADS, device=device())
+def options(quick: bool) -> Iterator[Case]:
+    """Return ReRoPE with options of the softmax."""
+    seqlen, window = (64, 16) if quick else (SEQLEN, WINDOW)
     causal, near = seqlen**2 / 2, 2 * seqlen * window - window**2 / 2
-    return {
-        "sinks": Option({"sinks": sinks}, seqlen, 1.05, causal),
-        "softcap": Option({"softcap": CAP}, seqlen, 1.12, causal),
-        "sliding window": Option(
-            {"sliding_window": window}, 2 * seqlen, 1.15 * near / (4 * causal), near
-        ),
-    }
+    sinks = torch.randn(HEADS, device=device())
+    for name, given, tokens, bar, pairs in (
+        ("sinks", {"sinks": sinks}, seqlen, 1.05, causal),
+        ("softcap", {"softcap": CAP}, seqlen, 1.12, causal),
+        ("sliding window", {"sliding_window": window}, 2 * seqlen, 0.2875 * near / causal, near),
+    ):
+        for dtype, head_dim in product(
+            (torch.float32, torch.bfloat16), (64,) if quick else (64, 128)
+        ):
+            sizes = tokens, HEADS, 2, head_dim, dtype, pairs
+            score, bars = score_of("rerope", tokens, head_dim), {"without": bar}
+            yield Case(f"options, {{}} {name}", score, *sizes, bars, bars, given)
 
 
-def bench_option(
-    report: Report, name: str, option: Option, head_dim: int, dtype: torch.dtype
-) -> None:
-    q, k, v = make_inputs(option.seqlen, 2, head_dim, dtype)
-    score, freqs = score_of("rerope", option.seqlen, head_dim), frequencies(head_dim)
-    tensors = {key: x for key, x in option.given.items() if isinstance(x, Tensor)}
-    wide = option.given | {key: x.double() for key, x in tensors.items()}
-    tail = q[:, -TAIL:].double(), k.double(), v.double()
-    exact = rope_attention(*tail, freqs, score, backend="reference", **wide)
+def bench(report: Report, case: Case) -> None:
+    """Time a case beside plain causal attention, or beside itself without its options."""
+    titles = [case.title.format(part) for part in ("forward", "training")]
+    if not any(report.wants(title, case.dtype) for title in titles):
+        return
+    qkv = make_inputs(case.seqlen, case.heads_k, case.head_dim, case.dtype, case.heads)
+    freqs = frequencies(case.head_dim)
+    error = error_of_tail([exact_tail(case.score, *qkv, freqs, **case.given)])
+    flops = 4 * case.heads * case.pairs * case.head_dim
+    shape = f"{case.seqlen} x {case.heads}/{case.heads_k} x {case.head_dim}"
     for backend, argument in backends().items():
-        calls = [
-            functools.partial(rope_attention, q, k, v, freqs, score, backend=argument, **given)
-            for given in (option.given, {})
-        ]
-        for work, part in ((1, "forward"), (3.5, "training")):
-            case = f"options, {part} {name}"
-            if not report.wants(f"{case} {head_dim} {str(dtype)[6:]}"):
-                continue
-            if part == "training":
-                leaves = [[q, k, v, *tensors.values()], [q, k, v]]
-                calls = [with_backward(call, of) for call, of in zip(calls, leaves)]
-            with torch.set_grad_enabled(part == "training"):
-                compare(
-                    report, case, {"extrope": calls[0]}, yardsticks={"without": calls[1]},
-                    own=("without",), bars={"without": option.bar},
-                    error=error_of_tail([exact]) if part == "forward" else None,
-                    floor=matmul_floor(4 * HEADS * option.pairs * head_dim * work, dtype),
-                    dtype=dtype, backend=backend, shape=f"{option.seqlen} x {HEADS}/2 x {head_dim}",
-                )  # fmt: skip
+        ours, without, plain = (
+            partial(rope_attention, *qkv, freqs, score, backend=argument, **given)
+            for score, given in ((case.score, case.given), (case.score, {}), (None, {}))
+        )
+        ours.leaves = [*qkv, *(x for x in case.given.values() if isinstance(x, Tensor))]
+        without.leaves = qkv
+        if device() == "cuda":
+            plain.leaves = qkv
+        first = partial(rope_attention, *(x[:, :1] for x in qkv), freqs, case.score, **case.given)
+        beside = {"without": without}
+        if not case.given:
+            beside = {"no window": plain, **plain_peers(*qkv, freqs)}
+        row = {"dtype": case.dtype, "shape": shape, "backend": backend, "own": OWN}
+        if report.wants(titles[0], case.dtype):
+            with torch.no_grad():
+                compare(report, titles[0], {"extrope": ours, **case.others(*qkv, freqs)},
+                        yardsticks=beside, floor=matmul_floor(flops, case.dtype), error=error,
+                        bars=case.forward, few={"extrope": partial(first, backend=argument)},
+                        **row)  # fmt: skip
+        if report.wants(titles[1], case.dtype) and case.training is not None:
+            compare(report, titles[1], trained({"extrope": ours}), yardsticks=trained(beside),
+                    floor=matmul_floor(3.5 * flops, case.dtype), bars=case.training,
+                    **row)  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------
@@ -315,16 +290,11 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv, add)
     torch.manual_seed(0)
     report, asked = Report("attention", args, window=WINDOW), args.score or MEASURED
-    for name in asked:
-        for case in cases(name, args.quick):
-            bench(report, name, case)
+    every = [cases(name, args.quick) for name in asked]
     if "rerope" in asked:
-        bench_two_scores(report, 32 if args.quick else 2048)
-        seqlen, window = (64, 16) if args.quick else (SEQLEN, WINDOW)
-        for name, option in options(seqlen, window).items():
-            for dtype in (torch.float32, torch.bfloat16):
-                for head_dim in (64,) if args.quick else (64, 128):
-                    bench_option(report, name, option, head_dim, dtype)
+        every += [[two_scores(32 if args.quick else 2048)], options(args.quick)]
+    for case in chain.from_iterable(every):
+        bench(report, case)
     report.save()
     if "rerope" in asked:
         scaling("attention", by_length, args, about=f"ReRoPE, {SCALED}, window {WINDOW}")

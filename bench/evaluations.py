@@ -34,31 +34,19 @@ def loss_row(row: Row, trained: int) -> Row:
     return {key: [fmean(each) for each in zip(*pieces)] for key, pieces in parts.items()}
 
 
-def recall_row(row: Row, trained: int) -> Row:
-    """Return the gain at the longest distance, with its standard error."""
-    return {"recall": [row["gains"][-1]["gain"], row["gains"][-1]["error"]]}
-
-
-def demo_row(row: Row, trained: int) -> Row:
-    return {"seconds": row["seconds"], "losses": [bucket["loss"] for bucket in row["buckets"]]}
-
-
-def short_row(row: Row, trained: int) -> Row:
-    """Return the mean loss of a text within the training length."""
-    return {"length": row["length"], "loss": fmean(bucket["loss"] for bucket in row["buckets"])}
-
-
-def gains_row(row: Row, trained: int) -> Row:
-    return {"gains": [[gain["gain"], gain["error"]] for gain in row["gains"]]}
-
-
 KEPT: dict[str, Callable[[Row, int], Row]] = {
     "loss": loss_row,
-    "recall": recall_row,
-    "demo": demo_row,
-    "gains": gains_row,
-    "short": short_row,
-}
+    # The gain at the longest distance, with its standard error.
+    "recall": lambda row, _: {"recall": [row["gains"][-1]["gain"], row["gains"][-1]["error"]]},
+    "gains": lambda row, _: {"gains": [[gain["gain"], gain["error"]] for gain in row["gains"]]},
+    "demo": lambda row, _: {
+        "seconds": row["seconds"], "losses": [bucket["loss"] for bucket in row["buckets"]]
+    },
+    # The mean loss of a text within the training length.
+    "short": lambda row, _: {
+        "length": row["length"], "loss": fmean(bucket["loss"] for bucket in row["buckets"])
+    },
+}  # fmt: skip
 ABOUT = ("model", "training_length", "dtype", "threads", "bucket", "distances", "texts")
 
 

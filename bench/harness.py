@@ -44,22 +44,16 @@ def machine() -> dict[str, str | int]:
     if device() == "cuda":
         name = torch.cuda.get_device_name()
     else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "CPU")
         amx = " and AMX" if torch.cpu._is_amx_tile_supported() else ""
-        name = f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}{amx}"
+        name += f", {torch.backends.cpu.get_cpu_capability()}{amx}"
     return {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "CPU")
 
 
 def folder_of(name: str) -> str:
@@ -265,7 +259,8 @@ def cell(value: object, form: str = "") -> str:
 def table(head: list[str], rows: list[list[str]]) -> str:
     """Make a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    cells = [[str(cell).replace("|", "/") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 # -------------------------------------------------------------------------------------------------

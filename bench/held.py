@@ -38,28 +38,5 @@ class Held(TorchDispatchMode):
         return made
 
 
-def share(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Return the bytes that attention with its backward must make: out and the gradients."""
-    return 2 * _bytes(q) + _bytes(k) + _bytes(v)
-
-
-def of_ring(q: Tensor, k: Tensor, v: Tensor, parts: int) -> int:
-    """Return the bytes that a ring holds at most, of this rank's q, k and v, without log-sum-exps.
-
-    On top of the share, for a part of the heads at a time: present and arriving keys and values; in
-    float32 their leaving and arriving gradients, the sum of dq if q is narrower, and the results of
-    half of the queries (a run of zigzag's) and half of the keys.
-    """
-    wide = max(4 // q.element_size(), 1)
-    keys = _bytes(k) + _bytes(v)
-    sums = _bytes(q) * wide if wide > 1 else 0
-    under_way = 2 * keys + 2 * wide * keys + sums + wide * (_bytes(q) + keys) // 2
-    return share(q, k, v) + under_way // parts
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
-
-
 def _is(x: Any) -> bool:
     return isinstance(x, Tensor)

@@ -26,7 +26,6 @@ import math
 import re
 import sysconfig
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -35,13 +34,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+import tables
 import torch
 import torch.nn.functional as F
 from evaluations import FOLDER
 from harness import RESULTS, machine, write
 from length_methods import FACTOR, FULL, METHODS, QUICK, TRAININGS, Attend, Method, Setup
 from plots import draw_lengths
-from tables import length_head, length_losses, length_summary, with_spread
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -232,22 +231,19 @@ class Run:
     folder: Path
 
     def trained(self, name: str, line: int = 0) -> dict:
-        before = TRAININGS[name].starts_from
-
-        def make() -> dict:
+        path = self.path("trained", name)
+        if not path.exists():
+            before = TRAININGS[name].starts_from
             weights = self.trained(before)["weights"] if before else None
-            return train_model(name, self.setup, read_text()[0], weights, line)
-
-        return kept(self.path("trained", name), make)
+            keep(path, train_model(name, self.setup, read_text()[0], weights, line))
+        return torch.load(path)
 
     def read(self, name: str, line: int = 0) -> list[dict]:
-        method = METHODS[name]
-
-        def make() -> list[dict]:
+        path, method = self.path("read", name), METHODS[name]
+        if not path.exists():
             weights = self.trained(method.trained)["weights"]
-            return read_lengths(method, self.setup, read_text()[1], weights, line)
-
-        return kept(self.path("read", name), make)
+            keep(path, read_lengths(method, self.setup, read_text()[1], weights, line))
+        return torch.load(path)
 
     def path(self, kind: str, name: str) -> Path:
         """Return the file of a training or a reading."""
@@ -259,13 +255,11 @@ class Run:
         return self.folder / f"{stem}-{hashlib.sha256(depends.encode()).hexdigest()[:12]}.pt"
 
 
-def kept(path: Path, make: Callable[[], dict]) -> dict:
-    """Return the file's content, made now if there is none."""
-    if not path.exists():
-        unfinished = path.with_suffix(".unfinished")
-        torch.save(make(), unfinished)
-        unfinished.replace(path)
-    return torch.load(path)
+def keep(path: Path, content: object) -> None:
+    """Write a file, which is whole or not there."""
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(content, unfinished)
+    unfinished.replace(path)
 
 
 def lineage(name: str) -> tuple[str, ...]:
@@ -333,16 +327,6 @@ def collect(runs: list[Run]) -> dict:
     }
 
 
-def printed(results: dict) -> str:
-    lines = [length_head(results)]
-    for row in results["rows"]:
-        numbers = map(with_spread, length_losses(row))
-        lines.append([row["name"], row["trained"], row["run"], *numbers])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    rows = ["  ".join(x.ljust(width) for x, width in zip(line, widths)) for line in lines]
-    return "\n".join([length_summary(results), "", *rows])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models, a few steps")
@@ -359,7 +343,7 @@ def main() -> None:
     table, figure = (args.build,) * 2 if args.quick else (RESULTS / FOLDER, ROOT / "docs")
     write(table / f"{NAME}.json", results)
     draw_lengths(results, figure / f"{NAME}.png")
-    print(printed(results))
+    print(tables.length_generalization(results))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ fails if a page is stale.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -27,14 +28,13 @@ from harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
 REAL = ("smollm2-16k", "smollm2-32k", "gemma3-270m-48k")
+# By name a function of the file's content.
 TABLES = {
     "census": tables.census,
     "demo": tables.demo,
     "length_generalization": tables.length_generalization,
     "recall": tables.recall,
     "short": tables.within,
-    "smollm2-tuned": tables.tuned,
-    **{name: partial(tables.real, name=name) for name in REAL},
 }
 
 
@@ -48,9 +48,12 @@ def measured(results: Path) -> dict[str, Path]:
 def figures(results: Path) -> dict[str, Callable[[str], str]]:
     """Return the figures by name, each a function of the words after it."""
     made = {name: partial(tables.benchmark, path) for name, path in measured(results).items()}
-    for name, make in TABLES.items():
-        if (results / evaluations.FOLDER / f"{name}.json").exists():
-            made[name] = lambda only, make=make: make(results)
+    for path in (results / evaluations.FOLDER).glob("*.json"):
+        if make := TABLES.get(path.stem):
+            made[path.stem] = lambda only, make=make, path=path: make(json.loads(path.read_text()))
+        elif path.stem in REAL:
+            made[path.stem] = lambda only, name=path.stem: tables.real(results, name)
+    made["smollm2-tuned"] = lambda only: tables.tuned(results)
     for name, search in tables.searches(results).items():
         made[name] = lambda only, search=search: tables.search(search)
         made["searched"] = lambda only: tables.searched(results)

@@ -11,11 +11,10 @@ import csv
 import inspect
 import json
 import re
-import statistics
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -161,8 +160,7 @@ def _each(values: Iterable[object]) -> str:
 # Evaluations of real models
 
 
-def demo(results: Path) -> str:
-    found = evaluations.read("demo", results)
+def demo(found: dict) -> str:
     rows, step = found["rows"], found["bucket"] // 1024
     head = [f"{step * i}-{step * (i + 1)}k" for i in range(len(rows[0]["losses"]))]
     lines = [[f"`{row['method']}`", *(f"{loss:.2f}" for loss in row["losses"])] for row in rows]
@@ -171,9 +169,8 @@ def demo(results: Path) -> str:
     return f"{table(['method', *head], lines)}\n\n{took}"
 
 
-def recall(results: Path) -> str:
+def recall(found: dict) -> str:
     """Make a line per method: the gain of a passage by distance, with its standard error."""
-    found = evaluations.read("recall", results)
     head = ["method", *(f"{distance:,}" for distance in found["distances"])]
     return table(head, [[f"`{r['method']}`", *map(between, r["gains"])] for r in found["rows"]])
 
@@ -199,9 +196,8 @@ def ruler_command(found: Path, only: str) -> str:
     return f"```sh\n{ruler.command(cell)}\n```"
 
 
-def within(results: Path) -> str:
+def within(found: dict) -> str:
     """Make losses of texts within the training length, a column per length."""
-    found = evaluations.read("short", results)
     lengths = sorted({row["length"] for row in found["rows"]})
     losses: dict[str, dict[int, float]] = {}
     for row in found["rows"]:
@@ -323,59 +319,40 @@ def _interval(row: dict[str, Any], name: str) -> str:
 # Small models: bench/length_generalization.py
 
 
-def length_losses(row: dict) -> list[list[float]]:
-    """Return columns: the losses of all seeds each."""
-    return [*row["last"], row["all"]]
-
-
-def length_head(results: dict) -> list[str]:
-    """Return headings: the last L bytes at every length, then the mean over the longest."""
-    columns = [f"{length:,}" for length in results["lengths"]]
-    return ["method", "trained", "at the test", *columns, f"all of {columns[-1]}"]
-
-
 def with_spread(values: list[float]) -> str:
     """Write mean and standard deviation over the seeds."""
-    return with_error(fmean(values), statistics.stdev(values) if len(values) > 1 else None, 3)
+    return with_error(fmean(values), stdev(values) if len(values) > 1 else None, 3)
 
 
 def as_good(values: list[float], best: list[float]) -> bool:
     """Return True if the seeds don't tell a loss from the best: all start from the same weights."""
     over = [loss - least for loss, least in zip(values, best)]
-    spread = statistics.stdev(over) if len(over) > 1 else 0.0
-    return fmean(over) <= max(0.01, 2 * spread)
+    return fmean(over) <= max(0.01, 2 * stdev(over) if len(over) > 1 else 0.0)
 
 
-def length_summary(results: dict) -> str:
-    """Say what was trained and read, and how long it took."""
-    setup, where, text = results["setup"], results["machine"], results["text"]
-    return (
-        f"{setup['layers']} layers of {setup['d_model']}, {setup['heads']} heads; L = "
-        f"{setup['length']}; {setup['steps']:,} steps of {setup['batch']} x {setup['length']} "
-        f"bytes out of {text['train_bytes'] / 1e6:.1f} MB, tuned for {setup['tune_steps']}; "
-        f"{setup['windows']} x {setup['length']} bytes scored; {setup['seeds']} seeds, mean and "
-        f"standard deviation. {where['device']}, torch {where['torch']}: the "
-        f"{results['trainings']} trainings took {results['seconds'] / 60:.0f} minutes of a core, "
-        "with all seeds."
-    )
-
-
-def length_generalization(results: Path) -> str:
+def length_generalization(found: dict) -> str:
     """Make the table: names link to papers, bold losses are as good as the best."""
-    found = evaluations.read("length_generalization", results)
-    best = [min(column, key=fmean) for column in zip(*map(length_losses, found["rows"]))]
+    columns = [[*row["last"], row["all"]] for row in found["rows"]]  # the losses of all seeds each
+    best = [min(column, key=fmean) for column in zip(*columns)]
     lines = []
-    for row in found["rows"]:
-        numbers = []
-        for loss, least in zip(length_losses(row), best):
-            text = with_spread(loss)
-            numbers.append(f"**{text}**" if as_good(loss, least) else text)
+    for row, losses in zip(found["rows"], columns):
+        numbers = [f"**{with_spread(x)}**" if as_good(x, least) else with_spread(x)
+                   for x, least in zip(losses, best)]  # fmt: skip
         lines.append([f"[{row['name']}]({row['paper']})", row["trained"], row["run"], *numbers])
-    bold = (
+    lengths = [f"{length:,}" for length in found["lengths"]]
+    head = ["method", "trained", "at the test", *lengths, f"all of {lengths[-1]}"]
+    setup, where, text = found["setup"], found["machine"], found["text"]
+    return (
+        f"{table(head, lines)}\n\n"
         "Nats per byte; bold: at most 0.01, or twice the standard deviation of the difference seed "
-        "by seed, over the best of its column."
+        f"by seed, over the best of its column. {setup['layers']} layers of {setup['d_model']}, "
+        f"{setup['heads']} heads; L = {setup['length']}; {setup['steps']:,} steps of "
+        f"{setup['batch']} x {setup['length']} bytes out of {text['train_bytes'] / 1e6:.1f} MB, "
+        f"tuned for {setup['tune_steps']}; {setup['windows']} x {setup['length']} bytes scored; "
+        f"{setup['seeds']} seeds, mean and standard deviation. {where['device']}, torch "
+        f"{where['torch']}: the {found['trainings']} trainings took {found['seconds'] / 60:.0f} "
+        "minutes of a core, with all seeds."
     )
-    return f"{table(length_head(found), lines)}\n\n{bold} {length_summary(found)}"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -388,9 +365,8 @@ SORTS = {
 _ALL = 'ok, layers="all"'
 
 
-def census(results: Path) -> str:
+def census(found: dict) -> str:
     """Make a summary, the classes that are served in full, and a line for each other class."""
-    found = evaluations.read("census", results)
     built = [row for row in found["rows"] if "built" not in row]
     rotating = [r for r in built if "must have a rotary embedding" not in r.get("yarn", "")]
     served = {sort: [row["name"] for row in rotating if _serves(row, which)]
@@ -438,7 +414,7 @@ def _reason(reason: str) -> str:
     """Return the reason without the beginning of every error."""
     for words in ("is not a supported architecture: ", "extend: ", "Error: "):
         reason = reason.split(words, 1)[-1]
-    return reason.replace("|", "/").strip()
+    return reason.strip()
 
 
 # -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 
@@ -47,7 +48,7 @@ def bound(launches: Iterable[tuple[str, str]], card: Card | None) -> tuple[float
     """
     if card is None:
         return None
-    base, total, by = CARDS[card.capability], 0.0, {}
+    base, by = CARDS[card.capability], Counter()
     cycles = base.clock * base.processors / (card.clock * card.processors)
     slower = {
         "memory": base.bandwidth / card.bandwidth,
@@ -56,11 +57,9 @@ def bound(launches: Iterable[tuple[str, str]], card: Card | None) -> tuple[float
         "issue": cycles,
     }
     for launch in launches:
-        times = audited().get((*launch, card.capability))
-        if times is None:
-            continue  # it counts no time: still a bound
-        found = {name: time * slower[name] for name, time in times.items()}
-        most = max(found, key=found.__getitem__)
-        total += found[most]
-        by[most] = by.get(most, 0.0) + found[most]
-    return (total / 1e3, max(by, key=by.__getitem__)) if by else None
+        # One that was not audited counts no time: still a bound.
+        if times := audited().get((*launch, card.capability)):
+            found = {name: time * slower[name] for name, time in times.items()}
+            most = max(found, key=found.__getitem__)
+            by[most] += found[most]
+    return (by.total() / 1e3, by.most_common(1)[0][0]) if by else None

@@ -10,7 +10,7 @@ import threading
 import time
 
 from . import build, sanitizer, smoke, suite, tune, two
-from .step import KILLED, ROOT, Deadline, Step, Verdict, folder, save, save_ended
+from .step import KILLED, ROOT, Deadline, Step, Verdict, folder, lines_of, save, save_ended, start
 
 RUN = ROOT / "bench" / "gpu" / "run.py"
 FOLDERS = [str(ROOT / folder) for folder in (".", "bench", "tests/support")]
@@ -84,19 +84,14 @@ def here(name: str) -> int:
 def apart(name: str, card: str) -> Verdict:
     """Run one step in a process that is ended, with its children, when its time is up."""
     print(f"\n{name}: {STEPS[name].about}", flush=True)
-    process = subprocess.Popen(
-        [sys.executable, str(RUN), *name.split(), INSIDE],
-        env={**os.environ, "PYTHONPATH": python_path()},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    started, killer = time.time(), _killer(process)
-    said = last = ""
-    for line in process.stdout:
-        print(line, end="", flush=True)
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    command = [sys.executable, str(RUN), *name.split(), INSIDE]
+    process = start(command, env=environment, start_new_session=True)
+    killer = threading.Timer(KILLED, os.killpg, (process.pid, signal.SIGKILL))
+    killer.daemon = True
+    killer.start()
+    started, said, last = time.time(), "", ""
+    for line in lines_of(process):
         last = line.strip() or last
         said = last if last.startswith(f"{name}: ") else said
     code = process.wait()
@@ -114,13 +109,3 @@ def python_path() -> str:
     """Return PYTHONPATH with our folders first: on a cluster torch may come through it."""
     there = os.environ.get("PYTHONPATH")
     return os.pathsep.join([*FOLDERS, there] if there else FOLDERS)
-
-
-def _killer(process: subprocess.Popen) -> threading.Timer:
-    def end() -> None:
-        os.killpg(process.pid, signal.SIGKILL)
-
-    timer = threading.Timer(KILLED, end)
-    timer.daemon = True
-    timer.start()
-    return timer

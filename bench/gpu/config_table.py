@@ -8,6 +8,7 @@ and is not used for other audited chips. candidates.json has a list of configura
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,23 +77,18 @@ def fields_of(leaf: dict) -> dict:
 
 def dumped(table: dict) -> str:
     """Format one leaf a line; chips and head_dims in numerical order."""
-    kernels = []
-    for kernel, by_chip in table.items():
-        chips = []
-        for chip, by_dim in sorted(by_chip.items(), key=lambda item: _number(item[0])):
-            leaves = [
-                f'   "{dim}": {json.dumps(leaf)}'
-                for dim, leaf in sorted(by_dim.items(), key=lambda item: _number(item[0]))
-            ]
-            chips.append(f'  "{chip}": {{\n' + ",\n".join(leaves) + "\n  }")
-        kernels.append(f' "{kernel}": {{\n' + ",\n".join(chips) + "\n }")
-    return "{\n" + ",\n".join(kernels) + "\n}\n"
+    ordered = {
+        kernel: {chip: _in_order(by_dim) for chip, by_dim in _in_order(by_chip).items()}
+        for kernel, by_chip in table.items()
+    }
+    text = json.dumps(ordered, indent=1) + "\n"
+    return re.sub(r"\{[^{}]*\}", lambda leaf: json.dumps(json.loads(leaf[0])), text)
 
 
 def _by_dim(rows: dict) -> list[tuple[int, dict]]:
     return sorted((int(dim), leaf) for dim, leaf in rows.items())
 
 
-def _number(key: str) -> tuple[int, str]:
-    """Return a sort key: words, if a table has any, come after numbers."""
-    return (int(key), "") if key.isdigit() else (10**9, key)
+def _in_order(rows: dict) -> dict:
+    """Sort by keys: words, if there are any, come after numbers."""
+    return dict(sorted(rows.items(), key=lambda row: (not row[0].isdigit(), row[0].zfill(9))))

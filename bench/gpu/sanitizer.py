@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from .step import Deadline, Verdict
+from .step import Deadline, Verdict, lines_of, start
 
 FOUND = 9  # exit status for errors
 WORK = [sys.executable, "-m", "gpu.smoke"]
@@ -37,19 +37,8 @@ def check(tool: str, deadline: Deadline) -> Verdict:
     command = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
     # Each tensor gets its own allocation; else an access past its end hits the allocator's memory.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    process = subprocess.Popen(
-        [*command, *WORK, str(seconds)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line.rstrip())
-    return verdict(tool, lines, process.wait())
+    process = start([*command, *WORK, str(seconds)], env=env)
+    return verdict(tool, list(lines_of(process)), process.wait())
 
 
 def verdict(tool: str, lines: list[str], code: int) -> Verdict:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from harness import folder_of
+from harness import folder_of, table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -101,7 +103,14 @@ def _made_with(step: dict) -> str:
     return ", ".join(f"{key} {step[key]}" for key in ("torch", "triton", "commit") if key in step)
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    cells = [[str(cell).replace("|", "/") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+def start(command: list[str], **options: Any) -> subprocess.Popen:
+    """Start a process whose output `lines_of` reads."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, **pipes, text=True, errors="replace", **options)
+
+
+def lines_of(process: subprocess.Popen) -> Iterator[str]:
+    """Yield the lines of a process as they come, and print them."""
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        yield line.rstrip()

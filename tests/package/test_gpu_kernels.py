@@ -329,7 +329,7 @@ def test_the_driver_tells_what_a_kernel_spills(run_python):
         driver = null_driver.install()
         driver.utils.load_binary = lambda name, kernel, shared, device: (1, name, 32, 20, 1024)
         import extrope_kernels as ek
-        from gpu.stack import stack_of_binaries
+        from gpu.tune import stack_of_binaries
 
         assert stack_of_binaries("attention.triton", "one_token") == {}
         q, cache = (torch.zeros(1, n, 1, 64, dtype=torch.bfloat16) for n in (1, 32))

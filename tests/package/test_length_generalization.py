@@ -79,7 +79,8 @@ def test_methods_differ_where_they_should(results):
 def test_table_and_plot(build, output, results):
     for row in results["rows"]:
         numbers = [f"{fmean(losses):.3f}±\\S+" for losses in row["last"]]
-        assert re.search(rf"^{re.escape(row['name'])}  .*{' +'.join(numbers)} ", output, re.M)
+        name = rf"^\| \[{re.escape(row['name'])}\]"
+        assert re.search(rf"{name}.*{'[ |*]+'.join(numbers)} ", output, re.M)
     assert (build / "length_generalization.png").stat().st_size > 10_000
 
 
