@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 import evaluations
 import ruler
 import scaling
-from evaluations import Measured, between, named
-from harness import RESULTS, Row, cell, columns, table
+from evaluations import between, named
+from harness import Row, cell, columns, table
 
 import extrope_kernels
 from extrope_kernels import methods, positions, scores
@@ -228,13 +228,11 @@ def tuned(results: Path) -> str:
     for tokens in ("0-8k", "8-16k"):
         head += [f"loss, {tokens}", "tuned", "change"]
     before = evaluations.read("smollm2-16k", results)["rows"]
+    after = evaluations.read("smollm2-tuned", results)["rows"]
     lines = []
-    for row in sorted(
-        evaluations.read("smollm2-tuned", results)["rows"], key=lambda r: r["method"]
-    ):
-        old = next(
-            x for x in before if (x["method"], x["params"]) == (row["method"], row["params"])
-        )
+    for row in sorted(after, key=lambda row: row["method"]):
+        same = row["method"], row["params"]
+        old = next(x for x in before if (x["method"], x["params"]) == same)
         cells = [f"`{row['method']}`", named(row["params"])]
         for part in ("near", "far"):
             change = mean_and_error([b - a for a, b in zip(old[part], row[part], strict=True)])
@@ -286,9 +284,8 @@ def searched(results: Path) -> str:
     """Make a column per length: the best of every kind, and its loss over YaRN's."""
     every = [one for name, one in searches(results).items() if name.startswith("search-")]
     head = ["", *(f"{one['length']:,} tokens" for one in every)]
-    return table(
-        head, [[words, *(_best(one, kind) for one in every)] for kind, words in KINDS.items()]
-    )
+    lines = [[words, *(_best(one, kind) for one in every)] for kind, words in KINDS.items()]
+    return table(head, lines)
 
 
 def _best(found: dict[str, Any], kind: str) -> str:
@@ -433,22 +430,21 @@ class MethodRow(NamedTuple):
     name: str  # as users write it
     what: str  # one line
     paper: str  # a link
-    trained: float | None  # loss of a small model at 8 times its training length
-    real: Measured | None  # on SmolLM2, with the best parameters that were tried
-    at_four: Measured | None = None  # likewise, at four times the length
+    measured: str  # its name in the measurements of small models
 
 
-def method_rows(results: Path = RESULTS) -> list[MethodRow]:
+def method_rows() -> list[MethodRow]:
     """Return every method of every axis, in the order of its registry."""
-    small = evaluations.read("length_generalization", results)["rows"]
-    trained = {row["name"]: fmean(row["last"][-1]) for row in small}
-    on_real = [evaluations.measured(results, name) for name in ("smollm2-16k", "smollm2-32k")]
-    rows = []
-    for axis, name, method in _methods():
-        loss = trained.get(MEASURED_AS.get(method.__name__, method.__name__))
-        best = [evaluations.best(found[name]) if name in found else None for found in on_real]
-        rows.append(MethodRow(axis, name, *described(method), loss, *best))
-    return rows
+    every = {
+        "frequencies": methods.METHODS | methods.WRAPPERS,
+        "scores": scores.SCORES,
+        "permutations": {"permuteformer_attention": extrope_kernels.permuteformer_attention},
+        "positions": {f"positions.{x}": getattr(positions, x) for x in positions.__all__},
+    }
+    return [
+        MethodRow(axis, name, *described(method), MEASURED_AS.get(name, method.__name__))
+        for axis, kind in every.items() for name, method in kind.items()
+    ]  # fmt: skip
 
 
 def described(method: Callable) -> tuple[str, str]:
@@ -477,45 +473,32 @@ AXES = {
 
 def method_table(results: Path, only: str = "") -> str:
     """Show every method: by axis, or, a row each, their "papers" or what was "measured"."""
-    tables = {"": _by_axis, "papers": _papers, "measured": _measurements}
-    return tables[only](method_rows(results))
-
-
-def _by_axis(rows: list[MethodRow]) -> str:
+    rows = method_rows()
+    if only == "measured":
+        return _measurements(rows, results)
+    if only == "papers":
+        lines = [[f"`{row.name}`", row.what, link(row.paper)] for row in rows]
+        return table(["method", "what it does", "paper"], lines)
     linked: dict[str, list[str]] = {}
     for row in rows:
-        linked.setdefault(row.axis, []).append(f"[`{row.name}`]({row.paper})")
-    return table(["axis", "methods"], [[AXES[axis], ", ".join(linked[axis])] for axis in linked])
+        linked.setdefault(AXES[row.axis], []).append(f"[`{row.name}`]({row.paper})")
+    return table(["axis", "methods"], [[axis, ", ".join(links)] for axis, links in linked.items()])
 
 
-def _papers(rows: list[MethodRow]) -> str:
-    head = ["method", "what it does", "paper"]
-    return table(head, [[f"`{row.name}`", row.what, link(row.paper)] for row in rows])
-
-
-def _measurements(rows: list[MethodRow]) -> str:
-    head = ["method", "small model, 8x"]
-    head += ["SmolLM2 with", "loss over YaRN", "recall", "over YaRN, 4x"]
+def _measurements(rows: list[MethodRow], results: Path) -> str:
+    """Make a row per method with the best parameters that were tried on SmolLM2."""
+    head = ["method", "small model, 8x", "SmolLM2 with", "loss over YaRN", "recall"]
+    small = evaluations.read("length_generalization", results)["rows"]
+    losses = {row["name"]: fmean(row["last"][-1]) for row in small}
+    twice, four = (evaluations.measured(results, name) for name in ("smollm2-16k", "smollm2-32k"))
     lines = []
     for row in rows:
-        of_real = [""] * 4
-        if row.real is not None:
-            of_real[0] = named(row.real.parameters)
-            of_real[1:3] = between(row.real.over_yarn, 3), between(row.real.recall)
-        if row.at_four is not None:
-            of_real[3] = between(row.at_four.over_yarn, 3)
-        numbers = [cell(row.trained, ".2f"), *of_real]
+        numbers = [cell(losses.get(row.measured), ".2f"), *[""] * 4]
+        if row.name in twice:
+            best = evaluations.best(twice[row.name])
+            numbers[1:4] = named(best.parameters), between(best.over_yarn, 3), between(best.recall)
+        if row.name in four:
+            numbers[4] = between(evaluations.best(four[row.name]).over_yarn, 3)
         if any(numbers):
             lines.append([f"`{row.name}`", *numbers])
-    return table(head, lines)
-
-
-def _methods() -> list[tuple[str, str, Callable]]:
-    frequencies = methods.METHODS | methods.WRAPPERS
-    strategies = {name: getattr(positions, name) for name in positions.__all__}
-    return [
-        *(("frequencies", name, method) for name, method in frequencies.items()),
-        *(("scores", name, method) for name, method in scores.SCORES.items()),
-        ("permutations", "permuteformer_attention", extrope_kernels.permuteformer_attention),
-        *(("positions", f"positions.{name}", method) for name, method in strategies.items()),
-    ]
+    return table([*head, "over YaRN, 4x"], lines)
