@@ -43,10 +43,8 @@ def bench(report: Report, seqlen: int, dim: int, dtype: torch.dtype, training: b
         return
     qkv = make_inputs(seqlen, HEADS, dim, dtype)
     given = {"permutations": head_permutations(HEADS, dim).to(device()), "backend": BACKEND}
-    ours, softmax = (
-        partial(permuteformer_attention, *qkv, **given),
-        partial(rope_attention, *qkv, frequencies(dim)),
-    )
+    ours = partial(permuteformer_attention, *qkv, **given)
+    softmax = partial(rope_attention, *qkv, frequencies(dim))
     ours.leaves = softmax.leaves = qkv
     others = {OWN: softmax, **sdpa(*apply_rope_qk(*qkv[:2], frequencies(dim)), qkv[2])}
     compared = {"dtype": dtype, "shape": f"{seqlen} x {HEADS} x {dim}", "backend": BACKEND,

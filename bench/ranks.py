@@ -63,7 +63,12 @@ class Ranks:
         self.processes, self.pipes = [], []
 
     def context(self) -> Any:
-        """Return a context that forks from a process with all imports and without threads."""
+        """Return a context that forks from a process with all imports and without threads.
+
+        With GPUs each starts anew: imports may open CUDA, which no fork survives.
+        """
+        if self.gpus:
+            return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(self.preloaded)
         return context

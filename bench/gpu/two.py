@@ -105,8 +105,9 @@ def run(deadline: Deadline) -> Verdict:
     try:
         found = ranks.run(on_each, GPUS)
     except Exception as error:  # a first run under NCCL may raise anything
-        print(error, flush=True)
-        return Verdict(False, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+        said = str(error).strip() or "a rank ended without an answer"
+        print(said, flush=True)
+        return Verdict(False, said.splitlines()[-1])
     finally:
         ranks.stop()
     wrong = [f"GPU {number}: {line}" for number, (lines, _) in enumerate(found) for line in lines]
