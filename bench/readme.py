@@ -59,9 +59,10 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
         made["searched"] = lambda only: tables.searched(results)
     if (audit := results / "gpu_audit.csv").exists():
         made["gpu_audit"] = lambda only: tables.audit(audit)
-    for found in (results / "ruler").glob("*.csv"):
-        made[f"ruler-{found.stem}"] = partial(tables.ruler_shares, found)
-        made[f"ruler_command-{found.stem}"] = partial(tables.ruler_command, found)
+    if (found := results / "ruler" / "smollm2.csv").exists():
+        made["ruler"] = lambda only: tables.ruler_shares(found)
+        made["ruler_tasks"] = lambda only: tables.ruler_tasks(found.parent)
+        made["ruler_command"] = partial(tables.ruler_command, found)
     made["methods"] = partial(tables.method_table, results)
     made["gpu_choice"] = lambda only: tables.gpu_choice()
     return made

@@ -123,7 +123,7 @@ def interval(cell: Cell) -> tuple[float, float]:
     share, spread = fmean(cell.scores), z**2 / count
     half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
     low, high = ((share + spread / 2 + side * half) / (1 + spread) for side in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    return min(share, max(0.0, low)), max(share, min(1.0, high))  # rounded, all of 8 end below 1
 
 
 def share(cell: Cell) -> str:

@@ -175,9 +175,9 @@ def recall(found: dict) -> str:
     return table(head, [[f"`{r['method']}`", *map(between, r["gains"])] for r in found["rows"]])
 
 
-def ruler_shares(found: Path, task: str) -> str:
+def ruler_shares(found: Path) -> str:
     """Make a column per length: the share of answers, of how many, Wilson's interval of 95%."""
-    cells = [cell for cell in ruler.read(found) if cell.task == (task or ruler.TASKS[0])]
+    cells = [cell for cell in ruler.read(found) if cell.task == ruler.TASKS[0]]
     lengths = sorted({cell.length for cell in cells})
     shares = {(cell.method, cell.parameters, cell.length): ruler.share(cell) for cell in cells}
     lines = []
@@ -186,6 +186,19 @@ def ruler_shares(found: Path, task: str) -> str:
         if any(own):
             lines.append([f"`{method}`", parameters, *own])
     return table(["method", "parameters", *(f"{length:,}" for length in lengths)], lines)
+
+
+def ruler_tasks(folder: Path) -> str:
+    """Make a line per task: the share of each model as it is, at the shortest length measured."""
+    by_model = {found.stem: ruler.read(found) for found in sorted(folder.glob("*.csv"))}
+    lines = []
+    for task in ruler.TASKS:
+        row = [task]
+        for cells in by_model.values():
+            plain = [cell for cell in cells if (cell.task, cell.method) == (task, "rope")]
+            row.append(ruler.share(min(plain)) if plain else "")
+        lines.append(row)
+    return table(["task", *by_model], lines)
 
 
 def ruler_command(found: Path, only: str) -> str:
