@@ -57,9 +57,7 @@ def keep(found: Path, name: str, kind: str, results: Path = RESULTS) -> None:
     content |= {key: measured[key] for key in ABOUT if key in measured}
     rows = {_key(row): row for row in content["rows"]}
     for row in measured["rows"]:
-        searched = row["method"] == "longrope"  # 64 factors, which are in the search's own file
-        params = {"factors": "searched"} if searched else row["params"]
-        own = {"method": row["method"], "params": params}
+        own = {"method": row["method"], "params": row["params"]}
         own |= KEPT[kind](row, measured["training_length"])
         rows[_key(own)] = rows.get(_key(own), {}) | own
     write(path, {**content, "rows": list(rows.values())})
@@ -70,8 +68,8 @@ def _key(row: Row) -> str:
     return json.dumps(short([row["method"], row["params"], row.get("length")]))
 
 
-def keep_search(found: Path, results: Path = RESULTS) -> str:
-    """Keep the finalists of a search without each of its measurements; return its name."""
+def keep_search(found: Path, results: Path = RESULTS) -> None:
+    """Keep the finalists of a search without each of its measurements."""
     search = json.loads(found.read_text())
     about = ("length", "training_length", "model", "dtype", "objective", "texts", "held_out")
     numbers = ("loss", "to_yarn", "whole", "recall")
@@ -80,7 +78,6 @@ def keep_search(found: Path, results: Path = RESULTS) -> str:
     name = f"search-{search['length'] // 1024}k"
     content = {key: search[key] for key in about}
     write(results / FOLDER / f"{name}.json", {**content, "rows": rows})
-    return name
 
 
 # -------------------------------------------------------------------------------------------------

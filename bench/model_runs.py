@@ -25,12 +25,6 @@ BUILD = Path(__file__).parents[1] / "build" / "model_runs"
 TRAINED = 8192
 
 
-def searched(name: str) -> dict[str, Any]:
-    """Return LongRoPE's parameters that `search` found on a third text, for the named length."""
-    finalists = evaluations.read(name)["rows"]
-    return next((row["params"] for row in finalists if row["method"] == "longrope"), {})
-
-
 # For each method first `eval`'s parameters, or its required ones; then some that may be better.
 METHODS: dict[str, list[dict[str, Any]]] = {
     "yarn": [{}, {"factor": 3.0}, {"resonance": True}],
@@ -55,7 +49,6 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "xpos": [{}],
     "string": [{}, {"shift": TRAINED}],
     "blockwise_causal": [{}],
-    "longrope": [searched("search-16k")],
 }
 
 # At four times the length `eval` gives a factor of 4.
@@ -66,7 +59,6 @@ LONG = {method: sets[:1] for method, sets in METHODS.items()} | {
     "leaky_rerope": [{}, {"window": 2048}, {"window": 2048, "factor": 8.0}],
     "abf": [{}, {"base": 1_000_000.0}],
     "giraffe_power": [{"power": 0.1}, {"power": 0.5}, {"power": 1.0}],
-    "longrope": [searched("search-32k")],
 }
 
 

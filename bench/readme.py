@@ -56,7 +56,6 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
     made["smollm2-tuned"] = lambda only: tables.tuned(results)
     for name, search in tables.searches(results).items():
         made[name] = lambda only, search=search: tables.search(search)
-        made["searched"] = lambda only: tables.searched(results)
     if (audit := results / "gpu_audit.csv").exists():
         made["gpu_audit"] = lambda only: tables.audit(audit)
     if (found := results / "ruler" / "smollm2.csv").exists():
@@ -107,7 +106,7 @@ def stale(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
 
 
 def keep(root: Path, results: Path) -> None:
-    """Keep the results of `make demo` and `search` in build/, with their plots."""
+    """Keep the results of `make demo`, with its plots, and of `search` in build/."""
     docs, build = root / "docs", root / "build"
     for task, name, kind in (("loss", "demo", "demo"), ("recall", "recall", "gains")):
         if (found := build / "demo" / f"{task}.json").exists():
@@ -115,8 +114,7 @@ def keep(root: Path, results: Path) -> None:
             if name != "demo":  # plots.py draws that one
                 shutil.copyfile(found.with_suffix(".png"), docs / f"{name}.png")
     for plot in build.glob("search*/search.png"):  # only ended searches have one
-        name = evaluations.keep_search(plot.with_suffix(".json"), results)
-        shutil.copyfile(plot, docs / f"{name}.png")
+        evaluations.keep_search(plot.with_suffix(".json"), results)
 
 
 def main(root: Path = ROOT, results: Path = RESULTS, check: bool = False) -> int:

@@ -257,18 +257,10 @@ def tuned(results: Path) -> str:
 # -------------------------------------------------------------------------------------------------
 # Searches: losses of pieces differ by more than those of methods, so the difference to YaRN counts
 
-KINDS = {
-    "plain": "as it is",
-    "yarn": "YaRN by its paper",
-    "published": "best published frequencies",
-    "searched": "searched factors (`longrope`)",
-    "score": "best score method",
-}
-
 
 def searches(results: Path) -> dict[str, dict[str, Any]]:
     """Return searches by name, the shortest length first."""
-    paths = (results / evaluations.FOLDER).glob("*search-*k.json")
+    paths = (results / evaluations.FOLDER).glob("search-*k.json")
     found = {path.stem: json.loads(path.read_text()) for path in paths}
     return dict(sorted(found.items(), key=lambda item: item[1]["length"]))
 
@@ -291,34 +283,6 @@ def search(found: dict[str, Any]) -> str:
         f"searched on {searched} in {found['dtype']}."
     )
     return f"{table(['', *(heads[name] for name in names)], lines)}\n\n{about}"
-
-
-def searched(results: Path) -> str:
-    """Make a column per length: the best of every kind, and its loss over YaRN's."""
-    every = [one for name, one in searches(results).items() if name.startswith("search-")]
-    head = ["", *(f"{one['length']:,} tokens" for one in every)]
-    lines = [[words, *(_best(one, kind) for one in every)] for kind, words in KINDS.items()]
-    return table(head, lines)
-
-
-def _best(found: dict[str, Any], kind: str) -> str:
-    rows = (row for row in found["rows"] if row["pieces"] and _kind(row, found) == kind)
-    row = next(rows, None)
-    if row is None:
-        return "YaRN" if kind == "published" else ""
-    if kind == "yarn":
-        return f"0 (a loss of {_interval(row, 'loss')})"
-    name = "" if kind in ("plain", "searched") else f"`{row['name']}` "
-    return f"{name}{'+' if row['to_yarn'] > 0 else ''}{_interval(row, 'to_yarn')}"
-
-
-def _kind(row: dict[str, Any], found: dict[str, Any]) -> str:
-    method, factor = row["method"], found["length"] / found["training_length"]
-    if method in scores.SCORES:
-        return "score"
-    if method == "yarn" and row["params"] == {"factor": factor}:
-        return "yarn"
-    return {"plain": "plain", "longrope": "searched"}.get(method, "published")
 
 
 def _interval(row: dict[str, Any], name: str) -> str:
