@@ -179,7 +179,8 @@ def test_a_rotation_that_the_op_does_not_have_keeps_its_tables(monkeypatch):
     inv_freq = rotary_of(model).inv_freq
     inv_freq /= 2
     assert torch.equal(logits(model, IDS), got)
-    with pytest.raises(ValueError, match="one table rotates its queries and keys, but xpos needs two"):
+    message = "one table rotates its queries and keys, but xpos needs two"
+    with pytest.raises(ValueError, match=message):
         extend(model, "xpos")
 
 
