@@ -140,6 +140,27 @@ def test_a_norm_that_something_else_replaces_norms():
         norm.forward = ours
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("rope", {"base": 10000.0}), ("rerope", {"window": 8})]
+)
+def test_a_copy_in_a_norms_place_norms(method, parameters):
+    """PEFT's modules_to_save trains a copy."""
+    model = normed("qwen3")
+
+    def train_a_copy():
+        layer = model.model.layers[0].self_attn
+        layer.q_norm = copy.deepcopy(layer.q_norm)
+        layer.q_norm.weight.data *= 1.5
+
+    with extend(model, method, **parameters):
+        train_a_copy()
+        got = logits(model, IDS)
+    model = normed("qwen3")
+    train_a_copy()
+    with extend(model, method, **parameters):
+        assert_close(got, logits(model, IDS))
+
+
 def test_norms_with_weights_for_each_head_stay():
     """Of Command R+: a mean is subtracted, and heads have weights of their own."""
     model = build("cohere", num_key_value_heads=2, use_qk_norm=True)

@@ -69,6 +69,8 @@ class FusedNorm:
         rotation = given[0] if isinstance(given, tuple) and given else None
         rotation_norms = (
             isinstance(rotation, Rotation)
+            # PEFT's modules_to_save puts a copy in a norm's place.
+            and all(getattr(layer, name) is norm for name, norm in zip(_NAMES, self.norms))
             and all(each.is_in_place() for each in self.deferred)
             and not torch.is_autocast_enabled(self.norms[0].weight.device.type)
         )
