@@ -137,12 +137,21 @@ def test_ruler_asks_for_the_samples_that_a_cell_lacks(model_path, task):
     assert torch.equal(model(ids).logits, plain)
 
 
+def test_options_of_extend(model_path):
+    model = LlamaForCausalLM.from_pretrained(model_path).eval()
+    lm = ours.ExtropeLM(model, method="yarn", factor=4.0, layers="all", cache="raw")
+    (saved,) = vars(model.model)["_extrope_extensions"].all()
+    assert (saved.layers, saved.cache) == ("all", "raw")
+    lm.restore()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"method": "yarm"}, "method must be one of rope, .* got 'yarm'"),
         ({"method": "yarn", "window": 8}, "parameters of yarn must be among .* got window"),
         ({"factor": 2.0}, "factor needs a method"),
+        ({"method": "rerope", "window": 8, "layers": "some"}, "layers must be full or all"),
         ({"method": "rerope"}, "rerope needs window, which is missing"),
         ({"method": "rerope", "window": -1}, "rerope: window must be"),
         ({"method": "rerope", "windw": 8}, "neither extend nor transformers takes windw"),

@@ -15,6 +15,7 @@ from ..transformers import extend, register_interface
 NAME = "extrope"
 # lm-eval cuts the beginning off prompts that are longer. Rotations are exact as far as this.
 _LONGEST = 2**24
+_OPTIONS = {"layers", "cache"}  # of `extend`, beside the method's parameters
 
 
 class ExtropeLM(HFLM):
@@ -22,8 +23,8 @@ class ExtropeLM(HFLM):
 
     method: a name of `PARAMETERS`; the model as it is if None.
     max_length: as HFLM has it, but without a limit that a text would meet if None.
-    given: the method's parameters and HFLM's keywords, in any order. What neither knows goes to
-        transformers' `from_pretrained`, as with HFLM.
+    given: the method's parameters, `layers` and `cache` of `extend`, and HFLM's keywords, in any
+        order. What neither knows goes to transformers' `from_pretrained`, as with HFLM.
 
     Raises UsageError.
     """
@@ -69,13 +70,14 @@ def _split(method: str | None, given: dict[str, Any]) -> tuple[dict[str, Any], d
     """
     if method is not None and method not in PARAMETERS:
         raise UsageError(f"method must be one of {', '.join(PARAMETERS)}, got {method!r}")
-    known = {name for names in PARAMETERS.values() for name in names}
+    known = _OPTIONS.union(*PARAMETERS.values())
     parameters = {name: value for name, value in given.items() if name in known}
     if method is None and parameters:
         raise UsageError(f"{next(iter(parameters))} needs a method")
     try:
         if method is not None:
-            check_names(NAME, method, parameters, others=None)
+            own = {name: parameters[name] for name in parameters if name not in _OPTIONS}
+            check_names(NAME, method, own, others=None)
     except TypeError as error:
         raise UsageError(str(error)) from error
     return parameters, {name: value for name, value in given.items() if name not in known}
