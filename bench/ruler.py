@@ -231,7 +231,9 @@ def run(given: argparse.Namespace, methods: dict[tuple[str, str], Method], path:
             loaded, made = load_task(task, length, given.model, folder)
             wanted = [Cell(task, length, made, *own) for own in methods]
             kept = {cell.key: cell for cell in read(path)}
-            display.tick(sum(len(kept.get(c.key, c).scores) // AT_ONCE for c in wanted))
+            for _ in range(steps - sum(1 for _ in missing(kept, wanted, given.samples))):
+                display.begin("", 1)
+                display.tick()
             for cell, upto in missing(kept, wanted, given.samples):
                 display.begin(f"{task} {length:,} {cell.method} {cell.parameters}", 1)
                 method = methods[cell.method, cell.parameters]
